@@ -1,0 +1,471 @@
+"""Checkpoints: save, restore, read a part, load partially. Orbax lives here.
+
+Only `orbax.checkpoint.CheckpointManager` and the argument classes of
+`orbax.checkpoint.args` are used (the v1 interface is still under
+`experimental`). A checkpoint is one folder a step, committed by one rename:
+
+  checkpoints/STEP/state    every array of the train state, as nested
+                            dictionaries of names, so that a checkpoint does
+                            not depend on how the state's classes are written
+  checkpoints/STEP/timing   the clock of the run, as JSON
+"""
+
+import dataclasses
+import re
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from mtv_jax import trees
+
+Path = str | epath.PathLike
+
+_STATE, _TIMING = "state", "timing"
+
+
+class CheckpointMismatch(ValueError):
+  """A checkpoint holds other arrays than the ones asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A train state in the arrays of the current mesh, and where it was."""
+
+  state: Any
+  timing: dict[str, Any]
+  step: int
+
+
+class Checkpointer:
+  """Saves and restores the whole train state of a run.
+
+  Every process calls every method, in the same order. Use it in a `with`: on
+  leaving, by an error too, the save in progress is waited for. Without that,
+  an interpreter that exits breaks it off (and leaves the checkpoint before).
+
+  Args:
+    folder: the run's `checkpoints` folder; made if missing. What a killed run
+      left half-written in it is never read, and on file systems deleted.
+    every_steps: `due(step)` is true on its multiples.
+    keep: how many of the latest checkpoints to keep.
+    keep_every: checkpoints at multiples of this many steps are never deleted;
+      None or 0 for no such.
+  """
+
+  def __init__(
+    self,
+    folder: Path,
+    *,
+    every_steps: int,
+    keep: int = 2,
+    keep_every: int | None = None,
+  ):
+    for name, value in [("every_steps", every_steps), ("keep", keep)]:
+      if value < 1:
+        raise ValueError(f"checkpoint.{name} must be at least 1, got {value}.")
+    self.folder = epath.Path(folder).absolute()
+    self.every_steps = every_steps
+    self._manager = ocp.CheckpointManager(
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        keep_period=keep_every or None,
+        # On object stores whatever lacks Orbax's commit file counts as half
+        # written, a checkpoint copied there by hand too: deleting is for file
+        # systems, where the name tells.
+        cleanup_tmp_directories="://" not in str(self.folder),
+        # The folder holds nothing but steps.
+        save_root_metadata=False,
+      ),
+    )
+
+  def due(self, step: int) -> bool:
+    """Whether to save now: on the schedule, or before a preemption."""
+    preempted = self._manager.reached_preemption(step)
+    return preempted or step % self.every_steps == 0
+
+  def save(
+    self, step: int, state: Any, *, timing: Mapping[str, Any] | None = None
+  ) -> None:
+    """Starts saving, and returns once the arrays may be donated.
+
+    The write goes on in the background. An earlier save that failed raises
+    here. Saving a step that is there already does nothing.
+
+    Args:
+      step: the number of updates done.
+      state: a tree of arrays.
+      timing: JSON-able; comes back with the state.
+    """
+    self.check()
+    if step in self._manager.all_steps():
+      return
+    flat = _flat(state)
+    for name, leaf in flat.items():
+      if not isinstance(leaf, jax.Array | np.ndarray):
+        raise TypeError(f"state/{name} is {leaf!r}, expected an array.")
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        **{
+          _STATE: ocp.args.PyTreeSave(trees.unflatten(flat)),
+          _TIMING: ocp.args.JsonSave(dict(timing or {})),
+        }
+      ),
+      # When to save is the caller's decision.
+      force=True,
+    )
+
+  @property
+  def saving(self) -> bool:
+    """Whether a save is in progress."""
+    return self._manager.is_saving_in_progress()
+
+  def check(self) -> None:
+    """Raises the error of a background save that failed; doesn't wait."""
+    if not self.saving:
+      self._manager.wait_until_finished()
+
+  def wait(self) -> None:
+    """Waits for the save in progress and raises its error, if any."""
+    self._manager.wait_until_finished()
+
+  def latest_step(self) -> int | None:
+    """The last complete checkpoint; waits for a save in progress."""
+    self.wait()
+    return self._manager.latest_step()
+
+  def steps(self) -> list[int]:
+    """All complete checkpoints; waits for a save in progress."""
+    self.wait()
+    return sorted(self._manager.all_steps())
+
+  def restore(
+    self, abstract_state: Any, *, step: int | None = None
+  ) -> Restored | None:
+    """Reads a checkpoint into the current mesh, whatever mesh wrote it.
+
+    Args:
+      abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings (or of
+        arrays): what to make. Leaves without a sharding go to the default
+        device.
+      step: the latest by default.
+
+    Returns:
+      None where the run has no checkpoint and no step was asked for.
+
+    Raises:
+      FileNotFoundError: no such step.
+      CheckpointMismatch: names, shapes or types differ; lists them.
+    """
+    steps = self.steps()
+    if step is None and not steps:
+      return None
+    step = steps[-1] if step is None else step
+    _require_step(self.folder, step, steps)
+    flat = _flat(abstract_state)
+    _require_same(
+      _saved(self.folder / str(step) / _STATE), flat, f"{self.folder}/{step}"
+    )
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        **{
+          _STATE: ocp.args.PyTreeRestore(
+            trees.unflatten(flat),
+            restore_args=trees.unflatten(
+              {name: _restore_args(leaf) for name, leaf in flat.items()}
+            ),
+          ),
+          _TIMING: ocp.args.JsonRestore(),
+        }
+      ),
+    )
+    arrays = _flat(restored[_STATE])
+    state = jax.tree.unflatten(
+      jax.tree.structure(abstract_state), [arrays[name] for name in flat]
+    )
+    return Restored(state, restored[_TIMING], step)
+
+  def close(self) -> None:
+    """Waits for the save in progress, raises its error, frees the threads."""
+    self._manager.close()
+
+  def __enter__(self) -> "Checkpointer":
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: types.TracebackType | None,
+  ) -> None:
+    self.close()
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+  return dict(trees.flatten_names(tree))
+
+
+def _restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:
+    # Otherwise Orbax would use the devices the file remembers, which this
+    # machine need not have.
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return ocp.ArrayRestoreArgs(
+    sharding=sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype
+  )
+
+
+def _saved(item: epath.Path) -> dict[str, Any]:
+  """Name to metadata (shape, dtype) of what a checkpoint holds."""
+  return _flat(ocp.PyTreeCheckpointHandler().metadata(item).tree)
+
+
+def _require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
+  if step not in steps:
+    there = ", ".join(map(str, sorted(steps))) or "none"
+    raise FileNotFoundError(
+      f"no checkpoint of step {step} in {folder}. The steps there: {there}."
+    )
+
+
+def _require_same(
+  saved: Mapping[str, Any], wanted: Mapping[str, Any], path: str
+) -> None:
+  """Raises with a diff of names, shapes and types where the trees differ."""
+  lines = []
+  for name in sorted({*saved, *wanted}):
+    there = _spec(saved[name]) if name in saved else None
+    here = _spec(wanted[name]) if name in wanted else None
+    if there == here:
+      continue
+    if there:
+      lines.append(f"- {name}  {there}")
+    if here:
+      lines.append(f"+ {name}  {here}")
+  if lines:
+    raise CheckpointMismatch(
+      f"{path} is a checkpoint of another shape than this config's state"
+      " (- in the checkpoint, + in this run):\n"
+      f"{_first(lines, 20)}\n"
+      "Continue a run with the config it was started with (its config.json),"
+      " or start in a new folder and load what fits through config.init."
+    )
+
+
+def _spec(leaf: Any) -> str:
+  return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+def _first(lines: Sequence[str], limit: int) -> str:
+  shown = [f"  {line}" for line in lines[:limit]]
+  if len(lines) > limit:
+    shown.append(f"  ... and {len(lines) - limit} more")
+  return "\n".join(shown)
+
+
+# ---------------------------------------------------------------------------
+# Reading a part, for evaluation, export and initialisation.
+
+
+def load_tree(
+  folder: Path,
+  *,
+  step: int | None = None,
+  part: str = "params",
+) -> Any:
+  """Reads one part of a checkpoint as numpy arrays, on any machine.
+
+  Nothing is written, so it may be called beside a running training.
+
+  Args:
+    folder: a run's folder or its `checkpoints` folder.
+    step: the latest by default.
+    part: 'params', 'teacher', 'ema', or any other branch of the state, such
+      as 'params/image'.
+
+  Returns:
+    Nested dictionaries of numpy arrays (or one, where the part is an array).
+
+  Raises:
+    FileNotFoundError: no checkpoint there.
+    ValueError: the checkpoint has no such part; names the parts.
+  """
+  folder = epath.Path(folder).absolute()
+  if (folder / "checkpoints").exists():
+    folder = folder / "checkpoints"
+  if not folder.exists():
+    raise FileNotFoundError(f"{folder} does not exist.")
+  steps = ocp.utils.checkpoint_steps(folder)
+  if not steps:
+    raise FileNotFoundError(f"no complete checkpoint in {folder}.")
+  step = max(steps) if step is None else step
+  _require_step(folder, step, steps)
+  item = folder / str(step) / _STATE
+  saved = _saved(item)
+  flat = {n: m for n, m in saved.items() if f"{n}/".startswith(f"{part}/")}
+  if not flat:
+    raise ValueError(
+      f"{item} has no {part!r}. Its parts are:"
+      f" {', '.join(sorted({name.split('/')[0] for name in saved}))}."
+    )
+  as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+  # The bare handler has no barriers: one process of many may read alone.
+  restored = ocp.PyTreeCheckpointHandler().restore(
+    item,
+    args=ocp.args.PyTreeRestore(
+      trees.unflatten(
+        {n: jax.ShapeDtypeStruct(m.shape, m.dtype) for n, m in flat.items()}
+      ),
+      restore_args=trees.unflatten(dict.fromkeys(flat, as_numpy)),
+      partial_restore=True,
+    ),
+  )
+  for name in part.split("/"):
+    restored = restored[name]
+  return restored
+
+
+# ---------------------------------------------------------------------------
+# Partial loading.
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What `merge` did, by parameter name.
+
+  Attributes:
+    loaded: taken from the source.
+    missing: wanted (included), but not in the source: kept as they were.
+    unexpected: in the source, but not in the target.
+    mismatched: in both, with different shapes: kept as they were. Name to
+      (source shape, target shape).
+    coverage: loaded / wanted, counted in numbers (not in arrays).
+  """
+
+  loaded: tuple[str, ...]
+  missing: tuple[str, ...]
+  unexpected: tuple[str, ...]
+  mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+  coverage: float
+
+  def __str__(self) -> str:
+    shapes = [f"{n}  {a} -> {b}" for n, (a, b) in self.mismatched.items()]
+    lines = [
+      f"loaded {len(self.loaded)} arrays,"
+      f" {100 * self.coverage:.1f} % of the wanted parameters"
+    ]
+    for title, found in [
+      ("missing from the source", self.missing),
+      ("unexpected in the source", self.unexpected),
+      ("of another shape", shapes),
+    ]:
+      if found:
+        lines.append(f"{title} ({len(found)}):\n{_first(found, 10)}")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+  """Parameters after partial loading, and what was loaded."""
+
+  params: Any
+  report: Report
+
+
+def merge(
+  target_params: Any,
+  source_tree: Any,
+  *,
+  include: Sequence[str] = (".",),
+  rename: Sequence[Sequence[str]] = (),
+  min_coverage: float = 0.99,
+) -> Merged:
+  """Copies what fits of `source_tree` into a copy of `target_params`.
+
+  Args:
+    target_params: a tree of arrays.
+    source_tree: a tree of arrays, such as `load_tree` gives.
+    include: regexes; a target parameter is wanted if one is found in its
+      name.
+    rename: pairs (regex, replacement), applied to each source name, all of
+      them in order, by `re.sub`.
+    min_coverage: the least share of the wanted parameters to load.
+
+  Returns:
+    Merged: new leaves have the target's dtype, are numpy arrays, and belong
+    wherever the caller puts them.
+
+  Raises:
+    CheckpointMismatch: coverage is lower, with the report in the message;
+      weights that were silently not loaded have cost people weeks.
+    ValueError: an include matches nothing, or two source names collide.
+  """
+  target = _flat(target_params)
+  source = _renamed(_flat(source_tree), rename)
+  wanted = [
+    match.name
+    for match in trees.match_rules(
+      target, [(pattern, True) for pattern in include], what="init.include"
+    )
+    if match.value
+  ]
+  out = dict(target)
+  loaded, missing, mismatched = [], [], {}
+  for name in wanted:
+    if name not in source:
+      missing.append(name)
+    elif tuple(source[name].shape) != tuple(target[name].shape):
+      mismatched[name] = tuple(source[name].shape), tuple(target[name].shape)
+    else:
+      out[name] = np.asarray(source[name]).astype(target[name].dtype)
+      loaded.append(name)
+  total = _count(target, wanted)
+  report = Report(
+    tuple(loaded),
+    tuple(missing),
+    tuple(name for name in source if name not in target),
+    mismatched,
+    _count(target, loaded) / total if total else 1.0,
+  )
+  if report.coverage < min_coverage:
+    hint = ""
+    if missing and report.unexpected:
+      hint = (
+        f"\nFor {missing[0]!r}: {trees.closest(missing[0], report.unexpected)}"
+        "\nMap names with init.rename, or choose them with init.include."
+      )
+    raise CheckpointMismatch(
+      f"too little was loaded: {100 * report.coverage:.1f} % of the wanted"
+      f" parameters, at least {100 * min_coverage:g} % expected"
+      f" (init.min_coverage).\n{report}{hint}"
+    )
+  structure = jax.tree.structure(target_params)
+  return Merged(jax.tree.unflatten(structure, list(out.values())), report)
+
+
+def _renamed(
+  source: Mapping[str, Any], rename: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+  out, origin = {}, {}
+  for old, leaf in source.items():
+    new = old
+    for pattern, replacement in rename:
+      new = re.sub(pattern, replacement, new)
+    if new in out:
+      raise ValueError(
+        f"init.rename: {origin[new]!r} and {old!r} both become {new!r}."
+      )
+    out[new], origin[new] = leaf, old
+  return out
+
+
+def _count(arrays: Mapping[str, Any], names: Iterable[str]) -> int:
+  return sum(int(np.prod(arrays[name].shape)) for name in names)

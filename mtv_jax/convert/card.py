@@ -1,0 +1,99 @@
+"""The README of an exported folder."""
+
+from collections.abc import Sequence
+
+from mtv_jax.models.model import ModelSpec
+
+_TWO_TOWERS = """\
+```python
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
+inputs = processor(
+  images=[Image.open("photo.jpg")],
+  text=["a photo of a cat", "a photo of a dog"],
+  padding="max_length",
+  truncation=True,
+  return_tensors="pt",
+)
+with torch.no_grad():
+  logits = model(**inputs).logits_per_image
+```
+
+`padding="max_length"` is needed: the model was trained on texts padded to
+{length} tokens.
+"""
+_IMAGES = """\
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained(folder)
+processor = AutoImageProcessor.from_pretrained(folder)
+inputs = processor(images=[Image.open("photo.jpg")], return_tensors="pt")
+with torch.no_grad():
+  outputs = model(**inputs)
+embedding, patches = outputs.pooler_output, outputs.last_hidden_state
+```
+"""
+_TEMPLATE = """\
+---
+library_name: transformers
+pipeline_tag: {task}
+---
+
+# A vision encoder trained with mtv_jax
+
+ViT of width {width} and depth {depth}, patches of {patch} pixels, images of
+{size} x {size} pixels, pooled by attention; the architecture of SigLIP.
+
+## With transformers
+
+{usage}
+With torchvision installed, transformers resizes with it, which rounds a few
+pixels differently; `backend="pil"` of `from_pretrained` gives the pixels that
+mtv_jax gives.
+
+## With mtv_jax
+
+```python
+import mtv_jax
+
+encoder = mtv_jax.load(folder)
+features = encoder.image([image])  # uint8 [H, W, 3]; pooled and patches
+```
+{heads}"""
+
+
+def text(spec: ModelSpec, heads: Sequence[str]) -> str:
+  """A short README whose code runs.
+
+  Args:
+    spec: the model's.
+    heads: names of the parameters in `heads.safetensors`.
+  """
+  two = spec.text is not None
+  usage = _TWO_TOWERS.format(length=spec.text.length) if two else _IMAGES
+  beside = ""
+  if heads:
+    names = sorted({n.split("/")[1] for n in heads if n.startswith("heads/")})
+    beside = (
+      "\n`heads.safetensors` holds what only training uses"
+      + (f": the heads of {', '.join(names)}" if names else "")
+      + ".\n"
+    )
+  return _TEMPLATE.format(
+    task="zero-shot-image-classification"
+    if two
+    else "image-feature-extraction",
+    width=spec.image.width,
+    depth=spec.image.depth,
+    patch=spec.image.patch_size,
+    size=spec.image.image_size,
+    usage=usage,
+    heads=beside,
+  )

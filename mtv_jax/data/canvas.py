@@ -1,0 +1,213 @@
+"""From the bytes of an image file to the square canvas.
+
+An image is kept whole, squashed to `S x S`, with its original size beside it:
+every geometry lives in the unit square, so image, depth and boxes share one
+coordinate system and nothing is cropped away.
+
+JPEGs of one or three components, which is what image-text sets are made of, go
+through OpenCV, which decodes and resizes without holding the GIL. Everything
+else goes through Pillow, whose answers for CMYK, palettes, transparency and 16
+bits can be relied on. On ordinary JPEGs both give the same pixels.
+
+What is decided here, for every format:
+
+* EXIF rotation is applied, and the original size is the rotated one.
+* Transparent pixels lie on white.
+* 16-bit grey is scaled (65535 -> 255), not clipped. Float pixels, and integers
+  beyond 16 bits, have no known white and are refused.
+* Of an animation, the first frame. Colour profiles are ignored.
+"""
+
+import dataclasses
+import io
+import math
+import struct
+import zlib
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from mtv_jax.data.records import BadRecord
+
+# 9000 x 8888: more than any photo a web set holds, and below the size at which
+# Pillow starts to warn. 240 MB as RGB, in every reader thread at once.
+MAX_PIXELS = 80_000_000
+
+# Others (PostScript, PSD, FITS, ...) start programs or are never photos.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+# What Pillow's decoders raise on damaged bytes, found by damaging some.
+_DAMAGED = (
+  OSError,
+  SyntaxError,
+  ValueError,
+  TypeError,
+  EOFError,
+  IndexError,
+  OverflowError,
+  struct.error,
+  zlib.error,
+)
+
+# Start of frame, by entropy-coded Huffman baseline, extended and progressive.
+_FRAMES = (0xC0, 0xC1, 0xC2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Jpeg:
+  height: int
+  width: int
+  components: int
+  complete: bool  # there is an end-of-image marker after the first scan
+
+
+def decode(
+  data: bytes,
+  *,
+  key: str = "image",
+  max_pixels: int = MAX_PIXELS,
+) -> UInt8[np.ndarray, "h w 3"]:
+  """The image of a file's bytes as RGB, rotated as its EXIF says.
+
+  Args:
+    data: a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file.
+    key: names the record in errors.
+    max_pixels: larger images are refused from their header, undecoded.
+
+  Raises:
+    BadRecord: not an image, cut short, damaged, too large, or of a kind whose
+      white is unknown.
+  """
+  if not data:
+    raise BadRecord(key, "the image has no bytes")
+  header = _jpeg_header(data)
+  if header is not None:
+    _check_size(header.width, header.height, key, max_pixels)
+    # OpenCV paints what is missing of a cut JPEG grey and says nothing, so a
+    # file without its end marker goes to Pillow, which raises.
+    if header.complete and header.components in (1, 3):
+      image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+      if image is not None:
+        return image
+  return _decode_pillow(data, key, max_pixels)
+
+
+def squash(
+  image: UInt8[np.ndarray, "h w 3"], size: int
+) -> UInt8[np.ndarray, "size size 3"]:
+  """The whole image as a square of `size`, antialiased.
+
+  Where no dimension grows, each new pixel is the mean over its area. Else a
+  dimension that shrinks is blurred first and both are interpolated linearly.
+  """
+  height, width = image.shape[:2]
+  if (height, width) == (size, size):
+    return image
+  if min(height, width) >= size:
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+  # OpenCV averages areas only if no dimension grows, and would alias here.
+  if max(height, width) > size:
+    image = _blur(image, size)
+  return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def _blur(
+  image: UInt8[np.ndarray, "h w 3"], size: int
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Takes from the longer dimension what `size` pixels can't show.
+
+  Shrinking by s, an antialiased linear filter is a triangle of variance s^2/6,
+  of which interpolating makes 1/6; a Gaussian makes the rest.
+  """
+  height, width = image.shape[:2]
+  sigma = math.sqrt(((max(height, width) / size) ** 2 - 1) / 6)
+  length = 2 * math.ceil(2.5 * sigma) + 1
+  kernel = (length, 1) if width > height else (1, length)
+  return cv2.GaussianBlur(image, kernel, sigma)
+
+
+def _check_size(width: int, height: int, key: str, max_pixels: int) -> None:
+  if width * height > max_pixels:
+    raise BadRecord(
+      key,
+      f"the image is {width}x{height}, {width * height / 1e6:.0f} million"
+      f" pixels; at most {max_pixels / 1e6:.0f} million are decoded",
+    )
+
+
+def _jpeg_header(data: bytes) -> _Jpeg | None:
+  """Size and kind of a JPEG from its markers, or None if Pillow must judge."""
+  if data[:3] != b"\xff\xd8\xff":
+    return None
+  at, frame = 2, None
+  while at + 4 <= len(data):
+    if data[at] != 0xFF:
+      return None
+    marker = data[at + 1]
+    if marker == 0xFF:  # padding before a marker
+      at += 1
+      continue
+    (length,) = struct.unpack_from(">H", data, at + 2)
+    if marker in _FRAMES and at + 10 <= len(data):
+      bits, height, width, components = struct.unpack_from(
+        ">BHHB", data, at + 4
+      )
+      if bits != 8 or not height or not width:
+        return None
+      frame = (height, width, components)
+    if marker == 0xDA:  # the first scan: pixels follow
+      if frame is None:
+        return None
+      # A thumbnail's end marker lies before the scan and is not counted.
+      return _Jpeg(*frame, complete=data.rfind(b"\xff\xd9", at) > 0)
+    at += 2 + length
+  return None
+
+
+def _decode_pillow(
+  data: bytes, key: str, max_pixels: int
+) -> UInt8[np.ndarray, "h w 3"]:
+  try:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+      _check_size(image.width, image.height, key, max_pixels)
+      image.load()
+      return _to_rgb(ImageOps.exif_transpose(image), key)
+  except BadRecord:
+    raise
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+    raise BadRecord(key, f"the image is of absurd size ({e})") from e
+  except Image.UnidentifiedImageError as e:
+    raise BadRecord(
+      key,
+      f"{len(data)} bytes that start with {data[:8]!r} are no image; known:"
+      f" {', '.join(_FORMATS)}",
+    ) from e
+  except _DAMAGED as e:
+    raise BadRecord(
+      key, f"the image can't be decoded ({type(e).__name__}: {e})"
+    ) from e
+
+
+def _to_rgb(image: Image.Image, key: str) -> UInt8[np.ndarray, "h w 3"]:
+  if image.mode.startswith("I"):
+    return _from_16_bits(np.asarray(image), key)
+  if image.mode == "F":
+    raise BadRecord(key, "the image has float pixels, of no known range")
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    image = Image.alpha_composite(white, image)
+  return np.array(image.convert("RGB"))
+
+
+def _from_16_bits(grey: np.ndarray, key: str) -> UInt8[np.ndarray, "h w 3"]:
+  grey = grey.astype(np.int64)
+  if grey.min() < 0 or grey.max() > 65535:
+    raise BadRecord(
+      key,
+      f"the image has integers from {grey.min()} to {grey.max()}, of no known"
+      " range; 16 bits at most",
+    )
+  return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, -1)

@@ -1,0 +1,376 @@
+"""Encoder: a loaded model, for evaluations and for users.
+
+    encoder = mtv_jax.load(DIR)
+    features = encoder.image(images, layers=(3, -1))
+    logits = encoder.similarity(features.pooled, encoder.text(captions))
+
+An encoder takes pixels and strings and gives NumPy arrays. It knows neither
+the trainer nor a data set. The parameters are arguments of functions that are
+compiled once per architecture, mesh and request, whichever encoder asks: the
+trainer builds one from its live parameters before every evaluation for free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Float, Float32, PyTree
+
+from mtv_jax import inference, sharding
+from mtv_jax.data import canvas, tokenizers
+from mtv_jax.models import model as models
+from mtv_jax.preprocess import Preprocess
+
+OUTPUTS = ("pooled", "patches", "prefix")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFeatures:
+  """Features of n images; what was not asked for is None.
+
+  Attributes:
+    pooled: `[n, E]`, the embedding, not normalised.
+    patches: `[n, h, w, D]`, the last layer's patch tokens after the final
+      norm, on their grid.
+    prefix: `[n, P, D]`, the CLS token and registers after the final norm.
+    layers: by block (counted from 0, as asked for), its patch tokens
+      `[n, h, w, D]` before the final norm.
+  """
+
+  pooled: Float32[np.ndarray, "n e"] | None
+  patches: Float32[np.ndarray, "n h w d"] | None
+  prefix: Float32[np.ndarray, "n p d"] | None
+  layers: dict[int, Float32[np.ndarray, "n h w d"]]
+
+
+def normalize(
+  embeddings: Float[np.ndarray, "*n e"],
+) -> Float32[np.ndarray, "*n e"]:
+  """Rows divided by their length; a zero row stays zero."""
+  x = np.asarray(embeddings, np.float32)
+  length = np.linalg.norm(x, axis=-1, keepdims=True)
+  return x / np.maximum(length, 1e-12)
+
+
+class Encoder:
+  """Images and strings to features.
+
+  Every host of a pod calls the same methods with the same lists. Each host
+  decodes and computes its own rows of a batch, and all of them get all the
+  results. The last batch is padded and the padding dropped, so results depend
+  neither on the batch size nor on the number of devices (beyond the rounding
+  of a matrix product).
+  """
+
+  def __init__(
+    self,
+    spec: models.ModelSpec,
+    params: Mapping[str, PyTree],
+    preprocess: Preprocess,
+    tokenizer: Any | None = None,
+    mesh: Mesh | None = None,
+    *,
+    dtype: str = "float32",
+    weights: str = "student",
+    source: str = "",
+  ):
+    """Wraps parameters; nothing is compiled or copied that is placed already.
+
+    Args:
+      spec: the architecture.
+      params: `image`, and where there is a text tower `text` and
+        `heads/contrastive`. Live `jax.Array`s stay where they are; NumPy arrays
+        are placed over the mesh by the rules of `sharding.py`.
+      preprocess: what an image goes through.
+      tokenizer: `encode(strings, length)`; only `text` needs it.
+      mesh: `(data, fsdp, tensor)`; by default that of the parameters, else
+        every device on `data`.
+      dtype: of the computation. float32 runs at the highest matmul precision.
+      weights: which of a checkpoint's weights these are, for the protocol.
+      source: where they came from, for the protocol.
+    """
+    if "image" not in params:
+      raise ValueError(
+        f"Encoder: params has no 'image'; it has {sorted(params)}. Pass the "
+        "whole tree {'image', 'text', 'heads'}, not one tower's."
+      )
+    self.spec = spec
+    self.preprocess = preprocess
+    self.tokenizer = tokenizer
+    self.mesh = mesh or _mesh_of(params) or sharding.make_mesh({"data": -1})
+    self.dtype = str(jnp.dtype(dtype))
+    self.weights = weights
+    self.source = source
+    self.params = _place(params, self.mesh)
+    if spec.text is not None and tokenizer is not None:
+      tokenizers.check_vocabulary(tokenizer, spec.text.vocab_size)
+
+  def __repr__(self) -> str:
+    image = self.spec.image
+    return (
+      f"Encoder({self.source or 'live'}, {self.weights}, width {image.width}, "
+      f"depth {image.depth}, patch {image.patch_size}, "
+      f"input {self.preprocess.size})"
+    )
+
+  def image(
+    self,
+    images: Sequence[Any] | np.ndarray,
+    *,
+    layers: Sequence[int] = (),
+    outputs: Sequence[str] = OUTPUTS,
+    batch_size: int = 64,
+  ) -> ImageFeatures:
+    """Features of images.
+
+    Args:
+      images: a sequence of uint8 `[H, W, 3]` arrays of any size, PIL images or
+        encoded bytes. Items are taken one at a time by a thread pool, so a
+        lazy sequence that reads its files on access keeps memory bounded.
+      layers: blocks to return the patch tokens of, from 0; -1 is the last.
+      outputs: which of `pooled`, `patches` and `prefix` to return. Ask only for
+        `pooled` over a large set: patches of 50,000 images don't fit.
+      batch_size: images a step over the whole mesh, rounded up to what its
+        data axes divide.
+
+    Raises:
+      TypeError: for something that is not an image.
+      ValueError: for a layer or an output that does not exist.
+    """
+    _check_images(images)
+    _check_outputs(outputs)
+    depth = self.spec.image.depth
+    taps = tuple(_layer(layer, depth) for layer in layers)
+    wanted = tuple(o for o in OUTPUTS if o in outputs)
+    function = _image_function(
+      self.spec, self.dtype, tuple(sorted(set(taps))), wanted, self.mesh
+    )
+    size = self.preprocess.size
+    out = inference.in_batches(
+      functools.partial(function, self.params["image"]),
+      lambda i: self.preprocess(_as_image(images[i])),
+      count=len(images),
+      blank=np.zeros((size, size, 3), np.float32),
+      batch_size=batch_size,
+      mesh=self.mesh,
+    )
+    return ImageFeatures(
+      pooled=out.get("pooled"),
+      patches=self._grid(out["patches"]) if "patches" in out else None,
+      prefix=out.get("prefix"),
+      layers={
+        layer: self._grid(out[f"layer{tap}"])
+        for layer, tap in zip(layers, taps, strict=True)
+      },
+    )
+
+  def text(
+    self, strings: Sequence[str], *, batch_size: int = 256
+  ) -> Float32[np.ndarray, "n e"]:
+    """Embeddings `[n, E]` of strings, not normalised."""
+    if self.spec.text is None or "text" not in self.params:
+      raise ValueError(
+        f"{self!r} has no text tower, so it can't embed text. Zero-shot and "
+        "retrieval need a model with one (SigLIP, CLIP, a contrastive run)."
+      )
+    if self.tokenizer is None:
+      raise ValueError(
+        f"{self!r} has no tokenizer. Put its tokenizer file into the folder, "
+        "or pass tokenizer=mtv_jax.data.tokenizers.build_tokenizer(...)."
+      )
+    if isinstance(strings, str):
+      raise TypeError("Encoder.text takes a list of strings: pass [string]")
+    if not len(strings):
+      raise ValueError("Encoder.text got no strings")
+    tokens = np.asarray(
+      self.tokenizer.encode(list(strings), self.spec.text.length), np.int32
+    )
+    function = _text_function(self.spec, self.dtype, self.mesh)
+    out = inference.in_batches(
+      functools.partial(function, self.params["text"]),
+      lambda i: tokens[i],
+      count=len(tokens),
+      blank=np.zeros_like(tokens[0]),
+      batch_size=batch_size,
+      mesh=self.mesh,
+    )
+    return out["pooled"]
+
+  def similarity(
+    self,
+    image: Float[np.ndarray, "n e"],
+    text: Float[np.ndarray, "m e"],
+  ) -> Float32[np.ndarray, "n m"]:
+    """Logits `exp(logit_scale) cos(image, text) + logit_bias`.
+
+    Embeddings may be normalised or not. The model was trained on these: sigmoid
+    of them for SigLIP (Zhai et al. 2023), softmax over either axis for CLIP.
+    """
+    head = _contrastive(self.params.get("heads", {}), repr(self))
+    scale = np.exp(np.float32(head["logit_scale"]))
+    bias = np.float32(head.get("logit_bias", 0.0))
+    return scale * (normalize(image) @ normalize(text).T) + bias
+
+  def protocol(self) -> dict[str, Any]:
+    """What a figure made with this encoder depends on, for JSON."""
+    text, tokenizer = self.spec.text, self.tokenizer
+    protocol = {
+      "encoder": self.source or "live parameters",
+      "weights": self.weights,
+      "dtype": self.dtype,
+      "input_size": self.preprocess.size,
+      "preprocess": self.preprocess.to_dict(),
+      "image_pool": self.spec.image.pool,
+    }
+    if text is not None and tokenizer is not None:
+      protocol["text_pool"] = text.pool
+      protocol["text_length"] = text.length
+      path = getattr(tokenizer, "path", None)
+      protocol["tokenizer"] = {
+        "kind": tokenizer.kind,
+        "file": path and pathlib.PurePath(path).name,
+        "vocab_size": tokenizer.vocab_size,
+        "clean": tokenizer.clean,
+      }
+    return protocol
+
+  def _grid(self, tokens: np.ndarray) -> np.ndarray:
+    side = self.preprocess.size // self.spec.image.patch_size
+    return tokens.reshape(len(tokens), side, side, -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _image_function(
+  spec: models.ModelSpec,
+  dtype: str,
+  taps: tuple[int, ...],
+  outputs: tuple[str, ...],
+  mesh: Mesh,
+) -> Callable[[PyTree, jax.Array], dict[str, jax.Array]]:
+  """The compiled image tower, shared by all encoders of this architecture."""
+  tower = models.image_tower(spec, dtype=jnp.dtype(dtype))
+
+  def run(params, images):
+    with _precision(dtype):
+      out = tower.apply({"params": params}, images, taps=taps)
+    kept = {name: getattr(out, name) for name in outputs}
+    first = out.prefix.shape[1]
+    for tap in taps:
+      kept[f"layer{tap}"] = out.taps[tap][:, first:]
+    return jax.tree.map(lambda x: x.astype(jnp.float32), kept)
+
+  return jax.jit(run, out_shardings=sharding.replicated(mesh))
+
+
+@functools.lru_cache(maxsize=64)
+def _text_function(
+  spec: models.ModelSpec, dtype: str, mesh: Mesh
+) -> Callable[[PyTree, jax.Array], dict[str, jax.Array]]:
+  """The compiled text tower, shared by all encoders of this architecture."""
+  tower = models.text_tower(spec, dtype=jnp.dtype(dtype))
+
+  def run(params, tokens):
+    with _precision(dtype):
+      out = tower.apply({"params": params}, tokens)
+    return {"pooled": out.pooled.astype(jnp.float32)}
+
+  return jax.jit(run, out_shardings=sharding.replicated(mesh))
+
+
+def _precision(dtype: str) -> Any:
+  """float32 means float32: a TPU's default would multiply in bfloat16."""
+  return jax.default_matmul_precision(
+    "highest" if dtype == "float32" else "default"
+  )
+
+
+def _mesh_of(params: PyTree) -> Mesh | None:
+  """The mesh that live parameters are placed on, if they are."""
+  for leaf in jax.tree.leaves(params):
+    placing = getattr(leaf, "sharding", None)
+    if isinstance(placing, NamedSharding):
+      mesh = placing.mesh
+      if set(sharding.AXES) <= set(mesh.axis_names):
+        return mesh
+  return None
+
+
+def _place(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
+  """Puts NumPy leaves on the mesh; arrays that are on it stay as they are."""
+  placings = sharding.tree_shardings(params, mesh)
+
+  def place(leaf, placing):
+    placed = getattr(leaf, "sharding", None)
+    if isinstance(placed, NamedSharding) and placed.mesh == mesh:
+      return leaf
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(
+      host.shape, placing, lambda index: host[index]
+    )
+
+  return jax.tree.map(place, dict(params), placings)
+
+
+def _contrastive(heads: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+  """The head with the temperature, whatever the run called its objective."""
+  found = {k: v for k, v in heads.items() if "logit_scale" in v}
+  if "contrastive" in found or len(found) == 1:
+    return found.get("contrastive") or next(iter(found.values()))
+  raise ValueError(
+    f"{what} has {len(found)} heads with a temperature (logit_scale), and one "
+    f"is expected; its heads are {sorted(heads)}. For cosine similarity use "
+    "normalize(image) @ normalize(text).T"
+  )
+
+
+def _layer(layer: int, depth: int) -> int:
+  if not -depth <= layer < depth:
+    raise ValueError(
+      f"layer {layer} of an encoder with {depth} blocks; expected 0.."
+      f"{depth - 1}, or -{depth}..-1 from the end"
+    )
+  return layer % depth
+
+
+def _check_outputs(outputs: Iterable[str]) -> None:
+  unknown = [o for o in outputs if o not in OUTPUTS]
+  if unknown or isinstance(outputs, str):
+    raise ValueError(f"outputs={outputs!r}; expected some of {OUTPUTS}")
+
+
+def _check_images(images: Any) -> None:
+  single = isinstance(images, PIL.Image.Image | bytes | str) or (
+    isinstance(images, np.ndarray) and images.ndim < 4
+  )
+  if single:
+    raise TypeError(
+      "Encoder.image takes a sequence of images and got one "
+      f"{type(images).__name__}: pass [image]"
+    )
+  if not len(images):
+    raise ValueError("Encoder.image got no images")
+
+
+def _as_image(item: Any) -> Any:
+  """Bytes are decoded; anything but uint8 RGB and PIL is refused."""
+  if isinstance(item, bytes):
+    return canvas.decode(item)
+  if isinstance(item, PIL.Image.Image):
+    return item
+  array = np.asarray(item)
+  if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+    raise TypeError(
+      f"an image must be uint8 [H, W, 3], PIL or encoded bytes; got "
+      f"{type(item).__name__} {array.dtype} {list(array.shape)}. Pass pixels "
+      "as they were decoded: the encoder resizes and normalises."
+    )
+  return array

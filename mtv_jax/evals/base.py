@@ -1,0 +1,101 @@
+"""The contract of an evaluation, and the registry of them.
+
+An evaluation is a frozen dataclass: its fields are its options, as a config or
+a command line gives them, and `run(encoder)` returns figures together with
+everything that they depend on. To add one, write its file and name it in
+`EVALUATORS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mtv_jax.config import ConfigError, did_you_mean
+from mtv_jax.encoder import Encoder
+
+# Imported when asked for, so that one evaluation's needs burden no other.
+EVALUATORS = {
+  "retrieval": ("mtv_jax.evals.retrieval", "Retrieval"),
+  "zero_shot": ("mtv_jax.evals.zero_shot", "ZeroShot"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """Figures and how they were made.
+
+  Attributes:
+    metrics: fractions (0..1) by name, unless the name says another unit.
+    protocol: everything the figures depend on, JSON-able: input size,
+      preprocessing, weights, tie rule, data and its hash.
+    chance: for some of the metrics, what a random encoder expects to get.
+  """
+
+  metrics: dict[str, float]
+  protocol: dict[str, Any]
+  chance: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  def to_dict(self) -> dict[str, Any]:
+    """For JSON."""
+    return dataclasses.asdict(self)
+
+
+class Evaluator:
+  """Base of the evaluations; subclasses are frozen dataclasses."""
+
+  def prepare(self) -> None:
+    """Opens the data, so that a mistake shows before anything is computed.
+
+    What is opened stays open: an evaluator may run many times.
+    """
+
+  def run(self, encoder: Encoder) -> Result:
+    """Evaluates; the same call on every host of a pod."""
+    raise NotImplementedError(f"{type(self).__name__} does not define run()")
+
+
+def build_evaluator(
+  name: str, config: Mapping[str, Any] | ConfigDict
+) -> Evaluator:
+  """The evaluator that an entry of `config.evals` describes.
+
+  Args:
+    name: the entry's name, and its type where `config` gives none.
+    config: options of the evaluation. When to run it (`every_steps` and its
+      like) is the trainer's business and ignored here.
+
+  Raises:
+    ConfigError: for an unknown type or option, or a bad value of one.
+  """
+  options = dict(config)
+  kind = options.pop("type", name)
+  if kind not in EVALUATORS:
+    raise ConfigError(
+      f"config.evals.{name}: no evaluation of type {kind!r}. "
+      f"{did_you_mean(str(kind), EVALUATORS)}"
+    )
+  module, attribute = EVALUATORS[kind]
+  cls = getattr(importlib.import_module(module), attribute)
+  options = {
+    k: _plain(v) for k, v in options.items() if not k.startswith("every_")
+  }
+  known = [field.name for field in dataclasses.fields(cls)]
+  for option in options:
+    if option not in known:
+      raise ConfigError(
+        f"config.evals.{name}: {kind} has no option {option!r}. "
+        f"{did_you_mean(option, known)}"
+      )
+  return cls(**options)
+
+
+def _plain(value: Any) -> Any:
+  """ConfigDicts as dictionaries and lists as tuples, so options are values."""
+  if hasattr(value, "to_dict"):
+    return value.to_dict()
+  return tuple(value) if isinstance(value, list) else value

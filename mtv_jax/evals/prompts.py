@@ -1,0 +1,148 @@
+"""Class names and prompt templates: our own few, or a file's."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+DEFAULT_TEMPLATES = (
+  "{}",
+  "a picture of a {}",
+  "an image that shows a {}",
+  "one {} in the scene",
+  "there is a {} here",
+  "a view of the {}",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """What a text classifier is built from.
+
+  Attributes:
+    classes: names, in the order of the labels.
+    templates: each with one `{}` that a class name takes the place of.
+    ids: identifiers of the classes in the data (ImageNet's WordNet ids), in
+      the same order; None where the data uses the names themselves.
+    name: where they came from, for the protocol.
+  """
+
+  classes: tuple[str, ...]
+  templates: tuple[str, ...] = DEFAULT_TEMPLATES
+  ids: tuple[str, ...] | None = None
+  name: str = "built in"
+
+  def __post_init__(self):
+    for template in self.templates:
+      if template.count("{}") != 1:
+        raise ValueError(
+          f"{self.name}: template {template!r} must hold exactly one '{{}}', "
+          "the place of the class name"
+        )
+    if not self.classes or not self.templates:
+      raise ValueError(
+        f"{self.name}: {len(self.classes)} classes and {len(self.templates)} "
+        "templates; expected at least one of each"
+      )
+    if self.ids is not None:
+      distinct = len(set(self.ids))
+      if not len(self.ids) == distinct == len(self.classes):
+        raise ValueError(
+          f"{self.name}: {len(self.ids)} ids, {distinct} of them distinct, for "
+          f"{len(self.classes)} classes; expected one id a class"
+        )
+
+  @property
+  def digest(self) -> str:
+    """Hash of the strings, in their order."""
+    text = json.dumps([self.classes, self.templates])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_prompts(path: str | os.PathLike) -> Prompts:
+  """Reads `{"classes": [...], "templates": [...], "ids": [...]}`.
+
+  `templates` defaults to ours and `ids` to none; `tools/make_prompts.py` writes
+  ImageNet's.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if it is not JSON of this form.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"no prompt file {path}; tools/make_prompts.py writes ImageNet's"
+    )
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from None
+  if not isinstance(content, dict) or "classes" not in content:
+    got = sorted(content) if isinstance(content, dict) else type(content)
+    raise ValueError(
+      f"{path}: expected an object with 'classes', and optionally 'templates' "
+      f"and 'ids'; got {got}"
+    )
+  return Prompts(
+    classes=_strings(path, content, "classes") or (),
+    templates=_strings(path, content, "templates") or DEFAULT_TEMPLATES,
+    ids=_strings(path, content, "ids"),
+    name=path.name,
+  )
+
+
+def write_prompts(path: str | os.PathLike, prompts: Prompts) -> None:
+  """Writes what `read_prompts` reads."""
+  content: dict[str, Any] = {
+    "classes": list(prompts.classes),
+    "templates": list(prompts.templates),
+  }
+  if prompts.ids is not None:
+    content["ids"] = list(prompts.ids)
+  text = json.dumps(content, indent=1, ensure_ascii=False)
+  pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def imagenet_prompts() -> Prompts:
+  """ImageNet's 1000 names and 80 templates from an installed open_clip.
+
+  The WordNet ids come from timm, which open_clip depends on: open_clip's list
+  is in their order but leaves them out.
+
+  Raises:
+    ImportError: where open_clip is not installed.
+  """
+  try:
+    import open_clip
+    from timm.data import ImageNetInfo
+  except ImportError as error:
+    raise ImportError(
+      "ImageNet's prompts are read from open_clip, which is not installed: "
+      "pip install open_clip_torch (only this command needs it)"
+    ) from error
+  info = ImageNetInfo("imagenet-1k")
+  count = info.num_classes()
+  return Prompts(
+    classes=tuple(open_clip.IMAGENET_CLASSNAMES),
+    templates=tuple(t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES),
+    ids=tuple(info.index_to_label_name(i) for i in range(count)),
+    name="open_clip ImageNet",
+  )
+
+
+def _strings(
+  path: pathlib.Path, content: dict[str, Any], key: str
+) -> tuple[str, ...] | None:
+  values = content.get(key)
+  if values is None:
+    return None
+  if not isinstance(values, list) or not all(
+    isinstance(v, str) and v for v in values
+  ):
+    raise ValueError(f"{path}: {key!r} must be a list of non-empty strings")
+  return tuple(values)

@@ -1,0 +1,120 @@
+"""Where the right answer stands among all candidates, ties decided.
+
+The rank of a candidate is the number of candidates that score higher plus the
+number of equal ones with a lower index: its place in a stable sort. A query
+that several candidates answer is given the best rank among them. Zero-shot
+classification (candidates are classes) and retrieval both come down to this.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+TIE_RULE = "rank = number better + number equal with a lower index"
+
+
+def ranks(
+  queries: Float32[np.ndarray, "q e"],
+  candidates: Float32[np.ndarray, "c e"],
+  *,
+  query_ids: Int[np.ndarray, " q"],
+  candidate_ids: Int[np.ndarray, " c"],
+  block_bytes: int = 2**26,
+) -> Int[np.ndarray, " q"]:
+  """For each query, the best rank of a candidate with its id.
+
+  Scores are dot products in float32 at the highest matmul precision (a TPU's
+  default rounds to bfloat16 and reorders neighbours), made for a block of
+  queries at a time. Equal candidates are scored once: their places in a matrix
+  product can differ in the last bit, and what is a tie must stay one.
+
+  Args:
+    queries: normalised, if the scores are to be cosines.
+    candidates: the same.
+    query_ids: what each query belongs to.
+    candidate_ids: what each candidate belongs to.
+    block_bytes: size of the largest block of scores held.
+
+  Raises:
+    ValueError: for embeddings that are not finite (a NaN compares as neither
+      better nor equal, which would count as a hit), or a query whose id no
+      candidate has.
+  """
+  for name, rows in (("queries", queries), ("candidates", candidates)):
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=-1))
+    if bad.size:
+      raise ValueError(
+        f"{bad.size} of {len(rows)} {name} are not finite (the first is "
+        f"number {bad[0]}): the encoder diverged, or its weights are damaged"
+      )
+  _check_answered(query_ids, candidate_ids)
+  unique, inverse = _unique_rows(candidates)
+  rows = max(1, min(len(queries), block_bytes // (4 * len(candidates))))
+  found = []
+  for start in range(0, len(queries), rows):
+    block = queries[start : start + rows]
+    ids = query_ids[start : start + rows]
+    # The last block is padded, so that only one shape is compiled.
+    short = rows - len(block)
+    out = _block(
+      np.pad(block, ((0, short), (0, 0))),
+      np.pad(ids, (0, short), mode="edge"),
+      unique,
+      inverse,
+      candidate_ids,
+    )
+    found.append(np.asarray(out)[: len(block)])
+  return np.concatenate(found)
+
+
+def ranks_of_scores(
+  scores: Float[Array, "q c"] | Float[np.ndarray, "q c"],
+  own: Bool[Array, "q c"] | Bool[np.ndarray, "q c"],
+) -> Int[Array, " q"]:
+  """The best rank, in each row, of a candidate marked as the row's own."""
+  scores = jnp.asarray(scores)
+  # argmax takes the first of equals, which is the one with the best rank.
+  best = jnp.argmax(jnp.where(own, scores, -jnp.inf), axis=1)[:, None]
+  score = jnp.take_along_axis(scores, best, axis=1)
+  before = jnp.arange(scores.shape[1])[None] < best
+  ahead = (scores > score) | ((scores == score) & before)
+  return jnp.sum(ahead, axis=1)
+
+
+def hit_rates(
+  found: Int[np.ndarray, " q"], at: Sequence[int]
+) -> dict[int, float]:
+  """By k, the share of queries whose rank is below k."""
+  return {k: float(np.mean(found < k)) for k in at}
+
+
+@functools.partial(jax.jit)
+def _block(queries, query_ids, unique, inverse, candidate_ids):
+  scores = jnp.matmul(queries, unique.T, precision=jax.lax.Precision.HIGHEST)
+  own = query_ids[:, None] == candidate_ids[None]
+  return ranks_of_scores(scores[:, inverse], own)
+
+
+def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Distinct rows in order of appearance, and where each row is in them."""
+  # Adding zero makes -0.0 and 0.0 the same bytes.
+  rows = np.ascontiguousarray(rows) + 0.0
+  seen: dict[bytes, int] = {}
+  inverse = [seen.setdefault(row.tobytes(), len(seen)) for row in rows]
+  _, first = np.unique(inverse, return_index=True)
+  return rows[first], np.asarray(inverse, np.int32)
+
+
+def _check_answered(query_ids: np.ndarray, candidate_ids: np.ndarray) -> None:
+  lost = np.setdiff1d(query_ids, candidate_ids)
+  if lost.size:
+    raise ValueError(
+      f"{lost.size} query ids have no candidate (the first is {lost[0]}), so "
+      "they could never be hit"
+    )

@@ -1,0 +1,224 @@
+"""A checked config and everything that is built from it once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mtv_jax import config as config_lib
+from mtv_jax import optim, sharding, trees, views
+from mtv_jax import step as step_lib
+from mtv_jax.data import pipeline, tokenizers
+from mtv_jax.data import sources as sources_lib
+from mtv_jax.evals import base as evals_base
+from mtv_jax.evals import run as evals_lib
+from mtv_jax.models import model as model_lib
+from mtv_jax.objectives import build_objective
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A checked config, and everything built from it once.
+
+  Attributes:
+    config: resolved, defaults filled in.
+    workdir: the run's folder.
+    mesh: of all devices of all processes.
+    recipe: what the step is made of.
+    tokenizer: of the captions; None for a model without text.
+    sources: of `config.data.train`, in order.
+    examples_per_epoch: records of all sources together.
+    total_steps: of the run.
+    optimizer: with its schedule and its table of rules.
+    program: the compiled step and the shape of its state.
+    evaluators: of `config.evals`, built once, so that a mistake shows at once.
+  """
+
+  config: ConfigDict
+  workdir: pathlib.Path
+  mesh: Mesh
+  recipe: step_lib.Recipe
+  tokenizer: Any
+  sources: list[Any]
+  examples_per_epoch: int
+  total_steps: int
+  optimizer: optim.Optimizer
+  program: step_lib.Program
+  evaluators: dict[str, evals_base.Evaluator]
+
+  def every(self, name: str, section: ConfigDict) -> int | None:
+    """A duration of a section in steps, None where it has none."""
+    return config_lib.steps(
+      name,
+      section,
+      batch_size=self.config.batch_size,
+      examples_per_epoch=self.examples_per_epoch,
+      total_steps=self.total_steps,
+      default=None,
+    )
+
+
+def build_recipe(config: ConfigDict, total_steps: int) -> step_lib.Recipe:
+  """What a resolved config says about the step."""
+  options = model_lib.runtime(config.model)
+  return step_lib.Recipe(
+    spec=model_lib.ModelSpec.from_config(config.model),
+    dtype=jnp.dtype(options.pop("dtype", "float32")),
+    runtime=options,
+    objectives={
+      name: build_objective(name, entry)
+      for name, entry in config.objectives.items()
+    },
+    weights={name: e.weight for name, e in config.objectives.items()},
+    views=views.build_views(config.views.to_dict()),
+    seed=config.seed,
+    total_steps=total_steps,
+    teacher_momentum=config.teacher.momentum,
+    ema_decay=config.ema.decay if config.ema else None,
+  )
+
+
+def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
+  """Checks a config and builds everything but the state.
+
+  Raises:
+    ConfigError: for anything in the config that can't be used.
+  """
+  config = config_lib.check(config)
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch(config.batch_size, mesh)
+  tokenizer = None
+  if text := config.model.text:
+    tokenizer = tokenizers.build_tokenizer(text.tokenizer, clean=text.clean)
+    tokenizers.check_vocabulary(
+      tokenizer, text.vocab_size, where="config.model.text.vocab_size"
+    )
+  sources = [
+    sources_lib.build_source(s) for s in config.data.to_dict()["train"]
+  ]
+  examples = sum(len(source) for source in sources)
+  total_steps = config_lib.total_steps(config, examples)
+  recipe = build_recipe(config, total_steps)
+  params = step_lib.abstract_params(recipe)
+  optimizer = optim.make_optimizer(
+    config.optim,
+    config.schedule,
+    total_steps=total_steps,
+    batch_size=config.batch_size,
+    examples_per_epoch=examples,
+    params=params,
+  )
+  names = [name for name, _ in trees.flatten_names(params)]
+  sharding.check_rules(config.sharding, names)
+  program = step_lib.make_program(recipe, optimizer.tx, mesh, config.sharding)
+  return Experiment(
+    config=config,
+    workdir=pathlib.Path(workdir),
+    mesh=mesh,
+    recipe=recipe,
+    tokenizer=tokenizer,
+    sources=sources,
+    examples_per_epoch=examples,
+    total_steps=total_steps,
+    optimizer=optimizer,
+    program=program,
+    evaluators=evals_lib.build(
+      {
+        name: {k: v for k, v in entry.items() if k != "weights"}
+        for name, entry in config.evals.items()
+      }
+    ),
+  )
+
+
+def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
+  """This process's rows of every batch, from a step on.
+
+  Raises:
+    ConfigError: if an objective reads a field that the batches lack.
+  """
+  rows = sharding.host_rows(experiment.config.batch_size, experiment.mesh)
+  loader = pipeline.make_loader(
+    experiment.config.data.to_dict(),
+    batch_size=experiment.config.batch_size,
+    seed=experiment.config.seed,
+    start_step=start_step,
+    process_index=rows.index,
+    process_count=rows.count,
+    tokenizer=experiment.tokenizer,
+    sources=experiment.sources,
+  )
+  for field, readers in experiment.recipe.fields().items():
+    if field not in loader.fields:
+      raise config_lib.ConfigError(
+        f"objective {readers[0]!r} reads the batch field {field!r}, which no "
+        f"source and op of config.data gives; there are: "
+        f"{sorted(loader.fields)}. Add the source or the op, or drop the "
+        "objective."
+      )
+  return loader
+
+
+def write_config(experiment: Experiment) -> None:
+  """Keeps the resolved config and the tokenizer file with the run."""
+  if jax.process_index() != 0:
+    return
+  experiment.workdir.mkdir(parents=True, exist_ok=True)
+  path = experiment.workdir / "config.json"
+  text = json.dumps(experiment.config.to_dict(), indent=2) + "\n"
+  if path.exists() and path.read_text() != text:
+    log.warning(
+      "%s held another config; it is kept as config.json.old. A changed seed, "
+      "batch size or data is another run: it meets other rows from here on.",
+      path,
+    )
+    path.replace(path.with_name("config.json.old"))
+  path.write_text(text)
+  if experiment.tokenizer is not None and experiment.tokenizer.path is not None:
+    folder = experiment.workdir / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    target = folder / pathlib.Path(experiment.tokenizer.path).name
+    if not target.exists():
+      shutil.copyfile(experiment.tokenizer.path, target)
+
+
+def describe(experiment: Experiment) -> None:
+  """Logs what is about to be trained: sizes, placement, rules, length."""
+  rows = sharding.table(experiment.program.abstract.params)
+  width = max(len(row[0]) for row in rows)
+  line = f"%-{width}s  %-16s %13s  %s"
+  log.info(line, "parameter", "shape", "bytes/device", "partition")
+  for name, shape, spec, size in rows:
+    shown = "x".join(map(str, shape)) or "-"
+    log.info(line, name, shown, f"{size:,}", spec)
+  log.info("\n%s\n", optim.describe(experiment.optimizer.table))
+  mesh, config = experiment.mesh, experiment.config
+  count = sum(math.prod(row[1]) for row in rows)
+  held = sum(row[3] for row in sharding.table(experiment.program.abstract))
+  log.info(
+    "%s parameters; the state takes %.1f MB a device on a mesh of %s.",
+    f"{count:,}",
+    held / 1e6,
+    " x ".join(f"{mesh.shape[axis]} {axis}" for axis in sharding.AXES),
+  )
+  log.info("Encodings: %s.", ", ".join(map(str, experiment.recipe.plan)))
+  log.info(
+    "%d steps of %d examples; an epoch of %s examples is %.1f steps.",
+    experiment.total_steps,
+    config.batch_size,
+    f"{experiment.examples_per_epoch:,}",
+    experiment.examples_per_epoch / config.batch_size,
+  )

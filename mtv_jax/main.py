@@ -1,0 +1,63 @@
+"""The training command.
+
+  python -m mtv_jax.main --config=configs/mtv_tiny.py --workdir=runs/a
+
+A config takes arguments after a colon and overrides of any key:
+
+  --config=configs/siglip_b16_224.py:tiny,batch=64 --config.total_steps=100
+
+Started again with the same folder, a run goes on from its last checkpoint. On
+a pod, every host runs the same command with `--distributed`.
+"""
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from mtv_jax import metrics, train
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "The recipe, with its arguments after a colon."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "The run's folder: config, metrics, checkpoints."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  False,
+  "Join the other hosts. On a TPU pod, SLURM or Open MPI they find each other; "
+  "elsewhere give the three flags below.",
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "host:port of process 0. Implies --distributed."
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many there are.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.")
+
+
+def _join_hosts() -> None:
+  """`jax.distributed.initialize`, before anything else touches a device."""
+  if not (_DISTRIBUTED.value or _COORDINATOR.value):
+    return
+  given = [_COORDINATOR.value, _PROCESSES.value, _PROCESS.value]
+  if any(g is not None for g in given) and None in given:
+    raise app.UsageError(
+      "--coordinator, --processes and --process go together: got "
+      f"coordinator={given[0]}, processes={given[1]}, process={given[2]}."
+    )
+  jax.distributed.initialize(*given)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(
+      f"what is {argv[1:]}? Overrides are written --config.KEY=VALUE."
+    )
+  _join_hosts()
+  metrics.setup_logging(process_index=jax.process_index())
+  train.run(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)

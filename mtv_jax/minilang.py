@@ -1,0 +1,144 @@
+"""The mini-language of ops: "decode|canvas(384)|caption(64, pick='first')".
+
+And what every reader of a config shares: its error, and did-you-mean.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+  """Something the user wrote in a config can't be used."""
+
+
+def did_you_mean(name: str, names: Iterable[str], *, limit: int = 40) -> str:
+  """The tail of an error about an unknown name.
+
+  Args:
+    name: what was asked for.
+    names: what there is.
+    limit: how many names to print; beyond it the closest ones are kept.
+
+  Returns:
+    "Did you mean 'b'? There are: a, b, c." (without the question where
+    nothing is close).
+  """
+  names = sorted({str(n) for n in names})
+  if not names:
+    return "There are none."
+  close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+  question = f"Did you mean {close[0]!r}? " if close else ""
+  more = ""
+  if len(names) > limit:
+    more = f", ... ({len(names) - limit} more)"
+    names = difflib.get_close_matches(name, names, n=limit, cutoff=0.0)
+  return f"{question}There are: {', '.join(names)}{more}."
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """One named op with its literal arguments."""
+
+  name: str
+  args: tuple = ()
+  kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __str__(self) -> str:
+    args = [repr(a) for a in self.args]
+    args += [f"{k}={v!r}" for k, v in self.kwargs.items()]
+    return f"{self.name}({', '.join(args)})" if args else self.name
+
+
+def parse_ops(text: str) -> list[Op]:
+  """Parses ops joined by `|`; arguments are Python literals.
+
+  Args:
+    text: such as "crop(224, 0.3, 1.0)|flip|jitter(0.8)". Blank gives no ops.
+
+  Raises:
+    ConfigError: bad syntax, with the place.
+  """
+  # Line breaks inside the text are layout, and a blank keeps every position.
+  line = text.replace("\n", " ")
+  if not line.strip():
+    return []
+  indent = len(line) - len(line.lstrip())
+  try:
+    tree = ast.parse(line[indent:], mode="eval")
+  except SyntaxError as e:
+    at = indent + (e.offset or 1) - 1
+    raise _syntax_error(line, at, e.msg) from None
+
+  def fail(node: ast.AST, why: str) -> ConfigError:
+    # The parser counts UTF-8 bytes, the reader counts characters.
+    head = line[indent:].encode()[: node.col_offset].decode(errors="ignore")
+    return _syntax_error(line, indent + len(head), why)
+
+  return [_op(node, fail) for node in _flatten(tree.body)]
+
+
+def _flatten(node: ast.expr) -> list[ast.expr]:
+  if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+    return _flatten(node.left) + _flatten(node.right)
+  return [node]
+
+
+def _op(node: ast.expr, fail: Callable[..., Exception]) -> Op:
+  if isinstance(node, ast.Name):
+    return Op(node.id)
+  if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+    raise fail(node, "an op is a name, or a name with arguments in brackets")
+  if any(k.arg is None for k in node.keywords):
+    raise fail(node, "** is not understood here")
+
+  def literal(value: ast.expr) -> Any:
+    try:
+      return ast.literal_eval(value)
+    except ValueError:
+      raise fail(
+        value, "arguments are literals: numbers, quoted strings, tuples"
+      ) from None
+
+  args = tuple(literal(a) for a in node.args)
+  return Op(
+    node.func.id, args, {k.arg: literal(k.value) for k in node.keywords}
+  )
+
+
+def _syntax_error(line: str, at: int, why: str) -> ConfigError:
+  return ConfigError(
+    f"can't read the ops, at character {at + 1}: {why}\n"
+    f"  {line}\n  {' ' * at}^\n"
+    "They are written like \"decode|canvas(384)|caption(64, pick='first')\"."
+  )
+
+
+def build_op(op: Op, registry: Mapping[str, Callable], what: str) -> Any:
+  """Calls the factory that `registry` holds for `op.name`.
+
+  Args:
+    op: from `parse_ops`.
+    registry: name to factory.
+    what: how to call it in errors, such as "data op".
+
+  Raises:
+    ConfigError: no such name, or arguments that don't fit its signature.
+  """
+  if op.name not in registry:
+    raise ConfigError(
+      f"unknown {what} {op.name!r}. {did_you_mean(op.name, registry)}"
+    )
+  factory = registry[op.name]
+  signature = inspect.signature(factory)
+  try:
+    signature.bind(*op.args, **op.kwargs)
+  except TypeError as e:
+    parameters = ", ".join(str(p) for p in signature.parameters.values())
+    raise ConfigError(
+      f"{what} {op}: {e}. Its parameters are: {op.name}({parameters})."
+    ) from None
+  return factory(*op.args, **op.kwargs)

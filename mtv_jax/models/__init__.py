@@ -1,0 +1,1 @@
+"""The towers and what they are made of."""

@@ -1,0 +1,77 @@
+"""Resampling a grid of position embeddings to another grid.
+
+Along each axis it is one small matrix, computed on the host from the two sizes,
+so that in the graph it is two matrix products.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64
+
+RESIZES = ("bicubic", "antialiased")
+
+
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+  """Keys' cubic convolution kernel (1981), zero beyond a distance of 2."""
+  x = np.abs(x)
+  near = ((a + 2) * x - (a + 3)) * x * x + 1
+  far = a * (((x - 5) * x + 8) * x - 4)
+  return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+@functools.lru_cache(maxsize=256)
+def resize_matrix(
+  size: int, new_size: int, method: str = "bicubic"
+) -> Float64[np.ndarray, "new old"]:
+  """The matrix that resamples `size` values to `new_size`.
+
+  Pixels are areas (align_corners=False). Rows sum to one. Equal to PyTorch's
+  `interpolate`, because that is what released models were evaluated with.
+
+  Args:
+    size: values there are.
+    new_size: values wanted.
+    method: 'bicubic' (a = -0.75, the edge value repeated outside: PyTorch's
+      default; SigLIP, DINOv2) or 'antialiased' (a = -0.5, the kernel widened
+      when shrinking, outside left out: PyTorch's antialias=True, Pillow's way;
+      DINOv2 with registers).
+  """
+  scale = size / new_size
+  centre = (np.arange(new_size)[:, None] + 0.5) * scale - 0.5
+  matrix = np.zeros((new_size, size))
+  rows = np.arange(new_size)[:, None]
+  if method == "bicubic":
+    taps = np.floor(centre).astype(int) + np.arange(-1, 3)
+    weights = _cubic(taps - centre, -0.75)
+    np.add.at(matrix, (rows, np.clip(taps, 0, size - 1)), weights)
+  else:
+    widen = max(scale, 1.0)
+    matrix[:] = _cubic((np.arange(size) - centre) / widen, -0.5)
+    matrix /= matrix.sum(axis=1, keepdims=True)
+  matrix.setflags(write=False)  # cached, so shared by every caller
+  return matrix
+
+
+def resize_grid(
+  grid: Float[Array, "h w d"], size: tuple[int, int], method: str = "bicubic"
+) -> Float[Array, "h2 w2 d"]:
+  """Resamples a grid of embeddings to `size` = (rows, columns), in float32."""
+  if grid.shape[:2] == size:
+    return grid
+  rows, columns = (
+    jnp.asarray(resize_matrix(a, b, method), jnp.float32)
+    for a, b in zip(grid.shape[:2], size, strict=True)
+  )
+  # Positions are few and everything rests on them: no bfloat16 passes here.
+  return jnp.einsum(
+    "yh,xw,hwd->yxd",
+    rows,
+    columns,
+    grid,
+    precision=jax.lax.Precision.HIGHEST,
+  )

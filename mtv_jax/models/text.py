@@ -1,0 +1,170 @@
+"""The text tower: a transformer over token ids, SigLIP's or CLIP's."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, no_type_check
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from mtv_jax.models import layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSpec:
+  """The shape of a text tower.
+
+  Attributes:
+    vocab_size: rows of the token embedding.
+    length: longest input in tokens; shorter ones use the first positions.
+    width: channels of a token (D).
+    depth: number of blocks.
+    heads: attention heads; they divide `width`.
+    mlp_dim: hidden units of an MLP.
+    pool: which token is the text's embedding: 'last' (SigLIP), 'eos' (CLIP),
+      'first', or 'mean' of all, padding included.
+    causal: whether a token sees only those before it (CLIP).
+    gelu: 'tanh' (SigLIP), 'exact' or 'quick' (CLIP).
+    norm_eps: epsilon of every LayerNorm.
+    projection: channels of the embedding (E).
+    projection_bias: whether the projection has a bias (SigLIP).
+    eos_id: the end-of-text token, read only by pool 'eos': the first one in a
+      text is its embedding. As in `transformers`, 2 stands for another rule,
+      the position of the highest id: CLIP's configurations said 2 while the
+      token was the last of the vocabulary.
+
+  Raises:
+    ValueError: for fields that fit no model.
+  """
+
+  vocab_size: int = 32_000
+  length: int = 64
+  width: int = 768
+  depth: int = 12
+  heads: int = 12
+  mlp_dim: int = 3072
+  pool: str = "last"
+  causal: bool = False
+  gelu: str = "tanh"
+  norm_eps: float = 1e-6
+  projection: int = 768
+  projection_bias: bool = True
+  eos_id: int = 1
+
+  def __post_init__(self):
+    layers.check_tower(self)
+    layers.check_choice(
+      "TextSpec.pool", self.pool, ("last", "eos", "first", "mean")
+    )
+    for field in ("vocab_size", "length", "projection"):
+      if getattr(self, field) < 1:
+        raise ValueError(
+          f"TextSpec.{field} is {getattr(self, field)}; it must be at least 1."
+        )
+
+  @property
+  def embed_dim(self) -> int:
+    """Channels of `pooled` (E)."""
+    return self.projection
+
+
+@no_type_check  # JAX rebuilds pytrees with leaves that are not arrays
+@struct.dataclass
+class TextOutput:
+  """What the text tower gives.
+
+  Attributes:
+    tokens: after the final norm.
+    pooled: the embedding of the text, float32, not normalised.
+  """
+
+  tokens: Float[Array, "b t d"]
+  pooled: Float[Array, "b e"]
+
+
+class TextTower(nn.Module):
+  """The text tower.
+
+  Attributes:
+    spec: its shape.
+    dtype: compute dtype; parameters and LayerNorm statistics are float32.
+    remat: what the backward pass finds saved, see `layers.run_stack`.
+    scan: whether the blocks run in a loop, see `layers.run_stack`.
+  """
+
+  spec: TextSpec
+  dtype: Any = jnp.float32
+  remat: str = "none"
+  scan: bool = True
+
+  @nn.compact
+  def __call__(self, tokens: Int[Array, "b t"]) -> TextOutput:
+    """Encodes texts of T <= `spec.length` tokens.
+
+    Padding is attended to, as in SigLIP and CLIP: there is no mask. An id
+    outside the vocabulary gives NaN rather than some other token's embedding.
+
+    Raises:
+      ValueError: for too many tokens.
+    """
+    spec = self.spec
+    length = tokens.shape[1]
+    if not 1 <= length <= spec.length:
+      raise ValueError(
+        f"The texts have {length} tokens; the tower has positions for 1 to "
+        f"{spec.length}. Tokenize to at most {spec.length}, or build the model "
+        f"with length={length}."
+      )
+    # Token and position embeddings start as CLIP's do (Radford et al. 2021):
+    # at 0.02 and 0.01, so that position does not drown the words.
+    table = self.param(
+      "token_embedding",
+      nn.initializers.normal(0.02),
+      (spec.vocab_size, spec.width),
+    )
+    place = self.param(
+      "position_embedding",
+      nn.initializers.normal(0.01),
+      (spec.length, spec.width),
+    )
+    x = jnp.take(table, tokens, axis=0) + place[:length]
+
+    block = layers.Block(
+      heads=spec.heads,
+      mlp_dim=spec.mlp_dim,
+      causal=spec.causal,
+      gelu=spec.gelu,
+      norm_eps=spec.norm_eps,
+      dtype=self.dtype,
+      parent=None,
+    )
+    init = layers.stacked_init(block, spec.depth, spec.width)
+    x, _ = layers.run_stack(
+      block,
+      self.param("blocks", init),
+      x.astype(self.dtype),
+      remat=self.remat,
+      scan=self.scan,
+    )
+    x = layers.norm(spec.norm_eps, self.dtype, "norm")(x)
+    pooled = layers.project(
+      _pool(spec, tokens, x), spec.projection, bias=spec.projection_bias
+    )
+    return TextOutput(tokens=x, pooled=pooled)
+
+
+def _pool(spec, tokens, x):
+  """The token(s) that speak for each text: [B, D]."""
+  if spec.pool == "last":
+    return x[:, -1]
+  if spec.pool == "first":
+    return x[:, 0]
+  if spec.pool == "mean":
+    return x.mean(axis=1, dtype=jnp.float32)
+  # argmax takes the first of equals, which matters where padding is EOS too.
+  at = tokens if spec.eos_id == 2 else tokens == spec.eos_id
+  at = jnp.argmax(at, axis=1)
+  return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]

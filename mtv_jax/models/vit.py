@@ -1,0 +1,302 @@
+"""The image tower: one ViT that is ours, SigLIP's, CLIP's or DINOv2's.
+
+What sets those apart is a field of `ViTSpec`. ViT: Dosovitskiy et al. 2021.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, no_type_check
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from mtv_jax.models import layers, pooling, positions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTSpec:
+  """The shape of an image tower; it decides the parameters and the function.
+
+  Attributes:
+    image_size: side in pixels of the images that the position embedding is
+      stored for; other sizes resample it.
+    patch_size: side of a patch in pixels.
+    width: channels of a token (D).
+    depth: number of blocks.
+    heads: attention heads; they divide `width`.
+    mlp_dim: hidden units of an MLP (for SwiGLU: of each of its halves).
+    pool: what `pooled` is: 'map' (attention pooling of the patches), 'cls' (the
+      CLS token after the final norm) or 'mean' (of the patches after it).
+    cls_token: whether there is one. It has no position of its own.
+    registers: number of register tokens (Darcet et al. 2024).
+    layer_scale: initial value, or None for no layer scale.
+    pre_norm: LayerNorm between embedding and blocks (CLIP).
+    patch_bias: bias of the patch embedding (CLIP has none).
+    gelu: 'tanh' (SigLIP), 'exact' (DINOv2) or 'quick' (CLIP).
+    mlp: 'plain', or 'swiglu' (DINOv2's giant, which then has no GELU).
+    norm_eps: epsilon of every LayerNorm.
+    projection: width of a projection of `pooled` without bias, or None.
+    mask_token: whether there is one, to stand for masked patches.
+    position_resize: how positions are resampled for other image sizes, see
+      `positions.resize_matrix`.
+
+  Raises:
+    ValueError: for fields that fit no model.
+  """
+
+  image_size: int = 224
+  patch_size: int = 16
+  width: int = 768
+  depth: int = 12
+  heads: int = 12
+  mlp_dim: int = 3072
+  pool: str = "map"
+  cls_token: bool = False
+  registers: int = 0
+  layer_scale: float | None = None
+  pre_norm: bool = False
+  patch_bias: bool = True
+  gelu: str = "tanh"
+  mlp: str = "plain"
+  norm_eps: float = 1e-6
+  projection: int | None = None
+  mask_token: bool = False
+  position_resize: str = "bicubic"
+
+  def __post_init__(self):
+    layers.check_tower(self)
+    layers.check_choice("ViTSpec.pool", self.pool, ("map", "cls", "mean"))
+    layers.check_choice("ViTSpec.mlp", self.mlp, ("plain", "swiglu"))
+    layers.check_choice(
+      "ViTSpec.position_resize", self.position_resize, positions.RESIZES
+    )
+    if self.pool == "cls" and not self.cls_token:
+      raise ValueError(
+        "ViTSpec.pool 'cls' needs a CLS token: set cls_token=True, or pool "
+        "'map' or 'mean'."
+      )
+    if self.patch_size < 1 or self.registers < 0:
+      raise ValueError(
+        f"ViTSpec: patch_size {self.patch_size} must be at least 1 and "
+        f"registers {self.registers} at least 0."
+      )
+    self.grid_of(self.image_size, self.image_size)
+
+  @property
+  def grid(self) -> int:
+    """Patches along a side of a stored-size image."""
+    return self.image_size // self.patch_size
+
+  @property
+  def prefix(self) -> int:
+    """Tokens before the patches: CLS, then registers."""
+    return int(self.cls_token) + self.registers
+
+  @property
+  def embed_dim(self) -> int:
+    """Channels of `pooled` (E)."""
+    return self.projection or self.width
+
+  def grid_of(self, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of patches of an image of `height` x `width` pixels.
+
+    Raises:
+      ValueError: if the patch does not divide it.
+    """
+    p = self.patch_size
+    if height < p or width < p or height % p or width % p:
+      near = [max(p, round(side / p) * p) for side in (height, width)]
+      raise ValueError(
+        f"An image of {height}x{width} pixels is not divisible into patches of "
+        f"{p}x{p}; the nearest size that is: {near[0]}x{near[1]}."
+      )
+    return height // p, width // p
+
+
+@no_type_check  # JAX rebuilds pytrees with leaves that are not arrays
+@struct.dataclass
+class ImageOutput:
+  """What the image tower gives, of P prefix tokens and N patches.
+
+  Attributes:
+    patches: after the final norm, row by row, or in the order of `keep`.
+    prefix: CLS (if any) and registers after the final norm.
+    pooled: the embedding of the image, float32, not normalised.
+    taps: {layer: [B, P + N, D]}, outputs of blocks, before the final norm.
+  """
+
+  patches: Float[Array, "b n d"]
+  prefix: Float[Array, "b p d"]
+  pooled: Float[Array, "b e"]
+  taps: Mapping[int, Float[Array, "b p+n d"]]
+
+
+def patchify(
+  images: Float[Array, "b h w c"], patch_size: int
+) -> Float[Array, "b n f"]:
+  """Cuts images into patches, row by row; features ordered (y, x, channel)."""
+  b, h, w, c = images.shape
+  p = patch_size
+  x = images.reshape(b, h // p, p, w // p, p, c)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * c)
+
+
+class ViT(nn.Module):
+  """The image tower.
+
+  Attributes:
+    spec: its shape.
+    dtype: compute dtype; parameters and LayerNorm statistics are float32.
+    remat: what the backward pass finds saved, see `layers.run_stack`.
+    scan: whether the blocks run in a loop, see `layers.run_stack`.
+  """
+
+  spec: ViTSpec
+  dtype: Any = jnp.float32
+  remat: str = "none"
+  scan: bool = True
+
+  @nn.compact
+  def __call__(
+    self,
+    images: Float[Array, "b h w c"],
+    *,
+    taps: Sequence[int] = (),
+    mask: Bool[Array, "b n"] | None = None,
+    keep: Int[Array, "b k"] | None = None,
+  ) -> ImageOutput:
+    """Encodes images.
+
+    Args:
+      images: already normalised, three channels, any size that the patch
+        divides.
+      taps: layers whose output is wanted (0 is the first block's).
+      mask: True where the mask token stands for a patch.
+      keep: patches to encode, by index, in this order; the others are not
+        computed at all. A mask, if given too, still speaks of all N patches.
+
+    Raises:
+      ValueError: for a size, channel count, tap or mask that does not fit.
+    """
+    spec = self.spec
+    x = self._embed(images, mask)
+    if keep is not None:
+      x = jnp.take_along_axis(x, keep[:, :, None], axis=1)
+    x = jnp.concatenate([*self._prefix(x.shape[0]), x], axis=1)
+    if spec.pre_norm:
+      x = layers.norm(spec.norm_eps, self.dtype, "pre_norm")(x)
+
+    block = layers.Block(
+      heads=spec.heads,
+      mlp_dim=spec.mlp_dim,
+      gelu=spec.gelu,
+      mlp=spec.mlp,
+      layer_scale=spec.layer_scale,
+      norm_eps=spec.norm_eps,
+      dtype=self.dtype,
+      parent=None,
+    )
+    init = layers.stacked_init(block, spec.depth, spec.width)
+    x, tapped = layers.run_stack(
+      block,
+      self.param("blocks", init),
+      x,
+      taps=taps,
+      remat=self.remat,
+      scan=self.scan,
+    )
+    x = layers.norm(spec.norm_eps, self.dtype, "norm")(x)
+    prefix, patches = x[:, : spec.prefix], x[:, spec.prefix :]
+    return ImageOutput(
+      patches=patches,
+      prefix=prefix,
+      pooled=self._pool(prefix, patches),
+      taps=tapped,
+    )
+
+  def _embed(self, images, mask):
+    """Patch embedding, mask token, position: [B, N, D]."""
+    spec = self.spec
+    b, h, w, channels = images.shape
+    if channels != 3:
+      raise ValueError(
+        f"Images are [batch, height, width, 3]; these have {channels} channels "
+        f"(shape {images.shape}). Grey images: repeat the channel; channels "
+        "first: transpose."
+      )
+    grid = spec.grid_of(h, w)
+    x = patchify(images.astype(self.dtype), spec.patch_size)
+    x = nn.Dense(
+      spec.width,
+      use_bias=spec.patch_bias,
+      dtype=self.dtype,
+      # A convolution's default in Flax, of the same fan-in; big_vision's too.
+      kernel_init=nn.initializers.lecun_normal(),
+      name="patch_embed",
+    )(x)
+    if spec.mask_token:
+      # DINOv2's: it starts at zero. Declared without a mask too, so that the
+      # parameters don't depend on how the tower was first called.
+      token = self.param("mask_token", nn.initializers.zeros, (spec.width,))
+    if mask is not None:
+      if not spec.mask_token:
+        raise ValueError(
+          "A mask needs a mask token: set mask_token=True in the model."
+        )
+      if mask.shape != x.shape[:2]:
+        raise ValueError(
+          f"The mask is {mask.shape}; {b} images of {grid[0]}x{grid[1]} "
+          f"patches need {x.shape[:2]}."
+        )
+      x = jnp.where(mask[:, :, None], token.astype(x.dtype), x)
+    return x + self._positions(grid).astype(x.dtype)
+
+  def _positions(self, grid):
+    """The position embedding of a grid, float32 [N, D]."""
+    spec = self.spec
+    table = self.param(
+      "position_embedding",
+      nn.initializers.normal(spec.width**-0.5),  # big_vision's
+      (spec.grid**2, spec.width),
+    )
+    stored = table.reshape(spec.grid, spec.grid, spec.width)
+    resized = positions.resize_grid(stored, grid, spec.position_resize)
+    return resized.reshape(-1, spec.width)
+
+  def _prefix(self, batch):
+    """CLS and register tokens, each [B, n, D], in that order."""
+    spec = self.spec
+    tokens = []
+    # MAE's 0.02 for both. Registers must differ from each other at the start:
+    # nothing else would ever tell them apart.
+    init = nn.initializers.normal(0.02)
+    if spec.cls_token:
+      tokens.append(self.param("cls_token", init, (spec.width,))[None])
+    if spec.registers:
+      shape = (spec.registers, spec.width)
+      tokens.append(self.param("registers", init, shape))
+    return [
+      jnp.broadcast_to(t.astype(self.dtype), (batch, *t.shape)) for t in tokens
+    ]
+
+  def _pool(self, prefix, patches):
+    """The image's embedding, float32 [B, E]."""
+    spec = self.spec
+    if spec.pool == "map":
+      pooled = pooling.MapPool(
+        spec.heads,
+        spec.mlp_dim,
+        spec.gelu,
+        spec.norm_eps,
+        self.dtype,
+        name="pool",
+      )(patches)
+    elif spec.pool == "cls":
+      pooled = prefix[:, 0]
+    else:
+      pooled = patches.mean(axis=1, dtype=jnp.float32)
+    return layers.project(pooled, spec.projection)

@@ -1,0 +1,41 @@
+"""The objectives, by the name that a config gives them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mtv_jax import config as config_lib
+from mtv_jax.objectives import base
+from mtv_jax.objectives.contrastive import Contrastive
+
+# A new objective is a new file and a line here.
+REGISTRY: dict[str, type[base.Objective]] = {
+  "contrastive": Contrastive,
+}
+
+
+def build_objective(name: str, entry: config_lib.Config) -> base.Objective:
+  """An objective from its entry in `config.objectives`.
+
+  Args:
+    name: the entry's name; also its type unless the entry says otherwise.
+    entry: hyper-parameters. `weight` is the trainer's and not passed on.
+
+  Raises:
+    ConfigError: for an unknown type or an unknown hyper-parameter.
+  """
+  options = {k: v for k, v in entry.items() if k not in ("type", "weight")}
+  kind = entry.get("type", name)
+  if kind not in REGISTRY:
+    raise config_lib.ConfigError(
+      f"config.objectives.{name}: no objective of type '{kind}'. "
+      f"{config_lib.did_you_mean(kind, REGISTRY)}"
+    )
+  fields = [f.name for f in dataclasses.fields(REGISTRY[kind])]
+  for key in options:
+    if key not in fields:
+      raise config_lib.ConfigError(
+        f"config.objectives.{name}: no option '{key}'. "
+        f"{config_lib.did_you_mean(key, ['weight', 'type', *fields])}"
+      )
+  return REGISTRY[kind](**options)

@@ -1,0 +1,201 @@
+"""What an objective is: what it needs, its evidence, and its loss.
+
+The cut between the two functions carries the design. `evidence` runs on any
+part of the batch and returns small per-example arrays; `loss` sees the evidence
+of the whole global batch at once. Contrast, Sinkhorn and KoLeo need the whole
+batch, so they live in `loss`; everything that is expensive lives before it.
+The same cut makes gradient accumulation exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, no_type_check
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+STUDENT = "student"
+TEACHER = "teacher"
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Encoding:
+  """The name of one forward pass: a tower on a view, with whose weights.
+
+  Attributes:
+    tower: `'image'` or `'text'`.
+    view: a key of `config.views` for the image tower; a field of the batch
+      that holds token ids for the text tower.
+    weights: `'student'` or `'teacher'`.
+  """
+
+  tower: str
+  view: str
+  weights: str = STUDENT
+
+  def __post_init__(self):
+    if self.tower not in ("image", "text"):
+      raise ValueError(f"tower is '{self.tower}'; there are: image, text.")
+    if self.weights not in (STUDENT, TEACHER):
+      raise ValueError(
+        f"weights are '{self.weights}'; there are: student, teacher."
+      )
+
+  def __str__(self):
+    return f"{self.tower}({self.view}, {self.weights})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+  """What an objective reads.
+
+  Attributes:
+    encodings: each encoding with the block outputs ("taps") it reads, as
+      block numbers from 0; `()` where the final output suffices.
+    fields: names of batch fields read directly (labels and masks).
+  """
+
+  encodings: Mapping[Encoding, tuple[int, ...]]
+  fields: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """A module of its own parameters at `heads/NAME`.
+
+  Attributes:
+    module: the linen module.
+    example: `(model_spec) -> tuple` of `jax.ShapeDtypeStruct`s or arrays that
+      the module is initialised with.
+    teacher: whether the teacher keeps an EMA copy of it.
+  """
+
+  module: nn.Module
+  example: Callable[[Any], tuple] = lambda spec: ()
+  teacher: bool = False
+
+
+class BoundHeads:
+  """Heads together with their parameters: `heads['dino'](x)`.
+
+  `heads['dino', 'teacher'](x)` runs the teacher's copy.
+  """
+
+  def __init__(
+    self,
+    heads: Mapping[str, Head],
+    student: Mapping[str, Any],
+    teacher: Mapping[str, Any] | None = None,
+  ):
+    self._heads = heads
+    self._params = {STUDENT: student, TEACHER: teacher or {}}
+
+  def __getitem__(self, key: str | tuple[str, str]) -> Callable[..., Any]:
+    name, weights = (key, STUDENT) if isinstance(key, str) else key
+    if name not in self._heads:
+      raise KeyError(f"no head '{name}'; there are: {sorted(self._heads)}.")
+    if name not in self._params[weights]:
+      raise KeyError(
+        f"head '{name}' has no {weights} parameters; heads with them: "
+        f"{sorted(self._params[weights])}. A head that the teacher follows "
+        "is declared with Head(teacher=True)."
+      )
+    module, params = self._heads[name].module, self._params[weights][name]
+
+    def call(*args, **kwargs):
+      return module.apply({"params": params}, *args, **kwargs)
+
+    return call
+
+
+@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
+@flax.struct.dataclass
+class Mean:
+  """A mean that is not divided yet, so that parts add up exactly.
+
+  A count of zero means "nothing was there": the mean is then 0, never NaN.
+  """
+
+  sum: Float[Array, ""]
+  count: Float[Array, ""]
+
+  def value(self) -> Float[Array, ""]:
+    """Sum / count, 0 where nothing was counted (also in the gradient)."""
+    safe = jnp.where(self.count > 0, self.count, 1.0)
+    return jnp.where(self.count > 0, self.sum / safe, 0.0)
+
+
+@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
+@flax.struct.dataclass
+class Terms:
+  """What a loss returns for the whole global batch.
+
+  Attributes:
+    loss: the objective's loss, as sum and count.
+    report: further means for the log; never part of the loss.
+    statistics: new values of this objective's running statistics, if any.
+  """
+
+  loss: Mean
+  report: dict[str, Mean] = flax.struct.field(default_factory=dict)
+  statistics: dict[str, Array] = flax.struct.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """Where in the run a loss is computed.
+
+  Attributes:
+    step: number of updates done, a traced scalar.
+    total_steps: of the run, for schedules.
+    statistics: this objective's running statistics.
+  """
+
+  step: Any
+  total_steps: int
+  statistics: Mapping[str, Array]
+
+
+class Objective:
+  """Base of all objectives: one file each, registered in `__init__.py`.
+
+  A subclass is a frozen dataclass whose fields are its hyper-parameters and,
+  through `build`, exactly the keys its config entry may have.
+  """
+
+  def needs(self) -> Needs:
+    """The encodings and batch fields this objective reads."""
+    raise NotImplementedError
+
+  def heads(self) -> dict[str, Head]:
+    """Its own modules by name; the names are global, so they can be shared."""
+    return {}
+
+  def initial_statistics(self) -> dict[str, jax.Array]:
+    """Running statistics (such as DINO's centre) at step 0."""
+    return {}
+
+  def evidence(
+    self,
+    encodings: Mapping[Encoding, Any],
+    heads: BoundHeads,
+    batch: Mapping[str, Any],
+  ) -> Any:
+    """Small per-example arrays `[b, ...]` of any part of the batch.
+
+    Args:
+      encodings: the outputs of `needs().encodings`.
+      heads: with their parameters.
+      batch: the batch's fields, and under `views` by name what each view made
+        (`views.Made`: images, boxes, masks).
+    """
+    raise NotImplementedError
+
+  def loss(self, evidence: Any, heads: BoundHeads, context: Context) -> Terms:
+    """The loss over the evidence of the whole global batch `[B, ...]`."""
+    raise NotImplementedError

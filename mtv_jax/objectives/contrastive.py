@@ -1,0 +1,206 @@
+"""Image-text contrast: the sigmoid loss of SigLIP, the softmax loss of CLIP."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, no_type_check
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from mtv_jax.objectives import base
+
+
+def normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+  """Divides by the L2 norm over the last axis, in float32.
+
+  The norm is floored at 1e-6, inside the root, so that a zero vector has a
+  finite gradient.
+  """
+  x = x.astype(jnp.float32)
+  squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
+
+
+def sigmoid_loss(
+  logits: Float[Array, "b b"], valid: Bool[Array, " b"]
+) -> base.Mean:
+  """SigLIP's loss (Zhai et al. 2023, Algorithm 1; MTV Eq. 1).
+
+      L = -(1/B) sum_i sum_j log sigmoid(y_ij * logits_ij),
+      y_ii = 1, y_ij = -1 for i != j,  logits = exp(t') u_i.v_j + b
+
+  Every pair is a binary question of its own; there is no normalisation over
+  the batch. MTV prints the bias with the opposite sign; this is big_vision's
+  form. Pairs with an invalid row or column don't count, and the mean is over
+  the valid rows.
+
+  Args:
+    logits: images along rows, texts along columns; row i belongs to column i.
+    valid: which examples have both an image and a text.
+  """
+  positive = jnp.eye(logits.shape[0], dtype=jnp.float32)
+  pairs = (valid[:, None] & valid[None, :]).astype(jnp.float32)
+  # log sigmoid(+l) on the diagonal and log sigmoid(-l) off it.
+  losses = -jax.nn.log_sigmoid((2.0 * positive - 1.0) * logits)
+  return base.Mean(
+    sum=jnp.sum(losses * pairs), count=jnp.sum(valid.astype(jnp.float32))
+  )
+
+
+def softmax_loss(
+  logits: Float[Array, "b b"], valid: Bool[Array, " b"]
+) -> base.Mean:
+  """CLIP's symmetric cross-entropy (Radford et al. 2021, Figure 3).
+
+      L = (1/2B) sum_i [ lse_j(l_ij) - l_ii + lse_j(l_ji) - l_ii ]
+
+  Args:
+    logits: images along rows, texts along columns; row i belongs to column i.
+    valid: which examples have both; the others are neither queries nor
+      negatives.
+  """
+  # Not -inf: a row with no valid column would give NaN in the gradient.
+  masked = jnp.where(valid[:, None] & valid[None, :], logits, -1e30)
+  diagonal = jnp.diagonal(logits)
+  to_text = jax.nn.logsumexp(masked, axis=1) - diagonal
+  to_image = jax.nn.logsumexp(masked, axis=0) - diagonal
+  losses = jnp.where(valid, 0.5 * (to_text + to_image), 0.0)
+  return base.Mean(
+    sum=jnp.sum(losses), count=jnp.sum(valid.astype(jnp.float32))
+  )
+
+
+class Temperature(nn.Module):
+  """The learnt scale and bias of the logits.
+
+  Attributes:
+    init_scale: initial multiplier; its logarithm is the parameter (SigLIP 10,
+      CLIP 1/0.07).
+    init_bias: initial bias, None for none. SigLIP's -10 starts the sigmoid
+      loss where almost all pairs are negative, as they are; at small batches
+      a smaller one does (log(1/B) balances B pairs).
+  """
+
+  init_scale: float
+  init_bias: float | None
+
+  @nn.compact
+  def __call__(
+    self, similarity: Float[Array, "n m"]
+  ) -> tuple[Float[Array, "n m"], Float[Array, ""], Float[Array, ""]]:
+    """Logits of cosine similarities, with the multiplier and the bias."""
+    log_scale = self.param(
+      "logit_scale", nn.initializers.constant(math.log(self.init_scale)), ()
+    )
+    bias = jnp.zeros(())
+    if self.init_bias is not None:
+      bias = self.param(
+        "logit_bias", nn.initializers.constant(self.init_bias), ()
+      )
+    scale = jnp.exp(log_scale)
+    return similarity * scale + bias, scale, bias
+
+
+@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
+@flax.struct.dataclass
+class Evidence:
+  """Per example: unit embeddings of image and text, and whether both are."""
+
+  image: Float[Array, "b d"]
+  text: Float[Array, "b d"]
+  valid: Bool[Array, " b"]
+
+
+LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive(base.Objective):
+  """Pulls an image to its caption and away from the others of the batch.
+
+  Attributes:
+    loss_type: `'sigmoid'` (SigLIP) or `'softmax'` (CLIP).
+    view: the image view it reads; with several crops each image's first.
+    init_scale: initial multiplier of the cosine.
+    init_bias: initial bias; None for the loss's own (-10 and none).
+  """
+
+  loss_type: str = "sigmoid"
+  view: str = "image"
+  init_scale: float = 10.0
+  init_bias: float | None = None
+
+  def __post_init__(self):
+    if self.loss_type not in LOSSES:
+      raise ValueError(
+        f"contrastive loss_type is '{self.loss_type}'; there are: "
+        f"{sorted(LOSSES)}."
+      )
+
+  @property
+  def _image(self) -> base.Encoding:
+    return base.Encoding("image", self.view)
+
+  @property
+  def _text(self) -> base.Encoding:
+    return base.Encoding("text", "caption")
+
+  def needs(self) -> base.Needs:
+    return base.Needs(
+      encodings={self._image: (), self._text: ()},
+      fields=("caption", "caption_valid"),
+    )
+
+  def heads(self) -> dict[str, base.Head]:
+    bias = self.init_bias
+    if bias is None and self.loss_type == "sigmoid":
+      bias = -10.0
+    module = Temperature(init_scale=self.init_scale, init_bias=bias)
+    return {
+      "contrastive": base.Head(
+        module, example=lambda spec: (jax.ShapeDtypeStruct((1, 1), "float32"),)
+      )
+    }
+
+  def evidence(
+    self,
+    encodings: Mapping[base.Encoding, Any],
+    heads: base.BoundHeads,
+    batch: Mapping[str, Any],
+  ) -> Evidence:
+    return Evidence(
+      image=normalize(encodings[self._image].pooled[:, 0]),
+      text=normalize(encodings[self._text].pooled),
+      valid=batch["caption_valid"].astype(bool),
+    )
+
+  def loss(
+    self,
+    evidence: Evidence,
+    heads: base.BoundHeads,
+    context: base.Context,
+  ) -> base.Terms:
+    similarity = jnp.einsum(
+      "id,jd->ij", evidence.image, evidence.text, precision="highest"
+    )
+    logits, scale, bias = heads["contrastive"](similarity)
+    valid = evidence.valid
+    best = jnp.argmax(jnp.where(valid[None, :], logits, -jnp.inf), axis=1)
+    hit = (best == jnp.arange(best.shape[0])) & valid
+    count = jnp.sum(valid.astype(jnp.float32))
+    one = jnp.ones(())
+    return base.Terms(
+      loss=LOSSES[self.loss_type](logits, valid),
+      report={
+        "accuracy": base.Mean(jnp.sum(hit.astype(jnp.float32)), count),
+        "scale": base.Mean(scale, one),
+        "bias": base.Mean(bias, one),
+        "labelled": base.Mean(count, one * valid.shape[0]),
+      },
+    )

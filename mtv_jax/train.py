@@ -1,0 +1,217 @@
+"""The training loop: build, restore, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mtv_jax import checkpoint, loading, sharding
+from mtv_jax import config as config_lib
+from mtv_jax import experiment as experiment_lib
+from mtv_jax import metrics as metrics_lib
+from mtv_jax import step as step_lib
+from mtv_jax.data import pipeline
+from mtv_jax.encoder import Encoder
+from mtv_jax.evals import run as evals_lib
+from mtv_jax.experiment import Experiment
+from mtv_jax.preprocess import preprocess_of
+from mtv_jax.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def start(
+  experiment: Experiment, saved: checkpoint.Restored | None
+) -> TrainState:
+  """The state to go on from: the last checkpoint, `config.init`, or new."""
+  if saved is not None:
+    log.info("Resumed %s at step %d.", experiment.workdir, saved.step)
+    return saved.state
+  rng = jax.random.key(experiment.config.seed)
+  place = jax.tree.map(
+    lambda leaf: leaf.sharding, experiment.program.abstract.params
+  )
+  params = jax.jit(
+    lambda key: step_lib.init_params(experiment.recipe, key),
+    out_shardings=place,
+  )(rng)
+  if init := experiment.config.init:
+    source = loading.read_params(
+      init.path,
+      weights=init.weights,
+      step=init.step,
+      spec=experiment.recipe.spec,
+    )
+    merged = checkpoint.merge(
+      params,
+      source,
+      include=init.include or ("",),
+      rename=init.rename,
+      min_coverage=init.min_coverage,
+    )
+    log.info("Initialised from %s:\n%s", init.path, merged.report)
+    params = merged.params
+  return experiment.program.init(params)
+
+
+def placed_batches(
+  loader: pipeline.Loader, mesh: Mesh
+) -> Iterator[dict[str, jax.Array]]:
+  """Batches on the devices, one transfer ahead of the step that needs it."""
+  ahead = collections.deque()
+  for batch in loader:
+    ahead.append(sharding.place_batch(batch, mesh))
+    if len(ahead) > 1:
+      yield ahead.popleft()
+
+
+def evaluate(
+  experiment: Experiment, state: TrainState, step: int, names: list[str]
+) -> dict[str, float]:
+  """Runs evaluations on the current parameters; their figures by name.
+
+  Each is also written to `evals/NAME_STEP.json` with its protocol.
+  """
+  figures = {}
+  for name in names:
+    entry = experiment.config.evals[name]
+    weights = entry.get("weights", "student")
+    encoder = Encoder(
+      experiment.recipe.spec,
+      state.weights(weights),
+      preprocess_of(experiment.config),
+      experiment.tokenizer,
+      experiment.mesh,
+      dtype=str(experiment.recipe.dtype),
+      weights=weights,
+      source=f"{experiment.workdir.name} at step {step}",
+    )
+    results = evals_lib.evaluate(encoder, {name: experiment.evaluators[name]})
+    for key, value in results[name].metrics.items():
+      figures[f"{name}/{key}"] = value
+    if jax.process_index() == 0:
+      path = experiment.workdir / "evals" / f"{name}_{step}.json"
+      evals_lib.write_json(path, encoder, results)
+  return figures
+
+
+def in_order(values: Mapping[str, Any]) -> dict[str, Any]:
+  """What a person looks at first comes first: losses, rate, gradient."""
+  losses = [name for name in values if name.endswith("/loss")]
+  first = ["loss", *losses, "lr", "grad_norm"]
+  return {name: values[name] for name in (*first, *values)}
+
+
+def require_finite(step: int, values: Mapping[str, Any]) -> None:
+  """Stops a run whose loss is no number, before it is saved.
+
+  Raises:
+    FloatingPointError: names the step and the objectives at fault.
+  """
+  loss = float(values["loss"])
+  if math.isfinite(loss):
+    return
+  bad = [k for k, v in values.items() if not np.isfinite(np.asarray(v))]
+  raise FloatingPointError(
+    f"the loss at step {step} is {loss}; not finite: {bad}. The last "
+    "checkpoint is from before it. A lower learning rate, a longer warm-up, "
+    "clipping, or b2=0.95 are what usually helps."
+  )
+
+
+def run(config: config_lib.Config, workdir: str | os.PathLike) -> TrainState:
+  """Trains a config in a folder, from the start or from where it stopped.
+
+  Args:
+    config: as `config.check` takes it.
+    workdir: the run's folder, the same on every host.
+
+  Returns:
+    The state after the last step.
+
+  Raises:
+    ConfigError: for anything in the config that can't be used.
+    FloatingPointError: if the loss stops being a number.
+    data.pipeline.CorruptDataError: if too many records can't be used.
+  """
+  experiment = experiment_lib.build(config, workdir)
+  config = experiment.config
+  experiment_lib.write_config(experiment)
+  experiment_lib.describe(experiment)
+  process = jax.process_index()
+  chrono = metrics_lib.Chrono(
+    total_steps=experiment.total_steps,
+    batch_size=config.batch_size,
+    devices=experiment.mesh.size,
+  )
+  with checkpoint.Checkpointer(
+    experiment.workdir / "checkpoints",
+    every_steps=experiment.every("every", config.checkpoint),
+    keep=config.checkpoint.keep,
+    keep_every=config.checkpoint.keep_every,
+  ) as checkpoints:
+    saved = checkpoints.restore(experiment.program.abstract)
+    if saved is not None:
+      chrono.from_dict(saved.timing)
+    state = start(experiment, saved)
+    first = saved.step if saved is not None else 0
+    with (
+      experiment_lib.make_loader(experiment, first) as loader,
+      metrics_lib.Writers(
+        experiment.workdir,
+        total_steps=experiment.total_steps,
+        start_step=first,
+        process_index=process,
+      ) as writers,
+    ):
+      return _loop(
+        experiment, state, first, loader, checkpoints, writers, chrono
+      )
+
+
+def _loop(experiment, state, first, loader, checkpoints, writers, chrono):
+  """The steps themselves; see `run`."""
+  log_every = experiment.every("every", experiment.config.log)
+  eval_every = {
+    name: experiment.every("every", entry)
+    for name, entry in experiment.config.evals.items()
+  }
+  batches = placed_batches(loader, experiment.mesh)
+  in_flight = collections.deque()
+  for step in range(first + 1, experiment.total_steps + 1):
+    with chrono.waiting():
+      batch = next(batches)
+    state, values = experiment.program.update(state, batch)
+    # Two steps in flight keep the devices busy; more would only hold memory.
+    in_flight.append(values["loss"])
+    if step == first + 1 or len(in_flight) > 2:
+      jax.block_until_ready(in_flight.popleft())
+    chrono.step()
+
+    last = step == experiment.total_steps
+    if step % log_every == 0 or last or step == first + 1:
+      values = jax.device_get(values)
+      require_finite(step, values)
+      values |= {
+        "lr": experiment.optimizer.schedule(step - 1),
+        "data/corrupt": loader.stats.corrupt,
+      }
+      writers.progress(step, in_order(values), chrono.rates(step))
+    due = [n for n, every in eval_every.items() if every and step % every == 0]
+    due = list(eval_every) if last else due
+    if due:
+      with chrono.pause():
+        writers.scalars(step, evaluate(experiment, state, step, due))
+    if checkpoints.due(step) or last:
+      require_finite(step, jax.device_get(values))
+      with chrono.pause():
+        checkpoints.save(step, state, timing=chrono.to_dict())
+  return state

@@ -1,0 +1,136 @@
+"""Trees by name: every leaf is called 'a/b/c', and rules pick by regex.
+
+Frozen parameters, learning-rate and weight-decay multipliers, sharding and
+partial loading all address parameters this way: the first rule whose pattern
+is found in the name wins. A pattern is found anywhere (`re.search`): '/bias$'
+is every bias, '^image/' the image tower.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+
+
+def flatten_names(tree: Any) -> list[tuple[str, Any]]:
+  """Pairs (name, leaf), in the order of `jax.tree.leaves`.
+
+  Dictionaries, dataclasses, named tuples and sequences all name their
+  children; empty containers and None have no leaves and vanish.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [(_name(path), leaf) for path, leaf in leaves]
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Nested dictionaries from a dictionary of names: undoes `flatten_names`."""
+  tree = {}
+  for name, leaf in flat.items():
+    *parents, last = name.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return tree
+
+
+def map_with_names(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+  """`jax.tree.map` whose function also gets the leaf's name, first."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, *leaves: function(_name(path), *leaves), tree, *rest
+  )
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+  """The rule that took a name; pattern and value are None where none did."""
+
+  name: str
+  pattern: str | None
+  value: Any
+
+
+def match_rules(
+  names: Iterable[str],
+  rules: Sequence[Sequence[Any]],
+  *,
+  what: str = "rules",
+  unused: Literal["error", "allow"] = "error",
+) -> list[Match]:
+  """Gives each name the first rule whose pattern is found in it.
+
+  Args:
+    names: such as 'image/blocks/mlp/fc1/kernel'.
+    rules: pairs (regex, value).
+    what: where the rules are from, for errors.
+    unused: 'error' guards against typos in rules that a user wrote; rules
+      that serve many models say 'allow'.
+
+  Returns:
+    One Match a name, in the order of `names`.
+
+  Raises:
+    ValueError: a bad regex, or a rule that matches no name.
+  """
+  names = list(names)
+  compiled = [_compile(rule, what) for rule in rules]
+  if unused == "error":
+    for regex, _ in compiled:
+      if not any(map(regex.search, names)):
+        raise ValueError(
+          f"{what}: {regex.pattern!r} matches no parameter."
+          f" {closest(regex.pattern, names)}"
+        )
+  return [_match(name, compiled) for name in names]
+
+
+def first_match(name: str, rules: Sequence[Sequence[Any]]) -> Any:
+  """The value of the first rule found in one name.
+
+  Raises:
+    ValueError: none is.
+  """
+  match = _match(name, [_compile(rule, "rules") for rule in rules])
+  if match.pattern is None:
+    patterns = ", ".join(repr(rule[0]) for rule in rules)
+    raise ValueError(f"no rule matches {name!r}. The patterns are: {patterns}.")
+  return match.value
+
+
+def _match(name: str, compiled: Sequence[tuple[re.Pattern, Any]]) -> Match:
+  for regex, value in compiled:
+    if regex.search(name):
+      return Match(name, regex.pattern, value)
+  return Match(name, None, None)
+
+
+def _compile(rule: Sequence[Any], what: str) -> tuple[re.Pattern, Any]:
+  if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
+    raise ValueError(f"{what}: a rule is a pair (regex, value), got {rule!r}.")
+  try:
+    return re.compile(rule[0]), rule[1]
+  except re.error as e:
+    raise ValueError(f"{what}: {rule[0]!r} is not a regex: {e}.") from None
+
+
+def closest(pattern: str, names: Iterable[str], *, limit: int = 5) -> str:
+  """What to say of a name or a regex that found nothing: the likely ones."""
+  names = list(names)
+  plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", "", pattern)
+
+  # Where the pattern spells only a part ('.*/qvk/.*'), parts are compared.
+  def score(name: str) -> float:
+    return max(
+      difflib.SequenceMatcher(None, plain.strip("/"), part).ratio()
+      for part in [name, *name.split("/")]
+    )
+
+  best = sorted(names, key=score, reverse=True)[:limit]
+  return f"The closest of {len(names)} names are: {', '.join(best) or 'none'}."

@@ -1,0 +1,35 @@
+"""Settings and fixtures that every test shares."""
+
+import os
+
+# Before JAX starts: eight CPU devices, so that meshes can be tested anywhere,
+# and LLVM's cheapest code, since tests compile far longer than they compute.
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+  ]
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> pathlib.Path:
+  """The folder that holds `mtv_jax/`, `configs/` and `tools/`."""
+  return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+  """Real photos and annotations beside the checkout; skips where absent."""
+  path = ROOT.parent / "shared" / "data"
+  if not path.is_dir():
+    pytest.skip("no real data beside this checkout (../shared/data)")
+  return path

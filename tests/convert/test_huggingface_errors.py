@@ -1,0 +1,247 @@
+"""Folders and models that can't be converted, and what the errors say."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mtv_jax import trees
+from mtv_jax.convert import huggingface
+from mtv_jax.convert.tables import ConversionError
+from mtv_jax.data import tokenizers
+from mtv_jax.models import model as models
+from mtv_jax.models.model import ModelSpec
+from mtv_jax.preprocess import Preprocess
+
+PREPROCESS = {"size": 64, "resize": "squash", "interpolation": "bilinear"}
+
+
+@pytest.fixture(scope="module")
+def spec():
+  text = {"variant": "mu", "depth": 1, "length": 16, "vocab_size": 258}
+  return ModelSpec.from_config(
+    {
+      "variant": "mu/16",
+      "image_size": 64,
+      "mask_token": True,
+      "text": text,
+    }
+  )
+
+
+@pytest.fixture(scope="module")
+def params(spec):
+  abstract = dict(trees.flatten_names(models.abstract_params(spec)))
+  leaves = {n: np.zeros(a.shape, np.float32) for n, a in abstract.items()}
+  for leaf in ("logit_scale", "logit_bias"):
+    leaves[f"heads/contrastive/{leaf}"] = np.float32(1)
+  return trees.unflatten(leaves)
+
+
+@pytest.fixture
+def export(spec, params, tmp_path):
+  return huggingface.write(
+    tmp_path / "export",
+    spec,
+    params,
+    preprocess=PREPROCESS,
+    tokenizer=tokenizers.build_tokenizer("bytes"),
+  )
+
+
+@pytest.mark.parametrize(
+  ("tower", "field", "value"),
+  [
+    ("image", "pool", "mean"),
+    ("image", "registers", 2),
+    ("image", "layer_scale", 0.1),
+    ("image", "pre_norm", True),
+    ("image", "patch_bias", False),
+    ("text", "causal", True),
+    ("text", "pool", "first"),
+    ("text", "projection_bias", False),
+  ],
+)
+def test_what_siglip_cannot_say(spec, params, tmp_path, tower, field, value):
+  part = dataclasses.replace(getattr(spec, tower), **{field: value})
+  odd = dataclasses.replace(spec, **{tower: part})
+  with pytest.raises(ConversionError, match=rf"{tower}\.{field} is {value!r}"):
+    huggingface.write(tmp_path / "a", odd, params, preprocess=PREPROCESS)
+  assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "hint"),
+  [("size", 96, "--image_size"), ("crop", "center", "squashed")],
+)
+def test_processing_that_siglip_cannot_say(
+  spec, params, tmp_path, field, value, hint
+):
+  preprocess = {**PREPROCESS, field: value}
+  with pytest.raises(ConversionError, match=f"preprocess.{field}.*{hint}"):
+    huggingface.write(tmp_path / "a", spec, params, preprocess=preprocess)
+
+
+def test_params_of_another_model(spec, params, tmp_path):
+  image = {**params["image"], "extra": np.ones(3, np.float32)}
+  del image["patch_embed"]
+  with pytest.raises(ConversionError) as error:
+    huggingface.write(
+      tmp_path / "a", spec, {**params, "image": image}, preprocess=PREPROCESS
+    )
+  assert "image/patch_embed/kernel: missing" in str(error.value)
+  assert "image/extra: not in the model" in str(error.value)
+
+
+def test_writing_replaces_an_export_and_nothing_else(
+  spec, params, export, tmp_path
+):
+  (export / "notes.txt").write_text("mine")
+  image = {k: v for k, v in params["image"].items() if k != "mask_token"}
+  plain = dataclasses.replace(
+    spec, image=dataclasses.replace(spec.image, mask_token=False)
+  )
+  huggingface.write(
+    export, plain, {**params, "image": image}, preprocess=PREPROCESS
+  )
+  # Old heads with new weights, or an old tokenizer, would be a trap.
+  left = {p.name for p in export.iterdir()}
+  assert not left & {"heads.safetensors", "tokenizer.json"}
+  assert "notes.txt" in left
+  other = tmp_path / "other"
+  other.mkdir()
+  (other / "thesis.tex").write_text("mine")
+  with pytest.raises(ConversionError, match=r"not empty.*thesis\.tex"):
+    huggingface.write(other, spec, params, preprocess=PREPROCESS)
+
+
+def _change(folder, change):
+  """Rewrites an export as a plain Hugging Face folder with other tensors."""
+  (folder / "mtv_jax.json").unlink()
+  file = str(folder / "model.safetensors")
+  tensors = load_file(file)
+  change(tensors)
+  save_file(tensors, file)
+
+
+def test_each_wrong_tensor_is_named(export):
+  layer = "vision_model.encoder.layers.1"
+
+  def change(tensors):
+    del tensors[f"{layer}.self_attn.k_proj.bias"]
+    tensors["vision_model.extra"] = np.ones(2, np.float32)
+    tensors["logit_scale"] = np.ones(3, np.float32)
+
+  _change(export, change)
+  with pytest.raises(ConversionError) as error:
+    huggingface.read(export)
+  text = str(error.value)
+  assert "missing (1)" in text
+  assert f"{layer}.self_attn.k_proj.bias" in text
+  assert "vision_model.extra" in text
+  assert "logit_scale: (3,) in the file, (1,) expected" in text
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "cause"),
+  [
+    ("image_size", 96, "image_size"),
+    ("num_hidden_layers", 3, "number of layers"),
+    ("intermediate_size", 128, "sizes"),
+  ],
+)
+def test_a_config_of_another_model(export, field, value, cause):
+  (export / "mtv_jax.json").unlink()
+  path = export / "config.json"
+  config = json.loads(path.read_text())
+  config["vision_config"][field] = value
+  path.write_text(json.dumps(config))
+  with pytest.raises(ConversionError, match=cause):
+    huggingface.read(export)
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    ({"model_type": "siglip2"}, "NaFlex"),
+    ({"model_type": "siglp"}, "Did you mean 'siglip'"),
+    ({"model": {}}, "training run"),
+    ({}, "no config.json"),
+  ],
+)
+def test_other_kinds_of_folders(config, message, tmp_path):
+  if config:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ConversionError, match=message):
+    huggingface.read(tmp_path)
+
+
+def test_other_kinds_of_weights(export):
+  weights = export / "model.safetensors"
+  whole = weights.read_bytes()
+  weights.write_bytes(whole[:200])
+  with pytest.raises(ConversionError, match="not a whole safetensors file"):
+    huggingface.read(export)
+  weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+  with pytest.raises(ConversionError, match="git lfs pull"):
+    huggingface.read(export)
+  weights.rename(export / "pytorch_model.bin")
+  with pytest.raises(ConversionError, match="pickles.*save_pretrained"):
+    huggingface.read(export)
+  index = {"weight_map": {"logit_scale": "model-00001-of-00002.safetensors"}}
+  path = export / "model.safetensors.index.json"
+  path.write_text(json.dumps(index))
+  with pytest.raises(ConversionError, match=r"00001-of-00002.*is missing"):
+    huggingface.read(export)
+  with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
+    huggingface.read(export / "google" / "siglip-base-patch16-224")
+
+
+# ---------------------------------------------------------------------------
+# Image processors of other folders.
+
+
+@pytest.mark.parametrize(
+  ("processor", "expected"),
+  [
+    (
+      {"size": {"height": 64, "width": 64}, "resample": 2},
+      {"size": 64, "resize": "squash", "interpolation": "bilinear"},
+    ),
+    # So400m/14 at 384: what fills no patch is left out.
+    (
+      {"size": {"height": 70, "width": 70}, "resample": 3},
+      {"size": 64, "interpolation": "bicubic"},
+    ),
+    (
+      {"size": 64, "do_rescale": False, "do_normalize": False},
+      {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3},
+    ),
+    (
+      {"size": {"shortest_edge": 72}, "do_center_crop": True, "crop_size": 64},
+      {"size": 64, "resize": "shortest", "crop": "center", "resize_size": 72},
+    ),
+  ],
+)
+@pytest.mark.parametrize("version", [4, 5])
+def test_processors(export, processor, expected, version):
+  (export / "mtv_jax.json").unlink()
+  (export / "preprocessor_config.json").unlink()
+  if version == 4:
+    file, content = "preprocessor_config.json", processor
+  else:
+    file, content = "processor_config.json", {"image_processor": processor}
+  (export / file).write_text(json.dumps(content))
+  found = huggingface.read(export).preprocess
+  assert {k: found[k] for k in expected} == expected
+  Preprocess.from_dict(found)
+
+
+def test_a_processor_that_is_not_ours(export):
+  (export / "mtv_jax.json").unlink()
+  path = export / "preprocessor_config.json"
+  path.write_text(json.dumps({"resample": 1}))
+  with pytest.raises(ConversionError, match=r"preprocessor_config.*resample=1"):
+    huggingface.read(export)

@@ -1,0 +1,355 @@
+"""Folders that we write: transformers opens them, and they come back whole."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from safetensors.numpy import load_file
+
+from mtv_jax import sharding, trees
+from mtv_jax.convert import huggingface
+from mtv_jax.convert.tables import ConversionError
+from mtv_jax.data import tokenizers
+from mtv_jax.encoder import Encoder
+from mtv_jax.models import model as models
+from mtv_jax.models.model import ModelSpec
+from mtv_jax.preprocess import Preprocess
+
+TOLERANCE = 1e-4
+TEXTS = [
+  "a photo of a cat",
+  "Two dogs, playing in the PARK!",
+  "a_man   riding a wave",
+  "",
+  "the quick brown fox " * 30,
+]
+SMALL = {
+  "variant": "mu/16",
+  "image_size": 64,
+  "mask_token": True,
+  "text": {"variant": "mu", "depth": 1, "length": 16, "vocab_size": 258},
+}
+PREPROCESS = {"size": 64, "resize": "squash", "interpolation": "bilinear"}
+
+reference = pytest.mark.reference
+# transformers' own use of other libraries is not ours to mend.
+quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def _flat(tree):
+  return dict(trees.flatten_names(tree))
+
+
+def _params(spec, *, seed=0, bias=-10.0):
+  """Random parameters of a spec, none of them zero or one."""
+  rng = np.random.default_rng(seed)
+  leaves = {}
+  for name, leaf in _flat(models.abstract_params(spec)).items():
+    scale = 0.02 if leaf.ndim < 2 else leaf.shape[-2] ** -0.5
+    value = rng.normal(size=leaf.shape).astype(np.float32) * np.float32(scale)
+    leaves[name] = value + ("scale" in name)
+  if spec.text is not None:
+    head = "heads/contrastive"
+    # Trained SigLIPs multiply by more than 100, differences included.
+    leaves[f"{head}/logit_scale"] = np.float32(4.7)
+    leaves[f"{head}/logit_bias"] = np.float32(bias)
+  return trees.unflatten(leaves)
+
+
+def _pictures(count, *, seed=0):
+  rng = np.random.default_rng(seed)
+  pictures = []
+  for _ in range(count):
+    h, w = (int(n) for n in rng.integers(50, 150, 2))
+    small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    pictures.append(np.asarray(PIL.Image.fromarray(small).resize((w, h))))
+  return pictures
+
+
+@pytest.fixture(scope="module")
+def photos(shared_data):
+  files = sorted((shared_data / "coco" / "val2017").glob("*.jpg"))[:16]
+  assert len(files) == 16
+  return [np.asarray(PIL.Image.open(f).convert("RGB")) for f in files]
+
+
+@pytest.fixture(scope="module")
+def spec():
+  return ModelSpec.from_config(SMALL)
+
+
+@pytest.fixture(scope="module")
+def params(spec):
+  return _params(spec)
+
+
+@pytest.fixture
+def export(spec, params, tmp_path):
+  return huggingface.write(
+    tmp_path / "export",
+    spec,
+    params,
+    preprocess=PREPROCESS,
+    tokenizer=tokenizers.build_tokenizer("bytes"),
+  )
+
+
+def _assert_same(got, want):
+  got, want = _flat(got), _flat(want)
+  assert got.keys() == want.keys()
+  for name, value in want.items():
+    assert got[name].dtype == np.float32
+    np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+# ---------------------------------------------------------------------------
+# There and back.
+
+
+def test_round_trip_is_identical(spec, params, tmp_path):
+  heads = {
+    **params["heads"],
+    "dino": {"mlp": {"kernel": np.arange(6.0, dtype=np.float32)[None]}},
+    "grounding": {"logit_scale": np.float32(1.5)},
+  }
+  params = {**params, "heads": heads}
+  tokenizer = tokenizers.build_tokenizer("bytes", clean="canonicalize")
+  write = {"preprocess": PREPROCESS, "tokenizer": tokenizer}
+  folder = huggingface.write(tmp_path / "a", spec, params, **write)
+  beside = load_file(str(folder / "heads.safetensors"))
+  assert set(beside) == {
+    "heads/dino/mlp/kernel",
+    "heads/grounding/logit_scale",
+    "image/mask_token",
+  }
+  back = huggingface.read(folder)
+  assert back.spec == spec
+  assert back.preprocess == PREPROCESS
+  assert back.tokenizer.build().clean == "canonicalize"
+  _assert_same(back.params, params)
+
+  # And through our own form and out again.
+  native = huggingface.write_native(
+    tmp_path / "b",
+    back.spec,
+    back.params,
+    preprocess=back.preprocess,
+    tokenizer=back.tokenizer,
+  )
+  again = huggingface.read(native)
+  assert again == dataclasses.replace(back, params=again.params)
+  _assert_same(again.params, params)
+
+
+def test_a_softmax_head_under_its_own_name(spec, params, tmp_path):
+  heads = {"clip": {"logit_scale": np.float32(3.0)}, "dino": {}}
+  folder = huggingface.write(
+    tmp_path / "a", spec, params, preprocess=PREPROCESS, heads=heads
+  )
+  tensors = load_file(str(folder / "model.safetensors"))
+  assert tensors["logit_scale"].tolist() == [3.0]
+  assert tensors["logit_bias"].tolist() == [0.0]
+  back = huggingface.read(folder)
+  assert _flat(back.params["heads"]) == {"clip/logit_scale": 3.0}
+
+
+def test_two_temperatures_need_a_name(spec, params, tmp_path):
+  heads = {n: {"logit_scale": np.float32(1)} for n in ("a", "b")}
+  with pytest.raises(ConversionError, match=r"'a', 'b'.*'contrastive'"):
+    huggingface.write(
+      tmp_path / "a", spec, params, preprocess=PREPROCESS, heads=heads
+    )
+
+
+def test_resampled_positions(spec, params):
+  same, unchanged = huggingface.resize_positions(params, spec, 64)
+  assert unchanged == spec
+  _assert_same(same, params)
+  bigger, larger = huggingface.resize_positions(params, spec, 128)
+  assert larger.image.image_size == 128
+  table = bigger["image"]["position_embedding"]
+  assert table.shape == (64, 64)
+  # What is stored is what the tower would have made on the fly.
+  images = jax.numpy.asarray(
+    np.random.default_rng(0).normal(size=(1, 128, 128, 3)), np.float32
+  )
+
+  def run(spec, params):
+    tower = models.image_tower(spec)
+    apply = jax.jit(lambda p: tower.apply({"params": p}, images))
+    return apply(jax.tree.map(jax.numpy.asarray, params["image"]))
+
+  np.testing.assert_allclose(
+    run(larger, bigger).patches, run(spec, params).patches, atol=1e-5
+  )
+  with pytest.raises(ValueError, match="100x100.*96x96"):
+    huggingface.resize_positions(params, spec, 100)
+
+
+# ---------------------------------------------------------------------------
+# transformers opens what we wrote.
+
+
+def _theirs(folder, images, texts):
+  """(pixels, ids, logits) of AutoProcessor and AutoModel."""
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  model, found = transformers.AutoModel.from_pretrained(
+    folder, output_loading_info=True
+  )
+  assert type(model).__name__ == "SiglipModel"
+  assert not any(found.values()), found
+  processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
+  inputs = processor(
+    images=[PIL.Image.fromarray(i) for i in images],
+    text=texts,
+    padding="max_length",
+    truncation=True,
+    return_tensors="pt",
+  )
+  # A mask over the padding would change what the text tower was trained on.
+  assert set(inputs) == {"pixel_values", "input_ids"}
+  with torch.no_grad():
+    logits = model.eval()(**inputs).logits_per_image.numpy()
+  pixels = inputs["pixel_values"].numpy().transpose(0, 2, 3, 1)
+  return pixels, inputs["input_ids"].numpy(), logits
+
+
+def _assert_equal_logits(folder, images, texts):
+  """Returns the largest difference of the logits."""
+  pixels, ids, expected = _theirs(folder, images, texts)
+  back = huggingface.read(folder)
+  preprocess = Preprocess.from_dict(back.preprocess)
+  tokenizer = back.tokenizer.build()
+  ours = np.stack([preprocess(image) for image in images])
+  np.testing.assert_array_equal(ours, pixels)
+  np.testing.assert_array_equal(
+    tokenizer.encode(texts, back.spec.text.length), ids
+  )
+  # One device: on the tests' eight, a large model would be held eight times.
+  mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+  encoder = Encoder(back.spec, back.params, preprocess, tokenizer, mesh)
+  pooled = encoder.image(images, outputs=("pooled",), batch_size=8).pooled
+  logits = encoder.similarity(pooled, encoder.text(texts))
+  # Random towers give nearly equal logits; they must not be all the same.
+  assert np.ptp(expected) > 1e-3
+  difference = float(np.abs(logits - expected).max())
+  assert difference <= TOLERANCE
+  return difference
+
+
+@reference
+@quiet
+def test_transformers_opens_the_export(export):
+  _assert_equal_logits(export, _pictures(3), TEXTS)
+
+
+@reference
+@quiet
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "size"), [("B/16", 224), ("L/16", 256)])
+def test_logits_on_real_photos(
+  variant, size, photos, shared_data, tmp_path, record_property
+):
+  """The two shapes of MTV, on 16 photos, with a SentencePiece vocabulary."""
+  piece = shared_data / "tokenizers" / "t5_cc_all_32000.spiece.model"
+  tokenizer = tokenizers.build_tokenizer(piece, clean="canonicalize")
+  config = {
+    "variant": variant,
+    "image_size": size,
+    "text": {
+      "variant": variant.partition("/")[0],
+      "length": 64,
+      "vocab_size": tokenizer.vocab_size,
+    },
+  }
+  spec = ModelSpec.from_config(config)
+  params = _params(spec)
+  folder = huggingface.write(
+    tmp_path / "export",
+    spec,
+    params,
+    preprocess={"size": size, "resize": "squash", "interpolation": "bicubic"},
+    tokenizer=tokenizer,
+  )
+  _assert_same(huggingface.read(folder).params, params)
+  del params
+  difference = _assert_equal_logits(folder, photos, TEXTS)
+  record_property("difference", difference)
+  print(f"{variant}: largest difference of the logits {difference:.2e}")
+
+
+@reference
+@quiet
+def test_torchvision_pixels_are_near(photos, export):
+  """transformers' default processor, where torchvision is installed."""
+  transformers = pytest.importorskip("transformers")
+  pytest.importorskip("torchvision")
+  processor = transformers.AutoImageProcessor.from_pretrained(
+    export, backend="torchvision"
+  )
+  images = [PIL.Image.fromarray(photo) for photo in photos]
+  theirs = processor(images=images, return_tensors="np")["pixel_values"]
+  preprocess = Preprocess.from_dict(PREPROCESS)
+  ours = np.stack([preprocess(photo) for photo in photos])
+  difference = np.abs(np.moveaxis(np.asarray(theirs), 1, -1) - ours)
+  # It rounds once where Pillow rounds twice: one grey level, here and there.
+  assert difference.max() <= 1.01 / 127.5
+  assert (difference > 1e-4).mean() < 0.03
+
+
+@reference
+@quiet
+def test_image_only_exports_as_a_vision_model(tmp_path):
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  spec = ModelSpec.from_config({**SMALL, "text": None})
+  params = {**_params(spec), "heads": {"dino": {"k": np.ones((2, 2), "f4")}}}
+  folder = huggingface.write(
+    tmp_path / "v", spec, params, preprocess=PREPROCESS
+  )
+  model, found = transformers.AutoModel.from_pretrained(
+    folder, output_loading_info=True
+  )
+  assert type(model).__name__ == "SiglipVisionModel"
+  assert not any(found.values()), found
+  processor = transformers.AutoImageProcessor.from_pretrained(
+    folder, backend="pil"
+  )
+  images = _pictures(2)
+  inputs = processor(
+    images=[PIL.Image.fromarray(i) for i in images], return_tensors="pt"
+  )
+  with torch.no_grad():
+    expected = model(**inputs)
+  back = huggingface.read(folder)
+  _assert_same(back.params, params)
+  encoder = Encoder(spec, back.params, Preprocess.from_dict(back.preprocess))
+  ours = encoder.image(images)
+  np.testing.assert_allclose(
+    ours.pooled, expected.pooler_output.numpy(), atol=TOLERANCE
+  )
+  patches = ours.patches.reshape(2, 16, -1)
+  np.testing.assert_allclose(
+    patches, expected.last_hidden_state.numpy(), atol=TOLERANCE
+  )
+
+
+@reference
+@quiet
+def test_the_readme_runs(export, tmp_path, monkeypatch):
+  pytest.importorskip("transformers")
+  monkeypatch.chdir(tmp_path)
+  PIL.Image.fromarray(_pictures(1)[0]).save("photo.jpg")
+  blocks = re.findall(
+    r"```python\n(.*?)```", (export / "README.md").read_text(), re.DOTALL
+  )
+  assert len(blocks) == 2
+  scope = {"folder": str(export), "image": _pictures(1)[0]}
+  for block in blocks:
+    exec(block, scope)
+  assert tuple(scope["logits"].shape) == (1, 2)
+  assert scope["features"].pooled.shape == (1, 64)

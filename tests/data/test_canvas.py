@@ -1,0 +1,282 @@
+"""Decoding against Pillow, and squashing against averages written out here."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from mtv_jax.data import canvas
+from mtv_jax.data.records import BadRecord
+
+
+def encoded(image: Image.Image, format: str, **options) -> bytes:
+  buffer = io.BytesIO()
+  image.save(buffer, format, **options)
+  return buffer.getvalue()
+
+
+def pillow(data: bytes) -> np.ndarray:
+  with Image.open(io.BytesIO(data)) as image:
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+  error = np.mean((a.astype(np.float64) - b) ** 2)
+  return 10 * np.log10(255**2 / error)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+  blocks = np.random.default_rng(0).integers(0, 256, (6, 8, 3))
+  return np.kron(blocks, np.ones((8, 8, 1))).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def picture(pixels) -> Image.Image:
+  return Image.fromarray(pixels)
+
+
+def test_photos_are_what_pillow_decodes(shared_data):
+  files = sorted((shared_data / "coco" / "val2017").glob("*.jpg"))[:60]
+  files += sorted((shared_data / "coco" / "train2017").glob("*.jpg"))[:30]
+  grey = 0
+  for file in files:
+    data = file.read_bytes()
+    image = canvas.decode(data)
+    np.testing.assert_array_equal(image, pillow(data), err_msg=file.name)
+    grey += bool((image == image[..., :1]).all())
+  assert len(files) == 90
+  assert grey < len(files)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_give_the_pixels(format, picture, pixels):
+  options = {"lossless": True} if format == "WEBP" else {}
+  image = canvas.decode(encoded(picture, format, **options))
+  np.testing.assert_array_equal(image, pixels)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_grey_jpeg_has_three_equal_channels(options, picture):
+  data = encoded(picture.convert("L"), "JPEG", quality=95, **options)
+  image = canvas.decode(data)
+  assert image.shape == (48, 64, 3)
+  assert (image == image[..., :1]).all()
+  np.testing.assert_array_equal(image, pillow(data))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_exif_rotation(format, orientation, picture, pixels):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  options = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "PNG": {},
+    "WEBP": {"lossless": True},
+  }[format]
+  data = encoded(picture, format, exif=exif, **options)
+  image = canvas.decode(data)
+  np.testing.assert_array_equal(image, pillow(data))
+  # The same turn of the pixels themselves, by NumPy.
+  flat = pixels.swapaxes(0, 1) if orientation > 4 else pixels
+  flat = flat[::-1] if orientation in (3, 4, 7, 8) else flat
+  flat = flat[:, ::-1] if orientation in (2, 3, 6, 7) else flat
+  assert image.shape == flat.shape
+  error = np.abs(image.astype(int) - flat).mean()
+  assert error < 5 if format == "JPEG" else error == 0
+
+
+def test_cmyk_as_adobe_writes_it_is_not_inverted(picture, pixels):
+  data = encoded(picture.convert("CMYK"), "JPEG", quality=100)
+  assert b"Adobe" in data[:200]
+  image = canvas.decode(data)
+  assert np.abs(image.astype(int) - pixels).mean() < 3
+
+
+def test_palette(picture):
+  paletted = picture.convert("P", palette=Image.Palette.ADAPTIVE)
+  image = canvas.decode(encoded(paletted, "PNG"))
+  np.testing.assert_array_equal(image, np.asarray(paletted.convert("RGB")))
+  gif = canvas.decode(encoded(paletted, "GIF"))
+  np.testing.assert_array_equal(gif, image)
+
+
+def test_transparency_lies_on_white(picture, pixels):
+  alpha = np.full((48, 64), 255, np.uint8)
+  alpha[:24], alpha[24:32] = 0, 51
+  data = encoded(Image.fromarray(np.dstack([pixels, alpha])), "PNG")
+  image = canvas.decode(data).astype(float)
+  assert (image[:24] == 255).all()
+  np.testing.assert_array_equal(image[32:], pixels[32:])
+  blended = 0.2 * pixels[24:32] + 0.8 * 255
+  assert np.abs(image[24:32] - blended).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["P", "RGB", "L"])
+def test_one_transparent_colour_lies_on_white(mode, picture):
+  image = picture.convert(mode)
+  corner = image.getpixel((0, 0))
+  plain = np.asarray(image.convert("RGB"))
+  result = canvas.decode(encoded(image, "PNG", transparency=corner))
+  hidden = (np.atleast_3d(np.asarray(image)) == corner).all(-1)
+  assert hidden.any()
+  assert (result[hidden] == 255).all()
+  np.testing.assert_array_equal(result[~hidden], plain[~hidden])
+
+
+def test_16_bit_grey_is_scaled_not_clipped():
+  values = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
+  image = canvas.decode(encoded(Image.fromarray(values), "PNG"))
+  expected = np.round(values / 257)
+  assert np.abs(image - expected[..., None]).max() <= 0.5
+  assert image[0, 0, 0] == 0
+  assert image[-1, -1, 0] == 255
+
+
+def test_pixels_of_no_known_range_are_refused():
+  floats = Image.fromarray(np.ones((4, 4), np.float32))
+  with pytest.raises(BadRecord, match=r"'k'.*float"):
+    canvas.decode(encoded(floats, "TIFF"), key="k")
+  integers = Image.fromarray(np.full((4, 4), 100_000, np.int32))
+  with pytest.raises(BadRecord, match="100000"):
+    canvas.decode(encoded(integers, "TIFF"))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9, 0.99])
+def test_truncated_jpeg(share, progressive, picture):
+  data = encoded(picture, "JPEG", quality=95, progressive=progressive)
+  with pytest.raises(BadRecord, match="'cut'"):
+    canvas.decode(data[: int(len(data) * share)], key="cut")
+
+
+def test_truncated_jpeg_with_a_thumbnail(picture):
+  # The thumbnail's end marker must not pass for the image's.
+  thumbnail = encoded(picture.resize((8, 8)), "JPEG")
+  data = encoded(picture, "JPEG", quality=95)
+  segment = b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail
+  whole = data[:2] + segment + data[2:]
+  np.testing.assert_array_equal(canvas.decode(whole), canvas.decode(data))
+  with pytest.raises(BadRecord):
+    canvas.decode(whole[: len(whole) - len(data) // 3])
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF"])
+def test_other_truncated_files(format, picture):
+  data = encoded(picture, format)
+  with pytest.raises(BadRecord, match="can't be decoded|no image"):
+    canvas.decode(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"<html>404</html>" * 9])
+def test_no_image(data):
+  with pytest.raises(BadRecord, match="no image|no bytes"):
+    canvas.decode(data)
+
+
+def huge_png(side: int) -> bytes:
+  def chunk(kind: bytes, content: bytes) -> bytes:
+    check = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + check
+
+  header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+  return (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", header)
+    + chunk(b"IDAT", zlib.compress(b""))
+    + chunk(b"IEND", b"")
+  )
+
+
+def test_absurd_sizes_are_refused_from_the_header(picture, monkeypatch):
+  jpeg = bytearray(encoded(picture, "JPEG"))
+  frame = jpeg.index(b"\xff\xc0")
+  jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 60000, 50000)
+  monkeypatch.setattr(canvas.cv2, "imdecode", None)  # never reached
+  with pytest.raises(BadRecord, match="50000x60000"):
+    canvas.decode(bytes(jpeg))
+  for side in (9_200, 12_000, 100_000):
+    with pytest.raises(BadRecord, match=r"pixels"):
+      canvas.decode(huge_png(side))
+  with pytest.raises(BadRecord, match="64x48"):
+    canvas.decode(encoded(picture, "PNG"), max_pixels=64 * 48 - 1)
+
+
+def test_damaged_bytes_give_bad_records_only(picture):
+  files = [encoded(picture, f) for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP")]
+  rng = np.random.default_rng(0)
+  outcomes = {"decoded": 0, "refused": 0}
+  for i in range(400):
+    data = bytearray(files[i % len(files)])
+    for _ in range(rng.integers(1, 6)):
+      data[rng.integers(min(len(data), 200))] = rng.integers(256)
+    try:
+      image = canvas.decode(bytes(data))
+      assert image.dtype == np.uint8
+      assert image.shape[2] == 3
+      outcomes["decoded"] += 1
+    except BadRecord:
+      outcomes["refused"] += 1
+  assert min(outcomes.values()) > 40, outcomes
+
+
+def areas(image: np.ndarray, size: int) -> np.ndarray:
+  """The mean over the area of each new pixel, one dimension at a time."""
+
+  def weights(length: int) -> np.ndarray:
+    edges = np.linspace(0, length, size + 1)
+    low = np.maximum(edges[:-1, None], np.arange(length))
+    high = np.minimum(edges[1:, None], np.arange(length) + 1)
+    return np.maximum(high - low, 0) / (length / size)
+
+  rows, columns = weights(image.shape[0]), weights(image.shape[1])
+  return np.einsum("yh,xw,hwc->yxc", rows, columns, image.astype(float))
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (33, 97), (24, 24), (24, 60)])
+def test_squash_averages_areas(shape):
+  image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+  expected = areas(image, 24)
+  assert np.abs(canvas.squash(image, 24) - expected).max() <= 1
+
+
+def test_squash_of_its_own_size_is_the_image(pixels):
+  square = np.ascontiguousarray(pixels[:, :48])
+  assert canvas.squash(square, 48) is square
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_squash_does_not_alias_where_one_dimension_grows(axis):
+  # The finest stripes across the dimension that shrinks become grey.
+  stripes = np.zeros((200, 40, 3), np.uint8)
+  stripes[::2] = 255
+  image = stripes if axis == 0 else stripes.swapaxes(0, 1).copy()
+  result = canvas.squash(image, 50).astype(int)
+  assert result.shape == (50, 50, 3)
+  assert np.abs(result - 127.5).max() < 3
+
+
+def test_squash_of_photos_is_close_to_pillows_antialiasing(shared_data):
+  files = sorted((shared_data / "coco" / "val2017").glob("*.jpg"))[:40]
+  values = {"shrinks": [], "mixed": [], "grows": []}
+  for file in files:
+    image = canvas.decode(file.read_bytes())
+    for kind, size in (("shrinks", 200), ("mixed", 500), ("grows", 700)):
+      low, high = sorted(image.shape[:2])
+      if {
+        "shrinks": size <= low,
+        "mixed": low < size < high,
+        "grows": size >= high,
+      }[kind]:
+        theirs = Image.fromarray(image).resize((size, size), 2)
+        values[kind].append(psnr(canvas.squash(image, size), theirs))
+  assert {k: len(v) > 20 for k, v in values.items()} == dict.fromkeys(
+    values, True
+  )
+  assert min(values["shrinks"]) > 29
+  assert min(values["mixed"]) > 34
+  assert min(values["grows"]) > 40

@@ -1,0 +1,156 @@
+"""The host's ops on small records."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mtv_jax.config import ConfigError
+from mtv_jax.data.ops import build_ops
+from mtv_jax.data.records import BadRecord
+from mtv_jax.data.tokenizers import build_tokenizer
+
+
+def png(pixels: np.ndarray) -> bytes:
+  buffer = io.BytesIO()
+  Image.fromarray(pixels).save(buffer, "PNG")
+  return buffer.getvalue()
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+  return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return build_tokenizer("bytes", clean="lower")
+
+
+@pytest.fixture
+def record():
+  pixels = rng().integers(0, 256, (20, 30, 3), np.uint8)
+  return {"key": "k7", "image": png(pixels), "captions": ["A dog", "Two cats"]}
+
+
+def text(row: np.ndarray) -> str:
+  return bytes(int(i) - 2 for i in row if i > 1).decode()
+
+
+def test_fields_of_a_row(record, tokenizer):
+  ops = build_ops("decode|canvas(8)|caption(16)", tokenizer=tokenizer)
+  row = ops(record, rng())
+  assert {k: (f.shape, f.dtype) for k, f in ops.fields.items()} == {
+    "image": ((8, 8, 3), np.uint8),
+    "image_size": ((2,), np.int32),
+    "caption": ((16,), np.int32),
+    "caption_valid": ((), np.bool_),
+  }
+  for name, field in ops.fields.items():
+    assert row[name].shape == field.shape
+    assert row[name].dtype == field.dtype
+  assert row["image_size"].tolist() == [20, 30]
+  assert row["caption_valid"]
+
+
+def test_pixels_need_no_decoding_and_grey_becomes_rgb():
+  ops = build_ops("decode|canvas(4)")
+  grey = np.full((4, 4), 9, np.uint8)
+  for image in (grey, grey[..., None], np.repeat(grey[..., None], 3, -1)):
+    row = ops({"key": "k", "image": image}, rng())
+    assert row["image"].shape == (4, 4, 3)
+    assert (row["image"] == 9).all()
+  for image in (grey.astype(np.float32), np.zeros((4, 4, 4), np.uint8)):
+    with pytest.raises(BadRecord, match=r"expected uint8 \[H, W, 3\]"):
+      ops({"key": "k", "image": image}, rng())
+
+
+def test_captions_are_picked_evenly_and_by_the_generator(tokenizer):
+  ops = build_ops("caption(8)", tokenizer=tokenizer)
+  captions = ["one", "two", "three"]
+
+  def pick(seed: int) -> str:
+    record = {"key": "k", "captions": list(captions)}
+    return text(ops(record, rng(seed))["caption"])
+
+  picks = [pick(seed) for seed in range(600)]
+  assert picks[:20] == [pick(seed) for seed in range(20)]
+  counts = [picks.count(caption) for caption in captions]
+  assert sum(counts) == 600
+  assert min(counts) > 160
+
+
+def test_first_caption(tokenizer):
+  ops = build_ops("caption(8, pick='first')", tokenizer=tokenizer)
+  for seed in range(5):
+    row = ops({"key": "k", "captions": ["A", "B"]}, rng(seed))
+    assert text(row["caption"]) == "a"
+
+
+def test_blank_captions_are_passed_over():
+  tokenizer = build_tokenizer("bytes", clean="canonicalize")
+  ops = build_ops("caption(8)", tokenizer=tokenizer)
+  for seed in range(8):
+    row = ops({"key": "k", "captions": ["", " \n", "!?", "dog"]}, rng(seed))
+    assert text(row["caption"]) == "dog"
+    assert row["caption_valid"]
+
+
+@pytest.mark.parametrize("captions", [[""], ["  ", "\t"]])
+def test_only_empty_captions_are_a_bad_record(captions, tokenizer):
+  ops = build_ops("caption(8)", tokenizer=tokenizer)
+  with pytest.raises(BadRecord, match="'k9'.*captions are empty"):
+    ops({"key": "k9", "captions": captions}, rng())
+
+
+@pytest.mark.parametrize("record", [{"key": "k"}, {"key": "k", "captions": []}])
+def test_no_captions_are_padding(record, tokenizer):
+  ops = build_ops("caption(4)", tokenizer=tokenizer)
+  row = ops(record, rng())
+  assert row["caption"].tolist() == [0, 0, 0, 0]
+  assert not row["caption_valid"]
+
+
+def test_a_caption_that_is_not_unicode(tokenizer):
+  ops = build_ops("caption(8)", tokenizer=tokenizer)
+  with pytest.raises(BadRecord, match="not Unicode"):
+    ops({"key": "k", "captions": ["a \ud800"]}, rng())
+
+
+def test_bad_image_names_the_key(tokenizer):
+  ops = build_ops("decode|canvas(8)")
+  with pytest.raises(BadRecord, match="'k3'"):
+    ops({"key": "k3", "image": b"nothing"}, rng())
+
+
+@pytest.mark.parametrize(
+  ("ops", "error", "match"),
+  [
+    ("decode|canvass(8)", ConfigError, "Did you mean 'canvas'"),
+    ("decode|canvas", ConfigError, "size"),
+    ("decode|canvas(8, 9)", ConfigError, "size"),
+    ("decode|canvas(0)", ValueError, "whole number >= 1"),
+    ("caption(8, pick='fisrt')", ValueError, "Did you mean 'first'"),
+    ("caption(8, pick='random', tokenizer=1)", ConfigError, "length"),
+    ("decode", ValueError, "no field"),
+    ("decode|canvas(", ConfigError, "character"),
+  ],
+)
+def test_what_a_config_may_not_say(ops, error, match, tokenizer):
+  with pytest.raises(error, match=match):
+    build_ops(ops, tokenizer=tokenizer)
+
+
+def test_caption_without_a_tokenizer():
+  with pytest.raises(ValueError, match="model.text.tokenizer"):
+    build_ops("decode|canvas(8)|caption(8)")
+
+
+def test_canvas_before_decode(record):
+  with pytest.raises(TypeError, match="put `decode` before"):
+    build_ops("canvas(8)")(record, rng())
+
+
+def test_missing_field():
+  with pytest.raises(KeyError, match="'image'"):
+    build_ops("decode|canvas(8)")({"key": "k", "img": b""}, rng())

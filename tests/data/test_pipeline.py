@@ -1,0 +1,420 @@
+"""What stands at which row, whatever hosts, workers and steps; bad records."""
+
+import ast
+import collections
+import importlib
+import itertools
+import logging
+import pathlib
+
+import numpy as np
+import pytest
+
+from mtv_jax.data import order, pipeline
+from mtv_jax.data.pipeline import CorruptDataError, make_loader
+from mtv_jax.data.records import BadRecord
+from mtv_jax.data.tokenizers import build_tokenizer
+
+OPS = "decode|canvas(2)|caption(8)"
+
+
+class Numbers:
+  """Record i is a 2 x 2 image of i's digits in base 256, with two captions."""
+
+  fields = frozenset(["key", "image", "captions"])
+
+  def __init__(self, name: str, length: int, bad=(), *, mark: int = 0):
+    self.name, self._length, self._bad = name, length, frozenset(bad)
+    self._mark = mark
+    self.shards = np.array([length])
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, i: int) -> dict:
+    assert 0 <= i < self._length
+    if i in self._bad:
+      raise BadRecord(f"{self.name}-{i}", "made bad")
+    image = np.zeros((2, 2, 3), np.uint8)
+    image[...] = (i // 256, i % 256, self._mark)
+    return {"key": str(i), "image": image, "captions": ["a", "b"]}
+
+  def __repr__(self) -> str:
+    return f"Numbers({self.name})"
+
+
+def numbers(batch: dict) -> list[int]:
+  pixels = batch["image"][:, 0, 0].astype(int)
+  return (pixels[:, 0] * 256 + pixels[:, 1]).tolist()
+
+
+def loader(sources, *, weights=None, **options):
+  config = {"ops": OPS}
+  if weights:
+    config["train"] = [{"weight": w} for w in weights]
+  for name in ("shuffle", "workers", "threads", "prefetch", "max_corrupt"):
+    if name in options:
+      config[name] = options.pop(name)
+  arguments = {"batch_size": 8, "seed": 0, **options}
+  return make_loader(
+    config,
+    tokenizer=build_tokenizer("bytes"),
+    sources=sources,
+    **arguments,
+  )
+
+
+def take(count: int, sources, **options) -> list[dict]:
+  with loader(sources, **options) as batches:
+    return list(itertools.islice(batches, count))
+
+
+def assert_equal(a: list[dict], b: list[dict]) -> None:
+  assert len(a) == len(b)
+  for x, y in zip(a, b, strict=True):
+    assert list(x) == list(y)
+    for name in x:
+      np.testing.assert_array_equal(x[name], y[name])
+
+
+def two_sources():
+  return [Numbers("long", 37), Numbers("short", 5, mark=1)]
+
+
+def test_the_batch():
+  with loader([Numbers("n", 37)]) as batches:
+    assert batches.examples_per_epoch == 37
+    assert set(batches.fields) == {
+      "image",
+      "image_size",
+      "caption",
+      "caption_valid",
+    }
+    batch = next(batches)
+    assert batches.step == 1
+    assert batches.stats.read == 8
+  for name, field in batches.fields.items():
+    assert batch[name].shape == (8, *field.shape)
+    assert batch[name].dtype == field.dtype
+  assert (batch["image_size"] == 2).all()
+  assert batch["caption_valid"].all()
+
+
+@pytest.mark.parametrize("shuffle", ["global", "block", "none"])
+def test_every_epoch_has_every_record_once_in_a_new_order(shuffle):
+  # 37 is no multiple of 8: epochs end inside batches.
+  batches = take(3 * 37 // 8 + 1, [Numbers("n", 37)], shuffle=shuffle)
+  rows = [n for batch in batches for n in numbers(batch)]
+  epochs = [rows[i : i + 37] for i in (0, 37, 74)]
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(37))
+  if shuffle == "none":
+    assert epochs == [list(range(37))] * 3
+  else:
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert epochs[0] != list(range(37))
+
+
+def test_a_source_shorter_than_a_batch():
+  (batch,) = take(1, [Numbers("n", 3)])
+  counts = collections.Counter(numbers(batch))
+  assert sorted(counts.values()) == [2, 3, 3]
+
+
+@pytest.mark.parametrize("shuffle", ["global", "block"])
+def test_hosts_take_slices_of_the_same_batch(shuffle):
+  options = {"weights": [2, 1], "shuffle": shuffle}
+  whole = take(6, two_sources(), **options)
+  for count in (2, 4):
+    parts = [
+      take(6, two_sources(), process_index=h, process_count=count, **options)
+      for h in range(count)
+    ]
+    together = [
+      {name: np.concatenate([p[name] for p in step]) for name in step[0]}
+      for step in zip(*parts, strict=True)
+    ]
+    assert_equal(together, whole)
+
+
+@pytest.mark.parametrize("shuffle", ["global", "block", "none"])
+def test_starting_at_a_step_is_going_there(shuffle):
+  options = {"weights": [2, 1], "shuffle": shuffle}
+  whole = take(12, two_sources(), **options)
+  for step in (1, 7, 11):
+    rest = take(12 - step, two_sources(), start_step=step, **options)
+    assert_equal(rest, whole[step:])
+
+
+def test_threads_and_prefetching_change_nothing():
+  whole = take(6, two_sources(), threads=1, prefetch=1)
+  assert_equal(take(6, two_sources(), threads=5, prefetch=4), whole)
+
+
+def test_seeds_differ():
+  runs = [take(6, [Numbers("n", 37)], seed=seed) for seed in (0, 0, 1)]
+  assert_equal(runs[0], runs[1])
+  orders = [[numbers(b) for b in run] for run in runs]
+  assert orders[0] != orders[2]
+
+
+def test_equal_sources_have_orders_of_their_own():
+  sources = [Numbers("a", 37), Numbers("b", 37, mark=1)]
+  rows = order.addresses(sources, weights=[1.0, 1.0], shuffle="global", seed=0)
+  each = {0: [], 1: []}
+  for position in range(37 * 6):
+    k, record = rows[position]
+    each[k].append(record)
+  epochs = [tuple(v[i : i + 37]) for v in each.values() for i in (0, 37, 74)]
+  assert len(set(epochs)) == 6
+
+
+def test_captions_are_drawn_anew_every_epoch():
+  batches = take(40, [Numbers("n", 8)])
+  drawn = np.stack([b["caption"][:, 0] for b in batches])
+  share = np.mean(drawn == ord("a") + 2)
+  assert 0.4 < share < 0.6
+  assert not (drawn == drawn[0]).all()
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (0.2, 0.7)])
+def test_mixture_is_even_throughout(weights):
+  rows = order.addresses(
+    two_sources(), weights=weights, shuffle="global", seed=3
+  )
+  share = weights[0] / sum(weights)
+  picks = np.cumsum([rows[i][0] == 0 for i in range(1000)])
+  assert np.abs(picks - share * np.arange(1, 1001)).max() < 2
+
+
+def test_each_source_repeats_by_itself():
+  rows = order.addresses(
+    two_sources(), weights=(1.0, 1.0), shuffle="global", seed=3
+  )
+  own = [rows[i][1] for i in range(400) if rows[i][0] == 1]
+  for start in range(0, 195, 5):
+    assert sorted(own[start : start + 5]) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("length", [1000, 100_000])
+@pytest.mark.parametrize("shuffle", ["global", "block", "none"])
+def test_positions_far_out(length, shuffle):
+  rows = order.addresses(
+    [Numbers("n", length)], weights=[1.0], shuffle=shuffle, seed=0
+  )
+  first = (2**33 // length + 1) * length
+  sample = [rows[first + i][1] for i in range(1000)]
+  assert len(set(sample)) == 1000
+  assert 0 <= min(sample) <= max(sample) < length
+  step = 2**40
+  batches = take(1, [Numbers("n", 1000)], start_step=step, shuffle=shuffle)
+  again = take(1, [Numbers("n", 1000)], start_step=step, shuffle=shuffle)
+  assert_equal(batches, again)
+
+
+def test_large_sources_are_shuffled_by_arithmetic():
+  length = 70_001
+  rows = order.addresses(
+    [Numbers("n", length)], weights=[1.0], shuffle="global", seed=0
+  )
+  epoch = np.array([rows[i][1] for i in range(length)])
+  assert (np.sort(epoch) == np.arange(length)).all()
+  assert np.abs(np.corrcoef(epoch, np.arange(length))[0, 1]) < 0.02
+
+
+def test_block_shuffle_keeps_neighbours_together():
+  shards = np.cumsum([100, 30, 1, 250, 64])
+  shuffled = order.BlockShuffle(shards, seed=1, block=32, window=3)
+  for epoch in range(3):
+    rows = [shuffled[epoch * 445 + i] for i in range(445)]
+    assert sorted(rows) == list(range(445))
+    # Of 16 blocks three are mixed at a time; 64 rows touch three such sets.
+    starts = sorted(
+      {a for lo, hi in zip([0, *shards], shards, strict=False)
+       for a in range(lo, hi, 32)}
+    )  # fmt: skip
+    block = np.searchsorted(starts, rows, side="right")
+    assert max(len(set(block[i : i + 64])) for i in range(445)) <= 9
+    assert rows != sorted(rows)
+
+
+def test_a_bad_record_is_replaced_by_the_next_good_one(caplog):
+  good = take(10, [Numbers("n", 37)], max_corrupt=0.5)
+  with loader([Numbers("n", 37, bad=[4, 5, 36])], max_corrupt=0.5) as batches:
+    with caplog.at_level(logging.WARNING):
+      bad = list(itertools.islice(batches, 10))
+    stats = batches.stats
+  replaced = {4: 6, 5: 6, 36: 0}
+  for a, b in zip(good, bad, strict=True):
+    assert numbers(b) == [replaced.get(n, n) for n in numbers(a)]
+    np.testing.assert_array_equal(a["caption"], b["caption"])
+  seen = collections.Counter(n for a in good for n in numbers(a))
+  assert stats.corrupt == 2 * seen[4] + seen[5] + seen[36]
+  assert stats.read == 80 + stats.corrupt
+  assert stats.reasons == {
+    "n/n-4": "made bad",
+    "n/n-5": "made bad",
+    "n/n-36": "made bad",
+  }
+  assert "n-36" in caplog.text
+
+
+def test_resuming_among_bad_records():
+  source = [Numbers("n", 37, bad=[4, 5, 36])]
+  whole = take(10, source, max_corrupt=0.5)
+  rest = take(4, source, max_corrupt=0.5, start_step=6, threads=3)
+  assert_equal(rest, whole[6:])
+
+
+def test_too_many_bad_records_stop_the_run():
+  source = Numbers("n", 5000, bad=range(0, 5000, 50))
+  with (
+    loader([source], batch_size=100) as batches,
+    pytest.raises(
+      CorruptDataError, match=r"(?s)max_corrupt allows 1\.00%.*n/n-"
+    ),
+  ):
+    # One in 50; at 1000 records read, not before.
+    for _ in range(9):
+      next(batches)
+    for _ in range(20):
+      next(batches)
+  assert 1000 <= batches.stats.read < 1100
+  few = Numbers("n", 5000, bad=range(0, 5000, 200))
+  with loader([few], batch_size=100) as batches:
+    for _ in range(50):
+      next(batches)
+    assert batches.stats.corrupt == 25
+
+
+def test_small_data_are_judged_after_an_epoch():
+  with loader([Numbers("n", 40, bad=[1, 2])]) as batches:
+    for _ in range(4):
+      next(batches)
+    with pytest.raises(CorruptDataError, match="max_corrupt"):
+      for _ in range(2):
+        next(batches)
+
+
+def test_no_good_record_at_all():
+  with (
+    loader([Numbers("n", 5, bad=range(5))]) as batches,
+    pytest.raises(CorruptDataError, match="5 records of Numbers"),
+  ):
+    next(batches)
+
+
+class Broken(Numbers):
+  """Fails at record 3 with what is no fault of the record."""
+
+  def __getitem__(self, i: int) -> dict:
+    if i == 3:
+      raise OSError("the disk is gone")
+    return super().__getitem__(i)
+
+
+# A module of its own, since worker processes import what a source is made of.
+PROBE = """
+import os, sys
+import numpy as np
+from mtv_jax.data.records import BadRecord
+
+class Probe:
+  name, fields, shards = "n", frozenset(["image"]), np.array([37])
+
+  def __init__(self):
+    self.parent = os.getpid()
+
+  def __len__(self):
+    return 37
+
+  def __getitem__(self, i):
+    if i in (4, 5, 36):
+      raise BadRecord(f"n-{i}", "made bad")
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    started = bridge is not None and bridge.backends_are_initialized()
+    mark = 0 if os.getpid() == self.parent else 1 + started
+    image = np.full((2, 2, 3), (0, i, mark), np.uint8)
+    return {"key": str(i), "image": image, "captions": ["a", "b"]}
+"""
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_rows_and_start_no_backend(
+  tmp_path, monkeypatch
+):
+  (tmp_path / "probe_source.py").write_text(PROBE)
+  monkeypatch.syspath_prepend(tmp_path)
+  source = importlib.import_module("probe_source").Probe()
+  options = {"max_corrupt": 0.5, "start_step": 3}
+  here = take(7, [source], **options)
+  with loader([source], workers=2, **options) as batches:
+    there = [
+      {name: np.array(values) for name, values in batch.items()}
+      for batch in itertools.islice(batches, 7)
+    ]
+    corrupt, reasons = batches.stats.corrupt, batches.stats.reasons
+  # 1: read by another process, in which JAX has started no backend.
+  assert all((batch["image"][..., 2] == 1).all() for batch in there)
+  for batch in there:
+    batch["image"][..., 2] = 0
+  assert_equal(there, here)
+  assert corrupt > 0
+  assert set(reasons) == {"n/n-4", "n/n-5", "n/n-36"}
+
+
+def test_other_errors_name_the_record():
+  with (
+    loader([Broken("n", 6)]) as batches,
+    pytest.raises(OSError, match="disk is gone") as caught,
+  ):
+    next(batches)
+  assert any("record 3 of Numbers(n)" in n for n in caught.value.__notes__)
+
+
+@pytest.mark.parametrize(
+  ("options", "match"),
+  [
+    ({"batch_size": 9, "process_count": 2}, "batch_size=9 .* 2 processes"),
+    ({"process_index": 2, "process_count": 2}, "process_index=2"),
+    ({"shuffle": "globe"}, "Did you mean 'global'"),
+    ({"weights": [1, 0]}, "weight=0"),
+    ({"workers": -1}, "data.workers=-1"),
+    ({"prefetch": 0}, "data.prefetch=0"),
+    ({"seed": -1}, "seed=-1"),
+  ],
+)
+def test_what_a_config_may_not_say(options, match):
+  with pytest.raises(ValueError, match=match):
+    loader(two_sources(), **options)
+
+
+def test_empty_data():
+  with pytest.raises(ValueError, match="at least one source"):
+    loader([])
+  with pytest.raises(ValueError, match="has no records"):
+    loader([Numbers("n", 0)])
+
+
+def test_a_closed_loader_gives_nothing():
+  batches = loader([Numbers("n", 37)])
+  next(batches)
+  batches.close()
+  with pytest.raises(ValueError, match="closed"):
+    next(batches)
+
+
+def test_data_modules_import_neither_jax_nor_tensorflow():
+  folder = pathlib.Path(pipeline.__file__).parent
+  files = [*folder.glob("*.py"), folder.parent / "config.py"]
+  assert len(files) > 8
+  for file in files:
+    for node in ast.walk(ast.parse(file.read_text())):
+      names = []
+      if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+      elif isinstance(node, ast.ImportFrom):
+        names = [node.module or ""]
+      roots = {name.split(".")[0] for name in names}
+      forbidden = roots & {"jax", "jaxlib", "flax", "tensorflow", "optax"}
+      assert not forbidden, (file.name, forbidden)

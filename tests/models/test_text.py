@@ -1,0 +1,181 @@
+"""The text tower against NumPy."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtv_jax.models.text import TextSpec, TextTower
+
+SIGLIP = TextSpec(
+  vocab_size=40,
+  length=9,
+  width=32,
+  depth=2,
+  heads=2,
+  mlp_dim=48,
+  projection=24,
+)
+CLIP = dataclasses.replace(
+  SIGLIP,
+  pool="eos",
+  causal=True,
+  gelu="quick",
+  norm_eps=1e-5,
+  projection_bias=False,
+  eos_id=39,
+)
+# These tests compile more than they compute.
+FAST = {"xla_backend_optimization_level": 0}
+
+
+def tokens_of(length=9):
+  rng = np.random.default_rng(3)
+  return jnp.asarray(rng.integers(3, 38, size=(3, length)), jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def params_of(fill):
+  @functools.cache
+  def make(spec):
+    init = TextTower(spec).init
+    abstract = jax.eval_shape(init, jax.random.key(0), tokens_of())
+    return fill(abstract["params"])
+
+  return make
+
+
+@functools.cache
+def jitted(spec, runtime):
+  @functools.partial(jax.jit, compiler_options=FAST)
+  def run(params, tokens):
+    return TextTower(spec, **dict(runtime)).apply({"params": params}, tokens)
+
+  return run
+
+
+def encode(spec, params, tokens, **runtime):
+  return jitted(spec, tuple(runtime.items()))(params, tokens)
+
+
+@pytest.mark.parametrize("spec", [SIGLIP, CLIP], ids=["siglip", "clip"])
+def test_equals_numpy(spec, params_of, numpy_transformer):
+  params = params_of(spec)
+  tokens = tokens_of(7)
+  tokens = tokens.at[:, 4].set(39).at[:, 6].set(39)
+  out = encode(spec, params, tokens)
+  transformer = numpy_transformer(spec)
+  for i in range(3):
+    x = np.float64(params["token_embedding"])[np.asarray(tokens[i])]
+    x = x + np.float64(params["position_embedding"])[:7]
+    x = transformer.norm(
+      params["norm"], transformer.blocks(params["blocks"], x)[-1]
+    )
+    pooled = x[-1] if spec.pool == "last" else x[4]
+    pooled = transformer.dense(params["projection"], pooled)
+    np.testing.assert_allclose(out.tokens[i], x, atol=2e-5)
+    np.testing.assert_allclose(out.pooled[i], pooled, atol=2e-5)
+
+
+def test_pools(params_of):
+  """Every pool reads the tokens that it says it reads."""
+  params = params_of(SIGLIP)
+  tokens = tokens_of().at[0, 2].set(39).at[0, 5].set(39).at[2, 8].set(39)
+  for pool, eos_id, want in (
+    ("first", 1, [[0]] * 3),
+    ("last", 1, [[8]] * 3),
+    ("mean", 1, [range(9)] * 3),
+    # Row 1 has no such token: argmax of nothing is the first, as in
+    # transformers.
+    ("eos", 39, [[2], [0], [8]]),
+    # The rule of CLIP's first configurations: the highest id.
+    ("eos", 2, [[2], [int(jnp.argmax(tokens[1]))], [8]]),
+  ):
+    spec = dataclasses.replace(SIGLIP, pool=pool, eos_id=eos_id)
+    out = encode(spec, params, tokens)
+    x = np.float64(out.tokens)
+    pooled = np.stack([x[i, list(at)].mean(0) for i, at in enumerate(want)])
+    projection = params["projection"]
+    want = pooled @ np.float64(projection["kernel"]) + projection["bias"]
+    np.testing.assert_allclose(out.pooled, want, atol=1e-5)
+    assert out.pooled.shape == (3, 24)
+    assert out.pooled.dtype == jnp.float32
+
+
+def test_causal(params_of):
+  """A later token changes nothing before it; without causal it does."""
+  tokens = tokens_of()
+  other = tokens.at[:, 6].add(1)
+  for spec, same in ((CLIP, True), (SIGLIP, False)):
+    params = params_of(spec)
+    one = encode(spec, params, tokens).tokens
+    two = encode(spec, params, other).tokens
+    assert np.array_equal(one[:, :6], two[:, :6]) == same
+    assert np.abs(one[:, 6:] - two[:, 6:]).max() > 1e-3
+  # So a causal tower of a shorter input is the longer one's beginning.
+  short = encode(CLIP, params_of(CLIP), tokens[:, :7]).tokens
+  long = encode(CLIP, params_of(CLIP), tokens).tokens
+  np.testing.assert_allclose(short, long[:, :7], atol=1e-5)
+
+
+def test_same_however_it_runs(params_of):
+  params, tokens = params_of(CLIP), tokens_of().at[:, 8].set(39)
+
+  def run(**runtime):
+    @functools.partial(jax.jit, compiler_options=FAST)
+    @jax.value_and_grad
+    def loss(params):
+      tower = TextTower(CLIP, **runtime)
+      return (tower.apply({"params": params}, tokens).pooled ** 2).mean()
+
+    return loss(params)
+
+  value, grads = run(scan=False)
+  for runtime in ({"remat": "dots_no_batch"},):
+    other, other_grads = run(**runtime)
+    np.testing.assert_allclose(other, value, rtol=1e-6)
+    for got, want in zip(
+      jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True
+    ):
+      assert np.isfinite(want).all()
+      error = np.linalg.norm(got - want)
+      assert error <= 1e-5 * np.linalg.norm(want) + 1e-8
+
+
+def test_bfloat16_is_close(params_of):
+  params, tokens = params_of(SIGLIP), tokens_of()
+  full = encode(SIGLIP, params, tokens)
+  half = encode(SIGLIP, params, tokens, dtype=jnp.bfloat16)
+  assert half.tokens.dtype == jnp.bfloat16
+  error = np.linalg.norm(half.pooled - full.pooled)
+  assert 0 < error < 0.03 * np.linalg.norm(full.pooled)
+
+
+def test_an_id_outside_the_vocabulary_is_nan(params_of):
+  tokens = tokens_of().at[1, 3].set(40)
+  pooled = encode(SIGLIP, params_of(SIGLIP), tokens).pooled
+  assert np.isnan(pooled).all(axis=1).tolist() == [False, True, False]
+
+
+def test_too_long(params_of):
+  tokens = jnp.ones((1, 10), jnp.int32)
+  with pytest.raises(ValueError, match="10 tokens.*1 to 9.*length=10"):
+    encode(SIGLIP, params_of(SIGLIP), tokens)
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"heads": 3}, "width 32 is not divisible by its 3 heads"),
+    ({"pool": "eot"}, "Did you mean 'eos'"),
+    ({"gelu": "relu"}, "quick"),
+    ({"vocab_size": 0}, "vocab_size is 0"),
+    ({"mlp_dim": -4}, "mlp_dim is -4"),
+  ],
+)
+def test_bad_specs(fields, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(SIGLIP, **fields)

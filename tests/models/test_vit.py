@@ -1,0 +1,453 @@
+"""The image tower against NumPy, and every way of running it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtv_jax.models import layers, positions
+from mtv_jax.models.vit import ViT, ViTSpec, patchify
+
+SIZE, BATCH = 16, 2
+BASE = ViTSpec(
+  image_size=SIZE, patch_size=4, width=32, depth=3, heads=2, mlp_dim=48
+)
+SIGLIP = BASE
+CLIP = dataclasses.replace(
+  BASE,
+  pool="cls",
+  cls_token=True,
+  pre_norm=True,
+  patch_bias=False,
+  gelu="quick",
+  norm_eps=1e-5,
+  projection=24,
+)
+DINOV2 = dataclasses.replace(
+  BASE,
+  pool="cls",
+  cls_token=True,
+  registers=3,
+  layer_scale=1.0,
+  gelu="exact",
+  mask_token=True,
+)
+GIANT = dataclasses.replace(DINOV2, mlp="swiglu", registers=0)
+MEAN = dataclasses.replace(BASE, pool="mean", registers=1, mask_token=True)
+# These tests compile more than they compute.
+FAST = {"xla_backend_optimization_level": 0}
+KINDS = {
+  "siglip": SIGLIP,
+  "clip": CLIP,
+  "dinov2": DINOV2,
+  "giant": GIANT,
+  "mean": MEAN,
+}
+
+
+def images_of(height=SIZE, width=SIZE, seed=0):
+  rng = np.random.default_rng(seed)
+  images = rng.normal(size=(BATCH, height, width, 3))
+  return jnp.asarray(images, jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def params_of(fill):
+  @functools.cache
+  def make(spec):
+    init = jax.eval_shape(ViT(spec).init, jax.random.key(0), images_of())
+    return fill(init["params"])
+
+  return make
+
+
+@functools.cache
+def jitted(spec, taps, runtime):
+  """One jit for each way of running, so that tests share what it compiles."""
+
+  @functools.partial(jax.jit, compiler_options=FAST)
+  def run(params, images, mask, keep):
+    return ViT(spec, **dict(runtime)).apply(
+      {"params": params}, images, taps=taps, mask=mask, keep=keep
+    )
+
+  return run
+
+
+def encode(spec, params, images, *, taps=(), mask=None, keep=None, **runtime):
+  run = jitted(spec, taps, tuple(runtime.items()))
+  return run(params, images, mask, keep)
+
+
+def numpy_vit(transformer, params, image, *, mask=None, keep=None):
+  """(prefix, patches, pooled, block outputs) of one image, in float64."""
+  spec = transformer.spec
+  g, p = spec.grid, spec.patch_size
+  image = np.asarray(image, np.float64)
+  flat = np.stack(
+    [
+      image[y * p : (y + 1) * p, x * p : (x + 1) * p].ravel()
+      for y in range(g)
+      for x in range(g)
+    ]
+  )
+  x = transformer.dense(params["patch_embed"], flat)
+  if mask is not None:
+    x[np.asarray(mask)] = params["mask_token"]
+  x = x + np.float64(params["position_embedding"])
+  if keep is not None:
+    x = x[np.asarray(keep)]
+  prefix = np.zeros((0, spec.width))
+  if spec.cls_token:
+    prefix = np.concatenate([prefix, params["cls_token"][None]])
+  if spec.registers:
+    prefix = np.concatenate([prefix, params["registers"]])
+  x = np.concatenate([prefix, x])
+  if spec.pre_norm:
+    x = transformer.norm(params["pre_norm"], x)
+  outputs = transformer.blocks(params["blocks"], x)
+  x = transformer.norm(params["norm"], outputs[-1])
+  prefix, patches = x[: spec.prefix], x[spec.prefix :]
+  if spec.pool == "map":
+    pooled = transformer.map_pool(params["pool"], patches)
+  else:
+    pooled = prefix[0] if spec.pool == "cls" else patches.mean(0)
+  if spec.projection:
+    pooled = transformer.dense(params["projection"], pooled)
+  return prefix, patches, pooled, outputs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_numpy(kind, params_of, numpy_transformer):
+  spec = KINDS[kind]
+  params, images = params_of(spec), images_of()
+  rng = np.random.default_rng(1)
+  mask = jnp.asarray(rng.random((BATCH, 16)) < 0.4) if spec.mask_token else None
+  keep = None
+  if kind == "mean":
+    keep = jnp.asarray([rng.permutation(16)[:5] for _ in range(BATCH)])
+  out = encode(spec, params, images, taps=(0, 2), mask=mask, keep=keep)
+  for i in range(BATCH):
+    prefix, patches, pooled, blocks = numpy_vit(
+      numpy_transformer(spec),
+      params,
+      images[i],
+      mask=None if mask is None else mask[i],
+      keep=None if keep is None else keep[i],
+    )
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5)
+    close(out.prefix[i], prefix)
+    close(out.patches[i], patches)
+    close(out.pooled[i], pooled)
+    assert set(out.taps) == {0, 2}
+    for layer, tapped in out.taps.items():
+      close(tapped[i], blocks[layer])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes(kind, params_of):
+  spec = KINDS[kind]
+  keep = jax.ShapeDtypeStruct((BATCH, 7), jnp.int32)
+  images = jax.ShapeDtypeStruct((BATCH, 24, 32, 3), jnp.float32)
+
+  def run(params, images, keep):
+    return ViT(spec).apply({"params": params}, images, keep=keep, taps=(1,))
+
+  out = jax.eval_shape(run, params_of(spec), images, keep)
+  assert out.patches.shape == (BATCH, 7, 32)
+  assert out.prefix.shape == (BATCH, spec.prefix, 32)
+  assert out.pooled.shape == (BATCH, spec.embed_dim)
+  assert out.taps[1].shape == (BATCH, 7 + spec.prefix, 32)
+
+
+def gradients(spec, params, images, *, taps=(), **runtime):
+  """Value, taps and gradient of a loss that every output reaches."""
+
+  @functools.partial(jax.jit, compiler_options=FAST)
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def run(params, images):
+    out = ViT(spec, **runtime).apply({"params": params}, images, taps=taps)
+    loss = (out.pooled**2).mean() + jnp.sin(out.patches).mean()
+    return loss, out.taps
+
+  (loss, tapped), grads = run(params, images)
+  return loss, tapped, grads
+
+
+@pytest.fixture(scope="module")
+def unrolled(params_of):
+  taps = tuple(range(DINOV2.depth))
+  return gradients(
+    DINOV2,
+    params_of(DINOV2),
+    images_of(),
+    scan=False,
+    remat="dots",
+    taps=taps,
+  )
+
+
+@pytest.mark.parametrize(
+  "scan, remat, taps",
+  [
+    (True, "none", (2, 0)),
+    (True, "full", ()),
+    (True, "dots_no_batch", (1,)),
+  ],
+)
+def test_same_however_it_runs(scan, remat, taps, params_of, unrolled):
+  loss, tapped, grads = gradients(
+    DINOV2, params_of(DINOV2), images_of(), scan=scan, remat=remat, taps=taps
+  )
+  np.testing.assert_allclose(loss, unrolled[0], rtol=1e-6)
+  assert set(tapped) == set(taps)
+  for layer in taps:
+    np.testing.assert_allclose(tapped[layer], unrolled[1][layer], atol=5e-6)
+  for got, want in zip(
+    jax.tree.leaves(grads), jax.tree.leaves(unrolled[2]), strict=True
+  ):
+    scale = np.linalg.norm(want) + 1e-8
+    assert np.linalg.norm(got - want) <= 1e-5 * scale + 1e-8
+
+
+def test_every_parameter_has_a_finite_gradient(unrolled):
+  flat, _ = jax.tree_util.tree_flatten_with_path(unrolled[2])
+  for path, grad in flat:
+    assert np.isfinite(grad).all(), path
+    # Without a mask nothing reads the mask token.
+    assert np.abs(grad).max() > 0 or path[-1].key == "mask_token", path
+
+
+def test_remat_saves_less():
+  """What is kept for the backward pass shrinks in the documented order."""
+  spec = dataclasses.replace(BASE, depth=6)
+  init = jax.eval_shape(ViT(spec).init, jax.random.key(0), images_of())
+
+  def kept(remat):
+    def loss(params, images):
+      out = ViT(spec, remat=remat).apply({"params": params}, images)
+      return out.patches.sum()
+
+    _, pullback = jax.eval_shape(
+      functools.partial(jax.vjp, loss), init["params"], images_of()
+    )
+    return sum(x.size for x in jax.tree.leaves(pullback))
+
+  sizes = [kept(r) for r in ("full", "dots_no_batch", "dots", "none")]
+  assert sizes == sorted(sizes)
+  assert len(set(sizes)) == 4
+
+
+def test_bfloat16_is_close(params_of):
+  params, images = params_of(DINOV2), images_of()
+  full = encode(DINOV2, params, images)
+  half = encode(DINOV2, params, images, dtype=jnp.bfloat16)
+  assert half.patches.dtype == jnp.bfloat16
+  assert half.pooled.dtype == jnp.float32
+  for got, want in ((half.pooled, full.pooled), (half.patches, full.patches)):
+    error = np.linalg.norm(np.float32(got) - want) / np.linalg.norm(want)
+    assert 0 < error < 0.03
+
+
+def test_keeping_all_in_order_is_keeping_everything(params_of):
+  params, images = params_of(DINOV2), images_of()
+  keep = jnp.broadcast_to(jnp.arange(16), (BATCH, 16))
+  full = encode(DINOV2, params, images)
+  kept = encode(DINOV2, params, images, keep=keep)
+  np.testing.assert_allclose(kept.patches, full.patches, atol=1e-6)
+  # Patches carry their place with them: another order, the same tokens.
+  order = np.random.default_rng(0).permutation(16)
+  shuffled = encode(DINOV2, params, images, keep=keep[:, order])
+  np.testing.assert_allclose(
+    shuffled.patches, full.patches[:, order], atol=5e-6
+  )
+  np.testing.assert_allclose(shuffled.pooled, full.pooled, atol=5e-6)
+
+
+def test_dropped_and_masked_patches_are_not_seen(params_of):
+  params, images = params_of(DINOV2), images_of()
+  other = images.at[:, 4:8, 8:12].add(3.0)  # patch 1 * 4 + 2
+  everything = jnp.broadcast_to(jnp.arange(16), (BATCH, 16))
+  nothing = jnp.zeros((BATCH, 16), bool)
+
+  def change(**kwargs):
+    pair = [encode(DINOV2, params, x, **kwargs) for x in (images, other)]
+    return np.abs(pair[0].pooled - pair[1].pooled).max()
+
+  # As many patches each time, so that one program serves: 7 twice, no 6.
+  assert change(keep=everything.at[:, 6].set(7)) == 0
+  assert change(keep=everything) > 1e-3
+  assert change(mask=nothing.at[:, 6].set(True)) == 0
+  assert change(mask=nothing) > 1e-3
+
+
+def test_other_sizes_resample_the_positions(params_of):
+  params, images = params_of(SIGLIP), images_of(24, 8)
+  stored = np.asarray(params["position_embedding"]).reshape(4, 4, -1)
+  grid = np.einsum(
+    "yi,xj,ijd->yxd",
+    positions.resize_matrix(4, 6),
+    positions.resize_matrix(4, 2),
+    stored,
+  )
+  flat = patchify(images, 4) @ params["patch_embed"]["kernel"]
+  x = flat + params["patch_embed"]["bias"] + grid.reshape(-1, SIGLIP.width)
+  block = layers.Block(SIGLIP.heads, SIGLIP.mlp_dim, parent=None)
+  first = jax.tree.map(lambda p: p[0], params["blocks"])
+  apply = jax.jit(block.apply, compiler_options=FAST)
+  want = apply({"params": first}, jnp.asarray(x, jnp.float32))
+  out = encode(SIGLIP, params, images, taps=(0,))
+  np.testing.assert_allclose(out.taps[0], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", positions.RESIZES)
+def test_resize_matrix(method):
+  for old, new in ((4, 7), (7, 4), (14, 37), (16, 5)):
+    matrix = positions.resize_matrix(old, new, method)
+    np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-12)
+    # Mirrored input gives mirrored output.
+    np.testing.assert_allclose(matrix, matrix[::-1, ::-1], atol=1e-12)
+  np.testing.assert_array_equal(
+    positions.resize_matrix(5, 5, method), np.eye(5)
+  )
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("method", positions.RESIZES)
+def test_positions_equal_torch(method):
+  torch = pytest.importorskip("torch")
+
+  def resize(x, size):  # [h, w, d]
+    y = torch.nn.functional.interpolate(
+      torch.from_numpy(x).permute(2, 0, 1)[None],
+      size=size,
+      mode="bicubic",
+      align_corners=False,
+      antialias=method == "antialiased",
+    )
+    return y[0].permute(1, 2, 0).numpy()
+
+  sizes = [(16, 32), (16, 7), (37, 16), (37, 21), (14, 18), (14, 4), (3, 1)]
+  for old, new in sizes:
+    # Two columns: torch 2.13 antialiases an image one pixel wide wrongly.
+    columns = np.repeat(np.eye(old)[:, None], 2, axis=1)
+    got = positions.resize_matrix(old, new, method)
+    want = resize(columns, (new, 2))[:, 0]
+    np.testing.assert_allclose(got, want, atol=1e-12)
+  grid = np.random.default_rng(0).normal(size=(16, 16, 5)).astype(np.float32)
+  got = positions.resize_grid(jnp.asarray(grid), (9, 21), method)
+  np.testing.assert_allclose(got, resize(grid, (9, 21)), atol=1e-5)
+
+
+@pytest.mark.reference
+def test_gelu_equals_torch():
+  torch = pytest.importorskip("torch")
+  activations = pytest.importorskip("transformers.activations")
+  x = np.linspace(-9, 9, 2001, dtype=np.float32)
+  t = torch.from_numpy(x)
+  for kind, want in {
+    "exact": torch.nn.functional.gelu(t),
+    "tanh": torch.nn.functional.gelu(t, approximate="tanh"),
+    "quick": activations.ACT2FN["quick_gelu"](t),
+  }.items():
+    got = layers.gelu(jnp.asarray(x), kind)
+    np.testing.assert_allclose(got, want.numpy(), atol=2e-6)
+
+
+def test_tensor_sharding_needs_no_all_to_all(params_of):
+  """Heads and hidden units split over devices: two all-reduces a block."""
+  spec = dataclasses.replace(SIGLIP, pool="mean")
+  mesh = jax.make_mesh(
+    (4, 2),
+    ("data", "tensor"),
+    axis_types=(jax.sharding.AxisType.Auto,) * 2,
+  )
+  columns = ("qkv", "fc1")
+  rows = ("out", "fc2")
+
+  def place(path, leaf):
+    names = [part.key for part in path]
+    axes = [None] * leaf.ndim
+    if set(columns) & set(names):
+      axes[-1] = "tensor"
+    elif set(rows) & set(names) and names[-1] == "kernel":
+      axes[-2] = "tensor"
+    spec = jax.sharding.PartitionSpec(*axes)
+    return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
+
+  params = {k: v for k, v in params_of(SIGLIP).items() if k != "pool"}
+  placed = jax.tree_util.tree_map_with_path(place, params)
+  images = jnp.concatenate([images_of()] * 4)
+  by_data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  keep = jnp.tile(jnp.arange(8)[::-1], (8, 1))
+  run = jax.jit(
+    lambda p, x, k: ViT(spec).apply({"params": p}, x, keep=k).pooled
+  )
+  compiled = run.lower(
+    placed, *jax.device_put((images, keep), by_data)
+  ).compile()
+  text = compiled.as_text()
+  for bad in ("all-to-all", "all-gather(", "collective-permute("):
+    assert bad not in text, bad
+  assert "all-reduce" in text
+  got = compiled(placed, *jax.device_put((images, keep), by_data))
+  np.testing.assert_allclose(got, run(params, images, keep), atol=1e-5)
+
+
+def test_outputs_are_a_pytree(params_of):
+  params = params_of(SIGLIP)
+
+  def run(image):
+    return ViT(SIGLIP).apply({"params": params}, image[None], taps=(0,))
+
+  out = jax.eval_shape(jax.vmap(run), images_of())
+  assert out.pooled.shape == (BATCH, 1, 32)
+  assert jax.tree.map(lambda _: None, out).taps == {0: None}
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"image_size": 18}, "18x18 pixels.*nearest size that is: 16x16"),
+    ({"heads": 5}, "width 32 is not divisible by its 5 heads"),
+    ({"pool": "cls"}, "needs a CLS token"),
+    ({"pool": "mapp"}, "Did you mean 'map'"),
+    ({"gelu": "fast"}, "exact"),
+    ({"depth": 0}, "depth is 0"),
+    ({"registers": -1}, "registers -1"),
+    ({"position_resize": "cubic"}, "bicubic"),
+  ],
+)
+def test_bad_specs(fields, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(BASE, **fields)
+
+
+@pytest.mark.parametrize(
+  "shape, kwargs, message",
+  [
+    ((SIZE, SIZE, 1), {}, "1 channels"),
+    ((SIZE, 18, 3), {}, "16x18 pixels.*16x16"),
+    ((SIZE, SIZE, 3), {"taps": (1, 3)}, r"taps \[3\].*0 .*to 2"),
+    ((SIZE, SIZE, 3), {"remat": "ful"}, "Did you mean 'full'"),
+    ((SIZE, SIZE, 3), {"mask": (1, 16)}, "needs a mask token"),
+  ],
+)
+def test_bad_calls(shape, kwargs, message, params_of):
+  if "mask" in kwargs:
+    kwargs = {"mask": jnp.zeros(kwargs["mask"], bool)}
+  with pytest.raises(ValueError, match=message):
+    encode(BASE, params_of(BASE), jnp.zeros((1, *shape)), **kwargs)
+
+
+def test_mask_of_another_grid(params_of):
+  with pytest.raises(ValueError, match="4x4 patches need"):
+    encode(
+      DINOV2,
+      params_of(DINOV2),
+      images_of(),
+      mask=jnp.zeros((BATCH, 9), bool),
+    )

@@ -1,0 +1,169 @@
+"""The contrastive losses against NumPy in float64, and their edges."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtv_jax.objectives import base, build_objective, contrastive
+
+
+def _log_sigmoid(x):
+  return -np.logaddexp(0.0, -x)
+
+
+def numpy_sigmoid_loss(logits, valid):
+  total = 0.0
+  for i in np.flatnonzero(valid):
+    for j in np.flatnonzero(valid):
+      total -= _log_sigmoid(logits[i, j] if i == j else -logits[i, j])
+  return total / max(valid.sum(), 1)
+
+
+def numpy_softmax_loss(logits, valid):
+  kept = logits[np.ix_(valid, valid)]
+  if not kept.size:
+    return 0.0
+  rows = np.log(np.exp(kept).sum(1)) - np.diag(kept)
+  columns = np.log(np.exp(kept).sum(0)) - np.diag(kept)
+  return 0.5 * (rows + columns).mean()
+
+
+def numpy_gradient(function, logits, valid):
+  gradient = np.zeros_like(logits)
+  for index in np.ndindex(*logits.shape):
+    up, down = logits.copy(), logits.copy()
+    up[index] += 1e-5
+    down[index] -= 1e-5
+    gradient[index] = (function(up, valid) - function(down, valid)) / 2e-5
+  return gradient
+
+
+CASES = {
+  "random": lambda r: (r.normal(size=(6, 6)) * 3, np.ones(6, bool)),
+  "part valid": lambda r: (
+    r.normal(size=(6, 6)),
+    np.array([1, 0, 1, 1, 0, 1], bool),
+  ),
+  "one": lambda r: (r.normal(size=(1, 1)), np.ones(1, bool)),
+  "none valid": lambda r: (r.normal(size=(4, 4)), np.zeros(4, bool)),
+  "all equal": lambda r: (np.full((5, 5), -10.0), np.ones(5, bool)),
+  "large": lambda r: (r.normal(size=(4, 4)) * 100, np.ones(4, bool)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+  ("ours", "reference"),
+  [
+    (contrastive.sigmoid_loss, numpy_sigmoid_loss),
+    (contrastive.softmax_loss, numpy_softmax_loss),
+  ],
+  ids=["sigmoid", "softmax"],
+)
+def test_loss_and_gradient_equal_numpy(ours, reference, case):
+  logits, valid = CASES[case](np.random.default_rng(0))
+  value, gradient = jax.value_and_grad(
+    lambda l: ours(l, jnp.asarray(valid)).value()
+  )(jnp.asarray(logits, jnp.float32))
+  np.testing.assert_allclose(
+    value, reference(logits, valid), rtol=1e-5, atol=1e-12
+  )
+  np.testing.assert_allclose(
+    gradient, numpy_gradient(reference, logits, valid), rtol=1e-4, atol=1e-6
+  )
+
+
+def test_normalize_has_a_finite_gradient_at_zero():
+  x = jnp.zeros((2, 3)).at[1].set(jnp.array([3.0, 0.0, 4.0]))
+  np.testing.assert_allclose(
+    contrastive.normalize(x), [[0, 0, 0], [0.6, 0, 0.8]], atol=1e-6
+  )
+  gradient = jax.grad(lambda v: contrastive.normalize(v).sum())(x)
+  assert np.isfinite(gradient).all()
+
+
+def _terms(objective, image, text, valid):
+  head = objective.heads()["contrastive"]
+  example = jnp.zeros((1, 1))
+  params = {
+    "contrastive": head.module.init(jax.random.key(0), example)["params"]
+  }
+  heads = base.BoundHeads(objective.heads(), params)
+  evidence = contrastive.Evidence(
+    image=contrastive.normalize(image),
+    text=contrastive.normalize(text),
+    valid=jnp.asarray(valid),
+  )
+  context = base.Context(step=0, total_steps=1, statistics={})
+  return objective.loss(evidence, heads, context), params
+
+
+def test_the_objective_scales_and_shifts_the_cosine():
+  rng = np.random.default_rng(1)
+  image, text = rng.normal(size=(2, 4, 8))
+  terms, params = _terms(
+    build_objective("contrastive", dict(init_scale=7.0, init_bias=-2.0)),
+    jnp.asarray(image, jnp.float32),
+    jnp.asarray(text, jnp.float32),
+    np.ones(4, bool),
+  )
+  cosine = (image / np.linalg.norm(image, axis=1, keepdims=True)) @ (
+    text / np.linalg.norm(text, axis=1, keepdims=True)
+  ).T
+  expected = numpy_sigmoid_loss(7.0 * cosine - 2.0, np.ones(4, bool))
+  np.testing.assert_allclose(terms.loss.value(), expected, rtol=1e-5)
+  np.testing.assert_allclose(params["contrastive"]["logit_scale"], np.log(7.0))
+
+
+def test_siglip_starts_at_its_published_temperature_and_bias():
+  ones = jnp.ones((2, 4))
+  _, params = _terms(
+    build_objective("contrastive", {}), ones, ones, np.ones(2, bool)
+  )
+  np.testing.assert_allclose(params["contrastive"]["logit_scale"], np.log(10))
+  np.testing.assert_allclose(params["contrastive"]["logit_bias"], -10)
+
+
+def test_softmax_has_no_bias_that_nothing_would_train():
+  ones = jnp.ones((2, 4))
+  _, params = _terms(
+    build_objective('contrastive', dict(loss_type='softmax')),
+    ones, ones, np.ones(2, bool),
+  )  # fmt: skip
+  assert set(params["contrastive"]) == {"logit_scale"}
+
+
+def test_accuracy_counts_valid_rows_only():
+  eye = jnp.eye(4, 8)
+  swapped = eye[jnp.array([0, 2, 1, 3])]
+  terms, _ = _terms(
+    build_objective('contrastive', {}), eye, swapped,
+    np.array([True, True, True, False]),
+  )  # fmt: skip
+  np.testing.assert_allclose(terms.report["accuracy"].value(), 1 / 3)
+  np.testing.assert_allclose(terms.report["labelled"].value(), 3 / 4)
+
+
+def test_an_unknown_type_or_option_names_the_likely_one():
+  with pytest.raises(ValueError, match="Did you mean 'contrastive'"):
+    build_objective("contrastiv", {})
+  with pytest.raises(ValueError, match="Did you mean 'init_scale'"):
+    build_objective("contrastive", dict(init_scal=1.0))
+  with pytest.raises(ValueError, match="there are.*sigmoid"):
+    build_objective("contrastive", dict(loss_type="siglip"))
+
+
+def test_an_encoding_of_an_unknown_tower_is_refused():
+  with pytest.raises(ValueError, match="audio"):
+    base.Encoding("audio", "image")
+  with pytest.raises(ValueError, match="momentum"):
+    base.Encoding("image", "image", "momentum")
+
+
+def test_a_mean_of_nothing_is_zero_with_a_zero_gradient():
+  def value(x):
+    return base.Mean(sum=x, count=jnp.zeros(())).value()
+
+  assert value(3.0) == 0.0
+  assert jax.grad(value)(3.0) == 0.0

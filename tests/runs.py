@@ -1,0 +1,94 @@
+"""Running the real training command in processes of its own."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+
+from mtv_jax import checkpoint, trees
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "tests" / "configs" / "smallest.py"
+
+
+def launch(
+  workdir: pathlib.Path, *args: str, devices: int = 1, arg: str = ""
+) -> subprocess.Popen:
+  """Starts `python -m mtv_jax.main` on the smallest config."""
+  env = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONWARNINGS": "default",
+  }
+  command = [
+    sys.executable, '-m', 'mtv_jax.main',
+    f'--config={CONFIG}:{arg}' if arg else f'--config={CONFIG}',
+    f'--workdir={workdir}', *args,
+  ]  # fmt: skip
+  workdir.parent.mkdir(parents=True, exist_ok=True)
+  # The child keeps its own handle.
+  with open(f"{workdir}.log", "a") as log:
+    return subprocess.Popen(
+      command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process: subprocess.Popen, workdir: pathlib.Path) -> None:
+  """Waits for a run and shows its log if it failed."""
+  code = process.wait(timeout=400)
+  log = pathlib.Path(f"{workdir}.log").read_text()
+  assert code == 0, f"exit code {code}:\n{log[-4000:]}"
+
+
+def train(workdir: pathlib.Path, *args: str, **options) -> None:
+  """Trains to the end."""
+  finish(launch(workdir, *args, **options), workdir)
+
+
+def pair(workdir: pathlib.Path, *args: str, devices: int = 4) -> None:
+  """Trains to the end in two processes joined by `jax.distributed`."""
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    port = s.getsockname()[1]
+  join = (f"--coordinator=localhost:{port}", "--processes=2")
+  # One log each: both append to WORKDIR.log.
+  running = [
+    launch(workdir, *join, f"--process={i}", *args, devices=devices)
+    for i in range(2)
+  ]
+  try:
+    for process in running:
+      finish(process, workdir)
+  finally:
+    for process in running:
+      process.kill()
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+  """The lines of metrics.jsonl."""
+  path = workdir / "metrics.jsonl"
+  text = path.read_text() if path.exists() else ""
+  lines = text.split("\n")[:-1]
+  return [json.loads(line) for line in lines]
+
+
+def log(workdir: pathlib.Path) -> str:
+  """All that the processes of a run have printed."""
+  return pathlib.Path(f"{workdir}.log").read_text()
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+  """The loss by step."""
+  return {r["step"]: r["loss"] for r in rows(workdir) if "loss" in r}
+
+
+def params(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+  """The last checkpoint's parameters by name."""
+  tree = checkpoint.load_tree(workdir, part="params")
+  return dict(trees.flatten_names(tree))

@@ -1,0 +1,122 @@
+"""Runs that are killed, resumed, moved to other processes: real ones."""
+
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import runs
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  runs.train(workdir)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("eight") / "run"
+  runs.train(workdir, devices=8)
+  return workdir
+
+
+def kill_when(process, condition, timeout=200):
+  """SIGKILL as soon as a condition holds."""
+  start = time.monotonic()
+  while not condition():
+    assert process.poll() is None, "the run ended before it could be killed"
+    assert time.monotonic() - start < timeout
+    time.sleep(0.0005)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+
+
+def assert_same_params(found, expected):
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def step_of_last_line(workdir):
+  return max(runs.losses(workdir), default=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_a_random_step_it_ends_bit_equal(
+  uninterrupted, tmp_path, seed
+):
+  workdir = tmp_path / "run"
+  at = random.Random(time.time_ns() + seed).randint(2, 11)
+  process = runs.launch(workdir)
+  kill_when(process, lambda: step_of_last_line(workdir) >= at)
+  killed_at = step_of_last_line(workdir)
+  assert killed_at < 12 or not (workdir / "checkpoints" / "12").exists()
+  runs.train(workdir)
+  print(f"killed when {killed_at} steps were logged (asked for {at})")
+  assert_same_params(runs.params(workdir), runs.params(uninterrupted))
+  assert runs.losses(workdir) == runs.losses(uninterrupted)
+
+
+def test_killed_while_a_checkpoint_is_written_it_ends_bit_equal(
+  uninterrupted, tmp_path
+):
+  workdir = tmp_path / "run"
+  folder = workdir / "checkpoints"
+
+  def being_written():
+    return folder.exists() and any(
+      not path.name.isdecimal() and any(path.iterdir())
+      for path in folder.iterdir()
+      if path.is_dir() and path.exists()
+    )
+
+  # The second save: there is an older checkpoint to fall back to.
+  process = runs.launch(workdir)
+  kill_when(
+    process, lambda: (folder / "4").exists() and _quietly(being_written)
+  )
+  assert not (folder / "8").exists() or not (folder / "12").exists()
+  runs.train(workdir)
+  assert "Resumed" in runs.log(workdir)
+  assert_same_params(runs.params(workdir), runs.params(uninterrupted))
+
+
+def _quietly(condition):
+  """Folders vanish while they are looked at: the writer renames them."""
+  try:
+    return condition()
+  except FileNotFoundError:
+    return False
+
+
+def test_two_processes_train_and_evaluate_as_one_does(
+  on_eight_devices, tmp_path
+):
+  workdir = tmp_path / "run"
+  runs.pair(workdir)
+  found, expected = runs.losses(workdir), runs.losses(on_eight_devices)
+  assert found.keys() == expected.keys()
+  for step, loss in expected.items():
+    assert found[step] == pytest.approx(loss, abs=1e-5), step
+  figures = [
+    {k: v for k, v in runs.rows(w)[-1].items() if k.startswith("retrieval/")}
+    for w in (workdir, on_eight_devices)
+  ]
+  assert figures[0] == figures[1] and figures[0]
+
+
+def test_a_run_moves_from_one_process_to_two(on_eight_devices, tmp_path):
+  workdir = tmp_path / "run"
+  process = runs.launch(workdir, devices=8)
+  kill_when(process, lambda: step_of_last_line(workdir) >= 6)
+  runs.pair(workdir)
+  assert "Resumed" in runs.log(workdir)
+  found, expected = runs.losses(workdir), runs.losses(on_eight_devices)
+  assert found.keys() == expected.keys()
+  for step, loss in expected.items():
+    assert found[step] == pytest.approx(loss, abs=1e-5), step

@@ -1,0 +1,111 @@
+"""Meshes, batch rows and the rules that shard parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mtv_jax import sharding
+
+
+def test_a_minus_one_takes_what_is_left():
+  mesh = sharding.make_mesh(dict(data=-1, fsdp=2, tensor=2))
+  assert dict(mesh.shape) == dict(data=2, fsdp=2, tensor=2)
+
+
+@pytest.mark.parametrize(
+  "shape",
+  [dict(data=3), dict(data=-1, fsdp=-1), dict(data=-1, fsdp=3), dict(data=0)],
+)
+def test_a_mesh_that_does_not_fill_the_devices_is_refused(shape):
+  with pytest.raises(ValueError, match="8 devices"):
+    sharding.make_mesh(shape)
+
+
+def test_an_unknown_axis_is_named():
+  with pytest.raises(ValueError, match="Did you mean 'tensor'"):
+    sharding.make_mesh(dict(data=-1, tensors=2))
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused_with_a_size():
+  mesh = sharding.make_mesh(dict(data=4, fsdp=2))
+  sharding.check_batch(16, mesh)
+  with pytest.raises(ValueError, match="batch_size is 12.*Take 8 or 16"):
+    sharding.check_batch(12, mesh)
+
+
+def test_one_process_holds_all_rows():
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  assert sharding.host_rows(16, mesh) == sharding.HostRows(index=0, count=1)
+
+
+def _abstract():
+  shapes = {
+    "image/blocks/attention/qkv/kernel": (2, 16, 48),
+    "image/blocks/attention/qkv/bias": (2, 48),
+    "image/blocks/attention/out/kernel": (2, 16, 16),
+    "image/blocks/mlp/fc1/kernel": (2, 16, 64),
+    "image/blocks/mlp/fc2/kernel": (2, 64, 16),
+    "image/norm/scale": (16,),
+    "text/token_embedding": (258, 16),
+    "text/odd/mlp/fc1/kernel": (2, 15, 64),
+    "heads/contrastive/logit_bias": (),
+  }
+  return {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+
+
+def test_rules_place_each_kind_of_parameter():
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  placed = sharding.tree_shardings(_abstract(), mesh)
+  assert {k: v.spec for k, v in placed.items()} == {
+    "image/blocks/attention/qkv/kernel": P(None, "fsdp", "tensor"),
+    "image/blocks/attention/qkv/bias": P(None, "tensor"),
+    "image/blocks/attention/out/kernel": P(None, "tensor", "fsdp"),
+    "image/blocks/mlp/fc1/kernel": P(None, "fsdp", "tensor"),
+    "image/blocks/mlp/fc2/kernel": P(None, "tensor", "fsdp"),
+    "image/norm/scale": P(None),
+    "text/token_embedding": P(None, "fsdp"),
+    # 15 rows can't be split in two, so they stay whole.
+    "text/odd/mlp/fc1/kernel": P(None, None, "tensor"),
+    "heads/contrastive/logit_bias": P(),
+  }
+
+
+def test_optimizer_moments_are_sharded_like_their_parameters():
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  tree = {"opt_state": [{"mu": _abstract()}], "params": _abstract()}
+  placed = sharding.tree_shardings(tree, mesh)
+  assert placed["opt_state"][0]["mu"] == placed["params"]
+
+
+def test_rules_of_the_config_come_first_and_must_match():
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  rules = [("image/norm/scale", ("fsdp",))]
+  placed = sharding.tree_shardings(_abstract(), mesh, rules)
+  assert placed["image/norm/scale"].spec == P("fsdp")
+  sharding.check_rules(rules, _abstract())
+  with pytest.raises(ValueError, match="matches no parameter"):
+    sharding.check_rules([("image/nrom/.*", ("fsdp",))], _abstract())
+  with pytest.raises(ValueError, match="Did you mean 'fsdp'"):
+    sharding.check_rules([("image/norm/.*", ("fdsp",))], _abstract())
+
+
+def test_a_placed_batch_is_split_over_data_and_fsdp():
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  batch = {"x": np.arange(16).reshape(8, 2)}
+  placed = sharding.place_batch(batch, mesh)["x"]
+  np.testing.assert_array_equal(placed, batch["x"])
+  assert placed.sharding.shard_shape(placed.shape) == (2, 2)
+
+
+def test_the_table_counts_bytes_a_device():
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  shapes = _abstract()
+  placed = sharding.tree_shardings(shapes, mesh)
+  abstract = {
+    k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed[k])
+    for k, s in shapes.items()
+  }
+  rows = {row[0]: row for row in sharding.table(abstract)}
+  assert rows["image/blocks/mlp/fc1/kernel"][3] == 2 * 16 * 64 * 4 // 4

@@ -1,0 +1,217 @@
+"""The train step: what it computes, alone and on meshes of eight devices."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtv_jax import sharding, trees, views
+from mtv_jax import step as step_lib
+from mtv_jax.models.model import ModelSpec
+from mtv_jax.objectives import base, build_objective
+
+
+def dict_of(tree):
+  return dict(trees.flatten_names(tree))
+
+
+MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
+
+
+def make_recipe(**changes):
+  spec = ModelSpec.from_config(
+    dict(
+      variant="mu/8",
+      image_size=16,
+      text=dict(variant="mu", length=8, vocab_size=32),
+    )
+  )
+  recipe = step_lib.Recipe(
+    spec=spec,
+    dtype="float32",
+    objectives={
+      "contrastive": build_objective("contrastive", dict(init_bias=-2.0))
+    },
+    weights={"contrastive": 1.0},
+    views=views.build_views({"image": dict(count=1, ops="resize(16)")}),
+    seed=0,
+    total_steps=100,
+  )
+  return dataclasses.replace(recipe, **changes)
+
+
+def make_batch(rows=16):
+  rng = np.random.default_rng(0)
+  return {
+    "image": rng.integers(0, 256, (rows, 24, 24, 3), dtype=np.uint8),
+    "image_size": np.full((rows, 2), 24, np.int32),
+    "caption": rng.integers(2, 32, (rows, 8), dtype=np.int32),
+    # Uneven over the devices: the last ones have nothing to contrast.
+    "caption_valid": np.arange(rows) < rows - 3,
+  }
+
+
+def mesh_of(shape):
+  return sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
+
+
+@functools.cache
+def params_of():
+  return jax.jit(functools.partial(step_lib.init_params, make_recipe()))(
+    jax.random.key(1)
+  )
+
+
+def gradients(mesh):
+  recipe, params = make_recipe(), params_of()
+  program = step_lib.make_program(recipe, optax.sgd(0.1), mesh)
+  state = program.init(params)
+
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  def compute(state, batch):
+    return jax.grad(lambda p: step_lib.total_loss(recipe, p, state, batch)[0])(
+      state.params
+    )
+
+  return compute(state, sharding.place_batch(make_batch(), mesh))
+
+
+def three_steps(mesh):
+  program = step_lib.make_program(make_recipe(), optax.sgd(0.1), mesh)
+  state = program.init(params_of())
+  batch = sharding.place_batch(make_batch(), mesh)
+  for _ in range(3):
+    state, metrics = program.update(state, batch)
+  return jax.device_get(state.params), jax.device_get(metrics)
+
+
+@pytest.fixture(scope="module")
+def alone():
+  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
+  return jax.device_get(gradients(mesh)), *three_steps(mesh)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_gradients_and_parameters_equal_those_of_one_device(alone, shape):
+  mesh = mesh_of(shape)
+  expected_gradients, expected_params, expected_metrics = alone
+  found = dict_of(jax.device_get(gradients(mesh)))
+  for name, expected in dict_of(expected_gradients).items():
+    error = np.linalg.norm(found[name] - expected)
+    assert error <= 1e-5 * np.linalg.norm(expected) + 1e-8, name
+
+  params, metrics = three_steps(mesh)
+  params, start = dict_of(params), dict_of(params_of())
+  moved = 0
+  for name, expected in dict_of(expected_params).items():
+    error = np.linalg.norm(params[name] - expected)
+    assert error <= 1e-5 * np.linalg.norm(expected) + 1e-8, name
+    moved += np.linalg.norm(expected - start[name]) > 1e-4
+  assert moved > len(params) / 2
+  for name, expected in expected_metrics.items():
+    np.testing.assert_allclose(metrics[name], expected, rtol=1e-4, err_msg=name)
+
+
+def test_the_first_loss_is_the_formula_s():
+  recipe, params, batch = make_recipe(), params_of(), make_batch()
+  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
+  program = step_lib.make_program(recipe, optax.sgd(0.0), mesh)
+  _, metrics = program.update(
+    program.init(params), sharding.place_batch(batch, mesh)
+  )
+
+  x = jax.image.resize(
+    batch["image"].astype("float32"), (16, 16, 16, 3), "linear"
+  )
+  image = recipe.towers["image"].apply(
+    {"params": params["image"]}, x / 127.5 - 1
+  )
+  text = recipe.towers["text"].apply(
+    {"params": params["text"]}, jnp.asarray(batch["caption"])
+  )
+  valid = batch["caption_valid"]
+  u, v = (np.asarray(t.pooled, np.float64)[valid] for t in (image, text))
+  u /= np.linalg.norm(u, axis=1, keepdims=True)
+  v /= np.linalg.norm(v, axis=1, keepdims=True)
+  logits = 10.0 * u @ v.T - 2.0
+  signs = 2 * np.eye(len(u)) - 1
+  expected = np.logaddexp(0.0, -signs * logits).sum() / len(u)
+  np.testing.assert_allclose(metrics["contrastive/loss"], expected, rtol=1e-5)
+  np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+  np.testing.assert_allclose(metrics["contrastive/labelled"], 13 / 16)
+
+
+def test_the_ema_follows_and_the_step_counts():
+  recipe, params = make_recipe(ema_decay=0.9), params_of()
+  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
+  program = step_lib.make_program(recipe, optax.sgd(0.5), mesh)
+  state, _ = program.update(
+    program.init(params), sharding.place_batch(make_batch(), mesh)
+  )
+  assert int(state.step) == 1
+  assert state.teacher == {}
+  name = "image/patch_embed/kernel"
+  before, after, ema = (
+    np.asarray(dict_of(t)[name]) for t in (params, state.params, state.ema)
+  )
+  np.testing.assert_allclose(
+    ema, 0.9 * before + 0.1 * after, rtol=1e-5, atol=1e-7
+  )
+  assert np.abs(after - before).max() > 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class PullToTeacher(base.Objective):
+  """The smallest objective with a teacher: the student's pooled vector."""
+
+  def needs(self):
+    return base.Needs(
+      {base.Encoding("image", "image", w): () for w in ("student", "teacher")}
+    )
+
+  def evidence(self, encodings, heads, batch):
+    student, teacher = (
+      encodings[base.Encoding("image", "image", w)].pooled[:, 0]
+      for w in ("student", "teacher")
+    )
+    return jnp.square(student - 2.0 * teacher).mean(-1)
+
+  def loss(self, evidence, heads, context):
+    count = jnp.ones(()) * evidence.shape[0]
+    return base.Terms(loss=base.Mean(evidence.sum(), count))
+
+
+def test_a_teacher_is_kept_when_an_objective_reads_one():
+  recipe = make_recipe(
+    objectives={"pull": PullToTeacher()},
+    weights={"pull": 1.0},
+    teacher_momentum=0.5,
+  )
+  params = step_lib.init_params(recipe, jax.random.key(0))
+  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
+  program = step_lib.make_program(recipe, optax.sgd(0.1), mesh)
+  state, metrics = program.update(
+    program.init(params), sharding.place_batch(make_batch(), mesh)
+  )
+  assert metrics["grad_norm"] > 0
+  assert set(state.teacher) == {"image", "heads"}
+  teacher, before, after = (
+    np.asarray(tree["image"]["patch_embed"]["kernel"])
+    for tree in (state.teacher, params, state.params)
+  )
+  np.testing.assert_allclose(
+    teacher, 0.5 * before + 0.5 * after, rtol=1e-5, atol=1e-7
+  )
+
+
+def test_a_recipe_that_can_not_be_computed_is_refused():
+  with pytest.raises(ValueError, match="view 'image'"):
+    make_recipe(views={})
+  with pytest.raises(ValueError, match="model.text"):
+    make_recipe(spec=dataclasses.replace(make_recipe().spec, text=None))
+  with pytest.raises(ValueError, match="objectives is empty"):
+    make_recipe(objectives={}, weights={})

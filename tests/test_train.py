@@ -1,0 +1,120 @@
+"""The loop, on the smallest config, in this process with eight devices."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import runs
+
+from mtv_jax import experiment, train
+
+
+def smallest(**changes):
+  spec = importlib.util.spec_from_file_location("smallest", runs.CONFIG)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  config.update(changes)
+  return config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("trained") / "run"
+  state = train.run(smallest(), workdir)
+  return workdir, state
+
+
+def test_a_run_leaves_its_config_metrics_evaluations_and_checkpoints(trained):
+  workdir, state = trained
+  assert int(state.step) == 12
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["model"]["width"] == 32 and config["batch_size"] == 16
+  losses = runs.losses(workdir)
+  assert list(losses) == list(range(1, 13))
+  assert np.isfinite(list(losses.values())).all()
+  assert losses[12] < losses[1]
+  assert {p.name for p in (workdir / "checkpoints").iterdir()} == {
+    "4",
+    "8",
+    "12",
+  }
+  written = workdir / "evals" / "retrieval_12.json"
+  evaluation = json.loads(written.read_text())
+  figures = evaluation["evals"]["retrieval"]["metrics"]
+  assert figures and all(0 <= v <= 1 for v in figures.values())
+  assert runs.rows(workdir)[-1].keys() >= {f"retrieval/{k}" for k in figures}
+  assert list(workdir.glob("events.*"))
+
+
+def test_the_checkpoint_is_the_state(trained):
+  workdir, state = trained
+  saved = runs.params(workdir)
+  kernel = np.asarray(state.params["image"]["patch_embed"]["kernel"])
+  np.testing.assert_array_equal(saved["image/patch_embed/kernel"], kernel)
+
+
+def test_a_finished_run_started_again_changes_nothing(trained):
+  workdir, state = trained
+  before = runs.rows(workdir)
+  again = train.run(smallest(), workdir)
+  assert int(again.step) == 12
+  assert runs.rows(workdir) == before
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_name(trained):
+  workdir, _ = trained
+  other = smallest()
+  other.model.width = 64
+  with pytest.raises(ValueError, match="mlp/fc1/kernel"):
+    train.run(other, workdir)
+
+
+def test_a_run_starts_from_another_s_parameters(trained, tmp_path):
+  workdir, state = trained
+  config = smallest(total_steps=2)
+  config.optim.lr = 0.0
+  config.init = dict(path=str(workdir), include=("^image/", "^text/"))
+  begun = train.run(config, tmp_path / "run")
+  found, expected = (
+    np.asarray(s.params["text"]["token_embedding"]) for s in (begun, state)
+  )
+  np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(batch_size=12), "batch_size is 12"),
+    (dict(bach_size=12), "Did you mean 'batch_size'"),
+    (dict(mesh=dict(data=3)), "8 devices"),
+  ],
+)
+def test_a_config_that_can_not_be_used_is_refused(tmp_path, change, message):
+  config = smallest().to_dict()
+  config.update(change)
+  with pytest.raises(ValueError, match=message):
+    experiment.build(config, tmp_path)
+
+
+def test_a_vocabulary_larger_than_the_model_s_is_refused(tmp_path):
+  config = smallest()
+  config.model.text.vocab_size = 100
+  with pytest.raises(ValueError, match="vocab_size"):
+    experiment.build(config, tmp_path)
+
+
+def test_a_field_that_no_op_gives_is_refused(tmp_path):
+  config = smallest()
+  config.data.ops = "decode|canvas(32)"
+  with pytest.raises(ValueError, match="'caption'.*image"):
+    experiment.make_loader(experiment.build(config, tmp_path), 0)
+
+
+def test_a_loss_that_is_no_number_stops_the_run():
+  train.require_finite(3, dict(loss=1.0))
+  with pytest.raises(FloatingPointError, match="step 3.*contrastive/loss"):
+    train.require_finite(
+      3, {"loss": np.nan, "contrastive/loss": np.nan, "lr": 0.1}
+    )

@@ -1,0 +1,60 @@
+"""Measures speed on this machine.
+
+  python tools/bench.py data --data='cc3m/*.tar' --tokenizer=spiece.model
+
+`data` prints images a second for the input pipeline (tars to batches) beside
+OpenCV decoding and resizing the same images, in the same run.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:
+  parser = commands.add_parser("data", help="tars to batches, on the host")
+  parser.add_argument("--data", help="tars; scenes are rendered without it")
+  parser.add_argument("--size", type=int, default=384, help="of the canvas")
+  parser.add_argument("--length", type=int, default=64, help="tokens a caption")
+  parser.add_argument("--tokenizer", default="bytes", help="or a file's path")
+  parser.add_argument("--batch-size", type=int, default=64)
+  parser.add_argument("--batches", type=int, default=12, help="in a round")
+  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--threads", type=int, help="default: one a core")
+  parser.add_argument("--workers", type=int, default=0, help="processes")
+  parser.add_argument("--json", type=Path, help="also write the result here")
+  parser.set_defaults(run=_data)
+
+
+def _data(args: argparse.Namespace) -> None:
+  from mtv_jax import benchmarks
+
+  speed = benchmarks.bench_data(
+    args.data,
+    size=args.size,
+    length=args.length,
+    tokenizer=args.tokenizer,
+    batch_size=args.batch_size,
+    batches=args.batches,
+    rounds=args.rounds,
+    threads=args.threads,
+    workers=args.workers,
+  )
+  print(speed)
+  if args.json:
+    args.json.write_text(speed.to_json() + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs one command."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  commands = parser.add_subparsers(required=True, metavar="COMMAND")
+  _add_data(commands)
+  args = parser.parse_args(argv)
+  args.run(args)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,29 @@
+"""Writes ImageNet's class names and prompt templates to a JSON file.
+
+    python tools/make_prompts.py --output=imagenet.json
+
+The strings come from an installed open_clip, so that a zero-shot figure uses
+exactly those of the published ones.
+"""
+
+import argparse
+
+from mtv_jax.evals import prompts
+
+
+def main(argv=None):
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--output", required=True, help="the file to write")
+  args = parser.parse_args(argv)
+  made = prompts.imagenet_prompts()
+  prompts.write_prompts(args.output, made)
+  print(
+    f"{args.output}: {len(made.classes)} classes, {len(made.templates)} "
+    "templates"
+  )
+
+
+if __name__ == "__main__":
+  main()

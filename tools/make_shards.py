@@ -1,0 +1,121 @@
+"""Makes shards of images with captions.
+
+  python tools/make_shards.py captions_train2017.json captions_val2017.json \
+      --images train2017 val2017 --output shards
+  python tools/make_shards.py pairs.csv --image_column=file --output=shards
+  python tools/make_shards.py folder_of_jpg_and_txt --output=shards
+
+Then train with data.train = [dict(type="webdataset", path="shards/*.tar")].
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from mtv_jax.data import listings, shards
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "inputs",
+    nargs="+",
+    help="COCO caption .json, .csv, .tsv, .parquet, or folders of images with"
+    " a .txt or .json beside each",
+  )
+  parser.add_argument("--output", required=True, help="folder of the shards")
+  parser.add_argument(
+    "--images",
+    nargs="+",
+    help="folder the image names are relative to, one for all inputs or one"
+    " for each (default: that of the input)",
+  )
+  parser.add_argument("--image_column", default="image")
+  parser.add_argument("--caption_column", default="caption")
+  parser.add_argument(
+    "--format", default="webdataset", choices=["webdataset", "array_record"]
+  )
+  parser.add_argument("--records_per_shard", type=int, default=10_000)
+  parser.add_argument(
+    "--max_side",
+    type=int,
+    help="shrink larger images to this longer side (JPEG, quality 95); by"
+    " default every file is kept as it is",
+  )
+  args = parser.parse_args(argv)
+  folders = args.images or [None]
+  if len(folders) == 1:
+    folders = folders * len(args.inputs)
+  if len(folders) != len(args.inputs):
+    parser.error(
+      f"--images names {len(folders)} folders for {len(args.inputs)} inputs;"
+      " give one, or one for each"
+    )
+  try:
+    examples = []
+    for path, images in zip(args.inputs, folders, strict=True):
+      examples += listings.read(
+        path,
+        images=images,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+      )
+    report = shards.write(
+      examples,
+      args.output,
+      format=args.format,
+      records_per_shard=args.records_per_shard,
+      max_side=args.max_side,
+      progress=_progress(),
+    )
+  except (OSError, ValueError, ImportError) as error:
+    print(f"make_shards: {error}", file=sys.stderr)
+    return 1
+  _say_result(report, args.output)
+  return 0
+
+
+def _progress() -> Callable[[shards.Report], None]:
+  start = time.monotonic()
+  said = start
+  end = "\r" if sys.stderr.isatty() else "\n"
+  every = 0.5 if sys.stderr.isatty() else 10
+
+  def say(report: shards.Report) -> None:
+    nonlocal said
+    now = time.monotonic()
+    if now - said < every and report.done < report.total:
+      return
+    said = now
+    print(
+      f"{report.done:,} of {report.total:,} images,"
+      f" {report.done / max(now - start, 1e-3):,.0f} a second,"
+      f" {len(report.skipped):,} skipped, {len(report.shards)} shards done",
+      file=sys.stderr,
+      end=end,
+      flush=True,
+    )
+
+  return say
+
+
+def _say_result(report: shards.Report, out: str) -> None:
+  print(
+    f"\n{report.written:,} records in {len(report.shards)} shards in {out};"
+    f" {len(report.skipped):,} skipped."
+  )
+  reasons = Counter(skipped.reason for skipped in report.skipped)
+  for reason, count in reasons.most_common(10):
+    print(f"  {count:,} times: {reason}")
+  for skipped in report.skipped[:10]:
+    print(f"  {skipped.name}: {skipped.reason}")
+  if report.skipped:
+    print(f"All skipped are listed in {out}/skipped.jsonl.")
+
+
+if __name__ == "__main__":
+  sys.exit(main())
