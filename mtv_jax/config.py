@@ -5,6 +5,8 @@ Nothing here imports JAX, so data workers and command lines may use it freely.
 
 import ast
 import dataclasses
+import os
+import runpy
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,9 +38,10 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Maybe:
-  """Absent or None, or a value of a kind."""
+  """Absent or None (which gives the default), or a value of a kind."""
 
   kind: Any
+  default: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +109,11 @@ SCHEMA = {
       ),
     }
   ),
-  "objectives": Entries({"type": str, "weight": 1.0}),
+  "accumulate": 1,  # Parts a batch is encoded in, one after the other.
+  # A weight is a number, or dict(value, start_*, ramp_*): durations.
+  "objectives": Entries(
+    {"type": str, "weight": Maybe((float, int, dict), 1.0)}
+  ),
   "optim": {
     "name": Choice(("adamw", "adafactor", "lion", "sgd")),
     "lr": float,
@@ -146,7 +153,8 @@ SCHEMA = {
     "keep": 2,
     "keep_every": Maybe(int),
   },
-  "log": {"every": Duration(50)},
+  # gradients: how often each objective's gradient norm is measured.
+  "log": {"every": Duration(50), "gradients": Duration(None)},
 }
 
 
@@ -168,12 +176,16 @@ def check(config: Config) -> ConfigDict:
       the key by its whole path.
   """
   resolved = _section("config", SCHEMA, _plain(config))
-  for path, minimum in [("batch_size", 1), ("checkpoint.keep", 1)]:
+  for path, minimum in [
+    ("batch_size", 1),
+    ("accumulate", 1),
+    ("checkpoint.keep", 1),
+  ]:
     value = resolved
     for key in path.split("."):
       value = value[key]
-    if value < minimum:
-      raise ConfigError(f"config.{path} is {value}, expected >= {minimum}.")
+    if value < 1:
+      raise ConfigError(f"config.{path} is {value}, expected >= 1.")
   for i, source in enumerate(resolved["data"]["train"]):
     if not isinstance(source, Mapping) or "type" not in source:
       raise ConfigError(
@@ -241,7 +253,7 @@ def _duration(
 def _value(path: str, kind: Any, value: Any) -> Any:
   """The checked value of a key; None is absent."""
   if isinstance(kind, Maybe):
-    return None if value is None else _value(path, kind.kind, value)
+    return kind.default if value is None else _value(path, kind.kind, value)
   if isinstance(kind, Mapping):
     return _section(path, kind, value or {})
   if isinstance(kind, Open):
@@ -412,3 +424,20 @@ def _parsed(name: str, text: str, default: Any) -> Any:
       f" {name}={default!r}."
     )
   return value
+
+
+def read(path: str) -> ConfigDict:
+  """The config of a file, `PATH.py` or `PATH.py:ARGUMENTS`.
+
+  What `--config` of the training command does, for other programs.
+
+  Raises:
+    ConfigError: no such file, or one without a `get_config`.
+  """
+  file, _, arg = path.partition(":")
+  if not os.path.isfile(file):
+    raise ConfigError(f"there is no config {file!r}.")
+  values = runpy.run_path(file)
+  if "get_config" not in values:
+    raise ConfigError(f"{file} defines no get_config(arg).")
+  return values["get_config"](arg or None)

@@ -45,11 +45,13 @@ def encode(
     views: what the views made, by name. A view's mask hides patches from the
       student only, its `keep` from both: masks belong to views, so that
       objectives on one view read one encoding.
-    batch: fields that hold token ids `[B, T]` for text encodings.
+    batch: fields that hold token ids for text encodings: captions `[B, T]`,
+      phrases `[B, M, T]`.
 
   Returns:
     Each encoding's output, a `models.vit.ImageOutput` whose arrays are
-    `[B, count, ...]`, or a `models.text.TextOutput` with arrays `[B, ...]`.
+    `[B, count, ...]`, or a `models.text.TextOutput` with arrays `[B, ...]` or
+    `[B, M, ...]`.
   """
   outputs = {}
   for encoding, taps in plan.items():
@@ -61,15 +63,18 @@ def encode(
     # The name shows up in profiles and in the compiled program.
     with jax.named_scope(str(encoding)):
       if encoding.tower == "text":
-        outputs[encoding] = tower.apply(variables, batch[encoding.view])
-        continue
-      made = views[encoding.view]
-      lead = made.images.shape[:2]
-      hidden = made.mask if encoding.weights == base.STUDENT else None
-      images, mask, keep = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[2:]), (made.images, hidden, made.keep)
-      )
-      output = tower.apply(variables, images, taps=taps, mask=mask, keep=keep)
+        tokens = batch[encoding.view]
+        lead = tokens.shape[:-1]
+        output = tower.apply(variables, tokens.reshape(-1, tokens.shape[-1]))
+      else:
+        made = views[encoding.view]
+        lead = made.images.shape[:2]
+        hidden = made.mask if encoding.weights == base.STUDENT else None
+        images, mask, keep = jax.tree.map(
+          lambda x: x.reshape(-1, *x.shape[2:]),
+          (made.images, hidden, made.keep),
+        )
+        output = tower.apply(variables, images, taps=taps, mask=mask, keep=keep)
       outputs[encoding] = jax.tree.map(
         lambda x, lead=lead: x.reshape(*lead, *x.shape[1:]), output
       )

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from mtv_jax import config as config_lib
 from mtv_jax import optim, sharding, trees, views
+from mtv_jax import recipe as recipe_lib
 from mtv_jax import step as step_lib
 from mtv_jax.data import pipeline, tokenizers
 from mtv_jax.data import sources as sources_lib
@@ -50,7 +51,7 @@ class Experiment:
   config: ConfigDict
   workdir: pathlib.Path
   mesh: Mesh
-  recipe: step_lib.Recipe
+  recipe: recipe_lib.Recipe
   tokenizer: Any
   sources: list[Any]
   examples_per_epoch: int
@@ -71,10 +72,10 @@ class Experiment:
     )
 
 
-def build_recipe(config: ConfigDict, total_steps: int) -> step_lib.Recipe:
+def build_recipe(config: ConfigDict, total_steps: int) -> recipe_lib.Recipe:
   """What a resolved config says about the step."""
   options = model_lib.runtime(config.model)
-  return step_lib.Recipe(
+  return recipe_lib.Recipe(
     spec=model_lib.ModelSpec.from_config(config.model),
     dtype=jnp.dtype(options.pop("dtype", "float32")),
     runtime=options,
@@ -82,13 +83,40 @@ def build_recipe(config: ConfigDict, total_steps: int) -> step_lib.Recipe:
       name: build_objective(name, entry)
       for name, entry in config.objectives.items()
     },
-    weights={name: e.weight for name, e in config.objectives.items()},
+    weights={
+      name: _weight(name, entry, config.batch_size, total_steps)
+      for name, entry in config.objectives.items()
+    },
     views=views.build_views(config.views.to_dict()),
     seed=config.seed,
     total_steps=total_steps,
     teacher_momentum=config.teacher.momentum,
     ema_decay=config.ema.decay if config.ema else None,
+    accumulate=config.accumulate,
   )
+
+
+def _weight(
+  name: str, entry: ConfigDict, batch_size: int, total_steps: int
+) -> recipe_lib.Weight:
+  """A number, or dict(value, start_steps|percent.., ramp_steps|percent..)."""
+  weight = entry.weight
+  if not isinstance(weight, ConfigDict):
+    return recipe_lib.Weight(float(weight))
+  known = [f"{k}_{u}" for k in ("start", "ramp") for u in config_lib.UNITS]
+  for key in weight:
+    if key not in ("value", *known):
+      raise config_lib.ConfigError(
+        f"config.objectives.{name}.weight: no key {key!r}. "
+        f"{config_lib.did_you_mean(key, ['value', *known])}"
+      )
+  start, ramp = (
+    config_lib.steps(
+      key, weight, batch_size=batch_size, total_steps=total_steps, default=0
+    )
+    for key in ("start", "ramp")
+  )
+  return recipe_lib.Weight(float(weight.get("value", 1.0)), start, ramp)
 
 
 def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
@@ -99,7 +127,12 @@ def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
   """
   config = config_lib.check(config)
   mesh = sharding.make_mesh(config.mesh)
-  sharding.check_batch(config.batch_size, mesh)
+  if config.batch_size % config.accumulate:
+    raise config_lib.ConfigError(
+      f"config.batch_size is {config.batch_size}, which config.accumulate="
+      f"{config.accumulate} does not divide."
+    )
+  sharding.check_batch(config.batch_size // config.accumulate, mesh)
   tokenizer = None
   if text := config.model.text:
     tokenizer = tokenizers.build_tokenizer(text.tokenizer, clean=text.clean)
@@ -112,7 +145,7 @@ def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
   examples = sum(len(source) for source in sources)
   total_steps = config_lib.total_steps(config, examples)
   recipe = build_recipe(config, total_steps)
-  params = step_lib.abstract_params(recipe)
+  params = recipe_lib.abstract_params(recipe)
   optimizer = optim.make_optimizer(
     config.optim,
     config.schedule,

@@ -106,6 +106,16 @@ class Chrono:
     self._window = {"train": 0.0, "wait": 0.0, "steps": 0}
     self._session = {"train": 0.0, "steps": 0}
 
+  def compiles(self) -> None:
+    """Says that the next step compiles too, so it is counted as such."""
+    self._lap()
+    self._compiled = False
+
+  @property
+  def compiling(self) -> bool:
+    """Whether the next step is one that compiles."""
+    return not self._compiled
+
   def step(self) -> None:
     """Says that a step was dispatched."""
     self._lap()

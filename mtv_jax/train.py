@@ -17,7 +17,7 @@ from mtv_jax import checkpoint, loading, sharding
 from mtv_jax import config as config_lib
 from mtv_jax import experiment as experiment_lib
 from mtv_jax import metrics as metrics_lib
-from mtv_jax import step as step_lib
+from mtv_jax import recipe as recipe_lib
 from mtv_jax.data import pipeline
 from mtv_jax.encoder import Encoder
 from mtv_jax.evals import run as evals_lib
@@ -40,7 +40,7 @@ def start(
     lambda leaf: leaf.sharding, experiment.program.abstract.params
   )
   params = jax.jit(
-    lambda key: step_lib.init_params(experiment.recipe, key),
+    lambda key: recipe_lib.init_params(experiment.recipe, key),
     out_shardings=place,
   )(rng)
   if init := experiment.config.init:
@@ -184,25 +184,40 @@ def _loop(experiment, state, first, loader, checkpoints, writers, chrono):
     name: experiment.every("every", entry)
     for name, entry in experiment.config.evals.items()
   }
+  norms_every = experiment.every("gradients", experiment.config.log)
   batches = placed_batches(loader, experiment.mesh)
   in_flight = collections.deque()
+  recipe, program = experiment.recipe, experiment.program
+  active = ()
   for step in range(first + 1, experiment.total_steps + 1):
     with chrono.waiting():
       batch = next(batches)
-    state, values = experiment.program.update(state, batch)
+    if recipe.active(step - 1) != active:
+      active = recipe.active(step - 1)
+      log.info("From step %d: %s. Compiling.", step, ", ".join(active))
+      chrono.compiles()
+    if recipe.teacher_starts(step - 1):
+      state = program.restart_teacher(state)
+    norms = {}
+    if norms_every and step % norms_every == 0:
+      with chrono.pause():
+        norms = jax.device_get(program.encoder_norms(state, batch, active))
+    state, values = program.update(state, batch, active)
     # Two steps in flight keep the devices busy; more would only hold memory.
     in_flight.append(values["loss"])
-    if step == first + 1 or len(in_flight) > 2:
+    if chrono.compiling or len(in_flight) > 2:
       jax.block_until_ready(in_flight.popleft())
     chrono.step()
 
     last = step == experiment.total_steps
-    if step % log_every == 0 or last or step == first + 1:
+    if step % log_every == 0 or last or norms or step == first + 1:
       values = jax.device_get(values)
       require_finite(step, values)
       values |= {
         "lr": experiment.optimizer.schedule(step - 1),
         "data/corrupt": loader.stats.corrupt,
+        "data/dropped": sum(loader.stats.dropped.values()),
+        **{f"{name}/encoder_grad_norm": v for name, v in norms.items()},
       }
       writers.progress(step, in_order(values), chrono.rates(step))
     due = [n for n, every in eval_every.items() if every and step % every == 0]

@@ -51,7 +51,9 @@ def train(workdir: pathlib.Path, *args: str, **options) -> None:
   finish(launch(workdir, *args, **options), workdir)
 
 
-def pair(workdir: pathlib.Path, *args: str, devices: int = 4) -> None:
+def pair(
+  workdir: pathlib.Path, *args: str, devices: int = 4, arg: str = ""
+) -> None:
   """Trains to the end in two processes joined by `jax.distributed`."""
   with socket.socket() as s:
     s.bind(("localhost", 0))
@@ -59,7 +61,7 @@ def pair(workdir: pathlib.Path, *args: str, devices: int = 4) -> None:
   join = (f"--coordinator=localhost:{port}", "--processes=2")
   # One log each: both append to WORKDIR.log.
   running = [
-    launch(workdir, *join, f"--process={i}", *args, devices=devices)
+    launch(workdir, *join, f"--process={i}", *args, devices=devices, arg=arg)
     for i in range(2)
   ]
   try:

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from mtv_jax import sharding, trees, views
+from mtv_jax import gradients, sharding, trees, views
+from mtv_jax import recipe as recipe_lib
 from mtv_jax import step as step_lib
 from mtv_jax.models.model import ModelSpec
 from mtv_jax.objectives import base, build_objective
@@ -30,13 +31,13 @@ def make_recipe(**changes):
       text=dict(variant="mu", length=8, vocab_size=32),
     )
   )
-  recipe = step_lib.Recipe(
+  recipe = recipe_lib.Recipe(
     spec=spec,
     dtype="float32",
     objectives={
       "contrastive": build_objective("contrastive", dict(init_bias=-2.0))
     },
-    weights={"contrastive": 1.0},
+    weights={"contrastive": recipe_lib.Weight(1.0)},
     views=views.build_views({"image": dict(count=1, ops="resize(16)")}),
     seed=0,
     total_steps=100,
@@ -61,19 +62,19 @@ def mesh_of(shape):
 
 @functools.cache
 def params_of():
-  return jax.jit(functools.partial(step_lib.init_params, make_recipe()))(
+  return jax.jit(functools.partial(recipe_lib.init_params, make_recipe()))(
     jax.random.key(1)
   )
 
 
-def gradients(mesh):
+def gradients_on(mesh):
   recipe, params = make_recipe(), params_of()
   program = step_lib.make_program(recipe, optax.sgd(0.1), mesh)
   state = program.init(params)
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
   def compute(state, batch):
-    return jax.grad(lambda p: step_lib.total_loss(recipe, p, state, batch)[0])(
+    return jax.grad(lambda p: gradients.total_loss(recipe, p, state, batch)[0])(
       state.params
     )
 
@@ -92,14 +93,14 @@ def three_steps(mesh):
 @pytest.fixture(scope="module")
 def alone():
   mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
-  return jax.device_get(gradients(mesh)), *three_steps(mesh)
+  return jax.device_get(gradients_on(mesh)), *three_steps(mesh)
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_gradients_and_parameters_equal_those_of_one_device(alone, shape):
   mesh = mesh_of(shape)
   expected_gradients, expected_params, expected_metrics = alone
-  found = dict_of(jax.device_get(gradients(mesh)))
+  found = dict_of(jax.device_get(gradients_on(mesh)))
   for name, expected in dict_of(expected_gradients).items():
     error = np.linalg.norm(found[name] - expected)
     assert error <= 1e-5 * np.linalg.norm(expected) + 1e-8, name
@@ -188,10 +189,10 @@ class PullToTeacher(base.Objective):
 def test_a_teacher_is_kept_when_an_objective_reads_one():
   recipe = make_recipe(
     objectives={"pull": PullToTeacher()},
-    weights={"pull": 1.0},
+    weights={"pull": recipe_lib.Weight(1.0)},
     teacher_momentum=0.5,
   )
-  params = step_lib.init_params(recipe, jax.random.key(0))
+  params = recipe_lib.init_params(recipe, jax.random.key(0))
   mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
   program = step_lib.make_program(recipe, optax.sgd(0.1), mesh)
   state, metrics = program.update(
@@ -215,3 +216,103 @@ def test_a_recipe_that_can_not_be_computed_is_refused():
     make_recipe(spec=dataclasses.replace(make_recipe().spec, text=None))
   with pytest.raises(ValueError, match="objectives is empty"):
     make_recipe(objectives={}, weights={})
+
+
+def test_a_weight_starts_and_rises():
+  weight = recipe_lib.Weight(0.5, start=10, ramp=4)
+  assert [weight.active(s) for s in (0, 9, 10, 50)] == [
+    False,
+    False,
+    True,
+    True,
+  ]
+  values = [float(weight(s)) for s in (10, 11, 13, 50)]
+  np.testing.assert_allclose(values, [0.125, 0.25, 0.5, 0.5])
+
+
+def two_objectives(**weight):
+  return make_recipe(
+    objectives={**make_recipe().objectives, "pull": PullToTeacher()},
+    weights={
+      "contrastive": recipe_lib.Weight(1.0),
+      "pull": recipe_lib.Weight(1.0, **weight),
+    },
+    teacher_momentum=0.5,
+  )
+
+
+def test_an_objective_joins_late_with_a_teacher_that_is_the_student():
+  recipe = two_objectives(start=2)
+  assert recipe.active(1) == ("contrastive",)
+  assert recipe.active(2) == ("contrastive", "pull")
+  assert [recipe.teacher_starts(s) for s in range(4)] == [0, 0, 1, 0]
+  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
+  program = step_lib.make_program(recipe, optax.sgd(0.1), mesh)
+  state = program.init(recipe_lib.init_params(recipe, jax.random.key(0)))
+  batch = sharding.place_batch(make_batch(), mesh)
+  before = np.asarray(state.teacher["image"]["patch_embed"]["kernel"])
+  state, metrics = program.update(state, batch, recipe.active(0))
+  assert "pull/loss" not in metrics
+  teacher = state.teacher["image"]["patch_embed"]["kernel"]
+  np.testing.assert_array_equal(teacher, before)
+  state = program.restart_teacher(state)
+  np.testing.assert_array_equal(
+    state.teacher["image"]["patch_embed"]["kernel"],
+    state.params["image"]["patch_embed"]["kernel"],
+  )
+  _, metrics = program.update(state, batch, recipe.active(2))
+  assert metrics["pull/loss"] > 0
+
+
+def test_what_no_active_objective_reads_stays_where_it_is():
+  recipe = two_objectives()
+  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
+  program = step_lib.make_program(recipe, optax.adamw(0.1), mesh)
+  params = recipe_lib.init_params(recipe, jax.random.key(0))
+  state, _ = program.update(
+    program.init(params), sharding.place_batch(make_batch(), mesh), ("pull",)
+  )
+  for name in ("text", "heads"):
+    jax.tree.map(
+      np.testing.assert_array_equal, state.params[name], params[name]
+    )
+  moved = state.params["image"]["patch_embed"]["kernel"]
+  assert np.abs(moved - params["image"]["patch_embed"]["kernel"]).max() > 0.01
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_gradients_in_parts_are_those_of_the_whole_batch(parts):
+  recipe = two_objectives()
+  mesh = sharding.make_mesh(dict(data=2), jax.devices()[:2])
+  program = step_lib.make_program(recipe, optax.sgd(0.1), mesh)
+  params = recipe_lib.init_params(recipe, jax.random.key(1))
+  # Away from its teacher, where the gradient of PullToTeacher is not special.
+  state = program.init(params)
+  batch = sharding.place_batch(make_batch(), mesh)
+
+  def compute(count):
+    part = dataclasses.replace(recipe, accumulate=count)
+    return jax.jit(functools.partial(gradients.compute, part))(state, batch)
+
+  (loss, _), expected = compute(1)
+  (found_loss, _), found = compute(parts)
+  np.testing.assert_allclose(found_loss, loss, rtol=1e-6)
+  found = dict_of(jax.device_get(found))
+  for name, value in dict_of(jax.device_get(expected)).items():
+    error = np.linalg.norm(found[name] - value)
+    assert error <= 1e-5 * np.linalg.norm(value) + 1e-8, name
+
+
+def test_encoder_norms_are_each_objective_s_own():
+  recipe = two_objectives()
+  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
+  program = step_lib.make_program(recipe, optax.sgd(0.1), mesh)
+  state = program.init(recipe_lib.init_params(recipe, jax.random.key(1)))
+  batch = sharding.place_batch(make_batch(), mesh)
+  norms = program.encoder_norms(state, batch, ("contrastive", "pull"))
+  for name in norms:
+    alone = recipe.only((name,))
+    grads = gradients.compute(alone, state, batch)[1]
+    expected = optax.tree.norm(grads["image"])
+    np.testing.assert_allclose(norms[name], expected, rtol=1e-5)
+    assert expected > 0

@@ -1,20 +1,18 @@
 """The loop, on the smallest config, in this process with eight devices."""
 
-import importlib.util
 import json
 
 import numpy as np
 import pytest
 import runs
 
+from mtv_jax import config as config_lib
 from mtv_jax import experiment, train
+from mtv_jax.benchmarks import step as step_benchmark
 
 
 def smallest(**changes):
-  spec = importlib.util.spec_from_file_location("smallest", runs.CONFIG)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config()
+  config = config_lib.read(str(runs.CONFIG))
   config.update(changes)
   return config
 
@@ -118,3 +116,14 @@ def test_a_loss_that_is_no_number_stops_the_run():
     train.require_finite(
       3, {"loss": np.nan, "contrastive/loss": np.nan, "lr": 0.1}
     )
+
+
+def test_the_step_benchmark_times_both_ways():
+  speed = step_benchmark.bench_step(smallest(), steps=3)
+  assert speed.steps == 3 and speed.batch_size == 16
+  assert 0 < speed.step_ms < 1e3 * speed.compile_seconds
+  assert 0 <= speed.wait < 1
+  # The loop does all that the step does, and more; up to noise.
+  assert speed.loop_ms > 0.3 * speed.step_ms
+  assert "waiting for data" in str(speed)
+  assert json.loads(speed.to_json())["devices"].startswith("8 x ")

@@ -1,9 +1,11 @@
-"""Measures speed on this machine.
+"""Measures speed on this machine, each thing beside its floor.
 
   python tools/bench.py data --data='cc3m/*.tar' --tokenizer=spiece.model
+  python tools/bench.py step --config=configs/siglip_b16_224.py:tiny
 
 `data` prints images a second for the input pipeline (tars to batches) beside
-OpenCV decoding and resizing the same images, in the same run.
+OpenCV decoding and resizing the same images, in the same run. `step` prints the
+median time of a config's train step, alone and behind its input pipeline.
 """
 
 import argparse
@@ -22,14 +24,13 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--threads", type=int, help="default: one a core")
   parser.add_argument("--workers", type=int, default=0, help="processes")
-  parser.add_argument("--json", type=Path, help="also write the result here")
   parser.set_defaults(run=_data)
 
 
-def _data(args: argparse.Namespace) -> None:
-  from mtv_jax import benchmarks
+def _data(args: argparse.Namespace) -> object:
+  from mtv_jax.benchmarks import data
 
-  speed = benchmarks.bench_data(
+  return data.bench_data(
     args.data,
     size=args.size,
     length=args.length,
@@ -40,9 +41,22 @@ def _data(args: argparse.Namespace) -> None:
     threads=args.threads,
     workers=args.workers,
   )
-  print(speed)
-  if args.json:
-    args.json.write_text(speed.to_json() + "\n")
+
+
+def _add_step(commands: argparse._SubParsersAction) -> None:
+  parser = commands.add_parser("step", help="the train step of a config")
+  parser.add_argument(
+    "--config", required=True, help="a file, with its arguments after a colon"
+  )
+  parser.add_argument("--steps", type=int, default=20, help="to time")
+  parser.set_defaults(run=_step)
+
+
+def _step(args: argparse.Namespace) -> object:
+  from mtv_jax import config
+  from mtv_jax.benchmarks import step
+
+  return step.bench_step(config.read(args.config), steps=args.steps)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,8 +66,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   _add_data(commands)
+  _add_step(commands)
+  for command in commands.choices.values():
+    command.add_argument("--json", type=Path, help="also write the result here")
   args = parser.parse_args(argv)
-  args.run(args)
+  speed = args.run(args)
+  print(speed)
+  if args.json:
+    args.json.write_text(speed.to_json() + "\n")
 
 
 if __name__ == "__main__":

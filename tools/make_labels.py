@@ -32,11 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Pictures alone: a set made for all of them also fits a source that
     # leaves out those without a caption.
     base = (
-      ArrayRecordSource(args.base)
-      if any("array_record" in path for path in args.base)
-      else WebDatasetSource(
-        args.base, index_dir=args.index_dir, captions="ignored"
-      )
+      WebDatasetSource(args.base, index_dir=args.index_dir, captions="ignored")
+      if all(path.endswith(".tar") for path in args.base)
+      else ArrayRecordSource(args.base)
     )
     if args.kind == "boxes":
       make = annotations.Instances(args.instances, match=args.match)

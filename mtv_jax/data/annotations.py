@@ -196,7 +196,10 @@ class Instances:
     }
 
   def _read(self, path: Path, data: bytes) -> None:
-    content = json.loads(data)
+    try:
+      content = json.loads(data)
+    except ValueError as error:
+      raise ValueError(f"{path} is not JSON ({error}).") from error
     needed = {"images", "annotations", "categories"}
     if not isinstance(content, dict) or not needed <= content.keys():
       there = sorted(content) if isinstance(content, dict) else type(content)
@@ -306,7 +309,7 @@ class DepthImages:
     *,
     pattern: str = "{stem}.png",
     values: str = "metric",
-    scale: float = 1.0,
+    scale: float | int = 1.0,
     invalid: Sequence[int] = (0,),
     side: int = 128,
     min_valid: int = label_values.MIN_VALID,
@@ -345,7 +348,7 @@ class DepthImages:
     }
     try:
       name = self._pattern.format(**fields)
-    except (KeyError, IndexError, ValueError) as error:
+    except (LookupError, AttributeError, ValueError) as error:
       raise ValueError(
         f"pattern={self._pattern!r} can't be filled in ({error!r}); it may have"
         f" {', '.join('{' + field + '}' for field in fields)}."

@@ -196,8 +196,8 @@ class LabelWriter:
     """
     if todo := self.todo():
       raise LabelError(
-        f"{len(todo)} of {len(self._names)} shards have no labels yet, the first"
-        f" being {self._names[todo[0]]}: write them before the manifest."
+        f"{len(todo)} of {len(self._names)} shards have no labels yet"
+        f" ({self._names[todo[0]]}, ...): write them before the manifest."
       )
     total, shards = Summary(), []
     for shard in range(len(self._names)):
@@ -211,7 +211,7 @@ class LabelWriter:
       reasons = [f"{n} times {reason!r}" for reason, n in total.reasons.items()]
       raise LabelError(
         f"None of the {total.records} records has a label:"
-        f" {'; '.join(reasons[:5])}. There is nothing to train on in {self.out}."
+        f" {'; '.join(reasons[:5])}. {self.out} holds nothing to train on."
       )
     manifest = {
       "version": label_sets.VERSION,

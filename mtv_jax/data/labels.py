@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from concurrent import futures
 from pathlib import Path
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt64
@@ -40,6 +40,7 @@ _CHECKED = 1024
 _THREADS = 16
 
 
+@runtime_checkable
 class Labels(Protocol):
   """One label set, joined to a source."""
 
@@ -60,9 +61,6 @@ class LabelledSource:
     fields: of the source and of the labels; a record without a label lacks it.
     name: the source's.
     shards: the source's.
-
-  Raises:
-    LabelError: the source gives a field of a label itself.
   """
 
   def __init__(self, source: Any, labels: list[Labels]):
@@ -70,14 +68,8 @@ class LabelledSource:
     self._labels = labels
     self.name: str = source.name
     self.shards: np.ndarray = source.shards
-    self.fields = frozenset(source.fields)
-    for label in labels:
-      if both := self.fields & FIELDS[label.kind]:
-        raise LabelError(
-          f"{source!r} gives {', '.join(sorted(both))} itself, and `labels`"
-          f" names a set of {label.kind} too: leave out one of the two."
-        )
-      self.fields |= FIELDS[label.kind]
+    given = (FIELDS[label.kind] for label in labels)
+    self.fields = frozenset(source.fields).union(*given)
 
   def __len__(self) -> int:
     return len(self._source)
@@ -106,19 +98,20 @@ class LabelledSource:
     return f"{self._source!r} with {kinds}"
 
 
-def join(source: Any, labels: Mapping[str, Any]) -> LabelledSource:
+def join(source: Any, labels: Any) -> LabelledSource:
   """The source with the label sets that an entry of `data.train` names.
 
   Args:
     source: of any type for a join by key; tars or ArrayRecord files otherwise.
-    labels: of each kind the folder of a set, or a mapping with its `path`,
-      `join` ("aligned" by default, or "key") and, for joins by key,
+    labels: a mapping, of each kind the folder of a set, or a mapping with its
+      `path`, `join` ("aligned" by default, or "key") and, for joins by key,
       `index_dir` (where its index is kept; by default in the folder).
 
   Raises:
     ValueError: an unknown kind or option.
     FileNotFoundError: a folder or a file of it is missing.
-    LabelError: a set of another kind or for other records.
+    LabelError: a set of another kind or for other records, or one whose fields
+      the source gives itself.
   """
   if not isinstance(labels, Mapping) or not labels:
     raise ValueError(
@@ -129,6 +122,11 @@ def join(source: Any, labels: Mapping[str, Any]) -> LabelledSource:
   for kind, entry in labels.items():
     if kind not in KINDS:
       raise ValueError(f"Unknown labels {kind!r}. {did_you_mean(kind, KINDS)}")
+    if both := source.fields & FIELDS[kind]:
+      raise LabelError(
+        f"{source!r} gives {', '.join(sorted(both))} itself, and `labels` names"
+        f" a set of {kind} too: leave out one of the two."
+      )
     options = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
     joined.append(_joined(source, kind, options))
   return LabelledSource(source, joined)

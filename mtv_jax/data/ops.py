@@ -63,6 +63,7 @@ class Ops:
 
   Attributes:
     fields: of the batch, each with its row's shape and dtype.
+    labels: fields of records that it needs, of one source at least.
   """
 
   def __init__(self, text: str, steps: list[Step], tokenizer: Tokenizer | None):
@@ -70,6 +71,7 @@ class Ops:
     self._steps = steps
     self._tokenizer = tokenizer
     self.fields = {k: v for step in steps for k, v in step.makes.items()}
+    self.labels = frozenset().union(*(step.labels for step in steps))
 
   def __call__(self, record: Record, rng: np.random.Generator) -> Record:
     """The record with every field of `fields`.
@@ -245,6 +247,11 @@ def _regions(
   """
   _at_least_one("regions", "count", count)
   _at_least_one("regions", "phrase_length", phrase_length)
+  if phrase_length < 2:
+    raise ValueError(
+      f"regions(phrase_length={phrase_length}): the end of a text takes one"
+      " place; expected at least 2."
+    )
   _one_of("regions", pick, ("random", "score"))
   tokenizer = _need(tokenizer, "regions")
   # An empty text is an end and padding; so is one that cleaning empties.
@@ -314,11 +321,9 @@ def _boxes_of(record: Record) -> label_values.BoxLabel:
 
 
 def _count(record: Record, counts: Mapping[str, int]) -> None:
-  if counts:
-    record["dropped"] = dict(
-      collections.Counter(record.get("dropped", {}))
-      + collections.Counter(counts)
-    )
+  dropped = record.setdefault("dropped", {})
+  for reason, number in counts.items():
+    dropped[reason] = dropped.get(reason, 0) + number
 
 
 OPS: dict[str, Callable[..., Step]] = {

@@ -7,10 +7,20 @@ import dataclasses
 from mtv_jax import config as config_lib
 from mtv_jax.objectives import base
 from mtv_jax.objectives.contrastive import Contrastive
+from mtv_jax.objectives.depth import Depth
+from mtv_jax.objectives.distillation import Distillation
+from mtv_jax.objectives.grounding import Grounding
+from mtv_jax.objectives.masked_latent import MaskedLatent
+from mtv_jax.objectives.masked_pixels import MaskedPixels
 
 # A new objective is a new file and a line here.
 REGISTRY: dict[str, type[base.Objective]] = {
   "contrastive": Contrastive,
+  "depth": Depth,
+  "grounding": Grounding,
+  "masked_pixels": MaskedPixels,
+  "distillation": Distillation,
+  "masked_latent": MaskedLatent,
 }
 
 

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, no_type_check
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mtv_jax.objectives import base
-
-
-def normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-  """Divides by the L2 norm over the last axis, in float32.
-
-  The norm is floored at 1e-6, inside the root, so that a zero vector has a
-  finite gradient.
-  """
-  x = x.astype(jnp.float32)
-  squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
+from mtv_jax.objectives import base, pairwise
 
 
 def sigmoid_loss(
@@ -35,19 +22,17 @@ def sigmoid_loss(
       L = -(1/B) sum_i sum_j log sigmoid(y_ij * logits_ij),
       y_ii = 1, y_ij = -1 for i != j,  logits = exp(t') u_i.v_j + b
 
-  Every pair is a binary question of its own; there is no normalisation over
-  the batch. MTV prints the bias with the opposite sign; this is big_vision's
-  form. Pairs with an invalid row or column don't count, and the mean is over
-  the valid rows.
+  There is no normalisation over the batch. MTV prints the bias with the
+  opposite sign; this is big_vision's form. Pairs with an invalid row or column
+  don't count, and the mean is over the valid rows.
 
   Args:
     logits: images along rows, texts along columns; row i belongs to column i.
     valid: which examples have both an image and a text.
   """
-  positive = jnp.eye(logits.shape[0], dtype=jnp.float32)
+  positive = jnp.eye(logits.shape[0], dtype=bool)
   pairs = (valid[:, None] & valid[None, :]).astype(jnp.float32)
-  # log sigmoid(+l) on the diagonal and log sigmoid(-l) off it.
-  losses = -jax.nn.log_sigmoid((2.0 * positive - 1.0) * logits)
+  losses = pairwise.sigmoid_losses(logits, positive)
   return base.Mean(
     sum=jnp.sum(losses * pairs), count=jnp.sum(valid.astype(jnp.float32))
   )
@@ -74,37 +59,6 @@ def softmax_loss(
   return base.Mean(
     sum=jnp.sum(losses), count=jnp.sum(valid.astype(jnp.float32))
   )
-
-
-class Temperature(nn.Module):
-  """The learnt scale and bias of the logits.
-
-  Attributes:
-    init_scale: initial multiplier; its logarithm is the parameter (SigLIP 10,
-      CLIP 1/0.07).
-    init_bias: initial bias, None for none. SigLIP's -10 starts the sigmoid
-      loss where almost all pairs are negative, as they are; at small batches
-      a smaller one does (log(1/B) balances B pairs).
-  """
-
-  init_scale: float
-  init_bias: float | None
-
-  @nn.compact
-  def __call__(
-    self, similarity: Float[Array, "n m"]
-  ) -> tuple[Float[Array, "n m"], Float[Array, ""], Float[Array, ""]]:
-    """Logits of cosine similarities, with the multiplier and the bias."""
-    log_scale = self.param(
-      "logit_scale", nn.initializers.constant(math.log(self.init_scale)), ()
-    )
-    bias = jnp.zeros(())
-    if self.init_bias is not None:
-      bias = self.param(
-        "logit_bias", nn.initializers.constant(self.init_bias), ()
-      )
-    scale = jnp.exp(log_scale)
-    return similarity * scale + bias, scale, bias
 
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
@@ -161,12 +115,8 @@ class Contrastive(base.Objective):
     bias = self.init_bias
     if bias is None and self.loss_type == "sigmoid":
       bias = -10.0
-    module = Temperature(init_scale=self.init_scale, init_bias=bias)
-    return {
-      "contrastive": base.Head(
-        module, example=lambda spec: (jax.ShapeDtypeStruct((1, 1), "float32"),)
-      )
-    }
+    module = pairwise.Temperature(init_scale=self.init_scale, init_bias=bias)
+    return {"contrastive": base.Head(module)}
 
   def evidence(
     self,
@@ -175,8 +125,8 @@ class Contrastive(base.Objective):
     batch: Mapping[str, Any],
   ) -> Evidence:
     return Evidence(
-      image=normalize(encodings[self._image].pooled[:, 0]),
-      text=normalize(encodings[self._text].pooled),
+      image=pairwise.normalize(encodings[self._image].pooled[:, 0]),
+      text=pairwise.normalize(encodings[self._text].pooled),
       valid=batch["caption_valid"].astype(bool),
     )
 
@@ -189,7 +139,8 @@ class Contrastive(base.Objective):
     similarity = jnp.einsum(
       "id,jd->ij", evidence.image, evidence.text, precision="highest"
     )
-    logits, scale, bias = heads["contrastive"](similarity)
+    affine = heads["contrastive"]()
+    logits = affine.scale * similarity + affine.bias
     valid = evidence.valid
     best = jnp.argmax(jnp.where(valid[None, :], logits, -jnp.inf), axis=1)
     hit = (best == jnp.arange(best.shape[0])) & valid
@@ -199,8 +150,8 @@ class Contrastive(base.Objective):
       loss=LOSSES[self.loss_type](logits, valid),
       report={
         "accuracy": base.Mean(jnp.sum(hit.astype(jnp.float32)), count),
-        "scale": base.Mean(scale, one),
-        "bias": base.Mean(bias, one),
+        "scale": base.Mean(affine.scale, one),
+        "bias": base.Mean(affine.bias, one),
         "labelled": base.Mean(count, one * valid.shape[0]),
       },
     )

@@ -25,7 +25,7 @@ def get_config(arg=None):
     text=dict(variant='mu', length=16, vocab_size=258, **tower),
   )  # fmt: skip
   config.objectives = dict(contrastive=dict(init_bias=-2.0))
-  config.optim = dict(name="adamw", lr=1e-2, weight_decay=1e-2)
+  config.optim = dict(name="adamw", lr=1e-3, weight_decay=0.1)
   config.schedule = dict(name="cosine", warmup_steps=2)
   config.ema = dict(decay=0.9)
   config.evals = dict(

@@ -1,0 +1,181 @@
+"""Losses and gradients of a batch: whole, in parts, and of each objective.
+
+A batch is encoded to evidence, which is small, and the losses see the evidence
+of all of it. `accumulated` cuts there: it encodes the parts of a batch one
+after the other, differentiates the losses on all their evidence at once, and
+encodes each part again to pull those cotangents through. One forward more, and
+the gradients are those of the whole batch, for contrast, Sinkhorn and KoLeo
+too (Gao et al. 2021, GradCache, for contrast).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from mtv_jax import encodings
+from mtv_jax import views as views_lib
+from mtv_jax.objectives import base
+from mtv_jax.recipe import Recipe
+from mtv_jax.state import TrainState
+
+Batch = Mapping[str, Array]
+Loss = tuple[Float[Array, ""], dict[str, base.Terms]]
+
+
+def _view_keys(recipe: Recipe, step: Array, size: int) -> dict[str, jax.Array]:
+  """Keys `[size]` of the views that are read, one for each row."""
+  seed = jax.random.key(recipe.seed)
+  names = {e.view for e in recipe.plan if e.tower == "image"}
+  return {n: views_lib.row_keys(seed, n, step, size) for n in sorted(names)}
+
+
+def _heads(recipe: Recipe, params: PyTree, state: TrainState):
+  teacher = jax.lax.stop_gradient(state.teacher.get("heads", {}))
+  return base.BoundHeads(recipe.heads, params, teacher)
+
+
+def evidence_of(
+  recipe: Recipe,
+  params: PyTree,
+  state: TrainState,
+  batch: Batch,
+  keys: Mapping[str, jax.Array],
+) -> dict[str, Any]:
+  """What each objective takes from some rows of a batch; see `base`."""
+  views = {}
+  for name, of_rows in keys.items():
+    with jax.named_scope(f"view({name})"):
+      views[name] = recipe.views[name](
+        batch["image"], batch["image_size"], of_rows, recipe.dtype
+      )
+  encoded = encodings.encode(
+    recipe.plan, recipe.towers, params, state.teacher, views, batch
+  )
+  heads = _heads(recipe, params["heads"], state)
+  evidence = {}
+  for name, objective in recipe.objectives.items():
+    with jax.named_scope(name):
+      evidence[name] = objective.evidence(
+        encoded, heads, {**batch, "views": views}
+      )
+  return evidence
+
+
+def losses_of(
+  recipe: Recipe,
+  params: PyTree,
+  state: TrainState,
+  evidence: Mapping[str, Any],
+) -> Loss:
+  """The weighted sum of the losses on all evidence, and each one's terms.
+
+  Args:
+    params: of the heads.
+  """
+  heads = _heads(recipe, params, state)
+  total, terms = jnp.zeros(()), {}
+  for name, objective in recipe.objectives.items():
+    context = base.Context(
+      state.step, recipe.total_steps, state.statistics[name]
+    )
+    with jax.named_scope(name):
+      terms[name] = objective.loss(evidence[name], heads, context)
+    weight = recipe.weights[name](state.step)
+    total = total + weight * terms[name].loss.value()
+  return total, terms
+
+
+def total_loss(
+  recipe: Recipe, params: PyTree, state: TrainState, batch: Batch
+) -> Loss:
+  """The loss of a whole batch, as a function of all parameters."""
+  keys = _view_keys(recipe, state.step, len(batch["image"]))
+  evidence = evidence_of(recipe, params, state, batch, keys)
+  return losses_of(recipe, params["heads"], state, evidence)
+
+
+def compute(
+  recipe: Recipe, state: TrainState, batch: Batch
+) -> tuple[Loss, PyTree]:
+  """`((loss, terms), gradients)` of a batch, in as many parts as asked for."""
+  if recipe.accumulate > 1:
+    return accumulated(recipe, state, batch)
+  return jax.value_and_grad(
+    lambda params: total_loss(recipe, params, state, batch), has_aux=True
+  )(state.params)
+
+
+def accumulated(
+  recipe: Recipe, state: TrainState, batch: Batch
+) -> tuple[Loss, PyTree]:
+  """`compute`, encoding `recipe.accumulate` parts one after the other."""
+  count = recipe.accumulate
+
+  def split(x):
+    # Part i takes rows i, i + count, ...: whatever device holds a stretch of
+    # the batch holds its share of every part, and nothing moves.
+    return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+
+  def join(x):
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+  def encode(params, part):
+    return evidence_of(recipe, params, state, *part)
+
+  params = state.params
+  keys = _view_keys(recipe, state.step, len(batch["image"]))
+  parts = jax.tree.map(split, (dict(batch), keys))
+  mapped = jax.lax.map(lambda part: encode(params, part), parts)
+  leaves, tree = jax.tree.flatten(jax.tree.map(join, mapped))
+  real = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+  def reals(evidence):
+    found = jax.tree.leaves(evidence)
+    return [leaf for leaf, r in zip(found, real, strict=True) if r]
+
+  def loss(heads, differentiable):
+    given = iter(differentiable)
+    whole = [next(given) if r else x for x, r in zip(leaves, real, strict=True)]
+    return losses_of(recipe, heads, state, jax.tree.unflatten(tree, whole))
+
+  result, (of_heads, cotangents) = jax.value_and_grad(
+    loss, argnums=(0, 1), has_aux=True
+  )(params["heads"], [x for x, r in zip(leaves, real, strict=True) if r])
+
+  def pull(gradients, given):
+    part, cotangent = given
+    _, vjp = jax.vjp(lambda p: reals(encode(p, part)), params)
+    return jax.tree.map(jnp.add, gradients, vjp(cotangent)[0]), None
+
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  gradients, _ = jax.lax.scan(
+    pull, zeros, (parts, [split(c) for c in cotangents])
+  )
+  heads = jax.tree.map(jnp.add, gradients["heads"], of_heads)
+  return result, {**gradients, "heads": heads}
+
+
+def encoder_norms(
+  recipe: Recipe, state: TrainState, batch: Batch
+) -> dict[str, Array]:
+  """The norm of each weighted objective's gradient on the image encoder.
+
+  Each is pulled through its own encodings alone. Their ratio says which
+  objective drives the encoder.
+  """
+  norms = {}
+  for name in recipe.objectives:
+    alone = recipe.only((name,))
+
+    def loss(image, alone=alone):
+      params = {**state.params, "image": image}
+      return total_loss(alone, params, state, batch)[0]
+
+    norms[name] = optax.tree.norm(jax.grad(loss)(state.params["image"]))
+  return norms

@@ -1,0 +1,151 @@
+"""The decoder of a masked autoencoder, and where its hidden patches are.
+
+He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners".
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from mtv_jax.models import layers
+
+
+@functools.lru_cache(maxsize=32)
+def sincos_positions(
+  grid: tuple[int, int], width: int
+) -> Float32[np.ndarray, "n {width}"]:
+  """Fixed position embeddings of a grid, row by row.
+
+  Each axis has half of the channels, as Vaswani et al. 2017 embed a position
+  on a line: sines, then cosines, of `position / 10000^(i / m)` for the `m`
+  frequencies `i`. Rows come first.
+
+  Raises:
+    ValueError: for a width that four does not divide.
+  """
+  if width % 4:
+    raise ValueError(
+      f"2-D sine-cosine positions need a width that 4 divides, not {width}."
+    )
+  rates = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
+  parts = []
+  for axis in np.indices(grid).reshape(2, -1):
+    angle = axis[:, None] * rates
+    parts += [np.sin(angle), np.cos(angle)]
+  table = np.concatenate(parts, axis=1).astype(np.float32)
+  table.setflags(write=False)  # cached, so shared by every caller
+  return table
+
+
+def visible_slots(
+  keep: Int[Array, "b k"], patches: int
+) -> tuple[Int[Array, "b {patches}"], Bool[Array, "b {patches}"]]:
+  """Where each patch stands among the visible ones.
+
+  By comparison and not by scattering, so that it stays local to each row
+  wherever the batch is sharded.
+
+  Args:
+    keep: indices of the visible patches, in any order, none twice.
+    patches: how many there are, visible or hidden.
+
+  Returns:
+    For each patch its index in `keep`, `k` if it is hidden; and whether it is
+    visible.
+  """
+  match = keep[:, None, :] == jnp.arange(patches)[None, :, None]
+  visible = match.any(-1)
+  return jnp.where(visible, match.argmax(-1), keep.shape[1]), visible
+
+
+class MaskedDecoder(nn.Module):
+  """Predicts what every patch holds from the encoding of a few.
+
+  The encoded tokens are embedded, a learnt token takes the place of each
+  hidden patch, fixed 2-D sine-cosine positions are added (none to CLS and
+  registers, which take part in the attention), and transformer blocks, a norm
+  and a linear layer follow. It computes in the dtype of its input; parameters
+  and norms are float32.
+
+  Attributes:
+    outputs: numbers predicted for a patch.
+    width: channels.
+    depth: blocks.
+    heads: attention heads.
+    mlp_ratio: hidden units of an MLP, in widths.
+    remat: see `layers.run_stack`.
+    scan: see `layers.run_stack`.
+  """
+
+  outputs: int
+  width: int = 512
+  depth: int = 8
+  heads: int = 16
+  mlp_ratio: int = 4
+  remat: str = "none"
+  scan: bool = True
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Float[Array, "b k d"],
+    prefix: Float[Array, "b p d"],
+    keep: Int[Array, "b k"],
+    grid: tuple[int, int],
+  ) -> Float[Array, "b n {self.outputs}"]:
+    """Predicts all patches of a grid, row by row.
+
+    Args:
+      tokens: encoded visible patches, in the order of `keep`.
+      prefix: encoded CLS and register tokens; there may be none.
+      keep: which patches the tokens are.
+      grid: rows and columns of patches; their product is N.
+
+    Returns:
+      float32.
+    """
+    dtype = tokens.dtype
+    b, k, d = tokens.shape
+    slots, _ = visible_slots(keep, grid[0] * grid[1])
+    x = nn.Dense(
+      self.width,
+      dtype=dtype,
+      kernel_init=layers.kernel_init,
+      name="embed",
+    )(jnp.concatenate([prefix, tokens], axis=1))
+    prefix, x = x[:, : prefix.shape[1]], x[:, prefix.shape[1] :]
+    mask = self.param("mask_token", nn.initializers.normal(0.02), (self.width,))
+    mask = jnp.broadcast_to(mask.astype(dtype), (b, 1, self.width))
+    x = jnp.concatenate([x, mask], axis=1)
+    x = jnp.take_along_axis(x, slots[:, :, None], axis=1)
+    x = x + jnp.asarray(sincos_positions(grid, self.width), dtype)
+    x = jnp.concatenate([prefix, x], axis=1)
+
+    block = layers.Block(
+      heads=self.heads,
+      mlp_dim=self.mlp_ratio * self.width,
+      gelu="exact",
+      dtype=dtype,
+      parent=None,
+    )
+    init = layers.stacked_init(block, self.depth, self.width)
+    x, _ = layers.run_stack(
+      block,
+      self.param("blocks", init),
+      x,
+      remat=self.remat,
+      scan=self.scan,
+    )
+    x = layers.norm(1e-6, dtype, "norm")(x[:, prefix.shape[1] :])
+    y = nn.Dense(
+      self.outputs,
+      dtype=dtype,
+      kernel_init=layers.kernel_init,
+      name="predict",
+    )(x)
+    return y.astype(jnp.float32)

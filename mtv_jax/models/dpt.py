@@ -1,0 +1,270 @@
+"""DPT: a dense map from the tokens of four layers.
+
+Ranftl et al. 2021, "Vision Transformers for Dense Prediction", in the form
+that Depth Anything (Yang et al. 2024) gave it: no readout token, no batch norm.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Float32
+
+from mtv_jax.models import layers
+
+STAGES = 4
+
+# Depth Anything V2's, by the width of the encoder: channels of the fused maps,
+# and of the reassembled ones from the shallowest stage on.
+_SHAPES = {
+  384: (64, (48, 96, 192, 384)),
+  768: (128, (96, 192, 384, 768)),
+  1024: (256, (256, 512, 1024, 1024)),
+  1536: (384, (1536,) * 4),
+}
+# DINOv2 taps these of its 24 layers, and Depth Anything with it; the rule
+# gives 5 for the first.
+_TAPS = {24: (4, 11, 17, 23)}
+
+
+def quarter_taps(depth: int) -> tuple[int, int, int, int]:
+  """The layers at the end of each quarter of a tower, counted from 0.
+
+  2, 5, 8, 11 of 12 layers, 9, 19, 29, 39 of 40; of 24 DINOv2's 4, 11, 17, 23.
+  Where the depth is no multiple of four, quarters end a little later, and
+  below four layers they share some.
+  """
+  quarters = [math.ceil(depth * (i + 1) / STAGES) - 1 for i in range(STAGES)]
+  return _TAPS.get(depth, tuple(quarters))
+
+
+def default_features(width: int) -> int:
+  """Channels of the fused maps for an encoder of this width.
+
+  Depth Anything V2's for S, B, L and g; in between, about a sixth of the width
+  (our choice).
+  """
+  return _SHAPES.get(width, (max(16, width // 48 * 8), ()))[0]
+
+
+def default_channels(width: int) -> tuple[int, int, int, int]:
+  """Channels of the reassembled maps for an encoder of this width.
+
+  Depth Anything V2's; elsewhere an eighth, a quarter, half and all of the
+  width, as its S and B have it.
+  """
+  rule = tuple(max(1, width // share) for share in (8, 4, 2, 1))
+  return _SHAPES.get(width, (0, rule))[1]
+
+
+@functools.lru_cache(maxsize=256)
+def corner_matrix(size: int, new_size: int) -> Float32[np.ndarray, "new old"]:
+  """Linear resampling of `size` values to `new_size`, corners on corners.
+
+  PyTorch's `interpolate(align_corners=True)`: the first and the last value
+  stay where they are.
+  """
+  matrix = np.zeros((new_size, size))
+  place = np.arange(new_size) * (size - 1) / max(new_size - 1, 1)
+  low = np.minimum(np.floor(place).astype(int), size - 1)
+  share = place - low
+  rows = np.arange(new_size)
+  np.add.at(matrix, (rows, low), 1 - share)
+  np.add.at(matrix, (rows, np.minimum(low + 1, size - 1)), share)
+  matrix = matrix.astype(np.float32)
+  matrix.setflags(write=False)  # cached, so shared by every caller
+  return matrix
+
+
+def resize_corners(
+  x: Float[Array, "b h w c"], size: tuple[int, int]
+) -> Float[Array, "b h2 w2 c"]:
+  """Bilinear resampling with aligned corners, as two matrix products.
+
+  Args:
+    x: maps.
+    size: rows and columns wanted.
+
+  Returns:
+    In the dtype of `x`.
+  """
+  # A TPU multiplies float32 in bfloat16 unless told otherwise.
+  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  for axis, equation in enumerate(("yh,bhwc->bywc", "xw,bhwc->bhxc")):
+    old, new = x.shape[axis + 1], size[axis]
+    if old != new:
+      matrix = jnp.asarray(corner_matrix(old, new), x.dtype)
+      x = jnp.einsum(equation, matrix, x, precision=precision)
+  return x
+
+
+def conv(
+  features: int, size: int, dtype: Any, name: str, **kwargs: Any
+) -> nn.Conv:
+  """A convolution padded as PyTorch does, both sides alike, at any stride."""
+  return nn.Conv(
+    features, (size, size), padding=size // 2, dtype=dtype, name=name, **kwargs
+  )
+
+
+class Enlarge(nn.Module):
+  """A transposed convolution whose kernel is as wide as its stride.
+
+  Every pixel becomes a square of pixels, so that it is one matrix product; the
+  columns of the kernel `[C, f*f*C]` are ordered (row, column, channel).
+  """
+
+  factor: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    b, h, w, c = x.shape
+    f = self.factor
+    init = nn.initializers.lecun_normal()
+    kernel = self.param("kernel", init, (c, f * f * c))
+    bias = self.param("bias", nn.initializers.zeros, (c,))
+    x = (x @ kernel.astype(x.dtype)).reshape(b, h, w, f, f, c)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, f * h, f * w, c)
+    return x + bias.astype(x.dtype)
+
+
+class Reassemble(nn.Module):
+  """Tokens of one stage to a map of its own channels and resolution.
+
+  A 1x1 projection, then `factor` times the size: enlarged, left alone, or
+  shrunk by a convolution with a stride.
+  """
+
+  channels: int
+  factor: float | int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h2 w2 c"]:
+    dtype = x.dtype
+    x = conv(self.channels, 1, dtype, "projection")(x)
+    if self.factor < 1:
+      stride = round(1 / self.factor)
+      return conv(self.channels, 3, dtype, "resize", strides=stride)(x)
+    if self.factor == 1:
+      return x
+    return Enlarge(int(self.factor), name="resize")(x)
+
+
+class Residual(nn.Module):
+  """x + conv(relu(conv(relu(x)))): a residual unit with activations first."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    y = x
+    for name in ("conv1", "conv2"):
+      y = conv(x.shape[-1], 3, x.dtype, name)(jax.nn.relu(y))
+    return x + y
+
+
+class Fusion(nn.Module):
+  """Joins what came from deeper with a stage's map, at a larger size."""
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b h w c"],
+    stage: Float[Array, "b h w c"] | None,
+    size: tuple[int, int],
+  ) -> Float[Array, "b h2 w2 c"]:
+    """Fuses.
+
+    Args:
+      x: the deeper stages' map.
+      stage: this stage's map; None for the deepest, which is `x` itself.
+      size: rows and columns of the result.
+    """
+    if stage is not None:
+      x = x + Residual(name="residual1")(stage)
+    x = Residual(name="residual2")(x)
+    x = resize_corners(x, size)
+    return conv(x.shape[-1], 1, x.dtype, "projection")(x)
+
+
+class DPT(nn.Module):
+  """The head: reassemble, fuse from deep to shallow, predict.
+
+  Computes in the dtype of its input; the last layer and the result are
+  float32. Names count stages from the shallowest, 1 to 4: `reassemble1`,
+  `lateral1`, `fusion1`. Unlike released checkpoints, `fusion4` has no
+  `residual1`, which nothing would ever run.
+
+  Attributes:
+    features: channels of the fused maps.
+    channels: of each reassembled map, from the shallowest stage on.
+    head_features: channels before the last layer.
+    tap_norm: 'layer' for a LayerNorm of its own on each stage's tokens, for
+      raw outputs of pre-norm blocks, whose size grows with the depth; 'none'
+      where they come normalised (Depth Anything: by the encoder's last norm).
+    upsample: factor by which the last fusion enlarges its map, which is four
+      times as large as the patch grid: 2 is Depth Anything's; 1 spares three
+      quarters of the output convolutions where the map wanted is no larger.
+    activation: of the prediction: 'relu' (Depth Anything's, whose disparity
+      is never negative) or 'none' (to train with: a dead ReLU has no
+      gradient).
+  """
+
+  features: int
+  channels: tuple[int, int, int, int]
+  head_features: int = 32
+  tap_norm: str = "layer"
+  upsample: int = 2
+  activation: str = "none"
+
+  @nn.compact
+  def __call__(
+    self,
+    stages: Sequence[Float[Array, "b h w d"]],
+    size: tuple[int, int],
+  ) -> Float[Array, "b h2 w2"]:
+    """Predicts a map.
+
+    Args:
+      stages: patch tokens of four layers as maps, shallow to deep.
+      size: rows and columns of the prediction. Depth Anything's is the size
+        of the image.
+
+    Returns:
+      float32, such as inverse depth up to a scale and a shift.
+
+    Raises:
+      ValueError: for another number of stages, or an unknown option.
+    """
+    layers.check_choice("DPT.tap_norm", self.tap_norm, ("layer", "none"))
+    layers.check_choice("DPT.activation", self.activation, ("none", "relu"))
+    if len(stages) != STAGES:
+      raise ValueError(f"DPT reads {STAGES} stages, not {len(stages)}.")
+    maps = []
+    for i, x in enumerate(stages):
+      if self.tap_norm == "layer":
+        x = layers.norm(1e-6, x.dtype, f"norm{i + 1}")(x)
+      reassemble = Reassemble(
+        self.channels[i], (4, 2, 1, 0.5)[i], name=f"reassemble{i + 1}"
+      )
+      lateral = conv(
+        self.features, 3, x.dtype, f"lateral{i + 1}", use_bias=False
+      )
+      maps.append(lateral(reassemble(x)))
+
+    x = maps[-1]
+    h, w = (self.upsample * side for side in maps[0].shape[1:3])
+    sizes = [(h, w), *(m.shape[1:3] for m in maps[:-1])]
+    for i in reversed(range(STAGES)):
+      stage = maps[i] if i < STAGES - 1 else None
+      x = Fusion(name=f"fusion{i + 1}")(x, stage, sizes[i])
+    x = conv(self.features // 2, 3, x.dtype, "conv1")(x)
+    x = resize_corners(x, size)
+    x = jax.nn.relu(conv(self.head_features, 3, x.dtype, "conv2")(x))
+    x = conv(1, 1, jnp.float32, "conv3")(x)[..., 0]
+    return jax.nn.relu(x) if self.activation == "relu" else x

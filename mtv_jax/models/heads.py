@@ -1,0 +1,102 @@
+"""Heads that objectives put on the towers' outputs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+# DINO's: torch's trunc_normal_ cuts at +-2, a hundred of these deviations away.
+_mlp_init = nn.initializers.normal(0.02)
+
+
+def unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+  """Divides by the L2 norm over the last axis, in float32.
+
+  The norm is floored at 1e-6, inside the root, so that a zero vector has a
+  finite gradient.
+  """
+  x = x.astype(jnp.float32)
+  squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
+
+
+class PrototypeHead(nn.Module):
+  """DINO's projection head (Caron et al. 2021, appendix C).
+
+  An MLP with GELU, a bottleneck of unit length, and a last layer without bias
+  whose columns, the prototypes, are normalised by weight (Salimans and Kingma
+  2016): direction `last_layer/kernel`, length `last_layer/scale`, which starts
+  at 1 and is learnt, as in DINOv2.
+
+  The two halves are called apart. Logits are `head(x) @ head.prototypes()`,
+  but a batch of them is far larger than what they are made of, so that it is
+  left to the loss when and how many exist.
+
+  Attributes:
+    count: number of prototypes (K).
+    hidden: units of the hidden layers.
+    bottleneck: channels of the bottleneck (d).
+    layers: of the MLP, at least 1.
+  """
+
+  count: int
+  hidden: int = 2048
+  bottleneck: int = 256
+  layers: int = 3
+
+  def setup(self):
+    self.mlp = _Mlp(self.hidden, self.bottleneck, self.layers)
+    self.last_layer = _Directions(self.count)
+
+  def __call__(self, x: Float[Array, "*b e"]) -> Float[Array, "*b d"]:
+    """Bottleneck vectors: float32, of unit length.
+
+    Args:
+      x: pooled vectors or patches; the MLP computes in their dtype.
+    """
+    if self.is_initializing():
+      self.prototypes()
+    return unit(self.mlp(x))
+
+  def prototypes(self) -> Float[Array, "d k"]:
+    """The last layer: a prototype a column."""
+    return self.last_layer(self.bottleneck)
+
+
+class _Mlp(nn.Module):
+  """Layers fc1 .. fcN with GELU (exact) between them."""
+
+  hidden: int
+  out: int
+  layers: int
+
+  @nn.compact
+  def __call__(self, x):
+    for i in range(1, self.layers + 1):
+      last = i == self.layers
+      x = nn.Dense(
+        self.out if last else self.hidden,
+        dtype=x.dtype,
+        kernel_init=_mlp_init,
+        name=f"fc{i}",
+      )(x)
+      if not last:
+        x = jax.nn.gelu(x, approximate=False)
+    return x
+
+
+class _Directions(nn.Module):
+  """Columns of learnt direction and length."""
+
+  count: int
+
+  @nn.compact
+  def __call__(self, channels):
+    # Only the direction tells, but the length decides how fast Adam turns it:
+    # this is that of a default linear layer in torch, as DINO has it.
+    init = nn.initializers.normal((3 * channels) ** -0.5)
+    kernel = self.param("kernel", init, (channels, self.count))
+    scale = self.param("scale", nn.initializers.ones, (self.count,))
+    return unit(kernel.T).T * scale

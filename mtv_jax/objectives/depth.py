@@ -1,0 +1,383 @@
+"""Depth: inverse depth up to a scale and a shift, from four layers.
+
+Loss: Ranftl et al. 2020 (MiDaS), with the weights and the trimming of Depth
+Anything V2 (Yang et al. 2024).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, no_type_check
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt16
+
+from mtv_jax import geometry
+from mtv_jax.config import ConfigError
+from mtv_jax.models import dpt, layers
+from mtv_jax.objectives import base
+
+# Least mean absolute deviation to divide by. The gradient of the
+# normalisation grows as its inverse, and a map that is the same everywhere,
+# as of a fresh head, would otherwise give gradients of 1e4.
+SCALE_FLOOR = 1e-3
+# The largest map that the loss looks at: it sorts the pixels of each image.
+MAX_SIDE = 112
+
+
+def _mean(
+  x: Float[Array, "b *n"], valid: Bool[Array, "b *n"]
+) -> Float[Array, " b"]:
+  """Mean over the valid entries of each row; 0, with no gradient, if none."""
+  axes = tuple(range(1, x.ndim))
+  count = jnp.sum(valid, axis=axes, dtype=jnp.float32)
+  return jnp.sum(jnp.where(valid, x, 0.0), axis=axes) / jnp.maximum(count, 1.0)
+
+
+@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
+@flax.struct.dataclass
+class Standardised:
+  """Maps without their scale and shift, 0 where invalid; and that scale."""
+
+  values: Float[Array, "b h w"]
+  scale: Float[Array, " b"]
+
+
+def standardise(
+  x: Float[Array, "b h w"], valid: Bool[Array, "b h w"]
+) -> Standardised:
+  """Removes the scale and the shift of each map (MiDaS, Equations 5 and 6).
+
+      (x - t) / max(s, 1e-3),  t = median(x),  s = mean |x - t|
+
+  over the valid pixels; of an even number of them, t is the lower of the two
+  in the middle.
+  """
+  flat, mask = (a.reshape(a.shape[0], -1) for a in (x, valid))
+  # Sorting says which pixel is the median; its value, and so its gradient,
+  # are taken from the map.
+  order = jnp.argsort(jax.lax.stop_gradient(jnp.where(mask, flat, jnp.inf)))
+  middle = jnp.maximum(mask.sum(-1, keepdims=True) - 1, 0) // 2
+  place = jnp.take_along_axis(order, middle, axis=1)
+  centred = x - jnp.take_along_axis(flat, place, axis=1)[..., None]
+  scale = _mean(jnp.abs(centred), valid)
+  floored = jnp.maximum(scale, SCALE_FLOOR)[:, None, None]
+  return Standardised(jnp.where(valid, centred / floored, 0.0), scale)
+
+
+def trimmed_error(
+  residual: Float[Array, "b h w"],
+  valid: Bool[Array, "b h w"],
+  trim: float,
+) -> Float[Array, " b"]:
+  """Mean absolute residual of each map without its largest.
+
+  Of M valid pixels the ceil((1 - trim) M) with the smallest residuals count
+  (Depth Anything V2 leaves out the worst tenth, as the labels are an expert's
+  guesses). Which ones has no gradient; among equal ones at the edge, each
+  counts in part.
+  """
+  size = jnp.abs(residual).reshape(residual.shape[0], -1)
+  mask = valid.reshape(size.shape)
+  total = mask.sum(-1, keepdims=True)
+  # Left out, rounded down; a float32 product may end just below an integer.
+  left_out = jnp.floor(total * trim + 1e-4).astype(jnp.int32)
+  kept = total - left_out
+  ranked = jax.lax.stop_gradient(jnp.where(mask, size, jnp.inf))
+  last = jnp.maximum(kept - 1, 0)
+  edge = jnp.take_along_axis(jnp.sort(ranked), last, axis=1)
+  below, at = mask & (ranked < edge), mask & (ranked == edge)
+  share = kept - below.sum(-1, keepdims=True)
+  share = share / jnp.maximum(at.sum(-1, keepdims=True), 1)
+  weight = jnp.where(below, 1.0, jnp.where(at, share, 0.0))
+  return jnp.sum(size * weight, axis=1) / jnp.maximum(kept[:, 0], 1)
+
+
+def gradient_error(
+  residual: Float[Array, "b h w"],
+  valid: Bool[Array, "b h w"],
+  *,
+  scales: int = 4,
+) -> Float[Array, " b"]:
+  """Mean absolute differences of neighbouring residuals (MiDaS, Equation 11).
+
+      sum_k (1/M_k) sum_i |R_k(y, x+1) - R_k(y, x)| + |R_k(y+1, x) - R_k(y, x)|
+
+  where R_k is every 2^k-th pixel and M_k how many of those are valid. A
+  difference counts if both of its pixels are valid.
+  """
+  total = jnp.zeros(residual.shape[0])
+  for k in range(scales):
+    r, m = (a[:, :: 2**k, :: 2**k] for a in (residual, valid))
+    across = jnp.abs(r[:, :, 1:] - r[:, :, :-1])
+    down = jnp.abs(r[:, 1:] - r[:, :-1])
+    both_across, both_down = m[:, :, 1:] & m[:, :, :-1], m[:, 1:] & m[:, :-1]
+    summed = jnp.sum(jnp.where(both_across, across, 0.0), axis=(1, 2))
+    summed += jnp.sum(jnp.where(both_down, down, 0.0), axis=(1, 2))
+    total += summed / jnp.maximum(m.sum((1, 2)), 1)
+  return total
+
+
+def affine_error(
+  predicted: Float[Array, "b h w"],
+  label: Float[Array, "b h w"],
+  valid: Bool[Array, "b h w"],
+) -> Float[Array, " b"]:
+  """What is left of the label after the best scale and shift, 0 to 1.
+
+      sqrt(1 - corr(p, d)^2) = min_{a,b} rms(a p + b - d) / std(d)
+
+  1 for a prediction that says nothing. To watch, not to train on: it has no
+  gradient.
+  """
+  predicted, label = jax.lax.stop_gradient((predicted, label))
+  p, d = (
+    jnp.where(valid, x - _mean(x, valid)[:, None, None], 0.0)
+    for x in (predicted, label)
+  )
+  pp, dd, pd = (_mean(x, valid) for x in (p * p, d * d, p * d))
+  explained = pd * pd / jnp.maximum(pp * dd, 1e-20)
+  return jnp.sqrt(jnp.clip(1.0 - explained, 0.0, 1.0))
+
+
+@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
+@flax.struct.dataclass
+class Evidence:
+  """Per example, over all crops of the view: sums over those with a label.
+
+  Attributes:
+    ssi: of the scale-and-shift-invariant errors.
+    gradient: of the gradient-matching errors.
+    error: of the affine-invariant errors (a report).
+    labelled: how many crops have a label.
+    crops: how many there are.
+  """
+
+  ssi: Float[Array, " b"]
+  gradient: Float[Array, " b"]
+  error: Float[Array, " b"]
+  labelled: Float[Array, " b"]
+  crops: Float[Array, " b"]
+
+
+def map_errors(
+  predicted: Float[Array, "b h w"],
+  label: Float[Array, "b h w"],
+  valid: Bool[Array, "b h w"],
+  *,
+  trim: float = 0.1,
+  scales: int = 4,
+  min_pixels: int = 1,
+) -> Evidence:
+  """The errors of each map, 0 for those without a usable label.
+
+  A label can't be used that has fewer than `min_pixels` pixels, or that is
+  flat (a mean absolute deviation below 1e-3 of its image's range): every
+  standardised prediction is equally far from it.
+
+  Args:
+    predicted: float32.
+    label: inverse depth, float32.
+    valid: which pixels have a label.
+    trim: share of the largest residuals that is left out.
+    scales: of the gradient matching.
+    min_pixels: least number of labelled pixels.
+  """
+  p, d = standardise(predicted, valid), standardise(label, valid)
+  labelled = (valid.sum((1, 2)) >= max(min_pixels, 1)) & (
+    d.scale >= SCALE_FLOOR
+  )
+  residual = p.values - d.values
+
+  def counted(x):
+    return jnp.where(labelled, x, 0.0)
+
+  return Evidence(
+    ssi=counted(trimmed_error(residual, valid, trim)),
+    gradient=counted(gradient_error(residual, valid, scales=scales)),
+    error=counted(affine_error(predicted, label, valid)),
+    labelled=labelled.astype(jnp.float32),
+    crops=jnp.ones(labelled.shape),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth(base.Objective):
+  """Predicts the experts' inverse depth through a DPT head.
+
+  Attributes:
+    view: the image view it reads; nothing in it may be hidden.
+    taps: layers read, four of them from shallow to deep, from 0; None for the
+      end of each quarter (`dpt.quarter_taps`).
+    features: channels of the fused maps; None for `dpt.default_features`.
+    channels: of the reassembled maps; None for `dpt.default_channels`.
+    tap_norm: see `dpt.DPT`.
+    size: side of the predicted map; None for four times the patch grid (a
+      stride of 4 pixels at patch 16), at most 112.
+    gradient_weight: of the gradient matching beside the SSI error.
+    scales: of the gradient matching.
+    trim: share of the largest residuals that the SSI error leaves out.
+    min_pixels: a crop with fewer labelled pixels counts as unlabelled.
+  """
+
+  view: str = "image"
+  taps: Sequence[int] | None = None
+  features: int | None = None
+  channels: Sequence[int] | None = None
+  tap_norm: str = "layer"
+  size: int | None = None
+  gradient_weight: float = 2.0
+  scales: int = 4
+  trim: float = 0.1
+  min_pixels: int = 16
+
+  def __post_init__(self):
+    layers.check_choice("depth: tap_norm", self.tap_norm, ("layer", "none"))
+    for name in ("taps", "channels"):
+      value = getattr(self, name)
+      if value is None:
+        continue
+      # A config gives lists; heads are compared and hashed.
+      object.__setattr__(self, name, tuple(value))
+      if len(value) != dpt.STAGES:
+        raise ConfigError(
+          f"depth: {name} are {list(value)}; DPT has {dpt.STAGES} stages."
+        )
+    if not 0 <= self.trim < 1 or self.scales < 0 or self.min_pixels < 1:
+      raise ConfigError(
+        f"depth: trim={self.trim}, scales={self.scales}, min_pixels="
+        f"{self.min_pixels}; expected 0 <= trim < 1, scales >= 0, min_pixels "
+        ">= 1."
+      )
+
+  @property
+  def _image(self) -> base.Encoding:
+    return base.Encoding("image", self.view)
+
+  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Depth:
+    """This objective with what it left open filled in from the model.
+
+    Args:
+      spec: `models.model.ModelSpec`.
+      views: by name, `views.View`.
+
+    Raises:
+      ConfigError: for taps that are no layers, or a view that hides patches.
+    """
+    image = spec.image
+    taps = self.taps or dpt.quarter_taps(image.depth)
+    layers.check_taps(taps, image.depth)
+    if self.view in views and views[self.view].patch is not None:
+      raise ConfigError(self._hidden())
+    return dataclasses.replace(
+      self,
+      taps=taps,
+      features=self.features or dpt.default_features(image.width),
+      channels=self.channels or dpt.default_channels(image.width),
+    )
+
+  def _hidden(self) -> str:
+    return (
+      f"depth reads the view {self.view!r}, of which patches are hidden: the "
+      "head would guess what is not there. Name a view without blocks and keep."
+    )
+
+  def needs(self) -> base.Needs:
+    if self.taps is None:
+      raise ConfigError(
+        "depth: the depth of the model is not known; give taps, or resolve() "
+        "it with the model."
+      )
+    return base.Needs(encodings={self._image: self.taps}, fields=("depth",))
+
+  def heads(self) -> dict[str, base.Head]:
+    if self.features is None or self.channels is None:
+      raise ConfigError(
+        "depth: the width of the model is not known; give features and "
+        "channels, or resolve() it with the model."
+      )
+    # The map that the loss sees is no larger than the last fusion's.
+    module = dpt.DPT(
+      features=self.features,
+      channels=self.channels,
+      tap_norm=self.tap_norm,
+      upsample=1,
+    )
+    return {"depth": base.Head(module, example=_example)}
+
+  def evidence(
+    self,
+    encodings: Mapping[base.Encoding, Any],
+    heads: base.BoundHeads,
+    batch: Mapping[str, Any],
+  ) -> Evidence:
+    made = batch["views"][self.view]
+    if made.mask is not None or made.keep is not None:
+      raise ConfigError(self._hidden())
+    output = encodings[self._image]
+    b, count, patches, width = output.patches.shape
+    grid = math.isqrt(patches)  # Views are squares.
+    size = self.size or min(4 * grid, MAX_SIDE)
+    stages = [
+      output.taps[i][:, :, -patches:].reshape(-1, grid, grid, width)
+      for i in self.taps
+    ]
+    predicted = heads["depth"](stages, (size, size))
+    label, valid = labels(batch["depth"], made, size)
+    errors = map_errors(
+      predicted,
+      label,
+      valid,
+      trim=self.trim,
+      scales=self.scales,
+      min_pixels=self.min_pixels,
+    )
+    return jax.tree.map(lambda x: x.reshape(b, count).sum(1), errors)
+
+  def loss(
+    self,
+    evidence: Evidence,
+    heads: base.BoundHeads,
+    context: base.Context,
+  ) -> base.Terms:
+    count = jnp.sum(evidence.labelled)
+    ssi, gradient = jnp.sum(evidence.ssi), jnp.sum(evidence.gradient)
+    return base.Terms(
+      loss=base.Mean(ssi + self.gradient_weight * gradient, count),
+      report={
+        "ssi": base.Mean(ssi, count),
+        "gradient": base.Mean(gradient, count),
+        "error": base.Mean(jnp.sum(evidence.error), count),
+        "labelled": base.Mean(count, jnp.sum(evidence.crops)),
+      },
+    )
+
+
+def labels(
+  depth: UInt16[Array, "b d d"], made: Any, size: int
+) -> tuple[Float[Array, "m h w"], Bool[Array, "m h w"]]:
+  """The labels of every crop of a view, one after the other.
+
+  Args:
+    depth: 0 has no label; 1 to 65535 is inverse depth.
+    made: the view, `views.Made`.
+    size: pixels a side wanted.
+
+  Returns:
+    Maps in [0, 1] and which pixels are valid, `[b * count, size, size]`.
+  """
+  values = (depth.astype(jnp.float32) - 1.0) / 65534.0
+  values, valid = geometry.crop_maps(
+    values, depth > 0, made.box, made.flipped, size=size
+  )
+  return tuple(x.reshape(-1, size, size) for x in (values, valid))
+
+
+def _example(spec: Any) -> tuple:
+  """What the head is initialised with: maps of two by two patches."""
+  stage = jnp.zeros((1, 2, 2, spec.image.width))
+  return [stage] * dpt.STAGES, (8, 8)

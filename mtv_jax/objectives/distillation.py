@@ -1,0 +1,209 @@
+"""DINO: views of an image are to have one meaning, set by a slow teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, no_type_check
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from mtv_jax.config import ConfigError
+from mtv_jax.models.heads import unit
+from mtv_jax.objectives import base
+from mtv_jax.objectives.self_distillation import SelfDistillation
+
+
+def koleo(
+  vectors: Float[Array, "n d"],
+  valid: Bool[Array, " n"],
+  *,
+  eps: float = 1e-8,
+) -> base.Mean:
+  """Spreads vectors over the sphere (Sablayrolles et al. 2019; DINOv2).
+
+      L = -(1/n) sum_i log(min_{j != i} |x_i - x_j| + eps),  |x| = 1
+
+  Args:
+    vectors: of any length; they are normalised first.
+    valid: which of them are there, as themselves and as neighbours.
+    eps: keeps twins finite, in value and gradient.
+
+  Returns:
+    Its mean over the vectors that have a neighbour: a count of 0 where there
+    are fewer than two.
+  """
+  x = unit(vectors)
+  cosines = jnp.matmul(x, x.T, precision="highest")
+  others = valid[:, None] & valid[None, :] & ~jnp.eye(len(x), dtype=bool)
+  nearest = jnp.argmax(jnp.where(others, cosines, -2.0), axis=1)
+  # Not sqrt(2 - 2 cos), which has no digits left for close neighbours.
+  squares = jnp.sum(jnp.square(x - x[nearest]), axis=1)
+  losses = -jnp.log(jnp.sqrt(squares + eps**2) + eps)
+  counted = jnp.any(others, axis=1).astype(jnp.float32)
+  return base.Mean(jnp.sum(losses * counted), jnp.sum(counted))
+
+
+def pair_weights(
+  global_views: int, local_views: int, *, same_crop: str
+) -> Float[np.ndarray, "g v"]:
+  """Weights of teacher views (rows) against student views, globals first.
+
+  Each term has the weight 1 / (number of terms), as in DINOv2: 2 x 1 global
+  and 2 x 8 local terms, each a mean over the batch, are divided by 18.
+
+  Args:
+    global_views: crops that both see.
+    local_views: crops that only the student sees.
+    same_crop: `'exclude'` leaves out a global crop against itself.
+
+  Raises:
+    ConfigError: where no pair is left.
+  """
+  pairs = np.ones((global_views, global_views + local_views), np.float32)
+  if same_crop == "exclude":
+    pairs[:, :global_views] -= np.eye(global_views, dtype=np.float32)
+  if not pairs.any():
+    raise ConfigError(
+      "distillation has one global crop and no local ones: nothing is left to "
+      "compare. Give the global view count=2, name a local view, or set "
+      "same_crop='include' where the global view has masked patches."
+    )
+  return pairs / pairs.sum()
+
+
+@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
+@flax.struct.dataclass
+class Evidence:
+  """Per example.
+
+  Attributes:
+    teacher: bottleneck vectors of the global crops.
+    student: bottleneck vectors of the global crops, then of the local ones.
+    pooled: the student's pooled vectors of the global crops.
+  """
+
+  teacher: Float[Array, "b g d"]
+  student: Float[Array, "b v d"]
+  pooled: Float[Array, "b g e"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation(SelfDistillation):
+  """DINO (Caron et al. 2021) on the pooled vector, as in DINOv2 and SILC.
+
+  The teacher sees the global crops whole. The student sees them with the
+  masked patches that the view may have, and the local crops. With one global
+  crop, only local ones learn from it, as in SigLIP 2.
+
+  Attributes:
+    view_global: the view that both see.
+    view_local: the view that only the student sees; None for none.
+    koleo_weight: of KoLeo, over the student's global pooled vectors and summed
+      over the crops: DINOv2's 0.1. 0 leaves it out.
+    same_crop: `'exclude'` (DINO) or `'include'` a global crop against itself.
+  """
+
+  view_global: str = "global"
+  view_local: str | None = "local"
+  koleo_weight: float | int = 0.1
+  same_crop: str = "exclude"
+
+  def __post_init__(self):
+    super().__post_init__()
+    self._choice("same_crop", ("exclude", "include"))
+    self._require("koleo_weight", self.koleo_weight >= 0, "at least 0")
+
+  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Distillation:
+    """This objective, once its views are seen to leave something to compare.
+
+    Args:
+      spec: `models.model.ModelSpec`.
+      views: by name, `views.View`.
+
+    Raises:
+      ConfigError: for a single global crop and no local one.
+    """
+    names = [self.view_global, self.view_local]
+    counts = [views[n].count if n in views else 0 for n in names]
+    if self.view_global in views:
+      pair_weights(*counts, same_crop=self.same_crop)
+    return self
+
+  def _channels(self, spec) -> int:
+    return spec.image.embed_dim
+
+  @property
+  def _student(self) -> list[base.Encoding]:
+    views = [self.view_global]
+    if self.view_local is not None:
+      views.append(self.view_local)
+    return [base.Encoding("image", view) for view in views]
+
+  @property
+  def _teacher(self) -> base.Encoding:
+    return base.Encoding("image", self.view_global, base.TEACHER)
+
+  def needs(self) -> base.Needs:
+    every = [*self._student, self._teacher]
+    return base.Needs(encodings=dict.fromkeys(every, ()))
+
+  def evidence(
+    self,
+    encodings: Mapping[base.Encoding, Any],
+    heads: base.BoundHeads,
+    batch: Mapping[str, Any],
+  ) -> Evidence:
+    pooled = [encodings[e].pooled for e in self._student]
+    return Evidence(
+      teacher=heads[self.head, base.TEACHER](encodings[self._teacher].pooled),
+      student=heads[self.head](jnp.concatenate(pooled, axis=1)),
+      pooled=pooled[0],
+    )
+
+  def loss(
+    self,
+    evidence: Evidence,
+    heads: base.BoundHeads,
+    context: base.Context,
+  ) -> base.Terms:
+    rows, crops = evidence.teacher.shape[:2]
+    views = evidence.student.shape[1]
+    pairs = pair_weights(crops, views - crops, same_crop=self.same_crop)
+    matched = self.match(
+      evidence.teacher,
+      evidence.student,
+      valid=jnp.ones((rows, crops), bool),
+      weights=jnp.broadcast_to(pairs, (rows, *pairs.shape)),
+      heads=heads,
+      context=context,
+    )
+    count = jnp.ones(()) * rows
+    total = matched.sum
+    report = {**matched.report, "labelled": base.Mean(count, count)}
+    if self.koleo_weight:
+      spread = self._spread(evidence.pooled)
+      total = total + self.koleo_weight * rows * spread
+      report["koleo"] = base.Mean(spread / crops, jnp.ones(()))
+      report["cross_entropy"] = base.Mean(matched.sum, count)
+    return base.Terms(
+      loss=base.Mean(total, count),
+      report=jax.lax.stop_gradient(report),
+      statistics=matched.statistics,
+    )
+
+  def _spread(self, pooled: Float[Array, "b g e"]) -> Float[Array, ""]:
+    """KoLeo summed over crops; crops of one image are no neighbours."""
+    rows, crops = pooled.shape[:2]
+    if rows < 2:
+      raise ConfigError(
+        f"distillation: koleo_weight={self.koleo_weight} spreads the images of "
+        f"the global batch, which has {rows}; it needs at least 2. Raise "
+        "batch_size or set koleo_weight=0."
+      )
+    every = jnp.ones(rows, bool)
+    return sum(koleo(pooled[:, i], every).value() for i in range(crops))

@@ -1,0 +1,408 @@
+"""Grounding: what is in a box, and optionally where a phrase is.
+
+A prompter turns a box and the image's patches into a region's embedding, which
+is compared with the embeddings of all phrases of the batch (Chen et al. 2025,
+CLOC; with SigLIP's loss, as MTV is reported to do).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, no_type_check
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from mtv_jax import geometry
+from mtv_jax.models import prompter
+from mtv_jax.objectives import base, pairwise
+
+
+@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
+@flax.struct.dataclass
+class RegionLosses:
+  """What comparing regions with all phrases gives, for each region.
+
+  Attributes:
+    losses: sum of the losses of its pairs.
+    same: greatest logit with a text of its own phrase.
+    other: greatest logit with a text of another phrase; -inf without any.
+    peers: texts of its phrase, its own included.
+  """
+
+  losses: Float[Array, " n"]
+  same: Float[Array, " n"]
+  other: Float[Array, " n"]
+  peers: Float[Array, " n"]
+
+
+@no_type_check  # The same.
+@flax.struct.dataclass
+class _Texts:
+  """Texts, of all regions or of some."""
+
+  embedding: Float[Array, "c d"]
+  phrase_id: UInt32[Array, " c"]
+  valid: Bool[Array, " c"]
+  index: Int[Array, " c"]
+
+
+def region_losses(
+  region: Float[Array, "n d"],
+  text: Float[Array, "n d"],
+  phrase_id: UInt32[Array, " n"],
+  valid: Bool[Array, " n"],
+  affine: pairwise.Affine,
+  *,
+  chunk: int | None = None,
+) -> RegionLosses:
+  """SigLIP's loss between regions and phrases.
+
+      L = -(1/n) sum_ab m_ab log sigmoid(y_ab (scale z_a.t_b + bias)),
+      y_aa = 1, y_ab = -1 for a != b
+
+  with m_ab = 0 where a or b is invalid, and for a != b of the same phrase: with
+  names for phrases a batch holds hundreds of "person", each of which would be a
+  positive and a negative at once.
+
+  Args:
+    region: unit embeddings of regions (z).
+    text: unit embeddings of their phrases (t).
+    phrase_id: equal for equal phrases.
+    valid: which regions there are.
+    affine: from cosine to logit.
+    chunk: texts compared at a time; None for all. The result is the same, but
+      only `[n, chunk]` logits exist, forward and backward. Texts and not
+      regions are cut, since the regions are what the devices share.
+
+  Returns:
+    For each region; invalid ones have no losses. L is the mean of `losses`
+    over the valid ones.
+  """
+  size = region.shape[0]
+  index = jnp.arange(size)
+  texts = _Texts(text, phrase_id, valid, index)
+
+  def compare(part: _Texts) -> RegionLosses:
+    cosine = jnp.einsum(
+      "nd,cd->nc", region, part.embedding, precision="highest"
+    )
+    logits = affine.scale * cosine + affine.bias
+    own = index[:, None] == part.index
+    same = (phrase_id[:, None] == part.phrase_id) & part.valid
+    other = (phrase_id[:, None] != part.phrase_id) & part.valid
+    counted = valid[:, None] & part.valid & (own | other)
+    losses = jnp.where(counted, pairwise.sigmoid_losses(logits, own), 0.0)
+    still = jax.lax.stop_gradient(logits)
+    return RegionLosses(
+      losses=losses.sum(axis=1),
+      same=jnp.where(same, still, -jnp.inf).max(axis=1),
+      other=jnp.where(other, still, -jnp.inf).max(axis=1),
+      peers=same.sum(axis=1).astype(jnp.float32),
+    )
+
+  if chunk is None or chunk >= size:
+    return compare(texts)
+  # The loop itself keeps the recomputation apart from the forward pass.
+  step = jax.checkpoint(compare, prevent_cse=False)
+  parts = jax.lax.map(step, jax.tree.map(lambda x: _deal(x, chunk), texts))
+  return RegionLosses(
+    losses=parts.losses.sum(axis=0),
+    same=parts.same.max(axis=0),
+    other=parts.other.max(axis=0),
+    peers=parts.peers.sum(axis=0),
+  )
+
+
+def _deal(x: Array, chunk: int) -> Array:
+  """Rows as `[chunks, chunk, ...]`, dealt like cards, filled up with zeros.
+
+  Dealt, each chunk takes rows from every device's share, so that a step of the
+  loop gathers one chunk; cut in one piece, it would gather them all.
+  """
+  chunks = -(-x.shape[0] // chunk)
+  missing = chunks * chunk - x.shape[0]
+  x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+  return jnp.moveaxis(x.reshape(chunk, chunks, *x.shape[1:]), 1, 0)
+
+
+def corners(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
+  """(centre y, centre x, height, width) to (y0, x0, y1, x1)."""
+  centre, half = boxes[..., :2], boxes[..., 2:] / 2
+  return jnp.concatenate([centre - half, centre + half], axis=-1)
+
+
+def centres(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
+  """(y0, x0, y1, x1) to (centre y, centre x, height, width)."""
+  low, high = boxes[..., :2], boxes[..., 2:]
+  return jnp.concatenate([(low + high) / 2, high - low], axis=-1)
+
+
+@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
+@flax.struct.dataclass
+class Overlap:
+  """Intersection over union of pairs of boxes, plain and generalised."""
+
+  iou: Float[Array, "*b"]
+  giou: Float[Array, "*b"]
+
+
+def overlap(a: Float[Array, "*b 4"], b: Float[Array, "*b 4"]) -> Overlap:
+  """IoU and GIoU (Rezatofighi et al. 2019) of boxes `(y0, x0, y1, x1)`.
+
+      GIoU = IoU - (C - U) / C,  U the union's area, C that of the least box
+      around both
+
+  Two boxes without area have IoU 0, and GIoU 0 where they are the same point;
+  gradients are finite.
+  """
+
+  def area(low, high):
+    sides = jnp.maximum(high - low, 0.0)
+    return sides[..., 0] * sides[..., 1]
+
+  def ratio(part, whole):
+    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.0), 0.0)
+
+  (a0, a1), (b0, b1) = ((x[..., :2], x[..., 2:]) for x in (a, b))
+  both = area(jnp.maximum(a0, b0), jnp.minimum(a1, b1))
+  union = area(a0, a1) + area(b0, b1) - both
+  around = area(jnp.minimum(a0, b0), jnp.maximum(a1, b1))
+  iou = ratio(both, union)
+  return Overlap(iou=iou, giou=iou - ratio(around - union, around))
+
+
+def box_losses(
+  located: Float[Array, "*b 4"], boxes: Float[Array, "*b 4"]
+) -> Float[Array, "*b"]:
+  """`5 L1 + 2 (1 - GIoU)` of each box, as in DETR (Carion et al. 2020).
+
+  Args:
+    located: predictions, (centre y, centre x, height, width).
+    boxes: what they should be, (y0, x0, y1, x1).
+  """
+  distance = jnp.abs(located - centres(boxes)).sum(axis=-1)
+  return 5.0 * distance + 2.0 * (1.0 - overlap(corners(located), boxes).giou)
+
+
+@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
+@flax.struct.dataclass
+class Evidence:
+  """The regions of each example, `m` at most.
+
+  Attributes:
+    region: unit embeddings of what is in the boxes.
+    text: unit embeddings of their phrases.
+    phrase_id: equal for equal phrases.
+    valid: which regions there are.
+    boxes: (y0, x0, y1, x1) in the view.
+    located: where the locator puts the phrases, (centre y, centre x, height,
+      width); None without regression.
+  """
+
+  region: Float[Array, "b m d"]
+  text: Float[Array, "b m d"]
+  phrase_id: UInt32[Array, "b m"]
+  valid: Bool[Array, "b m"]
+  boxes: Float[Array, "b m 4"]
+  located: Float[Array, "b m 4"] | None = None
+
+
+PICKS = ("first", "score")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grounding(base.Objective):
+  """Pulls a region to its phrase and away from the batch's other phrases.
+
+  Attributes:
+    view: the image view it reads; with several crops each image's first.
+    regions: at most so many an image, of those that the view shows. CLOC: 4,
+      and 2 do about as well.
+    pick: which: the `'first'` (the host has drawn them at random already) or
+      those of the highest `'score'`.
+    min_visible: least share of a box's area that must lie in the view.
+    min_size: least height and width of a box in the view, whose side is 1.
+    heads_count: attention heads of prompter and locator; CLOC has one.
+    init_scale: initial multiplier of the cosine.
+    init_bias: initial bias.
+    chunk: texts compared with all regions at a time, to bound memory; None
+      for all of the batch.
+    stop_text_gradient: whether to leave the text tower to other objectives.
+    regression: weight of the loss of locating phrases, 0 for none. CLOC gains
+      little from it.
+  """
+
+  view: str = "image"
+  regions: int = 4
+  pick: str = "first"
+  min_visible: float = 0.4
+  min_size: float = 1 / 56
+  heads_count: int = 1
+  init_scale: float = 10.0
+  init_bias: float = -10.0
+  chunk: int | None = None
+  stop_text_gradient: bool = False
+  regression: float = 0.0
+
+  def __post_init__(self):
+    if self.pick not in PICKS:
+      raise ValueError(
+        f"grounding pick is {self.pick!r}; there are: {list(PICKS)}."
+      )
+    for name in ("regions", "heads_count", "chunk"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f"grounding {name} is {value}; expected 1 or more.")
+    if self.regression < 0:
+      raise ValueError(
+        f"grounding regression is {self.regression}; expected a weight of 0 "
+        "or more."
+      )
+
+  @property
+  def _image(self) -> base.Encoding:
+    return base.Encoding("image", self.view)
+
+  @property
+  def _text(self) -> base.Encoding:
+    return base.Encoding("text", "box_phrase")
+
+  def needs(self) -> base.Needs:
+    return base.Needs(
+      encodings={self._image: (), self._text: ()},
+      fields=(
+        "boxes", "box_phrase", "box_phrase_id", "box_score", "box_valid",
+      ),
+    )  # fmt: skip
+
+  def heads(self) -> dict[str, base.Head]:
+    def patches(spec):
+      return jax.ShapeDtypeStruct((1, 1, spec.image.width), jnp.float32)
+
+    def texts(spec, features):
+      return jax.ShapeDtypeStruct((1, 1, features), jnp.float32)
+
+    heads = {
+      "grounding": base.Head(
+        pairwise.Temperature(self.init_scale, self.init_bias)
+      ),
+      "prompter": base.Head(
+        prompter.Prompter(self.heads_count),
+        example=lambda spec: (patches(spec), texts(spec, 4), spec.embed_dim),
+      ),
+    }
+    if self.regression:
+      heads["locator"] = base.Head(
+        prompter.Locator(self.heads_count),
+        example=lambda spec: (patches(spec), texts(spec, spec.embed_dim)),
+      )
+    return heads
+
+  def evidence(
+    self,
+    encodings: Mapping[base.Encoding, Any],
+    heads: base.BoundHeads,
+    batch: Mapping[str, Any],
+  ) -> Evidence:
+    made = batch["views"][self.view]
+    if made.mask is not None or made.keep is not None:
+      raise ValueError(
+        f"grounding reads the view {self.view!r}, which hides patches: what is "
+        "in a box must be visible. Take the ops blocks and keep from that "
+        "view, or give grounding another one."
+      )
+    boxes, kept = geometry.crop_boxes(
+      batch["boxes"],
+      batch["box_valid"].astype(bool),
+      made.box[:, :1],
+      made.flipped[:, :1],
+      min_visible=self.min_visible,
+      min_size=self.min_size,
+    )
+    chosen = self._choose(kept[:, 0], batch["box_score"])
+
+    def take(x):
+      index = chosen.reshape(*chosen.shape, *[1] * (x.ndim - 2))
+      return jnp.take_along_axis(x, index, axis=1)
+
+    text = take(encodings[self._text].pooled)
+    if self.stop_text_gradient:
+      text = jax.lax.stop_gradient(text)
+    text = pairwise.normalize(text)
+    boxes = take(boxes[:, 0])
+    patches = encodings[self._image].patches[:, 0]
+    region = heads["prompter"](patches, boxes, text.shape[-1])
+    return Evidence(
+      region=pairwise.normalize(region),
+      text=text,
+      phrase_id=take(batch["box_phrase_id"]),
+      valid=take(kept[:, 0]),
+      boxes=boxes,
+      located=heads["locator"](patches, text) if self.regression else None,
+    )
+
+  def _choose(
+    self, kept: Bool[Array, "b m"], score: Float[Array, "b m"]
+  ) -> Int[Array, "b k"]:
+    """The boxes to train on, by index: the best ones, kept ones first."""
+    score = jnp.nan_to_num(score) if self.pick == "score" else 0.0
+    rank = jnp.where(kept, score, -jnp.inf)
+    # Of equals the first comes first.
+    return jax.lax.top_k(rank, min(self.regions, kept.shape[1]))[1]
+
+  def loss(
+    self, evidence: Evidence, heads: base.BoundHeads, context: base.Context
+  ) -> base.Terms:
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), evidence)
+    affine = heads["grounding"]()
+    found = region_losses(
+      flat.region, flat.text, flat.phrase_id, flat.valid, affine,
+      chunk=self.chunk,
+    )  # fmt: skip
+    weight = flat.valid.astype(jnp.float32)
+    count = weight.sum()
+    labelled = evidence.valid.any(axis=1).astype(jnp.float32)
+    one = jnp.ones(())
+    # Of distinct phrases: texts of one phrase are one answer, and a draw with
+    # another phrase is none.
+    hit = (found.same > found.other).astype(jnp.float32)
+    phrases = weight / jnp.maximum(found.peers, 1.0)
+    loss = base.Mean(found.losses.sum(), count)
+    report = {
+      "accuracy": base.Mean((hit * weight).sum(), count),
+      "phrases": base.Mean(phrases.sum(), one),
+      "scale": base.Mean(affine.scale, one),
+      "bias": base.Mean(affine.bias, one),
+      "labelled": base.Mean(labelled.sum(), one * labelled.size),
+      "regions": base.Mean(count, labelled.sum()),
+    }
+    if self.regression:
+      regression, iou = _locating(evidence)
+      report |= {"regression": regression, "iou": iou}
+      loss = base.Mean(
+        loss.sum + self.regression * regression.value() * count, count
+      )
+    return base.Terms(loss=loss, report=report)
+
+
+def _locating(evidence: Evidence) -> tuple[base.Mean, base.Mean]:
+  """Loss and IoU of locating phrases.
+
+  "Where is the person?" has one answer: of several regions of an image with one
+  phrase the first counts, the one of the highest score where those are picked.
+  """
+  equal = evidence.phrase_id[:, :, None] == evidence.phrase_id[:, None]
+  earlier = jnp.tril(jnp.ones(equal.shape[1:], bool), -1)
+  repeated = (equal & earlier & evidence.valid[:, None]).any(axis=-1)
+  sole = (evidence.valid & ~repeated).astype(jnp.float32)
+  losses = box_losses(evidence.located, evidence.boxes)
+  iou = overlap(corners(evidence.located), evidence.boxes).iou
+  count = sole.sum()
+  return (
+    base.Mean((losses * sole).sum(), count),
+    base.Mean((iou * sole).sum(), count),
+  )

@@ -1,0 +1,217 @@
+"""Masked pixels (MAE): the encoder sees a few patches, a decoder the rest.
+
+He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, no_type_check
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from mtv_jax import masks
+from mtv_jax.config import ConfigError
+from mtv_jax.models import decoder, vit
+from mtv_jax.objectives import base
+
+
+def normalize_patches(pixels: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+  """Each patch less its mean, over its standard deviation.
+
+      (x - mean) / sqrt(var + 1e-6),  var unbiased, over all of its numbers
+
+  MAE's "normalized pixels": what is predicted is the patch's contrast.
+  """
+  centred = pixels - pixels.mean(axis=-1, keepdims=True)
+  var = jnp.square(centred).sum(-1, keepdims=True) / (pixels.shape[-1] - 1)
+  return centred * jax.lax.rsqrt(var + 1e-6)
+
+
+def patch_errors(
+  predicted: Float[Array, "b n f"],
+  target: Float[Array, "b n f"],
+  hidden: Bool[Array, "b n"],
+) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+  """Mean squared errors of an image's hidden patches: their sum, their count.
+
+  Args:
+    predicted: numbers of each patch.
+    target: what they should be.
+    hidden: which patches the encoder did not see. The others don't count.
+  """
+  errors = jnp.square(predicted - target).mean(axis=-1)
+  count = hidden.astype(jnp.float32)
+  return jnp.sum(errors * count, axis=-1), jnp.sum(count, axis=-1)
+
+
+@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
+@flax.struct.dataclass
+class Evidence:
+  """Per example, over all crops of the view: sums over hidden patches.
+
+  Attributes:
+    error: of their mean squared errors.
+    hidden: how many there are.
+    patches: how many patches there are in all.
+  """
+
+  error: Float[Array, " b"]
+  hidden: Float[Array, " b"]
+  patches: Float[Array, " b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedPixels(base.Objective):
+  """Predicts the pixels of hidden patches.
+
+  Attributes:
+    view: the image view it reads; its ops end in `keep(ratio)`.
+    patch: the model's patch size in pixels; None for what the model has.
+    norm_pixels: whether a patch's target is normalised by its own mean and
+      standard deviation. Raw pixels are in [-1, 1].
+    decoder_width, decoder_depth, decoder_heads: shape of the decoder.
+    remat, scan: how the decoder runs, see `models.layers.run_stack`.
+  """
+
+  view: str = "mae"
+  patch: int | None = None
+  norm_pixels: bool = True
+  decoder_width: int = 512
+  decoder_depth: int = 8
+  decoder_heads: int = 16
+  remat: str = "none"
+  scan: bool = True
+
+  def __post_init__(self):
+    width, heads = self.decoder_width, self.decoder_heads
+    if width % heads or width % 4:
+      raise ConfigError(
+        f"masked_pixels: decoder_width is {width}; expected a multiple of "
+        f"decoder_heads ({heads}) and of 4, which 2-D positions need."
+      )
+
+  @property
+  def _image(self) -> base.Encoding:
+    return base.Encoding("image", self.view)
+
+  def resolve(self, spec: Any, views: Mapping[str, Any]) -> MaskedPixels:
+    """This objective with what it left open filled in from the model.
+
+    Args:
+      spec: `models.model.ModelSpec`.
+      views: by name, `views.View`.
+
+    Raises:
+      ConfigError: if its view keeps all patches, or is cut into patches of
+        another size than the model's.
+    """
+    patch = spec.image.patch_size
+    if self.patch not in (None, patch):
+      raise ConfigError(
+        f"masked_pixels: patch is {self.patch}, the model's is {patch}. Leave "
+        "it out."
+      )
+    for pipeline in views[self.view].pipelines if self.view in views else ():
+      op = pipeline.mask
+      if not isinstance(op, masks.Keep):
+        raise ConfigError(self._without_keep())
+      if op.patch != patch:
+        raise ConfigError(
+          f"config.views.{self.view}: keep() makes patches of {op.patch} "
+          f"pixels, the model's are {patch}: write keep({op.ratio}, "
+          f"patch={patch})."
+        )
+      size = pipeline.region.size
+      _check_hidden(self.view, op.count(size), (size // patch) ** 2)
+    return dataclasses.replace(self, patch=patch)
+
+  def _without_keep(self) -> str:
+    return (
+      f"masked_pixels reads the view {self.view!r}, which hides no patch from "
+      "the encoder. End its ops in keep(0.25), or name another view."
+    )
+
+  def needs(self) -> base.Needs:
+    return base.Needs(encodings={self._image: ()})
+
+  def heads(self) -> dict[str, base.Head]:
+    if self.patch is None:
+      raise ConfigError(
+        "masked_pixels: the patch size is not known; give patch=16, or "
+        "resolve() it with the model."
+      )
+    module = decoder.MaskedDecoder(
+      outputs=3 * self.patch**2,
+      width=self.decoder_width,
+      depth=self.decoder_depth,
+      heads=self.decoder_heads,
+      remat=self.remat,
+      scan=self.scan,
+    )
+    return {"mae_decoder": base.Head(module, example=_example)}
+
+  def evidence(
+    self,
+    encodings: Mapping[base.Encoding, Any],
+    heads: base.BoundHeads,
+    batch: Mapping[str, Any],
+  ) -> Evidence:
+    made = batch["views"][self.view]
+    if made.keep is None:
+      raise ConfigError(self._without_keep())
+    b, count, size = made.images.shape[:3]
+    grid = size // self.patch
+    _check_hidden(self.view, made.keep.shape[-1], grid**2)
+    output = encodings[self._image]
+    tokens, prefix, keep, images = (
+      x.reshape(b * count, *x.shape[2:])
+      for x in (output.patches, output.prefix, made.keep, made.images)
+    )
+    predicted = heads["mae_decoder"](tokens, prefix, keep, (grid, grid))
+    target = vit.patchify(images.astype(jnp.float32), self.patch)
+    if self.norm_pixels:
+      target = normalize_patches(target)
+    _, visible = decoder.visible_slots(keep, grid**2)
+    error, hidden = patch_errors(predicted, target, ~visible)
+    return Evidence(
+      error=error.reshape(b, count).sum(1),
+      hidden=hidden.reshape(b, count).sum(1),
+      patches=jnp.full((b,), float(count * grid**2)),
+    )
+
+  def loss(
+    self,
+    evidence: Evidence,
+    heads: base.BoundHeads,
+    context: base.Context,
+  ) -> base.Terms:
+    hidden = jnp.sum(evidence.hidden)
+    return base.Terms(
+      loss=base.Mean(jnp.sum(evidence.error), hidden),
+      report={"hidden": base.Mean(hidden, jnp.sum(evidence.patches))},
+    )
+
+
+def _check_hidden(view: str, kept: int, patches: int) -> None:
+  """Raises ConfigError where the encoder would see every patch."""
+  if kept >= patches:
+    raise ConfigError(
+      f"masked_pixels: the view {view!r} keeps all {patches} patches, which "
+      "leaves none to predict; lower the ratio of keep(0.25)."
+    )
+
+
+def _example(spec: Any) -> tuple:
+  """What the decoder is initialised with: one visible patch of four."""
+  width, prefix = spec.image.width, spec.image.prefix
+  return (
+    jax.ShapeDtypeStruct((1, 1, width), "float32"),
+    jax.ShapeDtypeStruct((1, prefix, width), "float32"),
+    jax.ShapeDtypeStruct((1, 1), "int32"),
+    (2, 2),
+  )

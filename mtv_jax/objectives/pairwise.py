@@ -1,0 +1,69 @@
+"""What the objectives that compare embeddings share."""
+
+from __future__ import annotations
+
+import math
+from typing import no_type_check
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+  """Divides by the L2 norm over the last axis, in float32.
+
+  The norm is floored at 1e-6, inside the root, so that a zero vector has a
+  finite gradient.
+  """
+  x = x.astype(jnp.float32)
+  squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
+
+
+def sigmoid_losses(
+  logits: Float[Array, "n m"], positive: Bool[Array, "n m"]
+) -> Float[Array, "n m"]:
+  """`-log sigmoid(y * logit)` of each pair, y = 1 where positive, else -1.
+
+  Every pair is a binary question of its own (Zhai et al. 2023, Algorithm 1).
+  """
+  return -jax.nn.log_sigmoid(jnp.where(positive, logits, -logits))
+
+
+@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
+@flax.struct.dataclass
+class Affine:
+  """Logits are `scale * cosine + bias`."""
+
+  scale: Float[Array, ""]
+  bias: Float[Array, ""]
+
+
+class Temperature(nn.Module):
+  """The learnt scale and bias of the logits.
+
+  Attributes:
+    init_scale: initial multiplier; its logarithm is the parameter (SigLIP 10,
+      CLIP 1/0.07).
+    init_bias: initial bias, None for none. SigLIP's -10 starts the sigmoid
+      loss where almost all pairs are negative, as they are; at small batches
+      a smaller one does (log(1/B) balances B pairs).
+  """
+
+  init_scale: float
+  init_bias: float | None
+
+  @nn.compact
+  def __call__(self) -> Affine:
+    log_scale = self.param(
+      "logit_scale", nn.initializers.constant(math.log(self.init_scale)), ()
+    )
+    bias = jnp.zeros(())
+    if self.init_bias is not None:
+      bias = self.param(
+        "logit_bias", nn.initializers.constant(self.init_bias), ()
+      )
+    return Affine(scale=jnp.exp(log_scale), bias=bias)

@@ -1,0 +1,112 @@
+"""Bases of a few images and label sets for them, for tests of labels."""
+
+import cv2
+import numpy as np
+
+from mtv_jax.data import array_records, listings
+from mtv_jax.data import shards as shards_lib
+from mtv_jax.data.label_values import make_boxes, make_depth, no_label
+from mtv_jax.data.label_writer import Entry, LabelWriter
+from mtv_jax.data.sources import ArrayRecordSource, WebDatasetSource
+
+COUNT, PER_SHARD = 10, 4
+
+
+def ramp(height, width):
+  rows, columns = np.mgrid[:height, :width]
+  return (0.2 + rows * 0.03 + columns * 0.005).astype(np.float32)
+
+
+def png(seed):
+  image = np.random.default_rng(seed).integers(0, 255, (12, 16, 3), np.uint8)
+  return cv2.imencode(".png", image)[1].tobytes()
+
+
+def make_base(folder, *, count=COUNT, first=0, format="webdataset"):
+  """Shards of `count` images, the numbers of whose pixels begin at `first`."""
+  photos = folder / "photos"
+  photos.mkdir(parents=True)
+  examples = []
+  for i in range(count):
+    (photos / f"{i}.png").write_bytes(png(first + i))
+    examples.append(
+      listings.Example(f"{i}.png", photos / f"{i}.png", [f"c{i}"])
+    )
+  shards_lib.write(
+    examples, folder / "base", format=format, records_per_shard=PER_SHARD
+  )
+  return folder / "base"
+
+
+def open_base(folder):
+  if list(folder.glob("*.tar")):
+    return WebDatasetSource(f"{folder}/*.tar")
+  return ArrayRecordSource(f"{folder}/*.array_record")
+
+
+def outcome(kind, i):
+  """Record 3 has no label, and record 5 has a label of no boxes."""
+  if i == 3:
+    return no_label(f"{kind}: none")
+  if kind == "depth":
+    return make_depth(ramp(16, 16) * (1 + i), side=16)
+  boxes = np.tile(np.array([0, 0, (i + 1) / 16, 0.5]), (i % 5, 1))
+  return make_boxes(boxes, [f"thing {j}" for j in range(len(boxes))])
+
+
+def make_set(out, base, kind, key=lambda key: key, of=outcome):
+  writer = LabelWriter(out, kind=kind, base=base, settings={"of": "the test"})
+  for shard in writer.todo():
+    writer.write(
+      shard,
+      [Entry(key(base[i]["key"]), of(kind, i)) for i in writer.numbers(shard)],
+    )
+  writer.finish()
+  return out
+
+
+def make_all(folder):
+  """Tars of ten images, and a set of each kind for them."""
+  base = open_base(make_base(folder))
+  for kind in ("depth", "boxes"):
+    make_set(folder / kind, base, kind)
+  return folder
+
+
+def entry(folder, **labels):
+  return {
+    "type": "webdataset",
+    "path": f"{folder}/base/*.tar",
+    "labels": labels,
+  }
+
+
+def make_copy(folder):
+  """Another copy of the images: shuffled, partial, in other shards."""
+  numbers = [9, 3, 0, 7, 1, 5]
+  records = [
+    {
+      "key": f"{i // 4:05d}{i % 4}",
+      "image": png(i) + b" ",
+      "captions": ["c"],
+      "number": i,
+    }
+    for i in numbers
+  ]
+  base = folder / "copy"
+  base.mkdir()
+  array_records.write(base / "x-0.array_record", records[:5])
+  array_records.write(base / "x-1.array_record", records[5:])
+  source = open_base(base)
+  for kind in ("depth", "boxes"):
+    make_set(
+      folder / kind, source, kind, of=lambda kind, i: outcome(kind, numbers[i])
+    )
+  return folder
+
+
+def keyed(folder, **options):
+  return {
+    kind: {"path": str(folder / kind), "join": "key", **options}
+    for kind in ("depth", "boxes")
+  }

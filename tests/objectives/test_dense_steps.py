@@ -1,0 +1,173 @@
+"""Masked pixels and depth in whole train steps: sharded, learning, alone."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from mtv_jax import gradients, recipe, sharding, trees, views
+from mtv_jax import step as step_lib
+from mtv_jax.data import label_values, scenes
+from mtv_jax.models.model import ModelSpec
+from mtv_jax.objectives import build_objective
+
+SPEC = ModelSpec.from_config(
+  dict(variant="mu/8", image_size=32, pool="mean", cls_token=True)
+)
+VIEWS = views.build_views(
+  {
+    "image": dict(ops="crop(32, 0.5, 1.0)|flip"),
+    "mae": dict(ops="crop(32, 0.2, 1.0)|flip|keep(0.25, patch=8)"),
+  }
+)
+ENTRIES = {
+  "depth": dict(),
+  "masked_pixels": dict(decoder_width=32, decoder_depth=2, decoder_heads=4),
+}
+# Their gradients on the encoder are then of one size.
+WEIGHTS = {"depth": 0.02, "masked_pixels": 1.0}
+ROWS = 16
+
+
+def make_recipe(*names):
+  return recipe.Recipe(
+    spec=SPEC,
+    dtype="float32",
+    objectives={
+      name: build_objective(name, ENTRIES[name]).resolve(SPEC, VIEWS)
+      for name in names
+    },
+    weights={name: recipe.Weight(WEIGHTS[name]) for name in names},
+    views=VIEWS,
+    seed=0,
+    total_steps=100,
+  )
+
+
+@functools.cache
+def make_batch():
+  rendered = [scenes.render(i, size=40) for i in range(ROWS)]
+  outcomes = [
+    label_values.make_depth(scene.inverse_depth, side=24) for scene in rendered
+  ]
+  labels = np.stack([outcome.label.values for outcome in outcomes])
+  # Uneven over the devices; some have no label at all.
+  labels[4:8] = 0
+  labels[0] = 0
+  labels[9, :, :12] = 0
+  return {
+    "image": np.stack([scene.image for scene in rendered]),
+    "image_size": np.full((ROWS, 2), 40, np.int32),
+    "depth": labels,
+  }
+
+
+def mesh_of(shape):
+  sizes = dict(zip(sharding.AXES, shape, strict=True))
+  return sharding.make_mesh(sizes, jax.devices()[: math.prod(shape)])
+
+
+@functools.cache
+def params_of(*names):
+  init = functools.partial(recipe.init_params, make_recipe(*names))
+  return jax.jit(init)(jax.random.key(1))
+
+
+@functools.cache
+def compiled(shape):
+  """(batch) -> losses by objective, and the gradients of their sum."""
+  built = make_recipe(*ENTRIES)
+  mesh = mesh_of(shape)
+  program = step_lib.make_program(built, optax.sgd(0.1), mesh)
+  state = program.init(params_of(*ENTRIES))
+
+  def compute(state, batch):
+    (_, terms), slopes = gradients.compute(built, state, batch)
+    return {name: term.loss.value() for name, term in terms.items()}, slopes
+
+  jitted = jax.jit(compute, out_shardings=sharding.replicated(mesh))
+
+  def call(batch):
+    placed = sharding.place_batch(batch, mesh)
+    losses, slopes = jax.device_get(jitted(state, placed))
+    return losses, dict(trees.flatten_names(slopes))
+
+  return call
+
+
+@pytest.fixture(scope="module")
+def alone():
+  return compiled((1, 1, 1))(make_batch())
+
+
+@pytest.mark.parametrize(
+  "shape",
+  [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)],
+  ids=str,
+)
+def test_sharded_equals_one_device(alone, shape):
+  losses, slopes = compiled(shape)(make_batch())
+  expected_losses, expected_slopes = alone
+  for name, expected in expected_losses.items():
+    np.testing.assert_allclose(losses[name], expected, rtol=1e-5, err_msg=name)
+  reached = 0
+  for path, expected in expected_slopes.items():
+    norm = np.linalg.norm(expected)
+    error = np.linalg.norm(slopes[path] - expected)
+    assert error <= 1e-5 * norm + 1e-8, path
+    reached += norm > 1e-5
+  assert reached > 0.8 * len(slopes)
+
+
+def test_the_first_losses_are_of_their_known_size(alone):
+  losses, _ = alone
+  # The error of a guess of zero, for targets of variance one.
+  assert 0.9 < losses["masked_pixels"] < 3.0
+  # A map of mean absolute deviation one, and the slopes of noise: about one
+  # down and one across at each of four scales, twice.
+  assert 1.0 < losses["depth"] < 25.0
+
+
+def test_without_labels_the_rest_trains(alone):
+  blank = make_batch() | {"depth": np.zeros((ROWS, 24, 24), np.uint16)}
+  losses, slopes = compiled((1, 1, 1))(blank)
+  assert losses["depth"] == 0
+  assert losses["masked_pixels"] == alone[0]["masked_pixels"]
+  for path, slope in slopes.items():
+    if path.startswith("heads/depth"):
+      assert not slope.any(), path
+    if path.startswith("heads/mae_decoder"):
+      np.testing.assert_array_equal(slope, alone[1][path])
+
+
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param("depth", marks=pytest.mark.slow), "masked_pixels"],
+)
+def test_an_objective_alone_learns(name):
+  built = make_recipe(name)
+  mesh = mesh_of((1, 1, 1))
+  program = step_lib.make_program(built, optax.adam(3e-3), mesh)
+  state = program.init(params_of(name))
+  # A view of another name is not even made.
+  view = built.objectives[name].view
+  assert [e.view for e in built.plan] == [view]
+  batch = sharding.place_batch(make_batch(), mesh)
+  history = []
+  for _ in range(30):
+    state, metrics = program.update(state, batch)
+    history.append(jax.device_get(metrics))
+  first = np.mean([m[f"{name}/loss"] for m in history[:3]])
+  last = np.mean([m[f"{name}/loss"] for m in history[-3:]])
+  assert last < 0.9 * first
+  metrics = history[-1]
+  if name == "depth":
+    assert metrics["depth/labelled"] == 11 / 16
+    total = metrics["depth/ssi"] + 2 * metrics["depth/gradient"]
+    np.testing.assert_allclose(metrics["depth/loss"], total, rtol=1e-5)
+    assert metrics["depth/error"] < history[0]["depth/error"]
+  else:
+    assert metrics["masked_pixels/hidden"] == 0.75

@@ -1,0 +1,406 @@
+"""The depth losses against NumPy in float64, their edges and invariances."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtv_jax import views
+from mtv_jax.config import ConfigError
+from mtv_jax.models.model import ModelSpec
+from mtv_jax.models.vit import ImageOutput
+from mtv_jax.objectives import base, build_objective, depth
+
+SIDE = 8
+
+
+def numpy_standardise(x, valid):
+  values = np.sort(x[valid])
+  if not len(values):
+    return np.zeros_like(x)
+  median = values[(len(values) - 1) // 2]
+  scale = np.abs(values - median).mean()
+  return np.where(valid, (x - median) / max(scale, 1e-3), 0.0)
+
+
+def numpy_ssi(p, d, valid, trim=0.1):
+  residual = numpy_standardise(p, valid) - numpy_standardise(d, valid)
+  sizes = np.sort(np.abs(residual[valid]))
+  kept = math.ceil(round((1 - trim) * len(sizes), 9))
+  return sizes[:kept].mean() if kept else 0.0
+
+
+def numpy_gradient_matching(p, d, valid, scales=4):
+  residual = numpy_standardise(p, valid) - numpy_standardise(d, valid)
+  total = 0.0
+  for k in range(scales):
+    r, m = residual[:: 2**k, :: 2**k], valid[:: 2**k, :: 2**k]
+    summed = 0.0
+    for y, x in np.ndindex(*r.shape):
+      for to in ((y + 1, x), (y, x + 1)):
+        if to[0] < len(r) and to[1] < len(r[0]) and m[y, x] and m[to]:
+          summed += abs(r[to] - r[y, x])
+    total += summed / max(m.sum(), 1)
+  return total
+
+
+def numpy_loss(p, d, valid):
+  return numpy_ssi(p, d, valid) + 2 * numpy_gradient_matching(p, d, valid)
+
+
+def numpy_slope(function, p, *args):
+  """Central differences; the loss is smooth between its kinks."""
+  slope = np.zeros_like(p)
+  for index in np.ndindex(*p.shape):
+    up, down = p.copy(), p.copy()
+    up[index] += 1e-6
+    down[index] -= 1e-6
+    slope[index] = (function(up, *args) - function(down, *args)) / 2e-6
+  return slope
+
+
+def _errors(p, d, valid, **options):
+  return depth.map_errors(
+    jnp.asarray(p, jnp.float32),
+    jnp.asarray(d, jnp.float32),
+    jnp.asarray(valid),
+    **options,
+  )
+
+
+@jax.jit
+def losses(p, d, valid):
+  errors = depth.map_errors(p, d, valid)
+  return errors.ssi, errors.gradient
+
+
+@jax.jit
+def slope(p, d, valid):
+  def total(p):
+    errors = depth.map_errors(p, d, valid)
+    return (errors.ssi + 2 * errors.gradient).sum()
+
+  return jax.grad(total)(p)
+
+
+def _pixels(*places):
+  valid = np.zeros((SIDE, SIDE), bool)
+  for place in places:
+    valid[place] = True
+  return valid
+
+
+def _cases():
+  rng = np.random.default_rng(0)
+  p, d = rng.normal(size=(2, SIDE, SIDE))
+  everything, some = np.ones((SIDE, SIDE), bool), rng.random(p.shape) < 0.6
+  wide = np.where(rng.random(p.shape) < 0.1, 50.0, 1.0)
+  return {
+    "random": (p, d, everything),
+    "some valid": (p, d, some),
+    "outliers": (p * wide, d, everything),
+    "small": (1e-2 * p + 5, d, some),
+    "two valid": (p, d, _pixels((1, 1), (1, 2))),
+    "flat prediction": (np.full_like(p, 0.3), d, everything),
+    "nearly flat prediction": (1e-4 * p, d, everything),
+    "one valid": (p, d, _pixels((3, 4))),
+    "none valid": (p, d, ~everything),
+    "flat label": (p, np.full_like(d, 0.7), everything),
+  }
+
+
+CASES = _cases()
+# Where the loss has a slope at all: none of its sides is a kink.
+SMOOTH = (
+  "random",
+  "some valid",
+  "outliers",
+  "small",
+  "nearly flat prediction",
+)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_equal_numpy(case):
+  p, d, valid = CASES[case]
+  # A batch of one.
+  ssi, gradient = losses(*(jnp.asarray(x)[None] for x in CASES[case]))
+  if case in ("one valid", "none valid", "flat label"):
+    # Nothing to learn from such a label: it counts as none.
+    assert ssi == gradient == _errors(p[None], d[None], valid[None]).labelled
+    assert ssi == 0
+    return
+  np.testing.assert_allclose(ssi[0], numpy_ssi(p, d, valid), rtol=1e-5)
+  np.testing.assert_allclose(
+    gradient[0], numpy_gradient_matching(p, d, valid), rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_finite_and_equal_numpy(case):
+  p, d, valid = CASES[case]
+  found = np.asarray(slope(*(jnp.asarray(x)[None] for x in CASES[case])))[0]
+  assert np.isfinite(found).all()
+  # The floor of the scale bounds them.
+  assert np.abs(found).sum() < 1e5
+  if case in SMOOTH:
+    expected = numpy_slope(numpy_loss, p, d, valid)
+    error = np.linalg.norm(found - expected)
+    assert error < 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("case", ["one valid", "none valid", "flat label"])
+def test_pure_losses_of_degenerate_labels_are_finite(case):
+  """Also without the check that leaves such labels out."""
+  p, d, valid = (jnp.asarray(x)[None] for x in CASES[case])
+
+  def total(p):
+    residual = (
+      depth.standardise(p, valid).values - depth.standardise(d, valid).values
+    )
+    return (
+      depth.trimmed_error(residual, valid, 0.1)
+      + 2 * depth.gradient_error(residual, valid)
+    ).sum()
+
+  value, grad = jax.jit(jax.value_and_grad(total))(p)
+  np.testing.assert_allclose(value, numpy_loss(*CASES[case]), rtol=1e-5)
+  assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize(("a", "b"), [(1.0, 3.0), (250.0, -40.0), (0.1, 0.0)])
+def test_a_scale_and_a_shift_make_no_difference(a, b):
+  p, d, valid = (x[None] for x in CASES["some valid"])
+  expected = np.asarray(losses(p, d, valid))
+  np.testing.assert_allclose(losses(a * p + b, d, valid), expected, rtol=1e-4)
+  # A loss of the same value at every scale has a slope of its inverse.
+  np.testing.assert_allclose(
+    a * slope(a * p + b, d, valid), slope(p, d, valid), rtol=1e-2, atol=1e-4
+  )
+
+
+def test_the_label_itself_is_the_best_prediction():
+  _, d, valid = (x[None] for x in CASES["some valid"])
+  assert np.asarray(losses(d, d, valid)).max() == 0
+  assert np.asarray(losses(3 * d + 1, d, valid)).max() < 1e-5
+  assert np.asarray(losses(-d, d, valid)).min() > 0.5
+
+
+def test_trimming_leaves_out_the_worst_tenth():
+  residual = np.random.default_rng(3).normal(size=(1, 10, 10))
+  expected = np.sort(np.abs(residual).ravel())[:90].mean()
+  worst = np.argsort(np.abs(residual).ravel())[-10:]
+  residual.flat[worst] *= 1e4
+  valid = np.ones(residual.shape, bool)
+
+  def error(r):
+    return depth.trimmed_error(r, jnp.asarray(valid), 0.1)[0]
+
+  value, grad = jax.value_and_grad(error)(jnp.asarray(residual, jnp.float32))
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  assert not np.asarray(grad).ravel()[worst].any()
+  assert (np.asarray(grad) != 0).sum() == 90
+
+
+@pytest.mark.parametrize(
+  ("trim", "pixels", "kept"),
+  [(0.1, 11, 10), (0.1, 10, 9), (0.1, 9, 9), (0.0, 7, 7), (0.2, 100, 80)],
+)
+def test_the_number_of_residuals_kept(trim, pixels, kept):
+  residual = jnp.arange(1.0, pixels + 1).reshape(1, 1, -1)
+  valid = jnp.ones(residual.shape, bool)
+  found = depth.trimmed_error(residual, valid, trim)[0]
+  np.testing.assert_allclose(found, np.arange(1, kept + 1).mean(), rtol=1e-6)
+
+
+def test_equal_residuals_at_the_edge_share_it():
+  residual = jnp.array([[[1.0, 2.0, 2.0, 2.0, 0.0]]])
+  valid = jnp.ones(residual.shape, bool)
+  value, grad = jax.value_and_grad(
+    lambda r: depth.trimmed_error(r, valid, 0.4)[0]
+  )(residual)
+  np.testing.assert_allclose(value, (0 + 1 + 2) / 3, rtol=1e-6)
+  np.testing.assert_allclose(grad[0, 0, 1:4], 1 / 9, rtol=1e-6)
+
+
+def test_one_image_s_gradient_does_not_depend_on_another():
+  rng = np.random.default_rng(5)
+  p, d = rng.normal(size=(2, 3, SIDE, SIDE)).astype(np.float32)
+  valid = rng.random(p.shape) < 0.7
+  first = slope(p, d, valid)[0]
+  p[1:], d[1:], valid[2] = 7 * p[1:], d[1:] ** 2, False
+  np.testing.assert_allclose(slope(p, d, valid)[0], first, rtol=1e-6)
+
+
+def test_pixels_without_label_make_no_difference():
+  p, d, valid = (x[None] for x in CASES["some valid"])
+  expected = losses(p, d, valid)
+  junk = np.where(valid, 0.0, 1e6)
+  np.testing.assert_array_equal(losses(p + junk, d - junk, valid), expected)
+  assert not np.asarray(slope(p, d, valid))[~valid].any()
+
+
+def test_the_affine_error_is_that_of_least_squares():
+  p, d, valid = CASES["some valid"]
+  p = p + 2 * d
+  a, b = np.polyfit(p[valid], d[valid], 1)
+  rms = np.sqrt(np.mean((a * p + b - d)[valid] ** 2))
+  args = (jnp.asarray(x)[None] for x in (p, d, valid))
+  found = depth.affine_error(*args)[0]
+  np.testing.assert_allclose(found, rms / d[valid].std(), rtol=1e-5)
+  flat = depth.affine_error(*(jnp.asarray(x)[None] for x in (0 * p, d, valid)))
+  assert flat[0] == 1
+
+
+# The objective.
+
+
+SPEC = ModelSpec.from_config(dict(variant="mu/8", image_size=16))
+
+
+def _resolved(**options):
+  view = options.pop("ops", "resize(16)")
+  return build_objective("depth", dict(min_pixels=4, **options)).resolve(
+    SPEC, views.build_views({"image": dict(ops=view)})
+  )
+
+
+@pytest.fixture(scope="module")
+def parts():
+  objective = _resolved()
+  head = objective.heads()["depth"]
+  stages, size = head.example(SPEC)
+  params = jax.jit(head.module.init, static_argnums=2)(
+    jax.random.key(0), stages, size
+  )
+  return objective, {"depth": params["params"]}
+
+
+def _made(rng, rows, count):
+  corner = rng.uniform(0, 0.4, (rows, count, 2))
+  extent = rng.uniform(0.3, 0.6, (rows, count, 2))
+  return views.Made(
+    images=jnp.zeros((rows, count, 16, 16, 3)),
+    box=jnp.asarray(np.concatenate([corner, corner + extent], -1), "float32"),
+    flipped=jnp.asarray(rng.random((rows, count)) < 0.5),
+  )
+
+
+def _output(rng, rows, count):
+  def draw(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  return ImageOutput(
+    patches=draw(rows, count, 4, 64),
+    prefix=draw(rows, count, 3, 64),
+    pooled=draw(rows, count, 64),
+    taps={i: draw(rows, count, 7, 64) for i in (0, 1)},
+  )
+
+
+def _evidence(parts, output, made, label):
+  objective, params = parts
+  return objective.evidence(
+    {base.Encoding("image", "image"): output},
+    base.BoundHeads(objective.heads(), params),
+    {"views": {"image": made}, "depth": label},
+  )
+
+
+def test_evidence_and_loss_average_over_the_labelled_crops(parts):
+  rng = np.random.default_rng(2)
+  rows, count = 4, 2
+  made, output = _made(rng, rows, count), _output(rng, rows, count)
+  label = rng.integers(1, 65536, (rows, 12, 12)).astype(np.uint16)
+  label[1] = 0  # An image without a label.
+  label[2, :, :7] = 0
+  objective, params = parts
+  found = jax.jit(lambda o, m, l: _evidence(parts, o, m, l))(
+    output, made, jnp.asarray(label)
+  )
+
+  stages = [
+    output.taps[i][:, :, 3:].reshape(-1, 2, 2, 64) for i in objective.taps
+  ]
+  heads = base.BoundHeads(objective.heads(), params)
+  predicted = np.float64(heads["depth"](stages, (8, 8)))
+  maps, valid = depth.labels(jnp.asarray(label), made, 8)
+  ssi, gradient, counted = [], [], []
+  for p, d, m in zip(
+    predicted, np.float64(maps), np.asarray(valid), strict=True
+  ):
+    counted.append(m.sum() >= 4)
+    ssi.append(numpy_ssi(p, d, m) * counted[-1])
+    gradient.append(numpy_gradient_matching(p, d, m) * counted[-1])
+  assert counted[2:4] == [False, False]
+  assert sum(counted) >= 4
+  for name, values in dict(
+    ssi=ssi, gradient=gradient, labelled=counted
+  ).items():
+    expected = np.reshape(values, (rows, count)).sum(1)
+    np.testing.assert_allclose(
+      getattr(found, name), expected, rtol=1e-4, err_msg=name
+    )
+  terms = objective.loss(found, heads, base.Context(0, 1, {}))
+  expected = (np.sum(ssi) + 2 * np.sum(gradient)) / np.sum(counted)
+  np.testing.assert_allclose(terms.loss.value(), expected, rtol=1e-4)
+  labelled = terms.report["labelled"].value()
+  np.testing.assert_allclose(labelled, np.mean(counted))
+
+
+def test_labels_are_cut_and_mirrored_as_the_view_is():
+  label = np.arange(64, dtype=np.uint16).reshape(1, 8, 8) * 1000
+  made = views.Made(
+    images=jnp.zeros((1, 1, 16, 16, 3)),
+    box=jnp.array([[[0.5, 0.0, 1.0, 0.5]]]),
+    flipped=jnp.array([[True]]),
+  )
+  values, valid = depth.labels(jnp.asarray(label), made, 4)
+  expected = (label[0, 4:, :4][:, ::-1].astype(float) - 1) / 65534
+  assert valid.all()
+  np.testing.assert_allclose(values[0], expected, atol=1e-6)
+  # 0 is no label and not the farthest.
+  values, valid = depth.labels(jnp.zeros((1, 8, 8), jnp.uint16), made, 4)
+  assert not valid.any()
+  assert not values.any()
+
+
+def test_what_is_left_open_comes_from_the_model():
+  objective = _resolved()
+  assert objective.taps == (0, 0, 1, 1)
+  assert objective.features == 16
+  assert objective.needs().fields == ("depth",)
+  large = ModelSpec.from_config(dict(variant="L/16", image_size=256))
+  assert build_objective("depth", {}).resolve(large, {}).taps == (4, 11, 17, 23)
+  given = dict(taps=[0, 1, 1, 1], channels=[4, 4, 8, 8], features=8)
+  kept = _resolved(**given)
+  assert kept == dataclasses.replace(
+    kept, **{k: tuple(v) if v != 8 else v for k, v in given.items()}
+  )
+
+
+def test_what_can_not_be_is_refused(parts):
+  with pytest.raises(ConfigError, match="give taps"):
+    build_objective("depth", {}).needs()
+  with pytest.raises(ConfigError, match="give features"):
+    build_objective("depth", {}).heads()
+  with pytest.raises(ConfigError, match="4 stages"):
+    build_objective("depth", dict(taps=[1, 2]))
+  with pytest.raises(ConfigError, match="trim=1.0"):
+    build_objective("depth", dict(trim=1.0))
+  with pytest.raises(ValueError, match="tap_norm"):
+    build_objective("depth", dict(tap_norm="batch"))
+  with pytest.raises(ValueError, match="depth 2"):
+    _resolved(taps=[2, 5, 8, 11])
+  with pytest.raises(ConfigError, match="patches are hidden"):
+    _resolved(ops="resize(16)|keep(0.5, patch=8)")
+  rng = np.random.default_rng(0)
+  hidden = dataclasses.replace(
+    _made(rng, 1, 1), mask=jnp.zeros((1, 1, 4), bool)
+  )
+  with pytest.raises(ConfigError, match="patches are hidden"):
+    label = jnp.ones((1, 4, 4), jnp.uint16)
+    _evidence(parts, _output(rng, 1, 1), hidden, label)

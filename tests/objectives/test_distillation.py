@@ -1,0 +1,287 @@
+"""DINO against NumPy in float64, its schedules, its edges, and on meshes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import prototype_samples as samples
+import pytest
+
+from mtv_jax import views
+from mtv_jax.objectives import base, build_objective, distillation
+
+SMALL = dict(
+  prototypes=8,
+  hidden=6,
+  bottleneck=4,
+  chunk=None,
+  student_temp=0.5,
+  teacher_temp=0.4,
+  teacher_temp_start=0.2,
+)
+
+
+def make(**options):
+  return build_objective("distillation", {**SMALL, **options})
+
+
+def make_evidence(rows=4, crops=2, local=3, channels=5, seed=0):
+  rng = np.random.default_rng(seed)
+
+  def unit(*shape):
+    return jnp.asarray(samples.unit(rng.normal(size=shape)), jnp.float32)
+
+  return distillation.Evidence(
+    teacher=unit(rows, crops, 4),
+    student=unit(rows, crops + local, 4),
+    pooled=jnp.asarray(rng.normal(size=(rows, crops, channels)), jnp.float32),
+  )
+
+
+def reference(objective, params, evidence, *, center=None, temp=0.4):
+  """The loss pair by pair, and the KoLeo part of it."""
+  teacher, student, pooled = (
+    np.float64(x) for x in (evidence.teacher, evidence.student, evidence.pooled)
+  )
+  rows, crops = teacher.shape[:2]
+  logits = teacher @ samples.prototypes_of(objective, params, "teacher")
+  if center is None:
+    q = samples.sinkhorn(logits.reshape(rows * crops, -1) / temp)
+    q = q.reshape(logits.shape)
+  else:
+    q = np.exp(samples.log_softmax((logits - center) / temp))
+  p = samples.log_softmax(
+    student @ samples.prototypes_of(objective, params, "student") / 0.5
+  )
+  terms = []
+  for g in range(crops):
+    for v in range(student.shape[1]):
+      if g != v or objective.same_crop == "include":
+        terms.append(-(q[:, g] * p[:, v]).sum(-1).mean())
+  loss = np.mean(terms)
+  if objective.koleo_weight:
+    spread = sum(samples.koleo(pooled[:, i]) for i in range(crops))
+    loss += objective.koleo_weight * spread
+  return loss
+
+
+CASES = {
+  "two globals": (dict(), dict()),
+  "one global": (dict(), dict(crops=1)),
+  "no locals": (dict(koleo_weight=0.0), dict(local=0)),
+  "one global against itself": (
+    dict(same_crop="include"),
+    dict(crops=1, local=0),
+  ),
+  "chunks": (dict(chunk=2), dict()),
+  "centring": (dict(target="centering"), dict()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_equal_numpy(case):
+  options, shape = CASES[case]
+  objective, evidence = make(**options), make_evidence(**shape)
+  params = samples.params_of(objective)
+  context, center = samples.context_of(objective), None
+  if objective.target == "centering":
+    center = np.linspace(-1, 1, 8)
+    context = dataclasses.replace(
+      context, statistics={"center": jnp.asarray(center, jnp.float32)}
+    )
+  value, (report, statistics), gradients = samples.loss_and_gradients(
+    objective, params, evidence, context
+  )
+
+  def loss(**changes):
+    changed = evidence.replace(**changes)
+    return reference(objective, params, changed, center=center)
+
+  np.testing.assert_allclose(value, loss(), rtol=1e-5)
+  teacher, student, pooled = gradients[:3]
+  np.testing.assert_array_equal(teacher, 0.0)
+  expected = samples.numeric_gradient(
+    lambda x: loss(student=x), evidence.student
+  )
+  np.testing.assert_allclose(student, expected, rtol=1e-4, atol=1e-6)
+  expected = samples.numeric_gradient(lambda x: loss(pooled=x), evidence.pooled)
+  np.testing.assert_allclose(pooled, expected, rtol=1e-4, atol=1e-5)
+
+  assert report["labelled"] == 1
+  np.testing.assert_allclose(report["teacher_temp"], 0.4)
+  assert 0 < report["kl"] < value + 1
+  assert 0 < report["teacher_entropy"] <= report["mean_entropy"] + 1e-6
+  if objective.target == "centering":
+    matrix = samples.prototypes_of(objective, params, "teacher")
+    mean = np.float64(evidence.teacher).mean((0, 1)) @ matrix
+    np.testing.assert_allclose(
+      statistics["center"], 0.9 * center + 0.1 * mean, rtol=1e-5
+    )
+  else:
+    assert statistics == {}
+
+
+@pytest.mark.parametrize("shape", samples.MESHES, ids=str)
+@pytest.mark.parametrize("target", ["sinkhorn", "centering"])
+def test_sharded_equals_single_device(target, shape):
+  objective = make(target=target, chunk=2 if shape[2] > 1 else None)
+  samples.assert_same_on_meshes(
+    objective,
+    samples.params_of(objective),
+    make_evidence(rows=16),
+    samples.context_of(objective),
+    shape,
+  )
+
+
+# ---------------------------------------------------------------------------
+# KoLeo.
+
+
+def koleo_of(vectors, valid):
+  def loss(x):
+    return distillation.koleo(x, jnp.asarray(valid)).value()
+
+  return jax.jit(jax.value_and_grad(loss))(jnp.asarray(vectors, jnp.float32))
+
+
+@pytest.mark.parametrize("count", [6, 2])
+def test_koleo_and_gradient_equal_numpy_on_the_valid_rows(count):
+  rng = np.random.default_rng(0)
+  vectors = rng.normal(size=(6, 4)) * 3
+  valid = np.isin(np.arange(6), rng.permutation(6)[:count])
+  value, gradient = koleo_of(vectors, valid)
+  np.testing.assert_allclose(value, samples.koleo(vectors[valid]), rtol=1e-5)
+  expected = samples.numeric_gradient(samples.koleo, vectors[valid])
+  np.testing.assert_allclose(gradient[valid], expected, rtol=1e-4, atol=1e-6)
+  np.testing.assert_array_equal(gradient[~valid], 0.0)
+
+
+@pytest.mark.parametrize(
+  ("vectors", "valid"),
+  [
+    (np.ones((4, 3)), np.ones(4, bool)),
+    (np.zeros((4, 3)), np.ones(4, bool)),
+    (np.eye(3), np.zeros(3, bool)),
+    (np.eye(3), np.arange(3) == 1),
+    (np.ones((1, 3)), np.ones(1, bool)),
+  ],
+  ids=["twins", "zeros", "none valid", "one valid", "batch of one"],
+)
+def test_koleo_is_finite_where_there_is_no_distance(vectors, valid):
+  value, gradient = koleo_of(vectors, valid)
+  assert np.isfinite(value) and np.isfinite(gradient).all()
+  if valid.sum() < 2:
+    assert value == 0 and not gradient.any()
+  else:
+    np.testing.assert_allclose(value, -np.log(2e-8), rtol=1e-5)
+
+
+def test_koleo_of_a_batch_of_one_is_refused_by_the_objective():
+  evidence = make_evidence(rows=1)
+  params = samples.params_of(make())
+  with pytest.raises(ValueError, match="global batch, which has 1; .*koleo_w"):
+    samples.loss_and_gradients(
+      make(), params, evidence, samples.context_of(make())
+    )
+  objective = make(koleo_weight=0)
+  value, _, gradients = samples.loss_and_gradients(
+    objective, params, evidence, samples.context_of(objective)
+  )
+  np.testing.assert_allclose(
+    value, reference(objective, params, make_evidence(rows=1)), rtol=1e-5
+  )
+  assert all(np.isfinite(x).all() for x in gradients)
+
+
+# ---------------------------------------------------------------------------
+# Schedules.
+
+
+@pytest.mark.parametrize(
+  ("step", "expected"), [(0, 0.2), (150, 0.3), (300, 0.4), (999, 0.4)]
+)
+def test_the_teacher_s_temperature_warms_up(step, expected):
+  objective, evidence = make(), make_evidence()
+  params = samples.params_of(objective)
+  value, (report, _), _ = samples.loss_and_gradients(
+    objective, params, evidence, samples.context_of(objective, step)
+  )
+  np.testing.assert_allclose(report["teacher_temp"], expected, rtol=1e-6)
+  np.testing.assert_allclose(
+    value, reference(objective, params, evidence, temp=expected), rtol=1e-5
+  )
+
+
+def test_the_last_layer_is_frozen_for_the_first_percent_of_the_run():
+  objective, evidence = make(teacher_temp_warmup_percent=0), make_evidence()
+  params = samples.params_of(objective)
+
+  @jax.jit
+  def gradient(step):
+    def loss(student):
+      heads = samples.bound(objective, {**params, "student": student})
+      context = base.Context(step, 1000, {})
+      return objective.loss(evidence, heads, context).loss.value()
+
+    return jax.grad(loss)(params["student"])["dino"]["last_layer"]
+
+  for step, frozen in [(0, True), (9, True), (10, False), (500, False)]:
+    for leaf in jax.tree.leaves(gradient(step)):
+      assert (np.abs(leaf).max() == 0) == frozen
+
+
+# ---------------------------------------------------------------------------
+# Settings.
+
+
+def test_terms_are_divided_by_their_number_as_in_dinov2():
+  weights = distillation.pair_weights(2, 8, same_crop="exclude")
+  assert weights.shape == (2, 10)
+  assert weights[0, 0] == weights[1, 1] == 0
+  np.testing.assert_allclose(np.unique(weights), [0, 1 / 18])
+  with pytest.raises(ValueError, match="nothing is left to compare"):
+    distillation.pair_weights(1, 0, same_crop="exclude")
+
+
+def test_views_that_leave_nothing_to_compare_are_refused_at_once():
+  crops = views.build_views({"global": dict(ops="resize(16)")})
+  with pytest.raises(ValueError, match="nothing is left to compare"):
+    make().resolve(None, crops)
+  assert make(same_crop="include").resolve(None, crops).same_crop == "include"
+  assert make().resolve(None, {}) == make()
+
+
+def test_needs_and_head_follow_the_settings():
+  objective = make(view_global="image", view_local=None, head="shared")
+  assert [str(e) for e in objective.needs().encodings] == [
+    "image(image, student)",
+    "image(image, teacher)",
+  ]
+  assert objective.needs().fields == ()
+  assert objective.heads()["shared"].teacher
+  assert make().initial_statistics() == {}
+  centre = make(target="centering").initial_statistics()["center"]
+  np.testing.assert_array_equal(centre, np.zeros(8))
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(target="sinkhorm"), "Did you mean 'sinkhorn'"),
+    (dict(same_crop="no"), "same_crop"),
+    (dict(koleo_weight=-1.0), "koleo_weight=-1.0; expected at least 0"),
+    (dict(teacher_temp=0.0), "teacher_temp=0.0; expected a number above 0"),
+    (dict(chunk=3), "chunk=3; expected a divisor of prototypes=8, or None"),
+    (dict(teacher_temp_warmup_percent=130), "expected 0 to 100"),
+    (dict(center_momentum=1.0), "at least 0 and below 1"),
+    (dict(iterations=0), "iterations=0; expected at least 1"),
+    (dict(prototypes=1), "prototypes=1; expected at least 2"),
+    (dict(koleo_wieght=1.0), "Did you mean 'koleo_weight'"),
+  ],
+  ids=lambda x: "" if isinstance(x, str) else str(x),
+)
+def test_settings_that_can_not_be_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    make(**options)

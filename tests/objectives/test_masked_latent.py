@@ -1,0 +1,336 @@
+"""iBOT against NumPy in float64, its edges, on meshes, and in a train step."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import prototype_samples as samples
+import pytest
+
+from mtv_jax import gradients, sharding, trees, views
+from mtv_jax import recipe as recipe_lib
+from mtv_jax import step as step_lib
+from mtv_jax.models.model import ModelSpec
+from mtv_jax.objectives import build_objective, masked_latent
+
+SMALL = dict(
+  prototypes=8,
+  hidden=6,
+  bottleneck=4,
+  chunk=None,
+  student_temp=0.5,
+  teacher_temp=0.4,
+)
+
+
+def make(**options):
+  return build_objective("masked_latent", {**SMALL, **options})
+
+
+def make_evidence(counts, patches=4, seed=0):
+  """Crops with so many masked patches each: counts [rows, crops]."""
+  rng = np.random.default_rng(seed)
+  counts = np.asarray(counts)
+
+  def unit():
+    x = samples.unit(rng.normal(size=(*counts.shape, patches, 4)))
+    return jnp.asarray(x, jnp.float32)
+
+  return masked_latent.Evidence(
+    teacher=unit(),
+    student=unit(),
+    valid=jnp.asarray(np.arange(patches) < counts[..., None]),
+    masked=jnp.asarray(counts > 0),
+  )
+
+
+def reference(objective, params, evidence, *, center=None):
+  """A mean over masked patches, then over all crops: loops over both."""
+  valid = np.asarray(evidence.valid)
+  teacher, student = (
+    np.float64(x) @ samples.prototypes_of(objective, params, side)
+    for x, side in (
+      (evidence.teacher, "teacher"),
+      (evidence.student, "student"),
+    )
+  )
+  if not valid.any():
+    return 0.0
+  q = np.zeros_like(teacher)
+  if center is None:
+    q[valid] = samples.sinkhorn(teacher[valid] / 0.4)
+  else:
+    q = np.exp(samples.log_softmax((teacher - center) / 0.4))
+  p = samples.log_softmax(student / 0.5)
+  total = 0.0
+  for crop in np.ndindex(*valid.shape[:2]):
+    losses = [
+      -(q[crop][i] * p[crop][i]).sum() for i in np.flatnonzero(valid[crop])
+    ]
+    total += np.mean(losses) if losses else 0.0
+  return total / valid[..., 0].size
+
+
+COUNTS = {
+  "half the crops": [[3, 0], [0, 2], [4, 1]],
+  "all of them": [[4], [4], [4], [4]],
+  "one patch": [[0], [1], [0]],
+  "batch of one": [[3]],
+  "none": [[0], [0]],
+}
+
+
+@pytest.mark.parametrize("target", ["sinkhorn", "centering"])
+@pytest.mark.parametrize("case", COUNTS)
+def test_loss_and_gradient_equal_numpy(case, target):
+  objective = make(target=target, chunk=None if target == "sinkhorn" else 2)
+  evidence, params = make_evidence(COUNTS[case]), samples.params_of(objective)
+  value, (report, statistics), gradients = samples.loss_and_gradients(
+    objective, params, evidence, samples.context_of(objective)
+  )
+  center = None if target == "sinkhorn" else np.zeros(8)
+
+  def loss(student):
+    changed = evidence.replace(student=student)
+    return reference(objective, params, changed, center=center)
+
+  np.testing.assert_allclose(value, loss(evidence.student), rtol=1e-5)
+  np.testing.assert_array_equal(gradients[0], 0.0)
+  expected = samples.numeric_gradient(loss, evidence.student)
+  np.testing.assert_allclose(gradients[1], expected, rtol=1e-4, atol=1e-6)
+  assert all(np.isfinite(x).all() for x in gradients)
+
+  valid = np.asarray(evidence.valid)
+  np.testing.assert_allclose(report["labelled"], valid.any(-1).mean())
+  if not valid.any():
+    assert all(report[k] == 0 for k in report if k != "teacher_temp")
+  else:
+    assert 0 < report["prototypes_used"] <= 1
+  if target == "centering":
+    matrix = samples.prototypes_of(objective, params, "teacher")
+    rows = np.float64(evidence.teacher)[valid] @ matrix
+    mean = rows.mean(0) if len(rows) else np.zeros(8)
+    np.testing.assert_allclose(
+      statistics["center"], 0.1 * mean, rtol=1e-5, atol=1e-8
+    )
+
+
+def test_a_crop_counts_the_same_however_much_of_it_is_hidden():
+  weights = masked_latent.patch_weights(
+    jnp.array([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+  )
+  np.testing.assert_allclose(weights.sum(-1), [1, 1, 0])
+  np.testing.assert_allclose(weights[0], 0.25)
+
+
+@pytest.mark.parametrize("shape", samples.MESHES, ids=str)
+@pytest.mark.parametrize("target", ["sinkhorn", "centering"])
+def test_sharded_equals_single_device(target, shape):
+  objective = make(target=target, chunk=2 if shape[2] > 1 else None)
+  # The first devices have no masked patch at all.
+  counts = np.random.default_rng(0).integers(0, 5, size=(16, 2))
+  counts[:4] = 0
+  samples.assert_same_on_meshes(
+    objective,
+    samples.params_of(objective),
+    make_evidence(counts),
+    samples.context_of(objective),
+    shape,
+  )
+
+
+# ---------------------------------------------------------------------------
+# From encodings to evidence.
+
+
+def made_evidence(objective, mask):
+  """Evidence of patches whose vectors tell their place."""
+  rows, crops, patches = (1, 1, 4) if mask is None else mask.shape
+  # One direction a patch, so that the head keeps them apart.
+  x = jnp.broadcast_to(jnp.eye(patches, 5), (rows, crops, patches, 5))
+  output = type("Output", (), {"patches": x})
+  made = views.Made(images=None, box=None, flipped=None, mask=mask)
+  heads = samples.bound(objective, samples.params_of(objective))
+  encodings = dict.fromkeys(objective.needs().encodings, output)
+  evidence = objective.evidence(encodings, heads, {"views": {"global": made}})
+  return evidence, heads
+
+
+def test_evidence_is_of_the_masked_patches_of_both_sides():
+  mask = np.zeros((2, 1, 5), bool)
+  mask[0, 0, [1, 3]] = mask[1, 0, 4] = True
+  evidence, heads = made_evidence(make(), jnp.asarray(mask))
+  valid = np.asarray(evidence.valid)
+  assert valid.sum() == 3
+  for vectors, side in (
+    (evidence.student, "student"),
+    (evidence.teacher, "teacher"),
+  ):
+    expected = heads["ibot", side](jnp.eye(5))[jnp.array([1, 3, 4])]
+    np.testing.assert_allclose(vectors[valid], expected, rtol=1e-5)
+  np.testing.assert_array_equal(evidence.masked, [[True], [True]])
+
+
+def test_all_patches_have_a_target_if_asked_for():
+  mask = jnp.zeros((2, 1, 5), bool).at[0, 0, 2].set(True)
+  evidence, heads = made_evidence(make(patches="all", head="dino"), mask)
+  assert evidence.valid.all() and evidence.valid.shape == (2, 1, 5)
+  np.testing.assert_array_equal(evidence.masked, [[True], [False]])
+  expected = heads["dino"](jnp.eye(5))
+  np.testing.assert_allclose(evidence.student[1, 0], expected, rtol=1e-5)
+
+
+def test_what_is_gathered_has_the_views_bound():
+  spec = ModelSpec.from_config(dict(variant="mu/8", image_size=32))
+  ops = "crop(32, 0.4, 1.0)|blocks(0.1, 0.25, 0.5, patch=8)"
+  seen = views.build_views({"global": dict(count=2, ops=ops)})
+  objective = make().resolve(spec, seen)
+  assert objective.max_masked == 4
+  mask = jnp.zeros((2, 1, 16), bool).at[:, :, jnp.array([0, 7, 15])].set(True)
+  bounded, _ = made_evidence(objective, mask)
+  whole, _ = made_evidence(make(), mask)
+  assert bounded.student.shape == (2, 1, 4, 4)
+  assert whole.student.shape == (2, 1, 16, 4)
+  for x, y in ((bounded.student, whole.student), (bounded.valid, whole.valid)):
+    np.testing.assert_allclose(x, y[:, :, :4], rtol=1e-5)
+  assert whole.valid[:, :, 4:].sum() == 0
+  assert make().resolve(spec, {}).max_masked is None
+
+
+def test_a_view_that_does_not_fit_is_refused():
+  spec = ModelSpec.from_config(dict(variant="mu/8", image_size=32))
+
+  def resolve(ops, **options):
+    seen = views.build_views({"global": dict(ops=ops)})
+    return make(**options).resolve(spec, seen)
+
+  with pytest.raises(ValueError, match="'global' hides no patches.*blocks"):
+    resolve("resize(32)")
+  with pytest.raises(ValueError, match="16 pixels, the model's are 8"):
+    resolve("resize(32)|blocks(0.25, 0.5)")
+  with pytest.raises(ValueError, match="hides up to 8. Leave it out"):
+    resolve("resize(32)|blocks(0.25, 0.5, patch=8)", max_masked=3)
+  with pytest.raises(ValueError, match="'global' hides no patches.*blocks"):
+    made_evidence(make(), None)
+  with pytest.raises(ValueError, match="Did you mean 'masked'"):
+    make(patches="maskd")
+
+
+# ---------------------------------------------------------------------------
+# Both objectives in a train step.
+
+
+GLOBAL = "crop(16, 0.4, 1.0)|flip|blocks(0.25, 0.5, 0.5, patch=8)"
+VIEWS = views.build_views(
+  {
+    "global": dict(count=2, ops=GLOBAL),
+    "local": dict(count=3, ops="crop(8, 0.05, 0.4)|flip"),
+  }
+)
+
+
+def make_recipe(**options):
+  spec = ModelSpec.from_config(
+    dict(variant="mu/8", image_size=16, mask_token=True)
+  )
+  shape = dict(prototypes=16, hidden=32, bottleneck=8)
+  entries = {"distillation": shape, "masked_latent": {**shape, **options}}
+  return recipe_lib.Recipe(
+    spec=spec,
+    dtype="float32",
+    objectives={
+      name: build_objective(name, entry).resolve(spec, VIEWS)
+      for name, entry in entries.items()
+    },
+    weights={
+      "distillation": recipe_lib.Weight(1.0),
+      "masked_latent": recipe_lib.Weight(0.5),
+    },
+    views=VIEWS,
+    seed=0,
+    total_steps=1000,
+    teacher_momentum=0.5,
+  )
+
+
+def make_batch(rows=8):
+  rng = np.random.default_rng(0)
+  return {
+    "image": rng.integers(0, 256, (rows, 24, 24, 3), dtype=np.uint8),
+    "image_size": np.full((rows, 2), 24, np.int32),
+  }
+
+
+@functools.cache
+def make_params():
+  init = functools.partial(recipe_lib.init_params, make_recipe())
+  return jax.jit(init)(jax.random.key(0))
+
+
+def by_name(tree):
+  return dict(trees.flatten_names(jax.device_get(tree)))
+
+
+def test_both_read_the_same_encodings_and_the_teacher_follows():
+  recipe = make_recipe()
+  assert [str(e) for e in recipe.plan] == [
+    "image(global, student)",
+    "image(global, teacher)",
+    "image(local, student)",
+  ]
+  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
+  program = step_lib.make_program(recipe, optax.adam(1e-3), mesh)
+  state = program.init(make_params())
+  batch = sharding.place_batch(make_batch(), mesh)
+  start = by_name(state.params)
+  assert set(state.teacher["heads"]) == {"dino", "ibot"}
+  reports, history = [], []
+  for _ in range(12):
+    state, metrics = program.update(state, batch)
+    reports.append(jax.device_get(metrics))
+    history.append((by_name(state.params), by_name(state.teacher)))
+  for name in ("distillation", "masked_latent"):
+    for key in ("loss", "teacher_entropy", "prototypes_used", "kl"):
+      assert np.isfinite([r[f"{name}/{key}"] for r in reports]).all()
+    # Assignments start spread out.
+    assert reports[0][f"{name}/mean_entropy"] > 0.9 * np.log(16)
+  assert 0 < reports[0]["masked_latent/labelled"] < 1
+
+  # The last layer is frozen for the first 10 of 1000 steps, and then moves.
+  for name, before in start.items():
+    frozen = "last_layer" in name
+    assert (history[9][0][name] == before).all() == frozen, name
+    assert (history[11][0][name] != before).any(), name
+  (student, teacher), (_, previous) = history[11], history[10]
+  for name, value in teacher.items():
+    expected = 0.5 * previous[name] + 0.5 * student[name]
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_step_is_the_same_on_a_mesh_and_in_parts(accumulate):
+  recipe = dataclasses.replace(make_recipe(), accumulate=accumulate)
+
+  def gradients_on(recipe, mesh):
+    program = step_lib.make_program(recipe, optax.sgd(1.0), mesh)
+    state = program.init(make_params())
+    batch = sharding.place_batch(make_batch(16), mesh)
+    compute = jax.jit(lambda *args: gradients.compute(recipe, *args)[1])
+    return by_name(compute(state, batch))
+
+  alone = sharding.make_mesh(dict(data=1), jax.devices()[:1])
+  expected = gradients_on(make_recipe(), alone)
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  for name, found in gradients_on(recipe, mesh).items():
+    error = np.linalg.norm(found - expected[name])
+    assert error <= 1e-5 * np.linalg.norm(expected[name]) + 1e-8, name
+
+
+def test_a_shared_head_is_one_head():
+  assert set(make_recipe(head="dino").heads) == {"dino"}
+  with pytest.raises(ValueError, match="heads/dino"):
+    _ = make_recipe(head="dino", prototypes=32).heads

@@ -1,0 +1,187 @@
+"""Masked pixels: the loss against NumPy in float64, and what it may see."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtv_jax import views
+from mtv_jax.config import ConfigError
+from mtv_jax.models.model import ModelSpec
+from mtv_jax.models.vit import ImageOutput
+from mtv_jax.objectives import base, build_objective, masked_pixels
+
+
+def numpy_patches(image, patch):
+  """Patches row by row, each (y, x, channel)."""
+  side = len(image) // patch
+  cut = [
+    image[y * patch : (y + 1) * patch, x * patch : (x + 1) * patch].ravel()
+    for y in range(side)
+    for x in range(side)
+  ]
+  return np.stack(cut).astype(np.float64)
+
+
+def numpy_normalised(patches):
+  mean = patches.mean(-1, keepdims=True)
+  return (patches - mean) / np.sqrt(patches.var(-1, ddof=1)[..., None] + 1e-6)
+
+
+def numpy_error(predicted, target, hidden):
+  errors = [
+    ((p - t) ** 2).mean() for p, t in zip(predicted, target, strict=True)
+  ]
+  return sum(e for e, h in zip(errors, hidden, strict=True) if h)
+
+
+@pytest.mark.parametrize(
+  "hidden",
+  [[1, 0, 1, 1, 0], [1] * 5, [0] * 5, [0, 0, 1, 0, 0]],
+  ids=["some", "all", "none", "one"],
+)
+def test_error_and_gradient_equal_numpy(hidden):
+  rng = np.random.default_rng(0)
+  predicted, target = rng.normal(size=(2, 1, 5, 12))
+  hidden = np.array([hidden], bool)
+
+  def mean(p):
+    error, count = masked_pixels.patch_errors(
+      p, jnp.asarray(target, jnp.float32), jnp.asarray(hidden)
+    )
+    return base.Mean(error.sum(), count.sum()).value()
+
+  value, grad = jax.value_and_grad(mean)(jnp.asarray(predicted, jnp.float32))
+  count = max(hidden.sum(), 1)
+  expected = numpy_error(predicted[0], target[0], hidden[0]) / count
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  slope = 2 * (predicted - target) * hidden[..., None] / (12 * count)
+  np.testing.assert_allclose(grad, slope, rtol=1e-5, atol=1e-9)
+
+
+def test_targets_have_no_mean_and_unit_variance():
+  rng = np.random.default_rng(1)
+  pixels = rng.normal(size=(3, 48)) * [[1.0], [0.01], [0.0]] + 0.5
+  found = masked_pixels.normalize_patches(jnp.asarray(pixels, jnp.float32))
+  # The last patch is flat: float32 leaves it nothing but zeros.
+  np.testing.assert_allclose(
+    found, numpy_normalised(pixels), rtol=1e-4, atol=1e-5
+  )
+  np.testing.assert_allclose(found[0].var(ddof=1), 1.0, rtol=1e-3)
+  assert not np.asarray(found[2]).any()
+
+
+SPEC = ModelSpec.from_config(
+  dict(variant="mu/8", image_size=32, pool="cls", registers=1)
+)
+SMALL = dict(decoder_width=16, decoder_depth=1, decoder_heads=2)
+
+
+def _resolved(ops="resize(32)|keep(0.25, patch=8)", **options):
+  return build_objective("masked_pixels", dict(SMALL, **options)).resolve(
+    SPEC, views.build_views({"mae": dict(ops=ops)})
+  )
+
+
+@pytest.fixture(scope="module")
+def parts():
+  objective = _resolved()
+  head = objective.heads()["mae_decoder"]
+  *arrays, grid = head.example(SPEC)
+  arrays = [jnp.zeros(x.shape, x.dtype) for x in arrays]
+  params = jax.jit(head.module.init, static_argnums=4)(
+    jax.random.key(0), *arrays, grid
+  )
+  return objective, {"mae_decoder": params["params"]}
+
+
+def _inputs(seed=0):
+  rng = np.random.default_rng(seed)
+  keep = [[rng.permutation(16)[:4] for _ in range(2)] for _ in range(3)]
+  made = views.Made(
+    images=jnp.asarray(rng.uniform(-1, 1, (3, 2, 32, 32, 3)), jnp.float32),
+    box=None,
+    flipped=None,
+    keep=jnp.asarray(np.sort(keep), jnp.int32),
+  )
+  output = ImageOutput(
+    patches=jnp.asarray(rng.normal(size=(3, 2, 4, 64)), jnp.float32),
+    prefix=jnp.asarray(rng.normal(size=(3, 2, 2, 64)), jnp.float32),
+    pooled=jnp.zeros((3, 2, 64)),
+    taps={},
+  )
+  return made, output
+
+
+def _evidence(objective, params, made, output):
+  return objective.evidence(
+    {base.Encoding("image", "mae"): output},
+    base.BoundHeads(objective.heads(), params),
+    {"views": {"mae": made}},
+  )
+
+
+@pytest.mark.parametrize("norm_pixels", [True, False])
+def test_evidence_and_loss_are_the_formula_s(parts, norm_pixels):
+  objective, params = parts
+  objective = dataclasses.replace(objective, norm_pixels=norm_pixels)
+  made, output = _inputs()
+  heads = base.BoundHeads(objective.heads(), params)
+  found = _evidence(objective, params, made, output)
+  expected = np.zeros(3)
+  for i in range(3):
+    for j in range(2):
+      target = numpy_patches(np.asarray(made.images[i, j]), 8)
+      if norm_pixels:
+        target = numpy_normalised(target)
+      args = (x[i : i + 1, j] for x in (output.patches, output.prefix))
+      keep = made.keep[i : i + 1, j]
+      predicted = heads["mae_decoder"](*args, keep, (4, 4))[0]
+      hidden = ~np.isin(np.arange(16), keep[0])
+      expected[i] += numpy_error(np.float64(predicted), target, hidden)
+  np.testing.assert_allclose(found.error, expected, rtol=1e-5)
+  np.testing.assert_array_equal(found.hidden, [24, 24, 24])
+  terms = objective.loss(found, heads, base.Context(0, 1, {}))
+  value = terms.loss.value()
+  np.testing.assert_allclose(value, expected.sum() / 72, rtol=1e-5)
+  np.testing.assert_allclose(terms.report["hidden"].value(), 0.75)
+
+
+def test_pixels_that_the_encoder_saw_are_no_target(parts):
+  made, output = _inputs()
+  before = _evidence(*parts, made, output)
+  seen = np.asarray(made.images).copy()
+  for i, j, n in np.ndindex(3, 2, 4):
+    y, x = divmod(int(made.keep[i, j, n]), 4)
+    seen[i, j, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8] *= -3
+  after = _evidence(
+    *parts, dataclasses.replace(made, images=jnp.asarray(seen)), output
+  )
+  np.testing.assert_array_equal(after.error, before.error)
+
+
+def test_what_can_not_be_is_refused(parts):
+  made, output = _inputs()
+  with pytest.raises(ConfigError, match=r"keep\(0.25\)"):
+    _evidence(*parts, dataclasses.replace(made, keep=None), output)
+  with pytest.raises(ConfigError, match=r"keep\(0.25\)"):
+    _resolved(ops="resize(32)")
+  with pytest.raises(ConfigError, match="keeps all 16 patches"):
+    _resolved(ops="resize(32)|keep(1.0, patch=8)")
+  with pytest.raises(ConfigError, match="patch=8"):
+    _resolved(ops="resize(32)|keep(0.25, patch=16)")
+  with pytest.raises(ConfigError, match="the model's is 8"):
+    _resolved(patch=14)
+  with pytest.raises(ConfigError, match="decoder_heads"):
+    build_objective("masked_pixels", dict(decoder_heads=7))
+  with pytest.raises(ConfigError, match="give patch=16"):
+    build_objective("masked_pixels", {}).heads()
+
+
+def test_the_default_decoder_is_the_paper_s():
+  objective = build_objective("masked_pixels", dict(patch=16))
+  module = objective.heads()["mae_decoder"].module
+  assert (module.width, module.depth, module.heads) == (512, 8, 16)
+  assert module.outputs == 768

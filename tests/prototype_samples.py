@@ -1,0 +1,130 @@
+"""References in float64 and samples for the tests of prototype objectives."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mtv_jax import sharding
+from mtv_jax.objectives import base
+
+MESHES = [(8, 1, 1), (2, 2, 2)]
+
+
+def log_softmax(x):
+  x = x - x.max(-1, keepdims=True)
+  return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def sinkhorn(logits, iterations=3):
+  """SwAV's Algorithm 1, line by line: [n, k] logits over temperature."""
+  q = np.exp(np.float64(logits)).T
+  k, n = q.shape
+  q /= q.sum()
+  for _ in range(iterations):
+    q /= q.sum(1, keepdims=True)
+    q /= k
+    q /= q.sum(0, keepdims=True)
+    q /= n
+  return (q * n).T
+
+
+def koleo(x):
+  x = x / np.linalg.norm(x, axis=1, keepdims=True)
+  total = 0.0
+  for i in range(len(x)):
+    gaps = [np.linalg.norm(x[i] - x[j]) for j in range(len(x)) if j != i]
+    total -= np.log(min(gaps) + 1e-8)
+  return total / len(x)
+
+
+def numeric_gradient(function, x, step=1e-5):
+  x = np.array(x, np.float64)
+  gradient = np.zeros_like(x)
+  for index in np.ndindex(*x.shape):
+    up, down = x.copy(), x.copy()
+    up[index] += step
+    down[index] -= step
+    gradient[index] = (function(up) - function(down)) / (2 * step)
+  return gradient
+
+
+def unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def params_of(objective, channels=5, seed=0):
+  """Random parameters of its head: {'student': ..., 'teacher': ...}."""
+  spec = types.SimpleNamespace(
+    image=types.SimpleNamespace(embed_dim=channels, width=channels)
+  )
+  ((name, head),) = objective.heads().items()
+  example = [jnp.zeros(x.shape, x.dtype) for x in head.example(spec)]
+  params = {}
+  for i, side in enumerate(("student", "teacher")):
+    key = jax.random.key(seed + i)
+    params[side] = {name: head.module.init(key, *example)["params"]}
+  return params
+
+
+def bound(objective, params):
+  return base.BoundHeads(
+    objective.heads(), params["student"], params["teacher"]
+  )
+
+
+def prototypes_of(objective, params, side):
+  """The last layer in float64, from the parameters alone."""
+  layer = params[side][objective.head]["last_layer"]
+  kernel = np.float64(layer["kernel"])
+  return kernel / np.linalg.norm(kernel, axis=0) * np.float64(layer["scale"])
+
+
+def context_of(objective, step=500, total_steps=1000):
+  return base.Context(step, total_steps, objective.initial_statistics())
+
+
+def loss_and_gradients(objective, params, evidence, context, mesh=None):
+  """Value, report and gradients to the evidence and the student's head."""
+
+  def loss(evidence, student):
+    heads = bound(objective, {**params, "student": student})
+    terms = objective.loss(evidence, heads, context)
+    report = {name: mean.value() for name, mean in terms.report.items()}
+    return terms.loss.value(), (report, terms.statistics)
+
+  student = params["student"]
+  if mesh is not None:
+    evidence = jax.device_put(evidence, NamedSharding(mesh, sharding.BATCH))
+    student = jax.device_put(student, NamedSharding(mesh, PartitionSpec()))
+    # As tensor parallelism would have it: each device some prototypes.
+    last = student[objective.head]["last_layer"]
+    last["kernel"] = jax.device_put(
+      last["kernel"], NamedSharding(mesh, PartitionSpec(None, "tensor"))
+    )
+  compute = jax.value_and_grad(
+    loss, argnums=(0, 1), has_aux=True, allow_int=True
+  )
+  (value, aux), gradients = jax.jit(compute)(evidence, student)
+  floats = [
+    x for x in jax.tree.leaves(gradients) if x.dtype != jax.dtypes.float0
+  ]
+  return jax.device_get((value, aux, floats))
+
+
+def assert_same_on_meshes(objective, params, evidence, context, shape):
+  """Sharded over 8 devices as on one: value, report, gradients."""
+  mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
+  one = loss_and_gradients(objective, params, evidence, context)
+  all_ = loss_and_gradients(objective, params, evidence, context, mesh)
+  np.testing.assert_allclose(all_[0], one[0], rtol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    all_[1],
+    one[1],
+  )
+  assert len(one[2]) > 3
+  for a, b in zip(all_[2], one[2], strict=True):
+    assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-8
