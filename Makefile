@@ -31,8 +31,8 @@ quickstart: $(VENV)/.base
 	@echo
 	@echo "Trained, evaluated and exported:"
 	@echo "  $(RUN)/config.json      the resolved config"
-	@echo "  $(RUN)/metrics.jsonl    losses and evaluations by step"
-	@echo "  $(RUN)/tensorboard      the same for TensorBoard"
+	@echo "  $(RUN)/metrics.jsonl    losses and evaluations by step; beside it"
+	@echo "                          the same for TensorBoard"
 	@echo "  $(RUN)/evals            each evaluation with its protocol"
 	@echo "  $(RUN)/checkpoints      to resume: run the same command again"
 	@echo "  $(RUN)/huggingface      opens with transformers' AutoModel"

@@ -3,9 +3,9 @@
 Make tars of the photos, then train on the first caption of each:
 
   python tools/make_shards.py annotations/captions_train2017.json \
-    --images=train2017 --output=/tmp/coco
-  python -m mtv_jax.main --workdir=runs/coco --config=configs/coco_photos.py:\
-path=/tmp/coco/*.tar,tokenizer=spiece.model
+    --images=train2017 --output=data/coco
+  python -m mtv_jax.main --workdir=runs/coco \
+    --config=configs/coco_photos.py:path='data/coco/*.tar',tokenizer=X.model
 
 Hardware, time and result: docs/results.md. Retrieval is measured on the
 training photos on purpose: an encoder that can't find the caption of a photo it
@@ -21,10 +21,10 @@ def get_config(arg=None):
   arg = parse_arg(
     arg,
     tiny=False,
-    path="/tmp/coco/*.tar",
+    path="data/coco/*.tar",
     tokenizer="bytes",
     batch=128,
-    steps=400,
+    steps=200,
     size=96,
   )
   size = 32 if arg.tiny else arg.size

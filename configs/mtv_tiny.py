@@ -35,7 +35,7 @@ def get_config(arg=None):
     ),
   )
   config.objectives = dict(
-    # At batch 128, a bias of -10 would take the first hundred steps to undo.
+    # Near log(1/128), where the pairs of a batch balance.
     contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=-4.0)
   )
   config.optim = dict(

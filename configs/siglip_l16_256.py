@@ -6,28 +6,30 @@ Command, on every host of a TPU pod:
     --config.data.train[0].path='/data/web/{00000..09999}.tar' \
     --workdir=/data/runs/siglip_l16 --distributed
 
-Hardware and time: batch 32,768 on a pod of 128 chips or more; see docs/pods.md
-for what was measured. Not trained to the end by us.
+Hardware and time: batch 32,768 is meant for a pod of 128 chips or more. Not
+trained to the end by us, so no time is given.
 
 Expected: the published SigLIP L/16-256 reaches 80.5 % zero-shot on ImageNet
-after 10 billion pairs of WebLI (Zhai et al. 2023).
+after 10 billion pairs (MTV, Table 5).
 
 `:tiny` trains the same recipe, shrunk, on the built-in scenes in a minute on a
 laptop's CPU.
 """
 
-from configs import siglip_b16_224
-from mtv_jax.config import parse_arg
+import pathlib
+
+from mtv_jax import config as config_lib
+
+BASE = pathlib.Path(__file__).with_name("siglip_b16_224.py")
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, tiny=False, batch=0, tokenizer="bytes")
-  config = siglip_b16_224.get_config(
-    f"res=256,variant=L,tiny={arg.tiny},batch={arg.batch},"
+  arg = config_lib.parse_arg(arg, tiny=False, batch=0, tokenizer="bytes")
+  config = config_lib.read(
+    f"{BASE}:res=256,variant=L,tiny={arg.tiny},batch={arg.batch},"
     f"tokenizer={arg.tokenizer}"
   )
   # Parameters and moments of L don't fit a chip whole beside its activations.
   config.mesh.fsdp = 1 if arg.tiny else 8
-  config.mesh.data = -1
   config.model.remat = "none" if arg.tiny else "dots"
   return config

@@ -10,10 +10,11 @@ Only `orbax.checkpoint.CheckpointManager` and the argument classes of
   checkpoints/STEP/timing   the clock of the run, as JSON
 """
 
+import contextlib
 import dataclasses
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,10 @@ _STATE, _TIMING = "state", "timing"
 
 class CheckpointMismatch(ValueError):
   """A checkpoint holds other arrays than the ones asked for."""
+
+
+class CheckpointDamaged(ValueError):
+  """Files of a checkpoint are missing or can't be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +167,7 @@ class Checkpointer:
     Raises:
       FileNotFoundError: no such step.
       CheckpointMismatch: names, shapes or types differ; lists them.
+      CheckpointDamaged: files of it are missing or cut short.
     """
     steps = self.steps()
     if step is None and not steps:
@@ -169,23 +175,24 @@ class Checkpointer:
     step = steps[-1] if step is None else step
     _require_step(self.folder, step, steps)
     flat = _flat(abstract_state)
-    _require_same(
-      _saved(self.folder / str(step) / _STATE), flat, f"{self.folder}/{step}"
-    )
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        **{
-          _STATE: ocp.args.PyTreeRestore(
-            trees.unflatten(flat),
-            restore_args=trees.unflatten(
-              {name: _restore_args(leaf) for name, leaf in flat.items()}
+    with _reading(self.folder, step, steps):
+      saved = _saved(self.folder / str(step) / _STATE)
+    _require_same(saved, flat, f"{self.folder}/{step}")
+    with _reading(self.folder, step, steps):
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          **{
+            _STATE: ocp.args.PyTreeRestore(
+              trees.unflatten(flat),
+              restore_args=trees.unflatten(
+                {name: _restore_args(leaf) for name, leaf in flat.items()}
+              ),
             ),
-          ),
-          _TIMING: ocp.args.JsonRestore(),
-        }
-      ),
-    )
+            _TIMING: ocp.args.JsonRestore(),
+          }
+        ),
+      )
     arrays = _flat(restored[_STATE])
     state = jax.tree.unflatten(
       jax.tree.structure(abstract_state), [arrays[name] for name in flat]
@@ -234,6 +241,24 @@ def _require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
     raise FileNotFoundError(
       f"no checkpoint of step {step} in {folder}. The steps there: {there}."
     )
+
+
+@contextlib.contextmanager
+def _reading(
+  folder: epath.Path, step: int, steps: Sequence[int]
+) -> Iterator[None]:
+  """Turns what the libraries say of lost files into what can be done."""
+  try:
+    yield
+  except (ValueError, OSError, LookupError) as error:
+    earlier = [s for s in steps if s < step]
+    instead = "There is no earlier one."
+    if earlier:
+      instead = f"Move it away to go on from step {max(earlier)}."
+    raise CheckpointDamaged(
+      f"{folder}/{step} can't be read: files in it are missing or damaged."
+      f" {instead} The reader said: {type(error).__name__}: {str(error)[:300]}"
+    ) from error
 
 
 def _require_same(
@@ -296,6 +321,7 @@ def load_tree(
 
   Raises:
     FileNotFoundError: no checkpoint there.
+    CheckpointDamaged: files of it are missing or cut short.
     ValueError: the checkpoint has no such part; names the parts.
   """
   folder = epath.Path(folder).absolute()
@@ -309,7 +335,8 @@ def load_tree(
   step = max(steps) if step is None else step
   _require_step(folder, step, steps)
   item = folder / str(step) / _STATE
-  saved = _saved(item)
+  with _reading(folder, step, steps):
+    saved = _saved(item)
   flat = {n: m for n, m in saved.items() if f"{n}/".startswith(f"{part}/")}
   if not flat:
     raise ValueError(
@@ -318,16 +345,17 @@ def load_tree(
     )
   as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
   # The bare handler has no barriers: one process of many may read alone.
-  restored = ocp.PyTreeCheckpointHandler().restore(
-    item,
-    args=ocp.args.PyTreeRestore(
-      trees.unflatten(
-        {n: jax.ShapeDtypeStruct(m.shape, m.dtype) for n, m in flat.items()}
+  with _reading(folder, step, steps):
+    restored = ocp.PyTreeCheckpointHandler().restore(
+      item,
+      args=ocp.args.PyTreeRestore(
+        trees.unflatten(
+          {n: jax.ShapeDtypeStruct(m.shape, m.dtype) for n, m in flat.items()}
+        ),
+        restore_args=trees.unflatten(dict.fromkeys(flat, as_numpy)),
+        partial_restore=True,
       ),
-      restore_args=trees.unflatten(dict.fromkeys(flat, as_numpy)),
-      partial_restore=True,
-    ),
-  )
+    )
   for name in part.split("/"):
     restored = restored[name]
   return restored

@@ -5,10 +5,11 @@ Nothing here imports JAX, so data workers and command lines may use it freely.
 
 import ast
 import dataclasses
+import math
 import os
 import runpy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
@@ -53,6 +54,7 @@ class Duration:
 
   default: int | type | None
   units: tuple[str, ...] = UNITS
+  zero: Literal["allowed", "refused"] = "allowed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Open:
 SCHEMA = {
   "seed": 0,
   "batch_size": int,  # Examples a step, over all hosts.
-  "total": Duration(int, UNITS[:3]),
+  "total": Duration(int, UNITS[:3], zero="refused"),
   "data": {
     # Sources: dict(type, weight=1.0, and what the source takes).
     "train": list,
@@ -149,13 +151,37 @@ SCHEMA = {
   ),
   "evals": Entries({"type": str, "every": Duration(None)}),
   "checkpoint": {
-    "every": Duration(1000),
+    "every": Duration(1000, zero="refused"),
     "keep": 2,
     "keep_every": Maybe(int),
   },
   # gradients: how often each objective's gradient norm is measured.
-  "log": {"every": Duration(50), "gradients": Duration(None)},
+  "log": {
+    "every": Duration(50, zero="refused"),
+    "gradients": Duration(None),
+  },
 }
+
+
+# What numbers can be, where they are given: from the least to the most.
+_RANGES = (
+  ("seed", 0, math.inf),
+  ("batch_size", 1, math.inf),
+  ("accumulate", 1, math.inf),
+  ("data.max_corrupt", 0, 1),
+  ("optim.lr", 0, math.inf),
+  ("optim.weight_decay", 0, math.inf),
+  ("optim.b1", 0, 1),
+  ("optim.b2", 0, 1),
+  ("optim.momentum", 0, 1),
+  ("optim.clip_norm", 0, math.inf),
+  ("schedule.end", 0, 1),
+  ("ema.decay", 0, 1),
+  ("teacher.momentum", 0, 1),
+  ("init.min_coverage", 0, 1),
+  ("checkpoint.keep", 1, math.inf),
+  ("checkpoint.keep_every", 0, math.inf),
+)
 
 
 # ---------------------------------------------------------------------------
@@ -176,16 +202,8 @@ def check(config: Config) -> ConfigDict:
       the key by its whole path.
   """
   resolved = _section("config", SCHEMA, _plain(config))
-  for path, minimum in [
-    ("batch_size", 1),
-    ("accumulate", 1),
-    ("checkpoint.keep", 1),
-  ]:
-    value = resolved
-    for key in path.split("."):
-      value = value[key]
-    if value < 1:
-      raise ConfigError(f"config.{path} is {value}, expected >= 1.")
+  for path, least, most in _RANGES:
+    _require_between(path, least, most, resolved)
   for i, source in enumerate(resolved["data"]["train"]):
     if not isinstance(source, Mapping) or "type" not in source:
       raise ConfigError(
@@ -195,6 +213,19 @@ def check(config: Config) -> ConfigDict:
   if not resolved["data"]["train"]:
     raise ConfigError("config.data.train is empty: no data to train on.")
   return ConfigDict(resolved)
+
+
+def _require_between(
+  path: str, least: int, most: float | int, config: Mapping[str, Any]
+) -> None:
+  """Raises ConfigError where the number at `path` is outside or infinite."""
+  value = config
+  for key in path.split("."):
+    value = None if value is None else value.get(key)
+  if value is None or (least <= value <= most and math.isfinite(value)):
+    return
+  bounds = f"from {least} to {most}" if math.isfinite(most) else f">= {least}"
+  raise ConfigError(f"config.{path} is {value}, expected {bounds}.")
 
 
 def _plain(value: Any) -> Any:
@@ -244,7 +275,10 @@ def _duration(
       f"{path}: give exactly one of {', '.join(keys)}; got {got}."
     )
   for key, value in found.items():
-    _value(f"{path}.{key}", float, value)
+    value = _value(f"{path}.{key}", float, value)
+    if not (value > 0 or (value == 0 and kind.zero == "allowed")):
+      at_least = ">= 0" if kind.zero == "allowed" else "> 0"
+      raise ConfigError(f"{path}.{key} is {value:g}, expected {at_least}.")
   if not found and kind.default is not None:
     found = {f"{name}_steps": kind.default}
   return found

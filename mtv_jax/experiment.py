@@ -75,19 +75,29 @@ class Experiment:
 def build_recipe(config: ConfigDict, total_steps: int) -> recipe_lib.Recipe:
   """What a resolved config says about the step."""
   options = model_lib.runtime(config.model)
+  weights = {
+    name: _weight(name, entry, config.batch_size, total_steps)
+    for name, entry in config.objectives.items()
+  }
+  if weights and not any(weight.active(0) for weight in weights.values()):
+    first = min(weight.start for weight in weights.values())
+    raise config_lib.ConfigError(
+      f"config.objectives: all of them start later, the first at step {first}: "
+      f"there is nothing to train before step {first}."
+    )
+  made = views.build_views(config.views.to_dict())
+  spec = model_lib.ModelSpec.from_config(config.model)
+  objectives = {
+    name: build_objective(name, entry).resolve(spec, made)
+    for name, entry in config.objectives.items()
+  }
   return recipe_lib.Recipe(
-    spec=model_lib.ModelSpec.from_config(config.model),
+    spec=spec,
     dtype=jnp.dtype(options.pop("dtype", "float32")),
     runtime=options,
-    objectives={
-      name: build_objective(name, entry)
-      for name, entry in config.objectives.items()
-    },
-    weights={
-      name: _weight(name, entry, config.batch_size, total_steps)
-      for name, entry in config.objectives.items()
-    },
-    views=views.build_views(config.views.to_dict()),
+    objectives=objectives,
+    weights=weights,
+    views=made,
     seed=config.seed,
     total_steps=total_steps,
     teacher_momentum=config.teacher.momentum,
@@ -126,6 +136,11 @@ def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
     ConfigError: for anything in the config that can't be used.
   """
   config = config_lib.check(config)
+  if "://" in str(workdir):
+    raise config_lib.ConfigError(
+      f"the run's folder is {workdir}; buckets are not written to directly: "
+      "mount it (gcsfuse, for example) and give the folder's path."
+    )
   mesh = sharding.make_mesh(config.mesh)
   if config.batch_size % config.accumulate:
     raise config_lib.ConfigError(
@@ -168,13 +183,33 @@ def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
     total_steps=total_steps,
     optimizer=optimizer,
     program=program,
-    evaluators=evals_lib.build(
-      {
-        name: {k: v for k, v in entry.items() if k != "weights"}
-        for name, entry in config.evals.items()
-      }
-    ),
+    evaluators=_evaluators(config, recipe),
   )
+
+
+def _evaluators(
+  config: ConfigDict, recipe: recipe_lib.Recipe
+) -> dict[str, evals_base.Evaluator]:
+  """The evaluators, their data opened, so that a mistake shows at once."""
+  lacking = {}
+  if recipe.ema_decay is None:
+    lacking["ema"] = "config.ema is not set"
+  if not recipe.has_teacher:
+    lacking["teacher"] = "no objective reads a teacher"
+  entries = {}
+  for name, entry in config.evals.items():
+    weights = entry.get("weights", "student")
+    every = ["student", "teacher", "ema"]
+    if weights in lacking or weights not in every:
+      why = lacking.get(weights) or config_lib.did_you_mean(str(weights), every)
+      raise config_lib.ConfigError(
+        f"config.evals.{name}.weights is {weights!r}: {why}"
+      )
+    entries[name] = {k: v for k, v in entry.items() if k != "weights"}
+  evaluators = evals_lib.build(entries)
+  for evaluator in evaluators.values():
+    evaluator.prepare()
+  return evaluators
 
 
 def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:

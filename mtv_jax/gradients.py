@@ -81,8 +81,9 @@ def losses_of(
   heads = _heads(recipe, params, state)
   total, terms = jnp.zeros(()), {}
   for name, objective in recipe.objectives.items():
+    start = recipe.weights[name].start
     context = base.Context(
-      state.step, recipe.total_steps, state.statistics[name]
+      state.step - start, recipe.total_steps - start, state.statistics[name]
     )
     with jax.named_scope(name):
       terms[name] = objective.loss(evidence[name], heads, context)

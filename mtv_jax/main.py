@@ -12,12 +12,14 @@ a pod, every host runs the same command with `--distributed`.
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
-from mtv_jax import metrics, train
+from mtv_jax import config, endings, metrics, overrides, train
 
-_CONFIG = config_flags.DEFINE_config_file(
+_CONFIG = flags.DEFINE_string(
   "config", None, "The recipe, with its arguments after a colon."
+)
+_SET = flags.DEFINE_multi_string(
+  "set", [], "KEY=VALUE; the same as --config.KEY=VALUE."
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "The run's folder: config, metrics, checkpoints."
@@ -48,16 +50,25 @@ def _join_hosts() -> None:
   jax.distributed.initialize(*given)
 
 
+def _parse(argv):
+  """absl's parser, after what it doesn't know: --config.KEY=VALUE."""
+  with endings.readable_errors("train"):
+    argv = overrides.from_flags(argv)
+  return app.parse_flags_with_usage(argv)
+
+
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(
       f"what is {argv[1:]}? Overrides are written --config.KEY=VALUE."
     )
-  _join_hosts()
-  metrics.setup_logging(process_index=jax.process_index())
-  train.run(_CONFIG.value, _WORKDIR.value)
+  with endings.readable_errors("train"):
+    recipe = overrides.override(config.read(_CONFIG.value), _SET.value)
+    _join_hosts()
+    metrics.setup_logging(process_index=jax.process_index())
+    train.run(recipe, _WORKDIR.value)
 
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  app.run(main, flags_parser=_parse)

@@ -35,6 +35,9 @@ RULES: Rules = (
   (r"mlp/fc2/kernel$", ("tensor", "fsdp")),
   (r"(patch_embed/kernel|token_embedding)$", (None, "fsdp")),
   (r"projection/kernel$", ("fsdp", None)),
+  # Prototypes, of the self-distillation heads.
+  (r"last_layer/kernel$", (None, "tensor")),
+  (r"last_layer/scale$", ("tensor",)),
   (r"", ()),
 )
 

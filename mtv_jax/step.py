@@ -72,7 +72,7 @@ def make_update(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if whole.ema_decay is not None:
-      ema = optim.ema_update(ema, params, whole.ema_decay)
+      ema = optim.ema_update(ema, params, whole.ema_decay, step=state.step)
     metrics = {
       "loss": loss,
       "grad_norm": optax.tree.norm(grads),

@@ -74,33 +74,28 @@ def placed_batches(
 
 
 def evaluate(
-  experiment: Experiment, state: TrainState, step: int, names: list[str]
+  experiment: Experiment, state: TrainState, step: int, name: str
 ) -> dict[str, float]:
-  """Runs evaluations on the current parameters; their figures by name.
+  """Runs an evaluation on the current parameters; its figures by name.
 
-  Each is also written to `evals/NAME_STEP.json` with its protocol.
+  They are also written to `evals/NAME_STEP.json` with their protocol.
   """
-  figures = {}
-  for name in names:
-    entry = experiment.config.evals[name]
-    weights = entry.get("weights", "student")
-    encoder = Encoder(
-      experiment.recipe.spec,
-      state.weights(weights),
-      preprocess_of(experiment.config),
-      experiment.tokenizer,
-      experiment.mesh,
-      dtype=str(experiment.recipe.dtype),
-      weights=weights,
-      source=f"{experiment.workdir.name} at step {step}",
-    )
-    results = evals_lib.evaluate(encoder, {name: experiment.evaluators[name]})
-    for key, value in results[name].metrics.items():
-      figures[f"{name}/{key}"] = value
-    if jax.process_index() == 0:
-      path = experiment.workdir / "evals" / f"{name}_{step}.json"
-      evals_lib.write_json(path, encoder, results)
-  return figures
+  weights = experiment.config.evals[name].get("weights", "student")
+  encoder = Encoder(
+    experiment.recipe.spec,
+    state.weights(weights),
+    preprocess_of(experiment.config),
+    experiment.tokenizer,
+    experiment.mesh,
+    dtype=str(experiment.recipe.dtype),
+    weights=weights,
+    source=f"{experiment.workdir.name} at step {step}",
+  )
+  results = evals_lib.evaluate(encoder, {name: experiment.evaluators[name]})
+  if jax.process_index() == 0:
+    path = experiment.workdir / "evals" / f"{name}_{step}.json"
+    evals_lib.write_json(path, encoder, results)
+  return {f"{name}/{k}": v for k, v in results[name].metrics.items()}
 
 
 def in_order(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,19 +106,19 @@ def in_order(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_finite(step: int, values: Mapping[str, Any]) -> None:
-  """Stops a run whose loss is no number, before it is saved.
+  """Stops a run whose loss or gradient is no number, before it is saved.
 
   Raises:
-    FloatingPointError: names the step and the objectives at fault.
+    FloatingPointError: names the step and the figures at fault.
   """
-  loss = float(values["loss"])
-  if math.isfinite(loss):
+  watched = ("loss", "grad_norm", "update_norm")
+  if all(math.isfinite(float(values[name])) for name in watched):
     return
   bad = [k for k, v in values.items() if not np.isfinite(np.asarray(v))]
   raise FloatingPointError(
-    f"the loss at step {step} is {loss}; not finite: {bad}. The last "
-    "checkpoint is from before it. A lower learning rate, a longer warm-up, "
-    "clipping, or b2=0.95 are what usually helps."
+    f"at step {step} these are not finite: {bad}. The last checkpoint is from "
+    "before it. A lower learning rate, a longer warm-up, clipping, or b2=0.95 "
+    "are what usually helps."
   )
 
 
@@ -222,9 +217,9 @@ def _loop(experiment, state, first, loader, checkpoints, writers, chrono):
       writers.progress(step, in_order(values), chrono.rates(step))
     due = [n for n, every in eval_every.items() if every and step % every == 0]
     due = list(eval_every) if last else due
-    if due:
+    for name in due:
       with chrono.pause():
-        writers.scalars(step, evaluate(experiment, state, step, due))
+        writers.scalars(step, evaluate(experiment, state, step, name))
     if checkpoints.due(step) or last:
       require_finite(step, jax.device_get(values))
       with chrono.pause():

@@ -1,5 +1,6 @@
 """References in float64 and samples for the tests of prototype objectives."""
 
+import functools
 import types
 
 import jax
@@ -61,12 +62,15 @@ def params_of(objective, channels=5, seed=0):
     image=types.SimpleNamespace(embed_dim=channels, width=channels)
   )
   ((name, head),) = objective.heads().items()
-  example = [jnp.zeros(x.shape, x.dtype) for x in head.example(spec)]
-  params = {}
-  for i, side in enumerate(("student", "teacher")):
-    key = jax.random.key(seed + i)
-    params[side] = {name: head.module.init(key, *example)["params"]}
-  return params
+  shapes = jax.eval_shape(
+    head.module.init, jax.random.key(0), *head.example(spec)
+  )["params"]
+  rng = np.random.default_rng(seed)
+  draw = functools.partial(
+    jax.tree.map,
+    lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32),
+  )
+  return {side: {name: draw(shapes)} for side in ("student", "teacher")}
 
 
 def bound(objective, params):
@@ -114,17 +118,19 @@ def loss_and_gradients(objective, params, evidence, context, mesh=None):
   return jax.device_get((value, aux, floats))
 
 
-def assert_same_on_meshes(objective, params, evidence, context, shape):
+def assert_same_on_meshes(objective, params, evidence):
   """Sharded over 8 devices as on one: value, report, gradients."""
-  mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
+  context = context_of(objective)
   one = loss_and_gradients(objective, params, evidence, context)
-  all_ = loss_and_gradients(objective, params, evidence, context, mesh)
-  np.testing.assert_allclose(all_[0], one[0], rtol=1e-5)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    all_[1],
-    one[1],
-  )
   assert len(one[2]) > 3
-  for a, b in zip(all_[2], one[2], strict=True):
-    assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-8
+  for shape in MESHES:
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
+    many = loss_and_gradients(objective, params, evidence, context, mesh)
+    np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      many[1],
+      one[1],
+    )
+    for a, b in zip(many[2], one[2], strict=True):
+      assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-8

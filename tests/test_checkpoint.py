@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtv_jax import checkpoint, trees
-from mtv_jax.checkpoint import Checkpointer, CheckpointMismatch
+from mtv_jax.checkpoint import (
+  CheckpointDamaged,
+  Checkpointer,
+  CheckpointMismatch,
+)
 
 ROOT = pathlib.Path(checkpoint.__file__).parents[1]
 
@@ -361,6 +366,25 @@ def test_two_processes_continue_what_one_wrote_and_back(tmp_path):
 
 
 # --- reading a part ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "lost",
+  [("state/d", "state/ocdbt.process_0"), ("state/_METADATA",), ("state",)],
+)
+def test_lost_files_are_named_with_the_step_before(run, tmp_path, lost):
+  folder, state = tmp_path / "checkpoints", run[1]
+  shutil.copytree(run[0] / "checkpoints", folder)
+  shutil.copytree(folder / "7", folder / "3")
+  for name in lost:
+    path = folder / "7" / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  match = r"checkpoints/7 can't be read.*go on from step 3"
+  with open_(folder) as ckpt, pytest.raises(CheckpointDamaged, match=match):
+    ckpt.restore(abstract(state, mesh(8, 1, 1)))
+  with pytest.raises(CheckpointDamaged, match=match):
+    checkpoint.load_tree(folder)
+  assert checkpoint.load_tree(folder, step=3)
 
 
 def test_load_tree(run):

@@ -9,6 +9,7 @@
 """
 
 import argparse
+from collections.abc import Sequence
 
 import jax
 
@@ -16,7 +17,8 @@ import mtv_jax
 from mtv_jax.evals import run
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command line; errors end the program with their message."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -47,6 +49,15 @@ def main(argv=None):
 
   if args.distributed:
     jax.distributed.initialize()
+  try:
+    evaluate(args)
+  except (ValueError, OSError, ImportError) as error:
+    notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+    raise SystemExit(f"evaluate: {error}{notes}") from error
+
+
+def evaluate(args: argparse.Namespace) -> None:
+  """Loads, evaluates, prints and writes."""
   options = ("images", "prompts", "classes", "split", "count", "batch_size")
   evals = run.configs(
     args.evals.split(","),

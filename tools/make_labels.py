@@ -27,6 +27,7 @@ from mtv_jax.data.sources import ArrayRecordSource, WebDatasetSource
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line; 0 where it did what it was asked to."""
   args = _parser().parse_args(argv)
   try:
     # Pictures alone: a set made for all of them also fits a source that

@@ -7,11 +7,13 @@ exactly those of the published ones.
 """
 
 import argparse
+from collections.abc import Sequence
 
 from mtv_jax.evals import prompts
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command line."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

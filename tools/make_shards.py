@@ -18,6 +18,7 @@ from mtv_jax.data import listings, shards
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line; 0 where it did what it was asked to."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

@@ -6,13 +6,15 @@ python tools/show_scenes.py --out=tiles.png --count=64 --view=images --size=96
 
 import argparse
 import pathlib
+from collections.abc import Sequence
 
 from PIL import Image
 
 from mtv_jax import plots
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command line."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

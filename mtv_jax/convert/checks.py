@@ -57,8 +57,9 @@ _CAUSES = (
     "The weights are quantised: save them in float32, float16 or bfloat16.",
   ),
   (
-    r"weights_in|weights_out|gate_proj",
-    "The MLP is a SwiGLU (as in DINOv2 giant), which our ViT does not have.",
+    r"weights_in|weights_out",
+    "The MLP is a SwiGLU (as in DINOv2 giant), and the config does not say so: "
+    "set use_swiglu_ffn in it.",
   ),
   (r"classifier|^head/", "The file ends in a classifier's head."),
 )

@@ -91,8 +91,10 @@ def read(
 
 def _coco(path: Path, root: Path) -> list[Example]:
   """COCO's caption annotations; images and captions in the file's order."""
-  with path.open(encoding="utf-8") as file:
-    content = json.load(file)
+  try:
+    content = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from error
   if not isinstance(content, Mapping) or not (
     {"images", "annotations"} <= set(content)
   ):
@@ -101,16 +103,17 @@ def _coco(path: Path, root: Path) -> list[Example]:
       f"{path} is no COCO file: it needs 'images' and 'annotations', it has"
       f" {there}."
     )
-  captions: dict[int, list[str]] = {}
-  for annotation in content["annotations"]:
-    if "caption" not in annotation:
-      raise ValueError(
-        f"{path} has annotations without 'caption' ({sorted(annotation)});"
-        " give captions_*.json, not instances_*.json."
-      )
-    captions.setdefault(annotation["image_id"], []).append(
-      annotation["caption"]
+  hint = "give captions_*.json, not instances_*.json"
+  captions: dict[Any, list[str]] = {}
+  for entry in _entries(
+    path, content, "annotations", ("image_id", "caption"), hint
+  ):
+    # A caption that is no text counts as none.
+    text = entry["caption"]
+    captions.setdefault(entry["image_id"], []).extend(
+      [text] if isinstance(text, str) else []
     )
+  images = _entries(path, content, "images", ("id", "file_name"), hint)
   return [
     Example(
       name=image["file_name"],
@@ -118,8 +121,31 @@ def _coco(path: Path, root: Path) -> list[Example]:
       captions=captions.get(image["id"], []),
       extra={"image_id": image["id"]},
     )
-    for image in content["images"]
+    for image in images
   ]
+
+
+def _entries(
+  path: Path,
+  content: Mapping[str, Any],
+  field: str,
+  keys: Sequence[str],
+  hint: str,
+) -> list[Mapping[str, Any]]:
+  """The entries of a field of a COCO file, each with all of `keys`."""
+  entries = content[field]
+  if not isinstance(entries, list):
+    raise ValueError(
+      f"{path}: {field!r} is a {type(entries).__name__}, expected a list."
+    )
+  for number, entry in enumerate(entries):
+    there = sorted(entry) if isinstance(entry, Mapping) else repr(entry)
+    for key in keys:
+      if not isinstance(entry, Mapping) or key not in entry:
+        raise ValueError(
+          f"{path}: {field}[{number}] has no {key!r}, only {there}; {hint}."
+        )
+  return entries
 
 
 def _csv_rows(
@@ -128,23 +154,38 @@ def _csv_rows(
   delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
   with path.open(encoding="utf-8-sig", newline="") as file:
     reader = csv.DictReader(file, delimiter=delimiter)
-    names = reader.fieldnames or []
-    _check_columns(path, names, image_column, caption_column)
-    for row in reader:
-      yield row[image_column], row[caption_column]
+    try:
+      names = reader.fieldnames or []
+      _check_columns(path, names, image_column, caption_column)
+      for row in reader:
+        yield row[image_column], row[caption_column]
+    except UnicodeDecodeError as error:
+      raise ValueError(
+        f"{path} is not UTF-8, near line {reader.line_num + 1} ({error}):"
+        " convert it, for example with iconv -f latin1 -t utf-8."
+      ) from error
+    except csv.Error as error:
+      raise ValueError(
+        f"{path}, near line {reader.line_num + 1}: {error}. Is a quotation"
+        " mark not closed?"
+      ) from error
 
 
 def _parquet_rows(
   path: Path, image_column: str, caption_column: str
 ) -> Iterator[tuple[Any, Any]]:
   try:
-    from pyarrow import parquet
+    from pyarrow import ArrowInvalid, parquet
   except ImportError as error:
     raise ImportError(
       f"Reading {path} needs pyarrow: pip install 'mtv_jax[parquet]', or give a"
       " .csv."
     ) from error
-  with parquet.ParquetFile(path) as file:
+  try:
+    opened = parquet.ParquetFile(path)
+  except ArrowInvalid as error:
+    raise ValueError(f"{path} is no Parquet file: {error}") from error
+  with opened as file:
     _check_columns(path, file.schema_arrow.names, image_column, caption_column)
     for batch in file.iter_batches(columns=[image_column, caption_column]):
       yield from zip(

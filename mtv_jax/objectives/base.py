@@ -151,8 +151,8 @@ class Context:
   """Where in the run a loss is computed.
 
   Attributes:
-    step: number of updates done, a traced scalar.
-    total_steps: of the run, for schedules.
+    step: number of updates done since the objective started, a traced scalar.
+    total_steps: from its start to the end of the run, for schedules.
     statistics: this objective's running statistics.
   """
 
@@ -167,6 +167,19 @@ class Objective:
   A subclass is a frozen dataclass whose fields are its hyper-parameters and,
   through `build`, exactly the keys its config entry may have.
   """
+
+  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Objective:
+    """This objective with what it left open filled in from the model.
+
+    Args:
+      spec: `models.model.ModelSpec`.
+      views: by name, `views.View`.
+
+    Raises:
+      ConfigError: where model or views don't give what it reads.
+    """
+    del spec, views
+    return self
 
   def needs(self) -> Needs:
     """The encodings and batch fields this objective reads."""

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from mtv_jax import geometry
-from mtv_jax.models import prompter
+from mtv_jax.config import ConfigError
+from mtv_jax.models import layers, prompter
 from mtv_jax.objectives import base, pairwise
 
 
@@ -226,7 +227,7 @@ class Grounding(base.Objective):
       those of the highest `'score'`.
     min_visible: least share of a box's area that must lie in the view.
     min_size: least height and width of a box in the view, whose side is 1.
-    heads_count: attention heads of prompter and locator; CLOC has one.
+    attention_heads: attention heads of prompter and locator; CLOC has one.
     init_scale: initial multiplier of the cosine.
     init_bias: initial bias.
     chunk: texts compared with all regions at a time, to bound memory; None
@@ -241,7 +242,7 @@ class Grounding(base.Objective):
   pick: str = "first"
   min_visible: float = 0.4
   min_size: float = 1 / 56
-  heads_count: int = 1
+  attention_heads: int = 1
   init_scale: float = 10.0
   init_bias: float = -10.0
   chunk: int | None = None
@@ -249,19 +250,42 @@ class Grounding(base.Objective):
   regression: float = 0.0
 
   def __post_init__(self):
-    if self.pick not in PICKS:
-      raise ValueError(
-        f"grounding pick is {self.pick!r}; there are: {list(PICKS)}."
-      )
-    for name in ("regions", "heads_count", "chunk"):
+    layers.check_choice("grounding: pick", self.pick, PICKS)
+    for name in ("regions", "attention_heads", "chunk"):
       value = getattr(self, name)
       if value is not None and value < 1:
-        raise ValueError(f"grounding {name} is {value}; expected 1 or more.")
+        raise ConfigError(f"grounding: {name}={value}; expected 1 or more.")
     if self.regression < 0:
-      raise ValueError(
-        f"grounding regression is {self.regression}; expected a weight of 0 "
-        "or more."
+      raise ConfigError(
+        f"grounding: regression={self.regression}; expected a weight of 0 or "
+        "more."
       )
+
+  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Grounding:
+    """Checks that model and views give what it reads.
+
+    Args:
+      spec: `models.model.ModelSpec`.
+      views: by name, `views.View`.
+
+    Raises:
+      ConfigError: for a view that hides patches, or a model without a text
+        tower.
+    """
+    if self.view in views and views[self.view].patch is not None:
+      raise ConfigError(self._hidden())
+    if spec.text is None:
+      raise ConfigError(
+        "grounding compares regions with phrases, and this model has no text "
+        "tower: set config.model.text."
+      )
+    return self
+
+  def _hidden(self) -> str:
+    return (
+      f"grounding reads the view {self.view!r}, which hides patches: what is "
+      "in a box must be visible. Name a view without blocks and keep."
+    )
 
   @property
   def _image(self) -> base.Encoding:
@@ -291,13 +315,13 @@ class Grounding(base.Objective):
         pairwise.Temperature(self.init_scale, self.init_bias)
       ),
       "prompter": base.Head(
-        prompter.Prompter(self.heads_count),
+        prompter.Prompter(self.attention_heads),
         example=lambda spec: (patches(spec), texts(spec, 4), spec.embed_dim),
       ),
     }
     if self.regression:
       heads["locator"] = base.Head(
-        prompter.Locator(self.heads_count),
+        prompter.Locator(self.attention_heads),
         example=lambda spec: (patches(spec), texts(spec, spec.embed_dim)),
       )
     return heads
@@ -310,11 +334,7 @@ class Grounding(base.Objective):
   ) -> Evidence:
     made = batch["views"][self.view]
     if made.mask is not None or made.keep is not None:
-      raise ValueError(
-        f"grounding reads the view {self.view!r}, which hides patches: what is "
-        "in a box must be visible. Take the ops blocks and keep from that "
-        "view, or give grounding another one."
-      )
+      raise ConfigError(self._hidden())
     boxes, kept = geometry.crop_boxes(
       batch["boxes"],
       batch["box_valid"].astype(bool),

@@ -67,6 +67,16 @@ def test_all_on_scenes(repo_root, folder, tmp_path, capsys):
     assert name in printed
 
 
+def test_errors_are_messages(repo_root, folder, tmp_path):
+  main = tool(repo_root, "evaluate").main
+  with pytest.raises(SystemExit, match="evaluate: .*Did you mean 'retrieval'"):
+    main([f"--encoder={folder}", "--evals=retreival"])
+  with pytest.raises(SystemExit, match="found nothing there"):
+    main([f"--encoder={tmp_path / 'none'}", "--count=4"])
+  with pytest.raises(SystemExit, match="nothing there.*evaluation 'retrieval'"):
+    main([f"--encoder={folder}", "--evals=retrieval", "--data=missing.json"])
+
+
 def test_data_of_one_evaluation(repo_root, folder, tmp_path, write_image):
   for colour in ("red", "blue"):
     write_image(tmp_path / "set" / colour / "0.png", colour)

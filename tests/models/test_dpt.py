@@ -52,15 +52,26 @@ def _stages(rng, width, grid):
   ]
 
 
-def _init(head, stages, size):
-  init = jax.jit(head.init, static_argnums=2)
-  return init(jax.random.key(0), stages, size)["params"]
+def _params(head, stages, size):
+  """Drawn here: compiling the initialisers takes longer than the test."""
+  shapes = jax.eval_shape(
+    lambda: head.init(jax.random.key(0), stages, size)["params"]
+  )
+  rng = np.random.default_rng(2)
+
+  def draw(name, leaf):
+    noise = rng.normal(size=leaf.shape).astype(np.float32)
+    if name.endswith("kernel"):
+      return jnp.asarray(noise / np.sqrt(np.prod(leaf.shape[:-1])))
+    return jnp.asarray(name.endswith("scale") + 0.1 * noise)
+
+  return trees.map_with_names(draw, shapes)
 
 
 def test_the_prediction_is_float32_and_its_norms_are_its_own():
   head = dpt.DPT(features=8, channels=(4, 8, 8, 16), upsample=1)
   stages = _stages(np.random.default_rng(0), 16, (2, 2))
-  params = _init(head, stages, (8, 8))
+  params = _params(head, stages, (8, 8))
   assert {f"norm{i}" for i in range(1, 5)} < set(params)
   half = [x.astype(jnp.bfloat16) for x in stages]
   run = jax.jit(head.apply, static_argnums=2)
@@ -77,9 +88,7 @@ def test_the_prediction_is_float32_and_its_norms_are_its_own():
 def test_every_parameter_moves_the_prediction():
   head = dpt.DPT(features=8, channels=(4, 8, 8, 16))
   stages = _stages(np.random.default_rng(1), 16, (2, 4))
-  params = _init(head, stages, (8, 16))
-  # A zero bias of a ReLU's input and a symmetric start could hide one.
-  params = jax.tree.map(lambda p: p + 0.01, params)
+  params = _params(head, stages, (8, 16))
   grads = jax.jit(
     jax.grad(
       lambda p: jnp.square(head.apply({"params": p}, stages, (8, 16))).sum()

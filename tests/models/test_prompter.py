@@ -34,8 +34,8 @@ def sample(images=2, regions=3, patches=9, seed=0):
   rng = np.random.default_rng(seed)
   corners = np.sort(rng.uniform(size=(images, regions, 2, 2)), axis=2)
   return (
-    rng.normal(size=(images, patches, WIDTH)).astype(np.float32),
-    corners.reshape(images, regions, 4).astype(np.float32),
+    jnp.asarray(rng.normal(size=(images, patches, WIDTH)), jnp.float32),
+    jnp.asarray(corners.reshape(images, regions, 4), jnp.float32),
   )
 
 
@@ -44,9 +44,15 @@ def params():
   return random_params(prompter.Prompter(), *sample(), FEATURES)
 
 
-def embed(params, patches, boxes, **options):
-  module = prompter.Prompter(**options)
+@functools.partial(jax.jit, static_argnames="heads")
+def embed(params, patches, boxes, heads=1):
+  module = prompter.Prompter(heads)
   return module.apply({"params": params}, patches, boxes, FEATURES)
+
+
+@jax.jit
+def locate(params, patches, texts):
+  return prompter.Locator().apply({"params": params}, patches, texts)
 
 
 def dense(p, x):
@@ -137,7 +143,7 @@ def test_channels_that_do_not_divide_are_refused():
   with pytest.raises(ValueError, match="multiple of 8"):
     prompter.sinusoids(jnp.zeros((1, 4)), 20)
   with pytest.raises(ValueError, match="3 heads do not divide the width 16"):
-    embed({}, *sample(), heads=3)
+    random_params(prompter.Prompter(3), *sample(), FEATURES)
 
 
 def test_bfloat16_patches_give_float32_embeddings(params):
@@ -204,26 +210,23 @@ def test_it_learns_to_read_what_a_box_holds():
 def locator_sample():
   patches, _ = sample()
   rng = np.random.default_rng(3)
-  return patches, rng.normal(size=(2, 3, FEATURES)).astype(np.float32)
+  return patches, jnp.asarray(rng.normal(size=(2, 3, FEATURES)), jnp.float32)
 
 
 def test_the_locator_starts_in_the_middle_and_can_move():
-  module = prompter.Locator()
   patches, texts = locator_sample()
-  params = module.init(jax.random.key(0), patches, texts)["params"]
-  located = module.apply({"params": params}, patches, texts)
+  make = jax.jit(prompter.Locator().init)
+  params = make(jax.random.key(0), patches, texts)["params"]
+  located = locate(params, patches, texts)
   np.testing.assert_array_equal(located, np.full((2, 3, 4), 0.5))
-  gradient = jax.grad(
-    lambda p: module.apply({"params": p}, patches, texts)[..., 0].sum()
-  )(params)
+  gradient = jax.grad(lambda p: locate(p, patches, texts)[..., 0].sum())(params)
   assert np.abs(gradient["fc2"]["kernel"]).max() > 1e-3
 
 
 def test_the_locator_is_a_whole_layer_run_for_each_text():
-  module = prompter.Locator()
   patches, texts = locator_sample()
-  params = random_params(module, patches, texts)
-  found = module.apply({"params": params}, patches, texts)
+  params = random_params(prompter.Locator(), patches, texts)
+  found = locate(params, patches, texts)
   for i, m in np.ndindex(2, 3):
     query = dense(params["embed"], np.float64(texts[i, m]))[None]
     tokens = np.concatenate([query, np.float64(patches[i])])

@@ -1,0 +1,79 @@
+"""Every recipe of configs/: it builds, tiny or whole, and says how to run."""
+
+import pathlib
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from mtv_jax import config as config_lib
+from mtv_jax import experiment, views
+from mtv_jax.models import model as models
+from mtv_jax.objectives import build_objective
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+every = pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+
+
+def test_there_are_configs():
+  assert len(FILES) >= 4
+
+
+@every
+def test_tiny_needs_nothing_but_the_scenes(file, tmp_path):
+  config = config_lib.read(f"{file}:tiny")
+  # Of the whole run, what a laptop's CPU does in a minute.
+  assert config.batch_size * config.total_steps <= 20_000
+  assert all(source["type"] == "scenes" for source in config.data.train)
+  built = experiment.build(config, tmp_path)
+  assert built.total_steps == config.total_steps
+  params = jax.tree.leaves(built.program.abstract.params)
+  assert sum(leaf.size for leaf in params) < 5_000_000
+  with experiment.make_loader(built, 0) as loader:
+    assert set(built.recipe.fields()) <= set(loader.fields)
+
+
+@every
+def test_the_whole_recipe_is_a_config(file):
+  config = config_lib.check(config_lib.read(str(file)))
+  assert config_lib.check(config) == config
+  spec = models.ModelSpec.from_config(config.model)
+  made = views.build_views(config.views.to_dict())
+  for name, entry in config.objectives.items():
+    needs = build_objective(name, entry).needs()
+    for encoding in needs.encodings:
+      assert encoding.tower == "text" or encoding.view in made
+  # What is evaluated has the size that the model was trained at.
+  assert made["image"].size == spec.image.image_size
+  length = config_lib.total_steps(config, examples_per_epoch=100_000)
+  assert length > 100
+
+
+@every
+def test_it_reads_as_a_recipe(file):
+  text = file.read_text(encoding="utf-8")
+  assert len(text.splitlines()) <= 150
+  docstring = text.split('"""')[1]
+  assert f"--config=configs/{file.name}" in docstring
+  assert "python -m mtv_jax.main" in docstring
+  assert "Hardware" in docstring
+
+
+@pytest.mark.parametrize(
+  ("name", "shape", "size"),
+  [("siglip_b16_224", "B", 224), ("siglip_l16_256", "L", 256)],
+)
+def test_siglip_is_trained_as_published(name, shape, size):
+  """Batch 32,768, rate 1e-3, 20k warm-up steps (Zhai et al. 2023)."""
+  config = config_lib.read(str(ROOT / "configs" / f"{name}.py"))
+  image = models.ModelSpec.from_config(ConfigDict(config.model)).image
+  assert (image.width, image.depth) == {"B": (768, 12), "L": (1024, 24)}[shape]
+  assert (image.patch_size, image.image_size) == (16, size)
+  assert config.batch_size == 32_768 and config.optim.lr == 1e-3
+  assert config.optim.weight_decay * config.optim.lr == pytest.approx(1e-4)
+  total = config_lib.total_steps(config, None)
+  warmup = config_lib.steps(
+    "warmup", config.schedule, batch_size=config.batch_size, total_steps=total
+  )
+  assert warmup == pytest.approx(20_000, rel=0.02)

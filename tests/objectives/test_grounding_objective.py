@@ -1,0 +1,482 @@
+"""From outputs of the towers to grounding's terms: evidence, shards, steps."""
+
+import dataclasses
+import functools
+import math
+
+import grounding_samples as samples
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mtv_jax import gradients, sharding, trees, views
+from mtv_jax import recipe as recipe_lib
+from mtv_jax import step as step_lib
+from mtv_jax.config import ConfigError
+from mtv_jax.data import ops, scenes, tokenizers
+from mtv_jax.models import text as text_lib
+from mtv_jax.models import vit
+from mtv_jax.models.model import ModelSpec
+from mtv_jax.objectives import base, build_objective, grounding
+
+IMAGE = base.Encoding("image", "image")
+PHRASE = base.Encoding("text", "box_phrase")
+SPEC = ModelSpec(
+  image=vit.ViTSpec(
+    image_size=64, width=16, depth=1, heads=2, mlp_dim=16, projection=6
+  ),
+  text=text_lib.TextSpec(
+    vocab_size=9, width=8, depth=1, heads=2, mlp_dim=8, projection=6
+  ),
+)
+
+
+@functools.cache
+def params_of(objective, seed=0):
+  """Its heads' parameters, none of them zero."""
+
+  def make(key):
+    params = {}
+    for i, (name, head) in enumerate(sorted(objective.heads().items())):
+      example = [
+        jnp.zeros(x.shape, x.dtype) if hasattr(x, "shape") else x
+        for x in head.example(SPEC)
+      ]
+      made = head.module.init(jax.random.fold_in(key, i), *example)["params"]
+      params[name] = made
+    return params
+
+  params = jax.jit(make)(jax.random.key(seed))
+  if "locator" in params:
+    kernel = params["locator"]["fc2"]["kernel"]
+    params["locator"]["fc2"]["kernel"] = jax.random.normal(
+      jax.random.key(7), kernel.shape
+    )
+  return params
+
+
+def batch_of(images=4, count=5, seed=0):
+  rng = np.random.default_rng(seed)
+  corners = np.sort(rng.uniform(size=(images, count, 2, 2)), axis=2)
+  return {
+    "boxes": corners.reshape(images, count, 4).astype(np.float32),
+    "box_phrase_id": rng.integers(0, 6, (images, count)).astype(np.uint32),
+    "box_score": rng.uniform(size=(images, count)).astype(np.float32),
+    "box_valid": rng.uniform(size=(images, count)) < 0.8,
+    "patches": rng.normal(size=(images, 16, 16)).astype(np.float32),
+    "pooled": rng.normal(size=(images, count, 6)).astype(np.float32),
+    "shown": np.tile(np.float32([0, 0, 1, 1]), (images, 1)),
+    "flipped": np.zeros(images, bool),
+  }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def evidence_of(objective, params, batch):
+  """The evidence of what `batch_of` gives."""
+  empty = jnp.zeros((len(batch["boxes"]), 1, 1))
+  encodings = {
+    IMAGE: vit.ImageOutput(
+      patches=batch["patches"][:, None], prefix=empty, pooled=empty, taps={}
+    ),
+    PHRASE: text_lib.TextOutput(tokens=empty, pooled=batch["pooled"]),
+  }
+  made = views.Made(
+    images=None,
+    box=batch["shown"][:, None],
+    flipped=batch["flipped"][:, None],
+  )
+  heads = base.BoundHeads(objective.heads(), params)
+  return objective.evidence(
+    encodings, heads, {**batch, "views": {"image": made}}
+  )
+
+
+def terms_of(objective, params, evidence):
+  heads = base.BoundHeads(objective.heads(), params)
+  return objective.loss(evidence, heads, base.Context(0, 1, {}))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(objective, params, batch):
+  """(loss, (terms, evidence)) and gradients to heads, patches and texts."""
+
+  def loss(params, patches, pooled):
+    inputs = {**batch, "patches": patches, "pooled": pooled}
+    evidence = evidence_of(objective, params, inputs)
+    terms = terms_of(objective, params, evidence)
+    return terms.loss.value(), (terms, evidence)
+
+  compute = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+  return compute(params, batch["patches"], batch["pooled"])
+
+
+def build(**options):
+  return build_objective("grounding", options)
+
+
+# With everything on. Tests share it, and so its compilation.
+FULL = build(regions=8, regression=0.5)
+
+
+def test_it_reads_patches_and_phrases():
+  needs = build().needs()
+  assert dict(needs.encodings) == {IMAGE: (), PHRASE: ()}
+  assert set(needs.fields) == {
+    "boxes", "box_phrase", "box_phrase_id", "box_score", "box_valid",
+  }  # fmt: skip
+  assert set(build().heads()) == {"grounding", "prompter"}
+  assert set(build(regression=1.0).heads()) == {
+    "grounding", "prompter", "locator",
+  }  # fmt: skip
+
+
+def test_the_loss_is_numpys_on_the_evidence():
+  objective = build(regions=3, init_scale=6.0, init_bias=-2.0)
+  batch = batch_of()
+  batch["box_valid"][2] = False
+  (loss, (terms, evidence)), _ = run(objective, params_of(objective), batch)
+  assert evidence.region.shape == (4, 3, 6)
+  region, text = (
+    np.float64(x).reshape(12, 6) for x in (evidence.region, evidence.text)
+  )
+  np.testing.assert_allclose(np.linalg.norm(region, axis=-1), 1, rtol=1e-5)
+  ids = np.ravel(evidence.phrase_id)
+  valid = np.ravel(evidence.valid)
+  expected = samples.region_loss(
+    region, text, 6.0, -2.0, phrase_id=ids, valid=valid
+  )
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  report = {k: float(v.value()) for k, v in terms.report.items()}
+  hits = [
+    ids[valid][np.argmax(region[a] @ text[valid].T)] == ids[a]
+    for a in np.flatnonzero(valid)
+  ]
+  np.testing.assert_allclose(report["accuracy"], np.mean(hits), rtol=1e-6)
+  np.testing.assert_allclose(report["phrases"], len(set(ids[valid])), rtol=1e-5)
+  np.testing.assert_allclose(report["labelled"], 3 / 4)
+  np.testing.assert_allclose(report["regions"], valid.sum() / 3, rtol=1e-6)
+  np.testing.assert_allclose([report["scale"], report["bias"]], [6, -2])
+
+
+def test_equal_phrases_are_one_answer():
+  objective = build()
+  evidence = grounding.Evidence(
+    region=jnp.eye(4)[None],
+    text=jnp.eye(4)[jnp.array([[1, 1, 2, 0]])],
+    phrase_id=jnp.array([[7, 7, 2, 3]], jnp.uint32),
+    valid=jnp.array([[True, True, True, False]]),
+    boxes=jnp.zeros((1, 4, 4)),
+  )
+  terms = terms_of(objective, params_of(objective), evidence)
+  # Region 0 is a draw of phrases 7 and 2, which is no hit; region 1 is one,
+  # by either of its phrase's texts; region 2's logit is 2's; 3 is not there.
+  assert terms.report["accuracy"].count == 3
+  assert terms.report["accuracy"].sum == 2
+  assert terms.report["phrases"].value() == 2
+
+
+@pytest.mark.parametrize(
+  ("pick", "expected"), [("first", [1, 2]), ("score", [3, 1])]
+)
+def test_which_regions_are_taken(pick, expected):
+  batch = batch_of(images=1, count=5)
+  batch["boxes"][:] = [0.2, 0.2, 0.8, 0.8]
+  batch["boxes"][0, 4] = [0.3, 0.3, 0.3, 0.9]  # no area
+  batch["box_phrase_id"][:] = np.arange(5)
+  batch["box_valid"][:] = [False, True, True, True, True]
+  batch["box_score"][:] = [0.95, 0.5, 0.4, 0.6, 0.9]
+  objective = build(regions=2, pick=pick)
+  evidence = evidence_of(objective, params_of(objective), batch)
+  np.testing.assert_array_equal(evidence.phrase_id, [expected])
+  assert evidence.valid.all()
+
+
+def test_boxes_follow_the_view():
+  batch = batch_of(images=1, count=3)
+  batch["boxes"][0] = [
+    [0.5, 0.1, 0.75, 0.4],  # inside what is shown
+    [0.0, 0.0, 0.4, 0.5],  # above it
+    [0.4, 0.0, 0.7, 0.6],  # five sixths of its height and width
+  ]
+  batch["box_valid"][:] = True
+  batch["shown"][:] = [0.5, 0.0, 1.0, 0.5]
+  batch["flipped"][:] = True
+  objective = build(regions=3)
+  evidence = evidence_of(objective, params_of(objective), batch)
+  np.testing.assert_array_equal(evidence.valid, [[True, True, False]])
+  np.testing.assert_allclose(
+    evidence.boxes[0],
+    [[0.0, 0.2, 0.5, 0.8], [0.0, 0.0, 0.4, 1.0], [0.0] * 4],
+    atol=1e-6,
+  )
+
+
+BAD = {
+  "no valid region": dict(box_valid=np.zeros((4, 5), bool)),
+  "no area": dict(boxes=np.full((4, 5, 4), 0.5, np.float32)),
+  "not a number": dict(boxes=np.full((4, 5, 4), np.nan, np.float32)),
+  "inverted": dict(boxes=np.tile(np.float32([0.9, 0.9, 0.1, 0.1]), (4, 5, 1))),
+  "outside": dict(boxes=np.tile(np.float32([1.1, 1.1, 2, 2]), (4, 5, 1))),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_no_region_trains_nothing(case):
+  (loss, (terms, evidence)), gradients = run(
+    FULL, params_of(FULL), batch_of() | BAD[case]
+  )
+  assert not evidence.valid.any()
+  assert loss == 0
+  for gradient in jax.tree.leaves(gradients):
+    assert not gradient.any()
+  assert terms.report["accuracy"].value() == 0
+  assert terms.report["labelled"].value() == 0
+
+
+def test_identical_boxes_and_phrases_have_finite_gradients():
+  batch = batch_of()
+  batch["boxes"][:] = [0.1, 0.1, 0.7, 0.9]
+  batch["box_phrase_id"][:] = 3
+  batch["pooled"][:] = 0.0
+  batch["patches"][:] = 1.0
+  (loss, _), gradients = run(FULL, params_of(FULL), batch)
+  assert np.isfinite(loss)
+  for gradient in jax.tree.leaves(gradients):
+    assert np.isfinite(gradient).all()
+
+
+def test_padding_changes_nothing():
+  params = params_of(FULL)
+  batch, junk = batch_of(), batch_of(seed=9)
+  junk["box_valid"][:] = False
+  padded = dict(batch)
+  for name, value in batch.items():
+    if value.ndim > 1 and value.shape[1] == 5:
+      padded[name] = np.concatenate([value, junk[name][:, :2]], axis=1)
+  (loss, (terms, _)), (heads, patches, pooled) = run(FULL, params, batch)
+  (loss2, (terms2, _)), gradients = run(FULL, params, padded)
+  found = (loss2, terms2.report, gradients[0], gradients[1])
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
+    found,
+    (loss, terms.report, heads, patches),
+  )
+  np.testing.assert_allclose(gradients[2][:, :5], pooled, atol=1e-6)
+  assert not gradients[2][:, 5:].any()
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_texts_learn_unless_told_not_to(stop):
+  objective = dataclasses.replace(FULL, stop_text_gradient=stop)
+  _, (heads, patches, pooled) = run(objective, params_of(FULL), batch_of())
+  assert np.abs(pooled).max() == 0 if stop else np.abs(pooled).max() > 1e-4
+  assert np.abs(patches).max() > 1e-4
+  assert np.abs(heads["prompter"]["embed"]["kernel"]).max() > 1e-6
+
+
+def test_of_one_phrase_one_region_is_located():
+  batch = batch_of()
+  batch["boxes"][:] = samples.some_boxes(20, seed=2).reshape(4, 5, 4)
+  batch["box_valid"][:] = True
+  batch["box_valid"][1, 0] = batch["box_valid"][3] = False
+  batch["box_phrase_id"][:3] = [[1, 2, 1, 1, 2], [5, 5, 5, 6, 5], range(5)]
+  (loss, (terms, evidence)), _ = run(FULL, params_of(FULL), batch)
+  assert evidence.valid.sum() == 14
+  # Those that are left come first.
+  np.testing.assert_array_equal(evidence.phrase_id[1], [5, 5, 6, 5, 5])
+  sole = np.zeros((4, 5), bool)
+  sole[0, [0, 1]] = sole[1, [0, 2]] = sole[2] = True
+  located, boxes = np.float64(evidence.located), np.float64(evidence.boxes)
+  expected = samples.box_loss(located[sole], boxes[sole]) / 9
+  found = terms.report["regression"]
+  assert found.count == 9
+  np.testing.assert_allclose(found.value(), expected, rtol=1e-5)
+  contrast = samples.region_loss(
+    np.float64(evidence.region).reshape(20, 6),
+    np.float64(evidence.text).reshape(20, 6),
+    10.0,
+    -10.0,
+    phrase_id=np.ravel(evidence.phrase_id),
+    valid=np.ravel(evidence.valid),
+  )
+  np.testing.assert_allclose(loss, contrast + 0.5 * expected, rtol=1e-5)
+  corners = np.float64(grounding.corners(evidence.located))
+  overlaps = [
+    samples.iou(a, b)[0]
+    for a, b in zip(corners[sole], boxes[sole], strict=True)
+  ]
+  np.testing.assert_allclose(
+    terms.report["iou"].value(), np.mean(overlaps), rtol=1e-5
+  )
+
+
+@functools.cache
+def on_mesh(shape, chunk):
+  """Value, report and gradients of uneven evidence on a mesh."""
+  objective = dataclasses.replace(FULL, chunk=chunk)
+  params = params_of(FULL)
+  batch = batch_of(images=16)
+  # The second of eight devices has no region, nor has the second of four.
+  batch["box_valid"][2:8] = False
+  batch["box_valid"][8, 1:] = False
+  devices = jax.devices()[: math.prod(shape)]
+  mesh = sharding.make_mesh(
+    dict(zip(sharding.AXES, shape, strict=True)), devices
+  )
+  evidence = jax.device_put(
+    evidence_of(FULL, params, batch), NamedSharding(mesh, sharding.BATCH)
+  )
+
+  def loss(evidence, params):
+    terms = terms_of(objective, params, evidence)
+    return terms.loss.value(), terms.report
+
+  compute = jax.jit(
+    jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
+  )
+  params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+  result, gradients = jax.device_get(compute(evidence, params))
+  floats = [x for x in jax.tree.leaves(gradients) if x.dtype == np.float32]
+  return result, floats
+
+
+@pytest.mark.parametrize("chunk", [None, 12], ids=["whole", "chunked"])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_sharded_equals_one_device(shape, chunk):
+  (value, report), gradients = on_mesh(shape, chunk)
+  (expected, expected_report), expected_gradients = on_mesh((1, 1, 1), None)
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    report,
+    expected_report,
+  )
+  # Regions, texts, boxes' places, scale and bias.
+  assert sum(np.linalg.norm(x) > 1e-6 for x in expected_gradients) >= 5
+  for a, b in zip(gradients, expected_gradients, strict=True):
+    assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-8
+
+
+@pytest.mark.parametrize("ops", ["blocks(0.2, 0.5)", "keep(0.25)"])
+def test_a_view_that_hides_patches_is_refused(ops):
+  built = views.build_views({"image": dict(ops=f"resize(64)|{ops}")})
+  with pytest.raises(ConfigError, match="'image'.*hides patches"):
+    build().resolve(SPEC, built)
+  batch = batch_of()
+  made = views.Made(
+    images=None, box=None, flipped=None, mask=jnp.zeros((4, 1, 16), bool)
+  )
+  with pytest.raises(ConfigError, match="'image'.*hides patches"):
+    build().evidence(
+      {}, base.BoundHeads({}, {}), {**batch, "views": {"image": made}}
+    )
+
+
+def test_without_a_text_tower_it_is_refused():
+  with pytest.raises(ConfigError, match="text tower"):
+    build().resolve(ModelSpec(image=SPEC.image), {})
+
+
+def test_bad_options_are_refused():
+  with pytest.raises(ValueError, match="Did you mean 'score'"):
+    build(pick="scores")
+  with pytest.raises(ConfigError, match="regions=0"):
+    build(regions=0)
+  with pytest.raises(ConfigError, match="chunk=0"):
+    build(chunk=0)
+  with pytest.raises(ConfigError, match="regression=-1"):
+    build(regression=-1.0)
+  with pytest.raises(ConfigError, match="Did you mean 'regions'"):
+    build(region=3)
+
+
+STEP_SPEC = ModelSpec.from_config(
+  dict(
+    variant="mu/8",
+    image_size=32,
+    text=dict(variant="mu", length=16, vocab_size=258),
+  )
+)
+STEP_VIEWS = views.build_views({"image": dict(ops="crop(32, 0.6, 1.0)")})
+
+
+def make_recipe(*names, **options):
+  entries = {
+    "contrastive": dict(init_bias=-3.0),
+    "grounding": dict(init_bias=-3.0, regression=0.2),
+  }
+  return recipe_lib.Recipe(
+    spec=STEP_SPEC,
+    dtype="float32",
+    objectives={name: build_objective(name, entries[name]) for name in names},
+    weights=dict.fromkeys(names, recipe_lib.Weight(1.0)),
+    views=STEP_VIEWS,
+    seed=0,
+    total_steps=100,
+    **options,
+  )
+
+
+def make_batch(rows=16):
+  """Rendered scenes as the host gives them; some have no boxes."""
+  pipeline = ops.build_ops(
+    "canvas(40)|caption(16)|regions(6, 12)",
+    tokenizer=tokenizers.build_tokenizer("bytes"),
+  )
+  source = scenes.SceneSource(size=40, length=rows)
+  records = [pipeline(source[i], np.random.default_rng(i)) for i in range(rows)]
+  batch = {k: np.stack([r[k] for r in records]) for k in pipeline.fields}
+  batch["box_valid"][4:8] = False
+  return batch
+
+
+def loss_and_gradients(recipe, params, batch):
+  def compute(params, batch):
+    state = recipe_lib.init_state(recipe, optax.sgd(0.1), params)
+    (loss, terms), found = gradients.compute(recipe, state, batch)
+    return loss, terms, found
+
+  loss, terms, found = jax.device_get(jax.jit(compute)(params, batch))
+  return loss, terms, dict(trees.flatten_names(found))
+
+
+@pytest.mark.slow
+def test_beside_contrast_in_a_train_step():
+  both = make_recipe("contrastive", "grounding")
+  batch = make_batch()
+  init = functools.partial(recipe_lib.init_params, both)
+  params = jax.jit(init)(jax.random.key(0))
+
+  _, terms, whole = loss_and_gradients(both, params, batch)
+  assert terms["grounding"].report["labelled"].value() == 12 / 16
+  parts = loss_and_gradients(
+    dataclasses.replace(both, accumulate=4), params, batch
+  )[2]
+  for name, expected in whole.items():
+    error = np.linalg.norm(parts[name] - expected)
+    assert error <= 1e-5 * np.linalg.norm(expected) + 1e-7, name
+
+  # Without a box it trains as contrast alone does.
+  blank = batch | {"box_valid": np.zeros_like(batch["box_valid"])}
+  _, _, without = loss_and_gradients(both, params, blank)
+  contrast = make_recipe("contrastive")
+  _, _, alone = loss_and_gradients(contrast, params, blank)
+  for name, expected in alone.items():
+    error = np.linalg.norm(without[name] - expected)
+    assert error <= 1e-6 * np.linalg.norm(expected), name
+  assert not any(without[name].any() for name in without if name not in alone)
+
+  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
+  program = step_lib.make_program(both, optax.adam(1e-3), mesh)
+  state, placed = program.init(params), sharding.place_batch(batch, mesh)
+  history = []
+  for _ in range(40):
+    state, metrics = program.update(state, placed)
+    history.append(jax.device_get(metrics))
+  first, last = history[0], history[-1]
+  assert last["grounding/loss"] < 0.6 * first["grounding/loss"]
+  assert last["grounding/accuracy"] > 0.3
+  assert last["grounding/iou"] > first["grounding/iou"]
