@@ -26,11 +26,13 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Float32, PyTree
 
 from mtv_jax import inference, sharding
+from mtv_jax.config import did_you_mean
 from mtv_jax.data import canvas, tokenizers
 from mtv_jax.models import model as models
 from mtv_jax.preprocess import Preprocess
 
 OUTPUTS = ("pooled", "patches", "prefix")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +109,11 @@ class Encoder:
     self.preprocess = preprocess
     self.tokenizer = tokenizer
     self.mesh = mesh or _mesh_of(params) or sharding.make_mesh({"data": -1})
-    self.dtype = str(jnp.dtype(dtype))
+    if dtype not in DTYPES:
+      raise ValueError(
+        f"Encoder: dtype={dtype!r}. {did_you_mean(str(dtype), DTYPES)}"
+      )
+    self.dtype = dtype
     self.weights = weights
     self.source = source
     self.params = _place(params, self.mesh)

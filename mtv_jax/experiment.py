@@ -86,6 +86,9 @@ def build_recipe(config: ConfigDict, total_steps: int) -> recipe_lib.Recipe:
       f"there is nothing to train before step {first}."
     )
   made = views.build_views(config.views.to_dict())
+  if any(view.mask_count for view in made.values()):
+    # Kept in the resolved config: whoever opens the run needs to know.
+    config.model.mask_token = True
   spec = model_lib.ModelSpec.from_config(config.model)
   objectives = {
     name: build_objective(name, entry).resolve(spec, made)

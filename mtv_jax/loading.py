@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from mtv_jax import checkpoint
 from mtv_jax.config import did_you_mean
 from mtv_jax.convert import converted, huggingface, native, processors
+from mtv_jax.convert.tables import ConversionError
 from mtv_jax.encoder import Encoder
 from mtv_jax.models.model import ModelSpec
 from mtv_jax.preprocess import Preprocess, preprocess_of
@@ -134,9 +135,19 @@ def read_run(
   """
   folder = pathlib.Path(path)
   config = ConfigDict(_json(folder / "config.json"))
+  spec = ModelSpec.from_config(config.model)
+  params = _weights(folder, weights, step)
+  try:
+    native.check_params(spec, native.numpy_leaves(params))
+  except ConversionError as error:
+    raise ConversionError(
+      f"{folder / 'config.json'} describes another model than the run's"
+      " checkpoints hold; config.json.old beside it may be theirs."
+      f" {error}"
+    ) from None
   return converted.Converted(
-    spec=ModelSpec.from_config(config.model),
-    params=_weights(folder, weights, step),
+    spec=spec,
+    params=params,
     preprocess=preprocess_of(config).to_dict(),
     tokenizer=_tokenizer(folder, config),
   )

@@ -10,10 +10,12 @@ Started again with the same folder, a run goes on from its last checkpoint. On
 a pod, every host runs the same command with `--distributed`.
 """
 
+import contextlib
+
 import jax
 from absl import app, flags
 
-from mtv_jax import config, endings, metrics, overrides, train
+from mtv_jax import config, endings, metrics, overrides, train, workdir
 
 _CONFIG = flags.DEFINE_string(
   "config", None, "The recipe, with its arguments after a colon."
@@ -63,10 +65,17 @@ def main(argv):
       f"what is {argv[1:]}? Overrides are written --config.KEY=VALUE."
     )
   with endings.readable_errors("train"):
-    recipe = overrides.override(config.read(_CONFIG.value), _SET.value)
+    recipe = config.check(
+      overrides.override(config.read(_CONFIG.value), _SET.value)
+    )
     _join_hosts()
-    metrics.setup_logging(process_index=jax.process_index())
-    train.run(recipe, _WORKDIR.value)
+    process = jax.process_index()
+    metrics.setup_logging(process_index=process)
+    alone = contextlib.nullcontext()
+    if process == 0:
+      alone = workdir.held(_WORKDIR.value)
+    with alone:
+      train.run(recipe, _WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,15 @@ import copy
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 from ml_collections import ConfigDict
 
-from mtv_jax import endings, overrides
 from mtv_jax import config as config_lib
+from mtv_jax import endings, overrides
 from mtv_jax.config import ConfigError
 from mtv_jax.data.canvas import decode
 
@@ -193,3 +194,24 @@ def test_the_training_command_ends_in_one_message(tmp_path):
   )
   assert "Traceback" not in done.stderr
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "says"),
+  [
+    (["step", "--config=nowhere.py"], "bench: there is no config 'nowhere.py'"),
+    (["data", "--data=nowhere/*.tar"], "bench: 'nowhere/[*].tar' matches no"),
+    (["data", "--tokenizer=x.model"], "bench: tokenizer='x.model': there is"),
+  ],
+)
+def test_the_bench_ends_in_one_message(repo_root, arguments, says):
+  main = runpy.run_path(str(repo_root / "tools" / "bench.py"))["main"]
+  with pytest.raises(SystemExit, match=says):
+    main(arguments)
+
+
+def test_the_bench_takes_no_zeros(repo_root, capsys):
+  main = runpy.run_path(str(repo_root / "tools" / "bench.py"))["main"]
+  with pytest.raises(SystemExit):
+    main(["data", "--batch-size=0"])
+  assert "--batch-size: 0: expected at least 1" in capsys.readouterr().err

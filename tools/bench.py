@@ -12,17 +12,32 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from mtv_jax import endings
+
+
+def _positive(text: str) -> int:
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f"{value}: expected at least 1")
+  return value
+
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
   parser = commands.add_parser("data", help="tars to batches, on the host")
   parser.add_argument("--data", help="tars; scenes are rendered without it")
-  parser.add_argument("--size", type=int, default=384, help="of the canvas")
-  parser.add_argument("--length", type=int, default=64, help="tokens a caption")
+  parser.add_argument(
+    "--size", type=_positive, default=384, help="of the canvas"
+  )
+  parser.add_argument(
+    "--length", type=_positive, default=64, help="tokens a caption"
+  )
   parser.add_argument("--tokenizer", default="bytes", help="or a file's path")
-  parser.add_argument("--batch-size", type=int, default=64)
-  parser.add_argument("--batches", type=int, default=12, help="in a round")
-  parser.add_argument("--rounds", type=int, default=5)
-  parser.add_argument("--threads", type=int, help="default: one a core")
+  parser.add_argument("--batch-size", type=_positive, default=64)
+  parser.add_argument(
+    "--batches", type=_positive, default=12, help="in a round"
+  )
+  parser.add_argument("--rounds", type=_positive, default=5)
+  parser.add_argument("--threads", type=_positive, help="default: one a core")
   parser.add_argument("--workers", type=int, default=0, help="processes")
   parser.set_defaults(run=_data)
 
@@ -48,7 +63,7 @@ def _add_step(commands: argparse._SubParsersAction) -> None:
   parser.add_argument(
     "--config", required=True, help="a file, with its arguments after a colon"
   )
-  parser.add_argument("--steps", type=int, default=20, help="to time")
+  parser.add_argument("--steps", type=_positive, default=20, help="to time")
   parser.set_defaults(run=_step)
 
 
@@ -70,10 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   for command in commands.choices.values():
     command.add_argument("--json", type=Path, help="also write the result here")
   args = parser.parse_args(argv)
-  speed = args.run(args)
-  print(speed)
-  if args.json:
-    args.json.write_text(speed.to_json() + "\n")
+  with endings.readable_errors("bench"):
+    speed = args.run(args)
+    print(speed)
+    if args.json:
+      args.json.write_text(speed.to_json() + "\n")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   logging.set_verbosity(logging.INFO)
   arguments = parse(argv)
   try:
+    if Path(arguments.source).resolve() == Path(arguments.out).resolve():
+      raise ValueError(
+        f"{arguments.out} is the source itself: name another folder to write."
+      )
     model = source_of(arguments)
     if arguments.tokenizer:
       path = arguments.tokenizer

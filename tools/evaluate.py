@@ -38,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--split", help="of Karpathy's JSON; test by default")
   add("--count", type=int, help="images to use, evenly spaced; default all")
   add("--batch_size", type=int, help="images a step, over all devices")
-  add("--dtype", default="float32", help="of the computation")
+  add(
+    "--dtype",
+    default="float32",
+    choices=("float32", "bfloat16"),
+    help="of the computation",
+  )
   add("--json", help="file to write")
   add(
     "--distributed",

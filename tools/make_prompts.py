@@ -9,6 +9,7 @@ exactly those of the published ones.
 import argparse
 from collections.abc import Sequence
 
+from mtv_jax import endings
 from mtv_jax.evals import prompts
 
 
@@ -19,8 +20,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument("--output", required=True, help="the file to write")
   args = parser.parse_args(argv)
-  made = prompts.imagenet_prompts()
-  prompts.write_prompts(args.output, made)
+  with endings.readable_errors("make_prompts"):
+    made = prompts.imagenet_prompts()
+    prompts.write_prompts(args.output, made)
   print(
     f"{args.output}: {len(made.classes)} classes, {len(made.templates)} "
     "templates"

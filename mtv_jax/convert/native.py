@@ -99,6 +99,12 @@ def prepare(
       f"{folder} is not empty and no earlier conversion (it holds "
       f"{', '.join(present[:5])}): name an empty or a new folder."
     )
+  others = {PARAMS, folders.WEIGHTS} - set(ours)
+  if lost := sorted(others.intersection(present)):
+    raise ConversionError(
+      f"{folder} holds a conversion of another form ({', '.join(lost)}), which"
+      " would be read in place of the new one: name another folder."
+    )
   source = tokenizer.path if tokenizer is not None else None
   if source is not None and source.resolve().parent == folder.resolve():
     raise ConversionError(

@@ -263,10 +263,10 @@ def _regions(
     seed = int(rng.integers(2**63))
     label = _boxes_of(record)
     scores = label.scores
-    order = np.arange(len(scores))
     if pick == "score":
       order = np.argsort(-scores, kind="stable")
-    elif len(scores) > count:
+    else:
+      # Also where all fit: an objective may take only the first of them.
       order = np.random.default_rng(seed).permutation(len(scores))
     row = {
       "boxes": np.zeros((count, 4), np.float32),

@@ -188,7 +188,12 @@ def _kind(data: Data, count: int | None) -> _Kind:
   if path.is_dir():
     return _Kind(text, "folder", path)
   if path.is_file() and path.suffix == ".json":
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+      content = json.loads(path.read_bytes())
+    except ValueError as error:
+      raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+      raise ValueError(f"{path} holds a {type(content).__name__}, no object")
     first = (content.get("images") or [{}])[0]
     if "sentences" in first:
       return _Kind(text, "Karpathy", path, content)

@@ -135,8 +135,18 @@ def test_coco(photos, tmp_path):
     ({"images": []}, r"needs 'images' and 'annotations', it has \['images'\]"),
     ([1], "it has <class 'list'>"),
     (
-      {"images": [], "annotations": [{"bbox": [], "id": 3}]},
-      "captions_.*not instances",
+      {"images": [], "annotations": [{"bbox": [], "image_id": 3}]},
+      r"annotations\[0\] has no 'caption'.*captions_.*not instances",
+    ),
+    (
+      {"images": [], "annotations": [{"caption": "a"}]},
+      r"annotations\[0\] has no 'image_id', only \['caption'\]",
+    ),
+    ({"images": {}, "annotations": []}, "'images' is a dict, expected a list"),
+    ({"images": [3], "annotations": []}, r"images\[0\] has no 'id', only '3'"),
+    (
+      {"images": [{"id": 1}], "annotations": []},
+      r"images\[0\] has no 'file_name'",
     ),
     ({"images": [], "annotations": []}, "lists no image"),
   ],
@@ -145,6 +155,28 @@ def test_json_that_is_no_coco_captions(tmp_path, content, says):
   (tmp_path / "x.json").write_text(json.dumps(content))
   with pytest.raises(ValueError, match=says):
     listings.read(tmp_path / "x.json")
+
+
+def test_a_coco_caption_that_is_no_text_counts_as_none(photos):
+  content = {
+    "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(2)],
+    "annotations": [
+      {"image_id": 0, "caption": None},
+      {"image_id": 1, "caption": 3},
+      {"image_id": 1, "caption": "one"},
+    ],
+  }
+  (photos / "x.json").write_text(json.dumps(content))
+  first, second = listings.read(photos / "x.json")
+  assert first.problem == "no caption"
+  assert second.captions == ["one"]
+
+
+def test_a_file_that_is_no_parquet(tmp_path):
+  pytest.importorskip("pyarrow")
+  (tmp_path / "x.parquet").write_bytes(b"nothing of the kind")
+  with pytest.raises(ValueError, match=r"x\.parquet is no Parquet file"):
+    listings.read(tmp_path / "x.parquet")
 
 
 def test_folder(photos):
@@ -180,6 +212,9 @@ def test_folder(photos):
     ("empty.csv", ValueError, "no column 'image' .*There are none"),
     ("header.csv", ValueError, "lists no image"),
     ("other.csv", ValueError, "Did you mean 'images'.*image_column"),
+    ("latin.csv", ValueError, "latin.csv is not UTF-8, near line .*iconv"),
+    ("open.csv", ValueError, "open.csv, near line .*quotation mark not clos"),
+    ("cut.json", ValueError, "cut.json is not JSON"),
   ],
 )
 def test_listings_that_cannot_be_read(tmp_path, name, error, says):
@@ -187,6 +222,11 @@ def test_listings_that_cannot_be_read(tmp_path, name, error, says):
   (tmp_path / "empty.csv").touch()
   table(tmp_path / "header.csv", [])
   table(tmp_path / "other.csv", [], ("images", "caption"))
+  (tmp_path / "latin.csv").write_bytes(
+    "image,caption\na,caf\xe9\n".encode("l1")
+  )
+  (tmp_path / "open.csv").write_text('image,caption\na,"' + "x\n" * 70_000)
+  (tmp_path / "cut.json").write_text('{"images": [')
   with pytest.raises(error, match=says):
     listings.read(tmp_path / name)
 
