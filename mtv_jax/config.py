@@ -165,7 +165,7 @@ SCHEMA = {
 
 # What numbers can be, where they are given: from the least to the most.
 _RANGES = (
-  ("seed", 0, math.inf),
+  ("seed", 0, 2**32 - 1),  # JAX's keys would drop what is above.
   ("batch_size", 1, math.inf),
   ("accumulate", 1, math.inf),
   ("data.max_corrupt", 0, 1),
@@ -204,6 +204,10 @@ def check(config: Config) -> ConfigDict:
   resolved = _section("config", SCHEMA, _plain(config))
   for path, least, most in _RANGES:
     _require_between(path, least, most, resolved)
+  for name, entry in resolved["objectives"].items():
+    if not isinstance(entry["weight"], Mapping):
+      path = f"objectives.{name}.weight"
+      _require_between(path, 0, math.inf, resolved)
   for i, source in enumerate(resolved["data"]["train"]):
     if not isinstance(source, Mapping) or "type" not in source:
       raise ConfigError(

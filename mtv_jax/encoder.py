@@ -163,7 +163,7 @@ class Encoder:
     size = self.preprocess.size
     out = inference.in_batches(
       functools.partial(function, self.params["image"]),
-      lambda i: self.preprocess(_as_image(images[i])),
+      lambda i: self.preprocess(_as_image(images[i], f"image {i}")),
       count=len(images),
       blank=np.zeros((size, size, 3), np.float32),
       batch_size=batch_size,
@@ -221,6 +221,7 @@ class Encoder:
     Embeddings may be normalised or not. The model was trained on these: sigmoid
     of them for SigLIP (Zhai et al. 2023), softmax over either axis for CLIP.
     """
+    _check_embeddings(image, text)
     head = _contrastive(self.params.get("heads", {}), repr(self))
     scale = np.exp(np.float32(head["logit_scale"]))
     bias = np.float32(head.get("logit_bias", 0.0))
@@ -362,20 +363,39 @@ def _check_images(images: Any) -> None:
       "Encoder.image takes a sequence of images and got one "
       f"{type(images).__name__}: pass [image]"
     )
+  if not hasattr(images, "__len__"):
+    raise TypeError(
+      f"Encoder.image takes a sequence of images, whose length is known; got a "
+      f"{type(images).__name__}: pass list(images)"
+    )
   if not len(images):
     raise ValueError("Encoder.image got no images")
 
 
-def _as_image(item: Any) -> Any:
-  """Bytes are decoded; anything but uint8 RGB and PIL is refused."""
+def _check_embeddings(image: Any, text: Any) -> None:
+  if np.ndim(image) != 2 or np.shape(image)[1:] != np.shape(text)[1:]:
+    raise ValueError(
+      "Encoder.similarity takes embeddings [n, E] and [m, E], such as "
+      ".image(images).pooled and .text(strings); got "
+      f"{list(np.shape(image))} and {list(np.shape(text))}"
+    )
+
+
+def _as_image(item: Any, key: str) -> Any:
+  """Whatever form a picture comes in, the pixels that training sees of it.
+
+  Bytes are decoded, and what is open in Pillow treated alike: rotated as its
+  EXIF says, on white, 16 bits scaled. Else only uint8 RGB is an image.
+  """
   if isinstance(item, bytes):
-    return canvas.decode(item)
+    return canvas.decode(item, key=key)
   if isinstance(item, PIL.Image.Image):
-    return item
+    return canvas.from_pillow(item, key=key)
   array = np.asarray(item)
-  if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+  kind = array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3
+  if not kind or not array.size:
     raise TypeError(
-      f"an image must be uint8 [H, W, 3], PIL or encoded bytes; got "
+      f"{key} must be uint8 [H, W, 3], PIL or encoded bytes; got "
       f"{type(item).__name__} {array.dtype} {list(array.shape)}. Pass pixels "
       "as they were decoded: the encoder resizes and normalises."
     )

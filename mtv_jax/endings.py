@@ -32,11 +32,16 @@ def readable_errors(program: str) -> Iterator[None]:
 
 
 def message(error: BaseException) -> str:
-  """What an error says, with its notes."""
+  """What an error says, with its notes, but for JAX's on tracebacks."""
   # A KeyError shows the repr of what it was given.
   quoted = isinstance(error, KeyError) and len(error.args) == 1
   text = str(error.args[0]) if quoted else str(error)
-  return "\n".join([text, *getattr(error, "__notes__", ())])
+  notes = [
+    note
+    for note in getattr(error, "__notes__", ())
+    if "JAX_TRACEBACK_FILTERING" not in note
+  ]
+  return "\n".join([text, *notes])
 
 
 def _on_purpose(error: Exception) -> bool:

@@ -237,7 +237,11 @@ def test_check_keeps_given_values_and_units():
     ({"batch_size": "8"}, r"config.batch_size is '8' \(str\), expected int"),
     ({"batch_size": True}, "config.batch_size is True"),
     ({"batch_size": 0}, "config.batch_size is 0, expected >= 1"),
-    ({"seed": -1}, "config.seed is -1, expected >= 0"),
+    ({"seed": -1}, "config.seed is -1, expected from 0 to 4294967295"),
+    (
+      {"objectives__contrastive": {"weight": -1.0}},
+      "config.objectives.contrastive.weight is -1.0, expected >= 0",
+    ),
     ({"optim__lr": -1.0}, "config.optim.lr is -1.0, expected >= 0"),
     ({"optim__lr": float("nan")}, "config.optim.lr is nan, expected >= 0"),
     ({"optim__lr": float("inf")}, "config.optim.lr is inf, expected >= 0"),

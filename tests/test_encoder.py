@@ -179,6 +179,36 @@ def test_image_kinds_agree(encoder, images):
   np.testing.assert_array_equal(as_array, as_bytes)
 
 
+def turned(image):
+  exif = PIL.Image.Exif()
+  exif[0x112] = 6
+  return PIL.Image.fromarray(image), {"exif": exif}
+
+
+def deep(image):
+  grey = image[..., 0].astype(np.uint16) * 257
+  return PIL.Image.fromarray(grey), {}
+
+
+def see_through(image):
+  alpha = image[..., :1]
+  return PIL.Image.fromarray(np.concatenate([image, alpha], axis=-1)), {}
+
+
+@pytest.mark.parametrize("make", [turned, deep, see_through])
+def test_an_open_file_is_seen_as_its_bytes_are(encoder, images, make):
+  picture, options = make(images[0])
+  file = io.BytesIO()
+  picture.save(file, "PNG", **options)
+  with PIL.Image.open(io.BytesIO(file.getvalue())) as opened:
+    out = encoder.image([opened, file.getvalue()], outputs=("pooled",)).pooled
+    plain = np.asarray(opened.convert("RGB"))
+  np.testing.assert_array_equal(out[0], out[1])
+  # And not as Pillow alone would have it.
+  other = encoder.image([plain], outputs=("pooled",)).pooled
+  assert np.abs(other[0] - out[0]).max() > 1e-3
+
+
 def test_only_what_was_asked_for(encoder, images):
   out = encoder.image(images, outputs=("prefix",))
   assert out.pooled is None
@@ -235,6 +265,19 @@ def test_mistakes_are_explained(encoder, images, params):
     encoder.image(images, outputs=("pool",))
   with pytest.raises(ValueError, match="no images"):
     encoder.image([])
+  with pytest.raises(TypeError, match=r"a generator: pass list\(images\)"):
+    # The annotations, which tests check, are stricter than users' code.
+    encoder_lib._check_images(image for image in images)
+  with pytest.raises(TypeError, match=r"image 0 must be.*\[0, 9, 3\]"):
+    encoder.image([np.zeros((0, 9, 3), np.uint8)])
+  with pytest.raises(ValueError, match="record 'image 1'.*are no image"):
+    encoder.image([images[0], b"nothing"])
+  with pytest.raises(TypeError, match="strings"):
+    encoder.text([None])
+  with pytest.raises(ValueError, match=r"\[1, 32\] and \[1, 16\]"):
+    encoder_lib._check_embeddings(np.ones((1, 32)), np.ones((1, 16)))
+  with pytest.raises(ValueError, match="'float8'. Did you mean 'float32'"):
+    Encoder(SPEC, params, Preprocess(size=32), dtype="float8")
   with pytest.raises(TypeError, match=r"pass \[string\]"):
     encoder.text("a ball")
   with pytest.raises(ValueError, match="params has no 'image'"):

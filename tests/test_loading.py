@@ -131,6 +131,15 @@ def test_folders_that_cannot_be_opened(tmp_path, run):
     mtv_jax.load(run, step=7)
 
 
+def test_a_config_of_another_shape_is_named(run, tmp_path):
+  config = {"model": {**MODEL, "width": 64}}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+  match = r"config\.json describes another model.*\.old(.|\n)*image/.*32.*64"
+  with pytest.raises(ValueError, match=match):
+    mtv_jax.load(tmp_path)
+
+
 def test_a_lost_tokenizer_is_named(run, tmp_path):
   text = {**MODEL["text"], "tokenizer": "old/place/my.model"}
   config = {"model": {**MODEL, "text": text}}

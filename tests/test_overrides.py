@@ -146,6 +146,7 @@ def test_errors_raised_on_purpose_end_with_their_message():
 def test_notes_are_part_of_the_message():
   error = ConfigError("wrong")
   error.add_note("(in evaluation 'a')")
+  error.add_note("For simplicity, JAX ... Set JAX_TRACEBACK_FILTERING=off ...")
   assert endings.message(error) == "wrong\n(in evaluation 'a')"
   assert endings.message(KeyError("no 'a'")) == "no 'a'"
 

@@ -14,9 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import logging
-
-from mtv_jax import loading
+from mtv_jax import loading, metrics
 from mtv_jax.convert import big_vision, huggingface
 from mtv_jax.convert.converted import Converted
 from mtv_jax.convert.processors import TokenizerFiles
@@ -80,7 +78,7 @@ def source_of(arguments: argparse.Namespace) -> Converted:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command line; errors end the program with their message."""
-  logging.set_verbosity(logging.INFO)
+  metrics.setup_logging()
   arguments = parse(argv)
   try:
     if Path(arguments.source).resolve() == Path(arguments.out).resolve():

@@ -8,6 +8,7 @@ numbered `encoderblock_0`, ... where it did not.
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 import re
@@ -15,7 +16,6 @@ import zipfile
 from collections.abc import Mapping
 
 import numpy as np
-from absl import logging
 
 from mtv_jax.config import did_you_mean
 from mtv_jax.convert import checks, tables
@@ -25,6 +25,8 @@ from mtv_jax.convert.tables import FLAX, ConversionError, Rule
 from mtv_jax.models.model import ModelSpec
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.vit import ViTSpec
+
+log = logging.getLogger(__name__)
 
 NAMES = tables.BlockNames(
   norm1="LayerNorm_0",
@@ -112,7 +114,7 @@ def read(
   if tokenizer is not None:
     files = TokenizerFiles(pathlib.Path(tokenizer), clean)
   elif spec.text is not None:
-    logging.warning("No tokenizer given: text can't be encoded without one.")
+    log.warning("No tokenizer given: text can't be encoded without one.")
   return Converted(
     spec=spec,
     params=tables.load(rules, store),

@@ -1,16 +1,18 @@
 """CLIP of Hugging Face to our trees (reading only)."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from mtv_jax.convert import configs, siglip, tables
 from mtv_jax.convert.tables import TORCH, Rule
 from mtv_jax.models.model import ModelSpec
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.vit import ViTSpec
+
+log = logging.getLogger(__name__)
 
 VISION_DEFAULTS = {
   "hidden_size": 768,
@@ -102,7 +104,7 @@ def spec(config: Mapping[str, Any], names: Iterable[str]) -> ModelSpec:
     section = _section(config, "text_config", TEXT_DEFAULTS)
     text = _text_spec(section, width)
   else:
-    logging.info("No text tower in the file: only images can be encoded.")
+    log.info("No text tower in the file: only images can be encoded.")
   projection = width if projected or text is not None else None
   return ModelSpec(image=_vision_spec(vision, projection), text=text)
 

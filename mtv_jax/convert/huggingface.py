@@ -5,6 +5,7 @@ DINOv2 folders, our exports and our own folders; `write` makes a folder that
 `AutoModel` and `AutoProcessor` of `transformers` open with no code of ours.
 """
 
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
@@ -12,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from mtv_jax import trees
 from mtv_jax.config import did_you_mean
@@ -31,6 +31,8 @@ from mtv_jax.convert.converted import Converted, resize_positions
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models.model import ModelSpec
+
+log = logging.getLogger(__name__)
 
 __all__ = [
   "ConversionError",
@@ -301,7 +303,7 @@ def _export_tokenizer(
   if spec.text is None:
     return None
   if tokenizer is None:
-    logging.warning("No tokenizer: AutoProcessor needs one beside the model.")
+    log.warning("No tokenizer: AutoProcessor needs one beside the model.")
     return None
   # Imported here: reading a model needs no tokenizer library.
   from mtv_jax.data import tokenizers

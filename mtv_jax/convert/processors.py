@@ -1,14 +1,15 @@
 """Image processors and tokenizer files of Hugging Face folders."""
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from absl import logging
-
 from mtv_jax.convert import configs, folders
 from mtv_jax.convert.tables import ConversionError
+
+log = logging.getLogger(__name__)
 
 _HALF = (0.5, 0.5, 0.5)
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -55,7 +56,7 @@ def read_preprocess(
     found = folders.read_json(path)
   if not found:
     fields = defaults(family, image_size)
-    logging.info("%s has no image processor; assuming %s.", folder, fields)
+    log.info("%s has no image processor; assuming %s.", folder, fields)
     return fields
   try:
     fields = _fields(found, defaults(family, image_size), family)
@@ -85,7 +86,7 @@ def _fields(
     else:
       fields["crop"] = "none"
   else:
-    logging.info("do_resize=False: images are resized to the model's size.")
+    log.info("do_resize=False: images are resized to the model's size.")
     fields |= {"size": base["size"], "resize": "squash", "crop": "none"}
     fields.pop("resize_size", None)
   if fields.get("resize_size") == fields["size"]:
@@ -157,7 +158,7 @@ def _whole_patches(fields: dict[str, Any], patch: int) -> dict[str, Any]:
     raise ConversionError(
       f"images of {fields['size']} pixels are smaller than a patch of {patch}."
     )
-  logging.info(
+  log.info(
     "Images of %d pixels don't divide into patches of %d; they are resized "
     "to %d.",
     fields["size"],
@@ -203,7 +204,7 @@ def written(fields: Mapping[str, Any], image_size: int) -> dict[str, Any]:
         )
       )
   if not fields.get("antialias", True):
-    logging.warning(
+    log.warning(
       "transformers always antialiases when it shrinks an image; this model's "
       "own processing does not, so its pixels will differ a little."
     )
@@ -263,14 +264,14 @@ def read_tokenizer(folder: pathlib.Path, family: str) -> TokenizerFiles | None:
   if family == "siglip" and piece.is_file():
     # SiglipTokenizer drops punctuation before anything else, and lowers.
     if not config.get("do_lower_case", True):
-      logging.warning("do_lower_case=False is not supported; text is lowered.")
+      log.warning("do_lower_case=False is not supported; text is lowered.")
     return TokenizerFiles(piece, "canonicalize")
   if fast.is_file():
     # SigLIP 2 was trained on lower-cased text, and its Gemma tokenizer doesn't
     # see to that in every version of the file; lowering twice is harmless.
     return TokenizerFiles(fast, "lower" if family == "siglip" else "none")
   if family == "clip" and (folder / "merges.txt").is_file():
-    logging.warning(
+    log.warning(
       "%s has vocab.json and merges.txt only: save its tokenizer once with "
       "transformers to get a tokenizer.json; text can't be encoded without.",
       folder,

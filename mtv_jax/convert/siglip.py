@@ -3,16 +3,17 @@
 The one family that is written too: our own models export as it.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-from absl import logging
 
 from mtv_jax.convert import configs, tables
 from mtv_jax.convert.tables import TORCH, ConversionError, Rule
 from mtv_jax.models.model import ModelSpec
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.vit import ViTSpec
+
+log = logging.getLogger(__name__)
 
 VISION_DEFAULTS = {
   "hidden_size": 768,
@@ -55,7 +56,7 @@ def _vision_spec(config: Mapping[str, Any] | None) -> ViTSpec:
   config = configs.filled(config, VISION_DEFAULTS)
   pool = "map" if config["vision_use_head"] else "mean"
   if pool == "mean":
-    logging.info("vision_use_head=False: pooled is the mean of the patches.")
+    log.info("vision_use_head=False: pooled is the mean of the patches.")
   return ViTSpec(
     **configs.square(config),
     width=config["hidden_size"],
@@ -95,7 +96,7 @@ def spec(config: Mapping[str, Any], names: Iterable[str]) -> ModelSpec:
   if any(name.startswith("text_model.") for name in names):
     text = _text_spec(config.get("text_config"))
   else:
-    logging.info("No text tower in the file: only images can be encoded.")
+    log.info("No text tower in the file: only images can be encoded.")
   image = _vision_spec(config.get("vision_config"))
   return ModelSpec(image=image, text=text)
 

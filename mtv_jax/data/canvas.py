@@ -94,6 +94,18 @@ def decode(
   return _decode_pillow(data, key, max_pixels)
 
 
+def from_pillow(
+  image: Image.Image, *, key: str = "image"
+) -> UInt8[np.ndarray, "h w 3"]:
+  """An image open in Pillow as RGB, by the same rules as `decode`.
+
+  Raises:
+    BadRecord: of a kind whose white is unknown.
+  """
+  image.load()
+  return _to_rgb(ImageOps.exif_transpose(image), key)
+
+
 def squash(
   image: UInt8[np.ndarray, "h w 3"], size: int
 ) -> UInt8[np.ndarray, "size size 3"]:
@@ -172,8 +184,7 @@ def _decode_pillow(
   try:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
       _check_size(image.width, image.height, key, max_pixels)
-      image.load()
-      return _to_rgb(ImageOps.exif_transpose(image), key)
+      return from_pillow(image, key=key)
   except BadRecord:
     raise
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:

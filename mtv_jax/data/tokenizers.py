@@ -83,7 +83,7 @@ class Tokenizer(abc.ABC):
     """Ids of each string, cut to `length` and padded.
 
     Raises:
-      TypeError: one string instead of several.
+      TypeError: one string instead of several, or what is no string.
       UnicodeError: a string that is not valid Unicode.
     """
     if isinstance(strings, str):
@@ -91,6 +91,12 @@ class Tokenizer(abc.ABC):
         f"encode() takes a list of strings, got the string {strings!r}; write"
         " encode([text], length)."
       )
+    for i, text in enumerate(strings):
+      if not isinstance(text, str):
+        raise TypeError(
+          f"encode() takes a list of strings; strings[{i}] is {text!r}, a"
+          f" {type(text).__name__}."
+        )
     if length < 1:
       raise ValueError(f"a text has at least 1 token, got length={length}.")
     ids = np.full((len(strings), length), self.pad_id, np.int32)

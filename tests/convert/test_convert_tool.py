@@ -71,3 +71,19 @@ def test_errors_are_messages(tool, native, tmp_path):
     tool.main(["to_hf", str(native), str(tmp_path / "out"), "--image_size=33"])
   with pytest.raises(SystemExit, match="npz is expected"):
     tool.main(["from_big_vision", "no.npz", str(tmp_path / "out")])
+
+
+def test_a_source_is_never_written_over(tool, native, tmp_path):
+  before = {p.name: p.read_bytes() for p in native.iterdir()}
+  for command in ("to_hf", "from_hf"):
+    with pytest.raises(SystemExit, match="is the source itself"):
+      tool.main([command, str(native), f"{native}/../native"])
+  # Nor is a conversion mixed with one of the other form, which hides it.
+  out = tmp_path / "hf"
+  tool.main(["to_hf", str(native), str(out)])
+  with pytest.raises(SystemExit, match=r"another form \(model\.safetensors\)"):
+    tool.main(["from_hf", str(native), str(out)])
+  with pytest.raises(SystemExit, match=r"another form \(params\.safetensors\)"):
+    tool.main(["to_hf", str(out), str(native)])
+  assert {p.name: p.read_bytes() for p in native.iterdir()} == before
+  assert (out / "config.json").is_file()

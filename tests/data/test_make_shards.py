@@ -143,7 +143,7 @@ def test_coco(photos, tmp_path):
       r"annotations\[0\] has no 'image_id', only \['caption'\]",
     ),
     ({"images": {}, "annotations": []}, "'images' is a dict, expected a list"),
-    ({"images": [3], "annotations": []}, r"images\[0\] has no 'id', only '3'"),
+    ({"images": [3], "annotations": []}, r"images\[0\] has no 'id', only 3;"),
     (
       {"images": [{"id": 1}], "annotations": []},
       r"images\[0\] has no 'file_name'",
