@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-import runs
+import trainings
 
 pytestmark = pytest.mark.slow
 
@@ -18,14 +18,14 @@ LONGER = "steps=30,save=5"
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  runs.train(workdir)
+  trainings.train(workdir)
   return workdir
 
 
 @pytest.fixture(scope="module")
 def on_eight_devices(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("eight") / "run"
-  runs.train(workdir, devices=8, arg=LONGER)
+  trainings.train(workdir, devices=8, arg=LONGER)
   return workdir
 
 
@@ -47,7 +47,7 @@ def assert_same_params(found, expected):
 
 
 def step_of_last_line(workdir):
-  return max(runs.losses(workdir), default=0)
+  return max(trainings.losses(workdir), default=0)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -58,13 +58,13 @@ def test_killed_at_a_random_step_it_ends_bit_equal(
   # MTV_JAX_SEED repeats a failure; by default every run kills elsewhere.
   base = int(os.environ.get("MTV_JAX_SEED", time.time_ns()))
   at = random.Random(base + seed).randint(2, 11)
-  process = runs.launch(workdir)
+  process = trainings.launch(workdir)
   kill_when(process, lambda: step_of_last_line(workdir) >= at)
   killed_at = step_of_last_line(workdir)
   print(f"MTV_JAX_SEED={base}: killed at {killed_at}, asked for {at}")
-  runs.train(workdir)
-  assert_same_params(runs.params(workdir), runs.params(uninterrupted))
-  assert runs.losses(workdir) == runs.losses(uninterrupted)
+  trainings.train(workdir)
+  assert_same_params(trainings.params(workdir), trainings.params(uninterrupted))
+  assert trainings.losses(workdir) == trainings.losses(uninterrupted)
 
 
 def test_killed_while_a_checkpoint_is_written_it_ends_bit_equal(
@@ -81,14 +81,14 @@ def test_killed_while_a_checkpoint_is_written_it_ends_bit_equal(
     )
 
   # The second save: there is an older checkpoint to fall back to.
-  process = runs.launch(workdir)
+  process = trainings.launch(workdir)
   kill_when(
     process, lambda: (folder / "4").exists() and _quietly(being_written)
   )
   assert not (folder / "12").exists()
-  runs.train(workdir)
-  assert "Resumed" in runs.log(workdir)
-  assert_same_params(runs.params(workdir), runs.params(uninterrupted))
+  trainings.train(workdir)
+  assert "Resumed" in trainings.log(workdir)
+  assert_same_params(trainings.params(workdir), trainings.params(uninterrupted))
 
 
 def _quietly(condition):
@@ -103,13 +103,20 @@ def test_two_processes_train_and_evaluate_as_one_does(
   on_eight_devices, tmp_path
 ):
   workdir = tmp_path / "run"
-  runs.pair(workdir, arg=LONGER)
-  found, expected = runs.losses(workdir), runs.losses(on_eight_devices)
+  trainings.pair(workdir, arg=LONGER)
+  found, expected = (
+    trainings.losses(workdir),
+    trainings.losses(on_eight_devices),
+  )
   assert found.keys() == expected.keys()
   for step, loss in expected.items():
     assert found[step] == pytest.approx(loss, abs=1e-5), step
   figures = [
-    {k: v for k, v in runs.rows(w)[-1].items() if k.startswith("retrieval/")}
+    {
+      k: v
+      for k, v in trainings.rows(w)[-1].items()
+      if k.startswith("retrieval/")
+    }
     for w in (workdir, on_eight_devices)
   ]
   assert figures[0] == figures[1] and figures[0]
@@ -117,12 +124,15 @@ def test_two_processes_train_and_evaluate_as_one_does(
 
 def test_a_run_moves_from_one_process_to_two(on_eight_devices, tmp_path):
   workdir = tmp_path / "run"
-  process = runs.launch(workdir, devices=8, arg=LONGER)
+  process = trainings.launch(workdir, devices=8, arg=LONGER)
   kill_when(process, lambda: (workdir / "checkpoints" / "5").exists())
   assert step_of_last_line(workdir) < 30
-  runs.pair(workdir, arg=LONGER)
-  assert "Resumed" in runs.log(workdir)
-  found, expected = runs.losses(workdir), runs.losses(on_eight_devices)
+  trainings.pair(workdir, arg=LONGER)
+  assert "Resumed" in trainings.log(workdir)
+  found, expected = (
+    trainings.losses(workdir),
+    trainings.losses(on_eight_devices),
+  )
   assert found.keys() == expected.keys()
   for step, loss in expected.items():
     assert found[step] == pytest.approx(loss, abs=1e-5), step

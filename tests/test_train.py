@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import runs
+import trainings
 
 from mtv_jax import config as config_lib
 from mtv_jax import experiment, recipe, train
@@ -12,7 +12,7 @@ from mtv_jax.benchmarks import step as step_benchmark
 
 
 def smallest(**changes):
-  config = config_lib.read(str(runs.CONFIG))
+  config = config_lib.read(str(trainings.CONFIG))
   config.update(changes)
   return config
 
@@ -29,7 +29,7 @@ def test_a_run_leaves_its_config_metrics_evaluations_and_checkpoints(trained):
   assert int(state.step) == 12
   config = json.loads((workdir / "config.json").read_text())
   assert config["model"]["width"] == 32 and config["batch_size"] == 16
-  losses = runs.losses(workdir)
+  losses = trainings.losses(workdir)
   assert list(losses) == list(range(1, 13))
   assert np.isfinite(list(losses.values())).all()
   assert losses[12] < losses[1]
@@ -42,23 +42,25 @@ def test_a_run_leaves_its_config_metrics_evaluations_and_checkpoints(trained):
   evaluation = json.loads(written.read_text())
   figures = evaluation["evals"]["retrieval"]["metrics"]
   assert figures and all(0 <= v <= 1 for v in figures.values())
-  assert runs.rows(workdir)[-1].keys() >= {f"retrieval/{k}" for k in figures}
+  assert trainings.rows(workdir)[-1].keys() >= {
+    f"retrieval/{k}" for k in figures
+  }
   assert list(workdir.glob("events.*"))
 
 
 def test_the_checkpoint_is_the_state(trained):
   workdir, state = trained
-  saved = runs.params(workdir)
+  saved = trainings.params(workdir)
   kernel = np.asarray(state.params["image"]["patch_embed"]["kernel"])
   np.testing.assert_array_equal(saved["image/patch_embed/kernel"], kernel)
 
 
 def test_a_finished_run_started_again_changes_nothing(trained):
   workdir, state = trained
-  before = runs.rows(workdir)
+  before = trainings.rows(workdir)
   again = train.run(smallest(), workdir)
   assert int(again.step) == 12
-  assert runs.rows(workdir) == before
+  assert trainings.rows(workdir) == before
 
 
 def test_a_checkpoint_of_another_shape_is_refused_by_name(trained):
