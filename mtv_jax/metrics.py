@@ -24,6 +24,14 @@ log = logging.getLogger(__name__)
 WIDTH = 120
 
 
+class _Console(logging.Handler):
+  """Writes to whatever standard output is at the time of a line."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    """Prints a line."""
+    print(self.format(record), file=sys.stdout, flush=True)
+
+
 def setup_logging(*, process_index: int = 0) -> None:
   """Sends the package's lines to standard output, from process 0 only.
 
@@ -35,7 +43,7 @@ def setup_logging(*, process_index: int = 0) -> None:
   package.propagate = False
   for handler in list(package.handlers):
     package.removeHandler(handler)
-  handler = logging.StreamHandler(sys.stdout)
+  handler = _Console()
   handler.setFormatter(logging.Formatter("%(message)s"))
   package.addHandler(handler)
   for name in ("absl", "jax", "orbax", "grain", "tensorboardX"):

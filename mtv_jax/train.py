@@ -139,7 +139,6 @@ def run(config: config_lib.Config, workdir: str | os.PathLike) -> TrainState:
   """
   experiment = experiment_lib.build(config, workdir)
   config = experiment.config
-  experiment_lib.write_config(experiment)
   experiment_lib.describe(experiment)
   process = jax.process_index()
   chrono = metrics_lib.Chrono(
@@ -154,6 +153,8 @@ def run(config: config_lib.Config, workdir: str | os.PathLike) -> TrainState:
     keep_every=config.checkpoint.keep_every,
   ) as checkpoints:
     saved = checkpoints.restore(experiment.program.abstract)
+    # Not before: a config that the checkpoints refuse must not replace theirs.
+    experiment_lib.write_config(experiment)
     if saved is not None:
       chrono.from_dict(saved.timing)
     state = start(experiment, saved)

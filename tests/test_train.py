@@ -69,6 +69,11 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(trained):
   other.model.width = 64
   with pytest.raises(ValueError, match="mlp/fc1/kernel"):
     train.run(other, workdir)
+  # What was refused left no trace.
+  assert (
+    json.loads((workdir / "config.json").read_text())["model"]["width"]
+    == smallest().model.width
+  )
 
 
 def test_a_run_starts_from_another_s_parameters(trained, tmp_path):
