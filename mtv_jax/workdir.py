@@ -32,6 +32,10 @@ def held(folder: str | os.PathLike) -> Iterator[None]:
   Raises:
     ConfigError: it is a file, holds a model that is no run, or is held.
   """
+  if "://" in str(folder):
+    # `experiment.build` says why not; no folder named `gs:` is made here.
+    yield
+    return
   path = pathlib.Path(folder)
   if path.exists() and not path.is_dir():
     raise ConfigError(f"--workdir={folder} is a file; a folder is expected.")

@@ -63,3 +63,10 @@ def test_what_is_no_run_is_refused(tmp_path):
   (model / "config.json").write_text('{"batch')
   with workdir.held(model):
     pass
+
+
+def test_a_bucket_makes_no_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with workdir.held("gs://bucket/run"):
+    pass
+  assert not list(tmp_path.iterdir())
