@@ -1,4 +1,4 @@
-"""Checkpoints: save, restore, read a part, load partially. Orbax lives here.
+"""Checkpoints: save, restore, read a part. Orbax lives here.
 
 Only `orbax.checkpoint.CheckpointManager` and the argument classes of
 `orbax.checkpoint.args` are used (the v1 interface is still under
@@ -12,25 +12,21 @@ Only `orbax.checkpoint.CheckpointManager` and the argument classes of
 
 import contextlib
 import dataclasses
-import re
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
-from mtv_jax import trees
+from mtv_jax import partial_loading, trees
 
 Path = str | epath.PathLike
 
 _STATE, _TIMING = "state", "timing"
-
-
-class CheckpointMismatch(ValueError):
-  """A checkpoint holds other arrays than the ones asked for."""
 
 
 class CheckpointDamaged(ValueError):
@@ -232,7 +228,19 @@ def _restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
 
 def _saved(item: epath.Path) -> dict[str, Any]:
   """Name to metadata (shape, dtype) of what a checkpoint holds."""
+  _require_index(item)
   return _flat(ocp.PyTreeCheckpointHandler().metadata(item).tree)
+
+
+def _require_index(item: epath.Path) -> None:
+  """Raises where the index of the arrays is damaged.
+
+  Orbax would find out from one of many reads at once, and leave the others to
+  end in an event loop that is closed by then, each with a traceback.
+  """
+  base = str(item) if "://" in str(item) else f"file://{item}"
+  store = {"driver": "ocdbt", "base": f"{base}/"}
+  ts.KvStore.open(store).result().list().result()
 
 
 def _require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
@@ -276,10 +284,10 @@ def _require_same(
     if here:
       lines.append(f"+ {name}  {here}")
   if lines:
-    raise CheckpointMismatch(
+    raise partial_loading.CheckpointMismatch(
       f"{path} is a checkpoint of another shape than this config's state"
       " (- in the checkpoint, + in this run):\n"
-      f"{_first(lines, 20)}\n"
+      f"{partial_loading.first(lines, 20)}\n"
       "Continue a run with the config it was started with (its config.json),"
       " or start in a new folder and load what fits through config.init."
     )
@@ -287,13 +295,6 @@ def _require_same(
 
 def _spec(leaf: Any) -> str:
   return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-
-
-def _first(lines: Sequence[str], limit: int) -> str:
-  shown = [f"  {line}" for line in lines[:limit]]
-  if len(lines) > limit:
-    shown.append(f"  ... and {len(lines) - limit} more")
-  return "\n".join(shown)
 
 
 # ---------------------------------------------------------------------------
@@ -359,141 +360,3 @@ def load_tree(
   for name in part.split("/"):
     restored = restored[name]
   return restored
-
-
-# ---------------------------------------------------------------------------
-# Partial loading.
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """What `merge` did, by parameter name.
-
-  Attributes:
-    loaded: taken from the source.
-    missing: wanted (included), but not in the source: kept as they were.
-    unexpected: in the source, but not in the target.
-    mismatched: in both, with different shapes: kept as they were. Name to
-      (source shape, target shape).
-    coverage: loaded / wanted, counted in numbers (not in arrays).
-  """
-
-  loaded: tuple[str, ...]
-  missing: tuple[str, ...]
-  unexpected: tuple[str, ...]
-  mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-  coverage: float
-
-  def __str__(self) -> str:
-    shapes = [f"{n}  {a} -> {b}" for n, (a, b) in self.mismatched.items()]
-    lines = [
-      f"loaded {len(self.loaded)} arrays,"
-      f" {100 * self.coverage:.1f} % of the wanted parameters"
-    ]
-    for title, found in [
-      ("missing from the source", self.missing),
-      ("unexpected in the source", self.unexpected),
-      ("of another shape", shapes),
-    ]:
-      if found:
-        lines.append(f"{title} ({len(found)}):\n{_first(found, 10)}")
-    return "\n".join(lines)
-
-
-@dataclasses.dataclass(frozen=True)
-class Merged:
-  """Parameters after partial loading, and what was loaded."""
-
-  params: Any
-  report: Report
-
-
-def merge(
-  target_params: Any,
-  source_tree: Any,
-  *,
-  include: Sequence[str] = (".",),
-  rename: Sequence[Sequence[str]] = (),
-  min_coverage: float = 0.99,
-) -> Merged:
-  """Copies what fits of `source_tree` into a copy of `target_params`.
-
-  Args:
-    target_params: a tree of arrays.
-    source_tree: a tree of arrays, such as `load_tree` gives.
-    include: regexes; a target parameter is wanted if one is found in its
-      name.
-    rename: pairs (regex, replacement), applied to each source name, all of
-      them in order, by `re.sub`.
-    min_coverage: the least share of the wanted parameters to load.
-
-  Returns:
-    Merged: new leaves have the target's dtype, are numpy arrays, and belong
-    wherever the caller puts them.
-
-  Raises:
-    CheckpointMismatch: coverage is lower, with the report in the message;
-      weights that were silently not loaded have cost people weeks.
-    ValueError: an include matches nothing, or two source names collide.
-  """
-  target = _flat(target_params)
-  source = _renamed(_flat(source_tree), rename)
-  wanted = [
-    match.name
-    for match in trees.match_rules(
-      target, [(pattern, True) for pattern in include], what="init.include"
-    )
-    if match.value
-  ]
-  out = dict(target)
-  loaded, missing, mismatched = [], [], {}
-  for name in wanted:
-    if name not in source:
-      missing.append(name)
-    elif tuple(source[name].shape) != tuple(target[name].shape):
-      mismatched[name] = tuple(source[name].shape), tuple(target[name].shape)
-    else:
-      out[name] = np.asarray(source[name]).astype(target[name].dtype)
-      loaded.append(name)
-  total = _count(target, wanted)
-  report = Report(
-    tuple(loaded),
-    tuple(missing),
-    tuple(name for name in source if name not in target),
-    mismatched,
-    _count(target, loaded) / total if total else 1.0,
-  )
-  if report.coverage < min_coverage:
-    hint = ""
-    if missing and report.unexpected:
-      hint = (
-        f"\nFor {missing[0]!r}: {trees.closest(missing[0], report.unexpected)}"
-        "\nMap names with init.rename, or choose them with init.include."
-      )
-    raise CheckpointMismatch(
-      f"too little was loaded: {100 * report.coverage:.1f} % of the wanted"
-      f" parameters, at least {100 * min_coverage:g} % expected"
-      f" (init.min_coverage).\n{report}{hint}"
-    )
-  structure = jax.tree.structure(target_params)
-  return Merged(jax.tree.unflatten(structure, list(out.values())), report)
-
-
-def _renamed(
-  source: Mapping[str, Any], rename: Sequence[Sequence[str]]
-) -> dict[str, Any]:
-  out, origin = {}, {}
-  for old, leaf in source.items():
-    new = old
-    for pattern, replacement in rename:
-      new = re.sub(pattern, replacement, new)
-    if new in out:
-      raise ValueError(
-        f"init.rename: {origin[new]!r} and {old!r} both become {new!r}."
-      )
-    out[new], origin[new] = leaf, old
-  return out
-
-
-def _count(arrays: Mapping[str, Any], names: Iterable[str]) -> int:
-  return sum(int(np.prod(arrays[name].shape)) for name in names)

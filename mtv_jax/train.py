@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mtv_jax import checkpoint, loading, sharding
+from mtv_jax import checkpoint, loading, partial_loading, sharding
 from mtv_jax import config as config_lib
 from mtv_jax import experiment as experiment_lib
 from mtv_jax import metrics as metrics_lib
@@ -50,7 +50,7 @@ def start(
       step=init.step,
       spec=experiment.recipe.spec,
     )
-    merged = checkpoint.merge(
+    merged = partial_loading.merge(
       params,
       source,
       include=init.include or ("",),
