@@ -3,7 +3,10 @@
 An evaluation is a frozen dataclass: its fields are its options, as a config or
 a command line gives them, and `run(encoder)` returns figures together with
 everything that they depend on. To add one, write its file and name it in
-`EVALUATORS`.
+`EVALUATORS`. Where an encoder lacks what an evaluation needs (a text tower, a
+head), or the data does (captions, depth), `prepare` or `run` raises
+`NotApplicable`: among `all` evaluations it is then skipped with that reason,
+and asked for by name it is an error like any other.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from mtv_jax.config import ConfigError, did_you_mean
@@ -25,6 +29,15 @@ EVALUATORS = {
 }
 
 
+class NotApplicable(ValueError):
+  """An encoder or a data set has not what the evaluation needs.
+
+  The message is the reason, in a sentence that ends a table's row: what is
+  lacking and where it would come from. A mistake (a missing file, a bad
+  option) is not this but a ValueError or an OSError.
+  """
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
   """Figures and how they were made.
@@ -34,15 +47,25 @@ class Result:
     protocol: everything the figures depend on, JSON-able: input size,
       preprocessing, weights, tie rule, data and its hash.
     chance: for some of the metrics, what a random encoder expects to get.
+    units: of the metrics that are no fractions ("m", or "" for a plain
+      number), which a table prints as they are rather than in percent.
+    lower: names of the metrics of which less is better.
+    pictures: uint8 `[H, W, 3]` sheets by name, for people to look at; no part
+      of the JSON.
   """
 
   metrics: dict[str, float]
   protocol: dict[str, Any]
   chance: dict[str, float] = dataclasses.field(default_factory=dict)
+  units: dict[str, str] = dataclasses.field(default_factory=dict)
+  lower: tuple[str, ...] = ()
+  pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def to_dict(self) -> dict[str, Any]:
     """For JSON."""
-    return dataclasses.asdict(self)
+    fields = dataclasses.asdict(dataclasses.replace(self, pictures={}))
+    del fields["pictures"]
+    return {**fields, "lower": list(self.lower)}
 
 
 class Evaluator:

@@ -239,7 +239,7 @@ def _source_images(source: Any, chosen: Sequence[int]) -> Images:
 def _labelled_source(kind: _Kind, count: int | None) -> Labelled:
   _require_field(kind, "label")
   chosen = _spaced(range(len(kind.source)), count)
-  digest, labels = _Digest(), []
+  digest, labels = Digest(), []
   for i in chosen:
     record = kind.source[i]
     labels.append(int(record["label"]))
@@ -264,7 +264,7 @@ def _captioned_source(
 ) -> Captioned:
   _require_field(kind, "captions")
   chosen, kept = _spaced(range(len(kind.source)), count), []
-  digest, captions = _Digest(), []
+  digest, captions = Digest(), []
   for i in chosen:
     record = kind.source[i]
     own = tuple(record["captions"])[:max_captions]
@@ -310,7 +310,7 @@ def _labelled_folder(root: pathlib.Path, count: int | None) -> Labelled:
   index = {key: i for i, key in enumerate(ids)}
   files = _spaced(files, count)
   paths = [path for _, _, path in files]
-  digest = _Digest()
+  digest = Digest()
   for key, _, path in files:
     digest.add(path.name, path.stat().st_size, key)
   return Labelled(
@@ -405,7 +405,7 @@ def _captioned_files(
       f"{len(missing)} of {len(paths)} images of {kind.name} are missing, "
       f"such as {missing[0]}"
     )
-  digest, captions = _Digest(), []
+  digest, captions = Digest(), []
   for (name, own), path in zip(rows, paths, strict=True):
     captions.append(tuple(own)[:max_captions])
     digest.add(name, path.stat().st_size, *captions[-1])
@@ -416,7 +416,7 @@ def _grouped(
   name: str,
   images: Images,
   captions: Sequence[tuple[str, ...]],
-  digest: _Digest,
+  digest: Digest,
 ) -> Captioned:
   if not captions:
     raise ValueError(f"{name}: no image has a caption")
@@ -430,7 +430,7 @@ def _grouped(
   )
 
 
-class _Digest:
+class Digest:
   """SHA-256 of rows, 16 hexadecimal digits: enough to tell two sets apart."""
 
   def __init__(self):
