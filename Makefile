@@ -23,7 +23,7 @@ $(VENV)/.reference: $(VENV)/.dev
 	  -e '.[dev,reference,parquet]'
 	touch $@
 
-# Trains the smallest config on the built-in scenes, evaluates and exports it.
+# Trains every objective on the built-in scenes, evaluates and exports it.
 quickstart: $(VENV)/.base
 	$(BIN)/python -m mtv_jax.main --config=configs/mtv_tiny.py \
 	  --workdir=$(RUN)

@@ -20,7 +20,7 @@ from mtv_jax import config as config_lib
 from mtv_jax import optim, sharding, trees, views
 from mtv_jax import recipe as recipe_lib
 from mtv_jax import step as step_lib
-from mtv_jax.data import pipeline, tokenizers
+from mtv_jax.data import labels, ops, pipeline, tokenizers
 from mtv_jax.data import sources as sources_lib
 from mtv_jax.evals import base as evals_base
 from mtv_jax.evals import run as evals_lib
@@ -157,12 +157,21 @@ def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
     tokenizers.check_vocabulary(
       tokenizer, text.vocab_size, where="config.model.text.vocab_size"
     )
+  entries = config.data.to_dict()["train"]
   sources = [
-    sources_lib.build_source(s) for s in config.data.to_dict()["train"]
+    sources_lib.build_source({**entry, "labels": None}) for entry in entries
   ]
   examples = sum(len(source) for source in sources)
   total_steps = config_lib.total_steps(config, examples)
   recipe = build_recipe(config, total_steps)
+  # Labels that no objective reads are not even opened.
+  read = data_ops(config, recipe, tokenizer).labels
+  sources = [
+    labels.join(source, entry["labels"], fields=read)
+    if entry.get("labels")
+    else source
+    for source, entry in zip(sources, entries, strict=True)
+  ]
   params = recipe_lib.abstract_params(recipe)
   optimizer = optim.make_optimizer(
     config.optim,
@@ -208,11 +217,21 @@ def _evaluators(
       raise config_lib.ConfigError(
         f"config.evals.{name}.weights is {weights!r}: {why}"
       )
-    entries[name] = {k: v for k, v in entry.items() if k != "weights"}
+    ours = ("weights", "at_start")
+    entries[name] = {k: v for k, v in entry.items() if k not in ours}
   evaluators = evals_lib.build(entries)
   for evaluator in evaluators.values():
     evaluator.prepare()
   return evaluators
+
+
+def data_ops(
+  config: ConfigDict, recipe: recipe_lib.Recipe, tokenizer: Any
+) -> ops.Ops:
+  """The ops of the input pipeline whose results the step reads."""
+  return ops.build_ops(
+    config.data.ops, tokenizer=tokenizer, wanted=recipe.fields()
+  )
 
 
 def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
@@ -230,6 +249,7 @@ def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
     process_index=rows.index,
     process_count=rows.count,
     tokenizer=experiment.tokenizer,
+    wanted=experiment.recipe.fields(),
     sources=experiment.sources,
   )
   for field, readers in experiment.recipe.fields().items():

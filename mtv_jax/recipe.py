@@ -150,10 +150,11 @@ class Recipe:
 
   def fields(self) -> dict[str, list[str]]:
     """Batch fields by name, each with the objectives that read it."""
-    readers: dict[str, list[str]] = {}
+    everyone = list(self.objectives)
+    readers = {"image": everyone, "image_size": everyone}  # For the views.
     for name, objective in self.objectives.items():
       for field in objective.needs().fields:
-        readers.setdefault(field, []).append(name)
+        readers[field] = [*readers.get(field, []), name]
     return readers
 
 

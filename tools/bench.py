@@ -2,10 +2,13 @@
 
   python tools/bench.py data --data='cc3m/*.tar' --tokenizer=spiece.model
   python tools/bench.py step --config=configs/siglip_b16_224.py:tiny
+  python tools/bench.py flops --config=configs/mtv_b16_224.py --compile=whole
 
 `data` prints images a second for the input pipeline (tars to batches) beside
 OpenCV decoding and resizing the same images, in the same run. `step` prints the
 median time of a config's train step, alone and behind its input pipeline.
+`flops` prints what each encoding and head of a step costs, and what one step
+costs against a run for each objective; it computes nothing.
 """
 
 import argparse
@@ -74,6 +77,27 @@ def _step(args: argparse.Namespace) -> object:
   return step.bench_step(config.read(args.config), steps=args.steps)
 
 
+def _add_flops(commands: argparse._SubParsersAction) -> None:
+  parser = commands.add_parser("flops", help="of each part of a train step")
+  parser.add_argument(
+    "--config", required=True, help="a file, with its arguments after a colon"
+  )
+  parser.add_argument("--batch-size", type=_positive, default=64)
+  parser.add_argument(
+    "--compile", choices=("no", "whole"), default="no", help="ask XLA too"
+  )
+  parser.set_defaults(run=_flops)
+
+
+def _flops(args: argparse.Namespace) -> object:
+  from mtv_jax import config
+  from mtv_jax.benchmarks import flops
+
+  return flops.bench_flops(
+    config.read(args.config), batch_size=args.batch_size, compile=args.compile
+  )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs one command."""
   parser = argparse.ArgumentParser(
@@ -82,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   _add_data(commands)
   _add_step(commands)
+  _add_flops(commands)
   for command in commands.choices.values():
     command.add_argument("--json", type=Path, help="also write the result here")
   args = parser.parse_args(argv)

@@ -14,7 +14,7 @@ compare the key that is stored with each label.
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
@@ -98,7 +98,9 @@ class LabelledSource:
     return f"{self._source!r} with {kinds}"
 
 
-def join(source: Any, labels: Any) -> LabelledSource:
+def join(
+  source: Any, labels: Any, *, fields: Collection[str] | None = None
+) -> Any:
   """The source with the label sets that an entry of `data.train` names.
 
   Args:
@@ -106,6 +108,8 @@ def join(source: Any, labels: Any) -> LabelledSource:
     labels: a mapping, of each kind the folder of a set, or a mapping with its
       `path`, `join` ("aligned" by default, or "key") and, for joins by key,
       `index_dir` (where its index is kept; by default in the folder).
+    fields: that somebody reads; sets that give others only stay closed, and
+      without any set left the source is returned as it is. None for all.
 
   Raises:
     ValueError: an unknown kind or option.
@@ -122,6 +126,8 @@ def join(source: Any, labels: Any) -> LabelledSource:
   for kind, entry in labels.items():
     if kind not in KINDS:
       raise ValueError(f"Unknown labels {kind!r}. {did_you_mean(kind, KINDS)}")
+    if fields is not None and not FIELDS[kind] & set(fields):
+      continue
     if both := source.fields & FIELDS[kind]:
       raise LabelError(
         f"{source!r} gives {', '.join(sorted(both))} itself, and `labels` names"
@@ -129,7 +135,7 @@ def join(source: Any, labels: Any) -> LabelledSource:
       )
     options = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
     joined.append(_joined(source, kind, options))
-  return LabelledSource(source, joined)
+  return LabelledSource(source, joined) if joined else source
 
 
 def _joined(source: Any, kind: str, options: dict[str, Any]) -> Labels:

@@ -21,7 +21,7 @@ in one batch. What an op leaves out of a label it counts in the record's
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -66,8 +66,15 @@ class Ops:
     labels: fields of records that it needs, of one source at least.
   """
 
-  def __init__(self, text: str, steps: list[Step], tokenizer: Tokenizer | None):
+  def __init__(
+    self,
+    text: str,
+    steps: list[Step],
+    tokenizer: Tokenizer | None,
+    wanted: frozenset[str] | None,
+  ):
     self._text = text
+    self._wanted = wanted
     self._steps = steps
     self._tokenizer = tokenizer
     self.fields = {k: v for step in steps for k, v in step.makes.items()}
@@ -85,19 +92,28 @@ class Ops:
 
   def __reduce__(self) -> tuple:
     # Worker processes build the ops again: the steps are closures.
-    build = functools.partial(build_ops, tokenizer=self._tokenizer)
+    build = functools.partial(
+      build_ops, tokenizer=self._tokenizer, wanted=self._wanted
+    )
     return build, (self._text,)
 
   def __repr__(self) -> str:
     return f"Ops({self._text!r})"
 
 
-def build_ops(text: str, *, tokenizer: Tokenizer | None = None) -> Ops:
+def build_ops(
+  text: str,
+  *,
+  tokenizer: Tokenizer | None = None,
+  wanted: Collection[str] | None = None,
+) -> Ops:
   """The ops that `text` names.
 
   Args:
     text: such as "decode|canvas(384)|caption(64, pick='first')".
     tokenizer: what `caption` and `regions` encode with.
+    wanted: fields of the batch that somebody reads; an op that makes others
+      only is left out. None for all.
 
   Raises:
     ConfigError: bad syntax, an unknown op or arguments that don't fit.
@@ -110,7 +126,10 @@ def build_ops(text: str, *, tokenizer: Tokenizer | None = None) -> Ops:
     for name, factory in OPS.items()
   }
   steps = [build_op(op, registry, "data op") for op in parse_ops(text)]
-  ops = Ops(text, steps, tokenizer)
+  if wanted is not None:
+    steps = [s for s in steps if not s.makes or set(s.makes) & set(wanted)]
+    wanted = frozenset(wanted)
+  ops = Ops(text, steps, tokenizer, wanted)
   if not ops.fields:
     raise ValueError(
       f"data.ops={text!r} makes no field of the batch; write for example"

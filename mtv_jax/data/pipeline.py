@@ -21,7 +21,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -284,6 +284,7 @@ def make_loader(
   process_index: int = 0,
   process_count: int = 1,
   tokenizer: Tokenizer | None = None,
+  wanted: Collection[str] | None = None,
   sources: Sequence[Source] | None = None,
 ) -> Loader:
   """The loader of a config's `data` section.
@@ -298,6 +299,7 @@ def make_loader(
     process_index: this host's number.
     process_count: how many hosts there are.
     tokenizer: of the text tower, for the op `caption`.
+    wanted: fields of the batch that somebody reads; see `build_ops`.
     sources: instead of building those that `train` describes, one for each
       entry; without `train` all weigh the same.
 
@@ -317,7 +319,7 @@ def make_loader(
   if sources is None:
     sources = [build_source(entry) for entry in entries or ()]
   weights = [float(entry.get("weight", 1.0)) for entry in entries or ()]
-  ops = build_ops(data_config["ops"], tokenizer=tokenizer)
+  ops = build_ops(data_config["ops"], tokenizer=tokenizer, wanted=wanted)
   _require_labels(ops, sources)
   workers = _at_least(data_config, "workers", 0, 0)
   threads = max(cores() // max(workers, 1), 1)

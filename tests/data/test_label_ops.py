@@ -1,12 +1,13 @@
 """Labels as fields of the batch: the ops, mixtures, what is counted."""
 
 import logging
+import pickle
 
 import numpy as np
 import pytest
 from label_samples import entry, keyed, make_all, make_copy, ramp
 
-from mtv_jax.data import label_values
+from mtv_jax.data import label_values, labels
 from mtv_jax.data.label_values import make_depth
 from mtv_jax.data.ops import build_ops
 from mtv_jax.data.pipeline import make_loader
@@ -188,6 +189,20 @@ def batches(config, steps, **options):
   options = {"batch_size": 8, "seed": 1, "tokenizer": TOKENIZER} | options
   with make_loader({"ops": OPS, **config}, **options) as loader:
     return [next(loader) for _ in range(steps)], loader.stats
+
+
+def test_ops_and_sets_that_nobody_reads_are_left_out():
+  tokenizer = build_tokenizer("bytes")
+  text = "decode|canvas(8)|caption(4)|depth(4)|regions(2)"
+  wanted = {"image", "image_size", "caption", "caption_valid"}
+  ops = build_ops(text, tokenizer=tokenizer, wanted=wanted)
+  assert set(ops.fields) == wanted and not ops.labels
+  assert set(pickle.loads(pickle.dumps(ops)).fields) == wanted
+  source = SceneSource(size=16)
+  sets = dict(depth="no/such/folder")
+  assert labels.join(source, sets, fields=ops.labels) is source
+  with pytest.raises(ValueError, match="Unknown labels 'dept'"):
+    labels.join(source, dict(dept="x"), fields=ops.labels)
 
 
 def test_labelled_and_unlabelled_sources_mix(made, tmp_path):

@@ -1,0 +1,211 @@
+"""The recipe with every objective: sharded, without labels, without parts."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from mtv_jax import config as config_lib
+from mtv_jax import experiment, gradients, sharding, trees
+from mtv_jax import recipe as recipe_lib
+from mtv_jax import step as step_lib
+from mtv_jax.benchmarks import flops
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROWS = 16
+LABELS = {
+  "contrastive": ("caption", "caption_valid"),
+  "depth": ("depth",),
+  "grounding": ("box_valid",),
+}
+
+
+def read():
+  """The recipe of configs/mtv_tiny.py, smaller yet."""
+  config = config_lib.check(
+    config_lib.read(str(ROOT / "configs" / "mtv_tiny.py:tiny"))
+  )
+  config.batch_size = ROWS
+  config.data.train[0]["size"] = 32
+  config.data.ops = (
+    "decode|canvas(32)|caption(16)|depth(16)|regions(2, phrase_length=8)"
+  )
+  config.views["image"].ops = "crop(32, 0.5, 1.0)|flip"
+  config.views["global"].ops = "crop(32, 0.4, 1.0)|blocks(0.2, 0.5, patch=8)"
+  config.views["local"].ops = "crop(16, 0.1, 0.4)"
+  config.views["mae"].ops = "crop(32, 0.4, 1.0)|keep(0.25, patch=8)"
+  config.model.image_size = 32
+  config.model.text.length = 16
+  shape = dict(width=32, heads=2, mlp_dim=64, depth=2)
+  config.model.update(shape)
+  config.model.text.update(shape)
+  return config
+
+
+@functools.cache
+def built():
+  config = read()
+  return experiment.build_recipe(config, total_steps=100)
+
+
+@functools.cache
+def rows():
+  """A batch off the real pipeline, with fewer labels on some devices."""
+  made = experiment.build(read(), "unused")
+  with experiment.make_loader(made, 0) as loader:
+    batch = dict(next(loader))
+  # Of eight devices the first has no label, the second lacks one of two.
+  batch["depth"][:3] = 0
+  batch["box_valid"][:2] = False
+  batch["caption"][:2] = 0
+  batch["caption_valid"][:2] = False
+  return batch
+
+
+@functools.cache
+def params():
+  """Drawn here: compiling the initialisers takes longer than all the rest."""
+  rng = np.random.default_rng(1)
+
+  def draw(name, leaf):
+    noise = rng.normal(size=leaf.shape).astype(np.float32)
+    if name.endswith("kernel"):
+      shape = leaf.shape[1:] if "blocks" in name else leaf.shape
+      return noise / np.sqrt(np.prod(shape[:-1]))
+    return np.float32(name.endswith("scale")) + 0.02 * noise
+
+  return trees.map_with_names(draw, recipe_lib.abstract_params(built()))
+
+
+@functools.cache
+def compiled(shape, names=None):
+  """(batch) -> losses by objective, and gradients by parameter."""
+  recipe = built() if names is None else built().only(names)
+  sizes = dict(zip(sharding.AXES, shape, strict=True))
+  mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(shape)])
+  # The state is the whole recipe's, whatever is computed of it.
+  program = step_lib.make_program(built(), optax.sgd(0.1), mesh)
+  state = program.init(params())
+
+  def compute(state, batch):
+    (_, terms), slopes = gradients.compute(recipe, state, batch)
+    return {name: term.loss.value() for name, term in terms.items()}, slopes
+
+  jitted = jax.jit(compute, out_shardings=sharding.replicated(mesh))
+
+  def call(batch):
+    placed = sharding.place_batch(batch, mesh)
+    losses, slopes = jax.device_get(jitted(state, placed))
+    return losses, dict(trees.flatten_names(slopes))
+
+  return call
+
+
+def assert_near(found, expected, tolerance, floor):
+  losses, slopes = found
+  assert losses.keys() == expected[0].keys()
+  for name, loss in expected[0].items():
+    assert losses[name] == pytest.approx(loss, rel=1e-5, abs=1e-6), name
+  for name, slope in expected[1].items():
+    distance = np.linalg.norm(slopes[name] - slope)
+    assert distance <= tolerance * np.linalg.norm(slope) + floor, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_the_whole_recipe_sharded_is_that_of_one_device(shape):
+  """Values and gradients, labels being unevenly spread over the devices."""
+  alone = compiled((1, 1, 1))(rows())
+  assert all(loss > 0 for loss in alone[0].values())
+  assert_near(compiled(shape)(rows()), alone, 1e-5, 1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LABELS)
+def test_without_any_label_the_rest_trains_as_if_it_were_absent(name):
+  batch = dict(rows())
+  for field in LABELS[name]:
+    batch[field] = np.zeros_like(batch[field])
+  losses, slopes = compiled((1, 1, 1))(batch)
+  assert losses.pop(name) == 0
+  rest = tuple(other for other in built().objectives if other != name)
+  assert_near((losses, slopes), compiled((1, 1, 1), rest)(batch), 1e-6, 1e-9)
+
+
+def test_an_objective_that_is_dropped_leaves_nothing_behind(tmp_path):
+  config = read()
+  # Its labels must not even be opened.
+  config.data.train[0]["labels"] = dict(depth=str(tmp_path / "nowhere"))
+  config.data.train[0]["type"] = "scenes"
+  for name in ("depth", "masked_pixels", "distillation", "masked_latent"):
+    del config.objectives[name]
+  made = experiment.build(config, tmp_path)
+  names = made.program.abstract.params["heads"].keys()
+  assert set(names) == {"contrastive", "grounding", "prompter"}
+  assert not made.program.abstract.teacher
+  assert {str(e) for e in made.recipe.plan} == {
+    "image(image, student)",
+    "text(caption, student)",
+    "text(box_phrase, student)",
+  }
+  with experiment.make_loader(made, 0) as loader:
+    batch = next(loader)
+  assert "depth" not in batch and "boxes" in batch
+
+
+@pytest.mark.slow
+def test_what_a_step_costs_is_the_sum_of_its_parts():
+  """Each encoding once; and less of them is less."""
+  spec = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in rows().items()
+  }
+  cost = flops.step_flops(built(), spec, optax.sgd(0.1))
+  assert cost.traced == pytest.approx(cost.total, rel=1e-4)
+  names = [part.name for part in cost.parts]
+  assert len(set(names)) == len(names)
+  assert "image(image, student)" in names and "heads of depth" in names
+  assert cost.share < 0.9
+  rest = tuple(n for n in built().objectives if n != "depth")
+  less = flops.step_flops(built().only(rest), spec, optax.sgd(0.1))
+  part = {part.name: part.flops for part in cost.parts}
+  # Its head goes, and nothing else: grounding reads the same encoding.
+  assert cost.traced - less.traced == pytest.approx(
+    part["heads of depth"] + part["loss of depth"], rel=1e-3
+  )
+
+
+@pytest.mark.slow
+def test_prototypes_in_chunks_cost_more_flops_and_no_less():
+  spec = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in rows().items()
+  }
+
+  def traced(chunk):
+    objectives = {
+      name: dataclasses.replace(objective, chunk=chunk)
+      for name, objective in built().only(("masked_latent",)).objectives.items()
+    }
+    recipe = dataclasses.replace(
+      built().only(("masked_latent",)), objectives=objectives
+    )
+    return flops.step_flops(recipe, spec, optax.sgd(0.1)).traced
+
+  # Logits of the student: twice; of the teacher: once more an iteration.
+  assert traced(64) > traced(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "most"), [("mtv_b16_224", 0.71), ("mtv_l16_256", 0.69)]
+)
+def test_the_compiled_step_computes_each_encoding_once(name, most):
+  config = config_lib.read(str(ROOT / "configs" / f"{name}.py"))
+  cost = flops.bench_flops(config, batch_size=16, compile="whole")
+  print(f"\n{cost}")
+  assert cost.compiled == pytest.approx(cost.total, rel=0.03)
+  assert cost.share <= most
