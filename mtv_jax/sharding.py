@@ -35,6 +35,8 @@ RULES: Rules = (
   (r"mlp/fc2/kernel$", ("tensor", "fsdp")),
   (r"(patch_embed/kernel|token_embedding)$", (None, "fsdp")),
   (r"projection/kernel$", ("fsdp", None)),
+  # DPT's convolutions: `[height, width, in, out]`.
+  (r"(resize\d?|lateral\d|conv\d)/kernel$", ("fsdp", None)),
   # Prototypes, of the self-distillation heads.
   (r"last_layer/kernel$", (None, "tensor")),
   (r"last_layer/scale$", ("tensor",)),

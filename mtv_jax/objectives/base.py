@@ -70,8 +70,9 @@ class Head:
 
   Attributes:
     module: the linen module.
-    example: `(model_spec) -> tuple` of `jax.ShapeDtypeStruct`s or arrays that
-      the module is initialised with.
+    example: `(model_spec) -> tuple` of what the module is initialised with:
+      `jax.ShapeDtypeStruct`s or arrays, alone or in lists; anything else goes
+      to it as it is.
     teacher: whether the teacher keeps an EMA copy of it.
   """
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mtv_jax.models.heads import unit
 from mtv_jax.objectives import base, pairwise
 
 
@@ -125,8 +126,8 @@ class Contrastive(base.Objective):
     batch: Mapping[str, Any],
   ) -> Evidence:
     return Evidence(
-      image=pairwise.normalize(encodings[self._image].pooled[:, 0]),
-      text=pairwise.normalize(encodings[self._text].pooled),
+      image=unit(encodings[self._image].pooled[:, 0]),
+      text=unit(encodings[self._text].pooled),
       valid=batch["caption_valid"].astype(bool),
     )
 

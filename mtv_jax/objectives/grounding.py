@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from mtv_jax import geometry
 from mtv_jax.config import ConfigError
 from mtv_jax.models import layers, prompter
+from mtv_jax.models.heads import unit
 from mtv_jax.objectives import base, pairwise
 
 
@@ -352,12 +353,12 @@ class Grounding(base.Objective):
     text = take(encodings[self._text].pooled)
     if self.stop_text_gradient:
       text = jax.lax.stop_gradient(text)
-    text = pairwise.normalize(text)
+    text = unit(text)
     boxes = take(boxes[:, 0])
     patches = encodings[self._image].patches[:, 0]
     region = heads["prompter"](patches, boxes, text.shape[-1])
     return Evidence(
-      region=pairwise.normalize(region),
+      region=unit(region),
       text=text,
       phrase_id=take(batch["box_phrase_id"]),
       valid=take(kept[:, 0]),

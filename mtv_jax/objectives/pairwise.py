@@ -12,17 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-def normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-  """Divides by the L2 norm over the last axis, in float32.
-
-  The norm is floored at 1e-6, inside the root, so that a zero vector has a
-  finite gradient.
-  """
-  x = x.astype(jnp.float32)
-  squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
-
-
 def sigmoid_losses(
   logits: Float[Array, "n m"], positive: Bool[Array, "n m"]
 ) -> Float[Array, "n m"]:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtv_jax.objectives import base, build_objective, contrastive, pairwise
+from mtv_jax.models.heads import unit
+from mtv_jax.objectives import base, build_objective, contrastive
 
 
 def _log_sigmoid(x):
@@ -79,8 +80,8 @@ def _terms(objective, image, text, valid):
   params = {"contrastive": head.module.init(jax.random.key(0))["params"]}
   heads = base.BoundHeads(objective.heads(), params)
   evidence = contrastive.Evidence(
-    image=pairwise.normalize(image),
-    text=pairwise.normalize(text),
+    image=unit(image),
+    text=unit(text),
     valid=jnp.asarray(valid),
   )
   context = base.Context(step=0, total_steps=1, statistics={})
