@@ -1,10 +1,15 @@
 """Every objective on a few hundred real photos: does the whole recipe learn?
 
-COCO photos with captions and boxes, NYU photos with depth, in one batch. Make
-shards and labels (docs/results.md has the commands in full), then
+COCO photos with captions and boxes, NYU photos with depth, in one batch; boxes
+and depth of other photos are looked at before, during and after. Make shards
+and labels (docs/results.md has the commands in full), then
 
   python -m mtv_jax.main --workdir=runs/photos \
-    --config=configs/mtv_photos.py:coco=data/coco,nyu=data/nyu,tokenizer=X.model
+    --config=configs/mtv_photos.py:coco=C,nyu=N,tokenizer=T,boxes=B,rooms=R
+
+with C and N folders of tars, their labels in C_boxes and N_depth; T a
+SentencePiece model; B COCO's instances JSON and R a folder of NYU images, both
+of photos that are not trained on.
 
 Hardware, time and result: docs/results.md. A few hundred photos teach an
 encoder little that holds on others: what has to fall is each loss, and what is
@@ -22,9 +27,11 @@ def get_config(arg=None):
     tiny=False,
     coco="data/coco",
     nyu="data/nyu",
+    boxes="",
+    rooms="",
     tokenizer="bytes",
     batch=48,
-    steps=400,
+    steps=300,
   )
   size, local, canvas = (32, 16, 40) if arg.tiny else (128, 64, 160)
   patch = 8 if arg.tiny else 16
@@ -85,23 +92,37 @@ def get_config(arg=None):
       **shape,
     ),
   )
-  prototypes = dict(prototypes=512, hidden=256, bottleneck=64, chunk=None)
+  # As many prototypes as a batch can tell apart, and assignments sharp enough
+  # to say something in a few hundred steps.
+  prototypes = dict(
+    prototypes=64,
+    hidden=256,
+    bottleneck=64,
+    teacher_temp=0.03,
+    teacher_temp_start=0.03,
+    chunk=None,
+  )
   config.objectives = dict(
     contrastive=dict(weight=1.0, init_bias=-4.0),
-    distillation=dict(weight=0.5, **prototypes),
-    masked_latent=dict(weight=0.5, **prototypes),
+    distillation=dict(weight=1.0, **prototypes),
+    masked_latent=dict(weight=1.0, **prototypes),
     masked_pixels=dict(
       weight=0.5, decoder_width=128, decoder_depth=2, decoder_heads=4
     ),
     depth=dict(weight=1.0, features=32, channels=(32, 32, 32, 32)),
     grounding=dict(weight=1.0, regions=4, init_bias=-4.0),
   )
-  config.teacher = dict(momentum=0.99)
+  config.teacher = dict(momentum=0.98)
   config.optim = dict(
     name="adamw", lr=1e-3, weight_decay=0.02, b2=0.95, clip_norm=1.0
   )
   config.schedule = dict(name="cosine", warmup_percent=10)
+  held_out = dict(at_start=True, every_percent=25)
   config.evals = dict()
+  if arg.boxes:
+    config.evals.grounding = dict(data=arg.boxes, **held_out)
+  if arg.rooms:
+    config.evals.relative_depth = dict(data=arg.rooms, **held_out)
   config.checkpoint = dict(every_steps=100, keep=1)
   config.log = dict(every_steps=10, gradients_steps=100)
   return config
