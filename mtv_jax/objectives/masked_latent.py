@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, no_type_check
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -170,8 +171,15 @@ class MaskedLatent(SelfDistillation):
     )
     count = jnp.ones(()) * rows * crops
     masked = jnp.sum(evidence.masked.astype(jnp.float32))
+    compared = jnp.sum(jnp.any(valid, axis=1).astype(jnp.float32))
+    report = {
+      **matched.report,
+      # Unlike the loss it does not follow how many crops happened to be masked.
+      "cross_entropy": base.Mean(jax.lax.stop_gradient(matched.sum), compared),
+      "labelled": base.Mean(masked, count),
+    }
     return base.Terms(
       loss=base.Mean(matched.sum, count),
-      report={**matched.report, "labelled": base.Mean(masked, count)},
+      report=report,
       statistics=matched.statistics,
     )

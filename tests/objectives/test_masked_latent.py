@@ -111,6 +111,8 @@ def test_loss_and_gradient_equal_numpy(case, target):
 
   valid = np.asarray(evidence.valid)
   np.testing.assert_allclose(report["labelled"], valid.any(-1).mean())
+  share = valid.any(-1).mean()
+  np.testing.assert_allclose(report["cross_entropy"] * share, value, rtol=1e-5)
   if not valid.any():
     assert all(report[k] == 0 for k in report if k != "teacher_temp")
   else:
