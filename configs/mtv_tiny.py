@@ -45,7 +45,16 @@ def get_config(arg=None):
       variant="mu", length=64, tokenizer="bytes", clean="lower", vocab_size=258
     ),
   )
-  prototypes = dict(prototypes=256, hidden=128, bottleneck=64, chunk=None)
+  # As many prototypes as a batch can tell apart, and assignments sharp enough
+  # to say something in a few hundred steps.
+  prototypes = dict(
+    prototypes=64,
+    hidden=128,
+    bottleneck=64,
+    teacher_temp=0.03,
+    teacher_temp_start=0.03,
+    chunk=None,
+  )
   config.objectives = dict(
     # Near log(1/64), where the pairs of a batch balance.
     contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=-4.0),
@@ -57,13 +66,16 @@ def get_config(arg=None):
     depth=dict(weight=0.5, features=16, channels=(16, 16, 16, 16)),
     grounding=dict(weight=1.0, regions=2, init_bias=-4.0),
   )
-  config.teacher = dict(momentum=0.99)
+  config.teacher = dict(momentum=0.98)
   config.optim = dict(
     name="adamw", lr=2e-3, weight_decay=1e-2, b2=0.95, clip_norm=1.0
   )
   config.schedule = dict(name="cosine", warmup_percent=10)
   config.evals = dict(
-    zero_shot=dict(type="zero_shot"), retrieval=dict(type="retrieval")
+    zero_shot=dict(type="zero_shot"),
+    retrieval=dict(type="retrieval"),
+    grounding=dict(type="grounding"),
+    relative_depth=dict(type="relative_depth", at_start=True),
   )
   config.checkpoint = dict(every_steps=200, keep=2)
   config.log = dict(every_steps=20, gradients_steps=100)
