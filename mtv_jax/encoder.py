@@ -15,23 +15,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Float32, PyTree
 
-from mtv_jax import inference, sharding
+from mtv_jax import compiled, inference, inputs, predicting, sharding
 from mtv_jax.config import did_you_mean
-from mtv_jax.data import canvas, tokenizers
+from mtv_jax.data import tokenizers
 from mtv_jax.models import model as models
+from mtv_jax.predictors import Predictors
 from mtv_jax.preprocess import Preprocess
 
-OUTPUTS = ("pooled", "patches", "prefix")
+OUTPUTS = inputs.OUTPUTS
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -46,12 +45,17 @@ class ImageFeatures:
     prefix: `[n, P, D]`, the CLS token and registers after the final norm.
     layers: by block (counted from 0, as asked for), its patch tokens
       `[n, h, w, D]` before the final norm.
+    prefix_layers: by the same blocks, their CLS token and registers
+      `[n, P, D]` before the final norm.
   """
 
   pooled: Float32[np.ndarray, "n e"] | None
   patches: Float32[np.ndarray, "n h w d"] | None
   prefix: Float32[np.ndarray, "n p d"] | None
   layers: dict[int, Float32[np.ndarray, "n h w d"]]
+  prefix_layers: dict[int, Float32[np.ndarray, "n p d"]] = dataclasses.field(
+    default_factory=dict
+  )
 
 
 def normalize(
@@ -63,7 +67,7 @@ def normalize(
   return x / np.maximum(length, 1e-12)
 
 
-class Encoder:
+class Encoder(predicting.Predicting):
   """Images and strings to features.
 
   Every host of a pod calls the same methods with the same lists. Each host
@@ -84,14 +88,16 @@ class Encoder:
     dtype: str = "float32",
     weights: str = "student",
     source: str = "",
+    predictors: Predictors | None = None,
   ):
     """Wraps parameters; nothing is compiled or copied that is placed already.
 
     Args:
       spec: the architecture.
       params: `image`, and where there is a text tower `text` and
-        `heads/contrastive`. Live `jax.Array`s stay where they are; NumPy arrays
-        are placed over the mesh by the rules of `sharding.py`.
+        `heads/contrastive`; maybe further heads. Live `jax.Array`s stay where
+        they are; NumPy arrays are placed over the mesh by the rules of
+        `sharding.py`.
       preprocess: what an image goes through.
       tokenizer: `encode(strings, length)`; only `text` needs it.
       mesh: `(data, fsdp, tensor)`; by default that of the parameters, else
@@ -99,6 +105,8 @@ class Encoder:
       dtype: of the computation. float32 runs at the highest matmul precision.
       weights: which of a checkpoint's weights these are, for the protocol.
       source: where they came from, for the protocol.
+      predictors: how the heads were configured that `depth`, `ground` and
+        `locate` predict with; their parameters are in `heads`.
     """
     if "image" not in params:
       raise ValueError(
@@ -116,6 +124,7 @@ class Encoder:
     self.dtype = dtype
     self.weights = weights
     self.source = source
+    self.predictors = predictors or Predictors()
     self.params = _place(params, self.mesh)
     if spec.text is not None and tokenizer is not None:
       tokenizers.check_vocabulary(tokenizer, spec.text.vocab_size)
@@ -152,31 +161,57 @@ class Encoder:
       TypeError: for something that is not an image.
       ValueError: for a layer or an output that does not exist.
     """
-    _check_images(images)
-    _check_outputs(outputs)
-    depth = self.spec.image.depth
-    taps = tuple(_layer(layer, depth) for layer in layers)
-    wanted = tuple(o for o in OUTPUTS if o in outputs)
-    function = _image_function(
-      self.spec, self.dtype, tuple(sorted(set(taps))), wanted, self.mesh
-    )
+    inputs.check_images(images)
     size = self.preprocess.size
-    out = inference.in_batches(
-      functools.partial(function, self.params["image"]),
-      lambda i: self.preprocess(_as_image(images[i], f"image {i}")),
+    return self._features(
+      lambda i: self.preprocess(inputs.as_image(images[i], f"image {i}")),
       count=len(images),
-      blank=np.zeros((size, size, 3), np.float32),
+      size=(size, size),
+      layers=layers,
+      outputs=outputs,
       batch_size=batch_size,
-      mesh=self.mesh,
     )
-    return ImageFeatures(
-      pooled=out.get("pooled"),
-      patches=self._grid(out["patches"]) if "patches" in out else None,
-      prefix=out.get("prefix"),
-      layers={
-        layer: self._grid(out[f"layer{tap}"])
-        for layer, tap in zip(layers, taps, strict=True)
-      },
+
+  def dense(
+    self,
+    images: Sequence[np.ndarray] | np.ndarray,
+    *,
+    layers: Sequence[int] = (),
+    outputs: Sequence[str] = ("patches",),
+    batch_size: int = 16,
+  ) -> ImageFeatures:
+    """Features of images at the size they come in.
+
+    Only the mean and standard deviation of the preprocessing apply; nothing is
+    resized or cropped, and the position embedding is resampled to the grid.
+
+    Args:
+      images: a sequence, maybe lazy, of `[H, W, 3]` arrays of one size, uint8
+        or float32 in 0..255. The patch must divide H and W, which may differ.
+      layers: as for `image`.
+      outputs: as for `image`; grids are `[n, H / patch, W / patch, D]`.
+      batch_size: as for `image`.
+
+    Raises:
+      TypeError: for something that is no such array.
+      ValueError: for images of several sizes or of one that the patch does not
+        divide, or for a layer or an output that does not exist.
+    """
+    inputs.check_images(images, method="dense")
+    size = inputs.as_pixels(images[0], "image 0").shape[:2]
+    self.spec.image.grid_of(*size)
+
+    def prepare(i):
+      pixels = inputs.as_pixels(images[i], f"image {i}", size=size)
+      return self.preprocess.normalize(pixels)
+
+    return self._features(
+      prepare,
+      count=len(images),
+      size=size,
+      layers=layers,
+      outputs=outputs,
+      batch_size=batch_size,
     )
 
   def text(
@@ -200,7 +235,7 @@ class Encoder:
     tokens = np.asarray(
       self.tokenizer.encode(list(strings), self.spec.text.length), np.int32
     )
-    function = _text_function(self.spec, self.dtype, self.mesh)
+    function = compiled.text_function(self.spec, self.dtype, self.mesh)
     out = inference.in_batches(
       functools.partial(function, self.params["text"]),
       lambda i: tokens[i],
@@ -221,7 +256,7 @@ class Encoder:
     Embeddings may be normalised or not. The model was trained on these: sigmoid
     of them for SigLIP (Zhai et al. 2023), softmax over either axis for CLIP.
     """
-    _check_embeddings(image, text)
+    inputs.check_embeddings(image, text)
     head = _contrastive(self.params.get("heads", {}), repr(self))
     scale = np.exp(np.float32(head["logit_scale"]))
     bias = np.float32(head.get("logit_bias", 0.0))
@@ -250,54 +285,45 @@ class Encoder:
       }
     return protocol
 
-  def _grid(self, tokens: np.ndarray) -> np.ndarray:
-    side = self.preprocess.size // self.spec.image.patch_size
-    return tokens.reshape(len(tokens), side, side, -1)
+  def _image_function(
+    self, taps: tuple[int, ...], outputs: tuple[str, ...]
+  ) -> compiled.Function:
+    return compiled.image_function(
+      self.spec, self.dtype, taps, outputs, self.mesh
+    )
 
-
-@functools.lru_cache(maxsize=64)
-def _image_function(
-  spec: models.ModelSpec,
-  dtype: str,
-  taps: tuple[int, ...],
-  outputs: tuple[str, ...],
-  mesh: Mesh,
-) -> Callable[[PyTree, jax.Array], dict[str, jax.Array]]:
-  """The compiled image tower, shared by all encoders of this architecture."""
-  tower = models.image_tower(spec, dtype=jnp.dtype(dtype))
-
-  def run(params, images):
-    with _precision(dtype):
-      out = tower.apply({"params": params}, images, taps=taps)
-    kept = {name: getattr(out, name) for name in outputs}
-    first = out.prefix.shape[1]
-    for tap in taps:
-      kept[f"layer{tap}"] = out.taps[tap][:, first:]
-    return jax.tree.map(lambda x: x.astype(jnp.float32), kept)
-
-  return jax.jit(run, out_shardings=sharding.replicated(mesh))
-
-
-@functools.lru_cache(maxsize=64)
-def _text_function(
-  spec: models.ModelSpec, dtype: str, mesh: Mesh
-) -> Callable[[PyTree, jax.Array], dict[str, jax.Array]]:
-  """The compiled text tower, shared by all encoders of this architecture."""
-  tower = models.text_tower(spec, dtype=jnp.dtype(dtype))
-
-  def run(params, tokens):
-    with _precision(dtype):
-      out = tower.apply({"params": params}, tokens)
-    return {"pooled": out.pooled.astype(jnp.float32)}
-
-  return jax.jit(run, out_shardings=sharding.replicated(mesh))
-
-
-def _precision(dtype: str) -> Any:
-  """float32 means float32: a TPU's default would multiply in bfloat16."""
-  return jax.default_matmul_precision(
-    "highest" if dtype == "float32" else "default"
-  )
+  def _features(
+    self,
+    prepare: Callable[[int], np.ndarray],
+    *,
+    count: int,
+    size: tuple[int, int],
+    layers: Sequence[int],
+    outputs: Sequence[str],
+    batch_size: int,
+  ) -> ImageFeatures:
+    inputs.check_outputs(outputs)
+    taps = tuple(inputs.layer(i, self.spec.image.depth) for i in layers)
+    function = self._image_function(
+      tuple(sorted(set(taps))), tuple(o for o in OUTPUTS if o in outputs)
+    )
+    out = inference.in_batches(
+      functools.partial(function, self.params["image"]),
+      prepare,
+      count=count,
+      blank=np.zeros((*size, 3), np.float32),
+      batch_size=batch_size,
+      mesh=self.mesh,
+    )
+    return ImageFeatures(
+      pooled=out.get("pooled"),
+      patches=out.get("patches"),
+      prefix=out.get("prefix"),
+      layers={i: out[f"layer{t}"] for i, t in zip(layers, taps, strict=True)},
+      prefix_layers={
+        i: out[f"prefix{t}"] for i, t in zip(layers, taps, strict=True)
+      },
+    )
 
 
 def _mesh_of(params: PyTree) -> Mesh | None:
@@ -337,66 +363,3 @@ def _contrastive(heads: Mapping[str, Any], what: str) -> Mapping[str, Any]:
     f"is expected; its heads are {sorted(heads)}. For cosine similarity use "
     "normalize(image) @ normalize(text).T"
   )
-
-
-def _layer(layer: int, depth: int) -> int:
-  if not -depth <= layer < depth:
-    raise ValueError(
-      f"layer {layer} of an encoder with {depth} blocks; expected 0.."
-      f"{depth - 1}, or -{depth}..-1 from the end"
-    )
-  return layer % depth
-
-
-def _check_outputs(outputs: Iterable[str]) -> None:
-  unknown = [o for o in outputs if o not in OUTPUTS]
-  if unknown or isinstance(outputs, str):
-    raise ValueError(f"outputs={outputs!r}; expected some of {OUTPUTS}")
-
-
-def _check_images(images: Any) -> None:
-  single = isinstance(images, PIL.Image.Image | bytes | str) or (
-    isinstance(images, np.ndarray) and images.ndim < 4
-  )
-  if single:
-    raise TypeError(
-      "Encoder.image takes a sequence of images and got one "
-      f"{type(images).__name__}: pass [image]"
-    )
-  if not hasattr(images, "__len__"):
-    raise TypeError(
-      f"Encoder.image takes a sequence of images, whose length is known; got a "
-      f"{type(images).__name__}: pass list(images)"
-    )
-  if not len(images):
-    raise ValueError("Encoder.image got no images")
-
-
-def _check_embeddings(image: Any, text: Any) -> None:
-  if np.ndim(image) != 2 or np.shape(image)[1:] != np.shape(text)[1:]:
-    raise ValueError(
-      "Encoder.similarity takes embeddings [n, E] and [m, E], such as "
-      ".image(images).pooled and .text(strings); got "
-      f"{list(np.shape(image))} and {list(np.shape(text))}"
-    )
-
-
-def _as_image(item: Any, key: str) -> Any:
-  """Whatever form a picture comes in, the pixels that training sees of it.
-
-  Bytes are decoded, and what is open in Pillow treated alike: rotated as its
-  EXIF says, on white, 16 bits scaled. Else only uint8 RGB is an image.
-  """
-  if isinstance(item, bytes):
-    return canvas.decode(item, key=key)
-  if isinstance(item, PIL.Image.Image):
-    return canvas.from_pillow(item, key=key)
-  array = np.asarray(item)
-  kind = array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3
-  if not kind or not array.size:
-    raise TypeError(
-      f"{key} must be uint8 [H, W, 3], PIL or encoded bytes; got "
-      f"{type(item).__name__} {array.dtype} {list(array.shape)}. Pass pixels "
-      "as they were decoded: the encoder resizes and normalises."
-    )
-  return array

@@ -10,16 +10,17 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
 
 from mtv_jax import sharding
 
 
 def in_batches(
-  function: Callable[[jax.Array], dict[str, jax.Array]],
-  prepare: Callable[[int], np.ndarray],
+  function: Callable[[PyTree], dict[str, jax.Array]],
+  prepare: Callable[[int], PyTree],
   *,
   count: int,
-  blank: np.ndarray,
+  blank: PyTree,
   batch_size: int,
   mesh: Mesh,
 ) -> dict[str, np.ndarray]:
@@ -30,11 +31,12 @@ def in_batches(
   threads prepare the next one and the results of the one before are fetched.
 
   Args:
-    function: from `[B, ...]` to a dictionary of `[B, ...]`, each replicated
-      over the mesh.
+    function: from `[B, ...]`, one array or a tree of them, to a dictionary of
+      `[B, ...]`, each replicated over the mesh.
     prepare: item number to one row; called from several threads.
     count: how many items, at least 1.
-    blank: what a padding row holds; its shape and type are every row's.
+    blank: what a padding row holds; its structure, shapes and types are every
+      row's.
     batch_size: rows a batch over the whole mesh; see `padded_batch`.
     mesh: `(data, fsdp, tensor)`.
 
@@ -50,6 +52,11 @@ def in_batches(
     for name, value in out.items():
       results[name].append(np.asarray(value)[: count - start])
 
+  def place(array: np.ndarray) -> jax.Array:
+    return jax.make_array_from_callback(
+      array.shape, placing, lambda index: array[index]
+    )
+
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
 
     def submit(start: int) -> dict[int, tuple[int, concurrent.futures.Future]]:
@@ -60,10 +67,7 @@ def in_batches(
     for start in range(0, count, size):
       batch = _assemble(ready, blank, size)
       ready = submit(start + size)
-      placed = jax.make_array_from_callback(
-        batch.shape, placing, lambda index, batch=batch: batch[index]
-      )
-      out = function(placed)
+      out = function(jax.tree.map(place, batch))
       if running:
         collect(*running)
       running = (out, start)
@@ -92,17 +96,21 @@ def _local_rows(placing: NamedSharding, size: int) -> list[int]:
 
 def _assemble(
   pending: Mapping[int, tuple[int, concurrent.futures.Future]],
-  blank: np.ndarray,
+  blank: PyTree,
   size: int,
-) -> np.ndarray:
-  batch = np.repeat(blank[None], size, axis=0)
+) -> PyTree:
+  batch = jax.tree.map(lambda x: np.repeat(x[None], size, axis=0), blank)
   for row, (index, future) in pending.items():
     try:
-      batch[row] = future.result()
+      item = future.result()
     except Exception as error:
       # The file's name is in the error already; this is its place in the list.
       error.add_note(f"(while preparing item {index})")
       for _, other in pending.values():
         other.cancel()
       raise
+    for whole, part in zip(
+      jax.tree.leaves(batch), jax.tree.leaves(item), strict=True
+    ):
+      whole[row] = part
   return batch

@@ -1,4 +1,4 @@
-"""`mtv_jax.load`: a run, an export or a Hugging Face folder as an Encoder."""
+"""`mtv_jax.load`: a run, an export, a Hugging Face folder or a baseline."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mtv_jax import checkpoint
+from mtv_jax import baselines, checkpoint
 from mtv_jax.config import did_you_mean
 from mtv_jax.convert import converted, huggingface, native, processors
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.encoder import Encoder
 from mtv_jax.models.model import ModelSpec
+from mtv_jax.predictors import Predictors
 from mtv_jax.preprocess import Preprocess, preprocess_of
 
 WEIGHTS = ("student", "teacher", "ema")
@@ -35,7 +36,8 @@ def load(
   Args:
     path: a training run (`config.json` and `checkpoints/`), an export or
       native folder of `tools/convert.py`, or a Hugging Face folder (SigLIP,
-      SigLIP 2 of fixed resolution, CLIP, DINOv2).
+      SigLIP 2 of fixed resolution, CLIP, DINOv2). Or a baseline, see
+      `baselines.py`: `pixels:SIZE`, `random:VARIANT`.
     weights: of a run: `student`, `teacher` (its image encoder, with the
       student's text tower) or `ema`. Other folders hold one set of weights.
     step: of a run, which checkpoint; the latest by default.
@@ -46,6 +48,9 @@ def load(
     FileNotFoundError: if nothing that can be opened is there.
     ValueError: for weights or a step that the folder does not have.
   """
+  if baselines.is_baseline(os.fspath(path)):
+    _require_one_set(path, weights, step)
+    return baselines.load(os.fspath(path), dtype=dtype, mesh=mesh)
   model = read_model(path, weights=weights, step=step)
   return Encoder(
     model.spec,
@@ -56,6 +61,7 @@ def load(
     dtype=dtype,
     weights=weights,
     source=str(path),
+    predictors=model.predictors,
   )
 
 
@@ -150,6 +156,7 @@ def read_run(
     params=params,
     preprocess=preprocess_of(config).to_dict(),
     tokenizer=_tokenizer(folder, config),
+    predictors=Predictors.from_config(config.get("objectives", {}), spec),
   )
 
 
@@ -190,7 +197,7 @@ def _tokenizer(
 
 
 def _require_one_set(
-  folder: pathlib.Path, weights: str, step: int | None
+  folder: str | os.PathLike, weights: str, step: int | None
 ) -> None:
   if weights == "student" and step is None:
     return

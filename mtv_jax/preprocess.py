@@ -98,7 +98,12 @@ class Preprocess:
     """One image of any size to float32 `[size, size, 3]`, normalised."""
     if isinstance(image, PIL.Image.Image):
       image = np.asarray(image.convert("RGB"))
-    pixels = self._crop(self._resize(image))
+    return self.normalize(self._crop(self._resize(image)))
+
+  def normalize(
+    self, pixels: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]
+  ) -> Float32[np.ndarray, "h w 3"]:
+    """Pixels in 0..255, of any size, scaled and normalised; no resizing."""
     # In this order and these types the result equals transformers' to the bit.
     scaled = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
     mean, std = np.float32(self.mean), np.float32(self.std)

@@ -22,6 +22,7 @@ from mtv_jax.data import pipeline
 from mtv_jax.encoder import Encoder
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.experiment import Experiment
+from mtv_jax.predictors import Predictors
 from mtv_jax.preprocess import preprocess_of
 from mtv_jax.state import TrainState
 
@@ -90,6 +91,9 @@ def evaluate(
     dtype=str(experiment.recipe.dtype),
     weights=weights,
     source=f"{experiment.workdir.name} at step {step}",
+    predictors=Predictors.from_config(
+      experiment.config.objectives, experiment.recipe.spec
+    ),
   )
   results = evals_lib.evaluate(encoder, {name: experiment.evaluators[name]})
   if jax.process_index() == 0:
@@ -185,6 +189,12 @@ def _loop(experiment, state, first, loader, checkpoints, writers, chrono):
   in_flight = collections.deque()
   recipe, program = experiment.recipe, experiment.program
   active = ()
+  if first >= experiment.total_steps:
+    log.info("Step %d is done: nothing is left to do.", first)
+  for name, entry in experiment.config.evals.items():
+    if first == 0 and entry.get("at_start", False):
+      with chrono.pause():
+        writers.scalars(0, evaluate(experiment, state, 0, name))
   for step in range(first + 1, experiment.total_steps + 1):
     with chrono.waiting():
       batch = next(batches)

@@ -14,8 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mtv_jax import encoder as encoder_lib
-from mtv_jax import inference, sharding
+from mtv_jax import compiled, inference, inputs, sharding
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder import Encoder, normalize
 from mtv_jax.models import model as models
@@ -153,17 +152,17 @@ def test_sharded_parameters_give_the_same(params, features, images):
 
 
 def test_new_parameters_compile_nothing(encoder, features, params, images):
-  before = encoder_lib._image_function.cache_info().misses
-  compiled = []
-  listen = lambda event, duration, **_: compiled.append(event)  # noqa: E731
+  before = compiled.image_function.cache_info().misses
+  events = []
+  listen = lambda event, duration, **_: events.append(event)  # noqa: E731
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
     other = build(jax.tree.map(lambda x: x * np.float32(1.1), params))
     out = other.image(images, layers=(0, -1))
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
-  assert encoder_lib._image_function.cache_info().misses == before
-  assert not [e for e in compiled if "backend_compile" in e]
+  assert compiled.image_function.cache_info().misses == before
+  assert not [e for e in events if "backend_compile" in e]
   assert np.abs(out.pooled - features.pooled).max() > 1e-2
 
 
@@ -267,7 +266,7 @@ def test_mistakes_are_explained(encoder, images, params):
     encoder.image([])
   with pytest.raises(TypeError, match=r"a generator: pass list\(images\)"):
     # The annotations, which tests check, are stricter than users' code.
-    encoder_lib._check_images(image for image in images)
+    inputs.check_images(image for image in images)
   with pytest.raises(TypeError, match=r"image 0 must be.*\[0, 9, 3\]"):
     encoder.image([np.zeros((0, 9, 3), np.uint8)])
   with pytest.raises(ValueError, match="record 'image 1'.*are no image"):
@@ -275,7 +274,7 @@ def test_mistakes_are_explained(encoder, images, params):
   with pytest.raises(TypeError, match="strings"):
     encoder.text([None])
   with pytest.raises(ValueError, match=r"\[1, 32\] and \[1, 16\]"):
-    encoder_lib._check_embeddings(np.ones((1, 32)), np.ones((1, 16)))
+    inputs.check_embeddings(np.ones((1, 32)), np.ones((1, 16)))
   with pytest.raises(ValueError, match="'float8'. Did you mean 'float32'"):
     Encoder(SPEC, params, Preprocess(size=32), dtype="float8")
   with pytest.raises(TypeError, match=r"pass \[string\]"):

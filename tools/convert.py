@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       model.params,
       preprocess=model.preprocess,
       tokenizer=model.tokenizer,
+      predictors=model.predictors,
     )
   except (ValueError, OSError) as error:
     raise SystemExit(f"{arguments.command}: {error}") from error

@@ -82,7 +82,7 @@ def text(spec: ModelSpec, heads: Sequence[str]) -> str:
   if heads:
     names = sorted({n.split("/")[1] for n in heads if n.startswith("heads/")})
     beside = (
-      "\n`heads.safetensors` holds what only training uses"
+      "\n`heads.safetensors` holds what only mtv_jax reads"
       + (f": the heads of {', '.join(names)}" if names else "")
       + ".\n"
     )

@@ -11,6 +11,7 @@ import numpy as np
 from mtv_jax.convert import processors
 from mtv_jax.models import positions
 from mtv_jax.models.model import ModelSpec
+from mtv_jax.predictors import Predictors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Converted:
     params: nested dict of NumPy arrays: `image`, and maybe `text` and `heads`.
     preprocess: fields of `mtv_jax.preprocess.Preprocess`.
     tokenizer: where its tokenizer is, None if there is none.
+    predictors: how the heads were configured that it can predict with.
   """
 
   spec: ModelSpec
   params: dict[str, Any]
   preprocess: dict[str, Any]
   tokenizer: processors.TokenizerFiles | None = None
+  predictors: Predictors = Predictors()
 
   def resized(self, image_size: int) -> Converted:
     """The same model for images of another size."""

@@ -31,6 +31,7 @@ from mtv_jax.convert.converted import Converted, resize_positions
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models.model import ModelSpec
+from mtv_jax.predictors import Predictors
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,8 @@ def read(folder: str | os.PathLike) -> Converted:
     tokenizer = None
     if spec.text is not None:
       tokenizer = processors.read_tokenizer(path, family)
-  return Converted(spec, params, preprocess, tokenizer)
+  predictors = native.described_predictors(found)
+  return Converted(spec, params, preprocess, tokenizer, predictors)
 
 
 def _family(
@@ -201,6 +203,7 @@ def write(
   preprocess: Mapping[str, Any],
   tokenizer: Any | None = None,
   heads: Mapping[str, Any] | None = None,
+  predictors: Predictors | None = None,
 ) -> pathlib.Path:
   """Writes a folder that `transformers` opens as a SigLIP.
 
@@ -216,6 +219,7 @@ def write(
     preprocess: fields of `Preprocess`.
     tokenizer: one of `data.tokenizers`, or its files, or None.
     heads: of all objectives, by name; `params['heads']` by default.
+    predictors: how those heads were configured that predict something.
 
   Returns:
     The folder.
@@ -246,7 +250,13 @@ def write(
   files = _export_tokenizer(path, spec, tokenizer)
   folders.write_json(
     path / native.DESCRIPTION,
-    native.describe(spec, preprocess, files, contrastive=contrastive),
+    native.describe(
+      spec,
+      preprocess,
+      files,
+      predictors=predictors,
+      contrastive=contrastive,
+    ),
   )
   (path / "README.md").write_text(card.text(spec, sorted(beside)), "utf-8")
   return path
@@ -323,6 +333,7 @@ def write_native(
   *,
   preprocess: Mapping[str, Any],
   tokenizer: Any | None = None,
+  predictors: Predictors | None = None,
 ) -> pathlib.Path:
   """Writes any model in our own form, which `read` and training's init open.
 
@@ -332,6 +343,7 @@ def write_native(
     params: `image`, and maybe `text` and `heads`.
     preprocess: fields of `Preprocess`.
     tokenizer: one of `data.tokenizers`, or its files, or None.
+    predictors: how the heads were configured that predict something.
 
   Returns:
     The folder.
@@ -343,5 +355,6 @@ def write_native(
     params,
     preprocess=preprocess,
     tokenizer=TokenizerFiles.of(tokenizer),
+    predictors=predictors,
   )
   return path

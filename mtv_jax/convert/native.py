@@ -20,6 +20,7 @@ from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models import model as models
 from mtv_jax.models.model import ModelSpec
+from mtv_jax.predictors import Predictors
 
 PARAMS = "params.safetensors"
 DESCRIPTION = "mtv_jax.json"
@@ -32,6 +33,8 @@ def describe(
   spec: ModelSpec,
   preprocess: Mapping[str, Any],
   tokenizer: TokenizerFiles | None,
+  *,
+  predictors: Predictors | None = None,
   **more: Any,
 ) -> dict[str, Any]:
   """What `mtv_jax.json` says; the tokenizer is the folder's own."""
@@ -42,6 +45,8 @@ def describe(
   if tokenizer is not None:
     file = None if tokenizer.path is None else tokenizer.path.name
     described["tokenizer"] = {"file": file, "clean": tokenizer.clean}
+  if predictors is not None and predictors.to_dict():
+    described["predictors"] = predictors.to_dict()
   return {**described, **more}
 
 
@@ -71,6 +76,11 @@ def described_tokenizer(
   if path and not path.is_file():
     raise ConversionError(f"{folder / DESCRIPTION} names {path}: missing.")
   return TokenizerFiles(path or None, tokenizer["clean"])
+
+
+def described_predictors(found: Mapping[str, Any]) -> Predictors:
+  """How the heads were configured, as far as a description says."""
+  return Predictors.from_dict(found.get("predictors", {}))
 
 
 def prepare(
@@ -122,6 +132,7 @@ def write(
   *,
   preprocess: Mapping[str, Any],
   tokenizer: TokenizerFiles | None = None,
+  predictors: Predictors | None = None,
 ) -> None:
   """Writes a model in our own form.
 
@@ -131,13 +142,15 @@ def write(
     params: `image`, and maybe `text` and `heads`.
     preprocess: fields of `Preprocess`.
     tokenizer: its file is copied into the folder.
+    predictors: how the heads were configured.
   """
   leaves = numpy_leaves(params)
   check_params(spec, leaves)
   prepare(folder, _WRITTEN, tokenizer=tokenizer)
   folders.write_tensors(folder / PARAMS, leaves)
   copied = copy_tokenizer(folder, tokenizer)
-  folders.write_json(folder / DESCRIPTION, describe(spec, preprocess, copied))
+  described = describe(spec, preprocess, copied, predictors=predictors)
+  folders.write_json(folder / DESCRIPTION, described)
 
 
 def copy_tokenizer(
@@ -168,6 +181,7 @@ def read(folder: pathlib.Path) -> Converted:
     params=trees.unflatten(leaves),
     preprocess=found["preprocess"],
     tokenizer=described_tokenizer(folder, found),
+    predictors=described_predictors(found),
   )
 
 
