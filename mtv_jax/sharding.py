@@ -36,7 +36,7 @@ RULES: Rules = (
   (r"(patch_embed/kernel|token_embedding)$", (None, "fsdp")),
   (r"projection/kernel$", ("fsdp", None)),
   # DPT's convolutions: `[height, width, in, out]`.
-  (r"(resize\d?|lateral\d|conv\d)/kernel$", ("fsdp", None)),
+  (r"(resize\d?|lateral\d|conv\d)/kernel$", (None, "fsdp")),
   # Prototypes, of the self-distillation heads.
   (r"last_layer/kernel$", (None, "tensor")),
   (r"last_layer/scale$", ("tensor",)),

@@ -96,7 +96,14 @@ def alone():
   return jax.device_get(gradients_on(mesh)), *three_steps(mesh)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize(
+  "shape",
+  [
+    shape if shape == (2, 2, 2) else pytest.param(shape, marks=pytest.mark.slow)
+    for shape in MESHES
+  ],
+  ids=str,
+)
 def test_gradients_and_parameters_equal_those_of_one_device(alone, shape):
   mesh = mesh_of(shape)
   expected_gradients, expected_params, expected_metrics = alone
@@ -284,7 +291,7 @@ def test_what_no_active_objective_reads_stays_where_it_is():
   assert np.abs(moved - params["image"]["patch_embed"]["kernel"]).max() > 0.01
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_in_parts_are_those_of_the_whole_batch(parts):
   recipe = two_objectives()
   mesh = sharding.make_mesh(dict(data=2), jax.devices()[:2])

@@ -170,6 +170,7 @@ def test_a_bucket_is_not_mistaken_for_a_folder():
     experiment.build(smallest(), "gs://bucket/run")
 
 
+@pytest.mark.slow
 def test_the_step_benchmark_times_both_ways():
   speed = step_benchmark.bench_step(smallest(), steps=3)
   assert speed.steps == 3 and speed.batch_size == 16
