@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from mtv_jax.data import scenes
 
+RIGHT, WRONG = (40, 200, 90), (235, 60, 60)  # of matches
 _INK, _PAPER = (24, 24, 28), (250, 250, 248)
 _GAP = 6
 _LINE = 13  # pixels a line of text
@@ -67,20 +68,36 @@ def matches_picture(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Both views side by side, lines joining `count` visible points."""
   size = pair.first.image.shape[0]
-  picture = np.concatenate([pair.first.image, pair.second.image], 1)
   shown = np.argwhere(pair.visible & (pair.first.instances >= 2))
   rng = np.random.default_rng(0)
-  chosen = rng.permutation(len(shown))[:count]
-  for (i, j), colour in zip(
-    shown[chosen], palette(count + 1)[1:], strict=False
-  ):
-    y, x = pair.correspondence[i, j] * size
-    start = (int(j), int(i))
-    end = (round(float(x) - 0.5) + size, round(float(y) - 0.5))
+  chosen = shown[rng.permutation(len(shown))[:count]]
+  ends = pair.correspondence[chosen[:, 0], chosen[:, 1]] * size - 0.5
+  return lines_picture(
+    pair.first.image,
+    pair.second.image,
+    chosen,
+    np.round(ends).astype(np.int64),
+    colours=palette(count + 1)[1 : len(chosen) + 1],
+  )
+
+
+def lines_picture(
+  first: UInt8[np.ndarray, "h w 3"],
+  second: UInt8[np.ndarray, "h w2 3"],
+  starts: Int[np.ndarray, "n 2"],
+  ends: Int[np.ndarray, "n 2"],
+  *,
+  colours: UInt8[np.ndarray, "n 3"],
+) -> UInt8[np.ndarray, "h w1 3"]:
+  """Two pictures side by side, lines joining points (y, x) of them."""
+  picture = np.concatenate([first, second], axis=1)
+  width = max(1, len(first) // 256)
+  for (y, x), (y2, x2), colour in zip(starts, ends, colours, strict=True):
+    start, end = (int(x), int(y)), (int(x2) + first.shape[1], int(y2))
     colour = tuple(int(c) for c in colour)
-    cv2.line(picture, start, end, colour, 1, cv2.LINE_AA)
+    cv2.line(picture, start, end, colour, width, cv2.LINE_AA)
     for point in (start, end):
-      cv2.circle(picture, point, 2, colour, -1, cv2.LINE_AA)
+      cv2.circle(picture, point, 2 * width, colour, -1, cv2.LINE_AA)
   return picture
 
 

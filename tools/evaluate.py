@@ -1,29 +1,53 @@
-"""Evaluates an encoder: a run, an export or a Hugging Face folder.
+"""Evaluates encoders: runs, exports, Hugging Face folders, or floors.
 
     python tools/evaluate.py --encoder=runs/a --evals=zero_shot,retrieval
-    python tools/evaluate.py --encoder=siglip-base-patch16-224 \\
-      --evals=retrieval --data=coco/annotations/captions_val2017.json
-    python tools/evaluate.py --encoder=runs/a --evals=all \\
-      --data=zero_shot=imagenet/val --prompts=imagenet.json \\
-      --data=retrieval=coco/dataset_coco.json --json=out.json
+    python tools/evaluate.py --encoder=runs/a --encoder=pixels:64 --evals=all \\
+      --data=scenes --output=results/a
+    python tools/evaluate.py --encoder=siglip-base-patch16-224 --evals=all \\
+      --data=zero_shot=imagenet/val --set=zero_shot.prompts=imagenet.json \\
+      --data=retrieval=coco/dataset_coco.json --set=retrieval.max_captions=5 \\
+      --output=results/siglip --compare=results/a/results.json
+
+With --output: results.json, results.md, radar.png, sheets, and report.html,
+which needs no other file. Under --evals=all, what an encoder can't do is
+listed as skipped.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 import jax
 
 import mtv_jax
-from mtv_jax.evals import run
+from mtv_jax.evals import base, references, results, run, suite, tables
+
+_OPTIONS = (
+  "images",
+  "prompts",
+  "classes",
+  "split",
+  "count",
+  "batch_size",
+  "pictures",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command line; errors end the program with their message."""
   parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=__doc__,
+    epilog=f"evaluations: {', '.join(base.EVALUATORS)}",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--encoder", required=True, help="folder to load")
+  add(
+    "--encoder",
+    action="append",
+    required=True,
+    help="folder to load, or a floor (pixels:64, random:B/16@224); PATH@ema "
+    "picks its weights; may be repeated, a column each",
+  )
   add("--weights", default="student", help="student, teacher or ema")
   add("--evals", default="all", help="names with commas between, or all")
   add(
@@ -33,16 +57,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     "JSON, or tars; or NAME=DATA for one evaluation; may be repeated",
   )
   add("--images", help="folder of images, where it is not beside the JSON")
-  add("--prompts", help="JSON of class names and templates")
+  add("--prompts", help="JSON of class names and templates, for all with any")
   add("--classes", help="all (of the prompts), or present (in the data)")
   add("--split", help="of Karpathy's JSON; test by default")
   add("--count", type=int, help="images to use, evenly spaced; default all")
   add("--batch_size", type=int, help="images a step, over all devices")
   add(
+    "--set",
+    action="append",
+    default=[],
+    metavar="NAME.OPTION=VALUE",
+    help="any option of an evaluation, as --set=retrieval.max_captions=5",
+  )
+  add(
     "--dtype",
     default="float32",
     choices=("float32", "bfloat16"),
     help="of the computation",
+  )
+  add("--output", help="folder to write tables, pictures and a page into")
+  add(
+    "--pictures",
+    type=int,
+    help="items a sheet shows; 8 with --output, else none are made",
+  )
+  add("--compare", help="earlier results.json, with commas between")
+  add(
+    "--reference",
+    default="base",
+    choices=(*references.SIZES, "none"),
+    help="published encoders in the chart, where the data are theirs",
   )
   add("--json", help="file to write")
   add(
@@ -55,27 +99,48 @@ def main(argv: Sequence[str] | None = None) -> None:
   if args.distributed:
     jax.distributed.initialize()
   try:
-    evaluate(args)
+    failed = evaluate(args)
   except (ValueError, OSError, ImportError) as error:
     notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
     raise SystemExit(f"evaluate: {error}{notes}") from error
+  if failed:
+    raise SystemExit("evaluate: " + "\n".join(failed))
 
 
-def evaluate(args: argparse.Namespace) -> None:
-  """Loads, evaluates, prints and writes."""
-  options = ("images", "prompts", "classes", "split", "count", "batch_size")
-  evals = run.configs(
+def evaluate(args: argparse.Namespace) -> list[str]:
+  """Loads, evaluates, prints and writes; returns what went wrong."""
+  chosen = run.plan(
     args.evals.split(","),
     data=args.data or ["scenes"],
-    options={name: getattr(args, name) for name in options},
+    options={name: getattr(args, name) for name in _OPTIONS},
+    preferences={"pictures": 8} if args.output else {},
+    assignments=args.set,
   )
-  encoder = mtv_jax.load(args.encoder, weights=args.weights, dtype=args.dtype)
-  results = run.evaluate(encoder, evals)
+  earlier = args.compare.split(",") if args.compare else []
+  compared = [outcome for path in earlier for outcome in results.read(path)]
+  encoders = {
+    asked.name: mtv_jax.load(
+      asked.path, weights=asked.weights, dtype=args.dtype
+    )
+    for asked in suite.requests(args.encoder, weights=args.weights)
+  }
+  outcomes = suite.evaluate(encoders, chosen, folder=args.output, say=_say)
+  failed = suite.errors(outcomes, chosen)
   if jax.process_index():
-    return
-  print(run.table(results))
+    return failed
+  if any(outcome.results for outcome in outcomes):
+    print(tables.terminal([*outcomes, *compared]))
   if args.json:
-    run.write_json(args.json, encoder, results)
+    results.write(args.json, outcomes)
+  if args.output:
+    size = None if args.reference == "none" else args.reference
+    files = suite.write(args.output, outcomes, compared=compared, size=size)
+    print("\nWritten:", *files, sep="\n  ")
+  return failed
+
+
+def _say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

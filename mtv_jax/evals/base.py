@@ -22,10 +22,33 @@ from ml_collections import ConfigDict
 from mtv_jax.config import ConfigError, did_you_mean
 from mtv_jax.encoder import Encoder
 
-# Imported when asked for, so that one evaluation's needs burden no other.
+# Imported when asked for, so that one evaluation's needs burden no other. In
+# the order of tables.
 EVALUATORS = {
-  "retrieval": ("mtv_jax.evals.retrieval", "Retrieval"),
   "zero_shot": ("mtv_jax.evals.zero_shot", "ZeroShot"),
+  "retrieval": ("mtv_jax.evals.retrieval", "Retrieval"),
+  "knn": ("mtv_jax.evals.knn", "KNN"),
+  "few_shot": ("mtv_jax.evals.few_shot", "FewShot"),
+  "linear_probe": ("mtv_jax.evals.linear_probe", "LinearProbe"),
+  "logistic": ("mtv_jax.evals.logistic", "Logistic"),
+  "mae_probe": ("mtv_jax.evals.mae_probe", "MaeProbe"),
+  "segmentation": ("mtv_jax.evals.segmentation", "Segmentation"),
+  "zero_shot_segmentation": (
+    "mtv_jax.evals.zero_shot_segmentation",
+    "ZeroShotSegmentation",
+  ),
+  "depth_probe": ("mtv_jax.evals.depth_probe", "DepthProbe"),
+  "relative_depth": ("mtv_jax.evals.relative_depth", "RelativeDepth"),
+  "geometric_correspondence": (
+    "mtv_jax.evals.geometric",
+    "GeometricCorrespondence",
+  ),
+  "semantic_correspondence": (
+    "mtv_jax.evals.semantic",
+    "SemanticCorrespondence",
+  ),
+  "grounding": ("mtv_jax.evals.grounding", "Grounding"),
+  "patch_pca": ("mtv_jax.evals.patch_pca", "PatchPca"),
 }
 
 
@@ -82,6 +105,49 @@ class Evaluator:
     raise NotImplementedError(f"{type(self).__name__} does not define run()")
 
 
+def require_text(encoder: Encoder) -> None:
+  """Refuses an encoder without a text tower, before anything is computed.
+
+  Raises:
+    NotApplicable: where it has none.
+  """
+  spec = getattr(encoder, "spec", None)
+  if spec is not None and spec.text is None:
+    raise NotApplicable(
+      "this encoder has no text tower; a contrastive run, SigLIP or CLIP has"
+    )
+
+
+def evaluator_class(kind: str, *, where: str = "") -> type[Evaluator]:
+  """The class of a type of evaluation.
+
+  Args:
+    kind: a name in `EVALUATORS`.
+    where: what the error begins with.
+
+  Raises:
+    ConfigError: for a name that is none.
+  """
+  if kind not in EVALUATORS:
+    raise ConfigError(
+      f"{where}no evaluation of type {kind!r}. "
+      f"{did_you_mean(str(kind), EVALUATORS)}"
+    )
+  module, attribute = EVALUATORS[kind]
+  return getattr(importlib.import_module(module), attribute)
+
+
+def default_options(kind: str) -> dict[str, Any]:
+  """The options of a type of evaluation with their defaults."""
+  fields = dataclasses.fields(evaluator_class(kind))
+  return {
+    f.name: f.default
+    if f.default_factory is dataclasses.MISSING
+    else f.default_factory()
+    for f in fields
+  }
+
+
 def build_evaluator(
   name: str, config: Mapping[str, Any] | ConfigDict
 ) -> Evaluator:
@@ -97,13 +163,7 @@ def build_evaluator(
   """
   options = dict(config)
   kind = options.pop("type", name)
-  if kind not in EVALUATORS:
-    raise ConfigError(
-      f"config.evals.{name}: no evaluation of type {kind!r}. "
-      f"{did_you_mean(str(kind), EVALUATORS)}"
-    )
-  module, attribute = EVALUATORS[kind]
-  cls = getattr(importlib.import_module(module), attribute)
+  cls = evaluator_class(kind, where=f"config.evals.{name}: ")
   options = {
     k: _plain(v) for k, v in options.items() if not k.startswith("every_")
   }

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from mtv_jax.encoder import Encoder, normalize
-from mtv_jax.evals import datasets, ranking
+from mtv_jax.evals import base, datasets, ranking, sheets
 from mtv_jax.evals.base import Evaluator, Result
 
 AT = (1, 5, 10)
@@ -38,6 +38,8 @@ class Retrieval(Evaluator):
       COCO's 5,000 test images some have six or seven: 25,010 captions.)
     count: images to use, evenly spaced; all by default.
     batch_size: images a step.
+    pictures: how many images, and how many captions, the sheets of what was
+      found show.
   """
 
   data: datasets.Data = "scenes"
@@ -46,6 +48,7 @@ class Retrieval(Evaluator):
   max_captions: int | None = None
   count: int | None = None
   batch_size: int = 64
+  pictures: int = 0
 
   @functools.cached_property
   def _set(self) -> datasets.Captioned:
@@ -62,7 +65,8 @@ class Retrieval(Evaluator):
     _ = self._set
 
   def run(self, encoder: Encoder) -> Result:
-    """R@1, 5 and 10, both ways."""
+    """R@1, 5 and 10, both ways; `captions` and `images` as pictures."""
+    base.require_text(encoder)
     data = self._set
     image = encoder.image(
       data.images, outputs=("pooled",), batch_size=self.batch_size
@@ -71,9 +75,13 @@ class Retrieval(Evaluator):
     texts = list(dict.fromkeys(data.captions))
     place = {text: i for i, text in enumerate(texts)}
     text = encoder.text(texts)[[place[c] for c in data.captions]]
-    metrics = recalls(normalize(image), normalize(text), owner=data.owner)
+    image, text = normalize(image), normalize(text)
+    metrics = recalls(image, text, owner=data.owner)
     protocol = self._protocol(encoder, data, distinct=len(texts))
-    return Result(metrics, protocol, chance(data.owner))
+    pictures = {}
+    if self.pictures:
+      pictures = found_sheets(data, image, text, self.pictures)
+    return Result(metrics, protocol, chance(data.owner), pictures=pictures)
 
   def _protocol(
     self, encoder: Encoder, data: datasets.Captioned, *, distinct: int
@@ -120,6 +128,51 @@ def recalls(
     f"{name}_r{k}": rate
     for name, found in (("text_to_image", to_image), ("image_to_text", to_text))
     for k, rate in ranking.hit_rates(found, AT).items()
+  }
+
+
+def found_sheets(
+  data: datasets.Captioned,
+  image: Float32[np.ndarray, "n e"],
+  text: Float32[np.ndarray, "m e"],
+  count: int,
+) -> dict[str, np.ndarray]:
+  """Sheets of what some images and some captions find.
+
+  Args:
+    data: whose images and captions.
+    image: normalised embeddings.
+    text: normalised embeddings.
+    count: images, and captions, evenly spaced, each first of its image.
+
+  Returns:
+    `captions`, the best ones of each image, and `images`, those of a caption.
+  """
+  count = min(count, len(data.images))
+  chosen = [(2 * i + 1) * len(data.images) // (2 * count) for i in range(count)]
+  # Equal captions are one line of the sheet, not five.
+  _, first = np.unique(data.captions, return_index=True)
+  first = np.sort(first)
+  distinct = [data.captions[j] for j in first]
+  mine = [
+    {c for c, o in zip(data.captions, data.owner, strict=True) if o == i}
+    for i in chosen
+  ]
+  own = np.array([[c in captions for c in distinct] for captions in mine])
+  asked = np.searchsorted(data.owner, chosen)
+  return {
+    "captions": sheets.captions_found(
+      [data.images[i] for i in chosen],
+      image[chosen] @ text[first].T,
+      distinct,
+      own,
+    ),
+    "images": sheets.images_found(
+      [data.captions[j] for j in asked],
+      text[asked] @ image.T,
+      data.images,
+      chosen,
+    ),
   }
 
 

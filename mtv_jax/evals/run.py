@@ -1,78 +1,175 @@
-"""Several evaluations of one encoder: a table to read and JSON to keep."""
+"""Evaluations of one encoder: chosen from a command line or a config, run."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import pathlib
+import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-import mtv_jax
+from mtv_jax import overrides
 from mtv_jax.config import ConfigError, did_you_mean
 from mtv_jax.encoder import Encoder
-from mtv_jax.evals.base import (
-  EVALUATORS,
-  Evaluator,
-  Result,
-  build_evaluator,
-)
+from mtv_jax.evals import base
+from mtv_jax.evals.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.results import Outcome, write_json
+from mtv_jax.evals.tables import table
+
+__all__ = [
+  "Plan",
+  "Prepared",
+  "attempt",
+  "build",
+  "evaluate",
+  "plan",
+  "prepare",
+  "table",
+  "write_json",
+]
 
 
-def configs(
+# Characters of an error that are kept: XLA can write pages.
+_REASON = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a command line asks for.
+
+  Attributes:
+    entries: as in `config.evals`, by name.
+    named: those that were asked for by name, and not as a part of `all`: they
+      must run, and what keeps one from running is an error.
+  """
+
+  entries: dict[str, dict[str, Any]]
+  named: frozenset[str] = frozenset()
+
+
+def plan(
   names: Sequence[str],
   *,
   data: Sequence[str] = ("scenes",),
   options: Mapping[str, Any] | None = None,
-) -> dict[str, dict[str, Any]]:
+  preferences: Mapping[str, Any] | None = None,
+  assignments: Sequence[str] = (),
+) -> Plan:
   """Entries as in `config.evals`, from a command line's arguments.
 
   Args:
     names: of evaluations, or `all`.
     data: one for every evaluation, or `NAME=DATA` for one of them.
-    options: for all of them; an evaluation ignores those it has no use for.
+    options: for those of the evaluations that have an option of that name;
+      None is not given.
+    preferences: the same, where it is no mistake if none has one.
+    assignments: `NAME.OPTION=VALUE`, typed like overrides of a config.
 
   Raises:
-    ConfigError: for a name that is no evaluation.
+    ConfigError: for a name that is no evaluation or was not chosen, or an
+      option that none of the chosen ones has.
   """
-  names = list(EVALUATORS) if list(names) == ["all"] else list(names)
-  for name in names:
-    if name not in EVALUATORS:
+  chosen = _chosen(names)
+  common, own = _split_data(data)
+  defaults = {name: base.default_options(name) for name in chosen}
+  given = {name: {"data": own.get(name, common)} for name in chosen}
+  wanted = {k: v for k, v in (options or {}).items() if v is not None}
+  for option, value in {**(preferences or {}), **wanted}.items():
+    takers = [name for name in chosen if option in defaults[name]]
+    if option in wanted and not takers:
+      known = {o for fields in defaults.values() for o in fields}
       raise ConfigError(
-        f"no evaluation {name!r}. {did_you_mean(name, [*EVALUATORS, 'all'])}"
+        f"--{option}: none of {', '.join(chosen)} has such an option. "
+        f"{did_you_mean(option, known)}"
       )
+    for name in takers:
+      given[name][option] = value
+  touched = _assign(given, defaults, assignments)
+  for name in own:
+    if name not in chosen:
+      raise ConfigError(
+        f"--data={name}=...: {name} is not among the chosen evaluations. "
+        f"{did_you_mean(name, chosen)}"
+      )
+  named = {*own, *touched} if list(names) == ["all"] else set(chosen)
+  entries = {name: {"type": name, **given[name]} for name in chosen}
+  return Plan(entries, frozenset(named))
+
+
+def _chosen(names: Sequence[str]) -> list[str]:
+  names = [*base.EVALUATORS] if list(names) == ["all"] else [*names]
+  for name in names:
+    if name not in base.EVALUATORS:
+      known = [*base.EVALUATORS, "all"]
+      raise ConfigError(f"no evaluation {name!r}. {did_you_mean(name, known)}")
+  return list(dict.fromkeys(names))
+
+
+def _split_data(data: Sequence[str]) -> tuple[str, dict[str, str]]:
   common, own = "scenes", {}
   for entry in data:
     name, equals, value = entry.partition("=")
-    if equals and name in EVALUATORS:
+    if equals and name in base.EVALUATORS:
       own[name] = value
     else:
       common = entry
-  chosen = {}
-  for name in names:
-    fields = build_evaluator(name, {}).__dataclass_fields__
-    used = {k: v for k, v in (options or {}).items() if v is not None}
-    used = {k: v for k, v in used.items() if k in fields}
-    chosen[name] = {"type": name, "data": own.get(name, common), **used}
-  return chosen
+  return common, own
+
+
+def _assign(
+  given: dict[str, dict[str, Any]],
+  defaults: Mapping[str, Mapping[str, Any]],
+  assignments: Sequence[str],
+) -> set[str]:
+  """Sets what the assignments say; returns the evaluations they name."""
+  touched = {}
+  for assignment in assignments:
+    name, dot, rest = assignment.partition(".")
+    option = rest.partition("=")[0].partition(".")[0].partition("[")[0]
+    if not dot or "=" not in rest:
+      raise ConfigError(
+        f"--set={assignment}: expected NAME.OPTION=VALUE, such as "
+        "--set=retrieval.max_captions=5"
+      )
+    for key, known, what in (
+      (name, defaults, "no such evaluation is chosen"),
+      (option, defaults.get(name, ()), f"{name} has no option {option!r}"),
+    ):
+      if key not in known:
+        raise ConfigError(
+          f"--set={assignment}: {what}. {did_you_mean(key, known)}"
+        )
+    touched.setdefault(name, set()).add(option)
+  options = {name: {**defaults[name], **given[name]} for name in touched}
+  try:
+    typed = overrides.override(ConfigDict(options), assignments).to_dict()
+  except ConfigError as error:
+    # The same mistakes as in a config, under another flag.
+    message = str(error).replace("--config.", "--set=", 1)
+    raise ConfigError(message) from None
+  for name, changed in touched.items():
+    given[name].update({option: typed[name][option] for option in changed})
+  return set(touched)
 
 
 def build(
   evals: Mapping[str, Mapping[str, Any] | ConfigDict] | ConfigDict,
 ) -> dict[str, Evaluator]:
   """The evaluators of a config's `evals`, by name; see `build_evaluator`."""
-  return {name: build_evaluator(name, entry) for name, entry in evals.items()}
+  return {
+    name: base.build_evaluator(name, entry) for name, entry in evals.items()
+  }
 
 
 def evaluate(
   encoder: Encoder,
   evals: Mapping[str, Evaluator | Mapping[str, Any] | ConfigDict] | ConfigDict,
 ) -> dict[str, Result]:
-  """Runs evaluations, in their order.
+  """Runs evaluations, in their order; the first error ends it.
 
   Args:
     encoder: to evaluate.
@@ -80,22 +177,124 @@ def evaluate(
       next) or entries of a config's `evals`.
   """
   built = {
-    name: e if isinstance(e, Evaluator) else build_evaluator(name, e)
+    name: e if isinstance(e, Evaluator) else base.build_evaluator(name, e)
     for name, e in evals.items()
   }
   # A mistake in the last one should not cost the time of the others.
   for name, evaluator in built.items():
     with _named(name):
       evaluator.prepare()
-  results = {}
-  for name, evaluator in built.items():
-    start = time.perf_counter()
-    with _named(name):
-      result = evaluator.run(encoder)
-    seconds = round(time.perf_counter() - start, 1)
-    protocol = {**result.protocol, "seconds": seconds}
-    results[name] = Result(result.metrics, protocol, result.chance)
-  return results
+  return {name: _timed(name, e, encoder) for name, e in built.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """Evaluators whose data are open, and what could not be opened.
+
+  Attributes:
+    evaluators: by name.
+    skipped: by name, why the data are not for this evaluation.
+    failed: by name, what went wrong.
+    named: see `Plan`.
+  """
+
+  evaluators: dict[str, Evaluator]
+  skipped: dict[str, str]
+  failed: dict[str, str]
+  named: frozenset[str]
+
+
+def prepare(
+  chosen: Plan, *, say: Callable[[str], None] = lambda line: None
+) -> Prepared:
+  """Builds the evaluators of a plan and opens their data.
+
+  Args:
+    chosen: from `plan`.
+    say: is told of each evaluation that won't run.
+
+  Raises:
+    ConfigError: for a bad option.
+    Exception: whatever an evaluation that was asked for by name raises, or the
+      last one if none could be prepared.
+  """
+  ready, skipped, failed = {}, {}, {}
+  last = None
+  for name, evaluator in build(chosen.entries).items():
+    try:
+      with _named(name):
+        evaluator.prepare()
+      ready[name] = evaluator
+    except Exception as error:
+      if name in chosen.named:
+        raise
+      last = error
+      kind = skipped if isinstance(error, NotApplicable) else failed
+      kind[name] = str(error)
+      say(f"{name} {'is skipped' if kind is skipped else 'FAILED'}: {error}")
+  if not ready and last is not None:
+    raise last
+  return Prepared(ready, skipped, failed, chosen.named)
+
+
+def attempt(
+  encoder: Encoder,
+  prepared: Prepared,
+  *,
+  name: str,
+  say: Callable[[str], None] = lambda line: None,
+) -> Iterator[Outcome]:
+  """Runs prepared evaluations one by one, whatever becomes of each.
+
+  Args:
+    encoder: to evaluate.
+    prepared: from `prepare`.
+    name: what the encoder is called in tables.
+    say: is told of each evaluation as it ends.
+
+  Yields:
+    After each evaluation, all that there is until then. The last one is the
+    outcome; at least one is given.
+
+  Raises:
+    Exception: what an evaluation raises on a pod of several hosts: the others
+      may wait for this one in it, and would not meet it in the next.
+  """
+  outcome = Outcome(
+    name=name,
+    encoder=encoder.source,
+    weights=encoder.weights,
+    skipped=dict(prepared.skipped),
+    failed=dict(prepared.failed),
+    protocol=encoder.protocol(),
+  )
+  if not prepared.evaluators:
+    yield outcome
+  for kind, evaluator in prepared.evaluators.items():
+    try:
+      result = _timed(kind, evaluator, encoder)
+      outcome.results[kind] = result
+      say(f"{kind} took {result.protocol['seconds']} s")
+    except NotApplicable as error:
+      outcome.skipped[kind] = str(error)
+      say(f"{kind} is skipped: {error}")
+    except Exception as error:
+      if jax.process_count() > 1:
+        yield outcome
+        raise
+      reason = f"{type(error).__name__}: {error}"
+      outcome.failed[kind] = reason[:_REASON]
+      say("".join(traceback.format_exception(error)) + f"{kind} FAILED")
+    yield outcome
+
+
+def _timed(name: str, evaluator: Evaluator, encoder: Encoder) -> Result:
+  start = time.perf_counter()
+  with _named(name):
+    result = evaluator.run(encoder)
+  seconds = round(time.perf_counter() - start, 1)
+  protocol = {**result.protocol, "seconds": seconds}
+  return dataclasses.replace(result, protocol=protocol)
 
 
 @contextlib.contextmanager
@@ -106,44 +305,3 @@ def _named(name: str) -> Iterator[None]:
   except Exception as error:
     error.add_note(f"(in evaluation {name!r})")
     raise
-
-
-def table(results: Mapping[str, Result]) -> str:
-  """Figures in percent with chance beside them, then each protocol."""
-  rows = [("evaluation", "metric", "%", "chance %")]
-  for name, result in results.items():
-    for metric, value in result.metrics.items():
-      chance = result.chance.get(metric)
-      at_random = "" if chance is None else f"{100 * chance:.2f}"
-      rows.append((name, metric, f"{100 * value:.2f}", at_random))
-  widths = [max(len(row[i]) for row in rows) for i in range(4)]
-  lines = [
-    f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}"
-    for a, b, c, d in rows
-  ]
-  lines.insert(1, "-" * len(lines[0]))
-  for name, result in results.items():
-    lines.append(f"\n{name}:")
-    lines += [f"  {k}: {_short(v)}" for k, v in result.protocol.items()]
-  return "\n".join(lines)
-
-
-def write_json(
-  path: str | os.PathLike, encoder: Encoder, results: Mapping[str, Result]
-) -> None:
-  """Figures, chance and protocols, with what made them."""
-  content = {
-    "encoder": encoder.source,
-    "weights": encoder.weights,
-    "mtv_jax": mtv_jax.__version__,
-    "evals": {name: result.to_dict() for name, result in results.items()},
-  }
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _short(value: Any) -> str:
-  if isinstance(value, list) and len(value) > 8:
-    return f"{len(value)}: {value[0]!r}, {value[1]!r}, ... {value[-1]!r}"
-  return str(value)

@@ -23,7 +23,7 @@ from jaxtyping import Float32, Int
 from mtv_jax.config import did_you_mean
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder import Encoder, normalize
-from mtv_jax.evals import datasets, prompts, ranking
+from mtv_jax.evals import base, datasets, prompts, ranking
 from mtv_jax.evals.base import Evaluator, Result
 
 # Classes embedded at a time: 64 x 80 prompts are 16 MB of embeddings.
@@ -71,6 +71,7 @@ class ZeroShot(Evaluator):
 
   def run(self, encoder: Encoder) -> Result:
     """Top-1, top-5 and mean-per-class accuracy."""
+    base.require_text(encoder)
     data, named, labels = self._set
     classifier = text_classifier(encoder, named, clean=self.clean)
     features = encoder.image(

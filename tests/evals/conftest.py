@@ -17,6 +17,9 @@ COLOURS = {
 class ColourEncoder(Encoder):
   """Embeds the mean colour of an image, and the colours that a text names."""
 
+  source = "colours"
+  weights = "student"
+
   def __init__(self):
     self.batches = []
 

@@ -68,6 +68,35 @@ def test_duplicates_tie_to_the_last_bit():
   np.testing.assert_array_equal(second, first + 1)
 
 
+@pytest.mark.parametrize("width", [1, 4, 7])
+def test_distinct_rows_against_a_dictionary(width):
+  """Signs, zeros of both signs and whole numbers, whose low bits are equal."""
+  rng = np.random.default_rng(3)
+  rows = rng.integers(-1, 2, (700, width)).astype(np.float32)
+  rows *= rng.choice(np.float32([1, -1]), rows.shape)
+  rows = np.asfortranarray(rows)
+  seen = {}
+  want = [seen.setdefault(tuple(row), len(seen)) for row in rows.tolist()]
+  unique, inverse = ranking._unique_rows(rows)
+  assert list(inverse) == want
+  assert [tuple(row) for row in unique.tolist()] == list(seen)
+  assert len(seen) < 700
+
+
+def test_equal_keys_of_distinct_rows_are_noticed(monkeypatch):
+  """The first number that is given to a row is too coarse."""
+  keys = ranking._row_keys
+  monkeypatch.setattr(
+    ranking,
+    "_row_keys",
+    lambda rows, seed: keys(rows, seed) >> np.uint64(0 if seed else 62),
+  )
+  rows = np.arange(30, dtype=np.float32)[:, None] // 2
+  unique, inverse = ranking._unique_rows(rows)
+  assert list(inverse) == [i // 2 for i in range(30)]
+  assert unique.shape == (15, 1)
+
+
 def test_not_a_number_is_not_a_hit():
   good, bad = np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)
   bad[1, 2] = np.nan

@@ -6,8 +6,10 @@ import tarfile
 import numpy as np
 import pytest
 
+from mtv_jax import load
 from mtv_jax.data.records import BadRecord
-from mtv_jax.evals import datasets, ranking
+from mtv_jax.evals import datasets, ranking, sheets
+from mtv_jax.evals.base import NotApplicable
 from mtv_jax.evals.retrieval import Retrieval, chance, recalls
 
 # big_vision's unit test: distances of 4 images to 8 texts, two for each image.
@@ -119,6 +121,30 @@ def test_coco_captions(coco, colours):
   assert result.protocol["captions"] == 5
   assert result.protocol["data_hash"] == data.digest
   assert result.chance["text_to_image_r1"] == pytest.approx(1 / 3)
+
+
+def test_pictures_of_what_was_found(coco, colours):
+  plain = Retrieval(data=str(coco)).run(colours)
+  assert plain.pictures == {}
+  result = Retrieval(data=str(coco), pictures=2).run(colours)
+  assert result.metrics == plain.metrics
+  assert result.protocol == plain.protocol
+  assert set(result.pictures) == {"captions", "images"}
+  own = (result.pictures["captions"] == sheets._OWN).all(axis=-1)
+  # The colours are found: in both images' blocks the first line is their own.
+  half = len(own) // 2
+  for block in (own[:half], own[half:]):
+    assert block[: sheets._LINE].any()
+  # Only the images on the sheet are framed, once a caption.
+  framed = (result.pictures["images"] == sheets._OWN).all(axis=-1)
+  half = len(framed) // 2
+  assert framed[:half].any() and framed[half:].any()
+
+
+def test_an_encoder_without_text(coco):
+  encoder = load("pixels:16")
+  with pytest.raises(NotApplicable, match="no text tower"):
+    Retrieval(data=str(coco)).run(encoder)
 
 
 def test_max_captions_and_count(coco):

@@ -1,0 +1,77 @@
+"""Losses of metric depth probes, over the valid pixels of a whole batch."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# Added before the logarithm, in metres.
+_EPS = 1e-3
+# The weight of the squared mean beside the variance: 1 - 0.85.
+_MEAN_WEIGHT = 0.15
+_STRIDES = (1, 2, 4, 6)
+
+
+def log_error(
+  predicted: Float[Array, "b h w"],
+  truth: Float[Array, "b h w"],
+  valid: Bool[Array, "b h w"],
+) -> Float[Array, "b h w"]:
+  """ln(d + 0.001) - ln(g + 0.001), 0 where invalid."""
+  # Twice: a logarithm of what is not valid may have no finite gradient.
+  predicted, truth = (jnp.where(valid, x, 1.0) for x in (predicted, truth))
+  error = jnp.log(predicted + _EPS) - jnp.log(truth + _EPS)
+  return jnp.where(valid, error, 0.0)
+
+
+def sig_loss(
+  predicted: Float[Array, "b h w"],
+  truth: Float[Array, "b h w"],
+  valid: Bool[Array, "b h w"],
+  *,
+  ddof: int = 1,
+  variance_weight: Float[Array, ""] | float = 1.0,
+) -> Float[Array, ""]:
+  """Scale-invariant log error: sqrt(var g + 0.15 (mean g)^2).
+
+  Eigen et al. 2014, with the root and the constants of AdaBins. The variance
+  is unbiased in DINOv2's probes and biased in Probe3D's, where it is written
+  mean g^2 - 0.85 (mean g)^2.
+
+  Args:
+    predicted: metres.
+    truth: metres.
+    valid: which pixels count; none of them gives 0.
+    ddof: 1 for the unbiased variance, 0 for the biased one.
+    variance_weight: 0 while a probe warms up.
+  """
+  g = log_error(predicted, truth, valid)
+  count = valid.sum().astype(jnp.float32)
+  mean = g.sum() / jnp.maximum(count, 1)
+  squares = jnp.where(valid, jnp.square(g - mean), 0.0).sum()
+  variance = squares / jnp.maximum(count - ddof, 1)
+  # A root has no slope at 0, where a perfect prediction is.
+  inside = variance_weight * variance + _MEAN_WEIGHT * jnp.square(mean)
+  return jnp.where(count > 0, jnp.sqrt(jnp.maximum(inside, 1e-12)), 0.0)
+
+
+def gradient_loss(
+  predicted: Float[Array, "b h w"],
+  truth: Float[Array, "b h w"],
+  valid: Bool[Array, "b h w"],
+) -> Float[Array, ""]:
+  """Differences of the log error between pixels two apart, at four strides.
+
+      sum_k (1 / N_k) sum |g(y + 2, x) - g(y, x)| + |g(y, x + 2) - g(y, x)|
+
+  over every 1st, 2nd, 4th and 6th pixel, N_k of which are valid; a difference
+  counts if both of its pixels are (Monocular-Depth-Estimation-Toolbox).
+  """
+  error = log_error(predicted, truth, valid)
+  total = jnp.float32(0)
+  for stride in _STRIDES:
+    g, m = (x[:, ::stride, ::stride] for x in (error, valid))
+    down = jnp.abs(g[:, 2:] - g[:, :-2]) * (m[:, 2:] & m[:, :-2])
+    across = jnp.abs(g[:, :, 2:] - g[:, :, :-2]) * (m[:, :, 2:] & m[:, :, :-2])
+    total += (down.sum() + across.sum()) / jnp.maximum(m.sum(), 1)
+  return total

@@ -1,0 +1,137 @@
+"""Features that several evaluations share, computed once.
+
+What an encoder has been asked for is remembered with it, by the hash of the
+data, and forgotten with it: probes over the same images cost one pass.
+"""
+
+from __future__ import annotations
+
+import collections
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mtv_jax import inputs
+from mtv_jax.encoder import Encoder, ImageFeatures
+
+# Bytes that are kept for an encoder: 1.28 M embeddings of ViT-B, or patches of
+# 7,000 images at 14 x 14. For each apart, and by use alone: on a pod all hosts
+# must forget the same things, as computing them again is a common effort.
+BUDGET = 4 * 2**30
+
+_Key = tuple[str, str, int]
+
+
+class _Store:
+  """Arrays by what they are, the least recently used forgotten first."""
+
+  def __init__(self):
+    self._arrays: collections.OrderedDict[_Key, np.ndarray] = (
+      collections.OrderedDict()
+    )
+    self._bytes = 0
+
+  def get(self, key: _Key) -> np.ndarray | None:
+    if key in self._arrays:
+      self._arrays.move_to_end(key)
+    return self._arrays.get(key)
+
+  def put(self, key: _Key, array: np.ndarray) -> None:
+    if array.nbytes > BUDGET:
+      return
+    self._arrays[key] = array
+    self._bytes += array.nbytes
+    while self._bytes > BUDGET:
+      _, lost = self._arrays.popitem(last=False)
+      self._bytes -= lost.nbytes
+
+
+_stores: weakref.WeakKeyDictionary[Encoder, _Store] = (
+  weakref.WeakKeyDictionary()
+)
+
+
+def image(
+  encoder: Encoder,
+  images: Sequence[Any] | np.ndarray,
+  *,
+  digest: str,
+  layers: Sequence[int] = (),
+  outputs: Sequence[str] = ("pooled",),
+  batch_size: int = 64,
+) -> ImageFeatures:
+  """`encoder.image`, remembered.
+
+  Of a request that is known in part, the rest is computed. What is returned is
+  shared, and therefore read-only.
+
+  Args:
+    encoder: whose features.
+    images: as for `Encoder.image`.
+    digest: a hash that tells which images these are, in their order.
+    layers: as for `Encoder.image`.
+    outputs: as for `Encoder.image`.
+    batch_size: as for `Encoder.image`; it changes nothing in the result.
+
+  Raises:
+    TypeError, ValueError: as `Encoder.image`.
+  """
+  inputs.check_outputs(outputs)
+  names = [(digest, name, 0) for name in outputs]
+  depth = encoder.spec.image.depth if layers else 0
+  taps = {i: inputs.layer(i, depth) for i in layers}
+  names += [(digest, kind, t) for t in taps.values() for kind in _LAYER_KINDS]
+  store = _stores.setdefault(encoder, _Store())
+  found = {name: store.get(name) for name in names}
+  lost = [name for name, array in found.items() if array is None]
+  if lost:
+    fresh = _compute(encoder, images, digest, lost, batch_size)
+    # Last, so that what is wanted now can't push itself out.
+    for name in lost:
+      fresh[name].setflags(write=False)
+      found[name] = fresh[name]
+      store.put(name, fresh[name])
+  _check_count(found, len(images), digest)
+  return ImageFeatures(
+    **{o: found.get((digest, o, 0)) for o in inputs.OUTPUTS},
+    layers={i: found[digest, "layer", t] for i, t in taps.items()},
+    prefix_layers={
+      i: found[digest, "prefix_layer", t] for i, t in taps.items()
+    },
+  )
+
+
+_LAYER_KINDS = ("layer", "prefix_layer")
+
+
+def _compute(
+  encoder: Encoder,
+  images: Sequence[Any] | np.ndarray,
+  digest: str,
+  names: Sequence[_Key],
+  batch_size: int,
+) -> dict[_Key, np.ndarray]:
+  taps = sorted({tap for _, kind, tap in names if kind in _LAYER_KINDS})
+  outputs = tuple(kind for _, kind, _ in names if kind in inputs.OUTPUTS)
+  out = encoder.image(
+    images, layers=tuple(taps), outputs=outputs, batch_size=batch_size
+  )
+  fresh = {(digest, name, 0): getattr(out, name) for name in outputs}
+  for tap in taps:
+    fresh[digest, "layer", tap] = out.layers[tap]
+    fresh[digest, "prefix_layer", tap] = out.prefix_layers[tap]
+  return fresh
+
+
+def _check_count(
+  found: dict[_Key, np.ndarray], count: int, digest: str
+) -> None:
+  for array in found.values():
+    if len(array) != count:
+      raise ValueError(
+        f"{count} images are said to be those of the hash {digest!r}, of which "
+        f"{len(array)} were encoded before: the hash must tell which images "
+        "of a data set are used"
+      )

@@ -1,0 +1,123 @@
+"""Published figures of other encoders, for the radar chart.
+
+Table 5 of "Revisiting Multi-Task Visual Representation Learning" (arXiv
+2601.13886), in percent and metres, where an evaluation of ours ran on the same
+whole data set. Its zero-shot and retrieval columns follow CLIP_benchmark and
+big_vision; the heads and sizes behind the others are not published, so that
+those are points of orientation and no targets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+SIZES = ("base", "large")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """A row of the table.
+
+  Attributes:
+    name: of the encoder.
+    size: `base` (B/16) or `large` (L/14, L/16).
+    figures: by column, percent, or metres of NYUv2.
+  """
+
+  name: str
+  size: str
+  figures: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """What a column of the table is among our evaluations.
+
+  Attributes:
+    evaluation: of ours.
+    metric: of it.
+    label: for a chart.
+    fits: what the protocol must say for the data to be the same.
+    least: of what it must count so many.
+  """
+
+  evaluation: str
+  metric: str
+  label: str
+  fits: Mapping[str, Any]
+  least: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  def holds(self, protocol: Mapping[str, Any]) -> bool:
+    """Whether a figure of this protocol is on the table's data."""
+    same = all(protocol.get(k) == v for k, v in self.fits.items())
+    return same and all(protocol.get(k, 0) >= v for k, v in self.least.items())
+
+
+def _row(name: str, size: str, *values: float) -> Reference:
+  return Reference(name, size, dict(zip(COLUMNS, values, strict=True)))
+
+
+_COCO = {"images": 5000, "captions": 25_010}
+
+# The VQA column has no evaluation of an encoder alone. How many pairs NAVI
+# gives depends on a draw: 500 are no subset of it.
+COLUMNS = {
+  "imagenet": Column(
+    "zero_shot",
+    "top1",
+    "ImageNet zero-shot",
+    {"images": 50_000, "classes": 1000},
+  ),
+  "coco_t2i": Column(
+    "retrieval", "text_to_image_r1", "COCO text to image R@1", _COCO
+  ),
+  "coco_i2t": Column(
+    "retrieval", "image_to_text_r1", "COCO image to text R@1", _COCO
+  ),
+  "ade20k": Column(
+    "segmentation", "miou", "ADE20K mIoU", {"images": 2000, "classes": 150}
+  ),
+  "navi": Column(
+    "geometric_correspondence",
+    "avg_recall",
+    "NAVI recall",
+    {"dataset": "NAVI"},
+    {"pairs": 500},
+  ),
+  "spair": Column(
+    "semantic_correspondence",
+    "recall",
+    "SPair recall",
+    {"dataset": "SPair-71k", "classes": 18, "threshold": 0.1},
+  ),
+  "nyu": Column("depth_probe", "rmse", "NYUv2 RMSE", {"images": 654}),
+}
+
+REFERENCES = (
+  _row("CLIP B/16", "base", 68.3, 33.1, 52.4, 42.2, 36.9, 15.9, 0.603),
+  _row("SigLIP B/16", "base", 76.2, 47.2, 64.5, 45.1, 38.5, 17.3, 0.615),
+  _row("SigLIP 2 B/16", "base", 78.2, 52.1, 68.9, 46.0, 38.0, 20.8, 0.562),
+  _row("MTV B/16", "base", 69.5, 41.2, 57.1, 44.6, 43.8, 28.4, 0.469),
+  _row("CLIP L/14", "large", 75.5, 36.5, 56.3, 46.2, 36.0, 20.5, 0.588),
+  _row("SigLIP L/16", "large", 80.5, 51.2, 69.6, 47.7, 38.8, 19.7, 0.550),
+  _row("SigLIP 2 L/16", "large", 82.5, 54.7, 71.5, 51.6, 43.2, 29.9, 0.484),
+  _row("MTV L/16", "large", 75.2, 43.0, 58.1, 48.2, 45.0, 30.1, 0.414),
+)
+
+
+def column(
+  evaluation: str, metric: str, protocol: Mapping[str, Any]
+) -> str | None:
+  """The column that a figure of ours belongs to, if its data are the table's.
+
+  Args:
+    evaluation: its name.
+    metric: its name.
+    protocol: the figure's.
+  """
+  for name, entry in COLUMNS.items():
+    if (entry.evaluation, entry.metric) == (evaluation, metric):
+      return name if entry.holds(protocol) else None
+  return None

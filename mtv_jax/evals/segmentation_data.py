@@ -1,0 +1,285 @@
+"""Images with a class for every pixel, in the layouts they come in.
+
+What `data` may be:
+
+  scenes       the built-in scenes; `{type="scenes", size=..., seed=...}` too
+  FOLDER       ADE20K's ADEChallengeData2016, or the folder it lies in
+  FOLDER       NYUv2 with nyu_images/, nyu_labels40/, train.txt and test.txt
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from mtv_jax.config import did_you_mean
+from mtv_jax.data import scenes
+from mtv_jax.evals import ade20k, datasets, examples, layout
+from mtv_jax.evals.segmentation_metrics import IGNORE
+
+SPLITS = ("train", "test")
+# Apart from the scenes of a training run and from the held-out ones.
+TRAIN_SCENES = 2_000_000
+_SCENES = {"train": 256, "test": 100}
+
+# The 40 classes of Gupta et al. 2013 without the last, "otherprop", which in
+# these files is one number with unlabelled pixels.
+NYU_CLASSES = (
+  "wall",
+  "floor",
+  "cabinet",
+  "bed",
+  "chair",
+  "sofa",
+  "table",
+  "door",
+  "window",
+  "bookshelf",
+  "picture",
+  "counter",
+  "blinds",
+  "desk",
+  "shelves",
+  "curtain",
+  "dresser",
+  "pillow",
+  "mirror",
+  "floor mat",
+  "clothes",
+  "ceiling",
+  "books",
+  "refrigerator",
+  "television",
+  "paper",
+  "towel",
+  "shower curtain",
+  "box",
+  "whiteboard",
+  "person",
+  "night stand",
+  "toilet",
+  "sink",
+  "lamp",
+  "bathtub",
+  "bag",
+  "other structure",
+  "other furniture",
+)
+
+
+class Maps(Sequence):
+  """Maps of classes that are read when indexed, from any thread."""
+
+  def __init__(self, read: Callable[[int], np.ndarray], count: int):
+    self._read = read
+    self._count = count
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, index: int) -> UInt8[np.ndarray, "h w"]:
+    if not 0 <= index < self._count:
+      raise IndexError(f"map {index} of {self._count}")
+    return self._read(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmented:
+  """Images and the classes of their pixels.
+
+  Attributes:
+    kind: `scenes`, `ade20k` or `nyu40`.
+    name: what it is, for the protocol.
+    images: n of them.
+    maps: n of them, of their images' sizes: a class, or 255 to ignore.
+    classes: readable names; None where the data has none.
+    class_count: how many classes there are.
+    digest: hash of names and file sizes.
+  """
+
+  kind: str
+  name: str
+  images: examples.Images
+  maps: Maps
+  classes: tuple[str, ...] | None
+  class_count: int
+  digest: str
+
+
+def segmented(
+  data: datasets.Data, *, split: str, count: int | None = None
+) -> Segmented:
+  """Opens images with maps.
+
+  Args:
+    data: see the top of the file.
+    split: `train` or `test`.
+    count: how many images to use, evenly spaced; all of them by default (of
+      the scenes, which never end, 256 and 100).
+
+  Raises:
+    FileNotFoundError: nothing there, or a part missing.
+    ValueError: for a split or data of another kind.
+  """
+  if split not in SPLITS:
+    raise ValueError(f"split={split!r}. {did_you_mean(split, SPLITS)}")
+  if isinstance(data, Mapping):
+    return _scenes(split, count, **_scene_options(data))
+  if os.fspath(data) == "scenes":
+    return _scenes(split, count)
+  path = pathlib.Path(data)
+  if (path / "nyu_images").is_dir() or (path / "nyu_labels40").is_dir():
+    return _nyu40(path, split, count)
+  root = ade20k.root_of(path)
+  if root is not None:
+    return _of_files(
+      ade20k.files(root, split),
+      read_map=ade20k.read_map,
+      count=count,
+      kind="ade20k",
+      name=f"{data} {ade20k.FOLDERS[split]}",
+      classes=ade20k.class_names(root),
+      class_count=ade20k.CLASSES,
+    )
+  found = "nothing there"
+  if path.is_dir():
+    names = sorted(p.name for p in path.iterdir())[:6]
+    found = f"a folder with {', '.join(names) or 'nothing in it'}"
+  elif path.exists():
+    found = "a file"
+  raise FileNotFoundError(
+    f"data={str(data)!r}: {found}. Segmentation reads 'scenes', ADE20K "
+    "(ADEChallengeData2016 with images/ and annotations/) and NYUv2 with "
+    "nyu_images/, nyu_labels40/, train.txt and test.txt."
+  )
+
+
+def things(data: Segmented) -> Segmented:
+  """Scenes whose background and ground are ignored, with things alone named."""
+  stuff = len(scenes.SEGMENT_NAMES) - len(scenes.CLASS_NAMES)
+
+  def read(i: int) -> np.ndarray:
+    labels = data.maps[i]
+    return np.where(labels < stuff, IGNORE, labels - stuff).astype(np.uint8)
+
+  return dataclasses.replace(
+    data,
+    name=f"{data.name}, things only",
+    maps=Maps(read, len(data.maps)),
+    classes=tuple(scenes.CLASS_NAMES),
+    class_count=len(scenes.CLASS_NAMES),
+  )
+
+
+def is_scenes(data: datasets.Data) -> bool:
+  """Whether `data` are the built-in scenes."""
+  return isinstance(data, Mapping) or os.fspath(data) == "scenes"
+
+
+def _scene_options(data: Mapping[str, Any]) -> dict[str, int]:
+  options = dict(data)
+  kind = options.pop("type", None)
+  known = ("size", "seed")
+  unknown = [name for name in options if name not in known]
+  if kind != "scenes" or unknown:
+    raise ValueError(
+      f"data={dict(data)}: of sources, only scenes have a class for every "
+      f"pixel, and their options here are {known}"
+    )
+  return options
+
+
+def _scenes(
+  split: str, count: int | None, *, size: int = 96, seed: int = 0
+) -> Segmented:
+  first = TRAIN_SCENES if split == "train" else datasets.HELD_OUT_SCENES
+  count = _SCENES[split] if count is None else count
+  if count < 1:
+    raise ValueError(f"count={count}; expected at least 1")
+
+  # An image and its map are asked for one after the other.
+  @functools.lru_cache(maxsize=64)
+  def render(i: int) -> scenes.Scene:
+    return scenes.render(first + i, size=size, seed=seed)
+
+  digest = examples.Digest()
+  digest.add("scenes", first, count, size, seed)
+  return Segmented(
+    kind="scenes",
+    name="scenes",
+    images=examples.Images(lambda i: render(i).image, count),
+    maps=Maps(lambda i: render(i).segmentation, count),
+    classes=tuple(scenes.SEGMENT_NAMES),
+    class_count=len(scenes.SEGMENT_NAMES),
+    digest=digest.hex(),
+  )
+
+
+def _nyu40(root: pathlib.Path, split: str, count: int | None) -> Segmented:
+  layout.require(
+    root,
+    [f"{split}.txt", "nyu_images/*.jpg", "nyu_labels40/*.png"],
+    what="NYUv2 with maps of 40 classes",
+  )
+  lines = (root / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+  ids = [line.split()[0] for line in lines if line.strip()]
+  return _of_files(
+    [
+      ade20k.Files(
+        root / "nyu_images" / f"{i}.jpg", root / "nyu_labels40" / f"{i}.png"
+      )
+      for i in ids
+    ],
+    read_map=_read_nyu40,
+    count=count,
+    kind="nyu40",
+    name=f"{root} {split}",
+    classes=NYU_CLASSES,
+    class_count=len(NYU_CLASSES),
+  )
+
+
+def _read_nyu40(path: pathlib.Path) -> np.ndarray:
+  values = ade20k.read_values(path)
+  other = len(NYU_CLASSES)
+  known = (values <= other) | (values == IGNORE)
+  if not known.all():
+    raise ValueError(
+      f"{path} has a class {values[~known].max()}; expected 0 to {other}, "
+      f"the number of one of 40 classes less one, or {IGNORE}"
+    )
+  return np.where(values == other, IGNORE, values).astype(np.uint8)
+
+
+def _of_files(
+  files: Sequence[ade20k.Files],
+  *,
+  read_map: Callable[[pathlib.Path], np.ndarray],
+  count: int | None,
+  **fields: Any,
+) -> Segmented:
+  files = examples.spaced(files, count)
+  lost = [p for f in files for p in (f.image, f.labels) if not p.is_file()]
+  if lost:
+    raise FileNotFoundError(
+      f"{fields['name']}: {len(lost)} of {2 * len(files)} files are missing, "
+      f"such as {lost[0]}. Is the data set unpacked in full?"
+    )
+  digest = examples.Digest()
+  for f in files:
+    sizes = f.image.stat().st_size, f.labels.stat().st_size
+    digest.add(f.image.name, f.labels.name, *sizes)
+
+  return Segmented(
+    images=examples.files([f.image for f in files]),
+    maps=Maps(lambda i: read_map(files[i].labels), len(files)),
+    digest=digest.hex(),
+    **fields,
+  )

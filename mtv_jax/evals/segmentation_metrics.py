@@ -1,0 +1,95 @@
+"""Intersection over union of a whole set, from one matrix of counts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Int, Int64, UInt8
+
+# The label of pixels that count neither as truth nor as prediction.
+IGNORE = 255
+
+AVERAGING = (
+  "intersections and unions are summed over the whole set; mean over classes "
+  "with a union, mean accuracy over classes with a true pixel"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """What a confusion matrix says.
+
+  Attributes:
+    miou: mean of `iou` over the classes that have a union.
+    macc: mean over the classes with a true pixel of the share found.
+    aacc: share of all pixels that are right.
+    iou: of each class; NaN where neither truth nor prediction has it.
+  """
+
+  miou: float
+  macc: float
+  aacc: float
+  iou: Float[np.ndarray, " k"]
+
+
+def confusion(
+  truth: Int[np.ndarray, "*n"] | UInt8[np.ndarray, "*n"],
+  predicted: Int[np.ndarray, "*n"] | UInt8[np.ndarray, "*n"],
+  *,
+  classes: int,
+) -> Int64[np.ndarray, "{classes} {classes}"]:
+  """Counts of pixels by (true class, predicted class).
+
+  Pixels whose truth is `IGNORE` are left out, their predictions with them.
+
+  Raises:
+    ValueError: for a class out of range.
+  """
+  kept = truth != IGNORE
+  rows = truth[kept].astype(np.int64)
+  columns = predicted[kept].astype(np.int64)
+  for name, found in (("labels", rows), ("predictions", columns)):
+    if found.size and not 0 <= found.min() <= found.max() < classes:
+      raise ValueError(
+        f"{name} from {found.min()} to {found.max()}; expected 0 to "
+        f"{classes - 1}, or {IGNORE} for a label to ignore"
+      )
+  # Integers: float bins lose counts beyond 2**24.
+  counts = np.bincount(rows * classes + columns, minlength=classes**2)
+  return counts.astype(np.int64).reshape(classes, classes)
+
+
+def scores(counts: Int64[np.ndarray, "k k"]) -> Scores:
+  """Figures of a confusion matrix, rows being the truth.
+
+  A class that is predicted and never true counts as 0; one that is neither is
+  left out of the means.
+
+  Raises:
+    ValueError: if no pixel was counted.
+  """
+  if not counts.sum():
+    raise ValueError("no pixel has a label that is not ignored")
+  hit, true = np.diag(counts), counts.sum(axis=1)
+  union = true + counts.sum(axis=0) - hit
+  iou = np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+  found = hit[true > 0] / true[true > 0]
+  return Scores(
+    miou=float(np.nanmean(iou)),
+    macc=float(found.mean()),
+    aacc=float(hit.sum() / counts.sum()),
+    iou=iou,
+  )
+
+
+def chance(counts: Int64[np.ndarray, "k k"]) -> dict[str, float]:
+  """What predicting every pixel's class by a fair die expects.
+
+  With a share g of the pixels in a class and K classes, the intersection is
+  g / K and the union g + 1 / K - g / K.
+  """
+  classes = len(counts)
+  share = counts.sum(axis=1) / counts.sum()
+  iou = share / (1 + (classes - 1) * share)
+  return {"miou": float(iou.mean()), "macc": 1 / classes, "aacc": 1 / classes}

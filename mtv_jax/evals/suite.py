@@ -1,0 +1,163 @@
+"""Many evaluations of one or several encoders, and what is kept of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+from PIL import Image
+
+from mtv_jax.encoder import Encoder
+from mtv_jax.evals import pages, results, run
+from mtv_jax.evals import report as report_lib
+from mtv_jax.evals.results import Outcome
+
+_WEIGHTS = re.compile(r"(.+)@(student|teacher|ema)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """An encoder as a command line names it.
+
+  Attributes:
+    path: what `mtv_jax.load` opens.
+    weights: which of its weights.
+    name: what tables call it.
+  """
+
+  path: str
+  weights: str
+  name: str
+
+
+def requests(encoders: Sequence[str], *, weights: str) -> list[Request]:
+  """What `--encoder` was given: PATH or PATH@WEIGHTS, in order.
+
+  A table calls an encoder by the last part of its path, or by as many of its
+  last parts as tell it from the others.
+
+  Args:
+    encoders: at least one.
+    weights: of those that don't say.
+
+  Raises:
+    ValueError: for the same one twice.
+  """
+  split = []
+  for given in encoders:
+    match = _WEIGHTS.fullmatch(given)
+    split.append(match.groups() if match else (given, weights))
+  if len(set(split)) < len(split):
+    twice = next(s for s in split if split.count(s) > 1)
+    raise ValueError(
+      f"--encoder={twice[0]} is given twice ({twice[1]} weights)"
+    )
+  names = [_short_names(path) for path, _ in split]
+  several = {p for p, _ in split if [q for q, _ in split].count(p) > 1}
+  made = []
+  for i, (path, which) in enumerate(split):
+    others = {
+      n for j, ns in enumerate(names) if split[j][0] != path for n in ns
+    }
+    name = next((n for n in names[i] if n not in others), path)
+    name += f"@{which}" if path in several else ""
+    made.append(Request(path, which, name))
+  return made
+
+
+def _short_names(path: str) -> list[str]:
+  """The last part of a path, the last two, ... A baseline has one name."""
+  if ":" in path:
+    return [path]
+  parts = pathlib.PurePath(path).parts
+  return ["/".join(parts[-k:]) for k in range(1, len(parts) + 1)] or [path]
+
+
+def evaluate(
+  encoders: Mapping[str, Encoder],
+  chosen: run.Plan,
+  *,
+  folder: str | os.PathLike | None = None,
+  say: Callable[[str], None] = lambda line: None,
+) -> list[Outcome]:
+  """Runs a plan on each encoder, whatever becomes of single evaluations.
+
+  Args:
+    encoders: by the name that tables give them.
+    chosen: what to run.
+    folder: where `results.json` is written after each evaluation, so that an
+      end with violence costs one evaluation only.
+    say: is told how it goes.
+
+  Raises:
+    ConfigError: for a bad option.
+    Exception: what an evaluation that was asked for by name has to say about
+      its data, before anything is computed.
+  """
+  prepared = run.prepare(chosen, say=say)
+  outcomes: list[Outcome] = []
+  for name, encoder in encoders.items():
+    say(f"{name}:" if len(encoders) > 1 else f"{encoder!r}")
+    done = list(outcomes)
+    for outcome in run.attempt(encoder, prepared, name=name, say=say):
+      outcomes = [*done, outcome]
+      if folder is not None and jax.process_index() == 0:
+        results.write(pathlib.Path(folder) / "results.json", outcomes)
+  return outcomes
+
+
+def errors(outcomes: Sequence[Outcome], chosen: run.Plan) -> list[str]:
+  """What a run that ended has to be blamed for, a line each.
+
+  That is what failed; and what was asked for by name and no encoder is fit
+  for. (Beside one that is, another may lack what it takes: a floor has no
+  text tower.)
+  """
+  lines = []
+  for outcome in outcomes:
+    of = f" ({outcome.name})" if len(outcomes) > 1 else ""
+    lines += [f"{k}{of} failed: {why}" for k, why in outcome.failed.items()]
+  for name in chosen.entries:
+    reasons = [o.skipped[name] for o in outcomes if name in o.skipped]
+    if name in chosen.named and len(reasons) == len(outcomes):
+      lines.append(f"{name} can't be run: {reasons[0]}")
+  return lines
+
+
+def write(
+  folder: str | os.PathLike,
+  outcomes: Sequence[Outcome],
+  *,
+  compared: Sequence[Outcome] = (),
+  size: str | None = "base",
+) -> list[pathlib.Path]:
+  """Writes a folder of results; returns its files.
+
+  `results.json`, `results.md`, `report.html`, `sheets/*.png`, and `radar.png`
+  where there are three figures or more to draw.
+
+  Args:
+    folder: made if need be; files of the same names are replaced.
+    outcomes: of the encoders that were evaluated.
+    compared: earlier ones, shown beside them where the data are the same.
+    size: of the published encoders in the chart, None for none.
+  """
+  folder = pathlib.Path(folder)
+  report = report_lib.build(outcomes, compared=compared, size=size)
+  (folder / "sheets").mkdir(parents=True, exist_ok=True)
+  results.write(folder / "results.json", outcomes)
+  (folder / "results.md").write_text(pages.markdown(report), encoding="utf-8")
+  (folder / "report.html").write_text(pages.html(report), encoding="utf-8")
+  # One of an earlier run would stand beside figures that it does not show.
+  (folder / "radar.png").unlink(missing_ok=True)
+  pictures = {sheet.path: sheet.picture for sheet in report.sheets}
+  if report.chart is not None:
+    pictures["radar.png"] = report.chart
+  for path, picture in pictures.items():
+    Image.fromarray(picture).save(folder / path)
+  names = ("report.html", "results.md", "results.json", *pictures)
+  return [folder / name for name in names]
