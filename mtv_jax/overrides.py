@@ -15,7 +15,7 @@ from mtv_jax.config import ConfigError, did_you_mean
 
 _KEY = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
 _PART = re.compile(r"\w+")
-_WORDS = {"true": True, "false": False, "none": None}
+_WORDS = {"true": True, "false": False}
 
 
 def from_flags(argv: Iterable[str], *, flag: str = "config") -> list[str]:
@@ -48,7 +48,8 @@ def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
     config: what a config file's `get_config` returns.
     assignments: 'KEY=VALUE', in order. A key is a path such as 'optim.lr' or
       'data.train[0].path'. A value is a Python literal, or else a string; where
-      there is a string, it is a string; 'none' takes a key away.
+      there is a string, it is a string; 'None' takes a key away, and
+      so does 'none' where it can't be a string that stands for something.
 
   Raises:
     ConfigError: a path that leads nowhere, or a value of another type than the
@@ -113,7 +114,10 @@ def _require_inside(node: Any, part: str | int, path: str, key: str) -> None:
 
 def _value(text: str, old: Any, path: str) -> Any:
   if isinstance(old, str):
-    return None if text.lower() == "none" and text != old else text
+    return None if text == "None" else text
+  if text.lower() == "none":
+    # 'none' is also a choice of many options, which None as yet leaves open.
+    return text if text == "none" and old is None else None
   try:
     value = _WORDS.get(text.lower(), text)
     value = ast.literal_eval(text) if value is text else value

@@ -66,6 +66,10 @@ def test_command_line_overrides_become_assignments():
     ("optim.rules=[('bias', {'lr': 0.0})]", [("bias", {"lr": 0.0})]),
     ("objectives.contrastive.weight={'value': 2.0}", {"value": 2.0}),
     ("evals.retrieval=none", None),
+    ("schedule.name=None", None),
+    ("schedule.name=none", "none"),
+    ("init=none", "none"),
+    ("init=None", None),
   ],
 )
 def test_override(assignment, expected):
