@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from PIL import Image
 
+from mtv_jax import baselines
 from mtv_jax.encoder import Encoder
 from mtv_jax.evals import pages, results, run
 from mtv_jax.evals import report as report_lib
@@ -50,7 +51,9 @@ def requests(encoders: Sequence[str], *, weights: str) -> list[Request]:
   split = []
   for given in encoders:
     match = _WEIGHTS.fullmatch(given)
-    split.append(match.groups() if match else (given, weights))
+    # A baseline has one set of weights, whatever is asked of the others.
+    own = "student" if baselines.is_baseline(given) else weights
+    split.append(match.groups() if match else (given, own))
   if len(set(split)) < len(split):
     twice = next(s for s in split if split.count(s) > 1)
     raise ValueError(
@@ -71,7 +74,7 @@ def requests(encoders: Sequence[str], *, weights: str) -> list[Request]:
 
 def _short_names(path: str) -> list[str]:
   """The last part of a path, the last two, ... A baseline has one name."""
-  if ":" in path:
+  if baselines.is_baseline(path):
     return [path]
   parts = pathlib.PurePath(path).parts
   return ["/".join(parts[-k:]) for k in range(1, len(parts) + 1)] or [path]

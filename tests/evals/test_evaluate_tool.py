@@ -84,6 +84,9 @@ def test_all_beside_a_floor(repo_root, folder, tmp_path, capsys):
   argv += ["--count=6", "--pictures=2", f"--output={out}"]
   # Of so few scenes no two show a thing of one class.
   argv += ["--set=semantic_correspondence.count=60"]
+  for name in ("segmentation", "depth_probe", "linear_probe"):
+    argv.append(f"--set={name}.steps=4")
+  argv += ["--set=logistic.max_iter=4", "--set=mae_probe.epochs=12"]
   tool(repo_root, "evaluate").main(argv)
   first, floor = results.read(out / "results.json")
   ran = {*first.results, *first.skipped}
@@ -349,6 +352,11 @@ def test_names_of_encoders(given, names):
   assert [f"{r.path}@{r.weights}" for r in made] == [
     g if g.endswith("@ema") else f"{g}@student" for g in given
   ]
+
+
+def test_a_floor_has_no_weights_to_choose():
+  made = suite.requests(["runs/a", "pixels:64"], weights="ema")
+  assert [r.weights for r in made] == ["ema", "student"]
 
 
 def test_an_encoder_twice():
