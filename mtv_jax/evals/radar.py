@@ -9,24 +9,23 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-_INK, _FAINT, _PAPER = (24, 24, 28), (205, 205, 200), (255, 255, 255)
 # Told apart by most colour-blind people (Okabe and Ito 2008), black left out.
-_COLOURS = (
-  (213, 94, 0),
-  (0, 114, 178),
-  (0, 158, 115),
-  (204, 121, 167),
-  (230, 159, 0),
-  (86, 180, 233),
-  (148, 103, 189),
-  (140, 86, 75),
+COLOURS = (
+  "#d55e00",
+  "#0072b2",
+  "#009e73",
+  "#cc79a7",
+  "#e69f00",
+  "#56b4e9",
+  "#9467bd",
+  "#8c564b",
 )
-_SMOOTH = 3  # Drawn this much larger and shrunk, for lack of antialiasing.
-_RADIUS, _LABEL, _MARGIN, _LEGEND = 270, 200, 90, 300
-_FLOOR = (130, 130, 130)
-_RINGS = 4
+_FLOOR = "#828282"
+_LINES = {"solid": "-", "dashed": "--", "floor": ":"}
+_RINGS = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,125 +118,52 @@ def draw(
   """
   if len(axes) < 3:
     raise ValueError(f"a radar needs at least 3 axes; got {len(axes)}")
-  wheel = itertools.cycle(_COLOURS)
-  colours = {
-    s.name: _FLOOR if s.style == "floor" else next(wheel) for s in series
-  }
-  canvas = _Canvas(axes)
-  canvas.grid()
-  # All faint areas first, so that none tints another's lines.
-  for one in series:
-    canvas.area(one, colours[one.name])
-  for one in reversed(series):
-    canvas.polygon(one, colours[one.name])
-  canvas.labels()
-  canvas.legend(series, colours, title)
-  size = tuple(side // _SMOOTH for side in canvas.image.size)
-  return np.asarray(canvas.image.resize(size, Image.Resampling.LANCZOS))
+  canvas = FigureCanvasAgg(figure(axes, series, title=title))
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-class _Canvas:
-  def __init__(self, axes: Sequence[Axis]):
-    self.axes = axes
-    side = 2 * (_RADIUS + _MARGIN)
-    width = 2 * (_RADIUS + _LABEL) + _LEGEND
-    size = (width * _SMOOTH, side * _SMOOTH)
-    self.image = Image.new("RGB", size, _PAPER)
-    self.pen = ImageDraw.Draw(self.image, "RGBA")
-    self.middle = (_RADIUS + _LABEL, side / 2)
-    turn = 2 * math.pi / len(axes)
-    self.angles = [i * turn - math.pi / 2 for i in range(len(axes))]
-
-  def at(self, i: int, share: float) -> tuple[float, float]:
-    x, y = self.middle
-    reach, angle = share * _RADIUS, self.angles[i]
-    return (
-      (x + reach * math.cos(angle)) * _SMOOTH,
-      (y + reach * math.sin(angle)) * _SMOOTH,
-    )
-
-  def grid(self) -> None:
-    count = len(self.axes)
-    for ring in range(1, _RINGS + 1):
-      corners = [self.at(i, ring / _RINGS) for i in range(count)]
-      self.pen.line([*corners, corners[0]], _FAINT, _SMOOTH)
-    for i in range(count):
-      self.pen.line([self.at(i, 0.0), self.at(i, 1.0)], _FAINT, _SMOOTH)
-
-  def points(self, series: Series) -> list[tuple[float, float] | None]:
-    return [
-      None if v is None or not math.isfinite(v) else self.at(i, place(axis, v))
-      for i, (axis, v) in enumerate(zip(self.axes, series.values, strict=True))
+def figure(
+  axes: Sequence[Axis], series: Sequence[Series], *, title: str = ""
+) -> Figure:
+  """`draw` before it is pixels."""
+  drawn = Figure(figsize=(11, 7), dpi=100, layout="constrained")
+  polar = drawn.add_subplot(projection="polar")
+  polar.set_theta_zero_location("N")
+  polar.set_theta_direction(-1)
+  polar.set_ylim(0, 1)
+  angles = np.arange(len(axes)) * 2 * np.pi / len(axes)
+  polar.set_xticks(angles, [_label(axis) for axis in axes], fontsize=9)
+  polar.tick_params(axis="x", pad=24)
+  polar.set_yticks(_RINGS, [""] * len(_RINGS))
+  wheel = itertools.cycle(COLOURS)
+  for rank, one in enumerate(series):
+    colour = _FLOOR if one.style == "floor" else next(wheel)
+    shares = [
+      math.nan if v is None or not math.isfinite(v) else place(axis, v)
+      for axis, v in zip(axes, one.values, strict=True)
     ]
-
-  def area(self, series: Series, colour: tuple[int, int, int]) -> None:
-    points = self.points(series)
-    if series.style == "solid" and None not in points:
-      self.pen.polygon(points, fill=(*colour, 28))
-
-  def polygon(self, series: Series, colour: tuple[int, int, int]) -> None:
-    points = self.points(series)
-    # A missing value leaves its two sides open.
-    for a, b in zip(points, points[1:] + points[:1], strict=True):
-      if a is not None and b is not None:
-        self.stroke(a, b, series.style, colour)
-    for point in points:
-      if point is not None:
-        self.dot(point, colour)
-
-  def stroke(self, a, b, style: str, colour) -> None:
-    width = (4 if style == "solid" else 2) * _SMOOTH
-    if style == "solid":
-      self.pen.line([a, b], colour, width)
-      return
-    dash = (9 if style == "dashed" else 3) * _SMOOTH
-    length = math.dist(a, b)
-    for k in range(0, int(length), 2 * dash):
-      ends = (k / length, min(k + dash, length) / length)
-      line = [
-        tuple(p + t * (q - p) for p, q in zip(a, b, strict=True)) for t in ends
-      ]
-      self.pen.line(line, colour, width)
-
-  def dot(self, point, colour) -> None:
-    (x, y), r = point, 4 * _SMOOTH
-    self.pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-
-  def labels(self) -> None:
-    for i, axis in enumerate(self.axes):
-      unit = f" {axis.unit}" if axis.unit else ""
-      ends = f"{axis.centre:g} to {axis.rim:g}{unit}"
-      x, y = self.at(i, 1 + 14 / _RADIUS)
-      cos, sin = math.cos(self.angles[i]), math.sin(self.angles[i])
-      across = "l" if cos > 0.2 else "r" if cos < -0.2 else "m"
-      lines = [*axis.label.split("\n"), ends]
-      height = 17 * _SMOOTH
-      # From the point outwards: below it at the bottom, above it at the top.
-      top = y + (sin - 1) / 2 * height * len(lines)
-      for k, line in enumerate(lines):
-        last = k == len(lines) - 1
-        font = _font(12 if last else 15)
-        ink = (110, 110, 110) if last else _INK
-        place = (x, top + k * height)
-        self.pen.text(place, line, ink, font, anchor=f"{across}a")
-
-  def legend(self, series, colours, title: str) -> None:
-    x = 2 * (_RADIUS + _LABEL) * _SMOOTH
-    y = 40 * _SMOOTH
-    limit = (_LEGEND - 60) * _SMOOTH
-    if title:
-      self.pen.text((x, y), title, _INK, _font(15))
-      y += 32 * _SMOOTH
-    for one in series:
-      middle = y + 10 * _SMOOTH
-      ends = ((x, middle), (x + 34 * _SMOOTH, middle))
-      self.stroke(*ends, one.style, colours[one.name])
-      name, font = one.name, _font(15)
-      while font.getlength(name) > limit:
-        name = f"...{name[4:]}" if name.startswith("...") else f"...{name[3:]}"
-      self.pen.text((x + 44 * _SMOOTH, y), name, _INK, font)
-      y += 26 * _SMOOTH
+    # Round to the start again. A missing value leaves its two sides open.
+    ring, reach = np.append(angles, angles[0]), np.append(shares, shares[0])
+    order = 10 + len(series) - rank
+    polar.plot(
+      ring,
+      reach,
+      _LINES[one.style],
+      marker="o",
+      markersize=4,
+      color=colour,
+      linewidth=2.5 if one.style == "solid" else 1.5,
+      label=one.name,
+      zorder=order,
+      clip_on=False,
+    )
+    if one.style == "solid" and np.isfinite(shares).all():
+      polar.fill(ring, reach, color=colour, alpha=0.1)
+  drawn.legend(loc="outside right upper", title=title or None, fontsize=9)
+  return drawn
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-  return ImageFont.load_default(size * _SMOOTH)
+def _label(axis: Axis) -> str:
+  unit = f" {axis.unit}" if axis.unit else ""
+  return f"{axis.label}\n{axis.centre:g} to {axis.rim:g}{unit}"
