@@ -15,8 +15,6 @@ from mtv_jax.data import canvas, scenes
 from mtv_jax.evals import datasets, examples
 
 SPLITS = ("train", "test")
-# Apart from the scenes of a training run and from the held-out ones.
-TRAIN_SCENES = 2_000_000
 # The farthest backdrop is nearer than this.
 SCENES_MAX_DEPTH = 20.0
 
@@ -150,7 +148,8 @@ def of_scenes(split: str, *, size: int, count: int) -> DepthSet:
     size: pixels a side.
     count: how many.
   """
-  first = TRAIN_SCENES if split == "train" else datasets.HELD_OUT_SCENES
+  train = split == "train"
+  first = datasets.PROBE_SCENES if train else datasets.HELD_OUT_SCENES
 
   # An image and its depth are asked for one after the other.
   @functools.lru_cache(maxsize=64)

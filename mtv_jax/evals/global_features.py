@@ -212,8 +212,14 @@ def _reduced(
 def final_norm(
   encoder: Encoder, x: Float32[np.ndarray, "*n d"]
 ) -> Float32[np.ndarray, "*n d"]:
-  """Tokens of a block through the LayerNorm that follows the last block."""
-  norm = encoder.params["image"]["norm"]
+  """Tokens of a block through the LayerNorm that follows the last block.
+
+  Raises:
+    ValueError: if the encoder has none.
+  """
+  norm = encoder.params["image"].get("norm")
+  if norm is None:
+    raise ValueError(f"{encoder!r} has no final norm to apply; use norm='none'")
   scale, bias = np.asarray(norm["scale"]), np.asarray(norm["bias"])
   x = x - x.mean(axis=-1, keepdims=True)
   var = np.mean(np.square(x), axis=-1, keepdims=True)

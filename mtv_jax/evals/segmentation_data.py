@@ -25,8 +25,6 @@ from mtv_jax.evals import ade20k, datasets, examples, layout
 from mtv_jax.evals.segmentation_metrics import IGNORE
 
 SPLITS = ("train", "test")
-# Apart from the scenes of a training run and from the held-out ones.
-TRAIN_SCENES = 2_000_000
 _SCENES = {"train": 256, "test": 100}
 
 # The 40 classes of Gupta et al. 2013 without the last, "otherprop", which in
@@ -199,7 +197,8 @@ def _scene_options(data: Mapping[str, Any]) -> dict[str, int]:
 def _scenes(
   split: str, count: int | None, *, size: int = 96, seed: int = 0
 ) -> Segmented:
-  first = TRAIN_SCENES if split == "train" else datasets.HELD_OUT_SCENES
+  train = split == "train"
+  first = datasets.PROBE_SCENES if train else datasets.HELD_OUT_SCENES
   count = _SCENES[split] if count is None else count
   if count < 1:
     raise ValueError(f"count={count}; expected at least 1")

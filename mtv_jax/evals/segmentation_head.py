@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Float32, UInt8
 
 from mtv_jax.encoder import Encoder
-from mtv_jax.evals import probe, resizing
+from mtv_jax.evals import global_features, probe, resizing
 from mtv_jax.evals.segmentation_metrics import IGNORE
 from mtv_jax.models import dpt
 
@@ -84,18 +84,8 @@ def features(
     elif norm == "none":
       found.append(out.layers[i])
     else:
-      found.append(_final_norm(encoder, out.layers[i]))
+      found.append(global_features.final_norm(encoder, out.layers[i]))
   return found[0] if len(found) == 1 else np.concatenate(found, axis=-1)
-
-
-def _final_norm(encoder: Encoder, x: np.ndarray) -> np.ndarray:
-  params = encoder.params["image"].get("norm")
-  if params is None:
-    raise ValueError(f"{encoder!r} has no final norm to apply; use norm='none'")
-  x = x - x.mean(axis=-1, keepdims=True)
-  variance = np.square(x).mean(axis=-1, keepdims=True)
-  x /= np.sqrt(variance + np.float32(encoder.spec.image.norm_eps))
-  return x * np.asarray(params["scale"]) + np.asarray(params["bias"])
 
 
 def schedule(
