@@ -8,7 +8,11 @@ The data are scenes or a folder with train/CLASS/*.jpg and val/CLASS/*.jpg.
 tools/evaluate.py runs this and all other evaluations.
 """
 
+import functools
+
 from mtv_jax import door
 
+main = functools.partial(door.main, "knn", __doc__)
+
 if __name__ == "__main__":
-  door.main("knn", __doc__)
+  main()

@@ -11,7 +11,11 @@ Published figures are trained on random crops, which are encoded anew at every
 step; with augment=cached features are computed once.
 """
 
+import functools
+
 from mtv_jax import door
 
+main = functools.partial(door.main, "linear_probe", __doc__)
+
 if __name__ == "__main__":
-  door.main("linear_probe", __doc__)
+  main()

@@ -291,12 +291,12 @@ class Resolved:
 def _check_encoder(encoder: Encoder) -> None:
   if not encoder.has_depth:
     raise NotApplicable(
-      f"{encoder!r} has no depth head: relative depth needs a run that was "
-      "trained with objectives.depth. For other encoders there is depth_probe."
+      "this encoder has no depth head; a run that was trained with "
+      "objectives.depth has. For other encoders there is depth_probe."
     )
   if encoder.preprocess.crop != "none":
     raise NotApplicable(
-      f"{encoder!r} sees a central crop only, and depth is scored over the "
+      "this encoder sees a central crop only, and depth is scored over the "
       "whole image: set preprocess.resize='squash', crop='none'."
     )
 
