@@ -2,15 +2,18 @@
 
 Command, on every host of a TPU pod:
 
-  python -m mtv_jax.main --config=configs/siglip_b16_224.py \
-    --config.data.train[0].path='/data/web/{00000..09999}.tar' \
-    --workdir=/data/runs/siglip_b16 --distributed
+  python -m mtv_jax.main --workdir=/data/runs/siglip_b16 --distributed \
+    --config=configs/siglip_b16_224.py:tokenizer=/data/c4_en.model \
+    --config.data.train[0].path='/data/web/{00000..09999}.tar'
 
-Hardware and time: batch 32,768 is meant for a pod of 64 chips or more. Not
-trained to the end by us, so no time is given.
+Hardware and time: batch 32,768 is meant for a pod of 64 chips or more, 512
+images a chip, which needs full rematerialisation. Not trained to the end by us,
+so no time is given.
 
-Expected: the published SigLIP B/16-224 reaches 76.2 % zero-shot on ImageNet
-after 10 billion pairs (MTV, Table 5). On other data: less.
+Expected: the published SigLIP B/16-224, on 10 billion pairs, reaches 76.2 %
+zero-shot on ImageNet (MTV, Table 5). On other data, or for fewer examples seen:
+less. With tokenizer=bytes, which is for trying out, captions are cut to 64
+bytes: expect nothing.
 
 `:tiny` trains the same recipe, shrunk, on the built-in scenes in a minute on a
 laptop's CPU.
@@ -50,14 +53,14 @@ def get_config(arg=None):
     image_size=size,
     pool="map",
     dtype="float32" if arg.tiny else "bfloat16",
-    remat="none",
+    remat="none" if arg.tiny else "full",
     text=dict(
       variant=shape,
       length=64,
-      # The published runs used a 32k SentencePiece model of C4, lower-cased:
-      # pass tokenizer=PATH.model.
+      # The published runs used a 32k SentencePiece model of C4, on lower case
+      # without punctuation: pass tokenizer=PATH.model.
       tokenizer=arg.tokenizer,
-      clean="lower",
+      clean="canonicalize",
       vocab_size=258 if arg.tokenizer == "bytes" else 32_000,
     ),
   )

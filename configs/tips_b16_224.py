@@ -2,9 +2,9 @@
 
 Command, on every host of a TPU pod:
 
-  python -m mtv_jax.main --config=configs/tips_b16_224.py \
-    --config.data.train[0].path='/data/web/{00000..09999}.tar' \
-    --workdir=/data/runs/tips_b16 --distributed
+  python -m mtv_jax.main --workdir=/data/runs/tips_b16 --distributed \
+    --config=configs/tips_b16_224.py:tokenizer=/data/c4_en.model \
+    --config.data.train[0].path='/data/web/{00000..09999}.tar'
 
 Hardware and time: batch 16,384 is meant for a pod of 64 chips or more. Not
 trained to the end by us, so no time is given.
@@ -38,7 +38,8 @@ def get_config(arg=None):
     del source["labels"]
 
   # The caption and DINO's teacher see the same crop: one encoding of it serves
-  # contrast and distillation. iBOT's has holes, which no caption should see.
+  # contrast and distillation. iBOT's has holes, which no caption should see,
+  # so it is another crop with encodings of its own.
   crop = f"crop({size}, 0.32, 1.0)|flip"
   masked = config.views["global"].ops.split("|")[-1]
   config.views.image.ops = crop
@@ -48,6 +49,8 @@ def get_config(arg=None):
   entries = config.objectives
   del entries["depth"], entries["grounding"]
   entries.distillation.view_global = "image"
+  entries.distillation.same_crop = "exclude"
   entries.masked_latent.view = "masked"
+  # TIPS's weights as we remember them.
   entries.distillation.weight, entries.masked_latent.weight = 1.0, 2.0
   return config

@@ -136,7 +136,8 @@ SCHEMA = {
     "end": 0.0,  # Of cosine, as a share of optim.lr.
   },
   "ema": Maybe({"decay": 0.9999}),
-  "teacher": {"momentum": 0.996},  # Fixed: SILC found annealing to stop text.
+  # Fixed, as SILC found that annealing stops text; `end` is DINOv2's cosine.
+  "teacher": {"momentum": 0.996, "end": Maybe(float)},
   "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
   "sharding": (),  # (regex, axis of each trailing dimension).
   "init": Maybe(
@@ -178,6 +179,7 @@ _RANGES = (
   ("schedule.end", 0, 1),
   ("ema.decay", 0, 1),
   ("teacher.momentum", 0, 1),
+  ("teacher.end", 0, 1),
   ("init.min_coverage", 0, 1),
   ("checkpoint.keep", 1, math.inf),
   ("checkpoint.keep_every", 0, math.inf),

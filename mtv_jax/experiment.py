@@ -86,14 +86,20 @@ def build_recipe(config: ConfigDict, total_steps: int) -> recipe_lib.Recipe:
       f"there is nothing to train before step {first}."
     )
   made = views.build_views(config.views.to_dict())
-  if any(view.mask_count for view in made.values()):
-    # Kept in the resolved config: whoever opens the run needs to know.
-    config.model.mask_token = True
   spec = model_lib.ModelSpec.from_config(config.model)
   objectives = {
     name: build_objective(name, entry).resolve(spec, made)
     for name, entry in config.objectives.items()
   }
+  read = {e for o in objectives.values() for e in o.needs().encodings}
+  # What only some recipes need is kept in the resolved config: whoever opens
+  # the run needs to know.
+  if any(made[e.view].mask_count for e in read if e.view in made):
+    config.model.mask_token = True
+  if config.model.text and all(e.tower != "text" for e in read):
+    log.warning("No objective reads text: config.model.text is left out.")
+    config.model.text = None
+  spec = model_lib.ModelSpec.from_config(config.model)
   return recipe_lib.Recipe(
     spec=spec,
     dtype=jnp.dtype(options.pop("dtype", "float32")),
@@ -104,6 +110,7 @@ def build_recipe(config: ConfigDict, total_steps: int) -> recipe_lib.Recipe:
     seed=config.seed,
     total_steps=total_steps,
     teacher_momentum=config.teacher.momentum,
+    teacher_end=config.teacher.end,
     ema_decay=config.ema.decay if config.ema else None,
     accumulate=config.accumulate,
   )
@@ -113,14 +120,14 @@ def _weight(
   name: str, entry: ConfigDict, batch_size: int, total_steps: int
 ) -> recipe_lib.Weight:
   """A number, or dict(value, start_steps|percent.., ramp_steps|percent..)."""
-  weight = entry.weight
+  weight, where = entry.weight, f"config.objectives.{name}.weight"
   if not isinstance(weight, ConfigDict):
-    return recipe_lib.Weight(float(weight))
+    return recipe_lib.Weight(_not_negative(weight, where))
   known = [f"{k}_{u}" for k in ("start", "ramp") for u in config_lib.UNITS]
   for key in weight:
     if key not in ("value", *known):
       raise config_lib.ConfigError(
-        f"config.objectives.{name}.weight: no key {key!r}. "
+        f"{where}: no key {key!r}. "
         f"{config_lib.did_you_mean(key, ['value', *known])}"
       )
   start, ramp = (
@@ -129,7 +136,22 @@ def _weight(
     )
     for key in ("start", "ramp")
   )
-  return recipe_lib.Weight(float(weight.get("value", 1.0)), start, ramp)
+  if start >= total_steps:
+    raise config_lib.ConfigError(
+      f"{where}: it starts at step {start} of a run of {total_steps} steps, so "
+      "that it would never be trained."
+    )
+  value = _not_negative(weight.get("value", 1.0), f"{where}.value")
+  return recipe_lib.Weight(value, start, ramp)
+
+
+def _not_negative(value: Any, where: str) -> float:
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not number or not 0 <= value < math.inf:
+    raise config_lib.ConfigError(
+      f"{where} is {value!r}; expected a number from 0 on."
+    )
+  return float(value)
 
 
 def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
@@ -153,6 +175,7 @@ def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
   sharding.check_batch(config.batch_size // config.accumulate, mesh)
   tokenizer = None
   if text := config.model.text:
+    # Checked before the data, which may take long to open.
     tokenizer = tokenizers.build_tokenizer(text.tokenizer, clean=text.clean)
     tokenizers.check_vocabulary(
       tokenizer, text.vocab_size, where="config.model.text.vocab_size"

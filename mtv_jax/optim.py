@@ -316,18 +316,18 @@ def make_schedule(
 
 
 def ema_update(
-  ema: Any, params: Any, decay: float, *, step: Any | None = None
+  ema: Any, params: Any, decay: Any, *, step: Any | None = None
 ) -> Any:
   """One step of the exponential moving average, decay e + (1 - decay) p.
 
   Args:
     ema: a tree of arrays, which keep their dtypes.
     params: the same tree after an update.
-    decay: such as 0.9999.
+    decay: such as 0.9999; may be traced.
     step: if given, the average warms up: its decay is at most
       (1 + step) / (10 + step), so that it forgets the initialisation.
   """
-  rate = jnp.float32(decay)
+  rate = jnp.asarray(decay, jnp.float32)
   if step is not None:
     rate = jnp.minimum(rate, (1.0 + step) / (10.0 + step))
   return jax.tree.map(

@@ -59,7 +59,8 @@ class Recipe:
     views: by name.
     seed: of everything random in the step.
     total_steps: of the run, for schedules.
-    teacher_momentum: of the EMA that is the teacher.
+    teacher_momentum: of the EMA that is the teacher, at the start.
+    teacher_end: at the end, along half a cosine; None for constant.
     ema_decay: of the EMA of all parameters; None for none.
     accumulate: in how many parts a batch is encoded, one after the other; the
       gradients stay those of the whole batch.
@@ -74,6 +75,7 @@ class Recipe:
   total_steps: int
   runtime: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   teacher_momentum: float = 0.996
+  teacher_end: float | None = None
   ema_decay: float | None = None
   accumulate: int = 1
 
@@ -105,7 +107,7 @@ class Recipe:
     heads: dict[str, base.Head] = {}
     for name, objective in self.objectives.items():
       for key, head in objective.heads().items():
-        if key in heads and heads[key].module != head.module:
+        if key in heads and not _alike(heads[key], head, self.spec):
           raise ConfigError(
             f"objective {name!r} and another one both own heads/{key}, with "
             "different settings. Give one of them another head."
@@ -143,6 +145,16 @@ class Recipe:
 
     return step > 0 and read(step) and not read(step - 1)
 
+  def momentum(self, step: Any) -> Float[Array, ""]:
+    """The teacher's, in the update after `step` others."""
+    start = jnp.float32(self.teacher_momentum)
+    if self.teacher_end is None:
+      return start
+    share = jnp.clip(step / max(self.total_steps - 1, 1), 0.0, 1.0)
+    return self.teacher_end + (start - self.teacher_end) * 0.5 * (
+      1.0 + jnp.cos(jnp.pi * share)
+    )
+
   @property
   def has_teacher(self) -> bool:
     """Whether an objective reads a teacher's encoding."""
@@ -156,6 +168,16 @@ class Recipe:
       for field in objective.needs().fields:
         readers[field] = [*readers.get(field, []), name]
     return readers
+
+
+def _alike(a: base.Head, b: base.Head, spec: model_lib.ModelSpec) -> bool:
+  """Whether two heads of one name can be one: module and inputs fit."""
+
+  def shapes(head):
+    leaves = jax.tree.leaves(head.example(spec))
+    return [getattr(leaf, "shape", leaf)[-1:] for leaf in leaves]
+
+  return a.module == b.module and shapes(a) == shapes(b)
 
 
 def of_teacher(recipe: Recipe, params: Mapping[str, PyTree]) -> PyTree:

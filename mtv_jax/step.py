@@ -38,7 +38,9 @@ def _still(part: Recipe, whole: Recipe, updates: PyTree) -> PyTree:
   return {**updates, **still, "heads": heads}
 
 
-def _follow(part: Recipe, teacher: PyTree, params: PyTree) -> PyTree:
+def _follow(
+  part: Recipe, teacher: PyTree, params: PyTree, step: Array
+) -> PyTree:
   """The teacher after an update of the student."""
   if not part.has_teacher:
     return teacher
@@ -47,7 +49,7 @@ def _follow(part: Recipe, teacher: PyTree, params: PyTree) -> PyTree:
     "image": teacher["image"],
     "heads": {name: teacher["heads"][name] for name in student["heads"]},
   }
-  new = optim.ema_update(old, student, part.teacher_momentum)
+  new = optim.ema_update(old, student, part.momentum(step))
   return {**new, "heads": {**teacher["heads"], **new["heads"]}}
 
 
@@ -89,7 +91,7 @@ def make_update(
       step=state.step + 1,
       params=params,
       opt_state=opt_state,
-      teacher=_follow(part, state.teacher, params),
+      teacher=_follow(part, state.teacher, params, state.step),
       ema=ema,
       statistics=statistics,
     ), metrics

@@ -157,11 +157,8 @@ def run(config: config_lib.Config, workdir: str | os.PathLike) -> TrainState:
     keep_every=config.checkpoint.keep_every,
   ) as checkpoints:
     saved = checkpoints.restore(experiment.program.abstract)
-    # Not before: a config that the checkpoints refuse must not replace theirs.
-    experiment_lib.write_config(experiment)
     if saved is not None:
       chrono.from_dict(saved.timing)
-    state = start(experiment, saved)
     first = saved.step if saved is not None else 0
     with (
       experiment_lib.make_loader(experiment, first) as loader,
@@ -172,6 +169,9 @@ def run(config: config_lib.Config, workdir: str | os.PathLike) -> TrainState:
         process_index=process,
       ) as writers,
     ):
+      # Not before: what checkpoints or data refuse must not replace theirs.
+      experiment_lib.write_config(experiment)
+      state = start(experiment, saved)
       return _loop(
         experiment, state, first, loader, checkpoints, writers, chrono
       )

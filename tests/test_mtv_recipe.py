@@ -153,6 +153,7 @@ def test_an_objective_that_is_dropped_leaves_nothing_behind(tmp_path):
   names = made.program.abstract.params["heads"].keys()
   assert set(names) == {"contrastive", "grounding", "prompter"}
   assert not made.program.abstract.teacher
+  assert "mask_token" not in made.program.abstract.params["image"]
   assert {str(e) for e in made.recipe.plan} == {
     "image(image, student)",
     "text(caption, student)",
@@ -161,6 +162,69 @@ def test_an_objective_that_is_dropped_leaves_nothing_behind(tmp_path):
   with experiment.make_loader(made, 0) as loader:
     batch = next(loader)
   assert "depth" not in batch and "boxes" in batch
+
+
+def test_without_text_there_is_no_text_tower(tmp_path):
+  config = read()
+  for name in ("contrastive", "grounding"):
+    del config.objectives[name]
+  config.evals = {}
+  made = experiment.build(config, tmp_path)
+  assert made.config.model.text is None
+  assert "text" not in made.program.abstract.params
+  with experiment.make_loader(made, 0) as loader:
+    assert set(next(loader)) == {"image", "image_size", "depth"}
+
+
+@pytest.mark.slow
+def test_in_parts_the_whole_recipe_is_that_of_the_whole_batch():
+  """KoLeo, Sinkhorn and the negatives of contrast included."""
+  recipe = dataclasses.replace(built(), accumulate=4)
+  state = recipe_lib.init_state(built(), optax.sgd(0.1), params())
+
+  def run(recipe):
+    (_, terms), slopes = jax.jit(
+      lambda state, batch: gradients.compute(recipe, state, batch)
+    )(state, rows())
+    losses = {name: term.loss.value() for name, term in terms.items()}
+    return jax.device_get((losses, dict(trees.flatten_names(slopes))))
+
+  assert_near(run(recipe), run(built()), 1e-5, 1e-8)
+
+
+def test_the_teacher_s_momentum_may_rise_along_a_cosine():
+  recipe = dataclasses.replace(
+    built(), teacher_momentum=0.992, teacher_end=1.0, total_steps=101
+  )
+  found = [float(recipe.momentum(step)) for step in (0, 50, 100, 500)]
+  np.testing.assert_allclose(found, [0.992, 0.996, 1.0, 1.0], rtol=1e-6)
+  fixed = dataclasses.replace(recipe, teacher_end=None)
+  assert float(fixed.momentum(77)) == pytest.approx(0.992)
+
+
+@pytest.mark.parametrize(
+  ("weight", "match"),
+  [
+    (dict(value=-1.0), r"depth\.weight\.value is -1\.0; expected a number"),
+    (dict(value="big"), r"weight\.value is 'big'; expected a number"),
+    (dict(start_steps=1000), "starts at step 1000 of a run of 100"),
+  ],
+)
+def test_a_weight_that_can_t_be(weight, match):
+  config = read()
+  with config.objectives.depth.ignore_type():
+    config.objectives.depth.weight = weight
+  with pytest.raises(config_lib.ConfigError, match=match):
+    experiment.build_recipe(config_lib.check(config), total_steps=100)
+
+
+def test_heads_of_one_name_must_read_the_same_width():
+  config = read()
+  config.model.projection = 16
+  config.model.text.projection = 16
+  config.objectives.masked_latent.head = "dino"
+  with pytest.raises(config_lib.ConfigError, match="both own heads/dino"):
+    _ = experiment.build_recipe(config, total_steps=100).heads
 
 
 @pytest.mark.slow

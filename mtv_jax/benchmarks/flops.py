@@ -254,7 +254,11 @@ def _parts(recipe: Recipe, batch: Any, tx: Any) -> list[tuple[str, float]]:
   def finish(state, grads):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return params, opt_state, step_lib._follow(recipe, state.teacher, params)
+    return (
+      params,
+      opt_state,
+      step_lib._follow(recipe, state.teacher, params, state.step),
+    )
 
   found.append(("optimizer", trace(finish, state, state.params).flops))
   return found

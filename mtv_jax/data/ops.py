@@ -21,6 +21,7 @@ in one batch. What an op leaves out of a label it counts in the record's
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -69,16 +70,20 @@ class Ops:
   def __init__(
     self,
     text: str,
-    steps: list[Step],
+    steps: Mapping[str, Step],
     tokenizer: Tokenizer | None,
     wanted: frozenset[str] | None,
   ):
     self._text = text
     self._wanted = wanted
-    self._steps = steps
+    self._steps = {
+      name: (step, zlib.crc32(name.encode())) for name, step in steps.items()
+    }
     self._tokenizer = tokenizer
-    self.fields = {k: v for step in steps for k, v in step.makes.items()}
-    self.labels = frozenset().union(*(step.labels for step in steps))
+    self.fields = {
+      k: v for step in steps.values() for k, v in step.makes.items()
+    }
+    self.labels = frozenset().union(*(step.labels for step in steps.values()))
 
   def __call__(self, record: Record, rng: np.random.Generator) -> Record:
     """The record with every field of `fields`.
@@ -86,8 +91,11 @@ class Ops:
     Raises:
       BadRecord: a record that can't be used.
     """
-    for step in self._steps:
-      record = step.apply(record, rng)
+    seed = int(rng.integers(2**63))
+    for name, (step, number) in self._steps.items():
+      # What an op draws does not depend on which others there are.
+      own = np.random.default_rng((seed, number)) if name in _DRAWING else rng
+      record = step.apply(record, own)
     return record
 
   def __reduce__(self) -> tuple:
@@ -119,16 +127,19 @@ def build_ops(
     ConfigError: bad syntax, an unknown op or arguments that don't fit.
     ValueError: no op makes a field of the batch, or a value is out of range.
   """
+  wanted = None if wanted is None else frozenset(wanted)
   registry = {
     name: functools.partial(factory, tokenizer)
     if factory in _WITH_TOKENIZER
     else factory
     for name, factory in OPS.items()
   }
-  steps = [build_op(op, registry, "data op") for op in parse_ops(text)]
-  if wanted is not None:
-    steps = [s for s in steps if not s.makes or set(s.makes) & set(wanted)]
-    wanted = frozenset(wanted)
+  # Left out by name, so that what is not read need not even be buildable.
+  steps = {
+    op.name: build_op(op, registry, "data op")
+    for op in parse_ops(text)
+    if wanted is None or not _OPTIONAL.get(op.name, wanted).isdisjoint(wanted)
+  }
   ops = Ops(text, steps, tokenizer, wanted)
   if not ops.fields:
     raise ValueError(
@@ -353,6 +364,15 @@ OPS: dict[str, Callable[..., Step]] = {
   "regions": _regions,
 }
 _WITH_TOKENIZER = (_caption, _regions)
+_DRAWING = ("caption", "regions")
+# What may be left out, with the fields of the batch that it makes.
+_OPTIONAL = {
+  "caption": frozenset(["caption", "caption_valid"]),
+  "depth": frozenset(["depth"]),
+  "regions": frozenset(
+    ["boxes", "box_phrase", "box_phrase_id", "box_score", "box_valid"]
+  ),
+}
 
 
 def _get(record: Record, field: str) -> Any:

@@ -193,7 +193,11 @@ class MaskedPixels(base.Objective):
     hidden = jnp.sum(evidence.hidden)
     return base.Terms(
       loss=base.Mean(jnp.sum(evidence.error), hidden),
-      report={"hidden": base.Mean(hidden, jnp.sum(evidence.patches))},
+      report={
+        "hidden": base.Mean(hidden, jnp.sum(evidence.patches)),
+        # Pixels label themselves.
+        "labelled": base.Mean(*[jnp.float32(evidence.hidden.size)] * 2),
+      },
     )
 
 
