@@ -12,6 +12,7 @@ trainer builds one from its live parameters before every evaluation for free.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import pathlib
@@ -136,6 +137,12 @@ class Encoder(predicting.Predicting):
       f"depth {image.depth}, patch {image.patch_size}, "
       f"input {self.preprocess.size})"
     )
+
+  def with_preprocess(self, preprocess: Preprocess) -> Encoder:
+    """The same encoder behind another preprocessing; parameters are shared."""
+    other = copy.copy(self)
+    other.preprocess = preprocess
+    return other
 
   def image(
     self,

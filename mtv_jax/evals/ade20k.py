@@ -43,9 +43,16 @@ class Files:
 
 
 def root_of(path: pathlib.Path) -> pathlib.Path | None:
-  """The folder that holds images/ and annotations/: `path`, or one in it."""
+  """The folder that holds images/ and annotations/: `path`, or one in it.
+
+  One that has the release's name is it even if parts are missing. COCO may have
+  two folders of these names too, and is told by its JSON.
+  """
   for root in (path, path / _NAME):
-    if (root / "images").is_dir() or (root / "annotations").is_dir():
+    if root.name == _NAME and root.is_dir():
+      return root
+    both = (root / "images").is_dir() and (root / "annotations").is_dir()
+    if both and not any((root / "annotations").glob("*.json")):
       return root
   return None
 

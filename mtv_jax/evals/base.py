@@ -118,6 +118,17 @@ def require_text(encoder: Encoder) -> None:
     )
 
 
+def own_preprocess(encoder: Encoder, **how: Any) -> dict[str, Any]:
+  """A protocol's `preprocess` where the evaluation resizes and crops itself.
+
+  Args:
+    encoder: of whose preprocessing the mean and the std apply, and no more.
+    how: what was done instead.
+  """
+  own = encoder.preprocess
+  return {"mean": list(own.mean), "std": list(own.std), **how}
+
+
 def evaluator_class(kind: str, *, where: str = "") -> type[Evaluator]:
   """The class of a type of evaluation.
 

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mtv_jax.evals.base import NotApplicable
 from mtv_jax.evals.examples import Captioned, Digest, captioned, files, spaced
 
 Rows = Sequence[tuple[str, list[str]]]
@@ -26,7 +27,7 @@ def coco(
   captions = collections.defaultdict(list)
   for row in content["annotations"]:
     if "caption" not in row:
-      raise ValueError(
+      raise NotApplicable(
         f"{path}: annotations have {sorted(row)} and no 'caption'. Use the "
         "captions_*.json file, not the instances or key points."
       )

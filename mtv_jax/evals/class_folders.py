@@ -15,6 +15,7 @@ import re
 import numpy as np
 
 from mtv_jax.evals import layout
+from mtv_jax.evals.base import NotApplicable
 from mtv_jax.evals.examples import SUFFIXES, Digest, Labelled, files, spaced
 
 # Names that the folder of a split goes by, the first that is there.
@@ -42,9 +43,11 @@ def read(
 
   Raises:
     FileNotFoundError: for a folder with one split and not the other.
-    ValueError: where there are no labelled images.
+    NotApplicable: where there are no labelled images, or those of a data set
+      that another reader knows.
   """
   root = pathlib.Path(root)
+  refuse_others(root)
   if has_splits(root):
     found = _split(root, split)
     if found is None:
@@ -57,6 +60,44 @@ def read(
       )
     root = found or root
   return _read(root, split, count)
+
+
+def refuse_others(root: str | os.PathLike) -> None:
+  """Raises NotApplicable for a data set whose folders are no classes."""
+  kind = _other_kind(pathlib.Path(root))
+  if kind is not None:
+    raise NotApplicable(
+      f"{root} is laid out as {kind}, whose folders are no classes. "
+      "Classification reads CLASS/*.jpg, wnid_name.JPEG or train/CLASS/*.jpg "
+      "beside val/CLASS/*.jpg"
+    )
+
+
+def _other_kind(root: pathlib.Path) -> str | None:
+  # Late, as these readers' modules import this one.
+  from mtv_jax.evals import ade20k, kitti, navi, nyu, spair
+
+  if nyu.is_here(root):
+    return "NYU depth"
+  if kitti.is_here(root) or (root / "training" / "image_2").is_dir():
+    return "KITTI"
+  if spair.looks_like(root):
+    return "SPair-71k"
+  if navi.looks_like(root):
+    return "NAVI"
+  if (root / "annotations").is_dir():
+    return "a data set with annotations/, such as COCO or ADE20K"
+  found = ade20k.root_of(root)
+  if found is not None and found != root:
+    return "ADE20K"
+  # A glance at one folder: ImageNet's hold 1.28 million files.
+  if any(map(_has_frames, (root, *(root / n for n in _folders(root)[:1])))):
+    return "RGB-D sequences (7-Scenes)"
+  return None
+
+
+def _has_frames(folder: pathlib.Path) -> bool:
+  return any(folder.glob("frame-*.pose.txt"))
 
 
 def _split(root: pathlib.Path, split: str) -> pathlib.Path | None:
@@ -75,7 +116,7 @@ def _read(root: pathlib.Path, split: str, count: int | None) -> Labelled:
     found = [(m[1], m[2], p) for p, m in flat if m]
   if not found:
     there = sorted(p.name for p in root.iterdir())[:5]
-    raise ValueError(
+    raise NotApplicable(
       f"{root}: expected CLASS/*.jpg or flat wnid_name.JPEG, with one of "
       f"{SUFFIXES}, or train/ and val/ with a folder a class; found "
       f"{there or 'nothing'}"

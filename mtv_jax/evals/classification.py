@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+import logging
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float32, Int
@@ -18,6 +19,14 @@ SELECTIONS = ("val", "train_split")
 _TRAIN_SCENES, _TEST_SCENES = 800, 400
 _ROWS = 4096  # ranked at a time
 
+# Not "none", which a command line takes for "no value given".
+AUGMENTS = ("cached", "crops")
+# Passes over the training images that crops are encoded for unless asked. The
+# published schedules make 10 (DINOv2) and 90 (MAE) of ImageNet's.
+_PASSES = 100
+
+log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Evaluator):
@@ -26,8 +35,8 @@ class Classification(Evaluator):
   Attributes:
     data: with a training split, see `datasets.py`; or the images to test on.
     train: the images to train on, where `data` does not have them.
-    view: `center` or `encoder`, see `global_features.view`; by default
-      `center`, and for scenes `encoder`.
+    view: `center`, `squash_center` or `encoder`, see `global_features.view`;
+      by default what the protocol publishes, and for scenes `encoder`.
     count: test images to use, evenly spaced; all by default, of scenes 400.
     train_count: training images, likewise; of scenes 800.
     batch_size: images a step of the encoder.
@@ -39,6 +48,8 @@ class Classification(Evaluator):
   count: int | None = None
   train_count: int | None = None
   batch_size: int = 64
+
+  published_view: ClassVar[str] = "center"
 
   def __post_init__(self):
     name = type(self).__name__
@@ -65,16 +76,44 @@ class Classification(Evaluator):
       return value
     return scenes if datasets.is_scenes(self.data) else published
 
+  def _view_name(self) -> str:
+    return self._resolve(
+      self.view, published=self.published_view, scenes="encoder"
+    )
+
   def _view(self, encoder: Encoder) -> Encoder:
-    name = self._resolve(self.view, published="center", scenes="encoder")
-    return global_features.view(encoder, name)
+    return global_features.view(encoder, self._view_name())
+
+  def _augmentation(
+    self, augment: str | None, *, steps: int, batch: int, images: int
+  ) -> str:
+    """`cached` or `crops`, as given or else what costs a sensible time."""
+    name = type(self).__name__
+    encoded = steps * batch
+    small = encoded > _PASSES * images
+    if augment is None:
+      published = "cached" if small else "crops"
+      augment = self._resolve(None, published=published, scenes="cached")
+      if small and not datasets.is_scenes(self.data):
+        log.warning(
+          "%s: %d steps of %d crops are %d times the %d training images, so "
+          "features are computed once (augment='cached'); augment='crops' "
+          "asks for crops all the same",
+          *(name, steps, batch, encoded // images, images),
+        )
+    if augment == "crops":
+      log.info(
+        "%s: encodes %d random crops (%d steps of %d) of %d training images",
+        *(name, encoded, steps, batch, images),
+      )
+    return augment
 
   def _common(self, encoder: Encoder) -> dict[str, Any]:
     """The protocol of data and features."""
     return {
       **encoder.protocol(),
       **self._set.protocol(),
-      "view": self._resolve(self.view, published="center", scenes="encoder"),
+      "view": self._view_name(),
     }
 
 

@@ -104,7 +104,8 @@ def labelled(
 
   Raises:
     FileNotFoundError: nothing there.
-    NotApplicable: something there that has no labels.
+    NotApplicable: something there that has no labels, or whose folders are
+      those of another kind of data set.
   """
   if split not in class_folders.SPLITS:
     raise ValueError(f"split={split!r}; expected 'train' or 'test'")
@@ -138,9 +139,12 @@ def train_and_test(
 
   Raises:
     FileNotFoundError: nothing there, or one split without the other.
-    NotApplicable: data without a training split.
+    NotApplicable: data of another kind, or without a training split.
     ValueError: classes that don't agree, or one set given twice.
   """
+  if not isinstance(data, Mapping) and os.path.isdir(data):
+    # First, as other data sets have a folder for training too.
+    class_folders.refuse_others(data)
   if train is None and not _knows_splits(data):
     raise NotApplicable(
       f"data={os.fspath(data) if not isinstance(data, Mapping) else data!r} "
@@ -240,11 +244,13 @@ def _kind(data: Data, count: int | None, split: str = "test") -> _Kind:
     return _Kind(text, "folder", path)
   if path.is_file() and path.suffix == ".json":
     return _json_kind(text, path)
-  found = "nothing there" if not path.exists() else "a file of another kind"
-  raise FileNotFoundError(
-    f"data={text!r}: {found}. Expected 'scenes', a folder of classes, COCO's "
-    "or Karpathy's JSON, or tars (shards/{00000..00009}.tar)"
+  expected = (
+    "Expected 'scenes', a folder of classes, COCO's or Karpathy's JSON, or "
+    "tars (shards/{00000..00009}.tar)"
   )
+  if path.exists():
+    raise NotApplicable(f"data={text!r}: a file of another kind. {expected}")
+  raise FileNotFoundError(f"data={text!r}: nothing there. {expected}")
 
 
 def _json_kind(text: str, path: pathlib.Path) -> _Kind:
@@ -259,7 +265,7 @@ def _json_kind(text: str, path: pathlib.Path) -> _Kind:
     return _Kind(text, "Karpathy", path, content)
   if "annotations" in content:
     return _Kind(text, "COCO captions", path, content)
-  raise ValueError(
+  raise NotApplicable(
     f"{path} has keys {sorted(content)}; expected COCO's captions (images, "
     "annotations) or Karpathy's splits (images with sentences)"
   )
@@ -306,12 +312,19 @@ def _source_kind(name: str, config: dict[str, Any]) -> _Kind:
   return _Kind(name, config["type"], source=sources.build_source(config))
 
 
+def _same_place(name: str, other: str) -> bool:
+  """Whether names are of one set, also if written in two ways or linked."""
+  if name == other == "scenes":
+    return False
+  return os.path.realpath(name) == os.path.realpath(other)
+
+
 def _matched(train: Labelled, test: Labelled) -> Splits:
   """Both with labels among the classes of `train`."""
-  if train.name == test.name != "scenes":
+  if _same_place(train.name, test.name):
     raise ValueError(
-      f"train and test are both {test.name}: a probe would be tested on what "
-      "it was trained on"
+      f"train and test are both {os.path.realpath(test.name)}: a probe would "
+      "be tested on what it was trained on"
     )
   if train.ids is None or test.ids is None:
     classes = 1 + int(max(train.labels.max(), test.labels.max()))

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from mtv_jax.data import canvas, scenes
-from mtv_jax.evals import datasets, examples
+from mtv_jax.evals import datasets, examples, scene_options
 
 SPLITS = ("train", "test")
 # The farthest backdrop is nearer than this.
@@ -139,30 +139,20 @@ def read_grey(path: pathlib.Path) -> np.ndarray:
   return values
 
 
-def of_scenes(split: str, *, size: int, count: int) -> DepthSet:
-  """Built-in scenes with their exact depth.
-
-  Args:
-    split: `train` or `test`; the two never overlap, nor either with what a
-      training run reads.
-    size: pixels a side.
-    count: how many.
-  """
-  train = split == "train"
-  first = datasets.PROBE_SCENES if train else datasets.HELD_OUT_SCENES
+def of_scenes(series: scene_options.Series) -> DepthSet:
+  """Built-in scenes with their exact depth."""
+  numbers, count = series.numbers, len(series.numbers)
 
   # An image and its depth are asked for one after the other.
   @functools.lru_cache(maxsize=64)
   def render(i: int) -> scenes.Scene:
-    return scenes.render(first + i, size=size)
+    return scenes.render(numbers[i], size=series.size, seed=series.seed)
 
-  digest = datasets.Digest()
-  digest.add("scenes", first, count, size)
   return DepthSet(
     kind="scenes",
     name="scenes",
     images=datasets.Images(lambda i: render(i).image, count),
     depths=DepthMaps(lambda i: render(i).depth, count),
     source="exact",
-    digest=digest.hex(),
+    digest=series.digest(),
   )

@@ -27,10 +27,10 @@ from mtv_jax.evals import (
   depth_training,
   examples,
 )
-from mtv_jax.evals.base import Evaluator, Result
+from mtv_jax.evals.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.depth_training import Setup
 
-_MAX_DEPTH = {"nyu": 10.0, "kitti": 80.0, "scenes": depth_data.SCENES_MAX_DEPTH}
+_MAX_DEPTH = {"nyu": 10.0, "scenes": depth_data.SCENES_MAX_DEPTH}
 # Scenes stand in for a data set, and have seconds instead of hours.
 _SCENES = {
   "linear": {"steps": 300, "lr": 1e-2},
@@ -48,7 +48,7 @@ class DepthProbe(Evaluator):
   What is None is as published for real data, and small for scenes.
 
   Attributes:
-    data: see `depth_sets.py`; it has a train and a test split.
+    data: the scenes or NYUv2, see `depth_sets.py`; not KITTI.
     protocol: `linear`, `lin1`, `lin4` or `dpt`, see `depth_recipes.py`.
     layers: blocks to read in place of the protocol's; without the final norm.
     train_count: training images to use, evenly spaced; all by default.
@@ -105,7 +105,13 @@ class DepthProbe(Evaluator):
 
   def _set(self, split: str, size: int) -> depth_data.DepthSet:
     """A split, opened once; `size` is that of scenes."""
-    size = size if self.data == "scenes" else 0
+    if depth_sets.kind_of(self.data) == "kitti":
+      raise NotApplicable(
+        f"data={str(self.data)!r} is KITTI, and the depth probe's protocols "
+        "(crops of 480 x 640 to train on, 10 m) are NYUv2's; for KITTI there "
+        "is relative_depth"
+      )
+    size = size if datasets.is_scenes(self.data) else 0
     if (split, size) not in self._opened:
       self._opened[split, size] = depth_sets.open_set(
         self.data,

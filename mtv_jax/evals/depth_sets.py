@@ -1,6 +1,7 @@
 """Opens the depth data that an evaluation names.
 
-scenes      the built-in scenes
+scenes      the built-in scenes, or `{type="scenes", ...}`, see
+            `scene_options.py`
 FOLDER      NYUv2 (see `nyu.py`) or KITTI (see `kitti.py`)
 *.mat       NYUv2 as released
 {type: "tfds", name: "nyu_depth_v2"}
@@ -8,15 +9,46 @@ FOLDER      NYUv2 (see `nyu.py`) or KITTI (see `kitti.py`)
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Mapping
 
-from mtv_jax.evals import datasets, depth_data, kitti, nyu
+from mtv_jax.evals import (
+  datasets,
+  depth_data,
+  kitti,
+  layout,
+  nyu,
+  scene_options,
+)
+from mtv_jax.evals.base import NotApplicable
 from mtv_jax.evals.depth_data import DepthSet
 
 # How many scenes stand for each split.
 _SCENES = {"train": 192, "test": 64}
+
+
+def kind_of(data: datasets.Data) -> str:
+  """What `data` are, without opening them: `scenes`, `nyu` or `kitti`.
+
+  Raises:
+    FileNotFoundError: nothing there.
+    NotApplicable: something there that has no depth.
+  """
+  if datasets.is_scenes(data):
+    return "scenes"
+  if isinstance(data, Mapping):
+    if data.get("type") == "tfds" and str(data.get("name")).startswith("nyu"):
+      return "nyu"
+    raise NotApplicable(
+      f"data={dict(data)}: of the sources only the scenes and TFDS's "
+      'nyu_depth_v2 give metric depth: {type: "tfds", name: "nyu_depth_v2"}'
+    )
+  root = pathlib.Path(data)
+  if root.exists() and nyu.is_here(root):
+    return "nyu"
+  if root.is_dir() and kitti.is_here(root):
+    return "kitti"
+  raise layout.unknown(data, _EXPECTED)
 
 
 def open_set(
@@ -33,7 +65,7 @@ def open_set(
   Args:
     data: see the top of the file.
     split: `train` or `test`.
-    size: pixels a side of the scenes.
+    size: pixels a side of the scenes, where `data` does not say.
     count: how many images, evenly spaced; all by default (scenes: 192 to train
       on and 64 to test on).
     truth: of NYUv2, see `nyu.read`.
@@ -41,42 +73,35 @@ def open_set(
 
   Raises:
     FileNotFoundError: nothing there, or only a part.
-    ValueError: something there that has no depth.
+    NotApplicable: something there that has no depth.
+    ValueError: for an unknown split or option.
   """
   if split not in depth_data.SPLITS:
     raise ValueError(f"split={split!r}; expected one of {depth_data.SPLITS}")
-  if isinstance(data, Mapping):
-    if data.get("type") == "tfds" and str(data.get("name")).startswith("nyu"):
-      return nyu.read_tfds(data, split=split, count=count)
-    raise ValueError(
-      f"data={dict(data)}: of the sources only TFDS's nyu_depth_v2 gives "
-      'metric depth: {type: "tfds", name: "nyu_depth_v2"}. The built-in scenes '
-      "are data='scenes'."
+  kind = kind_of(data)
+  if kind == "scenes":
+    return depth_data.of_scenes(
+      scene_options.series(
+        data,
+        split=split,
+        count=count,
+        default=_SCENES[split],
+        size=size,
+        needs="metric depth",
+      )
     )
-  if os.fspath(data) == "scenes":
-    count = count or _SCENES[split]
-    return depth_data.of_scenes(split, size=size, count=count)
+  if isinstance(data, Mapping):
+    return nyu.read_tfds(data, split=split, count=count)
   root = pathlib.Path(data)
-  if root.exists() and nyu.is_here(root):
+  if kind == "nyu":
     return nyu.read(root, split=split, count=count, truth=truth)
-  if root.is_dir() and kitti.is_here(root):
-    return kitti.read(root, split=split, count=count, subset=subset)
-  raise FileNotFoundError(_nothing(root))
+  return kitti.read(root, split=split, count=count, subset=subset)
 
 
-def _nothing(root: pathlib.Path) -> str:
-  if root.is_dir():
-    there = sorted(p.name + "/" * p.is_dir() for p in root.iterdir())[:8]
-    found = f"the folder holds {', '.join(there) or 'nothing'}"
-  else:
-    found = "a file of another kind" if root.exists() else "nothing there"
-  return (
-    f"data={str(root)!r}: {found}. Expected 'scenes', or one of\n"
-    "  NYUv2: nyudepthv2_{train,test}_files_with_gt.txt with its files\n"
-    "  NYUv2: {train,test}/SCENE/{rgb,depth,filled}_NNNN.png\n"
-    "  NYUv2: nyu_images/ID.jpg, nyu_depths/ID.png, {train,test}.txt\n"
-    "  NYUv2: nyu_depth_v2_labeled.mat with splits.mat\n"
-    "  KITTI: kitti_eigen_test_files_with_gt.txt, raw_data/, "
-    "data_depth_annotated/\n"
-    "  KITTI: training/{image_2,velodyne,calib}"
-  )
+_EXPECTED = """Expected 'scenes', or one of
+  NYUv2: nyudepthv2_{train,test}_files_with_gt.txt with its files
+  NYUv2: {train,test}/SCENE/{rgb,depth,filled}_NNNN.png
+  NYUv2: nyu_images/ID.jpg, nyu_depths/ID.png, {train,test}.txt
+  NYUv2: nyu_depth_v2_labeled.mat with splits.mat
+  KITTI: kitti_eigen_test_files_with_gt.txt, raw_data/, data_depth_annotated/
+  KITTI: training/{image_2,velodyne,calib}"""

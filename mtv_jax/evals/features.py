@@ -1,12 +1,14 @@
 """Features that several evaluations share, computed once.
 
 What an encoder has been asked for is remembered with it, by the hash of the
-data, and forgotten with it: probes over the same images cost one pass.
+data and the preprocessing, and forgotten with it: probes over the same images
+cost one pass.
 """
 
 from __future__ import annotations
 
 import collections
+import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -15,13 +17,17 @@ import numpy as np
 
 from mtv_jax import inputs
 from mtv_jax.encoder import Encoder, ImageFeatures
+from mtv_jax.preprocess import Preprocess
 
 # Bytes that are kept for an encoder: 1.28 M embeddings of ViT-B, or patches of
 # 7,000 images at 14 x 14. For each apart, and by use alone: on a pod all hosts
 # must forget the same things, as computing them again is a common effort.
 BUDGET = 4 * 2**30
 
-_Key = tuple[str, str, int]
+# The hash of the data, the preprocessing, what it is, and of which block.
+_Key = tuple[str, Preprocess | None, str, int]
+
+log = logging.getLogger(__name__)
 
 
 class _Store:
@@ -32,6 +38,7 @@ class _Store:
       collections.OrderedDict()
     )
     self._bytes = 0
+    self._told = False
 
   def get(self, key: _Key) -> np.ndarray | None:
     if key in self._arrays:
@@ -40,12 +47,28 @@ class _Store:
 
   def put(self, key: _Key, array: np.ndarray) -> None:
     if array.nbytes > BUDGET:
+      self._tell(key, array)
       return
     self._arrays[key] = array
     self._bytes += array.nbytes
     while self._bytes > BUDGET:
-      _, lost = self._arrays.popitem(last=False)
+      old, lost = self._arrays.popitem(last=False)
       self._bytes -= lost.nbytes
+      self._tell(old, lost)
+
+  def _tell(self, key: _Key, array: np.ndarray) -> None:
+    """Says once that not all is kept, and so will be computed again."""
+    if not self._told:
+      log.warning(
+        "features of an encoder exceed the %.2g GB that are kept: %s %s of the "
+        "data %s is the first to go. Evaluations that share such features "
+        "compute them again",
+        BUDGET / 1e9,
+        key[2],
+        array.shape,
+        key[0],
+      )
+    self._told = True
 
 
 _stores: weakref.WeakKeyDictionary[Encoder, _Store] = (
@@ -79,15 +102,17 @@ def image(
     TypeError, ValueError: as `Encoder.image`.
   """
   inputs.check_outputs(outputs)
-  names = [(digest, name, 0) for name in outputs]
+  # A user may give an encoder another preprocessing.
+  what = (digest, getattr(encoder, "preprocess", None))
+  names = [(*what, name, 0) for name in outputs]
   depth = encoder.spec.image.depth if layers else 0
   taps = {i: inputs.layer(i, depth) for i in layers}
-  names += [(digest, kind, t) for t in taps.values() for kind in _LAYER_KINDS]
+  names += [(*what, kind, t) for t in taps.values() for kind in _LAYER_KINDS]
   store = _stores.setdefault(encoder, _Store())
   found = {name: store.get(name) for name in names}
   lost = [name for name, array in found.items() if array is None]
   if lost:
-    fresh = _compute(encoder, images, digest, lost, batch_size)
+    fresh = _compute(encoder, images, lost, batch_size)
     # Last, so that what is wanted now can't push itself out.
     for name in lost:
       fresh[name].setflags(write=False)
@@ -95,11 +120,9 @@ def image(
       store.put(name, fresh[name])
   _check_count(found, len(images), digest)
   return ImageFeatures(
-    **{o: found.get((digest, o, 0)) for o in inputs.OUTPUTS},
-    layers={i: found[digest, "layer", t] for i, t in taps.items()},
-    prefix_layers={
-      i: found[digest, "prefix_layer", t] for i, t in taps.items()
-    },
+    **{o: found.get((*what, o, 0)) for o in inputs.OUTPUTS},
+    layers={i: found[*what, "layer", t] for i, t in taps.items()},
+    prefix_layers={i: found[*what, "prefix_layer", t] for i, t in taps.items()},
   )
 
 
@@ -109,19 +132,19 @@ _LAYER_KINDS = ("layer", "prefix_layer")
 def _compute(
   encoder: Encoder,
   images: Sequence[Any] | np.ndarray,
-  digest: str,
   names: Sequence[_Key],
   batch_size: int,
 ) -> dict[_Key, np.ndarray]:
-  taps = sorted({tap for _, kind, tap in names if kind in _LAYER_KINDS})
-  outputs = tuple(kind for _, kind, _ in names if kind in inputs.OUTPUTS)
+  taps = sorted({tap for *_, kind, tap in names if kind in _LAYER_KINDS})
+  outputs = tuple(kind for *_, kind, _ in names if kind in inputs.OUTPUTS)
   out = encoder.image(
     images, layers=tuple(taps), outputs=outputs, batch_size=batch_size
   )
-  fresh = {(digest, name, 0): getattr(out, name) for name in outputs}
+  what = names[0][:2]
+  fresh = {(*what, name, 0): getattr(out, name) for name in outputs}
   for tap in taps:
-    fresh[digest, "layer", tap] = out.layers[tap]
-    fresh[digest, "prefix_layer", tap] = out.prefix_layers[tap]
+    fresh[*what, "layer", tap] = out.layers[tap]
+    fresh[*what, "prefix_layer", tap] = out.prefix_layers[tap]
   return fresh
 
 

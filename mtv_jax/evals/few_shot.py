@@ -11,6 +11,7 @@ The bias is regularised like everything else, hardly, as its feature is large.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
@@ -32,7 +33,11 @@ class FewShot(OneVector):
       are left out that some class has not.
     seeds: draws of the shots; figures are means over them.
     l2: strength of the regularisation.
+
+  The view is big_vision's by default, `squash_center`; of scenes `encoder`.
   """
+
+  published_view: ClassVar[str] = "squash_center"
 
   shots: tuple[int, ...] | None = None
   seeds: tuple[int, ...] = (0, 1, 2)

@@ -18,13 +18,16 @@ import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float32
 
 from mtv_jax import plots
 from mtv_jax.encoder import Encoder
 from mtv_jax.evals import (
+  base,
   datasets,
   examples,
   match_errors,
@@ -32,9 +35,9 @@ from mtv_jax.evals import (
   navi,
   posed,
   rgbd,
+  scene_pairs,
 )
 from mtv_jax.evals.base import Evaluator, NotApplicable, Result
-from mtv_jax.evals.scene_pairs import posed_scenes
 
 _CHUNK = 32  # pairs whose views and features are held at a time
 
@@ -91,6 +94,26 @@ _PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True)
+class _Set:
+  """The frames, the pairs of them, where those came from, and their hash."""
+
+  frames: posed.PosedFrames
+  drawn: posed.Drawn
+  source: str  # "drawn" or "file"
+  digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoded:
+  """A pair by its place, and its two views with their features, if any."""
+
+  place: int
+  pair: posed.Pair
+  views: tuple[posed.View, posed.View] | None
+  maps: Float32[np.ndarray, "2 h w d"] | None
+
+
+@dataclasses.dataclass(frozen=True)
 class GeometricCorrespondence(Evaluator):
   """Recall of matches between views of one thing, by distance and by angle.
 
@@ -98,7 +121,8 @@ class GeometricCorrespondence(Evaluator):
   data; the protocol says which.
 
   Attributes:
-    data: `scenes`, a folder in NAVI's layout, or one of RGB-D sequences.
+    data: `scenes` (see `scene_pairs.series`), a folder in NAVI's layout, or one
+      of RGB-D sequences.
     pairs: a file with the list of pairs: read if it exists (NAVI's own lists
       too), else written with the pairs that are drawn.
     subset: of NAVI: `wild_set` or `multiview`.
@@ -156,15 +180,15 @@ class GeometricCorrespondence(Evaluator):
         )
 
   @functools.cached_property
-  def _set(self) -> tuple[posed.PosedFrames, posed.Drawn, str]:
-    """The frames, the pairs and their hash."""
+  def _set(self) -> _Set:
     frames = _open(self.data, self.subset, self._scenes)
     default = _PUBLISHED[frames.layout]
     count = self.count or default.count
     if self.pairs and pathlib.Path(self.pairs).is_file():
       pairs = examples.spaced(posed.read_pairs(self.pairs, frames), self.count)
-      drawn = posed.Drawn(tuple(pairs), 0)
+      drawn, source = posed.Drawn(tuple(pairs), 0), "file"
     else:
+      source = "drawn"
       drawn = posed.draw_pairs(
         frames,
         seed=self.seed,
@@ -174,7 +198,8 @@ class GeometricCorrespondence(Evaluator):
       )
       if self.pairs and jax.process_index() == 0:
         posed.write_pairs(self.pairs, frames, drawn.pairs)
-    return frames, drawn, posed.digest_of(frames, drawn.pairs)
+    digest = posed.digest_of(frames, drawn.pairs)
+    return _Set(frames, drawn, source, digest)
 
   @property
   def _scenes(self) -> int:
@@ -190,27 +215,26 @@ class GeometricCorrespondence(Evaluator):
     Raises:
       ValueError: where no pair has points in both views.
     """
-    frames, drawn, digest = self._set
+    frames, drawn = self._set.frames, self._set.drawn
     options = self._resolved(encoder, frames.layout)
     shown = examples.spaced(range(len(drawn.pairs)), self.pictures or 1)
     scored, sheet = [], []
-    for place, pair, views, maps in self._encoded(encoder, options.size):
-      if views is None:
+    for seen in self._encoded(encoder, options.size):
+      if seen.views is None:
         continue
-      found = match_errors.score(maps, views, options=options)
-      scored.append(dataclasses.replace(found, angle=pair.angle))
-      if self.pictures and place in shown:
-        sheet.append(_picture(views, found, options.metres))
+      found = match_errors.score(seen.maps, seen.views, options=options)
+      scored.append(dataclasses.replace(found, angle=seen.pair.angle))
+      if self.pictures and seen.place in shown:
+        sheet.append(_picture(seen.views, found, options.metres))
     if not scored:
       raise ValueError(
         f"{frames.name}: none of {len(drawn.pairs)} pairs has depth in both "
         "views"
       )
     metrics, chance = match_errors.summarise(scored, options=options)
-    protocol = self._protocol(encoder, frames, drawn, options, scored)
     return Result(
       metrics,
-      {**protocol, "data_hash": digest},
+      self._protocol(encoder, options, scored),
       chance,
       pictures={"matches": np.concatenate(sheet)} if sheet else {},
     )
@@ -228,12 +252,9 @@ class GeometricCorrespondence(Evaluator):
       angles=tuple(self.angles or default.angles),
     )
 
-  def _encoded(self, encoder: Encoder, size: int) -> Iterator[tuple]:
-    """(place, pair, its two views, their features) of all pairs in order.
-
-    Views are None for a pair with too few points in one of them.
-    """
-    frames, drawn, _ = self._set
+  def _encoded(self, encoder: Encoder, size: int) -> Iterator[_Encoded]:
+    """All pairs in order; without views where one has too few points."""
+    frames, drawn = self._set.frames, self._set.drawn
 
     def views_of(pair: posed.Pair) -> tuple[posed.View, posed.View] | None:
       made = tuple(
@@ -261,33 +282,42 @@ class GeometricCorrespondence(Evaluator):
           )
           maps = iter(found.reshape(-1, 2, *found.shape[1:]))
         for pair, both in zip(chunk, views, strict=True):
-          yield next(place), pair, both, next(maps) if both else None
+          yield _Encoded(next(place), pair, both, next(maps) if both else None)
 
-  def _protocol(self, encoder, frames, drawn, options, scored):
+  def _protocol(
+    self,
+    encoder: Encoder,
+    options: match_errors.Options,
+    scored: Sequence[match_errors.Scored],
+  ) -> dict[str, Any]:
+    frames, drawn = self._set.frames, self._set.drawn
     default = _PUBLISHED[frames.layout]
     names = match_errors.names_of(options)
     angles = np.array([s.angle for s in scored])
     return {
       **encoder.protocol(),
       "data": frames.name,
+      "data_hash": self._set.digest,
       "dataset": {"navi": "NAVI", "rgbd": "RGB-D", "scenes": "scenes"}[
         frames.layout
       ],
       **frames.about,
       "pairs": len(scored),
       "pairs_without_points": len(drawn.pairs) - len(scored),
-      "frames_without_partner": drawn.alone,
       "pairs_by_angle": {
         f"{low:g}-{high:g}": int(((angles >= low) & (angles < high)).sum())
         for low, high in itertools.pairwise(options.angles)
       },
-      "pair_seed": self.seed,
-      "max_angle": self.max_angle,
-      "stride": self.stride or default.stride,
+      **self._drawing(),
       "pair_list": self.pairs and pathlib.PurePath(self.pairs).name,
       "input_size": [options.size, options.size],
-      "crop": "square around the depth; nearest; only mean and std of the "
-      "encoder's preprocessing apply",
+      "preprocess": base.own_preprocess(
+        encoder,
+        resize="squash",
+        size=options.size,
+        crop="square around the depth",
+        interpolation="nearest",
+      ),
       "stored_size": frames.stored,
       "layer": self.layer,
       "final_norm": self.norm == "final",
@@ -311,6 +341,19 @@ class GeometricCorrespondence(Evaluator):
       f"{match_errors.CHANCE_POINTS} points a pair",
     }
 
+  def _drawing(self) -> dict[str, Any]:
+    """How pairs were drawn; of a list that was read nobody here knows it."""
+    if self._set.source == "file":
+      return {"pairs_are": "read from the list"}
+    default = _PUBLISHED[self._set.frames.layout]
+    return {
+      "pairs_are": "drawn",
+      "frames_without_partner": self._set.drawn.alone,
+      "pair_seed": self.seed,
+      "max_angle": self.max_angle,
+      "stride": self.stride or default.stride,
+    }
+
 
 def _picture(
   views, scored: match_errors.Scored, metres: Sequence[float]
@@ -329,13 +372,13 @@ def _picture(
 
 
 def _open(data: datasets.Data, subset: str, scenes: int) -> posed.PosedFrames:
+  if datasets.is_scenes(data):
+    return scene_pairs.posed_scenes(scene_pairs.series(data, count=scenes))
   if isinstance(data, Mapping) or str(data).endswith((".tar", ".json")):
     raise NotApplicable(
       f"{data} gives no depth and pose: this evaluation reads 'scenes', NAVI, "
       "or RGB-D sequences as 7-Scenes has them"
     )
-  if data == "scenes":
-    return posed_scenes(scenes)
   root = pathlib.Path(data)
   if not root.is_dir():
     raise FileNotFoundError(

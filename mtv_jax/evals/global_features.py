@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import weakref
 from collections.abc import Sequence
@@ -17,15 +16,15 @@ from mtv_jax.evals import features
 from mtv_jax.evals.examples import Labelled, subset
 from mtv_jax.preprocess import Preprocess
 
-VIEWS = ("center", "encoder")
+VIEWS = ("center", "squash_center", "encoder")
 FEATURES = ("pooled", "cls", "mean")
 
 # Patches of a chunk of images that are held until their mean is taken.
 _CHUNK_BYTES = 2**29
 
-# Encoders that look at the middle of an image, by the encoder they copy; kept
-# so that the features remembered for them are found again.
-_centered: weakref.WeakKeyDictionary[Encoder, Encoder] = (
+# Encoders behind the preprocessing of a protocol, by the encoder they copy;
+# kept so that the features remembered for them are found again.
+_views: weakref.WeakKeyDictionary[Encoder, dict[Preprocess, Encoder]] = (
   weakref.WeakKeyDictionary()
 )
 
@@ -41,27 +40,39 @@ def view(encoder: Encoder, name: str) -> Encoder:
 
   Args:
     encoder: any.
-    name: `encoder` leaves its own preprocessing. `center` is that of DINOv2,
-      MAE and big_vision's few-shot evaluation: the shorter side to 256/224 of
-      the input size (bicubic, antialiased), then the middle square.
+    name: `encoder` leaves its own preprocessing. `center` is that of DINOv2
+      and MAE: the shorter side to 256/224 of the input size (bicubic,
+      antialiased), then the middle square. `squash_center` is that of
+      big_vision's few-shot evaluation, `resize(256)|central_crop(224)`: both
+      sides to 256/224 of the input size, whatever the shape (bilinear, not
+      antialiased, as `tf.image.resize`), then the middle square.
   """
   check_choice("view", name, VIEWS)
   if name == "encoder":
     return encoder
-  if encoder not in _centered:
-    own = encoder.preprocess
-    centered = copy.copy(encoder)
-    centered.preprocess = Preprocess(
-      size=own.size,
-      resize="shortest",
-      crop="center",
-      interpolation="bicubic",
-      mean=own.mean,
-      std=own.std,
-      resize_size=own.size * 256 // 224,
-    )
-    _centered[encoder] = centered
-  return _centered[encoder]
+  own = encoder.preprocess
+  preprocess = Preprocess(
+    size=own.size,
+    crop="center",
+    mean=own.mean,
+    std=own.std,
+    resize_size=own.size * 256 // 224,
+    **_RESIZES[name],
+  )
+  made = _views.setdefault(encoder, {})
+  if preprocess not in made:
+    made[preprocess] = encoder.with_preprocess(preprocess)
+  return made[preprocess]
+
+
+_RESIZES = {
+  "center": {"resize": "shortest", "interpolation": "bicubic"},
+  "squash_center": {
+    "resize": "squash",
+    "interpolation": "bilinear",
+    "antialias": False,
+  },
+}
 
 
 def embed(

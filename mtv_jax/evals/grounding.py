@@ -119,6 +119,7 @@ class Grounding(Evaluator):
       pictures["regions"] = _sheet(data, found, self.pictures)
     protocol = {
       **encoder.protocol(),
+      **region_features.protocol(encoder, way),
       **_protocol(data, named, way, locates=locates),
       "phrases_distinct": len(found.phrases),
     }

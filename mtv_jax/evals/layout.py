@@ -1,10 +1,12 @@
-"""Whether a data set is unpacked as it should be, said in full if not."""
+"""Whether a data set is there and unpacked as it should be, said in full."""
 
 from __future__ import annotations
 
 import os
 import pathlib
 from collections.abc import Sequence
+
+from mtv_jax.evals.base import NotApplicable
 
 
 def require(
@@ -25,12 +27,7 @@ def require(
   lost = [p for p in expected if not any(root.glob(p))]
   if not lost:
     return root
-  if root.is_dir():
-    there = sorted(p.name + "/" * p.is_dir() for p in root.iterdir())
-    found = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
-    found = found or "an empty folder"
-  else:
-    found = "a file" if root.exists() else "nothing there"
+  found = _found(root)
   tree = "\n".join(
     f"  {'missing' if p in lost else 'found  '}  {p}" for p in expected
   )
@@ -38,3 +35,35 @@ def require(
     f"{root}: this is not {what}, or only a part of it. Expected under it:\n"
     f"{tree}\nThe folder holds: {found}"
   )
+
+
+def unknown(
+  data: str | os.PathLike, expected: str
+) -> FileNotFoundError | NotApplicable:
+  """The error for data that no reader of an evaluation knows.
+
+  A path with nothing there is a mistake; what is there may well suit another
+  evaluation, and a pattern of tars always does.
+
+  Args:
+    data: a path.
+    expected: what the evaluation reads, in whole sentences.
+  """
+  text = os.fspath(data)
+  path = pathlib.Path(text)
+  if path.is_dir():
+    return NotApplicable(
+      f"data={text!r}: the folder holds {_found(path)}. {expected}"
+    )
+  pattern = ".tar" in text and any(c in text for c in "{*?[")
+  if path.exists() or pattern:
+    return NotApplicable(f"data={text!r}: a file of another kind. {expected}")
+  return FileNotFoundError(f"data={text!r}: nothing there. {expected}")
+
+
+def _found(root: pathlib.Path) -> str:
+  if not root.is_dir():
+    return "a file" if root.exists() else "nothing there"
+  there = sorted(p.name + "/" * p.is_dir() for p in root.iterdir())
+  found = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
+  return found or "an empty folder"

@@ -25,13 +25,11 @@ from mtv_jax.evals import (
   probe,
 )
 from mtv_jax.evals.base import Result
-from mtv_jax.evals.classification import Classification
+from mtv_jax.evals.classification import AUGMENTS, Classification
 from mtv_jax.evals.examples import Images
 from mtv_jax.evals.global_features import check_choice
 
 RATES = tuple(m * 10.0**e for e in range(-5, -1) for m in (1, 2, 5)) + (0.1,)
-# Not "none", which a command line takes for "no value given".
-AUGMENTS = ("cached", "crops")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,8 @@ class LinearProbe(Classification):
     train_batch: images a step; 1,024 by default, on scenes 256.
     augment: `crops` encodes a random crop of every image of every step, which
       costs steps x train_batch forward passes; `cached` trains on features
-      that are computed once. `crops` by default, on scenes `cached`.
+      that are computed once. `crops` by default, but `cached` on scenes and
+      where these passes are more than 100 times the training images.
     select: which images decide on the best head, see
       `classification.selection`.
     seed: of batches, crops and heads.
@@ -83,7 +82,9 @@ class LinearProbe(Classification):
     chosen = classification.selection(data, self.select)
     steps = self._resolve(self.steps, published=12_500, scenes=300)
     size = self._resolve(self.train_batch, published=1024, scenes=256)
-    augment = self._resolve(self.augment, published="crops", scenes="cached")
+    augment = self._augmentation(
+      self.augment, steps=steps, batch=size, images=len(chosen.train)
+    )
     train = data.train.select(chosen.train)
     tested = self._table(encoder, data.test.images)
     fitted = linear_heads.train(
@@ -114,6 +115,7 @@ class LinearProbe(Classification):
       "steps": steps,
       "train_batch": size,
       "augment": crops.PROTOCOL if augment == "crops" else "none",
+      "crops_encoded": steps * size if augment == "crops" else 0,
       "trained_on": len(chosen.train),
       "selection": chosen.how,
       "selected": {"head": name, "rate": self.rates[rate]},

@@ -30,9 +30,9 @@ from mtv_jax.evals import (
   probe,
 )
 from mtv_jax.evals.base import Result
-from mtv_jax.evals.classification import OneVector
+from mtv_jax.evals.classification import AUGMENTS, OneVector
 from mtv_jax.evals.global_features import check_choice
-from mtv_jax.evals.linear_probe import AUGMENTS, crops_of
+from mtv_jax.evals.linear_probe import crops_of
 
 _EPS = 1e-6
 _ROWS = 4096
@@ -44,13 +44,14 @@ class MaeProbe(OneVector):
 
   Attributes:
     base_rate: learning rate at a batch of 256.
-    epochs: 90, and MAE's own choice for ViT-L and larger is 50. An epoch has
-      at least one step, whatever the size of the set.
+    epochs: 90, and MAE's own choice for ViT-L and larger is 50.
     warmup: epochs of these.
-    train_batch: images a step.
+    train_batch: images a step, at most those of the training set. The rate
+      follows what is used.
     augment: `crops` encodes a random crop of every image of every step,
-      `cached` trains on features that are computed once. `crops` by default,
-      on scenes `cached`.
+      which costs epochs x images forward passes; `cached` trains on features
+      that are computed once. `crops` by default, but `cached` on scenes and
+      where these passes are more than 100 times the training images.
     seed: of batches, crops and the head.
   """
 
@@ -75,12 +76,16 @@ class MaeProbe(OneVector):
   def run(self, encoder: Encoder) -> Result:
     """Top-1, top-5 and mean-per-class accuracy after the last step."""
     data, encoder = self._set, self._view(encoder)
-    augment = self._resolve(self.augment, published="crops", scenes="cached")
-    each = max(1, len(data.train.labels) // self.train_batch)
-    steps, rate = self.epochs * each, self.base_rate * self.train_batch / 256
+    images = len(data.train.labels)
+    size = min(self.train_batch, images)
+    each = images // size
+    steps, rate = self.epochs * each, self.base_rate * size / 256
+    augment = self._augmentation(
+      self.augment, steps=steps, batch=size, images=images
+    )
     tested = self._embed(encoder, data.test)
     fitted = fit(
-      self._batches(encoder, data.train, augment),
+      self._batches(encoder, data.train, augment, size),
       width=tested.shape[1],
       classes=data.classes,
       rate=rate,
@@ -98,8 +103,10 @@ class MaeProbe(OneVector):
       "epochs": self.epochs,
       "warmup_epochs": self.warmup,
       "steps": steps,
-      "train_batch": self.train_batch,
+      "train_batch": size,
+      "train_batch_asked": self.train_batch,
       "augment": crops.PROTOCOL if augment == "crops" else "none",
+      "crops_encoded": steps * size if augment == "crops" else 0,
       "selection": "none, the last step",
       "last_loss": float(fitted.losses[-1]),
       "seed": self.seed,
@@ -112,11 +119,9 @@ class MaeProbe(OneVector):
     )
 
   def _batches(
-    self, encoder: Encoder, train: datasets.Labelled, augment: str
+    self, encoder: Encoder, train: datasets.Labelled, augment: str, size: int
   ) -> probe.Batches:
-    take = probe.shuffled(
-      len(train.labels), batch_size=self.train_batch, seed=self.seed
-    )
+    take = probe.shuffled(len(train.labels), batch_size=size, seed=self.seed)
     if augment == "cached":
       x = self._embed(encoder, train)
       return lambda step: {

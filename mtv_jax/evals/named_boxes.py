@@ -99,6 +99,9 @@ def read(
 def _source(config: dict[str, Any], count: int | None) -> NamedBoxes:
   from mtv_jax.data import sources
 
+  if datasets.is_scenes(config):
+    # From 0 on there are those that the encoder was trained on.
+    config = {"first": datasets.HELD_OUT_SCENES, **config}
   source = sources.build_source(config)
   name = str(config.get("path", config.get("type")))
   chosen = examples.spaced(range(len(source)), count)

@@ -15,6 +15,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -22,7 +23,7 @@ from jaxtyping import Bool, Float32
 
 from mtv_jax.config import ConfigError, did_you_mean
 from mtv_jax.encoder import Encoder
-from mtv_jax.evals import datasets, examples, sheets
+from mtv_jax.evals import base, datasets, examples, sheets
 from mtv_jax.evals.base import Evaluator, NotApplicable, Result
 
 _FOREGROUND = ("all", "threshold")
@@ -85,6 +86,7 @@ class PatchPca(Evaluator):
       pictures["pca"] = sheets.panels(_folded(rows, 2))
     protocol = {
       **encoder.protocol(),
+      **self._input(encoder),
       "data": data.name,
       "data_hash": data.digest,
       "images": len(data.images),
@@ -97,6 +99,21 @@ class PatchPca(Evaluator):
     }
     share = float(found.share.sum())
     return Result({"explained_by_3": share}, protocol, pictures=pictures)
+
+  def _input(self, encoder: Encoder) -> dict[str, Any]:
+    """Where it differs from the encoder's own, what was encoded."""
+    if self.size is None:
+      return {}
+    return {
+      "input_size": [self.size, self.size],
+      "preprocess": base.own_preprocess(
+        encoder,
+        resize="squash",
+        size=self.size,
+        crop="none",
+        interpolation="bicubic, antialiased (Pillow)",
+      ),
+    }
 
   def _row(
     self, encoder: Encoder, image: np.ndarray, colours: np.ndarray

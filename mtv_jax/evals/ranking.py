@@ -18,12 +18,6 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 TIE_RULE = "rank = number better + number equal with a lower index"
 
-_ROWS = 512  # looked at together, so that copies stay in the cache
-_MIX = (
-  (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
-  (np.uint64(27), np.uint64(0x94D049BB133111EB)),
-)
-
 
 def ranks(
   queries: Float32[np.ndarray, "q e"],
@@ -109,47 +103,14 @@ def _block(queries, query_ids, unique, inverse, candidate_ids):
 
 def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Distinct rows in order of appearance, and where each row is in them."""
-  for seed in range(8):
-    keys = _row_keys(rows, seed)
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    if _same(rows, first[inverse]):
-      place = np.argsort(np.argsort(first)).astype(np.int32)
-      return rows[np.sort(first)], place[inverse]
-  raise AssertionError("distinct rows had equal keys, eight times")
-
-
-def _row_keys(rows: np.ndarray, seed: int) -> np.ndarray:
-  """A number for each row, equal for equal rows, hardly ever for others.
-
-  The sum over a row of its words, each added to a random one of its column and
-  mixed as in SplitMix64 (Steele et al. 2014), all modulo 2^64.
-  """
-  salt = np.random.default_rng(seed).integers(
-    0, 2**64, -(-rows.shape[1] // 2), np.uint64
+  place: dict[bytes, int] = {}
+  # Adding zero makes -0.0 and 0.0, which are equal, the same bytes.
+  keys = (row.tobytes() for row in rows + np.float32(0))
+  inverse = np.fromiter(
+    (place.setdefault(key, len(place)) for key in keys), np.int32, len(rows)
   )
-  keys = np.zeros(len(rows), np.uint64)
-  for start in range(0, len(rows), _ROWS):
-    block = np.array(rows[start : start + _ROWS], np.float32, order="C")
-    block += 0.0  # makes -0.0 and 0.0, which are equal, the same bits
-    block = np.pad(block, ((0, 0), (0, rows.shape[1] % 2)))
-    words = block.view(np.uint64)
-    words += salt
-    for shift, factor in _MIX:
-      words ^= words >> shift
-      words *= factor
-    words ^= words >> np.uint64(31)
-    keys[start : start + _ROWS] = words.sum(axis=1, dtype=np.uint64)
-  return keys
-
-
-def _same(rows: np.ndarray, others: np.ndarray) -> bool:
-  """Whether each row equals the one it is said to repeat."""
-  repeats = np.flatnonzero(others != np.arange(len(rows)))
-  return all(
-    np.array_equal(rows[part], rows[others[part]])
-    for start in range(0, len(repeats), _ROWS)
-    for part in [repeats[start : start + _ROWS]]
-  )
+  _, first = np.unique(inverse, return_index=True)
+  return rows[first], inverse
 
 
 def _check_answered(query_ids: np.ndarray, candidate_ids: np.ndarray) -> None:

@@ -39,7 +39,8 @@ class Column:
     evaluation: of ours.
     metric: of it.
     label: for a chart.
-    fits: what the protocol must say for the data to be the same.
+    fits: what the protocol must say for the data to be the same; of a tuple
+      any one, where None is for a protocol that does not say.
     least: of what it must count so many.
   """
 
@@ -51,7 +52,10 @@ class Column:
 
   def holds(self, protocol: Mapping[str, Any]) -> bool:
     """Whether a figure of this protocol is on the table's data."""
-    same = all(protocol.get(k) == v for k, v in self.fits.items())
+    same = all(
+      protocol.get(k) in (v if isinstance(v, tuple) else (v,))
+      for k, v in self.fits.items()
+    )
     return same and all(protocol.get(k, 0) >= v for k, v in self.least.items())
 
 
@@ -59,7 +63,13 @@ def _row(name: str, size: str, *values: float) -> Reference:
   return Reference(name, size, dict(zip(COLUMNS, values, strict=True)))
 
 
-_COCO = {"images": 5000, "captions": 25_010}
+# Only Karpathy's file has splits.
+_COCO = {"images": 5000, "captions": 25_010, "split": (None, "test")}
+_NYU = {
+  "images": 654,
+  "crop": "nyu_eigen",
+  "depth": ("raw, mm", "raw (rawDepths), float32"),
+}
 
 # The VQA column has no evaluation of an encoder alone. How many pairs NAVI
 # gives depends on a draw: 500 are no subset of it.
@@ -77,22 +87,30 @@ COLUMNS = {
     "retrieval", "image_to_text_r1", "COCO image to text R@1", _COCO
   ),
   "ade20k": Column(
-    "segmentation", "miou", "ADE20K mIoU", {"images": 2000, "classes": 150}
+    "segmentation",
+    "miou",
+    "ADE20K mIoU",
+    {"images": 2000, "classes": 150, "train_split": "train"},
   ),
   "navi": Column(
     "geometric_correspondence",
     "avg_recall",
     "NAVI recall",
-    {"dataset": "NAVI"},
+    {"dataset": "NAVI", "subset": "wild_set"},
     {"pairs": 500},
   ),
   "spair": Column(
     "semantic_correspondence",
     "recall",
     "SPair recall",
-    {"dataset": "SPair-71k", "classes": 18, "threshold": 0.1},
+    {
+      "dataset": "SPair-71k",
+      "split": "test",
+      "classes": 18,
+      "threshold": 0.1,
+    },
   ),
-  "nyu": Column("depth_probe", "rmse", "NYUv2 RMSE", {"images": 654}),
+  "nyu": Column("depth_probe", "rmse", "NYUv2 RMSE", _NYU),
 }
 
 REFERENCES = (

@@ -12,7 +12,6 @@ Three ways, of which the first is what grounding is trained for:
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -52,6 +51,16 @@ def resolve(encoder: Encoder, way: str) -> str:
       "are not in the space of its texts; regions='crop' works with any"
     )
   return way
+
+
+def protocol(encoder: Encoder, way: str) -> dict[str, Any]:
+  """How the pixels of `embed` are prepared, for JSON."""
+  if not hasattr(encoder, "preprocess"):
+    return {}
+  # The prompter reads the image as the encoder's preprocessing has it.
+  used = encoder if way == "prompter" else _squashing(encoder)
+  of = {"crop": "the box's pixels"}.get(way, "the whole image")
+  return {"preprocess": {**used.preprocess.to_dict(), "of": of}}
 
 
 def embed(
@@ -162,8 +171,8 @@ def _squashing(encoder: Encoder) -> Encoder:
   """The encoder with its crop taken out of its preprocessing."""
   if not hasattr(encoder, "preprocess") or encoder.preprocess.crop == "none":
     return encoder
-  other = copy.copy(encoder)
-  other.preprocess = dataclasses.replace(
-    encoder.preprocess, resize="squash", crop="none", resize_size=None
+  return encoder.with_preprocess(
+    dataclasses.replace(
+      encoder.preprocess, resize="squash", crop="none", resize_size=None
+    )
   )
-  return other

@@ -152,7 +152,7 @@ class RelativeDepth(Evaluator):
 
   def _set(self, size: int) -> depth_data.DepthSet:
     """The test split, opened once; `size` is that of scenes."""
-    size = size if self.data == "scenes" else 0
+    size = size if datasets.is_scenes(self.data) else 0
     if size not in self._opened:
       self._opened[size] = depth_sets.open_set(
         self.data,

@@ -161,7 +161,7 @@ class Segmentation(Evaluator):
     return Result(metrics, protocol, chance, pictures=pictures)
 
   def _resolve(self, encoder: Encoder) -> _Plan:
-    scenes = segmentation_data.is_scenes(self.data)
+    scenes = datasets.is_scenes(self.data)
     default = encoder.preprocess.size if scenes else 512
     size = segmentation_runs.window_size(encoder, self.size, default=default)
     steps = self.steps or (300 if scenes else 40_000)
@@ -188,6 +188,7 @@ class Segmentation(Evaluator):
     return {
       **segmentation_runs.protocol(encoder, test, plan.slide),
       "train_data": train.name,
+      "train_split": self.train_split,
       "train_hash": train.digest,
       "train_images": len(train.images),
       "augment": segmentation_views.AUGMENTATION if official else "none",

@@ -2,7 +2,8 @@
 
 What `data` may be:
 
-  scenes       the built-in scenes; `{type="scenes", size=..., seed=...}` too
+  scenes       the built-in scenes, or `{type="scenes", ...}`, see
+               `scene_options.py`
   FOLDER       ADE20K's ADEChallengeData2016, or the folder it lies in
   FOLDER       NYUv2 with nyu_images/, nyu_labels40/, train.txt and test.txt
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +21,13 @@ from jaxtyping import UInt8
 
 from mtv_jax.config import did_you_mean
 from mtv_jax.data import scenes
-from mtv_jax.evals import ade20k, datasets, examples, layout
+from mtv_jax.evals import (
+  ade20k,
+  datasets,
+  examples,
+  layout,
+  scene_options,
+)
 from mtv_jax.evals.segmentation_metrics import IGNORE
 
 SPLITS = ("train", "test")
@@ -124,14 +130,22 @@ def segmented(
 
   Raises:
     FileNotFoundError: nothing there, or a part missing.
-    ValueError: for a split or data of another kind.
+    NotApplicable: something there that has no classes of pixels.
+    ValueError: for an unknown split or option.
   """
   if split not in SPLITS:
     raise ValueError(f"split={split!r}. {did_you_mean(split, SPLITS)}")
-  if isinstance(data, Mapping):
-    return _scenes(split, count, **_scene_options(data))
-  if os.fspath(data) == "scenes":
-    return _scenes(split, count)
+  if isinstance(data, Mapping) or datasets.is_scenes(data):
+    return _scenes(
+      scene_options.series(
+        data,
+        split=split,
+        count=count,
+        default=_SCENES[split],
+        size=96,
+        needs="classes of pixels",
+      )
+    )
   path = pathlib.Path(data)
   if (path / "nyu_images").is_dir() or (path / "nyu_labels40").is_dir():
     return _nyu40(path, split, count)
@@ -146,16 +160,11 @@ def segmented(
       classes=ade20k.class_names(root),
       class_count=ade20k.CLASSES,
     )
-  found = "nothing there"
-  if path.is_dir():
-    names = sorted(p.name for p in path.iterdir())[:6]
-    found = f"a folder with {', '.join(names) or 'nothing in it'}"
-  elif path.exists():
-    found = "a file"
-  raise FileNotFoundError(
-    f"data={str(data)!r}: {found}. Segmentation reads 'scenes', ADE20K "
-    "(ADEChallengeData2016 with images/ and annotations/) and NYUv2 with "
-    "nyu_images/, nyu_labels40/, train.txt and test.txt."
+  raise layout.unknown(
+    data,
+    "Segmentation reads 'scenes', ADE20K (ADEChallengeData2016 with images/ "
+    "and annotations/) and NYUv2 with nyu_images/, nyu_labels40/, train.txt "
+    "and test.txt.",
   )
 
 
@@ -176,40 +185,14 @@ def things(data: Segmented) -> Segmented:
   )
 
 
-def is_scenes(data: datasets.Data) -> bool:
-  """Whether `data` are the built-in scenes."""
-  return isinstance(data, Mapping) or os.fspath(data) == "scenes"
-
-
-def _scene_options(data: Mapping[str, Any]) -> dict[str, int]:
-  options = dict(data)
-  kind = options.pop("type", None)
-  known = ("size", "seed")
-  unknown = [name for name in options if name not in known]
-  if kind != "scenes" or unknown:
-    raise ValueError(
-      f"data={dict(data)}: of sources, only scenes have a class for every "
-      f"pixel, and their options here are {known}"
-    )
-  return options
-
-
-def _scenes(
-  split: str, count: int | None, *, size: int = 96, seed: int = 0
-) -> Segmented:
-  train = split == "train"
-  first = datasets.PROBE_SCENES if train else datasets.HELD_OUT_SCENES
-  count = _SCENES[split] if count is None else count
-  if count < 1:
-    raise ValueError(f"count={count}; expected at least 1")
+def _scenes(series: scene_options.Series) -> Segmented:
+  numbers, count = series.numbers, len(series.numbers)
 
   # An image and its map are asked for one after the other.
   @functools.lru_cache(maxsize=64)
   def render(i: int) -> scenes.Scene:
-    return scenes.render(first + i, size=size, seed=seed)
+    return scenes.render(numbers[i], size=series.size, seed=series.seed)
 
-  digest = examples.Digest()
-  digest.add("scenes", first, count, size, seed)
   return Segmented(
     kind="scenes",
     name="scenes",
@@ -217,7 +200,7 @@ def _scenes(
     maps=Maps(lambda i: render(i).segmentation, count),
     classes=tuple(scenes.SEGMENT_NAMES),
     class_count=len(scenes.SEGMENT_NAMES),
-    digest=digest.hex(),
+    digest=series.digest(),
   )
 
 

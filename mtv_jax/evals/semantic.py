@@ -27,10 +27,17 @@ import numpy as np
 
 from mtv_jax import plots
 from mtv_jax.encoder import Encoder, normalize
-from mtv_jax.evals import datasets, examples, matching, pck, spair
+from mtv_jax.evals import (
+  base,
+  datasets,
+  examples,
+  matching,
+  pck,
+  scene_pairs,
+  spair,
+)
 from mtv_jax.evals.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.keypoints import KeyPointPair, KeyPointPairs
-from mtv_jax.evals.scene_pairs import key_points
 
 _REPORTS = ("means", "classes")
 # Pictures whose features are held at a time: 1.3 GB of ViT-L's at 50 x 50.
@@ -45,7 +52,7 @@ class SemanticCorrespondence(Evaluator):
   scenes, whose grid is coarser; the protocol says which.
 
   Attributes:
-    data: `scenes` or the folder `SPair-71k`.
+    data: `scenes` (see `scene_pairs.series`) or the folder `SPair-71k`.
     split: of SPair-71k: `trn`, `val` or `test`.
     size: side of the squares that are encoded; 800, or what keeps its 50 x 50
       grid where the patch does not divide it.
@@ -208,8 +215,13 @@ class SemanticCorrespondence(Evaluator):
       "pairs_per_class": self.per_class,
       "pair_seed": self.seed,
       "input_size": [setting.size, setting.size],
-      "crop": "padded with white to a square, bicubic; only mean and std of "
-      "the encoder's preprocessing apply",
+      "preprocess": base.own_preprocess(
+        encoder,
+        resize="squash",
+        size=setting.size,
+        crop="none: padded with white to a square first",
+        interpolation="bicubic, antialiased (Pillow)",
+      ),
       "grid": [setting.grid, setting.grid],
       "layer": self.layer,
       "final_norm": self.norm == "final",
@@ -273,13 +285,13 @@ def _picture(data, pair: KeyPointPair, places, right, size: int) -> np.ndarray:
 
 
 def _open(data: datasets.Data, split: str, scenes: int) -> KeyPointPairs:
+  if datasets.is_scenes(data):
+    return scene_pairs.key_points(scene_pairs.series(data, count=scenes))
   if isinstance(data, Mapping) or str(data).endswith((".tar", ".json")):
     raise NotApplicable(
       f"{data} gives no key points in pairs: this evaluation reads 'scenes' or "
       "the folder SPair-71k"
     )
-  if data == "scenes":
-    return key_points(scenes)
   root = pathlib.Path(data)
   if root.is_dir() and not spair.looks_like(root):
     raise NotApplicable(

@@ -127,7 +127,8 @@ def errors(outcomes: Sequence[Outcome], chosen: run.Plan) -> list[str]:
   for name in chosen.entries:
     reasons = [o.skipped[name] for o in outcomes if name in o.skipped]
     if name in chosen.named and len(reasons) == len(outcomes):
-      lines.append(f"{name} can't be run: {reasons[0]}")
+      why = "; ".join(dict.fromkeys(reasons))
+      lines.append(f"{name} can't be run: {why}")
   return lines
 
 

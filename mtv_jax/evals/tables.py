@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mtv_jax.evals.base import Result
@@ -14,6 +14,8 @@ from mtv_jax.evals.results import Outcome, jsonable
 NOTHING = "-"
 # Evaluations whose figures are neither better nor worse.
 DESCRIPTIONS = ("patch_pca",)
+# What must be equal beside the data for one figure to be called better.
+_RULES = ("protocol", "train_hash", "train_data_hash")
 _ABSENT = "(absent)"
 
 
@@ -29,6 +31,7 @@ class Row:
     chance: what a random encoder expects, in `unit`, if known.
     values: in `unit`, one an encoder; None where there is none, or none on
       the same data.
+    best: of several values under one protocol and training set, the best.
   """
 
   evaluation: str
@@ -37,14 +40,7 @@ class Row:
   lower: bool
   chance: float | None
   values: tuple[float | None, ...]
-
-  @property
-  def best(self) -> float | None:
-    """The best value, where there are several to choose from."""
-    known = [v for v in self.values if v is not None]
-    if len(known) < 2 or self.evaluation in DESCRIPTIONS:
-      return None
-    return min(known) if self.lower else max(known)
+  best: float | None
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[Row]:
@@ -85,14 +81,34 @@ def _row(
     there = value is not None and math.isfinite(value)
     return scale * value if there else None
 
+  values = tuple(scaled(r and r.metrics.get(metric)) for r in results)
+  comparable = name not in DESCRIPTIONS and _same_rules(results)
+  better = min if metric in holder.lower else max
   return Row(
     evaluation=name,
     metric=metric,
     unit=unit,
     lower=metric in holder.lower,
     chance=scaled(holder.chance.get(metric)),
-    values=tuple(scaled(r and r.metrics.get(metric)) for r in results),
+    values=values,
+    best=_best(values, better) if comparable else None,
   )
+
+
+def _same_rules(results: Sequence[Result | None]) -> bool:
+  """Whether all learnt from the same images by the same protocol."""
+  rules = [
+    [result.protocol.get(key) for key in _RULES] for result in results if result
+  ]
+  return all(rule == rules[0] for rule in rules)
+
+
+def _best(
+  values: Sequence[float | None], choose: Callable[[list[float]], float]
+) -> float | None:
+  """The best value, where there are several to choose from."""
+  known = [v for v in values if v is not None]
+  return choose(known) if len(known) > 1 else None
 
 
 def figure(value: float | None, unit: str) -> str:

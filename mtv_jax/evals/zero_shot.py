@@ -160,7 +160,9 @@ def match_classes(
   is how ImageNet's labels are defined.
 
   Raises:
-    ValueError: where a class of the data is not in the file.
+    ValueError: where a class of the data is not in the file, or two have one
+      name and nothing else tells them apart: their prompts would be equal, and
+      the second could never win.
   """
   if given is None:
     given = _own_prompts(data)
@@ -191,7 +193,20 @@ def _own_prompts(data: datasets.Labelled) -> prompts.Prompts:
       f"{data.name}: folders such as {numbered[0]} are WordNet ids and not "
       "names. Give a prompt file: tools/make_prompts.py writes ImageNet's"
     )
+  _require_distinct(data, [tokenizers.canonicalize(name) for name in names])
   return prompts.Prompts(classes=names)
+
+
+def _require_distinct(data: datasets.Labelled, names: Sequence[str]) -> None:
+  first: dict[str, int] = {}
+  for i, name in enumerate(names):
+    if first.setdefault(name, i) != i:
+      both = [(data.ids or data.classes)[k] for k in (first[name], i)]
+      raise ValueError(
+        f"{data.name}: the classes {both[0]!r} and {both[1]!r} are both "
+        f"{name!r} to a prompt, so no image of the second could be right. Give "
+        "a prompt file with 'ids' that tell them apart, or rename one"
+      )
 
 
 def _places(data: datasets.Labelled, given: prompts.Prompts) -> list[int]:
@@ -212,6 +227,7 @@ def _places(data: datasets.Labelled, given: prompts.Prompts) -> list[int]:
   else:
     known = [tokenizers.canonicalize(name) for name in given.classes]
     wanted = [tokenizers.canonicalize(name) for name in data.classes or ()]
+    _require_distinct(data, wanted)
   index: dict[str, int] = {}
   for i, key in enumerate(known):
     index.setdefault(key, i)

@@ -140,7 +140,7 @@ class ZeroShotSegmentation(Evaluator):
     return Result(metrics, protocol, chance, pictures=pictures)
 
   def _slide(self, encoder: Encoder) -> sliding.Slide:
-    scenes = segmentation_data.is_scenes(self.data)
+    scenes = datasets.is_scenes(self.data)
     default = encoder.preprocess.size if scenes else _SIZE
     size = segmentation_runs.window_size(encoder, self.size, default=default)
     return sliding.Slide(

@@ -1,10 +1,12 @@
 """Labelled data: folders with splits, scenes, and what is held out."""
 
+import json
+
 import numpy as np
 import pytest
 
 from mtv_jax.data import scenes
-from mtv_jax.evals import datasets
+from mtv_jax.evals import base, datasets
 from mtv_jax.evals.base import NotApplicable
 
 
@@ -55,6 +57,18 @@ def test_train_elsewhere(tree):
     datasets.train_and_test(train, train=test)
   with pytest.raises(ValueError, match="train and test are both"):
     datasets.train_and_test(train, train=train)
+
+
+def test_one_set_under_two_names(tree, tmp_path, monkeypatch):
+  root = tree("one", red=1, blue=1)
+  (tmp_path / "link").symlink_to(root)
+  monkeypatch.chdir(tmp_path)
+  for other in (tmp_path / "link", "one", f"{root}/../one/"):
+    with pytest.raises(ValueError, match="train and test are both .*one"):
+      datasets.train_and_test(root, train=other)
+  splits = tree("two", train__red=1, val__red=1)
+  with pytest.raises(ValueError, match="train and test are both .*train"):
+    datasets.train_and_test("two/train", train=splits)
 
 
 def test_half_unpacked(tree):
@@ -125,3 +139,104 @@ def test_captions_have_no_classes(shared_data):
   path = shared_data / "coco" / "annotations" / "captions_val2017.json"
   with pytest.raises(NotApplicable, match="captions and no classes"):
     datasets.labelled(path)
+
+
+@pytest.mark.parametrize(
+  "kind, images",
+  [
+    ("NYU", "nyu_images/1.jpg"),
+    ("KITTI", "training/image_2/0.png"),
+    ("SPair", "PairAnnotation/test/1.png"),
+    ("NAVI", "toy/wild_set/images/1.jpg"),
+    ("annotations/", "annotations/1.jpg"),
+    ("ADE20K", "ADEChallengeData2016/images/training/1.jpg"),
+  ],
+)
+def test_folders_of_another_kind_are_no_classes(
+  tmp_path, write_image, kind, images
+):
+  write_image(tmp_path / images, "red")
+  write_image(tmp_path / "others" / "1.png", "red")
+  for opener in (datasets.labelled, datasets.train_and_test):
+    with pytest.raises(NotApplicable, match=f"laid out as.*{kind}"):
+      opener(tmp_path)
+
+
+def test_frames_with_poses_are_no_class(tmp_path, write_image):
+  write_image(tmp_path / "seq-01" / "frame-000000.color.png", "red")
+  assert datasets.labelled(tmp_path).classes == ("seq-01",)
+  (tmp_path / "seq-01" / "frame-000000.pose.txt").write_text("")
+  with pytest.raises(NotApplicable, match="RGB-D sequences"):
+    datasets.labelled(tmp_path)
+
+
+def test_what_is_there_and_what_is_not(tmp_path):
+  """A reason to skip an evaluation, and a mistake."""
+  (tmp_path / "weights.onnx").write_text("")
+  boxes = tmp_path / "instances.json"
+  boxes.write_text(
+    json.dumps({"images": [{"id": 1}], "annotations": [{"bbox": []}]})
+  )
+  other = tmp_path / "other.json"
+  other.write_text("{}")
+  for opener in (datasets.labelled, datasets.captioned):
+    for path in (tmp_path, tmp_path / "weights.onnx", boxes, other):
+      if opener is datasets.captioned and path == boxes:
+        continue
+      with pytest.raises(NotApplicable):
+        opener(path)
+    with pytest.raises(FileNotFoundError, match="nothing there"):
+      opener(tmp_path / "nowhere")
+
+
+def test_boxes_are_no_captions(tmp_path):
+  path = tmp_path / "instances.json"
+  images = [{"id": 1, "file_name": "1.jpg"}]
+  boxes = [{"image_id": 1, "bbox": [0, 0, 1, 1]}]
+  path.write_text(json.dumps({"images": images, "annotations": boxes}))
+  with pytest.raises(NotApplicable, match="no 'caption'"):
+    datasets.captioned(path)
+
+
+_PROBES = {"knn", "few_shot", "linear_probe", "logistic", "mae_probe"}
+# Of each real folder, the evaluations that can run on it.
+_READY = {
+  "SPair-71k": {"semantic_correspondence", "patch_pca"},
+  "ade20k": {"zero_shot_segmentation", "patch_pca"},
+  "cifar10_jpg": {"zero_shot", "patch_pca", *_PROBES},
+  "coco": {"grounding", "patch_pca"},
+  "imagenet_samples": {"zero_shot", "patch_pca"},
+  "kitti_object": {"relative_depth"},
+  "nyuv2": {
+    "segmentation",
+    "zero_shot_segmentation",
+    "depth_probe",
+    "relative_depth",
+    "patch_pca",
+  },
+  "rgbd_7scenes": {"geometric_correspondence", "patch_pca"},
+  "tokenizers": set(),
+  "weights_fastestdet": set(),
+}
+# The sample of ADE20K has no training images.
+_INCOMPLETE = {("ade20k", "segmentation"): FileNotFoundError}
+
+
+def test_every_evaluation_on_every_real_folder(shared_data):
+  """Ready, or not applicable: what is no mistake must not look like one."""
+  wrong = {}
+  for folder, ready in _READY.items():
+    for name in base.EVALUATORS:
+      evaluator = base.build_evaluator(
+        name, {"data": str(shared_data / folder)}
+      )
+      want = None if name in ready else NotApplicable
+      want = _INCOMPLETE.get((folder, name), want)
+      try:
+        evaluator.prepare()
+        got = None
+      except Exception as error:
+        got = type(error)
+      if got is not want:
+        wrong[folder, name] = got, want
+  assert not wrong

@@ -20,6 +20,7 @@ from mtv_jax.evals import (
   probe,
   resizing,
 )
+from mtv_jax.evals.base import NotApplicable
 from mtv_jax.evals.depth_augment import Example
 from mtv_jax.evals.depth_probe import DepthProbe
 from mtv_jax.evals.depth_views import View
@@ -283,8 +284,25 @@ def test_options_are_checked():
     DepthProbe(crop="nyu_eigne")
   with pytest.raises(FileNotFoundError, match="nothing there"):
     DepthProbe(data="lost").prepare()
+  # Its small default options are those of the scenes, however they are named.
+  scenes = DepthProbe(data={"type": "scenes", "length": 2})
+  scenes.prepare()
+  assert len(scenes._set("train", 32).images) == 2
+  assert scenes._set("test", 32).images[0].shape == (32, 32, 3)
   built = build_evaluator("depth_probe", {"layers": [3], "every_steps": 1})
   assert built == DepthProbe(layers=(3,))
+
+
+@pytest.mark.parametrize(
+  "part",
+  ["training/velodyne/0.bin", "kitti_eigen_test_files_with_gt.txt"],
+)
+def test_kitti_is_not_probed(tmp_path, part):
+  path = tmp_path / part
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.touch()
+  with pytest.raises(NotApplicable, match="is KITTI.*relative_depth"):
+    DepthProbe(data=str(tmp_path)).prepare()
 
 
 def write_nyu(root, train=3, test=2):

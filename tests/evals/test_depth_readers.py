@@ -9,6 +9,7 @@ import pytest
 import scipy.io
 
 from mtv_jax.evals import depth_data, depth_sets, kitti, nyu
+from mtv_jax.evals.base import NotApplicable
 
 
 def write(path, values):
@@ -265,11 +266,14 @@ def test_colour_is_no_depth(bts):
 
 def test_nothing_of_the_kind(tmp_path):
   (tmp_path / "notes").mkdir()
-  with pytest.raises(FileNotFoundError, match="the folder holds notes/"):
+  with pytest.raises(NotApplicable, match="the folder holds notes/"):
     open_set(tmp_path)
+  (tmp_path / "captions.json").write_text("{}")
+  with pytest.raises(NotApplicable, match="a file of another kind"):
+    open_set(tmp_path / "captions.json")
   with pytest.raises(FileNotFoundError, match="nothing there"):
     open_set(tmp_path / "lost")
-  with pytest.raises(ValueError, match="nyu_depth_v2 gives metric depth"):
+  with pytest.raises(NotApplicable, match="nyu_depth_v2 give metric depth"):
     depth_sets.open_set({"type": "webdataset"}, split="test", size=32)
 
 
@@ -287,6 +291,22 @@ def test_scenes_are_exact_and_held_out():
   )
   assert test.digest != train.digest
   assert max(d.max() for d in test.depths) < depth_data.SCENES_MAX_DEPTH
+
+
+def test_scenes_as_a_source():
+  from mtv_jax.data import scenes
+
+  options = {"type": "scenes", "seed": 3, "length": 2}
+  for split, first in (("train", 2_000_000), ("test", 1_000_000)):
+    data = depth_sets.open_set(options, split=split, size=32)
+    scene = scenes.render(first + 1, size=32, seed=3)
+    assert (data.kind, len(data.depths)) == ("scenes", 2)
+    np.testing.assert_array_equal(data.depths[1], scene.depth)
+  data = depth_sets.open_set({**options, "size": 48}, split="test", size=32)
+  assert data.images[0].shape == (48, 48, 3)
+  other = depth_sets.open_set({"type": "scenes"}, split="test", size=32)
+  plain = open_set("scenes")
+  assert other.digest == plain.digest != data.digest
 
 
 def test_real_nyu(shared_data):

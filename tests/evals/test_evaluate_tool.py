@@ -292,6 +292,11 @@ def test_skipped_is_an_error_only_by_name(made, colours):
     "c can't be run: this encoder has no text tower"
   ]
   assert suite.errors([got], run.plan(["all"])) == []
+  # Several lack the same: said once. They lack different things: both.
+  line = "c can't be run: this encoder has no text tower"
+  assert suite.errors([got, got], plan) == [line]
+  lacks = dataclasses.replace(got, skipped={"c": "no depth head"})
+  assert suite.errors([got, lacks, got], plan) == [f"{line}; no depth head"]
   # Another encoder can: the floor beside it just lacks it.
   other = dataclasses.replace(got, skipped={}, results={"c": got.results["a"]})
   assert suite.errors([got, other], plan) == []

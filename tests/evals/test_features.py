@@ -1,6 +1,8 @@
 """Shared features: computed once, forgotten with the encoder and in time."""
 
+import dataclasses
 import gc
+import logging
 
 import numpy as np
 import pytest
@@ -110,3 +112,41 @@ def test_a_hash_that_does_not_tell_is_noticed(encoder, images):
   features.image(encoder, images, digest="a")
   with pytest.raises(ValueError, match="2 images .* 3 were encoded before"):
     features.image(encoder, images[:2], digest="a")
+
+
+def test_another_preprocessing_is_another_request(encoder, images):
+  first = features.image(encoder, images, digest="a").pooled
+  own = encoder.preprocess
+  encoder.preprocess = dataclasses.replace(own, mean=(0.1, 0.1, 0.1))
+  other = features.image(encoder, images, digest="a").pooled
+  assert len(encoder.asked) == 2
+  np.testing.assert_array_equal(
+    other, encoder.image(images, outputs=("pooled",)).pooled
+  )
+  assert np.abs(other - first).max() > 0.1
+  encoder.preprocess = own
+  assert features.image(encoder, images, digest="a").pooled is first
+
+
+def test_with_preprocess_shares_parameters(encoder, images):
+  other = dataclasses.replace(encoder.preprocess, mean=(0.1, 0.1, 0.1))
+  copied = encoder.with_preprocess(other)
+  assert type(copied) is type(encoder)
+  assert copied.params is encoder.params
+  assert (copied.preprocess, encoder.preprocess.mean[0]) == (other, 0.5)
+
+
+def test_what_is_not_kept_is_said_once(encoder, images, monkeypatch, caplog):
+  size = 3 * 192 * 4
+  monkeypatch.setattr(features, "BUDGET", size)
+  with caplog.at_level(logging.WARNING, "mtv_jax.evals.features"):
+    features.image(encoder, images, digest="a")
+    assert not caplog.records
+    for digest in ("b", "c"):
+      features.image(encoder, images, digest=digest)
+    assert len(caplog.records) == 1
+    assert "(3, 192) of the data a is the first to go" in caplog.text
+    # What is too large at once is said too, of each encoder.
+    monkeypatch.setattr(features, "BUDGET", size - 1)
+    features.image(Counting(), images, digest="d")
+  assert len(caplog.records) == 2

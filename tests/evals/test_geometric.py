@@ -8,6 +8,7 @@ import pytest
 
 from mtv_jax import baselines, sharding
 from mtv_jax.evals import build_evaluator, match_errors, posed
+from mtv_jax.evals.base import NotApplicable
 from mtv_jax.evals.geometric import GeometricCorrespondence
 from mtv_jax.evals.match_errors import Options, Scored
 from mtv_jax.evals.matching import Matches
@@ -205,6 +206,15 @@ def test_scenes(result):
   assert protocol["layer"] == -1
   assert protocol["final_norm"] is False
   assert len(protocol["data_hash"]) == 16
+  # Not the encoder's own, which is 64 x 64 bilinear.
+  assert protocol["preprocess"] == {
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "resize": "squash",
+    "size": 128,
+    "crop": "square around the depth",
+    "interpolation": "nearest",
+  }
   assert sum(protocol["pairs_by_angle"].values()) == 4
   assert result.pictures["matches"].shape == (256, 256, 3)
 
@@ -229,10 +239,10 @@ def test_features_after_the_final_norm(result, pixels):
 def test_exact_points_of_the_scenes_are_right():
   """Where a scene's own correspondence says that a point went, it is."""
   from mtv_jax.data import scenes
+  from mtv_jax.evals import scene_pairs
   from mtv_jax.evals.datasets import HELD_OUT_SCENES
-  from mtv_jax.evals.scene_pairs import posed_scenes
 
-  frames = posed_scenes(1)
+  frames = scene_pairs.posed_scenes(scene_pairs.series("scenes", count=1))
   first, second = (frames.read(i, 48) for i in (0, 1))
   pair = scenes.render_pair(HELD_OUT_SCENES, size=96)
   np.testing.assert_array_equal(first.image, pair.first.image)
@@ -264,8 +274,36 @@ def test_pair_lists_are_kept(tmp_path, pixels):
   path.write_text("\n".join(lines[:2]))
   again = GeometricCorrespondence(count=3, pairs=str(path))
   again.prepare()
-  assert again._set[1].pairs == drawn._set[1].pairs[:2]
-  assert again._set[2] != drawn._set[2]
+  assert again._set.drawn.pairs == drawn._set.drawn.pairs[:2]
+  assert again._set.digest != drawn._set.digest
+  # How the list of another was drawn is not known.
+  first, second = (each.run(pixels).protocol for each in (drawn, again))
+  how = {"pair_seed", "max_angle", "stride", "frames_without_partner"}
+  assert how <= first.keys()
+  assert not how & second.keys()
+  assert (first["pairs_are"], second["pairs_are"]) == (
+    "drawn",
+    "read from the list",
+  )
+  assert second["pair_list"] == "pairs.txt"
+
+
+def test_scenes_as_a_source(result):
+  """`{type="scenes"}` is what `scenes` is, unless it says otherwise."""
+  same = {"type": "scenes", "length": 4}
+  got = GeometricCorrespondence(data=same)._set
+  assert got.digest == result.protocol["data_hash"]
+  first = result.protocol["scenes"]["first"]
+  hashes = {got.digest}
+  for option in ({"seed": 3}, {"size": 64}, {"first": first + 1}):
+    other = GeometricCorrespondence(data={**same, **option})._set
+    hashes.add(other.digest)
+    side = other.frames.read(0, 48).image.shape[0]
+    assert side == option.get("size", 96)
+    assert other.frames.about["scenes"]["first"] == option.get("first", first)
+  assert len(hashes) == 4
+  with pytest.raises(NotApplicable, match="no depth and pose|gives no depth"):
+    GeometricCorrespondence(data={"type": "tfds", "name": "coco"}).prepare()
 
 
 def test_bad_options():

@@ -9,7 +9,7 @@ import pytest
 
 import mtv_jax
 from mtv_jax.encoder import Encoder
-from mtv_jax.evals import crops, global_features
+from mtv_jax.evals import crops, few_shot, global_features
 from mtv_jax.evals.examples import Images, Labelled
 from mtv_jax.models import model as models
 from mtv_jax.models.vit import ViTSpec
@@ -120,6 +120,44 @@ def test_views(cls):
     encoder = mtv_jax.load(f"pixels:{size}")
     found = global_features.view(encoder, "center").preprocess
     assert (found.resize_size, found.interpolation) == (resized, "bicubic")
+
+
+def test_views_follow_the_encoders_own_preprocessing():
+  encoder = mtv_jax.load("pixels:16/8")
+  first = global_features.view(encoder, "center")
+  encoder.preprocess = dataclasses.replace(
+    encoder.preprocess, mean=(0.1, 0.2, 0.3)
+  )
+  second = global_features.view(encoder, "center")
+  assert second.preprocess.mean == (0.1, 0.2, 0.3)
+  assert first.preprocess.mean == (0.5, 0.5, 0.5)
+
+
+def halfway(x, size):
+  """Bilinear along the first axis, half-pixel centres, two neighbours."""
+  at = (np.arange(size) + 0.5) * len(x) / size - 0.5
+  low = np.floor(at).astype(int)
+  share = (at - low).reshape(-1, *[1] * (x.ndim - 1))
+  below, above = (np.clip(low + i, 0, len(x) - 1) for i in (0, 1))
+  return x[below] * (1 - share) + x[above] * share
+
+
+@pytest.mark.parametrize("size, resized", [(28, 32), (24, 27)])
+def test_few_shot_sees_what_big_vision_shows(size, resized):
+  """resize(256)|central_crop(224) in proportion, of a wide image."""
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (90, 150, 3), np.uint8)
+  want = halfway(image.astype(float), resized)
+  want = halfway(want.swapaxes(0, 1), resized).swapaxes(0, 1)
+  start = (resized - size) // 2
+  want = want[start : start + size, start : start + size]
+  encoder = mtv_jax.load(f"pixels:{size}/4")
+  found = few_shot.FewShot(data="elsewhere")._view(encoder)
+  np.testing.assert_allclose(
+    found.preprocess(image), want / 127.5 - 1, atol=2e-4
+  )
+  assert few_shot.FewShot()._view(encoder) is encoder
+  assert found is global_features.view(encoder, "squash_center")
 
 
 def test_crops():

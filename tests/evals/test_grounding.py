@@ -123,6 +123,13 @@ def test_coco_layout(coco):
   assert one.digest != data.digest
 
 
+def test_scenes_as_a_source_are_held_out_too():
+  read = named_boxes.read({"type": "scenes", "length": 3})
+  assert read.digest == named_boxes.read("scenes", count=3).digest
+  other = named_boxes.read({"type": "scenes", "length": 3, "first": 5})
+  assert other.digest != read.digest
+
+
 def test_an_encoder_that_knows(coco):
   result = Grounding(data=str(coco), pictures=2).run(Painter())
   # Red has three boxes; in the second image the union of two is found.

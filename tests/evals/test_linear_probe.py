@@ -162,6 +162,17 @@ def test_crops_are_encoded_at_every_step(folder):
   assert result.protocol["preprocess"]["resize_size"] == 18
 
 
+def test_many_more_crops_than_images_are_asked_for_by_name(folder, caplog):
+  options = dict(data=str(folder), steps=101, train_batch=12, rates=(1.0,))
+  probe = linear_probe.LinearProbe(**options)
+  protocol = probe.run(mtv_jax.load("pixels:16/8")).protocol
+  assert protocol["augment"] == "none"
+  assert "101 steps of 12 crops are 101 times the 12" in caplog.text
+  args = dict(steps=101, batch=12, images=12)
+  assert probe._augmentation("crops", **args) == "crops"
+  assert probe._augmentation(None, **(args | {"steps": 100})) == "crops"
+
+
 def test_selection_on_a_part_of_the_training_images(folder):
   evaluator = linear_probe.LinearProbe(
     data=str(folder),

@@ -1,10 +1,15 @@
 """MAE's linear probe: LARS, batch norm and schedule against NumPy and torch."""
 
+import logging
+
 import numpy as np
 import pytest
 
 import mtv_jax
-from mtv_jax.evals import mae_probe, probe
+from mtv_jax import baselines
+from mtv_jax.data import scenes
+from mtv_jax.encoder import ImageFeatures
+from mtv_jax.evals import datasets, mae_probe, probe
 
 
 @pytest.fixture(scope="module")
@@ -94,28 +99,65 @@ def test_the_head_is_torchs(data, fitted):
   np.testing.assert_allclose(mae_probe.scores(fitted, data[0]), want, atol=2e-5)
 
 
-@pytest.mark.slow
+class SceneEncoder(baselines.PixelEncoder):
+  """Tells what a scene shows, of 16 held out and 60 to train on."""
+
+  def image(self, images, **kwargs):
+    split = {16: "test", 60: "train"}[len(images)]
+    labels = datasets.labelled("scenes", split=split, count=len(images)).labels
+    rows = np.eye(len(scenes.CLASS_NAMES), dtype=np.float32)[labels]
+    return ImageFeatures(rows, None, None, {})
+
+
 def test_scenes():
   result = mae_probe.MaeProbe(
-    count=16, train_count=32, epochs=4, warmup=1, train_batch=48
-  ).run(mtv_jax.load("pixels:16/8"))
-  # An epoch has a step at least, also where a batch spans several.
-  assert result.protocol["steps"] == 4
-  assert result.protocol["rate"] == pytest.approx(0.1 * 48 / 256)
+    count=16,
+    train_count=60,
+    epochs=200,
+    warmup=1,
+    train_batch=80,
+    base_rate=20.0,
+  ).run(SceneEncoder(16, 8))
+  # A batch has no image twice.
+  assert result.protocol["steps"] == 200
+  assert result.protocol["train_batch"] == 60
+  assert result.protocol["train_batch_asked"] == 80
+  assert result.protocol["rate"] == pytest.approx(20.0 * 60 / 256)
   assert result.protocol["augment"] == "none"
-  assert 0 <= result.metrics["top1"] <= result.metrics["top5"] <= 1
+  # All 16 right; chance is one in twenty.
+  assert result.metrics["top1"] == 1.0
+  assert result.chance["top1"] == 0.05
 
 
-def test_crops(tmp_path, write_image):
+@pytest.fixture
+def folder(tmp_path, write_image):
   for split in ("train", "val"):
     for name in ("red", "blue"):
       for i in range(2):
         write_image(tmp_path / split / name / f"{i}.png", name)
+  return str(tmp_path)
+
+
+def test_crops(folder, caplog):
+  caplog.set_level(logging.INFO, "mtv_jax.evals.classification")
   result = mae_probe.MaeProbe(
-    data=str(tmp_path), epochs=25, warmup=0, train_batch=8, base_rate=100.0
+    data=folder, epochs=25, warmup=0, train_batch=8, base_rate=200.0
   ).run(mtv_jax.load("pixels:16/8"))
   assert result.metrics["top1"] == 1.0
   assert result.protocol["augment"].startswith("random crop")
+  assert result.protocol["crops_encoded"] == 25 * 4
+  assert "encodes 100 random crops (25 steps of 4) of 4 training" in caplog.text
+
+
+def test_crops_of_more_than_a_hundred_epochs_are_not_the_default(
+  folder, caplog
+):
+  options = dict(data=folder, epochs=101, warmup=0, base_rate=200.0)
+  encoder = mtv_jax.load("pixels:16/8")
+  result = mae_probe.MaeProbe(**options).run(encoder)
+  assert result.protocol["augment"] == "none"
+  assert result.protocol["crops_encoded"] == 0
+  assert "101 times the 4 training images" in caplog.text
 
 
 def test_mistakes():

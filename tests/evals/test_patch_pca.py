@@ -145,6 +145,16 @@ def test_one_device_and_eight_agree():
     evaluator = PatchPca(count=5, size=24, pictures=2, batch_size=batch_size)
     got.append(evaluator.run(encoder))
   assert got[0].protocol["grid"] == [3, 3]
+  # Of the encoder's own, which is 16 x 16 bilinear, mean and std apply.
+  assert got[0].protocol["input_size"] == [24, 24]
+  assert got[0].protocol["preprocess"] == {
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "resize": "squash",
+    "size": 24,
+    "crop": "none",
+    "interpolation": "bicubic, antialiased (Pillow)",
+  }
   share = [result.metrics["explained_by_3"] for result in got]
   assert share[0] == pytest.approx(share[1], abs=1e-5)
   sheet = [result.pictures["pca"].astype(int) for result in got]

@@ -95,6 +95,27 @@ def test_crops_are_warped_whatever_the_preprocessing(pictures):
   np.testing.assert_allclose(got[:2], want, atol=1e-5)
 
 
+def test_the_protocol_says_how_pixels_were_prepared():
+  """Of an encoder that crops, only the mean and the like are kept."""
+  own = Preprocess(
+    size=32,
+    resize="shortest",
+    crop="center",
+    resize_size=36,
+    mean=(0.4, 0.5, 0.6),
+  )
+  encoder = build(MEAN, preprocess=own)
+  evaluator = Grounding(count=2, locate="none", regions="pool")
+  pooled = evaluator.run(encoder).protocol["preprocess"]
+  cropped = region_features.protocol(encoder, "crop")["preprocess"]
+  squashed = {"resize": "squash", "crop": "none", "resize_size": None}
+  assert pooled == {**own.to_dict(), **squashed, "of": "the whole image"}
+  assert cropped == {**own.to_dict(), **squashed, "of": "the box's pixels"}
+  # The prompter reads what the encoder reads.
+  asked = region_features.protocol(build(MEAN), "prompter")["preprocess"]
+  assert asked == {**Preprocess(size=32).to_dict(), "of": "the whole image"}
+
+
 def test_covered():
   got = region_features.covered(
     np.float32([0, 0.3, 0.5, 1.0]), np.float32([1, 0.6, 0.5, 1.0]), 4

@@ -99,6 +99,20 @@ def test_other_data_are_not_compared():
   assert row.values == (0.5, None) and row.best is None
 
 
+@pytest.mark.parametrize("key", ["protocol", "train_hash", "train_data_hash"])
+def test_only_figures_of_one_protocol_have_a_best(key):
+  def marked(value):
+    other = outcome("b", depth=0.25)
+    other.results["depth"].protocol[key] = value
+    mine = outcome("a")
+    mine.results["depth"].protocol[key] = "linear"
+    assert tables.rows([mine, other])[0].values == (0.5, 0.25)
+    return "**0.250 m**" in tables.markdown([mine, other])
+
+  assert marked("linear")
+  assert not marked("dpt")
+
+
 def test_protocols_are_told_once():
   shown = tables.protocol([outcome("a"), outcome("b")], "depth")
   # The encoder's own part is in the table of encoders.
@@ -226,15 +240,51 @@ def test_published_figures_only_on_their_data():
   assert [s.name for s in chart.series] == ["ours", "chance"]
 
 
+_NYU = {"images": 654, "crop": "nyu_eigen", "depth": "raw, mm"}
+_ADE = {"images": 2000, "classes": 150, "train_split": "train"}
+_COCO = {"images": 5000, "captions": 25_010}
+_NAVI = {"dataset": "NAVI", "subset": "wild_set", "pairs": 575}
+_SPAIR = {
+  "dataset": "SPair-71k",
+  "split": "test",
+  "classes": 18,
+  "threshold": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+  ("evaluation", "metric", "fits", "other"),
+  [
+    ("depth_probe", "rmse", _NYU, {"images": 100}),
+    ("depth_probe", "rmse", _NYU, {"crop": "none"}),
+    ("depth_probe", "rmse", _NYU, {"depth": "filled, mm"}),
+    ("segmentation", "miou", _ADE, {"train_split": "test"}),
+    ("segmentation", "miou", _ADE, {"train_split": None}),
+    ("segmentation", "miou", _ADE, {"images": 200}),
+    ("retrieval", "text_to_image_r1", _COCO, {"split": "val"}),
+    ("geometric_correspondence", "avg_recall", _NAVI, {"subset": "multiview"}),
+    ("geometric_correspondence", "avg_recall", _NAVI, {"pairs": 9}),
+    ("semantic_correspondence", "recall", _SPAIR, {"split": "val"}),
+    ("semantic_correspondence", "recall", _SPAIR, {"threshold": 0.05}),
+  ],
+)
+def test_rows_beside_figures_on_other_data_are_refused(
+  evaluation, metric, fits, other
+):
+  assert references.column(evaluation, metric, fits) is not None
+  assert references.column(evaluation, metric, {**fits, **other}) is None
+
+
 def test_published_columns():
-  nyu = {"images": 654}
+  nyu = _NYU
   assert references.column("depth_probe", "rmse", nyu) == "nyu"
-  assert references.column("depth_probe", "rmse", {"images": 100}) is None
+  mat = {**nyu, "depth": "raw (rawDepths), float32"}
+  assert references.column("depth_probe", "rmse", mat) == "nyu"
+  karpathy = {**_COCO, "split": "test"}
+  name = "image_to_text_r1"
+  assert references.column("retrieval", name, karpathy) == "coco_i2t"
+  assert references.column("depth_probe", "rmse", nyu) == "nyu"
   assert references.column("depth_probe", "delta1", nyu) is None
-  navi = {"dataset": "NAVI", "pairs": 575}
-  name = "geometric_correspondence"
-  assert references.column(name, "avg_recall", navi) == "navi"
-  assert references.column(name, "avg_recall", {**navi, "pairs": 9}) is None
 
 
 class Reader(html.parser.HTMLParser):

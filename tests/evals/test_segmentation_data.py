@@ -6,6 +6,7 @@ import pytest
 
 from mtv_jax.data import scenes
 from mtv_jax.evals import ade20k
+from mtv_jax.evals.base import NotApplicable
 from mtv_jax.evals.segmentation_data import NYU_CLASSES, segmented, things
 
 
@@ -102,9 +103,36 @@ def test_half_unpacked(ade):
     segmented(ade, split="test")
   with pytest.raises(FileNotFoundError, match="nothing there"):
     segmented(str(ade / "absent"), split="test")
-  (ade.parent / "other").mkdir()
-  with pytest.raises(FileNotFoundError, match="nyu_labels40"):
-    segmented(str(ade.parent / "other"), split="test")
+
+
+def test_parts_of_the_release_are_named(ade):
+  """By its name even an empty folder is ADE20K, whatever is missing."""
+  (ade / "images").rename(ade.parent / "elsewhere")
+  for data in (ade, ade.parent):
+    with pytest.raises(FileNotFoundError, match="missing  images/training"):
+      segmented(data, split="train")
+  renamed = ade.rename(ade.parent / "ade")
+  with pytest.raises(NotApplicable, match="the folder holds annotations/"):
+    segmented(renamed, split="train")
+  (ade.parent / "elsewhere").rename(renamed / "images")
+  assert len(segmented(renamed, split="train").images) == 3
+
+
+@pytest.mark.parametrize("images", ["val2017", "images"])
+def test_other_data_are_not_applicable(tmp_path, images):
+  """COCO has annotations/ too, and is no half of ADE20K."""
+  (tmp_path / images).mkdir()
+  (tmp_path / "annotations").mkdir()
+  (tmp_path / "annotations" / "instances_val2017.json").write_text("{}")
+  file = tmp_path / "captions.json"
+  file.write_text("{}")
+  with pytest.raises(NotApplicable, match="the folder holds annotations/"):
+    segmented(tmp_path, split="test")
+  for data in (file, "shards/{00..09}.tar"):
+    with pytest.raises(NotApplicable, match=r"another kind.*nyu_labels40"):
+      segmented(data, split="test")
+  with pytest.raises(NotApplicable, match="reads classes of pixels"):
+    segmented({"type": "tfds", "name": "coco"}, split="test")
 
 
 def test_nyu40(tmp_path):
@@ -138,8 +166,16 @@ def test_scenes_of_the_two_splits_are_apart():
     train.images[0], scenes.render(2_000_000, size=96).image
   )
   assert test.classes == scenes.SEGMENT_NAMES
-  with pytest.raises(ValueError, match="first"):
-    segmented({"type": "scenes", "first": 0}, split="test")
+  options = {"type": "scenes", "size": 48, "length": 3, "first": 1_000_100}
+  train, test = (segmented(options, split=s) for s in ("train", "test"))
+  assert len(train.images) == len(test.images) == 3
+  for data, number in ((train, 3_000_101), (test, 1_000_101)):
+    expected = scenes.render(number, size=48)
+    np.testing.assert_array_equal(data.images[1], expected.image)
+  some = segmented(options, split="test", count=1)
+  np.testing.assert_array_equal(some.images[0], test.images[1])
+  with pytest.raises(ValueError, match="Did you mean 'seed'"):
+    segmented({"type": "scenes", "sead": 0}, split="test")
   with pytest.raises(ValueError, match="split='val'"):
     segmented("scenes", split="val")
 

@@ -10,10 +10,10 @@ import PIL.Image
 import pytest
 
 from mtv_jax import baselines, sharding
-from mtv_jax.evals import build_evaluator, pck, spair
+from mtv_jax.data import scenes
+from mtv_jax.evals import build_evaluator, pck, scene_pairs, spair
 from mtv_jax.evals.base import NotApplicable
 from mtv_jax.evals.keypoints import KeyPointPair
-from mtv_jax.evals.scene_pairs import key_points
 from mtv_jax.evals.semantic import SemanticCorrespondence
 
 GRID, WIDTH = 6, 9
@@ -136,6 +136,15 @@ def test_what_is_right():
   assert POINT.mean(pairs) == pytest.approx(3 / 5)
   assert IMAGE.mean(pairs) == pytest.approx((3 / 4 + 0) / 2)
   assert POINT.mean(pairs[2:]) is None
+
+
+def test_published_rule_on_errors_worked_out_elsewhere():
+  errors = np.array([0.068718, 0.25, 0.194365])
+  for threshold, want in ((0.1, 1 / 3), (0.3, 1.0)):
+    rule = pck.Rule("point", threshold)
+    right = {0: rule.right(errors)}
+    got = pck.figures({("cat", None): (0,)}, right, rule=rule)
+    assert got["recall"] == pytest.approx(want, abs=1e-12)
 
 
 def test_chance_is_that_of_random_features():
@@ -332,6 +341,15 @@ def test_equal_pictures_are_found_again(spair_root, pixels):
   assert protocol["pairs"] == {"all": 4, "0": 1, "1": 2, "2": 1}
   assert protocol["points"] == 8
   assert protocol["grid"] == [16, 16]
+  # Not the encoder's own, which is 64 x 64 bilinear.
+  assert protocol["preprocess"] == {
+    "mean": list(pixels.preprocess.mean),
+    "std": list(pixels.preprocess.std),
+    "resize": "squash",
+    "size": 128,
+    "crop": "none: padded with white to a square first",
+    "interpolation": "bicubic, antialiased (Pillow)",
+  }
   # Most of that is what sampling and corners make of equal pictures.
   options["threshold"] = 0.05
   close = build_evaluator("semantic_correspondence", options).run(pixels)
@@ -369,7 +387,7 @@ def test_classes_in_portions_change_nothing(result, pixels, monkeypatch):
 
 
 def test_pairs_of_scenes_share_a_class():
-  data = key_points(40)
+  data = scene_pairs.key_points(scene_pairs.series("scenes", count=40))
   assert len(data.pairs) > 10
   for pair in data.pairs:
     assert pair.first != pair.second
@@ -381,6 +399,38 @@ def test_pairs_of_scenes_share_a_class():
     np.testing.assert_allclose(y[2] - y[1], 0.7 * (box[3] - box[1]))
   firsts = [p.first for p in data.pairs]
   assert len(set(firsts)) == len(firsts)
+
+
+def test_scenes_as_a_source(result, pixels):
+  """`{type="scenes"}` is what `scenes` is, unless it says otherwise."""
+  first = result.protocol["scenes"]["first"]
+  same = {"type": "scenes", "length": 40}
+  got = SemanticCorrespondence(data=same).run(pixels)
+  assert got.metrics == result.metrics
+  assert got.protocol["data_hash"] == result.protocol["data_hash"]
+  assert got.protocol["scenes"] == {"first": first, "seed": 0, "size": None}
+  few = {"type": "scenes", "length": 12}
+  hashes = {SemanticCorrespondence(data=few)._set[0].digest}
+  for option in ({"seed": 3}, {"size": 64}, {"first": first + 1}):
+    evaluator = SemanticCorrespondence(data={**few, **option})
+    data, _ = evaluator._set
+    hashes.add(data.digest)
+    number, seed = option.get("first", first), option.get("seed", 0)
+    want = scenes.render(number, size=option.get("size", 192), seed=seed)
+    np.testing.assert_array_equal(data.images[0], want.image)
+  assert len(hashes) == 4
+  with pytest.raises(ValueError, match="no option 'sizes'"):
+    SemanticCorrespondence(data={**same, "sizes": 3}).prepare()
+  with pytest.raises(NotApplicable, match="no key points in pairs"):
+    SemanticCorrespondence(data={"type": "tfds", "name": "coco"}).prepare()
+
+
+def test_too_few_scenes():
+  enough = len(scenes.CLASS_NAMES) + 1
+  message = f"2 of them .*no two main things.*count={enough} or more"
+  with pytest.raises(ValueError, match=message):
+    SemanticCorrespondence(count=2).prepare()
+  SemanticCorrespondence(count=enough).prepare()
 
 
 def test_no_points_at_all(spair_root, monkeypatch):

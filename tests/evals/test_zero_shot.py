@@ -1,13 +1,14 @@
 """Zero-shot classification: the classifier, its ties, and its data."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from mtv_jax.config import ConfigError
-from mtv_jax.data import sources
-from mtv_jax.encoder import normalize
+from mtv_jax.data import scenes, sources
+from mtv_jax.encoder import Encoder, ImageFeatures, normalize
 from mtv_jax.evals import build_evaluator, datasets, prompts
 from mtv_jax.evals.prompts import Prompts, read_prompts
 from mtv_jax.evals.zero_shot import (
@@ -178,6 +179,22 @@ def test_labels_of_a_source_are_places_in_the_file(monkeypatch):
     match_classes(data, Prompts(("zero", "one")), keep="all")
 
 
+def test_classes_of_one_name_are_refused(folder, write_image):
+  write_image(folder / "Red!" / "a.png", "red")
+  data = datasets.labelled(str(folder))
+  message = "classes 'Red!' and 'red' are both 'red' to a prompt"
+  with pytest.raises(ValueError, match=message):
+    match_classes(data, None, keep="all")
+  # Also where the file has the name twice: which is which?
+  named = Prompts(("red", "green", "blue", "red"), ("{}",), name="f")
+  with pytest.raises(ValueError, match=message):
+    match_classes(data, named, keep="all")
+  # By ids they are told apart.
+  named = dataclasses.replace(named, ids=("red", "green", "blue", "Red!"))
+  given, labels = match_classes(data, named, keep="all")
+  assert sorted(set(labels.tolist())) == [0, 1, 2, 3]
+
+
 def test_count_is_spread_over_the_classes(folder):
   data = datasets.labelled(str(folder), count=3)
   assert len(data.images) == 3
@@ -222,11 +239,35 @@ def test_build_evaluator_checks_its_options():
     ZeroShot(classes="presents")
 
 
-def test_scenes(colours):
-  result = ZeroShot(count=6).run(colours)
+class SceneEncoder(Encoder):
+  """Tells what the held-out scenes show, but for the first, and their names."""
+
+  def __init__(self):
+    self.source, self.weights = "scenes", "student"
+
+  def protocol(self):
+    return {"encoder": "scenes"}
+
+  def image(self, images, **kwargs):
+    shown = datasets.labelled("scenes", count=len(images)).labels.copy()
+    shown[0] = (shown[0] + 1) % len(scenes.CLASS_NAMES)
+    return ImageFeatures(self.rows(shown), None, None, {})
+
+  def text(self, strings, **kwargs):
+    names = [f" {name} " for name in scenes.CLASS_NAMES]
+    padded = [f" {s.lower().rstrip('.')} " for s in strings]
+    return self.rows([[n in s for n in names].index(True) for s in padded])
+
+  def rows(self, classes):
+    return np.eye(len(scenes.CLASS_NAMES), dtype=np.float32)[classes]
+
+
+def test_scenes():
+  result = ZeroShot(count=6).run(SceneEncoder())
   assert result.protocol["data"] == "scenes"
   assert result.protocol["images"] == 6
-  assert 0 <= result.metrics["top1"] <= 1
+  assert result.metrics["top1"] == pytest.approx(5 / 6)
+  assert result.chance["top1"] == 1 / len(scenes.CLASS_NAMES)
 
 
 @pytest.mark.reference
