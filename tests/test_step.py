@@ -291,7 +291,8 @@ def test_what_no_active_objective_reads_stays_where_it_is():
   assert np.abs(moved - params["image"]["patch_embed"]["kernel"]).max() > 0.01
 
 
-@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [2, 4])
 def test_gradients_in_parts_are_those_of_the_whole_batch(parts):
   recipe = two_objectives()
   mesh = sharding.make_mesh(dict(data=2), jax.devices()[:2])
@@ -314,6 +315,7 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(parts):
     assert error <= 1e-5 * np.linalg.norm(value) + 1e-8, name
 
 
+@pytest.mark.slow
 def test_encoder_norms_are_each_objective_s_own():
   recipe = two_objectives()
   mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])

@@ -133,6 +133,7 @@ def test_sharded_equals_one_device(alone, shape):
   assert reached > 0.8 * len(slopes)
 
 
+@pytest.mark.slow
 def test_the_first_losses_are_of_their_known_size(alone):
   losses, _ = alone
   # The error of a guess of zero, for targets of variance one.

@@ -122,7 +122,9 @@ def test_loss_and_gradient_equal_numpy(case):
     assert statistics == {}
 
 
-@pytest.mark.parametrize("target", ["sinkhorn", "centering"])
+@pytest.mark.parametrize(
+  "target", ["sinkhorn", pytest.param("centering", marks=pytest.mark.slow)]
+)
 def test_sharded_equals_single_device(target):
   objective = make(target=target, chunk=2)
   samples.assert_same_on_meshes(

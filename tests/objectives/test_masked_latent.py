@@ -134,7 +134,9 @@ def test_a_crop_counts_the_same_however_much_of_it_is_hidden():
   np.testing.assert_allclose(weights[0], 0.25)
 
 
-@pytest.mark.parametrize("target", ["sinkhorn", "centering"])
+@pytest.mark.parametrize(
+  "target", ["sinkhorn", pytest.param("centering", marks=pytest.mark.slow)]
+)
 def test_sharded_equals_single_device(target):
   objective = make(target=target, chunk=2)
   # The first devices have no masked patch at all.
