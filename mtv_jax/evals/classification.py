@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int
 from mtv_jax.encoder import Encoder
 from mtv_jax.evals import datasets, global_features, ranking, zero_shot
 from mtv_jax.evals.base import Evaluator
-from mtv_jax.evals.global_features import check_choice
+from mtv_jax.models.layers import check_choice
 
 SELECTIONS = ("val", "train_split")
 _TRAIN_SCENES, _TEST_SCENES = 800, 400

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
-from jaxtyping import Float32
 
 from mtv_jax.data import canvas, scenes
 from mtv_jax.evals import datasets, examples, scene_options
@@ -19,20 +18,10 @@ SPLITS = ("train", "test")
 SCENES_MAX_DEPTH = 20.0
 
 
-class DepthMaps(Sequence):
-  """Depth maps that are read when indexed, from any thread."""
+class DepthMaps(examples.Late):
+  """Depth maps in metres, float32 `[h, w]`, each of its image's size."""
 
-  def __init__(self, read: Callable[[int], np.ndarray], count: int):
-    self._read = read
-    self._count = count
-
-  def __len__(self) -> int:
-    return self._count
-
-  def __getitem__(self, index: int) -> Float32[np.ndarray, "h w"]:
-    if not 0 <= index < self._count:
-      raise IndexError(f"depth map {index} of {self._count}")
-    return self._read(index)
+  what = "depth map"
 
 
 @dataclasses.dataclass(frozen=True)

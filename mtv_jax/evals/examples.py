@@ -10,15 +10,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
 from mtv_jax.data import canvas
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-class Images(Sequence):
-  """Images that are read and decoded when indexed, from any thread."""
+class Late(Sequence):
+  """Arrays that are read when indexed, from any thread.
+
+  Args:
+    read: number to array.
+    count: how many there are.
+  """
+
+  what = "item"
 
   def __init__(self, read: Callable[[int], Any], count: int):
     self._read = read
@@ -27,10 +34,16 @@ class Images(Sequence):
   def __len__(self) -> int:
     return self._count
 
-  def __getitem__(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+  def __getitem__(self, index: int) -> np.ndarray:
     if not 0 <= index < self._count:
-      raise IndexError(f"image {index} of {self._count}")
+      raise IndexError(f"{self.what} {index} of {self._count}")
     return self._read(index)
+
+
+class Images(Late):
+  """uint8 images `[h, w, 3]`, each of its own size."""
+
+  what = "image"
 
 
 def files(paths: Sequence[str | os.PathLike]) -> Images:

@@ -38,6 +38,7 @@ from mtv_jax.evals import (
   scene_pairs,
 )
 from mtv_jax.evals.base import Evaluator, NotApplicable, Result
+from mtv_jax.models import layers
 
 _CHUNK = 32  # pairs whose views and features are held at a time
 
@@ -160,8 +161,8 @@ class GeometricCorrespondence(Evaluator):
   pictures: int = 0
 
   def __post_init__(self):
-    matching.check_choice("geometric", "norm", self.norm, matching.NORMS)
-    matching.check_choice("geometric", "subset", self.subset, navi.SUBSETS)
+    layers.check_choice("geometric: norm", self.norm, matching.NORMS)
+    layers.check_choice("geometric: subset", self.subset, navi.SUBSETS)
     matching.check_counts(
       "geometric",
       size=self.size,

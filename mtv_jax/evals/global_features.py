@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from mtv_jax.config import did_you_mean
 from mtv_jax.encoder import Encoder, ImageFeatures
 from mtv_jax.evals import features
 from mtv_jax.evals.examples import Labelled, subset
+from mtv_jax.models.layers import check_choice
 from mtv_jax.preprocess import Preprocess
 
 VIEWS = ("center", "squash_center", "encoder")
@@ -27,12 +27,6 @@ _CHUNK_BYTES = 2**29
 _views: weakref.WeakKeyDictionary[Encoder, dict[Preprocess, Encoder]] = (
   weakref.WeakKeyDictionary()
 )
-
-
-def check_choice(what: str, value: Any, choices: Sequence[Any]) -> None:
-  """Raises ValueError for a value of an option that is not one of its own."""
-  if value not in choices:
-    raise ValueError(f"{what}={value!r}. {did_you_mean(str(value), choices)}")
 
 
 def view(encoder: Encoder, name: str) -> Encoder:

@@ -27,7 +27,7 @@ from mtv_jax.evals import (
 from mtv_jax.evals.base import Result
 from mtv_jax.evals.classification import AUGMENTS, Classification
 from mtv_jax.evals.examples import Images
-from mtv_jax.evals.global_features import check_choice
+from mtv_jax.models.layers import check_choice
 
 RATES = tuple(m * 10.0**e for e in range(-5, -1) for m in (1, 2, 5)) + (0.1,)
 

@@ -26,7 +26,7 @@ from mtv_jax.encoder import Encoder, normalize
 from mtv_jax.evals import classification, probe
 from mtv_jax.evals.base import Result
 from mtv_jax.evals.classification import OneVector
-from mtv_jax.evals.global_features import check_choice
+from mtv_jax.models.layers import check_choice
 
 STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
 # Every fifth: 1e-6 to 1e4 in steps of 10^1.25.

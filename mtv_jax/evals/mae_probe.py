@@ -31,8 +31,8 @@ from mtv_jax.evals import (
 )
 from mtv_jax.evals.base import Result
 from mtv_jax.evals.classification import AUGMENTS, OneVector
-from mtv_jax.evals.global_features import check_choice
 from mtv_jax.evals.linear_probe import crops_of
+from mtv_jax.models.layers import check_choice
 
 _EPS = 1e-6
 _ROWS = 4096

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int
 
-from mtv_jax.config import did_you_mean
 from mtv_jax.encoder import Encoder, normalize
 from mtv_jax.evals import resizing
 
@@ -269,13 +268,3 @@ def check_counts(what: str, **values: int | None) -> None:
   for field, value in values.items():
     if value is not None and value < 1:
       raise ValueError(f"{what}: {field}={value}; expected at least 1")
-
-
-def check_choice(
-  what: str, field: str, value: str, choices: Sequence[str]
-) -> None:
-  """Raises ValueError for a value that is not among the choices."""
-  if value not in choices:
-    raise ValueError(
-      f"{what}: {field}={value!r}. {did_you_mean(value, choices)}"
-    )

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 
 from mtv_jax.config import did_you_mean
 from mtv_jax.data import scenes
@@ -78,20 +77,10 @@ NYU_CLASSES = (
 )
 
 
-class Maps(Sequence):
-  """Maps of classes that are read when indexed, from any thread."""
+class Maps(examples.Late):
+  """Maps of classes, uint8 `[h, w]`, each of its image's size."""
 
-  def __init__(self, read: Callable[[int], np.ndarray], count: int):
-    self._read = read
-    self._count = count
-
-  def __len__(self) -> int:
-    return self._count
-
-  def __getitem__(self, index: int) -> UInt8[np.ndarray, "h w"]:
-    if not 0 <= index < self._count:
-      raise IndexError(f"map {index} of {self._count}")
-    return self._read(index)
+  what = "map"
 
 
 @dataclasses.dataclass(frozen=True)

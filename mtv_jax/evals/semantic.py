@@ -38,6 +38,7 @@ from mtv_jax.evals import (
 )
 from mtv_jax.evals.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.keypoints import KeyPointPair, KeyPointPairs
+from mtv_jax.models import layers
 
 _REPORTS = ("means", "classes")
 # Pictures whose features are held at a time: 1.3 GB of ViT-L's at 50 x 50.
@@ -83,11 +84,10 @@ class SemanticCorrespondence(Evaluator):
   pictures: int = 0
 
   def __post_init__(self):
-    check = functools.partial(matching.check_choice, "semantic")
-    check("split", self.split, spair.SPLITS)
-    check("norm", self.norm, matching.NORMS)
-    check("aggregate", self.aggregate, pck.AGGREGATES)
-    check("report", self.report, _REPORTS)
+    layers.check_choice("semantic: split", self.split, spair.SPLITS)
+    layers.check_choice("semantic: norm", self.norm, matching.NORMS)
+    layers.check_choice("semantic: aggregate", self.aggregate, pck.AGGREGATES)
+    layers.check_choice("semantic: report", self.report, _REPORTS)
     matching.check_counts(
       "semantic",
       size=self.size,

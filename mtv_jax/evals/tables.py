@@ -212,6 +212,7 @@ def markdown_grid(rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_line(cells: Sequence[str]) -> str:
+  """One row of a Markdown table."""
   escaped = [c.replace("|", "\\|").replace("\n", " ") for c in cells]
   return f"| {' | '.join(escaped)} |"
 

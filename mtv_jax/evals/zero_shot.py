@@ -25,6 +25,7 @@ from mtv_jax.data import tokenizers
 from mtv_jax.encoder import Encoder, normalize
 from mtv_jax.evals import base, datasets, prompts, ranking
 from mtv_jax.evals.base import Evaluator, Result
+from mtv_jax.models import layers
 
 # Classes embedded at a time: 64 x 80 prompts are 16 MB of embeddings.
 _CLASSES = 64
@@ -55,8 +56,10 @@ class ZeroShot(Evaluator):
   batch_size: int = 64
 
   def __post_init__(self):
-    _check_choice("classes", self.classes, ("all", "present"))
-    _check_choice("clean", self.clean, ("tokenizer", "canonicalize"))
+    layers.check_choice("zero_shot: classes", self.classes, ("all", "present"))
+    layers.check_choice(
+      "zero_shot: clean", self.clean, ("tokenizer", "canonicalize")
+    )
 
   @functools.cached_property
   def _set(self) -> tuple[datasets.Labelled, prompts.Prompts, np.ndarray]:
@@ -242,10 +245,3 @@ def _places(data: datasets.Labelled, given: prompts.Prompts) -> list[int]:
 
 def _sorted_wnids(ids: Sequence[str], total: int) -> bool:
   return len(ids) == total and all(re.fullmatch(r"n\d{8}", i) for i in ids)
-
-
-def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
-  if value not in choices:
-    raise ValueError(
-      f"zero_shot: {field}={value!r}. {did_you_mean(value, choices)}"
-    )

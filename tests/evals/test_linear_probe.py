@@ -132,7 +132,7 @@ def test_scenes_whatever_the_batch_and_the_devices():
 def test_mistakes():
   for options, match in (
     ({"augment": "crop"}, "Did you mean 'crops'"),
-    ({"select": "test"}, "select='test'"),
+    ({"select": "test"}, "select is 'test'"),
     ({"average": ("of",)}, "Did you mean 'off'"),
     ({"blocks": (0,)}, "expected 1 or more"),
     ({"rates": ()}, "one value each at least"),

@@ -92,7 +92,7 @@ def test_mistakes():
   for options, match in (
     ({"strengths": (0.0,)}, "expected values above 0"),
     ({"normalize": "l1"}, "There are: l2, raw"),
-    ({"select": "test"}, "select='test'"),
+    ({"select": "test"}, "select is 'test'"),
   ):
     with pytest.raises(ValueError, match=match):
       logistic.Logistic(**options)
