@@ -20,7 +20,7 @@ $(VENV)/.dev: $(VENV)/.base
 
 $(VENV)/.reference: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -e '.[dev,reference,parquet]'
+	  -e '.[dev,reference,parquet,onnx,preflight]'
 	touch $@
 
 # Trains every objective on the built-in scenes, evaluates and exports it.

@@ -1,0 +1,1 @@
+"""Expert models that make labels, on the pod that trains with them."""
