@@ -15,7 +15,16 @@ import contextlib
 import jax
 from absl import app, flags
 
-from mtv_jax import config, endings, metrics, overrides, train, workdir
+from mtv_jax import (
+  compile_cache,
+  config,
+  endings,
+  hosts,
+  metrics,
+  overrides,
+  train,
+  workdir,
+)
 
 _CONFIG = flags.DEFINE_string(
   "config", None, "The recipe, with its arguments after a colon."
@@ -37,19 +46,12 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many there are.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.")
-
-
-def _join_hosts() -> None:
-  """`jax.distributed.initialize`, before anything else touches a device."""
-  if not (_DISTRIBUTED.value or _COORDINATOR.value):
-    return
-  given = [_COORDINATOR.value, _PROCESSES.value, _PROCESS.value]
-  if any(g is not None for g in given) and None in given:
-    raise app.UsageError(
-      "--coordinator, --processes and --process go together: got "
-      f"coordinator={given[0]}, processes={given[1]}, process={given[2]}."
-    )
-  jax.distributed.initialize(*given)
+_COMPILE_CACHE = flags.DEFINE_string(
+  "compile_cache",
+  "auto",
+  "Folder of compiled programs. 'auto' is WORKDIR/compiled, but none on a CPU; "
+  "'none' is none.",
+)
 
 
 def _parse(argv):
@@ -68,13 +70,19 @@ def main(argv):
     recipe = config.check(
       overrides.override(config.read(_CONFIG.value), _SET.value)
     )
-    _join_hosts()
+    hosts.join(
+      distributed=_DISTRIBUTED.value,
+      coordinator=_COORDINATOR.value,
+      processes=_PROCESSES.value,
+      process=_PROCESS.value,
+    )
     process = jax.process_index()
     metrics.setup_logging(process_index=process)
     alone = contextlib.nullcontext()
     if process == 0:
       alone = workdir.held(_WORKDIR.value)
     with alone:
+      compile_cache.turn_on(_COMPILE_CACHE.value, _WORKDIR.value)
       train.run(recipe, _WORKDIR.value)
 
 

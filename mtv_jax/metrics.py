@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import tensorboardX
 
+from mtv_jax.progress import duration
+
 log = logging.getLogger(__name__)
 
 WIDTH = 120
@@ -371,18 +373,3 @@ def number(value: float) -> str:
   if not 0.01 <= abs(value) < 1e5:
     return f"{value:.1e}"
   return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
-
-
-def duration(seconds: float) -> str:
-  """Two units: 42s, 3m12s, 5h07m, 2d03h; '?' where unknown."""
-  if not math.isfinite(seconds):
-    return "?"
-  left = round(seconds)
-  for unit, size, lower, smaller in [
-    ("d", 86400, "h", 3600),
-    ("h", 3600, "m", 60),
-    ("m", 60, "s", 1),
-  ]:
-    if left >= size:
-      return f"{left // size}{unit}{left % size // smaller:02d}{lower}"
-  return f"{left}s"

@@ -18,25 +18,18 @@ where it was when it is given again.
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from mtv_jax.data import annotations, label_values
-from mtv_jax.data.label_writer import LabelWriter, Summary
-from mtv_jax.data.sources import ArrayRecordSource, WebDatasetSource
+from mtv_jax.data import annotations, label_bases, label_values
+from mtv_jax.data.label_writer import LabelWriter
+from mtv_jax.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; 0 where it did what it was asked to."""
   args = _parser().parse_args(argv)
   try:
-    # Pictures alone: a set made for all of them also fits a source that
-    # leaves out those without a caption.
-    base = (
-      WebDatasetSource(args.base, index_dir=args.index_dir, captions="ignored")
-      if all(path.endswith(".tar") for path in args.base)
-      else ArrayRecordSource(args.base)
-    )
+    base = label_bases.open_base(args.base, index_dir=args.index_dir)
     if args.kind == "boxes":
       make = annotations.Instances(args.instances, match=args.match)
     else:
@@ -52,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     writer = LabelWriter(
       args.output, kind=args.kind, base=base, settings=make.settings
     )
-    summary = annotations.write(writer, make, progress=_progress())
+    summary = annotations.write(writer, make, progress=Progress(unit="records"))
   except (OSError, ValueError) as error:
     print(f"make_labels: {error}", file=sys.stderr)
     for note in getattr(error, "__notes__", ()):
       print(note, file=sys.stderr)
     return 1
-  _say_result(summary, args.kind, args.output)
+  print(summary.told(args.kind, args.output))
   return 0
 
 
@@ -129,38 +122,6 @@ def _parser() -> argparse.ArgumentParser:
       "--index_dir", help="of the tars' indices (default: beside them)"
     )
   return parser
-
-
-def _progress() -> Callable[[int, int], None]:
-  start = said = time.monotonic()
-  end = "\r" if sys.stderr.isatty() else "\n"
-  every = 0.5 if sys.stderr.isatty() else 10
-
-  def say(done: int, total: int) -> None:
-    nonlocal said
-    now = time.monotonic()
-    if now - said < every and done < total:
-      return
-    said = now
-    print(
-      f"{done:,} of {total:,} records,"
-      f" {done / max(now - start, 1e-3):,.0f} a second",
-      file=sys.stderr,
-      end=end,
-      flush=True,
-    )
-
-  return say
-
-
-def _say_result(summary: Summary, kind: str, out: str) -> None:
-  boxes = f" with {summary.boxes:,} boxes" if kind == "boxes" else ""
-  print(
-    f"\n{summary.labelled:,} of {summary.records:,} records have a label"
-    f"{boxes}, in {out}."
-  )
-  for reason, count in summary.reasons.most_common():
-    print(f"  {count:,} times: {reason}")
 
 
 if __name__ == "__main__":

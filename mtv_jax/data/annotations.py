@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from mtv_jax.config import did_you_mean
-from mtv_jax.data import label_sets, label_values
+from mtv_jax.data import label_bases, label_values
 from mtv_jax.data.label_sets import LabelError
 from mtv_jax.data.label_values import Outcome, no_label
 from mtv_jax.data.label_writer import Entry, LabelWriter, Summary
@@ -71,7 +71,8 @@ def write(
   Args:
     writer: for a base.
     make: the label of a record; is called by several threads.
-    progress: is called with the records done and all of them.
+    progress: is called with the records done and all of them, first before
+      anything is.
 
   Raises:
     LabelError: no record has a label; says what was looked for.
@@ -79,6 +80,7 @@ def write(
   done = len(writer.base)
   done -= sum(len(writer.numbers(shard)) for shard in writer.todo())
   total, first = len(writer.base), None
+  progress(done, total)
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
 
     def entries(shard: int) -> Iterator[Entry]:
@@ -102,7 +104,7 @@ def write(
 
 
 def _items(base: Any, shard: int, numbers: range) -> Iterator[Item]:
-  meta_of = _meta_of(base, shard)
+  meta_of = label_bases.meta_of(base, shard)
   for number in numbers:
     meta = meta_of(number)
     key = str(meta["key"])
@@ -114,25 +116,6 @@ def _items(base: Any, shard: int, numbers: range) -> Iterator[Item]:
       height, width = _size(base, number)
     image_id = str(meta.get("image_id", ""))
     yield Item(key, name, image_id, height, width)
-
-
-def _meta_of(base: Any, shard: int) -> Callable[[int], Mapping[str, Any]]:
-  """What is known of each record: its .json, or its line beside the shard."""
-  if hasattr(base, "meta"):
-    return base.meta
-  file = base.files[shard]
-  file = file.with_name(label_sets.stem(file) + "_meta.jsonl")
-  lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-  known = {meta["key"]: meta for meta in map(json.loads, lines)}
-
-  def meta_of(number: int) -> Mapping[str, Any]:
-    try:
-      key = base[number]["key"]
-    except BadRecord as error:
-      key = error.key
-    return known.get(key, {"key": key})
-
-  return meta_of
 
 
 def _size(base: Any, number: int) -> tuple[int, int]:

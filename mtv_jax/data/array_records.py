@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from jaxtyping import Int64
 
-from mtv_jax.data import paths, records
+from mtv_jax.data import atomic, paths, records
 from mtv_jax.data.open_files import OpenFiles
 from mtv_jax.data.records import BadRecord, Record
 
@@ -115,7 +115,7 @@ def write(
 def write_bytes(path: str | os.PathLike, items: Iterable[bytes]) -> int:
   """Writes encoded records, as `write` does, and returns how many."""
   path = Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  temporary = atomic.temporary(path)
   writer = _module().ArrayRecordWriter(str(temporary), _OPTIONS)
   count = 0
   try:

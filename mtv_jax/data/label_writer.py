@@ -2,7 +2,8 @@
 
 A shard's files appear when it is complete, and the manifest when all are: a
 run that was stopped goes on with the shards that are missing, and several can
-share the work by taking different ones.
+share the work by taking different ones. No file holds when, where or in which
+order it was made, so that the same labels are the same bytes.
 """
 
 import collections
@@ -12,15 +13,24 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mtv_jax.data import array_records, label_sets, label_values
+from mtv_jax.data import (
+  array_records,
+  atomic,
+  label_sets,
+  label_settings,
+  label_values,
+)
 from mtv_jax.data.label_sets import LabelError
 from mtv_jax.data.label_values import BoxLabel, Outcome
 from mtv_jax.data.records import BadRecord
+
+_THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +40,13 @@ class Entry:
   Attributes:
     key: of the record.
     outcome: its label, or why it has none.
+    image: `hash_image` of its picture, "" if that can't be read; None where
+      nobody has read it.
   """
 
   key: str
   outcome: Outcome
+  image: str | None = None
 
 
 @dataclasses.dataclass
@@ -64,9 +77,21 @@ class Summary:
 
   def to_dict(self) -> dict[str, Any]:
     """For JSON, the commonest reason first."""
-    return dataclasses.asdict(self) | {
-      "reasons": dict(self.reasons.most_common())
-    }
+    return dataclasses.asdict(self) | {"reasons": dict(self.ranked())}
+
+  def ranked(self) -> list[tuple[str, int]]:
+    """Reasons and counts, the commonest first, then by name."""
+    return sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
+
+  def told(self, kind: str, out: str | os.PathLike) -> str:
+    """For people, in a few lines."""
+    boxes = f" with {self.boxes:,} boxes" if kind == "boxes" else ""
+    lines = [
+      f"{self.labelled:,} of {self.records:,} records have a label{boxes}, in"
+      f" {out}."
+    ]
+    lines += [f"  {n:,} times: {reason}" for reason, n in self.ranked()]
+    return "\n".join(lines)
 
 
 class LabelWriter:
@@ -77,11 +102,11 @@ class LabelWriter:
     kind: "depth" or "boxes".
     base: the source, of tars or ArrayRecord files.
     settings: everything that decides what the labels are (JSON): where they
-      come from, thresholds, sizes. Shards of other settings are not kept.
+      come from, thresholds, sizes.
 
   Raises:
-    FileExistsError: the folder holds a finished set of another kind, of other
-      settings or for another base.
+    FileExistsError: the folder holds labels, finished or not, of another
+      kind, of other settings or for another base; says what differs.
     ValueError: the folder holds the base itself, or two shards of the base
       have the same name.
   """
@@ -99,23 +124,21 @@ class LabelWriter:
     self.out = Path(out).expanduser()
     self.kind = kind
     self.base = base
-    self._settings = dict(settings)
-    self._names = [label_sets.stem(file) for file in base.files]
+    self.names = [label_sets.stem(file) for file in base.files]
     self._check_names()
     self._ends = base.shards.tolist()
     self._starts = [0, *self._ends[:-1]]
+    described = label_settings.describe(kind, settings, base)
+    self._settings = described["settings"]
     what = json.dumps([label_sets.VERSION, kind, settings], sort_keys=True)
     self._made_by = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
     self.out.mkdir(parents=True, exist_ok=True)
-    todo = self.todo()
-    if todo and (self.out / label_sets.MANIFEST).exists():
-      raise FileExistsError(
-        f"{self.out} holds a finished label set, which is not this one: its"
-        " kind, settings or base differ. Remove it or give another folder."
-      )
+    label_settings.settle(self.out, described)
+    self._finished: set[int] = set()
+    self._check_images()
 
   def _check_names(self) -> None:
-    twice = [n for n, c in collections.Counter(self._names).items() if c > 1]
+    twice = [n for n, c in collections.Counter(self.names).items() if c > 1]
     if twice:
       raise ValueError(
         f"{len(twice)} names of shards ({', '.join(twice[:5])}) are there more"
@@ -128,19 +151,49 @@ class LabelWriter:
         " names: give a folder of their own."
       )
 
+  def _check_images(self) -> None:
+    """Compares a few images of the finished shards with those they had."""
+
+    def check(shard: int) -> None:
+      if not self.done(shard):
+        return
+      there, here = self._stats(shard)["samples"], self._samples(shard)
+      if there != here:
+        raise FileExistsError(
+          f"The labels of {self.names[shard]} in {self.out} were made for other"
+          " records (number, key, hash of the image; there -> here):\n "
+          f" {there} -> {here}\nRemove the folder to make them anew, or give"
+          " another one."
+        )
+
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+      list(pool.map(check, range(len(self.names))))
+
   def todo(self) -> list[int]:
     """The shards that are still to be written."""
-    return [i for i in range(len(self._names)) if not self._done(i)]
+    # One listing costs less than looking for each file.
+    there = set(os.listdir(self.out))
+    return [
+      i
+      for i in range(len(self.names))
+      if self._stats_file(i).name not in there or not self.done(i)
+    ]
 
-  def _done(self, shard: int) -> bool:
-    if not self._stats_file(shard).exists():
-      return False
-    stats = self._stats(shard)
-    return (
-      stats.get("made_by") == self._made_by
-      and stats.get("records") == self._ends[shard] - self._starts[shard]
-      and stats.get("samples") == self._samples(shard)
-    )
+  def done(self, shard: int) -> bool:
+    """Whether a shard is written, by whomever."""
+    if shard not in self._finished:
+      try:
+        stats = self._stats(shard)
+      except FileNotFoundError:
+        return False
+      records = len(self.numbers(shard))
+      if (stats.get("made_by"), stats.get("records")) != (
+        self._made_by,
+        records,
+      ):
+        return False
+      self._finished.add(shard)
+    return True
 
   def numbers(self, shard: int) -> range:
     """The numbers of a shard's records in the base."""
@@ -156,18 +209,20 @@ class LabelWriter:
     Raises:
       LabelError: there are more or fewer entries than records.
     """
-    summary, keys = Summary(), []
+    summary, keys, images = Summary(), [], []
 
     def encoded() -> Iterator[bytes]:
       for entry in entries:
         summary.add(entry.outcome)
         keys.append(entry.key)
+        images.append(entry.image)
         yield label_values.encode(entry.key, entry.outcome.label)
 
-    file = self.out / f"{self._names[shard]}.array_record"
+    file = self.out / f"{self.names[shard]}.array_record"
     stats_file = self._stats_file(shard)
-    # First of all: what these say would be of other labels for a moment.
-    stats_file.unlink(missing_ok=True)
+    if not self.done(shard):
+      # What these say would be of other labels for a moment.
+      stats_file.unlink(missing_ok=True)
     array_records.write_bytes(file, encoded())
     if len(keys) != (wanted := len(self.numbers(shard))):
       file.unlink()
@@ -177,30 +232,36 @@ class LabelWriter:
         " one without a label says so."
       )
     hashes = np.array([label_sets.hash_key(key) for key in keys], np.uint64)
-    _replace(self.out / f"{self._names[shard]}.keys.npy", _npy(hashes))
+    atomic.replace(self.out / f"{self.names[shard]}.keys.npy", _npy(hashes))
     stats = {
       "base": self.base.files[shard].name,
       **summary.to_dict(),
       "keys_hash": hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest(),
+      **({} if None in images else {"base_hash": _hash(keys, images)}),
       "samples": self._samples(shard),
       "made_by": self._made_by,
     }
-    _replace(stats_file, _json(stats))
+    atomic.replace(stats_file, _json(stats))
     return summary
 
   def finish(self) -> Summary:
     """Writes the manifest; the label set can be used from then on.
+
+    It has all settings, and of each shard what its labels were made for: a
+    hash of its keys, one of its keys and images (`base_hash`) where whoever
+    made the labels has read all images, and key and image of a few records.
+    Of several processes each may do this.
 
     Raises:
       LabelError: shards are missing, or no record at all has a label.
     """
     if todo := self.todo():
       raise LabelError(
-        f"{len(todo)} of {len(self._names)} shards have no labels yet"
-        f" ({self._names[todo[0]]}, ...): write them before the manifest."
+        f"{len(todo)} of {len(self.names)} shards have no labels yet"
+        f" ({self.names[todo[0]]}, ...): write them before the manifest."
       )
     total, shards = Summary(), []
-    for shard in range(len(self._names)):
+    for shard in range(len(self.names)):
       stats = self._stats(shard)
       shards.append({k: v for k, v in stats.items() if k != "made_by"})
       total.records += stats["records"]
@@ -208,19 +269,24 @@ class LabelWriter:
       total.boxes += stats["boxes"]
       total.reasons.update(stats["reasons"])
     if not total.labelled:
-      reasons = [f"{n} times {reason!r}" for reason, n in total.reasons.items()]
+      # Worth nothing, and so nothing to protect from other settings.
+      (self.out / label_settings.FILE).unlink(missing_ok=True)
+      reasons = [f"{n} times {reason!r}" for reason, n in total.ranked()]
       raise LabelError(
         f"None of the {total.records} records has a label:"
-        f" {'; '.join(reasons[:5])}. {self.out} holds nothing to train on."
+        f" {'; '.join(reasons[:5])}. {self.out} holds nothing to train on:"
+        " remove it."
       )
+    hashes = [shard.get("base_hash") for shard in shards]
     manifest = {
       "version": label_sets.VERSION,
       "kind": self.kind,
       "settings": self._settings,
+      **({} if None in hashes else {"base_hash": _hash(self.names, hashes)}),
       **total.to_dict(),
       "shards": shards,
     }
-    _replace(self.out / label_sets.MANIFEST, _json(manifest))
+    atomic.replace(self.out / label_sets.MANIFEST, _json(manifest))
     return total
 
   def _samples(self, shard: int) -> list[list[Any]]:
@@ -238,7 +304,7 @@ class LabelWriter:
     return samples
 
   def _stats_file(self, shard: int) -> Path:
-    return self.out / f"{self._names[shard]}_stats.json"
+    return self.out / f"{self.names[shard]}_stats.json"
 
   def _stats(self, shard: int) -> dict[str, Any]:
     return json.loads(self._stats_file(shard).read_text(encoding="utf-8"))
@@ -248,14 +314,13 @@ def _json(content: Any) -> bytes:
   return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
 
 
+def _hash(names: list[str], hashes: list[str]) -> str:
+  """One hash of what belongs to names, in their order."""
+  lines = "".join(f"{n}\0{h}\n" for n, h in zip(names, hashes, strict=True))
+  return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
+
+
 def _npy(array: np.ndarray) -> bytes:
   stream = io.BytesIO()
   np.save(stream, array, allow_pickle=False)
   return stream.getvalue()
-
-
-def _replace(file: Path, data: bytes) -> None:
-  """Atomically: a reader sees the whole file or none."""
-  temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-  temporary.write_bytes(data)
-  os.replace(temporary, file)

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -11,6 +12,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from jaxtyping import Int64
 
+from mtv_jax.config import did_you_mean
 from mtv_jax.data import paths, tar_index
 from mtv_jax.data.open_files import OpenFiles
 from mtv_jax.data.records import BadRecord, Record
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 _MAX_HOLE = 1 << 16
 # Keys of tars whose ranges overlap are compared up to this many records.
 _MAX_COMPARED = 2_000_000
+
+_CAPTIONS = ("required", "ignored", "optional")
 
 
 class WebDatasetSource:
@@ -40,7 +44,9 @@ class WebDatasetSource:
     path: brace ranges, globs, commas or a list; see `paths.expand`.
     index_dir: where the indices are kept; None for beside the tars.
     captions: "required" leaves out records that have neither .txt nor .json;
-      "ignored" takes every image, and its records have no captions.
+      "ignored" takes every image, and its records have no captions;
+      "optional" takes every image, with the captions that it has, perhaps
+      none: those that are missing, blank or can't be read.
 
   Attributes:
     fields: the record fields it gives.
@@ -62,19 +68,23 @@ class WebDatasetSource:
     index_dir: str | os.PathLike | None = None,
     captions: str = "required",
   ):
-    if captions not in ("required", "ignored"):
-      raise ValueError(f"captions={captions!r}; it is 'required' or 'ignored'.")
+    if captions not in _CAPTIONS:
+      raise ValueError(
+        f"captions={captions!r}. {did_you_mean(str(captions), _CAPTIONS)}"
+      )
     self._path = path
-    self._captions = captions == "required"
+    self._captions = captions
+    required = captions == "required"
     self._tars = tar_index.build_all(
       paths.expand(path, suffix=".tar"),
       index_dir=Path(index_dir).expanduser() if index_dir is not None else None,
     )
     self.files = tuple(t.tar for t in self._tars)
-    counts = [t.captioned if self._captions else t.count for t in self._tars]
+    counts = [t.captioned if required else t.count for t in self._tars]
     self.shards: Int64[np.ndarray, " tars"] = np.cumsum(counts, dtype=np.int64)
     self.name = _summary([t.tar.name for t in self._tars])
-    self.fields = frozenset(["key", "image"] + ["captions"] * self._captions)
+    fields = ["key", "image"] + ["captions"] * (captions != "ignored")
+    self.fields = frozenset(fields)
     self._report_skipped()
     _refuse_duplicates(self._tars)
     self._open = OpenFiles(
@@ -83,7 +93,9 @@ class WebDatasetSource:
     )
 
   def _report_skipped(self) -> None:
-    bare = sum(t.count - t.captioned for t in self._tars) * self._captions
+    bare = 0
+    if self._captions == "required":
+      bare = sum(t.count - t.captioned for t in self._tars)
     no_image = sum(t.no_image for t in self._tars)
     if not len(self):
       others = sum(t.others for t in self._tars)
@@ -118,25 +130,35 @@ class WebDatasetSource:
         bytes. Whether the bytes are an image shows when they are decoded.
       TarError: if the tar has changed since it was indexed.
     """
+    return self._read(i)[0]
+
+  def _read(self, i: SupportsIndex) -> tuple[Record, bytes | None]:
+    """Record `i`, and the bytes of its .json."""
     tar, at = self._locate(i)
     key, image, text, sidecar = tar.read(at)
     if not image:
       raise BadRecord(key, f"its image in {tar.path.name} has no bytes")
-    record = {"key": key, "image": image}
-    if self._captions:
-      record["captions"] = parse_captions(key, text, sidecar)
-    return record
+    record: Record = {"key": key, "image": image}
+    if self._captions != "ignored":
+      try:
+        record["captions"] = parse_captions(key, text, sidecar)
+      except BadRecord:
+        if self._captions == "required":
+          raise
+        record["captions"] = []
+    return record, sidecar
 
   def meta(self, i: SupportsIndex) -> dict[str, Any]:
     """What KEY.json says of record `i` (nothing if it is missing or no
     object), and its `key`."""
     tar, at = self._locate(i)
     key, _, _, sidecar = tar.read(at)
-    try:
-      fields = json.loads(sidecar or b"{}")
-    except ValueError:
-      fields = {}
-    return (fields if isinstance(fields, dict) else {}) | {"key": key}
+    return _parse_meta(key, sidecar)
+
+  def record_and_meta(self, i: SupportsIndex) -> Record:
+    """Record `i` with its `meta`, read at once; errors are those of both."""
+    record, sidecar = self._read(i)
+    return record | {"meta": _parse_meta(record["key"], sidecar)}
 
   def _locate(self, i: SupportsIndex) -> tuple["_OpenTar", int]:
     """The open tar of record `i`, and its number there."""
@@ -146,6 +168,14 @@ class WebDatasetSource:
     shard = int(np.searchsorted(self.shards, i, side="right"))
     first = int(self.shards[shard - 1]) if shard else 0
     return self._open.get(shard), i - first
+
+
+def _parse_meta(key: str, sidecar: bytes | None) -> dict[str, Any]:
+  try:
+    fields = json.loads(sidecar or b"{}")
+  except ValueError:
+    fields = {}
+  return (fields if isinstance(fields, dict) else {}) | {"key": key}
 
 
 def parse_captions(
@@ -193,16 +223,14 @@ class _OpenTar:
     self.path = index.tar
     self._entries, self._keys = index.open()
     self._fd = os.open(index.tar, os.O_RDONLY | os.O_CLOEXEC)
+    # Not __del__, which runs too late where the interpreter ends.
+    weakref.finalize(self, os.close, self._fd)
     size = os.fstat(self._fd).st_size
     if size != index.tar_size:
       raise TarError(
         f"{index.tar} has {size} bytes, it had {index.tar_size} when this run"
         " started: start again, so that it is indexed anew."
       )
-
-  def __del__(self):
-    if hasattr(self, "_fd"):
-      os.close(self._fd)
 
   def read(self, i: int) -> tuple[str, bytes, bytes | None, bytes | None]:
     """Key, and bytes of image, text and JSON."""

@@ -62,14 +62,17 @@ class Expert(Protocol):
     """
     ...
 
-  def run(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array]:
+  def run(
+    self, arrays: Mapping[str, np.ndarray]
+  ) -> Mapping[str, jax.Array | np.ndarray]:
     """Starts the model on `rows` records of one group.
 
     Args:
       arrays: each `[rows, ...]`, as `prepare` made them.
 
     Returns:
-      Arrays `[rows, ...]` on the devices.
+      Arrays `[rows, ...]` on the devices, or NumPy's of an expert that runs on
+      the host.
     """
     ...
 

@@ -21,10 +21,10 @@ from label_samples import (
   png,
 )
 
-from mtv_jax.data import array_records, label_sets
+from mtv_jax.data import array_records, label_sets, label_settings
 from mtv_jax.data.label_sets import LabelError, LabelSet
 from mtv_jax.data.label_values import no_label
-from mtv_jax.data.label_writer import Entry, LabelWriter
+from mtv_jax.data.label_writer import Entry, LabelWriter, Summary
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import WebDatasetSource, build_source
 
@@ -364,16 +364,13 @@ def test_writing_goes_on_where_it_stopped(made, tmp_path):
     writer.write(2, entries(1))
   again = LabelWriter(tmp_path, kind="depth", base=base, settings=settings)
   assert again.todo() == [0, 2]
-  other = LabelWriter(tmp_path, kind="depth", base=base, settings={"of": "x"})
-  assert other.todo() == [0, 1, 2]
-  # The same keys and counts, but other pictures.
-  photos = open_base(make_base(tmp_path / "other", first=100))
-  other = LabelWriter(tmp_path, kind="depth", base=photos, settings=settings)
-  assert other.todo() == [0, 1, 2]
   for shard in again.todo():
     again.write(shard, entries(shard))
   summary = again.finish()
   assert (summary.records, summary.labelled) == (10, 9)
+  before = (tmp_path / "manifest.json").read_bytes()
+  assert again.finish() == summary
+  assert (tmp_path / "manifest.json").read_bytes() == before
   for file in sorted(tmp_path.glob("*.json")):
     assert file.read_text() == (made / "depth" / file.name).read_text()
   for i in range(3):
@@ -388,11 +385,72 @@ def test_a_finished_set_is_not_written_over(made):
   LabelWriter(
     made / "depth", kind="depth", base=base, settings={"of": "the test"}
   )
-  for kind, settings in (("boxes", "the test"), ("depth", "another")):
-    with pytest.raises(FileExistsError, match="finished label set.*differ"):
+  for kind, settings, says in (
+    ("boxes", "the test", 'kind: "depth" -> "boxes"'),
+    ("depth", "another", 'settings.of: "the test" -> "another"'),
+  ):
+    with pytest.raises(FileExistsError, match="finished label set") as error:
       LabelWriter(
         made / "depth", kind=kind, base=base, settings={"of": settings}
       )
+    assert str(error.value).splitlines()[1:-1] == [f"  {says}"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_labels_of_other_settings_are_not_mixed(made, tmp_path, finished):
+  base = open_base(make_base(tmp_path, count=9))
+  settings = {"model": {"name": "a", "layers": (1, 2)}, "threshold": 0.1}
+  out = tmp_path / "out"
+  writer = LabelWriter(out, kind="depth", base=base, settings=settings)
+  for shard in range(3 if finished else 1):
+    numbers = writer.numbers(shard)
+    writer.write(
+      shard, [Entry(base[i]["key"], outcome("depth", i)) for i in numbers]
+    )
+  if finished:
+    writer.finish()
+    # As sets were before there was a settings.json.
+    (out / "settings.json").unlink()
+  # Tuples are lists in a file, and no difference.
+  LabelWriter(out, kind="depth", base=base, settings=settings)
+  other = {"model": {"name": "b", "layers": [1, 2]}, "nms": 0.5}
+  with pytest.raises(FileExistsError) as error:
+    LabelWriter(out, kind="depth", base=base, settings=other)
+  assert str(error.value).splitlines()[1:-1] == [
+    '  settings.model.name: "a" -> "b"',
+    "  settings.threshold: 0.1 -> none",
+    "  settings.nms: none -> 0.5",
+  ]
+  # One shard has a record more, and one is not given.
+  more = WebDatasetSource([made / f"base/0000{i}.tar" for i in (0, 2)])
+  with pytest.raises(FileExistsError) as error:
+    LabelWriter(out, kind="depth", base=more, settings=settings)
+  assert str(error.value).splitlines()[1:-1] == [
+    "  base.00001.tar: 4 -> none",
+    "  base.00002.tar: 1 -> 2",
+  ]
+  # The same keys and counts, but other pictures.
+  photos = open_base(make_base(tmp_path / "other", first=100, count=9))
+  with pytest.raises(FileExistsError, match="labels of 00000 .* other\n? ?rec"):
+    LabelWriter(out, kind="depth", base=photos, settings=settings)
+
+
+def test_settings_that_cannot_be_read(made, tmp_path):
+  (tmp_path / "settings.json").write_text("[]")
+  with pytest.raises(FileExistsError, match=r"can't be read \(a list\)"):
+    LabelWriter(
+      tmp_path, kind="depth", base=open_base(made / "base"), settings={}
+    )
+
+
+def test_many_differences_are_not_all_shown():
+  there = {"a": {str(i): i for i in range(30)}, "b": "x" * 99}
+  here = {"a": {str(i): -i for i in range(30)}, "b": "y"}
+  lines = list(label_settings.differences(there, here))
+  assert len(lines) == 30 and lines[0] == "a.1: 1 -> -1"
+  assert lines[-1] == f'b: "{"x" * 56}... -> "y"'
+  shown = label_settings.listed(lines).splitlines()
+  assert len(shown) == 14 and shown[-1] == "  ... and 18 more"
 
 
 def test_places_where_labels_cannot_go(made, tmp_path):
@@ -414,3 +472,47 @@ def test_a_set_without_any_label_is_refused(made, tmp_path):
       of=lambda kind, i: no_label("no file"),
     )
   assert not (tmp_path / "manifest.json").exists()
+  # Nothing is lost by another attempt, so other settings are not refused.
+  writer = LabelWriter(
+    tmp_path, kind="depth", base=open_base(made / "base"), settings={"b": 1}
+  )
+  assert writer.todo() == [0, 1, 2]
+
+
+def test_reasons_come_in_the_same_order():
+  summaries = [Summary(), Summary()]
+  for summary, order in zip(summaries, ("cab", "bca"), strict=True):
+    for reason in order + "c":
+      summary.add(no_label(reason))
+  assert list(summaries[0].to_dict()["reasons"]) == ["c", "a", "b"]
+  assert json.dumps(summaries[0].to_dict()) == json.dumps(
+    summaries[1].to_dict()
+  )
+
+
+def test_hashes_of_the_base(made, tmp_path):
+  base = open_base(made / "base")
+  manifests = []
+  for number, image in enumerate(("x", "y", None)):
+    out = tmp_path / f"{number}"
+    writer = LabelWriter(out, kind="depth", base=base, settings={})
+    images = [image if i == 5 else "" for i in range(COUNT)]
+    for shard in range(3):
+      writer.write(
+        shard,
+        [
+          Entry(base[i]["key"], outcome("depth", i), images[i])
+          for i in writer.numbers(shard)
+        ],
+      )
+    writer.finish()
+    manifests.append(json.loads((out / "manifest.json").read_text()))
+  first, second, unread = manifests
+  assert first["base_hash"] != second["base_hash"]
+  assert "base_hash" not in unread
+  assert ["base_hash" in s for s in unread["shards"]] == [True, False, True]
+  same = [
+    a["base_hash"] == b["base_hash"]
+    for a, b in zip(first["shards"], second["shards"], strict=True)
+  ]
+  assert same == [True, False, True]

@@ -326,7 +326,9 @@ def test_the_tool_from_shards_to_a_source(tmp_path, tool, format, capsys):
   assert tool.main(depth) == 0
   assert "3 of 5 records have a label, in" in capsys.readouterr().out
   assert tool.main([*depth, "--inverse"][:-2] + ["--side=16"]) == 1
-  assert "finished label set" in capsys.readouterr().err
+  said = capsys.readouterr().err
+  assert "finished label set" in said
+  assert "settings.side: 32 -> 16" in said
 
 
 def test_a_base_of_bare_tars_is_found_by_its_keys(tmp_path, tool):

@@ -175,8 +175,40 @@ def test_incomplete_groups_are_left_out_and_counted(tmp_path, caplog):
   assert images.fields == {"key", "image"}
   assert len(images) == 5
   assert images[4] == {"key": "bare", "image": b"i"}
-  with pytest.raises(ValueError, match="'required' or 'ignored'"):
-    WebDatasetSource(tmp_path / "x.tar", captions="none")
+  with pytest.raises(ValueError, match="'option'. Did you mean 'optional'"):
+    WebDatasetSource(tmp_path / "x.tar", captions="option")
+
+
+def test_captions_that_are_optional(tmp_path):
+  members = [
+    ("a.jpg", b"i"), ("a.txt", b"a text"), ("a.json", b'{"tags": ["t"]}'),
+    ("b.jpg", b"i"), ("b.txt", b" "),
+    ("c.jpg", b"i"), ("c.json", b"{"),
+    ("d.jpg", b"i"), ("d.json", b'{"url": "u", "key": "other"}'),
+    ("e.jpg", b""), ("e.txt", b"a text"),
+    ("f.jpg", b"i"),
+  ]  # fmt: skip
+  one(tmp_path, members)
+  source = WebDatasetSource(tmp_path / "x.tar", captions="optional")
+  assert source.fields == {"key", "image", "captions"}
+  found = [source[i] for i in (0, 1, 2, 3, 5)]
+  assert [r["key"] for r in found] == list("abcdf")
+  assert [r["captions"] for r in found] == [["a text"], [], [], [], []]
+  meta = [source.record_and_meta(i) for i in (0, 1, 2, 3, 5)]
+  assert [r.pop("meta") for r in meta] == [
+    {"tags": ["t"], "key": "a"}, {"key": "b"}, {"key": "c"},
+    {"url": "u", "key": "d"}, {"key": "f"},
+  ]  # fmt: skip
+  assert meta == found
+  # The key of one that can't be used is known.
+  with pytest.raises(BadRecord) as error:
+    source.record_and_meta(4)
+  assert error.value.key == "e"
+  ignored = WebDatasetSource(tmp_path / "x.tar", captions="ignored")
+  assert len(ignored) == len(source)
+  assert [ignored.meta(i) for i in range(6)] == [
+    source.meta(i) for i in range(6)
+  ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,175 @@
+"""Cheap experts and tars for tests of labelling; runs in processes of its own.
+
+python tests/labelling_samples.py KIND BASE OUT DELAY [COORDINATOR PROCESS]
+"""
+
+import functools
+import io
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtv_jax import endings, hosts
+from mtv_jax.data import label_bases
+from mtv_jax.data.label_values import make_boxes, make_depth
+from mtv_jax.data.records import BadRecord
+from mtv_jax.experts import labelling, placing
+from mtv_jax.experts.base import Prepared
+from mtv_jax.sharding import HostRows
+
+SHAPES = ((12, 18), (18, 12), (12, 12))
+# Rows of a tar of seven: a source has those without any caption last.
+ROWS = (1, 2, 3, 4, 5, 0, 6)
+
+
+class FakeDepth:
+  """A ramp from the top to the bottom, as bright as the image."""
+
+  kind = "depth"
+
+  def __init__(self, *, batch_size=2, delay=0.0, scale=2.0, side=16):
+    self.settings = {"of": "the test", "scale": scale, "side": side}
+    self._mesh, self._function = _compiled()
+    self.rows = batch_size * self._mesh.size
+    self._delay, self._side = delay, side
+    self._scale = placing.replicate(np.float32(scale), self._mesh)
+    self.groups = []
+
+  def prepare(self, image, record):
+    time.sleep(self._delay)
+    if record["key"].endswith("7"):
+      said = f"the number 7.5 ({b'x'!r}) of {image.shape}"
+      raise BadRecord(record["key"], said)
+    pixels = image.astype(np.float32) / 255
+    return Prepared(image.shape, {"image": pixels}, record["key"])
+
+  def run(self, arrays):
+    self.groups.append(arrays["image"].shape)
+    return self._function(self._scale, placing.rows(arrays, self._mesh))
+
+  def finish(self, outputs, meta):
+    del meta
+    return make_depth(outputs["depth"], side=self._side)
+
+
+@functools.cache
+def _compiled():
+  mesh = placing.local_mesh()
+  return mesh, placing.by_device(_ramps, mesh)
+
+
+def _ramps(scale, arrays):
+  brightness = arrays["image"].mean((1, 2, 3), keepdims=True)[..., 0]
+  height, width = arrays["image"].shape[1:3]
+  ramp = jnp.linspace(0, 1, height)[:, None] + jnp.linspace(0, 0.3, width)
+  return {"depth": 1 + scale * jnp.sin(brightness) * ramp}
+
+
+class FakeBoxes(FakeDepth):
+  """A box a phrase, at the brightness."""
+
+  kind = "boxes"
+
+  def prepare(self, image, record):
+    prepared = super().prepare(image, record)
+    phrases = [*record["captions"], *record["meta"].get("tags", [])]
+    return Prepared(prepared.group, prepared.arrays, phrases)
+
+  def finish(self, outputs, meta):
+    at = float(outputs["depth"][-1, -1]) % 0.5
+    boxes = [[at, 0.1 * i, at + 0.2, 0.1 * i + 0.2] for i in range(len(meta))]
+    scores = np.full(len(meta), at, np.float32)
+    return make_boxes(np.array(boxes).reshape(-1, 4), meta, scores)
+
+
+EXPERTS = {"depth": FakeDepth, "boxes": FakeBoxes}
+
+
+def make_tars(folder, *, shards=3, records=7, broken=True):
+  """Images of three shapes; in the first tar some that are broken."""
+  folder.mkdir(parents=True)
+  for shard in range(shards):
+    members = []
+    for row in range(records):
+      number = shard * records + row
+      draws = np.random.default_rng(number)
+      size = SHAPES[number % 5 % 3]
+      image = draws.integers(0, 255, (*size, 3), np.uint8)
+      data = cv2.imencode(".png", image)[1].tobytes()
+      if broken and shard == 0 and row in (1, 4, 5):
+        data = {1: data[:100], 4: b"", 5: b"no image %d" % number}[row]
+      key = f"{shard:05d}{row:04d}"
+      members.append((f"{key}.png", data))
+      if row % 3:
+        members.append((f"{key}.txt", b"a thing" if row % 2 else b" "))
+      if row % 2:
+        meta = {"tags": [f"tag {row}"], "key": "other"}
+        members.append((f"{key}.json", json.dumps(meta).encode()))
+    with tarfile.open(folder / f"{shard:05d}.tar", "w") as opened:
+      for name, data in members:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        opened.addfile(info, io.BytesIO(data))
+  return folder
+
+
+def open_base(folder):
+  return label_bases.open_base([f"{folder}/*.tar"], captions="optional")
+
+
+def contents(folder):
+  """Every file of a folder, by name."""
+  return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def launch(kind, base, out, *, delay=0.0, devices=1, join=()):
+  """Starts this file; it writes "ready" before it labels."""
+  root = pathlib.Path(__file__).resolve().parents[1]
+  env = {
+    **os.environ,
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
+    " --xla_backend_optimization_level=0",
+    "PYTHONPATH": str(root),
+  }
+  return subprocess.Popen(
+    [sys.executable, __file__, kind, base, out, str(delay), *join],
+    env=env,
+    cwd=root,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def free_port():
+  with socket.socket() as taken:
+    taken.bind(("localhost", 0))
+    return taken.getsockname()[1]
+
+
+def main(kind, base, out, delay, coordinator=None, process="0"):
+  """Labels, and says when it begins."""
+  hosts.join(
+    coordinator=coordinator,
+    processes=2 if coordinator else None,
+    process=int(process) if coordinator else None,
+  )
+  expert = EXPERTS[kind](delay=float(delay))
+  print("ready", flush=True)
+  host = HostRows(jax.process_index(), jax.process_count())
+  with endings.readable_errors("label"):
+    labelling.run(expert, open_base(base), out, host=host, threads=2)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
