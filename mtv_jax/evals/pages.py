@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import html as html_lib
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import numpy as np
-from PIL import Image
-
+from mtv_jax import html_pages
 from mtv_jax.evals import references, tables
 from mtv_jax.evals.report import Report
+from mtv_jax.html_pages import escape
 
 _QUOTED = (
   "Dashed: Table 5 of arXiv 2601.13886. Its protocols are published in part, "
@@ -87,46 +83,51 @@ def html(report: Report) -> str:
   body = ["<h1>Evaluation</h1>", _html_figures(report)]
   body += [f"<p class=note>{_CHANCE} {_NO_FIGURE}</p>"]
   if report.left_out:
-    body += [f"<p class=note>{_escape(_left_out(report))}</p>"]
+    body += [f"<p class=note>{escape(_left_out(report))}</p>"]
   if report.chart is not None:
-    body += [_image(report.chart, "Radar chart of the figures", kind="chart")]
+    body += [
+      html_pages.picture(
+        report.chart, "Radar chart of the figures", kind="chart"
+      )
+    ]
   else:
-    body += [f"<p class=note>No radar chart: {_escape(report.no_chart)}.</p>"]
+    body += [f"<p class=note>No radar chart: {escape(report.no_chart)}.</p>"]
   if report.quoted:
-    body += [f"<p class=note>{_QUOTED}</p>", _html_table(_published(report))]
-  encoders = _html_table(tables.encoder_rows(report.columns))
+    body += [
+      f"<p class=note>{_QUOTED}</p>",
+      html_pages.table(_published(report)),
+    ]
+  encoders = html_pages.table(tables.encoder_rows(report.columns))
   body += [f"<h2>Encoders</h2>{encoders}"]
   for title, lines in _not_run(report):
-    items = "".join(f"<li>{_escape(line)}</li>" for line in lines)
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     body += [f"<h2>{title}</h2><ul>{items}</ul>"]
   for name in tables.evaluations(report.columns):
-    body += [f"<h2 id='{_escape(name)}'>{_escape(name)}</h2>"]
+    body += [f"<h2 id='{escape(name)}'>{escape(name)}</h2>"]
     body += list(_html_sheets(report, name))
     body += [_html_protocol(report, name)]
-  return _PAGE.replace("BODY", "\n".join(body))
+  return html_pages.page("Evaluation", body, style=_STYLE)
 
 
 def _html_figures(report: Report) -> str:
   """The table of figures, a group of rows an evaluation."""
   names = [o.name for o in report.columns]
   header = ("evaluation", "metric", *names, "chance")
-  lines = [f"<tr>{''.join(f'<th>{_escape(c)}' for c in header)}</tr>"]
+  lines = [f"<tr>{''.join(f'<th>{escape(c)}' for c in header)}</tr>"]
   before = None
   for row in tables.rows(report.columns):
     first = row.evaluation != before
     before = row.evaluation
-    link = (
-      f"<a href='#{_escape(before)}'>{_escape(before)}</a>" if first else ""
-    )
-    metric = _escape(row.metric) + (" ↓" if row.lower else "")
+    link = f"<a href='#{escape(before)}'>{escape(before)}</a>" if first else ""
+    metric = escape(row.metric) + (" ↓" if row.lower else "")
     cells = [f"<td>{link}<td>{metric}"]
     for value in row.values:
       best = value is not None and value == row.best
-      shown = _escape(tables.with_unit(value, row.unit))
+      shown = escape(tables.with_unit(value, row.unit))
       cells.append(f"<td class=n>{f'<b>{shown}</b>' if best else shown}")
     chance = ""
     if row.chance is not None:
-      chance = _escape(tables.with_unit(row.chance, row.unit))
+      chance = escape(tables.with_unit(row.chance, row.unit))
     cells.append(f"<td class='n note'>{chance}")
     group = " class=first" if first else ""
     lines.append(f"<tr{group}>{''.join(cells)}</tr>")
@@ -140,10 +141,10 @@ def _html_sheets(report: Report, name: str) -> Iterator[str]:
   for picture in dict.fromkeys(s.name for s in sheets):
     figures = []
     for sheet in (s for s in sheets if s.name == picture):
-      title = _escape(f"{sheet.name}, {sheet.encoder}")
-      image = _image(sheet.picture, title)
+      title = f"{sheet.name}, {sheet.encoder}"
+      image = html_pages.picture(sheet.picture, title)
       figures.append(
-        f"<figure>{image}<figcaption>{title}</figcaption></figure>"
+        f"<figure>{image}<figcaption>{escape(title)}</figcaption></figure>"
       )
     several = " several" if len(figures) > 1 else ""
     yield f"<div class='sheets{several}'>{''.join(figures)}</div>"
@@ -152,74 +153,16 @@ def _html_sheets(report: Report, name: str) -> Iterator[str]:
 def _html_protocol(report: Report, name: str) -> str:
   shown = tables.protocol(report.columns, name)
   rows = [[key, tables.short(value)] for key, value in shown.common.items()]
-  parts = [_html_table([["protocol", ""], *rows])]
+  parts = [html_pages.table([["protocol", ""], *rows])]
   if shown.own:
     rows = [[k, *map(tables.short, values)] for k, values in shown.own.items()]
-    parts.append(_html_table([["differs", *shown.names], *rows]))
+    parts.append(html_pages.table([["differs", *shown.names], *rows]))
   return f"<details><summary>Protocol</summary>{''.join(parts)}</details>"
 
 
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
-  """A table of a header and rows."""
-
-  def line(cells, tag):
-    return f"<tr>{''.join(f'<{tag}>{_escape(c)}' for c in cells)}</tr>"
-
-  lines = [line(rows[0], "th"), *(line(row, "td") for row in rows[1:])]
-  return f"<div class=wide><table>{''.join(lines)}</table></div>"
-
-
-def _image(picture: np.ndarray, title: str, kind: str = "sheet") -> str:
-  """The picture within the page, in whichever format takes less."""
-  forms = {}
-  for name, options in (("PNG", {}), ("JPEG", {"quality": 90})):
-    data = io.BytesIO()
-    Image.fromarray(picture).save(data, name, **options)
-    forms[name] = data.getvalue()
-  best = min(forms, key=lambda name: len(forms[name]))
-  encoded = base64.b64encode(forms[best]).decode()
-  height, width = picture.shape[:2]
-  return (
-    f"<img class={kind} alt='{title}' width={width} height={height} "
-    f"src='data:image/{best.lower()};base64,{encoded}'>"
-  )
-
-
-def _escape(text: str) -> str:
-  return html_lib.escape(str(text))
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Evaluation</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; color: #18181c;
-  background: #fff; max-width: 1180px; margin: 2em auto; padding: 0 1.2em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
-table { border-collapse: collapse; margin: .6em 0; }
-th, td { text-align: left; vertical-align: top; padding: .18em .9em .18em 0;
-  overflow-wrap: anywhere; }
-th { border-bottom: 2px solid #18181c; }
-th, td:first-child { white-space: nowrap; }
-tr.first td { border-top: 1px solid #ccc; }
+_STYLE = """tr.first td { border-top: 1px solid #ccc; }
 .figures td, .figures th { white-space: nowrap; }
-td.n, .figures th + th + th { text-align: right; padding-left: .5em;
-  font-variant-numeric: tabular-nums; }
-.note { color: #666; }
-.wide { overflow-x: auto; }
-img { max-width: 100%; height: auto; }
+.figures th + th + th { text-align: right; padding-left: .5em; }
 .sheets { display: flex; flex-wrap: wrap; gap: 1.2em; align-items: start; }
-figure { margin: .6em 0; max-width: 100%; } figcaption { color: #666; }
 .several figure { max-width: calc(50% - .6em); }
-summary { cursor: pointer; color: #0050a0; }
-a { color: #0050a0; text-decoration: none; }
-</style>
-</head>
-<body>
-BODY
-</body>
-</html>
 """

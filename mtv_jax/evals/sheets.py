@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-_INK, _PAPER = (24, 24, 28), (255, 255, 255)
+from mtv_jax.drawing import GAP, INK, PAPER, fit, font, length, shorten
+from mtv_jax.drawing import LINE as _LINE
+
 _OWN = (0, 140, 90)
-_GAP, _LINE, _TEXT = 8, 17, 13
 _FRAME = 4
 
 
@@ -36,13 +37,13 @@ def panels(
       f"panels: rows have lengths {sorted(lengths)}; expected one length, not 0"
     )
   head = _LINE + 4 if titles else 0
-  side = size + _GAP
+  side = size + GAP
   columns = lengths.pop()
-  shape = (columns * side - _GAP, head + len(rows) * side - _GAP)
-  sheet = Image.new("RGB", shape, _PAPER)
+  shape = (columns * side - GAP, head + len(rows) * side - GAP)
+  sheet = Image.new("RGB", shape, PAPER)
   draw = ImageDraw.Draw(sheet)
   for i, title in enumerate(titles):
-    draw.text((i * side + 2, 1), title, _INK, _font())
+    draw.text((i * side + 2, 1), title, INK, font())
   for j, row in enumerate(rows):
     for i, picture in enumerate(row):
       fitted = fit(picture, size)
@@ -50,19 +51,6 @@ def panels(
       y = head + j * side + (size - fitted.height) // 2
       sheet.paste(fitted, (x, y))
   return np.asarray(sheet)
-
-
-def fit(picture: UInt8[np.ndarray, "h w 3"], size: int) -> Image.Image:
-  """The picture at its own shape, its longer side `size`.
-
-  Small ones are enlarged to whole multiples in squares, so that the patches
-  of a feature map stay to be seen.
-  """
-  image = Image.fromarray(picture)
-  scale = size / max(image.size)
-  smooth = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
-  shape = [max(1, round(side * scale)) for side in image.size]
-  return image.resize(shape, smooth)
 
 
 def captions_found(
@@ -87,9 +75,9 @@ def captions_found(
     top: how many to show.
     size: side of a picture.
   """
-  width = size + 4 * _GAP + 460
-  height = max(size, (top + 1) * _LINE + _GAP) + _GAP
-  sheet = Image.new("RGB", (width, height * len(images)), _PAPER)
+  width = size + 4 * GAP + 460
+  height = max(size, (top + 1) * _LINE + GAP) + GAP
+  sheet = Image.new("RGB", (width, height * len(images)), PAPER)
   draw = ImageDraw.Draw(sheet)
   for i, image in enumerate(images):
     y = i * height
@@ -101,14 +89,14 @@ def captions_found(
       shown.append((rank, order[rank]))
     for k, (rank, j) in enumerate(shown):
       mine = bool(own[i, j])
-      ink = _OWN if mine else _INK
-      x, line = size + _GAP, y + k * _LINE
+      ink = _OWN if mine else INK
+      x, line = size + GAP, y + k * _LINE
       if mine:
         box = (x, line + 2, x + 5, line + _LINE - 3)
         draw.rectangle(box, fill=_OWN)
       head = f"{rank + 1}.  {scores[i, j]:.3f}  "
-      words = _shorten(head + captions[j], width - x - 2 * _GAP)
-      draw.text((x + 10, line), words, ink, _font())
+      words = shorten(head + captions[j], width - x - 2 * GAP)
+      draw.text((x + 10, line), words, ink, font())
   return np.asarray(sheet)
 
 
@@ -134,18 +122,18 @@ def images_found(
     top: how many to show.
     size: side of a picture.
   """
-  side = size + _GAP
+  side = size + GAP
   top = min(top, len(images))
-  width = max(top * side - _GAP, 520)
+  width = max(top * side - GAP, 520)
   height = _LINE + 4 + side
-  sheet = Image.new("RGB", (width, height * len(captions)), _PAPER)
+  sheet = Image.new("RGB", (width, height * len(captions)), PAPER)
   draw = ImageDraw.Draw(sheet)
   for i, caption in enumerate(captions):
     order = np.argsort(-scores[i], kind="stable")
     rank = int(np.flatnonzero(order == owner[i])[0])
     tail = "" if rank < top else f"  (own image: rank {rank + 1})"
-    words = _shorten(caption, width - _font().getlength(tail)) + tail
-    draw.text((0, i * height), words, _INK, _font())
+    words = shorten(caption, width - length(tail)) + tail
+    draw.text((0, i * height), words, INK, font())
     for k, j in enumerate(order[:top]):
       x, y = k * side, i * height + _LINE + 2
       shown = fit(images[int(j)], size)
@@ -154,20 +142,6 @@ def images_found(
         frame = (x, y, x + shown.width - 1, y + shown.height - 1)
         draw.rectangle(frame, outline=_OWN, width=_FRAME)
   return np.asarray(sheet)
-
-
-def _shorten(words: str, width: int | float) -> str:
-  """On one line, cut where it does not fit."""
-  words = " ".join(words.split())
-  if _font().getlength(words) <= width:
-    return words
-  while words and _font().getlength(words + " ...") > width:
-    words = words[:-1]
-  return words.rstrip() + " ..."
-
-
-def _font() -> ImageFont.FreeTypeFont:
-  return ImageFont.load_default(_TEXT)
 
 
 def unit_colours(

@@ -1,0 +1,1 @@
+"""What to look at in label sets before training on them."""
