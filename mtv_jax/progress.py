@@ -70,7 +70,8 @@ class Progress:
     count = f"{done:,} of {total:,} {self._unit}"
     speed = f"{pace:,.0f} a second" if pace >= 10 else f"{pace:.1f} a second"
     eta = duration((total - done) / pace if known else math.nan)
-    tail = [count, *([speed] if known else []), f"eta {eta}"]
+    left = [f"eta {eta}"] if done < total else []
+    tail = [count, *([speed] if known else []), *left]
     if not self._tty:
       print(percent.strip(), *tail, sep=", ", file=self._stream, flush=True)
       return

@@ -481,7 +481,7 @@ def test_the_tool_writes_sheet_page_and_statistics(labelled, tool, capsys):
   both = [f"--depth={labelled}/depth", f"--boxes={labelled}/boxes"]
   tool.main([*options, *both, "--count=9", "--size=96", "--seed=1"])
   said = capsys.readouterr().out
-  assert "boxes of boxes: 9 of 10 records have a label (90.0 %)" in said
+  assert "boxes from boxes: 9 of 10 records have a label (90.0 %)" in said
   assert "look at depth: 11.1 % of the maps are nearly constant" in said
   with Image.open(out / "sheet.png") as drawn:
     assert drawn.format == "PNG"

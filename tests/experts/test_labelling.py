@@ -616,7 +616,7 @@ def test_progress():
   assert log.getvalue().splitlines() == [
     "25.0%, 500 of 2,000 images, 3.3 a second, eta 7m30s",
     "75.0%, 1,500 of 2,000 images, 50 a second, eta 10s",
-    "100.0%, 2,000 of 2,000 images, 52 a second, eta 0s",
+    "100.0%, 2,000 of 2,000 images, 52 a second",
   ]
   lines = screen.getvalue().split("\r")
   assert lines[0] == " 20.0% [####................] 400 of 2,000 images  eta ?"

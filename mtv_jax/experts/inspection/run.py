@@ -123,7 +123,7 @@ def inspect(
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       return list(pool.map(draw, chosen))
 
-  names = [f"{kind} of {found['folder']}" for kind, found in gathered.items()]
+  names = [f"{kind} from {found['folder']}" for kind, found in gathered.items()]
   title = f"{', '.join(data)}: {', '.join(names)}"
   picture = sheet.draw(drawn(size), title=title, size=size)
   Image.fromarray(picture).save(folder / "sheet.png")
@@ -158,7 +158,7 @@ def terminal(summary: Mapping[str, Any]) -> str:
     read = found["read"]
     share = percent(found["labelled"] / max(found["records"], 1))
     lines.append(
-      f"{kind} of {found['folder']}: {found['labelled']:,} of"
+      f"{kind} from {found['folder']}: {found['labelled']:,} of"
       f" {found['records']:,} records have a label ({share});"
       f" {read['records']:,} labels read"
     )
