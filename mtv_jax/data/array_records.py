@@ -125,6 +125,7 @@ def write_bytes(path: str | os.PathLike, items: Iterable[bytes]) -> int:
         count += 1
     finally:
       writer.close()
+    atomic.to_disk(temporary)
     os.replace(temporary, path)
   except BaseException:
     temporary.unlink(missing_ok=True)

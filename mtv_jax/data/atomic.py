@@ -94,11 +94,24 @@ def temporary(file: pathlib.Path) -> pathlib.Path:
   return file.with_name(f".{file.name}.{me()}.{next(_numbers)}.tmp")
 
 
+def to_disk(file: pathlib.Path) -> None:
+  """Waits until a file's bytes are on the disk.
+
+  Else a machine that fails may keep a new name and lose what is in it.
+  """
+  handle = os.open(file, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
 def replace(file: pathlib.Path, data: bytes) -> None:
   """Writes a file; a reader sees the whole of it or what was there before."""
   aside = temporary(file)
   try:
     aside.write_bytes(data)
+    to_disk(aside)
     os.replace(aside, file)
   except BaseException:
     aside.unlink(missing_ok=True)

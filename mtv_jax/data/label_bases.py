@@ -69,5 +69,6 @@ def _lines(base: Any, shard: int) -> dict[str, Mapping[str, Any]]:
   """The lines of NAME_meta.jsonl beside a shard, by key."""
   file = base.files[shard]
   file = file.with_name(label_sets.stem(file) + "_meta.jsonl")
-  lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-  return {meta["key"]: meta for meta in map(json.loads, lines)}
+  # Not splitlines, which also cuts where a caption holds U+2028.
+  lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+  return {meta["key"]: meta for meta in map(json.loads, filter(None, lines))}

@@ -31,6 +31,8 @@ TOP = 65535
 # Fewer labelled pixels say nothing about a picture: a scale and a shift are
 # fitted to them.
 MIN_VALID = 16
+# So many pixels a side hold that many.
+MIN_SIDE = 4
 # Area averages of a constant map differ in the last bits of float32.
 _CONSTANT = 1e-5
 # Rounded annotations may end this far outside without being wrong.

@@ -171,13 +171,16 @@ class LabelWriter:
 
   def todo(self) -> list[int]:
     """The shards that are still to be written."""
-    # One listing costs less than looking for each file.
+    # One listing costs less than looking for each file. A shard without one
+    # of its files is made again, whoever took it away.
     there = set(os.listdir(self.out))
-    return [
-      i
-      for i in range(len(self.names))
-      if self._stats_file(i).name not in there or not self.done(i)
-    ]
+    todo = []
+    for i in range(len(self.names)):
+      if there.issuperset(self._files(i)) and self.done(i):
+        continue
+      self._finished.discard(i)
+      todo.append(i)
+    return todo
 
   def done(self, shard: int) -> bool:
     """Whether a shard is written, by whomever."""
@@ -185,6 +188,8 @@ class LabelWriter:
       try:
         stats = self._stats(shard)
       except FileNotFoundError:
+        return False
+      if not all((self.out / file).exists() for file in self._files(shard)):
         return False
       records = len(self.numbers(shard))
       if (stats.get("made_by"), stats.get("records")) != (
@@ -302,6 +307,10 @@ class LabelWriter:
       image = label_sets.hash_image(record["image"])
       samples.append([at, record["key"], image])
     return samples
+
+  def _files(self, shard: int) -> tuple[str, ...]:
+    name = self.names[shard]
+    return f"{name}.array_record", f"{name}.keys.npy", f"{name}_stats.json"
 
   def _stats_file(self, shard: int) -> Path:
     return self.out / f"{self.names[shard]}_stats.json"

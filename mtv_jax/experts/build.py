@@ -47,8 +47,15 @@ def build_expert(
     raise ValueError(f"expert={kind!r}. {did_you_mean(str(kind), KINDS)}")
   path = pathlib.Path(weights).expanduser()
   name = _module_name(path)
-  load = importlib.import_module(f"mtv_jax.experts.{name}").load_expert
-  parameters = inspect.signature(load).parameters
+  module = importlib.import_module(f"mtv_jax.experts.{name}")
+  load = module.load_expert
+  of_kind = getattr(module, "OF_KIND", {})
+  others = {key for k, keys in of_kind.items() if k != kind for key in keys}
+  parameters = {
+    key: parameter
+    for key, parameter in inspect.signature(load).parameters.items()
+    if key not in others
+  }
   given = _phrases(dict(options or {}), parameters)
   _check_options(given, parameters, name)
   if "kind" in parameters:

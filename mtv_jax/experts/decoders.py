@@ -157,7 +157,6 @@ def find(name: str) -> Decoder:
 
   Raises:
     ValueError: for a name that is none, or of something else.
-    ImportError: for a module that there is not.
   """
   if name in DECODERS:
     return DECODERS[name]
@@ -167,7 +166,13 @@ def find(name: str) -> Decoder:
       " your own."
     )
   module, _, attribute = name.partition(":")
-  found = getattr(importlib.import_module(module), attribute, None)
+  try:
+    found = getattr(importlib.import_module(module), attribute, None)
+  except ModuleNotFoundError as error:
+    raise ValueError(
+      f"decoder={name!r}: {error}. The module must be one that Python finds:"
+      " set PYTHONPATH to its folder."
+    ) from error
   if not isinstance(found, Decoder) or isinstance(found, type):
     raise ValueError(
       f"decoder={name!r} is {found!r}; expected an object with what `Decoder`"

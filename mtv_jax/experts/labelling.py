@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
-from mtv_jax.data import label_bases
+from mtv_jax.data import atomic, label_bases
 from mtv_jax.data.label_writer import Entry, LabelWriter, Summary
 from mtv_jax.experts import batching
 from mtv_jax.experts.base import Expert
@@ -127,10 +127,12 @@ class _Job:
         self._writer.write(shard, self._entries(shard))
       except FileNotFoundError:
         # This process slept so long that another one took the shard over and
-        # cleaned up; what that one made is the same.
-        if not self._writer.done(shard):
+        # cleaned up; what that one makes, or has made, is the same.
+        holder = self._claims.holder(self._writer.names[shard])
+        lost = holder is not None and holder.owner != atomic.me()
+        if not (lost or self._writer.done(shard)):
           raise
-      return True
+      return self._writer.done(shard)
 
   def _entries(self, shard: int) -> Iterator[Entry]:
     total = len(self._writer.base)

@@ -26,19 +26,21 @@ from jaxtyping import PyTree, UInt8
 from mtv_jax import compiled, loading
 from mtv_jax.data import label_values
 from mtv_jax.data.label_values import Outcome
-from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.data.records import Record
 from mtv_jax.encoder import Encoder
 from mtv_jax.experts import detections, placing
+from mtv_jax.experts import phrases as phrases_lib
 from mtv_jax.experts.base import Prepared
 from mtv_jax.experts.detections import Detections
 from mtv_jax.experts.phrases import Phrases
 from mtv_jax.models import layers
 from mtv_jax.models.heads import unit
 
-NO_PHRASES = "boxes: no phrases to look for"
-# Phrases of a record are filled up to a power of two from here on: one program
-# is compiled for each.
-_LEAST = 8
+# Options that only experts of this kind have.
+OF_KIND = {
+  "depth": ("side",),
+  "boxes": ("phrases", "threshold", "nms", "max_boxes", "min_side", "max_area"),
+}
 
 
 class OwnDepth:
@@ -72,7 +74,11 @@ class OwnDepth:
       encoder.mesh,
     )
     self._mesh = encoder.mesh
-    self.settings = {**_settings(encoder, self._params), "side": side}
+    self.settings = {
+      **_settings(encoder, self._params),
+      "batch_size": rows // encoder.mesh.size,
+      "side": side,
+    }
 
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
@@ -128,6 +134,7 @@ class OwnBoxes:
     self._params = _params(encoder, ["locator", "prompter", "grounding"])
     self.settings = {
       **_settings(encoder, self._params),
+      "batch_size": rows // encoder.mesh.size,
       "phrases": dict(phrases.settings),
       **options,
     }
@@ -150,10 +157,8 @@ class OwnBoxes:
     vocabulary = self._phrases.vocabulary
     if vocabulary is not None:
       return Prepared("vocabulary", {"images": pixels}, meta=vocabulary)
-    phrases = tuple(self._phrases(record))
-    if not phrases:
-      raise BadRecord(str(record["key"]), NO_PHRASES)
-    count = max(_LEAST, 1 << (len(phrases) - 1).bit_length())
+    phrases = phrases_lib.required(self._phrases, record)
+    count = phrases_lib.padded(len(phrases))
     tokens = np.zeros((count, self._length), np.int32)
     tokens[: len(phrases)] = self._tokenizer.encode(phrases, self._length)
     return Prepared(count, {"images": pixels, "tokens": tokens}, meta=phrases)
@@ -290,9 +295,10 @@ def load_expert(
       an option is out of its range.
   """
   layers.check_choice("own: kind", kind, label_values.KINDS)
-  if batch_size < 1 or side < 2:
+  if batch_size < 1 or side < label_values.MIN_SIDE:
     raise ValueError(
-      f"batch_size={batch_size} and side={side}; expected at least 1 and 2"
+      f"batch_size={batch_size} and side={side}; expected at least 1 and"
+      f" {label_values.MIN_SIDE}"
     )
   options = detections.check_options(
     threshold=threshold,
@@ -303,8 +309,8 @@ def load_expert(
   )
   if kind == "boxes" and phrases is None:
     raise ValueError(
-      "boxes are looked for by phrases: give phrases=build_phrases(...) of"
-      " mtv_jax.experts.phrases, such as 'ngrams' or a vocabulary's file"
+      "boxes are looked for by phrases: give --phrases, such as ngrams or a"
+      " vocabulary's file (in Python, phrases=build_phrases(...))"
     )
   mesh = placing.local_mesh() if mesh is None else mesh
   encoder = loading.load(folder, dtype=dtype, mesh=mesh)

@@ -33,6 +33,9 @@ from mtv_jax.experts import words
 
 # OWLv2's. The 10-grams of a caption of 35 words are about as many; a caption
 # of COCO has some 50.
+# Why a record without phrases has no boxes.
+NOTHING = "boxes: no phrases to look for"
+_LEAST = 8
 MAX_PHRASES = 300
 MAX_WORDS = 10
 
@@ -247,7 +250,13 @@ class _Function:
   @functools.cached_property
   def _function(self) -> Callable[[Record], Iterable[str]]:
     module, _, name = self.source.partition(":")
-    function = getattr(importlib.import_module(module), name, None)
+    try:
+      function = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+      raise ValueError(
+        f"phrases={self.source!r}: {error}. The module must be one that Python"
+        " finds: set PYTHONPATH to its folder."
+      ) from error
     if not callable(function):
       raise ValueError(
         f"phrases={self.source!r}: {module} has no function {name!r}."
@@ -271,6 +280,26 @@ def _public(module: str) -> list[str]:
   return [name for name in names if not name.startswith("_")]
 
 
+def required(phrases: Phrases, record: Record) -> tuple[str, ...]:
+  """What to look for in a record.
+
+  Raises:
+    BadRecord: there is nothing.
+  """
+  found = tuple(phrases(record))
+  if not found:
+    raise BadRecord(str(record["key"]), NOTHING)
+  return found
+
+
+def padded(count: int) -> int:
+  """To how many phrases a record's are filled up: a power of two, 8 at least.
+
+  One program is compiled for each.
+  """
+  return max(_LEAST, 1 << (count - 1).bit_length())
+
+
 def hash_phrases(phrases: Sequence[str]) -> str:
   """64 bits of a list of phrases in its order, in hexadecimal."""
   text = "\n".join(phrases)
@@ -284,18 +313,23 @@ def _checked(record: Record, found: Any, what: str, limit: int) -> list[str]:
   if wrong := [item for item in found if not isinstance(item, str)]:
     raise BadRecord(
       str(record["key"]),
-      f"phrases: {what} has {wrong[0]!r} ({type(wrong[0]).__name__})"
-      " where a string should be",
+      # Not what it is: a reason is counted, and each would have its own.
+      f"phrases: {what} has a {type(wrong[0]).__name__} where a string should"
+      " be",
     )
   return _distinct(found, limit)
 
 
 def _distinct(phrases: Iterable[str], limit: int) -> list[str]:
-  """The first `limit` that say something new, with single spaces."""
+  """The first `limit` that say something new, with single spaces.
+
+  Half of a character, as a cut JSON string has it, becomes a question mark.
+  """
   kept: dict[str, str] = {}
   for phrase in phrases:
     if len(kept) >= limit:
       break
+    phrase = phrase.encode("utf-8", "replace").decode()
     if plain := canonicalize(phrase):
       kept.setdefault(plain, " ".join(phrase.split()))
   return list(kept.values())

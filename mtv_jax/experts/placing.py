@@ -21,7 +21,10 @@ from mtv_jax import sharding, trees
 
 def local_mesh() -> Mesh:
   """`(data, fsdp, tensor)` of this host's devices, all of them on `data`."""
-  return sharding.make_mesh({"data": -1}, jax.local_devices())
+  # In any order: they exchange nothing. One host's part of a pod need not be
+  # what `make_mesh` takes for a whole machine.
+  devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
+  return Mesh(devices, sharding.AXES)
 
 
 def replicate(params: PyTree, mesh: Mesh) -> PyTree:

@@ -17,6 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from mtv_jax import config as config_lib
+from mtv_jax.models import attention as attention_lib
 
 # What the backward pass finds saved of each block; it recomputes the rest.
 # 'dots' keeps every matrix product, the attention logits included;
@@ -106,7 +107,7 @@ class Attention(nn.Module):
     )
     qkv = qkv.reshape(b, n, self.heads, 3, d // self.heads)
     q, k, v = (qkv[:, :, :, i] for i in range(3))
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+    y = attention_lib.attend(q, k, v, causal=self.causal)
     out = nn.Dense(d, dtype=self.dtype, kernel_init=kernel_init, name="out")
     return out(y.reshape(b, n, d))
 

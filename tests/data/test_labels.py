@@ -378,6 +378,10 @@ def test_writing_goes_on_where_it_stopped(made, tmp_path):
     assert (tmp_path / name).read_bytes() == (
       made / "depth" / name
     ).read_bytes()
+  # A file that somebody has removed is made again, not told of for ever.
+  (tmp_path / "00001.array_record").unlink()
+  assert again.todo() == [1]
+  assert not again.done(1)
 
 
 def test_a_finished_set_is_not_written_over(made):

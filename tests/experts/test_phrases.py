@@ -96,6 +96,16 @@ def test_other_tags_are_a_bad_record(wrong):
     build_phrases("tags")(record(tags=wrong))
 
 
+def test_half_of_a_character_can_be_written():
+  (phrase,) = build_phrases("tags")(record(tags=["dog \ud83d"]))
+  assert phrase.encode() == b"dog ?"
+
+
+def test_a_module_that_there_is_not():
+  with pytest.raises(ValueError, match="PYTHONPATH"):
+    build_phrases("no_such_module:function")
+
+
 def test_a_vocabulary_is_closed(tmp_path, caplog):
   file = tmp_path / "names.txt"
   file.write_text("cat\n\n  traffic  light\nCat\ndog \n", encoding="utf-8")
