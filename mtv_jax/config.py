@@ -138,8 +138,14 @@ SCHEMA = {
   "ema": Maybe({"decay": 0.9999}),
   # Fixed, as SILC found that annealing stops text; `end` is DINOv2's cosine.
   "teacher": {"momentum": 0.996, "end": Maybe(float)},
-  "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-  "sharding": (),  # (regex, axis of each trailing dimension).
+  # dcn: how many parts of an axis lie on different slices, see make_mesh.
+  "mesh": {
+    "data": -1,
+    "fsdp": 1,
+    "tensor": 1,
+    "dcn": {"data": -1, "fsdp": 1, "tensor": 1},
+  },
+  "sharding": (),  # (regex, axis or axes of each trailing dimension).
   "init": Maybe(
     {
       "path": str,

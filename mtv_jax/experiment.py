@@ -100,7 +100,7 @@ def build_recipe(config: ConfigDict, total_steps: int) -> recipe_lib.Recipe:
     log.warning("No objective reads text: config.model.text is left out.")
     config.model.text = None
   spec = model_lib.ModelSpec.from_config(config.model)
-  return recipe_lib.Recipe(
+  recipe = recipe_lib.Recipe(
     spec=spec,
     dtype=jnp.dtype(options.pop("dtype", "float32")),
     runtime=options,
@@ -113,6 +113,13 @@ def build_recipe(config: ConfigDict, total_steps: int) -> recipe_lib.Recipe:
     teacher_end=config.teacher.end,
     ema_decay=config.ema.decay if config.ema else None,
     accumulate=config.accumulate,
+  )
+  if not config.optim.rules:
+    return recipe
+  shapes = recipe_lib.abstract_params(recipe)
+  table = optim.rule_table(shapes, config.optim.rules)
+  return dataclasses.replace(
+    recipe, frozen=frozenset(row.name for row in table if row.frozen)
   )
 
 

@@ -15,24 +15,55 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from mtv_jax import encodings
+from mtv_jax import encodings, sharding, trees
 from mtv_jax import views as views_lib
 from mtv_jax.objectives import base
 from mtv_jax.recipe import Recipe
 from mtv_jax.state import TrainState
 
 Batch = Mapping[str, Array]
+# Left to be gathered where they are used: blocks one by one by their loop, and
+# of a vocabulary only the rows that are looked up.
+_LEFT = r"^(image|text)/blocks/|token_embedding$"
 Loss = tuple[Float[Array, ""], dict[str, base.Terms]]
 
 
-def _view_keys(recipe: Recipe, step: Array, size: int) -> dict[str, jax.Array]:
+def _view_keys(
+  recipe: Recipe, step: Array, size: int, mesh: Mesh | None
+) -> dict[str, jax.Array]:
   """Keys `[size]` of the views that are read, one for each row."""
   seed = jax.random.key(recipe.seed)
   names = {e.view for e in recipe.plan if e.tower == "image"}
-  return {n: views_lib.row_keys(seed, n, step, size) for n in sorted(names)}
+  keys = {n: views_lib.row_keys(seed, n, step, size) for n in sorted(names)}
+  if mesh is None:
+    return keys
+  # An example gets the same crops wherever on the mesh it lies.
+  order = sharding.data_rows(size, mesh)
+  if (order != np.arange(size)).any():
+    keys = jax.tree.map(lambda k: k[order], keys)
+  return keys
+
+
+def held(recipe: Recipe, params: PyTree) -> PyTree:
+  """The parameters, those that are frozen without a gradient.
+
+  A tower that is frozen whole then has no backward pass at all.
+
+  Args:
+    params: all of them, under their names.
+  """
+  if not recipe.frozen:
+    return params
+
+  def hold(name, leaf):
+    return jax.lax.stop_gradient(leaf) if name in recipe.frozen else leaf
+
+  return trees.map_with_names(hold, params)
 
 
 def _heads(recipe: Recipe, params: PyTree, state: TrainState):
@@ -46,17 +77,33 @@ def evidence_of(
   state: TrainState,
   batch: Batch,
   keys: Mapping[str, jax.Array],
+  mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-  """What each objective takes from some rows of a batch; see `base`."""
+  """What each objective takes from some rows of a batch; see `base`.
+
+  Args:
+    recipe: whose objectives.
+    params: all of them.
+    state: with the teacher.
+    batch: its rows, split over the mesh.
+    keys: of the rows' views.
+    mesh: that they are split over; None on one device.
+  """
+  params = sharding.in_use(held(recipe, params), mesh, keep=_LEFT)
+  state = state.replace(
+    teacher=sharding.in_use(state.teacher, mesh, keep=_LEFT)
+  )
   views = {}
   for name, of_rows in keys.items():
     with jax.named_scope(f"view({name})"):
       views[name] = recipe.views[name](
         batch["image"], batch["image_size"], of_rows, recipe.dtype
       )
+  views = sharding.by_rows(views, mesh)
   encoded = encodings.encode(
     recipe.plan, recipe.towers, params, state.teacher, views, batch
   )
+  encoded = sharding.by_rows(encoded, mesh)
   heads = _heads(recipe, params["heads"], state)
   evidence = {}
   for name, objective in recipe.objectives.items():
@@ -64,7 +111,7 @@ def evidence_of(
       evidence[name] = objective.evidence(
         encoded, heads, {**batch, "views": views}
       )
-  return evidence
+  return sharding.by_rows(evidence, mesh)
 
 
 def losses_of(
@@ -72,18 +119,27 @@ def losses_of(
   params: PyTree,
   state: TrainState,
   evidence: Mapping[str, Any],
+  mesh: Mesh | None = None,
 ) -> Loss:
   """The weighted sum of the losses on all evidence, and each one's terms.
 
   Args:
     params: of the heads.
+    mesh: that the evidence is split over; None on one device.
   """
-  heads = _heads(recipe, params, state)
+  params = sharding.in_use(held(recipe, {"heads": params}), mesh, keep=_LEFT)
+  state = state.replace(
+    teacher=sharding.in_use(state.teacher, mesh, keep=_LEFT)
+  )
+  heads = _heads(recipe, params["heads"], state)
   total, terms = jnp.zeros(()), {}
   for name, objective in recipe.objectives.items():
     start = recipe.weights[name].start
     context = base.Context(
-      state.step - start, recipe.total_steps - start, state.statistics[name]
+      state.step - start,
+      recipe.total_steps - start,
+      state.statistics[name],
+      mesh,
     )
     with jax.named_scope(name):
       terms[name] = objective.loss(evidence[name], heads, context)
@@ -93,27 +149,38 @@ def losses_of(
 
 
 def total_loss(
-  recipe: Recipe, params: PyTree, state: TrainState, batch: Batch
+  recipe: Recipe,
+  params: PyTree,
+  state: TrainState,
+  batch: Batch,
+  mesh: Mesh | None = None,
 ) -> Loss:
   """The loss of a whole batch, as a function of all parameters."""
-  keys = _view_keys(recipe, state.step, len(batch["image"]))
-  evidence = evidence_of(recipe, params, state, batch, keys)
-  return losses_of(recipe, params["heads"], state, evidence)
+  keys = _view_keys(recipe, state.step, len(batch["image"]), mesh)
+  evidence = evidence_of(recipe, params, state, batch, keys, mesh)
+  return losses_of(recipe, params["heads"], state, evidence, mesh)
 
 
 def compute(
-  recipe: Recipe, state: TrainState, batch: Batch
+  recipe: Recipe, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Loss, PyTree]:
-  """`((loss, terms), gradients)` of a batch, in as many parts as asked for."""
+  """`((loss, terms), gradients)` of a batch, in as many parts as asked for.
+
+  Args:
+    recipe: what is computed.
+    state: at whose parameters.
+    batch: placed over the mesh.
+    mesh: that the batch is split over; None on one device.
+  """
   if recipe.accumulate > 1:
-    return accumulated(recipe, state, batch)
+    return accumulated(recipe, state, batch, mesh)
   return jax.value_and_grad(
-    lambda params: total_loss(recipe, params, state, batch), has_aux=True
+    lambda params: total_loss(recipe, params, state, batch, mesh), has_aux=True
   )(state.params)
 
 
 def accumulated(
-  recipe: Recipe, state: TrainState, batch: Batch
+  recipe: Recipe, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Loss, PyTree]:
   """`compute`, encoding `recipe.accumulate` parts one after the other."""
   count = recipe.accumulate
@@ -127,10 +194,10 @@ def accumulated(
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
   def encode(params, part):
-    return evidence_of(recipe, params, state, *part)
+    return evidence_of(recipe, params, state, *part, mesh)
 
   params = state.params
-  keys = _view_keys(recipe, state.step, len(batch["image"]))
+  keys = _view_keys(recipe, state.step, len(batch["image"]), mesh)
   parts = jax.tree.map(split, (dict(batch), keys))
   mapped = jax.lax.map(lambda part: encode(params, part), parts)
   leaves, tree = jax.tree.flatten(jax.tree.map(join, mapped))
@@ -143,7 +210,8 @@ def accumulated(
   def loss(heads, differentiable):
     given = iter(differentiable)
     whole = [next(given) if r else x for x, r in zip(leaves, real, strict=True)]
-    return losses_of(recipe, heads, state, jax.tree.unflatten(tree, whole))
+    evidence = jax.tree.unflatten(tree, whole)
+    return losses_of(recipe, heads, state, evidence, mesh)
 
   result, (of_heads, cotangents) = jax.value_and_grad(
     loss, argnums=(0, 1), has_aux=True
@@ -163,7 +231,7 @@ def accumulated(
 
 
 def encoder_norms(
-  recipe: Recipe, state: TrainState, batch: Batch
+  recipe: Recipe, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> dict[str, Array]:
   """The norm of each weighted objective's gradient on the image encoder.
 
@@ -172,6 +240,6 @@ def encoder_norms(
   """
   norms = {}
   for name in recipe.objectives:
-    _, slopes = compute(recipe.only((name,)), state, batch)
+    _, slopes = compute(recipe.only((name,)), state, batch, mesh)
     norms[name] = optax.tree.norm(slopes["image"])
   return norms

@@ -64,6 +64,7 @@ class Recipe:
     ema_decay: of the EMA of all parameters; None for none.
     accumulate: in how many parts a batch is encoded, one after the other; the
       gradients stay those of the whole batch.
+    frozen: names of parameters that are never updated, and not differentiated.
   """
 
   spec: model_lib.ModelSpec
@@ -78,6 +79,7 @@ class Recipe:
   teacher_end: float | None = None
   ema_decay: float | None = None
   accumulate: int = 1
+  frozen: frozenset[str] = frozenset()
 
   def __post_init__(self):
     if not self.objectives:

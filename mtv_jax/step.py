@@ -54,7 +54,10 @@ def _follow(
 
 
 def make_update(
-  whole: Recipe, part: Recipe, tx: optax.GradientTransformation
+  whole: Recipe,
+  part: Recipe,
+  tx: optax.GradientTransformation,
+  mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Metrics]]:
   """`(state, batch) -> (state, metrics)`, not yet compiled.
 
@@ -65,10 +68,11 @@ def make_update(
     whole: the recipe that the state was made for.
     part: the same with the objectives that this update computes.
     tx: the optimizer.
+    mesh: that the batch is split over; None on one device.
   """
 
   def update(state, batch):
-    (loss, terms), grads = gradients.compute(part, state, batch)
+    (loss, terms), grads = gradients.compute(part, state, batch, mesh)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     updates = _still(part, whole, updates)
     params = optax.apply_updates(state.params, updates)
@@ -156,7 +160,7 @@ class Program:
     if active not in self._updates:
       part = self.recipe.only(active)
       self._updates[active] = jax.jit(
-        make_update(self.recipe, part, self.tx),
+        make_update(self.recipe, part, self.tx, self.mesh),
         in_shardings=(self._shardings, self._batch),
         out_shardings=(self._shardings, sharding.replicated(self.mesh)),
         donate_argnums=0,
@@ -168,7 +172,8 @@ class Program:
     """`(state, batch, active) -> {name: norm}`, see `gradients`."""
 
     def norms(state, batch, active):
-      return gradients.encoder_norms(self.recipe.only(active), state, batch)
+      part = self.recipe.only(active)
+      return gradients.encoder_norms(part, state, batch, self.mesh)
 
     return jax.jit(
       norms,
@@ -178,13 +183,16 @@ class Program:
     )
 
   def restart_teacher(self, state: TrainState) -> TrainState:
-    """Makes the teacher a copy of the student, where it is first read."""
+    """Makes the teacher a copy of the student; the state is donated.
+
+    For the step at which a teacher is first read.
+    """
 
     def copy(state):
       teacher = recipe_lib.of_teacher(self.recipe, state.params)
       return state.replace(teacher=jax.tree.map(jnp.copy, teacher))
 
-    return jax.jit(copy, out_shardings=self._shardings)(state)
+    return jax.jit(copy, out_shardings=self._shardings, donate_argnums=0)(state)
 
 
 def make_program(

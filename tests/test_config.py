@@ -188,7 +188,8 @@ def test_check_fills_in_defaults_and_settles():
   config = config_lib.check(ConfigDict(small(evals__zero_shot={"topk": 5})))
   assert config.optim.name == "adamw"
   assert config.schedule.warmup_steps == 0
-  assert config.mesh.to_dict() == {"data": -1, "fsdp": 1, "tensor": 1}
+  axes = {"data": -1, "fsdp": 1, "tensor": 1}
+  assert config.mesh.to_dict() == {**axes, "dcn": axes}
   assert config.objectives.contrastive.to_dict() == {
     "type": "contrastive",
     "weight": 1.0,

@@ -93,7 +93,7 @@ def compiled(shape, names=None):
   state = program.init(params())
 
   def compute(state, batch):
-    (_, terms), slopes = gradients.compute(recipe, state, batch)
+    (_, terms), slopes = gradients.compute(recipe, state, batch, mesh)
     return {name: term.loss.value() for name, term in terms.items()}, slopes
 
   jitted = jax.jit(compute, out_shardings=sharding.replicated(mesh))

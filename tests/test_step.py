@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_mtv_recipe
 
-from mtv_jax import gradients, sharding, trees, views
+from mtv_jax import gradients, hlo, sharding, trees, views
 from mtv_jax import recipe as recipe_lib
 from mtv_jax import step as step_lib
 from mtv_jax.models.model import ModelSpec
@@ -330,3 +331,31 @@ def test_encoder_norms_are_each_objective_s_own():
     expected = optax.tree.norm(grads["image"])
     np.testing.assert_allclose(norms[name], expected, rtol=1e-5)
     assert expected > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_no_activation_of_the_whole_recipe_is_gathered(shape):
+  """Of the compiled step: what the devices hand to all is small."""
+  mesh = mesh_of(shape)
+  recipe = test_mtv_recipe.built()
+  program = step_lib.make_program(recipe, optax.sgd(0.1), mesh)
+  split = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+  batch = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
+    for name, x in test_mtv_recipe.rows().items()
+  }
+  compiled = program.compiled().lower(program.abstract, batch).compile()
+  gathers = [
+    row for row in hlo.collectives(compiled) if row.kind == "all-gather"
+  ]
+  sizes = [x.size * 4 for x in jax.tree.leaves(program.abstract.params)]
+  large = [row for row in gathers if row.result > max(sizes)]
+  assert not large, large
+  if shape == (8, 1, 1):
+    # Whole parameters everywhere, so that only KoLeo wants all rows: pooled
+    # vectors as they are, and transposed. Logits of Sinkhorn stay by rows.
+    assert all("distillation" in row.scope for row in gathers), gathers
+    width = recipe.spec.image.embed_dim
+    rows = test_mtv_recipe.ROWS
+    assert {row.result for row in gathers} <= {rows * width * 4}

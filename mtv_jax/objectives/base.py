@@ -17,6 +17,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 STUDENT = "student"
@@ -155,11 +156,14 @@ class Context:
     step: number of updates done since the objective started, a traced scalar.
     total_steps: from its start to the end of the run, for schedules.
     statistics: this objective's running statistics.
+    mesh: that the batch is split over, for losses that go around it; None on
+      one device.
   """
 
   step: Any
   total_steps: int
   statistics: Mapping[str, Array]
+  mesh: Mesh | None = None
 
 
 class Objective:

@@ -9,10 +9,55 @@ from typing import Any, no_type_check
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from mtv_jax.config import ConfigError
+from mtv_jax.models import layers
 from mtv_jax.models.heads import unit
-from mtv_jax.objectives import base, pairwise
+from mtv_jax.objectives import base, pairwise, ring
+
+
+@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
+@flax.struct.dataclass
+class Marks:
+  """Which examples of the batch these are, and whether they have both."""
+
+  index: Int[Array, " n"]
+  valid: Bool[Array, " n"]
+
+
+@no_type_check  # The same.
+@flax.struct.dataclass
+class Nearest:
+  """Each row's greatest logit with a valid column, and which column it is."""
+
+  logit: Float[Array, " n"]
+  index: Int[Array, " n"]
+
+
+def judge(
+  logits: Float[Array, "n c"], rows: Marks, columns: Marks
+) -> tuple[Float[Array, " n"], Nearest]:
+  """Each row's losses, summed over these columns, and its nearest column."""
+  pairs = rows.valid[:, None] & columns.valid
+  own = rows.index[:, None] == columns.index
+  losses = jnp.where(pairs, pairwise.sigmoid_losses(logits, own), 0.0)
+  return jnp.sum(losses, axis=1), nearest(logits, columns)
+
+
+def nearest(logits: Float[Array, "n c"], columns: Marks) -> Nearest:
+  """The nearest of these columns; of equals the first."""
+  still = jax.lax.stop_gradient(logits)
+  masked = jnp.where(columns.valid, still, -jnp.inf)
+  best = jnp.argmax(masked, axis=1)
+  return Nearest(jnp.max(masked, axis=1), columns.index[best])
+
+
+def nearer(a: Nearest, b: Nearest) -> Nearest:
+  """The nearer one for each row; of equals the first of the batch."""
+  equal = (a.logit == b.logit) & (a.index < b.index)
+  kept = (a.logit > b.logit) | equal
+  return jax.tree.map(lambda x, y: jnp.where(kept, x, y), a, b)
 
 
 def sigmoid_loss(
@@ -31,11 +76,10 @@ def sigmoid_loss(
     logits: images along rows, texts along columns; row i belongs to column i.
     valid: which examples have both an image and a text.
   """
-  positive = jnp.eye(logits.shape[0], dtype=bool)
-  pairs = (valid[:, None] & valid[None, :]).astype(jnp.float32)
-  losses = pairwise.sigmoid_losses(logits, positive)
+  marks = Marks(jnp.arange(logits.shape[0]), valid)
+  losses, _ = judge(logits, marks, marks)
   return base.Mean(
-    sum=jnp.sum(losses * pairs), count=jnp.sum(valid.astype(jnp.float32))
+    sum=jnp.sum(losses), count=jnp.sum(valid.astype(jnp.float32))
   )
 
 
@@ -84,18 +128,28 @@ class Contrastive(base.Objective):
     view: the image view it reads; with several crops each image's first.
     init_scale: initial multiplier of the cosine.
     init_bias: initial bias; None for the loss's own (-10 and none).
+    method: of the sigmoid loss, see `ring`: `'gathered'` texts, `'ring'`, or
+      `'auto'`: a ring where the batch is split over devices. The result is the
+      same. Softmax, whose rows need all columns at once, is gathered.
   """
 
   loss_type: str = "sigmoid"
   view: str = "image"
   init_scale: float = 10.0
   init_bias: float | None = None
+  method: str = "auto"
 
   def __post_init__(self):
     if self.loss_type not in LOSSES:
       raise ValueError(
         f"contrastive loss_type is '{self.loss_type}'; there are: "
         f"{sorted(LOSSES)}."
+      )
+    layers.check_choice("contrastive: method", self.method, ring.METHODS)
+    if self.loss_type == "softmax" and self.method == "ring":
+      raise ConfigError(
+        "contrastive: method='ring' goes with loss_type='sigmoid'; a softmax "
+        "needs all columns at once. Leave method out, or take the sigmoid loss."
       )
 
   @property
@@ -137,18 +191,15 @@ class Contrastive(base.Objective):
     heads: base.BoundHeads,
     context: base.Context,
   ) -> base.Terms:
-    similarity = jnp.einsum(
-      "id,jd->ij", evidence.image, evidence.text, precision="highest"
-    )
     affine = heads["contrastive"]()
-    logits = affine.scale * similarity + affine.bias
     valid = evidence.valid
-    best = jnp.argmax(jnp.where(valid[None, :], logits, -jnp.inf), axis=1)
-    hit = (best == jnp.arange(best.shape[0])) & valid
+    marks = Marks(jnp.arange(valid.shape[0]), valid)
     count = jnp.sum(valid.astype(jnp.float32))
     one = jnp.ones(())
+    loss, found = self._compare(evidence, marks, affine, context)
+    hit = (found.index == marks.index) & valid
     return base.Terms(
-      loss=LOSSES[self.loss_type](logits, valid),
+      loss=base.Mean(loss, count),
       report={
         "accuracy": base.Mean(jnp.sum(hit.astype(jnp.float32)), count),
         "scale": base.Mean(affine.scale, one),
@@ -156,3 +207,22 @@ class Contrastive(base.Objective):
         "labelled": base.Mean(count, one * valid.shape[0]),
       },
     )
+
+  def _compare(self, evidence, marks, affine, context):
+    """Sum of the losses, and each image's nearest text."""
+    split = self.loss_type == "sigmoid" and ring.is_meant(
+      self.method, context.mesh
+    )
+    if split:
+      found = ring.around(
+        ring.Side(evidence.image, marks),
+        ring.Side(evidence.text, marks),
+        affine,
+        judge=judge,
+        join=nearer,
+        mesh=context.mesh,
+      )
+      return found.loss, found.report
+    logits = pairwise.logits(evidence.image, evidence.text, affine)
+    loss = LOSSES[self.loss_type](logits, evidence.valid)
+    return loss.sum, nearest(logits, marks)

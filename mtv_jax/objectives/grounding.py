@@ -20,7 +20,7 @@ from mtv_jax import geometry
 from mtv_jax.config import ConfigError
 from mtv_jax.models import layers, prompter
 from mtv_jax.models.heads import unit
-from mtv_jax.objectives import base, pairwise
+from mtv_jax.objectives import base, pairwise, ring
 
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
@@ -43,13 +43,41 @@ class RegionLosses:
 
 @no_type_check  # The same.
 @flax.struct.dataclass
-class _Texts:
-  """Texts, of all regions or of some."""
+class Marks:
+  """Which regions of the batch these are, of which phrases, and which exist."""
 
-  embedding: Float[Array, "c d"]
-  phrase_id: UInt32[Array, " c"]
-  valid: Bool[Array, " c"]
-  index: Int[Array, " c"]
+  index: Int[Array, " n"]
+  phrase_id: UInt32[Array, " n"]
+  valid: Bool[Array, " n"]
+
+
+def judge(
+  logits: Float[Array, "n c"], regions: Marks, texts: Marks
+) -> tuple[Float[Array, " n"], RegionLosses]:
+  """Each region's losses, summed over these texts; see `region_losses`."""
+  own = regions.index[:, None] == texts.index
+  equal = regions.phrase_id[:, None] == texts.phrase_id
+  same, other = equal & texts.valid, ~equal & texts.valid
+  counted = regions.valid[:, None] & texts.valid & (own | other)
+  losses = jnp.where(counted, pairwise.sigmoid_losses(logits, own), 0.0)
+  losses = losses.sum(axis=1)
+  still = jax.lax.stop_gradient(logits)
+  return losses, RegionLosses(
+    losses=losses,
+    same=jnp.where(same, still, -jnp.inf).max(axis=1),
+    other=jnp.where(other, still, -jnp.inf).max(axis=1),
+    peers=same.sum(axis=1).astype(jnp.float32),
+  )
+
+
+def joined(a: RegionLosses, b: RegionLosses) -> RegionLosses:
+  """What both say of the same regions, each having seen some of the texts."""
+  return RegionLosses(
+    losses=a.losses + b.losses,
+    same=jnp.maximum(a.same, b.same),
+    other=jnp.maximum(a.other, b.other),
+    peers=a.peers + b.peers,
+  )
 
 
 def region_losses(
@@ -84,29 +112,14 @@ def region_losses(
     For each region; invalid ones have no losses. L is the mean of `losses`
     over the valid ones.
   """
-  size = region.shape[0]
-  index = jnp.arange(size)
-  texts = _Texts(text, phrase_id, valid, index)
+  marks = Marks(jnp.arange(region.shape[0]), phrase_id, valid)
 
-  def compare(part: _Texts) -> RegionLosses:
-    cosine = jnp.einsum(
-      "nd,cd->nc", region, part.embedding, precision="highest"
-    )
-    logits = affine.scale * cosine + affine.bias
-    own = index[:, None] == part.index
-    same = (phrase_id[:, None] == part.phrase_id) & part.valid
-    other = (phrase_id[:, None] != part.phrase_id) & part.valid
-    counted = valid[:, None] & part.valid & (own | other)
-    losses = jnp.where(counted, pairwise.sigmoid_losses(logits, own), 0.0)
-    still = jax.lax.stop_gradient(logits)
-    return RegionLosses(
-      losses=losses.sum(axis=1),
-      same=jnp.where(same, still, -jnp.inf).max(axis=1),
-      other=jnp.where(other, still, -jnp.inf).max(axis=1),
-      peers=same.sum(axis=1).astype(jnp.float32),
-    )
+  def compare(part: ring.Side) -> RegionLosses:
+    logits = pairwise.logits(region, part.embedding, affine)
+    return judge(logits, marks, part.marks)[1]
 
-  if chunk is None or chunk >= size:
+  texts = ring.Side(text, marks)
+  if chunk is None or chunk >= region.shape[0]:
     return compare(texts)
   # The loop itself keeps the recomputation apart from the forward pass.
   step = jax.checkpoint(compare, prevent_cse=False)
@@ -231,8 +244,10 @@ class Grounding(base.Objective):
     attention_heads: attention heads of prompter and locator; CLOC has one.
     init_scale: initial multiplier of the cosine.
     init_bias: initial bias.
-    chunk: texts compared with all regions at a time, to bound memory; None
-      for all of the batch.
+    method: see `ring`: `'gathered'` texts, `'ring'`, or `'auto'`: a ring where
+      the batch is split over devices. The result is the same.
+    chunk: gathered texts compared with all regions at a time, to bound memory;
+      None for all of the batch. Around a ring a device's texts are a chunk.
     stop_text_gradient: whether to leave the text tower to other objectives.
     regression: weight of the loss of locating phrases, 0 for none. CLOC gains
       little from it.
@@ -246,12 +261,14 @@ class Grounding(base.Objective):
   attention_heads: int = 1
   init_scale: float = 10.0
   init_bias: float = -10.0
+  method: str = "auto"
   chunk: int | None = None
   stop_text_gradient: bool = False
   regression: float = 0.0
 
   def __post_init__(self):
     layers.check_choice("grounding: pick", self.pick, PICKS)
+    layers.check_choice("grounding: method", self.method, ring.METHODS)
     for name in ("regions", "attention_heads", "chunk"):
       value = getattr(self, name)
       if value is not None and value < 1:
@@ -372,18 +389,16 @@ class Grounding(base.Objective):
     """The boxes to train on, by index: the best ones, kept ones first."""
     score = jnp.nan_to_num(score) if self.pick == "score" else 0.0
     rank = jnp.where(kept, score, -jnp.inf)
-    # Of equals the first comes first.
-    return jax.lax.top_k(rank, min(self.regions, kept.shape[1]))[1]
+    # Of equals the first comes first. Not top_k, for which XLA gathers the rows
+    # of all devices.
+    return jnp.argsort(-rank, axis=1, stable=True)[:, : self.regions]
 
   def loss(
     self, evidence: Evidence, heads: base.BoundHeads, context: base.Context
   ) -> base.Terms:
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), evidence)
     affine = heads["grounding"]()
-    found = region_losses(
-      flat.region, flat.text, flat.phrase_id, flat.valid, affine,
-      chunk=self.chunk,
-    )  # fmt: skip
+    total, found = self._compare(flat, affine, context)
     weight = flat.valid.astype(jnp.float32)
     count = weight.sum()
     labelled = evidence.valid.any(axis=1).astype(jnp.float32)
@@ -392,7 +407,7 @@ class Grounding(base.Objective):
     # another phrase is none.
     hit = (found.same > found.other).astype(jnp.float32)
     phrases = weight / jnp.maximum(found.peers, 1.0)
-    loss = base.Mean(found.losses.sum(), count)
+    loss = base.Mean(total, count)
     report = {
       "accuracy": base.Mean((hit * weight).sum(), count),
       "phrases": base.Mean(phrases.sum(), one),
@@ -408,6 +423,25 @@ class Grounding(base.Objective):
         loss.sum + self.regression * regression.value() * count, count
       )
     return base.Terms(loss=loss, report=report)
+
+  def _compare(self, flat, affine, context):
+    """Sum of the losses of all pairs, and `RegionLosses`."""
+    if not ring.is_meant(self.method, context.mesh):
+      found = region_losses(
+        flat.region, flat.text, flat.phrase_id, flat.valid, affine,
+        chunk=self.chunk,
+      )  # fmt: skip
+      return found.losses.sum(), found
+    marks = Marks(jnp.arange(len(flat.valid)), flat.phrase_id, flat.valid)
+    found = ring.around(
+      ring.Side(flat.region, marks),
+      ring.Side(flat.text, marks),
+      affine,
+      judge=judge,
+      join=joined,
+      mesh=context.mesh,
+    )
+    return found.loss, found.report
 
 
 def _locating(evidence: Evidence) -> tuple[base.Mean, base.Mean]:

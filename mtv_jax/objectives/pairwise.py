@@ -31,6 +31,14 @@ class Affine:
   bias: Float[Array, ""]
 
 
+def logits(
+  rows: Float[Array, "n d"], columns: Float[Array, "m d"], affine: Affine
+) -> Float[Array, "n m"]:
+  """Of every row's cosine with every column, both of unit length."""
+  cosine = jnp.einsum("nd,md->nm", rows, columns, precision="highest")
+  return affine.scale * cosine + affine.bias
+
+
 class Temperature(nn.Module):
   """The learnt scale and bias of the logits.
 

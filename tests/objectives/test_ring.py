@@ -1,0 +1,156 @@
+"""The ring of devices against all logits at once, in value and gradient."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mtv_jax import sharding
+from mtv_jax.models.heads import unit
+from mtv_jax.objectives import (
+  base,
+  build_objective,
+  contrastive,
+  grounding,
+  ring,
+)
+
+SCALARS = {"logit_scale": np.float32(1.5), "logit_bias": np.float32(-2.0)}
+
+
+def mesh_of(shape):
+  sizes = dict(zip(sharding.AXES, shape, strict=True))
+  return sharding.make_mesh(sizes, jax.devices()[: math.prod(shape)])
+
+
+def evidence_of(name, rows=16, width=8):
+  """Unit vectors, some without a partner; the second device has none."""
+  rng = np.random.default_rng(0)
+  if name == "contrastive":
+    image, text = jnp.asarray(rng.normal(size=(2, rows, width)))
+    valid = rng.random(rows) < 0.7
+    valid[2:4] = False
+    return contrastive.Evidence(unit(image), unit(text), jnp.asarray(valid))
+  region, text = jnp.asarray(rng.normal(size=(2, rows, 2, width)))
+  valid = rng.random((rows, 2)) < 0.7
+  valid[2:4] = False
+  return grounding.Evidence(
+    region=unit(region),
+    text=unit(text),
+    # Of five phrases, so that most come again on other devices.
+    phrase_id=jnp.asarray(rng.integers(0, 5, (rows, 2)), jnp.uint32),
+    valid=jnp.asarray(valid),
+    boxes=jnp.zeros((rows, 2, 4)),
+  )
+
+
+def program(name, method, mesh):
+  """Jitted `(evidence, scalars) -> ((loss, report), gradients)`."""
+  objective = build_objective(name, dict(method=method))
+  # Other heads belong to the evidence.
+  only = {name: objective.heads()[name]}
+
+  def loss(evidence, scalars):
+    terms = objective.loss(
+      evidence,
+      base.BoundHeads(only, {name: scalars}),
+      base.Context(0, 1, {}, mesh),
+    )
+    report = {key: mean.value() for key, mean in terms.report.items()}
+    # A cotangent other than 1, as an objective's weight makes it.
+    return 0.5 * terms.loss.value(), report
+
+  return jax.jit(
+    jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
+  )
+
+
+@functools.cache
+def result(name, method, shape):
+  mesh = mesh_of(shape)
+  placed = jax.device_put(
+    evidence_of(name), NamedSharding(mesh, sharding.BATCH)
+  )
+  scalars = jax.device_put(SCALARS, NamedSharding(mesh, PartitionSpec()))
+  return jax.device_get(program(name, method, mesh)(placed, scalars))
+
+
+SHAPES = [
+  (2, 2, 2),
+  *(pytest.param(s, marks=pytest.mark.slow) for s in [(8, 1, 1), (1, 4, 2)]),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["contrastive", "grounding"])
+def test_the_ring_is_the_gathered_loss(name, shape):
+  value, slopes = result(name, "auto", shape)
+  expected, expected_slopes = result(name, "gathered", (1, 1, 1))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+    value,
+    expected,
+  )
+  assert value[1]["accuracy"] > 0
+  floats = 0
+  for found, wanted in zip(
+    jax.tree.leaves(slopes), jax.tree.leaves(expected_slopes), strict=True
+  ):
+    if found.dtype == np.float32 and np.any(wanted):
+      error = np.linalg.norm(found - wanted)
+      assert error <= 1e-6 * np.linalg.norm(wanted)
+      floats += 1
+  assert floats == 4  # Both sides, scale and bias.
+
+
+def test_nothing_goes_around_on_one_device_or_without_a_mesh():
+  assert not ring.is_meant("ring", None)
+  assert not ring.is_meant("auto", mesh_of((1, 1, 2)))
+  assert ring.is_meant("auto", mesh_of((1, 2, 1)))
+  assert not ring.is_meant("gathered", mesh_of((2, 1, 1)))
+
+
+def test_of_equal_columns_the_first_is_nearest_in_any_order():
+  a = contrastive.Nearest(jnp.array([1.0, 2.0, 1.0]), jnp.array([5, 5, 5]))
+  b = contrastive.Nearest(jnp.array([1.0, 1.0, 2.0]), jnp.array([3, 3, 3]))
+  for found in (contrastive.nearer(a, b), contrastive.nearer(b, a)):
+    np.testing.assert_array_equal(found.index, [3, 5, 3])
+
+
+def test_a_softmax_or_an_unknown_method_is_refused():
+  with pytest.raises(ValueError, match="method='ring' goes with"):
+    build_objective("contrastive", dict(loss_type="softmax", method="ring"))
+  for name in ("contrastive", "grounding"):
+    with pytest.raises(ValueError, match="Did you mean 'ring'"):
+      build_objective(name, dict(method="rings"))
+
+
+def temporaries(name, method, devices, rows=64):
+  """Bytes a device of the loss and its gradients, at `rows` a device."""
+  mesh = mesh_of((devices, 1, 1))
+  split = NamedSharding(mesh, sharding.BATCH)
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def shape(x, placing):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placing)
+
+  evidence = jax.tree.map(
+    lambda x: shape(x, split), evidence_of(name, rows * devices, 16)
+  )
+  scalars = jax.tree.map(lambda x: shape(x, whole), SCALARS)
+  lowered = program(name, method, mesh).lower(evidence, scalars)
+  return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["contrastive", "grounding"])
+def test_the_ring_s_memory_does_not_grow_with_the_devices(name):
+  around = [temporaries(name, "ring", n) for n in (2, 4, 8)]
+  gathered = [temporaries(name, "gathered", n) for n in (2, 4, 8)]
+  # A chunk of 64 columns is 4 kB: of regions, two an image, 8 kB.
+  assert max(around[1:]) <= around[0] + 2 * 8192, around
+  assert gathered[2] > 2.5 * gathered[0], gathered
