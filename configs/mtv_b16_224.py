@@ -8,9 +8,9 @@ Command, on every host of a TPU pod, with label sets of `tools/make_labels.py`:
     --config.data.train[0].labels.depth=/data/web_depth \
     --config.data.train[0].labels.boxes=/data/web_boxes
 
-Hardware and time: batch 16,384 is meant for a pod of 64 chips or more, 256
-images a chip, which needs full rematerialisation. Not trained to the end by us,
-so no time is given.
+Hardware and time: batch 16,384 fits a pod of 256 chips of v5e, 64 images a
+chip, with full rematerialisation (docs/pods.md says how closely; on fewer chips
+set accumulate). Not trained to the end by us, so no time is given.
 
 Expected: the released MTV B/16, trained on 100 million images in an unknown
 number of passes, reaches 69.5 % zero-shot on ImageNet and an RMSE of 0.469 m on
