@@ -41,3 +41,43 @@ def test_both_do_the_same_images(tmp_path):
 def test_what_can_not_be_timed_is_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match="matches no file"):
     data.bench_data(str(tmp_path / "*.tar"))
+
+
+def test_scenes_to_decode_are_as_many_as_asked_for():
+  assert len(data.scene_files(32, 70)) == 70
+  assert data.decode_alone(32, images=8, threads=1).cpu_ms > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("arguments", "share"),
+  [
+    (["step", "--config=CONFIG", "--steps=2"], "share"),
+    (["views", "--config=CONFIG", "--steps=2"], "share"),
+    (["eval", "--model=random:mu/8@32", "--images=16", "--batch-size=8"], None),
+    (["checkpoint", "--config=CONFIG", "--steps=2", "--saves=1"], None),
+  ],
+  ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_each_is_measured_beside_its_floor(
+  repo_root, tmp_path, capsys, arguments, share
+):
+  main = runpy.run_path(str(repo_root / "tools" / "bench.py"))["main"]
+  config = repo_root / "tests" / "configs" / "smallest.py"
+  out, trace = tmp_path / "speed.json", tmp_path / "trace"
+  arguments = [a.replace("CONFIG", str(config)) for a in arguments]
+  main([*arguments, f"--json={out}", f"--profile={trace}"])
+  found = json.loads(out.read_text())
+  printed = capsys.readouterr().out
+  floors = {
+    "step": ("peak", "matrix products alone"),
+    "views": ("decode", "decode and resize"),
+    "eval": ("forward", "forward alone"),
+    "checkpoint": ("disk", "disk alone"),
+  }
+  key, words = floors[arguments[0]]
+  assert found[key] and words in printed
+  assert "share" in found
+  if share:
+    assert 0 < found[share] < 1.5
+  assert list(trace.rglob("*.xplane.pb"))

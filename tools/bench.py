@@ -2,16 +2,28 @@
 
   python tools/bench.py data --data='cc3m/*.tar' --tokenizer=spiece.model
   python tools/bench.py step --config=configs/siglip_b16_224.py:tiny
+  python tools/bench.py views --config=configs/mtv_b16_224.py:tiny
+  python tools/bench.py eval --model=random:S/16
+  python tools/bench.py checkpoint --config=configs/siglip_b16_224.py:tiny
   python tools/bench.py flops --config=configs/mtv_b16_224.py --compile=whole
+  python tools/bench.py against --what=siglip
 
 `data` prints images a second for the input pipeline (tars to batches) beside
 OpenCV decoding and resizing the same images, in the same run. `step` prints the
-median time of a config's train step, alone and behind its input pipeline.
-`flops` prints what each encoding and head of a step costs, and what one step
-costs against a run for each objective; it computes nothing.
+median time of a config's train step, alone and behind its input pipeline, and
+its share of what large matrix products reach in the same run. `views` prints
+what views cost beside the step and beside decoding on the host, `eval` how far
+an encoder falls behind its forward pass, `checkpoint` the speed of saving and
+restoring beside the disk's, and what saving takes from a run. `flops` prints
+what each encoding and head of a step costs, and what one step costs against a
+run for each objective; it computes nothing. `against` times a step and
+`experts` a labelling network beside PyTorch's, on a CPU.
+
+`--profile=DIR` also writes a trace, for TensorBoard or Perfetto.
 """
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,6 +89,127 @@ def _step(args: argparse.Namespace) -> object:
   return step.bench_step(config.read(args.config), steps=args.steps)
 
 
+def _add_views(commands: argparse._SubParsersAction) -> None:
+  parser = commands.add_parser("views", help="made on the device, by a config")
+  parser.add_argument(
+    "--config", required=True, help="a file, with its arguments after a colon"
+  )
+  parser.add_argument("--steps", type=_positive, default=5, help="to time")
+  parser.set_defaults(run=_views)
+
+
+def _views(args: argparse.Namespace) -> object:
+  from mtv_jax import config
+  from mtv_jax.benchmarks import views
+
+  return views.bench_views(config.read(args.config), steps=args.steps)
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+  parser = commands.add_parser("eval", help="an encoder's speed")
+  parser.add_argument(
+    "--model", default="random:S/16", help="a run, an export or a baseline"
+  )
+  parser.add_argument(
+    "--images", type=_positive, default=256, help="of a round"
+  )
+  parser.add_argument("--batch-size", type=_positive, default=64)
+  parser.add_argument("--rounds", type=_positive, default=3)
+  parser.add_argument("--dtype", default="float32")
+  parser.set_defaults(run=_eval)
+
+
+def _eval(args: argparse.Namespace) -> object:
+  from mtv_jax.benchmarks import evals
+
+  return evals.bench_eval(
+    args.model,
+    images=args.images,
+    batch_size=args.batch_size,
+    rounds=args.rounds,
+    dtype=args.dtype,
+  )
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction) -> None:
+  parser = commands.add_parser("checkpoint", help="saving and restoring")
+  parser.add_argument(
+    "--config", required=True, help="a file, with its arguments after a colon"
+  )
+  parser.add_argument(
+    "--steps", type=_positive, default=10, help="to time while nothing is saved"
+  )
+  parser.add_argument("--saves", type=_positive, default=3)
+  parser.add_argument(
+    "--every", type=_positive, default=100, help="steps a save, of the run"
+  )
+  parser.add_argument("--folder", help="on the disk to save to")
+  parser.set_defaults(run=_checkpoint)
+
+
+def _checkpoint(args: argparse.Namespace) -> object:
+  from mtv_jax import config
+  from mtv_jax.benchmarks import checkpoints
+
+  return checkpoints.bench_checkpoint(
+    config.read(args.config),
+    steps=args.steps,
+    saves=args.saves,
+    every=args.every,
+    folder=args.folder,
+  )
+
+
+def _add_against(commands: argparse._SubParsersAction) -> None:
+  parser = commands.add_parser("against", help="a step beside PyTorch's")
+  parser.add_argument(
+    "--what", default="siglip", help="or distillation (DINO and iBOT)"
+  )
+  parser.add_argument("--batch-size", type=_positive, default=16)
+  parser.add_argument("--rounds", type=_positive, default=3)
+  parser.add_argument("--steps", type=_positive, default=1, help="of a round")
+  parser.add_argument("--threads", type=_positive, default=2)
+  parser.set_defaults(run=_against)
+
+
+def _against(args: argparse.Namespace) -> object:
+  from mtv_jax.benchmarks import against_torch
+
+  return against_torch.bench_against(
+    args.what,
+    batch_size=args.batch_size,
+    rounds=args.rounds,
+    steps=args.steps,
+    threads=against_torch.pin(args.threads),
+  )
+
+
+def _add_experts(commands: argparse._SubParsersAction) -> None:
+  parser = commands.add_parser("experts", help="labelling, beside PyTorch's")
+  parser.add_argument("--kind", required=True, help="depth or boxes")
+  parser.add_argument("--variant", default="S", help="size of the expert")
+  parser.add_argument("--batch-size", type=_positive, default=1)
+  parser.add_argument("--rounds", type=_positive, default=5)
+  parser.add_argument(
+    "--against", choices=("transformers", "none"), default="transformers"
+  )
+  parser.add_argument("--threads", type=_positive, default=2)
+  parser.set_defaults(run=_experts)
+
+
+def _experts(args: argparse.Namespace) -> object:
+  from mtv_jax.benchmarks import experts
+
+  return experts.bench_expert(
+    args.kind,
+    variant=args.variant,
+    batch_size=args.batch_size,
+    rounds=args.rounds,
+    against=args.against,
+    threads=args.threads,
+  )
+
+
 def _add_flops(commands: argparse._SubParsersAction) -> None:
   parser = commands.add_parser("flops", help="of each part of a train step")
   parser.add_argument(
@@ -98,6 +231,15 @@ def _flops(args: argparse.Namespace) -> object:
   )
 
 
+def _profiled(folder: str | None) -> contextlib.AbstractContextManager:
+  if folder is None:
+    # Without loading JAX, which the input pipeline does not need.
+    return contextlib.nullcontext()
+  import jax
+
+  return jax.profiler.trace(folder)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs one command."""
   parser = argparse.ArgumentParser(
@@ -106,12 +248,19 @@ def main(argv: Sequence[str] | None = None) -> None:
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   _add_data(commands)
   _add_step(commands)
+  _add_views(commands)
+  _add_eval(commands)
+  _add_checkpoint(commands)
   _add_flops(commands)
+  _add_against(commands)
+  _add_experts(commands)
   for command in commands.choices.values():
     command.add_argument("--json", type=Path, help="also write the result here")
+    command.add_argument("--profile", metavar="DIR", help="also write a trace")
   args = parser.parse_args(argv)
   with endings.readable_errors("bench"):
-    speed = args.run(args)
+    with _profiled(args.profile):
+      speed = args.run(args)
     print(speed)
     if args.json:
       args.json.write_text(speed.to_json() + "\n")

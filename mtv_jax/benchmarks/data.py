@@ -158,6 +158,23 @@ def bench_data(
   )
 
 
+def decode_alone(
+  size: int, *, images: int = 128, threads: int | None = None
+) -> Rate:
+  """Decoding and resizing scenes to canvases of a size, and nothing else."""
+  files, threads = scene_files(size, images), threads or pipeline.cores()
+  # The first pass warms caches up and is not counted.
+  _rate_of_decoding(files, size, threads)
+  return _rate_of_decoding(files, size, threads)
+
+
+def scene_files(size: int, images: int) -> list[bytes]:
+  """JPEGs of scenes a quarter larger than a size; some come again."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = _scenes_tar(Path(folder), size)
+    return _files(build_source({"type": "webdataset", "path": path}), 0, images)
+
+
 def _rate_of_batches(
   loader: Iterator[Any], batches: int, batch_size: int
 ) -> Rate:

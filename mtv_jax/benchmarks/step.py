@@ -7,12 +7,17 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 from mtv_jax import config as config_lib
 from mtv_jax import experiment as experiment_lib
 from mtv_jax import sharding, train
+from mtv_jax.benchmarks import floors, flops
+from mtv_jax.experiment import Experiment
+from mtv_jax.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,9 @@ class StepSpeed:
     batch_size: global.
     steps: timed in each of the two.
     devices: kind and number.
+    dtype: of the computation.
+    flops: that a step needs, without recomputation; see `flops.model_flops`.
+    peak: FLOP a second of large matrix products in that dtype, in this run.
   """
 
   step_ms: float
@@ -38,21 +46,68 @@ class StepSpeed:
   batch_size: int
   steps: int
   devices: str
+  dtype: str
+  flops: float
+  peak: float
+
+  @property
+  def flops_per_second(self) -> float:
+    """Of the step alone."""
+    return self.flops / (self.step_ms / 1e3)
+
+  @property
+  def share(self) -> float:
+    """Of the peak that the step alone reaches, 0 to 1."""
+    return self.flops_per_second / self.peak
 
   def to_json(self) -> str:
     """As one line of JSON."""
-    return json.dumps(dataclasses.asdict(self))
+    more = {"flops_per_second": self.flops_per_second, "share": self.share}
+    return json.dumps({**dataclasses.asdict(self), **more})
 
   def __str__(self) -> str:
     rows = [
       ("step alone, median", f"{self.step_ms:.1f} ms"),
+      ("  of it, useful", f"{self.flops_per_second / 1e9:.1f} GFLOP/s"),
+      ("  matrix products alone", f"{self.peak / 1e9:.1f} GFLOP/s"),
+      ("  share of that peak", f"{self.share:.1%}"),
       ("step in the loop, median", f"{self.loop_ms:.1f} ms"),
-      ("waiting for data", f"{self.wait:.1%}"),
+      ("  waiting for data", f"{self.wait:.1%}"),
       ("images a second", f"{self.images_per_second:.1f}"),
       ("first step, with compilation", f"{self.compile_seconds:.1f} s"),
     ]
-    head = f"batch {self.batch_size} on {self.devices}, {self.steps} steps"
-    return "\n".join([head, *(f"{a:30}{b:>12}" for a, b in rows)])
+    head = (
+      f"batch {self.batch_size} on {self.devices}, {self.dtype},"
+      f" {self.steps} steps"
+    )
+    return "\n".join([head, *(f"{a:30}{b:>16}" for a, b in rows)])
+
+
+class Alone:
+  """A config's step on one batch that lies on the devices.
+
+  Attributes:
+    experiment: of the config.
+    state: after the steps so far.
+    batch: on the devices.
+    compile_seconds: of the first step.
+  """
+
+  def __init__(self, config: config_lib.Config):
+    with tempfile.TemporaryDirectory() as workdir:
+      self.experiment: Experiment = experiment_lib.build(config, workdir)
+    self.state: TrainState = train.start(self.experiment, None)
+    with experiment_lib.make_loader(self.experiment, 0) as loader:
+      self.batch = sharding.place_batch(next(loader), self.experiment.mesh)
+    self.compile_seconds = self.step()
+
+  def step(self, batch: Any = None) -> float:
+    """Seconds of one step, waited for."""
+    begin = time.perf_counter()
+    batch = self.batch if batch is None else batch
+    self.state, values = self.experiment.program.update(self.state, batch)
+    jax.block_until_ready((self.state, values))
+    return time.perf_counter() - begin
 
 
 def bench_step(config: config_lib.Config, *, steps: int = 20) -> StepSpeed:
@@ -66,42 +121,45 @@ def bench_step(config: config_lib.Config, *, steps: int = 20) -> StepSpeed:
     config: as `train.run` takes it; nothing is saved or evaluated.
     steps: to time, of each kind.
   """
-  with tempfile.TemporaryDirectory() as workdir:
-    experiment = experiment_lib.build(config, workdir)
-  state = train.start(experiment, None)
-  update = experiment.program.update
+  alone = Alone(config)
+  experiment = alone.experiment
+  times = [alone.step() for _ in range(steps)]
+  looped, waits = [], []
   with experiment_lib.make_loader(experiment, 0) as loader:
-    batch = sharding.place_batch(next(loader), experiment.mesh)
-    begin = time.perf_counter()
-    state, values = jax.block_until_ready(update(state, batch))
-    compile_seconds = time.perf_counter() - begin
-
-    alone = []
-    for _ in range(steps):
-      begin = time.perf_counter()
-      state, values = update(state, batch)
-      jax.block_until_ready(values)
-      alone.append(time.perf_counter() - begin)
-
     batches = train.placed_batches(loader, experiment.mesh)
     next(batches)
-    looped, waits = [], []
     for _ in range(steps):
-      begin = time.perf_counter()
-      batch = next(batches)
-      waits.append(time.perf_counter() - begin)
-      state, values = update(state, batch)
-      jax.block_until_ready(values)
-      looped.append(time.perf_counter() - begin)
+      wait = _next(batches)
+      waits.append(wait.seconds)
+      looped.append(wait.seconds + alone.step(wait.batch))
   batch_size = experiment.config.batch_size
-  device = jax.devices()[0]
+  dtype = str(experiment.recipe.dtype)
   return StepSpeed(
-    step_ms=1e3 * statistics.median(alone),
+    step_ms=1e3 * statistics.median(times),
     loop_ms=1e3 * statistics.median(looped),
     wait=sum(waits) / sum(looped),
     images_per_second=batch_size * steps / sum(looped),
-    compile_seconds=compile_seconds,
+    compile_seconds=alone.compile_seconds,
     batch_size=batch_size,
     steps=steps,
-    devices=f"{jax.device_count()} x {device.device_kind}",
+    devices=floors.devices(),
+    dtype=dtype,
+    flops=flops.model_flops(
+      experiment.recipe, experiment.optimizer.tx, alone.batch
+    ),
+    peak=floors.matmul_peak(dtype),
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wait:
+  """A batch, and how long it took to come."""
+
+  batch: Any
+  seconds: float
+
+
+def _next(batches: Iterator[Any]) -> _Wait:
+  begin = time.perf_counter()
+  batch = next(batches)
+  return _Wait(batch, time.perf_counter() - begin)

@@ -1,0 +1,96 @@
+"""Four real processes train, evaluate, save and go on as one does."""
+
+import json
+import shutil
+import socket
+
+import numpy as np
+import pytest
+import trainings
+
+pytestmark = pytest.mark.slow
+
+ARG = "steps=8,save=4"
+
+
+def together(workdir, count, *args, devices=1, arg=ARG):
+  """Trains to the end in `count` processes joined by `jax.distributed`."""
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    port = s.getsockname()[1]
+  join = (f"--coordinator=localhost:{port}", f"--processes={count}")
+  running = [
+    trainings.launch(
+      workdir, *join, f"--process={i}", *args, devices=devices, arg=arg
+    )
+    for i in range(count)
+  ]
+  try:
+    for process in running:
+      trainings.finish(process, workdir)
+  finally:
+    for process in running:
+      process.kill()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("alone") / "run"
+  trainings.train(workdir, devices=4, arg=ARG)
+  return workdir
+
+
+def figures(workdir):
+  last = trainings.rows(workdir)[-1]
+  return {k: v for k, v in last.items() if k.startswith("retrieval/")}
+
+
+def assert_same_curve(workdir, expected):
+  found, wanted = trainings.losses(workdir), trainings.losses(expected)
+  assert found.keys() == wanted.keys()
+  for step, loss in wanted.items():
+    assert found[step] == pytest.approx(loss, abs=1e-5), step
+
+
+def test_four_processes_train_evaluate_and_save_as_one_does(alone, tmp_path):
+  workdir = tmp_path / "run"
+  together(workdir, 4)
+  assert_same_curve(workdir, alone)
+  assert figures(workdir) == figures(alone) and figures(alone)
+  found, wanted = trainings.params(workdir), trainings.params(alone)
+  assert found.keys() == wanted.keys()
+  for name, value in wanted.items():
+    # Adam divides by the root of squares that are near zero at first.
+    np.testing.assert_allclose(found[name], value, atol=1e-4, err_msg=name)
+
+
+def test_four_processes_end_what_two_began(alone, tmp_path):
+  workdir = tmp_path / "run"
+  keep = "--config.checkpoint.keep=8"
+  together(workdir, 2, keep, devices=2, arg="steps=8,save=1")
+  # As if the two had been stopped after four steps.
+  for step in (5, 6, 7, 8):
+    shutil.rmtree(workdir / "checkpoints" / str(step))
+  together(workdir, 4, arg=ARG)
+  assert "Resumed" in trainings.log(workdir)
+  assert_same_curve(workdir, alone)
+
+
+def test_compiled_programs_are_found_again(tmp_path):
+  cache = tmp_path / "compiled"
+
+  def updates():
+    return sorted(cache.glob("jit_update-*-cache"))
+
+  for name in ("a", "b"):
+    arg = "steps=2,save=2"
+    trainings.train(tmp_path / name, f"--compile_cache={cache}", arg=arg)
+    # Found by the second run, which would add its own otherwise.
+    assert len(updates()) == 1
+  seconds = [_timing(tmp_path / name)["compile"] for name in ("a", "b")]
+  assert seconds[1] < seconds[0]
+
+
+def _timing(workdir):
+  file = workdir / "checkpoints" / "2" / "timing" / "metadata"
+  return json.loads(file.read_text())
