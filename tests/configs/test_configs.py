@@ -14,13 +14,22 @@ from mtv_jax.objectives import build_objective
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs").glob("*.py"))
 every = pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+# Tiny, a config that another one is made of differs from it by a line or two.
+DERIVED = ("mtv_l16_256", "mtv_g14_224", "mtv_b16_512", "siglip_l16_256")
+each_tiny = pytest.mark.parametrize(
+  "file",
+  [
+    pytest.param(f, marks=[pytest.mark.slow] * (f.stem in DERIVED), id=f.stem)
+    for f in FILES
+  ],
+)
 
 
 def test_there_are_configs():
   assert len(FILES) >= 4
 
 
-@every
+@each_tiny
 def test_tiny_needs_nothing_but_the_scenes(file, tmp_path):
   config = config_lib.read(f"{file}:tiny")
   # Of the whole run, what a laptop's CPU does in a minute.
