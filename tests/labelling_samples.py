@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -172,4 +173,6 @@ def main(kind, base, out, delay, coordinator=None, process="0"):
 
 
 if __name__ == "__main__":
+  # Tests that run in a background job inherit that interrupts are ignored.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   main(*sys.argv[1:])
