@@ -194,12 +194,24 @@ def _add_experts(commands: argparse._SubParsersAction) -> None:
     "--against", choices=("transformers", "none"), default="transformers"
   )
   parser.add_argument("--threads", type=_positive, default=2)
+  parser.add_argument(
+    "--topology", help="compile for it instead, such as v5e:2x2; times nothing"
+  )
   parser.set_defaults(run=_experts)
 
 
 def _experts(args: argparse.Namespace) -> object:
+  from mtv_jax import topologies
   from mtv_jax.benchmarks import experts
 
+  if args.topology:
+    topologies.use_cpu(args.topology)
+    return experts.compile_expert(
+      args.kind,
+      variant=args.variant,
+      batch_size=args.batch_size,
+      topology=args.topology,
+    )
   return experts.bench_expert(
     args.kind,
     variant=args.variant,
