@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -161,6 +162,57 @@ def _not_negative(value: Any, where: str) -> float:
   return float(value)
 
 
+def make_mesh(
+  config: ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """The mesh of a resolved config, which its batch fits.
+
+  Args:
+    config: resolved.
+    devices: all of this run by default.
+
+  Raises:
+    ConfigError: the sizes don't fit the devices, or the batch doesn't fit.
+  """
+  mesh = sharding.make_mesh(config.mesh, devices)
+  if config.batch_size % config.accumulate:
+    raise config_lib.ConfigError(
+      f"config.batch_size is {config.batch_size}, which config.accumulate="
+      f"{config.accumulate} does not divide."
+    )
+  sharding.check_batch(config.batch_size // config.accumulate, mesh)
+  return mesh
+
+
+def make_program(
+  config: ConfigDict, recipe: recipe_lib.Recipe, mesh: Mesh, examples: int
+) -> tuple[optim.Optimizer, step_lib.Program]:
+  """The optimizer and the step of a resolved config; compiles nothing.
+
+  Args:
+    config: resolved.
+    recipe: from `build_recipe`.
+    mesh: from `make_mesh`.
+    examples: of an epoch, for durations.
+
+  Raises:
+    ConfigError: for a rule that matches no parameter, or can't be.
+  """
+  params = recipe_lib.abstract_params(recipe)
+  optimizer = optim.make_optimizer(
+    config.optim,
+    config.schedule,
+    total_steps=recipe.total_steps,
+    batch_size=config.batch_size,
+    examples_per_epoch=examples,
+    params=params,
+  )
+  names = [name for name, _ in trees.flatten_names(params)]
+  sharding.check_rules(config.sharding, names)
+  program = step_lib.make_program(recipe, optimizer.tx, mesh, config.sharding)
+  return optimizer, program
+
+
 def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
   """Checks a config and builds everything but the state.
 
@@ -173,13 +225,7 @@ def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
       f"the run's folder is {workdir}; buckets are not written to directly: "
       "mount it (gcsfuse, for example) and give the folder's path."
     )
-  mesh = sharding.make_mesh(config.mesh)
-  if config.batch_size % config.accumulate:
-    raise config_lib.ConfigError(
-      f"config.batch_size is {config.batch_size}, which config.accumulate="
-      f"{config.accumulate} does not divide."
-    )
-  sharding.check_batch(config.batch_size // config.accumulate, mesh)
+  mesh = make_mesh(config)
   tokenizer = None
   if text := config.model.text:
     # Checked before the data, which may take long to open.
@@ -202,18 +248,7 @@ def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
     else source
     for source, entry in zip(sources, entries, strict=True)
   ]
-  params = recipe_lib.abstract_params(recipe)
-  optimizer = optim.make_optimizer(
-    config.optim,
-    config.schedule,
-    total_steps=total_steps,
-    batch_size=config.batch_size,
-    examples_per_epoch=examples,
-    params=params,
-  )
-  names = [name for name, _ in trees.flatten_names(params)]
-  sharding.check_rules(config.sharding, names)
-  program = step_lib.make_program(recipe, optimizer.tx, mesh, config.sharding)
+  optimizer, program = make_program(config, recipe, mesh, examples)
   return Experiment(
     config=config,
     workdir=pathlib.Path(workdir),

@@ -33,7 +33,7 @@ _LEFT = r"^(image|text)/blocks/|token_embedding$"
 Loss = tuple[Float[Array, ""], dict[str, base.Terms]]
 
 
-def _view_keys(
+def view_keys(
   recipe: Recipe, step: Array, size: int, mesh: Mesh | None
 ) -> dict[str, jax.Array]:
   """Keys `[size]` of the views that are read, one for each row."""
@@ -66,7 +66,10 @@ def held(recipe: Recipe, params: PyTree) -> PyTree:
   return trees.map_with_names(hold, params)
 
 
-def _heads(recipe: Recipe, params: PyTree, state: TrainState):
+def bound_heads(
+  recipe: Recipe, params: PyTree, state: TrainState
+) -> base.BoundHeads:
+  """The heads with these parameters, the teacher's held still."""
   teacher = jax.lax.stop_gradient(state.teacher.get("heads", {}))
   return base.BoundHeads(recipe.heads, params, teacher)
 
@@ -104,7 +107,7 @@ def evidence_of(
     recipe.plan, recipe.towers, params, state.teacher, views, batch
   )
   encoded = sharding.by_rows(encoded, mesh)
-  heads = _heads(recipe, params["heads"], state)
+  heads = bound_heads(recipe, params["heads"], state)
   evidence = {}
   for name, objective in recipe.objectives.items():
     with jax.named_scope(name):
@@ -131,7 +134,7 @@ def losses_of(
   state = state.replace(
     teacher=sharding.in_use(state.teacher, mesh, keep=_LEFT)
   )
-  heads = _heads(recipe, params["heads"], state)
+  heads = bound_heads(recipe, params["heads"], state)
   total, terms = jnp.zeros(()), {}
   for name, objective in recipe.objectives.items():
     start = recipe.weights[name].start
@@ -156,7 +159,7 @@ def total_loss(
   mesh: Mesh | None = None,
 ) -> Loss:
   """The loss of a whole batch, as a function of all parameters."""
-  keys = _view_keys(recipe, state.step, len(batch["image"]), mesh)
+  keys = view_keys(recipe, state.step, len(batch["image"]), mesh)
   evidence = evidence_of(recipe, params, state, batch, keys, mesh)
   return losses_of(recipe, params["heads"], state, evidence, mesh)
 
@@ -197,7 +200,7 @@ def accumulated(
     return evidence_of(recipe, params, state, *part, mesh)
 
   params = state.params
-  keys = _view_keys(recipe, state.step, len(batch["image"]), mesh)
+  keys = view_keys(recipe, state.step, len(batch["image"]), mesh)
   parts = jax.tree.map(split, (dict(batch), keys))
   mapped = jax.lax.map(lambda part: encode(params, part), parts)
   leaves, tree = jax.tree.flatten(jax.tree.map(join, mapped))

@@ -38,7 +38,7 @@ def _still(part: Recipe, whole: Recipe, updates: PyTree) -> PyTree:
   return {**updates, **still, "heads": heads}
 
 
-def _follow(
+def follow(
   part: Recipe, teacher: PyTree, params: PyTree, step: Array
 ) -> PyTree:
   """The teacher after an update of the student."""
@@ -95,7 +95,7 @@ def make_update(
       step=state.step + 1,
       params=params,
       opt_state=opt_state,
-      teacher=_follow(part, state.teacher, params, state.step),
+      teacher=follow(part, state.teacher, params, state.step),
       ema=ema,
       statistics=statistics,
     ), metrics

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtv_jax import endings, hosts
-from mtv_jax.data import label_bases
+from mtv_jax.data import atomic, label_bases
 from mtv_jax.data.label_values import make_boxes, make_depth
 from mtv_jax.data.records import BadRecord
 from mtv_jax.experts import labelling, placing
@@ -156,6 +156,18 @@ def free_port():
   with socket.socket() as taken:
     taken.bind(("localhost", 0))
     return taken.getsockname()[1]
+
+
+def claim(folder, name, owner, *, age=0.0):
+  """The claim of a process that is not this one, so many seconds old."""
+  file = folder / f".{name}.claim"
+  file.write_text(json.dumps({"host": "there", "owner": str(owner)}))
+  then = time.time() - age
+  os.utime(file, (then, then))
+  return file
+
+
+ELSEWHERE = atomic.Owner("00000000", 1, "00000000")
 
 
 def main(kind, base, out, delay, coordinator=None, process="0"):

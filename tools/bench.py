@@ -37,6 +37,12 @@ def _positive(text: str) -> int:
   return value
 
 
+def _add_config(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--config", required=True, help="a file, with its arguments after a colon"
+  )
+
+
 def _add_data(commands: argparse._SubParsersAction) -> None:
   parser = commands.add_parser("data", help="tars to batches, on the host")
   parser.add_argument("--data", help="tars; scenes are rendered without it")
@@ -75,9 +81,7 @@ def _data(args: argparse.Namespace) -> object:
 
 def _add_step(commands: argparse._SubParsersAction) -> None:
   parser = commands.add_parser("step", help="the train step of a config")
-  parser.add_argument(
-    "--config", required=True, help="a file, with its arguments after a colon"
-  )
+  _add_config(parser)
   parser.add_argument("--steps", type=_positive, default=20, help="to time")
   parser.set_defaults(run=_step)
 
@@ -91,9 +95,7 @@ def _step(args: argparse.Namespace) -> object:
 
 def _add_views(commands: argparse._SubParsersAction) -> None:
   parser = commands.add_parser("views", help="made on the device, by a config")
-  parser.add_argument(
-    "--config", required=True, help="a file, with its arguments after a colon"
-  )
+  _add_config(parser)
   parser.add_argument("--steps", type=_positive, default=5, help="to time")
   parser.set_defaults(run=_views)
 
@@ -133,9 +135,7 @@ def _eval(args: argparse.Namespace) -> object:
 
 def _add_checkpoint(commands: argparse._SubParsersAction) -> None:
   parser = commands.add_parser("checkpoint", help="saving and restoring")
-  parser.add_argument(
-    "--config", required=True, help="a file, with its arguments after a colon"
-  )
+  _add_config(parser)
   parser.add_argument(
     "--steps", type=_positive, default=10, help="to time while nothing is saved"
   )
@@ -224,9 +224,7 @@ def _experts(args: argparse.Namespace) -> object:
 
 def _add_flops(commands: argparse._SubParsersAction) -> None:
   parser = commands.add_parser("flops", help="of each part of a train step")
-  parser.add_argument(
-    "--config", required=True, help="a file, with its arguments after a colon"
-  )
+  _add_config(parser)
   parser.add_argument("--batch-size", type=_positive, default=64)
   parser.add_argument(
     "--compile", choices=("no", "whole"), default="no", help="ask XLA too"

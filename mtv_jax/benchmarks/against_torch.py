@@ -263,7 +263,7 @@ def first_views(recipe: Recipe, batch: dict[str, np.ndarray]) -> dict[str, Any]:
   """What the first step's views make of the batch, as NumPy arrays."""
 
   def make(image, size):
-    keys = gradients._view_keys(
+    keys = gradients.view_keys(
       recipe, jnp.zeros((), jnp.int32), len(image), None
     )
     return {

@@ -230,7 +230,7 @@ def _parts(recipe: Recipe, batch: Any, tx: Any) -> list[tuple[str, float]]:
   state = _state(recipe, tx)
   rows = batch["image"].shape[0]
   keys = jax.eval_shape(
-    lambda: gradients._view_keys(recipe, jnp.zeros((), jnp.int32), rows, None)
+    lambda: gradients.view_keys(recipe, jnp.zeros((), jnp.int32), rows, None)
   )
   found = []
 
@@ -283,7 +283,7 @@ def _parts(recipe: Recipe, batch: Any, tx: Any) -> list[tuple[str, float]]:
     return (
       params,
       opt_state,
-      step_lib._follow(recipe, state.teacher, params, state.step),
+      step_lib.follow(recipe, state.teacher, params, state.step),
     )
 
   found.append(("optimizer", trace(finish, state, state.params).flops))
@@ -291,7 +291,7 @@ def _parts(recipe: Recipe, batch: Any, tx: Any) -> list[tuple[str, float]]:
 
 
 def _evidence(recipe, encoded, params, state, batch, views):
-  heads = gradients._heads(recipe, params, state)
+  heads = gradients.bound_heads(recipe, params, state)
   return {
     name: objective.evidence(encoded, heads, {**batch, "views": views})
     for name, objective in recipe.objectives.items()

@@ -75,7 +75,7 @@ def bench_views(config: config_lib.Config, *, steps: int = 5) -> ViewSpeed:
 
   def views(names):
     def make(image, image_size):
-      keys = gradients._view_keys(recipe, jnp.zeros((), jnp.int32), rows, mesh)
+      keys = gradients.view_keys(recipe, jnp.zeros((), jnp.int32), rows, mesh)
       return {
         name: recipe.views[name](image, image_size, keys[name], recipe.dtype)
         for name in names

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from mtv_jax import config as config_lib
 from mtv_jax import experiment as experiment_lib
-from mtv_jax import optim, sharding, topologies, trees
 from mtv_jax import recipe as recipe_lib
+from mtv_jax import sharding, topologies
 from mtv_jax import step as step_lib
 from mtv_jax.data import ops, tokenizers
 
@@ -86,13 +86,7 @@ def make_plan(
   config = config_lib.check(config)
   if devices is None:
     devices = topologies.devices(topology.name)
-  mesh = sharding.make_mesh(config.mesh, devices)
-  if config.batch_size % config.accumulate:
-    raise config_lib.ConfigError(
-      f"config.batch_size is {config.batch_size}, which config.accumulate="
-      f"{config.accumulate} does not divide."
-    )
-  sharding.check_batch(config.batch_size // config.accumulate, mesh)
+  mesh = experiment_lib.make_mesh(config, devices)
   examples = examples_per_epoch or EPOCH
   total_steps = config_lib.total_steps(config, examples)
   recipe = experiment_lib.build_recipe(config, total_steps)
@@ -105,18 +99,7 @@ def make_plan(
         f"objective {readers[0]!r} reads the batch field {field!r}, which no "
         f"op of config.data.ops gives; there are: {sorted(fields)}."
       )
-  params = recipe_lib.abstract_params(recipe)
-  optimizer = optim.make_optimizer(
-    config.optim,
-    config.schedule,
-    total_steps=total_steps,
-    batch_size=config.batch_size,
-    examples_per_epoch=examples,
-    params=params,
-  )
-  names = [name for name, _ in trees.flatten_names(params)]
-  sharding.check_rules(config.sharding, names)
-  program = step_lib.make_program(recipe, optimizer.tx, mesh, config.sharding)
+  _, program = experiment_lib.make_program(config, recipe, mesh, examples)
   return Plan(
     config=config,
     topology=topology,

@@ -1,13 +1,9 @@
-"""Labelling a data set: order, groups, claims, bad records, resuming."""
+"""Labelling a data set: order, groups, bad records, several runs, checks."""
 
 import hashlib
-import io
 import json
 import logging
-import os
 import random
-import subprocess
-import sys
 import threading
 import time
 from concurrent import futures
@@ -16,9 +12,11 @@ import cv2
 import numpy as np
 import pytest
 from labelling_samples import (
+  ELSEWHERE,
   ROWS,
   FakeBoxes,
   FakeDepth,
+  claim,
   contents,
   free_port,
   launch,
@@ -26,17 +24,15 @@ from labelling_samples import (
   open_base,
 )
 
-from mtv_jax.data import array_records, atomic, canvas, label_values
+from mtv_jax.data import array_records, canvas, label_values
 from mtv_jax.data.label_sets import LabelSet, hash_image
 from mtv_jax.data.label_values import Outcome
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import build_source
-from mtv_jax.experts import batching, claims, labelling
+from mtv_jax.experts import batching, labelling
 from mtv_jax.experts.base import Expert, Prepared
 from mtv_jax.experts.batching import Grouper
-from mtv_jax.experts.claims import Claims
 from mtv_jax.experts.verify import verify
-from mtv_jax.progress import Progress
 from mtv_jax.sharding import HostRows
 
 
@@ -274,125 +270,6 @@ def test_labels_come_in_order_whatever_the_threads_do():
   assert shapes[0] == shapes[1]
 
 
-# --- Claims ------------------------------------------------------------------
-
-
-def dead_owner():
-  """A process of this machine that was."""
-  process = subprocess.Popen([sys.executable, "-c", ""])
-  process.wait()
-  mine = atomic.me()
-  return atomic.Owner(mine.machine, process.pid, mine.token)
-
-
-def claim(folder, name, owner, *, age=0.0):
-  file = folder / f".{name}.claim"
-  file.write_text(json.dumps({"host": "there", "owner": str(owner)}))
-  then = time.time() - age
-  os.utime(file, (then, then))
-  return file
-
-
-ELSEWHERE = atomic.Owner("00000000", 1, "00000000")
-
-
-def test_a_claim_is_exclusive_and_let_go_of(tmp_path):
-  mine = Claims(tmp_path)
-  with mine.take("a") as taken, mine.take("a") as again, mine.take("b") as b:
-    assert (taken, again, b) == (True, False, True)
-    assert str(mine.holder("a")).startswith(f"process {os.getpid()} on ")
-  assert mine.holder("a") is None
-  assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-  ("owner", "age", "gone"),
-  [
-    (dead_owner(), 0, True),
-    (ELSEWHERE, 0, False),
-    (ELSEWHERE, 200, False),
-    (ELSEWHERE, 400, True),
-    # A container's only process has the number 1 every time.
-    (atomic.Owner(atomic.me().machine, os.getpid(), "00000000"), 0, True),
-    ("damaged", 0, False),
-    ("damaged", 400, True),
-  ],
-)
-def test_claims_of_processes_that_are_gone(tmp_path, owner, age, gone):
-  file = claim(tmp_path, "00001", owner, age=age)
-  halves = [
-    tmp_path / f".{name}.{owner}.3.tmp"
-    for name in ("00001.array_record", "00001_stats.json", "000011.keys.npy")
-  ]
-  for half in halves:
-    half.touch()
-    os.utime(half, (time.time() - age,) * 2)
-  with Claims(tmp_path).take("00001") as taken:
-    assert taken == gone
-  assert file.exists() != gone
-  if owner != "damaged":
-    assert [half.exists() for half in halves] == [not gone, not gone, True]
-    Claims(tmp_path).sweep()
-    assert (list(tmp_path.iterdir()) == []) == gone
-
-
-def test_a_claim_that_was_taken_over_meanwhile_is_put_back(
-  tmp_path, monkeypatch
-):
-  file = claim(tmp_path, "a", dead_owner())
-  is_left = atomic.is_left
-
-  def slow(path, owner):
-    result = is_left(path, owner)
-    # Somebody else is faster.
-    claim(tmp_path, "a", ELSEWHERE)
-    return result
-
-  monkeypatch.setattr(claims.atomic, "is_left", slow)
-  with Claims(tmp_path).take("a") as taken:
-    assert not taken
-  assert json.loads(file.read_text())["owner"] == str(ELSEWHERE)
-  assert [f.name for f in tmp_path.iterdir()] == [".a.claim"]
-
-
-def test_of_many_that_take_over_one_wins(tmp_path):
-  claim(tmp_path, "a", ELSEWHERE, age=1000)
-  start, wins = threading.Barrier(8), []
-  end = threading.Barrier(8)
-
-  def contend():
-    start.wait()
-    with Claims(tmp_path).take("a") as taken:
-      wins.append(taken)
-      end.wait()
-
-  threads = [threading.Thread(target=contend) for _ in range(8)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert sorted(wins) == [False] * 7 + [True]
-
-
-def test_a_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
-  monkeypatch.setattr(atomic, "STALE", 0.2)
-  with Claims(tmp_path).take("a"):
-    os.utime(tmp_path / ".a.claim", (0, 0))
-    time.sleep(0.3)
-    assert atomic.age(tmp_path / ".a.claim") < 10
-    # One that was lost is not touched, and not let go of.
-    file = claim(tmp_path, "a", ELSEWHERE, age=1000)
-    os.replace(file, tmp_path / "other")
-    os.replace(tmp_path / "other", file)
-    moved = tmp_path / "moved"
-    moved.write_bytes(file.read_bytes())
-    os.replace(moved, file)
-    os.utime(file, (0, 0))
-    time.sleep(0.1)
-    assert file.stat().st_mtime == 0
-  assert file.exists()
-
-
 # --- Several runs ------------------------------------------------------------
 
 
@@ -590,35 +467,3 @@ def test_a_set_of_another_expert_is_not_compared(made, base):
     verify(FakeDepth(scale=3.0), open_base(base), made / "depth", count=1)
   with pytest.raises(ValueError, match="0 records to verify"):
     verify(FakeDepth(), open_base(base), made / "depth", count=0)
-
-
-# --- Progress ----------------------------------------------------------------
-
-
-class Stream(io.StringIO):
-  def __init__(self, tty):
-    super().__init__()
-    self.isatty = lambda: tty
-
-
-def test_progress():
-  now = 0.0
-  log, screen = Stream(False), Stream(True)
-  says = [Progress(stream=s, clock=lambda: now) for s in (log, screen)]
-  # 400 were there; the first 100 compile; then 50 a second.
-  for seconds, done in (
-    (1.0, 400), (31.0, 500), (33.0, 600), (51.0, 1500), (52.0, 1900),
-    (60.0, 2000),
-  ):  # fmt: skip
-    now = seconds
-    for say in says:
-      say(done, 2000)
-  assert log.getvalue().splitlines() == [
-    "25.0%, 500 of 2,000 images, 3.3 a second, eta 7m30s",
-    "75.0%, 1,500 of 2,000 images, 50 a second, eta 10s",
-    "100.0%, 2,000 of 2,000 images, 52 a second",
-  ]
-  lines = screen.getvalue().split("\r")
-  assert lines[0] == " 20.0% [####................] 400 of 2,000 images  eta ?"
-  assert lines[-1].startswith("100.0% [####################] 2,000 of 2,000")
-  assert lines[-1].endswith("\n")

@@ -123,15 +123,26 @@ def inspect(
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       return list(pool.map(draw, chosen))
 
-  names = [f"{kind} from {found['folder']}" for kind, found in gathered.items()]
-  title = f"{', '.join(data)}: {', '.join(names)}"
+  _write(folder, summary, drawn, size)
+  return summary
+
+
+def _write(
+  folder: Path,
+  summary: Mapping[str, Any],
+  drawn: Callable[[int], list[cards.Card]],
+  size: int,
+) -> None:
+  """Sheet, page and figures; `drawn` gives the pictures of a size."""
+  sets = summary["sets"].items()
+  names = [f"{kind} from {found['folder']}" for kind, found in sets]
+  title = f"{', '.join(summary['data'])}: {', '.join(names)}"
   picture = sheet.draw(drawn(size), title=title, size=size)
   Image.fromarray(picture).save(folder / "sheet.png")
   html = page.html(summary, drawn(max(size, _PAGE)))
   (folder / "index.html").write_text(html, encoding="utf-8")
   text = json.dumps(summary, ensure_ascii=False, indent=1)
   (folder / "statistics.json").write_text(f"{text}\n", encoding="utf-8")
-  return summary
 
 
 def _joined(
