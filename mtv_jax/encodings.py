@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
+from mtv_jax import sharding
 from mtv_jax.objectives import base
 
 
@@ -34,6 +36,7 @@ def encode(
   teacher: Mapping[str, PyTree],
   views: Mapping[str, Any],
   batch: Mapping[str, Array],
+  mesh: Mesh | None = None,
 ) -> dict[base.Encoding, Any]:
   """Runs every encoding of the plan.
 
@@ -47,6 +50,7 @@ def encode(
       objectives on one view read one encoding.
     batch: fields that hold token ids for text encodings: captions `[B, T]`,
       phrases `[B, M, T]`.
+    mesh: that the rows are split over; None on one device.
 
   Returns:
     Each encoding's output, a `models.vit.ImageOutput` whose arrays are
@@ -58,22 +62,24 @@ def encode(
     weights = params
     if encoding.weights == base.TEACHER:
       weights = jax.lax.stop_gradient(teacher)
-    tower = towers[encoding.tower]
+    tower = towers[encoding.tower].clone(mesh=mesh)
     variables = {"params": weights[encoding.tower]}
     # The name shows up in profiles and in the compiled program.
     with jax.named_scope(str(encoding)):
       if encoding.tower == "text":
         tokens = batch[encoding.view]
         lead = tokens.shape[:-1]
-        output = tower.apply(variables, tokens.reshape(-1, tokens.shape[-1]))
+        tokens = tokens.reshape(-1, tokens.shape[-1])
+        output = tower.apply(variables, sharding.by_rows(tokens, mesh))
       else:
         made = views[encoding.view]
         lead = made.images.shape[:2]
         hidden = made.mask if encoding.weights == base.STUDENT else None
-        images, mask, keep = jax.tree.map(
+        crops = jax.tree.map(
           lambda x: x.reshape(-1, *x.shape[2:]),
           (made.images, hidden, made.keep),
         )
+        images, mask, keep = sharding.by_rows(crops, mesh)
         output = tower.apply(variables, images, taps=taps, mask=mask, keep=keep)
       outputs[encoding] = jax.tree.map(
         lambda x, lead=lead: x.reshape(*lead, *x.shape[1:]), output

@@ -104,7 +104,7 @@ def evidence_of(
       )
   views = sharding.by_rows(views, mesh)
   encoded = encodings.encode(
-    recipe.plan, recipe.towers, params, state.teacher, views, batch
+    recipe.plan, recipe.towers, params, state.teacher, views, batch, mesh
   )
   encoded = sharding.by_rows(encoded, mesh)
   heads = bound_heads(recipe, params["heads"], state)

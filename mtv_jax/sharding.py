@@ -346,7 +346,9 @@ def by_rows(tree: PyTree, mesh: Mesh | None) -> PyTree:
   return jax.tree.map(place, tree)
 
 
-def in_use(params: PyTree, mesh: Mesh | None, *, keep: str = "$^") -> PyTree:
+def in_use(
+  params: PyTree, mesh: Mesh | None, *, keep: str = "$^", dtype: Any = None
+) -> PyTree:
   """Parameters gathered over `fsdp`, as a compiled program uses them.
 
   The devices along `fsdp` hold parts of a parameter, but rows of their own: a
@@ -358,6 +360,8 @@ def in_use(params: PyTree, mesh: Mesh | None, *, keep: str = "$^") -> PyTree:
     mesh: None for one device.
     keep: a regex over names that are left as they lie, such as those of
       stacked blocks, of which a loop gathers one at a time.
+    dtype: what is gathered is cast to it first, so that less is sent; give the
+      one that it is computed with anyway.
   """
   if mesh is None or mesh.shape["fsdp"] == 1:
     return params
@@ -365,10 +369,12 @@ def in_use(params: PyTree, mesh: Mesh | None, *, keep: str = "$^") -> PyTree:
   def place(name, leaf):
     if re.search(keep, name):
       return leaf
-    axes = [_names([a]) for a in trees.first_match(name, RULES)]
-    axes = [tuple(n for n in names if n != "fsdp") for names in axes]
-    placing = NamedSharding(mesh, _fit(axes, leaf.shape, mesh))
-    return jax.lax.with_sharding_constraint(leaf, placing)
+    axes = [tuple(_names([a])) for a in trees.first_match(name, RULES)]
+    without = [tuple(n for n in names if n != "fsdp") for names in axes]
+    whole = NamedSharding(mesh, _fit(without, leaf.shape, mesh))
+    if dtype is not None and without != axes:
+      leaf = leaf.astype(dtype)
+    return jax.lax.with_sharding_constraint(leaf, whole)
 
   return trees.map_with_names(place, params)
 

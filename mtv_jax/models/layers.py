@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mtv_jax import config as config_lib
+from mtv_jax import sharding
 from mtv_jax.models import attention as attention_lib
 
 # What the backward pass finds saved of each block; it recomputes the rest.
@@ -199,6 +201,7 @@ def run_stack(
   taps: Sequence[int] = (),
   remat: str = "none",
   scan: bool = True,
+  mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
   """Runs a stack of blocks.
 
@@ -214,6 +217,10 @@ def run_stack(
       'dots_no_batch' those with weights (attention is recomputed).
     scan: False unrolls the blocks, to count FLOPs or to let the compiler
       schedule across them. The values are the same.
+    mesh: that rows and parameters are split over: rows then stay where they
+      are, and each block's parameters are gathered over `fsdp` where it runs,
+      again in the backward pass. Left to itself the compiler may find a whole
+      axis of the batch better spent on splitting channels.
 
   Returns:
     The last block's output, and {layer: output} for the taps.
@@ -226,6 +233,8 @@ def run_stack(
   check_remat(remat)
 
   def step(x, layer):
+    x = sharding.by_rows(x, mesh)
+    layer = sharding.in_use(layer, mesh, dtype=block.dtype)
     return block.apply({"params": layer}, x), None
 
   if REMAT[remat] is not None:

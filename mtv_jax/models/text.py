@@ -8,6 +8,7 @@ from typing import Any, no_type_check
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mtv_jax.models import layers
@@ -93,12 +94,15 @@ class TextTower(nn.Module):
     dtype: compute dtype; parameters and LayerNorm statistics are float32.
     remat: what the backward pass finds saved, see `layers.run_stack`.
     scan: whether the blocks run in a loop, see `layers.run_stack`.
+    mesh: that rows and parameters are split over, see `layers.run_stack`; None
+      leaves their places to the compiler.
   """
 
   spec: TextSpec
   dtype: Any = jnp.float32
   remat: str = "none"
   scan: bool = True
+  mesh: Mesh | None = None
 
   @nn.compact
   def __call__(self, tokens: Int[Array, "b t"]) -> TextOutput:
@@ -148,6 +152,7 @@ class TextTower(nn.Module):
       x.astype(self.dtype),
       remat=self.remat,
       scan=self.scan,
+      mesh=self.mesh,
     )
     x = layers.norm(spec.norm_eps, self.dtype, "norm")(x)
     pooled = layers.project(
