@@ -19,20 +19,19 @@ from mtv_jax.objectives.self_distillation import SelfDistillation
 from mtv_jax.preflight.program import Plan
 
 _FLOAT32 = 4
-# Beside its embedding: a contrastive row has an index and a flag, a region the
-# id of its phrase as well.
-_CONTRASTIVE_MARKS, _GROUNDING_MARKS = 4 + 1, 4 + 4 + 1
+# Bytes beside its embedding: a contrastive row has an index and a flag, a
+# region the id of its phrase as well, and a row of KoLeo's a flag alone.
+_CONTRASTIVE_MARKS, _GROUNDING_MARKS, _KOLEO_MARKS = 4 + 1, 4 + 4 + 1, 1
 _REDUCTIONS = ("all-reduce", "reduce-scatter")
 
 
 def embeddings(plan: Plan) -> int:
   """Bytes that a chip receives for losses that compare all rows of a batch.
 
-  Of n chips with b rows of D channels each, in float32: around a ring the
-  embeddings with their marks go n - 1 times, the gradients of them n times.
-  Gathered, and for KoLeo, which wants every image's nearest neighbour, the
-  embeddings of the n - 1 others come once, and the gradients of one's own from
-  n - 1 others.
+  Of n chips with b rows of D channels each, in float32: around a ring, as
+  sigmoid losses and KoLeo do, the embeddings with their marks go n - 1 times,
+  the gradients of them n times. Gathered, the embeddings of the n - 1 others
+  come once, and the gradients of one's own from n - 1 others.
   """
   return sum(
     _of_objective(objective, plan)
@@ -58,7 +57,8 @@ def _of_objective(objective: base.Objective, plan: Plan) -> int:
     if not objective.koleo_weight:
       return 0
     crops = plan.recipe.views[objective.view_global].count
-    return _gathered(count, crops * rows, plan.recipe.spec.image.embed_dim)
+    width = plan.recipe.spec.image.embed_dim
+    return crops * _ring(count, rows, width, _KOLEO_MARKS)
   return 0
 
 

@@ -32,7 +32,7 @@ def test_embeddings_are_reckoned_from_recipe_and_mesh(repo_root):
   contrast = 7 * ROWS * (4 * width + 5) + 8 * ROWS * 4 * width
   regions = 4 * ROWS
   grounding = 7 * regions * (4 * width + 9) + 8 * regions * 4 * width
-  koleo = 2 * 7 * ROWS * 4 * width
+  koleo = 7 * ROWS * (4 * width + 1) + 8 * ROWS * 4 * width
   assert exchanges.embeddings(plan) == contrast + grounding + koleo
   gathered = planned(
     repo_root,
