@@ -12,6 +12,12 @@ tries changes that would. Overrides are written --config.KEY=VALUE.
   python tools/preflight.py --table=docs/pods.md
 
 compiles the configs of the table in that page, and writes it.
+
+  python tools/preflight.py --scaling=step --config=configs/mtv_b16_224.py
+
+compiles one step for 16, 64 and 256 chips of v5e at 64 rows a chip, and says by
+how much memory and exchanges grow; --scaling=loss does so for the sigmoid loss
+alone. Both write --json as well.
 """
 
 import argparse
@@ -58,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
       print(command.table(args.table, rows=args.rows or ()))
       return
     if args.scaling == "loss":
-      print(command.scaling_of_losses())
+      print(command.scaling_of_losses(args.json))
       return
     if not args.config or not (args.topology or args.scaling):
       parser.error("--config and --topology are needed")
     if args.scaling:
-      print(command.scaling_of_step(args.config, args.set))
+      print(command.scaling_of_step(args.config, args.set, args.json))
       return
     fits = command.run(
       args.config,

@@ -10,11 +10,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from mtv_jax.config import ConfigError
 from mtv_jax.models.heads import unit
-from mtv_jax.objectives import base
+from mtv_jax.objectives import base, ring
 from mtv_jax.objectives.self_distillation import SelfDistillation
 
 
@@ -23,6 +24,7 @@ def koleo(
   valid: Bool[Array, " n"],
   *,
   eps: float = 1e-8,
+  mesh: Mesh | None = None,
 ) -> base.Mean:
   """Spreads vectors over the sphere (Sablayrolles et al. 2019; DINOv2).
 
@@ -32,19 +34,24 @@ def koleo(
     vectors: of any length; they are normalised first.
     valid: which of them are there, as themselves and as neighbours.
     eps: keeps twins finite, in value and gradient.
+    mesh: that the vectors are split over, whose devices then look for
+      neighbours around a ring; None on one device.
 
   Returns:
     Its mean over the vectors that have a neighbour: a count of 0 where there
     are fewer than two.
   """
   x = unit(vectors)
-  cosines = jnp.matmul(x, x.T, precision="highest")
-  others = valid[:, None] & valid[None, :] & ~jnp.eye(len(x), dtype=bool)
-  nearest = jnp.argmax(jnp.where(others, cosines, -2.0), axis=1)
+  if ring.is_meant("auto", mesh):
+    neighbours = ring.nearest(x, valid, mesh=mesh)
+  else:
+    cosines = jnp.matmul(x, x.T, precision="highest")
+    others = valid[:, None] & valid[None, :] & ~jnp.eye(len(x), dtype=bool)
+    neighbours = x[jnp.argmax(jnp.where(others, cosines, -2.0), axis=1)]
   # Not sqrt(2 - 2 cos), which has no digits left for close neighbours.
-  squares = jnp.sum(jnp.square(x - x[nearest]), axis=1)
+  squares = jnp.sum(jnp.square(x - neighbours), axis=1)
   losses = -jnp.log(jnp.sqrt(squares + eps**2) + eps)
-  counted = jnp.any(others, axis=1).astype(jnp.float32)
+  counted = (valid & (jnp.sum(valid) > 1)).astype(jnp.float32)
   return base.Mean(jnp.sum(losses * counted), jnp.sum(counted))
 
 
@@ -186,7 +193,7 @@ class Distillation(SelfDistillation):
     total = matched.sum
     report = {**matched.report, "labelled": base.Mean(count, count)}
     if self.koleo_weight:
-      spread = self._spread(evidence.pooled)
+      spread = self._spread(evidence.pooled, context.mesh)
       total = total + self.koleo_weight * rows * spread
       report["koleo"] = base.Mean(spread / crops, jnp.ones(()))
       report["cross_entropy"] = base.Mean(matched.sum, count)
@@ -196,7 +203,9 @@ class Distillation(SelfDistillation):
       statistics=matched.statistics,
     )
 
-  def _spread(self, pooled: Float[Array, "b g e"]) -> Float[Array, ""]:
+  def _spread(
+    self, pooled: Float[Array, "b g e"], mesh: Mesh | None
+  ) -> Float[Array, ""]:
     """KoLeo summed over crops; crops of one image are no neighbours."""
     rows, crops = pooled.shape[:2]
     if rows < 2:
@@ -206,4 +215,6 @@ class Distillation(SelfDistillation):
         "batch_size or set koleo_weight=0."
       )
     every = jnp.ones(rows, bool)
-    return sum(koleo(pooled[:, i], every).value() for i in range(crops))
+    return sum(
+      koleo(pooled[:, i], every, mesh=mesh).value() for i in range(crops)
+    )

@@ -20,7 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from mtv_jax import sharding
 from mtv_jax.objectives import pairwise
@@ -160,8 +160,7 @@ class _Met:
 
 def _turns(rows, columns, affine, *, judge, join, count, gradients):
   """What one device does: `(losses, report, slopes)` of its rows."""
-  neighbours = [(i, (i + 1) % count) for i in range(count)]
-  send = functools.partial(jax.lax.ppermute, axis_name=AXES, perm=neighbours)
+  send = _send(count)
   # Each device has its own sums until the end, instead of one reduction a turn.
   affine = jax.lax.pcast(affine, AXES, to="varying")
 
@@ -204,3 +203,101 @@ def _turns(rows, columns, affine, *, judge, join, count, gradients):
       affine=jax.lax.psum(slopes.affine, AXES),
     )
   return met.losses, met.report, slopes
+
+
+@no_type_check  # The same.
+@flax.struct.dataclass
+class _Best:
+  """Of each row the nearest that it has met, and which row of all it is."""
+
+  cosine: Any
+  index: Any
+  vector: Any
+
+
+def nearest(
+  vectors: Float[Array, "n d"], valid: Bool[Array, " n"], *, mesh: Mesh
+) -> Float[Array, "n d"]:
+  """Each row's nearest other row by cosine, found around the ring.
+
+  All rows go around once. Their gradients are those of whoever has them for a
+  neighbour, and go around once more. Gathered, the compiler for TPUs would
+  bring all rows to all devices three times, and sum the gradients of all rows
+  on all devices.
+
+  Args:
+    vectors: of unit length, split over the devices as the batch is.
+    valid: which rows are there, as themselves and as neighbours.
+    mesh: `(data, fsdp, tensor)`, whose first two divide the rows.
+
+  Returns:
+    Some row for those that have no neighbour; of equals the first.
+  """
+  split, count = PartitionSpec(AXES), sharding.batch_shards(mesh)
+  mapped = functools.partial(
+    jax.shard_map, mesh=mesh, in_specs=(split, split), out_specs=split
+  )
+
+  @jax.custom_vjp
+  def find(x, valid):
+    return mapped(functools.partial(_search, count=count))(x, valid).vector
+
+  def forward(x, valid):
+    best = mapped(functools.partial(_search, count=count))(x, valid)
+    return best.vector, best.index
+
+  def backward(index, slopes):
+    give = functools.partial(_give_back, count=count)
+    return mapped(give)(slopes, index), None
+
+  find.defvjp(forward, backward)
+  return find(vectors, valid)
+
+
+def _send(count: int) -> Callable[[PyTree], PyTree]:
+  """To the next device of the ring."""
+  neighbours = [(i, (i + 1) % count) for i in range(count)]
+  return functools.partial(jax.lax.ppermute, axis_name=AXES, perm=neighbours)
+
+
+def _search(x, valid, *, count):
+  """What one device does to find its rows' neighbours."""
+  size, me = len(x), jax.lax.axis_index(AXES)
+
+  def look(columns, there, turn):
+    owner = (me - turn) % count
+    cosines = jnp.matmul(x, columns.T, precision="highest")
+    own = (owner == me) & jnp.eye(size, dtype=bool)
+    others = valid[:, None] & there & ~own
+    cosines = jnp.where(others, cosines, -2.0)
+    at = jnp.argmax(cosines, axis=1)
+    return _Best(jnp.max(cosines, axis=1), owner * size + at, columns[at])
+
+  def step(carry, turn):
+    (columns, there), old = carry
+    columns, there = _send(count)((columns, there))
+    new = look(columns, there, turn)
+    first = (new.cosine == old.cosine) & (new.index < old.index)
+    nearer = (new.cosine > old.cosine) | first
+    best = _Best(
+      jnp.where(nearer, new.cosine, old.cosine),
+      jnp.where(nearer, new.index, old.index),
+      jnp.where(nearer[:, None], new.vector, old.vector),
+    )
+    return ((columns, there), best), None
+
+  start = ((x, valid), look(x, valid, 0))
+  (_, best), _ = jax.lax.scan(step, start, jnp.arange(1, count))
+  return best
+
+
+def _give_back(slopes, index, *, count):
+  """Gradients of neighbours, summed where these rows are."""
+  size, me = len(slopes), jax.lax.axis_index(AXES)
+
+  def step(total, turn):
+    theirs = index // size == (me - turn) % count
+    part = jnp.where(theirs[:, None], slopes, 0.0)
+    return _send(count)(total.at[index % size].add(part)), None
+
+  return jax.lax.scan(step, jnp.zeros_like(slopes), jnp.arange(count))[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_lib
 import pathlib
 from collections.abc import Iterable, Sequence
 
@@ -63,15 +64,32 @@ def table(page: pathlib.Path, *, rows: Sequence[str] = ()) -> str:
   return pages.write(page, rows=rows)
 
 
-def scaling_of_losses() -> str:
-  """The sigmoid loss alone, ring and gathered, on 16, 64 and 256 chips."""
+def scaling_of_losses(json: pathlib.Path | None = None) -> str:
+  """The sigmoid loss alone, ring and gathered, on 16, 64 and 256 chips.
+
+  Args:
+    json: where the rows are written too.
+  """
   topologies.use_cpu()
-  return scaling.table(scaling.losses())
+  return _table(scaling.losses(), json)
 
 
-def scaling_of_step(config: str, changes: Iterable[str]) -> str:
-  """A config's step on 16, 64 and 256 chips at a constant batch a chip."""
+def scaling_of_step(
+  config: str, changes: Iterable[str], json: pathlib.Path | None = None
+) -> str:
+  """A config's step on 16, 64 and 256 chips at a constant batch a chip.
+
+  Args:
+    config: a file, its arguments after a colon.
+    changes: 'KEY=VALUE', in order.
+    json: where the rows are written too.
+  """
   topologies.use_cpu()
   read = overrides.override(config_lib.read(config), changes)
-  rows = [scaling.step(read, name) for name in scaling.TOPOLOGIES]
+  return _table([scaling.step(read, name) for name in scaling.TOPOLOGIES], json)
+
+
+def _table(rows, path: pathlib.Path | None) -> str:
+  if path:
+    path.write_text(json_lib.dumps(scaling.to_dict(rows)) + "\n")
   return scaling.table(rows)

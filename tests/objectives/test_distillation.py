@@ -1,14 +1,16 @@
 """DINO against NumPy in float64, its schedules, its edges, and on meshes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import prototype_samples as samples
 import pytest
+from jax.sharding import NamedSharding
 
-from mtv_jax import views
+from mtv_jax import hlo, sharding, views
 from mtv_jax.objectives import base, build_objective, distillation
 
 SMALL = dict(
@@ -173,6 +175,32 @@ def test_koleo_is_finite_where_there_is_no_distance(vectors, valid):
     assert value == 0 and not gradient.any()
   else:
     np.testing.assert_allclose(value, -np.log(2e-8), rtol=1e-5)
+
+
+def test_koleo_on_a_mesh_is_the_same_and_goes_around_a_ring():
+  mesh = sharding.make_mesh(dict(data=4, fsdp=2))
+  rng = np.random.default_rng(0)
+  vectors = rng.normal(size=(16, 4)).astype(np.float32)
+  valid = np.arange(16) % 5 > 0
+
+  def loss(x, mesh=None):
+    return distillation.koleo(x, jnp.asarray(valid), mesh=mesh).value()
+
+  expected = jax.jit(jax.value_and_grad(loss))(vectors)
+  place = NamedSharding(mesh, sharding.BATCH)
+  placed = jax.device_put(vectors, place)
+  graded = jax.jit(
+    jax.value_and_grad(functools.partial(loss, mesh=mesh)),
+    out_shardings=(sharding.replicated(mesh), place),
+  )
+  found = graded(placed)
+  np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+  np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-7)
+  rows = hlo.collectives(graded.lower(placed).compile())
+  assert {row.kind for row in rows} == {"collective-permute", "all-reduce"}
+  sent = sum(row.bytes for row in rows if row.kind == "collective-permute")
+  # Two rows of four channels with a mark seven times, gradients eight times.
+  assert sent == 7 * 2 * (4 * 4 + 1) + 8 * 2 * 4 * 4, rows
 
 
 def test_koleo_of_a_batch_of_one_is_refused_by_the_objective():
