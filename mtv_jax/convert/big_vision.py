@@ -127,12 +127,19 @@ def _parameters(path: pathlib.Path) -> dict[str, np.ndarray]:
   """The archive's parameters, without the optimizer's state."""
   if not path.is_file():
     raise FileNotFoundError(f"There is no file {path}; a .npz is expected.")
+  # What is no archive NumPy would call a pickle, and advise to load as one.
+  if not zipfile.is_zipfile(path):
+    with path.open("rb") as file:
+      start = file.read(16)
+    raise ConversionError(
+      f"{path} is not an .npz archive, or is cut short: it starts with"
+      f" {start!r}. A checkpoint of big_vision is expected, such as"
+      " webli_en_b16_224_63724782.npz; folders of Hugging Face are from_hf's."
+    )
   try:
     archive = np.load(path, allow_pickle=False)
   except (ValueError, zipfile.BadZipFile, EOFError) as error:
     raise ConversionError(f"{path} is not an .npz archive: {error}") from None
-  if not isinstance(archive, np.lib.npyio.NpzFile):
-    raise ConversionError(f"{path} holds one array, and no checkpoint.")
   prefix = ""
   for candidate in ("params/", "opt/target/"):
     if any(name.startswith(candidate) for name in archive.files):

@@ -1,5 +1,7 @@
 """big_vision's archives, against a forward pass written in its conventions."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -260,7 +262,13 @@ def test_no_pickle_is_loaded(tmp_path):
   with pytest.raises(ConversionError, match="allow_pickle"):
     big_vision.read(path)
   (tmp_path / "text.npz").write_text("not an archive")
-  with pytest.raises(ConversionError, match="not an .npz archive"):
-    big_vision.read(tmp_path / "text.npz")
+  np.save(tmp_path / "one.npy", np.ones(3))
+  with (tmp_path / "pickle.pkl").open("wb") as file:
+    pickle.dump({"a": 1}, file)
+  for name in ("text.npz", "one.npy", "pickle.pkl"):
+    with pytest.raises(ConversionError, match="not an .npz archive") as error:
+      big_vision.read(tmp_path / name)
+    # NumPy's advice for what it takes for a pickle is to load it as one.
+    assert "allow_pickle" not in str(error.value)
   with pytest.raises(FileNotFoundError, match="no file"):
     big_vision.read(tmp_path / "nothing.npz")
