@@ -9,8 +9,8 @@ Command, on every host of a TPU pod:
     --config.data.train[0].labels.boxes=/data/web_boxes
 
 Hardware and time: meant for a pod of 256 chips, whose memory holds parameters
-and moments in parts; whether it fits, tools/preflight.py says, which has not
-been run on it. Not trained by us, so no time is given.
+and moments in parts; docs/pods.md has what tools/preflight.py says of it. Not
+trained by us, so no time is given.
 
 Expected: nothing published is of this size.
 

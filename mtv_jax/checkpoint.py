@@ -86,9 +86,16 @@ class Checkpointer:
     )
 
   def due(self, step: int) -> bool:
-    """Whether to save now: on the schedule, or before a preemption."""
-    preempted = self._manager.reached_preemption(step)
-    return preempted or step % self.every_steps == 0
+    """Whether the schedule says to save now."""
+    return step % self.every_steps == 0
+
+  def preempted(self, step: int) -> bool:
+    """Whether to save now and end, as one of several processes was told to.
+
+    Every process asks after every step: they agree on one that none of them
+    has passed yet, and it is true on that step only.
+    """
+    return self._manager.reached_preemption(step)
 
   def save(
     self, step: int, state: Any, *, timing: Mapping[str, Any] | None = None

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from mtv_jax import sharding
+from mtv_jax import cpu, sharding
 from mtv_jax.models import dpt, heads, prompter
 from mtv_jax.models import model as models
 from mtv_jax.predictors import DepthHead, GroundingHeads
@@ -56,7 +56,7 @@ def image_function(
         kept[name] = kept[name].reshape(len(images), *grid, -1)
     return jax.tree.map(lambda x: x.astype(jnp.float32), kept)
 
-  return jax.jit(run, out_shardings=sharding.replicated(mesh))
+  return _compiled(run, mesh)
 
 
 @functools.lru_cache(maxsize=64)
@@ -69,7 +69,7 @@ def text_function(spec: models.ModelSpec, dtype: str, mesh: Mesh) -> Function:
       out = tower.apply({"params": params}, tokens)
     return {"pooled": out.pooled.astype(jnp.float32)}
 
-  return jax.jit(run, out_shardings=sharding.replicated(mesh))
+  return _compiled(run, mesh)
 
 
 @functools.lru_cache(maxsize=16)
@@ -100,7 +100,7 @@ def depth_function(
       depth = module.apply(variables, stages, (side, side))
     return {"depth": depth.astype(jnp.float32)}
 
-  return jax.jit(run, out_shardings=sharding.replicated(mesh))
+  return _compiled(run, mesh)
 
 
 @functools.lru_cache(maxsize=16)
@@ -123,7 +123,7 @@ def ground_function(
       )
     return {"regions": heads.unit(regions)}
 
-  return jax.jit(run, out_shardings=sharding.replicated(mesh))
+  return _compiled(run, mesh)
 
 
 @functools.lru_cache(maxsize=16)
@@ -146,7 +146,15 @@ def locate_function(
     centre, half = located[..., :2], located[..., 2:] / 2
     return {"boxes": jnp.concatenate([centre - half, centre + half], axis=-1)}
 
-  return jax.jit(run, out_shardings=sharding.replicated(mesh))
+  return _compiled(run, mesh)
+
+
+def _compiled(run: Callable, mesh: Mesh) -> Function:
+  return jax.jit(
+    run,
+    out_shardings=sharding.replicated(mesh),
+    compiler_options=cpu.compiler_options(mesh),
+  )
 
 
 def precision(dtype: str) -> Any:

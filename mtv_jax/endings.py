@@ -5,6 +5,8 @@ import dis
 import sys
 from collections.abc import Iterator
 
+from mtv_jax import preemption
+
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -25,6 +27,9 @@ def readable_errors(program: str) -> Iterator[None]:
     # 128 + SIGINT, as shells have it; who pressed the keys knows where.
     print(f"\n{program}: interrupted.", file=sys.stderr)
     raise SystemExit(130) from None
+  except preemption.Preempted as error:
+    print(f"{program}: {message(error)}", file=sys.stderr)
+    raise SystemExit(preemption.EXIT_CODE) from None
   except Exception as error:
     if not _on_purpose(error):
       raise

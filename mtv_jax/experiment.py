@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -325,7 +325,23 @@ def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
         f"{sorted(loader.fields)}. Add the source or the op, or drop the "
         "objective."
       )
+  _require_length(experiment.config.model.text, loader.fields)
   return loader
+
+
+def _require_length(
+  text: ConfigDict | None, fields: Mapping[str, ops.Field]
+) -> None:
+  """Refuses captions of another length than evaluations encode texts at."""
+  if not text or "caption" not in fields:
+    return
+  (length,) = fields["caption"].shape
+  if length != text.length:
+    raise config_lib.ConfigError(
+      f"config.data.ops makes captions of {length} tokens, and "
+      f"config.model.text.length is {text.length}, which is how long the texts "
+      "of evaluations and exports are: give both the same number."
+    )
 
 
 def write_config(experiment: Experiment) -> None:
@@ -378,3 +394,23 @@ def describe(experiment: Experiment) -> None:
     f"{experiment.examples_per_epoch:,}",
     experiment.examples_per_epoch / config.batch_size,
   )
+  _warn_of_repeats(experiment)
+
+
+def _warn_of_repeats(experiment: Experiment) -> None:
+  """Says where a source is so small that it is in a batch more than once."""
+  size = experiment.config.batch_size
+  weights = [e.get("weight", 1.0) for e in experiment.config.data.train]
+  for source, weight in zip(experiment.sources, weights, strict=True):
+    rows = size * weight / sum(weights)
+    if rows > len(source):
+      log.warning(
+        "A batch of %d takes %.0f rows of %r, which has only %d records: some "
+        "are in it more than once, and for contrastive losses a picture's own "
+        "caption is then also a wrong one. A smaller batch_size helps, more "
+        "data, or less weight of this source.",
+        size,
+        rows,
+        source,
+        len(source),
+      )

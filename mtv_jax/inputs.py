@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -69,6 +70,11 @@ def as_image(item: Any, key: str) -> Any:
     return canvas.decode(item, key=key)
   if isinstance(item, PIL.Image.Image):
     return canvas.from_pillow(item, key=key)
+  if isinstance(item, str | os.PathLike):
+    raise TypeError(
+      f"{key} is the path {os.fspath(item)!r}: pass what it holds, such as "
+      "pathlib.Path(path).read_bytes()"
+    )
   array = np.asarray(item)
   kind = array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3
   if not kind or not array.size:

@@ -125,8 +125,21 @@ def is_run(path: str | os.PathLike) -> bool:
     f"{folder}: found {there}. Recognised are a training run (config.json "
     "with a 'model', and checkpoints/), a folder of ours "
     f"({native.PARAMS}) and an export or a Hugging Face folder (config.json "
-    "with a 'model_type', and model.safetensors)."
+    f"with a 'model_type', and model.safetensors).{_likely(folder)}"
   )
+
+
+def _likely(folder: pathlib.Path) -> str:
+  """What may have been meant by a folder that can't be opened."""
+  for run in folder.parents[:2]:
+    if (run / "checkpoints").is_dir() and (run / "config.json").is_file():
+      return f" Give the run's own folder, {run}; `step` chooses a checkpoint."
+  if len(folder.parts) == 2 and not folder.parent.exists():
+    return (
+      " Nothing is downloaded here: for a model of the hub, run "
+      f"`hf download {folder} --local-dir FOLDER` and give FOLDER."
+    )
+  return ""
 
 
 def read_run(

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
-from mtv_jax import gradients, optim, sharding
+from mtv_jax import cpu, gradients, optim, sharding
 from mtv_jax import recipe as recipe_lib
 from mtv_jax.recipe import Recipe
 from mtv_jax.state import TrainState
@@ -164,6 +164,7 @@ class Program:
         in_shardings=(self._shardings, self._batch),
         out_shardings=(self._shardings, sharding.replicated(self.mesh)),
         donate_argnums=0,
+        compiler_options=cpu.compiler_options(self.mesh),
       )
     return self._updates[active]
 
@@ -180,6 +181,7 @@ class Program:
       static_argnums=2,
       in_shardings=(self._shardings, self._batch),
       out_shardings=sharding.replicated(self.mesh),
+      compiler_options=cpu.compiler_options(self.mesh),
     )
 
   def restart_teacher(self, state: TrainState) -> TrainState:

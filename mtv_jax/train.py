@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mtv_jax import checkpoint, loading, partial_loading, sharding
+from mtv_jax import checkpoint, loading, partial_loading, preemption, sharding
 from mtv_jax import config as config_lib
 from mtv_jax import experiment as experiment_lib
 from mtv_jax import metrics as metrics_lib
@@ -140,6 +140,7 @@ def run(config: config_lib.Config, workdir: str | os.PathLike) -> TrainState:
     ConfigError: for anything in the config that can't be used.
     FloatingPointError: if the loss stops being a number.
     data.pipeline.CorruptDataError: if too many records can't be used.
+    preemption.Preempted: if the process was told to end, once it has saved.
   """
   experiment = experiment_lib.build(config, workdir)
   config = experiment.config
@@ -168,16 +169,19 @@ def run(config: config_lib.Config, workdir: str | os.PathLike) -> TrainState:
         start_step=first,
         process_index=process,
       ) as writers,
+      preemption.notices() as notice,
     ):
       # Not before: what checkpoints or data refuse must not replace theirs.
       experiment_lib.write_config(experiment)
       state = start(experiment, saved)
       return _loop(
-        experiment, state, first, loader, checkpoints, writers, chrono
+        experiment, state, first, loader, checkpoints, writers, chrono, notice
       )
 
 
-def _loop(experiment, state, first, loader, checkpoints, writers, chrono):
+def _loop(
+  experiment, state, first, loader, checkpoints, writers, chrono, notice
+):
   """The steps themselves; see `run`."""
   log_every = experiment.every("every", experiment.config.log)
   eval_every = {
@@ -226,6 +230,15 @@ def _loop(experiment, state, first, loader, checkpoints, writers, chrono):
         **{f"{name}/encoder_grad_norm": v for name, v in norms.items()},
       }
       writers.progress(step, in_order(values), chrono.rates(step))
+    if (checkpoints.preempted(step) or notice.arrived) and not last:
+      # Before the evaluations, for which there may be no time.
+      require_finite(step, jax.device_get(values))
+      checkpoints.save(step, state, timing=chrono.to_dict())
+      raise preemption.Preempted(
+        f"told to end (SIGTERM), it saved step {step} of "
+        f"{experiment.total_steps} in {experiment.workdir}. The same command "
+        "goes on from there."
+      )
     due = [n for n, every in eval_every.items() if every and step % every == 0]
     due = list(eval_every) if last else due
     for name in due:

@@ -325,6 +325,7 @@ WORKER = """
     assert ckpt.due(2)
     ckpt.save(2, state, timing={"train": 2.0})
     ckpt.wait()
+    assert not ckpt.preempted(2)
     # One process alone may read, as a tool beside the run would.
     if index == "1":
       tree = checkpoint.load_tree(folder, part="w")

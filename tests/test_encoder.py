@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -277,6 +278,9 @@ def test_mistakes_are_explained(encoder, images, params):
     inputs.check_embeddings(np.ones((1, 32)), np.ones((1, 16)))
   with pytest.raises(ValueError, match="'float8'. Did you mean 'float32'"):
     Encoder(SPEC, params, Preprocess(size=32), dtype="float8")
+  for path in ("a/b.jpg", pathlib.Path("a/b.jpg")):
+    with pytest.raises(TypeError, match=r"image 0 is the path 'a/b.jpg'.*read"):
+      encoder.image([path])
   with pytest.raises(TypeError, match=r"pass \[string\]"):
     encoder.text("a ball")
   with pytest.raises(ValueError, match="params has no 'image'"):

@@ -116,6 +116,11 @@ def test_a_native_folder(tmp_path, images, run):
 def test_folders_that_cannot_be_opened(tmp_path, run):
   with pytest.raises(FileNotFoundError, match="nothing there.*Recognised are"):
     mtv_jax.load(tmp_path / "nowhere")
+  with pytest.raises(FileNotFoundError, match="hf download google/siglip-x "):
+    mtv_jax.load("google/siglip-x")
+  for inside in ("checkpoints", "checkpoints/7"):
+    with pytest.raises(FileNotFoundError, match=f"run's own folder, {run};"):
+      mtv_jax.load(run / inside)
   (tmp_path / "notes.txt").write_text("x")
   with pytest.raises(FileNotFoundError, match=r"found notes\.txt\. Recog"):
     mtv_jax.load(tmp_path)

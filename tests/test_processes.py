@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 
 import numpy as np
 import pytest
@@ -14,23 +13,11 @@ ARG = "steps=8,save=4"
 
 
 def together(workdir, count, *args, devices=1, arg=ARG):
-  """Trains to the end in `count` processes joined by `jax.distributed`."""
-  with socket.socket() as s:
-    s.bind(("localhost", 0))
-    port = s.getsockname()[1]
-  join = (f"--coordinator=localhost:{port}", f"--processes={count}")
-  running = [
-    trainings.launch(
-      workdir, *join, f"--process={i}", *args, devices=devices, arg=arg
-    )
-    for i in range(count)
-  ]
-  try:
+  """Trains to the end in `count` processes."""
+  options = dict(devices=devices, arg=arg)
+  with trainings.together(workdir, count, *args, **options) as running:
     for process in running:
       trainings.finish(process, workdir)
-  finally:
-    for process in running:
-      process.kill()
 
 
 @pytest.fixture(scope="module")

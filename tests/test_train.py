@@ -117,6 +117,29 @@ def test_a_field_that_no_op_gives_is_refused(tmp_path):
     experiment.make_loader(experiment.build(config, tmp_path), 0)
 
 
+@pytest.mark.parametrize("length", [8, 32])
+def test_captions_are_as_long_as_the_texts_of_evaluations(tmp_path, length):
+  config = smallest()
+  config.data.ops = f"decode|canvas(32)|caption({length})"
+  built = experiment.build(config, tmp_path)
+  with pytest.raises(ValueError, match=f"of {length} tokens.*length is 16"):
+    experiment.make_loader(built, 0)
+
+
+@pytest.mark.parametrize(
+  ("size", "warned"), [(72, []), (80, ["length=50"]), (128, ["50", "30"])]
+)
+def test_a_batch_with_records_twice_is_warned_of(
+  tmp_path, caplog, size, warned
+):
+  # Of 50 and 30 records, with weights 1 and 0.5.
+  experiment.describe(experiment.build(smallest(batch_size=size), tmp_path))
+  found = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+  assert len(found) == len(warned)
+  for message, part in zip(found, warned, strict=True):
+    assert f"A batch of {size}" in message and part in message
+
+
 def test_a_loss_or_gradient_that_is_no_number_stops_the_run():
   good = dict(loss=1.0, grad_norm=2.0, update_norm=0.1)
   train.require_finite(3, good)

@@ -1,11 +1,13 @@
 """Running the real training command in processes of its own."""
 
+import contextlib
 import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -51,25 +53,40 @@ def train(workdir: pathlib.Path, *args: str, **options) -> None:
   finish(launch(workdir, *args, **options), workdir)
 
 
-def pair(
-  workdir: pathlib.Path, *args: str, devices: int = 4, arg: str = ""
-) -> None:
-  """Trains to the end in two processes joined by `jax.distributed`."""
+@contextlib.contextmanager
+def together(
+  workdir: pathlib.Path, count: int, *args: str, **options
+) -> Iterator[list[subprocess.Popen]]:
+  """Runs in `count` processes, joined by `jax.distributed` if several."""
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]
-  join = (f"--coordinator=localhost:{port}", "--processes=2")
-  # One log each: both append to WORKDIR.log.
+  joins = [
+    (
+      f"--coordinator=localhost:{port}",
+      f"--processes={count}",
+      f"--process={i}",
+    )
+    for i in range(count)
+  ]
   running = [
-    launch(workdir, *join, f"--process={i}", *args, devices=devices, arg=arg)
-    for i in range(2)
+    launch(workdir, *(join if count > 1 else ()), *args, **options)
+    for join in joins
   ]
   try:
-    for process in running:
-      finish(process, workdir)
+    yield running
   finally:
     for process in running:
       process.kill()
+
+
+def pair(
+  workdir: pathlib.Path, *args: str, devices: int = 4, arg: str = ""
+) -> None:
+  """Trains to the end in two processes."""
+  with together(workdir, 2, *args, devices=devices, arg=arg) as running:
+    for process in running:
+      finish(process, workdir)
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:

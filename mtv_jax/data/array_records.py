@@ -1,9 +1,10 @@
 """ArrayRecord files of our own records, as `tools/make_shards.py` writes."""
 
+import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -121,16 +122,27 @@ def write_bytes(path: str | os.PathLike, items: Iterable[bytes]) -> int:
   try:
     try:
       for item in items:
-        writer.write(item)
+        with _as_os_error(path):
+          writer.write(item)
         count += 1
     finally:
-      writer.close()
+      with _as_os_error(path):
+        writer.close()
     atomic.to_disk(temporary)
     os.replace(temporary, path)
   except BaseException:
     temporary.unlink(missing_ok=True)
     raise
   return count
+
+
+@contextlib.contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+  """A full disk is no defect of the program, as a RuntimeError would be."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise OSError(f"{path} can't be written: {error}") from error
 
 
 def count_records(file: Path) -> int:

@@ -71,4 +71,17 @@ def _lines(base: Any, shard: int) -> dict[str, Mapping[str, Any]]:
   file = file.with_name(label_sets.stem(file) + "_meta.jsonl")
   # Not splitlines, which also cuts where a caption holds U+2028.
   lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
-  return {meta["key"]: meta for meta in map(json.loads, filter(None, lines))}
+  found = {}
+  for number, line in enumerate(lines, 1):
+    if not line:
+      continue
+    try:
+      meta = json.loads(line)
+      found[meta["key"]] = meta
+    except (ValueError, TypeError, KeyError) as error:
+      raise ValueError(
+        f"{file}: line {number} is no JSON object with a 'key'"
+        f" ({type(error).__name__}: {error}). Copy the file again, or remove it"
+        " if nothing of it is needed."
+      ) from error
+  return found

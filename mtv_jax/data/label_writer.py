@@ -186,8 +186,9 @@ class LabelWriter:
     """Whether a shard is written, by whomever."""
     if shard not in self._finished:
       try:
-        stats = self._stats(shard)
-      except FileNotFoundError:
+        stats = dict(self._stats(shard))
+      except (FileNotFoundError, ValueError, TypeError):
+        # One that is damaged says nothing: the shard is made again.
         return False
       if not all((self.out / file).exists() for file in self._files(shard)):
         return False

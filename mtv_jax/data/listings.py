@@ -158,6 +158,12 @@ def _csv_rows(
       names = reader.fieldnames or []
       _check_columns(path, names, image_column, caption_column)
       for row in reader:
+        if row.get(None):
+          raise ValueError(
+            f"{path}, line {reader.line_num}: {len(row[None])} cells more than"
+            f" the header names, from {row[None][0]!r} on. Put cells that hold"
+            f" a {delimiter!r} in quotation marks."
+          )
         yield row[image_column], row[caption_column]
     except UnicodeDecodeError as error:
       raise ValueError(

@@ -118,6 +118,8 @@ def write(
       " positive."
     )
   out = Path(out).expanduser()
+  if out.exists() and not out.is_dir():
+    raise NotADirectoryError(f"{out} is a file; give a folder for the shards.")
   out.mkdir(parents=True, exist_ok=True)
   if there := sorted(p.name for p in out.iterdir() if p.suffix == suffix):
     raise FileExistsError(
@@ -156,7 +158,7 @@ def write(
     raise ValueError(
       f"None of the {report.total} examples can be used: "
       + "; ".join(f"{n} times {reason!r}" for reason, n in reasons)
-      + f". See {listing}."
+      + f". The first was looked for at {examples[0].path}. See {listing}."
     )
   return report
 

@@ -102,8 +102,9 @@ class WebDatasetSource:
       raise ValueError(
         f"{self.name} has no record: {no_image} groups of members without an"
         f" image, {bare} without a caption, {others} other members. A record is"
-        " KEY.jpg (or .jpeg, .png, .webp) with KEY.txt or KEY.json; for images"
-        " alone set captions='ignored'."
+        " KEY.jpg (or .jpeg, .png, .webp) with KEY.txt or KEY.json, and a KEY"
+        " ends at the first dot of a name; for images alone set"
+        " captions='ignored'."
       )
     if bare or no_image:
       log.warning(

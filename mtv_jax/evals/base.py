@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mtv_jax.config import ConfigError, did_you_mean
+from mtv_jax.config import UNITS, ConfigError, did_you_mean
 from mtv_jax.encoder import Encoder
 
 # Imported when asked for, so that one evaluation's needs burden no other. In
@@ -175,15 +175,14 @@ def build_evaluator(
   options = dict(config)
   kind = options.pop("type", name)
   cls = evaluator_class(kind, where=f"config.evals.{name}: ")
-  options = {
-    k: _plain(v) for k, v in options.items() if not k.startswith("every_")
-  }
+  when = [f"every_{unit}" for unit in UNITS]
+  options = {k: _plain(v) for k, v in options.items() if k not in when}
   known = [field.name for field in dataclasses.fields(cls)]
   for option in options:
     if option not in known:
       raise ConfigError(
         f"config.evals.{name}: {kind} has no option {option!r}. "
-        f"{did_you_mean(option, known)}"
+        f"{did_you_mean(option, [*known, *when])}"
       )
   return cls(**options)
 

@@ -57,7 +57,16 @@ def build_expert(
     if key not in others
   }
   given = _phrases(dict(options or {}), parameters)
-  _check_options(given, parameters, name)
+  try:
+    _check_options(given, parameters, name)
+  except ValueError as error:
+    if name == "own":
+      # Where weights of another expert are not whole, that is what is wrong.
+      raise ValueError(
+        f"{error}\nThat expert is a run or export of this package, which"
+        f" {path} was taken for: {_not_another(path)}"
+      ) from error
+    raise
   if "kind" in parameters:
     given["kind"] = kind
   expert = load(path, **given)
@@ -88,6 +97,21 @@ def _module_name(path: pathlib.Path) -> str:
   return _FAMILIES.get(family, "own")
 
 
+def _not_another(path: pathlib.Path) -> str:
+  """Why weights are none of the experts that a config.json tells of."""
+  file = path / "config.json"
+  wanted = " or ".join(f"{family!r}" for family in _FAMILIES)
+  if not path.is_dir():
+    return f"it is a file, and no .onnx; of {wanted}, give the folder."
+  if not file.is_file():
+    return f"it has no config.json, which of {wanted} must be there."
+  try:
+    family = json.loads(file.read_bytes()).get("model_type")
+  except (OSError, ValueError, AttributeError) as error:
+    return f"its config.json can't be read ({error}): copy it again."
+  return f"its model_type is {family!r}, not {wanted}."
+
+
 def _phrases(
   given: dict[str, Any], parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -115,6 +139,7 @@ def _check_options(
       raise ValueError(
         f"The expert {name!r} has no option {key!r}. {did_you_mean(key, known)}"
       )
+    _check_type(key, given[key], parameters[key].annotation)
   missing = [
     key
     for key in known
@@ -126,6 +151,16 @@ def _check_options(
       f" {' and '.join(f'--{key}' for key in missing)}; given are"
       f" {', '.join(given) or 'no options'}."
     )
+
+
+def _check_type(key: str, value: Any, annotation: Any) -> None:
+  """Of an option of plain types; what others are is for the expert to say."""
+  wanted = str(annotation).split(" | ")
+  if not {*wanted} <= {"int", "float", "str", "None"}:
+    return
+  found = "None" if value is None else type(value).__name__
+  if found not in wanted and not (found == "int" and "float" in wanted):
+    raise ValueError(f"{key}={value!r} is {found}, expected {annotation}.")
 
 
 def parse_options(assignments: Sequence[str]) -> dict[str, Any]:

@@ -55,11 +55,14 @@ def run(
   Raises:
     FileExistsError: the folder holds labels made with other settings.
     LabelError: no record has a label.
+    ValueError: fewer than one thread.
   """
+  if threads is not None and threads < 1:
+    raise ValueError(f"threads={threads}; expected at least 1.")
   writer = LabelWriter(
     out, kind=expert.kind, base=base, settings=expert.settings
   )
-  threads = threads or os.cpu_count() or 1
+  threads = os.cpu_count() or 1 if threads is None else threads
   claims = Claims(writer.out)
   with futures.ThreadPoolExecutor(threads) as pool:
     job = _Job(expert, writer, claims, pool, threads, progress)

@@ -258,7 +258,14 @@ def _names(file: str | os.PathLike) -> list[str]:
   path = Path(file).expanduser()
   if not path.is_file():
     raise FileNotFoundError(f"there is no file of class names {file}")
-  lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+  try:
+    # Editors of some systems begin a file with a mark that is no letter.
+    text = path.read_text(encoding="utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f"{file} is no text in UTF-8 ({error}); it has a class's name a line"
+    ) from error
+  lines = text.rstrip().splitlines()
   names = [line.strip() for line in lines]
   for number, name in enumerate(names, 1):
     if not name:

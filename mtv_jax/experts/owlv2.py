@@ -271,6 +271,8 @@ def load_expert(
       f"dtype={dtype!r}: expected float32 or bfloat16; the numbers of float16 "
       "end before those of OWLv2's activations do."
     )
+  if batch_size < 1:
+    raise ValueError(f"batch_size={batch_size}; expected at least 1.")
   options = detections.check_options(
     threshold=threshold,
     nms=nms,

@@ -8,7 +8,6 @@ many hosts there are, to the bit.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Mapping
 
@@ -17,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from mtv_jax import sharding, trees
+from mtv_jax import cpu, sharding, trees
 
 
 def local_mesh() -> Mesh:
@@ -68,23 +67,7 @@ def by_device(
     out_specs=sharding.BATCH,
     check_vma=False,
   )
-  on_cpu = mesh.devices.flat[0].platform == "cpu"
-  return jax.jit(cut, compiler_options=_cpu_options() if on_cpu else None)
-
-
-@functools.cache
-def _cpu_options() -> dict[str, str] | None:
-  """Options of XLA for CPUs that are fast for these models.
-
-  YNNPACK's products, XLA's choice of late, made Depth Anything's encoder 1.25
-  times slower than Eigen's, and several times where the cores are shared.
-  """
-  options = {"xla_cpu_experimental_ynn_fusion_type": ""}
-  try:
-    jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
-  except jax.errors.JaxRuntimeError:
-    return None  # A version that has no such option.
-  return options
+  return jax.jit(cut, compiler_options=cpu.compiler_options(mesh))
 
 
 def fingerprint(params: PyTree) -> str:

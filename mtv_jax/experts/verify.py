@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from concurrent import futures
@@ -88,8 +89,10 @@ def verify(
     FileNotFoundError: there is no finished set.
     FileExistsError: it was made with other settings.
     LabelError: it was made for other shards.
-    ValueError: a count below one.
+    ValueError: a count, or threads, below one.
   """
+  if threads is not None and threads < 1:
+    raise ValueError(f"threads={threads}; expected at least 1.")
   if count < 1:
     raise ValueError(f"{count} records to verify; expected at least 1.")
   stored = LabelSet(out, kind=expert.kind)
@@ -119,12 +122,16 @@ def _made(
   """Number, key and label of each record, as a set would hold it."""
   threads = threads or os.cpu_count() or 1
   shards = np.searchsorted(base.shards, numbers, side="right").tolist()
-  readers = {s: label_bases.record_of(base, s) for s in set(shards)}
+  # A thread may be at a shard of its own; of ArrayRecord files, each comes
+  # with what is known of all its records.
+  reader = functools.lru_cache(threads + 1)(
+    functools.partial(label_bases.record_of, base)
+  )
   by_number = dict(zip(numbers, shards, strict=True))
   with futures.ThreadPoolExecutor(threads) as pool:
     entries = batching.label(
       expert,
-      lambda number: readers[by_number[number]](number),
+      lambda number: reader(by_number[number])(number),
       numbers,
       pool=pool,
       threads=threads,

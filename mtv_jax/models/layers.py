@@ -90,6 +90,65 @@ def project(
   return nn.Dense(features, use_bias=bias, name="projection")(pooled)
 
 
+def _linear(x, kernel, bias):
+  return x @ kernel + bias
+
+
+@jax.custom_vjp
+def linear(
+  x: Float[Array, "*b d"],
+  kernel: Float[Array, "d e"],
+  bias: Float[Array, " e"],
+) -> Float[Array, "*b e"]:
+  """x kernel + bias, with gradients that are fast on a CPU too.
+
+  XLA for CPUs multiplies arrays of three dimensions the slower way, after
+  copying one of them, and sums a bias's gradient one number at a time, in three
+  times the time of a product with a row of ones.
+  """
+  return _linear(x, kernel, bias)
+
+
+def _linear_forward(x, kernel, bias):
+  return _linear(x, kernel, bias), (x, kernel, bias)
+
+
+def _linear_backward(saved, cotangent):
+  def on_cpu(x, kernel, bias, cotangent):
+    rows = cotangent.reshape(-1, cotangent.shape[-1])
+    return (
+      (rows @ kernel.T).reshape(x.shape),
+      x.reshape(-1, x.shape[-1]).T @ rows,
+      (jnp.ones((1, len(rows)), rows.dtype) @ rows)[0],
+    )
+
+  def elsewhere(x, kernel, bias, cotangent):
+    return jax.vjp(_linear, x, kernel, bias)[1](cotangent)
+
+  return jax.lax.platform_dependent(
+    *saved, cotangent, cpu=on_cpu, default=elsewhere
+  )
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+class Dense(nn.Module):
+  """Flax's layer, by `linear`."""
+
+  features: int
+  kernel_init: Callable = kernel_init
+  bias_init: Callable = nn.initializers.zeros
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
+    shape = (x.shape[-1], self.features)
+    kernel = self.param("kernel", self.kernel_init, shape)
+    bias = self.param("bias", self.bias_init, (self.features,))
+    return linear(*(a.astype(self.dtype) for a in (x, kernel, bias)))
+
+
 class Attention(nn.Module):
   """Multi-head self-attention with one fused projection.
 
@@ -104,13 +163,11 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     b, n, d = x.shape
-    qkv = nn.Dense(3 * d, dtype=self.dtype, kernel_init=fused_init, name="qkv")(
-      x
-    )
+    qkv = Dense(3 * d, fused_init, dtype=self.dtype, name="qkv")(x)
     qkv = qkv.reshape(b, n, self.heads, 3, d // self.heads)
     q, k, v = (qkv[:, :, :, i] for i in range(3))
     y = attention_lib.attend(q, k, v, causal=self.causal)
-    out = nn.Dense(d, dtype=self.dtype, kernel_init=kernel_init, name="out")
+    out = Dense(d, dtype=self.dtype, name="out")
     return out(y.reshape(b, n, d))
 
 
@@ -129,12 +186,8 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     def dense(features, name):
-      return nn.Dense(
-        features,
-        dtype=self.dtype,
-        kernel_init=kernel_init,
-        bias_init=mlp_bias_init,
-        name=name,
+      return Dense(
+        features, bias_init=mlp_bias_init, dtype=self.dtype, name=name
       )
 
     y = dense(self.dim, "fc1")(x)

@@ -68,6 +68,13 @@ def test_csv_groups_the_rows_of_an_image(photos, tmp_path):
   assert found[0].path == photos / "1.jpg"
 
 
+def test_a_comma_outside_of_quotation_marks_loses_no_words(photos, tmp_path):
+  path = tmp_path / "x.csv"
+  path.write_text("image,caption\n0.jpg,ok\n1.jpg,a dog, a cat\n")
+  with pytest.raises(ValueError, match=r"x.csv, line 3: 1 .* from ' a cat'"):
+    listings.read(path, images=photos)
+
+
 def test_tsv_names_its_columns_and_paths_are_relative_to_it(photos):
   path = table(
     photos / "x.tsv", [("2.jpg", "zwei\nZeilen")], ("file", "text"), "\t"
@@ -326,7 +333,9 @@ def test_nothing_can_be_used(tmp_path, photos):
   examples = [
     listings.Example(f"{i}.jpg", photos / f"{i}x.jpg", ["c"]) for i in range(3)
   ]
-  with pytest.raises(ValueError, match="None of the 3 .*3 times 'No such file"):
+  with pytest.raises(
+    ValueError, match=r"None of the 3 .*3 times 'No such file.* at .*0x\.jpg"
+  ):
     shards.write(examples, tmp_path / "out")
 
 
@@ -335,6 +344,12 @@ def test_equal_input_gives_equal_bytes(photos, tmp_path):
     shards.write(examples_of(photos), tmp_path / name, records_per_shard=4)
   for path in (tmp_path / "a").iterdir():
     assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_a_file_is_no_folder_for_shards(photos, tmp_path):
+  (tmp_path / "out").touch()
+  with pytest.raises(NotADirectoryError, match="out is a file; give a folder"):
+    shards.write(examples_of(photos), tmp_path / "out")
 
 
 def test_shards_that_are_there_are_not_mixed_with_new_ones(photos, tmp_path):

@@ -217,6 +217,7 @@ def test_captions_that_are_optional(tmp_path):
     ([], "0 groups of members without an image, 0 without a caption, 0 other"),
     ([("a.mp4", b"v"), ("a.txt", b"t")], "1 groups .* 1 other"),
     ([("a.jpg", b"i")], "1 without a caption.*captions='ignored'"),
+    ([("a.b.jpg", b"i"), ("a.b.txt", b"t")], "2 other.*ends at the first dot"),
   ],
 )
 def test_no_record_at_all(tmp_path, members, says):

@@ -380,6 +380,12 @@ def test_a_mistake_in_the_last_costs_no_time(colours):
   assert colours.batches == []
 
 
+@pytest.mark.parametrize("key", ["every_step", "every_", "every_hours"])
+def test_a_misspelt_schedule_is_no_schedule(key):
+  with pytest.raises(ValueError, match=f"no option '{key}'.*every_steps"):
+    run.build(ConfigDict({"zero_shot": {key: 5, "count": 4}}))
+
+
 def test_evaluators_are_built_once_and_keep_their_data(colours, monkeypatch):
   config = ConfigDict({"zero_shot": {"every_steps": 5, "count": 4}})
   built = run.build(config)

@@ -308,6 +308,15 @@ def test_what_stands_out_of_boxes(tmp_path, make, expected):
 
 def test_a_threshold_that_leaves_no_box_is_told_of(tmp_path):
   assert standing_out(tmp_path, good, min_score=0.95) == {"no_boxes"}
+  (found,) = findings.look_at(gathered(tmp_path, "boxes", min_score=0.95))
+  assert found.text == "No box at all scores 0.95 or more."
+
+
+def test_labels_without_any_box_are_told_of(tmp_path):
+  nothing = make_boxes(np.zeros((0, 4)), [])
+  assert standing_out(tmp_path, lambda i: nothing) == {"no_boxes"}
+  (found,) = findings.look_at(gathered(tmp_path, "boxes"))
+  assert found.text == "No box at all is in any label."
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,40 @@ def test_an_option_that_an_expert_needs(tmp_path):
     build.build_expert("boxes", tmp_path / "x.onnx")
 
 
+@pytest.mark.parametrize(
+  ("config", "says"),
+  [
+    (None, "has no config.json"),
+    ('{"model_type":', r"config.json can't be read \(Expecting value.*copy it"),
+    (
+      '{"model_type": "siglip"}',
+      "model_type is 'siglip', not 'depth_anything'",
+    ),
+  ],
+)
+def test_weights_that_are_not_whole_are_told_of_first(tmp_path, config, says):
+  if config:
+    (tmp_path / "config.json").write_text(config)
+  with pytest.raises(ValueError, match=rf"no option 'size'[^$]*{says}"):
+    build.build_expert("depth", tmp_path, options={"size": 56})
+  file = tmp_path / "model.safetensors"
+  file.touch()
+  with pytest.raises(ValueError, match="it is a file.*give the folder"):
+    build.build_expert("depth", file, options={"size": 56})
+
+
+def test_options_are_of_their_types(tmp_path):
+  (tmp_path / "x.onnx").touch()
+  for key, value, wanted in (
+    ("max_boxes", 2.5, "float, expected int"),
+    ("nms", "much", r"str, expected float \| int \| None"),
+    ("decoder", None, "None, expected str"),
+  ):
+    options = {"names": "x", key: value}
+    with pytest.raises(ValueError, match=f"^{key}={value!r} is {wanted}"):
+      build.build_expert("boxes", tmp_path / "x.onnx", options=options)
+
+
 # --- Real experts ------------------------------------------------------------
 
 

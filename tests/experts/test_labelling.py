@@ -6,6 +6,8 @@ import logging
 import random
 import threading
 import time
+import types
+import weakref
 from concurrent import futures
 
 import cv2
@@ -24,7 +26,8 @@ from labelling_samples import (
   open_base,
 )
 
-from mtv_jax.data import array_records, canvas, label_values
+from mtv_jax import endings
+from mtv_jax.data import array_records, canvas, label_bases, label_values
 from mtv_jax.data.label_sets import LabelSet, hash_image
 from mtv_jax.data.label_values import Outcome
 from mtv_jax.data.records import BadRecord
@@ -268,6 +271,94 @@ def test_labels_come_in_order_whatever_the_threads_do():
     assert expert.most <= 4 + 2 * threads + 3 * 3 + 3 * 4
     shapes.append(expert.shapes)
   assert shapes[0] == shapes[1]
+
+
+# --- Files that are not whole ------------------------------------------------
+
+
+def test_a_full_disk_is_the_systems_error(base, tmp_path, monkeypatch):
+  writer = array_records._module().ArrayRecordWriter
+
+  class Full:
+    def __init__(self, *args):
+      self.inner = writer(*args)
+
+    def write(self, item):
+      raise RuntimeError("write() failed: No space left on device")
+
+    def close(self):
+      self.inner.close()
+
+  monkeypatch.setattr(
+    array_records,
+    "_module",
+    lambda: types.SimpleNamespace(ArrayRecordWriter=Full),
+  )
+  out = tmp_path / "out"
+  with (
+    pytest.raises(SystemExit, match="label: .*00000.array_record can't be wr"),
+    endings.readable_errors("label"),
+  ):
+    labelling.run(FakeDepth(), open_base(base), out, threads=2)
+  assert [file.name for file in out.iterdir()] == ["settings.json"]
+
+
+@pytest.mark.parametrize("text", ["", '{"base": "00001', "[1, 2]", "7"])
+def test_a_shard_whose_figures_are_damaged_is_made_again(
+  made, base, experts, tmp_path, text
+):
+  folder = copy(made, tmp_path, "depth")
+  (folder / "00001_stats.json").write_text(text)
+  labelling.run(experts["depth"], open_base(base), folder, threads=2)
+  assert contents(folder) == contents(made / "depth")
+
+
+def make_array_records(folder, shards):
+  png = cv2.imencode(".png", np.arange(432, dtype=np.uint8).reshape(12, 12, 3))
+  folder.mkdir()
+  for shard in range(shards):
+    array_records.write(
+      folder / f"{shard:05d}.array_record",
+      [
+        {"key": f"{shard}.{i}", "image": png[1].tobytes(), "captions": ["a"]}
+        for i in range(4)
+      ],
+    )
+  return label_bases.open_base([f"{folder}/*.array_record"])
+
+
+@pytest.mark.parametrize("line", ['{"key": "0.1', "[1]", '{"tags": []}'])
+def test_what_is_known_of_records_is_named_where_damaged(tmp_path, line):
+  source = make_array_records(tmp_path / "base", 1)
+  file = tmp_path / "base" / "00000_meta.jsonl"
+  file.write_text(f'{{"key": "0.0"}}\n\n{line}')
+  with pytest.raises(ValueError, match=r"00000_meta\.jsonl: line 3 is no JSON"):
+    labelling.run(FakeBoxes(), source, tmp_path / "out", threads=2)
+
+
+def test_verifying_knows_few_shards_at_a_time(tmp_path, monkeypatch):
+  source = make_array_records(tmp_path / "base", 12)
+  labelling.run(FakeDepth(), source, tmp_path / "out", threads=1)
+  record_of, alive, most = label_bases.record_of, weakref.WeakSet(), []
+
+  def counted(base, shard):
+    found = record_of(base, shard)
+    alive.add(found)
+    most.append(len(alive))
+    return found
+
+  monkeypatch.setattr(label_bases, "record_of", counted)
+  report = verify(FakeDepth(), source, tmp_path / "out", count=24, threads=1)
+  assert (report.compared, report.different) == (24, {})
+  assert len(most) == 12 and max(most) <= 3
+
+
+def test_threads_are_at_least_one(base, made, tmp_path):
+  with pytest.raises(ValueError, match="threads=0; expected at least 1"):
+    labelling.run(FakeDepth(), open_base(base), tmp_path / "out", threads=0)
+  assert not (tmp_path / "out").exists()
+  with pytest.raises(ValueError, match="threads=-1; expected at least 1"):
+    verify(FakeDepth(), open_base(base), made / "depth", count=1, threads=-1)
 
 
 # --- Several runs ------------------------------------------------------------

@@ -263,6 +263,19 @@ def test_files_and_packages_that_are_missing(tmp_path, monkeypatch):
     onnx_detector.load_expert(model, names=names, threshold=65.0)
 
 
+def test_names_begin_after_a_byte_order_mark(tmp_path, monkeypatch):
+  monkeypatch.setattr(onnx_detector, "_session", lambda data, file: Session())
+  model, names = tmp_path / "a.onnx", tmp_path / "names.txt"
+  model.write_bytes(b"a model")
+  names.write_text("\ufeff" + "\r\n".join(NAMES) + "\r\n", encoding="utf-8")
+  expert = onnx_detector.load_expert(model, names=names)
+  wanted = build(Session()).settings["names_hash"]
+  assert expert.settings["names_hash"] == wanted
+  names.write_bytes(b"caf\xe9\n")
+  with pytest.raises(ValueError, match=r"names\.txt is no text in UTF-8"):
+    onnx_detector.load_expert(model, names=names)
+
+
 @pytest.fixture(scope="module")
 def detector(shared_data):
   folder = shared_data / "weights_fastestdet"

@@ -223,7 +223,9 @@ def test_a_wrong_folder_says_what_is_wrong(folder, tmp_path):
     owlv2_weights.read(tmp_path)
   with pytest.raises(FileNotFoundError, match=r"vocab\.json"):
     owlv2_weights.read_tokenizer(tmp_path)
-  for options in (dict(prompts="a dog"), dict(dtype="float16")):
+  for options in (
+    dict(prompts="a dog"), dict(dtype="float16"), dict(batch_size=0),
+  ):  # fmt: skip
     with pytest.raises(ValueError, match=next(iter(options))):
       owlv2.load_expert(folder, phrases=Given(), **options)
 

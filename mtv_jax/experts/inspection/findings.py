@@ -81,7 +81,9 @@ def _of_any(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _of_boxes(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   if not found["boxes"]:
-    yield "no_boxes", f"No box at all has a score of {found['min_score']:g}."
+    least = found["min_score"]
+    scores = f" scores {least:g} or more" if least else " is in any label"
+    yield "no_boxes", f"No box at all{scores}."
     return
   without, most = found["images_without_boxes"], found["boxes_an_image"]["max"]
   if without > HALF:
