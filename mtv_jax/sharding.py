@@ -182,10 +182,11 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
   parts = batch_shards(mesh)
   if batch_size % parts:
     below = batch_size // parts * parts
+    near = f"{below} or {below + parts}" if below else f"{parts}"
     raise config_lib.ConfigError(
       f"config.batch_size is {batch_size}, which data x fsdp = "
       f"{mesh.shape['data']} x {mesh.shape['fsdp']} does not divide. Take "
-      f"{below or parts} or {below + parts}, or another config.mesh."
+      f"{near}, or another config.mesh."
     )
 
 

@@ -33,6 +33,8 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused_with_a_size():
   sharding.check_batch(16, mesh)
   with pytest.raises(ValueError, match="batch_size is 12.*Take 8 or 16"):
     sharding.check_batch(12, mesh)
+  with pytest.raises(ValueError, match=r"Take 8, or another"):
+    sharding.check_batch(4, mesh)
 
 
 def test_one_process_holds_all_rows():

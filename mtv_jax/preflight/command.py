@@ -57,6 +57,8 @@ def run(
     print("\nwhat would fit, compiled:")
     for proposal in _propose(read, topology):
       print(f"  {proposal}", flush=True)
+  elif not made.measured.fits:
+    print("\n--propose compiles changes until one fits.")
   return made.fits
 
 

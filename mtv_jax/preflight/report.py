@@ -19,6 +19,9 @@ from mtv_jax.preflight import program
 # reckoned. Ours: what large ViTs reach on TPUs when nothing waits.
 MFU = 0.4
 _SHOWN = 12
+_WITHOUT_NORMS = (
+  "  A run without them (--config.log.gradients_steps=None) does not need this."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,12 +225,13 @@ class Report:
     found = self.norms.memory
     if found is None:
       lines = ["memory of the objectives' gradient norms: DOES NOT FIT"]
-      return "\n".join([*lines, _indented(self.norms.refusal)])
+      return "\n".join([*lines, _indented(self.norms.refusal), _WITHOUT_NORMS])
     verdict = "fits" if found.fits else "DOES NOT FIT"
-    return (
+    line = (
       f"memory of the objectives' gradient norms: peak {_size(found.peak)}, "
       f"{verdict}; compiled in {self.norms.seconds:.0f} s"
     )
+    return line if found.fits else f"{line}\n{_WITHOUT_NORMS}"
 
   def _work(self) -> str:
     each = self.model_flops / self.plan.mesh.size

@@ -118,6 +118,7 @@ def test_the_norms_of_gradients_are_a_program_that_may_not_fit(repo_root):
     made = report.Report(plan, measured, 1e9, norms=norms)
     assert not made.fits and not made.to_dict()["fits"]
     assert "norms: " in str(made) and "DOES NOT FIT" in str(made)
+    assert "--config.log.gradients_steps=None" in str(made)
 
 
 @pytest.mark.slow
