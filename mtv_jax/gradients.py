@@ -27,9 +27,10 @@ from mtv_jax.recipe import Recipe
 from mtv_jax.state import TrainState
 
 Batch = Mapping[str, Array]
-# Left to be gathered where they are used: blocks one by one by their loop, and
-# of a vocabulary only the rows that are looked up.
-_LEFT = r"^(image|text)/blocks/|token_embedding$"
+# Of a vocabulary only the rows that are looked up are gathered, and blocks one
+# by one by their loop.
+LOOKED_UP = r"token_embedding$"
+_LEFT = rf"^(image|text)/blocks/|{LOOKED_UP}"
 Loss = tuple[Float[Array, ""], dict[str, base.Terms]]
 
 

@@ -182,10 +182,11 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
   parts = batch_shards(mesh)
   if batch_size % parts:
     below = batch_size // parts * parts
+    near = f"{below} or {below + parts}" if below else f"{parts}"
     raise config_lib.ConfigError(
       f"config.batch_size is {batch_size}, which data x fsdp = "
       f"{mesh.shape['data']} x {mesh.shape['fsdp']} does not divide. Take "
-      f"{below or parts} or {below + parts}, or another config.mesh."
+      f"{near}, or another config.mesh."
     )
 
 
@@ -353,7 +354,10 @@ def in_use(
 
   The devices along `fsdp` hold parts of a parameter, but rows of their own: a
   layer is to gather the former and never the latter. Each parameter is
-  gathered by itself, where it is used.
+  gathered by itself, where it is used, whichever of its dimensions lies along
+  `fsdp`. Along `tensor` it lies as `RULES` say, since a layer's products are
+  split so; rules of the config that say otherwise are refused by
+  `check_in_use`, as here, within a layer, their names are no longer known.
 
   Args:
     params: by names that `RULES` match.
@@ -369,14 +373,53 @@ def in_use(
   def place(name, leaf):
     if re.search(keep, name):
       return leaf
-    axes = [tuple(_names([a])) for a in trees.first_match(name, RULES)]
-    without = [tuple(n for n in names if n != "fsdp") for names in axes]
-    whole = NamedSharding(mesh, _fit(without, leaf.shape, mesh))
-    if dtype is not None and without != axes:
+    axes = trees.first_match(name, RULES)
+    whole = NamedSharding(mesh, _gathered(axes, leaf.shape, mesh))
+    if dtype is not None and "fsdp" in _names(axes):
       leaf = leaf.astype(dtype)
     return jax.lax.with_sharding_constraint(leaf, whole)
 
   return trees.map_with_names(place, params)
+
+
+def _gathered(axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh):
+  """A rule's axes for one array without `fsdp`."""
+  without = [tuple(n for n in _names([a]) if n != "fsdp") for a in axes]
+  return _fit(without, shape, mesh)
+
+
+def check_in_use(
+  params: PyTree, mesh: Mesh, rules: Rules, *, keep: str = "$^"
+) -> None:
+  """Raises ConfigError for rules that layers can't follow; see `in_use`.
+
+  On a mesh with both `fsdp` and `tensor`, a rule that puts `tensor` elsewhere
+  than the built-in ones would have each layer move its parameters every time.
+
+  Args:
+    params: arrays or shapes, under their full names.
+    mesh: from `make_mesh`.
+    rules: the config's own.
+    keep: as for `in_use`.
+  """
+  if mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] == 1:
+    return
+  for name, leaf in trees.flatten_names(params):
+    if re.search(keep, name):
+      continue
+    given, built_in = (
+      _gathered(trees.first_match(name, every), leaf.shape, mesh)
+      for every in ([*rules, *RULES], RULES)
+    )
+    if not NamedSharding(mesh, given).is_equivalent_to(
+      NamedSharding(mesh, built_in), len(leaf.shape)
+    ):
+      raise config_lib.ConfigError(
+        f"config.sharding places {name} along tensor as {given}, but layers "
+        f"use it as {built_in} where fsdp gathers it. Name tensor as the "
+        "built-in rule does (mtv_jax/sharding.py: RULES), or set mesh.fsdp=1 "
+        "or mesh.tensor=1."
+      )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

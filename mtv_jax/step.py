@@ -203,7 +203,20 @@ def make_program(
   mesh: Mesh,
   rules: sharding.Rules = (),
 ) -> Program:
-  """Shards the state over the mesh; nothing is compiled yet."""
+  """Shards the state over the mesh; nothing is compiled yet.
+
+  Args:
+    recipe: with all objectives.
+    tx: the optimizer.
+    mesh: of all devices.
+    rules: the config's own, tried before the built-in ones.
+
+  Raises:
+    ConfigError: for rules that the layers can't follow.
+  """
+  sharding.check_in_use(
+    recipe_lib.abstract_params(recipe), mesh, rules, keep=gradients.LOOKED_UP
+  )
   shapes = jax.eval_shape(
     functools.partial(recipe_lib.init_state, recipe, tx),
     recipe_lib.abstract_params(recipe),

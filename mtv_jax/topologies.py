@@ -78,6 +78,8 @@ _SQUARES = {
 _NAME = re.compile(
   r"(?:(?P<slices>\d+)x)?(?P<kind>[a-z]\w*)(?P<sign>[:-])(?P<shape>[\w.-]+)"
 )
+# As clouds name them.
+_ALSO = {"v5litepod": "v5e"}
 EXAMPLES = "v5e:16x16, v4:4x4x8, 2xv5e:16x16 (two slices), cpu:8, gpu:8xH100"
 
 
@@ -118,8 +120,9 @@ def parse(name: str) -> Topology:
 
   Args:
     name: 'KIND:SHAPE' of a TPU ('v5e:16x16', 'v4:4x4x8'; 'v5e-256' is
-      'v5e:16x16'), with 'Nx' before it for N slices; 'cpu:N' for N devices of
-      this machine's CPU; 'gpu:NxMODEL' or 'gpu:NxSIZEGB' for N GPUs.
+      'v5e:16x16', and so is 'v5litepod-256'), with 'Nx' before it for N
+      slices; 'cpu:N' for N devices of this machine's CPU; 'gpu:NxMODEL' or
+      'gpu:NxSIZEGB' for N GPUs.
 
   Raises:
     ConfigError: for a name that stands for nothing.
@@ -129,6 +132,7 @@ def parse(name: str) -> Topology:
   if found is None:
     raise ConfigError(f"no topology is called {name!r}. Such are: {EXAMPLES}.")
   kind, sign, shape = found["kind"], found["sign"], found["shape"]
+  kind = _ALSO.get(kind, kind)
   slices = int(found["slices"] or 1)
   if kind not in kinds:
     raise ConfigError(f"topology {name!r}: {did_you_mean(kind, kinds)}")
@@ -170,6 +174,12 @@ def _tpus(name: str, chip: Chip, sign: str, shape: str, slices: int):
       f"{chip.kind}:{'x'.join('4' * chip.axes)}."
     )
   chips = math.prod(sides)
+  if chip.axes == 2 and chips > max(_SQUARES):
+    raise ConfigError(
+      f"topology {name!r}: a slice of {chip.kind} has at most "
+      f"{max(_SQUARES)} chips ({_SQUARES[max(_SQUARES)]}); more of them are "
+      f"several slices, such as 2x{chip.kind}:16x16."
+    )
   hosts = chips // math.prod(bounds)
   return Topology(name, chip, shape, slices, slices * chips, slices * hosts)
 

@@ -1,5 +1,6 @@
 """A locked tower: no moments, no backward pass, no change, no wait for it."""
 
+import functools
 import time
 
 import jax
@@ -8,7 +9,8 @@ import pytest
 import trainings
 
 from mtv_jax import config as config_lib
-from mtv_jax import experiment, train
+from mtv_jax import experiment, sharding, train, trees
+from mtv_jax import recipe as recipe_lib
 from mtv_jax.benchmarks import flops
 
 
@@ -54,6 +56,63 @@ def test_a_locked_tower_stays_as_it_was(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, before["image"], after["image"])
   kernel = ("text", "projection", "kernel")
   assert (_at(before, kernel) != _at(after, kernel)).any()
+
+
+@pytest.mark.slow
+def test_a_locked_tower_with_an_average_and_a_batch_in_parts():
+  """The parts change nothing, and neither tower nor average moves."""
+
+  def after(parts):
+    config = locked()
+    config.ema = dict(decay=0.9)
+    config.accumulate = parts
+    # Adam would turn gradients that are zero but for rounding into steps.
+    config.optim.name, config.optim.lr = "sgd", 0.1
+    config = config_lib.check(config)
+    recipe = experiment.build_recipe(config, 10)
+    mesh = experiment.make_mesh(config, jax.devices()[:1])
+    _, program = experiment.make_program(config, recipe, mesh, 100)
+    params = jax.jit(functools.partial(recipe_lib.init_params, recipe))(
+      jax.random.key(0)
+    )
+    before = jax.device_get(params)
+    state = program.init(params)
+    for seed in range(2):
+      batch = sharding.place_batch(batch_of(config, seed), mesh)
+      state, metrics = program.update(state, batch)
+    return before, jax.device_get(state), jax.device_get(metrics)
+
+  before, whole, expected = after(1)
+  _, found, metrics = after(2)
+  for state in (whole, found):
+    for tree in (state.params, state.ema):
+      jax.tree.map(
+        np.testing.assert_array_equal, tree["image"], before["image"]
+      )
+  kernel = ("text", "projection", "kernel")
+  for name in ("params", "ema"):
+    values = dict(trees.flatten_names(getattr(whole, name)))
+    for key, value in trees.flatten_names(getattr(found, name)):
+      error = np.linalg.norm(value - values[key])
+      assert error <= 1e-6 * np.linalg.norm(values[key]) + 1e-8, (name, key)
+    moved = _at(getattr(whole, name), kernel) - _at(before, kernel)
+    assert np.abs(moved).max() > 1e-6
+  for key, value in expected.items():
+    np.testing.assert_allclose(metrics[key], value, rtol=1e-5, err_msg=key)
+
+
+def batch_of(config, seed):
+  """Rows with noise for images and captions."""
+  rng = np.random.default_rng(seed)
+  rows, text = config.batch_size, config.model.text
+  return {
+    "image": rng.integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8),
+    "image_size": np.full((rows, 2), 32, np.int32),
+    "caption": rng.integers(
+      2, text.vocab_size, (rows, text.length), dtype=np.int32
+    ),
+    "caption_valid": np.ones(rows, bool),
+  }
 
 
 def _at(tree, path):

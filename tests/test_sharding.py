@@ -33,6 +33,8 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused_with_a_size():
   sharding.check_batch(16, mesh)
   with pytest.raises(ValueError, match="batch_size is 12.*Take 8 or 16"):
     sharding.check_batch(12, mesh)
+  with pytest.raises(ValueError, match=r"Take 8, or another"):
+    sharding.check_batch(4, mesh)
 
 
 def test_one_process_holds_all_rows():
@@ -89,6 +91,19 @@ def test_rules_of_the_config_come_first_and_must_match():
     sharding.check_rules([("image/nrom/.*", ("fsdp",))], _abstract())
   with pytest.raises(ValueError, match="Did you mean 'fsdp'"):
     sharding.check_rules([("image/norm/.*", ("fdsp",))], _abstract())
+
+
+def test_rules_that_layers_can_not_follow_are_refused():
+  """Where `fsdp` is gathered, `tensor` must lie as the layers use it."""
+  both = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  moved = [("mlp/fc1/kernel$", (None, ("fsdp", "tensor")))]
+  sharding.check_in_use(_abstract(), both, moved)
+  odd = [("mlp/fc1/kernel$", ("tensor", "fsdp"))]
+  with pytest.raises(ValueError, match=r"fc1/kernel along tensor as .*fsdp=1"):
+    sharding.check_in_use(_abstract(), both, odd)
+  sharding.check_in_use(_abstract(), both, odd, keep="fc1")
+  for shape in (dict(fsdp=8), dict(tensor=8)):
+    sharding.check_in_use(_abstract(), sharding.make_mesh(shape), odd)
 
 
 def test_a_placed_batch_is_split_over_data_and_fsdp():

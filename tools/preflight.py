@@ -40,6 +40,9 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--json", type=Path, help="also write the result here")
   parser.add_argument("--tables", action="store_true", help="all parameters")
   parser.add_argument("--propose", action="store_true", help="try what fits")
+  parser.add_argument(
+    "--norms", action="store_true", help="also the objectives' gradient norms"
+  )
   parser.add_argument("--mfu", type=float, default=0.4, help="assumed")
   parser.add_argument("--examples", type=int, help="of an epoch")
   parser.add_argument("--table", type=Path, help="a page to write a table in")
@@ -80,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       propose=args.propose,
       mfu=args.mfu,
       examples=args.examples,
+      norms=args.norms,
     )
   raise SystemExit(0 if fits else 1)
 

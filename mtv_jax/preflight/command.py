@@ -22,6 +22,7 @@ def run(
   propose: bool = False,
   mfu: float = report.MFU,
   examples: int | None = None,
+  norms: bool = False,
 ) -> bool:
   """Prints whether a config fits a machine, and all there is to know of it.
 
@@ -34,6 +35,7 @@ def run(
     propose: whether to try what would fit, where it does not.
     mfu: assumed share of the chips' peak.
     examples: of an epoch.
+    norms: whether to compile the objectives' gradient norms too.
 
   Returns:
     Whether it fits.
@@ -41,7 +43,12 @@ def run(
   topologies.use_cpu(topology)
   read = overrides.override(config_lib.read(config), changes)
   made = report.preflight(
-    read, topology, mfu=mfu, tables=tables, examples_per_epoch=examples
+    read,
+    topology,
+    mfu=mfu,
+    tables=tables,
+    examples_per_epoch=examples,
+    norms=norms,
   )
   print(made)
   if json:
@@ -50,7 +57,9 @@ def run(
     print("\nwhat would fit, compiled:")
     for proposal in _propose(read, topology):
       print(f"  {proposal}", flush=True)
-  return made.measured.fits
+  elif not made.measured.fits:
+    print("\n--propose compiles changes until one fits.")
+  return made.fits
 
 
 def _propose(config, topology):

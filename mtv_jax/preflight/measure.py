@@ -98,6 +98,40 @@ def measure(plan: Plan, *, largest: int = 8) -> Measured:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Norms:
+  """What compiling the program of the objectives' gradient norms says.
+
+  Attributes:
+    memory: of one chip; None where the compiler gave up for lack of it.
+    refusal: the compiler's words where it did.
+    seconds: of lowering and compiling.
+  """
+
+  memory: Memory | None
+  refusal: str
+  seconds: float
+
+  @property
+  def fits(self) -> bool:
+    """Whether the program can run."""
+    return self.memory is not None and self.memory.fits
+
+
+def measure_norms(plan: Plan) -> Norms:
+  """Compiles what a run with `log.gradients_steps` runs beside its step."""
+  begin = time.perf_counter()
+  lowered = plan.lower_norms()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return Norms(None, str(error), time.perf_counter() - begin)
+  memory = memory_of(compiled, plan.topology.chip.hbm_bytes)
+  return Norms(memory, "", time.perf_counter() - begin)
+
+
 def _largest_of_less(
   plan: Plan, count: int
 ) -> tuple[tuple[hlo.Temporary, ...], int]:

@@ -64,6 +64,26 @@ class Plan:
     """The lowered update with all objectives, as in the body of a run."""
     return self.program.compiled().lower(self.program.abstract, self.batch())
 
+  @property
+  def takes_norms(self) -> bool:
+    """Whether a run measures each objective's gradient on the encoder."""
+    every = config_lib.steps(
+      "gradients",
+      self.config.log,
+      batch_size=self.config.batch_size,
+      examples_per_epoch=self.examples_per_epoch,
+      total_steps=self.total_steps,
+      default=None,
+    )
+    return bool(every)
+
+  def lower_norms(self) -> Any:
+    """The lowered program of those norms; see `gradients.encoder_norms`."""
+    active = tuple(self.recipe.objectives)
+    return self.program.encoder_norms.lower(
+      self.program.abstract, self.batch(), active
+    )
+
 
 def make_plan(
   config: config_lib.Config,

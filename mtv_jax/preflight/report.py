@@ -19,6 +19,9 @@ from mtv_jax.preflight import program
 # reckoned. Ours: what large ViTs reach on TPUs when nothing waits.
 MFU = 0.4
 _SHOWN = 12
+_WITHOUT_NORMS = (
+  "  A run without them (--config.log.gradients_steps=None) does not need this."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Report:
     model_flops: of a step of the whole machine, by analysis, each product once.
     mfu: assumed, for what the hosts must deliver.
     tables: 'short' or 'all' rows of the parameters.
+    norms: what compiling the objectives' gradient norms says; None where that
+      was not done.
   """
 
   plan: program.Plan
@@ -38,6 +43,12 @@ class Report:
   model_flops: float
   mfu: float = MFU
   tables: str = "short"
+  norms: measure_lib.Norms | None = None
+
+  @property
+  def fits(self) -> bool:
+    """Whether all that was compiled can run."""
+    return self.measured.fits and (self.norms is None or self.norms.fits)
 
   @property
   def useful(self) -> float | None:
@@ -89,10 +100,11 @@ class Report:
         dict(name=name, shape=list(shape), partition=spec, bytes_per_chip=size)
         for name, shape, spec, size in rows
       ],
-      "fits": measured.fits,
+      "fits": self.fits,
       "memory": dataclasses.asdict(measured.memory)
       if measured.memory
       else None,
+      "norms": self.norms and dataclasses.asdict(self.norms),
       "refusal": measured.refusal or None,
       "model_flops": self.model_flops,
       "compiled_flops_per_chip": measured.flops or None,
@@ -125,6 +137,7 @@ class Report:
       self._batch(),
       self._parameters(),
       self._memory(),
+      self._norms(),
       self._work(),
       self._exchanges(),
       self._input(),
@@ -200,6 +213,26 @@ class Report:
       lines += [f"    {line}" for line in _temporaries(self.measured.largest)]
     return "\n".join(lines)
 
+  def _norms(self) -> str:
+    """Of the other program of a run that measures gradients' norms."""
+    if self.norms is None:
+      if not self.plan.takes_norms:
+        return ""
+      return (
+        "memory of the objectives' gradient norms (config.log.gradients_...), "
+        "a program of its own: not compiled (--norms)"
+      )
+    found = self.norms.memory
+    if found is None:
+      lines = ["memory of the objectives' gradient norms: DOES NOT FIT"]
+      return "\n".join([*lines, _indented(self.norms.refusal), _WITHOUT_NORMS])
+    verdict = "fits" if found.fits else "DOES NOT FIT"
+    line = (
+      f"memory of the objectives' gradient norms: peak {_size(found.peak)}, "
+      f"{verdict}; compiled in {self.norms.seconds:.0f} s"
+    )
+    return line if found.fits else f"{line}\n{_WITHOUT_NORMS}"
+
   def _work(self) -> str:
     each = self.model_flops / self.plan.mesh.size
     lines = [
@@ -247,6 +280,7 @@ def preflight(
   mfu: float = MFU,
   tables: str = "short",
   examples_per_epoch: int | None = None,
+  norms: bool = False,
 ) -> Report:
   """Compiles the train step of a config for a machine that need not be there.
 
@@ -256,6 +290,8 @@ def preflight(
     mfu: assumed share of the chips' peak, for what the hosts must deliver.
     tables: 'short' or 'all' rows of the parameters.
     examples_per_epoch: for durations in epochs.
+    norms: whether to compile the objectives' gradient norms as well, if the
+      config asks for them: about as long again.
 
   Raises:
     ConfigError: for a config or a topology that can't be used.
@@ -266,9 +302,12 @@ def preflight(
     examples_per_epoch=examples_per_epoch,
   )
   counted = flops_lib.bench_flops(config, batch_size=plan.config.batch_size)
+  measured = measure_lib.measure(plan)
+  wanted = norms and plan.takes_norms
   return Report(
     plan=plan,
-    measured=measure_lib.measure(plan),
+    measured=measured,
+    norms=measure_lib.measure_norms(plan) if wanted else None,
     model_flops=counted.total * plan.config.batch_size,
     mfu=mfu,
     tables=tables,
@@ -313,7 +352,7 @@ def _indented(text: str) -> str:
   return "\n".join(f"  {line}" for line in text.splitlines() if line.strip())
 
 
-def _size(count: float) -> str:
+def _size(count: float | int) -> str:
   """Bytes as a person reads them; in powers of 1024, as chips are sold."""
   for unit in ("B", "KiB", "MiB"):
     if abs(count) < 1024:

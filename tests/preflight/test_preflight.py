@@ -9,7 +9,7 @@ import pytest
 
 from mtv_jax import config as config_lib
 from mtv_jax import topologies
-from mtv_jax.preflight import measure, pages, program, propose
+from mtv_jax.preflight import measure, pages, program, propose, report
 
 CONFIG = "configs/siglip_b16_224.py:tiny"
 
@@ -97,6 +97,40 @@ def run(repo_root, *arguments):
     text=True,
     check=False,
   )
+
+
+def test_the_norms_of_gradients_are_a_program_that_may_not_fit(repo_root):
+  """Their memory is said, or that it was not looked at."""
+  config = config_lib.read(str(repo_root / CONFIG))
+  machine = topologies.parse("gpu:1xL4")
+  without = program.make_plan(config, machine)
+  config.log.gradients_steps = 10
+  plan = program.make_plan(config, machine)
+  assert (without.takes_norms, plan.takes_norms) == (False, True)
+  held = measure.Memory(1, 1, 1, 2, 100)
+  measured = measure.Measured(held, "", (), 0.0, (), 1.0)
+  silent = report.Report(without, measured, 1e9)
+  assert "norms" not in str(silent) and silent.fits
+  skipped = report.Report(plan, measured, 1e9)
+  assert "not compiled (--norms)" in str(skipped) and skipped.fits
+  for memory in (None, measure.Memory(1, 200, 1, 202, 100)):
+    norms = measure.Norms(memory, "" if memory else "out of memory", 1.0)
+    made = report.Report(plan, measured, 1e9, norms=norms)
+    assert not made.fits and not made.to_dict()["fits"]
+    assert "norms: " in str(made) and "DOES NOT FIT" in str(made)
+    assert "--config.log.gradients_steps=None" in str(made)
+
+
+@pytest.mark.slow
+def test_the_norms_are_compiled_where_a_config_asks_for_them(repo_root):
+  config = config_lib.read(str(repo_root / CONFIG))
+  made = report.preflight(config, "cpu:1", norms=True)
+  assert made.norms is None
+  config.log.gradients_steps = 10
+  made = report.preflight(config, "cpu:1", norms=True)
+  assert made.norms.memory.arguments > 0 and made.fits
+  # The state is not donated, but nothing of its size is made either.
+  assert made.norms.memory.output < 1000
 
 
 def test_a_topology_that_is_none_ends_readably(repo_root, capsys):

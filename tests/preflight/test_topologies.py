@@ -10,6 +10,7 @@ from mtv_jax import topologies
   [
     ("v5e:16x16", "v5e", 256, 64, 1),
     ("v5e-256", "v5e", 256, 64, 1),
+    ("v5litepod-16", "v5e", 16, 4, 1),
     ("v5e:2x4", "v5e", 8, 1, 1),
     ("v5e:1x1", "v5e", 1, 1, 1),
     ("v4:4x4x8", "v4", 128, 32, 1),
@@ -32,6 +33,7 @@ def test_names(name, kind, chips, hosts, slices):
   [
     ("v5e:3x3", "hosts of 2x2x1 chips do not divide it"),
     ("v5e:2x2x2", "torus of 2 dimensions"),
+    ("v5e:16x32", "at most 256 chips .16x16.; more .* 2xv5e:16x16"),
     ("v5:2x2", "Did you mean 'v5p'"),
     ("v4-32", "give the shape"),
     ("v5e:0x4", "no number of chips"),
