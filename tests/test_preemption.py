@@ -47,6 +47,7 @@ def told_at(monkeypatch):
   return arrange
 
 
+@pytest.mark.slow
 def test_it_saves_where_it_is_and_ends(tmp_path, told_at):
   told_at(2)
   config = smallest(total_steps=4, evals={})

@@ -270,6 +270,7 @@ def two_objectives(**weight):
   )
 
 
+@pytest.mark.slow
 def test_an_objective_joins_late_with_a_teacher_that_is_the_student():
   recipe = two_objectives(start=2)
   assert recipe.active(1) == ("contrastive",)

@@ -76,6 +76,7 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(trained):
   )
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_s_parameters(trained, tmp_path):
   workdir, state = trained
   config = smallest(total_steps=2)

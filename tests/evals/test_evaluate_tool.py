@@ -52,6 +52,7 @@ def folder(tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 def test_two_on_scenes(repo_root, folder, tmp_path, capsys):
   out = tmp_path / "deep" / "out.json"
   tool(repo_root, "evaluate").main(

@@ -134,6 +134,7 @@ def test_a_folder(tmp_path, write_image, colours):
   assert result.protocol["k"] == [1, 3, 7]
 
 
+@pytest.mark.slow
 def test_scenes_whatever_the_batch_and_the_devices():
   one = sharding.make_mesh({"data": -1}, jax.devices()[:1])
   results = [

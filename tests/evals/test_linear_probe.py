@@ -109,6 +109,7 @@ def test_rates_differ_and_one_device_is_eight(blobs, fitted):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_scenes_whatever_the_batch_and_the_devices():
   one = sharding.make_mesh({"data": -1}, jax.devices()[:1])
   options = dict(

@@ -48,6 +48,7 @@ def test_gradient_is_zero_at_each_optimum(data, models):
   assert norms[0] < 0.5 < norms[1] < norms[2]
 
 
+@pytest.mark.slow
 def test_blocks_and_devices_change_nothing(data, models, monkeypatch):
   # Seven rows a block, and the last one padded.
   monkeypatch.setattr(logistic, "_LOGIT_BYTES", 7 * 4 * 3)

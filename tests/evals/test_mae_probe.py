@@ -109,6 +109,7 @@ class SceneEncoder(baselines.PixelEncoder):
     return ImageFeatures(rows, None, None, {})
 
 
+@pytest.mark.slow
 def test_scenes():
   result = mae_probe.MaeProbe(
     count=16,

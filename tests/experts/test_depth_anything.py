@@ -219,6 +219,7 @@ def test_stages_may_be_given_by_name():
     weights.read_spec(config, [])
 
 
+@pytest.mark.slow
 def test_a_photo_becomes_a_label_on_any_number_of_devices(folder):
   """One device and eight, to the bit."""
   rng = np.random.default_rng(1)

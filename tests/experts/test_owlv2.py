@@ -129,6 +129,7 @@ def test_a_banner_is_resized_without_its_square():
 # --- A tiny model -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_labels_are_in_the_image_whatever_the_number_of_devices(folder):
   images = [photo((30, 60), i) for i in range(8)]
   phrases = [[f"a {i}", "dog", "the same"] for i in range(8)]

@@ -164,6 +164,7 @@ def test_sharding_rules_know_its_kernels(params):
   assert layer["mlp"]["fc1"]["kernel"].spec == P("fsdp", "tensor")
 
 
+@pytest.mark.slow
 def test_it_learns_to_read_what_a_box_holds():
   """Patches that say where they are and what is in their quarter."""
   width, grid, classes = 32, 4, 4
@@ -213,6 +214,7 @@ def locator_sample():
   return patches, jnp.asarray(rng.normal(size=(2, 3, FEATURES)), jnp.float32)
 
 
+@pytest.mark.slow
 def test_the_locator_starts_in_the_middle_and_can_move():
   patches, texts = locator_sample()
   make = jax.jit(prompter.Locator().init)

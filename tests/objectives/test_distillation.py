@@ -177,6 +177,7 @@ def test_koleo_is_finite_where_there_is_no_distance(vectors, valid):
     np.testing.assert_allclose(value, -np.log(2e-8), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_koleo_on_a_mesh_is_the_same_and_goes_around_a_ring():
   mesh = sharding.make_mesh(dict(data=4, fsdp=2))
   rng = np.random.default_rng(0)
