@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import pathlib
 from collections.abc import Sequence
 
@@ -16,7 +17,8 @@ NOTE = """
 table; `--rows WORD ...` does some of them. Peak HBM is the compiler's plan, of
 what it has to give. PFLOPs are the recipe's own, by analysis, each product
 once; useful is their share in the products of the compiled program, loops
-multiplied. Received: all collectives of a step, with ring algorithms."""
+multiplied. Received: all collectives of a step, with ring algorithms. libtpu:
+the release of the compiler."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ ROWS = (
 )
 _HEAD = (
   "| config | machine | batch | peak HBM a chip | of | PFLOPs a step "
-  "| useful | received a chip |"
+  "| useful | received a chip | libtpu |"
 )
 
 
@@ -64,6 +66,7 @@ def line(row: Row, found: report_lib.Report) -> str:
     f"{found.model_flops / 1e15:.2f}",
     useful,
     f"{received:.2f} GB",
+    importlib.metadata.version("libtpu") if found.plan.topology.is_tpu else "",
   ]
   return "| " + " | ".join(cells) + " |"
 
