@@ -9,9 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-import jax
-
-# 128 + SIGTERM, as shells have it, so that a scheduler starts the run again.
+# 128 + SIGTERM, as shells have it: such a run does not look finished.
 EXIT_CODE = 143
 
 
@@ -39,6 +37,8 @@ def notices() -> Iterator[Notice]:
   service sees to (`Checkpointer.preempted`); and a signal that somebody else
   takes care of, or that can't be taken in this thread, stays as it is.
   """
+  import jax  # Here, so that commands end with readable errors without it.
+
   notice = Notice()
   ours = (
     threading.current_thread() is threading.main_thread()

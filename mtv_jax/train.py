@@ -234,6 +234,8 @@ def _loop(
       # Before the evaluations, for which there may be no time.
       require_finite(step, jax.device_get(values))
       checkpoints.save(step, state, timing=chrono.to_dict())
+      # While further signals change nothing.
+      checkpoints.wait()
       raise preemption.Preempted(
         f"told to end (SIGTERM), it saved step {step} of "
         f"{experiment.total_steps} in {experiment.workdir}. The same command "

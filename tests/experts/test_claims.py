@@ -170,7 +170,7 @@ def test_of_many_that_take_over_one_wins(tmp_path):
   rounds, many = 150, 8
   for number in range(rounds):
     claim(tmp_path, f"{number}", ELSEWHERE, age=1000)
-  barrier = threading.Barrier(many)
+  barrier = threading.Barrier(many, timeout=60)
   wins = [[] for _ in range(rounds)]
 
   def contend():
