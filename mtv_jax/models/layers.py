@@ -272,8 +272,10 @@ def run_stack(
       schedule across them. The values are the same.
     mesh: that rows and parameters are split over: rows then stay where they
       are, and each block's parameters are gathered over `fsdp` where it runs,
-      again in the backward pass. Left to itself the compiler may find a whole
-      axis of the batch better spent on splitting channels.
+      with any remat again in the backward pass; with 'none' the gathered ones
+      are saved, and `fsdp` then spares no memory for them. Left to
+      itself the compiler may find a whole axis of the batch better spent on
+      splitting channels.
 
   Returns:
     The last block's output, and {layer: output} for the taps.
