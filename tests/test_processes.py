@@ -39,6 +39,14 @@ def assert_same_curve(workdir, expected):
     assert found[step] == pytest.approx(loss, abs=1e-5), step
 
 
+def but_key_biases(name, value):
+  """A key's bias moves no attention, and Adam follows its rounding errors."""
+  if not name.endswith("attention/qkv/bias"):
+    return value
+  # Columns ordered (head, q|k|v, dim), of two heads.
+  return value.reshape(-1, 2, 3, value.shape[-1] // 6)[:, :, [0, 2]]
+
+
 def test_four_processes_train_evaluate_and_save_as_one_does(alone, tmp_path):
   workdir = tmp_path / "run"
   together(workdir, 4)
@@ -48,7 +56,11 @@ def test_four_processes_train_evaluate_and_save_as_one_does(alone, tmp_path):
   assert found.keys() == wanted.keys()
   for name, value in wanted.items():
     # Adam divides by the root of squares that are near zero at first.
-    np.testing.assert_allclose(found[name], value, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(
+      *(but_key_biases(name, x) for x in (found[name], value)),
+      atol=1e-4,
+      err_msg=name,
+    )
 
 
 def test_four_processes_end_what_two_began(alone, tmp_path):

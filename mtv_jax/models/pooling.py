@@ -55,8 +55,12 @@ class _ProbeAttention(nn.Module):
     # Columns ordered (head, k|v, dim), for the reason given at `Attention`.
     kv = dense(2 * d, layers.fused_init, "kv")(tokens)
     kv = kv.reshape(b, n, self.heads, 2, d // self.heads)
-    q = jnp.broadcast_to(
-      q.reshape(1, 1, self.heads, -1), (b, 1, self.heads, d // self.heads)
+    # Not jax.nn.dot_product_attention: its gradient for one query in bfloat16
+    # is a product over no dimension, which XLA for CPUs may refuse to compile.
+    q, k, v = q.reshape(self.heads, -1), kv[:, :, :, 0], kv[:, :, :, 1]
+    logits = jnp.einsum(
+      "hd,bnhd->bhn", q, k, preferred_element_type=jnp.float32
     )
-    y = jax.nn.dot_product_attention(q, kv[:, :, :, 0], kv[:, :, :, 1])
+    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(self.dtype)
+    y = jnp.einsum("bhn,bnhd->bhd", weights, v)
     return dense(d, layers.kernel_init, "out")(y.reshape(b, d))
