@@ -165,7 +165,7 @@ class Instances:
       raise ValueError(f"match={match!r}. {did_you_mean(match, MATCHES)}")
     self._match = match
     self._images: dict[str, _Annotated] = {}
-    self._names: dict[str, str] = {}
+    self._names = _Names()
     hashes = []
     for path in map(Path, paths):
       data = path.read_bytes()
@@ -231,7 +231,7 @@ class Instances:
     if found is None:
       return no_label("boxes: the image is not in the annotations")
     if self._match == "name":
-      _refuse_same_name(self._names, item)
+      self._names.refuse_second(item)
     if not same_shape(item, found.height, found.width):
       return no_label("boxes: annotations of an image of another shape")
     x, y, width, height = np.array(found.boxes, np.float64).reshape(-1, 4).T
@@ -253,14 +253,22 @@ class _Annotated:
   crowds: int = 0
 
 
-def _refuse_same_name(seen: dict[str, str], item: Item) -> None:
-  """Two files of one name in different folders are two pictures."""
-  if (other := seen.setdefault(item.stem, item.name)) != item.name:
-    raise ValueError(
-      f"The base has {other!r} and {item.name!r}, which the annotations can't"
-      " tell apart by the file's name: match by image_id or key, or make a"
-      " label set for each folder."
-    )
+class _Names:
+  """The files seen of each stem; threads may ask at once."""
+
+  def __init__(self) -> None:
+    self._seen: dict[str, str] = {}
+
+  def refuse_second(self, item: Item) -> None:
+    """Two files of one name in different folders are two pictures."""
+    # One call that no other thread can come between.
+    other = self._seen.setdefault(item.stem, item.name)
+    if other != item.name:
+      raise ValueError(
+        f"The base has {other!r} and {item.name!r}, which the annotations "
+        "can't tell apart by the file's name: match by image_id or key, or "
+        "make a label set for each folder."
+      )
 
 
 class DepthImages:
@@ -309,7 +317,7 @@ class DepthImages:
       )
     self._pattern, self._values, self._scale = pattern, values, scale
     self._invalid, self._side, self._min_valid = invalid, side, min_valid
-    self._names: dict[str, str] = {}
+    self._names = _Names()
     self._file(Item("key", "name.jpg", "1", 1, 1))
     self.settings = {
       "from": "depth images",
@@ -349,7 +357,7 @@ class DepthImages:
     if not file.exists():
       return no_label("depth: no file for the image")
     if "{stem}" in self._pattern and "{key}" not in self._pattern:
-      _refuse_same_name(self._names, item)
+      self._names.refuse_second(item)
     try:
       with Image.open(file) as image:
         if image.mode not in ("L", "I", "I;16", "I;16B"):
