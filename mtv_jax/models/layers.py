@@ -272,10 +272,8 @@ def run_stack(
       schedule across them. The values are the same.
     mesh: that rows and parameters are split over: rows then stay where they
       are, and each block's parameters are gathered over `fsdp` where it runs,
-      with any remat again in the backward pass; with 'none' the gathered ones
-      are saved, and `fsdp` then spares no memory for them. Left to
-      itself the compiler may find a whole axis of the batch better spent on
-      splitting channels.
+      and again in the backward pass. Left to itself the compiler may find a
+      whole axis of the batch better spent on splitting channels.
 
   Returns:
     The last block's output, and {layer: output} for the taps.
@@ -292,10 +290,13 @@ def run_stack(
     layer = sharding.in_use(layer, mesh, dtype=block.dtype)
     return block.apply({"params": layer}, x), None
 
-  if REMAT[remat] is not None:
+  policy = REMAT[remat]
+  if policy is None and mesh is not None and mesh.shape["fsdp"] > 1:
+    policy = _all_but_gathered
+  if policy is not None:
     # Within a scan the loop itself keeps XLA from merging the recomputation
     # with the forward pass; elsewhere that needs a barrier.
-    step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=not scan)
+    step = jax.checkpoint(step, policy=policy, prevent_cse=not scan)
 
   tapped = {}
   start = 0
@@ -310,6 +311,11 @@ def run_stack(
       tapped[end] = x
     start = end + 1
   return x, tapped
+
+
+def _all_but_gathered(primitive, *_, **__) -> bool:
+  """Saves what would be saved anyway, but no parameter that was gathered."""
+  return primitive.name != "sharding_constraint"
 
 
 def check_taps(taps: Sequence[int], depth: int) -> None:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtv_jax import sharding
 from mtv_jax.models import layers
 
 
@@ -49,3 +50,26 @@ def test_elsewhere_its_gradients_are_what_jax_makes_of_it():
   plain = lowered(lambda x, k, b: x @ k + b)
   assert lowered(layers.linear) == plain
   assert plain.count("dot_general") == 3
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_no_gathered_parameter_is_kept_for_the_backward_pass(remat):
+  """What lies in parts along fsdp is kept in parts, and gathered again."""
+  mesh = sharding.make_mesh(dict(fsdp=8))
+  block, depth = layers.Block(heads=2, mlp_dim=64), 3
+  x = jnp.ones((8, 5, 32))
+  keys = jax.random.split(jax.random.key(0), depth)
+  stack = jax.vmap(lambda key: block.init(key, x)["params"])(keys)
+  stack = jax.device_put(stack, sharding.tree_shardings(stack, mesh))
+
+  @jax.jit
+  def kept(stack, x):
+    def run(stack, x):
+      return layers.run_stack(block, stack, x, remat=remat, mesh=mesh)[0]
+
+    return jax.tree.leaves(jax.vjp(run, stack, x)[1])
+
+  kernels = [leaf for leaf in kept(stack, x) if leaf.shape == (depth, 32, 96)]
+  assert kernels
+  for leaf in kernels:
+    assert leaf.sharding.shard_shape(leaf.shape) == (depth, 4, 96)
