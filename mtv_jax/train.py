@@ -199,9 +199,31 @@ def _loop(
     if first == 0 and entry.get("at_start", False):
       with chrono.pause():
         writers.scalars(0, evaluate(experiment, state, 0, name))
+
+  def save_and_end(step):
+    done = f"step {step} was saved"
+    if step > first:
+      require_finite(step, jax.device_get(values))
+      checkpoints.save(step, state, timing=chrono.to_dict())
+      # While further signals change nothing.
+      checkpoints.wait()
+      done = f"it saved step {step}"
+    elif not step:
+      done = "it began none"
+    raise preemption.Preempted(
+      f"told to end (SIGTERM), {done} of {experiment.total_steps} in "
+      f"{experiment.workdir}. The same command goes on from there."
+    )
+
   for step in range(first + 1, experiment.total_steps + 1):
     with chrono.waiting():
-      batch = next(batches)
+      try:
+        batch = next(batches)
+      except Exception:
+        # A signal to a group of processes ends those that read the data, too.
+        if not notice.arrived:
+          raise
+        save_and_end(step - 1)
     if recipe.active(step - 1) != active:
       active = recipe.active(step - 1)
       log.info("From step %d: %s. Compiling.", step, ", ".join(active))
@@ -232,15 +254,7 @@ def _loop(
       writers.progress(step, in_order(values), chrono.rates(step))
     if (checkpoints.preempted(step) or notice.arrived) and not last:
       # Before the evaluations, for which there may be no time.
-      require_finite(step, jax.device_get(values))
-      checkpoints.save(step, state, timing=chrono.to_dict())
-      # While further signals change nothing.
-      checkpoints.wait()
-      raise preemption.Preempted(
-        f"told to end (SIGTERM), it saved step {step} of "
-        f"{experiment.total_steps} in {experiment.workdir}. The same command "
-        "goes on from there."
-      )
+      save_and_end(step)
     due = [n for n, every in eval_every.items() if every and step % every == 0]
     due = list(eval_every) if last else due
     for name in due:

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -113,12 +112,35 @@ def test_all_processes_save_the_same_step_where_one_is_told(tmp_path, count):
   workdir = tmp_path / "run"
   long = "steps=100000,save=100000"
   with trainings.together(workdir, count, arg=long) as running:
-    while max(trainings.losses(workdir), default=0) < 3:
-      assert all(p.poll() is None for p in running), trainings.log(workdir)
-      time.sleep(0.05)
+    trainings.wait_for_step(workdir, 3, running)
     running[-1].send_signal(signal.SIGTERM)
     codes = [p.wait(timeout=200) for p in running]
   assert codes == [preemption.EXIT_CODE] * count, trainings.log(workdir)
   (step,) = (int(p.name) for p in (workdir / "checkpoints").iterdir())
   assert step == max(trainings.losses(workdir))
   assert f"saved step {step} of" in trainings.log(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("after", "saved", "says"),
+  [(2, ["2"], "it saved step 2 of 4"), (0, [], "it began none of 4")],
+)
+def test_it_saves_though_its_readers_were_told_as_well(
+  tmp_path, monkeypatch, after, saved, says
+):
+  """As where a scheduler signals a whole job: the data ends before a step."""
+  placed = train.placed_batches
+
+  def ended(*args):
+    for i, batch in enumerate(placed(*args)):
+      if i == after:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("a worker process was terminated")
+      yield batch
+
+  monkeypatch.setattr(train, "placed_batches", ended)
+  config = smallest(total_steps=4, evals={})
+  with pytest.raises(preemption.Preempted, match=says):
+    train.run(config, tmp_path / "run")
+  assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == saved

@@ -7,6 +7,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -100,6 +101,17 @@ def rows(workdir: pathlib.Path) -> list[dict]:
 def log(workdir: pathlib.Path) -> str:
   """All that the processes of a run have printed."""
   return pathlib.Path(f"{workdir}.log").read_text()
+
+
+def wait_for_step(
+  workdir: pathlib.Path, step: int, running: list[subprocess.Popen]
+) -> None:
+  """Returns once a step was logged; fails where a process has ended before."""
+  deadline = time.monotonic() + 400
+  while max(losses(workdir), default=0) < step:
+    assert all(p.poll() is None for p in running), log(workdir)
+    assert time.monotonic() < deadline, log(workdir)
+    time.sleep(0.05)
 
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:
