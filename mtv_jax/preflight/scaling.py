@@ -212,22 +212,18 @@ def to_dict(rows: Sequence[LossRow | StepRow]) -> dict[str, Any]:
 
 
 def _fields(row: LossRow | StepRow) -> dict[str, Any]:
-  rest = {"rest": row.rest} if isinstance(row, StepRow) else {}
-  return dataclasses.asdict(row) | rest
+  fields = dataclasses.asdict(row)
+  if isinstance(row, StepRow):
+    fields |= {"rest": row.rest, "seconds": fields.pop("seconds")}
+  return fields
 
 
 def table(rows: Sequence[LossRow | StepRow]) -> str:
   """Rows as text, one a line, and of a step how it grows."""
-  lines = []
-  for row in rows:
-    lines.append(
-      "  ".join(
-        f"{key} {value / 2**20:,.1f} MiB"
-        if isinstance(value, float | int) and key not in ("chips", "seconds")
-        else f"{key} {value}"
-        for key, value in _fields(row).items()
-      )
-    )
+  lines = [
+    "  ".join(_cell(key, value) for key, value in _fields(row).items())
+    for row in rows
+  ]
   steps = [row for row in rows if isinstance(row, StepRow)]
   if len(steps) > 1:
     chips = " and ".join(str(row.chips) for row in steps[1:])
@@ -235,3 +231,11 @@ def table(rows: Sequence[LossRow | StepRow]) -> str:
     for key, grown in growth(steps).items():
       lines.append(f"  {key:7} " + "  ".join(f"{x:+.1f} %" for x in grown))
   return "\n".join(lines)
+
+
+def _cell(key: str, value: str | int | float) -> str:
+  if key == "seconds":
+    return f"compiled in {value:.0f} s"
+  if key == "chips" or isinstance(value, str):
+    return f"{key} {value:<{8 if key == 'method' else 3}}"
+  return f"{key} {value / 2**20:7,.1f} MiB"
