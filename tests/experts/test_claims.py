@@ -180,11 +180,11 @@ def test_of_many_that_take_over_one_wins(tmp_path):
         wins[number].append(taken)
         barrier.wait()
 
-  threads = [threading.Thread(target=contend) for _ in range(many)]
+  threads = [threading.Thread(target=contend, daemon=True) for _ in range(many)]
   for thread in threads:
     thread.start()
   for thread in threads:
-    thread.join()
+    thread.join(timeout=120)
   assert [sum(each) for each in wins] == [1] * rounds
   assert [len(each) for each in wins] == [many] * rounds
   assert names(tmp_path) == []
@@ -213,17 +213,20 @@ def test_of_processes_that_take_over_one_wins(tmp_path, repo_root):
     )
     for _ in range(4)
   ]  # fmt: skip
-  for process in running:
-    assert process.stdout.readline() == "ready\n"
-  for name in rounds:
+  with contextlib.ExitStack() as stack:
     for process in running:
-      process.stdin.write(f"{name}\n")
-      process.stdin.flush()
-    won = [int(process.stdout.readline()) for process in running]
-    assert sum(won) == 1, name
-  for process in running:
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+      stack.callback(process.kill)
+    for process in running:
+      assert process.stdout.readline() == "ready\n"
+    for name in rounds:
+      for process in running:
+        process.stdin.write(f"{name}\n")
+        process.stdin.flush()
+      won = [int(process.stdout.readline()) for process in running]
+      assert sum(won) == 1, name
+    for process in running:
+      process.communicate(timeout=60)
+      assert process.returncode == 0
   assert names(tmp_path) == []
 
 
