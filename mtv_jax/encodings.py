@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from mtv_jax import sharding
+from mtv_jax import gathering
 from mtv_jax.objectives import base
 
 
@@ -70,7 +70,7 @@ def encode(
         tokens = batch[encoding.view]
         lead = tokens.shape[:-1]
         tokens = tokens.reshape(-1, tokens.shape[-1])
-        output = tower.apply(variables, sharding.by_rows(tokens, mesh))
+        output = tower.apply(variables, gathering.by_rows(tokens, mesh))
       else:
         made = views[encoding.view]
         lead = made.images.shape[:2]
@@ -79,7 +79,7 @@ def encode(
           lambda x: x.reshape(-1, *x.shape[2:]),
           (made.images, hidden, made.keep),
         )
-        images, mask, keep = sharding.by_rows(crops, mesh)
+        images, mask, keep = gathering.by_rows(crops, mesh)
         output = tower.apply(variables, images, taps=taps, mask=mask, keep=keep)
       outputs[encoding] = jax.tree.map(
         lambda x, lead=lead: x.reshape(*lead, *x.shape[1:]), output

@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from mtv_jax import encodings, sharding, trees
+from mtv_jax import encodings, gathering, sharding, trees
 from mtv_jax import views as views_lib
 from mtv_jax.objectives import base
 from mtv_jax.recipe import Recipe
@@ -93,9 +93,9 @@ def evidence_of(
     keys: of the rows' views.
     mesh: that they are split over; None on one device.
   """
-  params = sharding.in_use(held(recipe, params), mesh, keep=_LEFT)
+  params = gathering.in_use(held(recipe, params), mesh, keep=_LEFT)
   state = state.replace(
-    teacher=sharding.in_use(state.teacher, mesh, keep=_LEFT)
+    teacher=gathering.in_use(state.teacher, mesh, keep=_LEFT)
   )
   views = {}
   for name, of_rows in keys.items():
@@ -103,11 +103,11 @@ def evidence_of(
       views[name] = recipe.views[name](
         batch["image"], batch["image_size"], of_rows, recipe.dtype
       )
-  views = sharding.by_rows(views, mesh)
+  views = gathering.by_rows(views, mesh)
   encoded = encodings.encode(
     recipe.plan, recipe.towers, params, state.teacher, views, batch, mesh
   )
-  encoded = sharding.by_rows(encoded, mesh)
+  encoded = gathering.by_rows(encoded, mesh)
   heads = bound_heads(recipe, params["heads"], state)
   evidence = {}
   for name, objective in recipe.objectives.items():
@@ -115,7 +115,7 @@ def evidence_of(
       evidence[name] = objective.evidence(
         encoded, heads, {**batch, "views": views}
       )
-  return sharding.by_rows(evidence, mesh)
+  return gathering.by_rows(evidence, mesh)
 
 
 def losses_of(
@@ -131,9 +131,9 @@ def losses_of(
     params: of the heads.
     mesh: that the evidence is split over; None on one device.
   """
-  params = sharding.in_use(held(recipe, {"heads": params}), mesh, keep=_LEFT)
+  params = gathering.in_use(held(recipe, {"heads": params}), mesh, keep=_LEFT)
   state = state.replace(
-    teacher=sharding.in_use(state.teacher, mesh, keep=_LEFT)
+    teacher=gathering.in_use(state.teacher, mesh, keep=_LEFT)
   )
   heads = bound_heads(recipe, params["heads"], state)
   total, terms = jnp.zeros(()), {}

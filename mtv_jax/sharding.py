@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -267,7 +266,9 @@ def _parts(mesh: Mesh) -> list[_Part]:
   return [_Part(s, frozenset(processes[s])) for s in sorted(processes)]
 
 
-def _fit(axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh):
+def fit(
+  axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh
+) -> PartitionSpec:
   """A rule's axes for one array: trailing dimensions, whole where uneven.
 
   A dimension that its axis does not divide stays whole: a vocabulary of 258 is
@@ -278,7 +279,7 @@ def _fit(axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh):
     axes = ()
   axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
 
-  def fit(axis, size):
+  def whole_or_part(axis, size):
     names = (axis,) if isinstance(axis, str) else tuple(axis or ())
     # Naming an axis of one device would only hide what is split.
     names = tuple(n for n in names if mesh.shape[n] > 1) or names[-1:]
@@ -286,7 +287,7 @@ def _fit(axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh):
       names = names[1:]
     return names[0] if len(names) == 1 else names or None
 
-  return PartitionSpec(*map(fit, axes, shape))
+  return PartitionSpec(*map(whole_or_part, axes, shape))
 
 
 def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
@@ -304,12 +305,12 @@ def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
 
   def place(name, leaf):
     axes = trees.first_match(name, every)
-    return NamedSharding(mesh, _fit(axes, leaf.shape, mesh))
+    return NamedSharding(mesh, fit(axes, leaf.shape, mesh))
 
   return trees.map_with_names(place, tree)
 
 
-def _names(axes: Sequence[Axes]) -> list[str]:
+def axis_names(axes: Sequence[Axes]) -> list[str]:
   """All axes that a rule names."""
   every = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
   return [name for names in every for name in names]
@@ -322,104 +323,12 @@ def check_rules(rules: Rules, names: Iterable[str]) -> None:
   """
   trees.match_rules(names, rules, what="config.sharding")
   for pattern, axes in rules:
-    for axis in _names(axes):
+    for axis in axis_names(axes):
       if axis not in AXES:
         raise config_lib.ConfigError(
           f"config.sharding: {pattern!r} names the axis {axis!r}. "
           f"{config_lib.did_you_mean(str(axis), AXES)}"
         )
-
-
-def by_rows(tree: PyTree, mesh: Mesh | None) -> PyTree:
-  """Says that arrays `[b, ...]` of a compiled program are split as the batch.
-
-  Left to itself the compiler may split them by channels, after a parameter
-  that is, and gather the rows of all devices.
-  """
-  if mesh is None:
-    return tree
-
-  def place(x):
-    axes = (AXES[:2], *[None] * (x.ndim - 1))
-    placing = NamedSharding(mesh, _fit(axes, x.shape, mesh))
-    return jax.lax.with_sharding_constraint(x, placing)
-
-  return jax.tree.map(place, tree)
-
-
-def in_use(
-  params: PyTree, mesh: Mesh | None, *, keep: str = "$^", dtype: Any = None
-) -> PyTree:
-  """Parameters gathered over `fsdp`, as a compiled program uses them.
-
-  The devices along `fsdp` hold parts of a parameter, but rows of their own: a
-  layer is to gather the former and never the latter. Each parameter is
-  gathered by itself, where it is used, whichever of its dimensions lies along
-  `fsdp`. Along `tensor` it lies as `RULES` say, since a layer's products are
-  split so; rules of the config that say otherwise are refused by
-  `check_in_use`, as here, within a layer, their names are no longer known.
-
-  Args:
-    params: by names that `RULES` match.
-    mesh: None for one device.
-    keep: a regex over names that are left as they lie, such as those of
-      stacked blocks, of which a loop gathers one at a time.
-    dtype: what is gathered is cast to it first, so that less is sent; give the
-      one that it is computed with anyway.
-  """
-  if mesh is None or mesh.shape["fsdp"] == 1:
-    return params
-
-  def place(name, leaf):
-    if re.search(keep, name):
-      return leaf
-    axes = trees.first_match(name, RULES)
-    whole = NamedSharding(mesh, _gathered(axes, leaf.shape, mesh))
-    if dtype is not None and "fsdp" in _names(axes):
-      leaf = leaf.astype(dtype)
-    return jax.lax.with_sharding_constraint(leaf, whole)
-
-  return trees.map_with_names(place, params)
-
-
-def _gathered(axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh):
-  """A rule's axes for one array without `fsdp`."""
-  without = [tuple(n for n in _names([a]) if n != "fsdp") for a in axes]
-  return _fit(without, shape, mesh)
-
-
-def check_in_use(
-  params: PyTree, mesh: Mesh, rules: Rules, *, keep: str = "$^"
-) -> None:
-  """Raises ConfigError for rules that layers can't follow; see `in_use`.
-
-  On a mesh with both `fsdp` and `tensor`, a rule that puts `tensor` elsewhere
-  than the built-in ones would have each layer move its parameters every time.
-
-  Args:
-    params: arrays or shapes, under their full names.
-    mesh: from `make_mesh`.
-    rules: the config's own.
-    keep: as for `in_use`.
-  """
-  if mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] == 1:
-    return
-  for name, leaf in trees.flatten_names(params):
-    if re.search(keep, name):
-      continue
-    given, built_in = (
-      _gathered(trees.first_match(name, every), leaf.shape, mesh)
-      for every in ([*rules, *RULES], RULES)
-    )
-    if not NamedSharding(mesh, given).is_equivalent_to(
-      NamedSharding(mesh, built_in), len(leaf.shape)
-    ):
-      raise config_lib.ConfigError(
-        f"config.sharding places {name} along tensor as {given}, but layers "
-        f"use it as {built_in} where fsdp gathers it. Name tensor as the "
-        "built-in rule does (mtv_jax/sharding.py: RULES), or set mesh.fsdp=1 "
-        "or mesh.tensor=1."
-      )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

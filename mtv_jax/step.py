@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
-from mtv_jax import cpu, gradients, optim, sharding
+from mtv_jax import cpu, gathering, gradients, optim, sharding
 from mtv_jax import recipe as recipe_lib
 from mtv_jax.recipe import Recipe
 from mtv_jax.state import TrainState
@@ -214,7 +214,7 @@ def make_program(
   Raises:
     ConfigError: for rules that the layers can't follow.
   """
-  sharding.check_in_use(
+  gathering.check_in_use(
     recipe_lib.abstract_params(recipe), mesh, rules, keep=gradients.LOOKED_UP
   )
   shapes = jax.eval_shape(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mtv_jax import sharding
+from mtv_jax import gathering, sharding
 
 
 def test_a_minus_one_takes_what_is_left():
@@ -97,13 +97,13 @@ def test_rules_that_layers_can_not_follow_are_refused():
   """Where `fsdp` is gathered, `tensor` must lie as the layers use it."""
   both = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
   moved = [("mlp/fc1/kernel$", (None, ("fsdp", "tensor")))]
-  sharding.check_in_use(_abstract(), both, moved)
+  gathering.check_in_use(_abstract(), both, moved)
   odd = [("mlp/fc1/kernel$", ("tensor", "fsdp"))]
   with pytest.raises(ValueError, match=r"fc1/kernel along tensor as .*fsdp=1"):
-    sharding.check_in_use(_abstract(), both, odd)
-  sharding.check_in_use(_abstract(), both, odd, keep="fc1")
+    gathering.check_in_use(_abstract(), both, odd)
+  gathering.check_in_use(_abstract(), both, odd, keep="fc1")
   for shape in (dict(fsdp=8), dict(tensor=8)):
-    sharding.check_in_use(_abstract(), sharding.make_mesh(shape), odd)
+    gathering.check_in_use(_abstract(), sharding.make_mesh(shape), odd)
 
 
 def test_a_placed_batch_is_split_over_data_and_fsdp():

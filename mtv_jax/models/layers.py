@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mtv_jax import config as config_lib
-from mtv_jax import sharding
+from mtv_jax import gathering
 from mtv_jax.models import attention as attention_lib
 
 # What the backward pass finds saved of each block; it recomputes the rest.
@@ -286,8 +286,8 @@ def run_stack(
   check_remat(remat)
 
   def step(x, layer):
-    x = sharding.by_rows(x, mesh)
-    layer = sharding.in_use(layer, mesh, dtype=block.dtype)
+    x = gathering.by_rows(x, mesh)
+    layer = gathering.in_use(layer, mesh, dtype=block.dtype)
     return block.apply({"params": layer}, x), None
 
   policy = REMAT[remat]
