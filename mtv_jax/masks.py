@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax import draws
@@ -42,10 +44,11 @@ class Blocks:
   """`blocks(min_ratio, max_ratio, p)`: masks of rectangles of patches.
 
   With probability `p` an image has exactly `round(r n)` of its `n` patches
-  masked, `r` uniform from `min_ratio` to `max_ratio`, else none. DINOv2's are
-  the defaults (its batch is cut in halves and the ratios are spread over the
-  masked half; here each image draws by itself, whatever its batch). SigLIP 2's
-  is `blocks(0.5, 0.5, p=1)`.
+  masked, `r` uniform from `min_ratio` to `max_ratio`, else none. Of a view of
+  two images that are masked with probability 0.5 one is, see `chosen`. DINOv2's
+  are the defaults (half of its whole batch is masked, with ratios spread over
+  that half; here each row draws by itself, whatever its batch). SigLIP 2's is
+  `blocks(0.5, 0.5, p=1)`.
 
   Attributes:
     min_ratio: smallest share of masked patches.
@@ -86,19 +89,51 @@ class Blocks:
 
   def draws(self, size: int) -> int:
     """Uniform numbers needed."""
-    return 2 + 4 * PROPOSALS + patch_grid("blocks", size, self.patch) ** 2
+    return 1 + 4 * PROPOSALS + patch_grid("blocks", size, self.patch) ** 2
 
   def __call__(
-    self, u: Float[Array, "draws"], *, size: int
+    self, u: Float[Array, "draws"], masked: Bool[Array, ""], *, size: int
   ) -> Bool[Array, "patches"]:
-    """A mask in row-major order, True where a patch is hidden."""
+    """A mask in row-major order, True where a patch is hidden.
+
+    Args:
+      u: uniform numbers.
+      masked: whether the image is, from `chosen`.
+      size: pixels of the view.
+    """
     grid = patch_grid("blocks", size, self.patch)
     ratio = draws.between(u[0], self.min_ratio, self.max_ratio)
     count = jnp.round(ratio * grid**2).astype(jnp.int32)
     # float32 may round a hair beyond the static bound.
     count = jnp.minimum(count, self.count(size))
-    count = jnp.where(draws.coin(u[1], self.p), count, 0)
-    return block_mask(u[2:], count, grid=grid).reshape(-1)
+    count = jnp.where(masked, count, 0)
+    return block_mask(u[1:], count, grid=grid).reshape(-1)
+
+
+def most_chosen(shares: Sequence[float | int]) -> int:
+  """How many `chosen` may choose."""
+  return math.ceil(round(sum(shares), 6))
+
+
+def chosen(
+  u: Float[Array, ""], shares: Sequence[float | int]
+) -> Bool[Array, "n"]:
+  """Which of a row's images are masked: each with its share, together even.
+
+  Systematic sampling: the shares lie end to end, and what a grid of ones with a
+  random start falls on is chosen. The number chosen differs by one at most, so
+  that a loss has little to fill up with.
+
+  Args:
+    u: a uniform number.
+    shares: of each image, the probability.
+  """
+  ends = np.cumsum([0.0, *shares]).astype(np.float32)
+  # Coarse, and off the whole numbers, so that no sum is rounded onto one.
+  u = (jnp.floor(u * 2**16) + 0.5) / 2**16
+  # Ends that rounding made a hair larger choose none more.
+  passed = jnp.minimum(jnp.floor(ends + u), most_chosen(shares))
+  return passed[1:] > passed[:-1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from mtv_jax import config as config_lib
 from mtv_jax import geometry, masks, photometrics
@@ -94,13 +94,15 @@ class Pipeline:
     planes: Float[Array, "3 s s"],
     image_size: Int[Array, "2"],
     key: Key[Array, ""],
+    masked: Bool[Array, ""],
   ) -> Made:
     """Makes the view.
 
     Args:
       planes: the canvas minus 127.5, in the compute dtype.
       image_size: height and width of the original picture.
-      key: of this row and view.
+      key: of this row and image of the view.
+      masked: whether `blocks` masks it.
     """
     size = self.region.size
     u = jax.random.uniform(key, (self._draws(),))
@@ -122,14 +124,16 @@ class Pipeline:
     else:
       image = image / 127.5
     hidden = None
-    if self.mask is not None:
+    if _hides(self):
+      hidden = self.mask(u, masked, size=size)
+    elif self.mask is not None:
       hidden = self.mask(u, size=size)
     return Made(
       images=jnp.moveaxis(image, 0, -1).astype(planes.dtype),
       box=box,
       flipped=flipped,
-      mask=hidden if isinstance(self.mask, masks.Blocks) else None,
-      keep=hidden if isinstance(self.mask, masks.Keep) else None,
+      mask=hidden if _hides(self) else None,
+      keep=None if _hides(self) else hidden,
     )
 
   def _draws(self) -> int:
@@ -176,15 +180,21 @@ class View:
 
   @property
   def mask_count(self) -> int:
-    """The most patches that `blocks` hides in an image; 0 without it.
+    """The most patches that `blocks` hides of a row's images; 0 without it.
 
     A static bound on the True entries of each row of `Made.mask`, for losses
     that gather them.
     """
-    return max(
-      p.mask.count(self.size) if isinstance(p.mask, masks.Blocks) else 0
-      for p in self.pipelines
+    counts = sorted(
+      p.mask.count(self.size) for p in self.pipelines if _hides(p)
     )
+    most = masks.most_chosen(self._shares)
+    return sum(counts[len(counts) - min(most, len(counts)) :])
+
+  @property
+  def _shares(self) -> tuple[float, ...]:
+    """How often `blocks` masks each image."""
+    return tuple(float(p.mask.p) if _hides(p) else 0.0 for p in self.pipelines)
 
   def __call__(
     self,
@@ -217,8 +227,9 @@ class View:
     groups: dict[Pipeline, list[int]] = {}
     for i, pipeline in enumerate(self.pipelines):
       groups.setdefault(pipeline, []).append(i)
+    masked = jax.vmap(self._masked)(keys)
     parts = [
-      _make(pipeline, planes, image_size, keys, indices)
+      _make(pipeline, planes, image_size, keys, masked, indices)
       for pipeline, indices in groups.items()
     ]
     if len(parts) == 1:
@@ -228,24 +239,37 @@ class View:
       lambda *arrays: jnp.concatenate(arrays, axis=1)[:, order], *parts
     )
 
+  def _masked(self, key: Key[Array, ""]) -> Bool[Array, "n"]:
+    """Which of a row's images `blocks` masks."""
+    # Images have the numbers below.
+    u = jax.random.uniform(jax.random.fold_in(key, self.count))
+    return masks.chosen(u, self._shares)
+
+
+def _hides(pipeline: Pipeline) -> bool:
+  """Whether it has `blocks`."""
+  return isinstance(pipeline.mask, masks.Blocks)
+
 
 def _make(
   pipeline: Pipeline,
   planes: Float[Array, "b 3 s s"],
   image_size: Int[Array, "b 2"],
   keys: Key[Array, "b"],
+  masked: Bool[Array, "b n"],
   indices: list[int],
 ) -> Made:
   """The images at `indices` of a view, which share a pipeline."""
+  of = jnp.array(indices)
 
-  def row(planes, image_size, key):
+  def row(planes, image_size, key, masked):
     key_of = functools.partial(jax.random.fold_in, key)
     # The canvas is the same for all, so that XLA sees one product with the
     # stacked weights of all images.
-    make = jax.vmap(pipeline, in_axes=(None, None, 0))
-    return make(planes, image_size, jax.vmap(key_of)(jnp.array(indices)))
+    make = jax.vmap(pipeline, in_axes=(None, None, 0, 0))
+    return make(planes, image_size, jax.vmap(key_of)(of), masked[of])
 
-  return jax.vmap(row)(planes, image_size, keys)
+  return jax.vmap(row)(planes, image_size, keys, masked)
 
 
 def build_views(config: Mapping[str, Any]) -> dict[str, View]:

@@ -12,7 +12,14 @@ from mtv_jax.config import ConfigError
 def made(op, size, count, seed=0):
   rng = np.random.default_rng(seed)
   u = jnp.asarray(rng.random((count, op.draws(size)), np.float32))
-  return np.asarray(jax.jit(jax.vmap(lambda u: op(u, size=size)))(u))
+
+  def mask(u, first):
+    if isinstance(op, masks.Keep):
+      return op(u, size=size)
+    return op(u, masks.chosen(first, [op.p])[0], size=size)
+
+  firsts = jnp.asarray(rng.random(count, np.float32))
+  return np.asarray(jax.jit(jax.vmap(mask))(u, firsts))
 
 
 def shared_sides(mask):
@@ -45,6 +52,22 @@ def test_ratios_are_spread_and_half_of_the_images_are_whole():
   for share in (0.25, 0.5, 0.75):
     expected = 196 * (0.1 + 0.4 * share)
     assert abs(np.quantile(masked, share) - expected) < 4
+
+
+@pytest.mark.parametrize(
+  "shares",
+  [[0.5, 0.5], [1.0] * 8, [0.0] * 3, [0.3] * 4, [0.1] * 10, [1.0, 0.25, 0.0]],
+  ids=str,
+)
+def test_each_image_is_masked_with_its_share_and_rows_are_even(shares):
+  u = np.concatenate([np.linspace(0, 1, 9973), [1 - 2**-23, 1 - 2**-24]])
+  u = jnp.asarray(u[u < 1], jnp.float32)
+  found = np.asarray(jax.vmap(lambda u: masks.chosen(u, shares))(u))
+  np.testing.assert_allclose(found.mean(0), shares, atol=1e-3)
+  many = set(found.sum(1))
+  # What makes 0.3 of 4 one or two, 0.1 of 10 always one.
+  total = round(sum(shares), 6)
+  assert many <= {int(np.floor(total)), masks.most_chosen(shares)}
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])

@@ -226,9 +226,21 @@ def test_tiny_crops_of_extreme_pictures_are_finite():
   assert np.abs(np.asarray(made.images, np.float32)).max() <= 1.01
 
 
+def test_of_two_images_one_is_masked(noise):
+  ops = ["resize(32)|blocks(0.25, 0.5, p=0.5, patch=8)"] * 2
+  view = build(ops)
+  hidden = make(view, *noise).mask.sum(2)
+  assert ((hidden > 0).sum(1) == 1).all()
+  assert hidden.sum(1).max() <= view.mask_count
+
+
 def test_a_view_tells_what_losses_need_to_know():
   view = build(GLOBAL.replace("0.5", "0.4"), count=2)
-  assert (view.count, view.size, view.patch, view.mask_count) == (2, 32, 16, 2)
+  assert (view.count, view.size, view.patch, view.mask_count) == (2, 32, 16, 4)
+  half = build("resize(32)|blocks(0.5, 0.5, p=0.5, patch=8)", count=2)
+  assert half.mask_count == 8
+  some = build(["resize(32)|blocks(0.25, 0.25, p=0.3, patch=8)"] * 4)
+  assert some.mask_count == 2 * 4
   view = build("resize(224)|keep(0.25)")
   assert (view.count, view.size, view.patch, view.mask_count) == (1, 224, 16, 0)
   assert build("resize(224)").patch is None

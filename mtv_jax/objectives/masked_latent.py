@@ -19,36 +19,36 @@ from mtv_jax.objectives.self_distillation import SelfDistillation
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
 @flax.struct.dataclass
 class Evidence:
-  """Of each example's `n` crops, at `p` patches each.
+  """Of each example, at `p` patches of its `n` crops together.
 
   Attributes:
-    teacher: bottleneck vectors of the crop seen whole.
-    student: bottleneck vectors at the same patches of the masked crop.
-    valid: which of the patches count; the others fill up to `p`.
-    masked: whether any patch of the crop is hidden.
+    teacher: bottleneck vectors of the crops seen whole.
+    student: bottleneck vectors at the same patches of the masked crops.
+    weights: of the patches; 0 for those that fill up to `p`.
+    masked: whether any patch of a crop is hidden.
   """
 
-  teacher: Float[Array, "b n p d"]
-  student: Float[Array, "b n p d"]
-  valid: Bool[Array, "b n p"]
+  teacher: Float[Array, "b p d"]
+  student: Float[Array, "b p d"]
+  weights: Float[Array, "b p"]
   masked: Bool[Array, "b n"]
 
 
 def masked_first(
-  mask: Bool[Array, "b n patches"], count: int
-) -> Int[Array, "b n {count}"]:
+  mask: Bool[Array, "b patches"], count: int
+) -> Int[Array, "b {count}"]:
   """Indices of `count` patches: the hidden ones in order, then visible ones."""
   return jnp.argsort(~mask, axis=-1, stable=True)[..., :count]
 
 
-def patch_weights(valid: Bool[Array, "n p"]) -> Float[Array, "n p"]:
-  """A mean over each crop's valid patches, then a sum over the crops.
+def patch_weights(counted: Bool[Array, "b n p"]) -> Float[Array, "b n p"]:
+  """A mean over each crop's patches that count, then a sum over the crops.
 
   As in DINOv2: 1 / (the crop's masked patches), so that a crop counts the same
   however much of it is hidden.
   """
-  valid = valid.astype(jnp.float32)
-  return valid / jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True), 1.0)
+  counted = counted.astype(jnp.float32)
+  return counted / jnp.maximum(jnp.sum(counted, axis=-1, keepdims=True), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,9 @@ class MaskedLatent(SelfDistillation):
     view: a view with masked patches; the teacher sees it whole.
     patches: `'masked'`, or `'all'` for a target on visible patches too (iBOT++
       of TIPSv2), of every crop.
-    max_masked: the most hidden patches of a crop; `resolve` reads it off the
-      view. Without it the head runs on all patches, to the same end.
+    max_masked: the most hidden patches of an image, in all its crops together;
+      `resolve` reads it off the view. Without it the head runs on all patches,
+      to the same end.
   """
 
   head: str = "ibot"
@@ -136,20 +137,28 @@ class MaskedLatent(SelfDistillation):
     if made.mask is None:
       raise ConfigError(self._hides_nothing())
     mask = made.mask
-    student = encodings[self._student].patches
-    teacher = encodings[self._teacher].patches
-    valid = jnp.ones_like(mask)
-    if self.patches == "masked":
-      where = masked_first(mask, self.max_masked or mask.shape[-1])
-      valid = jnp.take_along_axis(mask, where, axis=2)
+    whole = self.patches == "all"
+    weights = patch_weights(jnp.ones_like(mask) if whole else mask)
+    # The crops of an image side by side: how much is hidden of each differs.
+    student, teacher, weights = (
+      x.reshape(len(mask), -1, *x.shape[3:])
+      for x in (
+        encodings[self._student].patches,
+        encodings[self._teacher].patches,
+        weights,
+      )
+    )
+    if not whole and self.max_masked is not None:
+      where = masked_first(weights > 0, self.max_masked)
+      weights = jnp.take_along_axis(weights, where, axis=1)
       teacher, student = (
-        jnp.take_along_axis(x, where[..., None], axis=2)
+        jnp.take_along_axis(x, where[..., None], axis=1)
         for x in (teacher, student)
       )
     return Evidence(
       teacher=heads[self.head, base.TEACHER](teacher),
       student=heads[self.head](student),
-      valid=valid,
+      weights=weights,
       masked=jnp.any(mask, axis=2),
     )
 
@@ -159,19 +168,20 @@ class MaskedLatent(SelfDistillation):
     heads: base.BoundHeads,
     context: base.Context,
   ) -> base.Terms:
-    rows, crops, patches, channels = evidence.teacher.shape
-    valid = evidence.valid.reshape(-1, patches)
+    channels = evidence.teacher.shape[-1]
+    weights = evidence.weights.reshape(-1, 1)
     matched = self.match(
       evidence.teacher.reshape(-1, 1, channels),
       evidence.student.reshape(-1, 1, channels),
-      valid=valid.reshape(-1, 1),
-      weights=patch_weights(valid).reshape(-1, 1, 1),
+      valid=weights > 0,
+      weights=weights[..., None],
       heads=heads,
       context=context,
     )
-    count = jnp.ones(()) * rows * crops
+    count = jnp.ones(()) * evidence.masked.size
     masked = jnp.sum(evidence.masked.astype(jnp.float32))
-    compared = jnp.sum(jnp.any(valid, axis=1).astype(jnp.float32))
+    # Those of a crop add up to one.
+    compared = jnp.sum(weights)
     report = {
       **matched.report,
       # Unlike the loss it does not follow how many crops happened to be masked.

@@ -31,27 +31,34 @@ def make(**options):
 
 
 def make_evidence(counts, patches=4, seed=0):
-  """Crops with so many masked patches each: counts [rows, crops]."""
+  """Crops with so many masked patches each: counts [rows, crops].
+
+  A row's patches are those of its crops, `patches` of each.
+  """
   rng = np.random.default_rng(seed)
   counts = np.asarray(counts)
+  rows = len(counts)
 
   def unit():
-    x = samples.unit(rng.normal(size=(*counts.shape, patches, 4)))
+    x = samples.unit(rng.normal(size=(rows, counts.shape[1] * patches, 4)))
     return jnp.asarray(x, jnp.float32)
 
+  valid = jnp.asarray(np.arange(patches) < counts[..., None])
   return masked_latent.Evidence(
     teacher=unit(),
     student=unit(),
-    valid=jnp.asarray(np.arange(patches) < counts[..., None]),
+    weights=masked_latent.patch_weights(valid).reshape(rows, -1),
     masked=jnp.asarray(counts > 0),
   )
 
 
 def reference(objective, params, evidence, *, center=None):
   """A mean over masked patches, then over all crops: loops over both."""
-  valid = np.asarray(evidence.valid)
+  crops = evidence.masked.size
+  valid = np.asarray(evidence.weights > 0).reshape(crops, -1)
   teacher, student = (
-    np.float64(x) @ samples.prototypes_of(objective, params, side)
+    np.float64(x).reshape(*valid.shape, -1)
+    @ samples.prototypes_of(objective, params, side)
     for x, side in (
       (evidence.teacher, "teacher"),
       (evidence.student, "student"),
@@ -66,12 +73,12 @@ def reference(objective, params, evidence, *, center=None):
     q = np.exp(samples.log_softmax((teacher - center) / 0.4))
   p = samples.log_softmax(student / 0.5)
   total = 0.0
-  for crop in np.ndindex(*valid.shape[:2]):
+  for crop in range(crops):
     losses = [
       -(q[crop][i] * p[crop][i]).sum() for i in np.flatnonzero(valid[crop])
     ]
     total += np.mean(losses) if losses else 0.0
-  return total / valid[..., 0].size
+  return total / crops
 
 
 COUNTS = {
@@ -109,9 +116,9 @@ def test_loss_and_gradient_equal_numpy(case, target):
   np.testing.assert_allclose(gradients[1], expected, rtol=1e-4, atol=1e-6)
   assert all(np.isfinite(x).all() for x in gradients)
 
-  valid = np.asarray(evidence.valid)
-  np.testing.assert_allclose(report["labelled"], valid.any(-1).mean())
-  share = valid.any(-1).mean()
+  valid = np.asarray(evidence.weights > 0)
+  share = (np.asarray(COUNTS[case]) > 0).mean()
+  np.testing.assert_allclose(report["labelled"], share)
   np.testing.assert_allclose(report["cross_entropy"] * share, value, rtol=1e-5)
   if not valid.any():
     assert all(report[k] == 0 for k in report if k != "teacher_temp")
@@ -128,8 +135,8 @@ def test_loss_and_gradient_equal_numpy(case, target):
 
 def test_a_crop_counts_the_same_however_much_of_it_is_hidden():
   weights = masked_latent.patch_weights(
-    jnp.array([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
-  )
+    jnp.array([[[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]], bool)
+  )[0]
   np.testing.assert_allclose(weights.sum(-1), [1, 1, 0])
   np.testing.assert_allclose(weights[0], 0.25)
 
@@ -168,7 +175,7 @@ def test_evidence_is_of_the_masked_patches_of_both_sides():
   mask = np.zeros((2, 1, 5), bool)
   mask[0, 0, [1, 3]] = mask[1, 0, 4] = True
   evidence, heads = made_evidence(make(), jnp.asarray(mask))
-  valid = np.asarray(evidence.valid)
+  valid = np.asarray(evidence.weights > 0)
   assert valid.sum() == 3
   for vectors, side in (
     (evidence.student, "student"),
@@ -182,10 +189,10 @@ def test_evidence_is_of_the_masked_patches_of_both_sides():
 def test_all_patches_have_a_target_if_asked_for():
   mask = jnp.zeros((2, 1, 5), bool).at[0, 0, 2].set(True)
   evidence, heads = made_evidence(make(patches="all", head="dino"), mask)
-  assert evidence.valid.all() and evidence.valid.shape == (2, 1, 5)
+  np.testing.assert_allclose(evidence.weights, np.full((2, 5), 0.2), rtol=1e-6)
   np.testing.assert_array_equal(evidence.masked, [[True], [False]])
   expected = heads["dino"](jnp.eye(5))
-  np.testing.assert_allclose(evidence.student[1, 0], expected, rtol=1e-5)
+  np.testing.assert_allclose(evidence.student[1], expected, rtol=1e-5)
 
 
 def test_what_is_gathered_has_the_views_bound():
@@ -193,15 +200,25 @@ def test_what_is_gathered_has_the_views_bound():
   ops = "crop(32, 0.4, 1.0)|blocks(0.1, 0.25, 0.5, patch=8)"
   seen = views.build_views({"global": dict(count=2, ops=ops)})
   objective = make().resolve(spec, seen)
+  # Of the two crops one is masked.
   assert objective.max_masked == 4
-  mask = jnp.zeros((2, 1, 16), bool).at[:, :, jnp.array([0, 7, 15])].set(True)
+  mask = jnp.zeros((2, 2, 16), bool)
+  mask = mask.at[0, 0, jnp.array([0, 7, 15])].set(True)
+  mask = mask.at[1, 1, jnp.array([3, 5, 6, 9])].set(True)
   bounded, _ = made_evidence(objective, mask)
   whole, _ = made_evidence(make(), mask)
-  assert bounded.student.shape == (2, 1, 4, 4)
-  assert whole.student.shape == (2, 1, 16, 4)
-  for x, y in ((bounded.student, whole.student), (bounded.valid, whole.valid)):
-    np.testing.assert_allclose(x, y[:, :, :4], rtol=1e-5)
-  assert whole.valid[:, :, 4:].sum() == 0
+  assert bounded.student.shape == (2, 4, 4)
+  assert whole.student.shape == (2, 32, 4)
+  for row, places in ((0, [0, 7, 15]), (1, [19, 21, 22, 25])):
+    for x, y in (
+      (bounded.student, whole.student),
+      (bounded.teacher, whole.teacher),
+      (bounded.weights, whole.weights),
+    ):
+      found = x[row, : len(places)]
+      np.testing.assert_allclose(found, y[row, jnp.array(places)], rtol=1e-5)
+  np.testing.assert_allclose(bounded.weights.sum(1), 1, rtol=1e-6)
+  np.testing.assert_allclose(whole.weights.sum(1), 1, rtol=1e-6)
   assert make().resolve(spec, {}).max_masked is None
 
 
