@@ -65,7 +65,10 @@ def in_use(
     axes = trees.first_match(name, sharding.RULES)
     whole = NamedSharding(mesh, _gathered(axes, leaf.shape, mesh))
     if dtype is not None and "fsdp" in sharding.axis_names(axes):
+      # And stays where it lies: what is saved of it is then a part as well.
+      part = NamedSharding(mesh, sharding.fit(axes, leaf.shape, mesh))
       leaf = leaf.astype(dtype)
+      leaf = jax.lax.with_sharding_constraint(leaf, part)
     return jax.lax.with_sharding_constraint(leaf, whole)
 
   return trees.map_with_names(place, params)

@@ -171,8 +171,8 @@ class Keep:
     self, u: Float[Array, "patches"], *, size: int
   ) -> Int[Array, "kept"]:
     """Indices of the visible patches in row-major order, ascending."""
-    chosen = jnp.argsort(u)[: self.count(size)]
-    return jnp.sort(chosen).astype(jnp.int32)
+    kept = jnp.argsort(u)[: self.count(size)]
+    return jnp.sort(kept).astype(jnp.int32)
 
 
 def block_mask(

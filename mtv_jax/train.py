@@ -219,10 +219,12 @@ def _loop(
     with chrono.waiting():
       try:
         batch = next(batches)
-      except Exception:
+      except Exception as error:
         # A signal to a group of processes ends those that read the data, too.
+        # (With several hosts none may end by itself, and `arrived` is False.)
         if not notice.arrived:
           raise
+        log.warning("No further batch, after SIGTERM: %s", error)
         save_and_end(step - 1)
     if recipe.active(step - 1) != active:
       active = recipe.active(step - 1)

@@ -183,13 +183,12 @@ class View:
     """The most patches that `blocks` hides of a row's images; 0 without it.
 
     A static bound on the True entries of each row of `Made.mask`, for losses
-    that gather them.
+    that gather them. Where `blocks` is never to mask it is that of one image.
     """
     counts = sorted(
       p.mask.count(self.size) for p in self.pipelines if _hides(p)
     )
-    most = masks.most_chosen(self._shares)
-    return sum(counts[len(counts) - min(most, len(counts)) :])
+    return sum(counts[-max(masks.most_chosen(self._shares), 1) :])
 
   @property
   def _shares(self) -> tuple[float, ...]:

@@ -234,6 +234,15 @@ def test_of_two_images_one_is_masked(noise):
   assert hidden.sum(1).max() <= view.mask_count
 
 
+def test_each_image_is_masked_as_its_own_ops_say(noise):
+  blocks = "resize(32)|blocks(0.25, {}, p={}, patch=8)"
+  cases = ((0.25, 1), (0.25, 0), (0.5, 1), (0.25, 0))
+  view = build([blocks.format(*case) for case in cases])
+  hidden = np.asarray(make(view, *noise).mask.sum(2))
+  assert (hidden[:, [1, 3]] == 0).all() and (hidden[:, 0] == 4).all()
+  assert (hidden[:, 2] >= 4).all() and hidden.sum(1).max() <= view.mask_count
+
+
 def test_a_view_tells_what_losses_need_to_know():
   view = build(GLOBAL.replace("0.5", "0.4"), count=2)
   assert (view.count, view.size, view.patch, view.mask_count) == (2, 32, 16, 4)
@@ -241,6 +250,8 @@ def test_a_view_tells_what_losses_need_to_know():
   assert half.mask_count == 8
   some = build(["resize(32)|blocks(0.25, 0.25, p=0.3, patch=8)"] * 4)
   assert some.mask_count == 2 * 4
+  never = build("resize(32)|blocks(0.5, 0.5, p=0, patch=8)")
+  assert never.mask_count == 8  # It has a mask, if one of nothing.
   view = build("resize(224)|keep(0.25)")
   assert (view.count, view.size, view.patch, view.mask_count) == (1, 224, 16, 0)
   assert build("resize(224)").patch is None

@@ -8,6 +8,8 @@ their square; backwards, each block is computed again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -57,12 +59,10 @@ def in_blocks(
 ) -> Float[Array, "b n h d"]:
   """`BLOCK` queries at a time, of all heads."""
 
-  @jax.checkpoint
-  def block(queries):
-    return jax.nn.dot_product_attention(queries, k, v)
-
+  block = _recomputed(jax.nn.dot_product_attention)
   blocks = jnp.moveaxis(_cut(q, BLOCK), 1, 0)
-  return _joined(jnp.moveaxis(jax.lax.map(block, blocks), 0, 1), q.shape[1])
+  out = jax.lax.map(lambda queries: block(queries, k, v), blocks)
+  return _joined(jnp.moveaxis(out, 0, 1), q.shape[1])
 
 
 def on_cpu(
@@ -77,7 +77,7 @@ def on_cpu(
   """
   width = q.shape[-1]
 
-  @jax.checkpoint
+  @_recomputed
   def block(queries, keys, values):
     logits = jnp.einsum(
       "bnd,bds->bns", keys, queries, preferred_element_type=jnp.float32
@@ -103,6 +103,24 @@ def on_cpu(
   values = v.transpose(2, 0, 3, 1)  # h b d n
   out = jax.lax.map(lambda x: head(*x), (queries, keys, values))
   return _joined(out.transpose(2, 1, 4, 0, 3), q.shape[1])
+
+
+def _recomputed(function: Callable[..., Array]) -> Callable[..., Array]:
+  """A function of which the backward pass keeps its arguments alone.
+
+  Not by `jax.checkpoint`: a policy of the block around it, that keeps matrix
+  products, would keep those in here as well.
+  """
+  made = jax.custom_vjp(function)
+
+  def forward(*args):
+    return function(*args), args
+
+  def backward(args, cotangent):
+    return jax.vjp(function, *args)[1](cotangent)
+
+  made.defvjp(forward, backward)
+  return made
 
 
 def _cut(x: Array, block: int) -> Array:

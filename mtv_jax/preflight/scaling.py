@@ -236,6 +236,8 @@ def table(rows: Sequence[LossRow | StepRow]) -> str:
 def _cell(key: str, value: str | int | float) -> str:
   if key == "seconds":
     return f"compiled in {value:.0f} s"
-  if key == "chips" or isinstance(value, str):
-    return f"{key} {value:<{8 if key == 'method' else 3}}"
+  if key == "method":
+    return f"{key} {value:8}"
+  if key == "chips":
+    return f"{key} {value:<3}"
   return f"{key} {value / 2**20:7,.1f} MiB"

@@ -30,6 +30,17 @@ def test_blocks_are_attention(how, monkeypatch):
   np.testing.assert_allclose(how(q, k, v), in_numpy(q, k, v), atol=1e-5)
 
 
+@pytest.mark.parametrize("how", [attention.on_cpu, attention.in_blocks])
+def test_no_policy_around_them_keeps_logits(how, monkeypatch):
+  monkeypatch.setattr(attention, "BLOCK", 32)
+  monkeypatch.setattr(attention, "BLOCK_ON_CPU", 32)
+  q, k, v = inputs(77)
+  kept = jax.checkpoint(how, policy=jax.checkpoint_policies.everything_saveable)
+  residuals = jax.eval_shape(lambda *qkv: jax.vjp(kept, *qkv)[1], q, k, v)
+  largest = max(leaf.size for leaf in jax.tree.leaves(residuals))
+  assert q.size <= largest < 2 * q.size  # Blocks of 32 fill up.
+
+
 @pytest.mark.slow
 def test_gradients_are_those_of_plain_attention(monkeypatch):
   monkeypatch.setattr(attention, "BLOCK", 32)

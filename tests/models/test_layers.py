@@ -52,24 +52,24 @@ def test_elsewhere_its_gradients_are_what_jax_makes_of_it():
   assert plain.count("dot_general") == 3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_no_gathered_parameter_is_kept_for_the_backward_pass(remat):
+def test_no_gathered_parameter_is_kept_for_the_backward_pass(remat, dtype):
   """What lies in parts along fsdp is kept in parts, and gathered again."""
   mesh = sharding.make_mesh(dict(fsdp=8))
-  block, depth = layers.Block(heads=2, mlp_dim=64), 3
+  block, depth = layers.Block(heads=2, mlp_dim=64, dtype=jnp.dtype(dtype)), 3
   x = jnp.ones((8, 5, 32))
   keys = jax.random.split(jax.random.key(0), depth)
   stack = jax.vmap(lambda key: block.init(key, x)["params"])(keys)
   stack = jax.device_put(stack, sharding.tree_shardings(stack, mesh))
 
-  @jax.jit
-  def kept(stack, x):
-    def run(stack, x):
-      return layers.run_stack(block, stack, x, remat=remat, mesh=mesh)[0]
+  def loss(stack, x):
+    y, _ = layers.run_stack(block, stack, x, remat=remat, mesh=mesh)
+    return y.astype(jnp.float32).sum()
 
-    return jax.tree.leaves(jax.vjp(run, stack, x)[1])
-
-  kernels = [leaf for leaf in kept(stack, x) if leaf.shape == (depth, 32, 96)]
-  assert kernels
-  for leaf in kernels:
-    assert leaf.sharding.shard_shape(leaf.shape) == (depth, 4, 96)
+  program = jax.jit(jax.grad(loss)).lower(stack, x.astype(dtype)).compile()
+  text = program.as_text()
+  for shape, part in (("32,96", "4,96"), ("32,64", "4,64"), ("64,32", "64,4")):
+    # A layer's is gathered, and all layers' are only there in parts.
+    assert f"[{shape}]" in text and f"[{depth},{part}]" in text
+    assert f"[{depth},{shape}]" not in text
