@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mtv_jax import gathering, sharding
+from mtv_jax import sharding
 
 
 def test_a_minus_one_takes_what_is_left():
@@ -91,19 +91,6 @@ def test_rules_of_the_config_come_first_and_must_match():
     sharding.check_rules([("image/nrom/.*", ("fsdp",))], _abstract())
   with pytest.raises(ValueError, match="Did you mean 'fsdp'"):
     sharding.check_rules([("image/norm/.*", ("fdsp",))], _abstract())
-
-
-def test_rules_that_layers_can_not_follow_are_refused():
-  """Where `fsdp` is gathered, `tensor` must lie as the layers use it."""
-  both = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
-  moved = [("mlp/fc1/kernel$", (None, ("fsdp", "tensor")))]
-  gathering.check_in_use(_abstract(), both, moved)
-  odd = [("mlp/fc1/kernel$", ("tensor", "fsdp"))]
-  with pytest.raises(ValueError, match=r"fc1/kernel along tensor as .*fsdp=1"):
-    gathering.check_in_use(_abstract(), both, odd)
-  gathering.check_in_use(_abstract(), both, odd, keep="fc1")
-  for shape in (dict(fsdp=8), dict(tensor=8)):
-    gathering.check_in_use(_abstract(), sharding.make_mesh(shape), odd)
 
 
 def test_a_placed_batch_is_split_over_data_and_fsdp():
