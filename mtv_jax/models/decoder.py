@@ -112,12 +112,9 @@ class MaskedDecoder(nn.Module):
     dtype = tokens.dtype
     b, k, d = tokens.shape
     slots, _ = visible_slots(keep, grid[0] * grid[1])
-    x = nn.Dense(
-      self.width,
-      dtype=dtype,
-      kernel_init=layers.kernel_init,
-      name="embed",
-    )(jnp.concatenate([prefix, tokens], axis=1))
+    x = layers.Dense(self.width, dtype=dtype, name="embed")(
+      jnp.concatenate([prefix, tokens], axis=1)
+    )
     prefix, x = x[:, : prefix.shape[1]], x[:, prefix.shape[1] :]
     mask = self.param("mask_token", nn.initializers.normal(0.02), (self.width,))
     mask = jnp.broadcast_to(mask.astype(dtype), (b, 1, self.width))
@@ -142,10 +139,5 @@ class MaskedDecoder(nn.Module):
       scan=self.scan,
     )
     x = layers.norm(1e-6, dtype, "norm")(x[:, prefix.shape[1] :])
-    y = nn.Dense(
-      self.outputs,
-      dtype=dtype,
-      kernel_init=layers.kernel_init,
-      name="predict",
-    )(x)
+    y = layers.Dense(self.outputs, dtype=dtype, name="predict")(x)
     return y.astype(jnp.float32)

@@ -7,18 +7,20 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from mtv_jax.models import layers
+
 # DINO's: torch's trunc_normal_ cuts at +-2, a hundred of these deviations away.
 _mlp_init = nn.initializers.normal(0.02)
 
 
-def unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-  """Divides by the L2 norm over the last axis, in float32.
+def unit(x: Float[Array, "*n"], axis: int = -1) -> Float[Array, "*n"]:
+  """Divides by the L2 norm over an axis, in float32.
 
   The norm is floored at 1e-6, inside the root, so that a zero vector has a
   finite gradient.
   """
   x = x.astype(jnp.float32)
-  squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  squares = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
 
 
@@ -76,7 +78,7 @@ class _Mlp(nn.Module):
   def __call__(self, x):
     for i in range(1, self.layers + 1):
       last = i == self.layers
-      x = nn.Dense(
+      x = layers.Dense(
         self.out if last else self.hidden,
         dtype=x.dtype,
         kernel_init=_mlp_init,
@@ -99,4 +101,4 @@ class _Directions(nn.Module):
     init = nn.initializers.normal((3 * channels) ** -0.5)
     kernel = self.param("kernel", init, (channels, self.count))
     scale = self.param("scale", nn.initializers.ones, (self.count,))
-    return unit(kernel.T).T * scale
+    return unit(kernel, axis=0) * scale

@@ -91,14 +91,15 @@ def project(
 
 
 def _linear(x, kernel, bias):
-  return x @ kernel + bias
+  y = x @ kernel
+  return y if bias is None else y + bias
 
 
 @jax.custom_vjp
 def linear(
   x: Float[Array, "*b d"],
   kernel: Float[Array, "d e"],
-  bias: Float[Array, " e"],
+  bias: Float[Array, " e"] | None = None,
 ) -> Float[Array, "*b e"]:
   """x kernel + bias, with gradients that are fast on a CPU too.
 
@@ -116,10 +117,12 @@ def _linear_forward(x, kernel, bias):
 def _linear_backward(saved, cotangent):
   def on_cpu(x, kernel, bias, cotangent):
     rows = cotangent.reshape(-1, cotangent.shape[-1])
+    if bias is not None:
+      bias = (jnp.ones((1, len(rows)), rows.dtype) @ rows)[0]
     return (
       (rows @ kernel.T).reshape(x.shape),
       x.reshape(-1, x.shape[-1]).T @ rows,
-      (jnp.ones((1, len(rows)), rows.dtype) @ rows)[0],
+      bias,
     )
 
   def elsewhere(x, kernel, bias, cotangent):
@@ -140,13 +143,15 @@ class Dense(nn.Module):
   kernel_init: Callable = kernel_init
   bias_init: Callable = nn.initializers.zeros
   dtype: Any = jnp.float32
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
     shape = (x.shape[-1], self.features)
-    kernel = self.param("kernel", self.kernel_init, shape)
-    bias = self.param("bias", self.bias_init, (self.features,))
-    return linear(*(a.astype(self.dtype) for a in (x, kernel, bias)))
+    arrays = [x, self.param("kernel", self.kernel_init, shape)]
+    if self.use_bias:
+      arrays.append(self.param("bias", self.bias_init, (self.features,)))
+    return linear(*(a.astype(self.dtype) for a in arrays))
 
 
 class Attention(nn.Module):

@@ -49,7 +49,7 @@ class _ProbeAttention(nn.Module):
     b, n, d = tokens.shape
 
     def dense(features, init, name):
-      return nn.Dense(features, dtype=self.dtype, kernel_init=init, name=name)
+      return layers.Dense(features, init, dtype=self.dtype, name=name)
 
     q = dense(d, layers.kernel_init, "q")(probe)
     # Columns ordered (head, k|v, dim), for the reason given at `Attention`.

@@ -72,7 +72,7 @@ class _PromptAttention(nn.Module):
     tokens = jnp.concatenate([prompts, patches], axis=1)
 
     def dense(features, init, name):
-      return nn.Dense(features, dtype=self.dtype, kernel_init=init, name=name)
+      return layers.Dense(features, init, dtype=self.dtype, name=name)
 
     q = dense(d, layers.kernel_init, "q")(prompts)
     # Columns ordered (head, k|v, dim), for the reason given at `Attention`.

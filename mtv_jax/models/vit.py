@@ -235,7 +235,7 @@ class ViT(nn.Module):
       )
     grid = spec.grid_of(h, w)
     x = patchify(images.astype(self.dtype), spec.patch_size)
-    x = nn.Dense(
+    x = layers.Dense(
       spec.width,
       use_bias=spec.patch_bias,
       dtype=self.dtype,

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mtv_jax.models import layers
+
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
 @flax.struct.dataclass
@@ -40,7 +42,7 @@ class Side:
     """Divided by the temperature, before a part of the prototypes."""
     # In the backend's default precision, as the largest product by far. Both
     # sides have unit length: bfloat16 inputs move a logit by about 2e-4.
-    return self.vectors @ prototypes / self.temperature
+    return layers.linear(self.vectors, prototypes) / self.temperature
 
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
