@@ -83,10 +83,11 @@ def _equal_values(jaxpr: Any) -> dict[Any, Any]:
       else same.get(var, var)
       for var in eqn.invars
     )
-    # Traced anew, a function with the same arguments gives the same program.
+    # Functions among them say how it would be differentiated, and have been.
     params = tuple(
-      (key, id(value) if _is_jaxpr(value) else str(value))
+      (key, _identity(value))
       for key, value in sorted(eqn.params.items())
+      if not callable(value)
     )
     known = first.setdefault((eqn.primitive, inputs, params), eqn)
     if known is not eqn and not eqn.effects:
@@ -113,15 +114,23 @@ def _equation(eqn: Any, kept: list[bool]) -> tuple[float, list[bool]]:
     (body,) = inner
     if len(body.invars) == len(every) and len(body.outvars) == len(kept):
       return _live(body, kept)
+  if name == "cond":
+    counted, reads = zip(*(_live(body, kept) for body in inner), strict=True)
+    return max(counted), [True, *map(any, zip(*reads, strict=True))]
   # Of a loop everything is needed, since a pass reads what the last one made.
   counted = [_live(body, [True] * len(body.outvars))[0] for body in inner]
-  if name == "cond":
-    return max(counted), every
   return sum(counted) * eqn.params.get("length", 1), every
 
 
 def _is_jaxpr(x: Any) -> bool:
   return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
+
+
+def _identity(param: Any) -> Any:
+  # A program is the same where it reads the same, but for constants in it.
+  if _is_jaxpr(param) and getattr(param, "consts", None):
+    return id(param)
+  return str(param)
 
 
 def _open(x: Any) -> Any:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from mtv_jax.benchmarks import counting
+from mtv_jax.models import layers
 from mtv_jax.models.model import ModelSpec, image_tower
 
 
@@ -30,6 +31,23 @@ def test_what_nobody_reads_is_free_and_repeats_count_once():
   found = counting.trace(some, *args, keep=[True, False, True])
   assert found.flops == 2 * 4 * 8 * 2
   assert found.reads == [True, True, False]
+
+
+def test_the_same_holds_for_a_gradient_written_by_hand():
+  """`linear` has one, with a branch for each platform."""
+  args = (shape(4, 8), shape(8, 8))
+  once = 2 * 4 * 8 * 8
+
+  def twice(x, w):
+    return layers.linear(x, w), layers.linear(x, w) + 1
+
+  assert counting.trace(twice, *args).flops == once
+  slopes = jax.grad(lambda *a: layers.linear(*a).sum(), argnums=(0, 1))
+  # Linear in both: the value itself is not needed.
+  assert counting.trace(slopes, *args).flops == 2 * once
+  found = counting.trace(slopes, *args, keep=[False, True])
+  assert found.flops == once
+  assert found.reads == [True, False]
 
 
 @pytest.mark.parametrize("scan", [True, False])
