@@ -83,7 +83,8 @@ def _equal_values(jaxpr: Any) -> dict[Any, Any]:
       else same.get(var, var)
       for var in eqn.invars
     )
-    # Functions among them say how it would be differentiated, and have been.
+    # A custom derivative's functions are made anew a call, and no longer matter:
+    # what was to be differentiated is.
     params = tuple(
       (key, _identity(value))
       for key, value in sorted(eqn.params.items())

@@ -18,6 +18,10 @@ def unit(x: Float[Array, "*n"], axis: int = -1) -> Float[Array, "*n"]:
 
   The norm is floored at 1e-6, inside the root, so that a zero vector has a
   finite gradient.
+
+  Args:
+    x: any shape.
+    axis: that the norm sums over.
   """
   x = x.astype(jnp.float32)
   squares = jnp.sum(jnp.square(x), axis=axis, keepdims=True)

@@ -105,7 +105,12 @@ def linear(
 
   XLA for CPUs multiplies arrays of three dimensions the slower way, after
   copying one of them, and sums a bias's gradient one number at a time, in three
-  times the time of a product with a row of ones.
+  times the time of a product with a row of ones. It has no forward mode.
+
+  Args:
+    x: rows of `d` channels.
+    kernel: the weights.
+    bias: None for none.
   """
   return _linear(x, kernel, bias)
 
@@ -137,7 +142,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Dense(nn.Module):
-  """Flax's layer, by `linear`."""
+  """Flax's layer, by `linear`; kernels start Xavier-uniform by default."""
 
   features: int
   kernel_init: Callable = kernel_init
