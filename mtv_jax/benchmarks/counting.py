@@ -83,7 +83,7 @@ def _equal_values(jaxpr: Any) -> dict[Any, Any]:
       else same.get(var, var)
       for var in eqn.invars
     )
-    # A custom derivative's functions are made anew a call, and no longer matter:
+    # A custom derivative's functions are made anew a call and don't matter here:
     # what was to be differentiated is.
     params = tuple(
       (key, _identity(value))
