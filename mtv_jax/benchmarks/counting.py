@@ -83,7 +83,7 @@ def _equal_values(jaxpr: Any) -> dict[Any, Any]:
       else same.get(var, var)
       for var in eqn.invars
     )
-    # A custom derivative's functions are made anew a call and don't matter here:
+    # A custom derivative's functions are made anew a call, and don't matter:
     # what was to be differentiated is.
     params = tuple(
       (key, _identity(value))
