@@ -23,7 +23,7 @@ laptop's CPU; configs/mtv_tiny.py is the recipe for a CPU.
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config import parse_arg
+from mtv_jax.config.schema import parse_arg
 
 
 def get_config(arg=None):

@@ -22,7 +22,7 @@ laptop's CPU, and starts from nothing unless `init` is given.
 
 import pathlib
 
-from mtv_jax import config as config_lib
+from mtv_jax.config import schema as config_lib
 
 BASE = pathlib.Path(__file__).with_name("mtv_b16_224.py")
 

@@ -18,7 +18,7 @@ looked at on held-out photos is only that it gets better.
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config import parse_arg
+from mtv_jax.config.schema import parse_arg
 
 
 def get_config(arg=None):

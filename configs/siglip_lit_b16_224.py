@@ -23,7 +23,7 @@ laptop's CPU; its locked tower is a random one.
 
 import pathlib
 
-from mtv_jax import config as config_lib
+from mtv_jax.config import schema as config_lib
 
 BASE = pathlib.Path(__file__).with_name("siglip_b16_224.py")
 

@@ -13,7 +13,10 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["Encoder", "__version__", "load"]
 
-_LAZY = {"Encoder": "mtv_jax.encoder", "load": "mtv_jax.loading"}
+_LAZY = {
+  "Encoder": "mtv_jax.encoder.encoder",
+  "load": "mtv_jax.encoder.loading",
+}
 
 
 def __getattr__(name: str) -> Any:

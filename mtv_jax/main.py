@@ -15,16 +15,13 @@ import contextlib
 import jax
 from absl import app, flags
 
-from mtv_jax import (
-  compile_cache,
-  config,
-  endings,
-  hosts,
-  metrics,
-  overrides,
-  train,
-  workdir,
-)
+from mtv_jax.cli import errors
+from mtv_jax.config import overrides
+from mtv_jax.config import schema as config
+from mtv_jax.parallel import distributed
+from mtv_jax.train import loop as train
+from mtv_jax.train import metrics, workdir
+from mtv_jax.utils import compile_cache
 
 _CONFIG = flags.DEFINE_string(
   "config", None, "The recipe, with its arguments after a colon."
@@ -56,7 +53,7 @@ _COMPILE_CACHE = flags.DEFINE_string(
 
 def _parse(argv):
   """absl's parser, after what it doesn't know: --config.KEY=VALUE."""
-  with endings.readable_errors("train"):
+  with errors.readable_errors("train"):
     argv = overrides.from_flags(argv)
   return app.parse_flags_with_usage(argv)
 
@@ -66,11 +63,11 @@ def main(argv):
     raise app.UsageError(
       f"what is {argv[1:]}? Overrides are written --config.KEY=VALUE."
     )
-  with endings.readable_errors("train"):
+  with errors.readable_errors("train"):
     recipe = config.check(
       overrides.override(config.read(_CONFIG.value), _SET.value)
     )
-    hosts.join(
+    distributed.join(
       distributed=_DISTRIBUTED.value,
       coordinator=_COORDINATOR.value,
       processes=_PROCESSES.value,

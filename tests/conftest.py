@@ -33,3 +33,22 @@ def shared_data() -> pathlib.Path:
   if not path.is_dir():
     pytest.skip("no real data beside this checkout (../shared/data)")
   return path
+
+
+@pytest.fixture
+def colours():
+  from colour_encoder import ColourEncoder
+
+  return ColourEncoder()
+
+
+@pytest.fixture
+def write_image():
+  import PIL.Image
+  from colour_encoder import COLOURS
+
+  def write(path, colour):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("RGB", (12, 8), COLOURS[colour]).save(path)
+
+  return write

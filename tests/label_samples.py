@@ -3,11 +3,11 @@
 import cv2
 import numpy as np
 
-from mtv_jax.data import array_records, listings
-from mtv_jax.data import shards as shards_lib
-from mtv_jax.data.label_values import make_boxes, make_depth, no_label
-from mtv_jax.data.label_writer import Entry, LabelWriter
-from mtv_jax.data.sources import ArrayRecordSource, WebDatasetSource
+from mtv_jax.data.labels.label_values import make_boxes, make_depth, no_label
+from mtv_jax.data.labels.label_writer import Entry, LabelWriter
+from mtv_jax.data.sources import array_record, listings
+from mtv_jax.data.sources import shard_writer as shards_lib
+from mtv_jax.data.sources.registry import ArrayRecordSource, WebDatasetSource
 
 COUNT, PER_SHARD = 10, 4
 
@@ -95,8 +95,8 @@ def make_copy(folder):
   ]
   base = folder / "copy"
   base.mkdir()
-  array_records.write(base / "x-0.array_record", records[:5])
-  array_records.write(base / "x-1.array_record", records[5:])
+  array_record.write(base / "x-0.array_record", records[:5])
+  array_record.write(base / "x-1.array_record", records[5:])
   source = open_base(base)
   for kind in ("depth", "boxes"):
     make_set(

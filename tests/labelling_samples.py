@@ -20,13 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtv_jax import endings, hosts
-from mtv_jax.data import atomic, label_bases
-from mtv_jax.data.label_values import make_boxes, make_depth
+from mtv_jax.cli import errors
+from mtv_jax.data.labels import bases as label_bases
+from mtv_jax.data.labels.label_values import make_boxes, make_depth
 from mtv_jax.data.records import BadRecord
-from mtv_jax.experts import labelling, placing
+from mtv_jax.experts import local_mesh
 from mtv_jax.experts.base import Prepared
-from mtv_jax.sharding import HostRows
+from mtv_jax.experts.labelling import run as labelling
+from mtv_jax.parallel import distributed
+from mtv_jax.parallel.sharding import HostRows
+from mtv_jax.utils import atomic
 
 SHAPES = ((12, 18), (18, 12), (12, 12))
 # Rows of a tar of seven: a source has those without any caption last.
@@ -43,7 +46,7 @@ class FakeDepth:
     self._mesh, self._function = _compiled()
     self.rows = batch_size * self._mesh.size
     self._delay, self._side = delay, side
-    self._scale = placing.replicate(np.float32(scale), self._mesh)
+    self._scale = local_mesh.replicate(np.float32(scale), self._mesh)
     self.groups = []
 
   def prepare(self, image, record):
@@ -56,7 +59,7 @@ class FakeDepth:
 
   def run(self, arrays):
     self.groups.append(arrays["image"].shape)
-    return self._function(self._scale, placing.rows(arrays, self._mesh))
+    return self._function(self._scale, local_mesh.rows(arrays, self._mesh))
 
   def finish(self, outputs, meta):
     del meta
@@ -65,8 +68,8 @@ class FakeDepth:
 
 @functools.cache
 def _compiled():
-  mesh = placing.local_mesh()
-  return mesh, placing.by_device(_ramps, mesh)
+  mesh = local_mesh.local_mesh()
+  return mesh, local_mesh.by_device(_ramps, mesh)
 
 
 def _ramps(scale, arrays):
@@ -172,7 +175,7 @@ ELSEWHERE = atomic.Owner("00000000", 1, "00000000")
 
 def main(kind, base, out, delay, coordinator=None, process="0"):
   """Labels, and says when it begins."""
-  hosts.join(
+  distributed.join(
     coordinator=coordinator,
     processes=2 if coordinator else None,
     process=int(process) if coordinator else None,
@@ -180,7 +183,7 @@ def main(kind, base, out, delay, coordinator=None, process="0"):
   expert = EXPERTS[kind](delay=float(delay))
   print("ready", flush=True)
   host = HostRows(jax.process_index(), jax.process_count())
-  with endings.readable_errors("label"):
+  with errors.readable_errors("label"):
     labelling.run(expert, open_base(base), out, host=host, threads=2)
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mtv_jax import sharding
 from mtv_jax.objectives import base
+from mtv_jax.parallel import sharding
 
 MESHES = [(8, 1, 1), (2, 2, 2)]
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mtv_jax import checkpoint, trees
+from mtv_jax.checkpoint import checkpointer
+from mtv_jax.utils import tree as trees
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "tests" / "configs" / "smallest.py"
@@ -121,5 +122,5 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
 
 def params(workdir: pathlib.Path) -> dict[str, np.ndarray]:
   """The last checkpoint's parameters by name."""
-  tree = checkpoint.load_tree(workdir, part="params")
+  tree = checkpointer.load_tree(workdir, part="params")
   return dict(trees.flatten_names(tree))

@@ -27,7 +27,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtv_jax import endings
+from mtv_jax.cli import errors
 
 
 def _positive(text: str) -> int:
@@ -64,7 +64,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
 
 
 def _data(args: argparse.Namespace) -> object:
-  from mtv_jax.benchmarks import data
+  from mtv_jax.perf.bench import data
 
   return data.bench_data(
     args.data,
@@ -87,8 +87,8 @@ def _add_step(commands: argparse._SubParsersAction) -> None:
 
 
 def _step(args: argparse.Namespace) -> object:
-  from mtv_jax import config
-  from mtv_jax.benchmarks import step
+  from mtv_jax.config import schema as config
+  from mtv_jax.perf.bench import step
 
   return step.bench_step(config.read(args.config), steps=args.steps)
 
@@ -101,8 +101,8 @@ def _add_views(commands: argparse._SubParsersAction) -> None:
 
 
 def _views(args: argparse.Namespace) -> object:
-  from mtv_jax import config
-  from mtv_jax.benchmarks import views
+  from mtv_jax.config import schema as config
+  from mtv_jax.perf.bench import views
 
   return views.bench_views(config.read(args.config), steps=args.steps)
 
@@ -122,7 +122,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 
 
 def _eval(args: argparse.Namespace) -> object:
-  from mtv_jax.benchmarks import evals
+  from mtv_jax.perf.bench import evals
 
   return evals.bench_eval(
     args.model,
@@ -148,8 +148,8 @@ def _add_checkpoint(commands: argparse._SubParsersAction) -> None:
 
 
 def _checkpoint(args: argparse.Namespace) -> object:
-  from mtv_jax import config
-  from mtv_jax.benchmarks import checkpoints
+  from mtv_jax.config import schema as config
+  from mtv_jax.perf.bench import checkpoints
 
   return checkpoints.bench_checkpoint(
     config.read(args.config),
@@ -173,7 +173,7 @@ def _add_against(commands: argparse._SubParsersAction) -> None:
 
 
 def _against(args: argparse.Namespace) -> object:
-  from mtv_jax.benchmarks import against_torch
+  from mtv_jax.perf.bench import against_torch
 
   return against_torch.bench_against(
     args.what,
@@ -201,8 +201,8 @@ def _add_experts(commands: argparse._SubParsersAction) -> None:
 
 
 def _experts(args: argparse.Namespace) -> object:
-  from mtv_jax import topologies
-  from mtv_jax.benchmarks import experts
+  from mtv_jax.perf import topologies
+  from mtv_jax.perf.bench import experts
 
   if args.topology:
     topologies.use_cpu(args.topology)
@@ -233,8 +233,8 @@ def _add_flops(commands: argparse._SubParsersAction) -> None:
 
 
 def _flops(args: argparse.Namespace) -> object:
-  from mtv_jax import config
-  from mtv_jax.benchmarks import flops
+  from mtv_jax.config import schema as config
+  from mtv_jax.perf.bench import flops
 
   return flops.bench_flops(
     config.read(args.config), batch_size=args.batch_size, compile=args.compile
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--json", type=Path, help="also write the result here")
     command.add_argument("--profile", metavar="DIR", help="also write a trace")
   args = parser.parse_args(argv)
-  with endings.readable_errors("bench"):
+  with errors.readable_errors("bench"):
     with _profiled(args.profile):
       speed = args.run(args)
     print(speed)

@@ -14,10 +14,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtv_jax import loading, metrics
 from mtv_jax.convert import big_vision, huggingface
 from mtv_jax.convert.converted import Converted
 from mtv_jax.convert.processors import TokenizerFiles
+from mtv_jax.encoder import loading
+from mtv_jax.train import metrics
 
 _COMMANDS = {
   "to_hf": "a run, an export or an imported folder to Hugging Face",

@@ -20,7 +20,9 @@ from collections.abc import Sequence
 import jax
 
 import mtv_jax
-from mtv_jax.evals import base, references, results, run, suite, tables
+from mtv_jax.evals import run, suite
+from mtv_jax.evals.core import base, results
+from mtv_jax.evals.report import references, tables
 
 _OPTIONS = (
   "images",

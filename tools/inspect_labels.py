@@ -20,10 +20,10 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 
-from mtv_jax import endings
-from mtv_jax.data.label_values import KINDS
+from mtv_jax.cli import errors
+from mtv_jax.data.labels.label_values import KINDS
 from mtv_jax.experts.inspection import run
-from mtv_jax.progress import Progress
+from mtv_jax.utils.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     help="print the statistics as JSON in place of a few lines",
   )
   args = parser.parse_args(argv)
-  with endings.readable_errors("inspect_labels"):
+  with errors.readable_errors("inspect_labels"):
     summary = run.inspect(
       args.data,
       depth=args.depth,

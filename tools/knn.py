@@ -10,7 +10,7 @@ tools/evaluate.py runs this and all other evaluations.
 
 import functools
 
-from mtv_jax import door
+from mtv_jax.cli import probe as door
 
 main = functools.partial(door.main, "knn", __doc__)
 

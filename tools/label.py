@@ -20,14 +20,16 @@ from collections.abc import Sequence
 
 import jax
 
-from mtv_jax import endings, hosts, metrics
-from mtv_jax.data import label_bases
-from mtv_jax.data.label_values import KINDS
-from mtv_jax.experts import labelling
+from mtv_jax.cli import errors
+from mtv_jax.data.labels import bases as label_bases
+from mtv_jax.data.labels.label_values import KINDS
 from mtv_jax.experts.build import build_expert, parse_options
-from mtv_jax.experts.verify import verify
-from mtv_jax.progress import Progress
-from mtv_jax.sharding import HostRows
+from mtv_jax.experts.labelling import run as labelling
+from mtv_jax.experts.labelling.verify import verify
+from mtv_jax.parallel import distributed
+from mtv_jax.parallel.sharding import HostRows
+from mtv_jax.train import metrics
+from mtv_jax.utils.progress import Progress
 
 # Options that are passed on to the expert where they are given.
 _OPTIONS = {
@@ -47,8 +49,8 @@ _OPTIONS = {
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; 0 where it did what it was asked to."""
   args = _parser().parse_args(argv)
-  with endings.readable_errors("label"):
-    hosts.join(
+  with errors.readable_errors("label"):
+    distributed.join(
       distributed=args.distributed,
       coordinator=args.coordinator,
       processes=args.processes,

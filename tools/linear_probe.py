@@ -13,7 +13,7 @@ step; with augment=cached features are computed once.
 
 import functools
 
-from mtv_jax import door
+from mtv_jax.cli import probe as door
 
 main = functools.partial(door.main, "linear_probe", __doc__)
 

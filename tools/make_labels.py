@@ -20,9 +20,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mtv_jax.data import annotations, label_bases, label_values
-from mtv_jax.data.label_writer import LabelWriter
-from mtv_jax.progress import Progress
+from mtv_jax.data.labels import annotations, label_values
+from mtv_jax.data.labels import bases as label_bases
+from mtv_jax.data.labels.label_writer import LabelWriter
+from mtv_jax.utils.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,8 +9,8 @@ exactly those of the published ones.
 import argparse
 from collections.abc import Sequence
 
-from mtv_jax import endings
-from mtv_jax.evals import prompts
+from mtv_jax.cli import errors
+from mtv_jax.evals.core import prompts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument("--output", required=True, help="the file to write")
   args = parser.parse_args(argv)
-  with endings.readable_errors("make_prompts"):
+  with errors.readable_errors("make_prompts"):
     made = prompts.imagenet_prompts()
     prompts.write_prompts(args.output, made)
   print(

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from mtv_jax.data import listings, shards
+from mtv_jax.data.sources import listings, shard_writer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         image_column=args.image_column,
         caption_column=args.caption_column,
       )
-    report = shards.write(
+    report = shard_writer.write(
       examples,
       args.output,
       format=args.format,
@@ -80,13 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
-def _progress() -> Callable[[shards.Report], None]:
+def _progress() -> Callable[[shard_writer.Report], None]:
   start = time.monotonic()
   said = start
   end = "\r" if sys.stderr.isatty() else "\n"
   every = 0.5 if sys.stderr.isatty() else 10
 
-  def say(report: shards.Report) -> None:
+  def say(report: shard_writer.Report) -> None:
     nonlocal said
     now = time.monotonic()
     if now - said < every and report.done < report.total:
@@ -104,7 +104,7 @@ def _progress() -> Callable[[shards.Report], None]:
   return say
 
 
-def _say_result(report: shards.Report, out: str) -> None:
+def _say_result(report: shard_writer.Report, out: str) -> None:
   print(
     f"\n{report.written:,} records in {len(report.shards)} shards in {out};"
     f" {len(report.skipped):,} skipped."

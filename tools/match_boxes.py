@@ -8,7 +8,7 @@
       --rename sofa=couch tvmonitor=tv --phrases=10
 
 Both sets are of the same shards. What counts as a pair is at the top of
-mtv_jax/experts/box_matching.py.
+mtv_jax/experts/labelling/box_matching.py.
 """
 
 import argparse
@@ -16,9 +16,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtv_jax.data.label_sets import LabelSet
-from mtv_jax.endings import readable_errors
-from mtv_jax.experts import box_matching
+from mtv_jax.cli.errors import readable_errors
+from mtv_jax.data.labels.label_sets import LabelSet
+from mtv_jax.experts.labelling import box_matching
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,8 @@ python tools/plot_run.py runs/a --names='^depth/|_r1$' --out=depth.png
 import argparse
 from collections.abc import Sequence
 
-from mtv_jax import curves, endings
+from mtv_jax.cli import errors
+from mtv_jax.utils import curves
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     "--names", default=r"/loss$", help="regex of figures; by default losses"
   )
   args = parser.parse_args(argv)
-  with endings.readable_errors("plot_run"):
+  with errors.readable_errors("plot_run"):
     curves.draw(curves.read(args.run), args.names).savefig(args.out)
   print(f"drawn: {args.out}")
 

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtv_jax import endings
+from mtv_jax.cli import errors
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,26 +55,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command."""
-  from mtv_jax import overrides
+  from mtv_jax.config import overrides
 
-  with endings.readable_errors("preflight"):
+  with errors.readable_errors("preflight"):
     given = overrides.from_flags(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     args = parser.parse_args(given)
-    from mtv_jax.preflight import command
+    from mtv_jax.cli import preflight
 
     if args.table:
-      print(command.table(args.table, rows=args.rows or ()))
+      print(preflight.table(args.table, rows=args.rows or ()))
       return
     if args.scaling == "loss":
-      print(command.scaling_of_losses(args.json))
+      print(preflight.scaling_of_losses(args.json))
       return
     if not args.config or not (args.topology or args.scaling):
       parser.error("--config and --topology are needed")
     if args.scaling:
-      print(command.scaling_of_step(args.config, args.set, args.json))
+      print(preflight.scaling_of_step(args.config, args.set, args.json))
       return
-    fits = command.run(
+    fits = preflight.run(
       args.config,
       args.topology,
       changes=args.set,

@@ -15,7 +15,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from mtv_jax.evals import answer_files
+from mtv_jax.evals.vqa import answer_files
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mtv_jax.models.model import ModelSpec
+from mtv_jax.models.two_tower import ModelSpec
 
 _TWO_TOWERS = """\
 ```python

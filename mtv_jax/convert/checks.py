@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from mtv_jax.config import did_you_mean
+from mtv_jax.config.schema import did_you_mean
 from mtv_jax.convert.tables import ConversionError, Rule, Store
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from mtv_jax.convert import configs, siglip, tables
 from mtv_jax.convert.tables import TORCH, Rule
-from mtv_jax.models.model import ModelSpec
 from mtv_jax.models.text import TextSpec
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 
 log = logging.getLogger(__name__)

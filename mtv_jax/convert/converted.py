@@ -10,8 +10,8 @@ import numpy as np
 
 from mtv_jax.convert import processors
 from mtv_jax.models import positions
-from mtv_jax.models.model import ModelSpec
-from mtv_jax.predictors import Predictors
+from mtv_jax.models.heads.predictors import Predictors
+from mtv_jax.models.two_tower import ModelSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Converted:
   Attributes:
     spec: its shape.
     params: nested dict of NumPy arrays: `image`, and maybe `text` and `heads`.
-    preprocess: fields of `mtv_jax.preprocess.Preprocess`.
+    preprocess: fields of `mtv_jax.encoder.preprocess.Preprocess`.
     tokenizer: where its tokenizer is, None if there is none.
     predictors: how the heads were configured that it can predict with.
   """

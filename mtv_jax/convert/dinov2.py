@@ -7,7 +7,7 @@ import numpy as np
 
 from mtv_jax.convert import clip, configs, tables
 from mtv_jax.convert.tables import TORCH, ConversionError, Rule
-from mtv_jax.models.model import ModelSpec
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 
 DEFAULTS = {

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax import trees
-from mtv_jax.config import did_you_mean
+from mtv_jax.config.schema import did_you_mean
 from mtv_jax.convert import (
   card,
   checks,
@@ -30,8 +29,9 @@ from mtv_jax.convert import (
 from mtv_jax.convert.converted import Converted, resize_positions
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.models.model import ModelSpec
-from mtv_jax.predictors import Predictors
+from mtv_jax.models.heads.predictors import Predictors
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.utils import tree as trees
 
 log = logging.getLogger(__name__)
 
@@ -316,7 +316,7 @@ def _export_tokenizer(
     log.warning("No tokenizer: AutoProcessor needs one beside the model.")
     return None
   # Imported here: reading a model needs no tokenizer library.
-  from mtv_jax.data import tokenizers
+  from mtv_jax.data.tokenizers import tokenizers
 
   tokenizers.export_files(tokenizer, path, length=spec.text.length)
   files = TokenizerFiles.of(tokenizer)

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax import trees
-from mtv_jax.config import did_you_mean
+from mtv_jax.config.schema import did_you_mean
 from mtv_jax.convert import folders
 from mtv_jax.convert.converted import Converted
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.models import model as models
-from mtv_jax.models.model import ModelSpec
-from mtv_jax.predictors import Predictors
+from mtv_jax.models import two_tower as models
+from mtv_jax.models.heads.predictors import Predictors
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.utils import tree as trees
 
 PARAMS = "params.safetensors"
 DESCRIPTION = "mtv_jax.json"

@@ -37,7 +37,7 @@ def defaults(family: str, image_size: int) -> dict[str, Any]:
 def read_preprocess(
   folder: pathlib.Path, family: str, *, image_size: int, patch_size: int
 ) -> dict[str, Any]:
-  """Fields of `mtv_jax.preprocess.Preprocess` from a folder's processor.
+  """Fields of `encoder.preprocess.Preprocess` from a folder's processor.
 
   Args:
     folder: of the checkpoint.
@@ -251,7 +251,7 @@ class TokenizerFiles:
 
   def build(self) -> Any:
     """The tokenizer."""
-    from mtv_jax.data import tokenizers
+    from mtv_jax.data.tokenizers import tokenizers
 
     spec = "bytes" if self.path is None else str(self.path)
     return tokenizers.build_tokenizer(spec, clean=self.clean)

@@ -9,8 +9,8 @@ from typing import Any
 
 from mtv_jax.convert import configs, tables
 from mtv_jax.convert.tables import TORCH, ConversionError, Rule
-from mtv_jax.models.model import ModelSpec
 from mtv_jax.models.text import TextSpec
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-from mtv_jax import trees
+from mtv_jax.utils import tree as trees
 
 Arrays = tuple[np.ndarray, ...]
 

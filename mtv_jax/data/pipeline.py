@@ -32,8 +32,8 @@ from absl import flags
 from mtv_jax.data import order
 from mtv_jax.data.ops import Field, Ops, build_ops
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.sources import Source, build_source
-from mtv_jax.data.tokenizers import Tokenizer
+from mtv_jax.data.sources.registry import Source, build_source
+from mtv_jax.data.tokenizers.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 

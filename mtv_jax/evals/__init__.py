@@ -1,5 +1,5 @@
 """Evaluations: protocols that see an `Encoder` and original images."""
 
-from mtv_jax.evals.base import Evaluator, Result, build_evaluator
+from mtv_jax.evals.core.base import Evaluator, Result, build_evaluator
 
 __all__ = ["Evaluator", "Result", "build_evaluator"]

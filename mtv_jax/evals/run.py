@@ -12,13 +12,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mtv_jax import overrides
-from mtv_jax.config import ConfigError, did_you_mean
-from mtv_jax.encoder import Encoder
-from mtv_jax.evals import base
-from mtv_jax.evals.base import Evaluator, NotApplicable, Result
-from mtv_jax.evals.results import Outcome, write_json
-from mtv_jax.evals.tables import table
+from mtv_jax.config import overrides
+from mtv_jax.config.schema import ConfigError, did_you_mean
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.core import base
+from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.core.results import Outcome, write_json
+from mtv_jax.evals.report.tables import table
 
 __all__ = [
   "Plan",

@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from PIL import Image
 
-from mtv_jax import baselines
-from mtv_jax.encoder import Encoder
-from mtv_jax.evals import pages, results, run
-from mtv_jax.evals import report as report_lib
-from mtv_jax.evals.results import Outcome
+from mtv_jax.encoder import baselines
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals import run
+from mtv_jax.evals.core import results
+from mtv_jax.evals.core.results import Outcome
+from mtv_jax.evals.report import pages
+from mtv_jax.evals.report import report as report_lib
 
 _WEIGHTS = re.compile(r"(.+)@(student|teacher|ema)")
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from mtv_jax.data.label_values import Outcome
+from mtv_jax.data.labels.label_values import Outcome
 from mtv_jax.data.records import Record
 
 

@@ -11,13 +11,13 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mtv_jax.config import did_you_mean
-from mtv_jax.data.label_values import KINDS
+from mtv_jax.config.schema import did_you_mean
+from mtv_jax.data.labels.label_values import KINDS
 from mtv_jax.experts.base import Expert
-from mtv_jax.experts.phrases import build_phrases
+from mtv_jax.experts.labelling.phrases import build_phrases
 
 # By the `model_type` of a Hugging Face folder's config.json.
-_FAMILIES = {"depth_anything": "depth_anything", "owlv2": "owlv2"}
+_FAMILIES = {"depth_anything": "depth_anything.expert", "owlv2": "owlv2.expert"}
 # Set by whoever runs the expert, and no option of a command.
 _INTERNAL = ("mesh", "kind")
 
@@ -60,7 +60,7 @@ def build_expert(
   try:
     _check_options(given, parameters, name)
   except ValueError as error:
-    if name == "own":
+    if name == "mtv_expert":
       # Where weights of another expert are not whole, that is what is wrong.
       raise ValueError(
         f"{error}\nThat expert is a run or export of this package, which"
@@ -87,14 +87,14 @@ def _module_name(path: pathlib.Path) -> str:
       " export of this package."
     )
   if path.suffix == ".onnx":
-    return "onnx_detector"
+    return "onnx.detector"
   try:
     config = json.loads((path / "config.json").read_bytes())
   except (OSError, ValueError):
     config = {}
   family = config.get("model_type") if isinstance(config, dict) else None
-  # What neither is, `own` says with all that it could have been.
-  return _FAMILIES.get(family, "own")
+  # What neither is, `mtv_expert` says with all that it could have been.
+  return _FAMILIES.get(family, "mtv_expert")
 
 
 def _not_another(path: pathlib.Path) -> str:

@@ -17,9 +17,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mtv_jax import config as config_lib
-from mtv_jax import gathering
+from mtv_jax.config import schema as config_lib
 from mtv_jax.models import attention as attention_lib
+from mtv_jax.parallel import constraints
 
 # What the backward pass finds saved of each block; it recomputes the rest.
 # 'dots' keeps every matrix product, the attention logits included;
@@ -296,8 +296,8 @@ def run_stack(
   check_remat(remat)
 
   def step(x, layer):
-    x = gathering.by_rows(x, mesh)
-    layer = gathering.in_use(layer, mesh, dtype=block.dtype)
+    x = constraints.by_rows(x, mesh)
+    layer = constraints.in_use(layer, mesh, dtype=block.dtype)
     return block.apply({"params": layer}, x), None
 
   policy = REMAT[remat]

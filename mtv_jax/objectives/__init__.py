@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from mtv_jax import config as config_lib
+from mtv_jax.config import schema as config_lib
 from mtv_jax.objectives import base
 from mtv_jax.objectives.contrastive import Contrastive
 from mtv_jax.objectives.depth import Depth

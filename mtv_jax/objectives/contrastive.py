@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mtv_jax.config import ConfigError
+from mtv_jax.config.schema import ConfigError
 from mtv_jax.models import layers
-from mtv_jax.models.heads import unit
+from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import base, pairwise, ring
 
 

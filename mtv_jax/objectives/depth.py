@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt16
 
-from mtv_jax import geometry
-from mtv_jax.config import ConfigError
-from mtv_jax.models import dpt, layers
+from mtv_jax.augment import geometry
+from mtv_jax.config.schema import ConfigError
+from mtv_jax.models import layers
+from mtv_jax.models.heads import dpt
 from mtv_jax.objectives import base
 
 # Least mean absolute deviation to divide by. The gradient of the

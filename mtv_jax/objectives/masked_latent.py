@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mtv_jax.config import ConfigError
+from mtv_jax.config.schema import ConfigError
 from mtv_jax.objectives import base
 from mtv_jax.objectives.self_distillation import SelfDistillation
 

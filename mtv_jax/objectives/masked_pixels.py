@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mtv_jax import masks
-from mtv_jax.config import ConfigError
-from mtv_jax.models import decoder, vit
+from mtv_jax.augment import masks
+from mtv_jax.config.schema import ConfigError
+from mtv_jax.models import vit
+from mtv_jax.models.heads import mae_decoder
 from mtv_jax.objectives import base
 
 
@@ -145,7 +146,7 @@ class MaskedPixels(base.Objective):
         "masked_pixels: the patch size is not known; give patch=16, or "
         "resolve() it with the model."
       )
-    module = decoder.MaskedDecoder(
+    module = mae_decoder.MaskedDecoder(
       outputs=3 * self.patch**2,
       width=self.decoder_width,
       depth=self.decoder_depth,
@@ -176,7 +177,7 @@ class MaskedPixels(base.Objective):
     target = vit.patchify(images.astype(jnp.float32), self.patch)
     if self.norm_pixels:
       target = normalize_patches(target)
-    _, visible = decoder.visible_slots(keep, grid**2)
+    _, visible = mae_decoder.visible_slots(keep, grid**2)
     error, hidden = patch_errors(predicted, target, ~visible)
     return Evidence(
       error=error.reshape(b, count).sum(1),

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, PyTree
 
-from mtv_jax import sharding
 from mtv_jax.objectives import pairwise
+from mtv_jax.parallel import sharding
 
 METHODS = ("auto", "gathered", "ring")
 AXES = sharding.BATCH[0]

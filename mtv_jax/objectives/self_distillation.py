@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mtv_jax.models import layers
-from mtv_jax.models.heads import PrototypeHead
+from mtv_jax.models.heads.projection import PrototypeHead
 from mtv_jax.objectives import base, prototypes
 
 TARGETS = ("sinkhorn", "centering")

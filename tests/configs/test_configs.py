@@ -6,10 +6,11 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from mtv_jax import config as config_lib
-from mtv_jax import experiment, views
-from mtv_jax.models import model as models
+from mtv_jax.augment import views
+from mtv_jax.config import schema as config_lib
+from mtv_jax.models import two_tower as models
 from mtv_jax.objectives import build_objective
+from mtv_jax.train import experiment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs").glob("*.py"))

@@ -10,7 +10,7 @@ import pytest
 
 from mtv_jax.convert import big_vision
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.models import model as models
+from mtv_jax.models import two_tower as models
 
 PATCH, GRID, WIDTH, HEADS, MLP = 4, 3, 12, 3, 20
 TEXT_WIDTH, TEXT_HEADS, TEXT_MLP, LENGTH, VOCAB = 8, 2, 16, 5, 30

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtv_jax import trees
 from mtv_jax.convert import huggingface
-from mtv_jax.encoder import Encoder
-from mtv_jax.models import model as models
-from mtv_jax.preprocess import Preprocess
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.models import two_tower as models
+from mtv_jax.utils import tree as trees
 
 TOLERANCE = 1e-4
 VISION = {

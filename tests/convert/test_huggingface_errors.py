@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mtv_jax import trees
 from mtv_jax.convert import huggingface
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.data import tokenizers
-from mtv_jax.models import model as models
-from mtv_jax.models.model import ModelSpec
-from mtv_jax.preprocess import Preprocess
+from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.models import two_tower as models
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.utils import tree as trees
 
 PREPROCESS = {"size": 64, "resize": "squash", "interpolation": "bilinear"}
 

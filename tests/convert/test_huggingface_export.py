@@ -9,14 +9,15 @@ import PIL.Image
 import pytest
 from safetensors.numpy import load_file
 
-from mtv_jax import sharding, trees
 from mtv_jax.convert import huggingface
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.data import tokenizers
-from mtv_jax.encoder import Encoder
-from mtv_jax.models import model as models
-from mtv_jax.models.model import ModelSpec
-from mtv_jax.preprocess import Preprocess
+from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.models import two_tower as models
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.parallel import sharding
+from mtv_jax.utils import tree as trees
 
 TOLERANCE = 1e-4
 TEXTS = [

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtv_jax import sharding
 from mtv_jax.models import layers
+from mtv_jax.parallel import sharding
 
 
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3)], ids=str)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtv_jax import cpu
 from mtv_jax.models.pooling import MapPool
+from mtv_jax.utils import xla_flags
 
 TOKENS = jax.random.normal(jax.random.key(0), (2, 5, 16))
 
@@ -20,7 +20,7 @@ def test_its_gradients_compile_as_a_step_is_compiled(dtype):
   def loss(variables, tokens):
     return jnp.square(pool.apply(variables, tokens)).sum()
 
-  options = cpu.compiler_options(None)
+  options = xla_flags.compiler_options(None)
   grad = jax.jit(jax.grad(loss, (0, 1)), compiler_options=options)
   found = jax.tree.leaves(grad(variables, TOKENS))
   assert all(np.isfinite(x).all() and np.abs(x).max() > 0 for x in found)

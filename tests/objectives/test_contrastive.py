@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtv_jax.models.heads import unit
+from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import base, build_objective, contrastive
 
 

@@ -8,11 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from mtv_jax import gradients, recipe, sharding, trees, views
-from mtv_jax import step as step_lib
-from mtv_jax.data import label_values, scenes
-from mtv_jax.models.model import ModelSpec
+from mtv_jax.augment import views
+from mtv_jax.data.labels import label_values
+from mtv_jax.data.scenes import scenes
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective
+from mtv_jax.parallel import sharding
+from mtv_jax.train import gradients, step_spec
+from mtv_jax.train import step as step_lib
+from mtv_jax.utils import tree as trees
 
 SPEC = ModelSpec.from_config(
   dict(variant="mu/8", image_size=32, pool="mean", cls_token=True)
@@ -33,14 +37,14 @@ ROWS = 16
 
 
 def make_recipe(*names):
-  return recipe.Recipe(
+  return step_spec.Recipe(
     spec=SPEC,
     dtype="float32",
     objectives={
       name: build_objective(name, ENTRIES[name]).resolve(SPEC, VIEWS)
       for name in names
     },
-    weights={name: recipe.Weight(WEIGHTS[name]) for name in names},
+    weights={name: step_spec.Weight(WEIGHTS[name]) for name in names},
     views=VIEWS,
     seed=0,
     total_steps=100,
@@ -82,7 +86,7 @@ def params_of(*names):
       return noise / np.sqrt(np.prod(shape[:-1]))
     return np.float32(name.endswith("scale")) + 0.02 * noise
 
-  shapes = recipe.abstract_params(make_recipe(*names))
+  shapes = step_spec.abstract_params(make_recipe(*names))
   return trees.map_with_names(draw, shapes)
 
 

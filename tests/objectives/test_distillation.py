@@ -10,8 +10,10 @@ import prototype_samples as samples
 import pytest
 from jax.sharding import NamedSharding
 
-from mtv_jax import hlo, sharding, views
+from mtv_jax.augment import views
 from mtv_jax.objectives import base, build_objective, distillation
+from mtv_jax.parallel import sharding
+from mtv_jax.perf import hlo
 
 SMALL = dict(
   prototypes=8,

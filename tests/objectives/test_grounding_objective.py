@@ -12,15 +12,20 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mtv_jax import gradients, sharding, trees, views
-from mtv_jax import recipe as recipe_lib
-from mtv_jax import step as step_lib
-from mtv_jax.config import ConfigError
-from mtv_jax.data import ops, scenes, tokenizers
+from mtv_jax.augment import views
+from mtv_jax.config.schema import ConfigError
+from mtv_jax.data import ops
+from mtv_jax.data.scenes import scenes
+from mtv_jax.data.tokenizers import tokenizers
 from mtv_jax.models import text as text_lib
 from mtv_jax.models import vit
-from mtv_jax.models.model import ModelSpec
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective, grounding
+from mtv_jax.parallel import sharding
+from mtv_jax.train import gradients
+from mtv_jax.train import step as step_lib
+from mtv_jax.train import step_spec as recipe_lib
+from mtv_jax.utils import tree as trees
 
 IMAGE = base.Encoding("image", "image")
 PHRASE = base.Encoding("text", "box_phrase")

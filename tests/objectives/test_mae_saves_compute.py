@@ -9,11 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from mtv_jax import recipe, sharding, views
-from mtv_jax import step as step_lib
+from mtv_jax.augment import views
 from mtv_jax.models import vit
-from mtv_jax.models.model import ModelSpec
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, masked_pixels
+from mtv_jax.parallel import sharding
+from mtv_jax.train import step as step_lib
+from mtv_jax.train import step_spec
 
 # Rows enough that gradients and the update, which no mask makes smaller, weigh
 # little: they cost a batch of any size the same.
@@ -47,18 +49,18 @@ class Unmasked(masked_pixels.MaskedPixels):
 
 def make_step(kind, ops, batch):
   """A whole compiled update and its state."""
-  built = recipe.Recipe(
+  built = step_spec.Recipe(
     spec=SPEC,
     dtype="float32",
     objectives={"mae": kind(patch=PATCH, decoder_depth=DECODER_DEPTH)},
-    weights={"mae": recipe.Weight(1.0)},
+    weights={"mae": step_spec.Weight(1.0)},
     views=views.build_views({"mae": dict(ops=ops)}),
     seed=0,
     total_steps=100,
   )
   mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
   program = step_lib.make_program(built, optax.sgd(1e-3), mesh)
-  params = jax.jit(lambda key: recipe.init_params(built, key))
+  params = jax.jit(lambda key: step_spec.init_params(built, key))
   state = program.init(params(jax.random.key(0)))
   # The tests otherwise compile to LLVM's cheapest code, where the element-wise
   # rest weighs more than it does in a run.

@@ -10,11 +10,14 @@ import optax
 import prototype_samples as samples
 import pytest
 
-from mtv_jax import gradients, sharding, trees, views
-from mtv_jax import recipe as recipe_lib
-from mtv_jax import step as step_lib
-from mtv_jax.models.model import ModelSpec
+from mtv_jax.augment import views
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective, masked_latent
+from mtv_jax.parallel import sharding
+from mtv_jax.train import gradients
+from mtv_jax.train import step as step_lib
+from mtv_jax.train import step_spec as recipe_lib
+from mtv_jax.utils import tree as trees
 
 SMALL = dict(
   prototypes=8,

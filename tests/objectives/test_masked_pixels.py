@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtv_jax import views
-from mtv_jax.config import ConfigError
-from mtv_jax.models.model import ModelSpec
+from mtv_jax.augment import views
+from mtv_jax.config.schema import ConfigError
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ImageOutput
 from mtv_jax.objectives import base, build_objective, masked_pixels
 

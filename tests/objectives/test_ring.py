@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mtv_jax import sharding
-from mtv_jax.models.heads import unit
+from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import (
   base,
   build_objective,
@@ -18,6 +17,7 @@ from mtv_jax.objectives import (
   grounding,
   ring,
 )
+from mtv_jax.parallel import sharding
 
 SCALARS = {"logit_scale": np.float32(1.5), "logit_bias": np.float32(-2.0)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtv_jax.html_pages import escape
+from mtv_jax.utils.html import escape
 
 _WIDTH, _HEIGHT = 300, 120
 _LEFT, _TOP, _BOTTOM = 4, 22, 16

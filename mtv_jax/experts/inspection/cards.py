@@ -11,12 +11,12 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from mtv_jax import drawing, plots
 from mtv_jax.data import canvas
-from mtv_jax.data.label_values import BoxLabel, DepthLabel, phrase_id
-from mtv_jax.data.labels import Labels
+from mtv_jax.data.labels.join import Labels
+from mtv_jax.data.labels.label_values import BoxLabel, DepthLabel, phrase_id
 from mtv_jax.data.records import BadRecord
 from mtv_jax.experts.inspection.statistics import at_least
+from mtv_jax.utils import drawing, plots
 
 # Of what stands for an image that can't be shown.
 _SHAPE = (3, 4)

@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mtv_jax import html_pages
 from mtv_jax.experts.inspection import bars, statistics
 from mtv_jax.experts.inspection.cards import Card, counted
 from mtv_jax.experts.inspection.findings import percent
-from mtv_jax.html_pages import escape
+from mtv_jax.utils import html as html_pages
+from mtv_jax.utils.html import escape
 
 # Phrases of a card that are shown without a click.
 _SHOWN = 8

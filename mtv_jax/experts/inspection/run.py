@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mtv_jax.config import did_you_mean
-from mtv_jax.data import label_bases, label_sets
-from mtv_jax.data.label_sets import LabelSet
-from mtv_jax.data.labels import AlignedLabels, KeyedLabels, Labels
-from mtv_jax.drawing import one_line
+from mtv_jax.config.schema import did_you_mean
+from mtv_jax.data.labels import bases as label_bases
+from mtv_jax.data.labels import label_sets
+from mtv_jax.data.labels.join import AlignedLabels, KeyedLabels, Labels
+from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.experts.inspection import cards, findings, page, sheet, statistics
 from mtv_jax.experts.inspection.findings import percent
 from mtv_jax.experts.inspection.page import different, spread
+from mtv_jax.utils.drawing import one_line
 
 JOINS = ("aligned", "key")
 # Longer side of the page's pictures.

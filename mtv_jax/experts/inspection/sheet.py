@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from mtv_jax import drawing, plots
-from mtv_jax.drawing import GAP, INK, PAPER, QUIET
 from mtv_jax.experts.inspection.cards import Card, counted
+from mtv_jax.utils import drawing, plots
+from mtv_jax.utils.drawing import GAP, INK, PAPER, QUIET
 
 _WIDTH = 1264
 _MARGIN = 12

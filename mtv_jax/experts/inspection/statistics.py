@@ -13,8 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.data.label_sets import LabelSet
-from mtv_jax.data.label_values import TOP, BoxLabel, DepthLabel, phrase_id
+from mtv_jax.data.labels.label_sets import LabelSet
+from mtv_jax.data.labels.label_values import (
+  TOP,
+  BoxLabel,
+  DepthLabel,
+  phrase_id,
+)
 from mtv_jax.data.records import BadRecord
 from mtv_jax.experts.inspection.counts import Histogram, PhraseCounts
 

@@ -1,0 +1,370 @@
+"""Checkpoints: save, restore, read a part. Orbax lives here.
+
+Only `orbax.checkpoint.CheckpointManager` and the argument classes of
+`orbax.checkpoint.args` are used (the v1 interface is still under
+`experimental`). A checkpoint is one folder a step, committed by one rename:
+
+  checkpoints/STEP/state    every array of the train state, as nested
+                            dictionaries of names, so that a checkpoint does
+                            not depend on how the state's classes are written
+  checkpoints/STEP/timing   the clock of the run, as JSON
+"""
+
+import contextlib
+import dataclasses
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from mtv_jax.checkpoint import partial_restore
+from mtv_jax.utils import tree as trees
+
+Path = str | epath.PathLike
+
+_STATE, _TIMING = "state", "timing"
+
+
+class CheckpointDamaged(ValueError):
+  """Files of a checkpoint are missing or can't be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A train state in the arrays of the current mesh, and where it was."""
+
+  state: Any
+  timing: dict[str, Any]
+  step: int
+
+
+class Checkpointer:
+  """Saves and restores the whole train state of a run.
+
+  Every process calls every method, in the same order. Use it in a `with`: on
+  leaving, by an error too, the save in progress is waited for. Without that,
+  an interpreter that exits breaks it off (and leaves the checkpoint before).
+
+  Args:
+    folder: the run's `checkpoints` folder; made if missing. What a killed run
+      left half-written in it is never read, and on file systems deleted.
+    every_steps: `due(step)` is true on its multiples.
+    keep: how many of the latest checkpoints to keep.
+    keep_every: checkpoints at multiples of this many steps are never deleted;
+      None or 0 for no such.
+  """
+
+  def __init__(
+    self,
+    folder: Path,
+    *,
+    every_steps: int,
+    keep: int = 2,
+    keep_every: int | None = None,
+  ):
+    for name, value in [("every_steps", every_steps), ("keep", keep)]:
+      if value < 1:
+        raise ValueError(f"checkpoint.{name} must be at least 1, got {value}.")
+    self.folder = epath.Path(folder).absolute()
+    self.every_steps = every_steps
+    self._manager = ocp.CheckpointManager(
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        keep_period=keep_every or None,
+        # On object stores whatever lacks Orbax's commit file counts as half
+        # written, a checkpoint copied there by hand too: deleting is for file
+        # systems, where the name tells.
+        cleanup_tmp_directories="://" not in str(self.folder),
+        # The folder holds nothing but steps.
+        save_root_metadata=False,
+      ),
+    )
+
+  def due(self, step: int) -> bool:
+    """Whether the schedule says to save now."""
+    return step % self.every_steps == 0
+
+  def preempted(self, step: int) -> bool:
+    """Whether to save now and end, as one of several processes was told to.
+
+    Every process asks after every step: they agree on one that none of them
+    has passed yet, and it is true on that step only.
+    """
+    return self._manager.reached_preemption(step)
+
+  def save(
+    self, step: int, state: Any, *, timing: Mapping[str, Any] | None = None
+  ) -> None:
+    """Starts saving, and returns once the arrays may be donated.
+
+    The write goes on in the background. An earlier save that failed raises
+    here. Saving a step that is there already does nothing.
+
+    Args:
+      step: the number of updates done.
+      state: a tree of arrays.
+      timing: JSON-able; comes back with the state.
+    """
+    self.check()
+    if step in self._manager.all_steps():
+      return
+    flat = _flat(state)
+    for name, leaf in flat.items():
+      if not isinstance(leaf, jax.Array | np.ndarray):
+        raise TypeError(f"state/{name} is {leaf!r}, expected an array.")
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        **{
+          _STATE: ocp.args.PyTreeSave(trees.unflatten(flat)),
+          _TIMING: ocp.args.JsonSave(dict(timing or {})),
+        }
+      ),
+      # When to save is the caller's decision.
+      force=True,
+    )
+
+  @property
+  def saving(self) -> bool:
+    """Whether a save is in progress."""
+    return self._manager.is_saving_in_progress()
+
+  def check(self) -> None:
+    """Raises the error of a background save that failed; doesn't wait."""
+    if not self.saving:
+      self._manager.wait_until_finished()
+
+  def wait(self) -> None:
+    """Waits for the save in progress and raises its error, if any."""
+    self._manager.wait_until_finished()
+
+  def latest_step(self) -> int | None:
+    """The last complete checkpoint; waits for a save in progress."""
+    self.wait()
+    return self._manager.latest_step()
+
+  def steps(self) -> list[int]:
+    """All complete checkpoints; waits for a save in progress."""
+    self.wait()
+    return sorted(self._manager.all_steps())
+
+  def restore(
+    self, abstract_state: Any, *, step: int | None = None
+  ) -> Restored | None:
+    """Reads a checkpoint into the current mesh, whatever mesh wrote it.
+
+    Args:
+      abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings (or of
+        arrays): what to make. Leaves without a sharding go to the default
+        device.
+      step: the latest by default.
+
+    Returns:
+      None where the run has no checkpoint and no step was asked for.
+
+    Raises:
+      FileNotFoundError: no such step.
+      CheckpointMismatch: names, shapes or types differ; lists them.
+      CheckpointDamaged: files of it are missing or cut short.
+    """
+    steps = self.steps()
+    if step is None and not steps:
+      return None
+    step = steps[-1] if step is None else step
+    _require_step(self.folder, step, steps)
+    flat = _flat(abstract_state)
+    with _reading(self.folder, step, steps):
+      saved = _saved(self.folder / str(step) / _STATE)
+    _require_same(saved, flat, f"{self.folder}/{step}")
+    with _reading(self.folder, step, steps):
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          **{
+            _STATE: ocp.args.PyTreeRestore(
+              trees.unflatten(flat),
+              restore_args=trees.unflatten(
+                {name: _restore_args(leaf) for name, leaf in flat.items()}
+              ),
+            ),
+            _TIMING: ocp.args.JsonRestore(),
+          }
+        ),
+      )
+    arrays = _flat(restored[_STATE])
+    state = jax.tree.unflatten(
+      jax.tree.structure(abstract_state), [arrays[name] for name in flat]
+    )
+    return Restored(state, restored[_TIMING], step)
+
+  def close(self) -> None:
+    """Waits for the save in progress, raises its error, frees the threads."""
+    self._manager.close()
+
+  def __enter__(self) -> "Checkpointer":
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: types.TracebackType | None,
+  ) -> None:
+    self.close()
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+  return dict(trees.flatten_names(tree))
+
+
+def _restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:
+    # Otherwise Orbax would use the devices the file remembers, which this
+    # machine need not have.
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return ocp.ArrayRestoreArgs(
+    sharding=sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype
+  )
+
+
+def _saved(item: epath.Path) -> dict[str, Any]:
+  """Name to metadata (shape, dtype) of what a checkpoint holds."""
+  _require_index(item)
+  return _flat(ocp.PyTreeCheckpointHandler().metadata(item).tree)
+
+
+def _require_index(item: epath.Path) -> None:
+  """Raises where the index of the arrays is damaged.
+
+  Orbax would find out from one of many reads at once, and leave the others to
+  end in an event loop that is closed by then, each with a traceback.
+  """
+  base = str(item) if "://" in str(item) else f"file://{item}"
+  store = {"driver": "ocdbt", "base": f"{base}/"}
+  ts.KvStore.open(store).result().list().result()
+
+
+def _require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
+  if step not in steps:
+    there = ", ".join(map(str, sorted(steps))) or "none"
+    raise FileNotFoundError(
+      f"no checkpoint of step {step} in {folder}. The steps there: {there}."
+    )
+
+
+@contextlib.contextmanager
+def _reading(
+  folder: epath.Path, step: int, steps: Sequence[int]
+) -> Iterator[None]:
+  """Turns what the libraries say of lost files into what can be done."""
+  try:
+    yield
+  except (ValueError, OSError, LookupError) as error:
+    earlier = [s for s in steps if s < step]
+    instead = "There is no earlier one."
+    if earlier:
+      instead = f"Move it away to go on from step {max(earlier)}."
+    raise CheckpointDamaged(
+      f"{folder}/{step} can't be read: files in it are missing or damaged."
+      f" {instead} The reader said: {type(error).__name__}: {str(error)[:300]}"
+    ) from error
+
+
+def _require_same(
+  saved: Mapping[str, Any], wanted: Mapping[str, Any], path: str
+) -> None:
+  """Raises with a diff of names, shapes and types where the trees differ."""
+  lines = []
+  for name in sorted({*saved, *wanted}):
+    there = _spec(saved[name]) if name in saved else None
+    here = _spec(wanted[name]) if name in wanted else None
+    if there == here:
+      continue
+    if there:
+      lines.append(f"- {name}  {there}")
+    if here:
+      lines.append(f"+ {name}  {here}")
+  if lines:
+    raise partial_restore.CheckpointMismatch(
+      f"{path} is a checkpoint of another shape than this config's state"
+      " (- in the checkpoint, + in this run):\n"
+      f"{partial_restore.first(lines, 20)}\n"
+      "Continue a run with the config it was started with (its config.json),"
+      " or start in a new folder and load what fits through config.init."
+    )
+
+
+def _spec(leaf: Any) -> str:
+  return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+# ---------------------------------------------------------------------------
+# Reading a part, for evaluation, export and initialisation.
+
+
+def load_tree(
+  folder: Path,
+  *,
+  step: int | None = None,
+  part: str = "params",
+) -> Any:
+  """Reads one part of a checkpoint as numpy arrays, on any machine.
+
+  Nothing is written, so it may be called beside a running training.
+
+  Args:
+    folder: a run's folder or its `checkpoints` folder.
+    step: the latest by default.
+    part: 'params', 'teacher', 'ema', or any other branch of the state, such
+      as 'params/image'.
+
+  Returns:
+    Nested dictionaries of numpy arrays (or one, where the part is an array).
+
+  Raises:
+    FileNotFoundError: no checkpoint there.
+    CheckpointDamaged: files of it are missing or cut short.
+    ValueError: the checkpoint has no such part; names the parts.
+  """
+  folder = epath.Path(folder).absolute()
+  if (folder / "checkpoints").exists():
+    folder = folder / "checkpoints"
+  if not folder.exists():
+    raise FileNotFoundError(f"{folder} does not exist.")
+  steps = ocp.utils.checkpoint_steps(folder)
+  if not steps:
+    raise FileNotFoundError(f"no complete checkpoint in {folder}.")
+  step = max(steps) if step is None else step
+  _require_step(folder, step, steps)
+  item = folder / str(step) / _STATE
+  with _reading(folder, step, steps):
+    saved = _saved(item)
+  flat = {n: m for n, m in saved.items() if f"{n}/".startswith(f"{part}/")}
+  if not flat:
+    raise ValueError(
+      f"{item} has no {part!r}. Its parts are:"
+      f" {', '.join(sorted({name.split('/')[0] for name in saved}))}."
+    )
+  as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+  # The bare handler has no barriers: one process of many may read alone.
+  with _reading(folder, step, steps):
+    restored = ocp.PyTreeCheckpointHandler().restore(
+      item,
+      args=ocp.args.PyTreeRestore(
+        trees.unflatten(
+          {n: jax.ShapeDtypeStruct(m.shape, m.dtype) for n, m in flat.items()}
+        ),
+        restore_args=trees.unflatten(dict.fromkeys(flat, as_numpy)),
+        partial_restore=True,
+      ),
+    )
+  for name in part.split("/"):
+    restored = restored[name]
+  return restored

@@ -1,0 +1,159 @@
+"""Partial loading: the arrays of one tree into another, with a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtv_jax.utils import tree as trees
+
+
+class CheckpointMismatch(ValueError):
+  """A checkpoint holds other arrays than the ones asked for."""
+
+
+def first(lines: Sequence[str], limit: int) -> str:
+  """As many of the lines, and how many more there are."""
+  shown = [f"  {line}" for line in lines[:limit]]
+  if len(lines) > limit:
+    shown.append(f"  ... and {len(lines) - limit} more")
+  return "\n".join(shown)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What `merge` did, by parameter name.
+
+  Attributes:
+    loaded: taken from the source.
+    missing: wanted (included), but not in the source: kept as they were.
+    unexpected: in the source, but not in the target.
+    mismatched: in both, with different shapes: kept as they were. Name to
+      (source shape, target shape).
+    coverage: loaded / wanted, counted in numbers (not in arrays).
+  """
+
+  loaded: tuple[str, ...]
+  missing: tuple[str, ...]
+  unexpected: tuple[str, ...]
+  mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+  coverage: float
+
+  def __str__(self) -> str:
+    shapes = [f"{n}  {a} -> {b}" for n, (a, b) in self.mismatched.items()]
+    lines = [
+      f"loaded {len(self.loaded)} arrays,"
+      f" {100 * self.coverage:.1f} % of the wanted parameters"
+    ]
+    for title, found in [
+      ("missing from the source", self.missing),
+      ("unexpected in the source", self.unexpected),
+      ("of another shape", shapes),
+    ]:
+      if found:
+        lines.append(f"{title} ({len(found)}):\n{first(found, 10)}")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+  """Parameters after partial loading, and what was loaded."""
+
+  params: Any
+  report: Report
+
+
+def merge(
+  target_params: Any,
+  source_tree: Any,
+  *,
+  include: Sequence[str] = (".",),
+  rename: Sequence[Sequence[str]] = (),
+  min_coverage: float = 0.99,
+) -> Merged:
+  """Copies what fits of `source_tree` into a copy of `target_params`.
+
+  Args:
+    target_params: a tree of arrays.
+    source_tree: a tree of arrays, such as `load_tree` gives.
+    include: regexes; a target parameter is wanted if one is found in its
+      name.
+    rename: pairs (regex, replacement), applied to each source name, all of
+      them in order, by `re.sub`.
+    min_coverage: the least share of the wanted parameters to load.
+
+  Returns:
+    Merged: new leaves have the target's dtype, are numpy arrays, and belong
+    wherever the caller puts them.
+
+  Raises:
+    CheckpointMismatch: coverage is lower, with the report in the message;
+      weights that were silently not loaded have cost people weeks.
+    ValueError: an include matches nothing, or two source names collide.
+  """
+  target = dict(trees.flatten_names(target_params))
+  source = _renamed(dict(trees.flatten_names(source_tree)), rename)
+  wanted = [
+    match.name
+    for match in trees.match_rules(
+      target, [(pattern, True) for pattern in include], what="init.include"
+    )
+    if match.value
+  ]
+  out = dict(target)
+  loaded, missing, mismatched = [], [], {}
+  for name in wanted:
+    if name not in source:
+      missing.append(name)
+    elif tuple(source[name].shape) != tuple(target[name].shape):
+      mismatched[name] = tuple(source[name].shape), tuple(target[name].shape)
+    else:
+      out[name] = np.asarray(source[name]).astype(target[name].dtype)
+      loaded.append(name)
+  total = _count(target, wanted)
+  report = Report(
+    tuple(loaded),
+    tuple(missing),
+    tuple(name for name in source if name not in target),
+    mismatched,
+    _count(target, loaded) / total if total else 1.0,
+  )
+  if report.coverage < min_coverage:
+    hint = ""
+    if missing and report.unexpected:
+      hint = (
+        f"\nFor {missing[0]!r}: {trees.closest(missing[0], report.unexpected)}"
+        "\nMap names with init.rename, or choose them with init.include."
+      )
+    raise CheckpointMismatch(
+      f"too little was loaded: {100 * report.coverage:.1f} % of the wanted"
+      f" parameters, at least {100 * min_coverage:g} % expected"
+      f" (init.min_coverage).\n{report}{hint}"
+    )
+  structure = jax.tree.structure(target_params)
+  return Merged(jax.tree.unflatten(structure, list(out.values())), report)
+
+
+def _renamed(
+  source: Mapping[str, Any], rename: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+  out, origin = {}, {}
+  for old, leaf in source.items():
+    new = old
+    for pattern, replacement in rename:
+      new = re.sub(pattern, replacement, new)
+    if new in out:
+      raise ValueError(
+        f"init.rename: {origin[new]!r} and {old!r} both become {new!r}."
+      )
+    out[new], origin[new] = leaf, old
+  return out
+
+
+def _count(arrays: Mapping[str, Any], names: Iterable[str]) -> int:
+  return sum(int(np.prod(arrays[name].shape)) for name in names)

@@ -1,0 +1,141 @@
+"""Overrides of a config from a command line: --config.KEY=VALUE.
+
+A key need not be in the config's file: what it leaves out has a default, and
+can be given. `config.check` then says whether there is such a key.
+"""
+
+import ast
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mtv_jax.config.schema import ConfigError, did_you_mean
+
+_KEY = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
+_PART = re.compile(r"\w+")
+_WORDS = {"true": True, "false": False}
+
+
+def from_flags(argv: Iterable[str], *, flag: str = "config") -> list[str]:
+  """A command line whose `--config.KEY=VALUE` are `--set=KEY=VALUE`.
+
+  Also `--config.KEY VALUE`. What is no override stays as it is.
+
+  Raises:
+    ConfigError: an override without a value.
+  """
+  out, rest = [], list(argv)
+  while rest:
+    arg = rest.pop(0)
+    if not re.match(rf"--?{flag}\.", arg):
+      out.append(arg)
+      continue
+    assignment = arg.split(".", 1)[1]
+    if "=" not in assignment:
+      if not rest or rest[0].startswith("--"):
+        raise ConfigError(f"{arg} has no value: write {arg}=VALUE.")
+      assignment = f"{assignment}={rest.pop(0)}"
+    out.append(f"--set={assignment}")
+  return out
+
+
+def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
+  """A copy of a config with some of its keys set.
+
+  Args:
+    config: what a config file's `get_config` returns.
+    assignments: 'KEY=VALUE', in order. A key is a path such as 'optim.lr' or
+      'data.train[0].path'. A value is a Python literal, or else a string; where
+      there is a string, it is a string; 'None' takes a key away, and
+      so does 'none' where it can't be a string that stands for something.
+
+  Raises:
+    ConfigError: a path that leads nowhere, or a value of another type than the
+      number or section that it would replace.
+  """
+  tree = _plain(config)
+  for assignment in assignments:
+    key, _, text = assignment.partition("=")
+    if not _KEY.fullmatch(key):
+      raise ConfigError(
+        f"--config.{assignment}: {key!r} is no key. They are written"
+        " --config.optim.lr=1e-3 or --config.data.train[0].path=..."
+      )
+    _set(tree, _parts(key), text, key)
+  return ConfigDict(tree)
+
+
+def _plain(value: Any) -> Any:
+  """Dictionaries and lists, which can be changed in place."""
+  if isinstance(value, ConfigDict):
+    value = value.to_dict()
+  if isinstance(value, dict):
+    return {k: _plain(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(v) for v in value]
+  return value
+
+
+def _parts(key: str) -> list[str | int]:
+  return [int(p) if p.isdigit() else p for p in _PART.findall(key)]
+
+
+def _set(tree: Any, parts: list[str | int], text: str, key: str) -> None:
+  path, node = "config", tree
+  for at, part in enumerate(parts):
+    _require_inside(node, part, path, key)
+    path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    if at == len(parts) - 1:
+      old = node[part] if isinstance(part, int) else node.get(part)
+      node[part] = _value(text, old, path)
+    elif isinstance(part, str) and node.get(part) is None:
+      # A section that the file leaves out; a list can't be begun like this.
+      node[part] = {}
+    node = node[part]
+
+
+def _require_inside(node: Any, part: str | int, path: str, key: str) -> None:
+  if isinstance(part, str):
+    if not isinstance(node, dict):
+      raise ConfigError(
+        f"--config.{key}: {path} is {node!r} and has no key {part!r}."
+      )
+    return
+  if not isinstance(node, list):
+    raise ConfigError(f"--config.{key}: {path} is {node!r}, not a list.")
+  if part >= len(node):
+    raise ConfigError(
+      f"--config.{key}: {path} has {len(node)} entries, counted from 0; there"
+      f" is no [{part}]."
+    )
+
+
+def _value(text: str, old: Any, path: str) -> Any:
+  if isinstance(old, str):
+    return None if text == "None" else text
+  if text.lower() == "none":
+    # 'none' is also a choice of many options, which None as yet leaves open.
+    return text if text == "none" and old is None else None
+  try:
+    value = _WORDS.get(text.lower(), text)
+    value = ast.literal_eval(text) if value is text else value
+  except (ValueError, SyntaxError):
+    value = text
+  if value is None or old is None:
+    return value
+  if isinstance(old, dict) and not isinstance(value, dict):
+    raise ConfigError(
+      f"--{path}={text}: this is a section; set one of its keys."
+      f" {did_you_mean('', old)}"
+    )
+  if isinstance(old, float) and type(value) is int:
+    return float(value)
+  # A number's place can also take a section (a weight that has a schedule).
+  plain = isinstance(old, bool | int | float) and not isinstance(value, dict)
+  if plain and type(value) is not type(old):
+    raise ConfigError(
+      f"--{path}={text}: expected {type(old).__name__}, such as {old!r}."
+    )
+  return value

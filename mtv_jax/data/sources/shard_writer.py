@@ -1,0 +1,297 @@
+"""Writes shards: WebDataset tars as img2dataset lays them out, or ArrayRecord.
+
+`00000.tar` holds `000000000.jpg`, `000000000.json` and `000000000.txt` for each
+record; the key is the shard's number and the row's, so that a row that can't be
+used leaves a gap and the others keep their keys. `00000_stats.json` counts.
+All captions are in the JSON's `captions`, the first one in the .txt as well.
+ArrayRecord files have no JSON; `00000_meta.jsonl` holds a line for each record.
+The same input gives the same bytes.
+"""
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from mtv_jax.data import canvas
+from mtv_jax.data.records import BadRecord
+from mtv_jax.data.sources import array_record
+from mtv_jax.data.sources.listings import Example
+
+# Images that are in memory at a time, waiting for their turn to be written.
+_CHUNK = 64
+_QUALITY = 95
+_SIGNATURES = (
+  ("jpg", b"\xff\xd8\xff", 0),
+  ("png", b"\x89PNG\r\n\x1a\n", 0),
+  ("webp", b"WEBP", 8),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+  """An example that is in no shard, and why."""
+
+  name: str
+  reason: str
+
+
+@dataclasses.dataclass
+class Report:
+  """What was written so far.
+
+  Attributes:
+    total: examples of the listing.
+    done: those that were looked at: written or skipped.
+    skipped: those left out.
+    shards: the finished files.
+  """
+
+  total: int
+  done: int = 0
+  skipped: list[Skipped] = dataclasses.field(default_factory=list)
+  shards: list[Path] = dataclasses.field(default_factory=list)
+
+  @property
+  def written(self) -> int:
+    return self.done - len(self.skipped)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """An example that is ready to be written."""
+
+  image: bytes
+  extension: str
+  captions: list[str]
+  meta: dict[str, Any]
+
+
+def write(
+  examples: Sequence[Example],
+  out: str | os.PathLike,
+  *,
+  format: str = "webdataset",
+  records_per_shard: int = 10_000,
+  max_side: int | None = None,
+  progress: Callable[[Report], None] = lambda report: None,
+) -> Report:
+  """Writes all examples that can be used; each shard appears when complete.
+
+  Every image is decoded once, so that a damaged one is found now and not in
+  the middle of a run. Its bytes are kept as they are unless they are larger
+  than `max_side` (then JPEG of quality 95) or neither JPEG, PNG nor WebP
+  (then PNG).
+
+  Args:
+    examples: see `listings.read`.
+    out: folder, made if needed; it must hold no shards yet.
+    format: "webdataset" or "array_record".
+    records_per_shard: rows of the listing for each shard.
+    max_side: the longer side at most, in pixels; None keeps every size.
+    progress: is called now and then with the report so far.
+
+  Returns:
+    The report. The skipped examples are also listed in `out/skipped.jsonl`.
+
+  Raises:
+    FileExistsError: if `out` holds shards already.
+    ValueError: if no example can be used, or an option makes no sense.
+  """
+  suffix = {"webdataset": ".tar", "array_record": ".array_record"}.get(format)
+  if suffix is None:
+    raise ValueError(
+      f"format={format!r}; it is 'webdataset' or 'array_record'."
+    )
+  if records_per_shard < 1 or (max_side is not None and max_side < 1):
+    raise ValueError(
+      f"records_per_shard={records_per_shard} and max_side={max_side} must be"
+      " positive."
+    )
+  out = Path(out).expanduser()
+  if out.exists() and not out.is_dir():
+    raise NotADirectoryError(f"{out} is a file; give a folder for the shards.")
+  out.mkdir(parents=True, exist_ok=True)
+  if there := sorted(p.name for p in out.iterdir() if p.suffix == suffix):
+    raise FileExistsError(
+      f"{out} holds {len(there)} shards already ({there[0]}, ...), which would"
+      " be mixed with the new ones: remove them or give another folder."
+    )
+  report = Report(total=len(examples))
+  digits = len(str(records_per_shard - 1))
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    starts = range(0, len(examples), records_per_shard)
+    for shard, start in enumerate(starts):
+      rows = examples[start : start + records_per_shard]
+      status: Counter[str] = Counter()
+      stored = _stored(rows, pool, max_side, report, status, progress)
+      named = (
+        (f"{shard:05d}{row:0{digits}d}", record) for row, record in stored
+      )
+      path = out / f"{shard:05d}{suffix}"
+      if suffix == ".tar":
+        _write_tar(path, named)
+      else:
+        _write_array_record(path, named)
+      _write_text(out / f"{shard:05d}_stats.json", _stats(len(rows), status))
+      report.shards.append(path)
+      progress(report)
+  listing = out / "skipped.jsonl"
+  listing.unlink(missing_ok=True)
+  if report.skipped:
+    lines = [
+      json.dumps(dataclasses.asdict(skipped), ensure_ascii=False) + "\n"
+      for skipped in report.skipped
+    ]
+    _write_text(listing, "".join(lines))
+  if not report.written:
+    reasons = Counter(s.reason for s in report.skipped).most_common(3)
+    raise ValueError(
+      f"None of the {report.total} examples can be used: "
+      + "; ".join(f"{n} times {reason!r}" for reason, n in reasons)
+      + f". The first was looked for at {examples[0].path}. See {listing}."
+    )
+  return report
+
+
+def _stored(
+  rows: Sequence[Example],
+  pool: futures.Executor,
+  max_side: int | None,
+  report: Report,
+  status: Counter[str],
+  progress: Callable[[Report], None],
+) -> Iterator[tuple[int, _Stored]]:
+  """The usable rows of a shard with their numbers; counts the others."""
+  numbered = iter(enumerate(rows))
+  while chunk := list(itertools.islice(numbered, _CHUNK)):
+    results = pool.map(lambda item: _prepare(item[1], max_side), chunk)
+    for (row, example), result in zip(chunk, results, strict=True):
+      report.done += 1
+      if isinstance(result, str):
+        report.skipped.append(Skipped(example.name, result))
+        status[result] += 1
+      else:
+        status["success"] += 1
+        yield row, result
+    progress(report)
+
+
+def _prepare(example: Example, max_side: int | None) -> _Stored | str:
+  """The example as it will be stored, or why it can't be."""
+  if example.problem:
+    return example.problem
+  try:
+    data = example.path.read_bytes()
+    image = canvas.decode(data, key=example.name)
+  except OSError as error:
+    return error.strerror or str(error)
+  except BadRecord as error:
+    return error.reason
+  height, width = image.shape[:2]
+  meta = {
+    "original_width": width,
+    "original_height": height,
+    "sha256": hashlib.sha256(data).hexdigest(),
+  }
+  extension = _extension(data)
+  if max_side is not None and max(height, width) > max_side:
+    scale = max_side / max(height, width)
+    width, height = (max(1, round(n * scale)) for n in (width, height))
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    extension = "jpg"
+    data = _encode(image, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
+  elif extension is None:
+    extension, data = "png", _encode(image, ".png", [])
+  meta = {"width": width, "height": height} | meta | example.extra
+  meta["url"] = example.name
+  return _Stored(data, extension, example.captions, meta)
+
+
+def _extension(data: bytes) -> str | None:
+  """By the bytes: names lie."""
+  for extension, signature, at in _SIGNATURES:
+    if data[at : at + len(signature)] == signature:
+      return extension
+  return None
+
+
+def _encode(image: Any, extension: str, options: list[int]) -> bytes:
+  _, data = cv2.imencode(
+    extension, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options
+  )
+  return data.tobytes()
+
+
+def _write_array_record(
+  path: Path, named: Iterator[tuple[str, _Stored]]
+) -> None:
+  """The records, and beside them what a tar has in its .json members."""
+  lines = []
+
+  def as_records() -> Iterator[dict[str, Any]]:
+    for key, record in named:
+      meta = json.dumps({"key": key} | record.meta, ensure_ascii=False)
+      lines.append(meta + "\n")
+      yield {"key": key, "image": record.image, "captions": record.captions}
+
+  array_record.write(path, as_records())
+  _write_text(path.with_name(path.stem + "_meta.jsonl"), "".join(lines))
+
+
+def _write_tar(path: Path, named: Iterator[tuple[str, _Stored]]) -> None:
+  """In the order of img2dataset: image, .json, .txt."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+      for key, record in named:
+        meta = {
+          "caption": record.captions[0],
+          "captions": record.captions,
+          "key": key,
+          "status": "success",
+          "error_message": None,
+        } | record.meta
+        text = json.dumps(meta, ensure_ascii=False, indent=1)
+        _add(tar, f"{key}.{record.extension}", record.image)
+        _add(tar, f"{key}.json", text.encode())
+        _add(tar, f"{key}.txt", record.captions[0].encode())
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+  # TarInfo's defaults (time 0, owner 0) make equal input equal bytes.
+  info = tarfile.TarInfo(name)
+  info.size = len(data)
+  tar.addfile(info, io.BytesIO(data))
+
+
+def _stats(count: int, status: Counter[str]) -> str:
+  missing = status[os.strerror(2)]
+  stats = {
+    "count": count,
+    "successes": status["success"],
+    "failed_to_download": missing,
+    "failed_to_resize": count - status["success"] - missing,
+    "status_dict": dict(sorted(status.items())),
+  }
+  return json.dumps(stats, ensure_ascii=False, indent=1) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  temporary.write_text(text, encoding="utf-8")
+  os.replace(temporary, path)

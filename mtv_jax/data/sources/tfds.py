@@ -1,0 +1,209 @@
+"""Data sets prepared by TensorFlow Datasets, read without TensorFlow.
+
+`tensorflow_datasets` reads a set that was prepared as ArrayRecord by number
+and with NumPy alone; TensorFlow is imported only to prepare one:
+
+  tfds build coco_captions --file_format=array_record --data_dir=DIR
+
+A name with its version ("coco_captions:1.1.0") is read by its files alone; for
+one without, TFDS also imports the set's own code.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any, SupportsIndex
+
+import numpy as np
+from jaxtyping import Int64
+
+from mtv_jax.config.schema import did_you_mean
+from mtv_jax.data.records import BadRecord, Record
+
+# Where sets keep their captions, the first that is there.
+_CAPTIONS = (("captions", "text"), ("captions",), ("caption",), ("text",))
+
+
+class TFDSSource:
+  """Records of one split, in the order in which TFDS stored them.
+
+  The image comes as its encoded bytes. Captions are the feature
+  `captions/text`, `captions`, `caption` or `text`, whichever is there first;
+  `label` is given where it is a class.
+
+  Args:
+    name: "coco_captions", with config and version as TFDS takes them.
+    split: also a part, "train[:90%]".
+    data_dir: where it was prepared; None for TFDS's own default.
+
+  Attributes:
+    fields: the record fields it gives.
+    name: short, for logs.
+    shards: int64 [files], cumulative record counts; the last is the length.
+
+  Raises:
+    ImportError: if tensorflow_datasets is not installed.
+    FileNotFoundError: if the set is not there, prepared as ArrayRecord.
+    ValueError: if it has no such split or no image.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    *,
+    split: str = "train",
+    data_dir: str | os.PathLike | None = None,
+  ):
+    self.name = f"{name}/{split}"
+    self._name = name
+    self._split = split
+    self._data_dir = None if data_dir is None else os.path.expanduser(data_dir)
+    self._open()
+
+  def _open(self) -> None:
+    tfds = _tfds()
+    builder = self._builder(tfds)
+    features = dict(builder.info.features.items())
+    image = _image_feature(tfds, features, self.name)
+    captions = caption_path(features)
+    has_label = isinstance(features.get("label"), tfds.features.ClassLabel)
+    try:
+      self._source = builder.as_data_source(
+        split=self._split,
+        # Masks and second views of a set are not decoded either.
+        decoders={
+          key: tfds.decode.SkipDecoding()
+          for key, feature in features.items()
+          if isinstance(feature, tfds.features.Image)
+        },
+      )
+    except NotImplementedError as error:
+      raise FileNotFoundError(
+        f"{self._name} is prepared in {builder.data_dir}, but not in a format"
+        f" that can be read at random. {self._how()}"
+      ) from error
+    self._image, self._captions, self._label = image, captions, has_label
+    self.fields = frozenset(
+      ["key", "image"] + ["captions"] * bool(captions) + ["label"] * has_label
+    )
+    parts = builder.info.splits[self._split].file_instructions
+    self.shards: Int64[np.ndarray, " files"] = np.cumsum(
+      [part.take for part in parts], dtype=np.int64
+    )
+    self._pid = os.getpid()
+
+  def _builder(self, tfds: Any) -> Any:
+    try:
+      builder = tfds.builder(self._name, data_dir=self._data_dir)
+    except tfds.core.registered.DatasetNotFoundError as error:
+      where = self._data_dir or "the default folder of TFDS"
+      raise FileNotFoundError(
+        f"TFDS knows no {self._name!r} and {where} has none. {self._how()}"
+      ) from error
+    splits = builder.info.splits
+    if not splits:
+      raise FileNotFoundError(
+        f"{self._name} is not prepared in {builder.data_dir}. {self._how()}"
+      )
+    base = self._split.partition("[")[0]
+    if base not in splits and "+" not in base and base != "all":
+      raise ValueError(
+        f"{self._name} has no split {base!r}. {did_you_mean(base, splits)}"
+      )
+    return builder
+
+  def _how(self) -> str:
+    where = f" --data_dir={self._data_dir}" if self._data_dir else ""
+    return (
+      "Prepare it with `pip install 'mtv_jax[tfds]'` and `tfds build"
+      f" {self._name} --file_format=array_record{where}`."
+    )
+
+  def __getstate__(self) -> tuple[str, str, str | None]:
+    return self._name, self._split, self._data_dir
+
+  def __setstate__(self, state: tuple[str, str, str | None]) -> None:
+    self._name, self._split, self._data_dir = state
+    self.name = f"{self._name}/{self._split}"
+    self._open()
+
+  def __len__(self) -> int:
+    return int(self.shards[-1])
+
+  def __repr__(self) -> str:
+    return f"TFDSSource({self.name}, {len(self)} records)"
+
+  def __getitem__(self, i: SupportsIndex) -> Record:
+    """Record `i`; its key is its place in the split, as TFDS keeps no other.
+
+    Raises:
+      IndexError: if `i` is not in [0, len).
+      BadRecord: if it has no caption where the set has captions.
+    """
+    i = i.__index__()
+    if not 0 <= i < len(self):
+      raise IndexError(f"Record {i} of {self!r} does not exist.")
+    if self._pid != os.getpid():
+      # Readers have threads, which a fork leaves behind.
+      self._open()
+    example = self._source[i]
+    record: Record = {
+      "key": f"{self.name}/{i:09d}",
+      "image": example[self._image],
+    }
+    if self._captions:
+      found: Any = example
+      for part in self._captions:
+        found = found[part]
+      if isinstance(found, bytes | str):
+        found = [found]
+      texts = [t.decode() if isinstance(t, bytes) else str(t) for t in found]
+      record["captions"] = [t for t in texts if t.strip()]
+      if not record["captions"]:
+        raise BadRecord(record["key"], "its caption is empty")
+    if self._label:
+      record["label"] = int(example["label"])
+    return record
+
+
+def _image_feature(tfds: Any, features: dict[str, Any], name: str) -> str:
+  images = [
+    key
+    for key, feature in features.items()
+    if isinstance(feature, tfds.features.Image)
+  ]
+  if "image" in images or len(images) == 1:
+    return "image" if "image" in images else images[0]
+  raise ValueError(
+    f"{name} must have one image feature, or one named 'image'; it has"
+    f" {images or 'none'} among {sorted(features)}."
+  )
+
+
+def caption_path(features: Mapping[str, Any]) -> tuple[str, ...]:
+  """Where in the tree of `features` the captions are, or () for nowhere."""
+  for path in _CAPTIONS:
+    node: Any = features
+    for part in path:
+      # A sequence of dicts holds them in its own `feature`.
+      node = getattr(node, "feature", node)
+      if part not in _names(node):
+        break
+      node = node[part]
+    else:
+      if not _names(getattr(node, "feature", node)):
+        return path
+  return ()
+
+
+def _names(node: Any) -> list[str]:
+  return list(node.keys()) if hasattr(node, "keys") else []
+
+
+def _tfds() -> Any:
+  try:
+    import tensorflow_datasets
+  except ImportError as error:
+    raise ImportError(
+      "type='tfds' needs TensorFlow Datasets: pip install 'mtv_jax[tfds]'."
+    ) from error
+  return tensorflow_datasets

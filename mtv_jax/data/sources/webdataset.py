@@ -1,0 +1,319 @@
+"""WebDataset tars, as img2dataset writes them, read at random in place."""
+
+import functools
+import json
+import logging
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+from jaxtyping import Int64
+
+from mtv_jax.config.schema import did_you_mean
+from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.data.sources import tar_index
+from mtv_jax.data.sources.tar_index import TarIndex
+from mtv_jax.data.sources.tar_scan import TarError
+from mtv_jax.utils import path as paths
+from mtv_jax.utils.open_files import OpenFiles
+
+log = logging.getLogger(__name__)
+
+# Up to this hole between a record's members, one read beats several.
+_MAX_HOLE = 1 << 16
+# Keys of tars whose ranges overlap are compared up to this many records.
+_MAX_COMPARED = 2_000_000
+
+_CAPTIONS = ("required", "ignored", "optional")
+
+
+class WebDatasetSource:
+  """Records of tars by number: the tars in order, the records of each in order.
+
+  A record is the members that share a key: an image (.jpg, .jpeg, .png or
+  .webp) and its captions. These are the list `captions` of KEY.json if it has
+  one, else the text of KEY.txt, else `caption` of KEY.json. Blank captions are
+  dropped; a record left without any is a `BadRecord`.
+
+  Reads are `pread`s at offsets of a memory-mapped index, so threads and forked
+  processes can share one source, and a pickled one opens its files anew.
+
+  Args:
+    path: brace ranges, globs, commas or a list; see `paths.expand`.
+    index_dir: where the indices are kept; None for beside the tars.
+    captions: "required" leaves out records that have neither .txt nor .json;
+      "ignored" takes every image, and its records have no captions;
+      "optional" takes every image, with the captions that it has, perhaps
+      none: those that are missing, blank or can't be read.
+
+  Attributes:
+    fields: the record fields it gives.
+    files: the tars, in their order.
+    name: short, for logs.
+    shards: int64 [tars], cumulative record counts; the last is the length.
+
+  Raises:
+    FileNotFoundError: if a tar is missing or a glob matches none.
+    TarError: if a tar is cut short, damaged, compressed or repeats a key.
+    OSError: if an index is missing or out of date and can't be written.
+    ValueError: if there is no record at all.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike | Sequence[str | os.PathLike],
+    *,
+    index_dir: str | os.PathLike | None = None,
+    captions: str = "required",
+  ):
+    if captions not in _CAPTIONS:
+      raise ValueError(
+        f"captions={captions!r}. {did_you_mean(str(captions), _CAPTIONS)}"
+      )
+    self._path = path
+    self._captions = captions
+    required = captions == "required"
+    self._tars = tar_index.build_all(
+      paths.expand(path, suffix=".tar"),
+      index_dir=Path(index_dir).expanduser() if index_dir is not None else None,
+    )
+    self.files = tuple(t.tar for t in self._tars)
+    counts = [t.captioned if required else t.count for t in self._tars]
+    self.shards: Int64[np.ndarray, " tars"] = np.cumsum(counts, dtype=np.int64)
+    self.name = _summary([t.tar.name for t in self._tars])
+    fields = ["key", "image"] + ["captions"] * (captions != "ignored")
+    self.fields = frozenset(fields)
+    self._report_skipped()
+    _refuse_duplicates(self._tars)
+    self._open = OpenFiles(
+      functools.partial(_open_tar, self._tars),
+      descriptors=2,  # the tar, and the memory map of its index
+    )
+
+  def _report_skipped(self) -> None:
+    bare = 0
+    if self._captions == "required":
+      bare = sum(t.count - t.captioned for t in self._tars)
+    no_image = sum(t.no_image for t in self._tars)
+    if not len(self):
+      others = sum(t.others for t in self._tars)
+      raise ValueError(
+        f"{self.name} has no record: {no_image} groups of members without an"
+        f" image, {bare} without a caption, {others} other members. A record is"
+        " KEY.jpg (or .jpeg, .png, .webp) with KEY.txt or KEY.json, and a KEY"
+        " ends at the first dot of a name; for images alone set"
+        " captions='ignored'."
+      )
+    if bare or no_image:
+      log.warning(
+        "%s: left out %d records without an image and %d without a caption;"
+        " %d remain.",
+        self.name,
+        no_image,
+        bare,
+        len(self),
+      )
+
+  def __len__(self) -> int:
+    return int(self.shards[-1])
+
+  def __repr__(self) -> str:
+    return f"WebDatasetSource({self.name}, {len(self)} records)"
+
+  def __getitem__(self, i: SupportsIndex) -> Record:
+    """Record `i`.
+
+    Raises:
+      IndexError: if `i` is not in [0, len).
+      BadRecord: if its caption can't be read or is empty, or the image has no
+        bytes. Whether the bytes are an image shows when they are decoded.
+      TarError: if the tar has changed since it was indexed.
+    """
+    return self._read(i)[0]
+
+  def _read(self, i: SupportsIndex) -> tuple[Record, bytes | None]:
+    """Record `i`, and the bytes of its .json."""
+    tar, at = self._locate(i)
+    key, image, text, sidecar = tar.read(at)
+    if not image:
+      raise BadRecord(key, f"its image in {tar.path.name} has no bytes")
+    record: Record = {"key": key, "image": image}
+    if self._captions != "ignored":
+      try:
+        record["captions"] = parse_captions(key, text, sidecar)
+      except BadRecord:
+        if self._captions == "required":
+          raise
+        record["captions"] = []
+    return record, sidecar
+
+  def meta(self, i: SupportsIndex) -> dict[str, Any]:
+    """What KEY.json says of record `i` (nothing if it is missing or no
+    object), and its `key`."""
+    tar, at = self._locate(i)
+    key, _, _, sidecar = tar.read(at)
+    return _parse_meta(key, sidecar)
+
+  def record_and_meta(self, i: SupportsIndex) -> Record:
+    """Record `i` with its `meta`, read at once; errors are those of both."""
+    record, sidecar = self._read(i)
+    return record | {"meta": _parse_meta(record["key"], sidecar)}
+
+  def _locate(self, i: SupportsIndex) -> tuple["_OpenTar", int]:
+    """The open tar of record `i`, and its number there."""
+    i = i.__index__()
+    if not 0 <= i < len(self):
+      raise IndexError(f"Record {i} of {self!r} does not exist.")
+    shard = int(np.searchsorted(self.shards, i, side="right"))
+    first = int(self.shards[shard - 1]) if shard else 0
+    return self._open.get(shard), i - first
+
+
+def _parse_meta(key: str, sidecar: bytes | None) -> dict[str, Any]:
+  try:
+    fields = json.loads(sidecar or b"{}")
+  except ValueError:
+    fields = {}
+  return (fields if isinstance(fields, dict) else {}) | {"key": key}
+
+
+def parse_captions(
+  key: str, text: bytes | None, sidecar: bytes | None
+) -> list[str]:
+  """The captions that are not blank; BadRecord if there is none."""
+  captions: list[Any] = []
+  # Most .json are not needed, and parsing each would cost more than reading.
+  if sidecar is not None and (text is None or b'"captions"' in sidecar):
+    try:
+      fields = json.loads(sidecar)
+    except ValueError as error:
+      raise BadRecord(key, f"its .json can't be parsed ({error})") from error
+    if not isinstance(fields, dict):
+      raise BadRecord(key, "its .json is not an object")
+    several = fields.get("captions")
+    single = fields.get("caption")
+    if several is not None:
+      captions = several if isinstance(several, list) else [several]
+    elif text is None and single is not None:
+      captions = [single]
+    elif text is None:
+      raise BadRecord(
+        key,
+        "its .json has neither 'captions' nor 'caption', only"
+        f" {', '.join(sorted(fields)) or 'nothing'}; and there is no .txt",
+      )
+  if not captions and text is not None:
+    try:
+      captions = [text.decode("utf-8-sig")]
+    except UnicodeDecodeError as error:
+      raise BadRecord(key, f"its .txt is not UTF-8 ({error})") from error
+  if wrong := [c for c in captions if not isinstance(c, str)]:
+    raise BadRecord(key, f"a caption of its .json is {wrong[0]!r}, not a text")
+  captions = [stripped for c in captions if (stripped := c.strip())]
+  if not captions:
+    raise BadRecord(key, "its caption is empty")
+  return captions
+
+
+class _OpenTar:
+  """The open files of one tar."""
+
+  def __init__(self, index: TarIndex):
+    self.path = index.tar
+    self._entries, self._keys = index.open()
+    self._fd = os.open(index.tar, os.O_RDONLY | os.O_CLOEXEC)
+    # Not __del__, which runs too late where the interpreter ends.
+    weakref.finalize(self, os.close, self._fd)
+    size = os.fstat(self._fd).st_size
+    if size != index.tar_size:
+      raise TarError(
+        f"{index.tar} has {size} bytes, it had {index.tar_size} when this run"
+        " started: start again, so that it is indexed anew."
+      )
+
+  def read(self, i: int) -> tuple[str, bytes, bytes | None, bytes | None]:
+    """Key, and bytes of image, text and JSON."""
+    *spans, key_end = self._entries[i].item()
+    key_start = int(self._entries["key_end"][i - 1]) if i else 0
+    key = self._keys[key_start:key_end].tobytes().decode()
+    parts = [(at, n) for at, n in zip(spans[:3], spans[3:], strict=True) if at]
+    low = min(at for at, _ in parts)
+    high = max(at + n for at, n in parts)
+    if high - low <= sum(n for _, n in parts) + _MAX_HOLE:
+      data = memoryview(self._pread(low, high - low))
+      found = [
+        bytes(data[at - low : at - low + n]) if at else None
+        for at, n in zip(spans[:3], spans[3:], strict=True)
+      ]
+    else:
+      found = [
+        self._pread(at, n) if at else None
+        for at, n in zip(spans[:3], spans[3:], strict=True)
+      ]
+    return key, found[0] or b"", found[1], found[2]
+
+  def _pread(self, offset: int, size: int) -> bytes:
+    try:
+      data = os.pread(self._fd, size, offset)
+      while len(data) < size:
+        # A read may stop short of 2 GiB or at a signal; at the end it is empty.
+        more = os.pread(self._fd, size - len(data), offset + len(data))
+        if not more:
+          end = os.fstat(self._fd).st_size
+          raise TarError(
+            f"{self.path} ends at offset {end}, the record goes on to"
+            f" {offset + size}: it was cut after this run opened it. Restore it"
+            " and start again."
+          )
+        data += more
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, str(self.path)) from error
+    return data
+
+
+def _open_tar(tars: list[TarIndex], shard: int) -> _OpenTar:
+  return _OpenTar(tars[shard])
+
+
+def _refuse_duplicates(tars: list[TarIndex]) -> None:
+  """A key in two tars: the same shard twice, or two sets given as one."""
+  ranges = sorted(
+    (t for t in tars if t.count), key=lambda t: (t.smallest, t.largest)
+  )
+  # img2dataset's keys start with the shard, so that tars hardly ever overlap.
+  overlapping: set[int] = set()
+  widest = None
+  for i, tar in enumerate(ranges):
+    if widest is not None and tar.smallest <= ranges[widest].largest:
+      overlapping |= {i, widest}
+    if widest is None or tar.largest > ranges[widest].largest:
+      widest = i
+  suspects = [ranges[i] for i in sorted(overlapping)]
+  total = sum(t.count for t in suspects)
+  if total > _MAX_COMPARED:
+    log.warning(
+      "The keys of %d tars overlap (%s, ...) and are not compared, as there"
+      " are %d of them; a record may be there twice.",
+      len(suspects),
+      suspects[0].tar,
+      total,
+    )
+    return
+  owner: dict[str, Path] = {}
+  for tar in suspects:
+    for key in tar.read_keys():
+      if (other := owner.setdefault(key, tar.tar)) is not tar.tar:
+        raise TarError(
+          f"Key {key!r} is in {other} and in {tar.tar}. If these are two data"
+          " sets, give each its own entry in data.train; if a shard is there"
+          " twice, leave one out of the path."
+        )
+
+
+def _summary(names: list[str]) -> str:
+  if len(names) == 1:
+    return names[0]
+  return f"{names[0]}..{names[-1]} ({len(names)} tars)"

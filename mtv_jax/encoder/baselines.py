@@ -1,0 +1,165 @@
+"""Encoders that have learnt nothing: the floor of every evaluation.
+
+mtv_jax.load("pixels:224")       raw pixels, patches of 16 ("pixels:224/14")
+mtv_jax.load("random:B/16")      an untrained ViT ("random:mu/8@64" at 64)
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mtv_jax.encoder import apply_fns
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.models import two_tower as models
+from mtv_jax.models import vit
+from mtv_jax.models.vit import ViTSpec
+from mtv_jax.parallel import sharding
+
+# Side of the thumbnail that a raw-pixel encoder has for an embedding.
+THUMBNAIL = 8
+_PIXELS = re.compile(r"pixels:(\d+)(?:/(\d+))?")
+_RANDOM = re.compile(r"random:(\w[\w-]*/\d+)(?:@(\d+))?")
+
+
+def is_baseline(name: str) -> bool:
+  """Whether a string asks for a baseline and not for a folder."""
+  return name.startswith(("pixels:", "random:"))
+
+
+def load(
+  name: str, *, dtype: str = "float32", mesh: Mesh | None = None
+) -> Encoder:
+  """The baseline of a name.
+
+  Args:
+    name: `pixels:SIZE` or `pixels:SIZE/PATCH` (16 by default), or
+      `random:VARIANT` or `random:VARIANT@SIZE` (224 by default).
+    dtype: as for `mtv_jax.load`.
+    mesh: as for `mtv_jax.load`.
+
+  Raises:
+    ValueError: for a name that is neither, an unknown variant, or a size that
+      the patch does not divide.
+  """
+  if found := _PIXELS.fullmatch(name):
+    size, patch = (int(x) for x in found.groups("16"))
+    return PixelEncoder(size, patch, dtype=dtype, mesh=mesh)
+  if found := _RANDOM.fullmatch(name):
+    variant, size = found.groups("224")
+    return random(variant, int(size), dtype=dtype, mesh=mesh)
+  raise ValueError(
+    f"{name!r} is no baseline; expected pixels:SIZE, pixels:SIZE/PATCH, "
+    f"random:VARIANT or random:VARIANT@SIZE, such as 'pixels:224' and "
+    f"'random:B/16@224'. Variants: {', '.join(models.VARIANTS)}"
+  )
+
+
+def random(
+  variant: str,
+  size: int = 224,
+  *,
+  dtype: str = "float32",
+  mesh: Mesh | None = None,
+) -> Encoder:
+  """An image tower of a variant ('B/16') as it is initialised, seed 0.
+
+  Pooled by attention, as our towers are. It has no text tower.
+  """
+  spec = models.ModelSpec.from_config({"variant": variant, "image_size": size})
+  params = jax.tree.map(np.asarray, models.init_params(spec, jax.random.key(0)))
+  return Encoder(
+    spec,
+    params,
+    Preprocess(size=size),
+    mesh=mesh,
+    dtype=dtype,
+    weights="untrained",
+    source=f"random:{variant}@{size}",
+  )
+
+
+class PixelEncoder(Encoder):
+  """Normalised pixels as features.
+
+  A patch's feature is its pixels, ordered (y, x, channel), after the last and
+  only layer and before it; the pooled embedding is an 8 x 8 thumbnail of the
+  image. There are no prefix tokens, and there is no text tower.
+  """
+
+  def __init__(
+    self,
+    size: int,
+    patch: int = 16,
+    *,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+  ):
+    image = ViTSpec(
+      image_size=size,
+      patch_size=patch,
+      width=3 * patch**2,
+      depth=1,
+      heads=1,
+      mlp_dim=1,
+      pool="mean",
+      projection=3 * THUMBNAIL**2,
+    )
+    super().__init__(
+      models.ModelSpec(image=image),
+      {"image": {}},
+      Preprocess(size=size),
+      mesh=mesh,
+      dtype=dtype,
+      weights="none",
+      source=f"pixels:{size}/{patch}",
+    )
+
+  def protocol(self):
+    return {**super().protocol(), "image_pool": f"{THUMBNAIL}x{THUMBNAIL} area"}
+
+  def _image_function(self, taps, outputs):
+    return _pixel_function(self.spec, taps, outputs, self.mesh)
+
+
+@functools.lru_cache(maxsize=64)
+def _pixel_function(spec, taps, outputs, mesh) -> apply_fns.Function:
+  patch = spec.image.patch_size
+
+  def run(params, images):
+    del params
+    b, h, w, _ = images.shape
+    grid = spec.image.grid_of(h, w)
+    patches = vit.patchify(images, patch).reshape(b, *grid, -1)
+    prefix = patches[:, 0, :0]
+    found = {"patches": patches, "prefix": prefix}
+    if "pooled" in outputs:
+      found["pooled"] = _thumbnail(images).reshape(b, -1)
+    kept = {name: found[name] for name in outputs}
+    for tap in taps:
+      kept |= {f"layer{tap}": patches, f"prefix{tap}": prefix}
+    return kept
+
+  return jax.jit(run, out_shardings=sharding.replicated(mesh))
+
+
+def _thumbnail(images):
+  """Means over the cells of an 8 x 8 grid, whose edges may cut pixels."""
+  rows, columns = (_area_matrix(side, THUMBNAIL) for side in images.shape[1:3])
+  return jax.numpy.einsum(
+    "yh,xw,bhwc->byxc", rows, columns, images, precision="highest"
+  )
+
+
+def _area_matrix(size: int, new_size: int) -> np.ndarray:
+  """`[new, old]`: what share of each new cell every old one covers."""
+  edges = np.arange(new_size + 1) * size / new_size
+  low, high = edges[:-1, None], edges[1:, None]
+  old = np.arange(size)
+  shared = np.minimum(high, old + 1) - np.maximum(low, old)
+  return (np.maximum(shared, 0) * new_size / size).astype(np.float32)

@@ -1,0 +1,373 @@
+"""Encoder: a loaded model, for evaluations and for users.
+
+    encoder = mtv_jax.load(DIR)
+    features = encoder.image(images, layers=(3, -1))
+    logits = encoder.similarity(features.pooled, encoder.text(captions))
+
+An encoder takes pixels and strings and gives NumPy arrays. It knows neither
+the trainer nor a data set. The parameters are arguments of functions that are
+compiled once per architecture, mesh and request, whichever encoder asks: the
+trainer builds one from its live parameters before every evaluation for free.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Float, Float32, PyTree
+
+from mtv_jax.config.schema import did_you_mean
+from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.encoder import apply_fns, batched, inputs, prediction
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.models import two_tower as models
+from mtv_jax.models.heads.predictors import Predictors
+from mtv_jax.parallel import sharding
+
+OUTPUTS = inputs.OUTPUTS
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFeatures:
+  """Features of n images; what was not asked for is None.
+
+  Attributes:
+    pooled: `[n, E]`, the embedding, not normalised.
+    patches: `[n, h, w, D]`, the last layer's patch tokens after the final
+      norm, on their grid.
+    prefix: `[n, P, D]`, the CLS token and registers after the final norm.
+    layers: by block (counted from 0, as asked for), its patch tokens
+      `[n, h, w, D]` before the final norm.
+    prefix_layers: by the same blocks, their CLS token and registers
+      `[n, P, D]` before the final norm.
+  """
+
+  pooled: Float32[np.ndarray, "n e"] | None
+  patches: Float32[np.ndarray, "n h w d"] | None
+  prefix: Float32[np.ndarray, "n p d"] | None
+  layers: dict[int, Float32[np.ndarray, "n h w d"]]
+  prefix_layers: dict[int, Float32[np.ndarray, "n p d"]] = dataclasses.field(
+    default_factory=dict
+  )
+
+
+def normalize(
+  embeddings: Float[np.ndarray, "*n e"],
+) -> Float32[np.ndarray, "*n e"]:
+  """Rows divided by their length; a zero row stays zero."""
+  x = np.asarray(embeddings, np.float32)
+  length = np.linalg.norm(x, axis=-1, keepdims=True)
+  return x / np.maximum(length, 1e-12)
+
+
+class Encoder(prediction.Predicting):
+  """Images and strings to features.
+
+  Every host of a pod calls the same methods with the same lists. Each host
+  decodes and computes its own rows of a batch, and all of them get all the
+  results. The last batch is padded and the padding dropped, so results depend
+  neither on the batch size nor on the number of devices (beyond the rounding
+  of a matrix product).
+  """
+
+  def __init__(
+    self,
+    spec: models.ModelSpec,
+    params: Mapping[str, PyTree],
+    preprocess: Preprocess,
+    tokenizer: Any | None = None,
+    mesh: Mesh | None = None,
+    *,
+    dtype: str = "float32",
+    weights: str = "student",
+    source: str = "",
+    predictors: Predictors | None = None,
+  ):
+    """Wraps parameters; nothing is compiled or copied that is placed already.
+
+    Args:
+      spec: the architecture.
+      params: `image`, and where there is a text tower `text` and
+        `heads/contrastive`; maybe further heads. Live `jax.Array`s stay where
+        they are; NumPy arrays are placed over the mesh by the rules of
+        `sharding.py`.
+      preprocess: what an image goes through.
+      tokenizer: `encode(strings, length)`; only `text` needs it.
+      mesh: `(data, fsdp, tensor)`; by default that of the parameters, else
+        every device on `data`.
+      dtype: of the computation. float32 runs at the highest matmul precision.
+      weights: which of a checkpoint's weights these are, for the protocol.
+      source: where they came from, for the protocol.
+      predictors: how the heads were configured that `depth`, `ground` and
+        `locate` predict with; their parameters are in `heads`.
+    """
+    if "image" not in params:
+      raise ValueError(
+        f"Encoder: params has no 'image'; it has {sorted(params)}. Pass the "
+        "whole tree {'image', 'text', 'heads'}, not one tower's."
+      )
+    self.spec = spec
+    self.preprocess = preprocess
+    self.tokenizer = tokenizer
+    self.mesh = mesh or _mesh_of(params) or sharding.make_mesh({"data": -1})
+    if dtype not in DTYPES:
+      raise ValueError(
+        f"Encoder: dtype={dtype!r}. {did_you_mean(str(dtype), DTYPES)}"
+      )
+    self.dtype = dtype
+    self.weights = weights
+    self.source = source
+    self.predictors = predictors or Predictors()
+    self.params = _place(params, self.mesh)
+    if spec.text is not None and tokenizer is not None:
+      tokenizers.check_vocabulary(tokenizer, spec.text.vocab_size)
+
+  def __repr__(self) -> str:
+    image = self.spec.image
+    return (
+      f"Encoder({self.source or 'live'}, {self.weights}, width {image.width}, "
+      f"depth {image.depth}, patch {image.patch_size}, "
+      f"input {self.preprocess.size})"
+    )
+
+  def with_preprocess(self, preprocess: Preprocess) -> Encoder:
+    """The same encoder behind another preprocessing; parameters are shared."""
+    other = copy.copy(self)
+    other.preprocess = preprocess
+    return other
+
+  def image(
+    self,
+    images: Sequence[Any] | np.ndarray,
+    *,
+    layers: Sequence[int] = (),
+    outputs: Sequence[str] = OUTPUTS,
+    batch_size: int = 64,
+  ) -> ImageFeatures:
+    """Features of images.
+
+    Args:
+      images: a sequence of uint8 `[H, W, 3]` arrays of any size, PIL images or
+        encoded bytes. Items are taken one at a time by a thread pool, so a
+        lazy sequence that reads its files on access keeps memory bounded.
+      layers: blocks to return the patch tokens of, from 0; -1 is the last.
+      outputs: which of `pooled`, `patches` and `prefix` to return. Ask only for
+        `pooled` over a large set: patches of 50,000 images don't fit.
+      batch_size: images a step over the whole mesh, rounded up to what its
+        data axes divide.
+
+    Raises:
+      TypeError: for something that is not an image.
+      ValueError: for a layer or an output that does not exist.
+    """
+    inputs.check_images(images)
+    size = self.preprocess.size
+    return self._features(
+      lambda i: self.preprocess(inputs.as_image(images[i], f"image {i}")),
+      count=len(images),
+      size=(size, size),
+      layers=layers,
+      outputs=outputs,
+      batch_size=batch_size,
+    )
+
+  def dense(
+    self,
+    images: Sequence[np.ndarray] | np.ndarray,
+    *,
+    layers: Sequence[int] = (),
+    outputs: Sequence[str] = ("patches",),
+    batch_size: int = 16,
+  ) -> ImageFeatures:
+    """Features of images at the size they come in.
+
+    Only the mean and standard deviation of the preprocessing apply; nothing is
+    resized or cropped, and the position embedding is resampled to the grid.
+
+    Args:
+      images: a sequence, maybe lazy, of `[H, W, 3]` arrays of one size, uint8
+        or float32 in 0..255. The patch must divide H and W, which may differ.
+      layers: as for `image`.
+      outputs: as for `image`; grids are `[n, H / patch, W / patch, D]`.
+      batch_size: as for `image`.
+
+    Raises:
+      TypeError: for something that is no such array.
+      ValueError: for images of several sizes or of one that the patch does not
+        divide, or for a layer or an output that does not exist.
+    """
+    inputs.check_images(images, method="dense")
+    size = inputs.as_pixels(images[0], "image 0").shape[:2]
+    self.spec.image.grid_of(*size)
+
+    def prepare(i):
+      pixels = inputs.as_pixels(images[i], f"image {i}", size=size)
+      return self.preprocess.normalize(pixels)
+
+    return self._features(
+      prepare,
+      count=len(images),
+      size=size,
+      layers=layers,
+      outputs=outputs,
+      batch_size=batch_size,
+    )
+
+  def text(
+    self, strings: Sequence[str], *, batch_size: int = 256
+  ) -> Float32[np.ndarray, "n e"]:
+    """Embeddings `[n, E]` of strings, not normalised."""
+    if self.spec.text is None or "text" not in self.params:
+      raise ValueError(
+        f"{self!r} has no text tower, so it can't embed text. Zero-shot and "
+        "retrieval need a model with one (SigLIP, CLIP, a contrastive run)."
+      )
+    if self.tokenizer is None:
+      raise ValueError(
+        f"{self!r} has no tokenizer. Put its tokenizer file into the folder, "
+        "or pass tokenizer=build_tokenizer(...)."
+      )
+    if isinstance(strings, str):
+      raise TypeError("Encoder.text takes a list of strings: pass [string]")
+    if not len(strings):
+      raise ValueError("Encoder.text got no strings")
+    tokens = np.asarray(
+      self.tokenizer.encode(list(strings), self.spec.text.length), np.int32
+    )
+    function = apply_fns.text_function(self.spec, self.dtype, self.mesh)
+    out = batched.in_batches(
+      functools.partial(function, self.params["text"]),
+      lambda i: tokens[i],
+      count=len(tokens),
+      blank=np.zeros_like(tokens[0]),
+      batch_size=batch_size,
+      mesh=self.mesh,
+    )
+    return out["pooled"]
+
+  def similarity(
+    self,
+    image: Float[np.ndarray, "n e"],
+    text: Float[np.ndarray, "m e"],
+  ) -> Float32[np.ndarray, "n m"]:
+    """Logits `exp(logit_scale) cos(image, text) + logit_bias`.
+
+    Embeddings may be normalised or not. The model was trained on these: sigmoid
+    of them for SigLIP (Zhai et al. 2023), softmax over either axis for CLIP.
+    """
+    inputs.check_embeddings(image, text)
+    head = _contrastive(self.params.get("heads", {}), repr(self))
+    scale = np.exp(np.float32(head["logit_scale"]))
+    bias = np.float32(head.get("logit_bias", 0.0))
+    return scale * (normalize(image) @ normalize(text).T) + bias
+
+  def protocol(self) -> dict[str, Any]:
+    """What a figure made with this encoder depends on, for JSON."""
+    text, tokenizer = self.spec.text, self.tokenizer
+    protocol = {
+      "encoder": self.source or "live parameters",
+      "weights": self.weights,
+      "dtype": self.dtype,
+      "input_size": self.preprocess.size,
+      "preprocess": self.preprocess.to_dict(),
+      "image_pool": self.spec.image.pool,
+    }
+    if text is not None and tokenizer is not None:
+      protocol["text_pool"] = text.pool
+      protocol["text_length"] = text.length
+      path = getattr(tokenizer, "path", None)
+      protocol["tokenizer"] = {
+        "kind": tokenizer.kind,
+        "file": path and pathlib.PurePath(path).name,
+        "vocab_size": tokenizer.vocab_size,
+        "clean": tokenizer.clean,
+      }
+    return protocol
+
+  def _image_function(
+    self, taps: tuple[int, ...], outputs: tuple[str, ...]
+  ) -> apply_fns.Function:
+    return apply_fns.image_function(
+      self.spec, self.dtype, taps, outputs, self.mesh
+    )
+
+  def _features(
+    self,
+    prepare: Callable[[int], np.ndarray],
+    *,
+    count: int,
+    size: tuple[int, int],
+    layers: Sequence[int],
+    outputs: Sequence[str],
+    batch_size: int,
+  ) -> ImageFeatures:
+    inputs.check_outputs(outputs)
+    taps = tuple(inputs.layer(i, self.spec.image.depth) for i in layers)
+    function = self._image_function(
+      tuple(sorted(set(taps))), tuple(o for o in OUTPUTS if o in outputs)
+    )
+    out = batched.in_batches(
+      functools.partial(function, self.params["image"]),
+      prepare,
+      count=count,
+      blank=np.zeros((*size, 3), np.float32),
+      batch_size=batch_size,
+      mesh=self.mesh,
+    )
+    return ImageFeatures(
+      pooled=out.get("pooled"),
+      patches=out.get("patches"),
+      prefix=out.get("prefix"),
+      layers={i: out[f"layer{t}"] for i, t in zip(layers, taps, strict=True)},
+      prefix_layers={
+        i: out[f"prefix{t}"] for i, t in zip(layers, taps, strict=True)
+      },
+    )
+
+
+def _mesh_of(params: PyTree) -> Mesh | None:
+  """The mesh that live parameters are placed on, if they are."""
+  for leaf in jax.tree.leaves(params):
+    placing = getattr(leaf, "sharding", None)
+    if isinstance(placing, NamedSharding):
+      mesh = placing.mesh
+      if set(sharding.AXES) <= set(mesh.axis_names):
+        return mesh
+  return None
+
+
+def _place(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
+  """Puts NumPy leaves on the mesh; arrays that are on it stay as they are."""
+  placings = sharding.tree_shardings(params, mesh)
+
+  def place(leaf, placing):
+    placed = getattr(leaf, "sharding", None)
+    if isinstance(placed, NamedSharding) and placed.mesh == mesh:
+      return leaf
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(
+      host.shape, placing, lambda index: host[index]
+    )
+
+  return jax.tree.map(place, dict(params), placings)
+
+
+def _contrastive(heads: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+  """The head with the temperature, whatever the run called its objective."""
+  found = {k: v for k, v in heads.items() if "logit_scale" in v}
+  if "contrastive" in found or len(found) == 1:
+    return found.get("contrastive") or next(iter(found.values()))
+  raise ValueError(
+    f"{what} has {len(found)} heads with a temperature (logit_scale), and one "
+    f"is expected; its heads are {sorted(heads)}. For cosine similarity use "
+    "normalize(image) @ normalize(text).T"
+  )

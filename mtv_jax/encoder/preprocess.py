@@ -1,0 +1,180 @@
+"""From a decoded image to what the encoder reads, on the host, with Pillow."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+import PIL.Image
+from jaxtyping import Float32, UInt8
+from ml_collections import ConfigDict
+
+from mtv_jax.config.schema import did_you_mean, parse_ops
+
+_CHOICES = {
+  "resize": ("squash", "shortest"),
+  "crop": ("none", "center"),
+  "interpolation": ("bilinear", "bicubic"),
+}
+_PILLOW = {
+  "bilinear": PIL.Image.Resampling.BILINEAR,
+  "bicubic": PIL.Image.Resampling.BICUBIC,
+}
+_OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+  """Resize, crop, scale to 0..1 and normalise one image.
+
+  With `antialias` the resize is Pillow's on uint8, which is what the PIL image
+  processors of `transformers` do, to the last bit. Without it, four (bilinear)
+  or sixteen (bicubic, a = -0.75) neighbours are read however much the image
+  shrinks, in float: `tf.image.resize` and torch do that by default, and
+  big_vision's ImageNet figures were made that way.
+
+  Attributes:
+    size: side of the square that comes out, in pixels.
+    resize: `squash` brings the image to a square whatever its shape,
+      `shortest` brings its shorter side to `resize_size` and keeps its shape
+      (the longer side is rounded down).
+    crop: `center` keeps the middle `size` x `size`; `none` needs `squash`.
+    interpolation: `bilinear` or `bicubic`.
+    antialias: whether shrinking averages over the pixels it drops.
+    mean: of the three channels, in 0..1.
+    std: of the three channels, in 0..1.
+    resize_size: the size of the resize where the crop is smaller (DINOv2:
+      256, then 224); `size` if None.
+  """
+
+  size: int
+  resize: str = "squash"
+  crop: str = "none"
+  interpolation: str = "bilinear"
+  antialias: bool = True
+  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  resize_size: int | None = None
+
+  def __post_init__(self):
+    for field, choices in _CHOICES.items():
+      if getattr(self, field) not in choices:
+        raise ValueError(
+          f"Preprocess: {field}={getattr(self, field)!r}; "
+          f"expected one of {list(choices)}"
+        )
+    if self.size < 1:
+      raise ValueError(f"Preprocess: size={self.size}; expected at least 1")
+    if self.resize == "shortest" and self.crop == "none":
+      raise ValueError(
+        "Preprocess: resize='shortest' leaves images of different shapes, "
+        "which don't make a batch; add crop='center' or use resize='squash'"
+      )
+    resized = self.resize_size or self.size
+    if self.crop == "none" and resized != self.size:
+      raise ValueError(
+        f"Preprocess: resize_size={resized} with size={self.size} needs "
+        "crop='center'"
+      )
+    if resized < self.size:
+      raise ValueError(
+        f"Preprocess: resize_size={resized} is smaller than the crop's "
+        f"size={self.size}"
+      )
+    for field in ("mean", "std"):
+      value = tuple(float(v) for v in getattr(self, field))
+      if len(value) != 3:
+        raise ValueError(
+          f"Preprocess: {field}={value}; expected three numbers, one a channel"
+        )
+      object.__setattr__(self, field, value)
+
+  def __call__(
+    self, image: UInt8[np.ndarray, "h w 3"] | PIL.Image.Image
+  ) -> Float32[np.ndarray, "s s 3"]:
+    """One image of any size to float32 `[size, size, 3]`, normalised."""
+    if isinstance(image, PIL.Image.Image):
+      image = np.asarray(image.convert("RGB"))
+    return self.normalize(self._crop(self._resize(image)))
+
+  def normalize(
+    self, pixels: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]
+  ) -> Float32[np.ndarray, "h w 3"]:
+    """Pixels in 0..255, of any size, scaled and normalised; no resizing."""
+    # In this order and these types the result equals transformers' to the bit.
+    scaled = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
+    mean, std = np.float32(self.mean), np.float32(self.std)
+    return (scaled - mean) / std
+
+  def _resize(self, image: np.ndarray) -> np.ndarray:
+    height, width = self._resized(*image.shape[:2])
+    if self.antialias:
+      picture = PIL.Image.fromarray(image)
+      method = _PILLOW[self.interpolation]
+      return np.asarray(picture.resize((width, height), resample=method))
+    method = _OPENCV[self.interpolation]
+    pixels = image.astype(np.float32)
+    return cv2.resize(pixels, (width, height), interpolation=method)
+
+  def _resized(self, height: int, width: int) -> tuple[int, int]:
+    size = self.resize_size or self.size
+    if self.resize == "squash":
+      return size, size
+    if height <= width:
+      return size, int(size * width / height)
+    return int(size * height / width), size
+
+  def _crop(self, image: np.ndarray) -> np.ndarray:
+    if self.crop == "none":
+      return image
+    top = (image.shape[0] - self.size) // 2
+    left = (image.shape[1] - self.size) // 2
+    return image[top : top + self.size, left : left + self.size]
+
+  def to_dict(self) -> dict[str, Any]:
+    """The fields as a dictionary that JSON can hold."""
+    fields = dataclasses.asdict(self)
+    return {
+      k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()
+    }
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> Preprocess:
+    """The reverse of `to_dict`; an unknown field is an error."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in fields:
+      if name not in known:
+        raise ValueError(
+          f"Preprocess has no field {name!r}. {did_you_mean(name, known)}"
+        )
+    return cls(**{k: _triple(v) for k, v in fields.items()})
+
+
+def _triple(value: Any) -> Any:
+  """JSON's lists as tuples of floats; anything else as it is."""
+  if isinstance(value, list | tuple):
+    return tuple(float(v) for v in value)
+  return value
+
+
+def preprocess_of(config: Mapping[str, Any] | ConfigDict) -> Preprocess:
+  """What a run's encoder expects, from its config.
+
+  The whole image squashed to a square, normalised to -1..1, as `views.py` does
+  on the device; of the size that the view `image` has in training, or else the
+  model's own.
+
+  Args:
+    config: with `model.image_size` and `views`.
+  """
+  size = config["model"]["image_size"]
+  view = config.get("views", {}).get("image")
+  if view is not None:
+    ops = view["ops"] if isinstance(view["ops"], str) else view["ops"][0]
+    for op in parse_ops(ops):
+      if op.name in ("resize", "crop"):
+        size = op.args[0] if op.args else op.kwargs["size"]
+  return Preprocess(size=int(size))

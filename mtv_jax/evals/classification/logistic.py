@@ -1,0 +1,253 @@
+"""Logistic regression on frozen features, for a sweep of regularisations.
+
+    minimise  1/n sum_i cross_entropy(x_i W + b, y_i) + |W|^2 / (2 C n)
+
+for 45 values of C, 1e-6 to 1e5 evenly spaced in the logarithm, by L-BFGS
+(DINOv2's and DINOv3's sweep). The bias is not regularised. Each fit starts
+where the one of the next smaller C ended: the problem is convex, so this
+changes how long it takes and not what is found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, Float32, Int
+
+from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.evals.classification import common as classification
+from mtv_jax.evals.classification.common import OneVector
+from mtv_jax.evals.core import probe
+from mtv_jax.evals.core.base import Result
+from mtv_jax.models.layers import check_choice
+from mtv_jax.parallel import sharding
+
+STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
+# Every fifth: 1e-6 to 1e4 in steps of 10^1.25.
+_SCENES = STRENGTHS[::5]
+_NORMALIZE = ("l2", "raw")
+_LOGIT_BYTES = 2**26  # of a block of logits on a device
+# Steps without a smaller objective after which float32 can't find any.
+_PATIENCE = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Logistic(OneVector):
+  """L2-regularised logistic regression, the best of a sweep.
+
+  Attributes:
+    strengths: values of C; 45 from 1e-6 to 1e5 by default, on scenes every
+      fifth.
+    max_iter: iterations of L-BFGS for each.
+    tolerance: of the largest entry of the gradient. (Published is 1e-12 in
+      double precision; in float32 a fit also ends where nothing gets better.)
+    normalize: `l2` divides features by their length, `raw` leaves them.
+    select: which images decide on C, see `classification.selection`; with
+      `train_split` the chosen C is fitted again on all training images.
+  """
+
+  strengths: tuple[float, ...] | None = None
+  max_iter: int = 1000
+  tolerance: float = 1e-7
+  normalize: str = "l2"
+  select: str = "val"
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_choice("Logistic: select", self.select, classification.SELECTIONS)
+    check_choice("Logistic: normalize", self.normalize, _NORMALIZE)
+    if self.strengths is not None and min(self.strengths, default=0) <= 0:
+      raise ValueError(
+        f"Logistic: strengths={self.strengths}; expected values above 0"
+      )
+
+  def run(self, encoder: Encoder) -> Result:
+    """Top-1, top-5 and mean-per-class accuracy at the best C."""
+    data, encoder = self._set, self._view(encoder)
+    values = self._resolve(self.strengths, published=STRENGTHS, scenes=_SCENES)
+    values = sorted(values)
+    scale = normalize if self.normalize == "l2" else np.asarray
+    x = scale(self._embed(encoder, data.train))
+    tested = scale(self._embed(encoder, data.test))
+    chosen = classification.selection(data, self.select)
+    held, labels = tested, data.test.labels
+    if self.select == "train_split":
+      held = x[chosen.chosen_on]
+      labels = data.train.labels[chosen.chosen_on]
+    options = {
+      "classes": data.classes,
+      "max_iter": self.max_iter,
+      "tolerance": self.tolerance,
+      "mesh": getattr(encoder, "mesh", None),
+    }
+    models = sweep(
+      x[chosen.train], data.train.labels[chosen.train], values, **options
+    )
+    top1 = [float(np.mean(m.scores(held).argmax(1) == labels)) for m in models]
+    best = int(np.argmax(top1))
+    model = models[best]
+    if self.select == "train_split":
+      (model,) = sweep(x, data.train.labels, values[best : best + 1], **options)
+    protocol = {
+      **self._common(encoder),
+      "head": "logistic regression, L2 on the weights, none on the bias",
+      "normalize": self.normalize,
+      "optimizer": "L-BFGS, memory 10, float32, each from the smaller C's end",
+      "strengths": values,
+      "max_iter": self.max_iter,
+      "tolerance": self.tolerance,
+      "iterations": [m.iterations for m in models],
+      "selection": chosen.how
+      + (", then all" if self.select == "train_split" else ""),
+      "selected": {"C": values[best]},
+      "top1_where_selected": top1,
+      "ties": "the lowest class and C of equal ones",
+    }
+    return Result(
+      classification.accuracies(model.scores(tested), data.test.labels),
+      protocol,
+      classification.chance(data.classes),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A fitted classifier.
+
+  Attributes:
+    kernel: `[d, c]`.
+    bias: `[c]`.
+    strength: C.
+    iterations: of L-BFGS.
+  """
+
+  kernel: Float32[np.ndarray, "d c"]
+  bias: Float32[np.ndarray, " c"]
+  strength: float
+  iterations: int
+
+  def scores(self, x: Float[np.ndarray, "n d"]) -> Float32[np.ndarray, "n c"]:
+    """Logits."""
+    return x.astype(np.float32) @ self.kernel + self.bias
+
+
+def sweep(
+  x: Float32[np.ndarray, "n d"],
+  labels: Int[np.ndarray, " n"],
+  strengths: Sequence[float],
+  *,
+  classes: int,
+  max_iter: int = 1000,
+  tolerance: float = 1e-7,
+  mesh: Mesh | None = None,
+) -> list[Model]:
+  """A model for each C, in their order, which should be increasing.
+
+  Logits exist for a block of rows at a time, so memory is that of the features.
+
+  Args:
+    x: features, the same on every host; split over the mesh by rows.
+    labels: in 0..classes.
+    strengths: values of C.
+    classes: how many there are.
+    max_iter: iterations of L-BFGS for each.
+    tolerance: of the largest entry of the gradient.
+    mesh: one device by default.
+  """
+  mesh = mesh or sharding.make_mesh({"data": 1}, jax.local_devices()[:1])
+  data = _place(x, labels, classes, mesh)
+  params = {
+    "kernel": np.zeros((x.shape[1], classes), np.float32),
+    "bias": np.zeros(classes, np.float32),
+  }
+  params = probe.replicate(params, mesh)
+  minimise = jax.jit(
+    functools.partial(_minimise, max_iter=max_iter),
+    out_shardings=sharding.replicated(mesh),
+  )
+  models = []
+  for c in strengths:
+    numbers = np.asarray([1 / (c * len(x)), tolerance], np.float32)
+    numbers = probe.replicate(numbers, mesh)
+    params, iterations = minimise(params, data, numbers)
+    kernel, bias = np.asarray(params["kernel"]), np.asarray(params["bias"])
+    models.append(Model(kernel, bias, float(c), int(iterations)))
+  return models
+
+
+def _place(
+  x: np.ndarray, labels: np.ndarray, classes: int, mesh: Mesh
+) -> dict[str, jax.Array]:
+  """Blocks of rows `[blocks, rows, ...]`, split over the mesh by rows."""
+  parts = sharding.batch_shards(mesh)
+  rows = min(-(-len(x) // parts), max(1, _LOGIT_BYTES // (4 * classes)))
+  rows *= parts
+  blocks = -(-len(x) // rows)
+  short = blocks * rows - len(x)
+  padded = {
+    "x": np.pad(x, ((0, short), (0, 0))),
+    "label": np.pad(labels, (0, short)),
+    "weight": np.pad(np.full(len(x), 1 / len(x), np.float32), (0, short)),
+  }
+  placing = NamedSharding(mesh, PartitionSpec(None, *sharding.BATCH))
+
+  def put(value):
+    value = value.reshape(blocks, rows, *value.shape[1:])
+    return jax.make_array_from_callback(
+      value.shape, placing, lambda index: value[index]
+    )
+
+  return {name: put(value) for name, value in padded.items()}
+
+
+def _minimise(params, data, numbers, max_iter):
+  """L-BFGS until the gradient is small or the objective stays."""
+  l2, tolerance = numbers
+  optimizer = optax.lbfgs(memory_size=10)
+  objective = functools.partial(_objective, data=data, l2=l2)
+  evaluate = optax.value_and_grad_from_state(objective)
+
+  def step(carry):
+    params, state, count, best, stale = carry
+    value, grad = evaluate(params, state=state)
+    updates, state = optimizer.update(
+      grad, state, params, value=value, grad=grad, value_fn=objective
+    )
+    params = optax.apply_updates(params, updates)
+    now = optax.tree.get(state, "value")
+    stale = jnp.where(now < best, 0, stale + 1)
+    return params, state, count + 1, jnp.minimum(now, best), stale
+
+  def going(carry):
+    _, state, count, _, stale = carry
+    grad = optax.tree.get(state, "grad")
+    largest = jnp.max(
+      jnp.stack([jnp.max(jnp.abs(g)) for g in jax.tree.leaves(grad)])
+    )
+    more = (largest > tolerance) & (count < max_iter) & (stale < _PATIENCE)
+    return (count == 0) | more
+
+  with jax.default_matmul_precision("highest"):
+    start = (params, optimizer.init(params), 0, jnp.inf, 0)
+    params, _, count, _, _ = jax.lax.while_loop(going, step, start)
+  return params, count
+
+
+def _objective(params, data, l2):
+  @jax.checkpoint
+  def block(total, rows):
+    logits = rows["x"] @ params["kernel"] + params["bias"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits, rows["label"]
+    )
+    return total + jnp.sum(losses * rows["weight"]), None
+
+  total, _ = jax.lax.scan(block, jnp.zeros(()), data)
+  return total + 0.5 * l2 * jnp.sum(jnp.square(params["kernel"]))

@@ -1,0 +1,248 @@
+"""Zero-shot classification: the class whose prompts an image is nearest to.
+
+With e_ct the normalised text embedding of class c in template t,
+
+    w_c  = normalize(mean_t e_ct)
+    pred = argmax_c cos(image, w_c)
+
+(Radford et al. 2021; big_vision, open_clip and CLIP_benchmark agree on it.)
+Embeddings are normalised before the mean; temperature and bias change nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int
+
+from mtv_jax.config.schema import did_you_mean
+from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.evals.core import base, prompts, ranking
+from mtv_jax.evals.core.base import Evaluator, Result
+from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.models import layers
+
+# Classes embedded at a time: 64 x 80 prompts are 16 MB of embeddings.
+_CLASSES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShot(Evaluator):
+  """Zero-shot classification.
+
+  Attributes:
+    data: see `datasets.py`.
+    prompts: a file of class names and templates (see `prompts.py`); by
+      default the data's own names and a few templates.
+    classes: `all` scores against every class of the prompt file, `present`
+      against those that have an image. The second makes a subset easier.
+    clean: `tokenizer` hands prompts over as they are, so that the tokenizer's
+      own cleaning applies (SigLIP's canonicalises, CLIP's does not);
+      `canonicalize` does so first whatever the tokenizer, as big_vision does.
+    count: images to use, evenly spaced; all by default.
+    batch_size: images a step.
+  """
+
+  data: datasets.Data = "scenes"
+  prompts: str | None = None
+  classes: str = "all"
+  clean: str = "tokenizer"
+  count: int | None = None
+  batch_size: int = 64
+
+  def __post_init__(self):
+    layers.check_choice("zero_shot: classes", self.classes, ("all", "present"))
+    layers.check_choice(
+      "zero_shot: clean", self.clean, ("tokenizer", "canonicalize")
+    )
+
+  @functools.cached_property
+  def _set(self) -> tuple[datasets.Labelled, prompts.Prompts, np.ndarray]:
+    """Images, prompts, and each image's label among the prompts' classes."""
+    data = datasets.labelled(self.data, count=self.count)
+    given = prompts.read_prompts(self.prompts) if self.prompts else None
+    return data, *match_classes(data, given, keep=self.classes)
+
+  def prepare(self) -> None:
+    """Reads names and annotations, and keeps them."""
+    _ = self._set
+
+  def run(self, encoder: Encoder) -> Result:
+    """Top-1, top-5 and mean-per-class accuracy."""
+    base.require_text(encoder)
+    data, named, labels = self._set
+    classifier = text_classifier(encoder, named, clean=self.clean)
+    features = encoder.image(
+      data.images, outputs=("pooled",), batch_size=self.batch_size
+    )
+    found = ranking.ranks(
+      normalize(features.pooled),
+      classifier,
+      query_ids=labels,
+      candidate_ids=np.arange(len(classifier)),
+    )
+    count = len(named.classes)
+    metrics = accuracies(found, labels)
+    chance = {
+      "top1": 1 / count,
+      "top5": min(5, count) / count,
+      "mean_per_class": 1 / count,
+    }
+    return Result(metrics, self._protocol(encoder, data, named), chance)
+
+  def _protocol(
+    self, encoder: Encoder, data: datasets.Labelled, named: prompts.Prompts
+  ) -> dict[str, Any]:
+    return {
+      **encoder.protocol(),
+      "data": data.name,
+      "data_hash": data.digest,
+      "images": len(data.images),
+      "classes": len(named.classes),
+      "classes_scored": self.classes,
+      "prompts": named.name,
+      "prompts_hash": named.digest,
+      "templates": list(named.templates),
+      "clean": self.clean,
+      "similarity": "cosine, float32, highest matmul precision",
+      "ties": ranking.TIE_RULE,
+      "mean_per_class": "over classes that have an image",
+    }
+
+
+def accuracies(
+  ranks: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]
+) -> dict[str, float]:
+  """Top-1, top-5 and the mean over the present classes of their top-1."""
+  hits = ranking.hit_rates(ranks, (1, 5))
+  correct = ranks < 1
+  present = [np.mean(correct[labels == c]) for c in np.unique(labels)]
+  return {
+    "top1": hits[1],
+    "top5": hits[5],
+    "mean_per_class": float(np.mean(present)),
+  }
+
+
+def text_classifier(
+  encoder: Encoder, named: prompts.Prompts, *, clean: str = "tokenizer"
+) -> Float32[np.ndarray, "c e"]:
+  """One normalised vector a class.
+
+  Equal names are embedded once, so their vectors are equal to the last bit
+  and the lowest index wins (ImageNet has "missile" and "sunglasses" twice).
+  """
+  names = list(dict.fromkeys(named.classes))
+  vectors = {}
+  for start in range(0, len(names), _CLASSES):
+    chunk = names[start : start + _CLASSES]
+    strings = [_fill(t, name, clean) for name in chunk for t in named.templates]
+    embedded = normalize(encoder.text(strings))
+    each = embedded.reshape(len(chunk), len(named.templates), -1)
+    vectors.update(zip(chunk, normalize(each.mean(axis=1)), strict=True))
+  return np.stack([vectors[name] for name in named.classes])
+
+
+def _fill(template: str, name: str, clean: str) -> str:
+  filled = template.replace("{}", name)
+  return tokenizers.canonicalize(filled) if clean == "canonicalize" else filled
+
+
+def match_classes(
+  data: datasets.Labelled, given: prompts.Prompts | None, *, keep: str
+) -> tuple[prompts.Prompts, Int[np.ndarray, " n"]]:
+  """The prompts to score against, and the images' labels among them.
+
+  Classes are matched by id where the file has ids, else by canonical name;
+  as many WordNet ids as the file has classes are matched in sorted order, which
+  is how ImageNet's labels are defined.
+
+  Raises:
+    ValueError: where a class of the data is not in the file, or two have one
+      name and nothing else tells them apart: their prompts would be equal, and
+      the second could never win.
+  """
+  if given is None:
+    given = _own_prompts(data)
+    place = np.arange(len(given.classes))
+  else:
+    place = np.asarray(_places(data, given))
+  labels = place[data.labels]
+  if keep == "present":
+    present, labels = np.unique(labels, return_inverse=True)
+    given = dataclasses.replace(
+      given,
+      classes=tuple(given.classes[i] for i in present),
+      ids=given.ids and tuple(given.ids[i] for i in present),
+    )
+  return given, labels.astype(np.int32)
+
+
+def _own_prompts(data: datasets.Labelled) -> prompts.Prompts:
+  names = data.classes
+  if names is None:
+    raise ValueError(
+      f"{data.name} has labels but no class names: give a prompt file "
+      "(prompts=) with its classes in the order of the labels"
+    )
+  numbered = [n for n in names if re.fullmatch(r"n\d{8}", n)]
+  if numbered:
+    raise ValueError(
+      f"{data.name}: folders such as {numbered[0]} are WordNet ids and not "
+      "names. Give a prompt file: tools/make_prompts.py writes ImageNet's"
+    )
+  _require_distinct(data, [tokenizers.canonicalize(name) for name in names])
+  return prompts.Prompts(classes=names)
+
+
+def _require_distinct(data: datasets.Labelled, names: Sequence[str]) -> None:
+  first: dict[str, int] = {}
+  for i, name in enumerate(names):
+    if first.setdefault(name, i) != i:
+      both = [(data.ids or data.classes)[k] for k in (first[name], i)]
+      raise ValueError(
+        f"{data.name}: the classes {both[0]!r} and {both[1]!r} are both "
+        f"{name!r} to a prompt, so no image of the second could be right. Give "
+        "a prompt file with 'ids' that tell them apart, or rename one"
+      )
+
+
+def _places(data: datasets.Labelled, given: prompts.Prompts) -> list[int]:
+  """For each class of the data, its index in the prompt file."""
+  total = len(given.classes)
+  if data.ids is None and data.classes is None:
+    largest = int(data.labels.max())
+    if largest >= total:
+      raise ValueError(
+        f"{data.name} has labels up to {largest} and {given.name} has {total} "
+        "classes"
+      )
+    return list(range(total))
+  if given.ids is not None and data.ids is not None:
+    known, wanted = given.ids, data.ids
+  elif data.ids is not None and _sorted_wnids(data.ids, total):
+    return list(range(total))
+  else:
+    known = [tokenizers.canonicalize(name) for name in given.classes]
+    wanted = [tokenizers.canonicalize(name) for name in data.classes or ()]
+    _require_distinct(data, wanted)
+  index: dict[str, int] = {}
+  for i, key in enumerate(known):
+    index.setdefault(key, i)
+  lost = [key for key in wanted if key not in index]
+  if lost:
+    raise ValueError(
+      f"{len(lost)} of {len(wanted)} classes of {data.name} are not in "
+      f"{given.name}, such as {lost[0]!r}. {did_you_mean(lost[0], known)}"
+    )
+  return [index[key] for key in wanted]
+
+
+def _sorted_wnids(ids: Sequence[str], total: int) -> bool:
+  return len(ids) == total and all(re.fullmatch(r"n\d{8}", i) for i in ids)

@@ -1,0 +1,232 @@
+"""One vector an image, as the probes of classification take it."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from mtv_jax.encoder.encoder import Encoder, ImageFeatures
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.evals.core import features
+from mtv_jax.evals.core.examples import Labelled, subset
+from mtv_jax.models.layers import check_choice
+
+VIEWS = ("center", "squash_center", "encoder")
+FEATURES = ("pooled", "cls", "mean")
+
+# Patches of a chunk of images that are held until their mean is taken.
+_CHUNK_BYTES = 2**29
+
+# Encoders behind the preprocessing of a protocol, by the encoder they copy;
+# kept so that the features remembered for them are found again.
+_views: weakref.WeakKeyDictionary[Encoder, dict[Preprocess, Encoder]] = (
+  weakref.WeakKeyDictionary()
+)
+
+
+def view(encoder: Encoder, name: str) -> Encoder:
+  """The encoder with the preprocessing of a protocol.
+
+  Args:
+    encoder: any.
+    name: `encoder` leaves its own preprocessing. `center` is that of DINOv2
+      and MAE: the shorter side to 256/224 of the input size (bicubic,
+      antialiased), then the middle square. `squash_center` is that of
+      big_vision's few-shot evaluation, `resize(256)|central_crop(224)`: both
+      sides to 256/224 of the input size, whatever the shape (bilinear, not
+      antialiased, as `tf.image.resize`), then the middle square.
+  """
+  check_choice("view", name, VIEWS)
+  if name == "encoder":
+    return encoder
+  own = encoder.preprocess
+  preprocess = Preprocess(
+    size=own.size,
+    crop="center",
+    mean=own.mean,
+    std=own.std,
+    resize_size=own.size * 256 // 224,
+    **_RESIZES[name],
+  )
+  made = _views.setdefault(encoder, {})
+  if preprocess not in made:
+    made[preprocess] = encoder.with_preprocess(preprocess)
+  return made[preprocess]
+
+
+_RESIZES = {
+  "center": {"resize": "shortest", "interpolation": "bicubic"},
+  "squash_center": {
+    "resize": "squash",
+    "interpolation": "bilinear",
+    "antialias": False,
+  },
+}
+
+
+def embed(
+  encoder: Encoder,
+  data: Labelled,
+  *,
+  feature: str = "pooled",
+  batch_size: int = 64,
+) -> Float32[np.ndarray, "n d"]:
+  """One vector an image, not normalised; remembered, but for `mean`.
+
+  Args:
+    encoder: any.
+    data: the images and their hash.
+    feature: `pooled` is the encoder's embedding (attention pooling, projected
+      CLS token, ...); `cls` the CLS token and `mean` the mean of the patch
+      tokens, both after the final norm.
+    batch_size: images a step.
+
+  Raises:
+    ValueError: for `cls` of an encoder without one.
+  """
+  _check_feature(encoder, feature)
+  if feature == "mean":
+    return last_blocks(encoder, data.images, batch_size=batch_size).mean
+  found = features.image(
+    encoder,
+    data.images,
+    digest=data.digest,
+    outputs=(_OUTPUTS[feature],),
+    batch_size=batch_size,
+  )
+  return found.pooled if feature == "pooled" else found.prefix[:, 0]
+
+
+def embed_crops(
+  encoder: Encoder,
+  crops: Sequence[np.ndarray],
+  *,
+  feature: str = "pooled",
+  batch_size: int = 64,
+) -> Float32[np.ndarray, "n d"]:
+  """`embed` of images of the encoder's input size; nothing is remembered."""
+  _check_feature(encoder, feature)
+  if feature == "mean":
+    return last_blocks(
+      encoder, crops, batch_size=batch_size, pixels="crops"
+    ).mean
+  found = encoder.dense(
+    crops, outputs=(_OUTPUTS[feature],), batch_size=batch_size
+  )
+  return found.pooled if feature == "pooled" else found.prefix[:, 0]
+
+
+_OUTPUTS = {"pooled": "pooled", "cls": "prefix"}
+
+
+def _check_feature(encoder: Encoder, feature: str) -> None:
+  check_choice("feature", feature, FEATURES)
+  if feature == "cls" and not encoder.spec.image.cls_token:
+    raise ValueError(
+      f"feature='cls': {encoder!r} has no CLS token; take 'pooled' or 'mean'"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LastBlocks:
+  """What linear probes read of the last blocks.
+
+  Attributes:
+    tokens: of the last block, the one before it and so on, the vector that
+      stands for the image: the CLS token after the final norm. Where there is
+      none, the embedding of the last block, and of the others the mean of the
+      patch tokens after the final norm.
+    mean: mean of the last block's patch tokens after the final norm.
+  """
+
+  tokens: tuple[Float32[np.ndarray, "n _"], ...]
+  mean: Float32[np.ndarray, "n d"]
+
+
+def token_kinds(encoder: Encoder) -> str:
+  """What `LastBlocks.tokens` are, for the protocol."""
+  if encoder.spec.image.cls_token:
+    return "CLS token after the final norm"
+  return "embedding; of earlier blocks the mean patch after the final norm"
+
+
+def last_blocks(
+  encoder: Encoder,
+  images: Sequence[Any],
+  *,
+  blocks: int = 1,
+  batch_size: int = 64,
+  pixels: str = "images",
+) -> LastBlocks:
+  """The tokens of the last blocks and the mean patch.
+
+  Patches are reduced a chunk of images at a time, so that memory does not grow
+  with the images but by their vectors.
+
+  Args:
+    encoder: any.
+    images: any size.
+    blocks: how many, of those the encoder has.
+    batch_size: images a step.
+    pixels: `images` go through the encoder's preprocessing, `crops` are of its
+      input size already and are only normalised.
+  """
+  check_choice("pixels", pixels, ("images", "crops"))
+  depth = encoder.spec.image.depth
+  layers = tuple(range(depth - 2, depth - 1 - blocks, -1))
+  cls = encoder.spec.image.cls_token
+  run = encoder.image if pixels == "images" else encoder.dense
+  size = encoder.preprocess.size // encoder.spec.image.patch_size
+  each = 4 * (1 + len(layers)) * size**2 * encoder.spec.image.width
+  chunk = max(batch_size, _CHUNK_BYTES // each // batch_size * batch_size)
+  parts = []
+  for start in range(0, len(images), chunk):
+    some = range(start, min(start + chunk, len(images)))
+    found = run(
+      subset(images, some),
+      layers=layers,
+      outputs=("patches", "prefix" if cls else "pooled"),
+      batch_size=batch_size,
+    )
+    parts.append(_reduced(encoder, found, layers))
+  columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+  return LastBlocks(tokens=tuple(columns[1:]), mean=columns[0])
+
+
+def _reduced(
+  encoder: Encoder, found: ImageFeatures, layers: Sequence[int]
+) -> list[np.ndarray]:
+  """The mean patch, then the token of each block, the last one first."""
+  cls = encoder.spec.image.cls_token
+  last = found.prefix[:, 0] if cls else found.pooled
+  out = [found.patches.mean(axis=(1, 2)), last]
+  for layer in layers:
+    if cls:
+      out.append(final_norm(encoder, found.prefix_layers[layer][:, 0]))
+    else:
+      normed = final_norm(encoder, found.layers[layer])
+      out.append(normed.mean(axis=(1, 2)))
+  return out
+
+
+def final_norm(
+  encoder: Encoder, x: Float32[np.ndarray, "*n d"]
+) -> Float32[np.ndarray, "*n d"]:
+  """Tokens of a block through the LayerNorm that follows the last block.
+
+  Raises:
+    ValueError: if the encoder has none.
+  """
+  norm = encoder.params["image"].get("norm")
+  if norm is None:
+    raise ValueError(f"{encoder!r} has no final norm to apply; use norm='none'")
+  scale, bias = np.asarray(norm["scale"]), np.asarray(norm["bias"])
+  x = x - x.mean(axis=-1, keepdims=True)
+  var = np.mean(np.square(x), axis=-1, keepdims=True)
+  eps = np.float32(encoder.spec.image.norm_eps)
+  return x / np.sqrt(var + eps) * scale + bias

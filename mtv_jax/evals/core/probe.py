@@ -1,0 +1,272 @@
+"""Training of small heads on frozen features, for all probes.
+
+    fitted = probe.fit(loss, params, batches, optimizer=optax.sgd(0.1),
+                       steps=1000, mesh=encoder.mesh)
+
+`loss` is a pure function, `batches` says what each step sees: a function of
+the step that gives the same arrays on every host, so that a fit depends on the
+seed alone and neither on the devices nor on the hosts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Float32, Int, PyTree
+
+from mtv_jax.parallel import sharding
+
+Batch = Mapping[str, np.ndarray]
+Arrays = Mapping[str, jax.Array | np.ndarray]
+Batches = Callable[[int], Batch] | Iterable[Batch]
+Loss = Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple]
+
+# Steps in flight: the host prepares batches while the device works, and must
+# not run away from it, since every step in flight holds its batch.
+_AHEAD = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """A trained head.
+
+  Attributes:
+    params: what was trained.
+    state: what went along, such as running statistics.
+    losses: of each step, before its update.
+    kept: by number of updates, (params, state) as they were after so many.
+  """
+
+  params: PyTree
+  state: PyTree
+  losses: Float32[np.ndarray, " steps"]
+  kept: dict[int, tuple[PyTree, PyTree]] = dataclasses.field(
+    default_factory=dict
+  )
+
+
+def fit(
+  loss: Loss,
+  params: PyTree,
+  batches: Batches,
+  *,
+  optimizer: optax.GradientTransformation,
+  steps: int,
+  state: PyTree = None,
+  seed: int = 0,
+  mesh: Mesh | None = None,
+  keep: Sequence[int] = (),
+) -> Fitted:
+  """Trains `params`; compiled once, in float32 at the highest precision.
+
+  Args:
+    loss: `loss(params, state, batch, rng) -> (scalar, new state)`. The scalar
+      is over the whole batch: sharding changes no mean.
+    params: float32 arrays; not modified.
+    batches: `batches(step)`, or an iterable: dictionaries of arrays
+      `[B, ...]`, all of one shape, the same on every host.
+    optimizer: its schedule counts steps.
+    steps: number of updates.
+    state: arrays that `loss` carries from step to step, not trained.
+    seed: of the key that each step gets another fold of.
+    mesh: the batch is split over its data axes (whole on each device, where
+      they do not divide it) and the rest is replicated; one device by default.
+    keep: numbers of updates after which to keep a copy on the host, to choose
+      from later.
+
+  Raises:
+    ValueError: for a step count below 1, for batches that end early, or if
+      the loss is not finite.
+  """
+  if steps < 1:
+    raise ValueError(f"probe.fit: steps={steps}; expected at least 1")
+  mesh = mesh or sharding.make_mesh({"data": 1}, jax.local_devices()[:1])
+  take = _taker(batches)
+  # A copy, since the compiled step overwrites what it is given.
+  params, state = jax.tree.map(jnp.array, (params, state))
+  carry = replicate((params, state, optimizer.init(params)), mesh)
+  update = _update(loss, optimizer, mesh)
+  key = jax.random.key(seed)
+  losses: list[jax.Array] = []
+  kept: dict[int, tuple[PyTree, PyTree]] = {}
+  for step in range(steps):
+    batch = place(take(step), mesh)
+    rng = replicate(jax.random.key_data(jax.random.fold_in(key, step)), mesh)
+    *carry, value = update(*carry, batch, rng)
+    losses.append(value)
+    if step + 1 in keep:
+      # Copies: the next step overwrites these arrays.
+      kept[step + 1] = jax.tree.map(np.array, (carry[0], carry[1]))
+    if step >= _AHEAD:
+      losses[step - _AHEAD].block_until_ready()
+  found = np.asarray([np.asarray(x) for x in losses], np.float32)
+  bad = np.flatnonzero(~np.isfinite(found))
+  if bad.size:
+    raise ValueError(
+      f"probe.fit: the loss is {found[bad[0]]} at step {bad[0]} of {steps}. "
+      "Lower the learning rate, or look for features that are not finite."
+    )
+  return Fitted(params=carry[0], state=carry[1], losses=found, kept=kept)
+
+
+def _taker(batches: Batches) -> Callable[[int], Batch]:
+  if callable(batches):
+    return batches
+  iterator = iter(batches)
+
+  def take(step: int) -> Batch:
+    try:
+      return next(iterator)
+    except StopIteration:
+      raise ValueError(f"probe.fit: batches end after {step} steps") from None
+
+  return take
+
+
+def _update(
+  loss: Loss, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable:
+  @functools.partial(
+    jax.jit,
+    donate_argnums=(0, 1, 2),
+    out_shardings=sharding.replicated(mesh),
+  )
+  def update(params, state, moments, batch, rng):
+    # float32 means float32: a TPU's default would multiply in bfloat16.
+    with jax.default_matmul_precision("highest"):
+      function = jax.value_and_grad(loss, has_aux=True)
+      (value, state), grads = function(
+        params, state, batch, jax.random.wrap_key_data(rng)
+      )
+    updates, moments = optimizer.update(grads, moments, params)
+    params = optax.apply_updates(params, updates)
+    return params, state, moments, value.astype(jnp.float32)
+
+  return update
+
+
+def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+  """Arrays that every host holds in full, split over the mesh by rows.
+
+  An array whose rows the data axes do not divide is replicated.
+  """
+  parts = sharding.batch_shards(mesh)
+
+  def put(value: np.ndarray) -> jax.Array:
+    value = np.asarray(value)
+    split = value.ndim and value.shape[0] % parts == 0
+    placing = NamedSharding(mesh, sharding.BATCH if split else PartitionSpec())
+    return jax.make_array_from_callback(
+      value.shape, placing, lambda index: value[index]
+    )
+
+  return {name: put(value) for name, value in batch.items()}
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+  """The same arrays, whole on every device of the mesh."""
+  placing = sharding.replicated(mesh)
+
+  def put(leaf) -> jax.Array:
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(
+      host.shape, placing, lambda index: host[index]
+    )
+
+  return jax.tree.map(put, tree)
+
+
+def shuffled(
+  count: int, *, batch_size: int, seed: int = 0
+) -> Callable[[int], Int[np.ndarray, " b"]]:
+  """By step, which of `count` items it sees: epochs, each one shuffled anew.
+
+  A batch may span epochs, so that every item is seen equally often, and may be
+  larger than the set.
+  """
+  if count < 1 or batch_size < 1:
+    raise ValueError(
+      f"probe.shuffled: count={count}, batch_size={batch_size}; expected at "
+      "least 1 of each"
+    )
+
+  @functools.lru_cache(maxsize=2 + batch_size // count)
+  def epoch(number: int) -> np.ndarray:
+    return np.random.default_rng((seed, number)).permutation(count)
+
+  def indices(step: int) -> np.ndarray:
+    start, stop = step * batch_size, (step + 1) * batch_size
+    first, last = start // count, (stop - 1) // count
+    items = np.concatenate([epoch(e) for e in range(first, last + 1)])
+    return items[start - first * count : stop - first * count]
+
+  return indices
+
+
+def batch_norm_stats(width: int) -> dict[str, Float[Array, " d"]]:
+  """Running statistics before the first batch: mean 0, variance 1."""
+  return {"mean": jnp.zeros(width), "var": jnp.ones(width)}
+
+
+def batch_norm_affine(width: int) -> dict[str, Float[Array, " d"]]:
+  """Scale 1 and bias 0."""
+  return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
+
+
+def batch_norm_train(
+  x: Float[Array, "*n d"],
+  stats: Arrays,
+  *,
+  affine: Arrays | None = None,
+  momentum: float = 0.1,
+  eps: float = 1e-5,
+) -> tuple[Float[Array, "*n d"], dict[str, Float[Array, " d"]]]:
+  """Normalised by the batch's own statistics, and the running ones updated.
+
+  torch's conventions (Ioffe & Szegedy 2015): the batch is divided by its
+  biased variance, the running variance collects the unbiased one, and the new
+  value has the weight `momentum`. Over a sharded batch the statistics are the
+  global batch's (SyncBN).
+
+  Args:
+    x: any number of leading dimensions, at least two vectors in all.
+    stats: from `batch_norm_stats` or the step before.
+    affine: from `batch_norm_affine`; none by default.
+    momentum: weight of the new statistics.
+    eps: added to the variance.
+  """
+  axes = tuple(range(x.ndim - 1))
+  count = x.size // x.shape[-1]
+  if count < 2:
+    raise ValueError(
+      f"batch_norm_train: {list(x.shape)} has {count} vectors; statistics "
+      "need at least 2"
+    )
+  mean = x.mean(axis=axes)
+  var = jnp.mean(jnp.square(x - mean), axis=axes)
+  new = {"mean": mean, "var": var * (count / (count - 1))}
+  running = {k: (1 - momentum) * stats[k] + momentum * new[k] for k in new}
+  return _normalized(x, mean, var, affine, eps), jax.lax.stop_gradient(running)
+
+
+def batch_norm_eval(
+  x: Float[Array, "*n d"],
+  stats: Arrays,
+  *,
+  affine: Arrays | None = None,
+  eps: float = 1e-5,
+) -> Float[Array, "*n d"]:
+  """Normalised by the running statistics."""
+  return _normalized(x, stats["mean"], stats["var"], affine, eps)
+
+
+def _normalized(x, mean, var, affine, eps):
+  x = (x - mean) * jax.lax.rsqrt(var + eps)
+  return x if affine is None else x * affine["scale"] + affine["bias"]

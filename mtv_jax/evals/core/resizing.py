@@ -1,0 +1,201 @@
+"""Resizing arrays by the rules that published evaluations were made with.
+
+Every method is named after PyTorch's `interpolate`, whose results these equal.
+A linear method is one matrix an axis: host arrays read only its few non-zero
+entries a row, device arrays are multiplied by it, which is what accelerators
+do best.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int, Shaped
+
+from mtv_jax.augment import geometry
+from mtv_jax.config.schema import did_you_mean
+from mtv_jax.models import positions
+from mtv_jax.models.heads import dpt
+
+LINEAR = (
+  "bilinear",
+  "bilinear_corners",
+  "bilinear_antialiased",
+  "bicubic",
+  "bicubic_antialiased",
+)
+NEAREST = ("nearest", "nearest_exact")
+METHODS = (*LINEAR, *NEAREST)
+
+
+@functools.lru_cache(maxsize=64)
+def matrix(
+  size: int, new_size: int, method: str = "bilinear"
+) -> Float64[np.ndarray, "new old"]:
+  """The matrix that resamples `size` values to `new_size`; rows sum to one.
+
+  Args:
+    size: values there are.
+    new_size: values wanted.
+    method:
+      bilinear: pixels are areas (align_corners=False), two values are read
+        however much the axis shrinks.
+      bilinear_corners: the outer pixels stay in place (align_corners=True).
+      bilinear_antialiased: antialias=True; Pillow's BILINEAR.
+      bicubic: a = -0.75, four values are read; OpenCV's INTER_CUBIC.
+      bicubic_antialiased: a = -0.5; Pillow's BICUBIC, `jax.image.resize`.
+
+  Raises:
+    ValueError: for a method that is not in `LINEAR`, or an empty axis.
+  """
+  _check(method, LINEAR)
+  if size < 1 or new_size < 1:
+    raise ValueError(f"resizing {size} values to {new_size}; expected >= 1")
+  if method == "bilinear_corners":
+    made = np.array(dpt.corner_matrix(size, new_size), np.float64)
+  elif method == "bicubic":
+    made = np.array(positions.resize_matrix(size, new_size, "bicubic"))
+  elif method == "bicubic_antialiased":
+    made = np.array(positions.resize_matrix(size, new_size, "antialiased"))
+  elif method == "bilinear_antialiased":
+    # Concrete even while a caller is being traced: it depends on sizes only.
+    with jax.ensure_compile_time_eval():
+      made = np.array(_triangles(size, new_size), np.float64)
+  else:
+    made = _areas(size, new_size)
+  made.setflags(write=False)  # cached, so shared by every caller
+  return made
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _triangles(size: int, new_size: int) -> Array:
+  zero, one = jnp.float32(0), jnp.float32(1)
+  return geometry.weights(zero, one, source=size, target=new_size)
+
+
+def _areas(size: int, new_size: int) -> np.ndarray:
+  place = (np.arange(new_size) + 0.5) * size / new_size - 0.5
+  place = np.clip(place, 0, size - 1)
+  low = np.floor(place).astype(int)
+  made = np.zeros((new_size, size))
+  rows, share = np.arange(new_size), place - low
+  np.add.at(made, (rows, low), 1 - share)
+  np.add.at(made, (rows, np.minimum(low + 1, size - 1)), share)
+  return made
+
+
+@functools.lru_cache(maxsize=64)
+def indices(
+  size: int, new_size: int, method: str = "nearest"
+) -> Int[np.ndarray, " new"]:
+  """Which of `size` values each of `new_size` takes.
+
+  Args:
+    size: values there are.
+    new_size: values wanted.
+    method: `nearest` reads at the pixel's upper left corner (16 to 4 takes 0,
+      4, 8, 12: torch's 'nearest', OpenCV's INTER_NEAREST), `nearest_exact` at
+      its centre (2, 6, 10, 14: torch's 'nearest-exact', Pillow, JAX).
+
+  Raises:
+    ValueError: for a method that is not in `NEAREST`.
+  """
+  _check(method, NEAREST)
+  # In float32, as PyTorch computes them: where a place falls on an integer,
+  # rounding decides.
+  scale = np.float32(size) / np.float32(new_size)
+  shift = np.float32(0.5 if method == "nearest_exact" else 0.0)
+  place = np.floor((np.arange(new_size, dtype=np.float32) + shift) * scale)
+  made = np.minimum(place.astype(np.int64), size - 1)
+  made.setflags(write=False)
+  return made
+
+
+def resize(
+  x: Shaped[Array, "*n h w d"] | Shaped[np.ndarray, "*n h w d"],
+  size: tuple[int, int],
+  *,
+  method: str = "bilinear",
+) -> Shaped[Array, "*n h2 w2 d"] | Shaped[np.ndarray, "*n h2 w2 d"]:
+  """Feature maps or pictures with channels, resized.
+
+  Args:
+    x: on the host or on the device; the result is where `x` is.
+    size: rows and columns wanted.
+    method: one of `METHODS`, see `matrix` and `indices`.
+
+  Returns:
+    In the dtype of `x`; linear methods make float32 of integers.
+
+  Raises:
+    ValueError: for an unknown method.
+  """
+  return _resize(x, size, method=method, axis=x.ndim - 3)
+
+
+def resize_maps(
+  x: Shaped[Array, "*n h w"] | Shaped[np.ndarray, "*n h w"],
+  size: tuple[int, int],
+  *,
+  method: str = "bilinear",
+) -> Shaped[Array, "*n h2 w2"] | Shaped[np.ndarray, "*n h2 w2"]:
+  """Maps without channels (depth, labels), resized; see `resize`."""
+  return _resize(x, size, method=method, axis=x.ndim - 2)
+
+
+def _resize(x, size, *, method, axis):
+  _check(method, METHODS)
+  if method in LINEAR and not jnp.issubdtype(x.dtype, jnp.floating):
+    x = x.astype(np.float32)
+  for place, new in ((axis, size[0]), (axis + 1, size[1])):
+    old = x.shape[place]
+    if old == new:
+      continue
+    if method in NEAREST:
+      x = x.take(indices(old, new, method), axis=place)
+    elif isinstance(x, np.ndarray):
+      x = _gather(x, *_taps(old, new, method), place)
+    else:
+      x = _product(x, matrix(old, new, method), place)
+  return x
+
+
+@functools.lru_cache(maxsize=64)
+def _taps(
+  size: int, new_size: int, method: str
+) -> tuple[Int[np.ndarray, "taps new"], Float[np.ndarray, "taps new"]]:
+  """Places and values of the non-zero entries of the matrix's rows."""
+  full = matrix(size, new_size, method)
+  count = int((full != 0).sum(axis=1).max())
+  # Stable, so that taps are added up in the order of the axis.
+  order = np.argsort(full == 0, axis=1, kind="stable")[:, :count]
+  return order.T, np.take_along_axis(full, order, axis=1).T
+
+
+def _gather(x, places, values, axis):
+  shape = [1] * x.ndim
+  shape[axis] = -1
+  total = 0
+  for place, value in zip(places, values, strict=True):
+    total = total + x.take(place, axis=axis) * value.astype(x.dtype).reshape(
+      shape
+    )
+  return total
+
+
+def _product(x, weights, axis):
+  # A TPU multiplies float32 in bfloat16 unless told otherwise.
+  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  moved = jnp.moveaxis(x, axis, -1)
+  made = jnp.matmul(moved, jnp.asarray(weights.T, x.dtype), precision=precision)
+  return jnp.moveaxis(made, -1, axis)
+
+
+def _check(method: str, known: tuple[str, ...]) -> None:
+  if method not in known:
+    raise ValueError(
+      f"no resizing method {method!r} here. {did_you_mean(method, known)}"
+    )

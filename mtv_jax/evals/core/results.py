@@ -1,0 +1,160 @@
+"""What evaluations gave, and the JSON that keeps it.
+
+One encoder's file is `{encoder, weights, mtv_jax, evals}`, as training writes
+it, and `{name, skipped, failed}` where several evaluations were asked for;
+several encoders' is `{mtv_jax, encoders: [...]}`, one such entry each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import mtv_jax
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.core.base import Result
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What the evaluations of one encoder gave.
+
+  Attributes:
+    name: what tables call the encoder.
+    encoder: where it was loaded from.
+    weights: which of its weights.
+    results: by evaluation.
+    skipped: by evaluation, what the encoder or the data lack for it.
+    failed: by evaluation, what went wrong.
+    protocol: of the encoder alone, which its results' protocols begin with.
+    version: of the code.
+  """
+
+  name: str
+  encoder: str
+  weights: str
+  results: dict[str, Result] = dataclasses.field(default_factory=dict)
+  skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+  failed: dict[str, str] = dataclasses.field(default_factory=dict)
+  protocol: dict[str, Any] = dataclasses.field(default_factory=dict)
+  version: str = mtv_jax.__version__
+
+
+_FIELDS = dataclasses.fields(Outcome)
+
+
+def write_json(
+  path: str | os.PathLike, encoder: Encoder, results: Mapping[str, Result]
+) -> None:
+  """Figures, chance and protocols of one encoder, with what made them."""
+  _write(
+    path,
+    {
+      "encoder": encoder.source,
+      "weights": encoder.weights,
+      "mtv_jax": mtv_jax.__version__,
+      "evals": {name: result.to_dict() for name, result in results.items()},
+    },
+  )
+
+
+def write(path: str | os.PathLike, outcomes: Sequence[Outcome]) -> None:
+  """The same for any number of encoders, with what was skipped or failed."""
+  encoders = []
+  for outcome in outcomes:
+    fields = {f.name: getattr(outcome, f.name) for f in _FIELDS}
+    fields["mtv_jax"] = fields.pop("version")
+    done = fields.pop("results")
+    fields["evals"] = {name: r.to_dict() for name, r in done.items()}
+    encoders.append(fields)
+  if len(encoders) == 1:
+    _write(path, encoders[0])
+  else:
+    _write(path, {"mtv_jax": mtv_jax.__version__, "encoders": encoders})
+
+
+def read(path: str | os.PathLike) -> list[Outcome]:
+  """The outcomes in a file of `write` or `write_json`, without pictures.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if it is no such file; says what it holds.
+  """
+  path = pathlib.Path(path)
+  try:
+    content = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from None
+  held = sorted(content) if isinstance(content, dict) else type(content)
+  if not isinstance(content, dict) or not {"encoders", "evals"} & {*content}:
+    raise ValueError(
+      f"{path} holds {held}; expected the results of tools/evaluate.py "
+      "('encoders') or an evaluation of a run ('evals')"
+    )
+  entries = content.get("encoders", [content])
+  return [_outcome(path, entry, content) for entry in entries]
+
+
+def _outcome(
+  path: pathlib.Path, entry: Mapping[str, Any], content: Mapping[str, Any]
+) -> Outcome:
+  try:
+    return Outcome(
+      name=entry.get("name") or entry["encoder"] or path.stem,
+      encoder=entry["encoder"],
+      weights=entry["weights"],
+      results={name: _result(r) for name, r in entry["evals"].items()},
+      skipped=dict(entry.get("skipped", {})),
+      failed=dict(entry.get("failed", {})),
+      protocol=dict(entry.get("protocol", {})),
+      version=entry.get("mtv_jax", content.get("mtv_jax", "")),
+    )
+  except (KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f"{path}: an entry of these results can't be read ({error!r})"
+    ) from None
+
+
+def _result(fields: Mapping[str, Any]) -> Result:
+  def figures(name):
+    values = fields.get(name, {}).items()
+    return {k: math.nan if v is None else v for k, v in values}
+
+  return Result(
+    metrics=figures("metrics"),
+    protocol=fields["protocol"],
+    chance=figures("chance"),
+    units=fields.get("units", {}),
+    lower=tuple(fields.get("lower", ())),
+  )
+
+
+def _write(path: str | os.PathLike, content: Any) -> None:
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # NaN is no JSON: a figure that there is none of is null.
+  text = json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n"
+  # Whole or not at all: it is written again after each evaluation.
+  partial = path.with_name(path.name + ".partial")
+  partial.write_text(text, encoding="utf-8")
+  partial.replace(path)
+
+
+def jsonable(value: Any) -> Any:
+  """NumPy's numbers as Python's, arrays and tuples as lists, NaN as None."""
+  if isinstance(value, Mapping):
+    return {str(k): jsonable(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [jsonable(v) for v in value]
+  if isinstance(value, np.generic | np.ndarray):
+    return jsonable(value.tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value

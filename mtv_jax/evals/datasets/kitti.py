@@ -1,0 +1,225 @@
+"""KITTI's depth (Geiger et al. 2013; Uhrig et al. 2017), in two layouts.
+
+  LISTS   kitti_eigen_{train,test}_files_with_gt.txt or
+          kitti_eigen_{train,test}.txt, lines "rgb depth focal";
+          raw_data/DATE/DRIVE/image_02/data/N.{png,jpg} and
+          data_depth_annotated/{train,val}/DRIVE/proj_depth/groundtruth/...:
+          depth of several sweeps, 16 bits, value / 256 in metres
+  OBJECT  training/{image_2,velodyne,calib}: depth of one sweep, projected here
+
+Of the 697 images that Eigen et al. (2014) test on, 652 have a map.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Float, Float32, Float64
+
+from mtv_jax.evals.datasets import depth as depth_data
+from mtv_jax.evals.datasets import layout
+from mtv_jax.evals.datasets.depth import DepthSet, Files
+
+SUBSETS = ("all", "train", "val")
+_LISTS = (
+  "kitti_eigen_{split}_files_with_gt.txt",
+  "eigen_{split}_files_with_gt.txt",
+  "kitti_eigen_{split}.txt",
+)
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def is_here(root: pathlib.Path) -> bool:
+  """Whether a folder looks like one of the layouts, complete or not."""
+  names = [p.format(split=s) for p in _LISTS for s in depth_data.SPLITS]
+  names += ["data_depth_annotated", "raw_data", "training/velodyne"]
+  return any((root / name).exists() for name in names)
+
+
+def read(
+  root: pathlib.Path,
+  *,
+  split: str = "test",
+  count: int | None = None,
+  subset: str = "all",
+) -> DepthSet:
+  """Opens one split.
+
+  Args:
+    root: a folder of one of the layouts.
+    split: `train` or `test`, the list that is read.
+    count: how many images to use, evenly spaced; all by default.
+    subset: of a list, all images, or those whose map lies in the `train` or
+      the `val` part of the annotated depth. MiDaS tests on `val`: 161 images.
+
+  Raises:
+    FileNotFoundError: for a layout with parts missing.
+    ValueError: for an unknown subset, or one without images.
+  """
+  listed = [root / name.format(split=split) for name in _LISTS]
+  listed = [path for path in listed if path.is_file()]
+  if listed:
+    return _read_list(listed[0], count, subset)
+  if not (root / "training").is_dir():
+    layout.require(
+      root,
+      (
+        _LISTS[0].format(split=split),
+        "raw_data/*/*/image_02/data/*",
+        "data_depth_annotated/*/*/proj_depth/groundtruth/image_02/*.png",
+      ),
+      what="KITTI's raw images and annotated depth with Eigen et al.'s list",
+    )
+  if split != "test":
+    raise ValueError(
+      f"{root}: the object benchmark's frames have no {split} split of depth; "
+      f"to train on KITTI give it {_LISTS[0].format(split=split)}"
+    )
+  return _read_object(root, count)
+
+
+def _read_list(path: pathlib.Path, count: int | None, subset: str) -> DepthSet:
+  if subset not in SUBSETS:
+    raise ValueError(f"subset={subset!r}; expected one of {SUBSETS}")
+  rows = depth_data.read_list(path)
+  rows = [row for row in rows if row[1] != "None"]
+  root = path.parent
+  truths = {row[1]: _truth(root, row[1]) for row in rows}
+  lost = [name for name, truth in truths.items() if truth is None]
+  if lost:
+    raise FileNotFoundError(
+      f"{root}: {len(lost)} of {len(rows)} depth maps are missing, such as "
+      f"{lost[0]}, under data_depth_annotated/train and .../val"
+    )
+  files = [Files(_image(root, image), truths[depth]) for image, depth in rows]
+  if subset != "all":
+    files = [f for f in files if f.depth.parts[-6] == subset]
+  if not files:
+    raise ValueError(f"{path}: no image has a map in the subset {subset!r}")
+  return depth_data.of_files(
+    files,
+    read_depth=_read_png,
+    kind="kitti",
+    name=str(root),
+    source="annotated (several sweeps), 16 bits: value / 256 m",
+    count=count,
+  )
+
+
+def _read_png(files: Files) -> np.ndarray:
+  return depth_data.read_grey(files.depth).astype(np.float32) / 256
+
+
+def _image(root: pathlib.Path, name: str) -> pathlib.Path:
+  """The image of a line, which often is kept as JPEG."""
+  paths = [
+    (root / folder / name).with_suffix(suffix)
+    for folder in ("raw_data", "")
+    for suffix in _SUFFIXES
+  ]
+  return next((p for p in paths if p.is_file()), paths[0])
+
+
+def _truth(root: pathlib.Path, name: str) -> pathlib.Path | None:
+  """The map of a line; the lists leave out which part it lies in."""
+  parts = ("train", "val")
+  folders = [f"data_depth_annotated/{p}" for p in parts] + list(parts)
+  paths = [root / folder / name for folder in folders]
+  return next((p for p in paths if p.is_file()), None)
+
+
+def _read_object(root: pathlib.Path, count: int | None) -> DepthSet:
+  folder = root / "training"
+  layout.require(
+    root,
+    (
+      "training/image_2/*.png",
+      "training/velodyne/*.bin",
+      "training/calib/*.txt",
+    ),
+    what="KITTI's object benchmark",
+  )
+  images = sorted((folder / "image_2").glob("*.png"))
+  return depth_data.of_files(
+    [Files(p, folder / "velodyne" / f"{p.stem}.bin") for p in images],
+    read_depth=_read_sweep,
+    kind="kitti",
+    name=str(root),
+    source=(
+      "one velodyne sweep projected by P2 R0_rect Tr_velo_to_cam, nearest "
+      "point of a pixel"
+    ),
+    count=count,
+  )
+
+
+def _read_sweep(files: Files) -> np.ndarray:
+  # Only the header is read for the size.
+  with PIL.Image.open(files.image) as picture:
+    width, height = picture.size
+  points = np.fromfile(files.depth, np.float32).reshape(-1, 4)[:, :3]
+  folder = files.depth.parents[1] / "calib"
+  calibration = read_calibration(folder / f"{files.depth.stem}.txt")
+  return project(points, calibration, size=(height, width))
+
+
+def read_calibration(
+  path: pathlib.Path,
+) -> dict[str, Float64[np.ndarray, "3 n"]]:
+  """Matrices `[3, 3]` and `[3, 4]` of a calibration file, by name.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: one that is needed is missing.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: no calibration of this frame")
+  found = {}
+  for line in path.read_text().splitlines():
+    name, _, numbers = line.partition(":")
+    values = np.array(numbers.split(), np.float64)
+    if values.size in (9, 12):
+      found[name] = values.reshape(3, -1)
+  lost = {"P2", "R0_rect", "Tr_velo_to_cam"} - found.keys()
+  if lost:
+    raise ValueError(f"{path} lacks {sorted(lost)}; it has {sorted(found)}")
+  return found
+
+
+def project(
+  points: Float[np.ndarray, "n 3"],
+  calibration: Mapping[str, Float[np.ndarray, "3 k"]],
+  *,
+  size: tuple[int, int],
+) -> Float32[np.ndarray, "{size[0]} {size[1]}"]:
+  """The depth map of a laser sweep in the left colour camera.
+
+      z (u, v, 1) = P2 [R0_rect (Tr_velo_to_cam [X; 1]); 1]
+
+  (the object benchmark's devkit). Pixels are centred at integers; of several
+  points in one, the nearest counts, as the others may be hidden behind it.
+
+  Args:
+    points: metres, in the laser's frame.
+    calibration: of `read_calibration`.
+    size: rows and columns of the image.
+
+  Returns:
+    Metres along the optical axis, 0 where no point falls.
+  """
+  ones = np.ones((len(points), 1))
+  homogeneous = np.concatenate([np.asarray(points, np.float64), ones], axis=1)
+  camera = homogeneous @ calibration["Tr_velo_to_cam"].T
+  camera = np.concatenate([camera @ calibration["R0_rect"].T, ones], axis=1)
+  u, v, z = (camera @ calibration["P2"].T).T
+  front = z > 0
+  u, v, z = u[front] / z[front], v[front] / z[front], z[front]
+  column, row = np.rint(u), np.rint(v)
+  inside = (column >= 0) & (column < size[1]) & (row >= 0) & (row < size[0])
+  place = (row[inside].astype(int), column[inside].astype(int))
+  depth = np.full(size, np.inf)
+  np.minimum.at(depth, place, z[inside])
+  return np.where(np.isfinite(depth), depth, 0).astype(np.float32)

@@ -1,0 +1,207 @@
+"""Reader of RGB-D sequences with poses, as 7-Scenes has them.
+
+    ROOT/**/frame-000000.{color.png|color.jpg, depth.png, pose.txt}
+    ROOT/**/camera-intrinsics.txt    (optional: 3 x 3, in pixels)
+
+Depth is a 16-bit PNG in millimetres, 0 and 65535 for nothing; the pose is
+4 x 4, camera to world, in metres. Without intrinsics, those of 7-Scenes hold: a
+focal length of 585 pixels and the principal point (320, 240) (Shotton et al.
+2013). Every folder of frames is a sequence, whose frames are paired with each
+other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from mtv_jax.data import canvas
+from mtv_jax.evals.datasets import layout
+from mtv_jax.evals.datasets.posed import Frame, PosedFrames, motion, read_uint16
+
+# The protocol's offline copies, which are made of these frames too.
+STORED = 1024
+# A partner must show this share of a frame's points within its picture. NAVI
+# needs no such rule, as all its pictures show the object.
+MIN_OVERLAP = 0.3
+_POSES = "frame-*.pose.txt"
+_KINECT = np.array([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])
+_STEP = 16  # pixels between the points by which overlap is judged
+
+
+def looks_like(root: pathlib.Path) -> bool:
+  """Whether a folder holds frames with poses, at any depth."""
+  return next(root.rglob(_POSES), None) is not None
+
+
+def open_rgbd(root: str | pathlib.Path) -> PosedFrames:
+  """All frames under a folder that have a finite pose, sorted by name.
+
+  Raises:
+    FileNotFoundError: for a frame without its picture or depth.
+    ValueError: for a pose or intrinsics of another form.
+  """
+  root = layout.require(
+    root,
+    [f"**/frame-*.{part}" for part in ("pose.txt", "color.*", "depth.png")],
+    what="a set of RGB-D sequences in the layout of 7-Scenes",
+  )
+  frames, groups, poses, lost = [], [], [], 0
+  for folder in sorted({path.parent for path in root.rglob(_POSES)}):
+    start = len(frames)
+    intrinsics = _intrinsics(folder, root)
+    # Listed once: a sequence of 7-Scenes has 3,000 files.
+    there = {path.name for path in folder.iterdir()}
+    for path in sorted(folder.glob(_POSES)):
+      camera_to_world = _matrix(path, (4, 4))
+      # How 7-Scenes and ScanNet say that tracking was lost.
+      if not np.isfinite(camera_to_world).all():
+        lost += 1
+        continue
+      frames.append(_files(path, there, intrinsics))
+      poses.append(_inverse(camera_to_world, path))
+    if len(frames) > start:
+      groups.append(tuple(range(start, len(frames))))
+  if not frames:
+    raise ValueError(f"{root}: none of its {lost} poses is finite")
+  stacked = np.stack(poses)
+  return PosedFrames(
+    name=str(root),
+    layout="rgbd",
+    names=tuple(f.picture.relative_to(root).as_posix() for f in frames),
+    groups=tuple(groups),
+    poses=stacked,
+    read=lambda i, size: frames[i].read(stacked[i]),
+    fingerprint=lambda i: (
+      frames[i].picture.stat().st_size,
+      frames[i].depth.stat().st_size,
+    ),
+    stored=STORED,
+    overlaps=_Overlap(frames, stacked),
+    about={
+      "sequences": len(groups),
+      "frames_without_pose": lost,
+      "min_overlap": MIN_OVERLAP,
+      "depth": "as stored, not registered to the picture",
+    },
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+  """The files of a frame."""
+
+  picture: pathlib.Path
+  depth: pathlib.Path
+  intrinsics: np.ndarray
+
+  def read(self, pose: np.ndarray) -> Frame:
+    image = canvas.decode(self.picture.read_bytes(), key=str(self.picture))
+    depth = read_depth(self.depth)
+    if depth.shape != image.shape[:2]:
+      raise ValueError(
+        f"{self.picture} is {image.shape[0]}x{image.shape[1]} and its depth "
+        f"{depth.shape[0]}x{depth.shape[1]}; they must be equal"
+      )
+    k, (height, width) = self.intrinsics, depth.shape
+    return Frame(
+      image=image,
+      depth=depth,
+      focal=float(k[0, 0] + k[1, 1]) / 2,
+      pose=pose,
+      centre=(float(k[0, 2]) - width / 2, float(k[1, 2]) - height / 2),
+    )
+
+
+def _files(path: pathlib.Path, there: set[str], intrinsics) -> _Files:
+  stem = path.name.removesuffix("pose.txt")
+  names = [f"{stem}color{suffix}" for suffix in (".png", ".jpg", ".jpeg")]
+  names = [name for name in names if name in there]
+  depth = f"{stem}depth.png"
+  if not names or depth not in there:
+    raise FileNotFoundError(
+      f"{path} has no {stem}color.png or .jpg, or no {depth}, beside it"
+    )
+  return _Files(path.with_name(names[0]), path.with_name(depth), intrinsics)
+
+
+class _Overlap:
+  """The share of a frame's points that another frame has in its picture."""
+
+  def __init__(self, frames: list[_Files], poses: np.ndarray):
+    self._frames = frames
+    self._poses = poses
+    self._points = functools.lru_cache(maxsize=64)(self._points_of)
+
+  def __call__(self, first: int, second: int) -> bool:
+    points, _ = self._points(first)
+    turned = motion(self._poses[first], self._poses[second])
+    x, y, z = turned[:3, :3] @ points + turned[:3, 3:]
+    k = self._frames[second].intrinsics
+    height, width = self._points(second)[1]
+    depth = np.maximum(z, 1e-9)
+    u, v = k[0, 0] * x / depth + k[0, 2], k[1, 1] * y / depth + k[1, 2]
+    inside = (z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    return bool(inside.size and inside.mean() >= MIN_OVERLAP)
+
+  def _points_of(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+    files = self._frames[index]
+    depth = read_depth(files.depth)
+    v, u = np.mgrid[: depth.shape[0] : _STEP, : depth.shape[1] : _STEP]
+    z, k = depth[v, u], files.intrinsics
+    x = (u + 0.5 - k[0, 2]) / k[0, 0] * z
+    y = (v + 0.5 - k[1, 2]) / k[1, 1] * z
+    return np.stack([x, y, z])[:, z > 0], depth.shape
+
+
+def read_depth(path: pathlib.Path) -> Float32[np.ndarray, "h w"]:
+  """Metres of a depth PNG, 0 where it has none.
+
+  Raises:
+    ValueError: for a file that is not 16-bit grey.
+  """
+  value = read_uint16(path)
+  return np.where(value < 65535, value, 0).astype(np.float32) / 1000
+
+
+def _intrinsics(folder: pathlib.Path, root: pathlib.Path) -> np.ndarray:
+  """Of the folder, or of the nearest one above it up to the root."""
+  for place in (folder, *folder.parents):
+    path = place / "camera-intrinsics.txt"
+    if path.is_file():
+      k = _matrix(path, (3, 3))
+      if not 0.98 * k[0, 0] <= k[1, 1] <= 1.02 * k[0, 0]:
+        raise ValueError(
+          f"{path}: focal lengths of {k[0, 0]:g} and {k[1, 1]:g} pixels; "
+          "expected square pixels, as a view has one"
+        )
+      return k
+    if place == root:
+      break
+  return _KINECT
+
+
+def _matrix(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
+  try:
+    values = np.array(path.read_text().split(), np.float64)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
+  if values.size != shape[0] * shape[1]:
+    raise ValueError(
+      f"{path} has {values.size} numbers; expected {shape[0]} rows of "
+      f"{shape[1]}"
+    )
+  return values.reshape(shape)
+
+
+def _inverse(
+  camera_to_world: np.ndarray, path: pathlib.Path
+) -> Float64[np.ndarray, "4 4"]:
+  rotation = camera_to_world[:3, :3]
+  if np.abs(rotation @ rotation.T - np.eye(3)).max() > 0.01:
+    raise ValueError(f"{path}: its upper left 3 x 3 is no rotation")
+  return np.linalg.inv(camera_to_world)

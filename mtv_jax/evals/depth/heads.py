@@ -1,0 +1,176 @@
+"""Heads that read metric depth off frozen features.
+
+Depth is the mean of bins spread over the range, weighted by what a head says
+of each: Bhat et al. 2021 (AdaBins) with fixed bins, as DINOv2 and its
+followers probe. A head maps features to depth on a grid of its own; resampling
+it to the image is the business of the probe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Float32, PyTree
+
+from mtv_jax.evals.core import probe, resizing
+from mtv_jax.models.heads import dpt
+
+BINS = 256
+MIN_DEPTH = 1e-3
+# Added to every bin's weight, so that no gradient dies with all of them.
+_FLOOR = 0.1
+
+
+def bin_depths(
+  max_depth: float | int, count: int = BINS
+) -> Float32[np.ndarray, " k"]:
+  """Depths of the bins in metres, evenly from 1 mm to `max_depth`."""
+  return np.linspace(MIN_DEPTH, max_depth, count, dtype=np.float32)
+
+
+def expected_depth(
+  logits: Float[Array, "*n k"],
+  depths: Float[Array, " k"] | Float[np.ndarray, " k"],
+) -> Float[Array, "*n"]:
+  """sum_k p_k b_k with p = (relu(z) + 0.1) / sum (relu(z) + 0.1)."""
+  weights = jax.nn.relu(logits) + _FLOOR
+  return weights @ depths / weights.sum(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearHead:
+  """A linear map from each patch to its bins.
+
+  Attributes:
+    channels: of the features.
+    max_depth: of the last bin, in metres.
+    norm: `batch` for batch normalisation before it, `none`.
+    upsample: factor by which the bins' logits are enlarged (bilinear, pixels
+      as areas) before depth is taken of them. Upstream enlarges the features;
+      as the map is linear, it is the same and cheaper after it.
+  """
+
+  channels: int
+  max_depth: float
+  norm: str = "none"
+  upsample: int = 1
+
+  def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+    """Parameters and state: N(0, 0.01) and zeros, as mmsegmentation starts."""
+    shape = (self.channels, BINS)
+    params = {
+      "kernel": 0.01 * jax.random.normal(key, shape),
+      "bias": jnp.zeros(BINS),
+    }
+    if self.norm == "none":
+      return params, {}
+    params["norm"] = probe.batch_norm_affine(self.channels)
+    return params, probe.batch_norm_stats(self.channels)
+
+  def apply(
+    self,
+    params: PyTree,
+    state: PyTree,
+    features: Float[Array, "b h w c"],
+    *,
+    mode: str = "eval",
+  ) -> tuple[Float[Array, "b h2 w2"], PyTree]:
+    """Depth on the enlarged grid, and the state; `mode` is train or eval."""
+    if self.norm == "batch" and mode == "train":
+      features, state = probe.batch_norm_train(
+        features, state, affine=params["norm"]
+      )
+    elif self.norm == "batch":
+      features = probe.batch_norm_eval(features, state, affine=params["norm"])
+    logits = features @ params["kernel"] + params["bias"]
+    h, w = features.shape[1:3]
+    logits = resizing.resize(logits, (h * self.upsample, w * self.upsample))
+    return expected_depth(logits, bin_depths(self.max_depth)), state
+
+
+class _Unit(nn.Module):
+  """x + relu(conv(relu(conv(x))))."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = x
+    for name in ("conv1", "conv2"):
+      y = jax.nn.relu(_conv(x.shape[-1], 3, name)(y))
+    return x + y
+
+
+class _Network(nn.Module):
+  """Probe3D's DPT (El Banani et al. 2024): four stages, joined from the last.
+
+  Other than Depth Anything's (`models/dpt.py`): all four maps are kept at
+  twice the patch grid, and nothing is projected between the stages.
+  """
+
+  features: int
+
+  @nn.compact
+  def __call__(self, stages):
+    maps = []
+    for i, x in enumerate(stages):
+      x = _conv(self.features, 1, f"lateral{i + 1}")(x)
+      maps.append(_enlarge(x, 2))
+    x = _Unit(name="unit4_2")(maps[3])
+    for i in (3, 2, 1):
+      x = _Unit(name=f"unit{i}_1")(maps[i - 1]) + x
+      x = _Unit(name=f"unit{i}_2")(x)
+    x = _enlarge(x, 4)
+    x = jax.nn.relu(_conv(self.features, 3, "conv1")(x))
+    return _enlarge(_conv(BINS, 3, "conv2")(x), 2)
+
+
+def _enlarge(x, factor):
+  h, w = x.shape[1:3]
+  return dpt.resize_corners(x, (factor * h, factor * w))
+
+
+def _conv(features: int, size: int, name: str) -> nn.Conv:
+  # PyTorch's initial weights and biases: uniform, +-1 / sqrt(fan in).
+  uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+  return dpt.conv(features, size, jnp.float32, name, kernel_init=uniform)
+
+
+@dataclasses.dataclass(frozen=True)
+class DPTHead:
+  """Probe3D's dense head over four layers; depth at 16 times the patch grid.
+
+  Attributes:
+    channels: of the features, those of four layers one after the other.
+    max_depth: of the last bin, in metres.
+    features: channels of its maps; 512 as published.
+  """
+
+  channels: int
+  max_depth: float
+  features: int = 512
+
+  def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+    """Parameters, and a state that stays empty."""
+    example = [jnp.zeros((1, 1, 1, self.channels // dpt.STAGES))] * dpt.STAGES
+    module = _Network(self.features)
+    return jax.jit(module.init)(key, example)["params"], {}
+
+  def apply(
+    self,
+    params: PyTree,
+    state: PyTree,
+    features: Float[Array, "b h w c"],
+    *,
+    mode: str = "eval",
+  ) -> tuple[Float[Array, "b h2 w2"], PyTree]:
+    """Depth at `[16 h, 16 w]` and the state; both modes are the same."""
+    del mode
+    stages = jnp.split(features, dpt.STAGES, axis=-1)
+    logits = _Network(self.features).apply({"params": params}, stages)
+    return expected_depth(logits, bin_depths(self.max_depth)), state
+
+
+Head = LinearHead | DPTHead

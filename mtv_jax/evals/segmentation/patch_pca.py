@@ -1,0 +1,253 @@
+"""The principal components of patch features, as colours.
+
+Three components of all patches of a few images together, so that equal colours
+are equal features across the images (as Oquab et al. 2023, Fig. 1, shows
+them). With `foreground=threshold` the first component, cut at the mean, tells
+foreground from background, and three components of the foreground alone are
+shown. The one figure, the share of the variance that three components hold, is
+a description: neither more nor less of it is better.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Bool, Float32
+
+from mtv_jax.config.schema import ConfigError, did_you_mean
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.core import base, examples
+from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.report import sheets
+
+_FOREGROUND = ("all", "threshold")
+_COMPONENTS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchPca(Evaluator):
+  """Principal components of patch features.
+
+  Attributes:
+    data: see `datasets.py`, without need of labels or captions; or any folder
+      with JPEGs under it.
+    count: images that share the components, evenly spaced.
+    layer: block before the final norm, -1 the last; by default the last after
+      the final norm.
+    size: side of the squares that are encoded, for a finer grid than the
+      encoder's own preprocessing gives.
+    foreground: `all` patches, or those above a `threshold`.
+    pictures: images that the sheet shows.
+    batch_size: images a step.
+  """
+
+  data: datasets.Data = "scenes"
+  count: int = 8
+  layer: int | None = None
+  size: int | None = None
+  foreground: str = "all"
+  pictures: int = 0
+  batch_size: int = 16
+
+  def __post_init__(self):
+    if self.foreground not in _FOREGROUND:
+      raise ConfigError(
+        f"patch_pca: foreground={self.foreground!r}. "
+        f"{did_you_mean(str(self.foreground), _FOREGROUND)}"
+      )
+
+  @functools.cached_property
+  def _set(self) -> datasets.Labelled | datasets.Captioned | _Pictures:
+    return _open(self.data, self.count)
+
+  def prepare(self) -> None:
+    """Opens the images."""
+    _ = self._set
+
+  def run(self, encoder: Encoder) -> Result:
+    """The share of variance in three components; `pca` as a picture."""
+    data = self._set
+    patches = self._patches(encoder, data.images)
+    keep = np.ones(patches.shape[:3], bool)
+    if self.foreground == "threshold":
+      keep = foreground(patches)
+    found = principal_components(patches, keep=keep)
+    shown = range(min(self.pictures, len(data.images)))
+    pictures = {}
+    if shown:
+      colours = sheets.unit_colours(found.components, keep)
+      rows = [self._row(encoder, data.images[i], colours[i]) for i in shown]
+      pictures["pca"] = sheets.panels(_folded(rows, 2))
+    protocol = {
+      **encoder.protocol(),
+      **self._input(encoder),
+      "data": data.name,
+      "data_hash": data.digest,
+      "images": len(data.images),
+      "input": "as preprocessed" if self.size is None else [self.size] * 2,
+      "grid": list(patches.shape[1:3]),
+      "layer": "last" if self.layer is None else self.layer,
+      "final_norm": self.layer is None,
+      "foreground": self.foreground,
+      "patches": int(keep.sum()),
+    }
+    share = float(found.share.sum())
+    return Result({"explained_by_3": share}, protocol, pictures=pictures)
+
+  def _input(self, encoder: Encoder) -> dict[str, Any]:
+    """Where it differs from the encoder's own, what was encoded."""
+    if self.size is None:
+      return {}
+    return {
+      "input_size": [self.size, self.size],
+      "preprocess": base.own_preprocess(
+        encoder,
+        resize="squash",
+        size=self.size,
+        crop="none",
+        interpolation="bicubic, antialiased (Pillow)",
+      ),
+    }
+
+  def _row(
+    self, encoder: Encoder, image: np.ndarray, colours: np.ndarray
+  ) -> list[np.ndarray]:
+    """Image and colours, in one shape where the whole image was encoded."""
+    if self.size is not None or encoder.preprocess.resize == "squash":
+      shape = image.shape[1::-1]
+      grid = PIL.Image.fromarray(colours)
+      colours = np.asarray(grid.resize(shape, PIL.Image.Resampling.NEAREST))
+    return [image, colours]
+
+  def _patches(
+    self, encoder: Encoder, images: Sequence[np.ndarray]
+  ) -> Float32[np.ndarray, "n h w d"]:
+    method = encoder.image
+    if self.size is not None:
+      shape, source = (self.size, self.size), images
+      images = examples.Images(
+        lambda i: np.asarray(PIL.Image.fromarray(source[i]).resize(shape)),
+        len(source),
+      )
+      method = encoder.dense
+    features = method(
+      images,
+      layers=() if self.layer is None else (self.layer,),
+      outputs=("patches",) if self.layer is None else (),
+      batch_size=self.batch_size,
+    )
+    if self.layer is None:
+      return features.patches
+    return features.layers[self.layer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Components:
+  """Principal components.
+
+  Attributes:
+    components: of every patch, also those that were not fitted.
+    share: of the fitted patches' variance in each component, decreasing.
+  """
+
+  components: Float32[np.ndarray, "n h w c"]
+  share: Float32[np.ndarray, " c"]
+
+
+def principal_components(
+  patches: Float32[np.ndarray, "n h w d"],
+  *,
+  keep: Bool[np.ndarray, "n h w"],
+  count: int = _COMPONENTS,
+) -> Components:
+  """Principal components of the patches that are kept.
+
+  Their signs, which are arbitrary, are those that make each one's largest
+  loading positive. Missing ones (fewer features than `count`) are zero.
+
+  Raises:
+    ValueError: for features that are not finite.
+  """
+  rows = patches[keep].astype(np.float64)
+  if not np.isfinite(rows).all():
+    raise ValueError("patch features are not finite: the encoder diverged")
+  mean = rows.mean(axis=0)
+  centred = rows - mean
+  # Of the D x D covariance, which stays small however many patches there are.
+  values, vectors = np.linalg.eigh(centred.T @ centred / len(rows))
+  values, vectors = values[::-1].clip(0), vectors[:, ::-1][:, :count]
+  largest = np.argmax(np.abs(vectors), axis=0)
+  vectors *= np.sign(vectors[largest, np.arange(vectors.shape[1])])
+  short = count - vectors.shape[1]
+  components = (patches.astype(np.float64) - mean) @ vectors
+  share = values[:count] / max(values.sum(), 1e-300)
+  return Components(
+    np.pad(components, [(0, 0)] * 3 + [(0, short)]).astype(np.float32),
+    np.pad(share, (0, short)).astype(np.float32),
+  )
+
+
+def foreground(
+  patches: Float32[np.ndarray, "n h w d"],
+) -> Bool[np.ndarray, "n h w"]:
+  """Patches on the inner side of the first component's mean.
+
+  The side that is rarer at the images' borders: what is photographed stands
+  in the middle more often than not. (Our choice; the sign is arbitrary.)
+  """
+  everything = np.ones(patches.shape[:3], bool)
+  first = principal_components(patches, keep=everything, count=1).components
+  above = first[..., 0] > 0
+  border = np.ones(patches.shape[1:3], bool)
+  border[1:-1, 1:-1] = False
+  if above[:, border].mean() > above[:, ~border].mean():
+    above = ~above
+  return above if above.any() else everything
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pictures:
+  """Images of which nothing else is known."""
+
+  name: str
+  images: Sequence[np.ndarray]
+  digest: str
+
+
+def _open(
+  data: datasets.Data, count: int
+) -> datasets.Labelled | datasets.Captioned | _Pictures:
+  """The images of any data set, or of any folder of JPEGs."""
+  refused = []
+  for opener in (datasets.labelled, datasets.captioned):
+    try:
+      return opener(data, count=count)
+    except ValueError as error:
+      refused.append(str(error))
+  root = pathlib.Path(data) if isinstance(data, str | os.PathLike) else None
+  files = sorted(root.rglob("*.jp*g")) if root and root.is_dir() else []
+  if not files:
+    raise NotApplicable(
+      f"patch_pca finds no images in {data}: {'; '.join(refused)}"
+    )
+  files = examples.spaced(files, count)
+  digest = examples.Digest()
+  for file in files:
+    digest.add(file.relative_to(root), file.stat().st_size)
+  return _Pictures(str(data), examples.files(files), digest.hex())
+
+
+def _folded(rows: list[list[np.ndarray]], times: int) -> list[list[np.ndarray]]:
+  """Several short rows side by side in one, as far as they go round."""
+  if len(rows) % times:
+    return rows
+  starts = range(0, len(rows), times)
+  return [[p for row in rows[i : i + times] for p in row] for i in starts]

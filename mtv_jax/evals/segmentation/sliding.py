@@ -1,0 +1,389 @@
+"""Class maps at full size from windows that slide over an image.
+
+An image is resized until its shorter side is `short`, cut into overlapping
+square windows, and each window gives scores on its grid of patches. Those are
+enlarged to the window's size, summed where windows overlap, divided by how
+many there are, and brought to the image's own size; the best class wins.
+
+All of that but the last is linear and acts on rows and columns apart. So the
+patches of all windows are laid side by side as one mosaic, and two matrices
+take it to the full size in one step: the same sums, in another order.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Float32, UInt8
+
+from mtv_jax.config.schema import did_you_mean
+from mtv_jax.evals.core import resizing
+
+# Bytes of full-size scores held at a time, by each thread.
+_BLOCK = 2**25
+_THREADS = min(8, os.cpu_count() or 1)
+_PILLOW = {
+  "bilinear": PIL.Image.Resampling.BILINEAR,
+  "bicubic": PIL.Image.Resampling.BICUBIC,
+}
+AVERAGES = ("scores", "softmax")
+_CHOICES = {
+  "flips": ("none", "both"),
+  "interpolation": tuple(_PILLOW),
+  "average": AVERAGES,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slide:
+  """How an image is seen.
+
+  Attributes:
+    size: side of the windows in pixels; what is short of it is padded right
+      and below.
+    stride: pixels from window to window; the last one ends with the image.
+    short: shorter side of the resized image.
+    scales: factors of `short`; with several, the softmax of each is averaged.
+    flips: `both` sees the mirrored image too, averaged in the same way.
+    interpolation: of the resize, Pillow's `bilinear` or `bicubic`, antialiased.
+    average: what is averaged where windows overlap, their `scores` or the
+      `softmax` of them.
+  """
+
+  size: int
+  stride: int
+  short: int
+  scales: tuple[float, ...] = (1.0,)
+  flips: str = "none"
+  interpolation: str = "bilinear"
+  average: str = "scores"
+
+  def __post_init__(self):
+    for field, choices in _CHOICES.items():
+      if (value := getattr(self, field)) not in choices:
+        raise ValueError(f"{field}={value!r}. {did_you_mean(value, choices)}")
+    if min(self.size, self.stride, self.short, len(self.scales)) < 1:
+      raise ValueError(f"{self}: expected positive sizes and some scale")
+    if self.stride > self.size:
+      raise ValueError(
+        f"stride={self.stride} leaves gaps between windows of {self.size}"
+      )
+
+  def protocol(self) -> dict[str, Any]:
+    """For JSON."""
+    fields = dataclasses.asdict(self)
+    return {
+      "window": self.size,
+      "stride": self.stride,
+      "short_side": self.short,
+      "scales": list(fields["scales"]),
+      "flips": self.flips,
+      "interpolation": f"{self.interpolation}, antialiased (Pillow)",
+      "overlaps": f"mean of the {self.average} of windows",
+      "upsampling": "bilinear, align_corners=False, to window, then image size",
+      "views_average": "softmax at image size",
+      "ties": "lowest class",
+    }
+
+
+def starts(length: int, *, window: int, stride: int) -> list[int]:
+  """Where windows begin on one axis.
+
+  The grid of mmsegmentation: as many strides as it takes, the last window
+  shifted back inside.
+  """
+  count = max(length - window + stride - 1, 0) // stride + 1
+  return [min(i * stride, max(length - window, 0)) for i in range(count)]
+
+
+def resized(height: int, width: int, *, short: int) -> tuple[int, int]:
+  """Height and width with the shorter side `short`, the longer rounded down."""
+  if height <= width:
+    return short, width * short // height
+  return height * short // width, short
+
+
+def resize_image(
+  image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], interpolation: str
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+  """Pillow's antialiased resize."""
+  if image.shape[:2] == size:
+    return image
+  picture = PIL.Image.fromarray(image)
+  method = _PILLOW[interpolation]
+  return np.asarray(picture.resize(size[::-1], resample=method))
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """One way that an image is seen.
+
+  Attributes:
+    windows: row by row.
+    shape: height and width of the resized image.
+    mirrored: whether it was mirrored before it was cut.
+  """
+
+  windows: list[np.ndarray]
+  shape: tuple[int, int]
+  mirrored: bool
+
+
+def views(
+  image: UInt8[np.ndarray, "h w 3"],
+  slide: Slide,
+  *,
+  fill: Float32[np.ndarray, "3"],
+) -> list[View]:
+  """An image at all scales, mirrored or not, cut into windows.
+
+  Args:
+    image: of any size.
+    slide: how it is seen.
+    fill: colour of the padding, in 0..255.
+  """
+  made = []
+  for scale in slide.scales:
+    short = int(slide.short * scale + 0.5)
+    shape = resized(*image.shape[:2], short=short)
+    pixels = resize_image(image, shape, slide.interpolation)
+    made.append(View(cut(pixels, slide, fill), shape, mirrored=False))
+    if slide.flips == "both":
+      flipped = cut(pixels[:, ::-1], slide, fill)
+      made.append(View(flipped, shape, mirrored=True))
+  return made
+
+
+def cut(
+  pixels: np.ndarray, slide: Slide, fill: np.ndarray | int
+) -> list[np.ndarray]:
+  """The windows of an image or map, row by row; padded where it is smaller."""
+  rows, columns = (
+    starts(side, window=slide.size, stride=slide.stride)
+    for side in pixels.shape[:2]
+  )
+  return [
+    pad(pixels[y : y + slide.size, x : x + slide.size], slide.size, fill)
+    for y in rows
+    for x in columns
+  ]
+
+
+def pad(pixels: np.ndarray, size: int, fill: np.ndarray | int) -> np.ndarray:
+  """Filled up to `size` x `size`, on the right and below.
+
+  An image that needs it becomes float32, which holds the encoder's mean
+  exactly: after normalisation the padding is zero.
+  """
+  height, width = pixels.shape[:2]
+  if (height, width) == (size, size):
+    return pixels
+  kind = np.float32 if pixels.ndim == 3 else pixels.dtype
+  out = np.empty((size, size, *pixels.shape[2:]), kind)
+  out[:] = fill
+  out[:height, :width] = pixels
+  return out
+
+
+@functools.lru_cache(maxsize=64)
+def axis_matrix(
+  length: int, target: int, *, window: int, stride: int, grid: int
+) -> Float32[np.ndarray, "target cells"]:
+  """From the cells of all windows on an axis to the pixels of the image.
+
+  Args:
+    length: pixels of the resized image.
+    target: pixels of the image itself.
+    window: pixels of a window.
+    stride: pixels from window to window.
+    grid: cells of a window; the columns are window by window.
+  """
+  begins = starts(length, window=window, stride=stride)
+  enlarge = resizing.matrix(grid, window)
+  placed, count = np.zeros((length, len(begins) * grid)), np.zeros(length)
+  for i, begin in enumerate(begins):
+    span = min(window, length - begin)
+    placed[begin : begin + span, i * grid : (i + 1) * grid] = enlarge[:span]
+    count[begin : begin + span] += 1
+  placed /= count[:, None]
+  if length != target:
+    placed = resizing.matrix(length, target) @ placed
+  made = placed.astype(np.float32)
+  made.setflags(write=False)
+  return made
+
+
+def class_map(
+  scores: Sequence[Float32[np.ndarray, "_ h w k"]],
+  seen: Sequence[View],
+  slide: Slide,
+  *,
+  size: tuple[int, int],
+) -> UInt8[np.ndarray, "h2 w2"]:
+  """The best class of every pixel of an image.
+
+  Args:
+    scores: for each view, those of its windows on their grids.
+    seen: the views.
+    slide: how they were cut.
+    size: of the image.
+  """
+  if slide.average == "softmax":
+    window = (slide.size, slide.size)
+    scores = [_softmax(resizing.resize(s, window)) for s in scores]
+  mosaics = [
+    _mosaic(s, view, slide, size) for s, view in zip(scores, seen, strict=True)
+  ]
+  classes = scores[0].shape[-1]
+  step = max(1, _BLOCK // (4 * size[1] * classes))
+  parts = []
+  for top in range(0, size[0], step):
+    blocks = (m.block(slice(top, top + step)) for m in mosaics)
+    if len(mosaics) == 1:
+      total = next(blocks)
+    else:
+      total = sum(
+        _softmax(b) if slide.average == "scores" else b for b in blocks
+      )
+    parts.append(np.argmax(total, axis=-1).astype(np.uint8))
+  return np.concatenate(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mosaic:
+  """A view's cells `[R, C, K]` and the matrices that enlarge them."""
+
+  cells: np.ndarray
+  rows: np.ndarray
+  columns: np.ndarray
+
+  def block(self, span: slice) -> np.ndarray:
+    """Some rows of the full-size scores, `[rows, W, K]`."""
+    height, width, classes = self.cells.shape
+    half = self.rows[span] @ self.cells.reshape(height, width * classes)
+    return np.matmul(self.columns, half.reshape(-1, width, classes))
+
+
+def _mosaic(
+  scores: np.ndarray, view: View, slide: Slide, size: tuple[int, int]
+) -> _Mosaic:
+  _, h, w, classes = scores.shape
+  rows, columns = (
+    axis_matrix(
+      length, target, window=slide.size, stride=slide.stride, grid=grid
+    )
+    for length, target, grid in zip(view.shape, size, (h, w), strict=True)
+  )
+  tiles = scores.reshape(rows.shape[1] // h, -1, h, w, classes)
+  cells = tiles.transpose(0, 2, 1, 3, 4).reshape(rows.shape[1], -1, classes)
+  if view.mirrored:
+    columns = columns[::-1]
+  return _Mosaic(np.ascontiguousarray(cells), rows, columns)
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+  x = np.exp(x - x.max(axis=-1, keepdims=True))
+  x /= x.sum(axis=-1, keepdims=True)
+  return x
+
+
+Score = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w heads k"]]
+
+
+def predict(
+  images: Sequence[Any],
+  score: Score,
+  slide: Slide,
+  *,
+  fill: Float32[np.ndarray, "3"],
+  batch_size: int,
+) -> Iterator[list[UInt8[np.ndarray, "h w"]]]:
+  """The class maps of images, in their order, one a head.
+
+  Threads read images ahead and finish maps behind, while the caller's thread
+  scores batches of windows, whose number does not depend on the images: one
+  shape is compiled.
+
+  Args:
+    images: of any sizes, read when their turn comes.
+    score: from windows to the scores of every head on their grids.
+    slide: how images are seen.
+    fill: colour of the padding, in 0..255.
+    batch_size: windows to score at a time.
+  """
+
+  def read(i: int) -> _Job:
+    image = images[i]
+    return _Job(views(image, slide, fill=fill), slide, image.shape[:2])
+
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    queue: collections.deque = collections.deque()
+    ready: collections.deque = collections.deque()
+
+    def flush() -> None:
+      count = min(batch_size, len(queue))
+      jobs, windows = zip(*(queue.popleft() for _ in range(count)), strict=True)
+      for job, found in zip(jobs, score(list(windows)), strict=True):
+        job.scores.append(found)
+        if job.complete:
+          ready.append(pool.submit(job.finish))
+
+    for job in _ahead(pool, read, len(images)):
+      queue.extend((job, w) for view in job.seen for w in view.windows)
+      while len(queue) >= batch_size:
+        flush()
+      while len(ready) > 2 * _THREADS:
+        yield ready.popleft().result()
+    while queue:
+      flush()
+    while ready:
+      yield ready.popleft().result()
+
+
+def _ahead(
+  pool: concurrent.futures.Executor, read: Callable[[int], Any], count: int
+) -> Iterator[Any]:
+  """`read(0)`, `read(1)`, ...: some of them started before they are needed."""
+  pending: collections.deque = collections.deque()
+  for i in range(count):
+    pending.append(pool.submit(read, i))
+    if len(pending) > 2 * _THREADS:
+      yield pending.popleft().result()
+  while pending:
+    yield pending.popleft().result()
+
+
+@dataclasses.dataclass
+class _Job:
+  """An image on its way from windows to maps."""
+
+  seen: list[View]
+  slide: Slide
+  size: tuple[int, int]
+  scores: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+  @property
+  def complete(self) -> bool:
+    return len(self.scores) == sum(len(v.windows) for v in self.seen)
+
+  def finish(self) -> list[np.ndarray]:
+    """One map a head."""
+    edges = np.cumsum([len(view.windows) for view in self.seen])[:-1]
+    parts = np.split(np.stack(self.scores), edges)
+    return [
+      class_map(
+        [part[..., head, :] for part in parts],
+        self.seen,
+        self.slide,
+        size=self.size,
+      )
+      for head in range(parts[0].shape[-2])
+    ]

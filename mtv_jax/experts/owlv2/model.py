@@ -1,0 +1,193 @@
+"""OWLv2 (Minderer et al. 2023): CLIP's two towers and a box at every patch.
+
+Each patch of the image tower, multiplied by the class token, predicts one box,
+an embedding to compare with those of phrases, and whether there is an object
+at all. Parameters are `image`, `text`, `merge_norm`, `boxes`, `objectness` and
+`classes`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from mtv_jax.models import layers
+from mtv_jax.models.text import TextTower
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.models.vit import ViT
+
+# Of the logit of a coordinate, which would be infinite at the border.
+_EPS = 1e-4
+# Of the length that embeddings are divided by.
+_NORM_EPS = 1e-6
+
+
+@no_type_check  # JAX rebuilds pytrees with leaves that are not arrays
+@struct.dataclass
+class Patches:
+  """What the P patches of images say, before they meet any phrase.
+
+  Attributes:
+    embeddings: of unit length, to compare with phrases.
+    shift: added to that similarity.
+    scale: multiplies the sum.
+    boxes: (y0, x0, y1, x1) in the unit square of the padded image; they may
+      reach outside.
+    objectness: logits of there being an object.
+  """
+
+  embeddings: Float32[Array, "b p e"]
+  shift: Float32[Array, "b p"]
+  scale: Float32[Array, "b p"]
+  boxes: Float32[Array, "b p 4"]
+  objectness: Float32[Array, "b p"]
+
+  def logits(
+    self, queries: Float32[Array, "b q e"], valid: Bool[Array, "b q"]
+  ) -> Float32[Array, "b p q"]:
+    """How much each patch shows of each query.
+
+    Args:
+      queries: from `Owlv2.queries`; one row of them serves all images.
+      valid: which there are; the least number stands for the others.
+    """
+    queries = jnp.broadcast_to(
+      queries, (len(self.embeddings), *queries.shape[1:])
+    )
+    # Cosines differ by little, and are scaled up.
+    cosines = jnp.einsum(
+      "bpe,bqe->bpq",
+      self.embeddings,
+      queries,
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    logits = (cosines + self.shift[..., None]) * self.scale[..., None]
+    return jnp.where(valid[:, None], logits, jnp.finfo(jnp.float32).min)
+
+
+class Owlv2(nn.Module):
+  """The detector.
+
+  Attributes:
+    spec: of its towers; the image tower gives its tokens unprojected.
+    dtype: compute dtype of the towers and the heads' hidden layers; their last
+      ones are float32, as logits and boxes are.
+    scan: whether blocks run in a loop, see `layers.run_stack`.
+  """
+
+  spec: ModelSpec
+  dtype: Any = jnp.float32
+  scan: bool = True
+
+  def setup(self):
+    spec = self.spec
+    width = spec.image.width
+    self.image = ViT(spec.image, dtype=self.dtype, scan=self.scan)
+    self.text = TextTower(spec.text, dtype=self.dtype, scan=self.scan)
+    # As `layers.norm`, under the name that it has here.
+    self.merge_norm = nn.LayerNorm(
+      spec.image.norm_eps, dtype=self.dtype, use_fast_variance=False
+    )
+    self.boxes = _Head(width, 4, self.dtype)
+    self.objectness = _Head(width, 1, self.dtype)
+    self.classes = _Classes(spec.text.projection)
+
+  def __call__(
+    self,
+    images: Float[Array, "b s s 3"],
+    tokens: Int[Array, "b q t"],
+  ) -> tuple[Patches, Float32[Array, "b p q"]]:
+    """Both towers at once: what is found, and logits.
+
+    A query whose first id is 0 is none, as in `transformers`.
+    """
+    b, q, t = tokens.shape
+    queries = self.queries(tokens.reshape(b * q, 1, t)).reshape(b, q, -1)
+    patches = self.detect(images)
+    return patches, patches.logits(queries, tokens[..., 0] > 0)
+
+  def detect(self, images: Float[Array, "b s s 3"]) -> Patches:
+    """What the patches of normalised, padded images say."""
+    out = self.image(images)
+    merged = self.merge_norm(out.patches * out.prefix[:, :1])
+    grid = self.spec.image.grid_of(*images.shape[1:3])
+    # (x, y, width, height), and so backwards (height, width, y, x).
+    raw = self.boxes(merged) + box_bias(grid)
+    sizes, centre = jnp.split(jax.nn.sigmoid(raw)[..., ::-1], 2, axis=-1)
+    half = sizes / 2
+    embeddings, shift, scale = self.classes(merged)
+    return Patches(
+      embeddings=embeddings,
+      shift=shift,
+      scale=scale,
+      boxes=jnp.concatenate([centre - half, centre + half], axis=-1),
+      objectness=self.objectness(merged)[..., 0],
+    )
+
+  def queries(self, tokens: Int[Array, "n k t"]) -> Float32[Array, "n e"]:
+    """Embeddings of phrases, each the mean over its k prompts.
+
+    Logits are linear in it: that of the mean is the mean of the prompts',
+    which is how OWL-ViT ensembles (Minderer et al. 2022). It is therefore not
+    brought to unit length again.
+    """
+    n, k, t = tokens.shape
+    pooled = self.text(tokens.reshape(n * k, t)).pooled
+    units = _unit(_unit(pooled, eps=0.0))
+    return units.reshape(n, k, -1).mean(axis=1)
+
+
+class _Head(nn.Module):
+  """Three layers with GELU (exact) between them, float32 out."""
+
+  width: int
+  out: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    x = layers.Mlp(self.width, "exact", dtype=self.dtype, name="mlp")(x)
+    x = layers.gelu(x, "exact")
+    return nn.Dense(self.out, dtype=jnp.float32, name="last")(x)
+
+
+class _Classes(nn.Module):
+  """What turns a patch's similarity with a phrase into a logit."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x):
+    def dense(features, name):
+      return nn.Dense(features, dtype=jnp.float32, name=name)(x)
+
+    shift, scale = dense(1, "shift"), dense(1, "scale")
+    embeddings = _unit(dense(self.features, "projection"))
+    return embeddings, shift[..., 0], jax.nn.elu(scale[..., 0]) + 1
+
+
+def _unit(x, eps=_NORM_EPS):
+  return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + eps)
+
+
+def box_bias(grid: tuple[int, int]) -> Float32[np.ndarray, "p 4"]:
+  """What a patch's box is, in logits, where the head says nothing.
+
+  (x, y, width, height): a patch large, at the patch's lower right corner.
+
+  Args:
+    grid: rows and columns of patches.
+  """
+  rows, columns = grid
+  y, x = np.mgrid[1 : rows + 1, 1 : columns + 1].astype(np.float32)
+  sizes = np.ones_like(x)
+  shares = np.stack(
+    [x / columns, y / rows, sizes / columns, sizes / rows], axis=-1
+  ).reshape(-1, 4)
+  return np.log(shares + _EPS) - np.log1p(-shares + _EPS)

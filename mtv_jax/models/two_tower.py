@@ -1,0 +1,246 @@
+"""Specifications of whole models: variants, configs, JSON, initialisation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from mtv_jax.config import schema as config_lib
+from mtv_jax.models import layers
+from mtv_jax.models.text import TextSpec, TextTower
+from mtv_jax.models.vit import ViT, ViTSpec
+
+# width, depth, heads, mlp_dim. Ti, S: Touvron et al. 2021; B, L: Dosovitskiy et
+# al. 2021; So400m: Alabdulmohsin et al. 2023; g: Zhai et al. 2022; g-opt, the
+# shape of SigLIP 2's and DINOv2's giants (DINOv2's has 24 heads and SwiGLU of
+# 4096, which a config can say). mu is ours, to test with.
+_SHAPES = {
+  "mu": (64, 2, 4, 256),
+  "Ti": (192, 12, 3, 768),
+  "S": (384, 12, 6, 1536),
+  "B": (768, 12, 12, 3072),
+  "L": (1024, 24, 16, 4096),
+  "So400m": (1152, 27, 16, 4304),
+  "g": (1408, 40, 16, 6144),
+  "g-opt": (1536, 40, 16, 6144),
+}
+VARIANTS: dict[str, dict[str, int]] = {
+  name: dict(zip(("width", "depth", "heads", "mlp_dim"), shape, strict=True))
+  for name, shape in _SHAPES.items()
+}
+
+# What a config's `model` says beside the architecture.
+RUNTIME = ("dtype", "remat", "scan")
+_TEXT_INPUT = ("tokenizer", "clean")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+  """The shape of a model: an image tower and, unless None, a text tower.
+
+  Raises:
+    ValueError: if their embeddings have different widths.
+  """
+
+  image: ViTSpec
+  text: TextSpec | None = None
+
+  def __post_init__(self):
+    if self.text and self.text.embed_dim != self.image.embed_dim:
+      raise ValueError(
+        f"Image embeddings have {self.image.embed_dim} channels, text "
+        f"embeddings {self.text.embed_dim}: they could not be compared. Set "
+        f"text.projection to {self.image.embed_dim}, or the image "
+        f"projection to {self.text.embed_dim}."
+      )
+
+  @property
+  def embed_dim(self) -> int:
+    """Channels of the pooled embeddings (E)."""
+    return self.image.embed_dim
+
+  @classmethod
+  def from_config(cls, model: ConfigDict | Mapping[str, Any]) -> ModelSpec:
+    """The spec of a config's `model`.
+
+    `variant` ('B/16') sets width, depth, heads, mlp_dim and patch_size;
+    `text.variant` ('B') those of the text tower, which embeds in as many
+    channels as the image tower unless it says otherwise. Any other field of
+    `ViTSpec` and `TextSpec` may be given, and wins over the variant. A CLS
+    token is there when `pool` is 'cls'. Keys of the runtime (dtype, remat,
+    scan) and of the text input (tokenizer, clean) are not the spec's.
+
+    Raises:
+      ValueError: for an unknown variant or key, or fields that fit no model.
+    """
+    fields = _plain(model)
+    text = fields.pop("text", None)
+    fields = _drop(fields, RUNTIME)
+    fields = _expand(fields, "model", patch=True)
+    fields.setdefault("cls_token", fields.get("pool") == "cls")
+    image = _build(ViTSpec, fields, "model", also=("variant", "text", *RUNTIME))
+    if text is None:
+      return cls(image=image)
+    text = _expand(_drop(text, _TEXT_INPUT), "model.text", patch=False)
+    text.setdefault("projection", image.embed_dim)
+    also = ("variant", *_TEXT_INPUT)
+    return cls(
+      image=image, text=_build(TextSpec, text, "model.text", also=also)
+    )
+
+  def to_dict(self) -> dict[str, Any]:
+    """The spec as plain dicts that JSON can hold."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> ModelSpec:
+    """The inverse of `to_dict`.
+
+    Raises:
+      ValueError: for keys that are not the spec's.
+    """
+    extra = sorted(set(fields) - {"image", "text"})
+    if extra or "image" not in fields:
+      raise ValueError(
+        f"A model's specification has 'image' and maybe 'text'; got "
+        f"{sorted(fields)}."
+      )
+    text = fields.get("text")
+    return cls(
+      image=_build(ViTSpec, dict(fields["image"]), "image"),
+      text=None if text is None else _build(TextSpec, dict(text), "text"),
+    )
+
+
+def variant(name: str) -> dict[str, int]:
+  """Fields of a variant: 'B' gives the shape, 'B/16' patch_size as well.
+
+  Raises:
+    ValueError: for a name that is not in `VARIANTS`, or a patch that is no
+      number.
+  """
+  shape, slash, patch = name.partition("/")
+  if shape not in VARIANTS:
+    raise ValueError(
+      f"Unknown variant '{name}'. {config_lib.did_you_mean(shape, VARIANTS)}"
+    )
+  if slash and not (patch.isdecimal() and int(patch)):
+    raise ValueError(
+      f"The patch size of variant '{name}' is no number of pixels; write it "
+      f"like '{shape}/16'."
+    )
+  return VARIANTS[shape] | ({"patch_size": int(patch)} if slash else {})
+
+
+def image_tower(
+  spec: ModelSpec,
+  *,
+  dtype: Any = "float32",
+  remat: str = "none",
+  scan: bool = True,
+) -> ViT:
+  """The image tower as a module, with a config's runtime options."""
+  layers.check_remat(remat)
+  return ViT(spec.image, dtype=jnp.dtype(dtype), remat=remat, scan=scan)
+
+
+def text_tower(
+  spec: ModelSpec,
+  *,
+  dtype: Any = "float32",
+  remat: str = "none",
+  scan: bool = True,
+) -> TextTower:
+  """The text tower as a module, with a config's runtime options.
+
+  Raises:
+    ValueError: if the model has none.
+  """
+  if spec.text is None:
+    raise ValueError(
+      "This model has no text tower: its config has no model.text, or it was "
+      "loaded from a vision-only folder."
+    )
+  layers.check_remat(remat)
+  return TextTower(spec.text, dtype=jnp.dtype(dtype), remat=remat, scan=scan)
+
+
+def runtime(model: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+  """The runtime options in a config's `model`, as the towers take them."""
+  fields = _plain(model)
+  return {name: fields[name] for name in RUNTIME if name in fields}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_params(spec: ModelSpec, rng: Array) -> dict[str, Any]:
+  """Fresh float32 parameters, {'image': ..., 'text': ...}.
+
+  Jitted, so that the forward pass that Flax traces to find the parameters is
+  never computed; inside another jit with output shardings each device makes its
+  own part. 'text' is absent where the model has no text tower.
+  """
+  image_rng, text_rng = jax.random.split(rng)
+  size = spec.image.image_size
+  images = jnp.zeros((1, size, size, 3))
+  params = {"image": image_tower(spec).init(image_rng, images)["params"]}
+  if spec.text:
+    tokens = jnp.zeros((1, spec.text.length), jnp.int32)
+    params["text"] = text_tower(spec).init(text_rng, tokens)["params"]
+  return params
+
+
+def abstract_params(spec: ModelSpec) -> dict[str, Any]:
+  """The tree of `init_params` as `jax.ShapeDtypeStruct`s, nothing computed."""
+  init = functools.partial(init_params, spec)
+  return jax.eval_shape(init, jax.random.key(0))
+
+
+def _plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+  return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+
+
+def _drop(fields: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+  return {k: v for k, v in fields.items() if k not in names}
+
+
+def _expand(
+  fields: Mapping[str, Any], where: str, *, patch: bool
+) -> dict[str, Any]:
+  """Replaces `variant` by its fields; those given explicitly win."""
+  fields = dict(fields)
+  name = fields.pop("variant", None)
+  if name is None:
+    return fields
+  shape = variant(name)
+  if patch and not {"patch_size"} & {*shape, *fields}:
+    raise ValueError(
+      f"{where}.variant '{name}' names no patch size; write it like "
+      f"'{name}/16'."
+    )
+  if not patch and "patch_size" in shape:
+    raise ValueError(
+      f"{where}.variant '{name}' names a patch size; text has none: write "
+      f"'{name.partition('/')[0]}'."
+    )
+  return shape | fields
+
+
+def _build(
+  kind: type, fields: dict[str, Any], where: str, also: tuple[str, ...] = ()
+) -> Any:
+  """`kind(**fields)`, with an error that names what there is."""
+  names = [field.name for field in dataclasses.fields(kind)]
+  for name in fields:
+    if name not in names:
+      raise ValueError(
+        f"Unknown key '{where}.{name}'. "
+        f"{config_lib.did_you_mean(name, [*names, *also])}"
+      )
+  return kind(**fields)

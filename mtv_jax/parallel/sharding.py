@@ -1,0 +1,357 @@
+"""The mesh, the rules that shard parameters over it, and placing arrays.
+
+Three axes: `data` (replicas), `fsdp` (the batch and the parameters), `tensor`
+(heads and hidden units). The batch is split over `data` and `fsdp` together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int, PyTree
+
+from mtv_jax.config import schema as config_lib
+from mtv_jax.utils import tree as trees
+
+AXES = ("data", "fsdp", "tensor")
+# `config.mesh.dcn` as it is where nothing is said.
+_ANYWHERE = {"data": -1, "fsdp": 1, "tensor": 1}
+BATCH = PartitionSpec(("data", "fsdp"))
+
+# (regex over names, axis of each trailing dimension, or several of them); the
+# first match wins.
+# Column-parallel into a block, row-parallel out of it, so that one all-reduce
+# a sublayer is all that `tensor` costs (Shoeybi et al. 2019, Megatron-LM). QKV
+# columns are ordered by head, so that a slice holds whole heads.
+Axes = str | Sequence[str] | None
+Rules = Sequence[tuple[str, Sequence[Axes]]]
+RULES: Rules = (
+  (r"attention/(qkv|q|kv)/kernel$", ("fsdp", "tensor")),
+  (r"attention/(qkv|q|kv)/bias$", ("tensor",)),
+  (r"attention/out/kernel$", ("tensor", "fsdp")),
+  (r"mlp/fc1/kernel$", ("fsdp", "tensor")),
+  (r"mlp/fc1/bias$", ("tensor",)),
+  (r"mlp/fc2/kernel$", ("tensor", "fsdp")),
+  (r"(patch_embed/kernel|token_embedding)$", (None, "fsdp")),
+  (r"projection/kernel$", ("fsdp", None)),
+  # DPT's convolutions: `[height, width, in, out]`.
+  (r"(resize\d?|lateral\d|conv\d)/kernel$", (None, "fsdp")),
+  # Prototypes, of the self-distillation heads: each device has its own.
+  (r"last_layer/kernel$", (None, ("fsdp", "tensor"))),
+  (r"last_layer/scale$", (("fsdp", "tensor"),)),
+  (r"", ()),
+)
+
+
+def make_mesh(
+  shape: config_lib.Config, devices: Sequence[Any] | None = None
+) -> Mesh:
+  """The mesh `(data, fsdp, tensor)`.
+
+  Slices of a pod, and machines with GPUs, are joined by the data-centre
+  network, which is far slower than what joins the devices within them. `dcn`
+  says how many parts of each axis lie on different slices, as MaxText's
+  `dcn_data_parallelism` and axlearn's `HybridMeshShape` do: of 512 chips in two
+  slices, `dict(data=128, fsdp=4, dcn=dict(data=2))` has 64 x 4 on each. By
+  default `data` is split over all the slices there are, so that only
+  reductions of gradients cross the network; what it can't be split into falls
+  to `fsdp`, then to `tensor`.
+
+  Args:
+    shape: sizes by axis over all devices; one of them may be -1 for "what is
+      left". And `dcn`, by axis: -1 for "all slices that the others leave". On
+      devices that know no slices it cuts them in order, into so many groups.
+    devices: `jax.Device`s, or what stands for them; defaults to all.
+
+  Raises:
+    ConfigError: for an unknown axis, or sizes that don't multiply to the
+      number of devices, or of slices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = {name: size for name, size in shape.items() if name != "dcn"}
+  whole = _sizes("config.mesh", sizes, len(devices), "devices")
+  slices = _slices(devices)
+  given = {**_ANYWHERE, **(shape.get("dcn") or {})}
+  if len(slices) == 1:
+    # Where nothing tells slices apart, the config may: 1 means "none".
+    count = math.prod(abs(int(n)) for n in given.values())
+    slices = _cut(devices, count)
+  if given == _ANYWHERE:
+    outer = _outermost(whole, len(slices))
+  else:
+    outer = _sizes("config.mesh.dcn", given, len(slices), "slices")
+  for name, size, parts in zip(AXES, whole, outer, strict=True):
+    if size % parts:
+      raise config_lib.ConfigError(
+        f"config.mesh: {name}={size} can't lie on dcn.{name}={parts} slices in "
+        f"equal parts. Take a multiple of {parts}, or split another axis over "
+        f"the {len(slices)} slices, such as dcn=dict(data=1, fsdp="
+        f"{len(slices)})."
+      )
+  inner = tuple(n // parts for n, parts in zip(whole, outer, strict=True))
+  types = (AxisType.Auto,) * len(AXES)
+  # Within a slice in the order that suits its network.
+  blocks = [
+    jax.make_mesh(inner, AXES, axis_types=types, devices=part).devices
+    for part in slices
+  ]
+  grid = np.stack(blocks).reshape(*outer, *inner)
+  # Of each axis first the slice, then the place in it.
+  grid = grid.transpose(0, 3, 1, 4, 2, 5).reshape(whole)
+  return Mesh(grid, AXES, axis_types=types)
+
+
+def _outermost(whole: Sequence[int], slices: int) -> tuple[int, ...]:
+  """Over how many slices each axis lies: the first axes over most of them."""
+  outer = []
+  for size in whole:
+    outer.append(math.gcd(size, slices))
+    slices //= outer[-1]
+  return tuple(outer[:-1]) + (outer[-1] * slices,)
+
+
+def _sizes(
+  where: str, shape: Mapping[str, int], count: int, things: str
+) -> tuple[int, ...]:
+  """Sizes of all axes, which multiply to `count`, with -1 filled in."""
+  for name in shape:
+    if name not in AXES:
+      raise config_lib.ConfigError(
+        f"{where}: no axis {name!r}. {config_lib.did_you_mean(name, AXES)}"
+      )
+  sizes = [int(shape.get(name, 1)) for name in AXES]
+  wrong = config_lib.ConfigError(
+    f"{where}: {dict(zip(AXES, sizes, strict=True))} does not divide "
+    f"{count} {things}. The sizes must multiply to their number; one of "
+    "them may be -1 for what the others leave."
+  )
+  if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+    raise wrong
+  known = math.prod(s for s in sizes if s != -1)
+  if -1 in sizes:
+    sizes[sizes.index(-1)] = count // known
+  if math.prod(sizes) != count:
+    raise wrong
+  return tuple(sizes)
+
+
+def _slices(devices: Sequence[Any]) -> list[list[Any]]:
+  """The devices by slice, in the slices' order."""
+  slices: dict[int, list[Any]] = {}
+  for device in devices:
+    index = getattr(device, "slice_index", None) or 0
+    slices.setdefault(index, []).append(device)
+  if len({len(part) for part in slices.values()}) > 1:
+    raise config_lib.ConfigError(
+      f"the slices have {[len(p) for p in slices.values()]} devices; a mesh "
+      "needs as many in each."
+    )
+  return [slices[index] for index in sorted(slices)]
+
+
+def _cut(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
+  """So many groups of devices that follow each other."""
+  if count > 1 and getattr(devices[0], "platform", "") == "tpu":
+    raise config_lib.ConfigError(
+      f"config.mesh.dcn asks for {count} slices; these {len(devices)} chips "
+      "are one. Leave dcn out."
+    )
+  if count < 1 or len(devices) % count:
+    raise config_lib.ConfigError(
+      f"config.mesh.dcn: {count} slices of {len(devices)} devices; expected "
+      "a number that divides them."
+    )
+  size = len(devices) // count
+  return [devices[i * size : (i + 1) * size] for i in range(count)]
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Over how many parts the batch is split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+  """Raises ConfigError where the mesh does not divide the batch."""
+  parts = batch_shards(mesh)
+  if batch_size % parts:
+    below = batch_size // parts * parts
+    near = f"{below} or {below + parts}" if below else f"{parts}"
+    raise config_lib.ConfigError(
+      f"config.batch_size is {batch_size}, which data x fsdp = "
+      f"{mesh.shape['data']} x {mesh.shape['fsdp']} does not divide. Take "
+      f"{near}, or another config.mesh."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class HostRows:
+  """Which part of each global batch this process reads: `index` of `count`."""
+
+  index: int
+  count: int
+
+
+def host_rows(batch_size: int, mesh: Mesh) -> HostRows:
+  """The part of a global batch that goes to this process's devices.
+
+  Where they lie on the mesh is another matter: see `data_rows`.
+
+  Raises:
+    ConfigError: if the processes don't hold equal parts.
+  """
+  parts = _parts(mesh)
+  for i, part in enumerate(parts):
+    if jax.process_index() in part.processes:
+      return HostRows(index=i, count=len(parts))
+  raise config_lib.ConfigError(
+    f"config.mesh: process {jax.process_index()} has no device on the mesh of "
+    f"{mesh.size} devices, and would have no row of the {batch_size} to read."
+  )
+
+
+def data_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " b"]:
+  """For each row of a batch on the mesh, which row of the data it is.
+
+  Processes read consecutive rows, but a mesh in the order that suits a pod's
+  network may deal the devices of one process over the batch axes: on 4 x 4
+  chips in hosts of 2 x 2, the first row of chips belongs to two hosts. A
+  batch on the mesh is then a permutation of the data's. Losses don't mind;
+  what is drawn for an example must follow its row of the data.
+
+  Args:
+    batch_size: which `batch_shards` divides.
+    mesh: from `make_mesh`.
+
+  Raises:
+    ConfigError: if the processes don't hold equal parts.
+  """
+  size = batch_size // batch_shards(mesh)
+  shards = np.concatenate([part.shards for part in _parts(mesh)])
+  rows = np.empty((len(shards), size), np.int32)
+  rows[shards] = np.arange(batch_size).reshape(len(shards), size)
+  return rows.reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """What some processes, mostly one, hold: shards of the batch, in order."""
+
+  shards: tuple[int, ...]
+  processes: frozenset[int]
+
+
+def _parts(mesh: Mesh) -> list[_Part]:
+  """Who holds which shards of the batch, in the order of their first ones."""
+  holders: dict[int, set[int]] = {}
+  devices = mesh.devices.reshape(batch_shards(mesh), -1)
+  for shard, row in enumerate(devices):
+    for device in row:
+      holders.setdefault(device.process_index, set()).add(shard)
+  processes: dict[tuple[int, ...], set[int]] = {}
+  for process, shards in holders.items():
+    processes.setdefault(tuple(sorted(shards)), set()).add(process)
+  sizes = [len(shards) for shards in processes]
+  if len(set(sizes)) > 1 or sum(sizes) != len(devices):
+    raise config_lib.ConfigError(
+      f"config.mesh: {len(holders)} processes would hold {sizes} of the "
+      f"{len(devices)} shards of the batch, which are not separate equal "
+      "parts. Make data x fsdp a multiple of the number of processes."
+    )
+  return [_Part(s, frozenset(processes[s])) for s in sorted(processes)]
+
+
+def fit(
+  axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh
+) -> PartitionSpec:
+  """A rule's axes for one array: trailing dimensions, whole where uneven.
+
+  A dimension that its axis does not divide stays whole: a vocabulary of 258 is
+  not an error. Of several axes those are left out, from the first on, that are
+  too many.
+  """
+  if len(axes) > len(shape):
+    axes = ()
+  axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
+
+  def whole_or_part(axis, size):
+    names = (axis,) if isinstance(axis, str) else tuple(axis or ())
+    # Naming an axis of one device would only hide what is split.
+    names = tuple(n for n in names if mesh.shape[n] > 1) or names[-1:]
+    while names and size % math.prod(mesh.shape[n] for n in names):
+      names = names[1:]
+    return names[0] if len(names) == 1 else names or None
+
+  return PartitionSpec(*map(whole_or_part, axes, shape))
+
+
+def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
+  """Shardings for a tree of arrays or shapes, by the names of its leaves.
+
+  Optimizer moments, the teacher and the EMA end in the parameters' own names,
+  so they fall under the same rules and are sharded with the parameters.
+
+  Args:
+    tree: arrays or `jax.ShapeDtypeStruct`s.
+    mesh: from `make_mesh`.
+    rules: the config's own, tried before the built-in ones.
+  """
+  every = [*rules, *RULES]
+
+  def place(name, leaf):
+    axes = trees.first_match(name, every)
+    return NamedSharding(mesh, fit(axes, leaf.shape, mesh))
+
+  return trees.map_with_names(place, tree)
+
+
+def axis_names(axes: Sequence[Axes]) -> list[str]:
+  """All axes that a rule names."""
+  every = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
+  return [name for names in every for name in names]
+
+
+def check_rules(rules: Rules, names: Iterable[str]) -> None:
+  """Raises ValueError for a rule of the config that matches no parameter.
+
+  And for axes that the mesh does not have.
+  """
+  trees.match_rules(names, rules, what="config.sharding")
+  for pattern, axes in rules:
+    for axis in axis_names(axes):
+      if axis not in AXES:
+        raise config_lib.ConfigError(
+          f"config.sharding: {pattern!r} names the axis {axis!r}. "
+          f"{config_lib.did_you_mean(str(axis), AXES)}"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def place_batch(
+  batch: Mapping[str, np.ndarray], mesh: Mesh
+) -> dict[str, jax.Array]:
+  """Makes global arrays of this process's rows of a batch; see `data_rows`."""
+  sharding = NamedSharding(mesh, BATCH)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, value)
+    for name, value in batch.items()
+  }
+
+
+def table(abstract: PyTree) -> list[tuple[str, tuple[int, ...], str, int]]:
+  """Rows (name, shape, partition, bytes a device) for the start-up log."""
+  rows = []
+  for name, leaf in trees.flatten_names(abstract):
+    local = leaf.sharding.shard_shape(leaf.shape)
+    size = math.prod(local) * np.dtype(leaf.dtype).itemsize
+    rows.append((name, tuple(leaf.shape), str(leaf.sharding.spec), size))
+  return rows

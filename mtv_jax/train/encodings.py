@@ -1,0 +1,87 @@
+"""The forward passes that the objectives ask for, each computed once.
+
+Objectives declare encodings (tower, view, weights) with the taps they read;
+`collect` takes the union, `encode` runs each one a single time and hands all
+of them out. Sharing a view between objectives is therefore a line of config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from mtv_jax.objectives import base
+from mtv_jax.parallel import constraints
+
+
+def collect(
+  objectives: Iterable[base.Objective],
+) -> dict[base.Encoding, tuple[int, ...]]:
+  """The distinct encodings that objectives need, with the union of taps."""
+  union: dict[base.Encoding, set[int]] = {}
+  for objective in objectives:
+    for encoding, taps in objective.needs().encodings.items():
+      union.setdefault(encoding, set()).update(taps)
+  return {e: tuple(sorted(union[e])) for e in sorted(union)}
+
+
+def encode(
+  plan: Mapping[base.Encoding, tuple[int, ...]],
+  towers: Mapping[str, Any],
+  params: Mapping[str, PyTree],
+  teacher: Mapping[str, PyTree],
+  views: Mapping[str, Any],
+  batch: Mapping[str, Array],
+  mesh: Mesh | None = None,
+) -> dict[base.Encoding, Any]:
+  """Runs every encoding of the plan.
+
+  Args:
+    plan: from `collect`.
+    towers: the linen modules, `image` and `text`.
+    params: the student's parameters by tower.
+    teacher: the teacher's parameters by tower; no gradient goes there.
+    views: what the views made, by name. A view's mask hides patches from the
+      student only, its `keep` from both: masks belong to views, so that
+      objectives on one view read one encoding.
+    batch: fields that hold token ids for text encodings: captions `[B, T]`,
+      phrases `[B, M, T]`.
+    mesh: that the rows are split over; None on one device.
+
+  Returns:
+    Each encoding's output, a `models.vit.ImageOutput` whose arrays are
+    `[B, count, ...]`, or a `models.text.TextOutput` with arrays `[B, ...]` or
+    `[B, M, ...]`.
+  """
+  outputs = {}
+  for encoding, taps in plan.items():
+    weights = params
+    if encoding.weights == base.TEACHER:
+      weights = jax.lax.stop_gradient(teacher)
+    tower = towers[encoding.tower].clone(mesh=mesh)
+    variables = {"params": weights[encoding.tower]}
+    # The name shows up in profiles and in the compiled program.
+    with jax.named_scope(str(encoding)):
+      if encoding.tower == "text":
+        tokens = batch[encoding.view]
+        lead = tokens.shape[:-1]
+        tokens = tokens.reshape(-1, tokens.shape[-1])
+        output = tower.apply(variables, constraints.by_rows(tokens, mesh))
+      else:
+        made = views[encoding.view]
+        lead = made.images.shape[:2]
+        hidden = made.mask if encoding.weights == base.STUDENT else None
+        crops = jax.tree.map(
+          lambda x: x.reshape(-1, *x.shape[2:]),
+          (made.images, hidden, made.keep),
+        )
+        images, mask, keep = constraints.by_rows(crops, mesh)
+        output = tower.apply(variables, images, taps=taps, mask=mask, keep=keep)
+      outputs[encoding] = jax.tree.map(
+        lambda x, lead=lead: x.reshape(*lead, *x.shape[1:]), output
+      )
+  return outputs

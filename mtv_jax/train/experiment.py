@@ -1,0 +1,421 @@
+"""A checked config and everything that is built from it once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mtv_jax.augment import views
+from mtv_jax.config import schema as config_lib
+from mtv_jax.data import ops, pipeline
+from mtv_jax.data.labels import join as labels
+from mtv_jax.data.sources import registry as sources_lib
+from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.evals import run as evals_lib
+from mtv_jax.evals.core import base as evals_base
+from mtv_jax.models import two_tower as model_lib
+from mtv_jax.objectives import build_objective
+from mtv_jax.parallel import sharding
+from mtv_jax.train import optim
+from mtv_jax.train import step as step_lib
+from mtv_jax.train import step_spec as recipe_lib
+from mtv_jax.utils import tree as trees
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A checked config, and everything built from it once.
+
+  Attributes:
+    config: resolved, defaults filled in.
+    workdir: the run's folder.
+    mesh: of all devices of all processes.
+    recipe: what the step is made of.
+    tokenizer: of the captions; None for a model without text.
+    sources: of `config.data.train`, in order.
+    examples_per_epoch: records of all sources together.
+    total_steps: of the run.
+    optimizer: with its schedule and its table of rules.
+    program: the compiled step and the shape of its state.
+    evaluators: of `config.evals`, built once, so that a mistake shows at once.
+  """
+
+  config: ConfigDict
+  workdir: pathlib.Path
+  mesh: Mesh
+  recipe: recipe_lib.Recipe
+  tokenizer: Any
+  sources: list[Any]
+  examples_per_epoch: int
+  total_steps: int
+  optimizer: optim.Optimizer
+  program: step_lib.Program
+  evaluators: dict[str, evals_base.Evaluator]
+
+  def every(self, name: str, section: ConfigDict) -> int | None:
+    """A duration of a section in steps, None where it has none."""
+    return config_lib.steps(
+      name,
+      section,
+      batch_size=self.config.batch_size,
+      examples_per_epoch=self.examples_per_epoch,
+      total_steps=self.total_steps,
+      default=None,
+    )
+
+
+def build_recipe(config: ConfigDict, total_steps: int) -> recipe_lib.Recipe:
+  """What a resolved config says about the step."""
+  options = model_lib.runtime(config.model)
+  weights = {
+    name: _weight(name, entry, config.batch_size, total_steps)
+    for name, entry in config.objectives.items()
+  }
+  if weights and not any(weight.active(0) for weight in weights.values()):
+    first = min(weight.start for weight in weights.values())
+    raise config_lib.ConfigError(
+      f"config.objectives: all of them start later, the first at step {first}: "
+      f"there is nothing to train before step {first}."
+    )
+  made = views.build_views(config.views.to_dict())
+  spec = model_lib.ModelSpec.from_config(config.model)
+  objectives = {
+    name: build_objective(name, entry).resolve(spec, made)
+    for name, entry in config.objectives.items()
+  }
+  read = {e for o in objectives.values() for e in o.needs().encodings}
+  # What only some recipes need is kept in the resolved config: whoever opens
+  # the run needs to know.
+  if any(made[e.view].mask_count for e in read if e.view in made):
+    config.model.mask_token = True
+  if config.model.text and all(e.tower != "text" for e in read):
+    log.warning("No objective reads text: config.model.text is left out.")
+    config.model.text = None
+  spec = model_lib.ModelSpec.from_config(config.model)
+  recipe = recipe_lib.Recipe(
+    spec=spec,
+    dtype=jnp.dtype(options.pop("dtype", "float32")),
+    runtime=options,
+    objectives=objectives,
+    weights=weights,
+    views=made,
+    seed=config.seed,
+    total_steps=total_steps,
+    teacher_momentum=config.teacher.momentum,
+    teacher_end=config.teacher.end,
+    ema_decay=config.ema.decay if config.ema else None,
+    accumulate=config.accumulate,
+  )
+  if not config.optim.rules:
+    return recipe
+  shapes = recipe_lib.abstract_params(recipe)
+  table = optim.rule_table(shapes, config.optim.rules)
+  return dataclasses.replace(
+    recipe, frozen=frozenset(row.name for row in table if row.frozen)
+  )
+
+
+def _weight(
+  name: str, entry: ConfigDict, batch_size: int, total_steps: int
+) -> recipe_lib.Weight:
+  """A number, or dict(value, start_steps|percent.., ramp_steps|percent..)."""
+  weight, where = entry.weight, f"config.objectives.{name}.weight"
+  if not isinstance(weight, ConfigDict):
+    return recipe_lib.Weight(_not_negative(weight, where))
+  known = [f"{k}_{u}" for k in ("start", "ramp") for u in config_lib.UNITS]
+  for key in weight:
+    if key not in ("value", *known):
+      raise config_lib.ConfigError(
+        f"{where}: no key {key!r}. "
+        f"{config_lib.did_you_mean(key, ['value', *known])}"
+      )
+  start, ramp = (
+    config_lib.steps(
+      key, weight, batch_size=batch_size, total_steps=total_steps, default=0
+    )
+    for key in ("start", "ramp")
+  )
+  if start >= total_steps:
+    raise config_lib.ConfigError(
+      f"{where}: it starts at step {start} of a run of {total_steps} steps, so "
+      "that it would never be trained."
+    )
+  value = _not_negative(weight.get("value", 1.0), f"{where}.value")
+  return recipe_lib.Weight(value, start, ramp)
+
+
+def _not_negative(value: Any, where: str) -> float:
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not number or not 0 <= value < math.inf:
+    raise config_lib.ConfigError(
+      f"{where} is {value!r}; expected a number from 0 on."
+    )
+  return float(value)
+
+
+def make_mesh(
+  config: ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """The mesh of a resolved config, which its batch fits.
+
+  Args:
+    config: resolved.
+    devices: all of this run by default.
+
+  Raises:
+    ConfigError: the sizes don't fit the devices, or the batch doesn't fit.
+  """
+  mesh = sharding.make_mesh(config.mesh, devices)
+  if config.batch_size % config.accumulate:
+    raise config_lib.ConfigError(
+      f"config.batch_size is {config.batch_size}, which config.accumulate="
+      f"{config.accumulate} does not divide."
+    )
+  sharding.check_batch(config.batch_size // config.accumulate, mesh)
+  return mesh
+
+
+def make_program(
+  config: ConfigDict, recipe: recipe_lib.Recipe, mesh: Mesh, examples: int
+) -> tuple[optim.Optimizer, step_lib.Program]:
+  """The optimizer and the step of a resolved config; compiles nothing.
+
+  Args:
+    config: resolved.
+    recipe: from `build_recipe`.
+    mesh: from `make_mesh`.
+    examples: of an epoch, for durations.
+
+  Raises:
+    ConfigError: for a rule that matches no parameter, or can't be.
+  """
+  params = recipe_lib.abstract_params(recipe)
+  optimizer = optim.make_optimizer(
+    config.optim,
+    config.schedule,
+    total_steps=recipe.total_steps,
+    batch_size=config.batch_size,
+    examples_per_epoch=examples,
+    params=params,
+  )
+  names = [name for name, _ in trees.flatten_names(params)]
+  sharding.check_rules(config.sharding, names)
+  program = step_lib.make_program(recipe, optimizer.tx, mesh, config.sharding)
+  return optimizer, program
+
+
+def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
+  """Checks a config and builds everything but the state.
+
+  Raises:
+    ConfigError: for anything in the config that can't be used.
+  """
+  config = config_lib.check(config)
+  if "://" in str(workdir):
+    raise config_lib.ConfigError(
+      f"the run's folder is {workdir}; buckets are not written to directly: "
+      "mount it (gcsfuse, for example) and give the folder's path."
+    )
+  mesh = make_mesh(config)
+  tokenizer = None
+  if text := config.model.text:
+    # Checked before the data, which may take long to open.
+    tokenizer = tokenizers.build_tokenizer(text.tokenizer, clean=text.clean)
+    tokenizers.check_vocabulary(
+      tokenizer, text.vocab_size, where="config.model.text.vocab_size"
+    )
+  entries = config.data.to_dict()["train"]
+  sources = [
+    sources_lib.build_source({**entry, "labels": None}) for entry in entries
+  ]
+  examples = sum(len(source) for source in sources)
+  total_steps = config_lib.total_steps(config, examples)
+  recipe = build_recipe(config, total_steps)
+  # Labels that no objective reads are not even opened.
+  read = data_ops(config, recipe, tokenizer).labels
+  sources = [
+    labels.join(source, entry["labels"], fields=read)
+    if entry.get("labels")
+    else source
+    for source, entry in zip(sources, entries, strict=True)
+  ]
+  optimizer, program = make_program(config, recipe, mesh, examples)
+  return Experiment(
+    config=config,
+    workdir=pathlib.Path(workdir),
+    mesh=mesh,
+    recipe=recipe,
+    tokenizer=tokenizer,
+    sources=sources,
+    examples_per_epoch=examples,
+    total_steps=total_steps,
+    optimizer=optimizer,
+    program=program,
+    evaluators=_evaluators(config, recipe),
+  )
+
+
+def _evaluators(
+  config: ConfigDict, recipe: recipe_lib.Recipe
+) -> dict[str, evals_base.Evaluator]:
+  """The evaluators, their data opened, so that a mistake shows at once."""
+  lacking = {}
+  if recipe.ema_decay is None:
+    lacking["ema"] = "config.ema is not set"
+  if not recipe.has_teacher:
+    lacking["teacher"] = "no objective reads a teacher"
+  entries = {}
+  for name, entry in config.evals.items():
+    weights = entry.get("weights", "student")
+    every = ["student", "teacher", "ema"]
+    if weights in lacking or weights not in every:
+      why = lacking.get(weights) or config_lib.did_you_mean(str(weights), every)
+      raise config_lib.ConfigError(
+        f"config.evals.{name}.weights is {weights!r}: {why}"
+      )
+    ours = ("weights", "at_start")
+    entries[name] = {k: v for k, v in entry.items() if k not in ours}
+  evaluators = evals_lib.build(entries)
+  for evaluator in evaluators.values():
+    evaluator.prepare()
+  return evaluators
+
+
+def data_ops(
+  config: ConfigDict, recipe: recipe_lib.Recipe, tokenizer: Any
+) -> ops.Ops:
+  """The ops of the input pipeline whose results the step reads."""
+  return ops.build_ops(
+    config.data.ops, tokenizer=tokenizer, wanted=recipe.fields()
+  )
+
+
+def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
+  """This process's rows of every batch, from a step on.
+
+  Raises:
+    ConfigError: if an objective reads a field that the batches lack.
+  """
+  rows = sharding.host_rows(experiment.config.batch_size, experiment.mesh)
+  loader = pipeline.make_loader(
+    experiment.config.data.to_dict(),
+    batch_size=experiment.config.batch_size,
+    seed=experiment.config.seed,
+    start_step=start_step,
+    process_index=rows.index,
+    process_count=rows.count,
+    tokenizer=experiment.tokenizer,
+    wanted=experiment.recipe.fields(),
+    sources=experiment.sources,
+  )
+  for field, readers in experiment.recipe.fields().items():
+    if field not in loader.fields:
+      raise config_lib.ConfigError(
+        f"objective {readers[0]!r} reads the batch field {field!r}, which no "
+        f"source and op of config.data gives; there are: "
+        f"{sorted(loader.fields)}. Add the source or the op, or drop the "
+        "objective."
+      )
+  _require_length(experiment.config.model.text, loader.fields)
+  return loader
+
+
+def _require_length(
+  text: ConfigDict | None, fields: Mapping[str, ops.Field]
+) -> None:
+  """Refuses captions of another length than evaluations encode texts at."""
+  if not text or "caption" not in fields:
+    return
+  (length,) = fields["caption"].shape
+  if length != text.length:
+    raise config_lib.ConfigError(
+      f"config.data.ops makes captions of {length} tokens, and "
+      f"config.model.text.length is {text.length}, which is how long the texts "
+      "of evaluations and exports are: give both the same number."
+    )
+
+
+def write_config(experiment: Experiment) -> None:
+  """Keeps the resolved config and the tokenizer file with the run."""
+  if jax.process_index() != 0:
+    return
+  experiment.workdir.mkdir(parents=True, exist_ok=True)
+  path = experiment.workdir / "config.json"
+  text = json.dumps(experiment.config.to_dict(), indent=2) + "\n"
+  if path.exists() and path.read_text() != text:
+    log.warning(
+      "%s held another config; it is kept as config.json.old. A changed seed, "
+      "batch size or data is another run: it meets other rows from here on.",
+      path,
+    )
+    path.replace(path.with_name("config.json.old"))
+  path.write_text(text)
+  if experiment.tokenizer is not None and experiment.tokenizer.path is not None:
+    folder = experiment.workdir / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    target = folder / pathlib.Path(experiment.tokenizer.path).name
+    if not target.exists():
+      shutil.copyfile(experiment.tokenizer.path, target)
+
+
+def describe(experiment: Experiment) -> None:
+  """Logs what is about to be trained: sizes, placement, rules, length."""
+  rows = sharding.table(experiment.program.abstract.params)
+  width = max(len(row[0]) for row in rows)
+  line = f"%-{width}s  %-16s %13s  %s"
+  log.info(line, "parameter", "shape", "bytes/device", "partition")
+  for name, shape, spec, size in rows:
+    shown = "x".join(map(str, shape)) or "-"
+    log.info(line, name, shown, f"{size:,}", spec)
+  log.info("\n%s\n", optim.describe(experiment.optimizer.table))
+  mesh, config = experiment.mesh, experiment.config
+  count = sum(math.prod(row[1]) for row in rows)
+  held = sum(row[3] for row in sharding.table(experiment.program.abstract))
+  log.info(
+    "%s parameters; the state takes %.1f MB a device on a mesh of %s.",
+    f"{count:,}",
+    held / 1e6,
+    " x ".join(f"{mesh.shape[axis]} {axis}" for axis in sharding.AXES),
+  )
+  log.info("Encodings: %s.", ", ".join(map(str, experiment.recipe.plan)))
+  log.info(
+    "%d steps of %d examples; an epoch of %s examples is %.1f steps.",
+    experiment.total_steps,
+    config.batch_size,
+    f"{experiment.examples_per_epoch:,}",
+    experiment.examples_per_epoch / config.batch_size,
+  )
+  _warn_of_repeats(experiment)
+
+
+def _warn_of_repeats(experiment: Experiment) -> None:
+  """Says where a source is so small that it is in a batch more than once."""
+  size = experiment.config.batch_size
+  weights = [e.get("weight", 1.0) for e in experiment.config.data.train]
+  for source, weight in zip(experiment.sources, weights, strict=True):
+    rows = size * weight / sum(weights)
+    if rows > len(source):
+      log.warning(
+        "A batch of %d takes %.0f rows of %r, which has only %d records: some "
+        "are in it more than once, and for contrastive losses a picture's own "
+        "caption is then also a wrong one. A smaller batch_size helps, more "
+        "data, or less weight of this source.",
+        size,
+        rows,
+        source,
+        len(source),
+      )

@@ -1,0 +1,272 @@
+"""The training loop: build, restore, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mtv_jax.checkpoint import checkpointer, partial_restore
+from mtv_jax.config import schema as config_lib
+from mtv_jax.data import pipeline
+from mtv_jax.encoder import loading
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.preprocess import preprocess_of
+from mtv_jax.evals import run as evals_lib
+from mtv_jax.models.heads.predictors import Predictors
+from mtv_jax.parallel import sharding
+from mtv_jax.train import experiment as experiment_lib
+from mtv_jax.train import metrics as metrics_lib
+from mtv_jax.train import preemption
+from mtv_jax.train import step_spec as recipe_lib
+from mtv_jax.train.experiment import Experiment
+from mtv_jax.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def start(
+  experiment: Experiment, saved: checkpointer.Restored | None
+) -> TrainState:
+  """The state to go on from: the last checkpoint, `config.init`, or new."""
+  if saved is not None:
+    log.info("Resumed %s at step %d.", experiment.workdir, saved.step)
+    return saved.state
+  rng = jax.random.key(experiment.config.seed)
+  place = jax.tree.map(
+    lambda leaf: leaf.sharding, experiment.program.abstract.params
+  )
+  params = jax.jit(
+    lambda key: recipe_lib.init_params(experiment.recipe, key),
+    out_shardings=place,
+  )(rng)
+  if init := experiment.config.init:
+    source = loading.read_params(
+      init.path,
+      weights=init.weights,
+      step=init.step,
+      spec=experiment.recipe.spec,
+    )
+    merged = partial_restore.merge(
+      params,
+      source,
+      include=init.include or ("",),
+      rename=init.rename,
+      min_coverage=init.min_coverage,
+    )
+    log.info("Initialised from %s:\n%s", init.path, merged.report)
+    params = merged.params
+  return experiment.program.init(params)
+
+
+def placed_batches(
+  loader: pipeline.Loader, mesh: Mesh
+) -> Iterator[dict[str, jax.Array]]:
+  """Batches on the devices, one transfer ahead of the step that needs it."""
+  ahead = collections.deque()
+  for batch in loader:
+    ahead.append(sharding.place_batch(batch, mesh))
+    if len(ahead) > 1:
+      yield ahead.popleft()
+
+
+def evaluate(
+  experiment: Experiment, state: TrainState, step: int, name: str
+) -> dict[str, float]:
+  """Runs an evaluation on the current parameters; its figures by name.
+
+  They are also written to `evals/NAME_STEP.json` with their protocol.
+  """
+  weights = experiment.config.evals[name].get("weights", "student")
+  encoder = Encoder(
+    experiment.recipe.spec,
+    state.weights(weights),
+    preprocess_of(experiment.config),
+    experiment.tokenizer,
+    experiment.mesh,
+    dtype=str(experiment.recipe.dtype),
+    weights=weights,
+    source=f"{experiment.workdir.name} at step {step}",
+    predictors=Predictors.from_config(
+      experiment.config.objectives, experiment.recipe.spec
+    ),
+  )
+  results = evals_lib.evaluate(encoder, {name: experiment.evaluators[name]})
+  if jax.process_index() == 0:
+    path = experiment.workdir / "evals" / f"{name}_{step}.json"
+    evals_lib.write_json(path, encoder, results)
+  return {f"{name}/{k}": v for k, v in results[name].metrics.items()}
+
+
+def in_order(values: Mapping[str, Any]) -> dict[str, Any]:
+  """What a person looks at first comes first: losses, rate, gradient."""
+  losses = [name for name in values if name.endswith("/loss")]
+  first = ["loss", *losses, "lr", "grad_norm"]
+  return {name: values[name] for name in (*first, *values)}
+
+
+def require_finite(step: int, values: Mapping[str, Any]) -> None:
+  """Stops a run whose loss or gradient is no number, before it is saved.
+
+  Raises:
+    FloatingPointError: names the step and the figures at fault.
+  """
+  watched = ("loss", "grad_norm", "update_norm")
+  if all(math.isfinite(float(values[name])) for name in watched):
+    return
+  bad = [k for k, v in values.items() if not np.isfinite(np.asarray(v))]
+  raise FloatingPointError(
+    f"at step {step} these are not finite: {bad}. The last checkpoint is from "
+    "before it. A lower learning rate, a longer warm-up, clipping, or b2=0.95 "
+    "are what usually helps."
+  )
+
+
+def run(config: config_lib.Config, workdir: str | os.PathLike) -> TrainState:
+  """Trains a config in a folder, from the start or from where it stopped.
+
+  Args:
+    config: as `config.check` takes it.
+    workdir: the run's folder, the same on every host.
+
+  Returns:
+    The state after the last step.
+
+  Raises:
+    ConfigError: for anything in the config that can't be used.
+    FloatingPointError: if the loss stops being a number.
+    data.pipeline.CorruptDataError: if too many records can't be used.
+    preemption.Preempted: if the process was told to end, once it has saved.
+  """
+  experiment = experiment_lib.build(config, workdir)
+  config = experiment.config
+  experiment_lib.describe(experiment)
+  process = jax.process_index()
+  chrono = metrics_lib.Chrono(
+    total_steps=experiment.total_steps,
+    batch_size=config.batch_size,
+    devices=experiment.mesh.size,
+  )
+  with checkpointer.Checkpointer(
+    experiment.workdir / "checkpoints",
+    every_steps=experiment.every("every", config.checkpoint),
+    keep=config.checkpoint.keep,
+    keep_every=config.checkpoint.keep_every,
+  ) as checkpoints:
+    saved = checkpoints.restore(experiment.program.abstract)
+    if saved is not None:
+      chrono.from_dict(saved.timing)
+    first = saved.step if saved is not None else 0
+    with (
+      experiment_lib.make_loader(experiment, first) as loader,
+      metrics_lib.Writers(
+        experiment.workdir,
+        total_steps=experiment.total_steps,
+        start_step=first,
+        process_index=process,
+      ) as writers,
+      preemption.notices() as notice,
+    ):
+      # Not before: what checkpoints or data refuse must not replace theirs.
+      experiment_lib.write_config(experiment)
+      state = start(experiment, saved)
+      return _loop(
+        experiment, state, first, loader, checkpoints, writers, chrono, notice
+      )
+
+
+def _loop(
+  experiment, state, first, loader, checkpoints, writers, chrono, notice
+):
+  """The steps themselves; see `run`."""
+  log_every = experiment.every("every", experiment.config.log)
+  eval_every = {
+    name: experiment.every("every", entry)
+    for name, entry in experiment.config.evals.items()
+  }
+  norms_every = experiment.every("gradients", experiment.config.log)
+  batches = placed_batches(loader, experiment.mesh)
+  in_flight = collections.deque()
+  recipe, program = experiment.recipe, experiment.program
+  active = ()
+  if first >= experiment.total_steps:
+    log.info("Step %d is done: nothing is left to do.", first)
+  for name, entry in experiment.config.evals.items():
+    if first == 0 and entry.get("at_start", False):
+      with chrono.pause():
+        writers.scalars(0, evaluate(experiment, state, 0, name))
+
+  def save_and_end(step):
+    done = f"step {step} was saved"
+    if step > first:
+      require_finite(step, jax.device_get(values))
+      checkpoints.save(step, state, timing=chrono.to_dict())
+      # While further signals change nothing.
+      checkpoints.wait()
+      done = f"it saved step {step}"
+    elif not step:
+      done = "it began none"
+    raise preemption.Preempted(
+      f"told to end (SIGTERM), {done} of {experiment.total_steps} in "
+      f"{experiment.workdir}. The same command goes on from there."
+    )
+
+  for step in range(first + 1, experiment.total_steps + 1):
+    with chrono.waiting():
+      try:
+        batch = next(batches)
+      except Exception as error:
+        # A signal to a group of processes ends those that read the data, too.
+        # (With several hosts none may end by itself, and `arrived` is False.)
+        if not notice.arrived:
+          raise
+        log.warning("No further batch, after SIGTERM: %s", error)
+        save_and_end(step - 1)
+    if recipe.active(step - 1) != active:
+      active = recipe.active(step - 1)
+      log.info("From step %d: %s. Compiling.", step, ", ".join(active))
+      chrono.compiles()
+    if recipe.teacher_starts(step - 1):
+      state = program.restart_teacher(state)
+    norms = {}
+    if norms_every and step % norms_every == 0:
+      with chrono.pause():
+        norms = jax.device_get(program.encoder_norms(state, batch, active))
+    state, values = program.update(state, batch, active)
+    # Two steps in flight keep the devices busy; more would only hold memory.
+    in_flight.append(values["loss"])
+    if chrono.compiling or len(in_flight) > 2:
+      jax.block_until_ready(in_flight.popleft())
+    chrono.step()
+
+    last = step == experiment.total_steps
+    if step % log_every == 0 or last or norms or step == first + 1:
+      values = jax.device_get(values)
+      require_finite(step, values)
+      values |= {
+        "lr": experiment.optimizer.schedule(step - 1),
+        "data/corrupt": loader.stats.corrupt,
+        "data/dropped": sum(loader.stats.dropped.values()),
+        **{f"{name}/encoder_grad_norm": v for name, v in norms.items()},
+      }
+      writers.progress(step, in_order(values), chrono.rates(step))
+    if (checkpoints.preempted(step) or notice.arrived) and not last:
+      # Before the evaluations, for which there may be no time.
+      save_and_end(step)
+    due = [n for n, every in eval_every.items() if every and step % every == 0]
+    due = list(eval_every) if last else due
+    for name in due:
+      with chrono.pause():
+        writers.scalars(step, evaluate(experiment, state, step, name))
+    if checkpoints.due(step) or last:
+      require_finite(step, jax.device_get(values))
+      with chrono.pause():
+        checkpoints.save(step, state, timing=chrono.to_dict())
+  return state

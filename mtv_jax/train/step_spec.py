@@ -1,0 +1,236 @@
+"""What the train step is made of, as a config builds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from mtv_jax.augment import views as views_lib
+from mtv_jax.config.schema import ConfigError
+from mtv_jax.models import two_tower as model_lib
+from mtv_jax.objectives import base
+from mtv_jax.train import encodings
+from mtv_jax.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+  """An objective's share in the total, by step.
+
+  Attributes:
+    value: the weight in force.
+    start: the first step at which the objective counts; before it, nothing of
+      it is computed.
+    ramp: over how many steps from there the weight rises linearly.
+  """
+
+  value: float
+  start: int = 0
+  ramp: int = 0
+
+  def active(self, step: int) -> bool:
+    """Whether the objective is computed in the update after `step` others."""
+    return step >= self.start
+
+  def __call__(self, step: Any) -> Float[Array, ""]:
+    """The weight, where it is active."""
+    since = jnp.asarray(step, jnp.float32) - self.start + 1.0
+    return self.value * jnp.clip(since / max(self.ramp, 1), 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What a config builds, and all that the step is made of.
+
+  Attributes:
+    spec: shapes of the towers.
+    dtype: compute dtype; parameters and losses stay float32.
+    runtime: further options of the towers that don't change what they compute
+      (`remat`, `scan`).
+    objectives: by name.
+    weights: of each objective in the total, by step.
+    views: by name.
+    seed: of everything random in the step.
+    total_steps: of the run, for schedules.
+    teacher_momentum: of the EMA that is the teacher, at the start.
+    teacher_end: at the end, along half a cosine; None for constant.
+    ema_decay: of the EMA of all parameters; None for none.
+    accumulate: in how many parts a batch is encoded, one after the other; the
+      gradients stay those of the whole batch.
+    frozen: names of parameters that are never updated, and not differentiated.
+  """
+
+  spec: model_lib.ModelSpec
+  dtype: Any
+  objectives: Mapping[str, base.Objective]
+  weights: Mapping[str, Weight]
+  views: Mapping[str, views_lib.View]
+  seed: int
+  total_steps: int
+  runtime: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  teacher_momentum: float = 0.996
+  teacher_end: float | None = None
+  ema_decay: float | None = None
+  accumulate: int = 1
+  frozen: frozenset[str] = frozenset()
+
+  def __post_init__(self):
+    if not self.objectives:
+      raise ConfigError(
+        "config.objectives is empty: nothing would be trained. Add one, such "
+        "as contrastive=dict(weight=1.0)."
+      )
+    for encoding in self.plan:
+      if encoding.tower == "image" and encoding.view not in self.views:
+        raise ConfigError(
+          f"an objective reads the view {encoding.view!r}, which config.views "
+          f"lacks; there are: {sorted(self.views)}."
+        )
+      if encoding.tower == "text" and self.spec.text is None:
+        raise ConfigError(
+          "an objective reads text, but config.model.text is not set."
+        )
+
+  @functools.cached_property
+  def plan(self) -> dict[base.Encoding, tuple[int, ...]]:
+    """The distinct encodings, with their taps."""
+    return encodings.collect(self.objectives.values())
+
+  @functools.cached_property
+  def heads(self) -> dict[str, base.Head]:
+    """All heads of all objectives, by their global names."""
+    heads: dict[str, base.Head] = {}
+    for name, objective in self.objectives.items():
+      for key, head in objective.heads().items():
+        if key in heads and not _alike(heads[key], head, self.spec):
+          raise ConfigError(
+            f"objective {name!r} and another one both own heads/{key}, with "
+            "different settings. Give one of them another head."
+          )
+        heads[key] = head
+    return heads
+
+  @functools.cached_property
+  def towers(self) -> dict[str, Any]:
+    """The linen modules, `image` and, where there is one, `text`."""
+    options = dict(dtype=self.dtype, **self.runtime)
+    towers = {"image": model_lib.image_tower(self.spec, **options)}
+    if self.spec.text is not None:
+      towers["text"] = model_lib.text_tower(self.spec, **options)
+    return towers
+
+  def active(self, step: int) -> tuple[str, ...]:
+    """The objectives that the update after `step` others computes."""
+    return tuple(n for n, w in self.weights.items() if w.active(step))
+
+  def only(self, names: tuple[str, ...]) -> Recipe:
+    """The same with some of the objectives."""
+    return dataclasses.replace(
+      self,
+      objectives={name: self.objectives[name] for name in names},
+      weights={name: self.weights[name] for name in names},
+    )
+
+  def teacher_starts(self, step: int) -> bool:
+    """Whether a teacher is first read in the update after `step` others."""
+
+    def read(at):
+      names = self.active(at)
+      return bool(names) and self.only(names).has_teacher
+
+    return step > 0 and read(step) and not read(step - 1)
+
+  def momentum(self, step: Any) -> Float[Array, ""]:
+    """The teacher's, in the update after `step` others."""
+    start = jnp.float32(self.teacher_momentum)
+    if self.teacher_end is None:
+      return start
+    share = jnp.clip(step / max(self.total_steps - 1, 1), 0.0, 1.0)
+    return self.teacher_end + (start - self.teacher_end) * 0.5 * (
+      1.0 + jnp.cos(jnp.pi * share)
+    )
+
+  @property
+  def has_teacher(self) -> bool:
+    """Whether an objective reads a teacher's encoding."""
+    return any(e.weights == base.TEACHER for e in self.plan)
+
+  def fields(self) -> dict[str, list[str]]:
+    """Batch fields by name, each with the objectives that read it."""
+    everyone = list(self.objectives)
+    readers = {"image": everyone, "image_size": everyone}  # For the views.
+    for name, objective in self.objectives.items():
+      for field in objective.needs().fields:
+        readers[field] = [*readers.get(field, []), name]
+    return readers
+
+
+def _alike(a: base.Head, b: base.Head, spec: model_lib.ModelSpec) -> bool:
+  """Whether two heads of one name can be one: module and inputs fit."""
+
+  def shapes(head):
+    leaves = jax.tree.leaves(head.example(spec))
+    return [getattr(leaf, "shape", leaf)[-1:] for leaf in leaves]
+
+  return a.module == b.module and shapes(a) == shapes(b)
+
+
+def of_teacher(recipe: Recipe, params: Mapping[str, PyTree]) -> PyTree:
+  """The part of the parameters that the teacher follows."""
+  if not recipe.has_teacher:
+    return {}
+  followed = [name for name, head in recipe.heads.items() if head.teacher]
+  return {
+    "image": params["image"],
+    "heads": {name: params["heads"][name] for name in followed},
+  }
+
+
+def _zeros(value: Any) -> Any:
+  if isinstance(value, jax.ShapeDtypeStruct):
+    return jnp.zeros(value.shape, value.dtype)
+  return value
+
+
+def init_params(recipe: Recipe, rng: jax.Array) -> PyTree:
+  """Parameters `{image, text, heads}`, float32."""
+  tower_rng, head_rng = jax.random.split(rng)
+  params = dict(model_lib.init_params(recipe.spec, tower_rng))
+  params["heads"] = {}
+  for i, (name, head) in enumerate(sorted(recipe.heads.items())):
+    example = [_zeros(x) for x in head.example(recipe.spec)]
+    variables = head.module.init(jax.random.fold_in(head_rng, i), *example)
+    params["heads"][name] = variables["params"]
+  return params
+
+
+def init_state(
+  recipe: Recipe, tx: optax.GradientTransformation, params: PyTree
+) -> TrainState:
+  """The state at step 0: the teacher and the EMA start as copies."""
+  copy = functools.partial(jax.tree.map, jnp.copy)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=tx.init(params),
+    teacher=copy(of_teacher(recipe, params)),
+    ema=copy(params) if recipe.ema_decay is not None else {},
+    statistics={
+      name: objective.initial_statistics()
+      for name, objective in recipe.objectives.items()
+    },
+  )
+
+
+def abstract_params(recipe: Recipe) -> PyTree:
+  """Shapes and dtypes of the parameters; computes nothing."""
+  return jax.eval_shape(
+    functools.partial(init_params, recipe), jax.random.key(0)
+  )

@@ -1,0 +1,73 @@
+"""What partial loading takes, leaves and refuses."""
+
+import jax
+import numpy as np
+import pytest
+
+from mtv_jax.checkpoint import partial_restore
+from mtv_jax.checkpoint.partial_restore import CheckpointMismatch
+from mtv_jax.utils import tree as trees
+
+
+def arrays(**shapes):
+  flat = {n.replace("__", "/"): np.ones(s) for n, s in shapes.items()}
+  return trees.unflatten(flat)
+
+
+TARGET = arrays(
+  image__blocks__kernel=(4, 10), image__norm__scale=(10,), heads__bias=(50,)
+)
+
+
+def test_merge_loads_what_fits():
+  source = arrays(
+    encoder__blocks__kernel=(4, 10), encoder__norm__scale=(10,), extra=(3,)
+  )
+  source = jax.tree.map(lambda x: x * np.float64(2), source)
+  target = jax.tree.map(lambda x: x.astype(np.float32), TARGET)
+  merged = partial_restore.merge(
+    target, source, include=("^image/",), rename=[("^encoder/", "image/")]
+  )
+  report = merged.report
+  assert report.loaded == ("image/blocks/kernel", "image/norm/scale")
+  assert report.unexpected == ("extra",)
+  assert report.missing == () and report.mismatched == {}
+  assert report.coverage == 1.0
+  assert merged.params["image"]["blocks"]["kernel"].dtype == np.float32
+  assert (merged.params["image"]["blocks"]["kernel"] == 2).all()
+  assert (merged.params["heads"]["bias"] == 1).all()
+  assert (target["image"]["norm"]["scale"] == 1).all()
+  assert "loaded 2 arrays, 100.0 % of the wanted" in str(report)
+
+
+def test_merge_fails_when_little_is_loaded():
+  source = arrays(
+    image__block__kernel=(4, 10), image__norm__scale=(11,), heads__bias=(50,)
+  )
+  with pytest.raises(CheckpointMismatch) as e:
+    partial_restore.merge(TARGET, source)
+  message = str(e.value)
+  assert "50.0 % of the wanted parameters, at least 99 % expected" in message
+  assert "missing from the source (1):\n  image/blocks/kernel" in message
+  assert "unexpected in the source (1):\n  image/block/kernel" in message
+  assert "image/norm/scale  (11,) -> (10,)" in message
+  assert "For 'image/blocks/kernel': The closest of 1 names" in message
+  merged = partial_restore.merge(TARGET, source, min_coverage=0.5)
+  assert merged.report.coverage == 0.5
+  assert merged.report.mismatched == {"image/norm/scale": ((11,), (10,))}
+
+
+def test_merge_errors():
+  with pytest.raises(ValueError, match="init.include: 'imgae/' matches no"):
+    partial_restore.merge(TARGET, TARGET, include=("imgae/",))
+  with pytest.raises(ValueError, match="both become 'image/bias'"):
+    partial_restore.merge(
+      TARGET, arrays(a__bias=1, b__bias=1), rename=[("^./", "image/")]
+    )
+
+
+def test_report_is_short_for_many_names():
+  source = arrays(**{f"x{i}": (1,) for i in range(30)})
+  target = {"y": np.ones(1)}
+  with pytest.raises(CheckpointMismatch, match="and 20 more"):
+    partial_restore.merge(target, source)

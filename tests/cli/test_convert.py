@@ -1,0 +1,89 @@
+"""The command line of tools/convert.py."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from mtv_jax.convert import huggingface
+from mtv_jax.models import two_tower as models
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.utils import tree as trees
+
+
+@pytest.fixture(scope="module")
+def tool(repo_root):
+  path = repo_root / "tools" / "convert.py"
+  found = importlib.util.spec_from_file_location("convert_tool", path)
+  module = importlib.util.module_from_spec(found)
+  found.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture
+def native(tmp_path):
+  text = {"variant": "mu", "depth": 1, "length": 8, "vocab_size": 258}
+  config = {"variant": "mu/16", "image_size": 32, "text": text}
+  spec = ModelSpec.from_config(config)
+  rng = np.random.default_rng(0)
+  leaves = {
+    name: rng.normal(size=leaf.shape).astype(np.float32)
+    for name, leaf in trees.flatten_names(models.abstract_params(spec))
+  }
+  leaves["heads/contrastive/logit_scale"] = np.float32(2)
+  leaves["heads/contrastive/logit_bias"] = np.float32(-9)
+  return huggingface.write_native(
+    tmp_path / "native",
+    spec,
+    trees.unflatten(leaves),
+    preprocess={"size": 32, "mean": (0.5,) * 3},
+  )
+
+
+def _leaves(folder):
+  return dict(trees.flatten_names(huggingface.read(folder).params))
+
+
+def test_to_hf_then_from_hf_is_identical(tool, native, tmp_path, capsys):
+  out, back = str(tmp_path / "hf"), str(tmp_path / "back")
+  tool.main(["to_hf", str(native), out, "--tokenizer=bytes", "--clean=lower"])
+  assert "model.safetensors" in capsys.readouterr().out
+  tool.main(["from_hf", out, back])
+  want, got = _leaves(native), _leaves(back)
+  assert got.keys() == want.keys()
+  for name, value in want.items():
+    np.testing.assert_array_equal(got[name], value, err_msg=name)
+  assert huggingface.read(back).tokenizer.clean == "lower"
+
+
+def test_image_size_resamples(tool, native, tmp_path):
+  out = tmp_path / "hf"
+  tool.main(["to_hf", str(native), str(out), "--image_size=64"])
+  model = huggingface.read(out)
+  assert model.spec.image.image_size == model.preprocess["size"] == 64
+  assert model.params["image"]["position_embedding"].shape == (16, 64)
+
+
+def test_errors_are_messages(tool, native, tmp_path):
+  with pytest.raises(SystemExit, match="There is no folder"):
+    tool.main(["from_hf", str(tmp_path / "no"), str(tmp_path / "out")])
+  with pytest.raises(SystemExit, match="33x33.*32x32"):
+    tool.main(["to_hf", str(native), str(tmp_path / "out"), "--image_size=33"])
+  with pytest.raises(SystemExit, match="npz is expected"):
+    tool.main(["from_big_vision", "no.npz", str(tmp_path / "out")])
+
+
+def test_a_source_is_never_written_over(tool, native, tmp_path):
+  before = {p.name: p.read_bytes() for p in native.iterdir()}
+  for command in ("to_hf", "from_hf"):
+    with pytest.raises(SystemExit, match="is the source itself"):
+      tool.main([command, str(native), f"{native}/../native"])
+  # Nor is a conversion mixed with one of the other form, which hides it.
+  out = tmp_path / "hf"
+  tool.main(["to_hf", str(native), str(out)])
+  with pytest.raises(SystemExit, match=r"another form \(model\.safetensors\)"):
+    tool.main(["from_hf", str(native), str(out)])
+  with pytest.raises(SystemExit, match=r"another form \(params\.safetensors\)"):
+    tool.main(["to_hf", str(out), str(native)])
+  assert {p.name: p.read_bytes() for p in native.iterdir()} == before
+  assert (out / "config.json").is_file()

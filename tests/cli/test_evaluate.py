@@ -1,0 +1,467 @@
+"""tools/evaluate.py: from a folder to a table and JSON."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from mtv_jax.config.schema import ConfigError
+from mtv_jax.convert import huggingface
+from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.evals import run, suite
+from mtv_jax.evals.core import base, results
+from mtv_jax.evals.core.base import Result
+from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.retrieval import retrieval
+from mtv_jax.models import two_tower as models
+
+
+def tool(repo_root, name):
+  spec = importlib.util.spec_from_file_location(
+    name, repo_root / "tools" / f"{name}.py"
+  )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  tower = {"width": 32, "depth": 1, "heads": 2, "mlp_dim": 64}
+  text = {"length": 16, "vocab_size": 258, **tower}
+  spec = models.ModelSpec.from_config(
+    {"image_size": 16, "patch_size": 8, **tower, "text": text}
+  )
+  head = {"logit_scale": np.array(1.0, "f4"), "logit_bias": np.array(0.0, "f4")}
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32),
+    models.abstract_params(spec),
+  )
+  path = tmp_path_factory.mktemp("encoder") / "untrained"
+  huggingface.write_native(
+    path,
+    spec,
+    {**params, "heads": {"contrastive": head}},
+    preprocess=Preprocess(size=16).to_dict(),
+    tokenizer=tokenizers.build_tokenizer("bytes", clean="lower"),
+  )
+  return path
+
+
+@pytest.mark.slow
+def test_two_on_scenes(repo_root, folder, tmp_path, capsys):
+  out = tmp_path / "deep" / "out.json"
+  tool(repo_root, "evaluate").main(
+    [
+      f"--encoder={folder}",
+      "--evals=zero_shot,retrieval",
+      "--count=12",
+      "--set=retrieval.max_captions=2",
+      f"--json={out}",
+    ]
+  )
+  printed = capsys.readouterr().out
+  content = json.loads(out.read_text())
+  assert content["weights"] == "student"
+  assert list(content["evals"]) == ["zero_shot", "retrieval"]
+  zero_shot = content["evals"]["zero_shot"]
+  assert zero_shot["protocol"]["images"] == 12
+  assert zero_shot["protocol"]["input_size"] == 16
+  assert zero_shot["protocol"]["preprocess"]["resize"] == "squash"
+  assert 0 < zero_shot["chance"]["top1"] < 1
+  assert content["evals"]["retrieval"]["protocol"]["captions"] == 24
+  for name in ("top1", "text_to_image_r1", "data_hash", "ties", "chance"):
+    assert name in printed
+
+
+@pytest.mark.slow
+def test_all_beside_a_floor(repo_root, folder, tmp_path, capsys):
+  out = tmp_path / "out"
+  argv = [f"--encoder={folder}", "--encoder=pixels:16/8", "--evals=all"]
+  argv += ["--count=6", "--pictures=2", f"--output={out}"]
+  # Of so few scenes no two show a thing of one class.
+  argv += ["--set=semantic_correspondence.count=60"]
+  for name in ("segmentation", "depth_probe", "linear_probe"):
+    argv.append(f"--set={name}.steps=4")
+  argv += ["--set=logistic.max_iter=4", "--set=mae_probe.epochs=12"]
+  tool(repo_root, "evaluate").main(argv)
+  first, floor = results.read(out / "results.json")
+  ran = {*first.results, *first.skipped}
+  assert ran == set(base.EVALUATORS) == {*floor.results, *floor.skipped}
+  assert not first.failed and not floor.failed
+  assert {"retrieval", "zero_shot"} <= {*first.results} & {*floor.skipped}
+  for name in ("report.html", "results.md", "radar.png"):
+    assert (out / name).stat().st_size
+  assert (out / "sheets" / "retrieval_captions_untrained.png").is_file()
+  assert "text tower" in (out / "results.md").read_text()
+  assert "pixels:16/8" in capsys.readouterr().out
+  for outcome in (first, floor):
+    for name, result in outcome.results.items():
+      for key in ("data", "data_hash", "encoder", "seconds"):
+        assert key in result.protocol, (name, key)
+
+
+def test_errors_are_messages(repo_root, folder, tmp_path):
+  main = tool(repo_root, "evaluate").main
+  with pytest.raises(SystemExit, match="evaluate: .*Did you mean 'retrieval'"):
+    main([f"--encoder={folder}", "--evals=retreival"])
+  with pytest.raises(SystemExit, match="found nothing there"):
+    main([f"--encoder={tmp_path / 'none'}", "--evals=retrieval"])
+  with pytest.raises(SystemExit, match="nothing there.*evaluation 'retrieval'"):
+    main([f"--encoder={folder}", "--evals=retrieval", "--data=missing.json"])
+
+
+def test_data_of_one_evaluation(repo_root, folder, tmp_path, write_image):
+  for colour in ("red", "blue"):
+    write_image(tmp_path / "set" / colour / "0.png", colour)
+  prompts = tmp_path / "prompts.json"
+  prompts.write_text('{"classes": ["red", "blue", "white"]}')
+  out = tmp_path / "out.json"
+  tool(repo_root, "evaluate").main(
+    [
+      f"--encoder={folder}",
+      "--evals=zero_shot,retrieval",
+      f"--data=zero_shot={tmp_path / 'set'}",
+      f"--prompts={prompts}",
+      "--count=4",
+      f"--json={out}",
+    ]
+  )
+  evals = json.loads(out.read_text())["evals"]
+  assert evals["zero_shot"]["protocol"]["classes"] == 3
+  assert evals["retrieval"]["protocol"]["data"] == "scenes"
+
+
+def test_a_plan_keeps_to_what_an_evaluation_takes():
+  got = run.plan(
+    ["zero_shot", "retrieval"],
+    data=["scenes", "retrieval=a=b.json"],
+    options={"prompts": "p.json", "split": None, "count": 3},
+    preferences={"count": 8, "pictures": 4, "unheard_of": 1},
+    assignments=["retrieval.max_captions=5", "zero_shot.clean=canonicalize"],
+  )
+  assert got.entries == {
+    "zero_shot": {
+      "type": "zero_shot",
+      "data": "scenes",
+      "prompts": "p.json",
+      "count": 3,
+      "clean": "canonicalize",
+    },
+    "retrieval": {
+      "type": "retrieval",
+      "data": "a=b.json",
+      "count": 3,
+      "pictures": 4,
+      "max_captions": 5,
+    },
+  }
+  assert got.named == {"zero_shot", "retrieval"}
+
+
+def test_what_is_named_within_all():
+  got = run.plan(["all"])
+  assert list(got.entries) == list(base.EVALUATORS) and not got.named
+  got = run.plan(
+    ["all"], data=["zero_shot=x"], assignments=["retrieval.count=1"]
+  )
+  assert got.named == {"zero_shot", "retrieval"}
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"names": ["retreival"]}, "no evaluation.*Did you mean 'retrieval'"),
+    ({"options": {"prompts": "x"}}, "--prompts: none of retrieval has"),
+    ({"data": ["zero_shot=x"]}, "--data=zero_shot=...: zero_shot is not among"),
+    ({"assignments": ["max_captions=1"]}, "expected NAME.OPTION=VALUE"),
+    ({"assignments": ["retrieval.count"]}, "expected NAME.OPTION=VALUE"),
+    (
+      {"assignments": ["retreival.count=1"]},
+      "--set=retreival.count=1: no such.*Did you mean 'retrieval'",
+    ),
+    (
+      {"assignments": ["retrieval.cuont=1"]},
+      "retrieval has no option 'cuont'. Did you mean 'count'",
+    ),
+    (
+      {"assignments": ["retrieval.batch_size=many"]},
+      "--set=retrieval.batch_size=many: expected int, such as 64",
+    ),
+    (
+      {"assignments": ["retrieval.batch_size.x=1"]},
+      "--set=retrieval.batch_size.x: .* has no key 'x'",
+    ),
+  ],
+)
+def test_a_plan_refuses(changes, message):
+  arguments = {"names": ["retrieval"], **changes}
+  with pytest.raises(ConfigError, match=message):
+    run.plan(arguments.pop("names"), **arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Made(base.Evaluator):
+  """Does what it is told to."""
+
+  data: str = "scenes"
+  prepares: str = "well"
+  runs: str = "well"
+  pictures: int = 0
+
+  def prepare(self):
+    self.do(self.prepares)
+
+  def run(self, encoder):
+    self.do(self.runs)
+    return Result({"x": 0.5}, {"data_hash": "1"})
+
+  def do(self, what):
+    if what == "no text":
+      raise base.NotApplicable("this encoder has no text tower")
+    if what == "missing":
+      raise FileNotFoundError("no such folder")
+    if what == "broken":
+      raise RuntimeError("out of memory " + 5000 * "x")
+
+
+@pytest.fixture
+def made(monkeypatch):
+  """Registers evaluations that do what their name's options say."""
+
+  def register(**kinds):
+    monkeypatch.setattr(
+      base,
+      "EVALUATORS",
+      {name: (f"{__name__}.{name}", name) for name in kinds},
+    )
+    classes = {
+      name: dataclasses.make_dataclass(
+        name,
+        [("prepares", str, kind.get("prepares", "well"))]
+        + [("runs", str, kind.get("runs", "well"))],
+        bases=(Made,),
+        frozen=True,
+      )
+      for name, kind in kinds.items()
+    }
+    monkeypatch.setattr(
+      base, "evaluator_class", lambda kind, where="": classes[kind]
+    )
+
+  return register
+
+
+def outcomes_of(plan, encoder, **kwargs):
+  said = []
+  got = suite.evaluate({"colours": encoder}, plan, say=said.append, **kwargs)
+  return got, said
+
+
+def test_one_that_fails_costs_no_other(made, colours, tmp_path):
+  made(a={}, b={"runs": "broken"}, c={"runs": "no text"}, d={})
+  plan = run.plan(["all"])
+  (got,), said = outcomes_of(plan, colours, folder=tmp_path)
+  assert list(got.results) == ["a", "d"]
+  assert got.skipped == {"c": "this encoder has no text tower"}
+  assert got.failed["b"].startswith("RuntimeError: out of memory")
+  assert len(got.failed["b"]) <= 1000
+  assert any("Traceback" in line and "b FAILED" in line for line in said)
+  assert list(results.read(tmp_path / "results.json")[0].results) == ["a", "d"]
+  (line,) = suite.errors([got], plan)
+  assert line.startswith("b failed: RuntimeError")
+
+
+def test_what_is_kept_when_the_process_dies(made, colours, tmp_path):
+  made(a={}, b={"runs": "well"}, c={})
+  plan = run.plan(["all"])
+  ready = run.prepare(plan)
+  steps = run.attempt(colours, ready, name="colours")
+  assert [list(next(steps).results) for _ in "ab"] == [["a"], ["a", "b"]]
+
+
+def test_skipped_is_an_error_only_by_name(made, colours):
+  made(a={}, c={"runs": "no text"})
+  plan = run.plan(["a", "c"])
+  (got,), _ = outcomes_of(plan, colours)
+  assert list(got.results) == ["a"]
+  assert suite.errors([got], plan) == [
+    "c can't be run: this encoder has no text tower"
+  ]
+  assert suite.errors([got], run.plan(["all"])) == []
+  # Several lack the same: said once. They lack different things: both.
+  line = "c can't be run: this encoder has no text tower"
+  assert suite.errors([got, got], plan) == [line]
+  lacks = dataclasses.replace(got, skipped={"c": "no depth head"})
+  assert suite.errors([got, lacks, got], plan) == [f"{line}; no depth head"]
+  # Another encoder can: the floor beside it just lacks it.
+  other = dataclasses.replace(got, skipped={}, results={"c": got.results["a"]})
+  assert suite.errors([got, other], plan) == []
+
+
+def test_data_that_can_not_be_opened(made, colours):
+  made(a={}, b={"prepares": "missing"}, c={"prepares": "no text"})
+  plan = run.plan(["all"])
+  (got,), said = outcomes_of(plan, colours)
+  assert list(got.results) == ["a"]
+  assert got.failed == {"b": "no such folder"}
+  assert "b FAILED: no such folder" in said
+  assert got.skipped == {"c": "this encoder has no text tower"}
+  # By name, a mistake shows before anything is computed.
+  with pytest.raises(FileNotFoundError):
+    outcomes_of(run.plan(["a", "b"]), colours)
+  with pytest.raises(FileNotFoundError):
+    outcomes_of(run.plan(["all"], data=["b=x"]), colours)
+  made(b={"prepares": "missing"})
+  with pytest.raises(FileNotFoundError):
+    outcomes_of(run.plan(["all"]), colours)
+
+
+def test_the_tool_fails_with_what_failed(
+  repo_root, folder, tmp_path, monkeypatch
+):
+  def broken(self, encoder):
+    raise RuntimeError("boom")
+
+  monkeypatch.setattr(retrieval.Retrieval, "run", broken)
+  main = tool(repo_root, "evaluate").main
+  out = tmp_path / "out"
+  argv = [f"--encoder={folder}", "--evals=retrieval,zero_shot", "--count=4"]
+  with pytest.raises(SystemExit, match="retrieval failed: RuntimeError: boom"):
+    main([*argv, f"--output={out}"])
+  (kept,) = results.read(out / "results.json")
+  assert list(kept.results) == ["zero_shot"]
+  assert "retrieval: RuntimeError: boom" in (out / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+  ("given", "names"),
+  [
+    (["runs/a"], ["a"]),
+    (
+      ["runs/a", "pixels:64", "random:mu/8@64"],
+      ["a", "pixels:64", "random:mu/8@64"],
+    ),
+    (["x/a", "y/a"], ["x/a", "y/a"]),
+    (["runs/a", "runs/a@ema"], ["a@student", "a@ema"]),
+    (["/a"], ["a"]),
+    ([".", "a"], [".", "a"]),
+  ],
+)
+def test_names_of_encoders(given, names):
+  made = suite.requests(given, weights="student")
+  assert [r.name for r in made] == names
+  assert [f"{r.path}@{r.weights}" for r in made] == [
+    g if g.endswith("@ema") else f"{g}@student" for g in given
+  ]
+
+
+def test_a_floor_has_no_weights_to_choose():
+  made = suite.requests(["runs/a", "pixels:64"], weights="ema")
+  assert [r.weights for r in made] == ["ema", "student"]
+
+
+def test_an_encoder_twice():
+  with pytest.raises(ValueError, match="--encoder=a is given twice"):
+    suite.requests(["a", "a@ema"], weights="ema")
+
+
+def test_a_mistake_in_the_last_costs_no_time(colours):
+  evals = {"zero_shot": {"count": 4}, "b": {"type": "retrieval", "cuont": 1}}
+  with pytest.raises(ConfigError, match="Did you mean 'count'"):
+    run.evaluate(colours, evals)
+  missing = {"zero_shot": {"count": 4}, "b": {"type": "retrieval", "data": "x"}}
+  with pytest.raises(FileNotFoundError, match="nothing there") as error:
+    run.evaluate(colours, missing)
+  assert error.value.__notes__ == ["(in evaluation 'b')"]
+  assert colours.batches == []
+
+
+@pytest.mark.parametrize("key", ["every_step", "every_", "every_hours"])
+def test_a_misspelt_schedule_is_no_schedule(key):
+  with pytest.raises(ValueError, match=f"no option '{key}'.*every_steps"):
+    run.build(ConfigDict({"zero_shot": {key: 5, "count": 4}}))
+
+
+def test_evaluators_are_built_once_and_keep_their_data(colours, monkeypatch):
+  config = ConfigDict({"zero_shot": {"every_steps": 5, "count": 4}})
+  built = run.build(config)
+  first = run.evaluate(colours, built)
+  monkeypatch.setattr(datasets, "labelled", None)
+  second = run.evaluate(colours, built)
+  assert first["zero_shot"].metrics == second["zero_shot"].metrics
+
+
+def test_results_keep_units_and_pictures(colours):
+  picture = np.zeros((2, 2, 3), np.uint8)
+
+  class Metres(base.Evaluator):
+    def run(self, encoder):
+      return Result(
+        {"rmse": 0.5},
+        {},
+        units={"rmse": "m"},
+        lower=("rmse",),
+        pictures={"depth": picture},
+      )
+
+  got = run.evaluate(colours, {"depth": Metres()})["depth"]
+  assert got.units == {"rmse": "m"} and got.lower == ("rmse",)
+  assert got.pictures["depth"] is picture
+  assert got.protocol["seconds"] >= 0
+
+
+def test_table_has_chance_and_protocol():
+  made = {
+    "a": Result({"x": 0.5}, {"templates": list("abcdefghij")}, {"x": 0.25}),
+    "b": Result({"y": 1.0}, {}),
+  }
+  lines = run.table(made).splitlines()
+  assert lines[2].split() == ["a", "x", "%", "50.00", "25.00"]
+  assert lines[3].split() == ["b", "y", "%", "100.00"]
+  assert "  templates: 10: 'a', 'b', ... 'j'" in lines
+
+
+@pytest.mark.reference
+def test_make_prompts(repo_root, tmp_path, capsys):
+  pytest.importorskip("open_clip")
+  path = tmp_path / "imagenet.json"
+  tool(repo_root, "make_prompts").main([f"--output={path}"])
+  assert "1000 classes, 80 templates" in capsys.readouterr().out
+  assert len(json.loads(path.read_text())["ids"]) == 1000
+
+
+def test_every_evaluation_can_run_in_training():
+  for name in base.EVALUATORS:
+    options = base.default_options(name)
+    assert options["data"] == "scenes", name
+    # A picture costs time, and training shows none.
+    assert options.get("pictures", 0) == 0, name
+    entry = ConfigDict({"type": name, "every_steps": 5, "data": "scenes"})
+    run.build({"mine": entry})
+
+
+def test_every_evaluation_is_in_the_docs(repo_root):
+  page = (repo_root / "docs" / "evaluation.md").read_text(encoding="utf-8")
+  rows = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in page.splitlines()
+    if line.startswith("| `")
+  ]
+  told = {row[0].strip("`"): row for row in rows if len(row) == 4}
+  assert list(told) == list(base.EVALUATORS)
+  for name, row in told.items():
+    known = base.default_options(name)
+    for option in row[3].split(", "):
+      assert option.strip("`") in known, f"{name} has no option {option}"
+  named = re.findall(r"--set=([a-z]\w*)\.(\w+)", page)
+  assert named
+  for name, option in named:
+    assert option in base.default_options(name), f"{name}.{option}"

@@ -1,0 +1,278 @@
+"""tools/label.py: its options, its endings, and real experts through it."""
+
+import importlib.util
+import json
+import signal
+
+import numpy as np
+import pytest
+from labelling_samples import (
+  FakeDepth,
+  contents,
+  launch,
+  make_tars,
+)
+
+from mtv_jax.data.labels.label_sets import LabelSet
+from mtv_jax.experts import build
+
+
+@pytest.fixture(scope="module")
+def tool(repo_root):
+  path = repo_root / "tools" / "label.py"
+  spec = importlib.util.spec_from_file_location("label", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+  return make_tars(tmp_path_factory.mktemp("tars") / "base", shards=2)
+
+
+def arguments(base, out, *more, expert="depth", weights="x"):
+  return [
+    f"--expert={expert}", f"--weights={weights}", f"--data={base}/*.tar",
+    f"--out={out}", "--threads=2", *more,
+  ]  # fmt: skip
+
+
+# --- The command -------------------------------------------------------------
+
+
+def test_the_tool_labels_and_verifies(
+  tool, base, tmp_path, monkeypatch, capsys
+):
+  asked = []
+
+  def fake(kind, weights, *, options):
+    asked.append((kind, weights, dict(options)))
+    return FakeDepth(scale=options.get("scale", 2.0))
+
+  monkeypatch.setattr(tool, "build_expert", fake)
+  argv = arguments(base, tmp_path)
+  given = ["--side=64", "--batch_size=2", "--set=scale=2.0", "--set=name=a/b"]
+  assert tool.main([*argv, *given]) == 0
+  # Options that nobody gave are the expert's.
+  options = {"side": 64, "batch_size": 2, "scale": 2.0, "name": "a/b"}
+  assert asked == [("depth", "x", options)]
+  said = capsys.readouterr()
+  assert f"11 of 14 records have a label, in {tmp_path}." in said.out
+  assert "1 times: record: its image in N.tar has no bytes" in said.out
+  assert "100.0%, 14 of 14 images" in said.err
+  assert tool.main([*argv, "--verify=5"]) == 0
+  assert "5 records labelled again" in capsys.readouterr().out
+  # Again: nothing to do.
+  before = contents(tmp_path)
+  assert tool.main(argv) == 0
+  assert contents(tmp_path) == before
+  with pytest.raises(SystemExit, match=r"settings.scale: 2.0 -> 5.0"):
+    tool.main([*argv, "--set=scale=5.0"])
+  found = LabelSet(tmp_path, kind="depth")
+  assert found.manifest["labelled"] == 11
+
+
+def test_a_difference_is_an_exit_code(tool, base, tmp_path, monkeypatch):
+  monkeypatch.setattr(tool, "build_expert", lambda *a, **k: FakeDepth())
+  argv = arguments(base, tmp_path)
+  assert tool.main(argv) == 0
+
+  class Other(FakeDepth):
+    def finish(self, outputs, meta):
+      return super().finish({"depth": outputs["depth"] ** 2}, meta)
+
+  monkeypatch.setattr(tool, "build_expert", lambda *a, **k: Other())
+  assert tool.main([*argv, "--verify=3"]) == 1
+
+
+@pytest.mark.parametrize(
+  ("more", "says"),
+  [
+    (["--set=x"], "label: --set=x: expected OPTION=VALUE"),
+    (["--processes=2"], "label: --coordinator, --processes and --process go"),
+    ([], "label: No weights at x. Expected are a folder of Depth Anything"),
+  ],
+)
+def test_commands_that_cannot_be(tool, base, tmp_path, more, says):
+  with pytest.raises(SystemExit, match=says):
+    tool.main(arguments(base, tmp_path / "out", *more))
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_interrupted_it_says_a_line_and_leaves_nothing_half(tmp_path):
+  base = make_tars(tmp_path / "base", shards=20, records=6)
+  out = tmp_path / "out"
+  process = launch("depth", base, out, delay=0.1)
+  assert process.stdout.readline() == "ready\n"
+  try:
+    process.wait(timeout=1.5)
+  except Exception:
+    process.send_signal(signal.SIGINT)
+  _, errors = process.communicate(timeout=20)
+  assert process.returncode == 130
+  assert errors.strip().splitlines()[-1] == "label: interrupted."
+  assert "Traceback" not in errors
+  left = sorted(file.name for file in out.iterdir())
+  assert "settings.json" in left and "manifest.json" not in left
+  assert not [name for name in left if name.startswith(".")]
+  labels = {name.split(".")[0] for name in left if "_record" in name}
+  assert {name[:5] for name in left if "_stats" in name} == labels
+
+
+# --- Which expert ------------------------------------------------------------
+
+
+def folder(path, **config):
+  path.mkdir()
+  (path / "config.json").write_text(json.dumps(config))
+  return path
+
+
+def test_weights_say_which_expert_it_is(tmp_path, monkeypatch):
+  called = []
+
+  class Module:
+    @staticmethod
+    def load_expert(path, *, kind="", mesh=None, side=128, phrases=None):
+      called.append((path, kind, side, phrases))
+      return FakeDepth()
+
+  names = []
+
+  def importing(name):
+    names.append(name.removeprefix("mtv_jax.experts."))
+    return Module
+
+  monkeypatch.setattr(build.importlib, "import_module", importing)
+  onnx = tmp_path / "x.onnx"
+  onnx.touch()
+  for path in (
+    folder(tmp_path / "a", model_type="depth_anything"),
+    folder(tmp_path / "b", model_type="owlv2"),
+    folder(tmp_path / "c", model={}),
+    folder(tmp_path / "d", model_type="siglip"),
+    onnx,
+  ):
+    build.build_expert("depth", path, options={"side": 7})
+  assert names == [
+    "depth_anything.expert",
+    "owlv2.expert",
+    "mtv_expert",
+    "mtv_expert",
+    "onnx.detector",
+  ]
+  assert called[0] == (tmp_path / "a", "depth", 7, None)
+  with pytest.raises(ValueError, match="labels depth, and boxes was asked for"):
+    build.build_expert("boxes", onnx)
+  with pytest.raises(ValueError, match="no option 'sied'. Did you mean 'side'"):
+    build.build_expert("depth", onnx, options={"sied": 7})
+  for name in ("mesh", "kind"):
+    with pytest.raises(ValueError, match=f"no option '{name}'"):
+      build.build_expert("depth", onnx, options={name: None})
+  with pytest.raises(ValueError, match="expert='box'.*'boxes'"):
+    build.build_expert("box", onnx)
+  # Phrases by their name, with their own options.
+  options = {"phrases": "tags:words", "max_phrases": 3}
+  build.build_expert("depth", onnx, options=options)
+  assert called[-1][3].settings == {
+    "source": "tags", "field": "words", "max_phrases": 3,
+  }  # fmt: skip
+
+
+def test_an_option_that_an_expert_needs(tmp_path):
+  (tmp_path / "x.onnx").touch()
+  with pytest.raises(ValueError, match="'onnx.detector' needs --names; given"):
+    build.build_expert("boxes", tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize(
+  ("config", "says"),
+  [
+    (None, "has no config.json"),
+    ('{"model_type":', r"config.json can't be read \(Expecting value.*copy it"),
+    (
+      '{"model_type": "siglip"}',
+      "model_type is 'siglip', not 'depth_anything'",
+    ),
+  ],
+)
+def test_weights_that_are_not_whole_are_told_of_first(tmp_path, config, says):
+  if config:
+    (tmp_path / "config.json").write_text(config)
+  with pytest.raises(ValueError, match=rf"no option 'size'[^$]*{says}"):
+    build.build_expert("depth", tmp_path, options={"size": 56})
+  file = tmp_path / "model.safetensors"
+  file.touch()
+  with pytest.raises(ValueError, match="it is a file.*give the folder"):
+    build.build_expert("depth", file, options={"size": 56})
+
+
+def test_options_are_of_their_types(tmp_path):
+  (tmp_path / "x.onnx").touch()
+  for key, value, wanted in (
+    ("max_boxes", 2.5, "float, expected int"),
+    ("nms", "much", r"str, expected float \| int \| None"),
+    ("decoder", None, "None, expected str"),
+  ):
+    options = {"names": "x", key: value}
+    with pytest.raises(ValueError, match=f"^{key}={value!r} is {wanted}"):
+      build.build_expert("boxes", tmp_path / "x.onnx", options=options)
+
+
+# --- Real experts ------------------------------------------------------------
+
+
+def write_weights(path):
+  """A Depth Anything of random weights."""
+  import torch
+  import transformers
+
+  torch.manual_seed(0)
+  backbone = transformers.Dinov2Config(
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    mlp_ratio=2,
+    image_size=56,
+    patch_size=14,
+    out_indices=[1, 2, 3, 4],
+    reshape_hidden_states=False,
+  )
+  config = transformers.DepthAnythingConfig(
+    backbone_config=backbone,
+    reassemble_hidden_size=32,
+    neck_hidden_sizes=[8, 8, 16, 16],
+    fusion_hidden_size=8,
+    head_hidden_size=8,
+    patch_size=14,
+  )
+  model = transformers.DepthAnythingForDepthEstimation(config)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.normal_(0.0, 0.2)
+    # Positive, whatever else comes out.
+    model.head.conv3.bias.fill_(9.0)
+  model.save_pretrained(path)
+  return path
+
+
+@pytest.mark.reference
+@pytest.mark.slow
+def test_a_real_expert_through_the_tool(tool, tmp_path, capsys):
+  """Pictures of three shapes, by Depth Anything."""
+  weights = write_weights(tmp_path / "weights")
+  base = make_tars(tmp_path / "base", shards=2)
+  argv = arguments(
+    base, tmp_path / "a", "--size=28", "--side=32", weights=weights
+  )
+  assert tool.main(argv) == 0
+  assert tool.main([*argv, "--verify=14"]) == 0
+  assert "16-bit maps differ by at most 0 steps" in capsys.readouterr().out
+  found = LabelSet(tmp_path / "a", kind="depth")
+  maps = [found.read(1, at).label.values for at in range(7)]
+  assert len({values.tobytes() for values in maps}) == 7
+  assert all(np.ptp(values) == 65534 for values in maps)
+  with pytest.raises(SystemExit, match="side: 32 -> 16"):
+    tool.main([*argv[:-1], "--side=16"])

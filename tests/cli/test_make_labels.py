@@ -1,0 +1,487 @@
+"""Label sets from annotations: COCO's boxes, depth images."""
+
+import importlib.util
+import io
+import json
+import tarfile
+
+import cv2
+import numpy as np
+import pytest
+
+from mtv_jax.data.labels import annotations
+from mtv_jax.data.labels.annotations import (
+  DepthImages,
+  Instances,
+  Item,
+  same_shape,
+)
+from mtv_jax.data.labels.label_sets import LabelSet
+from mtv_jax.data.labels.label_values import no_label
+from mtv_jax.data.sources import listings
+from mtv_jax.data.sources import shard_writer as shards_lib
+from mtv_jax.data.sources.registry import build_source
+
+
+@pytest.fixture(scope="module")
+def tool(repo_root):
+  path = repo_root / "tools" / "make_labels.py"
+  spec = importlib.util.spec_from_file_location("make_labels", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def item(name="7.jpg", size=(100, 200), **fields):
+  return Item(
+    **{"key": "k", "name": name, "image_id": "7"} | fields,
+    height=size[0],
+    width=size[1],
+  )
+
+
+# --- COCO --------------------------------------------------------------------
+
+
+def coco(path, annotated=(), images=((7, "7.jpg"), (8, "8.jpg"))):
+  content = {
+    "images": [
+      {"id": i, "file_name": name, "height": 100, "width": 200}
+      for i, name in images
+    ],
+    "categories": [{"id": 3, "name": "cat"}, {"id": 90, "name": "hair drier"}],
+    "annotations": [
+      {"id": n, "image_id": 7, "iscrowd": 0} | annotation
+      for n, annotation in enumerate(annotated)
+    ],
+  }
+  path.write_text(json.dumps(content))
+  return path
+
+
+def test_instances(tmp_path):
+  file = coco(
+    tmp_path / "x.json",
+    [
+      {"bbox": [20, 10, 100, 50], "category_id": 3},
+      {"bbox": [0, 0, 10, 10], "category_id": 3, "iscrowd": 1},
+      {"bbox": [190, 0, 20, 10], "category_id": 90},
+      {"bbox": [5, 5, 0, 10], "category_id": 3},
+      {"bbox": [5, 5, 10, -10], "category_id": 3},
+    ],
+  )
+  made = Instances([file])(item())
+  np.testing.assert_allclose(
+    made.label.boxes, [[0.1, 0.1, 0.6, 0.6], [0, 0.95, 0.1, 1]], rtol=1e-6
+  )
+  assert made.label.phrases == ("cat", "hair drier")
+  assert made.label.scores.tolist() == [1, 1]
+  assert made.counts == {
+    "boxes: a crowd, left out": 1,
+    "boxes: reached outside the image, cut": 1,
+    "boxes: empty": 1,
+    "boxes: inverted": 1,
+  }
+
+
+def test_an_image_without_boxes_is_labelled_and_one_that_is_not_listed_not(
+  tmp_path,
+):
+  instances = Instances([coco(tmp_path / "x.json")])
+  assert instances(item("8.jpg")).label.boxes.shape == (0, 4)
+  assert instances(item("9.jpg")) == no_label(
+    "boxes: the image is not in the annotations"
+  )
+
+
+def test_what_a_record_is_found_by(tmp_path):
+  box = {"bbox": [20, 10, 100, 50], "category_id": 3}
+  file = coco(tmp_path / "x.json", [box])
+  by_id = Instances([file], match="image_id")
+  assert len(by_id(item("other.jpg", image_id="7")).label.boxes) == 1
+  assert by_id(item("7.jpg", image_id="")).label is None
+  by_key = Instances([file], match="key")
+  assert len(by_key(item("other.jpg", key="7")).label.boxes) == 1
+  assert by_key(item("7.jpg")).label is None
+  by_name = Instances([file])
+  assert len(by_name(item("folder/7.png")).label.boxes) == 1
+  with pytest.raises(ValueError, match="'folder/7.png' and 'other/7.jpg'"):
+    by_name(item("other/7.jpg"))
+  # img2dataset has a record for each caption, of one image.
+  assert len(by_name(item("folder/7.png")).label.boxes) == 1
+  with pytest.raises(ValueError, match="match='file'.*name"):
+    Instances([file], match="file")
+
+
+@pytest.mark.parametrize(
+  ("size", "same"),
+  [
+    ((100, 200), True),
+    ((50, 100), True),
+    ((333, 667), True),
+    ((7, 15), True),
+    ((200, 100), False),
+    ((256, 256), False),
+    ((100, 210), False),
+    ((0, 0), False),
+  ],
+)
+def test_shapes(tmp_path, size, same):
+  assert same_shape(item(size=size), 100, 200) == same
+  made = Instances([coco(tmp_path / "x.json")])(item(size=size))
+  wanted = no_label("boxes: annotations of an image of another shape")
+  assert (made.label is not None) if same else made == wanted
+
+
+@pytest.mark.parametrize(
+  ("content", "says"),
+  [
+    ("{", "x.json is not JSON"),
+    ("[]", "x.json is no COCO instance file.*it has <class 'list'>"),
+    ('{"images": []}', r"needs \['annotations', 'categories', 'images'\]"),
+  ],
+)
+def test_files_that_are_no_instances(tmp_path, content, says):
+  (tmp_path / "x.json").write_text(content)
+  with pytest.raises(ValueError, match=says):
+    Instances([tmp_path / "x.json"])
+
+
+def test_instances_that_contradict_themselves(tmp_path):
+  file = coco(tmp_path / "x.json")
+  with pytest.raises(ValueError, match="image '7' is listed twice"):
+    Instances([file, file])
+  coco(file, [{"bbox": [0, 0, 1, 1], "category_id": 3, "image_id": 5}])
+  with pytest.raises(ValueError, match="annotation 0 is of the image 5, which"):
+    Instances([file])
+  coco(file, [{"caption": "a cat"}])
+  with pytest.raises(ValueError, match="without 'bbox'.*give instances_"):
+    Instances([file])
+
+
+# --- Depth -------------------------------------------------------------------
+
+
+def depth_file(path, dtype=np.uint16, size=(50, 100)):
+  rows, columns = np.mgrid[: size[0], : size[1]]
+  raw = (20 + rows + columns).astype(dtype)
+  cv2.imwrite(str(path), raw)
+  return raw
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_metric_depth_is_inverted(tmp_path, dtype):
+  raw = depth_file(tmp_path / "7.png", dtype, size=(64, 128))
+  blocks = raw.reshape(32, 2, 32, 4).astype(np.float64)
+  label = DepthImages(tmp_path, scale=10, side=32)(item()).label
+  # Near is large, and at the top left.
+  assert label.values[0, 0] == 65535 and label.values[-1, -1] == 1
+  step = (label.high - label.low) / 65534
+  assert abs(label.inverse - (10 / blocks).mean((1, 3))).max() <= step
+  disparity = DepthImages(tmp_path, values="inverse", scale=10, side=32)
+  label = disparity(item()).label
+  assert label.values[0, 0] == 1
+  step = (label.high - label.low) / 65534
+  assert abs(label.inverse - (blocks / 10).mean((1, 3))).max() <= step
+
+
+def test_values_that_are_invalid(tmp_path):
+  raw = depth_file(tmp_path / "7.png")
+  raw[:25] = 0
+  raw[:, 50:] = 65535
+  cv2.imwrite(str(tmp_path / "7.png"), raw)
+  label = DepthImages(tmp_path, invalid=(0, 65535), side=16)(item()).label
+  assert (label.values[8:, :8] > 0).all()
+  assert (label.values > 0).sum() == 64
+  # Metres of 0 are nothing even where nobody said so.
+  label = DepthImages(tmp_path, invalid=(65535,), side=16)(item()).label
+  assert (label.values > 0).sum() == 64
+
+
+def test_depth_files_that_cannot_be_used(tmp_path):
+  depth = DepthImages(tmp_path, side=16)
+  assert depth(item()) == no_label("depth: no file for the image")
+  cv2.imwrite(str(tmp_path / "7.png"), np.zeros((50, 100, 3), np.uint8))
+  assert depth(item()) == no_label("depth: a file of mode RGB, not grey")
+  depth_file(tmp_path / "7.png", size=(50, 90))
+  assert depth(item()) == no_label(
+    "depth: a file of another shape than the image"
+  )
+  damaged = no_label("depth: a file that is no image, or damaged")
+  depth_file(tmp_path / "7.png")
+  data = (tmp_path / "7.png").read_bytes()
+  (tmp_path / "7.png").write_bytes(data[: len(data) // 2])
+  assert depth(item()) == damaged
+  (tmp_path / "7.png").write_bytes(b"no image")
+  assert depth(item()) == damaged
+  cv2.imwrite(str(tmp_path / "7.png"), np.full((50, 100), 7, np.uint8))
+  assert depth(item()) == no_label("depth: a map that is the same everywhere")
+  cv2.imwrite(str(tmp_path / "7.png"), np.zeros((50, 100), np.uint8))
+  assert depth(item()).label is None
+
+
+def test_patterns(tmp_path):
+  raw = depth_file(tmp_path / "d_7.png")
+  (tmp_path / "a").mkdir()
+  cv2.imwrite(str(tmp_path / "a" / "k.png"), raw)
+  cv2.imwrite(str(tmp_path / "a" / "7.png"), raw)
+  for pattern, of in [
+    ("d_{stem}.png", item("a/7.jpg")),
+    ("d_{image_id}.png", item("x.jpg")),
+    ("a/{key}.png", item("x.jpg")),
+    ("{name}.png", item("a/7.jpg")),
+  ]:
+    assert DepthImages(tmp_path, pattern=pattern)(of).label is not None
+  by_stem = DepthImages(tmp_path, pattern="d_{stem}.png")
+  by_stem(item("a/7.jpg"))
+  with pytest.raises(ValueError, match="'a/7.jpg' and 'b/7.jpg'"):
+    by_stem(item("b/7.jpg"))
+
+
+@pytest.mark.parametrize(
+  ("options", "says"),
+  [
+    ({"pattern": "x.png"}, "the same file for every image; it needs one of {k"),
+    ({"pattern": "{id}.png"}, "can't be filled in .*'id'.*{stem}"),
+    ({"pattern": "{stem.png"}, "can't be filled in"),
+    ({"values": "far"}, "values='far'"),
+    ({"scale": 0.0}, "scale=0.0"),
+    ({"side": 1}, "side=1"),
+  ],
+)
+def test_depth_options_that_make_no_sense(tmp_path, options, says):
+  with pytest.raises(ValueError, match=says):
+    DepthImages(tmp_path, **options)
+  with pytest.raises(FileNotFoundError, match="no folder of depth nowhere"):
+    DepthImages("nowhere")
+
+
+# --- The base ----------------------------------------------------------------
+
+
+def photos(folder, names, size=(50, 100)):
+  folder.mkdir(exist_ok=True)
+  examples = []
+  for i, name in enumerate(names):
+    image = np.random.default_rng(i).integers(0, 255, (*size, 3), np.uint8)
+    (folder / name).parent.mkdir(exist_ok=True)
+    cv2.imwrite(str(folder / name), image)
+    examples.append(listings.Example(name, folder / name, [f"caption {i}"]))
+  return examples
+
+
+@pytest.mark.parametrize("format", ["webdataset", "array_record"])
+def test_the_tool_from_shards_to_a_source(tmp_path, tool, format, capsys):
+  names = [f"{i}.png" for i in range(5)]
+  shards_lib.write(
+    photos(tmp_path / "photos", names), tmp_path / "base", format=format,
+    records_per_shard=2,
+  )  # fmt: skip
+  end = {"webdataset": "tar"}.get(format, format)
+  base = f"{tmp_path}/base/*.{end}"
+  (tmp_path / "metres").mkdir()
+  raw = {i: depth_file(tmp_path / "metres" / f"{i}.png") for i in (0, 2, 3)}
+  annotated = [
+    {"image_id": 3, "bbox": [20, 10, 100, 50], "category_id": 3},
+    {"image_id": 3, "bbox": [5, 5, 0, 10], "category_id": 3},
+  ]
+  file = coco(
+    tmp_path / "x.json", annotated, [(i, f"{i}.jpg") for i in (1, 3, 9)]
+  )
+  depth = [
+    "depth", f"--base={base}", f"--output={tmp_path}/labels/depth",
+    f"--depth_dir={tmp_path}/metres", "--metric", "--scale=10", "--side=32",
+  ]  # fmt: skip
+  assert tool.main(depth) == 0
+  out = capsys.readouterr().out
+  assert "3 of 5 records have a label, in" in out
+  assert "2 times: depth: no file for the image" in out
+  boxes = [
+    "boxes", f"--base={base}", f"--output={tmp_path}/labels/boxes",
+    f"--instances={file}",
+  ]  # fmt: skip
+  assert tool.main(boxes) == 0
+  out = capsys.readouterr().out
+  assert "2 of 5 records have a label with 1 boxes, in" in out
+  assert "3 times: boxes: the image is not in the annotations" in out
+  assert "1 times: boxes: empty" in out
+  source = build_source(
+    {
+      "type": format,
+      "path": base,
+      "labels": {k: f"{tmp_path}/labels/{k}" for k in ("depth", "boxes")},
+    }
+  )
+  for i in range(5):
+    record = source[i]
+    assert ("depth" in record, "boxes" in record) == (i in raw, i in (1, 3))
+  np.testing.assert_allclose(
+    source[3]["boxes"], [[0.1, 0.1, 0.6, 0.6]], atol=1 / 65535
+  )
+  assert source[3]["phrases"] == ["cat"] and source[1]["phrases"] == []
+  label = LabelSet(tmp_path / "labels" / "depth", kind="depth").read(1, 0).label
+  np.testing.assert_array_equal(source[2]["depth"], label.values)
+  assert label.values[0, 0] == 65535
+  manifest = (tmp_path / "labels" / "depth" / "manifest.json").read_text()
+  assert json.loads(manifest)["settings"] == {
+    "from": "depth images", "folder": "metres", "pattern": "{stem}.png",
+    "values": "metric", "scale": 10.0, "invalid": [0], "side": 32,
+    "min_valid": 16,
+  }  # fmt: skip
+  # Again: nothing to do, the same summary, the same file.
+  assert tool.main(depth) == 0
+  assert "3 of 5 records have a label, in" in capsys.readouterr().out
+  assert tool.main([*depth, "--inverse"][:-2] + ["--side=16"]) == 1
+  said = capsys.readouterr().err
+  assert "finished label set" in said
+  assert "settings.side: 32 -> 16" in said
+
+
+def test_a_base_of_bare_tars_is_found_by_its_keys(tmp_path, tool):
+  photos(tmp_path / "photos", ["a.png", "b.png"])
+  with tarfile.open(tmp_path / "x.tar", "w") as tar:
+    for name in ("a", "b"):
+      data = (tmp_path / "photos" / f"{name}.png").read_bytes()
+      info = tarfile.TarInfo(f"{name}.png")
+      info.size = len(data)
+      tar.addfile(info, io.BytesIO(data))
+  (tmp_path / "depth").mkdir()
+  depth_file(tmp_path / "depth" / "b.png")
+  code = tool.main(
+    [
+      "depth", f"--base={tmp_path}/x.tar", f"--output={tmp_path}/out",
+      f"--depth_dir={tmp_path}/depth", "--inverse",
+    ]
+  )  # fmt: skip
+  assert code == 0
+  found = LabelSet(tmp_path / "out", kind="depth")
+  assert [found.read(0, i).key for i in range(2)] == ["a", "b"]
+  assert [found.read(0, i).label is None for i in range(2)] == [True, False]
+
+
+def test_nothing_found_says_what_was_looked_for(tmp_path, tool, capsys):
+  shards_lib.write(photos(tmp_path / "photos", ["a.png"]), tmp_path / "base")
+  (tmp_path / "depth").mkdir()
+  argv = [
+    "depth", f"--base={tmp_path}/base/*.tar", f"--output={tmp_path}/out",
+    f"--depth_dir={tmp_path}/depth", "--metric",
+  ]  # fmt: skip
+  assert tool.main(argv) == 1
+  said = capsys.readouterr().err
+  assert "None of the 1 records has a label: 1 times 'depth: no file" in said
+  assert "looked for as Item(key='000000000', name='a.png'" in said
+  # Another attempt is not held up by what this one left.
+  depth_file(tmp_path / "depth" / "d_a.png")
+  assert tool.main([*argv, "--pattern=d_{stem}.png"]) == 0
+
+
+def test_urls_are_names(tmp_path):
+  class Base:
+    def meta(self, i):
+      url = "https://host/train2017/000000000009.jpg?size=large"
+      return {"key": f"{i}", "url": url, "width": 4, "height": 3}
+
+  found = list(annotations._items(Base(), 0, range(2)))
+  assert [i.key for i in found] == ["0", "1"]
+  assert found[0].name == "train2017/000000000009.jpg"
+  assert found[0].stem == "000000000009"
+  assert (found[0].height, found[0].width) == (3, 4)
+
+
+# --- Real data ---------------------------------------------------------------
+
+
+def first_examples(listing, images, names):
+  found = {e.name: e for e in listings.read(listing, images=images)}
+  return [found[name] for name in names]
+
+
+def test_coco_boxes_are_those_of_the_annotations(shared_data, tmp_path, tool):
+  coco = shared_data / "coco"
+  file = coco / "annotations" / "instances_val2017.json"
+  content = json.loads(file.read_text())
+  listed = {image["file_name"]: image for image in content["images"]}
+  names = sorted(listed)[:6]
+  other = sorted(
+    path.name
+    for path in (coco / "val2017").iterdir()
+    if path.name not in listed
+  )[:2]
+  examples = first_examples(
+    coco / "annotations" / "captions_val2017.json",
+    coco / "val2017",
+    names + other,
+  )
+  # The larger ones are made smaller, which changes no coordinate.
+  shards_lib.write(examples, tmp_path / "base", max_side=320)
+  base = f"{tmp_path}/base/*.tar"
+  code = tool.main(
+    [
+      "boxes", f"--base={base}", f"--output={tmp_path}/boxes", "--instances",
+      str(file), str(file).replace("val", "train"),
+    ]
+  )  # fmt: skip
+  assert code == 0
+  source = build_source(
+    {
+      "type": "webdataset",
+      "path": base,
+      "labels": {"boxes": f"{tmp_path}/boxes"},
+    }
+  )
+  categories = {c["id"]: c["name"] for c in content["categories"]}
+  total = 0
+  for i, name in enumerate(names):
+    image = listed[name]
+    wanted = [
+      a
+      for a in content["annotations"]
+      if a["image_id"] == image["id"] and not a["iscrowd"]
+    ]
+    x, y, w, h = np.array([a["bbox"] for a in wanted]).T
+    boxes = np.stack([y, x, y + h, x + w], 1)
+    boxes /= np.array([image["height"], image["width"]] * 2)
+    record = source[i]
+    assert abs(record["boxes"] - boxes.clip(0, 1)).max() <= 1 / 65535
+    assert record["phrases"] == [categories[a["category_id"]] for a in wanted]
+    total += len(wanted)
+  assert total > 20
+  for i in (6, 7):
+    assert "boxes" not in source[i]
+
+
+def test_nyu_depth_is_larger_where_it_is_nearer(shared_data, tmp_path, tool):
+  nyu = shared_data / "nyuv2"
+  lines = (nyu / "test.txt").read_text().splitlines()
+  ids = [line.split()[0] for line in lines[:4]]
+  examples = [
+    listings.Example(f"{i}.jpg", nyu / "nyu_images" / f"{i}.jpg", ["a room"])
+    for i in ids
+  ]
+  shards_lib.write(examples, tmp_path / "base")
+  base = f"{tmp_path}/base/*.tar"
+  code = tool.main(
+    [
+      "depth", f"--base={base}", f"--output={tmp_path}/depth",
+      f"--depth_dir={nyu}/nyu_depths", "--metric", "--scale=25.5",
+    ]
+  )  # fmt: skip
+  assert code == 0
+  found = LabelSet(tmp_path / "depth", kind="depth")
+  for i, name in enumerate(ids):
+    label = found.read(0, i).label
+    file = str(nyu / "nyu_depths" / f"{name}.png")
+    metres = cv2.imread(file, cv2.IMREAD_UNCHANGED) / 25.5
+    side = (128, 128)
+    means = cv2.resize(1 / metres, side, interpolation=cv2.INTER_AREA)
+    error = abs(label.inverse - means).max()
+    assert error <= (label.high - label.low) / 65534
+    near, far = np.argmin(metres), np.argmax(metres)
+    at = [
+      (np.array(np.unravel_index(p, metres.shape)) * 128)
+      // np.array(metres.shape)
+      for p in (near, far)
+    ]
+    values = [int(label.values[tuple(place)]) for place in at]
+    assert values[0] > 4 * values[1]
+    assert 0.09 < label.low < label.high < 1.5

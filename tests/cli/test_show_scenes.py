@@ -1,0 +1,27 @@
+"""Pictures of data: panels in their places, and the tool that saves them."""
+
+import pathlib
+import runpy
+
+import cv2
+import numpy as np
+import pytest
+
+from mtv_jax.cli import show_scenes
+from mtv_jax.data.scenes.scenes import render
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_sheet_shows_scenes(tmp_path):
+  sheet = show_scenes.scene_sheet([0, 1], size=96)
+  assert sheet.shape[1] == 6 * 96 + 4 * 6 and sheet.dtype == np.uint8
+  np.testing.assert_array_equal(sheet[:96, :96], render(0).image)
+  tiles = show_scenes.scene_tiles([4, 5, 6], columns=2, size=48)
+  np.testing.assert_array_equal(tiles[13:61, :48], render(4, size=48).image)
+  with pytest.raises(ValueError, match="indices is empty"):
+    show_scenes.scene_sheet([])
+  out = tmp_path / "scenes.png"
+  tool = runpy.run_path(str(ROOT / "tools" / "show_scenes.py"))
+  tool["main"]([f"--out={out}", "--count=2", "--size=48"])
+  assert cv2.imread(str(out)) is not None

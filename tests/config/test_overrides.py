@@ -1,0 +1,224 @@
+"""Overrides from a command line, and how a program ends on an error."""
+
+import copy
+import os
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from mtv_jax.cli import errors
+from mtv_jax.config import overrides
+from mtv_jax.config import schema as config_lib
+from mtv_jax.config.schema import ConfigError
+from mtv_jax.data.canvas import decode
+
+SMALL = {
+  "batch_size": 8,
+  "total_steps": 10,
+  "data": {
+    "train": [{"type": "scenes"}, {"type": "scenes", "weight": 0.5}],
+    "ops": "decode|canvas(32)",
+  },
+  "views": {"image": {"ops": "resize(32)"}},
+  "objectives": {"contrastive": {"weight": 1.0}},
+  "optim": {"lr": 1e-3, "rules": (("bias", {"lr": 0.1}),)},
+  "evals": {"retrieval": {"count": 24, "every_steps": 5}},
+}
+
+
+def apply(*assignments):
+  config = ConfigDict(copy.deepcopy(SMALL))
+  return overrides.override(config, assignments)
+
+
+def test_command_line_overrides_become_assignments():
+  got = overrides.from_flags(
+    ["main.py", "--config.optim.lr=1e-3", "--workdir=a", "--config.seed", "3",
+     "--config=c.py:tiny", "-config.data.ops=decode|canvas(8, x=1)"]
+  )  # fmt: skip
+  assert got == [
+    "main.py", "--set=optim.lr=1e-3", "--workdir=a", "--set=seed=3",
+    "--config=c.py:tiny", "--set=data.ops=decode|canvas(8, x=1)",
+  ]  # fmt: skip
+  with pytest.raises(ConfigError, match="--config.seed has no value"):
+    overrides.from_flags(["--config.seed", "--workdir=a"])
+
+
+@pytest.mark.parametrize(
+  ("assignment", "expected"),
+  [
+    ("batch_size=16", 16),
+    ("optim.lr=2", 2.0),
+    ("optim.lr=1e-4", 1e-4),
+    ("data.train[1].weight=2", 2.0),
+    ("data.train[0].path=/a/{00..09}.tar", "/a/{00..09}.tar"),
+    ("data.ops=decode", "decode"),
+    # Keys that the file leaves out, some in sections that it leaves out.
+    ("data.max_corrupt=0.5", 0.5),
+    ("mesh.fsdp=2", 2),
+    ("model.text.tokenizer=a/b.model", "a/b.model"),
+    ("model.scan=False", False),
+    ("model.scan=true", True),
+    ("optim.rules=[('bias', {'lr': 0.0})]", [("bias", {"lr": 0.0})]),
+    ("objectives.contrastive.weight={'value': 2.0}", {"value": 2.0}),
+    ("evals.retrieval=none", None),
+    ("schedule.name=None", None),
+    ("schedule.name=none", "none"),
+    ("init=none", "none"),
+    ("init=None", None),
+  ],
+)
+def test_override(assignment, expected):
+  node = apply(assignment)
+  for part in re.findall(r"\w+", assignment.split("=")[0]):
+    node = node[int(part)] if part.isdigit() else node[part]
+  node = node.to_dict() if isinstance(node, ConfigDict) else node
+  assert node == expected
+  assert type(node) is type(expected)
+
+
+def test_overrides_of_what_a_file_leaves_out_reach_the_checked_config():
+  checked = config_lib.check(
+    apply("data.max_corrupt=0.5", "mesh.fsdp=2", "evals.retrieval=none")
+  )
+  assert checked.data.max_corrupt == 0.5
+  mesh = checked.mesh
+  assert (mesh.data, mesh.fsdp, mesh.tensor) == (-1, 2, 1)
+  assert not checked.evals
+
+
+@pytest.mark.parametrize(
+  ("assignment", "match"),
+  [
+    ("batch_size=many", "config.batch_size=many: expected int, such as 8"),
+    ("batch_size=8.5", "config.batch_size=8.5: expected int"),
+    ("optim.lr=fast", "config.optim.lr=fast: expected float"),
+    ("evals.retrieval.count=all", "count=all: expected int, such as 24"),
+    ("optim=3", "config.optim=3: this is a section.*There are: lr, rules"),
+    ("seed.x=3", None),
+    ("batch_size.x=3", "config.batch_size is 8 and has no key 'x'"),
+    ("data.train[2].size=3", r"config.data.train has 2 entries.*no \[2\]"),
+    ("data.ops[0]=3", "config.data.ops is 'decode.*not a list"),
+    ("mesh[0]=3", "config is .*has no|not a list"),
+    ("data..ops=3", "'data..ops' is no key"),
+    ("data.train[-1].size=3", "is no key"),
+    ("batch_size", None),
+  ],
+)
+def test_bad_overrides_name_the_key(assignment, match):
+  if match is None:
+    # Nothing wrong in itself: `check` refuses what comes of it.
+    with pytest.raises(ConfigError, match="config.seed|config.batch_size"):
+      config_lib.check(apply(assignment))
+    return
+  with pytest.raises(ConfigError, match=match):
+    apply(assignment)
+
+
+@pytest.mark.parametrize(
+  ("assignment", "match"),
+  [
+    ("batchsize=3", "config.batchsize is an unknown key. Did you mean 'batch_"),
+    ("optim.rate=3", "config.optim.rate is an unknown key"),
+    ("mesh.dta=2", "config.mesh.dta is an unknown key. Did you mean 'data'"),
+    ("data.worker=2", "config.data.worker is an unknown key"),
+  ],
+)
+def test_a_misspelt_override_is_an_unknown_key(assignment, match):
+  with pytest.raises(ConfigError, match=match):
+    config_lib.check(apply(assignment))
+
+
+# ---------------------------------------------------------------------------
+# Endings.
+
+
+def test_errors_raised_on_purpose_end_with_their_message():
+  with pytest.raises(SystemExit) as ending, errors.readable_errors("train"):
+    config_lib.check({})
+  assert ending.value.code == (
+    "train: config.batch_size is missing; it has no default."
+  )
+  with pytest.raises(SystemExit, match="record 'image'"):  # noqa: SIM117
+    with errors.readable_errors("train"):
+      decode(b"no image")
+
+
+def test_notes_are_part_of_the_message():
+  error = ConfigError("wrong")
+  error.add_note("(in evaluation 'a')")
+  error.add_note("For simplicity, JAX ... Set JAX_TRACEBACK_FILTERING=off ...")
+  assert errors.message(error) == "wrong\n(in evaluation 'a')"
+  assert errors.message(KeyError("no 'a'")) == "no 'a'"
+
+
+def test_errors_about_files_end_with_their_message(tmp_path):
+  (tmp_path / "file").touch()
+  with pytest.raises(SystemExit, match="train: .*file"):  # noqa: SIM117
+    with errors.readable_errors("train"):
+      (tmp_path / "file" / "below").mkdir()
+
+
+def test_an_interrupt_ends_in_one_line(capsys):
+  with pytest.raises(SystemExit) as ending, errors.readable_errors("train"):
+    raise KeyboardInterrupt
+  assert ending.value.code == 130
+  assert capsys.readouterr().err == "\ntrain: interrupted.\n"
+
+
+def test_defects_keep_their_traceback():
+  with pytest.raises(ZeroDivisionError), errors.readable_errors("train"):
+    _ = 1 / 0
+  # Of this package's code, but not by a `raise` in it.
+  with pytest.raises(TypeError), errors.readable_errors("train"):
+    decode(3)
+
+
+def test_the_training_command_ends_in_one_message(tmp_path):
+  root = pathlib.Path(__file__).resolve().parents[2]
+  done = subprocess.run(
+    [
+      sys.executable, "-m", "mtv_jax.main",
+      f"--config={root}/tests/configs/smallest.py",
+      f"--workdir={tmp_path}/run",
+      "--config.data.max_corupt=0.5",
+    ],
+    cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert (
+    done.stderr.strip()
+    .splitlines()[-1]
+    .startswith(
+      "train: config.data.max_corupt is an unknown key. Did you mean 'max_corr"
+    )
+  )
+  assert "Traceback" not in done.stderr
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "says"),
+  [
+    (["step", "--config=nowhere.py"], "bench: there is no config 'nowhere.py'"),
+    (["data", "--data=nowhere/*.tar"], "bench: 'nowhere/[*].tar' matches no"),
+    (["data", "--tokenizer=x.model"], "bench: tokenizer='x.model': there is"),
+  ],
+)
+def test_the_bench_ends_in_one_message(repo_root, arguments, says):
+  main = runpy.run_path(str(repo_root / "tools" / "bench.py"))["main"]
+  with pytest.raises(SystemExit, match=says):
+    main(arguments)
+
+
+def test_the_bench_takes_no_zeros(repo_root, capsys):
+  main = runpy.run_path(str(repo_root / "tools" / "bench.py"))["main"]
+  with pytest.raises(SystemExit):
+    main(["data", "--batch-size=0"])
+  assert "--batch-size: 0: expected at least 1" in capsys.readouterr().err

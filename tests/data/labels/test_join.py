@@ -1,0 +1,524 @@
+"""Label sets: written, and joined to the records of a source."""
+
+import io
+import json
+import logging
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from label_samples import (
+  COUNT,
+  entry,
+  keyed,
+  make_all,
+  make_base,
+  make_copy,
+  make_set,
+  open_base,
+  outcome,
+  png,
+)
+
+from mtv_jax.data.labels import label_sets
+from mtv_jax.data.labels import settings as label_settings
+from mtv_jax.data.labels.label_sets import LabelError, LabelSet
+from mtv_jax.data.labels.label_values import no_label
+from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
+from mtv_jax.data.records import BadRecord
+from mtv_jax.data.sources import array_record
+from mtv_jax.data.sources.registry import WebDatasetSource, build_source
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  return make_all(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def copy(tmp_path):
+  return make_copy(tmp_path)
+
+
+def check_record(record, i):
+  assert "dropped" not in record
+  if i == 3:
+    assert not {"depth", "boxes", "phrases", "box_scores"} & record.keys()
+    return
+  np.testing.assert_array_equal(
+    record["depth"], outcome("depth", i).label.values
+  )
+  wanted = outcome("boxes", i).label
+  assert record["boxes"].shape == wanted.boxes.shape
+  assert abs(record["boxes"] - wanted.boxes).max(initial=0) <= 1 / 65535
+  assert record["phrases"] == list(wanted.phrases)
+  assert record["box_scores"].dtype == np.float32
+
+
+# --- By position -------------------------------------------------------------
+
+
+def test_aligned_labels_of_tars(made):
+  source = build_source(
+    entry(made, depth=f"{made}/depth", boxes=f"{made}/boxes")
+  )
+  assert len(source) == COUNT and source.shards.tolist() == [4, 8, 10]
+  assert source.name == "00000.tar..00002.tar (3 tars)"
+  assert source.fields == {
+    "key", "image", "captions", "depth", "boxes", "phrases", "box_scores",
+  }  # fmt: skip
+  assert "with depth, boxes" in repr(source)
+  for i in range(COUNT):
+    check_record(source[i], i)
+  check_record(pickle.loads(pickle.dumps(source))[7], 7)
+
+
+def test_some_shards_of_the_base_in_another_order(made):
+  source = build_source(
+    entry(made, depth=f"{made}/depth", boxes=f"{made}/boxes")
+    | {"path": [f"{made}/base/00002.tar", f"{made}/base/00000.tar"]}
+  )
+  for i, number in enumerate([8, 9, 0, 1, 2, 3]):
+    record = source[i]
+    assert record["key"] == f"{number // 4:05d}{number % 4}"
+    check_record(record, number)
+
+
+def test_labels_of_tars_fit_array_records_of_the_same_images(made, tmp_path):
+  base = make_base(tmp_path, format="array_record")
+  source = build_source(
+    {
+      "type": "array_record",
+      "path": f"{base}/*.array_record",
+      "labels": {k: str(made / k) for k in ("depth", "boxes")},
+    }
+  )
+  for i in range(COUNT):
+    check_record(source[i], i)
+
+
+def test_manifest_counts(made):
+  manifest = json.loads((made / "boxes" / "manifest.json").read_text())
+  assert manifest["version"] == 1 and manifest["kind"] == "boxes"
+  assert manifest["settings"] == {"of": "the test"}
+  assert (manifest["records"], manifest["labelled"]) == (10, 9)
+  assert manifest["boxes"] == sum(i % 5 for i in range(10) if i != 3)
+  assert manifest["reasons"] == {"boxes: none": 1}
+  assert [s["base"] for s in manifest["shards"]] == [
+    f"0000{i}.tar" for i in range(3)
+  ]
+  assert [s["records"] for s in manifest["shards"]] == [4, 4, 2]
+  assert [s[:2] for s in manifest["shards"][0]["samples"]] == [
+    [0, "000000"], [2, "000002"], [3, "000003"],
+  ]  # fmt: skip
+
+
+def test_a_source_that_leaves_out_records_without_captions(tmp_path):
+  base = make_base(tmp_path)
+  # The third record of the first tar loses its texts.
+  tar = base / "00000.tar"
+  with tarfile.open(tar) as opened:
+    members = [(m.name, opened.extractfile(m).read()) for m in opened]
+  with tarfile.open(tar, "w") as opened:
+    for name, data in members:
+      if name.startswith("000002") and not name.endswith("png"):
+        continue
+      info = tarfile.TarInfo(name)
+      info.size = len(data)
+      opened.addfile(info, io.BytesIO(data))
+  everything = WebDatasetSource(f"{base}/*.tar", captions="ignored")
+  keys = [everything[i]["key"] for i in range(len(everything))]
+  make_set(tmp_path / "depth", everything, "depth")
+  source = build_source(entry(tmp_path, depth=f"{tmp_path}/depth"))
+  assert len(source) == 9
+  for i in range(9):
+    record = source[i]
+    of = keys.index(record["key"])
+    if "depth" in record:
+      np.testing.assert_array_equal(
+        record["depth"], outcome("depth", of).label.values
+      )
+
+
+@pytest.mark.parametrize(
+  ("labels", "error", "says"),
+  [
+    ("x", ValueError, "expected a dict of folders"),
+    ({}, ValueError, "expected a dict of folders"),
+    ({"dept": "x"}, ValueError, "Unknown labels 'dept'. Did you mean 'depth'"),
+    ({"depth": "nowhere"}, FileNotFoundError, "no folder of labels nowhere"),
+    ({"depth": "{}/base"}, FileNotFoundError, "no manifest.json: .*finished"),
+    (
+      {"depth": "{}/boxes"},
+      LabelError,
+      r"'boxes', given as 'depth'.*\(box",
+    ),
+    ({"depth": {"join": "key"}}, ValueError, "need a path"),
+    (
+      {"depth": {"path": "{}/depth", "join": "keys"}},
+      ValueError,
+      "unknown join='keys'. Did you mean 'key'",
+    ),
+    (
+      {"depth": {"paht": "{}/depth"}},
+      ValueError,
+      "no option 'paht'. Did you mean 'path'",
+    ),
+  ],
+)
+def test_labels_of_a_config_that_cannot_be(made, labels, error, says):
+  labels = json.loads(json.dumps(labels).replace("{}/", f"{made}/"))
+  with pytest.raises(error, match=says):
+    build_source(entry(made) | {"labels": labels})
+
+
+def test_a_source_that_has_the_field_itself(made):
+  with pytest.raises(LabelError, match="gives depth itself"):
+    build_source(
+      {"type": "scenes", "length": 3, "labels": {"depth": f"{made}/depth"}}
+    )
+
+
+def test_a_set_for_fewer_records(made, tmp_path):
+  base = open_base(make_base(tmp_path, count=9))
+  make_set(tmp_path / "depth", base, "depth")
+  with pytest.raises(
+    LabelError, match=r"made for 1 records of 00002.tar, which has 2"
+  ):
+    build_source(entry(made, depth=f"{tmp_path}/depth"))
+
+
+def test_a_set_for_fewer_shards(made, tmp_path):
+  base = open_base(make_base(tmp_path, count=8))
+  make_set(tmp_path / "depth", base, "depth")
+  with pytest.raises(
+    LabelError, match=r"no labels for 1 of 3 shards \(00002\); it has 00000"
+  ):
+    build_source(entry(made, depth=f"{tmp_path}/depth"))
+
+
+def test_a_set_for_other_keys(made, tmp_path):
+  make_set(tmp_path / "depth", open_base(made / "base"), "depth")
+  manifest = tmp_path / "depth" / "manifest.json"
+  text = manifest.read_text().replace('"000012"', '"990012"')
+  manifest.write_text(text)
+  with pytest.raises(
+    LabelError,
+    match="other shards: record 6 .* has the key '000012', and had '990012'",
+  ):
+    build_source(entry(made, depth=f"{tmp_path}/depth"))
+
+
+def test_a_set_for_other_images_of_the_same_keys(made, tmp_path):
+  make_base(tmp_path / "other", first=100)
+  with pytest.raises(LabelError, match="other images: .* though the key is"):
+    build_source(entry(tmp_path / "other", depth=f"{made}/depth"))
+  # By key it is the user who says that they are the same pictures.
+  labels = {"path": f"{made}/depth", "join": "key"}
+  source = build_source(entry(tmp_path / "other", depth=labels))
+  np.testing.assert_array_equal(
+    source[1]["depth"], outcome("depth", 1).label.values
+  )
+
+
+def test_a_key_that_differs_is_found_when_it_is_read(made, tmp_path):
+  base = open_base(made / "base")
+  make_set(
+    tmp_path / "depth", base, "depth",
+    key=lambda key: {"000011": "other"}.get(key, key),
+  )  # fmt: skip
+  source = build_source(entry(made, depth=f"{tmp_path}/depth"))
+  source[4]
+  with pytest.raises(
+    LabelError,
+    match="label 1 of 00001 is of the record 'other', record 1 of"
+    r" .*00001.tar is '000011'.*join='key'",
+  ):
+    source[5]
+
+
+def test_files_that_are_not_those_of_the_manifest(made, tmp_path):
+  base = open_base(made / "base")
+  out = make_set(tmp_path / "depth", base, "depth")
+  array_record.write_bytes(out / "00001.array_record", [b"x"] * 3)
+  with pytest.raises(LabelError, match="00001.array_record holds 3 labels.* 4"):
+    LabelSet(out, kind="depth")
+  array_record.write_bytes(out / "00001.array_record", [b"x"] * 4)
+  source = build_source(entry(made, depth=str(out)))
+  with pytest.raises(BadRecord, match="'000011'.*depth/00001.*:1 is no label"):
+    source[5]
+  (out / "00001.array_record").unlink()
+  with pytest.raises(FileNotFoundError, match="1 of 3 files.*00001.array"):
+    LabelSet(out, kind="depth")
+  manifest = json.loads((out / "manifest.json").read_text())
+  (out / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
+  with pytest.raises(LabelError, match="of version 2, this code reads 1"):
+    LabelSet(out, kind="depth")
+  (out / "manifest.json").write_text("{}")
+  with pytest.raises(LabelError, match="no manifest of a label set"):
+    LabelSet(out, kind="depth")
+
+
+# --- By key ------------------------------------------------------------------
+
+
+def test_a_join_by_key(made, copy, caplog):
+  with caplog.at_level(logging.INFO, "mtv_jax.data.labels.join"):
+    source = build_source(entry(made, **keyed(copy)))
+  assert "60.0 % of the records" in caplog.text
+  assert "(6 of 10 looked at)" in caplog.text
+  for i in range(COUNT):
+    record = source[i]
+    if i in (9, 3, 0, 7, 1, 5):
+      check_record(record, i)
+    else:
+      assert record["dropped"] == {
+        f"{kind}: no entry with the key in the label set": 1
+        for kind in ("depth", "boxes")
+      }
+      assert not {"depth", "boxes"} & record.keys()
+  pickled = pickle.dumps(source)
+  # A worker maps the table again; pickled, it would be all of its bytes.
+  assert b"_table" not in pickled
+  check_record(pickle.loads(pickled)[7], 7)
+
+
+def test_the_table_of_keys_is_made_once(made, copy):
+  build_source(entry(made, **keyed(copy)))
+  (file,) = (copy / "depth").glob("keys-*.npy")
+  before = file.stat().st_mtime_ns
+  build_source(entry(made, **keyed(copy)))
+  assert file.stat().st_mtime_ns == before
+  table = np.load(file)
+  assert table.shape == (2, 6) and table.dtype == np.uint64
+  assert (np.diff(table[0].astype(float)) > 0).all()
+  build_source(entry(made, **keyed(copy, index_dir=str(copy / "elsewhere"))))
+  assert len(list((copy / "elsewhere").iterdir())) == 2
+
+
+def test_a_table_that_cannot_be_written(made, copy, monkeypatch):
+  def refuse(**options):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr("tempfile.mkstemp", refuse)
+  with pytest.raises(OSError, match="can't be written.*index_dir"):
+    build_source(entry(made, **keyed(copy)))
+
+
+def test_keys_whose_hashes_collide(made, copy, monkeypatch):
+  monkeypatch.setattr(label_sets, "hash_key", lambda key: 7)
+  base = open_base(made / "base")
+  make_set(copy / "same" / "depth", base, "depth")
+  make_set(copy / "same" / "boxes", base, "boxes")
+  source = build_source(entry(made, **keyed(copy / "same")))
+  for i in range(COUNT):
+    check_record(source[i], i)
+
+
+def test_a_set_with_none_of_the_keys(made, tmp_path):
+  folder = tmp_path / "copy"
+  folder.mkdir()
+  records = [
+    {"key": f"other {i}", "image": png(i), "captions": ["c"]} for i in range(2)
+  ]
+  array_record.write(folder / "x.array_record", records)
+  make_set(tmp_path / "depth", open_base(folder), "depth")
+  labels = {"path": str(tmp_path / "depth"), "join": "key"}
+  with pytest.raises(
+    LabelError, match="No key of .* first is '000000', the set's 'other 0'"
+  ):
+    build_source(entry(made, depth=labels))
+
+
+def test_keys_that_are_missing_or_of_another_set(made, copy):
+  file = copy / "depth" / "x-1.keys.npy"
+  np.save(file, np.zeros(3, np.uint64))
+  with pytest.raises(LabelError, match=r"is of \(3,\), expected 1"):
+    build_source(entry(made, **keyed(copy)))
+  file.unlink()
+  with pytest.raises(FileNotFoundError, match="no x-1.keys.npy"):
+    build_source(entry(made, **keyed(copy)))
+
+
+# --- Writing -----------------------------------------------------------------
+
+
+def test_writing_goes_on_where_it_stopped(made, tmp_path):
+  base = open_base(made / "base")
+  settings = {"of": "the test"}
+  writer = LabelWriter(tmp_path, kind="depth", base=base, settings=settings)
+  assert writer.todo() == [0, 1, 2]
+
+  def entries(shard, stop=None):
+    for i in writer.numbers(shard):
+      if i == stop:
+        raise KeyboardInterrupt
+      yield Entry(base[i]["key"], outcome("depth", i))
+
+  writer.write(1, entries(1))
+  with pytest.raises(KeyboardInterrupt):
+    writer.write(0, entries(0, stop=2))
+  assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*"))
+  with pytest.raises(LabelError, match="2 of 3 shards have no labels yet"):
+    writer.finish()
+  with pytest.raises(LabelError, match="4 labels were made for 2 records"):
+    writer.write(2, entries(1))
+  again = LabelWriter(tmp_path, kind="depth", base=base, settings=settings)
+  assert again.todo() == [0, 2]
+  for shard in again.todo():
+    again.write(shard, entries(shard))
+  summary = again.finish()
+  assert (summary.records, summary.labelled) == (10, 9)
+  before = (tmp_path / "manifest.json").read_bytes()
+  assert again.finish() == summary
+  assert (tmp_path / "manifest.json").read_bytes() == before
+  for file in sorted(tmp_path.glob("*.json")):
+    assert file.read_text() == (made / "depth" / file.name).read_text()
+  for i in range(3):
+    name = f"0000{i}.array_record"
+    assert (tmp_path / name).read_bytes() == (
+      made / "depth" / name
+    ).read_bytes()
+  # A file that somebody has removed is made again, not told of for ever.
+  (tmp_path / "00001.array_record").unlink()
+  assert again.todo() == [1]
+  assert not again.done(1)
+
+
+def test_a_finished_set_is_not_written_over(made):
+  base = open_base(made / "base")
+  LabelWriter(
+    made / "depth", kind="depth", base=base, settings={"of": "the test"}
+  )
+  for kind, settings, says in (
+    ("boxes", "the test", 'kind: "depth" -> "boxes"'),
+    ("depth", "another", 'settings.of: "the test" -> "another"'),
+  ):
+    with pytest.raises(FileExistsError, match="finished label set") as error:
+      LabelWriter(
+        made / "depth", kind=kind, base=base, settings={"of": settings}
+      )
+    assert str(error.value).splitlines()[1:-1] == [f"  {says}"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_labels_of_other_settings_are_not_mixed(made, tmp_path, finished):
+  base = open_base(make_base(tmp_path, count=9))
+  settings = {"model": {"name": "a", "layers": (1, 2)}, "threshold": 0.1}
+  out = tmp_path / "out"
+  writer = LabelWriter(out, kind="depth", base=base, settings=settings)
+  for shard in range(3 if finished else 1):
+    numbers = writer.numbers(shard)
+    writer.write(
+      shard, [Entry(base[i]["key"], outcome("depth", i)) for i in numbers]
+    )
+  if finished:
+    writer.finish()
+    # As sets were before there was a settings.json.
+    (out / "settings.json").unlink()
+  # Tuples are lists in a file, and no difference.
+  LabelWriter(out, kind="depth", base=base, settings=settings)
+  other = {"model": {"name": "b", "layers": [1, 2]}, "nms": 0.5}
+  with pytest.raises(FileExistsError) as error:
+    LabelWriter(out, kind="depth", base=base, settings=other)
+  assert str(error.value).splitlines()[1:-1] == [
+    '  settings.model.name: "a" -> "b"',
+    "  settings.threshold: 0.1 -> none",
+    "  settings.nms: none -> 0.5",
+  ]
+  # One shard has a record more, and one is not given.
+  more = WebDatasetSource([made / f"base/0000{i}.tar" for i in (0, 2)])
+  with pytest.raises(FileExistsError) as error:
+    LabelWriter(out, kind="depth", base=more, settings=settings)
+  assert str(error.value).splitlines()[1:-1] == [
+    "  base.00001.tar: 4 -> none",
+    "  base.00002.tar: 1 -> 2",
+  ]
+  # The same keys and counts, but other pictures.
+  photos = open_base(make_base(tmp_path / "other", first=100, count=9))
+  with pytest.raises(FileExistsError, match="labels of 00000 .* other\n? ?rec"):
+    LabelWriter(out, kind="depth", base=photos, settings=settings)
+
+
+def test_settings_that_cannot_be_read(made, tmp_path):
+  (tmp_path / "settings.json").write_text("[]")
+  with pytest.raises(FileExistsError, match=r"can't be read \(a list\)"):
+    LabelWriter(
+      tmp_path, kind="depth", base=open_base(made / "base"), settings={}
+    )
+
+
+def test_many_differences_are_not_all_shown():
+  there = {"a": {str(i): i for i in range(30)}, "b": "x" * 99}
+  here = {"a": {str(i): -i for i in range(30)}, "b": "y"}
+  lines = list(label_settings.differences(there, here))
+  assert len(lines) == 30 and lines[0] == "a.1: 1 -> -1"
+  assert lines[-1] == f'b: "{"x" * 56}... -> "y"'
+  shown = label_settings.listed(lines).splitlines()
+  assert len(shown) == 14 and shown[-1] == "  ... and 18 more"
+
+
+def test_places_where_labels_cannot_go(made, tmp_path):
+  base = open_base(made / "base")
+  with pytest.raises(ValueError, match="holds the shards themselves"):
+    LabelWriter(made / "base", kind="depth", base=base, settings={})
+  with pytest.raises(ValueError, match="kind='deep'; it is one of"):
+    LabelWriter(tmp_path, kind="deep", base=base, settings={})
+
+
+def test_a_set_without_any_label_is_refused(made, tmp_path):
+  with pytest.raises(
+    LabelError, match="None of the 10 records has a label: 10 times 'no file'"
+  ):
+    make_set(
+      tmp_path,
+      open_base(made / "base"),
+      "depth",
+      of=lambda kind, i: no_label("no file"),
+    )
+  assert not (tmp_path / "manifest.json").exists()
+  # Nothing is lost by another attempt, so other settings are not refused.
+  writer = LabelWriter(
+    tmp_path, kind="depth", base=open_base(made / "base"), settings={"b": 1}
+  )
+  assert writer.todo() == [0, 1, 2]
+
+
+def test_reasons_come_in_the_same_order():
+  summaries = [Summary(), Summary()]
+  for summary, order in zip(summaries, ("cab", "bca"), strict=True):
+    for reason in order + "c":
+      summary.add(no_label(reason))
+  assert list(summaries[0].to_dict()["reasons"]) == ["c", "a", "b"]
+  assert json.dumps(summaries[0].to_dict()) == json.dumps(
+    summaries[1].to_dict()
+  )
+
+
+def test_hashes_of_the_base(made, tmp_path):
+  base = open_base(made / "base")
+  manifests = []
+  for number, image in enumerate(("x", "y", None)):
+    out = tmp_path / f"{number}"
+    writer = LabelWriter(out, kind="depth", base=base, settings={})
+    images = [image if i == 5 else "" for i in range(COUNT)]
+    for shard in range(3):
+      writer.write(
+        shard,
+        [
+          Entry(base[i]["key"], outcome("depth", i), images[i])
+          for i in writer.numbers(shard)
+        ],
+      )
+    writer.finish()
+    manifests.append(json.loads((out / "manifest.json").read_text()))
+  first, second, unread = manifests
+  assert first["base_hash"] != second["base_hash"]
+  assert "base_hash" not in unread
+  assert ["base_hash" in s for s in unread["shards"]] == [True, False, True]
+  same = [
+    a["base_hash"] == b["base_hash"]
+    for a, b in zip(first["shards"], second["shards"], strict=True)
+  ]
+  assert same == [True, False, True]

@@ -1,0 +1,332 @@
+"""Labels as fields of the batch: the ops, mixtures, what is counted."""
+
+import logging
+import pickle
+
+import numpy as np
+import pytest
+from label_samples import entry, keyed, make_all, make_copy, ramp
+
+from mtv_jax.data.labels import join as labels
+from mtv_jax.data.labels import label_values
+from mtv_jax.data.labels.label_values import make_depth
+from mtv_jax.data.ops import build_ops
+from mtv_jax.data.pipeline import make_loader
+from mtv_jax.data.records import BadRecord
+from mtv_jax.data.scenes.scenes import SceneSource
+from mtv_jax.data.tokenizers.tokenizers import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  return make_all(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def copy(tmp_path):
+  return make_copy(tmp_path)
+
+
+# --- Ops ---------------------------------------------------------------------
+
+TOKENIZER = build_tokenizer("bytes")
+
+
+def apply(text, record, seed=0):
+  ops = build_ops(text, tokenizer=TOKENIZER)
+  out = ops({"key": "k"} | record, np.random.default_rng(seed))
+  for name, field in ops.fields.items():
+    assert out[name].shape == field.shape, name
+    assert out[name].dtype == field.dtype, name
+  return out
+
+
+def test_depth_op():
+  inverse = ramp(32, 32)
+  label = make_depth(inverse, side=32).label
+  same = apply("depth(32)", {"depth": label.values})
+  np.testing.assert_array_equal(same["depth"], label.values)
+  raw = apply("depth(32)", {"depth": inverse})
+  np.testing.assert_array_equal(raw["depth"], label.values)
+  # From a larger label and from the floats themselves: but for rounding.
+  small = apply("depth(8)", {"depth": label.values})["depth"].astype(int)
+  wanted = make_depth(inverse, side=8).label.values.astype(int)
+  assert abs(small - wanted).max() <= 2
+  assert (small.min(), small.max()) == (1, 65535)
+  none = apply("depth(8)", {})
+  assert not none["depth"].any() and "dropped" not in none
+
+
+def test_depth_op_keeps_holes_and_counts():
+  label = make_depth(ramp(32, 32), side=32).label.values.copy()
+  label[:16, :16] = 0
+  small = apply("depth(16)", {"depth": label})["depth"]
+  assert (small[:8, :8] == 0).all() and (small[8:] > 0).all()
+  wrong = np.full((32, 32), np.nan, np.float32)
+  out = apply("depth(16)", {"depth": wrong, "dropped": {"x": 2}})
+  assert not out["depth"].any()
+  assert out["dropped"] == {
+    "x": 2,
+    "depth: a map with NaN or infinite pixels, left without label": 1,
+    "depth: a map with fewer than 16 labelled pixels": 1,
+  }
+
+
+def boxes_record(n):
+  boxes = np.array([[0, 0, 0.5, (i + 1) / (n + 1)] for i in range(n)])
+  return {
+    "boxes": boxes.astype(np.float32).reshape(-1, 4),
+    "phrases": [f"thing {i}" for i in range(n)],
+    "box_scores": (np.arange(n) * 37 % n / max(n, 1)).astype(np.float32),
+  }
+
+
+def test_regions_pads_with_zeros():
+  record = boxes_record(2)
+  out = apply("regions(4, phrase_length=12)", dict(record))
+  # In an order that is drawn.
+  order = [0, 1] if out["boxes"][0, 3] < out["boxes"][1, 3] else [1, 0]
+  np.testing.assert_array_equal(out["boxes"][order], record["boxes"])
+  assert out["box_valid"].tolist() == [True, True, False, False]
+  np.testing.assert_array_equal(
+    out["box_phrase"][order], TOKENIZER.encode(["thing 0", "thing 1"], 12)
+  )
+  assert out["box_phrase_id"][order].tolist() == [
+    label_values.phrase_id(f"thing {i}") for i in range(2)
+  ]
+  np.testing.assert_array_equal(out["box_score"][order], record["box_scores"])
+  for name in ("boxes", "box_phrase", "box_phrase_id", "box_score"):
+    assert not out[name][2:].any(), name
+  none = apply("regions(4)", {})
+  assert not any(none[n].any() for n in ("boxes", "box_phrase", "box_valid"))
+
+
+def test_regions_picks_from_many():
+  record = boxes_record(11)
+  first = [tuple(apply("regions(4)", dict(record), seed=s)["box_phrase_id"])
+           for s in range(200)]  # fmt: skip
+  again = [tuple(apply("regions(4)", dict(record), seed=s)["box_phrase_id"])
+           for s in range(3)]  # fmt: skip
+  assert first[:3] == again
+  ids = np.array(first)
+  assert all(len(set(row)) == 4 for row in first)
+  # Every box is as likely: 4 of 11 in 200 draws, five deviations wide.
+  for i in range(11):
+    share = (ids == label_values.phrase_id(f"thing {i}")).any(1).mean()
+    assert abs(share - 4 / 11) < 5 * np.sqrt(4 / 11 * 7 / 11 / 200)
+  best = apply("regions(4, pick='score')", dict(record))
+  assert best["box_score"].tolist() == sorted(record["box_scores"])[:-5:-1]
+
+
+def test_what_comes_after_regions_does_not_depend_on_the_boxes():
+  draws = set()
+  for n in (0, 1, 9):
+    for pick in ("random", "score"):
+      rng = np.random.default_rng(3)
+      ops = build_ops(f"regions(4, pick='{pick}')", tokenizer=TOKENIZER)
+      ops({"key": "k"} | (boxes_record(n) if n else {}), rng)
+      draws.add(rng.random())
+  assert len(draws) == 1
+
+
+def test_regions_drops_what_cannot_be_used():
+  record = boxes_record(5)
+  record["boxes"][1] = np.nan
+  record["boxes"][2] = [0.5, 0.5, 0.2, 0.7]
+  record["phrases"][3] = "?!"
+  tokenizer = build_tokenizer("bytes", clean="canonicalize")
+  ops = build_ops("regions(3)", tokenizer=tokenizer)
+  out = ops({"key": "k"} | record, np.random.default_rng(0))
+  assert out["box_valid"].tolist() == [True, True, False]
+  assert set(out["box_phrase_id"][:2].tolist()) == {
+    label_values.phrase_id(f"thing {i}") for i in (0, 4)
+  }
+  assert out["dropped"] == {
+    "boxes: NaN or infinite": 1,
+    "boxes: inverted": 1,
+    "boxes: a phrase of no tokens": 1,
+  }
+
+
+def test_a_phrase_without_tokens_takes_no_place():
+  record = boxes_record(6)
+  record["phrases"][:4] = ["!", "..", "-", "?"]
+  tokenizer = build_tokenizer("bytes", clean="canonicalize")
+  ops = build_ops("regions(2)", tokenizer=tokenizer)
+  for seed in range(10):
+    out = ops({"key": "k", **record}, np.random.default_rng(seed))
+    assert out["box_valid"].all()
+
+
+@pytest.mark.parametrize(
+  ("text", "says"),
+  [
+    ("regions(0)", "count=0.*whole number"),
+    ("regions(4, phrase_length=0)", "phrase_length=0"),
+    ("regions(4, phrase_length=1)", "phrase_length=1.*at least 2"),
+    ("regions(4, pick='best')", "pick='best'.*random, score"),
+    ("depth(0)", "size=0"),
+    ("depth(8, min_valid=0)", "min_valid=0"),
+    ("region(4)", "Did you mean 'regions'"),
+  ],
+)
+def test_ops_that_cannot_be(text, says):
+  with pytest.raises(ValueError, match=says):
+    build_ops(text, tokenizer=TOKENIZER)
+
+
+def test_regions_needs_a_tokenizer_and_matching_labels():
+  with pytest.raises(ValueError, match="`regions` but the model has no token"):
+    build_ops("regions(4)")
+  record = boxes_record(3) | {"phrases": ["a"]}
+  with pytest.raises(BadRecord, match="'k'.*3 boxes, 1 phrases and 3 scores"):
+    apply("regions(4)", record)
+
+
+# --- In a batch --------------------------------------------------------------
+
+OPS = "decode|canvas(16)|caption(8)|depth(16)|regions(3, phrase_length=10)"
+
+
+def batches(config, steps, **options):
+  options = {"batch_size": 8, "seed": 1, "tokenizer": TOKENIZER} | options
+  with make_loader({"ops": OPS, **config}, **options) as loader:
+    return [next(loader) for _ in range(steps)], loader.stats
+
+
+def test_what_an_op_draws_does_not_depend_on_the_others():
+  record = {
+    "captions": ["a", "b", "c", "d", "e"],
+    "key": "k",
+    **boxes_record(9),
+  }
+  every = build_ops("caption(4)|regions(3)", tokenizer=TOKENIZER)
+  alone = build_ops(
+    "caption(4)|regions(3)", tokenizer=TOKENIZER, wanted={"boxes"}
+  )
+  for seed in range(20):
+    a, b = (
+      ops(dict(record), np.random.default_rng(seed))["box_phrase_id"]
+      for ops in (every, alone)
+    )
+    np.testing.assert_array_equal(a, b)
+
+
+def test_ops_and_sets_that_nobody_reads_are_left_out():
+  tokenizer = build_tokenizer("bytes")
+  text = "decode|canvas(8)|caption(4)|depth(4)|regions(2)"
+  wanted = {"image", "image_size", "caption", "caption_valid"}
+  ops = build_ops(text, tokenizer=tokenizer, wanted=wanted)
+  assert set(ops.fields) == wanted and not ops.labels
+  assert set(pickle.loads(pickle.dumps(ops)).fields) == wanted
+  # What is left out needs nothing that it would be built with.
+  blind = build_ops(text, wanted={"image", "depth"})
+  assert set(blind.fields) == {"image", "image_size", "depth"}
+  source = SceneSource(size=16)
+  sets = dict(depth="no/such/folder")
+  assert labels.join(source, sets, fields=ops.labels) is source
+  with pytest.raises(ValueError, match="Unknown labels 'dept'"):
+    labels.join(source, dict(dept="x"), fields=ops.labels)
+
+
+def test_labelled_and_unlabelled_sources_mix(made, tmp_path):
+  """Both kinds, one kind, none, and scenes, in one batch."""
+  config = {
+    "train": [
+      entry(made, depth=f"{made}/depth", boxes=f"{made}/boxes"),
+      entry(made, depth=f"{made}/depth"),
+      {"type": "webdataset", "path": f"{made}/base/*.tar"},
+      {"type": "scenes", "size": 16, "length": 20},
+    ]
+  }
+  rows, stats = batches(config, 5)
+  assert rows[0]["depth"].shape == (8, 16, 16)
+  assert rows[0]["depth"].dtype == np.uint16
+  assert rows[0]["boxes"].shape == (8, 3, 4)
+  assert rows[0]["box_phrase"].shape == (8, 3, 10)
+  assert rows[0]["box_phrase"].dtype == np.int32
+  assert rows[0]["box_phrase_id"].dtype == np.uint32
+  assert rows[0]["box_valid"].dtype == np.bool_
+  all_rows = {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
+  has_depth = (all_rows["depth"] > 0).any((1, 2))
+  has_boxes = all_rows["box_valid"].any(1)
+  # Each of the four gives ten of the forty rows: an epoch of the tars.
+  assert has_depth.sum() == 9 + 9 + 0 + 10
+  with_boxes = sum(i % 5 > 0 and i != 3 for i in range(10))
+  assert has_boxes.sum() == with_boxes + 10
+  invalid = ~all_rows["box_valid"]
+  assert not all_rows["boxes"][invalid].any()
+  assert not all_rows["box_phrase"][invalid].any()
+  assert stats.corrupt == 0 and not stats.dropped
+  again, _ = batches(config, 2, start_step=3)
+  for name in all_rows:
+    np.testing.assert_array_equal(again[0][name], rows[3][name])
+    np.testing.assert_array_equal(again[1][name], rows[4][name])
+
+
+def test_rows_do_not_depend_on_the_number_of_hosts(made):
+  config = {"train": [{"type": "scenes", "size": 32, "length": 20}]}
+  whole, _ = batches(config, 1)
+  halves = [
+    batches(config, 1, process_index=i, process_count=2)[0][0] for i in (0, 1)
+  ]
+  for name, values in whole[0].items():
+    both = np.concatenate([half[name] for half in halves])
+    np.testing.assert_array_equal(both, values)
+
+
+class Wrong(SceneSource):
+  """Scenes with labels that can't be used."""
+
+  def __getitem__(self, i):
+    record = super().__getitem__(i)
+    record["depth"] = np.full((16, 16), 3.0, np.float32)
+    record["boxes"] = np.repeat(np.float32([[0.3, 0.1, 0.2, 0.9]]), 2, 0)
+    record["phrases"], record["box_scores"] = ["a", "b"], np.ones(2, np.float32)
+    return record
+
+
+def test_what_is_dropped_is_counted_and_logged(caplog):
+  with caplog.at_level(logging.WARNING, "mtv_jax.data.pipeline"):
+    rows, stats = batches({}, 7, sources=[Wrong(16, length=20)])
+  assert not any(r["depth"].any() or r["box_valid"].any() for r in rows)
+  assert stats.dropped == {
+    "scenes: boxes: inverted": 112,
+    "scenes: depth: a map that is the same everywhere": 56,
+  }
+  said = [r.getMessage() for r in caplog.records]
+  # At once, and at ten and a hundred.
+  assert sum("boxes: inverted" in line for line in said) == 3
+  assert "Labels of scenes: boxes: inverted (2 in 8 records read)" in said
+
+
+def test_an_op_whose_field_no_source_gives(made):
+  with pytest.raises(
+    ValueError, match=r"needs the record fields \['boxes', 'phrases'\]"
+  ):
+    batches({"train": [entry(made, depth=f"{made}/depth")]}, 1)
+
+
+def test_workers_read_labels_too(made, copy):
+  config = {
+    "train": [entry(made, **keyed(copy))],
+    "workers": 1,
+    "threads": 1,
+  }
+  here, stats = batches(config | {"workers": 0}, 2)
+  there, counted = batches(config, 2)
+  for mine, theirs in zip(here, there, strict=True):
+    for name, values in mine.items():
+      np.testing.assert_array_equal(theirs[name], values)
+  assert stats.dropped == counted.dropped and sum(stats.dropped.values()) > 0
+
+
+def test_scenes_have_labels_of_their_own():
+  source = SceneSource(32, length=4)
+  scene = source[0]
+  out = apply("depth(32)|regions(8)", dict(scene))
+  inverse = make_depth(scene["depth"], side=32).label.inverse
+  low, high = np.nanmin(inverse), np.nanmax(inverse)
+  assert abs(inverse - scene["depth"]).max() <= (high - low) / 65534
+  assert (out["depth"] > 0).all()
+  assert out["box_valid"].sum() == min(len(scene["boxes"]), 8)

@@ -1,0 +1,199 @@
+"""Labels made from raw values, and packed."""
+
+import msgpack
+import numpy as np
+import pytest
+from label_samples import ramp
+
+from mtv_jax.data.labels import label_values
+from mtv_jax.data.labels.label_values import make_boxes, make_depth, no_label
+from mtv_jax.data.records import BadRecord
+
+# --- Depth -------------------------------------------------------------------
+
+
+def test_depth_of_its_own_size_is_exact_to_half_a_step():
+  inverse = ramp(32, 32)
+  made = make_depth(inverse, side=32)
+  assert made.counts == {}
+  label = made.label
+  assert label.values.dtype == np.uint16
+  assert (label.values.min(), label.values.max()) == (1, 65535)
+  assert (label.low, label.high) == (inverse.min(), inverse.max())
+  step = (label.high - label.low) / 65534
+  assert abs(label.inverse - inverse).max() <= 0.5 * step + 1e-7
+  # Larger is nearer, strictly.
+  assert (np.diff(label.values.astype(int), axis=0) > 0).all()
+
+
+def test_depth_is_averaged_over_labelled_area_only():
+  inverse = ramp(64, 64)
+  valid = np.ones((64, 64), bool)
+  valid[:16] = False
+  # Half of the area of a stored pixel, and a little more.
+  valid[16:18, 0:2] = [[True, False], [False, True]]
+  valid[16:18, 2:4] = [[True, True], [False, True]]
+  holes = np.where(valid, inverse, 1e6).astype(np.float32)
+  label = make_depth(holes, side=32, valid=valid).label
+  assert (label.values[:8] == 0).all()
+  assert (label.values[8, 0], label.values[8, 1] > 0) == (0, True)
+  whole = inverse.reshape(32, 2, 32, 2).mean((1, 3))
+  got, wanted = label.inverse[9:], whole[9:]
+  assert abs(got - wanted).max() <= (label.high - label.low) / 65534
+  three = inverse[16:18, 2:4][[0, 0, 1], [0, 1, 1]].mean()
+  assert abs(label.inverse[8, 1] - three) <= (label.high - label.low) / 65534
+
+
+def test_depth_grows_and_shrinks_at_once():
+  label = make_depth(ramp(100, 10), side=32).label
+  assert label.values.shape == (32, 32) and label.values.min() == 1
+  assert (np.diff(label.values.astype(int), axis=0) > 0).all()
+  assert (np.diff(label.values.astype(int), axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_depth_that_is_no_number_has_no_label(wrong):
+  inverse = ramp(32, 32)
+  inverse[3, 5] = wrong
+  made = make_depth(inverse, side=32)
+  assert list(made.counts.values()) == [1]
+  assert "NaN or infinite" in next(iter(made.counts))
+  assert made.label.values[3, 5] == 0
+  assert (made.label.values == 0).sum() == 1
+  # Where it is not used anyway, nobody needs to know.
+  assert make_depth(inverse, side=32, valid=np.isfinite(inverse)).counts == {}
+
+
+@pytest.mark.parametrize("size", [(32, 32), (57, 91), (20, 20)])
+@pytest.mark.parametrize("value", [0.0, 0.3, 7e4])
+def test_a_constant_map_is_no_label(size, value):
+  made = make_depth(np.full(size, value, np.float32), side=32)
+  assert made == no_label("depth: a map that is the same everywhere")
+
+
+def test_too_few_pixels_are_no_label():
+  inverse = ramp(8, 8)
+  valid = np.zeros((8, 8), bool)
+  valid[0] = valid[1] = True
+  assert make_depth(inverse, side=8, valid=valid).label is not None
+  valid[1, 7] = False
+  made = make_depth(inverse, side=8, valid=valid)
+  assert made == no_label("depth: a map with fewer than 16 labelled pixels")
+  made = make_depth(inverse, side=8, valid=np.zeros((8, 8), bool), min_valid=1)
+  assert made.label is None
+
+
+# --- Boxes -------------------------------------------------------------------
+
+GOOD = [0.1, 0.2, 0.5, 0.9]
+
+
+@pytest.mark.parametrize(
+  ("box", "reason"),
+  [
+    ([np.nan, 0, 1, 1], "boxes: NaN or infinite"),
+    ([0, 0, np.inf, 1], "boxes: NaN or infinite"),
+    ([0.5, 0.1, 0.2, 0.9], "boxes: inverted"),
+    ([0.9, 0.9, 0.1, 0.1], "boxes: inverted"),
+    ([0.2, 0.1, 0.2, 0.9], "boxes: empty"),
+    ([0.2, 0.1, 0.2 + 1e-7, 0.9], "boxes: empty"),
+    ([1.1, 0.1, 1.5, 0.9], "boxes: outside the image"),
+    ([-0.5, 0.1, 0.0, 0.9], "boxes: outside the image"),
+  ],
+)
+def test_boxes_that_cannot_be_used_are_dropped_and_counted(box, reason):
+  boxes = np.array([GOOD, box], np.float64)
+  made = make_boxes(boxes, ["a", "b"], np.array([0.5, 0.7]))
+  assert made.counts == {reason: 1}
+  np.testing.assert_allclose(made.label.boxes, [GOOD], rtol=1e-6)
+  assert made.label.phrases == ("a",)
+  assert made.label.scores.tolist() == [0.5]
+
+
+def test_boxes_are_cut_to_the_image():
+  boxes = np.array([[-0.5, 0.5, 0.5, 2], [0.1, -1e-5, 0.2, 0.3]])
+  made = make_boxes(boxes, ["a", "b"])
+  np.testing.assert_allclose(
+    made.label.boxes, [[0, 0.5, 0.5, 1], [0.1, 0, 0.2, 0.3]], rtol=1e-6
+  )
+  assert made.label.scores.tolist() == [1, 1]
+  # The second one is rounding.
+  assert made.counts == {"boxes: reached outside the image, cut": 1}
+
+
+def test_phrases_and_scores_of_boxes():
+  boxes = np.array([GOOD] * 3)
+  made = make_boxes(boxes, ["a", " \n", "c"], np.array([1, 1, np.nan]))
+  assert made.label.phrases == ("a",)
+  assert made.counts == {
+    "boxes: without a phrase": 1,
+    "boxes: NaN or infinite": 1,
+  }
+  none = make_boxes(np.zeros((0, 4)), [])
+  assert none.label.boxes.shape == (0, 4) and none.counts == {}
+  with pytest.raises(ValueError, match="3 boxes, 2 phrases and 3 scores"):
+    make_boxes(boxes, ["a", "b"])
+
+
+def test_equal_phrases_have_equal_ids():
+  of = label_values.phrase_id
+  assert (
+    of("A traffic light!") == of("a  traffic_light") == of("a traffic light")
+  )
+  assert len({of(p) for p in ("a", "b", "?!", "!?", "a b", "ab")}) == 6
+  assert of("person") == 2264697660  # stable: it is compared across hosts
+  assert 0 <= of("é") < 2**32
+
+
+# --- How they lie in a file --------------------------------------------------
+
+
+def test_boxes_survive_packing_to_half_a_step():
+  rng = np.random.default_rng(0)
+  corners = np.sort(rng.random((200, 2, 2)), axis=1).reshape(200, 4)
+  phrases = [f"thing {i} ü" for i in range(200)]
+  label = make_boxes(corners, phrases, rng.random(200)).label
+  stored = label_values.decode(
+    label_values.encode("k", label), kind="boxes", where="x"
+  )
+  assert stored.key == "k"
+  assert abs(stored.label.boxes - label.boxes).max() <= 0.5 / 65535 + 1e-7
+  assert stored.label.phrases == label.phrases
+  np.testing.assert_array_equal(stored.label.scores, label.scores)
+  assert stored.label.boxes.dtype == np.float32
+
+
+def test_depth_survives_packing():
+  label = make_depth(ramp(40, 50), side=24).label
+  stored = label_values.decode(
+    label_values.encode("ключ", label), kind="depth", where="x"
+  )
+  assert stored.key == "ключ"
+  np.testing.assert_array_equal(stored.label.values, label.values)
+  assert (stored.label.low, stored.label.high) == (label.low, label.high)
+
+
+@pytest.mark.parametrize("kind", ["depth", "boxes"])
+def test_no_label_survives_packing(kind):
+  data = label_values.encode("k", None)
+  stored = label_values.decode(data, kind=kind, where="x")
+  assert stored == label_values.Stored("k", None)
+
+
+@pytest.mark.parametrize(
+  "data",
+  [
+    b"",
+    b"\xc1",
+    b"MTV1",
+    msgpack.packb([1]),
+    msgpack.packb({"key": "k"}),
+    msgpack.packb({"key": "k", "valid": True}),
+    msgpack.packb({"key": "k", "valid": True, "png16": b"no", "side": 2}),
+    label_values.encode("k", make_boxes(np.array([GOOD]), ["a"]).label)[:-1],
+  ],
+)
+def test_damaged_labels_are_bad_records(data):
+  for kind in ("depth", "boxes"):
+    with pytest.raises(BadRecord, match=f"'f:3'.*no label of {kind}"):
+      label_values.decode(data, kind=kind, where="f:3")

@@ -1,0 +1,485 @@
+"""The built-in scenes: what they say of themselves against their pixels."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from mtv_jax.data.scenes import (
+  captions as scene_words,
+)
+from mtv_jax.data.scenes import (
+  layout as scene_layout,
+)
+from mtv_jax.data.scenes import (
+  scenes,
+  trace,
+)
+from mtv_jax.data.scenes import (
+  world as scene_world,
+)
+from mtv_jax.data.scenes.scenes import SceneSource, render, render_pair
+
+ROOT = pathlib.Path(__file__).parents[3]
+COUNT = 120
+
+
+@pytest.fixture(scope="module")
+def some():
+  return [render(i) for i in range(COUNT)]
+
+
+def rects_of(scene):
+  return [scene_world.outline(scene.camera, thing) for thing in scene.things]
+
+
+def test_same_index_same_scene():
+  a, b = render(5), render(5)
+  assert a.captions == b.captions and a.things == b.things
+  for field in ("image", "depth", "segmentation", "boxes"):
+    np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+
+
+def test_index_and_seed_change_the_scene():
+  images = [render(5).image, render(6).image, render(5, seed=1).image]
+  for a, b in ((0, 1), (0, 2), (1, 2)):
+    assert np.mean(cv2.absdiff(images[a], images[b])) > 10
+  assert len({render(5).captions[0], render(5, seed=1).captions[0]}) == 2
+
+
+def test_shapes_and_types(some):
+  for scene in some[:20]:
+    assert scene.image.shape == (96, 96, 3) and scene.image.dtype == np.uint8
+    assert scene.depth.shape == (96, 96) and scene.depth.dtype == np.float32
+    assert np.isfinite(scene.depth).all() and scene.depth.min() > 0.2
+    assert scene.depth.max() < 100
+    assert scene.segmentation.max() < len(scenes.SEGMENT_NAMES)
+    assert scene.boxes.shape == (len(scene.phrases), 4)
+    assert len(scene.captions) == 5 and all(scene.captions)
+    np.testing.assert_allclose(scene.inverse_depth * scene.depth, 1, rtol=1e-6)
+
+
+def test_sizes_show_the_same_scene():
+  for index in range(12):
+    small, large = render(index, size=64), render(index, size=256)
+    assert small.captions == large.captions
+    assert small.phrases == large.phrases
+    assert small.things == large.things and small.label == large.label
+    resized = cv2.resize(large.image, (64, 64), interpolation=cv2.INTER_AREA)
+    assert np.mean(cv2.absdiff(resized, small.image)) < 9
+    np.testing.assert_allclose(small.boxes, large.boxes, atol=2.5 / 64)
+    # Pixel (i, j) of 64 is centred on the corner of four pixels of 256.
+    corners = large.segmentation[1::4, 1::4]
+    assert np.mean(corners == small.segmentation) > 0.97
+    log_ratio = np.log(large.depth[1::4, 1::4] / small.depth)
+    assert np.median(np.abs(log_ratio)) < 0.01
+
+
+def test_things_are_ordered_as_promised(some):
+  for scene in some:
+    assert scene.label == scenes.CLASS_NAMES.index(scene.things[0].name)
+    areas = [np.sum(scene.instances == 2 + i) for i in range(len(scene.things))]
+    shown = np.bincount(scene.segmentation.ravel())
+    assert shown[2 + scene.label] >= areas[0] > 0
+    # Outlined areas rank, so a thin main thing may show fewer pixels.
+    rects = rects_of(scene)
+    assert all(r.area < 0.61 * rects[0].area for r in rects[1:])
+
+
+def test_what_is_named_can_be_seen(some):
+  for scene in some:
+    assert scene.box_things == tuple(range(len(scene.things)))
+    for i in range(len(scene.things)):
+      assert np.sum(scene.instances == 2 + i) >= 12
+
+
+def test_things_stand_apart():
+  """None in the backdrop, none in another unless it stands on it."""
+  for index in range(300):
+    world = scene_layout.sample_world(index, 0)
+    sin, cos = math.sin(world.turn), math.cos(world.turn)
+    for i, a in enumerate(world.things):
+      assert sin * a.x + cos * a.z + a.radius < world.distance
+      for j, b in enumerate(world.things[:i]):
+        apart = math.hypot(a.x - b.x, a.z - b.z)
+        if apart < a.radius + b.radius:
+          low, high = sorted((a, b), key=lambda t: t.base)
+          assert high.base >= low.base + low.height - 1e-9, (index, i, j)
+
+
+def test_boxes_are_tight_and_named(some):
+  for scene in some:
+    for box, i, phrase in zip(
+      scene.boxes, scene.box_things, scene.phrases, strict=True
+    ):
+      rows, columns = np.nonzero(scene.instances == 2 + i)
+      expected = [
+        rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+      ]  # fmt: skip
+      np.testing.assert_allclose(box * 96, expected, atol=1e-4)
+      assert phrase == scene_words.phrase(scene.things[i])
+      name = scenes.CLASS_NAMES.index(scene.things[i].name)
+      assert (scene.segmentation[rows, columns] == 2 + name).all()
+
+
+def test_segments_follow_instances(some):
+  for scene in some[:20]:
+    np.testing.assert_array_equal(scene.segmentation < 2, scene.instances < 2)
+    np.testing.assert_array_equal(
+      scene.segmentation[scene.instances < 2],
+      scene.instances[scene.instances < 2],
+    )
+
+
+def _ray(camera, y, x):
+  """Point at depth 1 and origin of a ray, in the world."""
+  ray = np.array([(x - 0.5) / camera.focal, (y - 0.5) / camera.focal, 1.0])
+  return camera.rotation.T @ ray, camera.position
+
+
+def test_depth_of_the_ground_is_that_of_the_plane(some):
+  for scene in some[:30]:
+    rows, columns = np.nonzero(scene.instances == 1)
+    for k in range(0, len(rows), 97):
+      y, x = (rows[k] + 0.5) / 96, (columns[k] + 0.5) / 96
+      ray, start = _ray(scene.camera, y, x)
+      expected = -start[1] / ray[1]
+      assert scene.depth[rows[k], columns[k]] == pytest.approx(
+        expected, rel=1e-4
+      )
+
+
+def _local(thing, points):
+  """World points in a thing's frame, its height being 1 (own derivation)."""
+  cos, sin = math.cos(thing.yaw), math.sin(thing.yaw)
+  x, y, z = (points - np.array([thing.x, -thing.base, thing.z])).T
+  local = np.stack([cos * x - sin * z, -y, sin * x + cos * z], -1)
+  return local / thing.height
+
+
+def _on_part(part, p):
+  """How far points are from being on a part's surface (0 = on it)."""
+  x, u, z = p.T
+  if isinstance(part, scene_world.Cutout):
+    return np.abs(z)
+  if isinstance(part, scene_world.Polytope):
+    faces = np.array(part.faces, float)
+    room = (p @ faces[:, :3].T - faces[:, 3]) / np.linalg.norm(
+      faces[:, :3], axis=1
+    )
+    return np.abs(room.max(1))
+  profile = part.a + u * (part.b + part.c * u)
+  side = np.abs(np.sqrt(x * x + z * z) - np.sqrt(np.maximum(profile, 0)))
+  out = np.maximum(part.low - u, 0) + np.maximum(u - part.high, 0)
+  ends = np.minimum(np.abs(u - part.low), np.abs(u - part.high))
+  beyond = np.maximum(x * x + z * z - np.maximum(profile, 0), 0)
+  return np.minimum(side + out, ends + beyond)
+
+
+def test_points_lie_on_the_surfaces_of_their_things(some):
+  """The depth of every thing's pixels solves its shape's own equation."""
+  met = set()
+  for scene in some:
+    world = scene.points @ scene.camera.rotation + scene.camera.position
+    for i, thing in enumerate(scene.things):
+      points = world[scene.instances == 2 + i]
+      local = _local(thing, points)
+      off = np.min([_on_part(p, local) for p in thing.shape.parts], 0)
+      assert off.max() < 5e-3, (thing.name, off.max())
+      assert local[:, 1].min() > -2e-3 and local[:, 1].max() < 1.002
+      met.add(thing.name)
+  assert met == set(scenes.CLASS_NAMES)
+
+
+def test_nearer_things_hide_farther_ones(some):
+  """Alone in the scene, a thing is nowhere farther than what is shown."""
+  x, y = scenes._grid(96)
+  checked = 0
+  for index in range(80):
+    world = scene_layout.sample_world(index, 0)
+    shown = some[index]
+    for i, thing in enumerate(world.things):
+      free = dataclasses.replace(thing, support=-1)
+      alone = dataclasses.replace(world, things=(free,))
+      hits = trace.trace(alone, world.camera, x, y, pitch=1 / 96)
+      mask = scene_trace_owner(hits) == 2
+      assert (shown.depth[mask] <= 1 / hits.inverse[mask] + 1e-4).all()
+      hidden = mask & (shown.instances != 2 + i)
+      others = shown.instances[hidden]
+      assert (others >= 2).all()
+      checked += hidden.sum()
+  assert checked > 300
+
+
+def scene_trace_owner(hits):
+  return np.array(hits.surfaces.owners)[hits.number]
+
+
+def test_relations_hold_in_the_pixels(some):
+  """left/right by boxes, in front/behind by depth, on top by both."""
+  seen = set()
+  for scene in some:
+    rects = rects_of(scene)
+    boxes = scene.boxes
+    depths = [
+      np.median(scene.depth[scene.instances == 2 + i])
+      for i in range(len(scene.things))
+    ]
+    for i in range(len(scene.things)):
+      for j in range(len(scene.things)):
+        if i == j:
+          continue
+        for word in scene_words.relations(scene.things, rects, i, j):
+          seen.add(word)
+          a, b = boxes[i], boxes[j]
+          if word == "left of":
+            assert a[1] + a[3] < b[1] + b[3]
+          elif word == "right of":
+            assert a[1] + a[3] > b[1] + b[3]
+          elif word == "in front of":
+            assert depths[i] < depths[j]
+          elif word == "behind":
+            assert depths[i] > depths[j]
+          elif word in ("above", "on top of"):
+            assert a[0] + a[2] < b[0] + b[2]
+          elif word == "below":
+            assert a[0] + a[2] > b[0] + b[2]
+  assert seen == {
+    "left of", "right of", "in front of", "behind", "above", "below",
+    "on top of",
+  }  # fmt: skip
+
+
+def test_relation_captions_are_true(some):
+  """Parses the third caption and checks it against boxes and depth."""
+  form = re.compile(
+    r"the (\w+ \w+) (?:is )?(?:to the )?"
+    r"(left of|right of|in front of|behind|above|below|on top of) the (.+)"
+  )
+  parsed = 0
+  for scene in some:
+    match = form.fullmatch(scene.captions[2])
+    if not match:
+      assert (
+        " standing on " in scene.captions[2] or " above " in (scene.captions[2])
+      )
+      continue
+    first, word, second = match.groups()
+    short = [f"{t.colour} {t.name}" for t in scene.things]
+    assert short.count(first) == short.count(second) == 1
+    i, j = short.index(first), short.index(second)
+    middle = (scene.boxes[:, :2] + scene.boxes[:, 2:]) / 2
+    depth = [scene.things[k].z for k in (i, j)]
+    holds = {
+      "left of": middle[i, 1] < middle[j, 1],
+      "right of": middle[i, 1] > middle[j, 1],
+      "in front of": depth[0] < depth[1],
+      "behind": depth[0] > depth[1],
+      "above": middle[i, 0] < middle[j, 0],
+      "on top of": middle[i, 0] < middle[j, 0],
+      "below": middle[i, 0] > middle[j, 0],
+    }
+    assert holds[word], scene.captions[2]
+    parsed += 1
+  assert parsed > COUNT / 2
+
+
+def test_count_captions_add_up(some):
+  numbers = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4, "five": 5}
+  singular = {scene_words.plural(n): n for n in scenes.CLASS_NAMES}
+  for scene in some:
+    counts = {}
+    text = scene.captions[3].split(": ")[-1].replace("a photo of ", "")
+    text = text.replace("a picture of ", "")
+    for number, name in re.findall(r"\b(\w+) (\w+)\b(?:,| and|$)", text):
+      counts[singular.get(name, name)] = numbers[number]
+    expected = {}
+    for thing in scene.things:
+      expected[thing.name] = expected.get(thing.name, 0) + 1
+    assert counts == expected, scene.captions[3]
+
+
+def test_full_caption_names_everything(some):
+  for scene in some:
+    full = scene.captions[0]
+    for thing in scene.things:
+      words = {thing.colour, thing.name, thing.second} - {""}
+      assert words <= set(re.findall(r"\w+", full))
+    for text in scene.captions:
+      assert re.search(r"\ba [aeio]", text) is None, text
+      assert not re.search(r"\ban [^aeioh]", text), text
+
+
+def _hue(colour):
+  pixel = np.array(colour, np.float32)[None, None] / 255
+  return cv2.cvtColor(pixel, cv2.COLOR_RGB2LAB)[0, 0]
+
+
+def test_colour_words_match_the_pixels():
+  """The named colour is the nearest of all, for most plain things."""
+  names = list(scene_world.COLOURS)
+  table = np.stack([_hue(c) for c in scene_world.COLOURS.values()])
+  right = total = 0
+  for index in range(400):
+    thing = scene_layout.sample_world(index, 0).things[0]
+    parts = thing.shape.parts
+    accented = any(getattr(p, "accent", None) for p in parts)
+    if thing.texture != "plain" or accented:
+      continue
+    scene = render(index)
+    pixels = scene.image[scene.instances == 2]
+    # The lit side: shade is dark whatever the colour.
+    bright = pixels[pixels.sum(1) >= np.percentile(pixels.sum(1), 60)]
+    found = _hue(np.median(bright, 0))
+    nearest = names[np.argmin(np.linalg.norm(table - found, axis=1))]
+    right += nearest == thing.colour
+    total += 1
+  assert total > 20
+  assert right / total > 0.8
+
+
+def test_pattern_colours_are_told_apart():
+  for index in range(300):
+    for thing in scene_layout.sample_world(index, 0).things:
+      assert (thing.second != "") == (thing.texture in scene_world.PATTERNS)
+      if thing.second:
+        first, second = scene_world.colours(thing)
+        assert sum(abs(a - b) for a, b in zip(first, second, strict=True)) > 220
+
+
+def python(code):
+  """Output of a Python without the run-time type checks of the tests."""
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return done.stdout
+
+
+def test_classes_are_balanced_and_captions_distinct():
+  n = 2000
+  code = f"""
+import json
+from mtv_jax.data.scenes import captions as scene_words
+from mtv_jax.data.scenes import layout as scene_layout
+from mtv_jax.data.scenes import world as scene_world
+for index in range({n}):
+  world = scene_layout.sample_world(index, 0)
+  rects = [scene_world.outline(world.camera, t) for t in world.things]
+  draw = scene_layout.Draw(0, index, stream=2)
+  texts = scene_words.captions(world, rects, list(range(len(rects))), draw)
+  print(json.dumps([world.things[0].name, texts[0]]))
+"""
+  rows = [json.loads(line) for line in python(code).splitlines()]
+  assert rows[7][1] == render(7).captions[0]
+  captions = [caption for _, caption in rows]
+  labels = [scenes.CLASS_NAMES.index(name) for name, _ in rows]
+  counts = np.bincount(labels, minlength=len(scenes.CLASS_NAMES))
+  # Chi-square with 19 degrees of freedom: above 44 once in a thousand.
+  expected = n / len(counts)
+  assert np.sum((counts - expected) ** 2) / expected < 44
+  assert len(set(captions)) > 0.998 * n
+  # A byte tokenizer of 64 tokens sees this much of them.
+  assert len({caption[:63] for caption in captions}) > 0.99 * n
+
+
+def test_the_vocabulary_is_large_enough():
+  assert len(scenes.CLASS_NAMES) >= 12
+  assert len(scene_world.COLOURS) >= 10
+  assert len(scene_world.TEXTURES) >= 6
+  assert scenes.SEGMENT_NAMES[2:] == scenes.CLASS_NAMES
+  counts = {len(scene_layout.sample_world(i, 0).things) for i in range(200)}
+  assert counts == {1, 2, 3, 4, 5}
+
+
+def test_source_is_a_source():
+  source = SceneSource(size=32, length=7, first=100, seed=3)
+  assert len(source) == 7 and source.name == "scenes"
+  assert repr(source) == "SceneSource(size=32, length=7, first=100, seed=3)"
+  np.testing.assert_array_equal(source.shards, [7])
+  record = source[2]
+  assert set(record) == source.fields
+  scene = render(102, size=32, seed=3)
+  np.testing.assert_array_equal(record["image"], scene.image)
+  np.testing.assert_array_equal(record["depth"], scene.inverse_depth)
+  np.testing.assert_array_equal(record["boxes"], scene.boxes)
+  assert record["captions"] == list(scene.captions)
+  assert record["label"] == scene.label
+  assert record["key"] == "scene-3-102"
+  assert len(record["box_scores"]) == len(record["phrases"])
+  again = pickle.loads(pickle.dumps(source))
+  np.testing.assert_array_equal(again[2]["image"], record["image"])
+  np.testing.assert_array_equal(source[np.int64(2)]["image"], record["image"])
+  assert len({source[i]["key"] for i in range(7)}) == 7
+
+
+@pytest.mark.parametrize("i", [-1, 7, 100])
+def test_source_refuses_records_outside(i):
+  with pytest.raises(IndexError, match="expected 0 to 6"):
+    SceneSource(size=32, length=7)[i]
+
+
+def test_bad_arguments_are_named():
+  with pytest.raises(IndexError, match="index -1"):
+    render(-1)
+  with pytest.raises(IndexError, match="index -3"):
+    render_pair(-3)
+  with pytest.raises(ValueError, match="size 15.*at least 16"):
+    render(0, size=15)
+  with pytest.raises(ValueError, match="seed -1"):
+    render(0, seed=-1)
+  with pytest.raises(ValueError, match="length 0"):
+    SceneSource(length=0)
+  with pytest.raises(ValueError, match="size 8"):
+    SceneSource(size=8)
+
+
+def test_smallest_and_odd_sizes_render():
+  for size in (16, 33, 131):
+    scene = render(3, size=size)
+    assert scene.image.shape == (size, size, 3)
+    pair = render_pair(3, size=size)
+    assert pair.correspondence.shape == (size, size, 2)
+
+
+def test_scenes_import_no_jax():
+  code = """
+import sys
+from mtv_jax.data.scenes.scenes import SceneSource
+SceneSource(32)[0]
+print([m for m in ("jax", "tensorflow", "flax") if m in sys.modules])
+"""
+  assert python(code).strip() == "[]"
+
+
+@pytest.mark.slow
+def test_throughput():
+  """500 images a second a core: processor time, type checks not in the way."""
+  code = """
+import statistics, time
+import cv2
+cv2.setNumThreads(1)
+from mtv_jax.data.scenes.scenes import SceneSource
+source = SceneSource(96)
+for i in range(20):
+  source[i]
+rates = []
+for start in range(0, 3500, 500):
+  begin = time.process_time()
+  for i in range(start, start + 500):
+    source[i]
+  rates.append(500 / (time.process_time() - begin))
+print(statistics.median(rates))
+"""
+  assert float(python(code)) >= 500

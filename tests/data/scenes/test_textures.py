@@ -1,0 +1,33 @@
+"""The patterns and silhouettes that scenes are painted with."""
+
+import numpy as np
+import pytest
+
+from mtv_jax.data.scenes import textures
+from mtv_jax.data.scenes import world as scene_world
+
+
+def test_patterns_tile_without_a_seam():
+  atlas = textures.atlas()
+  n = textures.TILE
+  for name, top in atlas.offset_y.items():
+    left = atlas.offset_x[0]
+    tile = atlas.pixels[top : top + n, left : left + n].astype(int)
+    inner = np.abs(np.diff(tile, axis=0)).mean(1)
+    seam = np.abs(tile[0] - tile[-1]).mean()
+    assert seam <= inner.max() + 1, name
+    inner = np.abs(np.diff(tile, axis=1)).mean(0)
+    seam = np.abs(tile[:, 0] - tile[:, -1]).mean()
+    assert seam <= inner.max() + 1, name
+
+
+def test_silhouettes_fill_their_square():
+  for name, distance in textures.silhouettes().items():
+    rows, columns = np.nonzero(distance > 0)
+    shape = scene_world.SHAPES[name]
+    n = textures.SILHOUETTE
+    assert rows.max() == pytest.approx(0.98 * n, abs=2), name
+    height = (n - rows.min()) / n
+    assert height == pytest.approx(shape.top, abs=0.03), name
+    half = (columns.max() - columns.min() + 1) / n / 2
+    assert half == pytest.approx(shape.half, abs=0.03), name

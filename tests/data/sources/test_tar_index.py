@@ -1,0 +1,411 @@
+"""Scanning tars and the files of their indices."""
+
+import gzip
+import io
+import logging
+import os
+import struct
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from mtv_jax.data.sources import tar_index, tar_scan
+from mtv_jax.data.sources.tar_scan import IMAGE, JSON, TEXT, TarError
+
+
+def write_tar(path, members, format=tarfile.GNU_FORMAT):
+  """Writes (name, bytes) members."""
+  with tarfile.open(path, "w", format=format) as tar:
+    for name, data in members:
+      info = tarfile.TarInfo(name)
+      info.size = len(data)
+      tar.addfile(info, io.BytesIO(data))
+  return path
+
+
+def plain(count, prefix="", captions=True):
+  members = []
+  for i in range(count):
+    members.append((f"{prefix}{i:04d}.jpg", b"image%d" % i * (i + 1)))
+    if captions:
+      members.append((f"{prefix}{i:04d}.txt", b"caption %d" % i))
+  return members
+
+
+def contents(path, spans):
+  with path.open("rb") as file:
+    found = []
+    for span in spans:
+      file.seek(span.offset)
+      found.append(file.read(span.size) if span.offset else None)
+  return found
+
+
+@pytest.mark.parametrize(
+  "format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT]
+)
+def test_scan_agrees_with_tarfile(tmp_path, format):
+  long = "a/" * 60 + "x" * (90 if format == tarfile.USTAR_FORMAT else 140)
+  members = [
+    ("one.jpg", b"1" * 700),
+    ("one.json", b"{}"),
+    ("sub/dir/two.PNG", b"2" * 512),
+    ("sub/dir/two.txt", b"t"),
+    (long + ".jpeg", b"3" * 513),
+    (long + ".txt", b"long"),
+    ("./dot.webp", b"4"),
+    ("./dot.txt", b"5"),
+  ]
+  if format != tarfile.USTAR_FORMAT:
+    members += [("schön/ü.jpg", b"6"), ("schön/ü.txt", b"7")]
+  path = write_tar(tmp_path / "a.tar", members, format)
+  found = tar_scan.scan(path)
+  expected = {}
+  with tarfile.open(path) as tar:
+    for member in tar:
+      stem, extension = member.name.removeprefix("./").rsplit(".", 1)
+      role = {"txt": TEXT, "json": JSON}.get(extension, IMAGE)
+      spans = expected.setdefault(stem, [tar_scan.Span(0, 0)] * 3)
+      spans[role] = tar_scan.Span(member.offset_data, member.size)
+  assert found.records == expected
+  assert list(found.records) == list(expected)
+  assert not found.no_image and not found.no_caption and not found.others
+
+
+def test_key_ends_at_the_first_dot_of_the_base_name(tmp_path):
+  path = write_tar(
+    tmp_path / "a.tar",
+    [
+      ("v1.2/0001.jpg", b"i"),
+      ("v1.2/0001.txt", b"t"),
+      ("v1.2/0001.seg.png", b"a mask, not the image"),
+      ("v1.2/._0001.jpg", b"of a Mac's archiver"),
+      ("README", b"no extension"),
+    ],
+  )
+  found = tar_scan.scan(path)
+  assert list(found.records) == ["v1.2/0001"]
+  assert contents(path, found.records["v1.2/0001"]) == [b"i", b"t", None]
+  assert found.others == 3
+
+
+def test_members_of_a_record_need_not_be_neighbours(tmp_path):
+  # `tar cf x.tar FOLDER` takes files in the order of the directory.
+  members = plain(5)[::2] + plain(5)[1::2]
+  path = write_tar(tmp_path / "a.tar", members)
+  found = tar_scan.scan(path)
+  assert [contents(path, s)[TEXT] for s in found.records.values()] == [
+    b"caption %d" % i for i in range(5)
+  ]
+
+
+def test_folders_and_links_are_no_records(tmp_path):
+  with tarfile.open(tmp_path / "a.tar", "w") as tar:
+    folder = tarfile.TarInfo("d.jpg")
+    folder.type = tarfile.DIRTYPE
+    tar.addfile(folder)
+    link = tarfile.TarInfo("d/l.jpg")
+    link.type = tarfile.SYMTYPE
+    link.linkname = "x" * 150  # a GNU long link, which precedes the member
+    tar.addfile(link)
+    info = tarfile.TarInfo("d/l.txt")
+    info.size = 2
+    tar.addfile(info, io.BytesIO(b"no"))
+  found = tar_scan.scan(tmp_path / "a.tar")
+  assert not found.records
+  assert found.no_image == ["d/l"]
+
+
+def test_gnu_binary_size(tmp_path):
+  path = write_tar(tmp_path / "a.tar", plain(2))
+  data = bytearray(path.read_bytes())
+  size = struct.pack(">BxxxQ", 0x80, 6)
+  data[124:136] = size
+  header = bytes(data[:148]) + b" " * 8 + bytes(data[156:512])
+  data[148:156] = b"%06o\0 " % sum(header)
+  path.write_bytes(data)
+  found = tar_scan.scan(path)
+  assert contents(path, found.records["0000"])[IMAGE] == b"image0"
+
+
+@pytest.mark.parametrize("what", ["data", "header", "padding", "boundary"])
+def test_cut_short(tmp_path, what, caplog):
+  path = write_tar(tmp_path / "cut.tar", plain(4))
+  spans = tar_scan.scan(path).records["0002"]
+  at = {
+    "data": spans[IMAGE].offset + 3,
+    "header": spans[TEXT].offset - 100,
+    "padding": spans[TEXT].offset + spans[TEXT].size + 10,
+    "boundary": spans[TEXT].offset + 512,
+  }[what]
+  os.truncate(path, at)
+  if what in ("data", "header"):
+    with pytest.raises(TarError, match=r"cut\.tar is cut short.*offset \d+"):
+      tar_scan.scan(path)
+  else:
+    # All that is there is whole, but the end mark is not.
+    assert list(tar_scan.scan(path).records) == ["0000", "0001", "0002"]
+    assert "no end mark" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("data", "says"),
+  [
+    (b"", "empty"),
+    (b"<html>404" + b" " * 1000, "is no tar: it starts with b'<html>"),
+    (gzip.compress(bytes(range(256)) * 8, 0), "compressed"),
+  ],
+)
+def test_not_a_tar(tmp_path, data, says):
+  (tmp_path / "x.tar").write_bytes(data)
+  with pytest.raises(TarError, match=r"x\.tar") as error:
+    tar_scan.scan(tmp_path / "x.tar")
+  assert says in str(error.value)
+
+
+def test_damaged_in_the_middle(tmp_path):
+  path = write_tar(tmp_path / "x.tar", plain(4))
+  at = tar_scan.scan(path).records["0002"][IMAGE].offset - 512
+  data = bytearray(path.read_bytes())
+  data[at + 5] ^= 0xFF
+  path.write_bytes(data)
+  with pytest.raises(TarError, match=rf"damaged at offset {at}"):
+    tar_scan.scan(path)
+
+
+@pytest.mark.parametrize(
+  ("second", "what"), [("0001.jpg", "image"), ("0001.png", "image"),
+                       ("0001.txt", ".txt")]
+)  # fmt: skip
+def test_duplicate_key(tmp_path, second, what):
+  path = write_tar(tmp_path / "x.tar", plain(3) + [(second, b"again")])
+  with pytest.raises(TarError, match=rf"'0001' has a second {what}.*unique"):
+    tar_scan.scan(path)
+
+
+def test_index_holds_what_the_scan_found(tmp_path):
+  members = plain(7)
+  del members[6]  # the image of 3
+  del members[3]  # the text of 1
+  path = write_tar(tmp_path / "a.tar", members)
+  (index,) = tar_index.build_all([path])
+  assert index.file == tmp_path / "a.tar.index"
+  assert (index.count, index.captioned, index.no_image) == (6, 5, 1)
+  assert (index.smallest, index.largest) == ("0000", "0006")
+  # What has no caption comes last, and otherwise the order is the tar's.
+  assert index.read_keys() == ["0000", "0002", "0004", "0005", "0006", "0001"]
+  entries, keys = index.open()
+  assert not entries.flags.writeable
+  assert bytes(keys) == "".join(index.read_keys()).encode()
+  scanned = tar_scan.scan(path).records
+  for entry, key in zip(entries, index.read_keys(), strict=True):
+    image, text, sidecar = scanned[key]
+    assert (entry["image"], entry["image_size"]) == image
+    assert (entry["text"], entry["text_size"]) == text
+    assert (entry["json"], entry["json_size"]) == sidecar
+  assert index.file.stat().st_mode & 0o777 == 0o644
+
+
+def test_index_is_small():
+  # 100 million records with keys of nine digits: under 5 GB on disk.
+  assert tar_index.ENTRY.itemsize == 40
+  assert tar_index.HEADER.itemsize % 8 == 0
+
+
+def test_skipped_groups_are_logged_with_their_number(tmp_path, caplog):
+  members = plain(3) + [("bare.jpg", b"i"), ("lost.txt", b"t")]
+  path = write_tar(tmp_path / "a.tar", members)
+  tar_index.build_all([path])
+  assert "1 records have no image: lost" in caplog.text
+  assert "1 records have neither .txt nor .json: bare" in caplog.text
+
+
+def test_an_index_that_fits_is_not_built_again(tmp_path, monkeypatch):
+  path = write_tar(tmp_path / "a.tar", plain(3))
+  before = tar_index.build_all([path])
+  monkeypatch.setattr(tar_scan, "scan", None)
+  assert tar_index.build_all([path]) == before
+
+
+def _newer(path, index):
+  write_tar(path, plain(5))
+
+
+def _touched(path, index):
+  os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def _cut(path, index):
+  os.truncate(index, index.stat().st_size - 1)
+
+
+def _foreign(path, index):
+  index.write_bytes(b"something else entirely" * 10)
+
+
+@pytest.mark.parametrize(
+  ("change", "says"),
+  [
+    (_newer, "the tar has"),
+    (_touched, "it was made for one of"),
+    (_cut, "cut short"),
+    (_foreign, "no index of this version"),
+  ],
+)
+def test_an_index_that_does_not_fit_is_built_again(
+  tmp_path, caplog, change, says
+):
+  path = write_tar(tmp_path / "a.tar", plain(300))
+  (old,) = tar_index.build_all([path])
+  change(path, old.file)
+  (new,) = tar_index.build_all([path])
+  assert says in caplog.text and str(old.file) in caplog.text
+  assert new.count == (5 if change is _newer else 300)
+  # And it is written, not only used.
+  caplog.clear()
+  assert tar_index.build_all([path]) == [new]
+  assert not caplog.text
+
+
+def _full(*args, **kwargs):
+  raise OSError(30, "Read-only file system")
+
+
+def test_an_old_index_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+  path = write_tar(tmp_path / "a.tar", plain(3))
+  tar_index.build_all([path])
+  write_tar(path, plain(5))
+  monkeypatch.setattr(tar_index.tempfile, "mkstemp", _full)
+  with pytest.raises(OSError, match="index_dir") as error:
+    tar_index.build_all([path])
+  for part in (path, f"{path}.index", "the tar has", "Read-only"):
+    assert str(part) in str(error.value)
+  monkeypatch.undo()
+  (index,) = tar_index.build_all([path], index_dir=tmp_path / "new" / "dir")
+  assert index.count == 5
+
+
+def test_index_dir_tells_tars_of_one_name_apart(tmp_path):
+  for i, folder in enumerate(("a", "b")):
+    (tmp_path / folder).mkdir()
+    write_tar(tmp_path / folder / "00000.tar", plain(i + 2))
+  tars = [tmp_path / "a" / "00000.tar", tmp_path / "b" / "00000.tar"]
+  indices = tar_index.build_all(tars, index_dir=tmp_path / "i")
+  assert [index.count for index in indices] == [2, 3]
+  assert len(list((tmp_path / "i").iterdir())) == 2
+  assert not list(tmp_path.glob("[ab]/*.index"))
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+  path = write_tar(tmp_path / "a.tar", plain(3))
+  monkeypatch.setattr(tar_index.os, "replace", _full)
+  with pytest.raises(OSError, match="can't be written"):
+    tar_index.build_all([path])
+  assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_many_build_at_once(tmp_path):
+  tars = [write_tar(tmp_path / f"{i}.tar", plain(20)) for i in range(6)]
+  results: list[list] = []
+  threads = [
+    threading.Thread(target=lambda: results.append(tar_index.build_all(tars)))
+    for _ in range(8)
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(results) == 8
+  assert all(result == results[0] for result in results)
+  assert len(list(tmp_path.iterdir())) == 12
+
+
+def test_helper_processes_build_too(tmp_path, monkeypatch):
+  monkeypatch.setattr(tar_index, "_MANY", 4)
+  monkeypatch.setattr(tar_index.os, "sched_getaffinity", lambda pid: {0, 1})
+  folder = tmp_path / "tars"
+  folder.mkdir()
+  tars = [write_tar(folder / f"{i}.tar", plain(20, f"{i}")) for i in range(8)]
+  os.truncate(tars[5], 1100)
+  started = []
+  popen = tar_index.subprocess.Popen
+
+  def start(*args, **kwargs):
+    started.append(popen(*args, **kwargs))
+    return started[-1]
+
+  def only_look(*args):
+    started[0].wait()  # so that the helper has done all of it
+    monkeypatch.setattr(tar_scan, "scan", refuse)
+    return build(*args)
+
+  def refuse(tar):
+    raise TarError(f"this process had to scan {tar.name}")
+
+  build = tar_index._build
+  monkeypatch.setattr(tar_index.subprocess, "Popen", start)
+  monkeypatch.setattr(tar_index, "_build", only_look)
+  # The helper left only the bad one, and errors are this process's to report.
+  with pytest.raises(TarError, match=r"^this process had to scan 5\.tar$"):
+    tar_index.build_all(tars, index_dir=tmp_path / "index")
+  assert len(started) == 1 and started[0].returncode == 0
+  assert len(list((tmp_path / "index").iterdir())) == 7
+
+
+def test_all_bad_tars_are_named(tmp_path):
+  tars = [write_tar(tmp_path / f"{i}.tar", plain(3)) for i in range(4)]
+  for i in (1, 3):
+    os.truncate(tars[i], 1100)
+  with pytest.raises(TarError, match="2 of 4 tars can't be used") as error:
+    tar_index.build_all(tars)
+  assert str(tars[1]) in str(error.value)
+  assert str(tars[3]) in str(error.value)
+  assert str(tars[0]) not in str(error.value)
+
+
+def test_empty_tar_has_an_empty_index(tmp_path):
+  path = write_tar(tmp_path / "a.tar", [])
+  (index,) = tar_index.build_all([path])
+  entries, keys = index.open()
+  assert entries.shape == (0,) and keys.shape == (0,)
+  assert index.read_keys() == []
+
+
+def test_real_tars_of_coco(tmp_path, shared_data):
+  photos = sorted(Path(shared_data, "coco", "val2017").glob("*.jpg"))[:20]
+  members = []
+  for photo in photos:
+    members += [(photo.name, photo.read_bytes())]
+    members += [(photo.stem + ".txt", photo.stem.encode())]
+  path = write_tar(tmp_path / "coco.tar", members)
+  (index,) = tar_index.build_all([path])
+  entries, _ = index.open()
+  with path.open("rb") as file:
+    for entry, photo in zip(entries, photos, strict=True):
+      file.seek(int(entry["image"]))
+      assert file.read(int(entry["image_size"])) == photo.read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def _log_everything(caplog):
+  caplog.set_level(logging.INFO)
+
+
+def test_offsets_beyond_four_gigabytes(tmp_path):
+  # Sparse: it takes no room on the disk.
+  path = tmp_path / "a.tar"
+  large = tarfile.TarInfo("video.mp4")
+  large.size = 9 << 30
+  with path.open("wb") as file:
+    file.write(large.tobuf(tarfile.GNU_FORMAT))
+    file.seek(large.size, os.SEEK_CUR)
+    file.write(write_tar(tmp_path / "small.tar", plain(2)).read_bytes())
+  (index,) = tar_index.build_all([path])
+  assert index.others == 1
+  entries, _ = index.open()
+  assert int(entries["image"][0]) == 512 + large.size + 512
+  with path.open("rb") as file:
+    file.seek(int(entries["text"][1]))
+    assert file.read(int(entries["text_size"][1])) == b"caption 1"

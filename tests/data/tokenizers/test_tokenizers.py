@@ -1,0 +1,310 @@
+"""Ids against `transformers`, `sentencepiece` and rules written out here."""
+
+import json
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers as hf
+
+from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.data.tokenizers.tokenizers import (
+  build_tokenizer,
+  canonicalize,
+  export_files,
+)
+
+CLEAN = ("none", "lower", "canonicalize")
+ODD = [
+  "",
+  " ",
+  "!!!",
+  " a",
+  "  A  dog",
+  ".a",
+  "snake_case _",
+  "\u2581x",
+  "e\u0301 \u00fc \ufb01",
+  "x" * 300,
+  "\u65e5\u672c\u8a9e",
+  "a\nb\tc",
+  "\u00a0a",
+  "1,000 don't (hello",
+  "a \u2581 b",
+  "\U0001f600 dog",
+  "a\u200bb",
+  "\u201cquoted\u201d",
+  "x\u3000y ",
+  "many words " * 50,
+]
+
+
+@pytest.fixture(scope="module")
+def spiece(shared_data) -> str:
+  path = shared_data / "tokenizers" / "t5_cc_all_32000.spiece.model"
+  return str(path)
+
+
+@pytest.fixture(scope="module")
+def captions(shared_data) -> list[str]:
+  path = shared_data / "coco" / "annotations" / "captions_val2017.json"
+  annotations = json.loads(path.read_text())["annotations"]
+  return [a["caption"] for a in annotations[:300]] + ODD
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> str:
+  """A SentencePiece model of our own, where there is no real one."""
+  folder = tmp_path_factory.mktemp("spiece")
+  words = [
+    "a",
+    "the",
+    "red",
+    "blue",
+    "green",
+    "big",
+    "small",
+    "dog",
+    "cat",
+    "ball",
+    "box",
+    "on",
+    "under",
+    "by",
+  ]
+  rng = np.random.default_rng(0)
+  lines = [" ".join(rng.choice(words, 8)) for _ in range(200)]
+  (folder / "text").write_text("\n".join(lines))
+  sentencepiece.SentencePieceTrainer.train(
+    input=str(folder / "text"),
+    model_prefix=str(folder / "small"),
+    vocab_size=34,
+    minloglevel=2,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+  )
+  return str(folder / "small.model")
+
+
+@pytest.fixture(scope="module")
+def words_json(tmp_path_factory) -> str:
+  """A word-level tokenizer.json with a start token, padding and an end."""
+  names = ["<pad>", "<start>", "</s>", "<unk>", "a", "dog", "cat", "red"]
+  model = hf.Tokenizer(
+    hf.models.WordLevel({n: i for i, n in enumerate(names)}, "<unk>")
+  )
+  model.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+  model.post_processor = hf.processors.TemplateProcessing(
+    single="<start> $A </s>", special_tokens=[("<start>", 1), ("</s>", 2)]
+  )
+  path = tmp_path_factory.mktemp("json") / "tokenizer.json"
+  model.save(str(path))
+  return str(path)
+
+
+def test_bytes():
+  tokenizer = build_tokenizer("bytes", clean="none")
+  ids = tokenizer.encode(["Hi", "", "\u00e9"], 5)
+  assert ids.dtype == np.int32
+  assert ids.tolist() == [
+    [74, 107, 1, 0, 0],
+    [1, 0, 0, 0, 0],
+    [0xC3 + 2, 0xA9 + 2, 1, 0, 0],
+  ]
+  assert tokenizer.vocab_size == 258
+  assert tokenizer.encode(["\u00ff"], 9).max() < 258
+  assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_truncation_keeps_the_end_last(length, small):
+  for spec in ("bytes", small):
+    tokenizer = build_tokenizer(spec)
+    ids = tokenizer.encode(["the red dog by the blue box"], length)
+    assert ids.shape == (1, length)
+    assert ids[0, -1] == tokenizer.eos_id
+    assert (ids[0, :-1] != tokenizer.eos_id).all()
+
+
+def test_sentencepiece_is_padded_with_its_end(small):
+  tokenizer = build_tokenizer(small, clean="lower")
+  model = sentencepiece.SentencePieceProcessor(model_file=small)
+  expected = model.encode("a red dog") + [1]
+  ids = tokenizer.encode(["A red DOG"], 32)[0]
+  assert ids[: len(expected)].tolist() == expected
+  assert (ids[len(expected) :] == 1).all()
+  assert tokenizer.kind == "sentencepiece"
+  assert tokenizer.vocab_size == model.vocab_size()
+
+
+def test_json_uses_the_files_own_special_tokens(words_json):
+  tokenizer = build_tokenizer(words_json, clean="lower")
+  ids = tokenizer.encode(["A red dog", "a zebra", "a a a a a a a a"], 6)
+  assert ids.tolist() == [
+    [1, 4, 7, 5, 2, 0],
+    [1, 4, 3, 2, 0, 0],
+    [1, 4, 4, 4, 4, 2],
+  ]
+  assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 2)
+  assert tokenizer.vocab_size == 8
+
+
+def test_json_padding_is_what_the_config_beside_it_says(words_json, tmp_path):
+  text = open_text(words_json)
+  (tmp_path / "tokenizer.json").write_text(text)
+  config = {"pad_token": {"content": "</s>"}, "eos_token": "<start>"}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+  tokenizer = build_tokenizer(tmp_path / "tokenizer.json")
+  assert (tokenizer.pad_id, tokenizer.eos_id) == (2, 1)
+
+
+def open_text(path: str) -> str:
+  with open(path, encoding="utf-8") as file:
+    return file.read()
+
+
+def test_canonicalize():
+  assert canonicalize("  A_Dog,  (big)\n!") == "a dog big"
+  assert canonicalize("don't STOP") == "dont stop"
+  assert canonicalize("?!") == ""
+
+
+def test_threads_share_a_tokenizer(words_json, small):
+  texts = ["a red dog", "a cat", "dog"] * 20
+  for spec in ("bytes", words_json, small):
+    tokenizer = build_tokenizer(spec)
+    expected = {n: tokenizer.encode(texts, n) for n in (4, 8)}
+    wrong = []
+
+    def work(n: int, tokenizer=tokenizer, expected=expected, wrong=wrong):
+      for _ in range(10):
+        if not np.array_equal(tokenizer.encode(texts, n), expected[n]):
+          wrong.append(n)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (4, 8) * 2]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+    assert not wrong
+
+
+def test_goes_to_worker_processes(words_json, small):
+  for spec in ("bytes", words_json, small):
+    tokenizer = build_tokenizer(spec, clean="canonicalize")
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert repr(again) == repr(tokenizer)
+    texts = ["a RED, dog", ""]
+    np.testing.assert_array_equal(
+      again.encode(texts, 9), tokenizer.encode(texts, 9)
+    )
+
+
+def test_errors(tmp_path, small, words_json):
+  with pytest.raises(FileNotFoundError, match=r"Did you mean 'small.model'"):
+    build_tokenizer(small.replace("small.model", "smal.model"))
+  with pytest.raises(FileNotFoundError, match="no folder"):
+    build_tokenizer(str(tmp_path / "none" / "x.json"))
+  with pytest.raises(ValueError, match="expected 'bytes'"):
+    build_tokenizer("byte")
+  with pytest.raises(ValueError, match="Did you mean 'lower'"):
+    build_tokenizer("bytes", clean="lowr")
+  for name, what in (("a.model", "SentencePiece"), ("a.json", "tokenizer")):
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(ValueError, match=what):
+      build_tokenizer(tmp_path / name)
+  with pytest.raises(TypeError, match="list of strings"):
+    build_tokenizer("bytes").encode("a dog", 8)
+  with pytest.raises(ValueError, match="length=0"):
+    build_tokenizer("bytes").encode(["a dog"], 0)
+
+
+def test_vocabulary_larger_than_the_models():
+  tokenizer = build_tokenizer("bytes")
+  tokenizers.check_vocabulary(tokenizer, 258)
+  with pytest.raises(
+    ValueError, match=r"model\.text\.vocab_size=257 .* 257.*258 or more"
+  ):
+    tokenizers.check_vocabulary(tokenizer, 257)
+
+
+@pytest.mark.parametrize("clean", CLEAN)
+def test_exported_files_give_our_ids(clean, small, words_json, tmp_path):
+  """As read by `tokenizers` itself; by `transformers` below."""
+  for spec in ("bytes", small, words_json):
+    tokenizer = build_tokenizer(spec, clean=clean)
+    files = export_files(tokenizer, tmp_path, length=12)
+    assert sorted(f.name for f in files) == [
+      "tokenizer.json",
+      "tokenizer_config.json",
+    ]
+    # Cleaning is inside now.
+    again = build_tokenizer(tmp_path / "tokenizer.json", clean="none")
+    np.testing.assert_array_equal(
+      again.encode([*ODD, "A Red dog_."], 12),
+      tokenizer.encode([*ODD, "A Red dog_."], 12),
+    )
+    assert again.pad_id == tokenizer.pad_id
+    assert again.eos_id == tokenizer.eos_id
+
+
+def test_other_sentencepiece_kinds_are_not_exported(small, tmp_path):
+  sentencepiece.SentencePieceTrainer.train(
+    input=small.replace("small.model", "text"),
+    model_prefix=str(tmp_path / "bpe"),
+    model_type="bpe",
+    vocab_size=34,
+    minloglevel=2,
+    eos_id=1,
+    unk_id=2,
+    bos_id=0,
+  )
+  tokenizer = build_tokenizer(tmp_path / "bpe.model")
+  with pytest.raises(ValueError, match="kind BPE"):
+    export_files(tokenizer, tmp_path)
+
+
+@pytest.mark.reference
+def test_sentencepiece_equals_siglip_tokenizer(spiece, captions):
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.SiglipTokenizer(spiece)
+  ours = build_tokenizer(spiece, clean="canonicalize")
+  # They drop "_"; big_vision, and we, make it a space.
+  texts = [text for text in captions if "_" not in text]
+  assert len(texts) > 300
+  expected = theirs(
+    texts, padding="max_length", max_length=64, truncation=True
+  )["input_ids"]
+  np.testing.assert_array_equal(ours.encode(texts, 64), expected)
+  assert ours.pad_id == theirs.pad_token_id
+  assert ours.eos_id == theirs.eos_token_id
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("clean", CLEAN)
+def test_transformers_opens_the_exported_files(
+  clean, spiece, captions, tmp_path
+):
+  transformers = pytest.importorskip("transformers")
+  transformers.SiglipConfig().save_pretrained(tmp_path)
+  transformers.SiglipImageProcessorPil().save_pretrained(tmp_path)
+  for spec in (spiece, "bytes"):
+    tokenizer = build_tokenizer(spec, clean=clean)
+    export_files(tokenizer, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs(
+      captions, padding="max_length", max_length=64, truncation=True
+    )
+    assert list(expected) == ["input_ids"]
+    np.testing.assert_array_equal(
+      tokenizer.encode(captions, 64), expected["input_ids"]
+    )
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    expected = processor(text=captions, padding="max_length", truncation=True)
+    np.testing.assert_array_equal(
+      tokenizer.encode(captions, 64), expected["input_ids"]
+    )

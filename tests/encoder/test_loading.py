@@ -1,0 +1,244 @@
+"""load: runs, our folders, Hugging Face folders, and folders that are none."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+import mtv_jax
+from mtv_jax.checkpoint import checkpointer
+from mtv_jax.convert import huggingface
+from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.encoder import loading
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.models import two_tower as models
+
+TOWER = {"width": 32, "depth": 2, "heads": 2, "mlp_dim": 64}
+MODEL = {
+  "image_size": 32,
+  "patch_size": 8,
+  "pool": "map",
+  **TOWER,
+  "text": {
+    "length": 12,
+    "vocab_size": 258,
+    "tokenizer": "bytes",
+    "clean": "lower",
+    **TOWER,
+  },
+}
+SPEC = models.ModelSpec.from_config(MODEL)
+SHAPES = models.abstract_params(SPEC)
+
+
+def init(seed):
+  head = {
+    "logit_scale": np.array(1.0, "f4"),
+    "logit_bias": np.array(-3.0, "f4"),
+  }
+  rng = np.random.default_rng(seed)
+  params = jax.tree.map(
+    lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), SHAPES
+  )
+  return {**params, "heads": {"contrastive": head}}
+
+
+@pytest.fixture(scope="module")
+def images():
+  rng = np.random.default_rng(0)
+  return [rng.integers(0, 256, (40, 30 + i, 3), np.uint8) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A run's folder, with different weights in each part and two steps."""
+  folder = tmp_path_factory.mktemp("run")
+  config = {"model": MODEL, "views": {"image": {"ops": "resize(32)"}}}
+  (folder / "config.json").write_text(json.dumps(config))
+  with checkpointer.Checkpointer(
+    folder / "checkpoints", every_steps=1, keep=5
+  ) as saver:
+    for step in (1, 2):
+      teacher = {"image": init(20 + step)["image"]}
+      state = {"params": init(step), "teacher": teacher, "ema": init(10 + step)}
+      saver.save(step, state)
+  return folder
+
+
+def same(got, want):
+  leaves = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+  return all(np.array_equal(a, b) for a, b in leaves)
+
+
+def test_a_run_by_weights_and_step(run, images):
+  encoder = mtv_jax.load(run)
+  assert same(encoder.params, init(2))
+  assert encoder.preprocess == Preprocess(size=32)
+  assert encoder.image(images).pooled.shape == (3, 32)
+  text = encoder.text(["a", "b"])
+  assert encoder.similarity(np.ones((3, 32)), text).shape == (3, 2)
+  assert encoder.protocol()["weights"] == "student"
+  assert same(loading.read_params(run, step=1), init(1))
+  assert same(loading.read_params(run, weights="ema"), init(12))
+  teacher = loading.read_params(run, weights="teacher")
+  assert same(teacher["image"], init(22)["image"])
+  assert same(teacher["text"], init(2)["text"])
+
+
+def test_positions_follow_the_new_model(run):
+  larger = models.ModelSpec.from_config({**MODEL, "image_size": 48})
+  params = loading.read_params(run, spec=larger)
+  assert params["image"]["position_embedding"].shape == (36, 32)
+
+
+def test_a_native_folder(tmp_path, images, run):
+  encoder = mtv_jax.load(run)
+  tokenizer = tokenizers.build_tokenizer("bytes", clean="lower")
+  huggingface.write_native(
+    tmp_path / "native",
+    SPEC,
+    init(2),
+    preprocess=encoder.preprocess.to_dict(),
+    tokenizer=tokenizer,
+  )
+  again = mtv_jax.load(tmp_path / "native")
+  np.testing.assert_array_equal(
+    again.image(images).patches, encoder.image(images).patches
+  )
+  np.testing.assert_array_equal(again.text(["A b"]), encoder.text(["a B"]))
+  with pytest.raises(ValueError, match="one set of weights.*'ema'"):
+    mtv_jax.load(tmp_path / "native", weights="ema")
+
+
+def test_folders_that_cannot_be_opened(tmp_path, run):
+  with pytest.raises(FileNotFoundError, match="nothing there.*Recognised are"):
+    mtv_jax.load(tmp_path / "nowhere")
+  with pytest.raises(FileNotFoundError, match="hf download google/siglip-x "):
+    mtv_jax.load("google/siglip-x")
+  for inside in ("checkpoints", "checkpoints/7"):
+    with pytest.raises(FileNotFoundError, match=f"run's own folder, {run};"):
+      mtv_jax.load(run / inside)
+  (tmp_path / "notes.txt").write_text("x")
+  with pytest.raises(FileNotFoundError, match=r"found notes\.txt\. Recog"):
+    mtv_jax.load(tmp_path)
+  (tmp_path / "config.json").write_text('{"a": 1}')
+  with pytest.raises(FileNotFoundError, match=r"config\.json, notes\.txt"):
+    mtv_jax.load(tmp_path)
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(ValueError, match="not JSON"):
+    mtv_jax.load(tmp_path)
+  with pytest.raises(ValueError, match="Did you mean 'teacher'"):
+    mtv_jax.load(run, weights="teachers")
+  with pytest.raises(FileNotFoundError, match="7"):
+    mtv_jax.load(run, step=7)
+
+
+def test_a_config_of_another_shape_is_named(run, tmp_path):
+  config = {"model": {**MODEL, "width": 64}}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+  match = r"config\.json describes another model.*\.old(.|\n)*image/.*32.*64"
+  with pytest.raises(ValueError, match=match):
+    mtv_jax.load(tmp_path)
+
+
+def test_a_lost_tokenizer_is_named(run, tmp_path):
+  text = {**MODEL["text"], "tokenizer": "old/place/my.model"}
+  config = {"model": {**MODEL, "text": text}}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+  with pytest.raises(FileNotFoundError, match=r"tokenizer/my\.model.*old/"):
+    mtv_jax.load(tmp_path)
+
+
+def test_the_package_imports_nothing_heavy(repo_root):
+  code = (
+    "import sys, mtv_jax; mtv_jax.__version__; dir(mtv_jax)\n"
+    "heavy = {'jax', 'flax', 'numpy', 'PIL'} & set(sys.modules)\n"
+    "assert not heavy, heavy\n"
+    "assert mtv_jax.load.__name__ == 'load'"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=repo_root)
+  with pytest.raises(AttributeError, match="no attribute 'loads'"):
+    mtv_jax.loads  # noqa: B018
+
+
+# ---------------------------------------------------------------------------
+# Against transformers: models of random weights, saved by it.
+
+
+def _vision(transformers, name):
+  shape = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+  }
+  mlp = {"intermediate_size": 64}
+  text = {
+    "vocab_size": 99,
+    "max_position_embeddings": 12,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    **mlp,
+  }
+  if name == "siglip":
+    config = transformers.SiglipConfig(
+      vision_config={**shape, **mlp}, text_config=text
+    )
+    return transformers.SiglipModel(config)
+  if name == "clip":
+    config = transformers.CLIPConfig(
+      vision_config={**shape, **mlp}, text_config=text, projection_dim=24
+    )
+    return transformers.CLIPModel(config)
+  config = transformers.Dinov2Config(**shape, mlp_ratio=2)
+  return transformers.Dinov2Model(config)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["siglip", "clip", "dinov2"])
+def test_hugging_face_folders(name, tmp_path, images):
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  torch.manual_seed(0)
+  theirs = _vision(transformers, name).eval()
+  for parameter in theirs.parameters():
+    if parameter.ndim < 2 and parameter.numel() > 1:
+      parameter.data += 0.1 * torch.randn_like(parameter)
+  theirs.save_pretrained(tmp_path)
+  kinds = {
+    "siglip": transformers.SiglipImageProcessorPil,
+    "clip": transformers.CLIPImageProcessorPil,
+    "dinov2": transformers.BitImageProcessorPil,
+  }
+  square = {"height": 32, "width": 32}
+  options = {"size": square if name == "siglip" else {"shortest_edge": 36}}
+  if name != "siglip":
+    options["crop_size"] = square
+  processor = kinds[name](**options)
+  processor.save_pretrained(tmp_path)
+
+  encoder = mtv_jax.load(tmp_path)
+  ours = encoder.image(images, layers=(0, 1, -1))
+  pictures = [PIL.Image.fromarray(image) for image in images]
+  pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+  vision = theirs.vision_model if name != "dinov2" else theirs
+  with torch.no_grad():
+    out = vision(pixels, output_hidden_states=True)
+  pooled = out.pooler_output
+  if name == "clip":
+    pooled = theirs.visual_projection(pooled).detach()
+  skip = 0 if name == "siglip" else 1
+  np.testing.assert_allclose(ours.pooled, pooled.numpy(), atol=1e-4)
+  for layer, number in ((0, 1), (1, 2), (-1, 3)):
+    want = out.hidden_states[number][:, skip:].numpy()
+    got = ours.layers[layer].reshape(want.shape)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert np.abs(want).max() > 0.1

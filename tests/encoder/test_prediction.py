@@ -1,0 +1,255 @@
+"""Depth, regions and boxes from the heads of pretraining, live and loaded."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mtv_jax
+from mtv_jax.checkpoint import checkpointer
+from mtv_jax.convert import huggingface
+from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.encoder import apply_fns
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.models import two_tower as models
+from mtv_jax.models.heads.predictors import Predictors
+from mtv_jax.objectives import base, build_objective
+from mtv_jax.objectives import depth as depth_objective
+from mtv_jax.parallel import sharding
+
+TOWER = {"width": 32, "depth": 3, "heads": 2, "mlp_dim": 64}
+MODEL = {
+  "image_size": 32,
+  "patch_size": 8,
+  **TOWER,
+  "text": {"length": 12, "vocab_size": 258, "tokenizer": "bytes", **TOWER},
+}
+OBJECTIVES = {
+  "contrastive": {"weight": 1.0},
+  "deep": {"type": "depth", "taps": [0, 1, 1, 2], "features": 8, "size": 12},
+  "grounding": {"attention_heads": 2, "regression": 1.0},
+}
+SPEC = models.ModelSpec.from_config(MODEL)
+PREDICTORS = Predictors.from_config(OBJECTIVES, SPEC)
+
+
+def objective(name):
+  entry = OBJECTIVES[name]
+  return build_objective(name, entry).resolve(SPEC, {})
+
+
+@pytest.fixture(scope="module")
+def heads():
+  """The modules of pretraining, by name."""
+  found = {}
+  for name in OBJECTIVES:
+    found |= objective(name).heads()
+  return found
+
+
+def init(head):
+  example = [
+    jnp.zeros(x.shape) if isinstance(x, jax.ShapeDtypeStruct) else x
+    for x in head.example(SPEC)
+  ]
+  return head.module.init(jax.random.key(0), *example)["params"]
+
+
+@pytest.fixture(scope="module")
+def params(heads):
+  rng = np.random.default_rng(3)
+  shapes = models.abstract_params(SPEC)
+  shapes["heads"] = {
+    name: jax.eval_shape(functools.partial(init, head))
+    for name, head in heads.items()
+  }
+  return jax.tree.map(
+    lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes
+  )
+
+
+def build(params, devices=None, predictors=PREDICTORS, **kwargs):
+  return Encoder(
+    SPEC,
+    params,
+    Preprocess(size=32),
+    tokenizers.build_tokenizer("bytes", clean="lower"),
+    sharding.make_mesh({"data": -1}, devices),
+    predictors=predictors,
+    **kwargs,
+  )
+
+
+@pytest.fixture(scope="module")
+def encoder(params):
+  return build(params)
+
+
+@pytest.fixture(scope="module")
+def images():
+  rng = np.random.default_rng(4)
+  return [rng.integers(0, 256, (30 + i, 50, 3), np.uint8) for i in range(3)]
+
+
+BOXES = [
+  [[0.0, 0.0, 0.5, 0.5], [0.1, 0.2, 0.9, 1.0], [0.4, 0.4, 0.6, 0.6]],
+  [],
+  [[0.25, 0.5, 0.75, 1.0]],
+]
+PHRASES = [["a red ball", "a cube"], [], ["a cube", "a red ball", "a cube"]]
+
+
+@pytest.fixture(scope="module")
+def wanted(encoder, heads, params, images):
+  """What the objectives' own modules say of tokens computed here."""
+  batch = jnp.stack([Preprocess(size=32)(image) for image in images])
+  # Every box and phrase in every image; none sees the others.
+  boxes = jnp.asarray([box for own in BOXES for box in own], jnp.float32)
+  texts = encoder.text([phrase for own in PHRASES for phrase in own])
+  texts = jnp.asarray(texts / np.linalg.norm(texts, axis=-1, keepdims=True))
+  boxes, texts = (jnp.stack([x] * len(images)) for x in (boxes, texts))
+
+  def run(params):
+    bound = base.BoundHeads(heads, params["heads"])
+    tower, variables = models.image_tower(SPEC), {"params": params["image"]}
+    out = tower.apply(variables, batch, taps=(0, 1, 2))
+    stages = [out.taps[i].reshape(3, 4, 4, 32) for i in (0, 1, 1, 2)]
+    return {
+      "depth": bound["depth"](stages, (12, 12)),
+      "regions": bound["prompter"](out.patches, boxes, 32),
+      "boxes": bound["locator"](out.patches, texts),
+    }
+
+  return jax.tree.map(np.asarray, jax.jit(run)(params))
+
+
+def test_depth_is_the_objectives_head(encoder, images, wanted):
+  assert encoder.has_depth
+  got = encoder.depth(images)
+  assert got.shape == (3, 12, 12)
+  assert np.std(got) > 0.01
+  np.testing.assert_allclose(got, wanted["depth"], atol=2e-5)
+  assert apply_fns.MAX_DEPTH_SIDE == depth_objective.MAX_SIDE
+
+
+def test_regions_are_the_prompters(encoder, images, wanted):
+  assert encoder.has_grounding
+  found = encoder.ground(images, BOXES)
+  assert found.embeddings.shape == (3, 3, 32)
+  np.testing.assert_array_equal(found.valid.sum(axis=1), [3, 0, 1])
+  want = wanted["regions"]
+  want = want / np.linalg.norm(want, axis=-1, keepdims=True)
+  np.testing.assert_allclose(found.embeddings[0], want[0, :3], atol=2e-5)
+  np.testing.assert_allclose(found.embeddings[2, 0], want[2, 3], atol=2e-5)
+  assert not found.embeddings[~found.valid].any()
+  # The box matters, so that the comparison can fail.
+  assert np.abs(found.embeddings[0, 0] - found.embeddings[0, 2]).max() > 0.01
+
+
+def test_boxes_are_the_locators(encoder, images, wanted):
+  assert encoder.has_locator
+  found = encoder.locate(images, PHRASES)
+  np.testing.assert_array_equal(found.valid.sum(axis=1), [2, 0, 3])
+  centre, half = wanted["boxes"][..., :2], wanted["boxes"][..., 2:] / 2
+  want = np.concatenate([centre - half, centre + half], axis=-1)
+  np.testing.assert_allclose(found.boxes[0, :2], want[0, :2], atol=2e-5)
+  np.testing.assert_allclose(found.boxes[2], want[2, 2:], atol=2e-5)
+  assert np.abs(found.boxes[2, 0] - found.boxes[2, 1]).max() > 1e-3
+
+
+def test_one_device_and_eight_agree(encoder, params, images):
+  single = build(params, jax.devices()[:1])
+  np.testing.assert_allclose(
+    single.ground(images, BOXES, batch_size=2).embeddings,
+    encoder.ground(images, BOXES).embeddings,
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("open_", [True, False])
+@pytest.mark.parametrize("name", ["deep", "grounding"])
+def test_descriptions_are_what_the_objectives_resolve_to(name, open_):
+  entry = dict(OBJECTIVES[name])
+  if open_:  # What a config leaves open has the objective's defaults.
+    entry = {k: v for k, v in entry.items() if k == "type"}
+  resolved = build_objective(name, entry).resolve(SPEC, {})
+  described = Predictors.from_config({name: entry}, SPEC)
+  found = described.depth if name == "deep" else described.grounding
+  for field in dataclasses.fields(found):
+    assert getattr(found, field.name) == getattr(resolved, field.name)
+  again = Predictors.from_dict(json.loads(json.dumps(described.to_dict())))
+  assert again == described
+
+
+@pytest.fixture(scope="module")
+def run(params, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  config = {"model": MODEL, "objectives": OBJECTIVES}
+  (folder / "config.json").write_text(json.dumps(config))
+  with checkpointer.Checkpointer(
+    folder / "checkpoints", every_steps=1
+  ) as saver:
+    saver.save(1, {"params": params})
+  return folder
+
+
+@pytest.mark.parametrize("form", ["run", "to_hf", "native"])
+def test_loaded_from_files(form, run, encoder, images, tmp_path):
+  folder = run
+  if form != "run":
+    from mtv_jax.encoder import loading
+
+    model = loading.read_model(run)
+    write = huggingface.write if form == "to_hf" else huggingface.write_native
+    folder = write(
+      tmp_path / "out",
+      model.spec,
+      model.params,
+      preprocess=model.preprocess,
+      tokenizer=model.tokenizer,
+      predictors=model.predictors,
+    )
+  loaded = mtv_jax.load(folder)
+  assert loaded.predictors == PREDICTORS
+  np.testing.assert_array_equal(loaded.depth(images), encoder.depth(images))
+  np.testing.assert_array_equal(
+    loaded.ground(images, BOXES).embeddings,
+    encoder.ground(images, BOXES).embeddings,
+  )
+
+
+def test_mistakes_are_explained(encoder, params, images):
+  bare = build(params, predictors=None)
+  assert not bare.has_depth
+  assert not bare.has_grounding
+  with pytest.raises(ValueError, match="no head of the objective depth"):
+    bare.depth(images)
+  with pytest.raises(ValueError, match="no head of the objective grounding"):
+    bare.ground(images, BOXES)
+  with pytest.raises(ValueError, match="with regression"):
+    bare.locate(images, PHRASES)
+  with pytest.raises(ValueError, match="3 images, and boxes of 2"):
+    encoder.ground(images, BOXES[:2])
+  with pytest.raises(ValueError, match=r"boxes of image 0 must be \[m, 4\]"):
+    encoder.ground(images, [[[0.1, 0.2, 0.3]], [], []])
+  with pytest.raises(ValueError, match="image 2 hold numbers that are not fin"):
+    encoder.ground(images, [[], [], [[0, 0, 1, np.nan]]])
+  with pytest.raises(TypeError, match="list of phrases for each image"):
+    encoder.locate(images, ["a ball", "a cube", "a cone"])
+  with pytest.raises(ValueError, match="'tabs'. Did you mean 'taps'"):
+    Predictors.from_dict({"depth": {"tabs": [0]}})
+  with pytest.raises(ValueError, match="has 'depths'"):
+    Predictors.from_dict({"depths": {}})
+  cropping = Encoder(
+    SPEC,
+    params,
+    Preprocess(size=32, resize="shortest", crop="center"),
+    predictors=PREDICTORS,
+  )
+  with pytest.raises(ValueError, match="sees whole images"):
+    cropping.ground(images, BOXES)

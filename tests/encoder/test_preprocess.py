@@ -1,0 +1,115 @@
+"""Preprocess: Pillow's resampling, transformers' processors, big_vision's."""
+
+import numpy as np
+import PIL.Image
+import pytest
+from ml_collections import ConfigDict
+
+from mtv_jax.encoder.preprocess import Preprocess, preprocess_of
+
+CLIP = {
+  "mean": (0.48145466, 0.4578275, 0.40821073),
+  "std": (0.26862954, 0.26130258, 0.27577711),
+}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+SIZES = [(50, 71), (71, 50), (20, 20), (224, 301), (37, 224)]
+
+
+def pictures():
+  rng = np.random.default_rng(0)
+  for size in SIZES:
+    coarse = rng.integers(0, 256, (5, 7, 3), np.uint8)
+    picture = PIL.Image.fromarray(coarse).resize(size[::-1])
+    yield np.asarray(picture)
+
+
+def test_squash_and_scale():
+  image = np.zeros((10, 20, 3), np.uint8)
+  image[..., 0], image[..., 1] = 255, 51
+  out = Preprocess(size=4)(image)
+  assert out.shape == (4, 4, 3)
+  assert out.dtype == np.float32
+  np.testing.assert_allclose(out[0, 0], [1.0, -0.6, -1.0], atol=1e-6)
+
+
+def test_pil_and_array_agree():
+  image = next(pictures())
+  preprocess = Preprocess(size=16, interpolation="bicubic")
+  grey = PIL.Image.fromarray(image).convert("L")
+  np.testing.assert_array_equal(
+    preprocess(PIL.Image.fromarray(image)), preprocess(image)
+  )
+  assert preprocess(grey).shape == (16, 16, 3)
+
+
+def test_without_antialias_two_neighbours_are_read():
+  """A step of 1, 0, 1, 0: no average, the pixel under the centre."""
+  ramp = np.repeat(np.arange(8, dtype=np.uint8)[None] * 30, 8, axis=0)
+  image = np.repeat(ramp[..., None], 3, axis=-1)
+  preprocess = Preprocess(
+    size=2, antialias=False, mean=(0.0,) * 3, std=(1.0,) * 3
+  )
+  # Centres at 0.25 and 0.75 of 8 pixels: 1.5 and 5.5, half of two neighbours.
+  want = np.array([1.5, 5.5]) * 30 / 255
+  np.testing.assert_allclose(preprocess(image)[0, :, 0], want, atol=1e-6)
+
+
+def test_center_crop_of_the_shorter_side():
+  image = np.zeros((40, 80, 3), np.uint8)
+  image[:, 20:60] = 255
+  out = Preprocess(size=20, resize="shortest", crop="center")(image)
+  assert out.shape == (20, 20, 3)
+  assert out[:, 2:-2].min() == 1.0
+
+
+def test_dict_round_trip_and_mistakes():
+  made = Preprocess(size=24, resize="shortest", crop="center", resize_size=32)
+  assert Preprocess.from_dict(made.to_dict()) == made
+  with pytest.raises(ValueError, match="'crop_size'"):
+    Preprocess.from_dict({"size": 3, "crop_size": 2})
+  with pytest.raises(ValueError, match="expected one of"):
+    Preprocess(size=24, resize="stretch")
+  with pytest.raises(ValueError, match="different shapes"):
+    Preprocess(size=24, resize="shortest")
+  with pytest.raises(ValueError, match="smaller than the crop"):
+    Preprocess(size=24, crop="center", resize_size=20)
+
+
+def test_of_a_config():
+  config = ConfigDict({"model": {"image_size": 224}})
+  assert preprocess_of(config) == Preprocess(size=224)
+  config.views = {"image": {"count": 1, "ops": "resize(64)"}}
+  assert preprocess_of(config).size == 64
+
+
+@pytest.mark.reference
+def test_equals_transformers():
+  transformers = pytest.importorskip("transformers")
+  siglip = transformers.SiglipImageProcessorPil(
+    size={"height": 32, "width": 32}
+  )
+  clip = transformers.CLIPImageProcessorPil(
+    size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+  )
+  dino = transformers.BitImageProcessorPil(
+    size={"shortest_edge": 36},
+    crop_size={"height": 28, "width": 28},
+    resample=3,
+    image_mean=list(IMAGENET["mean"]),
+    image_std=list(IMAGENET["std"]),
+  )
+  shortest = {
+    "resize": "shortest",
+    "crop": "center",
+    "interpolation": "bicubic",
+  }
+  pairs = [
+    (siglip, Preprocess(size=32, interpolation="bicubic")),
+    (clip, Preprocess(size=28, **shortest, **CLIP)),
+    (dino, Preprocess(size=28, resize_size=36, **shortest, **IMAGENET)),
+  ]
+  for theirs, ours in pairs:
+    for image in pictures():
+      want = theirs(PIL.Image.fromarray(image), return_tensors="np")
+      want = want["pixel_values"][0].transpose(1, 2, 0)
+      np.testing.assert_array_equal(ours(image), want)

@@ -1,0 +1,243 @@
+"""k-NN: ties, blocks, devices, scikit-learn, and memory that stays bounded."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import mtv_jax
+from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.evals.classification import knn
+from mtv_jax.models import two_tower as models
+from mtv_jax.models.vit import ViTSpec
+from mtv_jax.parallel import sharding
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return sharding.make_mesh({"data": -1})
+
+
+def naive(queries, bank, k):
+  """A stable sort of each row: of equal rows the first."""
+  order = np.argsort(-(queries @ bank.T), axis=1, kind="stable")
+  return order[:, :k]
+
+
+@pytest.mark.parametrize("block_bytes", [4 * 4 * 5, 4 * 37 * 3, 2**20])
+def test_blocks_equal_the_whole_with_ties(mesh, block_bytes):
+  rng = np.random.default_rng(0)
+  # Dot products of small integers are exact, so that ties are real.
+  queries = rng.integers(-1, 2, (23, 4)).astype(np.float32)
+  bank = rng.integers(-1, 2, (37, 4)).astype(np.float32)
+  got = knn.neighbours(queries, bank, k=11, mesh=mesh, block_bytes=block_bytes)
+  want = naive(queries, bank, 11)
+  np.testing.assert_array_equal(got.index, want)
+  scores = queries @ bank.T
+  assert len(np.unique(scores)) < 12
+  np.testing.assert_array_equal(
+    got.similarity, np.take_along_axis(scores, want, axis=1)
+  )
+
+
+def test_one_device_and_eight_agree(mesh):
+  rng = np.random.default_rng(1)
+  queries, bank = (
+    normalize(rng.normal(size=(n, 16)).astype(np.float32)) for n in (13, 60)
+  )
+  eight = knn.neighbours(queries, bank, k=5, mesh=mesh)
+  one = knn.neighbours(queries, bank, k=5)
+  np.testing.assert_array_equal(one.index, eight.index)
+  np.testing.assert_allclose(one.similarity, eight.similarity, atol=1e-6)
+
+
+def test_votes():
+  """Weights e^0, e^-1, e^-2, ... of classes 1, 0, 0, 2, 0, ... by hand."""
+  similarity = np.array([[0.9, 0.8, 0.7, 0.6, 0.5]], np.float32)
+  found = knn.Neighbours(similarity, np.array([[4, 3, 0, 1, 2]]))
+  labels = np.array([0, 2, 0, 0, 1], np.int32)
+
+  def predict(temperature):
+    return {
+      k: int(p[0])
+      for k, p in knn.predict(
+        found, labels, ks=(1, 3, 5), classes=3, temperature=temperature
+      ).items()
+    }
+
+  # 1 against e^-1 + e^-2 (+ e^-4) = 0.50 (0.52).
+  assert predict(0.1) == {1: 1, 3: 1, 5: 1}
+  # 1 against e^-.5 + e^-1 = 0.97 and + e^-2 = 1.11.
+  assert predict(0.2) == {1: 1, 3: 1, 5: 0}
+  assert predict(10.0) == {1: 1, 3: 0, 5: 0}
+
+
+def test_equal_votes_go_to_the_lowest_class():
+  found = knn.Neighbours(np.ones((1, 2), np.float32), np.array([[0, 1]]))
+  got = knn.predict(found, np.array([2, 1], np.int32), ks=(2,), classes=3)
+  assert list(got[2]) == [1]
+
+
+def test_mistakes():
+  rows = np.ones((3, 2), np.float32)
+  with pytest.raises(ValueError, match="k=4 nearest of 3 rows"):
+    knn.neighbours(rows, rows, k=4)
+  with pytest.raises(ValueError, match="the bank are not all finite"):
+    knn.neighbours(rows, rows * np.nan, k=1)
+  with pytest.raises(ValueError, match="Did you mean 'pooled'"):
+    knn.KNN(feature="poled")
+  with pytest.raises(ValueError, match="expected numbers of at least 1"):
+    knn.KNN(k=(0, 10))
+
+
+def test_no_block_exceeds_its_bytes(mesh, monkeypatch):
+  """What a device holds at a time does not grow with the bank."""
+  sizes = []
+
+  def spy(mesh):
+    def merge(values, index, queries, block, limits):
+      sizes.append(4 * queries.shape[0] // 8 * block.shape[0])
+      sizes.append(block.nbytes)
+      return values, index
+
+    return merge
+
+  monkeypatch.setattr(knn, "_merge", spy)
+  rng = np.random.default_rng(0)
+  bank = rng.normal(size=(20_000, 4)).astype(np.float32)
+  knn.neighbours(bank, bank, k=200, mesh=mesh, block_bytes=2**20)
+  assert len(sizes) > 20
+  assert 2**19 < max(sizes) <= 2**20
+
+
+def test_a_folder(tmp_path, write_image, colours):
+  for name in ("red", "green"):
+    for i in range(3):
+      write_image(tmp_path / "train" / name / f"{i}.png", name)
+    write_image(tmp_path / "test" / name / "0.png", name)
+  # A green image that is labelled red: one of four near ones.
+  write_image(tmp_path / "train" / "red" / "odd.png", "green")
+  evaluator = knn.KNN(data=str(tmp_path), view="encoder", k=(1, 3, 100))
+  evaluator.prepare()
+  result = evaluator.run(colours)
+  # With one neighbour the first of equals decides, and that is "green/0.png".
+  assert result.metrics == {"top1_k1": 1.0, "top1_k3": 1.0, "top1_k7": 1.0}
+  assert result.chance["top1_k3"] == 0.5
+  assert result.protocol["train_images"] == 7
+  assert result.protocol["k"] == [1, 3, 7]
+
+
+@pytest.mark.slow
+def test_scenes_whatever_the_batch_and_the_devices():
+  one = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  results = [
+    knn.KNN(count=24, train_count=60, batch_size=size).run(
+      mtv_jax.load("pixels:16/8", mesh=mesh)
+    )
+    for mesh, size in ((None, 64), (one, 7))
+  ]
+  assert results[0].metrics == results[1].metrics
+  assert set(results[0].metrics) == {"top1_k10", "top1_k20", "top1_k60"}
+  assert results[0].protocol["view"] == "encoder"
+  assert (
+    results[0].protocol["data_hash"] != results[0].protocol["train_data_hash"]
+  )
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_predictions_are_those_of_scikit_learn(mesh, k):
+  from sklearn.neighbors import KNeighborsClassifier
+
+  rng = np.random.default_rng(2)
+  bank = normalize(rng.normal(size=(300, 6)).astype(np.float32))
+  queries = normalize(rng.normal(size=(200, 6)).astype(np.float32))
+  labels = rng.integers(0, 7, 300).astype(np.int32)
+  oracle = KNeighborsClassifier(
+    k,
+    metric="cosine",
+    algorithm="brute",
+    weights=lambda d: np.exp((1 - d) / 0.07),
+  )
+  want = oracle.fit(bank, labels).predict(queries)
+  found = knn.neighbours(queries, bank, k=20, mesh=mesh)
+  got = knn.predict(found, labels, ks=(k, 20), classes=7)[k]
+  assert list(got) == list(want)
+  assert 0.02 < np.mean(want != labels[found.index[:, 0]]) < 1 or k == 1
+
+
+@pytest.mark.parametrize(
+  "name", ["knn", pytest.param("linear_probe", marks=pytest.mark.slow)]
+)
+def test_doors(repo_root, tmp_path, capsys, name):
+  path = repo_root / "tools" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(f"tool_{name}", path)
+  tool = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(tool)
+  out = tmp_path / "out.json"
+  argv = ["--encoder=pixels:16/8", "--set=count=8", "--set=train_count=24"]
+  if name == "linear_probe":
+    argv += ["--set=steps=2", "--set=train_batch=8", "--set=average=('on',)"]
+  tool.main([*argv, f"--json={out}"])
+  assert "top1" in capsys.readouterr().out
+  result = json.loads(out.read_text())["evals"][name]
+  assert result["protocol"]["images"] == 8
+  with pytest.raises(SystemExit, match=f"{name}: .*Did you mean 'count'"):
+    tool.main(["--encoder=pixels:16/8", "--set=cuont=3"])
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_block():
+  """Of 8,000 x 100,000 scores, which are 3.2 GB, never more than a block."""
+  code = """
+    import resource
+    import numpy as np
+    from mtv_jax.evals import knn
+
+    def peak():
+      return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    rng = np.random.default_rng(0)
+    bank = rng.normal(size=(100_000, 8)).astype(np.float32)
+    knn.neighbours(bank[:8], bank[:300], k=200)
+    before = peak()
+    found = knn.neighbours(bank[:8000], bank, k=200, block_bytes=2**24)
+    print(peak() - before)
+    assert (found.index[:, 0] != found.index[:, 1]).all()
+  """
+  out = subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(code)],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert float(out.stdout) < 500
+
+
+@pytest.mark.slow
+def test_cifar_in_half_a_minute(shared_data):
+  """1,500 photos read, encoded and searched on two cores."""
+  spec = models.ModelSpec(
+    image=ViTSpec(
+      image_size=64, patch_size=8, width=64, depth=2, heads=2, mlp_dim=256
+    )
+  )
+  params = models.init_params(spec, jax.random.key(0))
+  encoder = Encoder(spec, params, Preprocess(size=64))
+  evaluator = knn.KNN(data=str(shared_data / "cifar10_jpg"))
+  start, work = time.perf_counter(), time.process_time()
+  result = evaluator.run(encoder)
+  seconds, cores = time.perf_counter() - start, time.process_time() - work
+  print(f"CIFAR k-NN: {seconds:.1f} s, {cores:.1f} s of all cores,", end=" ")
+  print(result.metrics)
+  assert result.protocol["images"] + result.protocol["train_images"] == 1500
+  # An untrained tower still tells skies from meadows.
+  assert max(result.metrics.values()) > 0.15
+  assert seconds < 30

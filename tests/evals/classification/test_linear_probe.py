@@ -1,0 +1,278 @@
+"""Linear probes: against NumPy, torch and scikit-learn; many heads at once."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+import mtv_jax
+from mtv_jax.evals.classification import linear_heads, linear_probe
+from mtv_jax.evals.core import probe
+from mtv_jax.evals.core.global_features import LastBlocks
+from mtv_jax.parallel import sharding
+
+RATES = (0.01, 0.1, 1.0)
+
+
+@pytest.fixture(scope="module")
+def blobs():
+  """Features of four classes around their means, and their labels."""
+  rng = np.random.default_rng(0)
+  means = rng.normal(size=(4, 6))
+  labels = rng.integers(0, 4, 120).astype(np.int32)
+  x = (means[labels] + 0.7 * rng.normal(size=(120, 6))).astype(np.float32)
+  found = LastBlocks(tokens=(x[:, 2:4], x[:, 4:]), mean=x[:, :2])
+  table = linear_heads.table(found, blocks=(1, 2), average=("off", "on"))
+  return table, labels
+
+
+def batches(table, labels, size=32, seed=0):
+  take = probe.shuffled(len(labels), batch_size=size, seed=seed)
+  return lambda step: {"x": table.x[take(step)], "label": labels[take(step)]}
+
+
+def train(table, labels, rates=RATES, steps=25, **options):
+  return linear_heads.train(
+    batches(table, labels),
+    columns=table.columns,
+    rates=rates,
+    classes=4,
+    steps=steps,
+    batch_size=32,
+    **options,
+  )
+
+
+@pytest.fixture(scope="module")
+def fitted(blobs):
+  return train(*blobs, mesh=sharding.make_mesh({"data": -1}))
+
+
+def test_thirteen_rates():
+  rates = linear_probe.RATES
+  want = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3]
+  want += [1e-2, 2e-2, 5e-2, 0.1]
+  np.testing.assert_allclose(rates, want, rtol=1e-12)
+
+
+def test_columns_of_the_heads(blobs):
+  table, _ = blobs
+  assert {k: (c.start, c.stop) for k, c in table.columns.items()} == {
+    "1 block": (2, 4),
+    "1 block + mean": (0, 4),
+    "2 blocks": (2, 6),
+    "2 blocks + mean": (0, 6),
+  }
+
+
+@pytest.mark.parametrize("name", ["1 block", "2 blocks + mean"])
+@pytest.mark.parametrize("place", [0, 2])
+def test_each_head_is_trained_as_if_alone(blobs, fitted, name, place):
+  table, labels = blobs
+  c = table.columns[name]
+  start = linear_heads.init(table.columns, rates=3, classes=4)[name]
+  w, b = start["kernel"][:, place].astype(float), np.zeros(4)
+  assert 0.005 < w.std() < 0.02
+  mw, mb = 0, 0
+  for step in range(25):
+    batch = batches(table, labels)(step)
+    x = batch["x"][:, c.start : c.stop].astype(float)
+    logits = x @ w + b
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    g = (p - np.eye(4)[batch["label"]]) / 32
+    mw, mb = 0.9 * mw + x.T @ g, 0.9 * mb + g.sum(0)
+    rate = RATES[place] * 32 / 256 * 0.5 * (1 + np.cos(np.pi * step / 25))
+    w, b = w - rate * mw, b - rate * mb
+  head = fitted.params[name]
+  np.testing.assert_allclose(head["kernel"][:, place], w, atol=2e-6)
+  np.testing.assert_allclose(head["bias"][place], b, atol=2e-6)
+  # And it says what it was trained to say.
+  logits = table.x[:, c.start : c.stop] @ w + b
+  want = np.mean(logits.argmax(1) == labels)
+  got = linear_heads.top1(fitted.params, table, labels)[name][place]
+  assert got == pytest.approx(want)
+  scores = linear_heads.scores(fitted.params, table, name=name, rate=place)
+  np.testing.assert_allclose(scores, logits, atol=1e-5)
+
+
+def test_rates_differ_and_one_device_is_eight(blobs, fitted):
+  got = linear_heads.top1(fitted.params, *blobs)
+  assert len({x for head in got.values() for x in head}) > 4
+  one = train(*blobs)
+  for a, b in zip(
+    jax.tree.leaves(one.params), jax.tree.leaves(fitted.params), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_scenes_whatever_the_batch_and_the_devices():
+  one = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  options = dict(
+    count=24, train_count=48, steps=3, train_batch=16, rates=(1e-3, 0.1)
+  )
+  results = [
+    linear_probe.LinearProbe(**options, batch_size=size).run(
+      mtv_jax.load("pixels:16/8", mesh=mesh)
+    )
+    for mesh, size in ((None, 64), (one, 7))
+  ]
+  assert results[0].metrics == results[1].metrics
+  protocol = results[0].protocol
+  assert protocol["heads"] == ["1 block", "1 block + mean"]
+  assert len(protocol["top1_where_selected"]["1 block"]) == 2
+  assert protocol["augment"] == "none"
+  best = max(max(v) for v in protocol["top1_where_selected"].values())
+  assert results[0].metrics["top1"] == pytest.approx(best)
+
+
+def test_mistakes():
+  for options, match in (
+    ({"augment": "crop"}, "Did you mean 'crops'"),
+    ({"select": "test"}, "select is 'test'"),
+    ({"average": ("of",)}, "Did you mean 'off'"),
+    ({"blocks": (0,)}, "expected 1 or more"),
+    ({"rates": ()}, "one value each at least"),
+  ):
+    with pytest.raises(ValueError, match=match):
+      linear_probe.LinearProbe(**options)
+
+
+@pytest.fixture
+def folder(tmp_path, write_image):
+  for split, count in (("train", 4), ("val", 2)):
+    for name in ("red", "green", "blue"):
+      for i in range(count):
+        write_image(tmp_path / split / name / f"{i}.png", name)
+  return tmp_path
+
+
+def test_crops_are_encoded_at_every_step(folder):
+  evaluator = linear_probe.LinearProbe(
+    data=str(folder), steps=3, train_batch=12, rates=(1.0,), augment=None
+  )
+  result = evaluator.run(mtv_jax.load("pixels:16/8"))
+  # Of one colour, a crop is what the image is: three steps are enough.
+  assert result.metrics["top1"] == 1.0
+  assert result.protocol["augment"].startswith("random crop (area 0.08..1")
+  assert result.protocol["view"] == "center"
+  assert result.protocol["preprocess"]["resize_size"] == 18
+
+
+def test_many_more_crops_than_images_are_asked_for_by_name(folder, caplog):
+  options = dict(data=str(folder), steps=101, train_batch=12, rates=(1.0,))
+  probe = linear_probe.LinearProbe(**options)
+  protocol = probe.run(mtv_jax.load("pixels:16/8")).protocol
+  assert protocol["augment"] == "none"
+  assert "101 steps of 12 crops are 101 times the 12" in caplog.text
+  args = dict(steps=101, batch=12, images=12)
+  assert probe._augmentation("crops", **args) == "crops"
+  assert probe._augmentation(None, **(args | {"steps": 100})) == "crops"
+
+
+def test_selection_on_a_part_of_the_training_images(folder):
+  evaluator = linear_probe.LinearProbe(
+    data=str(folder),
+    steps=8,
+    train_batch=9,
+    rates=(1e-9, 1.0),
+    augment="cached",
+    select="train_split",
+  )
+  protocol = evaluator.run(mtv_jax.load("pixels:16/8")).protocol
+  assert protocol["trained_on"] == 9
+  assert protocol["selection"].startswith("the best on 3 training images")
+  assert protocol["selected"]["rate"] == 1.0
+
+
+@pytest.mark.reference
+def test_a_head_is_torchs(blobs, fitted):
+  import torch
+
+  table, labels = blobs
+  start = linear_heads.init(table.columns, rates=3, classes=4)["1 block"]
+  layer = torch.nn.Linear(2, 4)
+  with torch.no_grad():
+    layer.weight.copy_(torch.from_numpy(start["kernel"][:, 1].T.copy()))
+    layer.bias.zero_()
+  sgd = torch.optim.SGD(layer.parameters(), lr=0.1 * 32 / 256, momentum=0.9)
+  cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 25, eta_min=0)
+  for step in range(25):
+    batch = batches(table, labels)(step)
+    x = torch.from_numpy(batch["x"][:, 2:4].copy())
+    y = torch.from_numpy(batch["label"]).long()
+    sgd.zero_grad()
+    torch.nn.functional.cross_entropy(layer(x), y).backward()
+    sgd.step()
+    cosine.step()
+  head = fitted.params["1 block"]
+  want = layer.weight.detach().numpy().T
+  np.testing.assert_allclose(head["kernel"][:, 1], want, atol=1e-6)
+  np.testing.assert_allclose(
+    head["bias"][1], layer.bias.detach().numpy(), atol=1e-6
+  )
+
+
+@pytest.mark.slow
+def test_thirteen_rates_cost_at_most_two_of_one():
+  """A probe of 300 steps on cached features, its compilation included.
+
+  Of the tiny encoder (64 wide, so 5 x 64 features), 1,000 images of 10
+  classes. Work and not time, so that a busy machine changes nothing; in a
+  process of its own, as the tests' compiler options are not a user's.
+  """
+  code = """
+    import statistics
+    import time
+    import numpy as np
+    from mtv_jax.evals import linear_heads, probe
+    from mtv_jax.evals.core.global_features import LastBlocks
+    from mtv_jax.evals.classification.linear_probe import RATES
+
+    rng = np.random.default_rng(0)
+    tokens = [rng.normal(size=(1000, 64)).astype("f4") for _ in range(5)]
+    table = linear_heads.table(
+      LastBlocks(tuple(tokens[1:]), tokens[0]),
+      blocks=(1, 4),
+      average=("off", "on"),
+    )
+    labels = rng.integers(0, 10, 1000).astype(np.int32)
+    take = probe.shuffled(1000, batch_size=256)
+
+    def batches(step):
+      return {"x": table.x[take(step)], "label": labels[take(step)]}
+
+    def cost(rates):
+      start = time.process_time()
+      fitted = linear_heads.train(
+        batches,
+        columns=table.columns,
+        rates=rates,
+        classes=10,
+        steps=300,
+        batch_size=256,
+      )
+      linear_heads.top1(fitted.params, table, labels)
+      return time.process_time() - start
+
+    cost(RATES)
+    pairs = [(cost(RATES[:1]), cost(RATES)) for _ in range(5)]
+    one, all_of_them = (statistics.median(x) for x in zip(*pairs))
+    print(one, all_of_them)
+  """
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  out = subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(code)],
+    capture_output=True,
+    text=True,
+    check=True,
+    env=environment,
+  )
+  one, all_of_them = (float(x) for x in out.stdout.split())
+  print(f"one rate {one:.2f} s, thirteen {all_of_them:.2f} s")
+  assert one < all_of_them <= 2 * one

@@ -1,0 +1,99 @@
+"""Logistic regression: its optimum, scikit-learn's, blocks and devices."""
+
+import numpy as np
+import pytest
+
+import mtv_jax
+from mtv_jax.evals.classification import logistic
+from mtv_jax.parallel import sharding
+
+
+@pytest.fixture(scope="module")
+def data():
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 3, 90).astype(np.int32)
+  x = rng.normal(size=(3, 5))[labels] + rng.normal(size=(90, 5))
+  return x.astype(np.float32), labels
+
+
+@pytest.fixture(scope="module")
+def models(data):
+  mesh = sharding.make_mesh({"data": -1})
+  return logistic.sweep(*data, (0.01, 1.0, 100.0), classes=3, mesh=mesh)
+
+
+def probabilities(logits):
+  p = np.exp(logits - logits.max(1, keepdims=True))
+  return p / p.sum(1, keepdims=True)
+
+
+def test_strengths():
+  assert len(logistic.STRENGTHS) == 45
+  assert logistic.STRENGTHS[0] == pytest.approx(1e-6)
+  assert logistic.STRENGTHS[-1] == pytest.approx(1e5)
+
+
+def test_gradient_is_zero_at_each_optimum(data, models):
+  x, labels = data
+  for model in models:
+    p = probabilities(x.astype(float) @ model.kernel + model.bias)
+    error = (p - np.eye(3)[labels]) / 90
+    l2 = 1 / (model.strength * 90)
+    gradient = x.T @ error + l2 * model.kernel
+    np.testing.assert_allclose(gradient, 0, atol=1e-5)
+    # Not regularised, so its gradient has no other term.
+    np.testing.assert_allclose(error.sum(0), 0, atol=1e-5)
+    assert 0 < model.iterations < 1000
+  norms = [np.abs(m.kernel).max() for m in models]
+  assert norms[0] < 0.5 < norms[1] < norms[2]
+
+
+@pytest.mark.slow
+def test_blocks_and_devices_change_nothing(data, models, monkeypatch):
+  # Seven rows a block, and the last one padded.
+  monkeypatch.setattr(logistic, "_LOGIT_BYTES", 7 * 4 * 3)
+  (model,) = logistic.sweep(*data, (1.0,), classes=3)
+  np.testing.assert_allclose(model.kernel, models[1].kernel, atol=1e-4)
+  np.testing.assert_allclose(model.bias, models[1].bias, atol=1e-4)
+
+
+@pytest.mark.reference
+def test_optimum_is_that_of_scikit_learn(data, models):
+  from sklearn.linear_model import LogisticRegression
+
+  x, labels = data
+  for model in models:
+    oracle = LogisticRegression(C=model.strength, tol=1e-10, max_iter=10_000)
+    oracle.fit(x.astype(float), labels)
+    want = oracle.predict_proba(x)
+    got = probabilities(model.scores(x))
+    np.testing.assert_allclose(got, want, atol=2e-4)
+    np.testing.assert_allclose(model.kernel.T, oracle.coef_, atol=2e-3)
+    np.testing.assert_array_equal(got.argmax(1), oracle.predict(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("select", ["val", "train_split"])
+def test_scenes(select):
+  result = logistic.Logistic(
+    count=16,
+    train_count=80,
+    strengths=(1e5, 1e-6),
+    select=select,
+    max_iter=20,
+  ).run(mtv_jax.load("pixels:16/8"))
+  assert result.protocol["strengths"] == [1e-6, 1e5]
+  assert len(result.protocol["top1_where_selected"]) == 2
+  ends = result.protocol["selection"].endswith
+  assert ends("then all") == (select == "train_split")
+  assert ends("as published") == (select == "val")
+
+
+def test_mistakes():
+  for options, match in (
+    ({"strengths": (0.0,)}, "expected values above 0"),
+    ({"normalize": "l1"}, "There are: l2, raw"),
+    ({"select": "test"}, "select is 'test'"),
+  ):
+    with pytest.raises(ValueError, match=match):
+      logistic.Logistic(**options)

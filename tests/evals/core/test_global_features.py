@@ -1,0 +1,184 @@
+"""What a probe reads of an encoder, and the views it takes of an image."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+import mtv_jax
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.evals.classification import few_shot
+from mtv_jax.evals.core import crops, global_features
+from mtv_jax.evals.core.examples import Images, Labelled
+from mtv_jax.models import two_tower as models
+from mtv_jax.models.vit import ViTSpec
+
+TOWER = dict(image_size=16, patch_size=8, width=16, depth=3, heads=2, mlp_dim=8)
+
+
+def make(**fields):
+  spec = models.ModelSpec(image=ViTSpec(**TOWER, **fields))
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32),
+    models.abstract_params(spec),
+  )
+  return Encoder(spec, params, Preprocess(size=16))
+
+
+@pytest.fixture(scope="module")
+def images():
+  rng = np.random.default_rng(1)
+  return [rng.integers(0, 256, (20, 30, 3), np.uint8) for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def cls():
+  return make(pool="cls", cls_token=True, registers=1)
+
+
+def normed(x, encoder):
+  norm = encoder.params["image"]["norm"]
+  x = np.asarray(x, float)
+  x = (x - x.mean(-1, keepdims=True)) / np.sqrt(
+    x.var(-1, keepdims=True) + encoder.spec.image.norm_eps
+  )
+  return x * np.asarray(norm["scale"]) + np.asarray(norm["bias"])
+
+
+def test_last_blocks_of_a_tower_with_a_class_token(cls, images, monkeypatch):
+  want = cls.image(images, layers=(0, 1))
+  # A chunk for each image.
+  monkeypatch.setattr(global_features, "_CHUNK_BYTES", 1)
+  got = global_features.last_blocks(cls, images, blocks=3, batch_size=1)
+  assert len(got.tokens) == 3
+  np.testing.assert_allclose(got.tokens[0], want.prefix[:, 0], atol=1e-5)
+  for token, layer in ((got.tokens[1], 1), (got.tokens[2], 0)):
+    token_before = want.prefix_layers[layer][:, 0]
+    np.testing.assert_allclose(token, normed(token_before, cls), atol=1e-4)
+  mean = want.patches.mean(axis=(1, 2))
+  np.testing.assert_allclose(got.mean, mean, atol=1e-5)
+  assert np.abs(got.tokens[1] - got.tokens[2]).max() > 0.1
+
+
+@pytest.mark.slow
+def test_last_blocks_of_a_tower_without(images):
+  encoder = make(pool="map")
+  want = encoder.image(images, layers=(1,))
+  got = global_features.last_blocks(encoder, images, blocks=2)
+  np.testing.assert_allclose(got.tokens[0], want.pooled, atol=1e-5)
+  second = normed(want.layers[1], encoder).mean(axis=(1, 2))
+  np.testing.assert_allclose(got.tokens[1], second, atol=1e-4)
+  assert "mean patch" in global_features.token_kinds(encoder)
+  with pytest.raises(ValueError, match="no CLS token"):
+    global_features.embed(encoder, labelled(images), feature="cls")
+
+
+def labelled(images):
+  return Labelled(
+    name="x",
+    images=Images(lambda i: images[i], len(images)),
+    labels=np.zeros(len(images), np.int32),
+    classes=None,
+    ids=None,
+    digest="x",
+  )
+
+
+@pytest.mark.parametrize("feature", ["pooled", "cls", "mean"])
+def test_embed(cls, images, feature):
+  want = cls.image(images)
+  want = {
+    "pooled": want.pooled,
+    "cls": want.prefix[:, 0],
+    "mean": want.patches.mean(axis=(1, 2)),
+  }[feature]
+  got = global_features.embed(cls, labelled(images), feature=feature)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  # The same of pixels that are at their size already.
+  small = [np.asarray(PIL.Image.fromarray(i).resize((16, 16))) for i in images]
+  got = global_features.embed_crops(cls, small, feature=feature)
+  want = global_features.embed(
+    cls, dataclasses.replace(labelled(small), digest="y"), feature=feature
+  )
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_views(cls):
+  assert global_features.view(cls, "encoder") is cls
+  centered = global_features.view(cls, "center")
+  assert centered is global_features.view(cls, "center")
+  assert centered.params is cls.params
+  # The middle of a wide image, and none of its ends.
+  image = np.zeros((18, 36, 3), np.uint8)
+  image[:, :9] = image[:, -9:] = 255
+  assert cls.preprocess(image).max() == 1
+  assert centered.preprocess(image).max() < 0
+  for size, resized in ((224, 256), (256, 292), (384, 438)):
+    encoder = mtv_jax.load(f"pixels:{size}")
+    found = global_features.view(encoder, "center").preprocess
+    assert (found.resize_size, found.interpolation) == (resized, "bicubic")
+
+
+def test_views_follow_the_encoders_own_preprocessing():
+  encoder = mtv_jax.load("pixels:16/8")
+  first = global_features.view(encoder, "center")
+  encoder.preprocess = dataclasses.replace(
+    encoder.preprocess, mean=(0.1, 0.2, 0.3)
+  )
+  second = global_features.view(encoder, "center")
+  assert second.preprocess.mean == (0.1, 0.2, 0.3)
+  assert first.preprocess.mean == (0.5, 0.5, 0.5)
+
+
+def halfway(x, size):
+  """Bilinear along the first axis, half-pixel centres, two neighbours."""
+  at = (np.arange(size) + 0.5) * len(x) / size - 0.5
+  low = np.floor(at).astype(int)
+  share = (at - low).reshape(-1, *[1] * (x.ndim - 1))
+  below, above = (np.clip(low + i, 0, len(x) - 1) for i in (0, 1))
+  return x[below] * (1 - share) + x[above] * share
+
+
+@pytest.mark.parametrize("size, resized", [(28, 32), (24, 27)])
+def test_few_shot_sees_what_big_vision_shows(size, resized):
+  """resize(256)|central_crop(224) in proportion, of a wide image."""
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (90, 150, 3), np.uint8)
+  want = halfway(image.astype(float), resized)
+  want = halfway(want.swapaxes(0, 1), resized).swapaxes(0, 1)
+  start = (resized - size) // 2
+  want = want[start : start + size, start : start + size]
+  encoder = mtv_jax.load(f"pixels:{size}/4")
+  found = few_shot.FewShot(data="elsewhere")._view(encoder)
+  np.testing.assert_allclose(
+    found.preprocess(image), want / 127.5 - 1, atol=2e-4
+  )
+  assert few_shot.FewShot()._view(encoder) is encoder
+  assert found is global_features.view(encoder, "squash_center")
+
+
+def test_crops():
+  rng = np.random.default_rng(0)
+  boxes = [crops.box(60, 100, rng) for _ in range(2000)]
+  width = np.array([b[2] - b[0] for b in boxes])
+  height = np.array([b[3] - b[1] for b in boxes])
+  assert min(min(b) for b in boxes) == 0
+  assert max(b[2] for b in boxes) == 100 and max(b[3] for b in boxes) == 60
+  area, ratio = width * height / 6000, width / height
+  # To the rounding of a side, of which the least has 19 pixels.
+  assert 0.075 < area.min() < 0.1 and 0.7 < area.max() <= 0.85
+  assert 0.7 < ratio.min() < 0.78 and 1.3 < ratio.max() < 1.4
+  assert abs(np.log(ratio[area < 0.4]).mean()) < 0.03
+  # No crop of this strip fits: the middle, at a ratio of 4 to 3.
+  assert crops.box(3, 300, np.random.default_rng(0)) == (148, 0, 152, 3)
+  image = np.zeros((8, 8, 3), np.uint8)
+  image[:, :4] = 200
+  found = [crops.random_crop(image, size=6, rng=rng) for _ in range(60)]
+  left = sum(int(c[:, 0].mean() > c[:, -1].mean()) for c in found)
+  right = sum(int(c[:, 0].mean() < c[:, -1].mean()) for c in found)
+  assert {c.shape for c in found} == {(6, 6, 3)}
+  assert left > 10 and right > 10

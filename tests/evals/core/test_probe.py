@@ -1,0 +1,162 @@
+"""The trainer of heads: against NumPy, torch, and itself on other meshes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtv_jax.evals.core import probe
+from mtv_jax.parallel import sharding
+
+
+def squared(params, state, batch, rng):
+  del rng
+  out = batch["x"] @ params["w"]
+  return jnp.mean((out - batch["y"]) ** 2), {"seen": state["seen"] + 1}
+
+
+@pytest.fixture(scope="module")
+def data():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(40, 5)).astype(np.float32)
+  return x, (x @ rng.normal(size=5)).astype(np.float32)
+
+
+def batches(data, size):
+  x, y = data
+  take = probe.shuffled(len(x), batch_size=size)
+  return lambda step: {"x": x[take(step)], "y": y[take(step)]}
+
+
+def run(data, **options):
+  options = {"steps": 30, "state": {"seen": jnp.zeros((), int)}, **options}
+  size = options.pop("size", 16)
+  return probe.fit(
+    squared,
+    {"w": np.zeros(5, np.float32)},
+    options.pop("batches", batches(data, size)),
+    optimizer=optax.sgd(0.05, momentum=0.9),
+    **options,
+  )
+
+
+def test_fit_is_momentum_sgd(data):
+  fitted = run(data)
+  w, m, losses = np.zeros(5), np.zeros(5), []
+  for step in range(30):
+    batch = batches(data, 16)(step)
+    x, y = batch["x"].astype(float), batch["y"]
+    error = x @ w - y
+    losses.append(np.mean(error**2))
+    m = 0.9 * m + 2 * x.T @ error / len(x)
+    w = w - 0.05 * m
+  np.testing.assert_allclose(fitted.losses, losses, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(fitted.params["w"], w, atol=1e-5)
+  assert fitted.losses[0] > 5 * fitted.losses[-1]
+  assert int(fitted.state["seen"]) == 30
+
+
+def test_one_device_and_eight_agree(data):
+  one = run(data, mesh=sharding.make_mesh({"data": -1}, jax.devices()[:1]))
+  eight = run(data, mesh=sharding.make_mesh({"data": -1}))
+  np.testing.assert_allclose(one.losses, eight.losses, atol=1e-5)
+  # Ten rows over eight devices: whole on each of them, and the same figures.
+  odd = run(data, mesh=sharding.make_mesh({"data": -1}), size=10, steps=3)
+  np.testing.assert_allclose(odd.losses, run(data, size=10, steps=3).losses)
+
+
+def test_steps_have_rngs_and_batches_may_be_iterated(data):
+  def noise(params, state, batch, rng):
+    return params["w"].sum() * 0 + jax.random.normal(rng), state
+
+  kwargs = dict(optimizer=optax.sgd(1.0), steps=3)
+  take = batches(data, 4)
+  params = {"w": np.ones(2, np.float32)}
+  a = probe.fit(noise, params, (take(s) for s in range(3)), **kwargs)
+  b = probe.fit(noise, params, take, **kwargs)
+  c = probe.fit(noise, params, take, seed=1, **kwargs)
+  assert len(set(a.losses.tolist())) == 3
+  assert list(a.losses) == list(b.losses)
+  assert list(a.losses) != list(c.losses)
+  with pytest.raises(ValueError, match="end after 2 steps"):
+    probe.fit(noise, params, [take(0), take(1)], **kwargs)
+
+
+def test_heads_on_the_way_are_kept(data):
+  fitted = run(data, keep=(3, 30))
+  assert sorted(fitted.kept) == [3, 30]
+  params, state = fitted.kept[3]
+  np.testing.assert_array_equal(params["w"], run(data, steps=3).params["w"])
+  assert int(state["seen"]) == 3
+  np.testing.assert_array_equal(fitted.kept[30][0]["w"], fitted.params["w"])
+
+
+def test_a_loss_that_diverges_is_an_error(data):
+  def diverge(params, state, batch, rng):
+    return jnp.sum(params["w"]) / jnp.sum(0 * batch["x"]), state
+
+  with pytest.raises(ValueError, match="the loss is nan at step 0 of 2"):
+    probe.fit(
+      diverge,
+      {"w": np.zeros(2, np.float32)},
+      batches(data, 4),
+      optimizer=optax.sgd(1.0),
+      steps=2,
+    )
+
+
+@pytest.mark.parametrize("size", [3, 7, 25])
+def test_shuffled_sees_every_item_equally_often(size):
+  take = probe.shuffled(7, batch_size=size, seed=3)
+  seen = np.concatenate([take(step) for step in range(7)])
+  assert len(seen) == 7 * size
+  assert list(np.bincount(seen, minlength=7)) == [size] * 7
+  for epoch in seen.reshape(-1, 7):
+    assert sorted(epoch) == list(range(7))
+  assert list(take(2)) == list(take(2))
+  assert len({tuple(e) for e in seen.reshape(-1, 7)}) > 1
+
+
+def test_batch_norm_against_numpy():
+  rng = np.random.default_rng(1)
+  x = rng.normal(3, 2, (4, 5, 6)).astype(np.float32)
+  stats = {"mean": np.full(6, 0.5, "f4"), "var": np.full(6, 2.0, "f4")}
+  affine = {"scale": np.arange(6, dtype="f4"), "bias": np.ones(6, "f4")}
+  flat = x.reshape(20, 6).astype(float)
+  out, new = probe.batch_norm_train(jnp.asarray(x), stats, affine=affine)
+  want = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5)
+  want = (want * affine["scale"] + 1).reshape(x.shape)
+  np.testing.assert_allclose(out, want, atol=1e-5)
+  mean = 0.9 * 0.5 + 0.1 * flat.mean(0)
+  var = 0.9 * 2 + 0.1 * flat.var(0, ddof=1)
+  np.testing.assert_allclose(new["mean"], mean, rtol=1e-5)
+  np.testing.assert_allclose(new["var"], var, rtol=1e-5)
+  got = probe.batch_norm_eval(jnp.asarray(x), new, eps=1e-6)
+  np.testing.assert_allclose(got, (x - mean) / np.sqrt(var + 1e-6), atol=1e-5)
+  with pytest.raises(ValueError, match="at least 2"):
+    probe.batch_norm_train(jnp.ones((1, 6)), stats)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("affine", [False, True])
+def test_batch_norm_is_torchs(affine):
+  import torch
+
+  rng = np.random.default_rng(2)
+  norm = torch.nn.BatchNorm1d(5, eps=1e-6, affine=affine)
+  stats = probe.batch_norm_stats(5)
+  given = probe.batch_norm_affine(5) if affine else None
+  for _ in range(3):
+    x = rng.normal(-1, 3, (8, 5)).astype(np.float32)
+    got, stats = probe.batch_norm_train(
+      jnp.asarray(x), stats, affine=given, eps=1e-6
+    )
+    want = norm(torch.from_numpy(x)).detach()
+    np.testing.assert_allclose(got, want, atol=1e-6)
+  np.testing.assert_allclose(stats["mean"], norm.running_mean, atol=1e-6)
+  np.testing.assert_allclose(stats["var"], norm.running_var, rtol=1e-6)
+  norm.eval()
+  got = probe.batch_norm_eval(jnp.asarray(x), stats, affine=given, eps=1e-6)
+  want = norm(torch.from_numpy(x)).detach()
+  np.testing.assert_allclose(got, want, atol=1e-6)

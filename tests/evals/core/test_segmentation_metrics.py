@@ -1,0 +1,109 @@
+"""mIoU over a whole set: the published golden values, and the libraries'."""
+
+import numpy as np
+import pytest
+
+from mtv_jax.evals.core.segmentation_metrics import chance, confusion, scores
+
+TRUTH = np.array(
+  [
+    [[0, 0, 1, 255], [1, 1, 2, 255], [3, 3, 3, 0]],
+    [[0, 0, 0, 0], [1, 1, 1, 1], [255, 255, 2, 2]],
+  ],
+  np.uint8,
+)
+PREDICTED = np.array(
+  [
+    [[0, 1, 1, 2], [1, 1, 2, 2], [3, 0, 3, 0]],
+    [[0, 0, 0, 3], [1, 1, 0, 1], [2, 2, 2, 3]],
+  ],
+  np.uint8,
+)
+
+
+def random_maps(seed=0, classes=7):
+  """Maps with pixels to ignore, and classes that one or both lack."""
+  rng = np.random.default_rng(seed)
+  truth = rng.integers(0, classes - 2, (3, 20, 30))
+  predicted = np.where(
+    rng.random(truth.shape) < 0.4, truth, rng.integers(0, classes - 1, (1,))
+  )
+  truth[rng.random(truth.shape) < 0.2] = 255
+  return truth.astype(np.uint8), predicted.astype(np.uint8)
+
+
+def test_golden():
+  counts = sum(
+    confusion(t, p, classes=5) for t, p in zip(TRUTH, PREDICTED, strict=True)
+  )
+  found = scores(counts)
+  np.testing.assert_allclose(
+    found.iou, [0.555556, 0.75, 0.666667, 0.4, np.nan], atol=1e-6
+  )
+  assert found.miou == pytest.approx(0.593056, abs=1e-6)
+  assert found.macc == pytest.approx(0.726190, abs=1e-6)
+  assert found.aacc == pytest.approx(0.75)
+
+
+def test_a_class_that_is_only_predicted_counts_as_zero():
+  predicted = PREDICTED.copy()
+  predicted[0, 0, 0] = 4
+  found = scores(confusion(TRUTH, predicted, classes=5))
+  assert found.miou == pytest.approx(0.452222, abs=1e-6)
+  assert found.iou[4] == 0
+
+
+def test_counts_and_mistakes():
+  counts = confusion(TRUTH, PREDICTED, classes=5)
+  assert counts.dtype == np.int64
+  # Four pixels are ignored, with their predictions.
+  assert counts.sum() == 20
+  assert counts[0, 3] == 1
+  with pytest.raises(ValueError, match="labels from 0 to 3"):
+    confusion(TRUTH, PREDICTED, classes=3)
+  with pytest.raises(ValueError, match="no pixel"):
+    scores(np.zeros((3, 3), np.int64))
+
+
+def test_chance_is_what_a_die_gets():
+  truth = np.repeat(np.arange(4), [50_000, 30_000, 20_000, 0])
+  thrown = np.random.default_rng(0).integers(0, 4, len(truth))
+  counts = confusion(truth, thrown, classes=4)
+  found, expected = scores(counts), chance(counts)
+  assert found.miou == pytest.approx(expected["miou"], abs=2e-3)
+  assert found.aacc == pytest.approx(expected["aacc"], abs=5e-3)
+  assert expected["macc"] == 0.25
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("seed", range(3))
+def test_as_torchmetrics_and_sklearn(seed):
+  import sklearn.metrics
+  import torch
+  from torchmetrics.functional.classification import multiclass_jaccard_index
+
+  classes = 7
+  truth, predicted = random_maps(seed, classes)
+  ours = scores(confusion(truth, predicted, classes=classes))
+  theirs = multiclass_jaccard_index(
+    torch.from_numpy(predicted.astype(np.int64)),
+    torch.from_numpy(truth.astype(np.int64)),
+    num_classes=classes,
+    average="macro",
+    ignore_index=255,
+  )
+  assert ours.miou == pytest.approx(float(theirs), abs=1e-6)
+  kept = truth != 255
+  present = np.union1d(truth[kept], predicted[kept])
+  # Some class is in neither, or the comparison would say little.
+  assert len(present) < classes
+  sklearns = sklearn.metrics.jaccard_score(
+    truth[kept], predicted[kept], labels=present, average="macro"
+  )
+  assert ours.miou == pytest.approx(sklearns, abs=1e-9)
+  np.testing.assert_allclose(
+    ours.iou[present],
+    sklearn.metrics.jaccard_score(
+      truth[kept], predicted[kept], labels=present, average=None
+    ),
+  )

@@ -1,0 +1,350 @@
+"""Geometric correspondence: synthetic checks, averages, and whole runs."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from mtv_jax.encoder import baselines
+from mtv_jax.evals import build_evaluator
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.correspondence import match_errors
+from mtv_jax.evals.correspondence.geometric import GeometricCorrespondence
+from mtv_jax.evals.correspondence.match_errors import Options, Scored
+from mtv_jax.evals.correspondence.matching import Matches
+from mtv_jax.evals.datasets import posed
+from mtv_jax.parallel import sharding
+
+CELLS = 24
+OPTIONS = Options(
+  size=4 * CELLS,
+  keep=60,
+  metres=(0.01, 0.02, 0.05),
+  pixels=(5, 25, 50),
+  angles=(0, 30, 60, 90, 120),
+)
+FOCAL = 110.0
+
+
+def looking(degrees, distance):
+  """A camera on a circle around the origin, looking at it."""
+  pose = np.eye(4)
+  a = np.radians(degrees)
+  pose[:3, :3] = [
+    [np.cos(a), 0, np.sin(a)],
+    [0, 1, 0],
+    [-np.sin(a), 0, np.cos(a)],
+  ]
+  pose[2, 3] = distance
+  return pose
+
+
+def ball(pose, radius=0.2):
+  """What a camera sees of a ball around the origin."""
+  at = (np.arange(CELLS) * 4 + 0.5 - OPTIONS.size / 2) / FOCAL
+  ray = np.stack([*np.meshgrid(at, at), np.ones((CELLS, CELLS))], axis=-1)
+  middle = pose[:3, 3]
+  along, square = ray @ middle, (ray**2).sum(axis=-1)
+  inside = along**2 - square * (middle @ middle - radius**2)
+  z = np.where(inside > 0, (along - np.sqrt(np.maximum(inside, 0))) / square, 0)
+  return posed.View(
+    image=np.zeros((OPTIONS.size, OPTIONS.size, 3), np.uint8),
+    points=(ray * z[..., None]).astype(np.float32),
+    focal=FOCAL,
+    pose=pose,
+  )
+
+
+def world(view):
+  """Where a view's points are in the world."""
+  return (view.points - view.pose[:3, 3]) @ view.pose[:3, :3]
+
+
+def hashed(points, width=48):
+  """Descriptors that depend on the place alone, the nearer the more alike."""
+  rng = np.random.default_rng(5)
+  waves = points @ rng.normal(0, 12, (3, width // 2))
+  made = np.concatenate([np.cos(waves), np.sin(waves)], axis=-1)
+  return made.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def views():
+  return ball(looking(0, 0.9)), ball(looking(35, 1.0))
+
+
+def test_identical_views_with_unique_features_are_all_right(views):
+  rng = np.random.default_rng(0)
+  features = rng.normal(size=(CELLS, CELLS, 48)).astype(np.float32)
+  found = match_errors.score(
+    np.stack([features, features]), (views[0], views[0]), options=OPTIONS
+  )
+  assert len(found.metres) == 60
+  np.testing.assert_array_equal(found.matches.first, found.matches.second)
+  assert found.metres.max() < 1e-9
+  assert found.pixels.max() < 1e-6
+  metrics, _ = match_errors.summarise([found], options=OPTIONS)
+  assert metrics["avg_recall_all"] == 1.0
+  # At an angle of 0, the pair is in the first bin.
+  assert metrics["recall_2cm_0_30deg"] == 1.0
+
+
+def test_hashed_places_are_found_after_a_known_motion(views):
+  """Each point's nearest descriptor is that of the nearest point in space."""
+  maps = np.stack([hashed(world(view)) for view in views])
+  found = match_errors.score(maps, views, options=OPTIONS)
+  first, second = (world(v)[v.valid].astype(np.float64) for v in views)
+  apart = np.linalg.norm(first[:, None] - second, axis=-1)
+  cells = np.argwhere(views[0].valid)
+  row = [
+    np.flatnonzero((cells == c).all(axis=1))[0] for c in found.matches.first
+  ]
+  np.testing.assert_allclose(found.metres, apart[row].min(axis=1), atol=2e-3)
+  # Cells are 3.3 cm wide at 0.9 m, and half of the ball is seen from both.
+  assert (found.metres < 0.02).mean() > 0.8
+  assert (apart.min(axis=1) < 0.02).mean() < 0.8
+  # In pixels by hand: where both points appear in the second picture.
+  pose = views[1].pose
+  moved = first[row] @ pose[:3, :3].T + pose[:3, 3]
+  seen = views[1].points[tuple(found.matches.second.T)]
+  focal = FOCAL * 512 / OPTIONS.size
+  place = [p[:, :2] / p[:, 2:] * focal for p in (moved, seen)]
+  np.testing.assert_allclose(
+    found.pixels, np.linalg.norm(place[0] - place[1], axis=1), atol=2e-3
+  )
+
+
+def test_random_features_are_at_chance(views):
+  rng = np.random.default_rng(3)
+  scored = [
+    match_errors.score(
+      rng.normal(size=(2, CELLS, CELLS, 16)).astype(np.float32),
+      views,
+      options=OPTIONS,
+    )
+    for _ in range(12)
+  ]
+  metrics, chance = match_errors.summarise(scored, options=OPTIONS)
+  # 720 matches: five standard deviations.
+  for name in ("recall_5cm", "recall_50px"):
+    p = chance[name]
+    assert 0.005 < p < 0.4
+    assert abs(metrics[name] - p) < 5 * np.sqrt(p * (1 - p) / 720)
+  # Of all points, and not of some of them.
+  first, second = (world(v)[v.valid] for v in views)
+  apart = np.linalg.norm(first[:, None] - second, axis=-1)
+  assert chance["recall_5cm"] == pytest.approx((apart < 0.05).mean(), rel=0.1)
+
+
+def test_a_view_behind_the_camera_is_far_in_pixels():
+  at = match_errors.project(
+    np.array([[1.0, 2.0, 4.0], [1.0, 0.0, -1.0]]), focal=2.0
+  )
+  np.testing.assert_allclose(at, [[0.5, 1.0], [2e9, 0.0]])
+
+
+def scored(metres, angle):
+  count = len(metres)
+  cells = np.zeros((count, 2), int)
+  return Scored(
+    matches=Matches(cells, cells, np.zeros(count)),
+    metres=np.array(metres),
+    pixels=np.array(metres) * 1000,
+    chance=np.arange(6) / 10,
+    angle=angle,
+  )
+
+
+def test_averages_by_hand():
+  pairs = [
+    scored([0.005, 0.01, 0.03, 0.06], 10.0),
+    scored([0.015, 0.9], 30.0),
+    scored([0.019, 0.9], 59.0),
+    scored([0.9, 0.9], 120.0),
+  ]
+  metrics, chance = match_errors.summarise(pairs, options=OPTIONS)
+  # Strictly below, over all ten matches.
+  assert metrics["recall_1cm"] == pytest.approx(1 / 10)
+  assert metrics["recall_2cm"] == pytest.approx(4 / 10)
+  assert metrics["recall_5cm"] == pytest.approx(5 / 10)
+  assert metrics["recall_5px"] == 0
+  assert metrics["recall_25px"] == pytest.approx(4 / 10)
+  assert metrics["recall_50px"] == pytest.approx(5 / 10)
+  assert metrics["avg_recall"] == pytest.approx(1 / 3)
+  assert metrics["avg_recall_pixel"] == pytest.approx(0.3)
+  assert metrics["avg_recall_all"] == pytest.approx(19 / 60)
+  # Over pairs; 120 degrees are in no bin and 60 to 90 have no pair.
+  assert metrics["recall_2cm_per_pair"] == pytest.approx((0.5 + 0.5 + 0.5) / 4)
+  assert metrics["recall_2cm_0_30deg"] == pytest.approx(0.5)
+  assert metrics["recall_2cm_30_60deg"] == pytest.approx(0.5)
+  assert not {n for n in metrics if n.endswith(("90deg", "120deg"))}
+  assert metrics["avg_recall_angle"] == pytest.approx(0.5)
+  assert next(iter(metrics)) == "avg_recall"
+  assert chance.keys() == metrics.keys()
+  assert chance["recall_2cm"] == pytest.approx(0.1)
+  assert chance["recall_50px"] == pytest.approx(0.5)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+  return baselines.PixelEncoder(64, 8)
+
+
+@pytest.fixture(scope="module")
+def result(pixels):
+  options = {"type": "geometric_correspondence", "count": 4, "pictures": 2}
+  return build_evaluator("geometric", options).run(pixels)
+
+
+def test_scenes(result):
+  assert 3 * result.chance["avg_recall"] < result.metrics["avg_recall"] < 1
+  assert set(result.chance) == set(result.metrics)
+  protocol = json.loads(json.dumps(result.protocol))
+  assert protocol["pairs"] == 4
+  assert protocol["input_size"] == [128, 128]
+  assert protocol["matches_kept"] == 400
+  assert protocol["metres"] == [0.05, 0.1, 0.25]
+  assert "five times NAVI's" in protocol["metres_are"]
+  assert protocol["layer"] == -1
+  assert protocol["final_norm"] is False
+  assert len(protocol["data_hash"]) == 16
+  # Not the encoder's own, which is 64 x 64 bilinear.
+  assert protocol["preprocess"] == {
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "resize": "squash",
+    "size": 128,
+    "crop": "square around the depth",
+    "interpolation": "nearest",
+  }
+  assert sum(protocol["pairs_by_angle"].values()) == 4
+  assert result.pictures["matches"].shape == (256, 256, 3)
+
+
+def test_one_device_and_eight_agree(result):
+  assert jax.device_count() == 8
+  mesh = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  alone = baselines.PixelEncoder(64, 8, mesh=mesh)
+  got = GeometricCorrespondence(count=4, batch_size=3).run(alone)
+  assert got.metrics == pytest.approx(result.metrics)
+  assert got.protocol["data_hash"] == result.protocol["data_hash"]
+
+
+def test_features_after_the_final_norm(result, pixels):
+  got = GeometricCorrespondence(count=4, norm="final").run(pixels)
+  assert got.protocol["final_norm"] is True
+  # Pixels have no norm, so nothing else may differ.
+  assert got.metrics == result.metrics
+  assert got.chance == result.chance
+
+
+def test_exact_points_of_the_scenes_are_right():
+  """Where a scene's own correspondence says that a point went, it is."""
+  from mtv_jax.data.scenes import scenes
+  from mtv_jax.evals.datasets import scene_pairs
+  from mtv_jax.evals.datasets.registry import HELD_OUT_SCENES
+
+  frames = scene_pairs.posed_scenes(scene_pairs.series("scenes", count=1))
+  first, second = (frames.read(i, 48) for i in (0, 1))
+  pair = scenes.render_pair(HELD_OUT_SCENES, size=96)
+  np.testing.assert_array_equal(first.image, pair.first.image)
+  move = posed.motion(*frames.poses)
+  np.testing.assert_allclose(move[:3, :3], pair.rotation, atol=1e-9)
+  np.testing.assert_allclose(move[:3, 3], pair.translation, atol=1e-9)
+  # A visible thing's depth in the second view is the moved point's.
+  y, x = np.nonzero(pair.visible & (first.depth > 0))
+  z = first.depth[y, x]
+  point = np.stack([x + 0.5 - 48, y + 0.5 - 48, 0 * x], axis=1) / first.focal
+  point = (point + [0, 0, 1]) * z[:, None]
+  moved = point @ move[:3, :3].T + move[:3, 3]
+  place = moved[:, :2] / moved[:, 2:] * second.focal / 96 + 0.5
+  want = pair.correspondence[y, x][:, ::-1]
+  np.testing.assert_allclose(place, want, atol=1e-4)
+  columns, rows = (place * 96).astype(int).T
+  seen = second.depth[rows, columns]
+  close = np.abs(seen - moved[:, 2]) < 0.05
+  assert len(z) > 200
+  assert close.mean() > 0.85  # edges fall on the next pixel
+
+
+def test_pair_lists_are_kept(tmp_path, pixels):
+  path = tmp_path / "pairs.txt"
+  drawn = GeometricCorrespondence(count=3, pairs=str(path))
+  drawn.prepare()
+  assert len(path.read_text().splitlines()) == 3
+  lines = path.read_text().splitlines()
+  path.write_text("\n".join(lines[:2]))
+  again = GeometricCorrespondence(count=3, pairs=str(path))
+  again.prepare()
+  assert again._set.drawn.pairs == drawn._set.drawn.pairs[:2]
+  assert again._set.digest != drawn._set.digest
+  # How the list of another was drawn is not known.
+  first, second = (each.run(pixels).protocol for each in (drawn, again))
+  how = {"pair_seed", "max_angle", "stride", "frames_without_partner"}
+  assert how <= first.keys()
+  assert not how & second.keys()
+  assert (first["pairs_are"], second["pairs_are"]) == (
+    "drawn",
+    "read from the list",
+  )
+  assert second["pair_list"] == "pairs.txt"
+
+
+def test_scenes_as_a_source(result):
+  """`{type="scenes"}` is what `scenes` is, unless it says otherwise."""
+  same = {"type": "scenes", "length": 4}
+  got = GeometricCorrespondence(data=same)._set
+  assert got.digest == result.protocol["data_hash"]
+  first = result.protocol["scenes"]["first"]
+  hashes = {got.digest}
+  for option in ({"seed": 3}, {"size": 64}, {"first": first + 1}):
+    other = GeometricCorrespondence(data={**same, **option})._set
+    hashes.add(other.digest)
+    side = other.frames.read(0, 48).image.shape[0]
+    assert side == option.get("size", 96)
+    assert other.frames.about["scenes"]["first"] == option.get("first", first)
+  assert len(hashes) == 4
+  with pytest.raises(NotApplicable, match="no depth and pose|gives no depth"):
+    GeometricCorrespondence(data={"type": "tfds", "name": "coco"}).prepare()
+
+
+def test_bad_options():
+  with pytest.raises(ValueError, match="metres=.*increasing"):
+    GeometricCorrespondence(metres=(0.2, 0.1))
+  with pytest.raises(ValueError, match="count=0; expected at least 1"):
+    GeometricCorrespondence(count=0)
+  with pytest.raises(ValueError, match="Did you mean 'final'"):
+    GeometricCorrespondence(norm="finale")
+
+
+@pytest.mark.slow
+def test_seven_scenes(shared_data, pixels):
+  """Real depth and poses: raw pixels find far more than chance does."""
+  evaluator = GeometricCorrespondence(
+    data=str(shared_data / "rgbd_7scenes"), count=3, size=256
+  )
+  got = evaluator.run(pixels)
+  assert got.protocol["dataset"] == "RGB-D"
+  assert got.protocol["pairs"] == 3
+  assert got.protocol["matches_kept"] == 3000
+  assert got.metrics["recall_5cm"] > 10 * got.chance["recall_5cm"]
+  assert got.metrics["recall_50px"] > 5 * got.chance["recall_50px"]
+
+
+@pytest.mark.slow
+def test_seven_scenes_agree_with_themselves(shared_data):
+  """Depth and poses are consistent: hashed places of two frames match."""
+  from mtv_jax.evals.datasets import rgbd
+
+  frames = rgbd.open_rgbd(shared_data / "rgbd_7scenes")
+  drawn = posed.draw_pairs(frames, seed=8, count=4)
+  options = Options(512, 1000, (0.01, 0.02, 0.05), (5, 25, 50), (0, 120))
+  for pair in drawn.pairs:
+    views = [
+      posed.make_view(frames.read(i, 512), size=512, stored=1024)
+      for i in (pair.first, pair.second)
+    ]
+    maps = np.stack([hashed(world(view) * 0.2) for view in views])
+    found = match_errors.score(maps, views, options=options)
+    assert (found.metres < 0.05).mean() > 0.95

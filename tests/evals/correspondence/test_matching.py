@@ -1,0 +1,194 @@
+"""Two nearest neighbours, the test of their ratio, and input sizes."""
+
+import numpy as np
+import pytest
+
+from mtv_jax.encoder import baselines
+from mtv_jax.evals.correspondence import matching
+
+# Sizes that nothing else of these tests compiles for are kept few.
+GRID, CELLS, WIDTH = 5, 20, 12
+
+
+@pytest.fixture(scope="module")
+def maps():
+  rng = np.random.default_rng(0)
+  return rng.normal(size=(2, GRID, GRID, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def valid():
+  return np.random.default_rng(1).random((2, CELLS, CELLS)) < 0.6
+
+
+def flat_map(rows):
+  """Descriptors as a map of one row, whose cells are its patches."""
+  return np.asarray(rows, np.float32)[None]
+
+
+def everything(rows):
+  return np.ones((1, len(rows)), bool)
+
+
+def keys(x):
+  """Keys' cubic convolution, a = -0.75."""
+  x = abs(x)
+  if x <= 1:
+    return (1.25 * x - 2.25) * x * x + 1
+  return -0.75 * (((x - 5) * x + 8) * x - 4) if x < 2 else 0.0
+
+
+def upsampled(features, size):
+  """Bicubic, one output at a time, in float64."""
+  matrix = np.zeros((size, len(features)))
+  for i in range(size):
+    centre = (i + 0.5) * len(features) / size - 0.5
+    for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+      held = min(max(tap, 0), len(features) - 1)
+      matrix[i, held] += keys(tap - centre)
+  return np.einsum("yh,xw,hwd->yxd", matrix, matrix, features)
+
+
+def unit(rows):
+  return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def test_golden_weights():
+  distances = np.array([(0.1, 0.2), (0.0, 0.3), (0.25, 0.26), (0.4, 0.4)])
+  got = matching.ratio_weights(distances)
+  np.testing.assert_allclose(got, [0.5, 1.0, 0.038462, 0.0], atol=5e-7)
+  # Two equal descriptors tell nothing, however near they are.
+  assert matching.ratio_weights(np.zeros((1, 2)))[0] == 0
+
+
+def test_matches_are_those_of_upsampled_descriptors(maps, valid):
+  got = matching.match(
+    *maps, first_valid=valid[0], second_valid=valid[1], keep=50
+  )
+  first, second = (unit(upsampled(m.astype(np.float64), CELLS)) for m in maps)
+  distance = 1 - first[valid[0]] @ second[valid[1]].T
+  order = np.argsort(distance, axis=1, kind="stable")[:, :2]
+  two = np.take_along_axis(distance, order, axis=1)
+  weight = 1 - two[:, 0] / two[:, 1]
+  kept = np.argsort(-weight, kind="stable")[:50]
+  assert valid[0].sum() > 200
+  np.testing.assert_array_equal(got.first, np.argwhere(valid[0])[kept])
+  np.testing.assert_array_equal(
+    got.second, np.argwhere(valid[1])[order[kept, 0]]
+  )
+  np.testing.assert_allclose(got.weight, weight[kept], atol=1e-5)
+  # The ratio decides, and not the nearest distance alone.
+  assert set(kept) != set(np.argsort(two[:, 0])[:50])
+
+
+def test_blocks_change_nothing(maps, valid):
+  queries = maps[0].reshape(-1, WIDTH)
+  whole, parts = (
+    matching.two_nearest(
+      queries, maps[1], valid=valid[1], block_bytes=block_bytes
+    )
+    for block_bytes in (2**22, 3000)
+  )
+  np.testing.assert_array_equal(whole.index, parts.index)
+  np.testing.assert_allclose(whole.distance, parts.distance, atol=1e-6)
+
+
+def test_ties_are_exact_and_the_first_wins():
+  rng = np.random.default_rng(2)
+  rows = rng.normal(size=(40, 7))
+  # The third, the eighth and the last are equal; their lengths may differ.
+  rows[8], rows[39] = 2 * rows[3], 4 * rows[3]
+  found = matching.two_nearest(
+    np.float32([rows[3], rows[10], np.zeros(7)]),
+    flat_map(rows),
+    valid=everything(rows),
+  )
+  assert found.index[0].tolist() == [3, 8]
+  assert found.distance[0, 0] == found.distance[0, 1] < 1e-12
+  assert found.index[1, 0] == 10
+  assert found.distance[1, 0] < 1e-12
+  # A zero vector is at distance 1 of everything.
+  assert found.index[2].tolist() == [0, 1]
+  assert found.distance[2].tolist() == [1, 1]
+
+
+def test_small_distances_keep_their_digits():
+  """1 - cos of float32 unit vectors would be off by half of it here."""
+  angle = np.array([3e-4, 5e-4])
+  rows = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+  found = matching.two_nearest(
+    np.float32([[1, 0]]), flat_map(rows), valid=everything(rows)
+  )
+  np.testing.assert_allclose(found.distance[0], angle**2 / 2, rtol=1e-3)
+
+
+def test_heaviest_are_kept_lowest_index_first():
+  candidates = np.eye(4)
+  queries = np.array(
+    [(1, 1, 0, 0), (0, 0, 1, 0), (1, 0, 0, 0), (0, 0, 1, 1), (2, 1, 0, 0)]
+  )
+  got = matching.match(
+    flat_map(queries),
+    flat_map(candidates),
+    first_valid=everything(queries),
+    second_valid=everything(candidates),
+    keep=4,
+  )
+  # 1 and 2 are exact, 4 has a ratio, 0 and 3 have two nearest alike.
+  assert got.first[:, 1].tolist() == [1, 2, 4, 0]
+  assert got.second[:, 1].tolist() == [2, 0, 0, 0]
+  np.testing.assert_allclose(got.weight[[0, 1, 3]], [1, 1, 0], atol=1e-6)
+
+
+@pytest.mark.reference
+def test_nearest_are_those_of_scikit_learn(maps, valid):
+  import torch
+  from sklearn.neighbors import NearestNeighbors
+
+  fine = torch.nn.functional.interpolate(
+    torch.tensor(maps).permute(0, 3, 1, 2),
+    size=(CELLS, CELLS),
+    mode="bicubic",
+    align_corners=False,
+  )
+  first, second = fine.permute(0, 2, 3, 1).numpy()
+  model = NearestNeighbors(n_neighbors=2, metric="cosine", algorithm="brute")
+  model.fit(second[valid[1]].astype(np.float64))
+  distance, index = model.kneighbors(first[valid[0]].astype(np.float64))
+  got = matching.two_nearest(first[valid[0]], maps[1], valid=valid[1])
+  cells = np.flatnonzero(valid[1])[index]
+  np.testing.assert_array_equal(got.index, cells)
+  np.testing.assert_allclose(got.distance, distance, atol=1e-6)
+
+
+def test_what_cannot_be_matched_is_said(maps, valid):
+  queries = maps[0].reshape(-1, WIDTH).copy()
+  one = np.zeros_like(valid[1])
+  one[3, 4] = True
+  with pytest.raises(ValueError, match="1 candidates.*at least two"):
+    matching.two_nearest(queries, maps[1], valid=one)
+  queries[7, 2] = np.nan
+  with pytest.raises(ValueError, match="1 of 25 queries are not finite"):
+    matching.two_nearest(queries, maps[1], valid=valid[1])
+
+
+def encoder_of(patch):
+  return baselines.PixelEncoder(8 * patch, patch)
+
+
+def test_published_sizes_keep_the_grid_where_the_patch_does_not_divide():
+  size = matching.input_size
+  assert size(encoder_of(16), None, published=512) == 512
+  assert size(encoder_of(14), None, published=512) == 448
+  assert size(encoder_of(8), None, published=512) == 512
+  assert size(encoder_of(14), None, published=800) == 700
+  assert size(encoder_of(14), 896, published=800) == 896
+  with pytest.raises(ValueError, match="size=800.*patches of 14.*798 and 812"):
+    size(encoder_of(14), 800, published=512)
+
+
+def test_final_norm_is_that_of_the_last_layer():
+  with pytest.raises(ValueError, match="layer=-2: the final norm follows"):
+    matching.patch_features(
+      encoder_of(8), [], layer=-2, norm="final", batch_size=1
+    )

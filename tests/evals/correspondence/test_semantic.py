@@ -1,0 +1,468 @@
+"""Semantic correspondence: places, errors, averages, SPair-71k and scenes."""
+
+import dataclasses
+import json
+import random
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from mtv_jax.data.scenes import scenes
+from mtv_jax.encoder import baselines
+from mtv_jax.evals import build_evaluator
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.correspondence import pck
+from mtv_jax.evals.correspondence.semantic import SemanticCorrespondence
+from mtv_jax.evals.datasets import scene_pairs, spair
+from mtv_jax.evals.datasets.keypoints import KeyPointPair
+from mtv_jax.parallel import sharding
+
+GRID, WIDTH = 6, 9
+POINT, IMAGE = pck.Rule("point", 0.1), pck.Rule("image", 0.1)
+
+
+def pair_of(points, second, **fields):
+  """A pair whose second picture is 100 x 80, with a box of 50 x 40."""
+  given = dict(
+    category="cat",
+    viewpoint=0,
+    first=0,
+    second=1,
+    first_points=np.array(points, float).reshape(-1, 2),
+    second_points=np.array(second, float).reshape(-1, 2),
+    second_box=np.array([10.0, 20.0, 60.0, 60.0]),
+    first_side=100,
+    second_side=100,
+  )
+  return KeyPointPair(**{**given, **fields})
+
+
+@pytest.fixture(scope="module")
+def maps():
+  rng = np.random.default_rng(3)
+  return rng.normal(size=(2, GRID, GRID, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def points():
+  rng = np.random.default_rng(4)
+  corners = [(0, 0), (1, 1), (1, 0), (0.2, 0.4)]
+  return np.concatenate([rng.random((20, 2)), corners])
+
+
+def sampled(features, points):
+  """Bilinear with corners on corners, one point at a time."""
+  rows = []
+  for x, y in points * (GRID - 1):
+    x0, y0 = min(int(x), GRID - 2), min(int(y), GRID - 2)
+    a, b = x - x0, y - y0
+    above = (1 - a) * features[y0, x0] + a * features[y0, x0 + 1]
+    below = (1 - a) * features[y0 + 1, x0] + a * features[y0 + 1, x0 + 1]
+    rows.append((1 - b) * above + b * below)
+  return np.array(rows)
+
+
+def test_patches_found(maps, points):
+  first, second = (
+    m / np.linalg.norm(m, axis=-1, keepdims=True) for m in maps.astype(float)
+  )
+  scores = sampled(first, points) @ second.reshape(-1, WIDTH).T
+  best = scores.argmax(axis=1)
+  want = np.stack([best % GRID, best // GRID], axis=1)
+  np.testing.assert_array_equal(pck.find(*maps, points), want)
+  # Patches normalised before they are sampled: the other order differs here.
+  raw = sampled(maps[0].astype(float), points) @ second.reshape(-1, WIDTH).T
+  assert (raw.argmax(axis=1) != best).any()
+
+
+@pytest.mark.reference
+def test_patches_found_as_with_grid_sample(maps, points):
+  import torch
+  from torch.nn import functional
+
+  first, second = (
+    functional.normalize(torch.tensor(m).permute(2, 0, 1), dim=0) for m in maps
+  )
+  places = torch.tensor(2 * points - 1, dtype=torch.float32)
+  rows = functional.grid_sample(
+    first[None], places[None, None], align_corners=True
+  )
+  scores = rows[0, :, 0].T @ second.reshape(WIDTH, -1)
+  best = scores.argmax(dim=1).numpy()
+  got = pck.find(*maps, points)
+  np.testing.assert_array_equal(got[:, 1] * GRID + got[:, 0], best)
+
+
+def test_the_first_of_equal_patches_is_found(maps):
+  same = np.broadcast_to(maps[0, :1, :1], maps[0].shape)
+  got = pck.find(same, same, np.array([[0.9, 0.3], [0.1, 0.8]]))
+  assert got.tolist() == [[0, 0], [0, 0]]
+
+
+def test_a_picture_with_itself_is_off_by_less_than_a_patch_and_a_half(points):
+  """Sampled at G - 1 steps and found at corners of G: as published."""
+  rng = np.random.default_rng(0)
+  # Smooth and unique: the nearest patch is the nearest place.
+  at = np.stack(np.meshgrid(np.arange(50), np.arange(50)), axis=-1) / 50
+  waves = at @ rng.normal(0, 4, (2, 40))
+  features = np.concatenate([np.cos(waves), np.sin(waves)], axis=-1)
+  features = features.astype(np.float32)
+  off = np.abs(pck.find(features, features, points) / 50 - points)
+  assert off.max() <= 1.5 / 50 + 1e-6
+  assert off.max() > 0.5 / 50
+
+
+def test_key_points_are_rounded_down():
+  got = pck.scaled(
+    np.array([[62.0, 462.0], [499.0, 0.0], [333.0, 125.0]]), side=500, size=800
+  )
+  assert got.tolist() == [[99, 739], [798, 0], [532, 200]]
+  # 333 * 800 / 333 is 800, though 800 / 333 * 333 is less in floats.
+  assert pck.scaled(np.array([[333.0, 0.0]]), side=333, size=800)[0, 0] == 800
+
+
+def test_errors_are_relative_to_the_box():
+  pair = pair_of([(1, 1), (2, 2)], [(50, 40), (25, 60)])
+  found = np.array([(0.5, 0.45), (0.31, 0.68)])
+  got = pck.errors_of(found, pair, size=800)
+  # The box's longer side is 0.5 of the padded square.
+  np.testing.assert_allclose(got, [0.05 / 0.5, 0.1 / 0.5], atol=1e-9)
+
+
+def test_what_is_right():
+  errors = np.array([0.05, 0.1, 0.2])
+  assert POINT.right(errors).tolist() == [1, 0, 0]
+  assert IMAGE.right(errors).tolist() == [1, 1, 0]
+  pairs = [np.array([1.0, 1.0, 1.0, 0.0]), np.array([0.0]), np.zeros(0)]
+  assert POINT.mean(pairs) == pytest.approx(3 / 5)
+  assert IMAGE.mean(pairs) == pytest.approx((3 / 4 + 0) / 2)
+  assert POINT.mean(pairs[2:]) is None
+
+
+def test_published_rule_on_errors_worked_out_elsewhere():
+  errors = np.array([0.068718, 0.25, 0.194365])
+  for threshold, want in ((0.1, 1 / 3), (0.3, 1.0)):
+    rule = pck.Rule("point", threshold)
+    right = {0: rule.right(errors)}
+    got = pck.figures({("cat", None): (0,)}, right, rule=rule)
+    assert got["recall"] == pytest.approx(want, abs=1e-12)
+
+
+def test_chance_is_that_of_random_features():
+  rng = np.random.default_rng(1)
+  points = rng.integers(5, 75, (8, 2))
+  pair = pair_of(points, points)
+  chance = pck.chances(pair, grid=GRID, size=60, rule=pck.Rule("point", 0.3))
+  # Exactly: of the 36 corners, those within 0.3 * 0.5 of the point.
+  for point, share in zip(points, chance, strict=True):
+    true = np.floor(point * 60 / 100) / 60
+    near = [
+      np.hypot(x / GRID - true[0], y / GRID - true[1]) < 0.15
+      for x in range(GRID)
+      for y in range(GRID)
+    ]
+    assert share == pytest.approx(np.mean(near))
+  right = []
+  for _ in range(60):
+    maps = rng.normal(size=(2, GRID, GRID, 16)).astype(np.float32)
+    found = pck.find(*maps, points / 100) / GRID
+    right.append(pck.errors_of(found, pair, size=60) < 0.3)
+  p = chance.mean()
+  assert 0.03 < p < 0.2
+  assert abs(np.mean(right) - p) < 5 * np.sqrt(p * (1 - p) / 480)
+
+
+def test_pairs_are_chosen_by_a_seeded_shuffle():
+  pairs = [
+    pair_of([(1, 1)], [(1, 1)], category=c, viewpoint=v)
+    for c, v in [("dog", 0), ("cat", 1), ("dog", 1), ("dog", 1), ("dog", 0)] * 9
+  ]
+  chosen = pck.choose(pairs, limit=5, seed=20)
+  for category, view, count in (
+    ("dog", None, 5),
+    ("dog", 0, 5),
+    ("dog", 1, 5),
+    ("cat", 1, 5),
+  ):
+    members = [
+      i
+      for i, p in enumerate(pairs)
+      if p.category == category and view in (None, p.viewpoint)
+    ]
+    random.seed(20)
+    random.shuffle(members)
+    assert list(chosen[category, view]) == members[:count]
+  # Nothing stands for what there is none of.
+  assert set(chosen) == {
+    ("dog", None),
+    ("dog", 0),
+    ("dog", 1),
+    ("cat", None),
+    ("cat", 1),
+  }
+
+
+def test_figures_are_means_over_the_classes_that_have_points():
+  chosen = {
+    ("cat", None): (0, 1),
+    ("cat", 0): (0,),
+    ("cat", 2): (1,),
+    ("dog", None): (2, 3),
+    ("dog", 0): (2, 3),
+    ("owl", None): (4,),
+    ("owl", 1): (4,),
+  }
+  right = {
+    0: np.array([1.0, 0.0]),
+    1: np.array([1.0, 1.0]),
+    2: np.array([0.0]),
+    3: np.array([1.0, 1.0, 1.0]),
+    4: np.zeros(0),
+  }
+  got = pck.figures(chosen, right, rule=POINT, report="classes")
+  assert got == {
+    "recall": pytest.approx((3 / 4 + 3 / 4) / 2),
+    "recall_view0": pytest.approx((1 / 2 + 3 / 4) / 2),
+    "recall_view2": pytest.approx(1.0),
+    "avg_recall_views": pytest.approx((5 / 8 + 1) / 2),
+    "recall_cat": pytest.approx(3 / 4),
+    "recall_dog": pytest.approx(3 / 4),
+  }
+  by_image = pck.figures(chosen, right, rule=IMAGE)
+  assert by_image["recall"] == pytest.approx((3 / 4 + 1 / 2) / 2)
+
+
+def test_squares_are_padded_with_white_at_the_end():
+  image = np.full((30, 60, 3), 7, np.uint8)
+  got = pck.square(image, 60)
+  assert (got[:28] == 7).all()
+  assert (got[32:] == 255).all()
+  assert pck.square(image.transpose(1, 0, 2), 40).shape == (40, 40, 3)
+
+
+def write_spair(root):
+  """Pictures of one noise, so that every point is where it was."""
+  rng = np.random.default_rng(0)
+  noise = rng.integers(0, 255, (128, 128, 3)).astype(np.uint8)
+  picture = PIL.Image.fromarray(noise)
+  for category, names in (("cat", "ab"), ("dog", "cd")):
+    folder = root / "JPEGImages" / category
+    folder.mkdir(parents=True)
+    for name in names:
+      picture.save(folder / f"{name}.jpg", quality=95)
+  points = [[13, 21], [70, 101], [90, 40]]
+  place = root / "PairAnnotation" / "test"
+  place.mkdir(parents=True)
+  # Of the second dog pair, no point is seen in both.
+  for number, category, first, second, view, kept in (
+    (12, "cat", "a", "b", 0, points),
+    (3, "cat", "b", "a", 1, points[:2]),
+    (7, "dog", "c", "d", 1, points),
+    (8, "dog", "d", "c", 2, []),
+  ):
+    row = {
+      "pair_id": number,
+      "filename": f"{number:06d}-{first}-{second}:{category}",
+      "src_imname": f"{first}.jpg",
+      "trg_imname": f"{second}.jpg",
+      "src_imsize": [128, 128, 3],
+      "trg_imsize": [128, 128, 3],
+      "src_bndbox": [1, 1, 120, 120],
+      "trg_bndbox": [1, 1, 121, 101],
+      "src_kps": kept,
+      "trg_kps": kept,
+      "kps_ids": [str(i) for i in range(len(kept))],
+      "category": category,
+      "viewpoint_variation": view,
+      "mirror": 0,
+    }
+    # Sorted by name they would be in another order.
+    path = place / f"{'zyxw'[number % 4]}{row['filename']}.json"
+    path.write_text(json.dumps(row))
+
+
+@pytest.fixture
+def spair_root(tmp_path):
+  write_spair(tmp_path)
+  return tmp_path
+
+
+def test_reading_spair(spair_root):
+  data = spair.open_spair(spair_root, split="test")
+  assert [len(p.first_points) for p in data.pairs] == [2, 3, 0, 3]
+  assert [p.category for p in data.pairs] == ["cat", "dog", "dog", "cat"]
+  assert [p.viewpoint for p in data.pairs] == [1, 1, 2, 0]
+  assert len(data.images) == 4
+  assert (data.pairs[0].first, data.pairs[0].second) == (1, 0)
+  assert data.pairs[3].second_box.tolist() == [1, 1, 121, 101]
+  assert data.images[0].shape == (128, 128, 3)
+  (spair_root / "JPEGImages" / "dog" / "d.jpg").unlink()
+  with pytest.raises(FileNotFoundError, match="1 of the 4 pictures.*d.jpg"):
+    spair.open_spair(spair_root, split="test")
+
+
+def test_mistakes_are_explained(spair_root, tmp_path):
+  path = next((spair_root / "PairAnnotation" / "test").iterdir())
+  row = json.loads(path.read_text())
+  path.write_text(json.dumps({k: v for k, v in row.items() if k != "trg_kps"}))
+  with pytest.raises(ValueError, match="has no 'trg_kps'"):
+    SemanticCorrespondence(data=str(spair_root)).prepare()
+  path.write_text(json.dumps({**row, "trg_kps": [[1, 2]] * 9}))
+  with pytest.raises(ValueError, match="and 9 in the second"):
+    SemanticCorrespondence(data=str(spair_root)).prepare()
+  with pytest.raises(FileNotFoundError, match="missing  PairAnnotation/val"):
+    SemanticCorrespondence(data=str(spair_root), split="val").prepare()
+  with pytest.raises(FileNotFoundError, match="nothing there"):
+    SemanticCorrespondence(data=str(tmp_path / "nowhere")).prepare()
+  with pytest.raises(NotApplicable, match="no key points in pairs"):
+    SemanticCorrespondence(data=str(spair_root / "JPEGImages")).prepare()
+  with pytest.raises(ValueError, match="Did you mean 'image'"):
+    SemanticCorrespondence(aggregate="images")
+
+
+@pytest.fixture(scope="module")
+def pixels():
+  return baselines.PixelEncoder(64, 8)
+
+
+def test_equal_pictures_are_found_again(spair_root, pixels):
+  """A grid of 16 is off by 1.5 / 16 an axis at most, 0.142 of these boxes."""
+  options = {
+    "data": str(spair_root),
+    "size": 128,
+    "report": "classes",
+    "threshold": 0.142,
+  }
+  got = build_evaluator("semantic_correspondence", options).run(pixels)
+  assert got.metrics["recall"] == 1.0
+  assert got.metrics["recall_dog"] == 1.0
+  # The hard pair has no point in common: no figure.
+  assert "recall_view2" not in got.metrics
+  protocol = json.loads(json.dumps(got.protocol))
+  assert protocol["pairs"] == {"all": 4, "0": 1, "1": 2, "2": 1}
+  assert protocol["points"] == 8
+  assert protocol["grid"] == [16, 16]
+  # Not the encoder's own, which is 64 x 64 bilinear.
+  assert protocol["preprocess"] == {
+    "mean": list(pixels.preprocess.mean),
+    "std": list(pixels.preprocess.std),
+    "resize": "squash",
+    "size": 128,
+    "crop": "none: padded with white to a square first",
+    "interpolation": "bicubic, antialiased (Pillow)",
+  }
+  # Most of that is what sampling and corners make of equal pictures.
+  options["threshold"] = 0.05
+  close = build_evaluator("semantic_correspondence", options).run(pixels)
+  assert 0 < close.metrics["recall"] < 1
+
+
+@pytest.fixture(scope="module")
+def result(pixels):
+  return SemanticCorrespondence(count=40, pictures=2).run(pixels)
+
+
+def test_scenes(result):
+  assert result.metrics.keys() == {"recall"}
+  assert 0 < result.metrics["recall"] < 0.5
+  assert 0.01 < result.chance["recall"] < 0.1
+  assert result.protocol["threshold"] == 0.25
+  assert result.protocol["grid"] == [16, 16]
+  assert result.protocol["points"] == 3 * result.protocol["pairs"]["all"]
+  assert result.pictures["matches"].shape == (256, 256, 3)
+
+
+def test_one_device_and_eight_agree(result):
+  assert jax.device_count() == 8
+  mesh = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  alone = baselines.PixelEncoder(64, 8, mesh=mesh)
+  got = SemanticCorrespondence(count=40, batch_size=5).run(alone)
+  assert got.metrics == result.metrics
+  assert got.protocol["data_hash"] == result.protocol["data_hash"]
+
+
+def test_classes_in_portions_change_nothing(result, pixels, monkeypatch):
+  monkeypatch.setattr("mtv_jax.evals.correspondence.semantic._HELD", 5)
+  got = SemanticCorrespondence(count=40).run(pixels)
+  assert got.metrics == result.metrics
+
+
+def test_pairs_of_scenes_share_a_class():
+  data = scene_pairs.key_points(scene_pairs.series("scenes", count=40))
+  assert len(data.pairs) > 10
+  for pair in data.pairs:
+    assert pair.first != pair.second
+    assert pair.first_points.shape == (3, 2)
+    # The second and third points are 0.7 of the box's height apart.
+    box = pair.second_box
+    x, y = pair.second_points.T
+    np.testing.assert_allclose(x, (box[0] + box[2]) / 2)
+    np.testing.assert_allclose(y[2] - y[1], 0.7 * (box[3] - box[1]))
+  firsts = [p.first for p in data.pairs]
+  assert len(set(firsts)) == len(firsts)
+
+
+def test_scenes_as_a_source(result, pixels):
+  """`{type="scenes"}` is what `scenes` is, unless it says otherwise."""
+  first = result.protocol["scenes"]["first"]
+  same = {"type": "scenes", "length": 40}
+  got = SemanticCorrespondence(data=same).run(pixels)
+  assert got.metrics == result.metrics
+  assert got.protocol["data_hash"] == result.protocol["data_hash"]
+  assert got.protocol["scenes"] == {"first": first, "seed": 0, "size": None}
+  few = {"type": "scenes", "length": 12}
+  hashes = {SemanticCorrespondence(data=few)._set[0].digest}
+  for option in ({"seed": 3}, {"size": 64}, {"first": first + 1}):
+    evaluator = SemanticCorrespondence(data={**few, **option})
+    data, _ = evaluator._set
+    hashes.add(data.digest)
+    number, seed = option.get("first", first), option.get("seed", 0)
+    want = scenes.render(number, size=option.get("size", 192), seed=seed)
+    np.testing.assert_array_equal(data.images[0], want.image)
+  assert len(hashes) == 4
+  with pytest.raises(ValueError, match="no option 'sizes'"):
+    SemanticCorrespondence(data={**same, "sizes": 3}).prepare()
+  with pytest.raises(NotApplicable, match="no key points in pairs"):
+    SemanticCorrespondence(data={"type": "tfds", "name": "coco"}).prepare()
+
+
+def test_too_few_scenes():
+  enough = len(scenes.CLASS_NAMES) + 1
+  message = f"2 of them .*no two main things.*count={enough} or more"
+  with pytest.raises(ValueError, match=message):
+    SemanticCorrespondence(count=2).prepare()
+  SemanticCorrespondence(count=enough).prepare()
+
+
+def test_no_points_at_all(spair_root, monkeypatch):
+  data = spair.open_spair(spair_root, split="test")
+  empty = tuple(p for p in data.pairs if not len(p.first_points))
+  data = dataclasses.replace(data, pairs=empty)
+  monkeypatch.setattr(spair, "open_spair", lambda *_, **__: data)
+  with pytest.raises(ValueError, match="none of its 1 pairs has a key point"):
+    SemanticCorrespondence(data=str(spair_root)).prepare()
+
+
+@pytest.mark.slow
+def test_spair(shared_data, pixels):
+  data = spair.open_spair(shared_data / "SPair-71k", split="test")
+  assert len(data.pairs) == 9
+  assert len(data.images) == 12
+  for i, pair in enumerate(data.pairs):
+    for points, image in (
+      (pair.first_points, data.images[pair.first]),
+      (pair.second_points, data.images[pair.second]),
+    ):
+      assert (points >= 0).all(), i
+      assert (points <= np.array(image.shape[1::-1])).all(), i
+    assert pair.second_side == max(data.images[pair.second].shape)
+  got = SemanticCorrespondence(
+    data=str(shared_data / "SPair-71k"), aggregate="image"
+  ).run(pixels)
+  assert got.protocol["input_size"] == [800, 800]
+  assert got.protocol["classes"] == 6
+  assert got.protocol["points"] == 66
+  assert got.metrics["recall"] > 2 * got.chance["recall"] > 0
+  assert "recall_view2" not in got.metrics

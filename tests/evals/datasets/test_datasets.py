@@ -1,0 +1,243 @@
+"""Labelled data: folders with splits, scenes, and what is held out."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mtv_jax.data.scenes import scenes
+from mtv_jax.evals.core import base
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.datasets import registry as datasets
+
+
+@pytest.fixture
+def tree(tmp_path, write_image):
+  def make(root, **classes):
+    for path, count in classes.items():
+      for i in range(count):
+        colour = path.rsplit("__")[-1]
+        write_image(
+          tmp_path / root / path.replace("__", "/") / f"{i}.png", colour
+        )
+    return tmp_path / root
+
+  return make
+
+
+def test_splits_of_a_folder(tree):
+  root = tree("a", train__blue=2, train__green=1, train__red=3, val__red=2)
+  found = datasets.train_and_test(root)
+  assert found.classes == 3
+  assert found.train.ids == found.test.ids == ("blue", "green", "red")
+  assert list(found.train.labels) == [0, 0, 1, 2, 2, 2]
+  # Red is the only class of its own folder, and still the third.
+  assert list(found.test.labels) == [2, 2]
+  assert found.test.images[1][0, 0].tolist() == [255, 0, 0]
+  protocol = found.protocol()
+  assert (protocol["images"], protocol["train_images"]) == (2, 6)
+  assert protocol["data"].endswith("a/val")
+  # The folder itself is its test split to whoever doesn't train.
+  assert (
+    datasets.labelled(root).digest == datasets.labelled(root / "val").digest
+  )
+  assert len(datasets.labelled(root, split="train").labels) == 6
+  few = datasets.train_and_test(root, train_count=3, count=1)
+  assert list(few.train.labels) == [0, 2, 2]
+  assert few.train.digest != found.train.digest
+  assert few.test.digest != found.test.digest
+
+
+def test_train_elsewhere(tree):
+  test, train = tree("b/test", red=1), tree("c", blue=1, red=1)
+  with pytest.raises(NotApplicable, match="nothing to train a probe on"):
+    datasets.train_and_test(test)
+  found = datasets.train_and_test(test, train=train)
+  assert list(found.test.labels) == [1]
+  with pytest.raises(ValueError, match="1 of 2 classes .* such as 'blue'"):
+    datasets.train_and_test(train, train=test)
+  with pytest.raises(ValueError, match="train and test are both"):
+    datasets.train_and_test(train, train=train)
+
+
+def test_one_set_under_two_names(tree, tmp_path, monkeypatch):
+  root = tree("one", red=1, blue=1)
+  (tmp_path / "link").symlink_to(root)
+  monkeypatch.chdir(tmp_path)
+  for other in (tmp_path / "link", "one", f"{root}/../one/"):
+    with pytest.raises(ValueError, match="train and test are both .*one"):
+      datasets.train_and_test(root, train=other)
+  splits = tree("two", train__red=1, val__red=1)
+  with pytest.raises(ValueError, match="train and test are both .*train"):
+    datasets.train_and_test("two/train", train=splits)
+
+
+def test_half_unpacked(tree):
+  root = tree("d", train__red=1)
+  with pytest.raises(FileNotFoundError, match="missing +val/") as error:
+    datasets.train_and_test(root)
+  assert "The folder holds: train/" in str(error.value)
+
+
+def test_a_class_may_be_called_train(tree):
+  """COCO has such a class; a split holds folders and a class images."""
+  root = tree("e", red=1, blue=1)
+  (root / "red").rename(root / "train")
+  found = datasets.labelled(root)
+  assert found.classes == ("blue", "train")
+
+
+def test_scenes_are_labelled_without_drawing_them(monkeypatch):
+  want = [scenes.render(datasets.HELD_OUT_SCENES + i).label for i in range(5)]
+  drawn = []
+  render = scenes.render
+  monkeypatch.setattr(
+    scenes, "render", lambda i, **kw: drawn.append(i) or render(i, **kw)
+  )
+  found = datasets.train_and_test("scenes", count=5, train_count=5)
+  assert list(found.test.labels) == want
+  assert found.classes == len(scenes.CLASS_NAMES)
+  assert not drawn
+  assert (
+    found.test.images[3].shape == found.train.images[0].shape == (96, 96, 3)
+  )
+  assert drawn == [datasets.HELD_OUT_SCENES + 3, datasets.PROBE_SCENES]
+  # As a mapping too, neither split is what an encoder may have trained on.
+  drawn.clear()
+  found = datasets.train_and_test({"type": "scenes", "length": 3})
+  assert found.test.images[0].shape == found.train.images[0].shape
+  assert drawn == [datasets.HELD_OUT_SCENES, datasets.PROBE_SCENES]
+
+
+def test_held_out():
+  labels = np.array([0] * 25 + [1] * 10 + [2] * 6 + [3] * 2 + [5])
+  rng = np.random.default_rng(0)
+  labels = rng.permutation(labels)
+  kept, out = datasets.held_out(labels)
+  assert sorted([*kept, *out]) == list(range(len(labels)))
+  assert list(np.bincount(labels[out], minlength=6)) == [2, 1, 1, 1, 0, 0]
+  assert list(kept) == sorted(kept)
+
+
+def test_select_keeps_images_and_labels_together(tree):
+  found = datasets.labelled(tree("f", blue=2, red=2))
+  some = found.select(np.array([3, 0]))
+  assert list(some.labels) == [1, 0]
+  assert some.images[0][0, 0].tolist() == [255, 0, 0]
+  assert some.images[1][0, 0].tolist() == [0, 0, 255]
+  assert some.digest != found.select(np.array([0, 3])).digest
+
+
+def test_real_splits(shared_data):
+  found = datasets.train_and_test(shared_data / "cifar10_jpg")
+  assert found.classes == 10
+  assert list(np.bincount(found.train.labels)) == [100] * 10
+  assert list(np.bincount(found.test.labels)) == [50] * 10
+  assert found.train.images[0].shape == (32, 32, 3)
+
+
+def test_captions_have_no_classes(shared_data):
+  path = shared_data / "coco" / "annotations" / "captions_val2017.json"
+  with pytest.raises(NotApplicable, match="captions and no classes"):
+    datasets.labelled(path)
+
+
+@pytest.mark.parametrize(
+  "kind, images",
+  [
+    ("NYU", "nyu_images/1.jpg"),
+    ("KITTI", "training/image_2/0.png"),
+    ("SPair", "PairAnnotation/test/1.png"),
+    ("NAVI", "toy/wild_set/images/1.jpg"),
+    ("annotations/", "annotations/1.jpg"),
+    ("ADE20K", "ADEChallengeData2016/images/training/1.jpg"),
+  ],
+)
+def test_folders_of_another_kind_are_no_classes(
+  tmp_path, write_image, kind, images
+):
+  write_image(tmp_path / images, "red")
+  write_image(tmp_path / "others" / "1.png", "red")
+  for opener in (datasets.labelled, datasets.train_and_test):
+    with pytest.raises(NotApplicable, match=f"laid out as.*{kind}"):
+      opener(tmp_path)
+
+
+def test_frames_with_poses_are_no_class(tmp_path, write_image):
+  write_image(tmp_path / "seq-01" / "frame-000000.color.png", "red")
+  assert datasets.labelled(tmp_path).classes == ("seq-01",)
+  (tmp_path / "seq-01" / "frame-000000.pose.txt").write_text("")
+  with pytest.raises(NotApplicable, match="RGB-D sequences"):
+    datasets.labelled(tmp_path)
+
+
+def test_what_is_there_and_what_is_not(tmp_path):
+  """A reason to skip an evaluation, and a mistake."""
+  (tmp_path / "weights.onnx").write_text("")
+  boxes = tmp_path / "instances.json"
+  boxes.write_text(
+    json.dumps({"images": [{"id": 1}], "annotations": [{"bbox": []}]})
+  )
+  other = tmp_path / "other.json"
+  other.write_text("{}")
+  for opener in (datasets.labelled, datasets.captioned):
+    for path in (tmp_path, tmp_path / "weights.onnx", boxes, other):
+      if opener is datasets.captioned and path == boxes:
+        continue
+      with pytest.raises(NotApplicable):
+        opener(path)
+    with pytest.raises(FileNotFoundError, match="nothing there"):
+      opener(tmp_path / "nowhere")
+
+
+def test_boxes_are_no_captions(tmp_path):
+  path = tmp_path / "instances.json"
+  images = [{"id": 1, "file_name": "1.jpg"}]
+  boxes = [{"image_id": 1, "bbox": [0, 0, 1, 1]}]
+  path.write_text(json.dumps({"images": images, "annotations": boxes}))
+  with pytest.raises(NotApplicable, match="no 'caption'"):
+    datasets.captioned(path)
+
+
+_PROBES = {"knn", "few_shot", "linear_probe", "logistic", "mae_probe"}
+# Of each real folder, the evaluations that can run on it.
+_READY = {
+  "SPair-71k": {"semantic_correspondence", "patch_pca"},
+  "ade20k": {"zero_shot_segmentation", "patch_pca"},
+  "cifar10_jpg": {"zero_shot", "patch_pca", *_PROBES},
+  "coco": {"grounding", "patch_pca"},
+  "imagenet_samples": {"zero_shot", "patch_pca"},
+  "kitti_object": {"relative_depth"},
+  "nyuv2": {
+    "segmentation",
+    "zero_shot_segmentation",
+    "depth_probe",
+    "relative_depth",
+    "patch_pca",
+  },
+  "rgbd_7scenes": {"geometric_correspondence", "patch_pca"},
+  "tokenizers": set(),
+  "weights_fastestdet": set(),
+}
+# The sample of ADE20K has no training images.
+_INCOMPLETE = {("ade20k", "segmentation"): FileNotFoundError}
+
+
+def test_every_evaluation_on_every_real_folder(shared_data):
+  """Ready, or not applicable: what is no mistake must not look like one."""
+  wrong = {}
+  for folder, ready in _READY.items():
+    for name in base.EVALUATORS:
+      evaluator = base.build_evaluator(
+        name, {"data": str(shared_data / folder)}
+      )
+      want = None if name in ready else NotApplicable
+      want = _INCOMPLETE.get((folder, name), want)
+      try:
+        evaluator.prepare()
+        got = None
+      except Exception as error:
+        got = type(error)
+      if got is not want:
+        wrong[folder, name] = got, want
+  assert not wrong

@@ -1,0 +1,343 @@
+"""NYUv2 and KITTI in the layouts they come in, as miniatures and for real."""
+
+import sys
+import types
+
+import cv2
+import numpy as np
+import pytest
+import scipy.io
+
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.datasets import depth as depth_data
+from mtv_jax.evals.datasets import depth_sets, kitti, nyu
+
+
+def write(path, values):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  assert cv2.imwrite(str(path), values)
+
+
+def picture(level, size=(6, 8)):
+  return np.full((*size, 3), level, np.uint8)
+
+
+def open_set(root, split="test", **kwargs):
+  return depth_sets.open_set(str(root), split=split, size=32, **kwargs)
+
+
+@pytest.fixture
+def bts(tmp_path):
+  """Two images: the lists' slashes, millimetres, and a hole."""
+  depth = np.array([[1000, 2500], [0, 9999]], np.uint16)
+  lines = []
+  for i in range(2):
+    write(tmp_path / f"kitchen/rgb_{i}.png", picture(10 * i, (2, 2)))
+    write(tmp_path / f"kitchen/sync_depth_{i}.png", depth + np.uint16(i))
+    lines.append(f"/kitchen/rgb_{i}.png /kitchen/sync_depth_{i}.png 518.8579")
+  name = "nyudepthv2_test_files_with_gt.txt"
+  (tmp_path / name).write_text("\n".join(lines) + "\n")
+  return tmp_path
+
+
+def test_nyu_lists(bts):
+  data = open_set(bts)
+  assert (data.kind, len(data.images), len(data.depths)) == ("nyu", 2, 2)
+  assert data.images[1].tolist() == picture(10, (2, 2)).tolist()
+  want = np.array([[1.0, 2.5], [0.0, 9.999]], np.float32)
+  np.testing.assert_allclose(data.depths[0], want, rtol=1e-6)
+  assert data.depths[0].dtype == np.float32
+  assert open_set(bts).digest == data.digest
+  assert open_set(bts, count=1).digest != data.digest
+  with pytest.raises(IndexError, match="depth map 2 of 2"):
+    _ = data.depths[2]
+
+
+def test_nyu_lists_in_the_folders_of_bts(tmp_path):
+  write(tmp_path / "sync/a/rgb.png", picture(1))
+  write(tmp_path / "sync/a/d.png", np.full((6, 8), 500, np.uint16))
+  (tmp_path / "nyu_train.txt").write_text("/a/rgb.png /a/d.png 518.8\n")
+  assert open_set(tmp_path, "train").depths[0][0, 0] == np.float32(0.5)
+
+
+def test_nyu_of_marigold_has_both_depths(tmp_path):
+  folder = tmp_path / "test" / "kitchen_0004"
+  write(folder / "rgb_0001.png", picture(3))
+  write(folder / "depth_0001.png", np.full((6, 8), 0, np.uint16))
+  write(folder / "filled_0001.png", np.full((6, 8), 1500, np.uint16))
+  assert open_set(tmp_path).depths[0].max() == 0
+  filled = open_set(tmp_path, truth="filled")
+  assert filled.depths[0].min() == np.float32(1.5)
+  assert "filled" in filled.source
+
+
+def test_nyu_by_id(tmp_path):
+  write(tmp_path / "nyu_images/7.jpg", picture(3))
+  write(tmp_path / "nyu_depths/7.png", np.full((6, 8), 51, np.uint8))
+  (tmp_path / "test.txt").write_text("7 kitchen_0004\n")
+  data = open_set(tmp_path)
+  assert data.depths[0][0, 0] == np.float32(2.0)
+  assert "25.5" in data.source
+  with pytest.raises(ValueError, match="has filled depth only"):
+    open_set(tmp_path, truth="raw")
+  with pytest.raises(FileNotFoundError, match=r"missing  train\.txt"):
+    open_set(tmp_path, "train")
+
+
+class FakeHDF5(dict):
+  """What h5py gives of MATLAB's arrays: axes reversed."""
+
+  def __init__(self, path, mode):
+    assert mode == "r"
+    rng = np.random.default_rng(0)
+    super().__init__(
+      images=rng.integers(0, 256, (3, 3, 8, 6), np.uint8),
+      rawDepths=rng.uniform(0, 9, (3, 8, 6)).astype(np.float32),
+      depths=rng.uniform(1, 9, (3, 8, 6)).astype(np.float32),
+    )
+
+
+def test_nyu_mat(tmp_path, monkeypatch):
+  nyu._open_hdf5.cache_clear()
+  module = types.ModuleType("h5py")
+  module.File = FakeHDF5
+  monkeypatch.setitem(sys.modules, "h5py", module)
+  path = tmp_path / "nyu_depth_v2_labeled.mat"
+  path.write_bytes(b"")
+  scipy.io.savemat(
+    tmp_path / "splits.mat",
+    {"trainNdxs": [[1]], "testNdxs": [[2], [3]]},
+  )
+  data, file = open_set(path), FakeHDF5(path, "r")
+  assert len(data.images) == 2
+  # MATLAB counts from one, and puts rows first.
+  assert data.images[0].shape == (6, 8, 3)
+  np.testing.assert_array_equal(
+    data.images[0][4, 5], file["images"][1, :, 5, 4]
+  )
+  assert data.depths[1][4, 5] == file["rawDepths"][2, 5, 4]
+  filled = open_set(tmp_path, truth="filled")
+  assert filled.depths[1][4, 5] == file["depths"][2, 5, 4]
+  assert filled.digest != data.digest
+  assert len(open_set(tmp_path, "train").images) == 1
+
+
+def test_nyu_mat_without_h5py(tmp_path, monkeypatch):
+  nyu._open_hdf5.cache_clear()
+  monkeypatch.setitem(sys.modules, "h5py", None)
+  (tmp_path / "nyu_depth_v2_labeled.mat").write_bytes(b"")
+  (tmp_path / "test.txt").write_text("1 a\n")
+  with pytest.raises(ImportError, match="pip install h5py"):
+    open_set(tmp_path)
+
+
+def test_nyu_tfds(monkeypatch):
+  rows = [
+    {
+      "image": picture(i),
+      "depth": np.full((6, 8), 1.5 + i, np.float16),
+    }
+    for i in range(3)
+  ]
+  asked = []
+  module = types.ModuleType("tensorflow_datasets")
+  module.data_source = lambda name, **k: asked.append((name, k)) or rows
+  monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
+  config = {"type": "tfds", "name": "nyu_depth_v2"}
+  data = depth_sets.open_set(config, split="test", size=32, count=1)
+  assert asked == [("nyu_depth_v2", {"split": "validation", "data_dir": None})]
+  assert data.depths[0][0, 0] == 2.5
+  assert data.depths[0].dtype == np.float32
+  assert "float16" in data.source
+
+
+@pytest.fixture
+def eigen(tmp_path):
+  """Three lines: of the train part, of the val part, and without a map."""
+  drives = ["2011_09_26_drive_0002_sync", "2011_09_26_drive_0009_sync"]
+  lines = []
+  for drive, part, suffix in zip(
+    drives, ("train", "val"), ("png", "jpg"), strict=True
+  ):
+    image = f"2011_09_26/{drive}/image_02/data/0000000069.png"
+    depth = f"{drive}/proj_depth/groundtruth/image_02/0000000069.png"
+    path = tmp_path / "raw_data" / image
+    write(path.with_suffix(f".{suffix}"), picture(50))
+    values = np.zeros((6, 8), np.uint16)
+    values[2, 3] = 256 * 12 + 64
+    write(tmp_path / "data_depth_annotated" / part / depth, values)
+    lines.append(f"{image} {depth} 721.5377")
+  lines.append("2011_09_26/x/image_02/data/0000000000.png None 721.5377")
+  (tmp_path / "kitti_eigen_test_files_with_gt.txt").write_text("\n".join(lines))
+  return tmp_path
+
+
+def test_kitti_list(eigen):
+  data = open_set(eigen)
+  assert (data.kind, len(data.images)) == ("kitti", 2)
+  assert data.images[1].shape == (6, 8, 3)
+  assert data.depths[0][2, 3] == np.float32(12.25)
+  assert (data.depths[0] > 0).sum() == 1
+  val = open_set(eigen, subset="val")
+  assert len(val.images) == 1
+  assert val.digest != data.digest
+  with pytest.raises(ValueError, match="subset='vall'"):
+    open_set(eigen, subset="vall")
+
+
+def test_kitti_without_its_depth(eigen):
+  (eigen / "data_depth_annotated" / "val").rename(eigen / "elsewhere")
+  with pytest.raises(FileNotFoundError, match="1 of 2 depth maps are missing"):
+    open_set(eigen)
+
+
+CALIBRATION = """P2: 10 0 4 2 0 10 3 0 0 0 1 0.5
+R0_rect: 1 0 0 0 1 0 0 0 1
+Tr_velo_to_cam: 0 -1 0 0 0 0 -1 0 1 0 0 0
+"""
+
+
+def write_frame(root, points):
+  folder = root / "training"
+  write(folder / "image_2" / "000000.png", picture(9))
+  for name in ("velodyne", "calib"):
+    (folder / name).mkdir(parents=True, exist_ok=True)
+  sweep = np.concatenate([points, np.zeros((len(points), 1))], axis=1)
+  sweep.astype(np.float32).tofile(folder / "velodyne" / "000000.bin")
+  (folder / "calib" / "000000.txt").write_text(CALIBRATION)
+
+
+def test_kitti_sweep_by_hand(tmp_path):
+  # The laser looks along x, with y to the left and z up; the camera along z.
+  points = np.array(
+    [
+      [4.5, 0, 0],  # z 5, u (45 * 0 + 4 * 4.5 + 2) / 5 = 4, v 2.7
+      [9.5, 0, 0],  # z 10, u (38 + 2) / 10 = 4, v 2.85: hidden behind it
+      [9.5, 4, 0],  # z 10, u (-40 + 38 + 2) / 10 = 0, v 2.85
+      [-3, 0, 0],  # behind the camera
+      [9.5, 50, 0],  # outside the picture
+    ]
+  )
+  write_frame(tmp_path, points)
+  depth = open_set(tmp_path).depths[0]
+  want = np.zeros((6, 8), np.float32)
+  want[3, 4], want[3, 0] = 5, 10
+  np.testing.assert_allclose(depth, want, rtol=1e-6)
+
+
+def test_nearest_point_wins_whatever_the_order():
+  rng = np.random.default_rng(0)
+  eye = np.eye(3, 4)
+  calibration = {"P2": eye, "R0_rect": np.eye(3), "Tr_velo_to_cam": eye}
+  points = rng.uniform((-1, -1, 1), (5, 5, 4), (500, 3)).astype(np.float32)
+  got = kitti.project(points, calibration, size=(3, 4))
+  want = np.zeros((3, 4))
+  for x, y, z in points.astype(np.float64):
+    u, v = round(x / z), round(y / z)
+    if 0 <= u < 4 and 0 <= v < 3 and (not want[v, u] or z < want[v, u]):
+      want[v, u] = z
+  assert (want > 0).sum() > 8
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_kitti_frames_without_calibration(tmp_path):
+  write_frame(tmp_path, np.ones((1, 3)))
+  path = tmp_path / "training" / "calib" / "000000.txt"
+  path.write_text(CALIBRATION.replace("R0_rect", "R_rect"))
+  with pytest.raises(ValueError, match="lacks .*R0_rect.*it has .*R_rect"):
+    _ = open_set(tmp_path).depths[0]
+  with pytest.raises(ValueError, match="no train split"):
+    open_set(tmp_path, "train")
+  path.unlink()
+  with pytest.raises(FileNotFoundError, match=r"missing  training/calib"):
+    open_set(tmp_path)
+
+
+def test_missing_files_are_named(bts):
+  (bts / "kitchen" / "sync_depth_1.png").unlink()
+  with pytest.raises(FileNotFoundError, match="1 of 4 files .*sync_depth_1"):
+    open_set(bts)
+
+
+def test_colour_is_no_depth(bts):
+  write(bts / "kitchen" / "sync_depth_0.png", picture(3))
+  with pytest.raises(ValueError, match=r"has shape \(6, 8, 3\)"):
+    _ = open_set(bts).depths[0]
+
+
+def test_nothing_of_the_kind(tmp_path):
+  (tmp_path / "notes").mkdir()
+  with pytest.raises(NotApplicable, match="the folder holds notes/"):
+    open_set(tmp_path)
+  (tmp_path / "captions.json").write_text("{}")
+  with pytest.raises(NotApplicable, match="a file of another kind"):
+    open_set(tmp_path / "captions.json")
+  with pytest.raises(FileNotFoundError, match="nothing there"):
+    open_set(tmp_path / "lost")
+  with pytest.raises(NotApplicable, match="nyu_depth_v2 give metric depth"):
+    depth_sets.open_set({"type": "webdataset"}, split="test", size=32)
+
+
+def test_scenes_are_exact_and_held_out():
+  from mtv_jax.data.scenes import scenes
+
+  test, train = (
+    open_set("scenes", s, count=2) for s in depth_data.SPLITS[::-1]
+  )
+  scene = scenes.render(1_000_001, size=32)
+  np.testing.assert_array_equal(test.depths[1], scene.depth)
+  np.testing.assert_array_equal(test.images[1], scene.image)
+  np.testing.assert_array_equal(
+    train.images[0], scenes.render(2_000_000, size=32).image
+  )
+  assert test.digest != train.digest
+  assert max(d.max() for d in test.depths) < depth_data.SCENES_MAX_DEPTH
+
+
+def test_scenes_as_a_source():
+  from mtv_jax.data.scenes import scenes
+
+  options = {"type": "scenes", "seed": 3, "length": 2}
+  for split, first in (("train", 2_000_000), ("test", 1_000_000)):
+    data = depth_sets.open_set(options, split=split, size=32)
+    scene = scenes.render(first + 1, size=32, seed=3)
+    assert (data.kind, len(data.depths)) == ("scenes", 2)
+    np.testing.assert_array_equal(data.depths[1], scene.depth)
+  data = depth_sets.open_set({**options, "size": 48}, split="test", size=32)
+  assert data.images[0].shape == (48, 48, 3)
+  other = depth_sets.open_set({"type": "scenes"}, split="test", size=32)
+  plain = open_set("scenes")
+  assert other.digest == plain.digest != data.digest
+
+
+def test_real_nyu(shared_data):
+  train, test = (open_set(shared_data / "nyuv2", s) for s in depth_data.SPLITS)
+  assert len(train.images) == len(test.images) == 100
+  assert test.images[0].shape == (480, 640, 3)
+  depth = np.stack([test.depths[i] for i in range(0, 100, 25)])
+  assert depth.shape == (4, 480, 640)
+  assert 0.5 < depth.min() < 1.5 < depth.mean() < 4 < depth.max() <= 10
+
+
+def test_real_kitti_lidar_agrees_with_the_boxes(shared_data):
+  root = shared_data / "kitti_object"
+  data = open_set(root)
+  assert len(data.images) == 2
+  compared = 0
+  for i, name in enumerate(("000001", "000002")):
+    depth = data.depths[i]
+    assert depth.shape == data.images[i].shape[:2]
+    # One sweep of 64 beams covers about a twentieth of the picture.
+    assert 0.03 < (depth > 0).mean() < 0.08
+    lines = (root / f"training/label_2/{name}.txt").read_text().splitlines()
+    for words in map(str.split, lines):
+      if words[0] == "DontCare":
+        continue
+      x0, y0, x1, y1 = (round(float(v)) for v in words[4:8])
+      inside = depth[y0:y1, x0:x1]
+      surface = np.median(inside[inside > 0])
+      # What is labelled is the centre, half a length or less behind it.
+      length, centre = float(words[10]), float(words[13])
+      assert -0.5 < centre - surface < length / 2 + 0.5, words
+      compared += 1
+  assert compared >= 3

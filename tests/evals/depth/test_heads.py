@@ -1,0 +1,260 @@
+"""Depth heads, their losses and schedules, against formulas and PyTorch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtv_jax.evals.core import probe
+from mtv_jax.evals.depth import (
+  heads as depth_heads,
+)
+from mtv_jax.evals.depth import (
+  losses as depth_losses,
+)
+from mtv_jax.evals.depth import (
+  protocols as depth_recipes,
+)
+
+
+def test_expected_depth_golden():
+  depths = depth_heads.bin_depths(10, 3)
+  np.testing.assert_allclose(depths, [0.001, 5.0005, 10], rtol=1e-6)
+  z = jnp.array([1.0, 0.0, -2.0])
+  p = (jax.nn.relu(z) + 0.1) / 1.3
+  np.testing.assert_allclose(p, [0.846154, 0.076923, 0.076923], atol=1e-6)
+  got = depth_heads.expected_depth(z, depths)
+  assert float(got) == pytest.approx(1.154731, abs=1e-6)
+
+
+GOLDEN = tuple(
+  jnp.asarray(x, jnp.float32)[None, None]
+  for x in ([1, 2, 3, 7], [1.1, 1.8, 3.5, 0])
+)
+
+
+def test_sig_loss_golden():
+  predicted, truth = GOLDEN
+  valid = truth > 0
+  dino = depth_losses.sig_loss(predicted, truth, valid)
+  assert float(dino) == pytest.approx(0.137261, abs=1e-6)
+  probe3d = depth_losses.sig_loss(predicted, truth, valid, ddof=0)
+  assert float(probe3d) == pytest.approx(0.112586, abs=1e-6)
+  g = np.log(np.array([1.001, 2.001, 3.001]) / [1.101, 1.801, 3.501])
+  warm = depth_losses.sig_loss(predicted, truth, valid, variance_weight=0.0)
+  assert float(warm) == pytest.approx(np.sqrt(0.15) * abs(g.mean()), rel=1e-5)
+
+
+def test_losses_without_a_valid_pixel_are_zero():
+  predicted, truth = GOLDEN
+  none = jnp.zeros(truth.shape, bool)
+  for loss in (depth_losses.sig_loss, depth_losses.gradient_loss):
+    value, slope = jax.jit(jax.value_and_grad(loss))(predicted, truth, none)
+    assert float(value) == 0
+    assert not np.any(slope)
+  # A perfect prediction has no slope either, and no NaN.
+  truth = jnp.full((1, 3, 3), 2.0)
+  slope = jax.jit(jax.grad(depth_losses.sig_loss))(truth, truth, truth > 0)
+  assert np.all(np.isfinite(slope))
+
+
+def numpy_gradient_loss(predicted, truth, valid):
+  """Pixel by pixel."""
+  g = np.where(valid, np.log(predicted + 1e-3) - np.log(truth + 1e-3), 0)
+  total = 0
+  for stride in (1, 2, 4, 6):
+    e, m = g[:, ::stride, ::stride], valid[:, ::stride, ::stride]
+    part = 0
+    for b, y, x in np.ndindex(e.shape):
+      for y2, x2 in ((y + 2, x), (y, x + 2)):
+        if y2 < e.shape[1] and x2 < e.shape[2] and m[b, y, x] and m[b, y2, x2]:
+          part += abs(e[b, y2, x2] - e[b, y, x])
+    total += part / m.sum()
+  return total
+
+
+def test_gradient_loss_by_hand():
+  rng = np.random.default_rng(0)
+  predicted, truth = rng.uniform(0.5, 9, (2, 2, 13, 15)).astype(np.float32)
+  valid = rng.random((2, 13, 15)) < 0.7
+  truth = np.where(valid, truth, 0)
+  loss = jax.jit(depth_losses.gradient_loss)
+  got = loss(*map(jnp.asarray, (predicted, truth, valid)))
+  want = numpy_gradient_loss(predicted, truth, valid)
+  assert float(got) == pytest.approx(want, rel=1e-5)
+  # The log error of a scaled map is flat, up to the millimetre added.
+  scaled = loss(*map(jnp.asarray, (2 * truth, truth, valid)))
+  assert float(scaled) < 1e-2
+
+
+@pytest.mark.parametrize(
+  ("step", "rate"),
+  [
+    (0, 3e-7),
+    (6400, 1.4025e-4),
+    (12799, 2.2529e-4),
+    (12800, 2.2499e-4),
+    (25600, 7.4998e-5),
+    (38399, 1.2e-8),
+  ],
+)
+def test_warm_cosine_golden(step, rate):
+  got = depth_recipes.warm_cosine(step, steps=38_400, lr=3e-4)
+  assert float(got) == pytest.approx(rate, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("step", "factor"),
+  [(0, 0.01), (75, 0.505), (150, 1), (575, 0.71004), (1000, 0.01)],
+)
+def test_quarter_cosine_golden(step, factor):
+  got = depth_recipes.quarter_cosine(step, steps=1000, lr=1.0)
+  assert float(got) == pytest.approx(factor, abs=1e-5)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("steps", [100, 1001])
+def test_one_cycle_is_torch(steps):
+  import torch
+
+  weight = torch.nn.Parameter(torch.zeros(1))
+  optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9)
+  schedule = torch.optim.lr_scheduler.OneCycleLR(
+    optimizer, 1e-4, total_steps=steps, div_factor=25, final_div_factor=100
+  )
+  want = []
+  for _ in range(steps):
+    want.append(schedule.get_last_lr()[0])
+    optimizer.step()
+    if len(want) < steps:
+      schedule.step()
+  rate = depth_recipes.SCHEDULES["one_cycle"](steps, 1e-4)
+  got = jax.vmap(rate)(jnp.arange(steps))
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-11)
+
+
+def test_layers_of_the_published_probes():
+  recipes = depth_recipes.RECIPES
+  assert recipes["linear"].taps(12) == recipes["lin1"].taps(12) == (11,)
+  assert recipes["lin4"].taps(12) == recipes["dpt"].taps(12) == (2, 5, 8, 11)
+  # Where the two differ.
+  assert recipes["lin4"].taps(24) == (4, 11, 17, 23)
+  assert recipes["dpt"].taps(24) == (5, 11, 17, 23)
+  assert recipes["dpt"].taps(2) == (0, 0, 1, 1)
+
+
+def randomised(tree, seed=0):
+  """The same tree with every leaf drawn, none of them zero or one."""
+  leaves, structure = jax.tree.flatten(tree)
+  rng = np.random.default_rng(seed)
+  drawn = [rng.normal(0, 0.2, x.shape).astype(np.float32) for x in leaves]
+  return jax.tree.unflatten(structure, drawn)
+
+
+def torch_bins(logits, max_depth):
+  """Depth of logits `[b, k, h, w]`, from the formula."""
+  import torch
+
+  weights = torch.relu(logits) + 0.1
+  weights = weights / weights.sum(1, keepdim=True)
+  bins = torch.linspace(0.001, max_depth, logits.shape[1])
+  return (weights * bins[None, :, None, None]).sum(1)
+
+
+def to_torch(x):
+  import torch
+
+  x = np.asarray(x)
+  return torch.from_numpy(
+    np.array(x.transpose(0, 3, 1, 2) if x.ndim == 4 else x)
+  )
+
+
+def features(channels, seed=1):
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=(2, 3, 4, channels)).astype(np.float32)
+
+
+@pytest.mark.reference
+def test_linear_head_is_torch():
+  import torch
+
+  head = depth_heads.LinearHead(6, 10.0, norm="batch")
+  params = randomised(head.init(jax.random.key(0))[0])
+  x = features(6)
+  norm = torch.nn.BatchNorm2d(6)
+  conv = torch.nn.Conv2d(6, 256, 1)
+  with torch.no_grad():
+    norm.weight.copy_(to_torch(params["norm"]["scale"]))
+    norm.bias.copy_(to_torch(params["norm"]["bias"]))
+    conv.weight.copy_(to_torch(params["kernel"]).T[..., None, None])
+    conv.bias.copy_(to_torch(params["bias"]))
+    state = probe.batch_norm_stats(6)
+    # Two training steps move the running statistics, then they are used.
+    for batch in (x, 2 * x + 1):
+      got, state = head.apply(params, state, jnp.asarray(batch), mode="train")
+      want = torch_bins(conv(norm(to_torch(batch))), 10.0)
+      np.testing.assert_allclose(got, want, atol=2e-5)
+    norm.eval()
+    got, after = head.apply(params, state, jnp.asarray(x))
+    want = torch_bins(conv(norm(to_torch(x))), 10.0)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  assert after is state
+
+
+@pytest.mark.reference
+def test_upsampled_head_is_torch():
+  """Upstream enlarges the features, here the logits are: the same."""
+  import torch
+
+  head = depth_heads.LinearHead(6, 80.0, upsample=4)
+  params = randomised(head.init(jax.random.key(0))[0])
+  x = features(6)
+  large = torch.nn.functional.interpolate(
+    to_torch(x), scale_factor=4, mode="bilinear", align_corners=False
+  )
+  weight = to_torch(params["kernel"]).T[..., None, None]
+  want = torch_bins(
+    torch.nn.functional.conv2d(large, weight, to_torch(params["bias"])), 80.0
+  )
+  got, _ = head.apply(params, {}, jnp.asarray(x))
+  assert got.shape == (2, 12, 16)
+  np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.reference
+def test_dpt_head_is_torch():
+  import torch
+  from torch.nn import functional
+
+  head = depth_heads.DPTHead(4 * 5, 10.0, features=8)
+  params = randomised(head.init(jax.random.key(0))[0])
+  x = features(4 * 5)
+
+  def conv(name, value, tree=params):
+    # Flax keeps kernels as (y, x, in, out), PyTorch as (out, in, y, x).
+    kernel = np.transpose(tree[name]["kernel"], (3, 2, 0, 1))
+    kernel, bias = torch.tensor(kernel), to_torch(tree[name]["bias"])
+    return functional.conv2d(value, kernel, bias, padding=kernel.shape[-1] // 2)
+
+  def unit(name, value):
+    inner = torch.relu(conv("conv1", value, params[name]))
+    return value + torch.relu(conv("conv2", inner, params[name]))
+
+  def enlarge(value, factor):
+    return functional.interpolate(
+      value, scale_factor=factor, mode="bilinear", align_corners=True
+    )
+
+  maps = [
+    enlarge(conv(f"lateral{i + 1}", part), 2)
+    for i, part in enumerate(to_torch(x).split(5, dim=1))
+  ]
+  out = unit("unit4_2", maps[3])
+  for i in (3, 2, 1):
+    out = unit(f"unit{i}_2", unit(f"unit{i}_1", maps[i - 1]) + out)
+  out = torch.relu(conv("conv1", enlarge(out, 4)))
+  want = torch_bins(enlarge(conv("conv2", out), 2), 10.0)
+  got, _ = head.apply(params, {}, jnp.asarray(x))
+  assert got.shape == (2, 48, 64)
+  np.testing.assert_allclose(got, want, atol=1e-4)

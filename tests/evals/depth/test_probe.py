@@ -1,0 +1,396 @@
+"""The depth probe: augmentation, geometry, training, and the whole of it."""
+
+import dataclasses
+import json
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from mtv_jax.encoder import baselines
+from mtv_jax.encoder.encoder import Encoder, ImageFeatures
+from mtv_jax.evals import build_evaluator
+from mtv_jax.evals.core import probe, resizing
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.depth import (
+  augment as depth_augment,
+)
+from mtv_jax.evals.depth import (
+  metrics as depth_metrics,
+)
+from mtv_jax.evals.depth import (
+  training as depth_training,
+)
+from mtv_jax.evals.depth import (
+  views as depth_views,
+)
+from mtv_jax.evals.depth.augment import Example
+from mtv_jax.evals.depth.probe import DepthProbe
+from mtv_jax.evals.depth.views import View
+from mtv_jax.parallel import sharding
+
+
+@pytest.fixture(scope="module")
+def nyu_like():
+  """An image whose brightness tells the depth of each pixel, with a hole."""
+  rng = np.random.default_rng(0)
+  small = rng.uniform(1, 9, (6, 8)).astype(np.float32)
+  depth = cv2.resize(small, (640, 480), interpolation=cv2.INTER_NEAREST)
+  depth[100:200, 300:400] = 0
+  image = np.repeat(depth[..., None] * 18, 3, axis=-1)
+  return Example(image, depth)
+
+
+@pytest.mark.parametrize("name", ["flip", "toolbox", "probe3d"])
+def test_image_and_depth_stay_together(nyu_like, name):
+  size = depth_augment.augmented_size(name, (480, 640))
+  seen = []
+  for seed in range(8):
+    rng = np.random.default_rng(seed)
+    made = depth_augment.augment(nyu_like, name, rng)
+    assert made.depth.shape == made.image.shape[:2] == size
+    assert made.image.min() >= 0
+    assert made.image.max() <= 255
+    # Away from the edges of the squares, grey still is a function of depth,
+    # up to what the colours do: a rank correlation near one.
+    grey, depth = made.image[::5, ::5].mean(axis=-1), made.depth[::5, ::5]
+    order = np.corrcoef(
+      grey.ravel().argsort().argsort(), depth.ravel().argsort().argsort()
+    )
+    assert order[0, 1] > 0.97
+    seen.append(made.depth.tobytes())
+  assert len(set(seen)) > 1
+  again = depth_augment.augment(nyu_like, name, np.random.default_rng(7))
+  assert again.depth.tobytes() == seen[-1]
+
+
+def test_toolbox_keeps_off_the_border(nyu_like):
+  image = np.full((480, 640, 3), 255, np.float32)
+  image[45:472, 43:608] = 100
+  example = Example(image, nyu_like.depth)
+  for seed in range(6):
+    made = depth_augment.augment(
+      example, "toolbox", np.random.default_rng(seed)
+    )
+    assert made.image.max() < 255 * 0.75
+  with pytest.raises(ValueError, match="480 x 640 and this one is 4 x 4"):
+    small = Example(image[:4, :4], nyu_like.depth[:4, :4])
+    depth_augment.augment(small, "toolbox", np.random.default_rng(0))
+
+
+def test_rotation_is_clockwise_and_makes_no_depth_up(nyu_like):
+  image = np.zeros((101, 101, 3), np.float32)
+  depth = np.full((101, 101), 3.0, np.float32)
+  image[50, 90] = 255
+  turned = depth_augment.rotate(Example(image, depth), 90.0)
+  assert turned.image[90, 50, 0] == pytest.approx(255, abs=1)
+  made = depth_augment.rotate(nyu_like, 2.0).depth
+  assert set(np.unique(made)) <= {*np.unique(nyu_like.depth), 0.0}
+  assert (made == 0).sum() > (nyu_like.depth == 0).sum()
+
+
+MEAN = (0.5, 0.25, 0.75)
+
+
+def test_inputs_are_padded_with_the_mean_around():
+  view = View((30, 45), (30, 45), 14, "bilinear")
+  assert view.padded == (42, 56)
+  assert view.grid == (3, 4)
+  image = np.zeros((30, 45, 3), np.float32)
+  placed = view.place(image, MEAN)
+  assert placed.shape == (42, 56, 3)
+  assert (placed[6:36, 5:50] == 0).all()
+  np.testing.assert_allclose(placed[0, 0], 255 * np.array(MEAN))
+  assert (placed.any(-1)).sum() == 42 * 56 - 30 * 45
+  with pytest.raises(ValueError, match="29 x 45 among images of 30 x 45"):
+    view.place(image[1:], MEAN)
+
+
+def test_restoring_undoes_the_padding():
+  """A plane over the padded input is the same plane over the image."""
+  view = View((60, 90), (30, 45), 14, "bilinear")
+  rows, columns = (np.arange(14 * n) + 0.5 for n in view.grid)
+  plane = (2 * rows[:, None] + 3 * columns).astype(np.float32)
+  got = view.restore(plane[None])[0]
+  assert got.shape == (60, 90)
+  y, x = (np.arange(n) + 0.5 for n in (60, 90))
+  # Half as large, 6 and 5 pixels in.
+  want = 2 * (y[:, None] / 2 + 6) + 3 * (x / 2 + 5)
+  np.testing.assert_allclose(got[1:-1, 1:-1], want[1:-1, 1:-1], rtol=1e-5)
+  on_device = view.restore(jax.numpy.asarray(plane[None]))[0]
+  np.testing.assert_allclose(on_device, got, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "bilinear_corners"])
+def test_without_padding_restoring_is_resizing(method):
+  view = View((24, 40), (12, 20), 4, method)
+  maps = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
+  want = resizing.resize_maps(maps, (24, 40), method=method)
+  np.testing.assert_allclose(view.restore(maps), want, atol=1e-6)
+
+
+class Tokens(Encoder):
+  """Patches that name their layer, and a CLS token."""
+
+  def __init__(self):
+    self.asked = []
+    self.spec = baselines.load("pixels:32/8").spec
+    image = dataclasses.replace(
+      self.spec.image, cls_token=True, width=2, depth=12
+    )
+    self.spec = dataclasses.replace(self.spec, image=image)
+
+  def dense(self, images, *, layers=(), outputs=("patches",), batch_size=16):
+    self.asked.append((layers, outputs))
+    n = len(images)
+
+    def tokens(value, *shape):
+      return np.full((n, *shape, 2), value, np.float32)
+
+    return ImageFeatures(
+      pooled=None,
+      patches=tokens(-1, 2, 3),
+      prefix=tokens(-2, 4) if "prefix" in outputs else None,
+      layers={i: tokens(i, 2, 3) for i in layers},
+      prefix_layers={
+        i: np.concatenate([tokens(100 + i, 1), tokens(0, 3)], 1) for i in layers
+      },
+    )
+
+
+def read(**kwargs):
+  encoder = Tokens()
+  images = [np.zeros((16, 24, 3), np.float32)] * 5
+  found = depth_views.features(encoder, images, batch_size=2, **kwargs)
+  assert found.shape[:3] == (5, 2, 3)
+  assert (found == found[:1, :1, :1]).all()
+  width = depth_views.channels(
+    encoder, layers=kwargs["layers"], cls=kwargs["cls"]
+  )
+  assert found.shape[-1] == width
+  return found[0, 0, 0].tolist(), encoder.asked
+
+
+def test_what_the_probes_read():
+  final = read(layers=(11,), norm="final", cls="none")
+  assert final == ([-1, -1], [((), ("patches",))])
+  both = read(layers=(2, 11), norm="none", cls="concat")
+  assert both[0] == [2, 2, 102, 102, 11, 11, 111, 111]
+  assert read(layers=(2,), norm="none", cls="none")[0] == [2, 2]
+
+
+SMALL = {"train_count": 24, "count": 10, "steps": 40, "batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def pixels():
+  return baselines.load("pixels:32/8")
+
+
+@pytest.fixture(scope="module")
+def result(pixels):
+  return DepthProbe(**SMALL, pictures=2).run(pixels)
+
+
+def test_scenes_end_to_end(result):
+  metrics = result.metrics
+  assert tuple(metrics) == depth_metrics.METRICS
+  # Even raw pixels know more of depth than its mean.
+  assert metrics["rmse"] < 0.95 * result.chance["rmse"]
+  assert result.units["rmse"] == "m"
+  assert "rmse" in result.lower
+  assert "delta1" not in result.lower
+  protocol = json.loads(json.dumps(result.protocol))
+  assert protocol["protocol"] == "linear"
+  assert (protocol["images"], protocol["train_images"]) == (10, 24)
+  assert (protocol["steps"], protocol["batch_size"]) == (40, 8)
+  assert protocol["input_size"] == [32, 32]
+  assert protocol["final_norm"] is True
+  assert (protocol["crop"], protocol["tta"]) == ("none", "flip")
+  assert protocol["data_hash"] != protocol["train_hash"]
+  picture = result.pictures["depth"]
+  assert picture.dtype == np.uint8
+  assert picture.shape == (2 * 160 + 4, 3 * 160 + 2 * 4, 3)
+  assert picture.std() > 10
+
+
+def test_one_device_and_eight_agree(pixels, result):
+  assert pixels.mesh.size == 8
+  mesh = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  single = baselines.load("pixels:32/8", mesh=mesh)
+  again = DepthProbe(**SMALL).run(single)
+  for name, value in result.metrics.items():
+    assert again.metrics[name] == pytest.approx(value, rel=1e-3), name
+
+
+def torch_prediction(image, params, state, max_depth):
+  """The linear probe of one image of raw pixels, from the formulas."""
+  import torch
+  from torch.nn import functional
+
+  pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+  normalised = (pixels / 255 - 0.5) / 0.5
+  # Of each patch its pixels, ordered (y, x, channel).
+  patches = normalised.reshape(1, 3, 4, 8, 4, 8).permute(0, 3, 5, 1, 2, 4)
+  x = patches.reshape(1, 192, 4, 4)
+  leaf = {k: torch.from_numpy(np.array(v)) for k, v in params["norm"].items()}
+  mean, var = (torch.from_numpy(np.array(state[k])) for k in ("mean", "var"))
+  x = functional.batch_norm(x, mean, var, leaf["scale"], leaf["bias"])
+  weight = torch.from_numpy(np.array(params["kernel"])).T[..., None, None]
+  bias = torch.from_numpy(np.array(params["bias"]))
+  weights = torch.relu(functional.conv2d(x, weight, bias)) + 0.1
+  bins = torch.linspace(0.001, max_depth, 256)[:, None, None]
+  depth = (weights * bins).sum(1) / weights.sum(1)
+  return functional.interpolate(
+    depth[None], (32, 32), mode="bilinear", align_corners=False
+  )[0, 0].numpy()
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("tta", ["none", "flip"])
+def test_predictions_are_torch(pixels, tta):
+  """From the image to the limited depth map, given equal weights."""
+  evaluator = DepthProbe(count=3, batch_size=2, tta=tta, max_depth=6)
+  data = evaluator._set("test", 32)
+  setup = evaluator._resolve(pixels, data)
+  head = setup.head(pixels)
+  rng = np.random.default_rng(0)
+  params, state = jax.tree.map(
+    lambda x: rng.uniform(-0.5, 1, x.shape).astype(np.float32),
+    head.init(jax.random.key(0)),
+  )
+  state["var"] += 0.6
+  # Near and far bins pull apart, or every depth would be about the mean.
+  params["kernel"] *= np.linspace(-1, 1, 256, dtype=np.float32)
+  fitted = probe.Fitted(params, {"head": state}, np.zeros(1, np.float32))
+  found = depth_training.predictions(
+    pixels, data, setup, head=head, fitted=fitted
+  )
+  predicted = list(found)
+  assert len(predicted) == 3
+  for i, one in enumerate(predicted):
+    image = data.images[i].astype(np.float32)
+    want = torch_prediction(image, params, state, 6.0)
+    if tta == "flip":
+      other = torch_prediction(image[:, ::-1], params, state, 6.0)
+      want = (want + other[:, ::-1]) / 2
+    np.testing.assert_array_equal(one.truth, data.depths[i])
+    np.testing.assert_allclose(one.depth, want.clip(1e-3, 6), atol=1e-5)
+    assert np.ptp(one.depth) > 0.5
+
+
+def test_options_are_checked():
+  with pytest.raises(ValueError, match="Did you mean 'lin4'"):
+    DepthProbe(protocol="lin5")
+  with pytest.raises(ValueError, match="Did you mean 'toolbox'"):
+    DepthProbe(augment="tolbox")
+  with pytest.raises(ValueError, match="Did you mean 'nyu_eigen'"):
+    DepthProbe(crop="nyu_eigne")
+  with pytest.raises(FileNotFoundError, match="nothing there"):
+    DepthProbe(data="lost").prepare()
+  # Its small default options are those of the scenes, however they are named.
+  scenes = DepthProbe(data={"type": "scenes", "length": 2})
+  scenes.prepare()
+  assert len(scenes._set("train", 32).images) == 2
+  assert scenes._set("test", 32).images[0].shape == (32, 32, 3)
+  built = build_evaluator("depth_probe", {"layers": [3], "every_steps": 1})
+  assert built == DepthProbe(layers=(3,))
+
+
+@pytest.mark.parametrize(
+  "part",
+  ["training/velodyne/0.bin", "kitti_eigen_test_files_with_gt.txt"],
+)
+def test_kitti_is_not_probed(tmp_path, part):
+  path = tmp_path / part
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.touch()
+  with pytest.raises(NotApplicable, match="is KITTI.*relative_depth"):
+    DepthProbe(data=str(tmp_path)).prepare()
+
+
+def write_nyu(root, train=3, test=2):
+  """Images in the form of the lists whose brightness is their depth."""
+  rng = np.random.default_rng(0)
+  for split, count in (("train", train), ("test", test)):
+    lines = []
+    for i in range(count):
+      small = rng.uniform(1500, 8000, (3, 4)).astype(np.uint16)
+      depth = cv2.resize(small, (640, 480), interpolation=cv2.INTER_NEAREST)
+      depth[:60, :60] = 0
+      cv2.imwrite(str(root / f"{split}{i}.png"), depth)
+      cv2.imwrite(str(root / f"{split}{i}.jpg"), (depth // 32).astype(np.uint8))
+      lines.append(f"{split}{i}.jpg {split}{i}.png 518.8579")
+    (root / f"nyu_{split}.txt").write_text("\n".join(lines))
+  return root
+
+
+def test_published_values_for_real_data(tmp_path):
+  evaluator = DepthProbe(data=str(write_nyu(tmp_path, 1, 1)))
+  train = evaluator._set("train", 0)
+  setup = evaluator._resolve(Tokens(), train)
+  assert (setup.steps, setup.lr, setup.batch_size) == (38_400, 3e-4, 16)
+  assert (setup.augment, setup.tta, setup.crop) == (
+    "toolbox",
+    "flip",
+    "nyu_eigen",
+  )
+  assert (setup.layers, setup.max_depth, setup.warm_steps) == ((11,), 10, 100)
+  many = dataclasses.replace(train, images=datasets.Images(len, 795))
+  dpt = DepthProbe(protocol="dpt")._resolve(Tokens(), many)
+  assert (dpt.steps, dpt.batch_size, dpt.lr) == (990, 8, 5e-4)
+  assert (dpt.crop, dpt.tta, dpt.dpt_features) == ("none", "none", 512)
+  assert dpt.layers == (2, 5, 8, 11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["linear", "lin4", "dpt"])
+def test_every_protocol_on_files(tmp_path, pixels, protocol):
+  evaluator = DepthProbe(
+    data=str(write_nyu(tmp_path)),
+    protocol=protocol,
+    steps=15,
+    lr=0.02 if protocol != "dpt" else 0.005,
+    batch_size=2,
+    input_size=(48, 64),
+    dpt_features=8,
+    pictures=1,
+  )
+  evaluator.prepare()
+  result = evaluator.run(pixels)
+  assert result.protocol["images"] == 2
+  assert result.protocol["depth"] == "raw, mm"
+  assert result.metrics["rmse"] < result.chance["rmse"]
+  assert ("si_rmse" in result.metrics) == (protocol == "dpt")
+  if protocol == "dpt":
+    assert result.protocol["image_size"] == [480, 480]
+    assert result.metrics["si_rmse"] <= result.metrics["rmse"] + 1e-6
+    assert "si_rmse" in result.lower
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["lin4", "dpt"])
+def test_scenes_through_a_vit(protocol):
+  encoder = baselines.random("mu/8", 64)
+  result = DepthProbe(protocol=protocol).run(encoder)
+  assert result.metrics["rmse"] < 0.95 * result.chance["rmse"]
+
+
+@pytest.mark.slow
+def test_real_nyu(shared_data):
+  encoder = baselines.random("mu/16", 96)
+  evaluator = DepthProbe(
+    data=str(shared_data / "nyuv2"),
+    input_size=(192, 256),
+    augment="none",
+    steps=300,
+    lr=3e-3,
+  )
+  result = evaluator.run(encoder)
+  assert result.protocol["images"] == result.protocol["train_images"] == 100
+  assert result.protocol["crop"] == "nyu_eigen"
+  # Depth of the halves of these rooms differs: about 1 m of RMSE at random.
+  assert result.metrics["rmse"] < 0.98 * result.chance["rmse"]
+  assert 0.6 < result.chance["rmse"] < 1.6

@@ -1,0 +1,268 @@
+"""Relative depth: alignments, published rules, and the whole of it."""
+
+import json
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from mtv_jax.data.scenes import scenes
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.evals.core import resizing
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.depth import metrics as depth_metrics
+from mtv_jax.evals.depth import relative_depth
+from mtv_jax.evals.depth.relative_depth import RelativeDepth, aligned
+from mtv_jax.models import two_tower as models
+from mtv_jax.models.heads import dpt
+from mtv_jax.models.heads.predictors import DepthHead, Predictors
+from mtv_jax.parallel import sharding
+
+GT = np.array([1, 2, 4, 5, 9.0])
+PREDICTED = np.array([2.1, 1.2, 0.7, 0.5, -0.3])
+
+
+def test_disparity_golden():
+  depth = aligned(PREDICTED, GT, cap=10)
+  want = [1.116011, 1.816668, 2.789682, 3.550305, 10]
+  np.testing.assert_allclose(depth, want, atol=1e-6)
+  assert depth_metrics.abs_rel(depth, GT) == pytest.approx(0.182261, abs=1e-6)
+  assert depth_metrics.delta(depth, GT) == 0.6
+  assert depth_metrics.rmse(depth, GT) == pytest.approx(0.960578, abs=1e-6)
+
+
+def test_other_alignments_golden():
+  depth = aligned(PREDICTED, GT, alignment="depth", cap=10)
+  assert depth_metrics.abs_rel(depth, GT) == pytest.approx(0.368258, abs=1e-6)
+  disparity = aligned(PREDICTED, GT, alignment="disparity_space", cap=10)
+  got = depth_metrics.abs_rel(disparity, 1 / GT)
+  assert got == pytest.approx(0.455356, abs=1e-6)
+
+
+def test_marigolds_fit_leaves_out_what_is_not_positive():
+  got = aligned(PREDICTED, GT, alignment="disparity_positive", cap=10)
+  rows = np.stack([PREDICTED[:4], np.ones(4)], axis=1)
+  (s, t), *_ = np.linalg.lstsq(rows, 1 / GT[:4], rcond=None)
+  want = 1 / np.maximum(s * PREDICTED + t, 1e-3)
+  assert want[-1] == 1000
+  np.testing.assert_allclose(got, np.clip(want, 1e-3, 10), rtol=1e-9)
+
+
+def test_constant_predictions_end_at_the_cap():
+  flat = np.full(5, 0.4)
+  assert aligned(flat, GT, cap=10).tolist() == [10] * 5
+  best = aligned(None, GT, cap=10)
+  np.testing.assert_allclose(best, 1 / np.mean(1 / GT))
+
+
+class Knowing(Encoder):
+  """Predicts an affine function of the true inverse depth of scenes."""
+
+  has_depth = True
+
+  def __init__(self, *, noise=0.0, size=32):
+    self.noise, self.size = noise, size
+    self.preprocess = Preprocess(size=size)
+    self.given = []
+
+  def __repr__(self):
+    return "Knowing()"
+
+  def protocol(self):
+    return {"encoder": "knowing"}
+
+  def depth(self, images, *, batch_size=16):
+    self.given += [image.shape for image in images]
+    first = 1_000_000 + len(self.given) - len(images)
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(len(images)):
+      inverse = 1 / scenes.render(first + i, size=self.size).depth
+      rows.append(-3 * inverse + 50 + rng.normal(0, self.noise, inverse.shape))
+    return np.stack(rows).astype(np.float32)
+
+
+def test_what_is_affine_is_perfect():
+  """Whatever the sign and the scale, over several blocks of images."""
+  result = RelativeDepth(count=6, batch_size=1).run(Knowing())
+  assert result.metrics["abs_rel"] < 1e-4
+  assert result.metrics["rmse"] < 1e-3
+  assert result.metrics["delta1"] == 1
+  assert result.chance["abs_rel"] > 0.3
+  noisy = RelativeDepth(count=6, batch_size=1).run(Knowing(noise=0.2))
+  assert 0.02 < noisy.metrics["abs_rel"] < result.chance["abs_rel"]
+
+
+def test_result_and_its_protocol():
+  result = RelativeDepth(count=3, pictures=2).run(Knowing(noise=0.1))
+  assert list(result.metrics) == [
+    "abs_rel",
+    "delta1",
+    "delta2",
+    "delta3",
+    "rmse",
+  ]
+  assert result.units == {"rmse": "m", "abs_rel": ""}
+  assert set(result.lower) == {"rmse", "abs_rel"}
+  protocol = json.loads(json.dumps(result.protocol))
+  assert protocol["encoder"] == "knowing"
+  assert (protocol["images"], protocol["images_skipped"]) == (3, 0)
+  assert (protocol["protocol"], protocol["cap"]) == ("midas", 20)
+  assert result.pictures["depth"].shape == (2 * 160 + 4, 3 * 160 + 8, 3)
+  space = RelativeDepth(count=2, alignment="disparity_space").run(Knowing())
+  assert "rmse" not in space.metrics
+  assert space.metrics["delta1"] == 1
+
+
+def test_published_rules():
+  def rules(kind, **kwargs):
+    return RelativeDepth(**kwargs)._rules(kind)
+
+  midas = rules("kitti")
+  assert (midas.cut, midas.crop, midas.resize) == ("none", "none", "bilinear")
+  assert (midas.low, midas.high, midas.cap) == (0, None, 80)
+  assert rules("nyu").high == 10
+  anything = rules("kitti", protocol="depth_anything")
+  assert (anything.cut, anything.crop) == ("kb", "garg")
+  assert (anything.high, anything.resize) == (80, "bilinear_corners")
+  marigold = rules("kitti", protocol="marigold")
+  assert (marigold.crop, marigold.least) == ("kitti_eigen", 1e-5)
+  assert marigold.alignment == "disparity_positive"
+  assert rules("nyu", protocol="marigold").crop == "nyu_eigen"
+  own = rules("nyu", cap=8, crop="none", alignment="depth")
+  assert (own.cap, own.high, own.crop, own.alignment) == (8, 8, "none", "depth")
+
+
+def test_cut_of_kitti():
+  x = np.arange(375 * 1242).reshape(375, 1242)
+  got = relative_depth.cut(x, "kb")
+  assert got.shape == (352, 1216)
+  assert got[0, 0] == x[375 - 352, 13]
+  assert relative_depth.cut(x, "none") is x
+  with pytest.raises(ValueError, match="this one has 100 x 1242"):
+    relative_depth.cut(x[:100], "kb")
+
+
+def test_images_with_few_valid_pixels_are_skipped():
+  evaluator = RelativeDepth(count=4, cap=2.5, min_pixels=370)
+  result = evaluator.run(Knowing())
+  depths = [scenes.render(1_000_000 + i, size=32).depth for i in range(4)]
+  kept = sum((d < 2.5).sum() >= 370 for d in depths)
+  assert 0 < kept < 4
+  assert result.protocol["images"] == kept
+  assert result.protocol["images_skipped"] == 4 - kept
+  with pytest.raises(ValueError, match="none of 4 images"):
+    RelativeDepth(count=4, min_pixels=2000).run(Knowing())
+
+
+def test_unfit_encoders_and_options():
+  encoder = Knowing()
+  encoder.preprocess = Preprocess(size=32, resize="shortest", crop="center")
+  with pytest.raises(NotApplicable, match="central crop only"):
+    RelativeDepth(count=1).run(encoder)
+  encoder.has_depth = False
+  with pytest.raises(NotApplicable, match="has no depth head"):
+    RelativeDepth(count=1).run(encoder)
+  with pytest.raises(ValueError, match="Did you mean 'midas'"):
+    RelativeDepth(protocol="mida")
+  with pytest.raises(FileNotFoundError, match="nothing there"):
+    RelativeDepth(data="lost").prepare()
+
+
+def with_head(devices=None):
+  """A tiny tower with a DPT head, every weight drawn."""
+  config = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2}
+  spec = models.ModelSpec.from_config({**config, "heads": 2, "mlp_dim": 32})
+  head = DepthHead((0, 0, 1, 1), 8, (8, 8, 8, 8), size=8)
+  module = dpt.DPT(
+    features=8, channels=head.channels, tap_norm="layer", upsample=1
+  )
+  stages = [jax.ShapeDtypeStruct((1, 2, 2, 16), np.float32)] * 4
+  shapes = jax.eval_shape(
+    lambda *x: module.init(jax.random.key(0), x, (8, 8)), *stages
+  )
+  params = {
+    **models.abstract_params(spec),
+    "heads": {"depth": shapes["params"]},
+  }
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), params
+  )
+  return Encoder(
+    spec,
+    params,
+    Preprocess(size=16),
+    mesh=sharding.make_mesh({"data": -1}, devices),
+    predictors=Predictors(depth=head),
+  )
+
+
+@pytest.mark.slow
+def test_one_device_and_eight_agree():
+  encoder = with_head()
+  evaluator = RelativeDepth(count=9, batch_size=8)
+  result = evaluator.run(encoder)
+  single = RelativeDepth(count=9, batch_size=3).run(
+    with_head(jax.devices()[:1])
+  )
+  assert single.metrics == pytest.approx(result.metrics, rel=1e-4)
+  # Aligned, nothing can be worse than the best constant in inverse depth.
+  assert result.metrics["abs_rel"] < 1.2 * result.chance["abs_rel"]
+
+
+@pytest.mark.parametrize("protocol", ["midas", "depth_anything", "marigold"])
+def test_real_nyu(shared_data, protocol):
+  """A prediction made of the truth, shrunk to 60 x 80."""
+
+  class Shrunk(Knowing):
+    def depth(self, images, *, batch_size=16):
+      depths = [evaluator._set(96).depths[i] for i in range(len(images))]
+      return np.stack([resizing.resize_maps(1 / d, (60, 80)) for d in depths])
+
+  evaluator = RelativeDepth(
+    data=str(shared_data / "nyuv2"), protocol=protocol, count=4
+  )
+  result = evaluator.run(Shrunk())
+  assert result.protocol["images"] == 4
+  assert result.metrics["abs_rel"] < 0.03
+  assert result.metrics["delta1"] > 0.98
+  assert 0.1 < result.chance["abs_rel"] < 0.6
+
+
+@pytest.mark.parametrize("protocol", ["midas", "depth_anything", "marigold"])
+def test_real_kitti(shared_data, protocol):
+  """A prediction made of the truth, its points spread over their gaps."""
+
+  class Spread(Knowing):
+    def depth(self, images, *, batch_size=16):
+      cut = result_cut[protocol]
+      rows = []
+      for i in range(len(images)):
+        depth = relative_depth.cut(evaluator._set(96).depths[i], cut)
+        assert depth.shape == images[i].shape[:2]
+        inverse = np.where(depth > 0, 1 / np.maximum(depth, 1), 0)
+        filled = cv2.dilate(inverse, np.ones((9, 15), np.uint8))
+        rows.append(resizing.resize_maps(filled, (128, 256)))
+      return np.stack(rows).astype(np.float32)
+
+  result_cut = {"midas": "none", "depth_anything": "kb", "marigold": "kb"}
+  evaluator = RelativeDepth(
+    data=str(shared_data / "kitti_object"), protocol=protocol, pictures=2
+  )
+  result = evaluator.run(Spread())
+  assert result.protocol["images"] == 2
+  assert result.metrics["abs_rel"] < 0.4 * result.chance["abs_rel"]
+  assert result.protocol["image_cut"] == result_cut[protocol]
+  assert result.pictures["depth"].shape[0] == 2 * 160 + 4
+
+
+@pytest.mark.slow
+def test_real_files_through_a_head(shared_data):
+  encoder = with_head()
+  for name in ("nyuv2", "kitti_object"):
+    result = RelativeDepth(data=str(shared_data / name)).run(encoder)
+    assert np.isfinite(list(result.metrics.values())).all()
+    assert result.metrics["abs_rel"] < 1.5 * result.chance["abs_rel"]

@@ -1,0 +1,313 @@
+"""Grounding: figures of encoders that know or guess, and COCO's layout."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.prediction import Boxes, Regions
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.examples import Images
+from mtv_jax.evals.datasets import named_boxes
+from mtv_jax.evals.grounding import grounding, region_features
+from mtv_jax.evals.grounding.grounding import Grounding
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+class Painter(Encoder):
+  """Sees the mean colour in a box, and finds a colour's pixels."""
+
+  has_grounding = has_locator = True
+
+  def __init__(self):
+    pass
+
+  def text(self, strings, *, batch_size=256):
+    words = [[w for w in COLOURS if w in string] for string in strings]
+    rows = [COLOURS[own[0]] if own else (1, 1, 1) for own in words]
+    return np.asarray(rows, np.float32)
+
+  def ground(self, images, boxes, *, batch_size=16):
+    m = max(map(len, boxes))
+    out = np.zeros((len(images), m, 3), np.float32)
+    valid = np.zeros((len(images), m), bool)
+    for i, own in enumerate(boxes):
+      for k, box in enumerate(own):
+        pixels = region_features.cut(images[i], box).reshape(-1, 3)
+        out[i, k] = normalize(pixels.mean(axis=0)[None])[0]
+        valid[i, k] = True
+    return Regions(out, valid)
+
+  def locate(self, images, phrases, *, batch_size=16):
+    m = max(map(len, phrases))
+    out = np.zeros((len(images), m, 4), np.float32)
+    valid = np.zeros((len(images), m), bool)
+    for i, own in enumerate(phrases):
+      for k, phrase in enumerate(own):
+        y, x = np.nonzero((images[i] == COLOURS[phrase]).all(axis=-1))
+        size = np.tile(images[i].shape[:2], 2)
+        corners = (y.min(), x.min(), y.max() + 1, x.max() + 1)
+        out[i, k] = np.asarray(corners) / size
+        valid[i, k] = True
+    return Boxes(out, valid)
+
+  def protocol(self):
+    return {"encoder": "painter"}
+
+
+def rows(*paintings):
+  """COCO's instances of images, each [(colour, x, y, width, height), ...]."""
+  names = sorted(COLOURS)
+  return {
+    # Ids that are no positions, as COCO's are.
+    "categories": [{"id": 7 + 3 * i, "name": n} for i, n in enumerate(names)],
+    "images": [
+      {"id": 40 - i, "file_name": f"{i}.png", "height": 20, "width": 40}
+      for i in range(len(paintings))
+    ],
+    "annotations": [
+      {
+        "image_id": 40 - i,
+        "category_id": 7 + 3 * names.index(colour),
+        "bbox": box,
+        "iscrowd": 0,
+      }
+      for i, own in enumerate(paintings)
+      for colour, *box in own
+    ],
+  }
+
+
+PAINTINGS = (
+  [("red", 0, 0, 10, 10), ("green", 20, 4, 16, 12)],
+  [],  # Unlabelled.
+  [("blue", 4, 4, 8, 16), ("red", 20, 0, 4, 4), ("red", 30, 10, 6, 6)],
+)
+
+
+@pytest.fixture
+def coco(tmp_path):
+  """COCO's layout in miniature."""
+  (tmp_path / "annotations").mkdir()
+  (tmp_path / "val2017").mkdir()
+  for i, own in enumerate(PAINTINGS):
+    image = np.full((20, 40, 3), 90, np.uint8)
+    for colour, x, y, width, height in own:
+      image[y : y + height, x : x + width] = COLOURS[colour]
+    PIL.Image.fromarray(image).save(tmp_path / "val2017" / f"{i}.png")
+  content = rows(*PAINTINGS)
+  crowd = dict(content["annotations"][0], iscrowd=1)
+  thin = dict(content["annotations"][0], bbox=[3, 3, 0.5, 9])
+  content["annotations"] += [crowd, thin]
+  file = tmp_path / "annotations" / "instances_val2017.json"
+  file.write_text(json.dumps(content))
+  return tmp_path
+
+
+def test_coco_layout(coco):
+  data = named_boxes.read(coco)
+  again = named_boxes.read(coco / "annotations" / "instances_val2017.json")
+  assert data.digest == again.digest
+  assert len(data.images) == 2
+  assert data.classes == ("blue", "green", "red")
+  assert data.phrases == (("red", "green"), ("blue", "red", "red"))
+  np.testing.assert_array_equal(data.labels[1], [0, 2, 2])
+  np.testing.assert_allclose(
+    data.boxes[0], [[0, 0, 0.5, 0.25], [0.2, 0.5, 0.8, 0.9]], atol=1e-6
+  )
+  assert data.left_out == {"crowds": 1, "thinner than a pixel": 1}
+  one = named_boxes.read(coco, count=1)
+  assert len(one.images) == 1
+  assert one.digest != data.digest
+
+
+def test_scenes_as_a_source_are_held_out_too():
+  read = named_boxes.read({"type": "scenes", "length": 3})
+  assert read.digest == named_boxes.read("scenes", count=3).digest
+  other = named_boxes.read({"type": "scenes", "length": 3, "first": 5})
+  assert other.digest != read.digest
+
+
+def test_an_encoder_that_knows(coco):
+  result = Grounding(data=str(coco), pictures=2).run(Painter())
+  # Red has three boxes; in the second image the union of two is found.
+  expected = {
+    "region_to_phrase_r1": 1.0,
+    "phrase_to_region_r1": 1.0,
+    "box_top1": 1.0,
+    "box_mean_per_class": 1.0,
+    "located_iou50": 3 / 4,
+    "located_mean_iou": (3 + 6 * 6 / (16 * 16)) / 4,
+  }
+  for name, value in expected.items():
+    assert result.metrics[name] == pytest.approx(value, abs=1e-6), name
+  assert result.chance["region_to_phrase_r1"] == pytest.approx(1 / 3)
+  assert result.chance["box_top1"] == pytest.approx(1 / 3)
+  # Of five regions red has three, green and blue one each.
+  assert result.chance["phrase_to_region_r1"] == pytest.approx(
+    (3 / 5 + 1 / 5 + 1 / 5) / 3
+  )
+  protocol = json.loads(json.dumps(result.protocol))
+  assert protocol["regions"] == "prompter"
+  assert protocol["boxes"] == 5
+  assert protocol["phrases_distinct"] == 3
+  assert result.pictures["regions"].shape[2] == 3
+
+
+class Guesser(Painter):
+  """Seeded vectors of few values, so that there are ties."""
+
+  has_locator = False
+
+  def text(self, strings, *, batch_size=256):
+    rng = np.random.default_rng(5)
+    table = {p: rng.integers(-1, 2, 3) for p in sorted(PHRASES)}
+    return np.asarray([table[s] for s in strings], np.float32) + 0.1
+
+  def ground(self, images, boxes, *, batch_size=16):
+    # A function of the box alone.
+    keys = np.asarray(boxes)[..., 0] * 1000
+    drawn = [
+      [np.random.default_rng(int(k)).integers(-1, 2, 3) + 0.1 for k in own]
+      for own in keys
+    ]
+    out = normalize(np.asarray(drawn, np.float32))
+    return Regions(out, np.ones(out.shape[:2], bool))
+
+
+PHRASES = ("a cup", "a cat", "a kite", "a tie", "a bus")
+
+
+def test_retrieval_equals_loops(monkeypatch):
+  rng = np.random.default_rng(6)
+  phrases = [tuple(rng.choice(PHRASES, 4)) for _ in range(9)]
+  boxes = rng.uniform(0, 0.4, (9, 4, 4)).astype(np.float32)
+  data = named_boxes.NamedBoxes(
+    name="drawn",
+    images=Images(lambda i: np.zeros((8, 8, 3), np.uint8), 9),
+    boxes=tuple(boxes),
+    phrases=tuple(phrases),
+    labels=None,
+    classes=None,
+    digest="0",
+    left_out={},
+  )
+  monkeypatch.setattr(named_boxes, "read", lambda *args, **kwargs: data)
+  result = Grounding().run(Guesser())
+  assert not [name for name in result.metrics if name.startswith("box")]
+
+  region = Guesser().ground(None, boxes).embeddings.reshape(36, 3)
+  own = [p for each in phrases for p in each]
+  distinct = list(dict.fromkeys(own))
+  text = normalize(Guesser().text(distinct))
+  scores = np.round(region @ text.T, 5)
+  assert len(np.unique(scores)) < scores.size / 2, "no ties to decide"
+  for k in (1, 5, 10):
+    found = [
+      own[a] in [distinct[j] for j in np.argsort(-row, kind="stable")[:k]]
+      for a, row in enumerate(scores)
+    ]
+    assert result.metrics[f"region_to_phrase_r{k}"] == np.mean(found)
+    found = [
+      p in [own[a] for a in np.argsort(-scores[:, j], kind="stable")[:k]]
+      for j, p in enumerate(distinct)
+    ]
+    assert result.metrics[f"phrase_to_region_r{k}"] == np.mean(found)
+
+
+def counted(a, b, side=40):
+  """IoU by counting cells."""
+
+  def cells(box):
+    mask = np.zeros((side, side), bool)
+    y0, x0, y1, x1 = np.round(np.asarray(box) * side).astype(int)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+  both, either = cells(a) & cells(b), cells(a) | cells(b)
+  return both.sum() / max(either.sum(), 1)
+
+
+def test_ious_are_shares_of_cells():
+  rng = np.random.default_rng(7)
+  corners = np.sort(rng.integers(0, 41, (12, 2, 2)), axis=1) / 40
+  boxes = corners.reshape(12, 4)
+  boxes[3] = boxes[4]
+  got = grounding.ious(boxes[:7], boxes[3:])
+  want = [[counted(a, b) for b in boxes[3:]] for a in boxes[:7]]
+  np.testing.assert_allclose(got, want, atol=1e-12)
+  assert grounding.ious(np.zeros((1, 4)), np.zeros((1, 4))) == 0
+
+
+def test_the_floor_is_the_best_fixed_box(coco):
+  data = named_boxes.read(coco)
+  asked = [tuple(dict.fromkeys(own)) for own in data.phrases]
+  answers = grounding.fixed_answers(data)
+  floor = grounding.fixed_overlaps(answers, asked, data)
+  assert floor.shape == (5 + 64, 4)
+  for answer, got in zip(answers[::9], floor[::9], strict=True):
+    always = [np.tile(answer, (len(own), 1)) for own in asked]
+    want = grounding.best_overlaps(always, asked, data)
+    np.testing.assert_allclose(got, want, atol=1e-12)
+  # Each of the set's boxes answers at least its own phrase.
+  assert (floor[:5] >= 0.999).any(axis=1).all()
+
+
+# ---------------------------------------------------------------------------
+# Mistakes, and real files.
+
+
+def test_mistakes_are_explained(coco, tmp_path):
+  with pytest.raises(FileNotFoundError, match="nothing there. Expected 'scen"):
+    named_boxes.read(str(tmp_path / "none"))
+  with pytest.raises(NotApplicable, match="no named boxes"):
+    named_boxes.read(str(coco / "val2017"))
+  captions = tmp_path / "captions_val2017.json"
+  captions.write_text('{"images": [], "annotations": [{"caption": "a"}]}')
+  with pytest.raises(NotApplicable, match="instances_"):
+    named_boxes.read(str(captions))
+  with pytest.raises(ValueError, match="regions is 'boxes'"):
+    Grounding(regions="boxes")
+  names = tmp_path / "names.json"
+  names.write_text('{"classes": ["a", "b"]}')
+  with pytest.raises(ValueError, match="names 2 classes and .* has 3"):
+    Grounding(data=str(coco), prompts=str(names)).prepare()
+  file = coco / "annotations" / "instances_val2017.json"
+  content = json.loads(file.read_text())
+  content["annotations"][0]["image_id"] = 999
+  file.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match="1 annotated image ids .* such as 999"):
+    named_boxes.read(str(coco))
+
+
+def test_images_that_are_not_the_annotated_ones(coco):
+  other = coco / "val2017" / "2.png"
+  PIL.Image.new("RGB", (40, 40)).save(other)
+  data = named_boxes.read(coco)
+  with pytest.raises(ValueError, match="2.png is 40x40 .* for 20x40"):
+    data.images[1]
+  other.unlink()
+  with pytest.raises(FileNotFoundError, match="1 of 2 images are missing"):
+    named_boxes.read(coco)
+  (coco / "val2017" / "0.png").unlink()
+  with pytest.raises(FileNotFoundError, match="say where with images="):
+    named_boxes.read(coco)
+  (coco / "annotations" / "instances_val2017.json").unlink()
+  with pytest.raises(FileNotFoundError, match="missing  annotations/inst"):
+    named_boxes.read(coco)
+
+
+def test_real_coco(shared_data):
+  data = named_boxes.read(shared_data / "coco")
+  assert len(data.images) == 104
+  assert sum(map(len, data.boxes)) == 872
+  assert data.left_out["crowds"] == 8
+  assert len(data.classes) == 80
+  result = Grounding(data=str(shared_data / "coco"), count=6, locate="none")
+  figures = result.run(Painter())
+  assert figures.protocol["images"] == 6
+  assert figures.chance["box_top1"] == 1 / 80
+  assert 0 <= figures.metrics["box_top1"] < 0.5

@@ -1,0 +1,202 @@
+"""Regions of real encoders: crops, pooled patches and the prompter's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtv_jax.data.scenes import scenes
+from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.datasets import named_boxes
+from mtv_jax.evals.grounding import region_features
+from mtv_jax.evals.grounding.grounding import Grounding
+from mtv_jax.models import two_tower as models
+from mtv_jax.models.heads.predictors import Predictors
+from mtv_jax.objectives import build_objective
+from mtv_jax.parallel import sharding
+
+
+def tower(**image):
+  shape = {"width": 32, "depth": 1, "heads": 2, "mlp_dim": 64}
+  return models.ModelSpec.from_config(
+    {
+      "image_size": 32,
+      "patch_size": 8,
+      **shape,
+      **image,
+      "text": {"length": 12, "vocab_size": 258, **shape},
+    }
+  )
+
+
+@functools.cache
+def drawn(spec):
+  rng = np.random.default_rng(8)
+  shapes = models.abstract_params(spec)
+  return jax.tree.map(
+    lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes
+  )
+
+
+def build(spec, *, devices=None, params=None, **kwargs):
+  return Encoder(
+    spec,
+    params or drawn(spec),
+    kwargs.pop("preprocess", Preprocess(size=32)),
+    tokenizers.build_tokenizer("bytes", clean="lower"),
+    sharding.make_mesh({"data": -1}, devices),
+    **kwargs,
+  )
+
+
+MEAN = tower(pool="mean", projection=16)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+  rng = np.random.default_rng(9)
+  return list(rng.integers(0, 256, (3, 40, 48, 3), np.uint8))
+
+
+WHOLE = [np.float32([[0, 0, 1, 1]])] * 3
+
+
+@pytest.mark.parametrize("way", ["pool", "crop"])
+def test_the_whole_image_is_the_image(way, pictures):
+  encoder = build(MEAN)
+  got = region_features.embed(encoder, pictures, WHOLE, way=way)
+  want = encoder.image(pictures, outputs=("pooled",)).pooled
+  np.testing.assert_allclose(got, normalize(want), atol=1e-5)
+
+
+def test_pooled_patches_are_weighed_by_area(pictures):
+  encoder = build(MEAN)
+  # Rows 0..1.5 of 4, columns 1..2.
+  boxes = [np.float32([[0, 0.25, 0.375, 0.5]])] * 3
+  got = region_features.embed(encoder, pictures, boxes, way="pool")
+  patches = encoder.image(pictures, outputs=("patches",)).patches
+  want = (patches[:, 0, 1] + 0.5 * patches[:, 1, 1]) / 1.5
+  want = want @ drawn(MEAN)["image"]["projection"]["kernel"]
+  np.testing.assert_allclose(got, normalize(want), atol=1e-5)
+
+
+def test_crops_are_warped_whatever_the_preprocessing(pictures):
+  boxes = [np.float32([[0.1, 0.5, 0.9, 0.625], [0, 0, 0.01, 0.01]])] * 3
+  centred = Preprocess(size=32, resize="shortest", crop="center")
+  got = region_features.embed(
+    build(MEAN, preprocess=centred), pictures, boxes, way="crop"
+  )
+  encoder = build(MEAN)
+  cuts = [pictures[0][4:36, 24:30], pictures[0][:1, :1]]
+  want = normalize(encoder.image(cuts, outputs=("pooled",)).pooled)
+  np.testing.assert_allclose(got[:2], want, atol=1e-5)
+
+
+def test_the_protocol_says_how_pixels_were_prepared():
+  """Of an encoder that crops, only the mean and the like are kept."""
+  own = Preprocess(
+    size=32,
+    resize="shortest",
+    crop="center",
+    resize_size=36,
+    mean=(0.4, 0.5, 0.6),
+  )
+  encoder = build(MEAN, preprocess=own)
+  evaluator = Grounding(count=2, locate="none", regions="pool")
+  pooled = evaluator.run(encoder).protocol["preprocess"]
+  cropped = region_features.protocol(encoder, "crop")["preprocess"]
+  squashed = {"resize": "squash", "crop": "none", "resize_size": None}
+  assert pooled == {**own.to_dict(), **squashed, "of": "the whole image"}
+  assert cropped == {**own.to_dict(), **squashed, "of": "the box's pixels"}
+  # The prompter reads what the encoder reads.
+  asked = region_features.protocol(build(MEAN), "prompter")["preprocess"]
+  assert asked == {**Preprocess(size=32).to_dict(), "of": "the whole image"}
+
+
+def test_covered():
+  got = region_features.covered(
+    np.float32([0, 0.3, 0.5, 1.0]), np.float32([1, 0.6, 0.5, 1.0]), 4
+  )
+  np.testing.assert_array_equal(got[0], [1, 1, 1, 1])
+  np.testing.assert_allclose(got[1], [0, 0.8, 0.4, 0], atol=1e-5)
+  assert (got.sum(axis=1) > 0).all()
+  assert got[2].argmax() == 2
+  assert got[3].argmax() == 3
+
+
+def test_which_way(with_heads):
+  plain = build(tower())
+  assert region_features.resolve(plain, "auto") == "crop"
+  assert region_features.resolve(with_heads(), "auto") == "prompter"
+  with pytest.raises(NotApplicable, match="no prompter.*regions='crop'"):
+    region_features.resolve(plain, "prompter")
+  with pytest.raises(NotApplicable, match="pools by 'map'"):
+    region_features.resolve(plain, "pool")
+  assert region_features.resolve(build(MEAN), "pool") == "pool"
+
+
+# ---------------------------------------------------------------------------
+# On the built-in scenes, with a real encoder.
+
+
+def init(head, spec):
+  example = [
+    jnp.zeros(x.shape) if hasattr(x, "shape") else x for x in head.example(spec)
+  ]
+  return head.module.init(jax.random.key(0), *example)["params"]
+
+
+@pytest.fixture(scope="module")
+def with_heads():
+  """An encoder with prompter and locator, by its devices."""
+  spec, rng = tower(), np.random.default_rng(10)
+  entry = {"regression": 1.0}
+  objective = build_objective("grounding", entry).resolve(spec, {})
+  heads = jax.tree.map(
+    lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32),
+    {
+      name: jax.eval_shape(functools.partial(init, head, spec))
+      for name, head in objective.heads().items()
+    },
+  )
+  params = {**drawn(spec), "heads": heads}
+  described = Predictors.from_config({"grounding": entry}, spec)
+
+  def make(devices=None):
+    return build(spec, devices=devices, params=params, predictors=described)
+
+  return make
+
+
+@pytest.mark.slow
+def test_scenes_on_one_device_and_eight(with_heads):
+  evaluator = Grounding(count=6)
+  eight = evaluator.run(with_heads())
+  # Locating is left out, which test_predicting.py looks at.
+  single = Grounding(count=6, batch_size=4, locate="none")
+  one = single.run(with_heads(jax.devices()[:1]))
+  assert len(one.metrics) == 9
+  for name, value in one.metrics.items():
+    assert eight.metrics[name] == pytest.approx(value, abs=1e-5), name
+  assert {"located_iou50", "box_top1"} <= eight.metrics.keys()
+  assert eight.chance["box_top1"] == pytest.approx(1 / len(scenes.CLASS_NAMES))
+  assert eight.protocol["images"] == 6
+  # The boxes are those of scenes that no training run reaches.
+  want = scenes.render(1_000_000)
+  data = named_boxes.read("scenes", count=6)
+  np.testing.assert_array_equal(data.boxes[0], want.boxes)
+  assert data.phrases[0] == want.phrases
+  for phrase, label in zip(data.phrases[0], data.labels[0], strict=True):
+    assert data.classes[label] in phrase
+
+
+def test_an_encoder_without_texts_is_not_asked():
+  image = models.ModelSpec.from_config({"variant": "mu/8", "image_size": 32})
+  encoder = Encoder(image, {"image": {}}, Preprocess(size=32))
+  with pytest.raises(NotApplicable, match="no text tower"):
+    Grounding().run(encoder)

@@ -1,0 +1,381 @@
+"""Tables, JSON, the radar chart and the page."""
+
+import dataclasses
+import html.parser
+import json
+import math
+
+import numpy as np
+import pytest
+
+from mtv_jax.evals import suite
+from mtv_jax.evals.core import results
+from mtv_jax.evals.core.base import Result
+from mtv_jax.evals.core.results import Outcome
+from mtv_jax.evals.report import (
+  pages,
+  radar,
+  references,
+  report,
+  sheets,
+  tables,
+)
+
+DEPTH = Result(
+  {"rmse": 0.5, "delta1": 0.75},
+  {"encoder": "a", "data": "nyu", "data_hash": "1", "images": 20},
+  {"rmse": 1.5},
+  units={"rmse": "m"},
+  lower=("rmse",),
+)
+SHOT = Result(
+  {"top1": 0.25},
+  {"encoder": "a", "data_hash": "2", "size": (3, 4)},
+  {"top1": 0.1},
+)
+
+
+def outcome(name, depth=0.5, **kwargs):
+  depth = dataclasses.replace(
+    DEPTH,
+    metrics={"rmse": depth, "delta1": 0.75},
+    protocol={**DEPTH.protocol, "encoder": name},
+    pictures={},
+  )
+  shot = dataclasses.replace(SHOT, protocol={**SHOT.protocol, "encoder": name})
+  fields = {
+    "results": {"depth": depth, "shot": shot},
+    "protocol": {"encoder": name},
+    "version": "0",
+    **kwargs,
+  }
+  return Outcome(name=name, encoder=name, weights="student", **fields)
+
+
+def cells(line):
+  return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_units_and_direction():
+  lines = tables.text([outcome("a")]).splitlines()
+  assert lines[0].split() == ["evaluation", "metric", "unit", "a", "chance"]
+  assert lines[2].split() == ["depth", "rmse", "m", "(lower)", "0.500", "1.500"]
+  assert lines[3].split() == ["depth", "delta1", "%", "75.00"]
+  assert lines[4].split() == ["shot", "top1", "%", "25.00", "10.00"]
+
+
+@pytest.mark.parametrize(
+  ("value", "unit", "want"),
+  [
+    (12.3456, "%", "12.35"),
+    (0.0, "%", "0.00"),
+    (0.0823, "", "0.082"),
+    (0.0012345, "m", "0.001234"),
+    (123456.7, "", "1.235e+05"),
+    (0.0, "", "0.000"),
+    (None, "m", "-"),
+  ],
+)
+def test_figures(value, unit, want):
+  assert tables.figure(value, unit) == want
+
+
+def test_markdown_marks_the_best_and_what_has_no_figure():
+  other = outcome("b|c", depth=0.25)
+  del other.results["shot"]
+  lines = tables.markdown([outcome("a"), other]).splitlines()
+  assert lines[0] == "| evaluation | metric | a | b\\|c | chance |"
+  rmse, delta, top1 = map(cells, lines[2:])
+  assert rmse == ["depth", "rmse ↓", "0.500 m", "**0.250 m**", "1.500 m"]
+  assert delta == ["depth", "delta1", "**75.00 %**", "**75.00 %**", ""]
+  assert top1 == ["shot", "top1", "25.00 %", "-", "10.00 %"]
+
+
+def test_other_data_are_not_compared():
+  other = outcome("b", depth=0.25)
+  protocol = {**DEPTH.protocol, "data_hash": "other"}
+  other.results["depth"] = dataclasses.replace(DEPTH, protocol=protocol)
+  row = tables.rows([outcome("a"), other])[0]
+  assert row.values == (0.5, None) and row.best is None
+
+
+@pytest.mark.parametrize("key", ["protocol", "train_hash", "train_data_hash"])
+def test_only_figures_of_one_protocol_have_a_best(key):
+  def marked(value):
+    other = outcome("b", depth=0.25)
+    other.results["depth"].protocol[key] = value
+    mine = outcome("a")
+    mine.results["depth"].protocol[key] = "linear"
+    assert tables.rows([mine, other])[0].values == (0.5, 0.25)
+    return "**0.250 m**" in tables.markdown([mine, other])
+
+  assert marked("linear")
+  assert not marked("dpt")
+
+
+def test_protocols_are_told_once():
+  shown = tables.protocol([outcome("a"), outcome("b")], "depth")
+  # The encoder's own part is in the table of encoders.
+  assert shown.common == {"data": "nyu", "data_hash": "1", "images": 20}
+  assert shown.own == {}
+  other = outcome("b")
+  other.results["depth"].protocol["images"] = 7
+  other.results["depth"].protocol["crop"] = "eigen"
+  shown = tables.protocol([outcome("a"), other], "depth")
+  assert shown.own == {"images": [20, 7], "crop": [None, "eigen"]}
+  text = tables.terminal([outcome("a"), other])
+  assert "  images of a: 20\n  images of b: 7" in text
+  assert "a:\n  encoder: a" in text
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_json_round_trip(tmp_path, count):
+  broken = outcome("a", skipped={"text": "none"}, failed={"x": "boom"})
+  broken.results["depth"].metrics["rmse"] = math.nan
+  broken.results["depth"].protocol["threshold"] = np.float32(0.5)
+  broken.results["depth"].pictures["sheet"] = np.zeros((2, 2, 3), np.uint8)
+  path = tmp_path / "deep" / "results.json"
+  results.write(path, [broken, outcome("b")][:count])
+
+  def refuse(name):
+    raise AssertionError(f"{name} is no JSON")
+
+  content = json.loads(path.read_text(), parse_constant=refuse)
+  assert ("encoders" in content) == (count == 2)
+  back = results.read(path)
+  assert [o.name for o in back] == ["a", "b"][:count]
+  assert math.isnan(back[0].results["depth"].metrics["rmse"])
+  assert back[0].results["depth"].lower == ("rmse",)
+  assert back[0].results["depth"].protocol["threshold"] == 0.5
+  assert back[0].results["depth"].pictures == {}
+  assert (back[0].skipped, back[0].failed) == ({"text": "none"}, {"x": "boom"})
+  assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+  # What has come through JSON is the same protocol still.
+  assert tables.protocol([broken, back[0]], "shot").own == {}
+
+
+def test_json_that_is_no_result(tmp_path):
+  path = tmp_path / "x.json"
+  path.write_text('{"annotations": []}')
+  with pytest.raises(ValueError, match=r"\['annotations'\]; expected the res"):
+    results.read(path)
+  path.write_text('{"evals": {}}')
+  with pytest.raises(ValueError, match="can't be read.*encoder"):
+    results.read(path)
+  path.write_text("x")
+  with pytest.raises(ValueError, match="is not JSON"):
+    results.read(path)
+
+
+def test_axes_have_round_ends():
+  axis = radar.axis("x", [12.0, None, 61.3], unit="%", lower=False)
+  assert (axis.centre, axis.rim) == (0, 65)
+  axis = radar.axis("x", [99.7], unit="%", lower=False)
+  assert (axis.centre, axis.rim) == (0, 100)
+  axis = radar.axis("x", [0.414, 0.615], unit="m", lower=True)
+  assert (axis.centre, axis.rim) == (0.65, 0.4)
+  assert radar.place(axis, 0.525) == pytest.approx(0.5)
+  assert radar.place(axis, 0.1) == 1
+  axis = radar.axis("x", [0.0], unit="%", lower=False)
+  assert radar.place(axis, 0.0) == 0
+  axis = radar.axis("x", [0.5], unit="m", lower=True)
+  assert radar.place(axis, 0.5) == 1
+  axis = radar.axis("x", [0.6], unit="", lower=False)
+  assert axis.rim == 0.6
+  with pytest.raises(ValueError, match="no encoder has"):
+    radar.axis("x", [None, math.nan], unit="%", lower=False)
+
+
+def test_chart_draws_each_series_where_its_values_are():
+  axes = [radar.Axis(f"axis {i}", 0.0, 100.0, "%") for i in range(4)]
+  series = [
+    radar.Series("measured", (100.0, 100.0, 100.0, 100.0)),
+    radar.Series("quoted", (50.0, None, 50.0, None), "dashed"),
+  ]
+  (polar,) = radar.figure(axes, series, title="Title").axes
+  # The first is on top.
+  assert polar.lines[0].get_zorder() > polar.lines[1].get_zorder()
+  measured, quoted = (line.get_ydata() for line in polar.lines)
+  np.testing.assert_array_equal(measured, [1, 1, 1, 1, 1])
+  np.testing.assert_array_equal(quoted, [0.5, np.nan, 0.5, np.nan, 0.5])
+  chart = radar.draw(axes, series, title="Title")
+  assert chart.dtype == np.uint8 and chart.shape[2] == 3
+  red, green, blue = (int(radar.COLOURS[0][i : i + 2], 16) for i in (1, 3, 5))
+  assert (np.abs(chart.astype(int) - (red, green, blue)).sum(-1) < 20).any()
+  with pytest.raises(ValueError, match="at least 3 axes"):
+    radar.draw(axes[:2], [])
+
+
+def whole(images=50_000):
+  shot = Result(
+    {"top1": 0.7}, {"images": images, "classes": 1000}, {"top1": 0.001}
+  )
+  coco = Result(
+    {"text_to_image_r1": 0.4, "image_to_text_r1": 0.6},
+    {"images": 5000, "captions": 25_010},
+  )
+  return Outcome("ours", "ours", "ema", {"zero_shot": shot, "retrieval": coco})
+
+
+def test_published_figures_only_on_their_data():
+  chart = report.chart([whole()], size="base")
+  assert chart.quoted == ["imagenet", "coco_t2i", "coco_i2t"]
+  assert chart.axes[0].label == "ImageNet\nzero-shot"
+  assert chart.axes[0].rim == 80
+  by_name = {s.name: s for s in chart.series}
+  assert by_name["ours"].values == (70.0, 40.0, 60.0)
+  assert by_name["SigLIP 2 B/16"].values == (78.2, 52.1, 68.9)
+  assert by_name["SigLIP 2 B/16"].style == "dashed"
+  assert by_name["chance"].values == (0.1, None, None)
+  assert "MTV L/16" not in by_name
+  # A subset of ImageNet is another test.
+  chart = report.chart([whole(images=500)], size="large")
+  assert chart.quoted == ["coco_t2i", "coco_i2t"]
+  assert chart.axes[0].label == "zero_shot\ntop1"
+  by_name = {s.name: s for s in chart.series}
+  assert by_name["MTV L/16"].values == (None, 43.0, 58.1)
+  text = pages.markdown(report.build([whole(images=500)], size="large"))
+  assert "| MTV L/16 | 43 | 58.1 |" in text and "arXiv" in text
+  chart = report.chart([whole()], size=None)
+  assert [s.name for s in chart.series] == ["ours", "chance"]
+
+
+_NYU = {"images": 654, "crop": "nyu_eigen", "depth": "raw, mm"}
+_ADE = {"images": 2000, "classes": 150, "train_split": "train"}
+_COCO = {"images": 5000, "captions": 25_010}
+_NAVI = {"dataset": "NAVI", "subset": "wild_set", "pairs": 575}
+_SPAIR = {
+  "dataset": "SPair-71k",
+  "split": "test",
+  "classes": 18,
+  "threshold": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+  ("evaluation", "metric", "fits", "other"),
+  [
+    ("depth_probe", "rmse", _NYU, {"images": 100}),
+    ("depth_probe", "rmse", _NYU, {"crop": "none"}),
+    ("depth_probe", "rmse", _NYU, {"depth": "filled, mm"}),
+    ("segmentation", "miou", _ADE, {"train_split": "test"}),
+    ("segmentation", "miou", _ADE, {"train_split": None}),
+    ("segmentation", "miou", _ADE, {"images": 200}),
+    ("retrieval", "text_to_image_r1", _COCO, {"split": "val"}),
+    ("geometric_correspondence", "avg_recall", _NAVI, {"subset": "multiview"}),
+    ("geometric_correspondence", "avg_recall", _NAVI, {"pairs": 9}),
+    ("semantic_correspondence", "recall", _SPAIR, {"split": "val"}),
+    ("semantic_correspondence", "recall", _SPAIR, {"threshold": 0.05}),
+  ],
+)
+def test_rows_beside_figures_on_other_data_are_refused(
+  evaluation, metric, fits, other
+):
+  assert references.column(evaluation, metric, fits) is not None
+  assert references.column(evaluation, metric, {**fits, **other}) is None
+
+
+def test_published_columns():
+  nyu = _NYU
+  assert references.column("depth_probe", "rmse", nyu) == "nyu"
+  mat = {**nyu, "depth": "raw (rawDepths), float32"}
+  assert references.column("depth_probe", "rmse", mat) == "nyu"
+  karpathy = {**_COCO, "split": "test"}
+  name = "image_to_text_r1"
+  assert references.column("retrieval", name, karpathy) == "coco_i2t"
+  assert references.column("depth_probe", "rmse", nyu) == "nyu"
+  assert references.column("depth_probe", "delta1", nyu) is None
+
+
+class Reader(html.parser.HTMLParser):
+  """Counts tags, and holds what is fetched from elsewhere."""
+
+  def __init__(self):
+    super().__init__()
+    self.tags, self.elsewhere, self.text = [], [], ""
+
+  def handle_starttag(self, tag, attributes):
+    self.tags.append(tag)
+    for name, value in attributes:
+      inside = value and value.startswith(("data:image/", "#"))
+      if name in ("src", "href") and not inside:
+        self.elsewhere.append(value)
+
+  def handle_data(self, data):
+    self.text += data
+
+
+def test_a_folder_of_results(tmp_path):
+  first, second = outcome("a/b"), outcome("a:b", skipped={"text": "no <tower>"})
+  for one in (first, second):
+    one.results["depth"].pictures["sheet"] = np.full((4, 6, 3), 99, np.uint8)
+  folder = tmp_path / "out"
+  files = suite.write(folder, [first, second], compared=[whole()])
+  assert sorted(str(f.relative_to(folder)) for f in files) == [
+    "radar.png",
+    "report.html",
+    "results.json",
+    "results.md",
+    "sheets/depth_sheet_a-b-.png",
+    "sheets/depth_sheet_a-b.png",
+  ]
+  assert all(f.stat().st_size for f in files)
+  # Earlier results are shown, not written again.
+  kept = results.read(folder / "results.json")
+  assert [o.name for o in kept] == ["a/b", "a:b"]
+  page = Reader()
+  page.feed((folder / "report.html").read_text(encoding="utf-8"))
+  assert page.elsewhere == []
+  assert page.tags.count("img") == 3
+  assert "text (a:b): no <tower>" in page.text
+  for word in ("0.500 m", "ours", "Protocol", "data_hash"):
+    assert word in page.text
+  text = (folder / "results.md").read_text(encoding="utf-8")
+  for link in ("radar.png", "sheets/depth_sheet_a-b.png"):
+    assert f"]({link})" in text
+
+
+def test_too_few_figures_for_a_chart(tmp_path):
+  (tmp_path / "radar.png").write_bytes(b"of an earlier run")
+  files = suite.write(tmp_path, [outcome("a")])
+  assert "radar.png" not in {f.name for f in files}
+  assert not (tmp_path / "radar.png").exists()
+  assert "it takes 3 figures" in (tmp_path / "results.md").read_text()
+
+
+def test_earlier_results_on_other_data_are_left_out():
+  other = outcome("old")
+  for result in other.results.values():
+    result.protocol["data_hash"] = "another"
+  made = report.build([outcome("a")], compared=[other, outcome("b")])
+  assert [o.name for o in made.columns] == ["a", "b"]
+  assert made.left_out == ["old"]
+  assert "on the same data: old." in pages.markdown(made)
+  assert "on the same data: old." in pages.html(made)
+
+
+def test_equal_names_are_told_apart():
+  made = report.build([outcome("a")], compared=[outcome("a"), outcome("a")])
+  assert [o.name for o in made.columns] == ["a", "a (2)", "a (3)"]
+
+
+def test_sheets_mark_what_is_own():
+  grey = np.full((20, 30, 3), 128, np.uint8)
+  scores = np.array([[0.9, 0.1, 0.5], [0.3, 0.2, 0.1]])
+  own = np.array([[False, True, False], [True, False, False]])
+  words = ["one", "two " * 80, "three"]
+  sheet = sheets.captions_found([grey, grey], scores, words, own, top=2)
+  green = (sheet == sheets._OWN).all(axis=-1)
+  half = len(sheet) // 2
+  # In the first image's block on the third line, in the second's on the first.
+  line = sheets._LINE
+  assert not green[: 2 * line].any() and green[2 * line : 3 * line].any()
+  assert green[half : half + line].any() and not green[half + line :].any()
+  sheet = sheets.images_found(
+    words[:2], scores[:, :2], [grey, grey], [1, 0], top=1
+  )
+  green = (sheet == sheets._OWN).all(axis=-1)
+  half = len(sheet) // 2
+  assert not green[:half].any() and green[half:].any()
+  with pytest.raises(ValueError, match="expected one length"):
+    sheets.panels([[grey], [grey, grey]])

@@ -1,0 +1,254 @@
+"""Retrieval: the golden values, the readers, and chance."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+
+from mtv_jax import load
+from mtv_jax.data.records import BadRecord
+from mtv_jax.evals.core import ranking
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.report import sheets
+from mtv_jax.evals.retrieval.retrieval import Retrieval, chance, recalls
+
+# big_vision's unit test: distances of 4 images to 8 texts, two for each image.
+DISTANCES = np.array(
+  [
+    [0.8, 0.8, 0.1, 0.5, 0.1, 0.2, 0.5, 0.1],
+    [0.5, 0.4, 0.0, 0.0, 0.4, 0.2, 0.6, 0.4],
+    [0.5, 0.4, 0.1, 0.5, 0.0, 0.8, 0.8, 0.3],
+    [0.5, 0.4, 0.1, 0.5, 0.4, 0.2, 0.3, 0.3],
+  ]
+)
+OWNER = np.array([0, 0, 1, 1, 2, 2, 3, 3])
+
+
+def test_golden_image_to_text():
+  own = np.arange(4)[:, None] == OWNER[None]
+  found = np.asarray(ranking.ranks_of_scores(-DISTANCES, own))
+  rates = ranking.hit_rates(found, (1, 5, 10))
+  assert rates == {1: 0.5, 5: 0.75, 10: 1.0}
+
+
+def test_golden_text_to_image():
+  distances = DISTANCES.copy()
+  distances[0, 6] = 0.1
+  own = OWNER[:, None] == np.arange(4)[None]
+  found = np.asarray(ranking.ranks_of_scores(-distances.T, own))
+  rates = ranking.hit_rates(found, (1, 5, 10))
+  assert rates == {1: 0.375, 5: 1.0, 10: 1.0}
+
+
+def test_golden_values_through_embeddings():
+  """Images as unit vectors and texts as their scores: S is the same."""
+  image = np.eye(4, dtype=np.float32)
+  text = (-DISTANCES.T).astype(np.float32)
+  got = recalls(image, text, owner=OWNER, block_bytes=64)
+  assert got["image_to_text_r1"] == 0.5
+  assert got["image_to_text_r5"] == 0.75
+  assert got["image_to_text_r10"] == 1.0
+
+
+def test_recalls_against_sorting():
+  rng = np.random.default_rng(0)
+  image = rng.normal(size=(30, 8)).astype(np.float32)
+  owner = np.repeat(np.arange(30), rng.integers(1, 4, 30))
+  text = image[owner] + rng.normal(size=(len(owner), 8)).astype(np.float32)
+  got = recalls(image, text, owner=owner, block_bytes=400)
+  scores = image.astype(np.float64) @ text.T.astype(np.float64)
+  for k in (1, 5, 10):
+    to_image = np.argsort(-scores, axis=0, kind="stable")[:k]
+    hits = (to_image == owner).any(axis=0)
+    assert got[f"text_to_image_r{k}"] == pytest.approx(hits.mean())
+    to_text = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    hits = (owner[to_text] == np.arange(30)[:, None]).any(axis=1)
+    assert got[f"image_to_text_r{k}"] == pytest.approx(hits.mean())
+  assert got["text_to_image_r1"] < got["text_to_image_r5"] < 1
+
+
+def test_chance_by_hand_and_by_simulation():
+  owner = np.array([0, 0, 0, 1, 2, 2, 3, 4, 4, 5, 5, 5])
+  want = chance(owner)
+  assert want["text_to_image_r5"] == pytest.approx(5 / 6)
+  assert want["text_to_image_r10"] == 1.0
+  # Of 12 captions 10 are drawn: 66 ways, of which 1 misses a pair and 11 miss
+  # a single one.
+  pair, alone = 1 - 1 / 66, 1 - 11 / 66
+  assert want["image_to_text_r10"] == pytest.approx(
+    np.mean([1, alone, pair, alone, pair, 1])
+  )
+  rng = np.random.default_rng(1)
+  drawn = owner[rng.integers(0, 12, (20_000, 6))] == np.arange(6)
+  assert want["image_to_text_r1"] == pytest.approx(drawn.mean(), abs=0.01)
+
+
+@pytest.fixture
+def coco(tmp_path, write_image):
+  names = {7: "red", 3: "green", 9: "blue", 5: "white"}
+  for number, colour in names.items():
+    write_image(tmp_path / "val2017" / f"{number:012}.png", colour)
+  captions = [
+    (3, "Green."),
+    (7, "red"),
+    (7, "a red one"),
+    (9, "blue"),
+    (3, "x"),
+  ]
+  content = {
+    "images": [{"id": i, "file_name": f"{i:012}.png"} for i in names],
+    "annotations": [
+      {"id": n, "image_id": i, "caption": c}
+      for n, (i, c) in enumerate(captions)
+    ],
+  }
+  path = tmp_path / "annotations" / "captions_val2017.json"
+  path.parent.mkdir()
+  path.write_text(json.dumps(content))
+  return path
+
+
+def test_coco_captions(coco, colours):
+  data = datasets.captioned(coco)
+  # Images in the file's order; the one without a caption is left out.
+  assert data.captions == ("red", "a red one", "Green.", "x", "blue")
+  assert list(data.owner) == [0, 0, 1, 1, 2]
+  assert data.images[0][0, 0].tolist() == [255, 0, 0]
+  result = Retrieval(data=str(coco)).run(colours)
+  # "x" names no colour, is equally far from all, and the first image wins.
+  assert result.metrics["text_to_image_r1"] == pytest.approx(4 / 5)
+  assert result.metrics["image_to_text_r1"] == 1.0
+  assert result.protocol["captions"] == 5
+  assert result.protocol["data_hash"] == data.digest
+  assert result.chance["text_to_image_r1"] == pytest.approx(1 / 3)
+
+
+def test_pictures_of_what_was_found(coco, colours):
+  plain = Retrieval(data=str(coco)).run(colours)
+  assert plain.pictures == {}
+  result = Retrieval(data=str(coco), pictures=2).run(colours)
+  assert result.metrics == plain.metrics
+  assert result.protocol == plain.protocol
+  assert set(result.pictures) == {"captions", "images"}
+  own = (result.pictures["captions"] == sheets._OWN).all(axis=-1)
+  # The colours are found: in both images' blocks the first line is their own.
+  half = len(own) // 2
+  for block in (own[:half], own[half:]):
+    assert block[: sheets._LINE].any()
+  # Only the images on the sheet are framed, once a caption.
+  framed = (result.pictures["images"] == sheets._OWN).all(axis=-1)
+  half = len(framed) // 2
+  assert framed[:half].any() and framed[half:].any()
+
+
+def test_an_encoder_without_text(coco):
+  encoder = load("pixels:16")
+  with pytest.raises(NotApplicable, match="no text tower"):
+    Retrieval(data=str(coco)).run(encoder)
+
+
+def test_max_captions_and_count(coco):
+  data = datasets.captioned(coco, max_captions=1)
+  assert data.captions == ("red", "Green.", "blue")
+  data = datasets.captioned(coco, count=1)
+  assert data.captions == ("Green.", "x")
+
+
+def test_equal_captions_are_embedded_once(coco, colours):
+  content = json.loads(coco.read_text())
+  for row in content["annotations"]:
+    row["caption"] = "red"
+  coco.write_text(json.dumps(content))
+  result = Retrieval(data=str(coco)).run(colours)
+  assert colours.batches == [1]
+  # All captions tie, so the first image's captions are ahead of all others.
+  assert result.metrics["image_to_text_r1"] == pytest.approx(1 / 3)
+  assert result.metrics["text_to_image_r1"] == pytest.approx(2 / 5)
+  assert result.protocol["captions_distinct"] == 1
+
+
+def test_karpathy_splits(tmp_path, write_image):
+  rows = []
+  for i, (colour, split) in enumerate(
+    [("red", "test"), ("green", "train"), ("blue", "test")]
+  ):
+    write_image(tmp_path / "val2014" / f"{i}.png", colour)
+    rows.append(
+      {
+        "filepath": "val2014",
+        "filename": f"{i}.png",
+        "split": split,
+        "sentences": [{"raw": f"A {colour} one."}],
+      }
+    )
+  path = tmp_path / "dataset_coco.json"
+  path.write_text(json.dumps({"images": rows}))
+  data = datasets.captioned(path)
+  assert data.captions == ("A red one.", "A blue one.")
+  train = datasets.captioned(path, split="train")
+  assert train.captions == ("A green one.",)
+  assert train.split == "train"
+  with pytest.raises(ValueError, match=r"no split 'val'.*\['test', 'train'\]"):
+    datasets.captioned(path, split="val")
+
+
+def test_missing_and_broken_files_are_named(coco):
+  image = coco.parent.parent / "val2017" / f"{9:012}.png"
+  data = datasets.captioned(coco)
+  image.write_bytes(image.read_bytes()[:40])
+  with pytest.raises(BadRecord, match="000000000009.png"):
+    data.images[2]
+  image.unlink()
+  with pytest.raises(FileNotFoundError, match="1 of 3 images.*000000000009"):
+    datasets.captioned(coco)
+  with pytest.raises(FileNotFoundError, match="images="):
+    coco.rename(coco.parent / "captions_train2017.json")
+    datasets.captioned(coco.parent / "captions_train2017.json")
+
+
+def test_tars(tmp_path, write_image, colours):
+  with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+    for i, colour in enumerate(("red", "blue")):
+      write_image(tmp_path / f"{i}.png", colour)
+      (tmp_path / f"{i}.txt").write_text(f"a {colour} one")
+      for suffix in ("png", "txt"):
+        tar.add(tmp_path / f"{i}.{suffix}", f"{i:09}.{suffix}")
+  data = datasets.captioned(str(tmp_path / "*.tar"))
+  assert data.captions == ("a red one", "a blue one")
+  result = Retrieval(data=str(tmp_path / "*.tar")).run(colours)
+  assert result.metrics["text_to_image_r1"] == 1.0
+  assert "split" not in result.protocol
+  with pytest.raises(ValueError, match="needs 'label'"):
+    datasets.labelled(str(tmp_path / "*.tar"))
+
+
+def test_what_has_no_captions_says_so(tmp_path, coco, write_image):
+  write_image(tmp_path / "set" / "red" / "0.png", "red")
+  with pytest.raises(ValueError, match="a folder, which gives no captions"):
+    datasets.captioned(tmp_path / "set")
+  with pytest.raises(ValueError, match="captions and no classes"):
+    datasets.labelled(coco)
+  content = json.loads(coco.read_text())
+  for row in content["annotations"]:
+    row["category_id"] = row.pop("caption")
+  coco.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match="no 'caption'"):
+    datasets.captioned(coco)
+
+
+def test_scenes(colours):
+  result = Retrieval(count=6).run(colours)
+  assert result.protocol["images"] == 6
+  assert result.protocol["captions"] >= 6
+  held_out = datasets.captioned("scenes", count=2)
+  assert len(held_out.images) == 2
+
+
+def test_real_photos(shared_data):
+  path = shared_data / "coco" / "annotations" / "captions_val2017.json"
+  data = datasets.captioned(path)
+  assert len(data.images) == 183
+  assert len(data.captions) == 915
+  assert data.images[5].dtype == np.uint8

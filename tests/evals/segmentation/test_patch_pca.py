@@ -1,0 +1,162 @@
+"""Principal components of patches: against SVD, one device against eight."""
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from mtv_jax.config.schema import ConfigError
+from mtv_jax.encoder.encoder import Encoder, ImageFeatures
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.report import sheets
+from mtv_jax.evals.segmentation import patch_pca
+from mtv_jax.evals.segmentation.patch_pca import PatchPca
+from mtv_jax.models import two_tower as models
+from mtv_jax.parallel import sharding
+
+
+def patches_of(seed=0, shape=(3, 4, 5, 7)):
+  rng = np.random.default_rng(seed)
+  mixed = rng.normal(size=(shape[-1], shape[-1]))
+  return (rng.normal(size=shape) @ mixed + 3).astype(np.float32)
+
+
+def test_components_against_svd():
+  patches = patches_of()
+  keep = np.random.default_rng(1).random(patches.shape[:3]) < 0.7
+  got = patch_pca.principal_components(patches, keep=keep)
+  rows = patches[keep].astype(np.float64)
+  centred = rows - rows.mean(axis=0)
+  _, values, vectors = np.linalg.svd(centred, full_matrices=False)
+  want = (patches - rows.mean(axis=0)) @ vectors[:3].T
+  signs = np.sign((want * got.components).sum(axis=(0, 1, 2)))
+  np.testing.assert_allclose(got.components, want * signs, atol=1e-4)
+  np.testing.assert_allclose(
+    got.share, (values**2 / (values**2).sum())[:3], rtol=1e-5
+  )
+  # The sign is a function of the features, whatever the solver gives.
+  again = patch_pca.principal_components(-patches, keep=keep)
+  np.testing.assert_allclose(again.components, -got.components, atol=1e-4)
+
+
+def test_fewer_features_than_components():
+  patches = patches_of(shape=(2, 3, 3, 2))
+  keep = np.ones((2, 3, 3), bool)
+  got = patch_pca.principal_components(patches, keep=keep)
+  assert got.components.shape == (2, 3, 3, 3)
+  assert not got.components[..., 2].any()
+  assert got.share.sum() == pytest.approx(1)
+  with pytest.raises(ValueError, match="not finite"):
+    patch_pca.principal_components(patches * np.nan, keep=keep)
+
+
+def test_foreground_is_what_the_border_is_not():
+  patches = np.random.default_rng(0).normal(0, 0.01, (2, 6, 6, 4))
+  patches[:, 2:4, 2:4] += [5, -3, 0, 1]
+  for sign in (1, -1):
+    found = patch_pca.foreground((sign * patches).astype(np.float32))
+    assert found[:, 2:4, 2:4].all() and found.sum() == 8
+
+
+def test_colours_share_a_scale():
+  components = np.zeros((2, 2, 2, 3), np.float32)
+  components[0, 0, 0] = 100
+  components[1, 1] = 50
+  keep = np.ones((2, 2, 2), bool)
+  keep[1, 0, 0] = False
+  colours = sheets.unit_colours(components, keep)
+  assert (colours[0, 0, 0] == 255).all() and (colours[1, 0, 0] == 0).all()
+  assert (colours[1, 1] > 100).all() and (colours[1, 1] < 160).all()
+  assert not sheets.unit_colours(components, keep & False).any()
+
+
+class PatchEncoder(Encoder):
+  """Patches are the pixels of a 4 x 4 thumbnail; a layer is their double."""
+
+  def __init__(self):
+    self.preprocess = Preprocess(size=4)
+
+  def image(self, images, *, layers=(), outputs=(), batch_size=64):
+    rows = [
+      np.asarray(PIL.Image.fromarray(images[i]).resize((4, 4)), np.float32)
+      for i in range(len(images))
+    ]
+    patches = np.stack(rows)
+    return ImageFeatures(
+      None,
+      patches if outputs else None,
+      None,
+      dict.fromkeys(layers, 2 * patches),
+    )
+
+  def protocol(self):
+    return {"encoder": "thumbnails"}
+
+
+def test_pictures_only_where_asked_for():
+  result = PatchPca(count=4).run(PatchEncoder())
+  assert result.pictures == {}
+  # Three components of three channels hold everything.
+  assert result.metrics["explained_by_3"] == pytest.approx(1)
+  assert result.protocol["final_norm"] is True
+  assert result.protocol["grid"] == [4, 4] and result.protocol["images"] == 4
+  result = PatchPca(count=4, layer=-2, pictures=3).run(PatchEncoder())
+  assert result.protocol["layer"] == -2 and not result.protocol["final_norm"]
+  sheet = result.pictures["pca"]
+  assert sheet.dtype == np.uint8 and sheet.shape == (
+    3 * 200 - 8,
+    2 * 200 - 8,
+    3,
+  )
+
+
+def test_any_folder_of_photos(tmp_path, write_image):
+  write_image(tmp_path / "photos" / "a" / "b" / "0.jpg", "red")
+  write_image(tmp_path / "photos" / "1.jpg", "blue")
+  data = str(tmp_path / "photos")
+  result = PatchPca(data=data, pictures=2).run(PatchEncoder())
+  assert result.protocol["images"] == 2
+  # Both photos are 12 x 8, and so are their colours.
+  sheet = result.pictures["pca"]
+  assert (sheet[:20, :192] == 255).all() and (sheet[:20, 200:392] == 255).all()
+  assert not (sheet[96, 200:392] == 255).all()
+  (tmp_path / "none").mkdir()
+  with pytest.raises(NotApplicable, match="finds no images"):
+    PatchPca(data=str(tmp_path / "none")).prepare()
+  with pytest.raises(FileNotFoundError, match="nothing there"):
+    PatchPca(data=str(tmp_path / "absent")).prepare()
+  with pytest.raises(ConfigError, match="Did you mean 'threshold'"):
+    PatchPca(foreground="treshold")
+
+
+def test_one_device_and_eight_agree():
+  spec = models.ModelSpec.from_config(
+    dict(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_dim=16)
+  )
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32),
+    models.abstract_params(spec),
+  )
+  got = []
+  for devices, batch_size in ((8, 16), (1, 3)):
+    mesh = sharding.make_mesh({"data": -1}, devices=jax.devices()[:devices])
+    encoder = Encoder(spec, params, Preprocess(size=16), mesh=mesh)
+    evaluator = PatchPca(count=5, size=24, pictures=2, batch_size=batch_size)
+    got.append(evaluator.run(encoder))
+  assert got[0].protocol["grid"] == [3, 3]
+  # Of the encoder's own, which is 16 x 16 bilinear, mean and std apply.
+  assert got[0].protocol["input_size"] == [24, 24]
+  assert got[0].protocol["preprocess"] == {
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "resize": "squash",
+    "size": 24,
+    "crop": "none",
+    "interpolation": "bicubic, antialiased (Pillow)",
+  }
+  share = [result.metrics["explained_by_3"] for result in got]
+  assert share[0] == pytest.approx(share[1], abs=1e-5)
+  sheet = [result.pictures["pca"].astype(int) for result in got]
+  assert np.abs(sheet[0] - sheet[1]).max() <= 1

@@ -1,0 +1,280 @@
+"""Patches in the space of texts, and what they segment."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mtv_jax
+from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.evals.core import prompts
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.examples import Images
+from mtv_jax.evals.datasets import segmentation as segmentation_data
+from mtv_jax.evals.datasets.segmentation import Maps, Segmented
+from mtv_jax.evals.segmentation import patch_text
+from mtv_jax.evals.segmentation.zero_shot import ZeroShotSegmentation
+from mtv_jax.models import layers, pooling
+from mtv_jax.models import two_tower as models
+from mtv_jax.models.text import TextSpec
+from mtv_jax.models.vit import ViTSpec
+from mtv_jax.parallel import sharding
+
+SHAPE = {"width": 16, "heads": 2, "mlp_dim": 24}
+TEXT = TextSpec(vocab_size=258, length=24, depth=1, projection=16, **SHAPE)
+TOWERS = {
+  "map": ViTSpec(image_size=16, patch_size=8, depth=2, pool="map", **SHAPE),
+  "mean": ViTSpec(
+    image_size=16,
+    patch_size=8,
+    depth=2,
+    pool="mean",
+    projection=16,
+    layer_scale=1.0,
+    mlp="swiglu",
+    **SHAPE,
+  ),
+}
+
+
+def build(pool, *, devices=None, depth=2, seed=0):
+  spec = models.ModelSpec(
+    image=dataclasses.replace(TOWERS[pool], depth=depth), text=TEXT
+  )
+  rng = np.random.default_rng(seed)
+  # Drawn and not initialised: no leaf is zero, and nothing is compiled.
+  params = jax.tree.map(
+    lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32),
+    models.abstract_params(spec),
+  )
+  tokenizer = tokenizers.build_tokenizer("bytes", clean="lower")
+  mesh = sharding.make_mesh({"data": -1}, devices)
+  return Encoder(spec, params, Preprocess(size=16), tokenizer, mesh)
+
+
+@pytest.mark.parametrize("pool", TOWERS)
+def test_an_image_of_one_patch_is_pooled_to_it(pool):
+  # Attention over a single token is its value, in the block and in the pool.
+  encoder = build(pool, devices=jax.devices()[:1])
+  rng = np.random.default_rng(1)
+  images = list(rng.integers(0, 256, (3, 8, 8, 3)).astype(np.uint8))
+  pooled = encoder.dense(images, outputs=("pooled",)).pooled
+  found = patch_text.patches(
+    encoder, images, last_block="values", batch_size=16
+  )
+  assert found.shape == (3, 1, 1, 16)
+  assert found.dtype == np.float32
+  np.testing.assert_allclose(found[:, 0, 0], pooled, rtol=1e-4, atol=1e-4)
+  assert np.abs(pooled[0] - pooled[1]).max() > 0.1
+
+
+@pytest.mark.slow
+def test_of_several_patches_values_and_attention_differ():
+  encoder = build("mean", devices=jax.devices()[:1])
+  image = list(np.random.default_rng(2).integers(0, 256, (1, 16, 16, 3), "u1"))
+  a, b = (
+    patch_text.patches(encoder, image, last_block=kind, batch_size=1)
+    for kind in ("attention", "values")
+  )
+  assert a.shape == b.shape == (1, 2, 2, 16)
+  assert np.abs(a - b).max() > 0.01
+  # Projection is linear, so that the pooled image is the mean of its patches.
+  pooled = encoder.dense(image, outputs=("pooled",)).pooled
+  np.testing.assert_allclose(a.mean(axis=(1, 2)), pooled, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", TOWERS)
+def test_values_of_several_patches_are_those_of_each_alone(pool):
+  """The last block's values and the pool act on every patch apart."""
+  encoder = build(pool, depth=3)
+  image = list(np.random.default_rng(2).integers(0, 256, (1, 16, 24, 3), "u1"))
+  tokens = encoder.dense(image, layers=(1,), outputs=()).layers[1]
+  found = patch_text.patches(encoder, image, last_block="values", batch_size=8)
+  # A tower of the last block alone, run on one token at a time.
+  block = jax.tree.map(lambda p: p[2], encoder.params["image"]["blocks"])
+  expected = alone(encoder, block, jnp.asarray(tokens.reshape(6, 16)))
+  np.testing.assert_allclose(
+    found.reshape(6, 16), expected, rtol=1e-4, atol=1e-4
+  )
+
+
+def alone(encoder, block, tokens):
+  """Block, norm, pool and projection of sequences of one token each."""
+  spec, params = encoder.spec.image, encoder.params["image"]
+  made = layers.Block(
+    heads=spec.heads,
+    mlp_dim=spec.mlp_dim,
+    gelu=spec.gelu,
+    mlp=spec.mlp,
+    layer_scale=spec.layer_scale,
+    norm_eps=spec.norm_eps,
+  )
+  x = made.apply({"params": block}, tokens[:, None])
+  x = layers.norm(spec.norm_eps, "float32", "norm").apply(
+    {"params": params["norm"]}, x
+  )
+  if spec.pool == "map":
+    pool = pooling.MapPool(spec.heads, spec.mlp_dim, spec.gelu, spec.norm_eps)
+    x = pool.apply({"params": params["pool"]}, x)
+  else:
+    x = x[:, 0]
+  if spec.projection:
+    x = x @ params["projection"]["kernel"]
+  return x
+
+
+def test_which_last_block():
+  assert patch_text.default_last_block(build("map")) == "attention"
+  assert patch_text.default_last_block(build("mean")) == "values"
+  shallow = build("mean", depth=1)
+  assert patch_text.default_last_block(shallow) == "attention"
+  with pytest.raises(ValueError, match="one block"):
+    patch_text.check(shallow, "values")
+  with pytest.raises(ValueError, match="last_block='value'"):
+    patch_text.check(shallow, "value")
+
+
+def test_towers_whose_pool_is_lost_say_so():
+  encoder = build("map")
+  image = {k: v for k, v in encoder.params["image"].items() if k != "pool"}
+  encoder.params = {**encoder.params, "image": image}
+  with pytest.raises(ValueError, match="has no pool: its patches can't"):
+    patch_text.check(encoder, "attention")
+
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+@pytest.fixture
+def colour_blocks(monkeypatch):
+  """Blocks of colour named by their class, and an encoder that reads them."""
+  rng = np.random.default_rng(0)
+  maps = [
+    np.kron(rng.integers(0, 3, (2, 3)), np.ones((24, 24))).astype(np.uint8)
+    for _ in range(4)
+  ]
+  colours = np.array(list(COLOURS.values()), np.uint8)
+  data = Segmented(
+    kind="ade20k",
+    name="blocks",
+    images=Images(lambda i: colours[maps[i]], 4),
+    maps=Maps(lambda i: maps[i], 4),
+    classes=tuple(COLOURS),
+    class_count=3,
+    digest="blocks",
+  )
+  monkeypatch.setattr(
+    segmentation_data, "segmented", lambda data_, *, split, count: data
+  )
+
+  def patches(encoder, images, *, last_block, batch_size):
+    x = np.stack([np.asarray(i, np.float32) for i in images])
+    n, h, w, _ = x.shape
+    return x.reshape(n, h // 8, 8, w // 8, 8, 3).mean(axis=(2, 4))
+
+  def text(strings, batch_size=256):
+    names = [next(n for n in COLOURS if n in s) for s in strings]
+    return np.asarray([COLOURS[n] for n in names], np.float32)
+
+  monkeypatch.setattr(patch_text, "patches", patches)
+  encoder = build("map")
+  encoder.text = text
+  return encoder, data
+
+
+@pytest.mark.parametrize("average", ["softmax", "scores"])
+def test_colours_are_segmented(colour_blocks, average):
+  encoder, _ = colour_blocks
+  result = ZeroShotSegmentation(
+    data="blocks", size=48, average=average, pictures=2
+  ).run(encoder)
+  assert result.metrics["miou"] > 0.85
+  assert result.metrics["aacc"] > 0.9
+  assert result.chance["macc"] == pytest.approx(1 / 3)
+  protocol = json.loads(json.dumps(result.protocol))
+  assert protocol["preprocess"]["stride"] == 36
+  assert protocol["preprocess"]["interpolation"].startswith("bicubic")
+  assert protocol["templates"] == list(prompts.DEFAULT_TEMPLATES)
+  assert protocol["last_block"] == "attention"
+  assert result.pictures["zero_shot_segmentation"].dtype == np.uint8
+
+
+def test_prompt_files_are_in_the_order_of_the_labels(colour_blocks, tmp_path):
+  encoder, data = colour_blocks
+  path = tmp_path / "prompts.json"
+  # Red and green change places, so that only blue is found.
+  path.write_text(json.dumps({"classes": ["green", "red", "blue"]}))
+  options = {"data": "blocks", "size": 48, "prompts": str(path)}
+  result = ZeroShotSegmentation(**options).run(encoder)
+  share = np.mean([data.maps[i] == 2 for i in range(4)])
+  assert result.metrics["aacc"] == pytest.approx(share, abs=0.08)
+  path.write_text(json.dumps({"classes": ["green", "red"]}))
+  with pytest.raises(ValueError, match="2 classes and blocks 3"):
+    ZeroShotSegmentation(**options).prepare()
+
+
+def test_published_values_and_mistakes(colour_blocks):
+  encoder, _ = colour_blocks
+  slide = ZeroShotSegmentation(data="blocks")._slide(encoder)
+  assert (slide.size, slide.stride, slide.short) == (448, 336, 448)
+  assert (slide.interpolation, slide.average) == ("bicubic", "softmax")
+  with pytest.raises(ValueError, match="average='max'"):
+    ZeroShotSegmentation(average="max")
+  with pytest.raises(NotApplicable, match="no text tower"):
+    ZeroShotSegmentation(data="blocks").run(mtv_jax.load("pixels:32/8"))
+
+
+@pytest.mark.slow
+def test_scenes_on_one_device_and_eight():
+  metrics = [
+    ZeroShotSegmentation(count=12, encode_batch=len(devices) + 3)
+    .run(build("map", devices=devices))
+    .metrics
+    for devices in (jax.devices()[:1], jax.devices())
+  ]
+  for name, value in metrics[0].items():
+    assert metrics[1][name] == pytest.approx(value, abs=2e-3)
+
+
+@pytest.mark.slow
+def test_real_ade20k(shared_data, monkeypatch):
+  """Classes known by the mean colour of their pixels are found by name."""
+  root = shared_data / "ade20k" / "ADEChallengeData2016"
+  data = segmentation_data.segmented(root, split="test")
+  pixels = np.concatenate([image.reshape(-1, 3) for image in data.images])
+  labels = np.concatenate([labels.ravel() for labels in data.maps])
+
+  def placed(colours):
+    x = (np.asarray(colours, np.float32) - 128) / 64
+    return np.concatenate([x, np.ones_like(x[..., :1])], axis=-1)
+
+  # What no image shows lies opposite to every colour.
+  vectors = np.tile(np.float32([0, 0, 0, -1]), (150, 1))
+  for k in np.unique(labels[labels < 150]):
+    vectors[k] = placed(pixels[labels == k].mean(axis=0))
+
+  def text(strings, batch_size=256):
+    inside = [[n for n in data.classes if n in s] for s in strings]
+    names = [max(found, key=len) for found in inside]
+    return vectors[[data.classes.index(name) for name in names]]
+
+  def patches(encoder, images, *, last_block, batch_size):
+    x = np.stack([np.asarray(i, np.float32) for i in images])
+    n, h, w, _ = x.shape
+    return placed(x.reshape(n, h // 8, 8, w // 8, 8, 3).mean(axis=(2, 4)))
+
+  monkeypatch.setattr(patch_text, "patches", patches)
+  encoder = build("map", devices=jax.devices()[:1])
+  encoder.text = text
+  result = ZeroShotSegmentation(data=str(root), size=64).run(encoder)
+  assert result.protocol["images"] == 3
+  assert result.protocol["classes"] == 150
+  # It was 0.141 and 0.371, 350 and 55 times what chance has.
+  assert result.metrics["miou"] == pytest.approx(0.141, abs=0.02)
+  assert result.metrics["aacc"] == pytest.approx(0.371, abs=0.02)

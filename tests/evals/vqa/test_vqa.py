@@ -1,0 +1,326 @@
+"""VQA scores: values by hand, and those of the official evaluation."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from mtv_jax.evals.vqa import answer_files
+from mtv_jax.evals.vqa import scoring as vqa
+
+
+@pytest.mark.parametrize(
+  ("count", "original", "simple"),
+  [(0, 0, 0), (1, 0.3, 1 / 3), (2, 0.6, 2 / 3), (3, 0.9, 1), (4, 1, 1)],
+)
+def test_golden_agreement(count, original, simple):
+  people = ["cat"] * count + [f"word {i}" for i in range(10 - count)]
+  assert vqa.vqa_accuracy("cat", people) == pytest.approx(original)
+  got = vqa.vqa_accuracy("cat", people, counting="simple")
+  assert got == pytest.approx(simple)
+
+
+def test_leaving_each_out_by_enumeration():
+  rng = np.random.default_rng(0)
+  for _ in range(50):
+    people = [f"w{k}" for k in rng.integers(0, 4, 10)]
+    others = [people[:i] + people[i + 1 :] for i in range(10)]
+    want = np.mean([min(1, o.count("w1") / 3) for o in others])
+    assert vqa.vqa_accuracy("w1", people) == pytest.approx(want)
+
+
+# What the official evaluation makes of them.
+@pytest.mark.parametrize(
+  ("answer", "want"),
+  [
+    ("The Cat.", "cat"),
+    ("two", "2"),
+    ("None", "0"),
+    ("twenty one", "twenty 1"),
+    ("1,000", "1000"),
+    ("1,000 - 2", "1000 2"),
+    ("red/blue", "red blue"),
+    ("red/ blue", "red blue"),
+    ("a-b -c", "ab c"),
+    ("half-open", "half open"),
+    ("3.5", "3.5"),
+    ("U.S.A.", "usa"),
+    (".5 p.m.", ".5 pm"),
+    ("5:30", "5:30"),
+    ("what?", "what"),
+    ("dont", "don't"),
+    ("it isnt", "it isn't"),
+    ("couldntve", "couldntve"),
+    ("couldnt've", "couldn't've"),
+    ("somebody'd", "somebodyd"),
+    ("its", "its"),
+    ("yall", "y'all"),
+    ("a\nb\tc ", "b c"),
+    ("an", ""),
+    ("$2.50", "$2.50"),
+    ('"hi" (x)', "hi x"),
+  ],
+)
+def test_normalisation(answer, want):
+  assert vqa.normalize_answer(answer) == want
+
+
+def test_answers_are_normalised_where_people_disagree():
+  agree, disagree = ["The cat"] * 10, ["The cat"] * 9 + ["dog"]
+  assert vqa.vqa_accuracy("cat", agree) == 0
+  assert vqa.vqa_accuracy(" The cat\n", agree) == 1
+  assert vqa.vqa_accuracy("cat", disagree) == 1
+  with pytest.raises(ValueError, match="nobody's answers"):
+    vqa.vqa_accuracy("cat", [])
+  with pytest.raises(ValueError, match="Did you mean 'original'"):
+    vqa.vqa_accuracy("cat", agree, counting="orignal")
+
+
+def test_exact_match():
+  assert vqa.exact_match(" On the  left. ", ["on the left"]) == 1
+  assert vqa.exact_match("left", ["on the left", "right"]) == 0
+
+
+@pytest.mark.parametrize(
+  ("answer", "want"),
+  [
+    ("B", "B"),
+    ("(b)", "B"),
+    ("b.", "B"),
+    ("C) a red car", "C"),
+    ("C: a red car", "C"),
+    ("Option D.", "D"),
+    ("The answer is B because of A", "B"),
+    ("answer: (C)", "C"),
+    ("a dog", "A"),
+    ("I think it is a red car", "C"),
+    ("The answer is a red car.", "C"),
+    ("E", None),
+    ("a dog or a cat", None),
+    ("It's hard to tell", None),
+    ("", None),
+  ],
+)
+def test_option_letter(answer, want):
+  options = ("a dog", "a cat", "a red car", "a car")
+  assert vqa.option_letter(answer, options) == want
+
+
+def test_option_letter_without_the_options():
+  assert vqa.option_letter("E", count=5) == "E"
+  assert vqa.option_letter("E", count=4) is None
+  assert vqa.option_letter("Z.") == "Z"
+
+
+def test_yes_or_no():
+  said = ["Yes, there is.", "No.", "there is not", "Yes. No, wait", "maybe"]
+  assert [vqa.says_yes(s) for s in said] == [True, False, False, True, True]
+  assert vqa.says_yes("nothing") and not vqa.says_yes("No, it is a dog")
+  scores = vqa.yes_or_no(said, ["yes", "no", "yes", "no", "yes"])
+  assert scores.accuracy == pytest.approx(3 / 5)
+  assert scores.precision == pytest.approx(2 / 3)
+  assert scores.recall == pytest.approx(2 / 3)
+  assert scores.f1 == pytest.approx(2 / 3)
+  assert scores.yes_rate == pytest.approx(3 / 5)
+  none = vqa.yes_or_no(["no"], ["yes"])
+  assert (none.accuracy, none.f1, none.precision) == (0, 0, 0)
+  with pytest.raises(ValueError, match="got 'maybe'"):
+    vqa.yes_or_no(["no"], ["maybe"])
+
+
+@pytest.mark.reference
+def test_yes_or_no_against_scikit_learn():
+  from sklearn import metrics
+
+  rng = np.random.default_rng(0)
+  true = rng.choice(["yes", "no"], 200)
+  said = np.where(rng.random(200) < 0.7, true, "yes")
+  scores = vqa.yes_or_no(list(said), list(true))
+  assert scores.accuracy == metrics.accuracy_score(true, said)
+  for name, function in (
+    ("f1", metrics.f1_score),
+    ("precision", metrics.precision_score),
+    ("recall", metrics.recall_score),
+  ):
+    want = function(true, said, pos_label="yes")
+    assert getattr(scores, name) == pytest.approx(want, abs=1e-12)
+
+
+def test_anls():
+  # Half of the letters wrong is one wrong too many: NL < 0.5 is strict.
+  assert vqa.anls("abcd", ["abxy"]) == 0
+  assert vqa.anls("abcd", ["abcx"]) == 0.75
+  assert vqa.anls("Hello  World", ["zzz", "hello world"]) == 1
+  assert vqa.anls("kitten", ["sitting"]) == pytest.approx(1 - 3 / 7)
+  assert vqa.anls("", [""]) == 1
+  assert vqa.anls("", ["a"]) == 0
+  with pytest.raises(ValueError, match="no truth"):
+    vqa.anls("a", [])
+
+
+def test_levenshtein_against_recursion():
+  def slow(a, b):
+    if not a or not b:
+      return len(a) + len(b)
+    return min(
+      slow(a[1:], b) + 1,
+      slow(a, b[1:]) + 1,
+      slow(a[1:], b[1:]) + (a[0] != b[0]),
+    )
+
+  rng = np.random.default_rng(0)
+  for _ in range(30):
+    a, b = ("".join(rng.choice(list("abc"), rng.integers(0, 6))) for _ in "ab")
+    assert vqa.levenshtein(a, b) == slow(a, b)
+
+
+def write(path, content):
+  path.write_text(
+    "\n".join(map(json.dumps, content))
+    if path.suffix == ".jsonl"
+    else json.dumps(content)
+  )
+  return path
+
+
+@pytest.fixture
+def tool(repo_root):
+  path = repo_root / "tools" / "score_vqa.py"
+  spec = importlib.util.spec_from_file_location("score_vqa", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.main
+
+
+def test_vqa_files(tmp_path, tool, capsys):
+  people = [["cat"] * 10, ["two"] * 2 + ["three"] * 8, ["red"] * 1 + ["x"] * 9]
+  truths = write(
+    tmp_path / "truths.json",
+    {
+      "annotations": [
+        {
+          "question_id": i,
+          "answer_type": "number" if i == 1 else "other",
+          "answers": [{"answer": a, "answer_id": k} for k, a in enumerate(p)],
+        }
+        for i, p in enumerate(people)
+      ]
+    },
+  )
+  answers = write(
+    tmp_path / "answers.jsonl",
+    [
+      {"question_id": 2, "answer": "Red!"},
+      {"question_id": 1, "answer": "2"},
+      {"question_id": 0, "answer": "cat"},
+    ],
+  )
+  out = tmp_path / "scores.json"
+  tool(
+    [
+      "--rule=vqa",
+      f"--answers={answers}",
+      f"--truths={truths}",
+      f"--json={out}",
+    ]
+  )
+  metrics = json.loads(out.read_text())["metrics"]
+  assert metrics["accuracy"] == pytest.approx((1 + 0.6 + 0.3) / 3)
+  assert metrics["accuracy_number"] == pytest.approx(0.6)
+  assert metrics["accuracy_other"] == pytest.approx(0.65)
+  printed = capsys.readouterr().out
+  assert "63.33 %" in printed and "data_hash" in printed
+  answers.write_text('{"question_id": 0, "answer": "cat"}\n')
+  with pytest.raises(SystemExit, match=r"2 of 3 questions .*such as 1"):
+    tool(["--rule=vqa", f"--answers={answers}", f"--truths={truths}"])
+  tool(
+    [
+      "--rule=vqa_simple",
+      f"--answers={answers}",
+      f"--truths={truths}",
+      "--missing=wrong",
+    ]
+  )
+  assert "33.33 %" in capsys.readouterr().out
+
+
+def test_forms_of_other_benchmarks(tmp_path):
+  gqa = write(
+    tmp_path / "gqa.json", {"7": {"answer": "left"}, "8": {"answer": "no"}}
+  )
+  by_id = write(tmp_path / "by_id.json", {"7": "Left.", "8": "yes"})
+  got = answer_files.score(
+    answer_files.read_answers(by_id),
+    answer_files.read_questions(gqa),
+    rule="exact",
+  )
+  assert got.metrics == {"accuracy": 0.5}
+
+  docs = write(
+    tmp_path / "docs.json",
+    {
+      "data": [
+        {"questionId": 1, "answers": ["$ 12", "12"]},
+        {"questionId": 2, "answers": ["kitten"]},
+      ]
+    },
+  )
+  said = write(
+    tmp_path / "said.json",
+    [{"questionId": 1, "answer": "12"}, {"questionId": 2, "answer": "sitting"}],
+  )
+  got = answer_files.score(
+    answer_files.read_answers(said),
+    answer_files.read_questions(docs),
+    rule="anls",
+  )
+  assert got.metrics == {"anls": pytest.approx((1 + 4 / 7) / 2)}
+
+  choice = write(
+    tmp_path / "choice.json",
+    [
+      {"id": "a", "answer": 1, "choices": ["x", "y"]},
+      {"id": "b", "answer": "A", "options": ["x", "y"]},
+    ],
+  )
+  said = write(
+    tmp_path / "said.json",
+    [{"id": "a", "text": "(B) y"}, {"id": "b", "text": "It is y"}],
+  )
+  got = answer_files.score(
+    answer_files.read_answers(said),
+    answer_files.read_questions(choice),
+    rule="option",
+  )
+  assert got.metrics == {"accuracy": 0.5}
+
+  pope = write(
+    tmp_path / "pope.jsonl",
+    [{"question_id": i, "label": t} for i, t in enumerate(("yes", "no"))],
+  )
+  got = answer_files.score(
+    {"1": "No."},
+    answer_files.read_questions(pope),
+    rule="pope",
+    missing="wrong",
+  )
+  assert got.metrics["accuracy"] == 0.5 and got.metrics["f1"] == 0
+
+
+def test_files_that_are_no_answers(tmp_path):
+  twice = write(tmp_path / "twice.json", [{"id": 1, "answer": "x"}] * 2)
+  with pytest.raises(ValueError, match="question 1 is answered twice"):
+    answer_files.read_answers(twice)
+  odd = write(tmp_path / "odd.json", [{"id": 1, "anwser": "x"}])
+  with pytest.raises(ValueError, match=r"\['anwser', 'id'\].*'prediction'"):
+    answer_files.read_answers(odd)
+  (tmp_path / "text.json").write_text("yes\nno")
+  with pytest.raises(ValueError, match="neither JSON"):
+    answer_files.read_answers(tmp_path / "text.json")
+  with pytest.raises(ValueError, match="1 answers belong to no question"):
+    answer_files.score(
+      {"1": "x", "2": "y"}, {"1": answer_files.Question(("x",))}, rule="exact"
+    )
+  with pytest.raises(ValueError, match="Did you mean 'exact'"):
+    answer_files.score({}, {}, rule="exakt")

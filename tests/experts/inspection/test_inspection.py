@@ -1,0 +1,550 @@
+"""What is shown of label sets: statistics, what stands out, sheet and page."""
+
+import html.parser
+import importlib.util
+import json
+
+import cv2
+import label_samples
+import numpy as np
+import pytest
+from PIL import Image
+
+from mtv_jax.data.labels.label_sets import LabelSet
+from mtv_jax.data.labels.label_values import make_boxes, make_depth, no_label
+from mtv_jax.data.sources import array_record
+from mtv_jax.experts.inspection import cards, findings, run, sheet, statistics
+from mtv_jax.experts.inspection.counts import Histogram, PhraseCounts
+from mtv_jax.utils import drawing
+
+CELLS = np.arange(64).reshape(8, 8)
+BAD = "<b>&\"'</b>"
+
+
+@pytest.fixture(scope="module")
+def tool(repo_root):
+  path = repo_root / "tools" / "inspect_labels.py"
+  spec = importlib.util.spec_from_file_location("inspect_labels", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+# --- counts ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", ["shares", "magnitudes", "whole"])
+def test_histograms_are_those_of_numpy(values):
+  rng = np.random.default_rng(0)
+  made, drawn, error = {
+    "shares": (Histogram.of_shares(), rng.beta(0.5, 3, 5000), 2e-3),
+    "magnitudes": (
+      Histogram.of_magnitudes(),
+      rng.normal(size=5000) * 10 ** rng.uniform(-4, 4, 5000),
+      None,
+    ),
+    "whole": (Histogram.of_whole_numbers(64), rng.poisson(9, 5000), 0),
+  }[values]
+  for part in np.array_split(drawn, 7):
+    made.add(part)
+  made.add(np.array([np.nan, np.inf]))
+  found = made.to_dict()
+  assert found["count"] == 5000
+  assert (found["min"], found["max"]) == (drawn.min(), drawn.max())
+  assert found["mean"] == pytest.approx(drawn.mean(), rel=1e-9)
+  for share, quantile in found["quantiles"].items():
+    wanted = np.quantile(drawn, float(share), method="inverted_cdf")
+    allowed = 0.012 * abs(wanted) if error is None else error
+    assert abs(quantile - wanted) <= allowed, share
+  edges, counts = found["bars"]["edges"], found["bars"]["counts"]
+  assert len(edges) == len(counts) + 1 and sum(counts) == 5000
+  wanted, _ = np.histogram(drawn, edges)
+  np.testing.assert_array_equal(counts, wanted)
+
+
+def test_values_beyond_the_edges_are_counted_in_bars_of_their_own():
+  made = Histogram.of_shares()
+  made.add(np.array([-3.0, 0.25, 1.0, 7.0, 8.0]))
+  bars = made.bars()
+  assert (bars["edges"][0], bars["edges"][-1]) == (-3, 8)
+  assert (bars["counts"][0], bars["counts"][-1]) == (1, 2)
+  assert sum(bars["counts"]) == 5
+  assert made.quantile(0) == -3 and made.quantile(1) == 8
+  assert Histogram.of_shares().to_dict() == {"count": 0}
+
+
+def test_phrases_are_counted_within_bounds_of_memory():
+  rng = np.random.default_rng(0)
+  drawn = [f"phrase {i}" for i in rng.zipf(1.3, 20_000) % 5000]
+  exact, bounded = PhraseCounts(), PhraseCounts(limit=300)
+  for part in np.array_split(drawn, 50):
+    exact.add(part.tolist())
+    bounded.add(part.tolist())
+  names, counts = np.unique(drawn, return_counts=True)
+  wanted = dict(zip(names.tolist(), counts.tolist(), strict=True))
+  assert (exact.distinct, exact.short_by) == (len(names), 0)
+  top = sorted(wanted.items(), key=lambda item: (-item[1], item[0]))[:50]
+  assert exact.most_common(50) == top
+  assert 0 < bounded.short_by <= len(drawn) / 300
+  for phrase, count in bounded.most_common(600):
+    assert count <= wanted[phrase] <= count + bounded.short_by
+  assert bounded.most_common(1)[0][0] == top[0][0]
+  assert len(bounded.most_common(10_000)) <= 600
+  assert bounded.distinct == pytest.approx(len(names), rel=0.1)
+
+
+# --- statistics --------------------------------------------------------------
+
+
+def boxes_of(i):
+  """Boxes, phrases and scores of record i; record 3 has no label."""
+  rng = np.random.default_rng(i)
+  corners = np.sort(rng.random((i % 5, 2, 2)), axis=1).reshape(-1, 4)
+  phrases = [("a dog", BAD, "A  dog.")[k] for k in rng.integers(0, 3, i % 5)]
+  return corners, phrases, rng.random(i % 5).astype(np.float32)
+
+
+def depth_of(i):
+  inverse = label_samples.ramp(16, 16) * (1 + i)
+  if i == 6:
+    inverse = 1 + 1e-3 * inverse
+  if i == 7:
+    inverse[:] = 1 + 1e-2 * inverse
+    inverse[15, 15] = 100
+  valid = np.ones((16, 16), bool)
+  valid[: i % 4] = False
+  return make_depth(inverse, side=16, valid=valid)
+
+
+def outcome(kind, i):
+  if i == 3:
+    return no_label(f"{kind}: none")
+  return make_boxes(*boxes_of(i)) if kind == "boxes" else depth_of(i)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+  """Ten records in three tars, with labels of both kinds."""
+  folder = tmp_path_factory.mktemp("labelled")
+  base = label_samples.open_base(label_samples.make_base(folder))
+  for kind in ("depth", "boxes"):
+    label_samples.make_set(folder / kind, base, kind, of=outcome)
+  return folder
+
+
+def gathered(folder, kind, **options):
+  return statistics.gather(LabelSet(folder / kind, kind=kind), **options)
+
+
+@pytest.mark.parametrize("min_score", [0.0, 0.4])
+def test_statistics_of_boxes(labelled, min_score):
+  found = gathered(labelled, "boxes", min_score=min_score)
+  kept = []
+  for i in (i for i in range(10) if i != 3):
+    corners, phrases, scores = boxes_of(i)
+    keep = scores >= min_score
+    words = [p for p, k in zip(phrases, keep, strict=True) if k]
+    kept.append((corners[keep], words, scores[keep]))
+  boxes = np.concatenate([k[0] for k in kept])
+  scores = np.concatenate([k[2] for k in kept])
+  phrases = [phrase for k in kept for phrase in k[1]]
+  sides = boxes[:, 2:] - boxes[:, :2]
+  assert (found["records"], found["labelled"]) == (10, 9)
+  assert found["reasons"] == {"boxes: none": 1}
+  assert found["read"] == {
+    "every": 1,
+    "records": 10,
+    "labelled": 9,
+    "damaged": 0,
+    "examples": [],
+  }
+  assert found["boxes"] == len(boxes)
+  assert found["below_min_score"] == sum(i % 5 for i in range(10) if i != 3) - (
+    len(boxes)
+  )
+  assert found["boxes_an_image"]["mean"] == pytest.approx(len(boxes) / 9)
+  assert found["images_without_boxes"] == pytest.approx(
+    np.mean([not len(k[0]) for k in kept])
+  )
+  assert found["scores"]["mean"] == pytest.approx(scores.mean(), rel=1e-6)
+  assert found["scores"]["max"] == pytest.approx(scores.max(), rel=1e-6)
+  for name, values in (
+    ("shorter_sides", sides.min(1)),
+    ("longer_sides", sides.max(1)),
+    ("sides", np.sqrt(sides.prod(1))),
+  ):
+    assert found[name]["mean"] == pytest.approx(values.mean(), abs=2e-5), name
+  small = (sides.min(1) < 16 / 384).mean()
+  assert found["small_boxes"] == pytest.approx(small)
+  median = np.quantile(sides.prod(1), 0.5, method="inverted_cdf")
+  assert found["areas"]["quantiles"]["0.5"] == pytest.approx(median, abs=2e-3)
+  names, counts = np.unique(phrases, return_counts=True)
+  frequent = dict(found["phrases"]["most_frequent"])
+  assert frequent == dict(zip(names.tolist(), counts.tolist(), strict=True))
+  assert found["phrases"]["different"] == len(names)
+  # Case, spaces and full stops make no other phrase of it, as in training.
+  repeated = 0
+  for _, words, _ in kept:
+    same = ["dog" if w != BAD else w for w in words]
+    repeated += sum(same.count(word) > 1 for word in same)
+  assert found["boxes_with_repeated_phrase"] == repeated / len(boxes)
+
+
+def test_statistics_of_depth(labelled):
+  found = gathered(labelled, "depth")
+  labels = [depth_of(i).label for i in range(10) if i != 3]
+  shares = [(label.values > 0).mean() for label in labels]
+  assert found["labelled_pixels"]["mean"] == pytest.approx(np.mean(shares))
+  assert found["low"]["min"] == min(label.low for label in labels)
+  assert found["high"]["mean"] == pytest.approx(
+    np.mean([x.high for x in labels])
+  )
+  assert found["sides"] == {16: 9}
+  # Records 6 and 7: nearly the same everywhere, and but for one pixel.
+  assert found["constant_maps"] == found["narrow_maps"] == pytest.approx(1 / 9)
+
+
+def test_some_labels_of_some_shards(labelled):
+  seen = []
+  found = gathered(
+    labelled, "boxes", records=5, progress=lambda *at: seen.append(at)
+  )
+  assert found["read"]["every"] == 2 and found["read"]["records"] == 5
+  assert found["boxes"] == sum(i % 5 for i in range(0, 10, 2))
+  assert (found["records"], found["labelled"]) == (10, 9)
+  assert seen[-1] == (5, 5)
+  found = gathered(labelled, "boxes", shards=["00000"])
+  assert (found["records"], found["labelled"], found["shards"]) == (4, 3, 1)
+  assert found["boxes"] == 0 + 1 + 2
+  with pytest.raises(ValueError, match="records=0"):
+    gathered(labelled, "boxes", records=0)
+
+
+def test_damaged_labels_are_counted(labelled, monkeypatch):
+  read = LabelSet.read
+
+  def damaged(self, shard, at):
+    if (shard, at) == (1, 2):
+      raise cards.BadRecord("00001.array_record:2", "is damaged")
+    return read(self, shard, at)
+
+  monkeypatch.setattr(LabelSet, "read", damaged)
+  found = gathered(labelled, "boxes")
+  assert found["read"]["damaged"] == 1 and found["read"]["labelled"] == 8
+  (finding,) = [f for f in findings.look_at(found) if f.name == "damaged"]
+  assert "00001.array_record:2" in finding.text
+
+
+# --- what stands out ---------------------------------------------------------
+
+
+def standing_out(tmp_path, make, *, kind="boxes", records=30, **options):
+  """Names of what is said of a set of which `make` makes label i."""
+  base = tmp_path / "base"
+  base.mkdir()
+  image = label_samples.png(0)
+  array_record.write(
+    base / "0.array_record",
+    [
+      {"key": f"{i}", "image": image, "captions": ["c"]} for i in range(records)
+    ],
+  )
+  source = label_samples.open_base(base)
+  label_samples.make_set(
+    tmp_path / kind, source, kind, of=lambda kind, i: make(i)
+  )
+  found = gathered(tmp_path, kind, **options)
+  return {finding.name for finding in findings.look_at(found)}
+
+
+def good(i):
+  """Three boxes of sides 0.3, of different phrases and scores."""
+  corners = np.array(
+    [[0, 0, 0.3, 0.3], [0.5, 0.1, 0.8, 0.4], [0, 0.6, 0.3, 0.9]]
+  )
+  names = [f"thing {i} {j}" for j in range(1 + i % 3)]
+  return make_boxes(
+    corners[: len(names)], names, np.linspace(0.2, 0.9, len(names))
+  )
+
+
+def bad_boxes(i):
+  return make_boxes(
+    np.array([[0, 0, 1, 1], [0, 0, 0.99, 1], [0, 0, 1, 0.99]]),
+    ["a"] * 3,
+    np.array([1, 1, 1 + i % 2], np.float32),
+  )
+
+
+@pytest.mark.parametrize(
+  ("make", "expected"),
+  [
+    (good, set()),
+    (lambda i: good(i) if i % 4 else no_label("x"), {"without_label"}),
+    (lambda i: good(i) if i % 5 else no_label("x"), set()),
+    (
+      lambda i: good(i) if i % 3 == 0 else make_boxes(np.zeros((0, 4)), []),
+      {"images_without_boxes"},
+    ),
+    (
+      bad_boxes,
+      {
+        "large_boxes",
+        "at_most",
+        "one_phrase",
+        "repeated_phrases",
+        "scores_beyond",
+      },
+    ),
+    (
+      lambda i: make_boxes(np.array([[0, 0, 0.04, 0.5]]), [f"thing {i}"]),
+      {"small_boxes", "scores_of_1"},
+    ),
+  ],
+)
+def test_what_stands_out_of_boxes(tmp_path, make, expected):
+  assert standing_out(tmp_path, make) == expected
+
+
+def test_a_threshold_that_leaves_no_box_is_told_of(tmp_path):
+  assert standing_out(tmp_path, good, min_score=0.95) == {"no_boxes"}
+  (found,) = findings.look_at(gathered(tmp_path, "boxes", min_score=0.95))
+  assert found.text == "No box at all scores 0.95 or more."
+
+
+def test_labels_without_any_box_are_told_of(tmp_path):
+  nothing = make_boxes(np.zeros((0, 4)), [])
+  assert standing_out(tmp_path, lambda i: nothing) == {"no_boxes"}
+  (found,) = findings.look_at(gathered(tmp_path, "boxes"))
+  assert found.text == "No box at all is in any label."
+
+
+@pytest.mark.parametrize(
+  ("make", "expected"),
+  [
+    (lambda i: make_depth(label_samples.ramp(8, 8), side=8), set()),
+    (
+      lambda i: make_depth(1 + 1e-2 * label_samples.ramp(8, 8), side=8),
+      {"constant_maps"},
+    ),
+    (
+      lambda i: make_depth(
+        np.where(
+          np.arange(64).reshape(8, 8) == 9, 99, label_samples.ramp(8, 8)
+        ),
+        side=8 + i % 2,
+      ),
+      {"narrow_maps", "sides"},
+    ),
+    (
+      lambda i: make_depth(label_samples.ramp(8, 8), side=8, valid=CELLS < 20),
+      {"sparse_maps"},
+    ),
+  ],
+)
+def test_what_stands_out_of_depth(tmp_path, make, expected):
+  assert standing_out(tmp_path, make, kind="depth") == expected
+
+
+# --- pictures ----------------------------------------------------------------
+
+
+def extent(picture, colour):
+  rows, columns = np.nonzero((picture == colour).all(-1))
+  return rows.min(), columns.min(), rows.max(), columns.max()
+
+
+def test_names_stay_in_the_image_and_off_each_other():
+  image = np.full((120, 240, 3), 128, np.uint8)
+  corners = [(0, 0), (0.97, 0.97), (0, 0.97), (0.97, 0), (0, 0), (0, 0)]
+  boxes = np.array([[y, x, y + 0.03, x + 0.03] for y, x in corners], np.float32)
+  colours = np.array([[255, 20 * i, 0] for i in range(6)], np.uint8)
+  drawn = drawing.named_boxes(image, boxes, ["some words"] * 6, colours)
+  # The first corner is full after one of them.
+  assert drawn.unnamed == (4, 5) and drawn.picture.shape == image.shape
+  extents = [extent(drawn.picture, colour) for colour in colours[:4]]
+  plate = round(drawing.length("some words", 11)) + 4
+  for k, (top, left, bottom, right) in enumerate(extents):
+    assert right - left == pytest.approx(plate, abs=6), k
+    assert bottom - top >= 14, k
+  # Where many share a place, those that find none are named.
+  boxes = np.tile(np.array([[0.4, 0.4, 0.42, 0.42]], np.float32), (30, 1))
+  colours = np.arange(90, dtype=np.uint8).reshape(30, 3) + 100
+  many = drawing.named_boxes(image, boxes, ["some words"] * 30, colours)
+  placed = set(range(30)) - set(many.unnamed)
+  assert len(placed) >= 3 and 0 in placed
+  rows = [extent(many.picture, colours[k])[:3:2] for k in sorted(placed)]
+  assert len(set(rows)) == len(rows)
+
+
+def test_words_are_cut_to_their_width():
+  long = "many\nwords " * 400
+  for width in (40, 100, 300):
+    cut = drawing.shorten(long, width)
+    assert cut.endswith("…") and "\n" not in cut
+    assert width - 30 < drawing.length(cut) <= width
+    lines = drawing.wrap(long, width, lines=3)
+    assert len(lines) == 3 and lines[-1].endswith("…")
+    assert all(drawing.length(line) <= width for line in lines)
+  assert drawing.wrap("two words", 300, lines=3) == ["two words"]
+  assert drawing.one_line("a\x1b[31m\ud800 b") == "a\ufffd[31m\ufffd b"
+
+
+def grey_card(folder, make, *, kind, image=None):
+  """The only record's card, of a grey image twice as wide as high."""
+  base = folder / "base"
+  base.mkdir()
+  if image is None:
+    grey = np.full((60, 120, 3), 128, np.uint8)
+    image = cv2.imencode(".png", grey)[1].tobytes()
+  records = [{"key": "one", "image": image, "captions": ["its caption"]}]
+  # A second one, as a set needs a label.
+  records.append(records[0] | {"key": "two"})
+  array_record.write(base / "0.array_record", records)
+  source = label_samples.open_base(base)
+  label_samples.make_set(
+    folder / kind,
+    source,
+    kind,
+    of=lambda kind, i: make if i == 0 else outcome(kind, 4),
+  )
+  labels = run.AlignedLabels(LabelSet(folder / kind, kind=kind), source)
+  return cards.draw(source, {kind: labels}, 0, size=240)
+
+
+def test_boxes_are_where_they_should_be(tmp_path):
+  corners = np.array([[0.25, 0.5, 0.75, 1.0]])
+  made = make_boxes(corners, ["a thing"], np.array([0.5], np.float32))
+  card = grey_card(tmp_path, made, kind="boxes")
+  picture = card.pictures["boxes"]
+  assert picture.shape == (120, 240, 3)
+  changed = (picture != 128).any(-1)
+  # Rim and outline are 3 pixels; the plate stands above the box.
+  assert changed[30:90, 120].all() and changed[89, 120:240].all()
+  assert not changed[:, :119].any() and not changed[92:].any()
+  assert not changed[34:86, 124:236].any()
+  assert changed[16:30, 121:150].all() and not changed[:14].any()
+  assert dict(card.names) == {"a thing 0.50": 1} and not card.unnamed
+  assert (card.key, card.size) == ("one", "120 x 60")
+  assert card.captions == ("its caption",)
+
+
+def test_pixels_without_depth_are_striped(tmp_path):
+  valid = np.ones((60, 120), bool)
+  valid[:, :60] = False
+  made = make_depth(label_samples.ramp(60, 120), side=12, valid=valid)
+  card = grey_card(tmp_path, made, kind="depth")
+  assert list(card.pictures) == ["image", "depth"]
+  picture = card.pictures["depth"].astype(int)
+  spread = picture.max(-1) - picture.min(-1)
+  assert (spread[:, :118] < 8).all() and len(np.unique(picture[:, :118])) > 1
+  assert (spread[:, 122:] > 40).all()
+  # Far is blue and near is red; nearness grows downwards.
+  assert picture[5, 130, 2] > picture[5, 130, 0]
+  assert picture[115, 230, 0] > picture[115, 230, 2]
+
+
+@pytest.mark.parametrize("kind", ["boxes", "depth"])
+def test_a_record_without_a_label_says_so(tmp_path, kind, monkeypatch):
+  said, tag = [], drawing.tag
+
+  def listen(picture, words):
+    said.append(words)
+    return tag(picture, words)
+
+  monkeypatch.setattr(drawing, "tag", listen)
+  card = grey_card(tmp_path, no_label("none"), kind=kind)
+  assert said == [f"no label of {kind}"]
+  assert (card.pictures[kind][:20] < 80).any()
+
+
+def test_an_image_that_is_none_is_shown_as_such(tmp_path):
+  made = make_depth(label_samples.ramp(60, 120), side=12)
+  card = grey_card(tmp_path, made, kind="depth", image=b"\xff\xd8\xffno image")
+  assert card.size == "" and "are no image" in card.notes[0]
+  assert card.pictures["depth"].shape == card.pictures["image"].shape
+  drawn = sheet.draw([card], title="a title", size=240)
+  assert drawn.ndim == 3 and drawn.shape[1] == 2 * 240 + 8 + 2 * 12
+
+
+# --- the tool ----------------------------------------------------------------
+
+
+class Page(html.parser.HTMLParser):
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.sources, self.words, self.open = [], [], [], []
+    self.feed(text)
+
+  def handle_starttag(self, tag, attributes):
+    self.tags.append(tag)
+    self.sources += [v for k, v in attributes if k in ("src", "href")]
+
+  def handle_data(self, data):
+    self.words.append(data)
+
+
+def test_the_tool_writes_sheet_page_and_statistics(labelled, tool, capsys):
+  out = labelled / "out"
+  options = [f"--data={labelled}/base/*.tar", f"--out={out}"]
+  both = [f"--depth={labelled}/depth", f"--boxes={labelled}/boxes"]
+  tool.main([*options, *both, "--count=9", "--size=96", "--seed=1"])
+  said = capsys.readouterr().out
+  assert "boxes from boxes: 9 of 10 records have a label (90.0 %)" in said
+  assert "look at depth: 11.1 % of the maps are nearly constant" in said
+  with Image.open(out / "sheet.png") as drawn:
+    assert drawn.format == "PNG"
+    # Five cards of two pictures in a line.
+    assert drawn.width == 24 + 5 * (2 * 96 + 8) + 4 * 16
+  text = (out / "index.html").read_text(encoding="utf-8")
+  page = Page(text)
+  assert page.tags.count("img") == 2 * 9
+  assert all(source.startswith("data:image/") for source in page.sources)
+  assert not {"script", "link", "iframe"} & set(page.tags)
+  assert "url(" not in text and "@import" not in text
+  assert BAD not in text and any(BAD in words for words in page.words)
+  assert "the test" in text
+  found = json.loads((out / "statistics.json").read_text(encoding="utf-8"))
+  assert set(found["sets"]) == {"boxes", "depth"} and found["records"] == 10
+  assert {entry["name"] for entry in found["look_at"]} >= {"constant_maps"}
+  # Fewer records of one kind, as JSON.
+  tool.main([*options, both[1], "--count=2", "--records=4", "--json"])
+  printed = json.loads(capsys.readouterr().out)
+  assert printed["sets"]["boxes"]["read"]["every"] == 3
+  assert set(printed["sets"]) == {"boxes"}
+  assert printed == json.loads((out / "statistics.json").read_text())
+
+
+def test_the_tool_says_what_is_wrong(labelled, tool, tmp_path):
+  other = label_samples.make_base(tmp_path, first=50)
+  data, out = f"--data={labelled}/base/*.tar", f"--out={tmp_path}/out"
+  boxes = f"--boxes={labelled}/boxes"
+  for options, expected in (
+    ([data, out], "No label set is given"),
+    ([data, out, "--boxes=nowhere"], "There is no folder of labels nowhere"),
+    ([data, out, f"--depth={labelled}/boxes"], "holds labels of kind 'boxes'"),
+    ([f"--data={other}/*.tar", boxes, out], "was made for other images"),
+    ([f"--data={tmp_path}/x*.tar", boxes, out], "x*.tar"),
+    ([data, boxes, out, "--count=0"], "count=0"),
+    ([data, boxes, out, "--records=0"], "records=0"),
+  ):
+    with pytest.raises(SystemExit, match="^inspect_labels: ") as raised:
+      tool.main(options)
+    assert expected in str(raised.value)
+  assert not (tmp_path / "out" / "index.html").exists()
+
+
+def test_joined_by_key_the_whole_set_is_looked_at(labelled, tool, tmp_path):
+  folder = label_samples.make_copy(tmp_path)
+  tool.main(
+    [
+      f"--data={labelled}/base/00000.tar",
+      f"--boxes={folder}/boxes",
+      "--join=key",
+      f"--index_dir={tmp_path}/index",
+      f"--out={tmp_path}/out",
+      "--count=1",
+    ]
+  )
+  text = (tmp_path / "out" / "statistics.json").read_text()
+  assert json.loads(text)["sets"]["boxes"]["records"] == 6

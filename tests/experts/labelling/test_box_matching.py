@@ -1,0 +1,143 @@
+"""How boxes of two label sets are told to agree."""
+
+import itertools
+import json
+
+import label_samples
+import numpy as np
+import pytest
+
+from mtv_jax.data.labels.label_sets import LabelError, LabelSet
+from mtv_jax.data.labels.label_values import BoxLabel, Outcome
+from mtv_jax.experts.labelling import box_matching
+from tools import match_boxes
+
+
+def labels(boxes, phrases, scores=None):
+  scores = np.ones(len(boxes)) if scores is None else scores
+  return BoxLabel(
+    np.array(boxes, np.float32).reshape(-1, 4),
+    tuple(phrases),
+    np.asarray(scores, np.float32),
+  )
+
+
+def overlap(a, b):
+  sides = [min(a[k + 2], b[k + 2]) - max(a[k], b[k]) for k in (0, 1)]
+  both = max(sides[0], 0) * max(sides[1], 0)
+  areas = [(x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)]
+  return both / (sum(areas) - both)
+
+
+def matched(label, truth, iou):
+  """The rule, a box at a time."""
+  free, pairs = set(range(len(truth.boxes))), {}
+  for i in sorted(range(len(label.boxes)), key=lambda i: -label.scores[i]):
+    can = [j for j in free if truth.phrases[j] == label.phrases[i]]
+    can.sort(key=lambda j: -overlap(label.boxes[i], truth.boxes[j]))
+    if can and overlap(label.boxes[i], truth.boxes[can[0]]) >= iou:
+      pairs[i] = can[0]
+      free.remove(can[0])
+  return pairs
+
+
+def random_label(rng, count):
+  low = rng.uniform(0, 0.5, (count, 2))
+  boxes = np.concatenate([low, low + rng.uniform(0.3, 0.5, (count, 2))], 1)
+  return labels(boxes, rng.choice(["a", "b"], count), rng.uniform(0, 1, count))
+
+
+def test_boxes_are_matched_one_to_one_best_first():
+  rng = np.random.default_rng(0)
+  total = 0
+  for sizes in itertools.product((0, 1, 5, 12), repeat=2):
+    label, truth = (random_label(rng, n) for n in sizes)
+    got = box_matching.match(label, truth, iou=0.4)
+    want = matched(label, truth, 0.4)
+    assert {i: j for i, j in enumerate(got.truth) if j >= 0} == want
+    for i, j in want.items():
+      found = overlap(label.boxes[i], truth.boxes[j])
+      assert abs(got.iou[i] - found) < 1e-6
+    assert not got.iou[got.truth < 0].any()
+    total += len(want)
+  assert total > 10
+
+
+SQUARE = [0.1, 0.1, 0.5, 0.5]
+
+
+def write(folder, base, entries):
+  label_samples.make_set(
+    folder, base, "boxes", of=lambda kind, i: Outcome(entries[i])
+  )
+  return LabelSet(folder, kind="boxes")
+
+
+@pytest.fixture
+def sets(tmp_path):
+  base = label_samples.open_base(label_samples.make_base(tmp_path, count=5))
+  moved = [0.1, 0.1, 0.5, 0.4]
+  truth = write(
+    tmp_path / "truth", base,
+    [
+      labels([SQUARE, SQUARE], ["couch", "cat"]),
+      labels([SQUARE], ["cat"]),
+      None,
+      labels([], []),
+      None,
+    ],
+  )  # fmt: skip
+  found = write(
+    tmp_path / "boxes", base,
+    [
+      labels([SQUARE, moved, moved], ["Sofa.", "cat", "cat"], [0.9, 0.8, 0.7]),
+      None,
+      labels([SQUARE], ["cat"]),
+      labels([SQUARE], ["ufo"]),
+      None,
+    ],
+  )  # fmt: skip
+  return found, truth
+
+
+def test_shares_of_two_sets(sets, tmp_path, capsys):
+  found, truth = sets
+  got = box_matching.compare(found, truth, renamed={"sofa": "couch"})
+  assert (got.images, got.unlabelled, got.never_true) == (3, 1, ["ufo"])
+  total = got.to_dict()
+  assert (total["truth"], total["boxes"], total["matched"]) == (3, 4, 2)
+  assert total["recall"] == 2 / 3 and total["precision"] == 0.5
+  assert abs(total["mean_iou"] - (1 + 0.75) / 2) < 1e-4
+  assert total["phrases"]["cat"]["recall"] == 0.5
+  assert total["phrases"]["ufo"]["recall"] is None
+  strict = box_matching.compare(found, truth, iou=0.8)
+  assert strict.total.matched == 0
+  file = tmp_path / "figures.json"
+  match_boxes.main(
+    [f"--labels={found.folder}", f"--truth={truth.folder}", "--phrases=1"]
+    + ["--rename", "sofa=couch", f"--json={file}"]
+  )
+  assert json.loads(file.read_text()) == total
+  said = capsys.readouterr().out
+  assert "| all | 3 | 4 | 2 | 66.7 % | 50.0 % | 87.5 % |" in said
+  assert "| cat | 2 | 2 | 1 | 50.0 % | 50.0 % | 75.0 % |" in said
+  assert "ufo |" not in said and "in no true box: ufo" in said
+
+
+def test_sets_that_can_not_be_compared(sets, tmp_path):
+  found, truth = sets
+  with pytest.raises(ValueError, match="iou=0"):
+    box_matching.compare(found, truth, iou=0)
+  with pytest.raises(SystemExit, match="match_boxes: 'sofa'.*LABEL=TRUTH"):
+    match_boxes.main(
+      [f"--labels={found.folder}", f"--truth={truth.folder}"]
+      + ["--rename", "sofa"]
+    )
+  folder = label_samples.make_base(tmp_path / "other", count=3)
+  other = write(
+    tmp_path / "set",
+    label_samples.open_base(folder),
+    [labels([SQUARE], ["a"])] * 3,
+  )
+  with pytest.raises(LabelError, match="different shards"):
+    box_matching.compare(other, truth)

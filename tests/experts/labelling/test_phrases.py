@@ -1,0 +1,149 @@
+"""What is looked for in an image: n-grams, tags, vocabularies, functions."""
+
+import logging
+
+import pytest
+
+from mtv_jax.data.records import BadRecord
+from mtv_jax.experts.labelling import phrases, stop_words
+from mtv_jax.experts.labelling.phrases import build_phrases
+
+CAPTIONS = [
+  "A dog on the beach",
+  "Stock photo: the DOG, running on the beach!",
+  "it is what it is",
+  "",
+  "red_bicycle   &  blue bicycle -- free HD wallpapers",
+]
+
+
+def record(*captions, **meta):
+  return {"key": "7", "captions": list(captions), "meta": meta}
+
+
+def restated(captions, *, max_words, max_phrases):
+  """OWLv2's recipe, a step at a time."""
+  found = []
+  for caption in captions:
+    plain = "".join(
+      c for c in caption.replace("_", " ") if c not in PUNCTUATION
+    )
+    kept = [w for w in plain.lower().split() if w not in stop_words.GENERIC]
+    for i in range(len(kept)):
+      for n in range(1, max_words + 1):
+        run = kept[i : i + n]
+        if len(run) == n and not set(run) <= stop_words.STOP:
+          found.append(" ".join(run))
+  distinct = []
+  for phrase in found:
+    if phrase not in distinct:
+      distinct.append(phrase)
+  return distinct[:max_phrases]
+
+
+PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+
+
+@pytest.mark.parametrize("max_words", [1, 3, 10])
+@pytest.mark.parametrize("max_phrases", [4, 300])
+def test_ngrams_are_owls(max_words, max_phrases):
+  made = build_phrases("ngrams", max_words=max_words, max_phrases=max_phrases)
+  got = made(record(*CAPTIONS))
+  want = restated(CAPTIONS, max_words=max_words, max_phrases=max_phrases)
+  assert got == want
+  assert isinstance(made, phrases.Phrases)
+  assert made.vocabulary is None
+
+
+def test_ngrams_by_hand():
+  made = build_phrases("ngrams")
+  assert made(record("The dog, photo")) == ["the dog", "dog"]
+  assert made(record("of the", "Don't", "images")) == []
+  assert made(record()) == []
+  long = record(" ".join(f"w{i}" for i in range(40)))
+  assert len(made(long)) == phrases.MAX_PHRASES
+  assert max(len(p.split()) for p in made(long)) == phrases.MAX_WORDS
+
+
+def test_the_word_lists_are_whole():
+  assert len(stop_words.GENERIC) == 61
+  # NLTK's 179, of which "it's" is "its" without its apostrophe.
+  assert len(stop_words.STOP) == 178
+  assert not stop_words.GENERIC & stop_words.STOP
+
+
+@pytest.mark.parametrize(
+  "written",
+  [["Red  car", "tree", "red-car", "a.b"], "Red car; tree,|red car|ab"],
+)
+def test_tags_of_lists_and_strings(written):
+  got = build_phrases("tags:objects")(record("unread", objects=written))
+  assert got[:2] == ["Red car", "tree"]
+  assert "red car" not in got
+  assert len(build_phrases("tags", max_phrases=2)(record(tags=written))) == 2
+
+
+def test_records_without_tags_have_no_phrases():
+  made = build_phrases("tags")
+  assert made(record("a caption")) == []
+  assert made(record(tags=None)) == made(record(tags=[])) == []
+  assert made.settings["field"] == "tags"
+
+
+@pytest.mark.parametrize("wrong", [3, {"a": 1}, ["a", 3]])
+def test_other_tags_are_a_bad_record(wrong):
+  with pytest.raises(BadRecord, match="'tags'.*string"):
+    build_phrases("tags")(record(tags=wrong))
+
+
+def test_half_of_a_character_can_be_written():
+  (phrase,) = build_phrases("tags")(record(tags=["dog \ud83d"]))
+  assert phrase.encode() == b"dog ?"
+
+
+def test_a_module_that_there_is_not():
+  with pytest.raises(ValueError, match="PYTHONPATH"):
+    build_phrases("no_such_module:function")
+
+
+def test_a_vocabulary_is_closed(tmp_path, caplog):
+  file = tmp_path / "names.txt"
+  file.write_text("cat\n\n  traffic  light\nCat\ndog \n", encoding="utf-8")
+  with caplog.at_level(logging.INFO):
+    made = build_phrases(str(file), max_phrases=1)
+  assert made.vocabulary == ("cat", "traffic light", "dog")
+  assert made(record("whatever")) == ["cat", "traffic light", "dog"]
+  assert "3 phrases; dropped 1 blank lines and 1 " in caplog.text
+  settings = dict(made.settings)
+  file.write_text("cat\ndog\ntraffic light\n", encoding="utf-8")
+  assert build_phrases(str(file)).settings["hash"] != settings.pop("hash")
+  assert settings == dict(source="vocabulary", file="names.txt", phrases=3)
+
+
+def test_files_that_hold_no_phrases(tmp_path):
+  empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+  empty.write_text("\n ,\n")
+  binary.write_bytes(b"\xff\xfe\x00\x81")
+  with pytest.raises(ValueError, match="2 lines and no phrase"):
+    build_phrases(str(empty))
+  with pytest.raises(ValueError, match="UTF-8"):
+    build_phrases(str(binary))
+
+
+def colours(record):
+  return (f"{word} thing" for word in record["captions"][0].split())
+
+
+def test_a_function_of_ones_own():
+  made = build_phrases(f"{__name__}:colours", max_phrases=2)
+  assert made(record("red green blue")) == ["red thing", "green thing"]
+  assert made.settings["source"].endswith(":colours")
+  with pytest.raises(ValueError, match="Did you mean 'colours'"):
+    build_phrases(f"{__name__}:colour")
+
+
+def test_unknown_sources_and_limits():
+  with pytest.raises(ValueError, match="Did you mean 'ngrams'"):
+    build_phrases("ngram")
+  with pytest.raises(ValueError, match="at least 1"):
+    build_phrases("ngrams", max_phrases=0)

@@ -1,0 +1,249 @@
+"""Who labels which shard: claims, left ones, and who takes them over."""
+
+import contextlib
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from labelling_samples import ELSEWHERE, claim
+
+from mtv_jax.experts.labelling import shard_lease
+from mtv_jax.experts.labelling.shard_lease import Claims
+from mtv_jax.utils import atomic
+
+
+def dead_owner():
+  """A process of this machine that was."""
+  process = subprocess.Popen([sys.executable, "-c", ""])
+  process.wait()
+  mine = atomic.me()
+  return atomic.Owner(mine.machine, process.pid, mine.token)
+
+
+def test_a_claim_is_exclusive_and_let_go_of(tmp_path):
+  mine = Claims(tmp_path)
+  with mine.take("a") as taken, mine.take("a") as again, mine.take("b") as b:
+    assert (taken, again, b) == (True, False, True)
+    assert str(mine.holder("a")).startswith(f"process {os.getpid()} on ")
+  assert mine.holder("a") is None
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  ("owner", "age", "gone"),
+  [
+    (dead_owner(), 0, True),
+    (ELSEWHERE, 0, False),
+    (ELSEWHERE, 200, False),
+    (ELSEWHERE, 400, True),
+    # A container's only process has the number 1 every time.
+    (atomic.Owner(atomic.me().machine, os.getpid(), "00000000"), 0, True),
+    ("damaged", 0, False),
+    ("damaged", 400, True),
+  ],
+)
+def test_claims_of_processes_that_are_gone(tmp_path, owner, age, gone):
+  file = claim(tmp_path, "00001", owner, age=age)
+  halves = [
+    tmp_path / f".{name}.{owner}.3.tmp"
+    for name in ("00001.array_record", "00001_stats.json", "000011.keys.npy")
+  ]
+  for half in halves:
+    half.touch()
+    os.utime(half, (time.time() - age,) * 2)
+  with Claims(tmp_path).take("00001") as taken:
+    assert taken == gone
+  assert file.exists() != gone
+  if owner != "damaged":
+    assert [half.exists() for half in halves] == [not gone, not gone, True]
+    Claims(tmp_path).sweep()
+    assert (list(tmp_path.iterdir()) == []) == gone
+
+
+def test_a_claim_that_was_taken_over_meanwhile_stays(tmp_path, monkeypatch):
+  file = claim(tmp_path, "a", dead_owner())
+  is_left = atomic.is_left
+
+  def slow(path, owner):
+    result = is_left(path, owner)
+    # Somebody else is faster.
+    claim(tmp_path, "a", ELSEWHERE)
+    return result
+
+  monkeypatch.setattr(shard_lease.atomic, "is_left", slow)
+  with Claims(tmp_path).take("a") as taken:
+    assert not taken
+  assert json.loads(file.read_text())["owner"] == str(ELSEWHERE)
+  assert [f.name for f in tmp_path.iterdir()] == [".a.claim"]
+
+
+def names(folder):
+  return sorted(file.name for file in folder.iterdir())
+
+
+def test_who_looked_before_a_takeover_takes_nothing_after_it(
+  tmp_path, monkeypatch
+):
+  """Nor does a third get it, whatever line the second one is at."""
+  claim(tmp_path, "a", dead_owner())
+  is_left = atomic.is_left
+  held, tried = [], []
+
+  def slow(path, owner):
+    result = is_left(path, owner)
+    monkeypatch.setattr(shard_lease.atomic, "is_left", is_left)
+    held.append(faster.enter_context(Claims(tmp_path).take("a")))
+    return result
+
+  def at_line(frame, event, _):
+    if frame.f_code.co_filename != shard_lease.__file__:
+      return None
+    if event == "line" and held:
+      sys.settrace(None)
+      with Claims(tmp_path).take("a") as third:
+        tried.append(third)
+      sys.settrace(at_line)
+    return at_line
+
+  monkeypatch.setattr(shard_lease.atomic, "is_left", slow)
+  before = sys.gettrace()
+  with contextlib.ExitStack() as faster:
+    sys.settrace(at_line)
+    try:
+      with Claims(tmp_path).take("a") as taken:
+        sys.settrace(before)
+        assert not taken
+    finally:
+      sys.settrace(before)
+    assert held == [True] and len(tried) > 3 and not any(tried)
+    assert len(names(tmp_path)) == 1
+    assert Claims(tmp_path).holder("a").owner == atomic.me()
+  assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("owner", [dead_owner(), ELSEWHERE, "damaged"])
+def test_who_dies_in_a_takeover_is_taken_over_too(tmp_path, owner):
+  # Of the three, the last one died before it could remove the others.
+  old = 0 if isinstance(owner, atomic.Owner) and owner.dead else 400
+  claim(tmp_path, "a", dead_owner())
+  for end in ("claim.1", "claim.12"):
+    os.replace(claim(tmp_path, "b", owner, age=old), tmp_path / f".a.{end}")
+  # Of another shard, whose name looks alike.
+  claim(tmp_path, "a.claim", ELSEWHERE)
+  with Claims(tmp_path).take("a") as taken:
+    assert taken
+    assert names(tmp_path) == [".a.claim.13", ".a.claim.claim"]
+    assert Claims(tmp_path).holder("a").owner == atomic.me()
+    with Claims(tmp_path).take("a") as again:
+      assert not again
+  assert names(tmp_path) == [".a.claim.claim"]
+
+
+def test_the_claim_of_who_took_over_counts_without_the_first(tmp_path):
+  file = claim(tmp_path, "a", ELSEWHERE)
+  os.replace(file, tmp_path / ".a.claim.1")
+  with Claims(tmp_path).take("a") as taken:
+    assert not taken
+  assert str(Claims(tmp_path).holder("a")) == "process 1 on there"
+  os.utime(tmp_path / ".a.claim.1", (0, 0))
+  Claims(tmp_path).sweep()
+  assert names(tmp_path) == []
+
+
+def test_a_claim_that_cannot_be_written_is_let_go_of(tmp_path, monkeypatch):
+  def full(handle, data):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(shard_lease.os, "write", full)
+  with pytest.raises(OSError, match="No space"), Claims(tmp_path).take("a"):
+    pass
+  assert names(tmp_path) == []
+
+
+def test_of_many_that_take_over_one_wins(tmp_path):
+  """Again and again, as two that both win do so once in hundreds of times."""
+  rounds, many = 150, 8
+  for number in range(rounds):
+    claim(tmp_path, f"{number}", ELSEWHERE, age=1000)
+  barrier = threading.Barrier(many, timeout=60)
+  wins = [[] for _ in range(rounds)]
+
+  def contend():
+    for number in range(rounds):
+      barrier.wait()
+      with Claims(tmp_path).take(f"{number}") as taken:
+        wins[number].append(taken)
+        barrier.wait()
+
+  threads = [threading.Thread(target=contend, daemon=True) for _ in range(many)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(timeout=120)
+  assert [sum(each) for each in wins] == [1] * rounds
+  assert [len(each) for each in wins] == [many] * rounds
+  assert names(tmp_path) == []
+
+
+_PROCESS = """
+import contextlib, pathlib, sys
+from mtv_jax.experts.labelling.shard_lease import Claims
+claims = Claims(pathlib.Path(sys.argv[1]))
+with contextlib.ExitStack() as stack:
+  print("ready", flush=True)
+  for line in sys.stdin:
+    taken = stack.enter_context(claims.take(line.strip()))
+    print(int(taken), flush=True)
+"""
+
+
+def test_of_processes_that_take_over_one_wins(tmp_path, repo_root):
+  rounds = [f"{number}" for number in range(50)]
+  for name in rounds:
+    claim(tmp_path, name, ELSEWHERE, age=1000)
+  running = [
+    subprocess.Popen(
+      [sys.executable, "-c", _PROCESS, tmp_path],
+      cwd=repo_root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )
+    for _ in range(4)
+  ]  # fmt: skip
+  with contextlib.ExitStack() as stack:
+    for process in running:
+      stack.callback(process.kill)
+    for process in running:
+      assert process.stdout.readline() == "ready\n"
+    for name in rounds:
+      for process in running:
+        process.stdin.write(f"{name}\n")
+        process.stdin.flush()
+      won = [int(process.stdout.readline()) for process in running]
+      assert sum(won) == 1, name
+    for process in running:
+      process.communicate(timeout=60)
+      assert process.returncode == 0
+  assert names(tmp_path) == []
+
+
+def test_a_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
+  monkeypatch.setattr(atomic, "STALE", 0.2)
+  with Claims(tmp_path).take("a"):
+    os.utime(tmp_path / ".a.claim", (0, 0))
+    time.sleep(0.3)
+    assert atomic.age(tmp_path / ".a.claim") < 10
+    # One that was lost is not touched, and not let go of.
+    file = claim(tmp_path, "a", ELSEWHERE, age=1000)
+    os.replace(file, tmp_path / "other")
+    os.replace(tmp_path / "other", file)
+    moved = tmp_path / "moved"
+    moved.write_bytes(file.read_bytes())
+    os.replace(moved, file)
+    os.utime(file, (0, 0))
+    time.sleep(0.1)
+    assert file.stat().st_mtime == 0
+  assert file.exists()

@@ -1,0 +1,430 @@
+"""Detectors in ONNX files: FastestDet's rules, batches, errors."""
+
+import dataclasses
+import json
+import math
+import sys
+import threading
+
+import cv2
+import numpy as np
+import pytest
+
+from mtv_jax.data import canvas
+from mtv_jax.data.labels.label_sets import LabelSet
+from mtv_jax.data.labels.label_values import BoxLabel
+from mtv_jax.data.sources.registry import WebDatasetSource
+from mtv_jax.experts.base import Expert
+from mtv_jax.experts.labelling import box_matching
+from mtv_jax.experts.labelling.detections import Detections
+from mtv_jax.experts.onnx import decoders
+from mtv_jax.experts.onnx import detector as onnx_detector
+from tools import label as label_tool
+from tools import make_labels, make_shards, match_boxes
+
+NAMES = ("person", "dog", "cup")
+OPTIONS = dict(
+  threshold=0.4, nms=0.45, max_boxes=100, min_side=0.0, max_area=1.0
+)
+# What FastestDet's names call COCO's classes.
+RENAMED = (
+  "motorbike=motorcycle", "aeroplane=airplane", "sofa=couch",
+  "pottedplant=potted plant", "diningtable=dining table", "tvmonitor=tv",
+)  # fmt: skip
+
+
+def grid(seed, classes=3, height=5, width=7):
+  rng = np.random.default_rng(seed)
+  sure = rng.uniform(0, 1, (1 + classes, height, width))
+  where = rng.normal(0, 2, (4, height, width))
+  return np.concatenate([sure[:1], where, sure[1:]]).astype(np.float32)
+
+
+def cells(output, threshold):
+  """The published rule, a cell at a time: (y0, x0, y1, x1, score, class)."""
+  _, height, width = output.shape
+  found = []
+  for i in range(height):
+    for j in range(width):
+      cell = [float(x) for x in output[:, i, j]]
+      score = cell[0] ** 0.6 * max(cell[5:]) ** 0.4
+      if score <= threshold:
+        continue
+      x, y = (j + math.tanh(cell[1])) / width, (i + math.tanh(cell[2])) / height
+      w, h = (1 / (1 + math.exp(-r)) for r in cell[3:5])
+      box = (y - h / 2, x - w / 2, y + h / 2, x + w / 2)
+      found.append((*box, score, cell[5:].index(max(cell[5:]))))
+  return found
+
+
+def published(output, threshold, height, width):
+  """The same in whole pixels, and without what overlaps a better one by 45 %.
+
+  As the detector's example has it: boxes are cut to whole pixels, and both
+  ends count.
+  """
+  found = []
+  for *box, score, kind in cells(output, threshold):
+    sides = [height, width, height, width]
+    pixels = [int(c * side) for c, side in zip(box, sides, strict=True)]
+    found.append((*pixels, score, kind))
+  kept = []
+  for one in sorted(found, key=lambda f: f[4], reverse=True):
+    if all(overlap(one, other) <= 0.45 for other in kept):
+      kept.append(one)
+  return kept
+
+
+def overlap(a, b, *, end=1):
+  """IoU; `end` is what both ends add to a side."""
+  sides = [
+    max(0, min(a[k + 2], b[k + 2]) - max(a[k], b[k]) + end) for k in (0, 1)
+  ]
+  areas = [(x[2] - x[0] + end) * (x[3] - x[1] + end) for x in (a, b)]
+  return math.prod(sides) / (sum(areas) - math.prod(sides))
+
+
+def test_fastestdet_is_decoded_cell_by_cell():
+  for seed in range(4):
+    output = grid(seed)
+    want = cells(output, 0.4)
+    got = decoders.FastestDet().decode(
+      {"758": output}, NAMES, threshold=0.4, image_size=(1, 1)
+    )
+    assert 5 < len(want) < 30
+    boxes, scores = (
+      np.array([w[:4] for w in want]), np.array([w[4] for w in want])
+    )  # fmt: skip
+    np.testing.assert_allclose(got.boxes, boxes, atol=1e-6)
+    np.testing.assert_allclose(got.scores, scores, rtol=1e-6)
+    assert got.phrases == tuple(NAMES[w[5]] for w in want)
+    assert got.boxes.dtype == got.scores.dtype == np.float32
+  nothing = decoders.FastestDet().decode(
+    {"758": output}, NAMES, threshold=1.0, image_size=(1, 1)
+  )
+  assert nothing.boxes.shape == (0, 4) and nothing.phrases == ()
+
+
+def test_images_go_in_as_published():
+  image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+  got = decoders.FastestDet().prepare(image, 32, 48)
+  bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+  want = cv2.resize(bgr, (48, 32), interpolation=cv2.INTER_AREA) / 255
+  np.testing.assert_array_equal(got, want.transpose(2, 0, 1).astype("float32"))
+
+
+@dataclasses.dataclass
+class Port:
+  name: str
+  shape: list
+  type: str = "tensor(float)"
+
+
+class Session:
+  """Has the face of onnxruntime's; answers with a grid that the image names."""
+
+  def __init__(self, batch=1, side=32, outputs=None):
+    self.input = Port("in", [batch, 3, side, side])
+    self.outputs = outputs or [Port("out", [batch, 8, 5, 7])]
+    self.batches, self.lock = [], threading.Lock()
+
+  def get_inputs(self):
+    return [self.input]
+
+  def get_outputs(self):
+    return self.outputs
+
+  def run(self, names, inputs):
+    assert names == ["out"]
+    with self.lock:
+      self.batches.append(len(inputs["in"]))
+    seeds = np.rint(inputs["in"][:, 0, 0, 0] * 255).astype(int)
+    return [np.stack([grid(seed) for seed in seeds])]
+
+
+def build(session, *, rows=4, size=None, names=NAMES, decoder=None):
+  return onnx_detector.OnnxDetector(
+    session, decoder or decoders.FastestDet(), names,
+    size=size, rows=rows, options=OPTIONS, source={"file": "a.onnx"},
+  )  # fmt: skip
+
+
+def image_of(seed):
+  return np.full((40, 60, 3), seed, np.uint8)
+
+
+def inside(box):
+  y, x = (min(box[k + 2], 1) - max(box[k], 0) for k in (0, 1))
+  return y * x >= (box[2] - box[0]) * (box[3] - box[1]) / 2
+
+
+@pytest.mark.parametrize(
+  ("batch", "rows", "wanted"), [(1, 4, 1), (3, 4, 3), ("n", 4, 1)]
+)
+def test_rows_are_the_files_batches(batch, rows, wanted):
+  session = Session(batch)
+  expert = build(session, rows=rows)
+  assert isinstance(expert, Expert)
+  assert expert.rows == 6 if batch == 3 else 4
+  prepared = [expert.prepare(image_of(i), {}) for i in range(expert.rows)]
+  out = expert.run({"image": np.stack([p.arrays["image"] for p in prepared])})
+  assert session.batches == [wanted] * (expert.rows // wanted)
+  for i, each in enumerate(prepared):
+    np.testing.assert_array_equal(out["out"][i], grid(i))
+    label = expert.finish({"out": out["out"][i]}, each.meta).label
+    # A box that lies mostly outside of the image is none.
+    best = max(filter(inside, cells(grid(i), 0.4)), key=lambda f: f[4])
+    assert label.phrases[0] == NAMES[best[5]]
+    np.testing.assert_allclose(
+      label.boxes[0], np.clip(best[:4], 0, 1), atol=1e-6
+    )
+    assert (np.diff(label.scores) <= 0).all()
+  json.dumps(expert.settings)
+
+
+@pytest.mark.parametrize(
+  ("session", "changes", "message"),
+  [
+    (Session(side="h"), {}, "any size.*size="),
+    (Session(), {"size": 64}, r"size=64.*\(32, 32\) only"),
+    (Session(), {"names": ["one"]}, "3 classes.*1 names"),
+    (Session(outputs=[Port("a", [1, 9, 9])]), {}, r"a: \[1, 9, 9\].*decoder"),
+    (
+      Session(outputs=[Port("a", [1, 8, 5, 7]), Port("b", [1, 4])]),
+      {}, "FastestDet has one output",
+    ),
+  ],
+)  # fmt: skip
+def test_files_that_are_something_else(session, changes, message):
+  with pytest.raises(ValueError, match=message):
+    build(session, **changes)
+
+
+def test_inputs_that_are_something_else():
+  session = Session()
+  session.input.type = "tensor(uint8)"
+  with pytest.raises(ValueError, match=r"uint8.*\[1, 3, 32, 32\]"):
+    build(session)
+  session.input.type, session.input.shape = "tensor(float)", [1, 1, 32, 32]
+  with pytest.raises(ValueError, match="3 channels"):
+    build(session)
+  open_ = build(Session(side="side"), size=(20, 40))
+  assert open_.prepare(image_of(0), {}).arrays["image"].shape == (3, 20, 40)
+
+
+class Corners:
+  """A decoder of one's own: rows of (x0, y0, x1, y1, score), in pixels."""
+
+  name, threshold, nms = "corners", 0.5, 0.5
+
+  def check(self, outputs, classes):
+    del outputs, classes
+
+  def prepare(self, image, height, width):
+    return np.zeros((3, height, width), np.float32)
+
+  def decode(self, outputs, names, *, threshold, image_size):
+    found = outputs["boxes"]
+    found = found[found[:, 4] > threshold]
+    height, width = image_size
+    boxes = found[:, [1, 0, 3, 2]] / [height, width, height, width]
+    return Detections(
+      boxes.astype(np.float32), found[:, 4], (names[0],) * len(found)
+    )
+
+
+corners = Corners()
+
+
+def test_a_decoder_of_ones_own():
+  found = decoders.find(f"{__name__}:corners")
+  expert = build(
+    Session(outputs=[Port("boxes", ["n", 5])]), decoder=found, names=["thing"]
+  )
+  rows = np.array([[6, 4, 30, 20, 0.9], [0, 0, 9, 9, 0.3]], np.float32)
+  label = expert.finish({"boxes": rows}, (40, 60)).label
+  np.testing.assert_allclose(label.boxes, [[0.1, 0.1, 0.5, 0.5]], atol=1e-6)
+  assert label.phrases == ("thing",)
+  with pytest.raises(ValueError, match="Decoder"):
+    decoders.find(f"{__name__}:Corners")
+  with pytest.raises(ValueError, match="Did you mean 'fastestdet'"):
+    decoders.find("fastestdat")
+
+
+def test_files_and_packages_that_are_missing(tmp_path, monkeypatch):
+  model, names = tmp_path / "a.onnx", tmp_path / "names.txt"
+  with pytest.raises(FileNotFoundError, match=r"a\.onnx"):
+    onnx_detector.load_expert(model, names=names)
+  model.write_bytes(b"no model")
+  monkeypatch.setitem(sys.modules, "onnxruntime", None)
+  with pytest.raises(ImportError, match=r"mtv_jax\[onnx\]"):
+    onnx_detector.load_expert(model, names=names)
+  with pytest.raises(ValueError, match="dtype"):
+    onnx_detector.load_expert(model, names=names, dtype="bfloat16")
+  with pytest.raises(ValueError, match="threshold=65"):
+    onnx_detector.load_expert(model, names=names, threshold=65.0)
+
+
+def test_names_begin_after_a_byte_order_mark(tmp_path, monkeypatch):
+  monkeypatch.setattr(onnx_detector, "_session", lambda data, file: Session())
+  model, names = tmp_path / "a.onnx", tmp_path / "names.txt"
+  model.write_bytes(b"a model")
+  names.write_text("\ufeff" + "\r\n".join(NAMES) + "\r\n", encoding="utf-8")
+  expert = onnx_detector.load_expert(model, names=names)
+  wanted = build(Session()).settings["names_hash"]
+  assert expert.settings["names_hash"] == wanted
+  names.write_bytes(b"caf\xe9\n")
+  with pytest.raises(ValueError, match=r"names\.txt is no text in UTF-8"):
+    onnx_detector.load_expert(model, names=names)
+
+
+@pytest.fixture(scope="module")
+def detector(shared_data):
+  folder = shared_data / "weights_fastestdet"
+  return onnx_detector.load_expert(
+    folder / "FastestDet.onnx", names=folder / "coco.names"
+  )
+
+
+def files(shared_data):
+  return sorted((shared_data / "coco").glob("*2017/*.jpg"))
+
+
+@pytest.mark.reference
+def test_broken_files_say_so(tmp_path, shared_data):
+  names = shared_data / "weights_fastestdet" / "coco.names"
+  model = tmp_path / "a.onnx"
+  model.write_bytes(b"no model")
+  with pytest.raises(ValueError, match=r"a\.onnx: onnxruntime can't open it"):
+    onnx_detector.load_expert(model, names=names)
+  short = tmp_path / "short.txt"
+  short.write_text("person\n\ndog\n")
+  real = shared_data / "weights_fastestdet" / "FastestDet.onnx"
+  with pytest.raises(ValueError, match="line 2 is blank"):
+    onnx_detector.load_expert(real, names=short)
+  short.write_text("person\ndog\n")
+  with pytest.raises(ValueError, match="80 classes.*2 names"):
+    onnx_detector.load_expert(real, names=short)
+
+
+@pytest.mark.reference
+def test_detections_on_photos_are_the_published_ones(detector, shared_data):
+  """Against the same file through onnxruntime and OpenCV as published.
+
+  Boxes above the threshold are the same ones. After suppression the two may
+  differ where an overlap is as near to 45 % as the rounding to whole pixels,
+  and the part of a box outside the photo, which ours leaves out, are large.
+  """
+  import onnxruntime
+
+  session = onnxruntime.InferenceSession(
+    str(shared_data / "weights_fastestdet" / "FastestDet.onnx"),
+    providers=["CPUExecutionProvider"],
+  )
+  differ, boxes = 0, 0
+  for file in files(shared_data)[::3]:
+    image = cv2.imread(str(file))
+    height, width = image.shape[:2]
+    small = cv2.resize(image, (352, 352), interpolation=cv2.INTER_AREA)
+    pixels = (small.transpose(2, 0, 1)[None] / 255).astype(np.float32)
+    ((output,),) = session.run([], {session.get_inputs()[0].name: pixels})
+    prepared = detector.prepare(canvas.decode(file.read_bytes()), {})
+    np.testing.assert_array_equal(prepared.arrays["image"], pixels[0])
+    mine = detector.run({"image": prepared.arrays["image"][None]})
+    row = {name: value[0] for name, value in mine.items()}
+    # One thread or several may add in another order.
+    np.testing.assert_allclose(row["758"], output, rtol=1e-4, atol=1e-5)
+    label = detector.finish(row, prepared.meta).label
+    want = published(output, 0.65, height, width)
+    boxes += len(want)
+    inside = np.array([w[:4] for w in want]).reshape(-1, 4)
+    sides = np.array([height, width] * 2)
+    got = np.trunc(label.boxes.astype(np.float64) * sides)
+    if len(got) == len(want):
+      # A pixel: a coordinate on the border of two may fall to either.
+      far = abs(got - inside.clip(0, sides)).max(initial=0)
+      assert far <= 1, file.name
+      np.testing.assert_allclose(label.scores, [w[4] for w in want], rtol=1e-4)
+      continue
+    differ += 1
+    # All that differs is how a box near 45 % was judged.
+    for one in want:
+      distance = abs(got - np.clip(one[:4], 0, sides)).max(axis=1)
+      assert distance.min() <= 1 or near(one, want), file.name
+  assert boxes > 250
+  assert differ <= 2
+
+
+def near(one, others):
+  judged = [overlap(one, other) for other in others if other is not one]
+  return max(judged) > 0.4
+
+
+@pytest.mark.reference
+def test_the_rate_on_coco_is_the_published_codes(
+  detector, shared_data, tmp_path, capsys
+):
+  """The whole chain of tools, and the published rules on the same photos."""
+  coco, weights = shared_data / "coco", shared_data / "weights_fastestdet"
+  parts = ("train2017", "val2017")
+  shards, truth = tmp_path / "shards", tmp_path / "truth"
+  captions = [str(coco / f"annotations/captions_{p}.json") for p in parts]
+  images = [str(coco / p) for p in parts]
+  assert not make_shards.main(
+    [*captions, "--images", *images, f"--output={shards}"]
+  )
+  instances = [str(coco / f"annotations/instances_{p}.json") for p in parts]
+  assert not make_labels.main(
+    ["boxes", f"--base={shards}/*.tar", f"--output={truth}"]
+    + ["--instances", *instances]
+  )
+  assert not label_tool.main(
+    ["--expert=boxes", f"--weights={weights / 'FastestDet.onnx'}"]
+    + [f"--names={weights / 'coco.names'}", f"--data={shards}/*.tar"]
+    + [f"--out={tmp_path / 'boxes'}", "--batch_size=2"]
+  )
+  figures = tmp_path / "figures.json"
+  match_boxes.main(
+    [f"--labels={tmp_path / 'boxes'}", f"--truth={truth}"]
+    + [f"--json={figures}", "--rename", *RENAMED]
+  )
+  ours = json.loads(figures.read_text())
+  theirs = rate_as_published(detector, shards, truth).to_dict()
+  with capsys.disabled():
+    for name, row in (("ours", ours), ("published", theirs)):
+      print(
+        f"\n{name}: {row['matched']} of {row['boxes']} boxes match one of"
+        f" {row['truth']}; recall {row['recall']:.4f}, precision"
+        f" {row['precision']:.4f}"
+      )
+  assert ours["truth"] == theirs["truth"] == 2068
+  assert abs(ours["boxes"] - theirs["boxes"]) <= 2
+  assert ours["matched"] > 400
+  for name in ("recall", "precision"):
+    assert ours[name] >= theirs[name] - 0.002
+
+
+def rate_as_published(detector, shards, truth):
+  """What the published rules find, matched as label sets are."""
+  renamed = box_matching.parse_renamed(RENAMED)
+  names = [renamed.get(name, name) for name in detector._names]
+  base = WebDatasetSource(f"{shards}/*.tar", captions="ignored")
+  annotated = LabelSet(truth, kind="boxes")
+  agreement = box_matching.Agreement(0.5)
+  for at in range(len(base)):
+    stored = annotated.read(0, at)
+    if stored.label is None:
+      continue
+    image = canvas.decode(base[at]["image"])
+    prepared = detector.prepare(image, {})
+    out = detector.run({"image": prepared.arrays["image"][None]})
+    height, width = image.shape[:2]
+    found = published(out["758"][0], 0.65, height, width)
+    boxes = np.array([f[:4] for f in found]).reshape(-1, 4)
+    label = BoxLabel(
+      (boxes / [height, width, height, width]).astype(np.float32),
+      tuple(names[f[5]] for f in found),
+      np.array([f[4] for f in found], np.float32),
+    )
+    agreement.add(label, stored.label)
+  return agreement

@@ -1,0 +1,239 @@
+"""OWLv2 against `transformers`, on real photos."""
+
+import gzip
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from mtv_jax.data import canvas
+from mtv_jax.experts.owlv2 import (
+  expert as owlv2,
+)
+from mtv_jax.experts.owlv2 import (
+  preprocess as owlv2_pixels,
+)
+from mtv_jax.experts.owlv2 import (
+  weights as owlv2_weights,
+)
+from mtv_jax.experts.owlv2.clip_tokenizer import ClipTokenizer
+from mtv_jax.experts.owlv2.model import Owlv2
+from mtv_jax.parallel import sharding
+
+pytestmark = pytest.mark.reference
+
+SMALL = dict(
+  text_config=dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+  ),
+  vision_config=dict(
+    hidden_size=96,
+    intermediate_size=192,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    image_size=160,
+    patch_size=16,
+  ),
+  projection_dim=64,
+)
+BASE = dict(vision_config=dict(image_size=960))
+PHRASES = ("a dog", "person", "the red car on the street", "tree", "traffic")
+
+
+class Given:
+  vocabulary = None
+  settings = {"source": "given"}
+
+  def __call__(self, record):
+    return list(PHRASES)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(shared_data, tmp_path_factory):
+  """CLIP's `vocab.json` and `merges.txt`, from the merges that OpenAI gave."""
+  file = shared_data / "tokenizers" / "bpe_simple_vocab_16e6.txt.gz"
+  if not file.is_file():
+    pytest.skip(f"no {file.name} in shared data")
+  lines = gzip.decompress(file.read_bytes()).decode().split("\n")
+  merges = lines[1 : 49152 - 256 - 2 + 1]
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [byte for byte in range(256) if byte not in printable]
+  letters = [chr(b) for b in printable]
+  letters += [chr(256 + i) for i in range(len(others))]
+  tokens = letters + [letter + "</w>" for letter in letters]
+  tokens += ["".join(merge.split()) for merge in merges]
+  tokens += ["<|startoftext|>", "<|endoftext|>"]
+  path = tmp_path_factory.mktemp("clip")
+  table = {token: i for i, token in enumerate(tokens)}
+  (path / "vocab.json").write_text(json.dumps(table))
+  (path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+  return path
+
+
+def make(config, vocabulary, path):
+  """A random model of theirs, and its folder with a tokenizer."""
+  torch = pytest.importorskip("torch")
+  from transformers import Owlv2Config, Owlv2ForObjectDetection
+
+  torch.manual_seed(0)
+  model = Owlv2ForObjectDetection(Owlv2Config(**config)).eval()
+  with torch.no_grad():
+    # Theirs start so large that every box fills the image or nothing.
+    for head in (model.box_head, model.objectness_head, model.class_head):
+      for parameter in head.parameters():
+        parameter.normal_(std=parameter.shape[-1] ** -0.5)
+  model.save_pretrained(path)
+  for file in vocabulary.iterdir():
+    (path / file.name).write_bytes(file.read_bytes())
+  return model
+
+
+def photos(shared_data):
+  """A wide, a tall and the most square one."""
+  files = sorted((shared_data / "coco").rglob("*.jpg"))[:60]
+  images = [canvas.decode(file.read_bytes()) for file in files]
+  images.sort(key=lambda image: image.shape[0] / image.shape[1])
+  ratios = [abs(np.log(i.shape[0] / i.shape[1])) for i in images]
+  return [images[0], images[-1], images[int(np.argmin(ratios))]]
+
+
+def compare(model, folder, images):
+  """Raw outputs and detections of both, on our pixels."""
+  import torch
+  from transformers import Owlv2ImageProcessor
+  from transformers.modeling_outputs import ModelOutput
+
+  mesh = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  expert = owlv2.load_expert(folder, phrases=Given(), mesh=mesh, threshold=0.2)
+  files = owlv2_weights.read(folder)
+  module = Owlv2(files.spec)
+  whole = jax.jit(lambda p, x, t: module.apply({"params": p}, x, t))
+  for image in images:
+    prepared = expert.prepare(image, {"key": "7"})
+    pixels = prepared.arrays["pixels"][None]
+    tokens = prepared.arrays["tokens"]
+    with torch.inference_mode():
+      theirs = model(
+        input_ids=torch.from_numpy(tokens[:, 0]).long(),
+        pixel_values=torch.from_numpy(pixels).permute(0, 3, 1, 2),
+      )
+    patches, logits = whole(files.params, pixels, tokens[None, :, 0])
+    x, y, width, height = np.moveaxis(theirs.pred_boxes.numpy(), -1, 0)
+    boxes = np.stack(
+      [y - height / 2, x - width / 2, y + height / 2, x + width / 2], -1
+    )
+    np.testing.assert_allclose(logits, theirs.logits.numpy(), atol=1e-4)
+    np.testing.assert_allclose(patches.boxes, boxes, atol=1e-4)
+    np.testing.assert_allclose(
+      patches.objectness, theirs.objectness_logits.numpy(), atol=1e-4
+    )
+
+    output = {
+      name: np.asarray(value)[0, ...]
+      for name, value in expert.run(
+        {name: value[None] for name, value in prepared.arrays.items()}
+      ).items()
+    }
+    threshold = float(np.partition(output["scores"], -100)[-100])
+    (expected,) = Owlv2ImageProcessor().post_process_object_detection(
+      ModelOutput(logits=theirs.logits, pred_boxes=theirs.pred_boxes),
+      threshold=threshold + 1e-6,
+      target_sizes=[image.shape[:2]],
+    )
+    order = np.argsort(-expected["scores"].numpy(), kind="stable")
+    count = len(order)
+    assert 20 < count < 100
+    np.testing.assert_allclose(
+      output["scores"][:count], expected["scores"].numpy()[order], atol=1e-5
+    )
+    # Neighbours in rank may be closer than rounding: sets, not orders.
+    scaled = output["boxes"][:count] * max(image.shape[:2])
+    found = np.column_stack([output["labels"][:count], scaled])
+    wanted = np.column_stack(
+      [
+        expected["labels"].numpy(),
+        expected["boxes"].numpy()[:, [1, 0, 3, 2]],
+      ]
+    )
+    for row in wanted:
+      assert np.abs(found - row).max(1).min() < 0.05
+    outcome = expert.finish(output, prepared.meta)
+    assert outcome.label is not None
+
+
+def test_small_model(vocabulary, shared_data, tmp_path):
+  compare(make(SMALL, vocabulary, tmp_path), tmp_path, photos(shared_data))
+
+
+@pytest.mark.slow
+def test_base_model_at_960_pixels(vocabulary, shared_data, tmp_path):
+  model = make(BASE, vocabulary, tmp_path)
+  compare(model, tmp_path, photos(shared_data)[:1])
+
+
+@pytest.mark.parametrize("size", [96, 960])
+def test_pixels(shared_data, size):
+  """As the processor that works as the authors do, on grey padding."""
+  from transformers.models.owlv2.image_processing_pil_owlv2 import (
+    Owlv2ImageProcessorPil,
+  )
+
+  processor = Owlv2ImageProcessorPil()
+  for image in photos(shared_data):
+    side = max(image.shape[:2])
+    padded = np.full((side, side, 3), 0.5)
+    padded[: image.shape[0], : image.shape[1]] = image / 255
+    expected = processor.resize(
+      padded.transpose(2, 0, 1), {"height": size, "width": size}
+    ).transpose(1, 2, 0)
+    ours = owlv2_pixels.in_square(image, size)
+    difference = np.abs(ours - expected)
+    if size > side:
+      # Beyond the centres of the outermost pixels.
+      difference = difference[1:-1, 1:-1]
+    print(size, image.shape, difference.max())
+    assert difference.max() < 1e-5
+
+
+def test_tokens(vocabulary, shared_data):
+  from transformers import CLIPTokenizer
+
+  files = sorted((shared_data / "coco" / "annotations").glob("captions*.json"))
+  if not files:
+    pytest.skip("no captions of COCO in shared data")
+  captions = json.loads(files[0].read_text())["annotations"][:400]
+  texts = [row["caption"] for row in captions]
+  texts += ["", " ", "caf\u00e9 \u2603 don't", "x" * 90, "1999, <|endoftext|>"]
+  theirs = CLIPTokenizer(
+    str(vocabulary / "vocab.json"), str(vocabulary / "merges.txt")
+  )(texts, padding="max_length", truncation=True, max_length=16)
+  ours = ClipTokenizer(vocabulary).encode(texts, 16)
+  np.testing.assert_array_equal(ours, np.array(theirs["input_ids"]))
+
+
+def test_another_size_of_image(vocabulary, tmp_path):
+  import torch
+
+  model = make(SMALL, vocabulary, tmp_path)
+  files = owlv2_weights.read(tmp_path)
+  pixels = np.random.default_rng(0).normal(size=(1, 112, 112, 3))
+  pixels = pixels.astype(np.float32)
+  tokens = files.tokenizer.encode(PHRASES, 16)
+  with torch.inference_mode():
+    theirs = model(
+      input_ids=torch.from_numpy(tokens).long(),
+      pixel_values=torch.from_numpy(pixels).permute(0, 3, 1, 2),
+      interpolate_pos_encoding=True,
+    )
+  module = Owlv2(files.spec)
+  patches, logits = jax.jit(lambda p, x, t: module.apply({"params": p}, x, t))(
+    files.params, pixels, tokens[None]
+  )
+  np.testing.assert_allclose(logits, theirs.logits.numpy(), atol=1e-4)
+  height, width = patches.boxes[..., 2:].T - patches.boxes[..., :2].T
+  sizes = theirs.pred_boxes.numpy()[..., 2:].T
+  np.testing.assert_allclose([width, height], sizes, atol=1e-4)

@@ -1,0 +1,70 @@
+"""The masked autoencoder's decoder: who goes where, and what it can see."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtv_jax.models.heads import mae_decoder
+
+
+def test_positions_are_sines_and_cosines_of_row_and_column():
+  table = mae_decoder.sincos_positions((2, 3), 16)
+  assert table.shape == (6, 16)
+  for y in range(2):
+    for x in range(3):
+      expected = []
+      for p in (y, x):
+        angles = [p / 10_000 ** (i / 4) for i in range(4)]
+        expected += [np.sin(a) for a in angles] + [np.cos(a) for a in angles]
+      np.testing.assert_allclose(table[3 * y + x], expected, atol=1e-6)
+  with pytest.raises(ValueError, match="4 divides, not 6"):
+    mae_decoder.sincos_positions((2, 2), 6)
+
+
+def test_slots_invert_keep():
+  keep = jnp.array([[4, 0, 2], [1, 2, 3]])
+  slots, visible = mae_decoder.visible_slots(keep, 5)
+  np.testing.assert_array_equal(slots, [[1, 3, 2, 3, 0], [3, 0, 1, 2, 3]])
+  np.testing.assert_array_equal(visible, np.asarray(slots) < 3)
+
+
+@pytest.fixture(scope="module")
+def made():
+  module = mae_decoder.MaskedDecoder(outputs=12, width=16, depth=2, heads=2)
+  rng = np.random.default_rng(0)
+  tokens = jnp.asarray(rng.normal(size=(2, 3, 8)), jnp.float32)
+  prefix = jnp.asarray(rng.normal(size=(2, 1, 8)), jnp.float32)
+  keep = jnp.array([[0, 2, 5], [1, 3, 4]], jnp.int32)
+  init = jax.jit(module.init, static_argnums=4)
+  params = init(jax.random.key(0), tokens, prefix, keep, (2, 3))
+  apply = jax.jit(module.apply, static_argnums=4)
+  return params, apply, tokens, prefix, keep
+
+
+def test_order_of_the_visible_makes_no_difference(made):
+  params, apply, tokens, prefix, keep = made
+  expected = apply(params, tokens, prefix, keep, (2, 3))
+  assert expected.shape == (2, 6, 12)
+  order = jnp.array([2, 0, 1])
+  shuffled = apply(params, tokens[:, order], prefix, keep[:, order], (2, 3))
+  np.testing.assert_allclose(shuffled, expected, atol=1e-5)
+
+
+def test_hidden_patches_differ_by_position_and_hear_the_prefix(made):
+  params, apply, tokens, prefix, keep = made
+  found = apply(params, tokens, prefix, keep, (2, 3))
+  assert np.abs(found[0, 1] - found[0, 3]).max() > 1e-3
+  other = apply(params, tokens, prefix + 1.0, keep, (2, 3))
+  assert np.abs(other - found).max(axis=(1, 2)).min() > 1e-3
+
+
+def test_without_prefix_and_in_bfloat16(made):
+  params, apply, tokens, prefix, keep = made
+  none = prefix[:, :0]
+  exact = apply(params, tokens, none, keep, (2, 3))
+  half = (x.astype(jnp.bfloat16) for x in (tokens, none))
+  rough = apply(params, *half, keep, (2, 3))
+  assert rough.dtype == jnp.float32
+  error = np.linalg.norm(rough - exact) / np.linalg.norm(exact)
+  assert 1e-4 < error < 0.05

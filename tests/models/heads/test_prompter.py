@@ -1,0 +1,237 @@
+"""Prompter and locator against a whole layer in NumPy, and what they learn."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mtv_jax.models.heads import prompter
+from mtv_jax.parallel import sharding
+
+WIDTH, FEATURES = 16, 6
+
+
+def random_params(module, *example):
+  """Parameters of a trained model's size."""
+  make = functools.partial(module.init, jax.random.key(0))
+  shapes = jax.eval_shape(lambda: make(*example))["params"]
+  rng = np.random.default_rng(1)
+
+  def leaf(path, x):
+    noise = rng.normal(size=x.shape) * (
+      0.4 if path[-1].key == "kernel" else 0.2
+    )
+    return jnp.asarray(noise + (path[-1].key == "scale"), jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def sample(images=2, regions=3, patches=9, seed=0):
+  rng = np.random.default_rng(seed)
+  corners = np.sort(rng.uniform(size=(images, regions, 2, 2)), axis=2)
+  return (
+    jnp.asarray(rng.normal(size=(images, patches, WIDTH)), jnp.float32),
+    jnp.asarray(corners.reshape(images, regions, 4), jnp.float32),
+  )
+
+
+@pytest.fixture(scope="module")
+def params():
+  return random_params(prompter.Prompter(), *sample(), FEATURES)
+
+
+@functools.partial(jax.jit, static_argnames="heads")
+def embed(params, patches, boxes, heads=1):
+  module = prompter.Prompter(heads)
+  return module.apply({"params": params}, patches, boxes, FEATURES)
+
+
+@jax.jit
+def locate(params, patches, texts):
+  return prompter.Locator().apply({"params": params}, patches, texts)
+
+
+def dense(p, x):
+  return x @ np.float64(p["kernel"]) + np.float64(p.get("bias", 0.0))
+
+
+def norm(p, x):
+  x = x - x.mean(-1, keepdims=True)
+  x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+  return x * np.float64(p["scale"]) + np.float64(p["bias"])
+
+
+def gelu(x):
+  inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+  return 0.5 * x * (1 + np.tanh(inner))
+
+
+def whole_layer(p, tokens, heads=1):
+  """A pre-norm transformer layer over all tokens [T, D]."""
+  y = norm(p["norm1"], tokens)
+  q = dense(p["attention"]["q"], y)
+  kv = dense(p["attention"]["kv"], y).reshape(len(y), heads, 2, -1)
+  mixed = np.zeros_like(q).reshape(len(y), heads, -1)
+  for h in range(heads):
+    size = WIDTH // heads
+    logits = q[:, h * size : (h + 1) * size] @ kv[:, h, 0].T / np.sqrt(size)
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    mixed[:, h] = weights / weights.sum(1, keepdims=True) @ kv[:, h, 1]
+  x = tokens + dense(p["attention"]["out"], mixed.reshape(len(y), -1))
+  y = gelu(dense(p["mlp"]["fc1"], norm(p["norm2"], x)))
+  return x + dense(p["mlp"]["fc2"], y)
+
+
+def numpy_sinusoids(coordinates, features):
+  count = features // (2 * len(coordinates))
+  waves = []
+  for x in coordinates:
+    periods = 0.25 * 64 ** (np.arange(count) / (count - 1))
+    waves += [*np.sin(2 * np.pi * x * periods)]
+    waves += [*np.cos(2 * np.pi * x * periods)]
+  return np.array(waves)
+
+
+def numpy_prompter(params, patches, box, heads=1):
+  code = numpy_sinusoids(np.float64(box), 2 * WIDTH)
+  corners = dense(params["embed"], code).reshape(2, WIDTH)
+  tokens = np.concatenate([corners, np.float64(patches)])
+  out = whole_layer(params["layer"], tokens, heads)[:2]
+  return dense(params["projection"], norm(params["norm"], out).mean(0))
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_it_is_a_whole_layer_run_for_each_box(params, heads):
+  patches, boxes = sample()
+  found = embed(params, patches, boxes, heads=heads)
+  for i, m in np.ndindex(2, 3):
+    expected = numpy_prompter(params, patches[i], boxes[i, m], heads)
+    np.testing.assert_allclose(found[i, m], expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_region_does_not_depend_on_the_others(params):
+  patches, boxes = sample(regions=4)
+  found = embed(params, patches, boxes)
+  np.testing.assert_allclose(
+    embed(params, patches, boxes[:, 1:2])[:, 0], found[:, 1], atol=1e-6
+  )
+
+
+def test_boxes_that_differ_by_a_tenth_of_a_patch_are_told_apart(params):
+  patches, _ = sample(images=1)
+  box = np.array([0.2, 0.3, 0.6, 0.8], np.float32)
+  boxes = box + np.concatenate([np.zeros((1, 4)), 0.1 / 14 * np.eye(4)])
+  found = embed(params, patches, jnp.asarray(boxes[None], jnp.float32))[0]
+  gaps = np.linalg.norm(found[1:] - found[:1], axis=-1)
+  assert (gaps > 1e-3 * np.linalg.norm(found[0])).all()
+
+
+def test_sinusoids_tell_the_ends_of_the_image_apart():
+  places = np.linspace(0, 1, 101, dtype=np.float32)[:, None]
+  code = np.asarray(prompter.sinusoids(jnp.asarray(places), 32), np.float64)
+  gaps = np.linalg.norm(code[:, None] - code[None], axis=-1)
+  apart = ~np.eye(101, dtype=bool)
+  assert gaps[apart].min() > 0.5
+  np.testing.assert_allclose((code**2).sum(-1), 16, rtol=1e-5)
+
+
+def test_channels_that_do_not_divide_are_refused():
+  with pytest.raises(ValueError, match="multiple of 8"):
+    prompter.sinusoids(jnp.zeros((1, 4)), 20)
+  with pytest.raises(ValueError, match="3 heads do not divide the width 16"):
+    random_params(prompter.Prompter(3), *sample(), FEATURES)
+
+
+def test_bfloat16_patches_give_float32_embeddings(params):
+  patches, boxes = sample()
+  exact = embed(params, patches, boxes)
+  found = embed(params, jnp.asarray(patches, jnp.bfloat16), boxes)
+  assert found.dtype == jnp.float32
+  assert np.linalg.norm(found - exact) < 0.05 * np.linalg.norm(exact)
+
+
+def test_sharding_rules_know_its_kernels(params):
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  placed = sharding.tree_shardings({"heads": {"prompter": params}}, mesh)
+  layer = placed["heads"]["prompter"]["layer"]
+  assert layer["attention"]["q"]["kernel"].spec == P("fsdp", "tensor")
+  assert layer["attention"]["kv"]["kernel"].spec == P("fsdp", "tensor")
+  assert layer["attention"]["out"]["kernel"].spec == P("tensor", "fsdp")
+  assert layer["mlp"]["fc1"]["kernel"].spec == P("fsdp", "tensor")
+
+
+@pytest.mark.slow
+def test_it_learns_to_read_what_a_box_holds():
+  """Patches that say where they are and what is in their quarter."""
+  width, grid, classes = 32, 4, 4
+  module = prompter.Prompter()
+  where = np.eye(grid * grid, dtype=np.float32)
+  quarter = np.arange(16).reshape(4, 4) // 8 * 2 + np.arange(4) // 2
+  corners = np.array([[0, 0], [0, 0.5], [0.5, 0], [0.5, 0.5]])
+  boxes = jnp.asarray(np.concatenate([corners, corners + 0.5], 1), jnp.float32)
+
+  def draw(key):
+    what = jax.random.randint(key, (32, 4), 0, classes)
+    seen = jax.nn.one_hot(what[:, quarter.ravel()], width - grid * grid)
+    place = jnp.broadcast_to(where, (32, *where.shape))
+    patches = jnp.concatenate([place, seen], axis=-1)
+    return patches, jnp.broadcast_to(boxes, (32, 4, 4)), what
+
+  def loss(params, key):
+    patches, boxes, what = draw(key)
+    logits = module.apply({"params": params}, patches, boxes, classes)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, what).mean()
+
+  tx = optax.adam(1e-2)
+
+  @jax.jit
+  def train(key):
+    patches, boxes, _ = draw(key)
+    params = module.init(key, patches, boxes, classes)["params"]
+
+    def step(carry, key):
+      value, gradient = jax.value_and_grad(loss)(carry[0], key)
+      updates, state = tx.update(gradient, carry[1])
+      return (optax.apply_updates(carry[0], updates), state), value
+
+    keys = jax.random.split(key, 60)
+    return jax.lax.scan(step, (params, tx.init(params)), keys)[1]
+
+  history = np.asarray(train(jax.random.key(0)))
+  # Blind to the box, the best is the mix of four quarters: over one nat.
+  assert history[:3].mean() > 1.2
+  assert history[-5:].mean() < 0.3
+
+
+@functools.cache
+def locator_sample():
+  patches, _ = sample()
+  rng = np.random.default_rng(3)
+  return patches, jnp.asarray(rng.normal(size=(2, 3, FEATURES)), jnp.float32)
+
+
+@pytest.mark.slow
+def test_the_locator_starts_in_the_middle_and_can_move():
+  patches, texts = locator_sample()
+  make = jax.jit(prompter.Locator().init)
+  params = make(jax.random.key(0), patches, texts)["params"]
+  located = locate(params, patches, texts)
+  np.testing.assert_array_equal(located, np.full((2, 3, 4), 0.5))
+  gradient = jax.grad(lambda p: locate(p, patches, texts)[..., 0].sum())(params)
+  assert np.abs(gradient["fc2"]["kernel"]).max() > 1e-3
+
+
+def test_the_locator_is_a_whole_layer_run_for_each_text():
+  patches, texts = locator_sample()
+  params = random_params(prompter.Locator(), patches, texts)
+  found = locate(params, patches, texts)
+  for i, m in np.ndindex(2, 3):
+    query = dense(params["embed"], np.float64(texts[i, m]))[None]
+    tokens = np.concatenate([query, np.float64(patches[i])])
+    x = norm(params["norm"], whole_layer(params["layer"], tokens)[0])
+    x = dense(params["fc2"], gelu(dense(params["fc1"], x)))
+    np.testing.assert_allclose(found[i, m], 1 / (1 + np.exp(-x)), rtol=2e-5)

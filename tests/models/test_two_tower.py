@@ -1,0 +1,326 @@
+"""Specs, variants, and the parameter tree that other code relies on."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from mtv_jax.models import two_tower as model_lib
+from mtv_jax.models.text import TextSpec
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.models.vit import ViTSpec
+
+CONFIG = {
+  "variant": "mu/8",
+  "image_size": 32,
+  "pool": "map",
+  "dtype": "bfloat16",
+  "remat": "dots",
+  "scan": True,
+  "text": {
+    "variant": "mu",
+    "length": 12,
+    "vocab_size": 300,
+    "pool": "last",
+    "tokenizer": "bytes",
+    "clean": "lower",
+  },
+}
+
+
+def block_shapes(depth, d, mlp, *, layer_scale=False, gate=False):
+  shapes = {
+    "norm1/scale": (d,),
+    "norm1/bias": (d,),
+    "attention/qkv/kernel": (d, 3 * d),
+    "attention/qkv/bias": (3 * d,),
+    "attention/out/kernel": (d, d),
+    "attention/out/bias": (d,),
+    "norm2/scale": (d,),
+    "norm2/bias": (d,),
+    "mlp/fc1/kernel": (d, mlp),
+    "mlp/fc1/bias": (mlp,),
+    "mlp/fc2/kernel": (mlp, d),
+    "mlp/fc2/bias": (d,),
+  }
+  if layer_scale:
+    shapes |= {"scale1": (d,), "scale2": (d,)}
+  if gate:
+    shapes |= {"mlp/gate/kernel": (d, mlp), "mlp/gate/bias": (mlp,)}
+  return {f"blocks/{name}": (depth, *s) for name, s in shapes.items()}
+
+
+def shapes_of(tree):
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {"/".join(p.key for p in path): leaf.shape for path, leaf in flat}
+
+
+def test_parameter_tree_siglip():
+  """Checkpoints, conversion and sharding rules rest on these names."""
+  want = {
+    "image": {
+      "patch_embed/kernel": (192, 64),
+      "patch_embed/bias": (64,),
+      "position_embedding": (16, 64),
+      **block_shapes(2, 64, 256),
+      "norm/scale": (64,),
+      "norm/bias": (64,),
+      "pool/probe": (64,),
+      "pool/attention/q/kernel": (64, 64),
+      "pool/attention/q/bias": (64,),
+      "pool/attention/kv/kernel": (64, 128),
+      "pool/attention/kv/bias": (128,),
+      "pool/attention/out/kernel": (64, 64),
+      "pool/attention/out/bias": (64,),
+      "pool/norm/scale": (64,),
+      "pool/norm/bias": (64,),
+      "pool/mlp/fc1/kernel": (64, 256),
+      "pool/mlp/fc1/bias": (256,),
+      "pool/mlp/fc2/kernel": (256, 64),
+      "pool/mlp/fc2/bias": (64,),
+    },
+    "text": {
+      "token_embedding": (300, 64),
+      "position_embedding": (12, 64),
+      **block_shapes(2, 64, 256),
+      "norm/scale": (64,),
+      "norm/bias": (64,),
+      "projection/kernel": (64, 64),
+      "projection/bias": (64,),
+    },
+  }
+  params = model_lib.abstract_params(ModelSpec.from_config(CONFIG))
+  assert set(params) == {"image", "text"}
+  for tower in want:
+    assert shapes_of(params[tower]) == want[tower]
+
+
+def test_parameter_tree_clip_and_dinov2():
+  shape = {
+    "image_size": 28,
+    "patch_size": 14,
+    "width": 48,
+    "depth": 3,
+    "heads": 4,
+    "mlp_dim": 80,
+    "pool": "cls",
+    "cls_token": True,
+  }
+  clip = ViTSpec(**shape, pre_norm=True, patch_bias=False, projection=20)
+  dinov2 = ViTSpec(
+    **shape, registers=4, layer_scale=1e-5, mask_token=True, mlp="swiglu"
+  )
+  text = TextSpec(
+    vocab_size=9,
+    width=48,
+    depth=1,
+    heads=4,
+    projection=20,
+    projection_bias=False,
+    mlp_dim=80,
+  )
+  want = {
+    "patch_embed/kernel": (588, 48),
+    "position_embedding": (4, 48),
+    "cls_token": (48,),
+    "norm/scale": (48,),
+    "norm/bias": (48,),
+  }
+  params = model_lib.abstract_params(ModelSpec(image=clip, text=text))
+  assert shapes_of(params["image"]) == {
+    **want,
+    **block_shapes(3, 48, 80),
+    "pre_norm/scale": (48,),
+    "pre_norm/bias": (48,),
+    "projection/kernel": (48, 20),
+  }
+  assert "projection/bias" not in shapes_of(params["text"])
+  params = model_lib.abstract_params(ModelSpec(image=dinov2))
+  assert set(params) == {"image"}
+  assert shapes_of(params["image"]) == {
+    **want,
+    **block_shapes(3, 48, 80, layer_scale=True, gate=True),
+    "patch_embed/bias": (48,),
+    "registers": (4, 48),
+    "mask_token": (48,),
+  }
+
+
+@pytest.mark.parametrize(
+  "variant, fields, published",
+  [
+    ("Ti/16", {}, 5_524_416),
+    ("S/16", {}, 21_665_664),
+    ("B/16", {}, 85_798_656),
+    ("L/16", {}, 303_301_632),
+    (
+      "g-opt/14",
+      {"image_size": 518, "heads": 24, "mlp": "swiglu", "mlp_dim": 4096}
+      | {"layer_scale": 1e-5, "mask_token": True},
+      1_136_480_768,
+    ),
+  ],
+)
+def test_variants_have_the_published_size(variant, fields, published):
+  """timm's counts without the classifier, DINOv2's giant as the last."""
+  config = {"variant": variant, "pool": "cls", **fields}
+  params = model_lib.abstract_params(ModelSpec.from_config(config))["image"]
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  # They give the CLS token a position of its own.
+  assert count + params["cls_token"].size == published
+
+
+@pytest.mark.parametrize("name", model_lib.VARIANTS)
+@pytest.mark.parametrize("patch", [8, 14, 16, 32])
+def test_every_variant_is_a_model(name, patch):
+  image = {"variant": f"{name}/{patch}", "image_size": 224}
+  spec = ModelSpec.from_config({**image, "text": {"variant": name}})
+  assert spec.image.grid == 224 // patch
+  assert spec.text.width == spec.image.width == spec.embed_dim
+
+
+def test_from_config():
+  spec = ModelSpec.from_config(ConfigDict(CONFIG))
+  assert spec.image.patch_size == 8
+  assert (spec.image.width, spec.image.depth) == (64, 2)
+  assert spec.text.projection == spec.embed_dim == 64
+  assert not spec.image.cls_token
+  assert spec == ModelSpec.from_config(CONFIG)
+  assert model_lib.runtime(ConfigDict(CONFIG)) == {
+    "dtype": "bfloat16",
+    "remat": "dots",
+    "scan": True,
+  }
+  # What is given wins over the variant; a CLS pool brings its token.
+  spec = ModelSpec.from_config(
+    {"variant": "mu/16", "depth": 5, "pool": "cls", "projection": 10}
+    | {"text": {"variant": "Ti", "length": 7}}
+  )
+  assert (spec.image.depth, spec.image.width) == (5, 64)
+  assert spec.image.cls_token
+  assert (spec.text.width, spec.text.projection) == (192, 10)
+  without = ModelSpec.from_config({"variant": "B/16", "text": None})
+  assert without.text is None
+  assert ViTSpec() == dataclasses.replace(without.image)
+
+
+def test_json_round_trip():
+  for spec in (
+    ModelSpec.from_config(CONFIG),
+    ModelSpec(image=ViTSpec(layer_scale=1e-5, projection=None)),
+  ):
+    again = ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+    assert again == spec
+    assert hash(again) == hash(spec)
+  other = ModelSpec(image=ViTSpec(layer_scale=1e-4))
+  assert other != spec
+
+
+@pytest.mark.parametrize(
+  "config, message",
+  [
+    ({"variant": "Bb/16"}, "Unknown variant 'Bb/16'.*Did you mean 'B'"),
+    ({"variant": "B/x"}, "patch size of variant 'B/x'.*'B/16'"),
+    ({"variant": "B/0"}, "no number of pixels"),
+    ({"variant": "B"}, "names no patch size.*'B/16'"),
+    ({"variant": "B/16", "text": {"variant": "B/16"}}, "write 'B'"),
+    ({"variant": "B/16", "registres": 4}, "model.registres.*'registers'"),
+    ({"variant": "B/16", "text": {"lenght": 4}}, "model.text.lenght.*'length'"),
+    ({"variant": "B/16", "image_size": 225}, "225x225.*224x224"),
+    (
+      {"variant": "B/16", "text": {"variant": "B", "projection": 512}},
+      "Image embeddings have 768 channels, text embeddings 512",
+    ),
+  ],
+)
+def test_bad_configs(config, message):
+  with pytest.raises(ValueError, match=message):
+    ModelSpec.from_config(config)
+
+
+def test_bad_dicts():
+  with pytest.raises(ValueError, match="got \\['vision'\\]"):
+    ModelSpec.from_dict({"vision": {}})
+  with pytest.raises(ValueError, match="'image.widht'.*Did you mean 'width'"):
+    ModelSpec.from_dict({"image": {"widht": 8}})
+
+
+def test_no_text_tower():
+  with pytest.raises(ValueError, match="no text tower"):
+    model_lib.text_tower(ModelSpec(image=ViTSpec()))
+  with pytest.raises(ValueError, match="Did you mean 'full'"):
+    model_lib.image_tower(ModelSpec(image=ViTSpec()), remat="fulll")
+
+
+@pytest.fixture(scope="module")
+def initialised():
+  spec = ModelSpec.from_config(CONFIG)
+  return spec, model_lib.init_params(spec, jax.random.key(0))
+
+
+def test_init(initialised):
+  spec, params = initialised
+  abstract = model_lib.abstract_params(spec)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), abstract
+  )
+  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+  image, text = params["image"], params["text"]
+  blocks = image["blocks"]
+
+  def limit(kernel, fan_in, fan_out):
+    """Uniform in +-sqrt(6 / (fan_in + fan_out)), filled to its edges."""
+    bound = np.sqrt(6 / (fan_in + fan_out))
+    assert 0.98 * bound < np.abs(kernel).max() <= bound
+    np.testing.assert_allclose(np.std(kernel), bound / np.sqrt(3), rtol=0.05)
+
+  limit(blocks["attention"]["qkv"]["kernel"], 64, 64)
+  limit(blocks["attention"]["out"]["kernel"], 64, 64)
+  limit(blocks["mlp"]["fc1"]["kernel"], 64, 256)
+  limit(image["pool"]["attention"]["kv"]["kernel"], 64, 64)
+  for array, std in (
+    (image["position_embedding"], 1 / 8),
+    (image["patch_embed"]["kernel"], 192**-0.5),
+    (text["token_embedding"], 0.02),
+    (text["position_embedding"], 0.01),
+    (text["projection"]["kernel"], 1 / 8),
+    (blocks["mlp"]["fc1"]["bias"], 1e-6),
+  ):
+    np.testing.assert_allclose(np.std(array), std, rtol=0.15)
+  assert not np.any(blocks["attention"]["qkv"]["bias"])
+  assert np.all(blocks["norm1"]["scale"] == 1)
+  # Layers differ, and so do the towers.
+  kernel = blocks["mlp"]["fc1"]["kernel"]
+  assert np.abs(kernel[0] - kernel[1]).max() > 0.01
+  assert np.abs(kernel - text["blocks"]["mlp"]["fc1"]["kernel"]).max() > 0.01
+
+
+def test_towers_of_a_config(initialised):
+  """Embeddings of fresh towers in the config's compute dtype."""
+  spec, params = initialised
+  options = model_lib.runtime(CONFIG)
+
+  # Compiled without much ado: it runs once.
+  @functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+  )
+  def run(params, images, tokens):
+    image = model_lib.image_tower(spec, **options)
+    text = model_lib.text_tower(spec, **options)
+    return (
+      image.apply({"params": params["image"]}, images).pooled,
+      text.apply({"params": params["text"]}, tokens).pooled,
+    )
+
+  images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+  outputs = run(params, images, jnp.asarray([[3, 4, 1], [5, 6, 1]]))
+  for pooled in outputs:
+    assert pooled.shape == (2, 64)
+    assert pooled.dtype == jnp.float32
+    assert np.isfinite(pooled).all()
+    assert np.abs(pooled[0] - pooled[1]).max() > 1e-3

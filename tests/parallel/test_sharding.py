@@ -1,0 +1,204 @@
+"""Meshes, batch rows and the rules that shard parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mtv_jax.parallel import sharding
+
+
+def test_a_minus_one_takes_what_is_left():
+  mesh = sharding.make_mesh(dict(data=-1, fsdp=2, tensor=2))
+  assert dict(mesh.shape) == dict(data=2, fsdp=2, tensor=2)
+
+
+@pytest.mark.parametrize(
+  "shape",
+  [dict(data=3), dict(data=-1, fsdp=-1), dict(data=-1, fsdp=3), dict(data=0)],
+)
+def test_a_mesh_that_does_not_fill_the_devices_is_refused(shape):
+  with pytest.raises(ValueError, match="8 devices"):
+    sharding.make_mesh(shape)
+
+
+def test_an_unknown_axis_is_named():
+  with pytest.raises(ValueError, match="Did you mean 'tensor'"):
+    sharding.make_mesh(dict(data=-1, tensors=2))
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused_with_a_size():
+  mesh = sharding.make_mesh(dict(data=4, fsdp=2))
+  sharding.check_batch(16, mesh)
+  with pytest.raises(ValueError, match="batch_size is 12.*Take 8 or 16"):
+    sharding.check_batch(12, mesh)
+  with pytest.raises(ValueError, match=r"Take 8, or another"):
+    sharding.check_batch(4, mesh)
+
+
+def test_one_process_holds_all_rows():
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  assert sharding.host_rows(16, mesh) == sharding.HostRows(index=0, count=1)
+
+
+def _abstract():
+  shapes = {
+    "image/blocks/attention/qkv/kernel": (2, 16, 48),
+    "image/blocks/attention/qkv/bias": (2, 48),
+    "image/blocks/attention/out/kernel": (2, 16, 16),
+    "image/blocks/mlp/fc1/kernel": (2, 16, 64),
+    "image/blocks/mlp/fc2/kernel": (2, 64, 16),
+    "image/norm/scale": (16,),
+    "text/token_embedding": (258, 16),
+    "text/odd/mlp/fc1/kernel": (2, 15, 64),
+    "heads/contrastive/logit_bias": (),
+  }
+  return {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+
+
+def test_rules_place_each_kind_of_parameter():
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  placed = sharding.tree_shardings(_abstract(), mesh)
+  assert {k: v.spec for k, v in placed.items()} == {
+    "image/blocks/attention/qkv/kernel": P(None, "fsdp", "tensor"),
+    "image/blocks/attention/qkv/bias": P(None, "tensor"),
+    "image/blocks/attention/out/kernel": P(None, "tensor", "fsdp"),
+    "image/blocks/mlp/fc1/kernel": P(None, "fsdp", "tensor"),
+    "image/blocks/mlp/fc2/kernel": P(None, "tensor", "fsdp"),
+    "image/norm/scale": P(None),
+    "text/token_embedding": P(None, "fsdp"),
+    # 15 rows can't be split in two, so they stay whole.
+    "text/odd/mlp/fc1/kernel": P(None, None, "tensor"),
+    "heads/contrastive/logit_bias": P(),
+  }
+
+
+def test_optimizer_moments_are_sharded_like_their_parameters():
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  tree = {"opt_state": [{"mu": _abstract()}], "params": _abstract()}
+  placed = sharding.tree_shardings(tree, mesh)
+  assert placed["opt_state"][0]["mu"] == placed["params"]
+
+
+def test_rules_of_the_config_come_first_and_must_match():
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  rules = [("image/norm/scale", ("fsdp",))]
+  placed = sharding.tree_shardings(_abstract(), mesh, rules)
+  assert placed["image/norm/scale"].spec == P("fsdp")
+  sharding.check_rules(rules, _abstract())
+  with pytest.raises(ValueError, match="matches no parameter"):
+    sharding.check_rules([("image/nrom/.*", ("fsdp",))], _abstract())
+  with pytest.raises(ValueError, match="Did you mean 'fsdp'"):
+    sharding.check_rules([("image/norm/.*", ("fdsp",))], _abstract())
+
+
+def test_a_placed_batch_is_split_over_data_and_fsdp():
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  batch = {"x": np.arange(16).reshape(8, 2)}
+  placed = sharding.place_batch(batch, mesh)["x"]
+  np.testing.assert_array_equal(placed, batch["x"])
+  assert placed.sharding.shard_shape(placed.shape) == (2, 2)
+
+
+def test_the_table_counts_bytes_a_device():
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  shapes = _abstract()
+  placed = sharding.tree_shardings(shapes, mesh)
+  abstract = {
+    k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed[k])
+    for k, s in shapes.items()
+  }
+  rows = {row[0]: row for row in sharding.table(abstract)}
+  assert rows["image/blocks/mlp/fc1/kernel"][3] == 2 * 16 * 64 * 4 // 4
+
+
+class Fake:
+  """A device of a machine that is not here."""
+
+  platform, device_kind = "fake", "fake"
+
+  def __init__(self, index, process, part):
+    self.id, self.process_index, self.slice_index = index, process, part
+
+  def __repr__(self):
+    return f"{self.slice_index}.{self.id}"
+
+
+def fakes(count=8, slices=2):
+  size = count // slices
+  # Out of order, as nothing promises an order.
+  return [Fake(i, i // 2, i // size) for i in reversed(range(count))]
+
+
+def test_slices_are_the_outer_part_of_the_data_axis():
+  mesh = sharding.make_mesh(dict(data=-1, fsdp=2), fakes())
+  assert dict(mesh.shape) == dict(data=4, fsdp=2, tensor=1)
+  part = np.vectorize(lambda d: d.slice_index)(mesh.devices[..., 0])
+  np.testing.assert_array_equal(part, [[0, 0], [0, 0], [1, 1], [1, 1]])
+
+
+def test_slices_that_data_does_not_divide_into_fall_to_fsdp():
+  mesh = sharding.make_mesh(dict(data=1, fsdp=8), fakes())
+  part = np.vectorize(lambda d: d.slice_index)(mesh.devices[0, :, 0])
+  np.testing.assert_array_equal(part, [0] * 4 + [1] * 4)
+
+
+def test_another_axis_may_cross_the_slices():
+  shape = dict(data=-1, fsdp=4, dcn=dict(data=1, fsdp=2))
+  mesh = sharding.make_mesh(shape, fakes())
+  part = np.vectorize(lambda d: d.slice_index)(mesh.devices[..., 0])
+  np.testing.assert_array_equal(part, [[0, 0, 1, 1]] * 2)
+
+
+def test_without_slices_dcn_cuts_the_devices_in_order():
+  shape = dict(data=4, fsdp=2, dcn=dict(data=1, fsdp=2))
+  mesh = sharding.make_mesh(shape)
+  ids = np.vectorize(lambda d: d.id)(mesh.devices[..., 0])
+  assert (ids[:, 0] < 4).all() and (ids[:, 1] >= 4).all()
+
+
+def test_slices_that_do_not_divide_an_axis_are_refused():
+  with pytest.raises(ValueError, match=r"data=1 can't lie on dcn.data=2"):
+    sharding.make_mesh(dict(data=1, fsdp=8, dcn=dict(data=2)), fakes())
+  with pytest.raises(ValueError, match="mesh.dcn: .*does not divide 2 slices"):
+    sharding.make_mesh(dict(data=-1, dcn=dict(data=3)), fakes())
+  with pytest.raises(ValueError, match="mesh.dcn: no axis 'dta'"):
+    sharding.make_mesh(dict(data=-1, dcn=dict(dta=2)))
+  with pytest.raises(ValueError, match=r"\[5, 3\] devices"):
+    uneven = [Fake(i, 0, int(i > 4)) for i in range(8)]
+    sharding.make_mesh(dict(data=-1), uneven)
+
+
+def test_rows_follow_a_process_wherever_its_devices_lie():
+  # Hosts of 2 x 2 chips on a mesh of 4 x 2: rows of chips have two hosts.
+  processes = [0, 1, 0, 1, 2, 3, 2, 3]
+  devices = np.array([Fake(i, p, 0) for i, p in enumerate(processes)])
+  mesh = jax.sharding.Mesh(devices.reshape(8, 1, 1), sharding.AXES)
+  found = sharding.data_rows(16, mesh)
+  expected = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+  np.testing.assert_array_equal(found, expected)
+  assert sharding.host_rows(16, mesh) == sharding.HostRows(index=0, count=4)
+  odd = jax.sharding.Mesh(
+    np.array([Fake(i, int(i > 4), 0) for i in range(8)]).reshape(8, 1, 1),
+    sharding.AXES,
+  )
+  with pytest.raises(ValueError, match="2 processes would hold"):
+    sharding.data_rows(16, odd)
+
+
+@pytest.mark.parametrize(
+  ("shape", "spec"),
+  [
+    ((2, 4, 1), P(None, "fsdp")),
+    ((2, 2, 2), P(None, ("fsdp", "tensor"))),
+    ((8, 1, 1), P(None, "tensor")),
+  ],
+  ids=str,
+)
+def test_prototypes_are_split_over_whatever_there_is(shape, spec):
+  sizes = dict(zip(sharding.AXES, shape, strict=True))
+  mesh = sharding.make_mesh(sizes)
+  name = "heads/dino/last_layer/kernel"
+  tree = {name: jax.ShapeDtypeStruct((4, 16), jnp.float32)}
+  assert sharding.tree_shardings(tree, mesh)[name].spec == spec

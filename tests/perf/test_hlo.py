@@ -1,0 +1,159 @@
+"""Reading compiled programs: exchanges, loops, products, layouts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtv_jax.perf import hlo, hlo_text
+
+# As the TPU compiler prints them: trip counts are in the condition alone.
+TPU = """HloModule jit_f, is_scheduled=true, num_partitions=8
+
+%body (p.1: (s32[], bf16[512,64])) -> (s32[], bf16[512,64]) {
+  %p.1 = (s32[]{:T(128)}, bf16[512,64]{0,1:T(8,128)(2,1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %w.1 = bf16[512,64]{0,1:T(8,128)(2,1)} get-tuple-element(%p.1), index=1
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%i.1, %two)
+  %all-gather.1 = bf16[512,512]{0,1:T(8,128)(2,1)} all-gather(%w.1), \
+replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={1}, \
+metadata={op_name="jit(f)/while/body/dot_general"}
+  ROOT %out.1 = (s32[], bf16[512,64]) tuple(%next, %w.1)
+}
+
+%condition (p.2: (s32[], bf16[512,64])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(11)
+  %p.2 = (s32[]{:T(128)}, bf16[512,64]{0,1:T(8,128)(2,1)}) parameter(0)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%p.2), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.2, %limit), direction=LT
+}
+
+ENTRY %main (x: f32[128,512], w: bf16[512,64]) -> f32[128,512] {
+  %x = f32[128,512]{1,0:T(8,128)} parameter(0)
+  %w = bf16[512,64]{0,1:T(8,128)(2,1)} parameter(1)
+  %one = s32[]{:T(128)} constant(1)
+  %first = s32[]{:T(128)} copy(%one)
+  %start = (s32[], bf16[512,64]) tuple(%first, %w)
+  %while.1 = (s32[], bf16[512,64]) while(%start), condition=%condition, \
+body=%body
+  %go = (f32[128,512]{1,0}, f32[128,512]{1,0}, u32[], u32[]) \
+collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %done = f32[128,512]{1,0} collective-permute-done(%go)
+  %all-reduce.1 = (f32[128,512]{1,0}, f32[128,512]{1,0}) \
+all-reduce(%x, %done), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %narrow = f32[9,4]{1,0:T(8,128)} slice(%x), \
+metadata={op_name="jit(f)/narrow"}
+}
+""".replace("\\\n", "")
+
+
+def test_what_loops_send_counts_as_often_as_they_run():
+  rows = {row.kind: row for row in hlo.collectives(TPU)}
+  # From 1 by 2 to below 11: five times, from three others each time.
+  gather = rows["all-gather"]
+  assert (gather.count, gather.group) == (5, 4)
+  assert gather.bytes == 5 * 3 * 512 * 64 * 2
+  assert gather.result == 4 * 512 * 64 * 2
+  assert gather.scope == "jit(f)/while/body/dot_general"
+  # A start and its end are one; two arrays in one exchange are both counted.
+  assert rows["collective-permute"].bytes == 128 * 512 * 4
+  reduce = rows["all-reduce"]
+  assert reduce.group == 4
+  assert reduce.bytes == pytest.approx(2 * 3 / 4 * 2 * 128 * 512 * 4)
+  assert hlo.by_kind(rows.values())["all-gather"] == (5, gather.bytes)
+
+
+def test_the_largest_arrays_are_named_with_their_padding():
+  rows = hlo.largest_temporaries(TPU)
+  assert rows[0].shape == "bf16[512,512]"
+  narrow = next(row for row in rows if row.shape == "f32[9,4]")
+  assert (narrow.bytes, narrow.scope) == (16 * 128 * 4, "jit(f)/narrow")
+
+
+def test_groups_are_read_in_each_way_they_are_written():
+  module = hlo_text.parse(TPU)
+  exchange = module.computations["body"]["all-gather.1"]
+
+  def size(text):
+    found = hlo_text.Instruction("a", "all-gather", (), (), "", text)
+    return hlo.group_size(found, module.partitions)
+
+  assert hlo.group_size(exchange, 8) == 4
+  assert size("replica_groups={{0,2,4},{1,3,5}}") == 3
+  assert size("replica_groups=[4,2]<=[8]") == 2
+  assert size("replica_groups={}") == 8
+  assert size("replica_groups=mesh['a'=8] {'a':(2)4}") == 4
+
+
+def test_an_exchange_in_pieces_is_one():
+  def piece(role):
+    ends = f'custom-call(%g.{role}), custom_call_target="AsyncCollective{role}"'
+    return f"""%{role} (x.{role}: f32[64]) -> f32[256] {{
+  %x.{role} = f32[64]{{0}} parameter(0)
+  %g.{role} = f32[256]{{0}} all-gather(%x.{role}), replica_groups=[1,4]<=[4], \
+frontend_attributes={{chain_id="0"}}
+  ROOT %e.{role} = f32[256]{{0}} {ends if role != "Step" else "copy(%g.Step)"}
+}}
+"""
+
+  text = "HloModule m, num_partitions=4\n\n"
+  text += piece("Start") + piece("Step") + piece("Done")
+  text += """ENTRY %e (a: f32[64]) -> f32[256] {
+  %a = f32[64]{0} parameter(0)
+  %one = f32[256]{0} fusion(%a), kind=kCustom, calls=%Start
+  %two = f32[256]{0} fusion(%a), kind=kCustom, calls=%Step
+  ROOT %last = f32[256]{0} fusion(%a), kind=kCustom, calls=%Done
+}
+"""
+  (row,) = hlo.collectives(text)
+  assert (row.count, row.bytes) == (1, 3 * 64 * 4)
+
+
+def test_a_text_that_is_no_program_is_refused():
+  with pytest.raises(ValueError, match="no ENTRY"):
+    hlo_text.parse("nothing")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+  """Products in a loop of five, with a sum over eight devices in each."""
+  mesh = jax.make_mesh((8,), ("a",), devices=jax.devices()[:8])
+
+  def local(x, w):
+    def step(x, _):
+      return jax.lax.psum(jnp.tanh(x @ w), "a"), None
+
+    return jax.lax.scan(step, x, None, length=5)[0]
+
+  function = jax.shard_map(
+    local, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False
+  )
+  place = NamedSharding(mesh, P())
+  shapes = [
+    jax.ShapeDtypeStruct(s, np.float32, sharding=place)
+    for s in ((16, 32), (32, 32))
+  ]
+  return jax.jit(function).lower(*shapes).compile()
+
+
+def test_a_program_of_eight_devices(compiled):
+  (row,) = hlo.collectives(compiled)
+  assert (row.kind, row.count, row.group) == ("all-reduce", 5, 8)
+  assert row.bytes == pytest.approx(5 * 2 * 7 / 8 * 16 * 32 * 4)
+
+
+def test_products_in_loops_are_multiplied():
+  text = """HloModule m, num_partitions=1
+
+ENTRY %e (a: f32[4,8,8,3], b: f32[3,3,3,5]) -> f32[4,8,8,5] {
+  %a = f32[4,8,8,3]{3,2,1,0} parameter(0)
+  %b = f32[3,3,3,5]{3,2,1,0} parameter(1)
+  ROOT %c = f32[4,8,8,5]{3,2,1,0} convolution(%a, %b), \
+window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f
+}
+""".replace("\\\n", "")
+  # Of 3 taps a row, one misses the image at either edge: 8 * 3 - 2.
+  assert hlo.flops(text) == 2 * 22 * 22 * 3 * 4 * 5

@@ -1,0 +1,57 @@
+"""The recipe of configs/mtv_tiny.py, reduced for tests of the train step."""
+
+import functools
+import pathlib
+
+from mtv_jax.config import schema as config_lib
+from mtv_jax.train import experiment
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROWS = 16
+LABELS = {
+  "contrastive": ("caption", "caption_valid"),
+  "depth": ("depth",),
+  "grounding": ("box_valid",),
+}
+
+
+def read():
+  """The recipe of configs/mtv_tiny.py, smaller yet."""
+  config = config_lib.check(
+    config_lib.read(str(ROOT / "configs" / "mtv_tiny.py:tiny"))
+  )
+  config.batch_size = ROWS
+  config.data.train[0]["size"] = 32
+  config.data.ops = (
+    "decode|canvas(32)|caption(16)|depth(16)|regions(2, phrase_length=8)"
+  )
+  config.views["image"].ops = "crop(32, 0.5, 1.0)|flip"
+  config.views["global"].ops = "crop(32, 0.4, 1.0)|blocks(0.2, 0.5, patch=8)"
+  config.views["local"].ops = "crop(16, 0.1, 0.4)"
+  config.views["mae"].ops = "crop(32, 0.4, 1.0)|keep(0.25, patch=8)"
+  config.model.image_size = 32
+  config.model.text.length = 16
+  shape = dict(width=32, heads=2, mlp_dim=64, depth=2)
+  config.model.update(shape)
+  config.model.text.update(shape)
+  return config
+
+
+@functools.cache
+def built():
+  config = read()
+  return experiment.build_recipe(config, total_steps=100)
+
+
+@functools.cache
+def rows():
+  """A batch off the real pipeline, with fewer labels on some devices."""
+  made = experiment.build(read(), "unused")
+  with experiment.make_loader(made, 0) as loader:
+    batch = dict(next(loader))
+  # Of eight devices the first has no label, the second lacks one of two.
+  batch["depth"][:3] = 0
+  batch["box_valid"][:2] = False
+  batch["caption"][:2] = 0
+  batch["caption_valid"][:2] = False
+  return batch

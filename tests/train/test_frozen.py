@@ -1,0 +1,142 @@
+"""A locked tower: no moments, no backward pass, no change, no wait for it."""
+
+import functools
+import time
+
+import jax
+import numpy as np
+import pytest
+import trainings
+
+from mtv_jax.config import schema as config_lib
+from mtv_jax.parallel import sharding
+from mtv_jax.perf.bench import flops
+from mtv_jax.train import experiment
+from mtv_jax.train import loop as train
+from mtv_jax.train import step_spec as recipe_lib
+from mtv_jax.utils import tree as trees
+
+
+def smallest(**changes):
+  config = config_lib.read(str(trainings.CONFIG))
+  config.update(changes)
+  return config
+
+
+def locked():
+  config = smallest(total_steps=2, evals={})
+  config.ema = None
+  config.optim.rules = [("^image/", dict(lr=0.0))]
+  return config
+
+
+def parts(config):
+  found = flops.bench_flops(config, batch_size=4)
+  return {p.name: p.flops for p in found.parts}, found
+
+
+def test_a_locked_tower_costs_its_forward_pass_and_has_no_moments(tmp_path):
+  open_, _ = parts(smallest())
+  shut, found = parts(locked())
+  image, text = "image(image, student)", "text(caption, student)"
+  # Forward, and without the gradient on the pixels less than twice that back.
+  assert shut[image] < 0.4 * open_[image]
+  assert shut[text] == open_[text]
+  # The whole step knows it too: nothing pulls gradients through the tower.
+  assert found.traced == pytest.approx(found.total, rel=0.01)
+  state = experiment.build(locked(), tmp_path).program.abstract
+  moments = sum(x.size for x in jax.tree.leaves(state.opt_state))
+  trained = {k: v for k, v in state.params.items() if k != "image"}
+  count = sum(x.size for x in jax.tree.leaves(trained))
+  assert moments <= 2 * count + 8
+
+
+@pytest.mark.slow
+def test_a_locked_tower_stays_as_it_was(tmp_path):
+  built = experiment.build(locked(), tmp_path / "a")
+  before = jax.device_get(train.start(built, None).params)
+  after = jax.device_get(train.run(locked(), tmp_path / "b").params)
+  jax.tree.map(np.testing.assert_array_equal, before["image"], after["image"])
+  kernel = ("text", "projection", "kernel")
+  assert (_at(before, kernel) != _at(after, kernel)).any()
+
+
+@pytest.mark.slow
+def test_a_locked_tower_with_an_average_and_a_batch_in_parts():
+  """The parts change nothing, and neither tower nor average moves."""
+
+  def after(parts):
+    config = locked()
+    config.ema = dict(decay=0.9)
+    config.accumulate = parts
+    # Adam would turn gradients that are zero but for rounding into steps.
+    config.optim.name, config.optim.lr = "sgd", 0.1
+    config = config_lib.check(config)
+    recipe = experiment.build_recipe(config, 10)
+    mesh = experiment.make_mesh(config, jax.devices()[:1])
+    _, program = experiment.make_program(config, recipe, mesh, 100)
+    params = jax.jit(functools.partial(recipe_lib.init_params, recipe))(
+      jax.random.key(0)
+    )
+    before = jax.device_get(params)
+    state = program.init(params)
+    for seed in range(2):
+      batch = sharding.place_batch(batch_of(config, seed), mesh)
+      state, metrics = program.update(state, batch)
+    return before, jax.device_get(state), jax.device_get(metrics)
+
+  before, whole, expected = after(1)
+  _, found, metrics = after(2)
+  for state in (whole, found):
+    for tree in (state.params, state.ema):
+      jax.tree.map(
+        np.testing.assert_array_equal, tree["image"], before["image"]
+      )
+  kernel = ("text", "projection", "kernel")
+  for name in ("params", "ema"):
+    values = dict(trees.flatten_names(getattr(whole, name)))
+    for key, value in trees.flatten_names(getattr(found, name)):
+      error = np.linalg.norm(value - values[key])
+      assert error <= 1e-6 * np.linalg.norm(values[key]) + 1e-8, (name, key)
+    moved = _at(getattr(whole, name), kernel) - _at(before, kernel)
+    assert np.abs(moved).max() > 1e-6
+  for key, value in expected.items():
+    np.testing.assert_allclose(metrics[key], value, rtol=1e-5, err_msg=key)
+
+
+def batch_of(config, seed):
+  """Rows with noise for images and captions."""
+  rng = np.random.default_rng(seed)
+  rows, text = config.batch_size, config.model.text
+  return {
+    "image": rng.integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8),
+    "image_size": np.full((rows, 2), 32, np.int32),
+    "caption": rng.integers(
+      2, text.vocab_size, (rows, text.length), dtype=np.int32
+    ),
+    "caption_valid": np.ones(rows, bool),
+  }
+
+
+def _at(tree, path):
+  for name in path:
+    tree = tree[name]
+  return tree
+
+
+@pytest.mark.slow
+def test_a_loader_that_stalls_shows_as_waiting(tmp_path, monkeypatch):
+  plain = train.placed_batches
+
+  def stalling(loader, mesh):
+    for batch in plain(loader, mesh):
+      time.sleep(0.5)
+      yield batch
+
+  waits = []
+  for name in ("fast", "slow"):
+    train.run(smallest(total_steps=6, evals={}), tmp_path / name)
+    rows = trainings.rows(tmp_path / name)
+    waits.append([r["speed/wait"] for r in rows if "speed/wait" in r][-1])
+    monkeypatch.setattr(train, "placed_batches", stalling)
+  assert waits[1] > 0.5 and waits[1] > waits[0]

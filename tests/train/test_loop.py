@@ -1,0 +1,208 @@
+"""The loop, on the smallest config, in this process with eight devices."""
+
+import json
+
+import numpy as np
+import pytest
+import trainings
+
+from mtv_jax.config import schema as config_lib
+from mtv_jax.perf.bench import step as step_benchmark
+from mtv_jax.train import experiment, step_spec
+from mtv_jax.train import loop as train
+
+
+def smallest(**changes):
+  config = config_lib.read(str(trainings.CONFIG))
+  config.update(changes)
+  return config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("trained") / "run"
+  state = train.run(smallest(), workdir)
+  return workdir, state
+
+
+def test_a_run_leaves_its_config_metrics_evaluations_and_checkpoints(trained):
+  workdir, state = trained
+  assert int(state.step) == 12
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["model"]["width"] == 32 and config["batch_size"] == 16
+  losses = trainings.losses(workdir)
+  assert list(losses) == list(range(1, 13))
+  assert np.isfinite(list(losses.values())).all()
+  assert losses[12] < losses[1]
+  assert {p.name for p in (workdir / "checkpoints").iterdir()} == {
+    "4",
+    "8",
+    "12",
+  }
+  written = workdir / "evals" / "retrieval_12.json"
+  evaluation = json.loads(written.read_text())
+  figures = evaluation["evals"]["retrieval"]["metrics"]
+  assert figures and all(0 <= v <= 1 for v in figures.values())
+  assert trainings.rows(workdir)[-1].keys() >= {
+    f"retrieval/{k}" for k in figures
+  }
+  assert list(workdir.glob("events.*"))
+
+
+def test_the_checkpoint_is_the_state(trained):
+  workdir, state = trained
+  saved = trainings.params(workdir)
+  kernel = np.asarray(state.params["image"]["patch_embed"]["kernel"])
+  np.testing.assert_array_equal(saved["image/patch_embed/kernel"], kernel)
+
+
+def test_a_finished_run_started_again_changes_nothing(trained):
+  workdir, state = trained
+  before = trainings.rows(workdir)
+  again = train.run(smallest(), workdir)
+  assert int(again.step) == 12
+  assert trainings.rows(workdir) == before
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_name(trained):
+  workdir, _ = trained
+  other = smallest()
+  other.model.width = 64
+  with pytest.raises(ValueError, match="mlp/fc1/kernel"):
+    train.run(other, workdir)
+  # What was refused left no trace.
+  assert (
+    json.loads((workdir / "config.json").read_text())["model"]["width"]
+    == smallest().model.width
+  )
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_another_s_parameters(trained, tmp_path):
+  workdir, state = trained
+  config = smallest(total_steps=2)
+  config.optim.lr = 0.0
+  config.init = dict(path=str(workdir), include=("^image/", "^text/"))
+  begun = train.run(config, tmp_path / "run")
+  found, expected = (
+    np.asarray(s.params["text"]["token_embedding"]) for s in (begun, state)
+  )
+  np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(batch_size=12), "batch_size is 12"),
+    (dict(bach_size=12), "Did you mean 'batch_size'"),
+    (dict(mesh=dict(data=3)), "8 devices"),
+  ],
+)
+def test_a_config_that_can_not_be_used_is_refused(tmp_path, change, message):
+  config = smallest().to_dict()
+  config.update(change)
+  with pytest.raises(ValueError, match=message):
+    experiment.build(config, tmp_path)
+
+
+def test_a_vocabulary_larger_than_the_model_s_is_refused(tmp_path):
+  config = smallest()
+  config.model.text.vocab_size = 100
+  with pytest.raises(ValueError, match="vocab_size"):
+    experiment.build(config, tmp_path)
+
+
+def test_a_field_that_no_op_gives_is_refused(tmp_path):
+  config = smallest()
+  config.data.ops = "decode|canvas(32)"
+  with pytest.raises(ValueError, match="'caption'.*image"):
+    experiment.make_loader(experiment.build(config, tmp_path), 0)
+
+
+@pytest.mark.parametrize("length", [8, 32])
+def test_captions_are_as_long_as_the_texts_of_evaluations(tmp_path, length):
+  config = smallest()
+  config.data.ops = f"decode|canvas(32)|caption({length})"
+  built = experiment.build(config, tmp_path)
+  with pytest.raises(ValueError, match=f"of {length} tokens.*length is 16"):
+    experiment.make_loader(built, 0)
+
+
+@pytest.mark.parametrize(
+  ("size", "warned"), [(72, []), (80, ["length=50"]), (128, ["50", "30"])]
+)
+def test_a_batch_with_records_twice_is_warned_of(
+  tmp_path, caplog, size, warned
+):
+  # Of 50 and 30 records, with weights 1 and 0.5.
+  experiment.describe(experiment.build(smallest(batch_size=size), tmp_path))
+  found = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+  assert len(found) == len(warned)
+  for message, part in zip(found, warned, strict=True):
+    assert f"A batch of {size}" in message and part in message
+
+
+def test_a_loss_or_gradient_that_is_no_number_stops_the_run():
+  good = dict(loss=1.0, grad_norm=2.0, update_norm=0.1)
+  train.require_finite(3, good)
+  with pytest.raises(FloatingPointError, match="step 3.*contrastive/loss"):
+    train.require_finite(
+      3, {**good, "loss": np.nan, "contrastive/loss": np.nan}
+    )
+  # The loss is from before the update; the parameters after it are poisoned.
+  with pytest.raises(FloatingPointError, match="grad_norm"):
+    train.require_finite(3, {**good, "grad_norm": np.nan})
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"weights": "teacher"}, "no objective reads a teacher"),
+    ({"weights": "emma"}, "Did you mean 'ema'"),
+    ({"data": "nowhere"}, "nowhere"),
+    ({"captions": 5}, "Did you mean 'max_captions'"),
+  ],
+)
+def test_an_evaluation_that_can_not_run_is_refused_at_the_start(
+  tmp_path, change, message
+):
+  config = smallest().to_dict()
+  config["evals"]["retrieval"].update(change)
+  with pytest.raises((ValueError, OSError), match=message):
+    experiment.build(config, tmp_path)
+
+
+def test_a_weight_is_a_number_or_a_schedule(tmp_path):
+  config = smallest().to_dict()
+  config["objectives"]["late"] = dict(
+    type="contrastive",
+    init_bias=-2.0,
+    weight=dict(value=0.5, start_percent=50, ramp_steps=3),
+  )
+  weights = experiment.build(config, tmp_path).recipe.weights
+  assert weights["late"] == step_spec.Weight(0.5, start=6, ramp=3)
+  assert weights["contrastive"] == step_spec.Weight(1.0)
+  del config["objectives"]["contrastive"]
+  with pytest.raises(ValueError, match="nothing to train before step 6"):
+    experiment.build(config, tmp_path)
+  config["objectives"]["late"]["weight"] = dict(valu=1.0)
+  with pytest.raises(ValueError, match="Did you mean 'value'"):
+    experiment.build(config, tmp_path)
+
+
+def test_a_bucket_is_not_mistaken_for_a_folder():
+  with pytest.raises(ValueError, match="mount"):
+    experiment.build(smallest(), "gs://bucket/run")
+
+
+@pytest.mark.slow
+def test_the_step_benchmark_times_both_ways():
+  speed = step_benchmark.bench_step(smallest(), steps=3)
+  assert speed.steps == 3 and speed.batch_size == 16
+  assert 0 < speed.step_ms < 1e3 * speed.compile_seconds
+  assert 0 <= speed.wait < 1
+  # Three steps of each kind can't take longer than they say.
+  seconds = 16 * 3 / speed.images_per_second
+  assert seconds * 1e3 >= speed.loop_ms
+  assert "waiting for data" in str(speed)
+  assert json.loads(speed.to_json())["devices"].startswith("8 x ")

@@ -1,0 +1,238 @@
+"""The recipe with every objective: sharded, without labels, without parts."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_mtv
+
+from mtv_jax.config import schema as config_lib
+from mtv_jax.parallel import sharding
+from mtv_jax.perf.bench import flops
+from mtv_jax.train import experiment, gradients
+from mtv_jax.train import step as step_lib
+from mtv_jax.train import step_spec as recipe_lib
+from mtv_jax.utils import tree as trees
+
+
+@functools.cache
+def params():
+  """Drawn here: compiling the initialisers takes longer than all the rest."""
+  rng = np.random.default_rng(1)
+
+  def draw(name, leaf):
+    noise = rng.normal(size=leaf.shape).astype(np.float32)
+    if name.endswith("kernel"):
+      shape = leaf.shape[1:] if "blocks" in name else leaf.shape
+      return noise / np.sqrt(np.prod(shape[:-1]))
+    return np.float32(name.endswith("scale")) + 0.02 * noise
+
+  return trees.map_with_names(
+    draw, recipe_lib.abstract_params(tiny_mtv.built())
+  )
+
+
+@functools.cache
+def compiled(shape, names=None):
+  """(batch) -> losses by objective, and gradients by parameter."""
+  recipe = tiny_mtv.built() if names is None else tiny_mtv.built().only(names)
+  sizes = dict(zip(sharding.AXES, shape, strict=True))
+  mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(shape)])
+  # The state is the whole recipe's, whatever is computed of it.
+  program = step_lib.make_program(tiny_mtv.built(), optax.sgd(0.1), mesh)
+  state = program.init(params())
+
+  def compute(state, batch):
+    (_, terms), slopes = gradients.compute(recipe, state, batch, mesh)
+    return {name: term.loss.value() for name, term in terms.items()}, slopes
+
+  jitted = jax.jit(compute, out_shardings=sharding.replicated(mesh))
+
+  def call(batch):
+    placed = sharding.place_batch(batch, mesh)
+    losses, slopes = jax.device_get(jitted(state, placed))
+    return losses, dict(trees.flatten_names(slopes))
+
+  return call
+
+
+def assert_near(found, expected, tolerance, floor):
+  losses, slopes = found
+  assert losses.keys() == expected[0].keys()
+  for name, loss in expected[0].items():
+    assert losses[name] == pytest.approx(loss, rel=1e-5, abs=1e-6), name
+  for name, slope in expected[1].items():
+    scale = np.linalg.norm(slope)
+    if name == "heads/depth/conv3/bias":
+      # Depth is invariant to shifts: this is the rounding of a sum of zero,
+      # whose terms are as large as those of the kernel beside it.
+      scale = np.linalg.norm(expected[1]["heads/depth/conv3/kernel"])
+    distance = np.linalg.norm(slopes[name] - slope)
+    assert distance <= tolerance * scale + floor, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_the_whole_recipe_sharded_is_that_of_one_device(shape):
+  """Values and gradients, labels being unevenly spread over the devices."""
+  alone = compiled((1, 1, 1))(tiny_mtv.rows())
+  assert all(loss > 0 for loss in alone[0].values())
+  assert_near(compiled(shape)(tiny_mtv.rows()), alone, 1e-5, 1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny_mtv.LABELS)
+def test_without_any_label_the_rest_trains_as_if_it_were_absent(name):
+  batch = dict(tiny_mtv.rows())
+  for field in tiny_mtv.LABELS[name]:
+    batch[field] = np.zeros_like(batch[field])
+  losses, slopes = compiled((1, 1, 1))(batch)
+  assert losses.pop(name) == 0
+  rest = tuple(other for other in tiny_mtv.built().objectives if other != name)
+  assert_near((losses, slopes), compiled((1, 1, 1), rest)(batch), 1e-6, 1e-9)
+
+
+def test_an_objective_that_is_dropped_leaves_nothing_behind(tmp_path):
+  config = tiny_mtv.read()
+  # Its labels must not even be opened.
+  config.data.train[0]["labels"] = dict(depth=str(tmp_path / "nowhere"))
+  config.data.train[0]["type"] = "scenes"
+  for name in ("depth", "masked_pixels", "distillation", "masked_latent"):
+    del config.objectives[name]
+  made = experiment.build(config, tmp_path)
+  names = made.program.abstract.params["heads"].keys()
+  assert set(names) == {"contrastive", "grounding", "prompter"}
+  assert not made.program.abstract.teacher
+  assert "mask_token" not in made.program.abstract.params["image"]
+  assert {str(e) for e in made.recipe.plan} == {
+    "image(image, student)",
+    "text(caption, student)",
+    "text(box_phrase, student)",
+  }
+  with experiment.make_loader(made, 0) as loader:
+    batch = next(loader)
+  assert "depth" not in batch and "boxes" in batch
+
+
+def test_without_text_there_is_no_text_tower(tmp_path):
+  config = tiny_mtv.read()
+  for name in ("contrastive", "grounding"):
+    del config.objectives[name]
+  config.evals = {}
+  made = experiment.build(config, tmp_path)
+  assert made.config.model.text is None
+  assert "text" not in made.program.abstract.params
+  with experiment.make_loader(made, 0) as loader:
+    assert set(next(loader)) == {"image", "image_size", "depth"}
+
+
+@pytest.mark.slow
+def test_in_parts_the_whole_recipe_is_that_of_the_whole_batch():
+  """KoLeo, Sinkhorn and the negatives of contrast included."""
+  recipe = dataclasses.replace(tiny_mtv.built(), accumulate=4)
+  state = recipe_lib.init_state(tiny_mtv.built(), optax.sgd(0.1), params())
+
+  def run(recipe):
+    (_, terms), slopes = jax.jit(
+      lambda state, batch: gradients.compute(recipe, state, batch)
+    )(state, tiny_mtv.rows())
+    losses = {name: term.loss.value() for name, term in terms.items()}
+    return jax.device_get((losses, dict(trees.flatten_names(slopes))))
+
+  assert_near(run(recipe), run(tiny_mtv.built()), 1e-5, 1e-8)
+
+
+def test_the_teacher_s_momentum_may_rise_along_a_cosine():
+  recipe = dataclasses.replace(
+    tiny_mtv.built(), teacher_momentum=0.992, teacher_end=1.0, total_steps=101
+  )
+  found = [float(recipe.momentum(step)) for step in (0, 50, 100, 500)]
+  np.testing.assert_allclose(found, [0.992, 0.996, 1.0, 1.0], rtol=1e-6)
+  fixed = dataclasses.replace(recipe, teacher_end=None)
+  assert float(fixed.momentum(77)) == pytest.approx(0.992)
+
+
+@pytest.mark.parametrize(
+  ("weight", "match"),
+  [
+    (dict(value=-1.0), r"depth\.weight\.value is -1\.0; expected a number"),
+    (dict(value="big"), r"weight\.value is 'big'; expected a number"),
+    (dict(start_steps=1000), "starts at step 1000 of a run of 100"),
+  ],
+)
+def test_a_weight_that_can_t_be(weight, match):
+  config = tiny_mtv.read()
+  with config.objectives.depth.ignore_type():
+    config.objectives.depth.weight = weight
+  with pytest.raises(config_lib.ConfigError, match=match):
+    experiment.build_recipe(config_lib.check(config), total_steps=100)
+
+
+def test_heads_of_one_name_must_read_the_same_width():
+  config = tiny_mtv.read()
+  config.model.projection = 16
+  config.model.text.projection = 16
+  config.objectives.masked_latent.head = "dino"
+  with pytest.raises(config_lib.ConfigError, match="both own heads/dino"):
+    _ = experiment.build_recipe(config, total_steps=100).heads
+
+
+@pytest.mark.slow
+def test_what_a_step_costs_is_the_sum_of_its_parts():
+  """Each encoding once; and less of them is less."""
+  spec = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    for name, x in tiny_mtv.rows().items()
+  }
+  cost = flops.step_flops(tiny_mtv.built(), spec, optax.sgd(0.1))
+  assert cost.traced == pytest.approx(cost.total, rel=1e-4)
+  names = [part.name for part in cost.parts]
+  assert len(set(names)) == len(names)
+  assert "image(image, student)" in names and "heads of depth" in names
+  assert cost.share < 0.95
+  rest = tuple(n for n in tiny_mtv.built().objectives if n != "depth")
+  less = flops.step_flops(tiny_mtv.built().only(rest), spec, optax.sgd(0.1))
+  part = {part.name: part.flops for part in cost.parts}
+  # Its head goes, and nothing else: grounding reads the same encoding.
+  assert cost.traced - less.traced == pytest.approx(
+    part["heads of depth"] + part["loss of depth"], rel=1e-3
+  )
+
+
+@pytest.mark.slow
+def test_prototypes_in_chunks_cost_more_flops_and_no_less():
+  spec = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    for name, x in tiny_mtv.rows().items()
+  }
+
+  def traced(chunk):
+    objectives = {
+      name: dataclasses.replace(objective, chunk=chunk)
+      for name, objective in tiny_mtv.built()
+      .only(("masked_latent",))
+      .objectives.items()
+    }
+    recipe = dataclasses.replace(
+      tiny_mtv.built().only(("masked_latent",)), objectives=objectives
+    )
+    return flops.step_flops(recipe, spec, optax.sgd(0.1)).traced
+
+  # Logits of the student: twice; of the teacher: once more an iteration.
+  assert traced(16) > traced(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "most"), [("mtv_b16_224", 0.71), ("mtv_l16_256", 0.69)]
+)
+def test_the_compiled_step_computes_each_encoding_once(name, most):
+  config = config_lib.read(str(tiny_mtv.ROOT / "configs" / f"{name}.py"))
+  cost = flops.bench_flops(config, batch_size=16, compile="whole")
+  print(f"\n{cost}")
+  assert cost.compiled == pytest.approx(cost.total, rel=0.03)
+  assert cost.share <= most

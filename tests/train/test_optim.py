@@ -1,0 +1,321 @@
+"""Updates against NumPy and optax, schedules against golden values, rules."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtv_jax.config.schema import ConfigError
+from mtv_jax.train import optim
+from mtv_jax.utils import tree as trees
+
+RNG = np.random.default_rng(0)
+SHAPES = {
+  "image/blocks/mlp/fc1/kernel": (2, 4, 6),
+  "image/blocks/mlp/fc1/bias": (2, 6),
+  "image/position_embedding": (5, 4),
+  "text/token_embedding": (7, 4),
+  "heads/contrastive/logit_scale": (),
+}
+STEPS = 6
+
+
+def random_tree():
+  return trees.unflatten(
+    {n: RNG.normal(size=s).astype(np.float32) for n, s in SHAPES.items()}
+  )
+
+
+PARAMS = random_tree()
+GRADS = [random_tree() for _ in range(STEPS)]
+
+
+def build(optim_config, schedule_config=None, params=PARAMS, total_steps=STEPS):
+  return optim.make_optimizer(
+    {"lr": 1e-2, "clip_norm": 0.0, **optim_config},
+    schedule_config or {"name": "constant"},
+    total_steps=total_steps,
+    batch_size=8,
+    params=params,
+  )
+
+
+def run(tx, params=PARAMS, grads=GRADS):
+  """The parameters after each step, as flat numpy trees, and the last state."""
+  params = jax.tree.map(jnp.asarray, params)
+  state = tx.init(params)
+
+  @jax.jit
+  def update(params, state, grad):
+    updates, state = tx.update(grad, state, params)
+    return optax.apply_updates(params, updates), state
+
+  seen = []
+  for grad in grads:
+    params, state = update(params, state, grad)
+    seen.append({n: np.array(x) for n, x in trees.flatten_names(params)})
+  return seen, state
+
+
+def numpy_adamw(lr, multipliers, *, decay, clip, b1=0.9, b2=0.95, eps=1e-8):
+  """AdamW as its paper writes it, in float64."""
+  p = {n: x.astype(np.float64) for n, x in trees.flatten_names(PARAMS)}
+  m = {n: np.zeros_like(x) for n, x in p.items()}
+  v = {n: np.zeros_like(x) for n, x in p.items()}
+  seen = []
+  for t, tree in enumerate(GRADS):
+    g = dict(trees.flatten_names(tree))
+    norm = math.sqrt(sum(np.sum(np.square(x, dtype=float)) for x in g.values()))
+    for n in p:
+      x = g[n].astype(np.float64) * min(1.0, clip / norm)
+      m[n] = b1 * m[n] + (1 - b1) * x
+      v[n] = b2 * v[n] + (1 - b2) * x * x
+      mhat, vhat = m[n] / (1 - b1 ** (t + 1)), v[n] / (1 - b2 ** (t + 1))
+      u = mhat / (np.sqrt(vhat) + eps)
+      lr_mult, decay_mult = multipliers[n]
+      p[n] = p[n] - lr(t) * lr_mult * (u + decay * decay_mult * p[n])
+    seen.append(dict(p))
+  return seen
+
+
+def test_adamw_with_schedule_decay_clipping_and_multipliers():
+  optimizer = build(
+    {
+      "lr": 0.1,
+      "weight_decay": 0.2,
+      "b2": 0.95,
+      "clip_norm": 2.0,
+      "rules": [
+        ("token_embedding", {"lr": 0.5}),
+        ("logit", {"lr": 2.0, "weight_decay": 0.3}),
+        ("^text/", {"lr": 100.0}),  # Too late for the only one it matches.
+      ],
+    },
+    {"name": "cosine", "warmup_steps": 2, "cooldown_steps": 2, "end": 0.1},
+  )
+
+  def lr(t):
+    cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * max(t - 2, 0) / 4)) / 2
+    return 0.1 * cosine * min(1, (t + 1) / 2) * min(1, (6 - t) / 2)
+
+  multipliers = {
+    "image/blocks/mlp/fc1/kernel": (1, 1),
+    "image/blocks/mlp/fc1/bias": (1, 0),
+    "image/position_embedding": (1, 0),
+    "text/token_embedding": (0.5, 0),
+    "heads/contrastive/logit_scale": (2, 0.3),
+  }
+  ours, _ = run(optimizer.tx)
+  theirs = numpy_adamw(lr, multipliers, decay=0.2, clip=2.0)
+  for t in range(STEPS):
+    assert float(optimizer.schedule(t)) == pytest.approx(lr(t), rel=1e-6)
+    for name, expected in theirs[t].items():
+      np.testing.assert_allclose(ours[t][name], expected, rtol=2e-5, atol=2e-6)
+  rows = {row.name: row for row in optimizer.table}
+  assert {n: (r.lr, r.weight_decay) for n, r in rows.items()} == multipliers
+  assert rows["text/token_embedding"].rule == "token_embedding"
+  assert rows["image/position_embedding"].rule is None
+
+
+KERNELS = jax.tree.map(lambda x: x.ndim == 3, PARAMS)
+
+
+@pytest.mark.parametrize(
+  ("config", "reference"),
+  [
+    ({"name": "adamw"}, optax.adamw(1e-2, weight_decay=0.3, mask=KERNELS)),
+    ({"name": "lion"}, optax.lion(1e-2, weight_decay=0.3, mask=KERNELS)),
+    (
+      {"name": "lion", "b1": 0.95, "b2": 0.98},
+      optax.lion(1e-2, b1=0.95, b2=0.98, weight_decay=0.3, mask=KERNELS),
+    ),
+    (
+      {"name": "sgd", "momentum": 0.9, "weight_decay": 0.0},
+      optax.sgd(1e-2, momentum=0.9),
+    ),
+    ({"name": "sgd", "weight_decay": 0.0}, optax.sgd(1e-2)),
+    (
+      # optax's own adds the decay without the learning rate.
+      {"name": "adafactor", "b2": 1.0, "b1": 0.0},
+      optax.adafactor(
+        1e-2,
+        multiply_by_parameter_scale=False,
+        weight_decay_rate=0.3 * 1e-2,
+        weight_decay_mask=KERNELS,
+      ),
+    ),
+  ],
+)
+def test_against_optax(config, reference):
+  ours, _ = run(build({"weight_decay": 0.3, **config}).tx)
+  theirs, _ = run(reference)
+  for name in SHAPES:
+    np.testing.assert_allclose(
+      ours[-1][name], theirs[-1][name], rtol=1e-5, atol=1e-7
+    )
+    assert np.abs(ours[-1][name] - ours[0][name]).max() > 1e-3
+
+
+def test_adafactor_factors_and_keeps_momentum():
+  params = {"a": {"kernel": np.zeros((2, 256, 128), np.float32)}}
+  tx = build({"name": "adafactor", "mu_dtype": "bfloat16"}, params=params).tx
+  state = dict(trees.flatten_names(jax.eval_shape(tx.init, params)))
+  shapes = {name.split("/", 1)[1]: x.shape for name, x in state.items()}
+  momentum = [x for x in state.values() if x.shape == (2, 256, 128)]
+  assert [x.dtype for x in momentum] == [jnp.bfloat16]
+  assert sorted(s for s in shapes.values() if len(s) == 2) == [
+    (2, 128),
+    (2, 256),
+  ]
+
+
+def test_adafactor_second_moment_keeps_moving():
+  # With the cap at 0 the second moment is the last gradient's own square.
+  params = {"kernel": jnp.ones(3)}
+  tx = build({"name": "adafactor", "b2": 0.0, "b1": 0.0}, params=params).tx
+  grads = [{"kernel": jnp.array(g)} for g in ([1.0, 2, 3], [9.0, -8, 7])]
+  seen, _ = run(tx, params, grads)
+  step = seen[1]["kernel"] - seen[0]["kernel"]
+  np.testing.assert_allclose(step, [-0.01, 0.01, -0.01], rtol=1e-5)
+
+
+def test_moments_have_the_names_and_shapes_of_parameters():
+  for name in ("adamw", "lion", "sgd"):
+    tx = build({"name": name, "momentum": 0.9, "mu_dtype": "bfloat16"}).tx
+    state = trees.flatten_names(jax.eval_shape(tx.init, PARAMS))
+    moments = [(n, x) for n, x in state if not n.endswith("count")]
+    assert len(moments) == len(SHAPES) * (2 if name == "adamw" else 1)
+    for path, leaf in moments:
+      owner = [n for n in SHAPES if path.endswith("/" + n)]
+      assert leaf.shape == SHAPES[owner[0]]
+      assert leaf.dtype == (jnp.float32 if "/nu/" in path else jnp.bfloat16)
+
+
+def test_frozen_parameters_stay_bit_equal_and_have_no_moments():
+  rules = [("^image/", {"lr": 0})]
+  optimizer = build({"weight_decay": 0.5, "clip_norm": 1.0, "rules": rules})
+  seen, state = run(optimizer.tx)
+  flat = dict(trees.flatten_names(PARAMS))
+  for name in SHAPES:
+    moved = not np.array_equal(seen[-1][name], flat[name])
+    assert moved == (not name.startswith("image/"))
+  moments = [n for n, x in trees.flatten_names(state) if x.ndim]
+  assert moments and not [n for n in moments if "image" in n]
+  # Nor do their gradients share in the norm that clips the others'.
+  zeroed = [
+    {**grad, "image": jax.tree.map(np.zeros_like, grad["image"])}
+    for grad in GRADS
+  ]
+  again, _ = run(optimizer.tx, grads=zeroed)
+  for name in SHAPES:
+    np.testing.assert_array_equal(seen[-1][name], again[-1][name])
+
+
+def norm(tree):
+  squares = [np.square(x, dtype=float).sum() for x in jax.tree.leaves(tree)]
+  return math.sqrt(sum(squares))
+
+
+def test_clipping():
+  tx = build({"name": "sgd", "lr": 1.0, "clip_norm": 0.5}).tx
+  for scale, expected in [(1.0, 0.5), (1e-3, 1e-3 * norm(GRADS[0]))]:
+    grad = jax.tree.map(lambda x, s=scale: x * np.float32(s), GRADS[0])
+    updates, _ = tx.update(grad, tx.init(PARAMS), PARAMS)
+    assert norm(updates) == pytest.approx(expected, rel=1e-5)
+
+
+# --- schedules ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("config", "expected"),
+  [
+    (
+      {"name": "constant"},
+      {0: 1.0, 50: 1.0, 99: 1.0},
+    ),
+    (
+      {"name": "constant", "warmup_steps": 10, "cooldown_steps": 20},
+      {0: 0.1, 4: 0.5, 9: 1.0, 80: 1.0, 90: 0.5, 99: 0.05, 100: 0.0, 120: 0.0},
+    ),
+    (
+      {"name": "cosine", "warmup_percent": 20},
+      # (1 + cos(pi/4)) / 2 = 0.853553
+      {0: 0.05, 19: 1.0, 20: 1.0, 40: 0.853553, 60: 0.5, 100: 0.0, 150: 0.0},
+    ),
+    (
+      {"name": "cosine", "end": 0.1},
+      {0: 1.0, 50: 0.55, 100: 0.1},
+    ),
+    (
+      {"name": "rsqrt", "warmup_examples": 80, "timescale_steps": 30},
+      {0: 0.1, 9: 1.0, 10: 1.0, 40: 0.707107, 100: 0.5},
+    ),
+  ],
+)
+def test_schedules(config, expected):
+  schedule = optim.make_schedule(config, lr=2.0, total_steps=100, batch_size=8)
+  got = {t: float(schedule(t)) / 2 for t in expected}
+  assert got == pytest.approx(expected, abs=1e-6)
+
+
+def test_schedule_errors():
+  make = functools.partial(
+    optim.make_schedule, lr=1.0, total_steps=100, batch_size=8
+  )
+  with pytest.raises(ConfigError, match="60 steps of warm-up and 50 of cool"):
+    make({"warmup_steps": 60, "cooldown_steps": 50})
+  with pytest.raises(ConfigError, match="'cosin'. Did you mean 'cosine'"):
+    make({"name": "cosin"})
+
+
+# --- rules -------------------------------------------------------------------
+
+
+def test_rule_errors():
+  def table(*rules):
+    return optim.rule_table(PARAMS, rules)
+
+  with pytest.raises(ValueError, match="names are: image/position_embedding"):
+    table(("image/pos_embedding", {"lr": 0}))
+  with pytest.raises(ConfigError, match="'wd'. There are: lr, weight_decay"):
+    table((".", {"wd": 0}))
+  with pytest.raises(ConfigError, match="sets lr to -1"):
+    table((".", {"lr": -1}))
+  with pytest.raises(ConfigError, match="a rule is"):
+    table((".", 0.1))
+  with pytest.raises(ConfigError, match="freeze every parameter"):
+    build({"rules": [(".", {"lr": 0})]})
+  with pytest.raises(ConfigError, match="'adam'. Did you mean 'adamw'"):
+    build({"name": "adam"})
+
+
+def test_describe():
+  text = optim.describe(
+    optim.rule_table(PARAMS, [("^image/blocks", {"lr": 0})])
+  )
+  rows = [line.split() for line in text.split("\n")[1:]]
+  # Sorted names: heads (1 number), image (60 in two groups), the rest.
+  assert rows[0][:6] == ["(no", "rule)", "1", "0", "3", "49"]
+  assert ["^image/blocks", "frozen", "1", "1", "48"] in [r[:5] for r in rows]
+  assert ["^image/blocks", "frozen", "0", "1", "12"] in [r[:5] for r in rows]
+
+
+# --- the moving average ------------------------------------------------------
+
+
+def test_ema_update():
+  ema = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(1.0, jnp.bfloat16)}
+  new = {"a": jnp.array([2.0, 0.0]), "b": jnp.array(3.0, jnp.float32)}
+  out = optim.ema_update(ema, new, 0.75)
+  np.testing.assert_allclose(out["a"], [1.25, 1.5])
+  assert out["b"].dtype == jnp.bfloat16 and float(out["b"]) == 1.5
+  # (1 + 0) / (10 + 0) at the start; 0.75 once that is larger.
+  early = optim.ema_update(ema, new, 0.75, step=0)
+  np.testing.assert_allclose(early["a"], [1.9, 0.2], rtol=1e-6)
+  late = optim.ema_update(ema, new, 0.75, step=jnp.array(1000))
+  np.testing.assert_allclose(late["a"], out["a"])

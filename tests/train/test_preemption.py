@@ -1,0 +1,148 @@
+"""A run that is told to end saves first, and goes on as if nothing was."""
+
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import trainings
+
+from mtv_jax.cli import errors
+from mtv_jax.config import schema as config_lib
+from mtv_jax.train import loop as train
+from mtv_jax.train import metrics, preemption
+
+at_once = signal.SIG_DFL
+
+
+def smallest(**changes):
+  config = config_lib.read(f"{trainings.CONFIG}:save=100")
+  config.update(changes)
+  return config
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  train.run(smallest(), workdir)
+  return workdir
+
+
+@pytest.fixture
+def told_at(monkeypatch):
+  """Sends SIGTERM to this process once a step was logged."""
+
+  def arrange(told):
+    progress = metrics.Writers.progress
+
+    def and_tell(self, step, *args):
+      progress(self, step, *args)
+      if step == told:
+        # Else the run doesn't take it, and it would end the tests.
+        assert signal.getsignal(signal.SIGTERM) != at_once
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(metrics.Writers, "progress", and_tell)
+
+  return arrange
+
+
+@pytest.mark.slow
+def test_it_saves_where_it_is_and_ends(tmp_path, told_at):
+  told_at(2)
+  config = smallest(total_steps=4, evals={})
+  with pytest.raises(preemption.Preempted, match="saved step 2 of 4"):
+    train.run(config, tmp_path / "run")
+  assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+  assert signal.getsignal(signal.SIGTERM) == at_once
+
+
+@pytest.mark.slow
+def test_it_goes_on_from_there_bit_equal(uninterrupted, tmp_path, told_at):
+  workdir = tmp_path / "run"
+  told_at(5)
+  with pytest.raises(preemption.Preempted, match="saved step 5 of 12"):
+    train.run(smallest(), workdir)
+  train.run(smallest(), workdir)
+  assert trainings.losses(workdir) == trainings.losses(uninterrupted)
+  expected = trainings.params(uninterrupted)
+  for name, found in trainings.params(workdir).items():
+    np.testing.assert_array_equal(found, expected[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_told_at_the_last_step_it_ends_as_always(tmp_path, told_at):
+  told_at(12)
+  state = train.run(smallest(), tmp_path / "run")
+  assert int(state.step) == 12
+  assert list((tmp_path / "run" / "evals").iterdir())
+
+
+def test_only_a_signal_that_would_end_the_process_is_taken():
+  def mine(*_):
+    pass
+
+  signal.signal(signal.SIGTERM, mine)
+  try:
+    with preemption.notices():
+      assert signal.getsignal(signal.SIGTERM) is mine
+  finally:
+    signal.signal(signal.SIGTERM, at_once)
+  taken = []
+
+  def elsewhere():
+    with preemption.notices() as notice:
+      taken.append(notice.arrived)
+
+  thread = threading.Thread(target=elsewhere)
+  thread.start()
+  thread.join()
+  assert taken == [False]
+
+
+def test_the_command_ends_in_one_line_and_as_terminated(capsys):
+  with pytest.raises(SystemExit) as ending, errors.readable_errors("train"):
+    raise preemption.Preempted("saved")
+  assert ending.value.code == 128 + signal.SIGTERM
+  assert capsys.readouterr().err == "train: saved\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_all_processes_save_the_same_step_where_one_is_told(tmp_path, count):
+  workdir = tmp_path / "run"
+  long = "steps=100000,save=100000"
+  with trainings.together(workdir, count, arg=long) as running:
+    trainings.wait_for_step(workdir, 3, running)
+    running[-1].send_signal(signal.SIGTERM)
+    codes = [p.wait(timeout=200) for p in running]
+  assert codes == [preemption.EXIT_CODE] * count, trainings.log(workdir)
+  (step,) = (int(p.name) for p in (workdir / "checkpoints").iterdir())
+  assert step == max(trainings.losses(workdir))
+  assert f"saved step {step} of" in trainings.log(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("after", "saved", "says"),
+  [(2, ["2"], "it saved step 2 of 4"), (0, [], "it began none of 4")],
+)
+def test_it_saves_though_its_readers_were_told_as_well(
+  tmp_path, monkeypatch, after, saved, says
+):
+  """As where a scheduler signals a whole job: the data ends before a step."""
+  placed = train.placed_batches
+
+  def ended(*args):
+    for i, batch in enumerate(placed(*args)):
+      if i == after:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("a worker process was terminated")
+      yield batch
+
+  monkeypatch.setattr(train, "placed_batches", ended)
+  config = smallest(total_steps=4, evals={})
+  with pytest.raises(preemption.Preempted, match=says):
+    train.run(config, tmp_path / "run")
+  assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == saved

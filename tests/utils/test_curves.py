@@ -1,0 +1,31 @@
+"""What a run measured, read back and drawn."""
+
+import json
+
+import pytest
+
+from mtv_jax.utils import curves
+
+
+def test_curves_of_a_run_that_was_resumed(tmp_path):
+  rows = [
+    {"step": 1, "a/loss": 3.0, "lr": 0.1},
+    {"step": 2, "a/loss": 9.0},
+    {"step": 2, "a/loss": 2.0},
+    {"step": 3, "a/loss": 1.0, "b/loss": 4},
+  ]
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  (tmp_path / "metrics.jsonl").write_text(text)
+  series = curves.read(tmp_path)
+  assert series["a/loss"] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+  figure = curves.draw(series)
+  assert [axes.get_title() for axes in figure.axes] == ["a/loss", "b/loss"]
+  line = figure.axes[0].lines[0]
+  assert list(line.get_ydata()) == [3.0, 2.0, 1.0]
+  with pytest.raises(ValueError, match=r"'c'.*a/loss.*lr"):
+    curves.draw(series, "c")
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+  with pytest.raises(FileNotFoundError, match="is no run's folder"):
+    curves.read(tmp_path)
