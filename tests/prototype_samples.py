@@ -90,18 +90,20 @@ def context_of(objective, step=500, total_steps=1000):
   return base.Context(step, total_steps, objective.initial_statistics())
 
 
-def loss_and_gradients(objective, params, evidence, context, mesh=None):
-  """Value, report and gradients to the evidence and the student's head."""
+def loss_and_gradients(objective, params, loss_inputs, context, mesh=None):
+  """Value, report and gradients to the loss inputs and the student's head."""
 
-  def loss(evidence, student):
+  def loss(loss_inputs, student):
     heads = bound(objective, {**params, "student": student})
-    terms = objective.loss(evidence, heads, context)
+    terms = objective.loss(loss_inputs, heads, context)
     report = {name: mean.value() for name, mean in terms.report.items()}
     return terms.loss.value(), (report, terms.statistics)
 
   student = params["student"]
   if mesh is not None:
-    evidence = jax.device_put(evidence, NamedSharding(mesh, sharding.BATCH))
+    loss_inputs = jax.device_put(
+      loss_inputs, NamedSharding(mesh, sharding.BATCH)
+    )
     student = jax.device_put(student, NamedSharding(mesh, PartitionSpec()))
     # As tensor parallelism would have it: each device some prototypes.
     last = student[objective.head]["last_layer"]
@@ -111,21 +113,21 @@ def loss_and_gradients(objective, params, evidence, context, mesh=None):
   compute = jax.value_and_grad(
     loss, argnums=(0, 1), has_aux=True, allow_int=True
   )
-  (value, aux), gradients = jax.jit(compute)(evidence, student)
+  (value, aux), gradients = jax.jit(compute)(loss_inputs, student)
   floats = [
     x for x in jax.tree.leaves(gradients) if x.dtype != jax.dtypes.float0
   ]
   return jax.device_get((value, aux, floats))
 
 
-def assert_same_on_meshes(objective, params, evidence):
+def assert_same_on_meshes(objective, params, loss_inputs):
   """Sharded over 8 devices as on one: value, report, gradients."""
   context = context_of(objective)
-  one = loss_and_gradients(objective, params, evidence, context)
+  one = loss_and_gradients(objective, params, loss_inputs, context)
   assert len(one[2]) > 3
   for shape in MESHES:
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
-    many = loss_and_gradients(objective, params, evidence, context, mesh)
+    many = loss_and_gradients(objective, params, loss_inputs, context, mesh)
     np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),

@@ -1,10 +1,9 @@
-"""What an objective is: what it needs, its evidence, and its loss.
+"""The contract of an objective: `needs`, `heads`, `loss_inputs` and `loss`.
 
-The cut between the two functions carries the design. `evidence` runs on any
-part of the batch and returns small per-example arrays; `loss` sees the evidence
-of the whole global batch at once. Contrast, Sinkhorn and KoLeo need the whole
-batch, so they live in `loss`; everything that is expensive lives before it.
-The same cut makes gradient accumulation exact.
+`loss_inputs` runs on any part of the batch and returns small per-example
+arrays; `loss` sees those of the whole global batch at once. Contrast, Sinkhorn
+and KoLeo need the whole batch, so they belong in `loss`; all expensive
+computation comes before it. The same cut makes gradient accumulation exact.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ class BoundHeads:
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
 @flax.struct.dataclass
-class Mean:
+class WeightedMean:
   """A mean that is not divided yet, so that parts add up exactly.
 
   A count of zero means "nothing was there": the mean is then 0, never NaN.
@@ -143,8 +142,8 @@ class Terms:
     statistics: new values of this objective's running statistics, if any.
   """
 
-  loss: Mean
-  report: dict[str, Mean] = flax.struct.field(default_factory=dict)
+  loss: WeightedMean
+  report: dict[str, WeightedMean] = flax.struct.field(default_factory=dict)
   statistics: dict[str, Array] = flax.struct.field(default_factory=dict)
 
 
@@ -198,7 +197,7 @@ class Objective:
     """Running statistics (such as DINO's centre) at step 0."""
     return {}
 
-  def evidence(
+  def loss_inputs(
     self,
     encodings: Mapping[Encoding, Any],
     heads: BoundHeads,
@@ -214,6 +213,8 @@ class Objective:
     """
     raise NotImplementedError
 
-  def loss(self, evidence: Any, heads: BoundHeads, context: Context) -> Terms:
-    """The loss over the evidence of the whole global batch `[B, ...]`."""
+  def loss(
+    self, loss_inputs: Any, heads: BoundHeads, context: Context
+  ) -> Terms:
+    """The loss over the loss inputs of the whole global batch `[B, ...]`."""
     raise NotImplementedError

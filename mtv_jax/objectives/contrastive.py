@@ -62,7 +62,7 @@ def nearer(a: Nearest, b: Nearest) -> Nearest:
 
 def sigmoid_loss(
   logits: Float[Array, "b b"], valid: Bool[Array, " b"]
-) -> base.Mean:
+) -> base.WeightedMean:
   """SigLIP's loss (Zhai et al. 2023, Algorithm 1; MTV Eq. 1).
 
       L = -(1/B) sum_i sum_j log sigmoid(y_ij * logits_ij),
@@ -78,14 +78,14 @@ def sigmoid_loss(
   """
   marks = Marks(jnp.arange(logits.shape[0]), valid)
   losses, _ = judge(logits, marks, marks)
-  return base.Mean(
+  return base.WeightedMean(
     sum=jnp.sum(losses), count=jnp.sum(valid.astype(jnp.float32))
   )
 
 
 def softmax_loss(
   logits: Float[Array, "b b"], valid: Bool[Array, " b"]
-) -> base.Mean:
+) -> base.WeightedMean:
   """CLIP's symmetric cross-entropy (Radford et al. 2021, Figure 3).
 
       L = (1/2B) sum_i [ lse_j(l_ij) - l_ii + lse_j(l_ji) - l_ii ]
@@ -101,14 +101,14 @@ def softmax_loss(
   to_text = jax.nn.logsumexp(masked, axis=1) - diagonal
   to_image = jax.nn.logsumexp(masked, axis=0) - diagonal
   losses = jnp.where(valid, 0.5 * (to_text + to_image), 0.0)
-  return base.Mean(
+  return base.WeightedMean(
     sum=jnp.sum(losses), count=jnp.sum(valid.astype(jnp.float32))
   )
 
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
 @flax.struct.dataclass
-class Evidence:
+class LossInputs:
   """Per example: unit embeddings of image and text, and whether both are."""
 
   image: Float[Array, "b d"]
@@ -173,13 +173,13 @@ class Contrastive(base.Objective):
     module = pairwise.Temperature(init_scale=self.init_scale, init_bias=bias)
     return {"contrastive": base.Head(module)}
 
-  def evidence(
+  def loss_inputs(
     self,
     encodings: Mapping[base.Encoding, Any],
     heads: base.BoundHeads,
     batch: Mapping[str, Any],
-  ) -> Evidence:
-    return Evidence(
+  ) -> LossInputs:
+    return LossInputs(
       image=unit(encodings[self._image].pooled[:, 0]),
       text=unit(encodings[self._text].pooled),
       valid=batch["caption_valid"].astype(bool),
@@ -187,42 +187,42 @@ class Contrastive(base.Objective):
 
   def loss(
     self,
-    evidence: Evidence,
+    loss_inputs: LossInputs,
     heads: base.BoundHeads,
     context: base.Context,
   ) -> base.Terms:
     affine = heads["contrastive"]()
-    valid = evidence.valid
+    valid = loss_inputs.valid
     marks = Marks(jnp.arange(valid.shape[0]), valid)
     count = jnp.sum(valid.astype(jnp.float32))
     one = jnp.ones(())
-    loss, found = self._compare(evidence, marks, affine, context)
+    loss, found = self._compare(loss_inputs, marks, affine, context)
     hit = (found.index == marks.index) & valid
     return base.Terms(
-      loss=base.Mean(loss, count),
+      loss=base.WeightedMean(loss, count),
       report={
-        "accuracy": base.Mean(jnp.sum(hit.astype(jnp.float32)), count),
-        "scale": base.Mean(affine.scale, one),
-        "bias": base.Mean(affine.bias, one),
-        "labelled": base.Mean(count, one * valid.shape[0]),
+        "accuracy": base.WeightedMean(jnp.sum(hit.astype(jnp.float32)), count),
+        "scale": base.WeightedMean(affine.scale, one),
+        "bias": base.WeightedMean(affine.bias, one),
+        "labelled": base.WeightedMean(count, one * valid.shape[0]),
       },
     )
 
-  def _compare(self, evidence, marks, affine, context):
+  def _compare(self, loss_inputs, marks, affine, context):
     """Sum of the losses, and each image's nearest text."""
     split = self.loss_type == "sigmoid" and ring.is_meant(
       self.method, context.mesh
     )
     if split:
       found = ring.around(
-        ring.Side(evidence.image, marks),
-        ring.Side(evidence.text, marks),
+        ring.Side(loss_inputs.image, marks),
+        ring.Side(loss_inputs.text, marks),
         affine,
         judge=judge,
         join=nearer,
         mesh=context.mesh,
       )
       return found.loss, found.report
-    logits = pairwise.logits(evidence.image, evidence.text, affine)
-    loss = LOSSES[self.loss_type](logits, evidence.valid)
+    logits = pairwise.logits(loss_inputs.image, loss_inputs.text, affine)
+    loss = LOSSES[self.loss_type](logits, loss_inputs.valid)
     return loss.sum, nearest(logits, marks)

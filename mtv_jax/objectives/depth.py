@@ -147,7 +147,7 @@ def affine_error(
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
 @flax.struct.dataclass
-class Evidence:
+class LossInputs:
   """Per example, over all crops of the view: sums over those with a label.
 
   Attributes:
@@ -173,7 +173,7 @@ def map_errors(
   trim: float = 0.1,
   scales: int = 4,
   min_pixels: int = 1,
-) -> Evidence:
+) -> LossInputs:
   """The errors of each map, 0 for those without a usable label.
 
   A label can't be used that has fewer than `min_pixels` pixels, or that is
@@ -197,7 +197,7 @@ def map_errors(
   def counted(x):
     return jnp.where(labelled, x, 0.0)
 
-  return Evidence(
+  return LossInputs(
     ssi=counted(trimmed_error(residual, valid, trim)),
     gradient=counted(gradient_error(residual, valid, scales=scales)),
     error=counted(affine_error(predicted, label, valid)),
@@ -310,12 +310,12 @@ class Depth(base.Objective):
     )
     return {"depth": base.Head(module, example=_example)}
 
-  def evidence(
+  def loss_inputs(
     self,
     encodings: Mapping[base.Encoding, Any],
     heads: base.BoundHeads,
     batch: Mapping[str, Any],
-  ) -> Evidence:
+  ) -> LossInputs:
     made = batch["views"][self.view]
     if made.mask is not None or made.keep is not None:
       raise ConfigError(self._hidden())
@@ -341,19 +341,19 @@ class Depth(base.Objective):
 
   def loss(
     self,
-    evidence: Evidence,
+    loss_inputs: LossInputs,
     heads: base.BoundHeads,
     context: base.Context,
   ) -> base.Terms:
-    count = jnp.sum(evidence.labelled)
-    ssi, gradient = jnp.sum(evidence.ssi), jnp.sum(evidence.gradient)
+    count = jnp.sum(loss_inputs.labelled)
+    ssi, gradient = jnp.sum(loss_inputs.ssi), jnp.sum(loss_inputs.gradient)
     return base.Terms(
-      loss=base.Mean(ssi + self.gradient_weight * gradient, count),
+      loss=base.WeightedMean(ssi + self.gradient_weight * gradient, count),
       report={
-        "ssi": base.Mean(ssi, count),
-        "gradient": base.Mean(gradient, count),
-        "error": base.Mean(jnp.sum(evidence.error), count),
-        "labelled": base.Mean(count, jnp.sum(evidence.crops)),
+        "ssi": base.WeightedMean(ssi, count),
+        "gradient": base.WeightedMean(gradient, count),
+        "error": base.WeightedMean(jnp.sum(loss_inputs.error), count),
+        "labelled": base.WeightedMean(count, jnp.sum(loss_inputs.crops)),
       },
     )
 

@@ -25,7 +25,7 @@ def koleo(
   *,
   eps: float = 1e-8,
   mesh: Mesh | None = None,
-) -> base.Mean:
+) -> base.WeightedMean:
   """Spreads vectors over the sphere (Sablayrolles et al. 2019; DINOv2).
 
       L = -(1/n) sum_i log(min_{j != i} |x_i - x_j| + eps),  |x| = 1
@@ -52,7 +52,7 @@ def koleo(
   squares = jnp.sum(jnp.square(x - neighbours), axis=1)
   losses = -jnp.log(jnp.sqrt(squares + eps**2) + eps)
   counted = (valid & (jnp.sum(valid) > 1)).astype(jnp.float32)
-  return base.Mean(jnp.sum(losses * counted), jnp.sum(counted))
+  return base.WeightedMean(jnp.sum(losses * counted), jnp.sum(counted))
 
 
 def pair_weights(
@@ -85,7 +85,7 @@ def pair_weights(
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
 @flax.struct.dataclass
-class Evidence:
+class LossInputs:
   """Per example.
 
   Attributes:
@@ -159,14 +159,14 @@ class Distillation(SelfDistillation):
     every = [*self._student, self._teacher]
     return base.Needs(encodings=dict.fromkeys(every, ()))
 
-  def evidence(
+  def loss_inputs(
     self,
     encodings: Mapping[base.Encoding, Any],
     heads: base.BoundHeads,
     batch: Mapping[str, Any],
-  ) -> Evidence:
+  ) -> LossInputs:
     pooled = [encodings[e].pooled for e in self._student]
-    return Evidence(
+    return LossInputs(
       teacher=heads[self.head, base.TEACHER](encodings[self._teacher].pooled),
       student=heads[self.head](jnp.concatenate(pooled, axis=1)),
       pooled=pooled[0],
@@ -174,16 +174,16 @@ class Distillation(SelfDistillation):
 
   def loss(
     self,
-    evidence: Evidence,
+    loss_inputs: LossInputs,
     heads: base.BoundHeads,
     context: base.Context,
   ) -> base.Terms:
-    rows, crops = evidence.teacher.shape[:2]
-    views = evidence.student.shape[1]
+    rows, crops = loss_inputs.teacher.shape[:2]
+    views = loss_inputs.student.shape[1]
     pairs = pair_weights(crops, views - crops, same_crop=self.same_crop)
     matched = self.match(
-      evidence.teacher,
-      evidence.student,
+      loss_inputs.teacher,
+      loss_inputs.student,
       valid=jnp.ones((rows, crops), bool),
       weights=jnp.broadcast_to(pairs, (rows, *pairs.shape)),
       heads=heads,
@@ -191,14 +191,14 @@ class Distillation(SelfDistillation):
     )
     count = jnp.ones(()) * rows
     total = matched.sum
-    report = {**matched.report, "labelled": base.Mean(count, count)}
+    report = {**matched.report, "labelled": base.WeightedMean(count, count)}
     if self.koleo_weight:
-      spread = self._spread(evidence.pooled, context.mesh)
+      spread = self._spread(loss_inputs.pooled, context.mesh)
       total = total + self.koleo_weight * rows * spread
-      report["koleo"] = base.Mean(spread / crops, jnp.ones(()))
-      report["cross_entropy"] = base.Mean(matched.sum, count)
+      report["koleo"] = base.WeightedMean(spread / crops, jnp.ones(()))
+      report["cross_entropy"] = base.WeightedMean(matched.sum, count)
     return base.Terms(
-      loss=base.Mean(total, count),
+      loss=base.WeightedMean(total, count),
       report=jax.lax.stop_gradient(report),
       statistics=matched.statistics,
     )

@@ -206,7 +206,7 @@ def box_losses(
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
 @flax.struct.dataclass
-class Evidence:
+class LossInputs:
   """The regions of each example, `m` at most.
 
   Attributes:
@@ -345,12 +345,12 @@ class Grounding(base.Objective):
       )
     return heads
 
-  def evidence(
+  def loss_inputs(
     self,
     encodings: Mapping[base.Encoding, Any],
     heads: base.BoundHeads,
     batch: Mapping[str, Any],
-  ) -> Evidence:
+  ) -> LossInputs:
     made = batch["views"][self.view]
     if made.mask is not None or made.keep is not None:
       raise ConfigError(self._hidden())
@@ -375,7 +375,7 @@ class Grounding(base.Objective):
     boxes = take(boxes[:, 0])
     patches = encodings[self._image].patches[:, 0]
     region = heads["prompter"](patches, boxes, text.shape[-1])
-    return Evidence(
+    return LossInputs(
       region=unit(region),
       text=text,
       phrase_id=take(batch["box_phrase_id"]),
@@ -395,32 +395,32 @@ class Grounding(base.Objective):
     return jnp.argsort(-rank, axis=1, stable=True)[:, : self.regions]
 
   def loss(
-    self, evidence: Evidence, heads: base.BoundHeads, context: base.Context
+    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
   ) -> base.Terms:
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), evidence)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), loss_inputs)
     affine = heads["grounding"]()
     total, found = self._compare(flat, affine, context)
     weight = flat.valid.astype(jnp.float32)
     count = weight.sum()
-    labelled = evidence.valid.any(axis=1).astype(jnp.float32)
+    labelled = loss_inputs.valid.any(axis=1).astype(jnp.float32)
     one = jnp.ones(())
     # Of distinct phrases: texts of one phrase are one answer, and a draw with
     # another phrase is none.
     hit = (found.same > found.other).astype(jnp.float32)
     phrases = weight / jnp.maximum(found.peers, 1.0)
-    loss = base.Mean(total, count)
+    loss = base.WeightedMean(total, count)
     report = {
-      "accuracy": base.Mean((hit * weight).sum(), count),
-      "phrases": base.Mean(phrases.sum(), one),
-      "scale": base.Mean(affine.scale, one),
-      "bias": base.Mean(affine.bias, one),
-      "labelled": base.Mean(labelled.sum(), one * labelled.size),
-      "regions": base.Mean(count, labelled.sum()),
+      "accuracy": base.WeightedMean((hit * weight).sum(), count),
+      "phrases": base.WeightedMean(phrases.sum(), one),
+      "scale": base.WeightedMean(affine.scale, one),
+      "bias": base.WeightedMean(affine.bias, one),
+      "labelled": base.WeightedMean(labelled.sum(), one * labelled.size),
+      "regions": base.WeightedMean(count, labelled.sum()),
     }
     if self.regression:
-      regression, iou = _locating(evidence)
+      regression, iou = _locating(loss_inputs)
       report |= {"regression": regression, "iou": iou}
-      loss = base.Mean(
+      loss = base.WeightedMean(
         loss.sum + self.regression * regression.value() * count, count
       )
     return base.Terms(loss=loss, report=report)
@@ -445,20 +445,22 @@ class Grounding(base.Objective):
     return found.loss, found.report
 
 
-def _locating(evidence: Evidence) -> tuple[base.Mean, base.Mean]:
+def _locating(
+  loss_inputs: LossInputs,
+) -> tuple[base.WeightedMean, base.WeightedMean]:
   """Loss and IoU of locating phrases.
 
   "Where is the person?" has one answer: of several regions of an image with one
   phrase the first counts, the one of the highest score where those are picked.
   """
-  equal = evidence.phrase_id[:, :, None] == evidence.phrase_id[:, None]
+  equal = loss_inputs.phrase_id[:, :, None] == loss_inputs.phrase_id[:, None]
   earlier = jnp.tril(jnp.ones(equal.shape[1:], bool), -1)
-  repeated = (equal & earlier & evidence.valid[:, None]).any(axis=-1)
-  sole = (evidence.valid & ~repeated).astype(jnp.float32)
-  losses = box_losses(evidence.located, evidence.boxes)
-  iou = overlap(corners(evidence.located), evidence.boxes).iou
+  repeated = (equal & earlier & loss_inputs.valid[:, None]).any(axis=-1)
+  sole = (loss_inputs.valid & ~repeated).astype(jnp.float32)
+  losses = box_losses(loss_inputs.located, loss_inputs.boxes)
+  iou = overlap(corners(loss_inputs.located), loss_inputs.boxes).iou
   count = sole.sum()
   return (
-    base.Mean((losses * sole).sum(), count),
-    base.Mean((iou * sole).sum(), count),
+    base.WeightedMean((losses * sole).sum(), count),
+    base.WeightedMean((iou * sole).sum(), count),
   )

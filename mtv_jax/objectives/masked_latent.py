@@ -18,7 +18,7 @@ from mtv_jax.objectives.self_distillation import SelfDistillation
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
 @flax.struct.dataclass
-class Evidence:
+class LossInputs:
   """Of each example, at `p` patches of its `n` crops together.
 
   Attributes:
@@ -127,12 +127,12 @@ class MaskedLatent(SelfDistillation):
   def needs(self) -> base.Needs:
     return base.Needs(encodings={self._student: (), self._teacher: ()})
 
-  def evidence(
+  def loss_inputs(
     self,
     encodings: Mapping[base.Encoding, Any],
     heads: base.BoundHeads,
     batch: Mapping[str, Any],
-  ) -> Evidence:
+  ) -> LossInputs:
     made = batch["views"][self.view]
     if made.mask is None:
       raise ConfigError(self._hides_nothing())
@@ -155,7 +155,7 @@ class MaskedLatent(SelfDistillation):
         jnp.take_along_axis(x, where[..., None], axis=1)
         for x in (teacher, student)
       )
-    return Evidence(
+    return LossInputs(
       teacher=heads[self.head, base.TEACHER](teacher),
       student=heads[self.head](student),
       weights=weights,
@@ -164,32 +164,34 @@ class MaskedLatent(SelfDistillation):
 
   def loss(
     self,
-    evidence: Evidence,
+    loss_inputs: LossInputs,
     heads: base.BoundHeads,
     context: base.Context,
   ) -> base.Terms:
-    channels = evidence.teacher.shape[-1]
-    weights = evidence.weights.reshape(-1, 1)
+    channels = loss_inputs.teacher.shape[-1]
+    weights = loss_inputs.weights.reshape(-1, 1)
     matched = self.match(
-      evidence.teacher.reshape(-1, 1, channels),
-      evidence.student.reshape(-1, 1, channels),
+      loss_inputs.teacher.reshape(-1, 1, channels),
+      loss_inputs.student.reshape(-1, 1, channels),
       valid=weights > 0,
       weights=weights[..., None],
       heads=heads,
       context=context,
     )
-    count = jnp.ones(()) * evidence.masked.size
-    masked = jnp.sum(evidence.masked.astype(jnp.float32))
+    count = jnp.ones(()) * loss_inputs.masked.size
+    masked = jnp.sum(loss_inputs.masked.astype(jnp.float32))
     # Those of a crop add up to one.
     compared = jnp.sum(weights)
     report = {
       **matched.report,
       # Unlike the loss it does not follow how many crops happened to be masked.
-      "cross_entropy": base.Mean(jax.lax.stop_gradient(matched.sum), compared),
-      "labelled": base.Mean(masked, count),
+      "cross_entropy": base.WeightedMean(
+        jax.lax.stop_gradient(matched.sum), compared
+      ),
+      "labelled": base.WeightedMean(masked, count),
     }
     return base.Terms(
-      loss=base.Mean(matched.sum, count),
+      loss=base.WeightedMean(matched.sum, count),
       report=report,
       statistics=matched.statistics,
     )

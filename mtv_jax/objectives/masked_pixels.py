@@ -52,7 +52,7 @@ def patch_errors(
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
 @flax.struct.dataclass
-class Evidence:
+class LossInputs:
   """Per example, over all crops of the view: sums over hidden patches.
 
   Attributes:
@@ -156,12 +156,12 @@ class MaskedPixels(base.Objective):
     )
     return {"mae_decoder": base.Head(module, example=_example)}
 
-  def evidence(
+  def loss_inputs(
     self,
     encodings: Mapping[base.Encoding, Any],
     heads: base.BoundHeads,
     batch: Mapping[str, Any],
-  ) -> Evidence:
+  ) -> LossInputs:
     made = batch["views"][self.view]
     if made.keep is None:
       raise ConfigError(self._without_keep())
@@ -179,7 +179,7 @@ class MaskedPixels(base.Objective):
       target = normalize_patches(target)
     _, visible = mae_decoder.visible_slots(keep, grid**2)
     error, hidden = patch_errors(predicted, target, ~visible)
-    return Evidence(
+    return LossInputs(
       error=error.reshape(b, count).sum(1),
       hidden=hidden.reshape(b, count).sum(1),
       patches=jnp.full((b,), float(count * grid**2)),
@@ -187,17 +187,19 @@ class MaskedPixels(base.Objective):
 
   def loss(
     self,
-    evidence: Evidence,
+    loss_inputs: LossInputs,
     heads: base.BoundHeads,
     context: base.Context,
   ) -> base.Terms:
-    hidden = jnp.sum(evidence.hidden)
+    hidden = jnp.sum(loss_inputs.hidden)
     return base.Terms(
-      loss=base.Mean(jnp.sum(evidence.error), hidden),
+      loss=base.WeightedMean(jnp.sum(loss_inputs.error), hidden),
       report={
-        "hidden": base.Mean(hidden, jnp.sum(evidence.patches)),
+        "hidden": base.WeightedMean(hidden, jnp.sum(loss_inputs.patches)),
         # Pixels label themselves.
-        "labelled": base.Mean(*[jnp.float32(evidence.hidden.size)] * 2),
+        "labelled": base.WeightedMean(
+          *[jnp.float32(loss_inputs.hidden.size)] * 2
+        ),
       },
     )
 

@@ -30,7 +30,7 @@ class Matched:
   """
 
   sum: Float[Array, ""]
-  report: dict[str, base.Mean]
+  report: dict[str, base.WeightedMean]
   statistics: dict[str, Array]
 
 
@@ -169,11 +169,13 @@ class SelfDistillation(base.Objective):
     one = jnp.ones(())
     some = jnp.any(valid).astype(jnp.float32)
     report = {
-      "teacher_entropy": base.Mean(jnp.sum(valid * found.entropy), rows),
-      "mean_entropy": base.Mean(some * found.mean_entropy, some),
-      "prototypes_used": base.Mean(some * found.used, some),
-      "kl": base.Mean(total - entropies, pairs),
-      "teacher_temp": base.Mean(temperature * one, one),
+      "teacher_entropy": base.WeightedMean(
+        jnp.sum(valid * found.entropy), rows
+      ),
+      "mean_entropy": base.WeightedMean(some * found.mean_entropy, some),
+      "prototypes_used": base.WeightedMean(some * found.used, some),
+      "kl": base.WeightedMean(total - entropies, pairs),
+      "teacher_temp": base.WeightedMean(temperature * one, one),
     }
     stop = jax.lax.stop_gradient
     return Matched(total, stop(report), stop(statistics))

@@ -1,8 +1,8 @@
 """Losses and gradients of a batch: whole, in parts, and of each objective.
 
-A batch is encoded to evidence, which is small, and the losses see the evidence
-of all of it. `accumulated` cuts there: it encodes the parts of a batch one
-after the other, differentiates the losses on all their evidence at once, and
+A batch is encoded to loss inputs, which are small, and the losses see those of
+all of it. `accumulated` cuts there: it encodes the parts of a batch one
+after the other, differentiates the losses on all their inputs at once, and
 encodes each part again to pull those cotangents through. One forward more, and
 the gradients are those of the whole batch, for contrast, Sinkhorn and KoLeo
 too (Gao et al. 2021, GradCache, for contrast).
@@ -77,7 +77,7 @@ def bound_heads(
   return base.BoundHeads(recipe.heads, params, teacher)
 
 
-def evidence_of(
+def compute_loss_inputs(
   recipe: Recipe,
   params: PyTree,
   state: TrainState,
@@ -111,27 +111,27 @@ def evidence_of(
   )
   encoded = constraints.by_rows(encoded, mesh)
   heads = bound_heads(recipe, params["heads"], state)
-  evidence = {}
+  loss_inputs = {}
   for name, objective in recipe.objectives.items():
     with jax.named_scope(name):
-      evidence[name] = objective.evidence(
+      loss_inputs[name] = objective.loss_inputs(
         encoded, heads, {**batch, "views": views}
       )
-  return constraints.by_rows(evidence, mesh)
+  return constraints.by_rows(loss_inputs, mesh)
 
 
 def losses_of(
   recipe: Recipe,
   params: PyTree,
   state: TrainState,
-  evidence: Mapping[str, Any],
+  loss_inputs: Mapping[str, Any],
   mesh: Mesh | None = None,
 ) -> Loss:
-  """The weighted sum of the losses on all evidence, and each one's terms.
+  """The weighted sum of the losses on all inputs, and each one's terms.
 
   Args:
     params: of the heads.
-    mesh: that the evidence is split over; None on one device.
+    mesh: that the loss inputs are split over; None on one device.
   """
   params = constraints.in_use(held(recipe, {"heads": params}), mesh, keep=_LEFT)
   state = state.replace(
@@ -148,7 +148,7 @@ def losses_of(
       mesh,
     )
     with jax.named_scope(name):
-      terms[name] = objective.loss(evidence[name], heads, context)
+      terms[name] = objective.loss(loss_inputs[name], heads, context)
     weight = recipe.weights[name](state.step)
     total = total + weight * terms[name].loss.value()
   return total, terms
@@ -163,8 +163,8 @@ def total_loss(
 ) -> Loss:
   """The loss of a whole batch, as a function of all parameters."""
   keys = view_keys(recipe, state.step, len(batch["image"]), mesh)
-  evidence = evidence_of(recipe, params, state, batch, keys, mesh)
-  return losses_of(recipe, params["heads"], state, evidence, mesh)
+  loss_inputs = compute_loss_inputs(recipe, params, state, batch, keys, mesh)
+  return losses_of(recipe, params["heads"], state, loss_inputs, mesh)
 
 
 def compute(
@@ -200,7 +200,7 @@ def accumulated(
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
   def encode(params, part):
-    return evidence_of(recipe, params, state, *part, mesh)
+    return compute_loss_inputs(recipe, params, state, *part, mesh)
 
   params = state.params
   keys = view_keys(recipe, state.step, len(batch["image"]), mesh)
@@ -209,15 +209,15 @@ def accumulated(
   leaves, tree = jax.tree.flatten(jax.tree.map(join, mapped))
   real = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
 
-  def reals(evidence):
-    found = jax.tree.leaves(evidence)
+  def reals(loss_inputs):
+    found = jax.tree.leaves(loss_inputs)
     return [leaf for leaf, r in zip(found, real, strict=True) if r]
 
   def loss(heads, differentiable):
     given = iter(differentiable)
     whole = [next(given) if r else x for x, r in zip(leaves, real, strict=True)]
-    evidence = jax.tree.unflatten(tree, whole)
-    return losses_of(recipe, heads, state, evidence, mesh)
+    loss_inputs = jax.tree.unflatten(tree, whole)
+    return losses_of(recipe, heads, state, loss_inputs, mesh)
 
   result, (of_heads, cotangents) = jax.value_and_grad(
     loss, argnums=(0, 1), has_aux=True

@@ -79,13 +79,13 @@ def _terms(objective, image, text, valid):
   head = objective.heads()["contrastive"]
   params = {"contrastive": head.module.init(jax.random.key(0))["params"]}
   heads = base.BoundHeads(objective.heads(), params)
-  evidence = contrastive.Evidence(
+  loss_inputs = contrastive.LossInputs(
     image=unit(image),
     text=unit(text),
     valid=jnp.asarray(valid),
   )
   context = base.Context(step=0, total_steps=1, statistics={})
-  return objective.loss(evidence, heads, context), params
+  return objective.loss(loss_inputs, heads, context), params
 
 
 def test_the_objective_scales_and_shifts_the_cosine():
@@ -152,7 +152,7 @@ def test_an_encoding_of_an_unknown_tower_is_refused():
 
 def test_a_mean_of_nothing_is_zero_with_a_zero_gradient():
   def value(x):
-    return base.Mean(sum=x, count=jnp.zeros(())).value()
+    return base.WeightedMean(sum=x, count=jnp.zeros(())).value()
 
   assert value(3.0) == 0.0
   assert jax.grad(value)(3.0) == 0.0

@@ -303,7 +303,7 @@ def _output(rng, rows, count):
 
 def _evidence(parts, output, made, label):
   objective, params = parts
-  return objective.evidence(
+  return objective.loss_inputs(
     {base.Encoding("image", "image"): output},
     base.BoundHeads(objective.heads(), params),
     {"views": {"image": made}, "depth": label},

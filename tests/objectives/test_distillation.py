@@ -36,17 +36,18 @@ def make_evidence(rows=4, crops=2, local=3, channels=5, seed=0):
   def unit(*shape):
     return jnp.asarray(samples.unit(rng.normal(size=shape)), jnp.float32)
 
-  return distillation.Evidence(
+  return distillation.LossInputs(
     teacher=unit(rows, crops, 4),
     student=unit(rows, crops + local, 4),
     pooled=jnp.asarray(rng.normal(size=(rows, crops, channels)), jnp.float32),
   )
 
 
-def reference(objective, params, evidence, *, center=None, temp=0.4):
+def reference(objective, params, loss_inputs, *, center=None, temp=0.4):
   """The loss pair by pair, and the KoLeo part of it."""
   teacher, student, pooled = (
-    np.float64(x) for x in (evidence.teacher, evidence.student, evidence.pooled)
+    np.float64(x)
+    for x in (loss_inputs.teacher, loss_inputs.student, loss_inputs.pooled)
   )
   rows, crops = teacher.shape[:2]
   logits = teacher @ samples.prototypes_of(objective, params, "teacher")
@@ -86,7 +87,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradient_equal_numpy(case):
   options, shape = CASES[case]
-  objective, evidence = make(**options), make_evidence(**shape)
+  objective, loss_inputs = make(**options), make_evidence(**shape)
   params = samples.params_of(objective)
   context, center = samples.context_of(objective), None
   if objective.target == "centering":
@@ -95,21 +96,23 @@ def test_loss_and_gradient_equal_numpy(case):
       context, statistics={"center": jnp.asarray(center, jnp.float32)}
     )
   value, (report, statistics), gradients = samples.loss_and_gradients(
-    objective, params, evidence, context
+    objective, params, loss_inputs, context
   )
 
   def loss(**changes):
-    changed = evidence.replace(**changes)
+    changed = loss_inputs.replace(**changes)
     return reference(objective, params, changed, center=center)
 
   np.testing.assert_allclose(value, loss(), rtol=1e-5)
   teacher, student, pooled = gradients[:3]
   np.testing.assert_array_equal(teacher, 0.0)
   expected = samples.numeric_gradient(
-    lambda x: loss(student=x), evidence.student
+    lambda x: loss(student=x), loss_inputs.student
   )
   np.testing.assert_allclose(student, expected, rtol=1e-4, atol=1e-6)
-  expected = samples.numeric_gradient(lambda x: loss(pooled=x), evidence.pooled)
+  expected = samples.numeric_gradient(
+    lambda x: loss(pooled=x), loss_inputs.pooled
+  )
   np.testing.assert_allclose(pooled, expected, rtol=1e-4, atol=1e-5)
 
   assert report["labelled"] == 1
@@ -118,7 +121,7 @@ def test_loss_and_gradient_equal_numpy(case):
   assert 0 < report["teacher_entropy"] <= report["mean_entropy"] + 1e-6
   if objective.target == "centering":
     matrix = samples.prototypes_of(objective, params, "teacher")
-    mean = np.float64(evidence.teacher).mean((0, 1)) @ matrix
+    mean = np.float64(loss_inputs.teacher).mean((0, 1)) @ matrix
     np.testing.assert_allclose(
       statistics["center"], 0.9 * center + 0.1 * mean, rtol=1e-5
     )
@@ -207,15 +210,15 @@ def test_koleo_on_a_mesh_is_the_same_and_goes_around_a_ring():
 
 
 def test_koleo_of_a_batch_of_one_is_refused_by_the_objective():
-  evidence = make_evidence(rows=1)
+  loss_inputs = make_evidence(rows=1)
   params = samples.params_of(make())
   with pytest.raises(ValueError, match="global batch, which has 1; .*koleo_w"):
     samples.loss_and_gradients(
-      make(), params, evidence, samples.context_of(make())
+      make(), params, loss_inputs, samples.context_of(make())
     )
   objective = make(koleo_weight=0)
   value, _, gradients = samples.loss_and_gradients(
-    objective, params, evidence, samples.context_of(objective)
+    objective, params, loss_inputs, samples.context_of(objective)
   )
   np.testing.assert_allclose(
     value, reference(objective, params, make_evidence(rows=1)), rtol=1e-5
@@ -228,25 +231,25 @@ def test_koleo_of_a_batch_of_one_is_refused_by_the_objective():
 
 
 def test_the_teacher_s_temperature_warms_up():
-  objective, evidence = make(koleo_weight=0), make_evidence()
+  objective, loss_inputs = make(koleo_weight=0), make_evidence()
   params = samples.params_of(objective)
 
   @jax.jit
   def compute(step):
     context = base.Context(step, 1000, {})
     heads = samples.bound(objective, params)
-    terms = objective.loss(evidence, heads, context)
+    terms = objective.loss(loss_inputs, heads, context)
     return terms.loss.value(), terms.report["teacher_temp"].value()
 
   for step, temp in [(0, 0.2), (150, 0.3), (300, 0.4), (999, 0.4)]:
     value, found = compute(step)
     np.testing.assert_allclose(found, temp, rtol=1e-6)
-    expected = reference(objective, params, evidence, temp=temp)
+    expected = reference(objective, params, loss_inputs, temp=temp)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 def test_the_last_layer_is_frozen_for_the_first_percent_of_the_run():
-  objective, evidence = make(teacher_temp_warmup_percent=0), make_evidence()
+  objective, loss_inputs = make(teacher_temp_warmup_percent=0), make_evidence()
   params = samples.params_of(objective)
 
   @jax.jit
@@ -254,7 +257,7 @@ def test_the_last_layer_is_frozen_for_the_first_percent_of_the_run():
     def loss(student):
       heads = samples.bound(objective, {**params, "student": student})
       context = base.Context(step, 1000, {})
-      return objective.loss(evidence, heads, context).loss.value()
+      return objective.loss(loss_inputs, heads, context).loss.value()
 
     return jax.grad(loss)(params["student"])["dino"]["last_layer"]
 

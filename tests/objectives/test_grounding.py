@@ -54,7 +54,9 @@ def value_and_gradients(sample, chunk=None):
       pairwise.Affine(scale, bias),
       chunk=chunk,
     )
-    return base.Mean(found.losses.sum(), sample["valid"].sum()).value(), found
+    return base.WeightedMean(
+      found.losses.sum(), sample["valid"].sum()
+    ).value(), found
 
   floats = [
     jnp.asarray(sample[k], jnp.float32)

@@ -1,4 +1,4 @@
-"""From outputs of the towers to grounding's terms: evidence, shards, steps."""
+"""Grounding from tower outputs to loss terms: loss inputs, shards, steps."""
 
 import dataclasses
 import functools
@@ -79,8 +79,8 @@ def batch_of(images=4, count=5, seed=0):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def evidence_of(objective, params, batch):
-  """The evidence of what `batch_of` gives."""
+def compute_loss_inputs(objective, params, batch):
+  """The loss inputs of what `batch_of` gives."""
   empty = jnp.zeros((len(batch["boxes"]), 1, 1))
   encodings = {
     IMAGE: vit.ImageOutput(
@@ -94,25 +94,25 @@ def evidence_of(objective, params, batch):
     flipped=batch["flipped"][:, None],
   )
   heads = base.BoundHeads(objective.heads(), params)
-  return objective.evidence(
+  return objective.loss_inputs(
     encodings, heads, {**batch, "views": {"image": made}}
   )
 
 
-def terms_of(objective, params, evidence):
+def terms_of(objective, params, loss_inputs):
   heads = base.BoundHeads(objective.heads(), params)
-  return objective.loss(evidence, heads, base.Context(0, 1, {}))
+  return objective.loss(loss_inputs, heads, base.Context(0, 1, {}))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(objective, params, batch):
-  """(loss, (terms, evidence)) and gradients to heads, patches and texts."""
+  """(loss, (terms, loss_inputs)) and gradients to heads, patches and texts."""
 
   def loss(params, patches, pooled):
     inputs = {**batch, "patches": patches, "pooled": pooled}
-    evidence = evidence_of(objective, params, inputs)
-    terms = terms_of(objective, params, evidence)
-    return terms.loss.value(), (terms, evidence)
+    loss_inputs = compute_loss_inputs(objective, params, inputs)
+    terms = terms_of(objective, params, loss_inputs)
+    return terms.loss.value(), (terms, loss_inputs)
 
   compute = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
   return compute(params, batch["patches"], batch["pooled"])
@@ -142,14 +142,14 @@ def test_the_loss_is_numpys_on_the_evidence():
   objective = build(regions=3, init_scale=6.0, init_bias=-2.0)
   batch = batch_of()
   batch["box_valid"][2] = False
-  (loss, (terms, evidence)), _ = run(objective, params_of(objective), batch)
-  assert evidence.region.shape == (4, 3, 6)
+  (loss, (terms, loss_inputs)), _ = run(objective, params_of(objective), batch)
+  assert loss_inputs.region.shape == (4, 3, 6)
   region, text = (
-    np.float64(x).reshape(12, 6) for x in (evidence.region, evidence.text)
+    np.float64(x).reshape(12, 6) for x in (loss_inputs.region, loss_inputs.text)
   )
   np.testing.assert_allclose(np.linalg.norm(region, axis=-1), 1, rtol=1e-5)
-  ids = np.ravel(evidence.phrase_id)
-  valid = np.ravel(evidence.valid)
+  ids = np.ravel(loss_inputs.phrase_id)
+  valid = np.ravel(loss_inputs.valid)
   expected = samples.region_loss(
     region, text, 6.0, -2.0, phrase_id=ids, valid=valid
   )
@@ -168,14 +168,14 @@ def test_the_loss_is_numpys_on_the_evidence():
 
 def test_equal_phrases_are_one_answer():
   objective = build()
-  evidence = grounding.Evidence(
+  loss_inputs = grounding.LossInputs(
     region=jnp.eye(4)[None],
     text=jnp.eye(4)[jnp.array([[1, 1, 2, 0]])],
     phrase_id=jnp.array([[7, 7, 2, 3]], jnp.uint32),
     valid=jnp.array([[True, True, True, False]]),
     boxes=jnp.zeros((1, 4, 4)),
   )
-  terms = terms_of(objective, params_of(objective), evidence)
+  terms = terms_of(objective, params_of(objective), loss_inputs)
   # Region 0 is a draw of phrases 7 and 2, which is no hit; region 1 is one,
   # by either of its phrase's texts; region 2's logit is 2's; 3 is not there.
   assert terms.report["accuracy"].count == 3
@@ -194,9 +194,9 @@ def test_which_regions_are_taken(pick, expected):
   batch["box_valid"][:] = [False, True, True, True, True]
   batch["box_score"][:] = [0.95, 0.5, 0.4, 0.6, 0.9]
   objective = build(regions=2, pick=pick)
-  evidence = evidence_of(objective, params_of(objective), batch)
-  np.testing.assert_array_equal(evidence.phrase_id, [expected])
-  assert evidence.valid.all()
+  loss_inputs = compute_loss_inputs(objective, params_of(objective), batch)
+  np.testing.assert_array_equal(loss_inputs.phrase_id, [expected])
+  assert loss_inputs.valid.all()
 
 
 def test_boxes_follow_the_view():
@@ -210,10 +210,10 @@ def test_boxes_follow_the_view():
   batch["shown"][:] = [0.5, 0.0, 1.0, 0.5]
   batch["flipped"][:] = True
   objective = build(regions=3)
-  evidence = evidence_of(objective, params_of(objective), batch)
-  np.testing.assert_array_equal(evidence.valid, [[True, True, False]])
+  loss_inputs = compute_loss_inputs(objective, params_of(objective), batch)
+  np.testing.assert_array_equal(loss_inputs.valid, [[True, True, False]])
   np.testing.assert_allclose(
-    evidence.boxes[0],
+    loss_inputs.boxes[0],
     [[0.0, 0.2, 0.5, 0.8], [0.0, 0.0, 0.4, 1.0], [0.0] * 4],
     atol=1e-6,
   )
@@ -230,10 +230,10 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_no_region_trains_nothing(case):
-  (loss, (terms, evidence)), gradients = run(
+  (loss, (terms, loss_inputs)), gradients = run(
     FULL, params_of(FULL), batch_of() | BAD[case]
   )
-  assert not evidence.valid.any()
+  assert not loss_inputs.valid.any()
   assert loss == 0
   for gradient in jax.tree.leaves(gradients):
     assert not gradient.any()
@@ -288,27 +288,30 @@ def test_of_one_phrase_one_region_is_located():
   batch["box_valid"][:] = True
   batch["box_valid"][1, 0] = batch["box_valid"][3] = False
   batch["box_phrase_id"][:3] = [[1, 2, 1, 1, 2], [5, 5, 5, 6, 5], range(5)]
-  (loss, (terms, evidence)), _ = run(FULL, params_of(FULL), batch)
-  assert evidence.valid.sum() == 14
+  (loss, (terms, loss_inputs)), _ = run(FULL, params_of(FULL), batch)
+  assert loss_inputs.valid.sum() == 14
   # Those that are left come first.
-  np.testing.assert_array_equal(evidence.phrase_id[1], [5, 5, 6, 5, 5])
+  np.testing.assert_array_equal(loss_inputs.phrase_id[1], [5, 5, 6, 5, 5])
   sole = np.zeros((4, 5), bool)
   sole[0, [0, 1]] = sole[1, [0, 2]] = sole[2] = True
-  located, boxes = np.float64(evidence.located), np.float64(evidence.boxes)
+  located, boxes = (
+    np.float64(loss_inputs.located),
+    np.float64(loss_inputs.boxes),
+  )
   expected = samples.box_loss(located[sole], boxes[sole]) / 9
   found = terms.report["regression"]
   assert found.count == 9
   np.testing.assert_allclose(found.value(), expected, rtol=1e-5)
   contrast = samples.region_loss(
-    np.float64(evidence.region).reshape(20, 6),
-    np.float64(evidence.text).reshape(20, 6),
+    np.float64(loss_inputs.region).reshape(20, 6),
+    np.float64(loss_inputs.text).reshape(20, 6),
     10.0,
     -10.0,
-    phrase_id=np.ravel(evidence.phrase_id),
-    valid=np.ravel(evidence.valid),
+    phrase_id=np.ravel(loss_inputs.phrase_id),
+    valid=np.ravel(loss_inputs.valid),
   )
   np.testing.assert_allclose(loss, contrast + 0.5 * expected, rtol=1e-5)
-  corners = np.float64(grounding.corners(evidence.located))
+  corners = np.float64(grounding.corners(loss_inputs.located))
   overlaps = [
     samples.iou(a, b)[0]
     for a, b in zip(corners[sole], boxes[sole], strict=True)
@@ -320,7 +323,7 @@ def test_of_one_phrase_one_region_is_located():
 
 @functools.cache
 def on_mesh(shape, chunk):
-  """Value, report and gradients of uneven evidence on a mesh."""
+  """Value, report and gradients of uneven loss inputs on a mesh."""
   objective = dataclasses.replace(FULL, chunk=chunk)
   params = params_of(FULL)
   batch = batch_of(images=16)
@@ -331,19 +334,20 @@ def on_mesh(shape, chunk):
   mesh = sharding.make_mesh(
     dict(zip(sharding.AXES, shape, strict=True)), devices
   )
-  evidence = jax.device_put(
-    evidence_of(FULL, params, batch), NamedSharding(mesh, sharding.BATCH)
+  loss_inputs = jax.device_put(
+    compute_loss_inputs(FULL, params, batch),
+    NamedSharding(mesh, sharding.BATCH),
   )
 
-  def loss(evidence, params):
-    terms = terms_of(objective, params, evidence)
+  def loss(loss_inputs, params):
+    terms = terms_of(objective, params, loss_inputs)
     return terms.loss.value(), terms.report
 
   compute = jax.jit(
     jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
   )
   params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-  result, gradients = jax.device_get(compute(evidence, params))
+  result, gradients = jax.device_get(compute(loss_inputs, params))
   floats = [x for x in jax.tree.leaves(gradients) if x.dtype == np.float32]
   return result, floats
 
@@ -375,7 +379,7 @@ def test_a_view_that_hides_patches_is_refused(ops):
     images=None, box=None, flipped=None, mask=jnp.zeros((4, 1, 16), bool)
   )
   with pytest.raises(ConfigError, match="'image'.*hides patches"):
-    build().evidence(
+    build().loss_inputs(
       {}, base.BoundHeads({}, {}), {**batch, "views": {"image": made}}
     )
 

@@ -32,7 +32,7 @@ DECODER_DEPTH = 4
 class Unmasked(masked_pixels.MaskedPixels):
   """The same encoder and decoder, run on all patches."""
 
-  def evidence(self, encodings, heads, batch):
+  def loss_inputs(self, encodings, heads, batch):
     images = batch["views"][self.view].images[:, 0]
     output = encodings[base.Encoding("image", self.view)]
     tokens, prefix = output.patches[:, 0], output.prefix[:, 0]
@@ -44,7 +44,7 @@ class Unmasked(masked_pixels.MaskedPixels):
     error, count = masked_pixels.patch_errors(
       predicted, target, jnp.ones((b, n), bool)
     )
-    return masked_pixels.Evidence(error=error, hidden=count, patches=count)
+    return masked_pixels.LossInputs(error=error, hidden=count, patches=count)
 
 
 def make_step(kind, ops, batch):

@@ -47,7 +47,7 @@ def make_evidence(counts, patches=4, seed=0):
     return jnp.asarray(x, jnp.float32)
 
   valid = jnp.asarray(np.arange(patches) < counts[..., None])
-  return masked_latent.Evidence(
+  return masked_latent.LossInputs(
     teacher=unit(),
     student=unit(),
     weights=masked_latent.patch_weights(valid).reshape(rows, -1),
@@ -55,16 +55,16 @@ def make_evidence(counts, patches=4, seed=0):
   )
 
 
-def reference(objective, params, evidence, *, center=None):
+def reference(objective, params, loss_inputs, *, center=None):
   """A mean over masked patches, then over all crops: loops over both."""
-  crops = evidence.masked.size
-  valid = np.asarray(evidence.weights > 0).reshape(crops, -1)
+  crops = loss_inputs.masked.size
+  valid = np.asarray(loss_inputs.weights > 0).reshape(crops, -1)
   teacher, student = (
     np.float64(x).reshape(*valid.shape, -1)
     @ samples.prototypes_of(objective, params, side)
     for x, side in (
-      (evidence.teacher, "teacher"),
-      (evidence.student, "student"),
+      (loss_inputs.teacher, "teacher"),
+      (loss_inputs.student, "student"),
     )
   )
   if not valid.any():
@@ -103,23 +103,26 @@ COUNTS = {
 )
 def test_loss_and_gradient_equal_numpy(case, target):
   objective = make(target=target, chunk=None if target == "sinkhorn" else 2)
-  evidence, params = make_evidence(COUNTS[case]), samples.params_of(objective)
+  loss_inputs, params = (
+    make_evidence(COUNTS[case]),
+    samples.params_of(objective),
+  )
   value, (report, statistics), gradients = samples.loss_and_gradients(
-    objective, params, evidence, samples.context_of(objective)
+    objective, params, loss_inputs, samples.context_of(objective)
   )
   center = None if target == "sinkhorn" else np.zeros(8)
 
   def loss(student):
-    changed = evidence.replace(student=student)
+    changed = loss_inputs.replace(student=student)
     return reference(objective, params, changed, center=center)
 
-  np.testing.assert_allclose(value, loss(evidence.student), rtol=1e-5)
+  np.testing.assert_allclose(value, loss(loss_inputs.student), rtol=1e-5)
   np.testing.assert_array_equal(gradients[0], 0.0)
-  expected = samples.numeric_gradient(loss, evidence.student)
+  expected = samples.numeric_gradient(loss, loss_inputs.student)
   np.testing.assert_allclose(gradients[1], expected, rtol=1e-4, atol=1e-6)
   assert all(np.isfinite(x).all() for x in gradients)
 
-  valid = np.asarray(evidence.weights > 0)
+  valid = np.asarray(loss_inputs.weights > 0)
   share = (np.asarray(COUNTS[case]) > 0).mean()
   np.testing.assert_allclose(report["labelled"], share)
   np.testing.assert_allclose(report["cross_entropy"] * share, value, rtol=1e-5)
@@ -129,7 +132,7 @@ def test_loss_and_gradient_equal_numpy(case, target):
     assert 0 < report["prototypes_used"] <= 1
   if target == "centering":
     matrix = samples.prototypes_of(objective, params, "teacher")
-    rows = np.float64(evidence.teacher)[valid] @ matrix
+    rows = np.float64(loss_inputs.teacher)[valid] @ matrix
     mean = rows.mean(0) if len(rows) else np.zeros(8)
     np.testing.assert_allclose(
       statistics["center"], 0.1 * mean, rtol=1e-5, atol=1e-8
@@ -158,11 +161,11 @@ def test_sharded_equals_single_device(target):
 
 
 # ---------------------------------------------------------------------------
-# From encodings to evidence.
+# From encodings to loss inputs.
 
 
 def made_evidence(objective, mask):
-  """Evidence of patches whose vectors tell their place."""
+  """LossInputs of patches whose vectors tell their place."""
   rows, crops, patches = (1, 1, 4) if mask is None else mask.shape
   # One direction a patch, so that the head keeps them apart.
   x = jnp.broadcast_to(jnp.eye(patches, 5), (rows, crops, patches, 5))
@@ -170,32 +173,36 @@ def made_evidence(objective, mask):
   made = views.Made(images=None, box=None, flipped=None, mask=mask)
   heads = samples.bound(objective, samples.params_of(objective))
   encodings = dict.fromkeys(objective.needs().encodings, output)
-  evidence = objective.evidence(encodings, heads, {"views": {"global": made}})
-  return evidence, heads
+  loss_inputs = objective.loss_inputs(
+    encodings, heads, {"views": {"global": made}}
+  )
+  return loss_inputs, heads
 
 
 def test_evidence_is_of_the_masked_patches_of_both_sides():
   mask = np.zeros((2, 1, 5), bool)
   mask[0, 0, [1, 3]] = mask[1, 0, 4] = True
-  evidence, heads = made_evidence(make(), jnp.asarray(mask))
-  valid = np.asarray(evidence.weights > 0)
+  loss_inputs, heads = made_evidence(make(), jnp.asarray(mask))
+  valid = np.asarray(loss_inputs.weights > 0)
   assert valid.sum() == 3
   for vectors, side in (
-    (evidence.student, "student"),
-    (evidence.teacher, "teacher"),
+    (loss_inputs.student, "student"),
+    (loss_inputs.teacher, "teacher"),
   ):
     expected = heads["ibot", side](jnp.eye(5))[jnp.array([1, 3, 4])]
     np.testing.assert_allclose(vectors[valid], expected, rtol=1e-5)
-  np.testing.assert_array_equal(evidence.masked, [[True], [True]])
+  np.testing.assert_array_equal(loss_inputs.masked, [[True], [True]])
 
 
 def test_all_patches_have_a_target_if_asked_for():
   mask = jnp.zeros((2, 1, 5), bool).at[0, 0, 2].set(True)
-  evidence, heads = made_evidence(make(patches="all", head="dino"), mask)
-  np.testing.assert_allclose(evidence.weights, np.full((2, 5), 0.2), rtol=1e-6)
-  np.testing.assert_array_equal(evidence.masked, [[True], [False]])
+  loss_inputs, heads = made_evidence(make(patches="all", head="dino"), mask)
+  np.testing.assert_allclose(
+    loss_inputs.weights, np.full((2, 5), 0.2), rtol=1e-6
+  )
+  np.testing.assert_array_equal(loss_inputs.masked, [[True], [False]])
   expected = heads["dino"](jnp.eye(5))
-  np.testing.assert_allclose(evidence.student[1], expected, rtol=1e-5)
+  np.testing.assert_allclose(loss_inputs.student[1], expected, rtol=1e-5)
 
 
 def test_what_is_gathered_has_the_views_bound():

@@ -51,7 +51,7 @@ def test_error_and_gradient_equal_numpy(hidden):
     error, count = masked_pixels.patch_errors(
       p, jnp.asarray(target, jnp.float32), jnp.asarray(hidden)
     )
-    return base.Mean(error.sum(), count.sum()).value()
+    return base.WeightedMean(error.sum(), count.sum()).value()
 
   value, grad = jax.value_and_grad(mean)(jnp.asarray(predicted, jnp.float32))
   count = max(hidden.sum(), 1)
@@ -116,7 +116,7 @@ def _inputs(seed=0):
 
 
 def _evidence(objective, params, made, output):
-  return objective.evidence(
+  return objective.loss_inputs(
     {base.Encoding("image", "mae"): output},
     base.BoundHeads(objective.heads(), params),
     {"views": {"mae": made}},

@@ -27,18 +27,18 @@ def mesh_of(shape):
   return sharding.make_mesh(sizes, jax.devices()[: math.prod(shape)])
 
 
-def evidence_of(name, rows=16, width=8):
+def random_loss_inputs(name, rows=16, width=8):
   """Unit vectors, some without a partner; the second device has none."""
   rng = np.random.default_rng(0)
   if name == "contrastive":
     image, text = jnp.asarray(rng.normal(size=(2, rows, width)))
     valid = rng.random(rows) < 0.7
     valid[2:4] = False
-    return contrastive.Evidence(unit(image), unit(text), jnp.asarray(valid))
+    return contrastive.LossInputs(unit(image), unit(text), jnp.asarray(valid))
   region, text = jnp.asarray(rng.normal(size=(2, rows, 2, width)))
   valid = rng.random((rows, 2)) < 0.7
   valid[2:4] = False
-  return grounding.Evidence(
+  return grounding.LossInputs(
     region=unit(region),
     text=unit(text),
     # Of five phrases, so that most come again on other devices.
@@ -49,14 +49,14 @@ def evidence_of(name, rows=16, width=8):
 
 
 def program(name, method, mesh):
-  """Jitted `(evidence, scalars) -> ((loss, report), gradients)`."""
+  """Jitted `(loss_inputs, scalars) -> ((loss, report), gradients)`."""
   objective = build_objective(name, dict(method=method))
-  # Other heads belong to the evidence.
+  # Other heads belong to the loss inputs.
   only = {name: objective.heads()[name]}
 
-  def loss(evidence, scalars):
+  def loss(loss_inputs, scalars):
     terms = objective.loss(
-      evidence,
+      loss_inputs,
       base.BoundHeads(only, {name: scalars}),
       base.Context(0, 1, {}, mesh),
     )
@@ -73,7 +73,7 @@ def program(name, method, mesh):
 def result(name, method, shape):
   mesh = mesh_of(shape)
   placed = jax.device_put(
-    evidence_of(name), NamedSharding(mesh, sharding.BATCH)
+    random_loss_inputs(name), NamedSharding(mesh, sharding.BATCH)
   )
   scalars = jax.device_put(SCALARS, NamedSharding(mesh, PartitionSpec()))
   return jax.device_get(program(name, method, mesh)(placed, scalars))
@@ -138,11 +138,11 @@ def temporaries(name, method, devices, rows=64):
   def shape(x, placing):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placing)
 
-  evidence = jax.tree.map(
-    lambda x: shape(x, split), evidence_of(name, rows * devices, 16)
+  loss_inputs = jax.tree.map(
+    lambda x: shape(x, split), random_loss_inputs(name, rows * devices, 16)
   )
   scalars = jax.tree.map(lambda x: shape(x, whole), SCALARS)
-  lowered = program(name, method, mesh).lower(evidence, scalars)
+  lowered = program(name, method, mesh).lower(loss_inputs, scalars)
   return lowered.compile().memory_analysis().temp_size_in_bytes
 
 

@@ -207,16 +207,16 @@ class PullToTeacher(base.Objective):
       {base.Encoding("image", "image", w): () for w in ("student", "teacher")}
     )
 
-  def evidence(self, encodings, heads, batch):
+  def loss_inputs(self, encodings, heads, batch):
     student, teacher = (
       encodings[base.Encoding("image", "image", w)].pooled[:, 0]
       for w in ("student", "teacher")
     )
     return jnp.square(student - 2.0 * teacher).mean(-1)
 
-  def loss(self, evidence, heads, context):
-    count = jnp.ones(()) * evidence.shape[0]
-    return base.Terms(loss=base.Mean(evidence.sum(), count))
+  def loss(self, loss_inputs, heads, context):
+    count = jnp.ones(()) * loss_inputs.shape[0]
+    return base.Terms(loss=base.WeightedMean(loss_inputs.sum(), count))
 
 
 def test_a_teacher_is_kept_when_an_objective_reads_one():

@@ -261,9 +261,9 @@ def _parts(recipe: Recipe, batch: Any, tx: Any) -> list[tuple[str, float]]:
     views,
     batch,
   )
-  evidence = functools.partial(_evidence, recipe)
+  loss_inputs = functools.partial(_loss_inputs, recipe)
   heads = state.params["heads"]
-  reads = trace(evidence, encoded, heads, state, batch, views).reads
+  reads = trace(loss_inputs, encoded, heads, state, batch, views).reads
   leaves, tree = jax.tree.flatten(encoded)
   read = jax.tree.unflatten(tree, reads[: len(leaves)])
   for encoding, taps in recipe.plan.items():
@@ -291,10 +291,10 @@ def _parts(recipe: Recipe, batch: Any, tx: Any) -> list[tuple[str, float]]:
   return found
 
 
-def _evidence(recipe, encoded, params, state, batch, views):
+def _loss_inputs(recipe, encoded, params, state, batch, views):
   heads = gradients.bound_heads(recipe, params, state)
   return {
-    name: objective.evidence(encoded, heads, {**batch, "views": views})
+    name: objective.loss_inputs(encoded, heads, {**batch, "views": views})
     for name, objective in recipe.objectives.items()
   }
 
@@ -329,12 +329,14 @@ def _objective(recipe, state, encoded, batch, views):
   fixed = {e: encoded[e] for e in recipe.plan if e.weights == base.TEACHER}
   params = {key: state.params["heads"][key] for key in recipe.heads}
 
-  def evidence(given, fixed, state, batch, views):
+  def loss_inputs(given, fixed, state, batch, views):
     encoded, heads = given
-    return _evidence(recipe, {**encoded, **fixed}, heads, state, batch, views)
+    return _loss_inputs(
+      recipe, {**encoded, **fixed}, heads, state, batch, views
+    )
 
   args = ((students, params), fixed, state, batch, views)
-  shapes = jax.eval_shape(evidence, *args)
+  shapes = jax.eval_shape(loss_inputs, *args)
   leaves, tree = jax.tree.flatten(shapes)
   real = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
 
@@ -351,6 +353,6 @@ def _objective(recipe, state, encoded, batch, views):
     return jax.value_and_grad(of, argnums=(0, 1))(heads, floats)
 
   return [
-    (f"heads of {name}", _pulled(evidence, args, shapes, real)),
+    (f"heads of {name}", _pulled(loss_inputs, args, shapes, real)),
     (f"loss of {name}", trace(graded, params, leaves, state).flops),
   ]

@@ -80,9 +80,9 @@ def _loss(objective: base.Objective, mesh: Mesh, batch: int, width: int):
 
   def of(image, text, valid, params):
     heads = base.BoundHeads(objective.heads(), {"contrastive": params})
-    evidence = contrastive.Evidence(image=image, text=text, valid=valid)
+    loss_inputs = contrastive.LossInputs(image=image, text=text, valid=valid)
     context = base.Context(jnp.zeros(()), 1, {}, mesh=mesh)
-    return objective.loss(evidence, heads, context).loss.value()
+    return objective.loss(loss_inputs, heads, context).loss.value()
 
   def rows(shape, dtype):
     return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=place)
