@@ -316,7 +316,7 @@ def _export_tokenizer(
     log.warning("No tokenizer: AutoProcessor needs one beside the model.")
     return None
   # Imported here: reading a model needs no tokenizer library.
-  from mtv_jax.data.tokenizers import tokenizers
+  from mtv_jax.data import tokenizers
 
   tokenizers.export_files(tokenizer, path, length=spec.text.length)
   files = TokenizerFiles.of(tokenizer)

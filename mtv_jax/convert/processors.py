@@ -251,7 +251,7 @@ class TokenizerFiles:
 
   def build(self) -> Any:
     """The tokenizer."""
-    from mtv_jax.data.tokenizers import tokenizers
+    from mtv_jax.data import tokenizers
 
     spec = "bytes" if self.path is None else str(self.path)
     return tokenizers.build_tokenizer(spec, clean=self.clean)

@@ -32,7 +32,7 @@ from mtv_jax.config.schema import build_op, did_you_mean, parse_ops
 from mtv_jax.data import canvas as canvas_lib
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.records import BadRecord, Record
-from mtv_jax.data.tokenizers.tokenizers import Tokenizer
+from mtv_jax.data.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from mtv_jax.data import order
 from mtv_jax.data.ops import Field, Ops, build_ops
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.registry import Source, build_source
-from mtv_jax.data.tokenizers.tokenizers import Tokenizer
+from mtv_jax.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 

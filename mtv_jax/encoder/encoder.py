@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Float32, PyTree
 
 from mtv_jax.config.schema import did_you_mean
-from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.data import tokenizers
 from mtv_jax.encoder import apply_fns, batched, inputs, prediction
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models

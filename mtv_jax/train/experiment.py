@@ -19,10 +19,9 @@ from ml_collections import ConfigDict
 
 from mtv_jax.augment import views
 from mtv_jax.config import schema as config_lib
-from mtv_jax.data import ops, pipeline
+from mtv_jax.data import ops, pipeline, tokenizers
 from mtv_jax.data.labels import join as labels
 from mtv_jax.data.sources import registry as sources_lib
-from mtv_jax.data.tokenizers import tokenizers
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.models import two_tower as model_lib

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from mtv_jax.config.schema import ConfigError
 from mtv_jax.convert import huggingface
-from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.data import tokenizers
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals import run, suite
 from mtv_jax.evals.core import base, results

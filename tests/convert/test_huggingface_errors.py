@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from mtv_jax.convert import huggingface
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.data import tokenizers
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.two_tower import ModelSpec

@@ -13,7 +13,7 @@ import pytest
 from mtv_jax.data import order, pipeline
 from mtv_jax.data.pipeline import CorruptDataError, make_loader
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.tokenizers.tokenizers import build_tokenizer
+from mtv_jax.data.tokenizers import build_tokenizer
 
 OPS = "decode|canvas(2)|caption(8)"
 

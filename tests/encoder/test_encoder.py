@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.data import tokenizers
 from mtv_jax.encoder import apply_fns, batched, inputs
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.encoder.preprocess import Preprocess
@@ -325,7 +325,7 @@ from mtv_jax.encoder import batched as inference
 from mtv_jax.encoder import Encoder
 from mtv_jax.models import model as models
 from mtv_jax.encoder.preprocess import Preprocess
-from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.data import tokenizers
 
 assert jax.device_count() == 4 and jax.local_device_count() == 2
 spec = models.ModelSpec.from_config({

@@ -12,7 +12,7 @@ import pytest
 import mtv_jax
 from mtv_jax.checkpoint import checkpointer
 from mtv_jax.convert import huggingface
-from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.data import tokenizers
 from mtv_jax.encoder import apply_fns
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess

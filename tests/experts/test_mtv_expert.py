@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mtv_jax.checkpoint import checkpointer
+from mtv_jax.data import tokenizers
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.tokenizers import tokenizers
 from mtv_jax.encoder import apply_fns
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.encoder.preprocess import Preprocess

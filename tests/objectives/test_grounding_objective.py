@@ -14,9 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mtv_jax.augment import views
 from mtv_jax.config.schema import ConfigError
-from mtv_jax.data import ops
+from mtv_jax.data import ops, tokenizers
 from mtv_jax.data.scenes import scenes
-from mtv_jax.data.tokenizers import tokenizers
 from mtv_jax.models import text as text_lib
 from mtv_jax.models import vit
 from mtv_jax.models.two_tower import ModelSpec

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt16
 
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.tokenizers.tokenizers import canonicalize
+from mtv_jax.data.tokenizers import canonicalize
 
 KINDS = ("depth", "boxes")
 

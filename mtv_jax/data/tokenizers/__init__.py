@@ -1,0 +1,52 @@
+"""Tokenizers: UTF-8 bytes, SentencePiece files, Hugging Face tokenizer.json."""
+
+import os
+from pathlib import Path
+
+from mtv_jax.config.op_strings import did_you_mean
+from mtv_jax.data.tokenizers.base import Tokenizer as Tokenizer
+from mtv_jax.data.tokenizers.base import canonicalize as canonicalize
+from mtv_jax.data.tokenizers.base import check_vocabulary as check_vocabulary
+from mtv_jax.data.tokenizers.base import export_files as export_files
+from mtv_jax.data.tokenizers.byte import ByteTokenizer
+from mtv_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
+from mtv_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+
+# By the suffix of the tokenizer's file.
+_TYPES = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
+
+
+def build_tokenizer(
+  spec: str | os.PathLike, *, clean: str = "lower"
+) -> Tokenizer:
+  """The tokenizer that a config names.
+
+  Args:
+    spec: "bytes", or the path of a SentencePiece model ("*.model") or of a
+      Hugging Face tokenizer ("*.json").
+    clean: "none", "lower" or "canonicalize".
+
+  Raises:
+    FileNotFoundError: the file is missing; says what was expected.
+    ValueError: the file is of another kind, or `clean` is unknown.
+  """
+  spec = os.fspath(spec)
+  if spec == "bytes":
+    return ByteTokenizer(clean)
+  suffix = Path(spec).suffix
+  if suffix not in _TYPES:
+    raise ValueError(
+      f"tokenizer={spec!r}: expected 'bytes' (built in, 258 ids), a"
+      " SentencePiece file '*.model' or a Hugging Face 'tokenizer.json'."
+    )
+  if not Path(spec).is_file():
+    folder = Path(spec).absolute().parent
+    hint = f"There is no folder {folder}."
+    if folder.is_dir():
+      names = [p.name for p in folder.glob("*")]
+      hint = did_you_mean(Path(spec).name, names, limit=8)
+    raise FileNotFoundError(
+      f"tokenizer={spec!r}: there is no such file. {hint} Expected a"
+      " SentencePiece model or a tokenizer.json; 'bytes' needs no file."
+    )
+  return _TYPES[suffix](spec, clean)

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from mtv_jax.config.schema import did_you_mean
-from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.data import tokenizers
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.core import base, prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, Result

@@ -28,7 +28,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data.records import BadRecord, Record
-from mtv_jax.data.tokenizers.tokenizers import canonicalize
+from mtv_jax.data.tokenizers import canonicalize
 from mtv_jax.experts.labelling import stop_words
 
 # OWLv2's. The 10-grams of a caption of 35 words are about as many; a caption

@@ -14,7 +14,7 @@ from jaxtyping import Int32
 
 from mtv_jax.convert import checks, clip, configs, folders, tables
 from mtv_jax.convert.tables import TORCH, ConversionError, Rule
-from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.data import tokenizers
 from mtv_jax.experts.owlv2 import clip_tokenizer
 from mtv_jax.models.two_tower import ModelSpec
 

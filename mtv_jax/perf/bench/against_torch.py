@@ -28,7 +28,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mtv_jax.config import schema as config_lib
-from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.data import tokenizers
 from mtv_jax.models.layers import check_choice
 from mtv_jax.parallel import sharding
 from mtv_jax.train import experiment as experiment_lib

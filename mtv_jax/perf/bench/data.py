@@ -18,7 +18,7 @@ import numpy as np
 from mtv_jax.data import order, pipeline
 from mtv_jax.data.scenes.scenes import SceneSource
 from mtv_jax.data.sources.registry import Source, build_source
-from mtv_jax.data.tokenizers.tokenizers import build_tokenizer
+from mtv_jax.data.tokenizers import build_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import optax
 from jaxtyping import PyTree
 
 from mtv_jax.config import schema as config_lib
-from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.data import tokenizers
 from mtv_jax.models.layers import check_choice
 from mtv_jax.objectives import base
 from mtv_jax.parallel import sharding

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.data import tokenizers
 from mtv_jax.experts import local_mesh
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling.phrases import Vocabulary

@@ -11,8 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from mtv_jax.config import schema as config_lib
-from mtv_jax.data import ops
-from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.data import ops, tokenizers
 from mtv_jax.parallel import sharding
 from mtv_jax.perf import topologies
 from mtv_jax.train import experiment as experiment_lib

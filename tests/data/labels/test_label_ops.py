@@ -14,7 +14,7 @@ from mtv_jax.data.ops import build_ops
 from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.scenes.scenes import SceneSource
-from mtv_jax.data.tokenizers.tokenizers import build_tokenizer
+from mtv_jax.data.tokenizers import build_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 import sentencepiece
 import tokenizers as hf
 
-from mtv_jax.data.tokenizers import tokenizers
-from mtv_jax.data.tokenizers.tokenizers import (
+from mtv_jax.data import tokenizers
+from mtv_jax.data.tokenizers import (
   build_tokenizer,
   canonicalize,
   export_files,

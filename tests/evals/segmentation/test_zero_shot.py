@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mtv_jax
-from mtv_jax.data.tokenizers import tokenizers
+from mtv_jax.data import tokenizers
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core import prompts

@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 
 from mtv_jax.convert.tables import ConversionError
+from mtv_jax.data import tokenizers
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.tokenizers import tokenizers
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.owlv2 import (
   expert as owlv2,

@@ -1,0 +1,50 @@
+"""UTF-8 byte tokenizer: needs no file."""
+
+from collections.abc import Sequence
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from mtv_jax.data.tokenizers import json_export
+from mtv_jax.data.tokenizers.base import Tokenizer
+
+
+class ByteTokenizer(Tokenizer):
+  """UTF-8 bytes: `<pad>` is 0, `</s>` is 1, byte b is b + 2."""
+
+  kind = "bytes"
+  vocab_size, pad_id, eos_id = 258, 0, 1
+
+  def _ids(self, text: str, length: int) -> Sequence[int]:
+    data = text.encode()[: length - 1]
+    return [*(byte + 2 for byte in data), self.eos_id]
+
+  def to_json(self) -> tokenizers.Tokenizer:
+    vocabulary = {"<pad>": 0, "</s>": 1}
+    vocabulary |= {name: byte + 2 for byte, name in enumerate(_byte_names())}
+    # BPE over single bytes without merges leaves every byte a token.
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    if cleaners := json_export.cleaning_normalizers(self.clean):
+      tokenizer.normalizer = normalizers.Sequence(cleaners)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=False
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+      [json_export.special_token(name) for name in ("<pad>", "</s>")]
+    )
+    json_export.append_eos(tokenizer, "</s>", 1)
+    return tokenizer
+
+
+def _byte_names() -> list[str]:
+  """The printable character of each byte in byte-level BPE.
+
+  Printable Latin-1 characters stand for themselves; the others are numbered
+  from U+0100 (Radford et al. 2019, GPT-2).
+  """
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [byte for byte in range(256) if byte not in printable]
+  names = {byte: chr(byte) for byte in printable}
+  names |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+  return [names[byte] for byte in range(256)]

@@ -1,0 +1,100 @@
+"""Hugging Face fast tokenizer, read from a `tokenizer.json`."""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import normalizers
+
+from mtv_jax.data.tokenizers import json_export
+from mtv_jax.data.tokenizers.base import Tokenizer
+
+# Names of the end-of-sequence and padding tokens in common vocabularies, most
+# specific first; tried only where no file names them.
+_EOS_NAMES = ("</s>", "<eos>", "<|endoftext|>", "[SEP]")
+_PAD_NAMES = ("<pad>", "[PAD]", *_EOS_NAMES)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+  """A `tokenizer.json`; its own post-processor adds the special tokens.
+
+  Args:
+    path: of the file; a tokenizer_config.json beside it names the special
+      tokens.
+    clean: see `Tokenizer`.
+
+  Raises:
+    ValueError: not a tokenizer.json, or one without a padding token.
+  """
+
+  kind = "json"
+
+  def __init__(self, path: str, clean: str):
+    super().__init__(clean)
+    self.path = path
+    try:
+      self._text = Path(path).read_text(encoding="utf-8")
+      model = tokenizers.Tokenizer.from_str(self._text)
+    except Exception as error:
+      # The library raises a bare Exception for a file that it can't parse.
+      raise ValueError(
+        f"{path} is no tokenizer.json ({error}); expected the file that"
+        " `tokenizers` and the fast tokenizers of `transformers` save."
+      ) from error
+    vocabulary = model.get_vocab(with_added_tokens=True)
+    self.vocab_size = max(vocabulary.values()) + 1
+    names = _special_names(Path(path).with_name("tokenizer_config.json"))
+    self.eos_id = _find_id(vocabulary, names.get("eos_token"), _EOS_NAMES)
+    padding = model.padding or {}
+    pad_name = names.get("pad_token") or padding.get("pad_token")
+    pad_id = _find_id(vocabulary, pad_name, _PAD_NAMES)
+    if pad_id is None:
+      raise ValueError(
+        f"{path} has no padding token: neither tokenizer_config.json beside it"
+        f" (pad_token) nor its own padding section names one, and it has none"
+        f" of {', '.join(_PAD_NAMES)}. Add pad_token to tokenizer_config.json."
+      )
+    self.pad_id = pad_id
+
+  @functools.lru_cache(maxsize=8)  # noqa: B019 - few tokenizers, long-lived
+  def _truncating(self, length: int) -> tokenizers.Tokenizer:
+    # Truncation is a setting of the object: one object a length, so that
+    # threads asking for different lengths can't disturb each other.
+    model = tokenizers.Tokenizer.from_str(self._text)
+    model.no_padding()
+    model.enable_truncation(length)
+    return model
+
+  def _ids(self, text: str, length: int) -> Sequence[int]:
+    return self._truncating(length).encode(text).ids
+
+  def to_json(self) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_str(self._text)
+    if cleaners := json_export.cleaning_normalizers(self.clean):
+      own = [tokenizer.normalizer] if tokenizer.normalizer else []
+      tokenizer.normalizer = normalizers.Sequence(cleaners + own)
+    return tokenizer
+
+
+def _special_names(path: Path) -> dict[str, str]:
+  """The special tokens that a tokenizer_config.json names, as strings."""
+  if not path.is_file():
+    return {}
+  names = {}
+  for key, value in json.loads(path.read_text(encoding="utf-8")).items():
+    if isinstance(value, dict):
+      value = value.get("content")
+    if key.endswith("_token") and isinstance(value, str):
+      names[key] = value
+  return names
+
+
+def _find_id(
+  vocabulary: dict[str, int], name: str | None, names: Sequence[str]
+) -> int | None:
+  """The id of `name`, or of the first of `names` in the vocabulary."""
+  if name in vocabulary:
+    return vocabulary[name]
+  return next((vocabulary[n] for n in names if n in vocabulary), None)
