@@ -1,6 +1,6 @@
-"""Learns a few hundred COCO photos by heart: does the whole chain learn?
+"""Overfits a few hundred COCO photos: an end-to-end check on real data.
 
-Make tars of the photos, then train on the first caption of each:
+Write tars of the photos, then train on the first caption of each:
 
   python tools/make_shards.py annotations/captions_train2017.json \
     --images=train2017 --output=data/coco
@@ -8,8 +8,8 @@ Make tars of the photos, then train on the first caption of each:
     --config=configs/coco_photos.py:path='data/coco/*.tar',tokenizer=X.model
 
 Hardware, time and result: docs/results.md. Retrieval is measured on the
-training photos on purpose: an encoder that can't find the caption of a photo it
-was trained on has a fault somewhere between the tar and the metric.
+training photos on purpose: an encoder that cannot retrieve the captions it was
+trained on has a fault somewhere between the tar and the metric.
 """
 
 from ml_collections import ConfigDict
@@ -27,25 +27,21 @@ def get_config(arg=None):
     steps=200,
     size=96,
   )
-  size = 32 if arg.tiny else arg.size
-  shape = dict(width=192, depth=4, heads=3, mlp_dim=768)
 
   config = ConfigDict()
   config.seed = 0
-  config.batch_size = 32 if arg.tiny else arg.batch
-  config.total_steps = 20 if arg.tiny else arg.steps
+  config.batch_size = arg.batch
+  config.total_steps = arg.steps
 
-  if arg.tiny:
-    source = dict(type="scenes", size=size, length=64)
-  else:
-    source = dict(type="webdataset", path=arg.path)
   config.data = dict(
-    train=[source], ops=f"decode|canvas({size})|caption(32, pick='first')"
+    train=[dict(type="webdataset", path=arg.path)],
+    ops=f"decode|canvas({arg.size})|caption(32, pick='first')",
   )
-  config.views = dict(image=dict(count=1, ops=f"resize({size})"))
+  config.views = dict(image=dict(count=1, ops=f"resize({arg.size})"))
+  shape = dict(width=192, depth=4, heads=3, mlp_dim=768)
   config.model = dict(
     variant="Ti/16",
-    image_size=size,
+    image_size=arg.size,
     dtype="float32",
     **shape,
     text=dict(
@@ -57,21 +53,29 @@ def get_config(arg=None):
       **shape,
     ),
   )
-  # log(1/128) would balance the pairs; a little below it, for few positives.
+  # log(1/128) balances the pairs of a batch; a little below it, for few
+  # positives.
   config.objectives = dict(contrastive=dict(weight=1.0, init_bias=-6.0))
   config.optim = dict(name="adamw", lr=1e-3, weight_decay=0.01, b2=0.95)
   config.schedule = dict(name="cosine", warmup_percent=10)
-
-  photos = "scenes" if arg.tiny else arg.path
   config.evals = dict(
     retrieval=dict(
-      type="retrieval",
-      data=photos,
-      max_captions=1,
-      every_percent=10,
-      **(dict(count=64) if arg.tiny else {}),
+      type="retrieval", data=arg.path, max_captions=1, every_percent=10
     )
   )
   config.checkpoint = dict(every_steps=200, keep=1)
   config.log = dict(every_steps=10)
+
+  if arg.tiny:
+    config.update(
+      batch_size=32,
+      total_steps=20,
+      data=dict(
+        train=[dict(type="scenes", size=32, length=64)],
+        ops="decode|canvas(32)|caption(32, pick='first')",
+      ),
+      views=dict(image=dict(ops="resize(32)")),
+      model=dict(image_size=32),
+      evals=dict(retrieval=dict(data="scenes", count=64)),
+    )
   return config

@@ -1,6 +1,7 @@
 """MTV ViT-B/16 at 224 pixels: every objective in one step.
 
-Command, on every host of a TPU pod, with label sets of `tools/make_labels.py`:
+Command, on every host of a TPU pod, with label sets of `tools/label.py` or
+`tools/make_labels.py`:
 
   python -m mtv_jax.main --workdir=/data/runs/mtv_b16 --distributed \
     --config=configs/mtv_b16_224.py:tokenizer=/data/c4_en.model \
@@ -8,17 +9,17 @@ Command, on every host of a TPU pod, with label sets of `tools/make_labels.py`:
     --config.data.train[0].labels.depth=/data/web_depth \
     --config.data.train[0].labels.boxes=/data/web_boxes
 
-Hardware and time: batch 16,384 fits a pod of 256 chips of v5e, 64 images a
-chip, with full rematerialisation (docs/pods.md says how closely; on fewer chips
-set accumulate). Not trained to the end by us, so no time is given.
+Hardware and time: batch 16,384 fits 256 chips of v5e, 64 images per chip, with
+full rematerialisation (margins in docs/pods.md; set `accumulate` on fewer
+chips). Not trained to completion here; no time given.
 
-Expected: the released MTV B/16, trained on 100 million images in an unknown
-number of passes, reaches 69.5 % zero-shot on ImageNet and an RMSE of 0.469 m on
-NYUv2 (MTV, Table 5). Weights, views, rates and schedule are not published: what
-is not SigLIP's or DINOv2's below is our choice.
+Expected: the released MTV B/16, trained on 100 million images (epochs are not
+published), reaches 69.5 % zero-shot on ImageNet and an RMSE of 0.469 m on
+NYUv2 (MTV, Table 5). Weights, views, rates and schedule are not published:
+values below that are not SigLIP's or DINOv2's are our choice.
 
-`:tiny` trains the same recipe, shrunk, on the built-in scenes in a minute on a
-laptop's CPU; configs/mtv_tiny.py is the recipe for a CPU.
+`:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes;
+configs/mtv_tiny.py is the recipe for a CPU.
 """
 
 from ml_collections import ConfigDict
@@ -30,55 +31,33 @@ def get_config(arg=None):
   arg = parse_arg(
     arg, tiny=False, batch=0, res=224, variant="B", tokenizer="bytes"
   )
-  size, local, canvas = (32, 16, 40) if arg.tiny else (arg.res, 96, 384)
-  shape, patch = ("mu", 8) if arg.tiny else (arg.variant, 16)
 
   config = ConfigDict()
   config.seed = 0
-  config.batch_size = arg.batch or (16 if arg.tiny else 16_384)
-  if arg.tiny:
-    config.total_steps = 40
-  else:
-    config.total_examples = 1_000_000_000
+  config.batch_size = arg.batch or 16_384
+  config.total_examples = 1_000_000_000
 
   config.data = dict(
     train=[
-      dict(type="scenes", size=canvas)
-      if arg.tiny
-      else dict(
+      dict(
         type="webdataset",
         path="/data/web/{00000..09999}.tar",
         labels=dict(depth="/data/web_depth", boxes="/data/web_boxes"),
       )
     ],
-    ops=f"decode|canvas({canvas})|caption(64)|depth(128)|regions(4)",
+    ops="decode|canvas(384)|caption(64)|depth(128)|regions(4)",
   )
-
-  # Captions, boxes and depth speak of the picture as it is; self-supervision
-  # reads crops of its own, one global and eight local ones (SigLIP 2). Colours
-  # are those of DINOv2's local crops. The student sees the global crop with
-  # half of its patches hidden (SigLIP 2), and DINO and iBOT read that one
-  # encoding.
-  colours = "flip|jitter(0.8)|grey(0.2)|blur(0.5)"
-  config.views = {
-    "image": dict(count=1, ops=f"resize({size})"),
-    "global": dict(
-      count=1,
-      ops=f"crop({size}, 0.32, 1.0)|{colours}"
-      f"|blocks(0.5, 0.5, p=1.0, patch={patch})",
-    ),
-    "local": dict(count=8, ops=f"crop({local}, 0.05, 0.32)|{colours}"),
-  }
+  config.views = views(arg.res, local=96, patch=16)
   config.model = dict(
-    variant=f"{shape}/{patch}",
-    image_size=size,
+    variant=f"{arg.variant}/16",
+    image_size=arg.res,
     pool="map",
-    dtype="float32" if arg.tiny else "bfloat16",
-    remat="none" if arg.tiny else "full",
+    dtype="bfloat16",
+    remat="full",
     text=dict(
-      variant=shape,
+      variant=arg.variant,
       length=64,
-      # The released model's is SigLIP's 32k SentencePiece model: pass
+      # The released model uses SigLIP's 32k SentencePiece model:
       # tokenizer=PATH.model.
       tokenizer=arg.tokenizer,
       clean="canonicalize",
@@ -86,41 +65,77 @@ def get_config(arg=None):
     ),
   )
 
-  # Constant, as MTV's are said to be; that they are equal is our choice.
-  prototypes = (
-    dict(prototypes=64, hidden=64, bottleneck=32, chunk=None)
-    if arg.tiny
-    else dict(prototypes=65_536)
-  )
-  # -10 suits the batch of a pod; see configs/siglip_b16_224.py.
-  bias = -4.0 if arg.tiny else -10.0
+  # Constant weights, as MTV describes; equal values are our choice.
   config.objectives = dict(
-    contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=bias),
-    # Of the one global crop too: with holes, it is not what the teacher sees.
-    distillation=dict(weight=1.0, same_crop="include", **prototypes),
-    masked_latent=dict(weight=1.0, **prototypes),
+    # The prior of a pod's batch; see configs/siglip_b16_224.py.
+    contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=-10.0),
+    # The student's global crop is masked, so it is not the teacher's input.
+    distillation=dict(weight=1.0, same_crop="include", prototypes=65_536),
+    masked_latent=dict(weight=1.0, prototypes=65_536),
     depth=dict(weight=1.0),
-    grounding=dict(weight=1.0, regions=4, init_bias=bias),
+    grounding=dict(weight=1.0, regions=4, init_bias=-10.0),
   )
-  # Constant: beside text, a momentum that goes to 1 stops the teacher from
+  # Constant: beside text, a momentum annealed to 1 keeps the teacher from
   # learning what the text teaches (SILC).
   config.teacher = dict(momentum=0.994)
 
   config.optim = dict(
     name="adamw", lr=1e-3, weight_decay=0.1, b2=0.95, clip_norm=1.0
   )
-  # 5,000 of 61,000 steps.
-  config.schedule = dict(name="cosine", warmup_percent=10 if arg.tiny else 8)
+  config.schedule = dict(name="cosine", warmup_percent=8)  # 5,000 steps.
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
-
-  shared = dict(count=100) if arg.tiny else dict(every_percent=10)
   config.evals = dict(
-    zero_shot=dict(type="zero_shot", **shared),
-    retrieval=dict(type="retrieval", **shared),
+    zero_shot=dict(type="zero_shot", every_percent=10),
+    retrieval=dict(type="retrieval", every_percent=10),
   )
   config.checkpoint = dict(every_steps=1000, keep=2, keep_every=20_000)
-  config.log = dict(
-    every_steps=10 if arg.tiny else 100,
-    gradients_steps=None if arg.tiny else 2000,
-  )
+  config.log = dict(every_steps=100, gradients_steps=2000)
+
+  if arg.tiny:
+    head = dict(prototypes=64, hidden=64, bottleneck=32, chunk=None)
+    config.update(
+      batch_size=arg.batch or 16,
+      total_examples=None,
+      total_steps=40,
+      data=dict(
+        train=[dict(type="scenes", size=40)],
+        ops="decode|canvas(40)|caption(64)|depth(128)|regions(4)",
+      ),
+      views=views(32, local=16, patch=8),
+      model=dict(
+        variant="mu/8",
+        image_size=32,
+        dtype="float32",
+        remat="none",
+        text=dict(variant="mu"),
+      ),
+      objectives=dict(
+        contrastive=dict(init_bias=-4.0),
+        distillation=head,
+        masked_latent=head,
+        grounding=dict(init_bias=-4.0),
+      ),
+      schedule=dict(warmup_percent=10),
+      evals=dict(
+        zero_shot=dict(count=100, every_percent=None),
+        retrieval=dict(count=100, every_percent=None),
+      ),
+      log=dict(every_steps=10, gradients_steps=None),
+    )
   return config
+
+
+def views(size, local, patch):
+  """The whole image for text and dense labels, crops for self-supervision.
+
+  One global and eight local crops, as SigLIP 2; colours of DINOv2's local
+  crops. The student sees the global crop with half of its patches masked
+  (SigLIP 2); DINO and iBOT share that encoding.
+  """
+  colours = "flip|jitter(0.8)|grey(0.2)|blur(0.5)"
+  blocks = f"blocks(0.5, 0.5, p=1.0, patch={patch})"
+  return {
+    "image": dict(count=1, ops=f"resize({size})"),
+    "global": dict(count=1, ops=f"crop({size}, 0.32, 1.0)|{colours}|{blocks}"),
+    "local": dict(count=8, ops=f"crop({local}, 0.05, 0.32)|{colours}"),
+  }

@@ -8,37 +8,29 @@ Command, on every host of a TPU pod:
     --config.data.train[0].labels.depth=/data/web_depth \
     --config.data.train[0].labels.boxes=/data/web_boxes
 
-Hardware and time: meant for a pod of 256 chips, whose memory holds parameters
-and moments in parts; docs/pods.md has what tools/preflight.py says of it. Not
-trained by us, so no time is given.
+Hardware and time: sized for 256 chips with sharded parameters and optimizer
+state (tools/preflight.py's figures: docs/pods.md). Not trained here; no time
+given.
 
-Expected: nothing published is of this size.
+Expected: no published model has this size.
 
-`:tiny` trains the same recipe, shrunk, on the built-in scenes in a minute on a
-laptop's CPU.
+`:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
-import pathlib
-
-from mtv_jax.config import schema as config_lib
-
-BASE = pathlib.Path(__file__).with_name("mtv_b16_224.py")
+from mtv_jax.config.schema import parse_arg, read
 
 
 def get_config(arg=None):
-  arg = config_lib.parse_arg(arg, tiny=False, batch=0, tokenizer="bytes")
-  config = config_lib.read(
-    f"{BASE}:variant=g,tiny={arg.tiny},batch={arg.batch or 0},"
-    f"tokenizer={arg.tokenizer}"
-  )
+  arg = parse_arg(arg, tiny=False, batch=0, tokenizer="bytes")
+  config = read("mtv_b16_224", variant="g", **arg)
   if arg.tiny:
     return config
   config.batch_size = arg.batch or 4096
-  # A patch of 14, of crops whose sides it divides.
+  # Patches of 14 pixels need crops whose sides 14 divides.
   config.model.variant = "g/14"
   config.model.text.variant = "L"
   for view in config.views.values():
     view.ops = view.ops.replace("patch=16", "patch=14").replace("(96", "(98")
-  # Parameters, teacher and moments of g take 30 GB: split over 32 chips.
+  # Parameters, teacher and optimizer state of g take 30 GB: 32 shards.
   config.mesh.fsdp = 32
   return config

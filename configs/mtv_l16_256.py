@@ -8,30 +8,23 @@ Command, on every host of a TPU pod:
     --config.data.train[0].labels.depth=/data/web_depth \
     --config.data.train[0].labels.boxes=/data/web_boxes
 
-Hardware and time: batch 16,384 is meant for a pod of 256 chips or more. Not
-trained to the end by us, so no time is given.
+Hardware and time: batch 16,384 is sized for 256 or more chips. Not trained to
+completion here; no time given.
 
-Expected: the released MTV L/16, trained on 100 million images in an unknown
-number of passes, reaches 75.2 % zero-shot on ImageNet and an RMSE of 0.414 m on
+Expected: the released MTV L/16, trained on 100 million images (epochs are not
+published), reaches 75.2 % zero-shot on ImageNet and an RMSE of 0.414 m on
 NYUv2 (MTV, Table 5).
 
-`:tiny` trains the same recipe, shrunk, on the built-in scenes in a minute on a
-laptop's CPU.
+`:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
-import pathlib
-
-from mtv_jax.config import schema as config_lib
-
-BASE = pathlib.Path(__file__).with_name("mtv_b16_224.py")
+from mtv_jax.config.schema import parse_arg, read
 
 
 def get_config(arg=None):
-  arg = config_lib.parse_arg(arg, tiny=False, batch=0, tokenizer="bytes")
-  config = config_lib.read(
-    f"{BASE}:res=256,variant=L,tiny={arg.tiny},batch={arg.batch},"
-    f"tokenizer={arg.tokenizer}"
-  )
-  # Parameters and moments of L don't fit a chip whole beside its activations.
-  config.mesh.fsdp = 1 if arg.tiny else 8
+  arg = parse_arg(arg, tiny=False, batch=0, tokenizer="bytes")
+  config = read("mtv_b16_224", res=256, variant="L", **arg)
+  if not arg.tiny:
+    # Parameters and optimizer state of L beside its activations exceed a chip.
+    config.mesh.fsdp = 8
   return config

@@ -1,4 +1,4 @@
-"""Every objective on the built-in scenes, small enough for a laptop's CPU.
+"""Every objective on the built-in scenes, sized for a laptop CPU.
 
 Command (what `make quickstart` runs):
 
@@ -24,9 +24,8 @@ def get_config(arg=None):
     train=[dict(type="scenes", size=64, length=20_000)],
     ops="decode|canvas(64)|caption(64)|depth(32)|regions(2, phrase_length=32)",
   )
-  # Captions, boxes and depth speak of the whole picture; self-supervision
-  # reads crops of its own. The student sees the global crop with holes, which
-  # DINO and iBOT read as one encoding.
+  # The whole image for text and dense labels, crops for self-supervision. The
+  # student sees the global crop masked; DINO and iBOT share that encoding.
   colours = "flip|jitter(0.8)|grey(0.2)"
   config.views = {
     "image": dict(count=1, ops="resize(64)"),
@@ -45,8 +44,8 @@ def get_config(arg=None):
       variant="mu", length=64, tokenizer="bytes", clean="lower", vocab_size=258
     ),
   )
-  # As many prototypes as a batch can tell apart, and assignments sharp enough
-  # to say something in a few hundred steps.
+  # No more prototypes than a batch can separate, and a sharp teacher, for a
+  # few hundred steps.
   prototypes = dict(
     prototypes=64,
     hidden=128,
@@ -56,7 +55,7 @@ def get_config(arg=None):
     chunk=None,
   )
   config.objectives = dict(
-    # Near log(1/64), where the pairs of a batch balance.
+    # Near log(1/64), which balances the pairs of a batch.
     contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=-4.0),
     distillation=dict(weight=0.5, **prototypes),
     masked_latent=dict(weight=0.5, **prototypes),

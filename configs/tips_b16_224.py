@@ -6,51 +6,40 @@ Command, on every host of a TPU pod:
     --config=configs/tips_b16_224.py:tokenizer=/data/c4_en.model \
     --config.data.train[0].path='/data/web/{00000..09999}.tar'
 
-Hardware and time: batch 16,384 is meant for a pod of 64 chips or more. Not
-trained to the end by us, so no time is given.
+Hardware and time: batch 16,384 is sized for 64 or more chips. Not trained to
+completion here; no time given.
 
-Expected: no figure of ours or the paper's fits: TIPS also trains on synthetic
-captions, with a second CLS token for them, and on 116 million images.
+Expected: no published figure applies: TIPS also trains on synthetic captions,
+with a second CLS token for them, and on 116 million images.
 
-`:tiny` trains the same recipe, shrunk, on the built-in scenes in a minute on a
-laptop's CPU.
+`:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
-import pathlib
-
-from mtv_jax.config import schema as config_lib
-
-BASE = pathlib.Path(__file__).with_name("mtv_b16_224.py")
+from mtv_jax.config.schema import parse_arg, read
 
 
 def get_config(arg=None):
-  arg = config_lib.parse_arg(
+  arg = parse_arg(
     arg, tiny=False, batch=0, res=224, variant="B", tokenizer="bytes"
   )
-  config = config_lib.read(
-    f"{BASE}:res={arg.res},variant={arg.variant},tiny={arg.tiny},"
-    f"batch={arg.batch},tokenizer={arg.tokenizer}"
-  )
-  source = config.data.train[0]
-  size = config.model.image_size
-  config.data.ops = f"decode|canvas({40 if arg.tiny else 384})|caption(64)"
+  config = read("mtv_b16_224", **arg)
+  config.data.ops = config.data.ops.replace("|depth(128)|regions(4)", "")
   if not arg.tiny:
-    del source["labels"]
+    del config.data.train[0]["labels"]
 
-  # The caption and DINO's teacher see the same crop: one encoding of it serves
-  # contrast and distillation. iBOT's has holes, which no caption should see,
-  # so it is another crop with encodings of its own.
-  crop = f"crop({size}, 0.32, 1.0)|flip"
+  # The caption and DINO's teacher share one crop and its encoding. iBOT's crop
+  # is masked, which no caption should see: another crop and encoding.
+  crop = f"crop({config.model.image_size}, 0.32, 1.0)|flip"
   masked = config.views["global"].ops.split("|")[-1]
   config.views.image.ops = crop
   config.views["masked"] = dict(count=1, ops=f"{crop}|{masked}")
   del config.views["global"]
 
-  entries = config.objectives
-  del entries["depth"], entries["grounding"]
-  entries.distillation.view_global = "image"
-  entries.distillation.same_crop = "exclude"
-  entries.masked_latent.view = "masked"
-  # TIPS's weights as we remember them.
-  entries.distillation.weight, entries.masked_latent.weight = 1.0, 2.0
+  objectives = config.objectives
+  del objectives["depth"], objectives["grounding"]
+  objectives.distillation.view_global = "image"
+  objectives.distillation.same_crop = "exclude"
+  objectives.masked_latent.view = "masked"
+  # Our choice.
+  objectives.distillation.weight, objectives.masked_latent.weight = 1.0, 2.0
   return config

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import math
 import os
+import pathlib
 import runpy
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -472,18 +473,33 @@ def _parsed(name: str, text: str, default: Any) -> Any:
   return value
 
 
-def read(path: str) -> ConfigDict:
-  """The config of a file, `PATH.py` or `PATH.py:ARGUMENTS`.
+def read(path: str, **arguments: Any) -> ConfigDict:
+  """The config of a recipe.
 
-  What `--config` of the training command does, for other programs.
+  Args:
+    path: a file or a packaged recipe, each with its arguments after a colon:
+      `FOLDER/NAME.py`, `NAME`, `NAME:tiny,batch=64`.
+    **arguments: further arguments, typed; those of a recipe that varies
+      another one.
 
   Raises:
-    ConfigError: no such file, or one without a `get_config`.
+    ConfigError: no such recipe, or a file without a `get_config`.
   """
-  file, _, arg = path.partition(":")
-  if not os.path.isfile(file):
-    raise ConfigError(f"there is no config {file!r}.")
+  name, _, arg = path.partition(":")
+  file = name if os.path.isfile(name) else _packaged_recipe(name)
   values = runpy.run_path(file)
   if "get_config" not in values:
     raise ConfigError(f"{file} defines no get_config(arg).")
-  return values["get_config"](arg or None)
+  given = [arg, *(f"{key}={value}" for key, value in arguments.items())]
+  return values["get_config"](",".join(filter(None, given)) or None)
+
+
+def _packaged_recipe(name: str) -> str:
+  """The file of a recipe of `mtv_jax.configs`."""
+  folder = pathlib.Path(__file__).parents[1] / "configs"
+  recipes = sorted(file.stem for file in folder.glob("[!_]*.py"))
+  if name not in recipes:
+    raise ConfigError(
+      f"there is no config {name!r}. {did_you_mean(name, recipes)}"
+    )
+  return str(folder / f"{name}.py")

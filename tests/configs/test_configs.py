@@ -1,4 +1,4 @@
-"""Every recipe of configs/: it builds, tiny or whole, and says how to run."""
+"""Every recipe of configs/ builds, tiny and full, and documents its command."""
 
 import pathlib
 
@@ -8,14 +8,15 @@ from ml_collections import ConfigDict
 
 from mtv_jax.augment import views
 from mtv_jax.config import schema as config_lib
+from mtv_jax.config.schema import ConfigError
 from mtv_jax.models import two_tower as models
 from mtv_jax.objectives import build_objective
 from mtv_jax.train import experiment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FILES = sorted((ROOT / "configs").glob("*.py"))
+FILES = sorted((ROOT / "configs").glob("[!_]*.py"))
 every = pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-# Tiny, a config that another one is made of differs from it by a line or two.
+# Shrunk, a derived recipe differs from its base by a line or two.
 DERIVED = ("mtv_l16_256", "mtv_g14_224", "mtv_b16_512", "siglip_l16_256")
 each_tiny = pytest.mark.parametrize(
   "file",
@@ -28,6 +29,14 @@ each_tiny = pytest.mark.parametrize(
 
 def test_there_are_configs():
   assert len(FILES) >= 4
+
+
+def test_recipes_are_read_by_name():
+  by_name = config_lib.read("mtv_tiny:tiny,batch=8")
+  assert by_name == config_lib.read(str(ROOT / "configs/mtv_tiny.py:tiny"))
+  assert config_lib.read("mtv_tiny", tiny=True, batch=8) == by_name
+  with pytest.raises(ConfigError, match="no config 'mtv_tiy'.*'mtv_tiny'"):
+    config_lib.read("mtv_tiy")
 
 
 @each_tiny

@@ -1,0 +1,1 @@
+"""Training recipes, installed as `mtv_jax.configs`."""
