@@ -4,7 +4,7 @@
 
 A config takes arguments after a colon and overrides of any key:
 
-  --config=configs/siglip_b16_224.py:tiny,batch=64 --config.total_steps=100
+  --config=configs/siglip_b16_224.py:tiny,batch=64 --schema.total_steps=100
 
 Started again with the same folder, a run goes on from its last checkpoint. On
 a pod, every host runs the same command with `--distributed`.
@@ -16,8 +16,7 @@ import jax
 from absl import app, flags
 
 from mtv_jax.cli import errors
-from mtv_jax.config import overrides
-from mtv_jax.config import schema as config
+from mtv_jax.config import overrides, schema
 from mtv_jax.parallel import distributed
 from mtv_jax.train import loop as train
 from mtv_jax.train import metrics, workdir
@@ -64,8 +63,8 @@ def main(argv):
       f"what is {argv[1:]}? Overrides are written --config.KEY=VALUE."
     )
   with errors.readable_errors("train"):
-    recipe = config.check(
-      overrides.override(config.read(_CONFIG.value), _SET.value)
+    recipe = schema.check_config(
+      overrides.override(schema.read_config(_CONFIG.value), _SET.value)
     )
     distributed.join(
       distributed=_DISTRIBUTED.value,

@@ -3,7 +3,7 @@
 import functools
 import pathlib
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.train import experiment
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -17,8 +17,8 @@ LABELS = {
 
 def read():
   """The recipe of configs/mtv_tiny.py, smaller yet."""
-  config = config_lib.check(
-    config_lib.read(str(ROOT / "configs" / "mtv_tiny.py:tiny"))
+  config = schema.check_config(
+    schema.read_config(str(ROOT / "configs" / "mtv_tiny.py:tiny"))
   )
   config.batch_size = ROWS
   config.data.train[0]["size"] = 32

@@ -87,10 +87,10 @@ def _add_step(commands: argparse._SubParsersAction) -> None:
 
 
 def _step(args: argparse.Namespace) -> object:
-  from mtv_jax.config import schema as config
+  from mtv_jax.config import schema
   from mtv_jax.perf.bench import step
 
-  return step.bench_step(config.read(args.config), steps=args.steps)
+  return step.bench_step(schema.read_config(args.config), steps=args.steps)
 
 
 def _add_views(commands: argparse._SubParsersAction) -> None:
@@ -101,10 +101,10 @@ def _add_views(commands: argparse._SubParsersAction) -> None:
 
 
 def _views(args: argparse.Namespace) -> object:
-  from mtv_jax.config import schema as config
+  from mtv_jax.config import schema
   from mtv_jax.perf.bench import views
 
-  return views.bench_views(config.read(args.config), steps=args.steps)
+  return views.bench_views(schema.read_config(args.config), steps=args.steps)
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
@@ -148,11 +148,11 @@ def _add_checkpoint(commands: argparse._SubParsersAction) -> None:
 
 
 def _checkpoint(args: argparse.Namespace) -> object:
-  from mtv_jax.config import schema as config
+  from mtv_jax.config import schema
   from mtv_jax.perf.bench import checkpoints
 
   return checkpoints.bench_checkpoint(
-    config.read(args.config),
+    schema.read_config(args.config),
     steps=args.steps,
     saves=args.saves,
     every=args.every,
@@ -233,11 +233,13 @@ def _add_flops(commands: argparse._SubParsersAction) -> None:
 
 
 def _flops(args: argparse.Namespace) -> object:
-  from mtv_jax.config import schema as config
+  from mtv_jax.config import schema
   from mtv_jax.perf.bench import flops
 
   return flops.bench_flops(
-    config.read(args.config), batch_size=args.batch_size, compile=args.compile
+    schema.read_config(args.config),
+    batch_size=args.batch_size,
+    compile=args.compile,
   )
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.augment import random as draws
-from mtv_jax.config.schema import ConfigError
+from mtv_jax.utils.errors import ConfigError
 
 # torchvision's RandomResizedCrop draws as often before it gives up.
 CANDIDATES = 10

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.augment import random as draws
-from mtv_jax.config.schema import ConfigError
+from mtv_jax.utils.errors import ConfigError
 
 # Rectangles tried for each mask. On 14 x 14 patches and up to half of them
 # masked, 16 leave 0.4 of a patch on average and 3 at most to be filled one by

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.augment import geometry
 from mtv_jax.augment import random as draws
-from mtv_jax.config.schema import ConfigError
+from mtv_jax.utils.errors import ConfigError
 
 # ITU-R 601 luma, rounded as torchvision rounds it.
 LUMA = (0.2989, 0.587, 0.114)

@@ -30,8 +30,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from mtv_jax.augment import geometry, masks, photometrics
-from mtv_jax.config import schema as config_lib
-from mtv_jax.config.schema import ConfigError
+from mtv_jax.config.op_strings import build_op, parse_ops
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 GEOMETRY = {
   "resize": geometry.Resize,
@@ -289,8 +289,7 @@ def _build_view(name: str, entry: Mapping[str, Any]) -> View:
   unknown = sorted(set(entry) - set(options))
   if unknown:
     raise ConfigError(
-      f"{where}: no option {unknown[0]!r}. "
-      f"{config_lib.did_you_mean(unknown[0], options)}"
+      f"{where}: no option {unknown[0]!r}. {did_you_mean(unknown[0], options)}"
     )
   if "ops" not in entry:
     raise ConfigError(f"{where}: no ops; give them, such as ops='resize(224)'.")
@@ -324,8 +323,8 @@ def build_pipeline(text: str) -> Pipeline:
   """
   found: dict[str, list[Any]] = {stage: [] for stage in STAGES}
   latest, stages = None, list(STAGES)
-  for op in config_lib.parse_ops(text):
-    built = config_lib.build_op(op, OPS, "view op")
+  for op in parse_ops(text):
+    built = build_op(op, OPS, "view op")
     stage = next(s for s, ops in STAGES.items() if op.name in ops)
     if latest and stages.index(stage) < stages.index(latest[0]):
       raise ConfigError(

@@ -24,13 +24,14 @@ from etils import epath
 
 from mtv_jax.checkpoint import partial_restore
 from mtv_jax.utils import tree as trees
+from mtv_jax.utils.errors import InputError
 
 Path = str | epath.PathLike
 
 _STATE, _TIMING = "state", "timing"
 
 
-class CheckpointDamaged(ValueError):
+class CheckpointDamaged(InputError):
   """Files of a checkpoint are missing or can't be read."""
 
 

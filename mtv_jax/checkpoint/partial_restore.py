@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from mtv_jax.utils import tree as trees
+from mtv_jax.utils.errors import InputError
 
 
-class CheckpointMismatch(ValueError):
+class CheckpointMismatch(InputError):
   """A checkpoint holds other arrays than the ones asked for."""
 
 

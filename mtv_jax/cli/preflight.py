@@ -6,8 +6,7 @@ import json as json_lib
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from mtv_jax.config import overrides
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import overrides, schema
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import pages, report, scaling
 from mtv_jax.perf.preflight import propose as propose_lib
@@ -42,7 +41,7 @@ def run(
     Whether it fits.
   """
   topologies.use_cpu(topology)
-  read = overrides.override(config_lib.read(config), changes)
+  read = overrides.override(schema.read_config(config), changes)
   made = report.preflight(
     read,
     topology,
@@ -95,7 +94,7 @@ def scaling_of_step(
     json: where the rows are written too.
   """
   topologies.use_cpu()
-  read = overrides.override(config_lib.read(config), changes)
+  read = overrides.override(schema.read_config(config), changes)
   return _table([scaling.step(read, name) for name in scaling.TOPOLOGIES], json)
 
 

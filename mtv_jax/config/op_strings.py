@@ -1,42 +1,12 @@
-"""The mini-language of ops: "decode|canvas(384)|caption(64, pick='first')".
-
-And what every reader of a config shares: its error, and did-you-mean.
-"""
+"""Op strings: "decode|canvas(384)|caption(64, pick='first')"."""
 
 import ast
 import dataclasses
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-
-class ConfigError(ValueError):
-  """Something the user wrote in a config can't be used."""
-
-
-def did_you_mean(name: str, names: Iterable[str], *, limit: int = 40) -> str:
-  """The tail of an error about an unknown name.
-
-  Args:
-    name: what was asked for.
-    names: what there is.
-    limit: how many names to print; beyond it the closest ones are kept.
-
-  Returns:
-    "Did you mean 'b'? There are: a, b, c." (without the question where
-    nothing is close).
-  """
-  names = sorted({str(n) for n in names})
-  if not names:
-    return "There are none."
-  close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-  question = f"Did you mean {close[0]!r}? " if close else ""
-  more = ""
-  if len(names) > limit:
-    more = f", ... ({len(names) - limit} more)"
-    names = difflib.get_close_matches(name, names, n=limit, cutoff=0.0)
-  return f"{question}There are: {', '.join(names)}{more}."
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Overrides of a config from a command line: --config.KEY=VALUE.
 
 A key need not be in the config's file: what it leaves out has a default, and
-can be given. `config.check` then says whether there is such a key.
+can be given. `schema.check_config` then says whether there is such a key.
 """
 
 import ast
@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import ConfigError, did_you_mean
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 _KEY = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
 _PART = re.compile(r"\w+")

@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.op_strings import ConfigError as ConfigError
 from mtv_jax.config.op_strings import Op as Op
 from mtv_jax.config.op_strings import build_op as build_op
-from mtv_jax.config.op_strings import did_you_mean as did_you_mean
 from mtv_jax.config.op_strings import parse_ops as parse_ops
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 UNITS = ("steps", "epochs", "examples", "percent")
 REQUIRED = object()

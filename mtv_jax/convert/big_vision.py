@@ -17,7 +17,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.convert import checks, tables
 from mtv_jax.convert.converted import Converted
 from mtv_jax.convert.processors import TokenizerFiles
@@ -25,6 +24,7 @@ from mtv_jax.convert.tables import FLAX, ConversionError, Rule
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
+from mtv_jax.utils.errors import did_you_mean
 
 log = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.convert.tables import ConversionError, Rule, Store
+from mtv_jax.utils.errors import did_you_mean
 
 
 def check(

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.convert import (
   card,
   checks,
@@ -32,6 +31,7 @@ from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models.heads.predictors import Predictors
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils import tree as trees
+from mtv_jax.utils.errors import did_you_mean
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.convert import folders
 from mtv_jax.convert.converted import Converted
 from mtv_jax.convert.processors import TokenizerFiles
@@ -21,6 +20,7 @@ from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads.predictors import Predictors
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils import tree as trees
+from mtv_jax.utils.errors import did_you_mean
 
 PARAMS = "params.safetensors"
 DESCRIPTION = "mtv_jax.json"

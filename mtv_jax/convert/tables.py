@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Float
 
 from mtv_jax.utils import tree as trees
+from mtv_jax.utils.errors import InputError
 
 Arrays = tuple[np.ndarray, ...]
 
 
-class ConversionError(ValueError):
+class ConversionError(InputError):
   """A checkpoint that can't become ours, or one of ours that can't be theirs.
 
   The message names every tensor or field, and the likely cause.

@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from mtv_jax.config.schema import build_op, did_you_mean, parse_ops
+from mtv_jax.config.op_strings import build_op, parse_ops
 from mtv_jax.data import canvas as canvas_lib
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.tokenizers import Tokenizer
+from mtv_jax.utils.errors import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data.sources.registry import Source
+from mtv_jax.utils.errors import did_you_mean
 
 SHUFFLES = ("global", "block", "none")
 

@@ -34,6 +34,7 @@ from mtv_jax.data.ops import Field, Ops, build_ops
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.registry import Source, build_source
 from mtv_jax.data.tokenizers import Tokenizer
+from mtv_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ _JUDGED_AFTER = 1000
 _LOGGED, _LOGGED_EVERY = 20, 100
 
 
-class CorruptDataError(RuntimeError):
+class CorruptDataError(UserError, RuntimeError):
   """More records can't be used than `data.max_corrupt` allows."""
 
 

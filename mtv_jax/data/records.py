@@ -22,13 +22,15 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+from mtv_jax.utils.errors import InputError
+
 Record = dict[str, Any]
 
 _MAGIC = b"MTV1"
 _COUNT = struct.Struct("<I")
 
 
-class BadRecord(ValueError):
+class BadRecord(InputError):
   """A record that can't be used: its message names the key and the reason.
 
   Raise it for what a long run should survive (truncated bytes, bytes that are

@@ -24,13 +24,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Float32, PyTree
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder import apply_fns, batched, inputs, prediction
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads.predictors import Predictors
 from mtv_jax.parallel import sharding
+from mtv_jax.utils.errors import did_you_mean
 
 OUTPUTS = inputs.OUTPUTS
 DTYPES = ("float32", "bfloat16", "float16")

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mtv_jax.checkpoint import checkpointer
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.convert import converted, huggingface, native, processors
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.encoder import baselines
@@ -20,6 +19,7 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_of
 from mtv_jax.models.heads.predictors import Predictors
 from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.utils.errors import did_you_mean
 
 WEIGHTS = ("student", "teacher", "ema")
 

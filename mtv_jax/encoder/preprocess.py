@@ -12,7 +12,8 @@ import PIL.Image
 from jaxtyping import Float32, UInt8
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import did_you_mean, parse_ops
+from mtv_jax.config.op_strings import parse_ops
+from mtv_jax.utils.errors import did_you_mean
 
 _CHOICES = {
   "resize": ("squash", "shortest"),

@@ -13,12 +13,12 @@ import jax
 from ml_collections import ConfigDict
 
 from mtv_jax.config import overrides
-from mtv_jax.config.schema import ConfigError, did_you_mean
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.results import Outcome, write_json
 from mtv_jax.evals.report.tables import table
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 __all__ = [
   "Plan",

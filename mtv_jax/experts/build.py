@@ -11,10 +11,10 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data.labels.label_values import KINDS
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling.phrases import build_phrases
+from mtv_jax.utils.errors import did_you_mean
 
 # By the `model_type` of a Hugging Face folder's config.json.
 _FAMILIES = {"depth_anything": "depth_anything.expert", "owlv2": "owlv2.expert"}

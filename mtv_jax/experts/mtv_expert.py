@@ -34,8 +34,8 @@ from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling import phrases as phrases_lib
 from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.labelling.phrases import Phrases
-from mtv_jax.models import layers
 from mtv_jax.models.heads.projection import unit
+from mtv_jax.utils.errors import check_choice
 
 # Options that only experts of this kind have.
 OF_KIND = {
@@ -295,7 +295,7 @@ def load_expert(
     ValueError: the model lacks the heads, there are no phrases for boxes, or
       an option is out of its range.
   """
-  layers.check_choice("own: kind", kind, label_values.KINDS)
+  check_choice("own: kind", kind, label_values.KINDS)
   if batch_size < 1 or side < label_values.MIN_SIDE:
     raise ValueError(
       f"batch_size={batch_size} and side={side}; expected at least 1 and"

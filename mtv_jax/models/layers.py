@@ -17,9 +17,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mtv_jax.config import schema as config_lib
 from mtv_jax.models import attention as attention_lib
 from mtv_jax.parallel import constraints
+from mtv_jax.utils.errors import check_choice, did_you_mean
 
 # What the backward pass finds saved of each block; it recomputes the rest.
 # 'dots' keeps every matrix product, the attention logits included;
@@ -342,15 +342,7 @@ def check_remat(remat: str) -> None:
   """Raises ValueError for an unknown remat policy."""
   if remat not in REMAT:
     raise ValueError(
-      f"Unknown remat policy '{remat}'. {config_lib.did_you_mean(remat, REMAT)}"
-    )
-
-
-def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
-  """Raises ValueError unless `value` is one of `choices`."""
-  if value not in choices:
-    raise ValueError(
-      f"{what} is {value!r}. {config_lib.did_you_mean(str(value), choices)}"
+      f"Unknown remat policy '{remat}'. {did_you_mean(remat, REMAT)}"
     )
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mtv_jax.models import layers
+from mtv_jax.utils.errors import check_choice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,7 @@ class TextSpec:
 
   def __post_init__(self):
     layers.check_tower(self)
-    layers.check_choice(
-      "TextSpec.pool", self.pool, ("last", "eos", "first", "mean")
-    )
+    check_choice("TextSpec.pool", self.pool, ("last", "eos", "first", "mean"))
     for field in ("vocab_size", "length", "projection"):
       if getattr(self, field) < 1:
         raise ValueError(

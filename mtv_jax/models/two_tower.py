@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from mtv_jax.config import schema as config_lib
 from mtv_jax.models import layers
 from mtv_jax.models.text import TextSpec, TextTower
 from mtv_jax.models.vit import ViT, ViTSpec
+from mtv_jax.utils.errors import did_you_mean
 
 # width, depth, heads, mlp_dim. Ti, S: Touvron et al. 2021; B, L: Dosovitskiy et
 # al. 2021; So400m: Alabdulmohsin et al. 2023; g: Zhai et al. 2022; g-opt, the
@@ -129,7 +129,7 @@ def variant(name: str) -> dict[str, int]:
   shape, slash, patch = name.partition("/")
   if shape not in VARIANTS:
     raise ValueError(
-      f"Unknown variant '{name}'. {config_lib.did_you_mean(shape, VARIANTS)}"
+      f"Unknown variant '{name}'. {did_you_mean(shape, VARIANTS)}"
     )
   if slash and not (patch.isdecimal() and int(patch)):
     raise ValueError(
@@ -240,7 +240,6 @@ def _build(
   for name in fields:
     if name not in names:
       raise ValueError(
-        f"Unknown key '{where}.{name}'. "
-        f"{config_lib.did_you_mean(name, [*names, *also])}"
+        f"Unknown key '{where}.{name}'. {did_you_mean(name, [*names, *also])}"
       )
   return kind(**fields)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.models import layers, pooling, positions
+from mtv_jax.utils.errors import check_choice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,9 +71,9 @@ class ViTSpec:
 
   def __post_init__(self):
     layers.check_tower(self)
-    layers.check_choice("ViTSpec.pool", self.pool, ("map", "cls", "mean"))
-    layers.check_choice("ViTSpec.mlp", self.mlp, ("plain", "swiglu"))
-    layers.check_choice(
+    check_choice("ViTSpec.pool", self.pool, ("map", "cls", "mean"))
+    check_choice("ViTSpec.mlp", self.mlp, ("plain", "swiglu"))
+    check_choice(
       "ViTSpec.position_resize", self.position_resize, positions.RESIZES
     )
     if self.pool == "cls" and not self.cls_token:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.objectives import base
 from mtv_jax.objectives.contrastive import Contrastive
 from mtv_jax.objectives.depth import Depth
@@ -12,6 +12,7 @@ from mtv_jax.objectives.distillation import Distillation
 from mtv_jax.objectives.grounding import Grounding
 from mtv_jax.objectives.masked_latent import MaskedLatent
 from mtv_jax.objectives.masked_pixels import MaskedPixels
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 # A new objective is a new file and a line here.
 REGISTRY: dict[str, type[base.Objective]] = {
@@ -24,7 +25,7 @@ REGISTRY: dict[str, type[base.Objective]] = {
 }
 
 
-def build_objective(name: str, entry: config_lib.Config) -> base.Objective:
+def build_objective(name: str, entry: schema.Config) -> base.Objective:
   """An objective from its entry in `config.objectives`.
 
   Args:
@@ -37,15 +38,15 @@ def build_objective(name: str, entry: config_lib.Config) -> base.Objective:
   options = {k: v for k, v in entry.items() if k not in ("type", "weight")}
   kind = entry.get("type", name)
   if kind not in REGISTRY:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"config.objectives.{name}: no objective of type '{kind}'. "
-      f"{config_lib.did_you_mean(kind, REGISTRY)}"
+      f"{did_you_mean(kind, REGISTRY)}"
     )
   fields = [f.name for f in dataclasses.fields(REGISTRY[kind])]
   for key in options:
     if key not in fields:
-      raise config_lib.ConfigError(
+      raise ConfigError(
         f"config.objectives.{name}: no option '{key}'. "
-        f"{config_lib.did_you_mean(key, ['weight', 'type', *fields])}"
+        f"{did_you_mean(key, ['weight', 'type', *fields])}"
       )
   return REGISTRY[kind](**options)

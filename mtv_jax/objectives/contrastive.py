@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mtv_jax.config.schema import ConfigError
-from mtv_jax.models import layers
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import base, pairwise, ring
+from mtv_jax.utils.errors import ConfigError, check_choice
 
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
@@ -145,7 +144,7 @@ class Contrastive(base.Objective):
         f"contrastive loss_type is '{self.loss_type}'; there are: "
         f"{sorted(LOSSES)}."
       )
-    layers.check_choice("contrastive: method", self.method, ring.METHODS)
+    check_choice("contrastive: method", self.method, ring.METHODS)
     if self.loss_type == "softmax" and self.method == "ring":
       raise ConfigError(
         "contrastive: method='ring' goes with loss_type='sigmoid'; a softmax "

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt16
 
 from mtv_jax.augment import geometry
-from mtv_jax.config.schema import ConfigError
 from mtv_jax.models import layers
 from mtv_jax.models.heads import dpt
 from mtv_jax.objectives import base
+from mtv_jax.utils.errors import ConfigError, check_choice
 
 # Least mean absolute deviation to divide by. The gradient of the
 # normalisation grows as its inverse, and a map that is the same everywhere,
@@ -237,7 +237,7 @@ class Depth(base.Objective):
   min_pixels: int = 16
 
   def __post_init__(self):
-    layers.check_choice("depth: tap_norm", self.tap_norm, ("layer", "none"))
+    check_choice("depth: tap_norm", self.tap_norm, ("layer", "none"))
     for name in ("taps", "channels"):
       value = getattr(self, name)
       if value is None:

@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from mtv_jax.config.schema import ConfigError
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import base, ring
 from mtv_jax.objectives.self_distillation import SelfDistillation
+from mtv_jax.utils.errors import ConfigError
 
 
 def koleo(

@@ -17,11 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from mtv_jax.augment import geometry
-from mtv_jax.config.schema import ConfigError
-from mtv_jax.models import layers
 from mtv_jax.models.heads import prompter
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import base, pairwise, ring
+from mtv_jax.utils.errors import ConfigError, check_choice
 
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
@@ -268,8 +267,8 @@ class Grounding(base.Objective):
   regression: float = 0.0
 
   def __post_init__(self):
-    layers.check_choice("grounding: pick", self.pick, PICKS)
-    layers.check_choice("grounding: method", self.method, ring.METHODS)
+    check_choice("grounding: pick", self.pick, PICKS)
+    check_choice("grounding: method", self.method, ring.METHODS)
     for name in ("regions", "attention_heads", "chunk"):
       value = getattr(self, name)
       if value is not None and value < 1:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mtv_jax.config.schema import ConfigError
 from mtv_jax.objectives import base
 from mtv_jax.objectives.self_distillation import SelfDistillation
+from mtv_jax.utils.errors import ConfigError
 
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.

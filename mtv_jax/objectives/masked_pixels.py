@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mtv_jax.augment import masks
-from mtv_jax.config.schema import ConfigError
 from mtv_jax.models import vit
 from mtv_jax.models.heads import mae_decoder
 from mtv_jax.objectives import base
+from mtv_jax.utils.errors import ConfigError
 
 
 def normalize_patches(pixels: Float[Array, "*b f"]) -> Float[Array, "*b f"]:

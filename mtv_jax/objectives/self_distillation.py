@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mtv_jax.models import layers
 from mtv_jax.models.heads.projection import PrototypeHead
 from mtv_jax.objectives import base, prototypes
+from mtv_jax.utils.errors import check_choice
 
 TARGETS = ("sinkhorn", "centering")
 
@@ -107,7 +107,7 @@ class SelfDistillation(base.Objective):
 
   def _choice(self, key: str, choices: Sequence[str]) -> None:
     what = f"{type(self).__name__}.{key}"
-    layers.check_choice(what, getattr(self, key), choices)
+    check_choice(what, getattr(self, key), choices)
 
   def heads(self) -> dict[str, base.Head]:
     module = PrototypeHead(

@@ -15,9 +15,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
-from mtv_jax.config import schema as config_lib
 from mtv_jax.parallel import sharding
 from mtv_jax.utils import tree as trees
+from mtv_jax.utils.errors import ConfigError
 
 
 def by_rows(tree: PyTree, mesh: Mesh | None) -> PyTree:
@@ -109,7 +109,7 @@ def check_in_use(
     if not NamedSharding(mesh, given).is_equivalent_to(
       NamedSharding(mesh, built_in), len(leaf.shape)
     ):
-      raise config_lib.ConfigError(
+      raise ConfigError(
         f"config.sharding places {name} along tensor as {given}, but layers "
         f"use it as {built_in} where fsdp gathers it. Name tensor as the "
         "built-in rule does (mtv_jax/parallel/sharding.py: RULES), or set "

@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.utils import tree as trees
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 AXES = ("data", "fsdp", "tensor")
 # `config.mesh.dcn` as it is where nothing is said.
@@ -50,7 +51,7 @@ RULES: Rules = (
 
 
 def make_mesh(
-  shape: config_lib.Config, devices: Sequence[Any] | None = None
+  shape: schema.Config, devices: Sequence[Any] | None = None
 ) -> Mesh:
   """The mesh `(data, fsdp, tensor)`.
 
@@ -88,7 +89,7 @@ def make_mesh(
     outer = _sizes("config.mesh.dcn", given, len(slices), "slices")
   for name, size, parts in zip(AXES, whole, outer, strict=True):
     if size % parts:
-      raise config_lib.ConfigError(
+      raise ConfigError(
         f"config.mesh: {name}={size} can't lie on dcn.{name}={parts} slices in "
         f"equal parts. Take a multiple of {parts}, or split another axis over "
         f"the {len(slices)} slices, such as dcn=dict(data=1, fsdp="
@@ -122,11 +123,11 @@ def _sizes(
   """Sizes of all axes, which multiply to `count`, with -1 filled in."""
   for name in shape:
     if name not in AXES:
-      raise config_lib.ConfigError(
-        f"{where}: no axis {name!r}. {config_lib.did_you_mean(name, AXES)}"
+      raise ConfigError(
+        f"{where}: no axis {name!r}. {did_you_mean(name, AXES)}"
       )
   sizes = [int(shape.get(name, 1)) for name in AXES]
-  wrong = config_lib.ConfigError(
+  wrong = ConfigError(
     f"{where}: {dict(zip(AXES, sizes, strict=True))} does not divide "
     f"{count} {things}. The sizes must multiply to their number; one of "
     "them may be -1 for what the others leave."
@@ -148,7 +149,7 @@ def _slices(devices: Sequence[Any]) -> list[list[Any]]:
     index = getattr(device, "slice_index", None) or 0
     slices.setdefault(index, []).append(device)
   if len({len(part) for part in slices.values()}) > 1:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"the slices have {[len(p) for p in slices.values()]} devices; a mesh "
       "needs as many in each."
     )
@@ -158,12 +159,12 @@ def _slices(devices: Sequence[Any]) -> list[list[Any]]:
 def _cut(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
   """So many groups of devices that follow each other."""
   if count > 1 and getattr(devices[0], "platform", "") == "tpu":
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"config.mesh.dcn asks for {count} slices; these {len(devices)} chips "
       "are one. Leave dcn out."
     )
   if count < 1 or len(devices) % count:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"config.mesh.dcn: {count} slices of {len(devices)} devices; expected "
       "a number that divides them."
     )
@@ -182,7 +183,7 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
   if batch_size % parts:
     below = batch_size // parts * parts
     near = f"{below} or {below + parts}" if below else f"{parts}"
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"config.batch_size is {batch_size}, which data x fsdp = "
       f"{mesh.shape['data']} x {mesh.shape['fsdp']} does not divide. Take "
       f"{near}, or another config.mesh."
@@ -209,7 +210,7 @@ def host_rows(batch_size: int, mesh: Mesh) -> HostRows:
   for i, part in enumerate(parts):
     if jax.process_index() in part.processes:
       return HostRows(index=i, count=len(parts))
-  raise config_lib.ConfigError(
+  raise ConfigError(
     f"config.mesh: process {jax.process_index()} has no device on the mesh of "
     f"{mesh.size} devices, and would have no row of the {batch_size} to read."
   )
@@ -258,7 +259,7 @@ def _parts(mesh: Mesh) -> list[_Part]:
     processes.setdefault(tuple(sorted(shards)), set()).add(process)
   sizes = [len(shards) for shards in processes]
   if len(set(sizes)) > 1 or sum(sizes) != len(devices):
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"config.mesh: {len(holders)} processes would hold {sizes} of the "
       f"{len(devices)} shards of the batch, which are not separate equal "
       "parts. Make data x fsdp a multiple of the number of processes."
@@ -325,9 +326,9 @@ def check_rules(rules: Rules, names: Iterable[str]) -> None:
   for pattern, axes in rules:
     for axis in axis_names(axes):
       if axis not in AXES:
-        raise config_lib.ConfigError(
+        raise ConfigError(
           f"config.sharding: {pattern!r} names the axis {axis!r}. "
-          f"{config_lib.did_you_mean(str(axis), AXES)}"
+          f"{did_you_mean(str(axis), AXES)}"
         )
 
 

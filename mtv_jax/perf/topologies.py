@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import jax
 
-from mtv_jax.config.schema import ConfigError, did_you_mean
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 GIB = 2**30
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mtv_jax.augment import views
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.data import ops, pipeline, tokenizers
 from mtv_jax.data.labels import join as labels
 from mtv_jax.data.sources import registry as sources_lib
@@ -31,6 +31,7 @@ from mtv_jax.train import optim
 from mtv_jax.train import step as step_lib
 from mtv_jax.train import step_spec as recipe_lib
 from mtv_jax.utils import tree as trees
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Experiment:
 
   def every(self, name: str, section: ConfigDict) -> int | None:
     """A duration of a section in steps, None where it has none."""
-    return config_lib.steps(
+    return schema.steps(
       name,
       section,
       batch_size=self.config.batch_size,
@@ -86,7 +87,7 @@ def build_recipe(config: ConfigDict, total_steps: int) -> recipe_lib.Recipe:
   }
   if weights and not any(weight.active(0) for weight in weights.values()):
     first = min(weight.start for weight in weights.values())
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"config.objectives: all of them start later, the first at step {first}: "
       f"there is nothing to train before step {first}."
     )
@@ -135,21 +136,20 @@ def _weight(
   weight, where = entry.weight, f"config.objectives.{name}.weight"
   if not isinstance(weight, ConfigDict):
     return recipe_lib.Weight(_not_negative(weight, where))
-  known = [f"{k}_{u}" for k in ("start", "ramp") for u in config_lib.UNITS]
+  known = [f"{k}_{u}" for k in ("start", "ramp") for u in schema.UNITS]
   for key in weight:
     if key not in ("value", *known):
-      raise config_lib.ConfigError(
-        f"{where}: no key {key!r}. "
-        f"{config_lib.did_you_mean(key, ['value', *known])}"
+      raise ConfigError(
+        f"{where}: no key {key!r}. {did_you_mean(key, ['value', *known])}"
       )
   start, ramp = (
-    config_lib.steps(
+    schema.steps(
       key, weight, batch_size=batch_size, total_steps=total_steps, default=0
     )
     for key in ("start", "ramp")
   )
   if start >= total_steps:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"{where}: it starts at step {start} of a run of {total_steps} steps, so "
       "that it would never be trained."
     )
@@ -160,9 +160,7 @@ def _weight(
 def _not_negative(value: Any, where: str) -> float:
   number = isinstance(value, int | float) and not isinstance(value, bool)
   if not number or not 0 <= value < math.inf:
-    raise config_lib.ConfigError(
-      f"{where} is {value!r}; expected a number from 0 on."
-    )
+    raise ConfigError(f"{where} is {value!r}; expected a number from 0 on.")
   return float(value)
 
 
@@ -180,7 +178,7 @@ def make_mesh(
   """
   mesh = sharding.make_mesh(config.mesh, devices)
   if config.batch_size % config.accumulate:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"config.batch_size is {config.batch_size}, which config.accumulate="
       f"{config.accumulate} does not divide."
     )
@@ -217,15 +215,15 @@ def make_program(
   return optimizer, program
 
 
-def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
+def build(config: schema.Config, workdir: str | os.PathLike) -> Experiment:
   """Checks a config and builds everything but the state.
 
   Raises:
     ConfigError: for anything in the config that can't be used.
   """
-  config = config_lib.check(config)
+  config = schema.check_config(config)
   if "://" in str(workdir):
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"the run's folder is {workdir}; buckets are not written to directly: "
       "mount it (gcsfuse, for example) and give the folder's path."
     )
@@ -242,7 +240,7 @@ def build(config: config_lib.Config, workdir: str | os.PathLike) -> Experiment:
     sources_lib.build_source({**entry, "labels": None}) for entry in entries
   ]
   examples = sum(len(source) for source in sources)
-  total_steps = config_lib.total_steps(config, examples)
+  total_steps = schema.total_steps(config, examples)
   recipe = build_recipe(config, total_steps)
   # Labels that no objective reads are not even opened.
   read = data_ops(config, recipe, tokenizer).labels
@@ -282,10 +280,8 @@ def _evaluators(
     weights = entry.get("weights", "student")
     every = ["student", "teacher", "ema"]
     if weights in lacking or weights not in every:
-      why = lacking.get(weights) or config_lib.did_you_mean(str(weights), every)
-      raise config_lib.ConfigError(
-        f"config.evals.{name}.weights is {weights!r}: {why}"
-      )
+      why = lacking.get(weights) or did_you_mean(str(weights), every)
+      raise ConfigError(f"config.evals.{name}.weights is {weights!r}: {why}")
     ours = ("weights", "at_start")
     entries[name] = {k: v for k, v in entry.items() if k not in ours}
   evaluators = evals_lib.build(entries)
@@ -323,7 +319,7 @@ def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
   )
   for field, readers in experiment.recipe.fields().items():
     if field not in loader.fields:
-      raise config_lib.ConfigError(
+      raise ConfigError(
         f"objective {readers[0]!r} reads the batch field {field!r}, which no "
         f"source and op of config.data gives; there are: "
         f"{sorted(loader.fields)}. Add the source or the op, or drop the "
@@ -341,7 +337,7 @@ def _require_length(
     return
   (length,) = fields["caption"].shape
   if length != text.length:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"config.data.ops makes captions of {length} tokens, and "
       f"config.model.text.length is {text.length}, which is how long the texts "
       "of evaluations and exports are: give both the same number."

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtv_jax.checkpoint import checkpointer, partial_restore
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.data import pipeline
 from mtv_jax.encoder import loading
 from mtv_jax.encoder.encoder import Encoder
@@ -129,11 +129,11 @@ def require_finite(step: int, values: Mapping[str, Any]) -> None:
   )
 
 
-def run(config: config_lib.Config, workdir: str | os.PathLike) -> TrainState:
+def run(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
   """Trains a config in a folder, from the start or from where it stopped.
 
   Args:
-    config: as `config.check` takes it.
+    config: as `schema.check_config` takes it.
     workdir: the run's folder, the same on every host.
 
   Returns:

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mtv_jax.config.schema import Config, ConfigError, did_you_mean, steps
+from mtv_jax.config.schema import Config, steps
 from mtv_jax.utils import tree as trees
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 Schedule = Callable[[Any], Float[Array, ""]]
 

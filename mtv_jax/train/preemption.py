@@ -9,11 +9,13 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from mtv_jax.utils.errors import UserError
+
 # 128 + SIGTERM, as shells have it: such a run does not look finished.
 EXIT_CODE = 143
 
 
-class Preempted(RuntimeError):
+class Preempted(UserError, RuntimeError):
   """A run was told to end, and has saved where it was."""
 
 

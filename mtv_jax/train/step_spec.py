@@ -13,11 +13,11 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from mtv_jax.augment import views as views_lib
-from mtv_jax.config.schema import ConfigError
 from mtv_jax.models import two_tower as model_lib
 from mtv_jax.objectives import base
 from mtv_jax.train import encodings
 from mtv_jax.train.state import TrainState
+from mtv_jax.utils.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

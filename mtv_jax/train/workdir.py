@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 from typing import IO
 
-from mtv_jax.config.schema import ConfigError
+from mtv_jax.utils.errors import ConfigError
 
 try:
   import fcntl

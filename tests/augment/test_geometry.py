@@ -8,7 +8,7 @@ from PIL import Image
 
 from mtv_jax.augment import geometry
 from mtv_jax.augment import random as draws
-from mtv_jax.config.schema import ConfigError
+from mtv_jax.utils.errors import ConfigError
 
 
 def uniform(shape, seed=0):

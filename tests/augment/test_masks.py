@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.augment import masks
-from mtv_jax.config.schema import ConfigError
+from mtv_jax.utils.errors import ConfigError
 
 
 def made(op, size, count, seed=0):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.augment import photometrics
-from mtv_jax.config.schema import ConfigError
+from mtv_jax.utils.errors import ConfigError
 
 NEUTRAL = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from mtv_jax.augment import geometry, views
-from mtv_jax.config.schema import ConfigError
+from mtv_jax.utils.errors import ConfigError
 
 GLOBAL = "crop(32, 0.32, 1.0)|flip|jitter|grey|blur(1.0)|blocks(0.2, 0.5, p=1)"
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import ConfigError
 from mtv_jax.convert import huggingface
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder.preprocess import Preprocess
@@ -20,6 +19,7 @@ from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.datasets import registry as datasets
 from mtv_jax.evals.retrieval import retrieval
 from mtv_jax.models import two_tower as models
+from mtv_jax.utils.errors import ConfigError
 
 
 def tool(repo_root, name):

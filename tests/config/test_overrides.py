@@ -12,10 +12,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from mtv_jax.cli import errors
-from mtv_jax.config import overrides
-from mtv_jax.config import schema as config_lib
-from mtv_jax.config.schema import ConfigError
+from mtv_jax.config import overrides, schema
 from mtv_jax.data.canvas import decode
+from mtv_jax.utils.errors import ConfigError
 
 SMALL = {
   "batch_size": 8,
@@ -83,7 +82,7 @@ def test_override(assignment, expected):
 
 
 def test_overrides_of_what_a_file_leaves_out_reach_the_checked_config():
-  checked = config_lib.check(
+  checked = schema.check_config(
     apply("data.max_corrupt=0.5", "mesh.fsdp=2", "evals.retrieval=none")
   )
   assert checked.data.max_corrupt == 0.5
@@ -114,7 +113,7 @@ def test_bad_overrides_name_the_key(assignment, match):
   if match is None:
     # Nothing wrong in itself: `check` refuses what comes of it.
     with pytest.raises(ConfigError, match="config.seed|config.batch_size"):
-      config_lib.check(apply(assignment))
+      schema.check_config(apply(assignment))
     return
   with pytest.raises(ConfigError, match=match):
     apply(assignment)
@@ -131,7 +130,7 @@ def test_bad_overrides_name_the_key(assignment, match):
 )
 def test_a_misspelt_override_is_an_unknown_key(assignment, match):
   with pytest.raises(ConfigError, match=match):
-    config_lib.check(apply(assignment))
+    schema.check_config(apply(assignment))
 
 
 # ---------------------------------------------------------------------------
@@ -140,7 +139,7 @@ def test_a_misspelt_override_is_an_unknown_key(assignment, match):
 
 def test_errors_raised_on_purpose_end_with_their_message():
   with pytest.raises(SystemExit) as ending, errors.readable_errors("train"):
-    config_lib.check({})
+    schema.check_config({})
   assert ending.value.code == (
     "train: config.batch_size is missing; it has no default."
   )

@@ -8,8 +8,10 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from mtv_jax.config import schema as config_lib
-from mtv_jax.config.schema import ConfigError, Op, parse_ops, steps
+from mtv_jax.config import schema
+from mtv_jax.config.op_strings import Op, build_op, parse_ops
+from mtv_jax.config.schema import steps
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 SMALL = {
   "batch_size": 8,
@@ -88,23 +90,23 @@ def test_build_op():
 
   registry = {"canvas": canvas, "decode": lambda: "decode"}
   op = Op("canvas", (3,), {"background": 1})
-  assert config_lib.build_op(op, registry, "data op") == (3, 1)
+  assert build_op(op, registry, "data op") == (3, 1)
   with pytest.raises(ConfigError, match="data op 'canvs'. Did you mean 'canv"):
-    config_lib.build_op(Op("canvs"), registry, "data op")
+    build_op(Op("canvs"), registry, "data op")
   with pytest.raises(ConfigError, match=r"canvas\(size, background=0\)"):
-    config_lib.build_op(Op("canvas"), registry, "data op")
+    build_op(Op("canvas"), registry, "data op")
   with pytest.raises(ConfigError, match="unexpected keyword argument 'x'"):
-    config_lib.build_op(Op("canvas", (1,), {"x": 1}), registry, "data op")
+    build_op(Op("canvas", (1,), {"x": 1}), registry, "data op")
 
 
 def test_did_you_mean():
   names = ["weight_decay", "lr"]
-  told = config_lib.did_you_mean("weight_decy", names)
+  told = did_you_mean("weight_decy", names)
   assert told == "Did you mean 'weight_decay'? There are: lr, weight_decay."
-  assert config_lib.did_you_mean("zzz", ["a"]) == "There are: a."
-  assert config_lib.did_you_mean("zzz", []) == "There are none."
+  assert did_you_mean("zzz", ["a"]) == "There are: a."
+  assert did_you_mean("zzz", []) == "There are none."
   many = [f"name{i}" for i in range(100)]
-  told = config_lib.did_you_mean("nam42", many, limit=3)
+  told = did_you_mean("nam42", many, limit=3)
   assert "name42" in told
   assert told.endswith("(97 more).")
 
@@ -150,9 +152,9 @@ def test_steps_errors():
 
 def test_total_steps():
   config = {"batch_size": 64, "total_epochs": 10}
-  assert config_lib.total_steps(config, 313) == 49
+  assert schema.total_steps(config, 313) == 49
   with pytest.raises(ConfigError, match="total_epochs: this data has no known"):
-    config_lib.total_steps(config, None)
+    schema.total_steps(config, None)
 
 
 # --- arguments ---------------------------------------------------------------
@@ -160,7 +162,7 @@ def test_total_steps():
 
 def test_parse_arg():
   defaults = {"tiny": False, "batch": 8, "lr": 1.0, "path": "a", "any": None}
-  parse = config_lib.parse_arg
+  parse = schema.parse_arg
   assert parse(None, **defaults).to_dict() == defaults
   got = parse("tiny, batch=64,lr=1,path=3,any=x", **defaults)
   assert got.to_dict() == {
@@ -185,7 +187,7 @@ def test_parse_arg():
 
 
 def test_check_fills_in_defaults_and_settles():
-  config = config_lib.check(ConfigDict(small(evals__zero_shot={"topk": 5})))
+  config = schema.check_config(ConfigDict(small(evals__zero_shot={"topk": 5})))
   assert config.optim.name == "adamw"
   assert config.schedule.warmup_steps == 0
   axes = {"data": -1, "fsdp": 1, "tensor": 1}
@@ -196,9 +198,9 @@ def test_check_fills_in_defaults_and_settles():
   }
   assert config.evals.zero_shot.to_dict() == {"type": "zero_shot", "topk": 5}
   assert config.ema is None and config.model.text is None
-  assert config_lib.check(config).to_dict() == config.to_dict()
+  assert schema.check_config(config).to_dict() == config.to_dict()
   # And as it comes back from config.json.
-  again = config_lib.check(json.loads(json.dumps(config.to_dict())))
+  again = schema.check_config(json.loads(json.dumps(config.to_dict())))
   assert json.dumps(again.to_dict()) == json.dumps(config.to_dict())
 
 
@@ -213,7 +215,7 @@ def test_check_keeps_given_values_and_units():
   del config["total_steps"]
   config["total_epochs"] = 3
   before = copy.deepcopy(config)
-  got = config_lib.check(config)
+  got = schema.check_config(config)
   assert got.schedule.warmup_percent == 5
   assert "warmup_steps" not in got.schedule
   assert "total_steps" not in got and got.total_epochs == 3
@@ -270,4 +272,4 @@ def test_check_keeps_given_values_and_units():
 )
 def test_check_errors(changes, message):
   with pytest.raises(ConfigError, match=message):
-    config_lib.check(small(**changes))
+    schema.check_config(small(**changes))

@@ -7,11 +7,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from mtv_jax.augment import views
-from mtv_jax.config import schema as config_lib
-from mtv_jax.config.schema import ConfigError
+from mtv_jax.config import schema
 from mtv_jax.models import two_tower as models
 from mtv_jax.objectives import build_objective
 from mtv_jax.train import experiment
+from mtv_jax.utils.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs").glob("[!_]*.py"))
@@ -32,16 +32,16 @@ def test_there_are_configs():
 
 
 def test_recipes_are_read_by_name():
-  by_name = config_lib.read("mtv_tiny:tiny,batch=8")
-  assert by_name == config_lib.read(str(ROOT / "configs/mtv_tiny.py:tiny"))
-  assert config_lib.read("mtv_tiny", tiny=True, batch=8) == by_name
+  by_name = schema.read_config("mtv_tiny:tiny,batch=8")
+  assert by_name == schema.read_config(str(ROOT / "configs/mtv_tiny.py:tiny"))
+  assert schema.read_config("mtv_tiny", tiny=True, batch=8) == by_name
   with pytest.raises(ConfigError, match="no config 'mtv_tiy'.*'mtv_tiny'"):
-    config_lib.read("mtv_tiy")
+    schema.read_config("mtv_tiy")
 
 
 @each_tiny
 def test_tiny_needs_nothing_but_the_scenes(file, tmp_path):
-  config = config_lib.read(f"{file}:tiny")
+  config = schema.read_config(f"{file}:tiny")
   # Of the whole run, what a laptop's CPU does in a minute.
   assert config.batch_size * config.total_steps <= 20_000
   assert all(source["type"] == "scenes" for source in config.data.train)
@@ -55,8 +55,8 @@ def test_tiny_needs_nothing_but_the_scenes(file, tmp_path):
 
 @every
 def test_the_whole_recipe_is_a_config(file):
-  config = config_lib.check(config_lib.read(str(file)))
-  assert config_lib.check(config) == config
+  config = schema.check_config(schema.read_config(str(file)))
+  assert schema.check_config(config) == config
   spec = models.ModelSpec.from_config(config.model)
   made = views.build_views(config.views.to_dict())
   for name, entry in config.objectives.items():
@@ -66,7 +66,7 @@ def test_the_whole_recipe_is_a_config(file):
   # What is evaluated has the size that the model was trained at.
   if "image" in made:
     assert made["image"].size == spec.image.image_size
-  length = config_lib.total_steps(config, examples_per_epoch=100_000)
+  length = schema.total_steps(config, examples_per_epoch=100_000)
   assert length > 100
 
 
@@ -86,14 +86,14 @@ def test_it_reads_as_a_recipe(file):
 )
 def test_siglip_is_trained_as_published(name, shape, size):
   """Batch 32,768, rate 1e-3, 20k warm-up steps (Zhai et al. 2023)."""
-  config = config_lib.read(str(ROOT / "configs" / f"{name}.py"))
+  config = schema.read_config(str(ROOT / "configs" / f"{name}.py"))
   image = models.ModelSpec.from_config(ConfigDict(config.model)).image
   assert (image.width, image.depth) == {"B": (768, 12), "L": (1024, 24)}[shape]
   assert (image.patch_size, image.image_size) == (16, size)
   assert config.batch_size == 32_768 and config.optim.lr == 1e-3
   assert config.optim.weight_decay * config.optim.lr == pytest.approx(1e-4)
-  total = config_lib.total_steps(config, None)
-  warmup = config_lib.steps(
+  total = schema.total_steps(config, None)
+  warmup = schema.steps(
     "warmup", config.schedule, batch_size=config.batch_size, total_steps=total
   )
   assert warmup == pytest.approx(20_000, rel=0.02)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mtv_jax.config.schema import ConfigError
 from mtv_jax.data.ops import build_ops
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.tokenizers import build_tokenizer
+from mtv_jax.utils.errors import ConfigError
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mtv_jax.augment import views
-from mtv_jax.config.schema import ConfigError
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ImageOutput
 from mtv_jax.objectives import base, build_objective, depth
+from mtv_jax.utils.errors import ConfigError
 
 SIDE = 8
 

@@ -13,7 +13,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mtv_jax.augment import views
-from mtv_jax.config.schema import ConfigError
 from mtv_jax.data import ops, tokenizers
 from mtv_jax.data.scenes import scenes
 from mtv_jax.models import text as text_lib
@@ -25,6 +24,7 @@ from mtv_jax.train import gradients
 from mtv_jax.train import step as step_lib
 from mtv_jax.train import step_spec as recipe_lib
 from mtv_jax.utils import tree as trees
+from mtv_jax.utils.errors import ConfigError
 
 IMAGE = base.Encoding("image", "image")
 PHRASE = base.Encoding("text", "box_phrase")

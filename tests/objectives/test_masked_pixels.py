@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from mtv_jax.augment import views
-from mtv_jax.config.schema import ConfigError
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ImageOutput
 from mtv_jax.objectives import base, build_objective, masked_pixels
+from mtv_jax.utils.errors import ConfigError
 
 
 def numpy_patches(image, patch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import trainings
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.parallel import sharding
 from mtv_jax.perf.bench import flops
 from mtv_jax.train import experiment
@@ -18,7 +18,7 @@ from mtv_jax.utils import tree as trees
 
 
 def smallest(**changes):
-  config = config_lib.read(str(trainings.CONFIG))
+  config = schema.read_config(str(trainings.CONFIG))
   config.update(changes)
   return config
 
@@ -71,7 +71,7 @@ def test_a_locked_tower_with_an_average_and_a_batch_in_parts():
     config.accumulate = parts
     # Adam would turn gradients that are zero but for rounding into steps.
     config.optim.name, config.optim.lr = "sgd", 0.1
-    config = config_lib.check(config)
+    config = schema.check_config(config)
     recipe = experiment.build_recipe(config, 10)
     mesh = experiment.make_mesh(config, jax.devices()[:1])
     _, program = experiment.make_program(config, recipe, mesh, 100)

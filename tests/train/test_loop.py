@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import trainings
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.perf.bench import step as step_benchmark
 from mtv_jax.train import experiment, step_spec
 from mtv_jax.train import loop as train
 
 
 def smallest(**changes):
-  config = config_lib.read(str(trainings.CONFIG))
+  config = schema.read_config(str(trainings.CONFIG))
   config.update(changes)
   return config
 

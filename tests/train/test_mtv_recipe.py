@@ -10,13 +10,14 @@ import optax
 import pytest
 import tiny_mtv
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.parallel import sharding
 from mtv_jax.perf.bench import flops
 from mtv_jax.train import experiment, gradients
 from mtv_jax.train import step as step_lib
 from mtv_jax.train import step_spec as recipe_lib
 from mtv_jax.utils import tree as trees
+from mtv_jax.utils.errors import ConfigError
 
 
 @functools.cache
@@ -168,8 +169,8 @@ def test_a_weight_that_can_t_be(weight, match):
   config = tiny_mtv.read()
   with config.objectives.depth.ignore_type():
     config.objectives.depth.weight = weight
-  with pytest.raises(config_lib.ConfigError, match=match):
-    experiment.build_recipe(config_lib.check(config), total_steps=100)
+  with pytest.raises(ConfigError, match=match):
+    experiment.build_recipe(schema.check_config(config), total_steps=100)
 
 
 def test_heads_of_one_name_must_read_the_same_width():
@@ -177,7 +178,7 @@ def test_heads_of_one_name_must_read_the_same_width():
   config.model.projection = 16
   config.model.text.projection = 16
   config.objectives.masked_latent.head = "dino"
-  with pytest.raises(config_lib.ConfigError, match="both own heads/dino"):
+  with pytest.raises(ConfigError, match="both own heads/dino"):
     _ = experiment.build_recipe(config, total_steps=100).heads
 
 
@@ -231,7 +232,7 @@ def test_prototypes_in_chunks_cost_more_flops_and_no_less():
   ("name", "most"), [("mtv_b16_224", 0.71), ("mtv_l16_256", 0.69)]
 )
 def test_the_compiled_step_computes_each_encoding_once(name, most):
-  config = config_lib.read(str(tiny_mtv.ROOT / "configs" / f"{name}.py"))
+  config = schema.read_config(str(tiny_mtv.ROOT / "configs" / f"{name}.py"))
   cost = flops.bench_flops(config, batch_size=16, compile="whole")
   print(f"\n{cost}")
   assert cost.compiled == pytest.approx(cost.total, rel=0.03)

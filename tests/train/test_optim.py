@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from mtv_jax.config.schema import ConfigError
 from mtv_jax.train import optim
 from mtv_jax.utils import tree as trees
+from mtv_jax.utils.errors import ConfigError
 
 RNG = np.random.default_rng(0)
 SHAPES = {

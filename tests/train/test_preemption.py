@@ -9,7 +9,7 @@ import pytest
 import trainings
 
 from mtv_jax.cli import errors
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.train import loop as train
 from mtv_jax.train import metrics, preemption
 
@@ -17,7 +17,7 @@ at_once = signal.SIG_DFL
 
 
 def smallest(**changes):
-  config = config_lib.read(f"{trainings.CONFIG}:save=100")
+  config = schema.read_config(f"{trainings.CONFIG}:save=100")
   config.update(changes)
   return config
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from mtv_jax.config.schema import ConfigError
 from mtv_jax.train import workdir
+from mtv_jax.utils.errors import ConfigError
 
 
 def test_a_folder_is_made_and_let_go(tmp_path):

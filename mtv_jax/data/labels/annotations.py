@@ -22,13 +22,13 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data.labels import bases as label_bases
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_sets import LabelError
 from mtv_jax.data.labels.label_values import Outcome, no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
 from mtv_jax.data.records import BadRecord
+from mtv_jax.utils.errors import did_you_mean
 
 MATCHES = ("name", "image_id", "key")
 # Records that are in the hands of threads at a time.

@@ -22,11 +22,11 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 import numpy as np
 from jaxtyping import UInt64
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import KINDS, DepthLabel, Label, Stored
 from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.utils.errors import did_you_mean
 
 log = logging.getLogger(__name__)
 

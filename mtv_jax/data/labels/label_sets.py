@@ -27,6 +27,7 @@ from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import Stored
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.open_files import OpenFiles
 
 VERSION = 1
@@ -35,7 +36,7 @@ _SUFFIXES = (".tar", ".array_record")
 _THREADS = 16
 
 
-class LabelError(ValueError):
+class LabelError(InputError):
   """A label set that can't be used with these shards, or at all."""
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.webdataset import parse_captions
+from mtv_jax.utils.errors import did_you_mean
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 

@@ -12,12 +12,12 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data.labels import join as labels
 from mtv_jax.data.records import Record
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.tfds import TFDSSource
 from mtv_jax.data.sources.webdataset import WebDatasetSource
+from mtv_jax.utils.errors import did_you_mean
 
 __all__ = [
   "ArrayRecordSource",

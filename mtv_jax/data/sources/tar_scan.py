@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mtv_jax.utils.errors import InputError
+
 log = logging.getLogger(__name__)
 
 IMAGE, TEXT, JSON = range(3)
@@ -30,7 +32,7 @@ _WINDOW = 8192
 _MAX_NAME = 1 << 20
 
 
-class TarError(ValueError):
+class TarError(InputError):
   """A tar that can't be used as it is: names the tar, where, and the fix."""
 
 

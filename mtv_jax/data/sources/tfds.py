@@ -16,8 +16,8 @@ from typing import Any, SupportsIndex
 import numpy as np
 from jaxtyping import Int64
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.utils.errors import did_you_mean
 
 # Where sets keep their captions, the first that is there.
 _CAPTIONS = (("captions", "text"), ("captions",), ("caption",), ("text",))

@@ -12,12 +12,12 @@ from typing import Any, SupportsIndex
 import numpy as np
 from jaxtyping import Int64
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.sources import tar_index
 from mtv_jax.data.sources.tar_index import TarIndex
 from mtv_jax.data.sources.tar_scan import TarError
 from mtv_jax.utils import path as paths
+from mtv_jax.utils.errors import did_you_mean
 from mtv_jax.utils.open_files import OpenFiles
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-from mtv_jax.config.op_strings import did_you_mean
 from mtv_jax.data.tokenizers.base import Tokenizer as Tokenizer
 from mtv_jax.data.tokenizers.base import canonicalize as canonicalize
 from mtv_jax.data.tokenizers.base import check_vocabulary as check_vocabulary
@@ -11,6 +10,7 @@ from mtv_jax.data.tokenizers.base import export_files as export_files
 from mtv_jax.data.tokenizers.byte import ByteTokenizer
 from mtv_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from mtv_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from mtv_jax.utils.errors import did_you_mean
 
 # By the suffix of the tokenizer's file.
 _TYPES = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
-from mtv_jax.config.op_strings import did_you_mean
+from mtv_jax.utils.errors import did_you_mean
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SPACES = re.compile(r"\s+")

@@ -15,7 +15,7 @@ from mtv_jax.evals.classification import zero_shot
 from mtv_jax.evals.core import global_features, ranking
 from mtv_jax.evals.core.base import Evaluator
 from mtv_jax.evals.datasets import registry as datasets
-from mtv_jax.models.layers import check_choice
+from mtv_jax.utils.errors import check_choice
 
 SELECTIONS = ("val", "train_split")
 _TRAIN_SCENES, _TEST_SCENES = 800, 400

@@ -23,7 +23,7 @@ from mtv_jax.evals.core import crops, global_features, probe
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.examples import Images
 from mtv_jax.evals.datasets import registry as datasets
-from mtv_jax.models.layers import check_choice
+from mtv_jax.utils.errors import check_choice
 
 RATES = tuple(m * 10.0**e for e in range(-5, -1) for m in (1, 2, 5)) + (0.1,)
 

@@ -26,8 +26,8 @@ from mtv_jax.evals.classification import common as classification
 from mtv_jax.evals.classification.common import OneVector
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.core.base import Result
-from mtv_jax.models.layers import check_choice
 from mtv_jax.parallel import sharding
+from mtv_jax.utils.errors import check_choice
 
 STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
 # Every fifth: 1e-6 to 1e4 in steps of 10^1.25.

@@ -28,7 +28,7 @@ from mtv_jax.evals.classification.linear_probe import crops_of
 from mtv_jax.evals.core import crops, global_features, probe
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.datasets import registry as datasets
-from mtv_jax.models.layers import check_choice
+from mtv_jax.utils.errors import check_choice
 
 _EPS = 1e-6
 _ROWS = 4096

@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.core import base, prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, Result
 from mtv_jax.evals.datasets import registry as datasets
-from mtv_jax.models import layers
+from mtv_jax.utils.errors import check_choice, did_you_mean
 
 # Classes embedded at a time: 64 x 80 prompts are 16 MB of embeddings.
 _CLASSES = 64
@@ -57,10 +56,8 @@ class ZeroShot(Evaluator):
   batch_size: int = 64
 
   def __post_init__(self):
-    layers.check_choice("zero_shot: classes", self.classes, ("all", "present"))
-    layers.check_choice(
-      "zero_shot: clean", self.clean, ("tokenizer", "canonicalize")
-    )
+    check_choice("zero_shot: classes", self.classes, ("all", "present"))
+    check_choice("zero_shot: clean", self.clean, ("tokenizer", "canonicalize"))
 
   @functools.cached_property
   def _set(self) -> tuple[datasets.Labelled, prompts.Prompts, np.ndarray]:

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import UNITS, ConfigError, did_you_mean
+from mtv_jax.config.schema import UNITS
 from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
 # Imported when asked for, so that one evaluation's needs burden no other. In
 # the order of tables.
@@ -52,7 +53,7 @@ EVALUATORS = {
 }
 
 
-class NotApplicable(ValueError):
+class NotApplicable(InputError):
   """An encoder or a data set has not what the evaluation needs.
 
   The message is the reason, in a sentence that ends a table's row: what is

@@ -14,7 +14,7 @@ from mtv_jax.encoder.encoder import Encoder, ImageFeatures
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core import features
 from mtv_jax.evals.core.examples import Labelled, subset
-from mtv_jax.models.layers import check_choice
+from mtv_jax.utils.errors import check_choice
 
 VIEWS = ("center", "squash_center", "encoder")
 FEATURES = ("pooled", "cls", "mean")

@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int, Shaped
 
 from mtv_jax.augment import geometry
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.models import positions
 from mtv_jax.models.heads import dpt
+from mtv_jax.utils.errors import did_you_mean
 
 LINEAR = (
   "bilinear",

@@ -37,8 +37,8 @@ from mtv_jax.evals.datasets import (
 from mtv_jax.evals.datasets import (
   registry as datasets,
 )
-from mtv_jax.models import layers
 from mtv_jax.utils import plots
+from mtv_jax.utils.errors import check_choice
 
 _CHUNK = 32  # pairs whose views and features are held at a time
 
@@ -161,8 +161,8 @@ class GeometricCorrespondence(Evaluator):
   pictures: int = 0
 
   def __post_init__(self):
-    layers.check_choice("geometric: norm", self.norm, matching.NORMS)
-    layers.check_choice("geometric: subset", self.subset, navi.SUBSETS)
+    check_choice("geometric: norm", self.norm, matching.NORMS)
+    check_choice("geometric: subset", self.subset, navi.SUBSETS)
     matching.check_counts(
       "geometric",
       size=self.size,

@@ -32,8 +32,8 @@ from mtv_jax.evals.correspondence import matching, pck
 from mtv_jax.evals.datasets import registry as datasets
 from mtv_jax.evals.datasets import scene_pairs, spair
 from mtv_jax.evals.datasets.keypoints import KeyPointPair, KeyPointPairs
-from mtv_jax.models import layers
 from mtv_jax.utils import plots
+from mtv_jax.utils.errors import check_choice
 
 _REPORTS = ("means", "classes")
 # Pictures whose features are held at a time: 1.3 GB of ViT-L's at 50 x 50.
@@ -79,10 +79,10 @@ class SemanticCorrespondence(Evaluator):
   pictures: int = 0
 
   def __post_init__(self):
-    layers.check_choice("semantic: split", self.split, spair.SPLITS)
-    layers.check_choice("semantic: norm", self.norm, matching.NORMS)
-    layers.check_choice("semantic: aggregate", self.aggregate, pck.AGGREGATES)
-    layers.check_choice("semantic: report", self.report, _REPORTS)
+    check_choice("semantic: split", self.split, spair.SPLITS)
+    check_choice("semantic: norm", self.norm, matching.NORMS)
+    check_choice("semantic: aggregate", self.aggregate, pck.AGGREGATES)
+    check_choice("semantic: report", self.report, _REPORTS)
     matching.check_counts(
       "semantic",
       size=self.size,

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data import canvas
 from mtv_jax.evals.datasets import layout
 from mtv_jax.evals.datasets.posed import Frame, PosedFrames, read_uint16
+from mtv_jax.utils.errors import did_you_mean
 
 SUBSETS = ("wild_set", "multiview")
 # The offline copies that the protocol reads have this shorter side.

@@ -20,8 +20,8 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8, UInt16
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.evals.core import examples, resizing
+from mtv_jax.utils.errors import did_you_mean
 
 CELL = 4  # pixels of a view to a cell of its grid of points
 

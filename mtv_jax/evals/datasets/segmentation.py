@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data.scenes import scenes
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.segmentation_metrics import IGNORE
@@ -30,6 +29,7 @@ from mtv_jax.evals.datasets import (
 from mtv_jax.evals.datasets import (
   registry as datasets,
 )
+from mtv_jax.utils.errors import did_you_mean
 
 SPLITS = ("train", "test")
 _SCENES = {"train": 256, "test": 100}

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import layout
 from mtv_jax.evals.datasets.keypoints import KeyPointPair, KeyPointPairs
+from mtv_jax.utils.errors import did_you_mean
 
 SPLITS = ("trn", "val", "test")
 

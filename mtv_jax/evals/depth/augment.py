@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Float32
 
-from mtv_jax.config.schema import did_you_mean
+from mtv_jax.utils.errors import did_you_mean
 
 AUGMENTS = ("none", "flip", "toolbox", "probe3d")
 # NYUv2's training images have a white border: the columns and rows within it.

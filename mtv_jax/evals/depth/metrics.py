@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from jaxtyping import Bool, Float, Float64
 
-from mtv_jax.config.schema import did_you_mean
+from mtv_jax.utils.errors import did_you_mean
 
 METRICS = (
   "rmse",

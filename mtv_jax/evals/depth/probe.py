@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
@@ -45,6 +44,7 @@ from mtv_jax.evals.depth import (
   training as depth_training,
 )
 from mtv_jax.evals.depth.training import Setup
+from mtv_jax.utils.errors import did_you_mean
 
 _MAX_DEPTH = {"nyu": 10.0, "scenes": depth_data.SCENES_MAX_DEPTH}
 # Scenes stand in for a data set, and have seconds instead of hours.

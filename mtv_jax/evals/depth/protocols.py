@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.models.heads import dpt
+from mtv_jax.utils.errors import did_you_mean
 
 Step = int | jax.Array
 Schedule = Callable[[Step], Float[Array, ""]]

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import resizing
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
@@ -37,6 +36,7 @@ from mtv_jax.evals.datasets import (
 )
 from mtv_jax.evals.depth import metrics as depth_metrics
 from mtv_jax.evals.depth import sheet as depth_sheet
+from mtv_jax.utils.errors import did_you_mean
 
 ALIGNMENTS = {
   "disparity": (

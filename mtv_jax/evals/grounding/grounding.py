@@ -31,8 +31,8 @@ from mtv_jax.evals.datasets import registry as datasets
 from mtv_jax.evals.grounding import region_features
 from mtv_jax.evals.report import sheets
 from mtv_jax.evals.retrieval import retrieval
-from mtv_jax.models import layers
 from mtv_jax.utils import plots
+from mtv_jax.utils.errors import check_choice
 
 # Images located in at a time.
 _CHUNK = 256
@@ -68,8 +68,8 @@ class Grounding(Evaluator):
 
   def __post_init__(self):
     ways = ("auto", *region_features.WAYS)
-    layers.check_choice("grounding: regions", self.regions, ways)
-    layers.check_choice("grounding: locate", self.locate, ("auto", "none"))
+    check_choice("grounding: regions", self.regions, ways)
+    check_choice("grounding: locate", self.locate, ("auto", "none"))
 
   @functools.cached_property
   def _set(self) -> tuple[named_boxes.NamedBoxes, prompts.Prompts | None]:

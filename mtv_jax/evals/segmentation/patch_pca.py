@@ -21,12 +21,12 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Bool, Float32
 
-from mtv_jax.config.schema import ConfigError, did_you_mean
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base, examples
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.datasets import registry as datasets
 from mtv_jax.evals.report import sheets
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 _FOREGROUND = ("all", "threshold")
 _COMPONENTS = 3

@@ -28,12 +28,12 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.encoder import apply_fns, batched
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.models import layers
 from mtv_jax.models import two_tower as models
 from mtv_jax.parallel import sharding
+from mtv_jax.utils.errors import did_you_mean
 
 LAST_BLOCKS = ("attention", "values")
 

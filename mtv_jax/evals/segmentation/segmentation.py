@@ -21,7 +21,6 @@ import numpy as np
 import optax
 from jaxtyping import Float32, UInt8
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import probe, segmentation_metrics
 from mtv_jax.evals.core.base import Evaluator, Result
@@ -44,6 +43,7 @@ from mtv_jax.evals.segmentation import (
 from mtv_jax.evals.segmentation import (
   views as segmentation_views,
 )
+from mtv_jax.utils.errors import did_you_mean
 
 AUGMENTS = ("official", "none")
 _CHOICES = {

@@ -24,8 +24,8 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float32, UInt8
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.evals.core import resizing
+from mtv_jax.utils.errors import did_you_mean
 
 # Bytes of full-size scores held at a time, by each thread.
 _BLOCK = 2**25

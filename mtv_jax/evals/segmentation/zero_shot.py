@@ -18,7 +18,6 @@ import functools
 
 import numpy as np
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.classification.zero_shot import text_classifier
 from mtv_jax.evals.core import prompts, segmentation_metrics
@@ -37,6 +36,7 @@ from mtv_jax.evals.segmentation import (
 from mtv_jax.evals.segmentation import (
   runs as segmentation_runs,
 )
+from mtv_jax.utils.errors import did_you_mean
 
 _SIZE, _STRIDE = 448, 336
 

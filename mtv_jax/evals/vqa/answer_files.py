@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.evals.vqa import scoring as vqa
+from mtv_jax.utils.errors import did_you_mean
 
 _IDS = ("question_id", "questionId", "id")
 _ANSWERS = ("answer", "prediction", "text")

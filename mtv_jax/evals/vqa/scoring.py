@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mtv_jax.config.schema import did_you_mean
+from mtv_jax.utils.errors import did_you_mean
 
 _COUNTING = ("original", "simple")
 

@@ -23,6 +23,7 @@ from mtv_jax.experts.depth_anything.inputs import Inputs
 from mtv_jax.experts.depth_anything.weights import DepthModel, DepthSpec
 from mtv_jax.models import layers, vit
 from mtv_jax.models.heads import dpt
+from mtv_jax.utils.errors import check_choice
 
 DTYPES = ("float32", "bfloat16")
 
@@ -134,7 +135,7 @@ def make_function(
     dtype: of the computation; the map is float32.
     mesh: of the devices that it is to be fast on.
   """
-  layers.check_choice("dtype", dtype, DTYPES)
+  check_choice("dtype", dtype, DTYPES)
   compute = jnp.dtype(dtype)
   tower = vit.ViT(spec.image, dtype=compute)
   norm = layers.norm(spec.image.norm_eps, compute, "norm")

@@ -27,7 +27,7 @@ import PIL.Image
 from jaxtyping import Float32, UInt8
 
 from mtv_jax.data import canvas
-from mtv_jax.models.layers import check_choice
+from mtv_jax.utils.errors import check_choice
 
 PREPROCESSES = ("original", "huggingface", "square")
 # ImageNet's.

@@ -10,12 +10,12 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.convert import checks, configs, dinov2, folders, tables
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.heads import dpt
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
+from mtv_jax.utils.errors import did_you_mean
 
 DEFAULTS = {
   "reassemble_hidden_size": 384,

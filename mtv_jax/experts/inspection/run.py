@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data.labels import bases as label_bases
 from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.join import AlignedLabels, KeyedLabels, Labels
@@ -23,6 +22,7 @@ from mtv_jax.experts.inspection import cards, findings, page, sheet, statistics
 from mtv_jax.experts.inspection.findings import percent
 from mtv_jax.experts.inspection.page import different, spread
 from mtv_jax.utils.drawing import one_line
+from mtv_jax.utils.errors import did_you_mean
 
 JOINS = ("aligned", "key")
 # Longer side of the page's pictures.

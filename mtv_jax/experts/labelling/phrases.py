@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.tokenizers import canonicalize
 from mtv_jax.experts.labelling import stop_words
+from mtv_jax.utils.errors import did_you_mean
 
 # OWLv2's. The 10-grams of a caption of 35 words are about as many; a caption
 # of COCO has some 50.

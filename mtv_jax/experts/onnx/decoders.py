@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.experts.labelling.detections import Detections
+from mtv_jax.utils.errors import did_you_mean
 
 _NAMED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 

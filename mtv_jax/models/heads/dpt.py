@@ -18,6 +18,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Float32
 
 from mtv_jax.models import layers
+from mtv_jax.utils.errors import check_choice
 
 STAGES = 4
 RESIZES = ("products", "neighbours")
@@ -297,9 +298,9 @@ class DPT(nn.Module):
     Raises:
       ValueError: for another number of stages, or an unknown option.
     """
-    layers.check_choice("DPT.tap_norm", self.tap_norm, ("layer", "none"))
-    layers.check_choice("DPT.activation", self.activation, ("none", "relu"))
-    layers.check_choice("DPT.resize", self.resize, RESIZES)
+    check_choice("DPT.tap_norm", self.tap_norm, ("layer", "none"))
+    check_choice("DPT.activation", self.activation, ("none", "relu"))
+    check_choice("DPT.resize", self.resize, RESIZES)
     if len(stages) != STAGES:
       raise ValueError(f"DPT reads {STAGES} stages, not {len(stages)}.")
     maps = []

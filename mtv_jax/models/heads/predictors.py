@@ -12,9 +12,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.schema import did_you_mean
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads import dpt
+from mtv_jax.utils.errors import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,15 +27,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.data import tokenizers
-from mtv_jax.models.layers import check_choice
 from mtv_jax.parallel import sharding
 from mtv_jax.train import experiment as experiment_lib
 from mtv_jax.train import gradients, optim
 from mtv_jax.train import step as step_lib
 from mtv_jax.train import step_spec as recipe_lib
 from mtv_jax.train.step_spec import Recipe
+from mtv_jax.utils.errors import check_choice
 
 WHAT = ("siglip", "distillation")
 # Adam's settings and those of the step around it, of both sides.
@@ -215,7 +215,7 @@ def _config(what: str, batch_size: int, model: dict[str, Any]) -> ConfigDict:
 
 def _ours(what: str, batch_size: int, model: dict[str, Any]):
   """The recipe, a step as a function, its first state and its batch."""
-  config = config_lib.check(_config(what, batch_size, dict(model)))
+  config = schema.check_config(_config(what, batch_size, dict(model)))
   recipe = experiment_lib.build_recipe(config, config.total_steps)
   tx = optim.make_optimizer(
     config.optim,

@@ -12,7 +12,7 @@ import time
 import jax
 
 from mtv_jax.checkpoint import checkpointer
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.perf.bench import floors
 from mtv_jax.perf.bench.step import Alone
 
@@ -81,7 +81,7 @@ class CheckpointSpeed:
 
 
 def bench_checkpoint(
-  config: config_lib.Config,
+  config: schema.Config,
   *,
   steps: int = 10,
   saves: int = 3,

@@ -31,10 +31,10 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from mtv_jax.experts import local_mesh as placing
-from mtv_jax.models.layers import check_choice
 from mtv_jax.parallel import sharding
 from mtv_jax.perf import topologies
 from mtv_jax.perf.bench import counting
+from mtv_jax.utils.errors import check_choice
 
 # By the kind of labels, the module that knows the expert.
 SUBJECTS = {

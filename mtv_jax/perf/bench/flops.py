@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.data import tokenizers
-from mtv_jax.models.layers import check_choice
 from mtv_jax.objectives import base
 from mtv_jax.parallel import sharding
 from mtv_jax.perf.bench.counting import trace
@@ -32,6 +31,7 @@ from mtv_jax.train import gradients
 from mtv_jax.train import step as step_lib
 from mtv_jax.train import step_spec as recipe_lib
 from mtv_jax.train.step_spec import Recipe
+from mtv_jax.utils.errors import check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class StepFlops:
 
 
 def bench_flops(
-  config: config_lib.Config, *, batch_size: int = 64, compile: str = "no"
+  config: schema.Config, *, batch_size: int = 64, compile: str = "no"
 ) -> StepFlops:
   """Counts the step of a config; needs neither its data nor a machine for it.
 
@@ -108,7 +108,7 @@ def bench_flops(
     batch_size: of the counted step; an image's share hardly depends on it.
     compile: see `step_flops`.
   """
-  config = config_lib.check(config)
+  config = schema.check_config(config)
   # A run so long that every objective has started at its end.
   recipe = experiment_lib.build_recipe(config, total_steps=10**9)
   recipe = plain(recipe)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.parallel import sharding
 from mtv_jax.perf.bench import floors, flops
 from mtv_jax.train import experiment as experiment_lib
@@ -94,7 +94,7 @@ class Alone:
     compile_seconds: of the first step.
   """
 
-  def __init__(self, config: config_lib.Config):
+  def __init__(self, config: schema.Config):
     with tempfile.TemporaryDirectory() as workdir:
       self.experiment: Experiment = experiment_lib.build(config, workdir)
     self.state: TrainState = train.start(self.experiment, None)
@@ -111,7 +111,7 @@ class Alone:
     return time.perf_counter() - begin
 
 
-def bench_step(config: config_lib.Config, *, steps: int = 20) -> StepSpeed:
+def bench_step(config: schema.Config, *, steps: int = 20) -> StepSpeed:
   """Times the train step of a config, with and without its input pipeline.
 
   The step alone runs on one batch again and again: the floor that the loop

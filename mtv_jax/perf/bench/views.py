@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.parallel import sharding
 from mtv_jax.perf.bench import data, floors
 from mtv_jax.perf.bench.step import Alone
@@ -62,7 +62,7 @@ class ViewSpeed:
     return "\n".join([*lines, f"views / step: {self.share:.1%}"])
 
 
-def bench_views(config: config_lib.Config, *, steps: int = 5) -> ViewSpeed:
+def bench_views(config: schema.Config, *, steps: int = 5) -> ViewSpeed:
   """Times the views of a config alone, in one program, and in the step.
 
   Args:

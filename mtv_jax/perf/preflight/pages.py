@@ -7,9 +7,10 @@ import importlib.metadata
 import pathlib
 from collections.abc import Sequence
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.perf import hlo
 from mtv_jax.perf.preflight import report as report_lib
+from mtv_jax.utils.errors import ConfigError
 
 BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
 NOTE = """
@@ -78,7 +79,7 @@ def replace(text: str, lines: Sequence[str]) -> str:
     ConfigError: where the page lacks them.
   """
   if BEGIN not in text or END not in text:
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"the page has no lines {BEGIN} and {END}: the table goes between them."
     )
   before, _, rest = text.partition(BEGIN)
@@ -114,7 +115,7 @@ def write(page: pathlib.Path, *, rows: Sequence[str] = ()) -> str:
   made = []
   for row in ROWS:
     if all(word in str(row) for word in rows):
-      config = config_lib.read(row.config)
+      config = schema.read_config(row.config)
       made.append((row, line(row, report_lib.preflight(config, row.topology))))
   lines = merge(text, made)
   page.write_text(replace(text, lines), encoding="utf-8")

@@ -10,13 +10,14 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.data import ops, tokenizers
 from mtv_jax.parallel import sharding
 from mtv_jax.perf import topologies
 from mtv_jax.train import experiment as experiment_lib
 from mtv_jax.train import step as step_lib
 from mtv_jax.train import step_spec as recipe_lib
+from mtv_jax.utils.errors import ConfigError
 
 # Of an epoch, where a config counts in epochs and nothing was said: it decides
 # when things happen in a run, and nothing of what is measured here.
@@ -68,7 +69,7 @@ class Plan:
   @property
   def takes_norms(self) -> bool:
     """Whether a run measures each objective's gradient on the encoder."""
-    every = config_lib.steps(
+    every = schema.steps(
       "gradients",
       self.config.log,
       batch_size=self.config.batch_size,
@@ -87,7 +88,7 @@ class Plan:
 
 
 def make_plan(
-  config: config_lib.Config,
+  config: schema.Config,
   topology: topologies.Topology,
   *,
   devices: Sequence[jax.Device] | None = None,
@@ -104,19 +105,19 @@ def make_plan(
   Raises:
     ConfigError: for anything in the config that can't be used.
   """
-  config = config_lib.check(config)
+  config = schema.check_config(config)
   if devices is None:
     devices = topologies.devices(topology.name)
   mesh = experiment_lib.make_mesh(config, devices)
   examples = examples_per_epoch or EPOCH
-  total_steps = config_lib.total_steps(config, examples)
+  total_steps = schema.total_steps(config, examples)
   recipe = experiment_lib.build_recipe(config, total_steps)
   # Any tokenizer will do: only the shapes count.
   tokenizer = tokenizers.build_tokenizer("bytes") if config.model.text else None
   fields = experiment_lib.data_ops(config, recipe, tokenizer).fields
   for field, readers in recipe.fields().items():
     if field not in fields:
-      raise config_lib.ConfigError(
+      raise ConfigError(
         f"objective {readers[0]!r} reads the batch field {field!r}, which no "
         f"op of config.data.ops gives; there are: {sorted(fields)}."
       )

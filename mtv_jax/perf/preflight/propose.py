@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from mtv_jax.config import overrides
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import overrides, schema
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import measure as measure_lib
 from mtv_jax.perf.preflight import program
@@ -44,9 +43,9 @@ class Candidate:
   factor: int = 1
 
 
-def candidates(config: config_lib.Config, chips: int) -> Iterator[Candidate]:
+def candidates(config: schema.Config, chips: int) -> Iterator[Candidate]:
   """Changes to try, in order: remat, fsdp, parts of the batch, its size."""
-  config = config_lib.check(config)
+  config = schema.check_config(config)
   base = ()
   if config.model.remat != "full":
     base = ("model.remat=full",)
@@ -68,7 +67,7 @@ def candidates(config: config_lib.Config, chips: int) -> Iterator[Candidate]:
 
 
 def propose(
-  config: config_lib.Config,
+  config: schema.Config,
   topology: str,
   *,
   found: int = 1,
@@ -97,7 +96,7 @@ def propose(
       break
     if 1 < candidate.factor < excess / 2:
       continue
-    changed = overrides.override(config_lib.check(config), candidate.changes)
+    changed = overrides.override(schema.check_config(config), candidate.changes)
     measured = measure_lib.measure(
       program.make_plan(changed, parsed), largest=0
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.parallel import sharding
 from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf.bench import flops as flops_lib
@@ -275,7 +275,7 @@ class Report:
 
 
 def preflight(
-  config: config_lib.Config,
+  config: schema.Config,
   topology: str,
   *,
   mfu: float = MFU,

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mtv_jax.config import overrides
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import overrides, schema
 from mtv_jax.objectives import base, build_objective, contrastive
 from mtv_jax.parallel import sharding
 from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf.preflight import exchanges, program
 from mtv_jax.perf.preflight import measure as measure_lib
+from mtv_jax.utils.errors import ConfigError
 
 # 16, 64 and 256 chips.
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
@@ -125,7 +125,7 @@ class StepRow:
     return self.received - self.gradients - self.embeddings
 
 
-def step(config: config_lib.Config, name: str, *, rows: int = 64) -> StepRow:
+def step(config: schema.Config, name: str, *, rows: int = 64) -> StepRow:
   """Compiles a config's step at a constant batch a chip.
 
   Args:
@@ -139,12 +139,12 @@ def step(config: config_lib.Config, name: str, *, rows: int = 64) -> StepRow:
   parsed = topologies.parse(name)
   batch = rows * parsed.chips
   changed = overrides.override(
-    config_lib.check(config), [f"batch_size={batch}"]
+    schema.check_config(config), [f"batch_size={batch}"]
   )
   plan = program.make_plan(changed, parsed)
   measured = measure_lib.measure(plan)
   if measured.memory is None:
-    raise config_lib.ConfigError(f"on {name}: {measured.refusal}")
+    raise ConfigError(f"on {name}: {measured.refusal}")
   return step_row(
     plan,
     measured.collectives,

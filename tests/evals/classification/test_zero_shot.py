@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 
-from mtv_jax.config.schema import ConfigError
 from mtv_jax.data.scenes import scenes
 from mtv_jax.data.sources import registry as sources
 from mtv_jax.encoder.encoder import Encoder, ImageFeatures, normalize
@@ -20,6 +19,7 @@ from mtv_jax.evals.classification.zero_shot import (
 from mtv_jax.evals.core import prompts
 from mtv_jax.evals.core.prompts import Prompts, read_prompts
 from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.utils.errors import ConfigError
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mtv_jax.config.schema import ConfigError
 from mtv_jax.encoder.encoder import Encoder, ImageFeatures
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core.base import NotApplicable
@@ -14,6 +13,7 @@ from mtv_jax.evals.segmentation import patch_pca
 from mtv_jax.evals.segmentation.patch_pca import PatchPca
 from mtv_jax.models import two_tower as models
 from mtv_jax.parallel import sharding
+from mtv_jax.utils.errors import ConfigError
 
 
 def patches_of(seed=0, shape=(3, 4, 5, 7)):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import schema
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import measure, pages, program, propose, report
 
@@ -15,7 +15,7 @@ CONFIG = "configs/siglip_b16_224.py:tiny"
 
 
 def test_a_plan_needs_no_data_and_no_tokenizer(repo_root):
-  config = config_lib.read(str(repo_root / CONFIG))
+  config = schema.read_config(str(repo_root / CONFIG))
   config.data.train = [dict(type="webdataset", path="/nowhere/{0..9}.tar")]
   config.model.text.tokenizer = "/nowhere/spiece.model"
   plan = program.make_plan(config, topologies.parse("cpu:8"))
@@ -26,7 +26,7 @@ def test_a_plan_needs_no_data_and_no_tokenizer(repo_root):
 
 
 def test_what_is_tried_goes_from_cheap_to_dear(repo_root):
-  config = config_lib.read(str(repo_root / CONFIG))
+  config = schema.read_config(str(repo_root / CONFIG))
   found = list(propose.candidates(config, 4))
   tried = [candidate.changes for candidate in found]
   assert tried[0] == ("model.remat=full",)
@@ -51,7 +51,9 @@ def test_trying_stops_at_what_fits_and_leaves_out_what_can_not(
     return measure.Measured(held, "" if held else refusal, (), 0.0, (), 1.0)
 
   monkeypatch.setattr(propose.measure_lib, "measure", measured)
-  config = config_lib.read(str(repo_root / "configs/mae_b16_224.py") + ":tiny")
+  config = schema.read_config(
+    str(repo_root / "configs/mae_b16_224.py") + ":tiny"
+  )
   config.batch_size = 64
   config.model.remat = "full"
   monkeypatch.setitem(
@@ -101,7 +103,7 @@ def run(repo_root, *arguments):
 
 def test_the_norms_of_gradients_are_a_program_that_may_not_fit(repo_root):
   """Their memory is said, or that it was not looked at."""
-  config = config_lib.read(str(repo_root / CONFIG))
+  config = schema.read_config(str(repo_root / CONFIG))
   machine = topologies.parse("gpu:1xL4")
   without = program.make_plan(config, machine)
   config.log.gradients_steps = 10
@@ -123,7 +125,7 @@ def test_the_norms_of_gradients_are_a_program_that_may_not_fit(repo_root):
 
 @pytest.mark.slow
 def test_the_norms_are_compiled_where_a_config_asks_for_them(repo_root):
-  config = config_lib.read(str(repo_root / CONFIG))
+  config = schema.read_config(str(repo_root / CONFIG))
   made = report.preflight(config, "cpu:1", norms=True)
   assert made.norms is None
   config.log.gradients_steps = 10

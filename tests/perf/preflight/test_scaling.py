@@ -8,8 +8,7 @@ import jax
 import pytest
 
 from mtv_jax.cli import preflight
-from mtv_jax.config import overrides
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import overrides, schema
 from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf.preflight import exchanges, program, scaling
 
@@ -17,7 +16,7 @@ ROWS, CHIPS = 4, 8
 
 
 def planned(repo_root, *changes, name="mtv_b16_224"):
-  config = config_lib.read(str(repo_root / f"configs/{name}.py:tiny"))
+  config = schema.read_config(str(repo_root / f"configs/{name}.py:tiny"))
   changes = (f"batch_size={ROWS * CHIPS}", *changes)
   return program.make_plan(
     overrides.override(config, changes), topologies.parse(f"cpu:{CHIPS}")

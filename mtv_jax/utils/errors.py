@@ -1,0 +1,57 @@
+"""Errors that a user can act on, and how their messages suggest names.
+
+A command line prints a `UserError` as one message; every other exception is a
+defect and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+  """Base class: an option, a file or a data set that can't be used."""
+
+
+class ConfigError(UserError, ValueError):
+  """An invalid config key, option or argument."""
+
+
+class InputError(UserError, ValueError):
+  """An invalid file, data set, checkpoint or model."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+  """A file or folder that does not exist."""
+
+
+def did_you_mean(name: str, names: Iterable[str], *, limit: int = 40) -> str:
+  """The last sentences of an error about an unknown name.
+
+  Args:
+    name: the unknown name.
+    names: the valid names.
+    limit: how many names to print; of more, the closest ones.
+
+  Returns:
+    "Did you mean 'b'? There are: a, b, c." (without the question where
+    no name is close).
+  """
+  names = sorted({str(n) for n in names})
+  if not names:
+    return "There are none."
+  close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+  question = f"Did you mean {close[0]!r}? " if close else ""
+  more = ""
+  if len(names) > limit:
+    more = f", ... ({len(names) - limit} more)"
+    names = difflib.get_close_matches(name, names, n=limit, cutoff=0.0)
+  return f"{question}There are: {', '.join(names)}{more}."
+
+
+def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
+  """Raises ConfigError unless `value` is one of `choices`."""
+  choices = tuple(choices)
+  if value not in choices:
+    raise ConfigError(
+      f"{what} is {value!r}. {did_you_mean(str(value), choices)}"
+    )
