@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   args = parser.parse_args(argv)
   with errors.readable_errors("plot_run"):
-    curves.draw(curves.read(args.run), args.names).savefig(args.out)
+    series = curves.read_metrics(args.run)
+    curves.plot_metrics(series, args.names).savefig(args.out)
   print(f"drawn: {args.out}")
 
 

@@ -6,69 +6,69 @@ python tools/show_scenes.py --out=tiles.png --count=64 --view=images --size=96
 
 import argparse
 import pathlib
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from mtv_jax.data.scenes import scenes
 from mtv_jax.utils import plots
 
-_INK, _PAPER = (24, 24, 28), (250, 250, 248)
-_GAP = 6
-_LINE = 13  # pixels per line of text
+_TEXT_SIZE, _LINE_HEIGHT = 11, 13
 _CAPTION_LINES = 7
 
 
-def matches_picture(
+def draw_pair(
   pair: scenes.ScenePair, *, count: int = 16
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Both views side by side, lines joining `count` visible points."""
+  """Two views side by side with lines between `count` visible points."""
   size = pair.first.image.shape[0]
-  shown = np.argwhere(pair.visible & (pair.first.instances >= 2))
+  visible = np.argwhere(pair.visible & (pair.first.instances >= 2))
   rng = np.random.default_rng(0)
-  chosen = shown[rng.permutation(len(shown))[:count]]
-  ends = pair.correspondence[chosen[:, 0], chosen[:, 1]] * size - 0.5
-  return plots.lines_picture(
+  starts = visible[rng.permutation(len(visible))[:count]]
+  ends = pair.correspondence[starts[:, 0], starts[:, 1]] * size - 0.5
+  return plots.draw_matches(
     pair.first.image,
     pair.second.image,
-    chosen,
+    starts,
     np.round(ends).astype(np.int64),
-    colours=plots.palette(count + 1)[1 : len(chosen) + 1],
+    colours=plots.palette(count + 1)[1 : len(starts) + 1],
   )
 
 
 def scene_row(
   index: int, *, size: int = 192, seed: int = 0
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """One built-in scene with everything known about it.
+  """One built-in scene with all its labels.
 
   Image, inverse depth, segmentation, named boxes, and the two views with
   matches, above the captions.
   """
   pair = scenes.render_pair(index, size=size, seed=seed)
   scene = pair.first
-  panels = [
-    scene.image,
-    plots.depth_picture(scene.inverse_depth),
-    plots.palette(len(scenes.SEGMENT_NAMES))[scene.segmentation],
-    plots.boxes_picture(scene.image, scene.boxes, scene.phrases),
-    matches_picture(pair),
-  ]
-  width = sum(p.shape[1] for p in panels) + _GAP * (len(panels) - 1)
-  row = Image.new("RGB", (width, size + _LINE * _CAPTION_LINES), _PAPER)
-  x = 0
-  for panel in panels:
-    row.paste(Image.fromarray(panel), (x, 0))
-    x += panel.shape[1] + _GAP
-  draw, font = ImageDraw.Draw(row), ImageFont.load_default(11)
+  images = plots.hstack(
+    [
+      scene.image,
+      plots.colour_depth(scene.inverse_depth),
+      plots.palette(len(scenes.SEGMENT_NAMES))[scene.segmentation],
+      plots.draw_boxes(scene.image, scene.boxes, scene.phrases)[0],
+      draw_pair(pair),
+    ]
+  )
+  width = images.shape[1]
+  row = Image.new(
+    "RGB", (width, size + _LINE_HEIGHT * _CAPTION_LINES), plots.PAPER
+  )
+  row.paste(Image.fromarray(images))
+  draw, font = ImageDraw.Draw(row), plots.font(_TEXT_SIZE)
   lines = [f"{index}: {scenes.CLASS_NAMES[scene.label]}"]
   for caption in scene.captions:
-    lines += textwrap.wrap(caption, max(width // 6, 20))
+    lines += plots.wrap(
+      caption, width - 8, lines=_CAPTION_LINES, size=_TEXT_SIZE
+    )
   for k, line in enumerate(lines[:_CAPTION_LINES]):
-    draw.text((4, size + _LINE * k), line, _INK, font)
+    draw.text((4, size + _LINE_HEIGHT * k), line, plots.INK, font)
   return np.asarray(row)
 
 
@@ -84,16 +84,16 @@ def scene_sheet(
 def scene_tiles(
   indices: Sequence[int], *, columns: int = 8, size: int = 96, seed: int = 0
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Only the images, in a grid, each under the name of its class."""
+  """A grid of the images alone, each below the name of its class."""
   rows = -(-len(indices) // columns)
-  side = size + _LINE + _GAP
-  sheet = Image.new("RGB", (columns * (size + _GAP), rows * side), _PAPER)
-  draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+  width, height = size + plots.GAP, size + _LINE_HEIGHT + plots.GAP
+  sheet = Image.new("RGB", (columns * width, rows * height), plots.PAPER)
+  draw, font = ImageDraw.Draw(sheet), plots.font(_TEXT_SIZE)
   for k, index in enumerate(indices):
     scene = scenes.render(index, size=size, seed=seed)
-    x, y = k % columns * (size + _GAP), k // columns * side
-    draw.text((x, y), scenes.CLASS_NAMES[scene.label], _INK, font)
-    sheet.paste(Image.fromarray(scene.image), (x, y + _LINE))
+    x, y = k % columns * width, k // columns * height
+    draw.text((x, y), scenes.CLASS_NAMES[scene.label], plots.INK, font)
+    sheet.paste(Image.fromarray(scene.image), (x, y + _LINE_HEIGHT))
   return np.asarray(sheet)
 
 

@@ -1,4 +1,4 @@
-"""A run's figures over its steps, as small charts on one page."""
+"""Curves of a run's metrics over its steps."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from matplotlib.figure import Figure
 _COLUMNS = 3
 
 
-def read(run: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
-  """Every figure of a run's `metrics.jsonl`, as (step, value) pairs.
+def read_metrics(run: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
+  """(step, value) pairs of each metric in a run's `metrics.jsonl`.
 
   Raises:
-    FileNotFoundError: if the run has measured nothing yet.
+    FileNotFoundError: if the run has no such file yet.
   """
   path = pathlib.Path(run) / "metrics.jsonl"
   if not path.is_file():
     raise FileNotFoundError(
-      f"{path} is not there: {run} is no run's folder, or has not begun."
+      f"{path} does not exist: {run} is not the folder of a run, or the run "
+      "has logged nothing yet."
     )
   series = collections.defaultdict(dict)
   for line in path.read_text(encoding="utf-8").splitlines():
@@ -31,32 +32,32 @@ def read(run: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
     step = row.pop("step")
     for name, value in row.items():
       if isinstance(value, int | float):
-        # A run that was resumed measured some steps twice: the last counts.
+        # A resumed run logs some steps twice: the last value counts.
         series[name][step] = float(value)
   return {name: sorted(points.items()) for name, points in series.items()}
 
 
-def draw(
+def plot_metrics(
   series: dict[str, list[tuple[int, float]]], pattern: str = r"/loss$"
 ) -> Figure:
-  """One chart for each figure whose name the pattern is found in.
+  """One chart for each metric whose name matches a regular expression.
 
   Args:
-    series: from `read`.
-    pattern: a regular expression.
+    series: from `read_metrics`.
+    pattern: searched in the names.
 
   Raises:
-    ValueError: if it is found in no name; says which there are.
+    ValueError: if no name matches; lists the names.
   """
-  chosen = [name for name in series if re.search(pattern, name)]
-  if not chosen:
+  names = [name for name in series if re.search(pattern, name)]
+  if not names:
     raise ValueError(
-      f"no figure's name has {pattern!r} in it; there are: {sorted(series)}"
+      f"no metric matches {pattern!r}; expected {sorted(series)}"
     )
-  rows = math.ceil(len(chosen) / _COLUMNS)
-  columns = min(len(chosen), _COLUMNS)
+  columns = min(len(names), _COLUMNS)
+  rows = math.ceil(len(names) / columns)
   figure = Figure(figsize=(3.2 * columns, 2.2 * rows), layout="constrained")
-  for i, name in enumerate(chosen):
+  for i, name in enumerate(names):
     axes = figure.add_subplot(rows, columns, i + 1)
     steps, values = zip(*series[name], strict=True)
     axes.plot(steps, values, marker="." if len(steps) < 10 else "")

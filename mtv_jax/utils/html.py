@@ -1,4 +1,4 @@
-"""Parts of pages that need no other file: text, tables, pictures."""
+"""Parts of self-contained HTML pages: text, tables, images."""
 
 from __future__ import annotations
 
@@ -14,69 +14,69 @@ from PIL import Image
 
 
 def escape(text: Any) -> str:
-  """Text for a page, also within quotes; halves of characters are marked."""
+  """Escapes text, also for attributes; lone surrogates become `?`."""
   return html.escape(str(text).encode("utf-8", "replace").decode())
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:
-  """A table of a header and rows, of plain text."""
-
-  def line(cells: Sequence[Any], tag: str) -> str:
-    return f"<tr>{''.join(f'<{tag}>{escape(c)}' for c in cells)}</tr>"
-
-  lines = [line(rows[0], "th"), *(line(row, "td") for row in rows[1:])]
+  """A table of plain text: a header, then rows."""
+  lines = []
+  for i, row in enumerate(rows):
+    tag = "td" if i else "th"
+    lines.append(f"<tr>{''.join(f'<{tag}>{escape(c)}' for c in row)}</tr>")
   return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
 
-def picture(
-  pixels: UInt8[np.ndarray, "h w 3"], title: str, *, kind: str = "sheet"
+def bullets(lines: Sequence[str]) -> str:
+  """A list of plain text."""
+  return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+
+
+def details(summary: str, inner: str) -> str:
+  """HTML that a click on its summary shows."""
+  return f"<details><summary>{escape(summary)}</summary>{inner}</details>"
+
+
+def image(
+  pixels: UInt8[np.ndarray, "h w 3"], title: str, *, css: str = "sheet"
 ) -> str:
-  """A picture within the page, in whichever format takes less.
+  """An inline image: PNG or JPEG, whichever is smaller.
 
   Args:
-    pixels: of it.
-    title: plain text that says what it shows.
-    kind: class for the page's style.
+    pixels: of the image.
+    title: plain text, for readers who can't see it.
+    css: class for the page's style.
   """
-  forms = {}
-  for name, options in (("PNG", {}), ("JPEG", {"quality": 90})):
+  encoded = {}
+  for name, options in (("png", {}), ("jpeg", {"quality": 90})):
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, name, **options)
-    forms[name] = data.getvalue()
-  best = min(forms, key=lambda name: len(forms[name]))
-  encoded = base64.b64encode(forms[best]).decode()
+    encoded[name] = base64.b64encode(data.getvalue()).decode()
+  best = min(encoded, key=lambda name: len(encoded[name]))
   height, width = pixels.shape[:2]
   return (
-    f"<img class={kind} alt='{escape(title)}' width={width} height={height} "
-    f"src='data:image/{best.lower()};base64,{encoded}'>"
+    f"<img class={css} alt='{escape(title)}' width={width} height={height} "
+    f"src='data:image/{best};base64,{encoded[best]}'>"
   )
 
 
 def page(title: str, body: Sequence[str], *, style: str = "") -> str:
-  """A page.
-
-  Args:
-    title: plain text.
-    body: of HTML.
-    style: CSS beside that of every page.
-  """
-  return "\n".join(
-    [
-      "<!DOCTYPE html>",
-      '<html lang="en">',
-      "<head>",
-      '<meta charset="utf-8">',
-      '<meta name="viewport" content="width=device-width, initial-scale=1">',
-      f"<title>{escape(title)}</title>",
-      f"<style>\n{_STYLE}{style}</style>",
-      "</head>",
-      "<body>",
-      *body,
-      "</body>",
-      "</html>",
-      "",
-    ]
-  )
+  """A whole page of HTML parts, with CSS beside that of every page."""
+  body = "\n".join(body)
+  return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>
+{_STYLE}{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
 
 
 _STYLE = """body { font: 15px/1.45 system-ui, sans-serif; color: #18181c;

@@ -1,19 +1,30 @@
-"""Pictures of data for people: what a model is shown, beside its labels."""
+"""Drawing primitives of sheets: colours, text, boxes, lines, image grids.
 
-import textwrap
+Images are uint8 RGB `[H, W, 3]`; boxes are (y0, x0, y1, x1) in the unit square.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
+import matplotlib
 import numpy as np
-from jaxtyping import Float32, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-RIGHT, WRONG = (40, 200, 90), (235, 60, 60)  # of matches
-_INK = (24, 24, 28)
+INK, PAPER, MUTED = (24, 24, 28), (255, 255, 255), (96, 96, 104)
+CORRECT, WRONG = (40, 200, 90), (235, 60, 60)
+GAP, LINE_HEIGHT, TEXT_SIZE = 8, 17, 13
+_ELLIPSIS = "…"
+_STRIPES, _STRIPE_WIDTH = ((214, 214, 218), (160, 160, 166)), 5
 
 
 def palette(n: int) -> UInt8[np.ndarray, "n 3"]:
-  """Colours for n classes: hues a golden ratio apart, the first one grey."""
+  """Colours of n classes: hues a golden ratio apart, the first one grey."""
   hue = (np.arange(n) * 0.618034 % 1 * 180).astype(np.uint8)
   value = np.where(np.arange(n) % 2, 235, 175).astype(np.uint8)
   hsv = np.stack([hue, np.full(n, 190, np.uint8), value], -1)
@@ -22,43 +33,200 @@ def palette(n: int) -> UInt8[np.ndarray, "n 3"]:
   return colours
 
 
-def depth_picture(
-  inverse_depth: Float32[np.ndarray, "h w"],
+def colour_depth(
+  inverse_depth: Float[np.ndarray, "h w"],
+  *,
+  valid: Bool[np.ndarray, "h w"] | None = None,
+  limits: tuple[float, float] | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Inverse depth from its least (blue) to its greatest (red)."""
-  low, high = float(inverse_depth.min()), float(inverse_depth.max())
-  unit = (inverse_depth - low) / max(high - low, 1e-9)
-  grey = np.round(255 * unit).astype(np.uint8)
-  return cv2.applyColorMap(grey, cv2.COLORMAP_TURBO)[..., ::-1]
+  """Inverse depth in the Turbo colour map: far is blue, near is red.
+
+  Args:
+    inverse_depth: in any unit.
+    valid: the other pixels are black.
+    limits: values at the ends of the map; by default the smallest and the
+      largest valid value.
+  """
+  known = inverse_depth if valid is None else inverse_depth[valid]
+  low, high = limits or ((known.min(), known.max()) if known.size else (0, 1))
+  unit = np.clip((inverse_depth - low) / max(high - low, 1e-9), 0, 1)
+  levels = np.round(255 * unit).astype(np.uint8)
+  colours = cv2.applyColorMap(levels, cv2.COLORMAP_TURBO)[..., ::-1]
+  if valid is not None:
+    colours = np.where(valid[..., None], colours, np.uint8(0))
+  return np.ascontiguousarray(colours)
 
 
-def boxes_picture(
+def hatch(
+  image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]
+) -> UInt8[np.ndarray, "h w 3"]:
+  """The image with grey stripes over the masked pixels."""
+  rows, columns = np.indices(mask.shape)
+  stripe = (rows + columns) // _STRIPE_WIDTH % 2
+  stripes = np.array(_STRIPES, np.uint8)[stripe]
+  return np.where(mask[..., None], stripes, image)
+
+
+@functools.cache
+def font(size: int = TEXT_SIZE) -> ImageFont.FreeTypeFont:
+  """DejaVu Sans: Pillow's default font lacks letters beyond English."""
+  fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+  # The basic layout engine, since the other one is an optional dependency.
+  return ImageFont.truetype(
+    str(fonts / "DejaVuSans.ttf"),
+    size,
+    layout_engine=ImageFont.Layout.BASIC,
+  )
+
+
+def text_width(text: str, size: int = TEXT_SIZE) -> float:
+  """Width of one line of text, in pixels."""
+  return font(size).getlength(text)
+
+
+def one_line(text: str) -> str:
+  """Text without line breaks, runs of spaces and unprintable characters."""
+  text = " ".join(text.split())
+  if text.isprintable():
+    return text
+  return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def shorten(text: str, width: float | int, size: int = TEXT_SIZE) -> str:
+  """One line of text, cut with an ellipsis to `width` pixels."""
+  text = one_line(text)
+  # A line is never longer, and measuring takes time.
+  start = text[:1000]
+  if len(text) == len(start) and text_width(text, size) <= width:
+    return text
+  count = bisect.bisect_right(
+    range(len(start)),
+    width,
+    key=lambda n: text_width(start[:n].rstrip() + _ELLIPSIS, size),
+  )
+  return start[: max(count - 1, 0)].rstrip() + _ELLIPSIS
+
+
+def wrap(
+  text: str, width: float | int, *, lines: int, size: int = TEXT_SIZE
+) -> list[str]:
+  """Text on at most `lines` lines, the last one cut with an ellipsis."""
+  words, wrapped = one_line(text).split(), []
+  while words:
+    n = len(words) if len(wrapped) == lines - 1 else 1
+    while n < len(words) and text_width(" ".join(words[: n + 1]), size) <= (
+      width
+    ):
+      n += 1
+    wrapped.append(shorten(" ".join(words[:n]), width, size))
+    words = words[n:]
+  return wrapped
+
+
+def add_title_bar(
+  image: UInt8[np.ndarray, "h w 3"], text: str, *, size: int = TEXT_SIZE
+) -> UInt8[np.ndarray, "h w 3"]:
+  """The image with text on a dark bar along its upper edge."""
+  canvas = Image.fromarray(image)
+  draw = ImageDraw.Draw(canvas)
+  draw.rectangle((0, 0, canvas.width, size + 8), fill=INK)
+  draw.text((5, 3), shorten(text, canvas.width - 10, size), PAPER, font(size))
+  return np.asarray(canvas)
+
+
+def draw_boxes(
   image: UInt8[np.ndarray, "h w 3"],
-  boxes: Float32[np.ndarray, "n 4"],
-  phrases: Sequence[str],
-) -> UInt8[np.ndarray, "h w 3"]:
-  """The image with its boxes (y0, x0, y1, x1 in the unit square), named."""
+  boxes: Float[np.ndarray, "n 4"],
+  names: Sequence[str],
+  *,
+  colours: UInt8[np.ndarray, "n 3"] | None = None,
+  suffixes: Sequence[str] = (),
+  size: int = 11,
+) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, ...]]:
+  """Draws boxes, each with its name on a plate of its colour.
+
+  Plates lie within the image and don't overlap; earlier boxes go first.
+
+  Args:
+    image: at its final size.
+    boxes: in the unit square.
+    names: one a box, cut to the width of the image.
+    colours: one a box; by default those of `palette`.
+    suffixes: text after each name that is not cut, such as a score.
+    size: of the letters, in pixels.
+
+  Returns:
+    The image, and the indices of the boxes whose plate did not fit.
+  """
   height, width = image.shape[:2]
-  picture = Image.fromarray(image)
-  draw = ImageDraw.Draw(picture)
-  font = ImageFont.load_default(10)
-  colours = palette(len(phrases) + 1)[1:]
-  scale = np.array([height, width, height, width])
-  for box, phrase, colour in zip(boxes, phrases, colours, strict=True):
-    y0, x0, y1, x1 = (float(v) for v in box * scale)
-    colour = tuple(int(c) for c in colour)
-    draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=2)
-    name = "\n".join(textwrap.wrap(phrase, 24))
-    corner = draw.multiline_textbbox((0, 0), name, font=font, spacing=0)
-    x = min(x0, width - corner[2] - 2)
-    y = y0 - corner[3] - 2 if y0 > corner[3] + 2 else y0 + 2
-    frame = (x, y, x + corner[2] + 2, y + corner[3] + 2)
-    draw.rectangle(frame, fill=_INK)
-    draw.multiline_text((x + 1, y), name, colour, font, spacing=0)
-  return np.asarray(picture)
+  canvas = Image.fromarray(image)
+  draw = ImageDraw.Draw(canvas)
+  if colours is None:
+    colours = palette(len(names) + 1)[1:]
+  inks = [tuple(int(c) for c in colour) for colour in colours]
+  corners = np.rint(boxes * [height, width, height, width]).astype(int)
+  # Large boxes first, so that a small one is not painted over.
+  areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+  for i in np.argsort(-areas, kind="stable"):
+    y0, x0, y1, x1 = (int(v) for v in corners[i])
+    x0, y0 = min(x0, width - 3), min(y0, height - 3)
+    x1, y1 = max(x1 - 1, x0 + 2), max(y1 - 1, y0 + 2)
+    # A dark rim, since the image may have the colour of the box.
+    draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=INK, width=4)
+    draw.rectangle((x0, y0, x1, y1), outline=inks[i], width=2)
+  plates: list[tuple[int, int, int, int]] = []
+  unnamed = []
+  for i, name in enumerate(names):
+    suffix = suffixes[i] if suffixes else ""
+    text = shorten(name, width - 8 - text_width(suffix, size), size) + suffix
+    shape = (int(np.ceil(text_width(text, size))) + 5, size + 4)
+    plate = _free_plate(corners[i], shape, (width, height), plates)
+    if plate is None:
+      unnamed.append(i)
+      continue
+    plates.append(plate)
+    draw.rectangle(plate, fill=inks[i])
+    red, green, blue = inks[i]
+    is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 128
+    position = (plate[0] + 3, plate[1] + 1)
+    draw.text(position, text, INK if is_light else PAPER, font(size))
+  return np.asarray(canvas), tuple(unnamed)
 
 
-def lines_picture(
+def _free_plate(
+  box: np.ndarray,
+  plate: tuple[int, int],
+  image: tuple[int, int],
+  others: Sequence[tuple[int, int, int, int]],
+) -> tuple[int, int, int, int] | None:
+  """(x0, y0, x1, y1) of a plate at a corner of its box, clear of the others."""
+  y0, x0, y1, x1 = (int(v) for v in box)
+  width, height = plate
+  right = x1 - width
+  for x, y in (
+    (x0, y0 - height),
+    (x0, y0),
+    (x0, y1),
+    (right, y0 - height),
+    (right, y0),
+    (x0, y1 - height),
+    (right, y1 - height),
+    (right, y1),
+    (x0 - width, y0),
+    (x1, y0),
+    (x0, (y0 + y1 - height) // 2),
+  ):
+    x = min(max(x, 0), max(image[0] - width, 0))
+    y = min(max(y, 0), max(image[1] - height, 0))
+    x2, y2 = x + width - 1, y + height - 1
+    if not any(
+      x <= c and a <= x2 and y <= d and b <= y2 for a, b, c, d in others
+    ):
+      return x, y, x2, y2
+  return None
+
+
+def draw_matches(
   first: UInt8[np.ndarray, "h w 3"],
   second: UInt8[np.ndarray, "h w2 3"],
   starts: Int[np.ndarray, "n 2"],
@@ -66,13 +234,121 @@ def lines_picture(
   *,
   colours: UInt8[np.ndarray, "n 3"],
 ) -> UInt8[np.ndarray, "h w1 3"]:
-  """Two pictures side by side, lines joining points (y, x) of them."""
-  picture = np.concatenate([first, second], axis=1)
+  """Two images side by side with a line for each pair of points (y, x)."""
+  canvas = np.concatenate([first, second], axis=1)
   width = max(1, len(first) // 256)
   for (y, x), (y2, x2), colour in zip(starts, ends, colours, strict=True):
     start, end = (int(x), int(y)), (int(x2) + first.shape[1], int(y2))
     colour = tuple(int(c) for c in colour)
-    cv2.line(picture, start, end, colour, width, cv2.LINE_AA)
+    cv2.line(canvas, start, end, colour, width, cv2.LINE_AA)
     for point in (start, end):
-      cv2.circle(picture, point, 2 * width, colour, -1, cv2.LINE_AA)
-  return picture
+      cv2.circle(canvas, point, 2 * width, colour, -1, cv2.LINE_AA)
+  return canvas
+
+
+def draw_scored_matches(
+  first: UInt8[np.ndarray, "h w 3"],
+  second: UInt8[np.ndarray, "h w2 3"],
+  starts: Int[np.ndarray, "n 2"],
+  ends: Int[np.ndarray, "n 2"],
+  correct: Bool[np.ndarray, "n"],
+) -> UInt8[np.ndarray, "h w1 3"]:
+  """`draw_matches` with correct matches in green and wrong ones in red."""
+  colours = np.where(correct[:, None], CORRECT, WRONG).astype(np.uint8)
+  return draw_matches(first, second, starts, ends, colours=colours)
+
+
+def fit_image(image: UInt8[np.ndarray, "h w 3"], size: int) -> Image.Image:
+  """The image resized to a longer side of `size`, with its aspect ratio.
+
+  Enlarging four times or more keeps pixels as squares, so that the patches of
+  a feature map stay visible.
+  """
+  canvas = Image.fromarray(image)
+  scale = size / max(canvas.size)
+  smooth = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
+  return canvas.resize(
+    [max(1, round(side * scale)) for side in canvas.size], smooth
+  )
+
+
+def image_grid(
+  rows: Sequence[Sequence[np.ndarray]],
+  *,
+  titles: Sequence[str] = (),
+  size: int = 192,
+) -> UInt8[np.ndarray, "h w 3"]:
+  """A grid of images of any size, each fitted into a square.
+
+  Args:
+    rows: the images.
+    titles: one above each column.
+    size: side of a square.
+
+  Raises:
+    ValueError: for no rows, or rows of different lengths.
+  """
+  lengths = {len(row) for row in rows}
+  if len(lengths) != 1 or 0 in lengths:
+    raise ValueError(
+      f"image_grid: rows have lengths {sorted(lengths)}; expected one length, "
+      "at least 1"
+    )
+  head = LINE_HEIGHT + 4 if titles else 0
+  side = size + GAP
+  shape = (lengths.pop() * side - GAP, head + len(rows) * side - GAP)
+  sheet = Image.new("RGB", shape, PAPER)
+  draw = ImageDraw.Draw(sheet)
+  for i, title in enumerate(titles):
+    draw.text((i * side + 2, 1), title, INK, font())
+  for j, row in enumerate(rows):
+    for i, image in enumerate(row):
+      fitted = fit_image(image, size)
+      x = i * side + (size - fitted.width) // 2
+      y = head + j * side + (size - fitted.height) // 2
+      sheet.paste(fitted, (x, y))
+  return np.asarray(sheet)
+
+
+def hstack(
+  images: Sequence[UInt8[np.ndarray, "h _ 3"]],
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Images of one height side by side, with gaps."""
+  gap = np.full((len(images[0]), GAP, 3), PAPER, np.uint8)
+  parts = [part for image in images for part in (gap, image)]
+  return np.concatenate(parts[1:], axis=1)
+
+
+def vstack(
+  rows: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Rows of any width one below the other, with gaps."""
+  width = max(row.shape[1] for row in rows)
+  padded = [
+    np.pad(
+      row, ((0, GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255
+    )
+    for row in rows
+  ]
+  return np.concatenate(padded)[:-GAP]
+
+
+def image_with_maps(
+  image: UInt8[np.ndarray, "h w 3"],
+  maps: Sequence[UInt8[np.ndarray, "h w 3"]],
+  *,
+  height: int,
+) -> UInt8[np.ndarray, "{height} w2 3"]:
+  """An image and coloured label maps of its shape, side by side.
+
+  Maps are resized with the nearest pixel: a mean of labels is no label, and
+  the points of a sparse map would vanish in it.
+  """
+  size = (max(1, round(image.shape[1] * height / len(image))), height)
+  methods = [cv2.INTER_AREA] + [cv2.INTER_NEAREST_EXACT] * len(maps)
+  return hstack(
+    [
+      cv2.resize(np.ascontiguousarray(x), size, interpolation=method)
+      for x, method in zip((image, *maps), methods, strict=True)
+    ]
+  )

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def test_sheet_shows_scenes(tmp_path):
   sheet = show_scenes.scene_sheet([0, 1], size=96)
-  assert sheet.shape[1] == 6 * 96 + 4 * 6 and sheet.dtype == np.uint8
+  assert sheet.shape[1] == 6 * 96 + 4 * 8 and sheet.dtype == np.uint8
   np.testing.assert_array_equal(sheet[:96, :96], render(0).image)
   tiles = show_scenes.scene_tiles([4, 5, 6], columns=2, size=48)
   np.testing.assert_array_equal(tiles[13:61, :48], render(4, size=48).image)

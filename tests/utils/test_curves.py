@@ -1,4 +1,4 @@
-"""What a run measured, read back and drawn."""
+"""Reading and plotting the metrics of a run."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from mtv_jax.utils import curves
 
 
-def test_curves_of_a_run_that_was_resumed(tmp_path):
+def test_resumed_steps_count_once(tmp_path):
   rows = [
     {"step": 1, "a/loss": 3.0, "lr": 0.1},
     {"step": 2, "a/loss": 9.0},
@@ -16,16 +16,16 @@ def test_curves_of_a_run_that_was_resumed(tmp_path):
   ]
   text = "".join(json.dumps(row) + "\n" for row in rows)
   (tmp_path / "metrics.jsonl").write_text(text)
-  series = curves.read(tmp_path)
+  series = curves.read_metrics(tmp_path)
   assert series["a/loss"] == [(1, 3.0), (2, 2.0), (3, 1.0)]
-  figure = curves.draw(series)
+  figure = curves.plot_metrics(series)
   assert [axes.get_title() for axes in figure.axes] == ["a/loss", "b/loss"]
   line = figure.axes[0].lines[0]
   assert list(line.get_ydata()) == [3.0, 2.0, 1.0]
   with pytest.raises(ValueError, match=r"'c'.*a/loss.*lr"):
-    curves.draw(series, "c")
+    curves.plot_metrics(series, "c")
 
 
-def test_a_folder_that_is_no_run(tmp_path):
-  with pytest.raises(FileNotFoundError, match="is no run's folder"):
-    curves.read(tmp_path)
+def test_missing_metrics_file(tmp_path):
+  with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
+    curves.read_metrics(tmp_path)

@@ -363,12 +363,12 @@ def _picture(
   kept = scored.matches
   chosen = examples.spaced(range(len(kept.first)), 24)
   right = scored.metres[chosen] < metres[len(metres) // 2]
-  return plots.lines_picture(
+  return plots.draw_scored_matches(
     views[0].image,
     views[1].image,
     kept.first[chosen] * posed.CELL,
     kept.second[chosen] * posed.CELL,
-    colours=np.where(right[:, None], plots.RIGHT, plots.WRONG).astype(np.uint8),
+    right,
   )
 
 

@@ -269,13 +269,12 @@ def _groups(data: KeyPointPairs, used: Sequence[int]) -> Iterator[list[int]]:
 def _picture(data, pair: KeyPointPair, places, right, size: int) -> np.ndarray:
   """The key points and where they were found: green if right, else red."""
   starts = pck.scaled(pair.first_points, side=pair.first_side, size=size)
-  colours = np.where(right[:, None] > 0, plots.RIGHT, plots.WRONG)
-  return plots.lines_picture(
+  return plots.draw_scored_matches(
     pck.square(data.images[pair.first], size),
     pck.square(data.images[pair.second], size),
     starts[:, ::-1].astype(np.int64),
     np.floor(places[:, ::-1] * size).astype(np.int64),
-    colours=colours.astype(np.uint8),
+    right > 0,
   )
 
 

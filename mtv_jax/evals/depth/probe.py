@@ -44,6 +44,7 @@ from mtv_jax.evals.depth import (
   training as depth_training,
 )
 from mtv_jax.evals.depth.training import Setup
+from mtv_jax.utils import plots
 from mtv_jax.utils.errors import did_you_mean
 
 _MAX_DEPTH = {"nyu": 10.0, "scenes": depth_data.SCENES_MAX_DEPTH}
@@ -166,7 +167,7 @@ class DepthProbe(Evaluator):
       floor.append(self._score(guess, found.truth[valid]))
       if len(pictures) < self.pictures:
         pictures.append(
-          depth_sheet.row(found.image, found.truth, found.depth, valid)
+          depth_sheet.depth_row(found.image, found.truth, found.depth, valid)
         )
     summary = depth_metrics.summarise(rows)
     return Result(
@@ -175,7 +176,7 @@ class DepthProbe(Evaluator):
       depth_metrics.summarise(floor).metrics,
       units=_named(depth_metrics.UNITS, summary.metrics),
       lower=tuple(_named(depth_metrics.UNITS, summary.metrics)),
-      pictures={"depth": depth_sheet.sheet(pictures)} if pictures else {},
+      pictures={"depth": plots.vstack(pictures)} if pictures else {},
     )
 
   def _score(

@@ -36,6 +36,7 @@ from mtv_jax.evals.datasets import (
 )
 from mtv_jax.evals.depth import metrics as depth_metrics
 from mtv_jax.evals.depth import sheet as depth_sheet
+from mtv_jax.utils import plots
 from mtv_jax.utils.errors import did_you_mean
 
 ALIGNMENTS = {
@@ -202,7 +203,7 @@ class RelativeDepth(Evaluator):
       chance.metrics,
       units=units,
       lower=tuple(units),
-      pictures={"depth": depth_sheet.sheet(pictures)} if pictures else {},
+      pictures={"depth": plots.vstack(pictures)} if pictures else {},
     )
 
   def _rules(self, kind: str) -> Resolved:
@@ -387,4 +388,4 @@ def _picture(image, truth, predicted, valid):
   """The aligned prediction beside the truth, on its scale."""
   affine = depth_metrics.fit_affine(predicted[valid], 1 / truth[valid])
   inverse = np.maximum(affine(predicted), 1e-6)
-  return depth_sheet.row(image, truth, 1 / inverse, valid)
+  return depth_sheet.depth_row(image, truth, 1 / inverse, valid)

@@ -29,7 +29,6 @@ from mtv_jax.evals.core.base import Evaluator, Result
 from mtv_jax.evals.datasets import named_boxes
 from mtv_jax.evals.datasets import registry as datasets
 from mtv_jax.evals.grounding import region_features
-from mtv_jax.evals.report import sheets
 from mtv_jax.evals.retrieval import retrieval
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import check_choice
@@ -319,11 +318,11 @@ def _sheet(
   for i in chosen:
     own = slice(starts[i], starts[i + 1])
     best = np.argmax(found.region[own] @ found.text.T, axis=1)
-    image = np.asarray(sheets.fit(data.images[i], _PICTURE))
+    image = np.asarray(plots.fit_image(data.images[i], _PICTURE))
     rows.append(
       [
-        plots.boxes_picture(image, data.boxes[i], names)
+        plots.draw_boxes(image, data.boxes[i], names)[0]
         for names in (data.phrases[i], [found.phrases[k] for k in best])
       ]
     )
-  return sheets.panels(rows, titles=("annotated", "found"), size=_PICTURE)
+  return plots.image_grid(rows, titles=("annotated", "found"), size=_PICTURE)

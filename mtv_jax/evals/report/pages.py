@@ -86,9 +86,7 @@ def html(report: Report) -> str:
     body += [f"<p class=note>{escape(_left_out(report))}</p>"]
   if report.chart is not None:
     body += [
-      html_pages.picture(
-        report.chart, "Radar chart of the figures", kind="chart"
-      )
+      html_pages.image(report.chart, "Radar chart of the figures", css="chart")
     ]
   else:
     body += [f"<p class=note>No radar chart: {escape(report.no_chart)}.</p>"]
@@ -142,7 +140,7 @@ def _html_sheets(report: Report, name: str) -> Iterator[str]:
     figures = []
     for sheet in (s for s in sheets if s.name == picture):
       title = f"{sheet.name}, {sheet.encoder}"
-      image = html_pages.picture(sheet.picture, title)
+      image = html_pages.image(sheet.picture, title)
       figures.append(
         f"<figure>{image}<figcaption>{escape(title)}</figcaption></figure>"
       )

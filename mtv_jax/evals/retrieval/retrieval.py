@@ -23,7 +23,7 @@ from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.core import base, ranking
 from mtv_jax.evals.core.base import Evaluator, Result
 from mtv_jax.evals.datasets import registry as datasets
-from mtv_jax.evals.report import sheets
+from mtv_jax.evals.retrieval import sheets
 
 AT = (1, 5, 10)
 
@@ -163,13 +163,13 @@ def found_sheets(
   own = np.array([[c in captions for c in distinct] for captions in mine])
   asked = np.searchsorted(data.owner, chosen)
   return {
-    "captions": sheets.captions_found(
+    "captions": sheets.ranked_captions(
       [data.images[i] for i in chosen],
       image[chosen] @ text[first].T,
       distinct,
       own,
     ),
-    "images": sheets.images_found(
+    "images": sheets.ranked_images(
       [data.captions[j] for j in asked],
       text[asked] @ image.T,
       data.images,

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, UInt8
 
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base, examples
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.datasets import registry as datasets
-from mtv_jax.evals.report import sheets
+from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 _FOREGROUND = ("all", "threshold")
@@ -83,9 +83,9 @@ class PatchPca(Evaluator):
     shown = range(min(self.pictures, len(data.images)))
     pictures = {}
     if shown:
-      colours = sheets.unit_colours(found.components, keep)
+      colours = component_colours(found.components, keep)
       rows = [self._row(encoder, data.images[i], colours[i]) for i in shown]
-      pictures["pca"] = sheets.panels(_folded(rows, 2))
+      pictures["pca"] = plots.image_grid(_folded(rows, 2))
     protocol = {
       **encoder.protocol(),
       **self._input(encoder),
@@ -251,3 +251,20 @@ def _folded(rows: list[list[np.ndarray]], times: int) -> list[list[np.ndarray]]:
     return rows
   starts = range(0, len(rows), times)
   return [[p for row in rows[i : i + times] for p in row] for i in starts]
+
+
+def component_colours(
+  components: Float32[np.ndarray, "n h w 3"],
+  keep: Bool[np.ndarray, "n h w"],
+) -> UInt8[np.ndarray, "n h w 3"]:
+  """Three components a patch as RGB, on one scale for all images.
+
+  Each component is stretched from its 1st to its 99th percentile over the
+  patches in `keep`; the others are black.
+  """
+  if not keep.any():
+    return np.zeros(components.shape, np.uint8)
+  low, high = np.percentile(components[keep], (1, 99), axis=0)
+  unit = (components - low) / np.maximum(high - low, 1e-12)
+  colours = np.round(255 * np.clip(unit, 0, 1)).astype(np.uint8)
+  return np.where(keep[..., None], colours, np.uint8(0))

@@ -16,7 +16,7 @@ from mtv_jax.data.labels.join import Labels
 from mtv_jax.data.labels.label_values import BoxLabel, DepthLabel, phrase_id
 from mtv_jax.data.records import BadRecord
 from mtv_jax.experts.inspection.statistics import at_least
-from mtv_jax.utils import drawing, plots
+from mtv_jax.utils import plots
 
 # Of what stands for an image that can't be shown.
 _SHAPE = (3, 4)
@@ -75,16 +75,16 @@ def draw(
     record = source[i]
   except BadRecord as error:
     notes.append(str(error))
-    image = drawing.tag(_blank(size), "the record can't be read")
+    image = plots.add_title_bar(_blank(size), "the record can't be read")
     return Card(i, error.key, "", (), {"image": image}, {}, {}, tuple(notes))
   image, shown = _image(record, size, notes)
   found = {kind: _label(of, i, record, notes) for kind, of in labels.items()}
   pictures, names, unnamed = {"image": image}, {}, {}
   if "boxes" in labels:
     drawn, every = _boxes(image, found["boxes"], min_score)
-    pictures = {"boxes": drawn.picture}
+    pictures = {"boxes": drawn[0]}
     names = collections.Counter(every)
-    unnamed = collections.Counter(every[k] for k in drawn.unnamed)
+    unnamed = collections.Counter(every[k] for k in drawn[1])
   if "depth" in labels:
     pictures["depth"] = _depth(image, found["depth"], notes)
   return Card(
@@ -117,9 +117,9 @@ def _image(
     image = canvas.decode(record["image"], key=record["key"])
   except BadRecord as error:
     notes.append(error.reason)
-    return drawing.tag(_blank(size), "the image can't be decoded"), ""
+    return plots.add_title_bar(_blank(size), "the image can't be decoded"), ""
   height, width = image.shape[:2]
-  return np.asarray(drawing.fit(image, size)), f"{width} x {height}"
+  return np.asarray(plots.fit_image(image, size)), f"{width} x {height}"
 
 
 def _blank(size: int) -> np.ndarray:
@@ -128,26 +128,26 @@ def _blank(size: int) -> np.ndarray:
 
 def _boxes(
   image: np.ndarray, label: BoxLabel | BadRecord | None, min_score: float | int
-) -> tuple[drawing.Named, list[str]]:
+) -> tuple[tuple[np.ndarray, tuple[int, ...]], list[str]]:
   """The image with its boxes, and their names."""
   if not isinstance(label, BoxLabel):
-    return drawing.Named(drawing.tag(image, _missing(label, "boxes")), ()), []
+    return (plots.add_title_bar(image, _missing(label, "boxes")), ()), []
   kept = at_least(label, min_score)
   if not len(kept.boxes):
     below = f", {len(label.boxes)} below the score" if len(label.boxes) else ""
     words = f"labelled: no box{below}"
-    return drawing.Named(drawing.tag(image, words), ()), []
+    return (plots.add_title_bar(image, words), ()), []
   order = np.argsort(-kept.scores, kind="stable")
   phrases = [kept.phrases[i] for i in order]
   tails = list(map(_score, kept.scores[order].tolist()))
   # Equal phrases have equal colours, on all pictures.
   hues = [phrase_id(phrase) % _HUES for phrase in phrases]
-  made = drawing.named_boxes(
+  made = plots.draw_boxes(
     image,
     kept.boxes[order],
     phrases,
-    plots.palette(_HUES + 1)[1:][hues],
-    tails=tails,
+    colours=plots.palette(_HUES + 1)[1:][hues],
+    suffixes=tails,
   )
   return made, [p + tail for p, tail in zip(phrases, tails, strict=True)]
 
@@ -166,8 +166,8 @@ def _depth(
   height, width = image.shape[:2]
   if not isinstance(label, DepthLabel):
     nowhere = np.ones((height, width), np.bool_)
-    return drawing.tag(
-      drawing.hatched(np.zeros_like(image), nowhere), _missing(label, "depth")
+    return plots.add_title_bar(
+      plots.hatch(np.zeros_like(image), nowhere), _missing(label, "depth")
     )
   # Each stored pixel as it is: what lies between was not labelled.
   shape = (width, height)
@@ -179,10 +179,8 @@ def _depth(
     f" {100 * share:.0f} % of the pixels"
   )
   low = values[there].min() if there.any() else 0
-  coloured = plots.depth_picture(
-    np.where(there, values, low).astype(np.float32)
-  )
-  return drawing.hatched(np.ascontiguousarray(coloured), ~there)
+  coloured = plots.colour_depth(np.where(there, values, low).astype(np.float32))
+  return plots.hatch(np.ascontiguousarray(coloured), ~there)
 
 
 def counted(names: Mapping[str, int]) -> list[str]:

@@ -78,7 +78,7 @@ def _legend(summary: Mapping[str, Any]) -> str:
 
 def _card(card: Card) -> str:
   pictures = "".join(
-    html_pages.picture(picture, f"{kind} of {card.key}", kind="shot")
+    html_pages.image(picture, f"{kind} of {card.key}", css="shot")
     for kind, picture in card.pictures.items()
   )
   lines = [f"<b>{escape(card.key)}</b> <span class=note>{card.size}</span>"]

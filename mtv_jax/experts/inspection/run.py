@@ -21,8 +21,8 @@ from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.experts.inspection import cards, findings, page, sheet, statistics
 from mtv_jax.experts.inspection.findings import percent
 from mtv_jax.experts.inspection.page import different, spread
-from mtv_jax.utils.drawing import one_line
 from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.plots import one_line
 
 JOINS = ("aligned", "key")
 # Longer side of the page's pictures.

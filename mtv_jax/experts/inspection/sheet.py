@@ -9,8 +9,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from mtv_jax.experts.inspection.cards import Card, counted
-from mtv_jax.utils import drawing, plots
-from mtv_jax.utils.drawing import GAP, INK, PAPER, QUIET
+from mtv_jax.utils import plots
+from mtv_jax.utils.plots import GAP, INK, MUTED, PAPER
 
 _WIDTH = 1264
 _MARGIN = 12
@@ -57,16 +57,16 @@ def draw(
 
 def _card(card: Card, wide: int, size: int) -> Image.Image:
   """Pictures in a line, and lines of words under them."""
-  lines = [(drawing.shorten(_name(card), wide), INK)]
+  lines = [(plots.shorten(_name(card), wide), INK)]
   if card.captions:
-    caption = drawing.wrap(card.captions[0], wide, lines=2, size=_SMALL)
+    caption = plots.wrap(card.captions[0], wide, lines=2, size=_SMALL)
     lines += [(line, INK) for line in caption]
   notes = list(card.notes)
   if card.unnamed:
     notes.append("no room for: " + ", ".join(counted(card.unnamed)))
   for note in notes:
-    words = drawing.wrap(note, wide, lines=2, size=_SMALL)
-    lines += [(line, QUIET) for line in words]
+    words = plots.wrap(note, wide, lines=2, size=_SMALL)
+    lines += [(line, MUTED) for line in words]
   top = max(picture.shape[0] for picture in card.pictures.values())
   image = Image.new("RGB", (wide, top + 5 + _STEP * len(lines) + 3), PAPER)
   for k, picture in enumerate(card.pictures.values()):
@@ -74,7 +74,7 @@ def _card(card: Card, wide: int, size: int) -> Image.Image:
     image.paste(Image.fromarray(picture), (x, 0))
   draw = ImageDraw.Draw(image)
   for k, (words, ink) in enumerate(lines):
-    draw.text((1, top + 5 + k * _STEP), words, ink, drawing.font(_SMALL))
+    draw.text((1, top + 5 + k * _STEP), words, ink, plots.font(_SMALL))
   return image
 
 
@@ -86,14 +86,14 @@ def _head(title: str, width: int, *, depth: bool) -> Image.Image:
   """The title, and what the colours of depth mean."""
   head = Image.new("RGB", (width, 48 if depth else 26), PAPER)
   draw = ImageDraw.Draw(head)
-  draw.text((1, 0), drawing.shorten(title, width, 15), INK, drawing.font(15))
+  draw.text((1, 0), plots.shorten(title, width, 15), INK, plots.font(15))
   if not depth:
     return head
   x, y = 1, 24
   for part in ("far", _colours(), "near", None, _stripes(), "no label"):
     if isinstance(part, str):
-      draw.text((x, y), part, QUIET, drawing.font(_SMALL))
-      x += round(drawing.length(part, _SMALL)) + 6
+      draw.text((x, y), part, MUTED, plots.font(_SMALL))
+      x += round(plots.text_width(part, _SMALL)) + 6
     elif part is None:
       x += 24
     else:
@@ -104,9 +104,9 @@ def _head(title: str, width: int, *, depth: bool) -> Image.Image:
 
 def _colours() -> UInt8[np.ndarray, "h w 3"]:
   ramp = np.linspace(0, 1, _BAR[0], dtype=np.float32)
-  return np.ascontiguousarray(plots.depth_picture(np.tile(ramp, (_BAR[1], 1))))
+  return np.ascontiguousarray(plots.colour_depth(np.tile(ramp, (_BAR[1], 1))))
 
 
 def _stripes() -> UInt8[np.ndarray, "h w 3"]:
   there = np.ones((_BAR[1], 28), np.bool_)
-  return drawing.hatched(np.zeros((*there.shape, 3), np.uint8), there)
+  return plots.hatch(np.zeros((*there.shape, 3), np.uint8), there)

@@ -212,7 +212,7 @@ def test_scenes_end_to_end(result):
   assert protocol["data_hash"] != protocol["train_hash"]
   picture = result.pictures["depth"]
   assert picture.dtype == np.uint8
-  assert picture.shape == (2 * 160 + 4, 3 * 160 + 2 * 4, 3)
+  assert picture.shape == (2 * 160 + 8, 3 * 160 + 2 * 8, 3)
   assert picture.std() > 10
 
 

@@ -17,7 +17,6 @@ from mtv_jax.evals.report import (
   radar,
   references,
   report,
-  sheets,
   tables,
 )
 
@@ -357,25 +356,3 @@ def test_earlier_results_on_other_data_are_left_out():
 def test_equal_names_are_told_apart():
   made = report.build([outcome("a")], compared=[outcome("a"), outcome("a")])
   assert [o.name for o in made.columns] == ["a", "a (2)", "a (3)"]
-
-
-def test_sheets_mark_what_is_own():
-  grey = np.full((20, 30, 3), 128, np.uint8)
-  scores = np.array([[0.9, 0.1, 0.5], [0.3, 0.2, 0.1]])
-  own = np.array([[False, True, False], [True, False, False]])
-  words = ["one", "two " * 80, "three"]
-  sheet = sheets.captions_found([grey, grey], scores, words, own, top=2)
-  green = (sheet == sheets._OWN).all(axis=-1)
-  half = len(sheet) // 2
-  # In the first image's block on the third line, in the second's on the first.
-  line = sheets._LINE
-  assert not green[: 2 * line].any() and green[2 * line : 3 * line].any()
-  assert green[half : half + line].any() and not green[half + line :].any()
-  sheet = sheets.images_found(
-    words[:2], scores[:, :2], [grey, grey], [1, 0], top=1
-  )
-  green = (sheet == sheets._OWN).all(axis=-1)
-  half = len(sheet) // 2
-  assert not green[:half].any() and green[half:].any()
-  with pytest.raises(ValueError, match="expected one length"):
-    sheets.panels([[grey], [grey, grey]])

@@ -11,8 +11,9 @@ from mtv_jax.data.records import BadRecord
 from mtv_jax.evals.core import ranking
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import registry as datasets
-from mtv_jax.evals.report import sheets
+from mtv_jax.evals.retrieval import sheets
 from mtv_jax.evals.retrieval.retrieval import Retrieval, chance, recalls
+from mtv_jax.utils import plots
 
 # big_vision's unit test: distances of 4 images to 8 texts, two for each image.
 DISTANCES = np.array(
@@ -132,13 +133,13 @@ def test_pictures_of_what_was_found(coco, colours):
   assert result.metrics == plain.metrics
   assert result.protocol == plain.protocol
   assert set(result.pictures) == {"captions", "images"}
-  own = (result.pictures["captions"] == sheets._OWN).all(axis=-1)
+  own = (result.pictures["captions"] == sheets.MATCH).all(axis=-1)
   # The colours are found: in both images' blocks the first line is their own.
   half = len(own) // 2
   for block in (own[:half], own[half:]):
-    assert block[: sheets._LINE].any()
+    assert block[: plots.LINE_HEIGHT].any()
   # Only the images on the sheet are framed, once a caption.
-  framed = (result.pictures["images"] == sheets._OWN).all(axis=-1)
+  framed = (result.pictures["images"] == sheets.MATCH).all(axis=-1)
   half = len(framed) // 2
   assert framed[:half].any() and framed[half:].any()
 
@@ -252,3 +253,23 @@ def test_real_photos(shared_data):
   assert len(data.images) == 183
   assert len(data.captions) == 915
   assert data.images[5].dtype == np.uint8
+
+
+def test_sheets_mark_correct_captions_and_images():
+  grey = np.full((20, 30, 3), 128, np.uint8)
+  scores = np.array([[0.9, 0.1, 0.5], [0.3, 0.2, 0.1]])
+  own = np.array([[False, True, False], [True, False, False]])
+  words = ["one", "two " * 80, "three"]
+  sheet = sheets.ranked_captions([grey, grey], scores, words, own, top=2)
+  green = (sheet == sheets.MATCH).all(axis=-1)
+  half = len(sheet) // 2
+  # On the third line of the first image, on the first line of the second.
+  line = plots.LINE_HEIGHT
+  assert not green[: 2 * line].any() and green[2 * line : 3 * line].any()
+  assert green[half : half + line].any() and not green[half + line :].any()
+  sheet = sheets.ranked_images(
+    words[:2], scores[:, :2], [grey, grey], [1, 0], top=1
+  )
+  green = (sheet == sheets.MATCH).all(axis=-1)
+  half = len(sheet) // 2
+  assert not green[:half].any() and green[half:].any()

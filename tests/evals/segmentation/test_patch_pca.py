@@ -8,7 +8,6 @@ import pytest
 from mtv_jax.encoder.encoder import Encoder, ImageFeatures
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.report import sheets
 from mtv_jax.evals.segmentation import patch_pca
 from mtv_jax.evals.segmentation.patch_pca import PatchPca
 from mtv_jax.models import two_tower as models
@@ -65,10 +64,10 @@ def test_colours_share_a_scale():
   components[1, 1] = 50
   keep = np.ones((2, 2, 2), bool)
   keep[1, 0, 0] = False
-  colours = sheets.unit_colours(components, keep)
+  colours = patch_pca.component_colours(components, keep)
   assert (colours[0, 0, 0] == 255).all() and (colours[1, 0, 0] == 0).all()
   assert (colours[1, 1] > 100).all() and (colours[1, 1] < 160).all()
-  assert not sheets.unit_colours(components, keep & False).any()
+  assert not patch_pca.component_colours(components, keep & False).any()
 
 
 class PatchEncoder(Encoder):

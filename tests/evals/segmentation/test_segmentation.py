@@ -256,7 +256,7 @@ def test_colours_are_learnt(striped, augment):
   sheet = result.pictures["segmentation"]
   assert sheet.dtype == np.uint8
   # Rows of 48 x 72 pixels, shown 192 high: three panels and the names below.
-  assert sheet.shape[1] == 3 * 288 + 12
+  assert sheet.shape[1] == 3 * 288 + 16
   assert sheet.shape[0] > 2 * 192
 
 

@@ -15,7 +15,7 @@ from mtv_jax.data.labels.label_values import make_boxes, make_depth, no_label
 from mtv_jax.data.sources import array_record
 from mtv_jax.experts.inspection import cards, findings, run, sheet, statistics
 from mtv_jax.experts.inspection.counts import Histogram, PhraseCounts
-from mtv_jax.utils import drawing
+from mtv_jax.utils import plots
 
 CELLS = np.arange(64).reshape(8, 8)
 BAD = "<b>&\"'</b>"
@@ -349,47 +349,6 @@ def test_what_stands_out_of_depth(tmp_path, make, expected):
 # --- pictures ----------------------------------------------------------------
 
 
-def extent(picture, colour):
-  rows, columns = np.nonzero((picture == colour).all(-1))
-  return rows.min(), columns.min(), rows.max(), columns.max()
-
-
-def test_names_stay_in_the_image_and_off_each_other():
-  image = np.full((120, 240, 3), 128, np.uint8)
-  corners = [(0, 0), (0.97, 0.97), (0, 0.97), (0.97, 0), (0, 0), (0, 0)]
-  boxes = np.array([[y, x, y + 0.03, x + 0.03] for y, x in corners], np.float32)
-  colours = np.array([[255, 20 * i, 0] for i in range(6)], np.uint8)
-  drawn = drawing.named_boxes(image, boxes, ["some words"] * 6, colours)
-  # The first corner is full after one of them.
-  assert drawn.unnamed == (4, 5) and drawn.picture.shape == image.shape
-  extents = [extent(drawn.picture, colour) for colour in colours[:4]]
-  plate = round(drawing.length("some words", 11)) + 4
-  for k, (top, left, bottom, right) in enumerate(extents):
-    assert right - left == pytest.approx(plate, abs=6), k
-    assert bottom - top >= 14, k
-  # Where many share a place, those that find none are named.
-  boxes = np.tile(np.array([[0.4, 0.4, 0.42, 0.42]], np.float32), (30, 1))
-  colours = np.arange(90, dtype=np.uint8).reshape(30, 3) + 100
-  many = drawing.named_boxes(image, boxes, ["some words"] * 30, colours)
-  placed = set(range(30)) - set(many.unnamed)
-  assert len(placed) >= 3 and 0 in placed
-  rows = [extent(many.picture, colours[k])[:3:2] for k in sorted(placed)]
-  assert len(set(rows)) == len(rows)
-
-
-def test_words_are_cut_to_their_width():
-  long = "many\nwords " * 400
-  for width in (40, 100, 300):
-    cut = drawing.shorten(long, width)
-    assert cut.endswith("…") and "\n" not in cut
-    assert width - 30 < drawing.length(cut) <= width
-    lines = drawing.wrap(long, width, lines=3)
-    assert len(lines) == 3 and lines[-1].endswith("…")
-    assert all(drawing.length(line) <= width for line in lines)
-  assert drawing.wrap("two words", 300, lines=3) == ["two words"]
-  assert drawing.one_line("a\x1b[31m\ud800 b") == "a\ufffd[31m\ufffd b"
-
-
 def grey_card(folder, make, *, kind, image=None):
   """The only record's card, of a grey image twice as wide as high."""
   base = folder / "base"
@@ -446,13 +405,13 @@ def test_pixels_without_depth_are_striped(tmp_path):
 
 @pytest.mark.parametrize("kind", ["boxes", "depth"])
 def test_a_record_without_a_label_says_so(tmp_path, kind, monkeypatch):
-  said, tag = [], drawing.tag
+  said, tag = [], plots.add_title_bar
 
   def listen(picture, words):
     said.append(words)
     return tag(picture, words)
 
-  monkeypatch.setattr(drawing, "tag", listen)
+  monkeypatch.setattr(plots, "add_title_bar", listen)
   card = grey_card(tmp_path, no_label("none"), kind=kind)
   assert said == [f"no label of {kind}"]
   assert (card.pictures[kind][:20] < 80).any()
