@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 from mtv_jax.cli import errors
 from mtv_jax.data.labels.label_values import KINDS
-from mtv_jax.experts.inspection import run
+from mtv_jax.experts.inspection import inspect_labels
 from mtv_jax.utils.progress import Progress
 
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add(
     "--join",
     default="aligned",
-    choices=run.JOINS,
+    choices=inspect_labels.JOINS,
     help="by key for sets made on another copy of the images",
   )
   add("--index_dir", help="of the tars' indices (default: beside them)")
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   args = parser.parse_args(argv)
   with errors.readable_errors("inspect_labels"):
-    summary = run.inspect(
+    summary = inspect_labels.inspect(
       args.data,
       depth=args.depth,
       boxes=args.boxes,
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   if args.json:
     print(json.dumps(summary, ensure_ascii=False, indent=1))
     return
-  print(run.terminal(summary))
+  print(inspect_labels.format_summary(summary))
   for name in ("sheet.png", "index.html", "statistics.json"):
     print(f"written: {args.out}/{name}")
 

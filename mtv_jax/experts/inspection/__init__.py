@@ -1,1 +1,1 @@
-"""What to look at in label sets before training on them."""
+"""Inspection of label sets before training: sheet, page, statistics."""

@@ -1,27 +1,29 @@
-"""Records with their labels drawn on them, ready for a sheet or a page."""
+"""Records with their labels drawn: cards, and a sheet of them."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image, ImageDraw
 
 from mtv_jax.data import canvas
 from mtv_jax.data.labels.join import Labels
 from mtv_jax.data.labels.label_values import BoxLabel, DepthLabel, phrase_id
 from mtv_jax.data.records import BadRecord
-from mtv_jax.experts.inspection.statistics import at_least
+from mtv_jax.experts.inspection.statistics import filter_boxes
 from mtv_jax.utils import plots
+from mtv_jax.utils.plots import GAP, INK, MUTED, PAPER
 
-# Of what stands for an image that can't be shown.
-_SHAPE = (3, 4)
-_BLANK = (232, 232, 236)
-_HUES = 48
+_BLANK = (232, 232, 236)  # in place of an image that can't be decoded
+_COLOURS = plots.palette(49)[1:]
+_SHEET_WIDTH, _MARGIN, _LEGEND = 1264, 12, (160, 12)
+_TEXT_SIZE, _LINE_HEIGHT = 12, 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,28 +31,26 @@ class Card:
   """A record and its labels.
 
   Attributes:
-    number: of the record in its source.
     key: of the record.
-    size: of the image, such as "640 x 480"; empty where it can't be decoded.
+    size: of the image, such as "640 x 480"; empty if it can't be decoded.
     captions: of the record; there may be none.
-    pictures: by what they show, all of one shape.
-    names: phrases of the boxes with their scores, the best first, and how
-      many there are of each. A score of 1 is left out.
-    unnamed: those of them that found no room on the picture.
-    notes: what the pictures don't tell, as lines.
+    images: by kind ("image", "boxes", "depth"), all of one shape.
+    names: phrases of the boxes with their scores, best first, and the number
+      of each. A score of 1 is left out.
+    unnamed: those of them whose name did not fit on the image.
+    notes: lines about what the images don't show.
   """
 
-  number: int
   key: str
   size: str
   captions: tuple[str, ...]
-  pictures: Mapping[str, UInt8[np.ndarray, "h w 3"]]
+  images: Mapping[str, UInt8[np.ndarray, "h w 3"]]
   names: Mapping[str, int]
   unnamed: Mapping[str, int]
   notes: tuple[str, ...]
 
 
-def draw(
+def draw_card(
   source: Any,
   labels: Mapping[str, Labels],
   i: int,
@@ -58,48 +58,53 @@ def draw(
   size: int,
   min_score: float | int = 0.0,
 ) -> Card:
-  """The card of record `i`.
+  """Draws record `i`.
 
   Args:
     source: of the records; their captions may be missing.
-    labels: by kind, "depth" and "boxes" or one of them.
-    i: its number.
-    size: longer side of the pictures.
-    min_score: boxes below are left out.
+    labels: by kind, "depth", "boxes" or both.
+    i: index of the record.
+    size: longer side of the images.
+    min_score: boxes with a lower score are left out.
 
   Raises:
-    LabelError: a label is of another record.
+    LabelError: if a label is of another record.
   """
   notes: list[str] = []
+  blank = np.full((size * 3 // 4, size, 3), _BLANK, np.uint8)
   try:
     record = source[i]
   except BadRecord as error:
-    notes.append(str(error))
-    image = plots.add_title_bar(_blank(size), "the record can't be read")
-    return Card(i, error.key, "", (), {"image": image}, {}, {}, tuple(notes))
-  image, shown = _image(record, size, notes)
-  found = {kind: _label(of, i, record, notes) for kind, of in labels.items()}
-  pictures, names, unnamed = {"image": image}, {}, {}
+    image = plots.add_title_bar(blank, "the record can't be read")
+    return Card(error.key, "", (), {"image": image}, {}, {}, (str(error),))
+  try:
+    decoded = canvas.decode(record["image"], key=record["key"])
+    image = np.asarray(plots.fit_image(decoded, size))
+    shape = f"{decoded.shape[1]} x {decoded.shape[0]}"
+  except BadRecord as error:
+    notes.append(error.reason)
+    image = plots.add_title_bar(blank, "the image can't be decoded")
+    shape = ""
+  images, names, unnamed = {"image": image}, (), ()
   if "boxes" in labels:
-    drawn, every = _boxes(image, found["boxes"], min_score)
-    pictures = {"boxes": drawn[0]}
-    names = collections.Counter(every)
-    unnamed = collections.Counter(every[k] for k in drawn[1])
+    label = _read_label(labels["boxes"], i, record, notes)
+    boxes, names, unnamed = _draw_boxes(image, label, min_score)
+    images = {"boxes": boxes}
   if "depth" in labels:
-    pictures["depth"] = _depth(image, found["depth"], notes)
+    label = _read_label(labels["depth"], i, record, notes)
+    images["depth"] = _draw_depth(image, label, notes)
   return Card(
-    number=i,
     key=record["key"],
-    size=shown,
+    size=shape,
     captions=tuple(record.get("captions", ())),
-    pictures=pictures,
-    names=names,
-    unnamed=unnamed,
+    images=images,
+    names=collections.Counter(names),
+    unnamed=collections.Counter(names[k] for k in unnamed),
     notes=tuple(notes),
   )
 
 
-def _label(
+def _read_label(
   labels: Labels, i: int, record: Mapping[str, Any], notes: list[str]
 ) -> Any:
   try:
@@ -109,86 +114,145 @@ def _label(
     return error
 
 
-def _image(
-  record: Mapping[str, Any], size: int, notes: list[str]
-) -> tuple[np.ndarray, str]:
-  """The picture as it is shown, and the size that it has."""
-  try:
-    image = canvas.decode(record["image"], key=record["key"])
-  except BadRecord as error:
-    notes.append(error.reason)
-    return plots.add_title_bar(_blank(size), "the image can't be decoded"), ""
-  height, width = image.shape[:2]
-  return np.asarray(plots.fit_image(image, size)), f"{width} x {height}"
+def _missing(label: BadRecord | None, kind: str) -> str:
+  if label is None:
+    return f"no label of {kind}"
+  return f"the label of {kind} can't be read"
 
 
-def _blank(size: int) -> np.ndarray:
-  return np.full((size * _SHAPE[0] // _SHAPE[1], size, 3), _BLANK, np.uint8)
-
-
-def _boxes(
+def _draw_boxes(
   image: np.ndarray, label: BoxLabel | BadRecord | None, min_score: float | int
-) -> tuple[tuple[np.ndarray, tuple[int, ...]], list[str]]:
-  """The image with its boxes, and their names."""
+) -> tuple[np.ndarray, list[str], tuple[int, ...]]:
+  """The image with boxes, their names, and the indices of unnamed ones."""
   if not isinstance(label, BoxLabel):
-    return (plots.add_title_bar(image, _missing(label, "boxes")), ()), []
-  kept = at_least(label, min_score)
+    return plots.add_title_bar(image, _missing(label, "boxes")), [], ()
+  kept = filter_boxes(label, min_score)
   if not len(kept.boxes):
     below = f", {len(label.boxes)} below the score" if len(label.boxes) else ""
-    words = f"labelled: no box{below}"
-    return (plots.add_title_bar(image, words), ()), []
+    return plots.add_title_bar(image, f"labelled: no box{below}"), [], ()
   order = np.argsort(-kept.scores, kind="stable")
   phrases = [kept.phrases[i] for i in order]
-  tails = list(map(_score, kept.scores[order].tolist()))
-  # Equal phrases have equal colours, on all pictures.
-  hues = [phrase_id(phrase) % _HUES for phrase in phrases]
-  made = plots.draw_boxes(
-    image,
-    kept.boxes[order],
-    phrases,
-    colours=plots.palette(_HUES + 1)[1:][hues],
-    suffixes=tails,
+  scores = [_format_score(s) for s in kept.scores[order].tolist()]
+  # Equal phrases have equal colours on all images.
+  colours = _COLOURS[[phrase_id(phrase) % len(_COLOURS) for phrase in phrases]]
+  drawn, unnamed = plots.draw_boxes(
+    image, kept.boxes[order], phrases, colours=colours, suffixes=scores
   )
-  return made, [p + tail for p, tail in zip(phrases, tails, strict=True)]
+  return drawn, [p + s for p, s in zip(phrases, scores, strict=True)], unnamed
 
 
-def _score(score: float) -> str:
-  """What stands behind a phrase: two digits; nothing for a score of 1."""
+def _format_score(score: float) -> str:
+  """Text after a phrase; empty for a score of 1."""
   if score == 1:
     return ""
   return f" {score:.2f}" if score >= 0.095 else f" {score:.1g}"
 
 
-def _depth(
+def _draw_depth(
   image: np.ndarray, label: DepthLabel | BadRecord | None, notes: list[str]
 ) -> np.ndarray:
-  """The depth in colours, at the image's shape."""
+  """The depth in colours at the shape of the image."""
   height, width = image.shape[:2]
   if not isinstance(label, DepthLabel):
-    nowhere = np.ones((height, width), np.bool_)
     return plots.add_title_bar(
-      plots.hatch(np.zeros_like(image), nowhere), _missing(label, "depth")
+      plots.hatch(image, np.ones((height, width), bool)),
+      _missing(label, "depth"),
     )
-  # Each stored pixel as it is: what lies between was not labelled.
-  shape = (width, height)
-  values = cv2.resize(label.values, shape, interpolation=cv2.INTER_NEAREST)
-  there = values > 0
-  share = float((label.values > 0).mean())
+  # Nearest, since a mean of stored pixels is not a label.
+  values = cv2.resize(
+    label.values, (width, height), interpolation=cv2.INTER_NEAREST
+  )
   notes.append(
     f"inverse depth {label.low:.3g} to {label.high:.3g},"
-    f" {100 * share:.0f} % of the pixels"
+    f" {100 * (label.values > 0).mean():.0f} % of the pixels"
   )
-  low = values[there].min() if there.any() else 0
-  coloured = plots.colour_depth(np.where(there, values, low).astype(np.float32))
-  return plots.hatch(np.ascontiguousarray(coloured), ~there)
+  valid = values > 0
+  colours = plots.colour_depth(values.astype(np.float32), valid=valid)
+  return plots.hatch(colours, ~valid)
 
 
-def counted(names: Mapping[str, int]) -> list[str]:
-  """Names with how many there are of each, where that is more than one."""
+def count_names(names: Mapping[str, int]) -> list[str]:
+  """Names, with their number where it is more than one."""
   return [name if n == 1 else f"{name} ×{n}" for name, n in names.items()]
 
 
-def _missing(label: BadRecord | None, kind: str) -> str:
-  if label is None:
-    return f"no label of {kind}"
-  return f"the label of {kind} can't be read"
+def draw_sheet(
+  cards: Sequence[Card], *, title: str, size: int
+) -> UInt8[np.ndarray, "h w 3"]:
+  """A sheet of cards.
+
+  Args:
+    cards: at least one, with images of the same kinds.
+    title: one line.
+    size: longer side of their images.
+  """
+  width = max(len(card.images) for card in cards) * (size + GAP) - GAP
+  pitch = width + 2 * GAP
+  columns = min(max(1, (_SHEET_WIDTH + 2 * GAP) // pitch), len(cards))
+  drawn = [_draw_card(card, width, size) for card in cards]
+  rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)]
+  heights = [max(card.height for card in row) + 2 * GAP for row in rows]
+  has_depth = any("depth" in card.images for card in cards)
+  head = _draw_head(title, columns * pitch - 2 * GAP, has_depth=has_depth)
+  shape = (head.width + 2 * _MARGIN, sum(heights) + head.height + 2 * _MARGIN)
+  sheet = Image.new("RGB", shape, PAPER)
+  sheet.paste(head, (_MARGIN, _MARGIN))
+  y = _MARGIN + head.height
+  for row, height in zip(rows, heights, strict=True):
+    for k, card in enumerate(row):
+      sheet.paste(card, (_MARGIN + k * pitch, y))
+    y += height
+  return np.asarray(sheet)
+
+
+def _draw_card(card: Card, width: int, size: int) -> Image.Image:
+  """Images in a row above lines of text."""
+  lines = [(plots.shorten(f"{card.key}   {card.size}", width), INK)]
+  notes = list(card.notes)
+  if card.unnamed:
+    notes.append("no room for: " + ", ".join(count_names(card.unnamed)))
+  for text, ink in [(c, INK) for c in card.captions[:1]] + [
+    (note, MUTED) for note in notes
+  ]:
+    wrapped = plots.wrap(text, width, lines=2, size=_TEXT_SIZE)
+    lines += [(line, ink) for line in wrapped]
+  top = max(len(image) for image in card.images.values()) + 5
+  drawn = Image.new("RGB", (width, top + _LINE_HEIGHT * len(lines) + 3), PAPER)
+  for k, image in enumerate(card.images.values()):
+    x = k * (size + GAP) + (size - image.shape[1]) // 2
+    drawn.paste(Image.fromarray(image), (x, 0))
+  draw = ImageDraw.Draw(drawn)
+  for k, (text, ink) in enumerate(lines):
+    y = top + k * _LINE_HEIGHT
+    draw.text((1, y), text, ink, plots.font(_TEXT_SIZE))
+  return drawn
+
+
+def _draw_head(title: str, width: int, *, has_depth: bool) -> Image.Image:
+  """The title, and a legend of the depth colours."""
+  head = Image.new("RGB", (width, 48 if has_depth else 26), PAPER)
+  draw = ImageDraw.Draw(head)
+  draw.text((1, 0), plots.shorten(title, width, 15), INK, plots.font(15))
+  if not has_depth:
+    return head
+  length, height = _LEGEND
+  ramp = np.linspace(0, 1, length, dtype=np.float32)
+  stripes = plots.hatch(
+    np.zeros((height, 28, 3), np.uint8), np.ones((height, 28), bool)
+  )
+  x, y = 1, 24
+  for part in (
+    "far",
+    plots.colour_depth(np.tile(ramp, (height, 1))),
+    "near",
+    "    ",
+    stripes,
+    "no label",
+  ):
+    if isinstance(part, str):
+      draw.text((x, y), part, MUTED, plots.font(_TEXT_SIZE))
+      x += round(plots.text_width(part, _TEXT_SIZE)) + 6
+    else:
+      head.paste(Image.fromarray(part), (x, y + 2))
+      x += part.shape[1] + 6
+  return head

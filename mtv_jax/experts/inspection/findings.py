@@ -1,7 +1,7 @@
-"""What stands out in the statistics, said in words.
+"""Unusual values in the statistics of a label set, as sentences.
 
-Nothing here is wrong for certain; each is worth a look at the pictures before
-a long run. The limits are our choice.
+A finding is not an error; it is worth a look at the images before a long run.
+The thresholds are this project's choice.
 """
 
 from __future__ import annotations
@@ -12,24 +12,21 @@ from typing import Any
 
 from mtv_jax.experts.inspection import statistics
 
-# Shares of records, boxes, images or maps above which something is said.
-WITHOUT_LABEL = 0.2
-ONE_PHRASE = 0.3
-HALF = 0.5
-ODD_MAPS = 0.05
-AT_MOST = 0.1
-# Fewer than this say nothing about shares.
-_FEW = 20
+# Fractions of records, boxes, images or maps that are reported.
+_UNLABELLED, _HALF = 0.2, 0.5
+_ONE_PHRASE, _AT_LIMIT, _ODD_MAPS = 0.3, 0.1, 0.05
+# Fewer boxes say nothing about fractions.
+_MIN_BOXES = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """Something to look at.
+  """An unusual value.
 
   Attributes:
     kind: of the labels.
-    name: of what was found, for programs.
-    text: the same for people.
+    name: of the finding, for programs.
+    text: a sentence.
   """
 
   kind: str
@@ -37,97 +34,68 @@ class Finding:
   text: str
 
 
-def look_at(found: Mapping[str, Any]) -> list[Finding]:
-  """What is worth saying of a label set.
-
-  Args:
-    found: from `statistics.gather`.
-  """
-  kind = found["kind"]
-  of_kind = {"boxes": _of_boxes, "depth": _of_depth}[kind]
-  lines = [*_of_any(found), *of_kind(found)]
-  return [Finding(kind, name, text) for name, text in lines]
+def find(stats: Mapping[str, Any]) -> list[Finding]:
+  """The findings in the statistics of `statistics.gather`."""
+  of_kind = {"boxes": _box_findings, "depth": _depth_findings}[stats["kind"]]
+  found = [*_read_findings(stats), *of_kind(stats)]
+  return [Finding(stats["kind"], name, text) for name, text in found]
 
 
-def percent(share: float | int | None) -> str:
-  """A share for people: 0.5 % is told from none."""
-  if share is None:
+def percent(fraction: float | int | None) -> str:
+  """A fraction as text; small ones keep two digits."""
+  if fraction is None:
     return "none"
-  shown = 100 * share
-  return f"{shown:.2g} %" if 0 < shown < 1 else f"{shown:.1f} %"
+  value = 100 * fraction
+  return f"{value:.2g} %" if 0 < value < 1 else f"{value:.1f} %"
 
 
-def _of_any(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-  read = found["read"]
+def _read_findings(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  read = stats["read"]
   if read["damaged"]:
     yield (
       "damaged",
       f"{read['damaged']:,} of {read['records']:,} labels can't be read, such"
-      f" as: {read['examples'][0]}. Copy the files again, or make them again.",
+      f" as: {read['examples'][0]}. Copy the files again, or relabel.",
     )
-  missing = 1 - found["labelled"] / max(found["records"], 1)
-  if missing > WITHOUT_LABEL:
-    # Reasons of what was changed or left out of a label are among them, too.
-    why = "; ".join(
-      f"{n:,} times {reason!r}"
-      for reason, n in list(found["reasons"].items())[:2]
-    )
-    because = f" The commonest reasons in the manifest: {why}." if why else ""
+  missing = 1 - stats["labelled"] / max(stats["records"], 1)
+  if missing > _UNLABELLED:
+    # The reasons include those of changed labels.
+    reasons = list(stats["reasons"].items())[:2]
+    why = "; ".join(f"{n:,} times {reason!r}" for reason, n in reasons)
+    why = why and f" The most frequent reasons in the manifest: {why}."
     yield (
       "without_label",
-      f"{percent(missing)} of the records have no label.{because}",
+      f"{percent(missing)} of the records have no label.{why}",
     )
 
 
-def _of_boxes(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-  if not found["boxes"]:
-    least = found["min_score"]
+def _box_findings(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  if not stats["boxes"]:
+    least = stats["min_score"]
     scores = f" scores {least:g} or more" if least else " is in any label"
     yield "no_boxes", f"No box at all{scores}."
     return
-  without, most = found["images_without_boxes"], found["boxes_an_image"]["max"]
-  if without > HALF:
+  without, most = stats["images_without_boxes"], stats["boxes_an_image"]["max"]
+  if without > _HALF:
     yield (
       "images_without_boxes",
-      f"{percent(without)} of the labelled images have no box. If there is"
-      " something on them, the threshold is too high, or the phrases are of"
-      " other things.",
+      f"{percent(without)} of the labelled images have no box: the score"
+      " threshold is too high, or the phrases don't fit the images.",
     )
-  many, less = found["images_with_most_boxes"], found["images_with_one_less"]
-  # Where nothing was cut off, a number is about as frequent as the next.
-  if 2 < most <= statistics.MANY and many > max(AT_MOST, 2 * less):
+  many, less = stats["images_with_most_boxes"], stats["images_with_one_less"]
+  # Without a limit, a count is about as frequent as the next.
+  if 2 < most <= statistics.MAX_COUNT and many > max(_AT_LIMIT, 2 * less):
     yield (
       "at_most",
       f"{percent(many)} of the labelled images have {most:g} boxes, and none"
       " has more: boxes were left out at a limit.",
     )
-  yield from _of_scores(found)
-  if found["boxes"] < _FEW:
-    return
-  if (large := found["large_boxes"]) >= HALF:
-    yield (
-      "large_boxes",
-      f"{percent(large)} of the boxes cover more than"
-      f" {100 * statistics.LARGE:g} % of their image: they teach what is on it,"
-      " not where.",
-    )
-  if (small := found["small_boxes"]) >= HALF:
-    yield (
-      "small_boxes",
-      f"{percent(small)} of the boxes have a side below"
-      f" {100 * statistics.SMALL:.1f} % of the image's: a patch of 16 pixels at"
-      " 384.",
-    )
-  yield from _of_phrases(found)
-
-
-def _of_scores(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-  scores = found["scores"]
-  if found["scores_of_1"] == 1:
+  scores = stats["scores"]
+  if stats["scores_of_1"] == 1:
     yield (
       "scores_of_1",
-      "All scores are 1: annotations by people, or scores that were lost. No"
-      " threshold on them makes a difference.",
+      "All scores are 1: human annotations, or scores that were lost. A score"
+      " threshold has no effect.",
     )
   if scores["min"] < 0 or scores["max"] > 1:
     yield (
@@ -135,47 +103,60 @@ def _of_scores(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
       f"Scores are from {scores['min']:.3g} to {scores['max']:.3g}: expected 0"
       " to 1. Are they logits?",
     )
-
-
-def _of_phrases(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-  phrase, count = found["phrases"]["most_frequent"][0]
-  if (share := count / found["boxes"]) > ONE_PHRASE:
+  if stats["boxes"] < _MIN_BOXES:
+    return
+  if (large := stats["large_boxes"]) >= _HALF:
+    yield (
+      "large_boxes",
+      f"{percent(large)} of the boxes cover more than"
+      f" {100 * statistics.LARGE_AREA:g} % of their image, and localize"
+      " nothing.",
+    )
+  if (small := stats["small_boxes"]) >= _HALF:
+    yield (
+      "small_boxes",
+      f"{percent(small)} of the boxes have a side below"
+      f" {100 * statistics.SMALL_SIDE:.1f} % of the image's: a patch of 16"
+      " pixels at 384.",
+    )
+  phrase, count = stats["phrases"]["most_frequent"][0]
+  if (fraction := count / stats["boxes"]) > _ONE_PHRASE:
     yield (
       "one_phrase",
-      f"{percent(share)} of the boxes have the phrase {phrase!r}.",
+      f"{percent(fraction)} of the boxes have the phrase {phrase!r}.",
     )
-  if (share := found["boxes_with_repeated_phrase"]) > HALF:
+  if (fraction := stats["boxes_with_repeated_phrase"]) > _HALF:
     yield (
       "repeated_phrases",
-      f"{percent(share)} of the boxes share their phrase with another box of"
-      " their image: a phrase does not tell which of them is meant.",
+      f"{percent(fraction)} of the boxes share their phrase with another box"
+      " of their image: the phrase is ambiguous.",
     )
 
 
-def _of_depth(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-  labelled = found["labelled_pixels"]
+def _depth_findings(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  labelled = stats["labelled_pixels"]
   if not labelled["count"]:
     yield "no_maps", "No map was read."
     return
-  if labelled["mean"] < HALF:
+  if labelled["mean"] < _HALF:
     yield (
       "sparse_maps",
-      f"{percent(labelled['mean'])} of the pixels of a map have a label, in the"
-      " mean.",
+      f"On average {percent(labelled['mean'])} of the pixels of a map have a"
+      " label.",
     )
-  if (share := found["constant_maps"]) > ODD_MAPS:
+  if (fraction := stats["constant_maps"]) > _ODD_MAPS:
     yield (
       "constant_maps",
-      f"{percent(share)} of the maps are nearly constant: their least value is"
-      f" within {100 * statistics.CONSTANT:g} % of their greatest.",
+      f"{percent(fraction)} of the maps are nearly constant: their minimum is"
+      f" within {100 * statistics.CONSTANT_RANGE:g} % of their maximum.",
     )
-  if (share := found["narrow_maps"]) > ODD_MAPS:
+  if (fraction := stats["narrow_maps"]) > _ODD_MAPS:
     yield (
       "narrow_maps",
-      f"{percent(share)} of the maps have 90 % of their pixels within"
-      f" {100 * statistics.NARROW:g} % of their range: a few pixels, perhaps"
-      " wrong ones, set the scale.",
+      f"{percent(fraction)} of the maps have 90 % of their pixels within"
+      f" {100 * statistics.NARROW_RANGE:g} % of their range: a few pixels,"
+      " perhaps outliers, set the scale.",
     )
-  if len(found["sides"]) > 1:
-    sides = ", ".join(f"{n:,} of {side}" for side, n in found["sides"].items())
+  if len(stats["sides"]) > 1:
+    sides = ", ".join(f"{n:,} of {side}" for side, n in stats["sides"].items())
     yield "sides", f"The maps have different sides: {sides} pixels."

@@ -1,236 +1,240 @@
-"""Cards, statistics and settings on one page that needs no other file."""
+"""Page about label sets: cards, statistics and settings, self-contained."""
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mtv_jax.experts.inspection import bars, statistics
-from mtv_jax.experts.inspection.cards import Card, counted
+import matplotlib
+from matplotlib.figure import Figure
+
+from mtv_jax.experts.inspection import statistics
+from mtv_jax.experts.inspection.cards import Card, count_names
 from mtv_jax.experts.inspection.findings import percent
-from mtv_jax.utils import html as html_pages
+from mtv_jax.utils import html
 from mtv_jax.utils.html import escape
 
-# Phrases of a card that are shown without a click.
-_SHOWN = 8
+_NAMES = 8  # of a card, shown without a click
 
 
-def html(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
-  """The page.
+def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
+  """The page as HTML.
 
   Args:
-    summary: what `run.inspect` gathered.
+    summary: from `inspect_labels.inspect`.
     cards: of some records.
   """
   title = f"Labels of {', '.join(summary['data'])}"
-  body = [f"<h1>{escape(title)}</h1>", _first(summary), _look_at(summary)]
+  body = [f"<h1>{escape(title)}</h1>"]
+  for kind, stats in summary["sets"].items():
+    read = stats["read"]["records"]
+    part = f" Statistics of {read:,} labels, evenly spaced."
+    body.append(
+      f"<p><b>{kind}</b> from {escape(stats['folder'])}:"
+      f" {stats['labelled']:,} of {stats['records']:,} records have a label."
+      f"{part if read < stats['records'] else ''}</p>"
+    )
+  body.append(_findings(summary["look_at"]))
   if cards:
     of = f"{len(cards)} of {summary['records']:,} records"
-    body += [f"<h2>Pictures</h2><p class=note>{of}. {_legend(summary)}</p>"]
-    several = " several" if len(cards[0].pictures) > 1 else ""
+    several = " several" if len(cards[0].images) > 1 else ""
+    body += [f"<h2>Images</h2><p class=note>{of}. {_legend(summary)}</p>"]
     body += [f"<div class='cards{several}'>", *map(_card, cards), "</div>"]
-  for kind, found in summary["sets"].items():
-    body += [f"<h2>{kind.capitalize()}</h2>", _figures(found)]
-    body += [f"<div class=bars>{''.join(_bars(found))}</div>"]
-    if kind == "boxes" and found["boxes"]:
-      body += [_phrases(found)]
-    body += [_reasons(found), _settings(found)]
-  return html_pages.page(title, body, style=_STYLE)
-
-
-def _first(summary: Mapping[str, Any]) -> str:
-  lines = []
-  for kind, found in summary["sets"].items():
-    read = found["read"]
-    part = ""
-    if read["records"] < found["records"]:
-      part = f" Statistics are of {read['records']:,} labels, evenly spaced."
-    lines.append(
-      f"<p><b>{kind}</b> from {escape(found['folder'])}:"
-      f" {found['labelled']:,} of {found['records']:,} records have a label."
-      f"{part}</p>"
+  for kind, stats in summary["sets"].items():
+    body += [f"<h2>{kind.capitalize()}</h2>"]
+    body += [html.table([("statistic", ""), *describe(stats)])]
+    charts = "".join(
+      plot_histogram(histogram, name)
+      for name, histogram in _histograms(stats).items()
+      if histogram["count"]
     )
-  return "".join(lines)
+    body += [f"<div class=charts>{charts}</div>"]
+    if stats.get("boxes"):
+      body += [_phrases(stats)]
+    if stats["reasons"]:
+      rows = [(f"{n:,}", reason) for reason, n in stats["reasons"].items()]
+      table = html.table([("times", "left out or changed"), *rows])
+      body += [f"<p class=note>From the manifest:</p>{table}"]
+    rows = [("setting", ""), *_flatten(stats["settings"])]
+    body += [html.details("Settings of the label set", html.table(rows))]
+  return html.page(title, body, style=_STYLE)
 
 
-def _look_at(summary: Mapping[str, Any]) -> str:
-  if not summary["look_at"]:
-    return "<div class=calm>Nothing stands out in the statistics.</div>"
+def _findings(findings: Sequence[Mapping[str, str]]) -> str:
+  if not findings:
+    return "<div class=calm>The statistics show nothing unusual.</div>"
   items = "".join(
     f"<li><b>{finding['kind']}</b>: {escape(finding['text'])}"
-    for finding in summary["look_at"]
+    for finding in findings
   )
   return f"<div class=look><b>To look at</b><ul>{items}</ul></div>"
 
 
 def _legend(summary: Mapping[str, Any]) -> str:
-  words = []
-  if "boxes" in summary["sets"]:
-    words.append("Boxes: phrase and score; no score is a score of 1.")
-  if "depth" in summary["sets"]:
-    words.append(
-      "Depth: <span class=ramp></span> from far to near;"
-      " <span class=stripes></span> no label."
-    )
-  return " ".join(words)
+  legends = {
+    "boxes": "Boxes: phrase and score; no score is a score of 1.",
+    "depth": "Depth: <span class=ramp></span> from far to near;"
+    " <span class=stripes></span> no label.",
+  }
+  return " ".join(legends[kind] for kind in summary["sets"])
 
 
 def _card(card: Card) -> str:
-  pictures = "".join(
-    html_pages.image(picture, f"{kind} of {card.key}", css="shot")
-    for kind, picture in card.pictures.items()
+  images = "".join(
+    html.image(image, f"{kind} of {card.key}")
+    for kind, image in card.images.items()
   )
   lines = [f"<b>{escape(card.key)}</b> <span class=note>{card.size}</span>"]
-  if card.captions:
-    lines.append(escape(card.captions[0]))
+  lines += [escape(caption) for caption in card.captions[:1]]
   lines += [f"<span class=note>{escape(note)}</span>" for note in card.notes]
-  texts = "".join(f"<div>{line}</div>" for line in lines)
+  text = "".join(f"<div>{line}</div>" for line in lines)
   if more := card.captions[1:]:
-    items = "".join(f"<li>{escape(caption)}" for caption in more)
-    texts += _details(f"{len(more)} more captions", f"<ul>{items}</ul>")
-  if card.names:
-    words = [f"<i>{escape(name)}</i> " for name in counted(card.names)]
-    texts += f"<div class=words>{''.join(words[:_SHOWN])}</div>"
-    if rest := words[_SHOWN:]:
-      inner = f"<div class=words>{''.join(rest)}</div>"
-      texts += _details(f"{len(rest)} more names", inner)
-  return f"<figure><div class=shots>{pictures}</div>{texts}</figure>"
+    text += html.details(f"{len(more)} more captions", html.bullets(more))
+  names = [f"<i>{escape(name)}</i> " for name in count_names(card.names)]
+  if names:
+    text += f"<div class=names>{''.join(names[:_NAMES])}</div>"
+  if more := names[_NAMES:]:
+    inner = f"<div class=names>{''.join(more)}</div>"
+    text += html.details(f"{len(more)} more names", inner)
+  return f"<figure><div class=images>{images}</div>{text}</figure>"
 
 
-def _details(summary: str, inner: str) -> str:
-  return f"<details><summary>{summary}</summary>{inner}</details>"
-
-
-def _figures(found: Mapping[str, Any]) -> str:
-  of_kind = {"boxes": _box_figures, "depth": _depth_figures}[found["kind"]]
-  read = found["read"]
+def describe(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """Name and value of each statistic of a label set, as text."""
+  read = stats["read"]
+  labelled = stats["labelled"] / max(stats["records"], 1)
   every = "all" if read["every"] == 1 else f"one of {read['every']:,}"
-  rows = [
-    ("shards", f"{found['shards']:,}"),
-    ("records", f"{found['records']:,}"),
-    (
-      "with a label",
-      f"{found['labelled']:,}"
-      f" ({percent(found['labelled'] / max(found['records'], 1))})",
-    ),
-    ("labels read", f"{read['records']:,}, {every}"),
-  ]
+  yield "shards", f"{stats['shards']:,}"
+  yield "records", f"{stats['records']:,}"
+  yield "with a label", f"{stats['labelled']:,} ({percent(labelled)})"
+  yield "labels read", f"{read['records']:,}, {every}"
   if read["damaged"]:
-    rows.append(("can't be read", f"{read['damaged']:,}"))
-  return html_pages.table([("figure", ""), *rows, *of_kind(found)])
+    yield "can't be read", f"{read['damaged']:,}"
+  if stats["kind"] == "boxes":
+    yield from _describe_boxes(stats)
+  else:
+    yield "sides of the maps", ", ".join(f"{side}" for side in stats["sides"])
+    yield "nearly constant maps", percent(stats["constant_maps"])
+    yield "maps whose range is of a few pixels", percent(stats["narrow_maps"])
+  for name, histogram in _histograms(stats).items():
+    yield name, _spread(histogram)
 
 
-def _box_figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-  yield "boxes", f"{found['boxes']:,}"
-  if found["min_score"] > 0:
-    least = f"{found['below_min_score']:,} below {found['min_score']:g}"
-    yield "boxes left out by their score", least
-  yield "boxes an image", spread(found["boxes_an_image"])
-  yield "labelled images without a box", percent(found["images_without_boxes"])
-  yield "scores", spread(found["scores"])
-  areas = found["areas"]["quantiles"]
-  if areas:
-    yield "area, share of the image", _quantiles(areas)
-  yield "shorter side, share of the image's", spread(found["shorter_sides"])
-  yield "longer side", spread(found["longer_sides"])
-  large = f"boxes that cover more than {100 * statistics.LARGE:g} %"
-  yield large, percent(found["large_boxes"])
-  small = f"boxes with a side below {100 * statistics.SMALL:.1f} %"
-  yield small, percent(found["small_boxes"])
-  yield "different phrases", different(found["phrases"])
-  yield "words a phrase", spread(found["phrases"]["words"])
-  repeated = percent(found["images_with_repeated_phrase"])
+def _describe_boxes(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  yield "boxes", f"{stats['boxes']:,}"
+  if stats["min_score"] > 0:
+    below = f"{stats['below_min_score']:,} below {stats['min_score']:g}"
+    yield "boxes left out by their score", below
+  yield "labelled images without a box", percent(stats["images_without_boxes"])
+  if areas := stats["areas"]["quantiles"]:
+    yield "area, fraction of the image", _quantiles(areas)
+  large = f"boxes that cover more than {100 * statistics.LARGE_AREA:g} %"
+  yield large, percent(stats["large_boxes"])
+  small = f"boxes with a side below {100 * statistics.SMALL_SIDE:.1f} %"
+  yield small, percent(stats["small_boxes"])
+  phrases = stats["phrases"]
+  about = "about " if phrases["counts_short_by"] else ""
+  yield "different phrases", f"{about}{phrases['different']:,}"
+  repeated = percent(stats["images_with_repeated_phrase"])
   yield "images with a phrase more than once", repeated
 
 
-def _depth_figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-  yield "sides of the maps", ", ".join(f"{side}" for side in found["sides"])
-  yield "labelled share of the pixels", spread(found["labelled_pixels"])
-  yield "least inverse depth", spread(found["low"])
-  yield "greatest inverse depth", spread(found["high"])
-  yield "range, share of the greatest", spread(found["range"])
-  yield "5 % to 95 % of the pixels, share of the range", spread(found["middle"])
-  yield "nearly constant maps", percent(found["constant_maps"])
-  yield "maps whose range is of a few pixels", percent(found["narrow_maps"])
+def _histograms(stats: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+  """Histograms by the name that readers see."""
+  if stats["kind"] == "boxes":
+    return {
+      "boxes an image": stats["boxes_an_image"],
+      "scores": stats["scores"],
+      "square root of the area": stats["sides"],
+      "shorter side": stats["shorter_sides"],
+      "longer side": stats["longer_sides"],
+      "words a phrase": stats["phrases"]["words"],
+    }
+  return {
+    "labelled fraction of the pixels": stats["labelled_pixels"],
+    "lowest inverse depth": stats["low"],
+    "highest inverse depth": stats["high"],
+    "range, fraction of the highest": stats["range"],
+    "middle 90 %, fraction of the range": stats["middle"],
+  }
 
 
-def spread(of: Mapping[str, Any]) -> str:
-  """A quantity in a line: its mean, median and ends."""
-  if not of["count"]:
+def _spread(histogram: Mapping[str, Any]) -> str:
+  if not histogram["count"]:
     return "none"
   return (
-    f"mean {of['mean']:.3g}, {_quantiles(of['quantiles'])}, from"
-    f" {of['min']:.3g} to {of['max']:.3g}"
+    f"mean {histogram['mean']:.3g}, {_quantiles(histogram['quantiles'])}, from"
+    f" {histogram['min']:.3g} to {histogram['max']:.3g}"
   )
 
 
 def _quantiles(quantiles: Mapping[str, float]) -> str:
-  low, middle, high = (quantiles[share] for share in ("0.05", "0.5", "0.95"))
-  return f"median {middle:.3g}, 90 % in {low:.3g} to {high:.3g}"
+  low, median, high = (quantiles[q] for q in ("0.05", "0.5", "0.95"))
+  return f"median {median:.3g}, 90 % in {low:.3g} to {high:.3g}"
 
 
-def different(phrases: Mapping[str, Any]) -> str:
-  """How many phrases there are, and how surely."""
-  about = "about " if phrases["counts_short_by"] else ""
-  return f"{about}{phrases['different']:,}"
+def plot_histogram(histogram: Mapping[str, Any], title: str) -> str:
+  """A histogram as SVG, with the count of each bar in its tooltip.
+
+  Args:
+    histogram: from `Histogram.to_dict`, of at least one value.
+    title: of the chart.
+  """
+  edges, counts = histogram["bars"]["edges"], histogram["bars"]["counts"]
+  n = len(counts)
+  pairs = list(itertools.pairwise(edges))
+  names = [f"{a:.3g} to {b:.3g}" for a, b in pairs]
+  ticks = {k: f"{edges[k]:.3g}" for k in sorted({0, (n + 1) // 2, n})}
+  if histogram["values"] == "whole":
+    pairs = [(round(a + 0.5), round(b - 0.5)) for a, b in pairs]
+    names = [f"{a}" if a == b else f"{a} to {b}" for a, b in pairs]
+    ticks = {k + 0.5: names[k] for k in sorted({0, n // 2, n - 1})}
+  figure = Figure(figsize=(3.2, 1.4), layout="constrained")
+  axes = figure.subplots()
+  bars = axes.bar(range(n), counts, 0.95, align="edge", clip_on=False)
+  axes.set_title(title, loc="left", fontsize=8, fontweight="bold")
+  axes.set_xticks(list(ticks), ticks.values(), fontsize=7)
+  axes.set_yticks([max(counts)], [f"{max(counts):,}"], fontsize=7)
+  axes.spines[["top", "right"]].set_visible(False)
+  for k, bar in enumerate(bars):
+    bar.set_gid(f"bar{k}")
+  svg = io.StringIO()
+  with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(svg, format="svg", metadata=metadata)
+  text = svg.getvalue()
+  for k, (name, count) in enumerate(zip(names, counts, strict=True)):
+    share = 100 * count / histogram["count"]
+    tooltip = f"<title>{escape(name)}: {count:,} ({share:.3g} %)</title>"
+    text = text.replace(f'<g id="bar{k}">', f"<g>{tooltip}")
+  return text[text.index("<svg") :]
 
 
-def _bars(found: Mapping[str, Any]) -> Iterator[str]:
-  names = {
-    "boxes": {
-      "boxes an image": found.get("boxes_an_image"),
-      "scores": found.get("scores"),
-      "side of a square of the box's area": found.get("sides"),
-      "shorter side": found.get("shorter_sides"),
-      "longer side": found.get("longer_sides"),
-      "words a phrase": found.get("phrases", {}).get("words"),
-    },
-    "depth": {
-      "labelled share of the pixels": found.get("labelled_pixels"),
-      "least inverse depth": found.get("low"),
-      "greatest inverse depth": found.get("high"),
-      "5 % to 95 % of the pixels, share of the range": found.get("middle"),
-    },
-  }[found["kind"]]
-  for title, histogram in names.items():
-    if histogram["count"]:
-      yield bars.svg(histogram, title)
-
-
-def _phrases(found: Mapping[str, Any]) -> str:
-  """The most frequent ones, with bars."""
-  frequent = found["phrases"]["most_frequent"]
-  top = frequent[0][1]
+def _phrases(stats: Mapping[str, Any]) -> str:
+  """The most frequent phrases with bars."""
+  frequent = stats["phrases"]["most_frequent"]
   items = "".join(
-    f"<li><span class=bar style='width:{100 * count / top:.1f}%'></span>"
-    f"<span>{escape(phrase)}</span> <span class=note>{count:,},"
-    f" {percent(count / found['boxes'])}</span>"
+    f"<li><span class=bar style='width:{100 * count / frequent[0][1]:.1f}%'>"
+    f"</span><span>{escape(phrase)}</span> <span class=note>{count:,},"
+    f" {percent(count / stats['boxes'])}</span>"
     for phrase, count in frequent
   )
-  short = found["phrases"]["counts_short_by"]
-  least = f" Counts may be short by {short:,}." if short else ""
-  head = f"The {len(frequent)} most frequent phrases, with shares of the boxes."
-  return f"<p class=note>{head}{least}</p><ol class=phrases>{items}</ol>"
+  short = stats["phrases"]["counts_short_by"]
+  note = f" Counts may be too low by {short:,}." if short else ""
+  head = (
+    f"The {len(frequent)} most frequent phrases, as fractions of the boxes."
+  )
+  return f"<p class=note>{head}{note}</p><ol class=phrases>{items}</ol>"
 
 
-def _reasons(found: Mapping[str, Any]) -> str:
-  if not found["reasons"]:
-    return ""
-  rows = [(f"{n:,}", reason) for reason, n in found["reasons"].items()]
-  table = html_pages.table([("times", "left out or changed"), *rows])
-  return f"<p class=note>From the manifest:</p>{table}"
-
-
-def _settings(found: Mapping[str, Any]) -> str:
-  rows = [("setting", ""), *_flat(found["settings"])]
-  return _details("Settings of the label set", html_pages.table(rows))
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+  """(dotted name, text) of each leaf of nested settings."""
   if isinstance(value, Mapping) and value:
     for key, inner in value.items():
-      yield from _flat(inner, f"{name}.{key}" if name else str(key))
+      yield from _flatten(inner, f"{name}.{key}" if name else str(key))
     return
   text = value if isinstance(value, str) else json.dumps(value)
   yield name, text if len(text) <= 500 else text[:500] + "…"
@@ -245,16 +249,16 @@ _STYLE = """.look, .calm { border-left: 4px solid #d98200; padding: .5em 1em;
 .cards.several {
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr)); }
 .cards figure { margin: 0; overflow-wrap: anywhere; }
-.shots { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: .3em; }
-.shots img { flex: 1 1 220px; min-width: 0; height: auto; max-height: 400px;
+.images { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: .3em; }
+.images img { flex: 1 1 220px; min-width: 0; height: auto; max-height: 400px;
   object-fit: contain; object-position: left top; }
-.words { margin: .25em 0; }
-.words i { font-style: normal; background: #eef1f5; border-radius: 3px;
+.names { margin: .25em 0; }
+.names i { font-style: normal; background: #eef1f5; border-radius: 3px;
   padding: 0 .35em; margin: 0 .15em .15em 0; display: inline-block; }
 details ul { margin: .2em 0; padding-left: 1.2em; }
-.bars { display: grid; gap: 1em;
+.charts { display: grid; gap: 1em;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 260px), 1fr)); }
-.bars svg { width: 100%; height: auto; }
+.charts svg { width: 100%; height: auto; }
 .phrases { columns: 260px; column-gap: 2em; padding-left: 2em; }
 .phrases li { position: relative; break-inside: avoid; padding: .05em 0;
   overflow-wrap: anywhere; }

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mtv_jax.data.labels.join import AlignedLabels
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.data.labels.label_values import make_boxes, make_depth, no_label
 from mtv_jax.data.sources import array_record
-from mtv_jax.experts.inspection import cards, findings, run, sheet, statistics
-from mtv_jax.experts.inspection.counts import Histogram, PhraseCounts
+from mtv_jax.experts.inspection import cards, findings, statistics
+from mtv_jax.experts.inspection.counters import Histogram, PhraseCounts
 from mtv_jax.utils import plots
 
 CELLS = np.arange(64).reshape(8, 8)
@@ -37,13 +38,13 @@ def tool(repo_root):
 def test_histograms_are_those_of_numpy(values):
   rng = np.random.default_rng(0)
   made, drawn, error = {
-    "shares": (Histogram.of_shares(), rng.beta(0.5, 3, 5000), 2e-3),
+    "shares": (Histogram.of_fractions(), rng.beta(0.5, 3, 5000), 2e-3),
     "magnitudes": (
       Histogram.of_magnitudes(),
       rng.normal(size=5000) * 10 ** rng.uniform(-4, 4, 5000),
       None,
     ),
-    "whole": (Histogram.of_whole_numbers(64), rng.poisson(9, 5000), 0),
+    "whole": (Histogram.of_integers(64), rng.poisson(9, 5000), 0),
   }[values]
   for part in np.array_split(drawn, 7):
     made.add(part)
@@ -63,14 +64,14 @@ def test_histograms_are_those_of_numpy(values):
 
 
 def test_values_beyond_the_edges_are_counted_in_bars_of_their_own():
-  made = Histogram.of_shares()
+  made = Histogram.of_fractions()
   made.add(np.array([-3.0, 0.25, 1.0, 7.0, 8.0]))
   bars = made.bars()
   assert (bars["edges"][0], bars["edges"][-1]) == (-3, 8)
   assert (bars["counts"][0], bars["counts"][-1]) == (1, 2)
   assert sum(bars["counts"]) == 5
   assert made.quantile(0) == -3 and made.quantile(1) == 8
-  assert Histogram.of_shares().to_dict() == {"count": 0}
+  assert Histogram.of_fractions().to_dict() == {"count": 0}
 
 
 def test_phrases_are_counted_within_bounds_of_memory():
@@ -231,7 +232,7 @@ def test_damaged_labels_are_counted(labelled, monkeypatch):
   monkeypatch.setattr(LabelSet, "read", damaged)
   found = gathered(labelled, "boxes")
   assert found["read"]["damaged"] == 1 and found["read"]["labelled"] == 8
-  (finding,) = [f for f in findings.look_at(found) if f.name == "damaged"]
+  (finding,) = [f for f in findings.find(found) if f.name == "damaged"]
   assert "00001.array_record:2" in finding.text
 
 
@@ -254,7 +255,7 @@ def standing_out(tmp_path, make, *, kind="boxes", records=30, **options):
     tmp_path / kind, source, kind, of=lambda kind, i: make(i)
   )
   found = gathered(tmp_path, kind, **options)
-  return {finding.name for finding in findings.look_at(found)}
+  return {finding.name for finding in findings.find(found)}
 
 
 def good(i):
@@ -308,14 +309,14 @@ def test_what_stands_out_of_boxes(tmp_path, make, expected):
 
 def test_a_threshold_that_leaves_no_box_is_told_of(tmp_path):
   assert standing_out(tmp_path, good, min_score=0.95) == {"no_boxes"}
-  (found,) = findings.look_at(gathered(tmp_path, "boxes", min_score=0.95))
+  (found,) = findings.find(gathered(tmp_path, "boxes", min_score=0.95))
   assert found.text == "No box at all scores 0.95 or more."
 
 
 def test_labels_without_any_box_are_told_of(tmp_path):
   nothing = make_boxes(np.zeros((0, 4)), [])
   assert standing_out(tmp_path, lambda i: nothing) == {"no_boxes"}
-  (found,) = findings.look_at(gathered(tmp_path, "boxes"))
+  (found,) = findings.find(gathered(tmp_path, "boxes"))
   assert found.text == "No box at all is in any label."
 
 
@@ -367,15 +368,15 @@ def grey_card(folder, make, *, kind, image=None):
     kind,
     of=lambda kind, i: make if i == 0 else outcome(kind, 4),
   )
-  labels = run.AlignedLabels(LabelSet(folder / kind, kind=kind), source)
-  return cards.draw(source, {kind: labels}, 0, size=240)
+  labels = AlignedLabels(LabelSet(folder / kind, kind=kind), source)
+  return cards.draw_card(source, {kind: labels}, 0, size=240)
 
 
 def test_boxes_are_where_they_should_be(tmp_path):
   corners = np.array([[0.25, 0.5, 0.75, 1.0]])
   made = make_boxes(corners, ["a thing"], np.array([0.5], np.float32))
   card = grey_card(tmp_path, made, kind="boxes")
-  picture = card.pictures["boxes"]
+  picture = card.images["boxes"]
   assert picture.shape == (120, 240, 3)
   changed = (picture != 128).any(-1)
   # Rim and outline are 3 pixels; the plate stands above the box.
@@ -393,8 +394,8 @@ def test_pixels_without_depth_are_striped(tmp_path):
   valid[:, :60] = False
   made = make_depth(label_samples.ramp(60, 120), side=12, valid=valid)
   card = grey_card(tmp_path, made, kind="depth")
-  assert list(card.pictures) == ["image", "depth"]
-  picture = card.pictures["depth"].astype(int)
+  assert list(card.images) == ["image", "depth"]
+  picture = card.images["depth"].astype(int)
   spread = picture.max(-1) - picture.min(-1)
   assert (spread[:, :118] < 8).all() and len(np.unique(picture[:, :118])) > 1
   assert (spread[:, 122:] > 40).all()
@@ -414,15 +415,15 @@ def test_a_record_without_a_label_says_so(tmp_path, kind, monkeypatch):
   monkeypatch.setattr(plots, "add_title_bar", listen)
   card = grey_card(tmp_path, no_label("none"), kind=kind)
   assert said == [f"no label of {kind}"]
-  assert (card.pictures[kind][:20] < 80).any()
+  assert (card.images[kind][:20] < 80).any()
 
 
 def test_an_image_that_is_none_is_shown_as_such(tmp_path):
   made = make_depth(label_samples.ramp(60, 120), side=12)
   card = grey_card(tmp_path, made, kind="depth", image=b"\xff\xd8\xffno image")
   assert card.size == "" and "are no image" in card.notes[0]
-  assert card.pictures["depth"].shape == card.pictures["image"].shape
-  drawn = sheet.draw([card], title="a title", size=240)
+  assert card.images["depth"].shape == card.images["image"].shape
+  drawn = cards.draw_sheet([card], title="a title", size=240)
   assert drawn.ndim == 3 and drawn.shape[1] == 2 * 240 + 8 + 2 * 12
 
 

@@ -1,0 +1,154 @@
+"""Inspection of label sets: writes a sheet, a page and statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mtv_jax.data.labels import bases as label_bases
+from mtv_jax.data.labels import label_sets
+from mtv_jax.data.labels.join import AlignedLabels, KeyedLabels
+from mtv_jax.data.labels.label_sets import LabelSet
+from mtv_jax.experts.inspection import cards, findings, page, statistics
+from mtv_jax.experts.inspection.findings import percent
+from mtv_jax.utils.errors import ConfigError, check_choice
+from mtv_jax.utils.plots import one_line
+
+JOINS = ("aligned", "key")
+_PAGE_SIZE = 456  # longer side of the images on the page
+_PHRASES = 5  # on the terminal
+
+
+def inspect(
+  data: Sequence[str],
+  *,
+  depth: str | os.PathLike | None = None,
+  boxes: str | os.PathLike | None = None,
+  out: str | os.PathLike,
+  count: int = 24,
+  seed: int = 0,
+  size: int = 304,
+  min_score: float | int = 0.0,
+  records: int | None = None,
+  index_dir: str | None = None,
+  join: str = "aligned",
+  progress: Callable[[str, int, int], None] = lambda kind, done, total: None,
+) -> dict[str, Any]:
+  """Writes `sheet.png`, `index.html` and `statistics.json`.
+
+  Args:
+    data: the shards, tar or ArrayRecord files.
+    depth, boxes: folders of label sets, at least one of them.
+    out: folder to write to; created if missing.
+    count: number of records in the images, drawn with `seed`.
+    seed: see `count`.
+    size: longer side of an image.
+    min_score: boxes with a lower score are left out everywhere.
+    records: the most labels of a set in the statistics, evenly spaced; None
+      for all.
+    index_dir: folder of the indices of tar files, and of keys to join by.
+    join: "aligned", for sets of these shards, with statistics of the shards of
+      `data`; "key", for other copies, with statistics of the whole set.
+    progress: called with the kind, the number of labels read and to read.
+
+  Returns:
+    The statistics as written.
+
+  Raises:
+    ConfigError: without a label set, or for a number out of range.
+    FileNotFoundError: if a folder or a file is missing.
+    LabelError: for a set of another kind or of other records.
+  """
+  folders = {"boxes": boxes, "depth": depth}
+  sets = {k: LabelSet(f, kind=k) for k, f in folders.items() if f is not None}
+  if not sets:
+    raise ConfigError(
+      "No label set is given: name a folder of boxes, of depth, or of each."
+    )
+  if count < 1 or size < 64:
+    raise ConfigError(
+      f"count={count} and size={size}: expected at least 1 record and images"
+      " of 64 pixels."
+    )
+  check_choice("join", join, JOINS)
+  source = label_bases.open_base(data, index_dir=index_dir, captions="optional")
+  joined = {
+    kind: AlignedLabels(labels, source)
+    if join == "aligned"
+    else KeyedLabels(labels, source, index_dir=index_dir)
+    for kind, labels in sets.items()
+  }
+  folder = Path(out).expanduser()
+  folder.mkdir(parents=True, exist_ok=True)
+  shards = set(map(label_sets.stem, source.files))
+  stats = {
+    kind: statistics.gather(
+      labels,
+      shards=shards if join == "aligned" else None,
+      records=records,
+      min_score=min_score,
+      progress=lambda done, total, kind=kind: progress(kind, done, total),
+    )
+    for kind, labels in sets.items()
+  }
+  summary = {
+    "data": list(data),
+    "records": len(source),
+    "sets": stats,
+    "look_at": [
+      dataclasses.asdict(finding)
+      for of_kind in stats.values()
+      for finding in findings.find(of_kind)
+    ],
+  }
+  rng = np.random.default_rng(seed)
+  chosen = rng.choice(len(source), min(count, len(source)), replace=False)
+
+  def draw(side: int) -> list[cards.Card]:
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      return list(
+        pool.map(
+          lambda i: cards.draw_card(
+            source, joined, i, size=side, min_score=min_score
+          ),
+          sorted(chosen.tolist()),
+        )
+      )
+
+  names = [f"{kind} from {s['folder']}" for kind, s in stats.items()]
+  title = f"{', '.join(data)}: {', '.join(names)}"
+  sheet = cards.draw_sheet(draw(size), title=title, size=size)
+  Image.fromarray(sheet).save(folder / "sheet.png")
+  html = page.render(summary, draw(max(size, _PAGE_SIZE)))
+  (folder / "index.html").write_text(html, encoding="utf-8")
+  text = json.dumps(summary, ensure_ascii=False, indent=1)
+  (folder / "statistics.json").write_text(f"{text}\n", encoding="utf-8")
+  return summary
+
+
+def format_summary(summary: Mapping[str, Any]) -> str:
+  """The statistics as lines for a terminal."""
+  lines = [f"{', '.join(summary['data'])}: {summary['records']:,} records"]
+  for kind, stats in summary["sets"].items():
+    share = percent(stats["labelled"] / max(stats["records"], 1))
+    lines.append(
+      f"{kind} from {stats['folder']}: {stats['labelled']:,} of"
+      f" {stats['records']:,} records have a label ({share})"
+    )
+    rows = list(page.describe(stats))
+    if kind == "boxes":
+      frequent = stats["phrases"]["most_frequent"][:_PHRASES]
+      text = ", ".join(f"{one_line(phrase)} {n:,}" for phrase, n in frequent)
+      rows.append(("most frequent phrases", text))
+    lines += [f"  {name:36} {text}" for name, text in rows]
+  for finding in summary["look_at"]:
+    lines.append(f"look at {finding['kind']}: {one_line(finding['text'])}")
+  return "\n".join(lines)
