@@ -1,7 +1,7 @@
-"""Which patches of a view are hidden (iBOT), or are all that is seen (MAE).
+"""Patch masks of a view: block masks (iBOT) and visible subsets (MAE).
 
-Shapes are static: the count of an image's masked patches has a bound known
-when the program is built, so that losses can gather them without waste.
+Shapes are static: the number of masked patches of an image has a bound known
+at trace time, so that losses can gather them without waste.
 """
 
 from __future__ import annotations
@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mtv_jax.augment import random as draws
+from mtv_jax.augment.op import ViewOp, check_range, check_size
+from mtv_jax.augment.random import ranks, uniform
 from mtv_jax.utils.errors import ConfigError
 
 # Rectangles tried for each mask. On 14 x 14 patches and up to half of them
 # masked, 16 leave 0.4 of a patch on average and 3 at most to be filled one by
-# one; the step pays for each with a few tiny operations for the whole batch.
+# one; each costs a few tiny operations for the whole batch.
 PROPOSALS = 16
 # DINOv2's rectangles: at least 4 patches, sides up to 1 : 3.3.
 MIN_BLOCK = 4
@@ -28,8 +30,8 @@ MIN_ASPECT = 0.3
 
 
 def patch_grid(op: str, size: int, patch: int) -> int:
-  """Patches a side; raises ConfigError where the patch divides not the view."""
-  draws.check_size(op, patch)
+  """Patches a side; raises ConfigError unless the patch divides the view."""
+  check_size(op, patch)
   if size % patch:
     raise ConfigError(
       f"{op}: patches of {patch} pixels don't divide a view of {size}; make "
@@ -40,15 +42,50 @@ def patch_grid(op: str, size: int, patch: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-  """`blocks(min_ratio, max_ratio, p)`: masks of rectangles of patches.
+class MaskOp(ViewOp):
+  """Base class of the ops that mask patches.
+
+  Attributes:
+    field: the field of `ViewBatch` that the op fills, `mask` or `keep`.
+  """
+
+  stage = "masks"
+  field: ClassVar[str]
+
+  def count(self, size: int) -> int:
+    """The most masked patches (`mask`), or the visible patches (`keep`).
+
+    Raises:
+      ConfigError: where the op does not fit a view of `size` pixels.
+    """
+    raise NotImplementedError(f"{type(self).__name__} lacks count()")
+
+  def check(self, size: int) -> None:
+    self.count(size)
+
+  def __call__(
+    self, u: Float[Array, "uniforms"], masked: Bool[Array, ""], *, size: int
+  ) -> Array:
+    """The value of `field` for one image, patches in row-major order.
+
+    Args:
+      u: uniform numbers.
+      masked: whether the image is masked, from `sample_masked_images`.
+      size: pixels a side of the view.
+    """
+    raise NotImplementedError(f"{type(self).__name__} lacks __call__()")
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(MaskOp, name="blocks"):
+  """`blocks(min_ratio, max_ratio, p)`: block masks (iBOT, DINOv2).
 
   With probability `p` an image has exactly `round(r n)` of its `n` patches
   masked, `r` uniform from `min_ratio` to `max_ratio`, else none. Of a view of
-  two images that are masked with probability 0.5 one is, see `chosen`. DINOv2's
-  are the defaults (half of its whole batch is masked, with ratios spread over
-  that half; here each row draws by itself, whatever its batch). SigLIP 2's is
-  `blocks(0.5, 0.5, p=1)`.
+  two images with probability 0.5 exactly one is masked, see
+  `sample_masked_images`. The defaults are DINOv2's (which masks half of its
+  whole batch, with ratios spread over that half; here each row is sampled
+  independently of its batch). SigLIP 2's is `blocks(0.5, 0.5, p=1)`.
 
   Attributes:
     min_ratio: smallest share of masked patches.
@@ -57,13 +94,15 @@ class Blocks:
     patch: the model's patch size, in pixels.
   """
 
+  field = "mask"
+
   min_ratio: float | int = 0.1
   max_ratio: float | int = 0.5
   p: float | int = 0.5
   patch: int = 16
 
   def __post_init__(self):
-    draws.check_range("blocks", "p", self.p, high=1.0)
+    check_range("blocks", "p", self.p, high=1.0)
     if not 0 < self.min_ratio <= self.max_ratio <= 1:
       raise ConfigError(
         f"blocks: ratios from {self.min_ratio} to {self.max_ratio}; expected "
@@ -71,7 +110,6 @@ class Blocks:
       )
 
   def count(self, size: int) -> int:
-    """The most masked patches of a view of `size` pixels."""
     patches = patch_grid("blocks", size, self.patch) ** 2
     count = round(self.max_ratio * patches)
     if count == patches:
@@ -87,63 +125,57 @@ class Blocks:
       )
     return count
 
-  def draws(self, size: int) -> int:
-    """Uniform numbers needed."""
+  def num_uniforms(self, size: int) -> int:
     return 1 + 4 * PROPOSALS + patch_grid("blocks", size, self.patch) ** 2
 
   def __call__(
-    self, u: Float[Array, "draws"], masked: Bool[Array, ""], *, size: int
+    self, u: Float[Array, "uniforms"], masked: Bool[Array, ""], *, size: int
   ) -> Bool[Array, "patches"]:
-    """A mask in row-major order, True where a patch is hidden.
-
-    Args:
-      u: uniform numbers.
-      masked: whether the image is, from `chosen`.
-      size: pixels of the view.
-    """
     grid = patch_grid("blocks", size, self.patch)
-    ratio = draws.between(u[0], self.min_ratio, self.max_ratio)
+    ratio = uniform(u[0], self.min_ratio, self.max_ratio)
     count = jnp.round(ratio * grid**2).astype(jnp.int32)
-    # float32 may round a hair beyond the static bound.
+    # float32 may round beyond the static bound.
     count = jnp.minimum(count, self.count(size))
     count = jnp.where(masked, count, 0)
     return block_mask(u[1:], count, grid=grid).reshape(-1)
 
 
-def most_chosen(shares: Sequence[float | int]) -> int:
-  """How many `chosen` may choose."""
+def max_masked_images(shares: Sequence[float | int]) -> int:
+  """The most images that `sample_masked_images` selects."""
   return math.ceil(round(sum(shares), 6))
 
 
-def chosen(
+def sample_masked_images(
   u: Float[Array, ""], shares: Sequence[float | int]
 ) -> Bool[Array, "n"]:
-  """Which of a row's images are masked: each with its share, together even.
+  """Which of a row's images are masked, by systematic sampling.
 
-  Systematic sampling: the shares lie end to end, and what a grid of ones with a
-  random start falls on is chosen. The number chosen differs by one at most, so
-  that a loss has little to fill up with.
+  The shares are intervals end to end, and an image is masked where a point of
+  a grid of spacing 1 with a random start falls on its interval. The number of
+  masked images varies by one at most, so that a loss has little padding.
 
   Args:
     u: a uniform number.
-    shares: of each image, the probability.
+    shares: the probability of each image.
   """
   ends = np.cumsum([0.0, *shares]).astype(np.float32)
-  # Coarse, and off the whole numbers, so that no sum is rounded onto one.
+  # Coarse, and off the integers, so that no sum is rounded to one.
   u = (jnp.floor(u * 2**16) + 0.5) / 2**16
-  # Ends that rounding made a hair larger choose none more.
-  passed = jnp.minimum(jnp.floor(ends + u), most_chosen(shares))
+  # Clipped, as rounding may push an end past an integer.
+  passed = jnp.minimum(jnp.floor(ends + u), max_masked_images(shares))
   return passed[1:] > passed[:-1]
 
 
 @dataclasses.dataclass(frozen=True)
-class Keep:
-  """`keep(ratio)`: a random subset of patches is all the encoder sees (MAE).
+class Keep(MaskOp, name="keep"):
+  """`keep(ratio)`: a random subset of visible patches (MAE).
 
   Attributes:
-    ratio: share of the patches that stay; MAE's is a quarter.
+    ratio: share of the patches that are visible; MAE's is a quarter.
     patch: the model's patch size, in pixels.
   """
+
+  field = "keep"
 
   ratio: float | int = 0.25
   patch: int = 16
@@ -153,7 +185,6 @@ class Keep:
       raise ConfigError(f"keep: ratio={self.ratio}; expected 0 < ratio <= 1.")
 
   def count(self, size: int) -> int:
-    """The visible patches of a view of `size` pixels."""
     patches = patch_grid("keep", size, self.patch) ** 2
     count = round(self.ratio * patches)
     if count == 0:
@@ -163,26 +194,25 @@ class Keep:
       )
     return count
 
-  def draws(self, size: int) -> int:
-    """Uniform numbers needed."""
+  def num_uniforms(self, size: int) -> int:
     return patch_grid("keep", size, self.patch) ** 2
 
   def __call__(
-    self, u: Float[Array, "patches"], *, size: int
-  ) -> Int[Array, "kept"]:
-    """Indices of the visible patches in row-major order, ascending."""
-    kept = jnp.argsort(u)[: self.count(size)]
-    return jnp.sort(kept).astype(jnp.int32)
+    self, u: Float[Array, "patches"], masked: Bool[Array, ""], *, size: int
+  ) -> Int[Array, "visible"]:
+    del masked
+    visible = jnp.argsort(u)[: self.count(size)]
+    return jnp.sort(visible).astype(jnp.int32)
 
 
 def block_mask(
-  u: Float[Array, "draws"], count: Int[Array, ""], *, grid: int
+  u: Float[Array, "uniforms"], count: Int[Array, ""], *, grid: int
 ) -> Bool[Array, "{grid} {grid}"]:
   """Random rectangles that together mask exactly `count` patches.
 
-  As BEiT and DINOv2 draw them: a rectangle of a random area, up to what is
-  still to be masked, joins where it fits. What is missing after `PROPOSALS`
-  of them is filled with neighbours of masked patches.
+  The sampling of BEiT and DINOv2: a rectangle of a random area, at most the
+  number of patches left to mask, is added where it fits. After `PROPOSALS`
+  rectangles, neighbours of masked patches fill the rest.
 
   Args:
     u: uniform numbers, 4 for each proposal and one for each patch.
@@ -195,7 +225,7 @@ def block_mask(
     left = count - mask.sum()
     area = MIN_BLOCK + u[0] * jnp.maximum(left - MIN_BLOCK, 0)
     widest = -math.log(MIN_ASPECT)
-    aspect = jnp.exp(draws.between(u[1], -widest, widest))
+    aspect = jnp.exp(uniform(u[1], -widest, widest))
     height = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
     width = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
     height, width = (jnp.clip(x, 1, grid) for x in (height, width))
@@ -223,5 +253,5 @@ def _fill(
   neighbours = padded[:-2, 1:-1] + padded[2:, 1:-1]
   neighbours += padded[1:-1, :-2] + padded[1:-1, 2:]
   score = jnp.where(mask, -1.0, neighbours + noise)
-  rank = draws.ranks(-score.reshape(-1))
+  rank = ranks(-score.reshape(-1))
   return mask | (rank < missing).reshape(mask.shape)

@@ -1,8 +1,8 @@
-"""Changes of colour, on the three channels of one image in [0, 1].
+"""Photometric augmentations on the three channels of one image in [0, 1].
 
-Everything is a plain function of an image and traced factors, equal to
-torchvision's functional forms on float tensors, and an op that draws the
-factors. Defaults are DINOv2's.
+Each is a function of an image and traced factors, equal to torchvision's
+functional form on float tensors, and an op that samples the factors. Defaults
+are DINOv2's.
 
 The arithmetic is float32 whatever the compute dtype: hue divides by small
 differences of channels, and the chips' vector units compute in float32 anyway.
@@ -22,20 +22,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.augment import geometry
-from mtv_jax.augment import random as draws
+from mtv_jax.augment.op import ViewOp, check_pair, check_range
+from mtv_jax.augment.random import bernoulli, ranks, uniform
 from mtv_jax.utils.errors import ConfigError
 
 # ITU-R 601 luma, rounded as torchvision rounds it.
 LUMA = (0.2989, 0.587, 0.114)
 
-# A gaussian of so many pixels leaves everything where it is.
-SHARP = 1e-3
+# A Gaussian of this sigma, in pixels, is the identity.
+IDENTITY_SIGMA = 1e-3
 
 Image = tuple[Float[Array, "h w"], Float[Array, "h w"], Float[Array, "h w"]]
 
 
 def luma(image: Image) -> Float[Array, "h w"]:
-  """Brightness of each pixel as it is perceived."""
+  """Luma of each pixel."""
   return sum(
     weight * channel for weight, channel in zip(LUMA, image, strict=True)
   )
@@ -44,7 +45,7 @@ def luma(image: Image) -> Float[Array, "h w"]:
 def blend(
   image: Image, other: Float[Array, "#h #w"], factor: Float[Array, ""]
 ) -> Image:
-  """`factor * image + (1 - factor) * other`, cut to [0, 1].
+  """`factor * image + (1 - factor) * other`, clipped to [0, 1].
 
   Brightness blends with black, contrast with the mean luma, saturation with
   the luma of each pixel.
@@ -53,7 +54,7 @@ def blend(
   return tuple(jnp.clip(factor * x + other, 0.0, 1.0) for x in image)
 
 
-def choose(which: Bool[Array, ""], image: Image, other: Image) -> Image:
+def select(which: Bool[Array, ""], image: Image, other: Image) -> Image:
   """`image` where `which`, else `other`."""
   return tuple(
     jnp.where(which, x, y) for x, y in zip(image, other, strict=True)
@@ -61,17 +62,17 @@ def choose(which: Bool[Array, ""], image: Image, other: Image) -> Image:
 
 
 def shift_hue(image: Image, shift: Float[Array, ""]) -> Image:
-  """Turns the hue by `shift` of a full circle, as through HSV and back.
+  """Rotates the hue by `shift` of a full circle, as through HSV and back.
 
-  Value and chroma stay, so that the way back needs no saturation: a channel
-  is `max - chroma * t`, with `t` a trapezium of its distance on the circle
-  from where that channel peaks.
+  Value and chroma stay, so that the conversion back needs no saturation: a
+  channel is `max - chroma * t`, with `t` a trapezium of the distance between
+  the hue and the hue at which that channel peaks.
   """
   red, green, blue = image
   top = jnp.maximum(jnp.maximum(red, green), blue)
   chroma = top - jnp.minimum(jnp.minimum(red, green), blue)
   scale = 1.0 / jnp.where(chroma > 0, chroma, 1.0)
-  # In sixths of a circle; grey has none, and none is needed.
+  # In sixths of a circle; any value serves for grey, whose chroma is 0.
   hue = jnp.where(
     top == red,
     (green - blue) * scale,
@@ -82,9 +83,9 @@ def shift_hue(image: Image, shift: Float[Array, ""]) -> Image:
   hue = hue + 6.0 * shift
 
   def channel(peak):
-    place = jnp.mod(hue + peak, 6.0)
-    away = jnp.clip(jnp.minimum(place, 4.0 - place), 0.0, 1.0)
-    return top - chroma * away
+    distance = jnp.mod(hue + peak, 6.0)
+    t = jnp.clip(jnp.minimum(distance, 4.0 - distance), 0.0, 1.0)
+    return top - chroma * t
 
   return channel(5.0), channel(3.0), channel(1.0)
 
@@ -98,34 +99,29 @@ def jitter_colour(
   hue: Float[Array, ""],
   rank: Int[Array, "4"],
 ) -> Image:
-  """The four changes one after the other, as torchvision's ColorJitter.
+  """The four adjustments one after the other, as torchvision's ColorJitter.
 
   Args:
     image: in [0, 1].
     brightness: factor; 1 changes nothing.
-    contrast: likewise.
-    saturation: likewise.
+    contrast: factor.
+    saturation: factor.
     hue: shift in turns; 0 changes nothing.
-    rank: when each is done, a permutation of 0 to 3 in the order of the four
-      arguments above.
+    rank: the step of each adjustment, a permutation of 0 to 3 in the order of
+      the four arguments above.
   """
-
-  # The order is traced, so that every turn can do any of the four. Three are
-  # the same blend, with black, with the mean of luma, or with luma.
-  bright, flatten, saturate, turn = rank
-
-  def step(image, now):
-    grey = luma(image)
-    factor = jnp.where(now == bright, brightness, 1.0)
-    factor = jnp.where(now == flatten, contrast, factor)
-    factor = jnp.where(now == saturate, saturation, factor)
-    other = jnp.where(now == flatten, grey.mean(), 0.0)
-    other = jnp.where(now == saturate, grey, other)
-    turned, blended = shift_hue(image, hue), blend(image, other, factor)
-    return choose(now == turn, turned, blended)
-
-  for now in range(4):
-    image = step(image, now)
+  # The order is traced, so that every step computes all four. Three are the
+  # same blend: with black, with the mean of luma, or with luma.
+  at_brightness, at_contrast, at_saturation, at_hue = rank
+  for step in range(4):
+    grey = luma(image)  # [h, w]
+    factor = jnp.where(step == at_brightness, brightness, 1.0)
+    factor = jnp.where(step == at_contrast, contrast, factor)
+    factor = jnp.where(step == at_saturation, saturation, factor)
+    other = jnp.where(step == at_contrast, grey.mean(), 0.0)
+    other = jnp.where(step == at_saturation, grey, other)
+    shifted, blended = shift_hue(image, hue), blend(image, other, factor)
+    image = select(step == at_hue, shifted, blended)
   return image
 
 
@@ -136,10 +132,10 @@ def gaussian_blur(
   kernel: int,
   dtype: Any = jnp.float32,
 ) -> Image:
-  """A gaussian of `kernel` taps along both axes, mirrored at the borders.
+  """A Gaussian blur of `kernel` taps along both axes, mirrored at the borders.
 
-  As two products with a banded matrix: 2 x 2 x 3 x s^3 FLOPs, which the matrix
-  unit of a chip does while nine shifted copies would still be moving.
+  As two products with a banded matrix: 2 x 2 x 3 x s^3 FLOPs, which a TPU's
+  matrix unit computes faster than the memory moves nine shifted copies.
 
   Args:
     image: in [0, 1].
@@ -151,37 +147,64 @@ def gaussian_blur(
   radius = kernel // 2
   row, column = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
 
-  def taps(distance, exists=True):
+  def taps(distance, mirrored=True):
     value = jnp.exp(-0.5 * (distance / sigma) ** 2)
-    return jnp.where(exists & (jnp.abs(distance) <= radius), value, 0.0)
+    return jnp.where(mirrored & (jnp.abs(distance) <= radius), value, 0.0)
 
-  # A pixel is also seen in the mirrors at 0 and at size - 1, where the border
-  # pixel itself is not repeated.
-  band = taps(row - column)
+  # Pixels are mirrored at 0 and at size - 1; the border pixel itself is not
+  # repeated.
+  band = taps(row - column)  # [size, size]
   band += taps(row + column, column > 0)
   band += taps(2 * (size - 1) - column - row, column < size - 1)
   band /= band.sum(axis=1, keepdims=True)
   # Around zero bfloat16 rounds least; the rows sum to one.
-  centred = (jnp.stack(image) - 0.5).astype(dtype)
-  blurred = geometry.matrix_product(band, centred, band) + 0.5
+  centred = (jnp.stack(image) - 0.5).astype(dtype)  # [3, size, size]
+  blurred = geometry.separable_product(band, centred, band) + 0.5
   return blurred[0], blurred[1], blurred[2]
 
 
 def solarize(image: Image, threshold: float | int) -> Image:
-  """Inverts what is at least `threshold` (of 0 to 255) bright."""
+  """Inverts values of at least `threshold`, of 0 to 255."""
   return tuple(jnp.where(x >= threshold / 255.0, 1.0 - x, x) for x in image)
 
 
 @dataclasses.dataclass(frozen=True)
-class Jitter:
+class PhotometricOp(ViewOp):
+  """Base class of the ops on pixel values.
+
+  Attributes:
+    p: probability; each op has it, with a default of its own.
+  """
+
+  stage = "photometrics"
+  p: float | int = 0.0
+
+  def __post_init__(self):
+    check_range(self.name, "p", self.p, high=1.0)
+
+  def __call__(
+    self, image: Image, u: Float[Array, "uniforms"], dtype: Any
+  ) -> Image:
+    """The augmented image, or with probability 1 - p the image itself.
+
+    Args:
+      image: in [0, 1], float32.
+      u: uniform numbers.
+      dtype: compute dtype of matrix products.
+    """
+    raise NotImplementedError(f"{type(self).__name__} lacks __call__()")
+
+
+@dataclasses.dataclass(frozen=True)
+class Jitter(PhotometricOp, name="jitter"):
   """`jitter(p)`: ColorJitter in a random order, with probability `p`.
 
   Attributes:
     p: probability.
     brightness: the factor is uniform from `1 - brightness` (at least 0) to
       `1 + brightness`.
-    contrast: likewise.
-    saturation: likewise.
+    contrast: the same for the contrast.
+    saturation: the same for the saturation.
     hue: the shift is uniform from `-hue` to `hue` turns, at most 0.5.
   """
 
@@ -192,69 +215,62 @@ class Jitter:
   hue: float | int = 0.1
 
   def __post_init__(self):
-    draws.check_range("jitter", "p", self.p, high=1.0)
+    super().__post_init__()
     for name in ("brightness", "contrast", "saturation"):
-      draws.check_range("jitter", name, getattr(self, name))
-    draws.check_range("jitter", "hue", self.hue, high=0.5)
+      check_range("jitter", name, getattr(self, name))
+    check_range("jitter", "hue", self.hue, high=0.5)
 
-  def draws(self) -> int:
-    """Uniform numbers needed."""
+  def num_uniforms(self, size: int) -> int:
     return 9
 
   def factors(self, u: Float[Array, "9"]) -> dict[str, Array]:
-    """The arguments of `jitter_colour`, neutral where the coin says so."""
-    # Neutral factors instead of a choice between two images: the unchanged
-    # one need not be kept until the end.
-    changed = draws.coin(u[0], self.p)
+    """The arguments of `jitter_colour`, neutral with probability 1 - p."""
+    # Neutral factors rather than a selection between two images, so that the
+    # unchanged image does not occupy memory until the end.
+    changed = bernoulli(u[0], self.p)
 
     def factor(u, spread):
-      drawn = draws.between(u, max(0.0, 1.0 - spread), 1.0 + spread)
-      return jnp.where(changed, drawn, 1.0)
+      sample = uniform(u, max(0.0, 1.0 - spread), 1.0 + spread)
+      return jnp.where(changed, sample, 1.0)
 
-    shift = draws.between(u[4], -self.hue, self.hue)
+    shift = uniform(u[4], -self.hue, self.hue)
     return {
       "brightness": factor(u[1], self.brightness),
       "contrast": factor(u[2], self.contrast),
       "saturation": factor(u[3], self.saturation),
       "hue": jnp.where(changed, shift, 0.0),
-      "rank": draws.ranks(u[5:]),
+      "rank": ranks(u[5:]),
     }
 
   def __call__(self, image: Image, u: Float[Array, "9"], dtype: Any) -> Image:
-    """The image, most often with its colours changed."""
     del dtype
     return jitter_colour(image, **self.factors(u))
 
 
 @dataclasses.dataclass(frozen=True)
-class Grey:
+class Grey(PhotometricOp, name="grey"):
   """`grey(p)`: three equal channels of luma, with probability `p`."""
 
   p: float | int = 0.2
 
-  def __post_init__(self):
-    draws.check_range("grey", "p", self.p, high=1.0)
-
-  def draws(self) -> int:
-    """Uniform numbers needed."""
+  def num_uniforms(self, size: int) -> int:
     return 1
 
   def __call__(self, image: Image, u: Float[Array, "1"], dtype: Any) -> Image:
-    """The image, now and then without its colours."""
     del dtype
-    return choose(draws.coin(u[0], self.p), (luma(image),) * 3, image)
+    return select(bernoulli(u[0], self.p), (luma(image),) * 3, image)
 
 
 @dataclasses.dataclass(frozen=True)
-class Blur:
-  """`blur(p)`: a gaussian of random width, with probability `p`.
+class Blur(PhotometricOp, name="blur"):
+  """`blur(p)`: a Gaussian of random width, with probability `p`.
 
   DINOv2 blurs its first global crop always, the second with probability 0.1
   and local crops with 0.5.
 
   Attributes:
     p: probability.
-    sigma: range of the width in pixels, drawn uniformly.
+    sigma: range of the width in pixels, sampled uniformly.
     kernel: taps a side, odd.
   """
 
@@ -263,48 +279,50 @@ class Blur:
   kernel: int = 9
 
   def __post_init__(self):
-    draws.check_range("blur", "p", self.p, high=1.0)
-    draws.check_pair("blur", "sigma", self.sigma)
+    super().__post_init__()
+    check_pair("blur", "sigma", self.sigma)
     if self.kernel < 3 or self.kernel % 2 == 0:
       raise ConfigError(
         f"blur: kernel={self.kernel}; expected an odd number of taps from 3."
       )
 
-  def draws(self) -> int:
-    """Uniform numbers needed."""
+  def check(self, size: int) -> None:
+    if self.kernel // 2 >= size:
+      raise ConfigError(
+        f"blur: {self.kernel} taps are too many for {size} pixels; use at most "
+        f"{2 * size - 1}."
+      )
+
+  def num_uniforms(self, size: int) -> int:
     return 2
 
   def __call__(self, image: Image, u: Float[Array, "2"], dtype: Any) -> Image:
-    """The image, now and then blurred."""
-    sigma = draws.between(u[1], *self.sigma)
-    # The narrowest gaussian is the identity, which is cheaper than keeping the
-    # image to choose from.
-    sigma = jnp.where(draws.coin(u[0], self.p), sigma, SHARP)
+    sigma = uniform(u[1], *self.sigma)
+    # The identity as a Gaussian is cheaper than a selection between images.
+    sigma = jnp.where(bernoulli(u[0], self.p), sigma, IDENTITY_SIGMA)
     return gaussian_blur(image, sigma, kernel=self.kernel, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Solarize:
+class Solarize(PhotometricOp, name="solarize"):
   """`solarize(p)`: inverts bright pixels, with probability `p`.
 
   Attributes:
-    p: probability; DINOv2 does it to its second global crop alone.
-    threshold: of 0 to 255; what is at least as bright is inverted.
+    p: probability; DINOv2 solarises its second global crop alone.
+    threshold: of 0 to 255; values of at least that are inverted.
   """
 
   p: float | int = 0.2
   threshold: float | int = 128
 
   def __post_init__(self):
-    draws.check_range("solarize", "p", self.p, high=1.0)
-    draws.check_range("solarize", "threshold", self.threshold, high=255.0)
+    super().__post_init__()
+    check_range("solarize", "threshold", self.threshold, high=255.0)
 
-  def draws(self) -> int:
-    """Uniform numbers needed."""
+  def num_uniforms(self, size: int) -> int:
     return 1
 
   def __call__(self, image: Image, u: Float[Array, "1"], dtype: Any) -> Image:
-    """The image, now and then solarised."""
     del dtype
     inverted = solarize(image, self.threshold)
-    return choose(draws.coin(u[0], self.p), inverted, image)
+    return select(bernoulli(u[0], self.p), inverted, image)

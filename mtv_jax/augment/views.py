@@ -1,15 +1,15 @@
-"""Views of a canvas, made on the device inside the train step.
+"""Views of a canvas, computed on the device inside the train step.
 
-A view is a named transform of the stored canvas, written as ops in the
-mini-language of `config.parse_ops`:
+A view is a named transform of the stored canvas, written as an op string (see
+`mtv_jax.config.op_strings`) with the ops of `OPS`, in this order:
 
-  resize(S) | crop(S, min_area, max_area)   one of them: what is shown
-  flip(p)                                   mirrored
-  jitter, grey, blur, solarize              colours, in the order written
-  blocks(min, max, p) | keep(ratio)         patches to hide, or to keep
+  resize(S) | crop(S, min_area, max_area)   exactly one: the view's box
+  flip(p)                                   left-right mirroring
+  jitter, grey, blur, solarize              photometrics, in the order written
+  blocks(min, max, p) | keep(ratio)         masked or visible patches
 
-An antialiased crop is two small matrix products, so that the chip makes every
-view faster than a host could. Labels follow by `geometry.crop_maps` and
+An antialiased crop is two small matrix products, so the accelerator computes
+views faster than a host. Labels follow by `geometry.crop_maps` and
 `geometry.crop_boxes`.
 
 Values are in [-1, 1], as SigLIP and big_vision normalise: `x / 127.5 - 1`.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,40 +28,31 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from mtv_jax.augment import geometry, masks, photometrics
-from mtv_jax.config.op_strings import build_op, parse_ops
-from mtv_jax.utils.errors import ConfigError, did_you_mean
-
-GEOMETRY = {
-  "resize": geometry.Resize,
-  "crop": geometry.Crop,
-  "flip": geometry.Flip,
-}
-PHOTOMETRY = {
-  "jitter": photometrics.Jitter,
-  "grey": photometrics.Grey,
-  "blur": photometrics.Blur,
-  "solarize": photometrics.Solarize,
-}
-MASKS = {"blocks": masks.Blocks, "keep": masks.Keep}
-# In the order in which ops have to be written.
-STAGES = {"geometry": GEOMETRY, "photometrics": PHOTOMETRY, "masks": MASKS}
-OPS = GEOMETRY | PHOTOMETRY | MASKS
+from mtv_jax.augment import geometry
+from mtv_jax.augment.masks import (
+  MaskOp,
+  max_masked_images,
+  sample_masked_images,
+)
+from mtv_jax.augment.op import OPS, STAGES
+from mtv_jax.augment.photometrics import PhotometricOp
+from mtv_jax.config import schema as config_lib
+from mtv_jax.utils.errors import ConfigError
 
 
 @flax.struct.dataclass
-class Made:
+class ViewBatch:
   """A view of every row of a batch; `n` is the view's `count`.
 
   Attributes:
     images: `[b, n, size, size, 3]` in [-1, 1], in the compute dtype.
-    box: float32 `[b, n, 4]`, the region of the canvas shown, `(y0, x0, y1,
-      x1)` in the unit square.
+    box: float32 `[b, n, 4]`, the box of the canvas that the view shows,
+      `(y0, x0, y1, x1)` in the unit square.
     flipped: bool `[b, n]`, whether it is then mirrored.
-    mask: bool `[b, n, patches]`, True where a patch is hidden; None without
+    mask: bool `[b, n, patches]`, True where a patch is masked; None without
       `blocks`.
-    keep: int32 `[b, n, kept]`, visible patches in ascending order; None
-      without `keep`.
+    keep: int32 `[b, n, visible]`, indices of the visible patches in ascending
+      order; None without `keep`.
   """
 
   # Unchecked, since transforms also rebuild this with shapes and shardings.
@@ -75,19 +65,23 @@ class Made:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-  """The ops of one view of one image.
+  """The ops of one image of a view, a function of one canvas and one key."""
 
-  Attributes:
-    region: the op that says what is shown.
-    flip: the op that mirrors, if any.
-    photometrics: ops on colours, in order.
-    mask: the op that hides patches, if any.
-  """
-
-  region: geometry.Resize | geometry.Crop
+  box_op: geometry.BoxOp
   flip: geometry.Flip | None = None
-  photometrics: tuple[Any, ...] = ()
-  mask: masks.Blocks | masks.Keep | None = None
+  photometrics: tuple[PhotometricOp, ...] = ()
+  mask: MaskOp | None = None
+
+  @property
+  def size(self) -> int:
+    """Pixels a side."""
+    return self.box_op.size
+
+  @property
+  def masked_share(self) -> float:
+    """The probability that the image has masked patches."""
+    blocks = self.mask is not None and self.mask.field == "mask"
+    return float(self.mask.p) if blocks else 0.0
 
   def __call__(
     self,
@@ -95,68 +89,59 @@ class Pipeline:
     image_size: Int[Array, "2"],
     key: Key[Array, ""],
     masked: Bool[Array, ""],
-  ) -> Made:
-    """Makes the view.
+  ) -> ViewBatch:
+    """Computes the image, as a `ViewBatch` without its two batch dimensions.
 
     Args:
       planes: the canvas minus 127.5, in the compute dtype.
-      image_size: height and width of the original picture.
+      image_size: height and width of the original image.
       key: of this row and image of the view.
       masked: whether `blocks` masks it.
     """
-    size = self.region.size
-    u = jax.random.uniform(key, (self._draws(),))
-    box = self.region.region(image_size, u[: self.region.draws()])
-    u = u[self.region.draws() :]
+    ops = (self.box_op, self.flip, *self.photometrics, self.mask)
+    counts = [op.num_uniforms(self.size) if op else 0 for op in ops]
+    u = jax.random.uniform(key, (sum(counts),))
+    # An op of p=0 also takes its numbers, so that those of the other ops are
+    # the same as with it.
+    ends = np.cumsum(counts)[:-1].tolist()
+    of_box, of_flip, *of_photometrics, of_mask = jnp.split(u, ends)
+    box = self.box_op.box(image_size, of_box)
     flipped = jnp.zeros((), bool)
     if self.flip is not None:
-      flipped, u = self.flip.flipped(u[:1]), u[1:]
-    image = self._shown(planes, box, flipped)
+      flipped = self.flip.flipped(of_flip)
+    image = self._crop(planes, box, flipped)  # [3, size, size]
     if self.photometrics:
       image = tuple(jnp.clip(image / 255.0 + 0.5, 0.0, 1.0))
-      for op in self.photometrics:
+      for op, u in zip(self.photometrics, of_photometrics, strict=True):
         if op.p > 0:
-          image = op(image, u[: op.draws()], planes.dtype)
-        # What an op set to p=0 would have used stays unused, so that the
-        # others' draws are the same without it.
-        u = u[op.draws() :]
+          image = op(image, u, planes.dtype)
       image = 2.0 * jnp.stack(image) - 1.0
     else:
       image = image / 127.5
-    hidden = None
-    if _hides(self):
-      hidden = self.mask(u, masked, size=size)
-    elif self.mask is not None:
-      hidden = self.mask(u, size=size)
-    return Made(
+    patches = {}
+    if self.mask is not None:
+      patches[self.mask.field] = self.mask(of_mask, masked, size=self.size)
+    return ViewBatch(
       images=jnp.moveaxis(image, 0, -1).astype(planes.dtype),
       box=box,
       flipped=flipped,
-      mask=hidden if _hides(self) else None,
-      keep=None if _hides(self) else hidden,
+      **patches,
     )
 
-  def _draws(self) -> int:
-    count = sum(op.draws() for op in (self.region, *self.photometrics))
-    count += 0 if self.flip is None else self.flip.draws()
-    if self.mask is not None:
-      count += self.mask.draws(self.region.size)
-    return count
-
-  def _shown(self, planes, box, flipped):
-    size = self.region.size
-    if isinstance(self.region, geometry.Resize) and planes.shape[1] == size:
+  def _crop(self, planes, box, flipped):
+    resize = isinstance(self.box_op, geometry.Resize)
+    if resize and planes.shape[1] == self.size:
       return jnp.where(flipped, planes[..., ::-1], planes).astype(jnp.float32)
-    return geometry.resample(planes, box, flipped, size=size)
+    return geometry.resample(planes, box, flipped, size=self.size)
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """A named view: what each of its `count` images of a canvas goes through.
+  """A named view: `count` images of a canvas, each with its own pipeline.
 
   Attributes:
     name: in the config.
-    pipelines: one for each of the `count` images; equal ones run as one.
+    pipelines: one for each image; equal ones are computed together.
   """
 
   name: str
@@ -164,36 +149,37 @@ class View:
 
   @property
   def count(self) -> int:
-    """Images made of a canvas."""
+    """Images per canvas."""
     return len(self.pipelines)
 
   @property
   def size(self) -> int:
     """Pixels a side."""
-    return self.pipelines[0].region.size
+    return self.pipelines[0].size
 
   @property
   def patch(self) -> int | None:
-    """Patch size the masks are made for; None without masks."""
+    """Patch size of the masks; None without masks."""
     mask = self.pipelines[0].mask
     return None if mask is None else mask.patch
 
   @property
-  def mask_count(self) -> int:
-    """The most patches that `blocks` hides of a row's images; 0 without it.
+  def max_masked(self) -> int:
+    """The most patches that `blocks` masks in a row's images; 0 without it.
 
-    A static bound on the True entries of each row of `Made.mask`, for losses
-    that gather them. Where `blocks` is never to mask it is that of one image.
+    A static bound on the True entries of each row of `ViewBatch.mask`, for
+    losses that gather them. With a probability of 0 it is that of one image.
     """
     counts = sorted(
-      p.mask.count(self.size) for p in self.pipelines if _hides(p)
+      p.mask.count(self.size)
+      for p in self.pipelines
+      if p.mask is not None and p.mask.field == "mask"
     )
-    return sum(counts[-max(masks.most_chosen(self._shares), 1) :])
+    return sum(counts[-max(max_masked_images(self._shares), 1) :])
 
   @property
   def _shares(self) -> tuple[float, ...]:
-    """How often `blocks` masks each image."""
-    return tuple(float(p.mask.p) if _hides(p) else 0.0 for p in self.pipelines)
+    return tuple(p.masked_share for p in self.pipelines)
 
   def __call__(
     self,
@@ -201,12 +187,12 @@ class View:
     image_size: Int[Array, "b 2"],
     keys: Key[Array, "b"],
     dtype: Any,
-  ) -> Made:
-    """Makes the view; each row from its own canvas, size and key alone.
+  ) -> ViewBatch:
+    """Computes the view; each row from its own canvas, size and key alone.
 
     Args:
-      canvas: stored pictures, each squashed to a square.
-      image_size: height and width of the original pictures.
+      canvas: stored images, each squashed to a square.
+      image_size: height and width of the original images.
       keys: one for each row, from `row_keys`.
       dtype: compute dtype of the resampling, and dtype of the images.
 
@@ -216,19 +202,19 @@ class View:
     shape = canvas.shape
     if canvas.dtype != jnp.uint8 or shape[1:] != (shape[1], shape[1], 3):
       raise ValueError(
-        f"view {self.name!r}: a canvas is uint8 [batch, S, S, 3], got "
-        f"{canvas.dtype} {list(shape)}. Pixels are scaled here, not before."
+        f"view {self.name!r}: expected a canvas of uint8 [batch, S, S, 3], got "
+        f"{canvas.dtype} {list(shape)}. Do not scale pixels before the view."
       )
     # 127.5 and not 128: every pixel minus it is exact in bfloat16, whose
     # rounding is finest around zero.
     planes = jnp.moveaxis(canvas.astype(jnp.float32) - 127.5, -1, 1)
-    planes = planes.astype(dtype)
+    planes = planes.astype(dtype)  # [b, 3, s, s]
     groups: dict[Pipeline, list[int]] = {}
     for i, pipeline in enumerate(self.pipelines):
       groups.setdefault(pipeline, []).append(i)
-    masked = jax.vmap(self._masked)(keys)
+    masked = jax.vmap(self._sample_masked)(keys)  # [b, n]
     parts = [
-      _make(pipeline, planes, image_size, keys, masked, indices)
+      _run_pipeline(pipeline, planes, image_size, keys, masked, indices)
       for pipeline, indices in groups.items()
     ]
     if len(parts) == 1:
@@ -238,35 +224,30 @@ class View:
       lambda *arrays: jnp.concatenate(arrays, axis=1)[:, order], *parts
     )
 
-  def _masked(self, key: Key[Array, ""]) -> Bool[Array, "n"]:
+  def _sample_masked(self, key: Key[Array, ""]) -> Bool[Array, "n"]:
     """Which of a row's images `blocks` masks."""
-    # Images have the numbers below.
+    # Images fold in 0 to count - 1.
     u = jax.random.uniform(jax.random.fold_in(key, self.count))
-    return masks.chosen(u, self._shares)
+    return sample_masked_images(u, self._shares)
 
 
-def _hides(pipeline: Pipeline) -> bool:
-  """Whether it has `blocks`."""
-  return isinstance(pipeline.mask, masks.Blocks)
-
-
-def _make(
+def _run_pipeline(
   pipeline: Pipeline,
   planes: Float[Array, "b 3 s s"],
   image_size: Int[Array, "b 2"],
   keys: Key[Array, "b"],
   masked: Bool[Array, "b n"],
   indices: list[int],
-) -> Made:
+) -> ViewBatch:
   """The images at `indices` of a view, which share a pipeline."""
-  of = jnp.array(indices)
+  images = jnp.array(indices)
 
   def row(planes, image_size, key, masked):
-    key_of = functools.partial(jax.random.fold_in, key)
+    image_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(images)
     # The canvas is the same for all, so that XLA sees one product with the
     # stacked weights of all images.
-    make = jax.vmap(pipeline, in_axes=(None, None, 0, 0))
-    return make(planes, image_size, jax.vmap(key_of)(of), masked[of])
+    run = jax.vmap(pipeline, in_axes=(None, None, 0, 0))
+    return run(planes, image_size, image_keys, masked[images])
 
   return jax.vmap(row)(planes, image_size, keys, masked)
 
@@ -277,8 +258,8 @@ def build_views(config: Mapping[str, Any]) -> dict[str, View]:
   `ops` is one string for all, or a list with one string for each of `count`.
 
   Raises:
-    ConfigError: for unknown options or ops, wrong arguments, ops in an order
-      that can't be, and a list of another length than `count`.
+    ConfigError: for unknown options or ops, wrong arguments, ops in a wrong
+      order, and a list of another length than `count`.
   """
   return {name: _build_view(name, entry) for name, entry in config.items()}
 
@@ -289,7 +270,8 @@ def _build_view(name: str, entry: Mapping[str, Any]) -> View:
   unknown = sorted(set(entry) - set(options))
   if unknown:
     raise ConfigError(
-      f"{where}: no option {unknown[0]!r}. {did_you_mean(unknown[0], options)}"
+      f"{where}: no option {unknown[0]!r}. "
+      f"{config_lib.did_you_mean(unknown[0], options)}"
     )
   if "ops" not in entry:
     raise ConfigError(f"{where}: no ops; give them, such as ops='resize(224)'.")
@@ -310,76 +292,59 @@ def _build_view(name: str, entry: Mapping[str, Any]) -> View:
     except ConfigError as e:
       raise ConfigError(f"{where}, ops {text!r}: {e}") from None
   view = View(name, tuple(pipelines))
-  _check_alike(where, view)
+  _check_stackable(where, view)
   return view
 
 
 def build_pipeline(text: str) -> Pipeline:
-  """Reads the ops of one view.
+  """The pipeline of an op string.
 
   Raises:
     ConfigError: for bad syntax, unknown ops, wrong arguments, or ops that
       don't go together.
   """
-  found: dict[str, list[Any]] = {stage: [] for stage in STAGES}
-  latest, stages = None, list(STAGES)
-  for op in parse_ops(text):
-    built = build_op(op, OPS, "view op")
-    stage = next(s for s, ops in STAGES.items() if op.name in ops)
-    if latest and stages.index(stage) < stages.index(latest[0]):
+  ops: list[Any] = []
+  for op in config_lib.parse_ops(text):
+    built = config_lib.build_op(op, OPS, "view op")
+    if ops and STAGES.index(built.stage) < STAGES.index(ops[-1].stage):
       raise ConfigError(
-        f"{op.name} ({stage}) comes after {latest[1]} ({latest[0]}); write "
-        "what is shown first, then colours, then masks: "
-        "'crop(224)|flip|jitter|blocks'."
+        f"{op.name} ({built.stage}) comes after {ops[-1].name} "
+        f"({ops[-1].stage}); write geometry first, then photometrics, then "
+        "masks: 'crop(224)|flip|jitter|blocks'."
       )
-    latest = stage, op.name
-    found[stage].append(built)
-  shown = found["geometry"]
-  flips = [op for op in shown if isinstance(op, geometry.Flip)]
-  regions = [op for op in shown if not isinstance(op, geometry.Flip)]
-  hidden = found["masks"]
-  if len(regions) != 1:
+    ops.append(built)
+  boxes = [op for op in ops if isinstance(op, geometry.BoxOp)]
+  flips = [op for op in ops if isinstance(op, geometry.Flip)]
+  masks = [op for op in ops if isinstance(op, MaskOp)]
+  if len(boxes) != 1:
     raise ConfigError(
-      f"{len(regions)} ops say what is shown; expected exactly one "
-      "'resize(S)' (the whole picture) or 'crop(S, min_area, max_area)'."
+      f"{len(boxes)} ops choose the view's box; expected exactly one "
+      "'resize(S)' (the whole image) or 'crop(S, min_area, max_area)'."
     )
-  if len(flips) > 1 or len(hidden) > 1:
+  if len(flips) > 1 or len(masks) > 1:
     double = "flip" if len(flips) > 1 else "masks: blocks or keep"
     raise ConfigError(f"more than one op of {double}; leave one of them.")
-  pipeline = Pipeline(
-    region=regions[0],
+  for op in ops:
+    op.check(boxes[0].size)
+  return Pipeline(
+    box_op=boxes[0],
     flip=flips[0] if flips else None,
-    photometrics=tuple(found["photometrics"]),
-    mask=hidden[0] if hidden else None,
+    photometrics=tuple(op for op in ops if isinstance(op, PhotometricOp)),
+    mask=masks[0] if masks else None,
   )
-  _check_fits(pipeline)
-  return pipeline
 
 
-def _check_fits(pipeline: Pipeline) -> None:
-  """Raises ConfigError where masks or blurs don't suit the view's size."""
-  size = pipeline.region.size
-  if pipeline.mask is not None:
-    pipeline.mask.count(size)
-  for op in pipeline.photometrics:
-    if isinstance(op, photometrics.Blur) and op.kernel // 2 >= size:
-      raise ConfigError(
-        f"blur: {op.kernel} taps are too many for {size} pixels; use at most "
-        f"{2 * size - 1}."
-      )
-
-
-def _check_alike(where: str, view: View) -> None:
+def _check_stackable(where: str, view: View) -> None:
   """Raises ConfigError where a view's images can't be stacked."""
 
   def shapes(pipeline):
     mask = pipeline.mask
-    kept = mask.count(view.size) if isinstance(mask, masks.Keep) else None
+    keep = mask is not None and mask.field == "keep"
     return {
-      "sizes": pipeline.region.size,
+      "sizes": pipeline.size,
       "kinds of mask": type(mask).__name__,
       "patch sizes": getattr(mask, "patch", None),
-      "counts of visible patches": kept,
+      "counts of visible patches": mask.count(view.size) if keep else None,
     }
 
   first = shapes(view.pipelines[0])
@@ -390,26 +355,3 @@ def _check_alike(where: str, view: View) -> None:
           f"{where}: its op strings give different {what}, {first[what]} and "
           f"{value}, which can't be one array; make them equal, or two views."
         )
-
-
-def row_keys(
-  seed_key: Key[Array, ""],
-  name: str,
-  step: Int[Array, ""] | int,
-  rows: int,
-) -> Key[Array, "{rows}"]:
-  """A key for each row of the global batch, of seed, view, step and row only.
-
-  Independent of the mesh and of the number of hosts, so that a run resumed on
-  another pod sees the same crops.
-
-  Args:
-    seed_key: of the run.
-    name: of the view.
-    step: of the run.
-    rows: of the global batch.
-  """
-  # crc32 and not hash(), which differs from one process to the next.
-  key = jax.random.fold_in(seed_key, zlib.crc32(name.encode()))
-  key = jax.random.fold_in(key, step)
-  return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(rows))
