@@ -226,7 +226,8 @@ def crop_maps(
 
   Values times mask and the mask are resampled with the same weights and
   divided: a pixel is the mean of the labelled pixels under it, and unlabelled
-  pixels do not leak into their neighbours. Sizes of map, canvas and view may all differ.
+  pixels do not leak into their neighbours. Sizes of map, canvas and view may
+  all differ.
 
   Args:
     values: such as inverse depth. Values that are NaN or infinite count as

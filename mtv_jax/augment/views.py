@@ -36,8 +36,8 @@ from mtv_jax.augment.masks import (
 )
 from mtv_jax.augment.op import OPS, STAGES
 from mtv_jax.augment.photometrics import PhotometricOp
-from mtv_jax.config import schema as config_lib
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.config.op_strings import build_op, parse_ops
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 
 @flax.struct.dataclass
@@ -270,8 +270,7 @@ def _build_view(name: str, entry: Mapping[str, Any]) -> View:
   unknown = sorted(set(entry) - set(options))
   if unknown:
     raise ConfigError(
-      f"{where}: no option {unknown[0]!r}. "
-      f"{config_lib.did_you_mean(unknown[0], options)}"
+      f"{where}: no option {unknown[0]!r}. {did_you_mean(unknown[0], options)}"
     )
   if "ops" not in entry:
     raise ConfigError(f"{where}: no ops; give them, such as ops='resize(224)'.")
@@ -304,8 +303,8 @@ def build_pipeline(text: str) -> Pipeline:
       don't go together.
   """
   ops: list[Any] = []
-  for op in config_lib.parse_ops(text):
-    built = config_lib.build_op(op, OPS, "view op")
+  for op in parse_ops(text):
+    built = build_op(op, OPS, "view op")
     if ops and STAGES.index(built.stage) < STAGES.index(ops[-1].stage):
       raise ConfigError(
         f"{op.name} ({built.stage}) comes after {ops[-1].name} "

@@ -209,7 +209,7 @@ class Objective:
       encodings: the outputs of `needs().encodings`.
       heads: with their parameters.
       batch: the batch's fields, and under `views` by name what each view made
-        (`views.Made`: images, boxes, masks).
+        (`views.ViewBatch`: images, boxes, masks).
     """
     raise NotImplementedError
 

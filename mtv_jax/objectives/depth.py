@@ -365,7 +365,7 @@ def labels(
 
   Args:
     depth: 0 has no label; 1 to 65535 is inverse depth.
-    made: the view, `views.Made`.
+    made: the view, `views.ViewBatch`.
     size: pixels a side wanted.
 
   Returns:

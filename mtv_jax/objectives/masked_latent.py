@@ -93,19 +93,19 @@ class MaskedLatent(SelfDistillation):
     if self.view not in views:
       return self  # Whoever collects the encodings says so, for all objectives.
     view, patch = views[self.view], spec.image.patch_size
-    if not view.mask_count:
+    if not view.max_masked:
       raise ConfigError(self._hides_nothing())
     if view.patch != patch:
       raise ConfigError(
         f"config.views.{self.view}: blocks() hides patches of {view.patch} "
         f"pixels, the model's are {patch}: write blocks(..., patch={patch})."
       )
-    if self.max_masked not in (None, view.mask_count):
+    if self.max_masked not in (None, view.max_masked):
       raise ConfigError(
         f"masked_latent: max_masked is {self.max_masked}, but the view "
-        f"'{self.view}' hides up to {view.mask_count}. Leave it out."
+        f"'{self.view}' hides up to {view.max_masked}. Leave it out."
       )
-    return dataclasses.replace(self, max_masked=view.mask_count)
+    return dataclasses.replace(self, max_masked=view.max_masked)
 
   def _hides_nothing(self) -> str:
     return (

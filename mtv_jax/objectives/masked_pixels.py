@@ -127,7 +127,7 @@ class MaskedPixels(base.Objective):
           f"pixels, the model's are {patch}: write keep({op.ratio}, "
           f"patch={patch})."
         )
-      size = pipeline.region.size
+      size = pipeline.size
       _check_hidden(self.view, op.count(size), (size // patch) ** 2)
     return dataclasses.replace(self, patch=patch)
 

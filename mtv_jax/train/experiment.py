@@ -100,7 +100,7 @@ def build_recipe(config: ConfigDict, total_steps: int) -> recipe_lib.Recipe:
   read = {e for o in objectives.values() for e in o.needs().encodings}
   # What only some recipes need is kept in the resolved config: whoever opens
   # the run needs to know.
-  if any(made[e.view].mask_count for e in read if e.view in made):
+  if any(made[e.view].max_masked for e in read if e.view in made):
     config.model.mask_token = True
   if config.model.text and all(e.tower != "text" for e in read):
     log.warning("No objective reads text: config.model.text is left out.")

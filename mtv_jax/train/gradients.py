@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from mtv_jax.augment import views as views_lib
+from mtv_jax.augment.random import row_keys
 from mtv_jax.objectives import base
 from mtv_jax.parallel import constraints, sharding
 from mtv_jax.train import encodings
@@ -42,7 +42,7 @@ def view_keys(
   """Keys `[size]` of the views that are read, one for each row."""
   seed = jax.random.key(recipe.seed)
   names = {e.view for e in recipe.plan if e.tower == "image"}
-  keys = {n: views_lib.row_keys(seed, n, step, size) for n in sorted(names)}
+  keys = {n: row_keys(seed, n, step, size) for n in sorted(names)}
   if mesh is None:
     return keys
   # An example gets the same crops wherever on the mesh it lies.

@@ -1,4 +1,4 @@
-"""Regions, resampling weights, and labels that follow a view."""
+"""Crop boxes, resampling, and labels that follow a view."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from mtv_jax.augment import geometry
-from mtv_jax.augment import random as draws
+from mtv_jax.augment.op import check_pair, check_range, check_size
+from mtv_jax.augment.random import ranks
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -49,43 +50,43 @@ def test_resample_agrees_with_pillow(resample, source, target, box):
 
 
 @pytest.mark.parametrize("start, stop", [(0.3, 0.3), (1.0, 1.0), (0.0, 1e-9)])
-def test_regions_of_no_extent_have_weights(start, stop):
-  made = geometry.weights(
+def test_resample_matrix_of_an_empty_interval_is_finite(start, stop):
+  matrix = geometry.resample_matrix(
     jnp.float32(start), jnp.float32(stop), source=16, target=8
   )
-  assert np.isfinite(made).all()
-  np.testing.assert_allclose(made.sum(axis=1), 1.0, atol=1e-6)
+  assert np.isfinite(matrix).all()
+  np.testing.assert_allclose(matrix.sum(axis=1), 1.0, atol=1e-6)
 
 
-def regions(crop, image_size, count, seed=0):
-  u = uniform((count, crop.draws()), seed)
-  draw = jax.jit(jax.vmap(crop.region, in_axes=(None, 0)))
-  return np.asarray(draw(jnp.asarray(image_size, jnp.int32), u), np.float64)
+def sample_boxes(crop, image_size, count, seed=0):
+  u = uniform((count, crop.num_uniforms(crop.size)), seed)
+  sample = jax.jit(jax.vmap(crop.box, in_axes=(None, 0)))
+  return np.asarray(sample(jnp.asarray(image_size, jnp.int32), u), np.float64)
 
 
 def area_and_ratio(boxes, image_size):
-  """Share of the picture's area, and width over height in its own pixels."""
+  """Share of the image's area, and width over height in pixels."""
   height, width = image_size
   tall, wide = (boxes[:, 2:] - boxes[:, :2]).T
   return tall * wide, (wide * width) / (tall * height)
 
 
 @pytest.mark.parametrize("image_size", [(480, 640), (600, 200), (1, 1)])
-def test_crops_have_the_area_and_ratio_asked_for(image_size):
-  boxes = regions(geometry.Crop(8, 0.1, 0.3, (0.5, 2.0)), image_size, 512)
+def test_crops_have_the_configured_area_and_ratio(image_size):
+  boxes = sample_boxes(geometry.Crop(8, 0.1, 0.3, (0.5, 2.0)), image_size, 512)
   assert (boxes >= 0).all() and (boxes <= 1).all()
   area, ratio = area_and_ratio(boxes, image_size)
   assert 0.1 - 1e-5 <= area.min() < 0.12 and 0.28 < area.max() <= 0.3 + 1e-5
   assert ratio.min() >= 0.5 - 1e-4 and ratio.max() <= 2.0 + 1e-4
 
 
-def test_crops_that_never_fit_are_centred_as_large_as_allowed():
+def test_crops_that_never_fit_are_centred_and_largest():
   # A panorama has no crop of 90 % of its area that is nearly square.
-  boxes = regions(geometry.Crop(8, 0.9, 1.0), (100, 1000), 16)
+  boxes = sample_boxes(geometry.Crop(8, 0.9, 1.0), (100, 1000), 16)
   half = 0.5 * 100 * (4 / 3) / 1000
   expected = np.tile([0.0, 0.5 - half, 1.0, 0.5 + half], (16, 1))
   np.testing.assert_allclose(boxes, expected, atol=1e-6)
-  boxes = regions(geometry.Crop(8, 0.9, 1.0), (1000, 100), 16)
+  boxes = sample_boxes(geometry.Crop(8, 0.9, 1.0), (1000, 100), 16)
   expected = np.tile([0.5 - half, 0.0, 0.5 + half, 1.0], (16, 1))
   np.testing.assert_allclose(boxes, expected, atol=1e-6)
 
@@ -112,28 +113,29 @@ def test_crops_are_distributed_as_torchvisions(image_size, area):
   transforms = pytest.importorskip("torchvision.transforms")
   torch.manual_seed(0)
   blank = torch.empty(1, *image_size)
-  drawn = np.array(
+  boxes = np.array(
     [
       transforms.RandomResizedCrop.get_params(blank, list(area), [3 / 4, 4 / 3])
       for _ in range(1500)
     ],
     float,
   )
-  top, left, height, width = drawn.T
+  top, left, height, width = boxes.T
   theirs = np.stack([top, left, top + height, left + width], 1)
   theirs /= np.array([*image_size, *image_size])
-  ours = regions(geometry.Crop(8, *area), image_size, 6000)
+  ours = sample_boxes(geometry.Crop(8, *area), image_size, 6000)
   pairs = zip(
     [*area_and_ratio(ours, image_size), *ours.T],
     [*area_and_ratio(theirs, image_size), *theirs.T],
     strict=True,
   )
-  # Theirs are whole pixels, up to two of which make an area or a ratio.
+  # torchvision's boxes are whole pixels, which shifts areas and ratios by up
+  # to two pixels.
   for mine, reference in pairs:
     assert distribution_distance(mine, reference, 3 / min(image_size)) < 0.05
 
 
-def test_maps_follow_boxes_to_a_fraction_of_a_pixel():
+def test_cropped_maps_agree_with_the_box_to_a_tenth_of_a_pixel():
   size, view = 64, 56
   ramp = (np.arange(size, dtype=np.float32) + 0.5) / size
   maps = np.stack([np.tile(ramp, (size, 1)), np.tile(ramp[:, None], size)])
@@ -150,12 +152,11 @@ def test_maps_follow_boxes_to_a_fraction_of_a_pixel():
     along = centre[::-1] if flipped[0, n] else centre
     wide = np.tile(x0 + along * (x1 - x0), (view, 1))
     tall = np.tile((y0 + centre * (y1 - y0))[:, None], view)
-    # A tenth of a pixel of the map, whatever is there to be resampled.
     np.testing.assert_allclose(values[0, n], wide, atol=0.1 / size)
     np.testing.assert_allclose(values[1, n], tall, atol=0.1 / size)
 
 
-def test_holes_of_a_map_do_not_leak():
+def test_unlabelled_pixels_do_not_leak():
   rng = np.random.default_rng(0)
   valid = rng.random((3, 32, 32)) > 0.3
   valid[1], valid[2] = False, True
@@ -173,15 +174,15 @@ def test_holes_of_a_map_do_not_leak():
   values, kept = np.asarray(values[:, 0]), np.asarray(kept[:, 0])
   np.testing.assert_allclose(values[kept], 5.0, rtol=1e-5)
   assert (values[~kept] == 0).all()
-  # Random holes of 30 % leave most pixels, no label leaves none, and of a map
-  # whose upper half is NaN the lower half stays.
+  # 30 % of random holes leave most pixels valid, a map without labels leaves
+  # none, and one whose upper half is NaN its lower half.
   assert 0.85 < kept[0].mean() < 1
   assert not kept[1].any()
   assert not kept[2, :7].any() and kept[2, 9:].all()
 
 
-def crop_boxes_slowly(boxes, valid, box, flipped, min_visible, min_size):
-  """The rules of `crop_boxes`, one box at a time in float64."""
+def crop_boxes_reference(boxes, valid, box, flipped, min_visible, min_size):
+  """`crop_boxes`, one box at a time in float64."""
   out = np.zeros((*box.shape[:2], *boxes.shape[1:]))
   kept = np.zeros(out.shape[:-1], bool)
   for b, n, m in np.ndindex(*kept.shape):
@@ -212,7 +213,7 @@ def crop_boxes_slowly(boxes, valid, box, flipped, min_visible, min_size):
   return out, kept
 
 
-def test_boxes_are_cut_and_filtered_as_one_by_one():
+def test_crop_boxes_equals_a_loop():
   rng = np.random.default_rng(0)
   corners = np.sort(rng.uniform(-0.1, 1.1, (4, 200, 2, 2)), axis=2)
   boxes = corners.reshape(4, 200, 4).astype(np.float32)
@@ -229,7 +230,7 @@ def test_boxes_are_cut_and_filtered_as_one_by_one():
     min_visible=0.3,
     min_size=0.05,
   )
-  want, want_kept = crop_boxes_slowly(boxes, valid, view, flipped, 0.3, 0.05)
+  want, want_kept = crop_boxes_reference(boxes, valid, view, flipped, 0.3, 0.05)
   assert 0.1 < want_kept.mean() < 0.9
   np.testing.assert_array_equal(kept, want_kept)
   np.testing.assert_allclose(got, want, atol=1e-5)
@@ -248,7 +249,7 @@ def test_boxes_are_cut_and_filtered_as_one_by_one():
     (0.0, 0.0, 0.0, 0.0),
   ],
 )
-def test_unusable_boxes_are_dropped_and_leave_the_others(bad):
+def test_invalid_boxes_are_dropped_alone(bad):
   boxes = array(bad, (0.25, 0.25, 0.75, 0.5))[None]
   whole = array(0, 0, 1, 1)[None, None]
   got, kept = geometry.crop_boxes(
@@ -260,23 +261,21 @@ def test_unusable_boxes_are_dropped_and_leave_the_others(bad):
   )
 
 
-def test_ranks_are_a_permutation_even_of_equal_numbers():
-  assert draws.ranks(array(0.5, 0.2, 0.9, 0.2)).tolist() == [2, 0, 3, 1]
+def test_ranks_are_a_permutation_with_ties():
+  assert ranks(array(0.5, 0.2, 0.9, 0.2)).tolist() == [2, 0, 3, 1]
   u = uniform((97,))
-  np.testing.assert_array_equal(
-    draws.ranks(u), np.argsort(np.argsort(np.asarray(u)))
-  )
+  np.testing.assert_array_equal(ranks(u), np.argsort(np.argsort(np.asarray(u))))
 
 
 @pytest.mark.parametrize(
   "check, message",
   [
-    (lambda: draws.check_size("resize", 224.0), r"224.0; .*resize\(224\)"),
-    (lambda: draws.check_size("crop", True), "size of True"),
-    (lambda: draws.check_range("grey", "p", "a", high=1.0), "p='a'; .* to 1"),
-    (lambda: draws.check_range("blur", "p", float("nan")), "p=nan"),
-    (lambda: draws.check_pair("blur", "sigma", 2.0), r"sigma=\(0.5, 2.0\)"),
-    (lambda: draws.check_pair("blur", "sigma", (1, 2, 3)), "smallest"),
+    (lambda: check_size("resize", 224.0), r"224.0; .*resize\(224\)"),
+    (lambda: check_size("crop", True), "size of True"),
+    (lambda: check_range("grey", "p", "a", high=1.0), "p='a'; .* to 1"),
+    (lambda: check_range("blur", "p", float("nan")), "p=nan"),
+    (lambda: check_pair("blur", "sigma", 2.0), r"sigma=\(0.5, 2.0\)"),
+    (lambda: check_pair("blur", "sigma", (1, 2, 3)), "smallest"),
   ],
 )
 def test_parameters_of_wrong_types_are_refused(check, message):

@@ -9,20 +9,21 @@ from mtv_jax.augment import masks
 from mtv_jax.utils.errors import ConfigError
 
 
-def made(op, size, count, seed=0):
+def sample(op, size, count, seed=0):
+  """The op's masks or indices for `count` images."""
   rng = np.random.default_rng(seed)
-  u = jnp.asarray(rng.random((count, op.draws(size)), np.float32))
+  u = jnp.asarray(rng.random((count, op.num_uniforms(size)), np.float32))
+  share = op.p if op.field == "mask" else 0.0
 
-  def mask(u, first):
-    if isinstance(op, masks.Keep):
-      return op(u, size=size)
-    return op(u, masks.chosen(first, [op.p])[0], size=size)
+  def mask(u, start):
+    masked = masks.sample_masked_images(start, [share])[0]
+    return op(u, masked, size=size)
 
-  firsts = jnp.asarray(rng.random(count, np.float32))
-  return np.asarray(jax.jit(jax.vmap(mask))(u, firsts))
+  starts = jnp.asarray(rng.random(count, np.float32))
+  return np.asarray(jax.jit(jax.vmap(mask))(u, starts))
 
 
-def shared_sides(mask):
+def mean_masked_neighbours(mask):
   """Mean share of a masked patch's neighbours that are masked too."""
   padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
   around = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1].astype(int)
@@ -31,19 +32,19 @@ def shared_sides(mask):
 
 
 @pytest.mark.parametrize("size, ratio", [(224, 0.5), (96, 0.3), (64, 0.9)])
-def test_a_fixed_ratio_masks_exactly_as_many(size, ratio):
+def test_a_fixed_ratio_masks_that_share_exactly(size, ratio):
   op = masks.Blocks(ratio, ratio, p=1)
-  mask = made(op, size, 256)
+  mask = sample(op, size, 256)
   patches = (size // 16) ** 2
   assert mask.shape == (256, patches)
   assert set(mask.sum(1)) == {round(ratio * patches)} == {op.count(size)}
-  # Every patch gets its turn; rectangles reach corners least.
+  # Every patch is masked at times; rectangles cover corners least.
   assert mask.mean(0).min() > 0.1 * ratio and mask.mean(0).max() < 1
 
 
-def test_ratios_are_spread_and_half_of_the_images_are_whole():
+def test_ratios_are_uniform_and_half_of_the_images_are_unmasked():
   op = masks.Blocks()
-  counts = made(op, 224, 2000).sum(1)
+  counts = sample(op, 224, 2000).sum(1)
   assert op.count(224) == 98
   assert abs((counts == 0).mean() - 0.5) < 0.04
   masked = counts[counts > 0]
@@ -59,35 +60,37 @@ def test_ratios_are_spread_and_half_of_the_images_are_whole():
   [[0.5, 0.5], [1.0] * 8, [0.0] * 3, [0.3] * 4, [0.1] * 10, [1.0, 0.25, 0.0]],
   ids=str,
 )
-def test_each_image_is_masked_with_its_share_and_rows_are_even(shares):
+def test_each_image_is_masked_with_its_share_and_rows_are_balanced(shares):
   u = np.concatenate([np.linspace(0, 1, 9973), [1 - 2**-23, 1 - 2**-24]])
   u = jnp.asarray(u[u < 1], jnp.float32)
-  found = np.asarray(jax.vmap(lambda u: masks.chosen(u, shares))(u))
-  np.testing.assert_allclose(found.mean(0), shares, atol=1e-3)
-  many = set(found.sum(1))
-  # What makes 0.3 of 4 one or two, 0.1 of 10 always one.
+  selected = np.asarray(
+    jax.vmap(lambda u: masks.sample_masked_images(u, shares))(u)
+  )
+  np.testing.assert_allclose(selected.mean(0), shares, atol=1e-3)
+  counts = set(selected.sum(1))
+  # With 4 shares of 0.3 one or two images, with 10 of 0.1 always one.
   total = round(sum(shares), 6)
-  assert many <= {int(np.floor(total)), masks.most_chosen(shares)}
+  assert counts <= {int(np.floor(total)), masks.max_masked_images(shares)}
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
-def test_masks_are_blocks(ratio):
+def test_masks_are_contiguous_blocks(ratio):
   grid, count = 14, 400
-  mask = made(masks.Blocks(ratio, ratio, p=1), grid * 16, count)
+  mask = sample(masks.Blocks(ratio, ratio, p=1), grid * 16, count)
   mask = mask.reshape(-1, grid, grid)
   rng = np.random.default_rng(0)
   scattered = rng.permuted(mask.reshape(count, -1), axis=1)
   scattered = scattered.reshape(mask.shape)
-  assert shared_sides(mask) > shared_sides(scattered) + 0.3
-  # Nearly no masked patch stands alone.
+  assert mean_masked_neighbours(mask) > mean_masked_neighbours(scattered) + 0.3
+  # Nearly no masked patch is isolated.
   padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
   beside = padded[:, :-2, 1:-1] | padded[:, 2:, 1:-1]
   beside |= padded[:, 1:-1, :-2] | padded[:, 1:-1, 2:]
   assert beside[mask].mean() > 0.98
 
 
-def test_a_mask_that_blocks_leave_short_is_filled_beside_them():
-  # All proposals land on one corner patch: 4 are masked, 3 are missing.
+def test_patches_next_to_the_blocks_fill_the_mask():
+  # All proposals cover the same corner: 4 patches are masked, 3 are missing.
   u = jnp.concatenate(
     [
       jnp.tile(jnp.array([0.0, 0.5, 0.0, 0.0]), masks.PROPOSALS),
@@ -99,14 +102,14 @@ def test_a_mask_that_blocks_leave_short_is_filled_beside_them():
   assert mask[:3, :3].sum() == 7 and not mask[2, 2]
 
 
-def test_the_visible_subset_is_unique_sorted_and_fair():
+def test_the_visible_subset_is_unique_sorted_and_uniform():
   op = masks.Keep(0.25)
-  kept = made(op, 224, 2000)
-  assert kept.shape == (2000, 49) and op.count(224) == 49
-  assert kept.dtype == np.int32
-  assert (np.diff(kept, axis=1) > 0).all()
-  assert kept.min() == 0 and kept.max() == 195
-  share = np.bincount(kept.ravel(), minlength=196) / 2000
+  visible = sample(op, 224, 2000)
+  assert visible.shape == (2000, 49) and op.count(224) == 49
+  assert visible.dtype == np.int32
+  assert (np.diff(visible, axis=1) > 0).all()
+  assert visible.min() == 0 and visible.max() == 195
+  share = np.bincount(visible.ravel(), minlength=196) / 2000
   # Five standard deviations around a quarter.
   assert np.abs(share - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / 2000)
 
@@ -137,6 +140,6 @@ def test_masks_that_do_not_fit_the_view_are_refused(op, size, message):
     lambda: masks.Keep(1.5),
   ],
 )
-def test_impossible_ratios_are_refused(build):
+def test_ratios_out_of_range_are_refused(build):
   with pytest.raises(ConfigError, match="expected"):
     build()

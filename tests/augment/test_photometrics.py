@@ -1,4 +1,4 @@
-"""Colours against colorsys, NumPy and torchvision's functional forms."""
+"""Photometric ops against colorsys, NumPy and torchvision."""
 
 import colorsys
 import itertools
@@ -58,12 +58,12 @@ def test_hue_agrees_with_colorsys(shift):
   np.testing.assert_allclose(got, want, atol=2e-6)
 
 
-def test_neutral_factors_change_nothing(jitter):
+def test_neutral_factors_are_the_identity(jitter):
   image = pixels()
   np.testing.assert_allclose(jitter(image), image, atol=1e-6)
 
 
-def test_each_factor_is_the_blend_it_says(jitter):
+def test_each_factor_blends_with_its_image(jitter):
   image = pixels()
   grey = np.einsum("c,chw->hw", [0.2989, 0.587, 0.114], image)
   for factor in (0.0, 0.6, 1.4):
@@ -156,10 +156,10 @@ def test_blur_in_bfloat16_rounds_by_less_than_a_level():
   assert 255 * np.abs(exact - rounded).mean() < 0.25
 
 
-def test_drawn_factors_are_uniform_in_their_ranges():
+def test_sampled_factors_are_uniform_in_their_ranges():
   op = photometrics.Jitter(p=1.0, brightness=1.4, hue=0.1)
   u = np.random.default_rng(0).random((4000, 9), np.float32)
-  drawn = jax.jit(jax.vmap(op.factors))(jnp.asarray(u))
+  sampled = jax.jit(jax.vmap(op.factors))(jnp.asarray(u))
   ranges = {
     "brightness": (0.0, 2.4),
     "contrast": (0.6, 1.4),
@@ -169,21 +169,21 @@ def test_drawn_factors_are_uniform_in_their_ranges():
   for name, (low, high) in ranges.items():
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
       expected = low + share * (high - low)
-      got = np.quantile(drawn[name], share)
+      got = np.quantile(sampled[name], share)
       assert abs(got - expected) < 0.03 * (high - low), name
-  orders, counts = np.unique(drawn["rank"], axis=0, return_counts=True)
+  orders, counts = np.unique(sampled["rank"], axis=0, return_counts=True)
   assert len(orders) == 24
   # Four standard deviations around 4000 / 24.
   assert np.abs(counts - 4000 / 24).max() < 4 * np.sqrt(4000 / 24)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_ops_happen_as_often_as_asked(op):
+def test_ops_are_applied_with_their_probability(op):
   image = channels(pixels(6))
-  u = np.random.default_rng(0).random((3000, op.draws()), np.float32)
+  u = np.random.default_rng(0).random((3000, op.num_uniforms(6)), np.float32)
   out = jax.jit(jax.vmap(lambda u: jnp.stack(op(image, u, jnp.float32))))(u)
   change = np.abs(np.asarray(out) - np.stack(image)).max(axis=(1, 2, 3))
-  # Those left alone are left alone up to rounding.
+  # Unchanged images are equal up to rounding.
   assert abs((change > 1e-4).mean() - 0.3) < 0.03
   assert ((change > 1e-4) | (change < 3e-6)).all()
 
@@ -201,6 +201,6 @@ def test_ops_happen_as_often_as_asked(op):
     (lambda: photometrics.Solarize(threshold=300), "threshold=300"),
   ],
 )
-def test_impossible_parameters_are_refused(build, message):
+def test_parameters_out_of_range_are_refused(build, message):
   with pytest.raises(ConfigError, match=message):
     build()

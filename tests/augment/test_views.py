@@ -1,4 +1,4 @@
-"""Views: real photos against Pillow, keys, meshes, labels, bad configs."""
+"""Views: real images against Pillow, keys, meshes, labels, bad configs."""
 
 import dataclasses
 
@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from mtv_jax.augment import geometry, views
+from mtv_jax.augment.random import row_keys
 from mtv_jax.utils.errors import ConfigError
 
 GLOBAL = "crop(32, 0.32, 1.0)|flip|jitter|grey|blur(1.0)|blocks(0.2, 0.5, p=1)"
@@ -19,16 +20,16 @@ def build(ops, **options):
   return views.build_views({"v": {"ops": ops, **options}})["v"]
 
 
-def make(view, canvas, image_size, *, keys=None, dtype=jnp.float32):
+def run(view, canvas, image_size, *, keys=None, dtype=jnp.float32):
   if keys is None:
-    keys = views.row_keys(jax.random.key(0), view.name, 0, len(canvas))
-  run = jax.jit(lambda c, s, k: view(c, s, k, dtype))
-  return run(jnp.asarray(canvas), jnp.asarray(image_size), keys)
+    keys = row_keys(jax.random.key(0), view.name, 0, len(canvas))
+  compiled = jax.jit(lambda c, s, k: view(c, s, k, dtype))
+  return compiled(jnp.asarray(canvas), jnp.asarray(image_size), keys)
 
 
 @pytest.fixture(scope="module")
 def noise():
-  """Random canvases and sizes of four pictures."""
+  """Random canvases and sizes of four images."""
   rng = np.random.default_rng(0)
   return (
     rng.integers(0, 256, (4, 48, 48, 3), dtype=np.uint8),
@@ -36,8 +37,8 @@ def noise():
   )
 
 
-def photos(folder, canvas, every=1):
-  """Canvases of real photos, squashed, and their original sizes."""
+def read_images(folder, canvas, every=1):
+  """Canvases of real images, squashed, and their original sizes."""
   paths = sorted(folder.glob("coco/*2017/*.jpg"))[::every]
   assert paths
   squashed, sizes = [], []
@@ -50,46 +51,46 @@ def photos(folder, canvas, every=1):
   return np.stack(squashed), np.array(sizes, np.int32)
 
 
-def pillow_error(made, canvas):
-  """Mean absolute difference to Pillow, in levels, for every image made."""
-  side, size = canvas.shape[1], made.images.shape[2]
+def pillow_error(batch, canvas):
+  """Mean absolute difference to Pillow, in levels, for every image."""
+  side, size = canvas.shape[1], batch.images.shape[2]
   errors = []
-  for row, n in np.ndindex(*made.images.shape[:2]):
-    y0, x0, y1, x1 = np.asarray(made.box[row, n], float) * side
+  for row, n in np.ndindex(*batch.images.shape[:2]):
+    y0, x0, y1, x1 = np.asarray(batch.box[row, n], float) * side
     want = Image.fromarray(canvas[row]).resize(
       (size, size), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1)
     )
     want = np.asarray(want, np.float32)
-    if made.flipped[row, n]:
+    if batch.flipped[row, n]:
       want = want[:, ::-1]
-    got = (np.asarray(made.images[row, n], np.float32) + 1.0) * 127.5
+    got = (np.asarray(batch.images[row, n], np.float32) + 1.0) * 127.5
     errors.append(np.abs(got - want).mean())
   return np.array(errors)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_crops_of_photos_agree_with_pillow(shared_data, dtype):
-  canvas, sizes = photos(shared_data, 96, every=13)
+def test_crops_agree_with_pillow(shared_data, dtype):
+  canvas, sizes = read_images(shared_data, 96, every=13)
   view = build("crop(56, 0.05, 1.0)|flip", count=2)
-  made = make(view, canvas, sizes, dtype=dtype)
-  assert made.images.dtype == dtype
-  assert 0.2 < np.asarray(made.flipped).mean() < 0.8
-  # Pillow rounds to bytes, twice, which is 0.3 of it.
-  assert pillow_error(made, canvas).max() < 0.5
+  batch = run(view, canvas, sizes, dtype=dtype)
+  assert batch.images.dtype == dtype
+  assert 0.2 < np.asarray(batch.flipped).mean() < 0.8
+  # Of which 0.3 are Pillow's two roundings to bytes.
+  assert pillow_error(batch, canvas).max() < 0.5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_crops_of_every_photo_agree_with_pillow(shared_data, dtype):
-  canvas, sizes = photos(shared_data, 384)
+def test_crops_of_every_image_agree_with_pillow(shared_data, dtype):
+  canvas, sizes = read_images(shared_data, 384)
   view = build(["crop(224, 0.32, 1.0)|flip", "crop(224, 0.05, 0.32)|flip"])
-  run = jax.jit(lambda c, s, k: view(c, s, k, dtype))
-  keys = views.row_keys(jax.random.key(0), "v", 0, len(canvas))
+  compiled = jax.jit(lambda c, s, k: view(c, s, k, dtype))
+  keys = row_keys(jax.random.key(0), "v", 0, len(canvas))
   errors = []
   for at in range(0, len(canvas), 16):
     part = slice(at, at + 16)
-    made = run(canvas[part], sizes[part], keys[part])
-    errors.append(pillow_error(made, canvas[part]))
+    batch = compiled(canvas[part], sizes[part], keys[part])
+    errors.append(pillow_error(batch, canvas[part]))
   errors = np.concatenate(errors)
   print(
     f"{len(errors)} crops, mean {errors.mean():.3f}, max {errors.max():.3f}"
@@ -100,17 +101,17 @@ def test_crops_of_every_photo_agree_with_pillow(shared_data, dtype):
 def test_the_whole_canvas_is_exact_in_bfloat16(noise):
   canvas, sizes = noise
   for ops in ("resize(48)", "resize(48)|flip"):
-    made = make(build(ops), canvas, sizes, dtype=jnp.bfloat16)
+    batch = run(build(ops), canvas, sizes, dtype=jnp.bfloat16)
     want = (canvas / np.float32(127.5) - 1.0).astype(jnp.bfloat16)
-    mirrored = np.asarray(made.flipped)[..., None, None]
+    mirrored = np.asarray(batch.flipped)[..., None, None]
     want = np.where(mirrored, want[:, :, ::-1], want).astype(np.float32)
-    np.testing.assert_array_equal(made.images[:, 0].astype(np.float32), want)
-    np.testing.assert_array_equal(made.box[:, 0], [[0, 0, 1, 1]] * 4)
-  assert made.mask is None and made.keep is None
+    np.testing.assert_array_equal(batch.images[:, 0].astype(np.float32), want)
+    np.testing.assert_array_equal(batch.box[:, 0], [[0, 0, 1, 1]] * 4)
+  assert batch.mask is None and batch.keep is None
 
 
-def test_images_boxes_and_depth_stay_together():
-  # A white rectangle, its box, and a depth map of other resolution with it.
+def test_images_boxes_and_depth_stay_aligned():
+  # A white rectangle, its box, and a depth map of another resolution.
   side, labels = 96, 64
   box = np.array([0.25, 0.375, 0.625, 0.75], np.float32)
   y0, x0, y1, x1 = (box * side).astype(int)
@@ -120,22 +121,22 @@ def test_images_boxes_and_depth_stay_together():
   y0, x0, y1, x1 = (box * labels).astype(int)
   depth[:, y0:y1, x0:x1] = 1.0
   view = build("crop(64, 0.3, 1.0)|flip", count=2)
-  made = make(view, canvas, np.full((8, 2), 64, np.int32))
+  batch = run(view, canvas, np.full((8, 2), 64, np.int32))
   boxes, kept = geometry.crop_boxes(
     jnp.tile(jnp.asarray(box), (8, 1, 1)),
     jnp.ones((8, 1), bool),
-    made.box,
-    made.flipped,
+    batch.box,
+    batch.flipped,
   )
   maps, valid = geometry.crop_maps(
     jnp.asarray(depth),
     jnp.ones(depth.shape, bool),
-    made.box,
-    made.flipped,
+    batch.box,
+    batch.flipped,
     size=64,
   )
   assert np.asarray(valid).all() and np.asarray(kept).sum() > 10
-  bright = (np.asarray(made.images[..., 0]) + 1) / 2
+  bright = (np.asarray(batch.images[..., 0]) + 1) / 2
   for row, n in np.argwhere(np.asarray(kept)[..., 0]):
     top, left, bottom, right = np.asarray(boxes[row, n, 0]) * 64
     for image in (bright[row, n], np.asarray(maps[row, n])):
@@ -148,117 +149,117 @@ def test_images_boxes_and_depth_stay_together():
       assert abs(centre - (left + right) / 2) < 0.25
 
 
-def test_a_row_is_the_same_in_any_batch_and_on_any_mesh(noise):
+def test_a_row_depends_on_neither_batch_nor_mesh(noise):
   canvas, sizes = (np.concatenate([x, x]) for x in noise)
   view = build(GLOBAL, count=2)
-  keys = views.row_keys(jax.random.key(3), "v", 7, 8)
-  whole = make(view, canvas, sizes, keys=keys)
+  keys = row_keys(jax.random.key(3), "v", 7, 8)
+  whole = run(view, canvas, sizes, keys=keys)
 
-  def check(part, made):
-    for field in dataclasses.fields(views.Made):
-      want, got = getattr(whole, field.name), getattr(made, field.name)
+  def check(part, batch):
+    for field in dataclasses.fields(views.ViewBatch):
+      want, got = getattr(whole, field.name), getattr(batch, field.name)
       if field.name == "images":
-        # Products of another batch size may be summed in another order.
+        # The order of summation depends on the batch size.
         np.testing.assert_allclose(got, want[part], atol=2e-5)
       elif want is not None:
         np.testing.assert_array_equal(got, want[part])
 
-  check(slice(3, 5), make(view, canvas[3:5], sizes[3:5], keys=keys[3:5]))
+  check(slice(3, 5), run(view, canvas[3:5], sizes[3:5], keys=keys[3:5]))
   mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
   split = NamedSharding(mesh, PartitionSpec("data"))
   placed = [jax.device_put(x, split) for x in (canvas, sizes)]
-  run = jax.jit(
+  compiled = jax.jit(
     lambda c, s, step: view(
-      c, s, views.row_keys(jax.random.key(3), "v", step, 8), jnp.float32
+      c, s, row_keys(jax.random.key(3), "v", step, 8), jnp.float32
     ),
     out_shardings=split,
   )
-  made = run(*placed, jnp.asarray(7))
-  assert made.images.sharding.is_equivalent_to(split, made.images.ndim)
-  check(slice(0, 8), made)
+  batch = compiled(*placed, jnp.asarray(7))
+  assert batch.images.sharding.is_equivalent_to(split, batch.images.ndim)
+  check(slice(0, 8), batch)
 
 
 def test_keys_differ_by_view_step_and_row():
   seed = jax.random.key(0)
   keys = [
-    views.row_keys(s, name, step, 3)
+    row_keys(s, name, step, 3)
     for s in (seed, jax.random.key(1))
     for name in ("a", "b")
     for step in (0, 1)
   ]
   data = np.concatenate([jax.random.key_data(k) for k in keys])
   assert len(np.unique(data, axis=0)) == 24
-  longer = views.row_keys(seed, "a", jnp.asarray(0), 5)
+  longer = row_keys(seed, "a", jnp.asarray(0), 5)
   np.testing.assert_array_equal(
     jax.random.key_data(longer)[:3], jax.random.key_data(keys[0])
   )
 
 
-def test_images_of_one_view_differ_and_keep_their_places(noise):
+def test_images_of_one_view_differ_and_stay_in_order(noise):
   canvas, sizes = noise
   first, second = "crop(16, 0.1, 0.5)", "crop(16, 0.1, 0.5)|solarize(1, 0)"
-  mixed = make(build([first, second, first]), canvas, sizes)
-  plain = make(build(first, count=3), canvas, sizes)
+  mixed = run(build([first, second, first]), canvas, sizes)
+  plain = run(build(first, count=3), canvas, sizes)
   assert len(np.unique(np.asarray(plain.box[0]), axis=0)) == 3
   np.testing.assert_array_equal(mixed.box, plain.box)
   inverted = jnp.array([1, -1, 1])[:, None, None, None]
   np.testing.assert_allclose(mixed.images, plain.images * inverted, atol=2e-5)
 
 
-def test_an_op_of_probability_zero_is_as_if_absent_for_the_others(noise):
+def test_an_op_of_probability_zero_leaves_the_others_unchanged(noise):
   canvas, sizes = noise
-  with_op = make(build("crop(16)|flip|jitter(0)|keep(patch=8)"), canvas, sizes)
-  without = make(build("crop(16)|flip|keep(patch=8)"), canvas, sizes)
+  with_op = run(build("crop(16)|flip|jitter(0)|keep(patch=8)"), canvas, sizes)
+  without = run(build("crop(16)|flip|keep(patch=8)"), canvas, sizes)
   np.testing.assert_array_equal(with_op.box, without.box)
   np.testing.assert_allclose(with_op.images, without.images, atol=1e-5)
   assert with_op.keep.shape == (4, 1, 1)
 
 
-def test_tiny_crops_of_extreme_pictures_are_finite():
+def test_tiny_crops_of_extreme_images_are_finite():
   canvas = np.zeros((3, 16, 16, 3), np.uint8)
   canvas[1] = 255
   canvas[2, ::2] = 255
   sizes = np.array([[1, 5000], [5000, 1], [0, 0]], np.int32)
   ops = "crop(32, 1e-6, 1e-5)|flip|jitter(1.0)|grey|blur(1.0)|solarize"
-  made = make(build(ops, count=2), canvas, sizes, dtype=jnp.bfloat16)
-  for leaf in jax.tree.leaves(made):
+  batch = run(build(ops, count=2), canvas, sizes, dtype=jnp.bfloat16)
+  for leaf in jax.tree.leaves(batch):
     assert np.isfinite(np.asarray(leaf, np.float32)).all()
-  assert np.abs(np.asarray(made.images, np.float32)).max() <= 1.01
+  assert np.abs(np.asarray(batch.images, np.float32)).max() <= 1.01
 
 
-def test_of_two_images_one_is_masked(noise):
+def test_one_of_two_images_is_masked(noise):
   ops = ["resize(32)|blocks(0.25, 0.5, p=0.5, patch=8)"] * 2
   view = build(ops)
-  hidden = make(view, *noise).mask.sum(2)
+  hidden = run(view, *noise).mask.sum(2)
   assert ((hidden > 0).sum(1) == 1).all()
-  assert hidden.sum(1).max() <= view.mask_count
+  assert hidden.sum(1).max() <= view.max_masked
 
 
-def test_each_image_is_masked_as_its_own_ops_say(noise):
+def test_each_image_is_masked_by_its_own_ops(noise):
   blocks = "resize(32)|blocks(0.25, {}, p={}, patch=8)"
   cases = ((0.25, 1), (0.25, 0), (0.5, 1), (0.25, 0))
   view = build([blocks.format(*case) for case in cases])
-  hidden = np.asarray(make(view, *noise).mask.sum(2))
+  hidden = np.asarray(run(view, *noise).mask.sum(2))
   assert (hidden[:, [1, 3]] == 0).all() and (hidden[:, 0] == 4).all()
-  assert (hidden[:, 2] >= 4).all() and hidden.sum(1).max() <= view.mask_count
+  assert (hidden[:, 2] >= 4).all() and hidden.sum(1).max() <= view.max_masked
 
 
-def test_a_view_tells_what_losses_need_to_know():
+def test_static_properties():
   view = build(GLOBAL.replace("0.5", "0.4"), count=2)
-  assert (view.count, view.size, view.patch, view.mask_count) == (2, 32, 16, 4)
+  assert (view.count, view.size, view.patch, view.max_masked) == (2, 32, 16, 4)
   half = build("resize(32)|blocks(0.5, 0.5, p=0.5, patch=8)", count=2)
-  assert half.mask_count == 8
+  assert half.max_masked == 8
   some = build(["resize(32)|blocks(0.25, 0.25, p=0.3, patch=8)"] * 4)
-  assert some.mask_count == 2 * 4
+  assert some.max_masked == 2 * 4
   never = build("resize(32)|blocks(0.5, 0.5, p=0, patch=8)")
-  assert never.mask_count == 8  # It has a mask, if one of nothing.
+  assert never.max_masked == 8  # A mask, always empty.
   view = build("resize(224)|keep(0.25)")
-  assert (view.count, view.size, view.patch, view.mask_count) == (1, 224, 16, 0)
+  assert (view.count, view.size, view.patch, view.max_masked) == (1, 224, 16, 0)
   assert build("resize(224)").patch is None
 
 
-def test_a_canvas_that_was_scaled_already_is_refused():
-  keys = views.row_keys(jax.random.key(0), "v", 0, 2)
+def test_a_canvas_of_another_shape_is_refused():
+  keys = row_keys(jax.random.key(0), "v", 0, 2)
   shape = jax.ShapeDtypeStruct((2, 8, 6, 3), jnp.uint8)
   with pytest.raises(Exception, match=r"canvas|\[2, 8, 6, 3\]"):
     jax.eval_shape(
@@ -279,10 +280,10 @@ def test_a_canvas_that_was_scaled_already_is_refused():
     ("crop(224, 0.1, 1.5)", "max_area=1.5"),
     ("crop(224, ratio=(2.0, 0.5))", "smallest and the largest"),
     ("crop(0)", "size of 0"),
-    ("", "0 ops say what is shown"),
-    ("flip|jitter", "0 ops say what is shown"),
-    ("crop(224)|crop(96)", "2 ops say what is shown"),
-    ("resize(256)|crop(224)", "2 ops say what is shown"),
+    ("", "0 ops choose the view's box"),
+    ("flip|jitter", "0 ops choose the view's box"),
+    ("crop(224)|crop(96)", "2 ops choose the view's box"),
+    ("resize(256)|crop(224)", "2 ops choose the view's box"),
     ("crop(224)|flip|flip", "more than one op of flip"),
     ("crop(224)|blocks|keep", "more than one op of masks"),
     ("jitter|crop(224)", r"crop \(geometry\) comes after jitter"),

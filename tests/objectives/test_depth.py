@@ -282,7 +282,7 @@ def parts():
 def _made(rng, rows, count):
   corner = rng.uniform(0, 0.4, (rows, count, 2))
   extent = rng.uniform(0.3, 0.6, (rows, count, 2))
-  return views.Made(
+  return views.ViewBatch(
     images=jnp.zeros((rows, count, 16, 16, 3)),
     box=jnp.asarray(np.concatenate([corner, corner + extent], -1), "float32"),
     flipped=jnp.asarray(rng.random((rows, count)) < 0.5),
@@ -353,7 +353,7 @@ def test_evidence_and_loss_average_over_the_labelled_crops(parts):
 
 def test_labels_are_cut_and_mirrored_as_the_view_is():
   label = np.arange(64, dtype=np.uint16).reshape(1, 8, 8) * 1000
-  made = views.Made(
+  made = views.ViewBatch(
     images=jnp.zeros((1, 1, 16, 16, 3)),
     box=jnp.array([[[0.5, 0.0, 1.0, 0.5]]]),
     flipped=jnp.array([[True]]),

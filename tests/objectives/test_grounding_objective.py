@@ -87,7 +87,7 @@ def compute_loss_inputs(objective, params, batch):
     ),
     PHRASE: text_lib.TextOutput(tokens=empty, pooled=batch["pooled"]),
   }
-  made = views.Made(
+  made = views.ViewBatch(
     images=None,
     box=batch["shown"][:, None],
     flipped=batch["flipped"][:, None],
@@ -374,7 +374,7 @@ def test_a_view_that_hides_patches_is_refused(ops):
   with pytest.raises(ConfigError, match="'image'.*hides patches"):
     build().resolve(SPEC, built)
   batch = batch_of()
-  made = views.Made(
+  made = views.ViewBatch(
     images=None, box=None, flipped=None, mask=jnp.zeros((4, 1, 16), bool)
   )
   with pytest.raises(ConfigError, match="'image'.*hides patches"):

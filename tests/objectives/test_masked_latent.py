@@ -170,7 +170,7 @@ def made_evidence(objective, mask):
   # One direction a patch, so that the head keeps them apart.
   x = jnp.broadcast_to(jnp.eye(patches, 5), (rows, crops, patches, 5))
   output = type("Output", (), {"patches": x})
-  made = views.Made(images=None, box=None, flipped=None, mask=mask)
+  made = views.ViewBatch(images=None, box=None, flipped=None, mask=mask)
   heads = samples.bound(objective, samples.params_of(objective))
   encodings = dict.fromkeys(objective.needs().encodings, output)
   loss_inputs = objective.loss_inputs(

@@ -100,7 +100,7 @@ def parts():
 def _inputs(seed=0):
   rng = np.random.default_rng(seed)
   keep = [[rng.permutation(16)[:4] for _ in range(2)] for _ in range(3)]
-  made = views.Made(
+  made = views.ViewBatch(
     images=jnp.asarray(rng.uniform(-1, 1, (3, 2, 32, 32, 3)), jnp.float32),
     box=None,
     flipped=None,

@@ -73,7 +73,7 @@ def matrix(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _triangles(size: int, new_size: int) -> Array:
   zero, one = jnp.float32(0), jnp.float32(1)
-  return geometry.weights(zero, one, source=size, target=new_size)
+  return geometry.resample_matrix(zero, one, source=size, target=new_size)
 
 
 def _areas(size: int, new_size: int) -> np.ndarray:
