@@ -20,14 +20,14 @@ accuracy, as SigLIP 2 and DINOv2 report. Length, rate and batch are our choice.
 with random initial weights unless `init` is given.
 """
 
-from mtv_jax.config.schema import parse_arg, read
+from mtv_jax.config.schema import parse_arg, read_config
 
 
 def get_config(arg=None):
   arg = parse_arg(arg, tiny=False, batch=0, init="", tokenizer="bytes")
   init = arg.init
   del arg["init"]
-  config = read("mtv_b16_224", res=512, **arg)
+  config = read_config("mtv_b16_224", res=512, **arg)
   if init or not arg.tiny:
     # All parameters, heads included; position embeddings are resampled.
     config.init = dict(path=init or "/data/runs/mtv_b16")

@@ -17,12 +17,12 @@ Expected: no published model has this size.
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
-from mtv_jax.config.schema import parse_arg, read
+from mtv_jax.config.schema import parse_arg, read_config
 
 
 def get_config(arg=None):
   arg = parse_arg(arg, tiny=False, batch=0, tokenizer="bytes")
-  config = read("mtv_b16_224", variant="g", **arg)
+  config = read_config("mtv_b16_224", variant="g", **arg)
   if arg.tiny:
     return config
   config.batch_size = arg.batch or 4096

@@ -18,12 +18,12 @@ NYUv2 (MTV, Table 5).
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
-from mtv_jax.config.schema import parse_arg, read
+from mtv_jax.config.schema import parse_arg, read_config
 
 
 def get_config(arg=None):
   arg = parse_arg(arg, tiny=False, batch=0, tokenizer="bytes")
-  config = read("mtv_b16_224", res=256, variant="L", **arg)
+  config = read_config("mtv_b16_224", res=256, variant="L", **arg)
   if not arg.tiny:
     # Parameters and optimizer state of L beside its activations exceed a chip.
     config.mesh.fsdp = 8

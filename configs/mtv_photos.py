@@ -15,7 +15,7 @@ Hardware, time and result: docs/results.md. A few hundred photos do not
 generalise: each loss has to fall, and the held-out figures have to improve.
 """
 
-from mtv_jax.config.schema import parse_arg, read
+from mtv_jax.config.schema import parse_arg, read_config
 
 
 def get_config(arg=None):
@@ -30,7 +30,7 @@ def get_config(arg=None):
     batch=48,
     steps=300,
   )
-  config = read("mtv_tiny", batch=arg.batch, steps=arg.steps)
+  config = read_config("mtv_tiny", batch=arg.batch, steps=arg.steps)
   # Neither source has all labels: captions and boxes here, depth there.
   config.data.train = [
     dict(

@@ -15,12 +15,12 @@ Expected: the published SigLIP L/16-256, trained on 10 billion pairs, reaches
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
-from mtv_jax.config.schema import parse_arg, read
+from mtv_jax.config.schema import parse_arg, read_config
 
 
 def get_config(arg=None):
   arg = parse_arg(arg, tiny=False, batch=0, tokenizer="bytes")
-  config = read("siglip_b16_224", res=256, variant="L", **arg)
+  config = read_config("siglip_b16_224", res=256, variant="L", **arg)
   if not arg.tiny:
     # Parameters and optimizer state of L beside its activations exceed a chip.
     config.mesh.fsdp = 8

@@ -21,7 +21,7 @@ SigLiT reaches 84.5 % zero-shot on ImageNet after two days on four TPU v4 chips
 its locked tower has random weights.
 """
 
-from mtv_jax.config.schema import parse_arg, read
+from mtv_jax.config.schema import parse_arg, read_config
 
 
 def get_config(arg=None):
@@ -36,7 +36,7 @@ def get_config(arg=None):
   )
   init = arg.init
   del arg["init"]
-  config = read("siglip_b16_224", **arg)
+  config = read_config("siglip_b16_224", **arg)
   if not arg.tiny:
     config.batch_size = arg.batch or 16_384
     config.init = dict(path=init, include=("^image/",))

@@ -15,14 +15,14 @@ with a second CLS token for them, and on 116 million images.
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """
 
-from mtv_jax.config.schema import parse_arg, read
+from mtv_jax.config.schema import parse_arg, read_config
 
 
 def get_config(arg=None):
   arg = parse_arg(
     arg, tiny=False, batch=0, res=224, variant="B", tokenizer="bytes"
   )
-  config = read("mtv_b16_224", **arg)
+  config = read_config("mtv_b16_224", **arg)
   config.data.ops = config.data.ops.replace("|depth(128)|regions(4)", "")
   if not arg.tiny:
     del config.data.train[0]["labels"]

@@ -14,9 +14,6 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from mtv_jax.config.op_strings import Op as Op
-from mtv_jax.config.op_strings import build_op as build_op
-from mtv_jax.config.op_strings import parse_ops as parse_ops
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 UNITS = ("steps", "epochs", "examples", "percent")
@@ -196,7 +193,7 @@ _RANGES = (
 # Checking.
 
 
-def check(config: Config) -> ConfigDict:
+def check_config(config: Config) -> ConfigDict:
   """Checks a whole config, and fills in the defaults.
 
   Args:
@@ -472,7 +469,7 @@ def _parsed(name: str, text: str, default: Any) -> Any:
   return value
 
 
-def read(path: str, **arguments: Any) -> ConfigDict:
+def read_config(path: str, **arguments: Any) -> ConfigDict:
   """The config of a recipe.
 
   Args:
