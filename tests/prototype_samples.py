@@ -62,9 +62,7 @@ def params_of(objective, channels=5, seed=0):
     image=types.SimpleNamespace(embed_dim=channels, width=channels)
   )
   ((name, head),) = objective.heads().items()
-  shapes = jax.eval_shape(
-    head.module.init, jax.random.key(0), *head.example(spec)
-  )["params"]
+  shapes = jax.eval_shape(lambda key: head.init(key, spec), jax.random.key(0))
   rng = np.random.default_rng(seed)
   draw = functools.partial(
     jax.tree.map,

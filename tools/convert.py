@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       model.params,
       preprocess=model.preprocess,
       tokenizer=model.tokenizer,
-      predictors=model.predictors,
+      prediction_heads=model.prediction_heads,
     )
   except (ValueError, OSError) as error:
     raise SystemExit(f"{arguments.command}: {error}") from error

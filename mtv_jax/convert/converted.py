@@ -10,7 +10,7 @@ import numpy as np
 
 from mtv_jax.convert import processors
 from mtv_jax.models import positions
-from mtv_jax.models.heads.predictors import Predictors
+from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
 
 
@@ -23,14 +23,16 @@ class Converted:
     params: nested dict of NumPy arrays: `image`, and maybe `text` and `heads`.
     preprocess: fields of `mtv_jax.encoder.preprocess.Preprocess`.
     tokenizer: where its tokenizer is, None if there is none.
-    predictors: how the heads were configured that it can predict with.
+    prediction_heads: configuration of the heads that predict, by name.
   """
 
   spec: ModelSpec
   params: dict[str, Any]
   preprocess: dict[str, Any]
   tokenizer: processors.TokenizerFiles | None = None
-  predictors: Predictors = Predictors()
+  prediction_heads: Mapping[str, PredictionHead] = dataclasses.field(
+    default_factory=dict
+  )
 
   def resized(self, image_size: int) -> Converted:
     """The same model for images of another size."""

@@ -28,7 +28,7 @@ from mtv_jax.convert import (
 from mtv_jax.convert.converted import Converted, resize_positions
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.models.heads.predictors import Predictors
+from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils import tree as trees
 from mtv_jax.utils.errors import did_you_mean
@@ -120,8 +120,8 @@ def read(folder: str | os.PathLike) -> Converted:
     tokenizer = None
     if spec.text is not None:
       tokenizer = processors.read_tokenizer(path, family)
-  predictors = native.described_predictors(found)
-  return Converted(spec, params, preprocess, tokenizer, predictors)
+  heads = native.described_heads(found)
+  return Converted(spec, params, preprocess, tokenizer, heads)
 
 
 def _family(
@@ -203,7 +203,7 @@ def write(
   preprocess: Mapping[str, Any],
   tokenizer: Any | None = None,
   heads: Mapping[str, Any] | None = None,
-  predictors: Predictors | None = None,
+  prediction_heads: Mapping[str, PredictionHead] | None = None,
 ) -> pathlib.Path:
   """Writes a folder that `transformers` opens as a SigLIP.
 
@@ -219,7 +219,7 @@ def write(
     preprocess: fields of `Preprocess`.
     tokenizer: one of `data.tokenizers`, or its files, or None.
     heads: of all objectives, by name; `params['heads']` by default.
-    predictors: how those heads were configured that predict something.
+    prediction_heads: configuration of the heads that predict, by name.
 
   Returns:
     The folder.
@@ -254,7 +254,7 @@ def write(
       spec,
       preprocess,
       files,
-      predictors=predictors,
+      prediction_heads=prediction_heads,
       contrastive=contrastive,
     ),
   )
@@ -333,7 +333,7 @@ def write_native(
   *,
   preprocess: Mapping[str, Any],
   tokenizer: Any | None = None,
-  predictors: Predictors | None = None,
+  prediction_heads: Mapping[str, PredictionHead] | None = None,
 ) -> pathlib.Path:
   """Writes any model in our own form, which `read` and training's init open.
 
@@ -343,7 +343,7 @@ def write_native(
     params: `image`, and maybe `text` and `heads`.
     preprocess: fields of `Preprocess`.
     tokenizer: one of `data.tokenizers`, or its files, or None.
-    predictors: how the heads were configured that predict something.
+    prediction_heads: configuration of the heads that predict, by name.
 
   Returns:
     The folder.
@@ -355,6 +355,6 @@ def write_native(
     params,
     preprocess=preprocess,
     tokenizer=TokenizerFiles.of(tokenizer),
-    predictors=predictors,
+    prediction_heads=prediction_heads,
   )
   return path

@@ -16,8 +16,8 @@ from mtv_jax.convert import folders
 from mtv_jax.convert.converted import Converted
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
+from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
-from mtv_jax.models.heads.predictors import Predictors
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils import tree as trees
 from mtv_jax.utils.errors import did_you_mean
@@ -34,7 +34,7 @@ def describe(
   preprocess: Mapping[str, Any],
   tokenizer: TokenizerFiles | None,
   *,
-  predictors: Predictors | None = None,
+  prediction_heads: Mapping[str, heads_lib.PredictionHead] | None = None,
   **more: Any,
 ) -> dict[str, Any]:
   """What `mtv_jax.json` says; the tokenizer is the folder's own."""
@@ -45,8 +45,8 @@ def describe(
   if tokenizer is not None:
     file = None if tokenizer.path is None else tokenizer.path.name
     described["tokenizer"] = {"file": file, "clean": tokenizer.clean}
-  if predictors is not None and predictors.to_dict():
-    described["predictors"] = predictors.to_dict()
+  if prediction_heads:
+    described["predictors"] = heads_lib.describe_heads(prediction_heads)
   return {**described, **more}
 
 
@@ -78,9 +78,11 @@ def described_tokenizer(
   return TokenizerFiles(path or None, tokenizer["clean"])
 
 
-def described_predictors(found: Mapping[str, Any]) -> Predictors:
-  """How the heads were configured, as far as a description says."""
-  return Predictors.from_dict(found.get("predictors", {}))
+def described_heads(
+  found: Mapping[str, Any],
+) -> dict[str, heads_lib.PredictionHead]:
+  """The heads that predict, by name, as far as a description says."""
+  return heads_lib.described_heads(found.get("predictors", {}))
 
 
 def prepare(
@@ -132,7 +134,7 @@ def write(
   *,
   preprocess: Mapping[str, Any],
   tokenizer: TokenizerFiles | None = None,
-  predictors: Predictors | None = None,
+  prediction_heads: Mapping[str, heads_lib.PredictionHead] | None = None,
 ) -> None:
   """Writes a model in our own form.
 
@@ -142,14 +144,16 @@ def write(
     params: `image`, and maybe `text` and `heads`.
     preprocess: fields of `Preprocess`.
     tokenizer: its file is copied into the folder.
-    predictors: how the heads were configured.
+    prediction_heads: configuration of the heads that predict, by name.
   """
   leaves = numpy_leaves(params)
   check_params(spec, leaves)
   prepare(folder, _WRITTEN, tokenizer=tokenizer)
   folders.write_tensors(folder / PARAMS, leaves)
   copied = copy_tokenizer(folder, tokenizer)
-  described = describe(spec, preprocess, copied, predictors=predictors)
+  described = describe(
+    spec, preprocess, copied, prediction_heads=prediction_heads
+  )
   folders.write_json(folder / DESCRIPTION, described)
 
 
@@ -181,7 +185,7 @@ def read(folder: pathlib.Path) -> Converted:
     params=trees.unflatten(leaves),
     preprocess=found["preprocess"],
     tokenizer=described_tokenizer(folder, found),
-    predictors=described_predictors(found),
+    prediction_heads=described_heads(found),
   )
 
 

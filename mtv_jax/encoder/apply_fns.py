@@ -16,16 +16,12 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from mtv_jax.models import two_tower as models
-from mtv_jax.models.heads import dpt, projection, prompter
-from mtv_jax.models.heads.predictors import DepthHead, GroundingHeads
+from mtv_jax.models.heads.base import PredictionHead
 from mtv_jax.parallel import sharding
 from mtv_jax.utils import xla_flags
 
 # From parameters and a batch to arrays by name, replicated.
 Function = Callable[[PyTree, PyTree], dict[str, jax.Array]]
-# The largest side of a depth map where the config names none, in training as
-# here (`objectives.depth.MAX_SIDE`).
-MAX_DEPTH_SIDE = 112
 
 
 @functools.lru_cache(maxsize=64)
@@ -74,78 +70,26 @@ def text_function(spec: models.ModelSpec, dtype: str, mesh: Mesh) -> Function:
 
 
 @functools.lru_cache(maxsize=16)
-def depth_function(
-  spec: models.ModelSpec, head: DepthHead, dtype: str, mesh: Mesh
+def head_function(
+  spec: models.ModelSpec, head: PredictionHead, dtype: str, mesh: Mesh
 ) -> Function:
-  """The depth head: from `images` `[B, s, s, 3]` to `depth` `[B, h, w]`."""
+  """A head that predicts: from `images` `[B, H, W, 3]` and the head's inputs.
+
+  The parameters are `image` and `heads/NAME`.
+  """
   tower = models.image_tower(spec, dtype=jnp.dtype(dtype))
-  module = dpt.DPT(
-    features=head.features,
-    channels=head.channels,
-    tap_norm=head.tap_norm,
-    upsample=1,  # As trained: the map is no larger than the last fusion's.
-  )
-  first = spec.image.prefix
+  module = head.module()
 
   def run(params, rows):
     images = rows["images"]
+    inputs = {name: rows[name] for name in head.inputs}
     grid = spec.image.grid_of(*images.shape[1:3])
-    side = head.size or min(4 * grid[0], MAX_DEPTH_SIDE)
+    variables = {"params": params["heads"][head.params_key]}
     with precision(dtype):
       out = tower.apply({"params": params["image"]}, images, taps=head.taps)
-      stages = [
-        out.taps[i][:, first:].reshape(len(images), *grid, -1)
-        for i in head.taps
-      ]
-      variables = {"params": params["heads"]["depth"]}
-      depth = module.apply(variables, stages, (side, side))
-    return {"depth": depth.astype(jnp.float32)}
-
-  return _compiled(run, mesh)
-
-
-@functools.lru_cache(maxsize=16)
-def ground_function(
-  spec: models.ModelSpec, head: GroundingHeads, dtype: str, mesh: Mesh
-) -> Function:
-  """The prompter: from `images` and `boxes` `[B, m, 4]` to `regions`.
-
-  They are `[B, m, E]`, of unit length.
-  """
-  tower = models.image_tower(spec, dtype=jnp.dtype(dtype))
-  module = prompter.Prompter(head.attention_heads)
-
-  def run(params, rows):
-    with precision(dtype):
-      out = tower.apply({"params": params["image"]}, rows["images"])
-      variables = {"params": params["heads"]["prompter"]}
-      regions = module.apply(
-        variables, out.patches, rows["boxes"], spec.embed_dim
-      )
-    return {"regions": projection.unit(regions)}
-
-  return _compiled(run, mesh)
-
-
-@functools.lru_cache(maxsize=16)
-def locate_function(
-  spec: models.ModelSpec, head: GroundingHeads, dtype: str, mesh: Mesh
-) -> Function:
-  """The locator: from `images` and `texts` `[B, m, E]` to `boxes`.
-
-  They are `[B, m, 4]`, (y0, x0, y1, x1).
-  """
-  tower = models.image_tower(spec, dtype=jnp.dtype(dtype))
-  module = prompter.Locator(head.attention_heads)
-
-  def run(params, rows):
-    with precision(dtype):
-      out = tower.apply({"params": params["image"]}, rows["images"])
-      variables = {"params": params["heads"]["locator"]}
-      texts = projection.unit(rows["texts"])  # As in training.
-      located = module.apply(variables, out.patches, texts)
-    centre, half = located[..., :2], located[..., 2:] / 2
-    return {"boxes": jnp.concatenate([centre - half, centre + half], axis=-1)}
+      apply = functools.partial(module.apply, variables)
+      predicted = head.predict(apply, out, grid, **inputs)
+    return jax.tree.map(lambda x: x.astype(jnp.float32), predicted)
 
   return _compiled(run, mesh)
 

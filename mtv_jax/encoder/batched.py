@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import PyTree
+from jaxtyping import Bool, Float32, PyTree
 
 from mtv_jax.parallel import sharding
 
@@ -114,3 +116,45 @@ def _assemble(
     ):
       whole[row] = part
   return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Padded:
+  """Lists of several lengths as one array, zero behind each list's end.
+
+  Attributes:
+    values: as long as the longest, rounded up to a power of two, so that few
+      shapes are compiled.
+    valid: as long as the longest.
+  """
+
+  values: Float32[np.ndarray, "n k c"]
+  valid: Bool[np.ndarray, "n m"]
+
+
+def pad(lists: Sequence[Any], *, channels: int, what: str) -> Padded:
+  """Lists of `[m_i, channels]`; m is at least 1.
+
+  Raises:
+    ValueError: for another shape, or numbers that are not finite; `what` and
+      the index name the list.
+  """
+  arrays = []
+  for i, item in enumerate(lists):
+    array = np.asarray(item, np.float32)
+    array = array.reshape(-1, channels) if array.size == 0 else array
+    if array.ndim != 2 or array.shape[1] != channels:
+      raise ValueError(
+        f"{what} {i} must be [m, {channels}]; got {list(array.shape)}"
+      )
+    if not np.isfinite(array).all():
+      raise ValueError(f"{what} {i} hold numbers that are not finite")
+    arrays.append(array)
+  longest = max([1, *map(len, arrays)])
+  length = 1 << (longest - 1).bit_length()
+  values = np.zeros((len(arrays), length, channels), np.float32)
+  valid = np.zeros((len(arrays), longest), bool)
+  for i, array in enumerate(arrays):
+    values[i, : len(array)] = array
+    valid[i, : len(array)] = True
+  return Padded(values, valid)

@@ -16,23 +16,24 @@ import copy
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import PIL.Image
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Float, Float32, PyTree
+from jaxtyping import Bool, Float, Float32, PyTree
 
 from mtv_jax.data import tokenizers
-from mtv_jax.encoder import apply_fns, batched, inputs, prediction
-from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.encoder import apply_fns, batched
+from mtv_jax.encoder.preprocess import Preprocess, as_image, as_pixels
 from mtv_jax.models import two_tower as models
-from mtv_jax.models.heads.predictors import Predictors
+from mtv_jax.models.heads.base import TEXT, PredictionHead
 from mtv_jax.parallel import sharding
 from mtv_jax.utils.errors import did_you_mean
 
-OUTPUTS = inputs.OUTPUTS
+OUTPUTS = ("pooled", "patches", "prefix")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -60,6 +61,33 @@ class ImageFeatures:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Regions:
+  """Embeddings of boxes of n images, m at most.
+
+  Attributes:
+    embeddings: `[n, m, E]`, of unit length; zero where there is no box.
+    valid: `[n, m]`, which boxes there are.
+  """
+
+  embeddings: Float32[np.ndarray, "n m e"]
+  valid: Bool[np.ndarray, "n m"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Boxes:
+  """Boxes of phrases of n images, m at most.
+
+  Attributes:
+    boxes: `[n, m, 4]`, (y0, x0, y1, x1) in the unit square of the image; they
+      may reach past it, and are zero where there is no phrase.
+    valid: `[n, m]`, which phrases there are.
+  """
+
+  boxes: Float32[np.ndarray, "n m 4"]
+  valid: Bool[np.ndarray, "n m"]
+
+
 def normalize(
   embeddings: Float[np.ndarray, "*n e"],
 ) -> Float32[np.ndarray, "*n e"]:
@@ -69,8 +97,8 @@ def normalize(
   return x / np.maximum(length, 1e-12)
 
 
-class Encoder(prediction.Predicting):
-  """Images and strings to features.
+class Encoder:
+  """Image and text encoder: features, similarities and predictions.
 
   Every host of a pod calls the same methods with the same lists. Each host
   decodes and computes its own rows of a batch, and all of them get all the
@@ -78,6 +106,8 @@ class Encoder(prediction.Predicting):
   neither on the batch size nor on the number of devices (beyond the rounding
   of a matrix product).
   """
+
+  prediction_heads: Mapping[str, PredictionHead] = {}
 
   def __init__(
     self,
@@ -90,7 +120,7 @@ class Encoder(prediction.Predicting):
     dtype: str = "float32",
     weights: str = "student",
     source: str = "",
-    predictors: Predictors | None = None,
+    prediction_heads: Mapping[str, PredictionHead] | None = None,
   ):
     """Wraps parameters; nothing is compiled or copied that is placed already.
 
@@ -107,8 +137,8 @@ class Encoder(prediction.Predicting):
       dtype: of the computation. float32 runs at the highest matmul precision.
       weights: which of a checkpoint's weights these are, for the protocol.
       source: where they came from, for the protocol.
-      predictors: how the heads were configured that `depth`, `ground` and
-        `locate` predict with; their parameters are in `heads`.
+      prediction_heads: configuration of the heads that `predict` runs, by
+        name; their parameters are in `params["heads"]`.
     """
     if "image" not in params:
       raise ValueError(
@@ -126,7 +156,7 @@ class Encoder(prediction.Predicting):
     self.dtype = dtype
     self.weights = weights
     self.source = source
-    self.predictors = predictors or Predictors()
+    self.prediction_heads = dict(prediction_heads or {})
     self.params = _place(params, self.mesh)
     if spec.text is not None and tokenizer is not None:
       tokenizers.check_vocabulary(tokenizer, spec.text.vocab_size)
@@ -169,10 +199,10 @@ class Encoder(prediction.Predicting):
       TypeError: for something that is not an image.
       ValueError: for a layer or an output that does not exist.
     """
-    inputs.check_images(images)
+    check_images(images, "image")
     size = self.preprocess.size
     return self._features(
-      lambda i: self.preprocess(inputs.as_image(images[i], f"image {i}")),
+      lambda i: self.preprocess(as_image(images[i], f"image {i}")),
       count=len(images),
       size=(size, size),
       layers=layers,
@@ -205,12 +235,12 @@ class Encoder(prediction.Predicting):
       ValueError: for images of several sizes or of one that the patch does not
         divide, or for a layer or an output that does not exist.
     """
-    inputs.check_images(images, method="dense")
-    size = inputs.as_pixels(images[0], "image 0").shape[:2]
+    check_images(images, "dense")
+    size = as_pixels(images[0], "image 0").shape[:2]
     self.spec.image.grid_of(*size)
 
     def prepare(i):
-      pixels = inputs.as_pixels(images[i], f"image {i}", size=size)
+      pixels = as_pixels(images[i], f"image {i}", size=size)
       return self.preprocess.normalize(pixels)
 
     return self._features(
@@ -264,11 +294,152 @@ class Encoder(prediction.Predicting):
     Embeddings may be normalised or not. The model was trained on these: sigmoid
     of them for SigLIP (Zhai et al. 2023), softmax over either axis for CLIP.
     """
-    inputs.check_embeddings(image, text)
+    check_embeddings(image, text)
     head = _contrastive(self.params.get("heads", {}), repr(self))
     scale = np.exp(np.float32(head["logit_scale"]))
     bias = np.float32(head.get("logit_bias", 0.0))
     return scale * (normalize(image) @ normalize(text).T) + bias
+
+  def can_predict(self, name: str) -> bool:
+    """Whether the encoder has the head `name` (`heads.HEADS`) of a run."""
+    head = self.prediction_heads.get(name)
+    return head is not None and head.params_key in self.params.get("heads", {})
+
+  def predict(
+    self,
+    name: str,
+    images: Sequence[Any] | np.ndarray,
+    *,
+    batch_size: int = 16,
+    **inputs: Sequence[Any] | np.ndarray,
+  ) -> dict[str, np.ndarray]:
+    """Predictions of a head of pretraining.
+
+    Args:
+      name: of the head, a key of `heads.HEADS`.
+      images: as for `image`.
+      batch_size: as for `image`.
+      **inputs: what the head reads beside the images: for each image `[m, C]`
+        numbers or m strings, as `PredictionHead.inputs` says; m may differ, and
+        may be 0.
+
+    Returns:
+      By name, `[n, ...]`. With inputs `[n, m, ...]`, zero where an image has
+      fewer rows than m, and `valid` `[n, m]`.
+
+    Raises:
+      ValueError: for an encoder without the head, or inputs that do not fit.
+      TypeError: for inputs that the head does not take, or other than strings.
+    """
+    function = self.head_function(name)
+    kinds = self.prediction_heads[name].inputs
+    method = f"predict({name!r})"
+    check_images(images, method)
+    if set(inputs) != set(kinds):
+      raise TypeError(
+        f"Encoder.{method} takes the inputs {sorted(kinds)}; got "
+        f"{sorted(inputs)}."
+      )
+    for key, values in inputs.items():
+      if len(values) != len(images):
+        raise ValueError(
+          f"Encoder.{method} got {len(images)} images, and {key} of "
+          f"{len(values)}"
+        )
+    if inputs and self.preprocess.crop != "none":
+      raise ValueError(
+        f"Encoder.{method} needs an encoder that sees whole images; this one "
+        f"crops them (crop={self.preprocess.crop!r}), and {sorted(inputs)} "
+        "refer to the whole image"
+      )
+    padded = {
+      key: self._pad(key, kinds[key], values) for key, values in inputs.items()
+    }
+    size = self.preprocess.size
+
+    def prepare(i):
+      pixels = self.preprocess(as_image(images[i], f"image {i}"))
+      return {"images": pixels, **{k: p.values[i] for k, p in padded.items()}}
+
+    blank = {"images": np.zeros((size, size, 3), np.float32)}
+    blank |= {k: np.zeros_like(p.values[0]) for k, p in padded.items()}
+    key = self.prediction_heads[name].params_key
+    params = {
+      "image": self.params["image"],
+      "heads": {key: self.params["heads"][key]},
+    }
+    out = batched.in_batches(
+      functools.partial(function, params),
+      prepare,
+      count=len(images),
+      blank=blank,
+      batch_size=batch_size,
+      mesh=self.mesh,
+    )
+    for rows in padded.values():
+      n, m = rows.valid.shape
+      for key, values in out.items():
+        mask = rows.valid.reshape(n, m, *[1] * (values.ndim - 2))
+        out[key] = values[:, :m] * mask
+      out["valid"] = rows.valid
+    return out
+
+  def depth(
+    self, images: Sequence[Any] | np.ndarray, *, batch_size: int = 16
+  ) -> Float32[np.ndarray, "n h w"]:
+    """Relative inverse depth `[n, h, w]`, see `dpt.DepthHead` and `predict`.
+
+    The map covers what the encoder sees: the whole image where it squashes it.
+    """
+    return self.predict("depth", images, batch_size=batch_size)["depth"]
+
+  def ground(
+    self,
+    images: Sequence[Any] | np.ndarray,
+    boxes: Sequence[Any] | np.ndarray,
+    *,
+    batch_size: int = 16,
+  ) -> Regions:
+    """Embeddings of boxes, to compare with `text`; see `predict`.
+
+    Args:
+      images: as for `image`.
+      boxes: for each image `[m, 4]`, (y0, x0, y1, x1) in its unit square.
+      batch_size: as for `image`.
+    """
+    return Regions(
+      **self.predict("grounding", images, boxes=boxes, batch_size=batch_size)
+    )
+
+  def locate(
+    self,
+    images: Sequence[Any] | np.ndarray,
+    phrases: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 16,
+  ) -> Boxes:
+    """A box for each phrase, of grounding with regression; see `predict`."""
+    return Boxes(
+      **self.predict("locator", images, phrases=phrases, batch_size=batch_size)
+    )
+
+  def head_function(self, name: str) -> apply_fns.Function:
+    """The compiled function of a head, see `apply_fns.head_function`.
+
+    Raises:
+      ValueError: for an encoder without the head.
+    """
+    if not self.can_predict(name):
+      heads = self.params.get("heads", {})
+      raise ValueError(
+        f"{self!r} can't predict {name!r}: it lacks the head. It predicts "
+        f"{sorted(filter(self.can_predict, self.prediction_heads))}; the "
+        f"parameters of its heads are {sorted(heads)}. Load a run, or an "
+        "export of a run, that trained this head."
+      )
+    return apply_fns.head_function(
+      self.spec, self.prediction_heads[name], self.dtype, self.mesh
+    )
 
   def protocol(self) -> dict[str, Any]:
     """What a figure made with this encoder depends on, for JSON."""
@@ -300,6 +471,25 @@ class Encoder(prediction.Predicting):
       self.spec, self.dtype, taps, outputs, self.mesh
     )
 
+  def _pad(
+    self, key: str, kind: int | str, values: Sequence[Any]
+  ) -> batched.Padded:
+    """The rows of an input of a head, `[n, k, C]`; strings are embedded."""
+    what = f"the {key} of image"
+    if kind != TEXT:
+      return batched.pad(values, channels=kind, what=what)
+    for strings in [values, *values]:
+      if not isinstance(strings, list | tuple):
+        raise TypeError(
+          f"Encoder.predict takes a list of {key} for each image: pass "
+          f"[[string, ...], ...]; got a {type(strings).__name__} "
+          f"{strings!r:.40}"
+        )
+    distinct = list(dict.fromkeys(s for strings in values for s in strings))
+    table = dict(zip(distinct, self.text(distinct), strict=True))
+    rows = [[table[s] for s in strings] for strings in values]
+    return batched.pad(rows, channels=self.spec.embed_dim, what=what)
+
   def _features(
     self,
     prepare: Callable[[int], np.ndarray],
@@ -310,8 +500,8 @@ class Encoder(prediction.Predicting):
     outputs: Sequence[str],
     batch_size: int,
   ) -> ImageFeatures:
-    inputs.check_outputs(outputs)
-    taps = tuple(inputs.layer(i, self.spec.image.depth) for i in layers)
+    check_outputs(outputs)
+    taps = tuple(block_index(i, self.spec.image.depth) for i in layers)
     function = self._image_function(
       tuple(sorted(set(taps))), tuple(o for o in OUTPUTS if o in outputs)
     )
@@ -332,6 +522,52 @@ class Encoder(prediction.Predicting):
         i: out[f"prefix{t}"] for i, t in zip(layers, taps, strict=True)
       },
     )
+
+
+def block_index(index: int, depth: int) -> int:
+  """A block counted from 0; `index` may count from the end."""
+  if not -depth <= index < depth:
+    raise ValueError(
+      f"layer {index} of an encoder with {depth} blocks; expected 0.."
+      f"{depth - 1}, or -{depth}..-1 from the end"
+    )
+  return index % depth
+
+
+def check_outputs(outputs: Iterable[str]) -> None:
+  """Raises ValueError for outputs that an image tower does not have."""
+  unknown = [o for o in outputs if o not in OUTPUTS]
+  if unknown or isinstance(outputs, str):
+    raise ValueError(f"outputs={outputs!r}; expected some of {OUTPUTS}")
+
+
+def check_embeddings(image: Any, text: Any) -> None:
+  """Raises ValueError for embeddings that can't be compared."""
+  if np.ndim(image) != 2 or np.shape(image)[1:] != np.shape(text)[1:]:
+    raise ValueError(
+      "Encoder.similarity takes embeddings [n, E] and [m, E], such as "
+      ".image(images).pooled and .text(strings); got "
+      f"{list(np.shape(image))} and {list(np.shape(text))}"
+    )
+
+
+def check_images(images: Any, method: str) -> None:
+  """Raises TypeError or ValueError unless `images` is a sequence of images."""
+  single = isinstance(images, PIL.Image.Image | bytes | str) or (
+    isinstance(images, np.ndarray) and images.ndim < 4
+  )
+  if single:
+    raise TypeError(
+      f"Encoder.{method} takes a sequence of images and got one "
+      f"{type(images).__name__}: pass [image]"
+    )
+  if not hasattr(images, "__len__"):
+    raise TypeError(
+      f"Encoder.{method} takes a sequence of images, whose length is known; "
+      f"got a {type(images).__name__}: pass list(images)"
+    )
+  if not len(images):
+    raise ValueError(f"Encoder.{method} got no images")
 
 
 def _mesh_of(params: PyTree) -> Mesh | None:

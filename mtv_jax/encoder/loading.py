@@ -17,7 +17,7 @@ from mtv_jax.convert.tables import ConversionError
 from mtv_jax.encoder import baselines
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_of
-from mtv_jax.models.heads.predictors import Predictors
+from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.errors import did_you_mean
 
@@ -62,7 +62,7 @@ def load(
     dtype=dtype,
     weights=weights,
     source=str(path),
-    predictors=model.predictors,
+    prediction_heads=model.prediction_heads,
   )
 
 
@@ -170,7 +170,9 @@ def read_run(
     params=params,
     preprocess=preprocess_of(config).to_dict(),
     tokenizer=_tokenizer(folder, config),
-    predictors=Predictors.from_config(config.get("objectives", {}), spec),
+    prediction_heads=heads_lib.heads_of_config(
+      config.get("objectives", {}), spec
+    ),
   )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -13,6 +14,7 @@ from jaxtyping import Float32, UInt8
 from ml_collections import ConfigDict
 
 from mtv_jax.config.op_strings import parse_ops
+from mtv_jax.data import canvas
 from mtv_jax.utils.errors import did_you_mean
 
 _CHOICES = {
@@ -179,3 +181,63 @@ def preprocess_of(config: Mapping[str, Any] | ConfigDict) -> Preprocess:
       if op.name in ("resize", "crop"):
         size = op.args[0] if op.args else op.kwargs["size"]
   return Preprocess(size=int(size))
+
+
+def as_image(item: Any, key: str) -> Any:
+  """Pixels of an image as training sees them: uint8 `[H, W, 3]`.
+
+  Encoded bytes are decoded. These and Pillow's images are rotated by their
+  EXIF orientation, set on white, and scaled from 16 bits. Arrays have to be
+  uint8 RGB.
+  """
+  if isinstance(item, bytes):
+    return canvas.decode(item, key=key)
+  if isinstance(item, PIL.Image.Image):
+    return canvas.from_pillow(item, key=key)
+  if isinstance(item, str | os.PathLike):
+    raise TypeError(
+      f"{key} is the path {os.fspath(item)!r}: pass what it holds, such as "
+      "pathlib.Path(path).read_bytes()"
+    )
+  array = np.asarray(item)
+  kind = array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3
+  if not kind or not array.size:
+    raise TypeError(
+      f"{key} must be uint8 [H, W, 3], PIL or encoded bytes; got "
+      f"{type(item).__name__} {array.dtype} {list(array.shape)}. Pass pixels "
+      "as they were decoded: the encoder resizes and normalises."
+    )
+  return array
+
+
+def as_pixels(
+  item: Any, key: str, *, size: Sequence[int] | None = None
+) -> np.ndarray:
+  """Pixels to encode without a resize, of `size` if that is given.
+
+  Raises:
+    TypeError: for what is neither uint8 nor float32 `[H, W, 3]`.
+    ValueError: for another size than that of the other images.
+  """
+  array = item if isinstance(item, np.ndarray) else None
+  if (
+    array is None
+    or array.dtype not in (np.uint8, np.float32)
+    or array.ndim != 3
+    or array.shape[-1] != 3
+    or not array.size
+  ):
+    got = type(item).__name__
+    if array is not None:
+      got += f" {array.dtype} {list(array.shape)}"
+    raise TypeError(
+      f"{key} must be an array [H, W, 3], uint8 or float32 in 0..255; got "
+      f"{got}. Encoder.dense resizes nothing; Encoder.image takes any image."
+    )
+  if size is not None and array.shape[:2] != tuple(size):
+    raise ValueError(
+      f"{key} is {array.shape[0]}x{array.shape[1]} and the first one "
+      f"{size[0]}x{size[1]}; Encoder.dense takes images of one size: resize, "
+      "or call it once a size"
+    )
+  return array

@@ -59,7 +59,7 @@ class OwnDepth:
   kind = "depth"
 
   def __init__(self, encoder: Encoder, *, rows: int, side: int):
-    if not encoder.has_depth:
+    if not encoder.can_predict("depth"):
       raise ValueError(_lacks(encoder, "depth", "depth"))
     _require_whole(encoder)
     self.rows = rows
@@ -67,12 +67,7 @@ class OwnDepth:
     self._side = side
     self._params = _params(encoder, ["depth"])
     self._function = local_mesh.by_device(
-      inspect.unwrap(
-        apply_fns.depth_function(
-          encoder.spec, encoder.predictors.depth, encoder.dtype, encoder.mesh
-        )
-      ),
-      encoder.mesh,
+      inspect.unwrap(encoder.head_function("depth")), encoder.mesh
     )
     self._mesh = encoder.mesh
     self.settings = {
@@ -121,9 +116,9 @@ class OwnBoxes:
     rows: int,
     options: Mapping[str, Any],
   ):
-    if not encoder.has_grounding:
+    if not encoder.can_predict("grounding"):
       raise ValueError(_lacks(encoder, "prompter", "grounding"))
-    if not encoder.has_locator:
+    if not encoder.can_predict("locator"):
       raise ValueError(
         _lacks(encoder, "locator", "grounding with regression=1.0")
         + " A prompter says what is in a box, and has none to begin with."
@@ -185,11 +180,11 @@ class OwnBoxes:
 
 def _detector(encoder: Encoder) -> Callable[[PyTree, PyTree], PyTree]:
   """From `images` (and `tokens`) to a box and a score for each phrase."""
-  shared = encoder.spec, encoder.predictors.grounding
-  place = encoder.dtype, encoder.mesh
-  locate = inspect.unwrap(apply_fns.locate_function(*shared, *place))
-  ground = inspect.unwrap(apply_fns.ground_function(*shared, *place))
-  read = inspect.unwrap(apply_fns.text_function(encoder.spec, *place))
+  locate = inspect.unwrap(encoder.head_function("locator"))
+  ground = inspect.unwrap(encoder.head_function("grounding"))
+  read = inspect.unwrap(
+    apply_fns.text_function(encoder.spec, encoder.dtype, encoder.mesh)
+  )
 
   def texts_of(params, rows):
     count = len(rows["images"])
@@ -202,12 +197,12 @@ def _detector(encoder: Encoder) -> Callable[[PyTree, PyTree], PyTree]:
 
   def detect(params, rows):
     texts, images = texts_of(params, rows), rows["images"]
-    boxes = locate(params, {"images": images, "texts": texts})["boxes"]
+    boxes = locate(params, {"images": images, "phrases": texts})["boxes"]
     # Training shows the prompter boxes inside the image only. It asks the
     # image tower again, which the compiler sees, and runs it once.
     inside = jnp.clip(boxes, 0, 1)
-    regions = ground(params, {"images": images, "boxes": inside})["regions"]
-    cosine = (regions * unit(texts)).sum(axis=-1)
+    regions = ground(params, {"images": images, "boxes": inside})
+    cosine = (regions["embeddings"] * unit(texts)).sum(axis=-1)
     head = params["heads"]["grounding"]
     logits = jnp.exp(head["logit_scale"]) * cosine + head["logit_bias"]
     return {"boxes": boxes, "scores": jax.nn.sigmoid(logits)}

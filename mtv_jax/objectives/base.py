@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from mtv_jax.models.heads.base import PredictionHead
+
 STUDENT = "student"
 TEACHER = "teacher"
 
@@ -70,15 +72,30 @@ class Head:
 
   Attributes:
     module: the linen module.
-    example: `(model_spec) -> tuple` of what the module is initialised with:
-      `jax.ShapeDtypeStruct`s or arrays, alone or in lists; anything else goes
-      to it as it is.
+    example: `(model_spec) -> tuple` of the arguments that the module is
+      initialised with: trees of `jax.ShapeDtypeStruct`s, which become zeros;
+      anything else is passed as it is.
     teacher: whether the teacher keeps an EMA copy of it.
   """
 
   module: nn.Module
   example: Callable[[Any], tuple] = lambda spec: ()
   teacher: bool = False
+
+  @classmethod
+  def of(cls, head: PredictionHead) -> dict[str, Head]:
+    """A head that predicts, by the name of its parameters."""
+    return {head.params_key: cls(head.module(), head.example)}
+
+  def init(self, rng: jax.Array, spec: Any) -> dict[str, Any]:
+    """The module's parameters."""
+
+    def zeros(x):
+      is_shape = isinstance(x, jax.ShapeDtypeStruct)
+      return jnp.zeros(x.shape, x.dtype) if is_shape else x
+
+    example = jax.tree.map(zeros, self.example(spec))
+    return self.module.init(rng, *example)["params"]
 
 
 class BoundHeads:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, no_type_check
 
 import flax.struct
@@ -17,17 +17,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt16
 
 from mtv_jax.augment import geometry
-from mtv_jax.models import layers
 from mtv_jax.models.heads import dpt
 from mtv_jax.objectives import base
-from mtv_jax.utils.errors import ConfigError, check_choice
+from mtv_jax.utils.errors import ConfigError
 
 # Least mean absolute deviation to divide by. The gradient of the
 # normalisation grows as its inverse, and a map that is the same everywhere,
 # as of a fresh head, would otherwise give gradients of 1e4.
 SCALE_FLOOR = 1e-3
-# The largest map that the loss looks at: it sorts the pixels of each image.
-MAX_SIDE = 112
 
 
 def _mean(
@@ -211,43 +208,22 @@ class Depth(base.Objective):
   """Predicts the experts' inverse depth through a DPT head.
 
   Attributes:
-    view: the image view it reads; nothing in it may be hidden.
-    taps: layers read, four of them from shallow to deep, from 0; None for the
-      end of each quarter (`dpt.quarter_taps`).
-    features: channels of the fused maps; None for `dpt.default_features`.
-    channels: of the reassembled maps; None for `dpt.default_channels`.
-    tap_norm: see `dpt.DPT`.
-    size: side of the predicted map; None for four times the patch grid (a
-      stride of 4 pixels at patch 16), at most 112.
+    head: its options (`dpt.DepthHead`) are in the config beside these.
+    view: the image view it reads, without masked patches.
     gradient_weight: of the gradient matching beside the SSI error.
     scales: of the gradient matching.
     trim: share of the largest residuals that the SSI error leaves out.
     min_pixels: a crop with fewer labelled pixels counts as unlabelled.
   """
 
+  head: dpt.DepthHead = dpt.DepthHead()
   view: str = "image"
-  taps: Sequence[int] | None = None
-  features: int | None = None
-  channels: Sequence[int] | None = None
-  tap_norm: str = "layer"
-  size: int | None = None
   gradient_weight: float = 2.0
   scales: int = 4
   trim: float = 0.1
   min_pixels: int = 16
 
   def __post_init__(self):
-    check_choice("depth: tap_norm", self.tap_norm, ("layer", "none"))
-    for name in ("taps", "channels"):
-      value = getattr(self, name)
-      if value is None:
-        continue
-      # A config gives lists; heads are compared and hashed.
-      object.__setattr__(self, name, tuple(value))
-      if len(value) != dpt.STAGES:
-        raise ConfigError(
-          f"depth: {name} are {list(value)}; DPT has {dpt.STAGES} stages."
-        )
     if not 0 <= self.trim < 1 or self.scales < 0 or self.min_pixels < 1:
       raise ConfigError(
         f"depth: trim={self.trim}, scales={self.scales}, min_pixels="
@@ -260,26 +236,14 @@ class Depth(base.Objective):
     return base.Encoding("image", self.view)
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Depth:
-    """This objective with what it left open filled in from the model.
-
-    Args:
-      spec: `models.model.ModelSpec`.
-      views: by name, `views.View`.
+    """This objective with the head's open options filled in from the model.
 
     Raises:
-      ConfigError: for taps that are no layers, or a view that hides patches.
+      ConfigError: for taps outside the tower, or a view that masks patches.
     """
-    image = spec.image
-    taps = self.taps or dpt.quarter_taps(image.depth)
-    layers.check_taps(taps, image.depth)
     if self.view in views and views[self.view].patch is not None:
       raise ConfigError(self._hidden())
-    return dataclasses.replace(
-      self,
-      taps=taps,
-      features=self.features or dpt.default_features(image.width),
-      channels=self.channels or dpt.default_channels(image.width),
-    )
+    return dataclasses.replace(self, head=self.head.resolve(spec))
 
   def _hidden(self) -> str:
     return (
@@ -288,27 +252,15 @@ class Depth(base.Objective):
     )
 
   def needs(self) -> base.Needs:
-    if self.taps is None:
+    if self.head.taps is None:
       raise ConfigError(
         "depth: the depth of the model is not known; give taps, or resolve() "
-        "it with the model."
+        "with the model."
       )
-    return base.Needs(encodings={self._image: self.taps}, fields=("depth",))
+    return base.Needs({self._image: self.head.taps}, fields=("depth",))
 
   def heads(self) -> dict[str, base.Head]:
-    if self.features is None or self.channels is None:
-      raise ConfigError(
-        "depth: the width of the model is not known; give features and "
-        "channels, or resolve() it with the model."
-      )
-    # The map that the loss sees is no larger than the last fusion's.
-    module = dpt.DPT(
-      features=self.features,
-      channels=self.channels,
-      tap_norm=self.tap_norm,
-      upsample=1,
-    )
-    return {"depth": base.Head(module, example=_example)}
+    return base.Head.of(self.head)
 
   def loss_inputs(
     self,
@@ -320,15 +272,11 @@ class Depth(base.Objective):
     if made.mask is not None or made.keep is not None:
       raise ConfigError(self._hidden())
     output = encodings[self._image]
-    b, count, patches, width = output.patches.shape
+    b, count, patches, _ = output.patches.shape
     grid = math.isqrt(patches)  # Views are squares.
-    size = self.size or min(4 * grid, MAX_SIDE)
-    stages = [
-      output.taps[i][:, :, -patches:].reshape(-1, grid, grid, width)
-      for i in self.taps
-    ]
-    predicted = heads["depth"](stages, (size, size))
-    label, valid = labels(batch["depth"], made, size)
+    crops = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
+    predicted = self.head.predict(heads["depth"], crops, (grid, grid))["depth"]
+    label, valid = labels(batch["depth"], made, predicted.shape[-1])
     errors = map_errors(
       predicted,
       label,
@@ -376,9 +324,3 @@ def labels(
     values, depth > 0, made.box, made.flipped, size=size
   )
   return tuple(x.reshape(-1, size, size) for x in (values, valid))
-
-
-def _example(spec: Any) -> tuple:
-  """What the head is initialised with: maps of two by two patches."""
-  stage = jnp.zeros((1, 2, 2, spec.image.width))
-  return [stage] * dpt.STAGES, (8, 8)

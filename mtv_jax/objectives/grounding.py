@@ -144,12 +144,6 @@ def _deal(x: Array, chunk: int) -> Array:
   return jnp.moveaxis(x.reshape(chunk, chunks, *x.shape[1:]), 1, 0)
 
 
-def corners(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
-  """(centre y, centre x, height, width) to (y0, x0, y1, x1)."""
-  centre, half = boxes[..., :2], boxes[..., 2:] / 2
-  return jnp.concatenate([centre - half, centre + half], axis=-1)
-
-
 def centres(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
   """(y0, x0, y1, x1) to (centre y, centre x, height, width)."""
   low, high = boxes[..., :2], boxes[..., 2:]
@@ -200,7 +194,8 @@ def box_losses(
     boxes: what they should be, (y0, x0, y1, x1).
   """
   distance = jnp.abs(located - centres(boxes)).sum(axis=-1)
-  return 5.0 * distance + 2.0 * (1.0 - overlap(corners(located), boxes).giou)
+  giou = overlap(prompter.corners(located), boxes).giou
+  return 5.0 * distance + 2.0 * (1.0 - giou)
 
 
 @no_type_check  # JAX rebuilds trees with leaves that are not arrays.
@@ -234,6 +229,7 @@ class Grounding(base.Objective):
   """Pulls a region to its phrase and away from the batch's other phrases.
 
   Attributes:
+    head: its options (`prompter.GroundingHead`) are in the config beside these.
     view: the image view it reads; with several crops each image's first.
     regions: at most so many an image, of those that the view shows. CLOC: 4,
       and 2 do about as well.
@@ -241,7 +237,6 @@ class Grounding(base.Objective):
       those of the highest `'score'`.
     min_visible: least share of a box's area that must lie in the view.
     min_size: least height and width of a box in the view, whose side is 1.
-    attention_heads: attention heads of prompter and locator; CLOC has one.
     init_scale: initial multiplier of the cosine.
     init_bias: initial bias.
     method: see `ring`: `'gathered'` texts, `'ring'`, or `'auto'`: a ring where
@@ -253,12 +248,12 @@ class Grounding(base.Objective):
       little from it.
   """
 
+  head: prompter.GroundingHead = prompter.GroundingHead()
   view: str = "image"
   regions: int = 4
   pick: str = "first"
   min_visible: float = 0.4
   min_size: float = 1 / 56
-  attention_heads: int = 1
   init_scale: float = 10.0
   init_bias: float = -10.0
   method: str = "auto"
@@ -269,7 +264,7 @@ class Grounding(base.Objective):
   def __post_init__(self):
     check_choice("grounding: pick", self.pick, PICKS)
     check_choice("grounding: method", self.method, ring.METHODS)
-    for name in ("regions", "attention_heads", "chunk"):
+    for name in ("regions", "chunk"):
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ConfigError(f"grounding: {name}={value}; expected 1 or more.")
@@ -321,27 +316,15 @@ class Grounding(base.Objective):
       ),
     )  # fmt: skip
 
+  @property
+  def _locator(self) -> prompter.LocatorHead:
+    return prompter.LocatorHead(**dataclasses.asdict(self.head))
+
   def heads(self) -> dict[str, base.Head]:
-    def patches(spec):
-      return jax.ShapeDtypeStruct((1, 1, spec.image.width), jnp.float32)
-
-    def texts(spec, features):
-      return jax.ShapeDtypeStruct((1, 1, features), jnp.float32)
-
-    heads = {
-      "grounding": base.Head(
-        pairwise.Temperature(self.init_scale, self.init_bias)
-      ),
-      "prompter": base.Head(
-        prompter.Prompter(self.attention_heads),
-        example=lambda spec: (patches(spec), texts(spec, 4), spec.embed_dim),
-      ),
-    }
+    temperature = pairwise.Temperature(self.init_scale, self.init_bias)
+    heads = {"grounding": base.Head(temperature), **base.Head.of(self.head)}
     if self.regression:
-      heads["locator"] = base.Head(
-        prompter.Locator(self.attention_heads),
-        example=lambda spec: (patches(spec), texts(spec, spec.embed_dim)),
-      )
+      heads |= base.Head.of(self._locator)
     return heads
 
   def loss_inputs(
@@ -372,15 +355,18 @@ class Grounding(base.Objective):
       text = jax.lax.stop_gradient(text)
     text = unit(text)
     boxes = take(boxes[:, 0])
-    patches = encodings[self._image].patches[:, 0]
-    region = heads["prompter"](patches, boxes, text.shape[-1])
+    image = jax.tree.map(lambda x: x[:, 0], encodings[self._image])
+    region = self.head.predict(heads["prompter"], image, (), boxes=boxes)
+    located = None
+    if self.regression:
+      located = heads["locator"](image.patches, text)
     return LossInputs(
-      region=unit(region),
+      region=region["embeddings"],
       text=text,
       phrase_id=take(batch["box_phrase_id"]),
       valid=take(kept[:, 0]),
       boxes=boxes,
-      located=heads["locator"](patches, text) if self.regression else None,
+      located=located,
     )
 
   def _choose(
@@ -457,7 +443,7 @@ def _locating(
   repeated = (equal & earlier & loss_inputs.valid[:, None]).any(axis=-1)
   sole = (loss_inputs.valid & ~repeated).astype(jnp.float32)
   losses = box_losses(loss_inputs.located, loss_inputs.boxes)
-  iou = overlap(corners(loss_inputs.located), loss_inputs.boxes).iou
+  iou = overlap(prompter.corners(loss_inputs.located), loss_inputs.boxes).iou
   count = sole.sum()
   return (
     base.WeightedMean((losses * sole).sum(), count),

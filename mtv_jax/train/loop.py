@@ -20,7 +20,7 @@ from mtv_jax.encoder import loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import preprocess_of
 from mtv_jax.evals import run as evals_lib
-from mtv_jax.models.heads.predictors import Predictors
+from mtv_jax.models import heads as heads_lib
 from mtv_jax.parallel import sharding
 from mtv_jax.train import experiment as experiment_lib
 from mtv_jax.train import metrics as metrics_lib
@@ -94,7 +94,7 @@ def evaluate(
     dtype=str(experiment.recipe.dtype),
     weights=weights,
     source=f"{experiment.workdir.name} at step {step}",
-    predictors=Predictors.from_config(
+    prediction_heads=heads_lib.heads_of_config(
       experiment.config.objectives, experiment.recipe.spec
     ),
   )

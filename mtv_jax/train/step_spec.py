@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -193,21 +194,19 @@ def of_teacher(recipe: Recipe, params: Mapping[str, PyTree]) -> PyTree:
   }
 
 
-def _zeros(value: Any) -> Any:
-  if isinstance(value, jax.ShapeDtypeStruct):
-    return jnp.zeros(value.shape, value.dtype)
-  return value
-
-
 def init_params(recipe: Recipe, rng: jax.Array) -> PyTree:
-  """Parameters `{image, text, heads}`, float32."""
+  """Parameters `{image, text, heads}`, float32.
+
+  The key of a head depends on its name alone: adding or dropping an objective
+  changes no other parameter.
+  """
   tower_rng, head_rng = jax.random.split(rng)
   params = dict(model_lib.init_params(recipe.spec, tower_rng))
   params["heads"] = {}
-  for i, (name, head) in enumerate(sorted(recipe.heads.items())):
-    example = [_zeros(x) for x in head.example(recipe.spec)]
-    variables = head.module.init(jax.random.fold_in(head_rng, i), *example)
-    params["heads"][name] = variables["params"]
+  for name, head in recipe.heads.items():
+    # crc32 and not hash(), which differs from one process to the next.
+    key = jax.random.fold_in(head_rng, zlib.crc32(name.encode()))
+    params["heads"][name] = head.init(key, recipe.spec)
   return params
 
 

@@ -16,7 +16,8 @@ import PIL.Image
 import pytest
 
 from mtv_jax.data import tokenizers
-from mtv_jax.encoder import apply_fns, batched, inputs
+from mtv_jax.encoder import apply_fns, batched
+from mtv_jax.encoder import encoder as encoder_lib
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models
@@ -268,7 +269,7 @@ def test_mistakes_are_explained(encoder, images, params):
     encoder.image([])
   with pytest.raises(TypeError, match=r"a generator: pass list\(images\)"):
     # The annotations, which tests check, are stricter than users' code.
-    inputs.check_images(image for image in images)
+    encoder_lib.check_images((image for image in images), "image")
   with pytest.raises(TypeError, match=r"image 0 must be.*\[0, 9, 3\]"):
     encoder.image([np.zeros((0, 9, 3), np.uint8)])
   with pytest.raises(ValueError, match="record 'image 1'.*are no image"):
@@ -276,7 +277,7 @@ def test_mistakes_are_explained(encoder, images, params):
   with pytest.raises(TypeError, match="strings"):
     encoder.text([None])
   with pytest.raises(ValueError, match=r"\[1, 32\] and \[1, 16\]"):
-    inputs.check_embeddings(np.ones((1, 32)), np.ones((1, 16)))
+    encoder_lib.check_embeddings(np.ones((1, 32)), np.ones((1, 16)))
   with pytest.raises(ValueError, match="'float8'. Did you mean 'float32'"):
     Encoder(SPEC, params, Preprocess(size=32), dtype="float8")
   for path in ("a/b.jpg", pathlib.Path("a/b.jpg")):

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtv_jax.encoder import inputs
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.encoder.preprocess import Preprocess, as_pixels
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.parallel import sharding
@@ -115,6 +114,6 @@ def test_mistakes_are_explained(encoder, images):
   with pytest.raises(TypeError, match=r"image 0 must be an array.*float64"):
     encoder.dense([images[0] / 255])
   with pytest.raises(TypeError, match="Encoder.image takes any image"):
-    inputs.as_pixels(b"jpeg", "image 0")
+    as_pixels(b"jpeg", "image 0")
   with pytest.raises(TypeError, match=r"Encoder.dense takes a seq.*\[image\]"):
     encoder.dense(images[0])

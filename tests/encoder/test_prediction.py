@@ -1,7 +1,5 @@
 """Depth, regions and boxes from the heads of pretraining, live and loaded."""
 
-import dataclasses
-import functools
 import json
 
 import jax
@@ -13,13 +11,11 @@ import mtv_jax
 from mtv_jax.checkpoint import checkpointer
 from mtv_jax.convert import huggingface
 from mtv_jax.data import tokenizers
-from mtv_jax.encoder import apply_fns
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
-from mtv_jax.models.heads.predictors import Predictors
 from mtv_jax.objectives import base, build_objective
-from mtv_jax.objectives import depth as depth_objective
 from mtv_jax.parallel import sharding
 
 TOWER = {"width": 32, "depth": 3, "heads": 2, "mlp_dim": 64}
@@ -35,7 +31,7 @@ OBJECTIVES = {
   "grounding": {"attention_heads": 2, "regression": 1.0},
 }
 SPEC = models.ModelSpec.from_config(MODEL)
-PREDICTORS = Predictors.from_config(OBJECTIVES, SPEC)
+HEADS = heads_lib.heads_of_config(OBJECTIVES, SPEC)
 
 
 def objective(name):
@@ -52,20 +48,12 @@ def heads():
   return found
 
 
-def init(head):
-  example = [
-    jnp.zeros(x.shape) if isinstance(x, jax.ShapeDtypeStruct) else x
-    for x in head.example(SPEC)
-  ]
-  return head.module.init(jax.random.key(0), *example)["params"]
-
-
 @pytest.fixture(scope="module")
 def params(heads):
   rng = np.random.default_rng(3)
   shapes = models.abstract_params(SPEC)
   shapes["heads"] = {
-    name: jax.eval_shape(functools.partial(init, head))
+    name: jax.eval_shape(lambda h=head: h.init(jax.random.key(0), SPEC))
     for name, head in heads.items()
   }
   return jax.tree.map(
@@ -73,14 +61,14 @@ def params(heads):
   )
 
 
-def build(params, devices=None, predictors=PREDICTORS, **kwargs):
+def build(params, devices=None, prediction_heads=HEADS, **kwargs):
   return Encoder(
     SPEC,
     params,
     Preprocess(size=32),
     tokenizers.build_tokenizer("bytes", clean="lower"),
     sharding.make_mesh({"data": -1}, devices),
-    predictors=predictors,
+    prediction_heads=prediction_heads,
     **kwargs,
   )
 
@@ -129,16 +117,15 @@ def wanted(encoder, heads, params, images):
 
 
 def test_depth_is_the_objectives_head(encoder, images, wanted):
-  assert encoder.has_depth
+  assert encoder.can_predict("depth")
   got = encoder.depth(images)
   assert got.shape == (3, 12, 12)
   assert np.std(got) > 0.01
   np.testing.assert_allclose(got, wanted["depth"], atol=2e-5)
-  assert apply_fns.MAX_DEPTH_SIDE == depth_objective.MAX_SIDE
 
 
 def test_regions_are_the_prompters(encoder, images, wanted):
-  assert encoder.has_grounding
+  assert encoder.can_predict("grounding")
   found = encoder.ground(images, BOXES)
   assert found.embeddings.shape == (3, 3, 32)
   np.testing.assert_array_equal(found.valid.sum(axis=1), [3, 0, 1])
@@ -152,7 +139,7 @@ def test_regions_are_the_prompters(encoder, images, wanted):
 
 
 def test_boxes_are_the_locators(encoder, images, wanted):
-  assert encoder.has_locator
+  assert encoder.can_predict("locator")
   found = encoder.locate(images, PHRASES)
   np.testing.assert_array_equal(found.valid.sum(axis=1), [2, 0, 3])
   centre, half = wanted["boxes"][..., :2], wanted["boxes"][..., 2:] / 2
@@ -173,17 +160,15 @@ def test_one_device_and_eight_agree(encoder, params, images):
 
 @pytest.mark.parametrize("open_", [True, False])
 @pytest.mark.parametrize("name", ["deep", "grounding"])
-def test_descriptions_are_what_the_objectives_resolve_to(name, open_):
+def test_heads_of_a_config_equal_those_of_its_objectives(name, open_):
   entry = dict(OBJECTIVES[name])
   if open_:  # What a config leaves open has the objective's defaults.
     entry = {k: v for k, v in entry.items() if k == "type"}
   resolved = build_objective(name, entry).resolve(SPEC, {})
-  described = Predictors.from_config({name: entry}, SPEC)
-  found = described.depth if name == "deep" else described.grounding
-  for field in dataclasses.fields(found):
-    assert getattr(found, field.name) == getattr(resolved, field.name)
-  again = Predictors.from_dict(json.loads(json.dumps(described.to_dict())))
-  assert again == described
+  heads = heads_lib.heads_of_config({name: entry}, SPEC)
+  assert heads["depth" if name == "deep" else name] == resolved.head
+  described = json.loads(json.dumps(heads_lib.describe_heads(heads)))
+  assert heads_lib.described_heads(described) == heads
 
 
 @pytest.fixture(scope="module")
@@ -212,10 +197,10 @@ def test_loaded_from_files(form, run, encoder, images, tmp_path):
       model.params,
       preprocess=model.preprocess,
       tokenizer=model.tokenizer,
-      predictors=model.predictors,
+      prediction_heads=model.prediction_heads,
     )
   loaded = mtv_jax.load(folder)
-  assert loaded.predictors == PREDICTORS
+  assert loaded.prediction_heads == HEADS
   np.testing.assert_array_equal(loaded.depth(images), encoder.depth(images))
   np.testing.assert_array_equal(
     loaded.ground(images, BOXES).embeddings,
@@ -224,14 +209,14 @@ def test_loaded_from_files(form, run, encoder, images, tmp_path):
 
 
 def test_mistakes_are_explained(encoder, params, images):
-  bare = build(params, predictors=None)
-  assert not bare.has_depth
-  assert not bare.has_grounding
-  with pytest.raises(ValueError, match="no head of the objective depth"):
+  bare = build(params, prediction_heads=None)
+  assert not bare.can_predict("depth")
+  assert not bare.can_predict("grounding")
+  with pytest.raises(ValueError, match="can't predict 'depth'"):
     bare.depth(images)
-  with pytest.raises(ValueError, match="no head of the objective grounding"):
+  with pytest.raises(ValueError, match="can't predict 'grounding'"):
     bare.ground(images, BOXES)
-  with pytest.raises(ValueError, match="with regression"):
+  with pytest.raises(ValueError, match="can't predict 'locator'"):
     bare.locate(images, PHRASES)
   with pytest.raises(ValueError, match="3 images, and boxes of 2"):
     encoder.ground(images, BOXES[:2])
@@ -241,15 +226,17 @@ def test_mistakes_are_explained(encoder, params, images):
     encoder.ground(images, [[], [], [[0, 0, 1, np.nan]]])
   with pytest.raises(TypeError, match="list of phrases for each image"):
     encoder.locate(images, ["a ball", "a cube", "a cone"])
+  with pytest.raises(TypeError, match=r"inputs \['boxes'\]; got \[\]"):
+    encoder.predict("grounding", images)
   with pytest.raises(ValueError, match="'tabs'. Did you mean 'taps'"):
-    Predictors.from_dict({"depth": {"tabs": [0]}})
+    heads_lib.described_heads({"depth": {"tabs": [0]}})
   with pytest.raises(ValueError, match="has 'depths'"):
-    Predictors.from_dict({"depths": {}})
+    heads_lib.described_heads({"depths": {}})
   cropping = Encoder(
     SPEC,
     params,
     Preprocess(size=32, resize="shortest", crop="center"),
-    predictors=PREDICTORS,
+    prediction_heads=HEADS,
   )
   with pytest.raises(ValueError, match="sees whole images"):
     cropping.ground(images, BOXES)

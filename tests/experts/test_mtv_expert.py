@@ -1,6 +1,5 @@
 """A trained model of ours labels depth and boxes."""
 
-import functools
 import json
 
 import jax
@@ -18,8 +17,8 @@ from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.experts import mtv_expert
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling.phrases import NGrams, Vocabulary
+from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
-from mtv_jax.models.heads.predictors import Predictors
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel import sharding
 
@@ -42,20 +41,12 @@ EVERYTHING = dict(
 NAMES = Vocabulary(("a red ball", "a cube", "sky"))
 
 
-def init(head):
-  example = [
-    jnp.zeros(x.shape) if isinstance(x, jax.ShapeDtypeStruct) else x
-    for x in (head.example(SPEC) if head.example else ())
-  ]
-  return head.module.init(jax.random.key(0), *example)["params"]
-
-
 @pytest.fixture(scope="module")
 def params():
   rng = np.random.default_rng(3)
   shapes = models.abstract_params(SPEC)
   shapes["heads"] = {
-    name: jax.eval_shape(functools.partial(init, head))
+    name: jax.eval_shape(lambda h=head: h.init(jax.random.key(0), SPEC))
     for objective, entry in OBJECTIVES.items()
     for name, head in build_objective(objective, entry)
     .resolve(SPEC, {})
@@ -75,7 +66,10 @@ def build(params, *, devices=1, **changes):
     Preprocess(size=32),
     tokenizers.build_tokenizer("bytes", clean="lower"),
     mesh,
-    **{"predictors": Predictors.from_config(OBJECTIVES, SPEC), **changes},
+    **{
+      "prediction_heads": heads_lib.heads_of_config(OBJECTIVES, SPEC),
+      **changes,
+    },
   )
 
 

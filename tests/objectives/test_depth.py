@@ -272,11 +272,8 @@ def _resolved(**options):
 def parts():
   objective = _resolved()
   head = objective.heads()["depth"]
-  stages, size = head.example(SPEC)
-  params = jax.jit(head.module.init, static_argnums=2)(
-    jax.random.key(0), stages, size
-  )
-  return objective, {"depth": params["params"]}
+  params = jax.jit(lambda key: head.init(key, SPEC))(jax.random.key(0))
+  return objective, {"depth": params}
 
 
 def _made(rng, rows, count):
@@ -301,7 +298,7 @@ def _output(rng, rows, count):
   )
 
 
-def _evidence(parts, output, made, label):
+def _loss_inputs(parts, output, made, label):
   objective, params = parts
   return objective.loss_inputs(
     {base.Encoding("image", "image"): output},
@@ -310,7 +307,7 @@ def _evidence(parts, output, made, label):
   )
 
 
-def test_evidence_and_loss_average_over_the_labelled_crops(parts):
+def test_loss_inputs_and_loss_average_over_the_labelled_crops(parts):
   rng = np.random.default_rng(2)
   rows, count = 4, 2
   made, output = _made(rng, rows, count), _output(rng, rows, count)
@@ -318,12 +315,12 @@ def test_evidence_and_loss_average_over_the_labelled_crops(parts):
   label[1] = 0  # An image without a label.
   label[2, :, :7] = 0
   objective, params = parts
-  found = jax.jit(lambda o, m, l: _evidence(parts, o, m, l))(
+  found = jax.jit(lambda o, m, l: _loss_inputs(parts, o, m, l))(
     output, made, jnp.asarray(label)
   )
 
   stages = [
-    output.taps[i][:, :, 3:].reshape(-1, 2, 2, 64) for i in objective.taps
+    output.taps[i][:, :, 3:].reshape(-1, 2, 2, 64) for i in objective.head.taps
   ]
   heads = base.BoundHeads(objective.heads(), params)
   predicted = np.float64(heads["depth"](stages, (8, 8)))
@@ -370,15 +367,16 @@ def test_labels_are_cut_and_mirrored_as_the_view_is():
 
 def test_what_is_left_open_comes_from_the_model():
   objective = _resolved()
-  assert objective.taps == (0, 0, 1, 1)
-  assert objective.features == 16
+  assert objective.head.taps == (0, 0, 1, 1)
+  assert objective.head.features == 16
   assert objective.needs().fields == ("depth",)
   large = ModelSpec.from_config(dict(variant="L/16", image_size=256))
-  assert build_objective("depth", {}).resolve(large, {}).taps == (4, 11, 17, 23)
+  resolved = build_objective("depth", {}).resolve(large, {})
+  assert resolved.head.taps == (4, 11, 17, 23)
   given = dict(taps=[0, 1, 1, 1], channels=[4, 4, 8, 8], features=8)
-  kept = _resolved(**given)
-  assert kept == dataclasses.replace(
-    kept, **{k: tuple(v) if v != 8 else v for k, v in given.items()}
+  head = _resolved(**given).head
+  assert head == dataclasses.replace(
+    head, **{k: tuple(v) if v != 8 else v for k, v in given.items()}
   )
 
 
@@ -403,4 +401,4 @@ def test_what_can_not_be_is_refused(parts):
   )
   with pytest.raises(ConfigError, match="patches are hidden"):
     label = jnp.ones((1, 4, 4), jnp.uint16)
-    _evidence(parts, _output(rng, 1, 1), hidden, label)
+    _loss_inputs(parts, _output(rng, 1, 1), hidden, label)

@@ -43,15 +43,11 @@ def params_of(objective, seed=0):
   """Its heads' parameters, none of them zero."""
 
   def make(key):
-    params = {}
-    for i, (name, head) in enumerate(sorted(objective.heads().items())):
-      example = [
-        jnp.zeros(x.shape, x.dtype) if hasattr(x, "shape") else x
-        for x in head.example(SPEC)
-      ]
-      made = head.module.init(jax.random.fold_in(key, i), *example)["params"]
-      params[name] = made
-    return params
+    heads = sorted(objective.heads().items())
+    return {
+      name: head.init(jax.random.fold_in(key, i), SPEC)
+      for i, (name, head) in enumerate(heads)
+    }
 
   params = jax.jit(make)(jax.random.key(seed))
   if "locator" in params:

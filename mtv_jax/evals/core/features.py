@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.encoder import inputs
+from mtv_jax.encoder import encoder as encoder_lib
 from mtv_jax.encoder.encoder import Encoder, ImageFeatures
 from mtv_jax.encoder.preprocess import Preprocess
 
@@ -101,12 +101,12 @@ def image(
   Raises:
     TypeError, ValueError: as `Encoder.image`.
   """
-  inputs.check_outputs(outputs)
+  encoder_lib.check_outputs(outputs)
   # A user may give an encoder another preprocessing.
   what = (digest, getattr(encoder, "preprocess", None))
   names = [(*what, name, 0) for name in outputs]
   depth = encoder.spec.image.depth if layers else 0
-  taps = {i: inputs.layer(i, depth) for i in layers}
+  taps = {i: encoder_lib.block_index(i, depth) for i in layers}
   names += [(*what, kind, t) for t in taps.values() for kind in _LAYER_KINDS]
   store = _stores.setdefault(encoder, _Store())
   found = {name: store.get(name) for name in names}
@@ -120,7 +120,7 @@ def image(
       store.put(name, fresh[name])
   _check_count(found, len(images), digest)
   return ImageFeatures(
-    **{o: found.get((*what, o, 0)) for o in inputs.OUTPUTS},
+    **{o: found.get((*what, o, 0)) for o in encoder_lib.OUTPUTS},
     layers={i: found[*what, "layer", t] for i, t in taps.items()},
     prefix_layers={i: found[*what, "prefix_layer", t] for i, t in taps.items()},
   )
@@ -136,7 +136,7 @@ def _compute(
   batch_size: int,
 ) -> dict[_Key, np.ndarray]:
   taps = sorted({tap for *_, kind, tap in names if kind in _LAYER_KINDS})
-  outputs = tuple(kind for *_, kind, _ in names if kind in inputs.OUTPUTS)
+  outputs = tuple(kind for *_, kind, _ in names if kind in encoder_lib.OUTPUTS)
   out = encoder.image(
     images, layers=tuple(taps), outputs=outputs, batch_size=batch_size
   )

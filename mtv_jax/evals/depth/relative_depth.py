@@ -294,7 +294,7 @@ class Resolved:
 
 
 def _check_encoder(encoder: Encoder) -> None:
-  if not encoder.has_depth:
+  if not encoder.can_predict("depth"):
     raise NotApplicable(
       "this encoder has no depth head; a run that was trained with "
       "objectives.depth has. For other encoders there is depth_probe."

@@ -103,7 +103,7 @@ class Grounding(Evaluator):
       classified = _classification(encoder, data, named, region)
       metrics |= classified.metrics
       chance |= classified.chance
-    locates = self.locate == "auto" and getattr(encoder, "has_locator", False)
+    locates = self.locate == "auto" and encoder.can_predict("locator")
     if locates:
       located = _location(encoder, data, self.batch_size)
       metrics |= located.metrics

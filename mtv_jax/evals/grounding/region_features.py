@@ -37,7 +37,7 @@ def resolve(encoder: Encoder, way: str) -> str:
   Raises:
     NotApplicable: for a way that the encoder does not have.
   """
-  has_prompter = getattr(encoder, "has_grounding", False)
+  has_prompter = encoder.can_predict("grounding")
   if way == "auto":
     return "prompter" if has_prompter else "crop"
   if way == "prompter" and not has_prompter:

@@ -1,14 +1,15 @@
-"""DPT: a dense map from the tokens of four layers.
+"""DPT head: a dense map from the tokens of four layers, and the depth head.
 
-Ranftl et al. 2021, "Vision Transformers for Dense Prediction", in the form
-that Depth Anything (Yang et al. 2024) gave it: no readout token, no batch norm.
+Ranftl et al. 2021, "Vision Transformers for Dense Prediction", in the form of
+Depth Anything (Yang et al. 2024): no readout token, no batch norm.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +19,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Float32
 
 from mtv_jax.models import layers
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.models.heads import base
+from mtv_jax.utils.errors import ConfigError, check_choice
 
 STAGES = 4
+TAP_NORMS = ("layer", "none")
 RESIZES = ("products", "neighbours")
+# Largest side of a depth map by default: the depth loss sorts its pixels.
+MAX_SIDE = 112
 
 # Depth Anything V2's, by the width of the encoder: channels of the fused maps,
 # and of the reassembled ones from the shallowest stage on.
@@ -298,7 +303,7 @@ class DPT(nn.Module):
     Raises:
       ValueError: for another number of stages, or an unknown option.
     """
-    check_choice("DPT.tap_norm", self.tap_norm, ("layer", "none"))
+    check_choice("DPT.tap_norm", self.tap_norm, TAP_NORMS)
     check_choice("DPT.activation", self.activation, ("none", "relu"))
     check_choice("DPT.resize", self.resize, RESIZES)
     if len(stages) != STAGES:
@@ -326,3 +331,90 @@ class DPT(nn.Module):
     x = jax.nn.relu(conv(self.head_features, 3, x.dtype, "conv2")(x))
     x = Pointwise(1, jnp.float32, name="conv3")(x)[..., 0]
     return jax.nn.relu(x) if self.activation == "relu" else x
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthHead(base.PredictionHead):
+  """Depth head: relative inverse depth by a DPT.
+
+  Larger is nearer; scale and shift are each image's own.
+
+  Attributes:
+    taps: layers read, four of them from shallow to deep, from 0; None for the
+      end of each quarter (`quarter_taps`).
+    features: channels of the fused maps; None for `default_features`.
+    channels: of the reassembled maps; None for `default_channels`.
+    tap_norm: see `DPT`.
+    size: side of the map; None for four times the patch grid (a stride of 4
+      pixels at patch 16), at most `MAX_SIDE`.
+
+  Raises:
+    ConfigError: for another number of taps or channels.
+  """
+
+  objective = "depth"
+  params_key = "depth"
+
+  taps: Sequence[int] | None = None
+  features: int | None = None
+  channels: Sequence[int] | None = None
+  tap_norm: str = DPT.tap_norm
+  size: int | None = None
+
+  def __post_init__(self):
+    check_choice("depth: tap_norm", self.tap_norm, TAP_NORMS)
+    for name in ("taps", "channels"):
+      value = getattr(self, name)
+      if value is None:
+        continue
+      # A config gives lists; heads are compared and hashed.
+      object.__setattr__(self, name, tuple(value))
+      if len(value) != STAGES:
+        raise ConfigError(
+          f"depth: {name} are {list(value)}; DPT has {STAGES} stages."
+        )
+
+  def resolve(self, spec: Any) -> DepthHead:
+    """The head with taps and channels of the model.
+
+    Raises:
+      ValueError: for taps outside the tower.
+    """
+    image = spec.image
+    taps = self.taps or quarter_taps(image.depth)
+    layers.check_taps(taps, image.depth)
+    return dataclasses.replace(
+      self,
+      taps=taps,
+      features=self.features or default_features(image.width),
+      channels=self.channels or default_channels(image.width),
+    )
+
+  def module(self) -> DPT:
+    if self.features is None or self.channels is None:
+      raise ConfigError(
+        "depth: the width of the model is not known; give features and "
+        "channels, or resolve() with the model."
+      )
+    return DPT(
+      features=self.features,
+      channels=self.channels,
+      tap_norm=self.tap_norm,
+      upsample=1,  # The map is at most as large as the last fusion's.
+    )
+
+  def example(self, spec: Any) -> tuple:
+    stage = jax.ShapeDtypeStruct((1, 2, 2, spec.image.width), "float32")
+    return [stage] * STAGES, (8, 8)
+
+  def predict(
+    self, head: Callable[..., Any], image: Any, grid: tuple[int, int]
+  ) -> dict[str, Array]:
+    """`depth`, `[B, size, size]`."""
+    count = math.prod(grid)
+    stages = [
+      image.taps[i][:, -count:].reshape(-1, *grid, image.patches.shape[-1])
+      for i in self.taps
+    ]  # [B, h, w, D]
+    size = self.size or min(4 * grid[0], MAX_SIDE)
+    return {"depth": head(stages, (size, size))}

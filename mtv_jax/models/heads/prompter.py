@@ -14,6 +14,8 @@ for each box, to pool over the patches' outputs as well, is 11.7, 33 %.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +25,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from mtv_jax.models import layers
+from mtv_jax.models.heads import base
+from mtv_jax.models.heads.projection import unit
 
 NORM_EPS = 1e-6
 # Periods a unit length, from a quarter, which tells the two ends of an image
@@ -99,10 +103,10 @@ class PromptLayer(nn.Module):
   prompt on its own, see the top of this file.
 
   Attributes:
-    heads: attention heads; CLOC has one.
+    heads: attention heads.
   """
 
-  heads: int = 1
+  heads: int
 
   @nn.compact
   def __call__(
@@ -134,10 +138,10 @@ class Prompter(nn.Module):
   """The embedding of what is in a box.
 
   Attributes:
-    heads: attention heads; CLOC has one.
+    heads: attention heads.
   """
 
-  heads: int = 1
+  heads: int
 
   @nn.compact
   def __call__(
@@ -178,7 +182,7 @@ class Locator(nn.Module):
     heads: attention heads.
   """
 
-  heads: int = 1
+  heads: int
 
   @nn.compact
   def __call__(
@@ -204,3 +208,73 @@ class Locator(nn.Module):
       x.astype(jnp.float32)
     )
     return jax.nn.sigmoid(x)
+
+
+def corners(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
+  """(centre y, centre x, height, width) to (y0, x0, y1, x1)."""
+  centre, half = boxes[..., :2], boxes[..., 2:] / 2
+  return jnp.concatenate([centre - half, centre + half], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundingHead(base.PredictionHead):
+  """Grounding head: embeddings of regions by a prompter.
+
+  Attributes:
+    attention_heads: attention heads of prompter and locator; CLOC has one.
+  """
+
+  objective = "grounding"
+  params_key = "prompter"
+  inputs = {"boxes": 4}
+
+  attention_heads: int = 1
+
+  def module(self) -> nn.Module:
+    return Prompter(self.attention_heads)
+
+  def example(self, spec: Any) -> tuple:
+    return (*_rows(spec.image.width, 4), spec.embed_dim)
+
+  def predict(
+    self,
+    head: Callable[..., Any],
+    image: Any,
+    grid: tuple[int, int],
+    *,
+    boxes: Float[Array, "b m 4"],
+  ) -> dict[str, Array]:
+    """`embeddings` `[B, m, E]` of unit length, of `(y0, x0, y1, x1)`."""
+    del grid
+    features = image.pooled.shape[-1]
+    return {"embeddings": unit(head(image.patches, boxes, features))}
+
+
+@dataclasses.dataclass(frozen=True)
+class LocatorHead(GroundingHead):
+  """Locator head: a box for each phrase, of grounding with regression."""
+
+  params_key = "locator"
+  inputs = {"phrases": base.TEXT}
+
+  def module(self) -> nn.Module:
+    return Locator(self.attention_heads)
+
+  def example(self, spec: Any) -> tuple:
+    return _rows(spec.image.width, spec.embed_dim)
+
+  def predict(
+    self,
+    head: Callable[..., Any],
+    image: Any,
+    grid: tuple[int, int],
+    *,
+    phrases: Float[Array, "b m e"],
+  ) -> dict[str, Array]:
+    """`boxes` `[B, m, 4]`, `(y0, x0, y1, x1)`."""
+    del grid
+    return {"boxes": corners(head(image.patches, unit(phrases)))}
+
+
+def _rows(*channels: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+  return tuple(jax.ShapeDtypeStruct((1, 1, c), "float32") for c in channels)

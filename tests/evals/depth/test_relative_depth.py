@@ -17,7 +17,7 @@ from mtv_jax.evals.depth import relative_depth
 from mtv_jax.evals.depth.relative_depth import RelativeDepth, aligned
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads import dpt
-from mtv_jax.models.heads.predictors import DepthHead, Predictors
+from mtv_jax.models.heads.dpt import DepthHead
 from mtv_jax.parallel import sharding
 
 GT = np.array([1, 2, 4, 5, 9.0])
@@ -60,7 +60,8 @@ def test_constant_predictions_end_at_the_cap():
 class Knowing(Encoder):
   """Predicts an affine function of the true inverse depth of scenes."""
 
-  has_depth = True
+  def can_predict(self, name):
+    return name == "depth"
 
   def __init__(self, *, noise=0.0, size=32):
     self.noise, self.size = noise, size
@@ -162,7 +163,7 @@ def test_unfit_encoders_and_options():
   encoder.preprocess = Preprocess(size=32, resize="shortest", crop="center")
   with pytest.raises(NotApplicable, match="central crop only"):
     RelativeDepth(count=1).run(encoder)
-  encoder.has_depth = False
+  encoder.can_predict = lambda name: False
   with pytest.raises(NotApplicable, match="has no depth head"):
     RelativeDepth(count=1).run(encoder)
   with pytest.raises(ValueError, match="Did you mean 'midas'"):
@@ -196,7 +197,7 @@ def with_head(devices=None):
     params,
     Preprocess(size=16),
     mesh=sharding.make_mesh({"data": -1}, devices),
-    predictors=Predictors(depth=head),
+    prediction_heads={"depth": head},
   )
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mtv_jax.encoder.encoder import Encoder, normalize
-from mtv_jax.encoder.prediction import Boxes, Regions
+from mtv_jax.encoder.encoder import Boxes, Encoder, Regions, normalize
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import Images
 from mtv_jax.evals.datasets import named_boxes
@@ -20,10 +19,13 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 class Painter(Encoder):
   """Sees the mean colour in a box, and finds a colour's pixels."""
 
-  has_grounding = has_locator = True
+  predicts = ("grounding", "locator")
 
   def __init__(self):
     pass
+
+  def can_predict(self, name):
+    return name in self.predicts
 
   def text(self, strings, *, batch_size=256):
     words = [[w for w in COLOURS if w in string] for string in strings]
@@ -160,7 +162,7 @@ def test_an_encoder_that_knows(coco):
 class Guesser(Painter):
   """Seeded vectors of few values, so that there are ties."""
 
-  has_locator = False
+  predicts = ("grounding",)
 
   def text(self, strings, *, batch_size=256):
     rng = np.random.default_rng(5)

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,8 +14,8 @@ from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import named_boxes
 from mtv_jax.evals.grounding import region_features
 from mtv_jax.evals.grounding.grounding import Grounding
+from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
-from mtv_jax.models.heads.predictors import Predictors
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel import sharding
 
@@ -144,13 +143,6 @@ def test_which_way(with_heads):
 # On the built-in scenes, with a real encoder.
 
 
-def init(head, spec):
-  example = [
-    jnp.zeros(x.shape) if hasattr(x, "shape") else x for x in head.example(spec)
-  ]
-  return head.module.init(jax.random.key(0), *example)["params"]
-
-
 @pytest.fixture(scope="module")
 def with_heads():
   """An encoder with prompter and locator, by its devices."""
@@ -160,15 +152,17 @@ def with_heads():
   heads = jax.tree.map(
     lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32),
     {
-      name: jax.eval_shape(functools.partial(init, head, spec))
+      name: jax.eval_shape(lambda h=head: h.init(jax.random.key(0), spec))
       for name, head in objective.heads().items()
     },
   )
   params = {**drawn(spec), "heads": heads}
-  described = Predictors.from_config({"grounding": entry}, spec)
+  described = heads_lib.heads_of_config({"grounding": entry}, spec)
 
   def make(devices=None):
-    return build(spec, devices=devices, params=params, predictors=described)
+    return build(
+      spec, devices=devices, params=params, prediction_heads=described
+    )
 
   return make
 

@@ -1,0 +1,100 @@
+"""The contract of a head that predicts.
+
+An objective trains such a head, `Encoder.predict` runs it, and an export
+describes it; all three build it from the same configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+from jaxtyping import Array
+
+from mtv_jax.config import schema as config_lib
+from mtv_jax.utils.errors import did_you_mean
+
+# The kind of input that the text tower embeds, see `PredictionHead.inputs`.
+TEXT = "text"
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionHead:
+  """Configuration of a head that predicts, with its module and its function.
+
+  A subclass is a frozen dataclass, registered in `heads.HEADS`. Its fields are
+  options of the objective that trains the head, which has it as a field `head`.
+
+  Attributes:
+    objective: type of that objective; exports describe the head by this name.
+    params_key: the head's parameters are `heads/PARAMS_KEY`.
+    inputs: what it reads beside the image, by keyword of `Encoder.predict`: for
+      each image any number of rows, of so many channels, or of strings (`TEXT`)
+      of which it gets the text tower's embeddings.
+    taps: image-tower blocks whose outputs it reads, from 0.
+  """
+
+  objective: ClassVar[str]
+  params_key: ClassVar[str]
+  inputs: ClassVar[Mapping[str, int | str]] = {}
+  taps: ClassVar[tuple[int, ...]] = ()
+
+  def resolve(self, spec: Any) -> PredictionHead:
+    """The head with open options filled in from a `two_tower.ModelSpec`."""
+    del spec
+    return self
+
+  def module(self) -> nn.Module:
+    """The linen module."""
+    raise NotImplementedError
+
+  def example(self, spec: Any) -> tuple:
+    """Arguments to initialise the module with, see `objectives.base.Head`."""
+    raise NotImplementedError
+
+  def predict(
+    self,
+    head: Callable[..., Any],
+    image: Any,
+    grid: tuple[int, int],
+    **inputs: Array,
+  ) -> dict[str, Array]:
+    """Predictions `[B, ...]`, or `[B, m, ...]` for the m rows of an input.
+
+    Args:
+      head: the module with its parameters.
+      image: `vit.ImageOutput` of B images, with `taps`.
+      grid: rows and columns of its patches.
+      **inputs: `[B, m, C]`, as `inputs` names them.
+    """
+    raise NotImplementedError
+
+  @classmethod
+  def from_options(
+    cls, options: config_lib.Config, *, strict: bool = True
+  ) -> PredictionHead:
+    """The head with these options; lists become tuples.
+
+    Args:
+      options: by field.
+      strict: whether others are refused, or left to the objective.
+
+    Raises:
+      ValueError: for an option that the head lacks.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in options:
+      if strict and key not in known:
+        raise ValueError(
+          f"The description of the head of {cls.objective!r} has {key!r}. "
+          f"{did_you_mean(key, known)}"
+        )
+    return cls(
+      **{
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in options.items()
+        if key in known
+      }
+    )
