@@ -28,7 +28,7 @@ from mtv_jax.convert import (
 from mtv_jax.convert.converted import Converted, resize_positions
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.models.heads import PredictionHead
+from mtv_jax.models.heads import PredictionHead, contrastive_head
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils import tree as trees
 from mtv_jax.utils.errors import did_you_mean
@@ -279,7 +279,10 @@ def _split_heads(
     beside["image/mask_token"] = towers.pop("image/mask_token")
   contrastive = None
   if spec.text is not None:
-    name = _contrastive_name(heads)
+    try:
+      name = contrastive_head(heads)
+    except ValueError as error:
+      raise ConversionError(f"A SigLIP has one temperature. {error}") from None
     found = {
       leaf: beside.pop(f"heads/{name}/{leaf}")
       for leaf in ("logit_scale", "logit_bias")
@@ -290,20 +293,6 @@ def _split_heads(
     found.setdefault("logit_bias", np.zeros((), np.float32))
     towers |= {f"heads/contrastive/{k}": v for k, v in found.items()}
   return tables.save(siglip.rules(spec), towers), beside, contrastive
-
-
-def _contrastive_name(heads: Mapping[str, Any]) -> str:
-  """The head with the temperature between images and texts."""
-  if "logit_scale" in heads.get("contrastive", {}):
-    return "contrastive"
-  scales = [n for n, head in heads.items() if "logit_scale" in head]
-  if len(scales) == 1:
-    return scales[0]
-  raise ConversionError(
-    "A SigLIP has one temperature, and of the heads "
-    f"{sorted(heads)} these have a logit_scale: {scales}. Name the one between "
-    "images and captions 'contrastive'."
-  )
 
 
 def _export_tokenizer(

@@ -29,6 +29,7 @@ from mtv_jax.data import tokenizers
 from mtv_jax.encoder import apply_fns, batched
 from mtv_jax.encoder.preprocess import Preprocess, as_image, as_pixels
 from mtv_jax.models import two_tower as models
+from mtv_jax.models.heads import contrastive_head
 from mtv_jax.models.heads.base import TEXT, PredictionHead
 from mtv_jax.parallel import sharding
 from mtv_jax.utils.errors import did_you_mean
@@ -295,7 +296,14 @@ class Encoder:
     of them for SigLIP (Zhai et al. 2023), softmax over either axis for CLIP.
     """
     check_embeddings(image, text)
-    head = _contrastive(self.params.get("heads", {}), repr(self))
+    heads = self.params.get("heads", {})
+    try:
+      head = heads[contrastive_head(heads)]
+    except ValueError as error:
+      raise ValueError(
+        f"{self!r}: {error} For cosine similarity use normalize(image) @ "
+        "normalize(text).T"
+      ) from None
     scale = np.exp(np.float32(head["logit_scale"]))
     bias = np.float32(head.get("logit_bias", 0.0))
     return scale * (normalize(image) @ normalize(text).T) + bias
@@ -595,15 +603,3 @@ def _place(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
     )
 
   return jax.tree.map(place, dict(params), placings)
-
-
-def _contrastive(heads: Mapping[str, Any], what: str) -> Mapping[str, Any]:
-  """The head with the temperature, whatever the run called its objective."""
-  found = {k: v for k, v in heads.items() if "logit_scale" in v}
-  if "contrastive" in found or len(found) == 1:
-    return found.get("contrastive") or next(iter(found.values()))
-  raise ValueError(
-    f"{what} has {len(found)} heads with a temperature (logit_scale), and one "
-    f"is expected; its heads are {sorted(heads)}. For cosine similarity use "
-    "normalize(image) @ normalize(text).T"
-  )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, no_type_check
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mtv_jax.models import layers
 from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.tree import pytree_dataclass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,7 @@ class TextSpec:
     return self.projection
 
 
-@no_type_check  # JAX rebuilds pytrees with leaves that are not arrays
-@struct.dataclass
+@pytree_dataclass
 class TextOutput:
   """What the text tower gives.
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, no_type_check
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.models import layers, pooling, positions
 from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.tree import pytree_dataclass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,8 +119,7 @@ class ViTSpec:
     return height // p, width // p
 
 
-@no_type_check  # JAX rebuilds pytrees with leaves that are not arrays
-@struct.dataclass
+@pytree_dataclass
 class ImageOutput:
   """What the image tower gives, of P prefix tokens and N patches.
 

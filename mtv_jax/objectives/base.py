@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, no_type_check
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mtv_jax.models.heads.base import PredictionHead
+from mtv_jax.utils.tree import pytree_dataclass
 
 STUDENT = "student"
 TEACHER = "teacher"
@@ -131,8 +132,7 @@ class BoundHeads:
     return call
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class WeightedMean:
   """A mean that is not divided yet, so that parts add up exactly.
 
@@ -148,8 +148,7 @@ class WeightedMean:
     return jnp.where(self.count > 0, self.sum / safe, 0.0)
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class Terms:
   """What a loss returns for the whole global batch.
 

@@ -1,62 +1,20 @@
-"""Image-text contrast: the sigmoid loss of SigLIP, the softmax loss of CLIP."""
+"""Image-text contrastive losses: SigLIP's sigmoid and CLIP's softmax loss."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, no_type_check
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.models.heads.projection import unit
-from mtv_jax.objectives import base, pairwise, ring
+from mtv_jax.objectives import base, pairwise
+from mtv_jax.parallel import ring
 from mtv_jax.utils.errors import ConfigError, check_choice
-
-
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
-class Marks:
-  """Which examples of the batch these are, and whether they have both."""
-
-  index: Int[Array, " n"]
-  valid: Bool[Array, " n"]
-
-
-@no_type_check  # The same.
-@flax.struct.dataclass
-class Nearest:
-  """Each row's greatest logit with a valid column, and which column it is."""
-
-  logit: Float[Array, " n"]
-  index: Int[Array, " n"]
-
-
-def judge(
-  logits: Float[Array, "n c"], rows: Marks, columns: Marks
-) -> tuple[Float[Array, " n"], Nearest]:
-  """Each row's losses, summed over these columns, and its nearest column."""
-  pairs = rows.valid[:, None] & columns.valid
-  own = rows.index[:, None] == columns.index
-  losses = jnp.where(pairs, pairwise.sigmoid_losses(logits, own), 0.0)
-  return jnp.sum(losses, axis=1), nearest(logits, columns)
-
-
-def nearest(logits: Float[Array, "n c"], columns: Marks) -> Nearest:
-  """The nearest of these columns; of equals the first."""
-  still = jax.lax.stop_gradient(logits)
-  masked = jnp.where(columns.valid, still, -jnp.inf)
-  best = jnp.argmax(masked, axis=1)
-  return Nearest(jnp.max(masked, axis=1), columns.index[best])
-
-
-def nearer(a: Nearest, b: Nearest) -> Nearest:
-  """The nearer one for each row; of equals the first of the batch."""
-  equal = (a.logit == b.logit) & (a.index < b.index)
-  kept = (a.logit > b.logit) | equal
-  return jax.tree.map(lambda x, y: jnp.where(kept, x, y), a, b)
+from mtv_jax.utils.tree import pytree_dataclass
 
 
 def sigmoid_loss(
@@ -75,11 +33,10 @@ def sigmoid_loss(
     logits: images along rows, texts along columns; row i belongs to column i.
     valid: which examples have both an image and a text.
   """
-  marks = Marks(jnp.arange(logits.shape[0]), valid)
-  losses, _ = judge(logits, marks, marks)
-  return base.WeightedMean(
-    sum=jnp.sum(losses), count=jnp.sum(valid.astype(jnp.float32))
-  )
+  positive = jnp.eye(logits.shape[0], dtype=bool)
+  losses = pairwise.sigmoid_losses(logits, positive)  # [B, B]
+  losses = jnp.where(valid[:, None] & valid, losses, 0.0).sum(axis=1)
+  return base.WeightedMean(losses.sum(), valid.astype(jnp.float32).sum())
 
 
 def softmax_loss(
@@ -100,22 +57,68 @@ def softmax_loss(
   to_text = jax.nn.logsumexp(masked, axis=1) - diagonal
   to_image = jax.nn.logsumexp(masked, axis=0) - diagonal
   losses = jnp.where(valid, 0.5 * (to_text + to_image), 0.0)
-  return base.WeightedMean(
-    sum=jnp.sum(losses), count=jnp.sum(valid.astype(jnp.float32))
-  )
+  return base.WeightedMean(losses.sum(), valid.astype(jnp.float32).sum())
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
+
+
+@pytree_dataclass
+class ExampleIds:
+  """Indices of examples in the global batch, and which are valid."""
+
+  index: Int[Array, " n"]
+  valid: Bool[Array, " n"]
+
+
+@pytree_dataclass
+class NearestText:
+  """Each image's greatest logit with a valid text, and that text's index."""
+
+  logit: Float[Array, " n"]
+  index: Int[Array, " n"]
+
+
+def nearest_text(logits: Float[Array, "n c"], texts: ExampleIds) -> NearestText:
+  """The nearest of these texts; the first of equally near ones."""
+  logits = jax.lax.stop_gradient(logits)
+  masked = jnp.where(texts.valid, logits, -jnp.inf)
+  best = jnp.argmax(masked, axis=1)
+  return NearestText(jnp.max(masked, axis=1), texts.index[best])
+
+
+def merge_nearest(a: NearestText, b: NearestText) -> NearestText:
+  """The nearer text of each image; the first of the batch of equal ones."""
+  first = (a.logit == b.logit) & (a.index < b.index)
+  take_a = (a.logit > b.logit) | first
+  return jax.tree.map(lambda x, y: jnp.where(take_a, x, y), a, b)
+
+
+def shard_sigmoid_loss(
+  images: ring.EmbeddingBatch,
+  texts: ring.EmbeddingBatch,
+  affine: pairwise.Affine,
+) -> tuple[Float[Array, " n"], NearestText]:
+  """`sigmoid_loss` of images against one shard of the texts.
+
+  Returns:
+    Each image's sum of losses, and its nearest text of the shard.
+  """
+  logits = pairwise.logits(images.embedding, texts.embedding, affine)  # [n, c]
+  image_ids, text_ids = images.metadata, texts.metadata
+  positive = image_ids.index[:, None] == text_ids.index
+  pairs = image_ids.valid[:, None] & text_ids.valid
+  losses = jnp.where(pairs, pairwise.sigmoid_losses(logits, positive), 0.0)
+  return losses.sum(axis=1), nearest_text(logits, text_ids)
+
+
+@pytree_dataclass
 class LossInputs:
-  """Per example: unit embeddings of image and text, and whether both are."""
+  """Per example: unit embeddings of image and text, and which have both."""
 
   image: Float[Array, "b d"]
   text: Float[Array, "b d"]
   valid: Bool[Array, " b"]
-
-
-LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,11 +195,11 @@ class Contrastive(base.Objective):
   ) -> base.Terms:
     affine = heads["contrastive"]()
     valid = loss_inputs.valid
-    marks = Marks(jnp.arange(valid.shape[0]), valid)
+    ids = ExampleIds(jnp.arange(valid.shape[0]), valid)
     count = jnp.sum(valid.astype(jnp.float32))
     one = jnp.ones(())
-    loss, found = self._compare(loss_inputs, marks, affine, context)
-    hit = (found.index == marks.index) & valid
+    loss, nearest = self._loss_and_nearest(loss_inputs, ids, affine, context)
+    hit = (nearest.index == ids.index) & valid
     return base.Terms(
       loss=base.WeightedMean(loss, count),
       report={
@@ -207,21 +210,21 @@ class Contrastive(base.Objective):
       },
     )
 
-  def _compare(self, loss_inputs, marks, affine, context):
+  def _loss_and_nearest(self, loss_inputs, ids, affine, context):
     """Sum of the losses, and each image's nearest text."""
-    split = self.loss_type == "sigmoid" and ring.is_meant(
+    image, text = loss_inputs.image, loss_inputs.text
+    if self.loss_type == "sigmoid" and ring.should_use_ring(
       self.method, context.mesh
-    )
-    if split:
-      found = ring.around(
-        ring.Side(loss_inputs.image, marks),
-        ring.Side(loss_inputs.text, marks),
+    ):
+      result = ring.ring_pairwise_loss(
+        ring.EmbeddingBatch(image, ids),
+        ring.EmbeddingBatch(text, ids),
         affine,
-        judge=judge,
-        join=nearer,
+        pair_loss_fn=shard_sigmoid_loss,
+        merge_fn=merge_nearest,
         mesh=context.mesh,
       )
-      return found.loss, found.report
-    logits = pairwise.logits(loss_inputs.image, loss_inputs.text, affine)
-    loss = LOSSES[self.loss_type](logits, loss_inputs.valid)
-    return loss.sum, nearest(logits, marks)
+      return result.loss, result.diagnostics
+    logits = pairwise.logits(image, text, affine)  # [B, B]
+    loss = LOSSES[self.loss_type](logits, ids.valid)
+    return loss.sum, nearest_text(logits, ids)

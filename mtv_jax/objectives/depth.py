@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, no_type_check
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt16
@@ -20,6 +19,7 @@ from mtv_jax.augment import geometry
 from mtv_jax.models.heads import dpt
 from mtv_jax.objectives import base
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.tree import pytree_dataclass
 
 # Least mean absolute deviation to divide by. The gradient of the
 # normalisation grows as its inverse, and a map that is the same everywhere,
@@ -36,8 +36,7 @@ def _mean(
   return jnp.sum(jnp.where(valid, x, 0.0), axis=axes) / jnp.maximum(count, 1.0)
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class Standardised:
   """Maps without their scale and shift, 0 where invalid; and that scale."""
 
@@ -142,8 +141,7 @@ def affine_error(
   return jnp.sqrt(jnp.clip(1.0 - explained, 0.0, 1.0))
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class LossInputs:
   """Per example, over all crops of the view: sums over those with a label.
 

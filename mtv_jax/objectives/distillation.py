@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, no_type_check
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +13,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from mtv_jax.models.heads.projection import unit
-from mtv_jax.objectives import base, ring
+from mtv_jax.objectives import base
 from mtv_jax.objectives.self_distillation import SelfDistillation
+from mtv_jax.parallel import ring
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.tree import pytree_dataclass
 
 
 def koleo(
@@ -42,8 +43,8 @@ def koleo(
     are fewer than two.
   """
   x = unit(vectors)
-  if ring.is_meant("auto", mesh):
-    neighbours = ring.nearest(x, valid, mesh=mesh)
+  if ring.should_use_ring("auto", mesh):
+    neighbours = ring.ring_nearest(x, valid, mesh=mesh)
   else:
     cosines = jnp.matmul(x, x.T, precision="highest")
     others = valid[:, None] & valid[None, :] & ~jnp.eye(len(x), dtype=bool)
@@ -83,8 +84,7 @@ def pair_weights(
   return pairs / pairs.sum()
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class LossInputs:
   """Per example.
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, no_type_check
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -19,12 +18,13 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from mtv_jax.augment import geometry
 from mtv_jax.models.heads import prompter
 from mtv_jax.models.heads.projection import unit
-from mtv_jax.objectives import base, pairwise, ring
+from mtv_jax.objectives import base, pairwise
+from mtv_jax.parallel import ring
 from mtv_jax.utils.errors import ConfigError, check_choice
+from mtv_jax.utils.tree import pytree_dataclass
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class RegionLosses:
   """What comparing regions with all phrases gives, for each region.
 
@@ -41,37 +41,40 @@ class RegionLosses:
   peers: Float[Array, " n"]
 
 
-@no_type_check  # The same.
-@flax.struct.dataclass
-class Marks:
-  """Which regions of the batch these are, of which phrases, and which exist."""
+@pytree_dataclass
+class RegionIds:
+  """Indices of regions in the global batch, their phrases, which are valid."""
 
   index: Int[Array, " n"]
   phrase_id: UInt32[Array, " n"]
   valid: Bool[Array, " n"]
 
 
-def judge(
-  logits: Float[Array, "n c"], regions: Marks, texts: Marks
+def shard_region_losses(
+  regions: ring.EmbeddingBatch,
+  texts: ring.EmbeddingBatch,
+  affine: pairwise.Affine,
 ) -> tuple[Float[Array, " n"], RegionLosses]:
-  """Each region's losses, summed over these texts; see `region_losses`."""
-  own = regions.index[:, None] == texts.index
-  equal = regions.phrase_id[:, None] == texts.phrase_id
-  same, other = equal & texts.valid, ~equal & texts.valid
-  counted = regions.valid[:, None] & texts.valid & (own | other)
-  losses = jnp.where(counted, pairwise.sigmoid_losses(logits, own), 0.0)
+  """`region_losses` of regions against one shard of the texts."""
+  logits = pairwise.logits(regions.embedding, texts.embedding, affine)  # [n, c]
+  region_ids, text_ids = regions.metadata, texts.metadata
+  positive = region_ids.index[:, None] == text_ids.index
+  same_phrase = region_ids.phrase_id[:, None] == text_ids.phrase_id
+  same, other = same_phrase & text_ids.valid, ~same_phrase & text_ids.valid
+  pairs = region_ids.valid[:, None] & text_ids.valid & (positive | other)
+  losses = jnp.where(pairs, pairwise.sigmoid_losses(logits, positive), 0.0)
   losses = losses.sum(axis=1)
-  still = jax.lax.stop_gradient(logits)
+  logits = jax.lax.stop_gradient(logits)
   return losses, RegionLosses(
     losses=losses,
-    same=jnp.where(same, still, -jnp.inf).max(axis=1),
-    other=jnp.where(other, still, -jnp.inf).max(axis=1),
+    same=jnp.where(same, logits, -jnp.inf).max(axis=1),
+    other=jnp.where(other, logits, -jnp.inf).max(axis=1),
     peers=same.sum(axis=1).astype(jnp.float32),
   )
 
 
-def joined(a: RegionLosses, b: RegionLosses) -> RegionLosses:
-  """What both say of the same regions, each having seen some of the texts."""
+def merge_region_losses(a: RegionLosses, b: RegionLosses) -> RegionLosses:
+  """The losses of the same regions over the texts of both."""
   return RegionLosses(
     losses=a.losses + b.losses,
     same=jnp.maximum(a.same, b.same),
@@ -112,18 +115,20 @@ def region_losses(
     For each region; invalid ones have no losses. L is the mean of `losses`
     over the valid ones.
   """
-  marks = Marks(jnp.arange(region.shape[0]), phrase_id, valid)
+  ids = RegionIds(jnp.arange(region.shape[0]), phrase_id, valid)
+  regions = ring.EmbeddingBatch(region, ids)
 
-  def compare(part: ring.Side) -> RegionLosses:
-    logits = pairwise.logits(region, part.embedding, affine)
-    return judge(logits, marks, part.marks)[1]
+  def compare(texts: ring.EmbeddingBatch) -> RegionLosses:
+    return shard_region_losses(regions, texts, affine)[1]
 
-  texts = ring.Side(text, marks)
+  texts = ring.EmbeddingBatch(text, ids)
   if chunk is None or chunk >= region.shape[0]:
     return compare(texts)
   # The loop itself keeps the recomputation apart from the forward pass.
   step = jax.checkpoint(compare, prevent_cse=False)
-  parts = jax.lax.map(step, jax.tree.map(lambda x: _deal(x, chunk), texts))
+  parts = jax.lax.map(
+    step, jax.tree.map(lambda x: _strided_chunks(x, chunk), texts)
+  )
   return RegionLosses(
     losses=parts.losses.sum(axis=0),
     same=parts.same.max(axis=0),
@@ -132,11 +137,11 @@ def region_losses(
   )
 
 
-def _deal(x: Array, chunk: int) -> Array:
-  """Rows as `[chunks, chunk, ...]`, dealt like cards, filled up with zeros.
+def _strided_chunks(x: Array, chunk: int) -> Array:
+  """Rows as `[chunks, chunk, ...]`, strided, padded with zeros.
 
-  Dealt, each chunk takes rows from every device's share, so that a step of the
-  loop gathers one chunk; cut in one piece, it would gather them all.
+  A strided chunk has rows of every device, so that a step of the loop gathers
+  one chunk; with contiguous chunks it would gather all rows.
   """
   chunks = -(-x.shape[0] // chunk)
   missing = chunks * chunk - x.shape[0]
@@ -150,8 +155,7 @@ def centres(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
   return jnp.concatenate([(low + high) / 2, high - low], axis=-1)
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class Overlap:
   """Intersection over union of pairs of boxes, plain and generalised."""
 
@@ -198,8 +202,7 @@ def box_losses(
   return 5.0 * distance + 2.0 * (1.0 - giou)
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class LossInputs:
   """The regions of each example, `m` at most.
 
@@ -412,22 +415,22 @@ class Grounding(base.Objective):
 
   def _compare(self, flat, affine, context):
     """Sum of the losses of all pairs, and `RegionLosses`."""
-    if not ring.is_meant(self.method, context.mesh):
-      found = region_losses(
+    if not ring.should_use_ring(self.method, context.mesh):
+      losses = region_losses(
         flat.region, flat.text, flat.phrase_id, flat.valid, affine,
         chunk=self.chunk,
       )  # fmt: skip
-      return found.losses.sum(), found
-    marks = Marks(jnp.arange(len(flat.valid)), flat.phrase_id, flat.valid)
-    found = ring.around(
-      ring.Side(flat.region, marks),
-      ring.Side(flat.text, marks),
+      return losses.losses.sum(), losses
+    ids = RegionIds(jnp.arange(len(flat.valid)), flat.phrase_id, flat.valid)
+    result = ring.ring_pairwise_loss(
+      ring.EmbeddingBatch(flat.region, ids),
+      ring.EmbeddingBatch(flat.text, ids),
       affine,
-      judge=judge,
-      join=joined,
+      pair_loss_fn=shard_region_losses,
+      merge_fn=merge_region_losses,
       mesh=context.mesh,
     )
-    return found.loss, found.report
+    return result.loss, result.diagnostics
 
 
 def _locating(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, no_type_check
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -14,10 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 from mtv_jax.objectives import base
 from mtv_jax.objectives.self_distillation import SelfDistillation
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.tree import pytree_dataclass
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class LossInputs:
   """Of each example, at `p` patches of its `n` crops together.
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, no_type_check
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -19,6 +18,7 @@ from mtv_jax.models import vit
 from mtv_jax.models.heads import mae_decoder
 from mtv_jax.objectives import base
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.tree import pytree_dataclass
 
 
 def normalize_patches(pixels: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
@@ -50,8 +50,7 @@ def patch_errors(
   return jnp.sum(errors * count, axis=-1), jnp.sum(count, axis=-1)
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class LossInputs:
   """Per example, over all crops of the view: sums over hidden patches.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import no_type_check
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from mtv_jax.utils.tree import pytree_dataclass
 
 
 def sigmoid_losses(
@@ -22,8 +22,7 @@ def sigmoid_losses(
   return -jax.nn.log_sigmoid(jnp.where(positive, logits, -logits))
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class Affine:
   """Logits are `scale * cosine + bias`."""
 

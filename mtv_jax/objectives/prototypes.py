@@ -13,18 +13,17 @@ Sinkhorn-Knopp and centring differ only in how they find these two vectors.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, no_type_check
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mtv_jax.models import layers
+from mtv_jax.utils.tree import pytree_dataclass
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class Side:
   """A teacher or a student before its prototypes.
 
@@ -45,8 +44,7 @@ class Side:
     return layers.linear(self.vectors, prototypes) / self.temperature
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class Scalings:
   """Logarithms of what scales exp(logits) to assignments."""
 
@@ -143,8 +141,7 @@ def next_center(
   return jnp.where(count > 0, moved, center)
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class Comparison:
   """What comes of a teacher's assignments and a student's predictions.
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import no_type_check
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -14,12 +12,12 @@ from jaxtyping import Array, Bool, Float
 from mtv_jax.models.heads.projection import PrototypeHead
 from mtv_jax.objectives import base, prototypes
 from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.tree import pytree_dataclass
 
 TARGETS = ("sinkhorn", "centering")
 
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+@pytree_dataclass
 class Matched:
   """A weighted sum of cross-entropies, with what goes beside it.
 

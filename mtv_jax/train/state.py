@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, no_type_check
+from typing import Any
 
-import flax.struct
 from jaxtyping import Array, Int, PyTree
 
+from mtv_jax.utils.tree import pytree_dataclass
 
-@no_type_check  # JAX rebuilds trees with leaves that are not arrays.
-@flax.struct.dataclass
+
+@pytree_dataclass
 class TrainState:
   """Everything that training changes, and all that a checkpoint holds.
 

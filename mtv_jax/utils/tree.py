@@ -10,9 +10,19 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, dataclass_transform, no_type_check
 
+import flax.struct
 import jax
+
+
+@dataclass_transform(field_specifiers=(flax.struct.field,))
+def pytree_dataclass(cls: type) -> type:
+  """`flax.struct.dataclass` whose annotations are not checked at run time.
+
+  JAX rebuilds trees with leaves that are not arrays.
+  """
+  return no_type_check(flax.struct.dataclass(cls))
 
 
 def flatten_names(tree: Any) -> list[tuple[str, Any]]:

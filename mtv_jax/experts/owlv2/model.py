@@ -8,19 +8,19 @@ at all. Parameters are `image`, `text`, `merge_norm`, `boxes`, `objectness` and
 
 from __future__ import annotations
 
-from typing import Any, no_type_check
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import struct
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from mtv_jax.models import layers
 from mtv_jax.models.text import TextTower
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViT
+from mtv_jax.utils.tree import pytree_dataclass
 
 # Of the logit of a coordinate, which would be infinite at the border.
 _EPS = 1e-4
@@ -28,8 +28,7 @@ _EPS = 1e-4
 _NORM_EPS = 1e-6
 
 
-@no_type_check  # JAX rebuilds pytrees with leaves that are not arrays
-@struct.dataclass
+@pytree_dataclass
 class Patches:
   """What the P patches of images say, before they meet any phrase.
 

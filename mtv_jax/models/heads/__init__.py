@@ -60,3 +60,24 @@ def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
     for name, kind in HEADS.items()
     if kind.objective in described
   }
+
+
+def contrastive_head(heads: Mapping[str, Any]) -> str:
+  """Name of the head with the temperature between images and texts.
+
+  Args:
+    heads: parameters by name.
+
+  Raises:
+    ValueError: where no head is called 'contrastive', and not exactly one has
+      a temperature.
+  """
+  scaled = [name for name, head in heads.items() if "logit_scale" in head]
+  if "contrastive" in scaled:
+    return "contrastive"
+  if len(scaled) == 1:
+    return scaled[0]
+  raise ValueError(
+    f"Of the heads {sorted(heads)} these have a temperature (logit_scale): "
+    f"{scaled}; expected one, or one called 'contrastive'."
+  )

@@ -13,9 +13,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from mtv_jax.objectives import base, contrastive, distillation, grounding, ring
+from mtv_jax.objectives import base, contrastive, distillation, grounding
 from mtv_jax.objectives.self_distillation import SelfDistillation
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel import ring, sharding
 from mtv_jax.perf import hlo, hlo_text
 from mtv_jax.perf.preflight.program import Plan
 from mtv_jax.utils import tree as trees
@@ -47,12 +47,12 @@ def _of_objective(objective: base.Objective, plan: Plan) -> int:
   width = plan.recipe.spec.embed_dim
   if isinstance(objective, contrastive.Contrastive):
     sigmoid = objective.loss_type == "sigmoid"
-    if sigmoid and ring.is_meant(objective.method, plan.mesh):
+    if sigmoid and ring.should_use_ring(objective.method, plan.mesh):
       return _ring(count, rows, width, _CONTRASTIVE_MARKS)
     return _gathered(count, rows, width)
   if isinstance(objective, grounding.Grounding):
     rows *= min(objective.regions, plan.fields["boxes"].shape[0])
-    if ring.is_meant(objective.method, plan.mesh):
+    if ring.should_use_ring(objective.method, plan.mesh):
       return _ring(count, rows, width, _GROUNDING_MARKS)
     return _gathered(count, rows, width)
   if isinstance(objective, distillation.Distillation):

@@ -15,9 +15,8 @@ from mtv_jax.objectives import (
   build_objective,
   contrastive,
   grounding,
-  ring,
 )
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel import ring, sharding
 
 SCALARS = {"logit_scale": np.float32(1.5), "logit_bias": np.float32(-2.0)}
 
@@ -108,16 +107,19 @@ def test_the_ring_is_the_gathered_loss(name, shape):
 
 
 def test_nothing_goes_around_on_one_device_or_without_a_mesh():
-  assert not ring.is_meant("ring", None)
-  assert not ring.is_meant("auto", mesh_of((1, 1, 2)))
-  assert ring.is_meant("auto", mesh_of((1, 2, 1)))
-  assert not ring.is_meant("gathered", mesh_of((2, 1, 1)))
+  assert not ring.should_use_ring("ring", None)
+  assert not ring.should_use_ring("auto", mesh_of((1, 1, 2)))
+  assert ring.should_use_ring("auto", mesh_of((1, 2, 1)))
+  assert not ring.should_use_ring("gathered", mesh_of((2, 1, 1)))
 
 
 def test_of_equal_columns_the_first_is_nearest_in_any_order():
-  a = contrastive.Nearest(jnp.array([1.0, 2.0, 1.0]), jnp.array([5, 5, 5]))
-  b = contrastive.Nearest(jnp.array([1.0, 1.0, 2.0]), jnp.array([3, 3, 3]))
-  for found in (contrastive.nearer(a, b), contrastive.nearer(b, a)):
+  a = contrastive.NearestText(jnp.array([1.0, 2.0, 1.0]), jnp.array([5, 5, 5]))
+  b = contrastive.NearestText(jnp.array([1.0, 1.0, 2.0]), jnp.array([3, 3, 3]))
+  for found in (
+    contrastive.merge_nearest(a, b),
+    contrastive.merge_nearest(b, a),
+  ):
     np.testing.assert_array_equal(found.index, [3, 5, 3])
 
 

@@ -1,0 +1,318 @@
+"""Pairwise losses and nearest neighbours around a ring of devices.
+
+With gathered columns each device compares its rows with the columns of all
+devices: its logits grow with their number. In the chunked loss of SigLIP (Zhai
+et al. 2023) a device has the columns of one device at a time and sends them to
+its neighbour in the ring: two devices' chunks at most, whatever their number.
+
+The loss is a plain sum over pairs, so gradients are computed on the way; those
+of the columns travel with the columns. The backward pass only multiplies by
+the cotangent: it sends nothing and computes no logits again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, PyTree
+
+from mtv_jax.parallel import sharding
+from mtv_jax.utils.tree import pytree_dataclass
+
+METHODS = ("auto", "gathered", "ring")
+AXES = sharding.BATCH[0]
+
+
+@pytree_dataclass
+class EmbeddingBatch:
+  """One side of a comparison: images or texts, regions or phrases.
+
+  Attributes:
+    embedding: of unit length.
+    metadata: arrays `[n, ...]` without gradient, such as which rows are valid.
+  """
+
+  embedding: Float[Array, "n d"]
+  metadata: PyTree
+
+
+# (rows [n], columns [c], parameters) -> losses [n], each row's sum over these
+# columns, and a tree [n, ...] of diagnostics.
+PairLossFn = Callable[
+  [EmbeddingBatch, EmbeddingBatch, PyTree], tuple[Array, PyTree]
+]
+# Diagnostics over some columns and over others -> over all of them.
+MergeFn = Callable[[PyTree, PyTree], PyTree]
+
+
+@pytree_dataclass
+class PairwiseLoss:
+  """Sum of the losses of all pairs.
+
+  Attributes:
+    loss: the sum.
+    diagnostics: of each row, as `pair_loss_fn` gives them; without gradient.
+  """
+
+  loss: Float[Array, ""]
+  diagnostics: PyTree
+
+
+def should_use_ring(method: str, mesh: Mesh | None) -> bool:
+  """Whether to use the ring; `'auto'` uses it where the batch is split.
+
+  Args:
+    method: one of `METHODS`.
+    mesh: that the batch is split over; None on one device.
+  """
+  if mesh is None or method == "gathered":
+    return False
+  return method == "ring" or sharding.batch_shards(mesh) > 1
+
+
+@pytree_dataclass
+class _Grads:
+  """Gradients of the loss; those of `columns` belong to the current chunk."""
+
+  rows: Any
+  columns: Any
+  params: Any
+
+
+@pytree_dataclass
+class _RunningSum:
+  """Losses, diagnostics and gradients over the chunks compared so far."""
+
+  losses: Any
+  diagnostics: Any
+  grads: Any = None
+
+
+def ring_pairwise_loss(
+  rows: EmbeddingBatch,
+  columns: EmbeddingBatch,
+  params: PyTree,
+  *,
+  pair_loss_fn: PairLossFn,
+  merge_fn: MergeFn,
+  mesh: Mesh,
+) -> PairwiseLoss:
+  """Sums a loss over all pairs, one device's chunk of columns at a time.
+
+  Equal to `pair_loss_fn` of all rows and columns in value and gradient, up to
+  the order of additions. Of `n` devices each sends `n - 1` chunks of columns,
+  and with gradients `n` chunks of those. Devices along `tensor` repeat it.
+
+  Args:
+    rows: split over the devices as the batch is; they are not sent.
+    columns: as many; their chunks are sent around the ring.
+    params: of the loss, such as temperature and bias.
+    pair_loss_fn: losses and diagnostics of rows against a chunk of columns.
+    merge_fn: merges the diagnostics of two chunks.
+    mesh: `(data, fsdp, tensor)`, whose first two divide the rows.
+  """
+  split, whole = PartitionSpec(AXES), PartitionSpec()
+  count = sharding.batch_shards(mesh)
+
+  def run(with_grads, rows, columns, params):
+    device_fn = functools.partial(
+      _device_loss,
+      pair_loss_fn=pair_loss_fn,
+      merge_fn=merge_fn,
+      count=count,
+      with_grads=with_grads,
+    )
+    grad_specs = _Grads(split, split, whole) if with_grads else None
+    return jax.shard_map(
+      device_fn,
+      mesh=mesh,
+      in_specs=(split, split, whole),
+      out_specs=(split, split, grad_specs),
+    )(rows, columns, params)
+
+  @jax.custom_vjp
+  def total(row, column, params, row_metadata, column_metadata):
+    losses, diagnostics, _ = run(
+      False,
+      EmbeddingBatch(row, row_metadata),
+      EmbeddingBatch(column, column_metadata),
+      params,
+    )
+    return jnp.sum(losses), diagnostics
+
+  def forward(row, column, params, row_metadata, column_metadata):
+    losses, diagnostics, grads = run(
+      True,
+      EmbeddingBatch(row, row_metadata),
+      EmbeddingBatch(column, column_metadata),
+      params,
+    )
+    return (jnp.sum(losses), diagnostics), grads
+
+  def backward(grads, cotangents):
+    scaled = jax.tree.map(lambda grad: cotangents[0] * grad, grads)
+    return scaled.rows, scaled.columns, scaled.params, None, None
+
+  total.defvjp(forward, backward)
+  loss, diagnostics = total(
+    rows.embedding, columns.embedding, params, rows.metadata, columns.metadata
+  )
+  return PairwiseLoss(loss, jax.lax.stop_gradient(diagnostics))
+
+
+def _device_loss(
+  rows, columns, params, *, pair_loss_fn, merge_fn, count, with_grads
+):
+  """One device's part: `(losses, diagnostics, grads)` of its rows."""
+  send = _send(count)
+  # Per-device sums until the end, instead of one reduction a step.
+  params = jax.lax.pcast(params, AXES, to="varying")
+
+  def sum_losses(row, column, params, metadata):
+    losses, diagnostics = pair_loss_fn(
+      EmbeddingBatch(row, rows.metadata),
+      EmbeddingBatch(column, metadata),
+      params,
+    )
+    return jnp.sum(losses), (losses, diagnostics)
+
+  def compare(columns):
+    args = (rows.embedding, columns.embedding, params, columns.metadata)
+    if not with_grads:
+      return _RunningSum(*sum_losses(*args)[1])
+    grad_fn = jax.grad(sum_losses, argnums=(0, 1, 2), has_aux=True)
+    grads, aux = grad_fn(*args)
+    return _RunningSum(*aux, _Grads(*grads))
+
+  def add(total, columns):
+    # Neither the gradients sent here nor the next chunk wait for these logits.
+    chunk, old, grads = compare(columns), total.grads, None
+    if with_grads:
+      sent = _Grads(old.rows, send(old.columns), old.params)
+      grads = jax.tree.map(jnp.add, sent, chunk.grads)
+    return _RunningSum(
+      total.losses + chunk.losses,
+      merge_fn(total.diagnostics, chunk.diagnostics),
+      grads,
+    )
+
+  def step(carry, _):
+    columns, total = carry
+    return (send(columns), add(total, columns)), None
+
+  total = compare(columns)
+  if count > 1:
+    carry = (send(columns), total)
+    # The last chunk is not sent on.
+    (columns, total), _ = jax.lax.scan(step, carry, length=count - 2)
+    total = add(total, columns)
+  grads = total.grads
+  if with_grads:
+    grads = _Grads(
+      rows=grads.rows,
+      columns=send(grads.columns),
+      params=jax.lax.psum(grads.params, AXES),
+    )
+  return total.losses, total.diagnostics, grads
+
+
+@pytree_dataclass
+class _Nearest:
+  """Each row's nearest row so far: cosine, global index and vector."""
+
+  cosine: Any
+  index: Any
+  vector: Any
+
+
+def ring_nearest(
+  vectors: Float[Array, "n d"], valid: Bool[Array, " n"], *, mesh: Mesh
+) -> Float[Array, "n d"]:
+  """Each row's nearest other row by cosine, searched around the ring.
+
+  All rows go around once, and their gradients, which come from the rows that
+  they are nearest to, once more. With gathered rows, XLA for TPUs would send
+  all rows to all devices three times and sum their gradients on all devices.
+
+  Args:
+    vectors: of unit length, split over the devices as the batch is.
+    valid: which rows count, as themselves and as neighbours.
+    mesh: `(data, fsdp, tensor)`, whose first two divide the rows.
+
+  Returns:
+    The first of equally near rows, and any row where there is no neighbour.
+  """
+  split, count = PartitionSpec(AXES), sharding.batch_shards(mesh)
+  mapped = functools.partial(
+    jax.shard_map, mesh=mesh, in_specs=(split, split), out_specs=split
+  )
+  search = functools.partial(_search_nearest, count=count)
+
+  @jax.custom_vjp
+  def nearest(x, valid):
+    return mapped(search)(x, valid).vector
+
+  def forward(x, valid):
+    best = mapped(search)(x, valid)
+    return best.vector, best.index
+
+  def backward(index, grads):
+    scatter = functools.partial(_scatter_grads, count=count)
+    return mapped(scatter)(grads, index), None
+
+  nearest.defvjp(forward, backward)
+  return nearest(vectors, valid)
+
+
+def _send(count: int) -> Callable[[PyTree], PyTree]:
+  """Sends a tree to the next device of the ring."""
+  pairs = [(i, (i + 1) % count) for i in range(count)]
+  return functools.partial(jax.lax.ppermute, axis_name=AXES, perm=pairs)
+
+
+def _search_nearest(x, valid, *, count):
+  """One device's part of `ring_nearest`."""
+  size, device = len(x), jax.lax.axis_index(AXES)
+
+  def compare(columns, column_valid, step):
+    owner = (device - step) % count
+    cosines = jnp.matmul(x, columns.T, precision="highest")  # [n, n]
+    itself = (owner == device) & jnp.eye(size, dtype=bool)
+    others = valid[:, None] & column_valid & ~itself
+    cosines = jnp.where(others, cosines, -2.0)
+    at = jnp.argmax(cosines, axis=1)
+    return _Nearest(jnp.max(cosines, axis=1), owner * size + at, columns[at])
+
+  def step(carry, i):
+    chunk, best = carry
+    columns, column_valid = _send(count)(chunk)
+    new = compare(columns, column_valid, i)
+    first = (new.cosine == best.cosine) & (new.index < best.index)
+    nearer = (new.cosine > best.cosine) | first
+    best = _Nearest(
+      jnp.where(nearer, new.cosine, best.cosine),
+      jnp.where(nearer, new.index, best.index),
+      jnp.where(nearer[:, None], new.vector, best.vector),
+    )
+    return ((columns, column_valid), best), None
+
+  start = ((x, valid), compare(x, valid, 0))
+  (_, best), _ = jax.lax.scan(step, start, jnp.arange(1, count))
+  return best
+
+
+def _scatter_grads(grads, index, *, count):
+  """Gradients of neighbours, summed on the device that has the rows."""
+  size, device = len(grads), jax.lax.axis_index(AXES)
+
+  def step(total, i):
+    on_owner = index // size == (device - i) % count
+    part = jnp.where(on_owner[:, None], grads, 0.0)
+    return _send(count)(total.at[index % size].add(part)), None
+
+  return jax.lax.scan(step, jnp.zeros_like(grads), jnp.arange(count))[0]
