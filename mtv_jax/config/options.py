@@ -1,0 +1,339 @@
+"""Options of config entries, checked against the annotations of a class.
+
+Objectives, sources, optimizers, schedules, ops and evaluators declare their
+options once, as annotated fields or parameters. `build` checks the names, the
+types and the ranges of a config entry against them:
+
+  @dataclasses.dataclass(frozen=True)
+  class Depth:
+    scales: PositiveInt = 4
+    trim: Fraction = 0.1
+    tap_norm: Literal["layer", "none"] = "layer"
+    taps: tuple[int, ...] | None = None
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import inspect
+import math
+import numbers
+import os
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from mtv_jax.utils.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+  """Bounds of a number: `Annotated[float, Range(min=0, max=1)]`.
+
+  Attributes:
+    min: the smallest value allowed.
+    max: the largest value allowed.
+    above: a value that the number must exceed, for open intervals.
+  """
+
+  min: float | int = -math.inf
+  max: float | int = math.inf
+  above: float | int = -math.inf
+
+  def __contains__(self, value: float | int) -> bool:
+    return self.min <= value <= self.max and value > self.above
+
+  def __str__(self) -> str:
+    if math.isfinite(self.above):
+      lower = f"> {self.above:g}"
+    else:
+      lower = f">= {self.min:g}" if math.isfinite(self.min) else ""
+    upper = f"<= {self.max:g}" if math.isfinite(self.max) else ""
+    return " and ".join(filter(None, (lower, upper)))
+
+
+PositiveInt = Annotated[int, Range(min=1)]
+NonNegativeInt = Annotated[int, Range(min=0)]
+PositiveFloat = Annotated[float, Range(above=0)]
+NonNegativeFloat = Annotated[float, Range(min=0)]
+Fraction = Annotated[float, Range(min=0, max=1)]
+
+
+def build_entry(
+  registry: Mapping[str, Any],
+  entry: Mapping[str, Any],
+  *,
+  where: str,
+  default_type: str | None = None,
+  reserved: Sequence[str] = (),
+) -> Any:
+  """Builds a config entry whose key `type` names a registered factory.
+
+  Args:
+    registry: factories by type, see `look_up`.
+    entry: `type` and the factory's options.
+    where: the entry's config key, for errors.
+    default_type: the type of an entry without one.
+    reserved: keys of the entry that belong to the caller.
+
+  Raises:
+    ConfigError: an unknown type, or options that `build` refuses.
+  """
+  factory = look_up(registry, entry.get("type", default_type), where=where)
+  return build(
+    factory,
+    {k: v for k, v in entry.items() if k not in ("type", *reserved)},
+    where=where,
+    reserved=("type", *reserved),
+  )
+
+
+def look_up(
+  registry: Mapping[str, Any], name: str | None, *, where: str
+) -> Any:
+  """The registered factory of a type.
+
+  Args:
+    registry: factories by type; a string "package.module:Class" is imported
+      only when it is looked up.
+    name: the type; None if the entry gives none.
+    where: the entry's config key, for errors.
+
+  Raises:
+    ConfigError: no such type.
+  """
+  if name not in registry:
+    wrong = "is missing" if name is None else f"is {name!r}"
+    raise ConfigError(
+      f"{where}.type {wrong}. {did_you_mean(str(name), registry)}"
+    )
+  factory = registry[name]
+  return pkgutil.resolve_name(factory) if isinstance(factory, str) else factory
+
+
+def build(
+  factory: Callable[..., T],
+  options: Mapping[str, Any],
+  *,
+  where: str,
+  reserved: Sequence[str] = (),
+) -> T:
+  """Calls a dataclass, a class or a function with checked options.
+
+  A ConfigError that the factory raises itself, for what annotations can't
+  express, gets the config key put in front.
+
+  Args:
+    factory: what to call; its annotations are the contract.
+    options: the entry's options by name.
+    where: the entry's config key for errors, "config.objectives.depth".
+    reserved: keys of the entry that the caller has taken out, named among the
+      known ones in errors.
+
+  Raises:
+    ConfigError: an unknown or missing option, or a value of the wrong type or
+      out of range; names the option by its whole config key.
+  """
+  checked = check_options(factory, options, where=where, reserved=reserved)
+  try:
+    return factory(**checked)
+  except ConfigError as error:
+    if str(error).startswith("config."):
+      raise
+    raise ConfigError(f"{where}: {error}") from error
+
+
+def check_options(
+  factory: Callable[..., Any],
+  options: Mapping[str, Any],
+  *,
+  where: str,
+  reserved: Sequence[str] = (),
+) -> dict[str, Any]:
+  """The options that `build` calls `factory` with.
+
+  Integers become floats and lists tuples where the annotation says so.
+
+  Args:
+    factory: its annotations are the contract.
+    options: by name.
+    where: the entry's config key for errors.
+    reserved: further known names, for errors.
+
+  Raises:
+    ConfigError: as `build`.
+  """
+  parameters = inspect.signature(factory).parameters
+  hints = annotations(factory)
+  for name in options:
+    if name not in parameters:
+      raise ConfigError(
+        f"{where} has no option {name!r}."
+        f" {did_you_mean(name, [*reserved, *parameters])}"
+      )
+  for name, parameter in parameters.items():
+    if parameter.default is parameter.empty and name not in options:
+      raise ConfigError(
+        f"{where}.{name} is missing; expected {describe(hints.get(name, Any))}."
+      )
+  return {
+    name: check_value(value, hints.get(name, Any), f"{where}.{name}")
+    for name, value in options.items()
+  }
+
+
+def annotations(factory: Callable[..., Any]) -> dict[str, Any]:
+  """The annotations of a factory's parameters, with their `Range`s."""
+  if isinstance(factory, type) and not dataclasses.is_dataclass(factory):
+    factory = factory.__init__
+  return typing.get_type_hints(factory, include_extras=True)
+
+
+def check_value(value: Any, annotation: Any, where: str) -> Any:
+  """A value converted to its annotation.
+
+  Args:
+    value: from a config file or a command line.
+    annotation: `int`, `float`, `bool`, `str`, `Literal`, unions, tuples and
+      other collections of these, `Annotated` with a `Range`, or a class.
+    where: the value's config key, for the error.
+
+  Raises:
+    ConfigError: the value is of another type or out of range.
+  """
+  if hasattr(value, "to_dict"):  # A ConfigDict.
+    value = value.to_dict()
+  try:
+    return _convert(value, annotation)
+  except ValueError:
+    pass
+  choices = _choices(annotation)
+  if choices and isinstance(value, str):
+    raise ConfigError(f"{where} is {value!r}. {did_you_mean(value, choices)}")
+  raise ConfigError(f"{where} is {value!r}, expected {describe(annotation)}.")
+
+
+def _convert(value: Any, annotation: Any) -> Any:
+  """The converted value; raises ValueError where it does not fit."""
+  origin = typing.get_origin(annotation)
+  args = typing.get_args(annotation)
+  if annotation is Any:
+    return value
+  if origin is Annotated:
+    value = _convert(value, args[0])
+    if any(isinstance(r, Range) and value not in r for r in args[1:]):
+      raise ValueError
+    return value
+  if origin in (typing.Union, types.UnionType):
+    return _convert_union(value, args)
+  if origin is Literal:
+    fits = any(value == a and type(value) is type(a) for a in args)
+  elif annotation in (None, types.NoneType):
+    fits = value is None
+  elif annotation in (int, float):
+    return _convert_number(value, annotation)
+  elif origin is not None and issubclass(origin, collections.abc.Mapping):
+    return _convert_mapping(value, args)
+  elif _is_sequence(origin):
+    return _convert_sequence(value, origin, args)
+  elif annotation in (tuple, Sequence):
+    return _convert_sequence(value, annotation, (Any, ...))
+  else:
+    # `str`, `bool`, `dict`, and classes that only Python code can pass.
+    kind = origin or annotation
+    fits = isinstance(value, kind) if isinstance(kind, type) else True
+  if not fits:
+    raise ValueError
+  return value
+
+
+def _convert_union(value: Any, members: Sequence[Any]) -> Any:
+  # A member of the value's own type first: 1 stays an int for `float | int`.
+  for member in sorted(members, key=lambda m: m is not type(value)):
+    try:
+      return _convert(value, member)
+    except ValueError:
+      continue
+  raise ValueError
+
+
+def _convert_number(value: Any, kind: type) -> Any:
+  number = numbers.Integral if kind is int else numbers.Real
+  if isinstance(value, bool) or not isinstance(value, number):
+    raise ValueError
+  if not math.isfinite(value):
+    raise ValueError
+  return kind(value)
+
+
+def _convert_mapping(value: Any, args: Sequence[Any]) -> dict[Any, Any]:
+  if not isinstance(value, Mapping):
+    raise ValueError
+  return {_convert(k, args[0]): _convert(v, args[1]) for k, v in value.items()}
+
+
+def _is_sequence(origin: Any) -> bool:
+  return origin in (tuple, list, set, frozenset, collections.abc.Sequence)
+
+
+def _convert_sequence(value: Any, origin: type, args: Sequence[Any]) -> Any:
+  if not isinstance(value, list | tuple):
+    raise ValueError
+  if origin is tuple and args[-1] is not Ellipsis:
+    if len(value) != len(args):
+      raise ValueError
+    members = args
+  else:
+    members = [args[0]] * len(value)
+  kind = tuple if origin is collections.abc.Sequence else origin
+  return kind(_convert(v, m) for v, m in zip(value, members, strict=True))
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+  """All strings that an annotation of choices allows, else ()."""
+  origin = typing.get_origin(annotation)
+  if origin is Literal:
+    return typing.get_args(annotation)
+  if origin in (typing.Union, types.UnionType):
+    members = [_choices(a) for a in typing.get_args(annotation)]
+    if str not in typing.get_args(annotation):
+      return tuple(choice for member in members for choice in member)
+  return ()
+
+
+_NAMES = {
+  Any: "any value",
+  bool: "True or False",
+  float: "a number",
+  int: "an integer",
+  str: "a string",
+  types.NoneType: "None",
+  os.PathLike: "a path",
+}
+
+
+def describe(annotation: Any) -> str:
+  """An annotation in words: "an integer >= 1", "a list of strings or None"."""
+  origin = typing.get_origin(annotation)
+  args = typing.get_args(annotation)
+  if annotation in _NAMES:
+    return _NAMES[annotation]
+  if origin is Annotated:
+    ranges = [str(r) for r in args[1:] if isinstance(r, Range)]
+    return " ".join([describe(args[0]), *ranges])
+  if origin in (typing.Union, types.UnionType):
+    return " or ".join(dict.fromkeys(map(describe, args)))
+  if origin is Literal:
+    return " or ".join(map(repr, args))
+  if origin is not None and issubclass(origin, collections.abc.Mapping):
+    return f"a dictionary of {describe(args[1])} by {describe(args[0])}"
+  if _is_sequence(origin):
+    if origin is tuple and args[-1] is not Ellipsis:
+      return f"({', '.join(map(describe, args))})"
+    return f"a list, each {describe(args[0])}"
+  return f"a {getattr(origin or annotation, '__name__', annotation)}"
