@@ -131,7 +131,7 @@ def evaluate(args: argparse.Namespace) -> list[str]:
   if jax.process_index():
     return failed
   if any(outcome.results for outcome in outcomes):
-    print(tables.terminal([*outcomes, *compared]))
+    print(tables.format_results([*outcomes, *compared]))
   if args.json:
     results.write(args.json, outcomes)
   if args.output:

@@ -10,6 +10,7 @@ import jax
 from mtv_jax.cli import errors
 from mtv_jax.encoder import loading
 from mtv_jax.evals import run
+from mtv_jax.evals.report import tables
 
 
 def main(name: str, doc: str, argv: Sequence[str] | None = None) -> None:
@@ -45,6 +46,6 @@ def main(name: str, doc: str, argv: Sequence[str] | None = None) -> None:
     encoder = loading.load(args.encoder, weights=args.weights, dtype=args.dtype)
     results = run.evaluate(encoder, entries)
   if not jax.process_index():
-    print(run.table(results))
+    print(tables.format_encoder(results))
     if args.json:
       run.write_json(args.json, encoder, results)

@@ -17,7 +17,6 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.results import Outcome, write_json
-from mtv_jax.evals.report.tables import table
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
   "evaluate",
   "plan",
   "prepare",
-  "table",
   "write_json",
 ]
 

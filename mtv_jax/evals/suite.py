@@ -153,14 +153,15 @@ def write(
     size: of the published encoders in the chart, None for none.
   """
   folder = pathlib.Path(folder)
-  report = report_lib.build(outcomes, compared=compared, size=size)
+  report = report_lib.build_report(outcomes, compared=compared, size=size)
   (folder / "sheets").mkdir(parents=True, exist_ok=True)
   results.write(folder / "results.json", outcomes)
-  (folder / "results.md").write_text(pages.markdown(report), encoding="utf-8")
-  (folder / "report.html").write_text(pages.html(report), encoding="utf-8")
+  markdown, html = pages.render_markdown(report), pages.render_html(report)
+  (folder / "results.md").write_text(markdown, encoding="utf-8")
+  (folder / "report.html").write_text(html, encoding="utf-8")
   # One of an earlier run would stand beside figures that it does not show.
   (folder / "radar.png").unlink(missing_ok=True)
-  pictures = {sheet.path: sheet.picture for sheet in report.sheets}
+  pictures = {sheet.path: sheet.image for sheet in report.sheets}
   if report.chart is not None:
     pictures["radar.png"] = report.chart
   for path, picture in pictures.items():

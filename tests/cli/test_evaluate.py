@@ -17,6 +17,7 @@ from mtv_jax.evals import run, suite
 from mtv_jax.evals.core import base, results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.report import tables
 from mtv_jax.evals.retrieval import retrieval
 from mtv_jax.models import two_tower as models
 from mtv_jax.utils.errors import ConfigError
@@ -423,7 +424,7 @@ def test_table_has_chance_and_protocol():
     "a": Result({"x": 0.5}, {"templates": list("abcdefghij")}, {"x": 0.25}),
     "b": Result({"y": 1.0}, {}),
   }
-  lines = run.table(made).splitlines()
+  lines = tables.format_encoder(made).splitlines()
   assert lines[2].split() == ["a", "x", "%", "50.00", "25.00"]
   assert lines[3].split() == ["b", "y", "%", "100.00"]
   assert "  templates: 10: 'a', 'b', ... 'j'" in lines

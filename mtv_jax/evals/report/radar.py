@@ -1,4 +1,4 @@
-"""A radar chart: several encoders on several figures, each with its scale."""
+"""Radar chart of several encoders on several metrics, each with its scale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Told apart by most colour-blind people (Okabe and Ito 2008), black left out.
+# For most colour-blind readers too (Okabe and Ito 2008), without black.
 COLOURS = (
   "#d55e00",
   "#0072b2",
@@ -23,20 +23,19 @@ COLOURS = (
   "#9467bd",
   "#8c564b",
 )
-_FLOOR = "#828282"
-_LINES = {"solid": "-", "dashed": "--", "floor": ":"}
+_CHANCE_COLOUR = "#828282"
+_LINES = {"solid": "-", "dashed": "--", "chance": ":"}
 _RINGS = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-  """One figure.
+  """The axis of one metric.
 
   Attributes:
-    label: what it is, one or two lines.
-    centre: the value in the middle.
-    rim: the value at the rim, the better one; below `centre` where less is
-      better.
+    label: one or two lines.
+    centre: the value at the centre.
+    rim: the value at the rim; less than `centre` where lower is better.
     unit: of both.
   """
 
@@ -45,16 +44,20 @@ class Axis:
   rim: int | float
   unit: str = ""
 
+  def radius(self, value: float) -> float:
+    """The radius of a value: 0 at the centre, 1 at the rim and beyond."""
+    share = (value - self.centre) / (self.rim - self.centre)
+    return min(max(share, 0.0), 1.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-  """One encoder.
+  """The values of one encoder.
 
   Attributes:
     name: for the legend.
-    values: one an axis, None where there is none.
-    style: `solid` for what was measured here, `dashed` for what is quoted, and
-      `floor` for what needs no encoder.
+    values: one an axis, None where missing.
+    style: `solid` for measured values, `dashed` for published ones, `chance`.
   """
 
   name: str
@@ -62,17 +65,16 @@ class Series:
   style: str = "solid"
 
 
-def axis(
+def make_axis(
   label: str, values: Sequence[float | None], *, unit: str, lower: bool
 ) -> Axis:
-  """An axis that holds all of some values, with round ends.
+  """An axis with round ends that spans some values.
 
-  Where more is better it begins at 0, so that lengths compare; where less is
-  better it ends at the round number below the least value and begins at the
-  one above the greatest.
+  It begins at 0 where higher is better, so that lengths compare. Where lower
+  is better, it goes from above the largest value to below the smallest one.
 
   Raises:
-    ValueError: if there is no value.
+    ValueError: if no value is finite.
   """
   known = [float(v) for v in values if v is not None and math.isfinite(v)]
   if not known:
@@ -93,77 +95,65 @@ def _round(value: float, towards) -> float:
   if value == 0:
     return 0.0
   step = 10.0 ** math.floor(math.log10(abs(value))) / 2
-  # The quotient of 0.6 and 0.05 is a hair above 12.
+  # Rounded, as 0.6 / 0.05 is slightly more than 12.
   return round(towards(round(value / step, 9)) * step, 9)
 
 
-def place(axis: Axis, value: float) -> float:
-  """How far out a value lies: 0 in the middle, 1 at the rim, never beyond."""
-  share = (value - axis.centre) / (axis.rim - axis.centre)
-  return min(max(share, 0.0), 1.0)
-
-
 def draw(
-  axes: Sequence[Axis], series: Sequence[Series], *, title: str = ""
+  axes: Sequence[Axis], series: Sequence[Series]
 ) -> UInt8[np.ndarray, "h w 3"]:
+  """The chart as an image; see `plot`."""
+  canvas = FigureCanvasAgg(plot(axes, series))
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def plot(axes: Sequence[Axis], series: Sequence[Series]) -> Figure:
   """The chart with its legend.
 
   Args:
     axes: at least three, clockwise from the top.
-    series: in the order of the legend; the first is drawn last, on top.
-    title: above the legend.
+    series: in the order of the legend; the first one is on top.
 
   Raises:
     ValueError: for fewer than three axes, which span no area.
   """
   if len(axes) < 3:
-    raise ValueError(f"a radar needs at least 3 axes; got {len(axes)}")
-  canvas = FigureCanvasAgg(figure(axes, series, title=title))
-  canvas.draw()
-  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def figure(
-  axes: Sequence[Axis], series: Sequence[Series], *, title: str = ""
-) -> Figure:
-  """`draw` before it is pixels."""
-  drawn = Figure(figsize=(11, 7), dpi=100, layout="constrained")
-  polar = drawn.add_subplot(projection="polar")
+    raise ValueError(f"a radar chart needs at least 3 axes; got {len(axes)}")
+  figure = Figure(figsize=(11, 7), dpi=100, layout="constrained")
+  polar = figure.add_subplot(projection="polar")
   polar.set_theta_zero_location("N")
   polar.set_theta_direction(-1)
   polar.set_ylim(0, 1)
   angles = np.arange(len(axes)) * 2 * np.pi / len(axes)
-  polar.set_xticks(angles, [_label(axis) for axis in axes], fontsize=9)
+  labels = [
+    f"{a.label}\n{a.centre:g} to {a.rim:g} {a.unit}".rstrip() for a in axes
+  ]
+  polar.set_xticks(angles, labels, fontsize=9)
   polar.tick_params(axis="x", pad=24)
   polar.set_yticks(_RINGS, [""] * len(_RINGS))
-  wheel = itertools.cycle(COLOURS)
+  colours = itertools.cycle(COLOURS)
   for rank, one in enumerate(series):
-    colour = _FLOOR if one.style == "floor" else next(wheel)
-    shares = [
-      math.nan if v is None or not math.isfinite(v) else place(axis, v)
+    colour = _CHANCE_COLOUR if one.style == "chance" else next(colours)
+    radii = [
+      math.nan if v is None or not math.isfinite(v) else axis.radius(v)
       for axis, v in zip(axes, one.values, strict=True)
     ]
-    # Round to the start again. A missing value leaves its two sides open.
-    ring, reach = np.append(angles, angles[0]), np.append(shares, shares[0])
-    order = 10 + len(series) - rank
+    # Closed polygons; a missing value leaves its two sides open.
+    theta, r = np.append(angles, angles[0]), np.append(radii, radii[0])
     polar.plot(
-      ring,
-      reach,
+      theta,
+      r,
       _LINES[one.style],
       marker="o",
       markersize=4,
       color=colour,
       linewidth=2.5 if one.style == "solid" else 1.5,
       label=one.name,
-      zorder=order,
+      zorder=10 + len(series) - rank,
       clip_on=False,
     )
-    if one.style == "solid" and np.isfinite(shares).all():
-      polar.fill(ring, reach, color=colour, alpha=0.1)
-  drawn.legend(loc="outside right upper", title=title or None, fontsize=9)
-  return drawn
-
-
-def _label(axis: Axis) -> str:
-  unit = f" {axis.unit}" if axis.unit else ""
-  return f"{axis.label}\n{axis.centre:g} to {axis.rim:g}{unit}"
+    if one.style == "solid" and np.isfinite(radii).all():
+      polar.fill(theta, r, color=colour, alpha=0.1)
+  figure.legend(loc="outside right upper", fontsize=9)
+  return figure

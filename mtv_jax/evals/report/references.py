@@ -1,10 +1,10 @@
 """Published figures of other encoders, for the radar chart.
 
 Table 5 of "Revisiting Multi-Task Visual Representation Learning" (arXiv
-2601.13886), in percent and metres, where an evaluation of ours ran on the same
-whole data set. Its zero-shot and retrieval columns follow CLIP_benchmark and
-big_vision; the heads and sizes behind the others are not published, so that
-those are points of orientation and no targets.
+2601.13886), in percent and metres, beside our results on the same whole data
+set. Its zero-shot and retrieval columns follow CLIP_benchmark and big_vision;
+the heads and sizes of the others are not published, so those figures are for
+orientation.
 """
 
 from __future__ import annotations
@@ -33,37 +33,39 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """What a column of the table is among our evaluations.
+  """The metric of ours that a column of the table compares with.
 
   Attributes:
-    evaluation: of ours.
-    metric: of it.
+    evaluation: its name.
+    metric: its name.
     label: for a chart.
-    fits: what the protocol must say for the data to be the same; of a tuple
-      any one, where None is for a protocol that does not say.
-    least: of what it must count so many.
+    required: protocol entries that identify the data; a tuple lists
+      alternatives, None among them for a protocol without the entry.
+    minimum: least values of protocol entries.
   """
 
   evaluation: str
   metric: str
   label: str
-  fits: Mapping[str, Any]
-  least: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  required: Mapping[str, Any]
+  minimum: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-  def holds(self, protocol: Mapping[str, Any]) -> bool:
-    """Whether a figure of this protocol is on the table's data."""
+  def matches(self, protocol: Mapping[str, Any]) -> bool:
+    """Whether a protocol has the data of the table."""
     same = all(
       protocol.get(k) in (v if isinstance(v, tuple) else (v,))
-      for k, v in self.fits.items()
+      for k, v in self.required.items()
     )
-    return same and all(protocol.get(k, 0) >= v for k, v in self.least.items())
+    return same and all(
+      protocol.get(k, 0) >= v for k, v in self.minimum.items()
+    )
 
 
 def _row(name: str, size: str, *values: float) -> Reference:
   return Reference(name, size, dict(zip(COLUMNS, values, strict=True)))
 
 
-# Only Karpathy's file has splits.
+# Karpathy's file has splits, COCO's own has none.
 _COCO = {"images": 5000, "captions": 25_010, "split": (None, "test")}
 _NYU = {
   "images": 654,
@@ -71,8 +73,8 @@ _NYU = {
   "depth": ("raw, mm", "raw (rawDepths), float32"),
 }
 
-# The VQA column has no evaluation of an encoder alone. How many pairs NAVI
-# gives depends on a draw: 500 are no subset of it.
+# Without the VQA column, which evaluates more than an encoder. The number of
+# pairs of NAVI depends on a random draw: 500 are not a subset.
 COLUMNS = {
   "imagenet": Column(
     "zero_shot",
@@ -125,17 +127,11 @@ REFERENCES = (
 )
 
 
-def column(
+def matching_column(
   evaluation: str, metric: str, protocol: Mapping[str, Any]
 ) -> str | None:
-  """The column that a figure of ours belongs to, if its data are the table's.
-
-  Args:
-    evaluation: its name.
-    metric: its name.
-    protocol: the figure's.
-  """
-  for name, entry in COLUMNS.items():
-    if (entry.evaluation, entry.metric) == (evaluation, metric):
-      return name if entry.holds(protocol) else None
+  """The name of the column with the same metric on the same data, if any."""
+  for name, column in COLUMNS.items():
+    if (column.evaluation, column.metric) == (evaluation, metric):
+      return name if column.matches(protocol) else None
   return None

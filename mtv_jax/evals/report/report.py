@@ -1,4 +1,4 @@
-"""What a report shows, whatever its form: columns, radar chart, sheets."""
+"""Content of an evaluation report: columns, radar chart, sheets."""
 
 from __future__ import annotations
 
@@ -11,110 +11,107 @@ import numpy as np
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.report import radar, references, tables
 
-# What stands for an evaluation in the chart; else its first metric does.
+# Metrics in the chart; of other evaluations the first one.
 _HEADLINES = {
   "geometric_correspondence": ("avg_recall",),
-  **dict.fromkeys(tables.DESCRIPTIONS, ()),
   "retrieval": ("text_to_image_r1", "image_to_text_r1"),
+  **dict.fromkeys(tables.DESCRIPTIVE, ()),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-  """A picture of an evaluation.
+  """An image of an evaluation.
 
   Attributes:
     evaluation: its name.
-    encoder: which encoder's it is.
-    name: of the picture.
-    path: of its file, in the folder.
-    picture: uint8 `[H, W, 3]`.
+    encoder: name of the encoder.
+    name: of the image.
+    path: of its file, in the folder of the report.
+    image: uint8 `[H, W, 3]`.
   """
 
   evaluation: str
   encoder: str
   name: str
   path: str
-  picture: np.ndarray
+  image: np.ndarray
+
+  @property
+  def title(self) -> str:
+    return f"{self.name}, {self.encoder}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What a report shows, whatever its form.
+  """Content of a report in any format.
 
   Attributes:
     outcomes: of the encoders that were evaluated.
-    columns: those, and earlier ones beside them.
-    left_out: names of earlier ones of which no figure is on the same data.
-    chart: the radar chart, or None.
-    no_chart: why there is none.
+    columns: those, and earlier ones to compare with.
+    left_out: names of earlier ones without a result on the same data.
+    chart: the radar chart; None for fewer than three metrics.
     sheets: of all encoders.
-    quoted: names of the columns of `references.COLUMNS` that are on the same
-      data as one of the evaluations.
+    quoted: the columns of `references.COLUMNS` with the same data as one of
+      the evaluations.
   """
 
   outcomes: Sequence[Outcome]
   columns: Sequence[Outcome]
   left_out: Sequence[str]
   chart: np.ndarray | None
-  no_chart: str
   sheets: Sequence[Sheet]
   quoted: Sequence[str]
 
 
-def build(
+def build_report(
   outcomes: Sequence[Outcome],
   *,
   compared: Sequence[Outcome] = (),
   size: str | None = "base",
 ) -> Report:
-  """Everything that a report shows.
+  """Collects the content of a report.
 
   Args:
     outcomes: of the encoders that were evaluated.
-    compared: earlier ones, shown beside them where the data are the same.
+    compared: earlier ones, shown where the data are the same.
     size: of the published encoders in the chart, None for none.
   """
-  columns = _distinct([*outcomes, *compared])
-  rows = tables.rows(columns)
-  used = [
-    i < len(outcomes) or any(row.values[i] is not None for row in rows)
-    for i in range(len(columns))
-  ]
-  left_out = [o.name for o, kept in zip(columns, used, strict=True) if not kept]
-  columns = [o for o, kept in zip(columns, used, strict=True) if kept]
-  shown = chart(columns, size=size)
-  enough = len(shown.axes) >= 3
+  columns = _number_equal_names([*outcomes, *compared])
+  rows = tables.compare(columns)
+  shown, left_out = [], []
+  for i, outcome in enumerate(columns):
+    if i < len(outcomes) or any(row.values[i] is not None for row in rows):
+      shown.append(outcome)
+    else:
+      left_out.append(outcome.name)
+  chart = build_chart(shown, size=size)
   return Report(
-    outcomes=columns[: len(outcomes)],
-    columns=columns,
+    outcomes=shown[: len(outcomes)],
+    columns=shown,
     left_out=left_out,
-    chart=radar.draw(shown.axes, shown.series) if enough else None,
-    no_chart=""
-    if enough
-    else f"it takes 3 figures, and there are {len(shown.axes)}",
-    sheets=_sheets(columns[: len(outcomes)]),
-    quoted=shown.quoted if size else [],
+    chart=radar.draw(chart.axes, chart.series) if len(chart.axes) > 2 else None,
+    sheets=_list_sheets(shown[: len(outcomes)]),
+    quoted=chart.quoted if size else [],
   )
 
 
-def _distinct(outcomes: Sequence[Outcome]) -> list[Outcome]:
-  """Names that tell the columns apart: equal ones are numbered."""
-  seen: dict[str, int] = {}
-  named = []
+def _number_equal_names(outcomes: Sequence[Outcome]) -> list[Outcome]:
+  counts: dict[str, int] = {}
+  renamed = []
   for outcome in outcomes:
-    count = seen[outcome.name] = seen.get(outcome.name, 0) + 1
+    count = counts[outcome.name] = counts.get(outcome.name, 0) + 1
     name = outcome.name if count == 1 else f"{outcome.name} ({count})"
-    named.append(dataclasses.replace(outcome, name=name))
-  return named
+    renamed.append(dataclasses.replace(outcome, name=name))
+  return renamed
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-  """What the radar chart shows.
+  """Content of the radar chart.
 
   Attributes:
-    axes: a figure each.
+    axes: a metric each.
     series: an encoder each, then chance.
     quoted: the columns of `references.COLUMNS` among the axes.
   """
@@ -124,79 +121,62 @@ class Chart:
   quoted: list[str]
 
 
-def chart(columns: Sequence[Outcome], *, size: str | None) -> Chart:
-  """The figures that stand for the evaluations, with the published ones.
+def build_chart(columns: Sequence[Outcome], *, size: str | None) -> Chart:
+  """The main metrics of the encoders beside the published ones.
 
   Args:
-    columns: encoders, of different names.
-    size: of the published ones, None for none.
+    columns: encoders with distinct names.
+    size: of the published encoders, None for none.
   """
   published = [r for r in references.REFERENCES if r.size == size]
-  axes, quoted = [], []
-  values: dict[str, list[float | None]] = {o.name: [] for o in columns}
-  values |= {r.name: [] for r in published} | {"chance": []}
-  for row in _headlines(columns):
-    column = references.column(
-      row.evaluation, row.metric, _protocol(columns, row)
-    )
+  axes, quoted, by_axis = [], [], []
+  for row in tables.compare(columns):
+    first = next(o for o in columns if row.evaluation in o.results)
+    result = first.results[row.evaluation]
+    headlines = _HEADLINES.get(row.evaluation, tuple(result.metrics)[:1])
+    if row.metric not in headlines or row.values.count(None) == len(columns):
+      continue
+    values = dict(zip([o.name for o in columns], row.values, strict=True))
     label = f"{row.evaluation}\n{row.metric}"
-    here = dict(zip([o.name for o in columns], row.values, strict=True))
+    column = references.matching_column(
+      row.evaluation, row.metric, result.protocol
+    )
     if column:
       quoted.append(column)
       label = references.COLUMNS[column].label.replace(" ", "\n", 1)
-      here |= {r.name: r.figures[column] for r in published}
-    here["chance"] = row.chance
-    known = list(here.values())
-    axes.append(radar.axis(label, known, unit=row.unit, lower=row.lower))
-    for name, kept in values.items():
-      kept.append(here.get(name))
-  styles = {r.name: "dashed" for r in published} | {"chance": "floor"}
+      values |= {r.name: r.figures[column] for r in published}
+    values["chance"] = row.chance
+    by_axis.append(values)
+    axes.append(
+      radar.make_axis(label, [*values.values()], unit=row.unit, lower=row.lower)
+    )
+  styles = dict.fromkeys([o.name for o in columns], "solid")
+  styles |= {r.name: "dashed" for r in published} | {"chance": "chance"}
   series = [
-    radar.Series(name, tuple(kept), styles.get(name, "solid"))
-    for name, kept in values.items()
-    if any(v is not None for v in kept)
+    radar.Series(name, tuple(values.get(name) for values in by_axis), style)
+    for name, style in styles.items()
   ]
+  series = [s for s in series if any(v is not None for v in s.values)]
   return Chart(axes, series, quoted)
 
 
-def _headlines(columns: Sequence[Outcome]) -> list[tables.Row]:
-  """The rows that stand for their evaluations, of those that have a value."""
-  by_evaluation: dict[str, list[tables.Row]] = {}
-  for row in tables.rows(columns):
-    by_evaluation.setdefault(row.evaluation, []).append(row)
-  chosen = []
-  for name, rows in by_evaluation.items():
-    wanted = _HEADLINES.get(name, (rows[0].metric,))
-    chosen += [row for row in rows if row.metric in wanted]
-  return [row for row in chosen if any(v is not None for v in row.values)]
-
-
-def _protocol(columns: Sequence[Outcome], row: tables.Row) -> dict:
-  return next(
-    o.results[row.evaluation].protocol
-    for o in columns
-    if row.evaluation in o.results
-  )
-
-
-def _sheets(outcomes: Sequence[Outcome]) -> list[Sheet]:
-  sheets, taken = [], set()
-  for evaluation in tables.evaluations(outcomes):
+def _list_sheets(outcomes: Sequence[Outcome]) -> list[Sheet]:
+  sheets, files = [], set()
+  for evaluation in tables.evaluation_names(outcomes):
     for outcome in outcomes:
       result = outcome.results.get(evaluation)
-      for name, picture in (result.pictures if result else {}).items():
+      for name, image in (result.pictures if result else {}).items():
         parts = [evaluation, name]
         if len(outcomes) > 1:
           parts.append(outcome.name)
-        file = "_".join(map(_file_name, parts))
-        # "a/b" and "a:b" are both "a-b" in a file's name.
-        while file in taken:
+        file = "_".join(
+          re.sub(r"[^\w.-]+", "-", part).strip("-.") or "unnamed"
+          for part in parts
+        )
+        # "a/b" and "a:b" both become "a-b".
+        while file in files:
           file += "-"
-        taken.add(file)
+        files.add(file)
         path = f"sheets/{file}.png"
-        sheets.append(Sheet(evaluation, outcome.name, name, path, picture))
+        sheets.append(Sheet(evaluation, outcome.name, name, path, image))
   return sheets
-
-
-def _file_name(name: str) -> str:
-  return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "unnamed"

@@ -1,4 +1,4 @@
-"""Tables, JSON, the radar chart and the page."""
+"""Tables, results JSON, the radar chart and the pages of a report."""
 
 import dataclasses
 import html.parser
@@ -56,7 +56,7 @@ def cells(line):
 
 
 def test_units_and_direction():
-  lines = tables.text([outcome("a")]).splitlines()
+  lines = tables.format_metrics([outcome("a")]).splitlines()
   assert lines[0].split() == ["evaluation", "metric", "unit", "a", "chance"]
   assert lines[2].split() == ["depth", "rmse", "m", "(lower)", "0.500", "1.500"]
   assert lines[3].split() == ["depth", "delta1", "%", "75.00"]
@@ -75,14 +75,14 @@ def test_units_and_direction():
     (None, "m", "-"),
   ],
 )
-def test_figures(value, unit, want):
-  assert tables.figure(value, unit) == want
+def test_number_format(value, unit, want):
+  assert tables.format_number(value, unit) == want
 
 
-def test_markdown_marks_the_best_and_what_has_no_figure():
+def test_markdown_marks_best_and_missing_values():
   other = outcome("b|c", depth=0.25)
   del other.results["shot"]
-  lines = tables.markdown([outcome("a"), other]).splitlines()
+  lines = tables.markdown_metrics([outcome("a"), other]).splitlines()
   assert lines[0] == "| evaluation | metric | a | b\\|c | chance |"
   rmse, delta, top1 = map(cells, lines[2:])
   assert rmse == ["depth", "rmse ↓", "0.500 m", "**0.250 m**", "1.500 m"]
@@ -90,39 +90,39 @@ def test_markdown_marks_the_best_and_what_has_no_figure():
   assert top1 == ["shot", "top1", "25.00 %", "-", "10.00 %"]
 
 
-def test_other_data_are_not_compared():
+def test_results_on_other_data_are_not_compared():
   other = outcome("b", depth=0.25)
   protocol = {**DEPTH.protocol, "data_hash": "other"}
   other.results["depth"] = dataclasses.replace(DEPTH, protocol=protocol)
-  row = tables.rows([outcome("a"), other])[0]
+  row = tables.compare([outcome("a"), other])[0]
   assert row.values == (0.5, None) and row.best is None
 
 
 @pytest.mark.parametrize("key", ["protocol", "train_hash", "train_data_hash"])
-def test_only_figures_of_one_protocol_have_a_best(key):
+def test_best_needs_equal_protocols(key):
   def marked(value):
     other = outcome("b", depth=0.25)
     other.results["depth"].protocol[key] = value
     mine = outcome("a")
     mine.results["depth"].protocol[key] = "linear"
-    assert tables.rows([mine, other])[0].values == (0.5, 0.25)
-    return "**0.250 m**" in tables.markdown([mine, other])
+    assert tables.compare([mine, other])[0].values == (0.5, 0.25)
+    return "**0.250 m**" in tables.markdown_metrics([mine, other])
 
   assert marked("linear")
   assert not marked("dpt")
 
 
-def test_protocols_are_told_once():
-  shown = tables.protocol([outcome("a"), outcome("b")], "depth")
-  # The encoder's own part is in the table of encoders.
+def test_equal_protocol_entries_are_shown_once():
+  shown = tables.compare_protocols([outcome("a"), outcome("b")], "depth")
+  # The encoder's own entries are in the table of encoders.
   assert shown.common == {"data": "nyu", "data_hash": "1", "images": 20}
-  assert shown.own == {}
+  assert shown.differing == {}
   other = outcome("b")
   other.results["depth"].protocol["images"] = 7
   other.results["depth"].protocol["crop"] = "eigen"
-  shown = tables.protocol([outcome("a"), other], "depth")
-  assert shown.own == {"images": [20, 7], "crop": [None, "eigen"]}
-  text = tables.terminal([outcome("a"), other])
+  shown = tables.compare_protocols([outcome("a"), other], "depth")
+  assert shown.differing == {"images": [20, 7], "crop": [None, "eigen"]}
+  text = tables.format_results([outcome("a"), other])
   assert "  images of a: 20\n  images of b: 7" in text
   assert "a:\n  encoder: a" in text
 
@@ -137,7 +137,7 @@ def test_json_round_trip(tmp_path, count):
   results.write(path, [broken, outcome("b")][:count])
 
   def refuse(name):
-    raise AssertionError(f"{name} is no JSON")
+    raise AssertionError(f"{name} is not JSON")
 
   content = json.loads(path.read_text(), parse_constant=refuse)
   assert ("encoders" in content) == (count == 2)
@@ -149,11 +149,11 @@ def test_json_round_trip(tmp_path, count):
   assert back[0].results["depth"].pictures == {}
   assert (back[0].skipped, back[0].failed) == ({"text": "none"}, {"x": "boom"})
   assert [p.name for p in path.parent.iterdir()] == ["results.json"]
-  # What has come through JSON is the same protocol still.
-  assert tables.protocol([broken, back[0]], "shot").own == {}
+  # A protocol read from JSON equals the original.
+  assert tables.compare_protocols([broken, back[0]], "shot").differing == {}
 
 
-def test_json_that_is_no_result(tmp_path):
+def test_json_without_results_is_refused(tmp_path):
   path = tmp_path / "x.json"
   path.write_text('{"annotations": []}')
   with pytest.raises(ValueError, match=r"\['annotations'\]; expected the res"):
@@ -166,38 +166,38 @@ def test_json_that_is_no_result(tmp_path):
     results.read(path)
 
 
-def test_axes_have_round_ends():
-  axis = radar.axis("x", [12.0, None, 61.3], unit="%", lower=False)
+def test_axis_ends_are_round():
+  axis = radar.make_axis("x", [12.0, None, 61.3], unit="%", lower=False)
   assert (axis.centre, axis.rim) == (0, 65)
-  axis = radar.axis("x", [99.7], unit="%", lower=False)
+  axis = radar.make_axis("x", [99.7], unit="%", lower=False)
   assert (axis.centre, axis.rim) == (0, 100)
-  axis = radar.axis("x", [0.414, 0.615], unit="m", lower=True)
+  axis = radar.make_axis("x", [0.414, 0.615], unit="m", lower=True)
   assert (axis.centre, axis.rim) == (0.65, 0.4)
-  assert radar.place(axis, 0.525) == pytest.approx(0.5)
-  assert radar.place(axis, 0.1) == 1
-  axis = radar.axis("x", [0.0], unit="%", lower=False)
-  assert radar.place(axis, 0.0) == 0
-  axis = radar.axis("x", [0.5], unit="m", lower=True)
-  assert radar.place(axis, 0.5) == 1
-  axis = radar.axis("x", [0.6], unit="", lower=False)
+  assert axis.radius(0.525) == pytest.approx(0.5)
+  assert axis.radius(0.1) == 1
+  axis = radar.make_axis("x", [0.0], unit="%", lower=False)
+  assert axis.radius(0.0) == 0
+  axis = radar.make_axis("x", [0.5], unit="m", lower=True)
+  assert axis.radius(0.5) == 1
+  axis = radar.make_axis("x", [0.6], unit="", lower=False)
   assert axis.rim == 0.6
   with pytest.raises(ValueError, match="no encoder has"):
-    radar.axis("x", [None, math.nan], unit="%", lower=False)
+    radar.make_axis("x", [None, math.nan], unit="%", lower=False)
 
 
-def test_chart_draws_each_series_where_its_values_are():
+def test_radar_plots_values_at_their_radius():
   axes = [radar.Axis(f"axis {i}", 0.0, 100.0, "%") for i in range(4)]
   series = [
     radar.Series("measured", (100.0, 100.0, 100.0, 100.0)),
     radar.Series("quoted", (50.0, None, 50.0, None), "dashed"),
   ]
-  (polar,) = radar.figure(axes, series, title="Title").axes
-  # The first is on top.
+  (polar,) = radar.plot(axes, series).axes
+  # The first series is on top.
   assert polar.lines[0].get_zorder() > polar.lines[1].get_zorder()
   measured, quoted = (line.get_ydata() for line in polar.lines)
   np.testing.assert_array_equal(measured, [1, 1, 1, 1, 1])
   np.testing.assert_array_equal(quoted, [0.5, np.nan, 0.5, np.nan, 0.5])
-  chart = radar.draw(axes, series, title="Title")
+  chart = radar.draw(axes, series)
   assert chart.dtype == np.uint8 and chart.shape[2] == 3
   red, green, blue = (int(radar.COLOURS[0][i : i + 2], 16) for i in (1, 3, 5))
   assert (np.abs(chart.astype(int) - (red, green, blue)).sum(-1) < 20).any()
@@ -216,8 +216,8 @@ def whole(images=50_000):
   return Outcome("ours", "ours", "ema", {"zero_shot": shot, "retrieval": coco})
 
 
-def test_published_figures_only_on_their_data():
-  chart = report.chart([whole()], size="base")
+def test_published_figures_need_the_same_data():
+  chart = report.build_chart([whole()], size="base")
   assert chart.quoted == ["imagenet", "coco_t2i", "coco_i2t"]
   assert chart.axes[0].label == "ImageNet\nzero-shot"
   assert chart.axes[0].rim == 80
@@ -227,15 +227,17 @@ def test_published_figures_only_on_their_data():
   assert by_name["SigLIP 2 B/16"].style == "dashed"
   assert by_name["chance"].values == (0.1, None, None)
   assert "MTV L/16" not in by_name
-  # A subset of ImageNet is another test.
-  chart = report.chart([whole(images=500)], size="large")
+  # A subset of ImageNet is other data.
+  chart = report.build_chart([whole(images=500)], size="large")
   assert chart.quoted == ["coco_t2i", "coco_i2t"]
   assert chart.axes[0].label == "zero_shot\ntop1"
   by_name = {s.name: s for s in chart.series}
   assert by_name["MTV L/16"].values == (None, 43.0, 58.1)
-  text = pages.markdown(report.build([whole(images=500)], size="large"))
+  text = pages.render_markdown(
+    report.build_report([whole(images=500)], size="large")
+  )
   assert "| MTV L/16 | 43 | 58.1 |" in text and "arXiv" in text
-  chart = report.chart([whole()], size=None)
+  chart = report.build_chart([whole()], size=None)
   assert [s.name for s in chart.series] == ["ours", "chance"]
 
 
@@ -267,44 +269,44 @@ _SPAIR = {
     ("semantic_correspondence", "recall", _SPAIR, {"threshold": 0.05}),
   ],
 )
-def test_rows_beside_figures_on_other_data_are_refused(
-  evaluation, metric, fits, other
-):
-  assert references.column(evaluation, metric, fits) is not None
-  assert references.column(evaluation, metric, {**fits, **other}) is None
+def test_other_data_match_no_published_column(evaluation, metric, fits, other):
+  assert references.matching_column(evaluation, metric, fits) is not None
+  assert (
+    references.matching_column(evaluation, metric, {**fits, **other}) is None
+  )
 
 
 def test_published_columns():
   nyu = _NYU
-  assert references.column("depth_probe", "rmse", nyu) == "nyu"
+  assert references.matching_column("depth_probe", "rmse", nyu) == "nyu"
   mat = {**nyu, "depth": "raw (rawDepths), float32"}
-  assert references.column("depth_probe", "rmse", mat) == "nyu"
+  assert references.matching_column("depth_probe", "rmse", mat) == "nyu"
   karpathy = {**_COCO, "split": "test"}
   name = "image_to_text_r1"
-  assert references.column("retrieval", name, karpathy) == "coco_i2t"
-  assert references.column("depth_probe", "rmse", nyu) == "nyu"
-  assert references.column("depth_probe", "delta1", nyu) is None
+  assert references.matching_column("retrieval", name, karpathy) == "coco_i2t"
+  assert references.matching_column("depth_probe", "rmse", nyu) == "nyu"
+  assert references.matching_column("depth_probe", "delta1", nyu) is None
 
 
 class Reader(html.parser.HTMLParser):
-  """Counts tags, and holds what is fetched from elsewhere."""
+  """Counts tags and lists external resources."""
 
   def __init__(self):
     super().__init__()
-    self.tags, self.elsewhere, self.text = [], [], ""
+    self.tags, self.external, self.text = [], [], ""
 
   def handle_starttag(self, tag, attributes):
     self.tags.append(tag)
     for name, value in attributes:
       inside = value and value.startswith(("data:image/", "#"))
       if name in ("src", "href") and not inside:
-        self.elsewhere.append(value)
+        self.external.append(value)
 
   def handle_data(self, data):
     self.text += data
 
 
-def test_a_folder_of_results(tmp_path):
+def test_report_folder(tmp_path):
   first, second = outcome("a/b"), outcome("a:b", skipped={"text": "no <tower>"})
   for one in (first, second):
     one.results["depth"].pictures["sheet"] = np.full((4, 6, 3), 99, np.uint8)
@@ -319,12 +321,12 @@ def test_a_folder_of_results(tmp_path):
     "sheets/depth_sheet_a-b.png",
   ]
   assert all(f.stat().st_size for f in files)
-  # Earlier results are shown, not written again.
-  kept = results.read(folder / "results.json")
-  assert [o.name for o in kept] == ["a/b", "a:b"]
+  # Earlier results are shown but not written again.
+  written = results.read(folder / "results.json")
+  assert [o.name for o in written] == ["a/b", "a:b"]
   page = Reader()
   page.feed((folder / "report.html").read_text(encoding="utf-8"))
-  assert page.elsewhere == []
+  assert page.external == []
   assert page.tags.count("img") == 3
   assert "text (a:b): no <tower>" in page.text
   for word in ("0.500 m", "ours", "Protocol", "data_hash"):
@@ -334,25 +336,27 @@ def test_a_folder_of_results(tmp_path):
     assert f"]({link})" in text
 
 
-def test_too_few_figures_for_a_chart(tmp_path):
+def test_radar_needs_three_metrics(tmp_path):
   (tmp_path / "radar.png").write_bytes(b"of an earlier run")
   files = suite.write(tmp_path, [outcome("a")])
   assert "radar.png" not in {f.name for f in files}
   assert not (tmp_path / "radar.png").exists()
-  assert "it takes 3 figures" in (tmp_path / "results.md").read_text()
+  assert "it needs 3 metrics" in (tmp_path / "results.md").read_text()
 
 
-def test_earlier_results_on_other_data_are_left_out():
+def test_earlier_results_on_other_data_are_named():
   other = outcome("old")
   for result in other.results.values():
     result.protocol["data_hash"] = "another"
-  made = report.build([outcome("a")], compared=[other, outcome("b")])
-  assert [o.name for o in made.columns] == ["a", "b"]
-  assert made.left_out == ["old"]
-  assert "on the same data: old." in pages.markdown(made)
-  assert "on the same data: old." in pages.html(made)
+  built = report.build_report([outcome("a")], compared=[other, outcome("b")])
+  assert [o.name for o in built.columns] == ["a", "b"]
+  assert built.left_out == ["old"]
+  assert "lack of the same data: old." in pages.render_markdown(built)
+  assert "lack of the same data: old." in pages.render_html(built)
 
 
-def test_equal_names_are_told_apart():
-  made = report.build([outcome("a")], compared=[outcome("a"), outcome("a")])
-  assert [o.name for o in made.columns] == ["a", "a (2)", "a (3)"]
+def test_equal_names_are_numbered():
+  built = report.build_report(
+    [outcome("a")], compared=[outcome("a"), outcome("a")]
+  )
+  assert [o.name for o in built.columns] == ["a", "a (2)", "a (3)"]
