@@ -16,7 +16,7 @@ from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals import run, suite
 from mtv_jax.evals.core import base, results
 from mtv_jax.evals.core.base import Result
-from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.report import tables
 from mtv_jax.evals.retrieval import retrieval
 from mtv_jax.models import two_tower as models
@@ -395,7 +395,7 @@ def test_evaluators_are_built_once_and_keep_their_data(colours, monkeypatch):
   config = ConfigDict({"zero_shot": {"every_steps": 5, "count": 4}})
   built = run.build(config)
   first = run.evaluate(colours, built)
-  monkeypatch.setattr(datasets, "labelled", None)
+  monkeypatch.setattr(registry, "open_classification", None)
   second = run.evaluate(colours, built)
   assert first["zero_shot"].metrics == second["zero_shot"].metrics
 

@@ -14,7 +14,10 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.classification import zero_shot
 from mtv_jax.evals.core import global_features, ranking
 from mtv_jax.evals.core.base import Evaluator
-from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.core.examples import ClassificationSet, Data
+from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets.scenes import is_scenes
+from mtv_jax.evals.datasets.splits import Splits, hold_out
 from mtv_jax.utils.errors import check_choice
 
 SELECTIONS = ("val", "train_split")
@@ -35,7 +38,8 @@ class Classification(Evaluator):
   """Options of every probe of classification.
 
   Attributes:
-    data: with a training split, see `datasets.py`; or the images to test on.
+    data: with a training split, see `datasets/registry.py`; or the images to
+      test on.
     train: the images to train on, where `data` does not have them.
     view: `center`, `squash_center` or `encoder`, see `global_features.view`;
       by default what the protocol publishes, and for scenes `encoder`.
@@ -44,8 +48,8 @@ class Classification(Evaluator):
     batch_size: images a step of the encoder.
   """
 
-  data: datasets.Data = "scenes"
-  train: datasets.Data | None = None
+  data: Data = "scenes"
+  train: Data | None = None
   view: str | None = None
   count: int | None = None
   train_count: int | None = None
@@ -59,9 +63,9 @@ class Classification(Evaluator):
       check_choice(f"{name}: view", self.view, global_features.VIEWS)
 
   @functools.cached_property
-  def _set(self) -> datasets.Splits:
+  def _set(self) -> Splits:
     few = functools.partial(self._resolve, published=None)
-    return datasets.train_and_test(
+    return registry.open_splits(
       self.data,
       train=self.train,
       count=few(self.count, scenes=_TEST_SCENES),
@@ -76,7 +80,7 @@ class Classification(Evaluator):
     """An option: as given, else as published, else small for the scenes."""
     if value is not None:
       return value
-    return scenes if datasets.is_scenes(self.data) else published
+    return scenes if is_scenes(self.data) else published
 
   def _view_name(self) -> str:
     return self._resolve(
@@ -96,7 +100,7 @@ class Classification(Evaluator):
     if augment is None:
       published = "cached" if small else "crops"
       augment = self._resolve(None, published=published, scenes="cached")
-      if small and not datasets.is_scenes(self.data):
+      if small and not is_scenes(self.data):
         log.warning(
           "%s: %d steps of %d crops are %d times the %d training images, so "
           "features are computed once (augment='cached'); augment='crops' "
@@ -135,7 +139,7 @@ class OneVector(Classification):
     check_choice(f"{name}: feature", self.feature, global_features.FEATURES)
 
   def _embed(
-    self, encoder: Encoder, part: datasets.Labelled
+    self, encoder: Encoder, part: ClassificationSet
   ) -> Float32[np.ndarray, "n d"]:
     return global_features.embed(
       encoder, part, feature=self.feature, batch_size=self.batch_size
@@ -161,7 +165,7 @@ class Selection:
   how: str
 
 
-def selection(data: datasets.Splits, select: str) -> Selection:
+def selection(data: Splits, select: str) -> Selection:
   """Where to choose.
 
   Args:
@@ -177,7 +181,7 @@ def selection(data: datasets.Splits, select: str) -> Selection:
       np.arange(len(data.test.labels)),
       "the best on the test images themselves, as published",
     )
-  kept, out = datasets.held_out(data.train.labels)
+  kept, out = hold_out(data.train.labels)
   if not out.size:
     raise ValueError(
       f"select='train_split': {data.train.name} has one image a class, so none "

@@ -21,8 +21,7 @@ from mtv_jax.evals.classification import linear_heads
 from mtv_jax.evals.classification.common import AUGMENTS, Classification
 from mtv_jax.evals.core import crops, global_features, probe
 from mtv_jax.evals.core.base import Result
-from mtv_jax.evals.core.examples import Images
-from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.core.examples import ClassificationSet, Images
 from mtv_jax.utils.errors import check_choice
 
 RATES = tuple(m * 10.0**e for e in range(-5, -1) for m in (1, 2, 5)) + (0.1,)
@@ -139,7 +138,7 @@ class LinearProbe(Classification):
     return linear_heads.table(found, blocks=blocks, average=self.average)
 
   def _batches(
-    self, encoder: Encoder, train: datasets.Labelled, augment: str, size: int
+    self, encoder: Encoder, train: ClassificationSet, augment: str, size: int
   ) -> probe.Batches:
     take = probe.shuffled(len(train.labels), batch_size=size, seed=self.seed)
     if augment == "cached":
@@ -160,7 +159,7 @@ class LinearProbe(Classification):
 
 def crops_of(
   encoder: Encoder,
-  data: datasets.Labelled,
+  data: ClassificationSet,
   items: np.ndarray,
   *,
   seed: tuple[int, ...],

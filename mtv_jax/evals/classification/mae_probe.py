@@ -27,7 +27,7 @@ from mtv_jax.evals.classification.common import AUGMENTS, OneVector
 from mtv_jax.evals.classification.linear_probe import crops_of
 from mtv_jax.evals.core import crops, global_features, probe
 from mtv_jax.evals.core.base import Result
-from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.core.examples import ClassificationSet
 from mtv_jax.utils.errors import check_choice
 
 _EPS = 1e-6
@@ -115,7 +115,7 @@ class MaeProbe(OneVector):
     )
 
   def _batches(
-    self, encoder: Encoder, train: datasets.Labelled, augment: str, size: int
+    self, encoder: Encoder, train: ClassificationSet, augment: str, size: int
   ) -> probe.Batches:
     take = probe.shuffled(len(train.labels), batch_size=size, seed=self.seed)
     if augment == "cached":

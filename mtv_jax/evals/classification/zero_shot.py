@@ -24,7 +24,8 @@ from mtv_jax.data import tokenizers
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.core import base, prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, Result
-from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.core.examples import ClassificationSet, Data
+from mtv_jax.evals.datasets import registry
 from mtv_jax.utils.errors import check_choice, did_you_mean
 
 # Classes embedded at a time: 64 x 80 prompts are 16 MB of embeddings.
@@ -36,7 +37,7 @@ class ZeroShot(Evaluator):
   """Zero-shot classification.
 
   Attributes:
-    data: see `datasets.py`.
+    data: see `datasets/registry.py`.
     prompts: a file of class names and templates (see `prompts.py`); by
       default the data's own names and a few templates.
     classes: `all` scores against every class of the prompt file, `present`
@@ -48,7 +49,7 @@ class ZeroShot(Evaluator):
     batch_size: images a step.
   """
 
-  data: datasets.Data = "scenes"
+  data: Data = "scenes"
   prompts: str | None = None
   classes: str = "all"
   clean: str = "tokenizer"
@@ -60,9 +61,9 @@ class ZeroShot(Evaluator):
     check_choice("zero_shot: clean", self.clean, ("tokenizer", "canonicalize"))
 
   @functools.cached_property
-  def _set(self) -> tuple[datasets.Labelled, prompts.Prompts, np.ndarray]:
+  def _set(self) -> tuple[ClassificationSet, prompts.Prompts, np.ndarray]:
     """Images, prompts, and each image's label among the prompts' classes."""
-    data = datasets.labelled(self.data, count=self.count)
+    data = registry.open_classification(self.data, count=self.count)
     given = prompts.read_prompts(self.prompts) if self.prompts else None
     return data, *match_classes(data, given, keep=self.classes)
 
@@ -94,7 +95,7 @@ class ZeroShot(Evaluator):
     return Result(metrics, self._protocol(encoder, data, named), chance)
 
   def _protocol(
-    self, encoder: Encoder, data: datasets.Labelled, named: prompts.Prompts
+    self, encoder: Encoder, data: ClassificationSet, named: prompts.Prompts
   ) -> dict[str, Any]:
     return {
       **encoder.protocol(),
@@ -152,7 +153,7 @@ def _fill(template: str, name: str, clean: str) -> str:
 
 
 def match_classes(
-  data: datasets.Labelled, given: prompts.Prompts | None, *, keep: str
+  data: ClassificationSet, given: prompts.Prompts | None, *, keep: str
 ) -> tuple[prompts.Prompts, Int[np.ndarray, " n"]]:
   """The prompts to score against, and the images' labels among them.
 
@@ -181,7 +182,7 @@ def match_classes(
   return given, labels.astype(np.int32)
 
 
-def _own_prompts(data: datasets.Labelled) -> prompts.Prompts:
+def _own_prompts(data: ClassificationSet) -> prompts.Prompts:
   names = data.classes
   if names is None:
     raise ValueError(
@@ -198,7 +199,7 @@ def _own_prompts(data: datasets.Labelled) -> prompts.Prompts:
   return prompts.Prompts(classes=names)
 
 
-def _require_distinct(data: datasets.Labelled, names: Sequence[str]) -> None:
+def _require_distinct(data: ClassificationSet, names: Sequence[str]) -> None:
   first: dict[str, int] = {}
   for i, name in enumerate(names):
     if first.setdefault(name, i) != i:
@@ -210,7 +211,7 @@ def _require_distinct(data: datasets.Labelled, names: Sequence[str]) -> None:
       )
 
 
-def _places(data: datasets.Labelled, given: prompts.Prompts) -> list[int]:
+def _places(data: ClassificationSet, given: prompts.Prompts) -> list[int]:
   """For each class of the data, its index in the prompt file."""
   total = len(given.classes)
   if data.ids is None and data.classes is None:

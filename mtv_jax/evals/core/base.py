@@ -119,7 +119,7 @@ def require_text(encoder: Encoder) -> None:
     )
 
 
-def own_preprocess(encoder: Encoder, **how: Any) -> dict[str, Any]:
+def preprocess_protocol(encoder: Encoder, **how: Any) -> dict[str, Any]:
   """A protocol's `preprocess` where the evaluation resizes and crops itself.
 
   Args:

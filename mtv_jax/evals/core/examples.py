@@ -1,4 +1,8 @@
-"""What an evaluation's data set gives: images read late, labels, captions."""
+"""Example types: what a data set gives to an evaluation.
+
+Images are original ones of any size and are decoded when indexed; labels,
+captions, boxes and key points are in memory.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,32 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float32, Float64, Int
 
 from mtv_jax.data import canvas
 
+# A path, `scenes`, or the config of a source as in `config.data.train`.
+Data = str | os.PathLike | Mapping[str, Any]
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
+# The label of pixels that count neither as truth nor as prediction.
+IGNORE = 255
 
-class Late(Sequence):
+
+class LazySequence(Sequence):
   """Arrays that are read when indexed, from any thread.
 
   Args:
-    read: number to array.
+    read: index to array.
     count: how many there are.
   """
 
-  what = "item"
+  item = "item"
 
   def __init__(self, read: Callable[[int], Any], count: int):
     self._read = read
@@ -36,17 +46,29 @@ class Late(Sequence):
 
   def __getitem__(self, index: int) -> np.ndarray:
     if not 0 <= index < self._count:
-      raise IndexError(f"{self.what} {index} of {self._count}")
+      raise IndexError(f"{self.item} {index} of {self._count}")
     return self._read(index)
 
 
-class Images(Late):
-  """uint8 images `[h, w, 3]`, each of its own size."""
+class Images(LazySequence):
+  """uint8 images `[h, w, 3]`, each with its own size."""
 
-  what = "image"
+  item = "image"
 
 
-def files(paths: Sequence[str | os.PathLike]) -> Images:
+class DepthMaps(LazySequence):
+  """Depth maps in metres, float32 `[h, w]`, each of its image's size."""
+
+  item = "depth map"
+
+
+class LabelMaps(LazySequence):
+  """Maps of classes, uint8 `[h, w]`, each of its image's size."""
+
+  item = "map"
+
+
+def open_images(paths: Sequence[str | os.PathLike]) -> Images:
   """The images of files, in their order."""
 
   def read(index: int) -> np.ndarray:
@@ -56,20 +78,20 @@ def files(paths: Sequence[str | os.PathLike]) -> Images:
   return Images(read, len(paths))
 
 
-def subset(
-  images: Sequence[Any], chosen: Sequence[int] | Int[np.ndarray, " m"]
+def select_images(
+  images: Sequence[Any], indices: Sequence[int] | Int[np.ndarray, " m"]
 ) -> Images:
-  """Some of the images, in the order of `chosen`."""
-  chosen = [int(i) for i in chosen]
-  return Images(lambda i: images[chosen[i]], len(chosen))
+  """The images at `indices`, in that order."""
+  indices = [int(i) for i in indices]
+  return Images(lambda i: images[indices[i]], len(indices))
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled:
+class ClassificationSet:
   """Images with one class each.
 
   Attributes:
-    name: what it is, for the protocol.
+    name: of the data set, for the protocol.
     images: n of them.
     labels: `[n]`, indices into `classes` and `ids`.
     classes: readable names, or None if the data has none.
@@ -84,24 +106,24 @@ class Labelled:
   ids: tuple[str, ...] | None
   digest: str
 
-  def select(self, chosen: Int[np.ndarray, " m"]) -> Labelled:
-    """Some of the images, with a hash that says which."""
+  def select(self, indices: Int[np.ndarray, " m"]) -> ClassificationSet:
+    """The images at `indices`, with a hash that depends on them."""
     digest = Digest()
-    digest.add(self.digest, *chosen.tolist())
+    digest.add(self.digest, *indices.tolist())
     return dataclasses.replace(
       self,
-      images=subset(self.images, chosen),
-      labels=self.labels[chosen],
+      images=select_images(self.images, indices),
+      labels=self.labels[indices],
       digest=digest.hex(),
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class Captioned:
+class CaptionSet:
   """Images with captions.
 
   Attributes:
-    name: what it is, for the protocol.
+    name: of the data set, for the protocol.
     images: n of them, each with at least one caption.
     captions: m of them, in the order of their images.
     owner: `[m]`, the image of each caption.
@@ -116,28 +138,153 @@ class Captioned:
   digest: str
   split: str | None = None
 
+  @classmethod
+  def from_lists(
+    cls,
+    name: str,
+    images: Images,
+    captions: Sequence[tuple[str, ...]],
+    digest: Digest,
+    *,
+    split: str | None = None,
+  ) -> CaptionSet:
+    """A set of images and the captions of each.
 
-def captioned(
-  name: str,
-  images: Images,
-  captions: Sequence[tuple[str, ...]],
-  digest: Digest,
-) -> Captioned:
-  """Images and the captions of each."""
-  if not captions:
-    raise ValueError(f"{name}: no image has a caption")
-  owner = np.repeat(np.arange(len(captions)), [len(c) for c in captions])
-  return Captioned(
-    name=name,
-    images=images,
-    captions=tuple(c for own in captions for c in own),
-    owner=owner.astype(np.int32),
-    digest=digest.hex(),
-  )
+    Raises:
+      ValueError: if there is none.
+    """
+    if not captions:
+      raise ValueError(f"{name}: no image has a caption")
+    owner = np.repeat(np.arange(len(captions)), [len(c) for c in captions])
+    return cls(
+      name=name,
+      images=images,
+      captions=tuple(text for texts in captions for text in texts),
+      owner=owner.astype(np.int32),
+      digest=digest.hex(),
+      split=split,
+    )
 
 
-def spaced(items: Sequence[Any], count: int | None) -> list[Any]:
-  """`count` of the items, evenly spaced, so that every class has its part."""
+@dataclasses.dataclass(frozen=True)
+class SegmentationSet:
+  """Images and the classes of their pixels.
+
+  Attributes:
+    kind: `scenes`, `ade20k` or `nyu40`.
+    name: of the data set, for the protocol.
+    images: n of them.
+    maps: n of them, of their images' sizes: a class, or `IGNORE`.
+    classes: readable names; None where the data has none.
+    class_count: how many classes there are.
+    digest: hash of names and file sizes.
+  """
+
+  kind: str
+  name: str
+  images: Images
+  maps: LabelMaps
+  classes: tuple[str, ...] | None
+  class_count: int
+  digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthSet:
+  """Images and the true depth of their pixels.
+
+  Attributes:
+    kind: `scenes`, `nyu` or `kitti`, whose published limits and crops differ.
+    name: of the data set, for the protocol.
+    images: n of them.
+    depths: n of them, each of its image's size: metres, 0 where unknown.
+    source: where the depth comes from, for the protocol.
+    digest: hash of names and file sizes.
+  """
+
+  kind: str
+  name: str
+  images: Images
+  depths: DepthMaps
+  source: str
+  digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxSet:
+  """Images with named boxes, at least one each.
+
+  Attributes:
+    name: of the data set, for the protocol.
+    images: n of them.
+    boxes: of each image, (y0, x0, y1, x1) in the unit square.
+    phrases: of each image, what is in its boxes.
+    labels: of each image, the indices of its boxes' `classes`; None without.
+    classes: names, or None for data that has phrases only.
+    digest: hash of names, file sizes, boxes and phrases.
+    left_out: how many boxes were not used, by reason.
+  """
+
+  name: str
+  images: Images
+  boxes: tuple[Float32[np.ndarray, "_ 4"], ...]
+  phrases: tuple[tuple[str, ...], ...]
+  labels: tuple[Int[np.ndarray, " _"], ...] | None
+  classes: tuple[str, ...] | None
+  digest: str
+  left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyPointPair:
+  """Two images of one category and the key points that both show.
+
+  Coordinates are (x, y) in pixels of the image as it is stored.
+
+  Attributes:
+    category: what both show.
+    viewpoint: how much the viewpoint differs (0 easy, 1 medium, 2 hard), or
+      None where the data does not say.
+    first, second: indices of the images.
+    first_points, second_points: the key points.
+    second_box: (x0, y0, x1, y1) of the object in the second image.
+    first_side, second_side: the images' longer sides.
+  """
+
+  category: str
+  viewpoint: int | None
+  first: int
+  second: int
+  first_points: Float64[np.ndarray, "k 2"]
+  second_points: Float64[np.ndarray, "k 2"]
+  second_box: Float64[np.ndarray, "4"]
+  first_side: int
+  second_side: int
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyPointPairs:
+  """Images in pairs, with key points that mean the same.
+
+  Attributes:
+    name: of the data set, for the protocol.
+    layout: `spair` or `scenes`.
+    images: of all pairs.
+    pairs: in a fixed order.
+    digest: hash of the pairs and the files.
+    about: what else the figures depend on.
+  """
+
+  name: str
+  layout: str
+  images: Images
+  pairs: tuple[KeyPointPair, ...]
+  digest: str
+  about: Mapping[str, Any]
+
+
+def subsample(items: Sequence[Any], count: int | None) -> list[Any]:
+  """`count` of the items, evenly spaced, so that every class has its share."""
   if count is None or count >= len(items):
     return list(items)
   if count < 1:

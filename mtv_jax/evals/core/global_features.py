@@ -13,7 +13,7 @@ from jaxtyping import Float32
 from mtv_jax.encoder.encoder import Encoder, ImageFeatures
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core import features
-from mtv_jax.evals.core.examples import Labelled, subset
+from mtv_jax.evals.core.examples import ClassificationSet, select_images
 from mtv_jax.utils.errors import check_choice
 
 VIEWS = ("center", "squash_center", "encoder")
@@ -71,7 +71,7 @@ _RESIZES = {
 
 def embed(
   encoder: Encoder,
-  data: Labelled,
+  data: ClassificationSet,
   *,
   feature: str = "pooled",
   batch_size: int = 64,
@@ -188,7 +188,7 @@ def last_blocks(
   for start in range(0, len(images), chunk):
     some = range(start, min(start + chunk, len(images)))
     found = run(
-      subset(images, some),
+      select_images(images, some),
       layers=layers,
       outputs=("patches", "prefix" if cls else "pooled"),
       batch_size=batch_size,

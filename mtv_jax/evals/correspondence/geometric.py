@@ -17,7 +17,7 @@ import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,16 +26,13 @@ from jaxtyping import Float32
 
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base, examples
-from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.core.base import Evaluator, Result
+from mtv_jax.evals.core.examples import Data
 from mtv_jax.evals.correspondence import match_errors, matching
 from mtv_jax.evals.datasets import (
   navi,
   posed,
-  rgbd,
-  scene_pairs,
-)
-from mtv_jax.evals.datasets import (
-  registry as datasets,
+  registry,
 )
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import check_choice
@@ -122,7 +119,7 @@ class GeometricCorrespondence(Evaluator):
   data; the protocol says which.
 
   Attributes:
-    data: `scenes` (see `scene_pairs.series`), a folder in NAVI's layout, or one
+    data: `scenes` (see `datasets/scenes.py`), a folder in NAVI's layout, or one
       of RGB-D sequences.
     pairs: a file with the list of pairs: read if it exists (NAVI's own lists
       too), else written with the pairs that are drawn.
@@ -143,7 +140,7 @@ class GeometricCorrespondence(Evaluator):
     pictures: how many pairs a sheet shows.
   """
 
-  data: datasets.Data = "scenes"
+  data: Data = "scenes"
   pairs: str | None = None
   subset: str = "wild_set"
   size: int | None = None
@@ -182,11 +179,15 @@ class GeometricCorrespondence(Evaluator):
 
   @functools.cached_property
   def _set(self) -> _Set:
-    frames = _open(self.data, self.subset, self._scenes)
+    frames = registry.open_posed(
+      self.data, subset=self.subset, count=self._scenes
+    )
     default = _PUBLISHED[frames.layout]
     count = self.count or default.count
     if self.pairs and pathlib.Path(self.pairs).is_file():
-      pairs = examples.spaced(posed.read_pairs(self.pairs, frames), self.count)
+      pairs = examples.subsample(
+        posed.read_pairs(self.pairs, frames), self.count
+      )
       drawn, source = posed.Drawn(tuple(pairs), 0), "file"
     else:
       source = "drawn"
@@ -218,7 +219,7 @@ class GeometricCorrespondence(Evaluator):
     """
     frames, drawn = self._set.frames, self._set.drawn
     options = self._resolved(encoder, frames.layout)
-    shown = examples.spaced(range(len(drawn.pairs)), self.pictures or 1)
+    shown = examples.subsample(range(len(drawn.pairs)), self.pictures or 1)
     scored, sheet = [], []
     for seen in self._encoded(encoder, options.size):
       if seen.views is None:
@@ -312,7 +313,7 @@ class GeometricCorrespondence(Evaluator):
       **self._drawing(),
       "pair_list": self.pairs and pathlib.PurePath(self.pairs).name,
       "input_size": [options.size, options.size],
-      "preprocess": base.own_preprocess(
+      "preprocess": base.preprocess_protocol(
         encoder,
         resize="squash",
         size=options.size,
@@ -361,7 +362,7 @@ def _picture(
 ) -> np.ndarray:
   """24 matches from the heaviest to the last: green if right, else red."""
   kept = scored.matches
-  chosen = examples.spaced(range(len(kept.first)), 24)
+  chosen = examples.subsample(range(len(kept.first)), 24)
   right = scored.metres[chosen] < metres[len(metres) // 2]
   return plots.draw_scored_matches(
     views[0].image,
@@ -369,28 +370,4 @@ def _picture(
     kept.first[chosen] * posed.CELL,
     kept.second[chosen] * posed.CELL,
     right,
-  )
-
-
-def _open(data: datasets.Data, subset: str, scenes: int) -> posed.PosedFrames:
-  if datasets.is_scenes(data):
-    return scene_pairs.posed_scenes(scene_pairs.series(data, count=scenes))
-  if isinstance(data, Mapping) or str(data).endswith((".tar", ".json")):
-    raise NotApplicable(
-      f"{data} gives no depth and pose: this evaluation reads 'scenes', NAVI, "
-      "or RGB-D sequences as 7-Scenes has them"
-    )
-  root = pathlib.Path(data)
-  if not root.is_dir():
-    raise FileNotFoundError(
-      f"data={str(data)!r}: no such folder. Expected 'scenes', NAVI's folder "
-      "of objects, or a folder of RGB-D sequences"
-    )
-  if navi.looks_like(root):
-    return navi.open_navi(root, subset=subset)
-  if rgbd.looks_like(root):
-    return rgbd.open_rgbd(root)
-  raise NotApplicable(
-    f"{root} has no posed views: neither OBJECT/wild_set/annotations.json "
-    "(NAVI) nor frame-*.pose.txt (RGB-D sequences) under it"
   )

@@ -96,7 +96,7 @@ def score(
   for a, b, thresholds in pairs:
     errors.append(np.linalg.norm(a[start] - b[end], axis=-1))
     some = a[first.valid]
-    some = some[examples.spaced(range(len(some)), CHANCE_POINTS)]
+    some = some[examples.subsample(range(len(some)), CHANCE_POINTS)]
     chance += _shares(some, b[second.valid], thresholds)
   return Scored(matches, *errors, chance=np.array(chance))
 

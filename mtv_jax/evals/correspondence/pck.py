@@ -14,7 +14,7 @@ import PIL.Image
 from jaxtyping import Array, Float, Float32, Float64, Int, UInt8
 
 from mtv_jax.encoder.encoder import normalize
-from mtv_jax.evals.datasets.keypoints import KeyPointPair
+from mtv_jax.evals.core.examples import KeyPointPair
 
 AGGREGATES = ("point", "image")
 VIEWPOINTS = (0, 1, 2)

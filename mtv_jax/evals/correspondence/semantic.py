@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,11 +26,10 @@ import numpy as np
 
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.core import base, examples
-from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.core.base import Evaluator, Result
+from mtv_jax.evals.core.examples import Data, KeyPointPair, KeyPointPairs
 from mtv_jax.evals.correspondence import matching, pck
-from mtv_jax.evals.datasets import registry as datasets
-from mtv_jax.evals.datasets import scene_pairs, spair
-from mtv_jax.evals.datasets.keypoints import KeyPointPair, KeyPointPairs
+from mtv_jax.evals.datasets import registry, spair
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import check_choice
 
@@ -48,7 +46,7 @@ class SemanticCorrespondence(Evaluator):
   scenes, whose grid is coarser; the protocol says which.
 
   Attributes:
-    data: `scenes` (see `scene_pairs.series`) or the folder `SPair-71k`.
+    data: `scenes` (see `datasets/scenes.py`) or the folder `SPair-71k`.
     split: of SPair-71k: `trn`, `val` or `test`.
     size: side of the squares that are encoded; 800, or what keeps its 50 x 50
       grid where the patch does not divide it.
@@ -64,7 +62,7 @@ class SemanticCorrespondence(Evaluator):
     pictures: how many pairs a sheet shows.
   """
 
-  data: datasets.Data = "scenes"
+  data: Data = "scenes"
   split: str = "test"
   size: int | None = None
   layer: int = -1
@@ -93,7 +91,9 @@ class SemanticCorrespondence(Evaluator):
 
   @functools.cached_property
   def _set(self) -> tuple[KeyPointPairs, pck.Chosen]:
-    data = _open(self.data, self.split, self.count)
+    data = registry.open_key_points(
+      self.data, split=self.split, count=self.count
+    )
     chosen = pck.choose(data.pairs, limit=self.per_class, seed=self.seed)
     if not any(len(data.pairs[i].first_points) for i in _used(chosen)):
       raise ValueError(
@@ -111,7 +111,7 @@ class SemanticCorrespondence(Evaluator):
     data, chosen = self._set
     setting = self._setting(encoder, data.layout)
     used = _used(chosen)
-    shown = examples.spaced(used, self.pictures) if self.pictures else []
+    shown = examples.subsample(used, self.pictures) if self.pictures else []
     right, chance, sheet = {}, {}, []
     for i, cells in self._found(encoder, data, used, setting):
       pair = data.pairs[i]
@@ -158,7 +158,7 @@ class SemanticCorrespondence(Evaluator):
       numbers = sorted(
         {k for i in group for k in (data.pairs[i].first, data.pairs[i].second)}
       )
-      images = examples.subset(data.images, numbers)
+      images = examples.select_images(data.images, numbers)
       squares = examples.Images(
         lambda k, images=images: pck.square(images[k], setting.size),
         len(images),
@@ -210,7 +210,7 @@ class SemanticCorrespondence(Evaluator):
       "pairs_per_class": self.per_class,
       "pair_seed": self.seed,
       "input_size": [setting.size, setting.size],
-      "preprocess": base.own_preprocess(
+      "preprocess": base.preprocess_protocol(
         encoder,
         resize="squash",
         size=setting.size,
@@ -276,20 +276,3 @@ def _picture(data, pair: KeyPointPair, places, right, size: int) -> np.ndarray:
     np.floor(places[:, ::-1] * size).astype(np.int64),
     right > 0,
   )
-
-
-def _open(data: datasets.Data, split: str, scenes: int) -> KeyPointPairs:
-  if datasets.is_scenes(data):
-    return scene_pairs.key_points(scene_pairs.series(data, count=scenes))
-  if isinstance(data, Mapping) or str(data).endswith((".tar", ".json")):
-    raise NotApplicable(
-      f"{data} gives no key points in pairs: this evaluation reads 'scenes' or "
-      "the folder SPair-71k"
-    )
-  root = pathlib.Path(data)
-  if root.is_dir() and not spair.looks_like(root):
-    raise NotApplicable(
-      f"{root} has no key points in pairs: no PairAnnotation/{split}/*.json "
-      "(SPair-71k) under it"
-    )
-  return spair.open_spair(root, split=split)

@@ -1,4 +1,4 @@
-"""ADE20K for scene parsing: the files of ADEChallengeData2016.
+"""Reader of ADE20K for scene parsing: the files of ADEChallengeData2016.
 
     images/{training,validation}/ADE_*.jpg
     annotations/{training,validation}/ADE_*.png     0 other, 1..150 a class
@@ -10,19 +10,23 @@ The lists that DINOv3's loader wants beside them (`ADE20K_object150_train.txt`,
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import re
 
 import numpy as np
-import PIL.Image
 from jaxtyping import UInt8
 
-from mtv_jax.evals.core.segmentation_metrics import IGNORE
-from mtv_jax.evals.datasets import layout
+from mtv_jax.evals.core.examples import IGNORE, SegmentationSet
+from mtv_jax.evals.datasets.files import (
+  LabelledFile,
+  open_segmentation_files,
+  read_class_map,
+  require_files,
+  require_layout,
+)
 
-CLASSES = 150
-FOLDERS = {"train": "training", "test": "validation"}
+CLASS_COUNT = 150
+_FOLDERS = {"train": "training", "test": "validation"}
 _LISTS = {
   "train": "ADE20K_object150_train.txt",
   "test": "ADE20K_object150_val.txt",
@@ -34,15 +38,7 @@ _WHAT = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Files:
-  """An image and its map of classes."""
-
-  image: pathlib.Path
-  labels: pathlib.Path
-
-
-def root_of(path: pathlib.Path) -> pathlib.Path | None:
+def find_root(path: pathlib.Path) -> pathlib.Path | None:
   """The folder that holds images/ and annotations/: `path`, or one in it.
 
   One that has the release's name is it even if parts are missing. COCO may have
@@ -57,44 +53,61 @@ def root_of(path: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
-def files(root: pathlib.Path, split: str) -> list[Files]:
-  """The images of a split that have a map, sorted or in the list's order.
+def matches(root: pathlib.Path) -> bool:
+  """Whether a folder is ADE20K's, or holds it."""
+  return find_root(root) is not None
+
+
+def open_segmentation(
+  root: pathlib.Path, *, split: str, count: int | None = None
+) -> SegmentationSet:
+  """Images of a split that have a map, sorted or in the list's order.
 
   Args:
-    root: holds images/ and annotations/.
+    root: `find_root` has a folder of it.
     split: `train` or `test` (ADE20K's validation set; its test set has no
       public labels).
+    count: how many images to use, evenly spaced; all by default.
 
   Raises:
-    FileNotFoundError: where folders or files are missing.
+    FileNotFoundError: for missing folders or files.
   """
-  folder = FOLDERS[split]
+  name = f"{root} {_FOLDERS[split]}"
+  folder = find_root(root)
+  files = _list_files(folder, split)
+  require_files([p for f in files for p in (f.image, f.label)], folder)
+  return open_segmentation_files(
+    files,
+    read_map=read_map,
+    count=count,
+    kind="ade20k",
+    name=name,
+    classes=class_names(folder),
+    class_count=CLASS_COUNT,
+  )
+
+
+def _list_files(root: pathlib.Path, split: str) -> list[LabelledFile]:
+  folder = _FOLDERS[split]
   listing = root / _LISTS[split]
   if listing.is_file():
     names = listing.read_text(encoding="utf-8").split()
     names = [name.removeprefix("images/") for name in names]
   else:
-    layout.require(
+    require_layout(
       root,
       [f"images/{folder}/*.jpg", f"annotations/{folder}/*.png"],
       what=_WHAT,
     )
     paths = sorted((root / "images" / folder).glob("*.jpg"))
     names = [f"{folder}/{path.name}" for path in paths]
-  found = [
-    Files(
+  return [
+    LabelledFile(
       root / "images" / name,
       (root / "annotations" / name).with_suffix(".png"),
     )
     for name in names
   ]
-  lost = [p for f in found for p in (f.image, f.labels) if not p.is_file()]
-  if lost:
-    raise FileNotFoundError(
-      f"{root}: {len(lost)} of {2 * len(found)} files of the {folder} set are "
-      f"missing, such as {lost[0]}. Is it unpacked in full?"
-    )
-  return found
 
 
 def class_names(root: pathlib.Path) -> tuple[str, ...] | None:
@@ -115,9 +128,9 @@ def class_names(root: pathlib.Path) -> tuple[str, ...] | None:
   for row in rows:
     cells = row.split("\t") if "\t" in row else row.split(",", 5)
     names.append(re.split("[;,]", cells[-1])[0].strip())
-  if len(names) != CLASSES:
+  if len(names) != CLASS_COUNT:
     raise ValueError(
-      f"{path} lists {len(names)} classes; expected {CLASSES}, one a line"
+      f"{path} lists {len(names)} classes; expected {CLASS_COUNT}, one a line"
     )
   return tuple(names)
 
@@ -126,29 +139,15 @@ def read_map(path: pathlib.Path) -> UInt8[np.ndarray, "h w"]:
   """Classes 0..149 of an annotation; "other" and 255 become `IGNORE`.
 
   Raises:
-    ValueError: for a picture that is no such map.
+    ValueError: for another kind of image.
   """
-  values = read_values(path)
-  known = (values <= CLASSES) | (values == IGNORE)
+  values = read_class_map(path)
+  known = (values <= CLASS_COUNT) | (values == IGNORE)
   if not known.all():
     raise ValueError(
-      f"{path} has a class {values[~known].max()}; expected 0 to {CLASSES}. "
-      "The full ontology's masks (ADE20K_2021) are no maps of 150 classes."
+      f"{path} has a class {values[~known].max()}; expected 0 to "
+      f"{CLASS_COUNT}. The full ontology's masks (ADE20K_2021) are no maps of "
+      "150 classes."
     )
   ignored = (values == 0) | (values == IGNORE)
   return np.where(ignored, IGNORE, values - 1).astype(np.uint8)
-
-
-def read_values(path: pathlib.Path) -> UInt8[np.ndarray, "h w"]:
-  """The numbers that a PNG of one channel, or of a palette, holds.
-
-  Raises:
-    ValueError: for a picture with colours or more than 8 bits.
-  """
-  with PIL.Image.open(path) as image:
-    if image.mode not in ("L", "P"):
-      raise ValueError(
-        f"{path} is a picture of mode {image.mode}; expected a map of classes "
-        "with one channel of 8 bits"
-      )
-    return np.asarray(image)

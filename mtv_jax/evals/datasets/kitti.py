@@ -1,4 +1,4 @@
-"""KITTI's depth (Geiger et al. 2013; Uhrig et al. 2017), in two layouts.
+"""Reader of KITTI's depth (Geiger et al. 2013; Uhrig et al. 2017).
 
   LISTS   kitti_eigen_{train,test}_files_with_gt.txt or
           kitti_eigen_{train,test}.txt, lines "rgb depth focal";
@@ -19,9 +19,14 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float, Float32, Float64
 
-from mtv_jax.evals.datasets import depth as depth_data
-from mtv_jax.evals.datasets import layout
-from mtv_jax.evals.datasets.depth import DepthSet, Files
+from mtv_jax.evals.core.examples import DepthSet
+from mtv_jax.evals.datasets.files import (
+  LabelledFile,
+  open_depth_files,
+  read_file_list,
+  read_png_values,
+  require_layout,
+)
 
 SUBSETS = ("all", "train", "val")
 _LISTS = (
@@ -32,14 +37,19 @@ _LISTS = (
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-def is_here(root: pathlib.Path) -> bool:
+def matches(root: pathlib.Path) -> bool:
+  """Whether a folder looks like KITTI, with depth or without."""
+  return has_depth(root) or (root / "training" / "image_2").is_dir()
+
+
+def has_depth(root: pathlib.Path) -> bool:
   """Whether a folder looks like one of the layouts, complete or not."""
-  names = [p.format(split=s) for p in _LISTS for s in depth_data.SPLITS]
+  names = [p.format(split=s) for p in _LISTS for s in ("train", "test")]
   names += ["data_depth_annotated", "raw_data", "training/velodyne"]
   return any((root / name).exists() for name in names)
 
 
-def read(
+def open_depth(
   root: pathlib.Path,
   *,
   split: str = "test",
@@ -52,8 +62,8 @@ def read(
     root: a folder of one of the layouts.
     split: `train` or `test`, the list that is read.
     count: how many images to use, evenly spaced; all by default.
-    subset: of a list, all images, or those whose map lies in the `train` or
-      the `val` part of the annotated depth. MiDaS tests on `val`: 161 images.
+    subset: of a list, all images, or those whose map is in the `train` or the
+      `val` part of the annotated depth. MiDaS tests on `val`: 161 images.
 
   Raises:
     FileNotFoundError: for a layout with parts missing.
@@ -62,9 +72,9 @@ def read(
   listed = [root / name.format(split=split) for name in _LISTS]
   listed = [path for path in listed if path.is_file()]
   if listed:
-    return _read_list(listed[0], count, subset)
+    return _open_list(listed[0], count, subset)
   if not (root / "training").is_dir():
-    layout.require(
+    require_layout(
       root,
       (
         _LISTS[0].format(split=split),
@@ -78,43 +88,40 @@ def read(
       f"{root}: the object benchmark's frames have no {split} split of depth; "
       f"to train on KITTI give it {_LISTS[0].format(split=split)}"
     )
-  return _read_object(root, count)
+  return _open_object(root, count)
 
 
-def _read_list(path: pathlib.Path, count: int | None, subset: str) -> DepthSet:
+def _open_list(path: pathlib.Path, count: int | None, subset: str) -> DepthSet:
   if subset not in SUBSETS:
     raise ValueError(f"subset={subset!r}; expected one of {SUBSETS}")
-  rows = depth_data.read_list(path)
-  rows = [row for row in rows if row[1] != "None"]
+  rows = [row for row in read_file_list(path) if row[1] != "None"]
   root = path.parent
-  truths = {row[1]: _truth(root, row[1]) for row in rows}
-  lost = [name for name, truth in truths.items() if truth is None]
+  maps = {row[1]: _map_path(root, row[1]) for row in rows}
+  lost = [name for name, file in maps.items() if file is None]
   if lost:
     raise FileNotFoundError(
       f"{root}: {len(lost)} of {len(rows)} depth maps are missing, such as "
       f"{lost[0]}, under data_depth_annotated/train and .../val"
     )
-  files = [Files(_image(root, image), truths[depth]) for image, depth in rows]
+  files = [
+    LabelledFile(_image_path(root, row[0]), maps[row[1]]) for row in rows
+  ]
   if subset != "all":
-    files = [f for f in files if f.depth.parts[-6] == subset]
+    files = [f for f in files if f.label.parts[-6] == subset]
   if not files:
     raise ValueError(f"{path}: no image has a map in the subset {subset!r}")
-  return depth_data.of_files(
+  return open_depth_files(
     files,
-    read_depth=_read_png,
+    read_depth=lambda f: read_png_values(f.label).astype(np.float32) / 256,
+    count=count,
     kind="kitti",
     name=str(root),
     source="annotated (several sweeps), 16 bits: value / 256 m",
-    count=count,
   )
 
 
-def _read_png(files: Files) -> np.ndarray:
-  return depth_data.read_grey(files.depth).astype(np.float32) / 256
-
-
-def _image(root: pathlib.Path, name: str) -> pathlib.Path:
-  """The image of a line, which often is kept as JPEG."""
+def _image_path(root: pathlib.Path, name: str) -> pathlib.Path:
+  """The image of a line, which often is stored as JPEG."""
   paths = [
     (root / folder / name).with_suffix(suffix)
     for folder in ("raw_data", "")
@@ -123,17 +130,16 @@ def _image(root: pathlib.Path, name: str) -> pathlib.Path:
   return next((p for p in paths if p.is_file()), paths[0])
 
 
-def _truth(root: pathlib.Path, name: str) -> pathlib.Path | None:
-  """The map of a line; the lists leave out which part it lies in."""
+def _map_path(root: pathlib.Path, name: str) -> pathlib.Path | None:
+  """The map of a line; the lists leave out which part it is in."""
   parts = ("train", "val")
   folders = [f"data_depth_annotated/{p}" for p in parts] + list(parts)
   paths = [root / folder / name for folder in folders]
   return next((p for p in paths if p.is_file()), None)
 
 
-def _read_object(root: pathlib.Path, count: int | None) -> DepthSet:
-  folder = root / "training"
-  layout.require(
+def _open_object(root: pathlib.Path, count: int | None) -> DepthSet:
+  require_layout(
     root,
     (
       "training/image_2/*.png",
@@ -142,28 +148,31 @@ def _read_object(root: pathlib.Path, count: int | None) -> DepthSet:
     ),
     what="KITTI's object benchmark",
   )
-  images = sorted((folder / "image_2").glob("*.png"))
-  return depth_data.of_files(
-    [Files(p, folder / "velodyne" / f"{p.stem}.bin") for p in images],
+  folder = root / "training"
+  return open_depth_files(
+    [
+      LabelledFile(p, folder / "velodyne" / f"{p.stem}.bin")
+      for p in sorted((folder / "image_2").glob("*.png"))
+    ],
     read_depth=_read_sweep,
+    count=count,
     kind="kitti",
     name=str(root),
     source=(
       "one velodyne sweep projected by P2 R0_rect Tr_velo_to_cam, nearest "
       "point of a pixel"
     ),
-    count=count,
   )
 
 
-def _read_sweep(files: Files) -> np.ndarray:
+def _read_sweep(files: LabelledFile) -> np.ndarray:
   # Only the header is read for the size.
-  with PIL.Image.open(files.image) as picture:
-    width, height = picture.size
-  points = np.fromfile(files.depth, np.float32).reshape(-1, 4)[:, :3]
-  folder = files.depth.parents[1] / "calib"
-  calibration = read_calibration(folder / f"{files.depth.stem}.txt")
-  return project(points, calibration, size=(height, width))
+  with PIL.Image.open(files.image) as image:
+    width, height = image.size
+  points = np.fromfile(files.label, np.float32).reshape(-1, 4)[:, :3]
+  folder = files.label.parents[1] / "calib"
+  calibration = read_calibration(folder / f"{files.label.stem}.txt")
+  return project_points(points, calibration, size=(height, width))
 
 
 def read_calibration(
@@ -177,19 +186,19 @@ def read_calibration(
   """
   if not path.is_file():
     raise FileNotFoundError(f"{path}: no calibration of this frame")
-  found = {}
+  matrices = {}
   for line in path.read_text().splitlines():
     name, _, numbers = line.partition(":")
     values = np.array(numbers.split(), np.float64)
     if values.size in (9, 12):
-      found[name] = values.reshape(3, -1)
-  lost = {"P2", "R0_rect", "Tr_velo_to_cam"} - found.keys()
+      matrices[name] = values.reshape(3, -1)
+  lost = {"P2", "R0_rect", "Tr_velo_to_cam"} - matrices.keys()
   if lost:
-    raise ValueError(f"{path} lacks {sorted(lost)}; it has {sorted(found)}")
-  return found
+    raise ValueError(f"{path} lacks {sorted(lost)}; it has {sorted(matrices)}")
+  return matrices
 
 
-def project(
+def project_points(
   points: Float[np.ndarray, "n 3"],
   calibration: Mapping[str, Float[np.ndarray, "3 k"]],
   *,
@@ -219,7 +228,7 @@ def project(
   u, v, z = u[front] / z[front], v[front] / z[front], z[front]
   column, row = np.rint(u), np.rint(v)
   inside = (column >= 0) & (column < size[1]) & (row >= 0) & (row < size[0])
-  place = (row[inside].astype(int), column[inside].astype(int))
+  pixels = (row[inside].astype(int), column[inside].astype(int))
   depth = np.full(size, np.inf)
-  np.minimum.at(depth, place, z[inside])
+  np.minimum.at(depth, pixels, z[inside])
   return np.where(np.isfinite(depth), depth, 0).astype(np.float32)

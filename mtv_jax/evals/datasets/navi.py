@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64
 
 from mtv_jax.data import canvas
-from mtv_jax.evals.datasets import layout
-from mtv_jax.evals.datasets.posed import Frame, PosedFrames, read_uint16
+from mtv_jax.evals.datasets.files import read_png_values, require_layout
+from mtv_jax.evals.datasets.posed import Frame, PosedFrames
 from mtv_jax.utils.errors import did_you_mean
 
 SUBSETS = ("wild_set", "multiview")
@@ -31,12 +31,12 @@ _SCALE = 65535 * 10 / 1000
 _MULTIVIEW = re.compile(r"multiview[_-]")
 
 
-def looks_like(root: pathlib.Path) -> bool:
+def matches(root: pathlib.Path) -> bool:
   """Whether a folder holds objects in NAVI's layout."""
   return any(root.glob("*/wild_set")) or any(root.glob("*/multiview*"))
 
 
-def open_navi(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
+def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
   """The photos of one kind of all objects, sorted by name.
 
   Objects without a multiview folder are left out, as in the published protocol,
@@ -56,7 +56,7 @@ def open_navi(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
       f"NAVI: subset={subset!r}. {did_you_mean(subset, SUBSETS)}"
     )
   pattern = "wild_set" if subset == "wild_set" else "multiview*"
-  root = layout.require(
+  root = require_layout(
     root,
     [
       f"*/{pattern}/{name}"
@@ -162,7 +162,7 @@ def read_depth(path: pathlib.Path) -> Float32[np.ndarray, "h w"]:
   Raises:
     ValueError: for a file that is not 16-bit grey.
   """
-  value = read_uint16(path)
+  value = read_png_values(path, np.uint16)
   metres = np.float32(_SCALE) / np.maximum(value, 1)
   return np.where(value > 0, metres, 0).astype(np.float32)
 

@@ -1,11 +1,12 @@
-"""NYU Depth V2 (Silberman et al. 2012), in the layouts it is passed around in.
+"""Reader of NYU Depth V2 (Silberman et al. 2012): depth and 40 classes.
 
   LISTS     nyudepthv2_{train,test}_files_with_gt.txt or nyu_{train,test}.txt,
             lines "rgb depth focal", with the files they name: the one of BTS,
             AdaBins, DINOv2 and DINOv3. Raw depth in mm, 16 bits
   MARIGOLD  {train,test}/SCENE/{rgb,depth,filled}_NNNN.png, in mm, 16 bits
   IDS       nyu_images/ID.jpg, nyu_depths/ID.png, {train,test}.txt: filled
-            depth of 8 bits, value / 25.5 in metres
+            depth of 8 bits, value / 25.5 in metres; nyu_labels40/ID.png:
+            classes
   MAT       nyu_depth_v2_labeled.mat and splits.mat, as released
   TFDS      nyu_depth_v2: filled depth rounded to float16 (7.8 mm at 8 m)
 
@@ -22,40 +23,67 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.evals.core import examples
-from mtv_jax.evals.datasets import (
-  depth as depth_data,
+from mtv_jax.evals.core.examples import (
+  IGNORE,
+  DepthMaps,
+  DepthSet,
+  Digest,
+  Images,
+  SegmentationSet,
+  subsample,
 )
-from mtv_jax.evals.datasets import (
-  layout,
+from mtv_jax.evals.datasets.files import (
+  LabelledFile,
+  open_depth_files,
+  open_segmentation_files,
+  read_class_map,
+  read_file_list,
+  read_png_values,
+  require_layout,
 )
-from mtv_jax.evals.datasets import (
-  registry as datasets,
-)
-from mtv_jax.evals.datasets.depth import DepthMaps, DepthSet, Files
 
 TRUTHS = ("raw", "filled")
+_SPLITS = ("train", "test")
 _LISTS = ("nyudepthv2_{split}_files_with_gt.txt", "nyu_{split}.txt")
-# Where the lists' paths begin in the folders that BTS's scripts make.
+# Where the lists' paths begin in the folders that BTS's scripts write.
 _PREFIXES = ("", "sync", "official_splits/{split}")
 _MAT = "nyu_depth_v2_labeled.mat"
 _METRES = {"mm": 1e-3, "25.5": 1 / 25.5}
 
+# The 40 classes of Gupta et al. 2013 without the last, "otherprop", which in
+# these files is one number with unlabelled pixels.
+_CLASSES = (
+  "wall,floor,cabinet,bed,chair,sofa,table,door,window,bookshelf,picture,"
+  "counter,blinds,desk,shelves,curtain,dresser,pillow,mirror,floor mat,clothes,"
+  "ceiling,books,refrigerator,television,paper,towel,shower curtain,box,"
+  "whiteboard,person,night stand,toilet,sink,lamp,bathtub,bag,other structure,"
+  "other furniture"
+)
+CLASSES = tuple(_CLASSES.split(","))
 
-def is_here(root: pathlib.Path) -> bool:
+
+def has_depth(root: pathlib.Path) -> bool:
   """Whether a path looks like one of the layouts, complete or not."""
   if root.is_file():
     return root.suffix == ".mat"
-  names = [p.format(split=s) for p in _LISTS for s in depth_data.SPLITS]
+  names = [p.format(split=s) for p in _LISTS for s in _SPLITS]
   names += [_MAT, "nyu_images", "nyu_depths"]
   if any((root / name).exists() for name in names):
     return True
-  return any(
-    any(root.glob(f"{split}/*/rgb_*.png")) for split in depth_data.SPLITS
-  )
+  return any(any(root.glob(f"{split}/*/rgb_*.png")) for split in _SPLITS)
 
 
-def read(
+def has_segmentation(root: pathlib.Path) -> bool:
+  """Whether a folder looks like the one with maps of classes."""
+  return any((root / name).is_dir() for name in ("nyu_images", "nyu_labels40"))
+
+
+def matches(root: pathlib.Path) -> bool:
+  """Whether a path looks like NYUv2 with any labels."""
+  return has_depth(root) or has_segmentation(root)
+
+
+def open_depth(
   root: pathlib.Path,
   *,
   split: str,
@@ -75,86 +103,91 @@ def read(
     ValueError: for a kind of depth that the layout does not have.
   """
   if root.is_file() or (root / _MAT).is_file():
-    return _read_mat(root, split, count, truth or "raw")
+    return _open_mat(root, split, count, truth or "raw")
   listed = [root / name.format(split=split) for name in _LISTS]
   listed = [path for path in listed if path.is_file()]
+  unit = "mm"
   if listed:
-    _only(truth, "raw", "lists")
-    files, unit, source = _listed(listed[0], split), "mm", "raw, mm"
+    _check_truth(truth, "raw", "lists")
+    files, source = _listed_files(listed[0], split), "raw, mm"
   elif (root / "nyu_images").is_dir() or (root / "nyu_depths").is_dir():
-    _only(truth, "filled", "nyu_depths/ID.png")
-    files, unit = _by_id(root, split), "25.5"
+    _check_truth(truth, "filled", "nyu_depths/ID.png")
+    files, unit = _numbered_files(root, split, "nyu_depths"), "25.5"
     source = "filled, 8 bits: value / 25.5 m"
   else:
-    files, unit = _marigold(root, split, truth or "raw"), "mm"
+    files = _marigold_files(root, split, truth or "raw")
     source = f"{truth or 'raw'}, mm"
-  return depth_data.of_files(
+
+  def read_depth(file: LabelledFile) -> np.ndarray:
+    return (read_png_values(file.label) * _METRES[unit]).astype(np.float32)
+
+  return open_depth_files(
     files,
-    read_depth=lambda files: _read_depth(files.depth, unit),
+    read_depth=read_depth,
+    count=count,
     kind="nyu",
     name=str(root),
     source=source,
-    count=count,
   )
 
 
-def _only(asked: str | None, there: str, what: str) -> None:
-  if asked not in (None, there):
+def _check_truth(given: str | None, available: str, layout: str) -> None:
+  if given not in (None, available):
     raise ValueError(
-      f"truth={asked!r}: NYU's layout with {what} has {there} depth only. The "
-      ".mat file and Marigold's layout have both."
+      f"truth={given!r}: NYU's layout with {layout} has {available} depth "
+      "only. The .mat file and Marigold's layout have both."
     )
 
 
-def _read_depth(path: pathlib.Path, unit: str) -> np.ndarray:
-  return (depth_data.read_grey(path) * _METRES[unit]).astype(np.float32)
-
-
-def _listed(path: pathlib.Path, split: str) -> list[Files]:
+def _listed_files(path: pathlib.Path, split: str) -> list[LabelledFile]:
   """The pairs of a list, whose paths may begin with a slash."""
-  rows = depth_data.read_list(path)
+  rows = read_file_list(path)
   roots = [path.parent / p.format(split=split) for p in _PREFIXES]
-  there = [r for r in roots if (r / rows[0][0]).is_file()]
-  root = there[0] if there else path.parent
-  return [Files(root / image, root / depth) for image, depth in rows]
+  roots = [r for r in roots if (r / rows[0][0]).is_file()] or [path.parent]
+  return [LabelledFile(roots[0] / image, roots[0] / d) for image, d in rows]
 
 
-def _marigold(root: pathlib.Path, split: str, truth: str) -> list[Files]:
+def _marigold_files(
+  root: pathlib.Path, split: str, truth: str
+) -> list[LabelledFile]:
   name = "filled" if truth == "filled" else "depth"
-  layout.require(
+  require_layout(
     root,
     (f"{split}/*/rgb_*.png", f"{split}/*/{name}_*.png"),
     what="NYUv2's files with a list, its .mat file, or Marigold's layout",
   )
-  images = sorted(root.glob(f"{split}/*/rgb_*.png"))
   return [
-    Files(p, p.with_name(p.name.replace("rgb_", f"{name}_"))) for p in images
+    LabelledFile(p, p.with_name(p.name.replace("rgb_", f"{name}_")))
+    for p in sorted(root.glob(f"{split}/*/rgb_*.png"))
   ]
 
 
-def _by_id(root: pathlib.Path, split: str) -> list[Files]:
-  layout.require(
+def _numbered_files(
+  root: pathlib.Path, split: str, labels: str
+) -> list[LabelledFile]:
+  """The pairs of a split whose files are named by number."""
+  require_layout(
     root,
-    ("nyu_images/*.jpg", "nyu_depths/*.png", f"{split}.txt"),
+    ("nyu_images/*.jpg", f"{labels}/*.png", f"{split}.txt"),
     what="NYUv2 by number",
   )
-  ids = _ids(root / f"{split}.txt")
   return [
-    Files(root / f"nyu_images/{i}.jpg", root / f"nyu_depths/{i}.png")
-    for i in ids
+    LabelledFile(root / f"nyu_images/{i}.jpg", root / f"{labels}/{i}.png")
+    for i in _read_ids(root / f"{split}.txt")
   ]
 
 
-def _ids(path: pathlib.Path) -> list[int]:
+def _read_ids(path: pathlib.Path) -> list[int]:
   """0-based numbers in the .mat file: the first word of each line."""
-  return [int(line.split()[0]) for line in path.read_text().splitlines()]
+  lines = path.read_text(encoding="utf-8").splitlines()
+  return [int(line.split()[0]) for line in lines if line.strip()]
 
 
-def _read_mat(
+def _open_mat(
   path: pathlib.Path, split: str, count: int | None, truth: str
 ) -> DepthSet:
   path = path if path.is_file() else path / _MAT
-  ids = examples.spaced(_mat_split(path.parent, split), count)
+  ids = subsample(_mat_split(path.parent, split), count)
   file = _open_hdf5(path)
   key = "depths" if truth == "filled" else "rawDepths"
 
@@ -165,12 +198,12 @@ def _read_mat(
   def depth(i: int) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(file[key][ids[i]], np.float32).T)
 
-  digest = datasets.Digest()
+  digest = Digest()
   digest.add(path.name, path.stat().st_size, key, *ids)
   return DepthSet(
     kind="nyu",
     name=str(path),
-    images=datasets.Images(image, len(ids)),
+    images=Images(image, len(ids)),
     depths=DepthMaps(depth, len(ids)),
     source=f"{truth} ({key}), float32",
     digest=digest.hex(),
@@ -194,16 +227,15 @@ def _mat_split(root: pathlib.Path, split: str) -> list[int]:
   if (root / "splits.mat").is_file():
     import scipy.io
 
-    key = f"{split}Ndxs"
-    found = scipy.io.loadmat(root / "splits.mat")
-    return [int(i) - 1 for i in np.ravel(found[key])]
-  layout.require(
+    splits = scipy.io.loadmat(root / "splits.mat")
+    return [int(i) - 1 for i in np.ravel(splits[f"{split}Ndxs"])]
+  require_layout(
     root, (f"{split}.txt",), what="the official splits.mat, or ids in a text"
   )
-  return _ids(root / f"{split}.txt")
+  return _read_ids(root / f"{split}.txt")
 
 
-def read_tfds(
+def open_tfds(
   config: Mapping[str, Any], *, split: str, count: int | None = None
 ) -> DepthSet:
   """`{type: "tfds", name: "nyu_depth_v2", data_dir: ...}`.
@@ -225,18 +257,49 @@ def read_tfds(
     split={"train": "train", "test": "validation"}[split],
     data_dir=config.get("data_dir"),
   )
-  ids = examples.spaced(range(len(source)), count)
-  digest = datasets.Digest()
+  ids = subsample(range(len(source)), count)
+
+  def read(key: str, dtype: type[np.generic], i: int) -> np.ndarray:
+    return np.asarray(source[ids[i]][key], dtype)
+
+  digest = Digest()
   digest.add(name, split, len(source), *ids)
   return DepthSet(
     kind="nyu",
     name=f"tfds {name}",
-    images=datasets.Images(
-      lambda i: np.asarray(source[ids[i]]["image"], np.uint8), len(ids)
-    ),
-    depths=DepthMaps(
-      lambda i: np.asarray(source[ids[i]]["depth"], np.float32), len(ids)
-    ),
+    images=Images(functools.partial(read, "image", np.uint8), len(ids)),
+    depths=DepthMaps(functools.partial(read, "depth", np.float32), len(ids)),
     source="filled, float16",
     digest=digest.hex(),
   )
+
+
+def open_segmentation(
+  root: pathlib.Path, *, split: str, count: int | None = None
+) -> SegmentationSet:
+  """Opens one split with maps of 40 classes.
+
+  Raises:
+    FileNotFoundError: for a layout with parts missing.
+  """
+  return open_segmentation_files(
+    _numbered_files(root, split, "nyu_labels40"),
+    read_map=_read_classes,
+    count=count,
+    kind="nyu40",
+    name=f"{root} {split}",
+    classes=CLASSES,
+    class_count=len(CLASSES),
+  )
+
+
+def _read_classes(path: pathlib.Path) -> np.ndarray:
+  values = read_class_map(path)
+  other = len(CLASSES)
+  known = (values <= other) | (values == IGNORE)
+  if not known.all():
+    raise ValueError(
+      f"{path} has a class {values[~known].max()}; expected 0 to {other}, "
+      f"the number of one of 40 classes less one, or {IGNORE}"
+    )
+  return np.where(values == other, IGNORE, values).astype(np.uint8)

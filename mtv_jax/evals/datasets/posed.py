@@ -15,12 +15,12 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import PIL.Image
-from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8, UInt16
+from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8
 
-from mtv_jax.evals.core import examples, resizing
+from mtv_jax.evals.core import resizing
+from mtv_jax.evals.core.examples import Digest, subsample
 from mtv_jax.utils.errors import did_you_mean
 
 CELL = 4  # pixels of a view to a cell of its grid of points
@@ -202,20 +202,6 @@ def _corner(low: int, extent: int, side: int, size: int) -> int:
   return start
 
 
-def read_uint16(path: pathlib.Path) -> UInt16[np.ndarray, "h w"]:
-  """The values of a 16-bit grey PNG.
-
-  Raises:
-    ValueError: for any other file.
-  """
-  data = np.frombuffer(path.read_bytes(), np.uint8)
-  value = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
-  if value is None or value.dtype != np.uint16 or value.ndim != 2:
-    got = None if value is None else f"{value.dtype} {list(value.shape)}"
-    raise ValueError(f"{path}: expected a 16-bit grey PNG, got {got}")
-  return value
-
-
 def motion(
   first: Float64[np.ndarray, "4 4"], second: Float64[np.ndarray, "4 4"]
 ) -> Float64[np.ndarray, "4 4"]:
@@ -266,7 +252,7 @@ def draw_pairs(
     ValueError: for a group in which no frame has a partner.
   """
   chosen = [i for group in frames.groups for i in group][::stride]
-  chosen = examples.spaced(chosen, count)
+  chosen = subsample(chosen, count)
   wanted, pairs = set(chosen), []
   for group in frames.groups:
     between = angles_between(frames.poses[list(group)])
@@ -323,7 +309,7 @@ def _no_pair(frames, group, between, max_angle) -> str:
 
 def digest_of(frames: PosedFrames, pairs: Sequence[Pair]) -> str:
   """A hash of the pairs and of the files they are made of."""
-  digest = examples.Digest()
+  digest = Digest()
   for pair in pairs:
     for index in (pair.first, pair.second):
       digest.add(frames.names[index], *frames.fingerprint(index))

@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from mtv_jax.data import canvas
-from mtv_jax.evals.datasets import layout
-from mtv_jax.evals.datasets.posed import Frame, PosedFrames, motion, read_uint16
+from mtv_jax.evals.datasets.class_folders import list_folders
+from mtv_jax.evals.datasets.files import read_png_values, require_layout
+from mtv_jax.evals.datasets.posed import Frame, PosedFrames, motion
 
 # The protocol's offline copies, which are made of these frames too.
 STORED = 1024
@@ -33,19 +34,26 @@ _KINECT = np.array([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])
 _STEP = 16  # pixels between the points by which overlap is judged
 
 
-def looks_like(root: pathlib.Path) -> bool:
+def matches(root: pathlib.Path) -> bool:
+  """Whether a folder, or the first one in it, holds frames with poses."""
+  # No deeper: ImageNet's folders hold 1.28 million files.
+  folders = [root, *(root / name for name in list_folders(root)[:1])]
+  return any(any(folder.glob(_POSES)) for folder in folders)
+
+
+def has_frames(root: pathlib.Path) -> bool:
   """Whether a folder holds frames with poses, at any depth."""
   return next(root.rglob(_POSES), None) is not None
 
 
-def open_rgbd(root: str | pathlib.Path) -> PosedFrames:
+def open_posed(root: str | pathlib.Path) -> PosedFrames:
   """All frames under a folder that have a finite pose, sorted by name.
 
   Raises:
     FileNotFoundError: for a frame without its picture or depth.
     ValueError: for a pose or intrinsics of another form.
   """
-  root = layout.require(
+  root = require_layout(
     root,
     [f"**/frame-*.{part}" for part in ("pose.txt", "color.*", "depth.png")],
     what="a set of RGB-D sequences in the layout of 7-Scenes",
@@ -164,7 +172,7 @@ def read_depth(path: pathlib.Path) -> Float32[np.ndarray, "h w"]:
   Raises:
     ValueError: for a file that is not 16-bit grey.
   """
-  value = read_uint16(path)
+  value = read_png_values(path, np.uint16)
   return np.where(value < 65535, value, 0).astype(np.float32) / 1000
 
 

@@ -1,106 +1,174 @@
-"""Labelled and captioned images from the sources that training reads too."""
+"""Data sets of evaluations from the sources that training reads too."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mtv_jax.data import canvas
 from mtv_jax.data.scenes import layout as scene_layout
-from mtv_jax.data.scenes import scenes
-from mtv_jax.evals.core import examples
+from mtv_jax.data.scenes.scenes import CLASS_NAMES, SceneSource
+from mtv_jax.data.sources import registry as sources
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import (
-  Captioned,
+  BoxSet,
+  CaptionSet,
+  ClassificationSet,
   Digest,
   Images,
-  Labelled,
-  spaced,
+  subsample,
 )
+from mtv_jax.evals.datasets import scenes
 
-# Records read ahead at a time, of which an image's bytes are not kept.
+# Records read ahead at a time; the bytes of their images are not retained.
 _CHUNK = 1024
 
 
-def labelled(name: str, source: Any, *, count: int | None) -> Labelled:
+def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
+  """The config of a source's split, if it is a source that has splits."""
+  config = dict(config)
+  if config.get("type") == "scenes":
+    return scenes.split_config(config, split)
+  if config.get("type") == "tfds":
+    if split == "train":
+      config["split"] = "train"
+    elif "split" not in config:
+      config["split"] = _tfds_test_split(config)
+  return config
+
+
+def _tfds_test_split(config: Mapping[str, Any]) -> str:
+  """`validation` where there is one: ImageNet's and COCO's tests are hidden."""
+  try:
+    sources.build_source({**config, "split": "validation"})
+  except ValueError:
+    return "test"
+  return "validation"
+
+
+def source_name(config: Mapping[str, Any]) -> str:
+  """The name of a source for the protocol."""
+  if config["type"] == "tfds" and "split" in config:
+    return f"{config.get('name')}/{config['split']}"
+  return str(config.get("path", config["type"]))
+
+
+def open_labelled(
+  config: Mapping[str, Any], *, split: str, count: int | None
+) -> ClassificationSet:
   """The records' images with their `label`."""
-  _require_field(name, source, "label")
-  chosen = spaced(range(len(source)), count)
+  config = split_config(config, split)
+  name, source = source_name(config), sources.build_source(config)
+  _require_fields(name, source, "label")
+  indices = subsample(range(len(source)), count)
   digest, labels = Digest(), []
-  for key, size, label in _labels(source, chosen):
+  for key, size, label in _labels(source, indices):
     labels.append(label)
     digest.add(key, size, label)
-  drawn = name == "scenes" or isinstance(source, scenes.SceneSource)
-  return Labelled(
+  return ClassificationSet(
     name=name,
-    images=_images(source, chosen),
+    images=_images(source, indices),
     labels=np.asarray(labels, np.int32),
-    classes=tuple(scenes.CLASS_NAMES) if drawn else None,
+    classes=CLASS_NAMES if isinstance(source, SceneSource) else None,
     ids=None,
     digest=digest.hex(),
   )
 
 
-def captioned(
-  name: str, source: Any, *, count: int | None, max_captions: int | None
-) -> Captioned:
+def open_captions(
+  config: Mapping[str, Any], *, count: int | None, max_captions: int | None
+) -> CaptionSet:
   """The records' images that have captions, with their `captions`."""
-  _require_field(name, source, "captions")
-  chosen, kept = spaced(range(len(source)), count), []
-  digest, captions = Digest(), []
-  for i, record in zip(chosen, _records(source, chosen), strict=True):
-    own = tuple(record["captions"])[:max_captions]
-    if own:
-      digest.add(record["key"], _size(record["image"]), *own)
-      kept.append(i)
-      captions.append(own)
-  return examples.captioned(name, _images(source, kept), captions, digest)
+  config = split_config(config, "test")
+  name, source = source_name(config), sources.build_source(config)
+  _require_fields(name, source, "captions")
+  indices = subsample(range(len(source)), count)
+  digest, captions, captioned = Digest(), [], []
+  for i, record in zip(indices, _records(source, indices), strict=True):
+    texts = tuple(record["captions"])[:max_captions]
+    if texts:
+      digest.add(record["key"], _size(record["image"]), *texts)
+      captioned.append(i)
+      captions.append(texts)
+  return CaptionSet.from_lists(
+    name, _images(source, captioned), captions, digest
+  )
+
+
+def open_boxes(config: Mapping[str, Any], *, count: int | None) -> BoxSet:
+  """The records' images that have `boxes`, with their `phrases`."""
+  if scenes.is_scenes(config):
+    config = scenes.split_config(config, "test")
+  name, source = str(config.get("path", config["type"])), None
+  source = sources.build_source(config)
+  indices = subsample(range(len(source)), count)
+  if isinstance(source, SceneSource):
+    return scenes.open_boxes(name, source, indices)
+  _require_fields(name, source, "boxes", "phrases")
+  boxed, boxes, phrases, digest = [], [], [], Digest()
+  # Not all at once: a record holds the bytes of its image.
+  for i in indices:
+    record = source[i]
+    if len(record["phrases"]):
+      boxed.append(i)
+      boxes.append(np.asarray(record["boxes"], np.float32).reshape(-1, 4))
+      phrases.append(tuple(record["phrases"]))
+      digest.add(record["key"], *boxes[-1].ravel().tolist(), *phrases[-1])
+  return BoxSet(
+    name=name,
+    images=_images(source, boxed),
+    boxes=tuple(boxes),
+    phrases=tuple(phrases),
+    labels=None,
+    classes=None,
+    digest=digest.hex(),
+  )
 
 
 def _labels(
-  source: Any, chosen: Sequence[int]
+  source: Any, indices: Sequence[int]
 ) -> Iterator[tuple[str, str, int]]:
   """Of each record its key, its image's size and its label."""
-  if isinstance(source, scenes.SceneSource):
-    # What a scene shows is known before it is drawn, which takes long.
+  if isinstance(source, SceneSource):
+    # The label of a scene is known before it is rendered, which is slow.
     size = f"{source.size}x{source.size}x3"
-    for i in chosen:
+    for i in indices:
       number = source.first + i
       world = scene_layout.sample_world(number, source.seed)
-      label = scenes.CLASS_NAMES.index(world.things[0].name)
+      label = CLASS_NAMES.index(world.things[0].name)
       yield f"scene-{source.seed}-{number}", size, label
     return
-  for record in _records(source, chosen):
+  for record in _records(source, indices):
     yield record["key"], _size(record["image"]), int(record["label"])
 
 
-def _records(source: Any, chosen: Sequence[int]) -> Iterator[Any]:
+def _records(source: Any, indices: Sequence[int]) -> Iterator[Any]:
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    for start in range(0, len(chosen), _CHUNK):
-      part = chosen[start : start + _CHUNK]
-      yield from pool.map(source.__getitem__, part)
+    for start in range(0, len(indices), _CHUNK):
+      yield from pool.map(source.__getitem__, indices[start : start + _CHUNK])
 
 
-def _images(source: Any, chosen: Sequence[int]) -> Images:
+def _images(source: Any, indices: Sequence[int]) -> Images:
   def read(index: int) -> np.ndarray:
-    record = source[chosen[index]]
+    record = source[indices[index]]
     image = record["image"]
     if isinstance(image, np.ndarray):
       return image
     return canvas.decode(image, key=record["key"])
 
-  return Images(read, len(chosen))
+  return Images(read, len(indices))
 
 
-def _require_field(name: str, source: Any, field: str) -> None:
-  if field not in source.fields:
+def _require_fields(name: str, source: Any, *fields: str) -> None:
+  lost = sorted({*fields} - {*source.fields})
+  if lost:
     raise NotApplicable(
       f"{name}: its records have {sorted(source.fields)}, and this evaluation "
-      f"needs {field!r}"
+      f"needs {' and '.join(map(repr, lost))}"
     )
 
 

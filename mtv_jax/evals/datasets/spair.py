@@ -16,20 +16,24 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.evals.core import examples
-from mtv_jax.evals.datasets import layout
-from mtv_jax.evals.datasets.keypoints import KeyPointPair, KeyPointPairs
+from mtv_jax.evals.core.examples import (
+  Digest,
+  KeyPointPair,
+  KeyPointPairs,
+  open_images,
+)
+from mtv_jax.evals.datasets.files import require_files, require_layout
 from mtv_jax.utils.errors import did_you_mean
 
 SPLITS = ("trn", "val", "test")
 
 
-def looks_like(root: pathlib.Path) -> bool:
+def matches(root: pathlib.Path) -> bool:
   """Whether a folder is laid out as SPair-71k."""
   return (root / "PairAnnotation").is_dir()
 
 
-def open_spair(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
+def open_key_points(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
   """All pairs of a split, sorted by their number.
 
   Args:
@@ -44,7 +48,7 @@ def open_spair(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
     raise ValueError(
       f"SPair-71k: split={split!r}. {did_you_mean(split, SPLITS)}"
     )
-  root = layout.require(
+  root = require_layout(
     root,
     [f"PairAnnotation/{split}/*.json", "JPEGImages/*/*.jpg"],
     what="SPair-71k (cvlab.postech.ac.kr)",
@@ -59,15 +63,10 @@ def open_spair(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
       for name in ("src_imname", "trg_imname")
     }
   )
-  lost = [path for path in paths if not path.is_file()]
-  if lost:
-    raise FileNotFoundError(
-      f"{len(lost)} of the {len(paths)} pictures of the pairs are missing, "
-      f"such as {lost[0]}. Is {root} unpacked in full?"
-    )
+  require_files(paths, root)
   place = {path: i for i, path in enumerate(paths)}
   sizes = [path.stat().st_size for path in paths]
-  digest, pairs = examples.Digest(), []
+  digest, pairs = Digest(), []
   for row in rows:
     first, second = (
       place[folder / row["category"] / row[name]]
@@ -78,7 +77,7 @@ def open_spair(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
   return KeyPointPairs(
     name=str(root),
     layout="spair",
-    images=examples.files(paths),
+    images=open_images(paths),
     pairs=tuple(pairs),
     digest=digest.hex(),
     about={"split": split, "key_points": "those that both pictures show"},

@@ -16,15 +16,12 @@ import numpy as np
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.core.examples import Data, DepthSet
 from mtv_jax.evals.datasets import (
-  depth as depth_data,
+  registry,
+  scenes,
 )
-from mtv_jax.evals.datasets import (
-  depth_sets,
-)
-from mtv_jax.evals.datasets import (
-  registry as datasets,
-)
+from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.depth import (
   augment as depth_augment,
 )
@@ -47,7 +44,7 @@ from mtv_jax.evals.depth.training import Setup
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import did_you_mean
 
-_MAX_DEPTH = {"nyu": 10.0, "scenes": depth_data.SCENES_MAX_DEPTH}
+_MAX_DEPTH = {"nyu": 10.0, "scenes": scenes.MAX_DEPTH}
 # Scenes stand in for a data set, and have seconds instead of hours.
 _SCENES = {
   "linear": {"steps": 300, "lr": 1e-2},
@@ -65,7 +62,7 @@ class DepthProbe(Evaluator):
   What is None is as published for real data, and small for scenes.
 
   Attributes:
-    data: the scenes or NYUv2, see `depth_sets.py`; not KITTI.
+    data: the scenes or NYUv2, see `datasets/registry.py`; not KITTI.
     protocol: `linear`, `lin1`, `lin4` or `dpt`, see `depth_recipes.py`.
     layers: blocks to read in place of the protocol's; without the final norm.
     train_count: training images to use, evenly spaced; all by default.
@@ -85,7 +82,7 @@ class DepthProbe(Evaluator):
     pictures: how many test images a sheet shows.
   """
 
-  data: datasets.Data = "scenes"
+  data: Data = "scenes"
   protocol: str = "linear"
   layers: tuple[int, ...] | None = None
   train_count: int | None = None
@@ -117,20 +114,20 @@ class DepthProbe(Evaluator):
         )
 
   @functools.cached_property
-  def _opened(self) -> dict[tuple[str, int], depth_data.DepthSet]:
+  def _opened(self) -> dict[tuple[str, int], DepthSet]:
     return {}
 
-  def _set(self, split: str, size: int) -> depth_data.DepthSet:
+  def _set(self, split: str, size: int) -> DepthSet:
     """A split, opened once; `size` is that of scenes."""
-    if depth_sets.kind_of(self.data) == "kitti":
+    if registry.depth_kind(self.data) == "kitti":
       raise NotApplicable(
         f"data={str(self.data)!r} is KITTI, and the depth probe's protocols "
         "(crops of 480 x 640 to train on, 10 m) are NYUv2's; for KITTI there "
         "is relative_depth"
       )
-    size = size if datasets.is_scenes(self.data) else 0
+    size = size if is_scenes(self.data) else 0
     if (split, size) not in self._opened:
-      self._opened[split, size] = depth_sets.open_set(
+      self._opened[split, size] = registry.open_depth(
         self.data,
         split=split,
         size=size,
@@ -141,7 +138,7 @@ class DepthProbe(Evaluator):
 
   def prepare(self) -> None:
     """Reads lists, so that missing files show."""
-    for split in depth_data.SPLITS:
+    for split in registry.SPLITS:
       self._set(split, depth_augment.NYU_SIZE[0])
 
   def run(self, encoder: Encoder) -> Result:
@@ -192,7 +189,7 @@ class DepthProbe(Evaluator):
         scores[f"si_delta{k}"] = depth_metrics.delta(aligned, truth, k)
     return scores
 
-  def _resolve(self, encoder: Encoder, train: depth_data.DepthSet) -> Setup:
+  def _resolve(self, encoder: Encoder, train: DepthSet) -> Setup:
     """The options, the published values behind them, and those of scenes."""
     recipe = depth_recipes.recipe(self.protocol)
     small = _SCENES[self.protocol] if train.kind == "scenes" else {}
@@ -225,8 +222,8 @@ class DepthProbe(Evaluator):
     self,
     encoder: Encoder,
     setup: Setup,
-    train: depth_data.DepthSet,
-    test: depth_data.DepthSet,
+    train: DepthSet,
+    test: DepthSet,
     summary: depth_metrics.Summary,
     losses: np.ndarray,
   ) -> dict[str, Any]:
@@ -300,9 +297,9 @@ def _named(units: dict[str, str], metrics: dict[str, float]) -> dict[str, str]:
   }
 
 
-def _mean_depth(data: depth_data.DepthSet, setup: Setup) -> float:
+def _mean_depth(data: DepthSet, setup: Setup) -> float:
   """Of the valid pixels of some training images, in metres."""
-  some = examples.spaced(range(len(data.depths)), _FLOOR_MAPS)
+  some = examples.subsample(range(len(data.depths)), _FLOOR_MAPS)
   total, count = 0.0, 0
   for i in some:
     depth = setup.example(data, i).depth

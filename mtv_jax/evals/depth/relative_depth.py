@@ -25,15 +25,12 @@ from jaxtyping import Float, Float64
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import resizing
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
+from mtv_jax.evals.core.examples import Data, DepthSet
 from mtv_jax.evals.datasets import (
-  depth as depth_data,
+  registry,
+  scenes,
 )
-from mtv_jax.evals.datasets import (
-  depth_sets,
-)
-from mtv_jax.evals.datasets import (
-  registry as datasets,
-)
+from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.depth import metrics as depth_metrics
 from mtv_jax.evals.depth import sheet as depth_sheet
 from mtv_jax.utils import plots
@@ -52,7 +49,7 @@ ALIGNMENTS = {
 }
 CUTS = ("none", "kb")
 _RESIZES = ("bilinear", "bilinear_corners")
-_CAP = {"nyu": 10.0, "kitti": 80.0, "scenes": depth_data.SCENES_MAX_DEPTH}
+_CAP = {"nyu": 10.0, "kitti": 80.0, "scenes": scenes.MAX_DEPTH}
 # The depth that Marigold's clip allows at least.
 _LOW = {"nyu": 1e-3, "kitti": 1e-5, "scenes": 1e-3}
 # The part of a KITTI image that its depth benchmark is about.
@@ -107,7 +104,7 @@ class RelativeDepth(Evaluator):
   What is None is the protocol's.
 
   Attributes:
-    data: see `depth_sets.py`; the test split is used.
+    data: see `datasets/registry.py`; the test split is used.
     protocol: `midas`, `depth_anything` or `marigold`.
     alignment: one of `ALIGNMENTS`.
     resize: of predictions: `bilinear` or `bilinear_corners`.
@@ -123,7 +120,7 @@ class RelativeDepth(Evaluator):
     pictures: how many images a sheet shows.
   """
 
-  data: datasets.Data = "scenes"
+  data: Data = "scenes"
   protocol: str = "midas"
   alignment: str | None = None
   resize: str | None = None
@@ -152,14 +149,14 @@ class RelativeDepth(Evaluator):
         )
 
   @functools.cached_property
-  def _opened(self) -> dict[int, depth_data.DepthSet]:
+  def _opened(self) -> dict[int, DepthSet]:
     return {}
 
-  def _set(self, size: int) -> depth_data.DepthSet:
+  def _set(self, size: int) -> DepthSet:
     """The test split, opened once; `size` is that of scenes."""
-    size = size if datasets.is_scenes(self.data) else 0
+    size = size if is_scenes(self.data) else 0
     if size not in self._opened:
-      self._opened[size] = depth_sets.open_set(
+      self._opened[size] = registry.open_depth(
         self.data,
         split="test",
         size=size,
@@ -223,7 +220,7 @@ class RelativeDepth(Evaluator):
     )
 
   def _predictions(
-    self, encoder: Encoder, data: depth_data.DepthSet, rules: Resolved
+    self, encoder: Encoder, data: DepthSet, rules: Resolved
   ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Image, true depth and prediction at the image's size, in order."""
     count, block = len(data.images), 4 * self.batch_size
@@ -244,7 +241,7 @@ class RelativeDepth(Evaluator):
   def _protocol(
     self,
     encoder: Encoder,
-    data: depth_data.DepthSet,
+    data: DepthSet,
     rules: Resolved,
     summary: depth_metrics.Summary,
   ) -> dict[str, Any]:

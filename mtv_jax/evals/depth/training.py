@@ -16,7 +16,7 @@ from jaxtyping import Float32, PyTree
 
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import probe
-from mtv_jax.evals.datasets.depth import DepthSet
+from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.depth import (
   augment as depth_augment,
 )

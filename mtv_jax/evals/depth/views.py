@@ -83,7 +83,7 @@ class View:
     maps: Float[Array, "b gh gw"] | Float[np.ndarray, "b gh gw"],
     size: tuple[int, int] | None = None,
   ) -> Float[Array, "b h w"] | Float[np.ndarray, "b h w"]:
-    """Maps over the padded input, resampled to the pixels of the image.
+    """LabelMaps over the padded input, resampled to the pixels of the image.
 
     Args:
       maps: of any resolution.

@@ -26,8 +26,8 @@ from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.classification import zero_shot
 from mtv_jax.evals.core import base, examples, prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, Result
-from mtv_jax.evals.datasets import named_boxes
-from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.core.examples import BoxSet, Data
+from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.grounding import region_features
 from mtv_jax.evals.retrieval import retrieval
 from mtv_jax.utils import plots
@@ -44,7 +44,7 @@ class Grounding(Evaluator):
   """Region-text retrieval, box classification, and locating phrases.
 
   Attributes:
-    data: see `named_boxes.py`.
+    data: see `datasets/registry.py`.
     images: the folder of COCO's images, where it is not beside the JSON.
     regions: how a box is embedded, see `region_features.py`; `auto` is the
       prompter of an encoder that has one, else `crop`.
@@ -56,7 +56,7 @@ class Grounding(Evaluator):
     pictures: how many images the sheet of what was found shows.
   """
 
-  data: datasets.Data = "scenes"
+  data: Data = "scenes"
   images: str | None = None
   regions: str = "auto"
   prompts: str | None = None
@@ -71,8 +71,8 @@ class Grounding(Evaluator):
     check_choice("grounding: locate", self.locate, ("auto", "none"))
 
   @functools.cached_property
-  def _set(self) -> tuple[named_boxes.NamedBoxes, prompts.Prompts | None]:
-    data = named_boxes.read(self.data, images=self.images, count=self.count)
+  def _set(self) -> tuple[BoxSet, prompts.Prompts | None]:
+    data = registry.open_boxes(self.data, images=self.images, count=self.count)
     if data.classes is None:
       return data, None
     named = prompts.Prompts(classes=data.classes)
@@ -121,7 +121,7 @@ class Grounding(Evaluator):
 
 
 def _protocol(
-  data: named_boxes.NamedBoxes,
+  data: BoxSet,
   named: prompts.Prompts | None,
   way: str,
   *,
@@ -169,7 +169,7 @@ class _Found:
 
 def _retrieval(
   encoder: Encoder,
-  data: named_boxes.NamedBoxes,
+  data: BoxSet,
   region: Float32[np.ndarray, "r e"],
 ) -> _Found:
   every = [phrase for own in data.phrases for phrase in own]
@@ -200,7 +200,7 @@ def _retrieval(
 
 def _classification(
   encoder: Encoder,
-  data: named_boxes.NamedBoxes,
+  data: BoxSet,
   named: prompts.Prompts,
   region: Float32[np.ndarray, "r e"],
 ) -> _Found:
@@ -223,15 +223,13 @@ def _classification(
   )
 
 
-def _location(
-  encoder: Encoder, data: named_boxes.NamedBoxes, batch_size: int
-) -> _Found:
+def _location(encoder: Encoder, data: BoxSet, batch_size: int) -> _Found:
   asked = [tuple(dict.fromkeys(own)) for own in data.phrases]
   boxes = []
   for start in range(0, len(asked), _CHUNK):
     chosen = range(start, min(start + _CHUNK, len(asked)))
     out = encoder.locate(
-      examples.subset(data.images, chosen),
+      examples.select_images(data.images, chosen),
       [asked[i] for i in chosen],
       batch_size=batch_size,
     )
@@ -253,7 +251,7 @@ def _location(
 def best_overlaps(
   boxes: Sequence[Float[np.ndarray, "_ 4"]],
   asked: Sequence[Sequence[str]],
-  data: named_boxes.NamedBoxes,
+  data: BoxSet,
 ) -> Float[np.ndarray, " q"]:
   """For each image and phrase asked, the best IoU with a box of the phrase.
 
@@ -272,7 +270,7 @@ def best_overlaps(
 def fixed_overlaps(
   answers: Float[np.ndarray, "c 4"],
   asked: Sequence[Sequence[str]],
-  data: named_boxes.NamedBoxes,
+  data: BoxSet,
 ) -> Float[np.ndarray, "c q"]:
   """`best_overlaps` of boxes each of which is the answer to everything."""
   best = []
@@ -283,9 +281,9 @@ def fixed_overlaps(
   return np.concatenate(best, axis=1)
 
 
-def fixed_answers(data: named_boxes.NamedBoxes) -> Float[np.ndarray, "c 4"]:
+def fixed_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
   """Boxes to answer always with: 256 of the set's own, and central ones."""
-  own = examples.spaced(list(np.concatenate(data.boxes)), _FIXED)
+  own = examples.subsample(list(np.concatenate(data.boxes)), _FIXED)
   sides = np.linspace(0.125, 1, 8)
   central = [
     (0.5 - h / 2, 0.5 - w / 2, 0.5 + h / 2, 0.5 + w / 2)
@@ -308,12 +306,10 @@ def ious(
   return np.where(union > 0, both / np.where(union > 0, union, 1), 0)
 
 
-def _sheet(
-  data: named_boxes.NamedBoxes, found: _Found, count: int
-) -> np.ndarray:
+def _sheet(data: BoxSet, found: _Found, count: int) -> np.ndarray:
   """Images with their boxes, as they are named and as the regions say."""
   starts = np.cumsum([0, *map(len, data.boxes)])
-  chosen = examples.spaced(range(len(data.images)), count)
+  chosen = examples.subsample(range(len(data.images)), count)
   rows = []
   for i in chosen:
     own = slice(starts[i], starts[i + 1])

@@ -85,7 +85,7 @@ def embed(
   found = []
   for start in range(0, len(images), _CHUNK):
     chosen = range(start, min(start + _CHUNK, len(images)))
-    part = examples.subset(images, chosen)
+    part = examples.select_images(images, chosen)
     own = [boxes[i] for i in chosen]
     if way == "prompter":
       regions = encoder.ground(part, own, batch_size=batch_size)

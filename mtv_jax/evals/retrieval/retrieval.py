@@ -22,7 +22,8 @@ from jaxtyping import Float32, Int
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.core import base, ranking
 from mtv_jax.evals.core.base import Evaluator, Result
-from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.core.examples import CaptionSet, Data
+from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.retrieval import sheets
 
 AT = (1, 5, 10)
@@ -33,7 +34,7 @@ class Retrieval(Evaluator):
   """Image-text retrieval.
 
   Attributes:
-    data: see `datasets.py`.
+    data: see `datasets/registry.py`.
     images: the folder of images, where it is not beside the JSON.
     split: of Karpathy's file.
     max_captions: the first captions of an image to use; all by default. (Of
@@ -44,7 +45,7 @@ class Retrieval(Evaluator):
       found show.
   """
 
-  data: datasets.Data = "scenes"
+  data: Data = "scenes"
   images: str | None = None
   split: str = "test"
   max_captions: int | None = None
@@ -53,8 +54,8 @@ class Retrieval(Evaluator):
   pictures: int = 0
 
   @functools.cached_property
-  def _set(self) -> datasets.Captioned:
-    return datasets.captioned(
+  def _set(self) -> CaptionSet:
+    return registry.open_captions(
       self.data,
       images=self.images,
       split=self.split,
@@ -86,7 +87,7 @@ class Retrieval(Evaluator):
     return Result(metrics, protocol, chance(data.owner), pictures=pictures)
 
   def _protocol(
-    self, encoder: Encoder, data: datasets.Captioned, *, distinct: int
+    self, encoder: Encoder, data: CaptionSet, *, distinct: int
   ) -> dict[str, Any]:
     return {
       **encoder.protocol(),
@@ -134,7 +135,7 @@ def recalls(
 
 
 def found_sheets(
-  data: datasets.Captioned,
+  data: CaptionSet,
   image: Float32[np.ndarray, "n e"],
   text: Float32[np.ndarray, "m e"],
   count: int,

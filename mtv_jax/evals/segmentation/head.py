@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import global_features, probe, resizing
-from mtv_jax.evals.core.segmentation_metrics import IGNORE
+from mtv_jax.evals.core.examples import IGNORE
 from mtv_jax.models.heads import dpt
 
 LAYERS = ("LAST", "FOUR_LAST", "FOUR_EVEN")

@@ -24,7 +24,8 @@ from jaxtyping import Bool, Float32, UInt8
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base, examples
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
-from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.core.examples import CaptionSet, ClassificationSet, Data
+from mtv_jax.evals.datasets import registry
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
@@ -37,8 +38,8 @@ class PatchPca(Evaluator):
   """Principal components of patch features.
 
   Attributes:
-    data: see `datasets.py`, without need of labels or captions; or any folder
-      with JPEGs under it.
+    data: see `datasets/registry.py`, without need of labels or captions; or
+      any folder with JPEGs under it.
     count: images that share the components, evenly spaced.
     layer: block before the final norm, -1 the last; by default the last after
       the final norm.
@@ -49,7 +50,7 @@ class PatchPca(Evaluator):
     batch_size: images a step.
   """
 
-  data: datasets.Data = "scenes"
+  data: Data = "scenes"
   count: int = 8
   layer: int | None = None
   size: int | None = None
@@ -65,7 +66,7 @@ class PatchPca(Evaluator):
       )
 
   @functools.cached_property
-  def _set(self) -> datasets.Labelled | datasets.Captioned | _Pictures:
+  def _set(self) -> ClassificationSet | CaptionSet | _Pictures:
     return _open(self.data, self.count)
 
   def prepare(self) -> None:
@@ -108,7 +109,7 @@ class PatchPca(Evaluator):
       return {}
     return {
       "input_size": [self.size, self.size],
-      "preprocess": base.own_preprocess(
+      "preprocess": base.preprocess_protocol(
         encoder,
         resize="squash",
         size=self.size,
@@ -222,12 +223,10 @@ class _Pictures:
   digest: str
 
 
-def _open(
-  data: datasets.Data, count: int
-) -> datasets.Labelled | datasets.Captioned | _Pictures:
+def _open(data: Data, count: int) -> ClassificationSet | CaptionSet | _Pictures:
   """The images of any data set, or of any folder of JPEGs."""
   refused = []
-  for opener in (datasets.labelled, datasets.captioned):
+  for opener in (registry.open_classification, registry.open_captions):
     try:
       return opener(data, count=count)
     except ValueError as error:
@@ -238,11 +237,11 @@ def _open(
     raise NotApplicable(
       f"patch_pca finds no images in {data}: {'; '.join(refused)}"
     )
-  files = examples.spaced(files, count)
+  files = examples.subsample(files, count)
   digest = examples.Digest()
   for file in files:
     digest.add(file.relative_to(root), file.stat().st_size)
-  return _Pictures(str(data), examples.files(files), digest.hex())
+  return _Pictures(str(data), examples.open_images(files), digest.hex())
 
 
 def _folded(rows: list[list[np.ndarray]], times: int) -> list[list[np.ndarray]]:

@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import examples, segmentation_metrics
-from mtv_jax.evals.datasets.segmentation import Segmented
+from mtv_jax.evals.core import examples
+from mtv_jax.evals.core.examples import SegmentationSet
+from mtv_jax.evals.segmentation import metrics as segmentation_metrics
 from mtv_jax.evals.segmentation import sheets as segmentation_pictures
 from mtv_jax.evals.segmentation import sliding
 
@@ -37,7 +38,7 @@ class Found:
   shown: list[Shown]
 
   def pictures(
-    self, name: str, data: Segmented, *, head: int = 0
+    self, name: str, data: SegmentationSet, *, head: int = 0
   ) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
     """The sheet of a head under its name, if images were to be shown."""
     if not self.shown:
@@ -54,7 +55,7 @@ class Found:
 
 def evaluate(
   score: sliding.Score,
-  data: Segmented,
+  data: SegmentationSet,
   slide: sliding.Slide,
   *,
   fill: Float32[np.ndarray, "3"],
@@ -72,7 +73,7 @@ def evaluate(
     pictures: images to show, evenly spaced.
   """
   images = data.images
-  chosen = examples.spaced(range(len(images)), pictures) if pictures else ()
+  chosen = examples.subsample(range(len(images)), pictures) if pictures else ()
   total: list[np.ndarray] = []
   shown = []
   predictions = sliding.predict(
@@ -121,7 +122,7 @@ def fill_of(encoder: Encoder) -> Float32[np.ndarray, "3"]:
 
 
 def protocol(
-  encoder: Encoder, data: Segmented, slide: sliding.Slide
+  encoder: Encoder, data: SegmentationSet, slide: sliding.Slide
 ) -> dict[str, Any]:
   """What every segmentation's figures depend on, for JSON."""
   return {

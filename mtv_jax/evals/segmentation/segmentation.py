@@ -22,18 +22,15 @@ import optax
 from jaxtyping import Float32, UInt8
 
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import probe, segmentation_metrics
+from mtv_jax.evals.core import probe
 from mtv_jax.evals.core.base import Evaluator, Result
-from mtv_jax.evals.datasets import (
-  registry as datasets,
-)
-from mtv_jax.evals.datasets import (
-  segmentation as segmentation_data,
-)
-from mtv_jax.evals.datasets.segmentation import Segmented
+from mtv_jax.evals.core.examples import Data, SegmentationSet
+from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.segmentation import (
   head as segmentation_head,
 )
+from mtv_jax.evals.segmentation import metrics as segmentation_metrics
 from mtv_jax.evals.segmentation import (
   runs as segmentation_runs,
 )
@@ -50,7 +47,7 @@ _CHOICES = {
   "layers": segmentation_head.LAYERS,
   "norm": segmentation_head.NORMS,
   "augment": (None, *AUGMENTS),
-  "train_split": segmentation_data.SPLITS,
+  "train_split": registry.SPLITS,
 }
 # Features of the training windows that are held without augmentation.
 _CACHE_BYTES = 16 * 2**30
@@ -63,7 +60,7 @@ class Segmentation(Evaluator):
   None means the published value on real data and a small one on scenes.
 
   Attributes:
-    data: see `segmentation_data.py`.
+    data: see `datasets/registry.py`.
     layers: `LAST`, `FOUR_LAST` or `FOUR_EVEN`, side by side.
     norm: `final` applies the encoder's last norm to every layer, `none` to
       none of them.
@@ -90,7 +87,7 @@ class Segmentation(Evaluator):
     pictures: images on the sheet.
   """
 
-  data: datasets.Data = "scenes"
+  data: Data = "scenes"
   layers: str = "LAST"
   norm: str = "final"
   size: int | None = None
@@ -122,14 +119,12 @@ class Segmentation(Evaluator):
       raise ValueError(f"segmentation: dropout={self.dropout}; expected [0, 1)")
 
   @functools.cached_property
-  def _sets(self) -> tuple[Segmented, Segmented]:
+  def _sets(self) -> tuple[SegmentationSet, SegmentationSet]:
     """Images to train on, and to test on."""
-    train = segmentation_data.segmented(
+    train = registry.open_segmentation(
       self.data, split=self.train_split, count=self.train_count
     )
-    test = segmentation_data.segmented(
-      self.data, split="test", count=self.count
-    )
+    test = registry.open_segmentation(self.data, split="test", count=self.count)
     return train, test
 
   def prepare(self) -> None:
@@ -170,7 +165,7 @@ class Segmentation(Evaluator):
     return Result(metrics, protocol, chance, pictures=pictures)
 
   def _resolve(self, encoder: Encoder) -> _Plan:
-    scenes = datasets.is_scenes(self.data)
+    scenes = is_scenes(self.data)
     default = encoder.preprocess.size if scenes else 512
     size = segmentation_runs.window_size(encoder, self.size, default=default)
     steps = self.steps or (300 if scenes else 40_000)
@@ -239,7 +234,11 @@ class _Trainer:
   """Trains heads for one encoder on one set."""
 
   def __init__(
-    self, options: Segmentation, encoder: Encoder, plan: _Plan, data: Segmented
+    self,
+    options: Segmentation,
+    encoder: Encoder,
+    plan: _Plan,
+    data: SegmentationSet,
   ):
     self._options, self._encoder = options, encoder
     self._plan, self._data = plan, data

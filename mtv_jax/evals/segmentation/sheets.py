@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from mtv_jax.evals.core.segmentation_metrics import IGNORE
+from mtv_jax.evals.core.examples import IGNORE
 from mtv_jax.utils import plots
 
 _TEXT_SIZE, _LINE_HEIGHT = 10, 14

@@ -15,8 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Shaped, UInt8
 
 from mtv_jax.evals.core import resizing
-from mtv_jax.evals.core.segmentation_metrics import IGNORE
-from mtv_jax.evals.datasets.segmentation import Segmented
+from mtv_jax.evals.core.examples import IGNORE, SegmentationSet
 from mtv_jax.evals.segmentation import sliding
 
 AUGMENTATION = {
@@ -133,7 +132,7 @@ class Crops:
 
   def __init__(
     self,
-    data: Segmented,
+    data: SegmentationSet,
     indices: Callable[[int], Int[np.ndarray, " b"]],
     *,
     size: int,
@@ -173,7 +172,7 @@ class Crops:
 
 
 def read_pair(
-  data: Segmented, index: int
+  data: SegmentationSet, index: int
 ) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
   """An image and its map.
 
@@ -190,7 +189,7 @@ def read_pair(
 
 
 def windows(
-  data: Segmented,
+  data: SegmentationSet,
   index: int,
   slide: sliding.Slide,
   *,

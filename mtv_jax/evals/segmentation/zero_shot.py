@@ -20,15 +20,12 @@ import numpy as np
 
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.classification.zero_shot import text_classifier
-from mtv_jax.evals.core import prompts, segmentation_metrics
+from mtv_jax.evals.core import prompts
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
-from mtv_jax.evals.datasets import (
-  registry as datasets,
-)
-from mtv_jax.evals.datasets import (
-  segmentation as segmentation_data,
-)
-from mtv_jax.evals.datasets.segmentation import Segmented
+from mtv_jax.evals.core.examples import Data, SegmentationSet
+from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets.scenes import ignore_stuff, is_scenes
+from mtv_jax.evals.segmentation import metrics as segmentation_metrics
 from mtv_jax.evals.segmentation import (
   patch_text,
   sliding,
@@ -48,7 +45,7 @@ class ZeroShotSegmentation(Evaluator):
   None means the published value on real data and a small one on scenes.
 
   Attributes:
-    data: see `segmentation_data.py`.
+    data: see `datasets/registry.py`.
     prompts: a file of class names, in the order of the labels, and templates
       (see `prompts.py`; TIPSv2 uses nine of TCL's); by default the data's own
       names and a few templates.
@@ -65,7 +62,7 @@ class ZeroShotSegmentation(Evaluator):
     pictures: images on the sheet.
   """
 
-  data: datasets.Data = "scenes"
+  data: Data = "scenes"
   prompts: str | None = None
   clean: str = "tokenizer"
   last_block: str | None = None
@@ -91,12 +88,10 @@ class ZeroShotSegmentation(Evaluator):
         )
 
   @functools.cached_property
-  def _set(self) -> tuple[Segmented, prompts.Prompts]:
-    data = segmentation_data.segmented(
-      self.data, split="test", count=self.count
-    )
+  def _set(self) -> tuple[SegmentationSet, prompts.Prompts]:
+    data = registry.open_segmentation(self.data, split="test", count=self.count)
     if data.kind == "scenes":
-      data = segmentation_data.things(data)
+      data = ignore_stuff(data)
     return data, _prompts(data, self.prompts)
 
   def prepare(self) -> None:
@@ -145,7 +140,7 @@ class ZeroShotSegmentation(Evaluator):
     return Result(metrics, protocol, chance, pictures=pictures)
 
   def _slide(self, encoder: Encoder) -> sliding.Slide:
-    scenes = datasets.is_scenes(self.data)
+    scenes = is_scenes(self.data)
     default = encoder.preprocess.size if scenes else _SIZE
     size = segmentation_runs.window_size(encoder, self.size, default=default)
     return sliding.Slide(
@@ -164,7 +159,7 @@ _SPACES = {
 }
 
 
-def _prompts(data: Segmented, path: str | None) -> prompts.Prompts:
+def _prompts(data: SegmentationSet, path: str | None) -> prompts.Prompts:
   if path is None:
     if data.classes is None:
       raise ValueError(

@@ -11,7 +11,7 @@ from mtv_jax.encoder import baselines
 from mtv_jax.encoder.encoder import ImageFeatures
 from mtv_jax.evals.classification import mae_probe
 from mtv_jax.evals.core import probe
-from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.datasets import registry
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,9 @@ class SceneEncoder(baselines.PixelEncoder):
 
   def image(self, images, **kwargs):
     split = {16: "test", 60: "train"}[len(images)]
-    labels = datasets.labelled("scenes", split=split, count=len(images)).labels
+    labels = registry.open_classification(
+      "scenes", split=split, count=len(images)
+    ).labels
     rows = np.eye(len(scenes.CLASS_NAMES), dtype=np.float32)[labels]
     return ImageFeatures(rows, None, None, {})
 

@@ -18,7 +18,7 @@ from mtv_jax.evals.classification.zero_shot import (
 )
 from mtv_jax.evals.core import prompts
 from mtv_jax.evals.core.prompts import Prompts, read_prompts
-from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.datasets import registry
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -49,10 +49,10 @@ def test_figures_on_a_folder(colours, folder):
 
 
 def test_hash_follows_the_data(folder, write_image):
-  before = datasets.labelled(str(folder)).digest
-  assert datasets.labelled(str(folder)).digest == before
+  before = registry.open_classification(str(folder)).digest
+  assert registry.open_classification(str(folder)).digest == before
   write_image(folder / "red" / "new.png", "red")
-  assert datasets.labelled(str(folder)).digest != before
+  assert registry.open_classification(str(folder)).digest != before
 
 
 def test_classifier_normalises_before_the_mean(colours):
@@ -67,7 +67,7 @@ def test_classifier_normalises_before_the_mean(colours):
 
 
 def test_equal_names_tie_and_the_first_wins(colours, folder):
-  data = datasets.labelled(str(folder))
+  data = registry.open_classification(str(folder))
   named = Prompts(("red", "green", "blue", "red"), ("{}",))
   got = text_classifier(colours, named)
   np.testing.assert_array_equal(got[0], got[3])
@@ -78,7 +78,7 @@ def test_equal_names_tie_and_the_first_wins(colours, folder):
 
 
 def test_present_classes_only(colours, folder):
-  data = datasets.labelled(str(folder))
+  data = registry.open_classification(str(folder))
   named = Prompts(("white", "red", "green", "blue"), ("{}",), name="file")
   given, labels = match_classes(data, named, keep="present")
   assert given.classes == ("red", "green", "blue")
@@ -130,7 +130,7 @@ def test_flat_wnid_folder(tmp_path, write_image):
   write_image(tmp_path / "n00000002_great_red.JPEG", "red")
   write_image(tmp_path / "n00000001_green.JPEG", "green")
   (tmp_path / "notes.txt").write_text("not an image")
-  data = datasets.labelled(tmp_path)
+  data = registry.open_classification(tmp_path)
   assert data.ids == ("n00000001", "n00000002")
   assert data.classes == ("green", "great red")
   assert list(data.labels) == [0, 1]
@@ -144,7 +144,7 @@ def test_flat_wnid_folder(tmp_path, write_image):
 def test_all_wnids_in_sorted_order_need_no_ids(tmp_path, write_image):
   for i, colour in ((2, "red"), (1, "green")):
     write_image(tmp_path / f"n0000000{i}" / "a.png", colour)
-  data = datasets.labelled(tmp_path)
+  data = registry.open_classification(tmp_path)
   labels = match_classes(data, Prompts(("tench", "carp")), keep="all")[1]
   assert list(labels) == [0, 1]
   with pytest.raises(ValueError, match="WordNet ids"):
@@ -152,7 +152,7 @@ def test_all_wnids_in_sorted_order_need_no_ids(tmp_path, write_image):
 
 
 def test_unknown_class_is_named(folder):
-  data = datasets.labelled(str(folder))
+  data = registry.open_classification(str(folder))
   with pytest.raises(ValueError, match="1 of 3 classes.*'green'.*'greene'"):
     match_classes(data, Prompts(("red", "greene", "blue")), keep="all")
 
@@ -172,7 +172,7 @@ class Numbers:
 
 def test_labels_of_a_source_are_places_in_the_file(monkeypatch):
   monkeypatch.setattr(sources, "build_source", lambda config: Numbers())
-  data = datasets.labelled({"type": "tfds", "name": "digits"})
+  data = registry.open_classification({"type": "tfds", "name": "digits"})
   assert list(data.labels) == [0, 1, 2, 0]
   named = Prompts(("zero", "one", "two"))
   assert list(match_classes(data, named, keep="all")[1]) == [0, 1, 2, 0]
@@ -184,7 +184,7 @@ def test_labels_of_a_source_are_places_in_the_file(monkeypatch):
 
 def test_classes_of_one_name_are_refused(folder, write_image):
   write_image(folder / "Red!" / "a.png", "red")
-  data = datasets.labelled(str(folder))
+  data = registry.open_classification(str(folder))
   message = "classes 'Red!' and 'red' are both 'red' to a prompt"
   with pytest.raises(ValueError, match=message):
     match_classes(data, None, keep="all")
@@ -199,7 +199,7 @@ def test_classes_of_one_name_are_refused(folder, write_image):
 
 
 def test_count_is_spread_over_the_classes(folder):
-  data = datasets.labelled(str(folder), count=3)
+  data = registry.open_classification(str(folder), count=3)
   assert len(data.images) == 3
   assert len(set(data.labels.tolist())) == 3
 
@@ -207,9 +207,9 @@ def test_count_is_spread_over_the_classes(folder):
 def test_folders_without_images_are_explained(tmp_path):
   (tmp_path / "empty").mkdir()
   with pytest.raises(ValueError, match=r"expected CLASS/\*.jpg.*'empty'"):
-    datasets.labelled(tmp_path)
+    registry.open_classification(tmp_path)
   with pytest.raises(FileNotFoundError, match="nothing there"):
-    datasets.labelled(tmp_path / "nowhere")
+    registry.open_classification(tmp_path / "nowhere")
 
 
 def test_prompt_files(tmp_path):
@@ -252,7 +252,9 @@ class SceneEncoder(Encoder):
     return {"encoder": "scenes"}
 
   def image(self, images, **kwargs):
-    shown = datasets.labelled("scenes", count=len(images)).labels.copy()
+    shown = registry.open_classification(
+      "scenes", count=len(images)
+    ).labels.copy()
     shown[0] = (shown[0] + 1) % len(scenes.CLASS_NAMES)
     return ImageFeatures(self.rows(shown), None, None, {})
 
@@ -282,7 +284,7 @@ def test_imagenet_prompts_and_the_samples(shared_data):
   assert named.ids[0] == "n01440764"
   assert named.classes[0] == "tench"
   assert len(set(named.classes)) == 998
-  data = datasets.labelled(shared_data / "imagenet_samples")
+  data = registry.open_classification(shared_data / "imagenet_samples")
   given, labels = match_classes(data, named, keep="all")
   assert len(data.images) == 500
   assert len(set(labels.tolist())) == 500

@@ -12,7 +12,7 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.classification import few_shot
 from mtv_jax.evals.core import crops, global_features
-from mtv_jax.evals.core.examples import Images, Labelled
+from mtv_jax.evals.core.examples import ClassificationSet, Images
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.vit import ViTSpec
 
@@ -78,7 +78,7 @@ def test_last_blocks_of_a_tower_without(images):
 
 
 def labelled(images):
-  return Labelled(
+  return ClassificationSet(
     name="x",
     images=Images(lambda i: images[i], len(images)),
     labels=np.zeros(len(images), np.int32),
@@ -123,7 +123,7 @@ def test_views(cls):
     assert (found.resize_size, found.interpolation) == (resized, "bicubic")
 
 
-def test_views_follow_the_encoders_own_preprocessing():
+def test_views_follow_the_encoders_preprocess_protocoling():
   encoder = mtv_jax.load("pixels:16/8")
   first = global_features.view(encoder, "center")
   encoder.preprocess = dataclasses.replace(

@@ -242,10 +242,10 @@ def test_features_after_the_final_norm(result, pixels):
 def test_exact_points_of_the_scenes_are_right():
   """Where a scene's own correspondence says that a point went, it is."""
   from mtv_jax.data.scenes import scenes
-  from mtv_jax.evals.datasets import scene_pairs
-  from mtv_jax.evals.datasets.registry import HELD_OUT_SCENES
+  from mtv_jax.evals.datasets import registry
+  from mtv_jax.evals.datasets.scenes import HELD_OUT_SCENES
 
-  frames = scene_pairs.posed_scenes(scene_pairs.series("scenes", count=1))
+  frames = registry.open_posed("scenes", subset="wild_set", count=1)
   first, second = (frames.read(i, 48) for i in (0, 1))
   pair = scenes.render_pair(HELD_OUT_SCENES, size=96)
   np.testing.assert_array_equal(first.image, pair.first.image)
@@ -305,7 +305,7 @@ def test_scenes_as_a_source(result):
     assert side == option.get("size", 96)
     assert other.frames.about["scenes"]["first"] == option.get("first", first)
   assert len(hashes) == 4
-  with pytest.raises(NotApplicable, match="no depth and pose|gives no depth"):
+  with pytest.raises(NotApplicable, match="reads posed views"):
     GeometricCorrespondence(data={"type": "tfds", "name": "coco"}).prepare()
 
 
@@ -337,7 +337,7 @@ def test_seven_scenes_agree_with_themselves(shared_data):
   """Depth and poses are consistent: hashed places of two frames match."""
   from mtv_jax.evals.datasets import rgbd
 
-  frames = rgbd.open_rgbd(shared_data / "rgbd_7scenes")
+  frames = rgbd.open_posed(shared_data / "rgbd_7scenes")
   drawn = posed.draw_pairs(frames, seed=8, count=4)
   options = Options(512, 1000, (0.01, 0.02, 0.05), (5, 25, 50), (0, 120))
   for pair in drawn.pairs:

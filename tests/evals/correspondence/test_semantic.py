@@ -13,10 +13,10 @@ from mtv_jax.data.scenes import scenes
 from mtv_jax.encoder import baselines
 from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.examples import KeyPointPair
 from mtv_jax.evals.correspondence import pck
 from mtv_jax.evals.correspondence.semantic import SemanticCorrespondence
-from mtv_jax.evals.datasets import scene_pairs, spair
-from mtv_jax.evals.datasets.keypoints import KeyPointPair
+from mtv_jax.evals.datasets import registry, spair
 from mtv_jax.parallel import sharding
 
 GRID, WIDTH = 6, 9
@@ -290,7 +290,7 @@ def spair_root(tmp_path):
 
 
 def test_reading_spair(spair_root):
-  data = spair.open_spair(spair_root, split="test")
+  data = spair.open_key_points(spair_root, split="test")
   assert [len(p.first_points) for p in data.pairs] == [2, 3, 0, 3]
   assert [p.category for p in data.pairs] == ["cat", "dog", "dog", "cat"]
   assert [p.viewpoint for p in data.pairs] == [1, 1, 2, 0]
@@ -299,8 +299,8 @@ def test_reading_spair(spair_root):
   assert data.pairs[3].second_box.tolist() == [1, 1, 121, 101]
   assert data.images[0].shape == (128, 128, 3)
   (spair_root / "JPEGImages" / "dog" / "d.jpg").unlink()
-  with pytest.raises(FileNotFoundError, match="1 of the 4 pictures.*d.jpg"):
-    spair.open_spair(spair_root, split="test")
+  with pytest.raises(FileNotFoundError, match="1 of 4 files.*d.jpg"):
+    spair.open_key_points(spair_root, split="test")
 
 
 def test_mistakes_are_explained(spair_root, tmp_path):
@@ -316,7 +316,7 @@ def test_mistakes_are_explained(spair_root, tmp_path):
     SemanticCorrespondence(data=str(spair_root), split="val").prepare()
   with pytest.raises(FileNotFoundError, match="nothing there"):
     SemanticCorrespondence(data=str(tmp_path / "nowhere")).prepare()
-  with pytest.raises(NotApplicable, match="no key points in pairs"):
+  with pytest.raises(NotApplicable, match="Semantic correspondence reads"):
     SemanticCorrespondence(data=str(spair_root / "JPEGImages")).prepare()
   with pytest.raises(ValueError, match="Did you mean 'image'"):
     SemanticCorrespondence(aggregate="images")
@@ -390,7 +390,7 @@ def test_classes_in_portions_change_nothing(result, pixels, monkeypatch):
 
 
 def test_pairs_of_scenes_share_a_class():
-  data = scene_pairs.key_points(scene_pairs.series("scenes", count=40))
+  data = registry.open_key_points("scenes", split="test", count=40)
   assert len(data.pairs) > 10
   for pair in data.pairs:
     assert pair.first != pair.second
@@ -424,30 +424,30 @@ def test_scenes_as_a_source(result, pixels):
   assert len(hashes) == 4
   with pytest.raises(ValueError, match="no option 'sizes'"):
     SemanticCorrespondence(data={**same, "sizes": 3}).prepare()
-  with pytest.raises(NotApplicable, match="no key points in pairs"):
+  with pytest.raises(NotApplicable, match="reads key points"):
     SemanticCorrespondence(data={"type": "tfds", "name": "coco"}).prepare()
 
 
 def test_too_few_scenes():
   enough = len(scenes.CLASS_NAMES) + 1
-  message = f"2 of them .*no two main things.*count={enough} or more"
+  message = f"2 of them .*no two main objects.*count={enough} or more"
   with pytest.raises(ValueError, match=message):
     SemanticCorrespondence(count=2).prepare()
   SemanticCorrespondence(count=enough).prepare()
 
 
 def test_no_points_at_all(spair_root, monkeypatch):
-  data = spair.open_spair(spair_root, split="test")
+  data = spair.open_key_points(spair_root, split="test")
   empty = tuple(p for p in data.pairs if not len(p.first_points))
   data = dataclasses.replace(data, pairs=empty)
-  monkeypatch.setattr(spair, "open_spair", lambda *_, **__: data)
+  monkeypatch.setattr(spair, "open_key_points", lambda *_, **__: data)
   with pytest.raises(ValueError, match="none of its 1 pairs has a key point"):
     SemanticCorrespondence(data=str(spair_root)).prepare()
 
 
 @pytest.mark.slow
 def test_spair(shared_data, pixels):
-  data = spair.open_spair(shared_data / "SPair-71k", split="test")
+  data = spair.open_key_points(shared_data / "SPair-71k", split="test")
   assert len(data.pairs) == 9
   assert len(data.images) == 12
   for i, pair in enumerate(data.pairs):

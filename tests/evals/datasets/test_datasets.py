@@ -8,7 +8,9 @@ import pytest
 from mtv_jax.data.scenes import scenes
 from mtv_jax.evals.core import base
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets.scenes import HELD_OUT_SCENES, PROBE_SCENES
+from mtv_jax.evals.datasets.splits import hold_out
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def tree(tmp_path, write_image):
 
 def test_splits_of_a_folder(tree):
   root = tree("a", train__blue=2, train__green=1, train__red=3, val__red=2)
-  found = datasets.train_and_test(root)
+  found = registry.open_splits(root)
   assert found.classes == 3
   assert found.train.ids == found.test.ids == ("blue", "green", "red")
   assert list(found.train.labels) == [0, 0, 1, 2, 2, 2]
@@ -39,10 +41,11 @@ def test_splits_of_a_folder(tree):
   assert protocol["data"].endswith("a/val")
   # The folder itself is its test split to whoever doesn't train.
   assert (
-    datasets.labelled(root).digest == datasets.labelled(root / "val").digest
+    registry.open_classification(root).digest
+    == registry.open_classification(root / "val").digest
   )
-  assert len(datasets.labelled(root, split="train").labels) == 6
-  few = datasets.train_and_test(root, train_count=3, count=1)
+  assert len(registry.open_classification(root, split="train").labels) == 6
+  few = registry.open_splits(root, train_count=3, count=1)
   assert list(few.train.labels) == [0, 2, 2]
   assert few.train.digest != found.train.digest
   assert few.test.digest != found.test.digest
@@ -51,13 +54,13 @@ def test_splits_of_a_folder(tree):
 def test_train_elsewhere(tree):
   test, train = tree("b/test", red=1), tree("c", blue=1, red=1)
   with pytest.raises(NotApplicable, match="nothing to train a probe on"):
-    datasets.train_and_test(test)
-  found = datasets.train_and_test(test, train=train)
+    registry.open_splits(test)
+  found = registry.open_splits(test, train=train)
   assert list(found.test.labels) == [1]
   with pytest.raises(ValueError, match="1 of 2 classes .* such as 'blue'"):
-    datasets.train_and_test(train, train=test)
+    registry.open_splits(train, train=test)
   with pytest.raises(ValueError, match="train and test are both"):
-    datasets.train_and_test(train, train=train)
+    registry.open_splits(train, train=train)
 
 
 def test_one_set_under_two_names(tree, tmp_path, monkeypatch):
@@ -66,16 +69,16 @@ def test_one_set_under_two_names(tree, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for other in (tmp_path / "link", "one", f"{root}/../one/"):
     with pytest.raises(ValueError, match="train and test are both .*one"):
-      datasets.train_and_test(root, train=other)
+      registry.open_splits(root, train=other)
   splits = tree("two", train__red=1, val__red=1)
   with pytest.raises(ValueError, match="train and test are both .*train"):
-    datasets.train_and_test("two/train", train=splits)
+    registry.open_splits("two/train", train=splits)
 
 
 def test_half_unpacked(tree):
   root = tree("d", train__red=1)
   with pytest.raises(FileNotFoundError, match="missing +val/") as error:
-    datasets.train_and_test(root)
+    registry.open_splits(root)
   assert "The folder holds: train/" in str(error.value)
 
 
@@ -83,44 +86,44 @@ def test_a_class_may_be_called_train(tree):
   """COCO has such a class; a split holds folders and a class images."""
   root = tree("e", red=1, blue=1)
   (root / "red").rename(root / "train")
-  found = datasets.labelled(root)
+  found = registry.open_classification(root)
   assert found.classes == ("blue", "train")
 
 
 def test_scenes_are_labelled_without_drawing_them(monkeypatch):
-  want = [scenes.render(datasets.HELD_OUT_SCENES + i).label for i in range(5)]
+  want = [scenes.render(HELD_OUT_SCENES + i).label for i in range(5)]
   drawn = []
   render = scenes.render
   monkeypatch.setattr(
     scenes, "render", lambda i, **kw: drawn.append(i) or render(i, **kw)
   )
-  found = datasets.train_and_test("scenes", count=5, train_count=5)
+  found = registry.open_splits("scenes", count=5, train_count=5)
   assert list(found.test.labels) == want
   assert found.classes == len(scenes.CLASS_NAMES)
   assert not drawn
   assert (
     found.test.images[3].shape == found.train.images[0].shape == (96, 96, 3)
   )
-  assert drawn == [datasets.HELD_OUT_SCENES + 3, datasets.PROBE_SCENES]
+  assert drawn == [HELD_OUT_SCENES + 3, PROBE_SCENES]
   # As a mapping too, neither split is what an encoder may have trained on.
   drawn.clear()
-  found = datasets.train_and_test({"type": "scenes", "length": 3})
+  found = registry.open_splits({"type": "scenes", "length": 3})
   assert found.test.images[0].shape == found.train.images[0].shape
-  assert drawn == [datasets.HELD_OUT_SCENES, datasets.PROBE_SCENES]
+  assert drawn == [HELD_OUT_SCENES, PROBE_SCENES]
 
 
 def test_held_out():
   labels = np.array([0] * 25 + [1] * 10 + [2] * 6 + [3] * 2 + [5])
   rng = np.random.default_rng(0)
   labels = rng.permutation(labels)
-  kept, out = datasets.held_out(labels)
+  kept, out = hold_out(labels)
   assert sorted([*kept, *out]) == list(range(len(labels)))
   assert list(np.bincount(labels[out], minlength=6)) == [2, 1, 1, 1, 0, 0]
   assert list(kept) == sorted(kept)
 
 
 def test_select_keeps_images_and_labels_together(tree):
-  found = datasets.labelled(tree("f", blue=2, red=2))
+  found = registry.open_classification(tree("f", blue=2, red=2))
   some = found.select(np.array([3, 0]))
   assert list(some.labels) == [1, 0]
   assert some.images[0][0, 0].tolist() == [255, 0, 0]
@@ -129,7 +132,7 @@ def test_select_keeps_images_and_labels_together(tree):
 
 
 def test_real_splits(shared_data):
-  found = datasets.train_and_test(shared_data / "cifar10_jpg")
+  found = registry.open_splits(shared_data / "cifar10_jpg")
   assert found.classes == 10
   assert list(np.bincount(found.train.labels)) == [100] * 10
   assert list(np.bincount(found.test.labels)) == [50] * 10
@@ -139,7 +142,7 @@ def test_real_splits(shared_data):
 def test_captions_have_no_classes(shared_data):
   path = shared_data / "coco" / "annotations" / "captions_val2017.json"
   with pytest.raises(NotApplicable, match="captions and no classes"):
-    datasets.labelled(path)
+    registry.open_classification(path)
 
 
 @pytest.mark.parametrize(
@@ -158,17 +161,17 @@ def test_folders_of_another_kind_are_no_classes(
 ):
   write_image(tmp_path / images, "red")
   write_image(tmp_path / "others" / "1.png", "red")
-  for opener in (datasets.labelled, datasets.train_and_test):
+  for opener in (registry.open_classification, registry.open_splits):
     with pytest.raises(NotApplicable, match=f"laid out as.*{kind}"):
       opener(tmp_path)
 
 
 def test_frames_with_poses_are_no_class(tmp_path, write_image):
   write_image(tmp_path / "seq-01" / "frame-000000.color.png", "red")
-  assert datasets.labelled(tmp_path).classes == ("seq-01",)
+  assert registry.open_classification(tmp_path).classes == ("seq-01",)
   (tmp_path / "seq-01" / "frame-000000.pose.txt").write_text("")
   with pytest.raises(NotApplicable, match="RGB-D sequences"):
-    datasets.labelled(tmp_path)
+    registry.open_classification(tmp_path)
 
 
 def test_what_is_there_and_what_is_not(tmp_path):
@@ -180,9 +183,9 @@ def test_what_is_there_and_what_is_not(tmp_path):
   )
   other = tmp_path / "other.json"
   other.write_text("{}")
-  for opener in (datasets.labelled, datasets.captioned):
+  for opener in (registry.open_classification, registry.open_captions):
     for path in (tmp_path, tmp_path / "weights.onnx", boxes, other):
-      if opener is datasets.captioned and path == boxes:
+      if opener is registry.open_captions and path == boxes:
         continue
       with pytest.raises(NotApplicable):
         opener(path)
@@ -196,7 +199,7 @@ def test_boxes_are_no_captions(tmp_path):
   boxes = [{"image_id": 1, "bbox": [0, 0, 1, 1]}]
   path.write_text(json.dumps({"images": images, "annotations": boxes}))
   with pytest.raises(NotApplicable, match="no 'caption'"):
-    datasets.captioned(path)
+    registry.open_captions(path)
 
 
 _PROBES = {"knn", "few_shot", "linear_probe", "logistic", "mae_probe"}

@@ -9,8 +9,7 @@ import pytest
 import scipy.io
 
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.datasets import depth as depth_data
-from mtv_jax.evals.datasets import depth_sets, kitti, nyu
+from mtv_jax.evals.datasets import kitti, nyu, registry
 
 
 def write(path, values):
@@ -22,8 +21,8 @@ def picture(level, size=(6, 8)):
   return np.full((*size, 3), level, np.uint8)
 
 
-def open_set(root, split="test", **kwargs):
-  return depth_sets.open_set(str(root), split=split, size=32, **kwargs)
+def open_depth(root, split="test", **kwargs):
+  return registry.open_depth(str(root), split=split, size=32, **kwargs)
 
 
 @pytest.fixture
@@ -41,14 +40,14 @@ def bts(tmp_path):
 
 
 def test_nyu_lists(bts):
-  data = open_set(bts)
+  data = open_depth(bts)
   assert (data.kind, len(data.images), len(data.depths)) == ("nyu", 2, 2)
   assert data.images[1].tolist() == picture(10, (2, 2)).tolist()
   want = np.array([[1.0, 2.5], [0.0, 9.999]], np.float32)
   np.testing.assert_allclose(data.depths[0], want, rtol=1e-6)
   assert data.depths[0].dtype == np.float32
-  assert open_set(bts).digest == data.digest
-  assert open_set(bts, count=1).digest != data.digest
+  assert open_depth(bts).digest == data.digest
+  assert open_depth(bts, count=1).digest != data.digest
   with pytest.raises(IndexError, match="depth map 2 of 2"):
     _ = data.depths[2]
 
@@ -57,7 +56,7 @@ def test_nyu_lists_in_the_folders_of_bts(tmp_path):
   write(tmp_path / "sync/a/rgb.png", picture(1))
   write(tmp_path / "sync/a/d.png", np.full((6, 8), 500, np.uint16))
   (tmp_path / "nyu_train.txt").write_text("/a/rgb.png /a/d.png 518.8\n")
-  assert open_set(tmp_path, "train").depths[0][0, 0] == np.float32(0.5)
+  assert open_depth(tmp_path, "train").depths[0][0, 0] == np.float32(0.5)
 
 
 def test_nyu_of_marigold_has_both_depths(tmp_path):
@@ -65,8 +64,8 @@ def test_nyu_of_marigold_has_both_depths(tmp_path):
   write(folder / "rgb_0001.png", picture(3))
   write(folder / "depth_0001.png", np.full((6, 8), 0, np.uint16))
   write(folder / "filled_0001.png", np.full((6, 8), 1500, np.uint16))
-  assert open_set(tmp_path).depths[0].max() == 0
-  filled = open_set(tmp_path, truth="filled")
+  assert open_depth(tmp_path).depths[0].max() == 0
+  filled = open_depth(tmp_path, truth="filled")
   assert filled.depths[0].min() == np.float32(1.5)
   assert "filled" in filled.source
 
@@ -75,13 +74,13 @@ def test_nyu_by_id(tmp_path):
   write(tmp_path / "nyu_images/7.jpg", picture(3))
   write(tmp_path / "nyu_depths/7.png", np.full((6, 8), 51, np.uint8))
   (tmp_path / "test.txt").write_text("7 kitchen_0004\n")
-  data = open_set(tmp_path)
+  data = open_depth(tmp_path)
   assert data.depths[0][0, 0] == np.float32(2.0)
   assert "25.5" in data.source
   with pytest.raises(ValueError, match="has filled depth only"):
-    open_set(tmp_path, truth="raw")
+    open_depth(tmp_path, truth="raw")
   with pytest.raises(FileNotFoundError, match=r"missing  train\.txt"):
-    open_set(tmp_path, "train")
+    open_depth(tmp_path, "train")
 
 
 class FakeHDF5(dict):
@@ -108,7 +107,7 @@ def test_nyu_mat(tmp_path, monkeypatch):
     tmp_path / "splits.mat",
     {"trainNdxs": [[1]], "testNdxs": [[2], [3]]},
   )
-  data, file = open_set(path), FakeHDF5(path, "r")
+  data, file = open_depth(path), FakeHDF5(path, "r")
   assert len(data.images) == 2
   # MATLAB counts from one, and puts rows first.
   assert data.images[0].shape == (6, 8, 3)
@@ -116,10 +115,10 @@ def test_nyu_mat(tmp_path, monkeypatch):
     data.images[0][4, 5], file["images"][1, :, 5, 4]
   )
   assert data.depths[1][4, 5] == file["rawDepths"][2, 5, 4]
-  filled = open_set(tmp_path, truth="filled")
+  filled = open_depth(tmp_path, truth="filled")
   assert filled.depths[1][4, 5] == file["depths"][2, 5, 4]
   assert filled.digest != data.digest
-  assert len(open_set(tmp_path, "train").images) == 1
+  assert len(open_depth(tmp_path, "train").images) == 1
 
 
 def test_nyu_mat_without_h5py(tmp_path, monkeypatch):
@@ -128,7 +127,7 @@ def test_nyu_mat_without_h5py(tmp_path, monkeypatch):
   (tmp_path / "nyu_depth_v2_labeled.mat").write_bytes(b"")
   (tmp_path / "test.txt").write_text("1 a\n")
   with pytest.raises(ImportError, match="pip install h5py"):
-    open_set(tmp_path)
+    open_depth(tmp_path)
 
 
 def test_nyu_tfds(monkeypatch):
@@ -144,7 +143,7 @@ def test_nyu_tfds(monkeypatch):
   module.data_source = lambda name, **k: asked.append((name, k)) or rows
   monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
   config = {"type": "tfds", "name": "nyu_depth_v2"}
-  data = depth_sets.open_set(config, split="test", size=32, count=1)
+  data = registry.open_depth(config, split="test", size=32, count=1)
   assert asked == [("nyu_depth_v2", {"split": "validation", "data_dir": None})]
   assert data.depths[0][0, 0] == 2.5
   assert data.depths[0].dtype == np.float32
@@ -173,22 +172,22 @@ def eigen(tmp_path):
 
 
 def test_kitti_list(eigen):
-  data = open_set(eigen)
+  data = open_depth(eigen)
   assert (data.kind, len(data.images)) == ("kitti", 2)
   assert data.images[1].shape == (6, 8, 3)
   assert data.depths[0][2, 3] == np.float32(12.25)
   assert (data.depths[0] > 0).sum() == 1
-  val = open_set(eigen, subset="val")
+  val = open_depth(eigen, subset="val")
   assert len(val.images) == 1
   assert val.digest != data.digest
   with pytest.raises(ValueError, match="subset='vall'"):
-    open_set(eigen, subset="vall")
+    open_depth(eigen, subset="vall")
 
 
 def test_kitti_without_its_depth(eigen):
   (eigen / "data_depth_annotated" / "val").rename(eigen / "elsewhere")
   with pytest.raises(FileNotFoundError, match="1 of 2 depth maps are missing"):
-    open_set(eigen)
+    open_depth(eigen)
 
 
 CALIBRATION = """P2: 10 0 4 2 0 10 3 0 0 0 1 0.5
@@ -219,7 +218,7 @@ def test_kitti_sweep_by_hand(tmp_path):
     ]
   )
   write_frame(tmp_path, points)
-  depth = open_set(tmp_path).depths[0]
+  depth = open_depth(tmp_path).depths[0]
   want = np.zeros((6, 8), np.float32)
   want[3, 4], want[3, 0] = 5, 10
   np.testing.assert_allclose(depth, want, rtol=1e-6)
@@ -230,7 +229,7 @@ def test_nearest_point_wins_whatever_the_order():
   eye = np.eye(3, 4)
   calibration = {"P2": eye, "R0_rect": np.eye(3), "Tr_velo_to_cam": eye}
   points = rng.uniform((-1, -1, 1), (5, 5, 4), (500, 3)).astype(np.float32)
-  got = kitti.project(points, calibration, size=(3, 4))
+  got = kitti.project_points(points, calibration, size=(3, 4))
   want = np.zeros((3, 4))
   for x, y, z in points.astype(np.float64):
     u, v = round(x / z), round(y / z)
@@ -245,44 +244,44 @@ def test_kitti_frames_without_calibration(tmp_path):
   path = tmp_path / "training" / "calib" / "000000.txt"
   path.write_text(CALIBRATION.replace("R0_rect", "R_rect"))
   with pytest.raises(ValueError, match="lacks .*R0_rect.*it has .*R_rect"):
-    _ = open_set(tmp_path).depths[0]
+    _ = open_depth(tmp_path).depths[0]
   with pytest.raises(ValueError, match="no train split"):
-    open_set(tmp_path, "train")
+    open_depth(tmp_path, "train")
   path.unlink()
   with pytest.raises(FileNotFoundError, match=r"missing  training/calib"):
-    open_set(tmp_path)
+    open_depth(tmp_path)
 
 
 def test_missing_files_are_named(bts):
   (bts / "kitchen" / "sync_depth_1.png").unlink()
   with pytest.raises(FileNotFoundError, match="1 of 4 files .*sync_depth_1"):
-    open_set(bts)
+    open_depth(bts)
 
 
 def test_colour_is_no_depth(bts):
   write(bts / "kitchen" / "sync_depth_0.png", picture(3))
-  with pytest.raises(ValueError, match=r"has shape \(6, 8, 3\)"):
-    _ = open_set(bts).depths[0]
+  with pytest.raises(ValueError, match=r"got uint8 \(6, 8, 3\)"):
+    _ = open_depth(bts).depths[0]
 
 
 def test_nothing_of_the_kind(tmp_path):
   (tmp_path / "notes").mkdir()
   with pytest.raises(NotApplicable, match="the folder holds notes/"):
-    open_set(tmp_path)
+    open_depth(tmp_path)
   (tmp_path / "captions.json").write_text("{}")
   with pytest.raises(NotApplicable, match="a file of another kind"):
-    open_set(tmp_path / "captions.json")
+    open_depth(tmp_path / "captions.json")
   with pytest.raises(FileNotFoundError, match="nothing there"):
-    open_set(tmp_path / "lost")
+    open_depth(tmp_path / "lost")
   with pytest.raises(NotApplicable, match="nyu_depth_v2 give metric depth"):
-    depth_sets.open_set({"type": "webdataset"}, split="test", size=32)
+    registry.open_depth({"type": "webdataset"}, split="test", size=32)
 
 
 def test_scenes_are_exact_and_held_out():
   from mtv_jax.data.scenes import scenes
 
   test, train = (
-    open_set("scenes", s, count=2) for s in depth_data.SPLITS[::-1]
+    open_depth("scenes", s, count=2) for s in registry.SPLITS[::-1]
   )
   scene = scenes.render(1_000_001, size=32)
   np.testing.assert_array_equal(test.depths[1], scene.depth)
@@ -291,7 +290,7 @@ def test_scenes_are_exact_and_held_out():
     train.images[0], scenes.render(2_000_000, size=32).image
   )
   assert test.digest != train.digest
-  assert max(d.max() for d in test.depths) < depth_data.SCENES_MAX_DEPTH
+  assert max(d.max() for d in test.depths) < registry.scenes.MAX_DEPTH
 
 
 def test_scenes_as_a_source():
@@ -299,19 +298,19 @@ def test_scenes_as_a_source():
 
   options = {"type": "scenes", "seed": 3, "length": 2}
   for split, first in (("train", 2_000_000), ("test", 1_000_000)):
-    data = depth_sets.open_set(options, split=split, size=32)
+    data = registry.open_depth(options, split=split, size=32)
     scene = scenes.render(first + 1, size=32, seed=3)
     assert (data.kind, len(data.depths)) == ("scenes", 2)
     np.testing.assert_array_equal(data.depths[1], scene.depth)
-  data = depth_sets.open_set({**options, "size": 48}, split="test", size=32)
+  data = registry.open_depth({**options, "size": 48}, split="test", size=32)
   assert data.images[0].shape == (48, 48, 3)
-  other = depth_sets.open_set({"type": "scenes"}, split="test", size=32)
-  plain = open_set("scenes")
+  other = registry.open_depth({"type": "scenes"}, split="test", size=32)
+  plain = open_depth("scenes")
   assert other.digest == plain.digest != data.digest
 
 
 def test_real_nyu(shared_data):
-  train, test = (open_set(shared_data / "nyuv2", s) for s in depth_data.SPLITS)
+  train, test = (open_depth(shared_data / "nyuv2", s) for s in registry.SPLITS)
   assert len(train.images) == len(test.images) == 100
   assert test.images[0].shape == (480, 640, 3)
   depth = np.stack([test.depths[i] for i in range(0, 100, 25)])
@@ -321,7 +320,7 @@ def test_real_nyu(shared_data):
 
 def test_real_kitti_lidar_agrees_with_the_boxes(shared_data):
   root = shared_data / "kitti_object"
-  data = open_set(root)
+  data = open_depth(root)
   assert len(data.images) == 2
   compared = 0
   for i, name in enumerate(("000001", "000002")):

@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 
 from mtv_jax.encoder import baselines
+from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.correspondence import geometric
 from mtv_jax.evals.datasets import navi, posed, rgbd
 
@@ -66,7 +67,7 @@ def root(tmp_path):
 
 
 def test_photos_of_all_objects(root):
-  frames = navi.open_navi(root, subset="wild_set")
+  frames = navi.open_posed(root, subset="wild_set")
   # Both spellings count; an object without a capture is left out.
   assert frames.names == tuple(
     f"{name}/wild_set/images/{i:03d}.jpg"
@@ -76,13 +77,13 @@ def test_photos_of_all_objects(root):
   assert frames.groups == ((0, 1, 2), (3, 4, 5))
   assert frames.about["objects_left_out"] == ["c_wild"]
   assert frames.stored == 1024
-  captures = navi.open_navi(root, subset="multiview")
+  captures = navi.open_posed(root, subset="multiview")
   assert captures.groups == ((0, 1, 2), (3, 4, 5), (6, 7, 8))
   assert captures.names[3] == "a_toy/multiview_01_canon/images/000.jpg"
 
 
 def test_a_photo_with_its_depth_and_pose(root):
-  frames = navi.open_navi(root, subset="wild_set")
+  frames = navi.open_posed(root, subset="wild_set")
   frame = frames.read(5, 0)
   assert frame.image.shape == (6, 8, 3)
   assert frame.image[0].min() > 250
@@ -138,21 +139,21 @@ def test_half_unpacked_objects_are_explained(root):
   lost = root / "a_toy" / "wild_set" / "depth" / "001.png"
   lost.unlink()
   with pytest.raises(FileNotFoundError, match="1 of 6.*a_toy.*001.png"):
-    navi.open_navi(root, subset="wild_set")
+    navi.open_posed(root, subset="wild_set")
   (root / "a_toy" / "wild_set" / "annotations.json").write_text("[]")
   with pytest.raises(ValueError, match="a_toy.*no usable view"):
-    navi.open_navi(root, subset="wild_set")
+    navi.open_posed(root, subset="wild_set")
   (root / "a_toy" / "wild_set" / "annotations.json").write_text('[{"q": 1}]')
   with pytest.raises(ValueError, match="expected a list of .filename"):
-    navi.open_navi(root, subset="wild_set")
+    navi.open_posed(root, subset="wild_set")
   (root / "a_toy" / "wild_set" / "annotations.json").unlink()
   with pytest.raises(FileNotFoundError, match="a_toy.*has no annotations"):
-    navi.open_navi(root, subset="wild_set")
+    navi.open_posed(root, subset="wild_set")
 
 
 def test_an_object_with_one_photo_is_named(tmp_path):
   write_object(tmp_path, "cup", folders=["wild_set"], count=1)
-  frames = navi.open_navi(tmp_path, subset="wild_set")
+  frames = navi.open_posed(tmp_path, subset="wild_set")
   with pytest.raises(ValueError, match="cup/wild_set.*1 frame"):
     posed.draw_pairs(frames, seed=8)
 
@@ -160,8 +161,8 @@ def test_an_object_with_one_photo_is_named(tmp_path):
 def test_wrong_depth_is_refused(root):
   path = root / "b_cup" / "wild_set" / "depth" / "000.png"
   cv2.imwrite(str(path), DEPTH.astype(np.uint8))
-  frames = navi.open_navi(root, subset="wild_set")
-  with pytest.raises(ValueError, match="000.png: expected a 16-bit grey"):
+  frames = navi.open_posed(root, subset="wild_set")
+  with pytest.raises(ValueError, match="000.png: expected a grey PNG.*uint16"):
     frames.read(3, 0)
   cv2.imwrite(str(path), DEPTH.T)
   with pytest.raises(ValueError, match="6x8 .*its depth 8x6"):
@@ -203,7 +204,7 @@ def sequences(tmp_path):
 
 
 def test_sequences(sequences):
-  frames = rgbd.open_rgbd(sequences)
+  frames = rgbd.open_posed(sequences)
   assert frames.groups == ((0, 1, 2), (3, 4))
   assert frames.names[1] == "fire/seq-01/frame-000001.color.png"
   assert frames.names[4] == "office/seq-02/frame-000001.color.jpg"
@@ -224,12 +225,12 @@ def test_partners_must_overlap(sequences):
   np.savetxt(
     sequences / "camera-intrinsics.txt", [[60, 0, 32], [0, 60, 24], [0, 0, 1]]
   )
-  frames = rgbd.open_rgbd(sequences)
+  frames = rgbd.open_posed(sequences)
   assert frames.overlaps(0, 1)
   depth = np.full((48, 64), 2000, np.uint16)
   write_frame(sequences / "fire" / "seq-01", 3, angle=50, depth=depth)
   write_frame(sequences / "fire" / "seq-01", 4, angle=180, depth=depth)
-  frames = rgbd.open_rgbd(sequences)
+  frames = rgbd.open_posed(sequences)
   assert not frames.overlaps(0, 3)
   assert not frames.overlaps(0, 4)
   assert frames.overlaps(2, 3)
@@ -238,25 +239,25 @@ def test_partners_must_overlap(sequences):
 def test_lost_frames(sequences):
   folder = sequences / "fire" / "seq-01"
   (folder / "frame-000001.pose.txt").write_text("-inf " * 16)
-  frames = rgbd.open_rgbd(sequences)
+  frames = rgbd.open_posed(sequences)
   assert frames.about["frames_without_pose"] == 1
   assert len(frames.names) == 4
   (folder / "frame-000002.depth.png").unlink()
   with pytest.raises(FileNotFoundError, match="frame-000002.pose.txt has no"):
-    rgbd.open_rgbd(sequences)
+    rgbd.open_posed(sequences)
   (folder / "frame-000002.pose.txt").write_text("1 2 3")
   with pytest.raises(ValueError, match="3 numbers; expected 4 rows of 4"):
-    rgbd.open_rgbd(sequences)
+    rgbd.open_posed(sequences)
 
 
 def test_what_is_no_data_is_said(root, sequences, tmp_path):
-  with pytest.raises(FileNotFoundError, match="no such folder"):
+  with pytest.raises(FileNotFoundError, match="nothing there"):
     geometric.GeometricCorrespondence(data=str(root / "nowhere")).prepare()
   empty = tmp_path / "photos"
   empty.mkdir()
-  with pytest.raises(geometric.NotApplicable, match="no posed views"):
+  with pytest.raises(NotApplicable, match="Geometric correspondence reads"):
     geometric.GeometricCorrespondence(data=str(empty)).prepare()
-  with pytest.raises(geometric.NotApplicable, match="no depth and pose"):
+  with pytest.raises(NotApplicable, match="reads posed views"):
     geometric.GeometricCorrespondence(data={"type": "tfds"}).prepare()
   with pytest.raises(ValueError, match="Did you mean 'wild_set'"):
     geometric.GeometricCorrespondence(subset="wildset")

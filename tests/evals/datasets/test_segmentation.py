@@ -6,8 +6,8 @@ import pytest
 
 from mtv_jax.data.scenes import scenes
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.datasets import ade20k
-from mtv_jax.evals.datasets.segmentation import NYU_CLASSES, segmented, things
+from mtv_jax.evals.datasets import ade20k, nyu, registry
+from mtv_jax.evals.datasets.scenes import ignore_stuff
 
 
 def write_pair(image, labels, values, *, mode="L"):
@@ -43,8 +43,8 @@ def ade(tmp_path):
 
 
 def test_ade20k(ade):
-  train = segmented(str(ade), split="train")
-  test = segmented(str(ade.parent), split="test")
+  train = registry.open_segmentation(str(ade), split="train")
+  test = registry.open_segmentation(str(ade.parent), split="test")
   assert len(train.images) == len(train.maps) == 3
   assert len(test.images) == 2
   assert test.images[1].shape == (2, 3, 3)
@@ -53,7 +53,10 @@ def test_ade20k(ade):
   assert train.class_count == len(train.classes) == 150
   assert train.classes[:2] == ("thing 1", "thing 2")
   assert train.digest != test.digest
-  assert segmented(ade, split="train", count=2).digest != train.digest
+  assert (
+    registry.open_segmentation(ade, split="train", count=2).digest
+    != train.digest
+  )
   with pytest.raises(IndexError):
     _ = train.maps[3]
 
@@ -62,7 +65,7 @@ def test_lists_are_followed(ade):
   (ade / "ADE20K_object150_train.txt").write_text(
     "training/ADE_train_00000003.jpg\ntraining/ADE_train_00000001.jpg\n"
   )
-  train = segmented(ade, split="train")
+  train = registry.open_segmentation(ade, split="train")
   assert len(train.images) == 2
   assert train.maps[0][1, 0] == 2
   assert train.maps[1][1, 0] == 0
@@ -75,9 +78,9 @@ def test_names_with_semicolons_or_none(ade):
   assert ade20k.class_names(ade)[149] == "thing 150"
   path.write_text("Idx\n1\tx\n")
   with pytest.raises(ValueError, match="lists 1 classes"):
-    segmented(ade, split="test")
+    registry.open_segmentation(ade, split="test")
   path.unlink()
-  assert segmented(ade, split="test").classes is None
+  assert registry.open_segmentation(ade, split="test").classes is None
 
 
 def test_palettes_are_numbers_and_colours_are_refused(ade):
@@ -96,13 +99,13 @@ def test_palettes_are_numbers_and_colours_are_refused(ade):
 def test_half_unpacked(ade):
   (ade / "annotations" / "training" / "ADE_train_00000002.png").unlink()
   with pytest.raises(FileNotFoundError, match="1 of 6 files.*00000002.png"):
-    segmented(ade, split="train")
+    registry.open_segmentation(ade, split="train")
   for path in (ade / "images" / "validation").iterdir():
     path.unlink()
   with pytest.raises(FileNotFoundError, match="missing  images/validation"):
-    segmented(ade, split="test")
+    registry.open_segmentation(ade, split="test")
   with pytest.raises(FileNotFoundError, match="nothing there"):
-    segmented(str(ade / "absent"), split="test")
+    registry.open_segmentation(str(ade / "absent"), split="test")
 
 
 def test_parts_of_the_release_are_named(ade):
@@ -110,12 +113,12 @@ def test_parts_of_the_release_are_named(ade):
   (ade / "images").rename(ade.parent / "elsewhere")
   for data in (ade, ade.parent):
     with pytest.raises(FileNotFoundError, match="missing  images/training"):
-      segmented(data, split="train")
+      registry.open_segmentation(data, split="train")
   renamed = ade.rename(ade.parent / "ade")
   with pytest.raises(NotApplicable, match="the folder holds annotations/"):
-    segmented(renamed, split="train")
+    registry.open_segmentation(renamed, split="train")
   (ade.parent / "elsewhere").rename(renamed / "images")
-  assert len(segmented(renamed, split="train").images) == 3
+  assert len(registry.open_segmentation(renamed, split="train").images) == 3
 
 
 @pytest.mark.parametrize("images", ["val2017", "images"])
@@ -127,12 +130,12 @@ def test_other_data_are_not_applicable(tmp_path, images):
   file = tmp_path / "captions.json"
   file.write_text("{}")
   with pytest.raises(NotApplicable, match="the folder holds annotations/"):
-    segmented(tmp_path, split="test")
+    registry.open_segmentation(tmp_path, split="test")
   for data in (file, "shards/{00..09}.tar"):
     with pytest.raises(NotApplicable, match=r"another kind.*nyu_labels40"):
-      segmented(data, split="test")
+      registry.open_segmentation(data, split="test")
   with pytest.raises(NotApplicable, match="reads classes of pixels"):
-    segmented({"type": "tfds", "name": "coco"}, split="test")
+    registry.open_segmentation({"type": "tfds", "name": "coco"}, split="test")
 
 
 def test_nyu40(tmp_path):
@@ -144,20 +147,22 @@ def test_nyu40(tmp_path):
     )
   (tmp_path / "train.txt").write_text("30 office_0001\n9 kitchen_0002\n")
   (tmp_path / "test.txt").write_text("7 office_0003\n")
-  train = segmented(tmp_path, split="train")
+  train = registry.open_segmentation(tmp_path, split="train")
   assert len(train.images) == 2
   # "otherprop" is ignored, so 39 classes are left.
   np.testing.assert_array_equal(train.maps[0], [[0, 38, 255], [30, 255, 1]])
-  assert train.class_count == len(set(NYU_CLASSES)) == 39
-  assert len(segmented(tmp_path, split="test").images) == 1
+  assert train.class_count == len(set(nyu.CLASSES)) == 39
+  assert len(registry.open_segmentation(tmp_path, split="test").images) == 1
   (tmp_path / "test.txt").write_text("8 office_0003\n")
   with pytest.raises(FileNotFoundError, match="8.jpg"):
-    segmented(tmp_path, split="test")
+    registry.open_segmentation(tmp_path, split="test")
 
 
 def test_scenes_of_the_two_splits_are_apart():
-  train = segmented("scenes", split="train", count=2)
-  test = segmented({"type": "scenes", "size": 48}, split="test", count=2)
+  train = registry.open_segmentation("scenes", split="train", count=2)
+  test = registry.open_segmentation(
+    {"type": "scenes", "size": 48}, split="test", count=2
+  )
   expected = scenes.render(1_000_001, size=48)
   np.testing.assert_array_equal(test.images[1], expected.image)
   np.testing.assert_array_equal(test.maps[1], expected.segmentation)
@@ -167,22 +172,24 @@ def test_scenes_of_the_two_splits_are_apart():
   )
   assert test.classes == scenes.SEGMENT_NAMES
   options = {"type": "scenes", "size": 48, "length": 3, "first": 1_000_100}
-  train, test = (segmented(options, split=s) for s in ("train", "test"))
+  train, test = (
+    registry.open_segmentation(options, split=s) for s in ("train", "test")
+  )
   assert len(train.images) == len(test.images) == 3
   for data, number in ((train, 3_000_101), (test, 1_000_101)):
     expected = scenes.render(number, size=48)
     np.testing.assert_array_equal(data.images[1], expected.image)
-  some = segmented(options, split="test", count=1)
+  some = registry.open_segmentation(options, split="test", count=1)
   np.testing.assert_array_equal(some.images[0], test.images[1])
   with pytest.raises(ValueError, match="Did you mean 'seed'"):
-    segmented({"type": "scenes", "sead": 0}, split="test")
+    registry.open_segmentation({"type": "scenes", "sead": 0}, split="test")
   with pytest.raises(ValueError, match="split='val'"):
-    segmented("scenes", split="val")
+    registry.open_segmentation("scenes", split="val")
 
 
 def test_things_of_scenes():
-  data = segmented("scenes", split="test", count=1)
-  found = things(data)
+  data = registry.open_segmentation("scenes", split="test", count=1)
+  found = ignore_stuff(data)
   assert found.classes == scenes.CLASS_NAMES
   labels, kept = data.maps[0], found.maps[0]
   np.testing.assert_array_equal(kept == 255, labels < 2)
@@ -192,7 +199,7 @@ def test_things_of_scenes():
 
 
 def test_real_ade20k(shared_data):
-  data = segmented(
+  data = registry.open_segmentation(
     shared_data / "ade20k" / "ADEChallengeData2016", split="test"
   )
   assert len(data.images) == 3
@@ -207,7 +214,7 @@ def test_real_ade20k(shared_data):
 def test_real_nyu40(shared_data):
   seen = np.zeros(256, int)
   for split in ("train", "test"):
-    data = segmented(shared_data / "nyuv2", split=split)
+    data = registry.open_segmentation(shared_data / "nyuv2", split=split)
     assert len(data.images) == 100
     for i in (0, 57):
       assert data.images[i].shape[:2] == data.maps[i].shape == (480, 640)

@@ -13,7 +13,7 @@ from mtv_jax.encoder.encoder import Encoder, ImageFeatures
 from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core import probe, resizing
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.core.examples import Images
 from mtv_jax.evals.depth import (
   augment as depth_augment,
 )
@@ -338,7 +338,7 @@ def test_published_values_for_real_data(tmp_path):
     "nyu_eigen",
   )
   assert (setup.layers, setup.max_depth, setup.warm_steps) == ((11,), 10, 100)
-  many = dataclasses.replace(train, images=datasets.Images(len, 795))
+  many = dataclasses.replace(train, images=Images(len, 795))
   dpt = DepthProbe(protocol="dpt")._resolve(Tokens(), many)
   assert (dpt.steps, dpt.batch_size, dpt.lr) == (990, 8, 5e-4)
   assert (dpt.crop, dpt.tta, dpt.dpt_features) == ("none", "none", 512)

@@ -8,8 +8,8 @@ import pytest
 
 from mtv_jax.encoder.encoder import Boxes, Encoder, Regions, normalize
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.core.examples import Images
-from mtv_jax.evals.datasets import named_boxes
+from mtv_jax.evals.core.examples import BoxSet, Images
+from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.grounding import grounding, region_features
 from mtv_jax.evals.grounding.grounding import Grounding
 
@@ -110,8 +110,8 @@ def coco(tmp_path):
 
 
 def test_coco_layout(coco):
-  data = named_boxes.read(coco)
-  again = named_boxes.read(coco / "annotations" / "instances_val2017.json")
+  data = registry.open_boxes(coco)
+  again = registry.open_boxes(coco / "annotations" / "instances_val2017.json")
   assert data.digest == again.digest
   assert len(data.images) == 2
   assert data.classes == ("blue", "green", "red")
@@ -121,15 +121,15 @@ def test_coco_layout(coco):
     data.boxes[0], [[0, 0, 0.5, 0.25], [0.2, 0.5, 0.8, 0.9]], atol=1e-6
   )
   assert data.left_out == {"crowds": 1, "thinner than a pixel": 1}
-  one = named_boxes.read(coco, count=1)
+  one = registry.open_boxes(coco, count=1)
   assert len(one.images) == 1
   assert one.digest != data.digest
 
 
 def test_scenes_as_a_source_are_held_out_too():
-  read = named_boxes.read({"type": "scenes", "length": 3})
-  assert read.digest == named_boxes.read("scenes", count=3).digest
-  other = named_boxes.read({"type": "scenes", "length": 3, "first": 5})
+  read = registry.open_boxes({"type": "scenes", "length": 3})
+  assert read.digest == registry.open_boxes("scenes", count=3).digest
+  other = registry.open_boxes({"type": "scenes", "length": 3, "first": 5})
   assert other.digest != read.digest
 
 
@@ -187,7 +187,7 @@ def test_retrieval_equals_loops(monkeypatch):
   rng = np.random.default_rng(6)
   phrases = [tuple(rng.choice(PHRASES, 4)) for _ in range(9)]
   boxes = rng.uniform(0, 0.4, (9, 4, 4)).astype(np.float32)
-  data = named_boxes.NamedBoxes(
+  data = BoxSet(
     name="drawn",
     images=Images(lambda i: np.zeros((8, 8, 3), np.uint8), 9),
     boxes=tuple(boxes),
@@ -197,7 +197,7 @@ def test_retrieval_equals_loops(monkeypatch):
     digest="0",
     left_out={},
   )
-  monkeypatch.setattr(named_boxes, "read", lambda *args, **kwargs: data)
+  monkeypatch.setattr(registry, "open_boxes", lambda *args, **kwargs: data)
   result = Grounding().run(Guesser())
   assert not [name for name in result.metrics if name.startswith("box")]
 
@@ -245,7 +245,7 @@ def test_ious_are_shares_of_cells():
 
 
 def test_the_floor_is_the_best_fixed_box(coco):
-  data = named_boxes.read(coco)
+  data = registry.open_boxes(coco)
   asked = [tuple(dict.fromkeys(own)) for own in data.phrases]
   answers = grounding.fixed_answers(data)
   floor = grounding.fixed_overlaps(answers, asked, data)
@@ -263,14 +263,14 @@ def test_the_floor_is_the_best_fixed_box(coco):
 
 
 def test_mistakes_are_explained(coco, tmp_path):
-  with pytest.raises(FileNotFoundError, match="nothing there. Expected 'scen"):
-    named_boxes.read(str(tmp_path / "none"))
-  with pytest.raises(NotApplicable, match="no named boxes"):
-    named_boxes.read(str(coco / "val2017"))
+  with pytest.raises(FileNotFoundError, match="nothing there. Grounding reads"):
+    registry.open_boxes(str(tmp_path / "none"))
+  with pytest.raises(NotApplicable, match="Grounding reads"):
+    registry.open_boxes(str(coco / "val2017"))
   captions = tmp_path / "captions_val2017.json"
   captions.write_text('{"images": [], "annotations": [{"caption": "a"}]}')
   with pytest.raises(NotApplicable, match="instances_"):
-    named_boxes.read(str(captions))
+    registry.open_boxes(str(captions))
   with pytest.raises(ValueError, match="regions is 'boxes'"):
     Grounding(regions="boxes")
   names = tmp_path / "names.json"
@@ -282,28 +282,28 @@ def test_mistakes_are_explained(coco, tmp_path):
   content["annotations"][0]["image_id"] = 999
   file.write_text(json.dumps(content))
   with pytest.raises(ValueError, match="1 annotated image ids .* such as 999"):
-    named_boxes.read(str(coco))
+    registry.open_boxes(str(coco))
 
 
 def test_images_that_are_not_the_annotated_ones(coco):
   other = coco / "val2017" / "2.png"
   PIL.Image.new("RGB", (40, 40)).save(other)
-  data = named_boxes.read(coco)
+  data = registry.open_boxes(coco)
   with pytest.raises(ValueError, match="2.png is 40x40 .* for 20x40"):
     data.images[1]
   other.unlink()
-  with pytest.raises(FileNotFoundError, match="1 of 2 images are missing"):
-    named_boxes.read(coco)
+  with pytest.raises(FileNotFoundError, match="1 of 2 files are missing"):
+    registry.open_boxes(coco)
   (coco / "val2017" / "0.png").unlink()
-  with pytest.raises(FileNotFoundError, match="say where with images="):
-    named_boxes.read(coco)
+  with pytest.raises(FileNotFoundError, match="set images="):
+    registry.open_boxes(coco)
   (coco / "annotations" / "instances_val2017.json").unlink()
   with pytest.raises(FileNotFoundError, match="missing  annotations/inst"):
-    named_boxes.read(coco)
+    registry.open_boxes(coco)
 
 
 def test_real_coco(shared_data):
-  data = named_boxes.read(shared_data / "coco")
+  data = registry.open_boxes(shared_data / "coco")
   assert len(data.images) == 104
   assert sum(map(len, data.boxes)) == 872
   assert data.left_out["crowds"] == 8

@@ -11,7 +11,7 @@ from mtv_jax.data.scenes import scenes
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.datasets import named_boxes
+from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.grounding import region_features
 from mtv_jax.evals.grounding.grounding import Grounding
 from mtv_jax.models import heads as heads_lib
@@ -182,7 +182,7 @@ def test_scenes_on_one_device_and_eight(with_heads):
   assert eight.protocol["images"] == 6
   # The boxes are those of scenes that no training run reaches.
   want = scenes.render(1_000_000)
-  data = named_boxes.read("scenes", count=6)
+  data = registry.open_boxes("scenes", count=6)
   np.testing.assert_array_equal(data.boxes[0], want.boxes)
   assert data.phrases[0] == want.phrases
   for phrase, label in zip(data.phrases[0], data.labels[0], strict=True):

@@ -10,7 +10,7 @@ from mtv_jax import load
 from mtv_jax.data.records import BadRecord
 from mtv_jax.evals.core import ranking
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.datasets import registry as datasets
+from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.retrieval import sheets
 from mtv_jax.evals.retrieval.retrieval import Retrieval, chance, recalls
 from mtv_jax.utils import plots
@@ -112,7 +112,7 @@ def coco(tmp_path, write_image):
 
 
 def test_coco_captions(coco, colours):
-  data = datasets.captioned(coco)
+  data = registry.open_captions(coco)
   # Images in the file's order; the one without a caption is left out.
   assert data.captions == ("red", "a red one", "Green.", "x", "blue")
   assert list(data.owner) == [0, 0, 1, 1, 2]
@@ -151,9 +151,9 @@ def test_an_encoder_without_text(coco):
 
 
 def test_max_captions_and_count(coco):
-  data = datasets.captioned(coco, max_captions=1)
+  data = registry.open_captions(coco, max_captions=1)
   assert data.captions == ("red", "Green.", "blue")
-  data = datasets.captioned(coco, count=1)
+  data = registry.open_captions(coco, count=1)
   assert data.captions == ("Green.", "x")
 
 
@@ -186,27 +186,27 @@ def test_karpathy_splits(tmp_path, write_image):
     )
   path = tmp_path / "dataset_coco.json"
   path.write_text(json.dumps({"images": rows}))
-  data = datasets.captioned(path)
+  data = registry.open_captions(path)
   assert data.captions == ("A red one.", "A blue one.")
-  train = datasets.captioned(path, split="train")
+  train = registry.open_captions(path, split="train")
   assert train.captions == ("A green one.",)
   assert train.split == "train"
   with pytest.raises(ValueError, match=r"no split 'val'.*\['test', 'train'\]"):
-    datasets.captioned(path, split="val")
+    registry.open_captions(path, split="val")
 
 
 def test_missing_and_broken_files_are_named(coco):
   image = coco.parent.parent / "val2017" / f"{9:012}.png"
-  data = datasets.captioned(coco)
+  data = registry.open_captions(coco)
   image.write_bytes(image.read_bytes()[:40])
   with pytest.raises(BadRecord, match="000000000009.png"):
     data.images[2]
   image.unlink()
-  with pytest.raises(FileNotFoundError, match="1 of 3 images.*000000000009"):
-    datasets.captioned(coco)
+  with pytest.raises(FileNotFoundError, match="1 of 3 files.*000000000009"):
+    registry.open_captions(coco)
   with pytest.raises(FileNotFoundError, match="images="):
     coco.rename(coco.parent / "captions_train2017.json")
-    datasets.captioned(coco.parent / "captions_train2017.json")
+    registry.open_captions(coco.parent / "captions_train2017.json")
 
 
 def test_tars(tmp_path, write_image, colours):
@@ -216,40 +216,42 @@ def test_tars(tmp_path, write_image, colours):
       (tmp_path / f"{i}.txt").write_text(f"a {colour} one")
       for suffix in ("png", "txt"):
         tar.add(tmp_path / f"{i}.{suffix}", f"{i:09}.{suffix}")
-  data = datasets.captioned(str(tmp_path / "*.tar"))
+  data = registry.open_captions(str(tmp_path / "*.tar"))
   assert data.captions == ("a red one", "a blue one")
   result = Retrieval(data=str(tmp_path / "*.tar")).run(colours)
   assert result.metrics["text_to_image_r1"] == 1.0
   assert "split" not in result.protocol
   with pytest.raises(ValueError, match="needs 'label'"):
-    datasets.labelled(str(tmp_path / "*.tar"))
+    registry.open_classification(str(tmp_path / "*.tar"))
 
 
 def test_what_has_no_captions_says_so(tmp_path, coco, write_image):
   write_image(tmp_path / "set" / "red" / "0.png", "red")
-  with pytest.raises(ValueError, match="a folder, which gives no captions"):
-    datasets.captioned(tmp_path / "set")
+  with pytest.raises(
+    ValueError, match="the folder holds red/. Retrieval reads"
+  ):
+    registry.open_captions(tmp_path / "set")
   with pytest.raises(ValueError, match="captions and no classes"):
-    datasets.labelled(coco)
+    registry.open_classification(coco)
   content = json.loads(coco.read_text())
   for row in content["annotations"]:
     row["category_id"] = row.pop("caption")
   coco.write_text(json.dumps(content))
   with pytest.raises(ValueError, match="no 'caption'"):
-    datasets.captioned(coco)
+    registry.open_captions(coco)
 
 
 def test_scenes(colours):
   result = Retrieval(count=6).run(colours)
   assert result.protocol["images"] == 6
   assert result.protocol["captions"] >= 6
-  held_out = datasets.captioned("scenes", count=2)
+  held_out = registry.open_captions("scenes", count=2)
   assert len(held_out.images) == 2
 
 
 def test_real_photos(shared_data):
   path = shared_data / "coco" / "annotations" / "captions_val2017.json"
-  data = datasets.captioned(path)
+  data = registry.open_captions(path)
   assert len(data.images) == 183
   assert len(data.captions) == 915
   assert data.images[5].dtype == np.uint8

@@ -14,9 +14,8 @@ from mtv_jax.encoder.encoder import Encoder, ImageFeatures
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core import probe, resizing
-from mtv_jax.evals.core.examples import Images
-from mtv_jax.evals.datasets import segmentation as segmentation_data
-from mtv_jax.evals.datasets.segmentation import Maps, Segmented
+from mtv_jax.evals.core.examples import Images, LabelMaps, SegmentationSet
+from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.segmentation import head, sliding, views
 from mtv_jax.evals.segmentation.segmentation import Segmentation
 from mtv_jax.parallel import sharding
@@ -63,11 +62,11 @@ def stripes(count, *, seed):
   images = [colours[labels] for labels in maps]
   for labels in maps:
     labels[:3] = 255
-  return Segmented(
+  return SegmentationSet(
     kind="ade20k",
     name="stripes",
     images=Images(lambda i: images[i], count),
-    maps=Maps(lambda i: maps[i], count),
+    maps=LabelMaps(lambda i: maps[i], count),
     classes=("red", "green", "blue"),
     class_count=3,
     digest=f"stripes{seed}",
@@ -79,7 +78,7 @@ def striped(monkeypatch):
   def segmented(data, *, split, count=None):
     return stripes(count or 8, seed=0 if split == "train" else 1)
 
-  monkeypatch.setattr(segmentation_data, "segmented", segmented)
+  monkeypatch.setattr(registry, "open_segmentation", segmented)
 
 
 def test_schedule_golden():

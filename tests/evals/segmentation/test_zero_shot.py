@@ -14,9 +14,8 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core import prompts
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.core.examples import Images
-from mtv_jax.evals.datasets import segmentation as segmentation_data
-from mtv_jax.evals.datasets.segmentation import Maps, Segmented
+from mtv_jax.evals.core.examples import Images, LabelMaps, SegmentationSet
+from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.segmentation import patch_text
 from mtv_jax.evals.segmentation.zero_shot import ZeroShotSegmentation
 from mtv_jax.models import layers, pooling
@@ -160,17 +159,17 @@ def colour_blocks(monkeypatch):
     for _ in range(4)
   ]
   colours = np.array(list(COLOURS.values()), np.uint8)
-  data = Segmented(
+  data = SegmentationSet(
     kind="ade20k",
     name="blocks",
     images=Images(lambda i: colours[maps[i]], 4),
-    maps=Maps(lambda i: maps[i], 4),
+    maps=LabelMaps(lambda i: maps[i], 4),
     classes=tuple(COLOURS),
     class_count=3,
     digest="blocks",
   )
   monkeypatch.setattr(
-    segmentation_data, "segmented", lambda data_, *, split, count: data
+    registry, "open_segmentation", lambda data_, *, split, count: data
   )
 
   def patches(encoder, images, *, last_block, batch_size):
@@ -246,7 +245,7 @@ def test_scenes_on_one_device_and_eight():
 def test_real_ade20k(shared_data, monkeypatch):
   """Classes known by the mean colour of their pixels are found by name."""
   root = shared_data / "ade20k" / "ADEChallengeData2016"
-  data = segmentation_data.segmented(root, split="test")
+  data = registry.open_segmentation(root, split="test")
   pixels = np.concatenate([image.reshape(-1, 3) for image in data.images])
   labels = np.concatenate([labels.ravel() for labels in data.maps])
 

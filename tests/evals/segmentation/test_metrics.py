@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtv_jax.evals.core.segmentation_metrics import chance, confusion, scores
+from mtv_jax.evals.segmentation.metrics import chance, confusion, scores
 
 TRUTH = np.array(
   [
@@ -22,7 +22,7 @@ PREDICTED = np.array(
 
 
 def random_maps(seed=0, classes=7):
-  """Maps with pixels to ignore, and classes that one or both lack."""
+  """LabelMaps with pixels to ignore, and classes that one or both lack."""
   rng = np.random.default_rng(seed)
   truth = rng.integers(0, classes - 2, (3, 20, 30))
   predicted = np.where(

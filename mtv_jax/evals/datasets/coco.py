@@ -1,0 +1,269 @@
+"""Readers of COCO's JSON: captions, Karpathy's splits, instances.
+
+captions_*.json      COCO's captions (Chen et al. 2015)
+dataset_*.json       Karpathy's splits of COCO or Flickr30k
+instances_*.json     COCO's boxes (Lin et al. 2014)
+FOLDER               COCO's folder, of which instances_val2017.json is read
+
+The folder of images is beside the JSON, or given.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.examples import (
+  BoxSet,
+  CaptionSet,
+  Digest,
+  Images,
+  open_images,
+  subsample,
+)
+from mtv_jax.evals.datasets.files import require_files, require_layout
+
+_INSTANCES = "annotations/instances_val2017.json"
+# Thinner than this, in pixels, a box shows nothing.
+_MIN_SIDE = 1.0
+
+Rows = Sequence[tuple[str, list[str]]]
+
+
+def matches(root: pathlib.Path) -> bool:
+  """Whether a folder has a folder of annotations."""
+  return (root / "annotations").is_dir()
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file.
+
+  Raises:
+    NotApplicable: for JSON that is no object.
+    ValueError: for a file that is not JSON.
+  """
+  try:
+    content = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from None
+  if not isinstance(content, dict):
+    raise NotApplicable(f"{path} holds a {type(content).__name__}, no object")
+  return content
+
+
+def open_captions(
+  path: pathlib.Path,
+  *,
+  images: str | os.PathLike | None = None,
+  split: str = "test",
+  count: int | None = None,
+  max_captions: int | None = None,
+) -> CaptionSet:
+  """Captioned images of COCO's or Karpathy's JSON.
+
+  Args:
+    path: the JSON.
+    images: the folder of images, where it is not beside the JSON.
+    split: of Karpathy's file.
+    count: how many images to use, evenly spaced; all by default.
+    max_captions: the first captions of an image to use; all by default.
+
+  Raises:
+    FileNotFoundError: for missing images.
+    NotApplicable: for JSON without captions.
+    ValueError: for captions that don't fit the images.
+  """
+  content = read_json(path)
+  first = (content.get("images") or [{}])[0]
+  if "sentences" in first:
+    rows = _karpathy_rows(path, content, split)
+    folders = [path.parent, path.parent / "images"]
+  elif "annotations" in content:
+    rows, split = _caption_rows(path, content), None
+    folders = _coco_folders(path, "captions_")
+  else:
+    raise NotApplicable(
+      f"{path} has keys {sorted(content)}; expected COCO's captions (images, "
+      "annotations) or Karpathy's splits (images with sentences)"
+    )
+  root = _image_root(images, folders, [name for name, _ in rows])
+  rows = subsample(rows, count)
+  paths = [root / name for name, _ in rows]
+  require_files(paths, path)
+  digest, captions = Digest(), []
+  for (name, texts), file in zip(rows, paths, strict=True):
+    captions.append(tuple(texts)[:max_captions])
+    digest.add(name, file.stat().st_size, *captions[-1])
+  return CaptionSet.from_lists(
+    str(path), open_images(paths), captions, digest, split=split
+  )
+
+
+def _caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:
+  """File name and captions of each image of a captions_*.json."""
+  names = {row["id"]: row["file_name"] for row in content["images"]}
+  captions = collections.defaultdict(list)
+  for row in content["annotations"]:
+    if "caption" not in row:
+      raise NotApplicable(
+        f"{path}: annotations have {sorted(row)} and no 'caption'. Use the "
+        "captions_*.json file, not the instances or key points."
+      )
+    captions[row["image_id"]].append(row["caption"])
+  _require_images(path, captions, names)
+  return [(names[i], captions[i]) for i in names if captions[i]]
+
+
+def _karpathy_rows(
+  path: pathlib.Path, content: Mapping[str, Any], split: str
+) -> Rows:
+  rows = []
+  for row in content["images"]:
+    if row["split"] == split:
+      name = pathlib.PurePosixPath(row.get("filepath", ""), row["filename"])
+      rows.append((str(name), [s["raw"] for s in row["sentences"]]))
+  if not rows:
+    splits = sorted({row["split"] for row in content["images"]})
+    raise ValueError(f"{path} has no split {split!r}; it has {splits}")
+  return rows
+
+
+def _require_images(
+  path: pathlib.Path, ids: Iterable[int], known: Iterable[int]
+) -> None:
+  unknown = {*ids} - {*known}
+  if unknown:
+    raise ValueError(
+      f"{path}: {len(unknown)} annotated image ids are not among its images, "
+      f"such as {min(unknown)}"
+    )
+
+
+def _coco_folders(path: pathlib.Path, prefix: str) -> list[pathlib.Path]:
+  """Candidates: instances_val2017.json is in annotations/ beside val2017/."""
+  stem = path.stem.removeprefix(prefix)
+  return [path.parent.parent / stem, path.parent / stem, path.parent]
+
+
+def _image_root(
+  given: str | os.PathLike | None,
+  folders: Sequence[pathlib.Path],
+  names: Sequence[str],
+) -> pathlib.Path:
+  """The given folder, or the first of `folders` that has one of the images."""
+  if given is not None:
+    return pathlib.Path(given)
+  for folder in folders:
+    if any((folder / name).is_file() for name in names):
+      return folder
+  raise FileNotFoundError(
+    f"the images ({names[0] if names else 'none listed'}, ...) are in none of "
+    f"{[str(p) for p in folders]}; set images= to their folder"
+  )
+
+
+def open_boxes(
+  path: pathlib.Path,
+  *,
+  images: str | os.PathLike | None = None,
+  count: int | None = None,
+) -> BoxSet:
+  """Images and boxes of COCO's instances.
+
+  Crowds and boxes thinner than a pixel are left out. An image without
+  annotations is unlabelled, not empty, and is left out too.
+
+  Args:
+    path: the JSON or COCO's folder.
+    images: the folder of images, where it is not beside the JSON.
+    count: how many images to use, evenly spaced; all by default.
+
+  Raises:
+    FileNotFoundError: for missing images.
+    NotApplicable: for JSON without boxes.
+    ValueError: for boxes that don't fit the images.
+  """
+  if path.is_dir():
+    require_layout(path, [_INSTANCES], what="COCO 2017 with its instances")
+    path = path / _INSTANCES
+  content = read_json(path)
+  first = (content.get("annotations") or [{}])[0]
+  if "bbox" not in first or "categories" not in content:
+    raise NotApplicable(
+      f"{path} has no named boxes; COCO's annotations/instances_*.json have"
+    )
+  infos = {row["id"]: row for row in content["images"]}
+  _require_images(path, (r["image_id"] for r in content["annotations"]), infos)
+  index = {row["id"]: i for i, row in enumerate(content["categories"])}
+  left_out = {"crowds": 0, "thinner than a pixel": 0}
+  annotated = collections.defaultdict(list)
+  for row in content["annotations"]:
+    info = infos[row["image_id"]]
+    box = _corners(row["bbox"], info)
+    sides = (
+      (box[2] - box[0]) * info["height"],
+      (box[3] - box[1]) * info["width"],
+    )
+    if row.get("iscrowd"):
+      left_out["crowds"] += 1
+    elif min(sides) < _MIN_SIDE:
+      left_out["thinner than a pixel"] += 1
+    else:
+      annotated[row["image_id"]].append((box, index[row["category_id"]]))
+  ids = subsample([i for i in infos if i in annotated], count)
+  names = [infos[i]["file_name"] for i in ids]
+  root = _image_root(images, _coco_folders(path, "instances_"), names)
+  paths = [root / name for name in names]
+  require_files(paths, path)
+  classes = tuple(row["name"] for row in content["categories"])
+  boxes = [np.asarray([b for b, _ in annotated[i]], np.float32) for i in ids]
+  labels = [np.asarray([c for _, c in annotated[i]], np.int32) for i in ids]
+  digest = Digest()
+  for file, name, box, label in zip(paths, names, boxes, labels, strict=True):
+    size = file.stat().st_size
+    digest.add(name, size, *box.ravel().tolist(), *label.tolist())
+  return BoxSet(
+    name=str(path),
+    images=_checked_images(paths, [infos[i] for i in ids]),
+    boxes=tuple(boxes),
+    phrases=tuple(tuple(classes[c] for c in label) for label in labels),
+    labels=tuple(labels),
+    classes=classes,
+    digest=digest.hex(),
+    left_out=left_out,
+  )
+
+
+def _corners(
+  bbox: Sequence[float | int], info: Mapping[str, Any]
+) -> list[float]:
+  """(x, y, width, height) in pixels to corners in the unit square."""
+  x, y, width, height = bbox
+  rows, columns = info["height"], info["width"]
+  corners = (y / rows, x / columns, (y + height) / rows, (x + width) / columns)
+  return [min(max(v, 0.0), 1.0) for v in corners]
+
+
+def _checked_images(
+  paths: Sequence[pathlib.Path], infos: Sequence[Mapping[str, Any]]
+) -> Images:
+  """Images whose size is the one that the annotations are for."""
+  decoded = open_images(paths)
+
+  def read(index: int) -> np.ndarray:
+    image, info = decoded[index], infos[index]
+    if image.shape[:2] != (info["height"], info["width"]):
+      raise ValueError(
+        f"{paths[index]} is {image.shape[0]}x{image.shape[1]} and its boxes "
+        f"are for {info['height']}x{info['width']}: not the original image"
+      )
+    return image
+
+  return Images(read, len(paths))

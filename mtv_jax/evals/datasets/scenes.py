@@ -1,0 +1,354 @@
+"""Built-in scenes as data for every kind of evaluation.
+
+`data` is `scenes`, or `{type="scenes", first=..., length=..., size=...,
+seed=...}` as a source of `mtv_jax.data` has it. Left open, `first` is
+`HELD_OUT_SCENES`; the scenes to train a probe on start `PROBE_SCENES` later
+than `first`, or there.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mtv_jax.data.scenes import scenes as scenes_lib
+from mtv_jax.data.scenes.scenes import CLASS_NAMES, SEGMENT_NAMES, Scene
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.examples import (
+  IGNORE,
+  BoxSet,
+  Data,
+  DepthMaps,
+  DepthSet,
+  Digest,
+  Images,
+  KeyPointPair,
+  KeyPointPairs,
+  LabelMaps,
+  SegmentationSet,
+  subsample,
+)
+from mtv_jax.evals.datasets.posed import Frame, PosedFrames
+
+# Scenes are rendered from their number; training counts up from zero.
+HELD_OUT_SCENES = 1_000_000
+# Those that probes train on: neither the encoder's nor the held-out ones.
+PROBE_SCENES = 2_000_000
+# The farthest backdrop is nearer than this.
+MAX_DEPTH = 20.0
+
+_STUFF = len(SEGMENT_NAMES) - len(CLASS_NAMES)  # background and ground
+_MAX_POSED_SIZE = 384  # pixels a side that scenes are rendered at for a view
+_KEY_POINT_SIZE = 192  # of the scenes with key points
+# Key points (x, y) in the main object's bounding box.
+_KEY_POINTS = ((0.5, 0.5), (0.5, 0.15), (0.5, 0.85))
+
+
+def is_scenes(data: Data) -> bool:
+  """Whether data are the built-in scenes, for which defaults are small."""
+  if isinstance(data, Mapping):
+    return data.get("type") == "scenes"
+  return os.fspath(data) == "scenes"
+
+
+def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
+  """The config of a source of scenes with `first` set to that of a split."""
+  config = dict(config)
+  if split == "train":
+    config["first"] = PROBE_SCENES + config.get("first", 0)
+  config.setdefault("first", HELD_OUT_SCENES)
+  return config
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneRange:
+  """Numbers of scenes, and how to render them.
+
+  Attributes:
+    numbers: of the scenes.
+    seed: of their series.
+    size: pixels a side; None where neither data nor evaluation fixes it.
+  """
+
+  numbers: tuple[int, ...]
+  seed: int = 0
+  size: int | None = None
+
+  def render(self, i: int) -> Scene:
+    """Scene i of the range."""
+    return scenes_lib.render(self.numbers[i], size=self.size, seed=self.seed)
+
+  def digest(self) -> str:
+    """A hash of numbers, size and seed."""
+    digest = Digest()
+    first, count = self.numbers[0], len(self.numbers)
+    digest.add("scenes", first, count, self.size, self.seed)
+    if self.numbers != tuple(range(first, first + count)):
+      digest.add(*self.numbers)
+    return digest.hex()
+
+  def protocol(self) -> dict[str, Any]:
+    """For JSON."""
+    first = self.numbers[0]
+    return {"scenes": {"first": first, "seed": self.seed, "size": self.size}}
+
+  @property
+  def non_defaults(self) -> tuple[int | None, ...]:
+    """Seed and size where they are given, for the digest of pairs."""
+    given = (self.seed, self.size)
+    return given if given != (0, None) else ()
+
+
+def open_range(
+  data: Data,
+  *,
+  default: int,
+  needs: str,
+  split: str = "test",
+  count: int | None = None,
+  size: int | None = None,
+) -> SceneRange:
+  """The scenes of a split.
+
+  Args:
+    data: see the top of the file.
+    default: how many scenes, where neither `data` nor `count` says.
+    needs: what the evaluation reads of a source, for the error.
+    split: `train` or `test`.
+    count: how many, evenly spaced where `length` gives more; None for all.
+    size: pixels a side where `data` does not say.
+
+  Raises:
+    NotApplicable: for a source of another type.
+    ValueError: for an option that scenes do not have, or `count` below 1.
+  """
+  from mtv_jax.data.sources import registry as sources
+
+  given = dict(data) if isinstance(data, Mapping) else {"type": "scenes"}
+  if not is_scenes(given):
+    raise NotApplicable(
+      f"data={given}: this evaluation reads {needs}, which among the sources "
+      'only {type: "scenes"} has'
+    )
+  if count is not None and count < 1:
+    raise ValueError(f"count={count}; expected at least 1, or None for all")
+  if size is not None:
+    given.setdefault("size", size)
+  config = split_config({"length": count or default, **given}, split)
+  source = sources.build_source(config)
+  numbers = range(source.first, source.first + source.length)
+  return SceneRange(
+    tuple(subsample(numbers, count)), source.seed, given.get("size")
+  )
+
+
+def _fields(
+  scenes: SceneRange, *names: str
+) -> tuple[Callable[[int], np.ndarray], ...]:
+  """Functions from an index to a field of the scene, which is cached."""
+  # The fields of a scene are read one after the other.
+  render = functools.lru_cache(maxsize=64)(scenes.render)
+  return tuple(lambda i, name=name: getattr(render(i), name) for name in names)
+
+
+def open_depth(scenes: SceneRange) -> DepthSet:
+  """Scenes with their exact depth."""
+  image, depth = _fields(scenes, "image", "depth")
+  return DepthSet(
+    kind="scenes",
+    name="scenes",
+    images=Images(image, len(scenes.numbers)),
+    depths=DepthMaps(depth, len(scenes.numbers)),
+    source="exact",
+    digest=scenes.digest(),
+  )
+
+
+def open_segmentation(scenes: SceneRange) -> SegmentationSet:
+  """Scenes with the classes of their pixels."""
+  image, segmentation = _fields(scenes, "image", "segmentation")
+  return SegmentationSet(
+    kind="scenes",
+    name="scenes",
+    images=Images(image, len(scenes.numbers)),
+    maps=LabelMaps(segmentation, len(scenes.numbers)),
+    classes=SEGMENT_NAMES,
+    class_count=len(SEGMENT_NAMES),
+    digest=scenes.digest(),
+  )
+
+
+def ignore_stuff(data: SegmentationSet) -> SegmentationSet:
+  """Scenes with the classes of objects; background and ground are ignored."""
+
+  def read(i: int) -> np.ndarray:
+    labels = data.maps[i]
+    return np.where(labels < _STUFF, IGNORE, labels - _STUFF).astype(np.uint8)
+
+  return dataclasses.replace(
+    data,
+    name=f"{data.name}, things only",
+    maps=LabelMaps(read, len(data.maps)),
+    classes=CLASS_NAMES,
+    class_count=len(CLASS_NAMES),
+  )
+
+
+def open_boxes(
+  name: str,
+  source: scenes_lib.SceneSource,
+  indices: Sequence[int],
+) -> BoxSet:
+  """Scenes whose boxes have phrases and the classes of their objects."""
+  first = source.first
+  scenes = SceneRange(
+    tuple(first + i for i in indices), source.seed, source.size
+  )
+  digest, labelled = Digest(), []
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    rendered = pool.map(scenes.render, range(len(indices)))
+    for i, scene in enumerate(rendered):
+      if len(scene.boxes):
+        key = f"scene-{source.seed}-{scenes.numbers[i]}-{source.size}"
+        digest.add(key, *scene.boxes.ravel().tolist(), *scene.phrases)
+        names = [scene.things[j].name for j in scene.box_things]
+        labels = np.asarray([CLASS_NAMES.index(n) for n in names], np.int32)
+        labelled.append((i, scene.boxes, scene.phrases, labels))
+  rows, boxes, phrases, labels = (
+    zip(*labelled, strict=True) if labelled else [()] * 4
+  )
+  return BoxSet(
+    name=name,
+    images=Images(lambda k: scenes.render(rows[k]).image, len(rows)),
+    boxes=boxes,
+    phrases=phrases,
+    labels=labels,
+    classes=CLASS_NAMES,
+    digest=digest.hex(),
+  )
+
+
+def open_posed(scenes: SceneRange) -> PosedFrames:
+  """Objects of scenes from two cameras; a scene is a group."""
+  numbers, seed = scenes.numbers, scenes.seed
+
+  # Both frames of a pair are read one after the other.
+  @functools.lru_cache(maxsize=32)
+  def render(index: int, size: int) -> scenes_lib.ScenePair:
+    return scenes_lib.render_pair(numbers[index], size=size, seed=seed)
+
+  def read(index: int, size: int) -> Frame:
+    size = scenes.size or min(2 * size, _MAX_POSED_SIZE)
+    pair = render(index // 2, size)
+    scene = pair.second if index % 2 else pair.first
+    return Frame(
+      image=scene.image,
+      depth=np.where(scene.instances >= _STUFF, scene.depth, 0).astype("f4"),
+      focal=scene.camera.focal * size,
+      pose=_pose(scene.camera),
+    )
+
+  cameras = []
+  for number in numbers:
+    # The camera does not depend on the size.
+    pair = scenes_lib.render_pair(number, size=scenes_lib.MIN_SIZE, seed=seed)
+    cameras += [pair.first.camera, pair.second.camera]
+  return PosedFrames(
+    name="scenes",
+    layout="scenes",
+    names=tuple(f"scene-{n}/{view}" for n in numbers for view in "01"),
+    groups=tuple((2 * i, 2 * i + 1) for i in range(len(numbers))),
+    poses=np.stack([_pose(camera) for camera in cameras]),
+    read=read,
+    fingerprint=lambda i: (
+      *np.round(cameras[i].position, 6).tolist(),
+      *scenes.non_defaults,
+    ),
+    stored=None,
+    overlaps=None,
+    about={"mask": "things, without ground and backdrop", **scenes.protocol()},
+  )
+
+
+def _pose(camera: scenes_lib.Camera) -> np.ndarray:
+  pose = np.eye(4)
+  pose[:3, :3] = camera.rotation
+  pose[:3, 3] = -camera.rotation @ camera.position
+  return pose
+
+
+def open_key_points(scenes: SceneRange) -> KeyPointPairs:
+  """Main objects of scenes, paired within classes.
+
+  A scene is paired with the next one whose main object is of its class, the
+  last one with the first. Key points are the middle of the main object's
+  bounding box, and the points at 15 and 85 % of its height.
+
+  Raises:
+    ValueError: for too few scenes to have two of one class.
+  """
+  numbers, side = scenes.numbers, scenes.size or _KEY_POINT_SIZE
+  sized = dataclasses.replace(scenes, size=side)
+  rendered = [sized.render(i) for i in range(len(numbers))]
+  by_class = collections.defaultdict(list)
+  for i, scene in enumerate(rendered):
+    if 0 in scene.box_things:
+      by_class[scene.label].append(i)
+  digest, pairs = Digest(), []
+  for label, members in sorted(by_class.items()):
+    if len(members) < 2:
+      continue
+    for i, j in zip(members, members[1:] + members[:1], strict=True):
+      digest.add(numbers[i], numbers[j], *scenes.non_defaults)
+      boxes = _main_box(rendered[i]), _main_box(rendered[j])
+      pairs.append(
+        KeyPointPair(
+          category=CLASS_NAMES[label],
+          viewpoint=None,
+          first=i,
+          second=j,
+          first_points=_key_points(boxes[0]),
+          second_points=_key_points(boxes[1]),
+          second_box=boxes[1],
+          first_side=side,
+          second_side=side,
+        )
+      )
+  if not pairs:
+    enough = len(CLASS_NAMES) + 1
+    raise ValueError(
+      f"scenes: {len(numbers)} of them (from number {numbers[0]}) show no two "
+      f"main objects of one class, so there is nothing to pair. Of {enough} "
+      f"scenes two have the same of {enough - 1} classes: set count={enough} "
+      "or more"
+    )
+  images = [scene.image for scene in rendered]
+  return KeyPointPairs(
+    name="scenes",
+    layout="scenes",
+    images=Images(lambda i: images[i], len(images)),
+    pairs=tuple(pairs),
+    digest=digest.hex(),
+    about={
+      "key_points": "in the main thing's bounding box: its middle, and 15 and "
+      "85 % of its height",
+      **scenes.protocol(),
+    },
+  )
+
+
+def _main_box(scene: Scene) -> np.ndarray:
+  """The main object's (x0, y0, x1, y1) in pixels."""
+  box = scene.boxes[scene.box_things.index(0)] * scene.image.shape[0]
+  return box[[1, 0, 3, 2]].astype(np.float64)
+
+
+def _key_points(box: np.ndarray) -> np.ndarray:
+  return box[:2] + np.array(_KEY_POINTS) * (box[2:] - box[:2])
