@@ -1,8 +1,8 @@
-"""Files of answers and of truths, in the forms of the benchmarks, and scores.
+"""Answer files and truth files of VQA benchmarks, and their scores.
 
-A file of answers is JSON, a list or one object a line, of rows with a question
+An answer file is JSON, a list or one object a line, of rows with a question
 (`question_id`, `questionId` or `id`) and an answer (`answer`, `prediction` or
-`text`); or one object of answers by question. A file of truths is one of
+`text`); or one object of answers by question. A truth file is one of
 
   VQAv2, OK-VQA       {"annotations": [{question_id, answers: [{answer}, ...]}]}
   TextVQA, DocVQA     {"data": [{question_id or questionId, answers: [...]}]}
@@ -21,29 +21,28 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mtv_jax.evals.vqa import scoring as vqa
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.evals.vqa import metrics as metrics_lib
+from mtv_jax.utils.errors import check_choice
 
 _IDS = ("question_id", "questionId", "id")
 _ANSWERS = ("answer", "prediction", "text")
 _TRUTHS = ("answers", "answer", "label")
 _OPTIONS = ("options", "choices")
-_MISSING = ("error", "wrong")
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """What is right for a question.
+  """The truths of a question.
 
   Attributes:
-    truths: the answers, as many as people gave.
+    truths: correct answers, one from each annotator.
     options: of multiple choice, in the order of their letters.
-    kind: of the answer, where the file tells kinds apart.
+    kind: of the answer, where the file distinguishes kinds.
   """
 
   truths: tuple[str, ...]
@@ -53,11 +52,11 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """Scores over a file.
+  """Scores of an answer file.
 
   Attributes:
-    metrics: fractions by name, the benchmark's own figure first.
-    protocol: what they depend on.
+    metrics: fractions by name, the benchmark's main metric first.
+    protocol: everything that they depend on.
   """
 
   metrics: dict[str, float]
@@ -69,49 +68,46 @@ def read_answers(path: str | os.PathLike) -> dict[str, str]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: for a file of no known form, or a question that is answered
-      twice.
+    ValueError: for a file of an unknown form, or two answers to a question.
   """
-  content = _read(path)
-  if isinstance(content, Mapping) and not _first(content, _IDS):
+  content = _read_json(path)
+  if isinstance(content, Mapping) and not {*_IDS} & {*content}:
     content = [{"id": k, "answer": v} for k, v in content.items()]
-  found = {}
+  answers = {}
   for row in _rows(path, content):
     key = str(_get(path, row, _IDS))
-    if key in found:
+    if key in answers:
       raise ValueError(f"{path}: question {key} is answered twice")
-    found[key] = str(_get(path, row, _ANSWERS))
-  return found
+    answers[key] = str(_get(path, row, _ANSWERS))
+  return answers
 
 
 def read_questions(path: str | os.PathLike) -> dict[str, Question]:
-  """What is right, by question.
+  """Truths by question.
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: for a file of no known form, or a question that is there twice.
+    ValueError: for a file of an unknown form, or a repeated question.
   """
-  content = _read(path)
+  content = _read_json(path)
   if isinstance(content, Mapping):
-    for key in ("annotations", "data"):
-      if isinstance(content.get(key), list):
-        content = content[key]
-        break
-    else:
-      by_id = all(isinstance(row, Mapping) for row in content.values())
-      if by_id:
-        content = [{**row, "id": key} for key, row in content.items()]
-  found = {}
+    lists = [content.get(key) for key in ("annotations", "data")]
+    lists = [rows for rows in lists if isinstance(rows, list)]
+    if lists:
+      content = lists[0]
+    elif all(isinstance(row, Mapping) for row in content.values()):
+      content = [{**row, "id": key} for key, row in content.items()]
+  questions = {}
   for row in _rows(path, content):
     key = str(_get(path, row, _IDS))
-    if key in found:
-      raise ValueError(f"{path}: question {key} is there twice")
-    found[key] = _question(path, row)
-  return found
+    if key in questions:
+      raise ValueError(f"{path}: question {key} occurs twice")
+    questions[key] = _question(path, row)
+  return questions
 
 
 def _question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
-  options = tuple(map(str, row.get(_first(row, _OPTIONS) or "", ())))
+  options = next((row[name] for name in _OPTIONS if name in row), ())
   truths = _get(path, row, _TRUTHS)
   truths = truths if isinstance(truths, list) else [truths]
   plain = [t["answer"] if isinstance(t, Mapping) else t for t in truths]
@@ -120,7 +116,9 @@ def _question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
   if not plain:
     raise ValueError(f"{path}: a question without an answer: {row}")
   kind = row.get("answer_type")
-  return Question(tuple(map(str, plain)), options, kind and str(kind))
+  return Question(
+    tuple(map(str, plain)), tuple(map(str, options)), kind and str(kind)
+  )
 
 
 def score(
@@ -134,141 +132,115 @@ def score(
 
   Args:
     answers: by question.
-    questions: what is right.
+    questions: by question.
     rule: `vqa`, `vqa_simple`, `exact`, `option`, `pope` or `anls`; see
-      `vqa.py`.
-    missing: questions without an answer are an `error`, or `wrong`.
+      `metrics`.
+    missing: whether a question without an answer is an `error` or `wrong`.
 
   Raises:
-    ValueError: for an unknown rule, an answer to no question, or missing ones.
+    ValueError: for an unknown rule, an answer without a question, or missing
+      answers.
   """
-  for name, value, known in (
-    ("rule", rule, RULES),
-    ("missing", missing, _MISSING),
-  ):
-    if value not in known:
-      raise ValueError(f"{name}={value!r}. {did_you_mean(value, known)}")
-  lost = [key for key in questions if key not in answers]
-  odd = [key for key in answers if key not in questions]
-  if odd or (lost and missing == "error"):
+  check_choice("rule", rule, RULES)
+  check_choice("missing", missing, ("error", "wrong"))
+  unanswered = [key for key in questions if key not in answers]
+  unknown = [key for key in answers if key not in questions]
+  if unknown or (unanswered and missing == "error"):
     raise ValueError(
-      f"{len(lost)} of {len(questions)} questions have no answer"
-      f"{f' (such as {lost[0]})' if lost else ''}, and {len(odd)} answers "
-      f"belong to no question{f' (such as {odd[0]})' if odd else ''}. "
+      f"{len(unanswered)} of {len(questions)} questions have no answer"
+      f"{f' (such as {unanswered[0]})' if unanswered else ''}, and "
+      f"{len(unknown)} answers belong to no question"
+      f"{f' (such as {unknown[0]})' if unknown else ''}. "
       "Unanswered ones can be counted as wrong (missing=wrong)."
     )
-  asked = [(answers.get(key), questions[key]) for key in questions]
+  given = [answers.get(key) for key in questions]
   digest = hashlib.sha256(
     json.dumps([[k, *q.truths] for k, q in questions.items()]).encode()
   )
   return Scores(
-    RULES[rule](asked),
+    _score_rule(rule, given, list(questions.values())),
     {
       "rule": rule,
       "questions": len(questions),
-      "unanswered": len(lost),
+      "unanswered": len(unanswered),
       "missing": missing,
       "data_hash": digest.hexdigest()[:16],
     },
   )
 
 
-_Asked = Sequence[tuple[str | None, Question]]
+def _score_option(answer: str, question: Question) -> float:
+  letter = metrics_lib.option_letter(answer, question.options)
+  return float(letter in {t.strip().upper() for t in question.truths})
 
 
-def _mean(
-  asked: _Asked, one: Callable[[str, Question], float]
-) -> dict[str, float]:
-  """The mean over questions, and over those of each kind of answer."""
-  points = [0.0 if a is None else one(a, q) for a, q in asked]
-  kinds = collections.defaultdict(list)
-  for point, (_, question) in zip(points, asked, strict=True):
-    if question.kind:
-      kinds[question.kind].append(point)
-  by_kind = {f"accuracy_{k}": float(np.mean(v)) for k, v in kinds.items()}
-  return {"accuracy": float(np.mean(points)), **by_kind}
-
-
-def _vqa(counting: str) -> Callable[[_Asked], dict[str, float]]:
-  return lambda asked: _mean(
-    asked, lambda a, q: vqa.vqa_accuracy(a, q.truths, counting=counting)
-  )
-
-
-def _exact(asked: _Asked) -> dict[str, float]:
-  return _mean(asked, lambda a, q: vqa.exact_match(a, q.truths))
-
-
-def _option(asked: _Asked) -> dict[str, float]:
-  def right(answer: str, question: Question) -> float:
-    letter = vqa.option_letter(answer, question.options)
-    return float(letter in {t.strip().upper() for t in question.truths})
-
-  return _mean(asked, right)
-
-
-def _pope(asked: _Asked) -> dict[str, float]:
-  # What is not answered is a wrong answer: the other one.
-  said = [
-    a if a is not None else "no" if q.truths[0].lower() == "yes" else "yes"
-    for a, q in asked
-  ]
-  scores = vqa.yes_or_no(said, [q.truths[0] for _, q in asked])
-  return dataclasses.asdict(scores)
-
-
-def _anls(asked: _Asked) -> dict[str, float]:
-  points = [0.0 if a is None else vqa.anls(a, q.truths) for a, q in asked]
-  return {"anls": float(np.mean(points))}
-
-
+# The score of one answer by rule; None for POPE, which scores a whole file.
 RULES = {
-  "vqa": _vqa("original"),
-  "vqa_simple": _vqa("simple"),
-  "exact": _exact,
-  "option": _option,
-  "pope": _pope,
-  "anls": _anls,
+  "vqa": lambda a, q: metrics_lib.vqa_accuracy(a, q.truths),
+  "vqa_simple": lambda a, q: metrics_lib.vqa_accuracy(
+    a, q.truths, counting="simple"
+  ),
+  "exact": lambda a, q: metrics_lib.exact_match(a, q.truths),
+  "option": _score_option,
+  "pope": None,
+  "anls": lambda a, q: metrics_lib.anls(a, q.truths),
 }
 
 
-def _read(path: str | os.PathLike) -> Any:
+def _score_rule(
+  rule: str, answers: Sequence[str | None], questions: Sequence[Question]
+) -> dict[str, float]:
+  """The metrics of a rule; a missing answer is wrong."""
+  if rule == "pope":
+    truths = [q.truths[0] for q in questions]
+    wrong = ["no" if t.lower() == "yes" else "yes" for t in truths]
+    said = [w if a is None else a for a, w in zip(answers, wrong, strict=True)]
+    return metrics_lib.pope_scores(said, truths)
+  scores = [
+    0.0 if a is None else RULES[rule](a, q)
+    for a, q in zip(answers, questions, strict=True)
+  ]
+  if rule == "anls":
+    return {"anls": float(np.mean(scores))}
+  kinds = collections.defaultdict(list)
+  for value, question in zip(scores, questions, strict=True):
+    if question.kind:
+      kinds[question.kind].append(value)
+  by_kind = {f"accuracy_{k}": float(np.mean(v)) for k, v in kinds.items()}
+  return {"accuracy": float(np.mean(scores)), **by_kind}
+
+
+def _read_json(path: str | os.PathLike) -> Any:
   text = pathlib.Path(path).read_text(encoding="utf-8")
   try:
     return json.loads(text)
-  except ValueError as whole:
+  except ValueError as error:
     lines = [line for line in text.splitlines() if line.strip()]
     try:
       return [json.loads(line) for line in lines]
     except ValueError:
       raise ValueError(
-        f"{path} is neither JSON ({whole}) nor one object a line"
+        f"{path} is neither JSON ({error}) nor one object a line"
       ) from None
 
 
 def _rows(path: str | os.PathLike, content: Any) -> list[Mapping[str, Any]]:
   rows = [content] if isinstance(content, Mapping) else content
-  good = isinstance(rows, list) and all(isinstance(r, Mapping) for r in rows)
-  if not good or not rows:
-    found = (
-      f"keys {sorted(content)[:6]}"
-      if isinstance(content, Mapping)
-      else (f"a {type(content).__name__}")
-    )
-    raise ValueError(f"{path}: expected rows of questions; found {found}")
+  valid = isinstance(rows, list) and all(isinstance(r, Mapping) for r in rows)
+  if not valid or not rows:
+    got = f"a {type(content).__name__}"
+    if isinstance(content, Mapping):
+      got = f"keys {sorted(content)[:6]}"
+    raise ValueError(f"{path}: expected rows of questions; got {got}")
   return rows
-
-
-def _first(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
-  return next((name for name in names if name in row), None)
 
 
 def _get(
   path: str | os.PathLike, row: Mapping[str, Any], names: Sequence[str]
 ) -> Any:
-  name = _first(row, names)
-  if name is None:
-    raise ValueError(
-      f"{path}: a row has {sorted(row)[:8]}, and none of {list(names)}"
-    )
-  return row[name]
+  for name in names:
+    if name in row:
+      return row[name]
+  raise ValueError(
+    f"{path}: a row has {sorted(row)[:8]}, and none of {list(names)}"
+  )

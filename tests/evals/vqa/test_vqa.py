@@ -1,4 +1,4 @@
-"""VQA scores: values by hand, and those of the official evaluation."""
+"""VQA metrics and answer files: golden values, scikit-learn, file forms."""
 
 import importlib.util
 import json
@@ -6,31 +6,30 @@ import json
 import numpy as np
 import pytest
 
-from mtv_jax.evals.vqa import answer_files
-from mtv_jax.evals.vqa import scoring as vqa
+from mtv_jax.evals.vqa import answer_files, metrics
 
 
 @pytest.mark.parametrize(
   ("count", "original", "simple"),
   [(0, 0, 0), (1, 0.3, 1 / 3), (2, 0.6, 2 / 3), (3, 0.9, 1), (4, 1, 1)],
 )
-def test_golden_agreement(count, original, simple):
+def test_vqa_accuracy_golden(count, original, simple):
   people = ["cat"] * count + [f"word {i}" for i in range(10 - count)]
-  assert vqa.vqa_accuracy("cat", people) == pytest.approx(original)
-  got = vqa.vqa_accuracy("cat", people, counting="simple")
+  assert metrics.vqa_accuracy("cat", people) == pytest.approx(original)
+  got = metrics.vqa_accuracy("cat", people, counting="simple")
   assert got == pytest.approx(simple)
 
 
-def test_leaving_each_out_by_enumeration():
+def test_vqa_accuracy_leaves_one_annotator_out():
   rng = np.random.default_rng(0)
   for _ in range(50):
     people = [f"w{k}" for k in rng.integers(0, 4, 10)]
     others = [people[:i] + people[i + 1 :] for i in range(10)]
     want = np.mean([min(1, o.count("w1") / 3) for o in others])
-    assert vqa.vqa_accuracy("w1", people) == pytest.approx(want)
+    assert metrics.vqa_accuracy("w1", people) == pytest.approx(want)
 
 
-# What the official evaluation makes of them.
+# The results of the official evaluation.
 @pytest.mark.parametrize(
   ("answer", "want"),
   [
@@ -62,24 +61,24 @@ def test_leaving_each_out_by_enumeration():
     ('"hi" (x)', "hi x"),
   ],
 )
-def test_normalisation(answer, want):
-  assert vqa.normalize_answer(answer) == want
+def test_normalize_answer(answer, want):
+  assert metrics.normalize_answer(answer) == want
 
 
-def test_answers_are_normalised_where_people_disagree():
+def test_answers_are_normalised_where_annotators_disagree():
   agree, disagree = ["The cat"] * 10, ["The cat"] * 9 + ["dog"]
-  assert vqa.vqa_accuracy("cat", agree) == 0
-  assert vqa.vqa_accuracy(" The cat\n", agree) == 1
-  assert vqa.vqa_accuracy("cat", disagree) == 1
-  with pytest.raises(ValueError, match="nobody's answers"):
-    vqa.vqa_accuracy("cat", [])
+  assert metrics.vqa_accuracy("cat", agree) == 0
+  assert metrics.vqa_accuracy(" The cat\n", agree) == 1
+  assert metrics.vqa_accuracy("cat", disagree) == 1
+  with pytest.raises(ValueError, match="no truths"):
+    metrics.vqa_accuracy("cat", [])
   with pytest.raises(ValueError, match="Did you mean 'original'"):
-    vqa.vqa_accuracy("cat", agree, counting="orignal")
+    metrics.vqa_accuracy("cat", agree, counting="orignal")
 
 
 def test_exact_match():
-  assert vqa.exact_match(" On the  left. ", ["on the left"]) == 1
-  assert vqa.exact_match("left", ["on the left", "right"]) == 0
+  assert metrics.exact_match(" On the  left. ", ["on the left"]) == 1
+  assert metrics.exact_match("left", ["on the left", "right"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -104,59 +103,63 @@ def test_exact_match():
 )
 def test_option_letter(answer, want):
   options = ("a dog", "a cat", "a red car", "a car")
-  assert vqa.option_letter(answer, options) == want
+  assert metrics.option_letter(answer, options) == want
 
 
 def test_option_letter_without_the_options():
-  assert vqa.option_letter("E", count=5) == "E"
-  assert vqa.option_letter("E", count=4) is None
-  assert vqa.option_letter("Z.") == "Z"
+  assert metrics.option_letter("E", count=5) == "E"
+  assert metrics.option_letter("E", count=4) is None
+  assert metrics.option_letter("Z.") == "Z"
 
 
-def test_yes_or_no():
+def test_pope_scores():
   said = ["Yes, there is.", "No.", "there is not", "Yes. No, wait", "maybe"]
-  assert [vqa.says_yes(s) for s in said] == [True, False, False, True, True]
-  assert vqa.says_yes("nothing") and not vqa.says_yes("No, it is a dog")
-  scores = vqa.yes_or_no(said, ["yes", "no", "yes", "no", "yes"])
-  assert scores.accuracy == pytest.approx(3 / 5)
-  assert scores.precision == pytest.approx(2 / 3)
-  assert scores.recall == pytest.approx(2 / 3)
-  assert scores.f1 == pytest.approx(2 / 3)
-  assert scores.yes_rate == pytest.approx(3 / 5)
-  none = vqa.yes_or_no(["no"], ["yes"])
-  assert (none.accuracy, none.f1, none.precision) == (0, 0, 0)
+  assert [metrics.says_yes(s) for s in said] == [True, False, False, True, True]
+  assert metrics.says_yes("nothing") and not metrics.says_yes("No, it is a dog")
+  scores = metrics.pope_scores(said, ["yes", "no", "yes", "no", "yes"])
+  assert scores == pytest.approx(
+    {
+      "accuracy": 3 / 5,
+      "precision": 2 / 3,
+      "recall": 2 / 3,
+      "f1": 2 / 3,
+      "yes_rate": 3 / 5,
+    }
+  )
+  none = metrics.pope_scores(["no"], ["yes"])
+  assert none["accuracy"] == none["f1"] == none["precision"] == 0
   with pytest.raises(ValueError, match="got 'maybe'"):
-    vqa.yes_or_no(["no"], ["maybe"])
+    metrics.pope_scores(["no"], ["maybe"])
 
 
 @pytest.mark.reference
-def test_yes_or_no_against_scikit_learn():
-  from sklearn import metrics
+def test_pope_scores_against_scikit_learn():
+  from sklearn import metrics as sklearn_metrics
 
   rng = np.random.default_rng(0)
   true = rng.choice(["yes", "no"], 200)
   said = np.where(rng.random(200) < 0.7, true, "yes")
-  scores = vqa.yes_or_no(list(said), list(true))
-  assert scores.accuracy == metrics.accuracy_score(true, said)
+  scores = metrics.pope_scores(list(said), list(true))
+  assert scores["accuracy"] == sklearn_metrics.accuracy_score(true, said)
   for name, function in (
-    ("f1", metrics.f1_score),
-    ("precision", metrics.precision_score),
-    ("recall", metrics.recall_score),
+    ("f1", sklearn_metrics.f1_score),
+    ("precision", sklearn_metrics.precision_score),
+    ("recall", sklearn_metrics.recall_score),
   ):
     want = function(true, said, pos_label="yes")
-    assert getattr(scores, name) == pytest.approx(want, abs=1e-12)
+    assert scores[name] == pytest.approx(want, abs=1e-12)
 
 
 def test_anls():
-  # Half of the letters wrong is one wrong too many: NL < 0.5 is strict.
-  assert vqa.anls("abcd", ["abxy"]) == 0
-  assert vqa.anls("abcd", ["abcx"]) == 0.75
-  assert vqa.anls("Hello  World", ["zzz", "hello world"]) == 1
-  assert vqa.anls("kitten", ["sitting"]) == pytest.approx(1 - 3 / 7)
-  assert vqa.anls("", [""]) == 1
-  assert vqa.anls("", ["a"]) == 0
-  with pytest.raises(ValueError, match="no truth"):
-    vqa.anls("a", [])
+  # NL < 0.5 is strict: half of the letters wrong scores 0.
+  assert metrics.anls("abcd", ["abxy"]) == 0
+  assert metrics.anls("abcd", ["abcx"]) == 0.75
+  assert metrics.anls("Hello  World", ["zzz", "hello world"]) == 1
+  assert metrics.anls("kitten", ["sitting"]) == pytest.approx(1 - 3 / 7)
+  assert metrics.anls("", [""]) == 1
+  assert metrics.anls("", ["a"]) == 0
+  with pytest.raises(ValueError, match="no truths"):
+    metrics.anls("a", [])
 
 
 def test_levenshtein_against_recursion():
@@ -172,7 +175,7 @@ def test_levenshtein_against_recursion():
   rng = np.random.default_rng(0)
   for _ in range(30):
     a, b = ("".join(rng.choice(list("abc"), rng.integers(0, 6))) for _ in "ab")
-    assert vqa.levenshtein(a, b) == slow(a, b)
+    assert metrics.levenshtein(a, b) == slow(a, b)
 
 
 def write(path, content):
@@ -225,10 +228,10 @@ def test_vqa_files(tmp_path, tool, capsys):
       f"--json={out}",
     ]
   )
-  metrics = json.loads(out.read_text())["metrics"]
-  assert metrics["accuracy"] == pytest.approx((1 + 0.6 + 0.3) / 3)
-  assert metrics["accuracy_number"] == pytest.approx(0.6)
-  assert metrics["accuracy_other"] == pytest.approx(0.65)
+  scores = json.loads(out.read_text())["metrics"]
+  assert scores["accuracy"] == pytest.approx((1 + 0.6 + 0.3) / 3)
+  assert scores["accuracy_number"] == pytest.approx(0.6)
+  assert scores["accuracy_other"] == pytest.approx(0.65)
   printed = capsys.readouterr().out
   assert "63.33 %" in printed and "data_hash" in printed
   answers.write_text('{"question_id": 0, "answer": "cat"}\n')
@@ -245,7 +248,7 @@ def test_vqa_files(tmp_path, tool, capsys):
   assert "33.33 %" in capsys.readouterr().out
 
 
-def test_forms_of_other_benchmarks(tmp_path):
+def test_file_forms_of_other_benchmarks(tmp_path):
   gqa = write(
     tmp_path / "gqa.json", {"7": {"answer": "left"}, "8": {"answer": "no"}}
   )
@@ -308,7 +311,7 @@ def test_forms_of_other_benchmarks(tmp_path):
   assert got.metrics["accuracy"] == 0.5 and got.metrics["f1"] == 0
 
 
-def test_files_that_are_no_answers(tmp_path):
+def test_invalid_files_and_answers(tmp_path):
   twice = write(tmp_path / "twice.json", [{"id": 1, "answer": "x"}] * 2)
   with pytest.raises(ValueError, match="question 1 is answered twice"):
     answer_files.read_answers(twice)

@@ -1,0 +1,283 @@
+"""Metrics of visual question answering: VQA, exact match, options, POPE, ANLS.
+
+Functions of strings. The answers are those of a language model that reads an
+encoder's features; `answer_files` reads them from a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from mtv_jax.utils.errors import check_choice
+
+_COUNTING = ("original", "simple")
+
+# The rules of VQA's official evaluation, its quirks included: a period is kept
+# only before a digit, "somebody'd" loses its apostrophe.
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+_ARTICLES = ("a", "an", "the")
+_NUMBERS = {
+  "none": "0",
+  "zero": "0",
+  "one": "1",
+  "two": "2",
+  "three": "3",
+  "four": "4",
+  "five": "5",
+  "six": "6",
+  "seven": "7",
+  "eight": "8",
+  "nine": "9",
+  "ten": "10",
+}
+
+
+def _contractions() -> dict[str, str]:
+  """Contractions by their spelling without an apostrophe."""
+  table = {}
+
+  def add(stems: str, ending: str) -> None:
+    for stem in stems.split():
+      table[stem + ending.replace("'", "")] = stem + ending
+
+  add(
+    "ai are ca could did does do did had has have is might must need ought sha "
+    "should was were wo would",
+    "n't",
+  )
+  add("could might must not should they we what where who would you", "'ve")
+  add("he how it someone something there they where who you", "'d")
+  add("how it somebody someone something they what who why you", "'ll")
+  add("he how somebody someone that there what when where who why", "'s")
+  add("there they what why you", "'re")
+  # Of two apostrophes either may be missing, not both.
+  nots = "couldn hadn mightn shouldn wouldn"
+  subjects = "he it she somebody someone something there they we who you"
+  for stems, middle in ((nots, "t"), (subjects, "d")):
+    for stem in stems.split():
+      word = f"{stem}'{middle}'ve"
+      table[f"{stem}{middle}'ve"] = table[f"{stem}'{middle}ve"] = word
+  table |= {
+    "maam": "ma'am",
+    "oclock": "o'clock",
+    "twas": "'twas",
+    "ow's'at": "'ow's'at",
+    "'ows'at": "'ow's'at",
+    "'ow'sat": "'ow's'at",
+    "somebody'd": "somebodyd",
+    "yall": "y'all",
+    "yall'll": "y'all'll",
+    "y'allll": "y'all'll",
+    "yall'd've": "y'all'd've",
+    "y'alld've": "y'all'd've",
+    "y'all'dve": "y'all'd've",
+  }
+  return table
+
+
+_CONTRACTIONS = _contractions()
+
+
+def normalize_answer(answer: str) -> str:
+  """The normalised answer of VQA's official evaluation.
+
+  A punctuation mark is deleted where it stands beside a space anywhere in the
+  answer or a comma is in a number ("1,000"), else it becomes a space. Periods
+  are deleted unless a digit follows. In lower case, number words up to ten
+  become digits, articles are dropped, and contractions get their apostrophe.
+  """
+  answer = _strip(answer)
+  number = _COMMA_IN_NUMBER.search(answer) is not None
+  text = answer
+  for mark in _PUNCTUATION:
+    beside_space = f"{mark} " in answer or f" {mark}" in answer
+    text = text.replace(mark, "" if beside_space or number else " ")
+  words = _PERIOD.sub("", text).lower().split()
+  words = [_NUMBERS.get(word, word) for word in words]
+  words = [word for word in words if word not in _ARTICLES]
+  return " ".join(_CONTRACTIONS.get(word, word) for word in words)
+
+
+def _strip(answer: str) -> str:
+  return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def vqa_accuracy(
+  answer: str, truths: Sequence[str], *, counting: str = "original"
+) -> float:
+  """VQA accuracy (Antol et al. 2015), also of TextVQA and OK-VQA, 0..1.
+
+  `original`: the mean over annotators of min(1, m / 3), with m of the other
+  annotators giving that answer. With c of ten: 0, .3, .6, .9, 1, ...
+  `simple`: min(1, c / 3), as in big_vision. Answers are normalised where the
+  annotators disagree; where all agree, the answer must equal theirs.
+
+  Args:
+    answer: of the model.
+    truths: the annotators' answers, usually ten.
+    counting: `original` or `simple`.
+
+  Raises:
+    ValueError: for no truths, or an unknown counting.
+  """
+  check_choice("counting", counting, _COUNTING)
+  if not truths:
+    raise ValueError("vqa_accuracy: no truths; expected at least one answer")
+  answer, truths = _strip(answer), [_strip(truth) for truth in truths]
+  if len(set(truths)) > 1:
+    answer = normalize_answer(answer)
+    truths = [normalize_answer(truth) for truth in truths]
+  agree = [truth == answer for truth in truths]
+  count = sum(agree)
+  if counting == "simple":
+    return min(1.0, count / 3)
+  others = [min(1.0, (count - same) / 3) for same in agree]
+  return sum(others) / len(others)
+
+
+def exact_match(answer: str, truths: Sequence[str]) -> float:
+  """1 if the answer is one of the truths, else 0 (GQA).
+
+  Compared in lower case, with single spaces and without a final period.
+  """
+  return float(_plain(answer) in {_plain(truth) for truth in truths})
+
+
+def _plain(answer: str) -> str:
+  return " ".join(answer.lower().split()).rstrip(".").rstrip()
+
+
+_LETTER = re.compile(r"^\W*(?:option\s+)?([A-Za-z])\s*(?:[).:,\]]|$)", re.I)
+# A capital: "the answer is a dog" names no option.
+_NAMED_LETTER = re.compile(
+  r"\b(?i:answer|option|choice)(?i:\s+is)?\s*[:=]?\s*\W?([A-Z])\b(?!')"
+)
+
+
+def option_letter(
+  answer: str, options: Sequence[str] = (), *, count: int | None = None
+) -> str | None:
+  """The option that an answer to a multiple-choice question selects.
+
+  The first rule that gives one of the options decides: a letter that the
+  answer is or begins with ("B", "(b)", "B. a cat"), a letter that it names
+  ("the answer is B"), the words of exactly one option, equal or else contained.
+
+  Args:
+    answer: of the model.
+    options: the texts of the options, in order; may be left out.
+    count: number of options where `options` is left out; 26 if None.
+
+  Returns:
+    A capital letter, or None where the answer selects none.
+  """
+  last = chr(ord("A") + (len(options) or count or 26) - 1)
+  for pattern in (_LETTER, _NAMED_LETTER):
+    for match in pattern.finditer(answer.strip()):
+      letter = match[1].upper()
+      if letter <= last:
+        return letter
+  said = _plain(answer)
+  plain = [_plain(option) for option in options]
+  equal = [i for i, option in enumerate(plain) if option == said]
+  contained = [
+    i
+    for i, option in enumerate(plain)
+    if option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", said)
+  ]
+  for matches in (equal, contained):
+    if len(matches) == 1:
+      return chr(ord("A") + matches[0])
+  return None
+
+
+def says_yes(answer: str) -> bool:
+  """Whether an answer is a yes, by POPE's rule.
+
+  It is a no if its first sentence has the word "no" or "not", else a yes.
+  """
+  sentence = answer.split(".")[0].replace(",", "")
+  return not {"no", "not"} & set(sentence.lower().split())
+
+
+def pope_scores(
+  answers: Sequence[str], truths: Sequence[str]
+) -> dict[str, float]:
+  """Scores of yes-or-no questions (POPE, Li et al. 2023); "yes" is positive.
+
+  Args:
+    answers: of the model.
+    truths: "yes" or "no", one for each answer.
+
+  Returns:
+    `accuracy`, `precision`, `recall`, `f1`, and `yes_rate`, the share of yes
+    among the answers. A ratio with a denominator of 0 is 0.
+
+  Raises:
+    ValueError: for another truth, none at all, or different lengths.
+  """
+  if len(answers) != len(truths) or not truths:
+    raise ValueError(f"{len(answers)} answers to {len(truths)} questions")
+  plain = [_plain(truth) for truth in truths]
+  unknown = sorted({t for t in plain if t not in ("yes", "no")})
+  if unknown:
+    raise ValueError(f"truths are 'yes' or 'no'; got {unknown[0]!r}")
+  said = np.array([says_yes(answer) for answer in answers])
+  true = np.array([truth == "yes" for truth in plain])
+  hits = float(np.sum(said & true))
+  precision = hits / max(said.sum(), 1)
+  recall = hits / max(true.sum(), 1)
+  total = precision + recall
+  return {
+    "accuracy": float(np.mean(said == true)),
+    "precision": float(precision),
+    "recall": float(recall),
+    "f1": float(2 * precision * recall / total) if total else 0.0,
+    "yes_rate": float(np.mean(said)),
+  }
+
+
+def anls(
+  answer: str, truths: Sequence[str], *, threshold: float = 0.5
+) -> float:
+  """Average normalised Levenshtein similarity (Biten et al. 2019), 0..1.
+
+  Of DocVQA and ST-VQA. With NL the edit distance over the longer length: the
+  maximum over the truths of 1 - NL where NL < threshold, else 0. In lower
+  case, with single spaces.
+
+  Args:
+    answer: of the model.
+    truths: alternatives, at least one.
+    threshold: from which NL on an answer scores 0.
+
+  Raises:
+    ValueError: for no truths.
+  """
+  if not truths:
+    raise ValueError("anls: no truths; expected at least one answer")
+  said = " ".join(answer.lower().split())
+  best = 0.0
+  for truth in truths:
+    true = " ".join(truth.lower().split())
+    longest = max(len(said), len(true))
+    distance = levenshtein(said, true) / longest if longest else 0.0
+    if distance < threshold:
+      best = max(best, 1 - distance)
+  return best
+
+
+def levenshtein(first: str, second: str) -> int:
+  """Edit distance: insertions, deletions and substitutions."""
+  previous = list(range(len(second) + 1))
+  for i, a in enumerate(first, 1):
+    row = [i]
+    for j, b in enumerate(second, 1):
+      row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (a != b)))
+    previous = row
+  return previous[-1]
