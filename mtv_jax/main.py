@@ -18,8 +18,9 @@ from absl import app, flags
 from mtv_jax.cli import errors
 from mtv_jax.config import overrides, schema
 from mtv_jax.parallel import distributed
-from mtv_jax.train import loop as train
-from mtv_jax.train import metrics, workdir
+from mtv_jax.train import workdir
+from mtv_jax.train.loop import train
+from mtv_jax.train.metrics import setup_logging
 from mtv_jax.utils import compile_cache
 
 _CONFIG = flags.DEFINE_string(
@@ -66,20 +67,20 @@ def main(argv):
     recipe = schema.check_config(
       overrides.override(schema.read_config(_CONFIG.value), _SET.value)
     )
-    distributed.join(
+    distributed.initialize(
       distributed=_DISTRIBUTED.value,
       coordinator=_COORDINATOR.value,
       processes=_PROCESSES.value,
       process=_PROCESS.value,
     )
     process = jax.process_index()
-    metrics.setup_logging(process_index=process)
+    setup_logging(process_index=process)
     alone = contextlib.nullcontext()
     if process == 0:
-      alone = workdir.held(_WORKDIR.value)
+      alone = workdir.lock_workdir(_WORKDIR.value)
     with alone:
-      compile_cache.turn_on(_COMPILE_CACHE.value, _WORKDIR.value)
-      train.run(recipe, _WORKDIR.value)
+      compile_cache.enable(_COMPILE_CACHE.value, _WORKDIR.value)
+      train(recipe, _WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from mtv_jax.experts import local_mesh
 from mtv_jax.experts.base import Prepared
 from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.parallel import distributed
-from mtv_jax.parallel.sharding import HostRows
+from mtv_jax.parallel.mesh import HostRows
 from mtv_jax.utils import atomic
 
 SHAPES = ((12, 18), (18, 12), (12, 12))
@@ -175,7 +175,7 @@ ELSEWHERE = atomic.Owner("00000000", 1, "00000000")
 
 def main(kind, base, out, delay, coordinator=None, process="0"):
   """Labels, and says when it begins."""
-  distributed.join(
+  distributed.initialize(
     coordinator=coordinator,
     processes=2 if coordinator else None,
     process=int(process) if coordinator else None,

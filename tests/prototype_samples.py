@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mtv_jax.objectives import base
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import BATCH_SPEC, MESH_AXES, make_mesh
 
 MESHES = [(8, 1, 1), (2, 2, 2)]
 
@@ -99,9 +99,7 @@ def loss_and_gradients(objective, params, loss_inputs, context, mesh=None):
 
   student = params["student"]
   if mesh is not None:
-    loss_inputs = jax.device_put(
-      loss_inputs, NamedSharding(mesh, sharding.BATCH)
-    )
+    loss_inputs = jax.device_put(loss_inputs, NamedSharding(mesh, BATCH_SPEC))
     student = jax.device_put(student, NamedSharding(mesh, PartitionSpec()))
     # As tensor parallelism would have it: each device some prototypes.
     last = student[objective.head]["last_layer"]
@@ -124,7 +122,7 @@ def assert_same_on_meshes(objective, params, loss_inputs):
   one = loss_and_gradients(objective, params, loss_inputs, context)
   assert len(one[2]) > 3
   for shape in MESHES:
-    mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
+    mesh = make_mesh(dict(zip(MESH_AXES, shape, strict=True)))
     many = loss_and_gradients(objective, params, loss_inputs, context, mesh)
     np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
     jax.tree.map(

@@ -4,7 +4,11 @@ import functools
 import pathlib
 
 from mtv_jax.config import schema
-from mtv_jax.train import experiment
+from mtv_jax.train.experiment import (
+  build_experiment,
+  build_step_spec,
+  make_loader,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ROWS = 16
@@ -40,14 +44,14 @@ def read():
 @functools.cache
 def built():
   config = read()
-  return experiment.build_recipe(config, total_steps=100)
+  return build_step_spec(config, total_steps=100)
 
 
 @functools.cache
 def rows():
   """A batch off the real pipeline, with fewer labels on some devices."""
-  made = experiment.build(read(), "unused")
-  with experiment.make_loader(made, 0) as loader:
+  made = build_experiment(read(), "unused")
+  with make_loader(made, 0) as loader:
     batch = dict(next(loader))
   # Of eight devices the first has no label, the second lacks one of two.
   batch["depth"][:3] = 0

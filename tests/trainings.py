@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mtv_jax.checkpoint import checkpointer
-from mtv_jax.utils import tree as trees
+from mtv_jax.checkpoint.checkpointer import load_tree
+from mtv_jax.utils.tree import flatten_with_names
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "tests" / "configs" / "smallest.py"
@@ -122,5 +122,5 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
 
 def params(workdir: pathlib.Path) -> dict[str, np.ndarray]:
   """The last checkpoint's parameters by name."""
-  tree = checkpointer.load_tree(workdir, part="params")
-  return dict(trees.flatten_names(tree))
+  tree = load_tree(workdir, part="params")
+  return dict(flatten_with_names(tree))

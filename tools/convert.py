@@ -18,7 +18,7 @@ from mtv_jax.convert import big_vision, huggingface
 from mtv_jax.convert.converted import Converted
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.encoder import loading
-from mtv_jax.train import metrics
+from mtv_jax.train.metrics import setup_logging
 
 _COMMANDS = {
   "to_hf": "a run, an export or an imported folder to Hugging Face",
@@ -79,7 +79,7 @@ def source_of(arguments: argparse.Namespace) -> Converted:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command line; errors end the program with their message."""
-  metrics.setup_logging()
+  setup_logging()
   arguments = parse(argv)
   try:
     if Path(arguments.source).resolve() == Path(arguments.out).resolve():

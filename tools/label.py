@@ -27,8 +27,8 @@ from mtv_jax.experts.build import build_expert, parse_options
 from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.experts.labelling.verify import verify
 from mtv_jax.parallel import distributed
-from mtv_jax.parallel.sharding import HostRows
-from mtv_jax.train import metrics
+from mtv_jax.parallel.mesh import HostRows
+from mtv_jax.train.metrics import setup_logging
 from mtv_jax.utils.progress import Progress
 
 # Options that are passed on to the expert where they are given.
@@ -50,13 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; 0 where it did what it was asked to."""
   args = _parser().parse_args(argv)
   with errors.readable_errors("label"):
-    distributed.join(
+    distributed.initialize(
       distributed=args.distributed,
       coordinator=args.coordinator,
       processes=args.processes,
       process=args.process,
     )
-    metrics.setup_logging(process_index=jax.process_index())
+    setup_logging(process_index=jax.process_index())
     base = label_bases.open_base(
       args.data, index_dir=args.index_dir, captions="optional"
     )

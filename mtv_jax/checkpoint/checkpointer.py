@@ -22,16 +22,19 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from mtv_jax.checkpoint import partial_restore
-from mtv_jax.utils import tree as trees
+from mtv_jax.checkpoint.partial_restore import (
+  CheckpointMismatchError,
+  first_lines,
+)
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 Path = str | epath.PathLike
 
 _STATE, _TIMING = "state", "timing"
 
 
-class CheckpointDamaged(InputError):
+class DamagedCheckpointError(InputError):
   """Files of a checkpoint are missing or can't be read."""
 
 
@@ -123,7 +126,7 @@ class Checkpointer:
       step,
       args=ocp.args.Composite(
         **{
-          _STATE: ocp.args.PyTreeSave(trees.unflatten(flat)),
+          _STATE: ocp.args.PyTreeSave(unflatten_names(flat)),
           _TIMING: ocp.args.JsonSave(dict(timing or {})),
         }
       ),
@@ -189,8 +192,8 @@ class Checkpointer:
         args=ocp.args.Composite(
           **{
             _STATE: ocp.args.PyTreeRestore(
-              trees.unflatten(flat),
-              restore_args=trees.unflatten(
+              unflatten_names(flat),
+              restore_args=unflatten_names(
                 {name: _restore_args(leaf) for name, leaf in flat.items()}
               ),
             ),
@@ -221,7 +224,7 @@ class Checkpointer:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-  return dict(trees.flatten_names(tree))
+  return dict(flatten_with_names(tree))
 
 
 def _restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
@@ -272,7 +275,7 @@ def _reading(
     instead = "There is no earlier one."
     if earlier:
       instead = f"Move it away to go on from step {max(earlier)}."
-    raise CheckpointDamaged(
+    raise DamagedCheckpointError(
       f"{folder}/{step} can't be read: files in it are missing or damaged."
       f" {instead} The reader said: {type(error).__name__}: {str(error)[:300]}"
     ) from error
@@ -293,10 +296,10 @@ def _require_same(
     if here:
       lines.append(f"+ {name}  {here}")
   if lines:
-    raise partial_restore.CheckpointMismatch(
+    raise CheckpointMismatchError(
       f"{path} is a checkpoint of another shape than this config's state"
       " (- in the checkpoint, + in this run):\n"
-      f"{partial_restore.first(lines, 20)}\n"
+      f"{first_lines(lines, 20)}\n"
       "Continue a run with the config it was started with (its config.json),"
       " or start in a new folder and load what fits through config.init."
     )
@@ -359,10 +362,10 @@ def load_tree(
     restored = ocp.PyTreeCheckpointHandler().restore(
       item,
       args=ocp.args.PyTreeRestore(
-        trees.unflatten(
+        unflatten_names(
           {n: jax.ShapeDtypeStruct(m.shape, m.dtype) for n, m in flat.items()}
         ),
-        restore_args=trees.unflatten(dict.fromkeys(flat, as_numpy)),
+        restore_args=unflatten_names(dict.fromkeys(flat, as_numpy)),
         partial_restore=True,
       ),
     )

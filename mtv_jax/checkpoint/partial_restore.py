@@ -10,15 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtv_jax.utils import tree as trees
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.tree import closest_names, flatten_with_names, match_rules
 
 
-class CheckpointMismatch(InputError):
+class CheckpointMismatchError(InputError):
   """A checkpoint holds other arrays than the ones asked for."""
 
 
-def first(lines: Sequence[str], limit: int) -> str:
+def first_lines(lines: Sequence[str], limit: int) -> str:
   """As many of the lines, and how many more there are."""
   shown = [f"  {line}" for line in lines[:limit]]
   if len(lines) > limit:
@@ -27,8 +27,8 @@ def first(lines: Sequence[str], limit: int) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-  """What `merge` did, by parameter name.
+class MergeReport:
+  """What `merge_params` did, by parameter name.
 
   Attributes:
     loaded: taken from the source.
@@ -57,7 +57,7 @@ class Report:
       ("of another shape", shapes),
     ]:
       if found:
-        lines.append(f"{title} ({len(found)}):\n{first(found, 10)}")
+        lines.append(f"{title} ({len(found)}):\n{first_lines(found, 10)}")
     return "\n".join(lines)
 
 
@@ -66,10 +66,10 @@ class Merged:
   """Parameters after partial loading, and what was loaded."""
 
   params: Any
-  report: Report
+  report: MergeReport
 
 
-def merge(
+def merge_params(
   target_params: Any,
   source_tree: Any,
   *,
@@ -97,11 +97,11 @@ def merge(
       weights that were silently not loaded have cost people weeks.
     ValueError: an include matches nothing, or two source names collide.
   """
-  target = dict(trees.flatten_names(target_params))
-  source = _renamed(dict(trees.flatten_names(source_tree)), rename)
+  target = dict(flatten_with_names(target_params))
+  source = _renamed(dict(flatten_with_names(source_tree)), rename)
   wanted = [
     match.name
-    for match in trees.match_rules(
+    for match in match_rules(
       target, [(pattern, True) for pattern in include], what="init.include"
     )
     if match.value
@@ -117,7 +117,7 @@ def merge(
       out[name] = np.asarray(source[name]).astype(target[name].dtype)
       loaded.append(name)
   total = _count(target, wanted)
-  report = Report(
+  report = MergeReport(
     tuple(loaded),
     tuple(missing),
     tuple(name for name in source if name not in target),
@@ -128,10 +128,10 @@ def merge(
     hint = ""
     if missing and report.unexpected:
       hint = (
-        f"\nFor {missing[0]!r}: {trees.closest(missing[0], report.unexpected)}"
+        f"\nFor {missing[0]!r}: {closest_names(missing[0], report.unexpected)}"
         "\nMap names with init.rename, or choose them with init.include."
       )
-    raise CheckpointMismatch(
+    raise CheckpointMismatchError(
       f"too little was loaded: {100 * report.coverage:.1f} % of the wanted"
       f" parameters, at least {100 * min_coverage:g} % expected"
       f" (init.min_coverage).\n{report}{hint}"

@@ -30,8 +30,8 @@ from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models.heads import PredictionHead, contrastive_head
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.utils import tree as trees
 from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def _as_described(
 ) -> tuple[ModelSpec, dict[str, Any]]:
   """An export's params under the names they had, with the other heads."""
   own = ModelSpec.from_dict(found["model"])
-  leaves = dict(trees.flatten_names(params))
+  leaves = dict(flatten_with_names(params))
   kept = found.get("contrastive")
   for name in [n for n in leaves if n.startswith("heads/contrastive/")]:
     value, leaf = leaves.pop(name), name.rsplit("/", 1)[1]
@@ -188,7 +188,7 @@ def _as_described(
       f"models. {error}\nDelete {native.DESCRIPTION} to read the folder as any "
       "Hugging Face folder."
     ) from None
-  return own, trees.unflatten(leaves)
+  return own, unflatten_names(leaves)
 
 
 # ---------------------------------------------------------------------------

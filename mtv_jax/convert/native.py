@@ -19,8 +19,8 @@ from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.utils import tree as trees
 from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 PARAMS = "params.safetensors"
 DESCRIPTION = "mtv_jax.json"
@@ -182,7 +182,7 @@ def read(folder: pathlib.Path) -> Converted:
   check_params(spec, leaves)
   return Converted(
     spec=spec,
-    params=trees.unflatten(leaves),
+    params=unflatten_names(leaves),
     preprocess=found["preprocess"],
     tokenizer=described_tokenizer(folder, found),
     prediction_heads=described_heads(found),
@@ -195,7 +195,7 @@ def numpy_leaves(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     name: np.ascontiguousarray(np.asarray(leaf, np.float32)).reshape(
       np.shape(leaf)
     )
-    for name, leaf in trees.flatten_names(params)
+    for name, leaf in flatten_with_names(params)
   }
 
 
@@ -207,7 +207,7 @@ def check_params(spec: ModelSpec, leaves: Mapping[str, np.ndarray]) -> None:
   """
   want = {
     name: tuple(leaf.shape)
-    for name, leaf in trees.flatten_names(models.abstract_params(spec))
+    for name, leaf in flatten_with_names(models.abstract_params(spec))
   }
   got = {
     name: tuple(leaf.shape)

@@ -13,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-from mtv_jax.utils import tree as trees
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.tree import unflatten_names
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -382,7 +382,7 @@ def load(rules: Sequence[Rule], store: Store) -> dict[str, Any]:
         if name not in leaves:
           leaves[name] = np.empty((rule.depth, *value.shape), np.float32)
         leaves[name][i] = value
-  return trees.unflatten(leaves)
+  return unflatten_names(leaves)
 
 
 def save(

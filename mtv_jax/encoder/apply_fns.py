@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads.base import PredictionHead
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils import xla_flags
 
 # From parameters and a batch to arrays by name, replicated.
@@ -97,7 +97,7 @@ def head_function(
 def _compiled(run: Callable, mesh: Mesh) -> Function:
   return jax.jit(
     run,
-    out_shardings=sharding.replicated(mesh),
+    out_shardings=replicated_sharding(mesh),
     compiler_options=xla_flags.compiler_options(mesh),
   )
 

@@ -19,7 +19,7 @@ from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models
 from mtv_jax.models import vit
 from mtv_jax.models.vit import ViTSpec
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import replicated_sharding
 
 # Side of the thumbnail that a raw-pixel encoder has for an embedding.
 THUMBNAIL = 8
@@ -145,7 +145,7 @@ def _pixel_function(spec, taps, outputs, mesh) -> apply_fns.Function:
       kept |= {f"layer{tap}": patches, f"prefix{tap}": prefix}
     return kept
 
-  return jax.jit(run, out_shardings=sharding.replicated(mesh))
+  return jax.jit(run, out_shardings=replicated_sharding(mesh))
 
 
 def _thumbnail(images):

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float32, PyTree
 
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 
 
 def in_batches(
@@ -45,8 +45,8 @@ def in_batches(
   Returns:
     By name, the results of all items in order; padding is dropped.
   """
-  size = padded_batch(count, batch_size, sharding.batch_shards(mesh))
-  placing = NamedSharding(mesh, sharding.BATCH)
+  size = padded_batch(count, batch_size, num_batch_shards(mesh))
+  placing = NamedSharding(mesh, BATCH_SPEC)
   rows = _local_rows(placing, size)
   results = collections.defaultdict(list)
 

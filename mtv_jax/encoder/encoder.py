@@ -31,7 +31,8 @@ from mtv_jax.encoder.preprocess import Preprocess, as_image, as_pixels
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads import contrastive_head
 from mtv_jax.models.heads.base import TEXT, PredictionHead
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import MESH_AXES, make_mesh
+from mtv_jax.parallel.rules import tree_shardings
 from mtv_jax.utils.errors import did_you_mean
 
 OUTPUTS = ("pooled", "patches", "prefix")
@@ -130,7 +131,7 @@ class Encoder:
       params: `image`, and where there is a text tower `text` and
         `heads/contrastive`; maybe further heads. Live `jax.Array`s stay where
         they are; NumPy arrays are placed over the mesh by the rules of
-        `sharding.py`.
+        `parallel/mesh.py`.
       preprocess: what an image goes through.
       tokenizer: `encode(strings, length)`; only `text` needs it.
       mesh: `(data, fsdp, tensor)`; by default that of the parameters, else
@@ -149,7 +150,7 @@ class Encoder:
     self.spec = spec
     self.preprocess = preprocess
     self.tokenizer = tokenizer
-    self.mesh = mesh or _mesh_of(params) or sharding.make_mesh({"data": -1})
+    self.mesh = mesh or _mesh_of(params) or make_mesh({"data": -1})
     if dtype not in DTYPES:
       raise ValueError(
         f"Encoder: dtype={dtype!r}. {did_you_mean(str(dtype), DTYPES)}"
@@ -584,14 +585,14 @@ def _mesh_of(params: PyTree) -> Mesh | None:
     placing = getattr(leaf, "sharding", None)
     if isinstance(placing, NamedSharding):
       mesh = placing.mesh
-      if set(sharding.AXES) <= set(mesh.axis_names):
+      if set(MESH_AXES) <= set(mesh.axis_names):
         return mesh
   return None
 
 
 def _place(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
   """Puts NumPy leaves on the mesh; arrays that are on it stay as they are."""
-  placings = sharding.tree_shardings(params, mesh)
+  placings = tree_shardings(params, mesh)
 
   def place(leaf, placing):
     placed = getattr(leaf, "sharding", None)

@@ -11,7 +11,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mtv_jax.checkpoint import checkpointer
+from mtv_jax.checkpoint.checkpointer import load_tree
 from mtv_jax.convert import converted, huggingface, native, processors
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.encoder import baselines
@@ -180,7 +180,7 @@ def _weights(
   folder: pathlib.Path, weights: str, step: int | None
 ) -> dict[str, Any]:
   def read(part: str) -> dict[str, Any]:
-    return checkpointer.load_tree(folder, step=step, part=part)
+    return load_tree(folder, step=step, part=part)
 
   if weights == "ema":
     return read("ema")

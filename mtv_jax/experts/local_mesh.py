@@ -16,9 +16,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from mtv_jax.parallel import sharding
-from mtv_jax.utils import tree as trees
+from mtv_jax.parallel.mesh import (
+  BATCH_SPEC,
+  MESH_AXES,
+  check_batch_size,
+  replicated_sharding,
+)
 from mtv_jax.utils import xla_flags
+from mtv_jax.utils.tree import flatten_with_names
 
 
 def local_mesh() -> Mesh:
@@ -26,12 +31,12 @@ def local_mesh() -> Mesh:
   # In any order: they exchange nothing. One host's part of a pod need not be
   # what `make_mesh` takes for a whole machine.
   devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
-  return Mesh(devices, sharding.AXES)
+  return Mesh(devices, MESH_AXES)
 
 
 def replicate(params: PyTree, mesh: Mesh) -> PyTree:
   """Parameters, whole on every device of a mesh of this host."""
-  return jax.device_put(params, sharding.replicated(mesh))
+  return jax.device_put(params, replicated_sharding(mesh))
 
 
 def rows(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -41,8 +46,8 @@ def rows(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     ConfigError: the devices don't divide the rows.
   """
   for value in arrays.values():
-    sharding.check_batch(len(value), mesh)
-  return jax.device_put(dict(arrays), NamedSharding(mesh, sharding.BATCH))
+    check_batch_size(len(value), mesh)
+  return jax.device_put(dict(arrays), NamedSharding(mesh, BATCH_SPEC))
 
 
 def by_device(
@@ -65,8 +70,8 @@ def by_device(
   cut = jax.shard_map(
     function,
     mesh=mesh,
-    in_specs=(PartitionSpec(), sharding.BATCH),
-    out_specs=sharding.BATCH,
+    in_specs=(PartitionSpec(), BATCH_SPEC),
+    out_specs=BATCH_SPEC,
     check_vma=False,
   )
   return jax.jit(cut, compiler_options=xla_flags.compiler_options(mesh))
@@ -75,7 +80,7 @@ def by_device(
 def fingerprint(params: PyTree) -> str:
   """A hash of parameters: of names, types, shapes and numbers."""
   digest = hashlib.blake2b(digest_size=8)
-  for name, leaf in trees.flatten_names(params):
+  for name, leaf in flatten_with_names(params):
     value = np.ascontiguousarray(leaf)
     digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
     digest.update(value.data)

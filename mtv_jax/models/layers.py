@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mtv_jax.models import attention as attention_lib
-from mtv_jax.parallel import constraints
+from mtv_jax.parallel.constraints import all_gather_params, constrain_batch
 from mtv_jax.utils.errors import check_choice, did_you_mean
 
 # What the backward pass finds saved of each block; it recomputes the rest.
@@ -296,8 +296,8 @@ def run_stack(
   check_remat(remat)
 
   def step(x, layer):
-    x = constraints.by_rows(x, mesh)
-    layer = constraints.in_use(layer, mesh, dtype=block.dtype)
+    x = constrain_batch(x, mesh)
+    layer = all_gather_params(layer, mesh, dtype=block.dtype)
     return block.apply({"params": layer}, x), None
 
   policy = REMAT[remat]

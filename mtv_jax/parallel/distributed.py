@@ -3,7 +3,7 @@
 import jax
 
 
-def join(
+def initialize(
   *,
   distributed: bool = False,
   coordinator: str | None = None,

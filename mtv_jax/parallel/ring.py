@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, PyTree
 
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.utils.tree import pytree_dataclass
 
 METHODS = ("auto", "gathered", "ring")
-AXES = sharding.BATCH[0]
+AXES = BATCH_SPEC[0]
 
 
 @pytree_dataclass
@@ -72,7 +72,7 @@ def should_use_ring(method: str, mesh: Mesh | None) -> bool:
   """
   if mesh is None or method == "gathered":
     return False
-  return method == "ring" or sharding.batch_shards(mesh) > 1
+  return method == "ring" or num_batch_shards(mesh) > 1
 
 
 @pytree_dataclass
@@ -117,7 +117,7 @@ def ring_pairwise_loss(
     mesh: `(data, fsdp, tensor)`, whose first two divide the rows.
   """
   split, whole = PartitionSpec(AXES), PartitionSpec()
-  count = sharding.batch_shards(mesh)
+  count = num_batch_shards(mesh)
 
   def run(with_grads, rows, columns, params):
     device_fn = functools.partial(
@@ -247,7 +247,7 @@ def ring_nearest(
   Returns:
     The first of equally near rows, and any row where there is no neighbour.
   """
-  split, count = PartitionSpec(AXES), sharding.batch_shards(mesh)
+  split, count = PartitionSpec(AXES), num_batch_shards(mesh)
   mapped = functools.partial(
     jax.shard_map, mesh=mesh, in_specs=(split, split), out_specs=split
   )

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from mtv_jax.objectives import base
-from mtv_jax.parallel import constraints
+from mtv_jax.parallel.constraints import constrain_batch
 
 
 def collect(
@@ -70,7 +70,7 @@ def encode(
         tokens = batch[encoding.view]
         lead = tokens.shape[:-1]
         tokens = tokens.reshape(-1, tokens.shape[-1])
-        output = tower.apply(variables, constraints.by_rows(tokens, mesh))
+        output = tower.apply(variables, constrain_batch(tokens, mesh))
       else:
         made = views[encoding.view]
         lead = made.images.shape[:2]
@@ -79,7 +79,7 @@ def encode(
           lambda x: x.reshape(-1, *x.shape[2:]),
           (made.images, hidden, made.keep),
         )
-        images, mask, keep = constraints.by_rows(crops, mesh)
+        images, mask, keep = constrain_batch(crops, mesh)
         output = tower.apply(variables, images, taps=taps, mask=mask, keep=keep)
       outputs[encoding] = jax.tree.map(
         lambda x, lead=lead: x.reshape(*lead, *x.shape[1:]), output

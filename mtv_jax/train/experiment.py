@@ -26,12 +26,18 @@ from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.models import two_tower as model_lib
 from mtv_jax.objectives import build_objective
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import (
+  MESH_AXES,
+  check_batch_size,
+  host_rows,
+  make_mesh,
+)
+from mtv_jax.parallel.rules import check_sharding_rules, table
 from mtv_jax.train import optim
-from mtv_jax.train import step as step_lib
-from mtv_jax.train import step_spec as recipe_lib
-from mtv_jax.utils import tree as trees
+from mtv_jax.train.step import Program, make_program
+from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, abstract_params
 from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils.tree import flatten_with_names
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +50,7 @@ class Experiment:
     config: resolved, defaults filled in.
     workdir: the run's folder.
     mesh: of all devices of all processes.
-    recipe: what the step is made of.
+    step_spec: what the train step computes.
     tokenizer: of the captions; None for a model without text.
     sources: of `config.data.train`, in order.
     examples_per_epoch: records of all sources together.
@@ -57,13 +63,13 @@ class Experiment:
   config: ConfigDict
   workdir: pathlib.Path
   mesh: Mesh
-  recipe: recipe_lib.Recipe
+  step_spec: StepSpec
   tokenizer: Any
   sources: list[Any]
   examples_per_epoch: int
   total_steps: int
   optimizer: optim.Optimizer
-  program: step_lib.Program
+  program: Program
   evaluators: dict[str, evals_base.Evaluator]
 
   def every(self, name: str, section: ConfigDict) -> int | None:
@@ -78,7 +84,7 @@ class Experiment:
     )
 
 
-def build_recipe(config: ConfigDict, total_steps: int) -> recipe_lib.Recipe:
+def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
   """What a resolved config says about the step."""
   options = model_lib.runtime(config.model)
   weights = {
@@ -92,9 +98,9 @@ def build_recipe(config: ConfigDict, total_steps: int) -> recipe_lib.Recipe:
       f"there is nothing to train before step {first}."
     )
   made = views.build_views(config.views.to_dict())
-  spec = model_lib.ModelSpec.from_config(config.model)
+  model = model_lib.ModelSpec.from_config(config.model)
   objectives = {
-    name: build_objective(name, entry).resolve(spec, made)
+    name: build_objective(name, entry).resolve(model, made)
     for name, entry in config.objectives.items()
   }
   read = {e for o in objectives.values() for e in o.needs().encodings}
@@ -105,9 +111,8 @@ def build_recipe(config: ConfigDict, total_steps: int) -> recipe_lib.Recipe:
   if config.model.text and all(e.tower != "text" for e in read):
     log.warning("No objective reads text: config.model.text is left out.")
     config.model.text = None
-  spec = model_lib.ModelSpec.from_config(config.model)
-  recipe = recipe_lib.Recipe(
-    spec=spec,
+  spec = StepSpec(
+    model=model_lib.ModelSpec.from_config(config.model),
     dtype=jnp.dtype(options.pop("dtype", "float32")),
     runtime=options,
     objectives=objectives,
@@ -121,21 +126,21 @@ def build_recipe(config: ConfigDict, total_steps: int) -> recipe_lib.Recipe:
     accumulate=config.accumulate,
   )
   if not config.optim.rules:
-    return recipe
-  shapes = recipe_lib.abstract_params(recipe)
+    return spec
+  shapes = abstract_params(spec)
   table = optim.rule_table(shapes, config.optim.rules)
   return dataclasses.replace(
-    recipe, frozen=frozenset(row.name for row in table if row.frozen)
+    spec, frozen=frozenset(row.name for row in table if row.frozen)
   )
 
 
 def _weight(
   name: str, entry: ConfigDict, batch_size: int, total_steps: int
-) -> recipe_lib.Weight:
+) -> ObjectiveWeight:
   """A number, or dict(value, start_steps|percent.., ramp_steps|percent..)."""
   weight, where = entry.weight, f"config.objectives.{name}.weight"
   if not isinstance(weight, ConfigDict):
-    return recipe_lib.Weight(_not_negative(weight, where))
+    return ObjectiveWeight(_not_negative(weight, where))
   known = [f"{k}_{u}" for k in ("start", "ramp") for u in schema.UNITS]
   for key in weight:
     if key not in ("value", *known):
@@ -154,7 +159,7 @@ def _weight(
       "that it would never be trained."
     )
   value = _not_negative(weight.get("value", 1.0), f"{where}.value")
-  return recipe_lib.Weight(value, start, ramp)
+  return ObjectiveWeight(value, start, ramp)
 
 
 def _not_negative(value: Any, where: str) -> float:
@@ -164,7 +169,7 @@ def _not_negative(value: Any, where: str) -> float:
   return float(value)
 
 
-def make_mesh(
+def make_config_mesh(
   config: ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
   """The mesh of a resolved config, which its batch fits.
@@ -176,46 +181,48 @@ def make_mesh(
   Raises:
     ConfigError: the sizes don't fit the devices, or the batch doesn't fit.
   """
-  mesh = sharding.make_mesh(config.mesh, devices)
+  mesh = make_mesh(config.mesh, devices)
   if config.batch_size % config.accumulate:
     raise ConfigError(
       f"config.batch_size is {config.batch_size}, which config.accumulate="
       f"{config.accumulate} does not divide."
     )
-  sharding.check_batch(config.batch_size // config.accumulate, mesh)
+  check_batch_size(config.batch_size // config.accumulate, mesh)
   return mesh
 
 
-def make_program(
-  config: ConfigDict, recipe: recipe_lib.Recipe, mesh: Mesh, examples: int
-) -> tuple[optim.Optimizer, step_lib.Program]:
+def build_program(
+  config: ConfigDict, spec: StepSpec, mesh: Mesh, examples: int
+) -> tuple[optim.Optimizer, Program]:
   """The optimizer and the step of a resolved config; compiles nothing.
 
   Args:
     config: resolved.
-    recipe: from `build_recipe`.
-    mesh: from `make_mesh`.
+    spec: from `build_step_spec`.
+    mesh: from `make_config_mesh`.
     examples: of an epoch, for durations.
 
   Raises:
     ConfigError: for a rule that matches no parameter, or can't be.
   """
-  params = recipe_lib.abstract_params(recipe)
+  params = abstract_params(spec)
   optimizer = optim.make_optimizer(
     config.optim,
     config.schedule,
-    total_steps=recipe.total_steps,
+    total_steps=spec.total_steps,
     batch_size=config.batch_size,
     examples_per_epoch=examples,
     params=params,
   )
-  names = [name for name, _ in trees.flatten_names(params)]
-  sharding.check_rules(config.sharding, names)
-  program = step_lib.make_program(recipe, optimizer.tx, mesh, config.sharding)
+  names = [name for name, _ in flatten_with_names(params)]
+  check_sharding_rules(config.sharding, names)
+  program = make_program(spec, optimizer.tx, mesh, config.sharding)
   return optimizer, program
 
 
-def build(config: schema.Config, workdir: str | os.PathLike) -> Experiment:
+def build_experiment(
+  config: schema.Config, workdir: str | os.PathLike
+) -> Experiment:
   """Checks a config and builds everything but the state.
 
   Raises:
@@ -227,7 +234,7 @@ def build(config: schema.Config, workdir: str | os.PathLike) -> Experiment:
       f"the run's folder is {workdir}; buckets are not written to directly: "
       "mount it (gcsfuse, for example) and give the folder's path."
     )
-  mesh = make_mesh(config)
+  mesh = make_config_mesh(config)
   tokenizer = None
   if text := config.model.text:
     # Checked before the data, which may take long to open.
@@ -241,39 +248,39 @@ def build(config: schema.Config, workdir: str | os.PathLike) -> Experiment:
   ]
   examples = sum(len(source) for source in sources)
   total_steps = schema.total_steps(config, examples)
-  recipe = build_recipe(config, total_steps)
+  spec = build_step_spec(config, total_steps)
   # Labels that no objective reads are not even opened.
-  read = data_ops(config, recipe, tokenizer).labels
+  read = build_data_ops(config, spec, tokenizer).labels
   sources = [
     labels.join(source, entry["labels"], fields=read)
     if entry.get("labels")
     else source
     for source, entry in zip(sources, entries, strict=True)
   ]
-  optimizer, program = make_program(config, recipe, mesh, examples)
+  optimizer, program = build_program(config, spec, mesh, examples)
   return Experiment(
     config=config,
     workdir=pathlib.Path(workdir),
     mesh=mesh,
-    recipe=recipe,
+    step_spec=spec,
     tokenizer=tokenizer,
     sources=sources,
     examples_per_epoch=examples,
     total_steps=total_steps,
     optimizer=optimizer,
     program=program,
-    evaluators=_evaluators(config, recipe),
+    evaluators=_evaluators(config, spec),
   )
 
 
 def _evaluators(
-  config: ConfigDict, recipe: recipe_lib.Recipe
+  config: ConfigDict, spec: StepSpec
 ) -> dict[str, evals_base.Evaluator]:
   """The evaluators, their data opened, so that a mistake shows at once."""
   lacking = {}
-  if recipe.ema_decay is None:
+  if spec.ema_decay is None:
     lacking["ema"] = "config.ema is not set"
-  if not recipe.has_teacher:
+  if not spec.has_teacher:
     lacking["teacher"] = "no objective reads a teacher"
   entries = {}
   for name, entry in config.evals.items():
@@ -290,12 +297,12 @@ def _evaluators(
   return evaluators
 
 
-def data_ops(
-  config: ConfigDict, recipe: recipe_lib.Recipe, tokenizer: Any
+def build_data_ops(
+  config: ConfigDict, spec: StepSpec, tokenizer: Any
 ) -> ops.Ops:
   """The ops of the input pipeline whose results the step reads."""
   return ops.build_ops(
-    config.data.ops, tokenizer=tokenizer, wanted=recipe.fields()
+    config.data.ops, tokenizer=tokenizer, wanted=spec.fields()
   )
 
 
@@ -305,7 +312,7 @@ def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
   Raises:
     ConfigError: if an objective reads a field that the batches lack.
   """
-  rows = sharding.host_rows(experiment.config.batch_size, experiment.mesh)
+  rows = host_rows(experiment.config.batch_size, experiment.mesh)
   loader = pipeline.make_loader(
     experiment.config.data.to_dict(),
     batch_size=experiment.config.batch_size,
@@ -314,10 +321,10 @@ def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
     process_index=rows.index,
     process_count=rows.count,
     tokenizer=experiment.tokenizer,
-    wanted=experiment.recipe.fields(),
+    wanted=experiment.step_spec.fields(),
     sources=experiment.sources,
   )
-  for field, readers in experiment.recipe.fields().items():
+  for field, readers in experiment.step_spec.fields().items():
     if field not in loader.fields:
       raise ConfigError(
         f"objective {readers[0]!r} reads the batch field {field!r}, which no "
@@ -344,7 +351,7 @@ def _require_length(
     )
 
 
-def write_config(experiment: Experiment) -> None:
+def save_config(experiment: Experiment) -> None:
   """Keeps the resolved config and the tokenizer file with the run."""
   if jax.process_index() != 0:
     return
@@ -367,9 +374,9 @@ def write_config(experiment: Experiment) -> None:
       shutil.copyfile(experiment.tokenizer.path, target)
 
 
-def describe(experiment: Experiment) -> None:
+def log_experiment(experiment: Experiment) -> None:
   """Logs what is about to be trained: sizes, placement, rules, length."""
-  rows = sharding.table(experiment.program.abstract.params)
+  rows = table(experiment.program.abstract.params)
   width = max(len(row[0]) for row in rows)
   line = f"%-{width}s  %-16s %13s  %s"
   log.info(line, "parameter", "shape", "bytes/device", "partition")
@@ -379,14 +386,14 @@ def describe(experiment: Experiment) -> None:
   log.info("\n%s\n", optim.describe(experiment.optimizer.table))
   mesh, config = experiment.mesh, experiment.config
   count = sum(math.prod(row[1]) for row in rows)
-  held = sum(row[3] for row in sharding.table(experiment.program.abstract))
+  held = sum(row[3] for row in table(experiment.program.abstract))
   log.info(
     "%s parameters; the state takes %.1f MB a device on a mesh of %s.",
     f"{count:,}",
     held / 1e6,
-    " x ".join(f"{mesh.shape[axis]} {axis}" for axis in sharding.AXES),
+    " x ".join(f"{mesh.shape[axis]} {axis}" for axis in MESH_AXES),
   )
-  log.info("Encodings: %s.", ", ".join(map(str, experiment.recipe.plan)))
+  log.info("Encodings: %s.", ", ".join(map(str, experiment.step_spec.plan)))
   log.info(
     "%d steps of %d examples; an epoch of %s examples is %.1f steps.",
     experiment.total_steps,

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mtv_jax.checkpoint import checkpointer, partial_restore
+from mtv_jax.checkpoint.checkpointer import Checkpointer, Restored
+from mtv_jax.checkpoint.partial_restore import merge_params
 from mtv_jax.config import schema
 from mtv_jax.data import pipeline
 from mtv_jax.encoder import loading
@@ -21,19 +22,24 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import preprocess_of
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.models import heads as heads_lib
-from mtv_jax.parallel import sharding
-from mtv_jax.train import experiment as experiment_lib
-from mtv_jax.train import metrics as metrics_lib
+from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.train import preemption
-from mtv_jax.train import step_spec as recipe_lib
-from mtv_jax.train.experiment import Experiment
+from mtv_jax.train.experiment import (
+  Experiment,
+  build_experiment,
+  log_experiment,
+  make_loader,
+  save_config,
+)
+from mtv_jax.train.metrics import Chrono, MetricWriter
 from mtv_jax.train.state import TrainState
+from mtv_jax.train.step_spec import init_params
 
 log = logging.getLogger(__name__)
 
 
-def start(
-  experiment: Experiment, saved: checkpointer.Restored | None
+def init_or_restore(
+  experiment: Experiment, saved: Restored | None
 ) -> TrainState:
   """The state to go on from: the last checkpoint, `config.init`, or new."""
   if saved is not None:
@@ -44,7 +50,7 @@ def start(
     lambda leaf: leaf.sharding, experiment.program.abstract.params
   )
   params = jax.jit(
-    lambda key: recipe_lib.init_params(experiment.recipe, key),
+    lambda key: init_params(experiment.step_spec, key),
     out_shardings=place,
   )(rng)
   if init := experiment.config.init:
@@ -52,9 +58,9 @@ def start(
       init.path,
       weights=init.weights,
       step=init.step,
-      spec=experiment.recipe.spec,
+      spec=experiment.step_spec.model,
     )
-    merged = partial_restore.merge(
+    merged = merge_params(
       params,
       source,
       include=init.include or ("",),
@@ -66,13 +72,13 @@ def start(
   return experiment.program.init(params)
 
 
-def placed_batches(
+def prefetch_to_device(
   loader: pipeline.Loader, mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
   """Batches on the devices, one transfer ahead of the step that needs it."""
   ahead = collections.deque()
   for batch in loader:
-    ahead.append(sharding.place_batch(batch, mesh))
+    ahead.append(shard_batch(batch, mesh))
     if len(ahead) > 1:
       yield ahead.popleft()
 
@@ -86,16 +92,16 @@ def evaluate(
   """
   weights = experiment.config.evals[name].get("weights", "student")
   encoder = Encoder(
-    experiment.recipe.spec,
+    experiment.step_spec.model,
     state.weights(weights),
     preprocess_of(experiment.config),
     experiment.tokenizer,
     experiment.mesh,
-    dtype=str(experiment.recipe.dtype),
+    dtype=str(experiment.step_spec.dtype),
     weights=weights,
     source=f"{experiment.workdir.name} at step {step}",
     prediction_heads=heads_lib.heads_of_config(
-      experiment.config.objectives, experiment.recipe.spec
+      experiment.config.objectives, experiment.step_spec.model
     ),
   )
   results = evals_lib.evaluate(encoder, {name: experiment.evaluators[name]})
@@ -105,14 +111,14 @@ def evaluate(
   return {f"{name}/{k}": v for k, v in results[name].metrics.items()}
 
 
-def in_order(values: Mapping[str, Any]) -> dict[str, Any]:
+def sort_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
   """What a person looks at first comes first: losses, rate, gradient."""
   losses = [name for name in values if name.endswith("/loss")]
   first = ["loss", *losses, "lr", "grad_norm"]
   return {name: values[name] for name in (*first, *values)}
 
 
-def require_finite(step: int, values: Mapping[str, Any]) -> None:
+def check_finite(step: int, values: Mapping[str, Any]) -> None:
   """Stops a run whose loss or gradient is no number, before it is saved.
 
   Raises:
@@ -129,7 +135,7 @@ def require_finite(step: int, values: Mapping[str, Any]) -> None:
   )
 
 
-def run(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
+def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
   """Trains a config in a folder, from the start or from where it stopped.
 
   Args:
@@ -145,16 +151,16 @@ def run(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
     data.pipeline.CorruptDataError: if too many records can't be used.
     preemption.Preempted: if the process was told to end, once it has saved.
   """
-  experiment = experiment_lib.build(config, workdir)
+  experiment = build_experiment(config, workdir)
   config = experiment.config
-  experiment_lib.describe(experiment)
+  log_experiment(experiment)
   process = jax.process_index()
-  chrono = metrics_lib.Chrono(
+  chrono = Chrono(
     total_steps=experiment.total_steps,
     batch_size=config.batch_size,
     devices=experiment.mesh.size,
   )
-  with checkpointer.Checkpointer(
+  with Checkpointer(
     experiment.workdir / "checkpoints",
     every_steps=experiment.every("every", config.checkpoint),
     keep=config.checkpoint.keep,
@@ -165,18 +171,18 @@ def run(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
       chrono.from_dict(saved.timing)
     first = saved.step if saved is not None else 0
     with (
-      experiment_lib.make_loader(experiment, first) as loader,
-      metrics_lib.Writers(
+      make_loader(experiment, first) as loader,
+      MetricWriter(
         experiment.workdir,
         total_steps=experiment.total_steps,
         start_step=first,
         process_index=process,
       ) as writers,
-      preemption.notices() as notice,
+      preemption.catch_sigterm() as notice,
     ):
       # Not before: what checkpoints or data refuse must not replace theirs.
-      experiment_lib.write_config(experiment)
-      state = start(experiment, saved)
+      save_config(experiment)
+      state = init_or_restore(experiment, saved)
       return _loop(
         experiment, state, first, loader, checkpoints, writers, chrono, notice
       )
@@ -185,16 +191,16 @@ def run(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
 def _loop(
   experiment, state, first, loader, checkpoints, writers, chrono, notice
 ):
-  """The steps themselves; see `run`."""
+  """The steps themselves; see `train`."""
   log_every = experiment.every("every", experiment.config.log)
   eval_every = {
     name: experiment.every("every", entry)
     for name, entry in experiment.config.evals.items()
   }
   norms_every = experiment.every("gradients", experiment.config.log)
-  batches = placed_batches(loader, experiment.mesh)
+  batches = prefetch_to_device(loader, experiment.mesh)
   in_flight = collections.deque()
-  recipe, program = experiment.recipe, experiment.program
+  spec, program = experiment.step_spec, experiment.program
   active = ()
   if first >= experiment.total_steps:
     log.info("Step %d is done: nothing is left to do.", first)
@@ -206,7 +212,7 @@ def _loop(
   def save_and_end(step):
     done = f"step {step} was saved"
     if step > first:
-      require_finite(step, jax.device_get(values))
+      check_finite(step, jax.device_get(values))
       checkpoints.save(step, state, timing=chrono.to_dict())
       # While further signals change nothing.
       checkpoints.wait()
@@ -224,16 +230,16 @@ def _loop(
         batch = next(batches)
       except Exception as error:
         # A signal to a group of processes ends those that read the data, too.
-        # (With several hosts none may end by itself, and `arrived` is False.)
-        if not notice.arrived:
+        # (With several hosts none may end by itself, and `received` is False.)
+        if not notice.received:
           raise
         log.warning("No further batch, after SIGTERM: %s", error)
         save_and_end(step - 1)
-    if recipe.active(step - 1) != active:
-      active = recipe.active(step - 1)
+    if spec.active(step - 1) != active:
+      active = spec.active(step - 1)
       log.info("From step %d: %s. Compiling.", step, ", ".join(active))
       chrono.compiles()
-    if recipe.teacher_starts(step - 1):
+    if spec.teacher_starts(step - 1):
       state = program.restart_teacher(state)
     norms = {}
     if norms_every and step % norms_every == 0:
@@ -249,15 +255,15 @@ def _loop(
     last = step == experiment.total_steps
     if step % log_every == 0 or last or norms or step == first + 1:
       values = jax.device_get(values)
-      require_finite(step, values)
+      check_finite(step, values)
       values |= {
         "lr": experiment.optimizer.schedule(step - 1),
         "data/corrupt": loader.stats.corrupt,
         "data/dropped": sum(loader.stats.dropped.values()),
         **{f"{name}/encoder_grad_norm": v for name, v in norms.items()},
       }
-      writers.progress(step, in_order(values), chrono.rates(step))
-    if (checkpoints.preempted(step) or notice.arrived) and not last:
+      writers.progress(step, sort_metrics(values), chrono.rates(step))
+    if (checkpoints.preempted(step) or notice.received) and not last:
       # Before the evaluations, for which there may be no time.
       save_and_end(step)
     due = [n for n, every in eval_every.items() if every and step % every == 0]
@@ -266,7 +272,7 @@ def _loop(
       with chrono.pause():
         writers.scalars(step, evaluate(experiment, state, step, name))
     if checkpoints.due(step) or last:
-      require_finite(step, jax.device_get(values))
+      check_finite(step, jax.device_get(values))
       with chrono.pause():
         checkpoints.save(step, state, timing=chrono.to_dict())
   return state

@@ -205,7 +205,7 @@ class Chrono:
 # The writers.
 
 
-class Writers:
+class MetricWriter:
   """Writes scalars of a run to metrics.jsonl, TensorBoard and the console.
 
   Args:
@@ -284,7 +284,7 @@ class Writers:
       self._jsonl.close()
       self._board.close()
 
-  def __enter__(self) -> "Writers":
+  def __enter__(self) -> "MetricWriter":
     return self
 
   def __exit__(self, *error: Any) -> None:
@@ -355,7 +355,7 @@ def console_line(
     ]
   parts, room = [], WIDTH - len("  ".join([head, *tail])) - len("  +00 more")
   for name, value in numbers.items():
-    part = f"{name} {number(value)}"
+    part = f"{name} {format_number(value)}"
     room -= len(part) + 2
     if room < 0:
       parts.append(f"+{len(numbers) - len(parts)} more")
@@ -364,7 +364,7 @@ def console_line(
   return "  ".join([head, *parts, *tail])
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
   """As short as it stays useful: 3.412, 0.431, 1234.5, 96, 8.1e-04, nan."""
   if not math.isfinite(value):
     return str(value)

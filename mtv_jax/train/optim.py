@@ -23,8 +23,8 @@ import optax
 from jaxtyping import Array, Float
 
 from mtv_jax.config.schema import Config, steps
-from mtv_jax.utils import tree as trees
 from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils.tree import flatten_with_names, map_with_names, match_rules
 
 Schedule = Callable[[Any], Float[Array, ""]]
 
@@ -107,7 +107,7 @@ def make_optimizer(
     _decay_and_multiply(rows, weight_decay),
     optax.scale_by_learning_rate(schedule),
   )
-  frozen = trees.map_with_names(lambda name, _: rows[name].frozen, params)
+  frozen = map_with_names(lambda name, _: rows[name].frozen, params)
   if any(row.frozen for row in table):
     learns = jax.tree.map(lambda x: not x, frozen)
     # Masked rather than multiplied by 0: no moments, no share in the norm.
@@ -179,7 +179,7 @@ def _decay_and_multiply(
     return update if row.lr == 1 else row.lr * update
 
   return optax.stateless(
-    lambda updates, params: trees.map_with_names(one, updates, params)
+    lambda updates, params: map_with_names(one, updates, params)
   )
 
 
@@ -214,9 +214,9 @@ def rule_table(params: Any, rules: Sequence[Sequence[Any]]) -> tuple[Row, ...]:
           f"config.optim.rules: {rule[0]!r} sets {key} to {value!r}, expected"
           " a multiplier, at least 0."
         )
-  named = dict(trees.flatten_names(params))
+  named = dict(flatten_with_names(params))
   rows = []
-  for match in trees.match_rules(named, rules, what="config.optim.rules"):
+  for match in match_rules(named, rules, what="config.optim.rules"):
     decayed = match.name.split("/")[-1] == _DECAYED
     mults = {"lr": 1.0, "weight_decay": float(decayed)} | (match.value or {})
     shape = tuple(named[match.name].shape)

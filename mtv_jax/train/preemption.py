@@ -22,14 +22,14 @@ class Preempted(UserError, RuntimeError):
 class Notice:
   """Whether this process was told to end."""
 
-  arrived = False
+  received = False
 
   def _note(self, *_: object) -> None:
-    self.arrived = True
+    self.received = True
 
 
 @contextlib.contextmanager
-def notices() -> Iterator[Notice]:
+def catch_sigterm() -> Iterator[Notice]:
   """Notes a SIGTERM while it lasts, instead of ending at once.
 
   Further ones change nothing: some programs send it to a process and to its

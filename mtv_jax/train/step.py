@@ -13,17 +13,25 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
-from mtv_jax.parallel import constraints, sharding
+from mtv_jax.parallel.constraints import check_param_rules
+from mtv_jax.parallel.mesh import BATCH_SPEC, replicated_sharding
+from mtv_jax.parallel.rules import ShardingRules, tree_shardings
 from mtv_jax.train import gradients, optim
-from mtv_jax.train import step_spec as recipe_lib
 from mtv_jax.train.state import TrainState
-from mtv_jax.train.step_spec import Recipe
+from mtv_jax.train.step_spec import (
+  StepSpec,
+  abstract_params,
+  init_state,
+  teacher_params,
+)
 from mtv_jax.utils import xla_flags
 
 Metrics = dict[str, Array]
 
 
-def _still(part: Recipe, whole: Recipe, updates: PyTree) -> PyTree:
+def zero_inactive_updates(
+  part: StepSpec, whole: StepSpec, updates: PyTree
+) -> PyTree:
   """Leaves what no active objective reads where it is.
 
   Its gradient is zero, but weight decay would still shrink it.
@@ -40,13 +48,13 @@ def _still(part: Recipe, whole: Recipe, updates: PyTree) -> PyTree:
   return {**updates, **still, "heads": heads}
 
 
-def follow(
-  part: Recipe, teacher: PyTree, params: PyTree, step: Array
+def update_teacher(
+  part: StepSpec, teacher: PyTree, params: PyTree, step: Array
 ) -> PyTree:
   """The teacher after an update of the student."""
   if not part.has_teacher:
     return teacher
-  student = recipe_lib.of_teacher(part, params)
+  student = teacher_params(part, params)
   old = {
     "image": teacher["image"],
     "heads": {name: teacher["heads"][name] for name in student["heads"]},
@@ -55,9 +63,9 @@ def follow(
   return {**new, "heads": {**teacher["heads"], **new["heads"]}}
 
 
-def make_update(
-  whole: Recipe,
-  part: Recipe,
+def make_update_fn(
+  whole: StepSpec,
+  part: StepSpec,
   tx: optax.GradientTransformation,
   mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Metrics]]:
@@ -67,16 +75,16 @@ def make_update(
   objective `NAME/loss`, `NAME/weight` and what it reports.
 
   Args:
-    whole: the recipe that the state was made for.
+    whole: the step spec that the state was made for.
     part: the same with the objectives that this update computes.
     tx: the optimizer.
     mesh: that the batch is split over; None on one device.
   """
 
   def update(state, batch):
-    (loss, terms), grads = gradients.compute(part, state, batch, mesh)
+    (loss, terms), grads = gradients.compute_gradients(part, state, batch, mesh)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    updates = _still(part, whole, updates)
+    updates = zero_inactive_updates(part, whole, updates)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if whole.ema_decay is not None:
@@ -97,7 +105,7 @@ def make_update(
       step=state.step + 1,
       params=params,
       opt_state=opt_state,
-      teacher=follow(part, state.teacher, params, state.step),
+      teacher=update_teacher(part, state.teacher, params, state.step),
       ema=ema,
       statistics=statistics,
     ), metrics
@@ -113,13 +121,13 @@ class Program:
   first run.
 
   Attributes:
-    recipe: with all objectives.
+    spec: with all objectives.
     tx: the optimizer.
     mesh: of all devices.
     abstract: shapes and shardings of the state, to restore into.
   """
 
-  recipe: Recipe
+  spec: StepSpec
   tx: optax.GradientTransformation
   mesh: Mesh
   abstract: TrainState
@@ -134,11 +142,11 @@ class Program:
 
   @functools.cached_property
   def _batch(self) -> NamedSharding:
-    return NamedSharding(self.mesh, sharding.BATCH)
+    return NamedSharding(self.mesh, BATCH_SPEC)
 
   def init(self, params: PyTree) -> TrainState:
     """The state at step 0, placed."""
-    init = functools.partial(recipe_lib.init_state, self.recipe, self.tx)
+    init = functools.partial(init_state, self.spec, self.tx)
     return jax.jit(init, out_shardings=self._shardings)(params)
 
   def update(
@@ -158,13 +166,13 @@ class Program:
 
   def compiled(self, active: tuple[str, ...] | None = None) -> Any:
     """The jitted update of a set of objectives."""
-    active = tuple(self.recipe.objectives) if active is None else active
+    active = tuple(self.spec.objectives) if active is None else active
     if active not in self._updates:
-      part = self.recipe.only(active)
+      part = self.spec.only(active)
       self._updates[active] = jax.jit(
-        make_update(self.recipe, part, self.tx, self.mesh),
+        make_update_fn(self.spec, part, self.tx, self.mesh),
         in_shardings=(self._shardings, self._batch),
-        out_shardings=(self._shardings, sharding.replicated(self.mesh)),
+        out_shardings=(self._shardings, replicated_sharding(self.mesh)),
         donate_argnums=0,
         compiler_options=xla_flags.compiler_options(self.mesh),
       )
@@ -175,14 +183,14 @@ class Program:
     """`(state, batch, active) -> {name: norm}`, see `gradients`."""
 
     def norms(state, batch, active):
-      part = self.recipe.only(active)
-      return gradients.encoder_norms(part, state, batch, self.mesh)
+      part = self.spec.only(active)
+      return gradients.encoder_grad_norms(part, state, batch, self.mesh)
 
     return jax.jit(
       norms,
       static_argnums=2,
       in_shardings=(self._shardings, self._batch),
-      out_shardings=sharding.replicated(self.mesh),
+      out_shardings=replicated_sharding(self.mesh),
       compiler_options=xla_flags.compiler_options(self.mesh),
     )
 
@@ -193,22 +201,22 @@ class Program:
     """
 
     def copy(state):
-      teacher = recipe_lib.of_teacher(self.recipe, state.params)
+      teacher = teacher_params(self.spec, state.params)
       return state.replace(teacher=jax.tree.map(jnp.copy, teacher))
 
     return jax.jit(copy, out_shardings=self._shardings, donate_argnums=0)(state)
 
 
 def make_program(
-  recipe: Recipe,
+  spec: StepSpec,
   tx: optax.GradientTransformation,
   mesh: Mesh,
-  rules: sharding.Rules = (),
+  rules: ShardingRules = (),
 ) -> Program:
   """Shards the state over the mesh; nothing is compiled yet.
 
   Args:
-    recipe: with all objectives.
+    spec: with all objectives.
     tx: the optimizer.
     mesh: of all devices.
     rules: the config's own, tried before the built-in ones.
@@ -216,14 +224,14 @@ def make_program(
   Raises:
     ConfigError: for rules that the layers can't follow.
   """
-  constraints.check_in_use(
-    recipe_lib.abstract_params(recipe), mesh, rules, keep=gradients.LOOKED_UP
+  check_param_rules(
+    abstract_params(spec), mesh, rules, keep=gradients.EMBEDDING_TABLES
   )
   shapes = jax.eval_shape(
-    functools.partial(recipe_lib.init_state, recipe, tx),
-    recipe_lib.abstract_params(recipe),
+    functools.partial(init_state, spec, tx),
+    abstract_params(spec),
   )
-  shardings = sharding.tree_shardings(shapes, mesh, rules)
+  shardings = tree_shardings(shapes, mesh, rules)
   abstract = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=place
@@ -231,4 +239,4 @@ def make_program(
     shapes,
     shardings,
   )
-  return Program(recipe=recipe, tx=tx, mesh=mesh, abstract=abstract)
+  return Program(spec=spec, tx=tx, mesh=mesh, abstract=abstract)

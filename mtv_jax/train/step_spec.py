@@ -22,7 +22,7 @@ from mtv_jax.utils.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
+class ObjectiveWeight:
   """An objective's share in the total, by step.
 
   Attributes:
@@ -47,11 +47,11 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class StepSpec:
   """What a config builds, and all that the step is made of.
 
   Attributes:
-    spec: shapes of the towers.
+    model: shapes of the towers.
     dtype: compute dtype; parameters and losses stay float32.
     runtime: further options of the towers that don't change what they compute
       (`remat`, `scan`).
@@ -68,10 +68,10 @@ class Recipe:
     frozen: names of parameters that are never updated, and not differentiated.
   """
 
-  spec: model_lib.ModelSpec
+  model: model_lib.ModelSpec
   dtype: Any
   objectives: Mapping[str, base.Objective]
-  weights: Mapping[str, Weight]
+  weights: Mapping[str, ObjectiveWeight]
   views: Mapping[str, views_lib.View]
   seed: int
   total_steps: int
@@ -94,7 +94,7 @@ class Recipe:
           f"an objective reads the view {encoding.view!r}, which config.views "
           f"lacks; there are: {sorted(self.views)}."
         )
-      if encoding.tower == "text" and self.spec.text is None:
+      if encoding.tower == "text" and self.model.text is None:
         raise ConfigError(
           "an objective reads text, but config.model.text is not set."
         )
@@ -110,7 +110,7 @@ class Recipe:
     heads: dict[str, base.Head] = {}
     for name, objective in self.objectives.items():
       for key, head in objective.heads().items():
-        if key in heads and not _alike(heads[key], head, self.spec):
+        if key in heads and not _alike(heads[key], head, self.model):
           raise ConfigError(
             f"objective {name!r} and another one both own heads/{key}, with "
             "different settings. Give one of them another head."
@@ -122,16 +122,16 @@ class Recipe:
   def towers(self) -> dict[str, Any]:
     """The linen modules, `image` and, where there is one, `text`."""
     options = dict(dtype=self.dtype, **self.runtime)
-    towers = {"image": model_lib.image_tower(self.spec, **options)}
-    if self.spec.text is not None:
-      towers["text"] = model_lib.text_tower(self.spec, **options)
+    towers = {"image": model_lib.image_tower(self.model, **options)}
+    if self.model.text is not None:
+      towers["text"] = model_lib.text_tower(self.model, **options)
     return towers
 
   def active(self, step: int) -> tuple[str, ...]:
     """The objectives that the update after `step` others computes."""
     return tuple(n for n, w in self.weights.items() if w.active(step))
 
-  def only(self, names: tuple[str, ...]) -> Recipe:
+  def only(self, names: tuple[str, ...]) -> StepSpec:
     """The same with some of the objectives."""
     return dataclasses.replace(
       self,
@@ -183,35 +183,35 @@ def _alike(a: base.Head, b: base.Head, spec: model_lib.ModelSpec) -> bool:
   return a.module == b.module and shapes(a) == shapes(b)
 
 
-def of_teacher(recipe: Recipe, params: Mapping[str, PyTree]) -> PyTree:
+def teacher_params(spec: StepSpec, params: Mapping[str, PyTree]) -> PyTree:
   """The part of the parameters that the teacher follows."""
-  if not recipe.has_teacher:
+  if not spec.has_teacher:
     return {}
-  followed = [name for name, head in recipe.heads.items() if head.teacher]
+  followed = [name for name, head in spec.heads.items() if head.teacher]
   return {
     "image": params["image"],
     "heads": {name: params["heads"][name] for name in followed},
   }
 
 
-def init_params(recipe: Recipe, rng: jax.Array) -> PyTree:
+def init_params(spec: StepSpec, rng: jax.Array) -> PyTree:
   """Parameters `{image, text, heads}`, float32.
 
   The key of a head depends on its name alone: adding or dropping an objective
   changes no other parameter.
   """
   tower_rng, head_rng = jax.random.split(rng)
-  params = dict(model_lib.init_params(recipe.spec, tower_rng))
+  params = dict(model_lib.init_params(spec.model, tower_rng))
   params["heads"] = {}
-  for name, head in recipe.heads.items():
+  for name, head in spec.heads.items():
     # crc32 and not hash(), which differs from one process to the next.
     key = jax.random.fold_in(head_rng, zlib.crc32(name.encode()))
-    params["heads"][name] = head.init(key, recipe.spec)
+    params["heads"][name] = head.init(key, spec.model)
   return params
 
 
 def init_state(
-  recipe: Recipe, tx: optax.GradientTransformation, params: PyTree
+  spec: StepSpec, tx: optax.GradientTransformation, params: PyTree
 ) -> TrainState:
   """The state at step 0: the teacher and the EMA start as copies."""
   copy = functools.partial(jax.tree.map, jnp.copy)
@@ -219,17 +219,15 @@ def init_state(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=tx.init(params),
-    teacher=copy(of_teacher(recipe, params)),
-    ema=copy(params) if recipe.ema_decay is not None else {},
+    teacher=copy(teacher_params(spec, params)),
+    ema=copy(params) if spec.ema_decay is not None else {},
     statistics={
       name: objective.initial_statistics()
-      for name, objective in recipe.objectives.items()
+      for name, objective in spec.objectives.items()
     },
   )
 
 
-def abstract_params(recipe: Recipe) -> PyTree:
+def abstract_params(spec: StepSpec) -> PyTree:
   """Shapes and dtypes of the parameters; computes nothing."""
-  return jax.eval_shape(
-    functools.partial(init_params, recipe), jax.random.key(0)
-  )
+  return jax.eval_shape(functools.partial(init_params, spec), jax.random.key(0))

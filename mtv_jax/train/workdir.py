@@ -19,7 +19,7 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def held(folder: str | os.PathLike) -> Iterator[None]:
+def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
   """Holds a run's folder, made if missing, so that a second run is refused.
 
   Two runs in a folder would delete each other's half-written checkpoints. The

@@ -17,7 +17,7 @@ import secrets
 import socket
 
 # Seconds after which a file that nobody touched is somebody's who is gone.
-STALE = 300.0
+STALE_SECONDS = 300.0
 
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}-\d+-[0-9a-f]{8})\.\d+\.tmp")
 _numbers = itertools.count()
@@ -49,16 +49,16 @@ class Owner:
     return cls(machine, int(pid), token) if pid.isdigit() else None
 
   @property
-  def dead(self) -> bool:
+  def is_dead(self) -> bool:
     """Whether it is of this machine and runs no more."""
-    mine = me()
+    mine = current_process()
     if self == mine or self.machine != mine.machine:
       return False
     # Another's with this process's number was there before it.
     return self.pid == mine.pid or not _runs(self.pid)
 
 
-def me() -> Owner:
+def current_process() -> Owner:
   """This process."""
   return _owner(os.getpid())
 
@@ -89,12 +89,14 @@ def _runs(pid: int) -> bool:
   return True
 
 
-def temporary(file: pathlib.Path) -> pathlib.Path:
+def temporary_path(file: pathlib.Path) -> pathlib.Path:
   """Where to write what becomes `file`; a new place each time."""
-  return file.with_name(f".{file.name}.{me()}.{next(_numbers)}.tmp")
+  return file.with_name(
+    f".{file.name}.{current_process()}.{next(_numbers)}.tmp"
+  )
 
 
-def to_disk(file: pathlib.Path) -> None:
+def fsync(file: pathlib.Path) -> None:
   """Waits until a file's bytes are on the disk.
 
   Else a machine that fails may keep a new name and lose what is in it.
@@ -106,26 +108,26 @@ def to_disk(file: pathlib.Path) -> None:
     os.close(handle)
 
 
-def replace(file: pathlib.Path, data: bytes) -> None:
+def write(file: pathlib.Path, data: bytes) -> None:
   """Writes a file; a reader sees the whole of it or what was there before."""
-  aside = temporary(file)
+  aside = temporary_path(file)
   try:
     aside.write_bytes(data)
-    to_disk(aside)
+    fsync(aside)
     os.replace(aside, file)
   except BaseException:
     aside.unlink(missing_ok=True)
     raise
 
 
-def place(file: pathlib.Path, data: bytes) -> bytes:
+def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
   """Writes a file unless there is one; of several writers one wins.
 
   Returns:
     What the file holds.
   """
   if not file.exists():
-    aside = temporary(file)
+    aside = temporary_path(file)
     try:
       aside.write_bytes(data)
       try:
@@ -141,13 +143,13 @@ def place(file: pathlib.Path, data: bytes) -> bytes:
   return file.read_bytes()
 
 
-def age(file: pathlib.Path) -> float:
+def seconds_since_modified(file: pathlib.Path) -> float:
   """Seconds since a file was last touched, by the clock of its file system.
 
   Raises:
     FileNotFoundError: it is gone.
   """
-  touched = temporary(file)
+  touched = temporary_path(file)
   try:
     touched.touch()
     now = touched.stat().st_mtime
@@ -156,18 +158,20 @@ def age(file: pathlib.Path) -> float:
   return now - file.stat().st_mtime
 
 
-def is_left(file: pathlib.Path, owner: Owner | None) -> bool:
+def is_abandoned(file: pathlib.Path, owner: Owner | None) -> bool:
   """Whether the owner of an unfinished file is gone, as far as can be told.
 
   Raises:
     FileNotFoundError: the file is gone.
   """
-  if owner is not None and owner.dead:
+  if owner is not None and owner.is_dead:
     return True
-  return owner != me() and age(file) > STALE
+  return (
+    owner != current_process() and seconds_since_modified(file) > STALE_SECONDS
+  )
 
 
-def sweep(folder: pathlib.Path, *, name: str = "") -> int:
+def remove_abandoned(folder: pathlib.Path, *, name: str = "") -> int:
   """Removes temporary files whose owners are gone.
 
   Args:
@@ -181,7 +185,7 @@ def sweep(folder: pathlib.Path, *, name: str = "") -> int:
   for file in folder.glob(f".{glob.escape(name)}*.tmp"):
     match = _TEMPORARY.fullmatch(file.name)
     try:
-      if match and is_left(file, Owner.parse(match[1])):
+      if match and is_abandoned(file, Owner.parse(match[1])):
         file.unlink()
         removed += 1
     except FileNotFoundError:

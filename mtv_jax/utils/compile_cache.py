@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 FOLDER = "compiled"
 
 
-def turn_on(choice: str, workdir: str | os.PathLike) -> pathlib.Path | None:
+def enable(choice: str, workdir: str | os.PathLike) -> pathlib.Path | None:
   """Has JAX keep what it compiles, and look there first.
 
   In the run's folder all hosts find it, also those that replace preempted

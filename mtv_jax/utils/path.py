@@ -15,7 +15,7 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _REMOTE = re.compile(r"^[a-z][a-z0-9+.-]*://|^pipe:", re.IGNORECASE)
 
 
-def expand(
+def expand_path(
   path: str | os.PathLike | Sequence[str | os.PathLike],
   *,
   suffix: str = ".tar",

@@ -25,7 +25,7 @@ def pytree_dataclass(cls: type) -> type:
   return no_type_check(flax.struct.dataclass(cls))
 
 
-def flatten_names(tree: Any) -> list[tuple[str, Any]]:
+def flatten_with_names(tree: Any) -> list[tuple[str, Any]]:
   """Pairs (name, leaf), in the order of `jax.tree.leaves`.
 
   Dictionaries, dataclasses, named tuples and sequences all name their
@@ -35,8 +35,8 @@ def flatten_names(tree: Any) -> list[tuple[str, Any]]:
   return [(_name(path), leaf) for path, leaf in leaves]
 
 
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Nested dictionaries from a dictionary of names: undoes `flatten_names`."""
+def unflatten_names(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Nested dictionaries by name: the inverse of `flatten_with_names`."""
   tree = {}
   for name, leaf in flat.items():
     *parents, last = name.split("/")
@@ -96,7 +96,7 @@ def match_rules(
       if not any(map(regex.search, names)):
         raise ValueError(
           f"{what}: {regex.pattern!r} matches no parameter."
-          f" {closest(regex.pattern, names)}"
+          f" {closest_names(regex.pattern, names)}"
         )
   return [_match(name, compiled) for name in names]
 
@@ -130,7 +130,7 @@ def _compile(rule: Sequence[Any], what: str) -> tuple[re.Pattern, Any]:
     raise ValueError(f"{what}: {rule[0]!r} is not a regex: {e}.") from None
 
 
-def closest(pattern: str, names: Iterable[str], *, limit: int = 5) -> str:
+def closest_names(pattern: str, names: Iterable[str], *, limit: int = 5) -> str:
   """What to say of a name or a regex that found nothing: the likely ones."""
   names = list(names)
   plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", "", pattern)

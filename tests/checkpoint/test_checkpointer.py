@@ -20,9 +20,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtv_jax.checkpoint import checkpointer
-from mtv_jax.checkpoint.checkpointer import CheckpointDamaged, Checkpointer
-from mtv_jax.checkpoint.partial_restore import CheckpointMismatch
-from mtv_jax.utils import tree as trees
+from mtv_jax.checkpoint.checkpointer import (
+  Checkpointer,
+  DamagedCheckpointError,
+  load_tree,
+)
+from mtv_jax.checkpoint.partial_restore import CheckpointMismatchError
+from mtv_jax.utils.tree import flatten_with_names
 
 ROOT = pathlib.Path(checkpointer.__file__).parents[2]
 
@@ -81,7 +85,7 @@ def abstract(state, m):
 def assert_same(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for (name, x), (_, y) in zip(
-    trees.flatten_names(a), trees.flatten_names(b), strict=True
+    flatten_with_names(a), flatten_with_names(b), strict=True
   ):
     assert x.dtype == y.dtype, name
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
@@ -214,7 +218,7 @@ def test_another_shape_prints_a_diff(run):
   other = other.replace(params={**other.params, "image": image})
   with (
     open_(folder / "checkpoints") as ckpt,
-    pytest.raises(CheckpointMismatch) as e,
+    pytest.raises(CheckpointMismatchError) as e,
   ):
     ckpt.restore(other)
   message = str(e.value)
@@ -282,7 +286,7 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path, how):
   assert "2" not in names, "the kill came too late to test anything"
   assert len(names) == 2, names
   wanted = {"x": jax.ShapeDtypeStruct((4_000_000,), jnp.float32)}
-  tree = checkpointer.load_tree(tmp_path, part="x")
+  tree = load_tree(tmp_path, part="x")
   assert (tree == 1).all()
   with open_(tmp_path) as ckpt:
     restored = ckpt.restore(wanted)
@@ -297,7 +301,7 @@ def test_a_save_in_progress_is_waited_for_when_training_fails(tmp_path):
   with start(tmp_path, "exit") as process:
     assert process.wait(timeout=120) == 1
   assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
-  assert (checkpointer.load_tree(tmp_path, part="x") == 2).all()
+  assert (load_tree(tmp_path, part="x") == 2).all()
 
 
 # --- many processes ----------------------------------------------------------
@@ -379,20 +383,21 @@ def test_lost_files_are_named_with_the_step_before(run, tmp_path, lost):
     path = folder / "7" / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
   match = r"checkpoints/7 can't be read.*go on from step 3"
-  with open_(folder) as ckpt, pytest.raises(CheckpointDamaged, match=match):
+  with (
+    open_(folder) as ckpt,
+    pytest.raises(DamagedCheckpointError, match=match),
+  ):
     ckpt.restore(abstract(state, mesh(8, 1, 1)))
-  with pytest.raises(CheckpointDamaged, match=match):
-    checkpointer.load_tree(folder)
-  assert checkpointer.load_tree(folder, step=3)
+  with pytest.raises(DamagedCheckpointError, match=match):
+    load_tree(folder)
+  assert load_tree(folder, step=3)
 
 
 def test_load_tree(run):
   folder, state = run
   for path in (folder, folder / "checkpoints", str(folder)):
-    assert_same(
-      checkpointer.load_tree(path), jax.tree.map(np.asarray, state.params)
-    )
-  bias = checkpointer.load_tree(folder, part="teacher/image")["bias"]
+    assert_same(load_tree(path), jax.tree.map(np.asarray, state.params))
+  bias = load_tree(folder, part="teacher/image")["bias"]
   assert isinstance(bias, np.ndarray) and bias.dtype == jnp.bfloat16
   before = sorted(p.name for p in (folder / "checkpoints").iterdir())
   assert before == ["7"]
@@ -401,10 +406,10 @@ def test_load_tree(run):
 def test_load_tree_errors(run, tmp_path):
   folder, _ = run
   with pytest.raises(ValueError, match="no 'ema'. Its parts are: opt_state, p"):
-    checkpointer.load_tree(folder, part="ema")
+    load_tree(folder, part="ema")
   with pytest.raises(FileNotFoundError, match="step 3 in .*steps there: 7"):
-    checkpointer.load_tree(folder, step=3)
+    load_tree(folder, step=3)
   with pytest.raises(FileNotFoundError, match="does not exist"):
-    checkpointer.load_tree(tmp_path / "nowhere")
+    load_tree(tmp_path / "nowhere")
   with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
-    checkpointer.load_tree(tmp_path)
+    load_tree(tmp_path)

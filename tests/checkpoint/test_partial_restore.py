@@ -4,14 +4,16 @@ import jax
 import numpy as np
 import pytest
 
-from mtv_jax.checkpoint import partial_restore
-from mtv_jax.checkpoint.partial_restore import CheckpointMismatch
-from mtv_jax.utils import tree as trees
+from mtv_jax.checkpoint.partial_restore import (
+  CheckpointMismatchError,
+  merge_params,
+)
+from mtv_jax.utils.tree import unflatten_names
 
 
 def arrays(**shapes):
   flat = {n.replace("__", "/"): np.ones(s) for n, s in shapes.items()}
-  return trees.unflatten(flat)
+  return unflatten_names(flat)
 
 
 TARGET = arrays(
@@ -25,7 +27,7 @@ def test_merge_loads_what_fits():
   )
   source = jax.tree.map(lambda x: x * np.float64(2), source)
   target = jax.tree.map(lambda x: x.astype(np.float32), TARGET)
-  merged = partial_restore.merge(
+  merged = merge_params(
     target, source, include=("^image/",), rename=[("^encoder/", "image/")]
   )
   report = merged.report
@@ -44,24 +46,24 @@ def test_merge_fails_when_little_is_loaded():
   source = arrays(
     image__block__kernel=(4, 10), image__norm__scale=(11,), heads__bias=(50,)
   )
-  with pytest.raises(CheckpointMismatch) as e:
-    partial_restore.merge(TARGET, source)
+  with pytest.raises(CheckpointMismatchError) as e:
+    merge_params(TARGET, source)
   message = str(e.value)
   assert "50.0 % of the wanted parameters, at least 99 % expected" in message
   assert "missing from the source (1):\n  image/blocks/kernel" in message
   assert "unexpected in the source (1):\n  image/block/kernel" in message
   assert "image/norm/scale  (11,) -> (10,)" in message
   assert "For 'image/blocks/kernel': The closest of 1 names" in message
-  merged = partial_restore.merge(TARGET, source, min_coverage=0.5)
+  merged = merge_params(TARGET, source, min_coverage=0.5)
   assert merged.report.coverage == 0.5
   assert merged.report.mismatched == {"image/norm/scale": ((11,), (10,))}
 
 
 def test_merge_errors():
   with pytest.raises(ValueError, match="init.include: 'imgae/' matches no"):
-    partial_restore.merge(TARGET, TARGET, include=("imgae/",))
+    merge_params(TARGET, TARGET, include=("imgae/",))
   with pytest.raises(ValueError, match="both become 'image/bias'"):
-    partial_restore.merge(
+    merge_params(
       TARGET, arrays(a__bias=1, b__bias=1), rename=[("^./", "image/")]
     )
 
@@ -69,5 +71,5 @@ def test_merge_errors():
 def test_report_is_short_for_many_names():
   source = arrays(**{f"x{i}": (1,) for i in range(30)})
   target = {"y": np.ones(1)}
-  with pytest.raises(CheckpointMismatch, match="and 20 more"):
-    partial_restore.merge(target, source)
+  with pytest.raises(CheckpointMismatchError, match="and 20 more"):
+    merge_params(target, source)

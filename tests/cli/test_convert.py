@@ -8,7 +8,7 @@ import pytest
 from mtv_jax.convert import huggingface
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.utils import tree as trees
+from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 
 @pytest.fixture(scope="module")
@@ -28,20 +28,20 @@ def native(tmp_path):
   rng = np.random.default_rng(0)
   leaves = {
     name: rng.normal(size=leaf.shape).astype(np.float32)
-    for name, leaf in trees.flatten_names(models.abstract_params(spec))
+    for name, leaf in flatten_with_names(models.abstract_params(spec))
   }
   leaves["heads/contrastive/logit_scale"] = np.float32(2)
   leaves["heads/contrastive/logit_bias"] = np.float32(-9)
   return huggingface.write_native(
     tmp_path / "native",
     spec,
-    trees.unflatten(leaves),
+    unflatten_names(leaves),
     preprocess={"size": 32, "mean": (0.5,) * 3},
   )
 
 
 def _leaves(folder):
-  return dict(trees.flatten_names(huggingface.read(folder).params))
+  return dict(flatten_with_names(huggingface.read(folder).params))
 
 
 def test_to_hf_then_from_hf_is_identical(tool, native, tmp_path, capsys):

@@ -10,7 +10,7 @@ from mtv_jax.augment import views
 from mtv_jax.config import schema
 from mtv_jax.models import two_tower as models
 from mtv_jax.objectives import build_objective
-from mtv_jax.train import experiment
+from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.utils.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -45,12 +45,12 @@ def test_tiny_needs_nothing_but_the_scenes(file, tmp_path):
   # Of the whole run, what a laptop's CPU does in a minute.
   assert config.batch_size * config.total_steps <= 20_000
   assert all(source["type"] == "scenes" for source in config.data.train)
-  built = experiment.build(config, tmp_path)
+  built = build_experiment(config, tmp_path)
   assert built.total_steps == config.total_steps
   params = jax.tree.leaves(built.program.abstract.params)
   assert sum(leaf.size for leaf in params) < 5_000_000
-  with experiment.make_loader(built, 0) as loader:
-    assert set(built.recipe.fields()) <= set(loader.fields)
+  with make_loader(built, 0) as loader:
+    assert set(built.step_spec.fields()) <= set(loader.fields)
 
 
 @every

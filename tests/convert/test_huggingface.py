@@ -9,7 +9,7 @@ from mtv_jax.convert import huggingface
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models
-from mtv_jax.utils import tree as trees
+from mtv_jax.utils.tree import flatten_with_names
 
 TOLERANCE = 1e-4
 VISION = {
@@ -36,7 +36,7 @@ quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def _flat(tree):
-  return dict(trees.flatten_names(tree))
+  return dict(flatten_with_names(tree))
 
 
 def _image(ours, pixels, **options):

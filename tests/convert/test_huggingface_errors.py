@@ -13,7 +13,7 @@ from mtv_jax.data import tokenizers
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.utils import tree as trees
+from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 PREPROCESS = {"size": 64, "resize": "squash", "interpolation": "bilinear"}
 
@@ -33,11 +33,11 @@ def spec():
 
 @pytest.fixture(scope="module")
 def params(spec):
-  abstract = dict(trees.flatten_names(models.abstract_params(spec)))
+  abstract = dict(flatten_with_names(models.abstract_params(spec)))
   leaves = {n: np.zeros(a.shape, np.float32) for n, a in abstract.items()}
   for leaf in ("logit_scale", "logit_bias"):
     leaves[f"heads/contrastive/{leaf}"] = np.float32(1)
-  return trees.unflatten(leaves)
+  return unflatten_names(leaves)
 
 
 @pytest.fixture

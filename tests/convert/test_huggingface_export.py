@@ -16,8 +16,8 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.parallel import sharding
-from mtv_jax.utils import tree as trees
+from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 TOLERANCE = 1e-4
 TEXTS = [
@@ -41,7 +41,7 @@ quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def _flat(tree):
-  return dict(trees.flatten_names(tree))
+  return dict(flatten_with_names(tree))
 
 
 def _params(spec, *, seed=0, bias=-10.0):
@@ -57,7 +57,7 @@ def _params(spec, *, seed=0, bias=-10.0):
     # Trained SigLIPs multiply by more than 100, differences included.
     leaves[f"{head}/logit_scale"] = np.float32(4.7)
     leaves[f"{head}/logit_bias"] = np.float32(bias)
-  return trees.unflatten(leaves)
+  return unflatten_names(leaves)
 
 
 def _pictures(count, *, seed=0):
@@ -231,7 +231,7 @@ def _assert_equal_logits(folder, images, texts):
     tokenizer.encode(texts, back.spec.text.length), ids
   )
   # One device: on the tests' eight, a large model would be held eight times.
-  mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+  mesh = make_mesh({"data": 1}, jax.devices()[:1])
   encoder = Encoder(back.spec, back.params, preprocess, tokenizer, mesh)
   pooled = encoder.image(images, outputs=("pooled",), batch_size=8).pooled
   logits = encoder.similarity(pooled, encoder.text(texts))

@@ -11,7 +11,7 @@ from mtv_jax.encoder import baselines
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_patches_are_pixels(images):
 def test_any_size_and_devices(images):
   rng = np.random.default_rng(1)
   pixels = rng.integers(0, 256, (2, 20, 30, 3), np.uint8)
-  mesh = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  mesh = make_mesh({"data": -1}, jax.devices()[:1])
   outputs = ("pooled", "patches")
   out, single = (
     mtv_jax.load("pixels:20/10", mesh=m).dense(pixels, outputs=outputs)

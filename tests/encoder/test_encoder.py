@@ -23,7 +23,8 @@ from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.vit import ViTSpec
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.parallel.rules import tree_shardings
 
 TOWER = {"width": 32, "depth": 1, "heads": 2, "mlp_dim": 64}
 SPEC = models.ModelSpec(
@@ -62,7 +63,7 @@ def params():
 
 
 def build(params, devices=None, **kwargs):
-  mesh = sharding.make_mesh({"data": -1}, devices)
+  mesh = make_mesh({"data": -1}, devices)
   tokenizer = tokenizers.build_tokenizer("bytes", clean="lower")
   return Encoder(SPEC, params, Preprocess(size=32), tokenizer, mesh, **kwargs)
 
@@ -141,8 +142,8 @@ def test_text_on_one_device_and_eight(single, encoder, params):
 
 
 def test_sharded_parameters_give_the_same(params, features, images):
-  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-  placed = jax.device_put(params, sharding.tree_shardings(params, mesh))
+  mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  placed = jax.device_put(params, tree_shardings(params, mesh))
   # No mesh given: it is the parameters' own.
   live = Encoder(SPEC, placed, Preprocess(size=32))
   assert live.mesh == mesh

@@ -9,7 +9,7 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess, as_pixels
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.vit import ViTSpec
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 SPEC = models.ModelSpec(
   image=ViTSpec(
@@ -37,7 +37,7 @@ def params():
 
 def build(params, devices=None):
   preprocess = Preprocess(size=32, mean=MEAN, std=STD)
-  mesh = sharding.make_mesh({"data": -1}, devices)
+  mesh = make_mesh({"data": -1}, devices)
   return Encoder(SPEC, params, preprocess, mesh=mesh)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mtv_jax
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 TOLERANCE = 1e-4
 DEPTH = 3
@@ -144,7 +144,7 @@ def test_batches_and_devices_change_nothing(kind, opened):
   rng = np.random.default_rng(2)
   images = rng.integers(0, 256, (5, 64, 64, 3), np.uint8)
   hidden, last, pooled = theirs(model, kind, images)
-  mesh = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  mesh = make_mesh({"data": -1}, jax.devices()[:1])
   single = type(encoder)(
     encoder.spec,
     jax.tree.map(np.asarray, encoder.params),

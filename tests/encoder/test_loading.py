@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 import mtv_jax
-from mtv_jax.checkpoint import checkpointer
+from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.convert import huggingface
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder import loading
@@ -59,9 +59,7 @@ def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
   config = {"model": MODEL, "views": {"image": {"ops": "resize(32)"}}}
   (folder / "config.json").write_text(json.dumps(config))
-  with checkpointer.Checkpointer(
-    folder / "checkpoints", every_steps=1, keep=5
-  ) as saver:
+  with Checkpointer(folder / "checkpoints", every_steps=1, keep=5) as saver:
     for step in (1, 2):
       teacher = {"image": init(20 + step)["image"]}
       state = {"params": init(step), "teacher": teacher, "ema": init(10 + step)}

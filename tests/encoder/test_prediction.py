@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mtv_jax
-from mtv_jax.checkpoint import checkpointer
+from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.convert import huggingface
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder.encoder import Encoder
@@ -16,7 +16,7 @@ from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.objectives import base, build_objective
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 TOWER = {"width": 32, "depth": 3, "heads": 2, "mlp_dim": 64}
 MODEL = {
@@ -67,7 +67,7 @@ def build(params, devices=None, prediction_heads=HEADS, **kwargs):
     params,
     Preprocess(size=32),
     tokenizers.build_tokenizer("bytes", clean="lower"),
-    sharding.make_mesh({"data": -1}, devices),
+    make_mesh({"data": -1}, devices),
     prediction_heads=prediction_heads,
     **kwargs,
   )
@@ -176,9 +176,7 @@ def run(params, tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
   config = {"model": MODEL, "objectives": OBJECTIVES}
   (folder / "config.json").write_text(json.dumps(config))
-  with checkpointer.Checkpointer(
-    folder / "checkpoints", every_steps=1
-  ) as saver:
+  with Checkpointer(folder / "checkpoints", every_steps=1) as saver:
     saver.save(1, {"params": params})
   return folder
 

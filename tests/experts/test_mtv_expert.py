@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtv_jax.checkpoint import checkpointer
+from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.data import tokenizers
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.records import BadRecord
@@ -20,7 +20,7 @@ from mtv_jax.experts.labelling.phrases import NGrams, Vocabulary
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.objectives import build_objective
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 TOWER = {"width": 32, "depth": 2, "heads": 2, "mlp_dim": 64}
 MODEL = {
@@ -59,7 +59,7 @@ def params():
 
 
 def build(params, *, devices=1, **changes):
-  mesh = sharding.make_mesh({"data": -1}, jax.devices()[:devices])
+  mesh = make_mesh({"data": -1}, jax.devices()[:devices])
   return Encoder(
     SPEC,
     params,
@@ -235,11 +235,9 @@ def test_encoders_of_a_crop_are_refused(params):
 def test_a_run_is_opened_as_an_expert(params, images, tmp_path):
   config = {"model": MODEL, "objectives": OBJECTIVES}
   (tmp_path / "config.json").write_text(json.dumps(config))
-  with checkpointer.Checkpointer(
-    tmp_path / "checkpoints", every_steps=1
-  ) as saver:
+  with Checkpointer(tmp_path / "checkpoints", every_steps=1) as saver:
     saver.save(1, {"params": params})
-  mesh = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  mesh = make_mesh({"data": -1}, jax.devices()[:1])
   expert = mtv_expert.load_expert(
     tmp_path, kind="depth", mesh=mesh, batch_size=2
   )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mtv_jax.models import layers
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.parallel.rules import tree_shardings
 
 
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3)], ids=str)
@@ -58,12 +59,12 @@ def test_elsewhere_its_gradients_are_what_jax_makes_of_it(biased):
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_no_gathered_parameter_is_kept_for_the_backward_pass(remat, dtype):
   """What lies in parts along fsdp is kept in parts, and gathered again."""
-  mesh = sharding.make_mesh(dict(fsdp=8))
+  mesh = make_mesh(dict(fsdp=8))
   block, depth = layers.Block(heads=2, mlp_dim=64, dtype=jnp.dtype(dtype)), 3
   x = jnp.ones((8, 5, 32))
   keys = jax.random.split(jax.random.key(0), depth)
   stack = jax.vmap(lambda key: block.init(key, x)["params"])(keys)
-  stack = jax.device_put(stack, sharding.tree_shardings(stack, mesh))
+  stack = jax.device_put(stack, tree_shardings(stack, mesh))
 
   def loss(stack, x):
     y, _ = layers.run_stack(block, stack, x, remat=remat, mesh=mesh)

@@ -13,10 +13,16 @@ from mtv_jax.data.labels import label_values
 from mtv_jax.data.scenes import scenes
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective
-from mtv_jax.parallel import sharding
-from mtv_jax.train import gradients, step_spec
-from mtv_jax.train import step as step_lib
-from mtv_jax.utils import tree as trees
+from mtv_jax.parallel.mesh import (
+  MESH_AXES,
+  make_mesh,
+  replicated_sharding,
+  shard_batch,
+)
+from mtv_jax.train import gradients
+from mtv_jax.train.step import make_program
+from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, abstract_params
+from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 SPEC = ModelSpec.from_config(
   dict(variant="mu/8", image_size=32, pool="mean", cls_token=True)
@@ -36,15 +42,15 @@ WEIGHTS = {"depth": 0.02, "masked_pixels": 1.0}
 ROWS = 16
 
 
-def make_recipe(*names):
-  return step_spec.Recipe(
-    spec=SPEC,
+def make_spec(*names):
+  return StepSpec(
+    model=SPEC,
     dtype="float32",
     objectives={
       name: build_objective(name, ENTRIES[name]).resolve(SPEC, VIEWS)
       for name in names
     },
-    weights={name: step_spec.Weight(WEIGHTS[name]) for name in names},
+    weights={name: ObjectiveWeight(WEIGHTS[name]) for name in names},
     views=VIEWS,
     seed=0,
     total_steps=100,
@@ -70,8 +76,8 @@ def make_batch():
 
 
 def mesh_of(shape):
-  sizes = dict(zip(sharding.AXES, shape, strict=True))
-  return sharding.make_mesh(sizes, jax.devices()[: math.prod(shape)])
+  sizes = dict(zip(MESH_AXES, shape, strict=True))
+  return make_mesh(sizes, jax.devices()[: math.prod(shape)])
 
 
 @functools.cache
@@ -86,28 +92,28 @@ def params_of(*names):
       return noise / np.sqrt(np.prod(shape[:-1]))
     return np.float32(name.endswith("scale")) + 0.02 * noise
 
-  shapes = step_spec.abstract_params(make_recipe(*names))
-  return trees.map_with_names(draw, shapes)
+  shapes = abstract_params(make_spec(*names))
+  return map_with_names(draw, shapes)
 
 
 @functools.cache
 def compiled(shape):
   """(batch) -> losses by objective, and the gradients of their sum."""
-  built = make_recipe(*ENTRIES)
+  built = make_spec(*ENTRIES)
   mesh = mesh_of(shape)
-  program = step_lib.make_program(built, optax.sgd(0.1), mesh)
+  program = make_program(built, optax.sgd(0.1), mesh)
   state = program.init(params_of(*ENTRIES))
 
   def compute(state, batch):
-    (_, terms), slopes = gradients.compute(built, state, batch)
+    (_, terms), slopes = gradients.compute_gradients(built, state, batch)
     return {name: term.loss.value() for name, term in terms.items()}, slopes
 
-  jitted = jax.jit(compute, out_shardings=sharding.replicated(mesh))
+  jitted = jax.jit(compute, out_shardings=replicated_sharding(mesh))
 
   def call(batch):
-    placed = sharding.place_batch(batch, mesh)
+    placed = shard_batch(batch, mesh)
     losses, slopes = jax.device_get(jitted(state, placed))
-    return losses, dict(trees.flatten_names(slopes))
+    return losses, dict(flatten_with_names(slopes))
 
   return call
 
@@ -162,14 +168,14 @@ def test_without_labels_the_rest_trains(alone):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENTRIES)
 def test_an_objective_alone_learns(name):
-  built = make_recipe(name)
+  built = make_spec(name)
   mesh = mesh_of((1, 1, 1))
-  program = step_lib.make_program(built, optax.adam(3e-3), mesh)
+  program = make_program(built, optax.adam(3e-3), mesh)
   state = program.init(params_of(name))
   # A view of another name is not even made.
   view = built.objectives[name].view
   assert [e.view for e in built.plan] == [view]
-  batch = sharding.place_batch(make_batch(), mesh)
+  batch = shard_batch(make_batch(), mesh)
   history = []
   for _ in range(30):
     state, metrics = program.update(state, batch)

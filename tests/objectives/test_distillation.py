@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from mtv_jax.augment import views
 from mtv_jax.objectives import base, build_objective, distillation
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, replicated_sharding
 from mtv_jax.perf import hlo
 
 SMALL = dict(
@@ -184,7 +184,7 @@ def test_koleo_is_finite_where_there_is_no_distance(vectors, valid):
 
 @pytest.mark.slow
 def test_koleo_on_a_mesh_is_the_same_and_goes_around_a_ring():
-  mesh = sharding.make_mesh(dict(data=4, fsdp=2))
+  mesh = make_mesh(dict(data=4, fsdp=2))
   rng = np.random.default_rng(0)
   vectors = rng.normal(size=(16, 4)).astype(np.float32)
   valid = np.arange(16) % 5 > 0
@@ -193,11 +193,11 @@ def test_koleo_on_a_mesh_is_the_same_and_goes_around_a_ring():
     return distillation.koleo(x, jnp.asarray(valid), mesh=mesh).value()
 
   expected = jax.jit(jax.value_and_grad(loss))(vectors)
-  place = NamedSharding(mesh, sharding.BATCH)
+  place = NamedSharding(mesh, BATCH_SPEC)
   placed = jax.device_put(vectors, place)
   graded = jax.jit(
     jax.value_and_grad(functools.partial(loss, mesh=mesh)),
-    out_shardings=(sharding.replicated(mesh), place),
+    out_shardings=(replicated_sharding(mesh), place),
   )
   found = graded(placed)
   np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)

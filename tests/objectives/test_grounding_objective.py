@@ -19,12 +19,17 @@ from mtv_jax.models import text as text_lib
 from mtv_jax.models import vit
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective, grounding
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import BATCH_SPEC, MESH_AXES, make_mesh, shard_batch
 from mtv_jax.train import gradients
-from mtv_jax.train import step as step_lib
-from mtv_jax.train import step_spec as recipe_lib
-from mtv_jax.utils import tree as trees
+from mtv_jax.train.step import make_program
+from mtv_jax.train.step_spec import (
+  ObjectiveWeight,
+  StepSpec,
+  init_params,
+  init_state,
+)
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.tree import flatten_with_names
 
 IMAGE = base.Encoding("image", "image")
 PHRASE = base.Encoding("text", "box_phrase")
@@ -326,12 +331,10 @@ def on_mesh(shape, chunk):
   batch["box_valid"][2:8] = False
   batch["box_valid"][8, 1:] = False
   devices = jax.devices()[: math.prod(shape)]
-  mesh = sharding.make_mesh(
-    dict(zip(sharding.AXES, shape, strict=True)), devices
-  )
+  mesh = make_mesh(dict(zip(MESH_AXES, shape, strict=True)), devices)
   loss_inputs = jax.device_put(
     compute_loss_inputs(FULL, params, batch),
-    NamedSharding(mesh, sharding.BATCH),
+    NamedSharding(mesh, BATCH_SPEC),
   )
 
   def loss(loss_inputs, params):
@@ -407,16 +410,16 @@ STEP_SPEC = ModelSpec.from_config(
 STEP_VIEWS = views.build_views({"image": dict(ops="crop(32, 0.6, 1.0)")})
 
 
-def make_recipe(*names, **options):
+def make_spec(*names, **options):
   entries = {
     "contrastive": dict(init_bias=-3.0),
     "grounding": dict(init_bias=-3.0, regression=0.2),
   }
-  return recipe_lib.Recipe(
-    spec=STEP_SPEC,
+  return StepSpec(
+    model=STEP_SPEC,
     dtype="float32",
     objectives={name: build_objective(name, entries[name]) for name in names},
-    weights=dict.fromkeys(names, recipe_lib.Weight(1.0)),
+    weights=dict.fromkeys(names, ObjectiveWeight(1.0)),
     views=STEP_VIEWS,
     seed=0,
     total_steps=100,
@@ -437,21 +440,21 @@ def make_batch(rows=16):
   return batch
 
 
-def loss_and_gradients(recipe, params, batch):
+def loss_and_gradients(spec, params, batch):
   def compute(params, batch):
-    state = recipe_lib.init_state(recipe, optax.sgd(0.1), params)
-    (loss, terms), found = gradients.compute(recipe, state, batch)
+    state = init_state(spec, optax.sgd(0.1), params)
+    (loss, terms), found = gradients.compute_gradients(spec, state, batch)
     return loss, terms, found
 
   loss, terms, found = jax.device_get(jax.jit(compute)(params, batch))
-  return loss, terms, dict(trees.flatten_names(found))
+  return loss, terms, dict(flatten_with_names(found))
 
 
 @pytest.mark.slow
 def test_beside_contrast_in_a_train_step():
-  both = make_recipe("contrastive", "grounding")
+  both = make_spec("contrastive", "grounding")
   batch = make_batch()
-  init = functools.partial(recipe_lib.init_params, both)
+  init = functools.partial(init_params, both)
   params = jax.jit(init)(jax.random.key(0))
 
   _, terms, whole = loss_and_gradients(both, params, batch)
@@ -466,16 +469,16 @@ def test_beside_contrast_in_a_train_step():
   # Without a box it trains as contrast alone does.
   blank = batch | {"box_valid": np.zeros_like(batch["box_valid"])}
   _, _, without = loss_and_gradients(both, params, blank)
-  contrast = make_recipe("contrastive")
+  contrast = make_spec("contrastive")
   _, _, alone = loss_and_gradients(contrast, params, blank)
   for name, expected in alone.items():
     error = np.linalg.norm(without[name] - expected)
     assert error <= 1e-6 * np.linalg.norm(expected), name
   assert not any(without[name].any() for name in without if name not in alone)
 
-  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
-  program = step_lib.make_program(both, optax.adam(1e-3), mesh)
-  state, placed = program.init(params), sharding.place_batch(batch, mesh)
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  program = make_program(both, optax.adam(1e-3), mesh)
+  state, placed = program.init(params), shard_batch(batch, mesh)
   history = []
   for _ in range(40):
     state, metrics = program.update(state, placed)

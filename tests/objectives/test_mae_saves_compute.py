@@ -13,9 +13,9 @@ from mtv_jax.augment import views
 from mtv_jax.models import vit
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, masked_pixels
-from mtv_jax.parallel import sharding
-from mtv_jax.train import step as step_lib
-from mtv_jax.train import step_spec
+from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.train.step import make_program
+from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
 
 # Rows enough that gradients and the update, which no mask makes smaller, weigh
 # little: they cost a batch of any size the same.
@@ -49,18 +49,18 @@ class Unmasked(masked_pixels.MaskedPixels):
 
 def make_step(kind, ops, batch):
   """A whole compiled update and its state."""
-  built = step_spec.Recipe(
-    spec=SPEC,
+  built = StepSpec(
+    model=SPEC,
     dtype="float32",
     objectives={"mae": kind(patch=PATCH, decoder_depth=DECODER_DEPTH)},
-    weights={"mae": step_spec.Weight(1.0)},
+    weights={"mae": ObjectiveWeight(1.0)},
     views=views.build_views({"mae": dict(ops=ops)}),
     seed=0,
     total_steps=100,
   )
-  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
-  program = step_lib.make_program(built, optax.sgd(1e-3), mesh)
-  params = jax.jit(lambda key: step_spec.init_params(built, key))
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  program = make_program(built, optax.sgd(1e-3), mesh)
+  params = jax.jit(lambda key: init_params(built, key))
   state = program.init(params(jax.random.key(0)))
   # The tests otherwise compile to LLVM's cheapest code, where the element-wise
   # rest weighs more than it does in a run.

@@ -13,11 +13,11 @@ import pytest
 from mtv_jax.augment import views
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective, masked_latent
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.train import gradients
-from mtv_jax.train import step as step_lib
-from mtv_jax.train import step_spec as recipe_lib
-from mtv_jax.utils import tree as trees
+from mtv_jax.train.step import make_program
+from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
+from mtv_jax.utils.tree import flatten_with_names
 
 SMALL = dict(
   prototypes=8,
@@ -264,22 +264,22 @@ VIEWS = views.build_views(
 )
 
 
-def make_recipe(**options):
+def make_spec(**options):
   spec = ModelSpec.from_config(
     dict(variant="mu/8", image_size=16, mask_token=True)
   )
   shape = dict(prototypes=16, hidden=32, bottleneck=8)
   entries = {"distillation": shape, "masked_latent": {**shape, **options}}
-  return recipe_lib.Recipe(
-    spec=spec,
+  return StepSpec(
+    model=spec,
     dtype="float32",
     objectives={
       name: build_objective(name, entry).resolve(spec, VIEWS)
       for name, entry in entries.items()
     },
     weights={
-      "distillation": recipe_lib.Weight(1.0),
-      "masked_latent": recipe_lib.Weight(0.5),
+      "distillation": ObjectiveWeight(1.0),
+      "masked_latent": ObjectiveWeight(0.5),
     },
     views=VIEWS,
     seed=0,
@@ -298,26 +298,26 @@ def make_batch(rows=8):
 
 @functools.cache
 def make_params():
-  init = functools.partial(recipe_lib.init_params, make_recipe())
+  init = functools.partial(init_params, make_spec())
   return jax.jit(init)(jax.random.key(0))
 
 
 def by_name(tree):
-  return dict(trees.flatten_names(jax.device_get(tree)))
+  return dict(flatten_with_names(jax.device_get(tree)))
 
 
 @pytest.mark.slow
 def test_both_read_the_same_encodings_and_the_teacher_follows():
-  recipe = make_recipe()
-  assert [str(e) for e in recipe.plan] == [
+  spec = make_spec()
+  assert [str(e) for e in spec.plan] == [
     "image(global, student)",
     "image(global, teacher)",
     "image(local, student)",
   ]
-  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
-  program = step_lib.make_program(recipe, optax.adam(1e-3), mesh)
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  program = make_program(spec, optax.adam(1e-3), mesh)
   state = program.init(make_params())
-  batch = sharding.place_batch(make_batch(), mesh)
+  batch = shard_batch(make_batch(), mesh)
   start = by_name(state.params)
   assert set(state.teacher["heads"]) == {"dino", "ibot"}
   reports, history = [], []
@@ -346,24 +346,24 @@ def test_both_read_the_same_encodings_and_the_teacher_follows():
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_step_is_the_same_on_a_mesh_and_in_parts(accumulate):
-  recipe = dataclasses.replace(make_recipe(), accumulate=accumulate)
+  spec = dataclasses.replace(make_spec(), accumulate=accumulate)
 
-  def gradients_on(recipe, mesh):
-    program = step_lib.make_program(recipe, optax.sgd(1.0), mesh)
+  def gradients_on(spec, mesh):
+    program = make_program(spec, optax.sgd(1.0), mesh)
     state = program.init(make_params())
-    batch = sharding.place_batch(make_batch(16), mesh)
-    compute = jax.jit(lambda *args: gradients.compute(recipe, *args)[1])
+    batch = shard_batch(make_batch(16), mesh)
+    compute = jax.jit(lambda *args: gradients.compute_gradients(spec, *args)[1])
     return by_name(compute(state, batch))
 
-  alone = sharding.make_mesh(dict(data=1), jax.devices()[:1])
-  expected = gradients_on(make_recipe(), alone)
-  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
-  for name, found in gradients_on(recipe, mesh).items():
+  alone = make_mesh(dict(data=1), jax.devices()[:1])
+  expected = gradients_on(make_spec(), alone)
+  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
+  for name, found in gradients_on(spec, mesh).items():
     error = np.linalg.norm(found - expected[name])
     assert error <= 1e-5 * np.linalg.norm(expected[name]) + 1e-8, name
 
 
 def test_a_shared_head_is_one_head():
-  assert set(make_recipe(head="dino").heads) == {"dino"}
+  assert set(make_spec(head="dino").heads) == {"dino"}
   with pytest.raises(ValueError, match="heads/dino"):
-    _ = make_recipe(head="dino", prototypes=32).heads
+    _ = make_spec(head="dino", prototypes=32).heads

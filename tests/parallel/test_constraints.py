@@ -4,39 +4,43 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mtv_jax.parallel import constraints, sharding
+from mtv_jax.parallel.constraints import (
+  all_gather_params,
+  check_param_rules,
+  constrain_batch,
+)
+from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.parallel.rules import tree_shardings
 
 
 def test_rules_that_layers_can_not_follow_are_refused():
   """Where `fsdp` is gathered, `tensor` must lie as the layers use it."""
   name = "image/blocks/mlp/fc1/kernel"
   abstract = {name: jax.ShapeDtypeStruct((2, 16, 64), jnp.float32)}
-  both = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  both = make_mesh(dict(data=2, fsdp=2, tensor=2))
   moved = [("mlp/fc1/kernel$", (None, ("fsdp", "tensor")))]
-  constraints.check_in_use(abstract, both, moved)
+  check_param_rules(abstract, both, moved)
   odd = [("mlp/fc1/kernel$", ("tensor", "fsdp"))]
   with pytest.raises(ValueError, match=r"fc1/kernel along tensor as .*fsdp=1"):
-    constraints.check_in_use(abstract, both, odd)
-  constraints.check_in_use(abstract, both, odd, keep="fc1")
+    check_param_rules(abstract, both, odd)
+  check_param_rules(abstract, both, odd, keep="fc1")
   for shape in (dict(fsdp=8), dict(tensor=8)):
-    constraints.check_in_use(abstract, sharding.make_mesh(shape), odd)
+    check_param_rules(abstract, make_mesh(shape), odd)
 
 
 def test_rows_and_parameters_lie_as_a_step_uses_them():
-  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   params = {
     "mlp/fc1/kernel": jnp.ones((16, 64)),
     "stack/mlp/fc1/kernel": jnp.ones((16, 64)),
     "norm/scale": jnp.ones(16),
   }
-  params = jax.device_put(params, sharding.tree_shardings(params, mesh))
+  params = jax.device_put(params, tree_shardings(params, mesh))
 
   @jax.jit
   def used(params, rows):
-    placed = constraints.in_use(
-      params, mesh, keep="^stack/", dtype=jnp.bfloat16
-    )
-    return placed, constraints.by_rows(rows, mesh)
+    placed = all_gather_params(params, mesh, keep="^stack/", dtype=jnp.bfloat16)
+    return placed, constrain_batch(rows, mesh)
 
   placed, rows = used(params, jnp.ones((8, 6)))
   kernel = placed["mlp/fc1/kernel"]

@@ -16,14 +16,15 @@ from mtv_jax.objectives import (
   contrastive,
   grounding,
 )
-from mtv_jax.parallel import ring, sharding
+from mtv_jax.parallel import ring
+from mtv_jax.parallel.mesh import BATCH_SPEC, MESH_AXES, make_mesh
 
 SCALARS = {"logit_scale": np.float32(1.5), "logit_bias": np.float32(-2.0)}
 
 
 def mesh_of(shape):
-  sizes = dict(zip(sharding.AXES, shape, strict=True))
-  return sharding.make_mesh(sizes, jax.devices()[: math.prod(shape)])
+  sizes = dict(zip(MESH_AXES, shape, strict=True))
+  return make_mesh(sizes, jax.devices()[: math.prod(shape)])
 
 
 def random_loss_inputs(name, rows=16, width=8):
@@ -72,7 +73,7 @@ def program(name, method, mesh):
 def result(name, method, shape):
   mesh = mesh_of(shape)
   placed = jax.device_put(
-    random_loss_inputs(name), NamedSharding(mesh, sharding.BATCH)
+    random_loss_inputs(name), NamedSharding(mesh, BATCH_SPEC)
   )
   scalars = jax.device_put(SCALARS, NamedSharding(mesh, PartitionSpec()))
   return jax.device_get(program(name, method, mesh)(placed, scalars))
@@ -134,7 +135,7 @@ def test_a_softmax_or_an_unknown_method_is_refused():
 def temporaries(name, method, devices, rows=64):
   """Bytes a device of the loss and its gradients, at `rows` a device."""
   mesh = mesh_of((devices, 1, 1))
-  split = NamedSharding(mesh, sharding.BATCH)
+  split = NamedSharding(mesh, BATCH_SPEC)
   whole = NamedSharding(mesh, PartitionSpec())
 
   def shape(x, placing):

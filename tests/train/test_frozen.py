@@ -9,12 +9,18 @@ import pytest
 import trainings
 
 from mtv_jax.config import schema
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf.bench import flops
-from mtv_jax.train import experiment
-from mtv_jax.train import loop as train
-from mtv_jax.train import step_spec as recipe_lib
-from mtv_jax.utils import tree as trees
+from mtv_jax.train import loop
+from mtv_jax.train.experiment import (
+  build_experiment,
+  build_program,
+  build_step_spec,
+  make_config_mesh,
+)
+from mtv_jax.train.loop import init_or_restore, prefetch_to_device, train
+from mtv_jax.train.step_spec import init_params
+from mtv_jax.utils.tree import flatten_with_names
 
 
 def smallest(**changes):
@@ -44,7 +50,7 @@ def test_a_locked_tower_costs_its_forward_pass_and_has_no_moments(tmp_path):
   assert shut[text] == open_[text]
   # The whole step knows it too: nothing pulls gradients through the tower.
   assert found.traced == pytest.approx(found.total, rel=0.01)
-  state = experiment.build(locked(), tmp_path).program.abstract
+  state = build_experiment(locked(), tmp_path).program.abstract
   moments = sum(x.size for x in jax.tree.leaves(state.opt_state))
   trained = {k: v for k, v in state.params.items() if k != "image"}
   count = sum(x.size for x in jax.tree.leaves(trained))
@@ -53,9 +59,9 @@ def test_a_locked_tower_costs_its_forward_pass_and_has_no_moments(tmp_path):
 
 @pytest.mark.slow
 def test_a_locked_tower_stays_as_it_was(tmp_path):
-  built = experiment.build(locked(), tmp_path / "a")
-  before = jax.device_get(train.start(built, None).params)
-  after = jax.device_get(train.run(locked(), tmp_path / "b").params)
+  built = build_experiment(locked(), tmp_path / "a")
+  before = jax.device_get(init_or_restore(built, None).params)
+  after = jax.device_get(train(locked(), tmp_path / "b").params)
   jax.tree.map(np.testing.assert_array_equal, before["image"], after["image"])
   kernel = ("text", "projection", "kernel")
   assert (_at(before, kernel) != _at(after, kernel)).any()
@@ -72,16 +78,14 @@ def test_a_locked_tower_with_an_average_and_a_batch_in_parts():
     # Adam would turn gradients that are zero but for rounding into steps.
     config.optim.name, config.optim.lr = "sgd", 0.1
     config = schema.check_config(config)
-    recipe = experiment.build_recipe(config, 10)
-    mesh = experiment.make_mesh(config, jax.devices()[:1])
-    _, program = experiment.make_program(config, recipe, mesh, 100)
-    params = jax.jit(functools.partial(recipe_lib.init_params, recipe))(
-      jax.random.key(0)
-    )
+    spec = build_step_spec(config, 10)
+    mesh = make_config_mesh(config, jax.devices()[:1])
+    _, program = build_program(config, spec, mesh, 100)
+    params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
     before = jax.device_get(params)
     state = program.init(params)
     for seed in range(2):
-      batch = sharding.place_batch(batch_of(config, seed), mesh)
+      batch = shard_batch(batch_of(config, seed), mesh)
       state, metrics = program.update(state, batch)
     return before, jax.device_get(state), jax.device_get(metrics)
 
@@ -94,8 +98,8 @@ def test_a_locked_tower_with_an_average_and_a_batch_in_parts():
       )
   kernel = ("text", "projection", "kernel")
   for name in ("params", "ema"):
-    values = dict(trees.flatten_names(getattr(whole, name)))
-    for key, value in trees.flatten_names(getattr(found, name)):
+    values = dict(flatten_with_names(getattr(whole, name)))
+    for key, value in flatten_with_names(getattr(found, name)):
       error = np.linalg.norm(value - values[key])
       assert error <= 1e-6 * np.linalg.norm(values[key]) + 1e-8, (name, key)
     moved = _at(getattr(whole, name), kernel) - _at(before, kernel)
@@ -126,7 +130,7 @@ def _at(tree, path):
 
 @pytest.mark.slow
 def test_a_loader_that_stalls_shows_as_waiting(tmp_path, monkeypatch):
-  plain = train.placed_batches
+  plain = prefetch_to_device
 
   def stalling(loader, mesh):
     for batch in plain(loader, mesh):
@@ -135,8 +139,8 @@ def test_a_loader_that_stalls_shows_as_waiting(tmp_path, monkeypatch):
 
   waits = []
   for name in ("fast", "slow"):
-    train.run(smallest(total_steps=6, evals={}), tmp_path / name)
+    train(smallest(total_steps=6, evals={}), tmp_path / name)
     rows = trainings.rows(tmp_path / name)
     waits.append([r["speed/wait"] for r in rows if "speed/wait" in r][-1])
-    monkeypatch.setattr(train, "placed_batches", stalling)
+    monkeypatch.setattr(loop, "prefetch_to_device", stalling)
   assert waits[1] > 0.5 and waits[1] > waits[0]

@@ -8,8 +8,13 @@ import trainings
 
 from mtv_jax.config import schema
 from mtv_jax.perf.bench import step as step_benchmark
-from mtv_jax.train import experiment, step_spec
-from mtv_jax.train import loop as train
+from mtv_jax.train.experiment import (
+  build_experiment,
+  log_experiment,
+  make_loader,
+)
+from mtv_jax.train.loop import check_finite, train
+from mtv_jax.train.step_spec import ObjectiveWeight
 
 
 def smallest(**changes):
@@ -21,7 +26,7 @@ def smallest(**changes):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("trained") / "run"
-  state = train.run(smallest(), workdir)
+  state = train(smallest(), workdir)
   return workdir, state
 
 
@@ -59,7 +64,7 @@ def test_the_checkpoint_is_the_state(trained):
 def test_a_finished_run_started_again_changes_nothing(trained):
   workdir, state = trained
   before = trainings.rows(workdir)
-  again = train.run(smallest(), workdir)
+  again = train(smallest(), workdir)
   assert int(again.step) == 12
   assert trainings.rows(workdir) == before
 
@@ -69,7 +74,7 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(trained):
   other = smallest()
   other.model.width = 64
   with pytest.raises(ValueError, match="mlp/fc1/kernel"):
-    train.run(other, workdir)
+    train(other, workdir)
   # What was refused left no trace.
   assert (
     json.loads((workdir / "config.json").read_text())["model"]["width"]
@@ -83,7 +88,7 @@ def test_a_run_starts_from_another_s_parameters(trained, tmp_path):
   config = smallest(total_steps=2)
   config.optim.lr = 0.0
   config.init = dict(path=str(workdir), include=("^image/", "^text/"))
-  begun = train.run(config, tmp_path / "run")
+  begun = train(config, tmp_path / "run")
   found, expected = (
     np.asarray(s.params["text"]["token_embedding"]) for s in (begun, state)
   )
@@ -102,30 +107,30 @@ def test_a_config_that_can_not_be_used_is_refused(tmp_path, change, message):
   config = smallest().to_dict()
   config.update(change)
   with pytest.raises(ValueError, match=message):
-    experiment.build(config, tmp_path)
+    build_experiment(config, tmp_path)
 
 
 def test_a_vocabulary_larger_than_the_model_s_is_refused(tmp_path):
   config = smallest()
   config.model.text.vocab_size = 100
   with pytest.raises(ValueError, match="vocab_size"):
-    experiment.build(config, tmp_path)
+    build_experiment(config, tmp_path)
 
 
 def test_a_field_that_no_op_gives_is_refused(tmp_path):
   config = smallest()
   config.data.ops = "decode|canvas(32)"
   with pytest.raises(ValueError, match="'caption'.*image"):
-    experiment.make_loader(experiment.build(config, tmp_path), 0)
+    make_loader(build_experiment(config, tmp_path), 0)
 
 
 @pytest.mark.parametrize("length", [8, 32])
 def test_captions_are_as_long_as_the_texts_of_evaluations(tmp_path, length):
   config = smallest()
   config.data.ops = f"decode|canvas(32)|caption({length})"
-  built = experiment.build(config, tmp_path)
+  built = build_experiment(config, tmp_path)
   with pytest.raises(ValueError, match=f"of {length} tokens.*length is 16"):
-    experiment.make_loader(built, 0)
+    make_loader(built, 0)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,7 @@ def test_a_batch_with_records_twice_is_warned_of(
   tmp_path, caplog, size, warned
 ):
   # Of 50 and 30 records, with weights 1 and 0.5.
-  experiment.describe(experiment.build(smallest(batch_size=size), tmp_path))
+  log_experiment(build_experiment(smallest(batch_size=size), tmp_path))
   found = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
   assert len(found) == len(warned)
   for message, part in zip(found, warned, strict=True):
@@ -144,14 +149,12 @@ def test_a_batch_with_records_twice_is_warned_of(
 
 def test_a_loss_or_gradient_that_is_no_number_stops_the_run():
   good = dict(loss=1.0, grad_norm=2.0, update_norm=0.1)
-  train.require_finite(3, good)
+  check_finite(3, good)
   with pytest.raises(FloatingPointError, match="step 3.*contrastive/loss"):
-    train.require_finite(
-      3, {**good, "loss": np.nan, "contrastive/loss": np.nan}
-    )
+    check_finite(3, {**good, "loss": np.nan, "contrastive/loss": np.nan})
   # The loss is from before the update; the parameters after it are poisoned.
   with pytest.raises(FloatingPointError, match="grad_norm"):
-    train.require_finite(3, {**good, "grad_norm": np.nan})
+    check_finite(3, {**good, "grad_norm": np.nan})
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,7 @@ def test_an_evaluation_that_can_not_run_is_refused_at_the_start(
   config = smallest().to_dict()
   config["evals"]["retrieval"].update(change)
   with pytest.raises((ValueError, OSError), match=message):
-    experiment.build(config, tmp_path)
+    build_experiment(config, tmp_path)
 
 
 def test_a_weight_is_a_number_or_a_schedule(tmp_path):
@@ -179,20 +182,20 @@ def test_a_weight_is_a_number_or_a_schedule(tmp_path):
     init_bias=-2.0,
     weight=dict(value=0.5, start_percent=50, ramp_steps=3),
   )
-  weights = experiment.build(config, tmp_path).recipe.weights
-  assert weights["late"] == step_spec.Weight(0.5, start=6, ramp=3)
-  assert weights["contrastive"] == step_spec.Weight(1.0)
+  weights = build_experiment(config, tmp_path).step_spec.weights
+  assert weights["late"] == ObjectiveWeight(0.5, start=6, ramp=3)
+  assert weights["contrastive"] == ObjectiveWeight(1.0)
   del config["objectives"]["contrastive"]
   with pytest.raises(ValueError, match="nothing to train before step 6"):
-    experiment.build(config, tmp_path)
+    build_experiment(config, tmp_path)
   config["objectives"]["late"]["weight"] = dict(valu=1.0)
   with pytest.raises(ValueError, match="Did you mean 'value'"):
-    experiment.build(config, tmp_path)
+    build_experiment(config, tmp_path)
 
 
 def test_a_bucket_is_not_mistaken_for_a_folder():
   with pytest.raises(ValueError, match="mount"):
-    experiment.build(smallest(), "gs://bucket/run")
+    build_experiment(smallest(), "gs://bucket/run")
 
 
 @pytest.mark.slow

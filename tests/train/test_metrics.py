@@ -11,7 +11,15 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from mtv_jax.train import metrics
-from mtv_jax.train.metrics import Chrono, Rates, Writers, console_line
+from mtv_jax.train.metrics import (
+  WIDTH,
+  Chrono,
+  MetricWriter,
+  Rates,
+  console_line,
+  format_number,
+  setup_logging,
+)
 
 
 class Clock:
@@ -130,7 +138,7 @@ RATES = Rates(812.3, 0.012, 0.5, 192.0, 1.5)
 
 
 def test_writers_write_files(tmp_path):
-  with Writers(tmp_path / "run", total_steps=10) as writers:
+  with MetricWriter(tmp_path / "run", total_steps=10) as writers:
     writers.progress(1, {"loss": np.float32(2.5), "n": np.array([3])}, RATES)
     writers.scalars(1, {"eval/top1": 0.25, "bad": float("nan")})
   rows = read_jsonl(tmp_path / "run")
@@ -143,12 +151,12 @@ def test_writers_write_files(tmp_path):
 
 
 def test_resume_leaves_no_step_twice(tmp_path):
-  with Writers(tmp_path, total_steps=10) as writers:
+  with MetricWriter(tmp_path, total_steps=10) as writers:
     for step in range(1, 7):
       writers.scalars(step, {"loss": float(step)})
   with (tmp_path / "metrics.jsonl").open("a") as f:
     f.write('{"step": 7, "lo')  # Killed while writing.
-  with Writers(tmp_path, total_steps=10, start_step=4) as writers:
+  with MetricWriter(tmp_path, total_steps=10, start_step=4) as writers:
     for step in range(5, 9):
       writers.scalars(step, {"loss": 10.0 * step})
   rows = read_jsonl(tmp_path)
@@ -156,16 +164,16 @@ def test_resume_leaves_no_step_twice(tmp_path):
   assert [row["loss"] for row in rows] == [1, 2, 3, 4, 50, 60, 70, 80]
   _, restarts = read_board(tmp_path)
   assert restarts[-1] == 5
-  with Writers(tmp_path, total_steps=10) as writers:
+  with MetricWriter(tmp_path, total_steps=10) as writers:
     writers.scalars(0, {"loss": 0.5})
   assert read_jsonl(tmp_path) == [{"step": 0, "loss": 0.5}]
 
 
 def test_resume_touches_nothing_that_is_good(tmp_path):
-  with Writers(tmp_path, total_steps=10) as writers:
+  with MetricWriter(tmp_path, total_steps=10) as writers:
     writers.scalars(3, {"loss": 1.0})
   before = (tmp_path / "metrics.jsonl").stat()
-  Writers(tmp_path, total_steps=10, start_step=3).close()
+  MetricWriter(tmp_path, total_steps=10, start_step=3).close()
   after = (tmp_path / "metrics.jsonl").stat()
   assert (before.st_ino, before.st_size) == (after.st_ino, after.st_size)
 
@@ -173,7 +181,7 @@ def test_resume_touches_nothing_that_is_good(tmp_path):
 def test_only_process_0_writes(tmp_path, caplog):
   with (
     caplog.at_level(logging.INFO),
-    Writers(tmp_path / "run", total_steps=10, process_index=1) as writers,
+    MetricWriter(tmp_path / "run", total_steps=10, process_index=1) as writers,
   ):
     writers.scalars(1, {"loss": 1.0})
     writers.progress(1, {"loss": 1.0}, RATES)
@@ -182,7 +190,7 @@ def test_only_process_0_writes(tmp_path, caplog):
 
 def test_a_metric_is_one_number(tmp_path):
   with (
-    Writers(tmp_path, total_steps=10) as writers,
+    MetricWriter(tmp_path, total_steps=10) as writers,
     pytest.raises(ValueError, match=r"'grads' has shape \(2,\)"),
   ):
     writers.scalars(1, {"grads": np.ones(2)})
@@ -203,7 +211,7 @@ def test_console_line():
 def test_console_line_fits_the_screen():
   numbers = {f"grad_norm/{i}": 1.234 for i in range(30)}
   line = console_line(999_999, 1_000_000, numbers, rates=RATES)
-  assert len(line) <= metrics.WIDTH
+  assert len(line) <= WIDTH
   assert line.startswith("step  999999/1000000  99.9%  grad_norm/0 1.234")
   assert "+28 more  812 img/s" in line and line.endswith("eta 3m12s")
 
@@ -223,7 +231,7 @@ def test_console_line_fits_the_screen():
   ],
 )
 def test_number(value, text):
-  assert metrics.number(value) == text
+  assert format_number(value) == text
 
 
 @pytest.mark.parametrize(
@@ -246,11 +254,11 @@ def test_setup_logging(capsys):
   state = package.handlers[:], package.level, package.propagate
   levels = {n: logging.getLogger(n).level for n in ("absl", "jax", "orbax")}
   try:
-    metrics.setup_logging()
-    metrics.setup_logging()  # Twice prints no line twice.
+    setup_logging()
+    setup_logging()  # Twice prints no line twice.
     logging.getLogger("mtv_jax.train.metrics").info("a line")
     logging.getLogger("absl").info("noise")
-    metrics.setup_logging(process_index=1)
+    setup_logging(process_index=1)
     logging.getLogger("mtv_jax.train.metrics").info("from another process")
     assert capsys.readouterr().out == "a line\n"
   finally:

@@ -11,13 +11,23 @@ import pytest
 import tiny_mtv
 
 from mtv_jax.config import schema
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import (
+  MESH_AXES,
+  make_mesh,
+  replicated_sharding,
+  shard_batch,
+)
 from mtv_jax.perf.bench import flops
-from mtv_jax.train import experiment, gradients
-from mtv_jax.train import step as step_lib
-from mtv_jax.train import step_spec as recipe_lib
-from mtv_jax.utils import tree as trees
+from mtv_jax.train import gradients
+from mtv_jax.train.experiment import (
+  build_experiment,
+  build_step_spec,
+  make_loader,
+)
+from mtv_jax.train.step import make_program
+from mtv_jax.train.step_spec import abstract_params, init_state
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 
 @functools.cache
@@ -32,31 +42,29 @@ def params():
       return noise / np.sqrt(np.prod(shape[:-1]))
     return np.float32(name.endswith("scale")) + 0.02 * noise
 
-  return trees.map_with_names(
-    draw, recipe_lib.abstract_params(tiny_mtv.built())
-  )
+  return map_with_names(draw, abstract_params(tiny_mtv.built()))
 
 
 @functools.cache
 def compiled(shape, names=None):
   """(batch) -> losses by objective, and gradients by parameter."""
-  recipe = tiny_mtv.built() if names is None else tiny_mtv.built().only(names)
-  sizes = dict(zip(sharding.AXES, shape, strict=True))
-  mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(shape)])
+  spec = tiny_mtv.built() if names is None else tiny_mtv.built().only(names)
+  sizes = dict(zip(MESH_AXES, shape, strict=True))
+  mesh = make_mesh(sizes, jax.devices()[: math.prod(shape)])
   # The state is the whole recipe's, whatever is computed of it.
-  program = step_lib.make_program(tiny_mtv.built(), optax.sgd(0.1), mesh)
+  program = make_program(tiny_mtv.built(), optax.sgd(0.1), mesh)
   state = program.init(params())
 
   def compute(state, batch):
-    (_, terms), slopes = gradients.compute(recipe, state, batch, mesh)
+    (_, terms), slopes = gradients.compute_gradients(spec, state, batch, mesh)
     return {name: term.loss.value() for name, term in terms.items()}, slopes
 
-  jitted = jax.jit(compute, out_shardings=sharding.replicated(mesh))
+  jitted = jax.jit(compute, out_shardings=replicated_sharding(mesh))
 
   def call(batch):
-    placed = sharding.place_batch(batch, mesh)
+    placed = shard_batch(batch, mesh)
     losses, slopes = jax.device_get(jitted(state, placed))
-    return losses, dict(trees.flatten_names(slopes))
+    return losses, dict(flatten_with_names(slopes))
 
   return call
 
@@ -104,17 +112,17 @@ def test_an_objective_that_is_dropped_leaves_nothing_behind(tmp_path):
   config.data.train[0]["type"] = "scenes"
   for name in ("depth", "masked_pixels", "distillation", "masked_latent"):
     del config.objectives[name]
-  made = experiment.build(config, tmp_path)
+  made = build_experiment(config, tmp_path)
   names = made.program.abstract.params["heads"].keys()
   assert set(names) == {"contrastive", "grounding", "prompter"}
   assert not made.program.abstract.teacher
   assert "mask_token" not in made.program.abstract.params["image"]
-  assert {str(e) for e in made.recipe.plan} == {
+  assert {str(e) for e in made.step_spec.plan} == {
     "image(image, student)",
     "text(caption, student)",
     "text(box_phrase, student)",
   }
-  with experiment.make_loader(made, 0) as loader:
+  with make_loader(made, 0) as loader:
     batch = next(loader)
   assert "depth" not in batch and "boxes" in batch
 
@@ -124,36 +132,36 @@ def test_without_text_there_is_no_text_tower(tmp_path):
   for name in ("contrastive", "grounding"):
     del config.objectives[name]
   config.evals = {}
-  made = experiment.build(config, tmp_path)
+  made = build_experiment(config, tmp_path)
   assert made.config.model.text is None
   assert "text" not in made.program.abstract.params
-  with experiment.make_loader(made, 0) as loader:
+  with make_loader(made, 0) as loader:
     assert set(next(loader)) == {"image", "image_size", "depth"}
 
 
 @pytest.mark.slow
 def test_in_parts_the_whole_recipe_is_that_of_the_whole_batch():
   """KoLeo, Sinkhorn and the negatives of contrast included."""
-  recipe = dataclasses.replace(tiny_mtv.built(), accumulate=4)
-  state = recipe_lib.init_state(tiny_mtv.built(), optax.sgd(0.1), params())
+  spec = dataclasses.replace(tiny_mtv.built(), accumulate=4)
+  state = init_state(tiny_mtv.built(), optax.sgd(0.1), params())
 
-  def run(recipe):
+  def run(spec):
     (_, terms), slopes = jax.jit(
-      lambda state, batch: gradients.compute(recipe, state, batch)
+      lambda state, batch: gradients.compute_gradients(spec, state, batch)
     )(state, tiny_mtv.rows())
     losses = {name: term.loss.value() for name, term in terms.items()}
-    return jax.device_get((losses, dict(trees.flatten_names(slopes))))
+    return jax.device_get((losses, dict(flatten_with_names(slopes))))
 
-  assert_near(run(recipe), run(tiny_mtv.built()), 1e-5, 1e-8)
+  assert_near(run(spec), run(tiny_mtv.built()), 1e-5, 1e-8)
 
 
 def test_the_teacher_s_momentum_may_rise_along_a_cosine():
-  recipe = dataclasses.replace(
+  spec = dataclasses.replace(
     tiny_mtv.built(), teacher_momentum=0.992, teacher_end=1.0, total_steps=101
   )
-  found = [float(recipe.momentum(step)) for step in (0, 50, 100, 500)]
+  found = [float(spec.momentum(step)) for step in (0, 50, 100, 500)]
   np.testing.assert_allclose(found, [0.992, 0.996, 1.0, 1.0], rtol=1e-6)
-  fixed = dataclasses.replace(recipe, teacher_end=None)
+  fixed = dataclasses.replace(spec, teacher_end=None)
   assert float(fixed.momentum(77)) == pytest.approx(0.992)
 
 
@@ -170,7 +178,7 @@ def test_a_weight_that_can_t_be(weight, match):
   with config.objectives.depth.ignore_type():
     config.objectives.depth.weight = weight
   with pytest.raises(ConfigError, match=match):
-    experiment.build_recipe(schema.check_config(config), total_steps=100)
+    build_step_spec(schema.check_config(config), total_steps=100)
 
 
 def test_heads_of_one_name_must_read_the_same_width():
@@ -179,7 +187,7 @@ def test_heads_of_one_name_must_read_the_same_width():
   config.model.text.projection = 16
   config.objectives.masked_latent.head = "dino"
   with pytest.raises(ConfigError, match="both own heads/dino"):
-    _ = experiment.build_recipe(config, total_steps=100).heads
+    _ = build_step_spec(config, total_steps=100).heads
 
 
 @pytest.mark.slow
@@ -206,7 +214,7 @@ def test_what_a_step_costs_is_the_sum_of_its_parts():
 
 @pytest.mark.slow
 def test_prototypes_in_chunks_cost_more_flops_and_no_less():
-  spec = {
+  batch = {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype)
     for name, x in tiny_mtv.rows().items()
   }
@@ -218,10 +226,10 @@ def test_prototypes_in_chunks_cost_more_flops_and_no_less():
       .only(("masked_latent",))
       .objectives.items()
     }
-    recipe = dataclasses.replace(
+    spec = dataclasses.replace(
       tiny_mtv.built().only(("masked_latent",)), objectives=objectives
     )
-    return flops.step_flops(recipe, spec, optax.sgd(0.1)).traced
+    return flops.step_flops(spec, batch, optax.sgd(0.1)).traced
 
   # Logits of the student: twice; of the teacher: once more an iteration.
   assert traced(16) > traced(None)

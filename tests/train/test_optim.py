@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from mtv_jax.train import optim
-from mtv_jax.utils import tree as trees
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 RNG = np.random.default_rng(0)
 SHAPES = {
@@ -25,7 +25,7 @@ STEPS = 6
 
 
 def random_tree():
-  return trees.unflatten(
+  return unflatten_names(
     {n: RNG.normal(size=s).astype(np.float32) for n, s in SHAPES.items()}
   )
 
@@ -57,18 +57,18 @@ def run(tx, params=PARAMS, grads=GRADS):
   seen = []
   for grad in grads:
     params, state = update(params, state, grad)
-    seen.append({n: np.array(x) for n, x in trees.flatten_names(params)})
+    seen.append({n: np.array(x) for n, x in flatten_with_names(params)})
   return seen, state
 
 
 def numpy_adamw(lr, multipliers, *, decay, clip, b1=0.9, b2=0.95, eps=1e-8):
   """AdamW as its paper writes it, in float64."""
-  p = {n: x.astype(np.float64) for n, x in trees.flatten_names(PARAMS)}
+  p = {n: x.astype(np.float64) for n, x in flatten_with_names(PARAMS)}
   m = {n: np.zeros_like(x) for n, x in p.items()}
   v = {n: np.zeros_like(x) for n, x in p.items()}
   seen = []
   for t, tree in enumerate(GRADS):
-    g = dict(trees.flatten_names(tree))
+    g = dict(flatten_with_names(tree))
     norm = math.sqrt(sum(np.sum(np.square(x, dtype=float)) for x in g.values()))
     for n in p:
       x = g[n].astype(np.float64) * min(1.0, clip / norm)
@@ -163,7 +163,7 @@ def test_against_optax(config, reference):
 def test_adafactor_factors_and_keeps_momentum():
   params = {"a": {"kernel": np.zeros((2, 256, 128), np.float32)}}
   tx = build({"name": "adafactor", "mu_dtype": "bfloat16"}, params=params).tx
-  state = dict(trees.flatten_names(jax.eval_shape(tx.init, params)))
+  state = dict(flatten_with_names(jax.eval_shape(tx.init, params)))
   shapes = {name.split("/", 1)[1]: x.shape for name, x in state.items()}
   momentum = [x for x in state.values() if x.shape == (2, 256, 128)]
   assert [x.dtype for x in momentum] == [jnp.bfloat16]
@@ -186,7 +186,7 @@ def test_adafactor_second_moment_keeps_moving():
 def test_moments_have_the_names_and_shapes_of_parameters():
   for name in ("adamw", "lion", "sgd"):
     tx = build({"name": name, "momentum": 0.9, "mu_dtype": "bfloat16"}).tx
-    state = trees.flatten_names(jax.eval_shape(tx.init, PARAMS))
+    state = flatten_with_names(jax.eval_shape(tx.init, PARAMS))
     moments = [(n, x) for n, x in state if not n.endswith("count")]
     assert len(moments) == len(SHAPES) * (2 if name == "adamw" else 1)
     for path, leaf in moments:
@@ -199,11 +199,11 @@ def test_frozen_parameters_stay_bit_equal_and_have_no_moments():
   rules = [("^image/", {"lr": 0})]
   optimizer = build({"weight_decay": 0.5, "clip_norm": 1.0, "rules": rules})
   seen, state = run(optimizer.tx)
-  flat = dict(trees.flatten_names(PARAMS))
+  flat = dict(flatten_with_names(PARAMS))
   for name in SHAPES:
     moved = not np.array_equal(seen[-1][name], flat[name])
     assert moved == (not name.startswith("image/"))
-  moments = [n for n, x in trees.flatten_names(state) if x.ndim]
+  moments = [n for n, x in flatten_with_names(state) if x.ndim]
   assert moments and not [n for n in moments if "image" in n]
   # Nor do their gradients share in the norm that clips the others'.
   zeroed = [

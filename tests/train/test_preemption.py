@@ -10,8 +10,9 @@ import trainings
 
 from mtv_jax.cli import errors
 from mtv_jax.config import schema
-from mtv_jax.train import loop as train
-from mtv_jax.train import metrics, preemption
+from mtv_jax.train import loop, preemption
+from mtv_jax.train.loop import prefetch_to_device, train
+from mtv_jax.train.metrics import MetricWriter
 
 at_once = signal.SIG_DFL
 
@@ -25,7 +26,7 @@ def smallest(**changes):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  train.run(smallest(), workdir)
+  train(smallest(), workdir)
   return workdir
 
 
@@ -34,7 +35,7 @@ def told_at(monkeypatch):
   """Sends SIGTERM to this process once a step was logged."""
 
   def arrange(told):
-    progress = metrics.Writers.progress
+    progress = MetricWriter.progress
 
     def and_tell(self, step, *args):
       progress(self, step, *args)
@@ -43,7 +44,7 @@ def told_at(monkeypatch):
         assert signal.getsignal(signal.SIGTERM) != at_once
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(metrics.Writers, "progress", and_tell)
+    monkeypatch.setattr(MetricWriter, "progress", and_tell)
 
   return arrange
 
@@ -53,7 +54,7 @@ def test_it_saves_where_it_is_and_ends(tmp_path, told_at):
   told_at(2)
   config = smallest(total_steps=4, evals={})
   with pytest.raises(preemption.Preempted, match="saved step 2 of 4"):
-    train.run(config, tmp_path / "run")
+    train(config, tmp_path / "run")
   assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
   assert signal.getsignal(signal.SIGTERM) == at_once
 
@@ -63,8 +64,8 @@ def test_it_goes_on_from_there_bit_equal(uninterrupted, tmp_path, told_at):
   workdir = tmp_path / "run"
   told_at(5)
   with pytest.raises(preemption.Preempted, match="saved step 5 of 12"):
-    train.run(smallest(), workdir)
-  train.run(smallest(), workdir)
+    train(smallest(), workdir)
+  train(smallest(), workdir)
   assert trainings.losses(workdir) == trainings.losses(uninterrupted)
   expected = trainings.params(uninterrupted)
   for name, found in trainings.params(workdir).items():
@@ -74,7 +75,7 @@ def test_it_goes_on_from_there_bit_equal(uninterrupted, tmp_path, told_at):
 @pytest.mark.slow
 def test_told_at_the_last_step_it_ends_as_always(tmp_path, told_at):
   told_at(12)
-  state = train.run(smallest(), tmp_path / "run")
+  state = train(smallest(), tmp_path / "run")
   assert int(state.step) == 12
   assert list((tmp_path / "run" / "evals").iterdir())
 
@@ -85,15 +86,15 @@ def test_only_a_signal_that_would_end_the_process_is_taken():
 
   signal.signal(signal.SIGTERM, mine)
   try:
-    with preemption.notices():
+    with preemption.catch_sigterm():
       assert signal.getsignal(signal.SIGTERM) is mine
   finally:
     signal.signal(signal.SIGTERM, at_once)
   taken = []
 
   def elsewhere():
-    with preemption.notices() as notice:
-      taken.append(notice.arrived)
+    with preemption.catch_sigterm() as notice:
+      taken.append(notice.received)
 
   thread = threading.Thread(target=elsewhere)
   thread.start()
@@ -132,7 +133,7 @@ def test_it_saves_though_its_readers_were_told_as_well(
   tmp_path, monkeypatch, after, saved, says
 ):
   """As where a scheduler signals a whole job: the data ends before a step."""
-  placed = train.placed_batches
+  placed = prefetch_to_device
 
   def ended(*args):
     for i, batch in enumerate(placed(*args)):
@@ -141,8 +142,8 @@ def test_it_saves_though_its_readers_were_told_as_well(
         raise RuntimeError("a worker process was terminated")
       yield batch
 
-  monkeypatch.setattr(train, "placed_batches", ended)
+  monkeypatch.setattr(loop, "prefetch_to_device", ended)
   config = smallest(total_steps=4, evals={})
   with pytest.raises(preemption.Preempted, match=says):
-    train.run(config, tmp_path / "run")
+    train(config, tmp_path / "run")
   assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == saved

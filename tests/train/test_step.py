@@ -15,22 +15,28 @@ import tiny_mtv
 from mtv_jax.augment import views
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import (
+  BATCH_SPEC,
+  MESH_AXES,
+  make_mesh,
+  replicated_sharding,
+  shard_batch,
+)
 from mtv_jax.perf import hlo, hlo_text
 from mtv_jax.train import gradients
-from mtv_jax.train import step as step_lib
-from mtv_jax.train import step_spec as recipe_lib
-from mtv_jax.utils import tree as trees
+from mtv_jax.train.step import make_program
+from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
+from mtv_jax.utils.tree import flatten_with_names
 
 
 def dict_of(tree):
-  return dict(trees.flatten_names(tree))
+  return dict(flatten_with_names(tree))
 
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
 
 
-def make_recipe(**changes):
+def make_spec(**changes):
   spec = ModelSpec.from_config(
     dict(
       variant="mu/8",
@@ -38,18 +44,18 @@ def make_recipe(**changes):
       text=dict(variant="mu", length=8, vocab_size=32),
     )
   )
-  recipe = recipe_lib.Recipe(
-    spec=spec,
+  spec = StepSpec(
+    model=spec,
     dtype="float32",
     objectives={
       "contrastive": build_objective("contrastive", dict(init_bias=-2.0))
     },
-    weights={"contrastive": recipe_lib.Weight(1.0)},
+    weights={"contrastive": ObjectiveWeight(1.0)},
     views=views.build_views({"image": dict(count=1, ops="resize(16)")}),
     seed=0,
     total_steps=100,
   )
-  return dataclasses.replace(recipe, **changes)
+  return dataclasses.replace(spec, **changes)
 
 
 def make_batch(rows=16):
@@ -64,34 +70,32 @@ def make_batch(rows=16):
 
 
 def mesh_of(shape):
-  return sharding.make_mesh(dict(zip(sharding.AXES, shape, strict=True)))
+  return make_mesh(dict(zip(MESH_AXES, shape, strict=True)))
 
 
 @functools.cache
 def params_of():
-  return jax.jit(functools.partial(recipe_lib.init_params, make_recipe()))(
-    jax.random.key(1)
-  )
+  return jax.jit(functools.partial(init_params, make_spec()))(jax.random.key(1))
 
 
 def gradients_on(mesh, rules=()):
-  recipe, params = make_recipe(), params_of()
-  program = step_lib.make_program(recipe, optax.sgd(0.1), mesh, rules)
+  spec, params = make_spec(), params_of()
+  program = make_program(spec, optax.sgd(0.1), mesh, rules)
   state = program.init(params)
 
-  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  @functools.partial(jax.jit, out_shardings=replicated_sharding(mesh))
   def compute(state, batch):
-    return jax.grad(lambda p: gradients.total_loss(recipe, p, state, batch)[0])(
+    return jax.grad(lambda p: gradients.total_loss(spec, p, state, batch)[0])(
       state.params
     )
 
-  return compute(state, sharding.place_batch(make_batch(), mesh))
+  return compute(state, shard_batch(make_batch(), mesh))
 
 
 def three_steps(mesh):
-  program = step_lib.make_program(make_recipe(), optax.sgd(0.1), mesh)
+  program = make_program(make_spec(), optax.sgd(0.1), mesh)
   state = program.init(params_of())
-  batch = sharding.place_batch(make_batch(), mesh)
+  batch = shard_batch(make_batch(), mesh)
   for _ in range(3):
     state, metrics = program.update(state, batch)
   return jax.device_get(state.params), jax.device_get(metrics)
@@ -99,7 +103,7 @@ def three_steps(mesh):
 
 @pytest.fixture(scope="module")
 def alone():
-  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
   return jax.device_get(gradients_on(mesh)), *three_steps(mesh)
 
 
@@ -147,20 +151,16 @@ def test_fsdp_is_gathered_wherever_a_rule_of_the_config_puts_it(alone):
 
 
 def test_the_first_loss_is_the_formula_s():
-  recipe, params, batch = make_recipe(), params_of(), make_batch()
-  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
-  program = step_lib.make_program(recipe, optax.sgd(0.0), mesh)
-  _, metrics = program.update(
-    program.init(params), sharding.place_batch(batch, mesh)
-  )
+  spec, params, batch = make_spec(), params_of(), make_batch()
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  program = make_program(spec, optax.sgd(0.0), mesh)
+  _, metrics = program.update(program.init(params), shard_batch(batch, mesh))
 
   x = jax.image.resize(
     batch["image"].astype("float32"), (16, 16, 16, 3), "linear"
   )
-  image = recipe.towers["image"].apply(
-    {"params": params["image"]}, x / 127.5 - 1
-  )
-  text = recipe.towers["text"].apply(
+  image = spec.towers["image"].apply({"params": params["image"]}, x / 127.5 - 1)
+  text = spec.towers["text"].apply(
     {"params": params["text"]}, jnp.asarray(batch["caption"])
   )
   valid = batch["caption_valid"]
@@ -176,11 +176,11 @@ def test_the_first_loss_is_the_formula_s():
 
 
 def test_the_ema_follows_and_the_step_counts():
-  recipe, params = make_recipe(ema_decay=0.9), params_of()
-  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
-  program = step_lib.make_program(recipe, optax.sgd(0.5), mesh)
+  spec, params = make_spec(ema_decay=0.9), params_of()
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  program = make_program(spec, optax.sgd(0.5), mesh)
   state, _ = program.update(
-    program.init(params), sharding.place_batch(make_batch(), mesh)
+    program.init(params), shard_batch(make_batch(), mesh)
   )
   assert int(state.step) == 1
   assert state.teacher == {}
@@ -220,16 +220,16 @@ class PullToTeacher(base.Objective):
 
 
 def test_a_teacher_is_kept_when_an_objective_reads_one():
-  recipe = make_recipe(
+  spec = make_spec(
     objectives={"pull": PullToTeacher()},
-    weights={"pull": recipe_lib.Weight(1.0)},
+    weights={"pull": ObjectiveWeight(1.0)},
     teacher_momentum=0.5,
   )
-  params = recipe_lib.init_params(recipe, jax.random.key(0))
-  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
-  program = step_lib.make_program(recipe, optax.sgd(0.1), mesh)
+  params = init_params(spec, jax.random.key(0))
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  program = make_program(spec, optax.sgd(0.1), mesh)
   state, metrics = program.update(
-    program.init(params), sharding.place_batch(make_batch(), mesh)
+    program.init(params), shard_batch(make_batch(), mesh)
   )
   assert metrics["grad_norm"] > 0
   assert set(state.teacher) == {"image", "heads"}
@@ -244,15 +244,15 @@ def test_a_teacher_is_kept_when_an_objective_reads_one():
 
 def test_a_recipe_that_can_not_be_computed_is_refused():
   with pytest.raises(ValueError, match="view 'image'"):
-    make_recipe(views={})
+    make_spec(views={})
   with pytest.raises(ValueError, match="model.text"):
-    make_recipe(spec=dataclasses.replace(make_recipe().spec, text=None))
+    make_spec(model=dataclasses.replace(make_spec().model, text=None))
   with pytest.raises(ValueError, match="objectives is empty"):
-    make_recipe(objectives={}, weights={})
+    make_spec(objectives={}, weights={})
 
 
 def test_a_weight_starts_and_rises():
-  weight = recipe_lib.Weight(0.5, start=10, ramp=4)
+  weight = ObjectiveWeight(0.5, start=10, ramp=4)
   assert [weight.active(s) for s in (0, 9, 10, 50)] == [
     False,
     False,
@@ -264,11 +264,11 @@ def test_a_weight_starts_and_rises():
 
 
 def two_objectives(**weight):
-  return make_recipe(
-    objectives={**make_recipe().objectives, "pull": PullToTeacher()},
+  return make_spec(
+    objectives={**make_spec().objectives, "pull": PullToTeacher()},
     weights={
-      "contrastive": recipe_lib.Weight(1.0),
-      "pull": recipe_lib.Weight(1.0, **weight),
+      "contrastive": ObjectiveWeight(1.0),
+      "pull": ObjectiveWeight(1.0, **weight),
     },
     teacher_momentum=0.5,
   )
@@ -276,16 +276,16 @@ def two_objectives(**weight):
 
 @pytest.mark.slow
 def test_an_objective_joins_late_with_a_teacher_that_is_the_student():
-  recipe = two_objectives(start=2)
-  assert recipe.active(1) == ("contrastive",)
-  assert recipe.active(2) == ("contrastive", "pull")
-  assert [recipe.teacher_starts(s) for s in range(4)] == [0, 0, 1, 0]
-  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
-  program = step_lib.make_program(recipe, optax.sgd(0.1), mesh)
-  state = program.init(recipe_lib.init_params(recipe, jax.random.key(0)))
-  batch = sharding.place_batch(make_batch(), mesh)
+  spec = two_objectives(start=2)
+  assert spec.active(1) == ("contrastive",)
+  assert spec.active(2) == ("contrastive", "pull")
+  assert [spec.teacher_starts(s) for s in range(4)] == [0, 0, 1, 0]
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  program = make_program(spec, optax.sgd(0.1), mesh)
+  state = program.init(init_params(spec, jax.random.key(0)))
+  batch = shard_batch(make_batch(), mesh)
   before = np.asarray(state.teacher["image"]["patch_embed"]["kernel"])
-  state, metrics = program.update(state, batch, recipe.active(0))
+  state, metrics = program.update(state, batch, spec.active(0))
   assert "pull/loss" not in metrics
   teacher = state.teacher["image"]["patch_embed"]["kernel"]
   np.testing.assert_array_equal(teacher, before)
@@ -294,17 +294,17 @@ def test_an_objective_joins_late_with_a_teacher_that_is_the_student():
     state.teacher["image"]["patch_embed"]["kernel"],
     state.params["image"]["patch_embed"]["kernel"],
   )
-  _, metrics = program.update(state, batch, recipe.active(2))
+  _, metrics = program.update(state, batch, spec.active(2))
   assert metrics["pull/loss"] > 0
 
 
 def test_what_no_active_objective_reads_stays_where_it_is():
-  recipe = two_objectives()
-  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
-  program = step_lib.make_program(recipe, optax.adamw(0.1), mesh)
-  params = recipe_lib.init_params(recipe, jax.random.key(0))
+  spec = two_objectives()
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  program = make_program(spec, optax.adamw(0.1), mesh)
+  params = init_params(spec, jax.random.key(0))
   state, _ = program.update(
-    program.init(params), sharding.place_batch(make_batch(), mesh), ("pull",)
+    program.init(params), shard_batch(make_batch(), mesh), ("pull",)
   )
   for name in ("text", "heads"):
     jax.tree.map(
@@ -317,17 +317,19 @@ def test_what_no_active_objective_reads_stays_where_it_is():
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 def test_gradients_in_parts_are_those_of_the_whole_batch(parts):
-  recipe = two_objectives()
-  mesh = sharding.make_mesh(dict(data=2), jax.devices()[:2])
-  program = step_lib.make_program(recipe, optax.sgd(0.1), mesh)
-  params = recipe_lib.init_params(recipe, jax.random.key(1))
+  spec = two_objectives()
+  mesh = make_mesh(dict(data=2), jax.devices()[:2])
+  program = make_program(spec, optax.sgd(0.1), mesh)
+  params = init_params(spec, jax.random.key(1))
   # Away from its teacher, where the gradient of PullToTeacher is not special.
   state = program.init(params)
-  batch = sharding.place_batch(make_batch(), mesh)
+  batch = shard_batch(make_batch(), mesh)
 
   def compute(count):
-    part = dataclasses.replace(recipe, accumulate=count)
-    return jax.jit(functools.partial(gradients.compute, part))(state, batch)
+    part = dataclasses.replace(spec, accumulate=count)
+    return jax.jit(functools.partial(gradients.compute_gradients, part))(
+      state, batch
+    )
 
   (loss, _), expected = compute(1)
   (found_loss, _), found = compute(parts)
@@ -340,15 +342,15 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(parts):
 
 @pytest.mark.slow
 def test_encoder_norms_are_each_objective_s_own():
-  recipe = two_objectives()
-  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
-  program = step_lib.make_program(recipe, optax.sgd(0.1), mesh)
-  state = program.init(recipe_lib.init_params(recipe, jax.random.key(1)))
-  batch = sharding.place_batch(make_batch(), mesh)
+  spec = two_objectives()
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  program = make_program(spec, optax.sgd(0.1), mesh)
+  state = program.init(init_params(spec, jax.random.key(1)))
+  batch = shard_batch(make_batch(), mesh)
   norms = program.encoder_norms(state, batch, ("contrastive", "pull"))
   for name in norms:
-    alone = recipe.only((name,))
-    compute = jax.jit(functools.partial(gradients.compute, alone))
+    alone = spec.only((name,))
+    compute = jax.jit(functools.partial(gradients.compute_gradients, alone))
     grads = compute(state, batch)[1]
     expected = optax.tree.norm(grads["image"])
     np.testing.assert_allclose(norms[name], expected, rtol=1e-5)
@@ -363,9 +365,9 @@ WHOLE = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
 def test_no_activation_of_the_whole_recipe_is_gathered(shape):
   """Of the compiled step: what the devices hand to all is small."""
   mesh = mesh_of(shape)
-  recipe = tiny_mtv.built()
-  program = step_lib.make_program(recipe, optax.sgd(0.1), mesh)
-  split = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+  spec = tiny_mtv.built()
+  program = make_program(spec, optax.sgd(0.1), mesh)
+  split = jax.sharding.NamedSharding(mesh, BATCH_SPEC)
   batch = {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
     for name, x in tiny_mtv.rows().items()

@@ -13,21 +13,21 @@ from mtv_jax.utils.errors import ConfigError
 def test_a_folder_is_made_and_let_go(tmp_path):
   folder = tmp_path / "runs" / "ü a"
   for _ in range(2):
-    with workdir.held(folder):
+    with workdir.lock_workdir(folder):
       assert "process" in (folder / workdir.LOCK).read_text()
 
 
 def test_an_error_inside_is_passed_on_and_lets_go(tmp_path):
-  with pytest.raises(OSError, match="full"), workdir.held(tmp_path):
+  with pytest.raises(OSError, match="full"), workdir.lock_workdir(tmp_path):
     raise OSError("full")
-  with workdir.held(tmp_path):
+  with workdir.lock_workdir(tmp_path):
     pass
 
 
 def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path):
   code = (
     "import sys\nfrom mtv_jax.train import workdir\n"
-    "with workdir.held(sys.argv[1]):\n"
+    "with workdir.lock_workdir(sys.argv[1]):\n"
     "  print('held', flush=True)\n  sys.stdin.read()"
   )
   other = subprocess.Popen(
@@ -38,35 +38,38 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path):
   )
   assert other.stdout.readline() == "held\n"
   match = f"in use by process {other.pid} on"
-  with pytest.raises(ConfigError, match=match), workdir.held(tmp_path):
+  with pytest.raises(ConfigError, match=match), workdir.lock_workdir(tmp_path):
     pass
   # As a crash or the machine's manager would end it.
   other.kill()
   other.communicate()
-  with workdir.held(tmp_path):
+  with workdir.lock_workdir(tmp_path):
     pass
 
 
 def test_what_is_no_run_is_refused(tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(ConfigError, match="file is a file; a folder"):  # noqa: SIM117
-    with workdir.held(tmp_path / "file"):
+    with workdir.lock_workdir(tmp_path / "file"):
       pass
   model = tmp_path / "model"
   model.mkdir()
   text = json.dumps({"model_type": "siglip"})
   (model / "config.json").write_text(text)
-  with pytest.raises(ConfigError, match="no run's"), workdir.held(model):
+  with (
+    pytest.raises(ConfigError, match="no run's"),
+    workdir.lock_workdir(model),
+  ):
     pass
   assert [p.name for p in model.iterdir()] == ["config.json"]
   # One that a kill cut short is written again.
   (model / "config.json").write_text('{"batch')
-  with workdir.held(model):
+  with workdir.lock_workdir(model):
     pass
 
 
 def test_a_bucket_makes_no_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  with workdir.held("gs://bucket/run"):
+  with workdir.lock_workdir("gs://bucket/run"):
     pass
   assert not list(tmp_path.iterdir())

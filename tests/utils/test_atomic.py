@@ -13,8 +13,8 @@ from mtv_jax.utils.atomic import Owner
 
 def test_a_file_is_replaced_or_left_as_it_was(tmp_path, monkeypatch):
   file = tmp_path / "a"
-  atomic.replace(file, b"1")
-  atomic.replace(file, b"2")
+  atomic.write(file, b"1")
+  atomic.write(file, b"2")
   assert file.read_bytes() == b"2"
 
   def refuse(source, target):
@@ -22,7 +22,7 @@ def test_a_file_is_replaced_or_left_as_it_was(tmp_path, monkeypatch):
 
   monkeypatch.setattr(os, "replace", refuse)
   with pytest.raises(OSError, match="No space"):
-    atomic.replace(file, b"3")
+    atomic.write(file, b"3")
   assert [f.name for f in tmp_path.iterdir()] == ["a"]
   assert file.read_bytes() == b"2"
 
@@ -35,8 +35,8 @@ def test_one_of_several_places_a_file(tmp_path, monkeypatch, links):
       raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "link", refuse)
-  assert atomic.place(tmp_path / "a", b"1") == b"1"
-  assert atomic.place(tmp_path / "a", b"2") == b"1"
+  assert atomic.write_if_absent(tmp_path / "a", b"1") == b"1"
+  assert atomic.write_if_absent(tmp_path / "a", b"2") == b"1"
   assert [f.name for f in tmp_path.iterdir()] == ["a"]
   if not links:
     return
@@ -44,7 +44,7 @@ def test_one_of_several_places_a_file(tmp_path, monkeypatch, links):
 
   def contend(number):
     barrier.wait()
-    found.append(atomic.place(tmp_path / "b", b"%d" % number))
+    found.append(atomic.write_if_absent(tmp_path / "b", b"%d" % number))
 
   threads = [threading.Thread(target=contend, args=[i]) for i in range(8)]
   for thread in threads:
@@ -55,27 +55,27 @@ def test_one_of_several_places_a_file(tmp_path, monkeypatch, links):
 
 
 def test_owners():
-  mine = atomic.me()
-  assert Owner.parse(str(mine)) == mine and not mine.dead
+  mine = atomic.current_process()
+  assert Owner.parse(str(mine)) == mine and not mine.is_dead
   assert Owner.parse("x") is None and Owner.parse("a-b-c") is None
   # Another machine's processes can't be seen.
-  assert not Owner("00000000", 999_999_999, "0").dead
-  assert not Owner(mine.machine, os.getppid(), "0").dead
+  assert not Owner("00000000", 999_999_999, "0").is_dead
+  assert not Owner(mine.machine, os.getppid(), "0").is_dead
   process = subprocess.Popen([sys.executable, "-c", ""])
   process.wait()
-  assert Owner(mine.machine, process.pid, "0").dead
+  assert Owner(mine.machine, process.pid, "0").is_dead
   # A process of this number that was there before.
-  assert Owner(mine.machine, mine.pid, "0").dead
+  assert Owner(mine.machine, mine.pid, "0").is_dead
 
 
 def test_a_fork_is_another_owner():
   read, write = os.pipe()
-  mine = atomic.me()
+  mine = atomic.current_process()
   code = (
-    "import os, sys; from mtv_jax.utils import atomic; a = atomic.me();"
-    "child = os.fork();"
-    "print(atomic.me(), flush=True) if not child else os.waitpid(child, 0);"
-    "child and print(a, atomic.Owner.parse(str(a)) == atomic.me())"
+    "import os; from mtv_jax.utils import atomic; me = atomic.current_process;"
+    "a = me(); child = os.fork();"
+    "print(me(), flush=True) if not child else os.waitpid(child, 0);"
+    "child and print(a, atomic.Owner.parse(str(a)) == me())"
   )
   os.close(read)
   os.close(write)
@@ -89,11 +89,11 @@ def test_a_fork_is_another_owner():
 
 
 def test_what_is_left_is_swept(tmp_path):
-  mine = atomic.me()
+  mine = atomic.current_process()
   gone = Owner(mine.machine, mine.pid, "00000000")
   far = Owner("00000000", 1, "00000000")
   files = {
-    "mine": atomic.temporary(tmp_path / "a.json"),
+    "mine": atomic.temporary_path(tmp_path / "a.json"),
     "gone": tmp_path / f".a.json.{gone}.0.tmp",
     "gone too": tmp_path / f".b.json.{gone}.0.tmp",
     "far": tmp_path / f".a.json.{far}.0.tmp",
@@ -105,9 +105,9 @@ def test_what_is_left_is_swept(tmp_path):
     file.touch()
   for name in ("far and old", "mine", "another's", "no temporary"):
     os.utime(files[name], (0, 0))
-  assert atomic.sweep(tmp_path, name="a.") == 2
+  assert atomic.remove_abandoned(tmp_path, name="a.") == 2
   assert {name for name, file in files.items() if not file.exists()} == {
     "gone", "far and old",
   }  # fmt: skip
-  assert atomic.sweep(tmp_path) == 1
+  assert atomic.remove_abandoned(tmp_path) == 1
   assert not files["gone too"].exists()

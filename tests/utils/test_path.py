@@ -2,7 +2,7 @@
 
 import pytest
 
-from mtv_jax.utils import path as paths
+from mtv_jax.utils.path import expand_path
 
 
 @pytest.fixture
@@ -18,22 +18,22 @@ def names(files):
 
 
 def test_range_list_glob_and_commas(folder):
-  assert names(paths.expand(f"{folder}/{{00003..00005}}.tar")) == [
+  assert names(expand_path(f"{folder}/{{00003..00005}}.tar")) == [
     "00003.tar",
     "00004.tar",
     "00005.tar",
   ]
-  assert names(paths.expand(f"{folder}/{{00007,00002}}.tar")) == [
+  assert names(expand_path(f"{folder}/{{00007,00002}}.tar")) == [
     "00007.tar",
     "00002.tar",
   ]
-  assert names(paths.expand(f"{folder}/*.tar")) == [
+  assert names(expand_path(f"{folder}/*.tar")) == [
     f"{i:05d}.tar" for i in range(13)
   ]
   both = f"{folder}/0000{{1..2}}.tar, {folder}/*9.tar"
-  assert names(paths.expand(both)) == ["00001.tar", "00002.tar", "00009.tar"]
-  assert paths.expand(both) == paths.expand(both.split(", "))
-  assert names(paths.expand(folder / "00001.tar")) == ["00001.tar"]
+  assert names(expand_path(both)) == ["00001.tar", "00002.tar", "00009.tar"]
+  assert expand_path(both) == expand_path(both.split(", "))
+  assert names(expand_path(folder / "00001.tar")) == ["00001.tar"]
 
 
 def test_braces_multiply_and_keep_zeros(tmp_path):
@@ -43,26 +43,26 @@ def test_braces_multiply_and_keep_zeros(tmp_path):
     for i in (8, 9, 10):
       (tmp_path / set_name / f"{i:02d}.tar").touch()
       expected.append(tmp_path / set_name / f"{i:02d}.tar")
-  assert paths.expand(f"{tmp_path}/{{b,a}}/{{08..10}}.tar") == expected
+  assert expand_path(f"{tmp_path}/{{b,a}}/{{08..10}}.tar") == expected
   (tmp_path / "9.tar").touch()
   (tmp_path / "10.tar").touch()
-  assert names(paths.expand(f"{tmp_path}/{{9..10}}.tar")) == ["9.tar", "10.tar"]
+  assert names(expand_path(f"{tmp_path}/{{9..10}}.tar")) == ["9.tar", "10.tar"]
 
 
 def test_brackets_of_an_existing_name_are_no_glob(tmp_path):
   (tmp_path / "a[1].tar").touch()
-  assert names(paths.expand(tmp_path / "a[1].tar")) == ["a[1].tar"]
+  assert names(expand_path(tmp_path / "a[1].tar")) == ["a[1].tar"]
 
 
 def test_home(folder, monkeypatch):
   monkeypatch.setenv("HOME", str(folder))
-  assert paths.expand("~/00001.tar") == [folder / "00001.tar"]
+  assert expand_path("~/00001.tar") == [folder / "00001.tar"]
 
 
 def test_missing_shards_are_counted_and_named(folder):
   (folder / "00004.tar").unlink()
   with pytest.raises(FileNotFoundError) as error:
-    paths.expand(f"{folder}/{{00002..00014}}.tar")
+    expand_path(f"{folder}/{{00002..00014}}.tar")
   said = str(error.value)
   assert "3 of 13 files are missing" in said
   for name in ("00004.tar", "00013.tar", "00014.tar"):
@@ -73,7 +73,7 @@ def test_missing_shards_are_counted_and_named(folder):
 
 def test_many_missing_shards_are_not_all_printed(folder):
   with pytest.raises(FileNotFoundError, match="100 of 100 .* and 92 more"):
-    paths.expand(f"{folder}/{{00100..00199}}.tar")
+    expand_path(f"{folder}/{{00100..00199}}.tar")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_nothing_found(folder, pattern, says):
     # Made here, so that it is not one of the names in the folder above.
     if pattern.startswith("empty"):
       (folder / "empty").mkdir()
-    paths.expand(f"{folder}/{pattern}")
+    expand_path(f"{folder}/{pattern}")
 
 
 @pytest.mark.parametrize(
@@ -105,27 +105,27 @@ def test_nothing_found(folder, pattern, says):
 )
 def test_bad_braces(folder, pattern, says):
   with pytest.raises(ValueError, match=says):
-    paths.expand(f"{folder}/{pattern}")
+    expand_path(f"{folder}/{pattern}")
 
 
 def test_no_path():
   with pytest.raises(ValueError, match="names no file"):
-    paths.expand("")
+    expand_path("")
   with pytest.raises(ValueError, match="names no file"):
-    paths.expand([])
+    expand_path([])
 
 
 def test_a_folder_is_no_path(folder):
   with pytest.raises(IsADirectoryError, match=r"write '.*/\*\.tar'"):
-    paths.expand(folder)
+    expand_path(folder)
 
 
 @pytest.mark.parametrize("remote", ["gs://b/x.tar", "pipe:cat a.tar", "s3://b"])
 def test_object_stores_are_to_be_mounted(remote):
   with pytest.raises(ValueError, match="mount"):
-    paths.expand(remote)
+    expand_path(remote)
 
 
 def test_a_file_twice(folder):
   with pytest.raises(ValueError, match=r"00001\.tar is in the path twice"):
-    paths.expand([f"{folder}/00001.tar", f"{folder}/*.tar"])
+    expand_path([f"{folder}/00001.tar", f"{folder}/*.tar"])

@@ -7,7 +7,13 @@ import flax.struct
 import numpy as np
 import pytest
 
-from mtv_jax.utils import tree as trees
+from mtv_jax.utils.tree import (
+  first_match,
+  flatten_with_names,
+  map_with_names,
+  match_rules,
+  unflatten_names,
+)
 
 
 class Moments(NamedTuple):
@@ -25,7 +31,7 @@ TREE = State(0, (Moments({"a": {"b": 1}}, {"a": {"b": 2}}), None, {}, [3]))
 
 
 def test_names_go_through_every_container():
-  assert trees.flatten_names(TREE) == [
+  assert flatten_with_names(TREE) == [
     ("step", 0),
     ("opt/0/mu/a/b", 1),
     ("opt/0/nu/a/b", 2),
@@ -35,13 +41,13 @@ def test_names_go_through_every_container():
 
 def test_unflatten_undoes_flatten_on_dictionaries():
   tree = {"image": {"blocks": {"kernel": 1, "bias": 2}}, "step": 3}
-  assert trees.unflatten(dict(trees.flatten_names(tree))) == tree
+  assert unflatten_names(dict(flatten_with_names(tree))) == tree
 
 
 def test_map_with_names():
   tree = {"a": {"x": 1, "y": 2}, "b": 3}
   other = {"a": {"x": 10, "y": 20}, "b": 30}
-  got = trees.map_with_names(lambda n, x, y: f"{n}={x + y}", tree, other)
+  got = map_with_names(lambda n, x, y: f"{n}={x + y}", tree, other)
   assert got == {"a": {"x": "a/x=11", "y": "a/y=22"}, "b": "b=33"}
 
 
@@ -55,7 +61,7 @@ NAMES = [
 
 def test_first_match_wins():
   rules = [("^image/.*bias$", 1), ("^image/", 2), ("embedding", 3)]
-  matches = trees.match_rules(NAMES, rules)
+  matches = match_rules(NAMES, rules)
   assert [m.value for m in matches] == [None, 2, 1, 3]
   assert [m.pattern for m in matches] == [
     None,
@@ -64,27 +70,27 @@ def test_first_match_wins():
     "embedding",
   ]
   assert [m.name for m in matches] == NAMES
-  assert trees.first_match(NAMES[2], rules) == 1
+  assert first_match(NAMES[2], rules) == 1
   with pytest.raises(ValueError, match="no rule matches 'z'.*'embedding'"):
-    trees.first_match("z", rules)
+    first_match("z", rules)
 
 
 def test_a_rule_that_matches_nothing_is_an_error():
   rules = [("image/blocks/attention/qvk/kernel", 0)]
   with pytest.raises(ValueError, match="names are: image/blocks/attention/qkv"):
-    trees.match_rules(NAMES, rules, what="config.optim.rules")
+    match_rules(NAMES, rules, what="config.optim.rules")
   with pytest.raises(ValueError, match="names are: image/blocks/norm1/bias"):
-    trees.match_rules(NAMES, [(".*/bais$", 0)])
-  kept = trees.match_rules(NAMES, rules, unused="allow")
+    match_rules(NAMES, [(".*/bais$", 0)])
+  kept = match_rules(NAMES, rules, unused="allow")
   assert all(m.pattern is None for m in kept)
 
 
 def test_bad_rules():
   with pytest.raises(ValueError, match="sharding: 'a\\(' is not a regex"):
-    trees.match_rules(NAMES, [("a(", 0)], what="sharding")
+    match_rules(NAMES, [("a(", 0)], what="sharding")
   for rule in ("ab", ("a",), (1, 2)):
     with pytest.raises(ValueError, match="a rule is a pair"):
-      trees.match_rules(NAMES, [rule])
+      match_rules(NAMES, [rule])
 
 
 def test_leaves_may_be_anything():
@@ -93,4 +99,4 @@ def test_leaves_may_be_anything():
     x: int
 
   leaf = Opaque(1)
-  assert trees.flatten_names({"a": leaf, "b": np.ones(2)})[0] == ("a", leaf)
+  assert flatten_with_names({"a": leaf, "b": np.ones(2)})[0] == ("a", leaf)

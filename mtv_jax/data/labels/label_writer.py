@@ -240,7 +240,7 @@ class LabelWriter:
         " one without a label says so."
       )
     hashes = np.array([label_sets.hash_key(key) for key in keys], np.uint64)
-    atomic.replace(self.out / f"{self.names[shard]}.keys.npy", _npy(hashes))
+    atomic.write(self.out / f"{self.names[shard]}.keys.npy", _npy(hashes))
     stats = {
       "base": self.base.files[shard].name,
       **summary.to_dict(),
@@ -249,7 +249,7 @@ class LabelWriter:
       "samples": self._samples(shard),
       "made_by": self._made_by,
     }
-    atomic.replace(stats_file, _json(stats))
+    atomic.write(stats_file, _json(stats))
     return summary
 
   def finish(self) -> Summary:
@@ -294,7 +294,7 @@ class LabelWriter:
       **total.to_dict(),
       "shards": shards,
     }
-    atomic.replace(self.out / label_sets.MANIFEST, _json(manifest))
+    atomic.write(self.out / label_sets.MANIFEST, _json(manifest))
     return total
 
   def _samples(self, shard: int) -> list[list[Any]]:

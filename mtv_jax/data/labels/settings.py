@@ -56,7 +56,7 @@ def settle(out: Path, described: Mapping[str, Any]) -> None:
   if manifest.exists():
     check_manifest(out, described)
   text = json.dumps(described, ensure_ascii=False, indent=1) + "\n"
-  found = _parse(atomic.place(out / FILE, text.encode()), out / FILE)
+  found = _parse(atomic.write_if_absent(out / FILE, text.encode()), out / FILE)
   if changed := list(differences(found, described)):
     raise FileExistsError(
       f"{out} holds an unfinished label set that is made otherwise (there ->"

@@ -15,8 +15,8 @@ from jaxtyping import Int64
 from mtv_jax.data import records
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.utils import atomic
-from mtv_jax.utils import path as paths
 from mtv_jax.utils.open_files import OpenFiles
+from mtv_jax.utils.path import expand_path
 
 # Larger groups would be decompressed whole for each record read at random.
 _OPTIONS = "group_size:1"
@@ -30,7 +30,7 @@ class ArrayRecordSource:
   threads.
 
   Args:
-    path: brace ranges, globs, commas or a list; see `paths.expand`.
+    path: brace ranges, globs, commas or a list; see `expand_path`.
 
   Attributes:
     fields: the record fields it gives.
@@ -46,7 +46,7 @@ class ArrayRecordSource:
   fields = frozenset(["key", "image", "captions"])
 
   def __init__(self, path: str | os.PathLike | Sequence[str | os.PathLike]):
-    self.files = tuple(paths.expand(path, suffix=".array_record"))
+    self.files = tuple(expand_path(path, suffix=".array_record"))
     with futures.ThreadPoolExecutor(_THREADS) as pool:
       counts = list(pool.map(count_records, self.files))
     self.shards: Int64[np.ndarray, " files"] = np.cumsum(counts, dtype=np.int64)
@@ -118,7 +118,7 @@ def write(
 def write_bytes(path: str | os.PathLike, items: Iterable[bytes]) -> int:
   """Writes encoded records, as `write` does, and returns how many."""
   path = Path(path)
-  temporary = atomic.temporary(path)
+  temporary = atomic.temporary_path(path)
   writer = _module().ArrayRecordWriter(str(temporary), _OPTIONS)
   count = 0
   try:
@@ -130,7 +130,7 @@ def write_bytes(path: str | os.PathLike, items: Iterable[bytes]) -> int:
     finally:
       with _as_os_error(path):
         writer.close()
-    atomic.to_disk(temporary)
+    atomic.fsync(temporary)
     os.replace(temporary, path)
   except BaseException:
     temporary.unlink(missing_ok=True)

@@ -16,9 +16,9 @@ from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.sources import tar_index
 from mtv_jax.data.sources.tar_index import TarIndex
 from mtv_jax.data.sources.tar_scan import TarError
-from mtv_jax.utils import path as paths
 from mtv_jax.utils.errors import did_you_mean
 from mtv_jax.utils.open_files import OpenFiles
+from mtv_jax.utils.path import expand_path
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class WebDatasetSource:
   processes can share one source, and a pickled one opens its files anew.
 
   Args:
-    path: brace ranges, globs, commas or a list; see `paths.expand`.
+    path: brace ranges, globs, commas or a list; see `expand_path`.
     index_dir: where the indices are kept; None for beside the tars.
     captions: "required" leaves out records that have neither .txt nor .json;
       "ignored" takes every image, and its records have no captions;
@@ -77,7 +77,7 @@ class WebDatasetSource:
     self._captions = captions
     required = captions == "required"
     self._tars = tar_index.build_all(
-      paths.expand(path, suffix=".tar"),
+      expand_path(path, suffix=".tar"),
       index_dir=Path(index_dir).expanduser() if index_dir is not None else None,
     )
     self.files = tuple(t.tar for t in self._tars)

@@ -24,7 +24,12 @@ from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.classification.common import OneVector
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.core.base import Result
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import (
+  BATCH_SPEC,
+  make_mesh,
+  num_batch_shards,
+  replicated_sharding,
+)
 
 KS = (10, 20, 100, 200)
 
@@ -123,8 +128,8 @@ def neighbours(
         f"the {name} are not all finite: the encoder diverged, or its weights "
         "are damaged"
       )
-  mesh = mesh or sharding.make_mesh({"data": 1}, jax.local_devices()[:1])
-  parts = sharding.batch_shards(mesh)
+  mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
+  parts = num_batch_shards(mesh)
   columns = min(len(bank), 2**14, max(1, block_bytes // (4 * bank.shape[1])))
   rows = max(1, block_bytes // (4 * (columns + k)))
   rows = parts * min(rows, -(-len(queries) // parts))
@@ -227,7 +232,7 @@ def _merge(mesh: Mesh):
     index = jnp.where(chosen < k, earlier, limits[0] + chosen - k)
     return values, index
 
-  rows, whole = sharding.BATCH, PartitionSpec()
+  rows, whole = BATCH_SPEC, PartitionSpec()
   return jax.jit(
     jax.shard_map(
       merge,
@@ -242,5 +247,5 @@ def _merge(mesh: Mesh):
 def _gather(x: jax.Array, mesh: Mesh) -> np.ndarray:
   """All rows, on every host."""
   if jax.process_count() > 1:
-    x = jax.jit(lambda y: y, out_shardings=sharding.replicated(mesh))(x)
+    x = jax.jit(lambda y: y, out_shardings=replicated_sharding(mesh))(x)
   return np.asarray(x)

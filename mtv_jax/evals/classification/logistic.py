@@ -26,7 +26,12 @@ from mtv_jax.evals.classification import common as classification
 from mtv_jax.evals.classification.common import OneVector
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.core.base import Result
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import (
+  BATCH_SPEC,
+  make_mesh,
+  num_batch_shards,
+  replicated_sharding,
+)
 from mtv_jax.utils.errors import check_choice
 
 STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
@@ -161,7 +166,7 @@ def sweep(
     tolerance: of the largest entry of the gradient.
     mesh: one device by default.
   """
-  mesh = mesh or sharding.make_mesh({"data": 1}, jax.local_devices()[:1])
+  mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
   data = _place(x, labels, classes, mesh)
   params = {
     "kernel": np.zeros((x.shape[1], classes), np.float32),
@@ -170,7 +175,7 @@ def sweep(
   params = probe.replicate(params, mesh)
   minimise = jax.jit(
     functools.partial(_minimise, max_iter=max_iter),
-    out_shardings=sharding.replicated(mesh),
+    out_shardings=replicated_sharding(mesh),
   )
   models = []
   for c in strengths:
@@ -186,7 +191,7 @@ def _place(
   x: np.ndarray, labels: np.ndarray, classes: int, mesh: Mesh
 ) -> dict[str, jax.Array]:
   """Blocks of rows `[blocks, rows, ...]`, split over the mesh by rows."""
-  parts = sharding.batch_shards(mesh)
+  parts = num_batch_shards(mesh)
   rows = min(-(-len(x) // parts), max(1, _LOGIT_BYTES // (4 * classes)))
   rows *= parts
   blocks = -(-len(x) // rows)
@@ -196,7 +201,7 @@ def _place(
     "label": np.pad(labels, (0, short)),
     "weight": np.pad(np.full(len(x), 1 / len(x), np.float32), (0, short)),
   }
-  placing = NamedSharding(mesh, PartitionSpec(None, *sharding.BATCH))
+  placing = NamedSharding(mesh, PartitionSpec(None, *BATCH_SPEC))
 
   def put(value):
     value = value.reshape(blocks, rows, *value.shape[1:])

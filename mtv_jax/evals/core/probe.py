@@ -21,7 +21,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int, PyTree
 
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import (
+  BATCH_SPEC,
+  make_mesh,
+  num_batch_shards,
+  replicated_sharding,
+)
 
 Batch = Mapping[str, np.ndarray]
 Arrays = Mapping[str, jax.Array | np.ndarray]
@@ -87,7 +92,7 @@ def fit(
   """
   if steps < 1:
     raise ValueError(f"probe.fit: steps={steps}; expected at least 1")
-  mesh = mesh or sharding.make_mesh({"data": 1}, jax.local_devices()[:1])
+  mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
   take = _taker(batches)
   # A copy, since the compiled step overwrites what it is given.
   params, state = jax.tree.map(jnp.array, (params, state))
@@ -136,7 +141,7 @@ def _update(
   @functools.partial(
     jax.jit,
     donate_argnums=(0, 1, 2),
-    out_shardings=sharding.replicated(mesh),
+    out_shardings=replicated_sharding(mesh),
   )
   def update(params, state, moments, batch, rng):
     # float32 means float32: a TPU's default would multiply in bfloat16.
@@ -157,12 +162,12 @@ def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 
   An array whose rows the data axes do not divide is replicated.
   """
-  parts = sharding.batch_shards(mesh)
+  parts = num_batch_shards(mesh)
 
   def put(value: np.ndarray) -> jax.Array:
     value = np.asarray(value)
     split = value.ndim and value.shape[0] % parts == 0
-    placing = NamedSharding(mesh, sharding.BATCH if split else PartitionSpec())
+    placing = NamedSharding(mesh, BATCH_SPEC if split else PartitionSpec())
     return jax.make_array_from_callback(
       value.shape, placing, lambda index: value[index]
     )
@@ -172,7 +177,7 @@ def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
   """The same arrays, whole on every device of the mesh."""
-  placing = sharding.replicated(mesh)
+  placing = replicated_sharding(mesh)
 
   def put(leaf) -> jax.Array:
     host = np.asarray(leaf)

@@ -33,7 +33,7 @@ from mtv_jax.evals.depth.augment import Example
 from mtv_jax.evals.depth.heads import Head
 from mtv_jax.evals.depth.protocols import Recipe
 from mtv_jax.evals.depth.views import View
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import replicated_sharding
 
 # Features and depth that are kept where nothing changes from step to step.
 _CACHE_BYTES = 2 * 2**30
@@ -324,4 +324,4 @@ def _predictor(head: Head, mesh: Any) -> Callable[..., jax.Array]:
     with jax.default_matmul_precision("highest"):
       return head.apply(params, state, features)[0]
 
-  return jax.jit(predict, out_shardings=sharding.replicated(mesh))
+  return jax.jit(predict, out_shardings=replicated_sharding(mesh))

@@ -24,7 +24,7 @@ from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import Images
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import replicated_sharding
 
 WAYS = ("prompter", "pool", "crop")
 # Images held as regions of all their boxes, or as patches, at a time.
@@ -119,7 +119,7 @@ def _pooled(
     kernel = encoder.params["image"]["projection"]["kernel"]
     # On a pod no host holds all of it.
     whole = jax.jit(
-      lambda x: x, out_shardings=sharding.replicated(encoder.mesh)
+      lambda x: x, out_shardings=replicated_sharding(encoder.mesh)
     )
     pooled = pooled @ np.asarray(whole(kernel))
   return normalize(pooled)

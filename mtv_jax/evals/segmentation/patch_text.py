@@ -32,7 +32,7 @@ from mtv_jax.encoder import apply_fns, batched
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.models import layers
 from mtv_jax.models import two_tower as models
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils.errors import did_you_mean
 
 LAST_BLOCKS = ("attention", "values")
@@ -136,7 +136,7 @@ def _function(
     with apply_fns.precision(dtype):
       return {"patches": module.apply({"params": params}, tokens)}
 
-  return jax.jit(run, out_shardings=sharding.replicated(mesh))
+  return jax.jit(run, out_shardings=replicated_sharding(mesh))
 
 
 class _ToText(nn.Module):

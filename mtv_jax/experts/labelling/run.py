@@ -20,7 +20,7 @@ from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling import batching
 from mtv_jax.experts.labelling.shard_lease import Claims
-from mtv_jax.parallel.sharding import HostRows
+from mtv_jax.parallel.mesh import HostRows
 from mtv_jax.utils import atomic
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class _Job:
         # This process slept so long that another one took the shard over and
         # cleaned up; what that one makes, or has made, is the same.
         holder = self._claims.holder(self._writer.names[shard])
-        lost = holder is not None and holder.owner != atomic.me()
+        lost = holder is not None and holder.owner != atomic.current_process()
         if not (lost or self._writer.done(shard)):
           raise
       return self._writer.done(shard)

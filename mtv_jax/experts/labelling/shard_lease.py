@@ -2,7 +2,7 @@
 
 `.NAME.claim` holds who made it, and is touched as long as that process lives.
 It can be taken over from a process that is known to be dead, or has not
-touched it for `atomic.STALE` seconds by the clock of the file system. Claims
+touched it for `atomic.STALE_SECONDS` by the clock of the file system. Claims
 save work and no more: a shard that two processes label at the same time comes
 out the same, and its files are replaced whole.
 
@@ -106,7 +106,10 @@ class Claims:
         return None
     with contextlib.ExitStack() as otherwise:
       otherwise.callback(_let_go, file, handle)
-      said = {"host": socket.gethostname(), "owner": str(atomic.me())}
+      said = {
+        "host": socket.gethostname(),
+        "owner": str(atomic.current_process()),
+      }
       os.write(handle, json.dumps(said).encode())
       left = self._left(name, but=file)
       if left is None:
@@ -124,7 +127,7 @@ class Claims:
       if file == but:
         continue
       try:
-        if not atomic.is_left(file, _read(file).owner):
+        if not atomic.is_abandoned(file, _read(file).owner):
           return None
       except FileNotFoundError:
         continue
@@ -137,8 +140,8 @@ class Claims:
       # If another is there by now, its process sees ours and gives way.
       file.unlink(missing_ok=True)
     if left:
-      atomic.sweep(self._folder, name=f"{name}.")
-      atomic.sweep(self._folder, name=f"{name}_")
+      atomic.remove_abandoned(self._folder, name=f"{name}.")
+      atomic.remove_abandoned(self._folder, name=f"{name}_")
 
   def holder(self, name: str) -> Claim | None:
     """Who has claimed a shard, the last one."""
@@ -149,11 +152,11 @@ class Claims:
 
   def sweep(self) -> None:
     """Removes what dead processes have left in the folder, of any shard."""
-    atomic.sweep(self._folder)
+    atomic.remove_abandoned(self._folder)
     for pattern in (".*.claim", ".*.claim.[1-9]*"):
       for file in self._folder.glob(pattern):
         with contextlib.suppress(FileNotFoundError):
-          if atomic.is_left(file, _read(file).owner):
+          if atomic.is_abandoned(file, _read(file).owner):
             file.unlink()
 
 
@@ -187,7 +190,7 @@ def _touched(handle: int) -> Iterator[None]:
   done = threading.Event()
 
   def touch() -> None:
-    while not done.wait(atomic.STALE / _TOUCHES):
+    while not done.wait(atomic.STALE_SECONDS / _TOUCHES):
       # By its handle, not to touch a claim that others have made since. A
       # file system that can't answer now may do so the next time.
       with contextlib.suppress(OSError):

@@ -32,7 +32,7 @@ from mtv_jax.experts.owlv2.model import Owlv2, Patches
 from mtv_jax.experts.owlv2.preprocess import in_square
 from mtv_jax.experts.owlv2.queries import Queries
 from mtv_jax.experts.owlv2.weights import Owlv2Files
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import num_batch_shards
 
 # Prompts that OWL-ViT's logits are averaged over: CLIP's best seven on
 # ImageNet, in the letters that OWL-ViT leaves of them.
@@ -292,7 +292,7 @@ def load_expert(
     files,
     phrases=phrases,
     mesh=mesh,
-    rows=batch_size * sharding.batch_shards(mesh),
+    rows=batch_size * num_batch_shards(mesh),
     dtype=dtype,
     size=size,
     prompts=templates,

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int32, PyTree
 
 from mtv_jax.experts import local_mesh
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import num_batch_shards, replicated_sharding
 
 # Phrases a device in a run of the text tower: of 16 tokens each, as many rows
 # as a TPU needs to be busy with more than reading the weights.
@@ -58,7 +58,7 @@ class Queries:
     )
     self._write = jax.jit(
       lambda table, slots, new: table.at[slots].set(new, mode="drop"),
-      out_shardings=sharding.replicated(mesh),
+      out_shardings=replicated_sharding(mesh),
     )
     self._table = local_mesh.replicate(
       np.zeros((capacity, width), np.float32), mesh
@@ -92,7 +92,7 @@ class Queries:
       else:
         new.append((key, i))
     self._reserve(len(wanted))
-    count = sharding.batch_shards(self._mesh) * TEXTS
+    count = num_batch_shards(self._mesh) * TEXTS
     for start in range(0, len(new), count):
       self._encode(rows, new[start : start + count], count)
     slots = [

@@ -29,12 +29,11 @@ from ml_collections import ConfigDict
 
 from mtv_jax.config import schema
 from mtv_jax.data import tokenizers
-from mtv_jax.parallel import sharding
-from mtv_jax.train import experiment as experiment_lib
+from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.train import gradients, optim
-from mtv_jax.train import step as step_lib
-from mtv_jax.train import step_spec as recipe_lib
-from mtv_jax.train.step_spec import Recipe
+from mtv_jax.train.experiment import build_data_ops, build_step_spec
+from mtv_jax.train.step import make_program
+from mtv_jax.train.step_spec import StepSpec, abstract_params, init_params
 from mtv_jax.utils.errors import check_choice
 
 WHAT = ("siglip", "distillation")
@@ -216,22 +215,22 @@ def _config(what: str, batch_size: int, model: dict[str, Any]) -> ConfigDict:
 def _ours(what: str, batch_size: int, model: dict[str, Any]):
   """The recipe, a step as a function, its first state and its batch."""
   config = schema.check_config(_config(what, batch_size, dict(model)))
-  recipe = experiment_lib.build_recipe(config, config.total_steps)
+  recipe = build_step_spec(config, config.total_steps)
   tx = optim.make_optimizer(
     config.optim,
     config.schedule,
     total_steps=config.total_steps,
     batch_size=batch_size,
-    params=recipe_lib.abstract_params(recipe),
+    params=abstract_params(recipe),
   ).tx
-  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
-  program = step_lib.make_program(recipe, tx, mesh)
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  program = make_program(recipe, tx, mesh)
   state = program.init(
-    jax.jit(lambda key: recipe_lib.init_params(recipe, key))(jax.random.key(0))
+    jax.jit(lambda key: init_params(recipe, key))(jax.random.key(0))
   )
   first = jax.device_get(state)
   batch = _batch(config, recipe)
-  placed = sharding.place_batch(batch, mesh)
+  placed = shard_batch(batch, mesh)
 
   def step() -> float:
     nonlocal state
@@ -241,12 +240,12 @@ def _ours(what: str, batch_size: int, model: dict[str, Any]):
   return recipe, step, first, batch
 
 
-def _batch(config: ConfigDict, recipe: Recipe) -> dict[str, np.ndarray]:
+def _batch(config: ConfigDict, recipe: StepSpec) -> dict[str, np.ndarray]:
   """Random pixels and tokens in the shapes of the config's batches."""
   rng = np.random.default_rng(0)
   tokenizer = tokenizers.build_tokenizer("bytes")
   rows = config.batch_size
-  fields = experiment_lib.data_ops(config, recipe, tokenizer).fields
+  fields = build_data_ops(config, recipe, tokenizer).fields
   batch = {
     name: np.ones((rows, *field.shape), field.dtype)
     for name, field in fields.items()
@@ -255,14 +254,16 @@ def _batch(config: ConfigDict, recipe: Recipe) -> dict[str, np.ndarray]:
   batch["image"] = rng.integers(0, 256, batch["image"].shape, np.uint8)
   batch["image_size"] = np.full_like(batch["image_size"], size)
   if "caption" in batch:
-    vocabulary = recipe.spec.text.vocab_size
+    vocabulary = recipe.model.text.vocab_size
     batch["caption"] = rng.integers(
       0, vocabulary, batch["caption"].shape, batch["caption"].dtype
     )
   return batch
 
 
-def first_views(recipe: Recipe, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+def first_views(
+  recipe: StepSpec, batch: dict[str, np.ndarray]
+) -> dict[str, Any]:
   """What the first step's views make of the batch, as NumPy arrays."""
 
   def make(image, size):

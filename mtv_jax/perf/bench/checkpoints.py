@@ -11,7 +11,7 @@ import time
 
 import jax
 
-from mtv_jax.checkpoint import checkpointer
+from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.config import schema
 from mtv_jax.perf.bench import floors
 from mtv_jax.perf.bench.step import Alone
@@ -101,9 +101,7 @@ def bench_checkpoint(
   with tempfile.TemporaryDirectory(dir=folder) as made:
     path = pathlib.Path(made)
     disk = floors.disk_speed(path)
-    with checkpointer.Checkpointer(
-      path / "checkpoints", every_steps=every, keep=1
-    ) as saver:
+    with Checkpointer(path / "checkpoints", every_steps=every, keep=1) as saver:
       begin = time.perf_counter()
       saver.save(1, alone.state)
       saver.wait()
@@ -144,7 +142,7 @@ class _Save:
 
 
 def _around(
-  alone: Alone, saver: checkpointer.Checkpointer, number: int, usual: float
+  alone: Alone, saver: Checkpointer, number: int, usual: float
 ) -> _Save:
   """A save, and steps until it is done and a step more."""
   begin = time.perf_counter()

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from mtv_jax.encoder import loading
 from mtv_jax.encoder.batched import padded_batch
 from mtv_jax.evals import run as evals_lib
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.perf.bench import data, floors
 
 
@@ -83,10 +83,10 @@ def bench_eval(
   encoder = loading.load(model, dtype=dtype)
   size = encoder.preprocess.size
   files = data.scene_files(size, images)
-  rows = padded_batch(images, batch_size, sharding.batch_shards(encoder.mesh))
+  rows = padded_batch(images, batch_size, num_batch_shards(encoder.mesh))
   batch = jax.device_put(
     np.zeros((rows, size, size, 3), np.float32),
-    NamedSharding(encoder.mesh, sharding.BATCH),
+    NamedSharding(encoder.mesh, BATCH_SPEC),
   )
   function = encoder._image_function((), ("pooled",))
   steps = max(images // rows, 1)

@@ -31,7 +31,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from mtv_jax.experts import local_mesh as placing
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, replicated_sharding
 from mtv_jax.perf import topologies
 from mtv_jax.perf.bench import counting
 from mtv_jax.utils.errors import check_choice
@@ -291,10 +291,10 @@ def compile_expert(
     ConfigError: for a topology that there is not, or a missing compiler.
   """
   subject = _subject(kind)
-  mesh = sharding.make_mesh({"data": 1}, topologies.devices(topology)[:1])
+  mesh = make_mesh({"data": 1}, topologies.devices(topology)[:1])
   program = subject.program(variant, batch_size, mesh)
-  params = _placed(program.params, sharding.replicated(mesh))
-  rows = _placed(program.rows, NamedSharding(mesh, sharding.BATCH))
+  params = _placed(program.params, replicated_sharding(mesh))
+  rows = _placed(program.rows, NamedSharding(mesh, BATCH_SPEC))
   function = placing.by_device(program.function, mesh)
   executable = function.lower(params, rows).compile()
   memory = executable.memory_analysis()

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh
 
 _CHUNK = 1 << 24
 
@@ -41,8 +41,8 @@ def matmul_peak(dtype: str, *, side: int | None = None) -> float:
   """
   if side is None:
     side = 1536 if jax.default_backend() == "cpu" else 8192
-  mesh = sharding.make_mesh({"data": -1})
-  place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+  mesh = make_mesh({"data": -1})
+  place = jax.sharding.NamedSharding(mesh, BATCH_SPEC)
   shape = (mesh.size, side, side)
   x = jax.jit(lambda: jnp.ones(shape, dtype), out_shardings=place)()
   product = jax.jit(lambda a, b: a @ b)

@@ -23,14 +23,13 @@ from jaxtyping import PyTree
 from mtv_jax.config import schema
 from mtv_jax.data import tokenizers
 from mtv_jax.objectives import base
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.perf.bench.counting import trace
 from mtv_jax.train import encodings as encodings_lib
-from mtv_jax.train import experiment as experiment_lib
 from mtv_jax.train import gradients
-from mtv_jax.train import step as step_lib
-from mtv_jax.train import step_spec as recipe_lib
-from mtv_jax.train.step_spec import Recipe
+from mtv_jax.train.experiment import build_data_ops, build_step_spec
+from mtv_jax.train.step import make_program, make_update_fn, update_teacher
+from mtv_jax.train.step_spec import StepSpec, abstract_params, init_state
 from mtv_jax.utils.errors import check_choice
 
 
@@ -110,13 +109,13 @@ def bench_flops(
   """
   config = schema.check_config(config)
   # A run so long that every objective has started at its end.
-  recipe = experiment_lib.build_recipe(config, total_steps=10**9)
+  recipe = build_step_spec(config, total_steps=10**9)
   recipe = plain(recipe)
   tokenizer = None
   if config.model.text:
     # Any will do: only the shapes count.
     tokenizer = tokenizers.build_tokenizer("bytes")
-  fields = experiment_lib.data_ops(config, recipe, tokenizer).fields
+  fields = build_data_ops(config, recipe, tokenizer).fields
   batch = {
     name: jax.ShapeDtypeStruct((batch_size, *field.shape), field.dtype)
     for name, field in fields.items()
@@ -124,7 +123,7 @@ def bench_flops(
   return step_flops(recipe, batch, optax.adam(1e-3), compile=compile)
 
 
-def plain(recipe: Recipe) -> Recipe:
+def plain(recipe: StepSpec) -> StepSpec:
   """The recipe without what is done twice to save memory."""
   objectives = {
     name: dataclasses.replace(objective, chunk=None)
@@ -141,7 +140,7 @@ def plain(recipe: Recipe) -> Recipe:
 
 
 def model_flops(
-  recipe: Recipe,
+  recipe: StepSpec,
   tx: optax.GradientTransformation,
   batch: Mapping[str, jax.ShapeDtypeStruct | jax.Array],
 ) -> float:
@@ -151,11 +150,11 @@ def model_flops(
   computed.
   """
   part = plain(recipe)
-  update = step_lib.make_update(part, part, tx)
+  update = make_update_fn(part, part, tx)
   return trace(update, _state(part, tx), dict(batch)).flops
 
 
-def groups(recipe: Recipe) -> dict[str, tuple[str, ...]]:
+def groups(recipe: StepSpec) -> dict[str, tuple[str, ...]]:
   """Objectives as separate runs would train them: DINO and iBOT are one."""
   selfs = tuple(
     name
@@ -167,7 +166,7 @@ def groups(recipe: Recipe) -> dict[str, tuple[str, ...]]:
 
 
 def step_flops(
-  recipe: Recipe,
+  recipe: StepSpec,
   batch: Mapping[str, jax.ShapeDtypeStruct],
   tx: optax.GradientTransformation,
   *,
@@ -186,7 +185,7 @@ def step_flops(
   rows = batch["image"].shape[0]
 
   def whole(part):
-    return trace(step_lib.make_update(part, part, tx), _state(part, tx), batch)
+    return trace(make_update_fn(part, part, tx), _state(part, tx), batch)
 
   alone = {
     name: whole(recipe.only(members)).flops / rows
@@ -204,20 +203,20 @@ def step_flops(
   )
 
 
-def _state(recipe: Recipe, tx: optax.GradientTransformation) -> Any:
+def _state(recipe: StepSpec, tx: optax.GradientTransformation) -> Any:
   return jax.eval_shape(
-    functools.partial(recipe_lib.init_state, recipe, tx),
-    recipe_lib.abstract_params(recipe),
+    functools.partial(init_state, recipe, tx),
+    abstract_params(recipe),
   )
 
 
-def _compiled(recipe: Recipe, batch: Any, tx: Any) -> float:
+def _compiled(recipe: StepSpec, batch: Any, tx: Any) -> float:
   """XLA's count of the compiled step on one device."""
   unrolled = dataclasses.replace(
     recipe, runtime={**recipe.runtime, "scan": False}
   )
-  mesh = sharding.make_mesh(dict(data=1), jax.devices()[:1])
-  program = step_lib.make_program(unrolled, tx, mesh)
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  program = make_program(unrolled, tx, mesh)
   lowered = program.compiled().lower(program.abstract, batch)
   options = {}
   if jax.default_backend() == "cpu":
@@ -226,7 +225,7 @@ def _compiled(recipe: Recipe, batch: Any, tx: Any) -> float:
   return lowered.compile(options).cost_analysis()["flops"]
 
 
-def _parts(recipe: Recipe, batch: Any, tx: Any) -> list[tuple[str, float]]:
+def _parts(recipe: StepSpec, batch: Any, tx: Any) -> list[tuple[str, float]]:
   """(name, FLOPs of the batch) of everything that a step does, once each."""
   state = _state(recipe, tx)
   rows = batch["image"].shape[0]
@@ -249,7 +248,7 @@ def _parts(recipe: Recipe, batch: Any, tx: Any) -> list[tuple[str, float]]:
   views = jax.eval_shape(views_of, batch, keys)
 
   def encode(plan, params, teacher, views, batch):
-    params = gradients.held(recipe, params)
+    params = gradients.stop_gradient_frozen(recipe, params)
     return encodings_lib.encode(
       plan, recipe.towers, params, teacher, views, batch
     )
@@ -284,7 +283,7 @@ def _parts(recipe: Recipe, batch: Any, tx: Any) -> list[tuple[str, float]]:
     return (
       params,
       opt_state,
-      step_lib.follow(recipe, state.teacher, params, state.step),
+      update_teacher(recipe, state.teacher, params, state.step),
     )
 
   found.append(("optimizer", trace(finish, state, state.params).flops))
@@ -292,7 +291,7 @@ def _parts(recipe: Recipe, batch: Any, tx: Any) -> list[tuple[str, float]]:
 
 
 def _loss_inputs(recipe, encoded, params, state, batch, views):
-  heads = gradients.bound_heads(recipe, params, state)
+  heads = gradients.bind_heads(recipe, params, state)
   return {
     name: objective.loss_inputs(encoded, heads, {**batch, "views": views})
     for name, objective in recipe.objectives.items()
@@ -347,7 +346,7 @@ def _objective(recipe, state, encoded, batch, views):
         next(floats) if r else x for x, r in zip(leaves, real, strict=True)
       ]
       whole = jax.tree.unflatten(tree, given)
-      return gradients.losses_of(recipe, heads, state, whole)[0]
+      return gradients.compute_losses(recipe, heads, state, whole)[0]
 
     floats = [x for x, r in zip(leaves, real, strict=True) if r]
     return jax.value_and_grad(of, argnums=(0, 1))(heads, floats)

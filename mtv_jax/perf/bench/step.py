@@ -13,11 +13,10 @@ from typing import Any
 import jax
 
 from mtv_jax.config import schema
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf.bench import floors, flops
-from mtv_jax.train import experiment as experiment_lib
-from mtv_jax.train import loop as train
-from mtv_jax.train.experiment import Experiment
+from mtv_jax.train.experiment import Experiment, build_experiment, make_loader
+from mtv_jax.train.loop import init_or_restore, prefetch_to_device
 from mtv_jax.train.state import TrainState
 
 
@@ -96,10 +95,10 @@ class Alone:
 
   def __init__(self, config: schema.Config):
     with tempfile.TemporaryDirectory() as workdir:
-      self.experiment: Experiment = experiment_lib.build(config, workdir)
-    self.state: TrainState = train.start(self.experiment, None)
-    with experiment_lib.make_loader(self.experiment, 0) as loader:
-      self.batch = sharding.place_batch(next(loader), self.experiment.mesh)
+      self.experiment: Experiment = build_experiment(config, workdir)
+    self.state: TrainState = init_or_restore(self.experiment, None)
+    with make_loader(self.experiment, 0) as loader:
+      self.batch = shard_batch(next(loader), self.experiment.mesh)
     self.compile_seconds = self.step()
 
   def step(self, batch: Any = None) -> float:
@@ -119,22 +118,22 @@ def bench_step(config: schema.Config, *, steps: int = 20) -> StepSpeed:
   ahead. On several hosts, call it on all.
 
   Args:
-    config: as `train.run` takes it; nothing is saved or evaluated.
+    config: as `train` takes it; nothing is saved or evaluated.
     steps: to time, of each kind.
   """
   alone = Alone(config)
   experiment = alone.experiment
   times = [alone.step() for _ in range(steps)]
   looped, waits = [], []
-  with experiment_lib.make_loader(experiment, 0) as loader:
-    batches = train.placed_batches(loader, experiment.mesh)
+  with make_loader(experiment, 0) as loader:
+    batches = prefetch_to_device(loader, experiment.mesh)
     next(batches)
     for _ in range(steps):
       wait = _next(batches)
       waits.append(wait.seconds)
       looped.append(wait.seconds + alone.step(wait.batch))
   batch_size = experiment.config.batch_size
-  dtype = str(experiment.recipe.dtype)
+  dtype = str(experiment.step_spec.dtype)
   return StepSpeed(
     step_ms=1e3 * statistics.median(times),
     loop_ms=1e3 * statistics.median(looped),
@@ -146,7 +145,7 @@ def bench_step(config: schema.Config, *, steps: int = 20) -> StepSpeed:
     devices=floors.devices(),
     dtype=dtype,
     flops=flops.model_flops(
-      experiment.recipe, experiment.optimizer.tx, alone.batch
+      experiment.step_spec, experiment.optimizer.tx, alone.batch
     ),
     peak=floors.matmul_peak(dtype),
   )

@@ -21,7 +21,7 @@ from torch import nn
 
 from mtv_jax.perf.bench import against_torch
 from mtv_jax.train.state import TrainState
-from mtv_jax.train.step_spec import Recipe
+from mtv_jax.train.step_spec import StepSpec
 
 Batch = Mapping[str, np.ndarray]
 
@@ -75,7 +75,7 @@ class Step:
 
 
 def make_step(
-  recipe: Recipe, state: TrainState, batch: Batch, what: str
+  recipe: StepSpec, state: TrainState, batch: Batch, what: str
 ) -> Step:
   """PyTorch's side of a comparison, with our weights.
 
@@ -220,8 +220,8 @@ def _trunk(spec: Any, tree: Mapping[str, Any]) -> nn.Module:
 # open_clip's SigLIP.
 
 
-def _siglip(recipe: Recipe, params: Mapping[str, Any], batch: Batch) -> Step:
-  spec, text = recipe.spec.image, recipe.spec.text
+def _siglip(recipe: StepSpec, params: Mapping[str, Any], batch: Batch) -> Step:
+  spec, text = recipe.model.image, recipe.model.text
   model = open_clip.model.CustomTextCLIP(
     embed_dim=spec.embed_dim,
     # Of any size: its trunk is replaced.
@@ -276,9 +276,9 @@ def _siglip(recipe: Recipe, params: Mapping[str, Any], batch: Batch) -> Step:
 class Encoder(nn.Module):
   """A ViT with a mask token, and the projection heads of both losses."""
 
-  def __init__(self, recipe: Recipe, params: Mapping[str, Any]):
+  def __init__(self, recipe: StepSpec, params: Mapping[str, Any]):
     super().__init__()
-    self.trunk = _trunk(recipe.spec.image, params["image"])
+    self.trunk = _trunk(recipe.model.image, params["image"])
     self.mask_token = nn.Parameter(_tensor(params["image"]["mask_token"]))
     self.heads = nn.ModuleDict(
       {n: Head(params["heads"][n]) for n in ("dino", "ibot")}
@@ -361,7 +361,7 @@ def _koleo(pooled: torch.Tensor) -> torch.Tensor:
 
 
 def _distillation(
-  recipe: Recipe, params: Mapping[str, Any], batch: Batch
+  recipe: StepSpec, params: Mapping[str, Any], batch: Batch
 ) -> Step:
   made = against_torch.first_views(recipe, batch)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from mtv_jax.config import schema
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import BATCH_SPEC
 from mtv_jax.perf.bench import data, floors
 from mtv_jax.perf.bench.step import Alone
 from mtv_jax.train import gradients
@@ -70,9 +70,9 @@ def bench_views(config: schema.Config, *, steps: int = 5) -> ViewSpeed:
     steps: to time, of each.
   """
   alone = Alone(config)
-  recipe, mesh = alone.experiment.recipe, alone.experiment.mesh
+  recipe, mesh = alone.experiment.step_spec, alone.experiment.mesh
   rows, canvas = alone.batch["image"].shape[:2]
-  place = NamedSharding(mesh, sharding.BATCH)
+  place = NamedSharding(mesh, BATCH_SPEC)
 
   def views(names):
     def make(image, image_size):

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 
 from mtv_jax.objectives import base, contrastive, distillation, grounding
 from mtv_jax.objectives.self_distillation import SelfDistillation
-from mtv_jax.parallel import ring, sharding
+from mtv_jax.parallel import ring
+from mtv_jax.parallel.mesh import num_batch_shards
 from mtv_jax.perf import hlo, hlo_text
 from mtv_jax.perf.preflight.program import Plan
-from mtv_jax.utils import tree as trees
+from mtv_jax.utils.tree import flatten_with_names
 
 _FLOAT32 = 4
 # Bytes beside its embedding: a contrastive row has an index and a flag, a
@@ -42,9 +43,9 @@ def embeddings(plan: Plan) -> int:
 
 
 def _of_objective(objective: base.Objective, plan: Plan) -> int:
-  count = sharding.batch_shards(plan.mesh)
+  count = num_batch_shards(plan.mesh)
   rows = plan.config.batch_size // count
-  width = plan.recipe.spec.embed_dim
+  width = plan.recipe.model.embed_dim
   if isinstance(objective, contrastive.Contrastive):
     sigmoid = objective.loss_type == "sigmoid"
     if sigmoid and ring.should_use_ring(objective.method, plan.mesh):
@@ -59,7 +60,7 @@ def _of_objective(objective: base.Objective, plan: Plan) -> int:
     if not objective.koleo_weight:
       return 0
     crops = plan.recipe.views[objective.view_global].count
-    width = plan.recipe.spec.image.embed_dim
+    width = plan.recipe.model.image.embed_dim
     return crops * _ring(count, rows, width, _KOLEO_MARKS)
   return 0
 
@@ -87,7 +88,7 @@ def gradient_sizes(plan: Plan) -> collections.Counter[int]:
   encodings = collections.Counter(
     e.tower for e in recipe.plan if e.weights == base.STUDENT
   )
-  for name, leaf in trees.flatten_names(plan.program.abstract.params):
+  for name, leaf in flatten_with_names(plan.program.abstract.params):
     if name in recipe.frozen:
       continue
     where, kind = name.split("/")[:2]

@@ -9,7 +9,7 @@ import time
 import jax
 
 from mtv_jax.config import overrides
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import num_batch_shards
 from mtv_jax.perf import hlo, hlo_text
 from mtv_jax.perf.preflight.program import Plan, make_plan
 
@@ -140,7 +140,7 @@ def _largest_of_less(
   """The largest arrays of the same step with fewer rows, and that batch."""
   if not count:
     return (), 0
-  least = sharding.batch_shards(plan.mesh) * plan.config.accumulate
+  least = num_batch_shards(plan.mesh) * plan.config.accumulate
   for share in (16, 256):
     batch = max(plan.config.batch_size // share // least, 1) * least
     changed = overrides.override(plan.config, [f"batch_size={batch}"])

@@ -12,11 +12,16 @@ from ml_collections import ConfigDict
 
 from mtv_jax.config import schema
 from mtv_jax.data import ops, tokenizers
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import BATCH_SPEC
 from mtv_jax.perf import topologies
-from mtv_jax.train import experiment as experiment_lib
-from mtv_jax.train import step as step_lib
-from mtv_jax.train import step_spec as recipe_lib
+from mtv_jax.train.experiment import (
+  build_data_ops,
+  build_program,
+  build_step_spec,
+  make_config_mesh,
+)
+from mtv_jax.train.step import Program
+from mtv_jax.train.step_spec import StepSpec
 from mtv_jax.utils.errors import ConfigError
 
 # Of an epoch, where a config counts in epochs and nothing was said: it decides
@@ -40,8 +45,8 @@ class Plan:
 
   config: ConfigDict
   topology: topologies.Topology
-  recipe: recipe_lib.Recipe
-  program: step_lib.Program
+  recipe: StepSpec
+  program: Program
   fields: Mapping[str, ops.Field]
   total_steps: int
   examples_per_epoch: int
@@ -53,7 +58,7 @@ class Plan:
 
   def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the global batch, split over the mesh."""
-    place = NamedSharding(self.mesh, sharding.BATCH)
+    place = NamedSharding(self.mesh, BATCH_SPEC)
     rows = self.config.batch_size
     return {
       name: jax.ShapeDtypeStruct(
@@ -108,20 +113,20 @@ def make_plan(
   config = schema.check_config(config)
   if devices is None:
     devices = topologies.devices(topology.name)
-  mesh = experiment_lib.make_mesh(config, devices)
+  mesh = make_config_mesh(config, devices)
   examples = examples_per_epoch or EPOCH
   total_steps = schema.total_steps(config, examples)
-  recipe = experiment_lib.build_recipe(config, total_steps)
+  recipe = build_step_spec(config, total_steps)
   # Any tokenizer will do: only the shapes count.
   tokenizer = tokenizers.build_tokenizer("bytes") if config.model.text else None
-  fields = experiment_lib.data_ops(config, recipe, tokenizer).fields
+  fields = build_data_ops(config, recipe, tokenizer).fields
   for field, readers in recipe.fields().items():
     if field not in fields:
       raise ConfigError(
         f"objective {readers[0]!r} reads the batch field {field!r}, which no "
         f"op of config.data.ops gives; there are: {sorted(fields)}."
       )
-  _, program = experiment_lib.make_program(config, recipe, mesh, examples)
+  _, program = build_program(config, recipe, mesh, examples)
   return Plan(
     config=config,
     topology=topology,

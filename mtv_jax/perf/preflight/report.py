@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from mtv_jax.config import schema
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import MESH_AXES
+from mtv_jax.parallel.rules import table
 from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf.bench import flops as flops_lib
 from mtv_jax.perf.preflight import measure as measure_lib
@@ -79,13 +80,13 @@ class Report:
     """Everything, as plain values."""
     plan, measured, topology = self.plan, self.measured, self.plan.topology
     rate = self.examples_per_second
-    rows = sharding.table(plan.program.abstract.params)
+    rows = table(plan.program.abstract.params)
     return {
       "topology": topology.name,
       "chips": topology.chips,
       "hosts": topology.hosts,
       "compiled_for": "the chips" if topology.is_tpu else "a CPU (an estimate)",
-      "mesh": {axis: plan.mesh.shape[axis] for axis in sharding.AXES},
+      "mesh": {axis: plan.mesh.shape[axis] for axis in MESH_AXES},
       "batch_size": plan.config.batch_size,
       "accumulate": plan.config.accumulate,
       "remat": plan.config.model.remat,
@@ -148,7 +149,7 @@ class Report:
 
   def _machine(self) -> str:
     plan = self.plan
-    mesh = " x ".join(f"{plan.mesh.shape[a]} {a}" for a in sharding.AXES)
+    mesh = " x ".join(f"{plan.mesh.shape[a]} {a}" for a in MESH_AXES)
     lines = [
       str(plan.topology),
       f"mesh {mesh}; batch {plan.config.batch_size:,}, "
@@ -173,9 +174,9 @@ class Report:
     return "\n".join(lines)
 
   def _parameters(self) -> str:
-    rows = sharding.table(self.plan.program.abstract.params)
+    rows = table(self.plan.program.abstract.params)
     count = sum(math.prod(row[1]) for row in rows)
-    state = sum(r[3] for r in sharding.table(self.plan.program.abstract))
+    state = sum(r[3] for r in table(self.plan.program.abstract))
     lines = [
       f"parameters: {count:,}; they take "
       f"{_size(sum(row[3] for row in rows))} a chip, the state {_size(state)}"
@@ -323,8 +324,7 @@ def large_gathers(
   An activation that is gathered by accident shows here.
   """
   most = max(
-    math.prod(row[1]) * 4
-    for row in sharding.table(plan.program.abstract.params)
+    math.prod(row[1]) * 4 for row in table(plan.program.abstract.params)
   )
   return [
     row

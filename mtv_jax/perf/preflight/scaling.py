@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtv_jax.config import overrides, schema
 from mtv_jax.objectives import base, build_objective, contrastive
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh
 from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf.preflight import exchanges, program
 from mtv_jax.perf.preflight import measure as measure_lib
@@ -59,7 +59,7 @@ def losses(
     objective = build_objective("contrastive", dict(method=method))
     for name in names:
       devices = topologies.devices(name)
-      mesh = sharding.make_mesh({"data": -1}, devices)
+      mesh = make_mesh({"data": -1}, devices)
       compiled = _loss(objective, mesh, rows * len(devices), width)
       memory = measure_lib.memory_of(compiled, None)
       exchanged = hlo.collectives(compiled)
@@ -75,7 +75,7 @@ def losses(
 
 
 def _loss(objective: base.Objective, mesh: Mesh, batch: int, width: int):
-  place = NamedSharding(mesh, sharding.BATCH)
+  place = NamedSharding(mesh, BATCH_SPEC)
   whole = NamedSharding(mesh, PartitionSpec())
 
   def of(image, text, valid, params):

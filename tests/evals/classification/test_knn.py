@@ -17,12 +17,12 @@ from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.classification import knn
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.vit import ViTSpec
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
 def mesh():
-  return sharding.make_mesh({"data": -1})
+  return make_mesh({"data": -1})
 
 
 def naive(queries, bank, k):
@@ -136,7 +136,7 @@ def test_a_folder(tmp_path, write_image, colours):
 
 @pytest.mark.slow
 def test_scenes_whatever_the_batch_and_the_devices():
-  one = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  one = make_mesh({"data": -1}, jax.devices()[:1])
   results = [
     knn.KNN(count=24, train_count=60, batch_size=size).run(
       mtv_jax.load("pixels:16/8", mesh=mesh)

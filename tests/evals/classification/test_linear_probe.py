@@ -13,7 +13,7 @@ import mtv_jax
 from mtv_jax.evals.classification import linear_heads, linear_probe
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.core.global_features import LastBlocks
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 RATES = (0.01, 0.1, 1.0)
 
@@ -49,7 +49,7 @@ def train(table, labels, rates=RATES, steps=25, **options):
 
 @pytest.fixture(scope="module")
 def fitted(blobs):
-  return train(*blobs, mesh=sharding.make_mesh({"data": -1}))
+  return train(*blobs, mesh=make_mesh({"data": -1}))
 
 
 def test_thirteen_rates():
@@ -112,7 +112,7 @@ def test_rates_differ_and_one_device_is_eight(blobs, fitted):
 
 @pytest.mark.slow
 def test_scenes_whatever_the_batch_and_the_devices():
-  one = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  one = make_mesh({"data": -1}, jax.devices()[:1])
   options = dict(
     count=24, train_count=48, steps=3, train_batch=16, rates=(1e-3, 0.1)
   )

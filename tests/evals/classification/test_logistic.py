@@ -5,7 +5,7 @@ import pytest
 
 import mtv_jax
 from mtv_jax.evals.classification import logistic
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def models(data):
-  mesh = sharding.make_mesh({"data": -1})
+  mesh = make_mesh({"data": -1})
   return logistic.sweep(*data, (0.01, 1.0, 100.0), classes=3, mesh=mesh)
 
 

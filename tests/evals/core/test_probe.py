@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from mtv_jax.evals.core import probe
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 
 def squared(params, state, batch, rng):
@@ -58,11 +58,11 @@ def test_fit_is_momentum_sgd(data):
 
 
 def test_one_device_and_eight_agree(data):
-  one = run(data, mesh=sharding.make_mesh({"data": -1}, jax.devices()[:1]))
-  eight = run(data, mesh=sharding.make_mesh({"data": -1}))
+  one = run(data, mesh=make_mesh({"data": -1}, jax.devices()[:1]))
+  eight = run(data, mesh=make_mesh({"data": -1}))
   np.testing.assert_allclose(one.losses, eight.losses, atol=1e-5)
   # Ten rows over eight devices: whole on each of them, and the same figures.
-  odd = run(data, mesh=sharding.make_mesh({"data": -1}), size=10, steps=3)
+  odd = run(data, mesh=make_mesh({"data": -1}), size=10, steps=3)
   np.testing.assert_allclose(odd.losses, run(data, size=10, steps=3).losses)
 
 

@@ -14,7 +14,7 @@ from mtv_jax.evals.correspondence.geometric import GeometricCorrespondence
 from mtv_jax.evals.correspondence.match_errors import Options, Scored
 from mtv_jax.evals.correspondence.matching import Matches
 from mtv_jax.evals.datasets import posed
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 CELLS = 24
 OPTIONS = Options(
@@ -224,7 +224,7 @@ def test_scenes(result):
 
 def test_one_device_and_eight_agree(result):
   assert jax.device_count() == 8
-  mesh = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  mesh = make_mesh({"data": -1}, jax.devices()[:1])
   alone = baselines.PixelEncoder(64, 8, mesh=mesh)
   got = GeometricCorrespondence(count=4, batch_size=3).run(alone)
   assert got.metrics == pytest.approx(result.metrics)

@@ -17,7 +17,7 @@ from mtv_jax.evals.core.examples import KeyPointPair
 from mtv_jax.evals.correspondence import pck
 from mtv_jax.evals.correspondence.semantic import SemanticCorrespondence
 from mtv_jax.evals.datasets import registry, spair
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 GRID, WIDTH = 6, 9
 POINT, IMAGE = pck.Rule("point", 0.1), pck.Rule("image", 0.1)
@@ -376,7 +376,7 @@ def test_scenes(result):
 
 def test_one_device_and_eight_agree(result):
   assert jax.device_count() == 8
-  mesh = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  mesh = make_mesh({"data": -1}, jax.devices()[:1])
   alone = baselines.PixelEncoder(64, 8, mesh=mesh)
   got = SemanticCorrespondence(count=40, batch_size=5).run(alone)
   assert got.metrics == result.metrics

@@ -29,7 +29,7 @@ from mtv_jax.evals.depth import (
 from mtv_jax.evals.depth.augment import Example
 from mtv_jax.evals.depth.probe import DepthProbe
 from mtv_jax.evals.depth.views import View
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_scenes_end_to_end(result):
 
 def test_one_device_and_eight_agree(pixels, result):
   assert pixels.mesh.size == 8
-  mesh = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  mesh = make_mesh({"data": -1}, jax.devices()[:1])
   single = baselines.load("pixels:32/8", mesh=mesh)
   again = DepthProbe(**SMALL).run(single)
   for name, value in result.metrics.items():

@@ -18,7 +18,7 @@ from mtv_jax.evals.depth.relative_depth import RelativeDepth, aligned
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads import dpt
 from mtv_jax.models.heads.dpt import DepthHead
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 GT = np.array([1, 2, 4, 5, 9.0])
 PREDICTED = np.array([2.1, 1.2, 0.7, 0.5, -0.3])
@@ -196,7 +196,7 @@ def with_head(devices=None):
     spec,
     params,
     Preprocess(size=16),
-    mesh=sharding.make_mesh({"data": -1}, devices),
+    mesh=make_mesh({"data": -1}, devices),
     prediction_heads={"depth": head},
   )
 

@@ -17,7 +17,7 @@ from mtv_jax.evals.grounding.grounding import Grounding
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
 from mtv_jax.objectives import build_objective
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 
 def tower(**image):
@@ -48,7 +48,7 @@ def build(spec, *, devices=None, params=None, **kwargs):
     params or drawn(spec),
     kwargs.pop("preprocess", Preprocess(size=32)),
     tokenizers.build_tokenizer("bytes", clean="lower"),
-    sharding.make_mesh({"data": -1}, devices),
+    make_mesh({"data": -1}, devices),
     **kwargs,
   )
 

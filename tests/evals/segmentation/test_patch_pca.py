@@ -11,7 +11,7 @@ from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.segmentation import patch_pca
 from mtv_jax.evals.segmentation.patch_pca import PatchPca
 from mtv_jax.models import two_tower as models
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -140,7 +140,7 @@ def test_one_device_and_eight_agree():
   )
   got = []
   for devices, batch_size in ((8, 16), (1, 3)):
-    mesh = sharding.make_mesh({"data": -1}, devices=jax.devices()[:devices])
+    mesh = make_mesh({"data": -1}, devices=jax.devices()[:devices])
     encoder = Encoder(spec, params, Preprocess(size=16), mesh=mesh)
     evaluator = PatchPca(count=5, size=24, pictures=2, batch_size=batch_size)
     got.append(evaluator.run(encoder))

@@ -18,7 +18,7 @@ from mtv_jax.evals.core.examples import Images, LabelMaps, SegmentationSet
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.segmentation import head, sliding, views
 from mtv_jax.evals.segmentation.segmentation import Segmentation
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 FILL = np.full(3, 127.5, np.float32)
 
@@ -314,7 +314,7 @@ def test_several_layers_are_normalised_and_laid_side_by_side():
 def test_scenes_on_one_device_and_eight():
   results = []
   for devices in (jax.devices()[:1], jax.devices()):
-    mesh = sharding.make_mesh({"data": -1}, devices)
+    mesh = make_mesh({"data": -1}, devices)
     encoder = mtv_jax.load("random:mu/8@64", mesh=mesh)
     evaluator = Segmentation(
       train_count=64, count=16, steps=60, encode_batch=len(devices) + 4

@@ -22,7 +22,7 @@ from mtv_jax.models import layers, pooling
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.vit import ViTSpec
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 SHAPE = {"width": 16, "heads": 2, "mlp_dim": 24}
 TEXT = TextSpec(vocab_size=258, length=24, depth=1, projection=16, **SHAPE)
@@ -52,7 +52,7 @@ def build(pool, *, devices=None, depth=2, seed=0):
     models.abstract_params(spec),
   )
   tokenizer = tokenizers.build_tokenizer("bytes", clean="lower")
-  mesh = sharding.make_mesh({"data": -1}, devices)
+  mesh = make_mesh({"data": -1}, devices)
   return Encoder(spec, params, Preprocess(size=16), tokenizer, mesh)
 
 

@@ -13,8 +13,8 @@ from mtv_jax.experts.base import Expert
 from mtv_jax.experts.depth_anything import expert as depth_anything
 from mtv_jax.experts.depth_anything import weights
 from mtv_jax.experts.depth_anything.inputs import MEAN, STD, Inputs
-from mtv_jax.parallel import sharding
-from mtv_jax.utils import tree as trees
+from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.utils.tree import flatten_with_names
 
 CONFIG = {
   "model_type": "depth_anything",
@@ -147,8 +147,8 @@ def test_a_folder_is_read_whole(folder):
   assert model.spec.taps == (0, 1, 2, 3)
   assert model.spec.image.patch_size == 14
   shapes = depth_anything.abstract_params(model.spec)
-  found = {n: leaf.shape for n, leaf in trees.flatten_names(model.params)}
-  assert found == {n: leaf.shape for n, leaf in trees.flatten_names(shapes)}
+  found = {n: leaf.shape for n, leaf in flatten_with_names(model.params)}
+  assert found == {n: leaf.shape for n, leaf in flatten_with_names(shapes)}
   # The transposed convolution: [in, out, y, x] to columns (y, x, out).
   stored = _tensors()["neck.reassemble_stage.layers.1.resize.weight"]
   kernel = model.params["depth"]["reassemble2"]["resize"]["kernel"]
@@ -229,7 +229,7 @@ def test_a_photo_becomes_a_label_on_any_number_of_devices(folder):
   record = {"key": "a", "captions": [], "meta": {}}
   found = []
   for devices in (jax.devices()[:1], jax.devices()):
-    mesh = sharding.make_mesh({"data": -1}, devices)
+    mesh = make_mesh({"data": -1}, devices)
     expert = depth_anything.load_expert(folder, mesh=mesh, **options)
     assert isinstance(expert, Expert) and expert.kind == "depth"
     assert expert.rows == len(devices)
@@ -278,7 +278,7 @@ def _photos(shared_data, count):
 def _both(model, folder, images, **options):
   """The largest differences, relative to the largest value, and the maps."""
   torch = pytest.importorskip("torch")
-  mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+  mesh = make_mesh({"data": 1}, jax.devices()[:1])
   expert = depth_anything.load_expert(folder, mesh=mesh, **options)
   for image in images:
     pixels = expert.prepare(image, {}).arrays["images"][None]

@@ -40,7 +40,7 @@ from mtv_jax.experts.labelling import batching
 from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.experts.labelling.batching import Grouper
 from mtv_jax.experts.labelling.verify import verify
-from mtv_jax.parallel.sharding import HostRows
+from mtv_jax.parallel.mesh import HostRows
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def dead_owner():
   """A process of this machine that was."""
   process = subprocess.Popen([sys.executable, "-c", ""])
   process.wait()
-  mine = atomic.me()
+  mine = atomic.current_process()
   return atomic.Owner(mine.machine, process.pid, mine.token)
 
 
@@ -42,7 +42,11 @@ def test_a_claim_is_exclusive_and_let_go_of(tmp_path):
     (ELSEWHERE, 200, False),
     (ELSEWHERE, 400, True),
     # A container's only process has the number 1 every time.
-    (atomic.Owner(atomic.me().machine, os.getpid(), "00000000"), 0, True),
+    (
+      atomic.Owner(atomic.current_process().machine, os.getpid(), "00000000"),
+      0,
+      True,
+    ),
     ("damaged", 0, False),
     ("damaged", 400, True),
   ],
@@ -67,7 +71,7 @@ def test_claims_of_processes_that_are_gone(tmp_path, owner, age, gone):
 
 def test_a_claim_that_was_taken_over_meanwhile_stays(tmp_path, monkeypatch):
   file = claim(tmp_path, "a", dead_owner())
-  is_left = atomic.is_left
+  is_left = atomic.is_abandoned
 
   def slow(path, owner):
     result = is_left(path, owner)
@@ -75,7 +79,7 @@ def test_a_claim_that_was_taken_over_meanwhile_stays(tmp_path, monkeypatch):
     claim(tmp_path, "a", ELSEWHERE)
     return result
 
-  monkeypatch.setattr(shard_lease.atomic, "is_left", slow)
+  monkeypatch.setattr(shard_lease.atomic, "is_abandoned", slow)
   with Claims(tmp_path).take("a") as taken:
     assert not taken
   assert json.loads(file.read_text())["owner"] == str(ELSEWHERE)
@@ -91,12 +95,12 @@ def test_who_looked_before_a_takeover_takes_nothing_after_it(
 ):
   """Nor does a third get it, whatever line the second one is at."""
   claim(tmp_path, "a", dead_owner())
-  is_left = atomic.is_left
+  is_left = atomic.is_abandoned
   held, tried = [], []
 
   def slow(path, owner):
     result = is_left(path, owner)
-    monkeypatch.setattr(shard_lease.atomic, "is_left", is_left)
+    monkeypatch.setattr(shard_lease.atomic, "is_abandoned", is_left)
     held.append(faster.enter_context(Claims(tmp_path).take("a")))
     return result
 
@@ -110,7 +114,7 @@ def test_who_looked_before_a_takeover_takes_nothing_after_it(
       sys.settrace(at_line)
     return at_line
 
-  monkeypatch.setattr(shard_lease.atomic, "is_left", slow)
+  monkeypatch.setattr(shard_lease.atomic, "is_abandoned", slow)
   before = sys.gettrace()
   with contextlib.ExitStack() as faster:
     sys.settrace(at_line)
@@ -122,14 +126,14 @@ def test_who_looked_before_a_takeover_takes_nothing_after_it(
       sys.settrace(before)
     assert held == [True] and len(tried) > 3 and not any(tried)
     assert len(names(tmp_path)) == 1
-    assert Claims(tmp_path).holder("a").owner == atomic.me()
+    assert Claims(tmp_path).holder("a").owner == atomic.current_process()
   assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("owner", [dead_owner(), ELSEWHERE, "damaged"])
 def test_who_dies_in_a_takeover_is_taken_over_too(tmp_path, owner):
   # Of the three, the last one died before it could remove the others.
-  old = 0 if isinstance(owner, atomic.Owner) and owner.dead else 400
+  old = 0 if isinstance(owner, atomic.Owner) and owner.is_dead else 400
   claim(tmp_path, "a", dead_owner())
   for end in ("claim.1", "claim.12"):
     os.replace(claim(tmp_path, "b", owner, age=old), tmp_path / f".a.{end}")
@@ -138,7 +142,7 @@ def test_who_dies_in_a_takeover_is_taken_over_too(tmp_path, owner):
   with Claims(tmp_path).take("a") as taken:
     assert taken
     assert names(tmp_path) == [".a.claim.13", ".a.claim.claim"]
-    assert Claims(tmp_path).holder("a").owner == atomic.me()
+    assert Claims(tmp_path).holder("a").owner == atomic.current_process()
     with Claims(tmp_path).take("a") as again:
       assert not again
   assert names(tmp_path) == [".a.claim.claim"]
@@ -231,11 +235,11 @@ def test_of_processes_that_take_over_one_wins(tmp_path, repo_root):
 
 
 def test_a_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
-  monkeypatch.setattr(atomic, "STALE", 0.2)
+  monkeypatch.setattr(atomic, "STALE_SECONDS", 0.2)
   with Claims(tmp_path).take("a"):
     os.utime(tmp_path / ".a.claim", (0, 0))
     time.sleep(0.3)
-    assert atomic.age(tmp_path / ".a.claim") < 10
+    assert atomic.seconds_since_modified(tmp_path / ".a.claim") < 10
     # One that was lost is not touched, and not let go of.
     file = claim(tmp_path, "a", ELSEWHERE, age=1000)
     os.replace(file, tmp_path / "other")

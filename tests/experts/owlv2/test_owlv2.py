@@ -26,7 +26,7 @@ from mtv_jax.experts.owlv2 import (
   weights as owlv2_weights,
 )
 from mtv_jax.experts.owlv2.queries import Queries
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 TINY = {
   "model_type": "owlv2",
@@ -64,7 +64,7 @@ class Given:
 
 
 def mesh_of(count):
-  return sharding.make_mesh({"data": -1}, jax.devices()[:count])
+  return make_mesh({"data": -1}, jax.devices()[:count])
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from mtv_jax.experts.owlv2 import (
 )
 from mtv_jax.experts.owlv2.clip_tokenizer import ClipTokenizer
 from mtv_jax.experts.owlv2.model import Owlv2
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.reference
 
@@ -107,7 +107,7 @@ def compare(model, folder, images):
   from transformers import Owlv2ImageProcessor
   from transformers.modeling_outputs import ModelOutput
 
-  mesh = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+  mesh = make_mesh({"data": -1}, jax.devices()[:1])
   expert = owlv2.load_expert(folder, phrases=Given(), mesh=mesh, threshold=0.2)
   files = owlv2_weights.read(folder)
   module = Owlv2(files.spec)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.models.heads import dpt
-from mtv_jax.utils import tree as trees
+from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def _params(head, stages, size):
       return jnp.asarray(noise / np.sqrt(np.prod(leaf.shape[:-1])))
     return jnp.asarray(name.endswith("scale") + 0.1 * noise)
 
-  return trees.map_with_names(draw, shapes)
+  return map_with_names(draw, shapes)
 
 
 def test_the_prediction_is_float32_and_its_norms_are_its_own():
@@ -94,7 +94,7 @@ def test_every_parameter_moves_the_prediction():
       lambda p: jnp.square(head.apply({"params": p}, stages, (8, 16))).sum()
     )
   )(params)
-  for name, grad in trees.flatten_names(grads):
+  for name, grad in flatten_with_names(grads):
     assert np.abs(grad).max() > 0, name
 
 
@@ -197,7 +197,7 @@ def test_equals_transformers_depth_anything(grid):
     lambda: head.init(jax.random.key(0), stages, size)["params"]
   )
   for (name, ours), (other, given) in zip(
-    trees.flatten_names(shapes), trees.flatten_names(params), strict=True
+    flatten_with_names(shapes), flatten_with_names(params), strict=True
   ):
     assert (name, ours.shape) == (other, given.shape)
   found = jax.jit(head.apply, static_argnums=2)(

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mtv_jax.models.heads import prompter
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.parallel.rules import tree_shardings
 
 WIDTH, FEATURES = 16, 6
 
@@ -155,8 +156,8 @@ def test_bfloat16_patches_give_float32_embeddings(params):
 
 
 def test_sharding_rules_know_its_kernels(params):
-  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
-  placed = sharding.tree_shardings({"heads": {"prompter": params}}, mesh)
+  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
+  placed = tree_shardings({"heads": {"prompter": params}}, mesh)
   layer = placed["heads"]["prompter"]["layer"]
   assert layer["attention"]["q"]["kernel"].spec == P("fsdp", "tensor")
   assert layer["attention"]["kv"]["kernel"].spec == P("fsdp", "tensor")

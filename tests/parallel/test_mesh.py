@@ -6,11 +6,20 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mtv_jax.parallel import sharding
+from mtv_jax.parallel.mesh import (
+  MESH_AXES,
+  HostRows,
+  check_batch_size,
+  data_rows,
+  host_rows,
+  make_mesh,
+  shard_batch,
+)
+from mtv_jax.parallel.rules import check_sharding_rules, table, tree_shardings
 
 
 def test_a_minus_one_takes_what_is_left():
-  mesh = sharding.make_mesh(dict(data=-1, fsdp=2, tensor=2))
+  mesh = make_mesh(dict(data=-1, fsdp=2, tensor=2))
   assert dict(mesh.shape) == dict(data=2, fsdp=2, tensor=2)
 
 
@@ -20,26 +29,26 @@ def test_a_minus_one_takes_what_is_left():
 )
 def test_a_mesh_that_does_not_fill_the_devices_is_refused(shape):
   with pytest.raises(ValueError, match="8 devices"):
-    sharding.make_mesh(shape)
+    make_mesh(shape)
 
 
 def test_an_unknown_axis_is_named():
   with pytest.raises(ValueError, match="Did you mean 'tensor'"):
-    sharding.make_mesh(dict(data=-1, tensors=2))
+    make_mesh(dict(data=-1, tensors=2))
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused_with_a_size():
-  mesh = sharding.make_mesh(dict(data=4, fsdp=2))
-  sharding.check_batch(16, mesh)
+  mesh = make_mesh(dict(data=4, fsdp=2))
+  check_batch_size(16, mesh)
   with pytest.raises(ValueError, match="batch_size is 12.*Take 8 or 16"):
-    sharding.check_batch(12, mesh)
+    check_batch_size(12, mesh)
   with pytest.raises(ValueError, match=r"Take 8, or another"):
-    sharding.check_batch(4, mesh)
+    check_batch_size(4, mesh)
 
 
 def test_one_process_holds_all_rows():
-  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
-  assert sharding.host_rows(16, mesh) == sharding.HostRows(index=0, count=1)
+  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
+  assert host_rows(16, mesh) == HostRows(index=0, count=1)
 
 
 def _abstract():
@@ -58,8 +67,8 @@ def _abstract():
 
 
 def test_rules_place_each_kind_of_parameter():
-  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
-  placed = sharding.tree_shardings(_abstract(), mesh)
+  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
+  placed = tree_shardings(_abstract(), mesh)
   assert {k: v.spec for k, v in placed.items()} == {
     "image/blocks/attention/qkv/kernel": P(None, "fsdp", "tensor"),
     "image/blocks/attention/qkv/bias": P(None, "tensor"),
@@ -75,41 +84,41 @@ def test_rules_place_each_kind_of_parameter():
 
 
 def test_optimizer_moments_are_sharded_like_their_parameters():
-  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   tree = {"opt_state": [{"mu": _abstract()}], "params": _abstract()}
-  placed = sharding.tree_shardings(tree, mesh)
+  placed = tree_shardings(tree, mesh)
   assert placed["opt_state"][0]["mu"] == placed["params"]
 
 
 def test_rules_of_the_config_come_first_and_must_match():
-  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   rules = [("image/norm/scale", ("fsdp",))]
-  placed = sharding.tree_shardings(_abstract(), mesh, rules)
+  placed = tree_shardings(_abstract(), mesh, rules)
   assert placed["image/norm/scale"].spec == P("fsdp")
-  sharding.check_rules(rules, _abstract())
+  check_sharding_rules(rules, _abstract())
   with pytest.raises(ValueError, match="matches no parameter"):
-    sharding.check_rules([("image/nrom/.*", ("fsdp",))], _abstract())
+    check_sharding_rules([("image/nrom/.*", ("fsdp",))], _abstract())
   with pytest.raises(ValueError, match="Did you mean 'fsdp'"):
-    sharding.check_rules([("image/norm/.*", ("fdsp",))], _abstract())
+    check_sharding_rules([("image/norm/.*", ("fdsp",))], _abstract())
 
 
 def test_a_placed_batch_is_split_over_data_and_fsdp():
-  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   batch = {"x": np.arange(16).reshape(8, 2)}
-  placed = sharding.place_batch(batch, mesh)["x"]
+  placed = shard_batch(batch, mesh)["x"]
   np.testing.assert_array_equal(placed, batch["x"])
   assert placed.sharding.shard_shape(placed.shape) == (2, 2)
 
 
 def test_the_table_counts_bytes_a_device():
-  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   shapes = _abstract()
-  placed = sharding.tree_shardings(shapes, mesh)
+  placed = tree_shardings(shapes, mesh)
   abstract = {
     k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed[k])
     for k, s in shapes.items()
   }
-  rows = {row[0]: row for row in sharding.table(abstract)}
+  rows = {row[0]: row for row in table(abstract)}
   assert rows["image/blocks/mlp/fc1/kernel"][3] == 2 * 16 * 64 * 4 // 4
 
 
@@ -132,59 +141,59 @@ def fakes(count=8, slices=2):
 
 
 def test_slices_are_the_outer_part_of_the_data_axis():
-  mesh = sharding.make_mesh(dict(data=-1, fsdp=2), fakes())
+  mesh = make_mesh(dict(data=-1, fsdp=2), fakes())
   assert dict(mesh.shape) == dict(data=4, fsdp=2, tensor=1)
   part = np.vectorize(lambda d: d.slice_index)(mesh.devices[..., 0])
   np.testing.assert_array_equal(part, [[0, 0], [0, 0], [1, 1], [1, 1]])
 
 
 def test_slices_that_data_does_not_divide_into_fall_to_fsdp():
-  mesh = sharding.make_mesh(dict(data=1, fsdp=8), fakes())
+  mesh = make_mesh(dict(data=1, fsdp=8), fakes())
   part = np.vectorize(lambda d: d.slice_index)(mesh.devices[0, :, 0])
   np.testing.assert_array_equal(part, [0] * 4 + [1] * 4)
 
 
 def test_another_axis_may_cross_the_slices():
   shape = dict(data=-1, fsdp=4, dcn=dict(data=1, fsdp=2))
-  mesh = sharding.make_mesh(shape, fakes())
+  mesh = make_mesh(shape, fakes())
   part = np.vectorize(lambda d: d.slice_index)(mesh.devices[..., 0])
   np.testing.assert_array_equal(part, [[0, 0, 1, 1]] * 2)
 
 
 def test_without_slices_dcn_cuts_the_devices_in_order():
   shape = dict(data=4, fsdp=2, dcn=dict(data=1, fsdp=2))
-  mesh = sharding.make_mesh(shape)
+  mesh = make_mesh(shape)
   ids = np.vectorize(lambda d: d.id)(mesh.devices[..., 0])
   assert (ids[:, 0] < 4).all() and (ids[:, 1] >= 4).all()
 
 
 def test_slices_that_do_not_divide_an_axis_are_refused():
   with pytest.raises(ValueError, match=r"data=1 can't lie on dcn.data=2"):
-    sharding.make_mesh(dict(data=1, fsdp=8, dcn=dict(data=2)), fakes())
+    make_mesh(dict(data=1, fsdp=8, dcn=dict(data=2)), fakes())
   with pytest.raises(ValueError, match="mesh.dcn: .*does not divide 2 slices"):
-    sharding.make_mesh(dict(data=-1, dcn=dict(data=3)), fakes())
+    make_mesh(dict(data=-1, dcn=dict(data=3)), fakes())
   with pytest.raises(ValueError, match="mesh.dcn: no axis 'dta'"):
-    sharding.make_mesh(dict(data=-1, dcn=dict(dta=2)))
+    make_mesh(dict(data=-1, dcn=dict(dta=2)))
   with pytest.raises(ValueError, match=r"\[5, 3\] devices"):
     uneven = [Fake(i, 0, int(i > 4)) for i in range(8)]
-    sharding.make_mesh(dict(data=-1), uneven)
+    make_mesh(dict(data=-1), uneven)
 
 
 def test_rows_follow_a_process_wherever_its_devices_lie():
   # Hosts of 2 x 2 chips on a mesh of 4 x 2: rows of chips have two hosts.
   processes = [0, 1, 0, 1, 2, 3, 2, 3]
   devices = np.array([Fake(i, p, 0) for i, p in enumerate(processes)])
-  mesh = jax.sharding.Mesh(devices.reshape(8, 1, 1), sharding.AXES)
-  found = sharding.data_rows(16, mesh)
+  mesh = jax.sharding.Mesh(devices.reshape(8, 1, 1), MESH_AXES)
+  found = data_rows(16, mesh)
   expected = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
   np.testing.assert_array_equal(found, expected)
-  assert sharding.host_rows(16, mesh) == sharding.HostRows(index=0, count=4)
+  assert host_rows(16, mesh) == HostRows(index=0, count=4)
   odd = jax.sharding.Mesh(
     np.array([Fake(i, int(i > 4), 0) for i in range(8)]).reshape(8, 1, 1),
-    sharding.AXES,
+    MESH_AXES,
   )
   with pytest.raises(ValueError, match="2 processes would hold"):
-    sharding.data_rows(16, odd)
+    data_rows(16, odd)
 
 
 @pytest.mark.parametrize(
@@ -197,8 +206,8 @@ def test_rows_follow_a_process_wherever_its_devices_lie():
   ids=str,
 )
 def test_prototypes_are_split_over_whatever_there_is(shape, spec):
-  sizes = dict(zip(sharding.AXES, shape, strict=True))
-  mesh = sharding.make_mesh(sizes)
+  sizes = dict(zip(MESH_AXES, shape, strict=True))
+  mesh = make_mesh(sizes)
   name = "heads/dino/last_layer/kernel"
   tree = {name: jax.ShapeDtypeStruct((4, 16), jnp.float32)}
-  assert sharding.tree_shardings(tree, mesh)[name].spec == spec
+  assert tree_shardings(tree, mesh)[name].spec == spec

@@ -8,46 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int, PyTree
+from jaxtyping import Int
 
 from mtv_jax.config import schema
-from mtv_jax.utils import tree as trees
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
-AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor")
 # `config.mesh.dcn` as it is where nothing is said.
 _ANYWHERE = {"data": -1, "fsdp": 1, "tensor": 1}
-BATCH = PartitionSpec(("data", "fsdp"))
-
-# (regex over names, axis of each trailing dimension, or several of them); the
-# first match wins.
-# Column-parallel into a block, row-parallel out of it, so that one all-reduce
-# a sublayer is all that `tensor` costs (Shoeybi et al. 2019, Megatron-LM). QKV
-# columns are ordered by head, so that a slice holds whole heads.
-Axes = str | Sequence[str] | None
-Rules = Sequence[tuple[str, Sequence[Axes]]]
-RULES: Rules = (
-  (r"attention/(qkv|q|kv)/kernel$", ("fsdp", "tensor")),
-  (r"attention/(qkv|q|kv)/bias$", ("tensor",)),
-  (r"attention/out/kernel$", ("tensor", "fsdp")),
-  (r"mlp/fc1/kernel$", ("fsdp", "tensor")),
-  (r"mlp/fc1/bias$", ("tensor",)),
-  (r"mlp/fc2/kernel$", ("tensor", "fsdp")),
-  (r"(patch_embed/kernel|token_embedding)$", (None, "fsdp")),
-  (r"projection/kernel$", ("fsdp", None)),
-  # DPT's convolutions: `[height, width, in, out]`.
-  (r"(resize\d?|lateral\d|conv\d)/kernel$", (None, "fsdp")),
-  # Prototypes, of the self-distillation heads: each device has its own.
-  (r"last_layer/kernel$", (None, ("fsdp", "tensor"))),
-  (r"last_layer/scale$", (("fsdp", "tensor"),)),
-  (r"", ()),
-)
+BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 
 def make_mesh(
@@ -87,7 +62,7 @@ def make_mesh(
     outer = _outermost(whole, len(slices))
   else:
     outer = _sizes("config.mesh.dcn", given, len(slices), "slices")
-  for name, size, parts in zip(AXES, whole, outer, strict=True):
+  for name, size, parts in zip(MESH_AXES, whole, outer, strict=True):
     if size % parts:
       raise ConfigError(
         f"config.mesh: {name}={size} can't lie on dcn.{name}={parts} slices in "
@@ -96,16 +71,16 @@ def make_mesh(
         f"{len(slices)})."
       )
   inner = tuple(n // parts for n, parts in zip(whole, outer, strict=True))
-  types = (AxisType.Auto,) * len(AXES)
+  types = (AxisType.Auto,) * len(MESH_AXES)
   # Within a slice in the order that suits its network.
   blocks = [
-    jax.make_mesh(inner, AXES, axis_types=types, devices=part).devices
+    jax.make_mesh(inner, MESH_AXES, axis_types=types, devices=part).devices
     for part in slices
   ]
   grid = np.stack(blocks).reshape(*outer, *inner)
   # Of each axis first the slice, then the place in it.
   grid = grid.transpose(0, 3, 1, 4, 2, 5).reshape(whole)
-  return Mesh(grid, AXES, axis_types=types)
+  return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def _outermost(whole: Sequence[int], slices: int) -> tuple[int, ...]:
@@ -122,13 +97,13 @@ def _sizes(
 ) -> tuple[int, ...]:
   """Sizes of all axes, which multiply to `count`, with -1 filled in."""
   for name in shape:
-    if name not in AXES:
+    if name not in MESH_AXES:
       raise ConfigError(
-        f"{where}: no axis {name!r}. {did_you_mean(name, AXES)}"
+        f"{where}: no axis {name!r}. {did_you_mean(name, MESH_AXES)}"
       )
-  sizes = [int(shape.get(name, 1)) for name in AXES]
+  sizes = [int(shape.get(name, 1)) for name in MESH_AXES]
   wrong = ConfigError(
-    f"{where}: {dict(zip(AXES, sizes, strict=True))} does not divide "
+    f"{where}: {dict(zip(MESH_AXES, sizes, strict=True))} does not divide "
     f"{count} {things}. The sizes must multiply to their number; one of "
     "them may be -1 for what the others leave."
   )
@@ -172,14 +147,14 @@ def _cut(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
   return [devices[i * size : (i + 1) * size] for i in range(count)]
 
 
-def batch_shards(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
   """Over how many parts the batch is split."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
   """Raises ConfigError where the mesh does not divide the batch."""
-  parts = batch_shards(mesh)
+  parts = num_batch_shards(mesh)
   if batch_size % parts:
     below = batch_size // parts * parts
     near = f"{below} or {below + parts}" if below else f"{parts}"
@@ -226,13 +201,13 @@ def data_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " b"]:
   what is drawn for an example must follow its row of the data.
 
   Args:
-    batch_size: which `batch_shards` divides.
+    batch_size: which `num_batch_shards` divides.
     mesh: from `make_mesh`.
 
   Raises:
     ConfigError: if the processes don't hold equal parts.
   """
-  size = batch_size // batch_shards(mesh)
+  size = batch_size // num_batch_shards(mesh)
   shards = np.concatenate([part.shards for part in _parts(mesh)])
   rows = np.empty((len(shards), size), np.int32)
   rows[shards] = np.arange(batch_size).reshape(len(shards), size)
@@ -250,7 +225,7 @@ class _Part:
 def _parts(mesh: Mesh) -> list[_Part]:
   """Who holds which shards of the batch, in the order of their first ones."""
   holders: dict[int, set[int]] = {}
-  devices = mesh.devices.reshape(batch_shards(mesh), -1)
+  devices = mesh.devices.reshape(num_batch_shards(mesh), -1)
   for shard, row in enumerate(devices):
     for device in row:
       holders.setdefault(device.process_index, set()).add(shard)
@@ -267,92 +242,17 @@ def _parts(mesh: Mesh) -> list[_Part]:
   return [_Part(s, frozenset(processes[s])) for s in sorted(processes)]
 
 
-def fit(
-  axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh
-) -> PartitionSpec:
-  """A rule's axes for one array: trailing dimensions, whole where uneven.
-
-  A dimension that its axis does not divide stays whole: a vocabulary of 258 is
-  not an error. Of several axes those are left out, from the first on, that are
-  too many.
-  """
-  if len(axes) > len(shape):
-    axes = ()
-  axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
-
-  def whole_or_part(axis, size):
-    names = (axis,) if isinstance(axis, str) else tuple(axis or ())
-    # Naming an axis of one device would only hide what is split.
-    names = tuple(n for n in names if mesh.shape[n] > 1) or names[-1:]
-    while names and size % math.prod(mesh.shape[n] for n in names):
-      names = names[1:]
-    return names[0] if len(names) == 1 else names or None
-
-  return PartitionSpec(*map(whole_or_part, axes, shape))
-
-
-def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
-  """Shardings for a tree of arrays or shapes, by the names of its leaves.
-
-  Optimizer moments, the teacher and the EMA end in the parameters' own names,
-  so they fall under the same rules and are sharded with the parameters.
-
-  Args:
-    tree: arrays or `jax.ShapeDtypeStruct`s.
-    mesh: from `make_mesh`.
-    rules: the config's own, tried before the built-in ones.
-  """
-  every = [*rules, *RULES]
-
-  def place(name, leaf):
-    axes = trees.first_match(name, every)
-    return NamedSharding(mesh, fit(axes, leaf.shape, mesh))
-
-  return trees.map_with_names(place, tree)
-
-
-def axis_names(axes: Sequence[Axes]) -> list[str]:
-  """All axes that a rule names."""
-  every = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
-  return [name for names in every for name in names]
-
-
-def check_rules(rules: Rules, names: Iterable[str]) -> None:
-  """Raises ValueError for a rule of the config that matches no parameter.
-
-  And for axes that the mesh does not have.
-  """
-  trees.match_rules(names, rules, what="config.sharding")
-  for pattern, axes in rules:
-    for axis in axis_names(axes):
-      if axis not in AXES:
-        raise ConfigError(
-          f"config.sharding: {pattern!r} names the axis {axis!r}. "
-          f"{did_you_mean(str(axis), AXES)}"
-        )
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
-def place_batch(
+def shard_batch(
   batch: Mapping[str, np.ndarray], mesh: Mesh
 ) -> dict[str, jax.Array]:
   """Makes global arrays of this process's rows of a batch; see `data_rows`."""
-  sharding = NamedSharding(mesh, BATCH)
+  sharding = NamedSharding(mesh, BATCH_SPEC)
   return {
     name: jax.make_array_from_process_local_data(sharding, value)
     for name, value in batch.items()
   }
-
-
-def table(abstract: PyTree) -> list[tuple[str, tuple[int, ...], str, int]]:
-  """Rows (name, shape, partition, bytes a device) for the start-up log."""
-  rows = []
-  for name, leaf in trees.flatten_names(abstract):
-    local = leaf.sharding.shard_shape(leaf.shape)
-    size = math.prod(local) * np.dtype(leaf.dtype).itemsize
-    rows.append((name, tuple(leaf.shape), str(leaf.sharding.spec), size))
-  return rows
