@@ -272,7 +272,8 @@ class Depth(base.Objective):
     output = encodings[self._image]
     b, count, patches, _ = output.patches.shape
     grid = math.isqrt(patches)  # Views are squares.
-    crops = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
+    # Not -1: a tower without CLS token and registers has a prefix of size 0.
+    crops = jax.tree.map(lambda x: x.reshape(b * count, *x.shape[2:]), output)
     predicted = self.head.predict(heads["depth"], crops, (grid, grid))["depth"]
     label, valid = labels(batch["depth"], made, predicted.shape[-1])
     errors = map_errors(

@@ -286,15 +286,15 @@ def _made(rng, rows, count):
   )
 
 
-def _output(rng, rows, count):
+def _output(rng, rows, count, prefix):
   def draw(*shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
   return ImageOutput(
     patches=draw(rows, count, 4, 64),
-    prefix=draw(rows, count, 3, 64),
+    prefix=draw(rows, count, prefix, 64),
     pooled=draw(rows, count, 64),
-    taps={i: draw(rows, count, 7, 64) for i in (0, 1)},
+    taps={i: draw(rows, count, prefix + 4, 64) for i in (0, 1)},
   )
 
 
@@ -307,10 +307,11 @@ def _loss_inputs(parts, output, made, label):
   )
 
 
-def test_loss_inputs_and_loss_average_over_the_labelled_crops(parts):
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_loss_inputs_and_loss_average_over_the_labelled_crops(parts, prefix):
   rng = np.random.default_rng(2)
   rows, count = 4, 2
-  made, output = _made(rng, rows, count), _output(rng, rows, count)
+  made, output = _made(rng, rows, count), _output(rng, rows, count, prefix)
   label = rng.integers(1, 65536, (rows, 12, 12)).astype(np.uint16)
   label[1] = 0  # An image without a label.
   label[2, :, :7] = 0
@@ -320,7 +321,8 @@ def test_loss_inputs_and_loss_average_over_the_labelled_crops(parts):
   )
 
   stages = [
-    output.taps[i][:, :, 3:].reshape(-1, 2, 2, 64) for i in objective.head.taps
+    output.taps[i][:, :, prefix:].reshape(-1, 2, 2, 64)
+    for i in objective.head.taps
   ]
   heads = base.BoundHeads(objective.heads(), params)
   predicted = np.float64(heads["depth"](stages, (8, 8)))
