@@ -403,4 +403,4 @@ def test_what_can_not_be_is_refused(parts):
   )
   with pytest.raises(ConfigError, match="patches are hidden"):
     label = jnp.ones((1, 4, 4), jnp.uint16)
-    _loss_inputs(parts, _output(rng, 1, 1), hidden, label)
+    _loss_inputs(parts, _output(rng, 1, 1, prefix=3), hidden, label)
