@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.cli import show_scenes
-from mtv_jax.data.scenes.scenes import render
+from mtv_jax.data.scenes.render import render
 
 ROOT = pathlib.Path(__file__).parents[2]
 

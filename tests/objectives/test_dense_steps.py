@@ -10,7 +10,7 @@ import pytest
 
 from mtv_jax.augment import views
 from mtv_jax.data.labels import label_values
-from mtv_jax.data.scenes import scenes
+from mtv_jax.data.scenes import render as scenes
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import (

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mtv_jax.augment import views
 from mtv_jax.data import ops, tokenizers
-from mtv_jax.data.scenes import scenes
+from mtv_jax.data.scenes import render as scenes
 from mtv_jax.models import text as text_lib
 from mtv_jax.models import vit
 from mtv_jax.models.two_tower import ModelSpec

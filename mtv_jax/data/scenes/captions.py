@@ -1,9 +1,9 @@
-"""Captions of built-in scenes: every word true of what the picture shows.
+"""Captions of built-in scenes, true of every image.
 
-"Left" and "right" are those of the picture; "in front of" and "behind" mean
+"Left" and "right" are those of the image; "in front of" and "behind" mean
 clearly nearer and farther; "small" and "large" are sizes in the scene (half a
-metre, 1.3 metres), whatever the distance. Class names never vary, so that
-prompts built from them meet the words of the captions.
+metre, 1.3 metres) at any distance. Class names never vary, so that prompts
+built from them have the words of the captions.
 """
 
 import collections
@@ -11,13 +11,13 @@ import dataclasses
 from collections.abc import Sequence
 
 from mtv_jax.data.scenes.layout import Draw
-from mtv_jax.data.scenes.world import Rect, Thing, World
+from mtv_jax.data.scenes.world import Rect, SceneObject, World
 
 _COUNTS = ("no", "one", "two", "three", "four", "five")
 _NOUNS = {"striped": "stripes", "dotted": "dots", "zigzag": "zigzags"}
 _LARGE = ("large", "big")
 _SMALL = ("small", "little")
-_PHOTOS = (
+_TEMPLATES = (
   "a photo of {}",
   "a picture of {}",
   "{}",
@@ -27,7 +27,7 @@ _PHOTOS = (
 
 
 def article(phrase: str) -> str:
-  """The phrase behind 'a' or 'an', by sound: 'an hourglass'."""
+  """The phrase with 'a' or 'an', by sound: 'an hourglass'."""
   vowel = phrase[0] in "aeiou" or phrase.startswith("hour")
   return ("an " if vowel else "a ") + phrase
 
@@ -40,63 +40,64 @@ def plural(name: str) -> str:
   return name + ("es" if name.endswith("s") else "s")
 
 
-def look(thing: Thing) -> str:
+def appearance(obj: SceneObject) -> str:
   """Colour, texture and class: 'red ball with white dots'."""
-  if thing.texture == "plain":
-    return f"{thing.colour} {thing.name}"
-  if thing.texture == "checkered":
-    return f"{thing.colour} and {thing.second} checkered {thing.name}"
-  if thing.second:
-    noun = _NOUNS[thing.texture]
-    return f"{thing.colour} {thing.name} with {thing.second} {noun}"
-  return f"{thing.colour} {thing.texture} {thing.name}"
+  if obj.texture == "plain":
+    return f"{obj.colour} {obj.name}"
+  if obj.texture == "checkered":
+    return f"{obj.colour} and {obj.second} checkered {obj.name}"
+  if obj.second:
+    noun = _NOUNS[obj.texture]
+    return f"{obj.colour} {obj.name} with {obj.second} {noun}"
+  return f"{obj.colour} {obj.texture} {obj.name}"
 
 
-def phrase(thing: Thing) -> str:
-  """The name of a thing's box: size (unless medium) and look."""
-  if thing.size == "medium":
-    return look(thing)
-  return f"{thing.size} {look(thing)}"
+def phrase(obj: SceneObject) -> str:
+  """The name of an object's box: size (unless medium) and appearance."""
+  if obj.size == "medium":
+    return appearance(obj)
+  return f"{obj.size} {appearance(obj)}"
 
 
-def _described(thing: Thing, draw: Draw) -> str:
+def _described(obj: SceneObject, draw: Draw) -> str:
   """As `phrase`, in varying words, with its article."""
-  words = look(thing)
-  if thing.texture == "striped" and draw.uniform() < 0.5:
-    words = f"{thing.colour} and {thing.second} striped {thing.name}"
-  if thing.size == "large":
+  words = appearance(obj)
+  if obj.texture == "striped" and draw.uniform() < 0.5:
+    words = f"{obj.colour} and {obj.second} striped {obj.name}"
+  if obj.size == "large":
     words = f"{draw.choice(_LARGE)} {words}"
-  elif thing.size == "small":
+  elif obj.size == "small":
     words = f"{draw.choice(_SMALL)} {words}"
   return article(words)
 
 
-def relations(things: Sequence[Thing], rects: Sequence[Rect], i: int, j: int):
-  """What holds of thing i with respect to thing j, in the picture.
+def relations(
+  objects: Sequence[SceneObject], rects: Sequence[Rect], i: int, j: int
+):
+  """Spatial relations of object i to object j in the image.
 
   Returns:
     Some of 'on top of', 'below', 'above', 'left of', 'right of',
-    'in front of', 'behind'; none where nothing is clear.
+    'in front of', 'behind'; none where none is clear.
   """
-  if things[i].support == j:
+  if objects[i].support == j:
     return ["on top of"]
-  if things[j].support == i:
+  if objects[j].support == i:
     return ["below"]
   a, b = rects[i], rects[j]
-  found = []
+  words = []
   apart = abs(a.centre - b.centre)
   reach = (a.x1 - a.x0 + b.x1 - b.x0) / 2
   if apart < 0.5 * reach:
     if a.y1 < b.y0:
-      found.append("above")
+      words.append("above")
     elif b.y1 < a.y0:
-      found.append("below")
+      words.append("below")
   if apart > max(0.8 * reach, 0.1):
-    found.append("left of" if a.centre < b.centre else "right of")
-  radii = things[i].radius + things[j].radius
-  if abs(a.depth - b.depth) > max(radii, 0.5):
-    found.append("in front of" if a.depth < b.depth else "behind")
-  return found
+    words.append("left of" if a.centre < b.centre else "right of")
+  if abs(a.depth - b.depth) > max(objects[i].radius + objects[j].radius, 0.5):
+    words.append("in front of" if a.depth < b.depth else "behind")
+  return words
 
 
 _TO_IT = {
@@ -110,46 +111,46 @@ _TO_IT = {
 }
 
 
-def _place(world: World, main: Thing) -> str:
+def _surroundings(world: World, main: SceneObject) -> str:
   over = "on" if main.base == 0 else "above"
   before = "under" if "sky" in world.backdrop else "in front of"
   return f"{over} {world.ground} {before} {world.backdrop}"
 
 
-def _full(world: World, things, rects, draw: Draw) -> str:
-  """All things, how they lie about the first, ground and backdrop."""
-  parts = [_described(things[0], draw)]
-  for i in range(1, len(things)):
-    found = relations(things, rects, i, 0)
-    words = _described(things[i], draw)
-    if things[i].support > 0:
-      below = things[things[i].support]
+def _full(world: World, objects, rects, draw: Draw) -> str:
+  """All objects, their relations to the first, ground and backdrop."""
+  parts = [_described(objects[0], draw)]
+  for i in range(1, len(objects)):
+    related = relations(objects, rects, i, 0)
+    words = _described(objects[i], draw)
+    if objects[i].support > 0:
+      below = objects[objects[i].support]
       words += f" on top of the {below.colour} {below.name}"
-    elif found:
-      words += f" {draw.choice(_TO_IT[draw.choice(found)])}"
+    elif related:
+      words += f" {draw.choice(_TO_IT[draw.choice(related)])}"
     else:
       words += " beside it"
     parts.append(words)
-  return ", ".join(parts) + f", {_place(world, things[0])}"
+  return ", ".join(parts) + f", {_surroundings(world, objects[0])}"
 
 
-def _relation(world: World, things, rects, draw: Draw) -> str:
-  """How two things lie, by colour and class alone."""
-  short = [f"{t.colour} {t.name}" for t in things]
+def _relation(world: World, objects, rects, draw: Draw) -> str:
+  """The relation of two objects, by colour and class alone."""
+  short = [f"{t.colour} {t.name}" for t in objects]
   pairs = [
-    (i, j, found)
-    for i in range(len(things))
-    for j in range(len(things))
+    (i, j, related)
+    for i in range(len(objects))
+    for j in range(len(objects))
     if i != j
     and short.count(short[i]) == short.count(short[j]) == 1
-    and (found := relations(things, rects, i, j))
+    and (related := relations(objects, rects, i, j))
   ]
   if not pairs:
-    main = things[0]
+    main = objects[0]
     verb = "standing on" if main.base == 0 else "above"
     return f"{_described(main, draw)} {verb} {world.ground}"
-  i, j, found = draw.choice(pairs)
-  joint = draw.choice(found)
+  i, j, related = draw.choice(pairs)
+  joint = draw.choice(related)
   if joint in ("left of", "right of"):
     joint = draw.choice((joint, f"to the {joint}"))
   first, second = short[i], short[j]
@@ -157,9 +158,9 @@ def _relation(world: World, things, rects, draw: Draw) -> str:
   return form.format(first, joint, second)
 
 
-def _listed(things) -> str:
-  """How many there are of each class."""
-  names = collections.Counter(thing.name for thing in things)
+def _listed(objects) -> str:
+  """The count of each class."""
+  names = collections.Counter(obj.name for obj in objects)
   parts = [
     article(name) if n == 1 else f"{_COUNTS[n]} {plural(name)}"
     for name, n in names.items()
@@ -176,31 +177,31 @@ def captions(
 
   Args:
     world: the scene.
-    rects: where its things appear in this view.
-    visible: positions of the things to speak of, at least one; the first is
-      the one that the others are related to.
-    draw: picks among equivalent wordings.
+    rects: bounds of its objects in this view.
+    visible: indices of the objects to mention, at least one; the others are
+      described by their relation to the first.
+    draw: selects among equivalent wordings.
 
   Returns:
-    A full description; the first thing alone; a relation between two things;
-    the things counted by class; the first thing and its surroundings.
+    A full description; the first object alone; a relation of two objects; the
+    count of each class; the first object and its surroundings.
   """
   renamed = {old: new for new, old in enumerate(visible)}
-  things = [world.things[i] for i in visible]
+  objects = [world.objects[i] for i in visible]
   rects = [rects[i] for i in visible]
-  if len(visible) < len(world.things):
-    things = [
-      dataclasses.replace(thing, support=renamed.get(thing.support, -1))
-      for thing in things
+  if len(visible) < len(world.objects):
+    objects = [
+      dataclasses.replace(obj, support=renamed.get(obj.support, -1))
+      for obj in objects
     ]
-  main = things[0]
-  counted = _listed(things)
-  if len(things) > 1 and draw.uniform() < 0.4:
-    counted = f"{_COUNTS[len(things)]} objects: {counted}"
+  main = objects[0]
+  counted = _listed(objects)
+  if len(objects) > 1 and draw.uniform() < 0.4:
+    counted = f"{_COUNTS[len(objects)]} objects: {counted}"
   return (
-    _full(world, things, rects, draw),
-    draw.choice(_PHOTOS).format(article(look(main))),
-    _relation(world, things, rects, draw),
-    draw.choice(_PHOTOS[:3]).format(counted),
-    f"{article(f'{main.colour} {main.name}')} {_place(world, main)}",
+    _full(world, objects, rects, draw),
+    draw.choice(_TEMPLATES).format(article(appearance(main))),
+    _relation(world, objects, rects, draw),
+    draw.choice(_TEMPLATES[:3]).format(counted),
+    f"{article(f'{main.colour} {main.name}')} {_surroundings(world, main)}",
   )

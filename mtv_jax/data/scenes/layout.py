@@ -1,8 +1,8 @@
-"""Draws the contents of built-in scenes: which things, where, seen from where.
+"""Random layout of built-in scenes: objects, their poses, the cameras.
 
-Things are placed so that each is mostly in the picture and mostly in front:
-whatever a caption mentions can be seen, at every image size. The first thing
-drawn is the main one; it appears larger than every other.
+Objects are placed so that each is mostly inside the image and mostly in front:
+what a caption mentions is visible at every image size. The first object is the
+main one; it appears larger than every other.
 """
 
 import dataclasses
@@ -10,15 +10,16 @@ import math
 
 import numpy as np
 
-from mtv_jax.data.scenes import world as scene_world
-from mtv_jax.data.scenes.world import Camera, Rect, Thing, World
+from mtv_jax.data.scenes import world as world_lib
+from mtv_jax.data.scenes.shapes import CLASS_NAMES, SHAPES
+from mtv_jax.data.scenes.world import Camera, Rect, SceneObject, World
 
 _TRIES = 10
-_FRONT = 0.8  # how far in front of the scene the light is, against its height
+_LIGHT_FRONT = 0.8  # how far the light is in front of the scene, by its height
 _BOARD_YAW = 0.6  # how far a board may turn from facing the camera, rad
-_MAIN_HIDDEN = 0.25  # largest hidden share of the main thing
-_HIDDEN = 0.4  # and of any other
-_SMALLER = 0.6  # others cover at most this share of the main thing's area
+_MAX_HIDDEN_MAIN = 0.25  # largest hidden share of the main object
+_MAX_HIDDEN = 0.4  # and of any other
+_MAX_AREA = 0.6  # of others, as a share of the main object's
 
 
 class Draw:
@@ -43,153 +44,145 @@ class Draw:
     return options[min(int(self.uniform() * len(options)), len(options) - 1)]
 
 
-def _contrast(colour: str) -> tuple[str, ...]:
-  """The colours that read well as a pattern on another."""
-  a = scene_world.COLOURS[colour]
+def _contrasts(colour: str) -> tuple[str, ...]:
+  """The colours in which a pattern on `colour` is easy to see."""
+  a = world_lib.COLOURS[colour]
   return tuple(
     name
-    for name, b in scene_world.COLOURS.items()
+    for name, b in world_lib.COLOURS.items()
     if sum(abs(p - q) for p, q in zip(a, b, strict=True)) > 220
   )
 
 
-_CONTRAST = {name: _contrast(name) for name in scene_world.COLOURS}
-_COLOURS = tuple(scene_world.COLOURS)
-_SIZES = tuple(scene_world.SIZES)
-_GROUNDS = tuple(scene_world.GROUNDS)
-_BACKDROPS = tuple(scene_world.BACKDROPS)
-_COUNTS = (0, 1, 1, 2, 2, 2, 3, 3, 4)  # things beside the main one
+_CONTRASTS = {name: _contrasts(name) for name in world_lib.COLOURS}
+_COLOURS = tuple(world_lib.COLOURS)
+_SIZES = tuple(world_lib.SIZES)
+_GROUNDS = tuple(world_lib.GROUNDS)
+_BACKDROPS = tuple(world_lib.BACKDROPS)
+_COUNTS = (0, 1, 1, 2, 2, 2, 3, 3, 4)  # objects beside the main one
 
 
-def _draw_thing(draw: Draw) -> Thing:
-  """What a thing is and how it is turned; it stands at the origin."""
-  name = draw.choice(scene_world.CLASS_NAMES)
+def _draw_object(draw: Draw) -> SceneObject:
+  """An object at the origin."""
+  name = draw.choice(CLASS_NAMES)
   colour = draw.choice(_COLOURS)
-  texture = draw.choice(scene_world.TEXTURES)
+  texture = draw.choice(world_lib.TEXTURES)
   second = ""
-  if texture in scene_world.PATTERNS:
-    second = draw.choice(_CONTRAST[colour])
+  if texture in world_lib.PATTERNS:
+    second = draw.choice(_CONTRASTS[colour])
   size = draw.choice(_SIZES)
-  height = scene_world.SIZES[size] * draw.uniform(0.93, 1.07)
-  flat = scene_world.SHAPES[name].flat
-  yaw = (
-    draw.uniform(-_BOARD_YAW, _BOARD_YAW)
-    if flat
-    else draw.uniform(0.0, 2 * math.pi)
+  height = world_lib.SIZES[size] * draw.uniform(0.93, 1.07)
+  turn = (0.0, 2 * math.pi)
+  if SHAPES[name].flat:
+    turn = (-_BOARD_YAW, _BOARD_YAW)
+  yaw = draw.uniform(*turn)
+  # A tile is about as large as the object, so that small ones show a pattern.
+  texture_map = (
+    height * draw.uniform(0.8, 1.2),
+    draw.uniform(),
+    draw.uniform(),
   )
-  return Thing(
-    name=name,
-    colour=colour,
-    second=second,
-    texture=texture,
-    size=size,
-    height=height,
-    x=0.0,
-    z=0.0,
-    base=0.0,
-    yaw=yaw,
-    support=-1,
-    # A tile spans about the thing, so that a pattern shows on a small one too.
-    paint=(height * draw.uniform(0.8, 1.2), draw.uniform(), draw.uniform()),
+  return SceneObject(
+    name, colour, second, texture, size, height, yaw, texture_map
   )
 
 
-def _stand(
-  thing: Thing, x: float, z: float, base: float, *, support: int = -1
-) -> Thing:
-  """A thing from the origin put there; a board turns its face to us."""
-  yaw = thing.yaw
-  if thing.shape.flat:
+def _move(
+  obj: SceneObject, x: float, z: float, base: float, *, support: int = -1
+) -> SceneObject:
+  """An object moved from the origin; a board turns its face to the camera."""
+  yaw = obj.yaw
+  if obj.shape.flat:
     yaw += math.atan2(x, z)
-  return dataclasses.replace(
-    thing, x=x, z=z, base=base, yaw=yaw, support=support
-  )
+  return dataclasses.replace(obj, x=x, z=z, base=base, yaw=yaw, support=support)
 
 
-def _nearest(camera: Camera, pitch: float) -> float:
-  """Distance of the ground seen just above the lower edge of the picture."""
+def _nearest_ground(camera: Camera, pitch: float) -> float:
+  """Distance of the ground seen just above the lower edge of the image."""
   k = 0.44 / camera.focal
   cp, sp = math.cos(pitch), math.sin(pitch)
   return -float(camera.position[1]) * (cp - k * sp) / (sp + k * cp)
 
 
-def _main_thing(draw: Draw, camera: Camera, near: float) -> Thing:
-  """The main thing, large and whole in the picture."""
-  drawn = _draw_thing(draw)
+def _place_main(draw: Draw, camera: Camera, near: float) -> SceneObject:
+  """The main object, large and whole in the image."""
+  origin = _draw_object(draw)
   base = 0.0
-  if drawn.shape.floats and draw.uniform() < 0.25:
+  if origin.shape.floats and draw.uniform() < 0.25:
     base = draw.uniform(0.2, 0.45)
-  near += (0.5 if drawn.shape.flat else 0.8) * drawn.radius
+  near += (0.5 if origin.shape.flat else 0.8) * origin.radius
   for attempt in range(_TRIES):
-    # Of the picture's height; a tall thing near a low camera needs less.
+    # Of the image's height; a tall object near a low camera needs less.
     share = draw.uniform(0.36, 0.58) * 0.93**attempt
-    z = camera.focal * drawn.shape.top * drawn.height / share
+    z = camera.focal * origin.shape.top * origin.height / share
     z = max(z, near)
     x = (draw.uniform(0.25, 0.75) - 0.5) * z / camera.focal
-    thing = _stand(drawn, x, z, base)
-    if scene_world.hidden([scene_world.outline(camera, thing)], 0) < 0.06:
+    obj = _move(origin, x, z, base)
+    if world_lib.hidden_share([world_lib.bounding_rect(camera, obj)], 0) < 0.06:
       break
-  return thing
+  return obj
 
 
-def _place(
-  draw: Draw, camera: Camera, things: list[Thing], near: float, far: float
-) -> Thing:
-  """Another thing somewhere: beside, before, behind, above or on top."""
-  thing = _draw_thing(draw)
-  if draw.uniform() < 0.12:  # a twin of the main thing, elsewhere
-    twin = things[0]
-    thing = dataclasses.replace(
-      twin,
+def _place_other(
+  draw: Draw,
+  camera: Camera,
+  objects: list[SceneObject],
+  near: float,
+  far: float,
+) -> SceneObject:
+  """Another object: beside, before, behind, above or on top of the others."""
+  obj = _draw_object(draw)
+  if draw.uniform() < 0.12:  # a copy of the main object
+    main = objects[0]
+    obj = dataclasses.replace(
+      main,
       x=0.0,
       z=0.0,
       yaw=draw.uniform(-_BOARD_YAW, _BOARD_YAW),
-      paint=(twin.paint[0], *thing.paint[1:]),
+      texture_map=(main.texture_map[0], *obj.texture_map[1:]),
     )
   carriers = [
     i
-    for i, other in enumerate(things)
-    if other.shape.carries and all(t.support != i for t in things)
+    for i, other in enumerate(objects)
+    if other.shape.carries and all(o.support != i for o in objects)
   ]
   if carriers and draw.uniform() < 0.5:
     i = draw.choice(carriers)
-    below = things[i]
-    if thing.radius < 1.1 * below.radius and thing.height < 1.2 * below.height:
-      top = below.base + below.height
-      return _stand(thing, below.x, below.z, top, support=i)
-  far = min(far, camera.focal * thing.height / 0.13)
-  z = draw.uniform(min(near + thing.radius, far), far)
+    below = objects[i]
+    if obj.radius < 1.1 * below.radius and obj.height < 1.2 * below.height:
+      return _move(obj, below.x, below.z, below.base + below.height, support=i)
+  far = min(far, camera.focal * obj.height / 0.13)
+  z = draw.uniform(min(near + obj.radius, far), far)
   x = (draw.uniform(0.07, 0.93) - 0.5) * z / camera.focal
   base = 0.0
-  if thing.shape.floats and draw.uniform() < 0.35:
+  if obj.shape.floats and draw.uniform() < 0.35:
     base = draw.uniform(0.3, 1.1)
-  return _stand(thing, x, z, base)
+  return _move(obj, x, z, base)
 
 
-def _fits(
-  thing: Thing, things: list[Thing], turn: float, distance: float
+def _is_free(
+  obj: SceneObject, objects: list[SceneObject], turn: float, distance: float
 ) -> bool:
-  """Whether a thing runs into no other and not into the backdrop."""
-  gap = distance - math.sin(turn) * thing.x - math.cos(turn) * thing.z
-  if gap < 1.5 * thing.radius:
+  """Whether an object intersects neither another nor the backdrop."""
+  gap = distance - math.sin(turn) * obj.x - math.cos(turn) * obj.z
+  if gap < 1.5 * obj.radius:
     return False
-  if thing.support >= 0:
-    return True
-  return all(
-    math.hypot(thing.x - other.x, thing.z - other.z)
-    > 1.2 * (thing.radius + other.radius)
-    for other in things
+  return obj.support >= 0 or all(
+    math.hypot(obj.x - other.x, obj.z - other.z)
+    > 1.2 * (obj.radius + other.radius)
+    for other in objects
   )
 
 
-def _seen(rects: list[Rect]) -> bool:
-  """Whether all things are mostly visible and the first is the largest."""
-  if scene_world.hidden(rects, 0) > _MAIN_HIDDEN:
-    return False
-  if rects[-1].area > _SMALLER * rects[0].area:
-    return False
-  return all(
-    scene_world.hidden(rects, i) <= _HIDDEN for i in range(1, len(rects))
+def _is_visible(rects: list[Rect]) -> bool:
+  """Whether all objects are mostly visible and the first is the largest."""
+  return (
+    world_lib.hidden_share(rects, 0) <= _MAX_HIDDEN_MAIN
+    and rects[-1].area <= _MAX_AREA * rects[0].area
+    and all(
+      world_lib.hidden_share(rects, i) <= _MAX_HIDDEN
+      for i in range(1, len(rects))
+    )
   )
 
 
@@ -197,55 +190,55 @@ def sample_world(index: int, seed: int) -> World:
   """Scene `index` of the endless series `seed`."""
   draw = Draw(seed, index)
   pitch = draw.uniform(0.12, 0.3)
-  camera = scene_world.look(
+  camera = world_lib.make_camera(
     (0.0, -draw.uniform(0.65, 1.15), 0.0),
     yaw=0.0,
     pitch=pitch,
     focal=draw.uniform(0.95, 1.25),
   )
-  near = _nearest(camera, pitch)
-  main = _main_thing(draw, camera, near)
-  things = [main]
+  near = _nearest_ground(camera, pitch)
+  main = _place_main(draw, camera, near)
+  objects = [main]
   turn = draw.uniform(-0.35, 0.35)
   ahead = math.sin(turn) * main.x + math.cos(turn) * main.z
   distance = max(draw.uniform(6.0, 11.0), ahead + 2 * main.radius)
-  rects = [scene_world.outline(camera, things[0])]
+  rects = [world_lib.bounding_rect(camera, objects[0])]
   for _ in range(draw.choice(_COUNTS)):
     for _ in range(_TRIES):
-      thing = _place(draw, camera, things, near, 0.85 * distance)
-      if not _fits(thing, things, turn, distance):
+      obj = _place_other(draw, camera, objects, near, 0.85 * distance)
+      if not _is_free(obj, objects, turn, distance):
         continue
-      rect = scene_world.outline(camera, thing)
-      if _seen([*rects, rect]):
-        things.append(thing)
+      rect = world_lib.bounding_rect(camera, obj)
+      if _is_visible([*rects, rect]):
+        objects.append(obj)
         rects.append(rect)
         break
   side, height = draw.uniform(-0.8, 0.8), draw.uniform(0.6, 1.0)
-  length = math.sqrt(side**2 + height**2 + _FRONT**2)
+  length = math.sqrt(side**2 + height**2 + _LIGHT_FRONT**2)
   warm = draw.uniform(-0.06, 0.06)
   bright = draw.uniform(0.88, 1.08)
   return World(
-    things=tuple(things),
+    objects=tuple(objects),
     ground=draw.choice(_GROUNDS),
     backdrop=draw.choice(_BACKDROPS),
     turn=turn,
     distance=distance,
-    light=(side / length, -height / length, -_FRONT / length),
+    light=(side / length, -height / length, -_LIGHT_FRONT / length),
     tint=(bright * (1 + warm), bright, bright * (1 - warm)),
-    paint=(draw.uniform(), draw.uniform(), draw.uniform(), draw.uniform()),
+    offsets=(draw.uniform(), draw.uniform(), draw.uniform(), draw.uniform()),
     camera=camera,
     noise=(draw.uniform(), draw.uniform()),
   )
 
 
 def second_camera(world: World, index: int, seed: int) -> Camera:
-  """Another camera, 8 to 28 degrees around the main thing, aimed near it.
+  """Another camera, 8 to 28 degrees around the main object, aimed near it.
 
   It keeps the first camera's focal length and has no roll. Where something
-  would hide the main thing, the angle is drawn again and smaller.
+  would hide the main object, the angle is drawn again and smaller.
   """
   draw = Draw(seed, index, stream=1)
-  first, main = world.camera, world.things[0]
+  first, main = world.camera, world.objects[0]
   lift = float(first.position[1]) * draw.uniform(0.85, 1.2)
   reach = math.hypot(main.x, main.z) * draw.uniform(0.88, 1.15)
   bearing = math.atan2(main.x, main.z)
@@ -260,10 +253,10 @@ def second_camera(world: World, index: int, seed: int) -> Camera:
       main.z - reach * math.cos(yaw),
     )
     pitch = math.atan2(-lift - middle, reach)
-    camera = scene_world.look(
+    camera = world_lib.make_camera(
       position, yaw=yaw + aside, pitch=pitch + below, focal=first.focal
     )
-    rects = [scene_world.outline(camera, thing) for thing in world.things]
-    if scene_world.hidden(rects, 0) <= _MAIN_HIDDEN + 0.1:
+    rects = [world_lib.bounding_rect(camera, obj) for obj in world.objects]
+    if world_lib.hidden_share(rects, 0) <= _MAX_HIDDEN_MAIN + 0.1:
       break
   return camera

@@ -1,11 +1,11 @@
-"""The pictures that the built-in scenes are painted with.
+"""Texture atlas and silhouettes of built-in scenes.
 
-Two banks, both drawn from fixed seeds, so that a scene looks the same on every
-machine: tileable two-tone patterns packed with their smaller copies (mipmaps)
-into one atlas, and signed distances of the flat silhouettes (star, heart, ...).
-A pattern is one channel in [0, 1]: 0 stands for the first colour of a surface
-and 1 for its second. Keeping colour out of the bank means that one `cv2.remap`
-call for the whole frame samples every surface at once.
+Both come from fixed seeds, so that a scene looks the same on every machine:
+tileable two-tone patterns packed with their mipmaps into one atlas, and signed
+distances of the flat silhouettes (star, heart, ...). A pattern is one channel
+in [0, 1]: 0 stands for the first colour of a surface and 1 for its second.
+Without colours in the atlas, one `cv2.remap` call for the whole frame samples
+every surface at once.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ def _noise(
 ) -> Float[np.ndarray, "t t"]:
   """Tileable noise between two spatial frequencies (cycles a tile).
 
-  `stretch` > 1 draws the blobs out along the first axis. The result has mean
-  0 and standard deviation 1.
+  `stretch` > 1 elongates the blobs along the first axis. The result has mean 0
+  and standard deviation 1.
   """
   fy = np.fft.fftfreq(TILE, 1 / TILE)[:, None] * stretch
   fx = np.fft.fftfreq(TILE, 1 / TILE)[None, :]
@@ -143,7 +143,7 @@ def _patterns() -> dict[str, np.ndarray]:
 
 @functools.cache
 def atlas() -> Atlas:
-  """The packed patterns; drawn at the first call (about 0.3 s) and kept."""
+  """The packed patterns; computed at the first call, in about 0.3 s."""
   sizes = [TILE >> level for level in range(LEVELS)]
   patterns = _patterns()
   offset_x = tuple(int(sum(sizes[:i]) + 2 * i + 1) for i in range(LEVELS))
@@ -221,7 +221,7 @@ def silhouettes() -> dict[str, Float32[np.ndarray, "n n"]]:
   A map covers the square [-0.5, 0.5] x [0, 1] (x across, y up; row 0 is the
   top), in which the outline has height 1; distances are in samples.
   """
-  zoom = 8  # the mask is drawn large so that distances are smooth
+  zoom = 8  # of the mask, so that distances are smooth
   side = SILHOUETTE * zoom
   maps = {}
   for name, polygons in _outlines().items():

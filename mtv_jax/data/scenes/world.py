@@ -1,10 +1,10 @@
-"""What a built-in scene consists of: vocabulary, things, cameras.
+"""World of a built-in scene: vocabulary, objects, cameras.
 
 No image size enters here, so that a scene is the same at every size.
 
 Units are metres. The frames of world and camera are those of computer vision
-(x right, y down, z forward); the ground is the plane y = 0, so that a thing of
-height h spans y in [-h, 0].
+(x right, y down, z forward); the ground is the plane y = 0, so that an object
+of height h spans y in [-h, 0].
 """
 
 import dataclasses
@@ -14,7 +14,9 @@ import math
 import numpy as np
 from jaxtyping import Float, Float32
 
-# sRGB, chosen so that they stay apart under shading.
+from mtv_jax.data.scenes.shapes import SHAPES, Revolved, Shape
+
+# sRGB, chosen so that they can be told apart under shading.
 COLOURS = {
   "red": (205, 30, 35),
   "orange": (245, 125, 20),
@@ -35,194 +37,7 @@ TEXTURES = MATERIALS + PATTERNS
 SIZES = {"small": 0.5, "medium": 0.85, "large": 1.3}  # height in metres
 
 
-@dataclasses.dataclass(frozen=True)
-class Revolved:
-  """A solid of revolution: x^2 + z^2 <= a + b u + c u^2 for low <= u <= high.
-
-  u is the height above the base; the thing's whole height is the unit. `cap`
-  scales the light on the flat ends (below 1 they look hollow); `accent` is a
-  fixed colour of this part, whatever the thing's own colour is.
-  """
-
-  a: float
-  b: float
-  c: float
-  low: float = 0.0
-  high: float = 1.0
-  cap: float = 1.0
-  accent: tuple[int, int, int] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Polytope:
-  """A convex solid: `normal . (x, u, z) <= offset` for each plane.
-
-  `faces` are rows (nx, nu, nz, offset); rows listed in `accented` are painted
-  in the colour `accent`.
-  """
-
-  faces: tuple[tuple[float, float, float, float], ...]
-  accented: tuple[int, ...] = ()
-  accent: tuple[int, int, int] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Cutout:
-  """A flat board in the plane z = 0 with the outline of a silhouette."""
-
-  silhouette: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-  """A class: its parts and its bounds, in units of its height.
-
-  `half` is half of the width (and depth, unless flat), `top` the height of
-  its highest point, `floats` whether it may hang in the air, `carries`
-  whether something may stand on it.
-  """
-
-  parts: tuple[Revolved | Polytope | Cutout, ...]
-  half: float
-  top: float = 1.0
-  floats: bool = False
-  carries: bool = False
-
-  @property
-  def flat(self) -> bool:
-    return isinstance(self.parts[0], Cutout)
-
-
-def _ball(centre: float, radius: float) -> Revolved:
-  return Revolved(
-    radius**2 - centre**2,
-    2 * centre,
-    -1.0,
-    centre - radius,
-    centre + radius,
-  )
-
-
-def _cone(base: float, low: float, apex: float, high: float) -> Revolved:
-  """A cone of radius `base` at u = low that would close at u = apex."""
-  k = (base / (apex - low)) ** 2
-  return Revolved(k * apex**2, -2 * k * apex, k, low, high)
-
-
-def _dome(radius: float, low: float) -> Revolved:
-  """Half an ellipsoid standing on u = low with its top at u = 1."""
-  k = (radius / (1 - low)) ** 2
-  return Revolved(radius**2 - k * low**2, 2 * k * low, -k, low, 1.0)
-
-
-def _rod(radius: float, low: float, high: float, **options) -> Revolved:
-  return Revolved(radius**2, 0.0, 0.0, low, high, **options)
-
-
-_BARK = (92, 62, 40)
-_CREAM = (238, 226, 200)
-_COAL = (30, 28, 32)
-_SLATE = (92, 48, 44)
-
-SHAPES = {
-  "ball": Shape((_ball(0.5, 0.5),), 0.5, floats=True),
-  "cylinder": Shape((_rod(0.34, 0.0, 1.0),), 0.34, carries=True),
-  "cone": Shape((_cone(0.45, 0.0, 1.0, 1.0),), 0.45),
-  "bucket": Shape((Revolved(0.1024, 0.096, 0.0225, cap=0.4),), 0.47),
-  "hourglass": Shape((Revolved(0.1892, -0.7, 0.7),), 0.44),
-  "mushroom": Shape(
-    (_rod(0.13, 0.0, 0.55, accent=_CREAM), _dome(0.5, 0.5)), 0.5
-  ),
-  "tree": Shape(
-    (
-      _rod(0.08, 0.0, 0.25, accent=_BARK),
-      _cone(0.42, 0.2, 0.85, 0.7),
-      _cone(0.32, 0.52, 1.0, 1.0),
-    ),
-    0.42,
-  ),
-  "snowman": Shape(
-    (
-      _ball(0.32, 0.32),
-      _ball(0.7, 0.2),
-      _rod(0.2, 0.83, 0.87, accent=_COAL),
-      _rod(0.13, 0.87, 1.0, accent=_COAL),
-    ),
-    0.32,
-  ),
-  "cube": Shape(
-    (
-      Polytope(
-        (
-          (1.0, 0.0, 0.0, 0.5),
-          (-1.0, 0.0, 0.0, 0.5),
-          (0.0, 0.0, 1.0, 0.5),
-          (0.0, 0.0, -1.0, 0.5),
-          (0.0, 1.0, 0.0, 1.0),
-          (0.0, -1.0, 0.0, 0.0),
-        )
-      ),
-    ),
-    0.5,
-    carries=True,
-  ),
-  "pyramid": Shape(
-    (
-      Polytope(
-        (
-          (1.0, 0.6, 0.0, 0.6),
-          (-1.0, 0.6, 0.0, 0.6),
-          (0.0, 0.6, 1.0, 0.6),
-          (0.0, 0.6, -1.0, 0.6),
-          (0.0, -1.0, 0.0, 0.0),
-        )
-      ),
-    ),
-    0.6,
-  ),
-  "house": Shape(
-    (
-      Polytope(
-        (
-          (1.0, 0.0, 0.0, 0.42),
-          (-1.0, 0.0, 0.0, 0.42),
-          (0.0, 0.0, 1.0, 0.5),
-          (0.0, 0.0, -1.0, 0.5),
-          (0.5, 0.42, 0.0, 0.42),
-          (-0.5, 0.42, 0.0, 0.42),
-          (0.0, -1.0, 0.0, 0.0),
-        ),
-        accented=(4, 5),
-        accent=_SLATE,
-      ),
-    ),
-    0.5,
-  ),
-  "gem": Shape(
-    (
-      Polytope(
-        tuple(
-          (x / 0.42, 1.0 / h, z / 0.42, 1.0 + 0.6 / h)
-          for x, z in ((1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0))
-          for h in (0.4, -0.6)
-        )
-      ),
-    ),
-    0.42,
-    floats=True,
-  ),
-  "star": Shape((Cutout("star"),), 0.5, 0.94, floats=True),
-  "heart": Shape((Cutout("heart"),), 0.5, 0.92, floats=True),
-  "moon": Shape((Cutout("moon"),), 0.45, floats=True),
-  "cross": Shape((Cutout("cross"),), 0.5),
-  "ring": Shape((Cutout("ring"),), 0.5),
-  "arrow": Shape((Cutout("arrow"),), 0.36, floats=True),
-  "flower": Shape((Cutout("flower"),), 0.43),
-  "fish": Shape((Cutout("fish"),), 0.5, 0.52, floats=True),
-}
-CLASS_NAMES = tuple(SHAPES)
-
-# Name as a caption has it -> (texture, metres a tile, the two colours).
+# By the name in captions: (texture, metres a tile, the two colours).
 GROUNDS = {
   "grass": ("grass", 1.4, (52, 96, 38), (128, 160, 72)),
   "sand": ("sand", 1.6, (188, 158, 108), (232, 208, 158)),
@@ -263,11 +78,16 @@ class Camera:
     f = self.focal * size
     return np.array([[f, 0, size / 2], [0, f, size / 2], [0, 0, 1]], "f4")
 
+  def __post_init__(self):
+    # Plain floats: the layout projects hundreds of points one at a time.
+    object.__setattr__(self, "_rows", self.rotation.tolist())
+    object.__setattr__(self, "_origin", self.position.tolist())
+
   def project(self, x: float, y: float, z: float) -> tuple[float, float, float]:
     """World point -> (across, down) in unit coordinates and its depth."""
-    x -= self._place[0]
-    y -= self._place[1]
-    z -= self._place[2]
+    x -= self._origin[0]
+    y -= self._origin[1]
+    z -= self._origin[2]
     r = self._rows
     depth = max(r[2][0] * x + r[2][1] * y + r[2][2] * z, 0.05)
     scale = self.focal / depth
@@ -277,13 +97,8 @@ class Camera:
       depth,
     )
 
-  def __post_init__(self):
-    # Plain floats: the layout projects hundreds of points one at a time.
-    object.__setattr__(self, "_rows", self.rotation.tolist())
-    object.__setattr__(self, "_place", self.position.tolist())
 
-
-def look(
+def make_camera(
   position: tuple[float, float, float], yaw: float, pitch: float, focal: float
 ) -> Camera:
   """A camera without roll; yaw turns it right, pitch tilts it down (rad)."""
@@ -296,13 +111,13 @@ def look(
 
 
 @dataclasses.dataclass(frozen=True)
-class Thing:
-  """One object: what it is (words) and where (metres, radians).
+class SceneObject:
+  """An object: its appearance (words) and its pose (metres, radians).
 
-  `second` is the second colour of a pattern and '' for a material. `base` is
-  the height of its lowest point above the ground; `support` is the position
-  in the scene's list of the thing it stands on, -1 for none. `paint` places
-  the texture: metres a tile, and two offsets.
+  `second` is the second colour of a pattern and '' for a material;
+  `texture_map` is metres a tile and two offsets. `base` is the height of the
+  lowest point above the ground; `support` is the index of the object that it
+  stands on, -1 for none.
   """
 
   name: str
@@ -311,12 +126,12 @@ class Thing:
   texture: str
   size: str
   height: float
-  x: float
-  z: float
-  base: float
   yaw: float
-  support: int
-  paint: tuple[float, float, float]
+  texture_map: tuple[float, float, float]
+  x: float = 0.0
+  z: float = 0.0
+  base: float = 0.0
+  support: int = -1
 
   @functools.cached_property
   def shape(self) -> Shape:
@@ -327,32 +142,32 @@ class Thing:
     return self.shape.half * self.height
 
 
-def shade_of(colour: tuple[int, int, int]) -> tuple[float, float, float]:
-  """The second tone of a material: darker, or lighter where it is dark."""
+_MORTAR = (206, 198, 188)
+
+
+def shade(colour: tuple[int, int, int]) -> tuple[float, float, float]:
+  """The second tone of a material: darker, or lighter if the first is dark."""
   if sum(colour) < 150:
     return tuple(1.35 * c + 42 for c in colour)
   return tuple(0.62 * c for c in colour)
 
 
-_MORTAR = (206, 198, 188)
-
-
-def colours(thing: Thing) -> tuple[tuple, tuple]:
-  """The two colours that a thing's texture mixes."""
-  first = COLOURS[thing.colour]
-  if thing.second:
-    return first, COLOURS[thing.second]
-  if thing.texture == "brick":
+def colours(obj: SceneObject) -> tuple[tuple, tuple]:
+  """The two colours that the texture of an object mixes."""
+  first = COLOURS[obj.colour]
+  if obj.second:
+    return first, COLOURS[obj.second]
+  if obj.texture == "brick":
     dark = sum(first) > 480
     return first, tuple(0.5 * c for c in first) if dark else _MORTAR
-  if thing.texture == "marble" and sum(first) < 480:
+  if obj.texture == "marble" and sum(first) < 480:
     return first, tuple(0.45 * c + 130 for c in first)
-  return first, shade_of(first)
+  return first, shade(first)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rect:
-  """Where a thing appears: unit coordinates, and depth of its axis."""
+  """Bounds of an object in unit coordinates, and the depth of its axis."""
 
   y0: float
   x0: float
@@ -369,39 +184,32 @@ class Rect:
     return (self.x0 + self.x1) / 2
 
 
-def outline(camera: Camera, thing: Thing) -> Rect:
-  """About where a thing appears; not clipped to the image."""
-  x, z = thing.x, thing.z
-  top = thing.base + thing.shape.top * thing.height
-  across, y1, depth = camera.project(x, -thing.base, z)
+def bounding_rect(camera: Camera, obj: SceneObject) -> Rect:
+  """Approximate bounds of an object in the image, not clipped to it."""
+  x, z = obj.x, obj.z
+  top = obj.base + obj.shape.top * obj.height
+  across, y1, depth = camera.project(x, -obj.base, z)
   _, y0, _ = camera.project(x, -top, z)
-  if isinstance(thing.shape.parts[0], Revolved):
-    half = camera.focal * thing.radius / depth
+  if isinstance(obj.shape.parts[0], Revolved):
+    half = camera.focal * obj.radius / depth
     return Rect(min(y0, y1), across - half, max(y0, y1), across + half, depth)
-  cos = thing.radius * math.cos(thing.yaw)
-  sin = thing.radius * math.sin(thing.yaw)
-  if thing.shape.flat:
-    middle = -(thing.base + top) / 2
-    ends = [
-      camera.project(x + cos, middle, z - sin),
-      camera.project(x - cos, middle, z + sin),
-    ]
+  cos = obj.radius * math.cos(obj.yaw)
+  sin = obj.radius * math.sin(obj.yaw)
+  if obj.shape.flat:
+    y = -(obj.base + top) / 2
+    corners = ((cos, -sin), (-cos, sin))
   else:
-    ends = [
-      camera.project(x + a, -thing.base, z + b)
-      for a, b in (
-        (cos + sin, cos - sin),
-        (cos - sin, -cos - sin),
-        (-cos - sin, sin - cos),
-        (sin - cos, cos + sin),
-      )
-    ]
+    y = -obj.base
+    a, b = cos + sin, cos - sin
+    corners = ((a, b), (b, -a), (-a, -b), (-b, a))
+  ends = [camera.project(x + dx, y, z + dz) for dx, dz in corners]
+  if not obj.shape.flat:
     y1 = max(end[1] for end in ends)
   columns = [end[0] for end in ends]
   return Rect(min(y0, y1), min(columns), max(y0, y1), max(columns), depth)
 
 
-def hidden(rects: list[Rect], i: int) -> float:
+def hidden_share(rects: list[Rect], i: int) -> float:
   """Upper bound of the share of rectangle i behind nearer ones or outside."""
   a = rects[i]
   height = max(0.0, min(a.y1, 1) - max(a.y0, 0))
@@ -418,20 +226,21 @@ def hidden(rects: list[Rect], i: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  """Everything about a scene but its pixels. `things[0]` is the main one.
+  """Everything about a scene but its pixels. `objects[0]` is the main one.
 
   The backdrop is the plane `sin(turn) x + cos(turn) z = distance`; `light` is
-  the unit vector towards the light; `tint` multiplies every colour; `paint`
-  offsets the textures of ground and backdrop, `noise` places the sensor noise.
+  the unit vector towards the light; `tint` multiplies every colour; `offsets`
+  are those of the textures of ground and backdrop, `noise` those of the sensor
+  noise.
   """
 
-  things: tuple[Thing, ...]
+  objects: tuple[SceneObject, ...]
   ground: str
   backdrop: str
   turn: float
   distance: float
   light: tuple[float, float, float]
   tint: tuple[float, float, float]
-  paint: tuple[float, float, float, float]
+  offsets: tuple[float, float, float, float]
   camera: Camera
   noise: tuple[float, float]

@@ -87,7 +87,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
 
 def _scenes() -> Callable[..., Source]:
   # Late: drawing needs its textures, reading does not.
-  from mtv_jax.data.scenes.scenes import SceneSource
+  from mtv_jax.data.scenes.source import SceneSource
 
   return SceneSource
 

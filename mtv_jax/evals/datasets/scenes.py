@@ -18,8 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.data.scenes import scenes as scenes_lib
-from mtv_jax.data.scenes.scenes import CLASS_NAMES, SEGMENT_NAMES, Scene
+from mtv_jax.data.scenes import render as render_lib
+from mtv_jax.data.scenes.render import (
+  CLASS_NAMES,
+  SEGMENT_NAMES,
+  STUFF_COUNT,
+  Scene,
+)
+from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import (
   IGNORE,
@@ -44,7 +50,6 @@ PROBE_SCENES = 2_000_000
 # The farthest backdrop is nearer than this.
 MAX_DEPTH = 20.0
 
-_STUFF = len(SEGMENT_NAMES) - len(CLASS_NAMES)  # background and ground
 _MAX_POSED_SIZE = 384  # pixels a side that scenes are rendered at for a view
 _KEY_POINT_SIZE = 192  # of the scenes with key points
 # Key points (x, y) in the main object's bounding box.
@@ -83,7 +88,7 @@ class SceneRange:
 
   def render(self, i: int) -> Scene:
     """Scene i of the range."""
-    return scenes_lib.render(self.numbers[i], size=self.size, seed=self.seed)
+    return render_lib.render(self.numbers[i], size=self.size, seed=self.seed)
 
   def digest(self) -> str:
     """A hash of numbers, size and seed."""
@@ -190,7 +195,9 @@ def ignore_stuff(data: SegmentationSet) -> SegmentationSet:
 
   def read(i: int) -> np.ndarray:
     labels = data.maps[i]
-    return np.where(labels < _STUFF, IGNORE, labels - _STUFF).astype(np.uint8)
+    return np.where(labels < STUFF_COUNT, IGNORE, labels - STUFF_COUNT).astype(
+      np.uint8
+    )
 
   return dataclasses.replace(
     data,
@@ -203,7 +210,7 @@ def ignore_stuff(data: SegmentationSet) -> SegmentationSet:
 
 def open_boxes(
   name: str,
-  source: scenes_lib.SceneSource,
+  source: SceneSource,
   indices: Sequence[int],
 ) -> BoxSet:
   """Scenes whose boxes have phrases and the classes of their objects."""
@@ -218,7 +225,7 @@ def open_boxes(
       if len(scene.boxes):
         key = f"scene-{source.seed}-{scenes.numbers[i]}-{source.size}"
         digest.add(key, *scene.boxes.ravel().tolist(), *scene.phrases)
-        names = [scene.things[j].name for j in scene.box_things]
+        names = [scene.objects[j].name for j in scene.box_objects]
         labels = np.asarray([CLASS_NAMES.index(n) for n in names], np.int32)
         labelled.append((i, scene.boxes, scene.phrases, labels))
   rows, boxes, phrases, labels = (
@@ -241,8 +248,8 @@ def open_posed(scenes: SceneRange) -> PosedFrames:
 
   # Both frames of a pair are read one after the other.
   @functools.lru_cache(maxsize=32)
-  def render(index: int, size: int) -> scenes_lib.ScenePair:
-    return scenes_lib.render_pair(numbers[index], size=size, seed=seed)
+  def render(index: int, size: int) -> render_lib.ScenePair:
+    return render_lib.render_pair(numbers[index], size=size, seed=seed)
 
   def read(index: int, size: int) -> Frame:
     size = scenes.size or min(2 * size, _MAX_POSED_SIZE)
@@ -250,7 +257,9 @@ def open_posed(scenes: SceneRange) -> PosedFrames:
     scene = pair.second if index % 2 else pair.first
     return Frame(
       image=scene.image,
-      depth=np.where(scene.instances >= _STUFF, scene.depth, 0).astype("f4"),
+      depth=np.where(scene.instances >= STUFF_COUNT, scene.depth, 0).astype(
+        "f4"
+      ),
       focal=scene.camera.focal * size,
       pose=_pose(scene.camera),
     )
@@ -258,7 +267,7 @@ def open_posed(scenes: SceneRange) -> PosedFrames:
   cameras = []
   for number in numbers:
     # The camera does not depend on the size.
-    pair = scenes_lib.render_pair(number, size=scenes_lib.MIN_SIZE, seed=seed)
+    pair = render_lib.render_pair(number, size=render_lib.MIN_SIZE, seed=seed)
     cameras += [pair.first.camera, pair.second.camera]
   return PosedFrames(
     name="scenes",
@@ -277,7 +286,7 @@ def open_posed(scenes: SceneRange) -> PosedFrames:
   )
 
 
-def _pose(camera: scenes_lib.Camera) -> np.ndarray:
+def _pose(camera: render_lib.Camera) -> np.ndarray:
   pose = np.eye(4)
   pose[:3, :3] = camera.rotation
   pose[:3, 3] = -camera.rotation @ camera.position
@@ -299,7 +308,7 @@ def open_key_points(scenes: SceneRange) -> KeyPointPairs:
   rendered = [sized.render(i) for i in range(len(numbers))]
   by_class = collections.defaultdict(list)
   for i, scene in enumerate(rendered):
-    if 0 in scene.box_things:
+    if 0 in scene.box_objects:
       by_class[scene.label].append(i)
   digest, pairs = Digest(), []
   for label, members in sorted(by_class.items()):
@@ -346,7 +355,7 @@ def open_key_points(scenes: SceneRange) -> KeyPointPairs:
 
 def _main_box(scene: Scene) -> np.ndarray:
   """The main object's (x0, y0, x1, y1) in pixels."""
-  box = scene.boxes[scene.box_things.index(0)] * scene.image.shape[0]
+  box = scene.boxes[scene.box_objects.index(0)] * scene.image.shape[0]
   return box[[1, 0, 3, 2]].astype(np.float64)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from mtv_jax.data import canvas
-from mtv_jax.data.scenes import layout as scene_layout
-from mtv_jax.data.scenes.scenes import CLASS_NAMES, SceneSource
+from mtv_jax.data.scenes import layout
+from mtv_jax.data.scenes.shapes import CLASS_NAMES
+from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources import registry as sources
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import (
@@ -138,8 +139,8 @@ def _labels(
     size = f"{source.size}x{source.size}x3"
     for i in indices:
       number = source.first + i
-      world = scene_layout.sample_world(number, source.seed)
-      label = CLASS_NAMES.index(world.things[0].name)
+      world = layout.sample_world(number, source.seed)
+      label = CLASS_NAMES.index(world.objects[0].name)
       yield f"scene-{source.seed}-{number}", size, label
     return
   for record in _records(source, indices):

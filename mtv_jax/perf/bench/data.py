@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from mtv_jax.data import order, pipeline
-from mtv_jax.data.scenes.scenes import SceneSource
+from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources.registry import Source, build_source
 from mtv_jax.data.tokenizers import build_tokenizer
 

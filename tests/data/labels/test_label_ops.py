@@ -13,7 +13,7 @@ from mtv_jax.data.labels.label_values import make_depth
 from mtv_jax.data.ops import build_ops
 from mtv_jax.data.pipeline import make_loader
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.scenes.scenes import SceneSource
+from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.tokenizers import build_tokenizer
 
 

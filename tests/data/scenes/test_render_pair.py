@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from mtv_jax.data.scenes import layout as scene_layout
-from mtv_jax.data.scenes import world as scene_world
-from mtv_jax.data.scenes.scenes import render, render_pair
+from mtv_jax.data.scenes import layout
+from mtv_jax.data.scenes import world as world_lib
+from mtv_jax.data.scenes.render import render, render_pair
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +85,15 @@ def test_hidden_points_lie_behind_something(pairs):
 
 def test_camera_turns_as_promised():
   for index in range(100):
-    world = scene_layout.sample_world(index, 0)
-    main = world.things[0]
+    world = layout.sample_world(index, 0)
+    main = world.objects[0]
     centre = np.array([main.x, 0.0, main.z])
-    second = scene_layout.second_camera(world, index, 0)
+    second = layout.second_camera(world, index, 0)
     a = (world.camera.position - centre)[[0, 2]]
     b = (second.position - centre)[[0, 2]]
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
     assert 1 < math.degrees(math.acos(min(cosine, 1))) < 28.1
-    rect = scene_world.outline(second, main)
+    rect = world_lib.bounding_rect(second, main)
     assert 0 < rect.centre < 1
 
 
@@ -102,5 +102,5 @@ def test_the_main_thing_is_in_both_views(pairs):
     assert np.sum(pair.second.instances == 2) > 20
     seen = pair.visible[pair.first.instances == 2].mean()
     assert seen > 0.25
-    things = pair.second.things
+    things = pair.second.objects
     assert things[0].name in pair.second.captions[0]

@@ -1,6 +1,7 @@
-"""The built-in scenes: what they say of themselves against their pixels."""
+"""Built-in scenes: labels against pixels."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
@@ -13,20 +14,12 @@ import cv2
 import numpy as np
 import pytest
 
-from mtv_jax.data.scenes import (
-  captions as scene_words,
-)
-from mtv_jax.data.scenes import (
-  layout as scene_layout,
-)
-from mtv_jax.data.scenes import (
-  scenes,
-  trace,
-)
-from mtv_jax.data.scenes import (
-  world as scene_world,
-)
-from mtv_jax.data.scenes.scenes import SceneSource, render, render_pair
+from mtv_jax.data.scenes import captions as captions_lib
+from mtv_jax.data.scenes import layout, raycast, shapes
+from mtv_jax.data.scenes import render as scenes
+from mtv_jax.data.scenes import world as world_lib
+from mtv_jax.data.scenes.render import render, render_pair
+from mtv_jax.data.scenes.source import SceneSource
 
 ROOT = pathlib.Path(__file__).parents[3]
 COUNT = 120
@@ -38,14 +31,29 @@ def some():
 
 
 def rects_of(scene):
-  return [scene_world.outline(scene.camera, thing) for thing in scene.things]
+  return [world_lib.bounding_rect(scene.camera, obj) for obj in scene.objects]
 
 
 def test_same_index_same_scene():
   a, b = render(5), render(5)
-  assert a.captions == b.captions and a.things == b.things
+  assert a.captions == b.captions and a.objects == b.objects
   for field in ("image", "depth", "segmentation", "boxes"):
     np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+
+
+def test_scenes_equal_those_of_earlier_versions():
+  """Words by hash; pixels and depth by their means, rounded."""
+  digest, means = hashlib.sha256(), []
+  for index in (*range(20), *range(1_000_000, 1_000_020)):
+    scene = render(index, size=48, seed=index % 2)
+    texts = (scene.captions, scene.phrases, scene.label, scene.box_objects)
+    digest.update(repr(texts).encode())
+    means.append([scene.image.mean(), 100 * scene.inverse_depth.mean()])
+  assert digest.hexdigest()[:16] == "8c47d4ee986d4fbf"
+  np.testing.assert_allclose(np.mean(means, 0), [122.4519, 35.7629], rtol=1e-3)
+  pair = render_pair(1_000_003, size=48)
+  got = [*pair.correspondence.mean((0, 1)), pair.visible.mean()]
+  np.testing.assert_allclose(got, [0.591986, 0.931301, 0.43316], rtol=1e-3)
 
 
 def test_index_and_seed_change_the_scene():
@@ -72,7 +80,7 @@ def test_sizes_show_the_same_scene():
     small, large = render(index, size=64), render(index, size=256)
     assert small.captions == large.captions
     assert small.phrases == large.phrases
-    assert small.things == large.things and small.label == large.label
+    assert small.objects == large.objects and small.label == large.label
     resized = cv2.resize(large.image, (64, 64), interpolation=cv2.INTER_AREA)
     assert np.mean(cv2.absdiff(resized, small.image)) < 9
     np.testing.assert_allclose(small.boxes, large.boxes, atol=2.5 / 64)
@@ -85,30 +93,32 @@ def test_sizes_show_the_same_scene():
 
 def test_things_are_ordered_as_promised(some):
   for scene in some:
-    assert scene.label == scenes.CLASS_NAMES.index(scene.things[0].name)
-    areas = [np.sum(scene.instances == 2 + i) for i in range(len(scene.things))]
+    assert scene.label == scenes.CLASS_NAMES.index(scene.objects[0].name)
+    areas = [
+      np.sum(scene.instances == 2 + i) for i in range(len(scene.objects))
+    ]
     shown = np.bincount(scene.segmentation.ravel())
     assert shown[2 + scene.label] >= areas[0] > 0
-    # Outlined areas rank, so a thin main thing may show fewer pixels.
+    # Outlined areas rank, so a thin main obj may show fewer pixels.
     rects = rects_of(scene)
     assert all(r.area < 0.61 * rects[0].area for r in rects[1:])
 
 
-def test_what_is_named_can_be_seen(some):
+def test_named_objects_are_visible(some):
   for scene in some:
-    assert scene.box_things == tuple(range(len(scene.things)))
-    for i in range(len(scene.things)):
+    assert scene.box_objects == tuple(range(len(scene.objects)))
+    for i in range(len(scene.objects)):
       assert np.sum(scene.instances == 2 + i) >= 12
 
 
 def test_things_stand_apart():
   """None in the backdrop, none in another unless it stands on it."""
   for index in range(300):
-    world = scene_layout.sample_world(index, 0)
+    world = layout.sample_world(index, 0)
     sin, cos = math.sin(world.turn), math.cos(world.turn)
-    for i, a in enumerate(world.things):
+    for i, a in enumerate(world.objects):
       assert sin * a.x + cos * a.z + a.radius < world.distance
-      for j, b in enumerate(world.things[:i]):
+      for j, b in enumerate(world.objects[:i]):
         apart = math.hypot(a.x - b.x, a.z - b.z)
         if apart < a.radius + b.radius:
           low, high = sorted((a, b), key=lambda t: t.base)
@@ -118,15 +128,15 @@ def test_things_stand_apart():
 def test_boxes_are_tight_and_named(some):
   for scene in some:
     for box, i, phrase in zip(
-      scene.boxes, scene.box_things, scene.phrases, strict=True
+      scene.boxes, scene.box_objects, scene.phrases, strict=True
     ):
       rows, columns = np.nonzero(scene.instances == 2 + i)
       expected = [
         rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
       ]  # fmt: skip
       np.testing.assert_allclose(box * 96, expected, atol=1e-4)
-      assert phrase == scene_words.phrase(scene.things[i])
-      name = scenes.CLASS_NAMES.index(scene.things[i].name)
+      assert phrase == captions_lib.phrase(scene.objects[i])
+      name = scenes.CLASS_NAMES.index(scene.objects[i].name)
       assert (scene.segmentation[rows, columns] == 2 + name).all()
 
 
@@ -157,20 +167,20 @@ def test_depth_of_the_ground_is_that_of_the_plane(some):
       )
 
 
-def _local(thing, points):
-  """World points in a thing's frame, its height being 1 (own derivation)."""
-  cos, sin = math.cos(thing.yaw), math.sin(thing.yaw)
-  x, y, z = (points - np.array([thing.x, -thing.base, thing.z])).T
+def _local(obj, points):
+  """World points in a obj's frame, its height being 1 (own derivation)."""
+  cos, sin = math.cos(obj.yaw), math.sin(obj.yaw)
+  x, y, z = (points - np.array([obj.x, -obj.base, obj.z])).T
   local = np.stack([cos * x - sin * z, -y, sin * x + cos * z], -1)
-  return local / thing.height
+  return local / obj.height
 
 
 def _on_part(part, p):
   """How far points are from being on a part's surface (0 = on it)."""
   x, u, z = p.T
-  if isinstance(part, scene_world.Cutout):
+  if isinstance(part, shapes.Cutout):
     return np.abs(z)
-  if isinstance(part, scene_world.Polytope):
+  if isinstance(part, shapes.Polytope):
     faces = np.array(part.faces, float)
     room = (p @ faces[:, :3].T - faces[:, 3]) / np.linalg.norm(
       faces[:, :3], axis=1
@@ -185,31 +195,31 @@ def _on_part(part, p):
 
 
 def test_points_lie_on_the_surfaces_of_their_things(some):
-  """The depth of every thing's pixels solves its shape's own equation."""
+  """The depth of every obj's pixels solves its shape's own equation."""
   met = set()
   for scene in some:
     world = scene.points @ scene.camera.rotation + scene.camera.position
-    for i, thing in enumerate(scene.things):
+    for i, obj in enumerate(scene.objects):
       points = world[scene.instances == 2 + i]
-      local = _local(thing, points)
-      off = np.min([_on_part(p, local) for p in thing.shape.parts], 0)
-      assert off.max() < 5e-3, (thing.name, off.max())
+      local = _local(obj, points)
+      off = np.min([_on_part(p, local) for p in obj.shape.parts], 0)
+      assert off.max() < 5e-3, (obj.name, off.max())
       assert local[:, 1].min() > -2e-3 and local[:, 1].max() < 1.002
-      met.add(thing.name)
+      met.add(obj.name)
   assert met == set(scenes.CLASS_NAMES)
 
 
 def test_nearer_things_hide_farther_ones(some):
-  """Alone in the scene, a thing is nowhere farther than what is shown."""
-  x, y = scenes._grid(96)
+  """Alone in the scene, a obj is nowhere farther than what is shown."""
+  x, y = scenes.pixel_rays(96)
   checked = 0
   for index in range(80):
-    world = scene_layout.sample_world(index, 0)
+    world = layout.sample_world(index, 0)
     shown = some[index]
-    for i, thing in enumerate(world.things):
-      free = dataclasses.replace(thing, support=-1)
-      alone = dataclasses.replace(world, things=(free,))
-      hits = trace.trace(alone, world.camera, x, y, pitch=1 / 96)
+    for i, obj in enumerate(world.objects):
+      free = dataclasses.replace(obj, support=-1)
+      alone = dataclasses.replace(world, objects=(free,))
+      hits = raycast.cast_rays(alone, world.camera, x, y, pitch=1 / 96)
       mask = scene_trace_owner(hits) == 2
       assert (shown.depth[mask] <= 1 / hits.inverse[mask] + 1e-4).all()
       hidden = mask & (shown.instances != 2 + i)
@@ -231,13 +241,13 @@ def test_relations_hold_in_the_pixels(some):
     boxes = scene.boxes
     depths = [
       np.median(scene.depth[scene.instances == 2 + i])
-      for i in range(len(scene.things))
+      for i in range(len(scene.objects))
     ]
-    for i in range(len(scene.things)):
-      for j in range(len(scene.things)):
+    for i in range(len(scene.objects)):
+      for j in range(len(scene.objects)):
         if i == j:
           continue
-        for word in scene_words.relations(scene.things, rects, i, j):
+        for word in captions_lib.relations(scene.objects, rects, i, j):
           seen.add(word)
           a, b = boxes[i], boxes[j]
           if word == "left of":
@@ -273,11 +283,11 @@ def test_relation_captions_are_true(some):
       )
       continue
     first, word, second = match.groups()
-    short = [f"{t.colour} {t.name}" for t in scene.things]
+    short = [f"{t.colour} {t.name}" for t in scene.objects]
     assert short.count(first) == short.count(second) == 1
     i, j = short.index(first), short.index(second)
     middle = (scene.boxes[:, :2] + scene.boxes[:, 2:]) / 2
-    depth = [scene.things[k].z for k in (i, j)]
+    depth = [scene.objects[k].z for k in (i, j)]
     holds = {
       "left of": middle[i, 1] < middle[j, 1],
       "right of": middle[i, 1] > middle[j, 1],
@@ -294,7 +304,7 @@ def test_relation_captions_are_true(some):
 
 def test_count_captions_add_up(some):
   numbers = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4, "five": 5}
-  singular = {scene_words.plural(n): n for n in scenes.CLASS_NAMES}
+  singular = {captions_lib.plural(n): n for n in scenes.CLASS_NAMES}
   for scene in some:
     counts = {}
     text = scene.captions[3].split(": ")[-1].replace("a photo of ", "")
@@ -302,16 +312,16 @@ def test_count_captions_add_up(some):
     for number, name in re.findall(r"\b(\w+) (\w+)\b(?:,| and|$)", text):
       counts[singular.get(name, name)] = numbers[number]
     expected = {}
-    for thing in scene.things:
-      expected[thing.name] = expected.get(thing.name, 0) + 1
+    for obj in scene.objects:
+      expected[obj.name] = expected.get(obj.name, 0) + 1
     assert counts == expected, scene.captions[3]
 
 
 def test_full_caption_names_everything(some):
   for scene in some:
     full = scene.captions[0]
-    for thing in scene.things:
-      words = {thing.colour, thing.name, thing.second} - {""}
+    for obj in scene.objects:
+      words = {obj.colour, obj.name, obj.second} - {""}
       assert words <= set(re.findall(r"\w+", full))
     for text in scene.captions:
       assert re.search(r"\ba [aeio]", text) is None, text
@@ -324,15 +334,15 @@ def _hue(colour):
 
 
 def test_colour_words_match_the_pixels():
-  """The named colour is the nearest of all, for most plain things."""
-  names = list(scene_world.COLOURS)
-  table = np.stack([_hue(c) for c in scene_world.COLOURS.values()])
+  """The named colour is the nearest of all, for most plain objects."""
+  names = list(world_lib.COLOURS)
+  table = np.stack([_hue(c) for c in world_lib.COLOURS.values()])
   right = total = 0
   for index in range(400):
-    thing = scene_layout.sample_world(index, 0).things[0]
-    parts = thing.shape.parts
+    obj = layout.sample_world(index, 0).objects[0]
+    parts = obj.shape.parts
     accented = any(getattr(p, "accent", None) for p in parts)
-    if thing.texture != "plain" or accented:
+    if obj.texture != "plain" or accented:
       continue
     scene = render(index)
     pixels = scene.image[scene.instances == 2]
@@ -340,7 +350,7 @@ def test_colour_words_match_the_pixels():
     bright = pixels[pixels.sum(1) >= np.percentile(pixels.sum(1), 60)]
     found = _hue(np.median(bright, 0))
     nearest = names[np.argmin(np.linalg.norm(table - found, axis=1))]
-    right += nearest == thing.colour
+    right += nearest == obj.colour
     total += 1
   assert total > 20
   assert right / total > 0.8
@@ -348,10 +358,10 @@ def test_colour_words_match_the_pixels():
 
 def test_pattern_colours_are_told_apart():
   for index in range(300):
-    for thing in scene_layout.sample_world(index, 0).things:
-      assert (thing.second != "") == (thing.texture in scene_world.PATTERNS)
-      if thing.second:
-        first, second = scene_world.colours(thing)
+    for obj in layout.sample_world(index, 0).objects:
+      assert (obj.second != "") == (obj.texture in world_lib.PATTERNS)
+      if obj.second:
+        first, second = world_lib.colours(obj)
         assert sum(abs(a - b) for a, b in zip(first, second, strict=True)) > 220
 
 
@@ -371,15 +381,15 @@ def test_classes_are_balanced_and_captions_distinct():
   n = 2000
   code = f"""
 import json
-from mtv_jax.data.scenes import captions as scene_words
-from mtv_jax.data.scenes import layout as scene_layout
-from mtv_jax.data.scenes import world as scene_world
+from mtv_jax.data.scenes import captions as captions_lib
+from mtv_jax.data.scenes import layout
+from mtv_jax.data.scenes import world as world_lib
 for index in range({n}):
-  world = scene_layout.sample_world(index, 0)
-  rects = [scene_world.outline(world.camera, t) for t in world.things]
-  draw = scene_layout.Draw(0, index, stream=2)
-  texts = scene_words.captions(world, rects, list(range(len(rects))), draw)
-  print(json.dumps([world.things[0].name, texts[0]]))
+  world = layout.sample_world(index, 0)
+  rects = [world_lib.bounding_rect(world.camera, t) for t in world.objects]
+  draw = layout.Draw(0, index, stream=2)
+  texts = captions_lib.captions(world, rects, list(range(len(rects))), draw)
+  print(json.dumps([world.objects[0].name, texts[0]]))
 """
   rows = [json.loads(line) for line in python(code).splitlines()]
   assert rows[7][1] == render(7).captions[0]
@@ -396,10 +406,10 @@ for index in range({n}):
 
 def test_the_vocabulary_is_large_enough():
   assert len(scenes.CLASS_NAMES) >= 12
-  assert len(scene_world.COLOURS) >= 10
-  assert len(scene_world.TEXTURES) >= 6
+  assert len(world_lib.COLOURS) >= 10
+  assert len(world_lib.TEXTURES) >= 6
   assert scenes.SEGMENT_NAMES[2:] == scenes.CLASS_NAMES
-  counts = {len(scene_layout.sample_world(i, 0).things) for i in range(200)}
+  counts = {len(layout.sample_world(i, 0).objects) for i in range(200)}
   assert counts == {1, 2, 3, 4, 5}
 
 
@@ -456,7 +466,7 @@ def test_smallest_and_odd_sizes_render():
 def test_scenes_import_no_jax():
   code = """
 import sys
-from mtv_jax.data.scenes.scenes import SceneSource
+from mtv_jax.data.scenes.source import SceneSource
 SceneSource(32)[0]
 print([m for m in ("jax", "tensorflow", "flax") if m in sys.modules])
 """
@@ -470,7 +480,7 @@ def test_throughput():
 import statistics, time
 import cv2
 cv2.setNumThreads(1)
-from mtv_jax.data.scenes.scenes import SceneSource
+from mtv_jax.data.scenes.source import SceneSource
 source = SceneSource(96)
 for i in range(20):
   source[i]

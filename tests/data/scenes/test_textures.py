@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.data.scenes import textures
-from mtv_jax.data.scenes import world as scene_world
+from mtv_jax.data.scenes.shapes import SHAPES
 
 
 def test_patterns_tile_without_a_seam():
@@ -24,7 +24,7 @@ def test_patterns_tile_without_a_seam():
 def test_silhouettes_fill_their_square():
   for name, distance in textures.silhouettes().items():
     rows, columns = np.nonzero(distance > 0)
-    shape = scene_world.SHAPES[name]
+    shape = SHAPES[name]
     n = textures.SILHOUETTE
     assert rows.max() == pytest.approx(0.98 * n, abs=2), name
     height = (n - rows.min()) / n

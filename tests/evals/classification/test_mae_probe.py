@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import mtv_jax
-from mtv_jax.data.scenes import scenes
+from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder import baselines
 from mtv_jax.encoder.encoder import ImageFeatures
 from mtv_jax.evals.classification import mae_probe

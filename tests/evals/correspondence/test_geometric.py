@@ -241,7 +241,7 @@ def test_features_after_the_final_norm(result, pixels):
 
 def test_exact_points_of_the_scenes_are_right():
   """Where a scene's own correspondence says that a point went, it is."""
-  from mtv_jax.data.scenes import scenes
+  from mtv_jax.data.scenes import render as scenes
   from mtv_jax.evals.datasets import registry
   from mtv_jax.evals.datasets.scenes import HELD_OUT_SCENES
 

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mtv_jax.data.scenes import scenes
+from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder import baselines
 from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core.base import NotApplicable

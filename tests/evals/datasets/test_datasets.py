@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mtv_jax.data.scenes import scenes
+from mtv_jax.data.scenes import render as scenes
 from mtv_jax.evals.core import base
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import registry

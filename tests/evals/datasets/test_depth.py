@@ -278,7 +278,7 @@ def test_nothing_of_the_kind(tmp_path):
 
 
 def test_scenes_are_exact_and_held_out():
-  from mtv_jax.data.scenes import scenes
+  from mtv_jax.data.scenes import render as scenes
 
   test, train = (
     open_depth("scenes", s, count=2) for s in registry.SPLITS[::-1]
@@ -294,7 +294,7 @@ def test_scenes_are_exact_and_held_out():
 
 
 def test_scenes_as_a_source():
-  from mtv_jax.data.scenes import scenes
+  from mtv_jax.data.scenes import render as scenes
 
   options = {"type": "scenes", "seed": 3, "length": 2}
   for split, first in (("train", 2_000_000), ("test", 1_000_000)):

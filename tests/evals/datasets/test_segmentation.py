@@ -4,7 +4,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mtv_jax.data.scenes import scenes
+from mtv_jax.data.scenes import render as scenes
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import ade20k, nyu, registry
 from mtv_jax.evals.datasets.scenes import ignore_stuff

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.data import tokenizers
-from mtv_jax.data.scenes import scenes
+from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core.base import NotApplicable

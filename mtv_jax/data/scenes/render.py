@@ -1,0 +1,234 @@
+"""Rendering of built-in scenes with exact labels.
+
+A data set with nothing to download, on which every objective and every
+evaluation runs. `render(index)` is a pure function of the index, the seed and
+the size: textured objects at different depths on a ground before a backdrop,
+with exact captions, boxes, metric depth, segmentation and class. The size
+changes the pixels only, never the scene. `render_pair` renders the same scene
+from two cameras, with dense correspondences.
+
+The geometry is three-dimensional (`raycast`), so that parallax, occlusion and
+depth are right; light does not depend on the view.
+"""
+
+import dataclasses
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, Float32, UInt8
+
+from mtv_jax.data.scenes import captions as captions_lib
+from mtv_jax.data.scenes import layout, raycast, shading
+from mtv_jax.data.scenes.shapes import CLASS_NAMES
+from mtv_jax.data.scenes.world import (
+  Camera,
+  SceneObject,
+  World,
+  bounding_rect,
+  hidden_share,
+)
+
+SEGMENT_NAMES = ("background", "ground", *CLASS_NAMES)
+STUFF_COUNT = 2  # of SEGMENT_NAMES: background and ground
+MIN_SIZE = 16
+
+_MIN_BOX_SHARE = 0.001  # a box needs this share of the image, and 4 pixels
+_MAX_HIDDEN = 0.55  # captions of a second view leave out what is more hidden
+_DEPTH_TOLERANCE = 2e-3  # relative, between depths of the same point
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """One view of a scene with its labels.
+
+  Attributes:
+    image: sRGB.
+    depth: metres along the optical axis, at the pixels' centres.
+    segmentation: index into `SEGMENT_NAMES`; 0 is the background.
+    instances: 0 background, 1 ground, 2 + i for `objects[i]`.
+    boxes: (y0, x0, y1, x1) in the unit square, tight around the visible
+      pixels; one for each object that is not all but hidden.
+    phrases: the boxes' names, such as 'large red ball with white dots'.
+    box_objects: index into `objects` for each box.
+    captions: five, the first a full description (see `captions.py`).
+    label: index into `CLASS_NAMES` of the main object, the largest.
+    objects: in words and metres; the main one first.
+    camera: of this view.
+  """
+
+  image: UInt8[np.ndarray, "s s 3"]
+  depth: Float32[np.ndarray, "s s"]
+  segmentation: UInt8[np.ndarray, "s s"]
+  instances: UInt8[np.ndarray, "s s"]
+  boxes: Float32[np.ndarray, "n 4"]
+  phrases: tuple[str, ...]
+  box_objects: tuple[int, ...]
+  captions: tuple[str, ...]
+  label: int
+  objects: tuple[SceneObject, ...]
+  camera: Camera
+
+  @property
+  def inverse_depth(self) -> Float32[np.ndarray, "s s"]:
+    """1 / depth, in 1 / m: the label of depth objectives."""
+    return 1 / self.depth
+
+  @property
+  def points(self) -> Float32[np.ndarray, "s s 3"]:
+    """The surface point of each pixel in the camera's frame, in metres."""
+    x, y = pixel_rays(self.depth.shape[0])
+    scale = self.depth / np.float32(self.camera.focal)
+    return np.stack([x * scale, y * scale, self.depth], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScenePair:
+  """Two views of one scene and their correspondence.
+
+  Attributes:
+    first, second: the views; `first` equals `render(index)`.
+    correspondence: where the surface point of each pixel of the first view
+      appears in the second: (y, x) in unit coordinates, pixel (i, j) being
+      centred at ((i + 0.5) / size, (j + 0.5) / size). It may be outside.
+    visible: whether that point is inside the second image and not hidden.
+    rotation, translation: the first camera's frame to the second's,
+      `rotation @ point + translation`, in metres.
+  """
+
+  first: Scene
+  second: Scene
+  correspondence: Float32[np.ndarray, "s s 2"]
+  visible: Bool[np.ndarray, "s s"]
+  rotation: Float[np.ndarray, "3 3"]
+  translation: Float[np.ndarray, "3"]
+
+
+def pixel_rays(size: int) -> tuple[np.ndarray, np.ndarray]:
+  """A row of x and a column of y: unit coordinates minus one half."""
+  axis = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
+  return axis[None, :], axis[:, None]
+
+
+def check_arguments(index: int, size: int, seed: int) -> None:
+  """Raises the errors of `render`."""
+  if not 0 <= index < 2**63:
+    raise IndexError(f"Scene index {index}: expected 0 or more, below 2**63.")
+  if size < MIN_SIZE:
+    raise ValueError(
+      f"Scene size {size}: expected at least {MIN_SIZE} pixels a side; below"
+      " that the objects can't be told apart."
+    )
+  if not 0 <= seed < 2**63:
+    raise ValueError(f"Scene seed {seed}: expected 0 or more, below 2**63.")
+
+
+def render(index: int, *, size: int = 96, seed: int = 0) -> Scene:
+  """Renders scene `index` of the series `seed`.
+
+  Args:
+    index: 0 or more; each index is another scene.
+    size: pixels a side, at least 16. Another size shows the same scene.
+    seed: another seed is another series of scenes.
+
+  Raises:
+    IndexError: the index is negative.
+    ValueError: the size is below 16 or the seed negative.
+  """
+  check_arguments(index, size, seed)
+  world = layout.sample_world(index, seed)
+  draw = layout.Draw(seed, index, stream=2)
+  return _render_view(world, world.camera, size, draw, world.noise)
+
+
+def render_pair(index: int, *, size: int = 96, seed: int = 0) -> ScenePair:
+  """Renders scene `index` from two cameras, with dense correspondences.
+
+  The second camera is 8 to 28 degrees around the main object, at another
+  distance and height. Arguments and errors are those of `render`.
+  """
+  first = render(index, size=size, seed=seed)
+  world = layout.sample_world(index, seed)
+  camera = layout.second_camera(world, index, seed)
+  draw = layout.Draw(seed, index, stream=3)
+  noise = (draw.uniform(), draw.uniform())
+  second = _render_view(world, camera, size, draw, noise)
+  rotation = camera.rotation @ first.camera.rotation.T
+  translation = camera.rotation @ (first.camera.position - camera.position)
+  points = first.points @ rotation.T + translation
+  depth = np.maximum(points[..., 2], 1e-3)
+  x = (camera.focal * points[..., 0] / depth).astype(np.float32)
+  y = (camera.focal * points[..., 1] / depth).astype(np.float32)
+  inside = (points[..., 2] > 1e-3) & (abs(x) < 0.5) & (abs(y) < 0.5)
+  # Rays cast exactly there, rather than the second view's pixels, so that
+  # visibility does not depend on the size.
+  hits = raycast.cast_rays(
+    world, camera, np.clip(x, -1, 1), np.clip(y, -1, 1), pitch=1 / size
+  )
+  same_object = shading.owners(hits) == first.instances
+  same_depth = abs(hits.inverse * depth - 1) < _DEPTH_TOLERANCE
+  return ScenePair(
+    first=first,
+    second=second,
+    correspondence=np.stack([y + 0.5, x + 0.5], -1).astype(np.float32),
+    visible=inside & same_object & same_depth,
+    rotation=rotation,
+    translation=translation,
+  )
+
+
+def _render_view(
+  world: World,
+  camera: Camera,
+  size: int,
+  draw: layout.Draw,
+  noise: tuple[float, float],
+) -> Scene:
+  """One view of a world with its labels; `draw` words the captions."""
+  x, y = pixel_rays(size)
+  hits = raycast.cast_rays(world, camera, x, y, pitch=1 / size)
+  instances = shading.owners(hits)
+  boxes, box_objects = _visible_boxes(instances, hits.boxes)
+  objects = world.objects
+  rects = [bounding_rect(camera, obj) for obj in objects]
+  visible = list(range(len(objects)))
+  if camera is not world.camera:
+    visible = [i for i in visible if hidden_share(rects, i) < _MAX_HIDDEN]
+  labels = [CLASS_NAMES.index(obj.name) for obj in objects]
+  segments = np.zeros((1, 256), np.uint8)
+  segments[0, : STUFF_COUNT + len(objects)] = [
+    *range(STUFF_COUNT),
+    *(STUFF_COUNT + label for label in labels),
+  ]
+  return Scene(
+    image=shading.shade(hits, noise),
+    depth=1 / hits.inverse,
+    segmentation=cv2.LUT(instances, segments),
+    instances=instances,
+    boxes=boxes,
+    phrases=tuple(captions_lib.phrase(objects[i]) for i in box_objects),
+    box_objects=box_objects,
+    captions=captions_lib.captions(world, rects, visible or [0], draw),
+    label=labels[0],
+    objects=objects,
+    camera=camera,
+  )
+
+
+def _visible_boxes(
+  instances: np.ndarray, bounds: list[raycast.Box]
+) -> tuple[Float32[np.ndarray, "n 4"], tuple[int, ...]]:
+  """Boxes around visible pixels, and the indices of their objects."""
+  size = instances.shape[0]
+  min_pixels = max(_MIN_BOX_SHARE * size * size, 4)
+  boxes, indices = [], []
+  for i, (rows, columns) in enumerate(bounds):
+    mask = (instances[rows, columns] == raycast.OBJECTS + i).view(np.uint8)
+    if not mask.size or cv2.countNonZero(mask) < min_pixels:
+      continue
+    x, y, width, height = cv2.boundingRect(mask)
+    x += columns.start or 0
+    y += rows.start or 0
+    boxes.append((y, x, y + height, x + width))
+    indices.append(i)
+  unit = np.array(boxes, np.float32).reshape(-1, 4) / np.float32(size)
+  return unit, tuple(indices)

@@ -1,0 +1,72 @@
+"""Built-in scenes as a data source."""
+
+import operator
+from typing import SupportsIndex
+
+import numpy as np
+
+from mtv_jax.data.records import Record
+from mtv_jax.data.scenes import render as render_lib
+
+
+class SceneSource:
+  """Random-access source of scenes: record i is scene `first + i`.
+
+  It holds a few numbers, so that copies in worker processes cost nothing.
+
+  Args:
+    size: pixels a side of the rendered images.
+    length: number of records; also the length of an epoch.
+    first: number of the first scene. Training and evaluation take disjoint
+      ranges, such as `first=1_000_000` for evaluation.
+    seed: the series of scenes.
+  """
+
+  name = "scenes"
+  fields = frozenset(
+    ("key", "image", "captions", "depth", "segmentation")
+    + ("boxes", "phrases", "box_scores", "label")
+  )
+
+  def __init__(
+    self, size: int = 96, *, length: int = 10_000, first: int = 0, seed: int = 0
+  ):
+    render_lib.check_arguments(first, size, seed)
+    if length < 1:
+      raise ValueError(f"Scenes length {length}: expected 1 or more records.")
+    self.size, self.length, self.first, self.seed = size, length, first, seed
+    # Rendered records are in no file: one shard for a shuffle by blocks.
+    self.shards = np.array([length], np.int64)
+
+  def __len__(self) -> int:
+    return self.length
+
+  def __getitem__(self, i: SupportsIndex) -> Record:
+    """Record i: see `Scene`; depth is inverse, the boxes' scores are 1.
+
+    Raises:
+      IndexError: i is outside [0, length).
+    """
+    i = operator.index(i)
+    if not 0 <= i < self.length:
+      raise IndexError(
+        f"Record {i} of {self!r}: expected 0 to {self.length - 1}."
+      )
+    scene = render_lib.render(self.first + i, size=self.size, seed=self.seed)
+    return {
+      "key": f"scene-{self.seed}-{self.first + i}",
+      "image": scene.image,
+      "captions": list(scene.captions),
+      "depth": scene.inverse_depth,
+      "segmentation": scene.segmentation,
+      "boxes": scene.boxes,
+      "phrases": list(scene.phrases),
+      "box_scores": np.ones(len(scene.boxes), np.float32),
+      "label": scene.label,
+    }
+
+  def __repr__(self) -> str:
+    return (
+      f"SceneSource(size={self.size}, length={self.length},"
+      f" first={self.first}, seed={self.seed})"
+    )
