@@ -241,7 +241,7 @@ def made(monkeypatch):
     monkeypatch.setattr(
       base,
       "EVALUATORS",
-      {name: (f"{__name__}.{name}", name) for name in kinds},
+      {name: f"{__name__}.{name}:{name}" for name in kinds},
     )
     classes = {
       name: dataclasses.make_dataclass(

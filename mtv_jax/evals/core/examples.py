@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int
 
 from mtv_jax.data import canvas
+from mtv_jax.utils.errors import InputError
 
 # A path, `scenes`, or the config of a source as in `config.data.train`.
 Data = str | os.PathLike | Mapping[str, Any]
@@ -151,10 +152,10 @@ class CaptionSet:
     """A set of images and the captions of each.
 
     Raises:
-      ValueError: if there is none.
+      InputError: if there is none.
     """
     if not captions:
-      raise ValueError(f"{name}: no image has a caption")
+      raise InputError(f"{name}: no image has a caption")
     owner = np.repeat(np.arange(len(captions)), [len(c) for c in captions])
     return cls(
       name=name,
@@ -288,7 +289,7 @@ def subsample(items: Sequence[Any], count: int | None) -> list[Any]:
   if count is None or count >= len(items):
     return list(items)
   if count < 1:
-    raise ValueError(f"count={count}; expected at least 1, or None for all")
+    raise InputError(f"count={count}; expected at least 1, or None for all")
   return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 

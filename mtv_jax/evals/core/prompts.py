@@ -9,6 +9,8 @@ import os
 import pathlib
 from typing import Any
 
+from mtv_jax.utils.errors import InputError, MissingFileError
+
 DEFAULT_TEMPLATES = (
   "{}",
   "a picture of a {}",
@@ -39,19 +41,19 @@ class Prompts:
   def __post_init__(self):
     for template in self.templates:
       if template.count("{}") != 1:
-        raise ValueError(
+        raise InputError(
           f"{self.name}: template {template!r} must hold exactly one '{{}}', "
           "the place of the class name"
         )
     if not self.classes or not self.templates:
-      raise ValueError(
+      raise InputError(
         f"{self.name}: {len(self.classes)} classes and {len(self.templates)} "
         "templates; expected at least one of each"
       )
     if self.ids is not None:
       distinct = len(set(self.ids))
       if not len(self.ids) == distinct == len(self.classes):
-        raise ValueError(
+        raise InputError(
           f"{self.name}: {len(self.ids)} ids, {distinct} of them distinct, for "
           f"{len(self.classes)} classes; expected one id a class"
         )
@@ -70,21 +72,21 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
   ImageNet's.
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if it is not JSON of this form.
+    MissingFileError: if there is no such file.
+    InputError: if it is not JSON of this form.
   """
   path = pathlib.Path(path)
   if not path.is_file():
-    raise FileNotFoundError(
+    raise MissingFileError(
       f"no prompt file {path}; tools/make_prompts.py writes ImageNet's"
     )
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from None
+    raise InputError(f"{path} is not JSON: {error}") from None
   if not isinstance(content, dict) or "classes" not in content:
     got = sorted(content) if isinstance(content, dict) else type(content)
-    raise ValueError(
+    raise InputError(
       f"{path}: expected an object with 'classes', and optionally 'templates' "
       f"and 'ids'; got {got}"
     )
@@ -144,5 +146,5 @@ def _strings(
   if not isinstance(values, list) or not all(
     isinstance(v, str) and v for v in values
   ):
-    raise ValueError(f"{path}: {key!r} must be a list of non-empty strings")
+    raise InputError(f"{path}: {key!r} must be a list of non-empty strings")
   return tuple(values)

@@ -20,6 +20,7 @@ import numpy as np
 import mtv_jax
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core.base import Result
+from mtv_jax.utils.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +85,17 @@ def read(path: str | os.PathLike) -> list[Outcome]:
   """The outcomes in a file of `write` or `write_json`, without pictures.
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if it is no such file; says what it holds.
+    MissingFileError: if there is no such file.
+    InputError: if it is no such file; says what it holds.
   """
   path = pathlib.Path(path)
   try:
     content = json.loads(path.read_bytes())
   except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from None
+    raise InputError(f"{path} is not JSON: {error}") from None
   held = sorted(content) if isinstance(content, dict) else type(content)
   if not isinstance(content, dict) or not {"encoders", "evals"} & {*content}:
-    raise ValueError(
+    raise InputError(
       f"{path} holds {held}; expected the results of tools/evaluate.py "
       "('encoders') or an evaluation of a run ('evals')"
     )
@@ -117,7 +118,7 @@ def _outcome(
       version=entry.get("mtv_jax", content.get("mtv_jax", "")),
     )
   except (KeyError, TypeError, AttributeError) as error:
-    raise ValueError(
+    raise InputError(
       f"{path}: an entry of these results can't be read ({error!r})"
     ) from None
 

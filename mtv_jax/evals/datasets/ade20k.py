@@ -24,6 +24,7 @@ from mtv_jax.evals.datasets.files import (
   require_files,
   require_layout,
 )
+from mtv_jax.utils.errors import InputError
 
 CLASS_COUNT = 150
 _FOLDERS = {"train": "training", "test": "validation"}
@@ -70,7 +71,7 @@ def open_segmentation(
     count: how many images to use, evenly spaced; all by default.
 
   Raises:
-    FileNotFoundError: for missing folders or files.
+    MissingFileError: for missing folders or files.
   """
   name = f"{root} {_FOLDERS[split]}"
   folder = find_root(root)
@@ -117,7 +118,7 @@ def class_names(root: pathlib.Path) -> tuple[str, ...] | None:
   by semicolons in others.
 
   Raises:
-    ValueError: for a file that does not list 150 classes.
+    InputError: for a file that does not list 150 classes.
   """
   path = root / "objectInfo150.txt"
   if not path.is_file():
@@ -129,7 +130,7 @@ def class_names(root: pathlib.Path) -> tuple[str, ...] | None:
     cells = row.split("\t") if "\t" in row else row.split(",", 5)
     names.append(re.split("[;,]", cells[-1])[0].strip())
   if len(names) != CLASS_COUNT:
-    raise ValueError(
+    raise InputError(
       f"{path} lists {len(names)} classes; expected {CLASS_COUNT}, one a line"
     )
   return tuple(names)
@@ -139,12 +140,12 @@ def read_map(path: pathlib.Path) -> UInt8[np.ndarray, "h w"]:
   """Classes 0..149 of an annotation; "other" and 255 become `IGNORE`.
 
   Raises:
-    ValueError: for another kind of image.
+    InputError: for another kind of image.
   """
   values = read_class_map(path)
   known = (values <= CLASS_COUNT) | (values == IGNORE)
   if not known.all():
-    raise ValueError(
+    raise InputError(
       f"{path} has a class {values[~known].max()}; expected 0 to "
       f"{CLASS_COUNT}. The full ontology's masks (ADE20K_2021) are no maps of "
       "150 classes."

@@ -48,7 +48,7 @@ def open_folder(
     count: how many images, evenly spaced; all by default.
 
   Raises:
-    FileNotFoundError: for a folder with one split and not the other.
+    MissingFileError: for a folder with one split and not the other.
     NotApplicable: where there are no labelled images.
   """
   root = pathlib.Path(root)

@@ -29,6 +29,7 @@ from mtv_jax.evals.core.examples import (
   subsample,
 )
 from mtv_jax.evals.datasets.files import require_files, require_layout
+from mtv_jax.utils.errors import InputError, MissingFileError
 
 _INSTANCES = "annotations/instances_val2017.json"
 # Thinner than this, in pixels, a box shows nothing.
@@ -47,12 +48,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
   Raises:
     NotApplicable: for JSON that is no object.
-    ValueError: for a file that is not JSON.
+    InputError: for a file that is not JSON.
   """
   try:
     content = json.loads(path.read_bytes())
   except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from None
+    raise InputError(f"{path} is not JSON: {error}") from None
   if not isinstance(content, dict):
     raise NotApplicable(f"{path} holds a {type(content).__name__}, no object")
   return content
@@ -76,9 +77,9 @@ def open_captions(
     max_captions: the first captions of an image to use; all by default.
 
   Raises:
-    FileNotFoundError: for missing images.
+    MissingFileError: for missing images.
     NotApplicable: for JSON without captions.
-    ValueError: for captions that don't fit the images.
+    InputError: for captions that don't fit the images.
   """
   content = read_json(path)
   first = (content.get("images") or [{}])[0]
@@ -131,7 +132,7 @@ def _karpathy_rows(
       rows.append((str(name), [s["raw"] for s in row["sentences"]]))
   if not rows:
     splits = sorted({row["split"] for row in content["images"]})
-    raise ValueError(f"{path} has no split {split!r}; it has {splits}")
+    raise InputError(f"{path} has no split {split!r}; it has {splits}")
   return rows
 
 
@@ -140,7 +141,7 @@ def _require_images(
 ) -> None:
   unknown = {*ids} - {*known}
   if unknown:
-    raise ValueError(
+    raise InputError(
       f"{path}: {len(unknown)} annotated image ids are not among its images, "
       f"such as {min(unknown)}"
     )
@@ -163,7 +164,7 @@ def _image_root(
   for folder in folders:
     if any((folder / name).is_file() for name in names):
       return folder
-  raise FileNotFoundError(
+  raise MissingFileError(
     f"the images ({names[0] if names else 'none listed'}, ...) are in none of "
     f"{[str(p) for p in folders]}; set images= to their folder"
   )
@@ -186,9 +187,9 @@ def open_boxes(
     count: how many images to use, evenly spaced; all by default.
 
   Raises:
-    FileNotFoundError: for missing images.
+    MissingFileError: for missing images.
     NotApplicable: for JSON without boxes.
-    ValueError: for boxes that don't fit the images.
+    InputError: for boxes that don't fit the images.
   """
   if path.is_dir():
     require_layout(path, [_INSTANCES], what="COCO 2017 with its instances")
@@ -260,7 +261,7 @@ def _checked_images(
   def read(index: int) -> np.ndarray:
     image, info = decoded[index], infos[index]
     if image.shape[:2] != (info["height"], info["width"]):
-      raise ValueError(
+      raise InputError(
         f"{paths[index]} is {image.shape[0]}x{image.shape[1]} and its boxes "
         f"are for {info['height']}x{info['width']}: not the original image"
       )

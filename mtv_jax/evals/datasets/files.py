@@ -23,6 +23,7 @@ from mtv_jax.evals.core.examples import (
   open_images,
   subsample,
 )
+from mtv_jax.utils.errors import InputError, MissingFileError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ def select_files(
     name: of the data set, for the error.
 
   Raises:
-    FileNotFoundError: if some of the selected files are missing.
+    MissingFileError: if some of the selected files are missing.
   """
   files = subsample(files, count)
   require_files([p for f in files for p in (f.image, f.label)], name)
@@ -99,10 +100,10 @@ def open_segmentation_files(
 def require_files(
   paths: Sequence[pathlib.Path], name: str | os.PathLike
 ) -> None:
-  """Raises FileNotFoundError if files of the data set `name` are missing."""
+  """Raises MissingFileError if files of the data set `name` are missing."""
   lost = [path for path in paths if not path.is_file()]
   if lost:
-    raise FileNotFoundError(
+    raise MissingFileError(
       f"{name}: {len(lost)} of {len(paths)} files are missing, such as "
       f"{lost[0]}. Is the data set unpacked in full?"
     )
@@ -119,7 +120,7 @@ def require_layout(
     what: the data set's name, and where a user gets it.
 
   Raises:
-    FileNotFoundError: with the expected tree, the part of it that is missing
+    MissingFileError: with the expected tree, the part of it that is missing
       and what the folder holds instead.
   """
   root = pathlib.Path(root)
@@ -129,7 +130,7 @@ def require_layout(
   tree = "\n".join(
     f"  {'missing' if p in lost else 'present'}  {p}" for p in expected
   )
-  raise FileNotFoundError(
+  raise MissingFileError(
     f"{root}: this is not {what}, or only a part of it. Expected under it:\n"
     f"{tree}\nThe folder holds: {_list_folder(root)}"
   )
@@ -137,7 +138,7 @@ def require_layout(
 
 def unknown_layout(
   data: str | os.PathLike, expected: str
-) -> FileNotFoundError | NotApplicable:
+) -> MissingFileError | NotApplicable:
   """The error for data that no reader of an evaluation recognises.
 
   A path with nothing there is a mistake. Other data may well suit another
@@ -156,7 +157,7 @@ def unknown_layout(
   pattern = ".tar" in text and any(c in text for c in "{*?[")
   if path.exists() or pattern:
     return NotApplicable(f"data={text!r}: a file of another kind. {expected}")
-  return FileNotFoundError(f"data={text!r}: nothing there. {expected}")
+  return MissingFileError(f"data={text!r}: nothing there. {expected}")
 
 
 def _list_folder(root: pathlib.Path) -> str:
@@ -171,13 +172,13 @@ def read_file_list(path: pathlib.Path) -> list[tuple[str, str]]:
   """Image and depth of each line "rgb depth focal", as paths from a root.
 
   Raises:
-    ValueError: for another kind of file.
+    InputError: for another kind of file.
   """
   rows = [line.split() for line in path.read_text().splitlines() if line]
   bad = [row for row in rows if len(row) not in (2, 3)]
   if bad or not rows:
     got = f"the line {' '.join(bad[0])!r}" if bad else "an empty file"
-    raise ValueError(f"{path}: expected lines 'rgb depth focal', got {got}")
+    raise InputError(f"{path}: expected lines 'rgb depth focal', got {got}")
   return [(row[0].lstrip("/"), row[1].lstrip("/")) for row in rows]
 
 
@@ -191,7 +192,7 @@ def read_png_values(
     dtypes: that are accepted, `np.uint8` and `np.uint16` by default.
 
   Raises:
-    ValueError: for a damaged file, one with colours or of another dtype.
+    InputError: for a damaged file, one with colours or of another dtype.
   """
   dtypes = dtypes or (np.uint8, np.uint16)
   data = np.frombuffer(path.read_bytes(), np.uint8)
@@ -199,7 +200,7 @@ def read_png_values(
   if values is None or values.ndim != 2 or values.dtype not in dtypes:
     got = "no image" if values is None else f"{values.dtype} {values.shape}"
     names = " or ".join(np.dtype(dtype).name for dtype in dtypes)
-    raise ValueError(
+    raise InputError(
       f"{path}: expected a grey PNG of one channel, {names}; got {got}"
     )
   return values
@@ -209,11 +210,11 @@ def read_class_map(path: pathlib.Path) -> UInt8[np.ndarray, "h w"]:
   """The numbers that a PNG of one channel, or of a palette, holds.
 
   Raises:
-    ValueError: for an image with colours or more than 8 bits.
+    InputError: for an image with colours or more than 8 bits.
   """
   with PIL.Image.open(path) as image:
     if image.mode not in ("L", "P"):
-      raise ValueError(
+      raise InputError(
         f"{path} is an image of mode {image.mode}; expected a map of classes "
         "with one channel of 8 bits"
       )

@@ -27,6 +27,7 @@ from mtv_jax.evals.datasets.files import (
   read_png_values,
   require_layout,
 )
+from mtv_jax.utils.errors import InputError, MissingFileError
 
 SUBSETS = ("all", "train", "val")
 _LISTS = (
@@ -66,8 +67,8 @@ def open_depth(
       `val` part of the annotated depth. MiDaS tests on `val`: 161 images.
 
   Raises:
-    FileNotFoundError: for a layout with parts missing.
-    ValueError: for an unknown subset, or one without images.
+    MissingFileError: for a layout with parts missing.
+    InputError: for an unknown subset, or one without images.
   """
   listed = [root / name.format(split=split) for name in _LISTS]
   listed = [path for path in listed if path.is_file()]
@@ -84,7 +85,7 @@ def open_depth(
       what="KITTI's raw images and annotated depth with Eigen et al.'s list",
     )
   if split != "test":
-    raise ValueError(
+    raise InputError(
       f"{root}: the object benchmark's frames have no {split} split of depth; "
       f"to train on KITTI give it {_LISTS[0].format(split=split)}"
     )
@@ -93,13 +94,13 @@ def open_depth(
 
 def _open_list(path: pathlib.Path, count: int | None, subset: str) -> DepthSet:
   if subset not in SUBSETS:
-    raise ValueError(f"subset={subset!r}; expected one of {SUBSETS}")
+    raise InputError(f"subset={subset!r}; expected one of {SUBSETS}")
   rows = [row for row in read_file_list(path) if row[1] != "None"]
   root = path.parent
   maps = {row[1]: _map_path(root, row[1]) for row in rows}
   lost = [name for name, file in maps.items() if file is None]
   if lost:
-    raise FileNotFoundError(
+    raise MissingFileError(
       f"{root}: {len(lost)} of {len(rows)} depth maps are missing, such as "
       f"{lost[0]}, under data_depth_annotated/train and .../val"
     )
@@ -109,7 +110,7 @@ def _open_list(path: pathlib.Path, count: int | None, subset: str) -> DepthSet:
   if subset != "all":
     files = [f for f in files if f.label.parts[-6] == subset]
   if not files:
-    raise ValueError(f"{path}: no image has a map in the subset {subset!r}")
+    raise InputError(f"{path}: no image has a map in the subset {subset!r}")
   return open_depth_files(
     files,
     read_depth=lambda f: read_png_values(f.label).astype(np.float32) / 256,
@@ -181,11 +182,11 @@ def read_calibration(
   """Matrices `[3, 3]` and `[3, 4]` of a calibration file, by name.
 
   Raises:
-    FileNotFoundError: there is none.
-    ValueError: one that is needed is missing.
+    MissingFileError: there is none.
+    InputError: one that is needed is missing.
   """
   if not path.is_file():
-    raise FileNotFoundError(f"{path}: no calibration of this frame")
+    raise MissingFileError(f"{path}: no calibration of this frame")
   matrices = {}
   for line in path.read_text().splitlines():
     name, _, numbers = line.partition(":")
@@ -194,7 +195,7 @@ def read_calibration(
       matrices[name] = values.reshape(3, -1)
   lost = {"P2", "R0_rect", "Tr_velo_to_cam"} - matrices.keys()
   if lost:
-    raise ValueError(f"{path} lacks {sorted(lost)}; it has {sorted(matrices)}")
+    raise InputError(f"{path} lacks {sorted(lost)}; it has {sorted(matrices)}")
   return matrices
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Float, Float32, Float64
 from mtv_jax.data import canvas
 from mtv_jax.evals.datasets.files import read_png_values, require_layout
 from mtv_jax.evals.datasets.posed import Frame, PosedFrames
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
 
 SUBSETS = ("wild_set", "multiview")
 # The offline copies that the protocol reads have this shorter side.
@@ -48,11 +48,11 @@ def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
       backgrounds) or `multiview` (each capture is a group of its own).
 
   Raises:
-    FileNotFoundError: for a part that is missing.
-    ValueError: for annotations of another form.
+    MissingFileError: for a part that is missing.
+    InputError: for annotations of another form.
   """
   if subset not in SUBSETS:
-    raise ValueError(
+    raise InputError(
       f"NAVI: subset={subset!r}. {did_you_mean(subset, SUBSETS)}"
     )
   pattern = "wild_set" if subset == "wild_set" else "multiview*"
@@ -109,7 +109,7 @@ def _photos(folder: pathlib.Path) -> list[tuple[pathlib.Path, dict[str, Any]]]:
   """The annotations of a folder whose files are there, sorted by file name."""
   path = folder / "annotations.json"
   if not path.is_file():
-    raise FileNotFoundError(
+    raise MissingFileError(
       f"{folder} has no annotations.json. Is the object unpacked in full?"
     )
   try:
@@ -118,7 +118,7 @@ def _photos(folder: pathlib.Path) -> list[tuple[pathlib.Path, dict[str, Any]]]:
       camera = row["camera"]
       _ = camera["q"], camera["t"], camera["focal_length"]
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(
+    raise InputError(
       f"{path}: expected a list of {{filename, camera: {{q, t, focal_length}}}}"
       f"; {type(error).__name__}: {error}"
     ) from None
@@ -126,12 +126,12 @@ def _photos(folder: pathlib.Path) -> list[tuple[pathlib.Path, dict[str, Any]]]:
   files += [_depth_file(folder, row) for row in rows]
   lost = [file for file in files if not file.is_file()]
   if lost:
-    raise FileNotFoundError(
+    raise MissingFileError(
       f"{len(lost)} of {len(files)} images and depth maps that {path} names "
       f"are missing, such as {lost[0]}. Is the object unpacked in full?"
     )
   if not rows:
-    raise ValueError(f"{path} names no image: this object has no usable view")
+    raise InputError(f"{path} names no image: this object has no usable view")
   return [(folder, row) for row in rows]
 
 
@@ -144,7 +144,7 @@ def _read(folder: pathlib.Path, row: dict[str, Any]) -> Frame:
   image = canvas.decode(path.read_bytes(), key=str(path))
   depth = read_depth(_depth_file(folder, row))
   if depth.shape != image.shape[:2]:
-    raise ValueError(
+    raise InputError(
       f"{path} is {image.shape[0]}x{image.shape[1]} (rotated as its EXIF says) "
       f"and its depth {depth.shape[0]}x{depth.shape[1]}; they must be equal"
     )
@@ -160,7 +160,7 @@ def read_depth(path: pathlib.Path) -> Float32[np.ndarray, "h w"]:
   """Metres of a depth PNG, 0 for the background.
 
   Raises:
-    ValueError: for a file that is not 16-bit grey.
+    InputError: for a file that is not 16-bit grey.
   """
   value = read_png_values(path, np.uint16)
   metres = np.float32(_SCALE) / np.maximum(value, 1)
@@ -172,7 +172,7 @@ def _pose(
 ) -> Float64[np.ndarray, "4 4"]:
   q, t = (np.asarray(row["camera"][key], np.float64) for key in ("q", "t"))
   if q.shape != (4,) or t.shape != (3,) or not np.linalg.norm(q) > 0:
-    raise ValueError(
+    raise InputError(
       f"{folder}: the camera of {row['filename']} has q={q.tolist()} and "
       f"t={t.tolist()}; expected a quaternion and a translation"
     )

@@ -41,6 +41,7 @@ from mtv_jax.evals.datasets.files import (
   read_png_values,
   require_layout,
 )
+from mtv_jax.utils.errors import InputError
 
 TRUTHS = ("raw", "filled")
 _SPLITS = ("train", "test")
@@ -99,8 +100,8 @@ def open_depth(
     truth: `raw` or `filled` depth, where there is a choice; `raw` by default.
 
   Raises:
-    FileNotFoundError: for a layout with parts missing.
-    ValueError: for a kind of depth that the layout does not have.
+    MissingFileError: for a layout with parts missing.
+    InputError: for a kind of depth that the layout does not have.
   """
   if root.is_file() or (root / _MAT).is_file():
     return _open_mat(root, split, count, truth or "raw")
@@ -133,7 +134,7 @@ def open_depth(
 
 def _check_truth(given: str | None, available: str, layout: str) -> None:
   if given not in (None, available):
-    raise ValueError(
+    raise InputError(
       f"truth={given!r}: NYU's layout with {layout} has {available} depth "
       "only. The .mat file and Marigold's layout have both."
     )
@@ -280,7 +281,7 @@ def open_segmentation(
   """Opens one split with maps of 40 classes.
 
   Raises:
-    FileNotFoundError: for a layout with parts missing.
+    MissingFileError: for a layout with parts missing.
   """
   return open_segmentation_files(
     _numbered_files(root, split, "nyu_labels40"),
@@ -298,7 +299,7 @@ def _read_classes(path: pathlib.Path) -> np.ndarray:
   other = len(CLASSES)
   known = (values <= other) | (values == IGNORE)
   if not known.all():
-    raise ValueError(
+    raise InputError(
       f"{path} has a class {values[~known].max()}; expected 0 to {other}, "
       f"the number of one of 40 classes less one, or {IGNORE}"
     )

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8
 
 from mtv_jax.evals.core import resizing
 from mtv_jax.evals.core.examples import Digest, subsample
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 CELL = 4  # pixels of a view to a cell of its grid of points
 
@@ -249,7 +249,7 @@ def draw_pairs(
     max_angle: in degrees.
 
   Raises:
-    ValueError: for a group in which no frame has a partner.
+    InputError: for a group in which no frame has a partner.
   """
   chosen = [i for group in frames.groups for i in group][::stride]
   chosen = subsample(chosen, count)
@@ -260,7 +260,7 @@ def draw_pairs(
     # Rounding must not make a frame its own partner.
     np.fill_diagonal(near, False)
     if not near.any():
-      raise ValueError(_no_pair(frames, group, between, max_angle))
+      raise InputError(_no_pair(frames, group, between, max_angle))
     for i, row, degrees in zip(group, near, between, strict=True):
       if i in wanted:
         partners = np.flatnonzero(row)
@@ -269,7 +269,7 @@ def draw_pairs(
           place = partners[k]
           pairs.append(Pair(i, group[place], float(degrees[place])))
   if not pairs:
-    raise ValueError(
+    raise InputError(
       f"{frames.name}: none of {len(chosen)} frames overlaps with another of "
       "its group"
     )
@@ -340,7 +340,7 @@ def read_pairs(
   The angle is computed from the poses; the file's is for people.
 
   Raises:
-    ValueError: for a line of another form, or a frame that is not in the data.
+    InputError: for a line of another form, or a frame that is not in the data.
   """
   index = {name: i for i, name in enumerate(frames.names)}
   pairs = []
@@ -349,12 +349,12 @@ def read_pairs(
       continue
     fields = line.split()
     if len(fields) != 3:
-      raise ValueError(
+      raise InputError(
         f"{path}, line {number}: expected 'first second degrees', got {line!r}"
       )
     for name in fields[:2]:
       if name not in index:
-        raise ValueError(
+        raise InputError(
           f"{path}, line {number}: {frames.name} has no frame {name!r}. "
           f"{did_you_mean(name, frames.names[:1000])}"
         )
@@ -362,5 +362,5 @@ def read_pairs(
     turned = motion(frames.poses[i], frames.poses[j])
     pairs.append(Pair(i, j, float(rotation_angle(turned[:3, :3]))))
   if not pairs:
-    raise ValueError(f"{path} has no pairs")
+    raise InputError(f"{path} has no pairs")
   return tuple(pairs)

@@ -51,6 +51,7 @@ from mtv_jax.evals.datasets.files import unknown_layout
 from mtv_jax.evals.datasets.posed import PosedFrames
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.datasets.splits import Splits, match_splits
+from mtv_jax.utils.errors import InputError
 
 # By what errors call it, in the order in which folders are recognised.
 LAYOUTS: dict[str, ModuleType] = {
@@ -87,7 +88,7 @@ def open_classification(
       scenes, which never end, 1,000).
 
   Raises:
-    FileNotFoundError: nothing there.
+    MissingFileError: nothing there.
     NotApplicable: something there that has no labels, or whose folders are
       those of another kind of data set.
   """
@@ -129,9 +130,9 @@ def open_splits(
     train_count: how many to train on, by the same rule.
 
   Raises:
-    FileNotFoundError: nothing there, or one split without the other.
+    MissingFileError: nothing there, or one split without the other.
     NotApplicable: data of another kind, or without a training split.
-    ValueError: classes that don't agree, or one set given twice.
+    InputError: classes that don't agree, or one set given twice.
   """
   if isinstance(data, Mapping):
     both = data.get("type") in ("scenes", "tfds")
@@ -175,7 +176,7 @@ def open_captions(
     max_captions: the first captions of an image to use; all by default.
 
   Raises:
-    FileNotFoundError: nothing there, or images missing.
+    MissingFileError: nothing there, or images missing.
     NotApplicable: something there that has no captions.
   """
   chosen = {"count": count, "max_captions": max_captions}
@@ -205,9 +206,9 @@ def open_segmentation(
       the scenes, which never end, 256 and 100).
 
   Raises:
-    FileNotFoundError: nothing there, or a part missing.
+    MissingFileError: nothing there, or a part missing.
     NotApplicable: something there that has no classes of pixels.
-    ValueError: for an unknown split or option.
+    InputError: for an unknown split or option.
   """
   _check_split(split)
   if isinstance(data, Mapping) or is_scenes(data):
@@ -238,7 +239,7 @@ def depth_kind(data: Data) -> str:
   """`scenes`, `nyu` or `kitti`, without opening `data`.
 
   Raises:
-    FileNotFoundError: nothing there.
+    MissingFileError: nothing there.
     NotApplicable: something there that has no depth.
   """
   if is_scenes(data):
@@ -280,9 +281,9 @@ def open_depth(
     subset: of KITTI, see `kitti.open_depth`.
 
   Raises:
-    FileNotFoundError: nothing there, or only a part.
+    MissingFileError: nothing there, or only a part.
     NotApplicable: something there that has no depth.
-    ValueError: for an unknown split or option.
+    InputError: for an unknown split or option.
   """
   _check_split(split)
   kind = depth_kind(data)
@@ -330,9 +331,9 @@ def open_boxes(
       the scenes, which never end, 128).
 
   Raises:
-    FileNotFoundError: nothing there, or images missing.
+    MissingFileError: nothing there, or images missing.
     NotApplicable: something there that has no boxes.
-    ValueError: boxes that don't fit their images.
+    InputError: boxes that don't fit their images.
   """
   if isinstance(data, Mapping) or is_scenes(data):
     config = _source_config(data, length=count or _BOX_SCENES)
@@ -361,7 +362,7 @@ def open_posed(data: Data, *, subset: str, count: int) -> PosedFrames:
     count: of the scenes, how many to render.
 
   Raises:
-    FileNotFoundError: nothing there, or only a part.
+    MissingFileError: nothing there, or only a part.
     NotApplicable: something there without poses.
   """
   if isinstance(data, Mapping) or is_scenes(data):
@@ -387,7 +388,7 @@ def open_key_points(data: Data, *, split: str, count: int) -> KeyPointPairs:
     count: of the scenes, how many to render.
 
   Raises:
-    FileNotFoundError: nothing there, or only a part.
+    MissingFileError: nothing there, or only a part.
     NotApplicable: something there without key points.
   """
   if isinstance(data, Mapping) or is_scenes(data):
@@ -404,7 +405,7 @@ def open_key_points(data: Data, *, split: str, count: int) -> KeyPointPairs:
 
 def _check_split(split: str) -> None:
   if split not in SPLITS:
-    raise ValueError(f"split={split!r}; expected 'train' or 'test'")
+    raise InputError(f"split={split!r}; expected 'train' or 'test'")
 
 
 def _scene_range(data: Data, count: int, needs: str) -> scenes.SceneRange:

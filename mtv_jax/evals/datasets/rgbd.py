@@ -23,6 +23,7 @@ from mtv_jax.data import canvas
 from mtv_jax.evals.datasets.class_folders import list_folders
 from mtv_jax.evals.datasets.files import read_png_values, require_layout
 from mtv_jax.evals.datasets.posed import Frame, PosedFrames, motion
+from mtv_jax.utils.errors import InputError, MissingFileError
 
 # The protocol's offline copies, which are made of these frames too.
 STORED = 1024
@@ -50,8 +51,8 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
   """All frames under a folder that have a finite pose, sorted by name.
 
   Raises:
-    FileNotFoundError: for a frame without its picture or depth.
-    ValueError: for a pose or intrinsics of another form.
+    MissingFileError: for a frame without its picture or depth.
+    InputError: for a pose or intrinsics of another form.
   """
   root = require_layout(
     root,
@@ -75,7 +76,7 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
     if len(frames) > start:
       groups.append(tuple(range(start, len(frames))))
   if not frames:
-    raise ValueError(f"{root}: none of its {lost} poses is finite")
+    raise InputError(f"{root}: none of its {lost} poses is finite")
   stacked = np.stack(poses)
   return PosedFrames(
     name=str(root),
@@ -111,7 +112,7 @@ class _Files:
     image = canvas.decode(self.picture.read_bytes(), key=str(self.picture))
     depth = read_depth(self.depth)
     if depth.shape != image.shape[:2]:
-      raise ValueError(
+      raise InputError(
         f"{self.picture} is {image.shape[0]}x{image.shape[1]} and its depth "
         f"{depth.shape[0]}x{depth.shape[1]}; they must be equal"
       )
@@ -131,7 +132,7 @@ def _files(path: pathlib.Path, there: set[str], intrinsics) -> _Files:
   names = [name for name in names if name in there]
   depth = f"{stem}depth.png"
   if not names or depth not in there:
-    raise FileNotFoundError(
+    raise MissingFileError(
       f"{path} has no {stem}color.png or .jpg, or no {depth}, beside it"
     )
   return _Files(path.with_name(names[0]), path.with_name(depth), intrinsics)
@@ -170,7 +171,7 @@ def read_depth(path: pathlib.Path) -> Float32[np.ndarray, "h w"]:
   """Metres of a depth PNG, 0 where it has none.
 
   Raises:
-    ValueError: for a file that is not 16-bit grey.
+    InputError: for a file that is not 16-bit grey.
   """
   value = read_png_values(path, np.uint16)
   return np.where(value < 65535, value, 0).astype(np.float32) / 1000
@@ -183,7 +184,7 @@ def _intrinsics(folder: pathlib.Path, root: pathlib.Path) -> np.ndarray:
     if path.is_file():
       k = _matrix(path, (3, 3))
       if not 0.98 * k[0, 0] <= k[1, 1] <= 1.02 * k[0, 0]:
-        raise ValueError(
+        raise InputError(
           f"{path}: focal lengths of {k[0, 0]:g} and {k[1, 1]:g} pixels; "
           "expected square pixels, as a view has one"
         )
@@ -197,9 +198,9 @@ def _matrix(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
   try:
     values = np.array(path.read_text().split(), np.float64)
   except ValueError as error:
-    raise ValueError(f"{path}: {error}") from None
+    raise InputError(f"{path}: {error}") from None
   if values.size != shape[0] * shape[1]:
-    raise ValueError(
+    raise InputError(
       f"{path} has {values.size} numbers; expected {shape[0]} rows of "
       f"{shape[1]}"
     )
@@ -211,5 +212,5 @@ def _inverse(
 ) -> Float64[np.ndarray, "4 4"]:
   rotation = camera_to_world[:3, :3]
   if np.abs(rotation @ rotation.T - np.eye(3)).max() > 0.01:
-    raise ValueError(f"{path}: its upper left 3 x 3 is no rotation")
+    raise InputError(f"{path}: its upper left 3 x 3 is no rotation")
   return np.linalg.inv(camera_to_world)

@@ -42,6 +42,7 @@ from mtv_jax.evals.core.examples import (
   subsample,
 )
 from mtv_jax.evals.datasets.posed import Frame, PosedFrames
+from mtv_jax.utils.errors import InputError
 
 # Scenes are rendered from their number; training counts up from zero.
 HELD_OUT_SCENES = 1_000_000
@@ -132,7 +133,7 @@ def open_range(
 
   Raises:
     NotApplicable: for a source of another type.
-    ValueError: for an option that scenes do not have, or `count` below 1.
+    InputError: for an option that scenes do not have, or `count` below 1.
   """
   from mtv_jax.data.sources import registry as sources
 
@@ -143,7 +144,7 @@ def open_range(
       'only {type: "scenes"} has'
     )
   if count is not None and count < 1:
-    raise ValueError(f"count={count}; expected at least 1, or None for all")
+    raise InputError(f"count={count}; expected at least 1, or None for all")
   if size is not None:
     given.setdefault("size", size)
   config = split_config({"length": count or default, **given}, split)
@@ -301,7 +302,7 @@ def open_key_points(scenes: SceneRange) -> KeyPointPairs:
   bounding box, and the points at 15 and 85 % of its height.
 
   Raises:
-    ValueError: for too few scenes to have two of one class.
+    InputError: for too few scenes to have two of one class.
   """
   numbers, side = scenes.numbers, scenes.size or _KEY_POINT_SIZE
   sized = dataclasses.replace(scenes, size=side)
@@ -332,7 +333,7 @@ def open_key_points(scenes: SceneRange) -> KeyPointPairs:
       )
   if not pairs:
     enough = len(CLASS_NAMES) + 1
-    raise ValueError(
+    raise InputError(
       f"scenes: {len(numbers)} of them (from number {numbers[0]}) show no two "
       f"main objects of one class, so there is nothing to pair. Of {enough} "
       f"scenes two have the same of {enough - 1} classes: set count={enough} "

@@ -23,7 +23,7 @@ from mtv_jax.evals.core.examples import (
   open_images,
 )
 from mtv_jax.evals.datasets.files import require_files, require_layout
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 SPLITS = ("trn", "val", "test")
 
@@ -41,11 +41,11 @@ def open_key_points(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
     split: `trn`, `val` or `test`.
 
   Raises:
-    FileNotFoundError: for a part that is missing.
-    ValueError: for an annotation of another form.
+    MissingFileError: for a part that is missing.
+    InputError: for an annotation of another form.
   """
   if split not in SPLITS:
-    raise ValueError(
+    raise InputError(
       f"SPair-71k: split={split!r}. {did_you_mean(split, SPLITS)}"
     )
   root = require_layout(
@@ -103,14 +103,14 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
     row = json.loads(path.read_bytes())
     row = {key: row[key] for key in _KEYS}
   except (ValueError, TypeError) as error:
-    raise ValueError(f"{path} is no annotation of a pair: {error}") from None
+    raise InputError(f"{path} is no annotation of a pair: {error}") from None
   except KeyError as error:
-    raise ValueError(
+    raise InputError(
       f"{path} has no {error}; expected the keys {', '.join(_KEYS)}"
     ) from None
   counts = [len(row[key]) for key in ("src_kps", "trg_kps")]
   if counts[0] != counts[1]:
-    raise ValueError(
+    raise InputError(
       f"{path}: {counts[0]} key points in the first picture and {counts[1]} in "
       "the second; a pair lists the same points of both"
     )

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mtv_jax.evals.core.examples import ClassificationSet
+from mtv_jax.utils.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +44,12 @@ def match_splits(train: ClassificationSet, test: ClassificationSet) -> Splits:
   """Both sets with labels among the classes of `train`.
 
   Raises:
-    ValueError: for classes that don't agree, or one set given twice.
+    InputError: for classes that don't agree, or one set given twice.
   """
   both_scenes = train.name == test.name == "scenes"
   path = os.path.realpath(test.name)
   if os.path.realpath(train.name) == path and not both_scenes:
-    raise ValueError(
+    raise InputError(
       f"train and test are both {path}: a probe would be tested on its "
       "training images"
     )
@@ -58,7 +59,7 @@ def match_splits(train: ClassificationSet, test: ClassificationSet) -> Splits:
   index = {key: i for i, key in enumerate(train.ids)}
   lost = [key for key in test.ids if key not in index]
   if lost:
-    raise ValueError(
+    raise InputError(
       f"{len(lost)} of {len(test.ids)} classes of {test.name} are not in "
       f"{train.name}, such as {lost[0]!r}: a probe can't learn them. Is "
       "train= another data set, or half unpacked?"
