@@ -1,18 +1,10 @@
-"""k-NN classification on an encoder's features, as DINOv2 measures it.
+"""`mtv-jax knn`: k-NN classification."""
 
-    python tools/knn.py --encoder=runs/a
-    python tools/knn.py --encoder=runs/a --data=imagenet --json=knn.json \\
-      --set=batch_size=512 --set=k='(10, 20)'
+import sys
 
-The data are scenes or a folder with train/CLASS/*.jpg and val/CLASS/*.jpg.
-tools/evaluate.py runs this and all other evaluations.
-"""
+from mtv_jax.cli.main import command
 
-import functools
-
-from mtv_jax.cli import probe as door
-
-main = functools.partial(door.main, "knn", __doc__)
+main = command("knn")
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

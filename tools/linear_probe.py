@@ -1,21 +1,10 @@
-"""Linear classification on an encoder's features, as DINOv2 measures it.
+"""`mtv-jax linear_probe`: linear classification."""
 
-    python tools/linear_probe.py --encoder=runs/a
-    python tools/linear_probe.py --encoder=runs/a --data=imagenet \\
-      --set=batch_size=512 --json=linear.json
-    python tools/linear_probe.py --encoder=runs/a --data=imagenet \\
-      --set=augment=cached --set=select=train_split
+import sys
 
-The data are scenes or a folder with train/CLASS/*.jpg and val/CLASS/*.jpg.
-Published figures are trained on random crops, which are encoded anew at every
-step; with augment=cached features are computed once.
-"""
+from mtv_jax.cli.main import command
 
-import functools
-
-from mtv_jax.cli import probe as door
-
-main = functools.partial(door.main, "linear_probe", __doc__)
+main = command("linear_probe")
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

@@ -1,6 +1,10 @@
-"""Draws built-in scenes with their labels: `mtv_jax.cli.show_scenes`."""
+"""`mtv-jax show_scenes`: draw built-in scenes with their labels."""
 
-from mtv_jax.cli.show_scenes import main
+import sys
+
+from mtv_jax.cli.main import command
+
+main = command("show_scenes")
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

@@ -1,7 +1,7 @@
 """Draws built-in scenes with their labels into a PNG file.
 
-python tools/show_scenes.py --out=scenes.png --first=0 --count=6
-python tools/show_scenes.py --out=tiles.png --count=64 --view=images --size=96
+mtv-jax show_scenes --output=scenes.png --first=0 --count=6
+mtv-jax show_scenes --output=tiles.png --count=64 --view=images --size=96
 """
 
 import argparse
@@ -97,24 +97,26 @@ def scene_tiles(
   return np.asarray(sheet)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command line."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--out", type=pathlib.Path, required=True, help="a PNG")
-  parser.add_argument("--first", type=int, default=0, help="number of a scene")
-  parser.add_argument("--count", type=int, default=6, help="how many scenes")
-  parser.add_argument("--size", type=int, default=192, help="pixels a side")
-  parser.add_argument("--seed", type=int, default=0, help="series of scenes")
-  parser.add_argument(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """The options of `mtv-jax show_scenes`."""
+  add = parser.add_argument
+  add("--output", type=pathlib.Path, required=True, help="a PNG file")
+  add("--first", type=int, default=0, help="number of the first scene")
+  add("--count", type=int, default=6, help="number of scenes")
+  add("--size", type=int, default=192, help="side of a scene, in pixels")
+  add("--seed", type=int, default=0, help="of the scenes")
+  add(
     "--view",
     choices=("labels", "images"),
     default="labels",
     help="a row with all labels for each scene, or the images in a grid",
   )
-  args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+  """Writes the sheet."""
   indices = range(args.first, args.first + args.count)
   draw = scene_sheet if args.view == "labels" else scene_tiles
-  Image.fromarray(draw(indices, size=args.size, seed=args.seed)).save(args.out)
-  print(f"{args.count} scenes from {args.first} in {args.out}")
+  sheet = Image.fromarray(draw(indices, size=args.size, seed=args.seed))
+  sheet.save(args.output)
+  print(f"wrote {args.count} scenes from {args.first} on to {args.output}")

@@ -1,23 +1,15 @@
 """The command line of tools/convert.py."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 
+from mtv_jax.cli.main import command
 from mtv_jax.convert import huggingface
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
-
-@pytest.fixture(scope="module")
-def tool(repo_root):
-  path = repo_root / "tools" / "convert.py"
-  found = importlib.util.spec_from_file_location("convert_tool", path)
-  module = importlib.util.module_from_spec(found)
-  found.loader.exec_module(module)
-  return module
+main = command("convert")
 
 
 @pytest.fixture
@@ -44,11 +36,11 @@ def _leaves(folder):
   return dict(flatten_with_names(huggingface.read(folder).params))
 
 
-def test_to_hf_then_from_hf_is_identical(tool, native, tmp_path, capsys):
+def test_to_hf_then_from_hf_is_identical(native, tmp_path, capsys):
   out, back = str(tmp_path / "hf"), str(tmp_path / "back")
-  tool.main(["to_hf", str(native), out, "--tokenizer=bytes", "--clean=lower"])
+  main(["to_hf", str(native), out, "--tokenizer=bytes", "--clean=lower"])
   assert "model.safetensors" in capsys.readouterr().out
-  tool.main(["from_hf", out, back])
+  main(["from_hf", out, back])
   want, got = _leaves(native), _leaves(back)
   assert got.keys() == want.keys()
   for name, value in want.items():
@@ -56,34 +48,34 @@ def test_to_hf_then_from_hf_is_identical(tool, native, tmp_path, capsys):
   assert huggingface.read(back).tokenizer.clean == "lower"
 
 
-def test_image_size_resamples(tool, native, tmp_path):
+def test_image_size_resamples(native, tmp_path):
   out = tmp_path / "hf"
-  tool.main(["to_hf", str(native), str(out), "--image_size=64"])
+  main(["to_hf", str(native), str(out), "--image_size=64"])
   model = huggingface.read(out)
   assert model.spec.image.image_size == model.preprocess["size"] == 64
   assert model.params["image"]["position_embedding"].shape == (16, 64)
 
 
-def test_errors_are_messages(tool, native, tmp_path):
+def test_errors_are_messages(native, tmp_path):
   with pytest.raises(SystemExit, match="There is no folder"):
-    tool.main(["from_hf", str(tmp_path / "no"), str(tmp_path / "out")])
+    main(["from_hf", str(tmp_path / "no"), str(tmp_path / "out")])
   with pytest.raises(SystemExit, match="33x33.*32x32"):
-    tool.main(["to_hf", str(native), str(tmp_path / "out"), "--image_size=33"])
+    main(["to_hf", str(native), str(tmp_path / "out"), "--image_size=33"])
   with pytest.raises(SystemExit, match="npz is expected"):
-    tool.main(["from_big_vision", "no.npz", str(tmp_path / "out")])
+    main(["from_big_vision", "no.npz", str(tmp_path / "out")])
 
 
-def test_a_source_is_never_written_over(tool, native, tmp_path):
+def test_a_source_is_never_written_over(native, tmp_path):
   before = {p.name: p.read_bytes() for p in native.iterdir()}
-  for command in ("to_hf", "from_hf"):
-    with pytest.raises(SystemExit, match="is the source itself"):
-      tool.main([command, str(native), f"{native}/../native"])
+  for direction in ("to_hf", "from_hf"):
+    with pytest.raises(SystemExit, match="is the source: name"):
+      main([direction, str(native), f"{native}/../native"])
   # Nor is a conversion mixed with one of the other form, which hides it.
   out = tmp_path / "hf"
-  tool.main(["to_hf", str(native), str(out)])
+  main(["to_hf", str(native), str(out)])
   with pytest.raises(SystemExit, match=r"another form \(model\.safetensors\)"):
-    tool.main(["from_hf", str(native), str(out)])
+    main(["from_hf", str(native), str(out)])
   with pytest.raises(SystemExit, match=r"another form \(params\.safetensors\)"):
-    tool.main(["to_hf", str(out), str(native)])
+    main(["to_hf", str(out), str(native)])
   assert {p.name: p.read_bytes() for p in native.iterdir()} == before
   assert (out / "config.json").is_file()

@@ -1,6 +1,5 @@
-"""tools/label.py: its options, its endings, and real experts through it."""
+"""The command `label`: options, exit status, and real experts."""
 
-import importlib.util
 import json
 import signal
 
@@ -13,17 +12,12 @@ from labelling_samples import (
   make_tars,
 )
 
+from mtv_jax.cli import label
+from mtv_jax.cli.main import command
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.experts import build
 
-
-@pytest.fixture(scope="module")
-def tool(repo_root):
-  path = repo_root / "tools" / "label.py"
-  spec = importlib.util.spec_from_file_location("label", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+main = command("label")
 
 
 @pytest.fixture(scope="module")
@@ -34,26 +28,24 @@ def base(tmp_path_factory):
 def arguments(base, out, *more, expert="depth", weights="x"):
   return [
     f"--expert={expert}", f"--weights={weights}", f"--data={base}/*.tar",
-    f"--out={out}", "--threads=2", *more,
+    f"--output={out}", "--threads=2", *more,
   ]  # fmt: skip
 
 
 # --- The command -------------------------------------------------------------
 
 
-def test_the_tool_labels_and_verifies(
-  tool, base, tmp_path, monkeypatch, capsys
-):
+def test_the_tool_labels_and_verifies(base, tmp_path, monkeypatch, capsys):
   asked = []
 
   def fake(kind, weights, *, options):
     asked.append((kind, weights, dict(options)))
     return FakeDepth(scale=options.get("scale", 2.0))
 
-  monkeypatch.setattr(tool, "build_expert", fake)
+  monkeypatch.setattr(label, "build_expert", fake)
   argv = arguments(base, tmp_path)
   given = ["--side=64", "--batch_size=2", "--set=scale=2.0", "--set=name=a/b"]
-  assert tool.main([*argv, *given]) == 0
+  assert main([*argv, *given]) == 0
   # Options that nobody gave are the expert's.
   options = {"side": 64, "batch_size": 2, "scale": 2.0, "name": "a/b"}
   assert asked == [("depth", "x", options)]
@@ -61,29 +53,29 @@ def test_the_tool_labels_and_verifies(
   assert f"11 of 14 records have a label, in {tmp_path}." in said.out
   assert "1 times: record: its image in N.tar has no bytes" in said.out
   assert "100.0%, 14 of 14 images" in said.err
-  assert tool.main([*argv, "--verify=5"]) == 0
+  assert main([*argv, "--verify=5"]) == 0
   assert "5 records labelled again" in capsys.readouterr().out
   # Again: nothing to do.
   before = contents(tmp_path)
-  assert tool.main(argv) == 0
+  assert main(argv) == 0
   assert contents(tmp_path) == before
   with pytest.raises(SystemExit, match=r"settings.scale: 2.0 -> 5.0"):
-    tool.main([*argv, "--set=scale=5.0"])
+    main([*argv, "--set=scale=5.0"])
   found = LabelSet(tmp_path, kind="depth")
   assert found.manifest["labelled"] == 11
 
 
-def test_a_difference_is_an_exit_code(tool, base, tmp_path, monkeypatch):
-  monkeypatch.setattr(tool, "build_expert", lambda *a, **k: FakeDepth())
+def test_a_difference_is_an_exit_code(base, tmp_path, monkeypatch):
+  monkeypatch.setattr(label, "build_expert", lambda *a, **k: FakeDepth())
   argv = arguments(base, tmp_path)
-  assert tool.main(argv) == 0
+  assert main(argv) == 0
 
   class Other(FakeDepth):
     def finish(self, outputs, meta):
       return super().finish({"depth": outputs["depth"] ** 2}, meta)
 
-  monkeypatch.setattr(tool, "build_expert", lambda *a, **k: Other())
-  assert tool.main([*argv, "--verify=3"]) == 1
+  monkeypatch.setattr(label, "build_expert", lambda *a, **k: Other())
+  assert main([*argv, "--verify=3"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -94,9 +86,9 @@ def test_a_difference_is_an_exit_code(tool, base, tmp_path, monkeypatch):
     ([], "label: No weights at x. Expected are a folder of Depth Anything"),
   ],
 )
-def test_commands_that_cannot_be(tool, base, tmp_path, more, says):
+def test_commands_that_cannot_be(base, tmp_path, more, says):
   with pytest.raises(SystemExit, match=says):
-    tool.main(arguments(base, tmp_path / "out", *more))
+    main(arguments(base, tmp_path / "out", *more))
   assert not (tmp_path / "out").exists()
 
 
@@ -260,19 +252,19 @@ def write_weights(path):
 
 @pytest.mark.reference
 @pytest.mark.slow
-def test_a_real_expert_through_the_tool(tool, tmp_path, capsys):
+def test_a_real_expert_through_the_tool(tmp_path, capsys):
   """Pictures of three shapes, by Depth Anything."""
   weights = write_weights(tmp_path / "weights")
   base = make_tars(tmp_path / "base", shards=2)
   argv = arguments(
     base, tmp_path / "a", "--size=28", "--side=32", weights=weights
   )
-  assert tool.main(argv) == 0
-  assert tool.main([*argv, "--verify=14"]) == 0
+  assert main(argv) == 0
+  assert main([*argv, "--verify=14"]) == 0
   assert "16-bit maps differ by at most 0 steps" in capsys.readouterr().out
   found = LabelSet(tmp_path / "a", kind="depth")
   maps = [found.read(1, at).label.values for at in range(7)]
   assert len({values.tobytes() for values in maps}) == 7
   assert all(np.ptp(values) == 65534 for values in maps)
   with pytest.raises(SystemExit, match="side: 32 -> 16"):
-    tool.main([*argv[:-1], "--side=16"])
+    main([*argv[:-1], "--side=16"])

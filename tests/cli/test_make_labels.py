@@ -1,6 +1,5 @@
 """Label sets from annotations: COCO's boxes, depth images."""
 
-import importlib.util
 import io
 import json
 import tarfile
@@ -9,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from mtv_jax.cli.main import command
 from mtv_jax.data.labels import annotations
 from mtv_jax.data.labels.annotations import (
   DepthImages,
@@ -22,14 +22,7 @@ from mtv_jax.data.sources import listings
 from mtv_jax.data.sources import shard_writer as shards_lib
 from mtv_jax.data.sources.registry import build_source
 
-
-@pytest.fixture(scope="module")
-def tool(repo_root):
-  path = repo_root / "tools" / "make_labels.py"
-  spec = importlib.util.spec_from_file_location("make_labels", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+main = command("make_labels")
 
 
 def item(name="7.jpg", size=(100, 200), **fields):
@@ -271,7 +264,7 @@ def photos(folder, names, size=(50, 100)):
 
 
 @pytest.mark.parametrize("format", ["webdataset", "array_record"])
-def test_the_tool_from_shards_to_a_source(tmp_path, tool, format, capsys):
+def test_the_tool_from_shards_to_a_source(tmp_path, format, capsys):
   names = [f"{i}.png" for i in range(5)]
   shards_lib.write(
     photos(tmp_path / "photos", names), tmp_path / "base", format=format,
@@ -289,18 +282,18 @@ def test_the_tool_from_shards_to_a_source(tmp_path, tool, format, capsys):
     tmp_path / "x.json", annotated, [(i, f"{i}.jpg") for i in (1, 3, 9)]
   )
   depth = [
-    "depth", f"--base={base}", f"--output={tmp_path}/labels/depth",
+    "depth", f"--data={base}", f"--output={tmp_path}/labels/depth",
     f"--depth_dir={tmp_path}/metres", "--metric", "--scale=10", "--side=32",
   ]  # fmt: skip
-  assert tool.main(depth) == 0
+  assert main(depth) == 0
   out = capsys.readouterr().out
   assert "3 of 5 records have a label, in" in out
   assert "2 times: depth: no file for the image" in out
   boxes = [
-    "boxes", f"--base={base}", f"--output={tmp_path}/labels/boxes",
+    "boxes", f"--data={base}", f"--output={tmp_path}/labels/boxes",
     f"--instances={file}",
   ]  # fmt: skip
-  assert tool.main(boxes) == 0
+  assert main(boxes) == 0
   out = capsys.readouterr().out
   assert "2 of 5 records have a label with 1 boxes, in" in out
   assert "3 times: boxes: the image is not in the annotations" in out
@@ -329,15 +322,15 @@ def test_the_tool_from_shards_to_a_source(tmp_path, tool, format, capsys):
     "min_valid": 16,
   }  # fmt: skip
   # Again: nothing to do, the same summary, the same file.
-  assert tool.main(depth) == 0
+  assert main(depth) == 0
   assert "3 of 5 records have a label, in" in capsys.readouterr().out
-  assert tool.main([*depth, "--inverse"][:-2] + ["--side=16"]) == 1
-  said = capsys.readouterr().err
-  assert "finished label set" in said
-  assert "settings.side: 32 -> 16" in said
+  with pytest.raises(SystemExit) as exit:
+    main([*depth, "--inverse"][:-2] + ["--side=16"])
+  assert "finished label set" in exit.value.code
+  assert "settings.side: 32 -> 16" in exit.value.code
 
 
-def test_a_base_of_bare_tars_is_found_by_its_keys(tmp_path, tool):
+def test_a_base_of_bare_tars_is_found_by_its_keys(tmp_path):
   photos(tmp_path / "photos", ["a.png", "b.png"])
   with tarfile.open(tmp_path / "x.tar", "w") as tar:
     for name in ("a", "b"):
@@ -347,9 +340,9 @@ def test_a_base_of_bare_tars_is_found_by_its_keys(tmp_path, tool):
       tar.addfile(info, io.BytesIO(data))
   (tmp_path / "depth").mkdir()
   depth_file(tmp_path / "depth" / "b.png")
-  code = tool.main(
+  code = main(
     [
-      "depth", f"--base={tmp_path}/x.tar", f"--output={tmp_path}/out",
+      "depth", f"--data={tmp_path}/x.tar", f"--output={tmp_path}/out",
       f"--depth_dir={tmp_path}/depth", "--inverse",
     ]
   )  # fmt: skip
@@ -359,20 +352,21 @@ def test_a_base_of_bare_tars_is_found_by_its_keys(tmp_path, tool):
   assert [found.read(0, i).label is None for i in range(2)] == [True, False]
 
 
-def test_nothing_found_says_what_was_looked_for(tmp_path, tool, capsys):
+def test_nothing_found_says_what_was_looked_for(tmp_path, capsys):
   shards_lib.write(photos(tmp_path / "photos", ["a.png"]), tmp_path / "base")
   (tmp_path / "depth").mkdir()
   argv = [
-    "depth", f"--base={tmp_path}/base/*.tar", f"--output={tmp_path}/out",
+    "depth", f"--data={tmp_path}/base/*.tar", f"--output={tmp_path}/out",
     f"--depth_dir={tmp_path}/depth", "--metric",
   ]  # fmt: skip
-  assert tool.main(argv) == 1
-  said = capsys.readouterr().err
+  with pytest.raises(SystemExit) as exit:
+    main(argv)
+  said = exit.value.code
   assert "None of the 1 records has a label: 1 times 'depth: no file" in said
   assert "looked for as Item(key='000000000', name='a.png'" in said
   # Another attempt is not held up by what this one left.
   depth_file(tmp_path / "depth" / "d_a.png")
-  assert tool.main([*argv, "--pattern=d_{stem}.png"]) == 0
+  assert main([*argv, "--pattern=d_{stem}.png"]) == 0
 
 
 def test_urls_are_names(tmp_path):
@@ -396,7 +390,7 @@ def first_examples(listing, images, names):
   return [found[name] for name in names]
 
 
-def test_coco_boxes_are_those_of_the_annotations(shared_data, tmp_path, tool):
+def test_coco_boxes_are_those_of_the_annotations(shared_data, tmp_path):
   coco = shared_data / "coco"
   file = coco / "annotations" / "instances_val2017.json"
   content = json.loads(file.read_text())
@@ -415,9 +409,9 @@ def test_coco_boxes_are_those_of_the_annotations(shared_data, tmp_path, tool):
   # The larger ones are made smaller, which changes no coordinate.
   shards_lib.write(examples, tmp_path / "base", max_side=320)
   base = f"{tmp_path}/base/*.tar"
-  code = tool.main(
+  code = main(
     [
-      "boxes", f"--base={base}", f"--output={tmp_path}/boxes", "--instances",
+      "boxes", f"--data={base}", f"--output={tmp_path}/boxes", "--instances",
       str(file), str(file).replace("val", "train"),
     ]
   )  # fmt: skip
@@ -450,7 +444,7 @@ def test_coco_boxes_are_those_of_the_annotations(shared_data, tmp_path, tool):
     assert "boxes" not in source[i]
 
 
-def test_nyu_depth_is_larger_where_it_is_nearer(shared_data, tmp_path, tool):
+def test_nyu_depth_is_larger_where_it_is_nearer(shared_data, tmp_path):
   nyu = shared_data / "nyuv2"
   lines = (nyu / "test.txt").read_text().splitlines()
   ids = [line.split()[0] for line in lines[:4]]
@@ -460,9 +454,9 @@ def test_nyu_depth_is_larger_where_it_is_nearer(shared_data, tmp_path, tool):
   ]
   shards_lib.write(examples, tmp_path / "base")
   base = f"{tmp_path}/base/*.tar"
-  code = tool.main(
+  code = main(
     [
-      "depth", f"--base={base}", f"--output={tmp_path}/depth",
+      "depth", f"--data={base}", f"--output={tmp_path}/depth",
       f"--depth_dir={nyu}/nyu_depths", "--metric", "--scale=25.5",
     ]
   )  # fmt: skip

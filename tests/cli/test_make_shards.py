@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import importlib.util
 import io
 import json
 import tarfile
@@ -11,22 +10,16 @@ import cv2
 import numpy as np
 import pytest
 
+from mtv_jax.cli.main import command
 from mtv_jax.data.sources import listings, shard_writer
 from mtv_jax.data.sources.registry import ArrayRecordSource, WebDatasetSource
+
+main = command("make_shards")
 
 
 def encoded(seed, extension=".jpg", size=(12, 16)):
   image = np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)
   return cv2.imencode(extension, image)[1].tobytes()
-
-
-@pytest.fixture(scope="module")
-def tool(repo_root):
-  path = repo_root / "tools" / "make_shards.py"
-  spec = importlib.util.spec_from_file_location("make_shards", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
 
 
 @pytest.fixture
@@ -429,13 +422,13 @@ def test_extensions_follow_the_bytes(tmp_path):
 # --- The tool ----------------------------------------------------------------
 
 
-def test_tool_on_real_coco(tool, shared_data, tmp_path, capsys):
+def test_tool_on_real_coco(shared_data, tmp_path, capsys):
   coco = shared_data / "coco"
   splits = ("train2017", "val2017")
   inputs = [f"{coco}/annotations/captions_{split}.json" for split in splits]
   folders = [f"{coco}/{split}" for split in splits]
   out = tmp_path / "out"
-  assert not tool.main(
+  assert not main(
     [
       *inputs,
       "--images",
@@ -468,12 +461,12 @@ def test_tool_on_real_coco(tool, shared_data, tmp_path, capsys):
   assert at == 313
 
 
-def test_tool_writes_array_records(tool, photos, tmp_path, capsys):
+def test_tool_writes_array_records(photos, tmp_path, capsys):
   (photos / "3.jpg").write_bytes(b"no image")
   rows = [(f"{i}.jpg", f"c{i}") for i in range(7)]
   path = table(photos / "x.csv", rows)
   out = tmp_path / "out"
-  assert not tool.main(
+  assert not main(
     [str(path), f"--output={out}", "--format=array_record",
      "--records_per_shard=4"]
   )  # fmt: skip
@@ -488,14 +481,12 @@ def test_tool_writes_array_records(tool, photos, tmp_path, capsys):
   }
 
 
-def test_tool_reports_errors_in_a_line(tool, tmp_path, capsys):
-  assert tool.main([f"{tmp_path}/x.csv", f"--output={tmp_path}/out"]) == 1
-  assert capsys.readouterr().err == (
-    f"make_shards: There is no {tmp_path}/x.csv.\n"
-  )
-  with pytest.raises(SystemExit):
-    tool.main(["a", "b", "c", "--images", "d", "e", "--output=f"])
-  assert "2 folders for 3 inputs" in capsys.readouterr().err
+def test_tool_reports_errors_in_a_line(tmp_path, capsys):
+  with pytest.raises(SystemExit) as exit:
+    main([f"{tmp_path}/x.csv", f"--output={tmp_path}/out"])
+  assert exit.value.code == f"make_shards: There is no {tmp_path}/x.csv."
+  with pytest.raises(SystemExit, match="2 folders for 3 inputs"):
+    main(["a", "b", "c", "--images", "d", "e", "--output=f"])
 
 
 def test_readers_of_tars_agree(photos, tmp_path):

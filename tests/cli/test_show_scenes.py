@@ -1,16 +1,12 @@
-"""Pictures of data: panels in their places, and the tool that saves them."""
-
-import pathlib
-import runpy
+"""Sheets of scenes with their labels."""
 
 import cv2
 import numpy as np
 import pytest
 
 from mtv_jax.cli import show_scenes
+from mtv_jax.cli.main import run_command
 from mtv_jax.data.scenes.render import render
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_sheet_shows_scenes(tmp_path):
@@ -22,6 +18,5 @@ def test_sheet_shows_scenes(tmp_path):
   with pytest.raises(ValueError, match="indices is empty"):
     show_scenes.scene_sheet([])
   out = tmp_path / "scenes.png"
-  tool = runpy.run_path(str(ROOT / "tools" / "show_scenes.py"))
-  tool["main"]([f"--out={out}", "--count=2", "--size=48"])
+  run_command("show_scenes", [f"--output={out}", "--count=2", "--size=48"])
   assert cv2.imread(str(out)) is not None

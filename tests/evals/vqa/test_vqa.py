@@ -1,11 +1,11 @@
 """VQA metrics and answer files: golden values, scikit-learn, file forms."""
 
-import importlib.util
 import json
 
 import numpy as np
 import pytest
 
+from mtv_jax.cli.main import run_command
 from mtv_jax.evals.vqa import answer_files, metrics
 
 
@@ -187,16 +187,7 @@ def write(path, content):
   return path
 
 
-@pytest.fixture
-def tool(repo_root):
-  path = repo_root / "tools" / "score_vqa.py"
-  spec = importlib.util.spec_from_file_location("score_vqa", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.main
-
-
-def test_vqa_files(tmp_path, tool, capsys):
+def test_vqa_files(tmp_path, capsys):
   people = [["cat"] * 10, ["two"] * 2 + ["three"] * 8, ["red"] * 1 + ["x"] * 9]
   truths = write(
     tmp_path / "truths.json",
@@ -220,13 +211,14 @@ def test_vqa_files(tmp_path, tool, capsys):
     ],
   )
   out = tmp_path / "scores.json"
-  tool(
+  run_command(
+    "score_vqa",
     [
       "--rule=vqa",
       f"--answers={answers}",
       f"--truths={truths}",
       f"--json={out}",
-    ]
+    ],
   )
   scores = json.loads(out.read_text())["metrics"]
   assert scores["accuracy"] == pytest.approx((1 + 0.6 + 0.3) / 3)
@@ -236,14 +228,17 @@ def test_vqa_files(tmp_path, tool, capsys):
   assert "63.33 %" in printed and "data_hash" in printed
   answers.write_text('{"question_id": 0, "answer": "cat"}\n')
   with pytest.raises(SystemExit, match=r"2 of 3 questions .*such as 1"):
-    tool(["--rule=vqa", f"--answers={answers}", f"--truths={truths}"])
-  tool(
+    run_command(
+      "score_vqa", ["--rule=vqa", f"--answers={answers}", f"--truths={truths}"]
+    )
+  run_command(
+    "score_vqa",
     [
       "--rule=vqa_simple",
       f"--answers={answers}",
       f"--truths={truths}",
       "--missing=wrong",
-    ]
+    ],
   )
   assert "33.33 %" in capsys.readouterr().out
 

@@ -1,7 +1,6 @@
 """What is shown of label sets: statistics, what stands out, sheet and page."""
 
 import html.parser
-import importlib.util
 import json
 
 import cv2
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mtv_jax.cli.main import command
 from mtv_jax.data.labels.join import AlignedLabels
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.data.labels.label_values import make_boxes, make_depth, no_label
@@ -18,17 +18,10 @@ from mtv_jax.experts.inspection import cards, findings, statistics
 from mtv_jax.experts.inspection.counters import Histogram, PhraseCounts
 from mtv_jax.utils import plots
 
+main = command("inspect_labels")
+
 CELLS = np.arange(64).reshape(8, 8)
 BAD = "<b>&\"'</b>"
-
-
-@pytest.fixture(scope="module")
-def tool(repo_root):
-  path = repo_root / "tools" / "inspect_labels.py"
-  spec = importlib.util.spec_from_file_location("inspect_labels", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
 
 
 # --- counts ------------------------------------------------------------------
@@ -444,11 +437,11 @@ class Page(html.parser.HTMLParser):
     self.words.append(data)
 
 
-def test_the_tool_writes_sheet_page_and_statistics(labelled, tool, capsys):
+def test_the_tool_writes_sheet_page_and_statistics(labelled, capsys):
   out = labelled / "out"
-  options = [f"--data={labelled}/base/*.tar", f"--out={out}"]
+  options = [f"--data={labelled}/base/*.tar", f"--output={out}"]
   both = [f"--depth={labelled}/depth", f"--boxes={labelled}/boxes"]
-  tool.main([*options, *both, "--count=9", "--size=96", "--seed=1"])
+  main([*options, *both, "--count=9", "--size=96", "--seed=1"])
   said = capsys.readouterr().out
   assert "boxes from boxes: 9 of 10 records have a label (90.0 %)" in said
   assert "look at depth: 11.1 % of the maps are nearly constant" in said
@@ -468,16 +461,16 @@ def test_the_tool_writes_sheet_page_and_statistics(labelled, tool, capsys):
   assert set(found["sets"]) == {"boxes", "depth"} and found["records"] == 10
   assert {entry["name"] for entry in found["look_at"]} >= {"constant_maps"}
   # Fewer records of one kind, as JSON.
-  tool.main([*options, both[1], "--count=2", "--records=4", "--json"])
+  main([*options, both[1], "--count=2", "--records=4", "--json"])
   printed = json.loads(capsys.readouterr().out)
   assert printed["sets"]["boxes"]["read"]["every"] == 3
   assert set(printed["sets"]) == {"boxes"}
   assert printed == json.loads((out / "statistics.json").read_text())
 
 
-def test_the_tool_says_what_is_wrong(labelled, tool, tmp_path):
+def test_the_tool_says_what_is_wrong(labelled, tmp_path):
   other = label_samples.make_base(tmp_path, first=50)
-  data, out = f"--data={labelled}/base/*.tar", f"--out={tmp_path}/out"
+  data, out = f"--data={labelled}/base/*.tar", f"--output={tmp_path}/out"
   boxes = f"--boxes={labelled}/boxes"
   for options, expected in (
     ([data, out], "No label set is given"),
@@ -489,20 +482,20 @@ def test_the_tool_says_what_is_wrong(labelled, tool, tmp_path):
     ([data, boxes, out, "--records=0"], "records=0"),
   ):
     with pytest.raises(SystemExit, match="^inspect_labels: ") as raised:
-      tool.main(options)
+      main(options)
     assert expected in str(raised.value)
   assert not (tmp_path / "out" / "index.html").exists()
 
 
-def test_joined_by_key_the_whole_set_is_looked_at(labelled, tool, tmp_path):
+def test_joined_by_key_the_whole_set_is_looked_at(labelled, tmp_path):
   folder = label_samples.make_copy(tmp_path)
-  tool.main(
+  main(
     [
       f"--data={labelled}/base/00000.tar",
       f"--boxes={folder}/boxes",
       "--join=key",
       f"--index_dir={tmp_path}/index",
-      f"--out={tmp_path}/out",
+      f"--output={tmp_path}/out",
       "--count=1",
     ]
   )

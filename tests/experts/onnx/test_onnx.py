@@ -381,7 +381,7 @@ def test_the_rate_on_coco_is_the_published_codes(
   assert not label_tool.main(
     ["--expert=boxes", f"--weights={weights / 'FastestDet.onnx'}"]
     + [f"--names={weights / 'coco.names'}", f"--data={shards}/*.tar"]
-    + [f"--out={tmp_path / 'boxes'}", "--batch_size=2"]
+    + [f"--output={tmp_path / 'boxes'}", "--batch_size=2"]
   )
   figures = tmp_path / "figures.json"
   match_boxes.main(

@@ -1,0 +1,98 @@
+"""Converts models: to Hugging Face, from Hugging Face, from big_vision.
+
+    mtv-jax convert to_hf RUN OUT --weights=ema
+    mtv-jax convert from_hf FOLDER OUT --image_size=256
+    mtv-jax convert from_big_vision A.npz OUT --tokenizer=B.model
+
+`to_hf` takes a run, an export or a folder that the other two wrote, and writes
+a folder for transformers' AutoModel and AutoProcessor. The other two write a
+folder for mtv_jax.load and a config's `init`. PyTorch is not needed.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from mtv_jax.convert import big_vision, huggingface
+from mtv_jax.convert.converted import Converted
+from mtv_jax.convert.processors import TokenizerFiles
+from mtv_jax.encoder import loading
+from mtv_jax.train.metrics import setup_logging
+
+_COMMANDS = {
+  "to_hf": "a run, an export or an imported folder to Hugging Face",
+  "from_hf": "a SigLIP, CLIP or DINOv2 folder of Hugging Face to ours",
+  "from_big_vision": "a SigLIP .npz of big_vision to ours",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """The options of `mtv-jax convert`."""
+  commands = parser.add_subparsers(dest="command", required=True)
+  for name, text in _COMMANDS.items():
+    command = commands.add_parser(name, help=text)
+    command.add_argument("source", help="the model to convert")
+    command.add_argument("output", help="a new or empty folder")
+    command.add_argument(
+      "--image_size",
+      type=int,
+      help="resample the position embedding for images of this size in pixels",
+    )
+    command.add_argument(
+      "--tokenizer",
+      help="a SentencePiece model, a tokenizer.json or 'bytes'; by default the "
+      "source's own",
+    )
+    command.add_argument(
+      "--clean",
+      default="canonicalize",
+      choices=["none", "lower", "canonicalize"],
+      help="cleaning of texts before --tokenizer (default: %(default)s)",
+    )
+    if name == "to_hf":
+      command.add_argument(
+        "--weights",
+        default="student",
+        choices=["student", "teacher", "ema"],
+        help="which weights of a run (default: %(default)s)",
+      )
+      command.add_argument(
+        "--step", type=int, help="which checkpoint of a run (default: latest)"
+      )
+
+
+def run(args: argparse.Namespace) -> None:
+  """Converts and prints the files written."""
+  setup_logging()
+  if Path(args.source).resolve() == Path(args.output).resolve():
+    raise ValueError(
+      f"{args.output} is the source: name another folder to write."
+    )
+  model = read_source(args)
+  if args.tokenizer:
+    path = None if args.tokenizer == "bytes" else Path(args.tokenizer)
+    files = TokenizerFiles(path, args.clean)
+    model = dataclasses.replace(model, tokenizer=files)
+  if args.image_size:
+    model = model.resized(args.image_size)
+  write = huggingface.write_native
+  if args.command == "to_hf":
+    write = huggingface.write
+  folder = write(
+    args.output,
+    model.spec,
+    model.params,
+    preprocess=model.preprocess,
+    tokenizer=model.tokenizer,
+    prediction_heads=model.prediction_heads,
+  )
+  print(f"Wrote {folder}: {sorted(p.name for p in folder.iterdir())}")
+
+
+def read_source(args: argparse.Namespace) -> Converted:
+  """Reads the model to convert."""
+  if args.command == "from_big_vision":
+    return big_vision.read(args.source)
+  if args.command == "to_hf" and loading.is_run(args.source):
+    return loading.read_run(args.source, weights=args.weights, step=args.step)
+  return huggingface.read(args.source)

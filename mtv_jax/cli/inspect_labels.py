@@ -1,0 +1,91 @@
+"""Draws and counts the labels of label sets, before training on them.
+
+  mtv-jax inspect_labels --data='shards/*.tar' --depth=labels/depth \
+      --boxes=labels/boxes --output=inspection
+  mtv-jax inspect_labels --data='shards/*.tar' --boxes=labels/boxes \
+      --output=inspection --records=100000 --min_score=0.2
+
+Either kind may be omitted. Writes, into --output:
+  sheet.png        records: image with boxes, phrases and scores, depth in
+                   colours, caption and key
+  index.html       the same, larger, with the statistics, their outliers and
+                   the settings of the sets; self-contained
+  statistics.json  the statistics, for programs
+
+The statistics cover all labels of the shards of --data, read once in constant
+memory; --records reads fewer, evenly spaced.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+
+from mtv_jax.cli import arguments
+from mtv_jax.data.labels.label_values import KINDS
+from mtv_jax.experts.inspection import inspect_labels
+from mtv_jax.utils.progress import Progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """The options of `mtv-jax inspect_labels`."""
+  arguments.add_shards(parser)
+  add = parser.add_argument
+  add("--depth", help="folder of a label set of depth")
+  add("--boxes", help="folder of a label set of boxes")
+  add("--output", required=True, help="folder to write into")
+  add("--count", type=int, default=24, help="records on the sheet")
+  add("--seed", type=int, default=0, help="of the choice of these")
+  add(
+    "--size", type=int, default=304, help="longer side of an image, in pixels"
+  )
+  add(
+    "--min_score",
+    type=float,
+    default=0.0,
+    help="minimum score of a box, in the statistics too",
+  )
+  add(
+    "--records",
+    type=int,
+    help="labels of a set to read for the statistics (default: all)",
+  )
+  add(
+    "--join",
+    default="aligned",
+    choices=inspect_labels.JOINS,
+    help="by key for sets of another copy of the images",
+  )
+  add(
+    "--json",
+    action="store_true",
+    help="print the statistics as JSON instead of a summary",
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  """Writes the files and prints a summary."""
+  summary = inspect_labels.inspect(
+    args.data,
+    depth=args.depth,
+    boxes=args.boxes,
+    out=args.output,
+    count=args.count,
+    seed=args.seed,
+    size=args.size,
+    min_score=args.min_score,
+    records=args.records,
+    index_dir=args.index_dir,
+    join=args.join,
+    progress=_progress(),
+  )
+  if args.json:
+    print(json.dumps(summary, ensure_ascii=False, indent=1))
+    return
+  print(inspect_labels.format_summary(summary))
+  for name in ("sheet.png", "index.html", "statistics.json"):
+    print(f"wrote {args.output}/{name}")
+
+
+def _progress() -> Callable[[str, int, int], None]:
+  bars = {kind: Progress(unit=f"labels of {kind}") for kind in KINDS}
+  return lambda kind, done, total: bars[kind](done, total)

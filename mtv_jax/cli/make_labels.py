@@ -1,0 +1,106 @@
+"""Writes label sets for shards from existing annotations.
+
+  mtv-jax make_labels boxes --data='shards/*.tar' \
+      --output=labels/boxes \
+      --instances instances_train2017.json instances_val2017.json
+  mtv-jax make_labels depth --data='shards/*.tar' \
+      --output=labels/depth --depth_dir=nyu_depths --pattern={stem}.png \
+      --metric --scale=25.5
+
+Then train with
+  data.train = [dict(type="webdataset", path="shards/*.tar",
+                     labels=dict(boxes="labels/boxes", depth="labels/depth"))].
+
+Records are matched by the name of their original file, which `make_shards` and
+img2dataset store. The same command resumes an interrupted one.
+"""
+
+import argparse
+
+from mtv_jax.cli import arguments
+from mtv_jax.data.labels import annotations, label_values
+from mtv_jax.data.labels import bases as label_bases
+from mtv_jax.data.labels.label_writer import LabelWriter
+from mtv_jax.utils.progress import Progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """The options of `mtv-jax make_labels`."""
+  kinds = parser.add_subparsers(dest="kind", required=True)
+  boxes = kinds.add_parser("boxes", help="from COCO's instances_*.json")
+  boxes.add_argument("--instances", nargs="+", required=True)
+  boxes.add_argument(
+    "--match",
+    default="name",
+    choices=annotations.MATCHES,
+    help="how a record is matched: by the name of its file, the image_id of its"
+    " .json, or its key",
+  )
+  depth = kinds.add_parser("depth", help="from depth images of 8 or 16 bits")
+  depth.add_argument("--depth_dir", required=True)
+  depth.add_argument(
+    "--pattern",
+    default="{stem}.png",
+    help="a file's name, with {key}, {stem}, {name} or {image_id}",
+  )
+  kind = depth.add_mutually_exclusive_group(required=True)
+  for values, text in (
+    ("metric", "larger is farther: inverted"),
+    ("inverse", "larger is nearer"),
+  ):
+    kind.add_argument(
+      f"--{values}",
+      dest="values",
+      action="store_const",
+      const=values,
+      help=text,
+    )
+  depth.add_argument(
+    "--scale",
+    type=float,
+    default=1.0,
+    help="divisor of the values, such as 1000 for millimetres",
+  )
+  depth.add_argument(
+    "--invalid",
+    type=int,
+    nargs="+",
+    default=[0],
+    help="values that mark a missing measurement",
+  )
+  depth.add_argument(
+    "--side", type=int, default=128, help="side of a stored map, in pixels"
+  )
+  depth.add_argument(
+    "--min_valid",
+    type=int,
+    default=label_values.MIN_VALID,
+    help="minimum number of valid pixels of a label",
+  )
+  for kind_parser in (boxes, depth):
+    arguments.add_shards(kind_parser)
+    kind_parser.add_argument(
+      "--output", required=True, help="folder of the label set"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+  """Writes the label set and prints a summary."""
+  base = label_bases.open_base(args.data, index_dir=args.index_dir)
+  if args.kind == "boxes":
+    make = annotations.Instances(args.instances, match=args.match)
+  else:
+    make = annotations.DepthImages(
+      args.depth_dir,
+      pattern=args.pattern,
+      values=args.values,
+      scale=args.scale,
+      invalid=args.invalid,
+      side=args.side,
+      min_valid=args.min_valid,
+    )
+  writer = LabelWriter(
+    args.output, kind=args.kind, base=base, settings=make.settings
+  )
+  summary = annotations.write(writer, make, progress=Progress(unit="records"))
+  print(summary.told(args.kind, args.output))

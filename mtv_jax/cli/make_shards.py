@@ -1,0 +1,112 @@
+"""Writes shards of images with captions.
+
+  mtv-jax make_shards captions_train2017.json captions_val2017.json \
+      --images train2017 val2017 --output shards
+  mtv-jax make_shards pairs.csv --image_column=file --output=shards
+  mtv-jax make_shards folder_of_jpg_and_txt --output=shards
+
+Then train with data.train = [dict(type="webdataset", path="shards/*.tar")].
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from mtv_jax.data.sources import listings, shard_writer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """The options of `mtv-jax make_shards`."""
+  add = parser.add_argument
+  add(
+    "inputs",
+    nargs="+",
+    help="COCO caption .json, .csv, .tsv, .parquet, or folders of images with"
+    " a .txt or .json beside each",
+  )
+  add("--output", required=True, help="folder of the shards")
+  add(
+    "--images",
+    nargs="+",
+    help="folder the image names are relative to, one for all inputs or one"
+    " for each (default: that of the input)",
+  )
+  add("--image_column", default="image")
+  add("--caption_column", default="caption")
+  add("--format", default="webdataset", choices=["webdataset", "array_record"])
+  add("--records_per_shard", type=int, default=10_000)
+  add(
+    "--max_side",
+    type=int,
+    help="shrink larger images to this longer side (JPEG, quality 95); by"
+    " default files are copied unchanged",
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  """Writes the shards and prints a summary."""
+  folders = args.images or [None]
+  if len(folders) == 1:
+    folders = folders * len(args.inputs)
+  if len(folders) != len(args.inputs):
+    raise ValueError(
+      f"--images names {len(folders)} folders for {len(args.inputs)} inputs;"
+      " give one, or one for each"
+    )
+  examples = []
+  for path, images in zip(args.inputs, folders, strict=True):
+    examples += listings.read(
+      path,
+      images=images,
+      image_column=args.image_column,
+      caption_column=args.caption_column,
+    )
+  report = shard_writer.write(
+    examples,
+    args.output,
+    format=args.format,
+    records_per_shard=args.records_per_shard,
+    max_side=args.max_side,
+    progress=_progress(),
+  )
+  _print_summary(report, args.output)
+
+
+def _progress() -> Callable[[shard_writer.Report], None]:
+  start = time.monotonic()
+  said = start
+  end = "\r" if sys.stderr.isatty() else "\n"
+  every = 0.5 if sys.stderr.isatty() else 10
+
+  def say(report: shard_writer.Report) -> None:
+    nonlocal said
+    now = time.monotonic()
+    if now - said < every and report.done < report.total:
+      return
+    said = now
+    print(
+      f"{report.done:,} of {report.total:,} images,"
+      f" {report.done / max(now - start, 1e-3):,.0f} a second,"
+      f" {len(report.skipped):,} skipped, {len(report.shards)} shards done",
+      file=sys.stderr,
+      end=end,
+      flush=True,
+    )
+
+  return say
+
+
+def _print_summary(report: shard_writer.Report, out: str) -> None:
+  print(
+    f"\n{report.written:,} records in {len(report.shards)} shards in {out};"
+    f" {len(report.skipped):,} skipped."
+  )
+  reasons = Counter(skipped.reason for skipped in report.skipped)
+  for reason, count in reasons.most_common(10):
+    print(f"  {count:,} times: {reason}")
+  for skipped in report.skipped[:10]:
+    print(f"  {skipped.name}: {skipped.reason}")
+  if report.skipped:
+    print(f"{out}/skipped.jsonl lists all skipped inputs.")

@@ -1,0 +1,49 @@
+"""Scores a file of answers to questions about images.
+
+    mtv-jax score_vqa --rule=vqa --answers=answers.json \\
+      --truths=v2_mscoco_val2014_annotations.json
+    mtv-jax score_vqa --rule=pope --answers=answers.jsonl \\
+      --truths=coco_pope_random.json --json=scores.json
+
+Rules: vqa (VQAv2, TextVQA, OK-VQA), vqa_simple (without leaving one out),
+exact (GQA), option (ScienceQA, MMBench), pope, anls (DocVQA).
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+from mtv_jax.evals.vqa import answer_files
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """The options of `mtv-jax score_vqa`."""
+  add = parser.add_argument
+  add("--rule", required=True, choices=list(answer_files.RULES))
+  add("--answers", required=True, help="JSON, or one object per line")
+  add("--truths", required=True, help="the benchmark's own file")
+  add(
+    "--missing",
+    default="error",
+    choices=("error", "wrong"),
+    help="how questions without an answer count",
+  )
+  add("--json", help="file to write")
+
+
+def run(args: argparse.Namespace) -> None:
+  """Scores the answers and prints the metrics."""
+  scores = answer_files.score(
+    answer_files.read_answers(args.answers),
+    answer_files.read_questions(args.truths),
+    rule=args.rule,
+    missing=args.missing,
+  )
+  for name, value in scores.metrics.items():
+    print(f"{name:<24}{100 * value:8.2f} %")
+  for name, value in scores.protocol.items():
+    print(f"  {name}: {value}")
+  if args.json:
+    text = json.dumps(dataclasses.asdict(scores), indent=2) + "\n"
+    pathlib.Path(args.json).write_text(text, encoding="utf-8")

@@ -1,0 +1,118 @@
+"""`mtv-jax`: dispatch, shared arguments, errors, and the wheel alone."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from mtv_jax.cli import arguments, errors, main
+
+
+def test_help_lists_every_command(capsys):
+  with pytest.raises(SystemExit) as exit:
+    main.main(["--help"])
+  assert exit.value.code == 0
+  text = capsys.readouterr().out
+  assert all(f"  {name} " in text for name in main.COMMANDS)
+  with pytest.raises(SystemExit) as exit:
+    main.main(["evalaute"])
+  assert exit.value.code == 2
+  assert "invalid choice: 'evalaute'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_every_command_has_help(name, capsys):
+  with pytest.raises(SystemExit) as exit:
+    main.main([name, "--help"])
+  assert exit.value.code == 0
+  text = capsys.readouterr().out
+  assert text.startswith(f"usage: mtv-jax {name}") and "--debug" in text
+
+
+def test_hyphens_in_options_are_underscores(tmp_path):
+  assert main._normalize(["--batch-size=3", "--a-b", "-x", "c-d"]) == [
+    "--batch_size=3", "--a_b", "-x", "c-d",
+  ]  # fmt: skip
+  assert main._normalize(["--config.optim.lr=1e-3", "--set=a-b=--c-d"]) == [
+    "--set=optim.lr=1e-3", "--set=a-b=--c-d",
+  ]  # fmt: skip
+
+
+def test_user_errors_are_one_message_and_debug_shows_the_traceback():
+  argv = ["evaluate", "--encoder=pixels:16", "--evals=retreival"]
+  with pytest.raises(SystemExit, match="^evaluate: .*Did you mean 'retrieval"):
+    main.main(argv)
+  with pytest.raises(errors.UserError, match="Did you mean 'retrieval"):
+    main.main([*argv, "--debug"])
+
+
+def test_process_options_go_together():
+  with pytest.raises(SystemExit, match="train: --coordinator, --processes"):
+    main.main(["train", "--config=mtv_tiny:tiny", "--workdir=x", "--process=0"])
+
+
+def test_positive():
+  assert arguments.positive("3") == 3
+  with pytest.raises(Exception, match="expected at least 1"):
+    arguments.positive("0")
+
+
+PACKAGED = (
+  "mtv_jax", "configs", "setup.cfg", "pyproject.toml", "README.md", "LICENSE",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_wheel_works_alone(tmp_path, repo_root):
+  """An empty environment trains, evaluates and exports from another folder.
+
+  The environment has the dependencies of this one, and the wheel in place of
+  the checkout.
+  """
+  source = tmp_path / "source"
+  tracked = subprocess.run(
+    ["git", "ls-files", "-z"], cwd=repo_root, capture_output=True, check=True
+  ).stdout.decode()
+  for name in filter(None, tracked.split("\0")):
+    if name.partition("/")[0] in PACKAGED:
+      copy = source / name
+      copy.parent.mkdir(parents=True, exist_ok=True)
+      original = repo_root / name
+      if original.is_symlink():
+        copy.symlink_to(os.readlink(original))
+      else:
+        copy.write_bytes(original.read_bytes())
+  subprocess.run(
+    [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps",
+     f"--wheel-dir={tmp_path}", str(source)], check=True,
+  )  # fmt: skip
+  (wheel,) = tmp_path.glob("*.whl")
+  site = tmp_path / "site"
+  zipfile.ZipFile(wheel).extractall(site)
+  assert (site / "mtv_jax" / "py.typed").is_file()
+  assert not (site / "mtv_jax" / "configs").is_symlink()
+  elsewhere = tmp_path / "elsewhere"
+  elsewhere.mkdir()
+
+  def run(*argv):
+    code = (
+      f"import sys; sys.path.insert(0, {str(site)!r}); import mtv_jax;"
+      f"assert mtv_jax.__file__.startswith({str(site)!r});"
+      "from mtv_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    subprocess.run(
+      [sys.executable, "-c", code, *argv], check=True, cwd=elsewhere,
+      env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": ""},
+    )  # fmt: skip
+
+  run("train", "--config=mtv_b16_224:tiny,batch=8", "--workdir=run",
+      "--config.total_steps=2")  # fmt: skip
+  run("evaluate", "--encoder=run", "--evals=retrieval", "--count=8",
+      "--json=figures.json")  # fmt: skip
+  run("convert", "to_hf", "run", "export")
+  names = {path.name for path in pathlib.Path(elsewhere).iterdir()}
+  assert names == {"run", "figures.json", "export"}
+  assert (elsewhere / "export" / "model.safetensors").is_file()
