@@ -1,9 +1,9 @@
-"""Augmentation of an image together with its depth, on the host.
+"""Augmentation of images with their depth, on the host.
 
 toolbox   Monocular-Depth-Estimation-Toolbox's for NYUv2, which DINOv2 and
           DINOv3 train their probes with
 probe3d   Probe3D's
-flip      mirrored or not
+flip      horizontal flip
 none
 """
 
@@ -15,10 +15,9 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Float32
 
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import ConfigError
 
-AUGMENTS = ("none", "flip", "toolbox", "probe3d")
-# NYUv2's training images have a white border: the columns and rows within it.
+# NYUv2's training images have a white border: rows and columns inside it.
 NYU_SIZE = (480, 640)
 _NYU_ROWS, _NYU_COLUMNS = (45, 472), (43, 608)
 CROP = (416, 544)
@@ -39,27 +38,16 @@ class Example:
 
 
 def augment(example: Example, name: str, rng: np.random.Generator) -> Example:
-  """Another version of the example.
+  """Augments an example with one of `AUGMENTS`.
 
   Raises:
-    ValueError: for an unknown name, or `toolbox` of an image that is not 480 x
-      640.
+    ConfigError: for `toolbox` of an image that is not 480 x 640.
   """
-  if name == "none":
-    return example
-  if name == "flip":
-    return _flip(example, rng)
-  if name == "toolbox":
-    return _toolbox(example, rng)
-  if name == "probe3d":
-    return _probe3d(example, rng)
-  raise ValueError(
-    f"depth_probe: augment={name!r}. {did_you_mean(name, AUGMENTS)}"
-  )
+  return AUGMENTS[name](example, rng)
 
 
 def augmented_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
-  """Rows and columns that `augment` makes of an image of `size`."""
+  """Rows and columns after `augment` of an image of `size`."""
   return CROP if name == "toolbox" else size
 
 
@@ -70,9 +58,9 @@ def _flip(example: Example, rng: np.random.Generator) -> Example:
 
 
 def _toolbox(example: Example, rng: np.random.Generator) -> Example:
-  """Border off, rotation, mirror, crop of 416 x 544, colours."""
+  """Border crop, rotation, flip, crop of 416 x 544, colours."""
   if example.depth.shape != NYU_SIZE:
-    raise ValueError(
+    raise ConfigError(
       f"augment='toolbox' crops NYUv2's images of 480 x 640 and this one is "
       f"{example.depth.shape[0]} x {example.depth.shape[1]}; use 'flip'"
     )
@@ -88,15 +76,15 @@ def _toolbox(example: Example, rng: np.random.Generator) -> Example:
   part = (slice(top, top + CROP[0]), slice(left, left + CROP[1]))
   image = example.image[part]
   if rng.random() < 0.5:
-    image = _recolour(image, rng)
+    image = _jitter_gamma(image, rng)
   return Example(image, example.depth[part])
 
 
 def rotate(example: Example, degrees: float) -> Example:
-  """Turned clockwise about the centre; what comes in is black and unknown.
+  """Rotates clockwise about the centre; pixels from outside are 0.
 
-  Depth takes the nearest pixel's, as a mean across an edge lies on neither
-  side of it.
+  Depth is interpolated by nearest neighbour, as the mean of two surfaces lies
+  on neither of them.
   """
   height, width = example.depth.shape
   centre = ((width - 1) / 2, (height - 1) / 2)
@@ -111,10 +99,10 @@ def rotate(example: Example, degrees: float) -> Example:
   return Example(image, depth)
 
 
-def _recolour(
+def _jitter_gamma(
   image: Float[np.ndarray, "h w 3"], rng: np.random.Generator
 ) -> Float32[np.ndarray, "h w 3"]:
-  """x^gamma on 0..255, brightness, and a gain of each channel."""
+  """Gamma on 0..255, brightness, and a gain for each channel."""
   gamma, brightness = rng.uniform(0.9, 1.1), rng.uniform(0.75, 1.25)
   gain = brightness * rng.uniform(0.9, 1.1, size=3)
   return np.clip(image**gamma * gain, 0, 255).astype(np.float32)
@@ -133,7 +121,7 @@ def _probe3d(example: Example, rng: np.random.Generator) -> Example:
 def _jitter(
   image: np.ndarray, rng: np.random.Generator, strength: float = 0.2
 ) -> np.ndarray:
-  """torchvision's ColorJitter: four changes in random order."""
+  """torchvision's ColorJitter: four operations in random order."""
   gains = rng.uniform(1 - strength, 1 + strength, size=3)
   turn = rng.uniform(-strength, strength)
   for change in rng.permutation(4):
@@ -145,12 +133,12 @@ def _jitter(
       grey = (image @ _GREY)[..., None]
       image = gains[2] * image + (1 - gains[2]) * grey
     else:
-      image = _turn_hue(image, turn)
+      image = _rotate_hue(image, turn)
     image = np.clip(image, 0, 255).astype(np.float32)
   return image
 
 
-def _turn_hue(image: np.ndarray, turn: float) -> np.ndarray:
+def _rotate_hue(image: np.ndarray, turn: float) -> np.ndarray:
   hsv = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2HSV)
   hsv[..., 0] = (hsv[..., 0] + 360 * turn) % 360
   return 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
@@ -179,3 +167,11 @@ def _resized_crop(example: Example, rng: np.random.Generator) -> Example:
     for x in (example.image, example.depth)
   )
   return Example(image, depth)
+
+
+AUGMENTS = {
+  "none": lambda example, rng: example,
+  "flip": _flip,
+  "toolbox": _toolbox,
+  "probe3d": _probe3d,
+}

@@ -1,9 +1,8 @@
-"""Heads that read metric depth off frozen features.
+"""Heads of the depth probes: metric depth from frozen features.
 
-Depth is the mean of bins spread over the range, weighted by what a head says
-of each: Bhat et al. 2021 (AdaBins) with fixed bins, as DINOv2 and its
-followers probe. A head maps features to depth on a grid of its own; resampling
-it to the image is the business of the probe.
+Depth is the mean of fixed bins over the range, weighted by the head's logits:
+Bhat et al. 2021 (AdaBins) as in DINOv2's probes. A head maps features to depth
+on a grid; `views.View.restore` resamples it to the image.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from mtv_jax.models.heads import dpt
 
 BINS = 256
 MIN_DEPTH = 1e-3
-# Added to every bin's weight, so that no gradient dies with all of them.
+# Added to every weight, so that the gradient does not vanish with all of them.
 _FLOOR = 0.1
 
 
@@ -43,15 +42,15 @@ def expected_depth(
 
 @dataclasses.dataclass(frozen=True)
 class LinearHead:
-  """A linear map from each patch to its bins.
+  """A linear map from each patch to the bins.
 
   Attributes:
     channels: of the features.
     max_depth: of the last bin, in metres.
     norm: `batch` for batch normalisation before it, `none`.
-    upsample: factor by which the bins' logits are enlarged (bilinear, pixels
-      as areas) before depth is taken of them. Upstream enlarges the features;
-      as the map is linear, it is the same and cheaper after it.
+    upsample: factor by which the logits are upsampled (bilinear, half-pixel
+      centres). Upstream upsamples the features, which is equal, as the map is
+      linear, and more expensive.
   """
 
   channels: int
@@ -60,7 +59,7 @@ class LinearHead:
   upsample: int = 1
 
   def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-    """Parameters and state: N(0, 0.01) and zeros, as mmsegmentation starts."""
+    """Parameters and state: N(0, 0.01) and zeros, as in mmsegmentation."""
     shape = (self.channels, BINS)
     params = {
       "kernel": 0.01 * jax.random.normal(key, shape),
@@ -79,7 +78,7 @@ class LinearHead:
     *,
     mode: str = "eval",
   ) -> tuple[Float[Array, "b h2 w2"], PyTree]:
-    """Depth on the enlarged grid, and the state; `mode` is train or eval."""
+    """Depth on the upsampled grid, and the state; `mode` is train or eval."""
     if self.norm == "batch" and mode == "train":
       features, state = probe.batch_norm_train(
         features, state, affine=params["norm"]
@@ -92,7 +91,7 @@ class LinearHead:
     return expected_depth(logits, bin_depths(self.max_depth)), state
 
 
-class _Unit(nn.Module):
+class _ResidualUnit(nn.Module):
   """x + relu(conv(relu(conv(x))))."""
 
   @nn.compact
@@ -103,11 +102,11 @@ class _Unit(nn.Module):
     return x + y
 
 
-class _Network(nn.Module):
-  """Probe3D's DPT (El Banani et al. 2024): four stages, joined from the last.
+class _DPT(nn.Module):
+  """Probe3D's DPT (El Banani et al. 2024): four stages, fused from the last.
 
-  Other than Depth Anything's (`models/dpt.py`): all four maps are kept at
-  twice the patch grid, and nothing is projected between the stages.
+  Unlike Depth Anything's (`models/heads/dpt.py`), all four maps have twice the
+  patch grid, without projections between the stages.
   """
 
   features: int
@@ -117,23 +116,23 @@ class _Network(nn.Module):
     maps = []
     for i, x in enumerate(stages):
       x = _conv(self.features, 1, f"lateral{i + 1}")(x)
-      maps.append(_enlarge(x, 2))
-    x = _Unit(name="unit4_2")(maps[3])
+      maps.append(_upsample(x, 2))
+    x = _ResidualUnit(name="unit4_2")(maps[3])
     for i in (3, 2, 1):
-      x = _Unit(name=f"unit{i}_1")(maps[i - 1]) + x
-      x = _Unit(name=f"unit{i}_2")(x)
-    x = _enlarge(x, 4)
+      x = _ResidualUnit(name=f"unit{i}_1")(maps[i - 1]) + x
+      x = _ResidualUnit(name=f"unit{i}_2")(x)
+    x = _upsample(x, 4)
     x = jax.nn.relu(_conv(self.features, 3, "conv1")(x))
-    return _enlarge(_conv(BINS, 3, "conv2")(x), 2)
+    return _upsample(_conv(BINS, 3, "conv2")(x), 2)
 
 
-def _enlarge(x, factor):
+def _upsample(x, factor):
   h, w = x.shape[1:3]
   return dpt.resize_corners(x, (factor * h, factor * w))
 
 
 def _conv(features: int, size: int, name: str) -> nn.Conv:
-  # PyTorch's initial weights and biases: uniform, +-1 / sqrt(fan in).
+  # PyTorch's initializer of weights: uniform, +-1 / sqrt(fan in).
   uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
   return dpt.conv(features, size, jnp.float32, name, kernel_init=uniform)
 
@@ -143,7 +142,7 @@ class DPTHead:
   """Probe3D's dense head over four layers; depth at 16 times the patch grid.
 
   Attributes:
-    channels: of the features, those of four layers one after the other.
+    channels: of the features, concatenated of four layers.
     max_depth: of the last bin, in metres.
     features: channels of its maps; 512 as published.
   """
@@ -153,9 +152,9 @@ class DPTHead:
   features: int = 512
 
   def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-    """Parameters, and a state that stays empty."""
+    """Parameters and an empty state."""
     example = [jnp.zeros((1, 1, 1, self.channels // dpt.STAGES))] * dpt.STAGES
-    module = _Network(self.features)
+    module = _DPT(self.features)
     return jax.jit(module.init)(key, example)["params"], {}
 
   def apply(
@@ -166,10 +165,10 @@ class DPTHead:
     *,
     mode: str = "eval",
   ) -> tuple[Float[Array, "b h2 w2"], PyTree]:
-    """Depth at `[16 h, 16 w]` and the state; both modes are the same."""
+    """Depth at `[16 h, 16 w]`, and the state; the modes are equal."""
     del mode
     stages = jnp.split(features, dpt.STAGES, axis=-1)
-    logits = _Network(self.features).apply({"params": params}, stages)
+    logits = _DPT(self.features).apply({"params": params}, stages)
     return expected_depth(logits, bin_depths(self.max_depth)), state
 
 

@@ -1,15 +1,48 @@
-"""Losses of metric depth probes, over the valid pixels of a whole batch."""
+"""Loss of the depth probes: scale-invariant (SIG) and gradient loss."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-# Added before the logarithm, in metres.
-_EPS = 1e-3
-# The weight of the squared mean beside the variance: 1 - 0.85.
-_MEAN_WEIGHT = 0.15
+from mtv_jax.evals.depth.protocols import Protocol
+
+_EPS = 1e-3  # metres, added before the logarithm
+_MEAN_WEIGHT = 0.15  # of the squared mean beside the variance: 1 - 0.85
 _STRIDES = (1, 2, 4, 6)
+
+
+def probe_loss(
+  predicted: Float[Array, "b h w"],
+  truth: Float[Array, "b h w"],
+  *,
+  protocol: Protocol,
+  max_depth: float,
+  step: jax.Array,
+) -> Float[Array, ""]:
+  """The loss that a probe minimises over the valid pixels of a batch.
+
+      sig_weight * SIG + gradient_weight * gradient loss
+
+  Args:
+    predicted: metres.
+    truth: metres; valid from above 0 to `max_depth`.
+    protocol: the weights.
+    max_depth: metres.
+    step: number of the update; before `warm_steps`, SIG lacks the variance.
+  """
+  valid = (truth > 0) & (truth <= max_depth)
+  loss = protocol.sig_weight * sig_loss(
+    predicted,
+    truth,
+    valid,
+    ddof=protocol.ddof,
+    variance_weight=(step >= protocol.warm_steps).astype(jnp.float32),
+  )
+  if protocol.gradient_weight:
+    loss += protocol.gradient_weight * gradient_loss(predicted, truth, valid)
+  return loss
 
 
 def log_error(
@@ -18,7 +51,7 @@ def log_error(
   valid: Bool[Array, "b h w"],
 ) -> Float[Array, "b h w"]:
   """ln(d + 0.001) - ln(g + 0.001), 0 where invalid."""
-  # Twice: a logarithm of what is not valid may have no finite gradient.
+  # Masked twice: the gradient of an invalid logarithm may not be finite.
   predicted, truth = (jnp.where(valid, x, 1.0) for x in (predicted, truth))
   error = jnp.log(predicted + _EPS) - jnp.log(truth + _EPS)
   return jnp.where(valid, error, 0.0)
@@ -41,7 +74,7 @@ def sig_loss(
   Args:
     predicted: metres.
     truth: metres.
-    valid: which pixels count; none of them gives 0.
+    valid: pixels that count; without any, the loss is 0.
     ddof: 1 for the unbiased variance, 0 for the biased one.
     variance_weight: 0 while a probe warms up.
   """
@@ -50,8 +83,8 @@ def sig_loss(
   mean = g.sum() / jnp.maximum(count, 1)
   squares = jnp.where(valid, jnp.square(g - mean), 0.0).sum()
   variance = squares / jnp.maximum(count - ddof, 1)
-  # A root has no slope at 0, where a perfect prediction is.
   inside = variance_weight * variance + _MEAN_WEIGHT * jnp.square(mean)
+  # The root has no gradient at 0, the value of a perfect prediction.
   return jnp.where(count > 0, jnp.sqrt(jnp.maximum(inside, 1e-12)), 0.0)
 
 

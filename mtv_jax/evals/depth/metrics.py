@@ -1,7 +1,7 @@
-"""Metrics of depth maps, and the best scale and shift of a prediction.
+"""Metrics of depth maps, and the affine alignment of a prediction.
 
 Each image is scored over its valid pixels, then images are averaged, so that
-an image with few valid pixels counts as much as any other. Sums are float64:
+images with few and with many valid pixels count the same. Sums are float64:
 the closed form of the alignment cancels in float32.
 """
 
@@ -13,71 +13,52 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from jaxtyping import Bool, Float, Float64
 
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import ConfigError, InputError, check_choice
 
-METRICS = (
-  "rmse",
-  "abs_rel",
-  "sq_rel",
-  "rmse_log",
-  "log10",
-  "silog",
-  "delta1",
-  "delta2",
-  "delta3",
-)
-UNITS = {
-  "rmse": "m",
-  "abs_rel": "",
-  "sq_rel": "m",
-  "rmse_log": "",
-  "log10": "",
-  "silog": "",
-}
-LOWER = tuple(UNITS)
+_ERRORS = ("rmse", "abs_rel", "sq_rel", "rmse_log", "log10", "silog")
+METRICS = (*_ERRORS, "delta1", "delta2", "delta3")
+UNITS = dict.fromkeys(_ERRORS, "") | {"rmse": "m", "sq_rel": "m"}
 AVERAGING = "per image over valid pixels, then mean over images"
 
-# Rows and columns (first, last + 1) kept of NYUv2's 480 x 640 (Eigen et al.
-# 2014), and as shares of the height and the width for KITTI (Garg et al. 2016;
-# Eigen et al. 2014).
+# (top, bottom, left, right) of NYUv2's 480 x 640 (Eigen et al. 2014), and as
+# fractions of KITTI's height and width (Garg et al. 2016; Eigen et al. 2014).
 _NYU_SIZE, _NYU_EIGEN = (480, 640), (45, 471, 41, 601)
-_SHARES = {
+_FRACTIONS = {
   "garg": (0.40810811, 0.99189189, 0.03594771, 0.96405229),
   "kitti_eigen": (0.3324324, 0.91351351, 0.0359477, 0.96405229),
 }
-CROPS = ("none", "nyu_eigen", *_SHARES)
+CROPS = ("none", "nyu_eigen", *_FRACTIONS)
 
 
 def crop_mask(
   shape: tuple[int, int], crop: str
 ) -> Bool[np.ndarray, "{shape[0]} {shape[1]}"]:
-  """Which pixels of a map are evaluated.
+  """The evaluated pixels of a map.
 
   Args:
     shape: rows and columns of the map.
     crop: `none`; `nyu_eigen`, rows 45 to 471 and columns 41 to 601 of 480 x
-      640; `garg` or `kitti_eigen`, shares of the height and the width rounded
-      down.
+      640; `garg` or `kitti_eigen`, fractions of the height and the width,
+      rounded down.
 
   Raises:
-    ValueError: for an unknown crop, or `nyu_eigen` of another size.
+    ConfigError: for an unknown crop, or `nyu_eigen` of another size.
   """
+  check_choice("crop", crop, CROPS)
   height, width = shape
   if crop == "none":
     return np.ones(shape, bool)
   if crop == "nyu_eigen":
     if (height, width) != _NYU_SIZE:
-      raise ValueError(
+      raise ConfigError(
         f"crop='nyu_eigen' is defined on maps of 480 x 640 and this one has "
         f"{height} x {width}; use crop='none' for other data"
       )
     top, bottom, left, right = _NYU_EIGEN
-  elif crop in _SHARES:
-    y0, y1, x0, x1 = _SHARES[crop]
+  else:
+    y0, y1, x0, x1 = _FRACTIONS[crop]
     top, bottom = int(y0 * height), int(y1 * height)
     left, right = int(x0 * width), int(x1 * width)
-  else:
-    raise ValueError(f"crop={crop!r}. {did_you_mean(crop, CROPS)}")
   mask = np.zeros(shape, bool)
   mask[top:bottom, left:right] = True
   return mask
@@ -90,10 +71,10 @@ def valid_mask(
   high: float | int | None = None,
   crop: str = "none",
 ) -> Bool[np.ndarray, "h w"]:
-  """Pixels with a true depth in the open interval (low, high), in the crop.
+  """Pixels in the crop with a true depth in the open interval (low, high).
 
   Args:
-    depth: metres; 0 or NaN where there is none.
+    depth: metres; 0 or NaN where unknown.
     low: metres.
     high: metres; None for no limit.
     crop: see `crop_mask`.
@@ -117,7 +98,7 @@ def delta(
   truth: Float[np.ndarray, " n"],
   power: int = 1,
 ) -> float:
-  """Share of values with max(p / g, g / p) < 1.25^power; none that is <= 0."""
+  """Fraction with max(p / g, g / p) < 1.25^power; values <= 0 fail."""
   p, g = _float64(predicted, truth)
   positive = p > 0
   ratio = np.divide(p, g)
@@ -147,14 +128,14 @@ def image_metrics(
     truth: metres, positive.
 
   Raises:
-    ValueError: for no pixels or values that have no logarithm.
+    InputError: without pixels, or for values that have no logarithm.
   """
   p, g = _float64(predicted, truth)
   if not g.size or (g <= 0).any() or (p <= 0).any():
-    raise ValueError(
+    raise InputError(
       f"image_metrics needs positive depths at one pixel or more; got {g.size} "
       f"pixels, {int((g <= 0).sum())} true and {int((p <= 0).sum())} predicted "
-      "ones of 0 or less. Leave invalid pixels out, and clamp the prediction."
+      "ones of 0 or less. Mask invalid pixels, and clamp the prediction."
     )
   e = np.log(p) - np.log(g)
   return {
@@ -175,33 +156,43 @@ class Summary:
 
   Attributes:
     metrics: by name.
-    images: how many were averaged.
-    skipped: how many had too few valid pixels.
+    images: number of averaged images.
+    skipped: number of images with too few valid pixels.
   """
 
   metrics: dict[str, float]
   images: int
   skipped: int
 
+  @property
+  def units(self) -> dict[str, str]:
+    """Units of the errors (lower is better), also of aligned predictions."""
+    return {
+      prefix + name: unit
+      for prefix in ("", "si_")
+      for name, unit in UNITS.items()
+      if prefix + name in self.metrics
+    }
 
-def summarise(rows: Iterable[Mapping[str, float] | None]) -> Summary:
+
+def average(rows: Iterable[Mapping[str, float] | None]) -> Summary:
   """The mean of each metric over images.
 
   Args:
-    rows: of each image, its metrics, or None if it was skipped.
+    rows: the metrics of each image, None for a skipped one.
 
   Raises:
-    ValueError: if every image was skipped.
+    InputError: if every image was skipped.
   """
   rows = list(rows)
-  kept = [row for row in rows if row is not None]
-  if not kept:
-    raise ValueError(
+  scored = [row for row in rows if row is not None]
+  if not scored:
+    raise InputError(
       f"none of {len(rows)} images has enough pixels with a valid depth: the "
       "unit of the depth files, the limits or the crop don't fit this data"
     )
-  metrics = {k: float(np.mean([row[k] for row in kept])) for k in kept[0]}
-  return Summary(metrics, len(kept), len(rows) - len(kept))
+  metrics = {k: float(np.mean([row[k] for row in scored])) for k in scored[0]}
+  return Summary(metrics, len(scored), len(rows) - len(scored))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,10 +213,10 @@ def fit_affine(
 
       (s, t) = argmin sum (s d + t - g)^2
 
-  Where the normal equations have no single solution (det <= 0: every
-  prediction is the same, or there is none), scale and shift are 0, as in
-  MiDaS's evaluation (Ranftl et al. 2020). They are solved about the means,
-  where the determinant is n sum (d - mean d)^2 and does not cancel.
+  Scale and shift are 0 where the solution is not unique (no prediction, or
+  all of them equal), as in MiDaS's evaluation (Ranftl et al. 2020). The
+  equations are solved about the means, where the determinant
+  n sum (d - mean d)^2 does not cancel.
   """
   d, g = _float64(predicted, target)
   if not d.size or d.min() == d.max():

@@ -1,8 +1,8 @@
-"""The published depth probes: what each reads, its loss and its training.
+"""Published depth probes: inputs, head, loss weights and optimizer of each.
 
 linear  DINOv3's: last block after the final norm, batch norm, one linear map
 lin1    DINOv2's: last block with the CLS token beside every patch
-lin4    the same of four blocks
+lin4    DINOv2's over four blocks
 dpt     Probe3D's (El Banani et al. 2024): DPT over four blocks
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,107 +18,82 @@ import optax
 from jaxtyping import Array, Float
 
 from mtv_jax.models.heads import dpt
-from mtv_jax.utils.errors import did_you_mean
 
 Step = int | jax.Array
-Schedule = Callable[[Step], Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-  """One probe as published, for NYUv2.
+class Protocol:
+  """A probe as published for NYUv2; the defaults are DINOv3's linear probe.
 
   Attributes:
-    layers: `last` block, or at the end of each quarter: `quarters` as DINOv2
-      counts them in 24 layers, `even_quarters` as Probe3D does.
-    norm: whether the final norm is applied to what is read: `final` or `none`.
-    cls: `concat` puts the CLS token, where there is one, beside every patch.
-    head: `linear`, `upsampled` (four times, without batch norm) or `dpt`.
+    layers: the `last` block, or the end of each quarter: `quarters` as DINOv2
+      counts 24 blocks, `even_quarters` as Probe3D does.
+    norm: `final` applies the final norm to the features, `none` does not.
+    cls: `concat` appends the CLS token, if there is one, to every patch.
+    head: `linear`, `upsampled` (x4, without batch norm) or `dpt`.
     resize: of the prediction to the image, a method of `resizing`.
     frame: `full` images or their central `square`.
-    augment: a name of `depth_augment.AUGMENTS`.
-    schedule: a name of `SCHEDULES`.
-    lr, b1, b2, weight_decay: of AdamW.
-    clip: largest global norm of the gradient; None for no limit.
+    augment: one of `augment.AUGMENTS`.
+    schedule: one of `SCHEDULES`.
+    lr, b1, b2, weight_decay: of AdamW. Upstream cycles b1 with the learning
+      rate; here it is constant.
+    clip: maximum global norm of the gradient; None for no limit.
     batch_size: images a step.
-    steps: updates; where it is None, `epochs` over the training images.
+    steps: updates; if None, `epochs` over the training images.
     epochs: see `steps`.
     sig_weight, gradient_weight: of the two losses.
-    ddof: of the variance in the first, see `depth_losses.sig_loss`.
-    warm_steps: first updates, in which the variance does not count.
-    tta: `flip` averages the prediction with that of the mirrored image.
-    crop: of the evaluated pixels on NYUv2, see `depth_metrics.crop_mask`.
+    ddof: of the variance in the SIG loss, see `losses.sig_loss`.
+    warm_steps: first updates, without the variance in the SIG loss.
+    tta: `flip` averages the predictions of the image and its mirror image.
+    crop: of the evaluated pixels on NYUv2, see `metrics.crop_mask`.
   """
 
-  layers: str
-  norm: str
-  cls: str
-  head: str
-  resize: str
-  frame: str
-  augment: str
-  schedule: str
-  lr: float
-  b1: float
-  b2: float
-  weight_decay: float
-  clip: float | None
-  batch_size: int
-  steps: int | None
-  epochs: int | None
-  sig_weight: float
-  gradient_weight: float
-  ddof: int
-  warm_steps: int
-  tta: str
-  crop: str
+  layers: str = "last"
+  norm: str = "final"
+  cls: str = "none"
+  head: str = "linear"
+  resize: str = "bilinear"
+  frame: str = "full"
+  augment: str = "toolbox"
+  schedule: str = "warm_cosine"
+  lr: float = 3e-4
+  b1: float = 0.9
+  b2: float = 0.99
+  weight_decay: float = 1e-4
+  clip: float | None = 35.0
+  batch_size: int = 16
+  steps: int | None = 38_400
+  epochs: int | None = None
+  sig_weight: float = 1.0
+  gradient_weight: float = 0.0
+  ddof: int = 1
+  warm_steps: int = 100
+  tta: str = "flip"
+  crop: str = "nyu_eigen"
 
   def taps(self, depth: int) -> tuple[int, ...]:
-    """The blocks it reads of an encoder with `depth` of them."""
+    """The blocks to read of an encoder with `depth` blocks."""
     if self.layers == "last":
       return (depth - 1,)
     if self.layers == "quarters":
       return dpt.quarter_taps(depth)
     return tuple(math.ceil(depth * i / 4) - 1 for i in (1, 2, 3, 4))
 
-  def optimizer(self, steps: int, lr: float) -> optax.GradientTransformation:
-    """AdamW with the recipe's schedule over `steps`."""
-    schedule = SCHEDULES[self.schedule](steps, lr)
+  def optimizer(self) -> optax.GradientTransformation:
+    """AdamW with the schedule over `steps`."""
+    rate = functools.partial(
+      SCHEDULES[self.schedule], steps=self.steps, lr=self.lr
+    )
     adamw = optax.adamw(
-      schedule, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay
+      rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay
     )
     if self.clip is None:
       return adamw
     return optax.chain(optax.clip_by_global_norm(self.clip), adamw)
 
 
-LINEAR = Recipe(
-  layers="last",
-  norm="final",
-  cls="none",
-  head="linear",
-  resize="bilinear",
-  frame="full",
-  augment="toolbox",
-  schedule="warm_cosine",
-  lr=3e-4,
-  # Upstream cycles b1 with the rate; it stays here.
-  b1=0.9,
-  b2=0.99,
-  weight_decay=1e-4,
-  clip=35.0,
-  batch_size=16,
-  steps=38_400,
-  epochs=None,
-  sig_weight=1.0,
-  gradient_weight=0.0,
-  ddof=1,
-  warm_steps=100,
-  tta="flip",
-  crop="nyu_eigen",
-)
-LIN1 = dataclasses.replace(
-  LINEAR,
+_LIN1 = Protocol(
   norm="none",
   cls="concat",
   head="upsampled",
@@ -130,47 +104,40 @@ LIN1 = dataclasses.replace(
   sig_weight=10.0,
   gradient_weight=0.5,
 )
-LIN4 = dataclasses.replace(LIN1, layers="quarters")
-DPT = Recipe(
-  layers="even_quarters",
-  norm="none",
-  cls="concat",
-  head="dpt",
-  resize="bilinear_corners",
-  frame="square",
-  augment="probe3d",
-  schedule="quarter_cosine",
-  lr=5e-4,
-  b1=0.9,
-  b2=0.999,
-  weight_decay=0.01,
-  clip=None,
-  batch_size=8,
-  steps=None,
-  epochs=10,
-  sig_weight=10.0,
-  gradient_weight=0.5,
-  ddof=0,
-  warm_steps=0,
-  tta="none",
-  crop="none",
-)
-RECIPES = {"linear": LINEAR, "lin1": LIN1, "lin4": LIN4, "dpt": DPT}
-
-
-def recipe(name: str) -> Recipe:
-  """By name, or a ValueError."""
-  if name not in RECIPES:
-    raise ValueError(
-      f"depth_probe: protocol={name!r}. {did_you_mean(name, RECIPES)}"
-    )
-  return RECIPES[name]
+PROTOCOLS = {
+  "linear": Protocol(),
+  "lin1": _LIN1,
+  "lin4": dataclasses.replace(_LIN1, layers="quarters"),
+  "dpt": Protocol(
+    layers="even_quarters",
+    norm="none",
+    cls="concat",
+    head="dpt",
+    resize="bilinear_corners",
+    frame="square",
+    augment="probe3d",
+    schedule="quarter_cosine",
+    lr=5e-4,
+    b2=0.999,
+    weight_decay=0.01,
+    clip=None,
+    batch_size=8,
+    steps=None,
+    epochs=10,
+    sig_weight=10.0,
+    gradient_weight=0.5,
+    ddof=0,
+    warm_steps=0,
+    tta="none",
+    crop="none",
+  ),
+}
 
 
 def warm_cosine(
   step: Step, *, steps: int, lr: float, warmup: int | None = None
 ) -> Float[Array, ""]:
-  """DINOv3's: a cosine that is ramped up over its first third.
+  """DINOv3's schedule: a cosine with a linear ramp over its first third.
 
   With T steps and W of warm-up: lr / 1000 + lr (1 + cos(pi s / T)) / 2 * s / W
   before W, then the cosine from lr to lr / 25000 at (s + 1) / T.
@@ -178,15 +145,13 @@ def warm_cosine(
   Args:
     step: from 0.
     steps: T.
-    lr: the peak, which the ramped cosine stays below.
-    warmup: W, by default 12,800 of 38,400 steps.
+    lr: upper bound of the learning rate.
+    warmup: W, by default a third of the steps (12,800 of 38,400).
   """
   warmup = max(1, steps // 3) if warmup is None else warmup
   s = jnp.asarray(step, jnp.float32)
-  ramped = lr / 1000 + _cosine(lr, 0.0, s / steps) * s / warmup
-  return jnp.where(
-    s < warmup, ramped, _cosine(lr, lr / 25_000, (s + 1) / steps)
-  )
+  ramp = lr / 1000 + _cosine(lr, 0.0, s / steps) * s / warmup
+  return jnp.where(s < warmup, ramp, _cosine(lr, lr / 25_000, (s + 1) / steps))
 
 
 def one_cycle(
@@ -198,7 +163,7 @@ def one_cycle(
   div: float = 25.0,
   final_div: float = 100.0,
 ) -> Float[Array, ""]:
-  """Smith and Topin 2018 as PyTorch's OneCycleLR: two half cosines.
+  """PyTorch's OneCycleLR (Smith and Topin 2018): two half cosines.
 
   From lr / div up to lr at `warm_share` of the steps, down to
   lr / div / final_div at the last one.
@@ -214,7 +179,7 @@ def one_cycle(
 def quarter_cosine(
   step: Step, *, steps: int, lr: float, warmup: int | None = None
 ) -> Float[Array, ""]:
-  """Probe3D's: lr (0.01 + 0.99 f), f up to 1 in a line, then cos(pi / 2 r).
+  """Probe3D's schedule: lr (0.01 + 0.99 f), f linear to 1, then cos(pi / 2 r).
 
   Args:
     step: from 0.
@@ -233,12 +198,8 @@ def _cosine(start: float, end: float, share: jax.Array) -> jax.Array:
   return end + (start - end) * (1 + jnp.cos(jnp.pi * share)) / 2
 
 
-def _schedule(rate: Callable[..., Float[Array, ""]]) -> Callable[..., Schedule]:
-  return lambda steps, lr: functools.partial(rate, steps=steps, lr=lr)
-
-
 SCHEDULES = {
-  "warm_cosine": _schedule(warm_cosine),
-  "one_cycle": _schedule(one_cycle),
-  "quarter_cosine": _schedule(quarter_cosine),
+  "warm_cosine": warm_cosine,
+  "one_cycle": one_cycle,
+  "quarter_cosine": quarter_cosine,
 }

@@ -1,9 +1,9 @@
-"""From an image to what the encoder reads of it, and back to its pixels.
+"""Encoder inputs of any size: padding of images, restoring of predictions.
 
-An image is brought to the input's size, then padded around to a multiple of
+An image is resized to the input size and padded on all sides to a multiple of
 the patch with the encoder's mean colour. Predictions are resampled over the
-padded input and the padding is cut off again, so that patch and pixel stay
-where they were.
+padded input before the padding is cropped, so that patches and pixels stay
+aligned.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from jaxtyping import Array, Float, Float32
 
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import resizing
+from mtv_jax.utils.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """How images of one size are shown to an encoder.
+  """The encoder's view of images of one size.
 
   Attributes:
     size: rows and columns of the image.
-    input_size: what it is resized to.
+    input_size: rows and columns after resizing, before padding.
     patch: pixels a side.
     resize: of predictions, a method of `resizing`.
   """
@@ -38,7 +39,7 @@ class View:
 
   @property
   def padded(self) -> tuple[int, int]:
-    """The input's size with its padding."""
+    """Rows and columns with padding."""
     h, w = (-(-side // self.patch) * self.patch for side in self.input_size)
     return h, w
 
@@ -47,19 +48,17 @@ class View:
     """Rows and columns of patches."""
     return self.padded[0] // self.patch, self.padded[1] // self.patch
 
-  def place(
-    self,
-    image: Float[np.ndarray, "h w 3"],
-    mean: tuple[float, float, float],
+  def pad(
+    self, image: Float[np.ndarray, "h w 3"], mean: tuple[float, float, float]
   ) -> Float32[np.ndarray, "h2 w2 3"]:
     """The padded input of an image in 0..255.
 
     Args:
       image: of `size`.
-      mean: of the encoder's normalisation, in 0..1: what becomes zero.
+      mean: of the encoder's normalisation, in 0..1; padding becomes zero.
     """
     if image.shape[:2] != self.size:
-      raise ValueError(
+      raise InputError(
         f"an image of {image.shape[0]} x {image.shape[1]} among images of "
         f"{self.size[0]} x {self.size[1]}: all of them must have one size"
       )
@@ -73,27 +72,20 @@ class View:
     if self.padded == self.input_size:
       return np.ascontiguousarray(image, np.float32)
     top, left = _margin(height, self.patch), _margin(width, self.patch)
-    placed = np.empty((*self.padded, 3), np.float32)
-    placed[:] = 255 * np.float32(mean)
-    placed[top : top + height, left : left + width] = image
-    return placed
+    padded = np.empty((*self.padded, 3), np.float32)
+    padded[:] = 255 * np.float32(mean)
+    padded[top : top + height, left : left + width] = image
+    return padded
 
   def restore(
-    self,
-    maps: Float[Array, "b gh gw"] | Float[np.ndarray, "b gh gw"],
-    size: tuple[int, int] | None = None,
+    self, maps: Float[Array, "b gh gw"] | Float[np.ndarray, "b gh gw"]
   ) -> Float[Array, "b h w"] | Float[np.ndarray, "b h w"]:
-    """LabelMaps over the padded input, resampled to the pixels of the image.
-
-    Args:
-      maps: of any resolution.
-      size: rows and columns wanted, of the image by default.
-    """
+    """Resamples maps over the padded input to the pixels of the image."""
     rows, columns = (
       restoring_matrix(
         maps.shape[i + 1], self.input_size[i], side, self.patch, self.resize
       )
-      for i, side in enumerate(size or self.size)
+      for i, side in enumerate(self.size)
     )
     if isinstance(maps, np.ndarray):
       return rows @ maps @ columns.T
@@ -102,7 +94,7 @@ class View:
 
 
 def _margin(side: int, patch: int) -> int:
-  """Padding before; with an odd number of pixels the larger part is after."""
+  """Padding before; the larger part of an odd number is after."""
   return -side % patch // 2
 
 
@@ -110,18 +102,18 @@ def _margin(side: int, patch: int) -> int:
 def restoring_matrix(
   grid: int, input_side: int, side: int, patch: int, method: str
 ) -> Float32[np.ndarray, "side grid"]:
-  """Along one axis: over the padded input, padding off, to the image's side."""
+  """One axis: upsamples to the padded input, crops, resizes to `side`."""
   padded = -(-input_side // patch) * patch
   top = _margin(input_side, patch)
   spread = resizing.matrix(grid, padded, method)[top : top + input_side]
   if padded == input_side:
-    # In one go: interpolating twice would smooth twice.
+    # In one step, since interpolating twice smooths twice.
     spread = resizing.matrix(grid, side, method)
   elif input_side != side:
     spread = resizing.matrix(input_side, side, method) @ spread
-  made = spread.astype(np.float32)
-  made.setflags(write=False)  # cached, so shared by every caller
-  return made
+  matrix = spread.astype(np.float32)
+  matrix.setflags(write=False)  # cached, so shared by all callers
+  return matrix
 
 
 def features(
@@ -133,27 +125,27 @@ def features(
   cls: str,
   batch_size: int,
 ) -> Float32[np.ndarray, "n h w c"]:
-  """What a probe reads: the layers' patches, each with its CLS token.
+  """Input of a probe: the patches of the layers, each with its CLS token.
 
   Args:
-    encoder: whose features.
+    encoder: of the features.
     images: inputs of one size, in 0..255.
-    layers: blocks, one after the other along the channels. With the final norm
-      there can only be the last one.
-    norm: `final` or `none`, see `depth_recipes.Recipe`.
-    cls: `concat` or `none`; an encoder without a CLS token has none to add.
+    layers: blocks, concatenated along the channels; with the final norm only
+      the last one.
+    norm: `final` or `none`, see `protocols.Protocol`.
+    cls: `concat` or `none`; without effect if there is no CLS token.
     batch_size: images a step.
   """
   token = cls == "concat" and encoder.spec.image.cls_token
   outputs = ("patches", "prefix") if token else ("patches",)
   if norm == "final":
-    found = encoder.dense(images, outputs=outputs, batch_size=batch_size)
-    pairs = [(found.patches, found.prefix)]
+    output = encoder.dense(images, outputs=outputs, batch_size=batch_size)
+    pairs = [(output.patches, output.prefix)]
   else:
-    found = encoder.dense(
+    output = encoder.dense(
       images, layers=layers, outputs=(), batch_size=batch_size
     )
-    pairs = [(found.layers[i], found.prefix_layers.get(i)) for i in layers]
+    pairs = [(output.layers[i], output.prefix_layers.get(i)) for i in layers]
   parts = []
   for patches, prefix in pairs:
     parts.append(patches)
@@ -164,6 +156,6 @@ def features(
 
 
 def channels(encoder: Encoder, *, layers: tuple[int, ...], cls: str) -> int:
-  """How many channels `features` gives."""
+  """Number of channels of `features`."""
   token = cls == "concat" and encoder.spec.image.cls_token
   return len(layers) * encoder.spec.image.width * (2 if token else 1)

@@ -1,4 +1,6 @@
-"""Depth heads, their losses and schedules, against formulas and PyTorch."""
+"""Depth heads, losses and schedules against formulas and PyTorch."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,24 +8,16 @@ import numpy as np
 import pytest
 
 from mtv_jax.evals.core import probe
-from mtv_jax.evals.depth import (
-  heads as depth_heads,
-)
-from mtv_jax.evals.depth import (
-  losses as depth_losses,
-)
-from mtv_jax.evals.depth import (
-  protocols as depth_recipes,
-)
+from mtv_jax.evals.depth import heads, losses, protocols
 
 
 def test_expected_depth_golden():
-  depths = depth_heads.bin_depths(10, 3)
+  depths = heads.bin_depths(10, 3)
   np.testing.assert_allclose(depths, [0.001, 5.0005, 10], rtol=1e-6)
   z = jnp.array([1.0, 0.0, -2.0])
   p = (jax.nn.relu(z) + 0.1) / 1.3
   np.testing.assert_allclose(p, [0.846154, 0.076923, 0.076923], atol=1e-6)
-  got = depth_heads.expected_depth(z, depths)
+  got = heads.expected_depth(z, depths)
   assert float(got) == pytest.approx(1.154731, abs=1e-6)
 
 
@@ -36,30 +30,30 @@ GOLDEN = tuple(
 def test_sig_loss_golden():
   predicted, truth = GOLDEN
   valid = truth > 0
-  dino = depth_losses.sig_loss(predicted, truth, valid)
+  dino = losses.sig_loss(predicted, truth, valid)
   assert float(dino) == pytest.approx(0.137261, abs=1e-6)
-  probe3d = depth_losses.sig_loss(predicted, truth, valid, ddof=0)
+  probe3d = losses.sig_loss(predicted, truth, valid, ddof=0)
   assert float(probe3d) == pytest.approx(0.112586, abs=1e-6)
   g = np.log(np.array([1.001, 2.001, 3.001]) / [1.101, 1.801, 3.501])
-  warm = depth_losses.sig_loss(predicted, truth, valid, variance_weight=0.0)
+  warm = losses.sig_loss(predicted, truth, valid, variance_weight=0.0)
   assert float(warm) == pytest.approx(np.sqrt(0.15) * abs(g.mean()), rel=1e-5)
 
 
 def test_losses_without_a_valid_pixel_are_zero():
   predicted, truth = GOLDEN
   none = jnp.zeros(truth.shape, bool)
-  for loss in (depth_losses.sig_loss, depth_losses.gradient_loss):
-    value, slope = jax.jit(jax.value_and_grad(loss))(predicted, truth, none)
+  for loss in (losses.sig_loss, losses.gradient_loss):
+    value, grad = jax.jit(jax.value_and_grad(loss))(predicted, truth, none)
     assert float(value) == 0
-    assert not np.any(slope)
-  # A perfect prediction has no slope either, and no NaN.
+    assert not np.any(grad)
+  # Nor does a perfect prediction give NaN.
   truth = jnp.full((1, 3, 3), 2.0)
-  slope = jax.jit(jax.grad(depth_losses.sig_loss))(truth, truth, truth > 0)
-  assert np.all(np.isfinite(slope))
+  grad = jax.jit(jax.grad(losses.sig_loss))(truth, truth, truth > 0)
+  assert np.all(np.isfinite(grad))
 
 
 def numpy_gradient_loss(predicted, truth, valid):
-  """Pixel by pixel."""
+  """The gradient loss pixel by pixel."""
   g = np.where(valid, np.log(predicted + 1e-3) - np.log(truth + 1e-3), 0)
   total = 0
   for stride in (1, 2, 4, 6):
@@ -78,7 +72,7 @@ def test_gradient_loss_by_hand():
   predicted, truth = rng.uniform(0.5, 9, (2, 2, 13, 15)).astype(np.float32)
   valid = rng.random((2, 13, 15)) < 0.7
   truth = np.where(valid, truth, 0)
-  loss = jax.jit(depth_losses.gradient_loss)
+  loss = jax.jit(losses.gradient_loss)
   got = loss(*map(jnp.asarray, (predicted, truth, valid)))
   want = numpy_gradient_loss(predicted, truth, valid)
   assert float(got) == pytest.approx(want, rel=1e-5)
@@ -99,7 +93,7 @@ def test_gradient_loss_by_hand():
   ],
 )
 def test_warm_cosine_golden(step, rate):
-  got = depth_recipes.warm_cosine(step, steps=38_400, lr=3e-4)
+  got = protocols.warm_cosine(step, steps=38_400, lr=3e-4)
   assert float(got) == pytest.approx(rate, rel=1e-4)
 
 
@@ -108,13 +102,13 @@ def test_warm_cosine_golden(step, rate):
   [(0, 0.01), (75, 0.505), (150, 1), (575, 0.71004), (1000, 0.01)],
 )
 def test_quarter_cosine_golden(step, factor):
-  got = depth_recipes.quarter_cosine(step, steps=1000, lr=1.0)
+  got = protocols.quarter_cosine(step, steps=1000, lr=1.0)
   assert float(got) == pytest.approx(factor, abs=1e-5)
 
 
 @pytest.mark.reference
 @pytest.mark.parametrize("steps", [100, 1001])
-def test_one_cycle_is_torch(steps):
+def test_one_cycle_matches_torch(steps):
   import torch
 
   weight = torch.nn.Parameter(torch.zeros(1))
@@ -128,23 +122,25 @@ def test_one_cycle_is_torch(steps):
     optimizer.step()
     if len(want) < steps:
       schedule.step()
-  rate = depth_recipes.SCHEDULES["one_cycle"](steps, 1e-4)
+  rate = functools.partial(protocols.one_cycle, steps=steps, lr=1e-4)
   got = jax.vmap(rate)(jnp.arange(steps))
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-11)
 
 
 def test_layers_of_the_published_probes():
-  recipes = depth_recipes.RECIPES
-  assert recipes["linear"].taps(12) == recipes["lin1"].taps(12) == (11,)
-  assert recipes["lin4"].taps(12) == recipes["dpt"].taps(12) == (2, 5, 8, 11)
+  published = protocols.PROTOCOLS
+  assert published["linear"].taps(12) == published["lin1"].taps(12) == (11,)
+  assert (
+    published["lin4"].taps(12) == published["dpt"].taps(12) == (2, 5, 8, 11)
+  )
   # Where the two differ.
-  assert recipes["lin4"].taps(24) == (4, 11, 17, 23)
-  assert recipes["dpt"].taps(24) == (5, 11, 17, 23)
-  assert recipes["dpt"].taps(2) == (0, 0, 1, 1)
+  assert published["lin4"].taps(24) == (4, 11, 17, 23)
+  assert published["dpt"].taps(24) == (5, 11, 17, 23)
+  assert published["dpt"].taps(2) == (0, 0, 1, 1)
 
 
 def randomised(tree, seed=0):
-  """The same tree with every leaf drawn, none of them zero or one."""
+  """A tree of random leaves, none of them zero or one."""
   leaves, structure = jax.tree.flatten(tree)
   rng = np.random.default_rng(seed)
   drawn = [rng.normal(0, 0.2, x.shape).astype(np.float32) for x in leaves]
@@ -152,7 +148,7 @@ def randomised(tree, seed=0):
 
 
 def torch_bins(logits, max_depth):
-  """Depth of logits `[b, k, h, w]`, from the formula."""
+  """Expected depth of logits `[b, k, h, w]` in PyTorch."""
   import torch
 
   weights = torch.relu(logits) + 0.1
@@ -176,10 +172,10 @@ def features(channels, seed=1):
 
 
 @pytest.mark.reference
-def test_linear_head_is_torch():
+def test_linear_head_matches_torch():
   import torch
 
-  head = depth_heads.LinearHead(6, 10.0, norm="batch")
+  head = heads.LinearHead(6, 10.0, norm="batch")
   params = randomised(head.init(jax.random.key(0))[0])
   x = features(6)
   norm = torch.nn.BatchNorm2d(6)
@@ -203,11 +199,11 @@ def test_linear_head_is_torch():
 
 
 @pytest.mark.reference
-def test_upsampled_head_is_torch():
-  """Upstream enlarges the features, here the logits are: the same."""
+def test_upsampled_head_matches_torch():
+  """Upsampled logits equal logits of upsampled features."""
   import torch
 
-  head = depth_heads.LinearHead(6, 80.0, upsample=4)
+  head = heads.LinearHead(6, 80.0, upsample=4)
   params = randomised(head.init(jax.random.key(0))[0])
   x = features(6)
   large = torch.nn.functional.interpolate(
@@ -223,11 +219,11 @@ def test_upsampled_head_is_torch():
 
 
 @pytest.mark.reference
-def test_dpt_head_is_torch():
+def test_dpt_head_matches_torch():
   import torch
   from torch.nn import functional
 
-  head = depth_heads.DPTHead(4 * 5, 10.0, features=8)
+  head = heads.DPTHead(4 * 5, 10.0, features=8)
   params = randomised(head.init(jax.random.key(0))[0])
   x = features(4 * 5)
 

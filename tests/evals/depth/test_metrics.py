@@ -1,4 +1,4 @@
-"""Depth metrics: golden values, masks, alignment, and the libraries' word."""
+"""Depth metrics: golden values, masks, alignment, and reference libraries."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ PREDICTED = np.array([[2.1, 1.2, 0.7], [0.5, 3, -0.3]])
 
 
 def random_depths(seed=0, size=2000):
-  """Depths with holes, and predictions of them."""
+  """Depths with invalid pixels, and predictions."""
   rng = np.random.default_rng(seed)
   truth = rng.uniform(0.5, 9.5, size)
   truth[rng.random(size) < 0.3] = 0
@@ -37,7 +37,7 @@ def test_metrics_by_hand():
   assert tuple(got) == dm.METRICS
 
 
-def test_scale_changes_no_scale_invariant_error():
+def test_silog_is_scale_invariant():
   p, g = random_depths()
   p, g = p[g > 0], g[g > 0]
   assert dm.image_metrics(3 * g, g)["silog"] == pytest.approx(0, abs=1e-5)
@@ -46,7 +46,7 @@ def test_scale_changes_no_scale_invariant_error():
   assert once["rmse_log"] != pytest.approx(twice["rmse_log"], rel=0.1)
 
 
-def test_negative_predictions_are_wrong_and_have_no_logarithm():
+def test_negative_predictions_fail_delta_and_are_refused():
   g = np.array([1.0, 1.0])
   assert dm.delta(np.array([-1.0, 1.0]), g) == 0.5
   assert dm.delta(np.array([0.0, 1.0]), g) == 0.5
@@ -86,12 +86,12 @@ def test_metrics_agree_with_libraries(seed):
   assert got["rmse"] == pytest.approx(float(theirs), abs=1e-9)
 
 
-def test_images_are_averaged_and_not_pixels():
+def test_mean_is_over_images():
   rows = [{"rmse": 1.0}, None, {"rmse": 4.0}]
-  got = dm.summarise(rows)
+  got = dm.average(rows)
   assert got == dm.Summary({"rmse": 2.5}, images=2, skipped=1)
   with pytest.raises(ValueError, match="none of 2 images"):
-    dm.summarise([None, None])
+    dm.average([None, None])
 
 
 def test_crops():
@@ -144,7 +144,7 @@ def test_alignment_is_least_squares(offset):
 
 
 @pytest.mark.reference
-def test_alignment_is_linear_regression():
+def test_alignment_matches_sklearn():
   from sklearn.linear_model import LinearRegression
 
   p, g = random_depths(5)
@@ -158,6 +158,6 @@ def test_alignment_is_linear_regression():
 @pytest.mark.parametrize(
   "d", [[], [0.3], [0.1] * 7, [1e8] * 3], ids=["none", "one", "same", "large"]
 )
-def test_no_single_solution_gives_zero(d):
+def test_degenerate_alignment_is_zero(d):
   g = np.linspace(1, 2, len(d))
   assert dm.fit_affine(np.array(d), g) == dm.Affine(0.0, 0.0)

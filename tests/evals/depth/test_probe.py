@@ -1,4 +1,4 @@
-"""The depth probe: augmentation, geometry, training, and the whole of it."""
+"""Depth probe: augmentation, padding, training, end-to-end runs."""
 
 import dataclasses
 import json
@@ -14,27 +14,17 @@ from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core import probe, resizing
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import Images
-from mtv_jax.evals.depth import (
-  augment as depth_augment,
-)
-from mtv_jax.evals.depth import (
-  metrics as depth_metrics,
-)
-from mtv_jax.evals.depth import (
-  training as depth_training,
-)
-from mtv_jax.evals.depth import (
-  views as depth_views,
-)
+from mtv_jax.evals.depth import augment, metrics, training, views
 from mtv_jax.evals.depth.augment import Example
 from mtv_jax.evals.depth.probe import DepthProbe
+from mtv_jax.evals.depth.protocols import PROTOCOLS
 from mtv_jax.evals.depth.views import View
 from mtv_jax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
 def nyu_like():
-  """An image whose brightness tells the depth of each pixel, with a hole."""
+  """An image whose grey level is its depth, with an invalid region."""
   rng = np.random.default_rng(0)
   small = rng.uniform(1, 9, (6, 8)).astype(np.float32)
   depth = cv2.resize(small, (640, 480), interpolation=cv2.INTER_NEAREST)
@@ -44,72 +34,73 @@ def nyu_like():
 
 
 @pytest.mark.parametrize("name", ["flip", "toolbox", "probe3d"])
-def test_image_and_depth_stay_together(nyu_like, name):
-  size = depth_augment.augmented_size(name, (480, 640))
+def test_image_and_depth_stay_aligned(nyu_like, name):
+  size = augment.augmented_size(name, (480, 640))
   seen = []
   for seed in range(8):
     rng = np.random.default_rng(seed)
-    made = depth_augment.augment(nyu_like, name, rng)
-    assert made.depth.shape == made.image.shape[:2] == size
-    assert made.image.min() >= 0
-    assert made.image.max() <= 255
-    # Away from the edges of the squares, grey still is a function of depth,
-    # up to what the colours do: a rank correlation near one.
-    grey, depth = made.image[::5, ::5].mean(axis=-1), made.depth[::5, ::5]
+    augmented = augment.augment(nyu_like, name, rng)
+    assert augmented.depth.shape == augmented.image.shape[:2] == size
+    assert augmented.image.min() >= 0
+    assert augmented.image.max() <= 255
+    # Except at edges, grey remains a function of depth, up to the colour
+    # jitter: a rank correlation near one.
+    grey, depth = (
+      augmented.image[::5, ::5].mean(axis=-1),
+      augmented.depth[::5, ::5],
+    )
     order = np.corrcoef(
       grey.ravel().argsort().argsort(), depth.ravel().argsort().argsort()
     )
     assert order[0, 1] > 0.97
-    seen.append(made.depth.tobytes())
+    seen.append(augmented.depth.tobytes())
   assert len(set(seen)) > 1
-  again = depth_augment.augment(nyu_like, name, np.random.default_rng(7))
+  again = augment.augment(nyu_like, name, np.random.default_rng(7))
   assert again.depth.tobytes() == seen[-1]
 
 
-def test_toolbox_keeps_off_the_border(nyu_like):
+def test_toolbox_crops_the_border(nyu_like):
   image = np.full((480, 640, 3), 255, np.float32)
   image[45:472, 43:608] = 100
   example = Example(image, nyu_like.depth)
   for seed in range(6):
-    made = depth_augment.augment(
-      example, "toolbox", np.random.default_rng(seed)
-    )
-    assert made.image.max() < 255 * 0.75
+    augmented = augment.augment(example, "toolbox", np.random.default_rng(seed))
+    assert augmented.image.max() < 255 * 0.75
   with pytest.raises(ValueError, match="480 x 640 and this one is 4 x 4"):
     small = Example(image[:4, :4], nyu_like.depth[:4, :4])
-    depth_augment.augment(small, "toolbox", np.random.default_rng(0))
+    augment.augment(small, "toolbox", np.random.default_rng(0))
 
 
-def test_rotation_is_clockwise_and_makes_no_depth_up(nyu_like):
+def test_rotation_is_clockwise_and_interpolates_no_depth(nyu_like):
   image = np.zeros((101, 101, 3), np.float32)
   depth = np.full((101, 101), 3.0, np.float32)
   image[50, 90] = 255
-  turned = depth_augment.rotate(Example(image, depth), 90.0)
+  turned = augment.rotate(Example(image, depth), 90.0)
   assert turned.image[90, 50, 0] == pytest.approx(255, abs=1)
-  made = depth_augment.rotate(nyu_like, 2.0).depth
-  assert set(np.unique(made)) <= {*np.unique(nyu_like.depth), 0.0}
-  assert (made == 0).sum() > (nyu_like.depth == 0).sum()
+  depth = augment.rotate(nyu_like, 2.0).depth
+  assert set(np.unique(depth)) <= {*np.unique(nyu_like.depth), 0.0}
+  assert (depth == 0).sum() > (nyu_like.depth == 0).sum()
 
 
 MEAN = (0.5, 0.25, 0.75)
 
 
-def test_inputs_are_padded_with_the_mean_around():
+def test_inputs_are_padded_with_the_mean_on_all_sides():
   view = View((30, 45), (30, 45), 14, "bilinear")
   assert view.padded == (42, 56)
   assert view.grid == (3, 4)
   image = np.zeros((30, 45, 3), np.float32)
-  placed = view.place(image, MEAN)
-  assert placed.shape == (42, 56, 3)
-  assert (placed[6:36, 5:50] == 0).all()
-  np.testing.assert_allclose(placed[0, 0], 255 * np.array(MEAN))
-  assert (placed.any(-1)).sum() == 42 * 56 - 30 * 45
+  padded = view.pad(image, MEAN)
+  assert padded.shape == (42, 56, 3)
+  assert (padded[6:36, 5:50] == 0).all()
+  np.testing.assert_allclose(padded[0, 0], 255 * np.array(MEAN))
+  assert (padded.any(-1)).sum() == 42 * 56 - 30 * 45
   with pytest.raises(ValueError, match="29 x 45 among images of 30 x 45"):
-    view.place(image[1:], MEAN)
+    view.pad(image[1:], MEAN)
 
 
 def test_restoring_undoes_the_padding():
-  """A plane over the padded input is the same plane over the image."""
+  """A plane over the padded input becomes the same plane over the image."""
   view = View((60, 90), (30, 45), 14, "bilinear")
   rows, columns = (np.arange(14 * n) + 0.5 for n in view.grid)
   plane = (2 * rows[:, None] + 3 * columns).astype(np.float32)
@@ -124,7 +115,7 @@ def test_restoring_undoes_the_padding():
 
 
 @pytest.mark.parametrize("method", ["bilinear", "bilinear_corners"])
-def test_without_padding_restoring_is_resizing(method):
+def test_restoring_without_padding_is_resizing(method):
   view = View((24, 40), (12, 20), 4, method)
   maps = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
   want = resizing.resize_maps(maps, (24, 40), method=method)
@@ -132,10 +123,10 @@ def test_without_padding_restoring_is_resizing(method):
 
 
 class Tokens(Encoder):
-  """Patches that name their layer, and a CLS token."""
+  """Patches with the number of their layer, and a CLS token."""
 
   def __init__(self):
-    self.asked = []
+    self.calls = []
     self.spec = baselines.load("pixels:32/8").spec
     image = dataclasses.replace(
       self.spec.image, cls_token=True, width=2, depth=12
@@ -143,7 +134,7 @@ class Tokens(Encoder):
     self.spec = dataclasses.replace(self.spec, image=image)
 
   def dense(self, images, *, layers=(), outputs=("patches",), batch_size=16):
-    self.asked.append((layers, outputs))
+    self.calls.append((layers, outputs))
     n = len(images)
 
     def tokens(value, *shape):
@@ -160,25 +151,23 @@ class Tokens(Encoder):
     )
 
 
-def read(**kwargs):
+def read_features(**kwargs):
   encoder = Tokens()
   images = [np.zeros((16, 24, 3), np.float32)] * 5
-  found = depth_views.features(encoder, images, batch_size=2, **kwargs)
+  found = views.features(encoder, images, batch_size=2, **kwargs)
   assert found.shape[:3] == (5, 2, 3)
   assert (found == found[:1, :1, :1]).all()
-  width = depth_views.channels(
-    encoder, layers=kwargs["layers"], cls=kwargs["cls"]
-  )
+  width = views.channels(encoder, layers=kwargs["layers"], cls=kwargs["cls"])
   assert found.shape[-1] == width
-  return found[0, 0, 0].tolist(), encoder.asked
+  return found[0, 0, 0].tolist(), encoder.calls
 
 
-def test_what_the_probes_read():
-  final = read(layers=(11,), norm="final", cls="none")
+def test_features_of_the_protocols():
+  final = read_features(layers=(11,), norm="final", cls="none")
   assert final == ([-1, -1], [((), ("patches",))])
-  both = read(layers=(2, 11), norm="none", cls="concat")
+  both = read_features(layers=(2, 11), norm="none", cls="concat")
   assert both[0] == [2, 2, 102, 102, 11, 11, 111, 111]
-  assert read(layers=(2,), norm="none", cls="none")[0] == [2, 2]
+  assert read_features(layers=(2,), norm="none", cls="none")[0] == [2, 2]
 
 
 SMALL = {"train_count": 24, "count": 10, "steps": 40, "batch_size": 8}
@@ -195,10 +184,9 @@ def result(pixels):
 
 
 def test_scenes_end_to_end(result):
-  metrics = result.metrics
-  assert tuple(metrics) == depth_metrics.METRICS
-  # Even raw pixels know more of depth than its mean.
-  assert metrics["rmse"] < 0.95 * result.chance["rmse"]
+  assert tuple(result.metrics) == metrics.METRICS
+  # Raw pixels predict depth better than its mean.
+  assert result.metrics["rmse"] < 0.95 * result.chance["rmse"]
   assert result.units["rmse"] == "m"
   assert "rmse" in result.lower
   assert "delta1" not in result.lower
@@ -210,10 +198,10 @@ def test_scenes_end_to_end(result):
   assert protocol["final_norm"] is True
   assert (protocol["crop"], protocol["tta"]) == ("none", "flip")
   assert protocol["data_hash"] != protocol["train_hash"]
-  picture = result.pictures["depth"]
-  assert picture.dtype == np.uint8
-  assert picture.shape == (2 * 160 + 8, 3 * 160 + 2 * 8, 3)
-  assert picture.std() > 10
+  sheet = result.pictures["depth"]
+  assert sheet.dtype == np.uint8
+  assert sheet.shape == (2 * 160 + 8, 3 * 160 + 2 * 8, 3)
+  assert sheet.std() > 10
 
 
 def test_one_device_and_eight_agree(pixels, result):
@@ -226,13 +214,13 @@ def test_one_device_and_eight_agree(pixels, result):
 
 
 def torch_prediction(image, params, state, max_depth):
-  """The linear probe of one image of raw pixels, from the formulas."""
+  """The linear probe on one image of raw pixels, in PyTorch."""
   import torch
   from torch.nn import functional
 
   pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
   normalised = (pixels / 255 - 0.5) / 0.5
-  # Of each patch its pixels, ordered (y, x, channel).
+  # The pixels of each patch, ordered (y, x, channel).
   patches = normalised.reshape(1, 3, 4, 8, 4, 8).permute(0, 3, 5, 1, 2, 4)
   x = patches.reshape(1, 192, 4, 4)
   leaf = {k: torch.from_numpy(np.array(v)) for k, v in params["norm"].items()}
@@ -250,8 +238,8 @@ def torch_prediction(image, params, state, max_depth):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("tta", ["none", "flip"])
-def test_predictions_are_torch(pixels, tta):
-  """From the image to the limited depth map, given equal weights."""
+def test_predictions_match_torch(pixels, tta):
+  """From the image to the clipped depth map, given equal weights."""
   evaluator = DepthProbe(count=3, batch_size=2, tta=tta, max_depth=6)
   data = evaluator._set("test", 32)
   setup = evaluator._resolve(pixels, data)
@@ -262,12 +250,10 @@ def test_predictions_are_torch(pixels, tta):
     head.init(jax.random.key(0)),
   )
   state["var"] += 0.6
-  # Near and far bins pull apart, or every depth would be about the mean.
+  # Weights that grow with the bin, or every depth would be near the mean.
   params["kernel"] *= np.linspace(-1, 1, 256, dtype=np.float32)
   fitted = probe.Fitted(params, {"head": state}, np.zeros(1, np.float32))
-  found = depth_training.predictions(
-    pixels, data, setup, head=head, fitted=fitted
-  )
+  found = training.predict(pixels, data, setup, head=head, fitted=fitted)
   predicted = list(found)
   assert len(predicted) == 3
   for i, one in enumerate(predicted):
@@ -290,7 +276,7 @@ def test_options_are_checked():
     DepthProbe(crop="nyu_eigne")
   with pytest.raises(FileNotFoundError, match="nothing there"):
     DepthProbe(data="lost").prepare()
-  # Its small default options are those of the scenes, however they are named.
+  # The defaults for scenes hold for every way to name them.
   scenes = DepthProbe(data={"type": "scenes", "length": 2})
   scenes.prepare()
   assert len(scenes._set("train", 32).images) == 2
@@ -303,7 +289,7 @@ def test_options_are_checked():
   "part",
   ["training/velodyne/0.bin", "kitti_eigen_test_files_with_gt.txt"],
 )
-def test_kitti_is_not_probed(tmp_path, part):
+def test_kitti_is_refused(tmp_path, part):
   path = tmp_path / part
   path.parent.mkdir(parents=True, exist_ok=True)
   path.touch()
@@ -312,7 +298,7 @@ def test_kitti_is_not_probed(tmp_path, part):
 
 
 def write_nyu(root, train=3, test=2):
-  """Images in the form of the lists whose brightness is their depth."""
+  """Writes lists of images whose grey level is their depth."""
   rng = np.random.default_rng(0)
   for split, count in (("train", train), ("test", test)):
     lines = []
@@ -331,18 +317,14 @@ def test_published_values_for_real_data(tmp_path):
   evaluator = DepthProbe(data=str(write_nyu(tmp_path, 1, 1)))
   train = evaluator._set("train", 0)
   setup = evaluator._resolve(Tokens(), train)
-  assert (setup.steps, setup.lr, setup.batch_size) == (38_400, 3e-4, 16)
-  assert (setup.augment, setup.tta, setup.crop) == (
-    "toolbox",
-    "flip",
-    "nyu_eigen",
-  )
-  assert (setup.layers, setup.max_depth, setup.warm_steps) == ((11,), 10, 100)
+  assert setup.protocol == PROTOCOLS["linear"]
+  assert (setup.protocol.steps, setup.protocol.lr) == (38_400, 3e-4)
+  assert (setup.layers, setup.max_depth) == ((11,), 10)
   many = dataclasses.replace(train, images=Images(len, 795))
   dpt = DepthProbe(protocol="dpt")._resolve(Tokens(), many)
-  assert (dpt.steps, dpt.batch_size, dpt.lr) == (990, 8, 5e-4)
-  assert (dpt.crop, dpt.tta, dpt.dpt_features) == ("none", "none", 512)
-  assert dpt.layers == (2, 5, 8, 11)
+  assert dpt.protocol == dataclasses.replace(PROTOCOLS["dpt"], steps=990)
+  assert (dpt.protocol.batch_size, dpt.protocol.lr) == (8, 5e-4)
+  assert (dpt.layers, dpt.dpt_features) == ((2, 5, 8, 11), 512)
 
 
 @pytest.mark.slow
@@ -391,6 +373,6 @@ def test_real_nyu(shared_data):
   result = evaluator.run(encoder)
   assert result.protocol["images"] == result.protocol["train_images"] == 100
   assert result.protocol["crop"] == "nyu_eigen"
-  # Depth of the halves of these rooms differs: about 1 m of RMSE at random.
+  # The mean depth has an RMSE of about 1 m on these rooms.
   assert result.metrics["rmse"] < 0.98 * result.chance["rmse"]
   assert 0.6 < result.chance["rmse"] < 1.6

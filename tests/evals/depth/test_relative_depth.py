@@ -1,4 +1,4 @@
-"""Relative depth: alignments, published rules, and the whole of it."""
+"""Relative depth: alignments, published protocols, end-to-end runs."""
 
 import json
 
@@ -12,9 +12,8 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core import resizing
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.depth import metrics as depth_metrics
-from mtv_jax.evals.depth import relative_depth
-from mtv_jax.evals.depth.relative_depth import RelativeDepth, aligned
+from mtv_jax.evals.depth import metrics, relative_depth
+from mtv_jax.evals.depth.relative_depth import RelativeDepth, align
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads import dpt
 from mtv_jax.models.heads.dpt import DepthHead
@@ -25,24 +24,24 @@ PREDICTED = np.array([2.1, 1.2, 0.7, 0.5, -0.3])
 
 
 def test_disparity_golden():
-  depth = aligned(PREDICTED, GT, cap=10)
+  depth = align(PREDICTED, GT, cap=10)
   want = [1.116011, 1.816668, 2.789682, 3.550305, 10]
   np.testing.assert_allclose(depth, want, atol=1e-6)
-  assert depth_metrics.abs_rel(depth, GT) == pytest.approx(0.182261, abs=1e-6)
-  assert depth_metrics.delta(depth, GT) == 0.6
-  assert depth_metrics.rmse(depth, GT) == pytest.approx(0.960578, abs=1e-6)
+  assert metrics.abs_rel(depth, GT) == pytest.approx(0.182261, abs=1e-6)
+  assert metrics.delta(depth, GT) == 0.6
+  assert metrics.rmse(depth, GT) == pytest.approx(0.960578, abs=1e-6)
 
 
 def test_other_alignments_golden():
-  depth = aligned(PREDICTED, GT, alignment="depth", cap=10)
-  assert depth_metrics.abs_rel(depth, GT) == pytest.approx(0.368258, abs=1e-6)
-  disparity = aligned(PREDICTED, GT, alignment="disparity_space", cap=10)
-  got = depth_metrics.abs_rel(disparity, 1 / GT)
+  depth = align(PREDICTED, GT, alignment="depth", cap=10)
+  assert metrics.abs_rel(depth, GT) == pytest.approx(0.368258, abs=1e-6)
+  disparity = align(PREDICTED, GT, alignment="disparity_space", cap=10)
+  got = metrics.abs_rel(disparity, 1 / GT)
   assert got == pytest.approx(0.455356, abs=1e-6)
 
 
-def test_marigolds_fit_leaves_out_what_is_not_positive():
-  got = aligned(PREDICTED, GT, alignment="disparity_positive", cap=10)
+def test_disparity_positive_fits_positive_predictions():
+  got = align(PREDICTED, GT, alignment="disparity_positive", cap=10)
   rows = np.stack([PREDICTED[:4], np.ones(4)], axis=1)
   (s, t), *_ = np.linalg.lstsq(rows, 1 / GT[:4], rcond=None)
   want = 1 / np.maximum(s * PREDICTED + t, 1e-3)
@@ -50,14 +49,14 @@ def test_marigolds_fit_leaves_out_what_is_not_positive():
   np.testing.assert_allclose(got, np.clip(want, 1e-3, 10), rtol=1e-9)
 
 
-def test_constant_predictions_end_at_the_cap():
+def test_constant_predictions_align_to_the_cap():
   flat = np.full(5, 0.4)
-  assert aligned(flat, GT, cap=10).tolist() == [10] * 5
-  best = aligned(None, GT, cap=10)
+  assert align(flat, GT, cap=10).tolist() == [10] * 5
+  best = align(None, GT, cap=10)
   np.testing.assert_allclose(best, 1 / np.mean(1 / GT))
 
 
-class Knowing(Encoder):
+class OracleEncoder(Encoder):
   """Predicts an affine function of the true inverse depth of scenes."""
 
   def can_predict(self, name):
@@ -66,17 +65,17 @@ class Knowing(Encoder):
   def __init__(self, *, noise=0.0, size=32):
     self.noise, self.size = noise, size
     self.preprocess = Preprocess(size=size)
-    self.given = []
+    self.shapes = []
 
   def __repr__(self):
-    return "Knowing()"
+    return "OracleEncoder()"
 
   def protocol(self):
-    return {"encoder": "knowing"}
+    return {"encoder": "oracle"}
 
   def depth(self, images, *, batch_size=16):
-    self.given += [image.shape for image in images]
-    first = 1_000_000 + len(self.given) - len(images)
+    self.shapes += [image.shape for image in images]
+    first = 1_000_000 + len(self.shapes) - len(images)
     rng = np.random.default_rng(0)
     rows = []
     for i in range(len(images)):
@@ -85,19 +84,19 @@ class Knowing(Encoder):
     return np.stack(rows).astype(np.float32)
 
 
-def test_what_is_affine_is_perfect():
-  """Whatever the sign and the scale, over several blocks of images."""
-  result = RelativeDepth(count=6, batch_size=1).run(Knowing())
+def test_affine_predictions_are_perfect():
+  """With a negative scale, over several blocks of images."""
+  result = RelativeDepth(count=6, batch_size=1).run(OracleEncoder())
   assert result.metrics["abs_rel"] < 1e-4
   assert result.metrics["rmse"] < 1e-3
   assert result.metrics["delta1"] == 1
   assert result.chance["abs_rel"] > 0.3
-  noisy = RelativeDepth(count=6, batch_size=1).run(Knowing(noise=0.2))
+  noisy = RelativeDepth(count=6, batch_size=1).run(OracleEncoder(noise=0.2))
   assert 0.02 < noisy.metrics["abs_rel"] < result.chance["abs_rel"]
 
 
-def test_result_and_its_protocol():
-  result = RelativeDepth(count=3, pictures=2).run(Knowing(noise=0.1))
+def test_result_and_protocol():
+  result = RelativeDepth(count=3, pictures=2).run(OracleEncoder(noise=0.1))
   assert list(result.metrics) == [
     "abs_rel",
     "delta1",
@@ -108,32 +107,35 @@ def test_result_and_its_protocol():
   assert result.units == {"rmse": "m", "abs_rel": ""}
   assert set(result.lower) == {"rmse", "abs_rel"}
   protocol = json.loads(json.dumps(result.protocol))
-  assert protocol["encoder"] == "knowing"
+  assert protocol["encoder"] == "oracle"
   assert (protocol["images"], protocol["images_skipped"]) == (3, 0)
   assert (protocol["protocol"], protocol["cap"]) == ("midas", 20)
-  assert result.pictures["depth"].shape == (2 * 160 + 4, 3 * 160 + 8, 3)
-  space = RelativeDepth(count=2, alignment="disparity_space").run(Knowing())
+  assert result.pictures["depth"].shape == (2 * 160 + 8, 3 * 160 + 16, 3)
+  space = RelativeDepth(count=2, alignment="disparity_space").run(
+    OracleEncoder()
+  )
   assert "rmse" not in space.metrics
   assert space.metrics["delta1"] == 1
 
 
-def test_published_rules():
-  def rules(kind, **kwargs):
-    return RelativeDepth(**kwargs)._rules(kind)
+def test_published_protocols():
+  def resolve(kind, **kwargs):
+    return RelativeDepth(**kwargs)._resolve(kind)
 
-  midas = rules("kitti")
+  midas = resolve("kitti")
   assert (midas.cut, midas.crop, midas.resize) == ("none", "none", "bilinear")
   assert (midas.low, midas.high, midas.cap) == (0, None, 80)
-  assert rules("nyu").high == 10
-  anything = rules("kitti", protocol="depth_anything")
+  assert resolve("nyu").high == 10
+  anything = resolve("kitti", protocol="depth_anything")
   assert (anything.cut, anything.crop) == ("kb", "garg")
   assert (anything.high, anything.resize) == (80, "bilinear_corners")
-  marigold = rules("kitti", protocol="marigold")
-  assert (marigold.crop, marigold.least) == ("kitti_eigen", 1e-5)
+  marigold = resolve("kitti", protocol="marigold")
+  assert (marigold.crop, marigold.min_depth) == ("kitti_eigen", 1e-5)
   assert marigold.alignment == "disparity_positive"
-  assert rules("nyu", protocol="marigold").crop == "nyu_eigen"
-  own = rules("nyu", cap=8, crop="none", alignment="depth")
-  assert (own.cap, own.high, own.crop, own.alignment) == (8, 8, "none", "depth")
+  assert resolve("nyu", protocol="marigold").crop == "nyu_eigen"
+  custom = resolve("nyu", cap=8, crop="none", alignment="depth")
+  assert (custom.cap, custom.high) == (8, 8)
+  assert (custom.crop, custom.alignment) == ("none", "depth")
 
 
 def test_cut_of_kitti():
@@ -148,18 +150,18 @@ def test_cut_of_kitti():
 
 def test_images_with_few_valid_pixels_are_skipped():
   evaluator = RelativeDepth(count=4, cap=2.5, min_pixels=370)
-  result = evaluator.run(Knowing())
+  result = evaluator.run(OracleEncoder())
   depths = [scenes.render(1_000_000 + i, size=32).depth for i in range(4)]
-  kept = sum((d < 2.5).sum() >= 370 for d in depths)
-  assert 0 < kept < 4
-  assert result.protocol["images"] == kept
-  assert result.protocol["images_skipped"] == 4 - kept
+  scored = sum((d < 2.5).sum() >= 370 for d in depths)
+  assert 0 < scored < 4
+  assert result.protocol["images"] == scored
+  assert result.protocol["images_skipped"] == 4 - scored
   with pytest.raises(ValueError, match="none of 4 images"):
-    RelativeDepth(count=4, min_pixels=2000).run(Knowing())
+    RelativeDepth(count=4, min_pixels=2000).run(OracleEncoder())
 
 
-def test_unfit_encoders_and_options():
-  encoder = Knowing()
+def test_unsupported_encoders_and_options():
+  encoder = OracleEncoder()
   encoder.preprocess = Preprocess(size=32, resize="shortest", crop="center")
   with pytest.raises(NotApplicable, match="central crop only"):
     RelativeDepth(count=1).run(encoder)
@@ -172,8 +174,8 @@ def test_unfit_encoders_and_options():
     RelativeDepth(data="lost").prepare()
 
 
-def with_head(devices=None):
-  """A tiny tower with a DPT head, every weight drawn."""
+def encoder_with_head(devices=None):
+  """A tiny tower with a DPT head of random weights."""
   config = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2}
   spec = models.ModelSpec.from_config({**config, "heads": 2, "mlp_dim": 32})
   head = DepthHead((0, 0, 1, 1), 8, (8, 8, 8, 8), size=8)
@@ -203,22 +205,22 @@ def with_head(devices=None):
 
 @pytest.mark.slow
 def test_one_device_and_eight_agree():
-  encoder = with_head()
+  encoder = encoder_with_head()
   evaluator = RelativeDepth(count=9, batch_size=8)
   result = evaluator.run(encoder)
   single = RelativeDepth(count=9, batch_size=3).run(
-    with_head(jax.devices()[:1])
+    encoder_with_head(jax.devices()[:1])
   )
   assert single.metrics == pytest.approx(result.metrics, rel=1e-4)
-  # Aligned, nothing can be worse than the best constant in inverse depth.
+  # After alignment hardly worse than the best constant in inverse depth.
   assert result.metrics["abs_rel"] < 1.2 * result.chance["abs_rel"]
 
 
 @pytest.mark.parametrize("protocol", ["midas", "depth_anything", "marigold"])
 def test_real_nyu(shared_data, protocol):
-  """A prediction made of the truth, shrunk to 60 x 80."""
+  """Predicts the truth, downsampled to 60 x 80."""
 
-  class Shrunk(Knowing):
+  class Downsampled(OracleEncoder):
     def depth(self, images, *, batch_size=16):
       depths = [evaluator._set(96).depths[i] for i in range(len(images))]
       return np.stack([resizing.resize_maps(1 / d, (60, 80)) for d in depths])
@@ -226,7 +228,7 @@ def test_real_nyu(shared_data, protocol):
   evaluator = RelativeDepth(
     data=str(shared_data / "nyuv2"), protocol=protocol, count=4
   )
-  result = evaluator.run(Shrunk())
+  result = evaluator.run(Downsampled())
   assert result.protocol["images"] == 4
   assert result.metrics["abs_rel"] < 0.03
   assert result.metrics["delta1"] > 0.98
@@ -235,9 +237,9 @@ def test_real_nyu(shared_data, protocol):
 
 @pytest.mark.parametrize("protocol", ["midas", "depth_anything", "marigold"])
 def test_real_kitti(shared_data, protocol):
-  """A prediction made of the truth, its points spread over their gaps."""
+  """Predicts the sparse truth, dilated to a dense map."""
 
-  class Spread(Knowing):
+  class Dilated(OracleEncoder):
     def depth(self, images, *, batch_size=16):
       cut = result_cut[protocol]
       rows = []
@@ -253,16 +255,16 @@ def test_real_kitti(shared_data, protocol):
   evaluator = RelativeDepth(
     data=str(shared_data / "kitti_object"), protocol=protocol, pictures=2
   )
-  result = evaluator.run(Spread())
+  result = evaluator.run(Dilated())
   assert result.protocol["images"] == 2
   assert result.metrics["abs_rel"] < 0.4 * result.chance["abs_rel"]
   assert result.protocol["image_cut"] == result_cut[protocol]
-  assert result.pictures["depth"].shape[0] == 2 * 160 + 4
+  assert result.pictures["depth"].shape[0] == 2 * 160 + 8
 
 
 @pytest.mark.slow
 def test_real_files_through_a_head(shared_data):
-  encoder = with_head()
+  encoder = encoder_with_head()
   for name in ("nyuv2", "kitti_object"):
     result = RelativeDepth(data=str(shared_data / name)).run(encoder)
     assert np.isfinite(list(result.metrics.values())).all()
