@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mtv_jax.config import options
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 
@@ -23,16 +24,28 @@ class Op:
     return f"{self.name}({', '.join(args)})" if args else self.name
 
 
-def parse_ops(text: str) -> list[Op]:
+def parse_ops(text: str, *, unique: bool = False) -> list[Op]:
   """Parses ops joined by `|`; arguments are Python literals.
 
   Args:
     text: such as "crop(224, 0.3, 1.0)|flip|jitter(0.8)". Blank gives no ops.
+    unique: refuse a repeated op, where ops are known by their names.
 
   Raises:
-    ConfigError: bad syntax, with the place.
+    ConfigError: bad syntax, with the position; a repeated op.
   """
-  # Line breaks inside the text are layout, and a blank keeps every position.
+  ops = _parse(text)
+  names = [op.name for op in ops]
+  for name in names:
+    if unique and names.count(name) > 1:
+      raise ConfigError(
+        f"the ops {text!r} repeat {name!r}; each may be there once."
+      )
+  return ops
+
+
+def _parse(text: str) -> list[Op]:
+  # Line breaks in the text are layout; a space keeps every position.
   line = text.replace("\n", " ")
   if not line.strip():
     return []
@@ -88,15 +101,16 @@ def _syntax_error(line: str, at: int, why: str) -> ConfigError:
 
 
 def build_op(op: Op, registry: Mapping[str, Callable], what: str) -> Any:
-  """Calls the factory that `registry` holds for `op.name`.
+  """Calls the registered factory of an op with arguments checked by `options`.
 
   Args:
     op: from `parse_ops`.
-    registry: name to factory.
-    what: how to call it in errors, such as "data op".
+    registry: factories by name.
+    what: the kind of op for errors, such as "data op".
 
   Raises:
-    ConfigError: no such name, or arguments that don't fit its signature.
+    ConfigError: an unknown name, or arguments that don't fit the factory's
+      signature and annotations.
   """
   if op.name not in registry:
     raise ConfigError(
@@ -105,10 +119,22 @@ def build_op(op: Op, registry: Mapping[str, Callable], what: str) -> Any:
   factory = registry[op.name]
   signature = inspect.signature(factory)
   try:
-    signature.bind(*op.args, **op.kwargs)
+    bound = signature.bind(*op.args, **op.kwargs)
   except TypeError as e:
     parameters = ", ".join(str(p) for p in signature.parameters.values())
     raise ConfigError(
       f"{what} {op}: {e}. Its parameters are: {op.name}({parameters})."
     ) from None
-  return factory(*op.args, **op.kwargs)
+  hints = options.annotations(factory)
+  for name, value in bound.arguments.items():
+    if signature.parameters[name].kind in _SINGLE and name in hints:
+      where = f"{what} {op}: {name}"
+      bound.arguments[name] = options.check_value(value, hints[name], where)
+  return factory(*bound.args, **bound.kwargs)
+
+
+_SINGLE = (
+  inspect.Parameter.POSITIONAL_ONLY,
+  inspect.Parameter.POSITIONAL_OR_KEYWORD,
+  inspect.Parameter.KEYWORD_ONLY,
+)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import functools
 import inspect
 import math
 import numbers
@@ -189,6 +190,8 @@ def check_options(
 
 def annotations(factory: Callable[..., Any]) -> dict[str, Any]:
   """The annotations of a factory's parameters, with their `Range`s."""
+  while isinstance(factory, functools.partial):
+    factory = factory.func
   if isinstance(factory, type) and not dataclasses.is_dataclass(factory):
     factory = factory.__init__
   return typing.get_type_hints(factory, include_extras=True)

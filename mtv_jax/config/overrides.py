@@ -118,11 +118,9 @@ def _value(text: str, old: Any, path: str) -> Any:
   if text.lower() == "none":
     # 'none' is also a choice of many options, which None as yet leaves open.
     return text if text == "none" and old is None else None
-  try:
-    value = _WORDS.get(text.lower(), text)
-    value = ast.literal_eval(text) if value is text else value
-  except (ValueError, SyntaxError):
-    value = text
+  value = _WORDS.get(text.lower(), text)
+  if value is text:
+    value = _parse_value(text)
   if value is None or old is None:
     return value
   if isinstance(old, dict) and not isinstance(value, dict):
@@ -139,3 +137,27 @@ def _value(text: str, old: Any, path: str) -> Any:
       f"--{path}={text}: expected {type(old).__name__}, such as {old!r}."
     )
   return value
+
+
+def _parse_value(text: str) -> Any:
+  """A Python literal that may contain `dict(KEY=...)` calls, else `text`."""
+  try:
+    return _evaluate(ast.parse(text.strip(), mode="eval").body)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def _evaluate(node: ast.expr) -> Any:
+  if isinstance(node, ast.Call):
+    name = node.func.id if isinstance(node.func, ast.Name) else None
+    if name != "dict" or node.args or any(k.arg is None for k in node.keywords):
+      raise ValueError("only dict(KEY=VALUE, ...) may be called")
+    return {k.arg: _evaluate(k.value) for k in node.keywords}
+  if isinstance(node, ast.List):
+    return [_evaluate(e) for e in node.elts]
+  if isinstance(node, ast.Tuple):
+    return tuple(_evaluate(e) for e in node.elts)
+  if isinstance(node, ast.Dict):
+    pairs = zip(node.keys, node.values, strict=True)
+    return {ast.literal_eval(k): _evaluate(v) for k, v in pairs}
+  return ast.literal_eval(node)

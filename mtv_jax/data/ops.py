@@ -138,7 +138,7 @@ def build_ops(
   # Left out by name, so that what is not read need not even be buildable.
   steps = {
     op.name: build_op(op, registry, "data op")
-    for op in parse_ops(text)
+    for op in parse_ops(text, unique=True)
     if wanted is None or not _OPTIONAL.get(op.name, wanted).isdisjoint(wanted)
   }
   ops = Ops(text, steps, tokenizer, wanted)

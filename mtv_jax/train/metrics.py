@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pathlib
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,8 +38,9 @@ class _Console(logging.Handler):
 def setup_logging(*, process_index: int = 0) -> None:
   """Sends the package's lines to standard output, from process 0 only.
 
-  Everybody else's information (Orbax and Grain write through absl, about 20
-  lines a checkpoint) is left out; warnings stay.
+  Lines carry the time, the host and the process. Information from libraries
+  (Orbax and Grain write about 20 lines a checkpoint through absl) is left out;
+  their warnings stay.
   """
   package = logging.getLogger("mtv_jax")
   package.setLevel(logging.INFO if process_index == 0 else logging.WARNING)
@@ -46,7 +48,12 @@ def setup_logging(*, process_index: int = 0) -> None:
   for handler in list(package.handlers):
     package.removeHandler(handler)
   handler = _Console()
-  handler.setFormatter(logging.Formatter("%(message)s"))
+  host = f"{socket.gethostname()}:{process_index}".replace("%", "%%")
+  handler.setFormatter(
+    logging.Formatter(
+      f"%(levelname).1s %(asctime)s {host}] %(message)s", "%m%d %H:%M:%S"
+    )
+  )
   package.addHandler(handler)
   for name in ("absl", "jax", "orbax", "grain", "tensorboardX"):
     logging.getLogger(name).setLevel(logging.WARNING)

@@ -81,6 +81,31 @@ def test_override(assignment, expected):
   assert type(node) is type(expected)
 
 
+@pytest.mark.parametrize(
+  ("assignment", "expected"),
+  [
+    (
+      "data.train=[dict(type='parquet', path='a', labels=dict(depth='b'))]",
+      [{"type": "parquet", "path": "a", "labels": {"depth": "b"}}],
+    ),
+    (
+      "data.train[1]=dict(type='parquet', path='a')",
+      [{"type": "scenes"}, {"type": "parquet", "path": "a"}],
+    ),
+    ("data.train=[{'type': 'tfds', 'n': -1}]", [{"type": "tfds", "n": -1}]),
+  ],
+)
+def test_sources_can_be_replaced_by_dict_calls(assignment, expected):
+  train = apply(assignment).to_dict()["data"]["train"]
+  assert [dict(entry) for entry in train] == expected
+
+
+def test_only_dict_may_be_called_in_a_value():
+  text = "[open('a')]"
+  assert apply(f"data.new={text}").data.new == text
+  assert apply("data.new=dict(1)").data.new == "dict(1)"
+
+
 def test_overrides_of_what_a_file_leaves_out_reach_the_checked_config():
   checked = schema.check_config(
     apply("data.max_corrupt=0.5", "mesh.fsdp=2", "evals.retrieval=none")

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from mtv_jax.config import schema
 from mtv_jax.config.op_strings import Op, build_op, parse_ops
+from mtv_jax.config.options import PositiveInt
 from mtv_jax.config.schema import steps
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
@@ -97,6 +98,24 @@ def test_build_op():
     build_op(Op("canvas"), registry, "data op")
   with pytest.raises(ConfigError, match="unexpected keyword argument 'x'"):
     build_op(Op("canvas", (1,), {"x": 1}), registry, "data op")
+
+
+def test_op_arguments_are_checked_by_their_annotations():
+  def crop(size: PositiveInt, scale: float = 1.0):
+    return size, scale
+
+  registry = {"crop": crop}
+  assert build_op(Op("crop", (8, 1)), registry, "view op") == (8, 1.0)
+  with pytest.raises(ConfigError, match="view op crop.*size is '8', expected"):
+    build_op(Op("crop", ("8",)), registry, "view op")
+  with pytest.raises(ConfigError, match="size is 0, expected an integer >= 1"):
+    build_op(Op("crop", (0,)), registry, "view op")
+
+
+def test_repeated_ops_are_refused_where_names_are_unique():
+  assert len(parse_ops("flip|flip")) == 2
+  with pytest.raises(ConfigError, match="repeat 'caption'"):
+    parse_ops("decode|caption(8)|caption(16)", unique=True)
 
 
 def test_did_you_mean():
