@@ -95,7 +95,11 @@ def build_entry(
 
 
 def look_up(
-  registry: Mapping[str, Any], name: str | None, *, where: str
+  registry: Mapping[str, Any],
+  name: str | None,
+  *,
+  where: str,
+  key: str = "type",
 ) -> Any:
   """The registered factory of a type.
 
@@ -104,6 +108,7 @@ def look_up(
       only when it is looked up.
     name: the type; None if the entry gives none.
     where: the entry's config key, for errors.
+    key: the key of the entry that gives the type.
 
   Raises:
     ConfigError: no such type.
@@ -111,7 +116,7 @@ def look_up(
   if name not in registry:
     wrong = "is missing" if name is None else f"is {name!r}"
     raise ConfigError(
-      f"{where}.type {wrong}. {did_you_mean(str(name), registry)}"
+      f"{where}.{key} {wrong}. {did_you_mean(str(name), registry)}"
     )
   factory = registry[name]
   return pkgutil.resolve_name(factory) if isinstance(factory, str) else factory

@@ -113,25 +113,28 @@ SCHEMA = {
   "objectives": Entries(
     {"type": str, "weight": Maybe((float, int, dict), 1.0)}
   ),
-  "optim": {
-    "name": Choice(("adamw", "adafactor", "lion", "sgd")),
-    "lr": float,
-    "weight_decay": 0.0,  # Times the learning rate, as optax has it.
-    "b1": Maybe(float),  # None: 0.9. Of Adafactor: its momentum.
-    "b2": Maybe(float),  # None: 0.999, for Lion 0.99. Of Adafactor: a cap.
-    "eps": 1e-8,
-    "momentum": Maybe(float),  # Of SGD.
-    "mu_dtype": Choice(("float32", "bfloat16")),
-    "clip_norm": 1.0,  # Of the gradients' global norm; 0 for no clipping.
-    "rules": (),  # (regex, dict(lr=multiplier, weight_decay=multiplier)).
-  },
-  "schedule": {
-    "name": Choice(("cosine", "rsqrt", "constant")),
-    "warmup": Duration(0),
-    "cooldown": Duration(0),
-    "timescale": Duration(10_000),  # Of rsqrt.
-    "end": 0.0,  # Of cosine, as a share of optim.lr.
-  },
+  # With the options of the optimizer, see `train/optim.py`.
+  "optim": Open(
+    {
+      "name": "adamw",
+      "lr": float,
+      "weight_decay": 0.0,  # Times the learning rate, as optax has it.
+      "eps": 1e-8,
+      "mu_dtype": Choice(("float32", "bfloat16")),
+      "clip_norm": 1.0,  # Of the gradients' global norm; 0 for no clipping.
+      "rules": (),  # (regex, dict(lr=multiplier, weight_decay=multiplier)).
+    }
+  ),
+  # With the options of the schedule, see `train/schedules.py`.
+  "schedule": Open(
+    {
+      "name": "cosine",
+      "warmup": Duration(0),
+      "cooldown": Duration(0),
+      "timescale": Duration(10_000),  # Of rsqrt.
+      "end": 0.0,  # Of cosine, as a share of optim.lr.
+    }
+  ),
   "ema": Maybe({"decay": 0.9999}),
   # Fixed, as SILC found that annealing stops text; `end` is DINOv2's cosine.
   "teacher": {"momentum": 0.996, "end": Maybe(float)},
@@ -175,9 +178,6 @@ _RANGES = (
   ("data.max_corrupt", 0, 1),
   ("optim.lr", 0, math.inf),
   ("optim.weight_decay", 0, math.inf),
-  ("optim.b1", 0, 1),
-  ("optim.b2", 0, 1),
-  ("optim.momentum", 0, 1),
   ("optim.clip_norm", 0, math.inf),
   ("schedule.end", 0, 1),
   ("ema.decay", 0, 1),

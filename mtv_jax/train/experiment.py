@@ -213,6 +213,7 @@ def build_program(
     batch_size=config.batch_size,
     examples_per_epoch=examples,
     params=params,
+    attention_heads=spec.attention_heads,
   )
   names = [name for name, _ in flatten_with_names(params)]
   check_sharding_rules(config.sharding, names)
@@ -384,6 +385,8 @@ def log_experiment(experiment: Experiment) -> None:
     shown = "x".join(map(str, shape)) or "-"
     log.info(line, name, shown, f"{size:,}", spec)
   log.info("\n%s\n", optim.describe(experiment.optimizer.table))
+  if experiment.optimizer.note:
+    log.info(experiment.optimizer.note)
   mesh, config = experiment.mesh, experiment.config
   count = sum(math.prod(row[1]) for row in rows)
   held = sum(row[3] for row in table(experiment.program.abstract))

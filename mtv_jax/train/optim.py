@@ -3,7 +3,7 @@
 One update, for a parameter p with gradient g:
 
   g <- g * min(1, clip_norm / |g|)           (norm over all trained parameters)
-  u <- adam(g) | adafactor(g) | lion(g) | momentum(g)
+  u <- adam(g) | adafactor(g) | lion(g) | momentum(g) | muon(g)
   p <- p - lr(t) * m_lr * (u + weight_decay * m_wd * p)
 
 m_lr and m_wd are the multipliers of the first rule found in its name. Decay is
@@ -14,19 +14,20 @@ torch). big_vision writes it relative to the peak: its `wd=1e-4` at `lr=1e-3` is
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
-from mtv_jax.config.schema import Config, steps
+from mtv_jax.config import options, schema
+from mtv_jax.config.options import Fraction, NonNegativeFloat
+from mtv_jax.train.muon import Muon
+from mtv_jax.train.schedules import Schedule, make_schedule
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 from mtv_jax.utils.tree import flatten_with_names, map_with_names, match_rules
-
-Schedule = Callable[[Any], Float[Array, ""]]
 
 # Only weight matrices shrink: not biases, norms and scalars, nor embeddings,
 # tokens and probes, whose size is their meaning. By name rather than by rank,
@@ -58,27 +59,31 @@ class Optimizer:
   tx: optax.GradientTransformation
   schedule: Schedule
   table: tuple[Row, ...]
+  note: str = ""  # What the optimizer says of itself, for the log.
 
 
 def make_optimizer(
-  optim_config: Config,
-  schedule_config: Config,
+  optim_config: schema.Config,
+  schedule_config: schema.Config,
   *,
   total_steps: int,
   batch_size: int,
   params: Any,
   examples_per_epoch: int | None = None,
+  attention_heads: Mapping[str, int] = types.MappingProxyType({}),
 ) -> Optimizer:
   """Builds the optimizer of a config.
 
   Args:
-    optim_config: `config.optim`: name, lr, weight_decay, b1, b2, eps,
-      momentum, mu_dtype, clip_norm, rules.
+    optim_config: `config.optim`: name, lr, weight_decay, clip_norm, rules, and
+      the options of the class in `OPTIMIZERS`.
     schedule_config: `config.schedule`, see `make_schedule`.
     total_steps: of the run.
     batch_size: examples a step.
     params: the parameters, or their shapes.
     examples_per_epoch: for durations in epochs.
+    attention_heads: of each stack of blocks, by the start of its parameters'
+      names, see `StepSpec.attention_heads`.
 
   Returns:
     Optimizer: the state of `tx` holds moments of the parameters' names and
@@ -95,6 +100,7 @@ def make_optimizer(
     batch_size=batch_size,
     examples_per_epoch=examples_per_epoch,
   )
+  optimizer = _build_optimizer(optim_config)
   table = rule_table(params, optim_config.get("rules") or ())
   rows = {row.name: row for row in table}
   if all(row.frozen for row in table):
@@ -103,7 +109,7 @@ def make_optimizer(
   clip_norm = optim_config.get("clip_norm") or 0.0
   trained = optax.chain(
     *([optax.clip_by_global_norm(clip_norm)] if clip_norm else []),
-    _preconditioner(optim_config),
+    optimizer.scale(attention_heads),
     _decay_and_multiply(rows, weight_decay),
     optax.scale_by_learning_rate(schedule),
   )
@@ -115,55 +121,122 @@ def make_optimizer(
       optax.masked(trained, learns),
       optax.masked(optax.set_to_zero(), frozen),
     )
-  return Optimizer(trained, schedule, table)
+  note = ""
+  if hasattr(optimizer, "describe"):
+    note = optimizer.describe([row.name for row in table if not row.frozen])
+  return Optimizer(trained, schedule, table, note)
 
 
-def _preconditioner(config: Config) -> optax.GradientTransformation:
-  """The gradient to an update of the size of the learning rate."""
-  name = config.get("name") or "adamw"
-  b1, b2 = config.get("b1"), config.get("b2")
-  b1 = 0.9 if b1 is None else b1
-  mu_dtype = config.get("mu_dtype") or "float32"
-  if name == "adamw":
-    b2 = 0.999 if b2 is None else b2
-    eps = config.get("eps") or 1e-8
-    return optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
-  if name == "lion":
-    return optax.scale_by_lion(
-      b1, 0.99 if b2 is None else b2, mu_dtype=mu_dtype
+Scale = optax.GradientTransformation
+MomentDtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+  """Adam (Kingma and Ba 2015) with decoupled decay (Loshchilov et al. 2019)."""
+
+  b1: Fraction = 0.9
+  b2: Fraction = 0.999
+  eps: NonNegativeFloat = 1e-8
+  mu_dtype: MomentDtype = "float32"
+
+  def scale(self, attention_heads: Mapping[str, int]) -> Scale:
+    """The gradient to an update of the size of the learning rate."""
+    return optax.scale_by_adam(
+      self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype
     )
-  if name == "adafactor":
-    return _adafactor(b1, 0.999 if b2 is None else b2, mu_dtype)
-  if name == "sgd":
-    momentum = config.get("momentum")
-    if not momentum:
-      return optax.identity()
-    return optax.trace(momentum, accumulator_dtype=mu_dtype)
-  raise ConfigError(
-    f"config.optim.name is {name!r}."
-    f" {did_you_mean(name, ['adamw', 'adafactor', 'lion', 'sgd'])}"
-  )
 
 
-def _adafactor(
-  momentum: float, b2_cap: float, mu_dtype: str
-) -> optax.GradientTransformation:
-  """Adafactor as it trains ViTs (Zhai et al. 2021, arXiv 2106.04560, 3.4).
+@dataclasses.dataclass(frozen=True)
+class Lion:
+  """Lion (Chen et al. 2023)."""
+
+  b1: Fraction = 0.9
+  b2: Fraction = 0.99
+  mu_dtype: MomentDtype = "float32"
+
+  def scale(self, attention_heads: Mapping[str, int]) -> Scale:
+    """As `AdamW.scale`."""
+    return optax.scale_by_lion(self.b1, self.b2, mu_dtype=self.mu_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor:
+  """Adafactor as it trains ViTs (Zhai et al. 2022, arXiv 2106.04560, 3.4).
 
   No scaling by the parameter's size, momentum in half precision if asked for,
-  and a second moment that never stops moving: its decay is capped.
+  and a cap on the decay of the second moment, which then never stops moving.
+
+  Attributes:
+    b1: momentum; 0 for none.
+    b2: the cap.
+    mu_dtype: of the momentum.
   """
 
-  def decay_rate(step: Any, exponent: Any) -> Any:
-    return jnp.minimum(b2_cap, 1.0 - (step + 1.0) ** -exponent)
+  b1: Fraction = 0.9
+  b2: Fraction = 0.999
+  mu_dtype: MomentDtype = "float32"
 
-  parts = [
-    optax.scale_by_factored_rms(decay_rate_fn=decay_rate),
-    optax.clip_by_block_rms(1.0),
-  ]
-  if momentum:
-    parts.append(optax.ema(momentum, debias=False, accumulator_dtype=mu_dtype))
-  return optax.chain(*parts)
+  def scale(self, attention_heads: Mapping[str, int]) -> Scale:
+    """As `AdamW.scale`."""
+
+    def decay_rate(step: Any, exponent: Any) -> Any:
+      return jnp.minimum(self.b2, 1.0 - (step + 1.0) ** -exponent)
+
+    parts = [
+      optax.scale_by_factored_rms(decay_rate_fn=decay_rate),
+      optax.clip_by_block_rms(1.0),
+    ]
+    if self.b1:
+      parts.append(
+        optax.ema(self.b1, debias=False, accumulator_dtype=self.mu_dtype)
+      )
+    return optax.chain(*parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD:
+  """Gradient descent, with momentum if it is given."""
+
+  momentum: Fraction = 0.0
+  mu_dtype: MomentDtype = "float32"
+
+  def scale(self, attention_heads: Mapping[str, int]) -> Scale:
+    """As `AdamW.scale`."""
+    if not self.momentum:
+      return optax.identity()
+    return optax.trace(self.momentum, accumulator_dtype=self.mu_dtype)
+
+
+# A new optimizer is one class here; its fields are its options.
+OPTIMIZERS: dict[str, Any] = {
+  "adamw": AdamW,
+  "adafactor": Adafactor,
+  "lion": Lion,
+  "sgd": SGD,
+  "muon": Muon,
+}
+# Keys of `config.optim` that belong to every optimizer.
+_COMMON = ("name", "lr", "weight_decay", "clip_norm", "rules")
+# Options that optimizers without them ignore, so that a recipe's optimizer can
+# be changed by its name alone.
+_SHARED = ("b1", "b2", "eps", "momentum", "mu_dtype")
+
+
+def _build_optimizer(config: schema.Config) -> Any:
+  """The optimizer of `OPTIMIZERS` that a config names, with its options."""
+  where = "config.optim"
+  name = config.get("name") or "adamw"
+  cls = options.look_up(OPTIMIZERS, name, where=where, key="name")
+  fields = [field.name for field in dataclasses.fields(cls)]
+  given = {
+    key: value
+    for key, value in config.items()
+    if value is not None
+    and key not in _COMMON
+    and (key in fields or key not in _SHARED)
+  }
+  return options.build(cls, given, where=where, reserved=_COMMON)
 
 
 def _decay_and_multiply(
@@ -242,78 +315,6 @@ def describe(table: Sequence[Row]) -> str:
       f" {len(rows):>7} {size:>13,}  {rows[0].name}"
     )
   return "\n".join(lines)
-
-
-def make_schedule(
-  config: Config,
-  *,
-  lr: float,
-  total_steps: int,
-  batch_size: int,
-  examples_per_epoch: int | None = None,
-) -> Schedule:
-  """The learning rate at the update that follows step t.
-
-  With T steps, of which w warm up and c cool down:
-
-    warm-up   min(1, (t + 1) / w): the first update already moves
-    cosine    end + (1 - end) (1 + cos(pi (t - w) / (T - w))) / 2
-    rsqrt     sqrt(s / (s + max(t - w, 0))), s the timescale
-    constant  1
-    cool-down min(1, (T - t) / c): linear, to zero at T
-
-  and the three are multiplied with `lr`.
-
-  Args:
-    config: name, end, and the durations warmup, cooldown and timescale.
-    lr: the peak.
-    total_steps: T.
-    batch_size: examples a step, for durations in examples and epochs.
-    examples_per_epoch: for durations in epochs.
-
-  Raises:
-    ConfigError: an unknown name, or warm-up and cool-down longer than T.
-  """
-  name = config.get("name") or "cosine"
-  units = {
-    "batch_size": batch_size,
-    "examples_per_epoch": examples_per_epoch,
-    "total_steps": total_steps,
-  }
-  warmup = steps("warmup", config, default=0, **units)
-  cooldown = steps("cooldown", config, default=0, **units)
-  timescale = steps("timescale", config, default=10_000, **units)
-  end = config.get("end") or 0.0
-  if warmup + cooldown > total_steps:
-    raise ConfigError(
-      f"config.schedule: {warmup} steps of warm-up and {cooldown} of cool-down"
-      f" don't fit in a run of {total_steps}."
-    )
-
-  def cosine(after: Array) -> Array:
-    progress = jnp.clip(after / max(total_steps - warmup, 1), 0.0, 1.0)
-    return end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-
-  shapes = {
-    "cosine": cosine,
-    "rsqrt": lambda after: jnp.sqrt(timescale / (timescale + after)),
-    "constant": jnp.ones_like,
-  }
-  if name not in shapes:
-    raise ConfigError(
-      f"config.schedule.name is {name!r}. {did_you_mean(name, shapes)}"
-    )
-
-  def schedule(step: Any) -> Float[Array, ""]:
-    t = jnp.asarray(step, jnp.float32)
-    rate = lr * shapes[name](jnp.maximum(t - warmup, 0.0))
-    if warmup:
-      rate = rate * jnp.minimum(1.0, (t + 1) / warmup)
-    if cooldown:
-      rate = rate * jnp.clip((total_steps - t) / cooldown, 0.0, 1.0)
-    return rate
-
-  return schedule
 
 
 def ema_update(

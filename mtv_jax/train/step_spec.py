@@ -36,6 +36,19 @@ class ObjectiveWeight:
   start: int = 0
   ramp: int = 0
 
+  @property
+  def attention_heads(self) -> dict[str, int]:
+    """Attention heads of each stack of blocks, by its parameters' prefix."""
+    heads = {
+      f"heads/{name}": head.module.heads
+      for name, head in self.heads.items()
+      if hasattr(head.module, "heads")
+    }
+    heads["image"] = self.model.image.heads
+    if self.model.text is not None:
+      heads["text"] = self.model.text.heads
+    return heads
+
   def active(self, step: int) -> bool:
     """Whether the objective is computed in the update after `step` others."""
     return step >= self.start

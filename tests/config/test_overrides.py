@@ -148,7 +148,7 @@ def test_bad_overrides_name_the_key(assignment, match):
   ("assignment", "match"),
   [
     ("batchsize=3", "config.batchsize is an unknown key. Did you mean 'batch_"),
-    ("optim.rate=3", "config.optim.rate is an unknown key"),
+    ("log.evry=3", "config.log.evry is an unknown key"),
     ("mesh.dta=2", "config.mesh.dta is an unknown key. Did you mean 'data'"),
     ("data.worker=2", "config.data.worker is an unknown key"),
   ],

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from mtv_jax.train import optim
+from mtv_jax.train import optim, schedules
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
@@ -258,19 +258,25 @@ def test_clipping():
   ],
 )
 def test_schedules(config, expected):
-  schedule = optim.make_schedule(config, lr=2.0, total_steps=100, batch_size=8)
+  schedule = schedules.make_schedule(
+    config, lr=2.0, total_steps=100, batch_size=8
+  )
   got = {t: float(schedule(t)) / 2 for t in expected}
   assert got == pytest.approx(expected, abs=1e-6)
 
 
 def test_schedule_errors():
   make = functools.partial(
-    optim.make_schedule, lr=1.0, total_steps=100, batch_size=8
+    schedules.make_schedule, lr=1.0, total_steps=100, batch_size=8
   )
   with pytest.raises(ConfigError, match="60 steps of warm-up and 50 of cool"):
     make({"warmup_steps": 60, "cooldown_steps": 50})
   with pytest.raises(ConfigError, match="'cosin'. Did you mean 'cosine'"):
     make({"name": "cosin"})
+  with pytest.raises(ConfigError, match="schedule.end is 2, expected a number"):
+    make({"end": 2})
+  with pytest.raises(ConfigError, match="no option 'warmup'. .*warmup_steps"):
+    make({"warmup": 3})
 
 
 # --- rules -------------------------------------------------------------------
@@ -292,6 +298,12 @@ def test_rule_errors():
     build({"rules": [(".", {"lr": 0})]})
   with pytest.raises(ConfigError, match="'adam'. Did you mean 'adamw'"):
     build({"name": "adam"})
+  with pytest.raises(ConfigError, match="'weight_decy'. .*'weight_decay'"):
+    build({"weight_decy": 1.0})
+  with pytest.raises(
+    ConfigError, match="optim.b2 is 2, expected a number >= 0"
+  ):
+    build({"b2": 2})
 
 
 def test_describe():

@@ -1,0 +1,150 @@
+"""Muon (Jordan et al. 2024): momentum orthogonalised by Newton-Schulz.
+
+It takes the hidden matrices, the kernels of the transformer blocks: attention
+and MLP. Everything else is not a matrix that maps hidden states to hidden
+states (biases, norms, embeddings, the patch embedding, heads) and gets AdamW.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from mtv_jax.config.options import Fraction, NonNegativeFloat, PositiveInt
+from mtv_jax.utils.tree import map_with_names
+
+# Found in the names of parameters and, behind a prefix, of their moments.
+_MATRIX = re.compile(r"(image|text|heads/[^/]+)/blocks/.*kernel$")
+_QKV = re.compile(r"(image|text|heads/[^/]+)/blocks/attention/qkv/kernel$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+  """Muon for the kernels of the blocks, AdamW for all other parameters.
+
+  Attributes:
+    momentum: of Muon.
+    nesterov: whether the update looks one step ahead.
+    ns_steps: Newton-Schulz iterations.
+    rms: root mean square of an update of Muon. 0.2 is what AdamW's updates
+      have, so that both share a learning rate and a weight decay (Liu et al.
+      2025, Muon is scalable for LLM training, arXiv 2502.16982).
+    b1: of AdamW.
+    b2: of AdamW.
+    eps: of AdamW.
+    mu_dtype: of both momenta.
+  """
+
+  momentum: Fraction = 0.95
+  nesterov: bool = True
+  ns_steps: PositiveInt = 5
+  rms: NonNegativeFloat = 0.2
+  b1: Fraction = 0.9
+  b2: Fraction = 0.999
+  eps: NonNegativeFloat = 1e-8
+  mu_dtype: Literal["float32", "bfloat16"] = "float32"
+
+  def scale(
+    self, attention_heads: Mapping[str, int]
+  ) -> optax.GradientTransformation:
+    """The gradient to an update of the size of the learning rate.
+
+    Args:
+      attention_heads: of each stack of blocks, by the start of its parameters'
+        names: `{"image": 12, "heads/masked_pixels": 16}`.
+    """
+    muon = optax.chain(
+      optax.contrib.scale_by_muon(
+        beta=self.momentum,
+        nesterov=self.nesterov,
+        ns_steps=self.ns_steps,
+        mu_dtype=self.mu_dtype,
+        weight_dimension_numbers=_dimension_numbers,
+      ),
+      optax.stateless(lambda updates, _: self._scale_to_rms(updates)),
+    )
+    adamw = optax.scale_by_adam(
+      self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype
+    )
+    return optax.partition(
+      {"muon": _split_qkv(muon, attention_heads), "adamw": adamw}, _labels
+    )
+
+  def describe(self, names: Sequence[str]) -> str:
+    """Says which of the trained parameters Muon takes, for the log."""
+    taken = [name for name in names if _MATRIX.search(name)]
+    return (
+      f"Muon takes {len(taken)} of {len(names)} parameters, AdamW the others:"
+      f" {', '.join(taken) or 'none'}."
+    )
+
+  def _scale_to_rms(self, updates: Any) -> Any:
+    """Orthogonal matrices `[m, n]` have an RMS of 1 / sqrt(max(m, n))."""
+
+    def scale(name, update):
+      m, n = update.shape[1:3]
+      if _QKV.search(name):  # [depth, D, heads, 3, dim]
+        n *= update.shape[4]
+      return self.rms * max(m, n) ** 0.5 * update
+
+    return map_with_names(scale, updates)
+
+
+def _labels(params: Any) -> Any:
+  return map_with_names(
+    lambda name, _: "muon" if _MATRIX.search(name) else "adamw", params
+  )
+
+
+def _dimension_numbers(updates: Any) -> Any:
+  """Which axes are the matrix; `scale_by_muon` maps over the others.
+
+  A kernel of a stack is `[depth, in, out]`: one matrix a block. The fused QKV
+  is three projections side by side. An orthogonal `[D, 3 D]` would tie their
+  column spaces together, and share one norm between keys and values, so each
+  of the three is orthogonalised by itself, as if it were its own parameter.
+  """
+
+  def numbers(name, update):
+    if _QKV.search(name):  # [depth, D, heads, 3, dim]
+      return MuonDimensionNumbers(reduction_axis=1, output_axis=(2, 4))
+    return MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+
+  return map_with_names(numbers, updates)
+
+
+def _split_qkv(
+  inner: optax.GradientTransformation, attention_heads: Mapping[str, int]
+) -> optax.GradientTransformation:
+  """Runs `inner` on QKV kernels `[depth, D, heads, 3, dim]`.
+
+  Its state has the shapes of the parameters, so that the moments are sharded
+  and saved as they are.
+  """
+
+  def split(name, leaf):
+    match = _QKV.search(name)
+    if not match:
+      return leaf
+    heads = attention_heads[match[1]]
+    return leaf.reshape(*leaf.shape[:2], heads, 3, -1)
+
+  def merge(name, leaf):
+    return leaf.reshape(*leaf.shape[:2], -1) if _QKV.search(name) else leaf
+
+  def init(params):
+    return map_with_names(merge, inner.init(map_with_names(split, params)))
+
+  def update(updates, state, params=None):
+    del params  # Neither part reads them.
+    updates, state = inner.update(
+      map_with_names(split, updates), map_with_names(split, state)
+    )
+    return map_with_names(merge, updates), map_with_names(merge, state)
+
+  return optax.GradientTransformation(init, update)
