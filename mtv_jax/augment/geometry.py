@@ -16,10 +16,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from mtv_jax.augment.op import ViewOp, check_pair, check_range, check_size
 from mtv_jax.augment.random import bernoulli, uniform
@@ -296,3 +297,23 @@ def crop_boxes(
   valid &= (y1 - y0 >= min_size) & (x1 - x0 >= min_size)  # [b, count, m]
   cut = jnp.clip(jnp.stack([y0, x0, y1, x1], axis=-1), 0.0, 1.0)
   return jnp.where(valid[..., None], cut, 0.0), valid
+
+
+def crop_depth(
+  depth: UInt16[Array, "b d d"], view: Any, size: int
+) -> tuple[Float[Array, "m h w"], Bool[Array, "m h w"]]:
+  """Depth labels of all crops of a view.
+
+  Args:
+    depth: the batch field: 0 without a label, 1 to 65535 inverse depth.
+    view: `views.ViewBatch`.
+    size: side in pixels.
+
+  Returns:
+    Maps in [0, 1] and which pixels are valid, `[b * count, size, size]`.
+  """
+  values = (depth.astype(jnp.float32) - 1.0) / 65534.0
+  values, valid = crop_maps(
+    values, depth > 0, view.box, view.flipped, size=size
+  )
+  return tuple(x.reshape(-1, size, size) for x in (values, valid))

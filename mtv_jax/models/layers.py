@@ -8,7 +8,7 @@ A checkpoint therefore says nothing of how it was trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,11 @@ from mtv_jax.models import attention as attention_lib
 from mtv_jax.parallel.constraints import all_gather_params, constrain_batch
 from mtv_jax.utils.errors import check_choice, did_you_mean
 
-# What the backward pass finds saved of each block; it recomputes the rest.
-# 'dots' keeps every matrix product, the attention logits included;
-# 'dots_no_batch' keeps the products with weights and recomputes attention.
-REMAT: dict[str, Callable | None] = {
+Remat = Literal["none", "full", "dots", "dots_no_batch"]
+# Policies that say what is saved of each block for the backward pass; the rest
+# is recomputed. 'dots' saves every matrix product, the attention logits too;
+# 'dots_no_batch' saves products with weights and recomputes attention.
+REMAT: dict[Remat, Callable | None] = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_saveable,

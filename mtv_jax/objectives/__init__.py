@@ -1,10 +1,10 @@
-"""The objectives, by the name that a config gives them."""
+"""Registry of the objectives, by the type that a config gives them."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
+from mtv_jax.config import options as options_lib
 from mtv_jax.config import schema
 from mtv_jax.models.heads.base import PredictionHead
 from mtv_jax.objectives import base
@@ -14,9 +14,9 @@ from mtv_jax.objectives.distillation import Distillation
 from mtv_jax.objectives.grounding import Grounding
 from mtv_jax.objectives.masked_latent import MaskedLatent
 from mtv_jax.objectives.masked_pixels import MaskedPixels
-from mtv_jax.utils.errors import ConfigError, did_you_mean
 
-# A new objective is a new file and a line here.
+# A new objective is a file and a line here; one whose head predicts has a line
+# in `models.heads.HEADS` as well.
 REGISTRY: dict[str, type[base.Objective]] = {
   "contrastive": Contrastive,
   "depth": Depth,
@@ -28,40 +28,25 @@ REGISTRY: dict[str, type[base.Objective]] = {
 
 
 def build_objective(name: str, entry: schema.Config) -> base.Objective:
-  """An objective from its entry in `config.objectives`.
+  """Builds an objective from its entry in `config.objectives`.
 
   Args:
     name: the entry's name; also its type unless the entry says otherwise.
-    entry: hyper-parameters. `weight` is the trainer's and not passed on.
+    entry: hyper-parameters, with those of a head that predicts among them.
+      `weight` is the trainer's.
 
   Raises:
-    ConfigError: for an unknown type or an unknown hyper-parameter.
+    ConfigError: for an unknown type, or a hyper-parameter that is unknown, of
+      another type or out of range.
   """
-  kind = entry.get("type", name)
-  if kind not in REGISTRY:
-    raise ConfigError(
-      f"config.objectives.{name}: no objective of type '{kind}'. "
-      f"{did_you_mean(kind, REGISTRY)}"
-    )
-  objective = REGISTRY[kind]
+  where = f"config.objectives.{name}"
+  kind = options_lib.look_up(REGISTRY, entry.get("type", name), where=where)
   options = {k: v for k, v in entry.items() if k not in ("type", "weight")}
-  fields = _fields(objective)
-  head = getattr(objective, "head", None)
+  known = ["type", "weight"]
+  head = getattr(kind, "head", None)
   if isinstance(head, PredictionHead):
-    # The options of the head stand in the same entry.
-    of_head = {k: options.pop(k) for k in _fields(type(head)) if k in options}
-    fields = [f for f in fields if f != "head"] + _fields(type(head))
-    objective = functools.partial(
-      objective, head=type(head).from_options(of_head)
-    )
-  for key in options:
-    if key not in fields:
-      raise ConfigError(
-        f"config.objectives.{name}: no option '{key}'. "
-        f"{did_you_mean(key, ['weight', 'type', *fields])}"
-      )
-  return objective(**options)
-
-
-def _fields(cls: type) -> list[str]:
-  return [field.name for field in dataclasses.fields(cls)]
+    fields = [field.name for field in dataclasses.fields(head)]
+    known += fields
+    given = {k: options.pop(k) for k in fields if k in options}
+    options["head"] = options_lib.build(type(head), given, where=where)
+  return options_lib.build(kind, options, where=where, reserved=known)

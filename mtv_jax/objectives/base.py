@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mtv_jax.models.heads.base import PredictionHead
+from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
 STUDENT = "student"
@@ -28,7 +29,7 @@ TEACHER = "teacher"
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Encoding:
-  """The name of one forward pass: a tower on a view, with whose weights.
+  """One forward pass: a tower on a view, by student or teacher.
 
   Attributes:
     tower: `'image'` or `'text'`.
@@ -58,8 +59,8 @@ class Needs:
   """What an objective reads.
 
   Attributes:
-    encodings: each encoding with the block outputs ("taps") it reads, as
-      block numbers from 0; `()` where the final output suffices.
+    encodings: encodings, each with the blocks whose outputs it reads ("taps"),
+      from 0; `()` for the final output alone.
     fields: names of batch fields read directly (labels and masks).
   """
 
@@ -69,7 +70,7 @@ class Needs:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """A module of its own parameters at `heads/NAME`.
+  """A linen module with parameters `heads/NAME`.
 
   Attributes:
     module: the linen module.
@@ -121,8 +122,8 @@ class BoundHeads:
     if name not in self._params[weights]:
       raise KeyError(
         f"head '{name}' has no {weights} parameters; heads with them: "
-        f"{sorted(self._params[weights])}. A head that the teacher follows "
-        "is declared with Head(teacher=True)."
+        f"{sorted(self._params[weights])}. Declare it with Head(teacher=True) "
+        "to keep an EMA copy of it."
       )
     module, params = self._heads[name].module, self._params[weights][name]
 
@@ -134,26 +135,26 @@ class BoundHeads:
 
 @pytree_dataclass
 class WeightedMean:
-  """A mean that is not divided yet, so that parts add up exactly.
+  """A weighted mean as sum and count, divided after the global reduction.
 
-  A count of zero means "nothing was there": the mean is then 0, never NaN.
+  The mean of a zero count is 0, never NaN.
   """
 
   sum: Float[Array, ""]
   count: Float[Array, ""]
 
   def value(self) -> Float[Array, ""]:
-    """Sum / count, 0 where nothing was counted (also in the gradient)."""
+    """Sum / count; 0, also in the gradient, for a zero count."""
     safe = jnp.where(self.count > 0, self.count, 1.0)
     return jnp.where(self.count > 0, self.sum / safe, 0.0)
 
 
 @pytree_dataclass
 class Terms:
-  """What a loss returns for the whole global batch.
+  """The loss of the global batch, with its diagnostics.
 
   Attributes:
-    loss: the objective's loss, as sum and count.
+    loss: the objective's loss.
     report: further means for the log; never part of the loss.
     statistics: new values of this objective's running statistics, if any.
   """
@@ -165,14 +166,13 @@ class Terms:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """Where in the run a loss is computed.
+  """The step, the running statistics and the mesh of a loss.
 
   Attributes:
-    step: number of updates done since the objective started, a traced scalar.
+    step: number of updates since the objective started, a traced scalar.
     total_steps: from its start to the end of the run, for schedules.
     statistics: this objective's running statistics.
-    mesh: that the batch is split over, for losses that go around it; None on
-      one device.
+    mesh: that the batch is split over, for ring losses; None on one device.
   """
 
   step: Any
@@ -181,32 +181,43 @@ class Context:
   mesh: Mesh | None = None
 
 
-class Objective:
-  """Base of all objectives: one file each, registered in `__init__.py`.
+def check_visible(objective: str, view: str, hides_patches: bool) -> None:
+  """Raises ConfigError for a view that hides patches from the student."""
+  if hides_patches:
+    raise ConfigError(
+      f"{objective} reads the view {view!r}, which hides patches; it needs all "
+      "of them. Name a view without blocks and keep."
+    )
 
-  A subclass is a frozen dataclass whose fields are its hyper-parameters and,
-  through `build`, exactly the keys its config entry may have.
+
+class Objective:
+  """Base class of the objectives: one file each, registered in `__init__.py`.
+
+  A subclass is a frozen dataclass. Its fields are its hyper-parameters, and
+  their annotations say which values a config entry may have
+  (`config.options`). One that trains a head that predicts has a field `head`,
+  whose default is the head's configuration (`models.heads.base`).
   """
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Objective:
-    """This objective with what it left open filled in from the model.
+    """The objective with open options filled in from the model.
 
     Args:
-      spec: `models.model.ModelSpec`.
-      views: by name, `views.View`.
+      spec: `two_tower.ModelSpec`.
+      views: `views.View` by name.
 
     Raises:
-      ConfigError: where model or views don't give what it reads.
+      ConfigError: for a model or views that lack what it reads.
     """
     del spec, views
     return self
 
   def needs(self) -> Needs:
-    """The encodings and batch fields this objective reads."""
+    """The encodings and batch fields that the objective reads."""
     raise NotImplementedError
 
   def heads(self) -> dict[str, Head]:
-    """Its own modules by name; the names are global, so they can be shared."""
+    """Its modules by name; names are global, so objectives can share one."""
     return {}
 
   def initial_statistics(self) -> dict[str, jax.Array]:
@@ -224,8 +235,7 @@ class Objective:
     Args:
       encodings: the outputs of `needs().encodings`.
       heads: with their parameters.
-      batch: the batch's fields, and under `views` by name what each view made
-        (`views.ViewBatch`: images, boxes, masks).
+      batch: the batch's fields, and `views`: `views.ViewBatch` by name.
     """
     raise NotImplementedError
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mtv_jax.config import options
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import base, pairwise
 from mtv_jax.parallel import ring
-from mtv_jax.utils.errors import ConfigError, check_choice
+from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
 
@@ -123,35 +124,29 @@ class LossInputs:
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive(base.Objective):
-  """Pulls an image to its caption and away from the others of the batch.
+  """Contrastive loss between images and captions.
 
   Attributes:
     loss_type: `'sigmoid'` (SigLIP) or `'softmax'` (CLIP).
-    view: the image view it reads; with several crops each image's first.
+    view: the image view it reads; of several crops each image's first.
     init_scale: initial multiplier of the cosine.
     init_bias: initial bias; None for the loss's own (-10 and none).
-    method: of the sigmoid loss, see `ring`: `'gathered'` texts, `'ring'`, or
-      `'auto'`: a ring where the batch is split over devices. The result is the
-      same. Softmax, whose rows need all columns at once, is gathered.
+    method: of the sigmoid loss: `'gathered'` texts, `'ring'`, or `'auto'`, a
+      ring where the batch is split over devices. The result is the same. The
+      softmax of a row needs all columns at once, so its texts are gathered.
   """
 
-  loss_type: str = "sigmoid"
+  loss_type: Literal["sigmoid", "softmax"] = "sigmoid"
   view: str = "image"
-  init_scale: float = 10.0
+  init_scale: options.PositiveFloat = 10.0
   init_bias: float | None = None
-  method: str = "auto"
+  method: ring.Method = "auto"
 
   def __post_init__(self):
-    if self.loss_type not in LOSSES:
-      raise ValueError(
-        f"contrastive loss_type is '{self.loss_type}'; there are: "
-        f"{sorted(LOSSES)}."
-      )
-    check_choice("contrastive: method", self.method, ring.METHODS)
     if self.loss_type == "softmax" and self.method == "ring":
       raise ConfigError(
-        "contrastive: method='ring' goes with loss_type='sigmoid'; a softmax "
-        "needs all columns at once. Leave method out, or take the sigmoid loss."
+        "method='ring' needs loss_type='sigmoid': a softmax needs all columns "
+        "at once. Leave method out, or take the sigmoid loss."
       )
 
   @property

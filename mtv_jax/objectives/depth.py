@@ -1,7 +1,7 @@
-"""Depth: inverse depth up to a scale and a shift, from four layers.
+"""MiDaS depth losses: scale-and-shift-invariant error and gradient matching.
 
-Loss: Ranftl et al. 2020 (MiDaS), with the weights and the trimming of Depth
-Anything V2 (Yang et al. 2024).
+Ranftl et al. 2020, with the weights and the trimming of Depth Anything V2 (Yang
+et al. 2024), on the inverse depth that a DPT head predicts.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt16
+from jaxtyping import Array, Bool, Float
 
 from mtv_jax.augment import geometry
+from mtv_jax.config import options
 from mtv_jax.models.heads import dpt
 from mtv_jax.objectives import base
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
 # Least mean absolute deviation to divide by. The gradient of the
-# normalisation grows as its inverse, and a map that is the same everywhere,
-# as of a fresh head, would otherwise give gradients of 1e4.
+# normalisation grows as its inverse: without a floor, the constant map of a
+# fresh head would give gradients of 1e4.
 SCALE_FLOOR = 1e-3
 
 
@@ -38,7 +39,7 @@ def _mean(
 
 @pytree_dataclass
 class Standardised:
-  """Maps without their scale and shift, 0 where invalid; and that scale."""
+  """Maps without scale and shift, 0 where invalid, and the scale."""
 
   values: Float[Array, "b h w"]
   scale: Float[Array, " b"]
@@ -55,12 +56,12 @@ def standardise(
   in the middle.
   """
   flat, mask = (a.reshape(a.shape[0], -1) for a in (x, valid))
-  # Sorting says which pixel is the median; its value, and so its gradient,
-  # are taken from the map.
+  # The sort gives the index of the median; its value and gradient come from
+  # the map.
   order = jnp.argsort(jax.lax.stop_gradient(jnp.where(mask, flat, jnp.inf)))
-  middle = jnp.maximum(mask.sum(-1, keepdims=True) - 1, 0) // 2
-  place = jnp.take_along_axis(order, middle, axis=1)
-  centred = x - jnp.take_along_axis(flat, place, axis=1)[..., None]
+  middle = jnp.maximum(mask.sum(-1, keepdims=True) - 1, 0) // 2  # [B, 1]
+  index = jnp.take_along_axis(order, middle, axis=1)
+  centred = x - jnp.take_along_axis(flat, index, axis=1)[..., None]
   scale = _mean(jnp.abs(centred), valid)
   floored = jnp.maximum(scale, SCALE_FLOOR)[:, None, None]
   return Standardised(jnp.where(valid, centred / floored, 0.0), scale)
@@ -71,27 +72,27 @@ def trimmed_error(
   valid: Bool[Array, "b h w"],
   trim: float,
 ) -> Float[Array, " b"]:
-  """Mean absolute residual of each map without its largest.
+  """Trimmed mean absolute residual of each map.
 
   Of M valid pixels the ceil((1 - trim) M) with the smallest residuals count
-  (Depth Anything V2 leaves out the worst tenth, as the labels are an expert's
-  guesses). Which ones has no gradient; among equal ones at the edge, each
-  counts in part.
+  (Depth Anything V2 trims the largest tenth, since the labels are an expert's
+  predictions). The choice has no gradient; of several pixels at the threshold
+  each counts in part.
   """
-  size = jnp.abs(residual).reshape(residual.shape[0], -1)
-  mask = valid.reshape(size.shape)
-  total = mask.sum(-1, keepdims=True)
-  # Left out, rounded down; a float32 product may end just below an integer.
-  left_out = jnp.floor(total * trim + 1e-4).astype(jnp.int32)
-  kept = total - left_out
-  ranked = jax.lax.stop_gradient(jnp.where(mask, size, jnp.inf))
-  last = jnp.maximum(kept - 1, 0)
-  edge = jnp.take_along_axis(jnp.sort(ranked), last, axis=1)
-  below, at = mask & (ranked < edge), mask & (ranked == edge)
-  share = kept - below.sum(-1, keepdims=True)
+  error = jnp.abs(residual).reshape(residual.shape[0], -1)  # [B, HW]
+  mask = valid.reshape(error.shape)
+  total = mask.sum(-1, keepdims=True)  # [B, 1]
+  # Rounded down; a float32 product may be just below an integer.
+  trimmed = jnp.floor(total * trim + 1e-4).astype(jnp.int32)
+  count = total - trimmed
+  ranked = jax.lax.stop_gradient(jnp.where(mask, error, jnp.inf))
+  last = jnp.maximum(count - 1, 0)
+  threshold = jnp.take_along_axis(jnp.sort(ranked), last, axis=1)
+  below, at = mask & (ranked < threshold), mask & (ranked == threshold)
+  share = count - below.sum(-1, keepdims=True)
   share = share / jnp.maximum(at.sum(-1, keepdims=True), 1)
   weight = jnp.where(below, 1.0, jnp.where(at, share, 0.0))
-  return jnp.sum(size * weight, axis=1) / jnp.maximum(kept[:, 0], 1)
+  return jnp.sum(error * weight, axis=1) / jnp.maximum(count[:, 0], 1)
 
 
 def gradient_error(
@@ -124,12 +125,11 @@ def affine_error(
   label: Float[Array, "b h w"],
   valid: Bool[Array, "b h w"],
 ) -> Float[Array, " b"]:
-  """What is left of the label after the best scale and shift, 0 to 1.
+  """Relative residual of the label after the best scale and shift, 0 to 1.
 
       sqrt(1 - corr(p, d)^2) = min_{a,b} rms(a p + b - d) / std(d)
 
-  1 for a prediction that says nothing. To watch, not to train on: it has no
-  gradient.
+  1 for an uncorrelated prediction. A diagnostic without gradient.
   """
   predicted, label = jax.lax.stop_gradient((predicted, label))
   p, d = (
@@ -143,14 +143,14 @@ def affine_error(
 
 @pytree_dataclass
 class LossInputs:
-  """Per example, over all crops of the view: sums over those with a label.
+  """Per example, sums over the labelled crops of the view.
 
   Attributes:
     ssi: of the scale-and-shift-invariant errors.
     gradient: of the gradient-matching errors.
-    error: of the affine-invariant errors (a report).
-    labelled: how many crops have a label.
-    crops: how many there are.
+    error: of the affine-invariant errors, for the report.
+    labelled: number of crops with a label.
+    crops: number of crops.
   """
 
   ssi: Float[Array, " b"]
@@ -169,17 +169,17 @@ def map_errors(
   scales: int = 4,
   min_pixels: int = 1,
 ) -> LossInputs:
-  """The errors of each map, 0 for those without a usable label.
+  """Errors of each map, 0 for those without a usable label.
 
-  A label can't be used that has fewer than `min_pixels` pixels, or that is
-  flat (a mean absolute deviation below 1e-3 of its image's range): every
-  standardised prediction is equally far from it.
+  A label with fewer than `min_pixels` pixels is not usable, nor is a flat one
+  (a mean absolute deviation below 1e-3 of its image's range), from which every
+  standardised prediction is equally far.
 
   Args:
     predicted: float32.
     label: inverse depth, float32.
     valid: which pixels have a label.
-    trim: share of the largest residuals that is left out.
+    trim: share of the largest residuals that is trimmed.
     scales: of the gradient matching.
     min_pixels: least number of labelled pixels.
   """
@@ -203,51 +203,37 @@ def map_errors(
 
 @dataclasses.dataclass(frozen=True)
 class Depth(base.Objective):
-  """Predicts the experts' inverse depth through a DPT head.
+  """Relative inverse depth of the experts' labels, by a DPT head.
 
   Attributes:
-    head: its options (`dpt.DepthHead`) are in the config beside these.
+    head: the DPT; a config has its options beside these.
     view: the image view it reads, without masked patches.
     gradient_weight: of the gradient matching beside the SSI error.
     scales: of the gradient matching.
-    trim: share of the largest residuals that the SSI error leaves out.
+    trim: share of the largest residuals that the SSI error trims.
     min_pixels: a crop with fewer labelled pixels counts as unlabelled.
   """
 
   head: dpt.DepthHead = dpt.DepthHead()
   view: str = "image"
   gradient_weight: float = 2.0
-  scales: int = 4
-  trim: float = 0.1
-  min_pixels: int = 16
-
-  def __post_init__(self):
-    if not 0 <= self.trim < 1 or self.scales < 0 or self.min_pixels < 1:
-      raise ConfigError(
-        f"depth: trim={self.trim}, scales={self.scales}, min_pixels="
-        f"{self.min_pixels}; expected 0 <= trim < 1, scales >= 0, min_pixels "
-        ">= 1."
-      )
+  scales: options.NonNegativeInt = 4
+  trim: Annotated[float, options.Range(min=0, max=0.99)] = 0.1
+  min_pixels: options.PositiveInt = 16
 
   @property
   def _image(self) -> base.Encoding:
     return base.Encoding("image", self.view)
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Depth:
-    """This objective with the head's open options filled in from the model.
+    """The objective with the head's open options filled in from the model.
 
     Raises:
       ConfigError: for taps outside the tower, or a view that masks patches.
     """
-    if self.view in views and views[self.view].patch is not None:
-      raise ConfigError(self._hidden())
+    if self.view in views:
+      base.check_visible("depth", self.view, views[self.view].patch is not None)
     return dataclasses.replace(self, head=self.head.resolve(spec))
-
-  def _hidden(self) -> str:
-    return (
-      f"depth reads the view {self.view!r}, of which patches are hidden: the "
-      "head would guess what is not there. Name a view without blocks and keep."
-    )
 
   def needs(self) -> base.Needs:
     if self.head.taps is None:
@@ -266,16 +252,18 @@ class Depth(base.Objective):
     heads: base.BoundHeads,
     batch: Mapping[str, Any],
   ) -> LossInputs:
-    made = batch["views"][self.view]
-    if made.mask is not None or made.keep is not None:
-      raise ConfigError(self._hidden())
+    view = batch["views"][self.view]
+    hides = view.mask is not None or view.keep is not None
+    base.check_visible("depth", self.view, hides)
     output = encodings[self._image]
     b, count, patches, _ = output.patches.shape
     grid = math.isqrt(patches)  # Views are squares.
     # Not -1: a tower without CLS token and registers has a prefix of size 0.
     crops = jax.tree.map(lambda x: x.reshape(b * count, *x.shape[2:]), output)
     predicted = self.head.predict(heads["depth"], crops, (grid, grid))["depth"]
-    label, valid = labels(batch["depth"], made, predicted.shape[-1])
+    label, valid = geometry.crop_depth(
+      batch["depth"], view, predicted.shape[-1]
+    )
     errors = map_errors(
       predicted,
       label,
@@ -303,23 +291,3 @@ class Depth(base.Objective):
         "labelled": base.WeightedMean(count, jnp.sum(loss_inputs.crops)),
       },
     )
-
-
-def labels(
-  depth: UInt16[Array, "b d d"], made: Any, size: int
-) -> tuple[Float[Array, "m h w"], Bool[Array, "m h w"]]:
-  """The labels of every crop of a view, one after the other.
-
-  Args:
-    depth: 0 has no label; 1 to 65535 is inverse depth.
-    made: the view, `views.ViewBatch`.
-    size: pixels a side wanted.
-
-  Returns:
-    Maps in [0, 1] and which pixels are valid, `[b * count, size, size]`.
-  """
-  values = (depth.astype(jnp.float32) - 1.0) / 65534.0
-  values, valid = geometry.crop_maps(
-    values, depth > 0, made.box, made.flipped, size=size
-  )
-  return tuple(x.reshape(-1, size, size) for x in (values, valid))

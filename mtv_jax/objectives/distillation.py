@@ -1,10 +1,14 @@
-"""DINO: views of an image are to have one meaning, set by a slow teacher."""
+"""DINO self-distillation loss, with the KoLeo regularizer.
+
+Cross-entropy between student and EMA-teacher prototype assignments of views of
+an image (Caron et al. 2021).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from mtv_jax.config import options
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import base
 from mtv_jax.objectives.self_distillation import SelfDistillation
@@ -27,20 +32,19 @@ def koleo(
   eps: float = 1e-8,
   mesh: Mesh | None = None,
 ) -> base.WeightedMean:
-  """Spreads vectors over the sphere (Sablayrolles et al. 2019; DINOv2).
+  """KoLeo regularizer (Sablayrolles et al. 2019; DINOv2).
 
       L = -(1/n) sum_i log(min_{j != i} |x_i - x_j| + eps),  |x| = 1
 
   Args:
     vectors: of any length; they are normalised first.
-    valid: which of them are there, as themselves and as neighbours.
-    eps: keeps twins finite, in value and gradient.
-    mesh: that the vectors are split over, whose devices then look for
-      neighbours around a ring; None on one device.
+    valid: which of them count, as themselves and as neighbours.
+    eps: bounds value and gradient for equal vectors.
+    mesh: that the vectors are split over, whose devices search neighbours
+      around a ring; None on one device.
 
   Returns:
-    Its mean over the vectors that have a neighbour: a count of 0 where there
-    are fewer than two.
+    The mean over the valid vectors; its count is 0 for fewer than two.
   """
   x = unit(vectors)
   if ring.should_use_ring("auto", mesh):
@@ -49,7 +53,7 @@ def koleo(
     cosines = jnp.matmul(x, x.T, precision="highest")
     others = valid[:, None] & valid[None, :] & ~jnp.eye(len(x), dtype=bool)
     neighbours = x[jnp.argmax(jnp.where(others, cosines, -2.0), axis=1)]
-  # Not sqrt(2 - 2 cos), which has no digits left for close neighbours.
+  # Not sqrt(2 - 2 cos), which cancels for close neighbours.
   squares = jnp.sum(jnp.square(x - neighbours), axis=1)
   losses = -jnp.log(jnp.sqrt(squares + eps**2) + eps)
   counted = (valid & (jnp.sum(valid) > 1)).astype(jnp.float32)
@@ -59,18 +63,18 @@ def koleo(
 def pair_weights(
   global_views: int, local_views: int, *, same_crop: str
 ) -> Float[np.ndarray, "g v"]:
-  """Weights of teacher views (rows) against student views, globals first.
+  """Weights of teacher views (rows) against student views, global ones first.
 
   Each term has the weight 1 / (number of terms), as in DINOv2: 2 x 1 global
   and 2 x 8 local terms, each a mean over the batch, are divided by 18.
 
   Args:
-    global_views: crops that both see.
-    local_views: crops that only the student sees.
+    global_views: crops of teacher and student.
+    local_views: crops of the student alone.
     same_crop: `'exclude'` leaves out a global crop against itself.
 
   Raises:
-    ConfigError: where no pair is left.
+    ConfigError: without any pair.
   """
   pairs = np.ones((global_views, global_views + local_views), np.float32)
   if same_crop == "exclude":
@@ -101,36 +105,27 @@ class LossInputs:
 
 @dataclasses.dataclass(frozen=True)
 class Distillation(SelfDistillation):
-  """DINO (Caron et al. 2021) on the pooled vector, as in DINOv2 and SILC.
+  """DINO loss (Caron et al. 2021) on the pooled vector, as in DINOv2 and SILC.
 
-  The teacher sees the global crops whole. The student sees them with the
-  masked patches that the view may have, and the local crops. With one global
-  crop, only local ones learn from it, as in SigLIP 2.
+  The teacher encodes the global crops unmasked, the student the global crops,
+  masked if the view has a mask, and the local crops. With one global crop, only
+  local ones are compared with it, as in SigLIP 2.
 
   Attributes:
-    view_global: the view that both see.
-    view_local: the view that only the student sees; None for none.
-    koleo_weight: of KoLeo, over the student's global pooled vectors and summed
-      over the crops: DINOv2's 0.1. 0 leaves it out.
+    view_global: the view of teacher and student.
+    view_local: the view of the student alone; None for none.
+    koleo_weight: of KoLeo over the student's global pooled vectors, summed over
+      the crops: DINOv2's 0.1. 0 leaves it out.
     same_crop: `'exclude'` (DINO) or `'include'` a global crop against itself.
   """
 
   view_global: str = "global"
   view_local: str | None = "local"
-  koleo_weight: float | int = 0.1
-  same_crop: str = "exclude"
-
-  def __post_init__(self):
-    super().__post_init__()
-    self._choice("same_crop", ("exclude", "include"))
-    self._require("koleo_weight", self.koleo_weight >= 0, "at least 0")
+  koleo_weight: options.NonNegativeFloat = 0.1
+  same_crop: Literal["exclude", "include"] = "exclude"
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Distillation:
-    """This objective, once its views are seen to leave something to compare.
-
-    Args:
-      spec: `models.model.ModelSpec`.
-      views: by name, `views.View`.
+    """Checks that the views leave a pair of crops to compare.
 
     Raises:
       ConfigError: for a single global crop and no local one.
@@ -181,7 +176,7 @@ class Distillation(SelfDistillation):
     rows, crops = loss_inputs.teacher.shape[:2]
     views = loss_inputs.student.shape[1]
     pairs = pair_weights(crops, views - crops, same_crop=self.same_crop)
-    matched = self.match(
+    result = self.prototype_loss(
       loss_inputs.teacher,
       loss_inputs.student,
       valid=jnp.ones((rows, crops), bool),
@@ -190,28 +185,28 @@ class Distillation(SelfDistillation):
       context=context,
     )
     count = jnp.ones(()) * rows
-    total = matched.sum
-    report = {**matched.report, "labelled": base.WeightedMean(count, count)}
+    total = result.sum
+    report = {**result.report, "labelled": base.WeightedMean(count, count)}
     if self.koleo_weight:
-      spread = self._spread(loss_inputs.pooled, context.mesh)
-      total = total + self.koleo_weight * rows * spread
-      report["koleo"] = base.WeightedMean(spread / crops, jnp.ones(()))
-      report["cross_entropy"] = base.WeightedMean(matched.sum, count)
+      koleo_loss = self._koleo(loss_inputs.pooled, context.mesh)
+      total = total + self.koleo_weight * rows * koleo_loss
+      report["koleo"] = base.WeightedMean(koleo_loss / crops, jnp.ones(()))
+      report["cross_entropy"] = base.WeightedMean(result.sum, count)
     return base.Terms(
       loss=base.WeightedMean(total, count),
       report=jax.lax.stop_gradient(report),
-      statistics=matched.statistics,
+      statistics=result.statistics,
     )
 
-  def _spread(
+  def _koleo(
     self, pooled: Float[Array, "b g e"], mesh: Mesh | None
   ) -> Float[Array, ""]:
-    """KoLeo summed over crops; crops of one image are no neighbours."""
+    """KoLeo summed over crops; crops of one image are not compared."""
     rows, crops = pooled.shape[:2]
     if rows < 2:
       raise ConfigError(
-        f"distillation: koleo_weight={self.koleo_weight} spreads the images of "
-        f"the global batch, which has {rows}; it needs at least 2. Raise "
+        f"distillation: koleo_weight={self.koleo_weight} compares images of the "
+        f"global batch, which has {rows}; it needs at least 2. Raise "
         "batch_size or set koleo_weight=0."
       )
     every = jnp.ones(rows, bool)

@@ -1,35 +1,37 @@
-"""Grounding: what is in a box, and optionally where a phrase is.
+"""CLOC region-text contrastive loss, and box regression of phrases.
 
-A prompter turns a box and the image's patches into a region's embedding, which
-is compared with the embeddings of all phrases of the batch (Chen et al. 2025,
-CLOC; with SigLIP's loss, as MTV is reported to do).
+A prompter embeds a region from its box and the image's patches; the embedding
+is compared with those of all phrases of the batch (Chen et al. 2025, CLOC;
+with SigLIP's sigmoid loss, as MTV is reported to do).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from mtv_jax.augment import geometry
+from mtv_jax.config import options
 from mtv_jax.models.heads import prompter
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.objectives import base, pairwise
 from mtv_jax.parallel import ring
-from mtv_jax.utils.errors import ConfigError, check_choice
+from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
 
 @pytree_dataclass
 class RegionLosses:
-  """What comparing regions with all phrases gives, for each region.
+  """Losses of each region against all phrases.
 
   Attributes:
-    losses: sum of the losses of its pairs.
+    losses: sum over the region's pairs.
     same: greatest logit with a text of its own phrase.
     other: greatest logit with a text of another phrase; -inf without any.
     peers: texts of its phrase, its own included.
@@ -98,8 +100,8 @@ def region_losses(
       y_aa = 1, y_ab = -1 for a != b
 
   with m_ab = 0 where a or b is invalid, and for a != b of the same phrase: with
-  names for phrases a batch holds hundreds of "person", each of which would be a
-  positive and a negative at once.
+  class names as phrases a batch has hundreds of "person", each of which would
+  be a positive and a negative at once.
 
   Args:
     region: unit embeddings of regions (z).
@@ -108,12 +110,12 @@ def region_losses(
     valid: which regions there are.
     affine: from cosine to logit.
     chunk: texts compared at a time; None for all. The result is the same, but
-      only `[n, chunk]` logits exist, forward and backward. Texts and not
-      regions are cut, since the regions are what the devices share.
+      only `[n, chunk]` logits exist, forward and backward. Regions are split
+      over the devices, so the texts are chunked.
 
   Returns:
-    For each region; invalid ones have no losses. L is the mean of `losses`
-    over the valid ones.
+    Of each region, 0 for invalid ones. L is the mean of `losses` over the valid
+    ones.
   """
   ids = RegionIds(jnp.arange(region.shape[0]), phrase_id, valid)
   regions = ring.EmbeddingBatch(region, ids)
@@ -195,7 +197,7 @@ def box_losses(
 
   Args:
     located: predictions, (centre y, centre x, height, width).
-    boxes: what they should be, (y0, x0, y1, x1).
+    boxes: targets, (y0, x0, y1, x1).
   """
   distance = jnp.abs(located - centres(boxes)).sum(axis=-1)
   giou = overlap(prompter.corners(located), boxes).giou
@@ -204,15 +206,15 @@ def box_losses(
 
 @pytree_dataclass
 class LossInputs:
-  """The regions of each example, `m` at most.
+  """Regions of each example, `m` at most.
 
   Attributes:
-    region: unit embeddings of what is in the boxes.
+    region: unit embeddings of the regions.
     text: unit embeddings of their phrases.
     phrase_id: equal for equal phrases.
     valid: which regions there are.
     boxes: (y0, x0, y1, x1) in the view.
-    located: where the locator puts the phrases, (centre y, centre x, height,
+    located: the locator's boxes of the phrases, (centre y, centre x, height,
       width); None without regression.
   """
 
@@ -224,84 +226,59 @@ class LossInputs:
   located: Float[Array, "b m 4"] | None = None
 
 
-PICKS = ("first", "score")
-
-
 @dataclasses.dataclass(frozen=True)
 class Grounding(base.Objective):
-  """Pulls a region to its phrase and away from the batch's other phrases.
+  """Contrastive loss between regions and phrases, with optional regression.
 
   Attributes:
-    head: its options (`prompter.GroundingHead`) are in the config beside these.
-    view: the image view it reads; with several crops each image's first.
-    regions: at most so many an image, of those that the view shows. CLOC: 4,
-      and 2 do about as well.
-    pick: which: the `'first'` (the host has drawn them at random already) or
-      those of the highest `'score'`.
+    head: prompter and locator; a config has their options beside these.
+    view: the image view it reads; of several crops each image's first.
+    regions: most regions an image, of those visible in the view. CLOC: 4, and
+      2 do about as well.
+    pick: the `'first'` regions (the host's order is random) or those of the
+      highest `'score'`.
     min_visible: least share of a box's area that must lie in the view.
     min_size: least height and width of a box in the view, whose side is 1.
     init_scale: initial multiplier of the cosine.
     init_bias: initial bias.
-    method: see `ring`: `'gathered'` texts, `'ring'`, or `'auto'`: a ring where
-      the batch is split over devices. The result is the same.
+    method: `'gathered'` texts, `'ring'`, or `'auto'`, a ring where the batch is
+      split over devices. The result is the same.
     chunk: gathered texts compared with all regions at a time, to bound memory;
-      None for all of the batch. Around a ring a device's texts are a chunk.
-    stop_text_gradient: whether to leave the text tower to other objectives.
-    regression: weight of the loss of locating phrases, 0 for none. CLOC gains
-      little from it.
+      None for all of the batch. In the ring a chunk is a device's texts.
+    stop_text_gradient: whether the text tower gets no gradient.
+    regression: weight of the box regression, 0 for none. CLOC gains little
+      from it.
   """
 
   head: prompter.GroundingHead = prompter.GroundingHead()
   view: str = "image"
-  regions: int = 4
-  pick: str = "first"
+  regions: options.PositiveInt = 4
+  pick: Literal["first", "score"] = "first"
   min_visible: float = 0.4
   min_size: float = 1 / 56
-  init_scale: float = 10.0
+  init_scale: options.PositiveFloat = 10.0
   init_bias: float = -10.0
-  method: str = "auto"
-  chunk: int | None = None
+  method: ring.Method = "auto"
+  chunk: options.PositiveInt | None = None
   stop_text_gradient: bool = False
-  regression: float = 0.0
-
-  def __post_init__(self):
-    check_choice("grounding: pick", self.pick, PICKS)
-    check_choice("grounding: method", self.method, ring.METHODS)
-    for name in ("regions", "chunk"):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ConfigError(f"grounding: {name}={value}; expected 1 or more.")
-    if self.regression < 0:
-      raise ConfigError(
-        f"grounding: regression={self.regression}; expected a weight of 0 or "
-        "more."
-      )
+  regression: options.NonNegativeFloat = 0.0
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Grounding:
-    """Checks that model and views give what it reads.
-
-    Args:
-      spec: `models.model.ModelSpec`.
-      views: by name, `views.View`.
+    """Checks the model and the view.
 
     Raises:
       ConfigError: for a view that hides patches, or a model without a text
         tower.
     """
-    if self.view in views and views[self.view].patch is not None:
-      raise ConfigError(self._hidden())
+    if self.view in views:
+      hides = views[self.view].patch is not None
+      base.check_visible("grounding", self.view, hides)
     if spec.text is None:
       raise ConfigError(
         "grounding compares regions with phrases, and this model has no text "
         "tower: set config.model.text."
       )
     return self
-
-  def _hidden(self) -> str:
-    return (
-      f"grounding reads the view {self.view!r}, which hides patches: what is "
-      "in a box must be visible. Name a view without blocks and keep."
-    )
 
   @property
   def _image(self) -> base.Encoding:
@@ -336,18 +313,18 @@ class Grounding(base.Objective):
     heads: base.BoundHeads,
     batch: Mapping[str, Any],
   ) -> LossInputs:
-    made = batch["views"][self.view]
-    if made.mask is not None or made.keep is not None:
-      raise ConfigError(self._hidden())
-    boxes, kept = geometry.crop_boxes(
+    view = batch["views"][self.view]
+    hides = view.mask is not None or view.keep is not None
+    base.check_visible("grounding", self.view, hides)
+    boxes, visible = geometry.crop_boxes(
       batch["boxes"],
       batch["box_valid"].astype(bool),
-      made.box[:, :1],
-      made.flipped[:, :1],
+      view.box[:, :1],
+      view.flipped[:, :1],
       min_visible=self.min_visible,
       min_size=self.min_size,
     )
-    chosen = self._choose(kept[:, 0], batch["box_score"])
+    chosen = self._choose(visible[:, 0], batch["box_score"])
 
     def take(x):
       index = chosen.reshape(*chosen.shape, *[1] * (x.ndim - 2))
@@ -359,7 +336,8 @@ class Grounding(base.Objective):
     text = unit(text)
     boxes = take(boxes[:, 0])
     image = jax.tree.map(lambda x: x[:, 0], encodings[self._image])
-    region = self.head.predict(heads["prompter"], image, (), boxes=boxes)
+    grid = (math.isqrt(image.patches.shape[1]),) * 2  # Views are squares.
+    region = self.head.predict(heads["prompter"], image, grid, boxes=boxes)
     located = None
     if self.regression:
       located = heads["locator"](image.patches, text)
@@ -367,35 +345,37 @@ class Grounding(base.Objective):
       region=region["embeddings"],
       text=text,
       phrase_id=take(batch["box_phrase_id"]),
-      valid=take(kept[:, 0]),
+      valid=take(visible[:, 0]),
       boxes=boxes,
       located=located,
     )
 
   def _choose(
-    self, kept: Bool[Array, "b m"], score: Float[Array, "b m"]
+    self, visible: Bool[Array, "b m"], score: Float[Array, "b m"]
   ) -> Int[Array, "b k"]:
-    """The boxes to train on, by index: the best ones, kept ones first."""
+    """Indices of the boxes to train on: visible ones first, then by score."""
     score = jnp.nan_to_num(score) if self.pick == "score" else 0.0
-    rank = jnp.where(kept, score, -jnp.inf)
-    # Of equals the first comes first. Not top_k, for which XLA gathers the rows
-    # of all devices.
+    rank = jnp.where(visible, score, -jnp.inf)
+    # Stable: the first of equals. Not top_k, for which XLA gathers the rows of
+    # all devices.
     return jnp.argsort(-rank, axis=1, stable=True)[:, : self.regions]
 
   def loss(
     self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
   ) -> base.Terms:
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), loss_inputs)
+    flat = jax.tree.map(
+      lambda x: x.reshape(-1, *x.shape[2:]), loss_inputs
+    )  # [B * m, ...]
     affine = heads["grounding"]()
-    total, found = self._compare(flat, affine, context)
+    total, losses = self._compare(flat, affine, context)
     weight = flat.valid.astype(jnp.float32)
     count = weight.sum()
     labelled = loss_inputs.valid.any(axis=1).astype(jnp.float32)
     one = jnp.ones(())
-    # Of distinct phrases: texts of one phrase are one answer, and a draw with
-    # another phrase is none.
-    hit = (found.same > found.other).astype(jnp.float32)
-    phrases = weight / jnp.maximum(found.peers, 1.0)
+    # Over distinct phrases: texts of one phrase are one answer. A tie with
+    # another phrase is a miss.
+    hit = (losses.same > losses.other).astype(jnp.float32)
+    phrases = weight / jnp.maximum(losses.peers, 1.0)
     loss = base.WeightedMean(total, count)
     report = {
       "accuracy": base.WeightedMean((hit * weight).sum(), count),
@@ -406,7 +386,7 @@ class Grounding(base.Objective):
       "regions": base.WeightedMean(count, labelled.sum()),
     }
     if self.regression:
-      regression, iou = _locating(loss_inputs)
+      regression, iou = _regression_loss(loss_inputs)
       report |= {"regression": regression, "iou": iou}
       loss = base.WeightedMean(
         loss.sum + self.regression * regression.value() * count, count
@@ -433,22 +413,25 @@ class Grounding(base.Objective):
     return result.loss, result.diagnostics
 
 
-def _locating(
+def _regression_loss(
   loss_inputs: LossInputs,
 ) -> tuple[base.WeightedMean, base.WeightedMean]:
-  """Loss and IoU of locating phrases.
+  """Loss and IoU of the located phrases.
 
-  "Where is the person?" has one answer: of several regions of an image with one
-  phrase the first counts, the one of the highest score where those are picked.
+  "Where is the person?" has one answer: of several regions of an image with
+  one phrase the first counts, which is that of the highest score with
+  `pick='score'`.
   """
-  equal = loss_inputs.phrase_id[:, :, None] == loss_inputs.phrase_id[:, None]
+  phrase_id, valid = loss_inputs.phrase_id, loss_inputs.valid
+  equal = phrase_id[:, :, None] == phrase_id[:, None]  # [B, m, m]
   earlier = jnp.tril(jnp.ones(equal.shape[1:], bool), -1)
-  repeated = (equal & earlier & loss_inputs.valid[:, None]).any(axis=-1)
-  sole = (loss_inputs.valid & ~repeated).astype(jnp.float32)
+  repeated = (equal & earlier & valid[:, None]).any(axis=-1)
+  first = (valid & ~repeated).astype(jnp.float32)
   losses = box_losses(loss_inputs.located, loss_inputs.boxes)
-  iou = overlap(prompter.corners(loss_inputs.located), loss_inputs.boxes).iou
-  count = sole.sum()
+  predicted = prompter.corners(loss_inputs.located)
+  iou = overlap(predicted, loss_inputs.boxes).iou
+  count = first.sum()
   return (
-    base.WeightedMean((losses * sole).sum(), count),
-    base.WeightedMean((iou * sole).sum(), count),
+    base.WeightedMean((losses * first).sum(), count),
+    base.WeightedMean((iou * first).sum(), count),
   )

@@ -1,15 +1,20 @@
-"""iBOT: hidden patches are to mean what the teacher sees there."""
+"""iBOT masked-patch loss (Zhou et al. 2022), as in DINOv2 and SigLIP 2.
+
+Cross-entropy between the student's predictions at masked patches and the
+teacher's prototype assignments of the same patches, which it sees.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mtv_jax.config import options
 from mtv_jax.objectives import base
 from mtv_jax.objectives.self_distillation import SelfDistillation
 from mtv_jax.utils.errors import ConfigError
@@ -18,13 +23,13 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @pytree_dataclass
 class LossInputs:
-  """Of each example, at `p` patches of its `n` crops together.
+  """Per example, `p` patches of its `n` crops together.
 
   Attributes:
-    teacher: bottleneck vectors of the crops seen whole.
+    teacher: bottleneck vectors of the unmasked crops.
     student: bottleneck vectors at the same patches of the masked crops.
-    weights: of the patches; 0 for those that fill up to `p`.
-    masked: whether any patch of a crop is hidden.
+    weights: of the patches; 0 for the padding up to `p`.
+    masked: whether a crop has masked patches.
   """
 
   teacher: Float[Array, "b p d"]
@@ -36,15 +41,14 @@ class LossInputs:
 def masked_first(
   mask: Bool[Array, "b patches"], count: int
 ) -> Int[Array, "b {count}"]:
-  """Indices of `count` patches: the hidden ones in order, then visible ones."""
+  """Indices of `count` patches: masked ones in order, then visible ones."""
   return jnp.argsort(~mask, axis=-1, stable=True)[..., :count]
 
 
 def patch_weights(counted: Bool[Array, "b n p"]) -> Float[Array, "b n p"]:
-  """A mean over each crop's patches that count, then a sum over the crops.
+  """Weights 1 / (the crop's counted patches), as in DINOv2.
 
-  As in DINOv2: 1 / (the crop's masked patches), so that a crop counts the same
-  however much of it is hidden.
+  A crop counts the same whatever its share of masked patches.
   """
   counted = counted.astype(jnp.float32)
   return counted / jnp.maximum(jnp.sum(counted, axis=-1, keepdims=True), 1.0)
@@ -52,45 +56,37 @@ def patch_weights(counted: Bool[Array, "b n p"]) -> Float[Array, "b n p"]:
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLatent(SelfDistillation):
-  """iBOT (Zhou et al. 2022) as in DINOv2 and SigLIP 2.
+  """iBOT masked-patch loss.
 
-  The loss is the mean over all crops, those with nothing hidden included (they
-  add 0, as in DINOv2): an image's gradient does not depend on how many others
-  of its batch happen to be masked.
+  The loss is the mean over all crops. Crops without masked patches add 0, as in
+  DINOv2, so that an image's gradient does not depend on the number of masked
+  images in its batch.
 
   Attributes:
-    head: its own, as DINOv2's large models and DINOv3 have it; `'dino'` to
-      share the one of distillation.
-    view: a view with masked patches; the teacher sees it whole.
-    patches: `'masked'`, or `'all'` for a target on visible patches too (iBOT++
+    head: a separate head, as in DINOv2's large models and DINOv3; `'dino'`
+      shares the one of distillation.
+    view: a view with masked patches; the teacher sees it unmasked.
+    patches: `'masked'`, or `'all'` for targets on visible patches too (iBOT++
       of TIPSv2), of every crop.
-    max_masked: the most hidden patches of an image, in all its crops together;
-      `resolve` reads it off the view. Without it the head runs on all patches,
-      to the same end.
+    max_masked: most masked patches of an image, over all its crops; `resolve`
+      takes it from the view. Without it the head runs on all patches, with the
+      same result.
   """
 
   head: str = "ibot"
   view: str = "global"
-  patches: str = "masked"
-  max_masked: int | None = None
-
-  def __post_init__(self):
-    super().__post_init__()
-    self._choice("patches", ("masked", "all"))
+  patches: Literal["masked", "all"] = "masked"
+  max_masked: options.PositiveInt | None = None
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> MaskedLatent:
-    """This objective with `max_masked` filled in from its view.
-
-    Args:
-      spec: `models.model.ModelSpec`.
-      views: by name, `views.View`.
+    """The objective with `max_masked` filled in from its view.
 
     Raises:
-      ConfigError: if the view hides no patches, or patches of another size
-        than the model's, or not as many as this objective says.
+      ConfigError: for a view without masked patches, with patches of another
+        size than the model's, or with another number than `max_masked`.
     """
     if self.view not in views:
-      return self  # Whoever collects the encodings says so, for all objectives.
+      return self  # `StepSpec` refuses a missing view, for all objectives.
     view, patch = views[self.view], spec.image.patch_size
     if not view.max_masked:
       raise ConfigError(self._hides_nothing())
@@ -132,13 +128,12 @@ class MaskedLatent(SelfDistillation):
     heads: base.BoundHeads,
     batch: Mapping[str, Any],
   ) -> LossInputs:
-    made = batch["views"][self.view]
-    if made.mask is None:
+    mask = batch["views"][self.view].mask  # [b, n, P]
+    if mask is None:
       raise ConfigError(self._hides_nothing())
-    mask = made.mask
     whole = self.patches == "all"
     weights = patch_weights(jnp.ones_like(mask) if whole else mask)
-    # The crops of an image side by side: how much is hidden of each differs.
+    # All crops of an image together: their numbers of masked patches differ.
     student, teacher, weights = (
       x.reshape(len(mask), -1, *x.shape[3:])
       for x in (
@@ -169,7 +164,7 @@ class MaskedLatent(SelfDistillation):
   ) -> base.Terms:
     channels = loss_inputs.teacher.shape[-1]
     weights = loss_inputs.weights.reshape(-1, 1)
-    matched = self.match(
+    result = self.prototype_loss(
       loss_inputs.teacher.reshape(-1, 1, channels),
       loss_inputs.student.reshape(-1, 1, channels),
       valid=weights > 0,
@@ -179,18 +174,17 @@ class MaskedLatent(SelfDistillation):
     )
     count = jnp.ones(()) * loss_inputs.masked.size
     masked = jnp.sum(loss_inputs.masked.astype(jnp.float32))
-    # Those of a crop add up to one.
-    compared = jnp.sum(weights)
     report = {
-      **matched.report,
-      # Unlike the loss it does not follow how many crops happened to be masked.
+      **result.report,
+      # The weights of a crop sum to one, so this is a mean over the masked
+      # crops: unlike the loss it does not depend on their number.
       "cross_entropy": base.WeightedMean(
-        jax.lax.stop_gradient(matched.sum), compared
+        jax.lax.stop_gradient(result.sum), jnp.sum(weights)
       ),
       "labelled": base.WeightedMean(masked, count),
     }
     return base.Terms(
-      loss=base.WeightedMean(matched.sum, count),
+      loss=base.WeightedMean(result.sum, count),
       report=report,
-      statistics=matched.statistics,
+      statistics=result.statistics,
     )

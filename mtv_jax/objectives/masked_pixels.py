@@ -1,6 +1,7 @@
-"""Masked pixels (MAE): the encoder sees a few patches, a decoder the rest.
+"""MAE pixel reconstruction loss (He et al. 2022).
 
-He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners".
+The encoder sees a subset of the patches, a decoder predicts the pixels of the
+others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mtv_jax.augment import masks
-from mtv_jax.models import vit
+from mtv_jax.config import options
+from mtv_jax.models import layers, vit
 from mtv_jax.models.heads import mae_decoder
 from mtv_jax.objectives import base
 from mtv_jax.utils.errors import ConfigError
@@ -22,11 +24,9 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 
 def normalize_patches(pixels: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
-  """Each patch less its mean, over its standard deviation.
+  """Normalised pixels of MAE: each patch's contrast.
 
-      (x - mean) / sqrt(var + 1e-6),  var unbiased, over all of its numbers
-
-  MAE's "normalized pixels": what is predicted is the patch's contrast.
+  (x - mean) / sqrt(var + 1e-6),  var unbiased, over all values of a patch
   """
   centred = pixels - pixels.mean(axis=-1, keepdims=True)
   var = jnp.square(centred).sum(-1, keepdims=True) / (pixels.shape[-1] - 1)
@@ -38,11 +38,11 @@ def patch_errors(
   target: Float[Array, "b n f"],
   hidden: Bool[Array, "b n"],
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-  """Mean squared errors of an image's hidden patches: their sum, their count.
+  """Mean squared errors of the hidden patches: sum and count of each image.
 
   Args:
-    predicted: numbers of each patch.
-    target: what they should be.
+    predicted: pixels of each patch.
+    target: of the same shape.
     hidden: which patches the encoder did not see. The others don't count.
   """
   errors = jnp.square(predicted - target).mean(axis=-1)
@@ -52,12 +52,12 @@ def patch_errors(
 
 @pytree_dataclass
 class LossInputs:
-  """Per example, over all crops of the view: sums over hidden patches.
+  """Per example, sums over the hidden patches of all crops of the view.
 
   Attributes:
     error: of their mean squared errors.
-    hidden: how many there are.
-    patches: how many patches there are in all.
+    hidden: number of hidden patches.
+    patches: number of all patches.
   """
 
   error: Float[Array, " b"]
@@ -67,11 +67,11 @@ class LossInputs:
 
 @dataclasses.dataclass(frozen=True)
 class MaskedPixels(base.Objective):
-  """Predicts the pixels of hidden patches.
+  """MAE loss: squared errors of the pixels of hidden patches.
 
   Attributes:
     view: the image view it reads; its ops end in `keep(ratio)`.
-    patch: the model's patch size in pixels; None for what the model has.
+    patch: the model's patch size in pixels; None to take it from the model.
     norm_pixels: whether a patch's target is normalised by its own mean and
       standard deviation. Raw pixels are in [-1, 1].
     decoder_width, decoder_depth, decoder_heads: shape of the decoder.
@@ -79,19 +79,19 @@ class MaskedPixels(base.Objective):
   """
 
   view: str = "mae"
-  patch: int | None = None
+  patch: options.PositiveInt | None = None
   norm_pixels: bool = True
-  decoder_width: int = 512
-  decoder_depth: int = 8
-  decoder_heads: int = 16
-  remat: str = "none"
+  decoder_width: options.PositiveInt = 512
+  decoder_depth: options.PositiveInt = 8
+  decoder_heads: options.PositiveInt = 16
+  remat: layers.Remat = "none"
   scan: bool = True
 
   def __post_init__(self):
     width, heads = self.decoder_width, self.decoder_heads
     if width % heads or width % 4:
       raise ConfigError(
-        f"masked_pixels: decoder_width is {width}; expected a multiple of "
+        f"decoder_width is {width}; expected a multiple of "
         f"decoder_heads ({heads}) and of 4, which 2-D positions need."
       )
 
@@ -100,15 +100,11 @@ class MaskedPixels(base.Objective):
     return base.Encoding("image", self.view)
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> MaskedPixels:
-    """This objective with what it left open filled in from the model.
-
-    Args:
-      spec: `models.model.ModelSpec`.
-      views: by name, `views.View`.
+    """The objective with the patch size filled in from the model.
 
     Raises:
-      ConfigError: if its view keeps all patches, or is cut into patches of
-        another size than the model's.
+      ConfigError: for a view without hidden patches, or with patches of another
+        size than the model's.
     """
     patch = spec.image.patch_size
     if self.patch not in (None, patch):
@@ -161,16 +157,16 @@ class MaskedPixels(base.Objective):
     heads: base.BoundHeads,
     batch: Mapping[str, Any],
   ) -> LossInputs:
-    made = batch["views"][self.view]
-    if made.keep is None:
+    view = batch["views"][self.view]
+    if view.keep is None:
       raise ConfigError(self._without_keep())
-    b, count, size = made.images.shape[:3]
+    b, count, size = view.images.shape[:3]
     grid = size // self.patch
-    _check_hidden(self.view, made.keep.shape[-1], grid**2)
+    _check_hidden(self.view, view.keep.shape[-1], grid**2)
     output = encodings[self._image]
     tokens, prefix, keep, images = (
-      x.reshape(b * count, *x.shape[2:])
-      for x in (output.patches, output.prefix, made.keep, made.images)
+      x.reshape(b * count, *x.shape[2:])  # [b * count, ...]
+      for x in (output.patches, output.prefix, view.keep, view.images)
     )
     predicted = heads["mae_decoder"](tokens, prefix, keep, (grid, grid))
     target = vit.patchify(images.astype(jnp.float32), self.patch)
@@ -195,7 +191,7 @@ class MaskedPixels(base.Objective):
       loss=base.WeightedMean(jnp.sum(loss_inputs.error), hidden),
       report={
         "hidden": base.WeightedMean(hidden, jnp.sum(loss_inputs.patches)),
-        # Pixels label themselves.
+        # Every image is its own label.
         "labelled": base.WeightedMean(
           *[jnp.float32(loss_inputs.hidden.size)] * 2
         ),
@@ -203,9 +199,9 @@ class MaskedPixels(base.Objective):
     )
 
 
-def _check_hidden(view: str, kept: int, patches: int) -> None:
+def _check_hidden(view: str, visible: int, patches: int) -> None:
   """Raises ConfigError where the encoder would see every patch."""
-  if kept >= patches:
+  if visible >= patches:
     raise ConfigError(
       f"masked_pixels: the view {view!r} keeps all {patches} patches, which "
       "leaves none to predict; lower the ratio of keep(0.25)."
@@ -213,7 +209,7 @@ def _check_hidden(view: str, kept: int, patches: int) -> None:
 
 
 def _example(spec: Any) -> tuple:
-  """What the decoder is initialised with: one visible patch of four."""
+  """Arguments to initialise the decoder with: one visible patch of four."""
   width, prefix = spec.image.width, spec.image.prefix
   return (
     jax.ShapeDtypeStruct((1, 1, width), "float32"),

@@ -1,4 +1,4 @@
-"""What the objectives that compare embeddings share."""
+"""Pairwise logits and sigmoid losses of the contrastive objectives."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def sigmoid_losses(
 ) -> Float[Array, "n m"]:
   """`-log sigmoid(y * logit)` of each pair, y = 1 where positive, else -1.
 
-  Every pair is a binary question of its own (Zhai et al. 2023, Algorithm 1).
+  A binary classification of each pair (SigLIP; Zhai et al. 2023, Algorithm 1).
   """
   return -jax.nn.log_sigmoid(jnp.where(positive, logits, -logits))
 
 
 @pytree_dataclass
 class Affine:
-  """Logits are `scale * cosine + bias`."""
+  """Scale and bias of logits `scale * cosine + bias`."""
 
   scale: Float[Array, ""]
   bias: Float[Array, ""]
@@ -33,7 +33,7 @@ class Affine:
 def logits(
   rows: Float[Array, "n d"], columns: Float[Array, "m d"], affine: Affine
 ) -> Float[Array, "n m"]:
-  """Of every row's cosine with every column, both of unit length."""
+  """`scale * cosine + bias` of rows and columns of unit length."""
   cosine = jnp.einsum("nd,md->nm", rows, columns, precision="highest")
   return affine.scale * cosine + affine.bias
 
@@ -44,9 +44,9 @@ class Temperature(nn.Module):
   Attributes:
     init_scale: initial multiplier; its logarithm is the parameter (SigLIP 10,
       CLIP 1/0.07).
-    init_bias: initial bias, None for none. SigLIP's -10 starts the sigmoid
-      loss where almost all pairs are negative, as they are; at small batches
-      a smaller one does (log(1/B) balances B pairs).
+    init_bias: initial bias, None for none. SigLIP's -10 makes almost all pairs
+      negative at the start, as they are; small batches need a smaller one
+      (log(1/B) balances B pairs).
   """
 
   init_scale: float

@@ -1,25 +1,26 @@
-"""What DINO and iBOT share as objectives: settings, head, schedules, report."""
+"""Base class of DINO and iBOT: options, prototype head, schedules, report."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mtv_jax.config import options
+from mtv_jax.config.options import Range
 from mtv_jax.models.heads.projection import PrototypeHead
 from mtv_jax.objectives import base, prototypes
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
-
-TARGETS = ("sinkhorn", "centering")
 
 
 @pytree_dataclass
-class Matched:
-  """A weighted sum of cross-entropies, with what goes beside it.
+class PrototypeLoss:
+  """A weighted sum of cross-entropies, with diagnostics and statistics.
 
   Attributes:
     sum: over all pairs, each with its weight.
@@ -34,78 +35,58 @@ class Matched:
 
 @dataclasses.dataclass(frozen=True)
 class SelfDistillation(base.Objective):
-  """A student predicts its teacher's assignments to prototypes.
+  """Cross-entropy between student and teacher prototype assignments.
 
-  Defaults are DINOv2's (its `ssl_default_config.yaml`) unless said otherwise.
-  Durations are shares of the run.
+  Defaults are DINOv2's (its `ssl_default_config.yaml`) unless stated otherwise.
+  Durations are percentages of the run.
 
-  Collapse shows in the report. `teacher_entropy` near log K: all inputs look
-  alike. `teacher_entropy` near 0 with `prototypes_used` near 0: all go to one
-  prototype. `mean_entropy` falls with it under centring; Sinkhorn holds it
-  near log K by construction.
+  Signs of collapse in the report: `teacher_entropy` near log K, where all
+  inputs get the same assignment; `teacher_entropy` and `prototypes_used` near
+  0, where all inputs are assigned to one prototype. `mean_entropy` falls with
+  it under centring; Sinkhorn makes it near log K by construction.
 
   Attributes:
-    head: its name; objectives that name the same one share it, and then have
-      to agree on its shape.
-    prototypes: how many (K).
+    head: name of the head; objectives that give the same name share it, and
+      have to agree on its shape.
+    prototypes: number of prototypes (K).
     hidden: units of the head's hidden layers.
     bottleneck: channels of the head's bottleneck.
     student_temp: temperature of the predictions.
     teacher_temp: temperature of the assignments after the warm-up.
-    teacher_temp_start: at step 0, from where it rises linearly.
+    teacher_temp_start: at step 0, rising linearly over the warm-up.
     teacher_temp_warmup_percent: 30 of DINOv2's 100 epochs.
-    freeze_last_layer_percent: for how long the student's prototypes get no
-      gradient; 1 of DINOv2's 100 epochs.
+    freeze_last_layer_percent: part of the run in which the student's prototypes
+      get no gradient; 1 of DINOv2's 100 epochs.
     target: `'sinkhorn'` (DINOv2's large models, DINOv3) or `'centering'`
       (DINO; DINOv2's plain default).
     iterations: of Sinkhorn-Knopp.
     center_momentum: of the running mean that centring subtracts.
-    chunk: prototypes whose logits exist at a time, None for all; ours, to fit
-      65,536 prototypes beside a ViT-L. Chunks are computed again in the
-      backward pass and in each iteration.
+    chunk: prototypes whose logits are in memory at a time, None for all. Not
+      DINOv2's: 65,536 prototypes then fit beside a ViT-L. Chunks are recomputed
+      in the backward pass and in each iteration.
   """
 
   head: str = "dino"
-  prototypes: int = 65_536
-  hidden: int = 2048
-  bottleneck: int = 256
-  student_temp: float | int = 0.1
-  teacher_temp: float | int = 0.07
-  teacher_temp_start: float | int = 0.04
-  teacher_temp_warmup_percent: float | int = 30.0
-  freeze_last_layer_percent: float | int = 1.0
-  target: str = "sinkhorn"
-  iterations: int = 3
-  center_momentum: float | int = 0.9
-  chunk: int | None = 8192
+  prototypes: Annotated[int, Range(min=2)] = 65_536
+  hidden: options.PositiveInt = 2048
+  bottleneck: options.PositiveInt = 256
+  student_temp: options.PositiveFloat = 0.1
+  teacher_temp: options.PositiveFloat = 0.07
+  teacher_temp_start: options.PositiveFloat = 0.04
+  teacher_temp_warmup_percent: Annotated[float, Range(min=0, max=100)] = 30.0
+  freeze_last_layer_percent: Annotated[float, Range(min=0, max=100)] = 1.0
+  target: Literal["sinkhorn", "centering"] = "sinkhorn"
+  iterations: options.PositiveInt = 3
+  center_momentum: Annotated[float, Range(min=0, max=0.9999)] = 0.9
+  chunk: options.PositiveInt | None = 8192
 
   def __post_init__(self):
-    self._choice("target", TARGETS)
-    for key in ("student_temp", "teacher_temp", "teacher_temp_start"):
-      self._require(key, getattr(self, key) > 0, "a number above 0")
-    for key in ("teacher_temp_warmup_percent", "freeze_last_layer_percent"):
-      good = 0 <= getattr(self, key) <= 100
-      self._require(key, good, "0 to 100, a share of the run")
-    good = 0 <= self.center_momentum < 1
-    self._require("center_momentum", good, "at least 0 and below 1")
-    for key in ("hidden", "bottleneck", "iterations"):
-      self._require(key, getattr(self, key) >= 1, "at least 1")
-    self._require("prototypes", self.prototypes >= 2, "at least 2")
-    if self.chunk is not None and self.chunk < self.prototypes:
-      good = self.chunk >= 1 and self.prototypes % self.chunk == 0
-      divisor = f"a divisor of prototypes={self.prototypes}, or None"
-      self._require("chunk", good, divisor)
-
-  def _require(self, key: str, good: bool, expected: str) -> None:
-    if not good:
-      raise ValueError(
-        f"{type(self).__name__}: {key}={getattr(self, key)!r}; expected "
-        f"{expected}."
+    chunked = self.chunk is not None and self.chunk < self.prototypes
+    if chunked and self.prototypes % self.chunk:
+      raise ConfigError(
+        f"chunk is {self.chunk}; expected a divisor of prototypes="
+        f"{self.prototypes}, or None."
       )
-
-  def _choice(self, key: str, choices: Sequence[str]) -> None:
-    what = f"{type(self).__name__}.{key}"
-    check_choice(what, getattr(self, key), choices)
 
   def heads(self) -> dict[str, base.Head]:
     module = PrototypeHead(
@@ -118,7 +99,7 @@ class SelfDistillation(base.Objective):
     return {self.head: base.Head(module, example=example, teacher=True)}
 
   def _channels(self, spec) -> int:
-    """Of what the head reads."""
+    """Channels of the head's input."""
     raise NotImplementedError
 
   def initial_statistics(self) -> dict[str, jax.Array]:
@@ -126,7 +107,7 @@ class SelfDistillation(base.Objective):
       return {}
     return {"center": jnp.zeros(self.prototypes)}
 
-  def match(
+  def prototype_loss(
     self,
     teacher: Float[Array, "n g d"],
     student: Float[Array, "n v d"],
@@ -135,12 +116,12 @@ class SelfDistillation(base.Objective):
     weights: Float[Array, "n g v"],
     heads: base.BoundHeads,
     context: base.Context,
-  ) -> Matched:
-    """Assigns the teacher's vectors and lets the student's predict them.
+  ) -> PrototypeLoss:
+    """Weighted cross-entropies of the global batch.
 
     Args:
-      teacher: bottleneck vectors of the whole global batch.
-      student: the same of the student's views of the same things.
+      teacher: bottleneck vectors of the teacher's views of n items.
+      student: bottleneck vectors of the student's views of the same items.
       valid: teacher vectors that count.
       weights: of each pair in the sum; 0 for all pairs of an invalid vector.
       heads: with this objective's head, of student and teacher.
@@ -151,51 +132,51 @@ class SelfDistillation(base.Objective):
       frozen = _progress(context, self.freeze_last_layer_percent) < 1
       matrix = jnp.where(frozen, jax.lax.stop_gradient(matrix), matrix)
     temperature = self._teacher_temp(context)
-    targets = prototypes.Side(
+    targets = prototypes.PrototypeLogits(
       teacher,
       heads[self.head, base.TEACHER](method="prototypes"),
       temperature,
     )
-    predictions = prototypes.Side(student, matrix, self.student_temp)
+    predictions = prototypes.PrototypeLogits(student, matrix, self.student_temp)
     scalings, statistics = self._assign(targets, valid, context.statistics)
-    found = prototypes.compare(
+    losses = prototypes.cross_entropies(
       targets, scalings, predictions, valid, chunk=self.chunk
     )
-    total = jnp.sum(weights * found.cross_entropy)
+    total = jnp.sum(weights * losses.cross_entropy)  # [n, g, v] -> []
     rows, pairs = jnp.sum(valid.astype(jnp.float32)), jnp.sum(weights)
-    entropies = jnp.sum(weights * found.entropy[..., None])
+    entropies = jnp.sum(weights * losses.entropy[..., None])
     one = jnp.ones(())
     some = jnp.any(valid).astype(jnp.float32)
     report = {
       "teacher_entropy": base.WeightedMean(
-        jnp.sum(valid * found.entropy), rows
+        jnp.sum(valid * losses.entropy), rows
       ),
-      "mean_entropy": base.WeightedMean(some * found.mean_entropy, some),
-      "prototypes_used": base.WeightedMean(some * found.used, some),
+      "mean_entropy": base.WeightedMean(some * losses.mean_entropy, some),
+      "prototypes_used": base.WeightedMean(some * losses.used, some),
       "kl": base.WeightedMean(total - entropies, pairs),
       "teacher_temp": base.WeightedMean(temperature * one, one),
     }
     stop = jax.lax.stop_gradient
-    return Matched(total, stop(report), stop(statistics))
+    return PrototypeLoss(total, stop(report), stop(statistics))
 
   def _assign(
     self,
-    teacher: prototypes.Side,
+    teacher: prototypes.PrototypeLogits,
     valid: Bool[Array, "n g"],
     statistics: Mapping[str, Array],
   ) -> tuple[prototypes.Scalings, dict[str, Array]]:
-    """The teacher's assignments, and the statistics after them."""
+    """The teacher's assignments, and the new statistics."""
     if self.target == "sinkhorn":
-      found = prototypes.sinkhorn(
+      scalings = prototypes.sinkhorn(
         teacher, valid, iterations=self.iterations, chunk=self.chunk
       )
-      return found, {}
+      return scalings, {}
     center = statistics["center"]
-    found = prototypes.centring(teacher, center, chunk=self.chunk)
-    moved = prototypes.next_center(
+    scalings = prototypes.centered_softmax(teacher, center, chunk=self.chunk)
+    center = prototypes.update_center(
       center, teacher, valid, momentum=self.center_momentum
     )
-    return found, {"center": moved}
+    return scalings, {"center": center}
 
   def _teacher_temp(self, context: base.Context) -> Float[Array, ""]:
     share = jnp.ones(())
@@ -205,7 +186,7 @@ class SelfDistillation(base.Objective):
     return start + share * (self.teacher_temp - start)
 
 
-def _progress(context: base.Context, percent: float | int) -> Float[Array, ""]:
-  """Of the first `percent` of the run: 0 at its start, 1 from its end on."""
+def _progress(context: base.Context, percent: float) -> Float[Array, ""]:
+  """Progress within the first `percent` of the run, 0 to 1."""
   steps = percent / 100 * context.total_steps
   return jnp.clip(context.step / steps, 0.0, 1.0)

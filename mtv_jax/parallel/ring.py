@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.utils.tree import pytree_dataclass
 
-METHODS = ("auto", "gathered", "ring")
+# How a loss compares all pairs; the result is the same.
+Method = Literal["auto", "gathered", "ring"]
 AXES = BATCH_SPEC[0]
 
 
@@ -63,11 +64,11 @@ class PairwiseLoss:
   diagnostics: PyTree
 
 
-def should_use_ring(method: str, mesh: Mesh | None) -> bool:
+def should_use_ring(method: Method, mesh: Mesh | None) -> bool:
   """Whether to use the ring; `'auto'` uses it where the batch is split.
 
   Args:
-    method: one of `METHODS`.
+    method: as an objective's option `method`.
     mesh: that the batch is split over; None on one device.
   """
   if mesh is None or method == "gathered":

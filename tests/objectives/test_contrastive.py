@@ -139,7 +139,7 @@ def test_an_unknown_type_or_option_names_the_likely_one():
     build_objective("contrastiv", {})
   with pytest.raises(ValueError, match="Did you mean 'init_scale'"):
     build_objective("contrastive", dict(init_scal=1.0))
-  with pytest.raises(ValueError, match="there are.*sigmoid"):
+  with pytest.raises(ValueError, match="There are.*sigmoid"):
     build_objective("contrastive", dict(loss_type="siglip"))
 
 

@@ -84,7 +84,10 @@ def compute_loss_inputs(objective, params, batch):
   empty = jnp.zeros((len(batch["boxes"]), 1, 1))
   encodings = {
     IMAGE: vit.ImageOutput(
-      patches=batch["patches"][:, None], prefix=empty, pooled=empty, taps={}
+      patches=batch["patches"][:, None],
+      prefix=empty,
+      pooled=jnp.zeros((*batch["pooled"].shape[:1], 1, 6)),
+      taps={},
     ),
     PHRASE: text_lib.TextOutput(tokens=empty, pooled=batch["pooled"]),
   }
@@ -390,11 +393,11 @@ def test_without_a_text_tower_it_is_refused():
 def test_bad_options_are_refused():
   with pytest.raises(ValueError, match="Did you mean 'score'"):
     build(pick="scores")
-  with pytest.raises(ConfigError, match="regions=0"):
+  with pytest.raises(ConfigError, match="regions is 0"):
     build(regions=0)
-  with pytest.raises(ConfigError, match="chunk=0"):
+  with pytest.raises(ConfigError, match="chunk is 0"):
     build(chunk=0)
-  with pytest.raises(ConfigError, match="regression=-1"):
+  with pytest.raises(ConfigError, match="regression is -1"):
     build(regression=-1.0)
   with pytest.raises(ConfigError, match="Did you mean 'regions'"):
     build(region=3)

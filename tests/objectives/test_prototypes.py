@@ -14,7 +14,7 @@ TEACHER_TEMP, STUDENT_TEMP = 0.4, 0.5
 def side(logits, temperature, dtype=jnp.float32):
   """A side whose logits [n, v, k] are exactly these: unit vectors pick them."""
   n, v, k = logits.shape
-  return prototypes.Side(
+  return prototypes.PrototypeLogits(
     jnp.eye(n * v, dtype=dtype).reshape(n, v, n * v),
     jnp.asarray(logits.reshape(n * v, k), dtype),
     temperature,
@@ -96,8 +96,10 @@ def test_edges_are_finite_in_value_and_gradient(case, target, chunk):
     if target == "sinkhorn":
       scalings = prototypes.sinkhorn(teacher, valid, chunk=chunk)
     else:
-      scalings = prototypes.centring(teacher, jnp.ones(k), chunk=chunk)
-    return prototypes.compare(teacher, scalings, student, valid, chunk=chunk)
+      scalings = prototypes.centered_softmax(teacher, jnp.ones(k), chunk=chunk)
+    return prototypes.cross_entropies(
+      teacher, scalings, student, valid, chunk=chunk
+    )
 
   @jax.jit
   def compute(logits):
@@ -141,14 +143,14 @@ def test_cross_entropy_and_gradient_equal_numpy(target, chunk):
 
   def ours(vectors, matrix):
     teacher = side(logits, TEACHER_TEMP)
-    student = prototypes.Side(vectors, matrix, STUDENT_TEMP)
+    student = prototypes.PrototypeLogits(vectors, matrix, STUDENT_TEMP)
     if target == "sinkhorn":
       scalings = prototypes.sinkhorn(teacher, jnp.asarray(valid), chunk=chunk)
     else:
-      scalings = prototypes.centring(
+      scalings = prototypes.centered_softmax(
         teacher, jnp.asarray(center, jnp.float32), chunk=chunk
       )
-    found = prototypes.compare(
+    found = prototypes.cross_entropies(
       teacher, scalings, student, jnp.asarray(valid), chunk=chunk
     )
     return (weights * found.cross_entropy).sum(), found
@@ -182,8 +184,10 @@ def test_diagnostics_speak_of_the_valid_rows(chunk):
 
   @jax.jit
   def compute(teacher):
-    scalings = prototypes.centring(teacher, jnp.zeros(8), chunk=chunk)
-    return prototypes.compare(teacher, scalings, teacher, valid, chunk=chunk)
+    scalings = prototypes.centered_softmax(teacher, jnp.zeros(8), chunk=chunk)
+    return prototypes.cross_entropies(
+      teacher, scalings, teacher, valid, chunk=chunk
+    )
 
   found = compute(side(logits, 1.0))
   np.testing.assert_allclose(found.used, 2 / 3, rtol=1e-6)
@@ -200,10 +204,10 @@ def test_the_teacher_gets_no_gradient():
   def loss(matrix, center):
     teacher = side(logits, TEACHER_TEMP).replace(prototypes=matrix)
     scalings = prototypes.sinkhorn(teacher, valid)
-    more = prototypes.centring(teacher, center)
+    more = prototypes.centered_softmax(teacher, center)
     student = side(logits, STUDENT_TEMP)
     return sum(
-      prototypes.compare(teacher, s, student, valid).cross_entropy.sum()
+      prototypes.cross_entropies(teacher, s, student, valid).cross_entropy.sum()
       for s in (scalings, more)
     )
 
@@ -219,12 +223,12 @@ def test_the_centre_follows_the_valid_rows():
   teacher = side(logits, TEACHER_TEMP)
   valid = np.array([[1, 0], [1, 1], [0, 0]], bool)
   center = jnp.arange(4.0)
-  moved = prototypes.next_center(
+  moved = prototypes.update_center(
     center, teacher, jnp.asarray(valid), momentum=0.9
   )
   expected = 0.9 * np.arange(4) + 0.1 * logits[valid].mean(0)
   np.testing.assert_allclose(moved, expected, rtol=1e-5)
-  none = prototypes.next_center(
+  none = prototypes.update_center(
     center, teacher, jnp.zeros((3, 2), bool), momentum=0.9
   )
   np.testing.assert_array_equal(none, center)
@@ -239,10 +243,10 @@ def test_chunks_keep_only_a_part_of_the_logits():
 
   def compiled(chunk):
     def loss(rows, matrix):
-      teacher = prototypes.Side(rows, matrix, TEACHER_TEMP)
+      teacher = prototypes.PrototypeLogits(rows, matrix, TEACHER_TEMP)
       scalings = prototypes.sinkhorn(teacher, valid, chunk=chunk)
-      student = prototypes.Side(rows, matrix, STUDENT_TEMP)
-      return prototypes.compare(
+      student = prototypes.PrototypeLogits(rows, matrix, STUDENT_TEMP)
+      return prototypes.cross_entropies(
         teacher, scalings, student, valid, chunk=chunk
       ).cross_entropy.mean()
 

@@ -125,7 +125,7 @@ def test_of_equal_columns_the_first_is_nearest_in_any_order():
 
 
 def test_a_softmax_or_an_unknown_method_is_refused():
-  with pytest.raises(ValueError, match="method='ring' goes with"):
+  with pytest.raises(ValueError, match="method='ring' needs"):
     build_objective("contrastive", dict(loss_type="softmax", method="ring"))
   for name in ("contrastive", "grounding"):
     with pytest.raises(ValueError, match="Did you mean 'ring'"):

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mtv_jax.config import schema as config_lib
+from mtv_jax.config import options, schema
 from mtv_jax.models.heads.base import PredictionHead
 from mtv_jax.models.heads.dpt import DepthHead
 from mtv_jax.models.heads.prompter import GroundingHead, LocatorHead
@@ -21,7 +21,7 @@ HEADS: dict[str, type[PredictionHead]] = {
 
 
 def heads_of_config(
-  objectives: config_lib.Config, spec: Any
+  objectives: schema.Config, spec: Any
 ) -> dict[str, PredictionHead]:
   """The heads that a config's `objectives` train.
 
@@ -29,12 +29,19 @@ def heads_of_config(
     objectives: entries by name.
     spec: `two_tower.ModelSpec` of the model.
   """
-  entries = {entry.get("type", n): entry for n, entry in objectives.items()}
-  return {
-    name: kind.from_options(entries[kind.objective], strict=False).resolve(spec)
-    for name, kind in HEADS.items()
-    if kind.objective in entries
+  entries = {
+    entry.get("type", name): (f"config.objectives.{name}", entry)
+    for name, entry in objectives.items()
   }
+  heads = {}
+  for name, kind in HEADS.items():
+    if kind.objective not in entries:
+      continue
+    where, entry = entries[kind.objective]
+    fields = [field.name for field in dataclasses.fields(kind)]
+    given = {k: v for k, v in entry.items() if k in fields}
+    heads[name] = options.build(kind, given, where=where).resolve(spec)
+  return heads
 
 
 def describe_heads(heads: Mapping[str, PredictionHead]) -> dict[str, Any]:
@@ -52,11 +59,14 @@ def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
   for name in described:
     if name not in known:
       raise ValueError(
-        f"The description of the heads has {name!r}. "
-        f"{did_you_mean(name, known)}"
+        f"The heads' description has {name!r}. {did_you_mean(name, known)}"
       )
   return {
-    name: kind.from_options(described[kind.objective])
+    name: options.build(
+      kind,
+      described[kind.objective],
+      where=f"the heads' description {kind.objective!r}",
+    )
     for name, kind in HEADS.items()
     if kind.objective in described
   }

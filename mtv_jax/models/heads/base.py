@@ -13,9 +13,6 @@ from typing import Any, ClassVar
 import flax.linen as nn
 from jaxtyping import Array
 
-from mtv_jax.config import schema as config_lib
-from mtv_jax.utils.errors import did_you_mean
-
 # The kind of input that the text tower embeds, see `PredictionHead.inputs`.
 TEXT = "text"
 
@@ -25,7 +22,8 @@ class PredictionHead:
   """Configuration of a head that predicts, with its module and its function.
 
   A subclass is a frozen dataclass, registered in `heads.HEADS`. Its fields are
-  options of the objective that trains the head, which has it as a field `head`.
+  options of the head, which a config gives in the entry of the objective that
+  trains it. That objective has the head as its field `head`.
 
   Attributes:
     objective: type of that objective; exports describe the head by this name.
@@ -70,31 +68,3 @@ class PredictionHead:
       **inputs: `[B, m, C]`, as `inputs` names them.
     """
     raise NotImplementedError
-
-  @classmethod
-  def from_options(
-    cls, options: config_lib.Config, *, strict: bool = True
-  ) -> PredictionHead:
-    """The head with these options; lists become tuples.
-
-    Args:
-      options: by field.
-      strict: whether others are refused, or left to the objective.
-
-    Raises:
-      ValueError: for an option that the head lacks.
-    """
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key in options:
-      if strict and key not in known:
-        raise ValueError(
-          f"The description of the head of {cls.objective!r} has {key!r}. "
-          f"{did_you_mean(key, known)}"
-        )
-    return cls(
-      **{
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in options.items()
-        if key in known
-      }
-    )

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,12 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Float32
 
+from mtv_jax.config import options
 from mtv_jax.models import layers
 from mtv_jax.models.heads import base
 from mtv_jax.utils.errors import ConfigError, check_choice
 
 STAGES = 4
-TAP_NORMS = ("layer", "none")
 RESIZES = ("products", "neighbours")
 # Largest side of a depth map by default: the depth loss sorts its pixels.
 MAX_SIDE = 112
@@ -303,7 +303,7 @@ class DPT(nn.Module):
     Raises:
       ValueError: for another number of stages, or an unknown option.
     """
-    check_choice("DPT.tap_norm", self.tap_norm, TAP_NORMS)
+    check_choice("DPT.tap_norm", self.tap_norm, ("layer", "none"))
     check_choice("DPT.activation", self.activation, ("none", "relu"))
     check_choice("DPT.resize", self.resize, RESIZES)
     if len(stages) != STAGES:
@@ -347,32 +347,16 @@ class DepthHead(base.PredictionHead):
     tap_norm: see `DPT`.
     size: side of the map; None for four times the patch grid (a stride of 4
       pixels at patch 16), at most `MAX_SIDE`.
-
-  Raises:
-    ConfigError: for another number of taps or channels.
   """
 
   objective = "depth"
   params_key = "depth"
 
-  taps: Sequence[int] | None = None
-  features: int | None = None
-  channels: Sequence[int] | None = None
-  tap_norm: str = DPT.tap_norm
-  size: int | None = None
-
-  def __post_init__(self):
-    check_choice("depth: tap_norm", self.tap_norm, TAP_NORMS)
-    for name in ("taps", "channels"):
-      value = getattr(self, name)
-      if value is None:
-        continue
-      # A config gives lists; heads are compared and hashed.
-      object.__setattr__(self, name, tuple(value))
-      if len(value) != STAGES:
-        raise ConfigError(
-          f"depth: {name} are {list(value)}; DPT has {STAGES} stages."
-        )
+  taps: tuple[int, int, int, int] | None = None
+  features: options.PositiveInt | None = None
+  channels: tuple[int, int, int, int] | None = None
+  tap_norm: Literal["layer", "none"] = DPT.tap_norm
+  size: options.PositiveInt | None = None
 
   def resolve(self, spec: Any) -> DepthHead:
     """The head with taps and channels of the model.

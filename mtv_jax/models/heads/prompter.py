@@ -24,6 +24,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from mtv_jax.config import options
 from mtv_jax.models import layers
 from mtv_jax.models.heads import base
 from mtv_jax.models.heads.projection import unit
@@ -228,7 +229,7 @@ class GroundingHead(base.PredictionHead):
   params_key = "prompter"
   inputs = {"boxes": 4}
 
-  attention_heads: int = 1
+  attention_heads: options.PositiveInt = 1
 
   def module(self) -> nn.Module:
     return Prompter(self.attention_heads)
