@@ -1,8 +1,8 @@
-"""What both towers are made of: attention, MLP, block, and a stack of blocks.
+"""Transformer layers of both towers: attention, MLP, block, stack of blocks.
 
-A stack is one parameter tree whose leaves have a leading `[depth]`, whatever
-way it is run: scanned or unrolled, with any remat policy, tapped at any layer.
-A checkpoint therefore says nothing of how it was trained.
+The parameters of a stack are one tree whose leaves have a leading `[depth]`,
+whether it is scanned or unrolled, with any remat policy and any taps. So
+checkpoints don't depend on how a model was run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mtv_jax.models import attention as attention_lib
+from mtv_jax.models import kernels
 from mtv_jax.parallel.constraints import all_gather_params, constrain_batch
 from mtv_jax.utils.errors import check_choice, did_you_mean
 
@@ -32,8 +32,7 @@ REMAT: dict[Remat, Callable | None] = {
   "dots_no_batch": (jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 
-# Kernels: Glorot and Bengio 2010, as in big_vision's ViT, whose MLP biases
-# start at a whisper of noise as well.
+# Glorot and Bengio 2010; MLP biases start as in big_vision's ViT.
 kernel_init = nn.initializers.xavier_uniform()
 mlp_bias_init = nn.initializers.normal(1e-6)
 
@@ -41,24 +40,22 @@ mlp_bias_init = nn.initializers.normal(1e-6)
 def fused_init(
   key: Array, shape: Sequence[int], dtype: Any = jnp.float32
 ) -> Array:
-  """Xavier-uniform for a kernel `[D, n*D]` that is n projections side by side.
+  """Xavier-uniform for a fused kernel `[D, n*D]` of n projections.
 
-  Each projection is its own [D, D] matrix: reckoning with a fan-out of n*D, as
-  a plain xavier_uniform would, starts attention sqrt((n + 1) / 2) times too
-  small.
+  The fan-out is D, that of one projection. With n*D, as in xavier_uniform of
+  the fused kernel, attention would start sqrt((n + 1) / 2) times too small.
   """
   limit = np.sqrt(6 / (2 * shape[0]))
   return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 def gelu(x: Float[Array, "*n"], kind: str) -> Float[Array, "*n"]:
-  """GELU (Hendrycks and Gimpel 2016) in one of its three spellings.
+  """GELU (Hendrycks and Gimpel 2016).
 
   Args:
     x: any shape.
-    kind: 'exact' (by the error function; DINOv2), 'tanh' (its usual
-      approximation; SigLIP, big_vision) or 'quick' (x * sigmoid(1.702 x);
-      CLIP).
+    kind: 'exact' (by the error function; DINOv2), 'tanh' (its approximation;
+      SigLIP, big_vision) or 'quick' (x * sigmoid(1.702 x); CLIP).
   """
   if kind == "quick":
     return x * jax.nn.sigmoid(1.702 * x)
@@ -66,10 +63,10 @@ def gelu(x: Float[Array, "*n"], kind: str) -> Float[Array, "*n"]:
 
 
 def norm(eps: float, dtype: Any, name: str) -> nn.LayerNorm:
-  """LayerNorm with statistics in float32 whatever the compute dtype.
+  """LayerNorm with statistics in float32 for any compute dtype.
 
-  The variance is that of the centred values: E[x^2] - E[x]^2 loses its digits
-  in the few channels where CLIP and DINOv2 have activations in the hundreds.
+  The variance is that of the centred values: E[x^2] - E[x]^2 cancels in the few
+  channels where CLIP and DINOv2 have activations in the hundreds.
   """
   return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
 
@@ -80,10 +77,10 @@ def project(
   *,
   bias: bool = False,
 ) -> Float[Array, "b e"]:
-  """The calling module's `projection` of its pooled vectors, if it has one.
+  """The calling module's layer `projection` of pooled vectors, or identity.
 
-  In float32: it is one small product, and the embeddings go on to be divided
-  by a temperature.
+  In float32: the product is small, and the embeddings are divided by a
+  temperature later.
   """
   pooled = pooled.astype(jnp.float32)
   if features is None:
@@ -91,65 +88,24 @@ def project(
   return nn.Dense(features, use_bias=bias, name="projection")(pooled)
 
 
-def _linear(x, kernel, bias):
-  y = x @ kernel
-  return y if bias is None else y + bias
-
-
-@jax.custom_vjp
-def linear(
-  x: Float[Array, "*b d"],
-  kernel: Float[Array, "d e"],
-  bias: Float[Array, " e"] | None = None,
-) -> Float[Array, "*b e"]:
-  """x kernel + bias, with gradients that are fast on a CPU too.
-
-  XLA for CPUs multiplies arrays of three dimensions the slower way, after
-  copying one of them, and sums a bias's gradient one number at a time, in three
-  times the time of a product with a row of ones. It has no forward mode.
-
-  Args:
-    x: rows of `d` channels.
-    kernel: the weights.
-    bias: None for none.
-  """
-  return _linear(x, kernel, bias)
-
-
-def _linear_forward(x, kernel, bias):
-  return _linear(x, kernel, bias), (x, kernel, bias)
-
-
-def _linear_backward(saved, cotangent):
-  def on_cpu(x, kernel, bias, cotangent):
-    rows = cotangent.reshape(-1, cotangent.shape[-1])
-    if bias is not None:
-      bias = (jnp.ones((1, len(rows)), rows.dtype) @ rows)[0]
-    return (
-      (rows @ kernel.T).reshape(x.shape),
-      x.reshape(-1, x.shape[-1]).T @ rows,
-      bias,
-    )
-
-  def elsewhere(x, kernel, bias, cotangent):
-    return jax.vjp(_linear, x, kernel, bias)[1](cotangent)
-
-  return jax.lax.platform_dependent(
-    *saved, cotangent, cpu=on_cpu, default=elsewhere
-  )
-
-
-linear.defvjp(_linear_forward, _linear_backward)
-
-
 class Dense(nn.Module):
-  """Flax's layer, by `linear`; kernels start Xavier-uniform by default."""
+  """Linear layer x W + b; W starts Xavier-uniform by default.
+
+  Attributes:
+    features: output channels.
+    kernel_init: of W.
+    bias_init: of b.
+    dtype: compute dtype; parameters are float32.
+    use_bias: whether there is b.
+    linear_fn: `(x, W, b or None) -> x W + b`.
+  """
 
   features: int
   kernel_init: Callable = kernel_init
   bias_init: Callable = nn.initializers.zeros
   dtype: Any = jnp.float32
   use_bias: bool = True
+  linear_fn: Callable[..., Array] = kernels.linear
 
   @nn.compact
   def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
@@ -157,7 +113,7 @@ class Dense(nn.Module):
     arrays = [x, self.param("kernel", self.kernel_init, shape)]
     if self.use_bias:
       arrays.append(self.param("bias", self.bias_init, (self.features,)))
-    return linear(*(a.astype(self.dtype) for a in arrays))
+    return self.linear_fn(*(a.astype(self.dtype) for a in arrays))
 
 
 class Attention(nn.Module):
@@ -165,28 +121,34 @@ class Attention(nn.Module):
 
   The columns of `qkv` are ordered (head, q|k|v, dim), so that splitting them
   over devices splits whole heads and adds no communication.
+
+  Attributes:
+    heads: number of heads.
+    causal: whether a token sees only itself and those before it.
+    dtype: compute dtype.
+    attention_fn: `(q, k, v, causal=) -> softmax(q k^T / sqrt(d)) v`.
   """
 
   heads: int
   causal: bool = False
   dtype: Any = jnp.float32
+  attention_fn: Callable[..., Array] = kernels.attention
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     b, n, d = x.shape
     qkv = Dense(3 * d, fused_init, dtype=self.dtype, name="qkv")(x)
-    qkv = qkv.reshape(b, n, self.heads, 3, d // self.heads)
+    qkv = qkv.reshape(b, n, self.heads, 3, d // self.heads)  # [B, N, H, 3, d]
     q, k, v = (qkv[:, :, :, i] for i in range(3))
-    y = attention_lib.attend(q, k, v, causal=self.causal)
-    out = Dense(d, dtype=self.dtype, name="out")
-    return out(y.reshape(b, n, d))
+    y = self.attention_fn(q, k, v, causal=self.causal)  # [B, N, H, d]
+    return Dense(d, dtype=self.dtype, name="out")(y.reshape(b, n, d))
 
 
 class Mlp(nn.Module):
-  """Two layers with GELU between, or SwiGLU (Shazeer 2020).
+  """MLP with GELU, or SwiGLU (Shazeer 2020).
 
-  SwiGLU is fc2(silu(gate(x)) * fc1(x)), with the two halves as kernels of their
-  own: split over devices, each keeps its hidden units in place.
+  SwiGLU is fc2(silu(gate(x)) * fc1(x)). The two halves are separate kernels:
+  split over devices, each device has the same hidden units of both.
   """
 
   dim: int
@@ -210,10 +172,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """A pre-norm transformer block, with layer scale if asked for.
+  """Pre-norm transformer block, with optional layer scale.
 
   x + scale1 * attention(norm1(x)), then x + scale2 * mlp(norm2(x)); layer scale
-  is that of CaiT (Touvron et al. 2021).
+  as in CaiT (Touvron et al. 2021).
   """
 
   heads: int
@@ -243,11 +205,11 @@ class Block(nn.Module):
 
 
 def stacked_init(block: nn.Module, depth: int, width: int) -> Callable:
-  """An initialiser, key -> the parameters of `depth` blocks in one tree.
+  """Initialiser of the stacked parameters of `depth` blocks.
 
   Args:
     block: a detached module (`parent=None`) from [b, n, width] to the same.
-    depth: how many; every leaf gets this leading dimension.
+    depth: number of blocks; every leaf gets this leading dimension.
     width: channels of the block's input.
   """
 
@@ -273,24 +235,24 @@ def run_stack(
     block: the detached module that `stacked_init` took.
     stack: its stacked parameters.
     x: the first block's input, in the block's compute dtype.
-    taps: layers whose output is wanted; 0 is the first block's. The scan runs
-      over static slices of the stack that end at these layers, so that a tap
-      costs only the array it returns.
-    remat: a name of `REMAT`: what the backward pass finds saved. 'none'
-      everything, 'full' only each block's input, 'dots' the matrix products,
+    taps: layers whose output to return, from 0. The scan runs over static
+      slices of the stack that end at these layers, so that a tap costs only
+      the array it returns.
+    remat: what is saved for the backward pass, see `REMAT`: 'none' everything,
+      'full' only each block's input, 'dots' the matrix products,
       'dots_no_batch' those with weights (attention is recomputed).
     scan: False unrolls the blocks, to count FLOPs or to let the compiler
       schedule across them. The values are the same.
-    mesh: that rows and parameters are split over: rows then stay where they
-      are, and each block's parameters are gathered over `fsdp` where it runs,
-      and again in the backward pass. Left to itself the compiler may find a
-      whole axis of the batch better spent on splitting channels.
+    mesh: that rows and parameters are split over. Rows then stay on their
+      devices, and each block's parameters are gathered over `fsdp` for the
+      block, and again in the backward pass. Without this constraint the
+      compiler may split channels over an axis of the batch.
 
   Returns:
     The last block's output, and {layer: output} for the taps.
 
   Raises:
-    ValueError: for a tap that is no layer, or an unknown remat policy.
+    ValueError: for a tap outside the stack, or an unknown remat policy.
   """
   depth = jax.tree.leaves(stack)[0].shape[0]
   check_taps(taps, depth)
@@ -303,10 +265,10 @@ def run_stack(
 
   policy = REMAT[remat]
   if policy is None and mesh is not None and mesh.shape["fsdp"] > 1:
-    policy = _all_but_gathered
+    policy = _save_all_but_gathered
   if policy is not None:
-    # Within a scan the loop itself keeps XLA from merging the recomputation
-    # with the forward pass; elsewhere that needs a barrier.
+    # In a scan the loop keeps XLA from merging the recomputation with the
+    # forward pass; unrolled blocks need a barrier.
     step = jax.checkpoint(step, policy=policy, prevent_cse=not scan)
 
   tapped = {}
@@ -324,8 +286,37 @@ def run_stack(
   return x, tapped
 
 
-def _all_but_gathered(primitive, *_, **__) -> bool:
-  """Saves what would be saved anyway, but no parameter that was gathered."""
+def run_blocks(
+  module: nn.Module,
+  block: nn.Module,
+  x: Float[Array, "b n d"],
+  *,
+  depth: int,
+  taps: Sequence[int] = (),
+) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
+  """Runs the blocks of a tower, whose parameters are the module's `blocks`.
+
+  Args:
+    module: the calling module; `remat`, `scan` and `mesh` are its attributes.
+    block: a detached block.
+    x: the first block's input.
+    depth: number of blocks.
+    taps: as for `run_stack`, whose results are returned.
+  """
+  init = stacked_init(block, depth, x.shape[-1])
+  return run_stack(
+    block,
+    module.param("blocks", init),
+    x,
+    taps=taps,
+    remat=module.remat,
+    scan=module.scan,
+    mesh=module.mesh,
+  )
+
+
+def _save_all_but_gathered(primitive, *_, **__) -> bool:
+  """Checkpoint policy that saves everything but gathered parameters."""
   return primitive.name != "sharding_constraint"
 
 
@@ -334,7 +325,7 @@ def check_taps(taps: Sequence[int], depth: int) -> None:
   bad = [i for i in taps if not 0 <= i < depth]
   if bad:
     raise ValueError(
-      f"taps {bad} are no layers of a tower of depth {depth}: layers are "
+      f"taps {bad} are not layers of a tower of depth {depth}, which are "
       f"numbered 0 (output of the first block) to {depth - 1}."
     )
 
@@ -348,12 +339,7 @@ def check_remat(remat: str) -> None:
 
 
 def check_tower(spec: Any) -> None:
-  """Checks the fields that both towers' specifications have.
-
-  Raises:
-    ValueError: for a size below one, a width that the heads do not divide, or
-      an unknown GELU.
-  """
+  """Raises ValueError for invalid fields that both towers' specs have."""
   name = type(spec).__name__
   for field in ("width", "depth", "heads", "mlp_dim"):
     if getattr(spec, field) < 1:

@@ -1,4 +1,4 @@
-"""Pooling by attention: one learnt query over all tokens."""
+"""Multi-head attention pooling (MAP)."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class _ProbeAttention(nn.Module):
     # Columns ordered (head, k|v, dim), for the reason given at `Attention`.
     kv = dense(2 * d, layers.fused_init, "kv")(tokens)
     kv = kv.reshape(b, n, self.heads, 2, d // self.heads)
-    # Not jax.nn.dot_product_attention: its gradient for one query in bfloat16
-    # is a product over no dimension, which XLA for CPUs may refuse to compile.
+    # Not jax.nn.dot_product_attention: XLA for CPUs may fail to compile its
+    # gradient for one query in bfloat16.
     q, k, v = q.reshape(self.heads, -1), kv[:, :, :, 0], kv[:, :, :, 1]
     logits = jnp.einsum(
       "hd,bnhd->bhn", q, k, preferred_element_type=jnp.float32

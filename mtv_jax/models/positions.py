@@ -1,7 +1,7 @@
-"""Resampling a grid of position embeddings to another grid.
+"""Resampling of position embeddings to another grid.
 
-Along each axis it is one small matrix, computed on the host from the two sizes,
-so that in the graph it is two matrix products.
+Along each axis it is a product with a small matrix, computed on the host from
+the two sizes.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def resize_matrix(
   """The matrix that resamples `size` values to `new_size`.
 
   Pixels are areas (align_corners=False). Rows sum to one. Equal to PyTorch's
-  `interpolate`, because that is what released models were evaluated with.
+  `interpolate`, which released models were evaluated with.
 
   Args:
-    size: values there are.
-    new_size: values wanted.
-    method: 'bicubic' (a = -0.75, the edge value repeated outside: PyTorch's
-      default; SigLIP, DINOv2) or 'antialiased' (a = -0.5, the kernel widened
-      when shrinking, outside left out: PyTorch's antialias=True, Pillow's way;
-      DINOv2 with registers).
+    size: number of values.
+    new_size: number of resampled values.
+    method: 'bicubic' (a = -0.75, edge values repeated: PyTorch's default;
+      SigLIP, DINOv2) or 'antialiased' (a = -0.5, the kernel widened when
+      shrinking and cut at the edges: PyTorch's antialias=True, Pillow; DINOv2
+      with registers).
   """
   scale = size / new_size
   centre = (np.arange(new_size)[:, None] + 0.5) * scale - 0.5
@@ -67,7 +67,7 @@ def resize_grid(
     jnp.asarray(resize_matrix(a, b, method), jnp.float32)
     for a, b in zip(grid.shape[:2], size, strict=True)
   )
-  # Positions are few and everything rests on them: no bfloat16 passes here.
+  # Small and sensitive: no bfloat16 passes.
   return jnp.einsum(
     "yh,xw,hwd->yxd",
     rows,

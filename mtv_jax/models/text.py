@@ -1,4 +1,4 @@
-"""The text tower: a transformer over token ids, SigLIP's or CLIP's."""
+"""Text tower: a transformer over token ids, as SigLIP's or CLIP's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextSpec:
-  """The shape of a text tower.
+  """Architecture of a text tower.
 
   Attributes:
     vocab_size: rows of the token embedding.
@@ -33,13 +33,12 @@ class TextSpec:
     norm_eps: epsilon of every LayerNorm.
     projection: channels of the embedding (E).
     projection_bias: whether the projection has a bias (SigLIP).
-    eos_id: the end-of-text token, read only by pool 'eos': the first one in a
-      text is its embedding. As in `transformers`, 2 stands for another rule,
-      the position of the highest id: CLIP's configurations said 2 while the
-      token was the last of the vocabulary.
+    eos_id: the end-of-text token of pool 'eos', which takes the first one of a
+      text. As in `transformers`, 2 means the position of the highest id: CLIP's
+      configurations said 2 while the token was the last of the vocabulary.
 
   Raises:
-    ValueError: for fields that fit no model.
+    ValueError: for inconsistent fields.
   """
 
   vocab_size: int = 32_000
@@ -73,7 +72,7 @@ class TextSpec:
 
 @pytree_dataclass
 class TextOutput:
-  """What the text tower gives.
+  """Output of the text tower.
 
   Attributes:
     tokens: after the final norm.
@@ -90,10 +89,9 @@ class TextTower(nn.Module):
   Attributes:
     spec: its shape.
     dtype: compute dtype; parameters and LayerNorm statistics are float32.
-    remat: what the backward pass finds saved, see `layers.run_stack`.
-    scan: whether the blocks run in a loop, see `layers.run_stack`.
-    mesh: that rows and parameters are split over, see `layers.run_stack`; None
-      leaves their places to the compiler.
+    remat: see `layers.run_stack`.
+    scan: see `layers.run_stack`.
+    mesh: see `layers.run_stack`.
   """
 
   spec: TextSpec
@@ -120,19 +118,18 @@ class TextTower(nn.Module):
         f"{spec.length}. Tokenize to at most {spec.length}, or build the model "
         f"with length={length}."
       )
-    # Token and position embeddings start as CLIP's do (Radford et al. 2021):
-    # at 0.02 and 0.01, so that position does not drown the words.
+    # Initialised as CLIP's (Radford et al. 2021).
     table = self.param(
       "token_embedding",
       nn.initializers.normal(0.02),
       (spec.vocab_size, spec.width),
     )
-    place = self.param(
+    positions = self.param(
       "position_embedding",
       nn.initializers.normal(0.01),
       (spec.length, spec.width),
     )
-    x = jnp.take(table, tokens, axis=0) + place[:length]
+    x = jnp.take(table, tokens, axis=0) + positions[:length]  # [B, T, D]
 
     block = layers.Block(
       heads=spec.heads,
@@ -143,14 +140,8 @@ class TextTower(nn.Module):
       dtype=self.dtype,
       parent=None,
     )
-    init = layers.stacked_init(block, spec.depth, spec.width)
-    x, _ = layers.run_stack(
-      block,
-      self.param("blocks", init),
-      x.astype(self.dtype),
-      remat=self.remat,
-      scan=self.scan,
-      mesh=self.mesh,
+    x, _ = layers.run_blocks(
+      self, block, x.astype(self.dtype), depth=spec.depth
     )
     x = layers.norm(spec.norm_eps, self.dtype, "norm")(x)
     pooled = layers.project(
@@ -160,14 +151,14 @@ class TextTower(nn.Module):
 
 
 def _pool(spec, tokens, x):
-  """The token(s) that speak for each text: [B, D]."""
+  """Pooled tokens: [B, D]."""
   if spec.pool == "last":
     return x[:, -1]
   if spec.pool == "first":
     return x[:, 0]
   if spec.pool == "mean":
     return x.mean(axis=1, dtype=jnp.float32)
-  # argmax takes the first of equals, which matters where padding is EOS too.
+  # argmax takes the first of equals: padding may be EOS too.
   at = tokens if spec.eos_id == 2 else tokens == spec.eos_id
   at = jnp.argmax(at, axis=1)
   return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]

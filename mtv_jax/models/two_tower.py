@@ -1,4 +1,4 @@
-"""Specifications of whole models: variants, configs, JSON, initialisation."""
+"""Image and text tower as one model: variants, spec, initialisation."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mtv_jax.models.vit import ViT, ViTSpec
 from mtv_jax.utils.errors import did_you_mean
 
 # width, depth, heads, mlp_dim. Ti, S: Touvron et al. 2021; B, L: Dosovitskiy et
-# al. 2021; So400m: Alabdulmohsin et al. 2023; g: Zhai et al. 2022; g-opt, the
-# shape of SigLIP 2's and DINOv2's giants (DINOv2's has 24 heads and SwiGLU of
-# 4096, which a config can say). mu is ours, to test with.
+# al. 2021; So400m: Alabdulmohsin et al. 2023; g: Zhai et al. 2022; g-opt: SigLIP
+# 2's and DINOv2's giants (DINOv2's with 24 heads and SwiGLU of 4096, given in a
+# config). mu is for tests.
 _SHAPES = {
   "mu": (64, 2, 4, 256),
   "Ti": (192, 12, 3, 768),
@@ -36,14 +36,14 @@ VARIANTS: dict[str, dict[str, int]] = {
   for name, shape in _SHAPES.items()
 }
 
-# What a config's `model` says beside the architecture.
+# Keys of a config's `model` beside the architecture.
 RUNTIME = ("dtype", "remat", "scan")
 _TEXT_INPUT = ("tokenizer", "clean")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-  """The shape of a model: an image tower and, unless None, a text tower.
+  """Architecture of a model: an image tower and, unless None, a text tower.
 
   Raises:
     ValueError: if their embeddings have different widths.
@@ -71,14 +71,14 @@ class ModelSpec:
     """The spec of a config's `model`.
 
     `variant` ('B/16') sets width, depth, heads, mlp_dim and patch_size;
-    `text.variant` ('B') those of the text tower, which embeds in as many
-    channels as the image tower unless it says otherwise. Any other field of
-    `ViTSpec` and `TextSpec` may be given, and wins over the variant. A CLS
-    token is there when `pool` is 'cls'. Keys of the runtime (dtype, remat,
-    scan) and of the text input (tokenizer, clean) are not the spec's.
+    `text.variant` ('B') those of the text tower, whose embeddings have the
+    image tower's width by default. Other fields of `ViTSpec` and `TextSpec`
+    override the variant. `cls_token` is true by default where `pool` is 'cls'.
+    Keys of the runtime (dtype, remat, scan) and of the text input (tokenizer,
+    clean) are ignored.
 
     Raises:
-      ValueError: for an unknown variant or key, or fields that fit no model.
+      ValueError: for an unknown variant or key, or inconsistent fields.
     """
     fields = _plain(model)
     text = fields.pop("text", None)
@@ -96,7 +96,7 @@ class ModelSpec:
     )
 
   def to_dict(self) -> dict[str, Any]:
-    """The spec as plain dicts that JSON can hold."""
+    """The spec as plain dicts, for JSON."""
     return dataclasses.asdict(self)
 
   @classmethod
@@ -104,7 +104,7 @@ class ModelSpec:
     """The inverse of `to_dict`.
 
     Raises:
-      ValueError: for keys that are not the spec's.
+      ValueError: for unknown keys.
     """
     extra = sorted(set(fields) - {"image", "text"})
     if extra or "image" not in fields:
@@ -123,8 +123,7 @@ def variant(name: str) -> dict[str, int]:
   """Fields of a variant: 'B' gives the shape, 'B/16' patch_size as well.
 
   Raises:
-    ValueError: for a name that is not in `VARIANTS`, or a patch that is no
-      number.
+    ValueError: for a name that is not in `VARIANTS`, or an invalid patch size.
   """
   shape, slash, patch = name.partition("/")
   if shape not in VARIANTS:
@@ -133,7 +132,7 @@ def variant(name: str) -> dict[str, int]:
     )
   if slash and not (patch.isdecimal() and int(patch)):
     raise ValueError(
-      f"The patch size of variant '{name}' is no number of pixels; write it "
+      f"The patch size of variant '{name}' is not a number of pixels; write it "
       f"like '{shape}/16'."
     )
   return VARIANTS[shape] | ({"patch_size": int(patch)} if slash else {})
@@ -182,9 +181,9 @@ def runtime(model: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 def init_params(spec: ModelSpec, rng: Array) -> dict[str, Any]:
   """Fresh float32 parameters, {'image': ..., 'text': ...}.
 
-  Jitted, so that the forward pass that Flax traces to find the parameters is
-  never computed; inside another jit with output shardings each device makes its
-  own part. 'text' is absent where the model has no text tower.
+  Jitted, so that the forward pass that Flax traces is not computed; inside
+  another jit with output shardings each device computes its own part. Without a
+  text tower 'text' is absent.
   """
   image_rng, text_rng = jax.random.split(rng)
   size = spec.image.image_size
@@ -197,7 +196,7 @@ def init_params(spec: ModelSpec, rng: Array) -> dict[str, Any]:
 
 
 def abstract_params(spec: ModelSpec) -> dict[str, Any]:
-  """The tree of `init_params` as `jax.ShapeDtypeStruct`s, nothing computed."""
+  """Shapes and dtypes of `init_params`; computes nothing."""
   init = functools.partial(init_params, spec)
   return jax.eval_shape(init, jax.random.key(0))
 
@@ -213,7 +212,7 @@ def _drop(fields: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 def _expand(
   fields: Mapping[str, Any], where: str, *, patch: bool
 ) -> dict[str, Any]:
-  """Replaces `variant` by its fields; those given explicitly win."""
+  """Replaces `variant` by its fields; explicit ones override them."""
   fields = dict(fields)
   name = fields.pop("variant", None)
   if name is None:
@@ -235,7 +234,7 @@ def _expand(
 def _build(
   kind: type, fields: dict[str, Any], where: str, also: tuple[str, ...] = ()
 ) -> Any:
-  """`kind(**fields)`, with an error that names what there is."""
+  """`kind(**fields)`, with an error that lists the known fields."""
   names = [field.name for field in dataclasses.fields(kind)]
   for name in fields:
     if name not in names:

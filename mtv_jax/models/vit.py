@@ -1,6 +1,6 @@
-"""The image tower: one ViT that is ours, SigLIP's, CLIP's or DINOv2's.
+"""Image tower: a ViT (Dosovitskiy et al. 2021) with the options of `ViTSpec`.
 
-What sets those apart is a field of `ViTSpec`. ViT: Dosovitskiy et al. 2021.
+They cover the towers of SigLIP, CLIP and DINOv2.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTSpec:
-  """The shape of an image tower; it decides the parameters and the function.
+  """Architecture of an image tower, which fixes parameters and function.
 
   Attributes:
-    image_size: side in pixels of the images that the position embedding is
-      stored for; other sizes resample it.
+    image_size: side in pixels that the position embedding is stored for; for
+      other sizes it is resampled.
     patch_size: side of a patch in pixels.
     width: channels of a token (D).
     depth: number of blocks.
     heads: attention heads; they divide `width`.
     mlp_dim: hidden units of an MLP (for SwiGLU: of each of its halves).
-    pool: what `pooled` is: 'map' (attention pooling of the patches), 'cls' (the
-      CLS token after the final norm) or 'mean' (of the patches after it).
-    cls_token: whether there is one. It has no position of its own.
+    pool: how `pooled` is computed: 'map' (attention pooling of the patches),
+      'cls' (the CLS token after the final norm) or 'mean' (of the patches after
+      it).
+    cls_token: whether there is a CLS token, which has no position embedding.
     registers: number of register tokens (Darcet et al. 2024).
     layer_scale: initial value, or None for no layer scale.
     pre_norm: LayerNorm between embedding and blocks (CLIP).
     patch_bias: bias of the patch embedding (CLIP has none).
     gelu: 'tanh' (SigLIP), 'exact' (DINOv2) or 'quick' (CLIP).
-    mlp: 'plain', or 'swiglu' (DINOv2's giant, which then has no GELU).
+    mlp: 'plain', or 'swiglu' (DINOv2's giant), without GELU.
     norm_eps: epsilon of every LayerNorm.
     projection: width of a projection of `pooled` without bias, or None.
-    mask_token: whether there is one, to stand for masked patches.
-    position_resize: how positions are resampled for other image sizes, see
-      `positions.resize_matrix`.
+    mask_token: whether there is a mask token for masked patches.
+    position_resize: how positions are resampled, see `positions.resize_matrix`.
 
   Raises:
-    ValueError: for fields that fit no model.
+    ValueError: for inconsistent fields.
   """
 
   image_size: int = 224
@@ -121,7 +121,7 @@ class ViTSpec:
 
 @pytree_dataclass
 class ImageOutput:
-  """What the image tower gives, of P prefix tokens and N patches.
+  """Output of the image tower, of P prefix tokens and N patches.
 
   Attributes:
     patches: after the final norm, row by row, or in the order of `keep`.
@@ -152,10 +152,9 @@ class ViT(nn.Module):
   Attributes:
     spec: its shape.
     dtype: compute dtype; parameters and LayerNorm statistics are float32.
-    remat: what the backward pass finds saved, see `layers.run_stack`.
-    scan: whether the blocks run in a loop, see `layers.run_stack`.
-    mesh: that rows and parameters are split over, see `layers.run_stack`; None
-      leaves their places to the compiler.
+    remat: see `layers.run_stack`.
+    scan: see `layers.run_stack`.
+    mesh: see `layers.run_stack`.
   """
 
   spec: ViTSpec
@@ -176,21 +175,20 @@ class ViT(nn.Module):
     """Encodes images.
 
     Args:
-      images: already normalised, three channels, any size that the patch
-        divides.
-      taps: layers whose output is wanted (0 is the first block's).
-      mask: True where the mask token stands for a patch.
-      keep: patches to encode, by index, in this order; the others are not
-        computed at all. A mask, if given too, still speaks of all N patches.
+      images: normalised, three channels, any size that the patch divides.
+      taps: layers whose output to return, from 0.
+      mask: True where the mask token replaces a patch.
+      keep: indices of the patches to encode, in this order; the others are not
+        computed. A mask, if given too, refers to all N patches.
 
     Raises:
       ValueError: for a size, channel count, tap or mask that does not fit.
     """
     spec = self.spec
-    x = self._embed(images, mask)
+    x = self._embed(images, mask)  # [B, N, D]
     if keep is not None:
-      x = jnp.take_along_axis(x, keep[:, :, None], axis=1)
-    x = jnp.concatenate([*self._prefix(x.shape[0]), x], axis=1)
+      x = jnp.take_along_axis(x, keep[:, :, None], axis=1)  # [B, K, D]
+    x = jnp.concatenate([*self._prefix(x.shape[0]), x], axis=1)  # [B, P + N, D]
     if spec.pre_norm:
       x = layers.norm(spec.norm_eps, self.dtype, "pre_norm")(x)
 
@@ -204,16 +202,7 @@ class ViT(nn.Module):
       dtype=self.dtype,
       parent=None,
     )
-    init = layers.stacked_init(block, spec.depth, spec.width)
-    x, tapped = layers.run_stack(
-      block,
-      self.param("blocks", init),
-      x,
-      taps=taps,
-      remat=self.remat,
-      scan=self.scan,
-      mesh=self.mesh,
-    )
+    x, tapped = layers.run_blocks(self, block, x, depth=spec.depth, taps=taps)
     x = layers.norm(spec.norm_eps, self.dtype, "norm")(x)
     prefix, patches = x[:, : spec.prefix], x[:, spec.prefix :]
     return ImageOutput(
@@ -244,8 +233,8 @@ class ViT(nn.Module):
       name="patch_embed",
     )(x)
     if spec.mask_token:
-      # DINOv2's: it starts at zero. Declared without a mask too, so that the
-      # parameters don't depend on how the tower was first called.
+      # Zero, as DINOv2's. Declared without a mask too, so that the parameters
+      # don't depend on the arguments of the first call.
       token = self.param("mask_token", nn.initializers.zeros, (spec.width,))
     if mask is not None:
       if not spec.mask_token:
@@ -276,8 +265,8 @@ class ViT(nn.Module):
     """CLS and register tokens, each [B, n, D], in that order."""
     spec = self.spec
     tokens = []
-    # MAE's 0.02 for both. Registers must differ from each other at the start:
-    # nothing else would ever tell them apart.
+    # MAE's 0.02 for both. Registers must differ at the start, since nothing
+    # else distinguishes them.
     init = nn.initializers.normal(0.02)
     if spec.cls_token:
       tokens.append(self.param("cls_token", init, (spec.width,))[None])
@@ -289,7 +278,7 @@ class ViT(nn.Module):
     ]
 
   def _pool(self, prefix, patches):
-    """The image's embedding, float32 [B, E]."""
+    """Pooled embeddings, float32 [B, E]."""
     spec = self.spec
     if spec.pool == "map":
       pooled = pooling.MapPool(

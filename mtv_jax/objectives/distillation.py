@@ -205,8 +205,8 @@ class Distillation(SelfDistillation):
     rows, crops = pooled.shape[:2]
     if rows < 2:
       raise ConfigError(
-        f"distillation: koleo_weight={self.koleo_weight} compares images of the "
-        f"global batch, which has {rows}; it needs at least 2. Raise "
+        f"distillation: koleo_weight={self.koleo_weight} compares images of "
+        f"the global batch, which has {rows}; it needs at least 2. Raise "
         "batch_size or set koleo_weight=0."
       )
     every = jnp.ones(rows, bool)

@@ -1,7 +1,4 @@
-"""The decoder of a masked autoencoder, and where its hidden patches are.
-
-He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners".
-"""
+"""MAE decoder (He et al. 2022)."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from mtv_jax.models import layers
@@ -19,11 +17,10 @@ from mtv_jax.models import layers
 def sincos_positions(
   grid: tuple[int, int], width: int
 ) -> Float32[np.ndarray, "n {width}"]:
-  """Fixed position embeddings of a grid, row by row.
+  """Fixed 2-D sine-cosine position embeddings of a grid, row by row.
 
-  Each axis has half of the channels, as Vaswani et al. 2017 embed a position
-  on a line: sines, then cosines, of `position / 10000^(i / m)` for the `m`
-  frequencies `i`. Rows come first.
+  Each axis has half of the channels, rows first: sines, then cosines, of
+  `position / 10000^(i / m)` for `m` frequencies `i` (Vaswani et al. 2017).
 
   Raises:
     ValueError: for a width that four does not divide.
@@ -45,14 +42,14 @@ def sincos_positions(
 def visible_slots(
   keep: Int[Array, "b k"], patches: int
 ) -> tuple[Int[Array, "b {patches}"], Bool[Array, "b {patches}"]]:
-  """Where each patch stands among the visible ones.
+  """Index of each patch among the visible ones.
 
-  By comparison and not by scattering, so that it stays local to each row
-  wherever the batch is sharded.
+  By comparison instead of a scatter, so that it stays local to each row of a
+  sharded batch.
 
   Args:
-    keep: indices of the visible patches, in any order, none twice.
-    patches: how many there are, visible or hidden.
+    keep: indices of the visible patches, in any order, without repeats.
+    patches: number of patches, visible or hidden.
 
   Returns:
     For each patch its index in `keep`, `k` if it is hidden; and whether it is
@@ -64,22 +61,22 @@ def visible_slots(
 
 
 class MaskedDecoder(nn.Module):
-  """Predicts what every patch holds from the encoding of a few.
+  """MAE decoder: predicts the pixels of all patches from the visible tokens.
 
-  The encoded tokens are embedded, a learnt token takes the place of each
-  hidden patch, fixed 2-D sine-cosine positions are added (none to CLS and
-  registers, which take part in the attention), and transformer blocks, a norm
-  and a linear layer follow. It computes in the dtype of its input; parameters
-  and norms are float32.
+  Encoded tokens are embedded, a learnt mask token replaces each hidden patch,
+  and 2-D sine-cosine positions are added (none to CLS and registers, which take
+  part in the attention). Transformer blocks, a norm and a linear layer follow.
+  It computes in the dtype of its input; parameters and norms are float32.
 
   Attributes:
-    outputs: numbers predicted for a patch.
+    outputs: values predicted for a patch.
     width: channels.
     depth: blocks.
     heads: attention heads.
     mlp_ratio: hidden units of an MLP, in widths.
     remat: see `layers.run_stack`.
     scan: see `layers.run_stack`.
+    mesh: see `layers.run_stack`.
   """
 
   outputs: int
@@ -89,6 +86,7 @@ class MaskedDecoder(nn.Module):
   mlp_ratio: int = 4
   remat: str = "none"
   scan: bool = True
+  mesh: Mesh | None = None
 
   @nn.compact
   def __call__(
@@ -102,8 +100,8 @@ class MaskedDecoder(nn.Module):
 
     Args:
       tokens: encoded visible patches, in the order of `keep`.
-      prefix: encoded CLS and register tokens; there may be none.
-      keep: which patches the tokens are.
+      prefix: encoded CLS and register tokens, maybe none.
+      keep: indices of the visible patches.
       grid: rows and columns of patches; their product is N.
 
     Returns:
@@ -118,8 +116,8 @@ class MaskedDecoder(nn.Module):
     prefix, x = x[:, : prefix.shape[1]], x[:, prefix.shape[1] :]
     mask = self.param("mask_token", nn.initializers.normal(0.02), (self.width,))
     mask = jnp.broadcast_to(mask.astype(dtype), (b, 1, self.width))
-    x = jnp.concatenate([x, mask], axis=1)
-    x = jnp.take_along_axis(x, slots[:, :, None], axis=1)
+    x = jnp.concatenate([x, mask], axis=1)  # [B, K + 1, D]
+    x = jnp.take_along_axis(x, slots[:, :, None], axis=1)  # [B, N, D]
     x = x + jnp.asarray(sincos_positions(grid, self.width), dtype)
     x = jnp.concatenate([prefix, x], axis=1)
 
@@ -130,14 +128,7 @@ class MaskedDecoder(nn.Module):
       dtype=dtype,
       parent=None,
     )
-    init = layers.stacked_init(block, self.depth, self.width)
-    x, _ = layers.run_stack(
-      block,
-      self.param("blocks", init),
-      x,
-      remat=self.remat,
-      scan=self.scan,
-    )
+    x, _ = layers.run_blocks(self, block, x, depth=self.depth)
     x = layers.norm(1e-6, dtype, "norm")(x[:, prefix.shape[1] :])
     y = layers.Dense(self.outputs, dtype=dtype, name="predict")(x)
     return y.astype(jnp.float32)

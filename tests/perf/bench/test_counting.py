@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mtv_jax.models import layers
+from mtv_jax.models import kernels
 from mtv_jax.models.two_tower import ModelSpec, image_tower
 from mtv_jax.perf.bench import counting
 
@@ -39,10 +39,10 @@ def test_the_same_holds_for_a_gradient_written_by_hand():
   once = 2 * 4 * 8 * 8
 
   def twice(x, w):
-    return layers.linear(x, w), layers.linear(x, w) + 1
+    return kernels.linear(x, w), kernels.linear(x, w) + 1
 
   assert counting.trace(twice, *args).flops == once
-  slopes = jax.grad(lambda *a: layers.linear(*a).sum(), argnums=(0, 1))
+  slopes = jax.grad(lambda *a: kernels.linear(*a).sum(), argnums=(0, 1))
   # Linear in both: the value itself is not needed.
   assert counting.trace(slopes, *args).flops == 2 * once
   found = counting.trace(slopes, *args, keep=[False, True])
