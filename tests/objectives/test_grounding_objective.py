@@ -17,6 +17,7 @@ from mtv_jax.data import ops, tokenizers
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.models import text as text_lib
 from mtv_jax.models import vit
+from mtv_jax.models.heads import prompter
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective, grounding
 from mtv_jax.parallel.mesh import BATCH_SPEC, MESH_AXES, make_mesh, shard_batch
@@ -314,7 +315,7 @@ def test_of_one_phrase_one_region_is_located():
     valid=np.ravel(loss_inputs.valid),
   )
   np.testing.assert_allclose(loss, contrast + 0.5 * expected, rtol=1e-5)
-  corners = np.float64(grounding.corners(loss_inputs.located))
+  corners = np.float64(prompter.corners(loss_inputs.located))
   overlaps = [
     samples.iou(a, b)[0]
     for a, b in zip(corners[sole], boxes[sole], strict=True)

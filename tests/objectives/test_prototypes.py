@@ -25,7 +25,7 @@ def sinkhorn_assignments(teacher, valid, **options):
   @jax.jit
   def compute(teacher, valid):
     scalings = prototypes.sinkhorn(teacher, valid, **options)
-    logits = teacher.logits(teacher.prototypes)
+    logits = teacher.chunk(teacher.prototypes)
     return jnp.exp(logits + scalings.rows[..., None] + scalings.columns)
 
   return np.asarray(compute(teacher, jnp.asarray(valid)))

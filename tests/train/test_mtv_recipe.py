@@ -30,6 +30,19 @@ from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 
+@pytest.mark.slow
+def test_dropping_an_objective_changes_no_other_initial_value():
+  recipe, key = tiny_mtv.built(), jax.random.key(3)
+  whole = dict(trees.flatten_names(recipe_lib.init_params(recipe, key)))
+  assert len(recipe.objectives) == 6
+  for dropped in recipe.objectives:
+    names = tuple(name for name in recipe.objectives if name != dropped)
+    rest = recipe_lib.init_params(recipe.only(names), key)
+    assert set(rest["heads"]) == set(recipe.only(names).heads)
+    for name, leaf in trees.flatten_names(rest):
+      np.testing.assert_array_equal(leaf, whole[name], err_msg=name)
+
+
 @functools.cache
 def params():
   """Drawn here: compiling the initialisers takes longer than all the rest."""
