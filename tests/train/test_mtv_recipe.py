@@ -25,21 +25,21 @@ from mtv_jax.train.experiment import (
   make_loader,
 )
 from mtv_jax.train.step import make_program
-from mtv_jax.train.step_spec import abstract_params, init_state
+from mtv_jax.train.step_spec import abstract_params, init_params, init_state
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 
 @pytest.mark.slow
 def test_dropping_an_objective_changes_no_other_initial_value():
-  recipe, key = tiny_mtv.built(), jax.random.key(3)
-  whole = dict(trees.flatten_names(recipe_lib.init_params(recipe, key)))
-  assert len(recipe.objectives) == 6
-  for dropped in recipe.objectives:
-    names = tuple(name for name in recipe.objectives if name != dropped)
-    rest = recipe_lib.init_params(recipe.only(names), key)
-    assert set(rest["heads"]) == set(recipe.only(names).heads)
-    for name, leaf in trees.flatten_names(rest):
+  spec, key = tiny_mtv.built(), jax.random.key(3)
+  whole = dict(flatten_with_names(init_params(spec, key)))
+  assert len(spec.objectives) == 6
+  for dropped in spec.objectives:
+    names = tuple(name for name in spec.objectives if name != dropped)
+    rest = init_params(spec.only(names), key)
+    assert set(rest["heads"]) == set(spec.only(names).heads)
+    for name, leaf in flatten_with_names(rest):
       np.testing.assert_array_equal(leaf, whole[name], err_msg=name)
 
 
