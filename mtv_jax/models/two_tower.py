@@ -19,8 +19,8 @@ from mtv_jax.utils.errors import did_you_mean
 
 # width, depth, heads, mlp_dim. Ti, S: Touvron et al. 2021; B, L: Dosovitskiy et
 # al. 2021; So400m: Alabdulmohsin et al. 2023; g: Zhai et al. 2022; g-opt: the
-# giants of SigLIP 2 and DINOv2 (DINOv2's with 24 heads and SwiGLU of 4096, given
-# in a config). mu is for tests.
+# giants of SigLIP 2 and DINOv2 (24 heads and SwiGLU of 4096, given in a config).
+# mu is for tests.
 _SHAPES = {
   "mu": (64, 2, 4, 256),
   "Ti": (192, 12, 3, 768),
