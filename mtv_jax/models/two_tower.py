@@ -19,7 +19,7 @@ from mtv_jax.utils.errors import did_you_mean
 
 # width, depth, heads, mlp_dim. Ti, S: Touvron et al. 2021; B, L: Dosovitskiy et
 # al. 2021; So400m: Alabdulmohsin et al. 2023; g: Zhai et al. 2022; g-opt: the
-# giants of SigLIP 2 and DINOv2 (24 heads and SwiGLU of 4096, given in a config).
+# giants of SigLIP 2 and DINOv2 (24 heads and SwiGLU of 4096 by config).
 # mu is for tests.
 _SHAPES = {
   "mu": (64, 2, 4, 256),
