@@ -9,6 +9,7 @@ import jax
 from mtv_jax.cli import arguments
 from mtv_jax.encoder import loading
 from mtv_jax.evals import run as evals
+from mtv_jax.evals.core import results as results_lib
 from mtv_jax.evals.report import tables
 
 
@@ -39,4 +40,4 @@ def run(name: str, args: argparse.Namespace) -> None:
   if not jax.process_index():
     print(tables.format_encoder(results))
     if args.json:
-      evals.write_json(args.json, encoder, results)
+      results_lib.write_json(args.json, encoder, results)

@@ -1,4 +1,4 @@
-"""Evaluations of one encoder: chosen from a command line or a config, run."""
+"""Evaluation of one encoder, requested by a command line or a config."""
 
 from __future__ import annotations
 
@@ -16,33 +16,21 @@ from mtv_jax.config import overrides
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
-from mtv_jax.evals.core.results import Outcome, write_json
+from mtv_jax.evals.core.results import Outcome
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
-__all__ = [
-  "Plan",
-  "Prepared",
-  "attempt",
-  "build",
-  "evaluate",
-  "plan",
-  "prepare",
-  "write_json",
-]
-
-
-# Characters of an error that are kept: XLA can write pages.
-_REASON = 1000
+# Longest text of an error in the results: XLA can write pages.
+_MAX_REASON = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a command line asks for.
+  """Evaluations that a command line requests.
 
   Attributes:
     entries: as in `config.evals`, by name.
-    named: those that were asked for by name, and not as a part of `all`: they
-      must run, and what keeps one from running is an error.
+    named: requested by name rather than by `all`: an evaluation of these that
+      can't run is an error.
   """
 
   entries: dict[str, dict[str, Any]]
@@ -57,48 +45,48 @@ def plan(
   preferences: Mapping[str, Any] | None = None,
   assignments: Sequence[str] = (),
 ) -> Plan:
-  """Entries as in `config.evals`, from a command line's arguments.
+  """Entries as in `config.evals`, from the arguments of a command line.
 
   Args:
     names: of evaluations, or `all`.
     data: one for every evaluation, or `NAME=DATA` for one of them.
     options: for those of the evaluations that have an option of that name;
-      None is not given.
+      None is ignored.
     preferences: the same, where it is no mistake if none has one.
     assignments: `NAME.OPTION=VALUE`, typed like overrides of a config.
 
   Raises:
-    ConfigError: for a name that is no evaluation or was not chosen, or an
-      option that none of the chosen ones has.
+    ConfigError: for an evaluation that does not exist or was not requested, or
+      an option that none of the requested ones has.
   """
-  chosen = _chosen(names)
-  common, own = _split_data(data)
-  defaults = {name: base.default_options(name) for name in chosen}
-  given = {name: {"data": own.get(name, common)} for name in chosen}
-  wanted = {k: v for k, v in (options or {}).items() if v is not None}
-  for option, value in {**(preferences or {}), **wanted}.items():
-    takers = [name for name in chosen if option in defaults[name]]
-    if option in wanted and not takers:
+  requested = _expand_names(names)
+  common, by_name = _split_data(data)
+  defaults = {name: base.default_options(name) for name in requested}
+  given = {name: {"data": by_name.get(name, common)} for name in requested}
+  options = {k: v for k, v in (options or {}).items() if v is not None}
+  for option, value in {**(preferences or {}), **options}.items():
+    takers = [name for name in requested if option in defaults[name]]
+    if option in options and not takers:
       known = {o for fields in defaults.values() for o in fields}
       raise ConfigError(
-        f"--{option}: none of {', '.join(chosen)} has such an option. "
+        f"--{option}: none of {', '.join(requested)} has such an option. "
         f"{did_you_mean(option, known)}"
       )
     for name in takers:
       given[name][option] = value
-  touched = _assign(given, defaults, assignments)
-  for name in own:
-    if name not in chosen:
+  assigned = _assign(given, defaults, assignments)
+  for name in by_name:
+    if name not in requested:
       raise ConfigError(
-        f"--data={name}=...: {name} is not among the chosen evaluations. "
-        f"{did_you_mean(name, chosen)}"
+        f"--data={name}=...: {name} is not among the requested evaluations. "
+        f"{did_you_mean(name, requested)}"
       )
-  named = {*own, *touched} if list(names) == ["all"] else set(chosen)
-  entries = {name: {"type": name, **given[name]} for name in chosen}
+  named = {*by_name, *assigned} if list(names) == ["all"] else set(requested)
+  entries = {name: {"type": name, **given[name]} for name in requested}
   return Plan(entries, frozenset(named))
 
 
-def _chosen(names: Sequence[str]) -> list[str]:
+def _expand_names(names: Sequence[str]) -> list[str]:
   names = [*base.EVALUATORS] if list(names) == ["all"] else [*names]
   for name in names:
     if name not in base.EVALUATORS:
@@ -108,14 +96,15 @@ def _chosen(names: Sequence[str]) -> list[str]:
 
 
 def _split_data(data: Sequence[str]) -> tuple[str, dict[str, str]]:
-  common, own = "scenes", {}
+  """The data of all evaluations, and those of single ones by name."""
+  common, by_name = "scenes", {}
   for entry in data:
     name, equals, value = entry.partition("=")
     if equals and name in base.EVALUATORS:
-      own[name] = value
+      by_name[name] = value
     else:
       common = entry
-  return common, own
+  return common, by_name
 
 
 def _assign(
@@ -123,8 +112,8 @@ def _assign(
   defaults: Mapping[str, Mapping[str, Any]],
   assignments: Sequence[str],
 ) -> set[str]:
-  """Sets what the assignments say; returns the evaluations they name."""
-  touched = {}
+  """Adds the assignments to `given`; returns the evaluations they name."""
+  changed = {}
   for assignment in assignments:
     name, dot, rest = assignment.partition(".")
     option = rest.partition("=")[0].partition(".")[0].partition("[")[0]
@@ -134,24 +123,24 @@ def _assign(
         "--set=retrieval.max_captions=5"
       )
     for key, known, what in (
-      (name, defaults, "no such evaluation is chosen"),
+      (name, defaults, "no such evaluation is requested"),
       (option, defaults.get(name, ()), f"{name} has no option {option!r}"),
     ):
       if key not in known:
         raise ConfigError(
           f"--set={assignment}: {what}. {did_you_mean(key, known)}"
         )
-    touched.setdefault(name, set()).add(option)
-  options = {name: {**defaults[name], **given[name]} for name in touched}
+    changed.setdefault(name, set()).add(option)
+  values = {name: {**defaults[name], **given[name]} for name in changed}
   try:
-    typed = overrides.override(ConfigDict(options), assignments).to_dict()
+    typed = overrides.override(ConfigDict(values), assignments).to_dict()
   except ConfigError as error:
     # The same mistakes as in a config, under another flag.
     message = str(error).replace("--config.", "--set=", 1)
     raise ConfigError(message) from None
-  for name, changed in touched.items():
-    given[name].update({option: typed[name][option] for option in changed})
-  return set(touched)
+  for name, names in changed.items():
+    given[name].update({option: typed[name][option] for option in names})
+  return set(changed)
 
 
 def build(
@@ -167,32 +156,32 @@ def evaluate(
   encoder: Encoder,
   evals: Mapping[str, Evaluator | Mapping[str, Any] | ConfigDict] | ConfigDict,
 ) -> dict[str, Result]:
-  """Runs evaluations, in their order; the first error ends it.
+  """Runs evaluations in their order; stops at the first error.
 
   Args:
     encoder: to evaluate.
-    evals: by name, evaluators (which keep their data open from one call to the
-      next) or entries of a config's `evals`.
+    evals: by name, evaluators (whose data stay open between calls) or entries
+      of a config's `evals`.
   """
-  built = {
+  evaluators = {
     name: e if isinstance(e, Evaluator) else base.build_evaluator(name, e)
     for name, e in evals.items()
   }
   # A mistake in the last one should not cost the time of the others.
-  for name, evaluator in built.items():
-    with _named(name):
+  for name, evaluator in evaluators.items():
+    with _add_name(name):
       evaluator.prepare()
-  return {name: _timed(name, e, encoder) for name, e in built.items()}
+  return {name: _run(name, e, encoder) for name, e in evaluators.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """Evaluators whose data are open, and what could not be opened.
+  """Evaluators with open data, and those whose data could not be opened.
 
   Attributes:
     evaluators: by name.
     skipped: by name, why the data are not for this evaluation.
-    failed: by name, what went wrong.
+    failed: by name, the error.
     named: see `Plan`.
   """
 
@@ -209,20 +198,20 @@ def prepare(
 
   Args:
     chosen: from `plan`.
-    say: is told of each evaluation that won't run.
+    say: is called with a line for each evaluation that won't run.
 
   Raises:
     ConfigError: for a bad option.
-    Exception: whatever an evaluation that was asked for by name raises, or the
-      last one if none could be prepared.
+    Exception: of an evaluation that was requested by name, or the last one if
+      none could be prepared.
   """
-  ready, skipped, failed = {}, {}, {}
+  evaluators, skipped, failed = {}, {}, {}
   last = None
   for name, evaluator in build(chosen.entries).items():
     try:
-      with _named(name):
+      with _add_name(name):
         evaluator.prepare()
-      ready[name] = evaluator
+      evaluators[name] = evaluator
     except Exception as error:
       if name in chosen.named:
         raise
@@ -230,9 +219,9 @@ def prepare(
       kind = skipped if isinstance(error, NotApplicable) else failed
       kind[name] = str(error)
       say(f"{name} {'is skipped' if kind is skipped else 'FAILED'}: {error}")
-  if not ready and last is not None:
+  if not evaluators and last is not None:
     raise last
-  return Prepared(ready, skipped, failed, chosen.named)
+  return Prepared(evaluators, skipped, failed, chosen.named)
 
 
 def attempt(
@@ -242,21 +231,20 @@ def attempt(
   name: str,
   say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Outcome]:
-  """Runs prepared evaluations one by one, whatever becomes of each.
+  """Runs prepared evaluations one by one and records errors.
 
   Args:
     encoder: to evaluate.
     prepared: from `prepare`.
-    name: what the encoder is called in tables.
-    say: is told of each evaluation as it ends.
+    name: of the encoder in tables.
+    say: is called with a line for each evaluation at its end.
 
   Yields:
-    After each evaluation, all that there is until then. The last one is the
-    outcome; at least one is given.
+    The outcome after each evaluation; at least one.
 
   Raises:
-    Exception: what an evaluation raises on a pod of several hosts: the others
-      may wait for this one in it, and would not meet it in the next.
+    Exception: of an evaluation on several hosts: the others may wait for this
+      one in a collective, and would not reach the next evaluation.
   """
   outcome = Outcome(
     name=name,
@@ -270,7 +258,7 @@ def attempt(
     yield outcome
   for kind, evaluator in prepared.evaluators.items():
     try:
-      result = _timed(kind, evaluator, encoder)
+      result = _run(kind, evaluator, encoder)
       outcome.results[kind] = result
       say(f"{kind} took {result.protocol['seconds']} s")
     except NotApplicable as error:
@@ -281,14 +269,14 @@ def attempt(
         yield outcome
         raise
       reason = f"{type(error).__name__}: {error}"
-      outcome.failed[kind] = reason[:_REASON]
+      outcome.failed[kind] = reason[:_MAX_REASON]
       say("".join(traceback.format_exception(error)) + f"{kind} FAILED")
     yield outcome
 
 
-def _timed(name: str, evaluator: Evaluator, encoder: Encoder) -> Result:
+def _run(name: str, evaluator: Evaluator, encoder: Encoder) -> Result:
   start = time.perf_counter()
-  with _named(name):
+  with _add_name(name):
     result = evaluator.run(encoder)
   seconds = round(time.perf_counter() - start, 1)
   protocol = {**result.protocol, "seconds": seconds}
@@ -296,8 +284,8 @@ def _timed(name: str, evaluator: Evaluator, encoder: Encoder) -> Result:
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-  """Says which evaluation an error came from."""
+def _add_name(name: str) -> Iterator[None]:
+  """Adds the name of the evaluation to an error."""
   try:
     yield
   except Exception as error:

@@ -1,4 +1,4 @@
-"""Many evaluations of one or several encoders, and what is kept of them."""
+"""Evaluations of several encoders, and the folder of their results."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.report import pages
 from mtv_jax.evals.report import report as report_lib
+from mtv_jax.utils.errors import ConfigError
 
 _WEIGHTS = re.compile(r"(.+)@(student|teacher|ema)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """An encoder as a command line names it.
+  """An encoder that a command line requests.
 
   Attributes:
-    path: what `mtv_jax.load` opens.
-    weights: which of its weights.
-    name: what tables call it.
+    path: for `mtv_jax.load`.
+    weights: `student`, `teacher` or `ema`.
+    name: in tables.
   """
 
   path: str
@@ -37,41 +38,41 @@ class Request:
   name: str
 
 
-def requests(encoders: Sequence[str], *, weights: str) -> list[Request]:
-  """What `--encoder` was given: PATH or PATH@WEIGHTS, in order.
+def parse_requests(encoders: Sequence[str], *, weights: str) -> list[Request]:
+  """Parses the values of `--encoder`: PATH or PATH@WEIGHTS, in order.
 
-  A table calls an encoder by the last part of its path, or by as many of its
-  last parts as tell it from the others.
+  The name of an encoder in tables is the last part of its path, or as many of
+  the last parts as distinguish it from the others.
 
   Args:
     encoders: at least one.
-    weights: of those that don't say.
+    weights: of those without @WEIGHTS.
 
   Raises:
-    ValueError: for the same one twice.
+    ConfigError: for the same one twice.
   """
   split = []
   for given in encoders:
     match = _WEIGHTS.fullmatch(given)
-    # A baseline has one set of weights, whatever is asked of the others.
-    own = "student" if baselines.is_baseline(given) else weights
-    split.append(match.groups() if match else (given, own))
+    # A baseline has one set of weights.
+    default = "student" if baselines.is_baseline(given) else weights
+    split.append(match.groups() if match else (given, default))
   if len(set(split)) < len(split):
     twice = next(s for s in split if split.count(s) > 1)
-    raise ValueError(
+    raise ConfigError(
       f"--encoder={twice[0]} is given twice ({twice[1]} weights)"
     )
   names = [_short_names(path) for path, _ in split]
   several = {p for p, _ in split if [q for q, _ in split].count(p) > 1}
-  made = []
+  requests = []
   for i, (path, which) in enumerate(split):
     others = {
       n for j, ns in enumerate(names) if split[j][0] != path for n in ns
     }
     name = next((n for n in names[i] if n not in others), path)
     name += f"@{which}" if path in several else ""
-    made.append(Request(path, which, name))
-  return made
+    requests.append(Request(path, which, name))
+  return requests
 
 
 def _short_names(path: str) -> list[str]:
@@ -89,19 +90,19 @@ def evaluate(
   folder: str | os.PathLike | None = None,
   say: Callable[[str], None] = lambda line: None,
 ) -> list[Outcome]:
-  """Runs a plan on each encoder, whatever becomes of single evaluations.
+  """Runs a plan on each encoder and records errors of single evaluations.
 
   Args:
-    encoders: by the name that tables give them.
-    chosen: what to run.
-    folder: where `results.json` is written after each evaluation, so that an
-      end with violence costs one evaluation only.
-    say: is told how it goes.
+    encoders: by their name in tables.
+    chosen: the evaluations.
+    folder: where `results.json` is written after each evaluation, so that a
+      killed process loses one evaluation only.
+    say: is called with lines of progress.
 
   Raises:
     ConfigError: for a bad option.
-    Exception: what an evaluation that was asked for by name has to say about
-      its data, before anything is computed.
+    Exception: of the data of an evaluation that was requested by name, before
+      anything is computed.
   """
   prepared = run.prepare(chosen, say=say)
   outcomes: list[Outcome] = []
@@ -116,11 +117,11 @@ def evaluate(
 
 
 def errors(outcomes: Sequence[Outcome], chosen: run.Plan) -> list[str]:
-  """What a run that ended has to be blamed for, a line each.
+  """Errors of a finished run, a line each.
 
-  That is what failed; and what was asked for by name and no encoder is fit
-  for. (Beside one that is, another may lack what it takes: a floor has no
-  text tower.)
+  These are failed evaluations, and evaluations requested by name that no
+  encoder can run. (With several encoders some may lack what is needed: a
+  baseline has no text tower.)
   """
   lines = []
   for outcome in outcomes:
@@ -144,10 +145,10 @@ def write(
   """Writes a folder of results; returns its files.
 
   `results.json`, `results.md`, `report.html`, `sheets/*.png`, and `radar.png`
-  where there are three figures or more to draw.
+  for three metrics or more.
 
   Args:
-    folder: made if need be; files of the same names are replaced.
+    folder: created if missing; files of the same names are replaced.
     outcomes: of the encoders that were evaluated.
     compared: earlier ones, shown beside them where the data are the same.
     size: of the published encoders in the chart, None for none.
@@ -159,12 +160,12 @@ def write(
   markdown, html = pages.render_markdown(report), pages.render_html(report)
   (folder / "results.md").write_text(markdown, encoding="utf-8")
   (folder / "report.html").write_text(html, encoding="utf-8")
-  # One of an earlier run would stand beside figures that it does not show.
+  # The chart of an earlier run would show other metrics.
   (folder / "radar.png").unlink(missing_ok=True)
-  pictures = {sheet.path: sheet.image for sheet in report.sheets}
+  images = {sheet.path: sheet.image for sheet in report.sheets}
   if report.chart is not None:
-    pictures["radar.png"] = report.chart
-  for path, picture in pictures.items():
-    Image.fromarray(picture).save(folder / path)
-  names = ("report.html", "results.md", "results.json", *pictures)
+    images["radar.png"] = report.chart
+  for path, image in images.items():
+    Image.fromarray(image).save(folder / path)
+  names = ("report.html", "results.md", "results.json", *images)
   return [folder / name for name in names]

@@ -21,6 +21,7 @@ from mtv_jax.encoder import loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import preprocess_of
 from mtv_jax.evals import run as evals_lib
+from mtv_jax.evals.core import results as results_lib
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.train import preemption
@@ -107,7 +108,7 @@ def evaluate(
   results = evals_lib.evaluate(encoder, {name: experiment.evaluators[name]})
   if jax.process_index() == 0:
     path = experiment.workdir / "evals" / f"{name}_{step}.json"
-    evals_lib.write_json(path, encoder, results)
+    results_lib.write_json(path, encoder, results)
   return {f"{name}/{k}": v for k, v in results[name].metrics.items()}
 
 

@@ -348,7 +348,7 @@ def test_the_tool_fails_with_what_failed(folder, tmp_path, monkeypatch):
   ],
 )
 def test_names_of_encoders(given, names):
-  made = suite.requests(given, weights="student")
+  made = suite.parse_requests(given, weights="student")
   assert [r.name for r in made] == names
   assert [f"{r.path}@{r.weights}" for r in made] == [
     g if g.endswith("@ema") else f"{g}@student" for g in given
@@ -356,13 +356,13 @@ def test_names_of_encoders(given, names):
 
 
 def test_a_floor_has_no_weights_to_choose():
-  made = suite.requests(["runs/a", "pixels:64"], weights="ema")
+  made = suite.parse_requests(["runs/a", "pixels:64"], weights="ema")
   assert [r.weights for r in made] == ["ema", "student"]
 
 
 def test_an_encoder_twice():
   with pytest.raises(ValueError, match="--encoder=a is given twice"):
-    suite.requests(["a", "a@ema"], weights="ema")
+    suite.parse_requests(["a", "a@ema"], weights="ema")
 
 
 def test_a_mistake_in_the_last_costs_no_time(colours):

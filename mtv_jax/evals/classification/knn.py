@@ -197,7 +197,7 @@ def _search(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Of a block of queries, over all blocks of the bank."""
   merge = _merge(mesh)
-  state = probe.place(
+  state = probe.shard_batch(
     {
       "queries": queries,
       "values": np.full((len(queries), k), -np.inf, np.float32),

@@ -118,7 +118,7 @@ def train(
   batch_size: int,
   seed: int = 0,
   mesh: Mesh | None = None,
-) -> probe.Fitted:
+) -> probe.FitResult:
   """Trains all heads; the loss is the mean of their cross-entropies.
 
   Args:

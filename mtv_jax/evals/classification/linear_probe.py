@@ -140,7 +140,9 @@ class LinearProbe(Classification):
   def _batches(
     self, encoder: Encoder, train: ClassificationSet, augment: str, size: int
   ) -> probe.Batches:
-    take = probe.shuffled(len(train.labels), batch_size=size, seed=self.seed)
+    take = probe.shuffled_batches(
+      len(train.labels), batch_size=size, seed=self.seed
+    )
     if augment == "cached":
       x = self._table(encoder, train.images).x
       return lambda step: {

@@ -117,7 +117,9 @@ class MaeProbe(OneVector):
   def _batches(
     self, encoder: Encoder, train: ClassificationSet, augment: str, size: int
   ) -> probe.Batches:
-    take = probe.shuffled(len(train.labels), batch_size=size, seed=self.seed)
+    take = probe.shuffled_batches(
+      len(train.labels), batch_size=size, seed=self.seed
+    )
     if augment == "cached":
       x = self._embed(encoder, train)
       return lambda step: {
@@ -167,7 +169,7 @@ def fit(
   warmup: int,
   seed: int = 0,
   mesh: Any = None,
-) -> probe.Fitted:
+) -> probe.FitResult:
   """Trains the head.
 
   Args:
@@ -210,7 +212,7 @@ def fit(
 
 
 def scores(
-  fitted: probe.Fitted, x: Float32[np.ndarray, "n d"]
+  fitted: probe.FitResult, x: Float32[np.ndarray, "n d"]
 ) -> Float32[np.ndarray, "n c"]:
   """Logits, normalised by the running statistics."""
   params, state = jax.tree.map(np.asarray, (fitted.params, fitted.state))

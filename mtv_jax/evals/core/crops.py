@@ -1,4 +1,4 @@
-"""Random crops and flips of images on the host, for probes that train on them.
+"""Random resized crops and flips on the host, for probes.
 
 "Inception" crops (Szegedy et al. 2015) with torchvision's constants: an area
 of 8 to 100 % of the image, of an aspect ratio between 3/4 and 4/3 (uniform in
@@ -23,8 +23,8 @@ def box(
 ) -> tuple[int, int, int, int]:
   """A crop (left, top, right, bottom) in pixels.
 
-  The middle of the image, at the nearest allowed ratio, where ten draws of an
-  area and a ratio find none that fits.
+  After ten draws of an area and a ratio that don't fit, the middle of the image
+  at the nearest allowed ratio.
   """
   area = height * width
   for _ in range(_ATTEMPTS):
@@ -44,9 +44,8 @@ def box(
 def random_crop(
   image: UInt8[np.ndarray, "h w 3"], *, size: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "s s 3"]:
-  """A random crop of an image, `size` pixels a side, maybe flipped."""
+  """A random crop of an image, `size` pixels a side, flipped half the time."""
   height, width = image.shape[:2]
-  picture = PIL.Image.fromarray(image).crop(box(height, width, rng))
-  picture = picture.resize((size, size), PIL.Image.Resampling.BICUBIC)
-  crop = np.asarray(picture)
+  crop = PIL.Image.fromarray(image).crop(box(height, width, rng))
+  crop = np.asarray(crop.resize((size, size), PIL.Image.Resampling.BICUBIC))
   return crop[:, ::-1] if rng.random() < 0.5 else crop

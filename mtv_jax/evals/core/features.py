@@ -1,8 +1,7 @@
-"""Features that several evaluations share, computed once.
+"""Cache of image features, so that evaluations share passes over the data.
 
-What an encoder has been asked for is remembered with it, by the hash of the
-data and the preprocessing, and forgotten with it: probes over the same images
-cost one pass.
+Features are cached for each encoder by the hash of the data and the
+preprocessing, and freed with the encoder.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ from mtv_jax.encoder import encoder as encoder_lib
 from mtv_jax.encoder.encoder import Encoder, ImageFeatures
 from mtv_jax.encoder.preprocess import Preprocess
 
-# Bytes that are kept for an encoder: 1.28 M embeddings of ViT-B, or patches of
-# 7,000 images at 14 x 14. For each apart, and by use alone: on a pod all hosts
-# must forget the same things, as computing them again is a common effort.
+# Bytes cached for an encoder: 1.28 M embeddings of ViT-B, or patches of 7,000
+# images at 14 x 14. Eviction depends on use alone: on a pod all hosts must
+# evict the same arrays, as they compute them again together.
 BUDGET = 4 * 2**30
 
-# The hash of the data, the preprocessing, what it is, and of which block.
+# The hash of the data, the preprocessing, the output, and its block.
 _Key = tuple[str, Preprocess | None, str, int]
 
 log = logging.getLogger(__name__)
 
 
 class _Store:
-  """Arrays by what they are, the least recently used forgotten first."""
+  """Arrays by key; the least recently used are evicted first."""
 
   def __init__(self):
     self._arrays: collections.OrderedDict[_Key, np.ndarray] = (
       collections.OrderedDict()
     )
     self._bytes = 0
-    self._told = False
+    self._warned = False
 
   def get(self, key: _Key) -> np.ndarray | None:
     if key in self._arrays:
@@ -47,28 +46,28 @@ class _Store:
 
   def put(self, key: _Key, array: np.ndarray) -> None:
     if array.nbytes > BUDGET:
-      self._tell(key, array)
+      self._warn(key, array)
       return
     self._arrays[key] = array
     self._bytes += array.nbytes
     while self._bytes > BUDGET:
-      old, lost = self._arrays.popitem(last=False)
-      self._bytes -= lost.nbytes
-      self._tell(old, lost)
+      old, evicted = self._arrays.popitem(last=False)
+      self._bytes -= evicted.nbytes
+      self._warn(old, evicted)
 
-  def _tell(self, key: _Key, array: np.ndarray) -> None:
-    """Says once that not all is kept, and so will be computed again."""
-    if not self._told:
+  def _warn(self, key: _Key, array: np.ndarray) -> None:
+    """Logs the first eviction."""
+    if not self._warned:
       log.warning(
-        "features of an encoder exceed the %.2g GB that are kept: %s %s of the "
-        "data %s is the first to go. Evaluations that share such features "
+        "features of an encoder exceed the cache of %.2g GB: %s %s of the data "
+        "%s is the first to be evicted. Evaluations that share such features "
         "compute them again",
         BUDGET / 1e9,
         key[2],
         array.shape,
         key[0],
       )
-    self._told = True
+    self._warned = True
 
 
 _stores: weakref.WeakKeyDictionary[Encoder, _Store] = (
@@ -76,7 +75,7 @@ _stores: weakref.WeakKeyDictionary[Encoder, _Store] = (
 )
 
 
-def image(
+def encode_images(
   encoder: Encoder,
   images: Sequence[Any] | np.ndarray,
   *,
@@ -85,15 +84,15 @@ def image(
   outputs: Sequence[str] = ("pooled",),
   batch_size: int = 64,
 ) -> ImageFeatures:
-  """`encoder.image`, remembered.
+  """`encoder.image` through the cache.
 
-  Of a request that is known in part, the rest is computed. What is returned is
-  shared, and therefore read-only.
+  Only the outputs that are not cached are computed. The arrays are shared, and
+  therefore read-only.
 
   Args:
     encoder: whose features.
     images: as for `Encoder.image`.
-    digest: a hash that tells which images these are, in their order.
+    digest: a hash of the images and their order.
     layers: as for `Encoder.image`.
     outputs: as for `Encoder.image`.
     batch_size: as for `Encoder.image`; it changes nothing in the result.
@@ -103,26 +102,30 @@ def image(
   """
   encoder_lib.check_outputs(outputs)
   # A user may give an encoder another preprocessing.
-  what = (digest, getattr(encoder, "preprocess", None))
-  names = [(*what, name, 0) for name in outputs]
+  data_key = (digest, getattr(encoder, "preprocess", None))
+  names = [(*data_key, name, 0) for name in outputs]
   depth = encoder.spec.image.depth if layers else 0
   taps = {i: encoder_lib.block_index(i, depth) for i in layers}
-  names += [(*what, kind, t) for t in taps.values() for kind in _LAYER_KINDS]
+  names += [
+    (*data_key, kind, t) for t in taps.values() for kind in _LAYER_KINDS
+  ]
   store = _stores.setdefault(encoder, _Store())
-  found = {name: store.get(name) for name in names}
-  lost = [name for name, array in found.items() if array is None]
-  if lost:
-    fresh = _compute(encoder, images, lost, batch_size)
-    # Last, so that what is wanted now can't push itself out.
-    for name in lost:
+  cached = {name: store.get(name) for name in names}
+  missing = [name for name, array in cached.items() if array is None]
+  if missing:
+    fresh = _compute(encoder, images, missing, batch_size)
+    # Last, so that none of the requested arrays evicts another.
+    for name in missing:
       fresh[name].setflags(write=False)
-      found[name] = fresh[name]
+      cached[name] = fresh[name]
       store.put(name, fresh[name])
-  _check_count(found, len(images), digest)
+  _check_count(cached, len(images), digest)
   return ImageFeatures(
-    **{o: found.get((*what, o, 0)) for o in encoder_lib.OUTPUTS},
-    layers={i: found[*what, "layer", t] for i, t in taps.items()},
-    prefix_layers={i: found[*what, "prefix_layer", t] for i, t in taps.items()},
+    **{o: cached.get((*data_key, o, 0)) for o in encoder_lib.OUTPUTS},
+    layers={i: cached[*data_key, "layer", t] for i, t in taps.items()},
+    prefix_layers={
+      i: cached[*data_key, "prefix_layer", t] for i, t in taps.items()
+    },
   )
 
 
@@ -140,21 +143,21 @@ def _compute(
   out = encoder.image(
     images, layers=tuple(taps), outputs=outputs, batch_size=batch_size
   )
-  what = names[0][:2]
-  fresh = {(*what, name, 0): getattr(out, name) for name in outputs}
+  data_key = names[0][:2]
+  fresh = {(*data_key, name, 0): getattr(out, name) for name in outputs}
   for tap in taps:
-    fresh[*what, "layer", tap] = out.layers[tap]
-    fresh[*what, "prefix_layer", tap] = out.prefix_layers[tap]
+    fresh[*data_key, "layer", tap] = out.layers[tap]
+    fresh[*data_key, "prefix_layer", tap] = out.prefix_layers[tap]
   return fresh
 
 
 def _check_count(
-  found: dict[_Key, np.ndarray], count: int, digest: str
+  cached: dict[_Key, np.ndarray], count: int, digest: str
 ) -> None:
-  for array in found.values():
+  for array in cached.values():
     if len(array) != count:
       raise ValueError(
-        f"{count} images are said to be those of the hash {digest!r}, of which "
-        f"{len(array)} were encoded before: the hash must tell which images "
-        "of a data set are used"
+        f"{count} images have the digest {digest!r}, of which {len(array)} "
+        "were encoded before: it must depend on which images of a data set "
+        "are used"
       )

@@ -1,4 +1,4 @@
-"""One vector an image, as the probes of classification take it."""
+"""Image embeddings for classification: pooled, CLS or mean-patch features."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mtv_jax.utils.errors import check_choice
 VIEWS = ("center", "squash_center", "encoder")
 FEATURES = ("pooled", "cls", "mean")
 
-# Patches of a chunk of images that are held until their mean is taken.
+# Size of the patches of a chunk of images, of which the mean is computed.
 _CHUNK_BYTES = 2**29
 
-# Encoders behind the preprocessing of a protocol, by the encoder they copy;
-# kept so that the features remembered for them are found again.
+# Encoders with the preprocessing of a protocol, by the encoder they copy, so
+# that features are cached once for each.
 _views: weakref.WeakKeyDictionary[Encoder, dict[Preprocess, Encoder]] = (
   weakref.WeakKeyDictionary()
 )
@@ -34,12 +34,12 @@ def view(encoder: Encoder, name: str) -> Encoder:
 
   Args:
     encoder: any.
-    name: `encoder` leaves its own preprocessing. `center` is that of DINOv2
-      and MAE: the shorter side to 256/224 of the input size (bicubic,
+    name: `encoder` is its own preprocessing. `center` is that of DINOv2 and
+      MAE: the shorter side to 256/224 of the input size (bicubic,
       antialiased), then the middle square. `squash_center` is that of
       big_vision's few-shot evaluation, `resize(256)|central_crop(224)`: both
-      sides to 256/224 of the input size, whatever the shape (bilinear, not
-      antialiased, as `tf.image.resize`), then the middle square.
+      sides to 256/224 of the input size (bilinear, not antialiased, as
+      `tf.image.resize`), then the middle square.
   """
   check_choice("view", name, VIEWS)
   if name == "encoder":
@@ -53,10 +53,10 @@ def view(encoder: Encoder, name: str) -> Encoder:
     resize_size=own.size * 256 // 224,
     **_RESIZES[name],
   )
-  made = _views.setdefault(encoder, {})
-  if preprocess not in made:
-    made[preprocess] = encoder.with_preprocess(preprocess)
-  return made[preprocess]
+  copies = _views.setdefault(encoder, {})
+  if preprocess not in copies:
+    copies[preprocess] = encoder.with_preprocess(preprocess)
+  return copies[preprocess]
 
 
 _RESIZES = {
@@ -76,7 +76,7 @@ def embed(
   feature: str = "pooled",
   batch_size: int = 64,
 ) -> Float32[np.ndarray, "n d"]:
-  """One vector an image, not normalised; remembered, but for `mean`.
+  """One vector an image, not normalised; cached, except `mean`.
 
   Args:
     encoder: any.
@@ -92,14 +92,14 @@ def embed(
   _check_feature(encoder, feature)
   if feature == "mean":
     return last_blocks(encoder, data.images, batch_size=batch_size).mean
-  found = features.image(
+  out = features.encode_images(
     encoder,
     data.images,
     digest=data.digest,
     outputs=(_OUTPUTS[feature],),
     batch_size=batch_size,
   )
-  return found.pooled if feature == "pooled" else found.prefix[:, 0]
+  return out.pooled if feature == "pooled" else out.prefix[:, 0]
 
 
 def embed_crops(
@@ -109,16 +109,16 @@ def embed_crops(
   feature: str = "pooled",
   batch_size: int = 64,
 ) -> Float32[np.ndarray, "n d"]:
-  """`embed` of images of the encoder's input size; nothing is remembered."""
+  """`embed` of images of the encoder's input size, without the cache."""
   _check_feature(encoder, feature)
   if feature == "mean":
     return last_blocks(
       encoder, crops, batch_size=batch_size, pixels="crops"
     ).mean
-  found = encoder.dense(
+  out = encoder.dense(
     crops, outputs=(_OUTPUTS[feature],), batch_size=batch_size
   )
-  return found.pooled if feature == "pooled" else found.prefix[:, 0]
+  return out.pooled if feature == "pooled" else out.prefix[:, 0]
 
 
 _OUTPUTS = {"pooled": "pooled", "cls": "prefix"}
@@ -134,13 +134,12 @@ def _check_feature(encoder: Encoder, feature: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LastBlocks:
-  """What linear probes read of the last blocks.
+  """Features of the last blocks for linear probes.
 
   Attributes:
-    tokens: of the last block, the one before it and so on, the vector that
-      stands for the image: the CLS token after the final norm. Where there is
-      none, the embedding of the last block, and of the others the mean of the
-      patch tokens after the final norm.
+    tokens: an embedding of the last block, the one before it and so on: the CLS
+      token after the final norm. Without CLS tokens, the embedding of the last
+      block, and of the others the mean patch token after the final norm.
     mean: mean of the last block's patch tokens after the final norm.
   """
 
@@ -149,7 +148,7 @@ class LastBlocks:
 
 
 def token_kinds(encoder: Encoder) -> str:
-  """What `LastBlocks.tokens` are, for the protocol."""
+  """Description of `LastBlocks.tokens`, for the protocol."""
   if encoder.spec.image.cls_token:
     return "CLS token after the final norm"
   return "embedding; of earlier blocks the mean patch after the final norm"
@@ -165,8 +164,7 @@ def last_blocks(
 ) -> LastBlocks:
   """The tokens of the last blocks and the mean patch.
 
-  Patches are reduced a chunk of images at a time, so that memory does not grow
-  with the images but by their vectors.
+  Patches are reduced a chunk of images at a time, to bound memory.
 
   Args:
     encoder: any.
@@ -174,7 +172,7 @@ def last_blocks(
     blocks: how many, of those the encoder has.
     batch_size: images a step.
     pixels: `images` go through the encoder's preprocessing, `crops` are of its
-      input size already and are only normalised.
+      input size and are only normalised.
   """
   check_choice("pixels", pixels, ("images", "crops"))
   depth = encoder.spec.image.depth
@@ -187,31 +185,31 @@ def last_blocks(
   parts = []
   for start in range(0, len(images), chunk):
     some = range(start, min(start + chunk, len(images)))
-    found = run(
+    out = run(
       select_images(images, some),
       layers=layers,
       outputs=("patches", "prefix" if cls else "pooled"),
       batch_size=batch_size,
     )
-    parts.append(_reduced(encoder, found, layers))
+    parts.append(_reduced(encoder, out, layers))
   columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
   return LastBlocks(tokens=tuple(columns[1:]), mean=columns[0])
 
 
 def _reduced(
-  encoder: Encoder, found: ImageFeatures, layers: Sequence[int]
+  encoder: Encoder, out: ImageFeatures, layers: Sequence[int]
 ) -> list[np.ndarray]:
   """The mean patch, then the token of each block, the last one first."""
   cls = encoder.spec.image.cls_token
-  last = found.prefix[:, 0] if cls else found.pooled
-  out = [found.patches.mean(axis=(1, 2)), last]
+  last = out.prefix[:, 0] if cls else out.pooled
+  columns = [out.patches.mean(axis=(1, 2)), last]
   for layer in layers:
     if cls:
-      out.append(final_norm(encoder, found.prefix_layers[layer][:, 0]))
+      columns.append(final_norm(encoder, out.prefix_layers[layer][:, 0]))
     else:
-      normed = final_norm(encoder, found.layers[layer])
-      out.append(normed.mean(axis=(1, 2)))
-  return out
+      normed = final_norm(encoder, out.layers[layer])
+      columns.append(normed.mean(axis=(1, 2)))
+  return columns
 
 
 def final_norm(

@@ -1,11 +1,11 @@
-"""Training of small heads on frozen features, for all probes.
+"""Training loop of probes: small heads on frozen features.
 
     fitted = probe.fit(loss, params, batches, optimizer=optax.sgd(0.1),
                        steps=1000, mesh=encoder.mesh)
 
-`loss` is a pure function, `batches` says what each step sees: a function of
-the step that gives the same arrays on every host, so that a fit depends on the
-seed alone and neither on the devices nor on the hosts.
+`loss` is a pure function. `batches` is a function of the step that returns the
+same arrays on every host, so that a fit depends on the seed alone and neither
+on the devices nor on the hosts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int, PyTree
 
@@ -33,26 +34,26 @@ Arrays = Mapping[str, jax.Array | np.ndarray]
 Batches = Callable[[int], Batch] | Iterable[Batch]
 Loss = Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple]
 
-# Steps in flight: the host prepares batches while the device works, and must
-# not run away from it, since every step in flight holds its batch.
-_AHEAD = 2
+# Steps in flight: the host prepares batches while the device works, and every
+# step in flight holds its batch.
+_MAX_IN_FLIGHT = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Fitted:
+class FitResult:
   """A trained head.
 
   Attributes:
-    params: what was trained.
-    state: what went along, such as running statistics.
+    params: trained.
+    state: not trained, such as running statistics.
     losses: of each step, before its update.
-    kept: by number of updates, (params, state) as they were after so many.
+    snapshots: (params, state) by number of updates.
   """
 
   params: PyTree
   state: PyTree
   losses: Float32[np.ndarray, " steps"]
-  kept: dict[int, tuple[PyTree, PyTree]] = dataclasses.field(
+  snapshots: dict[int, tuple[PyTree, PyTree]] = dataclasses.field(
     default_factory=dict
   )
 
@@ -67,8 +68,8 @@ def fit(
   state: PyTree = None,
   seed: int = 0,
   mesh: Mesh | None = None,
-  keep: Sequence[int] = (),
-) -> Fitted:
+  snapshot_steps: Sequence[int] = (),
+) -> FitResult:
   """Trains `params`; compiled once, in float32 at the highest precision.
 
   Args:
@@ -83,8 +84,8 @@ def fit(
     seed: of the key that each step gets another fold of.
     mesh: the batch is split over its data axes (whole on each device, where
       they do not divide it) and the rest is replicated; one device by default.
-    keep: numbers of updates after which to keep a copy on the host, to choose
-      from later.
+    snapshot_steps: numbers of updates after which to copy params and state to
+      the host.
 
   Raises:
     ValueError: for a step count below 1, for batches that end early, or if
@@ -93,46 +94,47 @@ def fit(
   if steps < 1:
     raise ValueError(f"probe.fit: steps={steps}; expected at least 1")
   mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
-  take = _taker(batches)
+  batch_fn = as_batch_fn(batches)
   # A copy, since the compiled step overwrites what it is given.
   params, state = jax.tree.map(jnp.array, (params, state))
   carry = replicate((params, state, optimizer.init(params)), mesh)
   update = _update(loss, optimizer, mesh)
   key = jax.random.key(seed)
   losses: list[jax.Array] = []
-  kept: dict[int, tuple[PyTree, PyTree]] = {}
-  for step in range(steps):
-    batch = place(take(step), mesh)
+  snapshots: dict[int, tuple[PyTree, PyTree]] = {}
+  for step in tqdm.trange(steps, desc="probe", leave=False, disable=None):
+    batch = shard_batch(batch_fn(step), mesh)
     rng = replicate(jax.random.key_data(jax.random.fold_in(key, step)), mesh)
     *carry, value = update(*carry, batch, rng)
     losses.append(value)
-    if step + 1 in keep:
+    if step + 1 in snapshot_steps:
       # Copies: the next step overwrites these arrays.
-      kept[step + 1] = jax.tree.map(np.array, (carry[0], carry[1]))
-    if step >= _AHEAD:
-      losses[step - _AHEAD].block_until_ready()
-  found = np.asarray([np.asarray(x) for x in losses], np.float32)
-  bad = np.flatnonzero(~np.isfinite(found))
+      snapshots[step + 1] = jax.tree.map(np.array, (carry[0], carry[1]))
+    if step >= _MAX_IN_FLIGHT:
+      losses[step - _MAX_IN_FLIGHT].block_until_ready()
+  values = np.asarray([np.asarray(x) for x in losses], np.float32)
+  bad = np.flatnonzero(~np.isfinite(values))
   if bad.size:
     raise ValueError(
-      f"probe.fit: the loss is {found[bad[0]]} at step {bad[0]} of {steps}. "
+      f"probe.fit: the loss is {values[bad[0]]} at step {bad[0]} of {steps}. "
       "Lower the learning rate, or look for features that are not finite."
     )
-  return Fitted(params=carry[0], state=carry[1], losses=found, kept=kept)
+  return FitResult(carry[0], carry[1], values, snapshots)
 
 
-def _taker(batches: Batches) -> Callable[[int], Batch]:
+def as_batch_fn(batches: Batches) -> Callable[[int], Batch]:
+  """Batches as a function of the step; an iterable must not end early."""
   if callable(batches):
     return batches
   iterator = iter(batches)
 
-  def take(step: int) -> Batch:
+  def next_batch(step: int) -> Batch:
     try:
       return next(iterator)
     except StopIteration:
       raise ValueError(f"probe.fit: batches end after {step} steps") from None
 
-  return take
+  return next_batch
 
 
 def _update(
@@ -157,8 +159,8 @@ def _update(
   return update
 
 
-def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-  """Arrays that every host holds in full, split over the mesh by rows.
+def shard_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+  """Shards arrays that every host holds in full over the mesh, by rows.
 
   An array whose rows the data axes do not divide is replicated.
   """
@@ -176,7 +178,7 @@ def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-  """The same arrays, whole on every device of the mesh."""
+  """Replicates arrays over the devices of the mesh."""
   placing = replicated_sharding(mesh)
 
   def put(leaf) -> jax.Array:
@@ -188,17 +190,17 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
   return jax.tree.map(put, tree)
 
 
-def shuffled(
+def shuffled_batches(
   count: int, *, batch_size: int, seed: int = 0
 ) -> Callable[[int], Int[np.ndarray, " b"]]:
-  """By step, which of `count` items it sees: epochs, each one shuffled anew.
+  """Item indices of each step's batch: epochs, each shuffled differently.
 
   A batch may span epochs, so that every item is seen equally often, and may be
   larger than the set.
   """
   if count < 1 or batch_size < 1:
     raise ValueError(
-      f"probe.shuffled: count={count}, batch_size={batch_size}; expected at "
+      f"shuffled_batches: count={count}, batch_size={batch_size}; expected at "
       "least 1 of each"
     )
 

@@ -1,4 +1,4 @@
-"""Class names and prompt templates: our own few, or a file's."""
+"""Class names and prompt templates: built in, or from a file."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ DEFAULT_TEMPLATES = (
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """What a text classifier is built from.
+  """Class names and templates of a text classifier.
 
   Attributes:
     classes: names, in the order of the labels.
-    templates: each with one `{}` that a class name takes the place of.
+    templates: each with one `{}` for the class name.
     ids: identifiers of the classes in the data (ImageNet's WordNet ids), in
       the same order; None where the data uses the names themselves.
-    name: where they came from, for the protocol.
+    name: of their origin, for the protocol.
   """
 
   classes: tuple[str, ...]
@@ -43,7 +43,7 @@ class Prompts:
       if template.count("{}") != 1:
         raise InputError(
           f"{self.name}: template {template!r} must hold exactly one '{{}}', "
-          "the place of the class name"
+          "for the class name"
         )
     if not self.classes or not self.templates:
       raise InputError(
@@ -99,7 +99,7 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
 
 
 def write_prompts(path: str | os.PathLike, prompts: Prompts) -> None:
-  """Writes what `read_prompts` reads."""
+  """Writes a file for `read_prompts`."""
   content: dict[str, Any] = {
     "classes": list(prompts.classes),
     "templates": list(prompts.templates),

@@ -1,9 +1,9 @@
-"""Where the right answer stands among all candidates, ties decided.
+"""Ranks of the correct candidates, with a rule for ties.
 
 The rank of a candidate is the number of candidates that score higher plus the
-number of equal ones with a lower index: its place in a stable sort. A query
-that several candidates answer is given the best rank among them. Zero-shot
-classification (candidates are classes) and retrieval both come down to this.
+number of equal ones with a lower index: its index in a stable sort. A query
+with several correct candidates has the best rank among them. Zero-shot
+classification (candidates are classes) and retrieval both use it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def ranks(
   """For each query, the best rank of a candidate with its id.
 
   Scores are dot products in float32 at the highest matmul precision (a TPU's
-  default rounds to bfloat16 and reorders neighbours), made for a block of
-  queries at a time. Equal candidates are scored once: their places in a matrix
-  product can differ in the last bit, and what is a tie must stay one.
+  default rounds to bfloat16 and reorders neighbours), for a block of queries
+  at a time. Equal candidates are scored once: in a matrix product their scores
+  can differ in the last bit, and a tie must remain a tie.
 
   Args:
     queries: normalised, if the scores are to be cosines.
     candidates: the same.
-    query_ids: what each query belongs to.
-    candidate_ids: what each candidate belongs to.
-    block_bytes: size of the largest block of scores held.
+    query_ids: of each query.
+    candidate_ids: of each candidate; correct ones have the query's id.
+    block_bytes: size of the largest block of scores.
 
   Raises:
     ValueError: for embeddings that are not finite (a NaN compares as neither
@@ -56,7 +56,7 @@ def ranks(
   _check_answered(query_ids, candidate_ids)
   unique, inverse = _unique_rows(candidates)
   rows = max(1, min(len(queries), block_bytes // (4 * len(candidates))))
-  found = []
+  blocks = []
   for start in range(0, len(queries), rows):
     block = queries[start : start + rows]
     ids = query_ids[start : start + rows]
@@ -69,15 +69,15 @@ def ranks(
       inverse,
       candidate_ids,
     )
-    found.append(np.asarray(out)[: len(block)])
-  return np.concatenate(found)
+    blocks.append(np.asarray(out)[: len(block)])
+  return np.concatenate(blocks)
 
 
 def ranks_of_scores(
   scores: Float[Array, "q c"] | Float[np.ndarray, "q c"],
   own: Bool[Array, "q c"] | Bool[np.ndarray, "q c"],
 ) -> Int[Array, " q"]:
-  """The best rank, in each row, of a candidate marked as the row's own."""
+  """The best rank, in each row, of a candidate marked as correct."""
   scores = jnp.asarray(scores)
   # argmax takes the first of equals, which is the one with the best rank.
   best = jnp.argmax(jnp.where(own, scores, -jnp.inf), axis=1)[:, None]
@@ -88,10 +88,10 @@ def ranks_of_scores(
 
 
 def hit_rates(
-  found: Int[np.ndarray, " q"], at: Sequence[int]
+  ranks: Int[np.ndarray, " q"], at: Sequence[int]
 ) -> dict[int, float]:
   """By k, the share of queries whose rank is below k."""
-  return {k: float(np.mean(found < k)) for k in at}
+  return {k: float(np.mean(ranks < k)) for k in at}
 
 
 @functools.partial(jax.jit)
@@ -103,11 +103,11 @@ def _block(queries, query_ids, unique, inverse, candidate_ids):
 
 def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Distinct rows in order of appearance, and where each row is in them."""
-  place: dict[bytes, int] = {}
+  index: dict[bytes, int] = {}
   # Adding zero makes -0.0 and 0.0, which are equal, the same bytes.
   keys = (row.tobytes() for row in rows + np.float32(0))
   inverse = np.fromiter(
-    (place.setdefault(key, len(place)) for key in keys), np.int32, len(rows)
+    (index.setdefault(key, len(index)) for key in keys), np.int32, len(rows)
   )
   _, first = np.unique(inverse, return_index=True)
   return rows[first], inverse
@@ -117,6 +117,6 @@ def _check_answered(query_ids: np.ndarray, candidate_ids: np.ndarray) -> None:
   lost = np.setdiff1d(query_ids, candidate_ids)
   if lost.size:
     raise ValueError(
-      f"{lost.size} query ids have no candidate (the first is {lost[0]}), so "
-      "they could never be hit"
+      f"{lost.size} query ids have no correct candidate (the first is "
+      f"{lost[0]})"
     )

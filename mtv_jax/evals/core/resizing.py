@@ -1,9 +1,8 @@
-"""Resizing arrays by the rules that published evaluations were made with.
+"""Resizing of arrays with the interpolation of published evaluations.
 
-Every method is named after PyTorch's `interpolate`, whose results these equal.
-A linear method is one matrix an axis: host arrays read only its few non-zero
-entries a row, device arrays are multiplied by it, which is what accelerators
-do best.
+Every method is named after PyTorch's `interpolate` and equal to it. A linear
+method is one matrix an axis: host arrays gather the few non-zero entries of a
+row, device arrays are multiplied by the matrix, which suits accelerators.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ def matrix(
   """The matrix that resamples `size` values to `new_size`; rows sum to one.
 
   Args:
-    size: values there are.
-    new_size: values wanted.
+    size: number of values.
+    new_size: number of values after resampling.
     method:
       bilinear: pixels are areas (align_corners=False), two values are read
         however much the axis shrinks.
-      bilinear_corners: the outer pixels stay in place (align_corners=True).
+      bilinear_corners: the outer pixels stay in position (align_corners=True).
       bilinear_antialiased: antialias=True; Pillow's BILINEAR.
       bicubic: a = -0.75, four values are read; OpenCV's INTER_CUBIC.
       bicubic_antialiased: a = -0.5; Pillow's BICUBIC, `jax.image.resize`.
@@ -55,19 +54,19 @@ def matrix(
   if size < 1 or new_size < 1:
     raise ValueError(f"resizing {size} values to {new_size}; expected >= 1")
   if method == "bilinear_corners":
-    made = np.array(dpt.corner_matrix(size, new_size), np.float64)
+    weights = np.array(dpt.corner_matrix(size, new_size), np.float64)
   elif method == "bicubic":
-    made = np.array(positions.resize_matrix(size, new_size, "bicubic"))
+    weights = np.array(positions.resize_matrix(size, new_size, "bicubic"))
   elif method == "bicubic_antialiased":
-    made = np.array(positions.resize_matrix(size, new_size, "antialiased"))
+    weights = np.array(positions.resize_matrix(size, new_size, "antialiased"))
   elif method == "bilinear_antialiased":
     # Concrete even while a caller is being traced: it depends on sizes only.
     with jax.ensure_compile_time_eval():
-      made = np.array(_triangles(size, new_size), np.float64)
+      weights = np.array(_triangles(size, new_size), np.float64)
   else:
-    made = _areas(size, new_size)
-  made.setflags(write=False)  # cached, so shared by every caller
-  return made
+    weights = _areas(size, new_size)
+  weights.setflags(write=False)  # cached, so shared by every caller
+  return weights
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -77,25 +76,25 @@ def _triangles(size: int, new_size: int) -> Array:
 
 
 def _areas(size: int, new_size: int) -> np.ndarray:
-  place = (np.arange(new_size) + 0.5) * size / new_size - 0.5
-  place = np.clip(place, 0, size - 1)
-  low = np.floor(place).astype(int)
-  made = np.zeros((new_size, size))
-  rows, share = np.arange(new_size), place - low
-  np.add.at(made, (rows, low), 1 - share)
-  np.add.at(made, (rows, np.minimum(low + 1, size - 1)), share)
-  return made
+  position = (np.arange(new_size) + 0.5) * size / new_size - 0.5
+  position = np.clip(position, 0, size - 1)
+  low = np.floor(position).astype(int)
+  weights = np.zeros((new_size, size))
+  rows, share = np.arange(new_size), position - low
+  np.add.at(weights, (rows, low), 1 - share)
+  np.add.at(weights, (rows, np.minimum(low + 1, size - 1)), share)
+  return weights
 
 
 @functools.lru_cache(maxsize=64)
 def indices(
   size: int, new_size: int, method: str = "nearest"
 ) -> Int[np.ndarray, " new"]:
-  """Which of `size` values each of `new_size` takes.
+  """Index of the nearest of `size` values for each of `new_size`.
 
   Args:
-    size: values there are.
-    new_size: values wanted.
+    size: number of values.
+    new_size: number of values after resampling.
     method: `nearest` reads at the pixel's upper left corner (16 to 4 takes 0,
       4, 8, 12: torch's 'nearest', OpenCV's INTER_NEAREST), `nearest_exact` at
       its centre (2, 6, 10, 14: torch's 'nearest-exact', Pillow, JAX).
@@ -104,14 +103,14 @@ def indices(
     ValueError: for a method that is not in `NEAREST`.
   """
   _check(method, NEAREST)
-  # In float32, as PyTorch computes them: where a place falls on an integer,
-  # rounding decides.
+  # In float32, as PyTorch computes them: rounding decides positions that are
+  # integers.
   scale = np.float32(size) / np.float32(new_size)
   shift = np.float32(0.5 if method == "nearest_exact" else 0.0)
-  place = np.floor((np.arange(new_size, dtype=np.float32) + shift) * scale)
-  made = np.minimum(place.astype(np.int64), size - 1)
-  made.setflags(write=False)
-  return made
+  position = np.floor((np.arange(new_size, dtype=np.float32) + shift) * scale)
+  nearest = np.minimum(position.astype(np.int64), size - 1)
+  nearest.setflags(write=False)
+  return nearest
 
 
 def resize(
@@ -120,11 +119,11 @@ def resize(
   *,
   method: str = "bilinear",
 ) -> Shaped[Array, "*n h2 w2 d"] | Shaped[np.ndarray, "*n h2 w2 d"]:
-  """Feature maps or pictures with channels, resized.
+  """Resizes feature maps or images with channels.
 
   Args:
-    x: on the host or on the device; the result is where `x` is.
-    size: rows and columns wanted.
+    x: on the host or on the device, like the result.
+    size: rows and columns of the result.
     method: one of `METHODS`, see `matrix` and `indices`.
 
   Returns:
@@ -142,7 +141,7 @@ def resize_maps(
   *,
   method: str = "bilinear",
 ) -> Shaped[Array, "*n h2 w2"] | Shaped[np.ndarray, "*n h2 w2"]:
-  """Maps without channels (depth, labels), resized; see `resize`."""
+  """Resizes maps without channels (depth, labels); see `resize`."""
   return _resize(x, size, method=method, axis=x.ndim - 2)
 
 
@@ -150,16 +149,16 @@ def _resize(x, size, *, method, axis):
   _check(method, METHODS)
   if method in LINEAR and not jnp.issubdtype(x.dtype, jnp.floating):
     x = x.astype(np.float32)
-  for place, new in ((axis, size[0]), (axis + 1, size[1])):
-    old = x.shape[place]
+  for dim, new in ((axis, size[0]), (axis + 1, size[1])):
+    old = x.shape[dim]
     if old == new:
       continue
     if method in NEAREST:
-      x = x.take(indices(old, new, method), axis=place)
+      x = x.take(indices(old, new, method), axis=dim)
     elif isinstance(x, np.ndarray):
-      x = _gather(x, *_taps(old, new, method), place)
+      x = _gather(x, *_taps(old, new, method), dim)
     else:
-      x = _product(x, matrix(old, new, method), place)
+      x = _product(x, matrix(old, new, method), dim)
   return x
 
 
@@ -167,7 +166,7 @@ def _resize(x, size, *, method, axis):
 def _taps(
   size: int, new_size: int, method: str
 ) -> tuple[Int[np.ndarray, "taps new"], Float[np.ndarray, "taps new"]]:
-  """Places and values of the non-zero entries of the matrix's rows."""
+  """Columns and values of the non-zero entries of the matrix's rows."""
   full = matrix(size, new_size, method)
   count = int((full != 0).sum(axis=1).max())
   # Stable, so that taps are added up in the order of the axis.
@@ -175,12 +174,12 @@ def _taps(
   return order.T, np.take_along_axis(full, order, axis=1).T
 
 
-def _gather(x, places, values, axis):
+def _gather(x, columns, values, axis):
   shape = [1] * x.ndim
   shape[axis] = -1
   total = 0
-  for place, value in zip(places, values, strict=True):
-    total = total + x.take(place, axis=axis) * value.astype(x.dtype).reshape(
+  for column, value in zip(columns, values, strict=True):
+    total = total + x.take(column, axis=axis) * value.astype(x.dtype).reshape(
       shape
     )
   return total
@@ -190,8 +189,10 @@ def _product(x, weights, axis):
   # A TPU multiplies float32 in bfloat16 unless told otherwise.
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   moved = jnp.moveaxis(x, axis, -1)
-  made = jnp.matmul(moved, jnp.asarray(weights.T, x.dtype), precision=precision)
-  return jnp.moveaxis(made, -1, axis)
+  weights = jnp.matmul(
+    moved, jnp.asarray(weights.T, x.dtype), precision=precision
+  )
+  return jnp.moveaxis(weights, -1, axis)
 
 
 def _check(method: str, known: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What evaluations gave, and the JSON that keeps it.
+"""Results of evaluations and their JSON files.
 
 One encoder's file is `{encoder, weights, mtv_jax, evals}`, as training writes
 it, and `{name, skipped, failed}` where several evaluations were asked for;
@@ -25,15 +25,15 @@ from mtv_jax.utils.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What the evaluations of one encoder gave.
+  """Results of the evaluations of one encoder.
 
   Attributes:
-    name: what tables call the encoder.
+    name: of the encoder, in tables.
     encoder: where it was loaded from.
     weights: which of its weights.
     results: by evaluation.
     skipped: by evaluation, what the encoder or the data lack for it.
-    failed: by evaluation, what went wrong.
+    failed: by evaluation, its error.
     protocol: of the encoder alone, which its results' protocols begin with.
     version: of the code.
   """
@@ -54,7 +54,7 @@ _FIELDS = dataclasses.fields(Outcome)
 def write_json(
   path: str | os.PathLike, encoder: Encoder, results: Mapping[str, Result]
 ) -> None:
-  """Figures, chance and protocols of one encoder, with what made them."""
+  """Writes metrics, chance and protocols of one encoder."""
   _write(
     path,
     {
@@ -67,7 +67,7 @@ def write_json(
 
 
 def write(path: str | os.PathLike, outcomes: Sequence[Outcome]) -> None:
-  """The same for any number of encoders, with what was skipped or failed."""
+  """Writes the results of any number of encoders, with skips and failures."""
   encoders = []
   for outcome in outcomes:
     fields = {f.name: getattr(outcome, f.name) for f in _FIELDS}
@@ -82,21 +82,21 @@ def write(path: str | os.PathLike, outcomes: Sequence[Outcome]) -> None:
 
 
 def read(path: str | os.PathLike) -> list[Outcome]:
-  """The outcomes in a file of `write` or `write_json`, without pictures.
+  """The outcomes in a file of `write` or `write_json`, without sheets.
 
   Raises:
     MissingFileError: if there is no such file.
-    InputError: if it is no such file; says what it holds.
+    InputError: for a file of another kind.
   """
   path = pathlib.Path(path)
   try:
     content = json.loads(path.read_bytes())
   except ValueError as error:
     raise InputError(f"{path} is not JSON: {error}") from None
-  held = sorted(content) if isinstance(content, dict) else type(content)
+  keys = sorted(content) if isinstance(content, dict) else type(content)
   if not isinstance(content, dict) or not {"encoders", "evals"} & {*content}:
     raise InputError(
-      f"{path} holds {held}; expected the results of tools/evaluate.py "
+      f"{path} holds {keys}; expected the results of tools/evaluate.py "
       "('encoders') or an evaluation of a run ('evals')"
     )
   entries = content.get("encoders", [content])
@@ -124,14 +124,14 @@ def _outcome(
 
 
 def _result(fields: Mapping[str, Any]) -> Result:
-  def figures(name):
+  def read_values(name):
     values = fields.get(name, {}).items()
     return {k: math.nan if v is None else v for k, v in values}
 
   return Result(
-    metrics=figures("metrics"),
+    metrics=read_values("metrics"),
     protocol=fields["protocol"],
-    chance=figures("chance"),
+    chance=read_values("chance"),
     units=fields.get("units", {}),
     lower=tuple(fields.get("lower", ())),
   )
@@ -140,9 +140,9 @@ def _result(fields: Mapping[str, Any]) -> Result:
 def _write(path: str | os.PathLike, content: Any) -> None:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  # NaN is no JSON: a figure that there is none of is null.
+  # JSON has no NaN: a missing metric is null.
   text = json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n"
-  # Whole or not at all: it is written again after each evaluation.
+  # Atomically: it is written again after each evaluation.
   partial = path.with_name(path.name + ".partial")
   partial.write_text(text, encoding="utf-8")
   partial.replace(path)

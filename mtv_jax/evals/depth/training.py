@@ -92,7 +92,7 @@ class Setup:
 
 def train(
   encoder: Encoder, data: DepthSet, setup: Setup, *, head: heads.Head
-) -> probe.Fitted:
+) -> probe.FitResult:
   """Trains the head; the result doesn't depend on the number of devices."""
   whole = setup.example(data, 0).depth.shape
   size = augment.augmented_size(setup.protocol.augment, whole)
@@ -144,7 +144,7 @@ class _Batches:
   ):
     self._encoder, self._data, self._setup = encoder, data, setup
     self._view, self._pool = view, pool
-    self._order = probe.shuffled(
+    self._order = probe.shuffled_batches(
       len(data.images), batch_size=setup.protocol.batch_size, seed=setup.seed
     )
     self._pending: dict[int, list[concurrent.futures.Future]] = {}
@@ -223,7 +223,7 @@ def predict(
   setup: Setup,
   *,
   head: heads.Head,
-  fitted: probe.Fitted,
+  fitted: probe.FitResult,
 ) -> Iterator[Prediction]:
   """Depth of every image in order, at the size of the image.
 
@@ -257,7 +257,9 @@ def _predict_batch(encoder, examples, setup, view, head, fitted):
   features = setup.features(encoder, images)
   total = setup.protocol.batch_size * (2 if flip else 1)
   padding = [(0, total - len(features)), (0, 0), (0, 0), (0, 0)]
-  batch = probe.place({"features": np.pad(features, padding)}, encoder.mesh)
+  batch = probe.shard_batch(
+    {"features": np.pad(features, padding)}, encoder.mesh
+  )
   depth = _predict_fn(head, encoder.mesh)(
     fitted.params, fitted.state["head"], batch["features"]
   )

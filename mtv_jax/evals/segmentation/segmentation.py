@@ -275,7 +275,7 @@ class _Trainer:
       return self._fit(batch)
 
   def _order(self, count: int):
-    return probe.shuffled(
+    return probe.shuffled_batches(
       count, batch_size=self._options.batch_size, seed=self._options.seed
     )
 
@@ -300,10 +300,10 @@ class _Trainer:
       state=state,
       seed=options.seed,
       mesh=self._encoder.mesh,
-      keep=plan.keep,
+      snapshot_steps=plan.keep,
     )
     self.final_loss = float(fitted.losses[-1])
-    return fitted.kept
+    return fitted.snapshots
 
   def _cached(self):
     """Batches of features that are computed once."""

@@ -31,7 +31,7 @@ def blobs():
 
 
 def batches(table, labels, size=32, seed=0):
-  take = probe.shuffled(len(labels), batch_size=size, seed=seed)
+  take = probe.shuffled_batches(len(labels), batch_size=size, seed=seed)
   return lambda step: {"x": table.x[take(step)], "label": labels[take(step)]}
 
 
@@ -242,7 +242,7 @@ def test_thirteen_rates_cost_at_most_two_of_one():
       average=("off", "on"),
     )
     labels = rng.integers(0, 10, 1000).astype(np.int32)
-    take = probe.shuffled(1000, batch_size=256)
+    take = probe.shuffled_batches(1000, batch_size=256)
 
     def batches(step):
       return {"x": table.x[take(step)], "label": labels[take(step)]}

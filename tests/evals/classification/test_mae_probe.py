@@ -24,7 +24,7 @@ def data():
 
 def batches(data):
   x, labels = data
-  take = probe.shuffled(90, batch_size=40)
+  take = probe.shuffled_batches(90, batch_size=40)
   return lambda step: {"x": x[take(step)], "label": labels[take(step)]}
 
 

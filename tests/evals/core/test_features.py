@@ -36,8 +36,8 @@ def images():
 
 
 def test_a_request_is_computed_once(encoder, images):
-  first = features.image(encoder, images, digest="a")
-  again = features.image(encoder, images, digest="a", batch_size=1)
+  first = features.encode_images(encoder, images, digest="a")
+  again = features.encode_images(encoder, images, digest="a", batch_size=1)
   assert encoder.asked == [((), ("pooled",))]
   assert again.pooled is first.pooled
   want = encoder.image(images, outputs=("pooled",)).pooled
@@ -47,8 +47,8 @@ def test_a_request_is_computed_once(encoder, images):
 
 
 def test_only_what_is_missing_is_computed(encoder, images):
-  features.image(encoder, images, digest="a")
-  out = features.image(
+  features.encode_images(encoder, images, digest="a")
+  out = features.encode_images(
     encoder,
     images,
     digest="a",
@@ -62,24 +62,25 @@ def test_only_what_is_missing_is_computed(encoder, images):
   np.testing.assert_array_equal(out.prefix, want.prefix)
   assert out.layers[0] is out.layers[-1]
   assert list(out.prefix_layers) == [-1, 0]
-  features.image(encoder, images, digest="a", layers=(0,), outputs=())
+  features.encode_images(encoder, images, digest="a", layers=(0,), outputs=())
   assert len(encoder.asked) == 3
 
 
 def test_other_data_and_other_encoders_share_nothing(encoder, images):
-  features.image(encoder, images, digest="a")
-  other = features.image(encoder, images[::-1], digest="b")
+  features.encode_images(encoder, images, digest="a")
+  other = features.encode_images(encoder, images[::-1], digest="b")
   assert len(encoder.asked) == 2
   np.testing.assert_array_equal(
-    other.pooled, features.image(encoder, images, digest="a").pooled[::-1]
+    other.pooled,
+    features.encode_images(encoder, images, digest="a").pooled[::-1],
   )
   fresh = Counting()
-  features.image(fresh, images, digest="a")
+  features.encode_images(fresh, images, digest="a")
   assert len(fresh.asked) == 1
 
 
 def test_results_are_read_only(encoder, images):
-  out = features.image(encoder, images, digest="a")
+  out = features.encode_images(encoder, images, digest="a")
   with pytest.raises(ValueError, match="read-only"):
     out.pooled[0] = 0
 
@@ -88,20 +89,20 @@ def test_the_oldest_is_forgotten(encoder, images, monkeypatch):
   size = 3 * 192 * 4
   monkeypatch.setattr(features, "BUDGET", 2 * size)
   for digest in ("a", "b", "a", "c", "a", "b"):
-    features.image(encoder, images, digest=digest)
+    features.encode_images(encoder, images, digest=digest)
   # b went when c came, as a had been used since; then it was wanted again.
   assert len(encoder.asked) == 4
   # What is larger than all of it is handed out and not kept.
   monkeypatch.setattr(features, "BUDGET", size - 1)
   for _ in range(2):
-    out = features.image(encoder, images, digest="d")
+    out = features.encode_images(encoder, images, digest="d")
     assert out.pooled.shape == (3, 192)
   assert len(encoder.asked) == 6
 
 
 def test_features_go_with_their_encoder(images):
   encoder = Counting()
-  features.image(encoder, images, digest="a")
+  features.encode_images(encoder, images, digest="a")
   before = len(features._stores)
   del encoder
   gc.collect()
@@ -109,23 +110,23 @@ def test_features_go_with_their_encoder(images):
 
 
 def test_a_hash_that_does_not_tell_is_noticed(encoder, images):
-  features.image(encoder, images, digest="a")
+  features.encode_images(encoder, images, digest="a")
   with pytest.raises(ValueError, match="2 images .* 3 were encoded before"):
-    features.image(encoder, images[:2], digest="a")
+    features.encode_images(encoder, images[:2], digest="a")
 
 
 def test_another_preprocessing_is_another_request(encoder, images):
-  first = features.image(encoder, images, digest="a").pooled
+  first = features.encode_images(encoder, images, digest="a").pooled
   own = encoder.preprocess
   encoder.preprocess = dataclasses.replace(own, mean=(0.1, 0.1, 0.1))
-  other = features.image(encoder, images, digest="a").pooled
+  other = features.encode_images(encoder, images, digest="a").pooled
   assert len(encoder.asked) == 2
   np.testing.assert_array_equal(
     other, encoder.image(images, outputs=("pooled",)).pooled
   )
   assert np.abs(other - first).max() > 0.1
   encoder.preprocess = own
-  assert features.image(encoder, images, digest="a").pooled is first
+  assert features.encode_images(encoder, images, digest="a").pooled is first
 
 
 def test_with_preprocess_shares_parameters(encoder, images):
@@ -140,13 +141,13 @@ def test_what_is_not_kept_is_said_once(encoder, images, monkeypatch, caplog):
   size = 3 * 192 * 4
   monkeypatch.setattr(features, "BUDGET", size)
   with caplog.at_level(logging.WARNING, "mtv_jax.evals.core.features"):
-    features.image(encoder, images, digest="a")
+    features.encode_images(encoder, images, digest="a")
     assert not caplog.records
     for digest in ("b", "c"):
-      features.image(encoder, images, digest=digest)
+      features.encode_images(encoder, images, digest=digest)
     assert len(caplog.records) == 1
-    assert "(3, 192) of the data a is the first to go" in caplog.text
+    assert "(3, 192) of the data a is the first to be evicted" in caplog.text
     # What is too large at once is said too, of each encoder.
     monkeypatch.setattr(features, "BUDGET", size - 1)
-    features.image(Counting(), images, digest="d")
+    features.encode_images(Counting(), images, digest="d")
   assert len(caplog.records) == 2

@@ -25,7 +25,7 @@ def data():
 
 def batches(data, size):
   x, y = data
-  take = probe.shuffled(len(x), batch_size=size)
+  take = probe.shuffled_batches(len(x), batch_size=size)
   return lambda step: {"x": x[take(step)], "y": y[take(step)]}
 
 
@@ -84,12 +84,14 @@ def test_steps_have_rngs_and_batches_may_be_iterated(data):
 
 
 def test_heads_on_the_way_are_kept(data):
-  fitted = run(data, keep=(3, 30))
-  assert sorted(fitted.kept) == [3, 30]
-  params, state = fitted.kept[3]
+  fitted = run(data, snapshot_steps=(3, 30))
+  assert sorted(fitted.snapshots) == [3, 30]
+  params, state = fitted.snapshots[3]
   np.testing.assert_array_equal(params["w"], run(data, steps=3).params["w"])
   assert int(state["seen"]) == 3
-  np.testing.assert_array_equal(fitted.kept[30][0]["w"], fitted.params["w"])
+  np.testing.assert_array_equal(
+    fitted.snapshots[30][0]["w"], fitted.params["w"]
+  )
 
 
 def test_a_loss_that_diverges_is_an_error(data):
@@ -108,7 +110,7 @@ def test_a_loss_that_diverges_is_an_error(data):
 
 @pytest.mark.parametrize("size", [3, 7, 25])
 def test_shuffled_sees_every_item_equally_often(size):
-  take = probe.shuffled(7, batch_size=size, seed=3)
+  take = probe.shuffled_batches(7, batch_size=size, seed=3)
   seen = np.concatenate([take(step) for step in range(7)])
   assert len(seen) == 7 * size
   assert list(np.bincount(seen, minlength=7)) == [size] * 7

@@ -252,7 +252,7 @@ def test_predictions_match_torch(pixels, tta):
   state["var"] += 0.6
   # Weights that grow with the bin, or every depth would be near the mean.
   params["kernel"] *= np.linspace(-1, 1, 256, dtype=np.float32)
-  fitted = probe.Fitted(params, {"head": state}, np.zeros(1, np.float32))
+  fitted = probe.FitResult(params, {"head": state}, np.zeros(1, np.float32))
   found = training.predict(pixels, data, setup, head=head, fitted=fitted)
   predicted = list(found)
   assert len(predicted) == 3

@@ -213,7 +213,7 @@ def test_distortion_is_half_of_the_time_and_in_range():
 
 def test_crops_depend_on_seed_step_and_row_alone():
   data = stripes(5, seed=0)
-  order = probe.shuffled(5, batch_size=3, seed=0)
+  order = probe.shuffled_batches(5, batch_size=3, seed=0)
   kwargs = dict(size=16, fill=FILL, interpolation="bilinear")
   with (
     views.Crops(data, order, seed=0, **kwargs) as a,
@@ -416,14 +416,14 @@ def test_training_step_as_torch():
     optimizer=optax.adamw(rate, weight_decay=1e-3),
     steps=8,
     state=state,
-    keep=(8,),
+    snapshot_steps=(8,),
   )
   np.testing.assert_allclose(fitted.losses, losses, rtol=2e-5)
   assert losses[-1] < losses[0] - 1e-3
   norm.eval()
   with torch.no_grad():
     theirs = conv(norm(planes)).permute(0, 2, 3, 1).numpy()
-  ours = head.fold([fitted.kept[8]])(x)[..., 0, :]
+  ours = head.fold([fitted.snapshots[8]])(x)[..., 0, :]
   np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
