@@ -114,7 +114,7 @@ def evaluate(args: argparse.Namespace) -> list[str]:
     asked.name: mtv_jax.load(
       asked.path, weights=asked.weights, dtype=args.dtype
     )
-    for asked in suite.requests(args.encoder, weights=args.weights)
+    for asked in suite.parse_requests(args.encoder, weights=args.weights)
   }
   outcomes = suite.evaluate(encoders, chosen, folder=args.output, say=_say)
   failed = suite.errors(outcomes, chosen)
