@@ -110,7 +110,9 @@ def check_sharding_rules(rules: ShardingRules, names: Iterable[str]) -> None:
         )
 
 
-def table(abstract: PyTree) -> list[tuple[str, tuple[int, ...], str, int]]:
+def sharding_table(
+  abstract: PyTree,
+) -> list[tuple[str, tuple[int, ...], str, int]]:
   """Rows (name, shape, partition, bytes a device) for the start-up log."""
   rows = []
   for name, leaf in flatten_with_names(abstract):

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -32,7 +33,7 @@ from mtv_jax.parallel.mesh import (
   host_rows,
   make_mesh,
 )
-from mtv_jax.parallel.rules import check_sharding_rules, table
+from mtv_jax.parallel.rules import check_sharding_rules, sharding_table
 from mtv_jax.train import optim
 from mtv_jax.train.step import Program, make_program
 from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, abstract_params
@@ -377,23 +378,19 @@ def save_config(experiment: Experiment) -> None:
 
 def log_experiment(experiment: Experiment) -> None:
   """Logs what is about to be trained: sizes, placement, rules, length."""
-  rows = table(experiment.program.abstract.params)
-  width = max(len(row[0]) for row in rows)
-  line = f"%-{width}s  %-16s %13s  %s"
-  log.info(line, "parameter", "shape", "bytes/device", "partition")
-  for name, shape, spec, size in rows:
-    shown = "x".join(map(str, shape)) or "-"
-    log.info(line, name, shown, f"{size:,}", spec)
+  params = experiment.program.abstract.params
+  log.info(
+    "\n%s",
+    parameter_overview.get_parameter_overview(params, include_stats="sharding"),
+  )
   log.info("\n%s\n", optim.describe(experiment.optimizer.table))
   if experiment.optimizer.note:
     log.info(experiment.optimizer.note)
   mesh, config = experiment.mesh, experiment.config
-  count = sum(math.prod(row[1]) for row in rows)
-  held = sum(row[3] for row in table(experiment.program.abstract))
+  size = sum(row[3] for row in sharding_table(experiment.program.abstract))
   log.info(
-    "%s parameters; the state takes %.1f MB a device on a mesh of %s.",
-    f"{count:,}",
-    held / 1e6,
+    "The state takes %.1f MB a device on a mesh of %s.",
+    size / 1e6,
     " x ".join(f"{mesh.shape[axis]} {axis}" for axis in MESH_AXES),
   )
   log.info("Encodings: %s.", ", ".join(map(str, experiment.step_spec.plan)))

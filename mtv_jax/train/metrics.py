@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 import tensorboardX
 
-from mtv_jax.utils.progress import duration
-
 log = logging.getLogger(__name__)
 
 WIDTH = 120
@@ -358,7 +356,7 @@ def console_line(
     tail = [
       f"{rates.images_per_second:,.0f} img/s",
       f"wait {100 * rates.wait:.0f}%",
-      f"eta {duration(rates.eta)}",
+      f"eta {format_duration(rates.eta)}",
     ]
   parts, room = [], WIDTH - len("  ".join([head, *tail])) - len("  +00 more")
   for name, value in numbers.items():
@@ -380,3 +378,18 @@ def format_number(value: float) -> str:
   if not 0.01 <= abs(value) < 1e5:
     return f"{value:.1e}"
   return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def format_duration(seconds: float) -> str:
+  """Two units: 42s, 3m12s, 5h07m, 2d03h; '?' where unknown."""
+  if not math.isfinite(seconds):
+    return "?"
+  left = round(seconds)
+  for unit, size, lower, smaller in [
+    ("d", 86400, "h", 3600),
+    ("h", 3600, "m", 60),
+    ("m", 60, "s", 1),
+  ]:
+    if left >= size:
+      return f"{left // size}{unit}{left % size // smaller:02d}{lower}"
+  return f"{left}s"

@@ -36,19 +36,6 @@ class ObjectiveWeight:
   start: int = 0
   ramp: int = 0
 
-  @property
-  def attention_heads(self) -> dict[str, int]:
-    """Attention heads of each stack of blocks, by its parameters' prefix."""
-    heads = {
-      f"heads/{name}": head.module.heads
-      for name, head in self.heads.items()
-      if hasattr(head.module, "heads")
-    }
-    heads["image"] = self.model.image.heads
-    if self.model.text is not None:
-      heads["text"] = self.model.text.heads
-    return heads
-
   def active(self, step: int) -> bool:
     """Whether the objective is computed in the update after `step` others."""
     return step >= self.start
@@ -139,6 +126,19 @@ class StepSpec:
     if self.model.text is not None:
       towers["text"] = model_lib.text_tower(self.model, **options)
     return towers
+
+  @property
+  def attention_heads(self) -> dict[str, int]:
+    """Attention heads of each stack of blocks, by its parameters' prefix."""
+    heads = {
+      f"heads/{name}": head.module.heads
+      for name, head in self.heads.items()
+      if hasattr(head.module, "heads")
+    }
+    heads["image"] = self.model.image.heads
+    if self.model.text is not None:
+      heads["text"] = self.model.text.heads
+    return heads
 
   def active(self, step: int) -> tuple[str, ...]:
     """The objectives that the update after `step` others computes."""

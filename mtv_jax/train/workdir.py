@@ -1,4 +1,4 @@
-"""Taking a run's folder: it must be a run's, or new, and nobody else's now."""
+"""The lock on a run's folder, and the check that it is one."""
 
 import contextlib
 import json
@@ -6,34 +6,30 @@ import os
 import pathlib
 import socket
 from collections.abc import Iterator
-from typing import IO
+
+import filelock
 
 from mtv_jax.utils.errors import ConfigError
 
-try:
-  import fcntl
-except ImportError:  # Windows: without it nothing is held.
-  fcntl = None
-
-LOCK = ".lock"
+LOCK, OWNER = ".lock", ".lock.owner"
 
 
 @contextlib.contextmanager
 def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
-  """Holds a run's folder, made if missing, so that a second run is refused.
+  """Locks a run's folder, created if missing, so that a second run is refused.
 
-  Two runs in a folder would delete each other's half-written checkpoints. The
-  system lets go of the folder however the process ends. File systems that
-  can't lock are trusted.
+  Two runs in a folder would delete each other's unfinished checkpoints. The
+  system releases the lock however the process ends. File systems that can't
+  lock are trusted.
 
   Args:
-    folder: of the run; one process of a run holds it for all.
+    folder: of the run; one process of a run locks it for all.
 
   Raises:
-    ConfigError: it is a file, holds a model that is no run, or is held.
+    ConfigError: it is a file, holds a model that is not a run, or is locked.
   """
   if "://" in str(folder):
-    # `experiment.build` says why not; no folder named `gs:` is made here.
+    # `build_experiment` refuses it; no folder named `gs:` is created here.
     yield
     return
   path = pathlib.Path(folder)
@@ -41,45 +37,38 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
     raise ConfigError(f"--workdir={folder} is a file; a folder is expected.")
   _require_run(path)
   path.mkdir(parents=True, exist_ok=True)
-  with (path / LOCK).open("a+", encoding="utf-8") as file:
-    if not _lock(file):
-      file.seek(0)
-      raise ConfigError(
-        f"--workdir={folder} is in use by {file.read() or 'another process'}."
-        " Wait for it, end it, or give another folder."
-      )
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    yield
-
-
-def _lock(file: IO[str]) -> bool:
-  """Whether nobody else holds the file, as far as can be told."""
-  if fcntl is None:
-    return True
+  owner = path / OWNER
+  lock = filelock.FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
   try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  except OSError:
-    # A file system that can't lock.
-    return True
-  return True
+    lock.acquire()
+  except filelock.Timeout:
+    by = owner.read_text() if owner.exists() else "another process"
+    raise ConfigError(
+      f"--workdir={folder} is locked by {by}. Wait for it, end it, or give"
+      " another folder."
+    ) from None
+  except (NotImplementedError, OSError):
+    yield
+    return
+  try:
+    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    yield
+  finally:
+    lock.release()
 
 
 def _require_run(folder: pathlib.Path) -> None:
-  """Refuses a folder whose config.json is not one that a run has written."""
+  """Refuses a folder whose config.json was not written by a run."""
   config = folder / "config.json"
   if not config.is_file():
     return
   try:
-    found = json.loads(config.read_bytes())
+    content = json.loads(config.read_bytes())
   except ValueError:
-    # Cut short: training writes it again.
+    # Truncated by a crash: training writes it again.
     return
-  if not isinstance(found, dict) or "objectives" not in found:
+  if not isinstance(content, dict) or "objectives" not in content:
     raise ConfigError(
-      f"--workdir={folder} holds a config.json that is no run's (an exported"
-      " model?), and a run would replace it: give another folder."
+      f"--workdir={folder} holds a config.json of something else than a run (an"
+      " exported model?), which a run would replace. Give another folder."
     )

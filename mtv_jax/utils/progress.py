@@ -1,99 +1,92 @@
-"""How far a long job is, on the terminal or in a log."""
+"""Progress of long jobs: a tqdm bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import io
-import math
 import sys
-import time
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, TextIO, TypeVar
 
-_WIDTH = 20
+import tqdm
+
+T = TypeVar("T")
+
+
+class _Lines(tqdm.tqdm):
+  """A bar that writes lines instead of overwriting one."""
+
+  def display(self, msg: str | None = None, pos: int | None = None) -> None:
+    """Writes the state as one line."""
+    # `close` calls this with 0 and ends the line itself.
+    self.fp.write(f"{msg or self}" + ("" if pos == 0 else "\n"))
+    self.fp.flush()
 
 
 class Progress:
-  """Says how many items are done, how many a second, and the time left.
+  """A progress bar that is told how many items are done.
 
-  On a terminal that is a bar in one line; elsewhere a line every ten seconds.
-  What was done before the first call does not count into the pace, and neither
-  does the time to the first news after it, in which programs are compiled.
+  Items of earlier runs, done before the first call, don't count into the rate.
 
   Args:
     unit: what is counted.
+    description: in front of the bar.
     stream: where it is written, standard error by default.
-    clock: seconds, from anywhere.
+    interval: seconds between updates; by default 0.5 on a terminal, else 10.
   """
 
   def __init__(
     self,
     *,
     unit: str = "images",
+    description: str | None = None,
     stream: TextIO | io.StringIO | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    interval: float | int | None = None,
   ):
-    self._unit = unit
-    self._stream = sys.stderr if stream is None else stream
-    self._clock = clock
-    self._tty = self._stream.isatty()
-    self._said = clock()
-    # (seconds, items): at the start, and at the first news.
-    self._marks: list[tuple[float, int]] = []
-    self._line = 0
+    stream = sys.stderr if stream is None else stream
+    kind, every, meter = tqdm.tqdm, 0.5, "|{bar}| "
+    if not stream.isatty():
+      kind, every, meter = _Lines, 10.0, ""
+    self._bar: Any = None
+    self._options = {
+      "desc": f"{description}: " if description else "",
+      "unit": f" {unit}",
+      "file": stream,
+      "mininterval": every if interval is None else interval,
+      "bar_format": "{desc}{percentage:3.0f}% "
+      + meter
+      + "{n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left",
+    }
+    self._kind = kind
 
   def __call__(self, done: int, total: int) -> None:
-    """Says it where it is due: now and then, and at the end.
+    """Updates the bar, and closes it when everything is done.
 
     Args:
       done: items so far, with those of earlier runs and of other hosts.
       total: all of them.
     """
-    now = self._clock()
-    if len(self._marks) < 2 and (not self._marks or done > self._marks[-1][1]):
-      self._marks.append((now, done))
-    if now - self._said < (0.5 if self._tty else 10) and done < total:
-      return
-    self._said = now
-    self._say(done, total, self._pace(now, done))
-
-  def _pace(self, now: float, done: int) -> float:
-    """Items a second; NaN before it is known."""
-    for seconds, items in reversed(self._marks):
-      if done > items and now > seconds:
-        return (done - items) / (now - seconds)
-    return math.nan
-
-  def _say(self, done: int, total: int, pace: float) -> None:
-    known = math.isfinite(pace)
-    # Rounded down: 100 % is for all of them alone.
-    percent = f"{1000 * done // max(total, 1) / 10:5.1f}%"
-    count = f"{done:,} of {total:,} {self._unit}"
-    speed = f"{pace:,.0f} a second" if pace >= 10 else f"{pace:.1f} a second"
-    eta = duration((total - done) / pace if known else math.nan)
-    left = [f"eta {eta}"] if done < total else []
-    tail = [count, *([speed] if known else []), *left]
-    if not self._tty:
-      print(percent.strip(), *tail, sep=", ", file=self._stream, flush=True)
-      return
-    full = _WIDTH * done // max(total, 1)
-    bar = "#" * full + "." * (_WIDTH - full)
-    text = f"{percent} [{bar}] {'  '.join(tail)}"
-    pad = " " * (self._line - len(text))
-    self._line = len(text)
-    end = "\n" if done >= total else "\r"
-    print(text + pad, end=end, file=self._stream, flush=True)
+    if self._bar is None:
+      self._bar = self._kind(total=total, initial=done, **self._options)
+    self._bar.total = total
+    self._bar.update(done - self._bar.n)
+    if done >= total:
+      self._bar.close()
 
 
-def duration(seconds: float) -> str:
-  """Two units: 42s, 3m12s, 5h07m, 2d03h; '?' where unknown."""
-  if not math.isfinite(seconds):
-    return "?"
-  left = round(seconds)
-  for unit, size, lower, smaller in [
-    ("d", 86400, "h", 3600),
-    ("h", 3600, "m", 60),
-    ("m", 60, "s", 1),
-  ]:
-    if left >= size:
-      return f"{left // size}{unit}{left % size // smaller:02d}{lower}"
-  return f"{left}s"
+def track(
+  items: Iterable[T], description: str, *, total: int | None = None
+) -> Iterator[T]:
+  """Yields items and shows how many of them are done.
+
+  Args:
+    items: any iterable.
+    description: in front of the bar.
+    total: how many there are, where `items` has no length.
+  """
+  if total is None:
+    total = len(items) if isinstance(items, Sized) else 0
+  report = Progress(unit="batches", description=description)
+  report(0, max(total, 1))
+  for done, item in enumerate(items, 1):
+    yield item
+    report(done, max(total, done))

@@ -15,7 +15,11 @@ from mtv_jax.parallel.mesh import (
   make_mesh,
   shard_batch,
 )
-from mtv_jax.parallel.rules import check_sharding_rules, table, tree_shardings
+from mtv_jax.parallel.rules import (
+  check_sharding_rules,
+  sharding_table,
+  tree_shardings,
+)
 
 
 def test_a_minus_one_takes_what_is_left():
@@ -118,7 +122,7 @@ def test_the_table_counts_bytes_a_device():
     k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed[k])
     for k, s in shapes.items()
   }
-  rows = {row[0]: row for row in table(abstract)}
+  rows = {row[0]: row for row in sharding_table(abstract)}
   assert rows["image/blocks/mlp/fc1/kernel"][3] == 2 * 16 * 64 * 4 // 4
 
 

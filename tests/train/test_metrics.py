@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 
@@ -246,7 +247,7 @@ def test_number(value, text):
   ],
 )
 def test_duration(seconds, text):
-  assert metrics.duration(seconds) == text
+  assert metrics.format_duration(seconds) == text
 
 
 def test_setup_logging(capsys):
@@ -260,7 +261,8 @@ def test_setup_logging(capsys):
     logging.getLogger("absl").info("noise")
     setup_logging(process_index=1)
     logging.getLogger("mtv_jax.train.metrics").info("from another process")
-    assert capsys.readouterr().out == "a line\n"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"I \d{4} \d\d:\d\d:\d\d \S+:0\] a line", line)
   finally:
     package.handlers[:], package.level, package.propagate = state
     for name, level in levels.items():

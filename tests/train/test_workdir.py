@@ -1,4 +1,4 @@
-"""A run's folder is taken by one run at a time, and only if it is a run's."""
+"""The lock on a run's folder."""
 
 import json
 import subprocess
@@ -10,25 +10,25 @@ from mtv_jax.train import workdir
 from mtv_jax.utils.errors import ConfigError
 
 
-def test_a_folder_is_made_and_let_go(tmp_path):
+def test_a_folder_is_created_and_released(tmp_path):
   folder = tmp_path / "runs" / "ü a"
   for _ in range(2):
     with workdir.lock_workdir(folder):
-      assert "process" in (folder / workdir.LOCK).read_text()
+      assert "process" in (folder / workdir.OWNER).read_text()
 
 
-def test_an_error_inside_is_passed_on_and_lets_go(tmp_path):
+def test_an_error_inside_is_raised_and_releases_the_lock(tmp_path):
   with pytest.raises(OSError, match="full"), workdir.lock_workdir(tmp_path):
     raise OSError("full")
   with workdir.lock_workdir(tmp_path):
     pass
 
 
-def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path):
+def test_a_second_run_is_refused_until_the_first_exits(tmp_path):
   code = (
     "import sys\nfrom mtv_jax.train import workdir\n"
     "with workdir.lock_workdir(sys.argv[1]):\n"
-    "  print('held', flush=True)\n  sys.stdin.read()"
+    "  print('locked', flush=True)\n  sys.stdin.read()"
   )
   other = subprocess.Popen(
     [sys.executable, "-c", code, tmp_path],
@@ -36,18 +36,18 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path):
     stdout=subprocess.PIPE,
     text=True,
   )
-  assert other.stdout.readline() == "held\n"
-  match = f"in use by process {other.pid} on"
+  assert other.stdout.readline() == "locked\n"
+  match = f"locked by process {other.pid} on"
   with pytest.raises(ConfigError, match=match), workdir.lock_workdir(tmp_path):
     pass
-  # As a crash or the machine's manager would end it.
+  # As after a crash.
   other.kill()
   other.communicate()
   with workdir.lock_workdir(tmp_path):
     pass
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_folders_of_other_content_are_refused(tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(ConfigError, match="file is a file; a folder"):  # noqa: SIM117
     with workdir.lock_workdir(tmp_path / "file"):
@@ -57,18 +57,18 @@ def test_what_is_no_run_is_refused(tmp_path):
   text = json.dumps({"model_type": "siglip"})
   (model / "config.json").write_text(text)
   with (
-    pytest.raises(ConfigError, match="no run's"),
+    pytest.raises(ConfigError, match="something else than a run"),
     workdir.lock_workdir(model),
   ):
     pass
   assert [p.name for p in model.iterdir()] == ["config.json"]
-  # One that a kill cut short is written again.
+  # One that a crash truncated is written again.
   (model / "config.json").write_text('{"batch')
   with workdir.lock_workdir(model):
     pass
 
 
-def test_a_bucket_makes_no_folder(tmp_path, monkeypatch):
+def test_no_local_folder_is_created_for_a_bucket(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with workdir.lock_workdir("gs://bucket/run"):
     pass

@@ -1,7 +1,8 @@
-"""How far a long job is: what a log and a terminal are told."""
+"""Progress bars on a terminal and in a log."""
 
 import io
 
+from mtv_jax.utils import progress
 from mtv_jax.utils.progress import Progress
 
 
@@ -11,24 +12,31 @@ class Stream(io.StringIO):
     self.isatty = lambda: tty
 
 
-def test_progress():
-  now = 0.0
-  log, screen = Stream(False), Stream(True)
-  says = [Progress(stream=s, clock=lambda: now) for s in (log, screen)]
-  # 400 were there; the first 100 compile; then 50 a second.
-  for seconds, done in (
-    (1.0, 400), (31.0, 500), (33.0, 600), (51.0, 1500), (52.0, 1900),
-    (60.0, 2000),
-  ):  # fmt: skip
-    now = seconds
-    for say in says:
-      say(done, 2000)
-  assert log.getvalue().splitlines() == [
-    "25.0%, 500 of 2,000 images, 3.3 a second, eta 7m30s",
-    "75.0%, 1,500 of 2,000 images, 50 a second, eta 10s",
-    "100.0%, 2,000 of 2,000 images, 52 a second",
-  ]
-  lines = screen.getvalue().split("\r")
-  assert lines[0] == " 20.0% [####................] 400 of 2,000 images  eta ?"
-  assert lines[-1].startswith("100.0% [####################] 2,000 of 2,000")
-  assert lines[-1].endswith("\n")
+def test_a_log_gets_lines_and_a_terminal_one_bar():
+  log, terminal = Stream(False), Stream(True)
+  for stream in (log, terminal):
+    report = Progress(stream=stream, interval=0)
+    for done in (400, 1500, 2000):
+      report(done, 2000)
+  lines = log.getvalue().splitlines()
+  assert lines[0].startswith(" 20% 400 of 2,000 images, ")
+  assert lines[-1].startswith("100% 2,000 of 2,000 images, ")
+  assert "\r" not in log.getvalue()
+  assert "\r100% |" in terminal.getvalue()
+
+
+def test_lines_come_at_intervals_and_at_the_end():
+  log = Stream(False)
+  report = Progress(stream=log, unit="records", interval=1000)
+  for done in range(101):
+    report(done, 100)
+  first, last = log.getvalue().splitlines()
+  assert first.startswith("  0% 0 of 100 records")
+  assert last.startswith("100% 100 of 100 records")
+
+
+def test_track(capsys):
+  assert list(progress.track([1, 2, 3], "Embedding")) == [1, 2, 3]
+  assert list(progress.track(iter("ab"), "Embedding", total=2)) == ["a", "b"]
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[-1].startswith("Embedding: 100% 2 of 2 batches")

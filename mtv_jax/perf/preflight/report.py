@@ -11,7 +11,7 @@ import numpy as np
 
 from mtv_jax.config import schema
 from mtv_jax.parallel.mesh import MESH_AXES
-from mtv_jax.parallel.rules import table
+from mtv_jax.parallel.rules import sharding_table
 from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf.bench import flops as flops_lib
 from mtv_jax.perf.preflight import measure as measure_lib
@@ -80,7 +80,7 @@ class Report:
     """Everything, as plain values."""
     plan, measured, topology = self.plan, self.measured, self.plan.topology
     rate = self.examples_per_second
-    rows = table(plan.program.abstract.params)
+    rows = sharding_table(plan.program.abstract.params)
     return {
       "topology": topology.name,
       "chips": topology.chips,
@@ -174,9 +174,9 @@ class Report:
     return "\n".join(lines)
 
   def _parameters(self) -> str:
-    rows = table(self.plan.program.abstract.params)
+    rows = sharding_table(self.plan.program.abstract.params)
     count = sum(math.prod(row[1]) for row in rows)
-    state = sum(r[3] for r in table(self.plan.program.abstract))
+    state = sum(r[3] for r in sharding_table(self.plan.program.abstract))
     lines = [
       f"parameters: {count:,}; they take "
       f"{_size(sum(row[3] for row in rows))} a chip, the state {_size(state)}"
@@ -324,7 +324,8 @@ def large_gathers(
   An activation that is gathered by accident shows here.
   """
   most = max(
-    math.prod(row[1]) * 4 for row in table(plan.program.abstract.params)
+    math.prod(row[1]) * 4
+    for row in sharding_table(plan.program.abstract.params)
   )
   return [
     row
