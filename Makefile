@@ -1,4 +1,4 @@
-# Everything a fresh machine needs: Python 3.11 or newer with its venv module.
+# Needs Python 3.11 or newer with its venv module, and installs the rest.
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart test test-slow test-reference lint format clean
 
-# One stamp a set of extras: a changed setup.cfg installs again.
+# One stamp per set of extras; a changed setup.cfg reinstalls.
 $(VENV)/.base: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) \
 	  else f"mtv_jax needs Python >= 3.11, this is {sys.version}")'
@@ -20,22 +20,21 @@ $(VENV)/.dev: $(VENV)/.base
 
 $(VENV)/.reference: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -e '.[dev,reference,parquet,onnx,preflight]'
+	  -e '.[dev,reference,parquet,onnx,preflight,tfds]'
 	touch $@
 
-# Trains every objective on the built-in scenes, evaluates and exports it.
+# Trains every objective on the built-in scenes, evaluates and exports.
 quickstart: $(VENV)/.base
-	$(BIN)/python -m mtv_jax.main --config=configs/mtv_tiny.py \
-	  --workdir=$(RUN)
-	$(BIN)/python tools/convert.py to_hf $(RUN) $(RUN)/huggingface
+	$(BIN)/mtv-jax train --config=mtv_tiny --workdir=$(RUN)
+	$(BIN)/mtv-jax convert to_hf $(RUN) $(RUN)/huggingface
 	@echo
 	@echo "Trained, evaluated and exported:"
 	@echo "  $(RUN)/config.json      the resolved config"
-	@echo "  $(RUN)/metrics.jsonl    losses and evaluations by step; beside it"
-	@echo "                          the same for TensorBoard"
+	@echo "  $(RUN)/metrics.jsonl    losses and evaluations by step, with"
+	@echo "                          TensorBoard files beside it"
 	@echo "  $(RUN)/evals            each evaluation with its protocol"
-	@echo "  $(RUN)/checkpoints      to resume: run the same command again"
-	@echo "  $(RUN)/huggingface      opens with transformers' AutoModel"
+	@echo "  $(RUN)/checkpoints      the same command resumes from here"
+	@echo "  $(RUN)/huggingface      for transformers' AutoModel"
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow and not reference'
@@ -56,4 +55,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv* build dist *.egg-info .pytest_cache .ruff_cache
