@@ -1,7 +1,7 @@
-"""Towers and heads as compiled functions, shared by all encoders of a shape.
+"""Jitted apply functions of towers and heads.
 
-They are made once per architecture, mesh and request; parameters are
-arguments, so that other parameters compile nothing.
+One per architecture, mesh and request; parameters are arguments, so that
+encoders of one architecture share them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mtv_jax.models.heads.base import PredictionHead
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils import xla_flags
 
-# From parameters and a batch to arrays by name, replicated.
+# (parameters, batch) -> replicated arrays by name.
 Function = Callable[[PyTree, PyTree], dict[str, jax.Array]]
 
 
@@ -32,10 +32,10 @@ def image_function(
   outputs: tuple[str, ...],
   mesh: Mesh,
 ) -> Function:
-  """The image tower: from normalised `[B, H, W, 3]` to float32 features.
+  """The image tower: normalised `[B, H, W, 3]` to float32 features.
 
   `patches` and `layerI` are `[B, h, w, D]`, `prefix` and `prefixI` `[B, P, D]`,
-  `pooled` `[B, E]`. jit compiles it again for every size of image.
+  `pooled` `[B, E]`. Compiled for each image size.
   """
   tower = models.image_tower(spec, dtype=jnp.dtype(dtype))
   first = spec.image.prefix
@@ -43,22 +43,22 @@ def image_function(
   def run(params, images):
     with precision(dtype):
       out = tower.apply({"params": params}, images, taps=taps)
-    kept = {name: getattr(out, name) for name in outputs}
+    features = {name: getattr(out, name) for name in outputs}
     for tap in taps:
-      kept[f"layer{tap}"] = out.taps[tap][:, first:]
-      kept[f"prefix{tap}"] = out.taps[tap][:, :first]
+      features[f"layer{tap}"] = out.taps[tap][:, first:]
+      features[f"prefix{tap}"] = out.taps[tap][:, :first]
     grid = spec.image.grid_of(*images.shape[1:3])
-    for name in kept:
+    for name, value in features.items():
       if name == "patches" or name.startswith("layer"):
-        kept[name] = kept[name].reshape(len(images), *grid, -1)
-    return jax.tree.map(lambda x: x.astype(jnp.float32), kept)
+        features[name] = value.reshape(len(images), *grid, -1)
+    return jax.tree.map(lambda x: x.astype(jnp.float32), features)
 
   return _compiled(run, mesh)
 
 
 @functools.lru_cache(maxsize=64)
 def text_function(spec: models.ModelSpec, dtype: str, mesh: Mesh) -> Function:
-  """The text tower: from token ids `[B, T]` to `pooled` `[B, E]`."""
+  """The text tower: token ids `[B, T]` to `pooled` `[B, E]`."""
   tower = models.text_tower(spec, dtype=jnp.dtype(dtype))
 
   def run(params, tokens):
@@ -73,7 +73,7 @@ def text_function(spec: models.ModelSpec, dtype: str, mesh: Mesh) -> Function:
 def head_function(
   spec: models.ModelSpec, head: PredictionHead, dtype: str, mesh: Mesh
 ) -> Function:
-  """A head that predicts: from `images` `[B, H, W, 3]` and the head's inputs.
+  """A head that predicts, of `images` `[B, H, W, 3]` and its inputs.
 
   The parameters are `image` and `heads/NAME`.
   """
@@ -103,7 +103,7 @@ def _compiled(run: Callable, mesh: Mesh) -> Function:
 
 
 def precision(dtype: str) -> Any:
-  """float32 means float32: a TPU's default would multiply in bfloat16."""
+  """Matmul precision; by default TPUs multiply float32 in bfloat16."""
   return jax.default_matmul_precision(
     "highest" if dtype == "float32" else "default"
   )

@@ -1,4 +1,4 @@
-"""Encoders that have learnt nothing: the floor of every evaluation.
+"""Untrained baselines: raw pixels and a randomly initialised ViT.
 
 mtv_jax.load("pixels:224")       raw pixels, patches of 16 ("pixels:224/14")
 mtv_jax.load("random:B/16")      an untrained ViT ("random:mu/8@64" at 64)
@@ -21,21 +21,21 @@ from mtv_jax.models import vit
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.parallel.mesh import replicated_sharding
 
-# Side of the thumbnail that a raw-pixel encoder has for an embedding.
+# Side of the thumbnail that is the embedding of raw pixels.
 THUMBNAIL = 8
 _PIXELS = re.compile(r"pixels:(\d+)(?:/(\d+))?")
 _RANDOM = re.compile(r"random:(\w[\w-]*/\d+)(?:@(\d+))?")
 
 
 def is_baseline(name: str) -> bool:
-  """Whether a string asks for a baseline and not for a folder."""
+  """Whether a string names a baseline instead of a folder."""
   return name.startswith(("pixels:", "random:"))
 
 
 def load(
   name: str, *, dtype: str = "float32", mesh: Mesh | None = None
 ) -> Encoder:
-  """The baseline of a name.
+  """Builds a baseline by name.
 
   Args:
     name: `pixels:SIZE` or `pixels:SIZE/PATCH` (16 by default), or
@@ -44,17 +44,17 @@ def load(
     mesh: as for `mtv_jax.load`.
 
   Raises:
-    ValueError: for a name that is neither, an unknown variant, or a size that
-      the patch does not divide.
+    ValueError: for another name, an unknown variant, or a size that the patch
+      does not divide.
   """
-  if found := _PIXELS.fullmatch(name):
-    size, patch = (int(x) for x in found.groups("16"))
+  if match := _PIXELS.fullmatch(name):
+    size, patch = (int(x) for x in match.groups("16"))
     return PixelEncoder(size, patch, dtype=dtype, mesh=mesh)
-  if found := _RANDOM.fullmatch(name):
-    variant, size = found.groups("224")
+  if match := _RANDOM.fullmatch(name):
+    variant, size = match.groups("224")
     return random(variant, int(size), dtype=dtype, mesh=mesh)
   raise ValueError(
-    f"{name!r} is no baseline; expected pixels:SIZE, pixels:SIZE/PATCH, "
+    f"{name!r} is not a baseline; expected pixels:SIZE, pixels:SIZE/PATCH, "
     f"random:VARIANT or random:VARIANT@SIZE, such as 'pixels:224' and "
     f"'random:B/16@224'. Variants: {', '.join(models.VARIANTS)}"
   )
@@ -67,9 +67,9 @@ def random(
   dtype: str = "float32",
   mesh: Mesh | None = None,
 ) -> Encoder:
-  """An image tower of a variant ('B/16') as it is initialised, seed 0.
+  """An image tower of a variant ('B/16') with initial parameters, seed 0.
 
-  Pooled by attention, as our towers are. It has no text tower.
+  It pools by attention and has no text tower.
   """
   spec = models.ModelSpec.from_config({"variant": variant, "image_size": size})
   params = jax.tree.map(np.asarray, models.init_params(spec, jax.random.key(0)))
@@ -87,9 +87,9 @@ def random(
 class PixelEncoder(Encoder):
   """Normalised pixels as features.
 
-  A patch's feature is its pixels, ordered (y, x, channel), after the last and
-  only layer and before it; the pooled embedding is an 8 x 8 thumbnail of the
-  image. There are no prefix tokens, and there is no text tower.
+  A patch's feature is its pixels, ordered (y, x, channel), in its only layer
+  and as output; the pooled embedding is an 8 x 8 thumbnail of the image. There
+  are no prefix tokens and no text tower.
   """
 
   def __init__(
@@ -137,19 +137,19 @@ def _pixel_function(spec, taps, outputs, mesh) -> apply_fns.Function:
     grid = spec.image.grid_of(h, w)
     patches = vit.patchify(images, patch).reshape(b, *grid, -1)
     prefix = patches[:, 0, :0]
-    found = {"patches": patches, "prefix": prefix}
+    features = {"patches": patches, "prefix": prefix}
     if "pooled" in outputs:
-      found["pooled"] = _thumbnail(images).reshape(b, -1)
-    kept = {name: found[name] for name in outputs}
+      features["pooled"] = _thumbnail(images).reshape(b, -1)
+    features = {name: features[name] for name in outputs}
     for tap in taps:
-      kept |= {f"layer{tap}": patches, f"prefix{tap}": prefix}
-    return kept
+      features |= {f"layer{tap}": patches, f"prefix{tap}": prefix}
+    return features
 
   return jax.jit(run, out_shardings=replicated_sharding(mesh))
 
 
 def _thumbnail(images):
-  """Means over the cells of an 8 x 8 grid, whose edges may cut pixels."""
+  """Area means over the cells of an 8 x 8 grid."""
   rows, columns = (_area_matrix(side, THUMBNAIL) for side in images.shape[1:3])
   return jax.numpy.einsum(
     "yh,xw,bhwc->byxc", rows, columns, images, precision="highest"
@@ -157,9 +157,9 @@ def _thumbnail(images):
 
 
 def _area_matrix(size: int, new_size: int) -> np.ndarray:
-  """`[new, old]`: what share of each new cell every old one covers."""
+  """`[new, old]`: the share of each new cell that every old one covers."""
   edges = np.arange(new_size + 1) * size / new_size
   low, high = edges[:-1, None], edges[1:, None]
   old = np.arange(size)
-  shared = np.minimum(high, old + 1) - np.maximum(low, old)
-  return (np.maximum(shared, 0) * new_size / size).astype(np.float32)
+  overlap = np.minimum(high, old + 1) - np.maximum(low, old)
+  return (np.maximum(overlap, 0) * new_size / size).astype(np.float32)

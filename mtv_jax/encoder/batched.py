@@ -1,4 +1,4 @@
-"""Running a compiled function over many items, on every host of a pod."""
+"""Batched inference of a jitted function, on every host of a pod."""
 
 from __future__ import annotations
 
@@ -26,24 +26,23 @@ def in_batches(
   batch_size: int,
   mesh: Mesh,
 ) -> dict[str, np.ndarray]:
-  """`function` of items 0..count-1, in batches sharded over the mesh.
+  """Runs `function` on items 0..count-1, in batches sharded over the mesh.
 
-  Every host runs the same number of batches, prepares the rows that its own
-  devices hold, and gets all the results. While the devices work on one batch,
-  threads prepare the next one and the results of the one before are fetched.
+  Every host runs the same number of batches, prepares the rows of its own
+  devices, and gets all results. While the devices compute one batch, threads
+  prepare the next one and fetch the results of the last one.
 
   Args:
-    function: from `[B, ...]`, one array or a tree of them, to a dictionary of
-      `[B, ...]`, each replicated over the mesh.
-    prepare: item number to one row; called from several threads.
-    count: how many items, at least 1.
-    blank: what a padding row holds; its structure, shapes and types are every
-      row's.
-    batch_size: rows a batch over the whole mesh; see `padded_batch`.
+    function: from a tree of `[B, ...]` to a dictionary of `[B, ...]`, each
+      replicated over the mesh.
+    prepare: from an item's index to its row; called from several threads.
+    count: number of items, at least 1.
+    blank: a padding row, of the structure, shapes and dtypes of every row.
+    batch_size: rows a batch over the whole mesh, see `padded_batch`.
     mesh: `(data, fsdp, tensor)`.
 
   Returns:
-    By name, the results of all items in order; padding is dropped.
+    By name, the results of all items in order, without padding.
   """
   size = padded_batch(count, batch_size, num_batch_shards(mesh))
   placing = NamedSharding(mesh, BATCH_SPEC)
@@ -78,11 +77,11 @@ def in_batches(
 
 
 def padded_batch(count: int, batch_size: int, shards: int) -> int:
-  """The batch size that is compiled for.
+  """The compiled batch size.
 
-  `batch_size`, or for a shorter list the power of two that it fits in (a
-  handful of shapes to compile, and one image doesn't cost a batch of 64),
-  rounded up to what the mesh divides.
+  `batch_size`, or for shorter lists the next power of two (few shapes to
+  compile, and one image does not cost a batch of 64), rounded up to a multiple
+  of the mesh's shards.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size={batch_size}; expected at least 1")
@@ -106,7 +105,7 @@ def _assemble(
     try:
       item = future.result()
     except Exception as error:
-      # The file's name is in the error already; this is its place in the list.
+      # The error has the file's name; the note adds the index.
       error.add_note(f"(while preparing item {index})")
       for _, other in pending.values():
         other.cancel()
@@ -120,12 +119,12 @@ def _assemble(
 
 @dataclasses.dataclass(frozen=True)
 class Padded:
-  """Lists of several lengths as one array, zero behind each list's end.
+  """Lists of different lengths as one array, padded with zeros.
 
   Attributes:
-    values: as long as the longest, rounded up to a power of two, so that few
-      shapes are compiled.
-    valid: as long as the longest.
+    values: padded to the power of two above the longest list (few shapes to
+      compile).
+    valid: which rows are of a list, padded to the longest list.
   """
 
   values: Float32[np.ndarray, "n k c"]

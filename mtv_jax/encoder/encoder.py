@@ -1,13 +1,13 @@
-"""Encoder: a loaded model, for evaluations and for users.
+"""Encoder: a loaded model, for evaluations and users.
 
     encoder = mtv_jax.load(DIR)
     features = encoder.image(images, layers=(3, -1))
     logits = encoder.similarity(features.pooled, encoder.text(captions))
 
-An encoder takes pixels and strings and gives NumPy arrays. It knows neither
-the trainer nor a data set. The parameters are arguments of functions that are
-compiled once per architecture, mesh and request, whichever encoder asks: the
-trainer builds one from its live parameters before every evaluation for free.
+An encoder maps pixels and strings to NumPy arrays, and depends on neither the
+trainer nor a data set. The parameters are arguments of functions compiled once
+per architecture, mesh and request for all encoders, so that the trainer can
+build one from its live parameters before every evaluation.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class ImageFeatures:
-  """Features of n images; what was not asked for is None.
+  """Features of n images; outputs that were not requested are None.
 
   Attributes:
     pooled: `[n, E]`, the embedding, not normalised.
     patches: `[n, h, w, D]`, the last layer's patch tokens after the final
       norm, on their grid.
     prefix: `[n, P, D]`, the CLS token and registers after the final norm.
-    layers: by block (counted from 0, as asked for), its patch tokens
-      `[n, h, w, D]` before the final norm.
-    prefix_layers: by the same blocks, their CLS token and registers
-      `[n, P, D]` before the final norm.
+    layers: by requested block, its patch tokens `[n, h, w, D]` before the final
+      norm.
+    prefix_layers: by requested block, its CLS token and registers `[n, P, D]`
+      before the final norm.
   """
 
   pooled: Float32[np.ndarray, "n e"] | None
@@ -93,7 +93,7 @@ class Boxes:
 def normalize(
   embeddings: Float[np.ndarray, "*n e"],
 ) -> Float32[np.ndarray, "*n e"]:
-  """Rows divided by their length; a zero row stays zero."""
+  """Rows divided by their L2 norm; zero rows stay zero."""
   x = np.asarray(embeddings, np.float32)
   length = np.linalg.norm(x, axis=-1, keepdims=True)
   return x / np.maximum(length, 1e-12)
@@ -103,10 +103,9 @@ class Encoder:
   """Image and text encoder: features, similarities and predictions.
 
   Every host of a pod calls the same methods with the same lists. Each host
-  decodes and computes its own rows of a batch, and all of them get all the
-  results. The last batch is padded and the padding dropped, so results depend
-  neither on the batch size nor on the number of devices (beyond the rounding
-  of a matrix product).
+  decodes and computes its own rows of a batch, and all hosts get all results.
+  The last batch is padded and the padding dropped, so results depend neither on
+  the batch size nor on the number of devices (up to rounding).
   """
 
   prediction_heads: Mapping[str, PredictionHead] = {}
@@ -124,21 +123,20 @@ class Encoder:
     source: str = "",
     prediction_heads: Mapping[str, PredictionHead] | None = None,
   ):
-    """Wraps parameters; nothing is compiled or copied that is placed already.
+    """Wraps parameters; compiles nothing.
 
     Args:
       spec: the architecture.
-      params: `image`, and where there is a text tower `text` and
-        `heads/contrastive`; maybe further heads. Live `jax.Array`s stay where
-        they are; NumPy arrays are placed over the mesh by the rules of
-        `parallel/mesh.py`.
-      preprocess: what an image goes through.
+      params: `image`, with a text tower `text` and `heads/contrastive`, maybe
+        further heads. `jax.Array`s on the mesh stay there; NumPy arrays are
+        sharded over the mesh by `parallel.rules`.
+      preprocess: of the images.
       tokenizer: `encode(strings, length)`; only `text` needs it.
       mesh: `(data, fsdp, tensor)`; by default that of the parameters, else
-        every device on `data`.
-      dtype: of the computation. float32 runs at the highest matmul precision.
-      weights: which of a checkpoint's weights these are, for the protocol.
-      source: where they came from, for the protocol.
+        all devices on `data`.
+      dtype: compute dtype. float32 uses the highest matmul precision.
+      weights: which weights of a checkpoint these are, for the protocol.
+      source: their folder, for the protocol.
       prediction_heads: configuration of the heads that `predict` runs, by
         name; their parameters are in `params["heads"]`.
     """
@@ -172,7 +170,7 @@ class Encoder:
     )
 
   def with_preprocess(self, preprocess: Preprocess) -> Encoder:
-    """The same encoder behind another preprocessing; parameters are shared."""
+    """The same encoder with another preprocessing; parameters are shared."""
     other = copy.copy(self)
     other.preprocess = preprocess
     return other
@@ -189,17 +187,17 @@ class Encoder:
 
     Args:
       images: a sequence of uint8 `[H, W, 3]` arrays of any size, PIL images or
-        encoded bytes. Items are taken one at a time by a thread pool, so a
-        lazy sequence that reads its files on access keeps memory bounded.
-      layers: blocks to return the patch tokens of, from 0; -1 is the last.
-      outputs: which of `pooled`, `patches` and `prefix` to return. Ask only for
-        `pooled` over a large set: patches of 50,000 images don't fit.
-      batch_size: images a step over the whole mesh, rounded up to what its
-        data axes divide.
+        encoded bytes. A thread pool takes items one at a time, so a lazy
+        sequence that reads its files on access bounds memory.
+      layers: blocks whose patch tokens to return, from 0; -1 is the last.
+      outputs: which of `pooled`, `patches` and `prefix` to return. Patches of
+        50,000 images don't fit into memory.
+      batch_size: images a step over the whole mesh, rounded up to a multiple of
+        its data shards.
 
     Raises:
-      TypeError: for something that is not an image.
-      ValueError: for a layer or an output that does not exist.
+      TypeError: for an item that is not an image.
+      ValueError: for an unknown layer or output.
     """
     check_images(images, "image")
     size = self.preprocess.size
@@ -220,9 +218,9 @@ class Encoder:
     outputs: Sequence[str] = ("patches",),
     batch_size: int = 16,
   ) -> ImageFeatures:
-    """Features of images at the size they come in.
+    """Features of images at their own size.
 
-    Only the mean and standard deviation of the preprocessing apply; nothing is
+    Of the preprocessing only mean and standard deviation apply; nothing is
     resized or cropped, and the position embedding is resampled to the grid.
 
     Args:
@@ -233,9 +231,9 @@ class Encoder:
       batch_size: as for `image`.
 
     Raises:
-      TypeError: for something that is no such array.
-      ValueError: for images of several sizes or of one that the patch does not
-        divide, or for a layer or an output that does not exist.
+      TypeError: for an item that is not such an array.
+      ValueError: for several sizes, a size that the patch does not divide, or
+        an unknown layer or output.
     """
     check_images(images, "dense")
     size = as_pixels(images[0], "image 0").shape[:2]
@@ -278,7 +276,7 @@ class Encoder:
     function = apply_fns.text_function(self.spec, self.dtype, self.mesh)
     out = batched.in_batches(
       functools.partial(function, self.params["text"]),
-      lambda i: tokens[i],
+      tokens.__getitem__,
       count=len(tokens),
       blank=np.zeros_like(tokens[0]),
       batch_size=batch_size,
@@ -293,8 +291,8 @@ class Encoder:
   ) -> Float32[np.ndarray, "n m"]:
     """Logits `exp(logit_scale) cos(image, text) + logit_bias`.
 
-    Embeddings may be normalised or not. The model was trained on these: sigmoid
-    of them for SigLIP (Zhai et al. 2023), softmax over either axis for CLIP.
+    Embeddings need not be normalised. SigLIP (Zhai et al. 2023) takes the
+    sigmoid of these logits, CLIP the softmax over either axis.
     """
     check_embeddings(image, text)
     heads = self.params.get("heads", {})
@@ -451,7 +449,7 @@ class Encoder:
     )
 
   def protocol(self) -> dict[str, Any]:
-    """What a figure made with this encoder depends on, for JSON."""
+    """Everything about the encoder that results depend on, for JSON."""
     text, tokenizer = self.spec.text, self.tokenizer
     protocol = {
       "encoder": self.source or "live parameters",
@@ -544,7 +542,7 @@ def block_index(index: int, depth: int) -> int:
 
 
 def check_outputs(outputs: Iterable[str]) -> None:
-  """Raises ValueError for outputs that an image tower does not have."""
+  """Raises ValueError for unknown outputs of an image tower."""
   unknown = [o for o in outputs if o not in OUTPUTS]
   if unknown or isinstance(outputs, str):
     raise ValueError(f"outputs={outputs!r}; expected some of {OUTPUTS}")
@@ -580,7 +578,7 @@ def check_images(images: Any, method: str) -> None:
 
 
 def _mesh_of(params: PyTree) -> Mesh | None:
-  """The mesh that live parameters are placed on, if they are."""
+  """The mesh of parameters that are on one."""
   for leaf in jax.tree.leaves(params):
     placing = getattr(leaf, "sharding", None)
     if isinstance(placing, NamedSharding):
@@ -591,7 +589,7 @@ def _mesh_of(params: PyTree) -> Mesh | None:
 
 
 def _place(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
-  """Puts NumPy leaves on the mesh; arrays that are on it stay as they are."""
+  """Puts NumPy leaves on the mesh; arrays that are on it stay."""
   placings = tree_shardings(params, mesh)
 
   def place(leaf, placing):

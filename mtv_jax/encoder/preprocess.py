@@ -1,4 +1,4 @@
-"""From a decoded image to what the encoder reads, on the host, with Pillow."""
+"""Preprocessing of the encoder's images, on the host."""
 
 from __future__ import annotations
 
@@ -33,24 +33,22 @@ _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 class Preprocess:
   """Resize, crop, scale to 0..1 and normalise one image.
 
-  With `antialias` the resize is Pillow's on uint8, which is what the PIL image
-  processors of `transformers` do, to the last bit. Without it, four (bilinear)
-  or sixteen (bicubic, a = -0.75) neighbours are read however much the image
-  shrinks, in float: `tf.image.resize` and torch do that by default, and
-  big_vision's ImageNet figures were made that way.
+  With `antialias` the resize is Pillow's on uint8, bit-identical to the PIL
+  image processors of `transformers`. Without it, four (bilinear) or sixteen
+  (bicubic, a = -0.75) neighbours are interpolated in float at any scale: the
+  default of `tf.image.resize` and torch, used by big_vision on ImageNet.
 
   Attributes:
-    size: side of the square that comes out, in pixels.
-    resize: `squash` brings the image to a square whatever its shape,
-      `shortest` brings its shorter side to `resize_size` and keeps its shape
-      (the longer side is rounded down).
-    crop: `center` keeps the middle `size` x `size`; `none` needs `squash`.
+    size: side of the resulting square in pixels.
+    resize: `squash` resizes to a square, `shortest` resizes the shorter side to
+      `resize_size` at constant aspect ratio (the longer side is rounded down).
+    crop: `center` takes the middle `size` x `size`; `none` needs `squash`.
     interpolation: `bilinear` or `bicubic`.
-    antialias: whether shrinking averages over the pixels it drops.
+    antialias: whether shrinking averages over all pixels.
     mean: of the three channels, in 0..1.
     std: of the three channels, in 0..1.
-    resize_size: the size of the resize where the crop is smaller (DINOv2:
-      256, then 224); `size` if None.
+    resize_size: the size before a smaller crop (DINOv2: 256, then 224); `size`
+      if None.
   """
 
   size: int
@@ -73,8 +71,8 @@ class Preprocess:
       raise ValueError(f"Preprocess: size={self.size}; expected at least 1")
     if self.resize == "shortest" and self.crop == "none":
       raise ValueError(
-        "Preprocess: resize='shortest' leaves images of different shapes, "
-        "which don't make a batch; add crop='center' or use resize='squash'"
+        "Preprocess: resize='shortest' gives images of different shapes, which "
+        "can't be batched; add crop='center' or use resize='squash'"
       )
     resized = self.resize_size or self.size
     if self.crop == "none" and resized != self.size:
@@ -107,7 +105,7 @@ class Preprocess:
     self, pixels: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]
   ) -> Float32[np.ndarray, "h w 3"]:
     """Pixels in 0..255, of any size, scaled and normalised; no resizing."""
-    # In this order and these types the result equals transformers' to the bit.
+    # This order and these dtypes are bit-identical to transformers.
     scaled = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
     mean, std = np.float32(self.mean), np.float32(self.std)
     return (scaled - mean) / std
@@ -115,9 +113,9 @@ class Preprocess:
   def _resize(self, image: np.ndarray) -> np.ndarray:
     height, width = self._resized(*image.shape[:2])
     if self.antialias:
-      picture = PIL.Image.fromarray(image)
       method = _PILLOW[self.interpolation]
-      return np.asarray(picture.resize((width, height), resample=method))
+      resized = PIL.Image.fromarray(image).resize((width, height), method)
+      return np.asarray(resized)
     method = _OPENCV[self.interpolation]
     pixels = image.astype(np.float32)
     return cv2.resize(pixels, (width, height), interpolation=method)
@@ -138,7 +136,7 @@ class Preprocess:
     return image[top : top + self.size, left : left + self.size]
 
   def to_dict(self) -> dict[str, Any]:
-    """The fields as a dictionary that JSON can hold."""
+    """The fields as a dictionary for JSON."""
     fields = dataclasses.asdict(self)
     return {
       k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()
@@ -146,7 +144,7 @@ class Preprocess:
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> Preprocess:
-    """The reverse of `to_dict`; an unknown field is an error."""
+    """The inverse of `to_dict`; an unknown field is an error."""
     known = [f.name for f in dataclasses.fields(cls)]
     for name in fields:
       if name not in known:
@@ -157,18 +155,17 @@ class Preprocess:
 
 
 def _triple(value: Any) -> Any:
-  """JSON's lists as tuples of floats; anything else as it is."""
+  """JSON's lists as tuples of floats."""
   if isinstance(value, list | tuple):
     return tuple(float(v) for v in value)
   return value
 
 
 def preprocess_of(config: Mapping[str, Any] | ConfigDict) -> Preprocess:
-  """What a run's encoder expects, from its config.
+  """Preprocessing of a run's encoder, from its config.
 
-  The whole image squashed to a square, normalised to -1..1, as `views.py` does
-  on the device; of the size that the view `image` has in training, or else the
-  model's own.
+  The image squashed to a square and normalised to -1..1, as `views.py` does on
+  the device, of the size of the view `image` or else of the model.
 
   Args:
     config: with `model.image_size` and `views`.
