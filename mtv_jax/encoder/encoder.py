@@ -33,7 +33,6 @@ from mtv_jax.models.heads import contrastive_head
 from mtv_jax.models.heads.base import TEXT, PredictionHead
 from mtv_jax.parallel.mesh import MESH_AXES, make_mesh
 from mtv_jax.parallel.rules import tree_shardings
-from mtv_jax.utils.errors import did_you_mean
 
 OUTPUTS = ("pooled", "patches", "prefix")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -149,10 +148,7 @@ class Encoder:
     self.preprocess = preprocess
     self.tokenizer = tokenizer
     self.mesh = mesh or _mesh_of(params) or make_mesh({"data": -1})
-    if dtype not in DTYPES:
-      raise ValueError(
-        f"Encoder: dtype={dtype!r}. {did_you_mean(str(dtype), DTYPES)}"
-      )
+    check_choice("Encoder: dtype", dtype, DTYPES)
     self.dtype = dtype
     self.weights = weights
     self.source = source

@@ -19,7 +19,7 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_of
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.two_tower import ModelSpec
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 WEIGHTS = ("student", "teacher", "ema")
 
@@ -36,18 +36,18 @@ def load(
 
   Args:
     path: a training run (`config.json` and `checkpoints/`), an export or
-      native folder of `tools/convert.py`, or a Hugging Face folder (SigLIP,
-      SigLIP 2 of fixed resolution, CLIP, DINOv2). Or a baseline, see
-      `baselines.py`: `pixels:SIZE`, `random:VARIANT`.
+      native folder of `tools/convert.py`, a Hugging Face folder (SigLIP, SigLIP
+      2 of fixed resolution, CLIP, DINOv2), or a baseline (`pixels:SIZE`,
+      `random:VARIANT`, see `baselines.py`).
     weights: of a run: `student`, `teacher` (its image encoder, with the
-      student's text tower) or `ema`. Other folders hold one set of weights.
+      student's text tower) or `ema`. Other folders have one set of weights.
     step: of a run, which checkpoint; the latest by default.
-    dtype: of the computation.
+    dtype: compute dtype.
     mesh: to compute on; by default all devices, the batch split over them.
 
   Raises:
-    FileNotFoundError: if nothing that can be opened is there.
-    ValueError: for weights or a step that the folder does not have.
+    FileNotFoundError: for a path that is none of these.
+    ValueError: for weights or a step that the folder lacks.
   """
   if baselines.is_baseline(os.fspath(path)):
     _require_one_set(path, weights, step)
@@ -73,14 +73,14 @@ def read_params(
   step: int | None = None,
   spec: ModelSpec | None = None,
 ) -> dict[str, Any]:
-  """Only the parameters of a folder, as NumPy arrays, to start a run from.
+  """Parameters of a folder as NumPy arrays, to initialise a run.
 
   Args:
     path: as for `load`.
     weights: as for `load`.
     step: as for `load`.
-    spec: of the model they are for: the position embedding is resampled to the
-      grid of its images. What else differs is the caller's to find.
+    spec: of the new model: the position embedding is resampled to its grid.
+      The caller checks all other differences.
   """
   model = read_model(path, weights=weights, step=step)
   if spec is not None and spec.image.patch_size == model.spec.image.patch_size:
@@ -91,11 +91,8 @@ def read_params(
 def read_model(
   path: str | os.PathLike, *, weights: str = "student", step: int | None = None
 ) -> converted.Converted:
-  """What `load` makes an encoder of, as NumPy arrays; see there."""
-  if weights not in WEIGHTS:
-    raise ValueError(
-      f"weights={weights!r}. {did_you_mean(str(weights), WEIGHTS)}"
-    )
+  """A folder's model as NumPy arrays; arguments and errors as of `load`."""
+  check_choice("weights", weights, WEIGHTS)
   folder = pathlib.Path(path)
   if is_run(folder):
     return read_run(folder, weights=weights, step=step)
@@ -104,40 +101,40 @@ def read_model(
 
 
 def is_run(path: str | os.PathLike) -> bool:
-  """Whether a folder is a training run's.
+  """Whether a folder is a training run.
 
   Raises:
-    FileNotFoundError: if it is nothing that can be opened; says what is there.
+    FileNotFoundError: for a folder of no known kind.
   """
   folder = pathlib.Path(path)
-  config = folder / "config.json"
-  found = _json(config) if config.is_file() else {}
-  if "model" in found and "model_type" not in found:
+  file = folder / "config.json"
+  config = _read_json(file) if file.is_file() else {}
+  if "model" in config and "model_type" not in config:
     return True
-  if "model_type" in found or (folder / native.PARAMS).is_file():
+  if "model_type" in config or (folder / native.PARAMS).is_file():
     return False
   if not folder.is_dir():
-    there = "a file" if folder.exists() else "nothing there"
+    content = "a file" if folder.exists() else "nothing there"
   else:
     names = sorted(p.name for p in folder.iterdir())
-    there = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    there = there or "an empty folder"
-  raise FileNotFoundError(
-    f"{folder}: found {there}. Recognised are a training run (config.json "
-    "with a 'model', and checkpoints/), a folder of ours "
-    f"({native.PARAMS}) and an export or a Hugging Face folder (config.json "
-    f"with a 'model_type', and model.safetensors).{_likely(folder)}"
+    content = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    content = content or "an empty folder"
+  raise MissingFileError(
+    f"{folder}: found {content}. Expected a training run (config.json with a "
+    f"'model', and checkpoints/), a native folder ({native.PARAMS}), an export "
+    "or a Hugging Face folder (config.json with a 'model_type', and "
+    f"model.safetensors).{_suggestion(folder)}"
   )
 
 
-def _likely(folder: pathlib.Path) -> str:
-  """What may have been meant by a folder that can't be opened."""
+def _suggestion(folder: pathlib.Path) -> str:
+  """Suggests the right path for a checkpoint's folder or a hub name."""
   for run in folder.parents[:2]:
     if (run / "checkpoints").is_dir() and (run / "config.json").is_file():
       return f" Give the run's own folder, {run}; `step` chooses a checkpoint."
   if len(folder.parts) == 2 and not folder.parent.exists():
     return (
-      " Nothing is downloaded here: for a model of the hub, run "
+      " Models are not downloaded: for a model of the hub, run "
       f"`hf download {folder} --local-dir FOLDER` and give FOLDER."
     )
   return ""
@@ -154,7 +151,7 @@ def read_run(
     step: which checkpoint; the latest by default.
   """
   folder = pathlib.Path(path)
-  config = ConfigDict(_json(folder / "config.json"))
+  config = ConfigDict(_read_json(folder / "config.json"))
   spec = ModelSpec.from_config(config.model)
   params = _weights(folder, weights, step)
   try:
@@ -162,7 +159,7 @@ def read_run(
   except ConversionError as error:
     raise ConversionError(
       f"{folder / 'config.json'} describes another model than the run's"
-      " checkpoints hold; config.json.old beside it may be theirs."
+      " checkpoints; config.json.old beside it may be theirs."
       f" {error}"
     ) from None
   return converted.Converted(
@@ -195,19 +192,19 @@ def _weights(
 def _tokenizer(
   folder: pathlib.Path, config: ConfigDict
 ) -> processors.TokenizerFiles | None:
-  """The run's own copy, or where the config says that it was."""
+  """The run's copy of the tokenizer, or the file that the config names."""
   text = config.model.get("text")
   if not text:
     return None
   spec, clean = text.get("tokenizer", "bytes"), text.get("clean", "lower")
   if spec == "bytes":
     return processors.TokenizerFiles(None, clean)
-  own = folder / "tokenizer" / pathlib.PurePath(spec).name
-  for file in (own, pathlib.Path(spec)):
+  copy = folder / "tokenizer" / pathlib.PurePath(spec).name
+  for file in (copy, pathlib.Path(spec)):
     if file.is_file():
       return processors.TokenizerFiles(file, clean)
-  raise FileNotFoundError(
-    f"the tokenizer of this run is at neither {own} nor {spec}: copy the file "
+  raise MissingFileError(
+    f"the tokenizer of this run is at neither {copy} nor {spec}: copy the file "
     "that it was trained with to the first"
   )
 
@@ -218,17 +215,17 @@ def _require_one_set(
   if weights == "student" and step is None:
     return
   raise ValueError(
-    f"{folder} is not a training run, and holds one set of weights; got "
-    f"weights={weights!r}, step={step}. Which weights an export has was chosen "
-    "when it was written"
+    f"{folder} is not a training run, and has one set of weights; got "
+    f"weights={weights!r}, step={step}. An export's weights are chosen when it "
+    "is written."
   )
 
 
-def _json(path: pathlib.Path) -> Mapping[str, Any]:
+def _read_json(path: pathlib.Path) -> Mapping[str, Any]:
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from None
+    raise InputError(f"{path} is not JSON: {error}") from None
   if not isinstance(content, dict):
-    raise ValueError(f"{path} is not a JSON object")
+    raise InputError(f"{path} is not a JSON object")
   return content

@@ -85,8 +85,8 @@ def test_sizes_left_out():
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("pixels:big", "is no baseline; expected pixels:SIZE"),
-    ("random:B", "is no baseline"),
+    ("pixels:big", "is not a baseline; expected pixels:SIZE"),
+    ("random:B", "is not a baseline"),
     ("random:Q/16", "Unknown variant 'Q/16'"),
     ("pixels:50", "not divisible into patches of 16x16"),
   ],
@@ -97,5 +97,5 @@ def test_other_names(name, message):
 
 
 def test_baselines_have_one_set_of_weights():
-  with pytest.raises(ValueError, match="holds one set of weights"):
+  with pytest.raises(ValueError, match="has one set of weights"):
     mtv_jax.load("pixels:64", weights="ema")

@@ -28,25 +28,23 @@ RESIZES = ("products", "neighbours")
 # Largest side of a depth map by default: the depth loss sorts its pixels.
 MAX_SIDE = 112
 
-# Depth Anything V2's, by the width of the encoder: channels of the fused maps,
-# and of the reassembled ones from the shallowest stage on.
+# Depth Anything V2's channels by the encoder's width: of the fused maps, and of
+# the reassembled maps from the shallowest stage on.
 _SHAPES = {
   384: (64, (48, 96, 192, 384)),
   768: (128, (96, 192, 384, 768)),
   1024: (256, (256, 512, 1024, 1024)),
   1536: (384, (1536,) * 4),
 }
-# DINOv2 taps these of its 24 layers, and Depth Anything with it; the rule
-# gives 5 for the first.
+# DINOv2's and Depth Anything's of 24 layers; the rule gives 5 for the first.
 _TAPS = {24: (4, 11, 17, 23)}
 
 
 def quarter_taps(depth: int) -> tuple[int, int, int, int]:
-  """The layers at the end of each quarter of a tower, counted from 0.
+  """The last layer of each quarter of a tower, counted from 0.
 
   2, 5, 8, 11 of 12 layers, 9, 19, 29, 39 of 40; of 24 DINOv2's 4, 11, 17, 23.
-  Where the depth is no multiple of four, quarters end a little later, and
-  below four layers they share some.
+  Rounded up for depths that four does not divide; layers repeat below four.
   """
   quarters = [math.ceil(depth * (i + 1) / STAGES) - 1 for i in range(STAGES)]
   return _TAPS.get(depth, tuple(quarters))
@@ -55,8 +53,7 @@ def quarter_taps(depth: int) -> tuple[int, int, int, int]:
 def default_features(width: int) -> int:
   """Channels of the fused maps for an encoder of this width.
 
-  Depth Anything V2's for S, B, L and g; in between, about a sixth of the width
-  (our choice).
+  Depth Anything V2's for S, B, L and g; for other widths about a sixth.
   """
   return _SHAPES.get(width, (max(16, width // 48 * 8), ()))[0]
 
@@ -64,34 +61,34 @@ def default_features(width: int) -> int:
 def default_channels(width: int) -> tuple[int, int, int, int]:
   """Channels of the reassembled maps for an encoder of this width.
 
-  Depth Anything V2's; elsewhere an eighth, a quarter, half and all of the
-  width, as its S and B have it.
+  Depth Anything V2's; for other widths an eighth, a quarter, half and all of
+  it, as in its S and B.
   """
   rule = tuple(max(1, width // share) for share in (8, 4, 2, 1))
   return _SHAPES.get(width, (0, rule))[1]
 
 
-def _corner_places(
+def _interpolation(
   size: int, new_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Of each new value: its two neighbours, and the share of the second."""
-  place = np.arange(new_size) * (size - 1) / max(new_size - 1, 1)
-  low = np.minimum(np.floor(place).astype(int), size - 1)
-  return low, np.minimum(low + 1, size - 1), place - low
+  """The two neighbours of each new value, and the weight of the second."""
+  position = np.arange(new_size) * (size - 1) / max(new_size - 1, 1)
+  low = np.minimum(np.floor(position).astype(int), size - 1)
+  return low, np.minimum(low + 1, size - 1), position - low
 
 
 @functools.lru_cache(maxsize=256)
 def corner_matrix(size: int, new_size: int) -> Float32[np.ndarray, "new old"]:
-  """Linear resampling of `size` values to `new_size`, corners on corners.
+  """Matrix of the linear resampling of `size` values with aligned corners.
 
-  PyTorch's `interpolate(align_corners=True)`: the first and the last value
-  stay where they are.
+  PyTorch's `interpolate(align_corners=True)`: first and last value are the
+  same.
   """
   matrix = np.zeros((new_size, size))
-  low, high, share = _corner_places(size, new_size)
+  low, high, weight = _interpolation(size, new_size)
   rows = np.arange(new_size)
-  np.add.at(matrix, (rows, low), 1 - share)
-  np.add.at(matrix, (rows, high), share)
+  np.add.at(matrix, (rows, low), 1 - weight)
+  np.add.at(matrix, (rows, high), weight)
   matrix = matrix.astype(np.float32)
   matrix.setflags(write=False)  # cached, so shared by every caller
   return matrix
@@ -104,10 +101,10 @@ def resize_corners(
 
   Args:
     x: maps.
-    size: rows and columns wanted.
-    by: 'products', two matrix products, which a TPU does at once and whose
-      gradient is as fast; or 'neighbours', which reads the four neighbours of
-      each pixel: on a CPU a hundredth of the time.
+    size: rows and columns of the result.
+    by: 'products', two matrix products, fast on accelerators as is their
+      gradient; or 'neighbours', the four neighbours of each pixel, on a CPU in
+      a hundredth of the time.
 
   Returns:
     In the dtype of `x`.
@@ -128,31 +125,28 @@ def _by_products(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _by_neighbours(x: jax.Array, axis: int, size: int) -> jax.Array:
-  low, high, share = _corner_places(x.shape[axis], size)
-  share = jnp.asarray(
-    np.expand_dims(share, (*range(1, x.ndim - axis),)), x.dtype
+  low, high, weight = _interpolation(x.shape[axis], size)
+  weight = jnp.asarray(
+    np.expand_dims(weight, (*range(1, x.ndim - axis),)), x.dtype
   )
   below, above = (
     jnp.take(x, i, axis=axis, mode="clip", indices_are_sorted=True)
     for i in (low, high)
   )
-  return below * (1 - share) + above * share
+  return below * (1 - weight) + above * weight
 
 
 def conv(
   features: int, size: int, dtype: Any, name: str, **kwargs: Any
 ) -> nn.Conv:
-  """A convolution padded as PyTorch does, both sides alike, at any stride."""
+  """A convolution with PyTorch's symmetric padding at any stride."""
   return nn.Conv(
     features, (size, size), padding=size // 2, dtype=dtype, name=name, **kwargs
   )
 
 
 class Pointwise(nn.Module):
-  """A 1x1 convolution as the matrix product that it is.
-
-  Its kernel is a convolution's, `[1, 1, C, features]`.
-  """
+  """1x1 convolution as a matrix product; kernel `[1, 1, C, features]`."""
 
   features: int
   dtype: Any = jnp.float32
@@ -167,10 +161,10 @@ class Pointwise(nn.Module):
 
 
 class Enlarge(nn.Module):
-  """A transposed convolution whose kernel is as wide as its stride.
+  """Transposed convolution with stride = kernel size, as one matrix product.
 
-  Every pixel becomes a square of pixels, so that it is one matrix product; the
-  columns of the kernel `[C, f*f*C]` are ordered (row, column, channel).
+  Every pixel becomes a square of pixels; the columns of the kernel `[C, f*f*C]`
+  are ordered (row, column, channel).
   """
 
   factor: int
@@ -188,10 +182,10 @@ class Enlarge(nn.Module):
 
 
 class Reassemble(nn.Module):
-  """Tokens of one stage to a map of its own channels and resolution.
+  """Tokens of a stage to a map of the stage's channels and resolution.
 
-  A 1x1 projection, then `factor` times the size: enlarged, left alone, or
-  shrunk by a convolution with a stride.
+  A 1x1 projection, then a resize by `factor`: transposed convolution, identity
+  or strided convolution.
   """
 
   channels: int
@@ -210,7 +204,7 @@ class Reassemble(nn.Module):
 
 
 class Residual(nn.Module):
-  """x + conv(relu(conv(relu(x)))): a residual unit with activations first."""
+  """Pre-activation residual unit x + conv(relu(conv(relu(x))))."""
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -221,7 +215,7 @@ class Residual(nn.Module):
 
 
 class Fusion(nn.Module):
-  """Joins what came from deeper with a stage's map, at a larger size.
+  """Fuses the deeper stages' map with a stage's map, at a larger size.
 
   Attributes:
     resize: see `resize_corners`.
@@ -240,39 +234,38 @@ class Fusion(nn.Module):
 
     Args:
       x: the deeper stages' map.
-      stage: this stage's map; None for the deepest, which is `x` itself.
+      stage: this stage's map; None for the deepest stage, whose map is `x`.
       size: rows and columns of the result.
     """
     if stage is not None:
       x = x + Residual(name="residual1")(stage)
     x = Residual(name="residual2")(x)
-    # Released code projects after resizing. Weights of a mean sum to one, so
-    # that the order makes no difference, but for a quarter of the products.
+    # Released code projects after resizing. Interpolation weights sum to one,
+    # so the order does not matter, and this needs a quarter of the products.
     x = Pointwise(x.shape[-1], x.dtype, name="projection")(x)
     return resize_corners(x, size, by=self.resize)
 
 
 class DPT(nn.Module):
-  """The head: reassemble, fuse from deep to shallow, predict.
+  """DPT: reassembles stages, fuses them from deep to shallow, predicts.
 
   Computes in the dtype of its input; the last layer and the result are
   float32. Names count stages from the shallowest, 1 to 4: `reassemble1`,
-  `lateral1`, `fusion1`. Unlike released checkpoints, `fusion4` has no
-  `residual1`, which nothing would ever run.
+  `lateral1`, `fusion1`. Unlike released checkpoints, `fusion4` lacks
+  `residual1`, which is not used.
 
   Attributes:
     features: channels of the fused maps.
     channels: of each reassembled map, from the shallowest stage on.
     head_features: channels before the last layer.
-    tap_norm: 'layer' for a LayerNorm of its own on each stage's tokens, for
-      raw outputs of pre-norm blocks, whose size grows with the depth; 'none'
-      where they come normalised (Depth Anything: by the encoder's last norm).
-    upsample: factor by which the last fusion enlarges its map, which is four
-      times as large as the patch grid: 2 is Depth Anything's; 1 spares three
-      quarters of the output convolutions where the map wanted is no larger.
-    activation: of the prediction: 'relu' (Depth Anything's, whose disparity
-      is never negative) or 'none' (to train with: a dead ReLU has no
-      gradient).
+    tap_norm: 'layer' for a LayerNorm on each stage's tokens, for outputs of
+      pre-norm blocks, whose scale grows with the depth; 'none' for normalised
+      tokens (Depth Anything: by the encoder's last norm).
+    upsample: factor by which the last fusion enlarges its map, which has four
+      times the patch grid's size: 2 is Depth Anything's; 1 saves three quarters
+      of the output convolutions where the prediction is no larger.
+    activation: of the prediction: 'relu' (Depth Anything's disparity is not
+      negative) or 'none' (for training: a dead ReLU has no gradient).
     resize: how maps are resampled, see `resize_corners`.
   """
 
@@ -294,8 +287,8 @@ class DPT(nn.Module):
 
     Args:
       stages: patch tokens of four layers as maps, shallow to deep.
-      size: rows and columns of the prediction. Depth Anything's is the size
-        of the image.
+      size: rows and columns of the prediction; Depth Anything's are the
+        image's.
 
     Returns:
       float32, such as inverse depth up to a scale and a shift.
@@ -308,7 +301,7 @@ class DPT(nn.Module):
     check_choice("DPT.resize", self.resize, RESIZES)
     if len(stages) != STAGES:
       raise ValueError(f"DPT reads {STAGES} stages, not {len(stages)}.")
-    maps = []
+    maps = []  # [B, h_i, w_i, features]
     for i, x in enumerate(stages):
       if self.tap_norm == "layer":
         x = layers.norm(1e-6, x.dtype, f"norm{i + 1}")(x)

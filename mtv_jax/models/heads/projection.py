@@ -1,4 +1,4 @@
-"""Heads that objectives put on the towers' outputs."""
+"""Prototype head of DINO and iBOT, and L2 normalisation."""
 
 from __future__ import annotations
 
@@ -14,14 +14,10 @@ _mlp_init = nn.initializers.normal(0.02)
 
 
 def unit(x: Float[Array, "*n"], axis: int = -1) -> Float[Array, "*n"]:
-  """Divides by the L2 norm over an axis, in float32.
+  """L2 normalisation over an axis, in float32.
 
   The norm is floored at 1e-6, inside the root, so that a zero vector has a
   finite gradient.
-
-  Args:
-    x: any shape.
-    axis: that the norm sums over.
   """
   x = x.astype(jnp.float32)
   squares = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
@@ -36,9 +32,9 @@ class PrototypeHead(nn.Module):
   2016): direction `last_layer/kernel`, length `last_layer/scale`, which starts
   at 1 and is learnt, as in DINOv2.
 
-  The two halves are called apart. Logits are `head(x) @ head.prototypes()`,
-  but a batch of them is far larger than what they are made of, so that it is
-  left to the loss when and how many exist.
+  MLP and prototypes are called separately. Logits are `head(x) @
+  head.prototypes()`, but far larger than the two factors, so the loss computes
+  them in chunks.
 
   Attributes:
     count: number of prototypes (K).
@@ -100,8 +96,8 @@ class _Directions(nn.Module):
 
   @nn.compact
   def __call__(self, channels):
-    # Only the direction tells, but the length decides how fast Adam turns it:
-    # this is that of a default linear layer in torch, as DINO has it.
+    # Only the direction matters, but the length decides how fast Adam turns it:
+    # that of torch's default linear layer, as in DINO.
     init = nn.initializers.normal((3 * channels) ** -0.5)
     kernel = self.param("kernel", init, (channels, self.count))
     scale = self.param("scale", nn.initializers.ones, (self.count,))

@@ -1,15 +1,14 @@
-"""Asking a tower's patches about a part of the image.
+"""CLOC prompter and locator (Chen et al. 2025), and the grounding heads.
 
-The prompter answers "what is in this box?" with an embedding that can be
-compared with a text's (Chen et al. 2025, CLOC); the locator answers "where is
-this?" with a box.
+The prompter maps a box to an embedding, which is compared with text embeddings;
+the locator maps a text embedding to a box.
 
 Both are one transformer layer over [prompt tokens; patch tokens], of which only
-the prompt tokens' outputs are read. With one layer these outputs do not depend
-on the patches' own queries, so that nothing of a patch but its key and value is
-ever computed, once for all prompts of an image. For ViT-B/16 at 224 and four
-boxes that is 0.6 GFLOP an image, 1.7 % of the tower; running the whole layer
-for each box, to pool over the patches' outputs as well, is 11.7, 33 %.
+the prompt tokens' outputs are read. With one layer these do not depend on the
+patches' queries, so only keys and values of the patches are computed, once for
+all prompts of an image. For ViT-B/16 at 224 and four boxes that is 0.6 GFLOP an
+image, 1.7 % of the tower; the whole layer for each box, to pool over the
+patches' outputs as well, is 11.7, 33 %.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from mtv_jax.models.heads import base
 from mtv_jax.models.heads.projection import unit
 
 NORM_EPS = 1e-6
-# Periods a unit length, from a quarter, which tells the two ends of an image
-# apart, to 16: a period of a patch, so that boxes differ by fractions of one.
+# Periods a unit length: a quarter distinguishes the two ends of an image, 16 is
+# a period per patch and distinguishes fractions of a patch.
 FREQUENCIES = (0.25, 16.0)
 
 
@@ -84,8 +83,8 @@ class _PromptAttention(nn.Module):
     kv = dense(2 * d, layers.fused_init, "kv")(tokens)
     q = q.reshape(b, m * k, self.heads, -1)
     kv = kv.reshape(b, tokens.shape[1], self.heads, 2, -1)
-    # All prompts of an image share one call, hidden from each other: the
-    # patches' keys and values are read once.
+    # One call for all prompts of an image, masked from each other: the patches'
+    # keys and values are read once.
     owner = np.arange(m * k) // k
     seen = np.concatenate(
       [owner[:, None] == owner, np.ones((m * k, patches.shape[1]), bool)],
@@ -98,10 +97,9 @@ class _PromptAttention(nn.Module):
 
 
 class PromptLayer(nn.Module):
-  """One pre-norm transformer layer over [prompt; patches], at the prompts.
+  """The prompt tokens' outputs of a pre-norm layer over [prompt; patches].
 
-  Equal to the prompt tokens' outputs of a whole layer that is run for each
-  prompt on its own, see the top of this file.
+  Equal to a whole layer run for each prompt separately, see the module.
 
   Attributes:
     heads: attention heads.
@@ -136,7 +134,7 @@ class PromptLayer(nn.Module):
 
 
 class Prompter(nn.Module):
-  """The embedding of what is in a box.
+  """Prompter: embeddings of boxes.
 
   Attributes:
     heads: attention heads.
@@ -163,21 +161,20 @@ class Prompter(nn.Module):
     """
     b, m, _ = boxes.shape
     width, dtype = patches.shape[-1], patches.dtype
-    # A token for each corner, which CLOC would encode by itself. With one layer
-    # a query that knows one corner can only look for what is near it, so ours
-    # knows both; and the two tokens are free to look for different things.
+    # Two tokens a box, as in CLOC, which encodes one corner in each. With one
+    # layer a query needs both corners to attend to the box, so ours has both.
     corners = sinusoids(boxes, 2 * width).astype(dtype)
     x = nn.Dense(2 * width, dtype=dtype, name="embed")(corners)
     x = x.reshape(b, m, 2, width)
     x = PromptLayer(self.heads, name="layer")(x, patches)
-    # The patches' own outputs are left out of the mean: see above.
+    # The mean leaves out the patches' outputs, see the module.
     x = layers.norm(NORM_EPS, dtype, "norm")(x)
     pooled = x.mean(axis=2, dtype=jnp.float32).reshape(b * m, width)
     return layers.project(pooled, features).reshape(b, m, features)
 
 
 class Locator(nn.Module):
-  """The box of what a text says.
+  """Locator: boxes of texts.
 
   Attributes:
     heads: attention heads.
@@ -204,7 +201,7 @@ class Locator(nn.Module):
     x = PromptLayer(self.heads, name="layer")(x[:, :, None], patches)[:, :, 0]
     x = layers.norm(NORM_EPS, dtype, "norm")(x)
     x = layers.gelu(nn.Dense(width, dtype=dtype, name="fc1")(x), "tanh")
-    # Float32 and from zero, as in OWL-ViT: every box starts in the middle.
+    # Float32 and zero at the start, as in OWL-ViT: boxes start in the centre.
     x = nn.Dense(4, kernel_init=nn.initializers.zeros, name="fc2")(
       x.astype(jnp.float32)
     )
