@@ -42,7 +42,7 @@ def sample(images=2, regions=3, patches=9, seed=0):
 
 @pytest.fixture(scope="module")
 def params():
-  return random_params(prompter.Prompter(), *sample(), FEATURES)
+  return random_params(prompter.Prompter(1), *sample(), FEATURES)
 
 
 @functools.partial(jax.jit, static_argnames="heads")
@@ -53,7 +53,7 @@ def embed(params, patches, boxes, heads=1):
 
 @jax.jit
 def locate(params, patches, texts):
-  return prompter.Locator().apply({"params": params}, patches, texts)
+  return prompter.Locator(1).apply({"params": params}, patches, texts)
 
 
 def dense(p, x):
@@ -169,7 +169,7 @@ def test_sharding_rules_know_its_kernels(params):
 def test_it_learns_to_read_what_a_box_holds():
   """Patches that say where they are and what is in their quarter."""
   width, grid, classes = 32, 4, 4
-  module = prompter.Prompter()
+  module = prompter.Prompter(1)
   where = np.eye(grid * grid, dtype=np.float32)
   quarter = np.arange(16).reshape(4, 4) // 8 * 2 + np.arange(4) // 2
   corners = np.array([[0, 0], [0, 0.5], [0.5, 0], [0.5, 0.5]])
@@ -218,7 +218,7 @@ def locator_sample():
 @pytest.mark.slow
 def test_the_locator_starts_in_the_middle_and_can_move():
   patches, texts = locator_sample()
-  make = jax.jit(prompter.Locator().init)
+  make = jax.jit(prompter.Locator(1).init)
   params = make(jax.random.key(0), patches, texts)["params"]
   located = locate(params, patches, texts)
   np.testing.assert_array_equal(located, np.full((2, 3, 4), 0.5))
@@ -228,7 +228,7 @@ def test_the_locator_starts_in_the_middle_and_can_move():
 
 def test_the_locator_is_a_whole_layer_run_for_each_text():
   patches, texts = locator_sample()
-  params = random_params(prompter.Locator(), patches, texts)
+  params = random_params(prompter.Locator(1), patches, texts)
   found = locate(params, patches, texts)
   for i, m in np.ndindex(2, 3):
     query = dense(params["embed"], np.float64(texts[i, m]))[None]
