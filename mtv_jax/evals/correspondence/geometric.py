@@ -1,12 +1,12 @@
-"""Geometric correspondence: do features find the same point of a thing again?
+"""Geometric correspondence: feature matches between posed views.
 
-Descriptors of one view are matched to another's, and a match is right if the
-two points that it joins are near each other in space, by depth and pose. The
+Patch features of one view are matched to another's; a match is correct if the
+3D points of its two cells, by depth and camera pose, are near each other. The
 protocol is NAVI's in Probe3D (El Banani et al. 2024), on NAVI, on RGB-D
 sequences and on the built-in scenes:
 
-    recall at t = share of matches whose error is below t, of the 1,000
-                  heaviest of every pair
+    recall at t = fraction of matches with an error below t, of the 1,000 of
+                  highest weight of every pair
 """
 
 from __future__ import annotations
@@ -28,72 +28,52 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base, examples
 from mtv_jax.evals.core.base import Evaluator, Result
 from mtv_jax.evals.core.examples import Data
-from mtv_jax.evals.correspondence import match_errors, matching
-from mtv_jax.evals.datasets import (
-  navi,
-  posed,
-  registry,
-)
+from mtv_jax.evals.correspondence import matching, recall
+from mtv_jax.evals.datasets import navi, posed, registry
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import ConfigError, InputError, check_choice
 
-_CHUNK = 32  # pairs whose views and features are held at a time
+_CHUNK = 32  # pairs in memory at a time
+_SHEET_MATCHES = 24  # of a pair
 
 
 @dataclasses.dataclass(frozen=True)
-class _Published:
-  """What an option of None stands for."""
+class _Defaults:
+  """The values that options of None resolve to; NAVI's in Probe3D."""
 
-  patches: int | None
-  size: int
-  keep: int
-  metres: tuple[float | int, ...]
-  angles: tuple[float | int, ...]
-  stride: int
-  count: int | None
   why: str
+  patches: int | None = None  # along a side, in place of `size`
+  size: int = 512
+  keep: int = 1000
+  metres: tuple[float | int, ...] = (0.01, 0.02, 0.05)
+  angles: tuple[float | int, ...] = (0, 30, 60, 90, 120)
+  stride: int = 1
+  count: int | None = None
 
 
-_PUBLISHED = {
-  "navi": _Published(
-    patches=None,
-    size=512,
-    keep=1000,
-    metres=(0.01, 0.02, 0.05),
-    angles=(0, 30, 60, 90, 120),
-    stride=4,
-    count=None,
-    why="Probe3D's",
+_DEFAULTS = {
+  "navi": _Defaults("Probe3D's", stride=4),
+  "rgbd": _Defaults(
+    "NAVI's; a cell of the grid is about 1 cm wide at 2 m", count=1000
   ),
-  "rgbd": _Published(
-    patches=None,
-    size=512,
-    keep=1000,
-    metres=(0.01, 0.02, 0.05),
-    angles=(0, 30, 60, 90, 120),
-    stride=1,
-    count=1000,
-    why="NAVI's; a cell of the grid is about 1 cm wide at 2 m",
-  ),
-  # Things are 0.5 to 1.3 m tall where NAVI's are 0.1 to 0.3, so that the same
-  # shares of a thing are five times as long; a view has 32 x 32 cells and some
-  # hundred points where NAVI's have 128 x 128.
-  "scenes": _Published(
+  # Objects are 0.5 to 1.3 m tall where NAVI's are 0.1 to 0.3, so thresholds are
+  # five times as long; a view has 32 x 32 cells and some hundred points where
+  # NAVI's have 128 x 128.
+  "scenes": _Defaults(
+    "five times NAVI's, as the things are about five times as large",
     patches=16,
-    size=0,
     keep=100,
     metres=(0.05, 0.1, 0.25),
     angles=(0, 15, 30, 45),
     stride=2,
     count=48,
-    why="five times NAVI's, as the things are about five times as large",
   ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class _Set:
-  """The frames, the pairs of them, where those came from, and their hash."""
+class _PairSet:
+  """Frames, pairs of them, the origin of the pairs, and a hash."""
 
   frames: posed.PosedFrames
   drawn: posed.Drawn
@@ -102,18 +82,8 @@ class _Set:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Encoded:
-  """A pair by its place, and its two views with their features, if any."""
-
-  place: int
-  pair: posed.Pair
-  views: tuple[posed.View, posed.View] | None
-  maps: Float32[np.ndarray, "2 h w d"] | None
-
-
-@dataclasses.dataclass(frozen=True)
 class GeometricCorrespondence(Evaluator):
-  """Recall of matches between views of one thing, by distance and by angle.
+  """Recall of matches between views of one scene, by distance and by angle.
 
   Options of None take the published value for NAVI, or one that suits the other
   data; the protocol says which.
@@ -124,20 +94,20 @@ class GeometricCorrespondence(Evaluator):
     pairs: a file with the list of pairs: read if it exists (NAVI's own lists
       too), else written with the pairs that are drawn.
     subset: of NAVI: `wild_set` or `multiview`.
-    size: side of the view that is encoded; 512, or what keeps its 32 x 32 grid
+    size: side of the encoded view; 512, or the one with the same 32 x 32 grid
       where the patch does not divide it.
-    layer: the block whose patch tokens are matched; -1 is the last.
+    layer: block whose patch tokens are matched; -1 is the last.
     norm: `none` takes them before the final norm, `final` after it.
-    keep: matches a pair, those with the heaviest ratio of distances.
+    keep: matches a pair, those of the highest weight.
     metres: thresholds of the 3D error. The middle one is used by angle.
     pixels: thresholds of the 2D error, in pixels of a view of 512.
     angles: edges of the bins of the angle between the cameras, in degrees.
     max_angle: of a pair.
-    stride: every how many frames begin a pair.
-    count: pairs to use, evenly spaced; of the scenes, how many to render.
+    stride: step between the frames that begin a pair.
+    count: pairs to use, evenly spaced; of the scenes, the number to render.
     seed: of the pairs.
     batch_size: images a step.
-    pictures: how many pairs a sheet shows.
+    pictures: number of pairs on the sheet.
   """
 
   data: Data = "scenes"
@@ -173,17 +143,17 @@ class GeometricCorrespondence(Evaluator):
       if values is not None and (
         len(values) == 0 or list(values) != sorted(set(values))
       ):
-        raise ValueError(
+        raise ConfigError(
           f"geometric: {name}={values}; expected increasing numbers"
         )
 
   @functools.cached_property
-  def _set(self) -> _Set:
+  def _set(self) -> _PairSet:
     frames = registry.open_posed(
-      self.data, subset=self.subset, count=self._scenes
+      self.data,
+      subset=self.subset,
+      count=self.count or _DEFAULTS["scenes"].count,
     )
-    default = _PUBLISHED[frames.layout]
-    count = self.count or default.count
     if self.pairs and pathlib.Path(self.pairs).is_file():
       pairs = examples.subsample(
         posed.read_pairs(self.pairs, frames), self.count
@@ -194,59 +164,54 @@ class GeometricCorrespondence(Evaluator):
       drawn = posed.draw_pairs(
         frames,
         seed=self.seed,
-        stride=self.stride or default.stride,
-        count=count,
+        stride=self.stride or _DEFAULTS[frames.layout].stride,
+        count=self.count or _DEFAULTS[frames.layout].count,
         max_angle=self.max_angle,
       )
       if self.pairs and jax.process_index() == 0:
         posed.write_pairs(self.pairs, frames, drawn.pairs)
     digest = posed.digest_of(frames, drawn.pairs)
-    return _Set(frames, drawn, source, digest)
-
-  @property
-  def _scenes(self) -> int:
-    return self.count or _PUBLISHED["scenes"].count
+    return _PairSet(frames, drawn, source, digest)
 
   def prepare(self) -> None:
-    """Reads annotations and draws the pairs, and keeps them."""
+    """Reads the annotations and draws the pairs."""
     _ = self._set
 
   def run(self, encoder: Encoder) -> Result:
-    """Recalls, pooled over pairs and by angle, and what chance would give.
+    """Recalls, pooled over pairs and by angle, and their chance.
 
     Raises:
-      ValueError: where no pair has points in both views.
+      InputError: if no pair has points in both views.
     """
-    frames, drawn = self._set.frames, self._set.drawn
-    options = self._resolved(encoder, frames.layout)
-    shown = examples.subsample(range(len(drawn.pairs)), self.pictures or 1)
-    scored, sheet = [], []
-    for seen in self._encoded(encoder, options.size):
-      if seen.views is None:
-        continue
-      found = match_errors.score(seen.maps, seen.views, options=options)
-      scored.append(dataclasses.replace(found, angle=seen.pair.angle))
-      if self.pictures and seen.place in shown:
-        sheet.append(_picture(seen.views, found, options.metres))
-    if not scored:
-      raise ValueError(
-        f"{frames.name}: none of {len(drawn.pairs)} pairs has depth in both "
-        "views"
+    frames, pairs = self._set.frames, self._set.drawn.pairs
+    options = self._resolve(encoder, frames.layout)
+    shown = examples.subsample(range(len(pairs)), self.pictures or 1)
+    scored, rows = [], []
+    for i, views, maps in self._encode_pairs(encoder, options.size):
+      errors = recall.match_pair(
+        maps, views, options=options, angle=pairs[i].angle
       )
-    metrics, chance = match_errors.summarise(scored, options=options)
+      scored.append(errors)
+      if self.pictures and i in shown:
+        rows.append(_draw_pair(views, errors, options.metres))
+    if not scored:
+      raise InputError(
+        f"{frames.name}: none of {len(pairs)} pairs has depth in both views"
+      )
+    metrics, chance = recall.average(scored, options=options)
     return Result(
       metrics,
       self._protocol(encoder, options, scored),
       chance,
-      pictures={"matches": np.concatenate(sheet)} if sheet else {},
+      pictures={"matches": np.concatenate(rows)} if rows else {},
     )
 
-  def _resolved(self, encoder: Encoder, layout: str) -> match_errors.Options:
-    default = _PUBLISHED[layout]
+  def _resolve(self, encoder: Encoder, layout: str) -> recall.Options:
+    default = _DEFAULTS[layout]
     published = default.size
     if default.patches:
       published = default.patches * encoder.spec.image.patch_size
-    return match_errors.Options(
+    return recall.Options(
       size=matching.input_size(encoder, self.size, published=published),
       keep=self.keep or default.keep,
       metres=tuple(self.metres or default.metres),
@@ -254,48 +219,59 @@ class GeometricCorrespondence(Evaluator):
       angles=tuple(self.angles or default.angles),
     )
 
-  def _encoded(self, encoder: Encoder, size: int) -> Iterator[_Encoded]:
-    """All pairs in order; without views where one has too few points."""
-    frames, drawn = self._set.frames, self._set.drawn
+  def _encode_pairs(
+    self, encoder: Encoder, size: int
+  ) -> Iterator[
+    tuple[int, tuple[posed.View, ...], Float32[np.ndarray, "2 h w d"]]
+  ]:
+    """Index, views and features of each pair with enough points."""
+    frames, pairs = self._set.frames, self._set.drawn.pairs
 
-    def views_of(pair: posed.Pair) -> tuple[posed.View, posed.View] | None:
-      made = tuple(
+    def read_views(pair: posed.Pair) -> tuple[posed.View, ...] | None:
+      views = tuple(
         posed.make_view(frames.read(i, size), size=size, stored=frames.stored)
         for i in (pair.first, pair.second)
       )
-      # The second nearest must exist.
-      whole = all(v is not None and v.valid.sum() >= 2 for v in made)
-      return made if whole else None
+      # Two points, so that there is a second nearest neighbour.
+      if any(v is None or v.valid.sum() < 2 for v in views):
+        return None
+      return views
 
-    place = itertools.count()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      for start in range(0, len(drawn.pairs), _CHUNK):
-        chunk = drawn.pairs[start : start + _CHUNK]
-        views = list(pool.map(views_of, chunk))
-        images = [v.image for both in views if both for v in both]
-        maps = iter(())
-        if images:
-          found = matching.patch_features(
-            encoder,
-            images,
-            layer=self.layer,
-            norm=self.norm,
-            batch_size=self.batch_size,
-          )
-          maps = iter(found.reshape(-1, 2, *found.shape[1:]))
-        for pair, both in zip(chunk, views, strict=True):
-          yield _Encoded(next(place), pair, both, next(maps) if both else None)
+      for start in range(0, len(pairs), _CHUNK):
+        chunk = pool.map(read_views, pairs[start : start + _CHUNK])
+        kept = [(start + k, views) for k, views in enumerate(chunk) if views]
+        if not kept:
+          continue
+        maps = matching.patch_features(
+          encoder,
+          [view.image for _, views in kept for view in views],
+          layer=self.layer,
+          norm=self.norm,
+          batch_size=self.batch_size,
+        )
+        for k, (i, views) in enumerate(kept):
+          yield i, views, maps[2 * k : 2 * k + 2]
 
   def _protocol(
     self,
     encoder: Encoder,
-    options: match_errors.Options,
-    scored: Sequence[match_errors.Scored],
+    options: recall.Options,
+    scored: Sequence[recall.PairErrors],
   ) -> dict[str, Any]:
     frames, drawn = self._set.frames, self._set.drawn
-    default = _PUBLISHED[frames.layout]
-    names = match_errors.names_of(options)
+    default = _DEFAULTS[frames.layout]
     angles = np.array([s.angle for s in scored])
+    # How a list that was read had been drawn is unknown.
+    pairs = {"pairs_are": "read from the list"}
+    if self._set.source == "drawn":
+      pairs = {
+        "pairs_are": "drawn",
+        "frames_without_partner": drawn.alone,
+        "pair_seed": self.seed,
+        "max_angle": self.max_angle,
+        "stride": self.stride or default.stride,
+      }
     return {
       **encoder.protocol(),
       "data": frames.name,
@@ -310,7 +286,7 @@ class GeometricCorrespondence(Evaluator):
         f"{low:g}-{high:g}": int(((angles >= low) & (angles < high)).sum())
         for low, high in itertools.pairwise(options.angles)
       },
-      **self._drawing(),
+      **pairs,
       "pair_list": self.pairs and pathlib.PurePath(self.pairs).name,
       "input_size": [options.size, options.size],
       "preprocess": base.preprocess_protocol(
@@ -332,42 +308,30 @@ class GeometricCorrespondence(Evaluator):
       "metres": list(options.metres),
       "metres_are": default.why if self.metres is None else "given",
       "pixels": list(options.pixels),
-      "pixels_of": match_errors.PIXELS_OF,
+      "pixels_of": recall.PIXELS_OF,
       "averaging": "over all matches of all pairs; by angle and per pair over "
       "pairs",
-      "avg_recall": f"mean of {', '.join(names.metres)}",
-      "avg_recall_pixel": f"mean of {', '.join(names.pixels)}",
+      "avg_recall": f"mean of {', '.join(options.metre_names)}",
+      "avg_recall_pixel": f"mean of {', '.join(options.pixel_names)}",
       "avg_recall_all": "mean of the thresholds in metres and in pixels",
       "avg_recall_angle": "mean of the bins of angle that have pairs",
       "chance": "a uniform match, averaged over "
-      f"{match_errors.CHANCE_POINTS} points a pair",
-    }
-
-  def _drawing(self) -> dict[str, Any]:
-    """How pairs were drawn; of a list that was read nobody here knows it."""
-    if self._set.source == "file":
-      return {"pairs_are": "read from the list"}
-    default = _PUBLISHED[self._set.frames.layout]
-    return {
-      "pairs_are": "drawn",
-      "frames_without_partner": self._set.drawn.alone,
-      "pair_seed": self.seed,
-      "max_angle": self.max_angle,
-      "stride": self.stride or default.stride,
+      f"{recall.CHANCE_POINTS} points a pair",
     }
 
 
-def _picture(
-  views, scored: match_errors.Scored, metres: Sequence[float]
+def _draw_pair(
+  views: Sequence[posed.View],
+  errors: recall.PairErrors,
+  metres: Sequence[float],
 ) -> np.ndarray:
-  """24 matches from the heaviest to the last: green if right, else red."""
-  kept = scored.matches
-  chosen = examples.subsample(range(len(kept.first)), 24)
-  right = scored.metres[chosen] < metres[len(metres) // 2]
+  """Matches from the highest weight to the lowest, coloured by correctness."""
+  matches = errors.matches
+  chosen = examples.subsample(range(len(matches.first)), _SHEET_MATCHES)
   return plots.draw_scored_matches(
     views[0].image,
     views[1].image,
-    kept.first[chosen] * posed.CELL,
-    kept.second[chosen] * posed.CELL,
-    right,
+    matches.first[chosen] * posed.CELL,
+    matches.second[chosen] * posed.CELL,
+    errors.metres[chosen] < metres[len(metres) // 2],
   )

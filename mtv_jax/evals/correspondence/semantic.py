@@ -1,17 +1,17 @@
-"""Semantic correspondence: is a point of a thing found in another of its kind?
+"""Semantic correspondence: keypoint transfer between objects of a category.
 
-For each key point of one picture, the most similar patch of the other is taken
-for its counterpart (SPair-71k, Min et al. 2019, in Probe3D's protocol, El
-Banani et al. 2024). Pictures are padded to squares and brought to one size, on
-which there is a grid of G x G normalised patch features:
+Each keypoint of one image is transferred to the most similar patch of the other
+(SPair-71k, Min et al. 2019, in Probe3D's protocol, El Banani et al. 2024).
+Images are padded to squares and resized; on them is a grid of G x G normalised
+patch features:
 
-    descriptor = bilinear sample of the first grid, corners on corners
-    found      = (column, row) / G of the patch with the highest dot product
-    error      = |found - true| / (longer side of the thing's box)
-    right      = error < 0.1
+    descriptor = bilinear sample of the first grid, corners aligned
+    predicted  = (column, row) / G of the patch with the highest dot product
+    error      = |predicted - true| / (longer side of the object's box)
+    correct    = error < 0.1
 
-with places and sides as shares of the padded square's side. The corner of the
-patch and not its middle is compared, as the published figures are.
+with positions and sides as fractions of the padded square's side. As in the
+published protocol, the corner of the patch is compared, not its centre.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from mtv_jax.evals.core.examples import Data, KeyPointPair, KeyPointPairs
 from mtv_jax.evals.correspondence import matching, pck
 from mtv_jax.evals.datasets import registry, spair
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 _REPORTS = ("means", "classes")
-# Pictures whose features are held at a time: 1.3 GB of ViT-L's at 50 x 50.
-_HELD = 128
+# Images with features in memory at a time: 1.3 GB of ViT-L's at 50 x 50.
+_MAX_IMAGES = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class SemanticCorrespondence(Evaluator):
-  """Recall of key points (PCK), by class and by difference of viewpoint.
+  """Recall of keypoints (PCK), by class and by difference of viewpoint.
 
   Options of None take the published value for SPair-71k, or one that suits the
   scenes, whose grid is coarser; the protocol says which.
@@ -48,18 +48,18 @@ class SemanticCorrespondence(Evaluator):
   Attributes:
     data: `scenes` (see `datasets/scenes.py`) or the folder `SPair-71k`.
     split: of SPair-71k: `trn`, `val` or `test`.
-    size: side of the squares that are encoded; 800, or what keeps its 50 x 50
+    size: side of the encoded squares; 800, or the one with the same 50 x 50
       grid where the patch does not divide it.
-    layer: the block whose patch tokens are compared; -1 is the last.
+    layer: block whose patch tokens are compared; -1 is the last.
     norm: `none` takes them before the final norm, `final` after it.
-    threshold: of the error, a share of the longer side of the thing's box.
+    threshold: of the error, a fraction of the longer side of the box.
     aggregate: `point` or `image`, see `pck.Rule`.
-    per_class: pairs of a class and a viewpoint at most.
-    seed: of their choice, see `pck.choose`.
+    per_class: the most pairs of a class and a viewpoint.
+    seed: of their sample, see `pck.sample_pairs`.
     report: `means`, or `classes` for the recall of each class too.
-    count: of the scenes, how many to render.
+    count: of the scenes, the number to render.
     batch_size: images a step.
-    pictures: how many pairs a sheet shows.
+    pictures: number of pairs on the sheet.
   """
 
   data: Data = "scenes"
@@ -90,51 +90,49 @@ class SemanticCorrespondence(Evaluator):
     )
 
   @functools.cached_property
-  def _set(self) -> tuple[KeyPointPairs, pck.Chosen]:
+  def _set(self) -> tuple[KeyPointPairs, pck.Sample]:
     data = registry.open_key_points(
       self.data, split=self.split, count=self.count
     )
-    chosen = pck.choose(data.pairs, limit=self.per_class, seed=self.seed)
-    if not any(len(data.pairs[i].first_points) for i in _used(chosen)):
-      raise ValueError(
+    sample = pck.sample_pairs(data.pairs, limit=self.per_class, seed=self.seed)
+    if not any(len(data.pairs[i].first_points) for i in _pairs_in(sample)):
+      raise InputError(
         f"{data.name}: none of its {len(data.pairs)} pairs has a key point "
-        "that both pictures show"
+        "that both images show"
       )
-    return data, chosen
+    return data, sample
 
   def prepare(self) -> None:
-    """Reads the annotations, and keeps them."""
+    """Reads the annotations."""
     _ = self._set
 
   def run(self, encoder: Encoder) -> Result:
-    """Means over the classes, for all pairs and by viewpoint, and chance."""
-    data, chosen = self._set
-    setting = self._setting(encoder, data.layout)
-    used = _used(chosen)
-    shown = examples.subsample(used, self.pictures) if self.pictures else []
-    right, chance, sheet = {}, {}, []
-    for i, cells in self._found(encoder, data, used, setting):
+    """Means over the classes, of all pairs and by viewpoint, and chance."""
+    data, sample = self._set
+    grid = self._grid(encoder, data.layout)
+    pairs = _pairs_in(sample)
+    shown = examples.subsample(pairs, self.pictures) if self.pictures else []
+    correct, chance, rows = {}, {}, []
+    for i, predicted in self._transfer(encoder, data, pairs, grid):
       pair = data.pairs[i]
-      places = cells / setting.grid
-      right[i] = setting.rule.right(
-        pck.errors_of(places, pair, size=setting.size)
-      )
-      chance[i] = pck.chances(
-        pair, grid=setting.grid, size=setting.size, rule=setting.rule
+      errors = pck.transfer_errors(predicted, pair, size=grid.size)
+      correct[i] = grid.rule.correct(errors)
+      chance[i] = pck.uniform_pck(
+        pair, grid=grid.patches, size=grid.size, rule=grid.rule
       )
       if i in shown:
-        sheet.append(_picture(data, pair, places, right[i], setting.size))
+        rows.append(_draw_pair(data, pair, predicted, correct[i], grid.size))
     average = functools.partial(
-      pck.figures, chosen, rule=setting.rule, report=self.report
+      pck.average, sample, rule=grid.rule, report=self.report
     )
     return Result(
-      average(right),
-      self._protocol(encoder, data, chosen, setting),
+      average(correct),
+      self._protocol(encoder, data, sample, grid),
       average(chance),
-      pictures={"matches": np.concatenate(sheet)} if sheet else {},
+      pictures={"matches": np.concatenate(rows)} if rows else {},
     )
 
-  def _setting(self, encoder: Encoder, layout: str) -> _Setting:
+  def _grid(self, encoder: Encoder, layout: str) -> _Grid:
     patch = encoder.spec.image.patch_size
     scenes = layout == "scenes"
     size = matching.input_size(
@@ -142,25 +140,26 @@ class SemanticCorrespondence(Evaluator):
     )
     threshold = self.threshold
     if threshold is None:
-      # A patch is 1/16 of a scene's side, and a thing about 0.4.
+      # A patch is 1/16 of a scene's side, and an object about 0.4.
       threshold = 0.25 if scenes else 0.1
-    return _Setting(size, size // patch, pck.Rule(self.aggregate, threshold))
+    return _Grid(size, size // patch, pck.Rule(self.aggregate, threshold))
 
-  def _found(
+  def _transfer(
     self,
     encoder: Encoder,
     data: KeyPointPairs,
-    used: Sequence[int],
-    setting: _Setting,
+    pairs: Sequence[int],
+    grid: _Grid,
   ) -> Iterator[tuple[int, np.ndarray]]:
-    """Each pair's number and the patches found, some classes at a time."""
-    for group in _groups(data, used):
-      numbers = sorted(
-        {k for i in group for k in (data.pairs[i].first, data.pairs[i].second)}
-      )
+    """Index and predicted points of each pair, some classes at a time.
+
+    Points are fractions of the square's side.
+    """
+    for group in _group_by_class(data, pairs):
+      numbers = sorted({k for i in group for k in _images_of(data, i)})
       images = examples.select_images(data.images, numbers)
       squares = examples.Images(
-        lambda k, images=images: pck.square(images[k], setting.size),
+        lambda k, images=images: pck.pad_to_square(images[k], grid.size),
         len(images),
       )
       maps = matching.patch_features(
@@ -170,31 +169,26 @@ class SemanticCorrespondence(Evaluator):
         norm=self.norm,
         batch_size=self.batch_size,
       )
-      placed = jnp.asarray(normalize(maps))
-      place = {number: k for k, number in enumerate(numbers)}
+      maps = jnp.asarray(normalize(maps))
       for i in group:
         pair = data.pairs[i]
-        points = pck.scaled(
-          pair.first_points, side=pair.first_side, size=setting.size
+        points = pck.points_in_square(
+          pair.first_points, side=pair.first_side, size=grid.size
         )
-        yield (
-          i,
-          pck.find_in(
-            placed, place[pair.first], place[pair.second], points / setting.size
-          ),
-        )
+        first, second = map(numbers.index, _images_of(data, i))
+        cells = pck.transfer_points(maps, first, second, points / grid.size)
+        yield i, cells / grid.patches
 
   def _protocol(
     self,
     encoder: Encoder,
     data: KeyPointPairs,
-    chosen: pck.Chosen,
-    setting: _Setting,
+    sample: pck.Sample,
+    grid: _Grid,
   ) -> dict[str, Any]:
-    used = _used(chosen)
-    by_view = {
+    counts = {
       "all" if view is None else str(view): sum(
-        len(members) for key, members in chosen.items() if key[1] == view
+        len(members) for key, members in sample.items() if key[1] == view
       )
       for view in (None, *pck.VIEWPOINTS)
     }
@@ -204,20 +198,20 @@ class SemanticCorrespondence(Evaluator):
       "data_hash": data.digest,
       "dataset": {"spair": "SPair-71k", "scenes": "scenes"}[data.layout],
       **data.about,
-      "pairs": by_view,
-      "classes": len({key[0] for key in chosen}),
-      "points": sum(len(data.pairs[i].first_points) for i in used),
+      "pairs": counts,
+      "classes": len({key[0] for key in sample}),
+      "points": sum(len(data.pairs[i].first_points) for i in _pairs_in(sample)),
       "pairs_per_class": self.per_class,
       "pair_seed": self.seed,
-      "input_size": [setting.size, setting.size],
+      "input_size": [grid.size, grid.size],
       "preprocess": base.preprocess_protocol(
         encoder,
         resize="squash",
-        size=setting.size,
+        size=grid.size,
         crop="none: padded with white to a square first",
         interpolation="bicubic, antialiased (Pillow)",
       ),
-      "grid": [setting.grid, setting.grid],
+      "grid": [grid.patches, grid.patches],
       "layer": self.layer,
       "final_norm": self.norm == "final",
       "similarity": matching.SIMILARITY,
@@ -225,8 +219,8 @@ class SemanticCorrespondence(Evaluator):
       "pixels of the input",
       "found_at": "the patch's upper left corner",
       "ties": "first patch in the order of rows",
-      "threshold": setting.rule.threshold,
-      "threshold_of": "the longer side of the second picture's box",
+      "threshold": grid.rule.threshold,
+      "threshold_of": "the longer side of the second image's box",
       "right_if": "<" if self.aggregate == "point" else "<=",
       "aggregate": self.aggregate,
       "averaging": "over key points (aggregate=point) or pairs (image) of a "
@@ -236,43 +230,55 @@ class SemanticCorrespondence(Evaluator):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Setting:
-  """Side of the squares, patches along it, and what is right."""
+class _Grid:
+  """Side of the square, patches along it, and the rule of a correct match."""
 
   size: int
-  grid: int
+  patches: int
   rule: pck.Rule
 
 
-def _used(chosen: pck.Chosen) -> list[int]:
-  return sorted({i for members in chosen.values() for i in members})
+def _pairs_in(sample: pck.Sample) -> list[int]:
+  return sorted({i for members in sample.values() for i in members})
 
 
-def _groups(data: KeyPointPairs, used: Sequence[int]) -> Iterator[list[int]]:
-  """The pairs of as many classes as `_HELD` pictures allow, at least one."""
+def _images_of(data: KeyPointPairs, i: int) -> tuple[int, int]:
+  return data.pairs[i].first, data.pairs[i].second
+
+
+def _group_by_class(
+  data: KeyPointPairs, pairs: Sequence[int]
+) -> Iterator[list[int]]:
+  """Groups of whole classes with up to `_MAX_IMAGES` images if possible."""
   by_class: dict[str, list[int]] = {}
-  for i in used:
+  for i in pairs:
     by_class.setdefault(data.pairs[i].category, []).append(i)
-  group, held = [], set()
+  group, images = [], set()
   for members in by_class.values():
-    more = {
-      k for i in members for k in (data.pairs[i].first, data.pairs[i].second)
-    }
-    if group and len(held | more) > _HELD:
+    more = {k for i in members for k in _images_of(data, i)}
+    if group and len(images | more) > _MAX_IMAGES:
       yield group
-      group, held = [], set()
-    group, held = group + members, held | more
+      group, images = [], set()
+    group, images = group + members, images | more
   if group:
     yield group
 
 
-def _picture(data, pair: KeyPointPair, places, right, size: int) -> np.ndarray:
-  """The key points and where they were found: green if right, else red."""
-  starts = pck.scaled(pair.first_points, side=pair.first_side, size=size)
+def _draw_pair(
+  data: KeyPointPairs,
+  pair: KeyPointPair,
+  predicted: np.ndarray,
+  correct: np.ndarray,
+  size: int,
+) -> np.ndarray:
+  """Keypoints joined to their predictions, coloured by correctness."""
+  starts = pck.points_in_square(
+    pair.first_points, side=pair.first_side, size=size
+  )
   return plots.draw_scored_matches(
-    pck.square(data.images[pair.first], size),
-    pck.square(data.images[pair.second], size),
+    pck.pad_to_square(data.images[pair.first], size),
+    pck.pad_to_square(data.images[pair.second], size),
     starts[:, ::-1].astype(np.int64),
-    np.floor(places[:, ::-1] * size).astype(np.int64),
-    right > 0,
+    np.floor(predicted[:, ::-1] * size).astype(np.int64),
+    correct > 0,
   )

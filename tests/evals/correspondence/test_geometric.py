@@ -1,4 +1,4 @@
-"""Geometric correspondence: synthetic checks, averages, and whole runs."""
+"""Geometric correspondence: synthetic views, averages, end-to-end runs."""
 
 import json
 
@@ -9,10 +9,10 @@ import pytest
 from mtv_jax.encoder import baselines
 from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.correspondence import match_errors
+from mtv_jax.evals.correspondence import recall
 from mtv_jax.evals.correspondence.geometric import GeometricCorrespondence
-from mtv_jax.evals.correspondence.match_errors import Options, Scored
 from mtv_jax.evals.correspondence.matching import Matches
+from mtv_jax.evals.correspondence.recall import Options, PairErrors
 from mtv_jax.evals.datasets import posed
 from mtv_jax.parallel.mesh import make_mesh
 
@@ -27,8 +27,8 @@ OPTIONS = Options(
 FOCAL = 110.0
 
 
-def looking(degrees, distance):
-  """A camera on a circle around the origin, looking at it."""
+def look_at_origin(degrees, distance):
+  """Pose of a camera on a circle around the origin, looking at it."""
   pose = np.eye(4)
   a = np.radians(degrees)
   pose[:3, :3] = [
@@ -40,8 +40,8 @@ def looking(degrees, distance):
   return pose
 
 
-def ball(pose, radius=0.2):
-  """What a camera sees of a ball around the origin."""
+def ball_view(pose, radius=0.2):
+  """A view of a ball around the origin."""
   at = (np.arange(CELLS) * 4 + 0.5 - OPTIONS.size / 2) / FOCAL
   ray = np.stack([*np.meshgrid(at, at), np.ones((CELLS, CELLS))], axis=-1)
   middle = pose[:3, 3]
@@ -56,98 +56,96 @@ def ball(pose, radius=0.2):
   )
 
 
-def world(view):
-  """Where a view's points are in the world."""
+def world_points(view):
+  """The points of a view in world coordinates."""
   return (view.points - view.pose[:3, 3]) @ view.pose[:3, :3]
 
 
-def hashed(points, width=48):
-  """Descriptors that depend on the place alone, the nearer the more alike."""
+def position_features(points, width=48):
+  """Descriptors of the 3D position; near points are similar."""
   rng = np.random.default_rng(5)
   waves = points @ rng.normal(0, 12, (3, width // 2))
-  made = np.concatenate([np.cos(waves), np.sin(waves)], axis=-1)
-  return made.astype(np.float32)
+  features = np.concatenate([np.cos(waves), np.sin(waves)], axis=-1)
+  return features.astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def views():
-  return ball(looking(0, 0.9)), ball(looking(35, 1.0))
+  return ball_view(look_at_origin(0, 0.9)), ball_view(look_at_origin(35, 1.0))
 
 
-def test_identical_views_with_unique_features_are_all_right(views):
+def test_unique_features_match_identical_views(views):
   rng = np.random.default_rng(0)
   features = rng.normal(size=(CELLS, CELLS, 48)).astype(np.float32)
-  found = match_errors.score(
+  errors = recall.match_pair(
     np.stack([features, features]), (views[0], views[0]), options=OPTIONS
   )
-  assert len(found.metres) == 60
-  np.testing.assert_array_equal(found.matches.first, found.matches.second)
-  assert found.metres.max() < 1e-9
-  assert found.pixels.max() < 1e-6
-  metrics, _ = match_errors.summarise([found], options=OPTIONS)
+  assert len(errors.metres) == 60
+  np.testing.assert_array_equal(errors.matches.first, errors.matches.second)
+  assert errors.metres.max() < 1e-9
+  assert errors.pixels.max() < 1e-6
+  metrics, _ = recall.average([errors], options=OPTIONS)
   assert metrics["avg_recall_all"] == 1.0
   # At an angle of 0, the pair is in the first bin.
   assert metrics["recall_2cm_0_30deg"] == 1.0
 
 
-def test_hashed_places_are_found_after_a_known_motion(views):
-  """Each point's nearest descriptor is that of the nearest point in space."""
-  maps = np.stack([hashed(world(view)) for view in views])
-  found = match_errors.score(maps, views, options=OPTIONS)
-  first, second = (world(v)[v.valid].astype(np.float64) for v in views)
+def test_position_features_match_after_a_known_motion(views):
+  """The nearest descriptor is that of the nearest point in space."""
+  maps = np.stack([position_features(world_points(view)) for view in views])
+  errors = recall.match_pair(maps, views, options=OPTIONS)
+  first, second = (world_points(v)[v.valid].astype(np.float64) for v in views)
   apart = np.linalg.norm(first[:, None] - second, axis=-1)
   cells = np.argwhere(views[0].valid)
   row = [
-    np.flatnonzero((cells == c).all(axis=1))[0] for c in found.matches.first
+    np.flatnonzero((cells == c).all(axis=1))[0] for c in errors.matches.first
   ]
-  np.testing.assert_allclose(found.metres, apart[row].min(axis=1), atol=2e-3)
-  # Cells are 3.3 cm wide at 0.9 m, and half of the ball is seen from both.
-  assert (found.metres < 0.02).mean() > 0.8
+  np.testing.assert_allclose(errors.metres, apart[row].min(axis=1), atol=2e-3)
+  # Cells are 3.3 cm wide at 0.9 m, and both views show half of the ball.
+  assert (errors.metres < 0.02).mean() > 0.8
   assert (apart.min(axis=1) < 0.02).mean() < 0.8
-  # In pixels by hand: where both points appear in the second picture.
+  # The pixel error from the projections into the second image.
   pose = views[1].pose
   moved = first[row] @ pose[:3, :3].T + pose[:3, 3]
-  seen = views[1].points[tuple(found.matches.second.T)]
+  seen = views[1].points[tuple(errors.matches.second.T)]
   focal = FOCAL * 512 / OPTIONS.size
   place = [p[:, :2] / p[:, 2:] * focal for p in (moved, seen)]
   np.testing.assert_allclose(
-    found.pixels, np.linalg.norm(place[0] - place[1], axis=1), atol=2e-3
+    errors.pixels, np.linalg.norm(place[0] - place[1], axis=1), atol=2e-3
   )
 
 
 def test_random_features_are_at_chance(views):
   rng = np.random.default_rng(3)
   scored = [
-    match_errors.score(
+    recall.match_pair(
       rng.normal(size=(2, CELLS, CELLS, 16)).astype(np.float32),
       views,
       options=OPTIONS,
     )
     for _ in range(12)
   ]
-  metrics, chance = match_errors.summarise(scored, options=OPTIONS)
+  metrics, chance = recall.average(scored, options=OPTIONS)
   # 720 matches: five standard deviations.
   for name in ("recall_5cm", "recall_50px"):
     p = chance[name]
     assert 0.005 < p < 0.4
     assert abs(metrics[name] - p) < 5 * np.sqrt(p * (1 - p) / 720)
-  # Of all points, and not of some of them.
-  first, second = (world(v)[v.valid] for v in views)
+  # Chance from a sample of points is near that of all points.
+  first, second = (world_points(v)[v.valid] for v in views)
   apart = np.linalg.norm(first[:, None] - second, axis=-1)
   assert chance["recall_5cm"] == pytest.approx((apart < 0.05).mean(), rel=0.1)
 
 
 def test_a_view_behind_the_camera_is_far_in_pixels():
-  at = match_errors.project(
-    np.array([[1.0, 2.0, 4.0], [1.0, 0.0, -1.0]]), focal=2.0
-  )
+  at = recall.project(np.array([[1.0, 2.0, 4.0], [1.0, 0.0, -1.0]]), focal=2.0)
   np.testing.assert_allclose(at, [[0.5, 1.0], [2e9, 0.0]])
 
 
-def scored(metres, angle):
+def pair_errors(metres, angle):
   count = len(metres)
   cells = np.zeros((count, 2), int)
-  return Scored(
+  return PairErrors(
     matches=Matches(cells, cells, np.zeros(count)),
     metres=np.array(metres),
     pixels=np.array(metres) * 1000,
@@ -156,14 +154,14 @@ def scored(metres, angle):
   )
 
 
-def test_averages_by_hand():
+def test_averages():
   pairs = [
-    scored([0.005, 0.01, 0.03, 0.06], 10.0),
-    scored([0.015, 0.9], 30.0),
-    scored([0.019, 0.9], 59.0),
-    scored([0.9, 0.9], 120.0),
+    pair_errors([0.005, 0.01, 0.03, 0.06], 10.0),
+    pair_errors([0.015, 0.9], 30.0),
+    pair_errors([0.019, 0.9], 59.0),
+    pair_errors([0.9, 0.9], 120.0),
   ]
-  metrics, chance = match_errors.summarise(pairs, options=OPTIONS)
+  metrics, chance = recall.average(pairs, options=OPTIONS)
   # Strictly below, over all ten matches.
   assert metrics["recall_1cm"] == pytest.approx(1 / 10)
   assert metrics["recall_2cm"] == pytest.approx(4 / 10)
@@ -174,7 +172,7 @@ def test_averages_by_hand():
   assert metrics["avg_recall"] == pytest.approx(1 / 3)
   assert metrics["avg_recall_pixel"] == pytest.approx(0.3)
   assert metrics["avg_recall_all"] == pytest.approx(19 / 60)
-  # Over pairs; 120 degrees are in no bin and 60 to 90 have no pair.
+  # Means over pairs; no bin has 120 degrees, and 60 to 90 has no pair.
   assert metrics["recall_2cm_per_pair"] == pytest.approx((0.5 + 0.5 + 0.5) / 4)
   assert metrics["recall_2cm_0_30deg"] == pytest.approx(0.5)
   assert metrics["recall_2cm_30_60deg"] == pytest.approx(0.5)
@@ -234,13 +232,13 @@ def test_one_device_and_eight_agree(result):
 def test_features_after_the_final_norm(result, pixels):
   got = GeometricCorrespondence(count=4, norm="final").run(pixels)
   assert got.protocol["final_norm"] is True
-  # Pixels have no norm, so nothing else may differ.
+  # Raw pixels have no norm, so the results are equal.
   assert got.metrics == result.metrics
   assert got.chance == result.chance
 
 
-def test_exact_points_of_the_scenes_are_right():
-  """Where a scene's own correspondence says that a point went, it is."""
+def test_correspondence_of_scenes_agrees_with_depth_and_pose():
+  """Moved points project to the renderer's correspondence."""
   from mtv_jax.data.scenes import render as scenes
   from mtv_jax.evals.datasets import registry
   from mtv_jax.evals.datasets.scenes import HELD_OUT_SCENES
@@ -252,7 +250,7 @@ def test_exact_points_of_the_scenes_are_right():
   move = posed.motion(*frames.poses)
   np.testing.assert_allclose(move[:3, :3], pair.rotation, atol=1e-9)
   np.testing.assert_allclose(move[:3, 3], pair.translation, atol=1e-9)
-  # A visible thing's depth in the second view is the moved point's.
+  # The depth of a visible point in the second view is the moved point's.
   y, x = np.nonzero(pair.visible & (first.depth > 0))
   z = first.depth[y, x]
   point = np.stack([x + 0.5 - 48, y + 0.5 - 48, 0 * x], axis=1) / first.focal
@@ -268,7 +266,7 @@ def test_exact_points_of_the_scenes_are_right():
   assert close.mean() > 0.85  # edges fall on the next pixel
 
 
-def test_pair_lists_are_kept(tmp_path, pixels):
+def test_pair_lists_are_written_and_read(tmp_path, pixels):
   path = tmp_path / "pairs.txt"
   drawn = GeometricCorrespondence(count=3, pairs=str(path))
   drawn.prepare()
@@ -279,7 +277,7 @@ def test_pair_lists_are_kept(tmp_path, pixels):
   again.prepare()
   assert again._set.drawn.pairs == drawn._set.drawn.pairs[:2]
   assert again._set.digest != drawn._set.digest
-  # How the list of another was drawn is not known.
+  # How a list that was read had been drawn is unknown.
   first, second = (each.run(pixels).protocol for each in (drawn, again))
   how = {"pair_seed", "max_angle", "stride", "frames_without_partner"}
   assert how <= first.keys()
@@ -292,7 +290,7 @@ def test_pair_lists_are_kept(tmp_path, pixels):
 
 
 def test_scenes_as_a_source(result):
-  """`{type="scenes"}` is what `scenes` is, unless it says otherwise."""
+  """`{type="scenes"}` equals `scenes` with other defaults."""
   same = {"type": "scenes", "length": 4}
   got = GeometricCorrespondence(data=same)._set
   assert got.digest == result.protocol["data_hash"]
@@ -320,7 +318,7 @@ def test_bad_options():
 
 @pytest.mark.slow
 def test_seven_scenes(shared_data, pixels):
-  """Real depth and poses: raw pixels find far more than chance does."""
+  """Real depth and poses: raw pixels are far above chance."""
   evaluator = GeometricCorrespondence(
     data=str(shared_data / "rgbd_7scenes"), count=3, size=256
   )
@@ -333,8 +331,8 @@ def test_seven_scenes(shared_data, pixels):
 
 
 @pytest.mark.slow
-def test_seven_scenes_agree_with_themselves(shared_data):
-  """Depth and poses are consistent: hashed places of two frames match."""
+def test_seven_scenes_are_consistent(shared_data):
+  """Position features of two frames match, by depth and pose."""
   from mtv_jax.evals.datasets import rgbd
 
   frames = rgbd.open_posed(shared_data / "rgbd_7scenes")
@@ -345,6 +343,7 @@ def test_seven_scenes_agree_with_themselves(shared_data):
       posed.make_view(frames.read(i, 512), size=512, stored=1024)
       for i in (pair.first, pair.second)
     ]
-    maps = np.stack([hashed(world(view) * 0.2) for view in views])
-    found = match_errors.score(maps, views, options=options)
-    assert (found.metres < 0.05).mean() > 0.95
+    points = [world_points(view) * 0.2 for view in views]
+    maps = np.stack([position_features(p) for p in points])
+    errors = recall.match_pair(maps, views, options=options)
+    assert (errors.metres < 0.05).mean() > 0.95

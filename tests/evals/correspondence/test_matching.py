@@ -1,4 +1,4 @@
-"""Two nearest neighbours, the test of their ratio, and input sizes."""
+"""Two nearest neighbours, ratio weights, and input sizes."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from mtv_jax.encoder import baselines
 from mtv_jax.evals.correspondence import matching
 
-# Sizes that nothing else of these tests compiles for are kept few.
+# One set of shapes, so that few programs are compiled.
 GRID, CELLS, WIDTH = 5, 20, 12
 
 
@@ -26,7 +26,7 @@ def flat_map(rows):
   return np.asarray(rows, np.float32)[None]
 
 
-def everything(rows):
+def all_valid(rows):
   return np.ones((1, len(rows)), bool)
 
 
@@ -44,8 +44,8 @@ def upsampled(features, size):
   for i in range(size):
     centre = (i + 0.5) * len(features) / size - 0.5
     for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-      held = min(max(tap, 0), len(features) - 1)
-      matrix[i, held] += keys(tap - centre)
+      clipped = min(max(tap, 0), len(features) - 1)
+      matrix[i, clipped] += keys(tap - centre)
   return np.einsum("yh,xw,hwd->yxd", matrix, matrix, features)
 
 
@@ -57,11 +57,11 @@ def test_golden_weights():
   distances = np.array([(0.1, 0.2), (0.0, 0.3), (0.25, 0.26), (0.4, 0.4)])
   got = matching.ratio_weights(distances)
   np.testing.assert_allclose(got, [0.5, 1.0, 0.038462, 0.0], atol=5e-7)
-  # Two equal descriptors tell nothing, however near they are.
+  # Equal descriptors have a weight of 0 at any distance.
   assert matching.ratio_weights(np.zeros((1, 2)))[0] == 0
 
 
-def test_matches_are_those_of_upsampled_descriptors(maps, valid):
+def test_matches_equal_those_of_upsampled_descriptors(maps, valid):
   got = matching.match(
     *maps, first_valid=valid[0], second_valid=valid[1], keep=50
   )
@@ -70,15 +70,15 @@ def test_matches_are_those_of_upsampled_descriptors(maps, valid):
   order = np.argsort(distance, axis=1, kind="stable")[:, :2]
   two = np.take_along_axis(distance, order, axis=1)
   weight = 1 - two[:, 0] / two[:, 1]
-  kept = np.argsort(-weight, kind="stable")[:50]
+  best = np.argsort(-weight, kind="stable")[:50]
   assert valid[0].sum() > 200
-  np.testing.assert_array_equal(got.first, np.argwhere(valid[0])[kept])
+  np.testing.assert_array_equal(got.first, np.argwhere(valid[0])[best])
   np.testing.assert_array_equal(
-    got.second, np.argwhere(valid[1])[order[kept, 0]]
+    got.second, np.argwhere(valid[1])[order[best, 0]]
   )
-  np.testing.assert_allclose(got.weight, weight[kept], atol=1e-5)
-  # The ratio decides, and not the nearest distance alone.
-  assert set(kept) != set(np.argsort(two[:, 0])[:50])
+  np.testing.assert_allclose(got.weight, weight[best], atol=1e-5)
+  # The ratio decides, not the nearest distance alone.
+  assert set(best) != set(np.argsort(two[:, 0])[:50])
 
 
 def test_blocks_change_nothing(maps, valid):
@@ -96,33 +96,33 @@ def test_blocks_change_nothing(maps, valid):
 def test_ties_are_exact_and_the_first_wins():
   rng = np.random.default_rng(2)
   rows = rng.normal(size=(40, 7))
-  # The third, the eighth and the last are equal; their lengths may differ.
+  # Rows 3, 8 and 39 are equal up to their norm.
   rows[8], rows[39] = 2 * rows[3], 4 * rows[3]
-  found = matching.two_nearest(
+  nearest = matching.two_nearest(
     np.float32([rows[3], rows[10], np.zeros(7)]),
     flat_map(rows),
-    valid=everything(rows),
+    valid=all_valid(rows),
   )
-  assert found.index[0].tolist() == [3, 8]
-  assert found.distance[0, 0] == found.distance[0, 1] < 1e-12
-  assert found.index[1, 0] == 10
-  assert found.distance[1, 0] < 1e-12
-  # A zero vector is at distance 1 of everything.
-  assert found.index[2].tolist() == [0, 1]
-  assert found.distance[2].tolist() == [1, 1]
+  assert nearest.index[0].tolist() == [3, 8]
+  assert nearest.distance[0, 0] == nearest.distance[0, 1] < 1e-12
+  assert nearest.index[1, 0] == 10
+  assert nearest.distance[1, 0] < 1e-12
+  # A zero vector is at distance 1 from all others.
+  assert nearest.index[2].tolist() == [0, 1]
+  assert nearest.distance[2].tolist() == [1, 1]
 
 
-def test_small_distances_keep_their_digits():
-  """1 - cos of float32 unit vectors would be off by half of it here."""
+def test_small_distances_are_accurate():
+  """1 - cos of float32 unit vectors would err by half here."""
   angle = np.array([3e-4, 5e-4])
   rows = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-  found = matching.two_nearest(
-    np.float32([[1, 0]]), flat_map(rows), valid=everything(rows)
+  nearest = matching.two_nearest(
+    np.float32([[1, 0]]), flat_map(rows), valid=all_valid(rows)
   )
-  np.testing.assert_allclose(found.distance[0], angle**2 / 2, rtol=1e-3)
+  np.testing.assert_allclose(nearest.distance[0], angle**2 / 2, rtol=1e-3)
 
 
-def test_heaviest_are_kept_lowest_index_first():
+def test_highest_weights_first_then_lowest_index():
   candidates = np.eye(4)
   queries = np.array(
     [(1, 1, 0, 0), (0, 0, 1, 0), (1, 0, 0, 0), (0, 0, 1, 1), (2, 1, 0, 0)]
@@ -130,18 +130,18 @@ def test_heaviest_are_kept_lowest_index_first():
   got = matching.match(
     flat_map(queries),
     flat_map(candidates),
-    first_valid=everything(queries),
-    second_valid=everything(candidates),
+    first_valid=all_valid(queries),
+    second_valid=all_valid(candidates),
     keep=4,
   )
-  # 1 and 2 are exact, 4 has a ratio, 0 and 3 have two nearest alike.
+  # 1 and 2 are exact, 4 has a ratio, 0 and 3 have equal distances.
   assert got.first[:, 1].tolist() == [1, 2, 4, 0]
   assert got.second[:, 1].tolist() == [2, 0, 0, 0]
   np.testing.assert_allclose(got.weight[[0, 1, 3]], [1, 1, 0], atol=1e-6)
 
 
 @pytest.mark.reference
-def test_nearest_are_those_of_scikit_learn(maps, valid):
+def test_nearest_match_scikit_learn(maps, valid):
   import torch
   from sklearn.neighbors import NearestNeighbors
 
@@ -161,7 +161,7 @@ def test_nearest_are_those_of_scikit_learn(maps, valid):
   np.testing.assert_allclose(got.distance, distance, atol=1e-6)
 
 
-def test_what_cannot_be_matched_is_said(maps, valid):
+def test_invalid_inputs(maps, valid):
   queries = maps[0].reshape(-1, WIDTH).copy()
   one = np.zeros_like(valid[1])
   one[3, 4] = True
@@ -176,7 +176,7 @@ def encoder_of(patch):
   return baselines.PixelEncoder(8 * patch, patch)
 
 
-def test_published_sizes_keep_the_grid_where_the_patch_does_not_divide():
+def test_input_size_preserves_the_published_grid():
   size = matching.input_size
   assert size(encoder_of(16), None, published=512) == 512
   assert size(encoder_of(14), None, published=512) == 448
@@ -187,7 +187,7 @@ def test_published_sizes_keep_the_grid_where_the_patch_does_not_divide():
     size(encoder_of(14), 800, published=512)
 
 
-def test_final_norm_is_that_of_the_last_layer():
+def test_final_norm_needs_the_last_layer():
   with pytest.raises(ValueError, match="layer=-2: the final norm follows"):
     matching.patch_features(
       encoder_of(8), [], layer=-2, norm="final", batch_size=1

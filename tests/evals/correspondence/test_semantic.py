@@ -1,16 +1,18 @@
-"""Semantic correspondence: places, errors, averages, SPair-71k and scenes."""
+"""Semantic correspondence: keypoint transfer, PCK, SPair-71k and scenes."""
 
 import dataclasses
 import json
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder import baselines
+from mtv_jax.encoder.encoder import normalize
 from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import KeyPointPair
@@ -24,7 +26,7 @@ POINT, IMAGE = pck.Rule("point", 0.1), pck.Rule("image", 0.1)
 
 
 def pair_of(points, second, **fields):
-  """A pair whose second picture is 100 x 80, with a box of 50 x 40."""
+  """A pair whose second image is 100 x 80, with a box of 50 x 40."""
   given = dict(
     category="cat",
     viewpoint=0,
@@ -52,8 +54,14 @@ def points():
   return np.concatenate([rng.random((20, 2)), corners])
 
 
+def find(source, target, points):
+  """The patch of the target for each point of the source."""
+  maps = jnp.asarray(normalize(np.stack([source, target])))
+  return pck.transfer_points(maps, 0, 1, points)
+
+
 def sampled(features, points):
-  """Bilinear with corners on corners, one point at a time."""
+  """Bilinear with aligned corners, one point at a time."""
   rows = []
   for x, y in points * (GRID - 1):
     x0, y0 = min(int(x), GRID - 2), min(int(y), GRID - 2)
@@ -64,98 +72,100 @@ def sampled(features, points):
   return np.array(rows)
 
 
-def test_patches_found(maps, points):
+def test_transfer_matches_numpy(maps, points):
   first, second = (
     m / np.linalg.norm(m, axis=-1, keepdims=True) for m in maps.astype(float)
   )
   scores = sampled(first, points) @ second.reshape(-1, WIDTH).T
   best = scores.argmax(axis=1)
   want = np.stack([best % GRID, best // GRID], axis=1)
-  np.testing.assert_array_equal(pck.find(*maps, points), want)
-  # Patches normalised before they are sampled: the other order differs here.
+  np.testing.assert_array_equal(find(*maps, points), want)
+  # Features are normalised before sampling: the other order differs here.
   raw = sampled(maps[0].astype(float), points) @ second.reshape(-1, WIDTH).T
   assert (raw.argmax(axis=1) != best).any()
 
 
 @pytest.mark.reference
-def test_patches_found_as_with_grid_sample(maps, points):
+def test_transfer_matches_grid_sample(maps, points):
   import torch
   from torch.nn import functional
 
   first, second = (
     functional.normalize(torch.tensor(m).permute(2, 0, 1), dim=0) for m in maps
   )
-  places = torch.tensor(2 * points - 1, dtype=torch.float32)
+  positions = torch.tensor(2 * points - 1, dtype=torch.float32)
   rows = functional.grid_sample(
-    first[None], places[None, None], align_corners=True
+    first[None], positions[None, None], align_corners=True
   )
   scores = rows[0, :, 0].T @ second.reshape(WIDTH, -1)
   best = scores.argmax(dim=1).numpy()
-  got = pck.find(*maps, points)
+  got = find(*maps, points)
   np.testing.assert_array_equal(got[:, 1] * GRID + got[:, 0], best)
 
 
-def test_the_first_of_equal_patches_is_found(maps):
+def test_ties_go_to_the_first_patch(maps):
   same = np.broadcast_to(maps[0, :1, :1], maps[0].shape)
-  got = pck.find(same, same, np.array([[0.9, 0.3], [0.1, 0.8]]))
+  got = find(same, same, np.array([[0.9, 0.3], [0.1, 0.8]]))
   assert got.tolist() == [[0, 0], [0, 0]]
 
 
-def test_a_picture_with_itself_is_off_by_less_than_a_patch_and_a_half(points):
-  """Sampled at G - 1 steps and found at corners of G: as published."""
+def test_transfer_within_one_image_errs_by_at_most_1_5_patches(points):
+  """Sampling uses G - 1 steps, the prediction corners of G: as published."""
   rng = np.random.default_rng(0)
-  # Smooth and unique: the nearest patch is the nearest place.
+  # Smooth and unique: similar features are near each other.
   at = np.stack(np.meshgrid(np.arange(50), np.arange(50)), axis=-1) / 50
   waves = at @ rng.normal(0, 4, (2, 40))
   features = np.concatenate([np.cos(waves), np.sin(waves)], axis=-1)
   features = features.astype(np.float32)
-  off = np.abs(pck.find(features, features, points) / 50 - points)
-  assert off.max() <= 1.5 / 50 + 1e-6
-  assert off.max() > 0.5 / 50
+  error = np.abs(find(features, features, points) / 50 - points)
+  assert error.max() <= 1.5 / 50 + 1e-6
+  assert error.max() > 0.5 / 50
 
 
-def test_key_points_are_rounded_down():
-  got = pck.scaled(
+def test_keypoints_are_rounded_down():
+  got = pck.points_in_square(
     np.array([[62.0, 462.0], [499.0, 0.0], [333.0, 125.0]]), side=500, size=800
   )
   assert got.tolist() == [[99, 739], [798, 0], [532, 200]]
   # 333 * 800 / 333 is 800, though 800 / 333 * 333 is less in floats.
-  assert pck.scaled(np.array([[333.0, 0.0]]), side=333, size=800)[0, 0] == 800
+  got = pck.points_in_square(np.array([[333.0, 0.0]]), side=333, size=800)
+  assert got[0, 0] == 800
 
 
 def test_errors_are_relative_to_the_box():
   pair = pair_of([(1, 1), (2, 2)], [(50, 40), (25, 60)])
-  found = np.array([(0.5, 0.45), (0.31, 0.68)])
-  got = pck.errors_of(found, pair, size=800)
+  predicted = np.array([(0.5, 0.45), (0.31, 0.68)])
+  got = pck.transfer_errors(predicted, pair, size=800)
   # The box's longer side is 0.5 of the padded square.
   np.testing.assert_allclose(got, [0.05 / 0.5, 0.1 / 0.5], atol=1e-9)
 
 
-def test_what_is_right():
+def test_rules_of_correct_keypoints():
   errors = np.array([0.05, 0.1, 0.2])
-  assert POINT.right(errors).tolist() == [1, 0, 0]
-  assert IMAGE.right(errors).tolist() == [1, 1, 0]
+  assert POINT.correct(errors).tolist() == [1, 0, 0]
+  assert IMAGE.correct(errors).tolist() == [1, 1, 0]
   pairs = [np.array([1.0, 1.0, 1.0, 0.0]), np.array([0.0]), np.zeros(0)]
   assert POINT.mean(pairs) == pytest.approx(3 / 5)
   assert IMAGE.mean(pairs) == pytest.approx((3 / 4 + 0) / 2)
   assert POINT.mean(pairs[2:]) is None
 
 
-def test_published_rule_on_errors_worked_out_elsewhere():
+def test_published_rule_golden():
   errors = np.array([0.068718, 0.25, 0.194365])
   for threshold, want in ((0.1, 1 / 3), (0.3, 1.0)):
     rule = pck.Rule("point", threshold)
-    right = {0: rule.right(errors)}
-    got = pck.figures({("cat", None): (0,)}, right, rule=rule)
+    correct = {0: rule.correct(errors)}
+    got = pck.average({("cat", None): (0,)}, correct, rule=rule)
     assert got["recall"] == pytest.approx(want, abs=1e-12)
 
 
-def test_chance_is_that_of_random_features():
+def test_chance_is_the_pck_of_random_features():
   rng = np.random.default_rng(1)
   points = rng.integers(5, 75, (8, 2))
   pair = pair_of(points, points)
-  chance = pck.chances(pair, grid=GRID, size=60, rule=pck.Rule("point", 0.3))
-  # Exactly: of the 36 corners, those within 0.3 * 0.5 of the point.
+  rule = pck.Rule("point", 0.3)
+  chance = pck.uniform_pck(pair, grid=GRID, size=60, rule=rule)
+  # Exactly the corners of the 36 within 0.3 * 0.5 of the point.
   for point, share in zip(points, chance, strict=True):
     true = np.floor(point * 60 / 100) / 60
     near = [
@@ -164,22 +174,22 @@ def test_chance_is_that_of_random_features():
       for y in range(GRID)
     ]
     assert share == pytest.approx(np.mean(near))
-  right = []
+  correct = []
   for _ in range(60):
     maps = rng.normal(size=(2, GRID, GRID, 16)).astype(np.float32)
-    found = pck.find(*maps, points / 100) / GRID
-    right.append(pck.errors_of(found, pair, size=60) < 0.3)
+    predicted = find(*maps, points / 100) / GRID
+    correct.append(pck.transfer_errors(predicted, pair, size=60) < 0.3)
   p = chance.mean()
   assert 0.03 < p < 0.2
-  assert abs(np.mean(right) - p) < 5 * np.sqrt(p * (1 - p) / 480)
+  assert abs(np.mean(correct) - p) < 5 * np.sqrt(p * (1 - p) / 480)
 
 
-def test_pairs_are_chosen_by_a_seeded_shuffle():
+def test_pairs_are_sampled_by_a_seeded_shuffle():
   pairs = [
     pair_of([(1, 1)], [(1, 1)], category=c, viewpoint=v)
     for c, v in [("dog", 0), ("cat", 1), ("dog", 1), ("dog", 1), ("dog", 0)] * 9
   ]
-  chosen = pck.choose(pairs, limit=5, seed=20)
+  sample = pck.sample_pairs(pairs, limit=5, seed=20)
   for category, view, count in (
     ("dog", None, 5),
     ("dog", 0, 5),
@@ -193,9 +203,9 @@ def test_pairs_are_chosen_by_a_seeded_shuffle():
     ]
     random.seed(20)
     random.shuffle(members)
-    assert list(chosen[category, view]) == members[:count]
-  # Nothing stands for what there is none of.
-  assert set(chosen) == {
+    assert list(sample[category, view]) == members[:count]
+  # Viewpoints without a pair are left out.
+  assert set(sample) == {
     ("dog", None),
     ("dog", 0),
     ("dog", 1),
@@ -204,8 +214,8 @@ def test_pairs_are_chosen_by_a_seeded_shuffle():
   }
 
 
-def test_figures_are_means_over_the_classes_that_have_points():
-  chosen = {
+def test_metrics_are_means_over_classes_with_keypoints():
+  sample = {
     ("cat", None): (0, 1),
     ("cat", 0): (0,),
     ("cat", 2): (1,),
@@ -214,14 +224,14 @@ def test_figures_are_means_over_the_classes_that_have_points():
     ("owl", None): (4,),
     ("owl", 1): (4,),
   }
-  right = {
+  correct = {
     0: np.array([1.0, 0.0]),
     1: np.array([1.0, 1.0]),
     2: np.array([0.0]),
     3: np.array([1.0, 1.0, 1.0]),
     4: np.zeros(0),
   }
-  got = pck.figures(chosen, right, rule=POINT, report="classes")
+  got = pck.average(sample, correct, rule=POINT, report="classes")
   assert got == {
     "recall": pytest.approx((3 / 4 + 3 / 4) / 2),
     "recall_view0": pytest.approx((1 / 2 + 3 / 4) / 2),
@@ -230,33 +240,33 @@ def test_figures_are_means_over_the_classes_that_have_points():
     "recall_cat": pytest.approx(3 / 4),
     "recall_dog": pytest.approx(3 / 4),
   }
-  by_image = pck.figures(chosen, right, rule=IMAGE)
+  by_image = pck.average(sample, correct, rule=IMAGE)
   assert by_image["recall"] == pytest.approx((3 / 4 + 1 / 2) / 2)
 
 
-def test_squares_are_padded_with_white_at_the_end():
+def test_squares_are_padded_with_white_at_the_bottom_right():
   image = np.full((30, 60, 3), 7, np.uint8)
-  got = pck.square(image, 60)
+  got = pck.pad_to_square(image, 60)
   assert (got[:28] == 7).all()
   assert (got[32:] == 255).all()
-  assert pck.square(image.transpose(1, 0, 2), 40).shape == (40, 40, 3)
+  assert pck.pad_to_square(image.transpose(1, 0, 2), 40).shape == (40, 40, 3)
 
 
 def write_spair(root):
-  """Pictures of one noise, so that every point is where it was."""
+  """Writes images of one noise, whose keypoints have equal positions."""
   rng = np.random.default_rng(0)
   noise = rng.integers(0, 255, (128, 128, 3)).astype(np.uint8)
-  picture = PIL.Image.fromarray(noise)
+  image = PIL.Image.fromarray(noise)
   for category, names in (("cat", "ab"), ("dog", "cd")):
     folder = root / "JPEGImages" / category
     folder.mkdir(parents=True)
     for name in names:
-      picture.save(folder / f"{name}.jpg", quality=95)
+      image.save(folder / f"{name}.jpg", quality=95)
   points = [[13, 21], [70, 101], [90, 40]]
-  place = root / "PairAnnotation" / "test"
-  place.mkdir(parents=True)
-  # Of the second dog pair, no point is seen in both.
-  for number, category, first, second, view, kept in (
+  annotations = root / "PairAnnotation" / "test"
+  annotations.mkdir(parents=True)
+  # The second dog pair has no keypoint in common.
+  for number, category, first, second, view, keypoints in (
     (12, "cat", "a", "b", 0, points),
     (3, "cat", "b", "a", 1, points[:2]),
     (7, "dog", "c", "d", 1, points),
@@ -271,15 +281,15 @@ def write_spair(root):
       "trg_imsize": [128, 128, 3],
       "src_bndbox": [1, 1, 120, 120],
       "trg_bndbox": [1, 1, 121, 101],
-      "src_kps": kept,
-      "trg_kps": kept,
-      "kps_ids": [str(i) for i in range(len(kept))],
+      "src_kps": keypoints,
+      "trg_kps": keypoints,
+      "kps_ids": [str(i) for i in range(len(keypoints))],
       "category": category,
       "viewpoint_variation": view,
       "mirror": 0,
     }
-    # Sorted by name they would be in another order.
-    path = place / f"{'zyxw'[number % 4]}{row['filename']}.json"
+    # File names sort in another order than the pairs.
+    path = annotations / f"{'zyxw'[number % 4]}{row['filename']}.json"
     path.write_text(json.dumps(row))
 
 
@@ -289,7 +299,7 @@ def spair_root(tmp_path):
   return tmp_path
 
 
-def test_reading_spair(spair_root):
+def test_read_spair(spair_root):
   data = spair.open_key_points(spair_root, split="test")
   assert [len(p.first_points) for p in data.pairs] == [2, 3, 0, 3]
   assert [p.category for p in data.pairs] == ["cat", "dog", "dog", "cat"]
@@ -303,7 +313,7 @@ def test_reading_spair(spair_root):
     spair.open_key_points(spair_root, split="test")
 
 
-def test_mistakes_are_explained(spair_root, tmp_path):
+def test_errors_of_damaged_annotations(spair_root, tmp_path):
   path = next((spair_root / "PairAnnotation" / "test").iterdir())
   row = json.loads(path.read_text())
   path.write_text(json.dumps({k: v for k, v in row.items() if k != "trg_kps"}))
@@ -327,8 +337,8 @@ def pixels():
   return baselines.PixelEncoder(64, 8)
 
 
-def test_equal_pictures_are_found_again(spair_root, pixels):
-  """A grid of 16 is off by 1.5 / 16 an axis at most, 0.142 of these boxes."""
+def test_equal_images_match(spair_root, pixels):
+  """The error is at most 1.5 / 16 an axis, 0.142 of these boxes."""
   options = {
     "data": str(spair_root),
     "size": 128,
@@ -338,7 +348,7 @@ def test_equal_pictures_are_found_again(spair_root, pixels):
   got = build_evaluator("semantic_correspondence", options).run(pixels)
   assert got.metrics["recall"] == 1.0
   assert got.metrics["recall_dog"] == 1.0
-  # The hard pair has no point in common: no figure.
+  # The hard pair has no keypoint in common.
   assert "recall_view2" not in got.metrics
   protocol = json.loads(json.dumps(got.protocol))
   assert protocol["pairs"] == {"all": 4, "0": 1, "1": 2, "2": 1}
@@ -353,7 +363,7 @@ def test_equal_pictures_are_found_again(spair_root, pixels):
     "crop": "none: padded with white to a square first",
     "interpolation": "bicubic, antialiased (Pillow)",
   }
-  # Most of that is what sampling and corners make of equal pictures.
+  # Most of the error comes from sampling and corners.
   options["threshold"] = 0.05
   close = build_evaluator("semantic_correspondence", options).run(pixels)
   assert 0 < close.metrics["recall"] < 1
@@ -383,8 +393,8 @@ def test_one_device_and_eight_agree(result):
   assert got.protocol["data_hash"] == result.protocol["data_hash"]
 
 
-def test_classes_in_portions_change_nothing(result, pixels, monkeypatch):
-  monkeypatch.setattr("mtv_jax.evals.correspondence.semantic._HELD", 5)
+def test_groups_of_classes_change_nothing(result, pixels, monkeypatch):
+  monkeypatch.setattr("mtv_jax.evals.correspondence.semantic._MAX_IMAGES", 5)
   got = SemanticCorrespondence(count=40).run(pixels)
   assert got.metrics == result.metrics
 
@@ -405,7 +415,7 @@ def test_pairs_of_scenes_share_a_class():
 
 
 def test_scenes_as_a_source(result, pixels):
-  """`{type="scenes"}` is what `scenes` is, unless it says otherwise."""
+  """`{type="scenes"}` equals `scenes` with other defaults."""
   first = result.protocol["scenes"]["first"]
   same = {"type": "scenes", "length": 40}
   got = SemanticCorrespondence(data=same).run(pixels)
@@ -436,7 +446,7 @@ def test_too_few_scenes():
   SemanticCorrespondence(count=enough).prepare()
 
 
-def test_no_points_at_all(spair_root, monkeypatch):
+def test_no_keypoints(spair_root, monkeypatch):
   data = spair.open_key_points(spair_root, split="test")
   empty = tuple(p for p in data.pairs if not len(p.first_points))
   data = dataclasses.replace(data, pairs=empty)

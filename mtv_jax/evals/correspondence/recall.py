@@ -1,0 +1,177 @@
+"""Recall of geometric matches by their errors in 3D and in the image.
+
+    error_3d = |R x_0 + t - x_1|,  in metres
+    error_2d = |pi(R x_0 + t) - pi(x_1)|,  in pixels of a view of 512
+
+Recall at t is the fraction of matches with an error below t (El Banani et al.
+2024, Probe3D; NAVI's protocol).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Float32, Float64
+
+from mtv_jax.evals.core import examples
+from mtv_jax.evals.correspondence import matching
+from mtv_jax.evals.datasets import posed
+
+PIXELS_OF = 512  # side of the view that pixel errors refer to
+CHANCE_POINTS = 256  # points of a pair that chance is computed from
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Resolved options that the recall depends on.
+
+  Attributes:
+    size: side of a view.
+    keep: matches a pair.
+    metres: thresholds of the 3D error.
+    pixels: thresholds of the 2D error.
+    angles: edges of the bins.
+  """
+
+  size: int
+  keep: int
+  metres: tuple[float | int, ...]
+  pixels: tuple[float | int, ...]
+  angles: tuple[float | int, ...]
+
+  @property
+  def metre_names(self) -> list[str]:
+    """Names of the recalls by 3D error."""
+    return [f"recall_{100 * t:g}cm" for t in self.metres]
+
+  @property
+  def pixel_names(self) -> list[str]:
+    """Names of the recalls by 2D error."""
+    return [f"recall_{t:g}px" for t in self.pixels]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairErrors:
+  """The errors of the matches of one pair.
+
+  Attributes:
+    matches: cells of the two views.
+    metres: 3D error of each.
+    pixels: 2D error of each.
+    chance: recall of uniform matches at each threshold, those in metres first.
+    angle: between the cameras, in degrees.
+  """
+
+  matches: matching.Matches
+  metres: Float64[np.ndarray, " k"]
+  pixels: Float64[np.ndarray, " k"]
+  chance: Float64[np.ndarray, " t"]
+  angle: float = 0.0
+
+
+def match_pair(
+  maps: Float32[np.ndarray, "2 h w d"],
+  views: Sequence[posed.View],
+  *,
+  options: Options,
+  angle: float = 0.0,
+) -> PairErrors:
+  """Matches the first view to the second and computes the errors.
+
+  Args:
+    maps: patch features of the two views.
+    views: with at least two points each.
+    options: `size`, `keep` and the thresholds.
+    angle: between the cameras.
+  """
+  first, second = views
+  matches = matching.match(
+    *maps,
+    first_valid=first.valid,
+    second_valid=second.valid,
+    keep=options.keep,
+  )
+  motion = posed.motion(first.pose, second.pose)
+  moved = first.points.astype(np.float64) @ motion[:3, :3].T + motion[:3, 3]
+  target = second.points.astype(np.float64)
+  focal = second.focal * PIXELS_OF / options.size
+  errors, chance = [], []
+  start, end = (tuple(cells.T) for cells in (matches.first, matches.second))
+  for a, b, thresholds in (
+    (moved, target, options.metres),
+    (project(moved, focal=focal), project(target, focal=focal), options.pixels),
+  ):
+    errors.append(np.linalg.norm(a[start] - b[end], axis=-1))
+    points = a[first.valid]
+    chosen = examples.subsample(range(len(points)), CHANCE_POINTS)
+    chance += _uniform_recall(points[chosen], b[second.valid], thresholds)
+  return PairErrors(matches, *errors, chance=np.array(chance), angle=angle)
+
+
+def project(
+  points: Float64[np.ndarray, "*n 3"], *, focal: float
+) -> Float64[np.ndarray, "*n 2"]:
+  """`focal (x, y) / max(z, 1e-9)`; differences need no principal point."""
+  return focal * points[..., :2] / np.maximum(points[..., 2:], 1e-9)
+
+
+def _uniform_recall(points, candidates, thresholds) -> list[float]:
+  """The mean fraction of candidates near a point, for each threshold."""
+  square = (
+    (points**2).sum(axis=1)[:, None]
+    + (candidates**2).sum(axis=1)
+    - 2 * points @ candidates.T
+  )
+  return [float((square < t * t).mean()) for t in thresholds]
+
+
+def average(
+  pairs: Sequence[PairErrors], *, options: Options
+) -> tuple[dict[str, float], dict[str, float]]:
+  """Metrics of the pairs, and their chance.
+
+  Bins of angles, `[low, high)`, without pairs are left out.
+  """
+  recalls = [
+    [float((p.metres < t).mean()) for t in options.metres]
+    + [float((p.pixels < t).mean()) for t in options.pixels]
+    for p in pairs
+  ]
+  counts = np.array([len(p.metres) for p in pairs])
+  angles = np.array([p.angle for p in pairs])
+  metrics, chance = (
+    _metrics(np.array(table), counts, angles, options)
+    for table in (recalls, [p.chance for p in pairs])
+  )
+  return metrics, chance
+
+
+def _metrics(
+  recalls: Float[np.ndarray, "n t"],
+  counts: np.ndarray,
+  angles: Float[np.ndarray, " n"],
+  options: Options,
+) -> dict[str, float]:
+  pooled = counts @ recalls / counts.sum()
+  split = len(options.metres)
+  # By angle and per pair at the middle threshold.
+  middle, by_pair = options.metre_names[split // 2], recalls[:, split // 2]
+  bins = {}
+  for low, high in itertools.pairwise(options.angles):
+    inside = (angles >= low) & (angles < high)
+    if inside.any():
+      bins[f"{middle}_{low:g}_{high:g}deg"] = by_pair[inside].mean()
+  names = options.metre_names + options.pixel_names
+  metrics = {
+    "avg_recall": pooled[:split].mean(),
+    "avg_recall_pixel": pooled[split:].mean(),
+    "avg_recall_all": pooled.mean(),
+    **({"avg_recall_angle": np.mean(list(bins.values()))} if bins else {}),
+    **dict(zip(names, pooled, strict=True)),
+    f"{middle}_per_pair": by_pair.mean(),
+    **bins,
+  }
+  return {name: float(value) for name, value in metrics.items()}
