@@ -7,7 +7,8 @@ from mtv_jax.data.labels.label_values import make_boxes, make_depth, no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter
 from mtv_jax.data.sources import array_record, listings
 from mtv_jax.data.sources import shard_writer as shards_lib
-from mtv_jax.data.sources.registry import ArrayRecordSource, WebDatasetSource
+from mtv_jax.data.sources.array_record import ArrayRecordSource
+from mtv_jax.data.sources.webdataset import WebDatasetSource
 
 COUNT, PER_SHARD = 10, 4
 

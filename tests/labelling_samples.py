@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtv_jax.cli import errors
-from mtv_jax.data.labels import bases as label_bases
+from mtv_jax.data import registry
 from mtv_jax.data.labels.label_values import make_boxes, make_depth
 from mtv_jax.data.records import BadRecord
 from mtv_jax.experts import local_mesh
@@ -128,7 +128,7 @@ def make_tars(folder, *, shards=3, records=7, broken=True):
 
 
 def open_base(folder):
-  return label_bases.open_base([f"{folder}/*.tar"], captions="optional")
+  return registry.open_files([f"{folder}/*.tar"], captions="optional")
 
 
 def contents(folder):

@@ -19,7 +19,7 @@ import argparse
 import jax
 
 from mtv_jax.cli import arguments
-from mtv_jax.data.labels import bases as label_bases
+from mtv_jax.data import registry
 from mtv_jax.data.labels.label_values import KINDS
 from mtv_jax.experts.build import build_expert, parse_options
 from mtv_jax.experts.labelling import run as labelling
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
   """Labels or verifies; 1 where a verified label differs."""
   arguments.initialize_distributed(args)
   setup_logging(process_index=jax.process_index())
-  base = label_bases.open_base(
+  base = registry.open_files(
     args.data, index_dir=args.index_dir, captions="optional"
   )
   given = {name: getattr(args, name) for name in _OPTIONS}

@@ -18,8 +18,8 @@ img2dataset store. The same command resumes an interrupted one.
 import argparse
 
 from mtv_jax.cli import arguments
+from mtv_jax.data import registry
 from mtv_jax.data.labels import annotations, label_values
-from mtv_jax.data.labels import bases as label_bases
 from mtv_jax.data.labels.label_writer import LabelWriter
 from mtv_jax.utils.progress import Progress
 
@@ -86,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Writes the label set and prints a summary."""
-  base = label_bases.open_base(args.data, index_dir=args.index_dir)
+  base = registry.open_files(
+    args.data, index_dir=args.index_dir, captions="ignored"
+  )
   if args.kind == "boxes":
     make = annotations.Instances(args.instances, match=args.match)
   else:

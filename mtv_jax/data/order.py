@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from mtv_jax.data.sources.registry import Source
+from mtv_jax.data.sources.base import Source
 from mtv_jax.utils.errors import did_you_mean
 
 SHUFFLES = ("global", "block", "none")
@@ -88,7 +88,7 @@ def _order(source: Source, shuffle: str, seed: int, k: int) -> grain.MapDataset:
   # consecutive ones two equal sources would go in the same order one behind.
   (own,) = np.random.SeedSequence((seed, k)).generate_state(1)
   if shuffle == "block":
-    return grain.MapDataset.source(BlockShuffle(source.shards, seed=int(own)))
+    return grain.MapDataset.source(BlockShuffle(source.blocks, seed=int(own)))
   if shuffle == "global" and (length := len(source)) <= _TABLE:
     table = BlockShuffle([length], seed=int(own), block=length)
     return grain.MapDataset.source(table)

@@ -32,7 +32,8 @@ from absl import flags
 from mtv_jax.data import order
 from mtv_jax.data.ops import Field, Ops, build_ops
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.sources.registry import Source, build_source
+from mtv_jax.data.registry import build_source
+from mtv_jax.data.sources.base import Source
 from mtv_jax.data.tokenizers import Tokenizer
 from mtv_jax.utils.errors import UserError
 

@@ -49,6 +49,14 @@ class BadRecord(InputError):
     return type(self), (self.key, self.reason)
 
 
+def caption_list(captions: Any) -> list[str]:
+  """One caption or several (str or UTF-8 bytes) without the blank ones."""
+  if isinstance(captions, bytes | str):
+    captions = [captions]
+  texts = [t.decode() if isinstance(t, bytes) else str(t) for t in captions]
+  return [text for text in texts if text.strip()]
+
+
 def encode(record: Mapping[str, Any]) -> bytes:
   """Bytes of a record: its key, its encoded image and its captions.
 

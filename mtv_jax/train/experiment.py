@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 from mtv_jax.augment import views
 from mtv_jax.config import schema
 from mtv_jax.data import ops, pipeline, tokenizers
-from mtv_jax.data.labels import join as labels
-from mtv_jax.data.sources import registry as sources_lib
+from mtv_jax.data import registry as sources_lib
+from mtv_jax.data.labels.join import join_labels
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.models import two_tower as model_lib
@@ -254,7 +254,7 @@ def build_experiment(
   # Labels that no objective reads are not even opened.
   read = build_data_ops(config, spec, tokenizer).labels
   sources = [
-    labels.join(source, entry["labels"], fields=read)
+    join_labels(source, entry["labels"], fields=read)
     if entry.get("labels")
     else source
     for source, entry in zip(sources, entries, strict=True)

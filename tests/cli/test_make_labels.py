@@ -18,9 +18,10 @@ from mtv_jax.data.labels.annotations import (
 )
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.data.labels.label_values import no_label
+from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import listings
 from mtv_jax.data.sources import shard_writer as shards_lib
-from mtv_jax.data.sources.registry import build_source
+from mtv_jax.data.sources.base import Source
 
 main = command("make_labels")
 
@@ -370,12 +371,15 @@ def test_nothing_found_says_what_was_looked_for(tmp_path, capsys):
 
 
 def test_urls_are_names(tmp_path):
-  class Base:
-    def meta(self, i):
+  class Urls(Source):
+    def __getitem__(self, i):
+      raise AssertionError("the metadata is enough")
+
+    def read_metadata(self, i):
       url = "https://host/train2017/000000000009.jpg?size=large"
       return {"key": f"{i}", "url": url, "width": 4, "height": 3}
 
-  found = list(annotations._items(Base(), 0, range(2)))
+  found = list(annotations._items(Urls(), range(2)))
   assert [i.key for i in found] == ["0", "1"]
   assert found[0].name == "train2017/000000000009.jpg"
   assert found[0].stem == "000000000009"

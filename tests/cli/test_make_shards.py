@@ -12,7 +12,8 @@ import pytest
 
 from mtv_jax.cli.main import command
 from mtv_jax.data.sources import listings, shard_writer
-from mtv_jax.data.sources.registry import ArrayRecordSource, WebDatasetSource
+from mtv_jax.data.sources.array_record import ArrayRecordSource
+from mtv_jax.data.sources.webdataset import WebDatasetSource
 
 main = command("make_shards")
 

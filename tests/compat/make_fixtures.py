@@ -172,7 +172,7 @@ def write_tokenizer(path: pathlib.Path) -> None:
 
 def write_annotated_images(folder: pathlib.Path) -> None:
   """Scenes as image files with captions, depth images and COCO instances."""
-  from mtv_jax.data.sources import registry as sources
+  from mtv_jax.data import registry as sources
 
   scenes = sources.build_source(
     dict(type="scenes", size=SIZE, length=RECORDS, first=700)

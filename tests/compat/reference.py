@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 
 import mtv_jax
-from mtv_jax.data.sources import registry as sources
+from mtv_jax.data import registry as sources
 
 PHRASES = ["a red ball", "two blue boxes on grass"]
 BOXES = [[(0.1, 0.2, 0.6, 0.9), (0, 0, 1, 1)], [], [(0.5, 0.25, 0.75, 0.5)]]

@@ -13,26 +13,24 @@ import pytest
 from mtv_jax.data import order, pipeline
 from mtv_jax.data.pipeline import CorruptDataError, make_loader
 from mtv_jax.data.records import BadRecord
+from mtv_jax.data.sources.base import Source
 from mtv_jax.data.tokenizers import build_tokenizer
 
 OPS = "decode|canvas(2)|caption(8)"
 
 
-class Numbers:
+class Numbers(Source):
   """Record i is a 2 x 2 image of i's digits in base 256, with two captions."""
 
   fields = frozenset(["key", "image", "captions"])
 
   def __init__(self, name: str, length: int, bad=(), *, mark: int = 0):
-    self.name, self._length, self._bad = name, length, frozenset(bad)
+    self.name, self._bad = name, frozenset(bad)
     self._mark = mark
     self.shards = np.array([length])
 
-  def __len__(self) -> int:
-    return self._length
-
   def __getitem__(self, i: int) -> dict:
-    assert 0 <= i < self._length
+    assert 0 <= i < len(self)
     if i in self._bad:
       raise BadRecord(f"{self.name}-{i}", "made bad")
     image = np.zeros((2, 2, 3), np.uint8)
@@ -318,15 +316,13 @@ PROBE = """
 import os, sys
 import numpy as np
 from mtv_jax.data.records import BadRecord
+from mtv_jax.data.sources.base import Source
 
-class Probe:
+class Probe(Source):
   name, fields, shards = "n", frozenset(["image"]), np.array([37])
 
   def __init__(self):
     self.parent = os.getpid()
-
-  def __len__(self):
-    return 37
 
   def __getitem__(self, i):
     if i in (4, 5, 36):

@@ -6,7 +6,7 @@ import runpy
 import pytest
 
 from mtv_jax.data import order
-from mtv_jax.data.sources.registry import build_source
+from mtv_jax.data.registry import build_source
 from mtv_jax.perf.bench import data
 
 

@@ -16,18 +16,17 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
-from mtv_jax.data.labels import bases as label_bases
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_sets import LabelError
 from mtv_jax.data.labels.label_values import Outcome, no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
 from mtv_jax.data.records import BadRecord
+from mtv_jax.data.sources.base import Source
 from mtv_jax.utils.errors import did_you_mean
 
 MATCHES = ("name", "image_id", "key")
@@ -86,7 +85,7 @@ def write(
 
     def entries(shard: int) -> Iterator[Entry]:
       nonlocal done, first
-      items = _items(writer.base, shard, writer.numbers(shard))
+      items = _items(writer.base, writer.numbers(shard))
       while chunk := list(itertools.islice(items, _CHUNK)):
         first = first or chunk[0]
         for item, outcome in zip(chunk, pool.map(make, chunk), strict=True):
@@ -104,10 +103,9 @@ def write(
     raise
 
 
-def _items(base: Any, shard: int, numbers: range) -> Iterator[Item]:
-  meta_of = label_bases.meta_of(base, shard)
+def _items(base: Source, numbers: range) -> Iterator[Item]:
   for number in numbers:
-    meta = meta_of(number)
+    meta = base.read_metadata(number)
     key = str(meta["key"])
     name = meta.get("file_name") or meta.get("url") or key
     if "://" in (name := str(name)):
@@ -119,7 +117,7 @@ def _items(base: Any, shard: int, numbers: range) -> Iterator[Item]:
     yield Item(key, name, image_id, height, width)
 
 
-def _size(base: Any, number: int) -> tuple[int, int]:
+def _size(base: Source, number: int) -> tuple[int, int]:
   """Height and width of a stored image by its header, as it is shown."""
   try:
     with Image.open(io.BytesIO(base[number]["image"])) as image:

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import Int64, UInt64
 
 from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import KINDS, DepthLabel, Label, Stored
 from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.data.sources.base import Source
 from mtv_jax.utils.errors import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -50,29 +51,25 @@ class Labels(Protocol):
     """The label of record `i`; may count in its `dropped`."""
 
 
-class LabelledSource:
+class LabelledSource(Source):
   """A source whose records also have the fields of its label sets.
 
   Args:
     source: gives the records.
     labels: the sets, of different kinds.
-
-  Attributes:
-    fields: of the source and of the labels; a record without a label lacks it.
-    name: the source's.
-    shards: the source's.
   """
 
-  def __init__(self, source: Any, labels: list[Labels]):
+  def __init__(self, source: Source, labels: list[Labels]):
     self._source = source
     self._labels = labels
-    self.name: str = source.name
-    self.shards: np.ndarray = source.shards
+    self.name, self.files = source.name, source.files
+    self.shards = source.shards
     given = (FIELDS[label.kind] for label in labels)
     self.fields = frozenset(source.fields).union(*given)
 
-  def __len__(self) -> int:
-    return len(self._source)
+  @property
+  def blocks(self) -> Int64[np.ndarray, " blocks"]:
+    return self._source.blocks
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Record `i` with its labels.
@@ -98,9 +95,9 @@ class LabelledSource:
     return f"{self._source!r} with {kinds}"
 
 
-def join(
-  source: Any, labels: Any, *, fields: Collection[str] | None = None
-) -> Any:
+def join_labels(
+  source: Source, labels: Any, *, fields: Collection[str] | None = None
+) -> Source:
   """The source with the label sets that an entry of `data.train` names.
 
   Args:
@@ -134,11 +131,11 @@ def join(
         f" a set of {kind} too: leave out one of the two."
       )
     options = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
-    joined.append(_joined(source, kind, options))
+    joined.append(_open_labels(source, kind, options))
   return LabelledSource(source, joined) if joined else source
 
 
-def _joined(source: Any, kind: str, options: dict[str, Any]) -> Labels:
+def _open_labels(source: Source, kind: str, options: dict[str, Any]) -> Labels:
   names = ("path", "join", "index_dir")
   for name in options:
     if name not in names:
@@ -171,15 +168,15 @@ class AlignedLabels:
     LabelError: the set was made for other shards, or for fewer records.
   """
 
-  def __init__(self, labels: LabelSet, source: Any):
+  def __init__(self, labels: LabelSet, source: Source):
     self.kind = labels.kind
     self._set = labels
-    if not hasattr(source, "files"):
+    if not source.files:
       raise LabelError(
         f"{source!r} has no files that labels could be aligned with; set"
         " join='key'."
       )
-    self._files: tuple[Path, ...] = source.files
+    self._files = source.files
     self._starts = np.concatenate([[0], source.shards[:-1]]).astype(np.int64)
     counts = np.diff(source.shards, prepend=0)
     self._shards = self._match(counts)
@@ -211,7 +208,7 @@ class AlignedLabels:
         )
     return shards
 
-  def _check_samples(self, source: Any, counts: np.ndarray) -> None:
+  def _check_samples(self, source: Source, counts: np.ndarray) -> None:
     """Compares keys and images of a few records with the manifest's."""
     samples = [
       (int(start) + at, file, key, image)
@@ -293,7 +290,7 @@ class KeyedLabels:
   def __init__(
     self,
     labels: LabelSet,
-    source: Any,
+    source: Source,
     *,
     index_dir: str | os.PathLike | None = None,
   ):
@@ -312,7 +309,7 @@ class KeyedLabels:
   def _map(self) -> None:
     self._table = np.load(self._file, mmap_mode="r", allow_pickle=False)
 
-  def _report(self, source: Any) -> None:
+  def _report(self, source: Source) -> None:
     """Says how many records have a label, from a sample of them."""
     numbers = np.linspace(0, len(source) - 1, min(len(source), _CHECKED))
 

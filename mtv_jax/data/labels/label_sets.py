@@ -28,7 +28,7 @@ from mtv_jax.data.labels.label_values import Stored
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
 from mtv_jax.utils.errors import InputError
-from mtv_jax.utils.open_files import OpenFiles
+from mtv_jax.utils.process_cache import ProcessCache
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -111,7 +111,7 @@ class LabelSet:
     self._files = files
     # Half of what others take: a source may have two sets beside its own
     # files, and they must stay within the process's limit together.
-    self._open = OpenFiles(
+    self._readers = ProcessCache(
       functools.partial(array_record.open_reader, files), descriptors=2
     )
 
@@ -141,7 +141,7 @@ class LabelSet:
     """
     where = f"{self.folder.name}/{self._files[shard].name}:{at}"
     try:
-      (data,) = self._open.get(shard).read([at])
+      (data,) = self._readers.get(shard).read([at])
     except (RuntimeError, IndexError, ValueError) as error:
       raise BadRecord(where, f"can't be read ({error})") from error
     return label_values.decode(data, kind=self.kind, where=where)

@@ -30,6 +30,7 @@ from mtv_jax.data.labels.label_sets import LabelError
 from mtv_jax.data.labels.label_values import BoxLabel, Outcome
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
+from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import atomic
 
 _THREADS = 16
@@ -102,15 +103,15 @@ class LabelWriter:
   Args:
     out: the folder, made if needed.
     kind: "depth" or "boxes".
-    base: the source, of tars or ArrayRecord files.
+    base: the source, which must have files.
     settings: everything that decides what the labels are (JSON): where they
       come from, thresholds, sizes.
 
   Raises:
     FileExistsError: the folder holds labels, finished or not, of another
       kind, of other settings or for another base; says what differs.
-    ValueError: the folder holds the base itself, or two shards of the base
-      have the same name.
+    ValueError: the base has no files, two of its shards have the same name,
+      or the folder holds the base itself.
   """
 
   def __init__(
@@ -118,11 +119,16 @@ class LabelWriter:
     out: str | os.PathLike,
     *,
     kind: str,
-    base: Any,
+    base: Source,
     settings: Mapping[str, Any],
   ):
     if kind not in label_values.KINDS:
       raise ValueError(f"kind={kind!r}; it is one of {label_values.KINDS}.")
+    if not base.files:
+      raise ValueError(
+        f"{base!r} has no files; label sets are written for the shards of a"
+        " source of files, such as tars."
+      )
     self.out = Path(out).expanduser()
     self.kind = kind
     self.base = base

@@ -7,9 +7,10 @@ import numpy as np
 
 from mtv_jax.data.records import Record
 from mtv_jax.data.scenes import render as render_lib
+from mtv_jax.data.sources.base import Source
 
 
-class SceneSource:
+class SceneSource(Source):
   """Random-access source of scenes: record i is scene `first + i`.
 
   It holds a few numbers, so that copies in worker processes cost nothing.

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,73 +15,50 @@ from jaxtyping import Int64
 
 from mtv_jax.data import records
 from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.data.sources.base import Source, name_of_files
 from mtv_jax.utils import atomic
-from mtv_jax.utils.open_files import OpenFiles
 from mtv_jax.utils.path import expand_path
+from mtv_jax.utils.process_cache import ProcessCache
 
 # Larger groups would be decompressed whole for each record read at random.
 _OPTIONS = "group_size:1"
 _THREADS = 16
 
 
-class ArrayRecordSource:
+class ArrayRecordSource(Source):
   """Records of ArrayRecord files by number, the files in order.
-
-  Readers are opened by the process that uses them; each is shared by its
-  threads.
 
   Args:
     path: brace ranges, globs, commas or a list; see `expand_path`.
 
-  Attributes:
-    fields: the record fields it gives.
-    files: in their order.
-    name: short, for logs.
-    shards: int64 [files], cumulative record counts; the last is the length.
-
   Raises:
-    FileNotFoundError: if a file is missing or a glob matches none.
-    ValueError: if a file is damaged, or was written in groups of records.
+    FileNotFoundError: a file is missing or a glob matches none.
+    ValueError: a file is damaged, or was written in groups of records.
   """
 
+  suffix = ".array_record"
   fields = frozenset(["key", "image", "captions"])
 
   def __init__(self, path: str | os.PathLike | Sequence[str | os.PathLike]):
-    self.files = tuple(expand_path(path, suffix=".array_record"))
+    self.files = tuple(expand_path(path, suffix=self.suffix))
     with futures.ThreadPoolExecutor(_THREADS) as pool:
       counts = list(pool.map(count_records, self.files))
     self.shards: Int64[np.ndarray, " files"] = np.cumsum(counts, dtype=np.int64)
     if not len(self):
       raise ValueError(f"{self.files[0]} and the rest of {path} are empty.")
-    first, last = self.files[0].name, self.files[-1].name
-    self.name = (
-      first if len(counts) == 1 else f"{first}..{last} ({len(counts)} files)"
+    self.name = name_of_files(self.files)
+    self._readers = ProcessCache(functools.partial(open_reader, self.files))
+    # A shard's metadata is megabytes, and only labelling reads it.
+    self._sidecars = ProcessCache(
+      functools.partial(_read_sidecar, self.files), limit=8
     )
-    self._open = OpenFiles(
-      functools.partial(open_reader, self.files), descriptors=1
-    )
-
-  def __len__(self) -> int:
-    return int(self.shards[-1])
-
-  def __repr__(self) -> str:
-    return f"ArrayRecordSource({self.name}, {len(self)} records)"
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`.
-
-    Raises:
-      IndexError: if `i` is not in [0, len).
-      BadRecord: if its bytes are damaged or it has no caption.
-    """
-    i = i.__index__()
-    if not 0 <= i < len(self):
-      raise IndexError(f"Record {i} of {self!r} does not exist.")
-    shard = int(np.searchsorted(self.shards, i, side="right"))
-    at = i - (int(self.shards[shard - 1]) if shard else 0)
+    """Record `i`; a BadRecord if it is damaged or has no caption."""
+    shard, at = self._locate(i)
     where = f"{self.files[shard].name}:{at}"
     try:
-      (data,) = self._open.get(shard).read([at])
+      (data,) = self._readers.get(shard).read([at])
     except (RuntimeError, IndexError, ValueError) as error:
       raise BadRecord(where, f"can't be read ({error})") from error
     record = records.decode(data, where=where)
@@ -88,6 +66,35 @@ class ArrayRecordSource:
     if not record["captions"]:
       raise BadRecord(record["key"], f"its caption in {where} is empty")
     return record
+
+  def _metadata(self, i: int, key: str) -> Mapping[str, Any]:
+    """The record's line of NAME_meta.jsonl beside its shard."""
+    shard, _ = self._locate(i)
+    return self._sidecars.get(shard).get(key, {"key": key})
+
+
+def _read_sidecar(
+  files: Sequence[Path], shard: int
+) -> dict[str, Mapping[str, Any]]:
+  """The lines of NAME_meta.jsonl beside a shard, by key."""
+  name = files[shard].name.removesuffix(ArrayRecordSource.suffix)
+  file = files[shard].with_name(name + "_meta.jsonl")
+  # Not splitlines, which also cuts where a caption holds U+2028.
+  lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+  by_key = {}
+  for number, line in enumerate(lines, 1):
+    if not line:
+      continue
+    try:
+      metadata = json.loads(line)
+      by_key[metadata["key"]] = metadata
+    except (ValueError, TypeError, KeyError) as error:
+      raise ValueError(
+        f"{file}: line {number} is no JSON object with a 'key'"
+        f" ({type(error).__name__}: {error}). Copy the file again, or remove it"
+        " if no label needs it."
+      ) from error
+  return by_key
 
 
 def open_reader(files: Sequence[Path], shard: int) -> Any:

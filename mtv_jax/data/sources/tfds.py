@@ -10,40 +10,37 @@ one without, TFDS also imports the set's own code.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Int64
 
-from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.data.records import BadRecord, Record, caption_list
+from mtv_jax.data.sources.base import Source
 from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.process_cache import ProcessCache
 
 # Where sets keep their captions, the first that is there.
 _CAPTIONS = (("captions", "text"), ("captions",), ("caption",), ("text",))
 
 
-class TFDSSource:
+class TFDSSource(Source):
   """Records of one split, in the order in which TFDS stored them.
 
   The image comes as its encoded bytes. Captions are the feature
-  `captions/text`, `captions`, `caption` or `text`, whichever is there first;
-  `label` is given where it is a class.
+  `captions/text`, `captions`, `caption` or `text`, the first of these that the
+  set has; `label` is given where it is a class.
 
   Args:
     name: "coco_captions", with config and version as TFDS takes them.
     split: also a part, "train[:90%]".
     data_dir: where it was prepared; None for TFDS's own default.
 
-  Attributes:
-    fields: the record fields it gives.
-    name: short, for logs.
-    shards: int64 [files], cumulative record counts; the last is the length.
-
   Raises:
-    ImportError: if tensorflow_datasets is not installed.
-    FileNotFoundError: if the set is not there, prepared as ArrayRecord.
-    ValueError: if it has no such split or no image.
+    ImportError: tensorflow_datasets is not installed.
+    FileNotFoundError: the set is not there, prepared as ArrayRecord.
+    ValueError: it has no such split or no image.
   """
 
   def __init__(
@@ -57,22 +54,36 @@ class TFDSSource:
     self._name = name
     self._split = split
     self._data_dir = None if data_dir is None else os.path.expanduser(data_dir)
-    self._open()
+    tfds = _tfds()
+    info = self._builder(tfds).info
+    self._image = _image_feature(tfds, info.features, self.name)
+    self._captions = caption_path(info.features)
+    self._label = isinstance(
+      info.features.get("label"), tfds.features.ClassLabel
+    )
+    self.fields = frozenset(
+      ["key", "image"]
+      + ["captions"] * bool(self._captions)
+      + ["label"] * self._label
+    )
+    self.shards: Int64[np.ndarray, " files"] = np.cumsum(
+      [part.take for part in info.splits[split].file_instructions],
+      dtype=np.int64,
+    )
+    # One entry: readers have threads, which a fork leaves behind.
+    self._opened = ProcessCache(self._open, limit=1)
+    self._opened.get(0)
 
-  def _open(self) -> None:
+  def _open(self, _: int) -> Sequence[Mapping[str, Any]]:
     tfds = _tfds()
     builder = self._builder(tfds)
-    features = dict(builder.info.features.items())
-    image = _image_feature(tfds, features, self.name)
-    captions = caption_path(features)
-    has_label = isinstance(features.get("label"), tfds.features.ClassLabel)
     try:
-      self._source = builder.as_data_source(
+      return builder.as_data_source(
         split=self._split,
         # Masks and second views of a set are not decoded either.
         decoders={
           key: tfds.decode.SkipDecoding()
-          for key, feature in features.items()
+          for key, feature in builder.info.features.items()
           if isinstance(feature, tfds.features.Image)
         },
       )
@@ -81,15 +92,6 @@ class TFDSSource:
         f"{self._name} is prepared in {builder.data_dir}, but not in a format"
         f" that can be read at random. {self._how()}"
       ) from error
-    self._image, self._captions, self._label = image, captions, has_label
-    self.fields = frozenset(
-      ["key", "image"] + ["captions"] * bool(captions) + ["label"] * has_label
-    )
-    parts = builder.info.splits[self._split].file_instructions
-    self.shards: Int64[np.ndarray, " files"] = np.cumsum(
-      [part.take for part in parts], dtype=np.int64
-    )
-    self._pid = os.getpid()
 
   def _builder(self, tfds: Any) -> Any:
     try:
@@ -118,46 +120,25 @@ class TFDSSource:
       f" {self._name} --file_format=array_record{where}`."
     )
 
-  def __getstate__(self) -> tuple[str, str, str | None]:
-    return self._name, self._split, self._data_dir
-
-  def __setstate__(self, state: tuple[str, str, str | None]) -> None:
-    self._name, self._split, self._data_dir = state
-    self.name = f"{self._name}/{self._split}"
-    self._open()
-
-  def __len__(self) -> int:
-    return int(self.shards[-1])
-
-  def __repr__(self) -> str:
-    return f"TFDSSource({self.name}, {len(self)} records)"
-
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`; its key is its place in the split, as TFDS keeps no other.
+    """Record `i`; its key is its number in the split, as TFDS stores no other.
 
     Raises:
-      IndexError: if `i` is not in [0, len).
-      BadRecord: if it has no caption where the set has captions.
+      IndexError: `i` is not in [0, len).
+      BadRecord: it has no caption where the set has captions.
     """
     i = i.__index__()
-    if not 0 <= i < len(self):
-      raise IndexError(f"Record {i} of {self!r} does not exist.")
-    if self._pid != os.getpid():
-      # Readers have threads, which a fork leaves behind.
-      self._open()
-    example = self._source[i]
+    self._locate(i)
+    example = self._opened.get(0)[i]
     record: Record = {
       "key": f"{self.name}/{i:09d}",
       "image": example[self._image],
     }
     if self._captions:
-      found: Any = example
+      captions: Any = example
       for part in self._captions:
-        found = found[part]
-      if isinstance(found, bytes | str):
-        found = [found]
-      texts = [t.decode() if isinstance(t, bytes) else str(t) for t in found]
-      record["captions"] = [t for t in texts if t.strip()]
+        captions = captions[part]
+      record["captions"] = caption_list(captions)
       if not record["captions"]:
         raise BadRecord(record["key"], "its caption is empty")
     if self._label:
@@ -165,7 +146,7 @@ class TFDSSource:
     return record
 
 
-def _image_feature(tfds: Any, features: dict[str, Any], name: str) -> str:
+def _image_feature(tfds: Any, features: Mapping[str, Any], name: str) -> str:
   images = [
     key
     for key, feature in features.items()

@@ -7,18 +7,18 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 from jaxtyping import Int64
 
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.sources import tar_index
+from mtv_jax.data.sources.base import Source, name_of_files
 from mtv_jax.data.sources.tar_index import TarIndex
 from mtv_jax.data.sources.tar_scan import TarError
-from mtv_jax.utils.errors import did_you_mean
-from mtv_jax.utils.open_files import OpenFiles
 from mtv_jax.utils.path import expand_path
+from mtv_jax.utils.process_cache import ProcessCache
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +27,8 @@ _MAX_HOLE = 1 << 16
 # Keys of tars whose ranges overlap are compared up to this many records.
 _MAX_COMPARED = 2_000_000
 
-_CAPTIONS = ("required", "ignored", "optional")
 
-
-class WebDatasetSource:
+class WebDatasetSource(Source):
   """Records of tars by number: the tars in order, the records of each in order.
 
   A record is the members that share a key: an image (.jpg, .jpeg, .png or
@@ -38,105 +36,90 @@ class WebDatasetSource:
   one, else the text of KEY.txt, else `caption` of KEY.json. Blank captions are
   dropped; a record left without any is a `BadRecord`.
 
-  Reads are `pread`s at offsets of a memory-mapped index, so threads and forked
-  processes can share one source, and a pickled one opens its files anew.
+  Reads are `pread`s at offsets of a memory-mapped index.
 
   Args:
     path: brace ranges, globs, commas or a list; see `expand_path`.
-    index_dir: where the indices are kept; None for beside the tars.
+    index_dir: folder of the indices; None for beside the tars.
     captions: "required" leaves out records that have neither .txt nor .json;
       "ignored" takes every image, and its records have no captions;
       "optional" takes every image, with the captions that it has, perhaps
       none: those that are missing, blank or can't be read.
 
-  Attributes:
-    fields: the record fields it gives.
-    files: the tars, in their order.
-    name: short, for logs.
-    shards: int64 [tars], cumulative record counts; the last is the length.
-
   Raises:
-    FileNotFoundError: if a tar is missing or a glob matches none.
-    TarError: if a tar is cut short, damaged, compressed or repeats a key.
-    OSError: if an index is missing or out of date and can't be written.
-    ValueError: if there is no record at all.
+    FileNotFoundError: a tar is missing or a glob matches none.
+    TarError: a tar is cut short, damaged, compressed or repeats a key.
+    OSError: an index is missing or out of date and can't be written.
+    ValueError: the tars hold no record.
   """
+
+  suffix = ".tar"
 
   def __init__(
     self,
     path: str | os.PathLike | Sequence[str | os.PathLike],
     *,
     index_dir: str | os.PathLike | None = None,
-    captions: str = "required",
+    captions: Literal["required", "ignored", "optional"] = "required",
   ):
-    if captions not in _CAPTIONS:
-      raise ValueError(
-        f"captions={captions!r}. {did_you_mean(str(captions), _CAPTIONS)}"
-      )
-    self._path = path
     self._captions = captions
-    required = captions == "required"
     self._tars = tar_index.build_all(
-      expand_path(path, suffix=".tar"),
+      expand_path(path, suffix=self.suffix),
       index_dir=Path(index_dir).expanduser() if index_dir is not None else None,
     )
     self.files = tuple(t.tar for t in self._tars)
+    required = captions == "required"
     counts = [t.captioned if required else t.count for t in self._tars]
     self.shards: Int64[np.ndarray, " tars"] = np.cumsum(counts, dtype=np.int64)
-    self.name = _summary([t.tar.name for t in self._tars])
+    self.name = name_of_files(self.files)
     fields = ["key", "image"] + ["captions"] * (captions != "ignored")
     self.fields = frozenset(fields)
     self._report_skipped()
     _refuse_duplicates(self._tars)
-    self._open = OpenFiles(
+    self._open_tars = ProcessCache(
       functools.partial(_open_tar, self._tars),
       descriptors=2,  # the tar, and the memory map of its index
     )
 
   def _report_skipped(self) -> None:
-    bare = 0
+    no_caption = 0
     if self._captions == "required":
-      bare = sum(t.count - t.captioned for t in self._tars)
+      no_caption = sum(t.count - t.captioned for t in self._tars)
     no_image = sum(t.no_image for t in self._tars)
     if not len(self):
       others = sum(t.others for t in self._tars)
       raise ValueError(
         f"{self.name} has no record: {no_image} groups of members without an"
-        f" image, {bare} without a caption, {others} other members. A record is"
-        " KEY.jpg (or .jpeg, .png, .webp) with KEY.txt or KEY.json, and a KEY"
-        " ends at the first dot of a name; for images alone set"
+        f" image, {no_caption} without a caption, {others} other members. A"
+        " record is KEY.jpg (or .jpeg, .png, .webp) with KEY.txt or KEY.json,"
+        " and a KEY ends at the first dot of a name; for images alone set"
         " captions='ignored'."
       )
-    if bare or no_image:
+    if no_caption or no_image:
       log.warning(
         "%s: left out %d records without an image and %d without a caption;"
         " %d remain.",
         self.name,
         no_image,
-        bare,
+        no_caption,
         len(self),
       )
-
-  def __len__(self) -> int:
-    return int(self.shards[-1])
-
-  def __repr__(self) -> str:
-    return f"WebDatasetSource({self.name}, {len(self)} records)"
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Record `i`.
 
     Raises:
-      IndexError: if `i` is not in [0, len).
-      BadRecord: if its caption can't be read or is empty, or the image has no
+      IndexError: `i` is not in [0, len).
+      BadRecord: its caption can't be read or is empty, or the image has no
         bytes. Whether the bytes are an image shows when they are decoded.
-      TarError: if the tar has changed since it was indexed.
+      TarError: the tar has changed since it was indexed.
     """
     return self._read(i)[0]
 
   def _read(self, i: SupportsIndex) -> tuple[Record, bytes | None]:
     """Record `i`, and the bytes of its .json."""
-    tar, at = self._locate(i)
+    shard, at = self._locate(i)
+    tar = self._open_tars.get(shard)
     key, image, text, sidecar = tar.read(at)
     if not image:
       raise BadRecord(key, f"its image in {tar.path.name} has no bytes")
@@ -150,29 +133,18 @@ class WebDatasetSource:
         record["captions"] = []
     return record, sidecar
 
-  def meta(self, i: SupportsIndex) -> dict[str, Any]:
-    """What KEY.json says of record `i` (nothing if it is missing or no
-    object), and its `key`."""
-    tar, at = self._locate(i)
-    key, _, _, sidecar = tar.read(at)
-    return _parse_meta(key, sidecar)
+  def read_metadata(self, i: SupportsIndex) -> dict[str, Any]:
+    """The object in KEY.json of record `i` (or none), and its `key`."""
+    shard, at = self._locate(i)
+    key, _, _, sidecar = self._open_tars.get(shard).read(at)
+    return _parse_metadata(key, sidecar)
 
-  def record_and_meta(self, i: SupportsIndex) -> Record:
-    """Record `i` with its `meta`, read at once; errors are those of both."""
+  def read_with_metadata(self, i: SupportsIndex) -> Record:
     record, sidecar = self._read(i)
-    return record | {"meta": _parse_meta(record["key"], sidecar)}
-
-  def _locate(self, i: SupportsIndex) -> tuple["_OpenTar", int]:
-    """The open tar of record `i`, and its number there."""
-    i = i.__index__()
-    if not 0 <= i < len(self):
-      raise IndexError(f"Record {i} of {self!r} does not exist.")
-    shard = int(np.searchsorted(self.shards, i, side="right"))
-    first = int(self.shards[shard - 1]) if shard else 0
-    return self._open.get(shard), i - first
+    return record | {"meta": _parse_metadata(record["key"], sidecar)}
 
 
-def _parse_meta(key: str, sidecar: bytes | None) -> dict[str, Any]:
+def _parse_metadata(key: str, sidecar: bytes | None) -> dict[str, Any]:
   try:
     fields = json.loads(sidecar or b"{}")
   except ValueError:
@@ -311,9 +283,3 @@ def _refuse_duplicates(tars: list[TarIndex]) -> None:
           " sets, give each its own entry in data.train; if a shard is there"
           " twice, leave one out of the path."
         )
-
-
-def _summary(names: list[str]) -> str:
-  if len(names) == 1:
-    return names[0]
-  return f"{names[0]}..{names[-1]} ({len(names)} tars)"

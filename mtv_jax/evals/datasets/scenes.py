@@ -135,7 +135,7 @@ def open_range(
     NotApplicable: for a source of another type.
     InputError: for an option that scenes do not have, or `count` below 1.
   """
-  from mtv_jax.data.sources import registry as sources
+  from mtv_jax.data import registry as sources
 
   given = dict(data) if isinstance(data, Mapping) else {"type": "scenes"}
   if not is_scenes(given):

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from mtv_jax.data import canvas
+from mtv_jax.data import registry as sources
 from mtv_jax.data.scenes import layout
 from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.scenes.source import SceneSource
-from mtv_jax.data.sources import registry as sources
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import (
   BoxSet,

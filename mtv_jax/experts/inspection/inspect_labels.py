@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mtv_jax.data.labels import bases as label_bases
+from mtv_jax.data import registry
 from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.join import AlignedLabels, KeyedLabels
 from mtv_jax.data.labels.label_sets import LabelSet
@@ -79,7 +79,7 @@ def inspect(
       " of 64 pixels."
     )
   check_choice("join", join, JOINS)
-  source = label_bases.open_base(data, index_dir=index_dir, captions="optional")
+  source = registry.open_files(data, index_dir=index_dir, captions="optional")
   joined = {
     kind: AlignedLabels(labels, source)
     if join == "aligned"

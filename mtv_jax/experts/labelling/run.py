@@ -13,10 +13,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from typing import Any
 
-from mtv_jax.data.labels import bases as label_bases
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
+from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling import batching
 from mtv_jax.experts.labelling.shard_lease import Claims
@@ -31,7 +30,7 @@ _SHORTEST, _LONGEST = 0.2, 5.0
 
 def run(
   expert: Expert,
-  base: Any,
+  base: Source,
   out: str | os.PathLike,
   *,
   host: HostRows | None = None,
@@ -142,7 +141,7 @@ class _Job:
     total = len(self._writer.base)
     for entry in batching.label(
       self._expert,
-      label_bases.record_of(self._writer.base, shard),
+      self._writer.base.read_with_metadata,
       self._writer.numbers(shard),
       pool=self._pool,
       threads=self._threads,

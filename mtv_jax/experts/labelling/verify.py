@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator
 from concurrent import futures
-from typing import Any
 
 import numpy as np
 
-from mtv_jax.data.labels import (
-  bases as label_bases,
-)
 from mtv_jax.data.labels import (
   join as labels,
 )
@@ -26,6 +21,7 @@ from mtv_jax.data.labels import (
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.data.labels.label_values import BoxLabel, DepthLabel, Label
 from mtv_jax.data.records import BadRecord
+from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling import batching
 
@@ -76,7 +72,7 @@ class Report:
 
 def verify(
   expert: Expert,
-  base: Any,
+  base: Source,
   out: str | os.PathLike,
   *,
   count: int,
@@ -123,21 +119,14 @@ def verify(
 
 
 def _made(
-  expert: Expert, base: Any, numbers: list[int], threads: int | None
+  expert: Expert, base: Source, numbers: list[int], threads: int | None
 ) -> Iterator[tuple[int, str, Label | None]]:
   """Number, key and label of each record, as a set would hold it."""
   threads = threads or os.cpu_count() or 1
-  shards = np.searchsorted(base.shards, numbers, side="right").tolist()
-  # A thread may be at a shard of its own; of ArrayRecord files, each comes
-  # with what is known of all its records.
-  reader = functools.lru_cache(threads + 1)(
-    functools.partial(label_bases.record_of, base)
-  )
-  by_number = dict(zip(numbers, shards, strict=True))
   with futures.ThreadPoolExecutor(threads) as pool:
     entries = batching.label(
       expert,
-      lambda number: reader(by_number[number])(number),
+      base.read_with_metadata,
       numbers,
       pool=pool,
       threads=threads,

@@ -16,8 +16,9 @@ import cv2
 import numpy as np
 
 from mtv_jax.data import order, pipeline
+from mtv_jax.data.registry import open_files
 from mtv_jax.data.scenes.source import SceneSource
-from mtv_jax.data.sources.registry import Source, build_source
+from mtv_jax.data.sources.base import Source
 from mtv_jax.data.tokenizers import build_tokenizer
 
 
@@ -118,7 +119,7 @@ def bench_data(
   with tempfile.TemporaryDirectory() as folder:
     if path is None:
       path = _scenes_tar(Path(folder), size)
-    source = build_source({"type": "webdataset", "path": path})
+    source = open_files(path)
     config = {
       "ops": f"decode|canvas({size})|caption({length})",
       "workers": workers,
@@ -172,7 +173,7 @@ def scene_files(size: int, images: int) -> list[bytes]:
   """JPEGs of scenes a quarter larger than a size; some come again."""
   with tempfile.TemporaryDirectory() as folder:
     path = _scenes_tar(Path(folder), size)
-    return _files(build_source({"type": "webdataset", "path": path}), 0, images)
+    return _files(open_files(path), 0, images)
 
 
 def _rate_of_batches(

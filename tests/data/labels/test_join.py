@@ -27,8 +27,9 @@ from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
 from mtv_jax.data.records import BadRecord
+from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record
-from mtv_jax.data.sources.registry import WebDatasetSource, build_source
+from mtv_jax.data.sources.webdataset import WebDatasetSource
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_aligned_labels_of_tars(made):
     entry(made, depth=f"{made}/depth", boxes=f"{made}/boxes")
   )
   assert len(source) == COUNT and source.shards.tolist() == [4, 8, 10]
-  assert source.name == "00000.tar..00002.tar (3 tars)"
+  assert source.name == "00000.tar..00002.tar (3 files)"
   assert source.fields == {
     "key", "image", "captions", "depth", "boxes", "phrases", "box_scores",
   }  # fmt: skip
@@ -465,6 +466,9 @@ def test_places_where_labels_cannot_go(made, tmp_path):
     LabelWriter(made / "base", kind="depth", base=base, settings={})
   with pytest.raises(ValueError, match="kind='deep'; it is one of"):
     LabelWriter(tmp_path, kind="deep", base=base, settings={})
+  scenes = build_source({"type": "scenes", "length": 2})
+  with pytest.raises(ValueError, match="SceneSource.* has no files"):
+    LabelWriter(tmp_path, kind="depth", base=scenes, settings={})
 
 
 def test_a_set_without_any_label_is_refused(made, tmp_path):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from label_samples import entry, keyed, make_all, make_copy, ramp
 
-from mtv_jax.data.labels import join as labels
 from mtv_jax.data.labels import label_values
+from mtv_jax.data.labels.join import join_labels
 from mtv_jax.data.labels.label_values import make_depth
 from mtv_jax.data.ops import build_ops
 from mtv_jax.data.pipeline import make_loader
@@ -224,9 +224,9 @@ def test_ops_and_sets_that_nobody_reads_are_left_out():
   assert set(blind.fields) == {"image", "image_size", "depth"}
   source = SceneSource(size=16)
   sets = dict(depth="no/such/folder")
-  assert labels.join(source, sets, fields=ops.labels) is source
+  assert join_labels(source, sets, fields=ops.labels) is source
   with pytest.raises(ValueError, match="Unknown labels 'dept'"):
-    labels.join(source, dict(dept="x"), fields=ops.labels)
+    join_labels(source, dict(dept="x"), fields=ops.labels)
 
 
 def test_labelled_and_unlabelled_sources_mix(made, tmp_path):

@@ -15,14 +15,12 @@ import numpy as np
 import pytest
 
 from mtv_jax.data.records import BadRecord
+from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record, webdataset
-from mtv_jax.data.sources import registry as sources
-from mtv_jax.data.sources.registry import (
-  ArrayRecordSource,
-  WebDatasetSource,
-  build_source,
-)
+from mtv_jax.data.sources.array_record import ArrayRecordSource
+from mtv_jax.data.sources.base import Source
 from mtv_jax.data.sources.tar_scan import TarError
+from mtv_jax.data.sources.webdataset import WebDatasetSource
 
 
 def write_tar(path, members):
@@ -69,14 +67,14 @@ def keys():
 
 
 def test_every_record_by_its_number(source):
-  assert isinstance(source, sources.Source)
+  assert isinstance(source, Source)
   assert len(source) == 13
   assert source.shards.tolist() == [5, 6, 6, 13]
   assert source.shards.dtype == np.int64
   assert source.fields == {"key", "image", "captions"}
-  assert source.name == "00000.tar..00003.tar (4 tars)"
+  assert source.name == "00000.tar..00003.tar (4 files)"
   assert repr(source) == (
-    "WebDatasetSource(00000.tar..00003.tar (4 tars), 13 records)"
+    "WebDatasetSource(00000.tar..00003.tar (4 files), 13 records)"
   )
   for i, key in enumerate(keys()):
     assert source[i] == {
@@ -176,8 +174,6 @@ def test_incomplete_groups_are_left_out_and_counted(tmp_path, caplog):
   assert images.fields == {"key", "image"}
   assert len(images) == 5
   assert images[4] == {"key": "bare", "image": b"i"}
-  with pytest.raises(ValueError, match="'option'. Did you mean 'optional'"):
-    WebDatasetSource(tmp_path / "x.tar", captions="option")
 
 
 def test_captions_that_are_optional(tmp_path):
@@ -195,7 +191,7 @@ def test_captions_that_are_optional(tmp_path):
   found = [source[i] for i in (0, 1, 2, 3, 5)]
   assert [r["key"] for r in found] == list("abcdf")
   assert [r["captions"] for r in found] == [["a text"], [], [], [], []]
-  meta = [source.record_and_meta(i) for i in (0, 1, 2, 3, 5)]
+  meta = [source.read_with_metadata(i) for i in (0, 1, 2, 3, 5)]
   assert [r.pop("meta") for r in meta] == [
     {"tags": ["t"], "key": "a"}, {"key": "b"}, {"key": "c"},
     {"url": "u", "key": "d"}, {"key": "f"},
@@ -203,12 +199,12 @@ def test_captions_that_are_optional(tmp_path):
   assert meta == found
   # The key of one that can't be used is known.
   with pytest.raises(BadRecord) as error:
-    source.record_and_meta(4)
+    source.read_with_metadata(4)
   assert error.value.key == "e"
   ignored = WebDatasetSource(tmp_path / "x.tar", captions="ignored")
   assert len(ignored) == len(source)
-  assert [ignored.meta(i) for i in range(6)] == [
-    source.meta(i) for i in range(6)
+  assert [ignored.read_metadata(i) for i in range(6)] == [
+    source.read_metadata(i) for i in range(6)
   ]
 
 
@@ -270,7 +266,7 @@ def test_few_files_are_open_at_a_time(tmp_path):
   for t in range(40):
     write_tar(tmp_path / f"{t:02d}.tar", members_of(t, 2))
   source = WebDatasetSource(f"{tmp_path}/*.tar")
-  source._open.limit = 4
+  source._open_tars.limit = 4
   before = len(os.listdir("/proc/self/fd"))
   order = np.random.default_rng(0).permutation(len(source))
   found = [source[i]["key"] for i in order]
@@ -284,7 +280,7 @@ def test_threads_share_a_source(tmp_path):
   for t in range(12):
     write_tar(tmp_path / f"{t:02d}.tar", members_of(t, 9))
   source = WebDatasetSource(f"{tmp_path}/*.tar")
-  source._open.limit = 2  # files are closed while others still read them
+  source._open_tars.limit = 2  # files are closed while others still read them
   order = np.random.default_rng(1).integers(0, len(source), 3000)
   with futures.ThreadPoolExecutor(8) as pool:
     found = list(pool.map(lambda i: source[i], order, chunksize=16))
@@ -311,7 +307,7 @@ def test_a_source_after_a_fork(source):
   code = (
     "import os, pickle, sys; source = pickle.load(sys.stdin.buffer);"
     "expected = [source[i] for i in range(len(source))];"
-    "source._open._lock.acquire(); pid = os.fork();"
+    "source._open_tars._lock.acquire(); pid = os.fork();"
     "same = [source[i] for i in range(len(source))] == expected if not pid"
     " else True;"
     "os._exit(not same) if not pid else sys.exit(os.waitpid(pid, 0)[1] >> 8)"
@@ -327,7 +323,7 @@ def test_a_source_after_a_fork(source):
 
 def test_sources_import_no_framework(tars):
   code = (
-    "import sys; from mtv_jax.data.sources.registry import build_source;"
+    "import sys; from mtv_jax.data.registry import build_source;"
     f"s = build_source(dict(type='webdataset', path={str(tars)!r} + '/*.tar'));"
     "s[0]; bad = {'jax', 'flax', 'tensorflow', 'torch'} & set(sys.modules);"
     "sys.exit(str(bad) if bad else 0)"
@@ -379,7 +375,7 @@ def array_files(tmp_path_factory):
 def test_array_records_by_number(array_files):
   folder, examples = array_files
   source = ArrayRecordSource(f"{folder}/*.array_record")
-  assert isinstance(source, sources.Source)
+  assert isinstance(source, Source)
   assert source.shards.tolist() == [5, 5, 13]
   assert source.fields == {"key", "image", "captions"}
   assert "3 files), 13 records" in repr(source)
@@ -401,7 +397,7 @@ def test_few_array_record_files_are_open_at_a_time(tmp_path):
   for i in range(20):
     array_record.write(tmp_path / f"{i:02d}.array_record", [record(i)])
   source = ArrayRecordSource(f"{tmp_path}/*.array_record")
-  source._open.limit = 3
+  source._readers.limit = 3
   before = len(os.listdir("/proc/self/fd"))
   for i in np.random.default_rng(0).permutation(20):
     assert source[i]["key"] == f"{i:09d}"
@@ -496,9 +492,14 @@ def test_build_source_in_an_index_dir(tmp_path):
   ("config", "says"),
   [
     ({"type": "webdatset", "path": "x"}, "Did you mean 'webdataset'"),
-    ({"path": "x"}, "needs a type; got only.*path"),
+    ({"path": "x"}, "type is missing. There are: array_record, "),
     ({"type": "webdataset", "paths": "x"}, "no option 'paths'.*'path'"),
-    ({"type": "webdataset"}, "needs 'path'"),
+    ({"type": "webdataset"}, "path is missing; expected"),
+    ({"type": "webdataset", "path": 7}, "path is 7, expected a string or"),
+    (
+      {"type": "webdataset", "path": "x", "captions": "option"},
+      "captions is 'option'. Did you mean 'optional'",
+    ),
     ({"type": "tfds", "path": "x"}, "no option 'path'"),
   ],
 )
@@ -510,3 +511,15 @@ def test_build_source_explains(config, says):
 @pytest.fixture(autouse=True)
 def _log_everything(caplog):
   caplog.set_level(logging.INFO)
+
+
+def test_files_of_any_type_are_opened_by_their_suffix(tars, array_files):
+  path = f"{tars}/*.tar"
+  source = open_files([path], captions="ignored", index_dir=None)
+  assert isinstance(source, WebDatasetSource)
+  assert source.fields == {"key", "image"}
+  array_path = f"{array_files[0]}/*.array_record"
+  source = open_files(array_path, captions="ignored")
+  assert isinstance(source, ArrayRecordSource) and len(source) == 13
+  with pytest.raises(ValueError, match="one type, got array_record and webd"):
+    open_files([path, array_path])

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import tfds as tfds_lib
-from mtv_jax.data.sources.registry import TFDSSource, build_source
+from mtv_jax.data.sources.tfds import TFDSSource
 
 _PREPARE = """
 import sys
@@ -80,7 +81,7 @@ def prepared(tmp_path_factory):
 def test_records_without_tensorflow(prepared):
   code = """
 import pickle, sys
-from mtv_jax.data.sources import build_source
+from mtv_jax.data.registry import build_source
 source = build_source(dict(
     type="tfds", name="tiny_captions", split="train", data_dir=sys.argv[1]))
 records = []

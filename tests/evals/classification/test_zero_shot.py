@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from mtv_jax.data import registry as sources
 from mtv_jax.data.scenes import render as scenes
-from mtv_jax.data.sources import registry as sources
 from mtv_jax.encoder.encoder import Encoder, ImageFeatures, normalize
 from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.classification.zero_shot import (

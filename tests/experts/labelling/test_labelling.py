@@ -7,7 +7,6 @@ import random
 import threading
 import time
 import types
-import weakref
 from concurrent import futures
 
 import cv2
@@ -28,13 +27,13 @@ from labelling_samples import (
 
 from mtv_jax.cli import errors as endings
 from mtv_jax.data import canvas
-from mtv_jax.data.labels import bases as label_bases
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_sets import LabelSet, hash_image
 from mtv_jax.data.labels.label_values import Outcome
 from mtv_jax.data.records import BadRecord
+from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record
-from mtv_jax.data.sources.registry import build_source
+from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.experts.base import Expert, Prepared
 from mtv_jax.experts.labelling import batching
 from mtv_jax.experts.labelling import run as labelling
@@ -328,7 +327,7 @@ def make_array_records(folder, shards):
         for i in range(4)
       ],
     )
-  return label_bases.open_base([f"{folder}/*.array_record"])
+  return ArrayRecordSource(f"{folder}/*.array_record")
 
 
 @pytest.mark.parametrize("line", ['{"key": "0.1', "[1]", '{"tags": []}'])
@@ -340,21 +339,12 @@ def test_what_is_known_of_records_is_named_where_damaged(tmp_path, line):
     labelling.run(FakeBoxes(), source, tmp_path / "out", threads=2)
 
 
-def test_verifying_knows_few_shards_at_a_time(tmp_path, monkeypatch):
+def test_verifying_holds_the_metadata_of_few_shards(tmp_path):
   source = make_array_records(tmp_path / "base", 12)
   labelling.run(FakeDepth(), source, tmp_path / "out", threads=1)
-  record_of, alive, most = label_bases.record_of, weakref.WeakSet(), []
-
-  def counted(base, shard):
-    found = record_of(base, shard)
-    alive.add(found)
-    most.append(len(alive))
-    return found
-
-  monkeypatch.setattr(label_bases, "record_of", counted)
   report = verify(FakeDepth(), source, tmp_path / "out", count=24, threads=1)
   assert (report.compared, report.different) == (24, {})
-  assert len(most) == 12 and max(most) <= 3
+  assert 0 < len(source._sidecars) <= 8
 
 
 def test_threads_are_at_least_one(base, made, tmp_path):

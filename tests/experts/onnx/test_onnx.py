@@ -13,7 +13,7 @@ import pytest
 from mtv_jax.data import canvas
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.data.labels.label_values import BoxLabel
-from mtv_jax.data.sources.registry import WebDatasetSource
+from mtv_jax.data.sources.webdataset import WebDatasetSource
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling import box_matching
 from mtv_jax.experts.labelling.detections import Detections

@@ -1,0 +1,83 @@
+"""Source registry: opens the sources that configs and command lines name."""
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mtv_jax.config.options import build_entry
+from mtv_jax.data.labels.join import join_labels
+from mtv_jax.data.scenes.source import SceneSource
+from mtv_jax.data.sources.array_record import ArrayRecordSource
+from mtv_jax.data.sources.base import Source
+from mtv_jax.data.sources.tfds import TFDSSource
+from mtv_jax.data.sources.webdataset import WebDatasetSource
+
+# By their `type` in a config.
+SOURCES: dict[str, type[Source]] = {
+  "array_record": ArrayRecordSource,
+  "scenes": SceneSource,
+  "tfds": TFDSSource,
+  "webdataset": WebDatasetSource,
+}
+
+
+def build_source(config: Mapping[str, Any]) -> Source:
+  """The source of an entry of `data.train`, with its label sets.
+
+  Args:
+    config: `type`, one of `SOURCES`, and the arguments of its class; `labels`
+      (see `labels.join`) adds label sets; `weight` is for the mixture and not
+      read here.
+
+  Raises:
+    ConfigError: an unknown type, or an unknown, missing or wrong option.
+    LabelError: a label set that does not fit.
+    FileNotFoundError: a file is missing.
+  """
+  labels = config.get("labels")
+  source = build_entry(
+    SOURCES, config, where="data.train", reserved=("labels", "weight")
+  )
+  return source if labels is None else join_labels(source, labels)
+
+
+def open_files(
+  paths: str | os.PathLike | Sequence[str | os.PathLike], **options: Any
+) -> Source:
+  """The source of data files, its type by their suffix (default: tars).
+
+  For command lines and evaluations that take files of any type.
+
+  Args:
+    paths: brace ranges, globs, commas or a list; see `expand_path`.
+    **options: such as `index_dir`; those that the type lacks, or whose value
+      is None, are left out.
+
+  Raises:
+    ValueError: files of several types, or that can't be read.
+    FileNotFoundError: a file is missing.
+  """
+  listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+  kinds = {type_of_file(path) or "webdataset" for path in listed}
+  if len(kinds) != 1:
+    raise ValueError(
+      f"{', '.join(map(str, listed))}: expected files of one type, got"
+      f" {' and '.join(sorted(kinds))}."
+    )
+  (kind,) = kinds
+  parameters = inspect.signature(SOURCES[kind]).parameters
+  options = {
+    name: value
+    for name, value in options.items()
+    if name in parameters and value is not None
+  }
+  return build_source({"type": kind, "path": listed, **options})
+
+
+def type_of_file(path: str | os.PathLike) -> str | None:
+  """The type of the source that reads a file or a pattern, by its suffix."""
+  for kind, source in SOURCES.items():
+    if source.suffix and os.fspath(path).endswith(source.suffix):
+      return kind
+  return None

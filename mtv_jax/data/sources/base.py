@@ -1,0 +1,97 @@
+"""Source contract: random access to the records of a data set."""
+
+import abc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, SupportsIndex
+
+import numpy as np
+from jaxtyping import Int64
+
+from mtv_jax.data.records import BadRecord, Record
+
+
+class Source(abc.ABC):
+  """Records by number, for the input pipeline, labelling and evaluations.
+
+  A new source is a subclass in a file of its own and a line of
+  `data.registry.SOURCES`. The arguments of its constructor are its options in
+  a config, checked by their annotations. It is read by several threads and is
+  pickled to worker processes, without open files.
+
+  Attributes:
+    suffix: of the files it reads, such as ".tar"; "" where it reads none that
+      a command line could name.
+    name: short, for logs and errors.
+    fields: the record fields it gives (see `records`); one that a record lacks
+      is a missing label.
+    shards: int64 [shards], cumulative record counts; the last is the length.
+    files: the file of each shard, to which label sets are aligned; empty where
+      the records are in no files.
+  """
+
+  suffix: ClassVar[str] = ""
+  name: str
+  fields: frozenset[str]
+  shards: Int64[np.ndarray, " shards"]
+  files: tuple[Path, ...] = ()
+
+  @property
+  def blocks(self) -> Int64[np.ndarray, " blocks"]:
+    """Cumulative record counts of the runs that are cheapest read together.
+
+    A shuffle in blocks keeps the records of a run near each other.
+    """
+    return self.shards
+
+  def __len__(self) -> int:
+    return int(self.shards[-1])
+
+  def __repr__(self) -> str:
+    return f"{type(self).__name__}({self.name}, {len(self)} records)"
+
+  @abc.abstractmethod
+  def __getitem__(self, i: SupportsIndex) -> Record:
+    """Record `i`.
+
+    Raises:
+      IndexError: `i` is not in [0, len).
+      BadRecord: this record can't be used; the pipeline takes the next one.
+    """
+
+  def read_metadata(self, i: SupportsIndex) -> Mapping[str, Any]:
+    """The `key` of record `i` and its further fields, of a bad record too.
+
+    Fields that labelling uses: `file_name` or `url` (of the original image),
+    `image_id`, `height` and `width`.
+    """
+    try:
+      key = self[i]["key"]
+    except BadRecord as error:
+      key = error.key
+    return self._metadata(i.__index__(), key)
+
+  def read_with_metadata(self, i: SupportsIndex) -> Record:
+    """Record `i` with its metadata as the field `meta`."""
+    record = self[i]
+    return record | {"meta": self._metadata(i.__index__(), record["key"])}
+
+  def _metadata(self, i: int, key: str) -> Mapping[str, Any]:
+    """The metadata of record `i`, whose key is `key`."""
+    return {"key": key}
+
+  def _locate(self, i: SupportsIndex) -> tuple[int, int]:
+    """The shard of record `i` and its number there; checks the range."""
+    i = i.__index__()
+    if not 0 <= i < len(self):
+      raise IndexError(f"Record {i} of {self!r} does not exist.")
+    shard = int(np.searchsorted(self.shards, i, side="right"))
+    return shard, i - (int(self.shards[shard - 1]) if shard else 0)
+
+
+def name_of_files(files: tuple[Path, ...]) -> str:
+  """The first and the last of a source's files, for logs."""
+  names = [file.name for file in files]
+  if len(names) == 1:
+    return names[0]
+  return f"{names[0]}..{names[-1]} ({len(names)} files)"

@@ -1,0 +1,86 @@
+"""Least-recently-used cache of one process, shared by its threads."""
+
+import collections
+import os
+import resource
+import threading
+from collections.abc import Callable
+from concurrent import futures
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class ProcessCache(Generic[T]):
+  """The most recently used of many opened files or decoded blocks.
+
+  Pickled or forked, it starts empty: file handles and readers' threads belong
+  to one process. Threads that ask for the same entry wait for one load. A
+  value that is dropped lives until the last thread that uses it lets go of it,
+  so what `load` returns must close itself when it is deleted.
+
+  Args:
+    load: the value of entry `i`; pickled with the cache.
+    limit: entries held; None for as many as a third of the process's limit of
+      open files (`ulimit -n`) allows.
+    descriptors: open files of one value, where `limit` is None.
+  """
+
+  def __init__(
+    self,
+    load: Callable[[int], T],
+    *,
+    limit: int | None = None,
+    descriptors: int = 1,
+  ):
+    self._arguments = load, limit, descriptors
+    self._start()
+
+  def _start(self) -> None:
+    # A fork may happen while another thread holds the lock.
+    self._pid = os.getpid()
+    self._lock = threading.Lock()
+    self._values: collections.OrderedDict[int, futures.Future[T]] = (
+      collections.OrderedDict()
+    )
+    self._load, limit, descriptors = self._arguments
+    if limit is None:
+      soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+      soft = soft if soft > 0 else 1 << 16  # no limit is -1
+      limit = max(8, soft // 3 // descriptors)
+    self.limit = limit
+
+  def __getstate__(self) -> tuple:
+    return self._arguments
+
+  def __setstate__(self, arguments: tuple) -> None:
+    self._arguments = arguments
+    self._start()
+
+  def __len__(self) -> int:
+    return len(self._values)
+
+  def get(self, i: int) -> T:
+    """The value of entry `i`, loaded where the cache lacks it."""
+    if self._pid != os.getpid():
+      self._start()
+    with self._lock:
+      future = self._values.get(i)
+      if future is not None:
+        self._values.move_to_end(i)
+        missing = False
+      else:
+        future = self._values[i] = futures.Future()
+        while len(self._values) > self.limit:
+          self._values.popitem(last=False)
+        missing = True
+    if missing:
+      # Outside the lock: loading waits for the disk.
+      try:
+        future.set_result(self._load(i))
+      except BaseException as error:
+        with self._lock:
+          if self._values.get(i) is future:
+            del self._values[i]
+        future.set_exception(error)
+    return future.result()
