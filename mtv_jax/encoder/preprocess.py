@@ -13,9 +13,10 @@ import PIL.Image
 from jaxtyping import Float32, UInt8
 from ml_collections import ConfigDict
 
+from mtv_jax.config import options
 from mtv_jax.config.op_strings import parse_ops
 from mtv_jax.data import canvas
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import check_choice
 
 _CHOICES = {
   "resize": ("squash", "shortest"),
@@ -62,11 +63,7 @@ class Preprocess:
 
   def __post_init__(self):
     for field, choices in _CHOICES.items():
-      if getattr(self, field) not in choices:
-        raise ValueError(
-          f"Preprocess: {field}={getattr(self, field)!r}; "
-          f"expected one of {list(choices)}"
-        )
+      check_choice(f"Preprocess: {field}", getattr(self, field), choices)
     if self.size < 1:
       raise ValueError(f"Preprocess: size={self.size}; expected at least 1")
     if self.resize == "shortest" and self.crop == "none":
@@ -145,20 +142,7 @@ class Preprocess:
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> Preprocess:
     """The inverse of `to_dict`; an unknown field is an error."""
-    known = [f.name for f in dataclasses.fields(cls)]
-    for name in fields:
-      if name not in known:
-        raise ValueError(
-          f"Preprocess has no field {name!r}. {did_you_mean(name, known)}"
-        )
-    return cls(**{k: _triple(v) for k, v in fields.items()})
-
-
-def _triple(value: Any) -> Any:
-  """JSON's lists as tuples of floats."""
-  if isinstance(value, list | tuple):
-    return tuple(float(v) for v in value)
-  return value
+    return options.build(cls, fields, where="Preprocess")
 
 
 def preprocess_of(config: Mapping[str, Any] | ConfigDict) -> Preprocess:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from mtv_jax.config import options
 from mtv_jax.models import layers
 from mtv_jax.models.text import TextSpec, TextTower
 from mtv_jax.models.vit import ViT, ViTSpec
@@ -85,15 +86,19 @@ class ModelSpec:
     fields = _drop(fields, RUNTIME)
     fields = _expand(fields, "model", patch=True)
     fields.setdefault("cls_token", fields.get("pool") == "cls")
-    image = _build(ViTSpec, fields, "model", also=("variant", "text", *RUNTIME))
+    reserved = ("variant", "text", *RUNTIME)
+    image = options.build(
+      ViTSpec, fields, where="config.model", reserved=reserved
+    )
     if text is None:
       return cls(image=image)
     text = _expand(_drop(text, _TEXT_INPUT), "model.text", patch=False)
     text.setdefault("projection", image.embed_dim)
-    also = ("variant", *_TEXT_INPUT)
-    return cls(
-      image=image, text=_build(TextSpec, text, "model.text", also=also)
+    reserved = ("variant", *_TEXT_INPUT)
+    text = options.build(
+      TextSpec, text, where="config.model.text", reserved=reserved
     )
+    return cls(image=image, text=text)
 
   def to_dict(self) -> dict[str, Any]:
     """The spec as plain dicts, for JSON."""
@@ -104,19 +109,15 @@ class ModelSpec:
     """The inverse of `to_dict`.
 
     Raises:
-      ValueError: for unknown keys.
+      ConfigError: for unknown or missing keys, or values of another type.
     """
-    extra = sorted(set(fields) - {"image", "text"})
-    if extra or "image" not in fields:
-      raise ValueError(
-        f"A model's specification has 'image' and maybe 'text'; got "
-        f"{sorted(fields)}."
-      )
-    text = fields.get("text")
-    return cls(
-      image=_build(ViTSpec, dict(fields["image"]), "image"),
-      text=None if text is None else _build(TextSpec, dict(text), "text"),
-    )
+    kinds = {"image": ViTSpec, "text": TextSpec}
+    specs = {
+      name: options.build(kind, fields[name], where=f"the model's {name}")
+      for name, kind in kinds.items()
+      if fields.get(name) is not None
+    }
+    return options.build(cls, {**fields, **specs}, where="the model's spec")
 
 
 def variant(name: str) -> dict[str, int]:
@@ -229,16 +230,3 @@ def _expand(
       f"'{name.partition('/')[0]}'."
     )
   return shape | fields
-
-
-def _build(
-  kind: type, fields: dict[str, Any], where: str, also: tuple[str, ...] = ()
-) -> Any:
-  """`kind(**fields)`, with an error that lists the known fields."""
-  names = [field.name for field in dataclasses.fields(kind)]
-  for name in fields:
-    if name not in names:
-      raise ValueError(
-        f"Unknown key '{where}.{name}'. {did_you_mean(name, [*names, *also])}"
-      )
-  return kind(**fields)

@@ -100,6 +100,11 @@ class Head:
     return self.module.init(rng, *example)["params"]
 
 
+# Outputs by encoding, and batch fields with `views`, by name.
+Encodings = Mapping[Encoding, Any]
+Batch = Mapping[str, Any]
+
+
 class BoundHeads:
   """Heads together with their parameters: `heads['dino'](x)`.
 
@@ -225,10 +230,7 @@ class Objective:
     return {}
 
   def loss_inputs(
-    self,
-    encodings: Mapping[Encoding, Any],
-    heads: BoundHeads,
-    batch: Mapping[str, Any],
+    self, encodings: Encodings, heads: BoundHeads, batch: Batch
   ) -> Any:
     """Small per-example arrays `[b, ...]` of any part of the batch.
 

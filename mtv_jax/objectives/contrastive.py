@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -171,10 +170,7 @@ class Contrastive(base.Objective):
     return {"contrastive": base.Head(module)}
 
   def loss_inputs(
-    self,
-    encodings: Mapping[base.Encoding, Any],
-    heads: base.BoundHeads,
-    batch: Mapping[str, Any],
+    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> LossInputs:
     return LossInputs(
       image=unit(encodings[self._image].pooled[:, 0]),
@@ -183,10 +179,7 @@ class Contrastive(base.Objective):
     )
 
   def loss(
-    self,
-    loss_inputs: LossInputs,
-    heads: base.BoundHeads,
-    context: base.Context,
+    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
   ) -> base.Terms:
     affine = heads["contrastive"]()
     valid = loss_inputs.valid

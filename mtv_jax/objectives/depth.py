@@ -247,10 +247,7 @@ class Depth(base.Objective):
     return base.Head.of(self.head)
 
   def loss_inputs(
-    self,
-    encodings: Mapping[base.Encoding, Any],
-    heads: base.BoundHeads,
-    batch: Mapping[str, Any],
+    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> LossInputs:
     view = batch["views"][self.view]
     hides = view.mask is not None or view.keep is not None
@@ -275,10 +272,7 @@ class Depth(base.Objective):
     return jax.tree.map(lambda x: x.reshape(b, count).sum(1), errors)
 
   def loss(
-    self,
-    loss_inputs: LossInputs,
-    heads: base.BoundHeads,
-    context: base.Context,
+    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
   ) -> base.Terms:
     count = jnp.sum(loss_inputs.labelled)
     ssi, gradient = jnp.sum(loss_inputs.ssi), jnp.sum(loss_inputs.gradient)

@@ -155,10 +155,7 @@ class Distillation(SelfDistillation):
     return base.Needs(encodings=dict.fromkeys(every, ()))
 
   def loss_inputs(
-    self,
-    encodings: Mapping[base.Encoding, Any],
-    heads: base.BoundHeads,
-    batch: Mapping[str, Any],
+    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> LossInputs:
     pooled = [encodings[e].pooled for e in self._student]
     return LossInputs(
@@ -168,10 +165,7 @@ class Distillation(SelfDistillation):
     )
 
   def loss(
-    self,
-    loss_inputs: LossInputs,
-    heads: base.BoundHeads,
-    context: base.Context,
+    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
   ) -> base.Terms:
     rows, crops = loss_inputs.teacher.shape[:2]
     views = loss_inputs.student.shape[1]

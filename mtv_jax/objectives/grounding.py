@@ -308,10 +308,7 @@ class Grounding(base.Objective):
     return heads
 
   def loss_inputs(
-    self,
-    encodings: Mapping[base.Encoding, Any],
-    heads: base.BoundHeads,
-    batch: Mapping[str, Any],
+    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> LossInputs:
     view = batch["views"][self.view]
     hides = view.mask is not None or view.keep is not None

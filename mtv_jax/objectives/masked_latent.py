@@ -123,10 +123,7 @@ class MaskedLatent(SelfDistillation):
     return base.Needs(encodings={self._student: (), self._teacher: ()})
 
   def loss_inputs(
-    self,
-    encodings: Mapping[base.Encoding, Any],
-    heads: base.BoundHeads,
-    batch: Mapping[str, Any],
+    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> LossInputs:
     mask = batch["views"][self.view].mask  # [b, n, P]
     if mask is None:
@@ -157,10 +154,7 @@ class MaskedLatent(SelfDistillation):
     )
 
   def loss(
-    self,
-    loss_inputs: LossInputs,
-    heads: base.BoundHeads,
-    context: base.Context,
+    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
   ) -> base.Terms:
     channels = loss_inputs.teacher.shape[-1]
     weights = loss_inputs.weights.reshape(-1, 1)

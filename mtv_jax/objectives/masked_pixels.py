@@ -152,10 +152,7 @@ class MaskedPixels(base.Objective):
     return {"mae_decoder": base.Head(module, example=_example)}
 
   def loss_inputs(
-    self,
-    encodings: Mapping[base.Encoding, Any],
-    heads: base.BoundHeads,
-    batch: Mapping[str, Any],
+    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> LossInputs:
     view = batch["views"][self.view]
     if view.keep is None:
@@ -181,10 +178,7 @@ class MaskedPixels(base.Objective):
     )
 
   def loss(
-    self,
-    loss_inputs: LossInputs,
-    heads: base.BoundHeads,
-    context: base.Context,
+    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
   ) -> base.Terms:
     hidden = jnp.sum(loss_inputs.hidden)
     return base.Terms(

@@ -67,7 +67,7 @@ def test_dict_round_trip_and_mistakes():
   assert Preprocess.from_dict(made.to_dict()) == made
   with pytest.raises(ValueError, match="'crop_size'"):
     Preprocess.from_dict({"size": 3, "crop_size": 2})
-  with pytest.raises(ValueError, match="expected one of"):
+  with pytest.raises(ValueError, match="There are"):
     Preprocess(size=24, resize="stretch")
   with pytest.raises(ValueError, match="different shapes"):
     Preprocess(size=24, resize="shortest")
