@@ -33,6 +33,7 @@ from mtv_jax.models.heads import contrastive_head
 from mtv_jax.models.heads.base import TEXT, PredictionHead
 from mtv_jax.parallel.mesh import MESH_AXES, make_mesh
 from mtv_jax.parallel.rules import tree_shardings
+from mtv_jax.utils.errors import check_choice
 
 OUTPUTS = ("pooled", "patches", "prefix")
 DTYPES = ("float32", "bfloat16", "float16")
