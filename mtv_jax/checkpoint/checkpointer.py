@@ -1,8 +1,8 @@
-"""Checkpoints: save, restore, read a part. Orbax lives here.
+"""Checkpoints by Orbax: save, restore, and load a part.
 
 Only `orbax.checkpoint.CheckpointManager` and the argument classes of
 `orbax.checkpoint.args` are used (the v1 interface is still under
-`experimental`). A checkpoint is one folder a step, committed by one rename:
+`experimental`). A checkpoint is one folder a step, committed by a rename:
 
   checkpoints/STEP/state    every array of the train state, as nested
                             dictionaries of names, so that a checkpoint does
@@ -26,7 +26,7 @@ from mtv_jax.checkpoint.partial_restore import (
   CheckpointMismatchError,
   first_lines,
 )
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 Path = str | epath.PathLike
@@ -35,12 +35,12 @@ _STATE, _TIMING = "state", "timing"
 
 
 class DamagedCheckpointError(InputError):
-  """Files of a checkpoint are missing or can't be read."""
+  """A checkpoint with missing or unreadable files."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-  """A train state in the arrays of the current mesh, and where it was."""
+  """A train state on the current mesh, its step and the run's clock."""
 
   state: Any
   timing: dict[str, Any]
@@ -50,13 +50,13 @@ class Restored:
 class Checkpointer:
   """Saves and restores the whole train state of a run.
 
-  Every process calls every method, in the same order. Use it in a `with`: on
-  leaving, by an error too, the save in progress is waited for. Without that,
-  an interpreter that exits breaks it off (and leaves the checkpoint before).
+  Every process calls every method, in the same order. Use it as a context
+  manager: on exit, also by an error, it waits for the save in progress, which
+  an exiting interpreter would abort.
 
   Args:
-    folder: the run's `checkpoints` folder; made if missing. What a killed run
-      left half-written in it is never read, and on file systems deleted.
+    folder: the run's `checkpoints` folder, created if missing. Unfinished
+      checkpoints of a killed run are never read, and on file systems deleted.
     every_steps: `due(step)` is true on its multiples.
     keep: how many of the latest checkpoints to keep.
     keep_every: checkpoints at multiples of this many steps are never deleted;
@@ -73,7 +73,7 @@ class Checkpointer:
   ):
     for name, value in [("every_steps", every_steps), ("keep", keep)]:
       if value < 1:
-        raise ValueError(f"checkpoint.{name} must be at least 1, got {value}.")
+        raise ConfigError(f"checkpoint.{name} is {value}, expected at least 1.")
     self.folder = epath.Path(folder).absolute()
     self.every_steps = every_steps
     self._manager = ocp.CheckpointManager(
@@ -81,9 +81,8 @@ class Checkpointer:
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         keep_period=keep_every or None,
-        # On object stores whatever lacks Orbax's commit file counts as half
-        # written, a checkpoint copied there by hand too: deleting is for file
-        # systems, where the name tells.
+        # Object stores have no renames: a checkpoint without Orbax's commit
+        # file counts as unfinished, also one that was copied there by hand.
         cleanup_tmp_directories="://" not in str(self.folder),
         # The folder holds nothing but steps.
         save_root_metadata=False,
@@ -95,10 +94,10 @@ class Checkpointer:
     return step % self.every_steps == 0
 
   def preempted(self, step: int) -> bool:
-    """Whether to save now and end, as one of several processes was told to.
+    """Whether to save and exit now, after SIGTERM to one of several processes.
 
-    Every process asks after every step: they agree on one that none of them
-    has passed yet, and it is true on that step only.
+    Every process calls it after every step: they agree on a step that none has
+    passed yet, and it is true on that step only.
     """
     return self._manager.reached_preemption(step)
 
@@ -107,13 +106,13 @@ class Checkpointer:
   ) -> None:
     """Starts saving, and returns once the arrays may be donated.
 
-    The write goes on in the background. An earlier save that failed raises
-    here. Saving a step that is there already does nothing.
+    Writes in the background. Raises the error of an earlier save that failed.
+    Saving an existing step does nothing.
 
     Args:
       step: the number of updates done.
       state: a tree of arrays.
-      timing: JSON-able; comes back with the state.
+      timing: JSON-able; restored with the state.
     """
     self.check()
     if step in self._manager.all_steps():
@@ -130,8 +129,7 @@ class Checkpointer:
           _TIMING: ocp.args.JsonSave(dict(timing or {})),
         }
       ),
-      # When to save is the caller's decision.
-      force=True,
+      force=True,  # The caller decides when to save.
     )
 
   @property
@@ -165,8 +163,7 @@ class Checkpointer:
 
     Args:
       abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings (or of
-        arrays): what to make. Leaves without a sharding go to the default
-        device.
+        arrays). Leaves without a sharding go to the default device.
       step: the latest by default.
 
     Returns:
@@ -230,8 +227,8 @@ def _flat(tree: Any) -> dict[str, Any]:
 def _restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
   sharding = getattr(leaf, "sharding", None)
   if sharding is None:
-    # Otherwise Orbax would use the devices the file remembers, which this
-    # machine need not have.
+    # Otherwise Orbax would use the devices of the saved shardings, which this
+    # machine may lack.
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return ocp.ArrayRestoreArgs(
     sharding=sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype
@@ -247,8 +244,8 @@ def _saved(item: epath.Path) -> dict[str, Any]:
 def _require_index(item: epath.Path) -> None:
   """Raises where the index of the arrays is damaged.
 
-  Orbax would find out from one of many reads at once, and leave the others to
-  end in an event loop that is closed by then, each with a traceback.
+  Orbax would raise from one of many concurrent reads, and the others would
+  fail in a closed event loop, each with a traceback.
   """
   base = str(item) if "://" in str(item) else f"file://{item}"
   store = {"driver": "ocdbt", "base": f"{base}/"}
@@ -267,17 +264,17 @@ def _require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
 def _reading(
   folder: epath.Path, step: int, steps: Sequence[int]
 ) -> Iterator[None]:
-  """Turns what the libraries say of lost files into what can be done."""
+  """Raises DamagedCheckpointError for the libraries' read errors."""
   try:
     yield
   except (ValueError, OSError, LookupError) as error:
     earlier = [s for s in steps if s < step]
     instead = "There is no earlier one."
     if earlier:
-      instead = f"Move it away to go on from step {max(earlier)}."
+      instead = f"Move it away to resume from step {max(earlier)}."
     raise DamagedCheckpointError(
       f"{folder}/{step} can't be read: files in it are missing or damaged."
-      f" {instead} The reader said: {type(error).__name__}: {str(error)[:300]}"
+      f" {instead} Cause: {type(error).__name__}: {str(error)[:300]}"
     ) from error
 
 
@@ -321,7 +318,7 @@ def load_tree(
 ) -> Any:
   """Reads one part of a checkpoint as numpy arrays, on any machine.
 
-  Nothing is written, so it may be called beside a running training.
+  Writes nothing, so that it may be called during training.
 
   Args:
     folder: a run's folder or its `checkpoints` folder.

@@ -1,4 +1,4 @@
-"""Partial loading: the arrays of one tree into another, with a report."""
+"""Partial restore: copies matching arrays of one tree into another."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mtv_jax.utils.tree import closest_names, flatten_with_names, match_rules
 
 
 class CheckpointMismatchError(InputError):
-  """A checkpoint holds other arrays than the ones asked for."""
+  """A checkpoint whose names, shapes or types differ from the expected ones."""
 
 
 def first_lines(lines: Sequence[str], limit: int) -> str:
-  """As many of the lines, and how many more there are."""
+  """The first lines of a list, and the number of further ones."""
   shown = [f"  {line}" for line in lines[:limit]]
   if len(lines) > limit:
     shown.append(f"  ... and {len(lines) - limit} more")
@@ -32,11 +32,11 @@ class MergeReport:
 
   Attributes:
     loaded: taken from the source.
-    missing: wanted (included), but not in the source: kept as they were.
+    missing: wanted (included) but not in the source; unchanged.
     unexpected: in the source, but not in the target.
-    mismatched: in both, with different shapes: kept as they were. Name to
-      (source shape, target shape).
-    coverage: loaded / wanted, counted in numbers (not in arrays).
+    mismatched: in both, with different shapes, unchanged: name to (source
+      shape, target shape).
+    coverage: loaded / wanted, counted in elements.
   """
 
   loaded: tuple[str, ...]
@@ -51,13 +51,13 @@ class MergeReport:
       f"loaded {len(self.loaded)} arrays,"
       f" {100 * self.coverage:.1f} % of the wanted parameters"
     ]
-    for title, found in [
+    for title, names in [
       ("missing from the source", self.missing),
       ("unexpected in the source", self.unexpected),
       ("of another shape", shapes),
     ]:
-      if found:
-        lines.append(f"{title} ({len(found)}):\n{first_lines(found, 10)}")
+      if names:
+        lines.append(f"{title} ({len(names)}):\n{first_lines(names, 10)}")
     return "\n".join(lines)
 
 
@@ -77,13 +77,12 @@ def merge_params(
   rename: Sequence[Sequence[str]] = (),
   min_coverage: float = 0.99,
 ) -> Merged:
-  """Copies what fits of `source_tree` into a copy of `target_params`.
+  """Copies matching arrays of a source tree into a copy of `target_params`.
 
   Args:
     target_params: a tree of arrays.
     source_tree: a tree of arrays, such as `load_tree` gives.
-    include: regexes; a target parameter is wanted if one is found in its
-      name.
+    include: regexes; a target parameter is wanted if one matches its name.
     rename: pairs (regex, replacement), applied to each source name, all of
       them in order, by `re.sub`.
     min_coverage: the least share of the wanted parameters to load.
@@ -94,7 +93,7 @@ def merge_params(
 
   Raises:
     CheckpointMismatch: coverage is lower, with the report in the message;
-      weights that were silently not loaded have cost people weeks.
+      silently missing weights are expensive to notice later.
     ValueError: an include matches nothing, or two source names collide.
   """
   target = dict(flatten_with_names(target_params))

@@ -1,7 +1,7 @@
 """Overrides of a config from a command line: --config.KEY=VALUE.
 
-A key need not be in the config's file: what it leaves out has a default, and
-can be given. `schema.check_config` then says whether there is such a key.
+Keys that the config's file leaves out can be given as well;
+`schema.check_config` refuses unknown ones.
 """
 
 import ast
@@ -19,9 +19,9 @@ _WORDS = {"true": True, "false": False}
 
 
 def from_flags(argv: Iterable[str], *, flag: str = "config") -> list[str]:
-  """A command line whose `--config.KEY=VALUE` are `--set=KEY=VALUE`.
+  """Rewrites --config.KEY=VALUE and --config.KEY VALUE as --set=KEY=VALUE.
 
-  Also `--config.KEY VALUE`. What is no override stays as it is.
+  Other arguments are unchanged.
 
   Raises:
     ConfigError: an override without a value.
@@ -47,20 +47,20 @@ def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
   Args:
     config: what a config file's `get_config` returns.
     assignments: 'KEY=VALUE', in order. A key is a path such as 'optim.lr' or
-      'data.train[0].path'. A value is a Python literal, or else a string; where
-      there is a string, it is a string; 'None' takes a key away, and
-      so does 'none' where it can't be a string that stands for something.
+      'data.train[0].path'. A value is a Python literal, also with dict(KEY=...)
+      calls, or else a string; it is a string where it replaces one. 'None'
+      removes a key, and so does 'none' where it can't be an option.
 
   Raises:
-    ConfigError: a path that leads nowhere, or a value of another type than the
-      number or section that it would replace.
+    ConfigError: an invalid path, or a value of another type than the number or
+      section that it would replace.
   """
   tree = _plain(config)
   for assignment in assignments:
     key, _, text = assignment.partition("=")
     if not _KEY.fullmatch(key):
       raise ConfigError(
-        f"--config.{assignment}: {key!r} is no key. They are written"
+        f"--config.{assignment}: {key!r} is not a key. Keys are written"
         " --config.optim.lr=1e-3 or --config.data.train[0].path=..."
       )
     _set(tree, _parts(key), text, key)
@@ -91,7 +91,7 @@ def _set(tree: Any, parts: list[str | int], text: str, key: str) -> None:
       old = node[part] if isinstance(part, int) else node.get(part)
       node[part] = _value(text, old, path)
     elif isinstance(part, str) and node.get(part) is None:
-      # A section that the file leaves out; a list can't be begun like this.
+      # A section that the file leaves out.
       node[part] = {}
     node = node[part]
 
@@ -116,7 +116,7 @@ def _value(text: str, old: Any, path: str) -> Any:
   if isinstance(old, str):
     return None if text == "None" else text
   if text.lower() == "none":
-    # 'none' is also a choice of many options, which None as yet leaves open.
+    # 'none' is also a choice of many options, whose default may be None.
     return text if text == "none" and old is None else None
   value = _WORDS.get(text.lower(), text)
   if value is text:
@@ -130,7 +130,7 @@ def _value(text: str, old: Any, path: str) -> Any:
     )
   if isinstance(old, float) and type(value) is int:
     return float(value)
-  # A number's place can also take a section (a weight that has a schedule).
+  # A section may replace a number: a weight with a schedule.
   plain = isinstance(old, bool | int | float) and not isinstance(value, dict)
   if plain and type(value) is not type(old):
     raise ConfigError(

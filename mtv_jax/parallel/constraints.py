@@ -1,8 +1,8 @@
-"""What a compiled program says of where its arrays lie.
+"""Sharding constraints inside the compiled step.
 
-`sharding` places what a run holds. Inside the step the compiler decides, and
-left alone it may decide to send all activations over the network: so rows stay
-where they are, and parameters are gathered where they are used.
+`rules` shards the train state. Inside the step the compiler chooses shardings,
+and may choose to send all activations over the network. The constraints keep
+activations split by batch, and gather parameters where they are read (FSDP).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from mtv_jax.utils.tree import first_match, flatten_with_names, map_with_names
 
 
 def constrain_batch(tree: PyTree, mesh: Mesh | None) -> PyTree:
-  """Says that arrays `[b, ...]` of a compiled program are split as the batch.
+  """Constrains arrays `[B, ...]` to be split like the batch.
 
-  Left to itself the compiler may split them by channels, after a parameter
-  that is, and gather the rows of all devices.
+  Otherwise the compiler may split them by channels, like a parameter, and
+  gather the rows of all devices.
   """
   if mesh is None:
     return tree
@@ -47,22 +47,20 @@ def constrain_batch(tree: PyTree, mesh: Mesh | None) -> PyTree:
 def all_gather_params(
   params: PyTree, mesh: Mesh | None, *, keep: str = "$^", dtype: Any = None
 ) -> PyTree:
-  """Parameters gathered over `fsdp`, as a compiled program uses them.
+  """Gathers parameters over `fsdp` before their use.
 
-  The devices along `fsdp` hold parts of a parameter, but rows of their own: a
-  layer is to gather the former and never the latter. Each parameter is
-  gathered by itself, where it is used, whichever of its dimensions lies along
-  `fsdp`. Along `tensor` it lies as `SHARDING_RULES` say, since a layer's
-  products are split so; rules of the config that say otherwise are refused by
-  `check_param_rules`, as here, within a layer, their names are no longer known.
+  A layer has to gather its parameters over `fsdp`, and never the rows of the
+  batch. Each parameter is gathered by itself, whichever of its dimensions is
+  split over `fsdp`. Over `tensor` it stays split by `SHARDING_RULES`, as a
+  layer's matrix products are; other rules of the config, unknown here within a
+  layer, are refused by `check_param_rules`.
 
   Args:
     params: by names that `SHARDING_RULES` match.
     mesh: None for one device.
-    keep: a regex over names that are left as they lie, such as those of
-      stacked blocks, of which a loop gathers one at a time.
-    dtype: what is gathered is cast to it first, so that less is sent; give the
-      one that it is computed with anyway.
+    keep: a regex over names that are not gathered, such as those of stacked
+      blocks, of which a loop gathers one at a time.
+    dtype: the compute dtype; casting before gathering sends less.
   """
   if mesh is None or mesh.shape["fsdp"] == 1:
     return params
@@ -73,7 +71,7 @@ def all_gather_params(
     axes = first_match(name, SHARDING_RULES)
     whole = NamedSharding(mesh, _gathered(axes, leaf.shape, mesh))
     if dtype is not None and "fsdp" in axis_names(axes):
-      # And stays where it lies: what is saved of it is then a part as well.
+      # Constrained before, so that what remat saves of it is sharded as well.
       part = NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
       leaf = leaf.astype(dtype)
       leaf = jax.lax.with_sharding_constraint(leaf, part)
@@ -83,7 +81,7 @@ def all_gather_params(
 
 
 def _gathered(axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh):
-  """A rule's axes for one array without `fsdp`."""
+  """The partition of one array without `fsdp`."""
   without = [tuple(n for n in axis_names([a]) if n != "fsdp") for a in axes]
   return partition_spec(without, shape, mesh)
 
@@ -93,8 +91,8 @@ def check_param_rules(
 ) -> None:
   """Raises ConfigError for sharding rules that layers can't follow.
 
-  On a mesh with both `fsdp` and `tensor`, a rule that puts `tensor` elsewhere
-  than the built-in ones would have each layer move its parameters every time.
+  On a mesh with both `fsdp` and `tensor`, a rule with `tensor` on another
+  dimension than the built-in rule would reshard the parameters in each layer.
 
   Args:
     params: arrays or shapes, under their full names.

@@ -1,4 +1,4 @@
-"""Joining the hosts of a pod."""
+"""Initialisation of JAX's distributed runtime."""
 
 import jax
 

@@ -1,4 +1,4 @@
-"""The mesh, the rules that shard parameters over it, and placing arrays.
+"""The device mesh and the sharding of batches over it.
 
 Three axes: `data` (replicas), `fsdp` (the batch and the parameters), `tensor`
 (heads and hidden units). The batch is split over `data` and `fsdp` together.
@@ -20,7 +20,7 @@ from mtv_jax.config import schema
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 MESH_AXES = ("data", "fsdp", "tensor")
-# `config.mesh.dcn` as it is where nothing is said.
+# The default of `config.mesh.dcn`.
 _ANYWHERE = {"data": -1, "fsdp": 1, "tensor": 1}
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
@@ -55,7 +55,7 @@ def make_mesh(
   slices = _slices(devices)
   given = {**_ANYWHERE, **(shape.get("dcn") or {})}
   if len(slices) == 1:
-    # Where nothing tells slices apart, the config may: 1 means "none".
+    # Devices without slices can be cut into some by the config.
     count = math.prod(abs(int(n)) for n in given.values())
     slices = _cut(devices, count)
   if given == _ANYWHERE:
@@ -72,19 +72,19 @@ def make_mesh(
       )
   inner = tuple(n // parts for n, parts in zip(whole, outer, strict=True))
   types = (AxisType.Auto,) * len(MESH_AXES)
-  # Within a slice in the order that suits its network.
+  # Within a slice, JAX orders the devices by its network.
   blocks = [
     jax.make_mesh(inner, MESH_AXES, axis_types=types, devices=part).devices
     for part in slices
   ]
   grid = np.stack(blocks).reshape(*outer, *inner)
-  # Of each axis first the slice, then the place in it.
+  # Of each axis first the slice, then the index in it.
   grid = grid.transpose(0, 3, 1, 4, 2, 5).reshape(whole)
   return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def _outermost(whole: Sequence[int], slices: int) -> tuple[int, ...]:
-  """Over how many slices each axis lies: the first axes over most of them."""
+  """The number of slices of each axis; the first axes take the most."""
   outer = []
   for size in whole:
     outer.append(math.gcd(size, slices))
@@ -118,7 +118,7 @@ def _sizes(
 
 
 def _slices(devices: Sequence[Any]) -> list[list[Any]]:
-  """The devices by slice, in the slices' order."""
+  """The devices by slice."""
   slices: dict[int, list[Any]] = {}
   for device in devices:
     index = getattr(device, "slice_index", None) or 0
@@ -132,7 +132,7 @@ def _slices(devices: Sequence[Any]) -> list[list[Any]]:
 
 
 def _cut(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
-  """So many groups of devices that follow each other."""
+  """Consecutive groups of devices."""
   if count > 1 and getattr(devices[0], "platform", "") == "tpu":
     raise ConfigError(
       f"config.mesh.dcn asks for {count} slices; these {len(devices)} chips "
@@ -148,7 +148,7 @@ def _cut(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-  """Over how many parts the batch is split."""
+  """The number of parts that the batch is split into."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -176,10 +176,10 @@ class HostRows:
 def host_rows(batch_size: int, mesh: Mesh) -> HostRows:
   """The part of a global batch that goes to this process's devices.
 
-  Where they lie on the mesh is another matter: see `data_rows`.
+  `data_rows` says where they are on the mesh.
 
   Raises:
-    ConfigError: if the processes don't hold equal parts.
+    ConfigError: if the processes' parts are not equal.
   """
   parts = _parts(mesh)
   for i, part in enumerate(parts):
@@ -194,18 +194,18 @@ def host_rows(batch_size: int, mesh: Mesh) -> HostRows:
 def data_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " b"]:
   """For each row of a batch on the mesh, which row of the data it is.
 
-  Processes read consecutive rows, but a mesh in the order that suits a pod's
-  network may deal the devices of one process over the batch axes: on 4 x 4
-  chips in hosts of 2 x 2, the first row of chips belongs to two hosts. A
-  batch on the mesh is then a permutation of the data's. Losses don't mind;
-  what is drawn for an example must follow its row of the data.
+  Processes read consecutive rows, but in a mesh that follows a pod's network
+  the devices of one process need not be consecutive: on 4 x 4 chips in hosts
+  of 2 x 2, the first row of chips belongs to two hosts. A batch on the mesh is
+  then a permutation of the data's. Losses don't depend on it; random numbers
+  of an example follow its row of the data.
 
   Args:
     batch_size: which `num_batch_shards` divides.
     mesh: from `make_mesh`.
 
   Raises:
-    ConfigError: if the processes don't hold equal parts.
+    ConfigError: if the processes' parts are not equal.
   """
   size = batch_size // num_batch_shards(mesh)
   shards = np.concatenate([part.shards for part in _parts(mesh)])
@@ -216,14 +216,14 @@ def data_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " b"]:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-  """What some processes, mostly one, hold: shards of the batch, in order."""
+  """The shards of the batch of some processes, mostly one."""
 
   shards: tuple[int, ...]
   processes: frozenset[int]
 
 
 def _parts(mesh: Mesh) -> list[_Part]:
-  """Who holds which shards of the batch, in the order of their first ones."""
+  """The parts of the batch, in the order of their first shards."""
   holders: dict[int, set[int]] = {}
   devices = mesh.devices.reshape(num_batch_shards(mesh), -1)
   for shard, row in enumerate(devices):
@@ -250,7 +250,7 @@ def replicated_sharding(mesh: Mesh) -> NamedSharding:
 def shard_batch(
   batch: Mapping[str, np.ndarray], mesh: Mesh
 ) -> dict[str, jax.Array]:
-  """Makes global arrays of this process's rows of a batch; see `data_rows`."""
+  """Global arrays of this process's rows of a batch; see `data_rows`."""
   sharding = NamedSharding(mesh, BATCH_SPEC)
   return {
     name: jax.make_array_from_process_local_data(sharding, value)

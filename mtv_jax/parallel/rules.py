@@ -46,11 +46,10 @@ SHARDING_RULES: ShardingRules = (
 def partition_spec(
   axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh
 ) -> PartitionSpec:
-  """A rule's axes for one array: trailing dimensions, whole where uneven.
+  """The partition of one array by a rule for its trailing dimensions.
 
-  A dimension that its axis does not divide stays whole: a vocabulary of 258 is
-  not an error. Of several axes those are left out, from the first on, that are
-  too many.
+  A dimension that its axes do not divide, such as a vocabulary of 258, drops
+  them from the first on until the rest do.
   """
   if len(axes) > len(shape):
     axes = ()
@@ -58,7 +57,7 @@ def partition_spec(
 
   def whole_or_part(axis, size):
     names = (axis,) if isinstance(axis, str) else tuple(axis or ())
-    # Naming an axis of one device would only hide what is split.
+    # Axes of one device are left out, so that logs show what is split.
     names = tuple(n for n in names if mesh.shape[n] > 1) or names[-1:]
     while names and size % math.prod(mesh.shape[n] for n in names):
       names = names[1:]
@@ -72,8 +71,8 @@ def tree_shardings(
 ) -> PyTree:
   """Shardings for a tree of arrays or shapes, by the names of its leaves.
 
-  Optimizer moments, the teacher and the EMA end in the parameters' own names,
-  so they fall under the same rules and are sharded with the parameters.
+  The names of optimizer moments, teacher and EMA end in the parameters' names,
+  so that the same rules shard them.
 
   Args:
     tree: arrays or `jax.ShapeDtypeStruct`s.
@@ -90,7 +89,7 @@ def tree_shardings(
 
 
 def axis_names(axes: Sequence[Axes]) -> list[str]:
-  """All axes that a rule names."""
+  """The mesh axes of a rule."""
   every = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
   return [name for names in every for name in names]
 

@@ -1,8 +1,8 @@
-"""The forward passes that the objectives ask for, each computed once.
+"""The forward passes that the objectives need, each computed once.
 
 Objectives declare encodings (tower, view, weights) with the taps they read;
-`collect` takes the union, `encode` runs each one a single time and hands all
-of them out. Sharing a view between objectives is therefore a line of config.
+`collect` takes the union and `encode` runs each once. Sharing a view between
+objectives is therefore a line of config.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def encode(
     towers: the linen modules, `image` and `text`.
     params: the student's parameters by tower.
     teacher: the teacher's parameters by tower; no gradient goes there.
-    views: what the views made, by name. A view's mask hides patches from the
-      student only, its `keep` from both: masks belong to views, so that
-      objectives on one view read one encoding.
+    views: `ViewBatch`es by name. A view's `mask` hides patches from the student
+      only, its `keep` from both: masks belong to views, so that objectives on
+      one view share one encoding.
     batch: fields that hold token ids for text encodings: captions `[B, T]`,
       phrases `[B, M, T]`.
     mesh: that the rows are split over; None on one device.

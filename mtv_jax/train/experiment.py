@@ -1,4 +1,4 @@
-"""A checked config and everything that is built from it once."""
+"""An experiment: a checked config and everything that is built from it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A checked config, and everything built from it once.
+  """A checked config and everything that is built from it.
 
   Attributes:
     config: resolved, defaults filled in.
@@ -58,7 +58,7 @@ class Experiment:
     total_steps: of the run.
     optimizer: with its schedule and its table of rules.
     program: the compiled step and the shape of its state.
-    evaluators: of `config.evals`, built once, so that a mistake shows at once.
+    evaluators: of `config.evals`.
   """
 
   config: ConfigDict
@@ -86,7 +86,7 @@ class Experiment:
 
 
 def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
-  """What a resolved config says about the step."""
+  """The train step of a resolved config."""
   options = model_lib.runtime(config.model)
   weights = {
     name: _weight(name, entry, config.batch_size, total_steps)
@@ -95,8 +95,8 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
   if weights and not any(weight.active(0) for weight in weights.values()):
     first = min(weight.start for weight in weights.values())
     raise ConfigError(
-      f"config.objectives: all of them start later, the first at step {first}: "
-      f"there is nothing to train before step {first}."
+      f"config.objectives: the first one starts at step {first}; at least one "
+      "must start at step 0."
     )
   made = views.build_views(config.views.to_dict())
   model = model_lib.ModelSpec.from_config(config.model)
@@ -105,8 +105,7 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
     for name, entry in config.objectives.items()
   }
   read = {e for o in objectives.values() for e in o.needs().encodings}
-  # What only some recipes need is kept in the resolved config: whoever opens
-  # the run needs to know.
+  # Recorded in the resolved config, from which the run's model is opened.
   if any(made[e.view].max_masked for e in read if e.view in made):
     config.model.mask_token = True
   if config.model.text and all(e.tower != "text" for e in read):
@@ -156,8 +155,8 @@ def _weight(
   )
   if start >= total_steps:
     raise ConfigError(
-      f"{where}: it starts at step {start} of a run of {total_steps} steps, so "
-      "that it would never be trained."
+      f"{where}: it starts at step {start} of a run of {total_steps} steps "
+      "and would never be trained."
     )
   value = _not_negative(weight.get("value", 1.0), f"{where}.value")
   return ObjectiveWeight(value, start, ramp)
@@ -166,18 +165,18 @@ def _weight(
 def _not_negative(value: Any, where: str) -> float:
   number = isinstance(value, int | float) and not isinstance(value, bool)
   if not number or not 0 <= value < math.inf:
-    raise ConfigError(f"{where} is {value!r}; expected a number from 0 on.")
+    raise ConfigError(f"{where} is {value!r}; expected a number >= 0.")
   return float(value)
 
 
 def make_config_mesh(
   config: ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """The mesh of a resolved config, which its batch fits.
+  """The mesh of a resolved config; checks that it divides the batch.
 
   Args:
     config: resolved.
-    devices: all of this run by default.
+    devices: of the mesh; all by default.
 
   Raises:
     ConfigError: the sizes don't fit the devices, or the batch doesn't fit.
@@ -195,7 +194,7 @@ def make_config_mesh(
 def build_program(
   config: ConfigDict, spec: StepSpec, mesh: Mesh, examples: int
 ) -> tuple[optim.Optimizer, Program]:
-  """The optimizer and the step of a resolved config; compiles nothing.
+  """The optimizer and the train step of a resolved config; compiles nothing.
 
   Args:
     config: resolved.
@@ -204,7 +203,7 @@ def build_program(
     examples: of an epoch, for durations.
 
   Raises:
-    ConfigError: for a rule that matches no parameter, or can't be.
+    ConfigError: for an invalid rule, or one that matches no parameter.
   """
   params = abstract_params(spec)
   optimizer = optim.make_optimizer(
@@ -233,13 +232,13 @@ def build_experiment(
   config = schema.check_config(config)
   if "://" in str(workdir):
     raise ConfigError(
-      f"the run's folder is {workdir}; buckets are not written to directly: "
-      "mount it (gcsfuse, for example) and give the folder's path."
+      f"--workdir={workdir}: a run is not written to a bucket directly; mount "
+      "it (with gcsfuse, for example) and give the folder's path."
     )
   mesh = make_config_mesh(config)
   tokenizer = None
   if text := config.model.text:
-    # Checked before the data, which may take long to open.
+    # Before the data, which may take long to open.
     tokenizer = tokenizers.build_tokenizer(text.tokenizer, clean=text.clean)
     tokenizers.check_vocabulary(
       tokenizer, text.vocab_size, where="config.model.text.vocab_size"
@@ -251,7 +250,7 @@ def build_experiment(
   examples = sum(len(source) for source in sources)
   total_steps = schema.total_steps(config, examples)
   spec = build_step_spec(config, total_steps)
-  # Labels that no objective reads are not even opened.
+  # Labels that no objective reads are not opened.
   read = build_data_ops(config, spec, tokenizer).labels
   sources = [
     join_labels(source, entry["labels"], fields=read)
@@ -278,7 +277,7 @@ def build_experiment(
 def _evaluators(
   config: ConfigDict, spec: StepSpec
 ) -> dict[str, evals_base.Evaluator]:
-  """The evaluators, their data opened, so that a mistake shows at once."""
+  """Builds the evaluators and opens their data, so that errors show early."""
   lacking = {}
   if spec.ema_decay is None:
     lacking["ema"] = "config.ema is not set"
@@ -302,14 +301,14 @@ def _evaluators(
 def build_data_ops(
   config: ConfigDict, spec: StepSpec, tokenizer: Any
 ) -> ops.Ops:
-  """The ops of the input pipeline whose results the step reads."""
+  """The input pipeline's ops for the fields that the train step reads."""
   return ops.build_ops(
     config.data.ops, tokenizer=tokenizer, wanted=spec.fields()
   )
 
 
 def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
-  """This process's rows of every batch, from a step on.
+  """The loader of this process's rows of every batch, from a step on.
 
   Raises:
     ConfigError: if an objective reads a field that the batches lack.
@@ -341,20 +340,20 @@ def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
 def _require_length(
   text: ConfigDict | None, fields: Mapping[str, ops.Field]
 ) -> None:
-  """Refuses captions of another length than evaluations encode texts at."""
+  """Refuses captions of another length than the model's texts."""
   if not text or "caption" not in fields:
     return
   (length,) = fields["caption"].shape
   if length != text.length:
     raise ConfigError(
-      f"config.data.ops makes captions of {length} tokens, and "
-      f"config.model.text.length is {text.length}, which is how long the texts "
-      "of evaluations and exports are: give both the same number."
+      f"config.data.ops gives captions of {length} tokens, but "
+      f"config.model.text.length, the length of texts in evaluations and "
+      f"exports, is {text.length}. Give both the same number."
     )
 
 
 def save_config(experiment: Experiment) -> None:
-  """Keeps the resolved config and the tokenizer file with the run."""
+  """Writes the resolved config and the tokenizer file to the run's folder."""
   if jax.process_index() != 0:
     return
   experiment.workdir.mkdir(parents=True, exist_ok=True)
@@ -362,8 +361,8 @@ def save_config(experiment: Experiment) -> None:
   text = json.dumps(experiment.config.to_dict(), indent=2) + "\n"
   if path.exists() and path.read_text() != text:
     log.warning(
-      "%s held another config; it is kept as config.json.old. A changed seed, "
-      "batch size or data is another run: it meets other rows from here on.",
+      "%s has changed; the old one is config.json.old. With another seed, "
+      "batch size or data the run continues with other rows.",
       path,
     )
     path.replace(path.with_name("config.json.old"))
@@ -377,7 +376,7 @@ def save_config(experiment: Experiment) -> None:
 
 
 def log_experiment(experiment: Experiment) -> None:
-  """Logs what is about to be trained: sizes, placement, rules, length."""
+  """Logs parameters with their sharding, rules, encodings and length."""
   params = experiment.program.abstract.params
   log.info(
     "\n%s",
@@ -405,7 +404,7 @@ def log_experiment(experiment: Experiment) -> None:
 
 
 def _warn_of_repeats(experiment: Experiment) -> None:
-  """Says where a source is so small that it is in a batch more than once."""
+  """Warns of sources with fewer records than their share of a batch."""
   size = experiment.config.batch_size
   weights = [e.get("weight", 1.0) for e in experiment.config.data.train]
   for source, weight in zip(experiment.sources, weights, strict=True):
@@ -413,7 +412,7 @@ def _warn_of_repeats(experiment: Experiment) -> None:
     if rows > len(source):
       log.warning(
         "A batch of %d takes %.0f rows of %r, which has only %d records: some "
-        "are in it more than once, and for contrastive losses a picture's own "
+        "are in it more than once, and for contrastive losses an image's own "
         "caption is then also a wrong one. A smaller batch_size helps, more "
         "data, or less weight of this source.",
         size,

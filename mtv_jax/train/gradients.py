@@ -1,4 +1,4 @@
-"""Losses and gradients of a batch: whole, in parts, and of each objective.
+"""Losses and gradients, with exact gradient accumulation.
 
 A batch is encoded to loss inputs, which are small, and the losses see those of
 all of it. `accumulate_gradients` cuts there: it encodes the parts of a batch
@@ -30,8 +30,8 @@ from mtv_jax.train.step_spec import StepSpec
 from mtv_jax.utils.tree import map_with_names
 
 Batch = Mapping[str, Array]
-# Of a vocabulary only the rows that are looked up are gathered, and blocks one
-# by one by their loop.
+# Not gathered whole: of a vocabulary only the rows that are looked up are, and
+# blocks one by one by their loop.
 EMBEDDING_TABLES = r"token_embedding$"
 _LEFT = rf"^(image|text)/blocks/|{EMBEDDING_TABLES}"
 Loss = tuple[Float[Array, ""], dict[str, base.Terms]]
@@ -40,13 +40,13 @@ Loss = tuple[Float[Array, ""], dict[str, base.Terms]]
 def view_keys(
   spec: StepSpec, step: Array, size: int, mesh: Mesh | None
 ) -> dict[str, jax.Array]:
-  """Keys `[size]` of the views that are read, one for each row."""
+  """Random keys `[size]` for each view that is read."""
   seed = jax.random.key(spec.seed)
   names = {e.view for e in spec.plan if e.tower == "image"}
   keys = {n: row_keys(seed, n, step, size) for n in sorted(names)}
   if mesh is None:
     return keys
-  # An example gets the same crops wherever on the mesh it lies.
+  # An example gets the same crops wherever it is on the mesh.
   order = data_rows(size, mesh)
   if (order != np.arange(size)).any():
     keys = jax.tree.map(lambda k: k[order], keys)
@@ -54,9 +54,9 @@ def view_keys(
 
 
 def stop_gradient_frozen(spec: StepSpec, params: PyTree) -> PyTree:
-  """The parameters, those that are frozen without a gradient.
+  """Stops the gradient of frozen parameters.
 
-  A tower that is frozen whole then has no backward pass at all.
+  A tower that is frozen whole then has no backward pass.
 
   Args:
     params: all of them, under their names.
@@ -73,7 +73,7 @@ def stop_gradient_frozen(spec: StepSpec, params: PyTree) -> PyTree:
 def bind_heads(
   spec: StepSpec, params: PyTree, state: TrainState
 ) -> base.BoundHeads:
-  """The heads with these parameters, the teacher's held still."""
+  """Heads with the student's parameters, and with the teacher's fixed ones."""
   teacher = jax.lax.stop_gradient(state.teacher.get("heads", {}))
   return base.BoundHeads(spec.heads, params, teacher)
 
@@ -130,7 +130,7 @@ def compute_losses(
   loss_inputs: Mapping[str, Any],
   mesh: Mesh | None = None,
 ) -> Loss:
-  """The weighted sum of the losses on all inputs, and each one's terms.
+  """The weighted sum of the losses over all inputs, and each one's terms.
 
   Args:
     params: of the heads.
@@ -197,8 +197,8 @@ def accumulate_gradients(
   count = spec.accumulate
 
   def split(x):
-    # Part i takes rows i, i + count, ...: whatever device holds a stretch of
-    # the batch holds its share of every part, and nothing moves.
+    # [B, ...] -> [count, B / count, ...]. Part i takes rows i, i + count, ...:
+    # each device has its share of every part, and no rows move.
     return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
 
   def join(x):
@@ -244,13 +244,12 @@ def accumulate_gradients(
 def encoder_grad_norms(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> dict[str, Array]:
-  """The norm of each weighted objective's gradient on the image encoder.
+  """The gradient norm of each weighted objective on the image encoder.
 
-  Each is pulled through its own encodings alone. Their ratio says which
-  objective drives the encoder.
+  Their ratio says which objective drives the encoder.
   """
   norms = {}
   for name in spec.objectives:
-    _, slopes = compute_gradients(spec.only((name,)), state, batch, mesh)
-    norms[name] = optax.tree.norm(slopes["image"])
+    _, grads = compute_gradients(spec.only((name,)), state, batch, mesh)
+    norms[name] = optax.tree.norm(grads["image"])
   return norms

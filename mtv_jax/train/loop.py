@@ -35,14 +35,19 @@ from mtv_jax.train.experiment import (
 from mtv_jax.train.metrics import Chrono, MetricWriter
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.step_spec import init_params
+from mtv_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+class NonFiniteError(UserError, FloatingPointError):
+  """A loss or a gradient that is not finite."""
 
 
 def init_or_restore(
   experiment: Experiment, saved: Restored | None
 ) -> TrainState:
-  """The state to go on from: the last checkpoint, `config.init`, or new."""
+  """The initial state: the last checkpoint, `config.init`, or random."""
   if saved is not None:
     log.info("Resumed %s at step %d.", experiment.workdir, saved.step)
     return saved.state
@@ -76,7 +81,7 @@ def init_or_restore(
 def prefetch_to_device(
   loader: pipeline.Loader, mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
-  """Batches on the devices, one transfer ahead of the step that needs it."""
+  """Batches on the devices, transferred one step ahead."""
   ahead = collections.deque()
   for batch in loader:
     ahead.append(shard_batch(batch, mesh))
@@ -87,9 +92,10 @@ def prefetch_to_device(
 def evaluate(
   experiment: Experiment, state: TrainState, step: int, name: str
 ) -> dict[str, float]:
-  """Runs an evaluation on the current parameters; its figures by name.
+  """Runs an evaluation on the current parameters.
 
-  They are also written to `evals/NAME_STEP.json` with their protocol.
+  Returns the metrics by name, and writes them with their protocol to
+  `evals/NAME_STEP.json`.
   """
   weights = experiment.config.evals[name].get("weights", "student")
   encoder = Encoder(
@@ -113,31 +119,31 @@ def evaluate(
 
 
 def sort_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
-  """What a person looks at first comes first: losses, rate, gradient."""
+  """Sorts metrics for the log: losses, learning rate, gradient norm, others."""
   losses = [name for name in values if name.endswith("/loss")]
   first = ["loss", *losses, "lr", "grad_norm"]
   return {name: values[name] for name in (*first, *values)}
 
 
 def check_finite(step: int, values: Mapping[str, Any]) -> None:
-  """Stops a run whose loss or gradient is no number, before it is saved.
+  """Stops a run whose loss or gradient is not finite, before it is saved.
 
   Raises:
-    FloatingPointError: names the step and the figures at fault.
+    NonFiniteError: names the step and the metrics.
   """
   watched = ("loss", "grad_norm", "update_norm")
   if all(math.isfinite(float(values[name])) for name in watched):
     return
   bad = [k for k, v in values.items() if not np.isfinite(np.asarray(v))]
-  raise FloatingPointError(
+  raise NonFiniteError(
     f"at step {step} these are not finite: {bad}. The last checkpoint is from "
     "before it. A lower learning rate, a longer warm-up, clipping, or b2=0.95 "
-    "are what usually helps."
+    "usually help."
   )
 
 
 def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
-  """Trains a config in a folder, from the start or from where it stopped.
+  """Trains a config in a folder, from the start or the last checkpoint.
 
   Args:
     config: as `schema.check_config` takes it.
@@ -148,9 +154,9 @@ def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
 
   Raises:
     ConfigError: for anything in the config that can't be used.
-    FloatingPointError: if the loss stops being a number.
-    data.pipeline.CorruptDataError: if too many records can't be used.
-    preemption.Preempted: if the process was told to end, once it has saved.
+    NonFiniteError: if the loss is not finite.
+    data.pipeline.CorruptDataError: if too many records are unusable.
+    preemption.Preempted: after SIGTERM, once a checkpoint is saved.
   """
   experiment = build_experiment(config, workdir)
   config = experiment.config
@@ -181,7 +187,7 @@ def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
       ) as writers,
       preemption.catch_sigterm() as notice,
     ):
-      # Not before: what checkpoints or data refuse must not replace theirs.
+      # Not before, so that a config that is refused replaces nothing.
       save_config(experiment)
       state = init_or_restore(experiment, saved)
       return _loop(
@@ -204,25 +210,23 @@ def _loop(
   spec, program = experiment.step_spec, experiment.program
   active = ()
   if first >= experiment.total_steps:
-    log.info("Step %d is done: nothing is left to do.", first)
+    log.info("The run is complete at step %d.", first)
   for name, entry in experiment.config.evals.items():
     if first == 0 and entry.get("at_start", False):
       with chrono.pause():
         writers.scalars(0, evaluate(experiment, state, 0, name))
 
   def save_and_end(step):
-    done = f"step {step} was saved"
+    done = f"saved step {step}"
     if step > first:
       check_finite(step, jax.device_get(values))
       checkpoints.save(step, state, timing=chrono.to_dict())
-      # While further signals change nothing.
       checkpoints.wait()
-      done = f"it saved step {step}"
     elif not step:
-      done = "it began none"
+      done = "completed no step"
     raise preemption.Preempted(
-      f"told to end (SIGTERM), {done} of {experiment.total_steps} in "
-      f"{experiment.workdir}. The same command goes on from there."
+      f"received SIGTERM; {done} of {experiment.total_steps} in "
+      f"{experiment.workdir}. The same command resumes from there."
     )
 
   for step in range(first + 1, experiment.total_steps + 1):
@@ -230,8 +234,8 @@ def _loop(
       try:
         batch = next(batches)
       except Exception as error:
-        # A signal to a group of processes ends those that read the data, too.
-        # (With several hosts none may end by itself, and `received` is False.)
+        # A signal to a process group also ends the data workers. (With several
+        # hosts none may exit by itself, and `received` is False.)
         if not notice.received:
           raise
         log.warning("No further batch, after SIGTERM: %s", error)
@@ -247,7 +251,7 @@ def _loop(
       with chrono.pause():
         norms = jax.device_get(program.encoder_norms(state, batch, active))
     state, values = program.update(state, batch, active)
-    # Two steps in flight keep the devices busy; more would only hold memory.
+    # Two steps in flight keep the devices busy; more would only take memory.
     in_flight.append(values["loss"])
     if chrono.compiling or len(in_flight) > 2:
       jax.block_until_ready(in_flight.popleft())

@@ -1,7 +1,7 @@
-"""Where numbers go: console, metrics.jsonl, TensorBoard; and the clock.
+"""Logging, metric writers (console, metrics.jsonl, TensorBoard) and the clock.
 
-Nothing here imports JAX. Values may be JAX arrays; they are fetched when
-written, so write only what is due.
+Nothing here imports JAX. Values may be JAX arrays, which are fetched when they
+are written.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ WIDTH = 120
 
 
 class _Console(logging.Handler):
-  """Writes to whatever standard output is at the time of a line."""
+  """Writes to the current `sys.stdout`, which tests replace."""
 
   def emit(self, record: logging.LogRecord) -> None:
     """Prints a line."""
@@ -63,7 +63,7 @@ def setup_logging(*, process_index: int = 0) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-  """How fast training goes.
+  """Training speed.
 
   Attributes:
     images_per_second: over all hosts, since the last reading.
@@ -81,7 +81,7 @@ class Rates:
 
 
 class Chrono:
-  """Measures training alone: not compilation, evaluation or checkpoints.
+  """Measures training time without compilation, evaluation and checkpoints.
 
   Once a step:
 
@@ -89,15 +89,15 @@ class Chrono:
     state, metrics = update(state, batch)
     chrono.step()
 
-  The first step of a session compiles, so it is counted as such; make it end
-  (`jax.block_until_ready`) before calling `step`. Later ones may run ahead:
-  reading metrics before `rates` is what waits for them.
+  The first step of a session counts as compilation; wait for it
+  (`jax.block_until_ready`) before `step`. Later steps may run ahead: reading
+  metrics before `rates` waits for them.
 
   Args:
     total_steps: of the run.
     batch_size: examples a step, over all hosts.
     devices: for the core-hours.
-    clock: seconds, from anywhere.
+    clock: gives seconds.
   """
 
   def __init__(
@@ -114,25 +114,24 @@ class Chrono:
     self._clock = clock
     self._last = clock()
     self._compiled = False
-    # Seconds by kind, of all sessions and of the part of this one that
-    # `rates` has not told yet.
+    # Seconds by kind: of all sessions, and since the last `rates`.
     self._total = {"train": 0.0, "wait": 0.0, "compile": 0.0, "pause": 0.0}
     self._device_seconds = 0.0
     self._window = {"train": 0.0, "wait": 0.0, "steps": 0}
     self._session = {"train": 0.0, "steps": 0}
 
   def compiles(self) -> None:
-    """Says that the next step compiles too, so it is counted as such."""
+    """Counts the next step as compilation, too."""
     self._lap()
     self._compiled = False
 
   @property
   def compiling(self) -> bool:
-    """Whether the next step is one that compiles."""
+    """Whether the next step counts as compilation."""
     return not self._compiled
 
   def step(self) -> None:
-    """Says that a step was dispatched."""
+    """Counts a dispatched step."""
     self._lap()
     if self._compiled:
       self._window["steps"] += 1
@@ -141,7 +140,7 @@ class Chrono:
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
-    """Time inside counts as training, and as waiting for data."""
+    """Counts the time inside as training and as waiting for data."""
     self._lap()
     try:
       yield
@@ -150,7 +149,7 @@ class Chrono:
 
   @contextlib.contextmanager
   def pause(self) -> Iterator[None]:
-    """Time inside is not training: evaluation, a checkpoint."""
+    """Excludes the time inside: an evaluation, a checkpoint."""
     self._lap()
     try:
       yield
@@ -214,11 +213,10 @@ class MetricWriter:
   """Writes scalars of a run to metrics.jsonl, TensorBoard and the console.
 
   Args:
-    workdir: the run's folder; made if missing.
+    workdir: the run's folder, created if missing.
     total_steps: for the progress on the console.
-    start_step: the step that the run continues from. What an earlier session
-      wrote about later steps is dropped, so that no step appears twice; 0 is
-      a start from nothing, and drops all.
+    start_step: the step that the run resumes from. Rows of later steps, which
+      an earlier session wrote, are dropped; 0 drops all.
     process_index: processes other than 0 write nothing.
   """
 
@@ -241,7 +239,7 @@ class MetricWriter:
     self._jsonl = path.open("a", encoding="utf-8")
     self._board = tensorboardX.SummaryWriter(
       str(folder),
-      # TensorBoard then hides what a killed session wrote from here on.
+      # TensorBoard hides what an earlier session wrote from here on.
       purge_step=start_step + 1 if start_step else 0,
       flush_secs=30,
     )
@@ -254,7 +252,7 @@ class MetricWriter:
       values: numbers or arrays of one element; '/' in names makes groups.
 
     Raises:
-      ValueError: a value that isn't one number, with its name.
+      ValueError: a value that is not a scalar; names it.
     """
     if self._active:
       numbers = _numbers(values)
@@ -309,21 +307,21 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-  """Drops what `start_step` says, and a last line that a kill cut short."""
+  """Drops the rows after a step, and a last line that a crash truncated."""
   if not path.exists():
     return
   text = path.read_text(encoding="utf-8")
   lines = text.splitlines() if step else []
-  kept = [line for line in lines if _about(line) <= step]
-  new = "".join(line + "\n" for line in kept)
+  rows = [line for line in lines if _step_of(line) <= step]
+  new = "".join(line + "\n" for line in rows)
   if new != text:
-    # Written aside first: a kill here must not lose the history.
+    # Replaced by a rename, so that a crash does not lose the history.
     aside = path.with_name(path.name + ".new")
     aside.write_text(new, encoding="utf-8")
     aside.replace(path)
 
 
-def _about(line: str) -> float:
+def _step_of(line: str) -> float:
   try:
     return float(json.loads(line)["step"])
   except (ValueError, KeyError, TypeError):
@@ -349,7 +347,7 @@ def console_line(
   have them all.
   """
   done = f"step {step:>{len(str(total_steps))}}/{total_steps}"
-  # Rounded down: 100 % is for the last step alone.
+  # Rounded down, so that only the last step is at 100 %.
   head = f"{done} {1000 * step // max(total_steps, 1) / 10:5.1f}%"
   tail = []
   if rates is not None:
@@ -370,7 +368,7 @@ def console_line(
 
 
 def format_number(value: float) -> str:
-  """As short as it stays useful: 3.412, 0.431, 1234.5, 96, 8.1e-04, nan."""
+  """A short form of a number: 3.412, 0.431, 1234.5, 96, 8.1e-04, nan."""
   if not math.isfinite(value):
     return str(value)
   if value == int(value) and abs(value) < 1e6:

@@ -1,7 +1,6 @@
-"""Being told to end: a signal that comes some time before the plug is pulled.
+"""SIGTERM handling: save a checkpoint, then exit.
 
-Schedulers and clouds that take a machine away send SIGTERM first, which would
-end a program at once. A run saves instead, and ends.
+Schedulers and clouds send SIGTERM some time before they take a machine away.
 """
 
 import contextlib
@@ -11,16 +10,16 @@ from collections.abc import Iterator
 
 from mtv_jax.utils.errors import UserError
 
-# 128 + SIGTERM, as shells have it: such a run does not look finished.
+# 128 + SIGTERM, as shells report it, so that the run does not look finished.
 EXIT_CODE = 143
 
 
 class Preempted(UserError, RuntimeError):
-  """A run was told to end, and has saved where it was."""
+  """Raised after SIGTERM, once a checkpoint is saved."""
 
 
 class Notice:
-  """Whether this process was told to end."""
+  """Whether this process has received SIGTERM."""
 
   received = False
 
@@ -30,16 +29,16 @@ class Notice:
 
 @contextlib.contextmanager
 def catch_sigterm() -> Iterator[Notice]:
-  """Notes a SIGTERM while it lasts, instead of ending at once.
+  """Records SIGTERM inside the context instead of exiting.
 
-  Further ones change nothing: some programs send it to a process and to its
-  group. SIGINT and SIGKILL still end it at once.
+  Repeated signals change nothing: some programs send one to a process and one
+  to its group. SIGINT and SIGKILL are left alone.
 
-  Processes joined by `jax.distributed` have to agree on a step, which JAX's own
-  service sees to (`Checkpointer.preempted`); and a signal that somebody else
-  takes care of, or that can't be taken in this thread, stays as it is.
+  Does nothing where processes are joined by `jax.distributed`, whose service
+  makes them agree on a step (`Checkpointer.preempted`), where the signal has a
+  handler already, or outside the main thread.
   """
-  import jax  # Here, so that commands end with readable errors without it.
+  import jax  # Imported late: cli/errors.py needs this module without it.
 
   notice = Notice()
   ours = (

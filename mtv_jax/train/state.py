@@ -1,4 +1,4 @@
-"""The train state: a tree of arrays, and nothing that computes."""
+"""The train state: a tree of arrays without code."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 from jaxtyping import Array, Int, PyTree
 
+from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
 
 @pytree_dataclass
 class TrainState:
-  """Everything that training changes, and all that a checkpoint holds.
+  """Everything that training changes and a checkpoint stores.
 
   Attributes:
     step: number of updates done.
@@ -38,16 +39,16 @@ class TrainState:
     with it are the student's.
 
     Raises:
-      ValueError: for weights that this run does not keep.
+      ConfigError: for weights that this run lacks.
     """
-    found = {"student": self.params}
+    weights = {"student": self.params}
     if self.ema:
-      found["ema"] = self.ema
+      weights["ema"] = self.ema
     if self.teacher:
-      found["teacher"] = {**self.params, "image": self.teacher["image"]}
-    if which not in found:
-      raise ValueError(
-        f"this run keeps no {which!r} weights, only {sorted(found)}. 'ema' "
+      weights["teacher"] = {**self.params, "image": self.teacher["image"]}
+    if which not in weights:
+      raise ConfigError(
+        f"this run has no {which!r} weights, only {sorted(weights)}. 'ema' "
         "needs config.ema, 'teacher' an objective that has one."
       )
-    return found[which]
+    return weights[which]

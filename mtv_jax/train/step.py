@@ -1,4 +1,4 @@
-"""One update: gradients, optimizer, teacher, averages; compiled for a mesh."""
+"""The train step: gradients, optimizer, teacher, EMA; compiled for a mesh."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ Metrics = dict[str, Array]
 def zero_inactive_updates(
   part: StepSpec, whole: StepSpec, updates: PyTree
 ) -> PyTree:
-  """Leaves what no active objective reads where it is.
+  """Zeroes the updates of parameters that no active objective reads.
 
-  Its gradient is zero, but weight decay would still shrink it.
+  Their gradients are zero, but weight decay would shrink them.
   """
   used = {e.tower for e in part.plan}
   zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-  still = {
+  inactive = {
     tower: zeros(updates[tower]) for tower in whole.towers if tower not in used
   }
   heads = {
     name: update if name in part.heads else zeros(update)
     for name, update in updates["heads"].items()
   }
-  return {**updates, **still, "heads": heads}
+  return {**updates, **inactive, "heads": heads}
 
 
 def update_teacher(
   part: StepSpec, teacher: PyTree, params: PyTree, step: Array
 ) -> PyTree:
-  """The teacher after an update of the student."""
+  """The teacher's EMA step after an update of the student."""
   if not part.has_teacher:
     return teacher
   student = teacher_params(part, params)
@@ -75,8 +75,8 @@ def make_update_fn(
   objective `NAME/loss`, `NAME/weight` and what it reports.
 
   Args:
-    whole: the step spec that the state was made for.
-    part: the same with the objectives that this update computes.
+    whole: with all objectives; the state's.
+    part: with the objectives that this update computes.
     tx: the optimizer.
     mesh: that the batch is split over; None on one device.
   """
@@ -115,10 +115,9 @@ def make_update_fn(
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """The compiled pieces of training on one mesh.
+  """The compiled functions of training on one mesh.
 
-  Each set of active objectives is a program of its own, compiled when it is
-  first run.
+  The update of each set of active objectives is compiled when it first runs.
 
   Attributes:
     spec: with all objectives.
@@ -145,7 +144,7 @@ class Program:
     return NamedSharding(self.mesh, BATCH_SPEC)
 
   def init(self, params: PyTree) -> TrainState:
-    """The state at step 0, placed."""
+    """The sharded state at step 0."""
     init = functools.partial(init_state, self.spec, self.tx)
     return jax.jit(init, out_shardings=self._shardings)(params)
 
@@ -195,7 +194,7 @@ class Program:
     )
 
   def restart_teacher(self, state: TrainState) -> TrainState:
-    """Makes the teacher a copy of the student; the state is donated.
+    """Copies the student to the teacher; the state is donated.
 
     For the step at which a teacher is first read.
     """
@@ -213,7 +212,7 @@ def make_program(
   mesh: Mesh,
   rules: ShardingRules = (),
 ) -> Program:
-  """Shards the state over the mesh; nothing is compiled yet.
+  """The train step for a mesh; nothing is compiled yet.
 
   Args:
     spec: with all objectives.
@@ -222,7 +221,7 @@ def make_program(
     rules: the config's own, tried before the built-in ones.
 
   Raises:
-    ConfigError: for rules that the layers can't follow.
+    ConfigError: for sharding rules that the layers can't follow.
   """
   check_param_rules(
     abstract_params(spec), mesh, rules, keep=gradients.EMBEDDING_TABLES

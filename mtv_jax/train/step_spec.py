@@ -1,4 +1,4 @@
-"""What the train step is made of, as a config builds it."""
+"""Specification of the train step, as a config gives it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from mtv_jax.utils.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveWeight:
-  """An objective's share in the total, by step.
+  """The weight of an objective in the total loss, by step.
 
   Attributes:
-    value: the weight in force.
-    start: the first step at which the objective counts; before it, nothing of
-      it is computed.
+    value: the weight after the ramp.
+    start: the first step at which the objective is computed.
     ramp: over how many steps from there the weight rises linearly.
   """
 
@@ -48,7 +47,7 @@ class ObjectiveWeight:
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-  """What a config builds, and all that the step is made of.
+  """Everything that the train step computes.
 
   Attributes:
     model: shapes of the towers.
@@ -65,7 +64,7 @@ class StepSpec:
     ema_decay: of the EMA of all parameters; None for none.
     accumulate: in how many parts a batch is encoded, one after the other; the
       gradients stay those of the whole batch.
-    frozen: names of parameters that are never updated, and not differentiated.
+    frozen: names of parameters that are neither differentiated nor updated.
   """
 
   model: model_lib.ModelSpec
@@ -85,8 +84,8 @@ class StepSpec:
   def __post_init__(self):
     if not self.objectives:
       raise ConfigError(
-        "config.objectives is empty: nothing would be trained. Add one, such "
-        "as contrastive=dict(weight=1.0)."
+        "config.objectives is empty. Add one, such as "
+        "contrastive=dict(weight=1.0)."
       )
     for encoding in self.plan:
       if encoding.tower == "image" and encoding.view not in self.views:
@@ -101,7 +100,7 @@ class StepSpec:
 
   @functools.cached_property
   def plan(self) -> dict[base.Encoding, tuple[int, ...]]:
-    """The distinct encodings, with their taps."""
+    """The distinct encodings with their taps."""
     return encodings.collect(self.objectives.values())
 
   @functools.cached_property
@@ -120,7 +119,7 @@ class StepSpec:
 
   @functools.cached_property
   def towers(self) -> dict[str, Any]:
-    """The linen modules, `image` and, where there is one, `text`."""
+    """The linen modules `image` and, if the model has one, `text`."""
     options = dict(dtype=self.dtype, **self.runtime)
     towers = {"image": model_lib.image_tower(self.model, **options)}
     if self.model.text is not None:
@@ -145,7 +144,7 @@ class StepSpec:
     return tuple(n for n, w in self.weights.items() if w.active(step))
 
   def only(self, names: tuple[str, ...]) -> StepSpec:
-    """The same with some of the objectives."""
+    """The same step with some of the objectives."""
     return dataclasses.replace(
       self,
       objectives={name: self.objectives[name] for name in names},
@@ -162,7 +161,7 @@ class StepSpec:
     return step > 0 and read(step) and not read(step - 1)
 
   def momentum(self, step: Any) -> Float[Array, ""]:
-    """The teacher's, in the update after `step` others."""
+    """The teacher's momentum in the update after `step` others."""
     start = jnp.float32(self.teacher_momentum)
     if self.teacher_end is None:
       return start
@@ -197,13 +196,13 @@ def _alike(a: base.Head, b: base.Head, spec: model_lib.ModelSpec) -> bool:
 
 
 def teacher_params(spec: StepSpec, params: Mapping[str, PyTree]) -> PyTree:
-  """The part of the parameters that the teacher follows."""
+  """The student's parameters of which the teacher is an EMA."""
   if not spec.has_teacher:
     return {}
-  followed = [name for name, head in spec.heads.items() if head.teacher]
+  names = [name for name, head in spec.heads.items() if head.teacher]
   return {
     "image": params["image"],
-    "heads": {name: params["heads"][name] for name in followed},
+    "heads": {name: params["heads"][name] for name in names},
   }
 
 

@@ -1,8 +1,8 @@
-"""Files that appear whole, and what those leave behind that were killed.
+"""Atomic writes, and the removal of temporary files of killed processes.
 
-Until it is complete, a file is `.NAME.OWNER.tmp` beside its place. The owner
-is the process that writes it, so that another one can tell what a dead process
-has left from what a living one is writing; on shared folders by its age.
+A file is written as `.NAME.OWNER.tmp` and renamed when it is complete. The
+owner is the process that writes it, so that temporary files of dead processes
+can be told from those of living ones; of other machines' processes, by age.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import re
 import secrets
 import socket
 
-# Seconds after which a file that nobody touched is somebody's who is gone.
+# A temporary file of this age is abandoned, whichever machine wrote it.
 STALE_SECONDS = 300.0
 
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}-\d+-[0-9a-f]{8})\.\d+\.tmp")
@@ -25,13 +25,12 @@ _numbers = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-  """A process of some machine.
+  """A process, identified over all machines that share a folder.
 
   Attributes:
-    machine: a hash; machines that run at the same time have different ones,
-      and so have containers that can't see each other's processes.
-    pid: of the process there.
-    token: random, as numbers of processes come again.
+    machine: a hash of the host and its process namespace.
+    pid: process number on that machine.
+    token: random, as process numbers are reused.
   """
 
   machine: str
@@ -43,18 +42,18 @@ class Owner:
 
   @classmethod
   def parse(cls, text: str) -> "Owner | None":
-    """The owner that was written as `text`; None if it is none."""
+    """The inverse of `str`; None for other strings."""
     machine, _, rest = text.partition("-")
     pid, _, token = rest.partition("-")
     return cls(machine, int(pid), token) if pid.isdigit() else None
 
   @property
   def is_dead(self) -> bool:
-    """Whether it is of this machine and runs no more."""
+    """Whether it is of this machine and has exited."""
     mine = current_process()
     if self == mine or self.machine != mine.machine:
       return False
-    # Another's with this process's number was there before it.
+    # A process with this one's number is an earlier one.
     return self.pid == mine.pid or not _runs(self.pid)
 
 
@@ -65,7 +64,7 @@ def current_process() -> Owner:
 
 @functools.cache
 def _owner(pid: int) -> Owner:
-  # By its number, so that a fork is not its parent.
+  # Cached by number, so that a fork is not its parent.
   parts = [socket.gethostname()]
   for read in (
     lambda: pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(),
@@ -74,7 +73,7 @@ def _owner(pid: int) -> Owner:
     try:
       parts.append(read())
     except OSError:
-      parts.append("")  # No Linux.
+      parts.append("")  # Not Linux.
   machine = hashlib.blake2b("\n".join(parts).encode(), digest_size=4)
   return Owner(machine.hexdigest(), pid, secrets.token_hex(4))
 
@@ -85,12 +84,12 @@ def _runs(pid: int) -> bool:
   except ProcessLookupError:
     return False
   except OSError:
-    pass  # It is somebody else's.
+    pass  # A process of another user.
   return True
 
 
 def temporary_path(file: pathlib.Path) -> pathlib.Path:
-  """Where to write what becomes `file`; a new place each time."""
+  """A new temporary path beside `file`."""
   return file.with_name(
     f".{file.name}.{current_process()}.{next(_numbers)}.tmp"
   )
@@ -99,7 +98,7 @@ def temporary_path(file: pathlib.Path) -> pathlib.Path:
 def fsync(file: pathlib.Path) -> None:
   """Waits until a file's bytes are on the disk.
 
-  Else a machine that fails may keep a new name and lose what is in it.
+  Without it, a crash of the machine may keep a rename and lose the content.
   """
   handle = os.open(file, os.O_RDONLY)
   try:
@@ -109,7 +108,7 @@ def fsync(file: pathlib.Path) -> None:
 
 
 def write(file: pathlib.Path, data: bytes) -> None:
-  """Writes a file; a reader sees the whole of it or what was there before."""
+  """Writes a file; readers see the old content or the new one, never a part."""
   aside = temporary_path(file)
   try:
     aside.write_bytes(data)
@@ -121,10 +120,10 @@ def write(file: pathlib.Path, data: bytes) -> None:
 
 
 def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
-  """Writes a file unless there is one; of several writers one wins.
+  """Writes a file unless it exists; of several writers one wins.
 
   Returns:
-    What the file holds.
+    The file's content.
   """
   if not file.exists():
     aside = temporary_path(file)
@@ -135,7 +134,7 @@ def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
       except FileExistsError:
         pass
       except OSError:
-        # No links on this file system: the last of several wins there.
+        # No hard links on this file system: the last writer wins.
         if not file.exists():
           os.replace(aside, file)
     finally:
@@ -144,7 +143,7 @@ def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
 
 
 def seconds_since_modified(file: pathlib.Path) -> float:
-  """Seconds since a file was last touched, by the clock of its file system.
+  """Seconds since a file was last touched, by the file system's clock.
 
   Raises:
     FileNotFoundError: it is gone.
@@ -159,7 +158,7 @@ def seconds_since_modified(file: pathlib.Path) -> float:
 
 
 def is_abandoned(file: pathlib.Path, owner: Owner | None) -> bool:
-  """Whether the owner of an unfinished file is gone, as far as can be told.
+  """Whether the owner of an unfinished file has exited, as far as is known.
 
   Raises:
     FileNotFoundError: the file is gone.
@@ -172,14 +171,14 @@ def is_abandoned(file: pathlib.Path, owner: Owner | None) -> bool:
 
 
 def remove_abandoned(folder: pathlib.Path, *, name: str = "") -> int:
-  """Removes temporary files whose owners are gone.
+  """Removes temporary files whose owners have exited.
 
   Args:
     folder: to look in.
-    name: how the names of files begin that are looked at; by default all.
+    name: only files whose names start like this.
 
   Returns:
-    How many.
+    The number of removed files.
   """
   removed = 0
   for file in folder.glob(f".{glob.escape(name)}*.tmp"):

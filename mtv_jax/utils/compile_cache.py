@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that a run that goes on starts at once."""
+"""JAX's persistent compilation cache in a run's folder."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ FOLDER = "compiled"
 
 
 def enable(choice: str, workdir: str | os.PathLike) -> pathlib.Path | None:
-  """Has JAX keep what it compiles, and look there first.
+  """Enables the compilation cache, so that a resumed run starts at once.
 
-  In the run's folder all hosts find it, also those that replace preempted
-  ones: process 0 writes, everyone reads. Compiled programs are code: as a
-  folder to take them from, name only one that nobody else may write to.
+  All hosts share it in the run's folder, also those that replace preempted
+  ones: process 0 writes, every process reads. Compiled programs are code: give
+  only folders that other users can't write to.
 
-  `JAX_COMPILATION_CACHE_DIR`, if set, is left to say where.
+  `JAX_COMPILATION_CACHE_DIR` takes precedence over "auto".
 
   Args:
-    choice: "auto" keeps them in `workdir/compiled`, but not on a CPU, where
-      compilation is short; "none" keeps nothing; anything else is a folder.
+    choice: "auto" for `workdir/compiled`, but no cache on CPUs, where
+      compilation is short; "none" for no cache; else a folder.
     workdir: of the run.
 
   Returns:
-    The folder; None where nothing is kept, or the environment says where.
+    The folder; None for no cache, or one that the environment variable names.
   """
   if choice == "none":
     jax.config.update("jax_enable_compilation_cache", False)
     return None
   if choice == "auto":
-    told = jax.config.jax_compilation_cache_dir
-    # A run that names a bucket as its folder is about to be refused.
-    if told or jax.default_backend() == "cpu" or "://" in str(workdir):
+    given = jax.config.jax_compilation_cache_dir
+    # `build_experiment` refuses a bucket as the run's folder.
+    if given or jax.default_backend() == "cpu" or "://" in str(workdir):
       return None
     folder = pathlib.Path(workdir) / FOLDER
   else:
@@ -44,5 +44,5 @@ def enable(choice: str, workdir: str | os.PathLike) -> pathlib.Path | None:
   folder = folder.absolute()
   folder.mkdir(parents=True, exist_ok=True)
   jax.config.update("jax_compilation_cache_dir", str(folder))
-  log.info("Compiled programs are kept in %s.", folder)
+  log.info("Compilation cache: %s.", folder)
   return folder

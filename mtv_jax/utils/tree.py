@@ -2,8 +2,8 @@
 
 Frozen parameters, learning-rate and weight-decay multipliers, sharding and
 partial loading all address parameters this way: the first rule whose pattern
-is found in the name wins. A pattern is found anywhere (`re.search`): '/bias$'
-is every bias, '^image/' the image tower.
+matches wins. Patterns match anywhere in the name (`re.search`): '/bias$' is
+every bias, '^image/' the image tower.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-  """The rule that took a name; pattern and value are None where none did."""
+  """The rule that matched a name; pattern and value are None for no match."""
 
   name: str
   pattern: str | None
@@ -74,14 +74,14 @@ def match_rules(
   what: str = "rules",
   unused: Literal["error", "allow"] = "error",
 ) -> list[Match]:
-  """Gives each name the first rule whose pattern is found in it.
+  """Matches each name with the first rule whose pattern fits.
 
   Args:
     names: such as 'image/blocks/mlp/fc1/kernel'.
     rules: pairs (regex, value).
-    what: where the rules are from, for errors.
-    unused: 'error' guards against typos in rules that a user wrote; rules
-      that serve many models say 'allow'.
+    what: the config key of the rules, for errors.
+    unused: 'error' guards against typos in users' rules; 'allow' is for rules
+      that serve many models.
 
   Returns:
     One Match a name, in the order of `names`.
@@ -102,10 +102,10 @@ def match_rules(
 
 
 def first_match(name: str, rules: Sequence[Sequence[Any]]) -> Any:
-  """The value of the first rule found in one name.
+  """The value of the first rule that matches a name.
 
   Raises:
-    ValueError: none is.
+    ValueError: no rule does.
   """
   match = _match(name, [_compile(rule, "rules") for rule in rules])
   if match.pattern is None:
@@ -131,7 +131,7 @@ def _compile(rule: Sequence[Any], what: str) -> tuple[re.Pattern, Any]:
 
 
 def closest_names(pattern: str, names: Iterable[str], *, limit: int = 5) -> str:
-  """What to say of a name or a regex that found nothing: the likely ones."""
+  """The last sentence of an error about a pattern without a match."""
   names = list(names)
   plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", "", pattern)
 

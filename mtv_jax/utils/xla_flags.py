@@ -1,4 +1,4 @@
-"""What makes XLA fast where the devices are a CPU."""
+"""XLA compiler options for CPUs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
   """Options for `jax.jit` of a program on a mesh; None where none are needed.
 
-  YNNPACK's matrix products, XLA's choice of late, made towers 1.25 times slower
-  than Eigen's, and several times where the cores are shared.
+  With YNNPACK's matrix products, the default of newer releases, towers are 1.25
+  times slower than with Eigen's, and several times on shared cores.
 
   Args:
     mesh: None for JAX's default device.
@@ -27,5 +27,5 @@ def _options() -> dict[str, str] | None:
   try:
     jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
   except jax.errors.JaxRuntimeError:
-    return None  # A version that has no such option.
+    return None  # A release without this option.
   return options

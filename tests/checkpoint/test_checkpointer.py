@@ -123,7 +123,7 @@ def test_restores_into_the_current_mesh(run, shape):
     assert got.sharding == want.sharding
 
 
-def test_restores_where_no_sharding_is_asked_for(run):
+def test_restores_without_shardings(run):
   folder, state = run
   plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
   with open_(folder / "checkpoints") as ckpt:
@@ -170,9 +170,9 @@ def test_keeps_the_latest_and_the_periodic_ones(tmp_path):
 
 
 def test_bad_arguments(tmp_path):
-  with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+  with pytest.raises(ValueError, match="keep is 0, expected at least 1"):
     open_(tmp_path, keep=0)
-  with pytest.raises(ValueError, match="every_steps must be at least 1"):
+  with pytest.raises(ValueError, match="every_steps is 0, expected at least"):
     open_(tmp_path, every_steps=0)
   with (
     open_(tmp_path) as ckpt,
@@ -382,7 +382,7 @@ def test_lost_files_are_named_with_the_step_before(run, tmp_path, lost):
   for name in lost:
     path = folder / "7" / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-  match = r"checkpoints/7 can't be read.*go on from step 3"
+  match = r"checkpoints/7 can't be read.*resume from step 3"
   with (
     open_(folder) as ckpt,
     pytest.raises(DamagedCheckpointError, match=match),

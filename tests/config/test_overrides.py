@@ -129,8 +129,8 @@ def test_overrides_of_what_a_file_leaves_out_reach_the_checked_config():
     ("data.train[2].size=3", r"config.data.train has 2 entries.*no \[2\]"),
     ("data.ops[0]=3", "config.data.ops is 'decode.*not a list"),
     ("mesh[0]=3", "config is .*has no|not a list"),
-    ("data..ops=3", "'data..ops' is no key"),
-    ("data.train[-1].size=3", "is no key"),
+    ("data..ops=3", "'data..ops' is not a key"),
+    ("data.train[-1].size=3", "is not a key"),
     ("batch_size", None),
   ],
 )

@@ -13,7 +13,7 @@ from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.parallel.rules import tree_shardings
 
 
-def test_rules_that_layers_can_not_follow_are_refused():
+def test_check_param_rules():
   """Where `fsdp` is gathered, `tensor` must lie as the layers use it."""
   name = "image/blocks/mlp/fc1/kernel"
   abstract = {name: jax.ShapeDtypeStruct((2, 16, 64), jnp.float32)}
@@ -28,7 +28,7 @@ def test_rules_that_layers_can_not_follow_are_refused():
     check_param_rules(abstract, make_mesh(shape), odd)
 
 
-def test_rows_and_parameters_lie_as_a_step_uses_them():
+def test_constrain_batch_and_all_gather_params():
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   params = {
     "mlp/fc1/kernel": jnp.ones((16, 64)),

@@ -22,7 +22,7 @@ from mtv_jax.parallel.rules import (
 )
 
 
-def test_a_minus_one_takes_what_is_left():
+def test_minus_one_takes_the_remaining_devices():
   mesh = make_mesh(dict(data=-1, fsdp=2, tensor=2))
   assert dict(mesh.shape) == dict(data=2, fsdp=2, tensor=2)
 
@@ -50,7 +50,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused_with_a_size():
     check_batch_size(4, mesh)
 
 
-def test_one_process_holds_all_rows():
+def test_one_process_reads_all_rows():
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   assert host_rows(16, mesh) == HostRows(index=0, count=1)
 
@@ -70,7 +70,7 @@ def _abstract():
   return {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
 
 
-def test_rules_place_each_kind_of_parameter():
+def test_sharding_rules_by_parameter():
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   placed = tree_shardings(_abstract(), mesh)
   assert {k: v.spec for k, v in placed.items()} == {
@@ -106,7 +106,7 @@ def test_rules_of_the_config_come_first_and_must_match():
     check_sharding_rules([("image/norm/.*", ("fdsp",))], _abstract())
 
 
-def test_a_placed_batch_is_split_over_data_and_fsdp():
+def test_shard_batch_splits_over_data_and_fsdp():
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   batch = {"x": np.arange(16).reshape(8, 2)}
   placed = shard_batch(batch, mesh)["x"]
@@ -114,7 +114,7 @@ def test_a_placed_batch_is_split_over_data_and_fsdp():
   assert placed.sharding.shard_shape(placed.shape) == (2, 2)
 
 
-def test_the_table_counts_bytes_a_device():
+def test_sharding_table_counts_bytes_a_device():
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   shapes = _abstract()
   placed = tree_shardings(shapes, mesh)
@@ -183,7 +183,7 @@ def test_slices_that_do_not_divide_an_axis_are_refused():
     make_mesh(dict(data=-1), uneven)
 
 
-def test_rows_follow_a_process_wherever_its_devices_lie():
+def test_data_rows_follow_a_process_s_devices():
   # Hosts of 2 x 2 chips on a mesh of 4 x 2: rows of chips have two hosts.
   processes = [0, 1, 0, 1, 2, 3, 2, 3]
   devices = np.array([Fake(i, p, 0) for i, p in enumerate(processes)])

@@ -41,7 +41,7 @@ def parts(config):
   return {p.name: p.flops for p in found.parts}, found
 
 
-def test_a_locked_tower_costs_its_forward_pass_and_has_no_moments(tmp_path):
+def test_a_frozen_tower_costs_its_forward_pass_and_has_no_moments(tmp_path):
   open_, _ = parts(smallest())
   shut, found = parts(locked())
   image, text = "image(image, student)", "text(caption, student)"
@@ -58,7 +58,7 @@ def test_a_locked_tower_costs_its_forward_pass_and_has_no_moments(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_locked_tower_stays_as_it_was(tmp_path):
+def test_a_frozen_tower_is_unchanged(tmp_path):
   built = build_experiment(locked(), tmp_path / "a")
   before = jax.device_get(init_or_restore(built, None).params)
   after = jax.device_get(train(locked(), tmp_path / "b").params)
@@ -68,7 +68,7 @@ def test_a_locked_tower_stays_as_it_was(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_locked_tower_with_an_average_and_a_batch_in_parts():
+def test_a_frozen_tower_with_ema_and_gradient_accumulation():
   """The parts change nothing, and neither tower nor average moves."""
 
   def after(parts):
@@ -129,7 +129,7 @@ def _at(tree, path):
 
 
 @pytest.mark.slow
-def test_a_loader_that_stalls_shows_as_waiting(tmp_path, monkeypatch):
+def test_a_stalling_loader_counts_as_waiting(tmp_path, monkeypatch):
   plain = prefetch_to_device
 
   def stalling(loader, mesh):

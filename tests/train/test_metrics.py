@@ -49,7 +49,7 @@ def test_metrics_imports_no_jax():
   assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_chrono_leaves_out_compilation_and_pauses():
+def test_chrono_excludes_compilation_and_pauses():
   clock = Clock()
   chrono = make_chrono(clock)
   take_steps(chrono, clock, 1, wait=2, compute=30)
@@ -102,7 +102,7 @@ def test_chrono_survives_a_resume():
   assert second.rates(22).core_hours == 0
 
 
-def test_chrono_is_done_at_the_end():
+def test_chrono_eta_is_zero_at_the_end():
   clock = Clock()
   chrono = make_chrono(clock, total_steps=2)
   take_steps(chrono, clock, 2)
@@ -151,7 +151,7 @@ def test_writers_write_files(tmp_path):
   assert "bad" not in [tag for _, tag, _ in scalars]
 
 
-def test_resume_leaves_no_step_twice(tmp_path):
+def test_resume_repeats_no_step(tmp_path):
   with MetricWriter(tmp_path, total_steps=10) as writers:
     for step in range(1, 7):
       writers.scalars(step, {"loss": float(step)})
@@ -170,7 +170,7 @@ def test_resume_leaves_no_step_twice(tmp_path):
   assert read_jsonl(tmp_path) == [{"step": 0, "loss": 0.5}]
 
 
-def test_resume_touches_nothing_that_is_good(tmp_path):
+def test_resume_leaves_a_complete_file_alone(tmp_path):
   with MetricWriter(tmp_path, total_steps=10) as writers:
     writers.scalars(3, {"loss": 1.0})
   before = (tmp_path / "metrics.jsonl").stat()
@@ -189,7 +189,7 @@ def test_only_process_0_writes(tmp_path, caplog):
   assert not (tmp_path / "run").exists() and not caplog.records
 
 
-def test_a_metric_is_one_number(tmp_path):
+def test_a_metric_is_a_scalar(tmp_path):
   with (
     MetricWriter(tmp_path, total_steps=10) as writers,
     pytest.raises(ValueError, match=r"'grads' has shape \(2,\)"),
@@ -209,7 +209,7 @@ def test_console_line():
   assert console_line(2000, 2000, {}) == "step 2000/2000 100.0%"
 
 
-def test_console_line_fits_the_screen():
+def test_console_line_fits_its_width():
   numbers = {f"grad_norm/{i}": 1.234 for i in range(30)}
   line = console_line(999_999, 1_000_000, numbers, rates=RATES)
   assert len(line) <= WIDTH
@@ -231,7 +231,7 @@ def test_console_line_fits_the_screen():
     (math.nan, "nan"),
   ],
 )
-def test_number(value, text):
+def test_format_number(value, text):
   assert format_number(value) == text
 
 
@@ -246,7 +246,7 @@ def test_number(value, text):
     (math.nan, "?"),
   ],
 )
-def test_duration(seconds, text):
+def test_format_duration(seconds, text):
   assert metrics.format_duration(seconds) == text
 
 

@@ -99,7 +99,7 @@ def assert_near(found, expected, tolerance, floor):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
-def test_the_whole_recipe_sharded_is_that_of_one_device(shape):
+def test_sharded_equals_a_single_device(shape):
   """Values and gradients, labels being unevenly spread over the devices."""
   alone = compiled((1, 1, 1))(tiny_mtv.rows())
   assert all(loss > 0 for loss in alone[0].values())
@@ -108,7 +108,7 @@ def test_the_whole_recipe_sharded_is_that_of_one_device(shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tiny_mtv.LABELS)
-def test_without_any_label_the_rest_trains_as_if_it_were_absent(name):
+def test_an_objective_without_labels_changes_no_other_gradient(name):
   batch = dict(tiny_mtv.rows())
   for field in tiny_mtv.LABELS[name]:
     batch[field] = np.zeros_like(batch[field])
@@ -118,7 +118,7 @@ def test_without_any_label_the_rest_trains_as_if_it_were_absent(name):
   assert_near((losses, slopes), compiled((1, 1, 1), rest)(batch), 1e-6, 1e-9)
 
 
-def test_an_objective_that_is_dropped_leaves_nothing_behind(tmp_path):
+def test_a_dropped_objective_has_no_parameters_and_fields(tmp_path):
   config = tiny_mtv.read()
   # Its labels must not even be opened.
   config.data.train[0]["labels"] = dict(depth=str(tmp_path / "nowhere"))
@@ -153,7 +153,7 @@ def test_without_text_there_is_no_text_tower(tmp_path):
 
 
 @pytest.mark.slow
-def test_in_parts_the_whole_recipe_is_that_of_the_whole_batch():
+def test_gradient_accumulation_equals_the_whole_batch():
   """KoLeo, Sinkhorn and the negatives of contrast included."""
   spec = dataclasses.replace(tiny_mtv.built(), accumulate=4)
   state = init_state(tiny_mtv.built(), optax.sgd(0.1), params())
@@ -168,7 +168,7 @@ def test_in_parts_the_whole_recipe_is_that_of_the_whole_batch():
   assert_near(run(spec), run(tiny_mtv.built()), 1e-5, 1e-8)
 
 
-def test_the_teacher_s_momentum_may_rise_along_a_cosine():
+def test_teacher_momentum_schedule():
   spec = dataclasses.replace(
     tiny_mtv.built(), teacher_momentum=0.992, teacher_end=1.0, total_steps=101
   )
@@ -186,7 +186,7 @@ def test_the_teacher_s_momentum_may_rise_along_a_cosine():
     (dict(start_steps=1000), "starts at step 1000 of a run of 100"),
   ],
 )
-def test_a_weight_that_can_t_be(weight, match):
+def test_invalid_objective_weights(weight, match):
   config = tiny_mtv.read()
   with config.objectives.depth.ignore_type():
     config.objectives.depth.weight = weight
@@ -204,7 +204,7 @@ def test_heads_of_one_name_must_read_the_same_width():
 
 
 @pytest.mark.slow
-def test_what_a_step_costs_is_the_sum_of_its_parts():
+def test_step_flops_are_the_sum_of_their_parts():
   """Each encoding once; and less of them is less."""
   spec = {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -1,4 +1,4 @@
-"""A run that is told to end saves first, and goes on as if nothing was."""
+"""SIGTERM: a run saves a checkpoint, exits and resumes bit-exactly."""
 
 import os
 import signal
@@ -50,7 +50,7 @@ def told_at(monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_saves_where_it_is_and_ends(tmp_path, told_at):
+def test_sigterm_saves_a_checkpoint_and_exits(tmp_path, told_at):
   told_at(2)
   config = smallest(total_steps=4, evals={})
   with pytest.raises(preemption.Preempted, match="saved step 2 of 4"):
@@ -60,7 +60,7 @@ def test_it_saves_where_it_is_and_ends(tmp_path, told_at):
 
 
 @pytest.mark.slow
-def test_it_goes_on_from_there_bit_equal(uninterrupted, tmp_path, told_at):
+def test_resume_after_sigterm_is_bit_exact(uninterrupted, tmp_path, told_at):
   workdir = tmp_path / "run"
   told_at(5)
   with pytest.raises(preemption.Preempted, match="saved step 5 of 12"):
@@ -73,14 +73,14 @@ def test_it_goes_on_from_there_bit_equal(uninterrupted, tmp_path, told_at):
 
 
 @pytest.mark.slow
-def test_told_at_the_last_step_it_ends_as_always(tmp_path, told_at):
+def test_sigterm_at_the_last_step_completes_the_run(tmp_path, told_at):
   told_at(12)
   state = train(smallest(), tmp_path / "run")
   assert int(state.step) == 12
   assert list((tmp_path / "run" / "evals").iterdir())
 
 
-def test_only_a_signal_that_would_end_the_process_is_taken():
+def test_only_the_default_sigterm_handler_is_replaced():
   def mine(*_):
     pass
 
@@ -102,7 +102,7 @@ def test_only_a_signal_that_would_end_the_process_is_taken():
   assert taken == [False]
 
 
-def test_the_command_ends_in_one_line_and_as_terminated(capsys):
+def test_the_command_prints_one_line_and_exits_with_143(capsys):
   with pytest.raises(SystemExit) as ending, errors.readable_errors("train"):
     raise preemption.Preempted("saved")
   assert ending.value.code == 128 + signal.SIGTERM
@@ -111,7 +111,7 @@ def test_the_command_ends_in_one_line_and_as_terminated(capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
-def test_all_processes_save_the_same_step_where_one_is_told(tmp_path, count):
+def test_all_processes_save_the_same_step_after_sigterm_to_one(tmp_path, count):
   workdir = tmp_path / "run"
   long = "steps=100000,save=100000"
   with trainings.together(workdir, count, arg=long) as running:
@@ -127,9 +127,9 @@ def test_all_processes_save_the_same_step_where_one_is_told(tmp_path, count):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("after", "saved", "says"),
-  [(2, ["2"], "it saved step 2 of 4"), (0, [], "it began none of 4")],
+  [(2, ["2"], "saved step 2 of 4"), (0, [], "completed no step of 4")],
 )
-def test_it_saves_though_its_readers_were_told_as_well(
+def test_sigterm_to_the_data_workers_too_saves_a_checkpoint(
   tmp_path, monkeypatch, after, saved, says
 ):
   """As where a scheduler signals a whole job: the data ends before a step."""

@@ -47,7 +47,7 @@ def but_key_biases(name, value):
   return value.reshape(-1, 2, 3, value.shape[-1] // 6)[:, :, [0, 2]]
 
 
-def test_four_processes_train_evaluate_and_save_as_one_does(alone, tmp_path):
+def test_four_processes_equal_one(alone, tmp_path):
   workdir = tmp_path / "run"
   together(workdir, 4)
   assert_same_curve(workdir, alone)
@@ -63,7 +63,7 @@ def test_four_processes_train_evaluate_and_save_as_one_does(alone, tmp_path):
     )
 
 
-def test_four_processes_end_what_two_began(alone, tmp_path):
+def test_four_processes_resume_a_run_of_two(alone, tmp_path):
   workdir = tmp_path / "run"
   keep = "--config.checkpoint.keep=8"
   together(workdir, 2, keep, devices=2, arg="steps=8,save=1")
@@ -75,7 +75,7 @@ def test_four_processes_end_what_two_began(alone, tmp_path):
   assert_same_curve(workdir, alone)
 
 
-def test_compiled_programs_are_found_again(tmp_path):
+def test_compilation_cache_is_reused(tmp_path):
   cache = tmp_path / "compiled"
 
   def updates():

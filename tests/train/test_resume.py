@@ -51,9 +51,7 @@ def step_of_last_line(workdir):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_at_a_random_step_it_ends_bit_equal(
-  uninterrupted, tmp_path, seed
-):
+def test_resume_after_sigkill_is_bit_exact(uninterrupted, tmp_path, seed):
   workdir = tmp_path / "run"
   # MTV_JAX_SEED repeats a failure; by default every run kills elsewhere.
   base = int(os.environ.get("MTV_JAX_SEED", time.time_ns()))
@@ -67,7 +65,7 @@ def test_killed_at_a_random_step_it_ends_bit_equal(
   assert trainings.losses(workdir) == trainings.losses(uninterrupted)
 
 
-def test_killed_while_a_checkpoint_is_written_it_ends_bit_equal(
+def test_resume_after_sigkill_during_a_save_is_bit_exact(
   uninterrupted, tmp_path
 ):
   workdir = tmp_path / "run"
@@ -99,9 +97,7 @@ def _quietly(condition):
     return False
 
 
-def test_two_processes_train_and_evaluate_as_one_does(
-  on_eight_devices, tmp_path
-):
+def test_two_processes_equal_one(on_eight_devices, tmp_path):
   workdir = tmp_path / "run"
   trainings.pair(workdir, arg=LONGER)
   found, expected = (
@@ -122,7 +118,7 @@ def test_two_processes_train_and_evaluate_as_one_does(
   assert figures[0] == figures[1] and figures[0]
 
 
-def test_a_run_moves_from_one_process_to_two(on_eight_devices, tmp_path):
+def test_a_run_resumes_on_two_processes(on_eight_devices, tmp_path):
   workdir = tmp_path / "run"
   process = trainings.launch(workdir, devices=8, arg=LONGER)
   kill_when(process, lambda: (workdir / "checkpoints" / "5").exists())

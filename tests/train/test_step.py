@@ -115,7 +115,7 @@ def alone():
   ],
   ids=str,
 )
-def test_gradients_and_parameters_equal_those_of_one_device(alone, shape):
+def test_sharded_step_equals_a_single_device(alone, shape):
   mesh = mesh_of(shape)
   expected_gradients, expected_params, expected_metrics = alone
   found = dict_of(jax.device_get(gradients_on(mesh)))
@@ -135,7 +135,7 @@ def test_gradients_and_parameters_equal_those_of_one_device(alone, shape):
     np.testing.assert_allclose(metrics[name], expected, rtol=1e-4, err_msg=name)
 
 
-def test_fsdp_is_gathered_wherever_a_rule_of_the_config_puts_it(alone):
+def test_fsdp_is_gathered_under_rules_of_the_config(alone):
   """Also of what the built-in rules leave whole."""
   rules = [
     (r"blocks/mlp/fc1/kernel$", (None, "fsdp")),
@@ -150,7 +150,7 @@ def test_fsdp_is_gathered_wherever_a_rule_of_the_config_puts_it(alone):
     assert error <= 1e-5 * np.linalg.norm(expected) + 1e-8, name
 
 
-def test_the_first_loss_is_the_formula_s():
+def test_the_first_loss_equals_its_formula():
   spec, params, batch = make_spec(), params_of(), make_batch()
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
   program = make_program(spec, optax.sgd(0.0), mesh)
@@ -175,7 +175,7 @@ def test_the_first_loss_is_the_formula_s():
   np.testing.assert_allclose(metrics["contrastive/labelled"], 13 / 16)
 
 
-def test_the_ema_follows_and_the_step_counts():
+def test_ema_and_step_are_updated():
   spec, params = make_spec(ema_decay=0.9), params_of()
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
   program = make_program(spec, optax.sgd(0.5), mesh)
@@ -219,7 +219,7 @@ class PullToTeacher(base.Objective):
     return base.Terms(loss=base.WeightedMean(loss_inputs.sum(), count))
 
 
-def test_a_teacher_is_kept_when_an_objective_reads_one():
+def test_the_teacher_exists_if_an_objective_reads_it():
   spec = make_spec(
     objectives={"pull": PullToTeacher()},
     weights={"pull": ObjectiveWeight(1.0)},
@@ -242,7 +242,7 @@ def test_a_teacher_is_kept_when_an_objective_reads_one():
   )
 
 
-def test_a_recipe_that_can_not_be_computed_is_refused():
+def test_invalid_step_specs_are_refused():
   with pytest.raises(ValueError, match="view 'image'"):
     make_spec(views={})
   with pytest.raises(ValueError, match="model.text"):
@@ -251,7 +251,7 @@ def test_a_recipe_that_can_not_be_computed_is_refused():
     make_spec(objectives={}, weights={})
 
 
-def test_a_weight_starts_and_rises():
+def test_objective_weight_start_and_ramp():
   weight = ObjectiveWeight(0.5, start=10, ramp=4)
   assert [weight.active(s) for s in (0, 9, 10, 50)] == [
     False,
@@ -275,7 +275,7 @@ def two_objectives(**weight):
 
 
 @pytest.mark.slow
-def test_an_objective_joins_late_with_a_teacher_that_is_the_student():
+def test_a_later_objective_starts_with_the_student_as_teacher():
   spec = two_objectives(start=2)
   assert spec.active(1) == ("contrastive",)
   assert spec.active(2) == ("contrastive", "pull")
@@ -298,7 +298,7 @@ def test_an_objective_joins_late_with_a_teacher_that_is_the_student():
   assert metrics["pull/loss"] > 0
 
 
-def test_what_no_active_objective_reads_stays_where_it_is():
+def test_parameters_of_inactive_objectives_are_unchanged():
   spec = two_objectives()
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
   program = make_program(spec, optax.adamw(0.1), mesh)
@@ -316,7 +316,7 @@ def test_what_no_active_objective_reads_stays_where_it_is():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
-def test_gradients_in_parts_are_those_of_the_whole_batch(parts):
+def test_accumulated_gradients_equal_the_whole_batch(parts):
   spec = two_objectives()
   mesh = make_mesh(dict(data=2), jax.devices()[:2])
   program = make_program(spec, optax.sgd(0.1), mesh)
@@ -341,7 +341,7 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(parts):
 
 
 @pytest.mark.slow
-def test_encoder_norms_are_each_objective_s_own():
+def test_encoder_grad_norms_by_objective():
   spec = two_objectives()
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
   program = make_program(spec, optax.sgd(0.1), mesh)
@@ -362,7 +362,7 @@ WHOLE = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", WHOLE, ids=str)
-def test_no_activation_of_the_whole_recipe_is_gathered(shape):
+def test_no_activation_is_all_gathered(shape):
   """Of the compiled step: what the devices hand to all is small."""
   mesh = mesh_of(shape)
   spec = tiny_mtv.built()
