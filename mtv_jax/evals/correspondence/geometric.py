@@ -240,17 +240,17 @@ class GeometricCorrespondence(Evaluator):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       for start in range(0, len(pairs), _CHUNK):
         chunk = pool.map(read_views, pairs[start : start + _CHUNK])
-        kept = [(start + k, views) for k, views in enumerate(chunk) if views]
-        if not kept:
+        valid = [(start + k, views) for k, views in enumerate(chunk) if views]
+        if not valid:
           continue
         maps = matching.patch_features(
           encoder,
-          [view.image for _, views in kept for view in views],
+          [view.image for _, views in valid for view in views],
           layer=self.layer,
           norm=self.norm,
           batch_size=self.batch_size,
         )
-        for k, (i, views) in enumerate(kept):
+        for k, (i, views) in enumerate(valid):
           yield i, views, maps[2 * k : 2 * k + 2]
 
   def _protocol(

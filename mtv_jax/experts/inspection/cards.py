@@ -126,17 +126,18 @@ def _draw_boxes(
   """The image with boxes, their names, and the indices of unnamed ones."""
   if not isinstance(label, BoxLabel):
     return plots.add_title_bar(image, _missing(label, "boxes")), [], ()
-  kept = filter_boxes(label, min_score)
-  if not len(kept.boxes):
-    below = f", {len(label.boxes)} below the score" if len(label.boxes) else ""
+  count = len(label.boxes)
+  label = filter_boxes(label, min_score)
+  if not len(label.boxes):
+    below = f", {count} below the score" if count else ""
     return plots.add_title_bar(image, f"labelled: no box{below}"), [], ()
-  order = np.argsort(-kept.scores, kind="stable")
-  phrases = [kept.phrases[i] for i in order]
-  scores = [_format_score(s) for s in kept.scores[order].tolist()]
+  order = np.argsort(-label.scores, kind="stable")
+  phrases = [label.phrases[i] for i in order]
+  scores = [_format_score(s) for s in label.scores[order].tolist()]
   # Equal phrases have equal colours on all images.
   colours = _COLOURS[[phrase_id(phrase) % len(_COLOURS) for phrase in phrases]]
   drawn, unnamed = plots.draw_boxes(
-    image, kept.boxes[order], phrases, colours=colours, suffixes=scores
+    image, label.boxes[order], phrases, colours=colours, suffixes=scores
   )
   return drawn, [p + s for p, s in zip(phrases, scores, strict=True)], unnamed
 

@@ -37,8 +37,8 @@ class Finding:
 def find(stats: Mapping[str, Any]) -> list[Finding]:
   """The findings in the statistics of `statistics.gather`."""
   of_kind = {"boxes": _box_findings, "depth": _depth_findings}[stats["kind"]]
-  found = [*_read_findings(stats), *of_kind(stats)]
-  return [Finding(stats["kind"], name, text) for name, text in found]
+  findings = [*_read_findings(stats), *of_kind(stats)]
+  return [Finding(stats["kind"], name, text) for name, text in findings]
 
 
 def percent(fraction: float | int | None) -> str:

@@ -7,7 +7,13 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Mapping,
+  Sequence,
+)
 from concurrent import futures
 from typing import Any
 
@@ -78,11 +84,12 @@ def gather(
     BoxStatistics(min_score) if labels.kind == "boxes" else DepthStatistics()
   )
   measure = functools.partial(_measure, labels, statistics.measure)
-  read = _ReadCounts()
+  read = {"every": step, "records": 0, "labelled": 0, "damaged": 0}
+  read["examples"] = []
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     while chunk := list(itertools.islice(positions, _CHUNK)):
-      statistics.add(read.count(pool.map(measure, chunk)))
-      progress(read.records, len(range(0, total, step)))
+      statistics.add(_count_read(read, pool.map(measure, chunk)))
+      progress(read["records"], len(range(0, total, step)))
   return {
     "kind": labels.kind,
     "folder": labels.folder.name,
@@ -91,7 +98,7 @@ def gather(
     "records": total,
     "labelled": sum(shard["labelled"] for shard in manifest),
     "reasons": dict(reasons.most_common()),
-    "read": {"every": step, **dataclasses.asdict(read)},
+    "read": read,
     **statistics.to_dict(),
   }
 
@@ -123,37 +130,21 @@ def _measure(
   return None if label is None else measure(label)
 
 
-@dataclasses.dataclass
-class _ReadCounts:
-  """How many labels were read.
-
-  Attributes:
-    records: all of them, with those that are empty.
-    labelled: those that are not empty.
-    damaged: those that can't be read.
-    examples: messages about the first of these.
-  """
-
-  records: int = 0
-  labelled: int = 0
-  damaged: int = 0
-  examples: list[str] = dataclasses.field(default_factory=list)
-
-  def count(
-    self, results: Iterator[Measurements | BadRecord | None]
-  ) -> list[Measurements]:
-    """Counts results and returns the measurements among them."""
-    measured = []
-    for result in results:
-      self.records += 1
-      if isinstance(result, BadRecord):
-        self.damaged += 1
-        if len(self.examples) < _EXAMPLES:
-          self.examples.append(str(result))
-      elif result is not None:
-        measured.append(result)
-    self.labelled += len(measured)
-    return measured
+def _count_read(
+  read: dict[str, Any], results: Iterable[Measurements | BadRecord | None]
+) -> list[Measurements]:
+  """Counts results in `read` and returns the measurements among them."""
+  measured = []
+  for result in results:
+    read["records"] += 1
+    if isinstance(result, Measurements):
+      measured.append(result)
+    elif isinstance(result, BadRecord):
+      read["damaged"] += 1
+      if len(read["examples"]) < _EXAMPLES:
+        read["examples"].append(str(result))
+  read["labelled"] += len(measured)
+  return measured
 
 
 class _Statistics:
@@ -170,9 +161,9 @@ class _Statistics:
     for name, histogram in self.histograms.items() if labels else ():
       histogram.add(np.concatenate([label.values[name] for label in labels]))
 
-  def fraction(self, name: str, total: int) -> float | None:
-    """A count as a fraction; None if the total is 0."""
-    return int(self.counts[name]) / total if total else None
+  def fractions(self, total: int, *names: str) -> dict[str, float | None]:
+    """Counts as fractions; None if the total is 0."""
+    return {n: int(self.counts[n]) / total if total else None for n in names}
 
 
 class BoxStatistics(_Statistics):
@@ -199,29 +190,30 @@ class BoxStatistics(_Statistics):
 
   def measure(self, label: BoxLabel) -> Measurements:
     """Measures one label; called by several threads."""
-    kept = filter_boxes(label, self._min_score)
-    sides = kept.boxes[:, 2:].astype(np.float64) - kept.boxes[:, :2]
+    count = len(label.boxes)
+    label = filter_boxes(label, self._min_score)
+    sides = label.boxes[:, 2:].astype(np.float64) - label.boxes[:, :2]
     areas, shorter = sides.prod(axis=1), sides.min(axis=1)
-    ids = collections.Counter(map(_phrase_id, kept.phrases))
+    ids = collections.Counter(map(_phrase_id, label.phrases))
     repeated = sum(n for n in ids.values() if n > 1)
     return Measurements(
       values={
-        "boxes_an_image": [len(kept.boxes)],
-        "scores": kept.scores,
+        "boxes_an_image": [len(label.boxes)],
+        "scores": label.scores,
         "sides": np.sqrt(areas),
         "shorter_sides": shorter,
         "longer_sides": sides.max(axis=1),
-        "words": np.array([len(p.split()) for p in kept.phrases], int),
+        "words": np.array([len(p.split()) for p in label.phrases], int),
       },
       counts={
-        "below_min_score": len(label.boxes) - len(kept.boxes),
-        "scores_of_1": (kept.scores == 1).sum(),
+        "below_min_score": count - len(label.boxes),
+        "scores_of_1": (label.scores == 1).sum(),
         "large_boxes": (areas > LARGE_AREA).sum(),
         "small_boxes": (shorter < SMALL_SIDE).sum(),
         "boxes_with_repeated_phrase": repeated,
         "images_with_repeated_phrase": int(repeated > 0),
       },
-      phrases=kept.phrases,
+      phrases=label.phrases,
     )
 
   def add(self, labels: Sequence[Measurements]) -> None:
@@ -251,18 +243,9 @@ class BoxStatistics(_Statistics):
         "most_frequent": self._phrases.most_common(50),
         "words": words,
       },
-      **{
-        name: self.fraction(name, boxes)
-        for name in (
-          "scores_of_1",
-          "large_boxes",
-          "small_boxes",
-          "boxes_with_repeated_phrase",
-        )
-      },
-      "images_with_repeated_phrase": self.fraction(
-        "images_with_repeated_phrase", images
-      ),
+      **self.fractions(boxes, "scores_of_1", "large_boxes", "small_boxes"),
+      **self.fractions(boxes, "boxes_with_repeated_phrase"),
+      **self.fractions(images, "images_with_repeated_phrase"),
     }
 
 
@@ -326,6 +309,5 @@ class DepthStatistics(_Statistics):
     return {
       "sides": dict(sides[:8]),
       **{name: h.to_dict() for name, h in self.histograms.items()},
-      "constant_maps": self.fraction("constant_maps", maps),
-      "narrow_maps": self.fraction("narrow_maps", maps),
+      **self.fractions(maps, "constant_maps", "narrow_maps"),
     }

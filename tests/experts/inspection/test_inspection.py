@@ -1,4 +1,4 @@
-"""What is shown of label sets: statistics, what stands out, sheet and page."""
+"""Inspection of label sets: statistics, findings, sheet and page."""
 
 import html.parser
 import json
@@ -24,50 +24,47 @@ CELLS = np.arange(64).reshape(8, 8)
 BAD = "<b>&\"'</b>"
 
 
-# --- counts ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("values", ["shares", "magnitudes", "whole"])
-def test_histograms_are_those_of_numpy(values):
+@pytest.mark.parametrize("kind", ["fractions", "magnitudes", "whole"])
+def test_histograms_match_numpy(kind):
   rng = np.random.default_rng(0)
-  made, drawn, error = {
-    "shares": (Histogram.of_fractions(), rng.beta(0.5, 3, 5000), 2e-3),
+  histogram, values, error = {
+    "fractions": (Histogram.of_fractions(), rng.beta(0.5, 3, 5000), 2e-3),
     "magnitudes": (
       Histogram.of_magnitudes(),
       rng.normal(size=5000) * 10 ** rng.uniform(-4, 4, 5000),
       None,
     ),
     "whole": (Histogram.of_integers(64), rng.poisson(9, 5000), 0),
-  }[values]
-  for part in np.array_split(drawn, 7):
-    made.add(part)
-  made.add(np.array([np.nan, np.inf]))
-  found = made.to_dict()
-  assert found["count"] == 5000
-  assert (found["min"], found["max"]) == (drawn.min(), drawn.max())
-  assert found["mean"] == pytest.approx(drawn.mean(), rel=1e-9)
-  for share, quantile in found["quantiles"].items():
-    wanted = np.quantile(drawn, float(share), method="inverted_cdf")
+  }[kind]
+  for part in np.array_split(values, 7):
+    histogram.add(part)
+  histogram.add(np.array([np.nan, np.inf]))
+  stats = histogram.to_dict()
+  assert stats["count"] == 5000
+  assert (stats["min"], stats["max"]) == (values.min(), values.max())
+  assert stats["mean"] == pytest.approx(values.mean(), rel=1e-9)
+  for share, quantile in stats["quantiles"].items():
+    wanted = np.quantile(values, float(share), method="inverted_cdf")
     allowed = 0.012 * abs(wanted) if error is None else error
     assert abs(quantile - wanted) <= allowed, share
-  edges, counts = found["bars"]["edges"], found["bars"]["counts"]
+  edges, counts = stats["bars"]["edges"], stats["bars"]["counts"]
   assert len(edges) == len(counts) + 1 and sum(counts) == 5000
-  wanted, _ = np.histogram(drawn, edges)
+  wanted, _ = np.histogram(values, edges)
   np.testing.assert_array_equal(counts, wanted)
 
 
-def test_values_beyond_the_edges_are_counted_in_bars_of_their_own():
-  made = Histogram.of_fractions()
-  made.add(np.array([-3.0, 0.25, 1.0, 7.0, 8.0]))
-  bars = made.bars()
+def test_values_outside_the_edges_have_separate_bars():
+  histogram = Histogram.of_fractions()
+  histogram.add(np.array([-3.0, 0.25, 1.0, 7.0, 8.0]))
+  bars = histogram.bars()
   assert (bars["edges"][0], bars["edges"][-1]) == (-3, 8)
   assert (bars["counts"][0], bars["counts"][-1]) == (1, 2)
   assert sum(bars["counts"]) == 5
-  assert made.quantile(0) == -3 and made.quantile(1) == 8
+  assert histogram.quantile(0) == -3 and histogram.quantile(1) == 8
   assert Histogram.of_fractions().to_dict() == {"count": 0}
 
 
-def test_phrases_are_counted_within_bounds_of_memory():
+def test_phrase_counts_are_bounded():
   rng = np.random.default_rng(0)
   drawn = [f"phrase {i}" for i in rng.zipf(1.3, 20_000) % 5000]
   exact, bounded = PhraseCounts(), PhraseCounts(limit=300)
@@ -87,11 +84,8 @@ def test_phrases_are_counted_within_bounds_of_memory():
   assert bounded.distinct == pytest.approx(len(names), rel=0.1)
 
 
-# --- statistics --------------------------------------------------------------
-
-
 def boxes_of(i):
-  """Boxes, phrases and scores of record i; record 3 has no label."""
+  """Boxes, phrases and scores of record i."""
   rng = np.random.default_rng(i)
   corners = np.sort(rng.random((i % 5, 2, 2)), axis=1).reshape(-1, 4)
   phrases = [("a dog", BAD, "A  dog.")[k] for k in rng.integers(0, 3, i % 5)]
@@ -132,84 +126,84 @@ def gathered(folder, kind, **options):
 
 @pytest.mark.parametrize("min_score", [0.0, 0.4])
 def test_statistics_of_boxes(labelled, min_score):
-  found = gathered(labelled, "boxes", min_score=min_score)
-  kept = []
+  stats = gathered(labelled, "boxes", min_score=min_score)
+  expected = []
   for i in (i for i in range(10) if i != 3):
     corners, phrases, scores = boxes_of(i)
     keep = scores >= min_score
     words = [p for p, k in zip(phrases, keep, strict=True) if k]
-    kept.append((corners[keep], words, scores[keep]))
-  boxes = np.concatenate([k[0] for k in kept])
-  scores = np.concatenate([k[2] for k in kept])
-  phrases = [phrase for k in kept for phrase in k[1]]
+    expected.append((corners[keep], words, scores[keep]))
+  boxes = np.concatenate([k[0] for k in expected])
+  scores = np.concatenate([k[2] for k in expected])
+  phrases = [phrase for k in expected for phrase in k[1]]
   sides = boxes[:, 2:] - boxes[:, :2]
-  assert (found["records"], found["labelled"]) == (10, 9)
-  assert found["reasons"] == {"boxes: none": 1}
-  assert found["read"] == {
+  assert (stats["records"], stats["labelled"]) == (10, 9)
+  assert stats["reasons"] == {"boxes: none": 1}
+  assert stats["read"] == {
     "every": 1,
     "records": 10,
     "labelled": 9,
     "damaged": 0,
     "examples": [],
   }
-  assert found["boxes"] == len(boxes)
-  assert found["below_min_score"] == sum(i % 5 for i in range(10) if i != 3) - (
+  assert stats["boxes"] == len(boxes)
+  assert stats["below_min_score"] == sum(i % 5 for i in range(10) if i != 3) - (
     len(boxes)
   )
-  assert found["boxes_an_image"]["mean"] == pytest.approx(len(boxes) / 9)
-  assert found["images_without_boxes"] == pytest.approx(
-    np.mean([not len(k[0]) for k in kept])
+  assert stats["boxes_an_image"]["mean"] == pytest.approx(len(boxes) / 9)
+  assert stats["images_without_boxes"] == pytest.approx(
+    np.mean([not len(k[0]) for k in expected])
   )
-  assert found["scores"]["mean"] == pytest.approx(scores.mean(), rel=1e-6)
-  assert found["scores"]["max"] == pytest.approx(scores.max(), rel=1e-6)
+  assert stats["scores"]["mean"] == pytest.approx(scores.mean(), rel=1e-6)
+  assert stats["scores"]["max"] == pytest.approx(scores.max(), rel=1e-6)
   for name, values in (
     ("shorter_sides", sides.min(1)),
     ("longer_sides", sides.max(1)),
     ("sides", np.sqrt(sides.prod(1))),
   ):
-    assert found[name]["mean"] == pytest.approx(values.mean(), abs=2e-5), name
+    assert stats[name]["mean"] == pytest.approx(values.mean(), abs=2e-5), name
   small = (sides.min(1) < 16 / 384).mean()
-  assert found["small_boxes"] == pytest.approx(small)
+  assert stats["small_boxes"] == pytest.approx(small)
   median = np.quantile(sides.prod(1), 0.5, method="inverted_cdf")
-  assert found["areas"]["quantiles"]["0.5"] == pytest.approx(median, abs=2e-3)
+  assert stats["areas"]["quantiles"]["0.5"] == pytest.approx(median, abs=2e-3)
   names, counts = np.unique(phrases, return_counts=True)
-  frequent = dict(found["phrases"]["most_frequent"])
+  frequent = dict(stats["phrases"]["most_frequent"])
   assert frequent == dict(zip(names.tolist(), counts.tolist(), strict=True))
-  assert found["phrases"]["different"] == len(names)
-  # Case, spaces and full stops make no other phrase of it, as in training.
+  assert stats["phrases"]["different"] == len(names)
+  # Case, spaces and full stops are ignored, as in training.
   repeated = 0
-  for _, words, _ in kept:
+  for _, words, _ in expected:
     same = ["dog" if w != BAD else w for w in words]
     repeated += sum(same.count(word) > 1 for word in same)
-  assert found["boxes_with_repeated_phrase"] == repeated / len(boxes)
+  assert stats["boxes_with_repeated_phrase"] == repeated / len(boxes)
 
 
 def test_statistics_of_depth(labelled):
-  found = gathered(labelled, "depth")
+  stats = gathered(labelled, "depth")
   labels = [depth_of(i).label for i in range(10) if i != 3]
   shares = [(label.values > 0).mean() for label in labels]
-  assert found["labelled_pixels"]["mean"] == pytest.approx(np.mean(shares))
-  assert found["low"]["min"] == min(label.low for label in labels)
-  assert found["high"]["mean"] == pytest.approx(
+  assert stats["labelled_pixels"]["mean"] == pytest.approx(np.mean(shares))
+  assert stats["low"]["min"] == min(label.low for label in labels)
+  assert stats["high"]["mean"] == pytest.approx(
     np.mean([x.high for x in labels])
   )
-  assert found["sides"] == {16: 9}
-  # Records 6 and 7: nearly the same everywhere, and but for one pixel.
-  assert found["constant_maps"] == found["narrow_maps"] == pytest.approx(1 / 9)
+  assert stats["sides"] == {16: 9}
+  # Record 6 is nearly constant; record 7 is, except for one pixel.
+  assert stats["constant_maps"] == stats["narrow_maps"] == pytest.approx(1 / 9)
 
 
-def test_some_labels_of_some_shards(labelled):
+def test_statistics_of_some_labels_and_shards(labelled):
   seen = []
-  found = gathered(
+  stats = gathered(
     labelled, "boxes", records=5, progress=lambda *at: seen.append(at)
   )
-  assert found["read"]["every"] == 2 and found["read"]["records"] == 5
-  assert found["boxes"] == sum(i % 5 for i in range(0, 10, 2))
-  assert (found["records"], found["labelled"]) == (10, 9)
+  assert stats["read"]["every"] == 2 and stats["read"]["records"] == 5
+  assert stats["boxes"] == sum(i % 5 for i in range(0, 10, 2))
+  assert (stats["records"], stats["labelled"]) == (10, 9)
   assert seen[-1] == (5, 5)
-  found = gathered(labelled, "boxes", shards=["00000"])
-  assert (found["records"], found["labelled"], found["shards"]) == (4, 3, 1)
-  assert found["boxes"] == 0 + 1 + 2
+  stats = gathered(labelled, "boxes", shards=["00000"])
+  assert (stats["records"], stats["labelled"], stats["shards"]) == (4, 3, 1)
+  assert stats["boxes"] == 0 + 1 + 2
   with pytest.raises(ValueError, match="records=0"):
     gathered(labelled, "boxes", records=0)
 
@@ -223,17 +217,14 @@ def test_damaged_labels_are_counted(labelled, monkeypatch):
     return read(self, shard, at)
 
   monkeypatch.setattr(LabelSet, "read", damaged)
-  found = gathered(labelled, "boxes")
-  assert found["read"]["damaged"] == 1 and found["read"]["labelled"] == 8
-  (finding,) = [f for f in findings.find(found) if f.name == "damaged"]
+  stats = gathered(labelled, "boxes")
+  assert stats["read"]["damaged"] == 1 and stats["read"]["labelled"] == 8
+  (finding,) = [f for f in findings.find(stats) if f.name == "damaged"]
   assert "00001.array_record:2" in finding.text
 
 
-# --- what stands out ---------------------------------------------------------
-
-
-def standing_out(tmp_path, make, *, kind="boxes", records=30, **options):
-  """Names of what is said of a set of which `make` makes label i."""
+def finding_names(tmp_path, make, *, kind="boxes", records=30, **options):
+  """Names of the findings in a set with the labels `make(i)`."""
   base = tmp_path / "base"
   base.mkdir()
   image = label_samples.png(0)
@@ -247,12 +238,12 @@ def standing_out(tmp_path, make, *, kind="boxes", records=30, **options):
   label_samples.make_set(
     tmp_path / kind, source, kind, of=lambda kind, i: make(i)
   )
-  found = gathered(tmp_path, kind, **options)
-  return {finding.name for finding in findings.find(found)}
+  stats = gathered(tmp_path, kind, **options)
+  return {finding.name for finding in findings.find(stats)}
 
 
 def good(i):
-  """Three boxes of sides 0.3, of different phrases and scores."""
+  """One to three boxes of side 0.3 with distinct phrases and scores."""
   corners = np.array(
     [[0, 0, 0.3, 0.3], [0.5, 0.1, 0.8, 0.4], [0, 0.6, 0.3, 0.9]]
   )
@@ -296,21 +287,21 @@ def bad_boxes(i):
     ),
   ],
 )
-def test_what_stands_out_of_boxes(tmp_path, make, expected):
-  assert standing_out(tmp_path, make) == expected
+def test_findings_of_boxes(tmp_path, make, expected):
+  assert finding_names(tmp_path, make) == expected
 
 
-def test_a_threshold_that_leaves_no_box_is_told_of(tmp_path):
-  assert standing_out(tmp_path, good, min_score=0.95) == {"no_boxes"}
-  (found,) = findings.find(gathered(tmp_path, "boxes", min_score=0.95))
-  assert found.text == "No box at all scores 0.95 or more."
+def test_threshold_above_all_scores(tmp_path):
+  assert finding_names(tmp_path, good, min_score=0.95) == {"no_boxes"}
+  (finding,) = findings.find(gathered(tmp_path, "boxes", min_score=0.95))
+  assert finding.text == "No box at all scores 0.95 or more."
 
 
-def test_labels_without_any_box_are_told_of(tmp_path):
+def test_labels_without_boxes(tmp_path):
   nothing = make_boxes(np.zeros((0, 4)), [])
-  assert standing_out(tmp_path, lambda i: nothing) == {"no_boxes"}
-  (found,) = findings.find(gathered(tmp_path, "boxes"))
-  assert found.text == "No box at all is in any label."
+  assert finding_names(tmp_path, lambda i: nothing) == {"no_boxes"}
+  (finding,) = findings.find(gathered(tmp_path, "boxes"))
+  assert finding.text == "No box at all is in any label."
 
 
 @pytest.mark.parametrize(
@@ -336,22 +327,19 @@ def test_labels_without_any_box_are_told_of(tmp_path):
     ),
   ],
 )
-def test_what_stands_out_of_depth(tmp_path, make, expected):
-  assert standing_out(tmp_path, make, kind="depth") == expected
-
-
-# --- pictures ----------------------------------------------------------------
+def test_findings_of_depth(tmp_path, make, expected):
+  assert finding_names(tmp_path, make, kind="depth") == expected
 
 
 def grey_card(folder, make, *, kind, image=None):
-  """The only record's card, of a grey image twice as wide as high."""
+  """The card of one record, a grey image twice as wide as high."""
   base = folder / "base"
   base.mkdir()
   if image is None:
     grey = np.full((60, 120, 3), 128, np.uint8)
     image = cv2.imencode(".png", grey)[1].tobytes()
   records = [{"key": "one", "image": image, "captions": ["its caption"]}]
-  # A second one, as a set needs a label.
+  # A second record, as a set needs a label.
   records.append(records[0] | {"key": "two"})
   array_record.write(base / "0.array_record", records)
   source = label_samples.open_base(base)
@@ -365,14 +353,14 @@ def grey_card(folder, make, *, kind, image=None):
   return cards.draw_card(source, {kind: labels}, 0, size=240)
 
 
-def test_boxes_are_where_they_should_be(tmp_path):
+def test_boxes_are_drawn_at_their_coordinates(tmp_path):
   corners = np.array([[0.25, 0.5, 0.75, 1.0]])
-  made = make_boxes(corners, ["a thing"], np.array([0.5], np.float32))
-  card = grey_card(tmp_path, made, kind="boxes")
-  picture = card.images["boxes"]
-  assert picture.shape == (120, 240, 3)
-  changed = (picture != 128).any(-1)
-  # Rim and outline are 3 pixels; the plate stands above the box.
+  label = make_boxes(corners, ["a thing"], np.array([0.5], np.float32))
+  card = grey_card(tmp_path, label, kind="boxes")
+  image = card.images["boxes"]
+  assert image.shape == (120, 240, 3)
+  changed = (image != 128).any(-1)
+  # Rim and outline are 3 pixels; the plate is above the box.
   assert changed[30:90, 120].all() and changed[89, 120:240].all()
   assert not changed[:, :119].any() and not changed[92:].any()
   assert not changed[34:86, 124:236].any()
@@ -385,42 +373,39 @@ def test_boxes_are_where_they_should_be(tmp_path):
 def test_pixels_without_depth_are_striped(tmp_path):
   valid = np.ones((60, 120), bool)
   valid[:, :60] = False
-  made = make_depth(label_samples.ramp(60, 120), side=12, valid=valid)
-  card = grey_card(tmp_path, made, kind="depth")
+  label = make_depth(label_samples.ramp(60, 120), side=12, valid=valid)
+  card = grey_card(tmp_path, label, kind="depth")
   assert list(card.images) == ["image", "depth"]
-  picture = card.images["depth"].astype(int)
-  spread = picture.max(-1) - picture.min(-1)
-  assert (spread[:, :118] < 8).all() and len(np.unique(picture[:, :118])) > 1
+  image = card.images["depth"].astype(int)
+  spread = image.max(-1) - image.min(-1)
+  assert (spread[:, :118] < 8).all() and len(np.unique(image[:, :118])) > 1
   assert (spread[:, 122:] > 40).all()
-  # Far is blue and near is red; nearness grows downwards.
-  assert picture[5, 130, 2] > picture[5, 130, 0]
-  assert picture[115, 230, 0] > picture[115, 230, 2]
+  # Far is blue and near is red; inverse depth grows downwards.
+  assert image[5, 130, 2] > image[5, 130, 0]
+  assert image[115, 230, 0] > image[115, 230, 2]
 
 
 @pytest.mark.parametrize("kind", ["boxes", "depth"])
-def test_a_record_without_a_label_says_so(tmp_path, kind, monkeypatch):
-  said, tag = [], plots.add_title_bar
+def test_record_without_a_label(tmp_path, kind, monkeypatch):
+  titles, add_title_bar = [], plots.add_title_bar
 
-  def listen(picture, words):
-    said.append(words)
-    return tag(picture, words)
+  def record(image, text):
+    titles.append(text)
+    return add_title_bar(image, text)
 
-  monkeypatch.setattr(plots, "add_title_bar", listen)
+  monkeypatch.setattr(plots, "add_title_bar", record)
   card = grey_card(tmp_path, no_label("none"), kind=kind)
-  assert said == [f"no label of {kind}"]
+  assert titles == [f"no label of {kind}"]
   assert (card.images[kind][:20] < 80).any()
 
 
-def test_an_image_that_is_none_is_shown_as_such(tmp_path):
-  made = make_depth(label_samples.ramp(60, 120), side=12)
-  card = grey_card(tmp_path, made, kind="depth", image=b"\xff\xd8\xffno image")
+def test_undecodable_image(tmp_path):
+  label = make_depth(label_samples.ramp(60, 120), side=12)
+  card = grey_card(tmp_path, label, kind="depth", image=b"\xff\xd8\xffno image")
   assert card.size == "" and "are no image" in card.notes[0]
   assert card.images["depth"].shape == card.images["image"].shape
   drawn = cards.draw_sheet([card], title="a title", size=240)
   assert drawn.ndim == 3 and drawn.shape[1] == 2 * 240 + 8 + 2 * 12
-
-
-# --- the tool ----------------------------------------------------------------
 
 
 class Page(html.parser.HTMLParser):
@@ -437,7 +422,7 @@ class Page(html.parser.HTMLParser):
     self.words.append(data)
 
 
-def test_the_tool_writes_sheet_page_and_statistics(labelled, capsys):
+def test_tool_writes_sheet_page_and_statistics(labelled, capsys):
   out = labelled / "out"
   options = [f"--data={labelled}/base/*.tar", f"--output={out}"]
   both = [f"--depth={labelled}/depth", f"--boxes={labelled}/boxes"]
@@ -447,7 +432,7 @@ def test_the_tool_writes_sheet_page_and_statistics(labelled, capsys):
   assert "look at depth: 11.1 % of the maps are nearly constant" in said
   with Image.open(out / "sheet.png") as drawn:
     assert drawn.format == "PNG"
-    # Five cards of two pictures in a line.
+    # Rows of five cards with two images.
     assert drawn.width == 24 + 5 * (2 * 96 + 8) + 4 * 16
   text = (out / "index.html").read_text(encoding="utf-8")
   page = Page(text)
@@ -457,9 +442,9 @@ def test_the_tool_writes_sheet_page_and_statistics(labelled, capsys):
   assert "url(" not in text and "@import" not in text
   assert BAD not in text and any(BAD in words for words in page.words)
   assert "the test" in text
-  found = json.loads((out / "statistics.json").read_text(encoding="utf-8"))
-  assert set(found["sets"]) == {"boxes", "depth"} and found["records"] == 10
-  assert {entry["name"] for entry in found["look_at"]} >= {"constant_maps"}
+  stats = json.loads((out / "statistics.json").read_text(encoding="utf-8"))
+  assert set(stats["sets"]) == {"boxes", "depth"} and stats["records"] == 10
+  assert {entry["name"] for entry in stats["look_at"]} >= {"constant_maps"}
   # Fewer records of one kind, as JSON.
   main([*options, both[1], "--count=2", "--records=4", "--json"])
   printed = json.loads(capsys.readouterr().out)
@@ -468,7 +453,7 @@ def test_the_tool_writes_sheet_page_and_statistics(labelled, capsys):
   assert printed == json.loads((out / "statistics.json").read_text())
 
 
-def test_the_tool_says_what_is_wrong(labelled, tmp_path):
+def test_tool_errors(labelled, tmp_path):
   other = label_samples.make_base(tmp_path, first=50)
   data, out = f"--data={labelled}/base/*.tar", f"--output={tmp_path}/out"
   boxes = f"--boxes={labelled}/boxes"
@@ -487,7 +472,7 @@ def test_the_tool_says_what_is_wrong(labelled, tmp_path):
   assert not (tmp_path / "out" / "index.html").exists()
 
 
-def test_joined_by_key_the_whole_set_is_looked_at(labelled, tmp_path):
+def test_join_by_key_inspects_the_whole_set(labelled, tmp_path):
   folder = label_samples.make_copy(tmp_path)
   main(
     [
