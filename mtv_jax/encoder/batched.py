@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float32, PyTree
 
@@ -65,7 +66,8 @@ def in_batches(
       return {row: (i, pool.submit(prepare, i)) for row, i in items.items()}
 
     ready, running = submit(0), None
-    for start in range(0, count, size):
+    steps = range(0, count, size)
+    for start in tqdm.tqdm(steps, desc="encode", leave=False, disable=None):
       batch = _assemble(ready, blank, size)
       ready = submit(start + size)
       out = function(jax.tree.map(place, batch))

@@ -15,7 +15,7 @@ class Revolved:
   """A solid of revolution: x^2 + z^2 <= a + b u + c u^2 for low <= u <= high.
 
   `cap` scales the light on the flat ends (below 1 they look hollow); `accent`
-  is a fixed colour of this part, whatever the object's colour is.
+  is a fixed colour of this part, independent of the object's colour.
   """
 
   a: float

@@ -76,7 +76,7 @@ class _PairSet:
   """Frames, pairs of them, the origin of the pairs, and a hash."""
 
   frames: posed.PosedFrames
-  drawn: posed.Drawn
+  drawn: posed.PairSample
   source: str  # "drawn" or "file"
   digest: str
 
@@ -158,7 +158,7 @@ class GeometricCorrespondence(Evaluator):
       pairs = examples.subsample(
         posed.read_pairs(self.pairs, frames), self.count
       )
-      drawn, source = posed.Drawn(tuple(pairs), 0), "file"
+      drawn, source = posed.PairSample(tuple(pairs), 0), "file"
     else:
       source = "drawn"
       drawn = posed.draw_pairs(
@@ -267,7 +267,7 @@ class GeometricCorrespondence(Evaluator):
     if self._set.source == "drawn":
       pairs = {
         "pairs_are": "drawn",
-        "frames_without_partner": drawn.alone,
+        "frames_without_partner": drawn.unpaired,
         "pair_seed": self.seed,
         "max_angle": self.max_angle,
         "stride": self.stride or default.stride,

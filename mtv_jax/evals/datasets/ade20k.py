@@ -147,8 +147,8 @@ def read_map(path: pathlib.Path) -> UInt8[np.ndarray, "h w"]:
   if not known.all():
     raise InputError(
       f"{path} has a class {values[~known].max()}; expected 0 to "
-      f"{CLASS_COUNT}. The full ontology's masks (ADE20K_2021) are no maps of "
-      "150 classes."
+      f"{CLASS_COUNT}. The full ontology's masks (ADE20K_2021) have other "
+      "classes."
     )
   ignored = (values == 0) | (values == IGNORE)
   return np.where(ignored, IGNORE, values - 1).astype(np.uint8)

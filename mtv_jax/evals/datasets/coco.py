@@ -47,7 +47,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """The object in a JSON file.
 
   Raises:
-    NotApplicable: for JSON that is no object.
+    NotApplicable: for JSON that is not an object.
     InputError: for a file that is not JSON.
   """
   try:
@@ -55,7 +55,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   except ValueError as error:
     raise InputError(f"{path} is not JSON: {error}") from None
   if not isinstance(content, dict):
-    raise NotApplicable(f"{path} holds a {type(content).__name__}, no object")
+    raise NotApplicable(
+      f"{path} holds a {type(content).__name__}, expected an object"
+    )
   return content
 
 

@@ -1,4 +1,4 @@
-"""Reader of NAVI: photos of objects with depth and pose (Jampani et al. 2023).
+"""Reader of NAVI: images of objects with depth and pose (Jampani et al. 2023).
 
     ROOT/OBJECT/wild_set/{annotations.json, images/000.jpg, depth/000.png}
     ROOT/OBJECT/multiview_00_MODEL/...   (v1.0)
@@ -19,7 +19,11 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64
 
 from mtv_jax.data import canvas
-from mtv_jax.evals.datasets.files import read_png_values, require_layout
+from mtv_jax.evals.datasets.files import (
+  read_png_values,
+  require_files,
+  require_layout,
+)
 from mtv_jax.evals.datasets.posed import Frame, PosedFrames
 from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
 
@@ -37,7 +41,7 @@ def matches(root: pathlib.Path) -> bool:
 
 
 def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
-  """The photos of one kind of all objects, sorted by name.
+  """The images of one kind of all objects, sorted by name.
 
   Objects without a multiview folder are left out, as in the published protocol,
   unless none has one. Images are turned as their EXIF says.
@@ -45,7 +49,7 @@ def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
   Args:
     root: the folder of objects.
     subset: `wild_set` (the published figures: an object before many
-      backgrounds) or `multiview` (each capture is a group of its own).
+      backgrounds) or `multiview` (each capture is a group).
 
   Raises:
     MissingFileError: for a part that is missing.
@@ -75,9 +79,9 @@ def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
   ]
   frames, groups = [], []
   for folder in folders:
-    found = _photos(folder)
-    groups.append(tuple(range(len(frames), len(frames) + len(found))))
-    frames += found
+    rows = _annotated_images(folder)
+    groups.append(tuple(range(len(frames), len(frames) + len(rows))))
+    frames += rows
   left_out = [p.name for p in objects if p not in whole]
   images = [folder / "images" / row["filename"] for folder, row in frames]
   return PosedFrames(
@@ -105,7 +109,9 @@ def _captures(folder: pathlib.Path) -> list[pathlib.Path]:
   return sorted(p for p in folder.iterdir() if _MULTIVIEW.match(p.name))
 
 
-def _photos(folder: pathlib.Path) -> list[tuple[pathlib.Path, dict[str, Any]]]:
+def _annotated_images(
+  folder: pathlib.Path,
+) -> list[tuple[pathlib.Path, dict[str, Any]]]:
   """The annotations of a folder whose files are there, sorted by file name."""
   path = folder / "annotations.json"
   if not path.is_file():
@@ -124,12 +130,7 @@ def _photos(folder: pathlib.Path) -> list[tuple[pathlib.Path, dict[str, Any]]]:
     ) from None
   files = [folder / "images" / row["filename"] for row in rows]
   files += [_depth_file(folder, row) for row in rows]
-  lost = [file for file in files if not file.is_file()]
-  if lost:
-    raise MissingFileError(
-      f"{len(lost)} of {len(files)} images and depth maps that {path} names "
-      f"are missing, such as {lost[0]}. Is the object unpacked in full?"
-    )
+  require_files(files, folder)
   if not rows:
     raise InputError(f"{path} names no image: this object has no usable view")
   return [(folder, row) for row in rows]

@@ -1,9 +1,9 @@
-"""Pictures with depth and camera pose: views, pairs, and lists of pairs.
+"""Images with depth and camera pose: views, pairs, and lists of pairs.
 
 Cameras are those of computer vision (x right, y down, z forward), poses take
 world coordinates to the camera's, lengths are metres. A view is what NAVI's
-protocol makes of a picture (El Banani et al. 2024, Probe3D): a square around
-what has depth, and the 3D point behind every fourth of its pixels.
+protocol computes from an image (El Banani et al. 2024, Probe3D): a square
+around the pixels with depth, and the 3D point of every fourth of them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ CELL = 4  # pixels of a view to a cell of its grid of points
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-  """A picture as it is stored.
+  """An image as it is stored.
 
   Attributes:
     image: RGB.
     depth: metres along the optical axis, 0 where there is nothing to match.
     focal: in pixels of this image.
-    centre: the principal point (x, y) from the picture's middle, in pixels.
+    centre: the principal point (x, y) from the image's middle, in pixels.
     pose: world to camera.
   """
 
@@ -70,7 +70,7 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class PosedFrames:
-  """A data set of frames, in groups that see the same thing.
+  """A data set of frames, in groups that see the same object.
 
   Attributes:
     name: what it is, for the protocol.
@@ -78,8 +78,8 @@ class PosedFrames:
     names: of the n frames; with their group, as paths are.
     groups: indices of the frames that may be paired with each other.
     poses: `[n, 4, 4]`, world to camera.
-    read: a frame by its index; `size` is the side of the view to be made of
-      it, by which scenes are rendered.
+    read: a frame by its index; `size` is the side of its view, by which
+      scenes are rendered.
     fingerprint: what tells a frame's files from others, such as their sizes.
     stored: length in pixels to which the shorter side is brought first, as the
       protocol's offline copy is; None for as it is.
@@ -109,11 +109,11 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-  """Pairs, and how many frames were left out for having no partner."""
+class PairSample:
+  """Pairs, and how many frames lack a partner."""
 
   pairs: tuple[Pair, ...]
-  alone: int
+  unpaired: int
 
 
 def make_view(
@@ -125,7 +125,7 @@ def make_view(
      nearest), then to `size` (both nearest), and the middle square is cut out.
   2. Depth becomes points.
   3. The square around the pixels with depth is cut out (its last row and column
-     excluded, moved inside where it would leave the picture) and brought to
+     excluded, moved inside where it would leave the image) and brought to
      `size`, nearest. Points are carried along, so they stay metric.
 
   "Nearest" in the last two is PyTorch's: the pixel at floor(i * old / new). It
@@ -143,10 +143,10 @@ def make_view(
   image, depth = _bring(frame, stored)
   rows, columns = (_middle(n, min(depth.shape), size) for n in depth.shape)
   image, depth = image[np.ix_(rows, columns)], depth[np.ix_(rows, columns)]
-  found = np.argwhere(depth > 0)
-  if not len(found):
+  points = np.argwhere(depth > 0)
+  if not len(points):
     return None
-  low, extent = found.min(axis=0).tolist(), np.ptp(found, axis=0).tolist()
+  low, extent = points.min(axis=0).tolist(), np.ptp(points, axis=0).tolist()
   side = max(extent)
   if side < 1:
     return None
@@ -154,7 +154,7 @@ def make_view(
   take = resizing.indices(side, size)
   rows, columns = y0 + take, x0 + take
   cell = slice(0, size // CELL * CELL, CELL)
-  # Focal length and principal point follow the picture's size.
+  # Focal length and principal point follow the image's size.
   focal = frame.focal * size / short
   middle = size / 2 + np.asarray(frame.centre) * size / short
   z = depth[np.ix_(rows[cell], columns[cell])]
@@ -174,8 +174,8 @@ def _bring(frame: Frame, stored: int | None):
   if stored is None or min(height, width) == stored:
     return frame.image, frame.depth
   tall, wide = (_scaled(n, min(height, width), stored) for n in (height, width))
-  picture = PIL.Image.fromarray(frame.image)
-  image = np.asarray(picture.resize((wide, tall), PIL.Image.Resampling.BICUBIC))
+  image = PIL.Image.fromarray(frame.image)
+  image = np.asarray(image.resize((wide, tall), PIL.Image.Resampling.BICUBIC))
   rows = resizing.indices(height, tall, "nearest_exact")
   columns = resizing.indices(width, wide, "nearest_exact")
   return image, frame.depth[np.ix_(rows, columns)]
@@ -187,14 +187,14 @@ def _scaled(length: int, short: int, target: int) -> int:
 
 
 def _middle(length: int, short: int, size: int) -> Int[np.ndarray, " s"]:
-  """Pixels of a side that the middle `size` of the shrunken picture show."""
+  """Pixels of a side that the middle `size` of the resized image show."""
   long = _scaled(length, short, size)
   top = round((long - size) / 2)
   return resizing.indices(length, long)[top : top + size]
 
 
 def _corner(low: int, extent: int, side: int, size: int) -> int:
-  """Where a square around `low .. low + extent` begins, kept in the picture."""
+  """Start of a square around `low .. low + extent`, inside the image."""
   spare = side - extent
   start = low - spare // 2
   if start < 0 or start + side > size:
@@ -234,7 +234,7 @@ def draw_pairs(
   stride: int = 1,
   count: int | None = None,
   max_angle: float | int = 120.0,
-) -> Drawn:
+) -> PairSample:
   """Every `stride`-th frame with one other of its group.
 
   The other is drawn from those at an angle in (0, max_angle] that overlap. It
@@ -266,27 +266,27 @@ def draw_pairs(
         partners = np.flatnonzero(row)
         k = _partner(frames, i, [group[p] for p in partners], seed)
         if k is not None:
-          place = partners[k]
-          pairs.append(Pair(i, group[place], float(degrees[place])))
+          j = partners[k]
+          pairs.append(Pair(i, group[j], float(degrees[j])))
   if not pairs:
     raise InputError(
       f"{frames.name}: none of {len(chosen)} frames overlaps with another of "
       "its group"
     )
-  return Drawn(tuple(pairs), len(chosen) - len(pairs))
+  return PairSample(tuple(pairs), len(chosen) - len(pairs))
 
 
 def _partner(
   frames: PosedFrames, index: int, partners: Sequence[int], seed: int
 ) -> int | None:
-  """The place of one of the partners, drawn until one overlaps."""
+  """Index of a random partner, drawn until one overlaps."""
   left = list(range(len(partners)))
   for attempt in range(len(partners)):
     text = f"{seed}/{frames.names[index]}/{attempt}"
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
-    place = left.pop(number % len(left))
-    if frames.overlaps is None or frames.overlaps(index, partners[place]):
-      return place
+    k = left.pop(number % len(left))
+    if frames.overlaps is None or frames.overlaps(index, partners[k]):
+      return k
   return None
 
 
@@ -308,7 +308,7 @@ def _no_pair(frames, group, between, max_angle) -> str:
 
 
 def digest_of(frames: PosedFrames, pairs: Sequence[Pair]) -> str:
-  """A hash of the pairs and of the files they are made of."""
+  """A hash of the pairs and of their files."""
   digest = Digest()
   for pair in pairs:
     for index in (pair.first, pair.second):
@@ -326,7 +326,7 @@ def write_pairs(
     f"{frames.names[p.first]} {frames.names[p.second]} {p.angle:.4f}\n"
     for p in pairs
   ]
-  # Whole or not at all, for whoever reads it at the same time.
+  # Atomically, as another process may read it at the same time.
   part = path.with_name(f"{path.name}.{os.getpid()}.part")
   part.write_text("".join(lines))
   part.replace(path)

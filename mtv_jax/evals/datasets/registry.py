@@ -425,11 +425,11 @@ def _source_config(data: Data, *, length: int) -> dict[str, Any] | None:
 
 
 def _refuse_other_layouts(root: pathlib.Path) -> None:
-  """Raises NotApplicable for a data set whose folders are no classes."""
+  """Raises NotApplicable for a data set whose folders are not classes."""
   for name, layout in LAYOUTS.items():
     if layout.matches(root):
       raise NotApplicable(
-        f"{root} is laid out as {name}, whose folders are no classes. "
+        f"{root} is laid out as {name}, whose folders are not classes. "
         "Classification reads CLASS/*.jpg, wnid_name.JPEG or train/CLASS/*.jpg "
         "beside val/CLASS/*.jpg"
       )

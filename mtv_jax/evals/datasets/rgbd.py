@@ -25,10 +25,10 @@ from mtv_jax.evals.datasets.files import read_png_values, require_layout
 from mtv_jax.evals.datasets.posed import Frame, PosedFrames, motion
 from mtv_jax.utils.errors import InputError, MissingFileError
 
-# The protocol's offline copies, which are made of these frames too.
+# Shorter side of the protocol's offline copies.
 STORED = 1024
-# A partner must show this share of a frame's points within its picture. NAVI
-# needs no such rule, as all its pictures show the object.
+# A partner must show this share of a frame's points within its image. NAVI
+# needs no such rule, as all its images show the object.
 MIN_OVERLAP = 0.3
 _POSES = "frame-*.pose.txt"
 _KINECT = np.array([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])
@@ -51,7 +51,7 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
   """All frames under a folder that have a finite pose, sorted by name.
 
   Raises:
-    MissingFileError: for a frame without its picture or depth.
+    MissingFileError: for a frame without its image or depth.
     InputError: for a pose or intrinsics of another form.
   """
   root = require_layout(
@@ -81,12 +81,12 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
   return PosedFrames(
     name=str(root),
     layout="rgbd",
-    names=tuple(f.picture.relative_to(root).as_posix() for f in frames),
+    names=tuple(f.image.relative_to(root).as_posix() for f in frames),
     groups=tuple(groups),
     poses=stacked,
     read=lambda i, size: frames[i].read(stacked[i]),
     fingerprint=lambda i: (
-      frames[i].picture.stat().st_size,
+      frames[i].image.stat().st_size,
       frames[i].depth.stat().st_size,
     ),
     stored=STORED,
@@ -104,16 +104,16 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
 class _Files:
   """The files of a frame."""
 
-  picture: pathlib.Path
+  image: pathlib.Path
   depth: pathlib.Path
   intrinsics: np.ndarray
 
   def read(self, pose: np.ndarray) -> Frame:
-    image = canvas.decode(self.picture.read_bytes(), key=str(self.picture))
+    image = canvas.decode(self.image.read_bytes(), key=str(self.image))
     depth = read_depth(self.depth)
     if depth.shape != image.shape[:2]:
       raise InputError(
-        f"{self.picture} is {image.shape[0]}x{image.shape[1]} and its depth "
+        f"{self.image} is {image.shape[0]}x{image.shape[1]} and its depth "
         f"{depth.shape[0]}x{depth.shape[1]}; they must be equal"
       )
     k, (height, width) = self.intrinsics, depth.shape
@@ -139,7 +139,7 @@ def _files(path: pathlib.Path, there: set[str], intrinsics) -> _Files:
 
 
 class _Overlap:
-  """The share of a frame's points that another frame has in its picture."""
+  """The share of a frame's points that another frame has in its image."""
 
   def __init__(self, frames: list[_Files], poses: np.ndarray):
     self._frames = frames
@@ -179,8 +179,8 @@ def read_depth(path: pathlib.Path) -> Float32[np.ndarray, "h w"]:
 
 def _intrinsics(folder: pathlib.Path, root: pathlib.Path) -> np.ndarray:
   """Of the folder, or of the nearest one above it up to the root."""
-  for place in (folder, *folder.parents):
-    path = place / "camera-intrinsics.txt"
+  for parent in (folder, *folder.parents):
+    path = parent / "camera-intrinsics.txt"
     if path.is_file():
       k = _matrix(path, (3, 3))
       if not 0.98 * k[0, 0] <= k[1, 1] <= 1.02 * k[0, 0]:
@@ -189,7 +189,7 @@ def _intrinsics(folder: pathlib.Path, root: pathlib.Path) -> np.ndarray:
           "expected square pixels, as a view has one"
         )
       return k
-    if place == root:
+    if parent == root:
       break
   return _KINECT
 
@@ -212,5 +212,5 @@ def _inverse(
 ) -> Float64[np.ndarray, "4 4"]:
   rotation = camera_to_world[:3, :3]
   if np.abs(rotation @ rotation.T - np.eye(3)).max() > 0.01:
-    raise InputError(f"{path}: its upper left 3 x 3 is no rotation")
+    raise InputError(f"{path}: its upper left 3 x 3 is not a rotation")
   return np.linalg.inv(camera_to_world)

@@ -1,9 +1,9 @@
-"""Reader of SPair-71k: key points of things of one class (Min et al. 2019).
+"""Reader of SPair-71k: key points of objects of one class (Min et al. 2019).
 
     ROOT/JPEGImages/CLASS/2008_006987.jpg
     ROOT/PairAnnotation/test/000001-2008_006987-2010_001367:sheep.json
 
-A pair's file lists the key points that both pictures show, as whole pixels.
+A pair's file lists the key points that both images show, as whole pixels.
 The names contain colons, which some archivers replace, so nothing is read from
 a name.
 """
@@ -64,12 +64,12 @@ def open_key_points(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
     }
   )
   require_files(paths, root)
-  place = {path: i for i, path in enumerate(paths)}
+  index = {path: i for i, path in enumerate(paths)}
   sizes = [path.stat().st_size for path in paths]
   digest, pairs = Digest(), []
   for row in rows:
     first, second = (
-      place[folder / row["category"] / row[name]]
+      index[folder / row["category"] / row[name]]
       for name in ("src_imname", "trg_imname")
     )
     digest.add(json.dumps(row, sort_keys=True), sizes[first], sizes[second])
@@ -103,7 +103,9 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
     row = json.loads(path.read_bytes())
     row = {key: row[key] for key in _KEYS}
   except (ValueError, TypeError) as error:
-    raise InputError(f"{path} is no annotation of a pair: {error}") from None
+    raise InputError(
+      f"{path} is not an annotation of a pair: {error}"
+    ) from None
   except KeyError as error:
     raise InputError(
       f"{path} has no {error}; expected the keys {', '.join(_KEYS)}"
@@ -111,7 +113,7 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
   counts = [len(row[key]) for key in ("src_kps", "trg_kps")]
   if counts[0] != counts[1]:
     raise InputError(
-      f"{path}: {counts[0]} key points in the first picture and {counts[1]} in "
+      f"{path}: {counts[0]} key points in the first image and {counts[1]} in "
       "the second; a pair lists the same points of both"
     )
   return row

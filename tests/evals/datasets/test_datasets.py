@@ -11,6 +11,7 @@ from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.scenes import HELD_OUT_SCENES, PROBE_SCENES
 from mtv_jax.evals.datasets.splits import hold_out
+from mtv_jax.utils.errors import MissingFileError
 
 
 @pytest.fixture
@@ -223,7 +224,7 @@ _READY = {
   "weights_fastestdet": set(),
 }
 # The sample of ADE20K has no training images.
-_INCOMPLETE = {("ade20k", "segmentation"): FileNotFoundError}
+_INCOMPLETE = {("ade20k", "segmentation"): MissingFileError}
 
 
 def test_every_evaluation_on_every_real_folder(shared_data):

@@ -162,7 +162,7 @@ def test_pairs_are_of_one_group_and_never_of_one_frame():
   drawn = posed.draw_pairs(frames, seed=8, max_angle=61)
   # The fourth has no partner within 61 degrees.
   assert [p.first for p in drawn.pairs] == [0, 1, 2, 4, 5]
-  assert drawn.alone == 1
+  assert drawn.unpaired == 1
   for pair in drawn.pairs:
     assert pair.second != pair.first
     assert (pair.second < 4) == (pair.first < 4)
@@ -204,7 +204,7 @@ def test_partners_must_overlap():
   frames = dataclasses.replace(frames, overlaps=overlaps)
   drawn = posed.draw_pairs(frames, seed=8)
   assert {p.second for p in drawn.pairs} == {7}
-  assert drawn.alone == 1  # the seventh itself
+  assert drawn.unpaired == 1  # the seventh itself
   assert len(set(asked)) == len(asked)
   frames = dataclasses.replace(frames, overlaps=lambda i, j: False)
   with pytest.raises(ValueError, match="none of 12 frames overlaps"):
