@@ -159,7 +159,7 @@ class Checkpointer:
   def restore(
     self, abstract_state: Any, *, step: int | None = None
   ) -> Restored | None:
-    """Reads a checkpoint into the current mesh, whatever mesh wrote it.
+    """Restores a checkpoint into the current mesh, also from another one.
 
     Args:
       abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings (or of

@@ -76,7 +76,7 @@ def _op(node: ast.expr, fail: Callable[..., Exception]) -> Op:
   if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
     raise fail(node, "an op is a name, or a name with arguments in brackets")
   if any(k.arg is None for k in node.keywords):
-    raise fail(node, "** is not understood here")
+    raise fail(node, "** is not allowed")
 
   def literal(value: ast.expr) -> Any:
     try:

@@ -68,7 +68,7 @@ def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
 
 
 def _plain(value: Any) -> Any:
-  """Dictionaries and lists, which can be changed in place."""
+  """The config as mutable dictionaries and lists."""
   if isinstance(value, ConfigDict):
     value = value.to_dict()
   if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""Configs: the schema, checking against it, durations, typed arguments.
+"""The config schema, durations, and recipes with typed arguments.
 
-Nothing here imports JAX, so data workers and command lines may use it freely.
+Nothing here imports JAX, as data workers and command lines need it.
 """
 
 import ast
@@ -23,8 +23,8 @@ Config = ConfigDict | Mapping[str, Any]
 # ---------------------------------------------------------------------------
 # The schema.
 
-# What a key can hold. A plain value is a default, and types the key; a type
-# is a key that must be given; a dictionary is a section.
+# Kinds of keys: a plain value is the default and gives the type, a type is a
+# required key, a dictionary is a section.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Maybe:
-  """Absent or None (which gives the default), or a value of a kind."""
+  """An optional value of a kind; None gives the default."""
 
   kind: Any
   default: Any = None
@@ -44,9 +44,9 @@ class Maybe:
 
 @dataclasses.dataclass(frozen=True)
 class Duration:
-  """NAME_steps, _epochs, _examples or _percent: one at most.
+  """One of NAME_steps, NAME_epochs, NAME_examples and NAME_percent.
 
-  `default` is in steps; `int` means that one must be given.
+  `default` is in steps; `int` makes the duration required.
   """
 
   default: int | type | None
@@ -56,10 +56,10 @@ class Duration:
 
 @dataclasses.dataclass(frozen=True)
 class Entries:
-  """Sections under the user's names: {NAME: section}.
+  """Named sections: {NAME: section}.
 
-  The keys given here are checked. Others belong to whoever builds the entry
-  and are checked there. `type` is the entry's name unless given.
+  Checks these keys; others are options that `config.options` checks when the
+  entry is built. `type` defaults to the entry's name.
   """
 
   keys: Mapping[str, Any]
@@ -67,7 +67,7 @@ class Entries:
 
 @dataclasses.dataclass(frozen=True)
 class Open:
-  """A section with more keys than these, checked by whoever builds it."""
+  """A section with further options, which `config.options` checks."""
 
   keys: Mapping[str, Any]
 
@@ -136,7 +136,8 @@ SCHEMA = {
     }
   ),
   "ema": Maybe({"decay": 0.9999}),
-  # Fixed, as SILC found that annealing stops text; `end` is DINOv2's cosine.
+  # Constant as in SILC, where a rising momentum hurts the text tower; `end`
+  # gives DINOv2's cosine.
   "teacher": {"momentum": 0.996, "end": Maybe(float)},
   # dcn: how many parts of an axis lie on different slices, see make_mesh.
   "mesh": {
@@ -170,9 +171,9 @@ SCHEMA = {
 }
 
 
-# What numbers can be, where they are given: from the least to the most.
+# Ranges of numbers: (key, min, max).
 _RANGES = (
-  ("seed", 0, 2**32 - 1),  # JAX's keys would drop what is above.
+  ("seed", 0, 2**32 - 1),  # JAX's keys would drop higher bits.
   ("batch_size", 1, math.inf),
   ("accumulate", 1, math.inf),
   ("data.max_corrupt", 0, 1),
@@ -194,7 +195,7 @@ _RANGES = (
 
 
 def check_config(config: Config) -> ConfigDict:
-  """Checks a whole config, and fills in the defaults.
+  """Checks a config and fills in the defaults.
 
   Args:
     config: what a config file's `get_config` returns.
@@ -204,7 +205,7 @@ def check_config(config: Config) -> ConfigDict:
 
   Raises:
     ConfigError: an unknown or missing key, or a value of another type; names
-      the key by its whole path.
+      the full key.
   """
   resolved = _section("config", SCHEMA, _plain(config))
   for path, least, most in _RANGES:
@@ -227,7 +228,7 @@ def check_config(config: Config) -> ConfigDict:
 def _require_between(
   path: str, least: int, most: float | int, config: Mapping[str, Any]
 ) -> None:
-  """Raises ConfigError where the number at `path` is outside or infinite."""
+  """Raises ConfigError for a number at `path` that is out of range."""
   value = config
   for key in path.split("."):
     value = None if value is None else value.get(key)
@@ -277,24 +278,24 @@ def _duration(
   path: str, name: str, kind: Duration, given: Mapping[str, Any]
 ) -> dict[str, Any]:
   keys = [f"{name}_{unit}" for unit in kind.units]
-  found = {k: given[k] for k in keys if given.get(k) is not None}
-  if len(found) > 1 or (not found and kind.default is int):
-    got = ", ".join(f"{k}={v}" for k, v in found.items()) or "none"
+  values = {k: given[k] for k in keys if given.get(k) is not None}
+  if len(values) > 1 or (not values and kind.default is int):
+    got = ", ".join(f"{k}={v}" for k, v in values.items()) or "none"
     raise ConfigError(
       f"{path}: give exactly one of {', '.join(keys)}; got {got}."
     )
-  for key, value in found.items():
+  for key, value in values.items():
     value = _value(f"{path}.{key}", float, value)
     if not (value > 0 or (value == 0 and kind.zero == "allowed")):
       at_least = ">= 0" if kind.zero == "allowed" else "> 0"
       raise ConfigError(f"{path}.{key} is {value:g}, expected {at_least}.")
-  if not found and kind.default is not None:
-    found = {f"{name}_steps": kind.default}
-  return found
+  if not values and kind.default is not None:
+    values = {f"{name}_steps": kind.default}
+  return values
 
 
 def _value(path: str, kind: Any, value: Any) -> Any:
-  """The checked value of a key; None is absent."""
+  """The checked value of a key; None counts as absent."""
   if isinstance(kind, Maybe):
     return kind.default if value is None else _value(path, kind.kind, value)
   if isinstance(kind, Mapping):
@@ -322,7 +323,7 @@ def _entries(path: str, keys: Mapping[str, Any], given: Any) -> dict[str, Any]:
     raise ConfigError(f"{path} is {given!r}, expected named entries (a dict).")
   out = {}
   for name, entry in given.items():
-    # None switches off an entry, say from the command line.
+    # None removes an entry, for example on the command line.
     if entry is None:
       continue
     if "type" in keys and isinstance(entry, Mapping):
@@ -333,7 +334,7 @@ def _entries(path: str, keys: Mapping[str, Any], given: Any) -> dict[str, Any]:
 
 def _typed(path: str, kind: type | tuple[type, ...], value: Any) -> Any:
   kinds = kind if isinstance(kind, tuple) else (kind,)
-  # JSON has only lists, 1 is a fine float, and True is no number.
+  # JSON has only lists, 1 is a valid float, and True is not a number.
   wanted = {
     float: (float, int),
     tuple: (tuple, list),
@@ -370,15 +371,15 @@ def steps(
       absent.
     config: the section.
     batch_size: examples a step, over all hosts.
-    examples_per_epoch: None where the data has no end.
+    examples_per_epoch: None for data without an end.
     total_steps: of the run.
-    default: what to return where no key is given.
+    default: returned if no key is given.
 
   Returns:
-    The nearest whole number of steps, and at least 1 unless 0 was asked for.
+    The nearest number of steps, at least 1 unless the duration is 0.
 
   Raises:
-    ConfigError: none or several are given, or one that can't be converted.
+    ConfigError: no key or several are given, or one that can't be converted.
   """
   given = {u: config.get(f"{name}_{u}") for u in UNITS}
   given = {unit: value for unit, value in given.items() if value is not None}
@@ -397,7 +398,7 @@ def steps(
     return int(value)
   if unit == "percent":
     if total_steps is None:
-      raise ConfigError(f"{key}: a percentage of what? Use another unit.")
+      raise ConfigError(f"{key} needs a run of known length. Use another unit.")
     count = value / 100 * total_steps
   elif unit == "examples":
     count = value / batch_size
@@ -430,8 +431,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
 
   Args:
     arg: 'name=value' pairs with commas; a bare name sets a bool to True.
-    **defaults: every argument there is; its type types the value. A default
-      of None takes any literal, and otherwise a string.
+    **defaults: all arguments; the default gives the type. With None any
+      literal or string is accepted.
 
   Raises:
     ConfigError: an unknown name, or a value of the wrong type.

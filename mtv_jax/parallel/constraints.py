@@ -36,12 +36,12 @@ def constrain_batch(tree: PyTree, mesh: Mesh | None) -> PyTree:
   if mesh is None:
     return tree
 
-  def place(x):
+  def constrain(x):
     axes = (MESH_AXES[:2], *[None] * (x.ndim - 1))
     placing = NamedSharding(mesh, partition_spec(axes, x.shape, mesh))
     return jax.lax.with_sharding_constraint(x, placing)
 
-  return jax.tree.map(place, tree)
+  return jax.tree.map(constrain, tree)
 
 
 def all_gather_params(
@@ -65,7 +65,7 @@ def all_gather_params(
   if mesh is None or mesh.shape["fsdp"] == 1:
     return params
 
-  def place(name, leaf):
+  def constrain(name, leaf):
     if re.search(keep, name):
       return leaf
     axes = first_match(name, SHARDING_RULES)
@@ -77,7 +77,7 @@ def all_gather_params(
       leaf = jax.lax.with_sharding_constraint(leaf, part)
     return jax.lax.with_sharding_constraint(leaf, whole)
 
-  return map_with_names(place, params)
+  return map_with_names(constrain, params)
 
 
 def _gathered(axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh):
@@ -113,8 +113,8 @@ def check_param_rules(
       NamedSharding(mesh, built_in), len(leaf.shape)
     ):
       raise ConfigError(
-        f"config.sharding places {name} along tensor as {given}, but layers "
-        f"use it as {built_in} where fsdp gathers it. Name tensor as the "
+        f"config.sharding splits {name} over tensor as {given}, but layers "
+        f"gather it over fsdp to {built_in}. Name tensor as the "
         "built-in rule does (SHARDING_RULES in mtv_jax/parallel/rules.py), or "
         "set mesh.fsdp=1 or mesh.tensor=1."
       )

@@ -93,7 +93,7 @@ def _outermost(whole: Sequence[int], slices: int) -> tuple[int, ...]:
 
 
 def _sizes(
-  where: str, shape: Mapping[str, int], count: int, things: str
+  where: str, shape: Mapping[str, int], count: int, unit: str
 ) -> tuple[int, ...]:
   """Sizes of all axes, which multiply to `count`, with -1 filled in."""
   for name in shape:
@@ -104,7 +104,7 @@ def _sizes(
   sizes = [int(shape.get(name, 1)) for name in MESH_AXES]
   wrong = ConfigError(
     f"{where}: {dict(zip(MESH_AXES, sizes, strict=True))} does not divide "
-    f"{count} {things}. The sizes must multiply to their number; one of "
+    f"{count} {unit}. The sizes must multiply to their number; one of "
     "them may be -1 for what the others leave."
   )
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):

@@ -81,11 +81,11 @@ def tree_shardings(
   """
   every = [*rules, *SHARDING_RULES]
 
-  def place(name, leaf):
+  def sharding(name, leaf):
     axes = first_match(name, every)
     return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
 
-  return map_with_names(place, tree)
+  return map_with_names(sharding, tree)
 
 
 def axis_names(axes: Sequence[Axes]) -> list[str]:

@@ -64,20 +64,21 @@ def encode(
       weights = jax.lax.stop_gradient(teacher)
     tower = towers[encoding.tower].clone(mesh=mesh)
     variables = {"params": weights[encoding.tower]}
-    # The name shows up in profiles and in the compiled program.
+    # The scope's name is in profiles and in the compiled program.
     with jax.named_scope(str(encoding)):
       if encoding.tower == "text":
-        tokens = batch[encoding.view]
+        tokens = batch[encoding.view]  # [B, T] or [B, M, T]
         lead = tokens.shape[:-1]
         tokens = tokens.reshape(-1, tokens.shape[-1])
         output = tower.apply(variables, constrain_batch(tokens, mesh))
       else:
-        made = views[encoding.view]
-        lead = made.images.shape[:2]
-        hidden = made.mask if encoding.weights == base.STUDENT else None
+        view = views[encoding.view]
+        lead = view.images.shape[:2]
+        mask = view.mask if encoding.weights == base.STUDENT else None
+        # [B, count, ...] -> [B count, ...]
         crops = jax.tree.map(
           lambda x: x.reshape(-1, *x.shape[2:]),
-          (made.images, hidden, made.keep),
+          (view.images, mask, view.keep),
         )
         images, mask, keep = constrain_batch(crops, mesh)
         output = tower.apply(variables, images, taps=taps, mask=mask, keep=keep)

@@ -98,15 +98,15 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
       f"config.objectives: the first one starts at step {first}; at least one "
       "must start at step 0."
     )
-  made = views.build_views(config.views.to_dict())
+  built_views = views.build_views(config.views.to_dict())
   model = model_lib.ModelSpec.from_config(config.model)
   objectives = {
-    name: build_objective(name, entry).resolve(model, made)
+    name: build_objective(name, entry).resolve(model, built_views)
     for name, entry in config.objectives.items()
   }
   read = {e for o in objectives.values() for e in o.needs().encodings}
   # Recorded in the resolved config, from which the run's model is opened.
-  if any(made[e.view].max_masked for e in read if e.view in made):
+  if any(built_views[e.view].max_masked for e in read if e.view in built_views):
     config.model.mask_token = True
   if config.model.text and all(e.tower != "text" for e in read):
     log.warning("No objective reads text: config.model.text is left out.")
@@ -117,7 +117,7 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
     runtime=options,
     objectives=objectives,
     weights=weights,
-    views=made,
+    views=built_views,
     seed=config.seed,
     total_steps=total_steps,
     teacher_momentum=config.teacher.momentum,
@@ -128,7 +128,7 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
   if not config.optim.rules:
     return spec
   shapes = abstract_params(spec)
-  table = optim.rule_table(shapes, config.optim.rules)
+  table = optim.match_param_rules(shapes, config.optim.rules)
   return dataclasses.replace(
     spec, frozen=frozenset(row.name for row in table if row.frozen)
   )
@@ -382,7 +382,7 @@ def log_experiment(experiment: Experiment) -> None:
     "\n%s",
     parameter_overview.get_parameter_overview(params, include_stats="sharding"),
   )
-  log.info("\n%s\n", optim.describe(experiment.optimizer.table))
+  log.info("\n%s\n", optim.describe_rules(experiment.optimizer.table))
   if experiment.optimizer.note:
     log.info(experiment.optimizer.note)
   mesh, config = experiment.mesh, experiment.config

@@ -33,7 +33,7 @@ Batch = Mapping[str, Array]
 # Not gathered whole: of a vocabulary only the rows that are looked up are, and
 # blocks one by one by their loop.
 EMBEDDING_TABLES = r"token_embedding$"
-_LEFT = rf"^(image|text)/blocks/|{EMBEDDING_TABLES}"
+_NOT_GATHERED = rf"^(image|text)/blocks/|{EMBEDDING_TABLES}"
 Loss = tuple[Float[Array, ""], dict[str, base.Terms]]
 
 
@@ -86,27 +86,27 @@ def compute_loss_inputs(
   keys: Mapping[str, jax.Array],
   mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-  """What each objective takes from some rows of a batch; see `base`.
+  """The loss inputs of each objective for some rows of a batch.
 
   Args:
-    spec: whose objectives.
-    params: all of them.
+    spec: with the objectives.
+    params: the student's.
     state: with the teacher.
-    batch: its rows, split over the mesh.
-    keys: of the rows' views.
-    mesh: that they are split over; None on one device.
+    batch: rows, split over the mesh.
+    keys: random keys of the rows' views.
+    mesh: of the batch; None on one device.
   """
   params = all_gather_params(
-    stop_gradient_frozen(spec, params), mesh, keep=_LEFT
+    stop_gradient_frozen(spec, params), mesh, keep=_NOT_GATHERED
   )
   state = state.replace(
-    teacher=all_gather_params(state.teacher, mesh, keep=_LEFT)
+    teacher=all_gather_params(state.teacher, mesh, keep=_NOT_GATHERED)
   )
   views = {}
-  for name, of_rows in keys.items():
+  for name, rngs in keys.items():
     with jax.named_scope(f"view({name})"):
       views[name] = spec.views[name](
-        batch["image"], batch["image_size"], of_rows, spec.dtype
+        batch["image"], batch["image_size"], rngs, spec.dtype
       )
   views = constrain_batch(views, mesh)
   encoded = encodings.encode(
@@ -137,10 +137,10 @@ def compute_losses(
     mesh: that the loss inputs are split over; None on one device.
   """
   params = all_gather_params(
-    stop_gradient_frozen(spec, {"heads": params}), mesh, keep=_LEFT
+    stop_gradient_frozen(spec, {"heads": params}), mesh, keep=_NOT_GATHERED
   )
   state = state.replace(
-    teacher=all_gather_params(state.teacher, mesh, keep=_LEFT)
+    teacher=all_gather_params(state.teacher, mesh, keep=_NOT_GATHERED)
   )
   heads = bind_heads(spec, params["heads"], state)
   total, terms = jnp.zeros(()), {}
@@ -175,13 +175,13 @@ def total_loss(
 def compute_gradients(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Loss, PyTree]:
-  """`((loss, terms), gradients)` of a batch, in as many parts as asked for.
+  """`((loss, terms), gradients)` of a batch.
 
   Args:
-    spec: what is computed.
-    state: at whose parameters.
-    batch: placed over the mesh.
-    mesh: that the batch is split over; None on one device.
+    spec: of the step.
+    state: with the parameters.
+    batch: sharded over the mesh.
+    mesh: of the batch; None on one device.
   """
   if spec.accumulate > 1:
     return accumulate_gradients(spec, state, batch, mesh)
@@ -194,7 +194,7 @@ def accumulate_gradients(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Loss, PyTree]:
   """`compute_gradients` in `spec.accumulate` parts, one after the other."""
-  count = spec.accumulate
+  params, count = state.params, spec.accumulate
 
   def split(x):
     # [B, ...] -> [count, B / count, ...]. Part i takes rows i, i + count, ...:
@@ -207,38 +207,43 @@ def accumulate_gradients(
   def encode(params, part):
     return compute_loss_inputs(spec, params, state, *part, mesh)
 
-  params = state.params
+  # 1. The loss inputs of all parts.
   keys = view_keys(spec, state.step, len(batch["image"]), mesh)
-  parts = jax.tree.map(split, (dict(batch), keys))
-  mapped = jax.lax.map(lambda part: encode(params, part), parts)
-  leaves, tree = jax.tree.flatten(jax.tree.map(join, mapped))
-  real = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+  parts = jax.tree.map(split, (dict(batch), keys))  # [count, B / count, ...]
+  inputs = jax.lax.map(lambda part: encode(params, part), parts)
+  leaves, treedef = jax.tree.flatten(jax.tree.map(join, inputs))  # [B, ...]
+  is_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
 
-  def reals(loss_inputs):
-    found = jax.tree.leaves(loss_inputs)
-    return [leaf for leaf, r in zip(found, real, strict=True) if r]
+  def floats(leaves):
+    return [leaf for leaf, f in zip(leaves, is_float, strict=True) if f]
 
-  def loss(heads, differentiable):
-    given = iter(differentiable)
-    whole = [next(given) if r else x for x, r in zip(leaves, real, strict=True)]
-    loss_inputs = jax.tree.unflatten(tree, whole)
+  # 2. The losses of the whole batch, and their gradients for the inputs.
+  def loss(heads, float_leaves):
+    rest = iter(float_leaves)
+    merged = [
+      next(rest) if f else leaf
+      for leaf, f in zip(leaves, is_float, strict=True)
+    ]
+    loss_inputs = jax.tree.unflatten(treedef, merged)
     return compute_losses(spec, heads, state, loss_inputs, mesh)
 
-  result, (of_heads, cotangents) = jax.value_and_grad(
+  result, (head_grads, cotangents) = jax.value_and_grad(
     loss, argnums=(0, 1), has_aux=True
-  )(params["heads"], [x for x, r in zip(leaves, real, strict=True) if r])
+  )(params["heads"], floats(leaves))
 
-  def pull(gradients, given):
-    part, cotangent = given
-    _, vjp = jax.vjp(lambda p: reals(encode(p, part)), params)
-    return jax.tree.map(jnp.add, gradients, vjp(cotangent)[0]), None
+  # 3. Each part again, to pull these gradients back to the parameters.
+  def add_part(grads, part_and_cotangents):
+    part, cotangents = part_and_cotangents
+    _, vjp = jax.vjp(lambda p: floats(jax.tree.leaves(encode(p, part))), params)
+    return jax.tree.map(jnp.add, grads, vjp(cotangents)[0]), None
 
-  zeros = jax.tree.map(jnp.zeros_like, params)
-  gradients, _ = jax.lax.scan(
-    pull, zeros, (parts, [split(c) for c in cotangents])
+  grads, _ = jax.lax.scan(
+    add_part,
+    jax.tree.map(jnp.zeros_like, params),
+    (parts, [split(c) for c in cotangents]),
   )
-  heads = jax.tree.map(jnp.add, gradients["heads"], of_heads)
-  return result, {**gradients, "heads": heads}
+  heads = jax.tree.map(jnp.add, grads["heads"], head_grads)
+  return result, {**grads, "heads": heads}
 
 
 def encoder_grad_norms(

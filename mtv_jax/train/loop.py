@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -52,12 +53,12 @@ def init_or_restore(
     log.info("Resumed %s at step %d.", experiment.workdir, saved.step)
     return saved.state
   rng = jax.random.key(experiment.config.seed)
-  place = jax.tree.map(
+  shardings = jax.tree.map(
     lambda leaf: leaf.sharding, experiment.program.abstract.params
   )
   params = jax.jit(
     lambda key: init_params(experiment.step_spec, key),
-    out_shardings=place,
+    out_shardings=shardings,
   )(rng)
   if init := experiment.config.init:
     source = loading.read_params(
@@ -184,100 +185,157 @@ def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
         total_steps=experiment.total_steps,
         start_step=first,
         process_index=process,
-      ) as writers,
+      ) as writer,
       preemption.catch_sigterm() as notice,
     ):
       # Not before, so that a config that is refused replaces nothing.
       save_config(experiment)
-      state = init_or_restore(experiment, saved)
-      return _loop(
-        experiment, state, first, loader, checkpoints, writers, chrono, notice
+      trainer = _Trainer(
+        experiment=experiment,
+        state=init_or_restore(experiment, saved),
+        first=first,
+        loader=loader,
+        checkpoints=checkpoints,
+        writer=writer,
+        chrono=chrono,
+        notice=notice,
       )
+      return trainer.run()
 
 
-def _loop(
-  experiment, state, first, loader, checkpoints, writers, chrono, notice
-):
-  """The steps themselves; see `train`."""
-  log_every = experiment.every("every", experiment.config.log)
-  eval_every = {
-    name: experiment.every("every", entry)
-    for name, entry in experiment.config.evals.items()
-  }
-  norms_every = experiment.every("gradients", experiment.config.log)
-  batches = prefetch_to_device(loader, experiment.mesh)
-  in_flight = collections.deque()
-  spec, program = experiment.step_spec, experiment.program
-  active = ()
-  if first >= experiment.total_steps:
-    log.info("The run is complete at step %d.", first)
-  for name, entry in experiment.config.evals.items():
-    if first == 0 and entry.get("at_start", False):
-      with chrono.pause():
-        writers.scalars(0, evaluate(experiment, state, 0, name))
+@dataclasses.dataclass
+class _Trainer:
+  """The loop over the steps of `train`.
 
-  def save_and_end(step):
-    done = f"saved step {step}"
-    if step > first:
-      check_finite(step, jax.device_get(values))
-      checkpoints.save(step, state, timing=chrono.to_dict())
-      checkpoints.wait()
-    elif not step:
-      done = "completed no step"
-    raise preemption.Preempted(
-      f"received SIGTERM; {done} of {experiment.total_steps} in "
-      f"{experiment.workdir}. The same command resumes from there."
-    )
+  Attributes:
+    first: number of updates done by earlier sessions.
+    values: metrics of the last update, on the devices or fetched.
+    active: objectives of the last update.
+    losses: of the updates in flight.
+  """
 
-  for step in range(first + 1, experiment.total_steps + 1):
-    with chrono.waiting():
+  experiment: Experiment
+  state: TrainState
+  first: int
+  loader: pipeline.Loader
+  checkpoints: Checkpointer
+  writer: MetricWriter
+  chrono: Chrono
+  notice: preemption.Notice
+  values: dict[str, Any] = dataclasses.field(default_factory=dict)
+  active: tuple[str, ...] = ()
+  losses: collections.deque = dataclasses.field(
+    default_factory=collections.deque
+  )
+
+  def run(self) -> TrainState:
+    """Trains to the last step."""
+    config, last = self.experiment.config, self.experiment.total_steps
+    every = self.experiment.every
+    log_every = every("every", config.log)
+    norms_every = every("gradients", config.log)
+    evals_every = {n: every("every", e) for n, e in config.evals.items()}
+    batches = prefetch_to_device(self.loader, self.experiment.mesh)
+    if self.first >= last:
+      log.info("The run is complete at step %d.", self.first)
+    if self.first == 0:
+      self.evaluate(
+        0, [n for n, e in config.evals.items() if e.get("at_start")]
+      )
+    for step in range(self.first + 1, last + 1):
+      batch = self.next_batch(step, batches)
+      norms = self.update(step, batch, norms_every)
+      if step % log_every == 0 or norms or step in (self.first + 1, last):
+        self.log(step, norms)
+      preempted = self.checkpoints.preempted(step) or self.notice.received
+      if preempted and step < last:
+        # Before the evaluations, for which there may be no time.
+        self.save_and_exit(step)
+      self.evaluate(
+        step,
+        [
+          n
+          for n, e in evals_every.items()
+          if step == last or (e and step % e == 0)
+        ],
+      )
+      if self.checkpoints.due(step) or step == last:
+        check_finite(step, jax.device_get(self.values))
+        with self.chrono.pause():
+          self.save(step)
+    return self.state
+
+  def next_batch(self, step: int, batches: Iterator[Any]) -> Any:
+    """The batch of a step; exits after SIGTERM where there is none."""
+    with self.chrono.waiting():
       try:
-        batch = next(batches)
+        return next(batches)
       except Exception as error:
         # A signal to a process group also ends the data workers. (With several
         # hosts none may exit by itself, and `received` is False.)
-        if not notice.received:
+        if not self.notice.received:
           raise
         log.warning("No further batch, after SIGTERM: %s", error)
-        save_and_end(step - 1)
-    if spec.active(step - 1) != active:
-      active = spec.active(step - 1)
-      log.info("From step %d: %s. Compiling.", step, ", ".join(active))
-      chrono.compiles()
+        self.save_and_exit(step - 1)
+
+  def update(
+    self, step: int, batch: Any, norms_every: int | None
+  ) -> dict[str, Any]:
+    """One update; returns gradient norms by objective where they are due."""
+    spec, program = self.experiment.step_spec, self.experiment.program
+    if spec.active(step - 1) != self.active:
+      self.active = spec.active(step - 1)
+      log.info("From step %d: %s. Compiling.", step, ", ".join(self.active))
+      self.chrono.compiles()
     if spec.teacher_starts(step - 1):
-      state = program.restart_teacher(state)
+      self.state = program.restart_teacher(self.state)
     norms = {}
     if norms_every and step % norms_every == 0:
-      with chrono.pause():
-        norms = jax.device_get(program.encoder_norms(state, batch, active))
-    state, values = program.update(state, batch, active)
+      with self.chrono.pause():
+        norms = program.encoder_norms(self.state, batch, self.active)
+        norms = jax.device_get(norms)
+    self.state, self.values = program.update(self.state, batch, self.active)
     # Two steps in flight keep the devices busy; more would only take memory.
-    in_flight.append(values["loss"])
-    if chrono.compiling or len(in_flight) > 2:
-      jax.block_until_ready(in_flight.popleft())
-    chrono.step()
+    self.losses.append(self.values["loss"])
+    if self.chrono.compiling or len(self.losses) > 2:
+      jax.block_until_ready(self.losses.popleft())
+    self.chrono.step()
+    return norms
 
-    last = step == experiment.total_steps
-    if step % log_every == 0 or last or norms or step == first + 1:
-      values = jax.device_get(values)
-      check_finite(step, values)
-      values |= {
-        "lr": experiment.optimizer.schedule(step - 1),
-        "data/corrupt": loader.stats.corrupt,
-        "data/dropped": sum(loader.stats.dropped.values()),
-        **{f"{name}/encoder_grad_norm": v for name, v in norms.items()},
-      }
-      writers.progress(step, sort_metrics(values), chrono.rates(step))
-    if (checkpoints.preempted(step) or notice.received) and not last:
-      # Before the evaluations, for which there may be no time.
-      save_and_end(step)
-    due = [n for n, every in eval_every.items() if every and step % every == 0]
-    due = list(eval_every) if last else due
-    for name in due:
-      with chrono.pause():
-        writers.scalars(step, evaluate(experiment, state, step, name))
-    if checkpoints.due(step) or last:
-      check_finite(step, jax.device_get(values))
-      with chrono.pause():
-        checkpoints.save(step, state, timing=chrono.to_dict())
-  return state
+  def log(self, step: int, norms: Mapping[str, Any]) -> None:
+    """Writes the metrics of a step."""
+    self.values = jax.device_get(self.values)
+    check_finite(step, self.values)
+    stats = self.loader.stats
+    self.values |= {
+      "lr": self.experiment.optimizer.schedule(step - 1),
+      "data/corrupt": stats.corrupt,
+      "data/dropped": sum(stats.dropped.values()),
+      **{f"{name}/encoder_grad_norm": v for name, v in norms.items()},
+    }
+    self.writer.progress(
+      step, sort_metrics(self.values), self.chrono.rates(step)
+    )
+
+  def evaluate(self, step: int, names: Iterable[str]) -> None:
+    """Runs evaluations and writes their metrics."""
+    for name in names:
+      with self.chrono.pause():
+        metrics = evaluate(self.experiment, self.state, step, name)
+        self.writer.scalars(step, metrics)
+
+  def save(self, step: int) -> None:
+    """Starts saving a checkpoint."""
+    self.checkpoints.save(step, self.state, timing=self.chrono.to_dict())
+
+  def save_and_exit(self, step: int) -> NoReturn:
+    """Saves a checkpoint, unless the step has one, and raises Preempted."""
+    done = f"saved step {step}" if step else "completed no step"
+    if step > self.first:
+      check_finite(step, jax.device_get(self.values))
+      self.save(step)
+      self.checkpoints.wait()
+    raise preemption.Preempted(
+      f"received SIGTERM; {done} of {self.experiment.total_steps} in "
+      f"{self.experiment.workdir}. The same command resumes from there."
+    )

@@ -18,7 +18,7 @@ from optax.contrib import MuonDimensionNumbers
 from mtv_jax.config.options import Fraction, NonNegativeFloat, PositiveInt
 from mtv_jax.utils.tree import map_with_names
 
-# Found in the names of parameters and, behind a prefix, of their moments.
+# Match names of parameters and, behind a prefix, of their moments.
 _MATRIX = re.compile(r"(image|text|heads/[^/]+)/blocks/.*kernel$")
 _QKV = re.compile(r"(image|text|heads/[^/]+)/blocks/attention/qkv/kernel$")
 

@@ -6,10 +6,10 @@ One update, for a parameter p with gradient g:
   u <- adam(g) | adafactor(g) | lion(g) | momentum(g) | muon(g)
   p <- p - lr(t) * m_lr * (u + weight_decay * m_wd * p)
 
-m_lr and m_wd are the multipliers of the first rule found in its name. Decay is
-decoupled from the gradient but follows the learning rate, as in optax (and
-torch). big_vision writes it relative to the peak: its `wd=1e-4` at `lr=1e-3` is
-`weight_decay=0.1` here.
+m_lr and m_wd are the multipliers of the first rule that matches its name. The
+decay is decoupled from the gradient but follows the learning rate, as in optax
+(and torch). big_vision writes it relative to the peak: its `wd=1e-4` at
+`lr=1e-3` is `weight_decay=0.1` here.
 """
 
 import dataclasses
@@ -26,39 +26,46 @@ from mtv_jax.config import options, schema
 from mtv_jax.config.options import Fraction, NonNegativeFloat
 from mtv_jax.train.muon import Muon
 from mtv_jax.train.schedules import Schedule, make_schedule
-from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names, match_rules
 
-# Only weight matrices shrink: not biases, norms and scalars, nor embeddings,
-# tokens and probes, whose size is their meaning. By name rather than by rank,
-# since stacked blocks lead every leaf with the depth. The same as big_vision.
+# Weight decay is for matrices: not for biases, norms, scalars, embeddings,
+# tokens and probes. By name rather than by rank, as leaves of stacked blocks
+# have a leading depth. The same as big_vision.
 _DECAYED = "kernel"
-_MULTIPLIERS = ("lr", "weight_decay")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-  """How one parameter is updated: multipliers of the rate and the decay."""
+class _Multipliers:
+  """The options of a rule; a decay of None is 1 for kernels, 0 for others."""
+
+  lr: NonNegativeFloat = 1.0
+  weight_decay: NonNegativeFloat | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamRule:
+  """Learning-rate and decay multipliers of one parameter."""
 
   name: str
   shape: tuple[int, ...]
-  rule: str | None  # The pattern that took it; None where none did.
+  rule: str | None  # The pattern that matches it; None without a rule.
   lr: float
   weight_decay: float
 
   @property
   def frozen(self) -> bool:
-    """Whether it is never updated."""
+    """Whether the parameter is frozen."""
     return self.lr == 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """An optax transformation, its learning rate by step, and who got what."""
+  """An optax transformation, its schedule and the rules of its parameters."""
 
   tx: optax.GradientTransformation
   schedule: Schedule
-  table: tuple[Row, ...]
+  table: tuple[ParamRule, ...]
   note: str = ""  # What the optimizer says of itself, for the log.
 
 
@@ -87,7 +94,7 @@ def make_optimizer(
 
   Returns:
     Optimizer: the state of `tx` holds moments of the parameters' names and
-    shapes, and none for frozen ones, which stay as they are.
+    shapes, and none for frozen ones, which are unchanged.
 
   Raises:
     ConfigError: an unknown name or multiplier.
@@ -101,7 +108,7 @@ def make_optimizer(
     examples_per_epoch=examples_per_epoch,
   )
   optimizer = _build_optimizer(optim_config)
-  table = rule_table(params, optim_config.get("rules") or ())
+  table = match_param_rules(params, optim_config.get("rules") or ())
   rows = {row.name: row for row in table}
   if all(row.frozen for row in table):
     raise ConfigError("config.optim.rules freeze every parameter.")
@@ -115,10 +122,10 @@ def make_optimizer(
   )
   frozen = map_with_names(lambda name, _: rows[name].frozen, params)
   if any(row.frozen for row in table):
-    learns = jax.tree.map(lambda x: not x, frozen)
-    # Masked rather than multiplied by 0: no moments, no share in the norm.
+    trainable = jax.tree.map(lambda x: not x, frozen)
+    # Masked, so that they have no moments and no part in the norm.
     trained = optax.chain(
-      optax.masked(trained, learns),
+      optax.masked(trained, trainable),
       optax.masked(optax.set_to_zero(), frozen),
     )
   note = ""
@@ -240,11 +247,11 @@ def _build_optimizer(config: schema.Config) -> Any:
 
 
 def _decay_and_multiply(
-  rows: Mapping[str, Row], weight_decay: float
+  rows: Mapping[str, ParamRule], weight_decay: float
 ) -> optax.GradientTransformation:
-  """u to m_lr * (u + weight_decay * m_wd * p)."""
+  """Maps u to m_lr * (u + weight_decay * m_wd * p)."""
 
-  def one(name: str, update: Any, param: Any) -> Any:
+  def apply(name: str, update: Any, param: Any) -> Any:
     row = rows[name]
     decay = weight_decay * row.weight_decay
     if decay:
@@ -252,55 +259,51 @@ def _decay_and_multiply(
     return update if row.lr == 1 else row.lr * update
 
   return optax.stateless(
-    lambda updates, params: map_with_names(one, updates, params)
+    lambda updates, params: map_with_names(apply, updates, params)
   )
 
 
-def rule_table(params: Any, rules: Sequence[Sequence[Any]]) -> tuple[Row, ...]:
-  """Which rule took which parameter.
+def match_param_rules(
+  params: Any, rules: Sequence[Sequence[Any]]
+) -> tuple[ParamRule, ...]:
+  """Matches each parameter with the first rule of the config that fits.
 
   Args:
     params: the parameters, or their shapes.
-    rules: pairs (regex, dict(lr=multiplier, weight_decay=multiplier)); the
-      first one found in a name takes it, and what it doesn't say is as
-      without rules: lr 1, weight_decay 1 for kernels and 0 for the rest.
+    rules: pairs (regex, dict(lr=multiplier, weight_decay=multiplier)). By
+      default lr is 1, and weight_decay 1 for kernels and 0 for the rest.
 
   Raises:
     ConfigError: an unknown or negative multiplier.
     ValueError: a rule that matches no parameter.
   """
+  multipliers = []
   for rule in rules:
-    given = rule[1] if len(rule) == 2 else None
-    if not isinstance(given, Mapping):
+    if len(rule) != 2 or not isinstance(rule[1], Mapping):
       raise ConfigError(
         "config.optim.rules: a rule is (regex, dict(lr=...,"
         f" weight_decay=...)), got {rule!r}."
       )
-    for key, value in given.items():
-      if key not in _MULTIPLIERS:
-        raise ConfigError(
-          f"config.optim.rules: {rule[0]!r} sets {key!r}."
-          f" {did_you_mean(key, _MULTIPLIERS)}"
-        )
-      if not value >= 0:
-        raise ConfigError(
-          f"config.optim.rules: {rule[0]!r} sets {key} to {value!r}, expected"
-          " a multiplier, at least 0."
-        )
-  named = dict(flatten_with_names(params))
-  rows = []
-  for match in match_rules(named, rules, what="config.optim.rules"):
-    decayed = match.name.split("/")[-1] == _DECAYED
-    mults = {"lr": 1.0, "weight_decay": float(decayed)} | (match.value or {})
-    shape = tuple(named[match.name].shape)
-    mults = {key: float(value) for key, value in mults.items()}
-    rows.append(Row(match.name, shape, match.pattern, **mults))
-  return tuple(rows)
+    where = f"config.optim.rules: {rule[0]!r}"
+    multipliers.append(
+      (rule[0], options.build(_Multipliers, rule[1], where=where))
+    )
+  shapes = {name: tuple(x.shape) for name, x in flatten_with_names(params)}
+  table = []
+  for match in match_rules(shapes, multipliers, what="config.optim.rules"):
+    given = match.value or _Multipliers()
+    decay = given.weight_decay
+    if decay is None:
+      decay = float(match.name.split("/")[-1] == _DECAYED)
+    table.append(
+      ParamRule(match.name, shapes[match.name], match.pattern, given.lr, decay)
+    )
+  return tuple(table)
 
 
-def describe(table: Sequence[Row]) -> str:
-  """The table for the log: one line for each rule and pair of multipliers."""
-  groups: dict[Any, list[Row]] = {}
+def describe_rules(table: Sequence[ParamRule]) -> str:
+  """The rules as a table for the log, a line for each pair of multipliers."""
+  groups: dict[Any, list[ParamRule]] = {}
   for row in table:
     key = row.rule or "(no rule)", row.lr, row.weight_decay
     groups.setdefault(key, []).append(row)

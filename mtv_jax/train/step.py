@@ -232,8 +232,8 @@ def make_program(
   )
   shardings = tree_shardings(shapes, mesh, rules)
   abstract = jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=place
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
     ),
     shapes,
     shardings,

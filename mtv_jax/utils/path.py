@@ -1,4 +1,4 @@
-"""The files that a `path` in a config stands for.
+"""Paths in configs: brace ranges, globs and lists.
 
 A path may be a brace range (`cc3m/{00000..00331}.tar`), a brace list
 (`{train,restval}.tar`), a glob (`cc3m/*.tar`), several of these separated by
@@ -49,10 +49,10 @@ def expand_path(
       # Before the glob, so that a name with brackets in it can be given.
       files.append(Path(pattern))
     elif glob.has_magic(pattern):
-      found = sorted(glob.glob(pattern, recursive=True))
-      if not found:
+      matches = sorted(glob.glob(pattern, recursive=True))
+      if not matches:
         raise FileNotFoundError(_nothing(pattern, suffix))
-      files.extend(map(Path, found))
+      files.extend(map(Path, matches))
     else:
       missing.append(pattern)
   if missing:
@@ -91,7 +91,7 @@ def _braces(pattern: str) -> list[str]:
     first, last = match.groups()
     if int(last) < int(first):
       raise ValueError(f"The range {{{inside}}} of {pattern!r} is empty.")
-    # Zeros are kept if the first number has them, as in bash.
+    # Leading zeros as in the first number, like bash.
     width = len(first) if first.startswith("0") else 0
     options = [f"{i:0{width}d}" for i in range(int(first), int(last) + 1)]
   elif "," in inside:

@@ -74,7 +74,7 @@ def test_op_prints_as_it_is_written():
     ("crop(size=big)", 11, "literals"),
     ("  flip|x.y(1)", 8, "an op is a name"),
     ("flip|3", 6, "an op is a name"),
-    ("f(**k)", 1, "not understood"),
+    ("f(**k)", 1, "not allowed"),
   ],
 )
 def test_bad_ops_say_where(text, character, why):
@@ -165,7 +165,7 @@ def test_steps_errors():
       steps("warmup", {"warmup_steps": value}, **UNITS)
   with pytest.raises(ConfigError, match="no known length"):
     steps("warmup", {"warmup_epochs": 1}, batch_size=8)
-  with pytest.raises(ConfigError, match="percentage of what"):
+  with pytest.raises(ConfigError, match="needs a run of known length"):
     steps("warmup", {"warmup_percent": 1}, batch_size=8)
 
 

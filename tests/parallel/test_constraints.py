@@ -21,7 +21,7 @@ def test_check_param_rules():
   moved = [("mlp/fc1/kernel$", (None, ("fsdp", "tensor")))]
   check_param_rules(abstract, both, moved)
   odd = [("mlp/fc1/kernel$", ("tensor", "fsdp"))]
-  with pytest.raises(ValueError, match=r"fc1/kernel along tensor as .*fsdp=1"):
+  with pytest.raises(ValueError, match=r"fc1/kernel over tensor as .*fsdp=1"):
     check_param_rules(abstract, both, odd)
   check_param_rules(abstract, both, odd, keep="fc1")
   for shape in (dict(fsdp=8), dict(tensor=8)):

@@ -284,13 +284,15 @@ def test_schedule_errors():
 
 def test_rule_errors():
   def table(*rules):
-    return optim.rule_table(PARAMS, rules)
+    return optim.match_param_rules(PARAMS, rules)
 
   with pytest.raises(ValueError, match="names are: image/position_embedding"):
     table(("image/pos_embedding", {"lr": 0}))
-  with pytest.raises(ConfigError, match="'wd'. There are: lr, weight_decay"):
+  with pytest.raises(
+    ConfigError, match="no option 'wd'. There are: lr, weight"
+  ):
     table((".", {"wd": 0}))
-  with pytest.raises(ConfigError, match="sets lr to -1"):
+  with pytest.raises(ConfigError, match="lr is -1, expected a number >= 0"):
     table((".", {"lr": -1}))
   with pytest.raises(ConfigError, match="a rule is"):
     table((".", 0.1))
@@ -307,8 +309,8 @@ def test_rule_errors():
 
 
 def test_describe():
-  text = optim.describe(
-    optim.rule_table(PARAMS, [("^image/blocks", {"lr": 0})])
+  text = optim.describe_rules(
+    optim.match_param_rules(PARAMS, [("^image/blocks", {"lr": 0})])
   )
   rows = [line.split() for line in text.split("\n")[1:]]
   # Sorted names: heads (1 number), image (60 in two groups), the rest.
