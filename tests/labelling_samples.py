@@ -59,7 +59,9 @@ class FakeDepth:
 
   def run(self, arrays):
     self.groups.append(arrays["image"].shape)
-    return self._function(self._scale, local_mesh.rows(arrays, self._mesh))
+    return self._function(
+      self._scale, local_mesh.shard_rows(arrays, self._mesh)
+    )
 
   def finish(self, outputs, meta):
     del meta
@@ -69,7 +71,7 @@ class FakeDepth:
 @functools.cache
 def _compiled():
   mesh = local_mesh.local_mesh()
-  return mesh, local_mesh.by_device(_ramps, mesh)
+  return mesh, local_mesh.jit_per_device(_ramps, mesh)
 
 
 def _ramps(scale, arrays):

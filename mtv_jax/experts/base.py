@@ -1,4 +1,4 @@
-"""What labelling asks of an expert."""
+"""Contract of an expert: a model that labels images in batches."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mtv_jax.data.records import Record
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """A record as an expert takes it.
+  """A record's input of an expert.
 
   Attributes:
-    group: records of one group have arrays of the same shapes and can share a
+    group: records of one group have arrays of equal shapes and may share a
       batch.
-    arrays: what goes to the device, without the batch's dimension.
-    meta: what `finish` needs to know of the record.
+    arrays: the device's inputs, without a batch dimension.
+    meta: for `finish`.
   """
 
   group: Hashable
@@ -34,14 +34,15 @@ class Prepared:
 class Expert(Protocol):
   """A model that labels images, a batch at a time.
 
-  `prepare` and `finish` run on the host, in several threads; `run` is called
-  by one, returns before the devices are done, and so keeps them busy.
+  `prepare` and `finish` run on the host in several threads; `run` is called
+  from one thread and returns before the devices are done, which overlaps host
+  and device.
 
   Attributes:
     kind: of the labels, "depth" or "boxes".
-    settings: everything that decides what the labels are (JSON), for the
-      manifest: the model and a hash of its weights, sizes, thresholds.
-    rows: how many rows `run` takes, of all devices of this host together.
+    settings: all that determines the labels (JSON), for the manifest: the
+      model and a hash of its weights, sizes, thresholds.
+    rows: batch size of `run`, over all devices of this host.
   """
 
   kind: str
@@ -51,28 +52,28 @@ class Expert(Protocol):
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
   ) -> Prepared:
-    """Makes a decoded image ready.
+    """Preprocesses a decoded image.
 
     Args:
-      image: as it is shown (EXIF applied), of any size.
-      record: key, captions (perhaps none) and `meta`, what its .json says.
+      image: of any size, with EXIF rotation applied.
+      record: key, captions (possibly none) and `meta`, the fields of its .json.
 
     Raises:
-      BadRecord: it can't be labelled; it is counted, with the reason.
+      BadRecord: it cannot be labelled; it is counted, with the reason.
     """
     ...
 
   def run(
     self, arrays: Mapping[str, np.ndarray]
   ) -> Mapping[str, jax.Array | np.ndarray]:
-    """Starts the model on `rows` records of one group.
+    """Starts the model on a batch of one group.
 
     Args:
-      arrays: each `[rows, ...]`, as `prepare` made them.
+      arrays: those of `prepare`, stacked: `[rows, ...]`.
 
     Returns:
-      Arrays `[rows, ...]` on the devices, or NumPy's of an expert that runs on
-      the host.
+      Arrays `[rows, ...]` on the devices, or NumPy arrays of an expert that
+      runs on the host.
     """
     ...
 
@@ -81,6 +82,6 @@ class Expert(Protocol):
 
     Args:
       outputs: its row of each of `run`'s arrays.
-      meta: from `prepare`.
+      meta: that of `prepare`.
     """
     ...

@@ -1,9 +1,8 @@
-"""Experts on the devices of one host.
+"""Data parallelism of an expert over the devices of one host.
 
-Hosts label different shards and never wait for each other, so a mesh of an
-expert holds this host's devices only. Each of them runs the same program on
-the same number of rows: a label depends neither on how many devices nor on how
-many hosts there are, to the bit.
+Hosts label different shards and never wait for each other, so an expert's mesh
+has this host's devices only. Each device runs the same program on the same
+number of rows: labels are bit-equal for any number of devices and hosts.
 """
 
 from __future__ import annotations
@@ -27,58 +26,58 @@ from mtv_jax.utils.tree import flatten_with_names
 
 
 def local_mesh() -> Mesh:
-  """`(data, fsdp, tensor)` of this host's devices, all of them on `data`."""
-  # In any order: they exchange nothing. One host's part of a pod need not be
-  # what `make_mesh` takes for a whole machine.
+  """`(data, fsdp, tensor)` mesh with all devices of this host on `data`."""
+  # Their order is irrelevant, since they do not communicate; a host's devices
+  # need not be a topology that `make_mesh` accepts.
   devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
   return Mesh(devices, MESH_AXES)
 
 
 def replicate(params: PyTree, mesh: Mesh) -> PyTree:
-  """Parameters, whole on every device of a mesh of this host."""
+  """Copies parameters to every device of a local mesh."""
   return jax.device_put(params, replicated_sharding(mesh))
 
 
-def rows(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Arrays `[rows, ...]` cut over a mesh of this host, in order.
+def shard_rows(
+  arrays: Mapping[str, np.ndarray], mesh: Mesh
+) -> dict[str, jax.Array]:
+  """Shards arrays `[rows, ...]` over a local mesh, in order.
 
   Raises:
-    ConfigError: the devices don't divide the rows.
+    ConfigError: the number of devices does not divide the rows.
   """
   for value in arrays.values():
     check_batch_size(len(value), mesh)
   return jax.device_put(dict(arrays), NamedSharding(mesh, BATCH_SPEC))
 
 
-def by_device(
+def jit_per_device(
   function: Callable[[PyTree, PyTree], PyTree], mesh: Mesh
 ) -> Callable[[PyTree, PyTree], PyTree]:
-  """Compiles a function to run on each device with that device's rows.
-
-  jit compiles it once more for every shape of the rows.
+  """Compiles a function that each device applies to its own rows.
 
   Args:
-    function: from parameters and arrays `[n, ...]` to arrays `[n, ...]`, no
-      row of which depends on another.
-    mesh: of this host.
+    function: from parameters and arrays `[n, ...]` to arrays `[n, ...]`, with
+      independent rows.
+    mesh: a local mesh.
 
   Returns:
-    The function of what `replicate` and `rows` give.
+    A function of the results of `replicate` and `shard_rows`.
   """
-  # Not left to the partitioner: what each device runs is then the program of
-  # one device, by construction.
-  cut = jax.shard_map(
+  # shard_map instead of automatic partitioning: every device then runs the
+  # program of a single device, by construction.
+  mapped = jax.shard_map(
     function,
     mesh=mesh,
     in_specs=(PartitionSpec(), BATCH_SPEC),
     out_specs=BATCH_SPEC,
     check_vma=False,
   )
-  return jax.jit(cut, compiler_options=xla_flags.compiler_options(mesh))
+  return jax.jit(mapped, compiler_options=xla_flags.compiler_options(mesh))
 
 
 def fingerprint(params: PyTree) -> str:
-  """A hash of parameters: of names, types, shapes and numbers."""
+  """Hash of parameters: names, dtypes, shapes and values."""
   digest = hashlib.blake2b(digest_size=8)
   for name, leaf in flatten_with_names(params):
     value = np.ascontiguousarray(leaf)

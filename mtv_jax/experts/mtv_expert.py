@@ -66,7 +66,7 @@ class OwnDepth:
     self._preprocess = encoder.preprocess
     self._side = side
     self._params = _params(encoder, ["depth"])
-    self._function = local_mesh.by_device(
+    self._function = local_mesh.jit_per_device(
       inspect.unwrap(encoder.head_function("depth")), encoder.mesh
     )
     self._mesh = encoder.mesh
@@ -85,7 +85,9 @@ class OwnDepth:
 
   def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """`depth` `[rows, h, w]`, inverse, each image's in its own scale."""
-    return self._function(self._params, local_mesh.rows(arrays, self._mesh))
+    return self._function(
+      self._params, local_mesh.shard_rows(arrays, self._mesh)
+    )
 
   def finish(self, outputs: Mapping[str, np.ndarray], meta: Any) -> Outcome:
     """The label of one image."""
@@ -138,7 +140,7 @@ class OwnBoxes:
     if phrases.vocabulary is not None:
       found = encoder.text(list(phrases.vocabulary))
       self._params["texts"] = local_mesh.replicate(found, encoder.mesh)
-    self._function = local_mesh.by_device(_detector(encoder), encoder.mesh)
+    self._function = local_mesh.jit_per_device(_detector(encoder), encoder.mesh)
     self._mesh = encoder.mesh
 
   def prepare(
@@ -161,7 +163,9 @@ class OwnBoxes:
 
   def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """`boxes` `[rows, m, 4]` and `scores` `[rows, m]`, of m phrases."""
-    return self._function(self._params, local_mesh.rows(arrays, self._mesh))
+    return self._function(
+      self._params, local_mesh.shard_rows(arrays, self._mesh)
+    )
 
   def finish(
     self, outputs: Mapping[str, np.ndarray], meta: Sequence[str]

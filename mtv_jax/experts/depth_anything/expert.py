@@ -93,7 +93,7 @@ class DepthExpert:
     self.rows = batch_size * mesh.size
     self._mesh, self._inputs, self._side = mesh, inputs, side
     self._params = local_mesh.replicate(model.params, mesh)
-    self._function = local_mesh.by_device(
+    self._function = local_mesh.jit_per_device(
       make_function(model.spec, dtype=dtype, mesh=mesh), mesh
     )
     self.settings = {
@@ -117,7 +117,9 @@ class DepthExpert:
 
   def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """`depth` `[rows, h, w]`, inverse, each image's in a scale of its own."""
-    return self._function(self._params, local_mesh.rows(arrays, self._mesh))
+    return self._function(
+      self._params, local_mesh.shard_rows(arrays, self._mesh)
+    )
 
   def finish(self, outputs: Mapping[str, np.ndarray], meta: Any) -> Outcome:
     """The label of one image: the map, averaged to its own size."""

@@ -1,9 +1,14 @@
-"""Labels a whole data set, on any number of hosts.
+"""Labelling of a data set with an expert, on any number of hosts.
 
-Each host labels whole shards on its own devices and claims them one by one
-(see `claims`), starting at a place of its own; hosts exchange nothing but the
-files in the folder of the labels. So any number of them may work on one
-folder, come and go, or be killed: what they make is the same, to the byte.
+A label is written in four steps: the source reads a record; `Expert.prepare`
+turns its image into arrays; `Expert.run` runs the model on a batch
+(`batching.py`); `Expert.finish` turns the outputs into a `DepthLabel` or
+`BoxLabel` (`data/labels/label_values.py`), which `LabelWriter` writes.
+
+Each host labels whole shards on its own devices and leases them one by one
+(`shard_lease.py`); hosts communicate only through files in the label set's
+folder. Any number of hosts may join, leave or be killed: the label set is
+byte-identical.
 """
 
 from __future__ import annotations
@@ -18,14 +23,15 @@ from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
 from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling import batching
-from mtv_jax.experts.labelling.shard_lease import Claims
+from mtv_jax.experts.labelling.shard_lease import ShardLeases
 from mtv_jax.parallel.mesh import HostRows
 from mtv_jax.utils import atomic
+from mtv_jax.utils.errors import InputError
 
 log = logging.getLogger(__name__)
 
-# Seconds between two looks at the shards that others label, which grow.
-_SHORTEST, _LONGEST = 0.2, 5.0
+# Seconds between checks of the shards of other hosts, doubling.
+_MIN_WAIT, _MAX_WAIT = 0.2, 5.0
 
 
 def run(
@@ -37,78 +43,78 @@ def run(
   threads: int | None = None,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
-  """Labels the shards that have no labels yet, and finishes the set.
+  """Labels the shards without labels and completes the label set.
 
-  Returns when all shards are labelled, also those of other hosts: a host that
-  has nothing left to do takes over those of hosts that are gone.
+  Returns when all shards are labelled, those of other hosts included; a host
+  without shards left takes over those of dead hosts.
 
   Args:
-    expert: makes the labels.
-    base: the source, of tars or ArrayRecord files.
-    out: the folder; made if needed.
-    host: which of how many start at the same time, so that each begins
-      elsewhere; 0 of 1 by default, which is right for hosts that are started
-      by hand, too.
-    threads: that decode, prepare and finish; one a core by default.
-    progress: is called with the records that are done, by any host, and all.
+    expert: the model.
+    base: the source to label.
+    out: folder of the label set; created if needed.
+    host: index and number of hosts that start together, so that each begins
+      with another shard; 0 of 1 by default, also for hosts started by hand.
+    threads: decoding, preparing and finishing; one per core by default.
+    progress: called with the number of records done, by any host, and the
+      total.
 
   Raises:
-    FileExistsError: the folder holds labels made with other settings.
+    FileExistsError: the folder has labels of other settings.
     LabelError: no record has a label.
-    ValueError: fewer than one thread.
+    InputError: fewer than one thread.
   """
   if threads is not None and threads < 1:
-    raise ValueError(f"threads={threads}; expected at least 1.")
+    raise InputError(f"threads={threads}; expected at least 1.")
   writer = LabelWriter(
     out, kind=expert.kind, base=base, settings=expert.settings
   )
   threads = os.cpu_count() or 1 if threads is None else threads
-  claims = Claims(writer.out)
+  leases = ShardLeases(writer.out)
   with futures.ThreadPoolExecutor(threads) as pool:
-    job = _Job(expert, writer, claims, pool, threads, progress)
+    job = _HostJob(expert, writer, leases, pool, threads, progress)
     try:
       job.run(host or HostRows(0, 1))
     finally:
       pool.shutdown(wait=False, cancel_futures=True)
-  claims.sweep()
+  leases.sweep()
   return writer.finish()
 
 
-class _Job:
-  """One host's part."""
+class _HostJob:
+  """The part of one host."""
 
   def __init__(
     self,
     expert: Expert,
     writer: LabelWriter,
-    claims: Claims,
+    leases: ShardLeases,
     pool: futures.ThreadPoolExecutor,
     threads: int,
     progress: Callable[[int, int], None],
   ):
     self._expert = expert
     self._writer = writer
-    self._claims = claims
+    self._leases = leases
     self._pool = pool
     self._threads = threads
     self._progress = progress
     self._done = 0
 
   def run(self, host: HostRows) -> None:
-    """Returns when every shard has its labels."""
-    count, wait = len(self._writer.names), _SHORTEST
+    """Returns when every shard is labelled."""
+    count, wait = len(self._writer.names), _MIN_WAIT
     first = count * host.index // host.count
     while todo := self._todo():
-      # From its own place to the end, and on from the start.
+      # From this host's first shard to the end, then from the start.
       order = [s for s in todo if s >= first] + [s for s in todo if s < first]
-      taken = next((shard for shard in order if self._label(shard)), None)
-      if taken is not None:
-        first, wait = taken, _SHORTEST
+      labelled = next((shard for shard in order if self._label(shard)), None)
+      if labelled is not None:
+        first, wait = labelled, _MIN_WAIT
         continue
-      if wait == _SHORTEST:
-        self._say_waiting(order)
+      if wait == _MIN_WAIT:
+        self._log_waiting(order)
       time.sleep(wait)
-      wait = min(2 * wait, _LONGEST)
+      wait = min(2 * wait, _MAX_WAIT)
 
   def _todo(self) -> Sequence[int]:
     writer = self._writer
@@ -119,19 +125,20 @@ class _Job:
     return todo
 
   def _label(self, shard: int) -> bool:
-    """Labels a shard unless somebody else is at it; whether it did."""
+    """Labels a shard that no other process has leased; whether it did."""
     if self._writer.done(shard):
       return False
-    with self._claims.take(self._writer.names[shard]) as taken:
-      # Somebody may have finished it just before it was taken.
-      if not taken or self._writer.done(shard):
+    name = self._writer.names[shard]
+    with self._leases.acquire(name) as acquired:
+      # Another process may have finished it just before.
+      if not acquired or self._writer.done(shard):
         return False
       try:
         self._writer.write(shard, self._entries(shard))
       except FileNotFoundError:
-        # This process slept so long that another one took the shard over and
-        # cleaned up; what that one makes, or has made, is the same.
-        holder = self._claims.holder(self._writer.names[shard])
+        # This process was suspended for so long that another one took the
+        # shard over and removed its files; that one's labels are the same.
+        holder = self._leases.holder(name)
         lost = holder is not None and holder.owner != atomic.current_process()
         if not (lost or self._writer.done(shard)):
           raise
@@ -150,13 +157,12 @@ class _Job:
       self._progress(min(self._done, total), total)
       yield entry
 
-  def _say_waiting(self, shards: Sequence[int]) -> None:
+  def _log_waiting(self, shards: Sequence[int]) -> None:
     names = [self._writer.names[shard] for shard in shards]
-    held = [(name, self._claims.holder(name)) for name in names]
-    told = [f"{name} ({claim})" for name, claim in held[:3] if claim]
+    holders = [(name, self._leases.holder(name)) for name in names[:3]]
     log.info(
-      "Nothing is left to take: waiting for %d shards that others label: %s%s.",
+      "No shard is left to lease: waiting for %d shards of other hosts: %s%s.",
       len(names),
-      ", ".join(told),
-      ", ..." if len(held) > 3 else "",
+      ", ".join(f"{name} ({lease})" for name, lease in holders if lease),
+      ", ..." if len(names) > 3 else "",
     )

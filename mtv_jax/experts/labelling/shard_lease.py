@@ -1,17 +1,17 @@
-"""Who labels which shard: claims, as files in the folder of the labels.
+"""Leases on shards: files through which hosts divide the work of labelling.
 
-`.NAME.claim` holds who made it, and is touched as long as that process lives.
-It can be taken over from a process that is known to be dead, or has not
-touched it for `atomic.STALE_SECONDS` by the clock of the file system. Claims
-save work and no more: a shard that two processes label at the same time comes
-out the same, and its files are replaced whole.
+`.NAME.claim` names its process, which updates the modification time while it
+lives. A lease expires when its process is known to be dead, or has not updated
+it for `atomic.STALE_SECONDS` by the clock of the file system. Leases only save
+work: a shard that two processes label at once is identical, and its files are
+replaced whole.
 
-To take over is to make the next claim, `.NAME.claim.1`, and never to move or
-replace the one before: whoever looks in between would find none. A claim counts
-if there is no other one of a living process. Everybody looks for others after
-making their own, so of two the later one to look sees the other and gives way.
-That needs no more of a file system than that one of several can make a file;
-locks would end with their process, and are none on some shared folders.
+A takeover creates the next lease, `.NAME.claim.1`, and never moves or replaces
+the previous one, which would leave a moment without any. A lease is valid if no
+other live process has one. Every process checks for others after creating its
+own, so of two the later check sees the other and yields. This needs nothing of
+a file system but exclusive creation; locks end with their process, and some
+shared file systems lack them.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from collections.abc import Iterator
 from mtv_jax.utils import atomic
 from mtv_jax.utils.atomic import Owner
 
-_TOUCHES = 10  # in the time after which a claim is stale
+_RENEWALS = 10  # Within the time after which a lease expires.
 
 
 @dataclasses.dataclass(frozen=True)
-class Claim:
-  """What a claim's file says.
+class Lease:
+  """The content of a lease's file.
 
   Attributes:
-    host: a name, for people.
-    owner: None where the file is damaged.
+    host: its name, for messages.
+    owner: the process; None where the file is damaged.
   """
 
   host: str
@@ -50,11 +50,11 @@ class Claim:
     return f"process {self.owner.pid} on {self.host}"
 
 
-class Claims:
-  """Claims of this process on the shards of a folder.
+class ShardLeases:
+  """This process's leases on the shards of a label set.
 
   Args:
-    folder: of the labels.
+    folder: of the label set.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -64,9 +64,9 @@ class Claims:
     return self._folder / f".{name}.claim{f'.{number}' if number else ''}"
 
   def _files(self, name: str) -> Iterator[pathlib.Path]:
-    """Where claims on a shard are; the first there may be before others.
+    """Lease files of a shard; the first may not exist.
 
-    That one is most often all there is to see, and a folder long to list.
+    It is tried before the rest, since listing a large folder is slow.
     """
     first = self._file(name)
     yield first
@@ -75,83 +75,83 @@ class Claims:
         yield file
 
   @contextlib.contextmanager
-  def take(self, name: str) -> Iterator[bool]:
-    """Claims a shard, and lets go of it at the end.
+  def acquire(self, name: str) -> Iterator[bool]:
+    """Leases a shard, and releases it at the end.
 
     Yields:
-      Whether it could be had; False if somebody else is at it.
+      Whether the lease was granted; False if another process has it.
     """
-    claim = self._claim(name)
-    if claim is None:
+    lease = self._try_acquire(name)
+    if lease is None:
       yield False
       return
-    file, handle = claim
+    file, handle = lease
     try:
-      with _touched(handle):
+      with _renewed(handle):
         yield True
     finally:
-      _let_go(file, handle)
+      _release(file, handle)
 
-  def _claim(self, name: str) -> tuple[pathlib.Path, int] | None:
-    """This process's claim, open; None if there is one of another."""
+  def _try_acquire(self, name: str) -> tuple[pathlib.Path, int] | None:
+    """The file and handle of a new lease; None if another process has one."""
     file = self._file(name)
     handle = _create(file)
     if handle is None:
-      left = self._left(name)
-      if left is None:
+      expired = self._expired(name)
+      if expired is None:
         return None
-      file = self._file(name, 1 + max(map(_number, left), default=0))
+      file = self._file(name, 1 + max(map(_number, expired), default=0))
       handle = _create(file)
       if handle is None:
         return None
-    with contextlib.ExitStack() as otherwise:
-      otherwise.callback(_let_go, file, handle)
-      said = {
+    with contextlib.ExitStack() as on_failure:
+      on_failure.callback(_release, file, handle)
+      content = {
         "host": socket.gethostname(),
         "owner": str(atomic.current_process()),
       }
-      os.write(handle, json.dumps(said).encode())
-      left = self._left(name, but=file)
-      if left is None:
+      os.write(handle, json.dumps(content).encode())
+      expired = self._expired(name, ignore=file)
+      if expired is None:
         return None
-      self._clean(name, left)
-      otherwise.pop_all()
+      self._remove(name, expired)
+      on_failure.pop_all()
     return file, handle
 
-  def _left(
-    self, name: str, *, but: pathlib.Path | None = None
+  def _expired(
+    self, name: str, *, ignore: pathlib.Path | None = None
   ) -> list[pathlib.Path] | None:
-    """Claims of processes that are gone; None if there is one of another."""
-    left = []
+    """Expired leases; None if another process has a valid one."""
+    expired = []
     for file in self._files(name):
-      if file == but:
+      if file == ignore:
         continue
       try:
         if not atomic.is_abandoned(file, _read(file).owner):
           return None
       except FileNotFoundError:
         continue
-      left.append(file)
-    return left
+      expired.append(file)
+    return expired
 
-  def _clean(self, name: str, left: list[pathlib.Path]) -> None:
-    """Removes claims of processes that are gone, and their half a shard."""
-    for file in left:
-      # If another is there by now, its process sees ours and gives way.
+  def _remove(self, name: str, expired: list[pathlib.Path]) -> None:
+    """Removes expired leases and the unfinished files of their processes."""
+    for file in expired:
+      # A process that has replaced it meanwhile sees ours and yields.
       file.unlink(missing_ok=True)
-    if left:
+    if expired:
       atomic.remove_abandoned(self._folder, name=f"{name}.")
       atomic.remove_abandoned(self._folder, name=f"{name}_")
 
-  def holder(self, name: str) -> Claim | None:
-    """Who has claimed a shard, the last one."""
+  def holder(self, name: str) -> Lease | None:
+    """The latest lease on a shard."""
     for file in sorted(self._files(name), key=_number, reverse=True):
       with contextlib.suppress(FileNotFoundError):
         return _read(file)
     return None
 
   def sweep(self) -> None:
-    """Removes what dead processes have left in the folder, of any shard."""
+    """Removes leases and temporary files of dead processes, of any shard."""
     atomic.remove_abandoned(self._folder)
     for pattern in (".*.claim", ".*.claim.[1-9]*"):
       for file in self._folder.glob(pattern):
@@ -161,7 +161,7 @@ class Claims:
 
 
 def _number(file: pathlib.Path) -> int:
-  """How many claims a claim has taken the place of."""
+  """The number of takeovers before a lease."""
   last = file.suffix[1:]
   return int(last) if last.isdigit() else 0
 
@@ -174,29 +174,28 @@ def _create(file: pathlib.Path) -> int | None:
     return None
 
 
-def _read(file: pathlib.Path) -> Claim:
+def _read(file: pathlib.Path) -> Lease:
   try:
-    said = json.loads(file.read_bytes())
-    return Claim(str(said["host"]), Owner.parse(said["owner"]))
+    content = json.loads(file.read_bytes())
+    return Lease(str(content["host"]), Owner.parse(content["owner"]))
   except (ValueError, LookupError, TypeError, AttributeError):
-    # Its process was killed between making and writing it, or is about to
-    # write it.
-    return Claim("", None)
+    # Created and not yet written; its process may have been killed in between.
+    return Lease("", None)
 
 
 @contextlib.contextmanager
-def _touched(handle: int) -> Iterator[None]:
-  """Meanwhile, a thread keeps a file young."""
+def _renewed(handle: int) -> Iterator[None]:
+  """Renews a lease from a thread."""
   done = threading.Event()
 
-  def touch() -> None:
-    while not done.wait(atomic.STALE_SECONDS / _TOUCHES):
-      # By its handle, not to touch a claim that others have made since. A
-      # file system that can't answer now may do so the next time.
+  def renew() -> None:
+    while not done.wait(atomic.STALE_SECONDS / _RENEWALS):
+      # By its handle, so as not to renew the lease of another process. A file
+      # system that fails now may recover until the next renewal.
       with contextlib.suppress(OSError):
         os.utime(handle)
 
-  thread = threading.Thread(target=touch, name="claim", daemon=True)
+  thread = threading.Thread(target=renew, name="lease", daemon=True)
   thread.start()
   try:
     yield
@@ -205,7 +204,7 @@ def _touched(handle: int) -> Iterator[None]:
     thread.join()
 
 
-def _let_go(file: pathlib.Path, handle: int) -> None:
+def _release(file: pathlib.Path, handle: int) -> None:
   try:
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.fstat(handle), file.stat()):

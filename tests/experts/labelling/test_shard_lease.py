@@ -1,4 +1,4 @@
-"""Who labels which shard: claims, left ones, and who takes them over."""
+"""Who labels which shard: leases, left ones, and who takes them over."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ import pytest
 from labelling_samples import ELSEWHERE, claim
 
 from mtv_jax.experts.labelling import shard_lease
-from mtv_jax.experts.labelling.shard_lease import Claims
+from mtv_jax.experts.labelling.shard_lease import ShardLeases
 from mtv_jax.utils import atomic
 
 
@@ -26,8 +26,12 @@ def dead_owner():
 
 
 def test_a_claim_is_exclusive_and_let_go_of(tmp_path):
-  mine = Claims(tmp_path)
-  with mine.take("a") as taken, mine.take("a") as again, mine.take("b") as b:
+  mine = ShardLeases(tmp_path)
+  with (
+    mine.acquire("a") as taken,
+    mine.acquire("a") as again,
+    mine.acquire("b") as b,
+  ):
     assert (taken, again, b) == (True, False, True)
     assert str(mine.holder("a")).startswith(f"process {os.getpid()} on ")
   assert mine.holder("a") is None
@@ -51,7 +55,7 @@ def test_a_claim_is_exclusive_and_let_go_of(tmp_path):
     ("damaged", 400, True),
   ],
 )
-def test_claims_of_processes_that_are_gone(tmp_path, owner, age, gone):
+def test_leases_of_processes_that_are_gone(tmp_path, owner, age, gone):
   file = claim(tmp_path, "00001", owner, age=age)
   halves = [
     tmp_path / f".{name}.{owner}.3.tmp"
@@ -60,12 +64,12 @@ def test_claims_of_processes_that_are_gone(tmp_path, owner, age, gone):
   for half in halves:
     half.touch()
     os.utime(half, (time.time() - age,) * 2)
-  with Claims(tmp_path).take("00001") as taken:
+  with ShardLeases(tmp_path).acquire("00001") as taken:
     assert taken == gone
   assert file.exists() != gone
   if owner != "damaged":
     assert [half.exists() for half in halves] == [not gone, not gone, True]
-    Claims(tmp_path).sweep()
+    ShardLeases(tmp_path).sweep()
     assert (list(tmp_path.iterdir()) == []) == gone
 
 
@@ -80,7 +84,7 @@ def test_a_claim_that_was_taken_over_meanwhile_stays(tmp_path, monkeypatch):
     return result
 
   monkeypatch.setattr(shard_lease.atomic, "is_abandoned", slow)
-  with Claims(tmp_path).take("a") as taken:
+  with ShardLeases(tmp_path).acquire("a") as taken:
     assert not taken
   assert json.loads(file.read_text())["owner"] == str(ELSEWHERE)
   assert [f.name for f in tmp_path.iterdir()] == [".a.claim"]
@@ -101,7 +105,7 @@ def test_who_looked_before_a_takeover_takes_nothing_after_it(
   def slow(path, owner):
     result = is_left(path, owner)
     monkeypatch.setattr(shard_lease.atomic, "is_abandoned", is_left)
-    held.append(faster.enter_context(Claims(tmp_path).take("a")))
+    held.append(faster.enter_context(ShardLeases(tmp_path).acquire("a")))
     return result
 
   def at_line(frame, event, _):
@@ -109,7 +113,7 @@ def test_who_looked_before_a_takeover_takes_nothing_after_it(
       return None
     if event == "line" and held:
       sys.settrace(None)
-      with Claims(tmp_path).take("a") as third:
+      with ShardLeases(tmp_path).acquire("a") as third:
         tried.append(third)
       sys.settrace(at_line)
     return at_line
@@ -119,14 +123,14 @@ def test_who_looked_before_a_takeover_takes_nothing_after_it(
   with contextlib.ExitStack() as faster:
     sys.settrace(at_line)
     try:
-      with Claims(tmp_path).take("a") as taken:
+      with ShardLeases(tmp_path).acquire("a") as taken:
         sys.settrace(before)
         assert not taken
     finally:
       sys.settrace(before)
     assert held == [True] and len(tried) > 3 and not any(tried)
     assert len(names(tmp_path)) == 1
-    assert Claims(tmp_path).holder("a").owner == atomic.current_process()
+    assert ShardLeases(tmp_path).holder("a").owner == atomic.current_process()
   assert names(tmp_path) == []
 
 
@@ -139,11 +143,11 @@ def test_who_dies_in_a_takeover_is_taken_over_too(tmp_path, owner):
     os.replace(claim(tmp_path, "b", owner, age=old), tmp_path / f".a.{end}")
   # Of another shard, whose name looks alike.
   claim(tmp_path, "a.claim", ELSEWHERE)
-  with Claims(tmp_path).take("a") as taken:
+  with ShardLeases(tmp_path).acquire("a") as taken:
     assert taken
     assert names(tmp_path) == [".a.claim.13", ".a.claim.claim"]
-    assert Claims(tmp_path).holder("a").owner == atomic.current_process()
-    with Claims(tmp_path).take("a") as again:
+    assert ShardLeases(tmp_path).holder("a").owner == atomic.current_process()
+    with ShardLeases(tmp_path).acquire("a") as again:
       assert not again
   assert names(tmp_path) == [".a.claim.claim"]
 
@@ -151,11 +155,11 @@ def test_who_dies_in_a_takeover_is_taken_over_too(tmp_path, owner):
 def test_the_claim_of_who_took_over_counts_without_the_first(tmp_path):
   file = claim(tmp_path, "a", ELSEWHERE)
   os.replace(file, tmp_path / ".a.claim.1")
-  with Claims(tmp_path).take("a") as taken:
+  with ShardLeases(tmp_path).acquire("a") as taken:
     assert not taken
-  assert str(Claims(tmp_path).holder("a")) == "process 1 on there"
+  assert str(ShardLeases(tmp_path).holder("a")) == "process 1 on there"
   os.utime(tmp_path / ".a.claim.1", (0, 0))
-  Claims(tmp_path).sweep()
+  ShardLeases(tmp_path).sweep()
   assert names(tmp_path) == []
 
 
@@ -164,7 +168,10 @@ def test_a_claim_that_cannot_be_written_is_let_go_of(tmp_path, monkeypatch):
     raise OSError(errno.ENOSPC, "No space left on device")
 
   monkeypatch.setattr(shard_lease.os, "write", full)
-  with pytest.raises(OSError, match="No space"), Claims(tmp_path).take("a"):
+  with (
+    pytest.raises(OSError, match="No space"),
+    ShardLeases(tmp_path).acquire("a"),
+  ):
     pass
   assert names(tmp_path) == []
 
@@ -180,7 +187,7 @@ def test_of_many_that_take_over_one_wins(tmp_path):
   def contend():
     for number in range(rounds):
       barrier.wait()
-      with Claims(tmp_path).take(f"{number}") as taken:
+      with ShardLeases(tmp_path).acquire(f"{number}") as taken:
         wins[number].append(taken)
         barrier.wait()
 
@@ -196,12 +203,12 @@ def test_of_many_that_take_over_one_wins(tmp_path):
 
 _PROCESS = """
 import contextlib, pathlib, sys
-from mtv_jax.experts.labelling.shard_lease import Claims
-claims = Claims(pathlib.Path(sys.argv[1]))
+from mtv_jax.experts.labelling.shard_lease import ShardLeases
+leases = ShardLeases(pathlib.Path(sys.argv[1]))
 with contextlib.ExitStack() as stack:
   print("ready", flush=True)
   for line in sys.stdin:
-    taken = stack.enter_context(claims.take(line.strip()))
+    taken = stack.enter_context(leases.acquire(line.strip()))
     print(int(taken), flush=True)
 """
 
@@ -236,7 +243,7 @@ def test_of_processes_that_take_over_one_wins(tmp_path, repo_root):
 
 def test_a_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
   monkeypatch.setattr(atomic, "STALE_SECONDS", 0.2)
-  with Claims(tmp_path).take("a"):
+  with ShardLeases(tmp_path).acquire("a"):
     os.utime(tmp_path / ".a.claim", (0, 0))
     time.sleep(0.3)
     assert atomic.seconds_since_modified(tmp_path / ".a.claim") < 10
