@@ -59,9 +59,7 @@ class FakeDepth:
 
   def run(self, arrays):
     self.groups.append(arrays["image"].shape)
-    return self._function(
-      self._scale, local_mesh.shard_rows(arrays, self._mesh)
-    )
+    return self._function(self._scale, local_mesh.shard(arrays, self._mesh))
 
   def finish(self, outputs, meta):
     del meta

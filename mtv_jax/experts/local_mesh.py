@@ -38,9 +38,7 @@ def replicate(params: PyTree, mesh: Mesh) -> PyTree:
   return jax.device_put(params, replicated_sharding(mesh))
 
 
-def shard_rows(
-  arrays: Mapping[str, np.ndarray], mesh: Mesh
-) -> dict[str, jax.Array]:
+def shard(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """Shards arrays `[rows, ...]` over a local mesh, in order.
 
   Raises:
@@ -62,7 +60,7 @@ def jit_per_device(
     mesh: a local mesh.
 
   Returns:
-    A function of the results of `replicate` and `shard_rows`.
+    A function of the results of `replicate` and `shard`.
   """
   # shard_map instead of automatic partitioning: every device then runs the
   # program of a single device, by construction.

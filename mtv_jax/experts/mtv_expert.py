@@ -85,9 +85,7 @@ class OwnDepth:
 
   def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """`depth` `[rows, h, w]`, inverse, each image's in its own scale."""
-    return self._function(
-      self._params, local_mesh.shard_rows(arrays, self._mesh)
-    )
+    return self._function(self._params, local_mesh.shard(arrays, self._mesh))
 
   def finish(self, outputs: Mapping[str, np.ndarray], meta: Any) -> Outcome:
     """The label of one image."""
@@ -163,9 +161,7 @@ class OwnBoxes:
 
   def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """`boxes` `[rows, m, 4]` and `scores` `[rows, m]`, of m phrases."""
-    return self._function(
-      self._params, local_mesh.shard_rows(arrays, self._mesh)
-    )
+    return self._function(self._params, local_mesh.shard(arrays, self._mesh))
 
   def finish(
     self, outputs: Mapping[str, np.ndarray], meta: Sequence[str]

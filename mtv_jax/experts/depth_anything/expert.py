@@ -117,9 +117,7 @@ class DepthExpert:
 
   def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """`depth` `[rows, h, w]`, inverse, each image's in a scale of its own."""
-    return self._function(
-      self._params, local_mesh.shard_rows(arrays, self._mesh)
-    )
+    return self._function(self._params, local_mesh.shard(arrays, self._mesh))
 
   def finish(self, outputs: Mapping[str, np.ndarray], meta: Any) -> Outcome:
     """The label of one image: the map, averaged to its own size."""

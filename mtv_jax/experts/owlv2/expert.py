@@ -109,7 +109,7 @@ class Owlv2Boxes:
     if phrases.vocabulary is not None:
       tokens = self._tokens(phrases.vocabulary)
       slots = np.tile(self._queries.find(tokens), (rows, 1))
-      self._slots = local_mesh.shard_rows({"slots": slots}, mesh)["slots"]
+      self._slots = local_mesh.shard({"slots": slots}, mesh)["slots"]
 
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
@@ -144,12 +144,12 @@ class Owlv2Boxes:
 
   def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """The best `CANDIDATES` boxes, see `Programs.score`."""
-    pixels = local_mesh.shard_rows({"pixels": arrays["pixels"]}, self._mesh)
+    pixels = local_mesh.shard({"pixels": arrays["pixels"]}, self._mesh)
     patches = self._detect(self._params, pixels)
     slots = self._slots
     if slots is None:
       found = self._queries.find(arrays["tokens"])
-      slots = local_mesh.shard_rows({"slots": found}, self._mesh)["slots"]
+      slots = local_mesh.shard({"slots": found}, self._mesh)["slots"]
     consts = {
       "table": self._queries.table,
       "threshold": np.float32(self._options["threshold"]),

@@ -121,7 +121,7 @@ class Queries:
         _, slot = self._slots.popitem(last=False)
       self._slots[key] = slot
       tokens[place], slots[place] = rows[i], slot
-    placed = local_mesh.shard_rows({"tokens": tokens}, self._mesh)
+    placed = local_mesh.shard({"tokens": tokens}, self._mesh)
     found = self._embed(self._params, placed)
     self._table = self._write(self._table, slots, found)
     self.encoded += len(new)

@@ -390,7 +390,7 @@ def test_waiting_is_said(tmp_path, caplog):
   with caplog.at_level(logging.INFO, "mtv_jax.experts.labelling.run"):
     labelling.run(FakeDepth(), open_base(base), out, threads=1)
   assert (
-    "waiting for 1 shards that others label: 00000 (process 1 on there)."
+    "waiting for 1 shards of other hosts: 00000 (process 1 on there)."
     in caplog.text
   )
 

@@ -1,4 +1,4 @@
-"""Who labels which shard: leases, left ones, and who takes them over."""
+"""Leases on shards: exclusive, expiring, taken over by one process."""
 
 import contextlib
 import errno
@@ -18,14 +18,14 @@ from mtv_jax.utils import atomic
 
 
 def dead_owner():
-  """A process of this machine that was."""
+  """A dead process of this machine."""
   process = subprocess.Popen([sys.executable, "-c", ""])
   process.wait()
   mine = atomic.current_process()
   return atomic.Owner(mine.machine, process.pid, mine.token)
 
 
-def test_a_claim_is_exclusive_and_let_go_of(tmp_path):
+def test_a_lease_is_exclusive_and_released(tmp_path):
   mine = ShardLeases(tmp_path)
   with (
     mine.acquire("a") as taken,
@@ -55,7 +55,7 @@ def test_a_claim_is_exclusive_and_let_go_of(tmp_path):
     ("damaged", 400, True),
   ],
 )
-def test_leases_of_processes_that_are_gone(tmp_path, owner, age, gone):
+def test_leases_of_dead_processes_expire(tmp_path, owner, age, gone):
   file = claim(tmp_path, "00001", owner, age=age)
   halves = [
     tmp_path / f".{name}.{owner}.3.tmp"
@@ -73,7 +73,7 @@ def test_leases_of_processes_that_are_gone(tmp_path, owner, age, gone):
     assert (list(tmp_path.iterdir()) == []) == gone
 
 
-def test_a_claim_that_was_taken_over_meanwhile_stays(tmp_path, monkeypatch):
+def test_release_leaves_the_lease_of_another_process(tmp_path, monkeypatch):
   file = claim(tmp_path, "a", dead_owner())
   is_left = atomic.is_abandoned
 
@@ -94,10 +94,10 @@ def names(folder):
   return sorted(file.name for file in folder.iterdir())
 
 
-def test_who_looked_before_a_takeover_takes_nothing_after_it(
+def test_a_check_before_a_takeover_grants_nothing_after_it(
   tmp_path, monkeypatch
 ):
-  """Nor does a third get it, whatever line the second one is at."""
+  """A third process is refused at every line of the second one."""
   claim(tmp_path, "a", dead_owner())
   is_left = atomic.is_abandoned
   held, tried = [], []
@@ -135,7 +135,7 @@ def test_who_looked_before_a_takeover_takes_nothing_after_it(
 
 
 @pytest.mark.parametrize("owner", [dead_owner(), ELSEWHERE, "damaged"])
-def test_who_dies_in_a_takeover_is_taken_over_too(tmp_path, owner):
+def test_a_process_that_dies_in_a_takeover_is_taken_over(tmp_path, owner):
   # Of the three, the last one died before it could remove the others.
   old = 0 if isinstance(owner, atomic.Owner) and owner.is_dead else 400
   claim(tmp_path, "a", dead_owner())
@@ -152,7 +152,7 @@ def test_who_dies_in_a_takeover_is_taken_over_too(tmp_path, owner):
   assert names(tmp_path) == [".a.claim.claim"]
 
 
-def test_the_claim_of_who_took_over_counts_without_the_first(tmp_path):
+def test_a_takeover_is_valid_without_the_first_lease(tmp_path):
   file = claim(tmp_path, "a", ELSEWHERE)
   os.replace(file, tmp_path / ".a.claim.1")
   with ShardLeases(tmp_path).acquire("a") as taken:
@@ -163,7 +163,7 @@ def test_the_claim_of_who_took_over_counts_without_the_first(tmp_path):
   assert names(tmp_path) == []
 
 
-def test_a_claim_that_cannot_be_written_is_let_go_of(tmp_path, monkeypatch):
+def test_a_lease_that_cannot_be_written_is_released(tmp_path, monkeypatch):
   def full(handle, data):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -176,8 +176,8 @@ def test_a_claim_that_cannot_be_written_is_let_go_of(tmp_path, monkeypatch):
   assert names(tmp_path) == []
 
 
-def test_of_many_that_take_over_one_wins(tmp_path):
-  """Again and again, as two that both win do so once in hundreds of times."""
+def test_one_of_many_takeovers_wins(tmp_path):
+  """Repeated, since a race shows once in hundreds of times."""
   rounds, many = 150, 8
   for number in range(rounds):
     claim(tmp_path, f"{number}", ELSEWHERE, age=1000)
@@ -213,7 +213,7 @@ with contextlib.ExitStack() as stack:
 """
 
 
-def test_of_processes_that_take_over_one_wins(tmp_path, repo_root):
+def test_one_of_many_processes_takes_over(tmp_path, repo_root):
   rounds = [f"{number}" for number in range(50)]
   for name in rounds:
     claim(tmp_path, name, ELSEWHERE, age=1000)
@@ -241,7 +241,7 @@ def test_of_processes_that_take_over_one_wins(tmp_path, repo_root):
   assert names(tmp_path) == []
 
 
-def test_a_claim_is_touched_while_it_is_held(tmp_path, monkeypatch):
+def test_a_lease_is_renewed(tmp_path, monkeypatch):
   monkeypatch.setattr(atomic, "STALE_SECONDS", 0.2)
   with ShardLeases(tmp_path).acquire("a"):
     os.utime(tmp_path / ".a.claim", (0, 0))
