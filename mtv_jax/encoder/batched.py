@@ -46,17 +46,17 @@ def in_batches(
     By name, the results of all items in order, without padding.
   """
   size = padded_batch(count, batch_size, num_batch_shards(mesh))
-  placing = NamedSharding(mesh, BATCH_SPEC)
-  rows = _local_rows(placing, size)
+  sharding = NamedSharding(mesh, BATCH_SPEC)
+  rows = _local_rows(sharding, size)
   results = collections.defaultdict(list)
 
   def collect(out: dict[str, jax.Array], start: int) -> None:
     for name, value in out.items():
       results[name].append(np.asarray(value)[: count - start])
 
-  def place(array: np.ndarray) -> jax.Array:
+  def put(array: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(
-      array.shape, placing, lambda index: array[index]
+      array.shape, sharding, lambda index: array[index]
     )
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -70,7 +70,7 @@ def in_batches(
     for start in tqdm.tqdm(steps, desc="encode", leave=False, disable=None):
       batch = _assemble(ready, blank, size)
       ready = submit(start + size)
-      out = function(jax.tree.map(place, batch))
+      out = function(jax.tree.map(put, batch))
       if running:
         collect(*running)
       running = (out, start)
@@ -92,8 +92,8 @@ def padded_batch(count: int, batch_size: int, shards: int) -> int:
   return -(-batch_size // shards) * shards
 
 
-def _local_rows(placing: NamedSharding, size: int) -> list[int]:
-  indices = placing.addressable_devices_indices_map((size,)).values()
+def _local_rows(sharding: NamedSharding, size: int) -> list[int]:
+  indices = sharding.addressable_devices_indices_map((size,)).values()
   return sorted({r for i in indices for r in range(*i[0].indices(size))})
 
 

@@ -154,7 +154,7 @@ class Encoder:
     self.weights = weights
     self.source = source
     self.prediction_heads = dict(prediction_heads or {})
-    self.params = _place(params, self.mesh)
+    self.params = _put_on_mesh(params, self.mesh)
     if spec.text is not None and tokenizer is not None:
       tokenizers.check_vocabulary(tokenizer, spec.text.vocab_size)
 
@@ -585,17 +585,16 @@ def _mesh_of(params: PyTree) -> Mesh | None:
   return None
 
 
-def _place(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
+def _put_on_mesh(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
   """Puts NumPy leaves on the mesh; arrays that are on it stay."""
-  placings = tree_shardings(params, mesh)
 
-  def place(leaf, placing):
-    placed = getattr(leaf, "sharding", None)
-    if isinstance(placed, NamedSharding) and placed.mesh == mesh:
+  def put(leaf, sharding):
+    current = getattr(leaf, "sharding", None)
+    if isinstance(current, NamedSharding) and current.mesh == mesh:
       return leaf
     host = np.asarray(leaf)
     return jax.make_array_from_callback(
-      host.shape, placing, lambda index: host[index]
+      host.shape, sharding, lambda index: host[index]
     )
 
-  return jax.tree.map(place, dict(params), placings)
+  return jax.tree.map(put, dict(params), tree_shardings(params, mesh))

@@ -1,1 +1,1 @@
-"""The towers and what they are made of."""
+"""Image and text towers, and heads."""

@@ -3,7 +3,7 @@
 With gathered columns each device compares its rows with the columns of all
 devices: its logits grow with their number. In the chunked loss of SigLIP (Zhai
 et al. 2023) a device has the columns of one device at a time and sends them to
-its neighbour in the ring: two devices' chunks at most, whatever their number.
+its neighbour in the ring: the chunks of two devices, for any number of devices.
 
 The loss is a plain sum over pairs, so gradients are computed on the way; those
 of the columns travel with the columns. The backward pass only multiplies by

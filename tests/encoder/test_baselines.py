@@ -59,7 +59,7 @@ def test_any_size_and_devices(images):
   np.testing.assert_allclose(out.pooled[0, :3], want, atol=1e-5)
 
 
-def test_an_untrained_tower(images):
+def test_random_baseline_is_an_untrained_tower(images):
   encoder = mtv_jax.load("random:mu/8@32")
   assert encoder.preprocess.size == 32
   assert encoder.spec.image.patch_size == 8
@@ -74,7 +74,7 @@ def test_an_untrained_tower(images):
     encoder.text(["a"])
 
 
-def test_sizes_left_out():
+def test_default_sizes():
   assert mtv_jax.load("pixels:64").spec.image.patch_size == 16
   assert baselines.is_baseline("random:B/16")
   assert not baselines.is_baseline("runs/random")

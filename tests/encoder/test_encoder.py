@@ -111,7 +111,7 @@ def test_features_are_those_of_the_tower(features, params, images):
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 64])
-def test_batch_size_changes_nothing(encoder, features, images, batch_size):
+def test_results_of_any_batch_size(encoder, features, images, batch_size):
   again = encoder.image(
     [*images, *images], outputs=("pooled",), batch_size=batch_size
   )
@@ -155,7 +155,7 @@ def test_sharded_parameters_give_the_same(params, features, images):
   np.testing.assert_allclose(out.pooled, features.pooled, atol=1e-5)
 
 
-def test_new_parameters_compile_nothing(encoder, features, params, images):
+def test_new_parameters_do_not_recompile(encoder, features, params, images):
   before = apply_fns.image_function.cache_info().misses
   events = []
   listen = lambda event, duration, **_: events.append(event)  # noqa: E731
@@ -199,7 +199,7 @@ def see_through(image):
 
 
 @pytest.mark.parametrize("make", [turned, deep, see_through])
-def test_an_open_file_is_seen_as_its_bytes_are(encoder, images, make):
+def test_pil_files_equal_their_bytes(encoder, images, make):
   picture, options = make(images[0])
   file = io.BytesIO()
   picture.save(file, "PNG", **options)
@@ -212,7 +212,7 @@ def test_an_open_file_is_seen_as_its_bytes_are(encoder, images, make):
   assert np.abs(other[0] - out[0]).max() > 1e-3
 
 
-def test_only_what_was_asked_for(encoder, images):
+def test_only_requested_outputs(encoder, images):
   out = encoder.image(images, outputs=("prefix",))
   assert out.pooled is None
   assert out.patches is None
@@ -256,7 +256,7 @@ def test_protocol_is_json(encoder):
   assert protocol["tokenizer"]["kind"] == "bytes"
 
 
-def test_mistakes_are_explained(encoder, images, params):
+def test_invalid_arguments_raise(encoder, images, params):
   with pytest.raises(TypeError, match=r"pass \[image\]"):
     encoder.image(images[0])
   with pytest.raises(TypeError, match=r"uint8 \[H, W, 3\].*float64") as error:
@@ -296,7 +296,7 @@ def test_mistakes_are_explained(encoder, images, params):
     blind.similarity(np.ones((1, 32)), np.ones((1, 32)))
 
 
-def test_tokenizer_larger_than_the_model_is_refused(params):
+def test_tokenizer_larger_than_the_vocabulary_raises(params):
   text = dataclasses.replace(SPEC.text, vocab_size=100)
   tokenizer = tokenizers.build_tokenizer("bytes")
   with pytest.raises(ValueError, match="100 is too small"):

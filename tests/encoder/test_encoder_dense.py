@@ -57,7 +57,7 @@ def features(encoder, images):
   return encoder.dense(images, layers=(1, -1), outputs=outputs)
 
 
-def test_it_is_the_tower_at_that_size(features, params, images):
+def test_dense_equals_the_tower_at_that_size(features, params, images):
   pixels = (images.astype(np.float32) / 255 - MEAN) / STD
   tower = models.image_tower(SPEC)
   apply = jax.jit(lambda p, x: tower.apply({"params": p}, x, taps=(1, 2)))
@@ -80,7 +80,7 @@ def test_it_is_the_tower_at_that_size(features, params, images):
   assert np.abs(features.prefix_layers[-1] - features.prefix).max() > 0.1
 
 
-def test_at_its_own_size_it_is_image(encoder, images):
+def test_dense_at_the_input_size_equals_image(encoder, images):
   squares = images[:, :32, :1].repeat(32, axis=2)
   whole = encoder.image(squares, layers=(0,), outputs=("patches",))
   dense = encoder.dense(squares, layers=(0,))
@@ -89,7 +89,7 @@ def test_at_its_own_size_it_is_image(encoder, images):
   np.testing.assert_array_equal(dense.prefix_layers[0], whole.prefix_layers[0])
 
 
-def test_batch_and_devices_change_nothing(features, params, images):
+def test_batch_size_and_devices_do_not_change_results(features, params, images):
   single = build(params, jax.devices()[:1])
   out = single.dense(images, layers=(1,), batch_size=2)
   np.testing.assert_allclose(out.patches, features.patches, atol=1e-5)
@@ -106,7 +106,7 @@ def test_floats_and_lists_are_the_same_pixels(encoder, features, images):
   assert np.abs(other.patches - features.patches).max() > 1e-4
 
 
-def test_mistakes_are_explained(encoder, images):
+def test_invalid_arguments_raise(encoder, images):
   with pytest.raises(ValueError, match="41x24 .* nearest size that is: 40x24"):
     encoder.dense([np.zeros((41, 24, 3), np.uint8)])
   with pytest.raises(ValueError, match="image 1 is 24x40 and the first one 40"):

@@ -139,7 +139,7 @@ def test_all_layers_equal_transformers(kind, size, opened):
 @pytest.mark.reference
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["siglip", "dinov2_registers"])
-def test_batches_and_devices_change_nothing(kind, opened):
+def test_batch_size_and_devices_do_not_change_results(kind, opened):
   model, encoder = opened(kind)
   rng = np.random.default_rng(2)
   images = rng.integers(0, 256, (5, 64, 64, 3), np.uint8)

@@ -112,7 +112,7 @@ def test_a_native_folder(tmp_path, images, run):
     mtv_jax.load(tmp_path / "native", weights="ema")
 
 
-def test_folders_that_cannot_be_opened(tmp_path, run):
+def test_unknown_folders_raise(tmp_path, run):
   with pytest.raises(FileNotFoundError, match="nothing there.*Expected a"):
     mtv_jax.load(tmp_path / "nowhere")
   with pytest.raises(FileNotFoundError, match="hf download google/siglip-x "):
@@ -135,7 +135,7 @@ def test_folders_that_cannot_be_opened(tmp_path, run):
     mtv_jax.load(run, step=7)
 
 
-def test_a_config_of_another_shape_is_named(run, tmp_path):
+def test_a_config_of_another_model_raises(run, tmp_path):
   config = {"model": {**MODEL, "width": 64}}
   (tmp_path / "config.json").write_text(json.dumps(config))
   (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
@@ -144,7 +144,7 @@ def test_a_config_of_another_shape_is_named(run, tmp_path):
     mtv_jax.load(tmp_path)
 
 
-def test_a_lost_tokenizer_is_named(run, tmp_path):
+def test_a_missing_tokenizer_raises(run, tmp_path):
   text = {**MODEL["text"], "tokenizer": "old/place/my.model"}
   config = {"model": {**MODEL, "text": text}}
   (tmp_path / "config.json").write_text(json.dumps(config))

@@ -42,10 +42,10 @@ def objective(name):
 @pytest.fixture(scope="module")
 def heads():
   """The modules of pretraining, by name."""
-  found = {}
+  result = {}
   for name in OBJECTIVES:
-    found |= objective(name).heads()
-  return found
+    result |= objective(name).heads()
+  return result
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ PHRASES = [["a red ball", "a cube"], [], ["a cube", "a red ball", "a cube"]]
 
 
 @pytest.fixture(scope="module")
-def wanted(encoder, heads, params, images):
+def expected(encoder, heads, params, images):
   """What the objectives' own modules say of tokens computed here."""
   batch = jnp.stack([Preprocess(size=32)(image) for image in images])
   # Every box and phrase in every image; none sees the others.
@@ -116,37 +116,37 @@ def wanted(encoder, heads, params, images):
   return jax.tree.map(np.asarray, jax.jit(run)(params))
 
 
-def test_depth_is_the_objectives_head(encoder, images, wanted):
+def test_depth_equals_the_objective_s_head(encoder, images, expected):
   assert encoder.can_predict("depth")
   got = encoder.depth(images)
   assert got.shape == (3, 12, 12)
   assert np.std(got) > 0.01
-  np.testing.assert_allclose(got, wanted["depth"], atol=2e-5)
+  np.testing.assert_allclose(got, expected["depth"], atol=2e-5)
 
 
-def test_regions_are_the_prompters(encoder, images, wanted):
+def test_regions_equal_the_prompter(encoder, images, expected):
   assert encoder.can_predict("grounding")
-  found = encoder.ground(images, BOXES)
-  assert found.embeddings.shape == (3, 3, 32)
-  np.testing.assert_array_equal(found.valid.sum(axis=1), [3, 0, 1])
-  want = wanted["regions"]
+  result = encoder.ground(images, BOXES)
+  assert result.embeddings.shape == (3, 3, 32)
+  np.testing.assert_array_equal(result.valid.sum(axis=1), [3, 0, 1])
+  want = expected["regions"]
   want = want / np.linalg.norm(want, axis=-1, keepdims=True)
-  np.testing.assert_allclose(found.embeddings[0], want[0, :3], atol=2e-5)
-  np.testing.assert_allclose(found.embeddings[2, 0], want[2, 3], atol=2e-5)
-  assert not found.embeddings[~found.valid].any()
+  np.testing.assert_allclose(result.embeddings[0], want[0, :3], atol=2e-5)
+  np.testing.assert_allclose(result.embeddings[2, 0], want[2, 3], atol=2e-5)
+  assert not result.embeddings[~result.valid].any()
   # The box matters, so that the comparison can fail.
-  assert np.abs(found.embeddings[0, 0] - found.embeddings[0, 2]).max() > 0.01
+  assert np.abs(result.embeddings[0, 0] - result.embeddings[0, 2]).max() > 0.01
 
 
-def test_boxes_are_the_locators(encoder, images, wanted):
+def test_boxes_equal_the_locator(encoder, images, expected):
   assert encoder.can_predict("locator")
-  found = encoder.locate(images, PHRASES)
-  np.testing.assert_array_equal(found.valid.sum(axis=1), [2, 0, 3])
-  centre, half = wanted["boxes"][..., :2], wanted["boxes"][..., 2:] / 2
+  result = encoder.locate(images, PHRASES)
+  np.testing.assert_array_equal(result.valid.sum(axis=1), [2, 0, 3])
+  centre, half = expected["boxes"][..., :2], expected["boxes"][..., 2:] / 2
   want = np.concatenate([centre - half, centre + half], axis=-1)
-  np.testing.assert_allclose(found.boxes[0, :2], want[0, :2], atol=2e-5)
-  np.testing.assert_allclose(found.boxes[2], want[2, 2:], atol=2e-5)
-  assert np.abs(found.boxes[2, 0] - found.boxes[2, 1]).max() > 1e-3
+  np.testing.assert_allclose(result.boxes[0, :2], want[0, :2], atol=2e-5)
+  np.testing.assert_allclose(result.boxes[2], want[2, 2:], atol=2e-5)
+  assert np.abs(result.boxes[2, 0] - result.boxes[2, 1]).max() > 1e-3
 
 
 def test_one_device_and_eight_agree(encoder, params, images):
@@ -182,7 +182,7 @@ def run(params, tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", ["run", "to_hf", "native"])
-def test_loaded_from_files(form, run, encoder, images, tmp_path):
+def test_loaded_heads_predict(form, run, encoder, images, tmp_path):
   folder = run
   if form != "run":
     from mtv_jax.encoder import loading
@@ -206,7 +206,7 @@ def test_loaded_from_files(form, run, encoder, images, tmp_path):
   )
 
 
-def test_mistakes_are_explained(encoder, params, images):
+def test_invalid_arguments_raise(encoder, params, images):
   bare = build(params, prediction_heads=None)
   assert not bare.can_predict("depth")
   assert not bare.can_predict("grounding")

@@ -75,7 +75,7 @@ def test_dict_round_trip_and_mistakes():
     Preprocess(size=24, crop="center", resize_size=20)
 
 
-def test_of_a_config():
+def test_preprocess_of_a_config():
   config = ConfigDict({"model": {"image_size": 224}})
   assert preprocess_of(config) == Preprocess(size=224)
   config.views = {"image": {"count": 1, "ops": "resize(64)"}}

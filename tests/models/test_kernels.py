@@ -15,7 +15,7 @@ def inputs(n, seed=0):
   return list(jnp.asarray(qkv))
 
 
-def in_numpy(q, k, v):
+def attention_in_numpy(q, k, v):
   logits = np.einsum("bqhd,bkhd->bhqk", q, k, dtype=np.float64) / np.sqrt(8)
   weights = np.exp(logits - logits.max(-1, keepdims=True))
   weights /= weights.sum(-1, keepdims=True)
@@ -29,7 +29,8 @@ def test_blockwise_attention_equals_numpy(how, monkeypatch):
   monkeypatch.setattr(kernels, "BLOCK", 32)
   monkeypatch.setattr(kernels, "CPU_BLOCK", 32)
   q, k, v = inputs(77)
-  np.testing.assert_allclose(how(q, k, v), in_numpy(q, k, v), atol=1e-5)
+  expected = attention_in_numpy(q, k, v)
+  np.testing.assert_allclose(how(q, k, v), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_short_sequences_use_plain_attention():
 
 
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3)], ids=str)
-def test_the_gradients_of_a_linear_layer(lead):
+def test_linear_gradients_equal_plain_gradients(lead):
   rng = np.random.default_rng(0)
   x, kernel, bias, weights = (
     jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -83,28 +84,28 @@ def test_the_gradients_of_a_linear_layer(lead):
   def loss(layer):
     return lambda *args: (jnp.sin(layer(*args)) * weights).sum()
 
-  found = jax.grad(loss(kernels.linear), argnums=(0, 1, 2))(x, kernel, bias)
+  result = jax.grad(loss(kernels.linear), argnums=(0, 1, 2))(x, kernel, bias)
   expected = jax.grad(loss(lambda x, k, b: x @ k + b), argnums=(0, 1, 2))(
     x, kernel, bias
   )
-  found += jax.grad(loss(kernels.linear), argnums=(0, 1))(x, kernel)
+  result += jax.grad(loss(kernels.linear), argnums=(0, 1))(x, kernel)
   expected += jax.grad(loss(lambda x, k: x @ k), argnums=(0, 1))(x, kernel)
-  for a, b in zip(found, expected, strict=True):
+  for a, b in zip(result, expected, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_elsewhere_its_gradients_are_what_jax_makes_of_it(biased):
+def test_linear_gradients_on_tpus_lower_to_the_plain_program(biased):
   """A TPU's program is that of x @ kernel + bias, whatever a CPU's is."""
   sizes = ((2, 3, 4), (4, 6), (6,))[: 2 + biased]
   shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in sizes]
 
   def lowered(layer):
-    def slopes(*args):
+    def grads(*args):
       y, vjp = jax.vjp(layer, *args)
       return vjp(y)
 
-    exported = jax.export.export(jax.jit(slopes), platforms=["tpu"])(*shapes)
+    exported = jax.export.export(jax.jit(grads), platforms=["tpu"])(*shapes)
     text = exported.mlir_module()
     return [
       op

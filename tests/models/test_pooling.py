@@ -12,7 +12,7 @@ TOKENS = jax.random.normal(jax.random.key(0), (2, 5, 16))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_its_gradients_compile_as_a_step_is_compiled(dtype):
+def test_map_pool_gradients_compile_with_the_step_options(dtype):
   """One query's gradient in bfloat16 was a product that CPUs refused."""
   pool = MapPool(heads=2, mlp_dim=8, dtype=jnp.dtype(dtype))
   variables = pool.init(jax.random.key(1), TOKENS)
@@ -22,11 +22,11 @@ def test_its_gradients_compile_as_a_step_is_compiled(dtype):
 
   options = xla_flags.compiler_options(None)
   grad = jax.jit(jax.grad(loss, (0, 1)), compiler_options=options)
-  found = jax.tree.leaves(grad(variables, TOKENS))
-  assert all(np.isfinite(x).all() and np.abs(x).max() > 0 for x in found)
+  result = jax.tree.leaves(grad(variables, TOKENS))
+  assert all(np.isfinite(x).all() and np.abs(x).max() > 0 for x in result)
 
 
-def test_its_attention_is_jax_s():
+def test_map_pool_attention_equals_jax():
   """Without its MLP, it is the library's attention of one query."""
   pool = MapPool(heads=2, mlp_dim=8)
   variables = pool.init(jax.random.key(1), TOKENS)
@@ -41,5 +41,5 @@ def test_its_attention_is_jax_s():
   kv = dense("kv", TOKENS).reshape(2, 5, 2, 2, 8)
   y = jax.nn.dot_product_attention(q, kv[:, :, :, 0], kv[:, :, :, 1])
   expected = dense("out", y.reshape(2, 16))
-  found = pool.apply({"params": params}, TOKENS)
-  np.testing.assert_allclose(found, expected, atol=1e-5)
+  result = pool.apply({"params": params}, TOKENS)
+  np.testing.assert_allclose(result, expected, atol=1e-5)

@@ -121,7 +121,7 @@ def test_causal(params_of):
   np.testing.assert_allclose(short, long[:, :7], atol=1e-5)
 
 
-def test_same_however_it_runs(params_of):
+def test_scan_and_remat(params_of):
   params, tokens = params_of(CLIP), tokens_of().at[:, 8].set(39)
 
   def run(**runtime):

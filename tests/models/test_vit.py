@@ -198,7 +198,7 @@ def unrolled(params_of):
     (True, "dots_no_batch", (1,)),
   ],
 )
-def test_same_however_it_runs(scan, remat, taps, params_of, unrolled):
+def test_scan_remat_and_taps(scan, remat, taps, params_of, unrolled):
   loss, tapped, grads = gradients(
     DINOV2, params_of(DINOV2), images_of(), scan=scan, remat=remat, taps=taps
   )
@@ -252,7 +252,7 @@ def test_bfloat16_is_close(params_of):
     assert 0 < error < 0.03
 
 
-def test_keeping_all_in_order_is_keeping_everything(params_of):
+def test_keep_of_all_patches_equals_no_keep(params_of):
   params, images = params_of(DINOV2), images_of()
   keep = jnp.broadcast_to(jnp.arange(16), (BATCH, 16))
   full = encode(DINOV2, params, images)
@@ -267,7 +267,7 @@ def test_keeping_all_in_order_is_keeping_everything(params_of):
   np.testing.assert_allclose(shuffled.pooled, full.pooled, atol=5e-6)
 
 
-def test_dropped_and_masked_patches_are_not_seen(params_of):
+def test_dropped_and_masked_patches_do_not_affect_the_output(params_of):
   params, images = params_of(DINOV2), images_of()
   other = images.at[:, 4:8, 8:12].add(3.0)  # patch 1 * 4 + 2
   everything = jnp.broadcast_to(jnp.arange(16), (BATCH, 16))

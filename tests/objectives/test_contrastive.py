@@ -114,7 +114,7 @@ def test_siglip_starts_at_its_published_temperature_and_bias():
   np.testing.assert_allclose(params["contrastive"]["logit_bias"], -10)
 
 
-def test_softmax_has_no_bias_that_nothing_would_train():
+def test_softmax_has_no_bias():
   ones = jnp.ones((2, 4))
   _, params = _terms(
     build_objective('contrastive', dict(loss_type='softmax')),
@@ -134,7 +134,7 @@ def test_accuracy_counts_valid_rows_only():
   np.testing.assert_allclose(terms.report["labelled"].value(), 3 / 4)
 
 
-def test_an_unknown_type_or_option_names_the_likely_one():
+def test_unknown_types_and_options_suggest_a_name():
   with pytest.raises(ValueError, match="Did you mean 'contrastive'"):
     build_objective("contrastiv", {})
   with pytest.raises(ValueError, match="Did you mean 'init_scale'"):
@@ -143,14 +143,14 @@ def test_an_unknown_type_or_option_names_the_likely_one():
     build_objective("contrastive", dict(loss_type="siglip"))
 
 
-def test_an_encoding_of_an_unknown_tower_is_refused():
+def test_encoding_of_an_unknown_tower_raises():
   with pytest.raises(ValueError, match="audio"):
     base.Encoding("audio", "image")
   with pytest.raises(ValueError, match="momentum"):
     base.Encoding("image", "image", "momentum")
 
 
-def test_a_mean_of_nothing_is_zero_with_a_zero_gradient():
+def test_mean_of_a_zero_count_is_zero_with_a_zero_gradient():
   def value(x):
     return base.WeightedMean(sum=x, count=jnp.zeros(())).value()
 

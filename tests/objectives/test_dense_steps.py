@@ -105,15 +105,15 @@ def compiled(shape):
   state = program.init(params_of(*ENTRIES))
 
   def compute(state, batch):
-    (_, terms), slopes = gradients.compute_gradients(built, state, batch)
-    return {name: term.loss.value() for name, term in terms.items()}, slopes
+    (_, terms), grads = gradients.compute_gradients(built, state, batch)
+    return {name: term.loss.value() for name, term in terms.items()}, grads
 
   jitted = jax.jit(compute, out_shardings=replicated_sharding(mesh))
 
   def call(batch):
     placed = shard_batch(batch, mesh)
-    losses, slopes = jax.device_get(jitted(state, placed))
-    return losses, dict(flatten_with_names(slopes))
+    losses, grads = jax.device_get(jitted(state, placed))
+    return losses, dict(flatten_with_names(grads))
 
   return call
 
@@ -130,35 +130,35 @@ def alone():
 )
 @pytest.mark.slow
 def test_sharded_equals_one_device(alone, shape):
-  losses, slopes = compiled(shape)(make_batch())
-  expected_losses, expected_slopes = alone
+  losses, grads = compiled(shape)(make_batch())
+  expected_losses, expected_grads = alone
   for name, expected in expected_losses.items():
     np.testing.assert_allclose(losses[name], expected, rtol=1e-5, err_msg=name)
   reached = 0
-  for path, expected in expected_slopes.items():
+  for path, expected in expected_grads.items():
     norm = np.linalg.norm(expected)
-    error = np.linalg.norm(slopes[path] - expected)
+    error = np.linalg.norm(grads[path] - expected)
     assert error <= 1e-5 * norm + 1e-8, path
     reached += norm > 1e-5
-  assert reached > 0.8 * len(slopes)
+  assert reached > 0.8 * len(grads)
 
 
 @pytest.mark.slow
-def test_the_first_losses_are_of_their_known_size(alone):
+def test_initial_losses_have_their_expected_size(alone):
   losses, _ = alone
   # The error of a guess of zero, for targets of variance one.
   assert 0.9 < losses["masked_pixels"] < 3.0
-  # A map of mean absolute deviation one, and the slopes of noise: about one
+  # A map of mean absolute deviation one, and the grads of noise: about one
   # down and one across at each of four scales, twice.
   assert 1.0 < losses["depth"] < 25.0
 
 
-def test_without_labels_the_rest_trains(alone):
+def test_absent_labels_leave_the_other_objectives(alone):
   blank = make_batch() | {"depth": np.zeros((ROWS, 24, 24), np.uint16)}
-  losses, slopes = compiled((1, 1, 1))(blank)
+  losses, grads = compiled((1, 1, 1))(blank)
   assert losses["depth"] == 0
   assert losses["masked_pixels"] == alone[0]["masked_pixels"]
-  for path, slope in slopes.items():
+  for path, slope in grads.items():
     if path.startswith("heads/depth"):
       assert not slope.any(), path
     if path.startswith("heads/mae_decoder"):

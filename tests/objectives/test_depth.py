@@ -142,13 +142,13 @@ def test_losses_equal_numpy(case):
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_finite_and_equal_numpy(case):
   p, d, valid = CASES[case]
-  found = np.asarray(slope(*(jnp.asarray(x)[None] for x in CASES[case])))[0]
-  assert np.isfinite(found).all()
+  result = np.asarray(slope(*(jnp.asarray(x)[None] for x in CASES[case])))[0]
+  assert np.isfinite(result).all()
   # The floor of the scale bounds them.
-  assert np.abs(found).sum() < 1e5
+  assert np.abs(result).sum() < 1e5
   if case in SMOOTH:
     expected = numpy_slope(numpy_loss, p, d, valid)
-    error = np.linalg.norm(found - expected)
+    error = np.linalg.norm(result - expected)
     assert error < 1e-5 * np.linalg.norm(expected)
 
 
@@ -172,7 +172,7 @@ def test_pure_losses_of_degenerate_labels_are_finite(case):
 
 
 @pytest.mark.parametrize(("a", "b"), [(1.0, 3.0), (250.0, -40.0), (0.1, 0.0)])
-def test_a_scale_and_a_shift_make_no_difference(a, b):
+def test_errors_are_invariant_to_scale_and_shift(a, b):
   p, d, valid = (x[None] for x in CASES["some valid"])
   expected = np.asarray(losses(p, d, valid))
   np.testing.assert_allclose(losses(a * p + b, d, valid), expected, rtol=1e-4)
@@ -182,14 +182,14 @@ def test_a_scale_and_a_shift_make_no_difference(a, b):
   )
 
 
-def test_the_label_itself_is_the_best_prediction():
+def test_error_of_the_label_is_zero():
   _, d, valid = (x[None] for x in CASES["some valid"])
   assert np.asarray(losses(d, d, valid)).max() == 0
   assert np.asarray(losses(3 * d + 1, d, valid)).max() < 1e-5
   assert np.asarray(losses(-d, d, valid)).min() > 0.5
 
 
-def test_trimming_leaves_out_the_worst_tenth():
+def test_trimming_excludes_the_largest_tenth():
   residual = np.random.default_rng(3).normal(size=(1, 10, 10))
   expected = np.sort(np.abs(residual).ravel())[:90].mean()
   worst = np.argsort(np.abs(residual).ravel())[-10:]
@@ -209,14 +209,14 @@ def test_trimming_leaves_out_the_worst_tenth():
   ("trim", "pixels", "kept"),
   [(0.1, 11, 10), (0.1, 10, 9), (0.1, 9, 9), (0.0, 7, 7), (0.2, 100, 80)],
 )
-def test_the_number_of_residuals_kept(trim, pixels, kept):
+def test_number_of_residuals_after_trimming(trim, pixels, kept):
   residual = jnp.arange(1.0, pixels + 1).reshape(1, 1, -1)
   valid = jnp.ones(residual.shape, bool)
-  found = depth.trimmed_error(residual, valid, trim)[0]
-  np.testing.assert_allclose(found, np.arange(1, kept + 1).mean(), rtol=1e-6)
+  result = depth.trimmed_error(residual, valid, trim)[0]
+  np.testing.assert_allclose(result, np.arange(1, kept + 1).mean(), rtol=1e-6)
 
 
-def test_equal_residuals_at_the_edge_share_it():
+def test_equal_residuals_at_the_threshold_share_the_weight():
   residual = jnp.array([[[1.0, 2.0, 2.0, 2.0, 0.0]]])
   valid = jnp.ones(residual.shape, bool)
   value, grad = jax.value_and_grad(
@@ -226,7 +226,7 @@ def test_equal_residuals_at_the_edge_share_it():
   np.testing.assert_allclose(grad[0, 0, 1:4], 1 / 9, rtol=1e-6)
 
 
-def test_one_image_s_gradient_does_not_depend_on_another():
+def test_gradients_of_images_are_independent():
   rng = np.random.default_rng(5)
   p, d = rng.normal(size=(2, 3, SIDE, SIDE)).astype(np.float32)
   valid = rng.random(p.shape) < 0.7
@@ -235,7 +235,7 @@ def test_one_image_s_gradient_does_not_depend_on_another():
   np.testing.assert_allclose(slope(p, d, valid)[0], first, rtol=1e-6)
 
 
-def test_pixels_without_label_make_no_difference():
+def test_pixels_without_label_do_not_matter():
   p, d, valid = (x[None] for x in CASES["some valid"])
   expected = losses(p, d, valid)
   junk = np.where(valid, 0.0, 1e6)
@@ -243,14 +243,14 @@ def test_pixels_without_label_make_no_difference():
   assert not np.asarray(slope(p, d, valid))[~valid].any()
 
 
-def test_the_affine_error_is_that_of_least_squares():
+def test_affine_error_equals_least_squares():
   p, d, valid = CASES["some valid"]
   p = p + 2 * d
   a, b = np.polyfit(p[valid], d[valid], 1)
   rms = np.sqrt(np.mean((a * p + b - d)[valid] ** 2))
   args = (jnp.asarray(x)[None] for x in (p, d, valid))
-  found = depth.affine_error(*args)[0]
-  np.testing.assert_allclose(found, rms / d[valid].std(), rtol=1e-5)
+  result = depth.affine_error(*args)[0]
+  np.testing.assert_allclose(result, rms / d[valid].std(), rtol=1e-5)
   flat = depth.affine_error(*(jnp.asarray(x)[None] for x in (0 * p, d, valid)))
   assert flat[0] == 1
 
@@ -298,12 +298,12 @@ def _output(rng, rows, count, prefix):
   )
 
 
-def _loss_inputs(parts, output, made, label):
+def _loss_inputs(parts, output, view, label):
   objective, params = parts
   return objective.loss_inputs(
     {base.Encoding("image", "image"): output},
     base.BoundHeads(objective.heads(), params),
-    {"views": {"image": made}, "depth": label},
+    {"views": {"image": view}, "depth": label},
   )
 
 
@@ -311,13 +311,16 @@ def _loss_inputs(parts, output, made, label):
 def test_loss_inputs_and_loss_average_over_the_labelled_crops(parts, prefix):
   rng = np.random.default_rng(2)
   rows, count = 4, 2
-  made, output = _made(rng, rows, count), _output(rng, rows, count, prefix)
+  view, output = (
+    _made(rng, rows, count),
+    _output(rng, rows, count, prefix),
+  )
   label = rng.integers(1, 65536, (rows, 12, 12)).astype(np.uint16)
   label[1] = 0  # An image without a label.
   label[2, :, :7] = 0
   objective, params = parts
-  found = jax.jit(lambda o, m, l: _loss_inputs(parts, o, m, l))(
-    output, made, jnp.asarray(label)
+  result = jax.jit(lambda o, m, l: _loss_inputs(parts, o, m, l))(
+    output, view, jnp.asarray(label)
   )
 
   stages = [
@@ -326,7 +329,7 @@ def test_loss_inputs_and_loss_average_over_the_labelled_crops(parts, prefix):
   ]
   heads = base.BoundHeads(objective.heads(), params)
   predicted = np.float64(heads["depth"](stages, (8, 8)))
-  maps, valid = geometry.crop_depth(jnp.asarray(label), made, 8)
+  maps, valid = geometry.crop_depth(jnp.asarray(label), view, 8)
   ssi, gradient, counted = [], [], []
   for p, d, m in zip(
     predicted, np.float64(maps), np.asarray(valid), strict=True
@@ -341,33 +344,33 @@ def test_loss_inputs_and_loss_average_over_the_labelled_crops(parts, prefix):
   ).items():
     expected = np.reshape(values, (rows, count)).sum(1)
     np.testing.assert_allclose(
-      getattr(found, name), expected, rtol=1e-4, err_msg=name
+      getattr(result, name), expected, rtol=1e-4, err_msg=name
     )
-  terms = objective.loss(found, heads, base.Context(0, 1, {}))
+  terms = objective.loss(result, heads, base.Context(0, 1, {}))
   expected = (np.sum(ssi) + 2 * np.sum(gradient)) / np.sum(counted)
   np.testing.assert_allclose(terms.loss.value(), expected, rtol=1e-4)
   labelled = terms.report["labelled"].value()
   np.testing.assert_allclose(labelled, np.mean(counted))
 
 
-def test_labels_are_cut_and_mirrored_as_the_view_is():
+def test_labels_are_cropped_and_flipped_like_the_view():
   label = np.arange(64, dtype=np.uint16).reshape(1, 8, 8) * 1000
-  made = views.ViewBatch(
+  view = views.ViewBatch(
     images=jnp.zeros((1, 1, 16, 16, 3)),
     box=jnp.array([[[0.5, 0.0, 1.0, 0.5]]]),
     flipped=jnp.array([[True]]),
   )
-  values, valid = geometry.crop_depth(jnp.asarray(label), made, 4)
+  values, valid = geometry.crop_depth(jnp.asarray(label), view, 4)
   expected = (label[0, 4:, :4][:, ::-1].astype(float) - 1) / 65534
   assert valid.all()
   np.testing.assert_allclose(values[0], expected, atol=1e-6)
   # 0 is no label and not the farthest.
-  values, valid = geometry.crop_depth(jnp.zeros((1, 8, 8), jnp.uint16), made, 4)
+  values, valid = geometry.crop_depth(jnp.zeros((1, 8, 8), jnp.uint16), view, 4)
   assert not valid.any()
   assert not values.any()
 
 
-def test_what_is_left_open_comes_from_the_model():
+def test_open_options_come_from_the_model():
   objective = _resolved()
   assert objective.head.taps == (0, 0, 1, 1)
   assert objective.head.features == 16
@@ -382,7 +385,7 @@ def test_what_is_left_open_comes_from_the_model():
   )
 
 
-def test_what_can_not_be_is_refused(parts):
+def test_invalid_options_and_views_raise(parts):
   with pytest.raises(ConfigError, match="give taps"):
     build_objective("depth", {}).needs()
   with pytest.raises(ConfigError, match="give features"):

@@ -173,7 +173,7 @@ def test_koleo_and_gradient_equal_numpy_on_the_valid_rows(count):
   ],
   ids=["twins", "zeros", "none valid", "one valid", "batch of one"],
 )
-def test_koleo_is_finite_where_there_is_no_distance(vectors, valid):
+def test_koleo_of_equal_vectors_is_finite(vectors, valid):
   value, gradient = koleo_of(vectors, valid)
   assert np.isfinite(value) and np.isfinite(gradient).all()
   if valid.sum() < 2:
@@ -183,7 +183,7 @@ def test_koleo_is_finite_where_there_is_no_distance(vectors, valid):
 
 
 @pytest.mark.slow
-def test_koleo_on_a_mesh_is_the_same_and_goes_around_a_ring():
+def test_koleo_on_a_mesh_uses_the_ring_and_equals_one_device():
   mesh = make_mesh(dict(data=4, fsdp=2))
   rng = np.random.default_rng(0)
   vectors = rng.normal(size=(16, 4)).astype(np.float32)
@@ -199,9 +199,9 @@ def test_koleo_on_a_mesh_is_the_same_and_goes_around_a_ring():
     jax.value_and_grad(functools.partial(loss, mesh=mesh)),
     out_shardings=(replicated_sharding(mesh), place),
   )
-  found = graded(placed)
-  np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
-  np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-7)
+  result = graded(placed)
+  np.testing.assert_allclose(result[0], expected[0], rtol=1e-6)
+  np.testing.assert_allclose(result[1], expected[1], rtol=1e-5, atol=1e-7)
   rows = hlo.collectives(graded.lower(placed).compile())
   assert {row.kind for row in rows} == {"collective-permute", "all-reduce"}
   sent = sum(row.bytes for row in rows if row.kind == "collective-permute")
@@ -209,7 +209,7 @@ def test_koleo_on_a_mesh_is_the_same_and_goes_around_a_ring():
   assert sent == 7 * 2 * (4 * 4 + 1) + 8 * 2 * 4 * 4, rows
 
 
-def test_koleo_of_a_batch_of_one_is_refused_by_the_objective():
+def test_koleo_of_a_batch_of_one_raises():
   loss_inputs = make_evidence(rows=1)
   params = samples.params_of(make())
   with pytest.raises(ValueError, match="global batch, which has 1; .*koleo_w"):
@@ -230,7 +230,7 @@ def test_koleo_of_a_batch_of_one_is_refused_by_the_objective():
 # Schedules.
 
 
-def test_the_teacher_s_temperature_warms_up():
+def test_teacher_temperature_warms_up():
   objective, loss_inputs = make(koleo_weight=0), make_evidence()
   params = samples.params_of(objective)
 
@@ -242,13 +242,13 @@ def test_the_teacher_s_temperature_warms_up():
     return terms.loss.value(), terms.report["teacher_temp"].value()
 
   for step, temp in [(0, 0.2), (150, 0.3), (300, 0.4), (999, 0.4)]:
-    value, found = compute(step)
-    np.testing.assert_allclose(found, temp, rtol=1e-6)
+    value, result = compute(step)
+    np.testing.assert_allclose(result, temp, rtol=1e-6)
     expected = reference(objective, params, loss_inputs, temp=temp)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-def test_the_last_layer_is_frozen_for_the_first_percent_of_the_run():
+def test_last_layer_is_frozen_for_the_first_percent_of_the_run():
   objective, loss_inputs = make(teacher_temp_warmup_percent=0), make_evidence()
   params = samples.params_of(objective)
 
@@ -270,7 +270,7 @@ def test_the_last_layer_is_frozen_for_the_first_percent_of_the_run():
 # Settings.
 
 
-def test_terms_are_divided_by_their_number_as_in_dinov2():
+def test_pair_weights_equal_dinov2():
   weights = distillation.pair_weights(2, 8, same_crop="exclude")
   assert weights.shape == (2, 10)
   assert weights[0, 0] == weights[1, 1] == 0
@@ -279,7 +279,7 @@ def test_terms_are_divided_by_their_number_as_in_dinov2():
     distillation.pair_weights(1, 0, same_crop="exclude")
 
 
-def test_views_that_leave_nothing_to_compare_are_refused_at_once():
+def test_views_without_pairs_raise():
   crops = views.build_views({"global": dict(ops="resize(16)")})
   with pytest.raises(ValueError, match="nothing is left to compare"):
     make().resolve(None, crops)
@@ -287,7 +287,7 @@ def test_views_that_leave_nothing_to_compare_are_refused_at_once():
   assert make().resolve(None, {}) == make()
 
 
-def test_needs_and_head_follow_the_settings():
+def test_needs_and_head_follow_the_options():
   objective = make(view_global="image", view_local=None, head="shared")
   assert [str(e) for e in objective.needs().encodings] == [
     "image(image, student)",
@@ -317,6 +317,6 @@ def test_needs_and_head_follow_the_settings():
   ],
   ids=lambda x: "" if isinstance(x, str) else str(x),
 )
-def test_settings_that_can_not_be_are_refused(options, message):
+def test_invalid_options_raise(options, message):
   with pytest.raises(ValueError, match=message):
     make(**options)

@@ -47,7 +47,7 @@ CASES = {
 @functools.partial(jax.jit, static_argnames="chunk")
 def value_and_gradients(sample, chunk=None):
   def loss(region, text, scale, bias):
-    found = grounding.region_losses(
+    result = grounding.region_losses(
       region,
       text,
       sample["phrase_id"],
@@ -56,8 +56,8 @@ def value_and_gradients(sample, chunk=None):
       chunk=chunk,
     )
     return base.WeightedMean(
-      found.losses.sum(), sample["valid"].sum()
-    ).value(), found
+      result.losses.sum(), sample["valid"].sum()
+    ).value(), result
 
   floats = [
     jnp.asarray(sample[k], jnp.float32)
@@ -97,7 +97,7 @@ def test_chunks_give_the_same(case, chunk):
   )
 
 
-def test_chunks_bound_the_logits_that_exist():
+def test_chunks_bound_the_logits_in_memory():
   """Of 2048 regions and 16 texts at a time, forward and backward."""
   n = 2048
   sample = regions(n=n, valid=np.ones(n, bool))
@@ -109,7 +109,7 @@ def test_chunks_bound_the_logits_that_exist():
   assert sizes[16] < 0.1 * sizes[None]
 
 
-def test_a_region_meets_its_phrase_once_however_often_it_occurs():
+def test_repeated_phrases_are_neither_positive_nor_negative():
   """Pairs of one phrase that aren't partners have no gradient at all."""
   sample = regions(
     n=4,
@@ -148,14 +148,14 @@ def test_box_losses_and_gradients_equal_numpy():
 
 
 @pytest.mark.reference
-def test_overlap_is_torchvisions():
+def test_overlap_equals_torchvision():
   torch = pytest.importorskip("torch")
   ops = pytest.importorskip("torchvision.ops")
   a, b = samples.some_boxes(50), samples.some_boxes(50, seed=1)
   a[:3], b[:3] = [0, 0, 0.2, 0.2], [0.5, 0.6, 1, 1]  # apart
   b[3:6] = a[3:6]  # equal
   b[6:9, 2:] = b[6:9, :2]  # a point
-  found = grounding.overlap(jnp.asarray(a), jnp.asarray(b))
+  result = grounding.overlap(jnp.asarray(a), jnp.asarray(b))
   # torchvision reads (x0, y0, x1, y1); the two axes are alike.
   a, b = torch.tensor(a), torch.tensor(b)
   for name, function in (
@@ -164,7 +164,7 @@ def test_overlap_is_torchvisions():
   ):
     expected = torch.diagonal(function(a, b)).numpy()
     np.testing.assert_allclose(
-      getattr(found, name), expected, rtol=1e-5, atol=1e-6
+      getattr(result, name), expected, rtol=1e-5, atol=1e-6
     )
 
 

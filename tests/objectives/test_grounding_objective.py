@@ -92,14 +92,14 @@ def compute_loss_inputs(objective, params, batch):
     ),
     PHRASE: text_lib.TextOutput(tokens=empty, pooled=batch["pooled"]),
   }
-  made = views.ViewBatch(
+  view_batch = views.ViewBatch(
     images=None,
     box=batch["shown"][:, None],
     flipped=batch["flipped"][:, None],
   )
   heads = base.BoundHeads(objective.heads(), params)
   return objective.loss_inputs(
-    encodings, heads, {**batch, "views": {"image": made}}
+    encodings, heads, {**batch, "views": {"image": view_batch}}
   )
 
 
@@ -142,7 +142,7 @@ def test_it_reads_patches_and_phrases():
   }  # fmt: skip
 
 
-def test_the_loss_is_numpys_on_the_evidence():
+def test_loss_equals_numpy_on_the_loss_inputs():
   objective = build(regions=3, init_scale=6.0, init_bias=-2.0)
   batch = batch_of()
   batch["box_valid"][2] = False
@@ -190,7 +190,7 @@ def test_equal_phrases_are_one_answer():
 @pytest.mark.parametrize(
   ("pick", "expected"), [("first", [1, 2]), ("score", [3, 1])]
 )
-def test_which_regions_are_taken(pick, expected):
+def test_picked_regions(pick, expected):
   batch = batch_of(images=1, count=5)
   batch["boxes"][:] = [0.2, 0.2, 0.8, 0.8]
   batch["boxes"][0, 4] = [0.3, 0.3, 0.3, 0.9]  # no area
@@ -203,7 +203,7 @@ def test_which_regions_are_taken(pick, expected):
   assert loss_inputs.valid.all()
 
 
-def test_boxes_follow_the_view():
+def test_boxes_are_cropped_and_flipped_like_the_view():
   batch = batch_of(images=1, count=3)
   batch["boxes"][0] = [
     [0.5, 0.1, 0.75, 0.4],  # inside what is shown
@@ -233,7 +233,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_no_region_trains_nothing(case):
+def test_invalid_regions_have_no_gradient(case):
   (loss, (terms, loss_inputs)), gradients = run(
     FULL, params_of(FULL), batch_of() | BAD[case]
   )
@@ -257,7 +257,7 @@ def test_identical_boxes_and_phrases_have_finite_gradients():
     assert np.isfinite(gradient).all()
 
 
-def test_padding_changes_nothing():
+def test_padding_does_not_change_the_loss():
   params = params_of(FULL)
   batch, junk = batch_of(), batch_of(seed=9)
   junk["box_valid"][:] = False
@@ -278,7 +278,7 @@ def test_padding_changes_nothing():
 
 
 @pytest.mark.parametrize("stop", [False, True])
-def test_texts_learn_unless_told_not_to(stop):
+def test_stop_text_gradient(stop):
   objective = dataclasses.replace(FULL, stop_text_gradient=stop)
   _, (heads, patches, pooled) = run(objective, params_of(FULL), batch_of())
   assert np.abs(pooled).max() == 0 if stop else np.abs(pooled).max() > 1e-4
@@ -286,7 +286,7 @@ def test_texts_learn_unless_told_not_to(stop):
   assert np.abs(heads["prompter"]["embed"]["kernel"]).max() > 1e-6
 
 
-def test_of_one_phrase_one_region_is_located():
+def test_regression_counts_one_region_per_phrase():
   batch = batch_of()
   batch["boxes"][:] = samples.some_boxes(20, seed=2).reshape(4, 5, 4)
   batch["box_valid"][:] = True
@@ -372,26 +372,26 @@ def test_sharded_equals_one_device(shape, chunk):
 
 
 @pytest.mark.parametrize("ops", ["blocks(0.2, 0.5)", "keep(0.25)"])
-def test_a_view_that_hides_patches_is_refused(ops):
+def test_a_view_that_hides_patches_raises(ops):
   built = views.build_views({"image": dict(ops=f"resize(64)|{ops}")})
   with pytest.raises(ConfigError, match="'image'.*hides patches"):
     build().resolve(SPEC, built)
   batch = batch_of()
-  made = views.ViewBatch(
+  view_batch = views.ViewBatch(
     images=None, box=None, flipped=None, mask=jnp.zeros((4, 1, 16), bool)
   )
   with pytest.raises(ConfigError, match="'image'.*hides patches"):
     build().loss_inputs(
-      {}, base.BoundHeads({}, {}), {**batch, "views": {"image": made}}
+      {}, base.BoundHeads({}, {}), {**batch, "views": {"image": view_batch}}
     )
 
 
-def test_without_a_text_tower_it_is_refused():
+def test_a_model_without_text_tower_raises():
   with pytest.raises(ConfigError, match="text tower"):
     build().resolve(ModelSpec(image=SPEC.image), {})
 
 
-def test_bad_options_are_refused():
+def test_invalid_options_raise():
   with pytest.raises(ValueError, match="Did you mean 'score'"):
     build(pick="scores")
   with pytest.raises(ConfigError, match="regions is 0"):
@@ -455,7 +455,7 @@ def loss_and_gradients(spec, params, batch):
 
 
 @pytest.mark.slow
-def test_beside_contrast_in_a_train_step():
+def test_train_step_with_the_contrastive_loss():
   both = make_spec("contrastive", "grounding")
   batch = make_batch()
   init = functools.partial(init_params, both)

@@ -139,7 +139,7 @@ def test_loss_and_gradient_equal_numpy(case, target):
     )
 
 
-def test_a_crop_counts_the_same_however_much_of_it_is_hidden():
+def test_a_crop_has_the_same_weight_at_any_mask_ratio():
   weights = masked_latent.patch_weights(
     jnp.array([[[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]], bool)
   )[0]
@@ -170,16 +170,16 @@ def made_evidence(objective, mask):
   # One direction a patch, so that the head keeps them apart.
   x = jnp.broadcast_to(jnp.eye(patches, 5), (rows, crops, patches, 5))
   output = type("Output", (), {"patches": x})
-  made = views.ViewBatch(images=None, box=None, flipped=None, mask=mask)
+  view_batch = views.ViewBatch(images=None, box=None, flipped=None, mask=mask)
   heads = samples.bound(objective, samples.params_of(objective))
   encodings = dict.fromkeys(objective.needs().encodings, output)
   loss_inputs = objective.loss_inputs(
-    encodings, heads, {"views": {"global": made}}
+    encodings, heads, {"views": {"global": view_batch}}
   )
   return loss_inputs, heads
 
 
-def test_evidence_is_of_the_masked_patches_of_both_sides():
+def test_loss_inputs_are_at_the_masked_patches():
   mask = np.zeros((2, 1, 5), bool)
   mask[0, 0, [1, 3]] = mask[1, 0, 4] = True
   loss_inputs, heads = made_evidence(make(), jnp.asarray(mask))
@@ -194,7 +194,7 @@ def test_evidence_is_of_the_masked_patches_of_both_sides():
   np.testing.assert_array_equal(loss_inputs.masked, [[True], [True]])
 
 
-def test_all_patches_have_a_target_if_asked_for():
+def test_patches_all_has_targets_at_all_patches():
   mask = jnp.zeros((2, 1, 5), bool).at[0, 0, 2].set(True)
   loss_inputs, heads = made_evidence(make(patches="all", head="dino"), mask)
   np.testing.assert_allclose(
@@ -205,7 +205,7 @@ def test_all_patches_have_a_target_if_asked_for():
   np.testing.assert_allclose(loss_inputs.student[1], expected, rtol=1e-5)
 
 
-def test_what_is_gathered_has_the_views_bound():
+def test_number_of_gathered_patches_is_the_views_maximum():
   spec = ModelSpec.from_config(dict(variant="mu/8", image_size=32))
   ops = "crop(32, 0.4, 1.0)|blocks(0.1, 0.25, 0.5, patch=8)"
   seen = views.build_views({"global": dict(count=2, ops=ops)})
@@ -225,14 +225,14 @@ def test_what_is_gathered_has_the_views_bound():
       (bounded.teacher, whole.teacher),
       (bounded.weights, whole.weights),
     ):
-      found = x[row, : len(places)]
-      np.testing.assert_allclose(found, y[row, jnp.array(places)], rtol=1e-5)
+      result = x[row, : len(places)]
+      np.testing.assert_allclose(result, y[row, jnp.array(places)], rtol=1e-5)
   np.testing.assert_allclose(bounded.weights.sum(1), 1, rtol=1e-6)
   np.testing.assert_allclose(whole.weights.sum(1), 1, rtol=1e-6)
   assert make().resolve(spec, {}).max_masked is None
 
 
-def test_a_view_that_does_not_fit_is_refused():
+def test_invalid_views_raise():
   spec = ModelSpec.from_config(dict(variant="mu/8", image_size=32))
 
   def resolve(ops, **options):
@@ -307,7 +307,7 @@ def by_name(tree):
 
 
 @pytest.mark.slow
-def test_both_read_the_same_encodings_and_the_teacher_follows():
+def test_dino_and_ibot_share_encodings_and_the_teacher_is_updated():
   spec = make_spec()
   assert [str(e) for e in spec.plan] == [
     "image(global, student)",
@@ -345,7 +345,7 @@ def test_both_read_the_same_encodings_and_the_teacher_follows():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_step_is_the_same_on_a_mesh_and_in_parts(accumulate):
+def test_step_on_a_mesh_and_accumulated_equals_one_device(accumulate):
   spec = dataclasses.replace(make_spec(), accumulate=accumulate)
 
   def gradients_on(spec, mesh):
@@ -358,12 +358,12 @@ def test_the_step_is_the_same_on_a_mesh_and_in_parts(accumulate):
   alone = make_mesh(dict(data=1), jax.devices()[:1])
   expected = gradients_on(make_spec(), alone)
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
-  for name, found in gradients_on(spec, mesh).items():
-    error = np.linalg.norm(found - expected[name])
+  for name, result in gradients_on(spec, mesh).items():
+    error = np.linalg.norm(result - expected[name])
     assert error <= 1e-5 * np.linalg.norm(expected[name]) + 1e-8, name
 
 
-def test_a_shared_head_is_one_head():
+def test_a_shared_head_has_one_set_of_parameters():
   assert set(make_spec(head="dino").heads) == {"dino"}
   with pytest.raises(ValueError, match="heads/dino"):
     _ = make_spec(head="dino", prototypes=32).heads

@@ -64,13 +64,13 @@ def test_error_and_gradient_equal_numpy(hidden):
 def test_targets_have_no_mean_and_unit_variance():
   rng = np.random.default_rng(1)
   pixels = rng.normal(size=(3, 48)) * [[1.0], [0.01], [0.0]] + 0.5
-  found = masked_pixels.normalize_patches(jnp.asarray(pixels, jnp.float32))
+  result = masked_pixels.normalize_patches(jnp.asarray(pixels, jnp.float32))
   # The last patch is flat: float32 leaves it nothing but zeros.
   np.testing.assert_allclose(
-    found, numpy_normalised(pixels), rtol=1e-4, atol=1e-5
+    result, numpy_normalised(pixels), rtol=1e-4, atol=1e-5
   )
-  np.testing.assert_allclose(found[0].var(ddof=1), 1.0, rtol=1e-3)
-  assert not np.asarray(found[2]).any()
+  np.testing.assert_allclose(result[0].var(ddof=1), 1.0, rtol=1e-3)
+  assert not np.asarray(result[2]).any()
 
 
 SPEC = ModelSpec.from_config(
@@ -96,7 +96,7 @@ def parts():
 def _inputs(seed=0):
   rng = np.random.default_rng(seed)
   keep = [[rng.permutation(16)[:4] for _ in range(2)] for _ in range(3)]
-  made = views.ViewBatch(
+  view_batch = views.ViewBatch(
     images=jnp.asarray(rng.uniform(-1, 1, (3, 2, 32, 32, 3)), jnp.float32),
     box=None,
     flipped=None,
@@ -108,60 +108,60 @@ def _inputs(seed=0):
     pooled=jnp.zeros((3, 2, 64)),
     taps={},
   )
-  return made, output
+  return view_batch, output
 
 
-def _evidence(objective, params, made, output):
+def _evidence(objective, params, view_batch, output):
   return objective.loss_inputs(
     {base.Encoding("image", "mae"): output},
     base.BoundHeads(objective.heads(), params),
-    {"views": {"mae": made}},
+    {"views": {"mae": view_batch}},
   )
 
 
 @pytest.mark.parametrize("norm_pixels", [True, False])
-def test_evidence_and_loss_are_the_formula_s(parts, norm_pixels):
+def test_loss_inputs_and_loss_equal_the_formula(parts, norm_pixels):
   objective, params = parts
   objective = dataclasses.replace(objective, norm_pixels=norm_pixels)
-  made, output = _inputs()
+  view_batch, output = _inputs()
   heads = base.BoundHeads(objective.heads(), params)
-  found = _evidence(objective, params, made, output)
+  result = _evidence(objective, params, view_batch, output)
   expected = np.zeros(3)
   for i in range(3):
     for j in range(2):
-      target = numpy_patches(np.asarray(made.images[i, j]), 8)
+      target = numpy_patches(np.asarray(view_batch.images[i, j]), 8)
       if norm_pixels:
         target = numpy_normalised(target)
       args = (x[i : i + 1, j] for x in (output.patches, output.prefix))
-      keep = made.keep[i : i + 1, j]
+      keep = view_batch.keep[i : i + 1, j]
       predicted = heads["mae_decoder"](*args, keep, (4, 4))[0]
       hidden = ~np.isin(np.arange(16), keep[0])
       expected[i] += numpy_error(np.float64(predicted), target, hidden)
-  np.testing.assert_allclose(found.error, expected, rtol=1e-5)
-  np.testing.assert_array_equal(found.hidden, [24, 24, 24])
-  terms = objective.loss(found, heads, base.Context(0, 1, {}))
+  np.testing.assert_allclose(result.error, expected, rtol=1e-5)
+  np.testing.assert_array_equal(result.hidden, [24, 24, 24])
+  terms = objective.loss(result, heads, base.Context(0, 1, {}))
   value = terms.loss.value()
   np.testing.assert_allclose(value, expected.sum() / 72, rtol=1e-5)
   np.testing.assert_allclose(terms.report["hidden"].value(), 0.75)
 
 
-def test_pixels_that_the_encoder_saw_are_no_target(parts):
-  made, output = _inputs()
-  before = _evidence(*parts, made, output)
-  seen = np.asarray(made.images).copy()
+def test_visible_patches_are_not_targets(parts):
+  view_batch, output = _inputs()
+  before = _evidence(*parts, view_batch, output)
+  seen = np.asarray(view_batch.images).copy()
   for i, j, n in np.ndindex(3, 2, 4):
-    y, x = divmod(int(made.keep[i, j, n]), 4)
+    y, x = divmod(int(view_batch.keep[i, j, n]), 4)
     seen[i, j, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8] *= -3
   after = _evidence(
-    *parts, dataclasses.replace(made, images=jnp.asarray(seen)), output
+    *parts, dataclasses.replace(view_batch, images=jnp.asarray(seen)), output
   )
   np.testing.assert_array_equal(after.error, before.error)
 
 
-def test_what_can_not_be_is_refused(parts):
-  made, output = _inputs()
+def test_invalid_options_and_views_raise(parts):
+  view_batch, output = _inputs()
   with pytest.raises(ConfigError, match=r"keep\(0.25\)"):
-    _evidence(*parts, dataclasses.replace(made, keep=None), output)
+    _evidence(*parts, dataclasses.replace(view_batch, keep=None), output)
   with pytest.raises(ConfigError, match=r"keep\(0.25\)"):
     _resolved(ops="resize(32)")
   with pytest.raises(ConfigError, match="keeps all 16 patches"):
@@ -176,7 +176,7 @@ def test_what_can_not_be_is_refused(parts):
     build_objective("masked_pixels", {}).heads()
 
 
-def test_the_default_decoder_is_the_paper_s():
+def test_default_decoder_equals_the_paper():
   objective = build_objective("masked_pixels", dict(patch=16))
   module = objective.heads()["mae_decoder"].module
   assert (module.width, module.depth, module.heads) == (512, 8, 16)

@@ -11,8 +11,8 @@ def test_sigmoid_losses_are_binary_cross_entropies():
   logits = np.array([[-3.0, 0.0, 2.0], [1e4, -1e4, 0.5]], np.float32)
   positive = np.array([[True, False, True], [False, False, True]])
   chance = np.where(positive, logits, -logits).astype(np.float64)
-  found = pairwise.sigmoid_losses(jnp.asarray(logits), jnp.asarray(positive))
-  np.testing.assert_allclose(found, np.logaddexp(0, -chance), rtol=1e-6)
+  result = pairwise.sigmoid_losses(jnp.asarray(logits), jnp.asarray(positive))
+  np.testing.assert_allclose(result, np.logaddexp(0, -chance), rtol=1e-6)
   gradient = jax.grad(
     lambda l: pairwise.sigmoid_losses(l, jnp.asarray(positive)).sum()
   )(jnp.asarray(logits))
@@ -21,7 +21,7 @@ def test_sigmoid_losses_are_binary_cross_entropies():
   np.testing.assert_allclose(gradient, sigmoid - positive, atol=1e-6)
 
 
-def test_the_temperature_is_a_logarithm_and_may_have_no_bias():
+def test_temperature_is_a_logarithm_with_optional_bias():
   module = pairwise.Temperature(init_scale=7.0, init_bias=None)
   params = module.init(jax.random.key(0))["params"]
   assert set(params) == {"logit_scale"}

@@ -39,7 +39,7 @@ def masked_sinkhorn(logits, valid, iterations=3):
 
 
 @pytest.mark.parametrize(("iterations", "chunk"), [(1, None), (3, 4), (3, 1)])
-def test_sinkhorn_equals_its_algorithm_on_the_valid_rows(iterations, chunk):
+def test_sinkhorn_equals_numpy_on_the_valid_rows(iterations, chunk):
   rng = np.random.default_rng(0)
   logits, valid = rng.normal(size=(5, 2, 8)), rng.random((5, 2)) < 0.7
   found = sinkhorn_assignments(
@@ -51,7 +51,7 @@ def test_sinkhorn_equals_its_algorithm_on_the_valid_rows(iterations, chunk):
   np.testing.assert_allclose(found.sum(-1), 1.0, rtol=1e-5)
 
 
-def test_sinkhorn_gives_every_prototype_its_share():
+def test_sinkhorn_columns_have_equal_sums():
   logits = np.random.default_rng(1).normal(size=(6, 2, 4))
   valid = np.arange(12).reshape(6, 2) != 5
   q = sinkhorn_assignments(side(logits, TEACHER_TEMP), valid, iterations=40)
@@ -59,7 +59,7 @@ def test_sinkhorn_gives_every_prototype_its_share():
   np.testing.assert_allclose(q[valid].sum(0), 11 / 4, rtol=1e-4)
 
 
-def test_sinkhorn_survives_what_overflows_outside_the_logarithm():
+def test_sinkhorn_of_large_logits_does_not_overflow():
   logits = np.random.default_rng(2).uniform(-8, 8, size=(6, 1, 8))
   with np.errstate(over="ignore"):
     assert np.isinf(np.exp(np.float32(logits / 0.06)).sum())
@@ -176,7 +176,7 @@ def test_cross_entropy_and_gradient_equal_numpy(target, chunk):
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
-def test_diagnostics_speak_of_the_valid_rows(chunk):
+def test_diagnostics_are_of_the_valid_rows(chunk):
   # Valid rows prefer prototypes 5, 5 and 2; the invalid one 7.
   best = np.array([5, 7, 5, 2])
   logits = 10.0 * np.eye(8)[best][:, None]
@@ -197,7 +197,7 @@ def test_diagnostics_speak_of_the_valid_rows(chunk):
   )
 
 
-def test_the_teacher_gets_no_gradient():
+def test_teacher_gets_no_gradient():
   logits = np.random.default_rng(6).normal(size=(3, 1, 4))
   valid = jnp.ones((3, 1), bool)
 
@@ -218,7 +218,7 @@ def test_the_teacher_gets_no_gradient():
     np.testing.assert_array_equal(gradient, 0.0)
 
 
-def test_the_centre_follows_the_valid_rows():
+def test_center_is_updated_by_the_valid_rows():
   logits = np.random.default_rng(7).normal(size=(3, 2, 4))
   teacher = side(logits, TEACHER_TEMP)
   valid = np.array([[1, 0], [1, 1], [0, 0]], bool)
@@ -234,7 +234,7 @@ def test_the_centre_follows_the_valid_rows():
   np.testing.assert_array_equal(none, center)
 
 
-def test_chunks_keep_only_a_part_of_the_logits():
+def test_chunks_bound_the_logits_in_memory():
   n, k, d = 256, 4096, 8
   rng = np.random.default_rng(8)
   rows = jnp.asarray(rng.normal(size=(n, 1, d)), jnp.float32)

@@ -87,9 +87,9 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", ["contrastive", "grounding"])
-def test_the_ring_is_the_gathered_loss(name, shape):
-  value, slopes = result(name, "auto", shape)
-  expected, expected_slopes = result(name, "gathered", (1, 1, 1))
+def test_ring_loss_equals_the_gathered_loss(name, shape):
+  value, grads = result(name, "auto", shape)
+  expected, expected_grads = result(name, "gathered", (1, 1, 1))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
     value,
@@ -97,34 +97,31 @@ def test_the_ring_is_the_gathered_loss(name, shape):
   )
   assert value[1]["accuracy"] > 0
   floats = 0
-  for found, wanted in zip(
-    jax.tree.leaves(slopes), jax.tree.leaves(expected_slopes), strict=True
+  for a, b in zip(
+    jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True
   ):
-    if found.dtype == np.float32 and np.any(wanted):
-      error = np.linalg.norm(found - wanted)
-      assert error <= 1e-6 * np.linalg.norm(wanted)
+    if a.dtype == np.float32 and np.any(b):
+      assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
       floats += 1
   assert floats == 4  # Both sides, scale and bias.
 
 
-def test_nothing_goes_around_on_one_device_or_without_a_mesh():
+def test_the_ring_needs_a_split_batch():
   assert not ring.should_use_ring("ring", None)
   assert not ring.should_use_ring("auto", mesh_of((1, 1, 2)))
   assert ring.should_use_ring("auto", mesh_of((1, 2, 1)))
   assert not ring.should_use_ring("gathered", mesh_of((2, 1, 1)))
 
 
-def test_of_equal_columns_the_first_is_nearest_in_any_order():
+def test_nearest_of_equal_columns_is_the_first_in_any_order():
   a = contrastive.NearestText(jnp.array([1.0, 2.0, 1.0]), jnp.array([5, 5, 5]))
   b = contrastive.NearestText(jnp.array([1.0, 1.0, 2.0]), jnp.array([3, 3, 3]))
-  for found in (
-    contrastive.merge_nearest(a, b),
-    contrastive.merge_nearest(b, a),
-  ):
-    np.testing.assert_array_equal(found.index, [3, 5, 3])
+  for pair in ((a, b), (b, a)):
+    nearest = contrastive.merge_nearest(*pair)
+    np.testing.assert_array_equal(nearest.index, [3, 5, 3])
 
 
-def test_a_softmax_or_an_unknown_method_is_refused():
+def test_softmax_in_a_ring_or_an_unknown_method_raises():
   with pytest.raises(ValueError, match="method='ring' needs"):
     build_objective("contrastive", dict(loss_type="softmax", method="ring"))
   for name in ("contrastive", "grounding"):
@@ -151,7 +148,7 @@ def temporaries(name, method, devices, rows=64):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["contrastive", "grounding"])
-def test_the_ring_s_memory_does_not_grow_with_the_devices(name):
+def test_ring_memory_does_not_grow_with_the_devices(name):
   around = [temporaries(name, "ring", n) for n in (2, 4, 8)]
   gathered = [temporaries(name, "gathered", n) for n in (2, 4, 8)]
   # A chunk of 64 columns is 4 kB: of regions, two an image, 8 kB.

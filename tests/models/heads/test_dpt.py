@@ -19,11 +19,11 @@ from mtv_jax.utils.tree import flatten_with_names, map_with_names
     (2, (0, 0, 1, 1)),
   ],
 )
-def test_taps_end_the_quarters(depth, taps):
+def test_quarter_taps(depth, taps):
   assert dpt.quarter_taps(depth) == taps
 
 
-def test_shapes_are_depth_anything_s_where_it_has_them():
+def test_default_channels_equal_depth_anything():
   assert dpt.default_features(768) == 128
   assert dpt.default_channels(768) == (96, 192, 384, 768)
   assert dpt.default_features(1024) == 256
@@ -33,7 +33,7 @@ def test_shapes_are_depth_anything_s_where_it_has_them():
 
 
 @pytest.mark.parametrize(("old", "new"), [(3, 7), (7, 3), (4, 4), (1, 5)])
-def test_corners_stay_on_corners(old, new):
+def test_resize_aligns_corners(old, new):
   matrix = dpt.corner_matrix(old, new)
   values = np.arange(old) * 2.0
   np.testing.assert_allclose(
@@ -41,7 +41,7 @@ def test_corners_stay_on_corners(old, new):
   )
 
 
-def test_one_pixel_is_the_first():
+def test_resize_to_one_pixel_takes_the_first():
   np.testing.assert_array_equal(dpt.corner_matrix(5, 1), [[1, 0, 0, 0, 0]])
 
 
@@ -68,7 +68,7 @@ def _params(head, stages, size):
   return map_with_names(draw, shapes)
 
 
-def test_the_prediction_is_float32_and_its_norms_are_its_own():
+def test_prediction_is_float32_and_each_stage_has_a_norm():
   head = dpt.DPT(features=8, channels=(4, 8, 8, 16), upsample=1)
   stages = _stages(np.random.default_rng(0), 16, (2, 2))
   params = _params(head, stages, (8, 8))
@@ -85,7 +85,7 @@ def test_the_prediction_is_float32_and_its_norms_are_its_own():
   np.testing.assert_allclose(scaled, exact, rtol=1e-3, atol=1e-4)
 
 
-def test_every_parameter_moves_the_prediction():
+def test_every_parameter_has_a_gradient():
   head = dpt.DPT(features=8, channels=(4, 8, 8, 16))
   stages = _stages(np.random.default_rng(1), 16, (2, 4))
   params = _params(head, stages, (8, 16))
@@ -98,7 +98,7 @@ def test_every_parameter_moves_the_prediction():
     assert np.abs(grad).max() > 0, name
 
 
-def test_a_wrong_number_of_stages_or_option_is_refused():
+def test_invalid_stages_and_options_raise():
   head = dpt.DPT(features=8, channels=(4, 8, 8, 16))
   stages = _stages(np.random.default_rng(0), 16, (2, 2))
   with pytest.raises(ValueError, match="4 stages, not 3"):
@@ -200,9 +200,9 @@ def test_equals_transformers_depth_anything(grid):
     flatten_with_names(shapes), flatten_with_names(params), strict=True
   ):
     assert (name, ours.shape) == (other, given.shape)
-  found = jax.jit(head.apply, static_argnums=2)(
+  result = jax.jit(head.apply, static_argnums=2)(
     {"params": params}, stages, size
   )
   assert (expected > 0).mean() > 0.5
   assert expected.std() > 0.1
-  np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-5)
+  np.testing.assert_allclose(result, expected, atol=1e-4, rtol=1e-5)

@@ -42,7 +42,7 @@ def made():
   return params, apply, tokens, prefix, keep
 
 
-def test_order_of_the_visible_makes_no_difference(made):
+def test_order_of_visible_patches_does_not_matter(made):
   params, apply, tokens, prefix, keep = made
   expected = apply(params, tokens, prefix, keep, (2, 3))
   assert expected.shape == (2, 6, 12)
@@ -51,12 +51,12 @@ def test_order_of_the_visible_makes_no_difference(made):
   np.testing.assert_allclose(shuffled, expected, atol=1e-5)
 
 
-def test_hidden_patches_differ_by_position_and_hear_the_prefix(made):
+def test_hidden_patches_depend_on_position_and_prefix(made):
   params, apply, tokens, prefix, keep = made
-  found = apply(params, tokens, prefix, keep, (2, 3))
-  assert np.abs(found[0, 1] - found[0, 3]).max() > 1e-3
+  result = apply(params, tokens, prefix, keep, (2, 3))
+  assert np.abs(result[0, 1] - result[0, 3]).max() > 1e-3
   other = apply(params, tokens, prefix + 1.0, keep, (2, 3))
-  assert np.abs(other - found).max(axis=(1, 2)).min() > 1e-3
+  assert np.abs(other - result).max(axis=(1, 2)).min() > 1e-3
 
 
 def test_without_prefix_and_in_bfloat16(made):

@@ -19,7 +19,7 @@ def params(head):
   return head.init(jax.random.key(0), jnp.zeros((1, 12)))["params"]
 
 
-def test_the_tree_has_the_mlp_and_the_last_layer(params):
+def test_parameter_tree(params):
   shapes = jax.tree.map(lambda x: x.shape, params)
   assert shapes == {
     "mlp": {
@@ -46,8 +46,8 @@ def test_bottleneck_and_prototypes_equal_numpy(head, params):
     if i < 3:
       y = 0.5 * y * (1 + erf(y / np.sqrt(2)))
   y /= np.linalg.norm(y, axis=-1, keepdims=True)
-  found = head.apply({"params": params}, jnp.asarray(x, jnp.float32))
-  np.testing.assert_allclose(found, y, rtol=1e-4, atol=1e-5)
+  result = head.apply({"params": params}, jnp.asarray(x, jnp.float32))
+  np.testing.assert_allclose(result, y, rtol=1e-4, atol=1e-5)
 
   last = jax.tree.map(np.float64, params["last_layer"])
   columns = last["kernel"] / np.linalg.norm(last["kernel"], axis=0)
@@ -55,7 +55,7 @@ def test_bottleneck_and_prototypes_equal_numpy(head, params):
   np.testing.assert_allclose(matrix, columns * last["scale"], rtol=1e-5)
 
 
-def test_prototypes_are_pulled_along_the_sphere_only(head, params):
+def test_prototype_gradients_are_tangential(head, params):
   def logit(params):
     return head.apply({"params": params}, method="prototypes")[0].sum()
 
@@ -65,7 +65,7 @@ def test_prototypes_are_pulled_along_the_sphere_only(head, params):
   assert np.abs(gradient).max() > 0.1
 
 
-def test_the_mlp_computes_in_its_input_s_dtype(head, params):
+def test_mlp_computes_in_the_dtype_of_its_input(head, params):
   x = jax.random.normal(jax.random.key(1), (4, 12))
   exact = head.apply({"params": params}, x)
   rough = head.apply({"params": params}, x.astype(jnp.bfloat16))
@@ -75,7 +75,7 @@ def test_the_mlp_computes_in_its_input_s_dtype(head, params):
   assert 1e-4 < error < 0.1
 
 
-def test_a_zero_vector_has_a_finite_direction_and_gradient():
+def test_unit_of_zero_is_finite_with_a_finite_gradient():
   gradient = jax.grad(lambda x: unit(x).sum())(jnp.zeros((2, 3)))
   assert np.isfinite(gradient).all()
   np.testing.assert_array_equal(unit(jnp.zeros((2, 3))), 0.0)

@@ -106,32 +106,34 @@ def numpy_prompter(params, patches, box, heads=1):
 
 
 @pytest.mark.parametrize("heads", [1, 4])
-def test_it_is_a_whole_layer_run_for_each_box(params, heads):
+def test_prompter_equals_a_full_layer_per_box(params, heads):
   patches, boxes = sample()
-  found = embed(params, patches, boxes, heads=heads)
+  result = embed(params, patches, boxes, heads=heads)
   for i, m in np.ndindex(2, 3):
     expected = numpy_prompter(params, patches[i], boxes[i, m], heads)
-    np.testing.assert_allclose(found[i, m], expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(result[i, m], expected, rtol=2e-5, atol=2e-5)
 
 
 def test_a_region_does_not_depend_on_the_others(params):
   patches, boxes = sample(regions=4)
-  found = embed(params, patches, boxes)
+  result = embed(params, patches, boxes)
   np.testing.assert_allclose(
-    embed(params, patches, boxes[:, 1:2])[:, 0], found[:, 1], atol=1e-6
+    embed(params, patches, boxes[:, 1:2])[:, 0], result[:, 1], atol=1e-6
   )
 
 
-def test_boxes_that_differ_by_a_tenth_of_a_patch_are_told_apart(params):
+def test_a_tenth_of_a_patch_changes_the_embedding(
+  params,
+):
   patches, _ = sample(images=1)
   box = np.array([0.2, 0.3, 0.6, 0.8], np.float32)
   boxes = box + np.concatenate([np.zeros((1, 4)), 0.1 / 14 * np.eye(4)])
-  found = embed(params, patches, jnp.asarray(boxes[None], jnp.float32))[0]
-  gaps = np.linalg.norm(found[1:] - found[:1], axis=-1)
-  assert (gaps > 1e-3 * np.linalg.norm(found[0])).all()
+  result = embed(params, patches, jnp.asarray(boxes[None], jnp.float32))[0]
+  gaps = np.linalg.norm(result[1:] - result[:1], axis=-1)
+  assert (gaps > 1e-3 * np.linalg.norm(result[0])).all()
 
 
-def test_sinusoids_tell_the_ends_of_the_image_apart():
+def test_sinusoids_differ_between_the_ends_of_the_image():
   places = np.linspace(0, 1, 101, dtype=np.float32)[:, None]
   code = np.asarray(prompter.sinusoids(jnp.asarray(places), 32), np.float64)
   gaps = np.linalg.norm(code[:, None] - code[None], axis=-1)
@@ -140,7 +142,7 @@ def test_sinusoids_tell_the_ends_of_the_image_apart():
   np.testing.assert_allclose((code**2).sum(-1), 16, rtol=1e-5)
 
 
-def test_channels_that_do_not_divide_are_refused():
+def test_invalid_channels_and_heads_raise():
   with pytest.raises(ValueError, match="multiple of 8"):
     prompter.sinusoids(jnp.zeros((1, 4)), 20)
   with pytest.raises(ValueError, match="3 heads do not divide the width 16"):
@@ -150,12 +152,12 @@ def test_channels_that_do_not_divide_are_refused():
 def test_bfloat16_patches_give_float32_embeddings(params):
   patches, boxes = sample()
   exact = embed(params, patches, boxes)
-  found = embed(params, jnp.asarray(patches, jnp.bfloat16), boxes)
-  assert found.dtype == jnp.float32
-  assert np.linalg.norm(found - exact) < 0.05 * np.linalg.norm(exact)
+  result = embed(params, jnp.asarray(patches, jnp.bfloat16), boxes)
+  assert result.dtype == jnp.float32
+  assert np.linalg.norm(result - exact) < 0.05 * np.linalg.norm(exact)
 
 
-def test_sharding_rules_know_its_kernels(params):
+def test_sharding_rules_match_the_prompter_kernels(params):
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   placed = tree_shardings({"heads": {"prompter": params}}, mesh)
   layer = placed["heads"]["prompter"]["layer"]
@@ -166,7 +168,7 @@ def test_sharding_rules_know_its_kernels(params):
 
 
 @pytest.mark.slow
-def test_it_learns_to_read_what_a_box_holds():
+def test_prompter_learns_the_content_of_a_box():
   """Patches that say where they are and what is in their quarter."""
   width, grid, classes = 32, 4, 4
   module = prompter.Prompter(1)
@@ -216,7 +218,7 @@ def locator_sample():
 
 
 @pytest.mark.slow
-def test_the_locator_starts_in_the_middle_and_can_move():
+def test_locator_starts_in_the_centre_and_has_gradients():
   patches, texts = locator_sample()
   make = jax.jit(prompter.Locator(1).init)
   params = make(jax.random.key(0), patches, texts)["params"]
@@ -226,13 +228,13 @@ def test_the_locator_starts_in_the_middle_and_can_move():
   assert np.abs(gradient["fc2"]["kernel"]).max() > 1e-3
 
 
-def test_the_locator_is_a_whole_layer_run_for_each_text():
+def test_locator_equals_a_full_layer_per_text():
   patches, texts = locator_sample()
   params = random_params(prompter.Locator(1), patches, texts)
-  found = locate(params, patches, texts)
+  result = locate(params, patches, texts)
   for i, m in np.ndindex(2, 3):
     query = dense(params["embed"], np.float64(texts[i, m]))[None]
     tokens = np.concatenate([query, np.float64(patches[i])])
     x = norm(params["norm"], whole_layer(params["layer"], tokens)[0])
     x = dense(params["fc2"], gelu(dense(params["fc1"], x)))
-    np.testing.assert_allclose(found[i, m], 1 / (1 + np.exp(-x)), rtol=2e-5)
+    np.testing.assert_allclose(result[i, m], 1 / (1 + np.exp(-x)), rtol=2e-5)
