@@ -157,7 +157,7 @@ class Distillation(SelfDistillation):
   def loss_inputs(
     self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> LossInputs:
-    pooled = [encodings[e].pooled for e in self._student]
+    pooled = [encodings[e].pooled for e in self._student]  # [b, g | l, E]
     return LossInputs(
       teacher=heads[self.head, base.TEACHER](encodings[self._teacher].pooled),
       student=heads[self.head](jnp.concatenate(pooled, axis=1)),
@@ -169,7 +169,9 @@ class Distillation(SelfDistillation):
   ) -> base.Terms:
     rows, crops = loss_inputs.teacher.shape[:2]
     views = loss_inputs.student.shape[1]
-    pairs = pair_weights(crops, views - crops, same_crop=self.same_crop)
+    pairs = pair_weights(
+      crops, views - crops, same_crop=self.same_crop
+    )  # [g, v]
     result = self.prototype_loss(
       loss_inputs.teacher,
       loss_inputs.student,

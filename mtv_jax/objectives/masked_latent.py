@@ -48,7 +48,7 @@ def masked_first(
 def patch_weights(counted: Bool[Array, "b n p"]) -> Float[Array, "b n p"]:
   """Weights 1 / (the crop's counted patches), as in DINOv2.
 
-  A crop counts the same whatever its share of masked patches.
+  A crop counts the same at any share of masked patches.
   """
   counted = counted.astype(jnp.float32)
   return counted / jnp.maximum(jnp.sum(counted, axis=-1, keepdims=True), 1.0)
@@ -131,6 +131,7 @@ class MaskedLatent(SelfDistillation):
     whole = self.patches == "all"
     weights = patch_weights(jnp.ones_like(mask) if whole else mask)
     # All crops of an image together: their numbers of masked patches differ.
+    # [b, n * P, D], [b, n * P, D], [b, n * P]
     student, teacher, weights = (
       x.reshape(len(mask), -1, *x.shape[3:])
       for x in (
@@ -140,7 +141,7 @@ class MaskedLatent(SelfDistillation):
       )
     )
     if not whole and self.max_masked is not None:
-      where = masked_first(weights > 0, self.max_masked)
+      where = masked_first(weights > 0, self.max_masked)  # [b, p]
       weights = jnp.take_along_axis(weights, where, axis=1)
       teacher, student = (
         jnp.take_along_axis(x, where[..., None], axis=1)
@@ -157,7 +158,7 @@ class MaskedLatent(SelfDistillation):
     self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
   ) -> base.Terms:
     channels = loss_inputs.teacher.shape[-1]
-    weights = loss_inputs.weights.reshape(-1, 1)
+    weights = loss_inputs.weights.reshape(-1, 1)  # [B * p, 1]
     result = self.prototype_loss(
       loss_inputs.teacher.reshape(-1, 1, channels),
       loss_inputs.student.reshape(-1, 1, channels),
