@@ -30,7 +30,7 @@ def make(**options):
   return build_objective("distillation", {**SMALL, **options})
 
 
-def make_evidence(rows=4, crops=2, local=3, channels=5, seed=0):
+def make_loss_inputs(rows=4, crops=2, local=3, channels=5, seed=0):
   rng = np.random.default_rng(seed)
 
   def unit(*shape):
@@ -87,7 +87,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradient_equal_numpy(case):
   options, shape = CASES[case]
-  objective, loss_inputs = make(**options), make_evidence(**shape)
+  objective, loss_inputs = make(**options), make_loss_inputs(**shape)
   params = samples.params_of(objective)
   context, center = samples.context_of(objective), None
   if objective.target == "centering":
@@ -135,7 +135,7 @@ def test_loss_and_gradient_equal_numpy(case):
 def test_sharded_equals_single_device(target):
   objective = make(target=target, chunk=2)
   samples.assert_same_on_meshes(
-    objective, samples.params_of(objective), make_evidence(rows=16)
+    objective, samples.params_of(objective), make_loss_inputs(rows=16)
   )
 
 
@@ -210,7 +210,7 @@ def test_koleo_on_a_mesh_uses_the_ring_and_equals_one_device():
 
 
 def test_koleo_of_a_batch_of_one_raises():
-  loss_inputs = make_evidence(rows=1)
+  loss_inputs = make_loss_inputs(rows=1)
   params = samples.params_of(make())
   with pytest.raises(ValueError, match="global batch, which has 1; .*koleo_w"):
     samples.loss_and_gradients(
@@ -221,7 +221,7 @@ def test_koleo_of_a_batch_of_one_raises():
     objective, params, loss_inputs, samples.context_of(objective)
   )
   np.testing.assert_allclose(
-    value, reference(objective, params, make_evidence(rows=1)), rtol=1e-5
+    value, reference(objective, params, make_loss_inputs(rows=1)), rtol=1e-5
   )
   assert all(np.isfinite(x).all() for x in gradients)
 
@@ -231,7 +231,7 @@ def test_koleo_of_a_batch_of_one_raises():
 
 
 def test_teacher_temperature_warms_up():
-  objective, loss_inputs = make(koleo_weight=0), make_evidence()
+  objective, loss_inputs = make(koleo_weight=0), make_loss_inputs()
   params = samples.params_of(objective)
 
   @jax.jit
@@ -249,7 +249,10 @@ def test_teacher_temperature_warms_up():
 
 
 def test_last_layer_is_frozen_for_the_first_percent_of_the_run():
-  objective, loss_inputs = make(teacher_temp_warmup_percent=0), make_evidence()
+  objective, loss_inputs = (
+    make(teacher_temp_warmup_percent=0),
+    make_loss_inputs(),
+  )
   params = samples.params_of(objective)
 
   @jax.jit

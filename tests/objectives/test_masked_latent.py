@@ -33,7 +33,7 @@ def make(**options):
   return build_objective("masked_latent", {**SMALL, **options})
 
 
-def make_evidence(counts, patches=4, seed=0):
+def make_loss_inputs(counts, patches=4, seed=0):
   """Crops with so many masked patches each: counts [rows, crops].
 
   A row's patches are those of its crops, `patches` of each.
@@ -104,7 +104,7 @@ COUNTS = {
 def test_loss_and_gradient_equal_numpy(case, target):
   objective = make(target=target, chunk=None if target == "sinkhorn" else 2)
   loss_inputs, params = (
-    make_evidence(COUNTS[case]),
+    make_loss_inputs(COUNTS[case]),
     samples.params_of(objective),
   )
   value, (report, statistics), gradients = samples.loss_and_gradients(
@@ -156,7 +156,7 @@ def test_sharded_equals_single_device(target):
   counts = np.random.default_rng(0).integers(0, 5, size=(16, 2))
   counts[:4] = 0
   samples.assert_same_on_meshes(
-    objective, samples.params_of(objective), make_evidence(counts)
+    objective, samples.params_of(objective), make_loss_inputs(counts)
   )
 
 
