@@ -164,7 +164,7 @@ def test_sharded_equals_single_device(target):
 # From encodings to loss inputs.
 
 
-def made_evidence(objective, mask):
+def masked_loss_inputs(objective, mask):
   """LossInputs of patches whose vectors tell their place."""
   rows, crops, patches = (1, 1, 4) if mask is None else mask.shape
   # One direction a patch, so that the head keeps them apart.
@@ -182,7 +182,7 @@ def made_evidence(objective, mask):
 def test_loss_inputs_are_at_the_masked_patches():
   mask = np.zeros((2, 1, 5), bool)
   mask[0, 0, [1, 3]] = mask[1, 0, 4] = True
-  loss_inputs, heads = made_evidence(make(), jnp.asarray(mask))
+  loss_inputs, heads = masked_loss_inputs(make(), jnp.asarray(mask))
   valid = np.asarray(loss_inputs.weights > 0)
   assert valid.sum() == 3
   for vectors, side in (
@@ -196,7 +196,9 @@ def test_loss_inputs_are_at_the_masked_patches():
 
 def test_patches_all_has_targets_at_all_patches():
   mask = jnp.zeros((2, 1, 5), bool).at[0, 0, 2].set(True)
-  loss_inputs, heads = made_evidence(make(patches="all", head="dino"), mask)
+  loss_inputs, heads = masked_loss_inputs(
+    make(patches="all", head="dino"), mask
+  )
   np.testing.assert_allclose(
     loss_inputs.weights, np.full((2, 5), 0.2), rtol=1e-6
   )
@@ -215,8 +217,8 @@ def test_number_of_gathered_patches_is_the_views_maximum():
   mask = jnp.zeros((2, 2, 16), bool)
   mask = mask.at[0, 0, jnp.array([0, 7, 15])].set(True)
   mask = mask.at[1, 1, jnp.array([3, 5, 6, 9])].set(True)
-  bounded, _ = made_evidence(objective, mask)
-  whole, _ = made_evidence(make(), mask)
+  bounded, _ = masked_loss_inputs(objective, mask)
+  whole, _ = masked_loss_inputs(make(), mask)
   assert bounded.student.shape == (2, 4, 4)
   assert whole.student.shape == (2, 32, 4)
   for row, places in ((0, [0, 7, 15]), (1, [19, 21, 22, 25])):
@@ -246,7 +248,7 @@ def test_invalid_views_raise():
   with pytest.raises(ValueError, match="hides up to 8. Leave it out"):
     resolve("resize(32)|blocks(0.25, 0.5, patch=8)", max_masked=3)
   with pytest.raises(ValueError, match="'global' hides no patches.*blocks"):
-    made_evidence(make(), None)
+    masked_loss_inputs(make(), None)
   with pytest.raises(ValueError, match="Did you mean 'masked'"):
     make(patches="maskd")
 

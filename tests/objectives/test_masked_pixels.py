@@ -111,7 +111,7 @@ def _inputs(seed=0):
   return view_batch, output
 
 
-def _evidence(objective, params, view_batch, output):
+def _loss_inputs(objective, params, view_batch, output):
   return objective.loss_inputs(
     {base.Encoding("image", "mae"): output},
     base.BoundHeads(objective.heads(), params),
@@ -125,7 +125,7 @@ def test_loss_inputs_and_loss_equal_the_formula(parts, norm_pixels):
   objective = dataclasses.replace(objective, norm_pixels=norm_pixels)
   view_batch, output = _inputs()
   heads = base.BoundHeads(objective.heads(), params)
-  result = _evidence(objective, params, view_batch, output)
+  result = _loss_inputs(objective, params, view_batch, output)
   expected = np.zeros(3)
   for i in range(3):
     for j in range(2):
@@ -147,12 +147,12 @@ def test_loss_inputs_and_loss_equal_the_formula(parts, norm_pixels):
 
 def test_visible_patches_are_not_targets(parts):
   view_batch, output = _inputs()
-  before = _evidence(*parts, view_batch, output)
+  before = _loss_inputs(*parts, view_batch, output)
   seen = np.asarray(view_batch.images).copy()
   for i, j, n in np.ndindex(3, 2, 4):
     y, x = divmod(int(view_batch.keep[i, j, n]), 4)
     seen[i, j, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8] *= -3
-  after = _evidence(
+  after = _loss_inputs(
     *parts, dataclasses.replace(view_batch, images=jnp.asarray(seen)), output
   )
   np.testing.assert_array_equal(after.error, before.error)
@@ -161,7 +161,7 @@ def test_visible_patches_are_not_targets(parts):
 def test_invalid_options_and_views_raise(parts):
   view_batch, output = _inputs()
   with pytest.raises(ConfigError, match=r"keep\(0.25\)"):
-    _evidence(*parts, dataclasses.replace(view_batch, keep=None), output)
+    _loss_inputs(*parts, dataclasses.replace(view_batch, keep=None), output)
   with pytest.raises(ConfigError, match=r"keep\(0.25\)"):
     _resolved(ops="resize(32)")
   with pytest.raises(ConfigError, match="keeps all 16 patches"):
