@@ -1,4 +1,4 @@
-"""Baselines: raw pixels are raw pixels, and an untrained tower is that."""
+"""Baselines: raw pixels and an untrained tower."""
 
 import json
 

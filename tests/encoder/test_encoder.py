@@ -1,4 +1,4 @@
-"""Encoder: the same features whatever the batch, the mesh and the machine."""
+"""Encoder: features do not depend on batch size, mesh and number of hosts."""
 
 import dataclasses
 import io
@@ -54,12 +54,12 @@ SPEC = models.ModelSpec(
 def params():
   # Drawn and not initialised: no leaf is zero, and nothing is compiled.
   rng = np.random.default_rng(1)
-  made = jax.tree.map(
+  params = jax.tree.map(
     lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32),
     models.abstract_params(SPEC),
   )
   head = {"logit_scale": np.float32(1.5), "logit_bias": np.float32(-2.0)}
-  return {**made, "heads": {"contrastive": head}}
+  return {**params, "heads": {"contrastive": head}}
 
 
 def build(params, devices=None, **kwargs):
@@ -200,9 +200,9 @@ def see_through(image):
 
 @pytest.mark.parametrize("make", [turned, deep, see_through])
 def test_pil_files_equal_their_bytes(encoder, images, make):
-  picture, options = make(images[0])
+  pil_image, options = make(images[0])
   file = io.BytesIO()
-  picture.save(file, "PNG", **options)
+  pil_image.save(file, "PNG", **options)
   with PIL.Image.open(io.BytesIO(file.getvalue())) as opened:
     out = encoder.image([opened, file.getvalue()], outputs=("pooled",)).pooled
     plain = np.asarray(opened.convert("RGB"))

@@ -1,4 +1,4 @@
-"""Encoder.dense: features at the size that images come in."""
+"""Encoder.dense: features at the size of the images."""
 
 import jax
 import jax.numpy as jnp

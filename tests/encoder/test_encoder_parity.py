@@ -61,10 +61,10 @@ def opened(tmp_path_factory):
   """By kind, once: transformers' model and our encoder of its folder."""
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
-  made = {}
+  loaded = {}
 
   def get(kind):
-    if kind not in made:
+    if kind not in loaded:
       torch.manual_seed(0)
       model = make(transformers, kind).eval()
       with torch.no_grad():
@@ -77,8 +77,8 @@ def opened(tmp_path_factory):
       transformers.SiglipImageProcessorPil(
         size=square, image_mean=MEAN, image_std=STD
       ).save_pretrained(folder)
-      made[kind] = model, mtv_jax.load(folder)
-    return made[kind]
+      loaded[kind] = model, mtv_jax.load(folder)
+    return loaded[kind]
 
   return get
 

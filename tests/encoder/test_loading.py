@@ -1,4 +1,4 @@
-"""load: runs, our folders, Hugging Face folders, and folders that are none."""
+"""load: runs, native folders, Hugging Face folders, and unknown folders."""
 
 import json
 import subprocess
@@ -225,8 +225,8 @@ def test_hugging_face_folders(name, tmp_path, images):
 
   encoder = mtv_jax.load(tmp_path)
   ours = encoder.image(images, layers=(0, 1, -1))
-  pictures = [PIL.Image.fromarray(image) for image in images]
-  pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+  pil_images = [PIL.Image.fromarray(image) for image in images]
+  pixels = processor(pil_images, return_tensors="pt")["pixel_values"]
   vision = theirs.vision_model if name != "dinov2" else theirs
   with torch.no_grad():
     out = vision(pixels, output_hidden_states=True)

@@ -15,12 +15,12 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 SIZES = [(50, 71), (71, 50), (20, 20), (224, 301), (37, 224)]
 
 
-def pictures():
+def random_images():
   rng = np.random.default_rng(0)
   for size in SIZES:
     coarse = rng.integers(0, 256, (5, 7, 3), np.uint8)
-    picture = PIL.Image.fromarray(coarse).resize(size[::-1])
-    yield np.asarray(picture)
+    image = PIL.Image.fromarray(coarse).resize(size[::-1])
+    yield np.asarray(image)
 
 
 def test_squash_and_scale():
@@ -33,7 +33,7 @@ def test_squash_and_scale():
 
 
 def test_pil_and_array_agree():
-  image = next(pictures())
+  image = next(random_images())
   preprocess = Preprocess(size=16, interpolation="bicubic")
   grey = PIL.Image.fromarray(image).convert("L")
   np.testing.assert_array_equal(
@@ -109,7 +109,7 @@ def test_equals_transformers():
     (dino, Preprocess(size=28, resize_size=36, **shortest, **IMAGENET)),
   ]
   for theirs, ours in pairs:
-    for image in pictures():
+    for image in random_images():
       want = theirs(PIL.Image.fromarray(image), return_tensors="np")
       want = want["pixel_values"][0].transpose(1, 2, 0)
       np.testing.assert_array_equal(ours(image), want)

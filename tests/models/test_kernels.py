@@ -96,7 +96,7 @@ def test_linear_gradients_equal_plain_gradients(lead):
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_linear_gradients_on_tpus_lower_to_the_plain_program(biased):
-  """A TPU's program is that of x @ kernel + bias, whatever a CPU's is."""
+  """On TPUs the program is that of x @ kernel + bias."""
   sizes = ((2, 3, 4), (4, 6), (6,))[: 2 + biased]
   shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in sizes]
 

@@ -12,7 +12,7 @@ from mtv_jax.parallel.rules import tree_shardings
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_gathered_parameters_are_not_saved_for_the_backward_pass(remat, dtype):
-  """What lies in parts along fsdp is kept in parts, and gathered again."""
+  """Parameters sharded along fsdp are saved as shards and gathered again."""
   mesh = make_mesh(dict(fsdp=8))
   block, depth = layers.Block(heads=2, mlp_dim=64, dtype=jnp.dtype(dtype)), 3
   x = jnp.ones((8, 5, 32))

@@ -1,4 +1,4 @@
-"""The image tower against NumPy, and every way of running it."""
+"""The image tower against NumPy, with scan, remat, taps and meshes."""
 
 import dataclasses
 import functools
@@ -222,11 +222,11 @@ def test_every_parameter_has_a_finite_gradient(unrolled):
 
 
 def test_remat_saves_less():
-  """What is kept for the backward pass shrinks in the documented order."""
+  """What is saved for the backward pass shrinks in the documented order."""
   spec = dataclasses.replace(BASE, depth=6)
   init = jax.eval_shape(ViT(spec).init, jax.random.key(0), images_of())
 
-  def kept(remat):
+  def saved(remat):
     def loss(params, images):
       out = ViT(spec, remat=remat).apply({"params": params}, images)
       return out.patches.sum()
@@ -236,7 +236,7 @@ def test_remat_saves_less():
     )
     return sum(x.size for x in jax.tree.leaves(pullback))
 
-  sizes = [kept(r) for r in ("full", "dots_no_batch", "dots", "none")]
+  sizes = [saved(r) for r in ("full", "dots_no_batch", "dots", "none")]
   assert sizes == sorted(sizes)
   assert len(set(sizes)) == 4
 
@@ -256,9 +256,9 @@ def test_keep_of_all_patches_equals_no_keep(params_of):
   params, images = params_of(DINOV2), images_of()
   keep = jnp.broadcast_to(jnp.arange(16), (BATCH, 16))
   full = encode(DINOV2, params, images)
-  kept = encode(DINOV2, params, images, keep=keep)
-  np.testing.assert_allclose(kept.patches, full.patches, atol=1e-6)
-  # Patches carry their place with them: another order, the same tokens.
+  encoded = encode(DINOV2, params, images, keep=keep)
+  np.testing.assert_allclose(encoded.patches, full.patches, atol=1e-6)
+  # Positions are of the patch: another order gives the same tokens.
   order = np.random.default_rng(0).permutation(16)
   shuffled = encode(DINOV2, params, images, keep=keep[:, order])
   np.testing.assert_allclose(
@@ -368,7 +368,7 @@ def test_tensor_sharding_needs_no_all_to_all(params_of):
   columns = ("qkv", "fc1")
   rows = ("out", "fc2")
 
-  def place(path, leaf):
+  def put(path, leaf):
     names = [part.key for part in path]
     axes = [None] * leaf.ndim
     if set(columns) & set(names):
@@ -379,7 +379,7 @@ def test_tensor_sharding_needs_no_all_to_all(params_of):
     return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
 
   params = {k: v for k, v in params_of(SIGLIP).items() if k != "pool"}
-  placed = jax.tree_util.tree_map_with_path(place, params)
+  sharded = jax.tree_util.tree_map_with_path(put, params)
   images = jnp.concatenate([images_of()] * 4)
   by_data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
   keep = jnp.tile(jnp.arange(8)[::-1], (8, 1))
@@ -387,13 +387,13 @@ def test_tensor_sharding_needs_no_all_to_all(params_of):
     lambda p, x, k: ViT(spec).apply({"params": p}, x, keep=k).pooled
   )
   compiled = run.lower(
-    placed, *jax.device_put((images, keep), by_data)
+    sharded, *jax.device_put((images, keep), by_data)
   ).compile()
   text = compiled.as_text()
   for bad in ("all-to-all", "all-gather(", "collective-permute("):
     assert bad not in text, bad
   assert "all-reduce" in text
-  got = compiled(placed, *jax.device_put((images, keep), by_data))
+  got = compiled(sharded, *jax.device_put((images, keep), by_data))
   np.testing.assert_allclose(got, run(params, images, keep), atol=1e-5)
 
 

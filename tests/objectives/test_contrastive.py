@@ -1,4 +1,4 @@
-"""The contrastive losses against NumPy in float64, and their edges."""
+"""The contrastive losses against NumPy in float64, and edge cases."""
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,11 @@ def numpy_sigmoid_loss(logits, valid):
 
 
 def numpy_softmax_loss(logits, valid):
-  kept = logits[np.ix_(valid, valid)]
-  if not kept.size:
+  pairs = logits[np.ix_(valid, valid)]
+  if not pairs.size:
     return 0.0
-  rows = np.log(np.exp(kept).sum(1)) - np.diag(kept)
-  columns = np.log(np.exp(kept).sum(0)) - np.diag(kept)
+  rows = np.log(np.exp(pairs).sum(1)) - np.diag(pairs)
+  columns = np.log(np.exp(pairs).sum(0)) - np.diag(pairs)
   return 0.5 * (rows + columns).mean()
 
 

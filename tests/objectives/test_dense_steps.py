@@ -172,7 +172,7 @@ def test_an_objective_alone_learns(name):
   mesh = mesh_of((1, 1, 1))
   program = make_program(built, optax.adam(3e-3), mesh)
   state = program.init(params_of(name))
-  # A view of another name is not even made.
+  # A view that no objective reads is not computed.
   view = built.objectives[name].view
   assert [e.view for e in built.plan] == [view]
   batch = shard_batch(make_batch(), mesh)

@@ -1,4 +1,4 @@
-"""The depth losses against NumPy in float64, their edges and invariances."""
+"""The depth losses against NumPy in float64, edge cases and invariances."""
 
 import dataclasses
 import math
@@ -29,8 +29,8 @@ def numpy_standardise(x, valid):
 def numpy_ssi(p, d, valid, trim=0.1):
   residual = numpy_standardise(p, valid) - numpy_standardise(d, valid)
   sizes = np.sort(np.abs(residual[valid]))
-  kept = math.ceil(round((1 - trim) * len(sizes), 9))
-  return sizes[:kept].mean() if kept else 0.0
+  count = math.ceil(round((1 - trim) * len(sizes), 9))
+  return sizes[:count].mean() if count else 0.0
 
 
 def numpy_gradient_matching(p, d, valid, scales=4):
@@ -86,10 +86,10 @@ def slope(p, d, valid):
   return jax.grad(total)(p)
 
 
-def _pixels(*places):
+def _pixels(*pixels):
   valid = np.zeros((SIDE, SIDE), bool)
-  for place in places:
-    valid[place] = True
+  for pixel in pixels:
+    valid[pixel] = True
   return valid
 
 
@@ -206,14 +206,14 @@ def test_trimming_excludes_the_largest_tenth():
 
 
 @pytest.mark.parametrize(
-  ("trim", "pixels", "kept"),
+  ("trim", "pixels", "count"),
   [(0.1, 11, 10), (0.1, 10, 9), (0.1, 9, 9), (0.0, 7, 7), (0.2, 100, 80)],
 )
-def test_number_of_residuals_after_trimming(trim, pixels, kept):
+def test_number_of_residuals_after_trimming(trim, pixels, count):
   residual = jnp.arange(1.0, pixels + 1).reshape(1, 1, -1)
   valid = jnp.ones(residual.shape, bool)
   result = depth.trimmed_error(residual, valid, trim)[0]
-  np.testing.assert_allclose(result, np.arange(1, kept + 1).mean(), rtol=1e-6)
+  np.testing.assert_allclose(result, np.arange(1, count + 1).mean(), rtol=1e-6)
 
 
 def test_equal_residuals_at_the_threshold_share_the_weight():

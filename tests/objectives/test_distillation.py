@@ -1,4 +1,4 @@
-"""DINO against NumPy in float64, its schedules, its edges, and on meshes."""
+"""DINO against NumPy in float64, its schedules, edge cases and meshes."""
 
 import dataclasses
 import functools
@@ -193,16 +193,16 @@ def test_koleo_on_a_mesh_uses_the_ring_and_equals_one_device():
     return distillation.koleo(x, jnp.asarray(valid), mesh=mesh).value()
 
   expected = jax.jit(jax.value_and_grad(loss))(vectors)
-  place = NamedSharding(mesh, BATCH_SPEC)
-  placed = jax.device_put(vectors, place)
+  sharding = NamedSharding(mesh, BATCH_SPEC)
+  sharded = jax.device_put(vectors, sharding)
   graded = jax.jit(
     jax.value_and_grad(functools.partial(loss, mesh=mesh)),
-    out_shardings=(replicated_sharding(mesh), place),
+    out_shardings=(replicated_sharding(mesh), sharding),
   )
-  result = graded(placed)
+  result = graded(sharded)
   np.testing.assert_allclose(result[0], expected[0], rtol=1e-6)
   np.testing.assert_allclose(result[1], expected[1], rtol=1e-5, atol=1e-7)
-  rows = hlo.collectives(graded.lower(placed).compile())
+  rows = hlo.collectives(graded.lower(sharded).compile())
   assert {row.kind for row in rows} == {"collective-permute", "all-reduce"}
   sent = sum(row.bytes for row in rows if row.kind == "collective-permute")
   # Two rows of four channels with a mark seven times, gradients eight times.

@@ -1,4 +1,4 @@
-"""Grounding's losses against NumPy in float64, and their edges."""
+"""Grounding's losses against NumPy in float64, and edge cases."""
 
 import functools
 

@@ -365,7 +365,7 @@ def test_sharded_equals_one_device(shape, chunk):
     report,
     expected_report,
   )
-  # Regions, texts, boxes' places, scale and bias.
+  # Regions, texts, boxes, scale and bias.
   assert sum(np.linalg.norm(x) > 1e-6 for x in expected_gradients) >= 5
   for a, b in zip(gradients, expected_gradients, strict=True):
     assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-8

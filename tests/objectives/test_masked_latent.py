@@ -1,4 +1,4 @@
-"""iBOT against NumPy in float64, its edges, on meshes, and in a train step."""
+"""iBOT against NumPy in float64, edge cases, meshes and a train step."""
 
 import dataclasses
 import functools
@@ -165,7 +165,7 @@ def test_sharded_equals_single_device(target):
 
 
 def masked_loss_inputs(objective, mask):
-  """LossInputs of patches whose vectors tell their place."""
+  """LossInputs of patches whose vectors identify their position."""
   rows, crops, patches = (1, 1, 4) if mask is None else mask.shape
   # One direction a patch, so that the head keeps them apart.
   x = jnp.broadcast_to(jnp.eye(patches, 5), (rows, crops, patches, 5))
@@ -221,14 +221,16 @@ def test_number_of_gathered_patches_is_the_views_maximum():
   whole, _ = masked_loss_inputs(make(), mask)
   assert bounded.student.shape == (2, 4, 4)
   assert whole.student.shape == (2, 32, 4)
-  for row, places in ((0, [0, 7, 15]), (1, [19, 21, 22, 25])):
+  for row, positions in ((0, [0, 7, 15]), (1, [19, 21, 22, 25])):
     for x, y in (
       (bounded.student, whole.student),
       (bounded.teacher, whole.teacher),
       (bounded.weights, whole.weights),
     ):
-      result = x[row, : len(places)]
-      np.testing.assert_allclose(result, y[row, jnp.array(places)], rtol=1e-5)
+      result = x[row, : len(positions)]
+      np.testing.assert_allclose(
+        result, y[row, jnp.array(positions)], rtol=1e-5
+      )
   np.testing.assert_allclose(bounded.weights.sum(1), 1, rtol=1e-6)
   np.testing.assert_allclose(whole.weights.sum(1), 1, rtol=1e-6)
   assert make().resolve(spec, {}).max_masked is None

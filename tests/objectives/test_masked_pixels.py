@@ -1,4 +1,4 @@
-"""Masked pixels: the loss against NumPy in float64, and what it may see."""
+"""Masked pixels: the loss against NumPy in float64, and its visible patches."""
 
 import dataclasses
 

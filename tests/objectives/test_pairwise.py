@@ -1,4 +1,4 @@
-"""What the objectives that compare embeddings share."""
+"""Pairwise sigmoid losses and the temperature."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Assignments and cross-entropies against NumPy in float64, and their edges."""
+"""Assignments and cross-entropies against NumPy in float64, and edge cases."""
 
 import jax
 import jax.numpy as jnp
@@ -164,8 +164,8 @@ def test_cross_entropy_and_gradient_equal_numpy(target, chunk):
     samples.numeric_gradient(lambda x: reference(x, matrix), vectors),
     samples.numeric_gradient(lambda x: reference(vectors, x), matrix),
   )
-  for gradient, wanted in zip(gradients, expected, strict=True):
-    np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
+  for gradient, reference in zip(gradients, expected, strict=True):
+    np.testing.assert_allclose(gradient, reference, rtol=1e-4, atol=1e-5)
 
   np.testing.assert_allclose(found.entropy, -(q * np.log(q)).sum(-1), rtol=1e-5)
   mean = q.mean((0, 1))

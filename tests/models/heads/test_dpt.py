@@ -1,4 +1,4 @@
-"""DPT: its resampling, its taps, and Depth Anything V2's numbers."""
+"""DPT: resampling, taps, and Depth Anything V2's shapes."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The masked autoencoder's decoder: who goes where, and what it can see."""
+"""MAE decoder: positions, order and visibility of the patches."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def test_slots_invert_keep():
 
 
 @pytest.fixture(scope="module")
-def made():
+def decoder():
   module = mae_decoder.MaskedDecoder(outputs=12, width=16, depth=2, heads=2)
   rng = np.random.default_rng(0)
   tokens = jnp.asarray(rng.normal(size=(2, 3, 8)), jnp.float32)
@@ -42,8 +42,8 @@ def made():
   return params, apply, tokens, prefix, keep
 
 
-def test_order_of_visible_patches_does_not_matter(made):
-  params, apply, tokens, prefix, keep = made
+def test_order_of_visible_patches_does_not_matter(decoder):
+  params, apply, tokens, prefix, keep = decoder
   expected = apply(params, tokens, prefix, keep, (2, 3))
   assert expected.shape == (2, 6, 12)
   order = jnp.array([2, 0, 1])
@@ -51,16 +51,16 @@ def test_order_of_visible_patches_does_not_matter(made):
   np.testing.assert_allclose(shuffled, expected, atol=1e-5)
 
 
-def test_hidden_patches_depend_on_position_and_prefix(made):
-  params, apply, tokens, prefix, keep = made
+def test_hidden_patches_depend_on_position_and_prefix(decoder):
+  params, apply, tokens, prefix, keep = decoder
   result = apply(params, tokens, prefix, keep, (2, 3))
   assert np.abs(result[0, 1] - result[0, 3]).max() > 1e-3
   other = apply(params, tokens, prefix + 1.0, keep, (2, 3))
   assert np.abs(other - result).max(axis=(1, 2)).min() > 1e-3
 
 
-def test_without_prefix_and_in_bfloat16(made):
-  params, apply, tokens, prefix, keep = made
+def test_without_prefix_and_in_bfloat16(decoder):
+  params, apply, tokens, prefix, keep = decoder
   none = prefix[:, :0]
   exact = apply(params, tokens, none, keep, (2, 3))
   half = (x.astype(jnp.bfloat16) for x in (tokens, none))

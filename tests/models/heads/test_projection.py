@@ -1,4 +1,4 @@
-"""The prototype head: its shapes, its formula, and how it starts."""
+"""The prototype head: shapes, formula and initial values."""
 
 import jax
 import jax.numpy as jnp

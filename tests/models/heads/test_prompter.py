@@ -1,4 +1,4 @@
-"""Prompter and locator against a whole layer in NumPy, and what they learn."""
+"""Prompter and locator against a full layer in NumPy, and what they learn."""
 
 import functools
 
@@ -134,8 +134,8 @@ def test_a_tenth_of_a_patch_changes_the_embedding(
 
 
 def test_sinusoids_differ_between_the_ends_of_the_image():
-  places = np.linspace(0, 1, 101, dtype=np.float32)[:, None]
-  code = np.asarray(prompter.sinusoids(jnp.asarray(places), 32), np.float64)
+  positions = np.linspace(0, 1, 101, dtype=np.float32)[:, None]
+  code = np.asarray(prompter.sinusoids(jnp.asarray(positions), 32), np.float64)
   gaps = np.linalg.norm(code[:, None] - code[None], axis=-1)
   apart = ~np.eye(101, dtype=bool)
   assert gaps[apart].min() > 0.5
@@ -180,8 +180,8 @@ def test_prompter_learns_the_content_of_a_box():
   def draw(key):
     what = jax.random.randint(key, (32, 4), 0, classes)
     seen = jax.nn.one_hot(what[:, quarter.ravel()], width - grid * grid)
-    place = jnp.broadcast_to(where, (32, *where.shape))
-    patches = jnp.concatenate([place, seen], axis=-1)
+    position = jnp.broadcast_to(where, (32, *where.shape))
+    patches = jnp.concatenate([position, seen], axis=-1)
     return patches, jnp.broadcast_to(boxes, (32, 4, 4)), what
 
   def loss(params, key):
