@@ -1,11 +1,13 @@
 """Depth, regions and boxes from the heads of pretraining, live and loaded."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import mtv_jax
 from mtv_jax.checkpoint.checkpointer import Checkpointer
@@ -15,6 +17,7 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as models
+from mtv_jax.models.heads.base import PredictionHead
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import make_mesh
 
@@ -204,6 +207,49 @@ def test_loaded_heads_predict(form, run, encoder, images, tmp_path):
     loaded.ground(images, BOXES).embeddings,
     encoder.ground(images, BOXES).embeddings,
   )
+
+
+class MeanColour(nn.Module):
+  channels: int
+
+  @nn.compact
+  def __call__(self, patches):
+    return nn.Dense(self.channels)(patches).mean(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ColourHead(PredictionHead):
+  objective = "colour"
+  params_key = "colour"
+
+  channels: int = 3
+
+  def module(self):
+    return MeanColour(self.channels)
+
+  def example(self, spec):
+    return (jax.ShapeDtypeStruct((1, 1, spec.image.width), "float32"),)
+
+  def predict(self, head, image, grid):
+    return {"colour": head(image.patches)}
+
+
+def test_a_registered_head_predicts(params, images, encoder, monkeypatch):
+  monkeypatch.setitem(heads_lib.HEADS, "colour", ColourHead)
+  config = {"colour": {"weight": 1.0, "channels": 2}}
+  heads = heads_lib.heads_of_config(config, SPEC)
+  assert heads_lib.described_heads(heads_lib.describe_heads(heads)) == heads
+  head = base.Head.of(heads["colour"])["colour"].init(jax.random.key(1), SPEC)
+  extended = build(
+    {**params, "heads": {"colour": head}}, prediction_heads=heads
+  )
+  assert extended.can_predict("colour") and not extended.can_predict("depth")
+  colour = extended.predict("colour", images)["colour"]
+  patches = encoder.image(images, outputs=("patches",)).patches
+  mean = patches.mean(axis=(1, 2))
+  dense = head["Dense_0"]
+  expected = mean @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])
+  np.testing.assert_allclose(colour, expected, atol=1e-5)
 
 
 def test_invalid_arguments_raise(encoder, params, images):
