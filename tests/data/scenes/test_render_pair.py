@@ -1,4 +1,4 @@
-"""Two views of a built-in scene: what moved where, and what is hidden."""
+"""Pairs of views of a built-in scene: correspondence and visibility."""
 
 import math
 
@@ -68,8 +68,8 @@ def test_visible_points_are_the_same_surface_in_both_views(pairs):
     assert np.median(np.abs(ratio - 1)) < 0.02
 
 
-def test_hidden_points_lie_behind_something(pairs):
-  """Inside the second picture yet not visible: something nearer is shown."""
+def test_hidden_points_are_behind_a_nearer_surface(pairs):
+  """Inside the second image and not visible: a nearer surface is shown."""
   behind = total = 0
   for pair in pairs:
     points = pair.first.points @ pair.rotation.T + pair.translation
@@ -83,7 +83,7 @@ def test_hidden_points_lie_behind_something(pairs):
   assert total > 1000 and behind / total > 0.95
 
 
-def test_camera_turns_as_promised():
+def test_angle_of_the_second_camera():
   for index in range(100):
     world = layout.sample_world(index, 0)
     main = world.objects[0]
@@ -97,7 +97,7 @@ def test_camera_turns_as_promised():
     assert 0 < rect.centre < 1
 
 
-def test_the_main_thing_is_in_both_views(pairs):
+def test_main_object_is_in_both_views(pairs):
   for pair in pairs:
     assert np.sum(pair.second.instances == 2) > 20
     seen = pair.visible[pair.first.instances == 2].mean()

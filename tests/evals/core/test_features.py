@@ -92,7 +92,7 @@ def test_the_oldest_is_forgotten(encoder, images, monkeypatch):
     features.encode_images(encoder, images, digest=digest)
   # b went when c came, as a had been used since; then it was wanted again.
   assert len(encoder.asked) == 4
-  # What is larger than all of it is handed out and not kept.
+  # An array larger than the budget is returned and not cached.
   monkeypatch.setattr(features, "BUDGET", size - 1)
   for _ in range(2):
     out = features.encode_images(encoder, images, digest="d")

@@ -138,7 +138,7 @@ def test_memory_is_that_of_a_block():
     text=True,
     check=True,
   )
-  # A block is 4 MB, and scores, copies and masks of it are held at once.
+  # A block is 4 MB; its scores, copies and masks are in memory at once.
   assert float(out.stdout) < 200
 
 

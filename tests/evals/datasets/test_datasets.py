@@ -1,4 +1,4 @@
-"""Labelled data: folders with splits, scenes, and what is held out."""
+"""Registry of data sets and splits of classification data."""
 
 import json
 
@@ -30,17 +30,17 @@ def tree(tmp_path, write_image):
 
 def test_splits_of_a_folder(tree):
   root = tree("a", train__blue=2, train__green=1, train__red=3, val__red=2)
-  found = registry.open_splits(root)
-  assert found.classes == 3
-  assert found.train.ids == found.test.ids == ("blue", "green", "red")
-  assert list(found.train.labels) == [0, 0, 1, 2, 2, 2]
-  # Red is the only class of its own folder, and still the third.
-  assert list(found.test.labels) == [2, 2]
-  assert found.test.images[1][0, 0].tolist() == [255, 0, 0]
-  protocol = found.protocol()
+  data = registry.open_splits(root)
+  assert data.classes == 3
+  assert data.train.ids == data.test.ids == ("blue", "green", "red")
+  assert list(data.train.labels) == [0, 0, 1, 2, 2, 2]
+  # Red is the only class of its folder, and the third of the set.
+  assert list(data.test.labels) == [2, 2]
+  assert data.test.images[1][0, 0].tolist() == [255, 0, 0]
+  protocol = data.protocol()
   assert (protocol["images"], protocol["train_images"]) == (2, 6)
   assert protocol["data"].endswith("a/val")
-  # The folder itself is its test split to whoever doesn't train.
+  # Without training, the folder is its test split.
   assert (
     registry.open_classification(root).digest
     == registry.open_classification(root / "val").digest
@@ -48,16 +48,16 @@ def test_splits_of_a_folder(tree):
   assert len(registry.open_classification(root, split="train").labels) == 6
   few = registry.open_splits(root, train_count=3, count=1)
   assert list(few.train.labels) == [0, 2, 2]
-  assert few.train.digest != found.train.digest
-  assert few.test.digest != found.test.digest
+  assert few.train.digest != data.train.digest
+  assert few.test.digest != data.test.digest
 
 
-def test_train_elsewhere(tree):
+def test_training_images_of_another_folder(tree):
   test, train = tree("b/test", red=1), tree("c", blue=1, red=1)
   with pytest.raises(NotApplicable, match="nothing to train a probe on"):
     registry.open_splits(test)
-  found = registry.open_splits(test, train=train)
-  assert list(found.test.labels) == [1]
+  data = registry.open_splits(test, train=train)
+  assert list(data.test.labels) == [1]
   with pytest.raises(ValueError, match="1 of 2 classes .* such as 'blue'"):
     registry.open_splits(train, train=test)
   with pytest.raises(ValueError, match="train and test are both"):
@@ -76,7 +76,7 @@ def test_one_set_under_two_names(tree, tmp_path, monkeypatch):
     registry.open_splits("two/train", train=splits)
 
 
-def test_half_unpacked(tree):
+def test_missing_split_is_an_error(tree):
   root = tree("d", train__red=1)
   with pytest.raises(FileNotFoundError, match="missing +val/") as error:
     registry.open_splits(root)
@@ -87,29 +87,27 @@ def test_a_class_may_be_called_train(tree):
   """COCO has such a class; a split holds folders and a class images."""
   root = tree("e", red=1, blue=1)
   (root / "red").rename(root / "train")
-  found = registry.open_classification(root)
-  assert found.classes == ("blue", "train")
+  data = registry.open_classification(root)
+  assert data.classes == ("blue", "train")
 
 
-def test_scenes_are_labelled_without_drawing_them(monkeypatch):
+def test_scenes_are_labelled_without_rendering(monkeypatch):
   want = [scenes.render(HELD_OUT_SCENES + i).label for i in range(5)]
   drawn = []
   render = scenes.render
   monkeypatch.setattr(
     scenes, "render", lambda i, **kw: drawn.append(i) or render(i, **kw)
   )
-  found = registry.open_splits("scenes", count=5, train_count=5)
-  assert list(found.test.labels) == want
-  assert found.classes == len(scenes.CLASS_NAMES)
+  data = registry.open_splits("scenes", count=5, train_count=5)
+  assert list(data.test.labels) == want
+  assert data.classes == len(scenes.CLASS_NAMES)
   assert not drawn
-  assert (
-    found.test.images[3].shape == found.train.images[0].shape == (96, 96, 3)
-  )
+  assert data.test.images[3].shape == data.train.images[0].shape == (96, 96, 3)
   assert drawn == [HELD_OUT_SCENES + 3, PROBE_SCENES]
   # As a mapping too, neither split is what an encoder may have trained on.
   drawn.clear()
-  found = registry.open_splits({"type": "scenes", "length": 3})
-  assert found.test.images[0].shape == found.train.images[0].shape
+  data = registry.open_splits({"type": "scenes", "length": 3})
+  assert data.test.images[0].shape == data.train.images[0].shape
   assert drawn == [HELD_OUT_SCENES, PROBE_SCENES]
 
 
@@ -124,20 +122,20 @@ def test_held_out():
 
 
 def test_select_keeps_images_and_labels_together(tree):
-  found = registry.open_classification(tree("f", blue=2, red=2))
-  some = found.select(np.array([3, 0]))
+  data = registry.open_classification(tree("f", blue=2, red=2))
+  some = data.select(np.array([3, 0]))
   assert list(some.labels) == [1, 0]
   assert some.images[0][0, 0].tolist() == [255, 0, 0]
   assert some.images[1][0, 0].tolist() == [0, 0, 255]
-  assert some.digest != found.select(np.array([0, 3])).digest
+  assert some.digest != data.select(np.array([0, 3])).digest
 
 
 def test_real_splits(shared_data):
-  found = registry.open_splits(shared_data / "cifar10_jpg")
-  assert found.classes == 10
-  assert list(np.bincount(found.train.labels)) == [100] * 10
-  assert list(np.bincount(found.test.labels)) == [50] * 10
-  assert found.train.images[0].shape == (32, 32, 3)
+  data = registry.open_splits(shared_data / "cifar10_jpg")
+  assert data.classes == 10
+  assert list(np.bincount(data.train.labels)) == [100] * 10
+  assert list(np.bincount(data.test.labels)) == [50] * 10
+  assert data.train.images[0].shape == (32, 32, 3)
 
 
 def test_captions_have_no_classes(shared_data):
@@ -157,7 +155,7 @@ def test_captions_have_no_classes(shared_data):
     ("ADE20K", "ADEChallengeData2016/images/training/1.jpg"),
   ],
 )
-def test_folders_of_another_kind_are_no_classes(
+def test_folders_of_another_layout_are_refused(
   tmp_path, write_image, kind, images
 ):
   write_image(tmp_path / images, "red")
@@ -167,7 +165,7 @@ def test_folders_of_another_kind_are_no_classes(
       opener(tmp_path)
 
 
-def test_frames_with_poses_are_no_class(tmp_path, write_image):
+def test_rgbd_sequences_are_refused(tmp_path, write_image):
   write_image(tmp_path / "seq-01" / "frame-000000.color.png", "red")
   assert registry.open_classification(tmp_path).classes == ("seq-01",)
   (tmp_path / "seq-01" / "frame-000000.pose.txt").write_text("")
@@ -175,8 +173,8 @@ def test_frames_with_poses_are_no_class(tmp_path, write_image):
     registry.open_classification(tmp_path)
 
 
-def test_what_is_there_and_what_is_not(tmp_path):
-  """A reason to skip an evaluation, and a mistake."""
+def test_other_data_is_not_applicable_and_missing_data_an_error(tmp_path):
+  """The first skips an evaluation, the second is a mistake."""
   (tmp_path / "weights.onnx").write_text("")
   boxes = tmp_path / "instances.json"
   boxes.write_text(
@@ -194,7 +192,7 @@ def test_what_is_there_and_what_is_not(tmp_path):
       opener(tmp_path / "nowhere")
 
 
-def test_boxes_are_no_captions(tmp_path):
+def test_instances_have_no_captions(tmp_path):
   path = tmp_path / "instances.json"
   images = [{"id": 1, "file_name": "1.jpg"}]
   boxes = [{"image_id": 1, "bbox": [0, 0, 1, 1]}]
@@ -228,7 +226,7 @@ _INCOMPLETE = {("ade20k", "segmentation"): MissingFileError}
 
 
 def test_every_evaluation_on_every_real_folder(shared_data):
-  """Ready, or not applicable: what is no mistake must not look like one."""
+  """Ready or not applicable; other errors are mistakes."""
   wrong = {}
   for folder, ready in _READY.items():
     for name in base.EVALUATORS:

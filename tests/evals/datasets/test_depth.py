@@ -17,7 +17,7 @@ def write(path, values):
   assert cv2.imwrite(str(path), values)
 
 
-def picture(level, size=(6, 8)):
+def grey_image(level, size=(6, 8)):
   return np.full((*size, 3), level, np.uint8)
 
 
@@ -31,7 +31,7 @@ def bts(tmp_path):
   depth = np.array([[1000, 2500], [0, 9999]], np.uint16)
   lines = []
   for i in range(2):
-    write(tmp_path / f"kitchen/rgb_{i}.png", picture(10 * i, (2, 2)))
+    write(tmp_path / f"kitchen/rgb_{i}.png", grey_image(10 * i, (2, 2)))
     write(tmp_path / f"kitchen/sync_depth_{i}.png", depth + np.uint16(i))
     lines.append(f"/kitchen/rgb_{i}.png /kitchen/sync_depth_{i}.png 518.8579")
   name = "nyudepthv2_test_files_with_gt.txt"
@@ -42,7 +42,7 @@ def bts(tmp_path):
 def test_nyu_lists(bts):
   data = open_depth(bts)
   assert (data.kind, len(data.images), len(data.depths)) == ("nyu", 2, 2)
-  assert data.images[1].tolist() == picture(10, (2, 2)).tolist()
+  assert data.images[1].tolist() == grey_image(10, (2, 2)).tolist()
   want = np.array([[1.0, 2.5], [0.0, 9.999]], np.float32)
   np.testing.assert_allclose(data.depths[0], want, rtol=1e-6)
   assert data.depths[0].dtype == np.float32
@@ -53,7 +53,7 @@ def test_nyu_lists(bts):
 
 
 def test_nyu_lists_in_the_folders_of_bts(tmp_path):
-  write(tmp_path / "sync/a/rgb.png", picture(1))
+  write(tmp_path / "sync/a/rgb.png", grey_image(1))
   write(tmp_path / "sync/a/d.png", np.full((6, 8), 500, np.uint16))
   (tmp_path / "nyu_train.txt").write_text("/a/rgb.png /a/d.png 518.8\n")
   assert open_depth(tmp_path, "train").depths[0][0, 0] == np.float32(0.5)
@@ -61,7 +61,7 @@ def test_nyu_lists_in_the_folders_of_bts(tmp_path):
 
 def test_nyu_of_marigold_has_both_depths(tmp_path):
   folder = tmp_path / "test" / "kitchen_0004"
-  write(folder / "rgb_0001.png", picture(3))
+  write(folder / "rgb_0001.png", grey_image(3))
   write(folder / "depth_0001.png", np.full((6, 8), 0, np.uint16))
   write(folder / "filled_0001.png", np.full((6, 8), 1500, np.uint16))
   assert open_depth(tmp_path).depths[0].max() == 0
@@ -71,7 +71,7 @@ def test_nyu_of_marigold_has_both_depths(tmp_path):
 
 
 def test_nyu_by_id(tmp_path):
-  write(tmp_path / "nyu_images/7.jpg", picture(3))
+  write(tmp_path / "nyu_images/7.jpg", grey_image(3))
   write(tmp_path / "nyu_depths/7.png", np.full((6, 8), 51, np.uint8))
   (tmp_path / "test.txt").write_text("7 kitchen_0004\n")
   data = open_depth(tmp_path)
@@ -133,7 +133,7 @@ def test_nyu_mat_without_h5py(tmp_path, monkeypatch):
 def test_nyu_tfds(monkeypatch):
   rows = [
     {
-      "image": picture(i),
+      "image": grey_image(i),
       "depth": np.full((6, 8), 1.5 + i, np.float16),
     }
     for i in range(3)
@@ -161,7 +161,7 @@ def eigen(tmp_path):
     image = f"2011_09_26/{drive}/image_02/data/0000000069.png"
     depth = f"{drive}/proj_depth/groundtruth/image_02/0000000069.png"
     path = tmp_path / "raw_data" / image
-    write(path.with_suffix(f".{suffix}"), picture(50))
+    write(path.with_suffix(f".{suffix}"), grey_image(50))
     values = np.zeros((6, 8), np.uint16)
     values[2, 3] = 256 * 12 + 64
     write(tmp_path / "data_depth_annotated" / part / depth, values)
@@ -198,7 +198,7 @@ Tr_velo_to_cam: 0 -1 0 0 0 0 -1 0 1 0 0 0
 
 def write_frame(root, points):
   folder = root / "training"
-  write(folder / "image_2" / "000000.png", picture(9))
+  write(folder / "image_2" / "000000.png", grey_image(9))
   for name in ("velodyne", "calib"):
     (folder / name).mkdir(parents=True, exist_ok=True)
   sweep = np.concatenate([points, np.zeros((len(points), 1))], axis=1)
@@ -214,7 +214,7 @@ def test_kitti_sweep_by_hand(tmp_path):
       [9.5, 0, 0],  # z 10, u (38 + 2) / 10 = 4, v 2.85: hidden behind it
       [9.5, 4, 0],  # z 10, u (-40 + 38 + 2) / 10 = 0, v 2.85
       [-3, 0, 0],  # behind the camera
-      [9.5, 50, 0],  # outside the picture
+      [9.5, 50, 0],  # outside the image
     ]
   )
   write_frame(tmp_path, points)
@@ -259,7 +259,7 @@ def test_missing_files_are_named(bts):
 
 
 def test_colour_is_no_depth(bts):
-  write(bts / "kitchen" / "sync_depth_0.png", picture(3))
+  write(bts / "kitchen" / "sync_depth_0.png", grey_image(3))
   with pytest.raises(ValueError, match=r"got uint8 \(6, 8, 3\)"):
     _ = open_depth(bts).depths[0]
 
@@ -326,7 +326,7 @@ def test_real_kitti_lidar_agrees_with_the_boxes(shared_data):
   for i, name in enumerate(("000001", "000002")):
     depth = data.depths[i]
     assert depth.shape == data.images[i].shape[:2]
-    # One sweep of 64 beams covers about a twentieth of the picture.
+    # One sweep of 64 beams covers about a twentieth of the image.
     assert 0.03 < (depth > 0).mean() < 0.08
     lines = (root / f"training/label_2/{name}.txt").read_text().splitlines()
     for words in map(str.split, lines):

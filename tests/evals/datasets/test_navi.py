@@ -1,4 +1,4 @@
-"""Readers of posed pictures: NAVI and RGB-D sequences, in miniature."""
+"""Readers of posed images: NAVI and RGB-D sequences, in miniature."""
 
 import json
 
@@ -250,7 +250,7 @@ def test_lost_frames(sequences):
     rgbd.open_posed(sequences)
 
 
-def test_what_is_no_data_is_said(root, sequences, tmp_path):
+def test_other_data_is_refused(root, sequences, tmp_path):
   with pytest.raises(FileNotFoundError, match="nothing there"):
     geometric.GeometricCorrespondence(data=str(root / "nowhere")).prepare()
   empty = tmp_path / "photos"

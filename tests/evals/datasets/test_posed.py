@@ -130,7 +130,7 @@ def test_squares_stay_inside(low, extent, side, want):
 
 
 def test_middle_of_a_longer_side():
-  # 512 x 683 of a picture of 768 x 1024: columns 86..597 (85.5 rounds to 86).
+  # 512 x 683 of an image of 768 x 1024: columns 86..597 (85.5 rounds to 86).
   columns = posed._middle(1024, 768, 512)
   assert len(columns) == 512
   want = [int(i * 1024 / 682) for i in range(85, 85 + 512)]
