@@ -1,40 +1,41 @@
-"""Few-shot classification by least squares in closed form (big_vision).
+"""Few-shot classification by regularised least squares (big_vision).
 
-With the features of the shots standardised, z = (x - mean) / (std + 1e-5), and
-a constant of 100 appended, and targets Y = 2 onehot - 1,
+In closed form, with standardised features z = (x - mean) / (std + 1e-5), to
+which a constant of 100 is appended, and targets Y = 2 onehot - 1,
 
     W = (z' z + l2 I)^-1 z' Y,   prediction = argmax z W
 
-The bias is regularised like everything else, hardly, as its feature is large.
+The bias is regularised too, but little, since its feature is large.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Int
 
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.classification.common import OneVector
-from mtv_jax.evals.core.base import NotApplicable, Result
+from mtv_jax.evals.classification.base import FeatureProbe
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.datasets.splits import Splits
 
 SHOTS = (1, 5, 10, 25)
 _CONSTANT = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
-class FewShot(OneVector):
-  """Few-shot least squares.
+class FewShot(FeatureProbe):
+  """Few-shot least squares: top-1 accuracy for each number of shots.
+
+  The default view is big_vision's, `squash_center`; of scenes `encoder`.
 
   Attributes:
-    shots: training images a class; 1, 5, 10 and 25 by default, of which those
-      are left out that some class has not.
-    seeds: draws of the shots; figures are means over them.
+    shots: training images a class; 1, 5, 10 and 25 by default, except where a
+      class has fewer images.
+    seeds: of the samples of shots, over which accuracies are averaged.
     l2: strength of the regularisation.
-
-  The view is big_vision's by default, `squash_center`; of scenes `encoder`.
   """
 
   published_view: ClassVar[str] = "squash_center"
@@ -51,26 +52,35 @@ class FewShot(OneVector):
         "at least, and numbers of images"
       )
 
-  def run(self, encoder: Encoder) -> Result:
-    """Top-1 accuracy for each number of shots."""
-    data, encoder = self._set, self._view(encoder)
+  def _evaluate(
+    self, encoder: Encoder, data: Splits
+  ) -> tuple[dict[str, float], dict[str, Any]]:
     labels = data.train.labels
-    shots = self._shots(labels)
-    drawn = {s: draw(labels, shots=max(shots), seed=s) for s in self.seeds}
-    x, place = self._train_features(encoder, np.stack([*drawn.values()]))
-    tested = self._embed(encoder, data.test)
+    shots = self._shots(data)
+    samples = {
+      s: sample_shots(labels, shots=max(shots), seed=s) for s in self.seeds
+    }
+    used = np.unique(np.stack([*samples.values()]))
+    row = np.arange(len(labels))  # of each training image in x
+    if 2 * len(used) >= len(labels):
+      # All images, whose features the other probes share.
+      x = self._features(encoder, data.train)
+    else:
+      x = self._features(encoder, data.train.select(used))
+      row[used] = np.arange(len(used))
+    test = self._features(encoder, data.test)
     each = {f"top1_{k}shot": [] for k in shots}
     for seed in self.seeds:
       for k in shots:
-        items = drawn[seed][:, :k].ravel()
+        items = samples[seed][:, :k].ravel()
         model = fit(
-          x[place[items]], labels[items], classes=data.classes, l2=self.l2
+          x[row[items]], labels[items], classes=data.classes, l2=self.l2
         )
-        hits = np.argmax(model.scores(tested), axis=1) == data.test.labels
+        hits = np.argmax(model.scores(test), axis=1) == data.test.labels
         each[f"top1_{k}shot"].append(float(np.mean(hits)))
     metrics = {name: float(np.mean(values)) for name, values in each.items()}
-    protocol = {
-      **self._common(encoder),
+    return metrics, {
+      "feature": self.feature,
       "head": "least squares, features standardised by the shots, constant 100",
       "l2": self.l2,
       "shots": list(shots),
@@ -80,42 +90,26 @@ class FewShot(OneVector):
       "top1_of_seeds": each,
       "ties": "the lowest class of equal ones",
     }
-    return Result(metrics, protocol, dict.fromkeys(metrics, 1 / data.classes))
 
-  def _shots(self, labels: np.ndarray) -> tuple[int, ...]:
-    counts = np.bincount(labels)
+  def _shots(self, data: Splits) -> tuple[int, ...]:
+    counts = np.bincount(data.train.labels)
     least = int(counts[counts > 0].min())
     if self.shots is None:
-      shots = tuple(k for k in SHOTS if k <= least)
-    elif max(self.shots) > least:
+      return tuple(k for k in SHOTS if k <= least)
+    if max(self.shots) > least:
       raise NotApplicable(
         f"shots={self.shots}, and class {int(np.argmax(counts == least))} of "
-        f"{self._set.train.name} has {least} training images"
+        f"{data.train.name} has {least} training images"
       )
-    else:
-      shots = tuple(sorted(self.shots))
-    return shots
-
-  def _train_features(
-    self, encoder: Encoder, items: np.ndarray
-  ) -> tuple[Float32[np.ndarray, "m d"], Int[np.ndarray, " n"]]:
-    """Features, and by training image which row of them is its own."""
-    train = self._set.train
-    place = np.arange(len(train.labels))
-    used = np.unique(items)
-    if 2 * len(used) >= len(place):
-      # All of them, which the other probes ask for too.
-      return self._embed(encoder, train), place
-    place[used] = np.arange(len(used))
-    return self._embed(encoder, train.select(used)), place
+    return tuple(sorted(self.shots))
 
 
-def draw(
+def sample_shots(
   labels: Int[np.ndarray, " n"], *, shots: int, seed: int
 ) -> Int[np.ndarray, "c shots"]:
-  """Indices of the first `shots` of each class, in a random order.
+  """Indices of `shots` random images of each class that has images.
 
-  Classes without images have no row. Fewer shots are the first columns.
+  With fewer shots the indices are the first columns.
   """
   rng = np.random.default_rng(seed)
   present = np.unique(labels)
@@ -126,7 +120,7 @@ def draw(
 
 @dataclasses.dataclass(frozen=True)
 class LeastSquares:
-  """A classifier.
+  """A fitted classifier.
 
   Attributes:
     mean: of the training features.
@@ -139,8 +133,8 @@ class LeastSquares:
   weights: Float[np.ndarray, "e c"]
 
   def scores(self, x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n c"]:
-    """Of each class."""
-    return _standardised(x, self.mean, self.std) @ self.weights
+    """Scores of each class."""
+    return _standardize(x, self.mean, self.std) @ self.weights
 
 
 def fit(
@@ -153,7 +147,7 @@ def fit(
   """Solves the normal equations, in double precision on the host."""
   mean = x.mean(axis=0, dtype=np.float64)
   std = x.std(axis=0, dtype=np.float64)
-  z = _standardised(x, mean, std)
+  z = _standardize(x, mean, std)
   target = np.full((len(x), classes), -1.0)
   target[np.arange(len(x)), labels] = 1
   if len(z) < z.shape[1]:
@@ -165,6 +159,6 @@ def fit(
   return LeastSquares(mean, std, weights)
 
 
-def _standardised(x, mean, std):
+def _standardize(x, mean, std):
   z = (x.astype(np.float64) - mean) / (std + 1e-5)
   return np.pad(z, ((0, 0), (0, 1)), constant_values=_CONSTANT)

@@ -1,8 +1,7 @@
-"""Many linear heads on the same features, trained in one pass.
+"""Linear heads for a grid of learning rates and features, trained together.
 
-A head for each learning rate and each choice of features. Heads of different
-rates differ in nothing else, so they are one array with an axis of rates, and
-what a step costs is one wide matrix product for each choice of features.
+The heads of one choice of features are one array with an axis of learning
+rates, so that a step costs one wide matrix product for each choice.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int, PyTree
 
+from mtv_jax.evals.classification.base import map_rows
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.core.global_features import LastBlocks
 
@@ -25,62 +25,49 @@ _ROWS = 1024  # scored at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Columns:
-  """Where a head's features are in a table of features.
-
-  Attributes:
-    start: first column.
-    stop: after the last one.
-  """
-
-  start: int
-  stop: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Table:
-  """Features of all heads, side by side.
+  """The features of all heads, side by side.
 
   Attributes:
     x: `[n, f]`, the mean patch, then the tokens of the last block, the one
       before it and so on.
-    columns: by head, as `1 block`, `1 block + mean`, `4 blocks`, ...
+    columns: of each head: `1 block`, `1 block + mean`, `4 blocks`, ...
   """
 
   x: Float32[np.ndarray, "n f"]
-  columns: dict[str, Columns]
+  columns: dict[str, slice]
 
 
-def table(
-  found: LastBlocks, *, blocks: Sequence[int], average: Sequence[str]
+def make_table(
+  features: LastBlocks, *, blocks: Sequence[int], average: Sequence[str]
 ) -> Table:
-  """Features of an image set, for heads of `blocks` x `average`.
+  """The table of an image set, for heads of `blocks` x `average`.
 
   Args:
-    found: with at least as many blocks as the largest of `blocks`.
+    features: with at least as many blocks as the largest of `blocks`.
     blocks: numbers of last blocks.
-    average: `off`, `on` or both: whether the mean patch stands beside them.
+    average: `off`, `on` or both: heads without or with the mean patch.
   """
-  widths = [token.shape[1] for token in found.tokens]
-  first = found.mean.shape[1]
+  widths = [token.shape[1] for token in features.tokens]
+  first = features.mean.shape[1]
   columns = {}
   for count in blocks:
     stop = first + sum(widths[:count])
     name = f"{count} block" + "s" * (count > 1)
     if "off" in average:
-      columns[name] = Columns(first, stop)
+      columns[name] = slice(first, stop)
     if "on" in average:
-      columns[f"{name} + mean"] = Columns(0, stop)
-  used = found.tokens[: max(blocks)]
-  return Table(np.concatenate([found.mean, *used], axis=1), columns)
+      columns[f"{name} + mean"] = slice(0, stop)
+  used = features.tokens[: max(blocks)]
+  return Table(np.concatenate([features.mean, *used], axis=1), columns)
 
 
 def init(
-  columns: Mapping[str, Columns], *, rates: int, classes: int, seed: int = 0
+  columns: Mapping[str, slice], *, rates: int, classes: int, seed: int = 0
 ) -> dict[str, dict[str, Float32[np.ndarray, "..."]]]:
   """Kernels `[d, rates, classes]` ~ N(0, 0.01^2), biases zero.
 
-  The same for every rate, so that they differ in the rate alone.
+  The same for every rate.
   """
   rng = np.random.default_rng(seed)
   params = {}
@@ -103,7 +90,7 @@ def optimizer(
   return optax.chain(
     optax.trace(0.9),
     optax.scale_by_learning_rate(optax.cosine_decay_schedule(1.0, steps)),
-    # The axis of rates is the last but one, of kernels and of biases.
+    # The axis of rates is the second to last one of kernels and biases.
     optax.stateless_with_tree_map(lambda update, _: update * scale),
   )
 
@@ -111,7 +98,7 @@ def optimizer(
 def train(
   batches: probe.Batches,
   *,
-  columns: Mapping[str, Columns],
+  columns: Mapping[str, slice],
   rates: Sequence[float],
   classes: int,
   steps: int,
@@ -125,7 +112,7 @@ def train(
     batches: by step, `x` `[b, f]` of a table and `label` `[b]`.
     columns: of the table.
     rates: learning rates at a batch of 256.
-    classes: how many there are.
+    classes: number of classes.
     steps: of SGD.
     batch_size: b.
     seed: of the initial heads.
@@ -138,11 +125,11 @@ def train(
     del rng
     total = 0.0
     for name, c in columns.items():
-      each = jax.vmap(_head_loss, in_axes=(1, 0, None, None))
-      x = batch["x"][:, c.start : c.stop]
+      losses = jax.vmap(_head_loss, in_axes=(1, 0, None, None))
+      x = batch["x"][:, c]
       head = params[name]
-      total += each(head["kernel"], head["bias"], x, batch["label"]).sum()
-    # A sum, so that each head has the gradient that it has alone.
+      total += losses(head["kernel"], head["bias"], x, batch["label"]).sum()
+    # A sum, so that each head has the gradient of its own loss.
     return total, state
 
   fitted = probe.fit(
@@ -165,7 +152,7 @@ def _head_loss(kernel, bias, x, label) -> Float[Array, ""]:
 def top1(
   params: PyTree, data: Table, labels: Int[np.ndarray, " n"]
 ) -> dict[str, Float[np.ndarray, " rates"]]:
-  """By choice of features, the top-1 accuracy at each rate."""
+  """Top-1 accuracy at each learning rate, by choice of features."""
   params = jax.tree.map(np.asarray, params)
   columns = tuple((k, c.start, c.stop) for k, c in data.columns.items())
   hits = dict.fromkeys(data.columns, 0.0)
@@ -174,45 +161,40 @@ def top1(
     short = _ROWS - len(y) if start else 0
     x = np.pad(x, ((0, short), (0, 0)))
     y = np.pad(y, (0, short), constant_values=-1)
-    for name, found in _hits(params, x, y, columns).items():
-      hits[name] = hits[name] + np.asarray(found, np.float64)
-  return {name: found / len(labels) for name, found in hits.items()}
+    for name, count in _count_hits(params, x, y, columns).items():
+      hits[name] = hits[name] + np.asarray(count, np.float64)
+  return {name: count / len(labels) for name, count in hits.items()}
 
 
 @functools.partial(jax.jit, static_argnames="columns")
-def _hits(params, x, labels, columns):
-  found = {}
+def _count_hits(params, x, labels, columns):
+  hits = {}
   for name, start, stop in columns:
     logits = _logits(params[name], x[:, start:stop])
-    # The lowest class of equal ones; a padding row's label is none.
-    predicted = jnp.argmax(logits, axis=-1)
-    found[name] = jnp.sum(predicted == labels[:, None], axis=0)
-  return found
+    # The lowest class of equal ones; a padding row's label is -1.
+    predicted = jnp.argmax(logits, axis=-1)  # [n, rates]
+    hits[name] = jnp.sum(predicted == labels[:, None], axis=0)
+  return hits
 
 
 def scores(
   params: PyTree, data: Table, *, name: str, rate: int
 ) -> Float32[np.ndarray, "n c"]:
-  """Logits of one head, of the place `rate` among the rates."""
-  head = jax.tree.map(np.asarray, params[name])
-  c = data.columns[name]
-  head = {
-    "kernel": head["kernel"][:, rate : rate + 1],
-    "bias": head["bias"][rate : rate + 1],
-  }
-  found = [
-    np.asarray(_one(head, data.x[s : s + _ROWS, c.start : c.stop]))[:, 0]
-    for s in range(0, len(data.x), _ROWS)
-  ]
-  return np.concatenate(found)
+  """Logits of the head with the learning rate of index `rate`."""
+  # [d, 1, c] and [1, c]: the axis of rates is the second to last one.
+  head = jax.tree.map(
+    lambda p: np.asarray(p)[..., rate : rate + 1, :], params[name]
+  )
+  x = data.x[:, data.columns[name]]
+  return map_rows(functools.partial(_jit_logits, head), x, rows=_ROWS)[:, 0]
 
 
 def _logits(head, x):
-  """`[n, rates, classes]`."""
+  """Logits `[n, rates, classes]`."""
   product = jnp.einsum(
     "nd,drc->nrc", x, head["kernel"], precision=jax.lax.Precision.HIGHEST
   )
   return product + head["bias"]
 
 
-_one = jax.jit(_logits)
+_jit_logits = jax.jit(_logits)

@@ -1,11 +1,10 @@
-"""Logistic regression on frozen features, for a sweep of regularisations.
+"""Logistic regression on frozen features, over a sweep of C (DINOv2, DINOv3).
 
-    minimise  1/n sum_i cross_entropy(x_i W + b, y_i) + |W|^2 / (2 C n)
+    minimize  1/n sum_i cross_entropy(x_i W + b, y_i) + |W|^2 / (2 C n)
 
-for 45 values of C, 1e-6 to 1e5 evenly spaced in the logarithm, by L-BFGS
-(DINOv2's and DINOv3's sweep). The bias is not regularised. Each fit starts
-where the one of the next smaller C ended: the problem is convex, so this
-changes how long it takes and not what is found.
+for 45 values of C, 1e-6 to 1e5 evenly spaced in the logarithm, by L-BFGS. The
+bias is not regularised. Each fit starts at the solution of the next smaller C:
+the problem is convex, so this changes the time and not the optimum.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,40 +22,44 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Float32, Int
 
 from mtv_jax.encoder.encoder import Encoder, normalize
-from mtv_jax.evals.classification import common as classification
-from mtv_jax.evals.classification.common import OneVector
+from mtv_jax.evals.classification.base import (
+  SELECTIONS,
+  FeatureProbe,
+  score_accuracies,
+  split_for_selection,
+)
 from mtv_jax.evals.core import probe
-from mtv_jax.evals.core.base import Result
+from mtv_jax.evals.datasets.splits import Splits
 from mtv_jax.parallel.mesh import (
   BATCH_SPEC,
   make_mesh,
   num_batch_shards,
   replicated_sharding,
 )
-from mtv_jax.utils.errors import check_choice
 
 STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
 # Every fifth: 1e-6 to 1e4 in steps of 10^1.25.
 _SCENES = STRENGTHS[::5]
 _NORMALIZE = ("l2", "raw")
 _LOGIT_BYTES = 2**26  # of a block of logits on a device
-# Steps without a smaller objective after which float32 can't find any.
+# Steps without a smaller objective after which a fit has converged in float32.
 _PATIENCE = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Logistic(OneVector):
-  """L2-regularised logistic regression, the best of a sweep.
+class Logistic(FeatureProbe):
+  """L2-regularised logistic regression, with the best C of a sweep.
 
   Attributes:
     strengths: values of C; 45 from 1e-6 to 1e5 by default, on scenes every
       fifth.
     max_iter: iterations of L-BFGS for each.
     tolerance: of the largest entry of the gradient. (Published is 1e-12 in
-      double precision; in float32 a fit also ends where nothing gets better.)
+      double precision; in float32 a fit also ends where the objective does
+      not decrease.)
     normalize: `l2` divides features by their length, `raw` leaves them.
-    select: which images decide on C, see `classification.selection`; with
-      `train_split` the chosen C is fitted again on all training images.
+    select: the images that C is selected on, see `split_for_selection`; with
+      `train_split` the best C is fitted again on all training images.
   """
 
   strengths: tuple[float, ...] | None = None
@@ -66,26 +70,25 @@ class Logistic(OneVector):
 
   def __post_init__(self):
     super().__post_init__()
-    check_choice("Logistic: select", self.select, classification.SELECTIONS)
-    check_choice("Logistic: normalize", self.normalize, _NORMALIZE)
+    self._check("select", SELECTIONS)
+    self._check("normalize", _NORMALIZE)
     if self.strengths is not None and min(self.strengths, default=0) <= 0:
       raise ValueError(
         f"Logistic: strengths={self.strengths}; expected values above 0"
       )
 
-  def run(self, encoder: Encoder) -> Result:
-    """Top-1, top-5 and mean-per-class accuracy at the best C."""
-    data, encoder = self._set, self._view(encoder)
-    values = self._resolve(self.strengths, published=STRENGTHS, scenes=_SCENES)
-    values = sorted(values)
+  def _evaluate(
+    self, encoder: Encoder, data: Splits
+  ) -> tuple[dict[str, float], dict[str, Any]]:
+    values = sorted(self._default(self.strengths, STRENGTHS, _SCENES))
     scale = normalize if self.normalize == "l2" else np.asarray
-    x = scale(self._embed(encoder, data.train))
-    tested = scale(self._embed(encoder, data.test))
-    chosen = classification.selection(data, self.select)
-    held, labels = tested, data.test.labels
-    if self.select == "train_split":
-      held = x[chosen.chosen_on]
-      labels = data.train.labels[chosen.chosen_on]
+    x = scale(self._features(encoder, data.train))
+    test = scale(self._features(encoder, data.test))
+    split = split_for_selection(data, self.select)
+    validation, labels = test, data.test.labels
+    if split.held_out is not None:
+      validation = x[split.held_out]
+      labels = data.train.labels[split.held_out]
     options = {
       "classes": data.classes,
       "max_iter": self.max_iter,
@@ -93,15 +96,17 @@ class Logistic(OneVector):
       "mesh": getattr(encoder, "mesh", None),
     }
     models = sweep(
-      x[chosen.train], data.train.labels[chosen.train], values, **options
+      x[split.train], data.train.labels[split.train], values, **options
     )
-    top1 = [float(np.mean(m.scores(held).argmax(1) == labels)) for m in models]
+    top1 = [
+      float(np.mean(m.scores(validation).argmax(1) == labels)) for m in models
+    ]
     best = int(np.argmax(top1))
     model = models[best]
-    if self.select == "train_split":
+    if split.held_out is not None:
       (model,) = sweep(x, data.train.labels, values[best : best + 1], **options)
-    protocol = {
-      **self._common(encoder),
+    return score_accuracies(model.scores(test), data.test.labels), {
+      "feature": self.feature,
       "head": "logistic regression, L2 on the weights, none on the bias",
       "normalize": self.normalize,
       "optimizer": "L-BFGS, memory 10, float32, each from the smaller C's end",
@@ -109,17 +114,12 @@ class Logistic(OneVector):
       "max_iter": self.max_iter,
       "tolerance": self.tolerance,
       "iterations": [m.iterations for m in models],
-      "selection": chosen.how
-      + (", then all" if self.select == "train_split" else ""),
+      "selection": split.protocol
+      + ("" if split.held_out is None else ", then all"),
       "selected": {"C": values[best]},
       "top1_where_selected": top1,
       "ties": "the lowest class and C of equal ones",
     }
-    return Result(
-      classification.accuracies(model.scores(tested), data.test.labels),
-      protocol,
-      classification.chance(data.classes),
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ def sweep(
   tolerance: float = 1e-7,
   mesh: Mesh | None = None,
 ) -> list[Model]:
-  """A model for each C, in their order, which should be increasing.
+  """A model for each C; increasing values converge fastest.
 
   Logits exist for a block of rows at a time, so memory is that of the features.
 
@@ -161,33 +161,33 @@ def sweep(
     x: features, the same on every host; split over the mesh by rows.
     labels: in 0..classes.
     strengths: values of C.
-    classes: how many there are.
+    classes: number of classes.
     max_iter: iterations of L-BFGS for each.
     tolerance: of the largest entry of the gradient.
     mesh: one device by default.
   """
   mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
-  data = _place(x, labels, classes, mesh)
+  data = _place_blocks(x, labels, classes, mesh)
   params = {
     "kernel": np.zeros((x.shape[1], classes), np.float32),
     "bias": np.zeros(classes, np.float32),
   }
   params = probe.replicate(params, mesh)
-  minimise = jax.jit(
-    functools.partial(_minimise, max_iter=max_iter),
+  minimize = jax.jit(
+    functools.partial(_minimize, max_iter=max_iter),
     out_shardings=replicated_sharding(mesh),
   )
   models = []
   for c in strengths:
     numbers = np.asarray([1 / (c * len(x)), tolerance], np.float32)
     numbers = probe.replicate(numbers, mesh)
-    params, iterations = minimise(params, data, numbers)
+    params, iterations = minimize(params, data, numbers)
     kernel, bias = np.asarray(params["kernel"]), np.asarray(params["bias"])
     models.append(Model(kernel, bias, float(c), int(iterations)))
   return models
 
 
-def _place(
+def _place_blocks(
   x: np.ndarray, labels: np.ndarray, classes: int, mesh: Mesh
 ) -> dict[str, jax.Array]:
   """Blocks of rows `[blocks, rows, ...]`, split over the mesh by rows."""
@@ -212,8 +212,8 @@ def _place(
   return {name: put(value) for name, value in padded.items()}
 
 
-def _minimise(params, data, numbers, max_iter):
-  """L-BFGS until the gradient is small or the objective stays."""
+def _minimize(params, data, numbers, max_iter):
+  """L-BFGS until the gradient is small or the objective stops decreasing."""
   l2, tolerance = numbers
   optimizer = optax.lbfgs(memory_size=10)
   objective = functools.partial(_objective, data=data, l2=l2)
@@ -230,7 +230,7 @@ def _minimise(params, data, numbers, max_iter):
     stale = jnp.where(now < best, 0, stale + 1)
     return params, state, count + 1, jnp.minimum(now, best), stale
 
-  def going(carry):
+  def unfinished(carry):
     _, state, count, _, stale = carry
     grad = optax.tree.get(state, "grad")
     largest = jnp.max(
@@ -241,7 +241,7 @@ def _minimise(params, data, numbers, max_iter):
 
   with jax.default_matmul_precision("highest"):
     start = (params, optimizer.init(params), 0, jnp.inf, 0)
-    params, _, count, _, _ = jax.lax.while_loop(going, step, start)
+    params, _, count, _, _ = jax.lax.while_loop(unfinished, step, start)
   return params, count
 
 

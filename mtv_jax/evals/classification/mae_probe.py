@@ -1,7 +1,7 @@
-"""Linear classification of frozen features, as MAE does it.
+"""Linear probe of MAE (He et al. 2022, appendix A; MoCo v3's recipe).
 
 Batch normalisation without scale and bias, then one linear layer, on one
-vector of an image (He et al. 2022, appendix A; MoCo v3's recipe). LARS (You
+feature vector an image. LARS (You
 et al. 2017) without weight decay: with m the momentum,
 
     m <- 0.9 m + t g,   w <- w - rate m,   t = 0.001 |w| / |g|
@@ -13,6 +13,7 @@ decays to zero along a cosine, all by the step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,46 +23,37 @@ import optax
 from jaxtyping import Float32
 
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.classification import common as classification
-from mtv_jax.evals.classification.common import AUGMENTS, OneVector
-from mtv_jax.evals.classification.linear_probe import crops_of
-from mtv_jax.evals.core import crops, global_features, probe
-from mtv_jax.evals.core.base import Result
-from mtv_jax.evals.core.examples import ClassificationSet
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.evals.classification.base import (
+  FeatureProbe,
+  TrainedProbe,
+  map_rows,
+  score_accuracies,
+)
+from mtv_jax.evals.core import probe
+from mtv_jax.evals.datasets.splits import Splits
 
 _EPS = 1e-6
-_ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class MaeProbe(OneVector):
-  """MAE's linear probe.
+class MaeProbe(FeatureProbe, TrainedProbe):
+  """MAE's linear probe: accuracy after the last step.
 
   Attributes:
     base_rate: learning rate at a batch of 256.
-    epochs: 90, and MAE's own choice for ViT-L and larger is 50.
-    warmup: epochs of these.
-    train_batch: images a step, at most those of the training set. The rate
-      follows what is used.
-    augment: `crops` encodes a random crop of every image of every step,
-      which costs epochs x images forward passes; `cached` trains on features
-      that are computed once. `crops` by default, but `cached` on scenes and
-      where these passes are more than 100 times the training images.
-    seed: of batches, crops and the head.
+    epochs: 90; MAE has 50 for ViT-L and larger.
+    warmup: epochs of these in which the rate rises.
+    train_batch: images a step, at most those of the training set; the rate is
+      scaled by the actual number.
   """
 
   base_rate: float = 0.1
   epochs: int = 90
   warmup: int = 10
   train_batch: int = 16_384
-  augment: str | None = None
-  seed: int = 0
 
   def __post_init__(self):
     super().__post_init__()
-    if self.augment is not None:
-      check_choice("MaeProbe: augment", self.augment, AUGMENTS)
     if not 0 <= self.warmup < self.epochs or self.train_batch < 2:
       raise ValueError(
         f"MaeProbe: epochs={self.epochs}, warmup={self.warmup}, train_batch="
@@ -69,84 +61,46 @@ class MaeProbe(OneVector):
         "more"
       )
 
-  def run(self, encoder: Encoder) -> Result:
-    """Top-1, top-5 and mean-per-class accuracy after the last step."""
-    data, encoder = self._set, self._view(encoder)
+  def _evaluate(
+    self, encoder: Encoder, data: Splits
+  ) -> tuple[dict[str, float], dict[str, Any]]:
     images = len(data.train.labels)
     size = min(self.train_batch, images)
-    each = images // size
-    steps, rate = self.epochs * each, self.base_rate * size / 256
-    augment = self._augmentation(
-      self.augment, steps=steps, batch=size, images=images
-    )
-    tested = self._embed(encoder, data.test)
+    epoch_steps = images // size
+    steps, rate = self.epochs * epoch_steps, self.base_rate * size / 256
+    augment = self._augmentation(steps=steps, batch=size, images=images)
+    test = self._features(encoder, data.test)
     fitted = fit(
-      self._batches(encoder, data.train, augment, size),
-      width=tested.shape[1],
+      self._batches(encoder, data.train, augment=augment, batch_size=size),
+      width=test.shape[1],
       classes=data.classes,
       rate=rate,
       steps=steps,
-      warmup=self.warmup * each,
+      warmup=self.warmup * epoch_steps,
       seed=self.seed,
       mesh=getattr(encoder, "mesh", None),
     )
-    protocol = {
-      **self._common(encoder),
+    return score_accuracies(scores(fitted, test), data.test.labels), {
+      "feature": self.feature,
       "head": "batch norm without affine (eps 1e-6), linear (N(0, 0.01))",
       "optimizer": "LARS, trust 0.001, momentum 0.9, none for the bias",
       "rate": rate,
       "schedule": "linear warm-up, cosine to 0, by the step",
       "epochs": self.epochs,
       "warmup_epochs": self.warmup,
-      "steps": steps,
-      "train_batch": size,
+      **self._training_protocol(fitted, augment=augment, batch_size=size),
       "train_batch_asked": self.train_batch,
-      "augment": crops.PROTOCOL if augment == "crops" else "none",
-      "crops_encoded": steps * size if augment == "crops" else 0,
       "selection": "none, the last step",
-      "last_loss": float(fitted.losses[-1]),
-      "seed": self.seed,
       "ties": "the lowest class of equal ones",
     }
-    return Result(
-      classification.accuracies(scores(fitted, tested), data.test.labels),
-      protocol,
-      classification.chance(data.classes),
-    )
-
-  def _batches(
-    self, encoder: Encoder, train: ClassificationSet, augment: str, size: int
-  ) -> probe.Batches:
-    take = probe.shuffled_batches(
-      len(train.labels), batch_size=size, seed=self.seed
-    )
-    if augment == "cached":
-      x = self._embed(encoder, train)
-      return lambda step: {
-        "x": x[take(step)],
-        "label": train.labels[take(step)],
-      }
-
-    def batch(step: int) -> dict[str, Any]:
-      items = take(step)
-      x = global_features.embed_crops(
-        encoder,
-        crops_of(encoder, train, items, seed=(self.seed, step)),
-        feature=self.feature,
-        batch_size=self.batch_size,
-      )
-      return {"x": x, "label": train.labels[items]}
-
-    return batch
 
 
 def lars(
   rate: optax.ScalarOrSchedule, *, trust: float = 0.001, momentum: float = 0.9
 ) -> optax.GradientTransformation:
-  """LARS as MAE runs it: the momentum collects what the rate then scales.
+  """LARS with the learning rate applied after the momentum, as in MAE.
 
-  (`optax.lars` scales by the rate first, which is something else when the
-  rate changes.)
+  (`optax.lars` applies it before, which differs when the rate changes.)
   """
 
   def matrices(tree):
@@ -170,12 +124,12 @@ def fit(
   seed: int = 0,
   mesh: Any = None,
 ) -> probe.FitResult:
-  """Trains the head.
+  """Trains the batch norm and the linear layer.
 
   Args:
     batches: by step, `x` `[b, width]` and `label` `[b]`.
     width: of the features.
-    classes: how many there are.
+    classes: number of classes.
     rate: the highest learning rate.
     steps: in all.
     warmup: steps in which the rate rises from zero.
@@ -216,11 +170,7 @@ def scores(
 ) -> Float32[np.ndarray, "n c"]:
   """Logits, normalised by the running statistics."""
   params, state = jax.tree.map(np.asarray, (fitted.params, fitted.state))
-  found = [
-    np.asarray(_scores(params, state, x[s : s + _ROWS]))
-    for s in range(0, len(x), _ROWS)
-  ]
-  return np.concatenate(found)
+  return map_rows(functools.partial(_scores, params, state), x)
 
 
 @jax.jit

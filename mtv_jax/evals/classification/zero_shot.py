@@ -1,12 +1,12 @@
-"""Zero-shot classification: the class whose prompts an image is nearest to.
+"""Zero-shot classification by prompts (Radford et al. 2021).
 
 With e_ct the normalised text embedding of class c in template t,
 
     w_c  = normalize(mean_t e_ct)
     pred = argmax_c cos(image, w_c)
 
-(Radford et al. 2021; big_vision, open_clip and CLIP_benchmark agree on it.)
-Embeddings are normalised before the mean; temperature and bias change nothing.
+as in big_vision, open_clip and CLIP_benchmark. Embeddings are normalised before
+the mean; temperature and bias change nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ from jaxtyping import Float32, Int
 
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder.encoder import Encoder, normalize
-from mtv_jax.evals.core import base, prompts, ranking
-from mtv_jax.evals.core.base import Evaluator, Result
+from mtv_jax.evals.classification.base import (
+  chance_accuracies,
+  rank_accuracies,
+)
+from mtv_jax.evals.core import prompts, ranking
+from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.examples import ClassificationSet, Data
 from mtv_jax.evals.datasets import registry
 from mtv_jax.utils.errors import check_choice, did_you_mean
@@ -34,17 +38,17 @@ _CLASSES = 64
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot(Evaluator):
-  """Zero-shot classification.
+  """Zero-shot classification: top-1, top-5 and mean-per-class accuracy.
 
   Attributes:
     data: see `datasets/registry.py`.
     prompts: a file of class names and templates (see `prompts.py`); by
       default the data's own names and a few templates.
-    classes: `all` scores against every class of the prompt file, `present`
-      against those that have an image. The second makes a subset easier.
-    clean: `tokenizer` hands prompts over as they are, so that the tokenizer's
-      own cleaning applies (SigLIP's canonicalises, CLIP's does not);
-      `canonicalize` does so first whatever the tokenizer, as big_vision does.
+    classes: `all` scores every class of the prompt file, `present` those that
+      have an image, which makes a subset easier.
+    clean: `tokenizer` leaves prompts to the tokenizer's cleaning (SigLIP's
+      canonicalises, CLIP's does not); `canonicalize` canonicalises them first,
+      as big_vision does.
     count: images to use, evenly spaced; all by default.
     batch_size: images a step.
   """
@@ -68,30 +72,20 @@ class ZeroShot(Evaluator):
     return data, *match_classes(data, given, keep=self.classes)
 
   def prepare(self) -> None:
-    """Reads names and annotations, and keeps them."""
+    """Reads names and annotations, and caches them."""
     _ = self._set
 
   def run(self, encoder: Encoder) -> Result:
-    """Top-1, top-5 and mean-per-class accuracy."""
-    base.require_text(encoder)
+    """Accuracies among the prompts' classes."""
+    require_text(encoder)
     data, named, labels = self._set
     classifier = text_classifier(encoder, named, clean=self.clean)
     features = encoder.image(
       data.images, outputs=("pooled",), batch_size=self.batch_size
     )
-    found = ranking.ranks(
-      normalize(features.pooled),
-      classifier,
-      query_ids=labels,
-      candidate_ids=np.arange(len(classifier)),
+    metrics, chance = class_accuracies(
+      normalize(features.pooled), classifier, labels
     )
-    count = len(named.classes)
-    metrics = accuracies(found, labels)
-    chance = {
-      "top1": 1 / count,
-      "top5": min(5, count) / count,
-      "mean_per_class": 1 / count,
-    }
     return Result(metrics, self._protocol(encoder, data, named), chance)
 
   def _protocol(
@@ -114,18 +108,18 @@ class ZeroShot(Evaluator):
     }
 
 
-def accuracies(
-  ranks: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]
-) -> dict[str, float]:
-  """Top-1, top-5 and the mean over the present classes of their top-1."""
-  hits = ranking.hit_rates(ranks, (1, 5))
-  correct = ranks < 1
-  present = [np.mean(correct[labels == c]) for c in np.unique(labels)]
-  return {
-    "top1": hits[1],
-    "top5": hits[5],
-    "mean_per_class": float(np.mean(present)),
-  }
+def class_accuracies(
+  embeddings: Float32[np.ndarray, "n e"],
+  classifier: Float32[np.ndarray, "c e"],
+  labels: Int[np.ndarray, " n"],
+) -> tuple[dict[str, float], dict[str, float]]:
+  """Accuracies of normalised embeddings among class vectors, and chance."""
+  count = len(classifier)
+  ranks = ranking.ranks(
+    embeddings, classifier, query_ids=labels, candidate_ids=np.arange(count)
+  )
+  metrics = rank_accuracies(ranks, labels)
+  return metrics, chance_accuracies(metrics, count)
 
 
 def text_classifier(
@@ -133,8 +127,8 @@ def text_classifier(
 ) -> Float32[np.ndarray, "c e"]:
   """One normalised vector a class.
 
-  Equal names are embedded once, so their vectors are equal to the last bit
-  and the lowest index wins (ImageNet has "missile" and "sunglasses" twice).
+  Equal names are embedded once, so that their vectors are bit-identical and
+  the lowest index wins (ImageNet has "missile" and "sunglasses" twice).
   """
   names = list(dict.fromkeys(named.classes))
   vectors = {}
@@ -142,8 +136,8 @@ def text_classifier(
     chunk = names[start : start + _CLASSES]
     strings = [_fill(t, name, clean) for name in chunk for t in named.templates]
     embedded = normalize(encoder.text(strings))
-    each = embedded.reshape(len(chunk), len(named.templates), -1)
-    vectors.update(zip(chunk, normalize(each.mean(axis=1)), strict=True))
+    by_class = embedded.reshape(len(chunk), len(named.templates), -1)
+    vectors.update(zip(chunk, normalize(by_class.mean(axis=1)), strict=True))
   return np.stack([vectors[name] for name in named.classes])
 
 
@@ -157,21 +151,26 @@ def match_classes(
 ) -> tuple[prompts.Prompts, Int[np.ndarray, " n"]]:
   """The prompts to score against, and the images' labels among them.
 
-  Classes are matched by id where the file has ids, else by canonical name;
-  as many WordNet ids as the file has classes are matched in sorted order, which
-  is how ImageNet's labels are defined.
+  Classes are matched by id where the file has ids, else by canonical name. A
+  full set of WordNet ids is matched in sorted order, which defines ImageNet's
+  labels.
+
+  Args:
+    data: the images and their classes.
+    given: a prompt file's content; None for prompts from the data's names.
+    keep: `all` classes or those `present` in the data.
 
   Raises:
-    ValueError: where a class of the data is not in the file, or two have one
-      name and nothing else tells them apart: their prompts would be equal, and
-      the second could never win.
+    ValueError: where a class of the data is not in the file, or two classes
+      have one name and no ids: their prompts would be equal, and the second
+      could never be predicted.
   """
   if given is None:
-    given = _own_prompts(data)
-    place = np.arange(len(given.classes))
+    given = _prompts_from_names(data)
+    index = np.arange(len(given.classes))
   else:
-    place = np.asarray(_places(data, given))
-  labels = place[data.labels]
+    index = np.asarray(_match_to_file(data, given))
+  labels = index[data.labels]
   if keep == "present":
     present, labels = np.unique(labels, return_inverse=True)
     given = dataclasses.replace(
@@ -182,7 +181,7 @@ def match_classes(
   return given, labels.astype(np.int32)
 
 
-def _own_prompts(data: ClassificationSet) -> prompts.Prompts:
+def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
   names = data.classes
   if names is None:
     raise ValueError(
@@ -206,12 +205,14 @@ def _require_distinct(data: ClassificationSet, names: Sequence[str]) -> None:
       both = [(data.ids or data.classes)[k] for k in (first[name], i)]
       raise ValueError(
         f"{data.name}: the classes {both[0]!r} and {both[1]!r} are both "
-        f"{name!r} to a prompt, so no image of the second could be right. Give "
-        "a prompt file with 'ids' that tell them apart, or rename one"
+        f"{name!r} in prompts, so the second could never be predicted. Give a "
+        "prompt file with 'ids', or rename one"
       )
 
 
-def _places(data: ClassificationSet, given: prompts.Prompts) -> list[int]:
+def _match_to_file(
+  data: ClassificationSet, given: prompts.Prompts
+) -> list[int]:
   """For each class of the data, its index in the prompt file."""
   total = len(given.classes)
   if data.ids is None and data.classes is None:
@@ -233,11 +234,12 @@ def _places(data: ClassificationSet, given: prompts.Prompts) -> list[int]:
   index: dict[str, int] = {}
   for i, key in enumerate(known):
     index.setdefault(key, i)
-  lost = [key for key in wanted if key not in index]
-  if lost:
+  missing = [key for key in wanted if key not in index]
+  if missing:
     raise ValueError(
-      f"{len(lost)} of {len(wanted)} classes of {data.name} are not in "
-      f"{given.name}, such as {lost[0]!r}. {did_you_mean(lost[0], known)}"
+      f"{len(missing)} of {len(wanted)} classes of {data.name} are not in "
+      f"{given.name}, such as {missing[0]!r}. "
+      f"{did_you_mean(missing[0], known)}"
     )
   return [index[key] for key in wanted]
 

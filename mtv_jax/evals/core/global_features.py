@@ -75,8 +75,9 @@ def embed(
   *,
   feature: str = "pooled",
   batch_size: int = 64,
+  pixels: str = "images",
 ) -> Float32[np.ndarray, "n d"]:
-  """One vector an image, not normalised; cached, except `mean`.
+  """One vector an image, not normalised.
 
   Args:
     encoder: any.
@@ -85,51 +86,32 @@ def embed(
       CLS token, ...); `cls` the CLS token and `mean` the mean of the patch
       tokens, both after the final norm.
     batch_size: images a step.
+    pixels: `images` go through the encoder's preprocessing, and features but
+      `mean` are cached; `crops` have its input size and are only normalised.
 
   Raises:
     ValueError: for `cls` of an encoder without one.
   """
-  _check_feature(encoder, feature)
-  if feature == "mean":
-    return last_blocks(encoder, data.images, batch_size=batch_size).mean
-  out = features.encode_images(
-    encoder,
-    data.images,
-    digest=data.digest,
-    outputs=(_OUTPUTS[feature],),
-    batch_size=batch_size,
-  )
-  return out.pooled if feature == "pooled" else out.prefix[:, 0]
-
-
-def embed_crops(
-  encoder: Encoder,
-  crops: Sequence[np.ndarray],
-  *,
-  feature: str = "pooled",
-  batch_size: int = 64,
-) -> Float32[np.ndarray, "n d"]:
-  """`embed` of images of the encoder's input size, without the cache."""
-  _check_feature(encoder, feature)
-  if feature == "mean":
-    return last_blocks(
-      encoder, crops, batch_size=batch_size, pixels="crops"
-    ).mean
-  out = encoder.dense(
-    crops, outputs=(_OUTPUTS[feature],), batch_size=batch_size
-  )
-  return out.pooled if feature == "pooled" else out.prefix[:, 0]
-
-
-_OUTPUTS = {"pooled": "pooled", "cls": "prefix"}
-
-
-def _check_feature(encoder: Encoder, feature: str) -> None:
   check_choice("feature", feature, FEATURES)
   if feature == "cls" and not encoder.spec.image.cls_token:
     raise ValueError(
       f"feature='cls': {encoder!r} has no CLS token; take 'pooled' or 'mean'"
     )
+  if feature == "mean":
+    return last_blocks(
+      encoder, data.images, batch_size=batch_size, pixels=pixels
+    ).mean
+  options = {"outputs": (_OUTPUTS[feature],), "batch_size": batch_size}
+  if pixels == "crops":
+    out = encoder.dense(data.images, **options)
+  else:
+    out = features.encode_images(
+      encoder, data.images, digest=data.digest, **options
+    )
+  return out.pooled if feature == "pooled" else out.prefix[:, 0]
+
+
+_OUTPUTS = {"pooled": "pooled", "cls": "prefix"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -205,18 +205,11 @@ def _classification(
   region: Float32[np.ndarray, "r e"],
 ) -> _Found:
   """Of each box the class, among all the classes of the data."""
-  labels = np.concatenate(data.labels)
-  classifier = zero_shot.text_classifier(encoder, named)
-  count = len(named.classes)
-  ranks = ranking.ranks(
-    region, classifier, query_ids=labels, candidate_ids=np.arange(count)
+  figures, chance = zero_shot.class_accuracies(
+    region,
+    zero_shot.text_classifier(encoder, named),
+    np.concatenate(data.labels),
   )
-  figures = zero_shot.accuracies(ranks, labels)
-  chance = {
-    "top1": 1 / count,
-    "top5": min(5, count) / count,
-    "mean_per_class": 1 / count,
-  }
   return _Found(
     {f"box_{k}": v for k, v in figures.items()},
     {f"box_{k}": v for k, v in chance.items()},

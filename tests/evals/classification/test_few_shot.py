@@ -17,7 +17,7 @@ def data(request):
   return x, rng.integers(0, 3, request.param), rng.normal(2, 3, (25, 12))
 
 
-def standardised(x, rows):
+def standardize(x, rows):
   mean, std = x.mean(0, dtype=float), x.std(0, dtype=float)
   z = (rows - mean) / (std + 1e-5)
   return np.concatenate([z, np.full((len(z), 1), 100.0)], axis=1)
@@ -26,12 +26,12 @@ def standardised(x, rows):
 def test_weights_solve_the_regularised_equations(data):
   x, labels, tested = data
   model = few_shot.fit(x, labels, classes=4, l2=3.0)
-  z, y = standardised(x, x), 2 * np.eye(4)[labels] - 1
+  z, y = standardize(x, x), 2 * np.eye(4)[labels] - 1
   # The gradient of |zW - y|^2 + 3 |W|^2 is zero.
   gradient = z.T @ (z @ model.weights - y) + 3 * model.weights
   np.testing.assert_allclose(gradient, 0, atol=1e-8)
   np.testing.assert_allclose(
-    model.scores(tested), standardised(x, tested) @ model.weights, atol=1e-10
+    model.scores(tested), standardize(x, tested) @ model.weights, atol=1e-10
   )
   assert model.weights.shape == (13, 4)
 
@@ -44,22 +44,24 @@ def test_weights_are_those_of_ridge(data):
   for l2 in (0.5, 1024.0):
     model = few_shot.fit(x, labels, classes=3, l2=l2)
     oracle = Ridge(alpha=l2, fit_intercept=False)
-    oracle.fit(standardised(x, x), 2 * np.eye(3)[labels] - 1)
-    want = oracle.predict(standardised(x, tested))
+    oracle.fit(standardize(x, x), 2 * np.eye(3)[labels] - 1)
+    want = oracle.predict(standardize(x, tested))
     np.testing.assert_allclose(model.scores(tested), want, atol=1e-9)
 
 
-def test_draw():
+def test_sample_shots():
   labels = np.array([0, 2, 2, 0, 2, 0, 2, 2, 0, 0])
-  items = few_shot.draw(labels, shots=4, seed=1)
+  items = few_shot.sample_shots(labels, shots=4, seed=1)
   assert items.shape == (2, 4)
   assert (labels[items] == [[0], [2]]).all()
   assert all(len(set(row)) == 4 for row in items)
-  # The same generator throughout, a permutation of each class in its turn.
+  # One generator, a permutation of each class in turn.
   rng = np.random.default_rng(1)
   want = [rng.permutation(np.flatnonzero(labels == c))[:4] for c in (0, 2)]
   np.testing.assert_array_equal(items, want)
-  assert items.tolist() != few_shot.draw(labels, shots=4, seed=2).tolist()
+  assert (
+    items.tolist() != few_shot.sample_shots(labels, shots=4, seed=2).tolist()
+  )
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_only_the_shots_are_encoded(folder, colours):
   assert result.metrics == {"top1_1shot": 1.0}
   assert result.protocol["top1_of_seeds"] == {"top1_1shot": [1.0, 1.0]}
   assert encoded[0] <= 6 and encoded[1] == 6
-  # Of most of them, all are: other probes ask for the same.
+  # All images are encoded where most are used, to share the features.
   encoded.clear()
   result = few_shot.FewShot(**options).run(Counting())
   assert encoded == [18, 6]

@@ -1,5 +1,6 @@
 """k-NN: ties, blocks, devices, scikit-learn, and memory that stays bounded."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 
 import mtv_jax
-from mtv_jax.cli.main import command
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.classification import knn
@@ -32,12 +32,14 @@ def naive(queries, bank, k):
 
 
 @pytest.mark.parametrize("block_bytes", [4 * 4 * 5, 4 * 37 * 3, 2**20])
-def test_blocks_equal_the_whole_with_ties(mesh, block_bytes):
+def test_search_in_blocks_equals_a_stable_sort(mesh, block_bytes):
   rng = np.random.default_rng(0)
-  # Dot products of small integers are exact, so that ties are real.
+  # Dot products of small integers are exact, so ties are exact.
   queries = rng.integers(-1, 2, (23, 4)).astype(np.float32)
   bank = rng.integers(-1, 2, (37, 4)).astype(np.float32)
-  got = knn.neighbours(queries, bank, k=11, mesh=mesh, block_bytes=block_bytes)
+  got = knn.find_neighbours(
+    queries, bank, k=11, mesh=mesh, block_bytes=block_bytes
+  )
   want = naive(queries, bank, 11)
   np.testing.assert_array_equal(got.index, want)
   scores = queries @ bank.T
@@ -52,13 +54,13 @@ def test_one_device_and_eight_agree(mesh):
   queries, bank = (
     normalize(rng.normal(size=(n, 16)).astype(np.float32)) for n in (13, 60)
   )
-  eight = knn.neighbours(queries, bank, k=5, mesh=mesh)
-  one = knn.neighbours(queries, bank, k=5)
+  eight = knn.find_neighbours(queries, bank, k=5, mesh=mesh)
+  one = knn.find_neighbours(queries, bank, k=5)
   np.testing.assert_array_equal(one.index, eight.index)
   np.testing.assert_allclose(one.similarity, eight.similarity, atol=1e-6)
 
 
-def test_votes():
+def test_predict_golden():
   """Weights e^0, e^-1, e^-2, ... of classes 1, 0, 0, 2, 0, ... by hand."""
   similarity = np.array([[0.9, 0.8, 0.7, 0.6, 0.5]], np.float32)
   found = knn.Neighbours(similarity, np.array([[4, 3, 0, 1, 2]]))
@@ -85,12 +87,12 @@ def test_equal_votes_go_to_the_lowest_class():
   assert list(got[2]) == [1]
 
 
-def test_mistakes():
+def test_invalid_options_and_features_are_refused():
   rows = np.ones((3, 2), np.float32)
   with pytest.raises(ValueError, match="k=4 nearest of 3 rows"):
-    knn.neighbours(rows, rows, k=4)
+    knn.find_neighbours(rows, rows, k=4)
   with pytest.raises(ValueError, match="the bank are not all finite"):
-    knn.neighbours(rows, rows * np.nan, k=1)
+    knn.find_neighbours(rows, rows * np.nan, k=1)
   with pytest.raises(ValueError, match="Did you mean 'pooled'"):
     knn.KNN(feature="poled")
   with pytest.raises(ValueError, match="expected numbers of at least 1"):
@@ -109,10 +111,10 @@ def test_no_block_exceeds_its_bytes(mesh, monkeypatch):
 
     return merge
 
-  monkeypatch.setattr(knn, "_merge", spy)
+  monkeypatch.setattr(knn, "_merge_fn", spy)
   rng = np.random.default_rng(0)
   bank = rng.normal(size=(20_000, 4)).astype(np.float32)
-  knn.neighbours(bank, bank, k=200, mesh=mesh, block_bytes=2**20)
+  knn.find_neighbours(bank, bank, k=200, mesh=mesh, block_bytes=2**20)
   assert len(sizes) > 20
   assert 2**19 < max(sizes) <= 2**20
 
@@ -122,12 +124,12 @@ def test_a_folder(tmp_path, write_image, colours):
     for i in range(3):
       write_image(tmp_path / "train" / name / f"{i}.png", name)
     write_image(tmp_path / "test" / name / "0.png", name)
-  # A green image that is labelled red: one of four near ones.
+  # A green image with the label red.
   write_image(tmp_path / "train" / "red" / "odd.png", "green")
   evaluator = knn.KNN(data=str(tmp_path), view="encoder", k=(1, 3, 100))
   evaluator.prepare()
   result = evaluator.run(colours)
-  # With one neighbour the first of equals decides, and that is "green/0.png".
+  # Of equal neighbours the first decides, which is "green/0.png".
   assert result.metrics == {"top1_k1": 1.0, "top1_k3": 1.0, "top1_k7": 1.0}
   assert result.chance["top1_k3"] == 0.5
   assert result.protocol["train_images"] == 7
@@ -167,7 +169,7 @@ def test_predictions_are_those_of_scikit_learn(mesh, k):
     weights=lambda d: np.exp((1 - d) / 0.07),
   )
   want = oracle.fit(bank, labels).predict(queries)
-  found = knn.neighbours(queries, bank, k=20, mesh=mesh)
+  found = knn.find_neighbours(queries, bank, k=20, mesh=mesh)
   got = knn.predict(found, labels, ks=(k, 20), classes=7)[k]
   assert list(got) == list(want)
   assert 0.02 < np.mean(want != labels[found.index[:, 0]]) < 1 or k == 1
@@ -176,36 +178,39 @@ def test_predictions_are_those_of_scikit_learn(mesh, k):
 @pytest.mark.parametrize(
   "name", ["knn", pytest.param("linear_probe", marks=pytest.mark.slow)]
 )
-def test_probe_commands(tmp_path, capsys, name):
-  main = command(name)
+def test_command_line(repo_root, tmp_path, capsys, name):
+  path = repo_root / "tools" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(f"tool_{name}", path)
+  tool = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(tool)
   out = tmp_path / "out.json"
   argv = ["--encoder=pixels:16/8", "--set=count=8", "--set=train_count=24"]
   if name == "linear_probe":
     argv += ["--set=steps=2", "--set=train_batch=8", "--set=average=('on',)"]
-  main([*argv, f"--json={out}"])
+  tool.main([*argv, f"--json={out}"])
   assert "top1" in capsys.readouterr().out
   result = json.loads(out.read_text())["evals"][name]
   assert result["protocol"]["images"] == 8
   with pytest.raises(SystemExit, match=f"{name}: .*Did you mean 'count'"):
-    main(["--encoder=pixels:16/8", "--set=cuont=3"])
+    tool.main(["--encoder=pixels:16/8", "--set=cuont=3"])
 
 
 @pytest.mark.slow
 def test_memory_is_that_of_a_block():
-  """Of 8,000 x 100,000 scores, which are 3.2 GB, never more than a block."""
+  """The 3.2 GB of 8,000 x 100,000 scores exist a block at a time."""
   code = """
     import resource
     import numpy as np
-    from mtv_jax.evals import knn
+    from mtv_jax.evals.classification import knn
 
     def peak():
       return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     rng = np.random.default_rng(0)
     bank = rng.normal(size=(100_000, 8)).astype(np.float32)
-    knn.neighbours(bank[:8], bank[:300], k=200)
+    knn.find_neighbours(bank[:8], bank[:300], k=200)
     before = peak()
-    found = knn.neighbours(bank[:8000], bank, k=200, block_bytes=2**24)
+    found = knn.find_neighbours(bank[:8000], bank, k=200, block_bytes=2**24)
     print(peak() - before)
     assert (found.index[:, 0] != found.index[:, 1]).all()
   """
@@ -220,7 +225,7 @@ def test_memory_is_that_of_a_block():
 
 @pytest.mark.slow
 def test_cifar_in_half_a_minute(shared_data):
-  """1,500 photos read, encoded and searched on two cores."""
+  """1,500 images read, encoded and searched on two cores."""
   spec = models.ModelSpec(
     image=ViTSpec(
       image_size=64, patch_size=8, width=64, depth=2, heads=2, mlp_dim=256
@@ -235,6 +240,6 @@ def test_cifar_in_half_a_minute(shared_data):
   print(f"CIFAR k-NN: {seconds:.1f} s, {cores:.1f} s of all cores,", end=" ")
   print(result.metrics)
   assert result.protocol["images"] + result.protocol["train_images"] == 1500
-  # An untrained tower still tells skies from meadows.
+  # Above chance, since an untrained tower encodes colours.
   assert max(result.metrics.values()) > 0.15
   assert seconds < 30

@@ -26,7 +26,7 @@ def blobs():
   labels = rng.integers(0, 4, 120).astype(np.int32)
   x = (means[labels] + 0.7 * rng.normal(size=(120, 6))).astype(np.float32)
   found = LastBlocks(tokens=(x[:, 2:4], x[:, 4:]), mean=x[:, :2])
-  table = linear_heads.table(found, blocks=(1, 2), average=("off", "on"))
+  table = linear_heads.make_table(found, blocks=(1, 2), average=("off", "on"))
   return table, labels
 
 
@@ -70,12 +70,12 @@ def test_columns_of_the_heads(blobs):
 
 
 @pytest.mark.parametrize("name", ["1 block", "2 blocks + mean"])
-@pytest.mark.parametrize("place", [0, 2])
-def test_each_head_is_trained_as_if_alone(blobs, fitted, name, place):
+@pytest.mark.parametrize("rate_index", [0, 2])
+def test_each_head_equals_one_trained_alone(blobs, fitted, name, rate_index):
   table, labels = blobs
   c = table.columns[name]
   start = linear_heads.init(table.columns, rates=3, classes=4)[name]
-  w, b = start["kernel"][:, place].astype(float), np.zeros(4)
+  w, b = start["kernel"][:, rate_index].astype(float), np.zeros(4)
   assert 0.005 < w.std() < 0.02
   mw, mb = 0, 0
   for step in range(25):
@@ -86,17 +86,16 @@ def test_each_head_is_trained_as_if_alone(blobs, fitted, name, place):
     p /= p.sum(1, keepdims=True)
     g = (p - np.eye(4)[batch["label"]]) / 32
     mw, mb = 0.9 * mw + x.T @ g, 0.9 * mb + g.sum(0)
-    rate = RATES[place] * 32 / 256 * 0.5 * (1 + np.cos(np.pi * step / 25))
+    rate = RATES[rate_index] * 32 / 256 * 0.5 * (1 + np.cos(np.pi * step / 25))
     w, b = w - rate * mw, b - rate * mb
   head = fitted.params[name]
-  np.testing.assert_allclose(head["kernel"][:, place], w, atol=2e-6)
-  np.testing.assert_allclose(head["bias"][place], b, atol=2e-6)
-  # And it says what it was trained to say.
+  np.testing.assert_allclose(head["kernel"][:, rate_index], w, atol=2e-6)
+  np.testing.assert_allclose(head["bias"][rate_index], b, atol=2e-6)
   logits = table.x[:, c.start : c.stop] @ w + b
   want = np.mean(logits.argmax(1) == labels)
-  got = linear_heads.top1(fitted.params, table, labels)[name][place]
+  got = linear_heads.top1(fitted.params, table, labels)[name][rate_index]
   assert got == pytest.approx(want)
-  scores = linear_heads.scores(fitted.params, table, name=name, rate=place)
+  scores = linear_heads.scores(fitted.params, table, name=name, rate=rate_index)
   np.testing.assert_allclose(scores, logits, atol=1e-5)
 
 
@@ -131,7 +130,7 @@ def test_scenes_whatever_the_batch_and_the_devices():
   assert results[0].metrics["top1"] == pytest.approx(best)
 
 
-def test_mistakes():
+def test_invalid_options_are_refused():
   for options, match in (
     ({"augment": "crop"}, "Did you mean 'crops'"),
     ({"select": "test"}, "select is 'test'"),
@@ -157,25 +156,26 @@ def test_crops_are_encoded_at_every_step(folder):
     data=str(folder), steps=3, train_batch=12, rates=(1.0,), augment=None
   )
   result = evaluator.run(mtv_jax.load("pixels:16/8"))
-  # Of one colour, a crop is what the image is: three steps are enough.
+  # Images of one colour equal their crops: three steps are enough.
   assert result.metrics["top1"] == 1.0
   assert result.protocol["augment"].startswith("random crop (area 0.08..1")
   assert result.protocol["view"] == "center"
   assert result.protocol["preprocess"]["resize_size"] == 18
 
 
-def test_many_more_crops_than_images_are_asked_for_by_name(folder, caplog):
+def test_too_many_crops_are_cached_by_default(folder, caplog):
   options = dict(data=str(folder), steps=101, train_batch=12, rates=(1.0,))
   probe = linear_probe.LinearProbe(**options)
   protocol = probe.run(mtv_jax.load("pixels:16/8")).protocol
   assert protocol["augment"] == "none"
   assert "101 steps of 12 crops are 101 times the 12" in caplog.text
   args = dict(steps=101, batch=12, images=12)
-  assert probe._augmentation("crops", **args) == "crops"
-  assert probe._augmentation(None, **(args | {"steps": 100})) == "crops"
+  crops = linear_probe.LinearProbe(**options, augment="crops")
+  assert crops._augmentation(**args) == "crops"
+  assert probe._augmentation(**(args | {"steps": 100})) == "crops"
 
 
-def test_selection_on_a_part_of_the_training_images(folder):
+def test_selection_on_held_out_training_images(folder):
   evaluator = linear_probe.LinearProbe(
     data=str(folder),
     steps=8,
@@ -191,7 +191,7 @@ def test_selection_on_a_part_of_the_training_images(folder):
 
 
 @pytest.mark.reference
-def test_a_head_is_torchs(blobs, fitted):
+def test_a_head_equals_torchs(blobs, fitted):
   import torch
 
   table, labels = blobs
@@ -219,24 +219,25 @@ def test_a_head_is_torchs(blobs, fitted):
 
 
 @pytest.mark.slow
-def test_thirteen_rates_cost_at_most_two_of_one():
+def test_thirteen_rates_cost_at_most_twice_one():
   """A probe of 300 steps on cached features, its compilation included.
 
   Of the tiny encoder (64 wide, so 5 x 64 features), 1,000 images of 10
-  classes. Work and not time, so that a busy machine changes nothing; in a
-  process of its own, as the tests' compiler options are not a user's.
+  classes. CPU time, so that other processes change nothing; in a separate
+  process, since the tests set compiler options.
   """
   code = """
     import statistics
     import time
     import numpy as np
-    from mtv_jax.evals import linear_heads, probe
+    from mtv_jax.evals.classification import linear_heads
+    from mtv_jax.evals.core import probe
     from mtv_jax.evals.core.global_features import LastBlocks
     from mtv_jax.evals.classification.linear_probe import RATES
 
     rng = np.random.default_rng(0)
     tokens = [rng.normal(size=(1000, 64)).astype("f4") for _ in range(5)]
-    table = linear_heads.table(
+    table = linear_heads.make_table(
       LastBlocks(tuple(tokens[1:]), tokens[0]),
       blocks=(1, 4),
       average=("off", "on"),

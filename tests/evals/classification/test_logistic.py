@@ -27,13 +27,13 @@ def probabilities(logits):
   return p / p.sum(1, keepdims=True)
 
 
-def test_strengths():
+def test_published_strengths():
   assert len(logistic.STRENGTHS) == 45
   assert logistic.STRENGTHS[0] == pytest.approx(1e-6)
   assert logistic.STRENGTHS[-1] == pytest.approx(1e5)
 
 
-def test_gradient_is_zero_at_each_optimum(data, models):
+def test_the_gradient_is_zero_at_each_optimum(data, models):
   x, labels = data
   for model in models:
     p = probabilities(x.astype(float) @ model.kernel + model.bias)
@@ -41,7 +41,7 @@ def test_gradient_is_zero_at_each_optimum(data, models):
     l2 = 1 / (model.strength * 90)
     gradient = x.T @ error + l2 * model.kernel
     np.testing.assert_allclose(gradient, 0, atol=1e-5)
-    # Not regularised, so its gradient has no other term.
+    # The bias is not regularised.
     np.testing.assert_allclose(error.sum(0), 0, atol=1e-5)
     assert 0 < model.iterations < 1000
   norms = [np.abs(m.kernel).max() for m in models]
@@ -58,7 +58,7 @@ def test_blocks_and_devices_change_nothing(data, models, monkeypatch):
 
 
 @pytest.mark.reference
-def test_optimum_is_that_of_scikit_learn(data, models):
+def test_the_optimum_equals_scikit_learns(data, models):
   from sklearn.linear_model import LogisticRegression
 
   x, labels = data
@@ -89,7 +89,7 @@ def test_scenes(select):
   assert ends("as published") == (select == "val")
 
 
-def test_mistakes():
+def test_invalid_options_are_refused():
   for options, match in (
     ({"strengths": (0.0,)}, "expected values above 0"),
     ({"normalize": "l1"}, "There are: l2, raw"),

@@ -45,7 +45,7 @@ def rate(step):
   return 6.4 * 0.5 * (1 + np.cos(np.pi * (step - 5) / 15))
 
 
-def test_fit_is_lars_on_normalised_features(data, fitted):
+def test_fit_equals_lars_on_normalised_features(data, fitted):
   w, b, mw, mb = start().astype(float), np.zeros(3), 0, 0
   mean, var = np.zeros(5), np.ones(5)
   for step in range(20):
@@ -74,7 +74,7 @@ def test_fit_is_lars_on_normalised_features(data, fitted):
 
 
 @pytest.mark.reference
-def test_the_head_is_torchs(data, fitted):
+def test_the_head_equals_torchs(data, fitted):
   import torch
 
   norm = torch.nn.BatchNorm1d(5, affine=False, eps=1e-6)
@@ -102,7 +102,7 @@ def test_the_head_is_torchs(data, fitted):
 
 
 class SceneEncoder(baselines.PixelEncoder):
-  """Tells what a scene shows, of 16 held out and 60 to train on."""
+  """Features that are the labels of 16 test and 60 training scenes."""
 
   def image(self, images, **kwargs):
     split = {16: "test", 60: "train"}[len(images)]
@@ -144,7 +144,7 @@ def folder(tmp_path, write_image):
 
 
 def test_crops(folder, caplog):
-  caplog.set_level(logging.INFO, "mtv_jax.evals.classification.common")
+  caplog.set_level(logging.INFO, "mtv_jax.evals.classification.base")
   result = mae_probe.MaeProbe(
     data=folder, epochs=25, warmup=0, train_batch=8, base_rate=200.0
   ).run(mtv_jax.load("pixels:16/8"))
@@ -154,9 +154,7 @@ def test_crops(folder, caplog):
   assert "encodes 100 random crops (25 steps of 4) of 4 training" in caplog.text
 
 
-def test_crops_of_more_than_a_hundred_epochs_are_not_the_default(
-  folder, caplog
-):
+def test_more_than_a_hundred_epochs_are_cached_by_default(folder, caplog):
   options = dict(data=folder, epochs=101, warmup=0, base_rate=200.0)
   encoder = mtv_jax.load("pixels:16/8")
   result = mae_probe.MaeProbe(**options).run(encoder)
@@ -165,7 +163,7 @@ def test_crops_of_more_than_a_hundred_epochs_are_not_the_default(
   assert "101 times the 4 training images" in caplog.text
 
 
-def test_mistakes():
+def test_invalid_options_are_refused():
   with pytest.raises(ValueError, match="warmup=90"):
     mae_probe.MaeProbe(warmup=90)
   with pytest.raises(ValueError, match="Did you mean 'crops'"):

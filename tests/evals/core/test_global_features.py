@@ -100,7 +100,9 @@ def test_embed(cls, images, feature):
   np.testing.assert_allclose(got, want, atol=1e-5)
   # The same of pixels that are at their size already.
   small = [np.asarray(PIL.Image.fromarray(i).resize((16, 16))) for i in images]
-  got = global_features.embed_crops(cls, small, feature=feature)
+  got = global_features.embed(
+    cls, labelled(small), feature=feature, pixels="crops"
+  )
   want = global_features.embed(
     cls, dataclasses.replace(labelled(small), digest="y"), feature=feature
   )

@@ -1,0 +1,327 @@
+"""Base classes and metrics of the classification probes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Float, Float32, Int
+
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.core import crops, global_features, probe, ranking
+from mtv_jax.evals.core.base import Evaluator, Result
+from mtv_jax.evals.core.examples import ClassificationSet, Data, Images
+from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets.scenes import is_scenes
+from mtv_jax.evals.datasets.splits import Splits, hold_out
+from mtv_jax.utils.errors import check_choice
+
+SELECTIONS = ("val", "train_split")
+_TRAIN_SCENES, _TEST_SCENES = 800, 400
+
+# Not "none", which a command line reads as "no value".
+AUGMENTS = ("cached", "crops")
+# By default crops are encoded for at most as many passes over the training
+# images. The published schedules have 10 (DINOv2) and 90 (MAE) of ImageNet's.
+_MAX_PASSES = 100
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationProbe(Evaluator):
+  """Base class of the probes: data, views and the result.
+
+  Attributes:
+    data: with a training split, see `datasets/registry.py`; or the images to
+      test on.
+    train: the images to train on, where `data` has no training split.
+    view: `center`, `squash_center` or `encoder`, see `global_features.view`;
+      by default the published protocol's, and for scenes `encoder`.
+    count: test images to use, evenly spaced; all by default, of scenes 400.
+    train_count: training images to use, evenly spaced; of scenes 800.
+    batch_size: images a step of the encoder.
+  """
+
+  data: Data = "scenes"
+  train: Data | None = None
+  view: str | None = None
+  count: int | None = None
+  train_count: int | None = None
+  batch_size: int = 64
+
+  published_view: ClassVar[str] = "center"
+
+  def __post_init__(self):
+    self._check("view", (None, *global_features.VIEWS))
+
+  def _check(self, option: str, choices: Iterable[str | None]) -> None:
+    """Raises ConfigError unless an option has one of the choices."""
+    value, choices = getattr(self, option), tuple(choices)
+    if value is None and None in choices:
+      return
+    check_choice(
+      f"{type(self).__name__}: {option}", value, [c for c in choices if c]
+    )
+
+  @functools.cached_property
+  def _splits(self) -> Splits:
+    return registry.open_splits(
+      self.data,
+      train=self.train,
+      count=self._default(self.count, None, _TEST_SCENES),
+      train_count=self._default(self.train_count, None, _TRAIN_SCENES),
+    )
+
+  def prepare(self) -> None:
+    """Reads names and labels, and caches them."""
+    _ = self._splits
+
+  def run(self, encoder: Encoder) -> Result:
+    """The probe's metrics, see the class."""
+    view = self._default(self.view, self.published_view, "encoder")
+    encoder = global_features.view(encoder, view)
+    metrics, protocol = self._evaluate(encoder, self._splits)
+    protocol = {
+      **encoder.protocol(),
+      **self._splits.protocol(),
+      "view": view,
+      **protocol,
+    }
+    chance = chance_accuracies(metrics, self._splits.classes)
+    return Result(metrics, protocol, chance)
+
+  def _evaluate(
+    self, encoder: Encoder, data: Splits
+  ) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics, and what the protocol adds to data, encoder and view."""
+    raise NotImplementedError(f"{type(self).__name__} lacks _evaluate()")
+
+  def _default(self, value: Any, published: Any, scenes: Any) -> Any:
+    """An option's value, or its default, which is smaller for scenes."""
+    if value is not None:
+      return value
+    return scenes if is_scenes(self.data) else published
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureProbe(ClassificationProbe):
+  """Base class of the probes of one feature vector an image.
+
+  Attributes:
+    feature: `pooled`, `cls` or `mean`, see `global_features.embed`.
+  """
+
+  feature: str = "pooled"
+
+  def __post_init__(self):
+    super().__post_init__()
+    self._check("feature", global_features.FEATURES)
+
+  def _features(
+    self, encoder: Encoder, data: ClassificationSet, *, pixels: str = "images"
+  ) -> Float32[np.ndarray, "n d"]:
+    return global_features.embed(
+      encoder,
+      data,
+      feature=self.feature,
+      batch_size=self.batch_size,
+      pixels=pixels,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedProbe(ClassificationProbe):
+  """Base class of the probes that are trained by gradient descent.
+
+  Attributes:
+    augment: `crops` encodes a random crop of every image of every step, which
+      costs steps x batch forward passes; `cached` trains on features that are
+      computed once. `crops` by default, but `cached` on scenes and where these
+      passes are more than 100 times the training images.
+    seed: of batches, crops and heads.
+  """
+
+  augment: str | None = None
+  seed: int = 0
+
+  def __post_init__(self):
+    super().__post_init__()
+    self._check("augment", (None, *AUGMENTS))
+
+  def _features(
+    self, encoder: Encoder, data: ClassificationSet, *, pixels: str = "images"
+  ) -> Float32[np.ndarray, "n d"]:
+    """Features of images of any size, or of `crops` of the input size."""
+    raise NotImplementedError(f"{type(self).__name__} lacks _features()")
+
+  def _augmentation(self, *, steps: int, batch: int, images: int) -> str:
+    """`cached` or `crops`: the option, or the default for this cost."""
+    name = type(self).__name__
+    encoded = steps * batch
+    small = encoded > _MAX_PASSES * images
+    published = "cached" if small else "crops"
+    augment = self._default(self.augment, published, "cached")
+    if self.augment is None and small and not is_scenes(self.data):
+      log.warning(
+        "%s: %d steps of %d crops are %d times the %d training images, so "
+        "features are computed once (augment='cached'). Set augment='crops' "
+        "to encode crops at every step",
+        *(name, steps, batch, encoded // images, images),
+      )
+    if augment == "crops":
+      log.info(
+        "%s: encodes %d random crops (%d steps of %d) of %d training images",
+        *(name, encoded, steps, batch, images),
+      )
+    return augment
+
+  def _batches(
+    self,
+    encoder: Encoder,
+    train: ClassificationSet,
+    *,
+    augment: str,
+    batch_size: int,
+  ) -> probe.Batches:
+    """By step, `x` `[b, d]` and `label` `[b]` of shuffled training images."""
+    indices = probe.shuffled_batches(
+      len(train.labels), batch_size=batch_size, seed=self.seed
+    )
+    cached = self._features(encoder, train) if augment == "cached" else None
+
+    def batch(step: int) -> probe.Batch:
+      items = indices(step)
+      label = train.labels[items]
+      if cached is not None:
+        return {"x": cached[items], "label": label}
+      cropped = _random_crops(
+        train.images,
+        items,
+        size=encoder.preprocess.size,
+        seed=(self.seed, step),
+      )
+      data = dataclasses.replace(train, images=cropped, labels=label)
+      x = self._features(encoder, data, pixels="crops")
+      return {"x": x, "label": label}
+
+    return batch
+
+  def _training_protocol(
+    self, fitted: probe.FitResult, *, augment: str, batch_size: int
+  ) -> dict[str, Any]:
+    steps, encoded = len(fitted.losses), augment == "crops"
+    return {
+      "steps": steps,
+      "train_batch": batch_size,
+      "augment": crops.PROTOCOL if encoded else "none",
+      "crops_encoded": steps * batch_size if encoded else 0,
+      "last_loss": float(fitted.losses[-1]),
+      "seed": self.seed,
+    }
+
+
+def _random_crops(
+  images: Images, items: np.ndarray, *, size: int, seed: tuple[int, ...]
+) -> Images:
+  """Random crops of the images `items`, each seeded by its row."""
+
+  def read(row: int) -> np.ndarray:
+    rng = np.random.default_rng((*seed, row))
+    return crops.random_crop(images[int(items[row])], size=size, rng=rng)
+
+  return Images(read, len(items))
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """The images that a hyper-parameter is selected on.
+
+  Attributes:
+    train: indices of the training images to train on.
+    held_out: indices of the training images to select on; None for `val`,
+      which selects on the test images.
+    protocol: a sentence for the protocol.
+  """
+
+  train: Int[np.ndarray, " t"]
+  held_out: Int[np.ndarray, " h"] | None
+  protocol: str
+
+
+def split_for_selection(data: Splits, select: str) -> Selection:
+  """The split of the training images for selecting a hyper-parameter.
+
+  Args:
+    data: the splits.
+    select: `val` selects by the reported metric on the test images, as the
+      published protocols do, which flatters it a little; `train_split` trains
+      on nine tenths of each class and selects on the others.
+
+  Raises:
+    ValueError: for `train_split` of a set with one image a class.
+  """
+  if select == "val":
+    return Selection(
+      np.arange(len(data.train.labels)),
+      None,
+      "the best on the test images themselves, as published",
+    )
+  train, held_out = hold_out(data.train.labels)
+  if not held_out.size:
+    raise ValueError(
+      f"select='train_split': {data.train.name} has one image a class, so none "
+      "can be held out; use select='val'"
+    )
+  count = len(held_out)
+  how = f"the best on {count} training images, a tenth of each class"
+  return Selection(train, held_out, how)
+
+
+def rank_accuracies(
+  ranks: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]
+) -> dict[str, float]:
+  """Top-1, top-5 and mean-per-class accuracy of the true classes' ranks.
+
+  The mean is over the classes that occur in `labels`.
+  """
+  hits = ranking.hit_rates(ranks, (1, 5))
+  correct = ranks < 1
+  present = [np.mean(correct[labels == c]) for c in np.unique(labels)]
+  return {
+    "top1": hits[1],
+    "top5": hits[5],
+    "mean_per_class": float(np.mean(present)),
+  }
+
+
+def score_accuracies(
+  scores: Float32[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
+) -> dict[str, float]:
+  """`rank_accuracies` of scores of each class."""
+  own = labels[:, None] == np.arange(scores.shape[1])
+  ranks = map_rows(ranking.ranks_of_scores, scores, own)
+  return rank_accuracies(ranks, labels)
+
+
+def chance_accuracies(names: Iterable[str], classes: int) -> dict[str, float]:
+  """The expected accuracies of a uniform guess, by name of the metric."""
+  return {
+    name: min(5 if name == "top5" else 1, classes) / classes for name in names
+  }
+
+
+def map_rows(
+  function: Callable[..., Any], *arrays: np.ndarray, rows: int = 4096
+) -> Float[np.ndarray, "n ..."] | Int[np.ndarray, "n ..."]:
+  """`function` of blocks of rows, concatenated on the host."""
+  return np.concatenate(
+    [
+      np.asarray(function(*(a[s : s + rows] for a in arrays)))
+      for s in range(0, len(arrays[0]), rows)
+    ]
+  )
