@@ -35,7 +35,7 @@ EVALUATORS = {
     "linear_probe": "classification.linear_probe:LinearProbe",
     "logistic": "classification.logistic:Logistic",
     "mae_probe": "classification.mae_probe:MaeProbe",
-    "segmentation": "segmentation.segmentation:Segmentation",
+    "segmentation": "segmentation.linear_probe:Segmentation",
     "zero_shot_segmentation": "segmentation.zero_shot:ZeroShotSegmentation",
     "depth_probe": "depth.probe:DepthProbe",
     "relative_depth": "depth.relative_depth:RelativeDepth",

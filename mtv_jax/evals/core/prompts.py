@@ -64,6 +64,14 @@ class Prompts:
     text = json.dumps([self.classes, self.templates])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+  def protocol(self) -> dict[str, Any]:
+    """For JSON."""
+    return {
+      "prompts": self.name,
+      "prompts_hash": self.digest,
+      "templates": list(self.templates),
+    }
+
 
 def read_prompts(path: str | os.PathLike) -> Prompts:
   """Reads `{"classes": [...], "templates": [...], "ids": [...]}`.

@@ -143,9 +143,7 @@ def _protocol(
   if named is not None:
     protocol |= {
       "classes": len(named.classes),
-      "prompts": named.name,
-      "prompts_hash": named.digest,
-      "templates": list(named.templates),
+      **named.protocol(),
       "mean_per_class": "over classes that have a box",
     }
   if locates:

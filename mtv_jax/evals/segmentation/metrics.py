@@ -1,4 +1,4 @@
-"""Intersection over union of a whole set, from one matrix of counts."""
+"""Segmentation metrics of a whole set, from one confusion matrix."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ AVERAGING = (
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """What a confusion matrix says.
+  """Metrics of a confusion matrix.
 
   Attributes:
     miou: mean of `iou` over the classes that have a union.
-    macc: mean over the classes with a true pixel of the share found.
-    aacc: share of all pixels that are right.
+    macc: mean recall over the classes with a true pixel.
+    aacc: share of all pixels that are correct.
     iou: of each class; NaN where neither truth nor prediction has it.
   """
 
@@ -31,6 +31,10 @@ class Scores:
   macc: float
   aacc: float
   iou: Float[np.ndarray, " k"]
+
+  def metrics(self) -> dict[str, float]:
+    """The means by name."""
+    return {"miou": self.miou, "macc": self.macc, "aacc": self.aacc}
 
 
 def confusion(
@@ -41,18 +45,18 @@ def confusion(
 ) -> Int64[np.ndarray, "{classes} {classes}"]:
   """Counts of pixels by (true class, predicted class).
 
-  Pixels whose truth is `IGNORE` are left out, their predictions with them.
+  Pixels whose truth is `IGNORE` are left out.
 
   Raises:
     ValueError: for a class out of range.
   """
-  kept = truth != IGNORE
-  rows = truth[kept].astype(np.int64)
-  columns = predicted[kept].astype(np.int64)
-  for name, found in (("labels", rows), ("predictions", columns)):
-    if found.size and not 0 <= found.min() <= found.max() < classes:
+  counted = truth != IGNORE
+  rows = truth[counted].astype(np.int64)
+  columns = predicted[counted].astype(np.int64)
+  for name, values in (("labels", rows), ("predictions", columns)):
+    if values.size and not 0 <= values.min() <= values.max() < classes:
       raise ValueError(
-        f"{name} from {found.min()} to {found.max()}; expected 0 to "
+        f"{name} from {values.min()} to {values.max()}; expected 0 to "
         f"{classes - 1}, or {IGNORE} for a label to ignore"
       )
   # Integers: float bins lose counts beyond 2**24.
@@ -61,7 +65,7 @@ def confusion(
 
 
 def scores(counts: Int64[np.ndarray, "k k"]) -> Scores:
-  """Figures of a confusion matrix, rows being the truth.
+  """Metrics of a confusion matrix whose rows are the truth.
 
   A class that is predicted and never true counts as 0; one that is neither is
   left out of the means.
@@ -74,17 +78,17 @@ def scores(counts: Int64[np.ndarray, "k k"]) -> Scores:
   hit, true = np.diag(counts), counts.sum(axis=1)
   union = true + counts.sum(axis=0) - hit
   iou = np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
-  found = hit[true > 0] / true[true > 0]
+  recall = hit[true > 0] / true[true > 0]
   return Scores(
     miou=float(np.nanmean(iou)),
-    macc=float(found.mean()),
+    macc=float(recall.mean()),
     aacc=float(hit.sum() / counts.sum()),
     iou=iou,
   )
 
 
 def chance(counts: Int64[np.ndarray, "k k"]) -> dict[str, float]:
-  """What predicting every pixel's class by a fair die expects.
+  """The expected metrics of a uniform guess at every pixel.
 
   With a share g of the pixels in a class and K classes, the intersection is
   g / K and the union g + 1 / K - g / K.

@@ -1,18 +1,18 @@
-"""Patches in the space of texts, for encoders trained on whole images.
+"""Patch embeddings in the space of the texts.
 
-A contrastive model compares a text with the pooled image; what a patch alone
-would have been pooled to is read off its weights:
+A contrastive model compares a text with the pooled image. The embedding of a
+patch is that of an image whose only token is the patch:
 
   map    Attention pooling of that patch alone: its value through the pool's
          output projection and MLP. (The softmax over one token is 1, so the
-         probe and the keys drop out.) Our choice for SigLIP and its kind.
-  cls    The token after the final norm, as TIPSv2 reads it.
+         probe and the keys drop out.) Our choice for SigLIP.
+  cls    The token after the final norm, as in TIPSv2.
   mean   The same.
 
-and then through the projection, where the tower has one. With `values`, the
+and then the projection, where the tower has one. With `values`, the
 last block's attention is replaced by each token's own value (MaskCLIP, Zhou et
-al. 2022, in TIPSv2's form, which keeps the residual and the MLP): what a token
-gathers from others serves the image as a whole.
+al. 2022, in TIPSv2's form, with the residual and the MLP), since attention
+mixes the features of the whole image into each token.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.models import layers
 from mtv_jax.models import two_tower as models
 from mtv_jax.parallel.mesh import replicated_sharding
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import check_choice
 
 LAST_BLOCKS = ("attention", "values")
 
@@ -47,7 +47,7 @@ def default_last_block(encoder: Encoder) -> str:
   return "attention" if image.pool == "map" or image.depth < 2 else "values"
 
 
-def patches(
+def embed_patches(
   encoder: Encoder,
   images: Sequence[np.ndarray],
   *,
@@ -63,7 +63,7 @@ def patches(
     batch_size: images a step.
 
   Raises:
-    ValueError: for weights that do not lead from a patch to the embedding.
+    ValueError: where the tower lacks weights for embedding a patch.
   """
   check(encoder, last_block)
   depth = encoder.spec.image.depth
@@ -74,8 +74,8 @@ def patches(
     tokens = out.layers[depth - 2]
   else:
     tokens = encoder.dense(images, batch_size=batch_size).patches
-  function = _function(encoder.spec, encoder.dtype, last_block, encoder.mesh)
-  found = batched.in_batches(
+  function = _embed_fn(encoder.spec, encoder.dtype, last_block, encoder.mesh)
+  out = batched.in_batches(
     functools.partial(function, _weights(encoder, last_block)),
     lambda i: tokens[i],
     count=len(tokens),
@@ -83,47 +83,44 @@ def patches(
     batch_size=batch_size,
     mesh=encoder.mesh,
   )
-  return found["patches"]
+  return out["patches"]
 
 
 def check(encoder: Encoder, last_block: str) -> None:
-  """Raises ValueError where patches can't reach the space of texts."""
-  if last_block not in LAST_BLOCKS:
-    raise ValueError(
-      f"last_block={last_block!r}. {did_you_mean(last_block, LAST_BLOCKS)}"
-    )
+  """Raises ValueError where an encoder's patches can't be embedded."""
+  check_choice("last_block", last_block, LAST_BLOCKS)
   spec, params = encoder.spec, encoder.params["image"]
-  wanted = ["pool"] if spec.image.pool == "map" else []
+  needed = ["pool"] if spec.image.pool == "map" else []
   if spec.image.projection:
-    wanted.append("projection")
+    needed.append("projection")
   if last_block == "values":
-    wanted += ["blocks", "norm"]
+    needed += ["blocks", "norm"]
     if spec.image.depth < 2:
       raise ValueError(
         "last_block='values' reads the input of the last block as the output "
         "of the one before it, and this encoder has one block; use "
         "last_block='attention'"
       )
-  lost = [name for name in wanted if name not in params]
-  if lost:
+  missing = [name for name in needed if name not in params]
+  if missing:
     raise ValueError(
       f"{encoder!r} pools by {spec.image.pool!r}, and its image tower has no "
-      f"{', '.join(lost)}: its patches can't be brought to the space of its "
-      f"texts. The tower holds {sorted(params)}."
+      f"{', '.join(missing)}: its patches can't be embedded in the space of "
+      f"its texts. The tower has {sorted(params)}."
     )
 
 
 def _weights(encoder: Encoder, last_block: str) -> dict[str, Any]:
   params = encoder.params["image"]
-  kept = {k: params[k] for k in ("pool", "projection") if k in params}
+  weights = {k: params[k] for k in ("pool", "projection") if k in params}
   if last_block == "values":
-    kept["norm"] = params["norm"]
-    kept["block"] = params["blocks"]
-  return kept
+    weights["norm"] = params["norm"]
+    weights["block"] = params["blocks"]
+  return weights
 
 
 @functools.lru_cache(maxsize=16)
-def _function(
+def _embed_fn(
   spec: models.ModelSpec, dtype: str, last_block: str, mesh: Mesh
 ) -> apply_fns.Function:
   values = last_block == "values"
@@ -140,7 +137,7 @@ def _function(
 
 
 class _ToText(nn.Module):
-  """From tokens to embeddings, patch by patch; names are the tower's."""
+  """Embeds each patch alone; parameter names are the tower's."""
 
   spec: models.ModelSpec
   dtype: Any
@@ -160,7 +157,7 @@ class _ToText(nn.Module):
 
 
 class _ValueBlock(nn.Module):
-  """A block whose tokens attend to themselves alone."""
+  """A transformer block whose tokens attend only to themselves."""
 
   spec: Any
   dtype: Any

@@ -1,6 +1,5 @@
 """k-NN: ties, blocks, devices, scikit-learn, and memory that stays bounded."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 import mtv_jax
+from mtv_jax.cli.main import command
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.classification import knn
@@ -178,21 +178,18 @@ def test_predictions_are_those_of_scikit_learn(mesh, k):
 @pytest.mark.parametrize(
   "name", ["knn", pytest.param("linear_probe", marks=pytest.mark.slow)]
 )
-def test_command_line(repo_root, tmp_path, capsys, name):
-  path = repo_root / "tools" / f"{name}.py"
-  spec = importlib.util.spec_from_file_location(f"tool_{name}", path)
-  tool = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(tool)
+def test_probe_commands(tmp_path, capsys, name):
+  main = command(name)
   out = tmp_path / "out.json"
   argv = ["--encoder=pixels:16/8", "--set=count=8", "--set=train_count=24"]
   if name == "linear_probe":
     argv += ["--set=steps=2", "--set=train_batch=8", "--set=average=('on',)"]
-  tool.main([*argv, f"--json={out}"])
+  main([*argv, f"--json={out}"])
   assert "top1" in capsys.readouterr().out
   result = json.loads(out.read_text())["evals"][name]
   assert result["protocol"]["images"] == 8
   with pytest.raises(SystemExit, match=f"{name}: .*Did you mean 'count'"):
-    tool.main(["--encoder=pixels:16/8", "--set=cuont=3"])
+    main(["--encoder=pixels:16/8", "--set=cuont=3"])
 
 
 @pytest.mark.slow
@@ -201,7 +198,7 @@ def test_memory_is_that_of_a_block():
   code = """
     import resource
     import numpy as np
-    from mtv_jax.evals.classification import knn
+    from mtv_jax.evals import knn
 
     def peak():
       return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -10,9 +10,9 @@ from mtv_jax.data import registry as sources
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder.encoder import Encoder, ImageFeatures, normalize
 from mtv_jax.evals import build_evaluator
+from mtv_jax.evals.classification.base import rank_accuracies
 from mtv_jax.evals.classification.zero_shot import (
   ZeroShot,
-  accuracies,
   match_classes,
   text_classifier,
 )
@@ -27,14 +27,14 @@ def folder(tmp_path, write_image):
   for name in ("red", "green", "blue"):
     for i in range(2):
       write_image(tmp_path / "set" / name / f"{i}.png", name)
-  # One in the wrong class.
+  # A wrong label.
   write_image(tmp_path / "set" / "blue" / "x.png", "red")
   return tmp_path / "set"
 
 
-def test_figures_on_a_folder(colours, folder):
+def test_accuracies_of_a_folder(colours, folder):
   result = ZeroShot(data=str(folder)).run(colours)
-  # Six of seven; blue is right on two of its three images.
+  # Six of seven; of blue's three images two are correct.
   assert result.metrics["top1"] == pytest.approx(6 / 7)
   assert result.metrics["mean_per_class"] == pytest.approx((1 + 1 + 2 / 3) / 3)
   assert result.metrics["top5"] == 1.0
@@ -48,7 +48,7 @@ def test_figures_on_a_folder(colours, folder):
   assert len(protocol["data_hash"]) == 16
 
 
-def test_hash_follows_the_data(folder, write_image):
+def test_the_hash_depends_on_the_data(folder, write_image):
   before = registry.open_classification(str(folder)).digest
   assert registry.open_classification(str(folder)).digest == before
   write_image(folder / "red" / "new.png", "red")
@@ -85,7 +85,7 @@ def test_present_classes_only(colours, folder):
   assert [labels[data.labels == i][0] for i in range(3)] == [2, 1, 0]
 
 
-def test_many_prompts_go_in_chunks(colours):
+def test_prompts_are_embedded_in_chunks(colours):
   names = tuple(f"colour {i}" for i in range(150))
   got = text_classifier(colours, Prompts(names, ("{}", "a {}")))
   assert got.shape == (150, 3)
@@ -102,10 +102,10 @@ def test_canonicalize_drops_punctuation(colours):
   assert colours.seen == ["A photo of a T-Shirt.", "a photo of a tshirt"]
 
 
-def test_accuracies_by_hand():
+def test_accuracies_golden():
   ranks = np.array([0, 0, 4, 5, 0])
   labels = np.array([2, 2, 2, 7, 9])
-  got = accuracies(ranks, labels)
+  got = rank_accuracies(ranks, labels)
   assert got == {
     "top1": pytest.approx(3 / 5),
     "top5": pytest.approx(4 / 5),
@@ -123,7 +123,7 @@ def test_mean_per_class_is_balanced_accuracy():
   ranks = np.sum(scores > own, axis=1)
   with pytest.warns(UserWarning, match="classes not in y_true"):
     want = metrics.balanced_accuracy_score(labels, scores.argmax(axis=1))
-  assert accuracies(ranks, labels)["mean_per_class"] == pytest.approx(want)
+  assert rank_accuracies(ranks, labels)["mean_per_class"] == pytest.approx(want)
 
 
 def test_flat_wnid_folder(tmp_path, write_image):
@@ -170,7 +170,7 @@ class Numbers:
     return {"key": str(i), "image": image, "label": i % 3}
 
 
-def test_labels_of_a_source_are_places_in_the_file(monkeypatch):
+def test_labels_of_a_source_are_indices_of_the_file(monkeypatch):
   monkeypatch.setattr(sources, "build_source", lambda config: Numbers())
   data = registry.open_classification({"type": "tfds", "name": "digits"})
   assert list(data.labels) == [0, 1, 2, 0]

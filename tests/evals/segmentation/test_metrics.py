@@ -1,4 +1,4 @@
-"""mIoU over a whole set: the published golden values, and the libraries'."""
+"""Segmentation metrics: golden values, torchmetrics and scikit-learn."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ PREDICTED = np.array(
 
 
 def random_maps(seed=0, classes=7):
-  """LabelMaps with pixels to ignore, and classes that one or both lack."""
+  """Label maps with ignored pixels, and classes that one or both lack."""
   rng = np.random.default_rng(seed)
   truth = rng.integers(0, classes - 2, (3, 20, 30))
   predicted = np.where(
@@ -53,10 +53,10 @@ def test_a_class_that_is_only_predicted_counts_as_zero():
   assert found.iou[4] == 0
 
 
-def test_counts_and_mistakes():
+def test_confusion_and_invalid_classes():
   counts = confusion(TRUTH, PREDICTED, classes=5)
   assert counts.dtype == np.int64
-  # Four pixels are ignored, with their predictions.
+  # Four pixels are ignored.
   assert counts.sum() == 20
   assert counts[0, 3] == 1
   with pytest.raises(ValueError, match="labels from 0 to 3"):
@@ -65,7 +65,7 @@ def test_counts_and_mistakes():
     scores(np.zeros((3, 3), np.int64))
 
 
-def test_chance_is_what_a_die_gets():
+def test_chance_equals_a_uniform_guess():
   truth = np.repeat(np.arange(4), [50_000, 30_000, 20_000, 0])
   thrown = np.random.default_rng(0).integers(0, 4, len(truth))
   counts = confusion(truth, thrown, classes=4)
@@ -77,7 +77,7 @@ def test_chance_is_what_a_die_gets():
 
 @pytest.mark.reference
 @pytest.mark.parametrize("seed", range(3))
-def test_as_torchmetrics_and_sklearn(seed):
+def test_metrics_equal_torchmetrics_and_sklearn(seed):
   import sklearn.metrics
   import torch
   from torchmetrics.functional.classification import multiclass_jaccard_index
@@ -95,7 +95,7 @@ def test_as_torchmetrics_and_sklearn(seed):
   assert ours.miou == pytest.approx(float(theirs), abs=1e-6)
   kept = truth != 255
   present = np.union1d(truth[kept], predicted[kept])
-  # Some class is in neither, or the comparison would say little.
+  # A class occurs in neither.
   assert len(present) < classes
   sklearns = sklearn.metrics.jaccard_score(
     truth[kept], predicted[kept], labels=present, average="macro"

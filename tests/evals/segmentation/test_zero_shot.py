@@ -1,4 +1,4 @@
-"""Patches in the space of texts, and what they segment."""
+"""Zero-shot segmentation: patch embeddings and metrics."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def build(pool, *, devices=None, depth=2, seed=0):
     image=dataclasses.replace(TOWERS[pool], depth=depth), text=TEXT
   )
   rng = np.random.default_rng(seed)
-  # Drawn and not initialised: no leaf is zero, and nothing is compiled.
+  # Random parameters, so that no leaf is zero and nothing is compiled.
   params = jax.tree.map(
     lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32),
     models.abstract_params(spec),
@@ -57,13 +57,13 @@ def build(pool, *, devices=None, depth=2, seed=0):
 
 
 @pytest.mark.parametrize("pool", TOWERS)
-def test_an_image_of_one_patch_is_pooled_to_it(pool):
-  # Attention over a single token is its value, in the block and in the pool.
+def test_the_embedding_of_a_single_patch_is_the_images(pool):
+  # Attention over a single token is its value, in block and pool.
   encoder = build(pool, devices=jax.devices()[:1])
   rng = np.random.default_rng(1)
   images = list(rng.integers(0, 256, (3, 8, 8, 3)).astype(np.uint8))
   pooled = encoder.dense(images, outputs=("pooled",)).pooled
-  found = patch_text.patches(
+  found = patch_text.embed_patches(
     encoder, images, last_block="values", batch_size=16
   )
   assert found.shape == (3, 1, 1, 16)
@@ -73,11 +73,11 @@ def test_an_image_of_one_patch_is_pooled_to_it(pool):
 
 
 @pytest.mark.slow
-def test_of_several_patches_values_and_attention_differ():
+def test_values_and_attention_differ_for_several_patches():
   encoder = build("mean", devices=jax.devices()[:1])
   image = list(np.random.default_rng(2).integers(0, 256, (1, 16, 16, 3), "u1"))
   a, b = (
-    patch_text.patches(encoder, image, last_block=kind, batch_size=1)
+    patch_text.embed_patches(encoder, image, last_block=kind, batch_size=1)
     for kind in ("attention", "values")
   )
   assert a.shape == b.shape == (1, 2, 2, 16)
@@ -89,12 +89,14 @@ def test_of_several_patches_values_and_attention_differ():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pool", TOWERS)
-def test_values_of_several_patches_are_those_of_each_alone(pool):
-  """The last block's values and the pool act on every patch apart."""
+def test_patches_are_embedded_independently(pool):
+  """The last block's values and the pool act on each patch alone."""
   encoder = build(pool, depth=3)
   image = list(np.random.default_rng(2).integers(0, 256, (1, 16, 24, 3), "u1"))
   tokens = encoder.dense(image, layers=(1,), outputs=()).layers[1]
-  found = patch_text.patches(encoder, image, last_block="values", batch_size=8)
+  found = patch_text.embed_patches(
+    encoder, image, last_block="values", batch_size=8
+  )
   # A tower of the last block alone, run on one token at a time.
   block = jax.tree.map(lambda p: p[2], encoder.params["image"]["blocks"])
   expected = alone(encoder, block, jnp.asarray(tokens.reshape(6, 16)))
@@ -128,18 +130,18 @@ def alone(encoder, block, tokens):
   return x
 
 
-def test_which_last_block():
+def test_default_last_block():
   assert patch_text.default_last_block(build("map")) == "attention"
   assert patch_text.default_last_block(build("mean")) == "values"
   shallow = build("mean", depth=1)
   assert patch_text.default_last_block(shallow) == "attention"
   with pytest.raises(ValueError, match="one block"):
     patch_text.check(shallow, "values")
-  with pytest.raises(ValueError, match="last_block='value'"):
+  with pytest.raises(ValueError, match="last_block is 'value'"):
     patch_text.check(shallow, "value")
 
 
-def test_towers_whose_pool_is_lost_say_so():
+def test_towers_without_a_pool_are_refused():
   encoder = build("map")
   image = {k: v for k, v in encoder.params["image"].items() if k != "pool"}
   encoder.params = {**encoder.params, "image": image}
@@ -152,7 +154,7 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 @pytest.fixture
 def colour_blocks(monkeypatch):
-  """Blocks of colour named by their class, and an encoder that reads them."""
+  """Blocks of colour named by their class, and an encoder of colours."""
   rng = np.random.default_rng(0)
   maps = [
     np.kron(rng.integers(0, 3, (2, 3)), np.ones((24, 24))).astype(np.uint8)
@@ -207,7 +209,7 @@ def test_colours_are_segmented(colour_blocks, average):
 def test_prompt_files_are_in_the_order_of_the_labels(colour_blocks, tmp_path):
   encoder, data = colour_blocks
   path = tmp_path / "prompts.json"
-  # Red and green change places, so that only blue is found.
+  # Red and green are swapped, so that only blue is correct.
   path.write_text(json.dumps({"classes": ["green", "red", "blue"]}))
   options = {"data": "blocks", "size": 48, "prompts": str(path)}
   result = ZeroShotSegmentation(**options).run(encoder)
@@ -218,7 +220,7 @@ def test_prompt_files_are_in_the_order_of_the_labels(colour_blocks, tmp_path):
     ZeroShotSegmentation(**options).prepare()
 
 
-def test_published_values_and_mistakes(colour_blocks):
+def test_published_values_and_invalid_options(colour_blocks):
   encoder, _ = colour_blocks
   slide = ZeroShotSegmentation(data="blocks")._slide(encoder)
   assert (slide.size, slide.stride, slide.short) == (448, 336, 448)
@@ -243,7 +245,7 @@ def test_scenes_on_one_device_and_eight():
 
 @pytest.mark.slow
 def test_real_ade20k(shared_data, monkeypatch):
-  """Classes known by the mean colour of their pixels are found by name."""
+  """Classes are predicted from the mean colours of their pixels."""
   root = shared_data / "ade20k" / "ADEChallengeData2016"
   data = registry.open_segmentation(root, split="test")
   pixels = np.concatenate([image.reshape(-1, 3) for image in data.images])
@@ -253,7 +255,7 @@ def test_real_ade20k(shared_data, monkeypatch):
     x = (np.asarray(colours, np.float32) - 128) / 64
     return np.concatenate([x, np.ones_like(x[..., :1])], axis=-1)
 
-  # What no image shows lies opposite to every colour.
+  # Classes without an image are opposite to every colour.
   vectors = np.tile(np.float32([0, 0, 0, -1]), (150, 1))
   for k in np.unique(labels[labels < 150]):
     vectors[k] = placed(pixels[labels == k].mean(axis=0))
@@ -274,6 +276,6 @@ def test_real_ade20k(shared_data, monkeypatch):
   result = ZeroShotSegmentation(data=str(root), size=64).run(encoder)
   assert result.protocol["images"] == 3
   assert result.protocol["classes"] == 150
-  # It was 0.141 and 0.371, 350 and 55 times what chance has.
+  # Measured: 0.141 and 0.371, 350 and 55 times chance.
   assert result.metrics["miou"] == pytest.approx(0.141, abs=0.02)
   assert result.metrics["aacc"] == pytest.approx(0.371, abs=0.02)

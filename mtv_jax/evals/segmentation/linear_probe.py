@@ -1,12 +1,12 @@
-"""Linear segmentation on frozen features (ADE20K, NYU-40, scenes).
+"""Linear segmentation probe on frozen features (ADE20K, NYU-40, scenes).
 
 Protocol A, the default, is DINOv3's linear probe: patch tokens of the last
 block after the final norm; channel dropout, batch norm and a 1x1 convolution;
 cross-entropy at 512 x 512 under augmentation, AdamW for 40,000 steps of 16;
 windows of 512 every 341 pixels on images of short side 512; mIoU of the whole
-validation set, of the best of the heads kept every 5,000 steps.
+validation set, of the best of the heads saved every 5,000 steps.
 
-Protocol B, DINOv2's, is options: `dropout=0`, and for its "+ms" figures
+Protocol B, DINOv2's, is options: `dropout=0`, and for its "+ms" metrics
 `layers="FOUR_LAST"`, `size=640`, several `scales` and `flips="both"`.
 """
 
@@ -14,59 +14,43 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import optax
-from jaxtyping import Float32, UInt8
+from jaxtyping import UInt8
 
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import probe
-from mtv_jax.evals.core.base import Evaluator, Result
-from mtv_jax.evals.core.examples import Data, SegmentationSet
+from mtv_jax.evals.core.base import Result
+from mtv_jax.evals.core.examples import SegmentationSet
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.scenes import is_scenes
-from mtv_jax.evals.segmentation import (
-  head as segmentation_head,
+from mtv_jax.evals.segmentation import augment, linear_head
+from mtv_jax.evals.segmentation import metrics as metrics_lib
+from mtv_jax.evals.segmentation.base import (
+  SegmentationEvaluator,
+  padding_colour,
 )
-from mtv_jax.evals.segmentation import metrics as segmentation_metrics
-from mtv_jax.evals.segmentation import (
-  runs as segmentation_runs,
-)
-from mtv_jax.evals.segmentation import (
-  sliding,
-)
-from mtv_jax.evals.segmentation import (
-  views as segmentation_views,
-)
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.evals.segmentation.sliding_window import Slide
 
 AUGMENTS = ("official", "none")
-_CHOICES = {
-  "layers": segmentation_head.LAYERS,
-  "norm": segmentation_head.NORMS,
-  "augment": (None, *AUGMENTS),
-  "train_split": registry.SPLITS,
-}
-# Features of the training windows that are held without augmentation.
+# Features of the training windows that are cached without augmentation.
 _CACHE_BYTES = 16 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Segmentation(Evaluator):
-  """The linear segmentation probe.
+class Segmentation(SegmentationEvaluator):
+  """The linear segmentation probe: mIoU, mAcc and aAcc.
 
-  None means the published value on real data and a small one on scenes.
+  None means the published value on real data and a small one on scenes; the
+  published `size` is 512 and the default `stride` two thirds of it.
 
   Attributes:
-    data: see `datasets/registry.py`.
-    layers: `LAST`, `FOUR_LAST` or `FOUR_EVEN`, side by side.
+    layers: `LAST`, `FOUR_LAST` or `FOUR_EVEN`, concatenated.
     norm: `final` applies the encoder's last norm to every layer, `none` to
       none of them.
-    size: side of crops and windows, and shorter side of evaluated images: 512,
-      or the next that the patch divides; for scenes the encoder's own.
-    stride: pixels between windows: two thirds of `size`, 341 of 512.
     scales: factors of the image size, whose softmax is averaged.
     flips: `both` averages with the mirrored image, `none` does not.
     augment: `official` computes features of augmented crops at every step;
@@ -76,22 +60,16 @@ class Segmentation(Evaluator):
     learning_rate: peak of the schedule: 1e-3, or 1e-2 on scenes.
     weight_decay: AdamW's.
     dropout: probability that a channel is dropped.
-    eval_every: updates from one head that is kept to the next: an eighth of
-      the steps, or all of them on scenes. The best is reported, and the last.
-    train_split: `test` trains on what is tested, which makes figures that say
-      nothing but that everything runs: for fragments of a data set.
+    eval_every: updates between two saved heads: an eighth of the steps, or
+      all of them on scenes. The best and the last are reported.
+    train_split: `test` trains on the test images, which checks that everything
+      runs and measures nothing: for fragments of a data set.
     train_count: images to train on, evenly spaced.
-    count: images to test on, evenly spaced.
-    encode_batch: windows that are encoded at a time.
     seed: of the head, the order and the augmentation.
-    pictures: images on the sheet.
   """
 
-  data: Data = "scenes"
   layers: str = "LAST"
   norm: str = "final"
-  size: int | None = None
-  stride: int | None = None
   scales: tuple[float, ...] = (1.0,)
   flips: str = "none"
   augment: str | None = None
@@ -103,18 +81,16 @@ class Segmentation(Evaluator):
   eval_every: int | None = None
   train_split: str = "train"
   train_count: int | None = None
-  count: int | None = None
-  encode_batch: int = 16
   seed: int = 0
-  pictures: int = 0
 
   def __post_init__(self):
-    for field, choices in _CHOICES.items():
-      if (value := getattr(self, field)) not in choices:
-        known = [c for c in choices if c]
-        raise ValueError(
-          f"segmentation: {field}={value!r}. {did_you_mean(str(value), known)}"
-        )
+    self._check(
+      "segmentation",
+      layers=linear_head.LAYERS,
+      norm=linear_head.NORMS,
+      augment=(None, *AUGMENTS),
+      train_split=registry.SPLITS,
+    )
     if not 0 <= self.dropout < 1:
       raise ValueError(f"segmentation: dropout={self.dropout}; expected [0, 1)")
 
@@ -128,78 +104,72 @@ class Segmentation(Evaluator):
     return train, test
 
   def prepare(self) -> None:
-    """Lists both sets, and keeps the lists."""
+    """Lists both sets, and caches the lists."""
     _ = self._sets
 
   def run(self, encoder: Encoder) -> Result:
-    """Trains the head and reports mIoU, mAcc and aAcc."""
+    """Trains the head; metrics of the best saved head and of the last."""
     train, test = self._sets
-    plan = self._resolve(encoder)
+    plan = self._plan(encoder)
     trainer = _Trainer(self, encoder, plan, train)
-    kept = trainer.fit()
-    heads = segmentation_head.fold(list(kept.values()))
-    found = segmentation_runs.evaluate(
+    saved = trainer.fit()
+    heads = linear_head.fold(list(saved.values()))
+    predictions = self._predict(
+      encoder,
       lambda windows: heads(trainer.features(windows)),
       test,
       plan.slide,
-      fill=plan.fill,
-      batch_size=self.encode_batch,
-      pictures=self.pictures,
     )
-    scores = [segmentation_metrics.scores(c) for c in found.counts]
+    scores = [metrics_lib.scores(c) for c in predictions.counts]
     best = max(range(len(scores)), key=lambda i: scores[i].miou)
     metrics = {
-      name + ending: getattr(scores[i], name)
-      for ending, i in (("", best), ("_last", -1))
-      for name in ("miou", "macc", "aacc")
+      name + suffix: value
+      for suffix, i in (("", best), ("_last", -1))
+      for name, value in scores[i].metrics().items()
     }
-    chance = segmentation_metrics.chance(found.counts[best])
+    chance = metrics_lib.chance(predictions.counts[best])
     chance |= {f"{name}_last": value for name, value in chance.items()}
     protocol = {
       **self._protocol(encoder, plan),
-      "best_step": list(kept)[best],
+      "best_step": list(saved)[best],
       "train_windows": trainer.windows,
       "final_loss": trainer.final_loss,
     }
-    pictures = found.pictures("segmentation", test, head=best)
-    return Result(metrics, protocol, chance, pictures=pictures)
+    sheets = predictions.sheets("segmentation", head=best)
+    return Result(metrics, protocol, chance, pictures=sheets)
 
-  def _resolve(self, encoder: Encoder) -> _Plan:
+  def _plan(self, encoder: Encoder) -> _Plan:
     scenes = is_scenes(self.data)
-    default = encoder.preprocess.size if scenes else 512
-    size = segmentation_runs.window_size(encoder, self.size, default=default)
+    size = self._window_size(encoder, 512)
     steps = self.steps or (300 if scenes else 40_000)
     every = self.eval_every or (steps if scenes else max(1, steps // 8))
     return _Plan(
-      slide=sliding.Slide(
+      slide=Slide(
         size=size,
         stride=self.stride or max(1, size * 2 // 3),
         short=size,
         scales=tuple(float(s) for s in self.scales),
         flips=self.flips,
       ),
-      fill=segmentation_runs.fill_of(encoder),
       augment=self.augment or ("none" if scenes else "official"),
       steps=steps,
-      warmup=round(steps * segmentation_head.WARMUP),
+      warmup=round(steps * linear_head.WARMUP),
       rate=self.learning_rate or (1e-2 if scenes else 1e-3),
-      keep=(*range(every, steps, every), steps),
+      saved_steps=(*range(every, steps, every), steps),
     )
 
   def _protocol(self, encoder: Encoder, plan: _Plan) -> dict[str, Any]:
     train, test = self._sets
     official = plan.augment == "official"
     return {
-      **segmentation_runs.protocol(encoder, test, plan.slide),
+      **self._common_protocol(encoder, test, plan.slide),
       "train_data": train.name,
       "train_split": self.train_split,
       "train_hash": train.digest,
       "train_images": len(train.images),
-      "augment": segmentation_views.AUGMENTATION if official else "none",
+      "augment": augment.PROTOCOL if official else "none",
       "layers": self.layers,
-      "blocks": list(
-        segmentation_head.taps(self.layers, encoder.spec.image.depth)
-      ),
+      "blocks": list(linear_head.taps(self.layers, encoder.spec.image.depth)),
       "layer_norm": self.norm,
       "tokens": "patches",
       "head": f"channel dropout {self.dropout}, batch norm, 1x1 convolution",
@@ -211,7 +181,7 @@ class Segmentation(Evaluator):
       "steps": plan.steps,
       "batch_size": self.batch_size,
       "seed": self.seed,
-      "kept_steps": list(plan.keep),
+      "kept_steps": list(plan.saved_steps),
       "selection": "miou: the kept head that is best on the test images; "
       "miou_last: the last one",
     }
@@ -219,15 +189,14 @@ class Segmentation(Evaluator):
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """The options once the encoder and the data are known."""
+  """The options resolved for an encoder and a data set."""
 
-  slide: sliding.Slide
-  fill: Float32[np.ndarray, "3"]
+  slide: Slide
   augment: str
   steps: int
   warmup: int
   rate: float
-  keep: tuple[int, ...]
+  saved_steps: tuple[int, ...]
 
 
 class _Trainer:
@@ -242,11 +211,12 @@ class _Trainer:
   ):
     self._options, self._encoder = options, encoder
     self._plan, self._data = plan, data
+    self._fill = padding_colour(encoder)
     self.windows: int | str = "crops, drawn at every step"
     self.final_loss = 0.0
 
   def features(self, windows: list[np.ndarray]) -> np.ndarray:
-    return segmentation_head.features(
+    return linear_head.features(
       self._encoder,
       windows,
       layers=self._options.layers,
@@ -255,14 +225,14 @@ class _Trainer:
     )
 
   def fit(self) -> dict[int, tuple[Any, Any]]:
-    """The kept heads by number of updates."""
+    """The saved heads by number of updates."""
     if self._plan.augment == "none":
-      return self._fit(self._cached())
-    crops = segmentation_views.Crops(
+      return self._fit(self._cached_batches())
+    crops = augment.Crops(
       self._data,
-      self._order(len(self._data.images)),
+      self._indices(len(self._data.images)),
       size=self._plan.slide.size,
-      fill=self._plan.fill,
+      fill=self._fill,
       interpolation=self._plan.slide.interpolation,
       seed=self._options.seed,
     )
@@ -274,25 +244,20 @@ class _Trainer:
 
       return self._fit(batch)
 
-  def _order(self, count: int):
+  def _indices(self, count: int) -> Callable[[int], np.ndarray]:
     return probe.shuffled_batches(
       count, batch_size=self._options.batch_size, seed=self._options.seed
     )
 
-  def _fit(self, batches) -> dict[int, tuple[Any, Any]]:
-    options, plan = self._options, self._plan
-    width = self._encoder.spec.image.width
-    blocks = segmentation_head.taps(
-      options.layers, self._encoder.spec.image.depth
+  def _fit(self, batches: probe.Batches) -> dict[int, tuple[Any, Any]]:
+    options, plan, spec = self._options, self._plan, self._encoder.spec.image
+    channels = spec.width * len(linear_head.taps(options.layers, spec.depth))
+    params, state = linear_head.init(
+      channels, self._data.class_count, seed=options.seed
     )
-    params, state = segmentation_head.init(
-      width * len(blocks), self._data.class_count, seed=options.seed
-    )
-    rate = segmentation_head.schedule(
-      plan.rate, steps=plan.steps, warmup=plan.warmup
-    )
+    rate = linear_head.schedule(plan.rate, steps=plan.steps, warmup=plan.warmup)
     fitted = probe.fit(
-      segmentation_head.make_loss(options.dropout),
+      linear_head.make_loss(options.dropout),
       params,
       batches,
       optimizer=optax.adamw(rate, weight_decay=options.weight_decay),
@@ -300,31 +265,30 @@ class _Trainer:
       state=state,
       seed=options.seed,
       mesh=self._encoder.mesh,
-      snapshot_steps=plan.keep,
+      snapshot_steps=plan.saved_steps,
     )
     self.final_loss = float(fitted.losses[-1])
     return fitted.snapshots
 
-  def _cached(self):
+  def _cached_batches(self) -> probe.Batches:
     """Batches of features that are computed once."""
     features, labels = [], []
     for windows, maps in self._window_batches():
       features.append(self.features(windows))
       labels += maps
-      used = features[0].nbytes * len(features)
-      if used > _CACHE_BYTES:
+      if features[0].nbytes * len(features) > _CACHE_BYTES:
         raise ValueError(
           f"segmentation: the features of {self._data.name} take more than "
-          f"{_CACHE_BYTES / 2**30:.0f} GiB, which augment='none' keeps in "
+          f"{_CACHE_BYTES / 2**30:.0f} GiB, which augment='none' holds in "
           "memory. Use augment='official', or fewer images (train_count)."
         )
     tokens, truth = np.concatenate(features), np.stack(labels)
     self.windows = len(tokens)
-    order = self._order(len(tokens))
+    indices = self._indices(len(tokens))
 
     def batch(step: int) -> probe.Batch:
-      chosen = order(step)
-      return {"features": tokens[chosen], "labels": truth[chosen]}
+      items = indices(step)
+      return {"features": tokens[items], "labels": truth[items]}
 
     return batch
 
@@ -334,8 +298,8 @@ class _Trainer:
     windows, maps = [], []
     size = 4 * self._options.encode_batch
     for i in range(len(self._data.images)):
-      more = segmentation_views.windows(
-        self._data, i, self._plan.slide, fill=self._plan.fill
+      more = augment.cut_windows(
+        self._data, i, self._plan.slide, fill=self._fill
       )
       windows += more[0]
       maps += more[1]

@@ -1,13 +1,19 @@
-"""Sliding windows: the grid, and the same maps as the plain loop."""
+"""Sliding windows: the grid, and maps equal to those of a loop."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 
 from mtv_jax.evals.core import resizing
-from mtv_jax.evals.segmentation import sliding
-from mtv_jax.evals.segmentation.sliding import Slide
+from mtv_jax.evals.segmentation import sliding_window
+from mtv_jax.evals.segmentation.sliding_window import (
+  Slide,
+  pad,
+  predict,
+  starts,
+)
 
 GRID, CLASSES, HEADS = 4, 5, 2
 FILL = np.array([10.5, 20.25, 30.0], np.float32)
@@ -28,14 +34,14 @@ def naive(image, slide, head):
   total = 0
   for scale in slide.scales:
     short = int(slide.short * scale + 0.5)
-    shape = sliding.resized(*image.shape[:2], short=short)
-    small = sliding.resize_image(image, shape, slide.interpolation)
+    shape = sliding_window.resized(*image.shape[:2], short=short)
+    small = sliding_window.resize_image(image, shape, slide.interpolation)
     for mirrored in (False, True)[: 1 + (slide.flips == "both")]:
       pixels = small[:, ::-1] if mirrored else small
       sums, count = np.zeros((*shape, CLASSES)), np.zeros((*shape, 1))
-      for y in sliding.starts(shape[0], window=16, stride=slide.stride):
-        for x in sliding.starts(shape[1], window=16, stride=slide.stride):
-          window = sliding.pad(pixels[y : y + 16, x : x + 16], 16, FILL)
+      for y in starts(shape[0], window=16, stride=slide.stride):
+        for x in starts(shape[1], window=16, stride=slide.stride):
+          window = pad(pixels[y : y + 16, x : x + 16], 16, FILL)
           found = score([window])[0, :, :, head].astype(np.float64)
           found = resizing.resize(found, (16, 16))
           if slide.average == "softmax":
@@ -72,20 +78,20 @@ def images():
 
 def test_window_grid():
   # ceil((L - 512) / 341) + 1 windows, the last one shifted back inside.
-  starts = lambda length: sliding.starts(length, window=512, stride=341)  # noqa: E731
-  assert starts(300) == [0]
-  assert starts(512) == [0]
-  assert starts(513) == [0, 1]
-  assert starts(683) == [0, 171]
-  assert starts(853) == [0, 341]
-  assert starts(854) == [0, 341, 342]
-  assert starts(2048) == [0, 341, 682, 1023, 1364, 1536]
+  grid = functools.partial(starts, window=512, stride=341)
+  assert grid(300) == [0]
+  assert grid(512) == [0]
+  assert grid(513) == [0, 1]
+  assert grid(683) == [0, 171]
+  assert grid(853) == [0, 341]
+  assert grid(854) == [0, 341, 342]
+  assert grid(2048) == [0, 341, 682, 1023, 1364, 1536]
 
 
-def test_shapes_keep_their_ratio():
-  assert sliding.resized(480, 640, short=512) == (512, 682)
-  assert sliding.resized(640, 480, short=512) == (682, 512)
-  assert sliding.resized(512, 683, short=448) == (448, 597)
+def test_resized_shapes():
+  assert sliding_window.resized(480, 640, short=512) == (512, 682)
+  assert sliding_window.resized(640, 480, short=512) == (682, 512)
+  assert sliding_window.resized(512, 683, short=448) == (448, 597)
 
 
 VARIANTS = {
@@ -97,9 +103,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_mosaics_are_the_plain_loop(images, variant):
+def test_mosaics_equal_a_loop(images, variant):
   slide = dataclasses.replace(SLIDE, **VARIANTS[variant])
-  found = list(sliding.predict(images, score, slide, fill=FILL, batch_size=3))
+  found = list(predict(images, score, slide, fill=FILL, batch_size=3))
   assert [len(f) for f in found] == [HEADS] * len(images)
   for image, maps in zip(images, found, strict=True):
     for head, predicted in enumerate(maps):
@@ -112,13 +118,13 @@ def test_mosaics_are_the_plain_loop(images, variant):
       assert sure.mean() > 0.99
       wrong = (predicted != expected.argmax(axis=-1)) & sure
       assert not wrong.any()
-  # The maps say something: no class has everything.
+  # The maps have several classes.
   assert len(np.unique(found[0][0])) > 2
 
 
-def test_batches_do_not_matter(images):
+def test_maps_do_not_depend_on_the_batch_size(images):
   maps = [
-    list(sliding.predict(images, score, SLIDE, fill=FILL, batch_size=b))
+    list(predict(images, score, SLIDE, fill=FILL, batch_size=b))
     for b in (1, 7, 100)
   ]
   for other in maps[1:]:
@@ -127,26 +133,24 @@ def test_batches_do_not_matter(images):
 
 
 def test_memory_is_bounded_by_blocks(images, monkeypatch):
-  whole = list(sliding.predict(images, score, SLIDE, fill=FILL, batch_size=4))
-  monkeypatch.setattr(sliding, "_BLOCK", 4 * 60 * CLASSES * 7)
-  parts = list(sliding.predict(images, score, SLIDE, fill=FILL, batch_size=4))
+  whole = list(predict(images, score, SLIDE, fill=FILL, batch_size=4))
+  monkeypatch.setattr(sliding_window, "_BLOCK", 4 * 60 * CLASSES * 7)
+  parts = list(predict(images, score, SLIDE, fill=FILL, batch_size=4))
   for a, b in zip(whole, parts, strict=True):
     np.testing.assert_array_equal(np.stack(a), np.stack(b))
 
 
-def test_padding_is_the_fill_and_windows_keep_their_type():
+def test_padding():
   image = np.full((10, 16, 3), 200, np.uint8)
-  padded = sliding.pad(image, 16, FILL)
+  padded = pad(image, 16, FILL)
   assert padded.dtype == np.float32
   np.testing.assert_array_equal(padded[10:], np.broadcast_to(FILL, (6, 16, 3)))
-  assert (
-    sliding.pad(padded[:, :, 0].astype(np.uint8), 16, 255).dtype == np.uint8
-  )
+  assert pad(padded[:, :, 0].astype(np.uint8), 16, 255).dtype == np.uint8
   square = np.zeros((16, 16, 3), np.uint8)
-  assert sliding.pad(square, 16, FILL) is square
+  assert pad(square, 16, FILL) is square
 
 
-def test_a_failing_image_is_an_error(images):
+def test_an_error_while_reading_is_raised(images):
   class Broken(list):
     def __getitem__(self, i):
       if i == 2:
@@ -154,7 +158,7 @@ def test_a_failing_image_is_an_error(images):
       return super().__getitem__(i)
 
   with pytest.raises(OSError, match="image 2"):
-    list(sliding.predict(Broken(images), score, SLIDE, fill=FILL, batch_size=4))
+    list(predict(Broken(images), score, SLIDE, fill=FILL, batch_size=4))
 
 
 def test_options_are_checked():
@@ -165,14 +169,14 @@ def test_options_are_checked():
 
 
 @pytest.mark.reference
-def test_as_torch(images):
+def test_maps_equal_torch(images):
   import torch
   import torch.nn.functional as F
 
   image = images[0]
-  shape = sliding.resized(40, 60, short=20)
+  shape = sliding_window.resized(40, 60, short=20)
   pixels = torch.from_numpy(
-    sliding.resize_image(image, shape, "bilinear").copy()
+    sliding_window.resize_image(image, shape, "bilinear").copy()
   )
   logits = torch.zeros(CLASSES, *shape, dtype=torch.float64)
   count = torch.zeros(shape, dtype=torch.float64)
@@ -189,7 +193,7 @@ def test_as_torch(images):
   logits = F.interpolate((logits / count)[None], size=(40, 60), mode="bilinear")
   top = logits[0].softmax(dim=0).sort(dim=0).values
   theirs = logits[0].argmax(dim=0).numpy()
-  (ours,) = sliding.predict([image], score, SLIDE, fill=FILL, batch_size=4)
+  (ours,) = predict([image], score, SLIDE, fill=FILL, batch_size=4)
   sure = (top[-1] - top[-2]).numpy() > 1e-6
   assert sure.mean() > 0.999
   np.testing.assert_array_equal(ours[0][sure], theirs[sure])

@@ -1,4 +1,4 @@
-"""The linear segmentation probe: its schedule, head, crops and figures."""
+"""The linear segmentation probe: schedule, head, augmentation and metrics."""
 
 import dataclasses
 import json
@@ -16,15 +16,15 @@ from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core import probe, resizing
 from mtv_jax.evals.core.examples import Images, LabelMaps, SegmentationSet
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.segmentation import head, sliding, views
-from mtv_jax.evals.segmentation.segmentation import Segmentation
+from mtv_jax.evals.segmentation import augment, linear_head, sliding_window
+from mtv_jax.evals.segmentation.linear_probe import Segmentation
 from mtv_jax.parallel.mesh import make_mesh
 
 FILL = np.full(3, 127.5, np.float32)
 
 
 class PatchColours(Encoder):
-  """Patches are their mean colours, of which nothing has to be compiled."""
+  """An encoder whose patch features are mean colours; compiles nothing."""
 
   def __init__(self):
     base = mtv_jax.load("pixels:32/8")
@@ -51,7 +51,7 @@ def _narrow(spec):
 
 
 def stripes(count, *, seed):
-  """Pictures in three colours, whose classes are the colours."""
+  """Images in three colours, whose classes are the colours."""
   rng = np.random.default_rng(seed)
   colours = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220]], np.uint8)
   maps = []
@@ -82,7 +82,7 @@ def striped(monkeypatch):
 
 
 def test_schedule_golden():
-  rate = head.schedule(1e-3, steps=40_000, warmup=1500)
+  rate = linear_head.schedule(1e-3, steps=40_000, warmup=1500)
   golden = {
     0: 1e-9,
     1: 6.677e-7,
@@ -94,16 +94,16 @@ def test_schedule_golden():
   }
   for step, value in golden.items():
     assert float(rate(step)) == pytest.approx(value, rel=2e-4, abs=1e-12), step
-  assert round(40_000 * head.WARMUP) == 1500
+  assert round(40_000 * linear_head.WARMUP) == 1500
 
 
-def test_layers():
-  assert head.taps("LAST", 12) == (11,)
-  assert head.taps("FOUR_LAST", 12) == (8, 9, 10, 11)
-  assert head.taps("FOUR_EVEN", 12) == (2, 5, 8, 11)
-  assert head.taps("FOUR_EVEN", 24) == (4, 11, 17, 23)
+def test_taps():
+  assert linear_head.taps("LAST", 12) == (11,)
+  assert linear_head.taps("FOUR_LAST", 12) == (8, 9, 10, 11)
+  assert linear_head.taps("FOUR_EVEN", 12) == (2, 5, 8, 11)
+  assert linear_head.taps("FOUR_EVEN", 24) == (4, 11, 17, 23)
   with pytest.raises(ValueError, match="this encoder has 2"):
-    head.taps("FOUR_LAST", 2)
+    linear_head.taps("FOUR_LAST", 2)
 
 
 def test_the_loss_counts_ignored_pixels_in_its_mean():
@@ -117,37 +117,39 @@ def test_the_loss_counts_ignored_pixels_in_its_mean():
     if labels[index] != 255:
       each = full[index]
       total += np.log(np.exp(each).sum()) - each[labels[index]]
-  found = jax.jit(head.pixel_loss)(jnp.asarray(logits), jnp.asarray(labels))
+  found = jax.jit(linear_head.pixel_loss)(
+    jnp.asarray(logits), jnp.asarray(labels)
+  )
   np.testing.assert_allclose(found, total / labels.size, rtol=1e-5)
 
 
-def test_whole_channels_are_dropped():
-  # With one dropped channel in two, the norm sees 0 or twice the value.
+def test_channel_dropout():
+  # With half of the channels dropped, the norm reads 0 or twice the value.
   seen = []
 
   def spy(x, stats, *, affine):
     seen.append(np.asarray(x))
     return x, stats
 
-  params, state = head.init(64, 3)
+  params, state = linear_head.init(64, 3)
   batch = {
     "features": jnp.ones((5, 2, 2, 64)),
     "labels": np.zeros((5, 4, 4), np.uint8),
   }
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(probe, "batch_norm_train", spy)
-    patch.setattr(head, "pixel_loss", lambda logits, labels: 0.0)
-    loss = head.make_loss(0.5)
+    patch.setattr(linear_head, "pixel_loss", lambda logits, labels: 0.0)
+    loss = linear_head.make_loss(0.5)
     loss(params, state, batch, jax.random.key(0))
   (x,) = seen
   assert set(np.unique(x)) == {0.0, 2.0}
   assert (x == x[:, :1, :1]).all()
   assert 0.4 < (x[:, 0, 0] == 0).mean() < 0.6
-  # Drawn for each image apart.
+  # Sampled for each image independently.
   assert (x[0] != x[1]).any()
 
 
-def test_folding_the_norm_changes_nothing():
+def test_folded_heads_equal_batch_norm_and_convolution():
   rng = np.random.default_rng(1)
   trained = []
   for _ in range(2):
@@ -156,7 +158,7 @@ def test_folding_the_norm_changes_nothing():
     params = {"norm": norm, "kernel": draw(6, 4), "bias": draw(4)}
     trained.append((params, {"mean": draw(6), "var": draw(6) ** 2}))
   x = rng.normal(size=(2, 3, 3, 6)).astype(np.float32)
-  found = head.fold(trained)(x)
+  found = linear_head.fold(trained)(x)
   assert found.shape == (2, 3, 3, 2, 4)
   for i, (params, stats) in enumerate(trained):
     y = probe.batch_norm_eval(jnp.asarray(x), stats, affine=params["norm"])
@@ -164,61 +166,61 @@ def test_folding_the_norm_changes_nothing():
     np.testing.assert_allclose(found[..., i, :], expected, atol=2e-4)
 
 
-def test_crops_keep_pixels_and_labels_together(monkeypatch):
-  monkeypatch.setattr(views, "distort", lambda image, rng: image)
+def test_crops_of_pixels_and_labels_are_aligned(monkeypatch):
+  monkeypatch.setattr(augment, "distort", lambda image, rng: image)
   data = stripes(1, seed=5)
   image, labels = data.images[0], data.maps[0]
   shapes = set()
   for seed in range(12):
-    pixels, classes = views.augment(
+    pixels, classes = augment.augment(
       image, labels, np.random.default_rng(seed), size=32, fill=FILL
     )
     assert pixels.shape == (32, 32, 3)
     known = classes != 255
-    # The colour says the class, but for the rims that the resize blurs.
+    # Colours equal classes, except at edges, which the resize blurs.
     right = pixels[known].argmax(axis=-1) == classes[known]
     assert right.mean() > 0.93
     padded = (pixels == FILL).all(axis=-1)
     assert (classes[padded] == 255).all()
     shapes.add(int(padded.sum()))
-  # Some are enlarged and cropped, some shrunk and padded.
+  # Some are upscaled and cropped, some downscaled and padded.
   assert 0 in shapes
   assert max(shapes) > 0
 
 
-def test_crops_of_one_class_are_drawn_again():
+def test_crops_of_one_class_are_resampled():
   labels = np.zeros((64, 64), np.uint8)
   labels[:, 60:] = 1
   rng = np.random.default_rng(0)
-  lefts = [views._corner(labels, rng, 16)[1] for _ in range(30)]
+  lefts = [augment._corner(labels, rng, 16)[1] for _ in range(30)]
   # Only from 49 on a crop holds two classes, and none holds 25 % of the
   # second before 48 + 4 = 52 columns: unreachable, so the last try stands.
   assert max(lefts) > 40
   labels[:, 50:] = 1
-  lefts = [views._corner(labels, rng, 16)[1] for _ in range(200)]
+  lefts = [augment._corner(labels, rng, 16)[1] for _ in range(200)]
   mixed = np.mean([38 < left < 47 for left in lefts])
   assert mixed > 0.8
 
 
-def test_distortion_is_half_of_the_time_and_in_range():
+def test_distortions_have_probability_half():
   rng = np.random.default_rng(0)
   image = rng.integers(60, 190, (8, 8, 3)).astype(np.uint8)
-  made = [views.distort(image, rng) for _ in range(200)]
+  made = [augment.distort(image, rng) for _ in range(200)]
   same = np.mean([(m == image).all() for m in made])
-  # (1/2)^4 are left alone.
+  # (1/2)^4 are unchanged.
   assert 0.02 < same < 0.12
   means = np.array([m.mean(axis=(0, 1)) for m in made])
   assert means.std(axis=0).min() > 10
 
 
-def test_crops_depend_on_seed_step_and_row_alone():
+def test_crops_depend_only_on_seed_step_and_row():
   data = stripes(5, seed=0)
   order = probe.shuffled_batches(5, batch_size=3, seed=0)
   kwargs = dict(size=16, fill=FILL, interpolation="bilinear")
   with (
-    views.Crops(data, order, seed=0, **kwargs) as a,
-    views.Crops(data, order, seed=0, **kwargs) as b,
-    views.Crops(data, order, seed=1, **kwargs) as c,
+    augment.Crops(data, order, seed=0, **kwargs) as a,
+    augment.Crops(data, order, seed=0, **kwargs) as b,
+    augment.Crops(data, order, seed=1, **kwargs) as c,
   ):
     steps = [a(step) for step in range(3)]
     again = b(2)
@@ -232,7 +234,7 @@ def test_crops_depend_on_seed_step_and_row_alone():
 @pytest.mark.parametrize(
   "augment", ["official", pytest.param("none", marks=pytest.mark.slow)]
 )
-def test_colours_are_learnt(striped, augment):
+def test_colours_are_learned(striped, augment):
   evaluator = Segmentation(
     data="stripes",
     augment=augment,
@@ -260,24 +262,24 @@ def test_colours_are_learnt(striped, augment):
 
 
 def test_defaults_of_real_data_are_the_published_ones(striped):
-  plan = Segmentation(data="stripes")._resolve(PatchColours())
-  assert plan.slide == sliding.Slide(size=512, stride=341, short=512)
+  plan = Segmentation(data="stripes")._plan(PatchColours())
+  assert plan.slide == sliding_window.Slide(size=512, stride=341, short=512)
   assert (plan.steps, plan.warmup, plan.rate) == (40_000, 1500, 1e-3)
-  assert plan.keep == tuple(range(5000, 40_001, 5000))
+  assert plan.saved_steps == tuple(range(5000, 40_001, 5000))
   assert plan.augment == "official"
 
 
-def test_mistakes():
+def test_invalid_options_are_refused():
   with pytest.raises(ValueError, match="FOUR_LAST"):
     Segmentation(layers="FOUR_LATS")
   with pytest.raises(ValueError, match="the nearest that is: 64"):
-    Segmentation(size=65)._resolve(PatchColours())
+    Segmentation(size=65)._plan(PatchColours())
   evaluator = build_evaluator("segmentation", {"data": "/nowhere"})
   with pytest.raises(FileNotFoundError, match="nothing there"):
     evaluator.prepare()
 
 
-def test_several_layers_are_normalised_and_laid_side_by_side():
+def test_features_of_several_layers_are_normalised_and_concatenated():
   rng = np.random.default_rng(0)
   encoder = PatchColours()
   norm = {
@@ -296,7 +298,7 @@ def test_several_layers_are_normalised_and_laid_side_by_side():
 
   encoder.dense = dense
   options = dict(layers="FOUR_EVEN", batch_size=4)
-  found = head.features(encoder, [np.zeros(1)], norm="final", **options)
+  found = linear_head.features(encoder, [np.zeros(1)], norm="final", **options)
   expected = []
   for i in range(3):
     x = raw[i].astype(np.float64)
@@ -306,7 +308,7 @@ def test_several_layers_are_normalised_and_laid_side_by_side():
     expected.append(x * norm["scale"] + norm["bias"])
   expected = np.concatenate([*expected, last], axis=-1)
   np.testing.assert_allclose(found, expected, atol=1e-5)
-  found = head.features(encoder, [np.zeros(1)], norm="none", **options)
+  found = linear_head.features(encoder, [np.zeros(1)], norm="none", **options)
   np.testing.assert_array_equal(found, np.concatenate(list(raw.values()), -1))
 
 
@@ -330,13 +332,13 @@ def test_scenes_on_one_device_and_eight():
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("augment", "steps", "miou", "aacc"),
-  # A constant has 0.01 at most. It was 0.25, 0.69; 0.107, 0.52.
+  # A constant has 0.01 at most. Measured: 0.25, 0.69; 0.107, 0.52.
   [("none", 16, 0.15, 0.55), ("official", 24, 0.06, 0.42)],
 )
-def test_real_ade20k_is_learnt_by_heart(
+def test_real_ade20k_training_images_are_fitted(
   shared_data, augment, steps, miou, aacc
 ):
-  """Of images that it was trained on, a linear head gets most pixels right."""
+  """A linear head classifies most pixels of its training images."""
   result = Segmentation(
     data=shared_data / "ade20k",
     train_split="test",
@@ -369,7 +371,7 @@ def test_real_nyu40(shared_data):
     learning_rate=0.03,
     pictures=1,
   ).run(mtv_jax.load("random:mu/8@64"))
-  # It was 0.054 and 0.28, in images that the head has not seen.
+  # Measured: 0.054 and 0.28, on images that the head was not trained on.
   assert result.metrics["miou"] > 4 * result.chance["miou"]
   assert result.metrics["aacc"] > 5 * result.chance["aacc"]
   assert result.protocol["images"] == 3
@@ -378,7 +380,7 @@ def test_real_nyu40(shared_data):
 
 
 @pytest.mark.reference
-def test_training_step_as_torch():
+def test_training_equals_torch():
   import torch
   import torch.nn.functional as F
 
@@ -386,8 +388,8 @@ def test_training_step_as_torch():
   x = rng.normal(1, 2, (6, 3, 4, 5)).astype(np.float32)
   labels = rng.integers(0, 4, (6, 12, 16)).astype(np.uint8)
   labels[rng.random(labels.shape) < 0.3] = 255
-  params, state = head.init(5, 4, seed=3)
-  rate = head.schedule(0.05, steps=8, warmup=3)
+  params, state = linear_head.init(5, 4, seed=3)
+  rate = linear_head.schedule(0.05, steps=8, warmup=3)
 
   norm, conv = torch.nn.BatchNorm2d(5), torch.nn.Conv2d(5, 4, 1)
   with torch.no_grad():
@@ -410,26 +412,26 @@ def test_training_step_as_torch():
     losses.append(loss.item())
 
   fitted = probe.fit(
-    head.make_loss(0.0),
+    linear_head.make_loss(0.0),
     params,
     lambda step: {"features": x, "labels": labels},
     optimizer=optax.adamw(rate, weight_decay=1e-3),
     steps=8,
     state=state,
-    snapshot_steps=(8,),
+    keep=(8,),
   )
   np.testing.assert_allclose(fitted.losses, losses, rtol=2e-5)
   assert losses[-1] < losses[0] - 1e-3
   norm.eval()
   with torch.no_grad():
     theirs = conv(norm(planes)).permute(0, 2, 3, 1).numpy()
-  ours = head.fold([fitted.snapshots[8]])(x)[..., 0, :]
+  ours = linear_head.fold([fitted.snapshots[8]])(x)[..., 0, :]
   np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
 @pytest.mark.reference
-def test_predictions_as_torch():
-  """The whole of evaluation, from features to classes, given equal weights."""
+def test_predictions_equal_torch():
+  """The evaluation from features to classes, with equal weights."""
   import torch
   import torch.nn.functional as F
 
@@ -451,9 +453,9 @@ def test_predictions_as_torch():
     conv.weight.copy_(torch.from_numpy(params["kernel"].T[..., None, None]))
     conv.bias.copy_(torch.from_numpy(params["bias"]))
 
-  slide = sliding.Slide(size=32, stride=21, short=40)
-  heads = head.fold([(params, stats)])
-  predictions = sliding.predict(
+  slide = sliding_window.Slide(size=32, stride=21, short=40)
+  heads = linear_head.fold([(params, stats)])
+  predictions = sliding_window.predict(
     data.images,
     lambda windows: heads(encoder.dense(windows).patches),
     slide,
@@ -461,7 +463,7 @@ def test_predictions_as_torch():
     batch_size=4,
   )
   for image, (ours,) in zip(data.images, predictions, strict=True):
-    pixels = sliding.resize_image(image, (40, 60), "bilinear")
+    pixels = sliding_window.resize_image(image, (40, 60), "bilinear")
     total, count = torch.zeros(1, 4, 40, 60), torch.zeros(40, 60)
     with torch.no_grad():
       for y in (0, 8):

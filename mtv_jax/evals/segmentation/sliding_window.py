@@ -1,13 +1,13 @@
-"""Class maps at full size from windows that slide over an image.
+"""Sliding-window segmentation: class maps at the size of the image.
 
-An image is resized until its shorter side is `short`, cut into overlapping
-square windows, and each window gives scores on its grid of patches. Those are
-enlarged to the window's size, summed where windows overlap, divided by how
-many there are, and brought to the image's own size; the best class wins.
+An image is resized to the shorter side `short` and cut into overlapping square
+windows, each of which has scores on its patch grid. These are upsampled to the
+window, averaged where windows overlap and resized to the image, of which the
+argmax is taken.
 
-All of that but the last is linear and acts on rows and columns apart. So the
-patches of all windows are laid side by side as one mosaic, and two matrices
-take it to the full size in one step: the same sums, in another order.
+All of this but the argmax is linear and separable. So the patches of all
+windows are concatenated to one mosaic, and two matrices resample it to the
+image in one step: the same sums, in another order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxtyping import Float32, UInt8
 from mtv_jax.evals.core import resizing
 from mtv_jax.utils.errors import did_you_mean
 
-# Bytes of full-size scores held at a time, by each thread.
+# Bytes of full-size scores at a time, of each thread.
 _BLOCK = 2**25
 _THREADS = min(8, os.cpu_count() or 1)
 _PILLOW = {
@@ -44,15 +44,15 @@ _CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Slide:
-  """How an image is seen.
+  """The windows, scales and flips of an image.
 
   Attributes:
-    size: side of the windows in pixels; what is short of it is padded right
+    size: side of the windows in pixels; smaller images are padded on the right
       and below.
     stride: pixels from window to window; the last one ends with the image.
     short: shorter side of the resized image.
     scales: factors of `short`; with several, the softmax of each is averaged.
-    flips: `both` sees the mirrored image too, averaged in the same way.
+    flips: `both` also averages with the mirrored image, `none` does not.
     interpolation: of the resize, Pillow's `bilinear` or `bicubic`, antialiased.
     average: what is averaged where windows overlap, their `scores` or the
       `softmax` of them.
@@ -71,7 +71,7 @@ class Slide:
       if (value := getattr(self, field)) not in choices:
         raise ValueError(f"{field}={value!r}. {did_you_mean(value, choices)}")
     if min(self.size, self.stride, self.short, len(self.scales)) < 1:
-      raise ValueError(f"{self}: expected positive sizes and some scale")
+      raise ValueError(f"{self}: expected positive sizes and a scale")
     if self.stride > self.size:
       raise ValueError(
         f"stride={self.stride} leaves gaps between windows of {self.size}"
@@ -95,10 +95,9 @@ class Slide:
 
 
 def starts(length: int, *, window: int, stride: int) -> list[int]:
-  """Where windows begin on one axis.
+  """The first pixels of the windows on one axis.
 
-  The grid of mmsegmentation: as many strides as it takes, the last window
-  shifted back inside.
+  The grid of mmsegmentation, with the last window shifted inside the image.
   """
   count = max(length - window + stride - 1, 0) // stride + 1
   return [min(i * stride, max(length - window, 0)) for i in range(count)]
@@ -117,14 +116,14 @@ def resize_image(
   """Pillow's antialiased resize."""
   if image.shape[:2] == size:
     return image
-  picture = PIL.Image.fromarray(image)
+  pillow = PIL.Image.fromarray(image)
   method = _PILLOW[interpolation]
-  return np.asarray(picture.resize(size[::-1], resample=method))
+  return np.asarray(pillow.resize(size[::-1], resample=method))
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """One way that an image is seen.
+  """An image at one scale, mirrored or not, cut into windows.
 
   Attributes:
     windows: row by row.
@@ -137,7 +136,7 @@ class View:
   mirrored: bool
 
 
-def views(
+def cut_views(
   image: UInt8[np.ndarray, "h w 3"],
   slide: Slide,
   *,
@@ -147,25 +146,25 @@ def views(
 
   Args:
     image: of any size.
-    slide: how it is seen.
+    slide: windows, scales and flips.
     fill: colour of the padding, in 0..255.
   """
-  made = []
+  out = []
   for scale in slide.scales:
     short = int(slide.short * scale + 0.5)
     shape = resized(*image.shape[:2], short=short)
     pixels = resize_image(image, shape, slide.interpolation)
-    made.append(View(cut(pixels, slide, fill), shape, mirrored=False))
+    out.append(View(cut(pixels, slide, fill), shape, mirrored=False))
     if slide.flips == "both":
       flipped = cut(pixels[:, ::-1], slide, fill)
-      made.append(View(flipped, shape, mirrored=True))
-  return made
+      out.append(View(flipped, shape, mirrored=True))
+  return out
 
 
 def cut(
   pixels: np.ndarray, slide: Slide, fill: np.ndarray | int
 ) -> list[np.ndarray]:
-  """The windows of an image or map, row by row; padded where it is smaller."""
+  """The windows of an image or map, row by row, padded where necessary."""
   rows, columns = (
     starts(side, window=slide.size, stride=slide.stride)
     for side in pixels.shape[:2]
@@ -178,10 +177,10 @@ def cut(
 
 
 def pad(pixels: np.ndarray, size: int, fill: np.ndarray | int) -> np.ndarray:
-  """Filled up to `size` x `size`, on the right and below.
+  """Pads to `size` x `size`, on the right and below.
 
-  An image that needs it becomes float32, which holds the encoder's mean
-  exactly: after normalisation the padding is zero.
+  A padded image is float32, which represents the encoder's mean exactly: after
+  normalisation the padding is zero.
   """
   height, width = pixels.shape[:2]
   if (height, width) == (size, size):
@@ -197,7 +196,7 @@ def pad(pixels: np.ndarray, size: int, fill: np.ndarray | int) -> np.ndarray:
 def axis_matrix(
   length: int, target: int, *, window: int, stride: int, grid: int
 ) -> Float32[np.ndarray, "target cells"]:
-  """From the cells of all windows on an axis to the pixels of the image.
+  """The matrix from the cells of all windows of an axis to its pixels.
 
   Args:
     length: pixels of the resized image.
@@ -207,23 +206,23 @@ def axis_matrix(
     grid: cells of a window; the columns are window by window.
   """
   begins = starts(length, window=window, stride=stride)
-  enlarge = resizing.matrix(grid, window)
-  placed, count = np.zeros((length, len(begins) * grid)), np.zeros(length)
+  upsample = resizing.matrix(grid, window)
+  matrix, count = np.zeros((length, len(begins) * grid)), np.zeros(length)
   for i, begin in enumerate(begins):
     span = min(window, length - begin)
-    placed[begin : begin + span, i * grid : (i + 1) * grid] = enlarge[:span]
+    matrix[begin : begin + span, i * grid : (i + 1) * grid] = upsample[:span]
     count[begin : begin + span] += 1
-  placed /= count[:, None]
+  matrix /= count[:, None]
   if length != target:
-    placed = resizing.matrix(length, target) @ placed
-  made = placed.astype(np.float32)
-  made.setflags(write=False)
-  return made
+    matrix = resizing.matrix(length, target) @ matrix
+  matrix = matrix.astype(np.float32)
+  matrix.setflags(write=False)  # cached, so shared by every caller
+  return matrix
 
 
 def class_map(
   scores: Sequence[Float32[np.ndarray, "_ h w k"]],
-  seen: Sequence[View],
+  views: Sequence[View],
   slide: Slide,
   *,
   size: tuple[int, int],
@@ -231,16 +230,16 @@ def class_map(
   """The best class of every pixel of an image.
 
   Args:
-    scores: for each view, those of its windows on their grids.
-    seen: the views.
-    slide: how they were cut.
+    scores: of the windows of each view, on the patch grid.
+    views: of the image.
+    slide: of the views.
     size: of the image.
   """
   if slide.average == "softmax":
     window = (slide.size, slide.size)
     scores = [_softmax(resizing.resize(s, window)) for s in scores]
   mosaics = [
-    _mosaic(s, view, slide, size) for s, view in zip(scores, seen, strict=True)
+    _mosaic(s, view, slide, size) for s, view in zip(scores, views, strict=True)
   ]
   classes = scores[0].shape[-1]
   step = max(1, _BLOCK // (4 * size[1] * classes))
@@ -259,7 +258,7 @@ def class_map(
 
 @dataclasses.dataclass(frozen=True)
 class _Mosaic:
-  """A view's cells `[R, C, K]` and the matrices that enlarge them."""
+  """A view's cells `[R, C, K]` and the matrices that resample them."""
 
   cells: np.ndarray
   rows: np.ndarray
@@ -308,21 +307,20 @@ def predict(
 ) -> Iterator[list[UInt8[np.ndarray, "h w"]]]:
   """The class maps of images, in their order, one a head.
 
-  Threads read images ahead and finish maps behind, while the caller's thread
-  scores batches of windows, whose number does not depend on the images: one
-  shape is compiled.
+  Threads read images ahead and compute maps, while the caller's thread scores
+  batches of windows across images, so that one shape is compiled.
 
   Args:
-    images: of any sizes, read when their turn comes.
-    score: from windows to the scores of every head on their grids.
-    slide: how images are seen.
+    images: of any sizes, read when they are needed.
+    score: from windows to the scores of every head on the patch grid.
+    slide: windows, scales and flips.
     fill: colour of the padding, in 0..255.
     batch_size: windows to score at a time.
   """
 
   def read(i: int) -> _Job:
     image = images[i]
-    return _Job(views(image, slide, fill=fill), slide, image.shape[:2])
+    return _Job(cut_views(image, slide, fill=fill), slide, image.shape[:2])
 
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     queue: collections.deque = collections.deque()
@@ -331,13 +329,13 @@ def predict(
     def flush() -> None:
       count = min(batch_size, len(queue))
       jobs, windows = zip(*(queue.popleft() for _ in range(count)), strict=True)
-      for job, found in zip(jobs, score(list(windows)), strict=True):
-        job.scores.append(found)
+      for job, scores in zip(jobs, score(list(windows)), strict=True):
+        job.scores.append(scores)
         if job.complete:
           ready.append(pool.submit(job.finish))
 
-    for job in _ahead(pool, read, len(images)):
-      queue.extend((job, w) for view in job.seen for w in view.windows)
+    for job in _prefetch(pool, read, len(images)):
+      queue.extend((job, w) for view in job.views for w in view.windows)
       while len(queue) >= batch_size:
         flush()
       while len(ready) > 2 * _THREADS:
@@ -348,10 +346,10 @@ def predict(
       yield ready.popleft().result()
 
 
-def _ahead(
+def _prefetch(
   pool: concurrent.futures.Executor, read: Callable[[int], Any], count: int
 ) -> Iterator[Any]:
-  """`read(0)`, `read(1)`, ...: some of them started before they are needed."""
+  """`read(0)`, `read(1)`, ..., some of them in advance."""
   pending: collections.deque = collections.deque()
   for i in range(count):
     pending.append(pool.submit(read, i))
@@ -363,25 +361,25 @@ def _ahead(
 
 @dataclasses.dataclass
 class _Job:
-  """An image on its way from windows to maps."""
+  """The views of an image and the scores of its windows so far."""
 
-  seen: list[View]
+  views: list[View]
   slide: Slide
   size: tuple[int, int]
   scores: list[np.ndarray] = dataclasses.field(default_factory=list)
 
   @property
   def complete(self) -> bool:
-    return len(self.scores) == sum(len(v.windows) for v in self.seen)
+    return len(self.scores) == sum(len(v.windows) for v in self.views)
 
   def finish(self) -> list[np.ndarray]:
-    """One map a head."""
-    edges = np.cumsum([len(view.windows) for view in self.seen])[:-1]
+    """The class map of each head."""
+    edges = np.cumsum([len(view.windows) for view in self.views])[:-1]
     parts = np.split(np.stack(self.scores), edges)
     return [
       class_map(
         [part[..., head, :] for part in parts],
-        self.seen,
+        self.views,
         self.slide,
         size=self.size,
       )

@@ -1,4 +1,4 @@
-"""The linear segmentation head: its features, its loss, its learning rate."""
+"""Linear segmentation head: features, loss and learning rate schedule."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from mtv_jax.models.heads import dpt
 
 LAYERS = ("LAST", "FOUR_LAST", "FOUR_EVEN")
 NORMS = ("final", "none")
-# Share of the steps that the learning rate rises: 1,500 of 40,000.
+# Share of the steps with a rising learning rate: 1,500 of 40,000.
 WARMUP = 1500 / 40000
 _START = 1e-6  # of the peak, at step 0
 _ROW_PARTS = 8
 
 
 def taps(layers: str, depth: int) -> tuple[int, ...]:
-  """The blocks that a head reads.
+  """The blocks whose tokens a head reads.
 
   Args:
     layers: `LAST`; `FOUR_LAST`; or `FOUR_EVEN`, the last of each quarter (2,
       5, 8, 11 of 12; 4, 11, 17, 23 of 24).
-    depth: blocks that there are.
+    depth: number of blocks of the encoder.
 
   Raises:
-    ValueError: for four of fewer.
+    ValueError: for four blocks of an encoder with fewer.
   """
   if layers == "LAST":
     return (depth - 1,)
@@ -57,35 +57,35 @@ def features(
   norm: str,
   batch_size: int,
 ) -> Float32[np.ndarray, "n h w c"]:
-  """Patch tokens of windows, those of several blocks side by side.
+  """Patch tokens of windows, those of several blocks concatenated.
 
   Args:
-    encoder: whose.
+    encoder: any.
     windows: of one size that the patch divides, in 0..255.
     layers: see `taps`.
     norm: `final` applies the encoder's last LayerNorm to every block's
-      tokens, `none` to no block's.
+      tokens, `none` to none.
     batch_size: windows a step.
   """
   depth = encoder.spec.image.depth
-  chosen = taps(layers, depth)
+  blocks = taps(layers, depth)
   # The last block's normalised tokens come from the encoder itself.
-  inner = tuple(i for i in chosen if norm == "none" or i != depth - 1)
+  inner = tuple(i for i in blocks if norm == "none" or i != depth - 1)
   out = encoder.dense(
     windows,
     layers=inner,
     outputs=("patches",) if norm == "final" else (),
     batch_size=batch_size,
   )
-  found = []
-  for i in chosen:
+  tokens = []
+  for i in blocks:
     if i not in inner:
-      found.append(out.patches)
+      tokens.append(out.patches)
     elif norm == "none":
-      found.append(out.layers[i])
+      tokens.append(out.layers[i])
     else:
-      found.append(global_features.final_norm(encoder, out.layers[i]))
-  return found[0] if len(found) == 1 else np.concatenate(found, axis=-1)
+      tokens.append(global_features.final_norm(encoder, out.layers[i]))
+  return tokens[0] if len(tokens) == 1 else np.concatenate(tokens, axis=-1)
 
 
 def schedule(
@@ -105,7 +105,7 @@ def schedule(
   def rate(step):
     s = jnp.asarray(step, jnp.float32)
     share = s / max(warmup, 1)
-    # 1 - (1 - share) (1 - 1e-6), keeping its digits where the share is small.
+    # 1 - (1 - share) (1 - 1e-6), without cancellation at small shares.
     rising = share + _START * (1 - share)
     linear = peak * rising * (1 - s / steps)
     cosine = peak / 2 * (1 + jnp.cos(jnp.pi * (s + 1) / steps))
@@ -129,11 +129,11 @@ def init(
 
 
 def make_loss(dropout: float) -> probe.Loss:
-  """Cross-entropy of the enlarged logits, for `probe.fit`.
+  """Cross-entropy of the upsampled logits, for `probe.fit`.
 
-  Channels are dropped whole, then batch norm and a 1x1 convolution; the logits
-  are enlarged bilinearly to the labels. The mean is over all pixels: one that
-  is ignored adds nothing and is counted, as mmsegmentation has it.
+  Channel dropout, batch norm and a 1x1 convolution; the logits are upsampled
+  bilinearly to the labels. As in mmsegmentation, an ignored pixel has a loss
+  of 0 and counts in the mean.
 
   Args:
     dropout: probability that a channel of an image is dropped.
@@ -143,8 +143,8 @@ def make_loss(dropout: float) -> probe.Loss:
     x, labels = batch["features"], batch["labels"]
     if dropout:
       shape = (x.shape[0], 1, 1, x.shape[3])
-      kept = jax.random.bernoulli(rng, 1 - dropout, shape)
-      x = jnp.where(kept, x / (1 - dropout), 0.0)
+      keep = jax.random.bernoulli(rng, 1 - dropout, shape)
+      x = jnp.where(keep, x / (1 - dropout), 0.0)
     x, state = probe.batch_norm_train(x, state, affine=params["norm"])
     logits = x @ params["kernel"] + params["bias"]
     return pixel_loss(logits, labels), state
@@ -155,19 +155,19 @@ def make_loss(dropout: float) -> probe.Loss:
 def pixel_loss(
   logits: Float[Array, "b h w k"], labels: UInt8[Array, "b H W"]
 ) -> Float[Array, ""]:
-  """Cross-entropy at full size, over all pixels.
+  """Cross-entropy at full size, mean over all pixels.
 
-  Logits of all pixels are the largest arrays by far (2.5 GB for 16 crops of
-  512 pixels and 150 classes). They exist for an eighth of the rows at a time,
-  and the backward pass makes them again.
+  The logits of all pixels would be the largest arrays by far (2.5 GB for 16
+  crops of 512 pixels and 150 classes). They exist for an eighth of the rows at
+  a time, and the backward pass recomputes them.
 
   Args:
-    logits: on the grid of patches.
+    logits: on the patch grid.
     labels: classes, 255 where ignored.
   """
   b, height, width = labels.shape
   parts = math.gcd(height, _ROW_PARTS)
-  wide = resizing.resize(logits, (logits.shape[1], width))
+  wide = resizing.resize(logits, (logits.shape[1], width))  # [b, h, W, k]
   rows = resizing.matrix(logits.shape[1], height).astype(np.float32)
 
   @jax.checkpoint
@@ -178,8 +178,8 @@ def pixel_loss(
     )
     valid = labels != IGNORE
     target = jnp.where(valid, labels, 0).astype(jnp.int32)
-    each = optax.softmax_cross_entropy_with_integer_labels(full, target)
-    return total + jnp.sum(jnp.where(valid, each, 0.0)), None
+    losses = optax.softmax_cross_entropy_with_integer_labels(full, target)
+    return total + jnp.sum(jnp.where(valid, losses, 0.0)), None
 
   blocks = (
     jnp.asarray(rows.reshape(parts, height // parts, -1)),
@@ -190,12 +190,12 @@ def pixel_loss(
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear:
-  """Trained heads side by side, each with its batch norm folded into it.
+class LinearHeads:
+  """Trained heads with batch norm folded into the 1x1 convolution.
 
   Attributes:
-    kernel: for each head.
-    bias: for each head.
+    kernel: of each head.
+    bias: of each head.
   """
 
   kernel: Float32[np.ndarray, "c heads k"]
@@ -210,8 +210,8 @@ class Linear:
     return flat.reshape(*x.shape[:3], heads, classes) + self.bias
 
 
-def fold(trained: Sequence[tuple[Any, Any]]) -> Linear:
-  """Heads for evaluation, from (params, running statistics) of each."""
+def fold(trained: Sequence[tuple[Any, Any]]) -> LinearHeads:
+  """Folds heads, given as (params, running statistics), for evaluation."""
   kernels, biases = [], []
   for params, stats in trained:
     norm = jax.tree.map(lambda x: np.asarray(x, np.float64), params["norm"])
@@ -221,7 +221,7 @@ def fold(trained: Sequence[tuple[Any, Any]]) -> Linear:
     kernel = np.asarray(params["kernel"], np.float64)
     kernels.append(scale[:, None] * kernel)
     biases.append(shift @ kernel + np.asarray(params["bias"], np.float64))
-  return Linear(
+  return LinearHeads(
     np.stack(kernels, axis=1).astype(np.float32),
     np.stack(biases).astype(np.float32),
   )
