@@ -198,7 +198,7 @@ def test_memory_is_that_of_a_block():
   code = """
     import resource
     import numpy as np
-    from mtv_jax.evals import knn
+    from mtv_jax.evals.classification import knn
 
     def peak():
       return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -183,7 +183,7 @@ def colour_blocks(monkeypatch):
     names = [next(n for n in COLOURS if n in s) for s in strings]
     return np.asarray([COLOURS[n] for n in names], np.float32)
 
-  monkeypatch.setattr(patch_text, "patches", patches)
+  monkeypatch.setattr(patch_text, "embed_patches", patches)
   encoder = build("map")
   encoder.text = text
   return encoder, data
@@ -270,7 +270,7 @@ def test_real_ade20k(shared_data, monkeypatch):
     n, h, w, _ = x.shape
     return placed(x.reshape(n, h // 8, 8, w // 8, 8, 3).mean(axis=(2, 4)))
 
-  monkeypatch.setattr(patch_text, "patches", patches)
+  monkeypatch.setattr(patch_text, "embed_patches", patches)
   encoder = build("map", devices=jax.devices()[:1])
   encoder.text = text
   result = ZeroShotSegmentation(data=str(root), size=64).run(encoder)
