@@ -1,4 +1,4 @@
-"""Grounding: which phrase says what is in a box, and where a phrase is.
+"""Grounding: region-text retrieval, box classification, phrase localisation.
 
 With z_a the embedding of region a, t_p that of distinct phrase p, and w_c the
 zero-shot vector of class c (see `zero_shot.py`), all of unit length:
@@ -9,7 +9,7 @@ zero-shot vector of class c (see `zero_shot.py`), all of unit length:
     located               = mean over (image, phrase) of  IoU >= 0.5 of the
                             predicted box with any of the phrase's boxes there
 
-Boxes are the annotated ones; nothing is detected. The protocols are our own.
+Boxes are the annotated ones, not detections. The protocols are our own.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from mtv_jax.evals.retrieval import retrieval
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import check_choice
 
-# Images located in at a time.
+# Images whose phrases are located at a time.
 _CHUNK = 256
-_FIXED = 256
-_PICTURE = 320  # pixels a side, so that names can be read
+_FIXED_BOXES = 256
+_IMAGE_SIZE = 320  # pixels a side on the sheet, so that names are legible
 
 
 @dataclasses.dataclass(frozen=True)
 class Grounding(Evaluator):
-  """Region-text retrieval, box classification, and locating phrases.
+  """Region-text retrieval, box classification and phrase localisation.
 
   Attributes:
     data: see `datasets/registry.py`.
@@ -53,7 +53,7 @@ class Grounding(Evaluator):
     locate: `auto` to locate phrases where the encoder has a locator, or `none`.
     count: images to use, evenly spaced; all by default (of the scenes 128).
     batch_size: images a step.
-    pictures: how many images the sheet of what was found shows.
+    pictures: images on the sheet.
   """
 
   data: Data = "scenes"
@@ -86,37 +86,37 @@ class Grounding(Evaluator):
     return data, named
 
   def prepare(self) -> None:
-    """Reads the annotations, and keeps them."""
+    """Reads the annotations, and caches them."""
     _ = self._set
 
   def run(self, encoder: Encoder) -> Result:
-    """Retrieval both ways, accuracies where there are classes or a locator."""
+    """Retrieval in both directions; accuracies with classes or a locator."""
     base.require_text(encoder)
     data, named = self._set
     way = region_features.resolve(encoder, self.regions)
     region = region_features.embed(
       encoder, data.images, data.boxes, way=way, batch_size=self.batch_size
     )
-    found = _retrieval(encoder, data, region)
-    metrics, chance = dict(found.metrics), dict(found.chance)
+    matches = _retrieval(encoder, data, region)
+    parts = [(matches.metrics, matches.chance)]
     if named is not None:
-      classified = _classification(encoder, data, named, region)
-      metrics |= classified.metrics
-      chance |= classified.chance
+      parts.append(_classification(encoder, data, named, region))
     locates = self.locate == "auto" and encoder.can_predict("locator")
     if locates:
-      located = _location(encoder, data, self.batch_size)
-      metrics |= located.metrics
-      chance |= located.chance
+      parts.append(_localisation(encoder, data, self.batch_size))
     pictures = {}
     if self.pictures:
-      pictures["regions"] = _sheet(data, found, self.pictures)
+      pictures["regions"] = _sheet(data, matches, self.pictures)
     protocol = {
       **encoder.protocol(),
       **region_features.protocol(encoder, way),
       **_protocol(data, named, way, locates=locates),
-      "phrases_distinct": len(found.phrases),
+      "phrases_distinct": len(matches.phrases),
     }
+    metrics, chance = (
+      {k: v for part in column for k, v in part.items()}
+      for column in zip(*parts, strict=True)
+    )
     return Result(metrics, protocol, chance, pictures=pictures)
 
 
@@ -154,42 +154,35 @@ def _protocol(
   return protocol
 
 
+# Metrics, and their chance.
+_Metrics = tuple[dict[str, float], dict[str, float]]
+
+
 @dataclasses.dataclass(frozen=True)
-class _Found:
-  """Figures, and for retrieval what was compared with what."""
+class _Retrieval:
+  """Metrics of retrieval and the embeddings that were compared."""
 
   metrics: dict[str, float]
   chance: dict[str, float]
-  phrases: tuple[str, ...] = ()
-  region: np.ndarray | None = None
-  text: np.ndarray | None = None
+  phrases: list[str]
+  region: np.ndarray
+  text: np.ndarray
 
 
 def _retrieval(
   encoder: Encoder,
   data: BoxSet,
   region: Float32[np.ndarray, "r e"],
-) -> _Found:
-  every = [phrase for own in data.phrases for phrase in own]
-  phrases = tuple(dict.fromkeys(every))
-  place = {phrase: i for i, phrase in enumerate(phrases)}
-  text = normalize(encoder.text(list(phrases)))
-  owner = np.asarray([place[phrase] for phrase in every], np.int32)
-  # A distinct phrase is to its regions what an image is to its captions.
-  names = {
-    "text_to_image": "region_to_phrase",
-    "image_to_text": "phrase_to_region",
-  }
-
-  def renamed(figures: dict[str, float]) -> dict[str, float]:
-    return {
-      f"{names[key.rsplit('_', 1)[0]]}_{key.rsplit('_', 1)[1]}": value
-      for key, value in figures.items()
-    }
-
-  return _Found(
-    renamed(retrieval.recalls(text, region, owner=owner)),
-    renamed(retrieval.chance(owner)),
+) -> _Retrieval:
+  phrases, owner = retrieval.distinct_texts(
+    [phrase for own in data.phrases for phrase in own]
+  )
+  text = normalize(encoder.text(phrases))
+  # A distinct phrase and its regions are as an image and its captions.
+  names = ("region_to_phrase", "phrase_to_region")
+  return _Retrieval(
+    retrieval.recalls(text, region, owner=owner, names=names),
+    retrieval.chance(owner, names=names),
     phrases,
     region,
     text,
@@ -201,33 +194,34 @@ def _classification(
   data: BoxSet,
   named: prompts.Prompts,
   region: Float32[np.ndarray, "r e"],
-) -> _Found:
-  """Of each box the class, among all the classes of the data."""
+) -> _Metrics:
+  """Accuracies of the boxes' classes among all classes of the data."""
   figures, chance = zero_shot.class_accuracies(
     region,
     zero_shot.text_classifier(encoder, named),
     np.concatenate(data.labels),
   )
-  return _Found(
+  return (
     {f"box_{k}": v for k, v in figures.items()},
     {f"box_{k}": v for k, v in chance.items()},
   )
 
 
-def _location(encoder: Encoder, data: BoxSet, batch_size: int) -> _Found:
-  asked = [tuple(dict.fromkeys(own)) for own in data.phrases]
+def _localisation(encoder: Encoder, data: BoxSet, batch_size: int) -> _Metrics:
+  """IoU of the predicted boxes of phrases, and of the best constant answer."""
+  queries = [tuple(dict.fromkeys(own)) for own in data.phrases]
   boxes = []
-  for start in range(0, len(asked), _CHUNK):
-    chosen = range(start, min(start + _CHUNK, len(asked)))
+  for start in range(0, len(queries), _CHUNK):
+    chosen = range(start, min(start + _CHUNK, len(queries)))
     out = encoder.locate(
       examples.select_images(data.images, chosen),
-      [asked[i] for i in chosen],
+      [queries[i] for i in chosen],
       batch_size=batch_size,
     )
-    boxes += [out.boxes[k, : len(asked[i])] for k, i in enumerate(chosen)]
-  best = best_overlaps(boxes, asked, data)
-  floor = fixed_overlaps(fixed_answers(data), asked, data)
-  return _Found(
+    boxes += [out.boxes[k, : len(queries[i])] for k, i in enumerate(chosen)]
+  best = best_overlaps(boxes, queries, data)
+  floor = fixed_overlaps(fixed_answers(data), queries, data)
+  return (
     {
       "located_iou50": float(np.mean(best >= 0.5)),
       "located_mean_iou": float(np.mean(best)),
@@ -241,40 +235,43 @@ def _location(encoder: Encoder, data: BoxSet, batch_size: int) -> _Found:
 
 def best_overlaps(
   boxes: Sequence[Float[np.ndarray, "_ 4"]],
-  asked: Sequence[Sequence[str]],
+  queries: Sequence[Sequence[str]],
   data: BoxSet,
 ) -> Float[np.ndarray, " q"]:
-  """For each image and phrase asked, the best IoU with a box of the phrase.
+  """The best IoU of each predicted box with a box of its phrase.
 
   Args:
-    boxes: of each image, one for each phrase asked.
-    asked: of each image.
+    boxes: predicted, of each image one for each of its `queries`.
+    queries: distinct phrases of each image.
     data: with all boxes and phrases of the images.
   """
   best = []
-  for i, own in enumerate(asked):
-    same = np.asarray([[p == q for q in data.phrases[i]] for p in own])
-    best.append(np.where(same, ious(boxes[i], data.boxes[i]), 0).max(axis=1))
+  for i, own in enumerate(queries):
+    overlap = ious(boxes[i], data.boxes[i])  # [queries, boxes]
+    best.append(np.where(_same(own, data.phrases[i]), overlap, 0).max(axis=1))
   return np.concatenate(best)
 
 
 def fixed_overlaps(
   answers: Float[np.ndarray, "c 4"],
-  asked: Sequence[Sequence[str]],
+  queries: Sequence[Sequence[str]],
   data: BoxSet,
 ) -> Float[np.ndarray, "c q"]:
-  """`best_overlaps` of boxes each of which is the answer to everything."""
+  """`best_overlaps` of boxes each of which is the answer to every query."""
   best = []
-  for i, own in enumerate(asked):
-    same = np.asarray([[p == q for q in data.phrases[i]] for p in own])
-    overlap = ious(answers, data.boxes[i])[:, None]
-    best.append(np.where(same, overlap, 0).max(axis=2))
+  for i, own in enumerate(queries):
+    overlap = ious(answers, data.boxes[i])[:, None]  # [c, 1, boxes]
+    best.append(np.where(_same(own, data.phrases[i]), overlap, 0).max(axis=2))
   return np.concatenate(best, axis=1)
 
 
+def _same(queries: Sequence[str], phrases: Sequence[str]) -> np.ndarray:
+  return np.asarray([[p == q for p in phrases] for q in queries])
+
+
 def fixed_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
-  """Boxes to answer always with: 256 of the set's own, and central ones."""
-  own = examples.subsample(list(np.concatenate(data.boxes)), _FIXED)
+  """Constant answers: 256 of the set's boxes, and central ones."""
+  own = examples.subsample(list(np.concatenate(data.boxes)), _FIXED_BOXES)
   sides = np.linspace(0.125, 1, 8)
   central = [
     (0.5 - h / 2, 0.5 - w / 2, 0.5 + h / 2, 0.5 + w / 2)
@@ -297,19 +294,19 @@ def ious(
   return np.where(union > 0, both / np.where(union > 0, union, 1), 0)
 
 
-def _sheet(data: BoxSet, found: _Found, count: int) -> np.ndarray:
-  """Images with their boxes, as they are named and as the regions say."""
+def _sheet(data: BoxSet, matches: _Retrieval, count: int) -> np.ndarray:
+  """Images with their boxes, named by annotation and by top-1 phrase."""
   starts = np.cumsum([0, *map(len, data.boxes)])
   chosen = examples.subsample(range(len(data.images)), count)
   rows = []
   for i in chosen:
     own = slice(starts[i], starts[i + 1])
-    best = np.argmax(found.region[own] @ found.text.T, axis=1)
-    image = np.asarray(plots.fit_image(data.images[i], _PICTURE))
+    best = np.argmax(matches.region[own] @ matches.text.T, axis=1)
+    image = np.asarray(plots.fit_image(data.images[i], _IMAGE_SIZE))
     rows.append(
       [
         plots.draw_boxes(image, data.boxes[i], names)[0]
-        for names in (data.phrases[i], [found.phrases[k] for k in best])
+        for names in (data.phrases[i], [matches.phrases[k] for k in best])
       ]
     )
-  return plots.image_grid(rows, titles=("annotated", "found"), size=_PICTURE)
+  return plots.image_grid(rows, titles=("annotated", "found"), size=_IMAGE_SIZE)

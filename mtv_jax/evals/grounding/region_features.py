@@ -1,13 +1,12 @@
-"""One embedding for each box, in the space of the texts.
+"""Region embeddings in the space of the texts.
 
-Three ways, of which the first is what grounding is trained for:
+Three methods:
 
-  prompter   the head of pretraining, asked what is in the box
-  pool       the mean of the patches in the box, each weighed by the share of
-             it that the box covers; for encoders whose image embedding is the
-             mean of all patches, and that of the whole image's box
+  prompter   the region prompter, the head that grounding trains
+  pool       the mean of the patches in the box, each weighted by the share of
+             it that the box covers; for encoders that pool by the mean
   crop       the box's pixels, warped to a square and encoded as an image
-             (R-CNN's way, Girshick et al. 2014); for any encoder of texts
+             (R-CNN, Girshick et al. 2014); for any encoder with a text tower
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from mtv_jax.evals.core.examples import Images
 from mtv_jax.parallel.mesh import replicated_sharding
 
 WAYS = ("prompter", "pool", "crop")
-# Images held as regions of all their boxes, or as patches, at a time.
+# Images whose boxes are embedded at a time.
 _CHUNK = 256
 
 
 def resolve(encoder: Encoder, way: str) -> str:
-  """The way to embed this encoder's boxes: `auto` is the prompter, or crops.
+  """The method for this encoder's boxes: `auto` is `prompter` or `crop`.
 
   Raises:
-    NotApplicable: for a way that the encoder does not have.
+    NotApplicable: for a method that the encoder does not support.
   """
   has_prompter = encoder.can_predict("grounding")
   if way == "auto":
@@ -54,10 +53,10 @@ def resolve(encoder: Encoder, way: str) -> str:
 
 
 def protocol(encoder: Encoder, way: str) -> dict[str, Any]:
-  """How the pixels of `embed` are prepared, for JSON."""
+  """The preprocessing of `embed`, for JSON."""
   if not hasattr(encoder, "preprocess"):
     return {}
-  # The prompter reads the image as the encoder's preprocessing has it.
+  # The prompter takes the encoder's own preprocessing.
   used = encoder if way == "prompter" else _squashing(encoder)
   of = {"crop": "the box's pixels"}.get(way, "the whole image")
   return {"preprocess": {**used.preprocess.to_dict(), "of": of}}
@@ -71,13 +70,13 @@ def embed(
   way: str,
   batch_size: int = 32,
 ) -> Float32[np.ndarray, "r e"]:
-  """Embeddings of unit length of all boxes, image after image.
+  """Normalised embeddings of all boxes, image by image.
 
   Args:
     encoder: with a text tower.
     images: n of them.
-    boxes: of each, (y0, x0, y1, x1) in the unit square.
-    way: one of `WAYS`.
+    boxes: of each image, (y0, x0, y1, x1) in the unit square.
+    way: the method, one of `WAYS`.
     batch_size: images a step, or crops.
   """
   if way == "crop":
@@ -117,7 +116,7 @@ def _pooled(
   pooled = np.concatenate(rows).astype(np.float32)
   if encoder.spec.image.projection is not None:
     kernel = encoder.params["image"]["projection"]["kernel"]
-    # On a pod no host holds all of it.
+    # On a pod each host has a shard of it.
     whole = jax.jit(
       lambda x: x, out_shardings=replicated_sharding(encoder.mesh)
     )
@@ -130,7 +129,7 @@ def covered(
 ) -> np.ndarray:
   """`[b, count]`: of each of `count` equal cells, the share in [low, high].
 
-  Where high is low, the cell there has a share all the same.
+  An empty interval still covers a positive share of its cell.
   """
   cells = np.arange(count)
   low = np.clip(np.asarray(low, np.float64)[:, None] * count, 0, count - 1e-6)
@@ -145,14 +144,14 @@ def _crops(
   boxes: Sequence[np.ndarray],
   batch_size: int,
 ) -> np.ndarray:
-  places = [(i, box) for i, own in enumerate(boxes) for box in own]
+  crops = [(i, box) for i, own in enumerate(boxes) for box in own]
 
   def crop(index: int) -> np.ndarray:
-    i, box = places[index]
+    i, box = crops[index]
     return cut(images[i], box)
 
   features = _squashing(encoder).image(
-    Images(crop, len(places)), outputs=("pooled",), batch_size=batch_size
+    Images(crop, len(crops)), outputs=("pooled",), batch_size=batch_size
   )
   return normalize(features.pooled)
 
@@ -168,7 +167,7 @@ def cut(image: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def _squashing(encoder: Encoder) -> Encoder:
-  """The encoder with its crop taken out of its preprocessing."""
+  """The encoder with images squashed rather than cropped."""
   if not hasattr(encoder, "preprocess") or encoder.preprocess.crop == "none":
     return encoder
   return encoder.with_preprocess(

@@ -1,12 +1,12 @@
-"""Image-text retrieval: captions find their image, images one of theirs.
+"""Image-text retrieval: recall at k in both directions.
 
 With S[i, j] = cos(image i, caption j),
 
     text to image  R@k = mean over captions j of  own image in top-k of S[:, j]
     image to text  R@k = mean over images i of  any own caption in top-k of S[i]
 
-The second counts a hit where any caption is found, as CLIP_benchmark and
-big_vision do; it is not the recall of an image's captions.
+As in CLIP_benchmark and big_vision, the second is a hit rate over an image's
+captions, not their recall.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int
 
 from mtv_jax.encoder.encoder import Encoder, normalize
-from mtv_jax.evals.core import base, ranking
-from mtv_jax.evals.core.base import Evaluator, Result
-from mtv_jax.evals.core.examples import CaptionSet, Data
+from mtv_jax.evals.core import ranking
+from mtv_jax.evals.core.base import Evaluator, Result, require_text
+from mtv_jax.evals.core.examples import CaptionSet, Data, subsample
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.retrieval import sheets
 
 AT = (1, 5, 10)
+# Prefixes of the metrics: captions retrieve images, images retrieve captions.
+DIRECTIONS = ("text_to_image", "image_to_text")
 
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval(Evaluator):
-  """Image-text retrieval.
+  """Image-text retrieval: R@1, 5 and 10 in both directions.
 
   Attributes:
     data: see `datasets/registry.py`.
@@ -41,8 +44,7 @@ class Retrieval(Evaluator):
       COCO's 5,000 test images some have six or seven: 25,010 captions.)
     count: images to use, evenly spaced; all by default.
     batch_size: images a step.
-    pictures: how many images, and how many captions, the sheets of what was
-      found show.
+    pictures: images on the sheet `captions`, captions on the sheet `images`.
   """
 
   data: Data = "scenes"
@@ -64,27 +66,26 @@ class Retrieval(Evaluator):
     )
 
   def prepare(self) -> None:
-    """Reads names and annotations, and keeps them."""
+    """Reads names and annotations, and caches them."""
     _ = self._set
 
   def run(self, encoder: Encoder) -> Result:
-    """R@1, 5 and 10, both ways; `captions` and `images` as pictures."""
-    base.require_text(encoder)
+    """Metrics, and the sheets `captions` and `images`."""
+    require_text(encoder)
     data = self._set
     image = encoder.image(
       data.images, outputs=("pooled",), batch_size=self.batch_size
     ).pooled
     # Equal captions must have equal embeddings, so that they tie.
-    texts = list(dict.fromkeys(data.captions))
-    place = {text: i for i, text in enumerate(texts)}
-    text = encoder.text(texts)[[place[c] for c in data.captions]]
+    distinct, index = distinct_texts(data.captions)
+    text = encoder.text(distinct)[index]
     image, text = normalize(image), normalize(text)
-    metrics = recalls(image, text, owner=data.owner)
-    protocol = self._protocol(encoder, data, distinct=len(texts))
-    pictures = {}
-    if self.pictures:
-      pictures = found_sheets(data, image, text, self.pictures)
-    return Result(metrics, protocol, chance(data.owner), pictures=pictures)
+    return Result(
+      recalls(image, text, owner=data.owner),
+      self._protocol(encoder, data, distinct=len(distinct)),
+      chance(data.owner),
+      pictures=_sheets(data, image, text, self.pictures),
+    )
 
   def _protocol(
     self, encoder: Encoder, data: CaptionSet, *, distinct: int
@@ -105,20 +106,30 @@ class Retrieval(Evaluator):
     }
 
 
+def distinct_texts(
+  texts: Sequence[str],
+) -> tuple[list[str], Int[np.ndarray, " m"]]:
+  """The distinct texts in order of appearance, and the index of each text."""
+  distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+  return list(distinct), np.asarray([distinct[t] for t in texts], np.int32)
+
+
 def recalls(
   image: Float32[np.ndarray, "n e"],
   text: Float32[np.ndarray, "m e"],
   *,
   owner: Int[np.ndarray, " m"],
+  names: tuple[str, str] = DIRECTIONS,
   block_bytes: int = 2**26,
 ) -> dict[str, float]:
-  """R@1, 5 and 10 both ways.
+  """R@1, 5 and 10 in both directions.
 
   Args:
     image: normalised embeddings.
     text: normalised embeddings.
     owner: the image of each caption.
-    block_bytes: size of the largest block of scores held.
+    names: prefixes of the metrics.
+    block_bytes: size of the largest block of scores.
   """
   ids = np.arange(len(image))
   to_image = ranking.ranks(
@@ -129,67 +140,59 @@ def recalls(
   )
   return {
     f"{name}_r{k}": rate
-    for name, found in (("text_to_image", to_image), ("image_to_text", to_text))
-    for k, rate in ranking.hit_rates(found, AT).items()
+    for name, ranks in zip(names, (to_image, to_text), strict=True)
+    for k, rate in ranking.hit_rates(ranks, AT).items()
   }
 
 
-def found_sheets(
+def _sheets(
   data: CaptionSet,
   image: Float32[np.ndarray, "n e"],
   text: Float32[np.ndarray, "m e"],
   count: int,
 ) -> dict[str, np.ndarray]:
-  """Sheets of what some images and some captions find.
+  """The top captions of `count` images, and the top images of a caption each.
 
-  Args:
-    data: whose images and captions.
-    image: normalised embeddings.
-    text: normalised embeddings.
-    count: images, and captions, evenly spaced, each first of its image.
-
-  Returns:
-    `captions`, the best ones of each image, and `images`, those of a caption.
+  The images are evenly spaced; the caption is the first of its image.
   """
-  count = min(count, len(data.images))
-  chosen = [(2 * i + 1) * len(data.images) // (2 * count) for i in range(count)]
-  # Equal captions are one line of the sheet, not five.
-  _, first = np.unique(data.captions, return_index=True)
-  first = np.sort(first)
-  distinct = [data.captions[j] for j in first]
-  mine = [
-    {c for c, o in zip(data.captions, data.owner, strict=True) if o == i}
-    for i in chosen
-  ]
-  own = np.array([[c in captions for c in distinct] for captions in mine])
-  asked = np.searchsorted(data.owner, chosen)
+  if not count:
+    return {}
+  chosen = subsample(range(len(data.images)), count)
+  # Equal captions are one line of the sheet.
+  distinct, index = distinct_texts(data.captions)
+  _, first = np.unique(index, return_index=True)
+  correct = np.zeros((len(data.images), len(distinct)), bool)
+  correct[data.owner, index] = True
+  queries = np.searchsorted(data.owner, chosen)
   return {
     "captions": sheets.ranked_captions(
       [data.images[i] for i in chosen],
       image[chosen] @ text[first].T,
       distinct,
-      own,
+      correct[chosen],
     ),
     "images": sheets.ranked_images(
-      [data.captions[j] for j in asked],
-      text[asked] @ image.T,
+      [data.captions[j] for j in queries],
+      text[queries] @ image.T,
       data.images,
       chosen,
     ),
   }
 
 
-def chance(owner: Int[np.ndarray, " m"]) -> dict[str, float]:
-  """What random embeddings expect.
+def chance(
+  owner: Int[np.ndarray, " m"], *, names: tuple[str, str] = DIRECTIONS
+) -> dict[str, float]:
+  """The expectation of `recalls` with random embeddings.
 
   k of n images; and for an image with c of m captions, one minus the share of
   ways to draw k captions that miss all c.
   """
   _, counts = np.unique(owner, return_counts=True)
   n, m = len(counts), len(owner)
-  rates = {f"text_to_image_r{k}": min(k, n) / n for k in AT}
+  rates = {f"{names[0]}_r{k}": min(k, n) / n for k in AT}
   for k in AT:
-    draws = math.comb(m, min(k, m))
-    hits = [1 - math.comb(m - int(c), min(k, m)) / draws for c in counts]
-    rates[f"image_to_text_r{k}"] = float(np.mean(hits))
+    total = math.comb(m, min(k, m))
+    hits = [1 - math.comb(m - int(c), min(k, m)) / total for c in counts]
+    rates[f"{names[1]}_r{k}"] = float(np.mean(hits))
   return rates

@@ -1,4 +1,4 @@
-"""Grounding: figures of encoders that know or guess, and COCO's layout."""
+"""Grounding: metrics of perfect and random encoders, and COCO's layout."""
 
 import json
 
@@ -17,7 +17,7 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
 class Painter(Encoder):
-  """Sees the mean colour in a box, and finds a colour's pixels."""
+  """Embeds a box as its mean colour, and locates the pixels of a colour."""
 
   predicts = ("grounding", "locator")
 
@@ -126,16 +126,16 @@ def test_coco_layout(coco):
   assert one.digest != data.digest
 
 
-def test_scenes_as_a_source_are_held_out_too():
+def test_scenes_as_a_source_are_held_out():
   read = registry.open_boxes({"type": "scenes", "length": 3})
   assert read.digest == registry.open_boxes("scenes", count=3).digest
   other = registry.open_boxes({"type": "scenes", "length": 3, "first": 5})
   assert other.digest != read.digest
 
 
-def test_an_encoder_that_knows(coco):
+def test_a_perfect_encoder(coco):
   result = Grounding(data=str(coco), pictures=2).run(Painter())
-  # Red has three boxes; in the second image the union of two is found.
+  # Red has three boxes; in the second image the union of two is predicted.
   expected = {
     "region_to_phrase_r1": 1.0,
     "phrase_to_region_r1": 1.0,
@@ -160,7 +160,7 @@ def test_an_encoder_that_knows(coco):
 
 
 class Guesser(Painter):
-  """Seeded vectors of few values, so that there are ties."""
+  """Random vectors of few values, so that there are ties."""
 
   predicts = ("grounding",)
 
@@ -183,7 +183,7 @@ class Guesser(Painter):
 PHRASES = ("a cup", "a cat", "a kite", "a tie", "a bus")
 
 
-def test_retrieval_equals_loops(monkeypatch):
+def test_retrieval_equals_a_loop(monkeypatch):
   rng = np.random.default_rng(6)
   phrases = [tuple(rng.choice(PHRASES, 4)) for _ in range(9)]
   boxes = rng.uniform(0, 0.4, (9, 4, 4)).astype(np.float32)
@@ -233,7 +233,7 @@ def counted(a, b, side=40):
   return both.sum() / max(either.sum(), 1)
 
 
-def test_ious_are_shares_of_cells():
+def test_ious_equal_counts_of_cells():
   rng = np.random.default_rng(7)
   corners = np.sort(rng.integers(0, 41, (12, 2, 2)), axis=1) / 40
   boxes = corners.reshape(12, 4)
@@ -244,7 +244,7 @@ def test_ious_are_shares_of_cells():
   assert grounding.ious(np.zeros((1, 4)), np.zeros((1, 4))) == 0
 
 
-def test_the_floor_is_the_best_fixed_box(coco):
+def test_chance_is_the_best_constant_answer(coco):
   data = registry.open_boxes(coco)
   asked = [tuple(dict.fromkeys(own)) for own in data.phrases]
   answers = grounding.fixed_answers(data)
@@ -262,7 +262,7 @@ def test_the_floor_is_the_best_fixed_box(coco):
 # Mistakes, and real files.
 
 
-def test_mistakes_are_explained(coco, tmp_path):
+def test_invalid_data_and_options_are_refused(coco, tmp_path):
   with pytest.raises(FileNotFoundError, match="nothing there. Grounding reads"):
     registry.open_boxes(str(tmp_path / "none"))
   with pytest.raises(NotApplicable, match="Grounding reads"):
@@ -285,7 +285,7 @@ def test_mistakes_are_explained(coco, tmp_path):
     registry.open_boxes(str(coco))
 
 
-def test_images_that_are_not_the_annotated_ones(coco):
+def test_images_of_another_size_are_refused(coco):
   other = coco / "val2017" / "2.png"
   PIL.Image.new("RGB", (40, 40)).save(other)
   data = registry.open_boxes(coco)

@@ -66,14 +66,14 @@ WHOLE = [np.float32([[0, 0, 1, 1]])] * 3
 
 
 @pytest.mark.parametrize("way", ["pool", "crop"])
-def test_the_whole_image_is_the_image(way, pictures):
+def test_a_box_of_the_whole_image_equals_the_image(way, pictures):
   encoder = build(MEAN)
   got = region_features.embed(encoder, pictures, WHOLE, way=way)
   want = encoder.image(pictures, outputs=("pooled",)).pooled
   np.testing.assert_allclose(got, normalize(want), atol=1e-5)
 
 
-def test_pooled_patches_are_weighed_by_area(pictures):
+def test_pooled_patches_are_weighted_by_area(pictures):
   encoder = build(MEAN)
   # Rows 0..1.5 of 4, columns 1..2.
   boxes = [np.float32([[0, 0.25, 0.375, 0.5]])] * 3
@@ -84,7 +84,7 @@ def test_pooled_patches_are_weighed_by_area(pictures):
   np.testing.assert_allclose(got, normalize(want), atol=1e-5)
 
 
-def test_crops_are_warped_whatever_the_preprocessing(pictures):
+def test_crops_are_warped_for_every_preprocessing(pictures):
   boxes = [np.float32([[0.1, 0.5, 0.9, 0.625], [0, 0, 0.01, 0.01]])] * 3
   centred = Preprocess(size=32, resize="shortest", crop="center")
   got = region_features.embed(
@@ -96,7 +96,7 @@ def test_crops_are_warped_whatever_the_preprocessing(pictures):
   np.testing.assert_allclose(got[:2], want, atol=1e-5)
 
 
-def test_the_protocol_says_how_pixels_were_prepared():
+def test_protocol_of_the_preprocessing():
   """Of an encoder that crops, only the mean and the like are kept."""
   own = Preprocess(
     size=32,
@@ -128,7 +128,7 @@ def test_covered():
   assert got[3].argmax() == 3
 
 
-def test_which_way(with_heads):
+def test_resolve(with_heads):
   plain = build(tower())
   assert region_features.resolve(plain, "auto") == "crop"
   assert region_features.resolve(with_heads(), "auto") == "prompter"
@@ -189,7 +189,7 @@ def test_scenes_on_one_device_and_eight(with_heads):
     assert data.classes[label] in phrase
 
 
-def test_an_encoder_without_texts_is_not_asked():
+def test_an_encoder_without_a_text_tower_is_refused():
   image = models.ModelSpec.from_config({"variant": "mu/8", "image_size": 32})
   encoder = Encoder(image, {"image": {}}, Preprocess(size=32))
   with pytest.raises(NotApplicable, match="no text tower"):

@@ -53,7 +53,7 @@ def test_golden_values_through_embeddings():
   assert got["image_to_text_r10"] == 1.0
 
 
-def test_recalls_against_sorting():
+def test_recalls_equal_a_stable_sort():
   rng = np.random.default_rng(0)
   image = rng.normal(size=(30, 8)).astype(np.float32)
   owner = np.repeat(np.arange(30), rng.integers(1, 4, 30))
@@ -70,7 +70,7 @@ def test_recalls_against_sorting():
   assert got["text_to_image_r1"] < got["text_to_image_r5"] < 1
 
 
-def test_chance_by_hand_and_by_simulation():
+def test_chance_golden_and_simulated():
   owner = np.array([0, 0, 0, 1, 2, 2, 3, 4, 4, 5, 5, 5])
   want = chance(owner)
   assert want["text_to_image_r5"] == pytest.approx(5 / 6)
@@ -126,7 +126,7 @@ def test_coco_captions(coco, colours):
   assert result.chance["text_to_image_r1"] == pytest.approx(1 / 3)
 
 
-def test_pictures_of_what_was_found(coco, colours):
+def test_sheets_of_captions_and_images(coco, colours):
   plain = Retrieval(data=str(coco)).run(colours)
   assert plain.pictures == {}
   result = Retrieval(data=str(coco), pictures=2).run(colours)
@@ -144,7 +144,7 @@ def test_pictures_of_what_was_found(coco, colours):
   assert framed[:half].any() and framed[half:].any()
 
 
-def test_an_encoder_without_text(coco):
+def test_an_encoder_without_a_text_tower_is_refused(coco):
   encoder = load("pixels:16")
   with pytest.raises(NotApplicable, match="no text tower"):
     Retrieval(data=str(coco)).run(encoder)
@@ -209,7 +209,7 @@ def test_missing_and_broken_files_are_named(coco):
     registry.open_captions(coco.parent / "captions_train2017.json")
 
 
-def test_tars(tmp_path, write_image, colours):
+def test_tar_shards(tmp_path, write_image, colours):
   with tarfile.open(tmp_path / "00000.tar", "w") as tar:
     for i, colour in enumerate(("red", "blue")):
       write_image(tmp_path / f"{i}.png", colour)
@@ -225,7 +225,7 @@ def test_tars(tmp_path, write_image, colours):
     registry.open_classification(str(tmp_path / "*.tar"))
 
 
-def test_what_has_no_captions_says_so(tmp_path, coco, write_image):
+def test_data_without_captions_are_refused(tmp_path, coco, write_image):
   write_image(tmp_path / "set" / "red" / "0.png", "red")
   with pytest.raises(
     ValueError, match="the folder holds red/. Retrieval reads"
@@ -249,7 +249,7 @@ def test_scenes(colours):
   assert len(held_out.images) == 2
 
 
-def test_real_photos(shared_data):
+def test_real_images(shared_data):
   path = shared_data / "coco" / "annotations" / "captions_val2017.json"
   data = registry.open_captions(path)
   assert len(data.images) == 183
