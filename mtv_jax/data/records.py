@@ -57,6 +57,13 @@ def caption_list(captions: Any) -> list[str]:
   return [text for text in texts if text.strip()]
 
 
+def count_dropped(record: Record, counts: Mapping[str, int]) -> None:
+  """Adds counts by reason to the record's `dropped`."""
+  dropped = record.setdefault("dropped", {})
+  for reason, number in counts.items():
+    dropped[reason] = dropped.get(reason, 0) + number
+
+
 def encode(record: Mapping[str, Any]) -> bytes:
   """Bytes of a record: its key, its encoded image and its captions.
 

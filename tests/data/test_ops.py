@@ -1,12 +1,15 @@
 """The host's ops on small records."""
 
+import dataclasses
 import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mtv_jax.data.ops import build_ops
+from mtv_jax.config.options import PositiveInt
+from mtv_jax.data import ops as ops_lib
+from mtv_jax.data.ops import Field, HostOp, build_ops
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.utils.errors import ConfigError
@@ -129,9 +132,10 @@ def test_bad_image_names_the_key(tokenizer):
     ("decode|canvass(8)", ConfigError, "Did you mean 'canvas'"),
     ("decode|canvas", ConfigError, "size"),
     ("decode|canvas(8, 9)", ConfigError, "size"),
-    ("decode|canvas(0)", ValueError, "whole number >= 1"),
+    ("decode|canvas(0)", ConfigError, "size is 0, expected an integer >= 1"),
     ("caption(8, pick='fisrt')", ValueError, "Did you mean 'first'"),
-    ("caption(8, pick='random', tokenizer=1)", ConfigError, "length"),
+    ("caption(8, pick='random', tokenizer=1)", ConfigError, "expected a Token"),
+    ("decode|canvas(8)|canvas(4)", ConfigError, "canvas"),
     ("decode", ValueError, "no field"),
     ("decode|canvas(", ConfigError, "character"),
   ],
@@ -154,3 +158,44 @@ def test_canvas_before_decode(record):
 def test_missing_field():
   with pytest.raises(KeyError, match="'image'"):
     build_ops("decode|canvas(8)")({"key": "k", "img": b""}, rng())
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise(HostOp):
+  """A random op that makes a field of its own."""
+
+  size: PositiveInt
+  random = True
+  optional_fields = frozenset(["noise"])
+
+  @property
+  def fields(self):
+    return {"noise": Field((self.size,), np.dtype(np.float64))}
+
+  def __call__(self, record, rng):
+    return record | {"noise": rng.random(self.size)}
+
+
+def test_an_added_op_is_random_by_itself_and_left_out_unread(monkeypatch):
+  monkeypatch.setitem(ops_lib.OPS, "noise", Noise)
+  record = {"key": "k", "image": np.zeros((4, 4, 3), np.uint8)}
+  alone = build_ops("noise(3)")(dict(record), rng())["noise"]
+  with_canvas = build_ops("canvas(2)|noise(3)")(dict(record), rng())["noise"]
+  np.testing.assert_array_equal(alone, with_canvas)
+  assert not np.array_equal(
+    alone, build_ops("noise(3)")(dict(record), rng(1))["noise"]
+  )
+  ops = build_ops("canvas(2)|noise(3)", wanted=["image"])
+  assert set(ops.fields) == {"image", "image_size"}
+  assert set(build_ops("canvas(2)|noise(3)", wanted=["noise"]).fields) == {
+    "image", "image_size", "noise",
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ops_lib.OPS)
+def test_optional_fields_are_those_that_the_op_makes(name, tokenizer):
+  op = ops_lib.OPS[name]
+  given = "tokenizer" in op.__dataclass_fields__
+  sizes = () if name == "decode" else (4,)
+  built = op(*sizes, **({"tokenizer": tokenizer} if given else {}))
+  assert op.optional_fields in (frozenset(), frozenset(built.fields))

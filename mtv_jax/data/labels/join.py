@@ -25,7 +25,7 @@ from jaxtyping import Int64, UInt64
 from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import KINDS, DepthLabel, Label, Stored
-from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.data.records import BadRecord, Record, count_dropped
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils.errors import did_you_mean
 
@@ -364,8 +364,8 @@ class KeyedLabels:
     except BadRecord as error:
       raise _damaged(record, error) from error
     if stored is None:
-      dropped = record.setdefault("dropped", {})
-      dropped[f"{self.kind}: no entry with the key in the label set"] = 1
+      reason = f"{self.kind}: no entry with the key in the label set"
+      count_dropped(record, {reason: 1})
       return None
     return stored.label
 

@@ -161,12 +161,12 @@ def test_a_phrase_without_tokens_takes_no_place():
 @pytest.mark.parametrize(
   ("text", "says"),
   [
-    ("regions(0)", "count=0.*whole number"),
-    ("regions(4, phrase_length=0)", "phrase_length=0"),
-    ("regions(4, phrase_length=1)", "phrase_length=1.*at least 2"),
-    ("regions(4, pick='best')", "pick='best'.*random, score"),
-    ("depth(0)", "size=0"),
-    ("depth(8, min_valid=0)", "min_valid=0"),
+    ("regions(0)", "count is 0, expected an integer >= 1"),
+    ("regions(4, phrase_length=0)", "phrase_length is 0"),
+    ("regions(4, phrase_length=1)", "phrase_length is 1, expected .* >= 2"),
+    ("regions(4, pick='best')", "pick is 'best'.*random, score"),
+    ("depth(0)", "size is 0"),
+    ("depth(8, min_valid=0)", "min_valid is 0"),
     ("region(4)", "Did you mean 'regions'"),
   ],
 )

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.data.records import BadRecord
-from mtv_jax.data.registry import build_source
+from mtv_jax.data.registry import build_source, open_files
 from mtv_jax.data.sources import array_record, webdataset
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.base import Source
