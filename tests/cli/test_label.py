@@ -52,7 +52,7 @@ def test_the_tool_labels_and_verifies(base, tmp_path, monkeypatch, capsys):
   said = capsys.readouterr()
   assert f"11 of 14 records have a label, in {tmp_path}." in said.out
   assert "1 times: record: its image in N.tar has no bytes" in said.out
-  assert "100.0%, 14 of 14 images" in said.err
+  assert "100% 14 of 14 images" in said.err
   assert main([*argv, "--verify=5"]) == 0
   assert "5 records labelled again" in capsys.readouterr().out
   # Again: nothing to do.

@@ -1,9 +1,8 @@
-"""From records to labels: threads around an expert that takes batches.
+"""Batched inference of an expert, with host threads around it.
 
-Threads read, decode and prepare records ahead of the devices, and finish the
-labels behind them; one batch is on the devices while the next one is put
-together. Which records share a batch depends on their order alone, never on
-which thread was faster.
+Threads read, decode and prepare records ahead of the devices and finish labels
+behind them; one batch runs on the devices while the next one is assembled.
+Batches depend on the order of the records alone, never on the threads' timing.
 """
 
 from __future__ import annotations
@@ -24,30 +23,30 @@ from mtv_jax.data.labels.label_writer import Entry
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.experts.base import Expert, Prepared
 
-# Prepared records that wait for others of their group, all together.
+# Total size of prepared records that wait for others of their group.
 _MAX_BYTES = 2 << 30
-# Records that may come after one that waits: so many labels wait for its own.
+# Records after a waiting one; their labels wait for its label.
 _MAX_AGE = 4096
 
-# What makes the same reason differ from record to record.
+# The parts of a reason that differ between records.
 _BYTES = re.compile(r"b'(?:[^'\\]|\\.)*'|b\"(?:[^\"\\]|\\.)*\"")
 _NUMBER = re.compile(r"\b0x[0-9a-f]+\b|\d+(?:\.\d+)?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """Records of one group, at most as many as the expert takes.
+  """Records of one group, at most a full batch.
 
   Attributes:
-    places: of the records, in their order.
-    prepared: the same records.
+    positions: of the records, ascending.
+    prepared: the records.
   """
 
-  places: Sequence[int]
+  positions: Sequence[int]
   prepared: Sequence[Prepared]
 
   def arrays(self, rows: int) -> dict[str, np.ndarray]:
-    """Stacked, and filled up to `rows` by repeating them."""
+    """Stacked arrays, padded to `rows` by repetition."""
     chosen = [self.prepared[i % len(self.prepared)] for i in range(rows)]
     return {
       name: np.stack([item.arrays[name] for item in chosen])
@@ -58,14 +57,13 @@ class Batch:
 class Grouper:
   """Collects records of the same group until they fill a batch.
 
-  So that neither memory nor the wait has no end, the batch that has waited
-  longest goes incomplete where too much waits. That depends on the records and
-  their order alone.
+  To bound memory and latency, the oldest batch is released incomplete when
+  too much waits, which depends on the records and their order alone.
 
   Args:
-    rows: of a full batch.
-    max_bytes: of all arrays that wait, where several groups do.
-    max_age: how many records may come after one that waits.
+    rows: size of a full batch.
+    max_bytes: of all waiting arrays, if several groups wait.
+    max_age: number of records after a waiting one.
   """
 
   def __init__(
@@ -74,33 +72,33 @@ class Grouper:
     self._rows = rows
     self._max_bytes = max_bytes
     self._max_age = max_age
-    # By group; a group's place is that of its first record.
+    # By group, in the order of their first records.
     self._waiting: dict[Hashable, list[tuple[int, Prepared]]] = {}
     self._bytes = 0
 
-  def add(self, place: int, prepared: Prepared) -> Iterator[Batch]:
-    """Takes a record; gives the batches that are due."""
+  def add(self, position: int, prepared: Prepared) -> Iterator[Batch]:
+    """Adds a record; yields the batches that are due."""
     waiting = self._waiting.setdefault(prepared.group, [])
-    waiting.append((place, prepared))
+    waiting.append((position, prepared))
     self._bytes += _size(prepared)
     if len(waiting) == self._rows:
       yield self._pop(prepared.group)
     while self._waiting:
       oldest = next(iter(self._waiting))
       many = len(self._waiting) > 1 and self._bytes > self._max_bytes
-      if not many and place - self._waiting[oldest][0][0] < self._max_age:
+      if not many and position - self._waiting[oldest][0][0] < self._max_age:
         return
       yield self._pop(oldest)
 
   def rest(self) -> Iterator[Batch]:
-    """Gives what waits, the oldest first."""
+    """Yields the waiting batches, oldest first."""
     while self._waiting:
       yield self._pop(next(iter(self._waiting)))
 
   def _pop(self, group: Hashable) -> Batch:
-    places, prepared = zip(*self._waiting.pop(group), strict=True)
+    positions, prepared = zip(*self._waiting.pop(group), strict=True)
     self._bytes -= sum(map(_size, prepared))
-    return Batch(places, prepared)
+    return Batch(positions, prepared)
 
 
 def _size(prepared: Prepared) -> int:
@@ -109,7 +107,7 @@ def _size(prepared: Prepared) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-  """A record that is prepared, or the reason why it is not."""
+  """A prepared record, or the outcome of one that can't be prepared."""
 
   key: str
   image: str
@@ -125,22 +123,22 @@ def label(
   pool: futures.ThreadPoolExecutor,
   threads: int,
 ) -> Iterator[Entry]:
-  """The labels of some records, in their order.
+  """Labels records, in order.
 
   Args:
-    expert: makes them.
-    read: a record by its number, with `captions` and `meta`; raises BadRecord
-      for one that can't be read, which then has no label.
+    expert: the model.
+    read: from a record's number to the record, with `captions` and `meta`;
+      a BadRecord it raises becomes a record without a label.
     numbers: of the records.
-    pool: of threads.
-    threads: how many they are.
+    pool: threads.
+    threads: their number.
   """
-  work = _Work(expert, pool)
+  work = _Pipeline(expert, pool)
   prepare = _preparing(expert, read)
   ahead = expert.rows + 2 * threads
   try:
-    for place, item in enumerate(_in_order(pool, prepare, numbers, ahead)):
-      yield from work.take(place, item)
+    for position, item in enumerate(_in_order(pool, prepare, numbers, ahead)):
+      yield from work.take(position, item)
     yield from work.rest()
   finally:
     work.cancel()
@@ -152,7 +150,7 @@ def _in_order(
   numbers: Sequence[int],
   ahead: int,
 ) -> Iterator[_Read]:
-  """As `pool.map`, at most `ahead` of them in hand at a time."""
+  """`pool.map` with at most `ahead` pending calls."""
   pending: collections.deque[futures.Future] = collections.deque()
   try:
     for number in numbers:
@@ -187,13 +185,13 @@ def _preparing(
 
 
 def reason(error: BadRecord) -> str:
-  """Why a record has no label, in the words that such records share."""
+  """The reason of an error without the parts that differ between records."""
   text = _BYTES.sub("...", error.reason)
   return f"record: {_NUMBER.sub('N', text)}"
 
 
-class _Work:
-  """What is between reading and writing."""
+class _Pipeline:
+  """The stages between reading and writing."""
 
   def __init__(self, expert: Expert, pool: futures.ThreadPoolExecutor):
     self._expert = expert
@@ -201,23 +199,23 @@ class _Work:
     self._grouper = Grouper(expert.rows)
     self._running: tuple[Batch, Mapping[str, jax.Array]] | None = None
     self._finishing: list[futures.Future[Outcome]] = []
-    # By place; what was read goes when the label is there.
+    # By position; removed with the label.
     self._read: dict[int, tuple[str, str]] = {}
     self._labels: dict[int, futures.Future[Outcome] | Outcome] = {}
     self._next = 0
 
-  def take(self, place: int, item: _Read) -> Iterator[Entry]:
-    """Takes a record; gives the entries that are ready, in order."""
-    self._read[place] = (item.key, item.image)
+  def take(self, position: int, item: _Read) -> Iterator[Entry]:
+    """Adds a record; yields the finished entries, in order."""
+    self._read[position] = (item.key, item.image)
     if item.outcome is not None:
-      self._labels[place] = item.outcome
+      self._labels[position] = item.outcome
     else:
-      for batch in self._grouper.add(place, item.prepared):
+      for batch in self._grouper.add(position, item.prepared):
         self._start(batch)
     yield from self._ready()
 
   def rest(self) -> Iterator[Entry]:
-    """Gives all entries that are left."""
+    """Yields the remaining entries."""
     for batch in self._grouper.rest():
       self._start(batch)
       yield from self._ready()
@@ -226,7 +224,7 @@ class _Work:
     yield from self._ready()
 
   def cancel(self) -> None:
-    """Drops what threads have not begun."""
+    """Cancels pending calls."""
     for future in self._finishing:
       future.cancel()
 
@@ -236,33 +234,35 @@ class _Work:
     self._running = (batch, outputs)
 
   def _collect(self) -> None:
-    """Waits for the batch that runs, and hands its rows to threads."""
+    """Waits for the running batch and hands its rows to threads."""
     if self._running is None:
       return
     batch, outputs = self._running
     self._running = None
-    # Those of the batch before, lest they pile up.
+    # Bounds the number of pending labels.
     futures.wait(self._finishing)
     fetched = {name: np.asarray(value) for name, value in outputs.items()}
     self._finishing = []
-    for row, (place, prepared) in enumerate(
-      zip(batch.places, batch.prepared, strict=True)
+    for row, (position, prepared) in enumerate(
+      zip(batch.positions, batch.prepared, strict=True)
     ):
-      # Of one number too, an array.
+      # An array also of a scalar.
       rows = {name: value[row, ...] for name, value in fetched.items()}
-      future = self._pool.submit(self._finish, place, rows, prepared.meta)
+      future = self._pool.submit(self._finish, position, rows, prepared.meta)
       self._finishing.append(future)
-      self._labels[place] = future
+      self._labels[position] = future
 
   def _finish(
-    self, place: int, rows: Mapping[str, np.ndarray], meta: object
+    self, position: int, rows: Mapping[str, np.ndarray], meta: object
   ) -> Outcome:
     try:
       return self._expert.finish(rows, meta)
     except BadRecord as error:
       return no_label(reason(error))
     except Exception as error:
-      error.add_note(f"(while labelling the record {self._read[place][0]!r})")
+      error.add_note(
+        f"(while labelling the record {self._read[position][0]!r})"
+      )
       raise
 
   def _ready(self) -> Iterator[Entry]:

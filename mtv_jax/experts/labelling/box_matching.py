@@ -25,6 +25,7 @@ from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import BoxLabel
 from mtv_jax.data.tokenizers import canonicalize
 from mtv_jax.evals.grounding import grounding
+from mtv_jax.utils.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,10 +183,10 @@ def compare(
 
   Raises:
     LabelError: the sets are of other records, or of no common image.
-    ValueError: an option makes no sense.
+    InputError: an option makes no sense.
   """
   if not 0 < iou <= 1:
-    raise ValueError(f"iou={iou}; expected more than 0 and at most 1")
+    raise InputError(f"iou={iou}; expected more than 0 and at most 1")
   names = {canonicalize(k): canonicalize(v) for k, v in (renamed or {}).items()}
   agreement = Agreement(iou)
   for label, true in _both(labels, truth):
@@ -234,13 +235,13 @@ def parse_renamed(pairs: Sequence[str]) -> dict[str, str]:
   """Of `old=new` strings.
 
   Raises:
-    ValueError: for one without an equals sign or a side.
+    InputError: for one without an equals sign or a side.
   """
   renamed = {}
   for pair in pairs:
     old, _, new = pair.partition("=")
     if not canonicalize(old) or not canonicalize(new):
-      raise ValueError(
+      raise InputError(
         f"{pair!r} renames nothing; write it as LABEL=TRUTH, such as"
         " 'sofa=couch'"
       )

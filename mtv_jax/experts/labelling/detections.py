@@ -1,4 +1,4 @@
-"""From a detector's boxes to a box label: duplicates and useless ones go."""
+"""Post-processing of detections: filters, non-maximum suppression, label."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from jaxtyping import Float, Float32, Int
 
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import Outcome
+from mtv_jax.utils.errors import InputError
 
-# A detector that sees an image in a padded square also finds what is not there.
-# Of such a box less than this share of its area is in the image.
+# Detectors that pad images to a square also report boxes in the padding: those
+# with less than this share of their area in the image are dropped.
 INSIDE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
-  """What a detector found in one image.
+  """Raw detections of one image.
 
   Attributes:
-    boxes: (y0, x0, y1, x1) in the unit square of the image; they may reach
-      outside of it.
-    scores: how sure the detector is.
-    phrases: what is in each.
+    boxes: (y0, x0, y1, x1) in the unit square of the image; may exceed it.
+    scores: confidences.
+    phrases: one per box.
   """
 
   boxes: Float32[np.ndarray, "n 4"]
@@ -40,20 +40,20 @@ def check_options(
   min_side: float,
   max_area: float,
 ) -> dict[str, float]:
-  """What every detector is asked for, as its settings have it.
+  """The checked options of `select`, as a manifest stores them.
 
   Raises:
-    ValueError: for a number outside of its range.
+    InputError: for a number out of range.
   """
   shares = dict(threshold=threshold, nms=nms, min_side=min_side)
   for name, value in (shares | dict(max_area=max_area)).items():
     if not 0 <= value <= 1:
-      raise ValueError(
+      raise InputError(
         f"{name}={value}: expected a number from 0 to 1; it is a share of the "
         "image, of two boxes, or a probability, not in pixels or percent."
       )
   if max_boxes < 1:
-    raise ValueError(f"max_boxes={max_boxes}; expected at least 1.")
+    raise InputError(f"max_boxes={max_boxes}; expected at least 1.")
   return dict(
     threshold=float(threshold),
     nms=float(nms),
@@ -69,19 +69,17 @@ def suppress(
   *,
   iou: float,
 ) -> Int[np.ndarray, "k"]:
-  """Non-maximum suppression whatever the boxes' phrases say.
+  """Class-agnostic non-maximum suppression.
 
-  The best box stays and those go that overlap it by more than `iou`
-  (intersection over union); then the best of the others, and so on. Of equal
-  scores the earlier comes first.
+  Of equal scores the earlier box wins.
 
   Args:
     boxes: (y0, x0, y1, x1), of positive area.
-    scores: how sure the detector is.
-    iou: 1 keeps every box.
+    scores: confidences.
+    iou: maximum intersection over union; 1 retains every box.
 
   Returns:
-    Indices of the boxes that stay, best first.
+    Indices of the retained boxes, best first.
   """
   order = np.argsort(-scores, kind="stable")
   boxes = boxes[order].astype(np.float64)
@@ -108,26 +106,25 @@ def select(
 ) -> Outcome:
   """The box label of an image.
 
-  Boxes that lie mostly outside of the image, and small and large ones, are
-  left out before duplicates are, so that no box goes in favour of one that
-  goes too. Everything is measured of the part inside the image.
+  Boxes mostly outside of the image, small ones and large ones are dropped
+  before duplicates, so that none is suppressed by a dropped one. All measures
+  refer to the part inside the image.
 
   Args:
     detections: above the detector's threshold, in any order.
     nms: `iou` of `suppress`.
-    max_boxes: the best by score stay.
-    min_side: a box with a shorter side, as a share of the image's, is left
-      out.
-    max_area: a box of a larger area, as a share of the image's, is left out:
-      it says no more than the caption.
+    max_boxes: maximum number, the best by score.
+    min_side: minimum side, as a share of the image's.
+    max_area: maximum area, as a share of the image's: a larger box adds
+      nothing to the caption.
 
   Returns:
-    The label, its boxes best first, and how many were left out, by reason.
+    The label, its boxes best first, and the dropped boxes by reason.
   """
   boxes, scores = detections.boxes, detections.scores
   inside = boxes.clip(0, 1)
   extent = inside[:, 2:] - inside[:, :2]
-  # What is wrong in itself goes on to `make_boxes`, which says why.
+  # `make_boxes` reports invalid boxes.
   sound = np.isfinite(boxes).all(1) & np.isfinite(scores)
   sound &= (boxes[:, 2:] > boxes[:, :2]).all(1)
   broken, kept = np.flatnonzero(~sound), np.flatnonzero(sound)
@@ -156,5 +153,5 @@ def select(
 
 
 def area(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n"]:
-  """Of each box, in units of its coordinates'; 0 for an inverted one."""
+  """Area of each box; 0 for an inverted one."""
   return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)

@@ -29,7 +29,7 @@ from typing import Any, Protocol, runtime_checkable
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.tokenizers import canonicalize
 from mtv_jax.experts.labelling import stop_words
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 # OWLv2's. The 10-grams of a caption of 35 words are about as many; a caption
 # of COCO has some 50.
@@ -77,12 +77,12 @@ def build_phrases(
     max_words: in an n-gram.
 
   Raises:
-    ValueError: for a name that is none, a file that holds no phrases, or a
+    InputError: for a name that is none, a file that holds no phrases, or a
       limit below 1.
     ImportError: for a module that there is not.
   """
   if max_phrases < 1 or max_words < 1:
-    raise ValueError(
+    raise InputError(
       f"max_phrases={max_phrases} and max_words={max_words}: both are at least"
       " 1"
     )
@@ -95,7 +95,7 @@ def build_phrases(
     return read_vocabulary(source)
   if _NAMED.fullmatch(source):
     return _Function(source, max_phrases)
-  raise ValueError(
+  raise InputError(
     f"phrases={source!r} is no source of phrases, and no file."
     f" {did_you_mean(source, ['ngrams', 'tags', 'tags:FIELD'])} A file has one"
     " phrase a line; MODULE:NAME is a function of a record."
@@ -186,21 +186,21 @@ def read_vocabulary(file: str) -> Vocabulary:
   punctuation) are dropped, and a line of the log says how many.
 
   Raises:
-    ValueError: it is no text in UTF-8, or holds no phrase.
+    InputError: it is no text in UTF-8, or holds no phrase.
     OSError: it can't be read.
   """
   path = Path(file).expanduser()
   try:
     lines = path.read_text(encoding="utf-8-sig").splitlines()
   except UnicodeDecodeError as error:
-    raise ValueError(
+    raise InputError(
       f"{file} is no text in UTF-8 ({error}); a vocabulary has one phrase a"
       " line"
     ) from error
   filled = [line for line in lines if canonicalize(line)]
   phrases = _distinct(filled, len(filled))
   if not phrases:
-    raise ValueError(
+    raise InputError(
       f"{file} has {len(lines)} lines and no phrase; a vocabulary has one a"
       " line"
     )
@@ -255,12 +255,12 @@ class _Function:
     try:
       function = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
-      raise ValueError(
+      raise InputError(
         f"phrases={self.source!r}: {error}. The module must be one that Python"
         " finds: set PYTHONPATH to its folder."
       ) from error
     if not callable(function):
-      raise ValueError(
+      raise InputError(
         f"phrases={self.source!r}: {module} has no function {name!r}."
         f" {did_you_mean(name, _public(module))}"
       )

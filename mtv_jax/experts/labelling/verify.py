@@ -1,4 +1,4 @@
-"""Labels some records of a finished set again, and compares."""
+"""Verification of a label set: labels some records again and compares."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling import batching
+from mtv_jax.utils.errors import InputError
 
 
 @dataclasses.dataclass
 class Report:
-  """What a comparison found.
+  """Result of a comparison.
 
   Attributes:
     kind: of the labels.
     compared: records.
     labelled: those with a label on both sides.
-    boxes, found: how many are stored, and made now, of sets of boxes.
+    boxes, found: stored and new boxes, of sets of boxes.
     different: by key, how a label differs.
     max_difference, total_difference, pixels: of the stored maps, in steps of
       their 16 bits.
@@ -78,25 +79,25 @@ def verify(
   count: int,
   threads: int | None = None,
 ) -> Report:
-  """Compares the labels of evenly spaced records with those made now.
+  """Compares the labels of evenly spaced records with new ones.
 
   Args:
-    expert: with the settings that the set was made with.
-    base: the source that it was made for, or some of its shards.
+    expert: with the settings of the set.
+    base: the source of the set, or some of its shards.
     out: the folder of the set.
     count: of records; all, if there are fewer.
-    threads: one a core by default.
+    threads: one per core by default.
 
   Raises:
     FileNotFoundError: there is no finished set.
-    FileExistsError: it was made with other settings.
-    LabelError: it was made for other shards.
-    ValueError: a count, or threads, below one.
+    FileExistsError: the set has other settings.
+    LabelError: the set is of other shards.
+    InputError: a count, or threads, below one.
   """
   if threads is not None and threads < 1:
-    raise ValueError(f"threads={threads}; expected at least 1.")
+    raise InputError(f"threads={threads}; expected at least 1.")
   if count < 1:
-    raise ValueError(f"{count} records to verify; expected at least 1.")
+    raise InputError(f"{count} records to verify; expected at least 1.")
   stored = LabelSet(out, kind=expert.kind)
   described = label_settings.describe(expert.kind, expert.settings, base)
   label_settings.check_manifest(

@@ -190,7 +190,7 @@ def batches(groups, rows=3, size=1, **limits):
       found += grouper.add(place, prepared(group, size))
   before = len(found)
   found += grouper.rest()
-  return [list(batch.places) for batch in found], before
+  return [list(batch.positions) for batch in found], before
 
 
 def test_records_of_a_group_share_a_batch():
