@@ -51,7 +51,7 @@ class Setup:
 
   def head(self, encoder: Encoder) -> heads.Head:
     """The head for an encoder's features."""
-    width = views.channels(encoder, layers=self.layers, cls=self.protocol.cls)
+    width = views.channels(encoder, self.protocol, self.layers)
     if self.protocol.head == "dpt":
       return heads.DPTHead(width, self.max_depth, self.dpt_features)
     if self.protocol.head == "upsampled":
@@ -75,19 +75,6 @@ class Setup:
       part = tuple(slice((s - side) // 2, (s + side) // 2) for s in depth.shape)
       image, depth = image[part], depth[part]
     return Example(image.astype(np.float32), depth)
-
-  def features(
-    self, encoder: Encoder, images: list[np.ndarray]
-  ) -> Float32[np.ndarray, "n h w c"]:
-    """The features of padded inputs of one size."""
-    return views.features(
-      encoder,
-      images,
-      layers=self.layers,
-      norm=self.protocol.norm,
-      cls=self.protocol.cls,
-      batch_size=self.protocol.batch_size,
-    )
 
 
 def train(
@@ -179,16 +166,16 @@ class _Batches:
     self, examples: Sequence[tuple[np.ndarray, np.ndarray]]
   ) -> dict[str, np.ndarray]:
     images, depths = zip(*examples, strict=True)
-    features = self._setup.features(self._encoder, list(images))
+    features = views.features(
+      self._encoder, list(images), self._setup.protocol, self._setup.layers
+    )
     return {"features": features, "depth": np.stack(depths)}
 
   def _encode_all(self) -> dict[str, np.ndarray] | None:
     """All features and depths; None with augmentation, or if too large."""
     (rows, columns), size = self._view.grid, self._view.size
     setup, count = self._setup, len(self._data.images)
-    width = views.channels(
-      self._encoder, layers=setup.layers, cls=setup.protocol.cls
-    )
+    width = views.channels(self._encoder, setup.protocol, setup.layers)
     example_bytes = 4 * (rows * columns * width + size[0] * size[1])
     if setup.protocol.augment != "none" or (
       count * example_bytes > _CACHE_BYTES
@@ -254,7 +241,7 @@ def _predict_batch(encoder, examples, setup, view, head, fitted):
   images = [view.pad(e.image, mean) for e in examples]
   if flip:
     images += [view.pad(e.image[:, ::-1], mean) for e in examples]
-  features = setup.features(encoder, images)
+  features = views.features(encoder, images, setup.protocol, setup.layers)
   total = setup.protocol.batch_size * (2 if flip else 1)
   padding = [(0, total - len(features)), (0, 0), (0, 0), (0, 0)]
   batch = probe.shard_batch(

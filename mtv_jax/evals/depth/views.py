@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32
 
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import resizing
+from mtv_jax.evals.depth.protocols import Protocol
 from mtv_jax.utils.errors import InputError
 
 
@@ -119,32 +120,27 @@ def restoring_matrix(
 def features(
   encoder: Encoder,
   images: list[np.ndarray],
-  *,
+  protocol: Protocol,
   layers: tuple[int, ...],
-  norm: str,
-  cls: str,
-  batch_size: int,
 ) -> Float32[np.ndarray, "n h w c"]:
   """Input of a probe: the patches of the layers, each with its CLS token.
 
   Args:
     encoder: of the features.
-    images: inputs of one size, in 0..255.
+    images: padded inputs of one size, in 0..255.
+    protocol: its `norm`, `cls` (if there is a CLS token) and `batch_size`.
     layers: blocks, concatenated along the channels; with the final norm only
       the last one.
-    norm: `final` or `none`, see `protocols.Protocol`.
-    cls: `concat` or `none`; without effect if there is no CLS token.
-    batch_size: images a step.
   """
-  token = cls == "concat" and encoder.spec.image.cls_token
-  outputs = ("patches", "prefix") if token else ("patches",)
-  if norm == "final":
-    output = encoder.dense(images, outputs=outputs, batch_size=batch_size)
+  token = protocol.cls == "concat" and encoder.spec.image.cls_token
+  dense = functools.partial(
+    encoder.dense, images, batch_size=protocol.batch_size
+  )
+  if protocol.norm == "final":
+    output = dense(outputs=("patches", "prefix") if token else ("patches",))
     pairs = [(output.patches, output.prefix)]
   else:
-    output = encoder.dense(
-      images, layers=layers, outputs=(), batch_size=batch_size
-    )
+    output = dense(layers=layers, outputs=())
     pairs = [(output.layers[i], output.prefix_layers.get(i)) for i in layers]
   parts = []
   for patches, prefix in pairs:
@@ -155,7 +151,9 @@ def features(
   return np.concatenate(parts, axis=-1)
 
 
-def channels(encoder: Encoder, *, layers: tuple[int, ...], cls: str) -> int:
+def channels(
+  encoder: Encoder, protocol: Protocol, layers: tuple[int, ...]
+) -> int:
   """Number of channels of `features`."""
-  token = cls == "concat" and encoder.spec.image.cls_token
+  token = protocol.cls == "concat" and encoder.spec.image.cls_token
   return len(layers) * encoder.spec.image.width * (2 if token else 1)

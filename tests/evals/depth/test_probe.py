@@ -17,7 +17,7 @@ from mtv_jax.evals.core.examples import Images
 from mtv_jax.evals.depth import augment, metrics, training, views
 from mtv_jax.evals.depth.augment import Example
 from mtv_jax.evals.depth.probe import DepthProbe
-from mtv_jax.evals.depth.protocols import PROTOCOLS
+from mtv_jax.evals.depth.protocols import PROTOCOLS, Protocol
 from mtv_jax.evals.depth.views import View
 from mtv_jax.parallel.mesh import make_mesh
 
@@ -151,15 +151,15 @@ class Tokens(Encoder):
     )
 
 
-def read_features(**kwargs):
+def read_features(layers, norm, cls):
   encoder = Tokens()
   images = [np.zeros((16, 24, 3), np.float32)] * 5
-  found = views.features(encoder, images, batch_size=2, **kwargs)
-  assert found.shape[:3] == (5, 2, 3)
-  assert (found == found[:1, :1, :1]).all()
-  width = views.channels(encoder, layers=kwargs["layers"], cls=kwargs["cls"])
-  assert found.shape[-1] == width
-  return found[0, 0, 0].tolist(), encoder.calls
+  protocol = Protocol(norm=norm, cls=cls, batch_size=2)
+  features = views.features(encoder, images, protocol, layers)
+  assert features.shape[:3] == (5, 2, 3)
+  assert (features == features[:1, :1, :1]).all()
+  assert features.shape[-1] == views.channels(encoder, protocol, layers)
+  return features[0, 0, 0].tolist(), encoder.calls
 
 
 def test_features_of_the_protocols():
