@@ -1,104 +1,163 @@
-"""What tools/preflight.py does; it starts JAX on the CPU."""
+"""Preflight: compiles a config's train step for a topology, without one.
+
+  python tools/preflight.py --config=configs/mtv_b16_224.py \
+    --topology=v5e:16x16
+
+Needs no data, weights or TPU: pip install 'mtv_jax[preflight]' installs the TPU
+compiler. Prints the batch, the parameters and their sharding, memory and FLOPs
+of a chip, its collectives, and the rate that the input pipeline must deliver.
+Exits with 1 if the step does not fit; --propose then compiles changes until one
+fits. Overrides are written --config.KEY=VALUE.
+
+  python tools/preflight.py --table=docs/pods.md
+
+compiles the configs of the table in that page and updates it.
+
+  python tools/preflight.py --scaling=step --config=configs/mtv_b16_224.py
+
+compiles one step for 16, 64 and 256 chips of v5e at 64 rows a chip and reports
+the growth of memory and collectives; --scaling=loss compiles the sigmoid loss
+alone. Both write --json as well.
+"""
 
 from __future__ import annotations
 
-import json as json_lib
+import argparse
+import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import tqdm
+
+from mtv_jax.cli import arguments
 from mtv_jax.config import overrides, schema
-from mtv_jax.perf import topologies
-from mtv_jax.perf.preflight import pages, report, scaling
-from mtv_jax.perf.preflight import propose as propose_lib
+from mtv_jax.utils.errors import ConfigError
 
 
-def run(
-  config: str,
-  topology: str,
-  *,
-  changes: Iterable[str] = (),
-  json: pathlib.Path | None = None,
-  tables: str = "short",
-  propose: bool = False,
-  mfu: float = report.MFU,
-  examples: int | None = None,
-  norms: bool = False,
-) -> bool:
-  """Prints whether a config fits a machine, and all there is to know of it.
-
-  Args:
-    config: a file, its arguments after a colon.
-    topology: see `topologies.parse`.
-    changes: 'KEY=VALUE', in order.
-    json: where the report is written too.
-    tables: 'short' or 'all' rows of the parameters.
-    propose: whether to try what would fit, where it does not.
-    mfu: assumed share of the chips' peak.
-    examples: of an epoch.
-    norms: whether to compile the objectives' gradient norms too.
-
-  Returns:
-    Whether it fits.
-  """
-  topologies.use_cpu(topology)
-  read = overrides.override(schema.read_config(config), changes)
-  made = report.preflight(
-    read,
-    topology,
-    mfu=mfu,
-    tables=tables,
-    examples_per_epoch=examples,
-    norms=norms,
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the command's flags."""
+  add = parser.add_argument
+  arguments.add_config(parser, required=False)
+  add("--topology", help="v5e:16x16, v4:4x4x8, gpu:8xH100, ...")
+  add("--json", type=pathlib.Path, help="also write the result here")
+  add("--tables", action="store_true", help="print all parameters")
+  add("--propose", action="store_true", help="compile changes until one fits")
+  add(
+    "--norms", action="store_true", help="also the objectives' gradient norms"
   )
-  print(made)
-  if json:
-    json.write_text(made.to_json() + "\n")
-  if not made.measured.fits and propose:
-    print("\nwhat would fit, compiled:")
-    for proposal in _propose(read, topology):
-      print(f"  {proposal}", flush=True)
-  elif not made.measured.fits:
+  add("--mfu", type=float, default=0.4, help="assumed share of the chips' peak")
+  add("--examples", type=int, help="examples per epoch")
+  add("--table", type=pathlib.Path, help="update the table in this page")
+  add("--rows", nargs="*", default=[], help="only rows with all these words")
+  add("--scaling", choices=("loss", "step"), help="compile for 16 to 256 chips")
+
+
+def run(args: argparse.Namespace) -> int:
+  """Compiles what the flags ask for; returns 1 if the config does not fit."""
+  from mtv_jax.perf import topologies
+
+  whole = args.config and (args.topology or args.scaling)
+  if not (whole or args.table or args.scaling == "loss"):
+    raise ConfigError("--config and --topology are needed")
+  topology = topologies.parse(args.topology) if args.topology else None
+  # JAX must not start another backend.
+  topologies.use_cpu(topology)
+  if args.table:
+    return _update_table(args.table, args.rows)
+  if args.scaling:
+    return _compile_scaling(args)
+  return _report(args, topology)
+
+
+def _read(args: argparse.Namespace) -> schema.Config:
+  return overrides.override(schema.read_config(args.config), args.set)
+
+
+def _report(args: argparse.Namespace, topology: Any) -> int:
+  from mtv_jax.perf.preflight import propose, report
+
+  config = _read(args)
+  # Stages: FLOPs, the step, the norms.
+  with tqdm.tqdm(total=2 + args.norms, disable=None) as bar:
+    result = report.preflight(
+      config,
+      topology,
+      mfu=args.mfu,
+      tables="all" if args.tables else "short",
+      examples_per_epoch=args.examples,
+      norms=args.norms,
+      on_stage=_show_stage(bar),
+    )
+  print(result)
+  if args.json:
+    args.json.write_text(result.to_json() + "\n")
+  if not result.compiled.fits and args.propose:
+    print("\nchanges, compiled:")
+    fits = [
+      proposal.fits
+      for proposal in _print_each(propose.propose(config, topology))
+    ]
+    if not any(fits):
+      print("  none that was tried fits.")
+  elif not result.compiled.fits:
     print("\n--propose compiles changes until one fits.")
-  return made.fits
+  return 0 if result.fits else 1
 
 
-def _propose(config, topology):
-  found = propose_lib.propose(config, topology)
-  return found or ["nothing that was tried."]
+def _show_stage(bar: tqdm.tqdm) -> Callable[[str], None]:
+  """Shows the running stage; the stages before it count as done."""
+  stages = []
+
+  def show(stage: str) -> None:
+    bar.update(bool(stages))
+    bar.set_description(stage)
+    stages.append(stage)
+
+  return show
 
 
-def table(page: pathlib.Path, *, rows: Sequence[str] = ()) -> str:
-  """Compiles the table's configs, and writes it into a page."""
-  topologies.use_cpu()
-  return pages.write(page, rows=rows)
+def _print_each(items: Iterable[Any]) -> Iterator[Any]:
+  for item in items:
+    print(f"  {item}", flush=True)
+    yield item
 
 
-def scaling_of_losses(json: pathlib.Path | None = None) -> str:
-  """The sigmoid loss alone, ring and gathered, on 16, 64 and 256 chips.
+def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
+  from mtv_jax.perf import topologies
+  from mtv_jax.perf.preflight import report
 
-  Args:
-    json: where the rows are written too.
-  """
-  topologies.use_cpu()
-  return _table(scaling.losses(), json)
-
-
-def scaling_of_step(
-  config: str, changes: Iterable[str], json: pathlib.Path | None = None
-) -> str:
-  """A config's step on 16, 64 and 256 chips at a constant batch a chip.
-
-  Args:
-    config: a file, its arguments after a colon.
-    changes: 'KEY=VALUE', in order.
-    json: where the rows are written too.
-  """
-  topologies.use_cpu()
-  read = overrides.override(schema.read_config(config), changes)
-  return _table([scaling.step(read, name) for name in scaling.TOPOLOGIES], json)
+  selected = [
+    (config, topology)
+    for config, topology in report.ROWS
+    if all(w in f"{pathlib.Path(config).stem} {topology}" for w in words)
+  ]
+  for config, topology in tqdm.tqdm(selected, disable=None):
+    result = report.preflight(
+      schema.read_config(config), topologies.parse(topology)
+    )
+    row = report.table_row(config, result)
+    text = report.update_table(page.read_text(encoding="utf-8"), [row])
+    page.write_text(text, encoding="utf-8")
+    tqdm.tqdm.write(row)
+  return 0
 
 
-def _table(rows, path: pathlib.Path | None) -> str:
-  if path:
-    path.write_text(json_lib.dumps(scaling.to_dict(rows)) + "\n")
-  return scaling.table(rows)
+def _compile_scaling(args: argparse.Namespace) -> int:
+  from mtv_jax.perf.preflight import scaling
+
+  if args.scaling == "loss":
+    methods, config = ("ring", "gathered"), None
+  else:
+    methods, config = (None,), _read(args)
+  jobs = [(m, name) for m in methods for name in scaling.TOPOLOGIES]
+  rows = [
+    scaling.compile_loss(method, name)
+    if method
+    else scaling.compile_row(config, name)
+    for method, name in tqdm.tqdm(jobs, disable=None)
+  ]
+  if args.json:
+    args.json.write_text(json.dumps(scaling.to_dict(rows)) + "\n")
+  print(scaling.format_table(rows))
+  return 0

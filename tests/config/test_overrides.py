@@ -244,5 +244,5 @@ def test_the_bench_ends_in_one_message(repo_root, arguments, says):
 def test_the_bench_takes_no_zeros(repo_root, capsys):
   main = runpy.run_path(str(repo_root / "tools" / "bench.py"))["main"]
   with pytest.raises(SystemExit):
-    main(["data", "--batch-size=0"])
-  assert "--batch-size: 0: expected at least 1" in capsys.readouterr().err
+    main(["data", "--batch_size=0"])
+  assert "--batch_size: 0: expected at least 1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Reading compiled programs: exchanges, loops, products, layouts."""
+"""Compiled HLO: collectives, loops, FLOPs, layouts."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtv_jax.perf import hlo, hlo_text
+from mtv_jax.perf import hlo
 
-# As the TPU compiler prints them: trip counts are in the condition alone.
+# Text of the TPU compiler: trip counts are only in the condition.
 TPU = """HloModule jit_f, is_scheduled=true, num_partitions=8
 
 %body (p.1: (s32[], bf16[512,64])) -> (s32[], bf16[512,64]) {
@@ -50,45 +50,45 @@ metadata={op_name="jit(f)/narrow"}
 """.replace("\\\n", "")
 
 
-def test_what_loops_send_counts_as_often_as_they_run():
+def test_collectives_in_loops_are_multiplied():
   rows = {row.kind: row for row in hlo.collectives(TPU)}
-  # From 1 by 2 to below 11: five times, from three others each time.
+  # The counter goes from 1 by 2 to below 11; three other chips send.
   gather = rows["all-gather"]
   assert (gather.count, gather.group) == (5, 4)
   assert gather.bytes == 5 * 3 * 512 * 64 * 2
   assert gather.result == 4 * 512 * 64 * 2
   assert gather.scope == "jit(f)/while/body/dot_general"
-  # A start and its end are one; two arrays in one exchange are both counted.
+  # Start and done count once; both operands of one collective count.
   assert rows["collective-permute"].bytes == 128 * 512 * 4
   reduce = rows["all-reduce"]
   assert reduce.group == 4
   assert reduce.bytes == pytest.approx(2 * 3 / 4 * 2 * 128 * 512 * 4)
-  assert hlo.by_kind(rows.values())["all-gather"] == (5, gather.bytes)
+  assert hlo.sum_by_kind(rows.values())["all-gather"] == (5, gather.bytes)
 
 
-def test_the_largest_arrays_are_named_with_their_padding():
+def test_largest_temporaries_include_padding():
   rows = hlo.largest_temporaries(TPU)
   assert rows[0].shape == "bf16[512,512]"
   narrow = next(row for row in rows if row.shape == "f32[9,4]")
   assert (narrow.bytes, narrow.scope) == (16 * 128 * 4, "jit(f)/narrow")
 
 
-def test_groups_are_read_in_each_way_they_are_written():
-  module = hlo_text.parse(TPU)
-  exchange = module.computations["body"]["all-gather.1"]
+def test_group_size_parses_all_formats():
+  module = hlo.parse(TPU)
+  gather = module.computations["body"]["all-gather.1"]
 
   def size(text):
-    found = hlo_text.Instruction("a", "all-gather", (), (), "", text)
-    return hlo.group_size(found, module.partitions)
+    instruction = hlo.Instruction("a", "all-gather", (), (), "", text)
+    return hlo.group_size(instruction, module.partitions)
 
-  assert hlo.group_size(exchange, 8) == 4
+  assert hlo.group_size(gather, 8) == 4
   assert size("replica_groups={{0,2,4},{1,3,5}}") == 3
   assert size("replica_groups=[4,2]<=[8]") == 2
   assert size("replica_groups={}") == 8
   assert size("replica_groups=mesh['a'=8] {'a':(2)4}") == 4
 
 
-def test_an_exchange_in_pieces_is_one():
+def test_chained_pieces_are_one_collective():
   def piece(role):
     ends = f'custom-call(%g.{role}), custom_call_target="AsyncCollective{role}"'
     return f"""%{role} (x.{role}: f32[64]) -> f32[256] {{
@@ -112,14 +112,14 @@ frontend_attributes={{chain_id="0"}}
   assert (row.count, row.bytes) == (1, 3 * 64 * 4)
 
 
-def test_a_text_that_is_no_program_is_refused():
+def test_text_without_entry_raises():
   with pytest.raises(ValueError, match="no ENTRY"):
-    hlo_text.parse("nothing")
+    hlo.parse("nothing")
 
 
 @pytest.fixture(scope="module")
 def compiled():
-  """Products in a loop of five, with a sum over eight devices in each."""
+  """Matrix products in a loop of five, each with a psum over eight devices."""
   mesh = jax.make_mesh((8,), ("a",), devices=jax.devices()[:8])
 
   def local(x, w):
@@ -131,21 +131,21 @@ def compiled():
   function = jax.shard_map(
     local, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False
   )
-  place = NamedSharding(mesh, P())
+  replicated = NamedSharding(mesh, P())
   shapes = [
-    jax.ShapeDtypeStruct(s, np.float32, sharding=place)
+    jax.ShapeDtypeStruct(s, np.float32, sharding=replicated)
     for s in ((16, 32), (32, 32))
   ]
   return jax.jit(function).lower(*shapes).compile()
 
 
-def test_a_program_of_eight_devices(compiled):
+def test_collectives_of_a_compiled_program(compiled):
   (row,) = hlo.collectives(compiled)
   assert (row.kind, row.count, row.group) == ("all-reduce", 5, 8)
   assert row.bytes == pytest.approx(5 * 2 * 7 / 8 * 16 * 32 * 4)
 
 
-def test_products_in_loops_are_multiplied():
+def test_convolution_flops_skip_padding():
   text = """HloModule m, num_partitions=1
 
 ENTRY %e (a: f32[4,8,8,3], b: f32[3,3,3,5]) -> f32[4,8,8,5] {
@@ -155,5 +155,5 @@ ENTRY %e (a: f32[4,8,8,3], b: f32[3,3,3,5]) -> f32[4,8,8,5] {
 window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f
 }
 """.replace("\\\n", "")
-  # Of 3 taps a row, one misses the image at either edge: 8 * 3 - 2.
-  assert hlo.flops(text) == 2 * 22 * 22 * 3 * 4 * 5
+  # At either edge one of the 3 taps reads padding: 8 * 3 - 2 per axis.
+  assert hlo.count_flops(text) == 2 * 22 * 22 * 3 * 4 * 5

@@ -1,4 +1,4 @@
-"""Names of machines that need not be there."""
+"""Topology names and the devices that they stand for."""
 
 import pytest
 
@@ -21,11 +21,10 @@ from mtv_jax.perf import topologies
     ("gpu:8x80GB", "80GB", 8, 1, 1),
   ],
 )
-def test_names(name, kind, chips, hosts, slices):
-  found = topologies.parse(name)
-  assert (found.chip.kind, found.chips) == (kind, chips)
-  assert (found.hosts, found.slices) == (hosts, slices)
-  assert topologies.chip(name) is found.chip or not found.is_tpu
+def test_parse(name, kind, chips, hosts, slices):
+  parsed = topologies.parse(name)
+  assert (parsed.chip.kind, parsed.chips) == (kind, chips)
+  assert (parsed.hosts, parsed.slices) == (hosts, slices)
 
 
 @pytest.mark.parametrize(
@@ -36,34 +35,35 @@ def test_names(name, kind, chips, hosts, slices):
     ("v5e:16x32", "at most 256 chips .16x16.; more .* 2xv5e:16x16"),
     ("v5:2x2", "Did you mean 'v5p'"),
     ("v4-32", "give the shape"),
-    ("v5e:0x4", "no number of chips"),
+    ("v5e:0x4", "not a number of chips"),
     ("gpu:8xH10", "Did you mean 'H100'"),
     ("2xcpu:8", "only TPUs come in slices"),
     ("a pod", "no topology is called"),
   ],
 )
-def test_names_of_nothing(name, message):
+def test_invalid_names_raise(name, message):
   with pytest.raises(ValueError, match=message):
     topologies.parse(name)
 
 
-def test_chips_know_memory_and_peak():
-  chip = topologies.chip("v5e:4x4")
+def test_chip_memory_and_peak_flops():
+  chip = topologies.parse("v5e:4x4").chip
   assert chip.hbm_bytes == 15.75 * 2**30
   assert chip.peak_bf16_flops == 197e12
 
 
-def test_a_missing_compiler_is_said(monkeypatch):
+def test_missing_libtpu_raises(monkeypatch):
   monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"mtv_jax\[preflight\]"):
-    topologies.devices("v5e:2x2")
+    topologies.devices(topologies.parse("v5e:2x2"))
 
 
 @pytest.mark.reference
 @pytest.mark.parametrize(
   "name", ["v5e:16x16", "v5e:2x4", "v4:4x4x8", "v5p:4x4x8", "2xv6e:4x4"]
 )
-def test_the_compiler_has_as_many_chips_and_hosts(name):
-  found, parsed = topologies.devices(name), topologies.parse(name)
-  assert len(found) == parsed.chips
-  assert len({device.process_index for device in found}) == parsed.hosts
+def test_libtpu_has_as_many_chips_and_hosts(name):
+  parsed = topologies.parse(name)
+  devices = topologies.devices(parsed)
+  assert len(devices) == parsed.chips
+  assert len({device.process_index for device in devices}) == parsed.hosts

@@ -10,7 +10,7 @@ import trainings
 
 from mtv_jax.config import schema
 from mtv_jax.parallel.mesh import shard_batch
-from mtv_jax.perf.bench import flops
+from mtv_jax.perf import flops
 from mtv_jax.train import loop
 from mtv_jax.train.experiment import (
   build_experiment,
@@ -37,8 +37,8 @@ def locked():
 
 
 def parts(config):
-  found = flops.bench_flops(config, batch_size=4)
-  return {p.name: p.flops for p in found.parts}, found
+  found = flops.run(config, batch_size=4)
+  return found.parts, found
 
 
 def test_a_frozen_tower_costs_its_forward_pass_and_has_no_moments(tmp_path):

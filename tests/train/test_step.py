@@ -22,7 +22,7 @@ from mtv_jax.parallel.mesh import (
   replicated_sharding,
   shard_batch,
 )
-from mtv_jax.perf import hlo, hlo_text
+from mtv_jax.perf import hlo
 from mtv_jax.train import gradients
 from mtv_jax.train.step import make_program
 from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
@@ -404,7 +404,7 @@ def sent_by_towers_beside_parameters(rows, params):
     if re.search("/(ViT|TextTower)/", row.scope)
     and "/jit(_take)/" not in row.scope
     and (
-      not all(map(known, hlo_text.shapes(row.shape)))
+      not all(map(known, hlo.parse_shapes(row.shape)))
       or (row.kind == "all-reduce" and "transpose(" not in row.scope)
     )
   ]

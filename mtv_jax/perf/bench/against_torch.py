@@ -1,128 +1,94 @@
-"""A train step of ours beside PyTorch's, on one CPU, in one run.
+"""Train step benchmark beside PyTorch, on one CPU.
 
-Both sides get the same weights and the same batch, so that the losses of their
-first steps are equal: what is timed is the same work. Rounds alternate, so that
-what else the machine does disturbs both alike.
+Both sides start from the same weights and batch, so that the losses of their
+first steps are equal. Rounds alternate.
 
-  siglip         ViT-S/16 and its text tower, sigmoid loss; against open_clip's
-                 model and loss
+  siglip         ViT-S/16 and its text tower, sigmoid loss; beside open_clip
   distillation   DINO and iBOT on ViT-S/16, two global and eight local crops;
-                 against a step written from the formulas, see `torch_steps`
+                 beside a step written from the formulas
 
-Float32 throughout; clipping at 1 and AdamW (PyTorch's fused one) on both sides.
+Float32, gradient clipping at 1 and AdamW (PyTorch's is the fused one).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import functools
 import os
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from mtv_jax.config import schema
-from mtv_jax.data import tokenizers
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
-from mtv_jax.train import gradients, optim
-from mtv_jax.train.experiment import build_data_ops, build_step_spec
-from mtv_jax.train.step import make_program
-from mtv_jax.train.step_spec import StepSpec, abstract_params, init_params
+from mtv_jax.perf import flops
+from mtv_jax.perf.bench import harness
+from mtv_jax.train.experiment import build_program, build_step_spec
+from mtv_jax.train.step_spec import StepSpec, init_params
 from mtv_jax.utils.errors import check_choice
 
 WHAT = ("siglip", "distillation")
-# Adam's settings and those of the step around it, of both sides.
+# Of both sides.
 OPTIM = dict(name="adamw", lr=1e-3, weight_decay=0.1, b2=0.95, clip_norm=1.0)
-TEACHER_MOMENTUM = 0.994
-
-
-@dataclasses.dataclass(frozen=True)
-class Against:
-  """What `bench_against` measured.
-
-  Attributes:
-    what: of `WHAT`.
-    ours: milliseconds of a step, the median of the rounds'.
-    torch: the same of PyTorch's.
-    speed: theirs over ours, the median of the rounds' ratios.
-    speeds: of every round.
-    losses: of the first step, ours and theirs.
-    parameters: that are trained, ours and theirs.
-    batch_size: of a step.
-    threads: that each side had.
-    versions: of the libraries.
-  """
-
-  what: str
-  ours: float
-  torch: float
-  speed: float
-  speeds: tuple[float, ...]
-  losses: tuple[float, float]
-  parameters: tuple[int, int]
-  batch_size: int
-  threads: int
-  versions: dict[str, str]
-
-  def to_json(self) -> str:
-    """As one line of JSON."""
-    return json.dumps(dataclasses.asdict(self))
-
-  def __str__(self) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in self.versions.items())
-    lines = [
-      f"{self.what}, ViT-S/16, float32, batch {self.batch_size},"
-      f" {self.threads} threads ({versions})",
-      f"{'':14}{'ms a step':>10}{'first loss':>12}{'parameters':>13}",
-    ]
-    sides = (("ours", self.ours), ("PyTorch", self.torch))
-    for i, (name, ms) in enumerate(sides):
-      lines.append(
-        f"{name:14}{ms:10.0f}{self.losses[i]:12.4f}{self.parameters[i]:13,}"
-      )
-    low, high = min(self.speeds), max(self.speeds)
-    lines.append(
-      f"our speed over PyTorch's: {self.speed:.2f}  ({low:.2f} to {high:.2f} in"
-      f" {len(self.speeds)} rounds)"
-    )
-    return "\n".join(lines)
 
 
 def pin(threads: int) -> int:
-  """Keeps this process to so many cores; returns how many there are of them.
+  """Restricts this process to some cores; returns how many it got.
 
-  XLA takes a thread for each core that the process may use when JAX starts, so
-  call it before anything computes.
+  XLA starts a thread for each core that the process may use, so call this
+  before anything computes.
   """
   cores = sorted(os.sched_getaffinity(0))[:threads]
   os.sched_setaffinity(0, cores)
   return len(cores)
 
 
-def bench_against(
-  what: str,
+def run(
+  what: str = "siglip",
   *,
   batch_size: int = 16,
   rounds: int = 3,
   steps: int = 1,
   threads: int = 2,
+) -> harness.Result:
+  """Times both sides on some cores of this machine; see `compare`.
+
+  Args:
+    what: siglip or distillation (DINO and iBOT).
+    batch_size: images per step.
+    rounds: of both sides.
+    steps: per round.
+    threads: cores that the process is restricted to, and threads of PyTorch.
+  """
+  return compare(
+    what,
+    batch_size=batch_size,
+    rounds=rounds,
+    steps=steps,
+    threads=pin(threads),
+  )
+
+
+def compare(
+  what: str,
+  *,
+  batch_size: int,
+  rounds: int,
+  threads: int,
+  steps: int = 1,
   **model: Any,
-) -> Against:
-  """Times a step of ours and PyTorch's, by turns.
+) -> harness.Result:
+  """Times a step of this project and of PyTorch in alternating rounds.
 
   Args:
     what: of `WHAT`.
-    batch_size: images a step.
-    rounds: of both; one more warms up and is not counted.
-    steps: of a round.
-    threads: of PyTorch; JAX's are those of the process, see `pin`.
-    **model: instead of fields of the model, to try it small.
+    batch_size: images per step.
+    rounds: of both.
+    threads: of PyTorch; JAX uses those of the process, see `pin`.
+    steps: per round, after one that does not count.
+    **model: replaces fields of the model, for a small one.
   """
   check_choice("what", what, WHAT)
   import torch
@@ -130,42 +96,55 @@ def bench_against(
   from mtv_jax.perf.bench import torch_steps
 
   torch.set_num_threads(threads)
-  recipe, ours, state, batch = _ours(what, batch_size, model)
-  sides = (ours, torch_steps.make_step(recipe, state, batch, what))
-  first = tuple(side() for side in sides)
-  times = [[_timed(side, steps) for side in sides] for _ in range(rounds)]
-  speeds = tuple(theirs / mine for mine, theirs in times)
-  mine, theirs = map(statistics.median, zip(*times, strict=True))
-  trained = sum(np.size(x) for x in jax.tree.leaves(state.params))
-  return Against(
+  recipe, ours, params, batch = _our_step(what, batch_size, dict(model))
+  if what == "siglip":
+    theirs = torch_steps.siglip_step(recipe, params, batch, OPTIM)
+  else:
+    make_views = functools.partial(flops.make_views, recipe)
+    views = jax.device_get(jax.jit(make_views)(batch))
+    theirs = torch_steps.distillation_step(recipe, params, views, OPTIM)
+  sides = (ours, theirs)
+  losses = tuple(side() for side in sides)
+
+  def time_side(side):
+    # The first step of a turn gets its memory back from the other side, which
+    # took up to twice the time of a step here and is not charged to either.
+    side()
+    return harness.time_call(lambda: [side() for _ in range(steps)]) / steps
+
+  times = np.array([[time_side(s) for s in sides] for _ in range(rounds)])
+  speed = harness.Ratio.of(times[:, 1], times[:, 0])
+  medians = [1e3 * statistics.median(side) for side in times.T]
+  trained = sum(np.size(x) for x in jax.tree.leaves(params))
+  parameters = (trained, theirs.parameters)
+  result = harness.Result(
     what=what,
-    ours=1e3 * mine,
-    torch=1e3 * theirs,
-    speed=statistics.median(speeds),
-    speeds=speeds,
-    losses=first,
-    parameters=(trained, sides[1].parameters),
     batch_size=batch_size,
     threads=threads,
-    versions={"jax": jax.__version__, **sides[1].versions},
+    versions={"jax": jax.__version__, **torch_steps.VERSIONS},
+    losses=losses,
+    parameters=parameters,
   )
+  for i, (name, label) in enumerate((("ours", "ours"), ("torch", "PyTorch"))):
+    result.add(
+      name,
+      medians[i],
+      label,
+      f"{medians[i]:.0f} ms a step, first loss {losses[i]:.4f}, "
+      f"{parameters[i]:,} parameters",
+    )
+  text = speed.format(".2f")
+  result.add("speed", speed.median, "our speed over PyTorch's", text)
+  result.add("speeds", speed.rounds)
+  return result
 
 
-def _timed(side: Callable[[], float], steps: int) -> float:
-  # The first step of a turn gets its memory back from the other side, which
-  # took up to twice the time of a step here: neither side's to pay for.
-  side()
-  begin = time.perf_counter()
-  for _ in range(steps):
-    side()
-  return (time.perf_counter() - begin) / steps
-
-
-def _config(what: str, batch_size: int, model: dict[str, Any]) -> ConfigDict:
-  """The recipe of a comparison, as a run would be configured."""
-  size, local, patch = model.pop("image_size", 224), model.pop("local", 96), 16
+def _make_config(
+  what: str, batch_size: int, model: dict[str, Any]
+) -> ConfigDict:
+  size, local = model.pop("image_size", 224), model.pop("local", 96)
   siglip = what == "siglip"
-  base = dict(
+  config = dict(
     seed=0,
     batch_size=batch_size,
     total_steps=1000,
@@ -173,82 +152,72 @@ def _config(what: str, batch_size: int, model: dict[str, Any]) -> ConfigDict:
       train=[dict(type="scenes", size=size)],
       ops=f"decode|canvas({size})" + ("|caption(64)" if siglip else ""),
     ),
+    model=dict(variant="S/16", image_size=size, dtype="float32"),
     optim=OPTIM,
     schedule=dict(name="constant"),
   )
-  shape = dict(variant="S/16", image_size=size, dtype="float32")
   if siglip:
     text = dict(variant="S", length=64, vocab_size=32_000)
+    config["model"] |= dict(pool="map", text=text, **model)
     return ConfigDict(
       dict(
-        **base,
+        **config,
         views=dict(image=dict(count=1, ops=f"resize({size})")),
-        model=dict(**shape, pool="map", text=text, **model),
         objectives=dict(contrastive=dict(init_bias=-10.0)),
       )
     )
-  # Crops and nothing else: PyTorch's step gets them ready-made.
-  crop = f"crop({size}, 0.32, 1.0)|flip|blocks(0.1, 0.5, p=0.5, patch={patch})"
-  prototypes = dict(prototypes=model.pop("prototypes", 65_536), chunk=None)
-  views = {
-    "global": dict(count=2, ops=crop),
-    "local": dict(count=8, ops=f"crop({local}, 0.05, 0.32)|flip"),
-  }
+  # No photometric ops: PyTorch's step gets these crops.
+  crop = f"crop({size}, 0.32, 1.0)|flip|blocks(0.1, 0.5, p=0.5, patch=16)"
+  head = dict(
+    prototypes=model.pop("prototypes", 65_536),
+    chunk=None,
+    freeze_last_layer_percent=0.0,
+  )
+  # With DINOv2's layer scale of 1e-5 all CLS tokens start nearly equal: KoLeo
+  # would take the logarithm of rounding errors, which differ between the sides.
+  config["model"] |= dict(pool="cls", layer_scale=0.1, **model)
   return ConfigDict(
     dict(
-      **base,
-      views=views,
-      # With DINOv2's 1e-5 all CLS tokens start alike: KoLeo would take the
-      # logarithm of distances that are rounding errors, each side its own.
-      model=dict(**shape, pool="cls", layer_scale=0.1, **model),
+      **config,
+      views={
+        "global": dict(count=2, ops=crop),
+        "local": dict(count=8, ops=f"crop({local}, 0.05, 0.32)|flip"),
+      },
       objectives=dict(
-        distillation=dict(
-          koleo_weight=0.1, freeze_last_layer_percent=0.0, **prototypes
-        ),
-        masked_latent=dict(freeze_last_layer_percent=0.0, **prototypes),
+        distillation=dict(koleo_weight=0.1, **head), masked_latent=head
       ),
-      teacher=dict(momentum=TEACHER_MOMENTUM),
+      teacher=dict(momentum=0.994),
     )
   )
 
 
-def _ours(what: str, batch_size: int, model: dict[str, Any]):
-  """The recipe, a step as a function, its first state and its batch."""
-  config = schema.check_config(_config(what, batch_size, dict(model)))
+def _our_step(what: str, batch_size: int, model: dict[str, Any]):
+  """The recipe, a step as a function, its first parameters and its batch."""
+  config = schema.check_config(_make_config(what, batch_size, model))
   recipe = build_step_spec(config, config.total_steps)
-  tx = optim.make_optimizer(
-    config.optim,
-    config.schedule,
-    total_steps=config.total_steps,
-    batch_size=batch_size,
-    params=abstract_params(recipe),
-  ).tx
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
-  program = make_program(recipe, tx, mesh)
-  state = program.init(
-    jax.jit(lambda key: init_params(recipe, key))(jax.random.key(0))
-  )
-  first = jax.device_get(state)
-  batch = _batch(config, recipe)
-  placed = shard_batch(batch, mesh)
+  _, program = build_program(config, recipe, mesh, 1)
+  params = jax.jit(lambda key: init_params(recipe, key))(jax.random.key(0))
+  state = program.init(params)
+  batch = _random_batch(config, recipe)
+  on_device = shard_batch(batch, mesh)
 
   def step() -> float:
     nonlocal state
-    state, values = jax.block_until_ready(program.update(state, placed))
+    state, values = jax.block_until_ready(program.update(state, on_device))
     return float(values["loss"])
 
-  return recipe, step, first, batch
+  return recipe, step, jax.device_get(state.params), batch
 
 
-def _batch(config: ConfigDict, recipe: StepSpec) -> dict[str, np.ndarray]:
+def _random_batch(
+  config: ConfigDict, recipe: StepSpec
+) -> dict[str, np.ndarray]:
   """Random pixels and tokens in the shapes of the config's batches."""
   rng = np.random.default_rng(0)
-  tokenizer = tokenizers.build_tokenizer("bytes")
-  rows = config.batch_size
-  fields = build_data_ops(config, recipe, tokenizer).fields
   batch = {
-    name: np.ones((rows, *field.shape), field.dtype)
-    for name, field in fields.items()
+    name: np.ones((config.batch_size, *field.shape), field.dtype)
+    for name, field in flops.batch_fields(config, recipe).items()
   }
   size = batch["image"].shape[1]
   batch["image"] = rng.integers(0, 256, batch["image"].shape, np.uint8)
@@ -259,20 +228,3 @@ def _batch(config: ConfigDict, recipe: StepSpec) -> dict[str, np.ndarray]:
       0, vocabulary, batch["caption"].shape, batch["caption"].dtype
     )
   return batch
-
-
-def first_views(
-  recipe: StepSpec, batch: dict[str, np.ndarray]
-) -> dict[str, Any]:
-  """What the first step's views make of the batch, as NumPy arrays."""
-
-  def make(image, size):
-    keys = gradients.view_keys(
-      recipe, jnp.zeros((), jnp.int32), len(image), None
-    )
-    return {
-      name: recipe.views[name](image, size, of_rows, recipe.dtype)
-      for name, of_rows in keys.items()
-    }
-
-  return jax.device_get(jax.jit(make)(batch["image"], batch["image_size"]))

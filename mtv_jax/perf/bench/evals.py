@@ -1,11 +1,8 @@
-"""How fast images become features, and an evaluation a figure."""
+"""Encoder benchmark: images to features, and a k-NN evaluation end to end."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import statistics
-import time
 
 import jax
 import numpy as np
@@ -15,69 +12,24 @@ from mtv_jax.encoder import loading
 from mtv_jax.encoder.batched import padded_batch
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
-from mtv_jax.perf.bench import data, floors
+from mtv_jax.perf.bench import data, floors, harness
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalSpeed:
-  """What `bench_eval` measured, in images a second over all devices.
-
-  Attributes:
-    forward: the compiled tower on a batch that lies on the devices.
-    encode: `Encoder.image` of encoded files.
-    evaluation: a whole k-NN evaluation on the scenes, which it renders.
-    accuracy: of that evaluation: a figure came out.
-    images: encoded in a round.
-    batch_size: of a step.
-    encoder: what was loaded.
-    devices: kind and number.
-  """
-
-  forward: float
-  encode: float
-  evaluation: float
-  accuracy: float
-  images: int
-  batch_size: int
-  encoder: str
-  devices: str
-
-  @property
-  def share(self) -> float:
-    """Of the forward pass's speed that `Encoder.image` reaches."""
-    return self.encode / self.forward
-
-  def to_json(self) -> str:
-    """As one line of JSON."""
-    return json.dumps({**dataclasses.asdict(self), "share": self.share})
-
-  def __str__(self) -> str:
-    rows = [
-      ("forward alone", self.forward),
-      ("Encoder.image, from files", self.encode),
-      ("k-NN on scenes, end to end", self.evaluation),
-    ]
-    head = f"{self.encoder}, batch {self.batch_size}, {self.devices}"
-    lines = [head, f"{'':28}{'images/s':>10}"]
-    lines += [f"{name:28}{rate:10.1f}" for name, rate in rows]
-    return "\n".join([*lines, f"Encoder.image / forward: {self.share:.1%}"])
-
-
-def bench_eval(
+def run(
   model: str = "random:S/16",
   *,
   images: int = 256,
   batch_size: int = 64,
   rounds: int = 3,
   dtype: str = "float32",
-) -> EvalSpeed:
-  """Times an encoder.
+) -> harness.Result:
+  """Times an encoder on JPEGs of scenes, a quarter larger than its input.
 
   Args:
-    model: what `mtv_jax.load` opens.
-    images: of a round; JPEGs of scenes, a quarter larger than the input.
-    batch_size: images a step over all devices.
-    rounds: of each; one more warms up.
+    model: as `mtv_jax.load` takes it.
+    images: per round.
+    batch_size: images per step on all devices.
+    rounds: of each, after one that does not count.
     dtype: of the computation.
   """
   encoder = loading.load(model, dtype=dtype)
@@ -92,36 +44,36 @@ def bench_eval(
   steps = max(images // rows, 1)
 
   def forward():
-    return [function(encoder.params["image"], batch) for _ in range(steps)]
+    params = encoder.params["image"]
+    jax.block_until_ready([function(params, batch) for _ in range(steps)])
 
   def encode():
-    return encoder.image(files, outputs=("pooled",), batch_size=batch_size)
+    encoder.image(files, outputs=("pooled",), batch_size=batch_size)
 
-  forwards, encodes = [], []
-  jax.block_until_ready(forward())
-  encode()
-  for _ in range(rounds):
-    forwards.append(_seconds(lambda: jax.block_until_ready(forward())))
-    encodes.append(_seconds(encode))
+  times = harness.time_rounds([forward, encode], rounds=rounds)
+  forward_rate = rows * steps / statistics.median(times[:, 0])
+  encode_rate = images / statistics.median(times[:, 1])
   counts = dict(count=images // 2, train_count=images // 2)
   evaluators = evals_lib.build({"knn": dict(type="knn", **counts)})
-  results = {}
-  whole = _seconds(
-    lambda: results.update(evals_lib.evaluate(encoder, evaluators))
-  )
-  return EvalSpeed(
-    forward=rows * steps / statistics.median(forwards),
-    encode=images / statistics.median(encodes),
-    evaluation=sum(counts.values()) / whole,
-    accuracy=max(results["knn"].metrics.values()),
+  with harness.Stopwatch() as evaluation:
+    results = evals_lib.evaluate(encoder, evaluators)
+  result = harness.Result(
+    encoder=repr(encoder),
     images=images,
     batch_size=rows,
-    encoder=repr(encoder),
-    devices=floors.devices(),
+    devices=floors.describe_devices(),
   )
-
-
-def _seconds(function) -> float:
-  begin = time.perf_counter()
-  function()
-  return time.perf_counter() - begin
+  for name, rate, label in (
+    ("forward", forward_rate, "forward alone"),
+    ("encode", encode_rate, "Encoder.image, from files"),
+    (
+      "evaluation",
+      sum(counts.values()) / evaluation.wall,
+      "k-NN on scenes, end to end",
+    ),
+  ):
+    result.add(name, rate, label, f"{rate:.1f} images/s")
+  result.add("accuracy", max(results["knn"].metrics.values()))
+  share = encode_rate / forward_rate
+  result.add("share", share, "Encoder.image / forward", f"{share:.1%}")
+  return result

@@ -1,15 +1,16 @@
-"""The same train steps in PyTorch, to be timed against; imported by need.
+"""Train steps in PyTorch with this project's weights, to be compared with.
 
-Towers are timm's and open_clip's, losses open_clip's or written here from the
-formulas (DINO: Caron et al. 2021; iBOT: Zhou et al. 2022; Sinkhorn-Knopp: Caron
-et al. 2020; KoLeo: Sablayrolles et al. 2019), with the settings of our recipe.
+Towers are timm's and open_clip's. Losses are open_clip's, or written here from
+the formulas: DINO (Caron et al. 2021), iBOT (Zhou et al. 2022), Sinkhorn-Knopp
+(Caron et al. 2020), KoLeo (Sablayrolles et al. 2019).
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,35 +20,41 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mtv_jax.perf.bench import against_torch
-from mtv_jax.train.state import TrainState
+from mtv_jax.convert import tables
+from mtv_jax.convert.tables import TORCH, BlockNames, Rule
 from mtv_jax.train.step_spec import StepSpec
+from mtv_jax.utils.tree import flatten_with_names
 
 Batch = Mapping[str, np.ndarray]
+Params = Mapping[str, Any]
+VERSIONS = {
+  "torch": torch.__version__,
+  "open_clip": open_clip.__version__,
+  "timm": timm.__version__,
+}
 
 
 class Step:
-  """One update of a model; calling it returns the loss.
+  """One AdamW update of a model; calling it returns the loss.
 
   Args:
     modules: whose parameters are trained.
     loss: of one batch, differentiable.
+    optim: `lr`, `weight_decay`, `b2` and `clip_norm`.
     after: called after each update.
   """
 
-  versions = {
-    "torch": torch.__version__,
-    "open_clip": open_clip.__version__,
-    "timm": timm.__version__,
-  }
-
-  def __init__(self, modules: nn.Module, loss: Any, after: Any = None):
+  def __init__(
+    self,
+    modules: nn.Module,
+    loss: Callable[[], torch.Tensor],
+    optim: Mapping[str, Any],
+    after: Callable[[], None] = lambda: None,
+  ):
     self._params = list(modules.parameters())
-    self._loss, self._after = loss, after
-    optim = against_torch.OPTIM
+    self._loss, self._after, self._clip = loss, after, optim["clip_norm"]
     decayed = [p for p in self._params if p.ndim > 1]
     others = [p for p in self._params if p.ndim <= 1]
-    self._clip = optim["clip_norm"]
     self._tx = torch.optim.AdamW(
       [
         dict(params=decayed, weight_decay=optim["weight_decay"]),
@@ -60,7 +67,7 @@ class Step:
 
   @property
   def parameters(self) -> int:
-    """How many numbers are trained."""
+    """The number of trained parameters."""
     return sum(p.numel() for p in self._params)
 
   def __call__(self) -> float:
@@ -69,25 +76,8 @@ class Step:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(self._params, self._clip)
     self._tx.step()
-    if self._after is not None:
-      self._after()
+    self._after()
     return loss.item()
-
-
-def make_step(
-  recipe: StepSpec, state: TrainState, batch: Batch, what: str
-) -> Step:
-  """PyTorch's side of a comparison, with our weights.
-
-  Args:
-    recipe: ours.
-    state: ours at the start, NumPy arrays.
-    batch: as ours.
-    what: of `against_torch.WHAT`.
-  """
-  if what == "siglip":
-    return _siglip(recipe, state.params, batch)
-  return _distillation(recipe, state.params, batch)
 
 
 def _tensor(array: Any) -> torch.Tensor:
@@ -95,82 +85,61 @@ def _tensor(array: Any) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------
-# Our weights under their names.
+# Weights under the names of timm and open_clip.
+
+# Tensors "NAME|q", "NAME|k" and "NAME|v" are one tensor NAME there.
+_TIMM = BlockNames(
+  norm1="norm1",
+  q="attn.qkv.|q",
+  k="attn.qkv.|k",
+  v="attn.qkv.|v",
+  out="attn.proj",
+  norm2="norm2",
+  mlp="mlp",
+)
+_OPEN_CLIP = BlockNames(
+  norm1="ln_1",
+  q="attn.in_proj_|q",
+  k="attn.in_proj_|k",
+  v="attn.in_proj_|v",
+  out="attn.out_proj",
+  norm2="ln_2",
+  mlp="mlp",
+)
 
 
-def _dense(tree: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
-  found = {f"{name}.weight": np.swapaxes(tree["kernel"], -1, -2)}
-  if "bias" in tree:
-    found[f"{name}.bias"] = tree["bias"]
-  return found
+def _load(module: nn.Module, rules: list[Rule], params: Params) -> None:
+  """Loads all of a module's parameters; unknown and missing names raise."""
+  parts: dict[str, list[np.ndarray]] = {}
+  for name, tensor in tables.save(rules, _flatten(params)).items():
+    fused, _, part = name.partition("|")
+    leaf = part.rpartition(".")[2]
+    parts.setdefault(fused + leaf, []).append(tensor)
+  module.load_state_dict(
+    {name: _tensor(np.concatenate(tensors)) for name, tensors in parts.items()}
+  )
 
 
-def _norm(tree: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
-  return {f"{name}.weight": tree["scale"], f"{name}.bias": tree["bias"]}
+def _flatten(params: Params) -> dict[str, np.ndarray]:
+  return dict(flatten_with_names(params))
 
 
-def _fused(tree: Mapping[str, Any], heads: int, parts: int):
-  """(head, part, dim) columns to torch's (part, head, dim) rows."""
-
-  def turned(x):
-    lead, size = x.shape[:-1], x.shape[-1]
-    x = x.reshape(*lead, heads, parts, size // heads // parts)
-    return np.swapaxes(x, -2, -3).reshape(*lead, size)
-
-  kernel, bias = turned(tree["kernel"]), turned(tree["bias"])
-  return dict(kernel=kernel, bias=bias)
-
-
-def _blocks(stack: Mapping[str, Any], heads: int, names: Mapping[str, str]):
-  """A stack's parameters, one entry a layer, by `names`' template."""
-  attention, mlp = stack["attention"], stack["mlp"]
-  qkv = _dense(_fused(attention["qkv"], heads, 3), "qkv")
-  found = {
-    names["qkv"] + "weight": qkv["qkv.weight"],
-    names["qkv"] + "bias": qkv["qkv.bias"],
-    **_dense(attention["out"], names["out"]),
-    **_norm(stack["norm1"], names["norm1"]),
-    **_norm(stack["norm2"], names["norm2"]),
-    **_dense(mlp["fc1"], names["fc1"]),
-    **_dense(mlp["fc2"], names["fc2"]),
-  }
-  for key in ("scale1", "scale2"):
-    if key in stack:
-      found[names[key]] = stack[key]
-  return {
-    template.replace("#", str(i)): layer
-    for template, layers in found.items()
-    for i, layer in enumerate(layers)
-  }
+def _block_rules(layout: tables.Layout, tower: str, names: BlockNames, spec):
+  where = {"image": "blocks.{i}", "text": "transformer.resblocks.{i}"}[tower]
+  return tables.blocks(
+    layout,
+    f"{tower}/blocks",
+    where,
+    names,
+    width=spec.width,
+    heads=spec.heads,
+    mlp_dim=spec.mlp_dim,
+    depth=spec.depth,
+  )
 
 
-_TIMM = {
-  "qkv": "blocks.#.attn.qkv.",
-  "out": "blocks.#.attn.proj",
-  "norm1": "blocks.#.norm1",
-  "norm2": "blocks.#.norm2",
-  "fc1": "blocks.#.mlp.fc1",
-  "fc2": "blocks.#.mlp.fc2",
-  "scale1": "blocks.#.ls1.gamma",
-  "scale2": "blocks.#.ls2.gamma",
-}
-_OPEN_CLIP = {
-  "qkv": "transformer.resblocks.#.attn.in_proj_",
-  "out": "transformer.resblocks.#.attn.out_proj",
-  "norm1": "transformer.resblocks.#.ln_1",
-  "norm2": "transformer.resblocks.#.ln_2",
-  "fc1": "transformer.resblocks.#.mlp.c_fc",
-  "fc2": "transformer.resblocks.#.mlp.c_proj",
-}
-
-
-def _load(module: nn.Module, found: Mapping[str, Any]) -> None:
-  """All of a module's parameters; missing and unknown names raise."""
-  module.load_state_dict({k: _tensor(v) for k, v in found.items()})
-
-
-def _trunk(spec: Any, tree: Mapping[str, Any]) -> nn.Module:
-  """timm's image tower of an `ImageSpec`, with our weights."""
+def _trunk(spec: Any, params: Params) -> nn.Module:
+  """timm's image tower of a `ViTSpec`, with the parameters of ours."""
   trunk = timm.create_model(
     "vit_base_patch16_siglip_224",
     img_size=spec.image_size,
@@ -185,46 +154,67 @@ def _trunk(spec: Any, tree: Mapping[str, Any]) -> nn.Module:
     no_embed_class=True,
     init_values=spec.layer_scale,
     global_pool="map" if spec.pool == "map" else "token",
-    # Where there is no CLS token, pooling comes after the norm as well.
+    # Without a CLS token, pooling follows the norm as well.
     final_norm=True,
     fc_norm=False,
     dynamic_img_size=True,
   )
-  kernel, p = tree["patch_embed"]["kernel"], spec.patch_size
-  kernel = kernel.reshape(p, p, 3, -1)
-  found = {
-    "patch_embed.proj.weight": kernel.transpose(3, 2, 0, 1),
-    "patch_embed.proj.bias": tree["patch_embed"]["bias"],
-    "pos_embed": tree["position_embedding"][None],
-    **_norm(tree["norm"], "norm"),
-    **_blocks(tree["blocks"], spec.heads, _TIMM),
-  }
+  width, patch = spec.width, spec.patch_size
+  positions = ((spec.image_size // patch) ** 2, width)
+  names = _TIMM
+  if spec.layer_scale is not None:
+    names = dataclasses.replace(_TIMM, scale1="ls1.gamma", scale2="ls2.gamma")
+  rules = [
+    tables.convolution(
+      "image/patch_embed/kernel", "patch_embed.proj.weight", patch, width
+    ),
+    tables.vector("image/patch_embed/bias", "patch_embed.proj.bias", width),
+    tables.reshaped(
+      "image/position_embedding", "pos_embed", positions, (1, *positions)
+    ),
+    *_block_rules(TORCH, "image", names, spec),
+    *tables.norm(TORCH, "image/norm", "norm", width),
+  ]
   if spec.cls_token:
-    found["cls_token"] = tree["cls_token"].reshape(1, 1, -1)
+    rules.append(
+      tables.reshaped("image/cls_token", "cls_token", (width,), (1, 1, width))
+    )
   if spec.pool == "map":
-    pool = tree["pool"]
-    found |= {
-      "attn_pool.latent": pool["probe"][None, None],
-      **_dense(pool["attention"]["q"], "attn_pool.q"),
-      **_dense(_fused(pool["attention"]["kv"], spec.heads, 2), "attn_pool.kv"),
-      **_dense(pool["attention"]["out"], "attn_pool.proj"),
-      **_norm(pool["norm"], "attn_pool.norm"),
-      **_dense(pool["mlp"]["fc1"], "attn_pool.mlp.fc1"),
-      **_dense(pool["mlp"]["fc2"], "attn_pool.mlp.fc2"),
-    }
-  _load(trunk, found)
+    pool, fused = "image/pool", ["attn_pool.kv.|k", "attn_pool.kv.|v"]
+    ours = f"{pool}/attention"
+    rules += [
+      tables.reshaped(
+        f"{pool}/probe", "attn_pool.latent", (width,), (1, 1, width)
+      ),
+      *tables.dense(TORCH, f"{ours}/q", "attn_pool.q", width, width),
+      *tables.fused(TORCH, f"{ours}/kv", fused, width, spec.heads),
+      *tables.dense(TORCH, f"{ours}/out", "attn_pool.proj", width, width),
+      *tables.norm(TORCH, f"{pool}/norm", "attn_pool.norm", width),
+      *tables.mlp(TORCH, f"{pool}/mlp", "attn_pool.mlp", width, spec.mlp_dim),
+    ]
+  _load(trunk, rules, {"image": params["image"]})
   return trunk
 
 
 # ---------------------------------------------------------------------------
-# open_clip's SigLIP.
+# SigLIP: open_clip's model and loss.
 
 
-def _siglip(recipe: StepSpec, params: Mapping[str, Any], batch: Batch) -> Step:
+def siglip_step(
+  recipe: StepSpec, params: Params, batch: Batch, optim: Mapping[str, Any]
+) -> Step:
+  """Sigmoid contrastive training of both towers.
+
+  Args:
+    recipe: of our step.
+    params: of our step at its start, NumPy arrays.
+    batch: of our step.
+    optim: see `Step`.
+  """
   spec, text = recipe.model.image, recipe.model.text
   model = open_clip.model.CustomTextCLIP(
     embed_dim=spec.embed_dim,
-    # Of any size: its trunk is replaced.
+    # Any image tower: its trunk is replaced.
     vision_cfg=dict(
       timm_model_name="vit_tiny_patch16_224", timm_pool="", timm_proj="none"
     ),
@@ -244,29 +234,38 @@ def _siglip(recipe: StepSpec, params: Mapping[str, Any], batch: Batch) -> Step:
     init_logit_bias=-10.0,
     output_dict=True,
   )
-  model.visual.trunk = _trunk(spec, params["image"])
-  tree, heads = params["text"], params["heads"]["contrastive"]
-  _load(
-    model.text,
-    {
-      "token_embedding.weight": tree["token_embedding"],
-      "positional_embedding": tree["position_embedding"],
-      **_blocks(tree["blocks"], text.heads, _OPEN_CLIP),
-      **_norm(tree["norm"], "ln_final"),
-      **_dense(tree["projection"], "text_projection"),
-    },
+  model.visual.trunk = _trunk(spec, params)
+  layout = dataclasses.replace(TORCH, mlp=("c_fc", "c_proj"))
+  tokens, positions = (
+    (text.vocab_size, text.width),
+    (text.length, text.width),
   )
+  rules = [
+    tables.reshaped(
+      "text/token_embedding", "token_embedding.weight", tokens, tokens
+    ),
+    tables.reshaped(
+      "text/position_embedding", "positional_embedding", positions, positions
+    ),
+    *_block_rules(layout, "text", _OPEN_CLIP, text),
+    *tables.norm(TORCH, "text/norm", "ln_final", text.width),
+    *tables.dense(
+      TORCH,
+      "text/projection",
+      "text_projection",
+      text.width,
+      text.projection,
+    ),
+  ]
+  _load(model.text, rules, {"text": params["text"]})
+  heads = params["heads"]["contrastive"]
   with torch.no_grad():
     model.logit_scale.copy_(_tensor(heads["logit_scale"]))
     model.logit_bias.copy_(_tensor(heads["logit_bias"]))
   images = _tensor(batch["image"]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-  images, tokens = images.contiguous(), _tensor(batch["caption"]).long()
+  images, captions = images.contiguous(), _tensor(batch["caption"]).long()
   criterion = open_clip.loss.SigLipLoss()
-
-  def loss() -> torch.Tensor:
-    return criterion(**model(images, tokens))
-
-  return Step(model, loss)
+  return Step(model, lambda: criterion(**model(images, captions)), optim)
 
 
 # ---------------------------------------------------------------------------
@@ -276,10 +275,11 @@ def _siglip(recipe: StepSpec, params: Mapping[str, Any], batch: Batch) -> Step:
 class Encoder(nn.Module):
   """A ViT with a mask token, and the projection heads of both losses."""
 
-  def __init__(self, recipe: StepSpec, params: Mapping[str, Any]):
+  def __init__(self, recipe: StepSpec, params: Params):
     super().__init__()
-    self.trunk = _trunk(recipe.model.image, params["image"])
-    self.mask_token = nn.Parameter(_tensor(params["image"]["mask_token"]))
+    image = dict(params["image"])
+    self.mask_token = nn.Parameter(_tensor(image.pop("mask_token")))
+    self.trunk = _trunk(recipe.model.image, {"image": image})
     self.heads = nn.ModuleDict(
       {n: Head(params["heads"][n]) for n in ("dino", "ibot")}
     )
@@ -287,14 +287,14 @@ class Encoder(nn.Module):
   def forward(
     self, images: torch.Tensor, mask: torch.Tensor | None = None
   ) -> tuple[torch.Tensor, torch.Tensor]:
-    """CLS tokens and patches after the final norm.
+    """CLS tokens `[n, d]` and patch tokens `[n, patches, d]` after the norm.
 
     Args:
       images: `[n, 3, h, w]`.
-      mask: True where the mask token stands for a patch, `[n, patches]`.
+      mask: True where the mask token replaces a patch, `[n, patches]`.
     """
     trunk = self.trunk
-    x = trunk.patch_embed(images)
+    x = trunk.patch_embed(images)  # [n, rows, columns, d]
     if mask is not None:
       grid = mask.reshape(*x.shape[:3], 1)
       x = torch.where(grid, self.mask_token.to(x.dtype), x)
@@ -304,28 +304,30 @@ class Encoder(nn.Module):
     return x[:, 0], x[:, 1:]
 
   def _positions(self, grid: int) -> torch.Tensor:
-    """The position embedding of a square grid, `[1, grid, grid, d]`."""
+    """Position embeddings of a square grid, `[1, grid, grid, d]`."""
     table = self.trunk.pos_embed
     side = round(table.shape[1] ** 0.5)
     table = table.unflatten(1, (side, side))
     if side == grid:
       return table
-    # As DINOv2 resamples it; timm's own way is antialiased.
+    # DINOv2's resampling; timm's is antialiased.
     table = table.permute(0, 3, 1, 2)
     table = F.interpolate(table, (grid, grid), mode="bicubic")
     return table.permute(0, 2, 3, 1)
 
 
 class Head(nn.Module):
-  """An MLP to a unit bottleneck, and prototypes of learnt length."""
+  """DINO's projection head: an MLP, and weight-normalised prototypes."""
 
-  def __init__(self, tree: Mapping[str, Any]):
+  def __init__(self, tree: Params):
     super().__init__()
     layers = []
     for name in sorted(tree["mlp"]):
-      kernel = tree["mlp"][name]["kernel"]
+      kernel, bias = tree["mlp"][name]["kernel"], tree["mlp"][name]["bias"]
       dense = nn.Linear(*kernel.shape)
-      _load(dense, {"weight": kernel.T, "bias": tree["mlp"][name]["bias"]})
+      dense.load_state_dict(
+        {"weight": _tensor(kernel.T), "bias": _tensor(bias)}
+      )
       layers += [dense, nn.GELU()]
     self.mlp = nn.Sequential(*layers[:-1])
     self.direction = nn.Parameter(_tensor(tree["last_layer"]["kernel"].T))
@@ -339,10 +341,10 @@ class Head(nn.Module):
 
 @torch.no_grad()
 def sinkhorn(logits: torch.Tensor, *, iterations: int = 3) -> torch.Tensor:
-  """Rows of equal mass over prototypes of equal mass.
+  """Sinkhorn-Knopp: rows of equal mass over prototypes of equal mass.
 
-  As DINOv2 has it, less the constants that cancel; the maximum is taken off so
-  that float32 holds.
+  As in DINOv2 without the constants that cancel. Subtracting the maximum keeps
+  float32 in range.
   """
   q = torch.exp(logits - logits.max())
   for _ in range(iterations):
@@ -360,54 +362,65 @@ def _koleo(pooled: torch.Tensor) -> torch.Tensor:
   return -torch.log((x - x[nearest]).norm(dim=1) + 1e-8).mean()
 
 
-def _distillation(
-  recipe: StepSpec, params: Mapping[str, Any], batch: Batch
+def distillation_step(
+  recipe: StepSpec,
+  params: Params,
+  views: Mapping[str, Any],
+  optim: Mapping[str, Any],
 ) -> Step:
-  made = against_torch.first_views(recipe, batch)
+  """DINO and iBOT with an EMA teacher.
+
+  Args:
+    recipe: of our step.
+    params: of our step at its start, NumPy arrays.
+    views: `global` and `local` of our first step, NumPy arrays.
+    optim: see `Step`.
+  """
 
   def images(view):
     # Crop by crop, so that a chunk is one crop of all images.
-    x = _tensor(made[view].images).permute(1, 0, 4, 2, 3)
+    x = _tensor(views[view].images).permute(1, 0, 4, 2, 3)
     return x.reshape(-1, *x.shape[2:]).contiguous()
 
-  mask = _tensor(made["global"].mask).transpose(0, 1).flatten(0, 1)
-  crops, count = images("global"), made["global"].images.shape[1]
-  local, several = images("local"), made["local"].images.shape[1]
+  mask = _tensor(views["global"].mask).transpose(0, 1).flatten(0, 1)
+  global_crops, local_crops = images("global"), images("local")
+  global_count, local_count = (
+    views[view].images.shape[1] for view in ("global", "local")
+  )
   student = Encoder(recipe, params)
   teacher = copy.deepcopy(student).requires_grad_(False)
   dino = recipe.objectives["distillation"]
   ibot = recipe.objectives["masked_latent"]
-  # Each crop's hidden patches count as one, and all crops alike.
+  # The masked patches of a crop are averaged, then the crops.
   weights = (1.0 / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(mask)
   weights = weights[mask] / len(mask)
 
   def loss() -> torch.Tensor:
-    cold = dino.teacher_temp_start
+    temperature = dino.teacher_temp_start
     with torch.no_grad():
-      pooled, patches = teacher(crops)
-      targets = sinkhorn(teacher.heads["dino"](pooled) / cold).chunk(count)
-      hidden = sinkhorn(teacher.heads["ibot"](patches[mask]) / cold)
-    pooled, patches = student(crops, mask)
-    few, _ = student(local)
-    logits = student.heads["dino"](torch.cat([pooled, few]))
+      pooled, patches = teacher(global_crops)
+      targets = sinkhorn(teacher.heads["dino"](pooled) / temperature)
+      masked = sinkhorn(teacher.heads["ibot"](patches[mask]) / temperature)
+    pooled, patches = student(global_crops, mask)
+    local_pooled, _ = student(local_crops)
+    logits = student.heads["dino"](torch.cat([pooled, local_pooled]))
     logs = F.log_softmax(logits / dino.student_temp, dim=-1)
-    logs = logs.chunk(count + several)
     pairs = [
       -(q * log).sum(dim=-1).mean()
-      for i, q in enumerate(targets)
-      for j, log in enumerate(logs)
+      for i, q in enumerate(targets.chunk(global_count))
+      for j, log in enumerate(logs.chunk(global_count + local_count))
       if i != j
     ]
-    total = sum(pairs) / len(pairs)
-    total = total + dino.koleo_weight * sum(map(_koleo, pooled.chunk(count)))
+    koleo = sum(map(_koleo, pooled.chunk(global_count)))
     logits = student.heads["ibot"](patches[mask])
     logs = F.log_softmax(logits / ibot.student_temp, dim=-1)
-    return total - ((hidden * logs).sum(dim=-1) * weights).sum()
+    ibot_loss = -((masked * logs).sum(dim=-1) * weights).sum()
+    return sum(pairs) / len(pairs) + dino.koleo_weight * koleo + ibot_loss
 
   old, new = list(teacher.parameters()), list(student.parameters())
 
   @torch.no_grad()
-  def follow() -> None:
+  def update_teacher() -> None:
     torch._foreach_lerp_(old, new, 1.0 - recipe.teacher_momentum)
 
-  return Step(student, loss, follow)
+  return Step(student, loss, optim, update_teacher)

@@ -1,102 +1,58 @@
-"""What views of a canvas cost on the devices, beside the step and the host."""
+"""Benchmark of the device views, beside the step and decoding on the host."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import functools
 import statistics
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from mtv_jax.config import schema
 from mtv_jax.parallel.mesh import BATCH_SPEC
-from mtv_jax.perf.bench import data, floors
-from mtv_jax.perf.bench.step import Alone
-from mtv_jax.train import gradients
+from mtv_jax.perf import flops
+from mtv_jax.perf.bench import data, floors, harness
+from mtv_jax.perf.bench.step import StepTimer
 
 
-@dataclasses.dataclass(frozen=True)
-class ViewSpeed:
-  """What `bench_views` measured, all but the shares in ms an image.
-
-  Attributes:
-    views: each view alone, by name; with `resize` to the canvas's own size
-      little is left to do.
-    all_views: of the step in one program.
-    step: the whole train step.
-    decode: of one core, decoding and resizing a JPEG to a canvas.
-    batch_size: global.
-    canvas: its side in pixels.
-    devices: kind and number.
-  """
-
-  views: dict[str, float]
-  all_views: float
-  step: float
-  decode: float
-  batch_size: int
-  canvas: int
-  devices: str
-
-  @property
-  def share(self) -> float:
-    """Of the step that its views take, 0 to 1."""
-    return self.all_views / self.step
-
-  def to_json(self) -> str:
-    """As one line of JSON."""
-    return json.dumps({**dataclasses.asdict(self), "share": self.share})
-
-  def __str__(self) -> str:
-    rows = [(f"view {name}", ms) for name, ms in self.views.items()]
-    rows += [
-      ("all views, one program", self.all_views),
-      ("train step", self.step),
-      ("decode and resize, a core", self.decode),
-    ]
-    head = f"batch {self.batch_size}, canvas {self.canvas}, {self.devices}"
-    lines = [head, f"{'':28}{'ms an image':>12}"]
-    lines += [f"{name:28}{ms:12.3f}" for name, ms in rows]
-    return "\n".join([*lines, f"views / step: {self.share:.1%}"])
-
-
-def bench_views(config: schema.Config, *, steps: int = 5) -> ViewSpeed:
+def run(config: schema.Config, *, steps: int = 5) -> harness.Result:
   """Times the views of a config alone, in one program, and in the step.
 
   Args:
-    config: as `train.run` takes it.
-    steps: to time, of each.
+    config: as `train` takes it.
+    steps: to time of each.
   """
-  alone = Alone(config)
-  recipe, mesh = alone.experiment.step_spec, alone.experiment.mesh
-  rows, canvas = alone.batch["image"].shape[:2]
-  place = NamedSharding(mesh, BATCH_SPEC)
+  timer = StepTimer(config)
+  recipe, mesh = timer.experiment.step_spec, timer.experiment.mesh
+  batch = {k: timer.batch[k] for k in ("image", "image_size")}
+  rows, canvas = batch["image"].shape[:2]
+  split = NamedSharding(mesh, BATCH_SPEC)
 
-  def views(names):
-    def make(image, image_size):
-      keys = gradients.view_keys(recipe, jnp.zeros((), jnp.int32), rows, mesh)
-      return {
-        name: recipe.views[name](image, image_size, keys[name], recipe.dtype)
-        for name in names
-      }
-
-    made = jax.jit(make, in_shardings=(place, place), out_shardings=place)
-    times = floors.timed(
-      lambda: made(alone.batch["image"], alone.batch["image_size"]),
-      rounds=steps,
+  def time_views(names):
+    make_views = functools.partial(
+      flops.make_views, recipe, names=names, mesh=mesh
     )
-    return 1e3 * statistics.median(times) / rows
+    jitted = jax.jit(make_views, in_shardings=split, out_shardings=split)
+    times = harness.time_rounds(
+      [lambda: jax.block_until_ready(jitted(batch))], rounds=steps
+    )
+    return 1e3 * statistics.median(times[:, 0]) / rows
 
   names = sorted({e.view for e in recipe.plan if e.tower == "image"})
-  step = statistics.median(alone.step() for _ in range(steps))
-  return ViewSpeed(
-    views={name: views([name]) for name in names},
-    all_views=views(names),
-    step=1e3 * step / rows,
-    decode=data.decode_alone(canvas).cpu_ms,
-    batch_size=rows,
-    canvas=canvas,
-    devices=floors.devices(),
+  step = 1e3 * timer.median_step(steps) / rows
+  views, together = {n: time_views([n]) for n in names}, time_views(names)
+  decode = data.decode_cpu_ms(canvas)
+  result = harness.Result(
+    batch_size=rows, canvas=canvas, devices=floors.describe_devices()
   )
+  for name, ms in views.items():
+    result.add("views", views, f"view {name}", f"{ms:.3f} ms an image")
+  for name, ms, label in (
+    ("all_views", together, "all views, one program"),
+    ("step", step, "train step"),
+    ("decode", decode, "decode and resize, a core"),
+  ):
+    result.add(name, ms, label, f"{ms:.3f} ms an image")
+  share = together / step
+  result.add("share", share, "views / step", f"{share:.1%}")
+  return result

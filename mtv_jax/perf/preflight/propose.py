@@ -1,4 +1,4 @@
-"""What would fit where a config does not: tried, not guessed."""
+"""Changes of a config that make it fit, found by compiling them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from collections.abc import Iterator
 
 from mtv_jax.config import overrides, schema
 from mtv_jax.perf import topologies
-from mtv_jax.perf.preflight import measure as measure_lib
-from mtv_jax.perf.preflight import program
+from mtv_jax.perf.preflight import compile as compile_lib
 
-# Of memory, beside what it takes.
 _FACTORS = (2, 4, 8, 16, 32, 64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-  """A change of the config, and what compiling it said.
+  """A change of the config and whether it fits.
 
   Attributes:
     changes: 'KEY=VALUE', as `--config.KEY=VALUE` takes them.
-    peak: bytes a chip that it needs at least; None where that was not said.
+    peak: bytes per chip that it needs; None where the compiler did not say.
     fits: whether that is within the chip's memory.
   """
 
@@ -35,74 +33,67 @@ class Proposal:
     return f"{options}: {verdict}{peak}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-  """A change to try, and by how much it cuts the activations."""
+def candidates(
+  config: schema.Config, chips: int
+) -> Iterator[tuple[tuple[str, ...], int]]:
+  """Changes to try, cheapest first: remat, fsdp, accumulation, batch size.
 
-  changes: tuple[str, ...]
-  factor: int = 1
-
-
-def candidates(config: schema.Config, chips: int) -> Iterator[Candidate]:
-  """Changes to try, in order: remat, fsdp, parts of the batch, its size."""
+  Yields:
+    'KEY=VALUE' strings, and the factor by which they divide the activations.
+  """
   config = schema.check_config(config)
   base = ()
   if config.model.remat != "full":
     base = ("model.remat=full",)
-    yield Candidate(base)
+    yield base, 1
   shards = max(chips // max(config.mesh.tensor, 1), 1)
   fsdp = config.mesh.fsdp
   if fsdp > 0 and config.mesh.data == -1:
     for factor in _FACTORS[1:4]:
       if shards % (fsdp * factor) == 0:
-        yield Candidate((*base, f"mesh.fsdp={fsdp * factor}"))
+        yield (*base, f"mesh.fsdp={fsdp * factor}"), 1
   for factor in _FACTORS:
     parts = config.accumulate * factor
     if config.batch_size % (parts * shards) == 0:
-      yield Candidate((*base, f"accumulate={parts}"), factor)
+      yield (*base, f"accumulate={parts}"), factor
   for factor in _FACTORS:
     size = config.batch_size // factor
     if size and size % (shards * config.accumulate) == 0:
-      yield Candidate((*base, f"batch_size={size}"), factor)
+      yield (*base, f"batch_size={size}"), factor
 
 
 def propose(
   config: schema.Config,
-  topology: str,
+  topology: topologies.Topology,
   *,
-  found: int = 1,
+  enough: int = 1,
   tries: int = 8,
-) -> list[Proposal]:
+) -> Iterator[Proposal]:
   """Compiles changes of a config until some of them fit.
 
-  Changes that can't be enough, by what the last refusal asked for, are left
-  out.
+  Skips changes that the last refusal shows to be too small.
 
   Args:
     config: one that does not fit.
-    topology: see `topologies.parse`.
-    found: how many that fit are enough.
-    tries: how many to compile at most.
+    topology: to compile for.
+    enough: stop after so many that fit.
+    tries: compile at most so many.
 
-  Returns:
-    All that were tried, in order.
+  Yields:
+    All proposals that were compiled, in order.
   """
-  parsed = topologies.parse(topology)
-  limit = parsed.chip.hbm_bytes
-  tried, excess = [], 1.0
-  for candidate in candidates(config, parsed.chips):
-    enough = sum(proposal.fits for proposal in tried) >= found
-    if enough or len(tried) >= tries:
-      break
-    if 1 < candidate.factor < excess / 2:
+  limit, excess = topology.chip.hbm_bytes, 1.0
+  for changes, factor in candidates(config, topology.chips):
+    if not enough or not tries:
+      return
+    if 1 < factor < excess / 2:
       continue
-    changed = overrides.override(schema.check_config(config), candidate.changes)
-    measured = measure_lib.measure(
-      program.make_plan(changed, parsed), largest=0
-    )
-    peak = measured.memory.peak if measured.memory else None
-    needed = peak or measure_lib.required(measured.refusal)
-    if candidate.factor == 1 and needed and limit:
+    changed = overrides.override(schema.check_config(config), changes)
+    plan = compile_lib.make_plan(changed, topology)
+    compiled = compile_lib.compile_step(plan, largest=0)
+    peak = compiled.memory.peak if compiled.memory else None
+    needed = peak or compile_lib.required_bytes(compiled.refusal)
+    if factor == 1 and needed and limit:
       excess = needed / limit
-    tried.append(Proposal(candidate.changes, needed, measured.fits))
-  return tried
+    yield Proposal(changes, needed, compiled.fits)
+    enough, tries = enough - compiled.fits, tries - 1

@@ -1,10 +1,13 @@
-"""Whether a config fits a machine and what it will do there, as a report."""
+"""Preflight report: whether a config fits a topology, and its cost there."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import math
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,15 +15,15 @@ import numpy as np
 from mtv_jax.config import schema
 from mtv_jax.parallel.mesh import MESH_AXES
 from mtv_jax.parallel.rules import sharding_table
+from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import hlo, topologies
-from mtv_jax.perf.bench import flops as flops_lib
-from mtv_jax.perf.preflight import measure as measure_lib
-from mtv_jax.perf.preflight import program
+from mtv_jax.perf.preflight import compile as compile_lib
+from mtv_jax.utils.errors import ConfigError
 
-# Of the chips' peak that the step is taken to reach, where the host's share is
-# reckoned. Ours: what large ViTs reach on TPUs when nothing waits.
+# Assumed model FLOPs utilisation: what large ViTs reach on TPUs when data never
+# delays them.
 MFU = 0.4
-_SHOWN = 12
+_SHORT = 12
 _WITHOUT_NORMS = (
   "  A run without them (--config.log.gradients_steps=None) does not need this."
 )
@@ -28,40 +31,40 @@ _WITHOUT_NORMS = (
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What `preflight` found.
+  """Result of `preflight`.
 
   Attributes:
-    plan: what was compiled.
-    measured: what compiling says.
-    model_flops: of a step of the whole machine, by analysis, each product once.
-    mfu: assumed, for what the hosts must deliver.
-    tables: 'short' or 'all' rows of the parameters.
-    norms: what compiling the objectives' gradient norms says; None where that
-      was not done.
+    plan: that was compiled.
+    compiled: the train step.
+    model_flops: of a step on all chips, analytically, without recomputation.
+    mfu: assumed, for the rate of the input pipeline.
+    tables: 'short' or 'all' rows of the parameter table.
+    norms: the program of the objectives' gradient norms; None if it was not
+      compiled.
   """
 
-  plan: program.Plan
-  measured: measure_lib.Measured
+  plan: compile_lib.Plan
+  compiled: compile_lib.Compiled
   model_flops: float
   mfu: float = MFU
   tables: str = "short"
-  norms: measure_lib.Norms | None = None
+  norms: compile_lib.Compiled | None = None
 
   @property
   def fits(self) -> bool:
-    """Whether all that was compiled can run."""
-    return self.measured.fits and (self.norms is None or self.norms.fits)
+    """Whether everything that was compiled can run."""
+    return self.compiled.fits and (self.norms is None or self.norms.fits)
 
   @property
   def useful(self) -> float | None:
-    """Model FLOPs over the compiled program's; None where it has none."""
-    if not self.measured.flops:
+    """Model FLOPs over those of the compiled program; None if unknown."""
+    if not self.compiled.flops:
       return None
-    return self.model_flops / self.plan.mesh.size / self.measured.flops
+    return self.model_flops / self.plan.mesh.size / self.compiled.flops
 
   @property
   def row_bytes(self) -> int:
-    """Of one example as the host hands it over."""
+    """Bytes of one example of the input pipeline."""
     return sum(
       math.prod(field.shape) * np.dtype(field.dtype).itemsize
       for field in self.plan.fields.values()
@@ -69,18 +72,34 @@ class Report:
 
   @property
   def examples_per_second(self) -> float | None:
-    """Of the whole machine at `mfu`; None where the peak is not known."""
+    """Of all chips at `mfu`; None where their peak is unknown."""
     peak = self.plan.topology.chip.peak_bf16_flops
     if peak is None:
       return None
     per_example = self.model_flops / self.plan.config.batch_size
     return self.mfu * peak * self.plan.topology.chips / per_example
 
+  def large_gathers(self) -> list[hlo.Collective]:
+    """All-gathers of more than the largest parameter: of an activation."""
+    rows = sharding_table(self.plan.abstract_params)
+    largest = max(math.prod(row[1]) * 4 for row in rows)
+    return [
+      row
+      for row in self.compiled.collectives
+      if row.kind == "all-gather" and row.result > largest
+    ]
+
   def to_dict(self) -> dict[str, Any]:
-    """Everything, as plain values."""
-    plan, measured, topology = self.plan, self.measured, self.plan.topology
+    """The whole report as plain values."""
+    plan, compiled, topology = self.plan, self.compiled, self.plan.topology
     rate = self.examples_per_second
-    rows = sharding_table(plan.program.abstract.params)
+    rows = sharding_table(plan.abstract_params)
+    memory = compiled.memory and dataclasses.asdict(compiled.memory)
+    norms = self.norms and {
+      key: value
+      for key, value in dataclasses.asdict(self.norms).items()
+      if key in ("memory", "refusal", "seconds")
+    }
     return {
       "topology": topology.name,
       "chips": topology.chips,
@@ -103,30 +122,26 @@ class Report:
         for name, shape, spec, size in rows
       ],
       "fits": self.fits,
-      "memory": dataclasses.asdict(measured.memory)
-      if measured.memory
-      else None,
-      "norms": self.norms and dataclasses.asdict(self.norms),
-      "refusal": measured.refusal or None,
+      "memory": memory,
+      "norms": norms,
+      "refusal": compiled.refusal or None,
       "model_flops": self.model_flops,
-      "compiled_flops_per_chip": measured.flops or None,
+      "compiled_flops_per_chip": compiled.flops or None,
       "useful": self.useful,
       "collectives": {
         kind: {"count": count, "bytes_per_chip": size}
-        for kind, (count, size) in hlo.by_kind(measured.collectives).items()
+        for kind, (count, size) in hlo.sum_by_kind(compiled.collectives).items()
       },
       "large_gathers": [
         dict(shape=g.shape, bytes=g.result, scope=g.scope)
-        for g in large_gathers(plan, measured)
+        for g in self.large_gathers()
       ],
-      "largest_temporaries": [
-        dataclasses.asdict(row) for row in measured.largest
-      ],
+      "largest_temporaries": list(map(dataclasses.asdict, compiled.largest)),
       "assumed_mfu": self.mfu,
       "examples_per_second": rate,
       "input_bytes_per_second_per_host": rate
       and rate * self.row_bytes / topology.hosts,
-      "compile_seconds": measured.seconds,
+      "compile_seconds": compiled.seconds,
     }
 
   def to_json(self) -> str:
@@ -134,230 +149,288 @@ class Report:
     return json.dumps(self.to_dict())
 
   def __str__(self) -> str:
-    parts = [
+    sections = [
       self._machine(),
       self._batch(),
       self._parameters(),
       self._memory(),
       self._norms(),
-      self._work(),
-      self._exchanges(),
+      self._flops(),
+      self._collectives(),
       self._input(),
-      f"compiled in {self.measured.seconds:.0f} s",
+      [f"compiled in {self.compiled.seconds:.0f} s"],
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
-  def _machine(self) -> str:
-    plan = self.plan
+  def _machine(self) -> list[str]:
+    plan, config = self.plan, self.plan.config
     mesh = " x ".join(f"{plan.mesh.shape[a]} {a}" for a in MESH_AXES)
     lines = [
       str(plan.topology),
-      f"mesh {mesh}; batch {plan.config.batch_size:,}, "
-      f"accumulate {plan.config.accumulate}, remat {plan.config.model.remat}",
+      f"mesh {mesh}; batch {config.batch_size:,}, "
+      f"accumulate {config.accumulate}, remat {config.model.remat}",
     ]
     if not plan.topology.is_tpu:
       lines.append(
-        "Compiled for a CPU: memory is an estimate, and nothing is said of the "
-        "chips' own program."
+        "Compiled for a CPU: memory is an estimate; the FLOPs of the "
+        "chips' own program are unknown."
       )
-    if any("epochs" in line for line in _durations(plan.config)):
-      epoch = self.plan.examples_per_epoch
-      lines.append(f"An epoch is taken to be {epoch:,} examples (--examples).")
-    return "\n".join(lines)
+    sections = (config, config.schedule, config.log, config.checkpoint)
+    if any(
+      "epochs" in key and value is not None
+      for section in sections
+      for key, value in section.items()
+    ):
+      lines.append(
+        f"Assumes {plan.examples_per_epoch:,} examples per epoch (--examples)."
+      )
+    return lines
 
-  def _batch(self) -> str:
+  def _batch(self) -> list[str]:
     rows = self.plan.config.batch_size // self.plan.topology.hosts
-    lines = [f"batch: {rows:,} rows a host, {_size(rows * self.row_bytes)}"]
+    lines = [
+      f"batch: {rows:,} rows a host, {format_bytes(rows * self.row_bytes)}"
+    ]
     for name, field in self.plan.fields.items():
       shape = "x".join(map(str, field.shape)) or "-"
       lines.append(f"  {name:14} {shape:14} {np.dtype(field.dtype).name}")
-    return "\n".join(lines)
+    return lines
 
-  def _parameters(self) -> str:
-    rows = sharding_table(self.plan.program.abstract.params)
+  def _parameters(self) -> list[str]:
+    rows = sharding_table(self.plan.abstract_params)
     count = sum(math.prod(row[1]) for row in rows)
-    state = sum(r[3] for r in sharding_table(self.plan.program.abstract))
+    state = sum(row[3] for row in sharding_table(self.plan.program.abstract))
     lines = [
-      f"parameters: {count:,}; they take "
-      f"{_size(sum(row[3] for row in rows))} a chip, the state {_size(state)}"
+      f"parameters: {count:,}; {format_bytes(sum(row[3] for row in rows))} a "
+      f"chip, the train state {format_bytes(state)}"
     ]
     shown = sorted(rows, key=lambda row: -row[3])
     if self.tables == "short":
-      shown = shown[:_SHOWN]
+      shown = shown[:_SHORT]
     width = max(len(row[0]) for row in shown)
     for name, shape, spec, size in shown:
       sizes = "x".join(map(str, shape)) or "-"
-      lines.append(f"  {name:{width}} {sizes:16} {_size(size):>9}  {spec}")
+      lines.append(
+        f"  {name:{width}} {sizes:16} {format_bytes(size):>9}  {spec}"
+      )
     if len(shown) < len(rows):
       lines.append(f"  and {len(rows) - len(shown)} more (--tables)")
-    return "\n".join(lines)
+    return lines
 
-  def _memory(self) -> str:
-    found, chip = self.measured.memory, self.plan.topology.chip
-    if found is None:
-      lines = ["memory: DOES NOT FIT", _indented(self.measured.refusal)]
-      if self.measured.largest:
-        at = f"{self.measured.largest_at:,}"
-        lines.append(f"  the largest arrays of a chip, at a batch of {at}:")
-        lines += [f"    {row}" for row in _temporaries(self.measured.largest)]
-      return "\n".join(lines)
-    of = f" of {_size(found.limit)}" if found.limit else ""
-    verdict = "fits" if found.fits else "DOES NOT FIT"
-    if found.limit is None:
-      verdict = f"{chip.kind} has no limit that is known"
-    lines = [
-      f"memory a chip: peak {_size(found.peak)}{of}: {verdict}",
-      f"  arguments {_size(found.arguments)}, temporaries "
-      f"{_size(found.temporaries)}, output {_size(found.output)}",
+  def _memory(self) -> list[str]:
+    compiled, chip = self.compiled, self.plan.topology.chip
+    memory = compiled.memory
+    arrays = [
+      f"    {format_bytes(row.bytes):>9} {row.shape} x{row.count}  "
+      f"{row.scope or row.name}"
+      for row in compiled.largest
     ]
-    if not found.fits:
-      lines.append("  the largest arrays:")
-      lines += [f"    {line}" for line in _temporaries(self.measured.largest)]
-    return "\n".join(lines)
-
-  def _norms(self) -> str:
-    """Of the other program of a run that measures gradients' norms."""
-    if self.norms is None:
-      if not self.plan.takes_norms:
-        return ""
-      return (
-        "memory of the objectives' gradient norms (config.log.gradients_...), "
-        "a program of its own: not compiled (--norms)"
-      )
-    found = self.norms.memory
-    if found is None:
-      lines = ["memory of the objectives' gradient norms: DOES NOT FIT"]
-      return "\n".join([*lines, _indented(self.norms.refusal), _WITHOUT_NORMS])
-    verdict = "fits" if found.fits else "DOES NOT FIT"
-    line = (
-      f"memory of the objectives' gradient norms: peak {_size(found.peak)}, "
-      f"{verdict}; compiled in {self.norms.seconds:.0f} s"
-    )
-    return line if found.fits else f"{line}\n{_WITHOUT_NORMS}"
-
-  def _work(self) -> str:
-    each = self.model_flops / self.plan.mesh.size
+    if memory is None:
+      lines = ["memory: DOES NOT FIT", *_indent(compiled.refusal)]
+      if arrays:
+        lines.append(
+          f"  the largest arrays of a chip, at a batch of "
+          f"{compiled.largest_at:,}:"
+        )
+      return lines + arrays
+    limit = f" of {format_bytes(memory.limit)}" if memory.limit else ""
+    verdict = "fits" if memory.fits else "DOES NOT FIT"
+    if memory.limit is None:
+      verdict = f"the limit of {chip.kind} is unknown"
     lines = [
-      f"FLOPs: {self.model_flops:.4g} a step by analysis, {each:.4g} a chip"
+      f"memory a chip: peak {format_bytes(memory.peak)}{limit}: {verdict}",
+      f"  arguments {format_bytes(memory.arguments)}, temporaries "
+      f"{format_bytes(memory.temporaries)}, output "
+      f"{format_bytes(memory.output)}",
+    ]
+    if not memory.fits:
+      lines += ["  the largest arrays:", *arrays]
+    return lines
+
+  def _norms(self) -> list[str]:
+    title, norms = "memory of the objectives' gradient norms", self.norms
+    if norms is None:
+      if not self.plan.measures_norms:
+        return []
+      return [
+        f"{title} (config.log.gradients_...), a separate program: not compiled "
+        "(--norms)"
+      ]
+    if norms.memory is None:
+      lines = [f"{title}: DOES NOT FIT", *_indent(norms.refusal)]
+    else:
+      verdict = "fits" if norms.fits else "DOES NOT FIT"
+      peak = format_bytes(norms.memory.peak)
+      lines = [
+        f"{title}: peak {peak}, {verdict}; compiled in {norms.seconds:.0f} s"
+      ]
+    return lines if norms.fits else [*lines, _WITHOUT_NORMS]
+
+  def _flops(self) -> list[str]:
+    per_chip = self.model_flops / self.plan.mesh.size
+    lines = [
+      f"FLOPs: {self.model_flops:.4g} a step analytically, {per_chip:.4g} a "
+      "chip"
     ]
     if self.useful is not None:
       lines.append(
-        f"  the program does {self.measured.flops:.4g} a chip: "
-        f"{self.useful:.1%} of it is useful, the rest is recomputed"
+        f"  the program does {self.compiled.flops:.4g} a chip: "
+        f"{self.useful:.1%} of it is useful, the rest is recomputation"
       )
-    return "\n".join(lines)
+    return lines
 
-  def _exchanges(self) -> str:
-    kinds = hlo.by_kind(self.measured.collectives)
+  def _collectives(self) -> list[str]:
+    kinds = hlo.sum_by_kind(self.compiled.collectives)
     if not kinds:
-      return "" if self.measured.memory is None else "collectives: none"
+      return [] if self.compiled.memory is None else ["collectives: none"]
     lines = ["collectives, bytes that a chip receives in a step:"]
     for kind, (count, size) in kinds.items():
-      lines.append(f"  {kind:20} {count:8,.0f} {_size(size):>10}")
-    large = large_gathers(self.plan, self.measured)
-    if large:
-      lines.append("  gathers larger than any parameter:")
+      lines.append(f"  {kind:20} {count:8,.0f} {format_bytes(size):>10}")
+    if large := self.large_gathers():
+      lines.append("  all-gathers larger than any parameter:")
       lines += [
-        f"    {_size(g.result)} of {g.shape} from {g.scope or 'no source'}"
+        f"    {format_bytes(g.result)} of {g.shape} from "
+        f"{g.scope or 'an unknown scope'}"
         for g in large
       ]
-    return "\n".join(lines)
+    return lines
 
-  def _input(self) -> str:
-    rate, topology = self.examples_per_second, self.plan.topology
+  def _input(self) -> list[str]:
+    rate, hosts = self.examples_per_second, self.plan.topology.hosts
     if rate is None:
-      return ""
-    host = rate / topology.hosts
-    return (
+      return []
+    return [
       f"input: at {self.mfu:.0%} of the chips' peak (assumed) "
-      f"{rate:,.0f} examples/s; a host delivers {host:,.0f} examples/s, "
-      f"{host * self.row_bytes / 1e6:,.0f} MB/s of rows"
-    )
+      f"{rate:,.0f} examples/s; a host delivers {rate / hosts:,.0f} "
+      f"examples/s, {rate / hosts * self.row_bytes / 1e6:,.0f} MB/s of rows"
+    ]
 
 
 def preflight(
   config: schema.Config,
-  topology: str,
+  topology: topologies.Topology,
   *,
   mfu: float = MFU,
   tables: str = "short",
   examples_per_epoch: int | None = None,
   norms: bool = False,
+  on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Report:
-  """Compiles the train step of a config for a machine that need not be there.
+  """Compiles the train step of a config for a topology.
 
   Args:
-    config: as `train.run` takes it; neither data nor weights are opened.
-    topology: see `topologies.parse`.
-    mfu: assumed share of the chips' peak, for what the hosts must deliver.
-    tables: 'short' or 'all' rows of the parameters.
+    config: as `train` takes it; neither data nor weights are opened.
+    topology: to compile for; needs no such machine.
+    mfu: assumed model FLOPs utilisation, for the rate of the input pipeline.
+    tables: 'short' or 'all' rows of the parameter table.
     examples_per_epoch: for durations in epochs.
     norms: whether to compile the objectives' gradient norms as well, if the
-      config asks for them: about as long again.
+      config asks for them; doubles the time.
+    on_stage: called with the name of each stage at its start.
 
   Raises:
-    ConfigError: for a config or a topology that can't be used.
+    ConfigError: for an invalid config, or a topology that cannot be used.
   """
-  plan = program.make_plan(
-    config,
-    topologies.parse(topology),
-    examples_per_epoch=examples_per_epoch,
+  on_stage("count FLOPs")
+  plan = compile_lib.make_plan(
+    config, topology, examples_per_epoch=examples_per_epoch
   )
-  counted = flops_lib.bench_flops(config, batch_size=plan.config.batch_size)
-  measured = measure_lib.measure(plan)
-  wanted = norms and plan.takes_norms
+  batch_size = plan.config.batch_size
+  cost = flops_lib.run(config, batch_size=batch_size)
+  on_stage("compile the step")
+  compiled = compile_lib.compile_step(plan)
+  norms_compiled = None
+  if norms and plan.measures_norms:
+    on_stage("compile the gradient norms")
+    norms_compiled = compile_lib.compile_norms(plan)
   return Report(
     plan=plan,
-    measured=measured,
-    norms=measure_lib.measure_norms(plan) if wanted else None,
-    model_flops=counted.total * plan.config.batch_size,
+    compiled=compiled,
+    norms=norms_compiled,
+    model_flops=cost.total * batch_size,
     mfu=mfu,
     tables=tables,
   )
 
 
-def large_gathers(
-  plan: program.Plan, measured: measure_lib.Measured
-) -> list[hlo.Collective]:
-  """All-gathers whose result is larger than any parameter.
-
-  An activation that is gathered by accident shows here.
-  """
-  most = max(
-    math.prod(row[1]) * 4
-    for row in sharding_table(plan.program.abstract.params)
-  )
-  return [
-    row
-    for row in measured.collectives
-    if row.kind == "all-gather" and row.result > most
-  ]
+def _indent(text: str) -> list[str]:
+  return [f"  {line}" for line in text.splitlines() if line.strip()]
 
 
-def _durations(config: Any) -> list[str]:
-  return [
-    key
-    for section in (config, config.schedule, config.log, config.checkpoint)
-    for key, value in section.items()
-    if value is not None
-  ]
-
-
-def _temporaries(rows) -> list[str]:
-  return [
-    f"{_size(row.bytes):>9} {row.shape} x{row.count}  {row.scope or row.name}"
-    for row in rows
-  ]
-
-
-def _indented(text: str) -> str:
-  return "\n".join(f"  {line}" for line in text.splitlines() if line.strip())
-
-
-def _size(count: float | int) -> str:
-  """Bytes as a person reads them; in powers of 1024, as chips are sold."""
+def format_bytes(count: float | int) -> str:
+  """A size in powers of 1024."""
   for unit in ("B", "KiB", "MiB"):
     if abs(count) < 1024:
       return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
     count /= 1024
   return f"{count:.2f} GiB"
+
+
+# ---------------------------------------------------------------------------
+# The table of docs/pods.md.
+
+BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
+NOTE = """
+`python tools/preflight.py --table=docs/pods.md` compiles these configs and
+updates this table; `--rows WORD ...` selects rows. Peak HBM is planned by the
+compiler, of the HBM that it may use. PFLOPs are the recipe's, computed
+analytically without recomputation; useful is their share of the compiled
+program's. Received: all collectives of a step, with ring algorithms. libtpu:
+the compiler's release."""
+# Config and topology.
+ROWS = (
+  ("configs/mtv_b16_224.py", "v5e:16x16"),
+  ("configs/mtv_l16_256.py", "v5e:16x16"),
+  ("configs/mtv_l16_256.py", "v4:4x4x8"),
+  ("configs/mtv_l16_256.py", "v5p:4x4x8"),
+  ("configs/mtv_g14_224.py", "v5e:16x16"),
+)
+_HEAD = (
+  "| config | machine | batch | peak HBM a chip | of | PFLOPs a step "
+  "| useful | received a chip | libtpu |"
+)
+
+
+def _row_start(config: str, topology: str) -> str:
+  return f"| {pathlib.Path(config).stem} | {topology} |"
+
+
+def table_row(config: str, report: Report) -> str:
+  """A report as a row of the table."""
+  memory, topology = report.compiled.memory, report.plan.topology
+  kinds = hlo.sum_by_kind(report.compiled.collectives)
+  received = sum(size for _, size in kinds.values()) / 1e9
+  cells = [
+    f"{report.plan.config.batch_size:,}",
+    f"{memory.peak / 2**30:.1f} GiB" if memory else "does not fit",
+    f"{memory.limit / 2**30:.2f} GiB" if memory and memory.limit else "",
+    f"{report.model_flops / 1e15:.2f}",
+    f"{report.useful:.0%}" if report.useful else "-",
+    f"{received:.2f} GB",
+    importlib.metadata.version("libtpu") if topology.is_tpu else "",
+  ]
+  return " | ".join([_row_start(config, topology.name)[:-2], *cells]) + " |"
+
+
+def update_table(page: str, rows: Sequence[str]) -> str:
+  """A page with new rows in its table; the other rows stay as they are.
+
+  Args:
+    page: text with the lines `BEGIN` and `END`.
+    rows: from `table_row`.
+
+  Raises:
+    ConfigError: the page lacks these lines.
+  """
+  if BEGIN not in page or END not in page:
+    raise ConfigError(
+      f"the page needs lines {BEGIN} and {END} around its table"
+    )
+  before, _, rest = page.partition(BEGIN)
+  table, _, after = rest.partition(END)
+  lines = [_HEAD, "| " + " | ".join(["---"] * (_HEAD.count("|") - 1)) + " |"]
+  for row in ROWS:
+    known = [*rows, *table.splitlines()]
+    lines += [r for r in known if r.startswith(_row_start(*row))][:1]
+  lines += NOTE.splitlines()
+  return "\n".join([before + BEGIN, *lines, END + after])

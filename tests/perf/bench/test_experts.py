@@ -1,4 +1,4 @@
-"""The benchmark of experts, at a size that takes no time."""
+"""Benchmark of experts, with tiny models."""
 
 import json
 
@@ -9,10 +9,8 @@ from mtv_jax.perf.bench import depth_anything, experts
 
 
 @pytest.mark.reference
-def test_two_sides_are_compared(monkeypatch):
-  """The difference and the ratios are those of what the sides do."""
-
-  class Subject:
+def test_speed_and_difference_of_two_sides(monkeypatch):
+  class Model:
     @staticmethod
     def write(variant, folder):
       assert folder.is_dir() and variant == "S"
@@ -28,34 +26,35 @@ def test_two_sides_are_compared(monkeypatch):
       assert model == "model"
       return lambda: np.full((batch_size, 2), 1.25)
 
-  monkeypatch.setattr(experts, "_subject", lambda kind: Subject)
+  monkeypatch.setattr(experts, "_import_model", lambda kind: Model)
   monkeypatch.setattr(experts.jax, "local_device_count", lambda: 1)
-  speed = experts.bench_expert("depth", batch_size=3, rounds=2)
-  assert speed.difference == pytest.approx(0.2)
-  assert speed.batch_size == 3 and len(speed.speeds) == 2
-  assert "our speed over theirs" in str(speed)
-  assert json.loads(speed.to_json())["variant"] == "S"
+  result = experts.run("depth", batch_size=3, rounds=2)
+  assert result["difference"] == pytest.approx(0.2)
+  assert result["batch_size"] == 3 and len(result["speeds"]) == 2
+  assert "our speed over theirs" in str(result)
+  assert json.loads(result.to_json())["variant"] == "S"
 
 
 @pytest.mark.slow
-def test_our_side_runs_alone(monkeypatch):
+def test_runs_without_transformers(monkeypatch):
   monkeypatch.setattr(depth_anything, "SIZE", 28)
-  speed = experts.bench_expert("depth", variant="mu", rounds=1, against="none")
-  assert speed.theirs is None and speed.ours > 0
-  assert "transformers" not in str(speed)
+  result = experts.run("depth", variant="mu", rounds=1, against="none")
+  assert result["theirs"] is None and result["ours"] > 0
+  assert "transformers" not in str(result)
 
 
-def test_an_unknown_expert_is_refused():
+def test_unknown_expert_raises():
   with pytest.raises(ValueError, match="depth"):
-    experts.bench_expert("dept")
+    experts.run("dept")
 
 
 @pytest.mark.reference
-def test_a_program_for_a_tpu_is_counted(monkeypatch):
+def test_compiles_for_a_tpu(monkeypatch):
   pytest.importorskip("libtpu")
   monkeypatch.setattr(depth_anything, "SIZE", 56)
-  found = experts.compile_expert("depth", variant="mu", batch_size=2)
-  assert found.flops > 1e6
-  assert 0 < found.arguments + found.temporaries < found.memory
-  assert "GFLOP an image" in str(found)
-  json.loads(found.to_json())
+  result = experts.compile_expert("depth", variant="mu", batch_size=2)
+  assert result["flops"] > 1e6
+  used = result["arguments"] + result["temporaries"]
+  assert 0 < used < result["memory"]
+  assert "FLOPs an image" in str(result)
+  json.loads(result.to_json())

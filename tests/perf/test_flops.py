@@ -1,4 +1,4 @@
-"""FLOPs by shape, against formulas and against XLA's own count."""
+"""Analytical FLOPs against formulas and against XLA's cost analysis."""
 
 import jax
 import jax.numpy as jnp
@@ -6,53 +6,53 @@ import pytest
 
 from mtv_jax.models import kernels
 from mtv_jax.models.two_tower import ModelSpec, image_tower
-from mtv_jax.perf.bench import counting
+from mtv_jax.perf import flops
 
 
 def shape(*size):
   return jax.ShapeDtypeStruct(size, jnp.float32)
 
 
-def test_a_loop_counts_as_often_as_it_runs():
+def test_loops_are_multiplied():
   def loop(x, w):
     return jax.lax.scan(lambda x, _: (x @ w, None), x, length=7)[0]
 
-  found = counting.trace(loop, shape(4, 8), shape(8, 8))
-  assert found.flops == 7 * 2 * 4 * 8 * 8
-  assert found.reads == [True, True]
+  cost = flops.count(loop, shape(4, 8), shape(8, 8))
+  assert cost.flops == 7 * 2 * 4 * 8 * 8
+  assert cost.reads == [True, True]
 
 
-def test_what_nobody_reads_is_free_and_repeats_count_once():
-  def some(x, a, b):
+def test_dead_code_is_free_and_repeated_code_counts_once():
+  def function(x, a, b):
     return x @ a, x @ b, (x @ a) + 1
 
   args = (shape(4, 8), shape(8, 2), shape(8, 3))
-  assert counting.trace(some, *args).flops == 2 * 4 * 8 * (2 + 3)
-  found = counting.trace(some, *args, keep=[True, False, True])
-  assert found.flops == 2 * 4 * 8 * 2
-  assert found.reads == [True, True, False]
+  assert flops.count(function, *args).flops == 2 * 4 * 8 * (2 + 3)
+  cost = flops.count(function, *args, keep=[True, False, True])
+  assert cost.flops == 2 * 4 * 8 * 2
+  assert cost.reads == [True, True, False]
 
 
-def test_the_same_holds_for_a_gradient_written_by_hand():
-  """`linear` has one, with a branch for each platform."""
+def test_custom_gradients_count_like_derived_ones():
+  """`linear` has a custom gradient with a branch for each platform."""
   args = (shape(4, 8), shape(8, 8))
   once = 2 * 4 * 8 * 8
 
   def twice(x, w):
     return kernels.linear(x, w), kernels.linear(x, w) + 1
 
-  assert counting.trace(twice, *args).flops == once
-  slopes = jax.grad(lambda *a: kernels.linear(*a).sum(), argnums=(0, 1))
+  assert flops.count(twice, *args).flops == once
+  grads = jax.grad(lambda *a: kernels.linear(*a).sum(), argnums=(0, 1))
   # Linear in both: the value itself is not needed.
-  assert counting.trace(slopes, *args).flops == 2 * once
-  found = counting.trace(slopes, *args, keep=[False, True])
-  assert found.flops == once
-  assert found.reads == [True, False]
+  assert flops.count(grads, *args).flops == 2 * once
+  cost = flops.count(grads, *args, keep=[False, True])
+  assert cost.flops == once
+  assert cost.reads == [True, False]
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_a_tower_costs_what_its_formula_says(scan):
-  """Patches in, per block 12 N D^2 and 2 N^2 D products, mean out."""
+def test_tower_flops_equal_the_formula(scan):
+  """Patch embedding, and 12 N D^2 + 2 N^2 D products in each block."""
   width, depth, mlp, patch, side = 32, 3, 96, 8, 6
   spec = ModelSpec.from_config(
     dict(
@@ -66,8 +66,8 @@ def test_a_tower_costs_what_its_formula_says(scan):
   n = side**2
   block = 4 * n * width**2 + 2 * n * width * mlp + 2 * n**2 * width
   products = n * 3 * patch**2 * width + depth * block
-  found = counting.trace(lambda p, x: tower.apply(p, x).patches, params, images)
-  assert found.flops == 2 * 2 * products
+  cost = flops.count(lambda p, x: tower.apply(p, x).patches, params, images)
+  assert cost.flops == 2 * 2 * products
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_tower_costs_what_its_formula_says(scan):
   ],
   ids=["same", "strided", "transposed"],
 )
-def test_convolutions_and_their_gradients_agree_with_xla(options):
+def test_convolutions_and_their_gradients_equal_xla(options):
   def conv(x, w):
     return jax.lax.conv_general_dilated(
       x, w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
@@ -92,5 +92,5 @@ def test_convolutions_and_their_gradients_agree_with_xla(options):
   args = (*args, jax.eval_shape(conv, *args))
   for function, given in ((conv, args[:2]), (pull, args)):
     compiled = jax.jit(function).lower(*given).compile()
-    ours = counting.trace(function, *given).flops
+    ours = flops.count(function, *given).flops
     assert ours == pytest.approx(compiled.cost_analysis()["flops"], rel=1e-3)

@@ -1,0 +1,73 @@
+"""Benchmarks of this machine, each beside a limit that the same run measures.
+
+  python tools/bench.py data --data='cc3m/*.tar' --tokenizer=spiece.model
+  python tools/bench.py step --config=configs/siglip_b16_224.py:tiny
+  python tools/bench.py views --config=configs/mtv_b16_224.py:tiny
+  python tools/bench.py eval --model=random:S/16
+  python tools/bench.py checkpoint --config=configs/siglip_b16_224.py:tiny
+  python tools/bench.py flops --config=configs/mtv_b16_224.py --compile=whole
+  python tools/bench.py against --what=siglip
+  python tools/bench.py experts --kind=depth
+
+`--profile=DIR` also writes a trace, for TensorBoard or Perfetto.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import inspect
+from pathlib import Path
+
+import jax
+
+from mtv_jax.config import overrides, schema
+from mtv_jax.perf.bench import harness
+
+# By name: the module with `run`, and the help.
+COMMANDS = {
+  "data": ("bench.data", "input pipeline, beside decoding alone"),
+  "step": ("bench.step", "train step of a config, beside matrix products"),
+  "views": ("bench.views", "views of a config, beside the step and decoding"),
+  "eval": ("bench.evals", "images to features, beside the forward pass"),
+  "checkpoint": ("bench.checkpoints", "saving and restoring, beside the disk"),
+  "flops": ("flops", "FLOPs of each part of a train step; runs nothing"),
+  "against": ("bench.against_torch", "train step, beside PyTorch's"),
+  "experts": ("bench.experts", "labelling, beside transformers"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds a subcommand for each benchmark."""
+  commands = parser.add_subparsers(
+    dest="benchmark", required=True, metavar="BENCHMARK"
+  )
+  for name, (module, text) in COMMANDS.items():
+    command = commands.add_parser(name, help=text)
+    function = importlib.import_module(f"mtv_jax.perf.{module}").run
+    harness.add_flags(command, function)
+    if "config" in inspect.signature(function).parameters:
+      command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE"
+      )
+    command.add_argument("--json", type=Path, help="also write the result here")
+    command.add_argument("--profile", metavar="DIR", help="also write a trace")
+    command.set_defaults(function=function)
+
+
+def run(args: argparse.Namespace) -> None:
+  """Runs one benchmark, prints its result and writes it."""
+  flags = inspect.signature(args.function).parameters
+  options = {name: getattr(args, name) for name in flags}
+  if "config" in options:
+    config = schema.read_config(args.config)
+    options["config"] = overrides.override(config, args.set)
+  trace = contextlib.nullcontext()
+  if args.profile:
+    trace = jax.profiler.trace(args.profile)
+  with trace:
+    result = args.function(**options)
+  print(result)
+  if args.json:
+    args.json.write_text(result.to_json() + "\n")

@@ -1,0 +1,277 @@
+"""Ahead-of-time compilation of a config's train step for a topology."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from mtv_jax.config import overrides, schema
+from mtv_jax.data import ops
+from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
+from mtv_jax.perf import flops as flops_lib
+from mtv_jax.perf import hlo, topologies
+from mtv_jax.train.experiment import (
+  build_program,
+  build_step_spec,
+  make_config_mesh,
+)
+from mtv_jax.train.step import Program
+from mtv_jax.train.step_spec import StepSpec
+from mtv_jax.utils.errors import ConfigError
+
+# Examples per epoch where the config counts in epochs and nothing is given: it
+# sets when events of a run happen, and changes nothing that is measured here.
+EPOCH = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A config's train step on a topology, not yet compiled.
+
+  Attributes:
+    config: resolved.
+    topology: to compile for.
+    recipe: of the step.
+    program: the step, and the shapes and shardings of its state.
+    fields: shapes and dtypes of the batch's rows.
+    total_steps: of the run.
+    examples_per_epoch: for durations in epochs, given or assumed.
+  """
+
+  config: ConfigDict
+  topology: topologies.Topology
+  recipe: StepSpec
+  program: Program
+  fields: Mapping[str, ops.Field]
+  total_steps: int
+  examples_per_epoch: int
+
+  @property
+  def mesh(self) -> Mesh:
+    """Of all chips."""
+    return self.program.mesh
+
+  @property
+  def abstract_params(self) -> Any:
+    """Shapes and shardings of the parameters."""
+    return self.program.abstract.params
+
+  def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the global batch, sharded over the mesh."""
+    split, rows = (
+      NamedSharding(self.mesh, BATCH_SPEC),
+      self.config.batch_size,
+    )
+    return {
+      name: jax.ShapeDtypeStruct((rows, *f.shape), f.dtype, sharding=split)
+      for name, f in self.fields.items()
+    }
+
+  def lower(self) -> jax.stages.Lowered:
+    """Lowers the update with all objectives."""
+    update = self.program.compiled()
+    return update.lower(self.program.abstract, self.abstract_batch())
+
+  @property
+  def measures_norms(self) -> bool:
+    """Whether the run measures each objective's gradient on the encoder."""
+    return bool(
+      schema.steps(
+        "gradients",
+        self.config.log,
+        batch_size=self.config.batch_size,
+        examples_per_epoch=self.examples_per_epoch,
+        total_steps=self.total_steps,
+        default=None,
+      )
+    )
+
+  def lower_norms(self) -> jax.stages.Lowered:
+    """Lowers the program of those norms; see `gradients.encoder_norms`."""
+    return self.program.encoder_norms.lower(
+      self.program.abstract,
+      self.abstract_batch(),
+      tuple(self.recipe.objectives),
+    )
+
+
+def make_plan(
+  config: schema.Config,
+  topology: topologies.Topology,
+  *,
+  examples_per_epoch: int | None = None,
+) -> Plan:
+  """Builds the step of a config; opens no data, weights or tokenizer.
+
+  Args:
+    config: as `train` takes it.
+    topology: to compile for.
+    examples_per_epoch: for durations in epochs; `EPOCH` by default.
+
+  Raises:
+    ConfigError: for an invalid config.
+  """
+  config = schema.check_config(config)
+  mesh = make_config_mesh(config, topologies.devices(topology))
+  examples = examples_per_epoch or EPOCH
+  total_steps = schema.total_steps(config, examples)
+  recipe = build_step_spec(config, total_steps)
+  fields = flops_lib.batch_fields(config, recipe)
+  for field, readers in recipe.fields().items():
+    if field not in fields:
+      raise ConfigError(
+        f"objective {readers[0]!r} reads the batch field {field!r}, which no "
+        f"op of config.data.ops gives; there are: {sorted(fields)}."
+      )
+  _, program = build_program(config, recipe, mesh, examples)
+  return Plan(
+    config=config,
+    topology=topology,
+    recipe=recipe,
+    program=program,
+    fields=fields,
+    total_steps=total_steps,
+    examples_per_epoch=examples,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of HBM on one chip, as the compiler plans them.
+
+  Attributes:
+    arguments: of the state and the batch.
+    temporaries: live within a step.
+    output: of the step; most of it aliases donated arguments.
+    peak: the most that is live at a time.
+    limit: of the chip; None where it is unknown.
+  """
+
+  arguments: int
+  temporaries: int
+  output: int
+  peak: int
+  limit: int | None
+
+  @property
+  def fits(self) -> bool:
+    """Whether the peak is within the limit, if that is known."""
+    return self.limit is None or self.peak <= self.limit
+
+  @classmethod
+  def of(cls, compiled: jax.stages.Compiled, limit: int | None) -> Memory:
+    """Reads the memory analysis of a compiled program."""
+    analysis = compiled.memory_analysis()
+    arguments = analysis.argument_size_in_bytes
+    temporaries = analysis.temp_size_in_bytes
+    output = analysis.output_size_in_bytes
+    live = arguments + output - analysis.alias_size_in_bytes + temporaries
+    peak = max(live, analysis.peak_memory_in_bytes)
+    return cls(arguments, temporaries, output, peak, limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """Result of compiling a program.
+
+  Attributes:
+    memory: of one chip; None where the compiler ran out of it.
+    refusal: the compiler's message where it did.
+    seconds: of lowering and compiling.
+    collectives: largest first.
+    flops: of one chip per step: matrix products and convolutions of the
+      compiled program, recomputation included; 0 where they are unknown.
+    largest: the largest arrays.
+    largest_at: batch size of `largest`: if the step does not fit, they are
+      those of a smaller batch.
+  """
+
+  memory: Memory | None
+  refusal: str = ""
+  seconds: float = 0.0
+  collectives: tuple[hlo.Collective, ...] = ()
+  flops: float = 0.0
+  largest: tuple[hlo.Temporary, ...] = ()
+  largest_at: int = 0
+
+  @property
+  def fits(self) -> bool:
+    """Whether the program can run."""
+    return self.memory is not None and self.memory.fits
+
+
+def compile_step(plan: Plan, *, largest: int = 8) -> Compiled:
+  """Compiles the train step of a plan.
+
+  Args:
+    plan: from `make_plan`.
+    largest: how many of the largest arrays to name.
+  """
+  result, program = _compile(plan, plan.lower)
+  if program is None:
+    arrays, batch = _largest_of_smaller_batch(plan, largest)
+    return dataclasses.replace(result, largest=arrays, largest_at=batch)
+  module = hlo.parse(program)
+  return dataclasses.replace(
+    result,
+    collectives=hlo.collectives(module),
+    # Other backends call libraries, whose FLOPs the HLO does not show.
+    flops=hlo.count_flops(module) if plan.topology.is_tpu else 0.0,
+    largest=tuple(hlo.largest_temporaries(module, limit=largest)),
+    largest_at=plan.config.batch_size,
+  )
+
+
+def compile_norms(plan: Plan) -> Compiled:
+  """Compiles the program that a run with `log.gradients_steps` runs as well."""
+  return _compile(plan, plan.lower_norms)[0]
+
+
+def _compile(
+  plan: Plan, lower: Any
+) -> tuple[Compiled, jax.stages.Compiled | None]:
+  begin = time.perf_counter()
+  lowered = lower()
+  try:
+    program, refusal = lowered.compile(), ""
+    memory = Memory.of(program, plan.topology.chip.hbm_bytes)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    program, refusal, memory = None, str(error), None
+  seconds = time.perf_counter() - begin
+  return Compiled(memory, refusal, seconds), program
+
+
+def _largest_of_smaller_batch(
+  plan: Plan, count: int
+) -> tuple[tuple[hlo.Temporary, ...], int]:
+  """The largest arrays of the same step on fewer rows, and their number."""
+  least = num_batch_shards(plan.mesh) * plan.config.accumulate
+  for divisor in (16, 256) if count else ():
+    batch = max(plan.config.batch_size // divisor // least, 1) * least
+    smaller = make_plan(
+      overrides.override(plan.config, [f"batch_size={batch}"]), plan.topology
+    )
+    _, program = _compile(smaller, smaller.lower)
+    if program is not None:
+      return tuple(hlo.largest_temporaries(program, limit=count)), batch
+  return (), 0
+
+
+def required_bytes(refusal: str) -> int | None:
+  """Bytes that the program needs, according to the compiler's message."""
+  match = re.search(
+    r"(?:Used|temporaries \(|requirement )\s*([\d.]+)([KMGT])", refusal
+  )
+  if not match:
+    return None
+  power = "KMGT".index(match[2]) + 1
+  return int(float(match[1]) * 1024**power)
