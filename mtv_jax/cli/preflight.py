@@ -25,14 +25,13 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import tqdm
 
 from mtv_jax.cli import arguments
 from mtv_jax.config import overrides, schema
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.progress import track
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,49 +77,24 @@ def _report(args: argparse.Namespace, topology: Any) -> int:
   from mtv_jax.perf.preflight import propose, report
 
   config = _read(args)
-  # Stages: FLOPs, the step, the norms.
-  with tqdm.tqdm(total=2 + args.norms, disable=None) as bar:
-    result = report.preflight(
-      config,
-      topology,
-      mfu=args.mfu,
-      tables="all" if args.tables else "short",
-      examples_per_epoch=args.examples,
-      norms=args.norms,
-      on_stage=_show_stage(bar),
-    )
+  result = report.preflight(
+    config,
+    topology,
+    mfu=args.mfu,
+    tables="all" if args.tables else "short",
+    examples_per_epoch=args.examples,
+    norms=args.norms,
+  )
   print(result)
   if args.json:
     args.json.write_text(result.to_json() + "\n")
   if not result.compiled.fits and args.propose:
     print("\nchanges, compiled:")
-    fits = [
-      proposal.fits
-      for proposal in _print_each(propose.propose(config, topology))
-    ]
-    if not any(fits):
-      print("  none that was tried fits.")
+    for proposal in propose.propose(config, topology):
+      print(f"  {proposal}", flush=True)
   elif not result.compiled.fits:
     print("\n--propose compiles changes until one fits.")
   return 0 if result.fits else 1
-
-
-def _show_stage(bar: tqdm.tqdm) -> Callable[[str], None]:
-  """Shows the running stage; the stages before it count as done."""
-  stages = []
-
-  def show(stage: str) -> None:
-    bar.update(bool(stages))
-    bar.set_description(stage)
-    stages.append(stage)
-
-  return show
-
-
-def _print_each(items: Iterable[Any]) -> Iterator[Any]:
-  for item in items:
-    print(f"  {item}", flush=True)
-    yield item
 
 
 def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
@@ -132,14 +106,14 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
     for config, topology in report.ROWS
     if all(w in f"{pathlib.Path(config).stem} {topology}" for w in words)
   ]
-  for config, topology in tqdm.tqdm(selected, disable=None):
+  for config, topology in track(selected, "table"):
     result = report.preflight(
       schema.read_config(config), topologies.parse(topology)
     )
     row = report.table_row(config, result)
     text = report.update_table(page.read_text(encoding="utf-8"), [row])
     page.write_text(text, encoding="utf-8")
-    tqdm.tqdm.write(row)
+    print(row, flush=True)
   return 0
 
 
@@ -155,7 +129,7 @@ def _compile_scaling(args: argparse.Namespace) -> int:
     scaling.compile_loss(method, name)
     if method
     else scaling.compile_row(config, name)
-    for method, name in tqdm.tqdm(jobs, disable=None)
+    for method, name in track(jobs, "compile")
   ]
   if args.json:
     args.json.write_text(json.dumps(scaling.to_dict(rows)) + "\n")

@@ -1,1 +1,1 @@
-"""What `tools/bench.py` measures, each beside its floor."""
+"""Benchmarks, each beside a limit that the same run measures."""

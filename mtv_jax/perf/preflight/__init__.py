@@ -1,1 +1,1 @@
-"""What a config needs of a machine, found by compiling it."""
+"""Preflight: ahead-of-time compilation of a config for a topology."""

@@ -1,4 +1,4 @@
-"""Changes of a config that make it fit, found by compiling them."""
+"""Search for changes of a config that make it fit, by compiling them."""
 
 from __future__ import annotations
 

@@ -7,10 +7,11 @@ import importlib.metadata
 import json
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import tqdm
 
 from mtv_jax.config import schema
 from mtv_jax.parallel.mesh import MESH_AXES
@@ -314,7 +315,6 @@ def preflight(
   tables: str = "short",
   examples_per_epoch: int | None = None,
   norms: bool = False,
-  on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Report:
   """Compiles the train step of a config for a topology.
 
@@ -326,23 +326,26 @@ def preflight(
     examples_per_epoch: for durations in epochs.
     norms: whether to compile the objectives' gradient norms as well, if the
       config asks for them; doubles the time.
-    on_stage: called with the name of each stage at its start.
 
   Raises:
     ConfigError: for an invalid config, or a topology that cannot be used.
   """
-  on_stage("count FLOPs")
   plan = compile_lib.make_plan(
     config, topology, examples_per_epoch=examples_per_epoch
   )
   batch_size = plan.config.batch_size
-  cost = flops_lib.run(config, batch_size=batch_size)
-  on_stage("compile the step")
-  compiled = compile_lib.compile_step(plan)
-  norms_compiled = None
-  if norms and plan.measures_norms:
-    on_stage("compile the gradient norms")
-    norms_compiled = compile_lib.compile_norms(plan)
+  norms = norms and plan.measures_norms
+  with tqdm.tqdm(total=2 + norms, disable=None) as bar:
+    bar.set_description("count FLOPs")
+    cost = flops_lib.run(config, batch_size=batch_size)
+    bar.update()
+    bar.set_description("compile the step")
+    compiled = compile_lib.compile_step(plan)
+    bar.update()
+    if norms:
+      bar.set_description("compile the gradient norms")
+    norms_compiled = compile_lib.compile_norms(plan) if norms else None
+    bar.update(norms)
   return Report(
     plan=plan,
     compiled=compiled,
