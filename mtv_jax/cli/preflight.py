@@ -106,7 +106,7 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
     for config, topology in report.ROWS
     if all(w in f"{pathlib.Path(config).stem} {topology}" for w in words)
   ]
-  for config, topology in track(selected, "table"):
+  for config, topology in track(selected, "table", unit="configs"):
     result = report.preflight(
       schema.read_config(config), topologies.parse(topology)
     )
@@ -129,7 +129,7 @@ def _compile_scaling(args: argparse.Namespace) -> int:
     scaling.compile_loss(method, name)
     if method
     else scaling.compile_row(config, name)
-    for method, name in track(jobs, "compile")
+    for method, name in track(jobs, "scaling", unit="programs")
   ]
   if args.json:
     args.json.write_text(json.dumps(scaling.to_dict(rows)) + "\n")

@@ -74,7 +74,11 @@ class Progress:
 
 
 def track(
-  items: Iterable[T], description: str, *, total: int | None = None
+  items: Iterable[T],
+  description: str,
+  *,
+  total: int | None = None,
+  unit: str = "batches",
 ) -> Iterator[T]:
   """Yields items and shows how many of them are done.
 
@@ -82,10 +86,11 @@ def track(
     items: any iterable.
     description: in front of the bar.
     total: how many there are, where `items` has no length.
+    unit: what is counted.
   """
   if total is None:
     total = len(items) if isinstance(items, Sized) else 0
-  report = Progress(unit="batches", description=description)
+  report = Progress(unit=unit, description=description)
   report(0, max(total, 1))
   for done, item in enumerate(items, 1):
     yield item
