@@ -111,17 +111,14 @@ _OPEN_CLIP = BlockNames(
 def _load(module: nn.Module, rules: list[Rule], params: Params) -> None:
   """Loads all of a module's parameters; unknown and missing names raise."""
   parts: dict[str, list[np.ndarray]] = {}
-  for name, tensor in tables.save(rules, _flatten(params)).items():
+  leaves = dict(flatten_with_names(params))
+  for name, tensor in tables.save(rules, leaves).items():
     fused, _, part = name.partition("|")
     leaf = part.rpartition(".")[2]
     parts.setdefault(fused + leaf, []).append(tensor)
   module.load_state_dict(
     {name: _tensor(np.concatenate(tensors)) for name, tensors in parts.items()}
   )
-
-
-def _flatten(params: Params) -> dict[str, np.ndarray]:
-  return dict(flatten_with_names(params))
 
 
 def _block_rules(layout: tables.Layout, tower: str, names: BlockNames, spec):
@@ -192,7 +189,7 @@ def _trunk(spec: Any, params: Params) -> nn.Module:
       *tables.norm(TORCH, f"{pool}/norm", "attn_pool.norm", width),
       *tables.mlp(TORCH, f"{pool}/mlp", "attn_pool.mlp", width, spec.mlp_dim),
     ]
-  _load(trunk, rules, {"image": params["image"]})
+  _load(trunk, rules, params)
   return trunk
 
 
@@ -257,7 +254,7 @@ def siglip_step(
       text.projection,
     ),
   ]
-  _load(model.text, rules, {"text": params["text"]})
+  _load(model.text, rules, params)
   heads = params["heads"]["contrastive"]
   with torch.no_grad():
     model.logit_scale.copy_(_tensor(heads["logit_scale"]))
@@ -277,9 +274,8 @@ class Encoder(nn.Module):
 
   def __init__(self, recipe: StepSpec, params: Params):
     super().__init__()
-    image = dict(params["image"])
-    self.mask_token = nn.Parameter(_tensor(image.pop("mask_token")))
-    self.trunk = _trunk(recipe.model.image, {"image": image})
+    self.mask_token = nn.Parameter(_tensor(params["image"]["mask_token"]))
+    self.trunk = _trunk(recipe.model.image, params)
     self.heads = nn.ModuleDict(
       {n: Head(params["heads"][n]) for n in ("dino", "ibot")}
     )
