@@ -135,6 +135,7 @@ def run(
   label = "  first batch, with compilation"
   add("compile_seconds", seconds, label, f"{seconds:.1f} s")
   if against == "none":
+    result.values.update(theirs=None, speed=None, speeds=(), difference=None)
     return result
   add("theirs", medians[1], "transformers", _format_rate(medians[1]))
   speed = harness.Ratio.of(times[:, 1], times[:, 0])

@@ -15,7 +15,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,7 @@ class Ratio:
   rounds: tuple[float, ...]
 
   @classmethod
-  def of(cls, over: Sequence[float], under: Sequence[float]) -> Ratio:
+  def of(cls, over: Iterable[float], under: Iterable[float]) -> Ratio:
     """Divides the measurements of each round."""
     rounds = tuple(
       float(a) / float(b) for a, b in zip(over, under, strict=True)

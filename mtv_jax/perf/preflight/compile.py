@@ -65,10 +65,7 @@ class Plan:
 
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the global batch, sharded over the mesh."""
-    split, rows = (
-      NamedSharding(self.mesh, BATCH_SPEC),
-      self.config.batch_size,
-    )
+    rows, split = self.config.batch_size, NamedSharding(self.mesh, BATCH_SPEC)
     return {
       name: jax.ShapeDtypeStruct((rows, *f.shape), f.dtype, sharding=split)
       for name, f in self.fields.items()
