@@ -144,7 +144,7 @@ def add_flags(
   for name, parameter in inspect.signature(function).parameters.items():
     required = parameter.default is parameter.empty
     default = None if required else parameter.default
-    integer = str(parameter.annotation).startswith("int")
+    integer = "int" in str(parameter.annotation)
     parser.add_argument(
       f"--{name}",
       required=required,

@@ -68,7 +68,7 @@ def test_flags_follow_the_signature_and_docstring():
 
   parser = argparse.ArgumentParser()
   harness.add_flags(parser, function)
-  assert "of the items, 100 %." in parser.format_help()
+  assert "of the items, 100 %." in " ".join(parser.format_help().split())
   args = parser.parse_args(["--name=a", "--workers=0"])
   assert vars(args) == dict(name="a", count=3, workers=0)
   for wrong in (["--name=a", "--count=0"], ["--count=1"]):
