@@ -148,7 +148,7 @@ def _count_equation(eqn: Any, needed: list[bool]) -> tuple[float, list[bool]]:
     return max(costs), [True, *map(any, zip(*reads, strict=True))]
   # A loop needs all of its results: the next iteration reads them.
   costs = [_count_live(body, [True] * len(body.outvars))[0] for body in bodies]
-  return sum(costs) * eqn.params.get("length", 1), every
+  return sum(costs, 0.0) * eqn.params.get("length", 1), every
 
 
 def _convolution_flops(eqn: Any) -> float:

@@ -136,7 +136,7 @@ def _head_reductions(objectives, head, name, leaf) -> tuple[int, int]:
 
 def _size_without_fsdp(leaf) -> int:
   """Elements of a parameter on a chip after the all-gather over `fsdp`."""
-  names = axis_names(leaf.sharding.spec)
+  names = axis_names(tuple(leaf.sharding.spec))
   shards = leaf.sharding.mesh.shape
   return math.prod(leaf.shape) // math.prod(
     shards[name] for name in names if name != "fsdp"
