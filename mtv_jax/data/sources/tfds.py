@@ -56,11 +56,10 @@ class TFDSSource(Source):
     self._data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     tfds = _tfds()
     info = self._builder(tfds).info
-    self._image = _image_feature(tfds, info.features, self.name)
-    self._captions = caption_path(info.features)
-    self._label = isinstance(
-      info.features.get("label"), tfds.features.ClassLabel
-    )
+    features = dict(info.features.items())
+    self._image = _image_feature(tfds, features, self.name)
+    self._captions = caption_path(features)
+    self._label = isinstance(features.get("label"), tfds.features.ClassLabel)
     self.fields = frozenset(
       ["key", "image"]
       + ["captions"] * bool(self._captions)
