@@ -78,14 +78,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
     data, named = self._set
     last_block = self.last_block or patch_text.default_last_block(encoder)
     patch_text.check(encoder, last_block)
-    size = self._window_size(encoder, _SIZE)
-    slide = sliding_window.Slide(
-      size=size,
-      stride=self.stride or max(1, size * _STRIDE // _SIZE),
-      short=size,
-      interpolation="bicubic",
-      average=self.average,
-    )
+    slide = self._slide(encoder)
     classifier = text_classifier(encoder, named, clean=self.clean)
 
     def score(windows: list[np.ndarray]) -> np.ndarray:
@@ -111,6 +104,16 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       protocol,
       metrics_lib.chance(counts),
       pictures=predictions.sheets("zero_shot_segmentation"),
+    )
+
+  def _slide(self, encoder: Encoder) -> sliding_window.Slide:
+    size = self._window_size(encoder, _SIZE)
+    return sliding_window.Slide(
+      size=size,
+      stride=self.stride or max(1, size * _STRIDE // _SIZE),
+      short=size,
+      interpolation="bicubic",
+      average=self.average,
     )
 
 
