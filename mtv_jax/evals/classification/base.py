@@ -83,17 +83,23 @@ class ClassificationProbe(Evaluator):
 
   def run(self, encoder: Encoder) -> Result:
     """The probe's metrics, see the class."""
-    view = self._default(self.view, self.published_view, "encoder")
-    encoder = global_features.view(encoder, view)
+    encoder = self._view(encoder)
     metrics, protocol = self._evaluate(encoder, self._splits)
     protocol = {
       **encoder.protocol(),
       **self._splits.protocol(),
-      "view": view,
+      "view": self._view_name(),
       **protocol,
     }
     chance = chance_accuracies(metrics, self._splits.classes)
     return Result(metrics, protocol, chance)
+
+  def _view_name(self) -> str:
+    return self._default(self.view, self.published_view, "encoder")
+
+  def _view(self, encoder: Encoder) -> Encoder:
+    """The encoder with the protocol's preprocessing."""
+    return global_features.view(encoder, self._view_name())
 
   def _evaluate(
     self, encoder: Encoder, data: Splits

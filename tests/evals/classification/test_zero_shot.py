@@ -185,7 +185,7 @@ def test_labels_of_a_source_are_indices_of_the_file(monkeypatch):
 def test_classes_of_one_name_are_refused(folder, write_image):
   write_image(folder / "Red!" / "a.png", "red")
   data = registry.open_classification(str(folder))
-  message = "classes 'Red!' and 'red' are both 'red' to a prompt"
+  message = "classes 'Red!' and 'red' are both 'red' in prompts"
   with pytest.raises(ValueError, match=message):
     match_classes(data, None, keep="all")
   # Also where the file has the name twice: which is which?
