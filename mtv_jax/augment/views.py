@@ -37,7 +37,7 @@ from mtv_jax.augment.masks import (
 from mtv_jax.augment.op import OPS, STAGES
 from mtv_jax.augment.photometrics import PhotometricOp
 from mtv_jax.config.op_strings import build_op, parse_ops
-from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
 
 @flax.struct.dataclass
@@ -201,7 +201,7 @@ class View:
     """
     shape = canvas.shape
     if canvas.dtype != jnp.uint8 or shape[1:] != (shape[1], shape[1], 3):
-      raise ValueError(
+      raise InputError(
         f"view {self.name!r}: expected a canvas of uint8 [batch, S, S, 3], got "
         f"{canvas.dtype} {list(shape)}. Do not scale pixels before the view."
       )

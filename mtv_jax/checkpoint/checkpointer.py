@@ -26,7 +26,7 @@ from mtv_jax.checkpoint.partial_restore import (
   CheckpointMismatchError,
   first_lines,
 )
-from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 Path = str | epath.PathLike
@@ -255,7 +255,7 @@ def _require_index(item: epath.Path) -> None:
 def _require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
   if step not in steps:
     there = ", ".join(map(str, sorted(steps))) or "none"
-    raise FileNotFoundError(
+    raise MissingFileError(
       f"no checkpoint of step {step} in {folder}. The steps there: {there}."
     )
 
@@ -338,10 +338,10 @@ def load_tree(
   if (folder / "checkpoints").exists():
     folder = folder / "checkpoints"
   if not folder.exists():
-    raise FileNotFoundError(f"{folder} does not exist.")
+    raise MissingFileError(f"{folder} does not exist.")
   steps = ocp.utils.checkpoint_steps(folder)
   if not steps:
-    raise FileNotFoundError(f"no complete checkpoint in {folder}.")
+    raise MissingFileError(f"no complete checkpoint in {folder}.")
   step = max(steps) if step is None else step
   _require_step(folder, step, steps)
   item = folder / str(step) / _STATE
@@ -349,7 +349,7 @@ def load_tree(
     saved = _saved(item)
   flat = {n: m for n, m in saved.items() if f"{n}/".startswith(f"{part}/")}
   if not flat:
-    raise ValueError(
+    raise InputError(
       f"{item} has no {part!r}. Its parts are:"
       f" {', '.join(sorted({name.split('/')[0] for name in saved}))}."
     )

@@ -148,7 +148,7 @@ def _renamed(
     for pattern, replacement in rename:
       new = re.sub(pattern, replacement, new)
     if new in out:
-      raise ValueError(
+      raise InputError(
         f"init.rename: {origin[new]!r} and {old!r} both become {new!r}."
       )
     out[new], origin[new] = leaf, old

@@ -18,6 +18,7 @@ from mtv_jax.convert.converted import Converted
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.encoder import loading
 from mtv_jax.train.metrics import setup_logging
+from mtv_jax.utils.errors import InputError
 
 _COMMANDS = {
   "to_hf": "a run, an export or an imported folder to Hugging Face",
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
   """Converts and prints the files written."""
   setup_logging()
   if Path(args.source).resolve() == Path(args.output).resolve():
-    raise ValueError(
+    raise InputError(
       f"{args.output} is the source: name another folder to write."
     )
   model = read_source(args)

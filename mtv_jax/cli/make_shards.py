@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from mtv_jax.data.sources import listings, shard_writer
+from mtv_jax.utils.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
   if len(folders) == 1:
     folders = folders * len(args.inputs)
   if len(folders) != len(args.inputs):
-    raise ValueError(
+    raise InputError(
       f"--images names {len(folders)} folders for {len(args.inputs)} inputs;"
       " give one, or one for each"
     )

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.utils import plots
+from mtv_jax.utils.errors import InputError
 
 _TEXT_SIZE, _LINE_HEIGHT = 11, 13
 _CAPTION_LINES = 7
@@ -77,7 +78,7 @@ def scene_sheet(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Rows of `scene_row`, one below the other."""
   if not indices:
-    raise ValueError("indices is empty; name at least one scene.")
+    raise InputError("indices is empty; name at least one scene.")
   return np.concatenate([scene_row(i, size=size, seed=seed) for i in indices])
 
 

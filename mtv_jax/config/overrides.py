@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
 _KEY = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
 _PART = re.compile(r"\w+")
@@ -151,7 +151,7 @@ def _evaluate(node: ast.expr) -> Any:
   if isinstance(node, ast.Call):
     name = node.func.id if isinstance(node.func, ast.Name) else None
     if name != "dict" or node.args or any(k.arg is None for k in node.keywords):
-      raise ValueError("only dict(KEY=VALUE, ...) may be called")
+      raise InputError("only dict(KEY=VALUE, ...) may be called")
     return {k.arg: _evaluate(k.value) for k in node.keywords}
   if isinstance(node, ast.List):
     return [_evaluate(e) for e in node.elts]

@@ -20,6 +20,7 @@ from mtv_jax.models import two_tower as models
 from mtv_jax.models import vit
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.parallel.mesh import replicated_sharding
+from mtv_jax.utils.errors import InputError
 
 # Side of the thumbnail that is the embedding of raw pixels.
 THUMBNAIL = 8
@@ -53,7 +54,7 @@ def load(
   if match := _RANDOM.fullmatch(name):
     variant, size = match.groups("224")
     return random(variant, int(size), dtype=dtype, mesh=mesh)
-  raise ValueError(
+  raise InputError(
     f"{name!r} is not a baseline; expected pixels:SIZE, pixels:SIZE/PATCH, "
     f"random:VARIANT or random:VARIANT@SIZE, such as 'pixels:224' and "
     f"'random:B/16@224'. Variants: {', '.join(models.VARIANTS)}"

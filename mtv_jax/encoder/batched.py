@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float32, PyTree
 
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
+from mtv_jax.utils.errors import InputError
 
 
 def in_batches(
@@ -86,7 +87,7 @@ def padded_batch(count: int, batch_size: int, shards: int) -> int:
   of the mesh's shards.
   """
   if batch_size < 1:
-    raise ValueError(f"batch_size={batch_size}; expected at least 1")
+    raise InputError(f"batch_size={batch_size}; expected at least 1")
   if count < batch_size:
     batch_size = min(batch_size, 1 << (count - 1).bit_length())
   return -(-batch_size // shards) * shards
@@ -145,11 +146,11 @@ def pad(lists: Sequence[Any], *, channels: int, what: str) -> Padded:
     array = np.asarray(item, np.float32)
     array = array.reshape(-1, channels) if array.size == 0 else array
     if array.ndim != 2 or array.shape[1] != channels:
-      raise ValueError(
+      raise InputError(
         f"{what} {i} must be [m, {channels}]; got {list(array.shape)}"
       )
     if not np.isfinite(array).all():
-      raise ValueError(f"{what} {i} hold numbers that are not finite")
+      raise InputError(f"{what} {i} hold numbers that are not finite")
     arrays.append(array)
   longest = max([1, *map(len, arrays)])
   length = 1 << (longest - 1).bit_length()

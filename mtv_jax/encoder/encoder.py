@@ -33,7 +33,7 @@ from mtv_jax.models.heads import contrastive_head
 from mtv_jax.models.heads.base import TEXT, PredictionHead
 from mtv_jax.parallel.mesh import MESH_AXES, make_mesh
 from mtv_jax.parallel.rules import tree_shardings
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 OUTPUTS = ("pooled", "patches", "prefix")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -141,7 +141,7 @@ class Encoder:
         name; their parameters are in `params["heads"]`.
     """
     if "image" not in params:
-      raise ValueError(
+      raise InputError(
         f"Encoder: params has no 'image'; it has {sorted(params)}. Pass the "
         "whole tree {'image', 'text', 'heads'}, not one tower's."
       )
@@ -254,19 +254,19 @@ class Encoder:
   ) -> Float32[np.ndarray, "n e"]:
     """Embeddings `[n, E]` of strings, not normalised."""
     if self.spec.text is None or "text" not in self.params:
-      raise ValueError(
+      raise InputError(
         f"{self!r} has no text tower, so it can't embed text. Zero-shot and "
         "retrieval need a model with one (SigLIP, CLIP, a contrastive run)."
       )
     if self.tokenizer is None:
-      raise ValueError(
+      raise InputError(
         f"{self!r} has no tokenizer. Put its tokenizer file into the folder, "
         "or pass tokenizer=build_tokenizer(...)."
       )
     if isinstance(strings, str):
       raise TypeError("Encoder.text takes a list of strings: pass [string]")
     if not len(strings):
-      raise ValueError("Encoder.text got no strings")
+      raise InputError("Encoder.text got no strings")
     tokens = np.asarray(
       self.tokenizer.encode(list(strings), self.spec.text.length), np.int32
     )
@@ -296,7 +296,7 @@ class Encoder:
     try:
       head = heads[contrastive_head(heads)]
     except ValueError as error:
-      raise ValueError(
+      raise InputError(
         f"{self!r}: {error} For cosine similarity use normalize(image) @ "
         "normalize(text).T"
       ) from None
@@ -346,12 +346,12 @@ class Encoder:
       )
     for key, values in inputs.items():
       if len(values) != len(images):
-        raise ValueError(
+        raise InputError(
           f"Encoder.{method} got {len(images)} images, and {key} of "
           f"{len(values)}"
         )
     if inputs and self.preprocess.crop != "none":
-      raise ValueError(
+      raise InputError(
         f"Encoder.{method} needs an encoder that sees whole images; this one "
         f"crops them (crop={self.preprocess.crop!r}), and {sorted(inputs)} "
         "refer to the whole image"
@@ -435,7 +435,7 @@ class Encoder:
     """
     if not self.can_predict(name):
       heads = self.params.get("heads", {})
-      raise ValueError(
+      raise InputError(
         f"{self!r} can't predict {name!r}: it lacks the head. It predicts "
         f"{sorted(filter(self.can_predict, self.prediction_heads))}; the "
         f"parameters of its heads are {sorted(heads)}. Load a run, or an "
@@ -531,7 +531,7 @@ class Encoder:
 def block_index(index: int, depth: int) -> int:
   """A block counted from 0; `index` may count from the end."""
   if not -depth <= index < depth:
-    raise ValueError(
+    raise InputError(
       f"layer {index} of an encoder with {depth} blocks; expected 0.."
       f"{depth - 1}, or -{depth}..-1 from the end"
     )
@@ -542,13 +542,13 @@ def check_outputs(outputs: Iterable[str]) -> None:
   """Raises ValueError for unknown outputs of an image tower."""
   unknown = [o for o in outputs if o not in OUTPUTS]
   if unknown or isinstance(outputs, str):
-    raise ValueError(f"outputs={outputs!r}; expected some of {OUTPUTS}")
+    raise InputError(f"outputs={outputs!r}; expected some of {OUTPUTS}")
 
 
 def check_embeddings(image: Any, text: Any) -> None:
   """Raises ValueError for embeddings that can't be compared."""
   if np.ndim(image) != 2 or np.shape(image)[1:] != np.shape(text)[1:]:
-    raise ValueError(
+    raise InputError(
       "Encoder.similarity takes embeddings [n, E] and [m, E], such as "
       ".image(images).pooled and .text(strings); got "
       f"{list(np.shape(image))} and {list(np.shape(text))}"
@@ -571,7 +571,7 @@ def check_images(images: Any, method: str) -> None:
       f"got a {type(images).__name__}: pass list(images)"
     )
   if not len(images):
-    raise ValueError(f"Encoder.{method} got no images")
+    raise InputError(f"Encoder.{method} got no images")
 
 
 def _mesh_of(params: PyTree) -> Mesh | None:

@@ -214,7 +214,7 @@ def _require_one_set(
 ) -> None:
   if weights == "student" and step is None:
     return
-  raise ValueError(
+  raise InputError(
     f"{folder} is not a training run, and has one set of weights; got "
     f"weights={weights!r}, step={step}. An export's weights are chosen when it "
     "is written."

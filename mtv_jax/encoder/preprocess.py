@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from mtv_jax.config import options
 from mtv_jax.config.op_strings import parse_ops
 from mtv_jax.data import canvas
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 _CHOICES = {
   "resize": ("squash", "shortest"),
@@ -65,27 +65,27 @@ class Preprocess:
     for field, choices in _CHOICES.items():
       check_choice(f"Preprocess: {field}", getattr(self, field), choices)
     if self.size < 1:
-      raise ValueError(f"Preprocess: size={self.size}; expected at least 1")
+      raise InputError(f"Preprocess: size={self.size}; expected at least 1")
     if self.resize == "shortest" and self.crop == "none":
-      raise ValueError(
+      raise InputError(
         "Preprocess: resize='shortest' gives images of different shapes, which "
         "can't be batched; add crop='center' or use resize='squash'"
       )
     resized = self.resize_size or self.size
     if self.crop == "none" and resized != self.size:
-      raise ValueError(
+      raise InputError(
         f"Preprocess: resize_size={resized} with size={self.size} needs "
         "crop='center'"
       )
     if resized < self.size:
-      raise ValueError(
+      raise InputError(
         f"Preprocess: resize_size={resized} is smaller than the crop's "
         f"size={self.size}"
       )
     for field in ("mean", "std"):
       value = tuple(float(v) for v in getattr(self, field))
       if len(value) != 3:
-        raise ValueError(
+        raise InputError(
           f"Preprocess: {field}={value}; expected three numbers, one a channel"
         )
       object.__setattr__(self, field, value)
@@ -216,7 +216,7 @@ def as_pixels(
       f"{got}. Encoder.dense resizes nothing; Encoder.image takes any image."
     )
   if size is not None and array.shape[:2] != tuple(size):
-    raise ValueError(
+    raise InputError(
       f"{key} is {array.shape[0]}x{array.shape[1]} and the first one "
       f"{size[0]}x{size[1]}; Encoder.dense takes images of one size: resize, "
       "or call it once a size"

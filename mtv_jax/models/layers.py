@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from mtv_jax.models import kernels
 from mtv_jax.parallel.constraints import all_gather_params, constrain_batch
-from mtv_jax.utils.errors import check_choice, did_you_mean
+from mtv_jax.utils.errors import InputError, check_choice, did_you_mean
 
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
 # Policies that say what is saved of each block for the backward pass; the rest
@@ -324,7 +324,7 @@ def check_taps(taps: Sequence[int], depth: int) -> None:
   """Raises ValueError unless every tap is a layer, 0 .. depth - 1."""
   bad = [i for i in taps if not 0 <= i < depth]
   if bad:
-    raise ValueError(
+    raise InputError(
       f"taps {bad} are not layers of a tower of depth {depth}, which are "
       f"numbered 0 (output of the first block) to {depth - 1}."
     )
@@ -333,7 +333,7 @@ def check_taps(taps: Sequence[int], depth: int) -> None:
 def check_remat(remat: str) -> None:
   """Raises ValueError for an unknown remat policy."""
   if remat not in REMAT:
-    raise ValueError(
+    raise InputError(
       f"Unknown remat policy '{remat}'. {did_you_mean(remat, REMAT)}"
     )
 
@@ -343,11 +343,11 @@ def check_tower(spec: Any) -> None:
   name = type(spec).__name__
   for field in ("width", "depth", "heads", "mlp_dim"):
     if getattr(spec, field) < 1:
-      raise ValueError(
+      raise InputError(
         f"{name}.{field} is {getattr(spec, field)}; it must be at least 1."
       )
   if spec.width % spec.heads:
-    raise ValueError(
+    raise InputError(
       f"{name}.width {spec.width} is not divisible by its {spec.heads} heads. "
       f"Choose heads that divide it, or a multiple of {spec.heads} as width."
     )

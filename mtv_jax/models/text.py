@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mtv_jax.models import layers
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.tree import pytree_dataclass
 
 
@@ -60,7 +60,7 @@ class TextSpec:
     check_choice("TextSpec.pool", self.pool, ("last", "eos", "first", "mean"))
     for field in ("vocab_size", "length", "projection"):
       if getattr(self, field) < 1:
-        raise ValueError(
+        raise InputError(
           f"TextSpec.{field} is {getattr(self, field)}; it must be at least 1."
         )
 
@@ -113,7 +113,7 @@ class TextTower(nn.Module):
     spec = self.spec
     length = tokens.shape[1]
     if not 1 <= length <= spec.length:
-      raise ValueError(
+      raise InputError(
         f"The texts have {length} tokens; the tower has positions for 1 to "
         f"{spec.length}. Tokenize to at most {spec.length}, or build the model "
         f"with length={length}."

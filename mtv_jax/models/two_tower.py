@@ -16,7 +16,7 @@ from mtv_jax.config import options
 from mtv_jax.models import layers
 from mtv_jax.models.text import TextSpec, TextTower
 from mtv_jax.models.vit import ViT, ViTSpec
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 # width, depth, heads, mlp_dim. Ti, S: Touvron et al. 2021; B, L: Dosovitskiy et
 # al. 2021; So400m: Alabdulmohsin et al. 2023; g: Zhai et al. 2022; g-opt: the
@@ -55,7 +55,7 @@ class ModelSpec:
 
   def __post_init__(self):
     if self.text and self.text.embed_dim != self.image.embed_dim:
-      raise ValueError(
+      raise InputError(
         f"Image embeddings have {self.image.embed_dim} channels, text "
         f"embeddings {self.text.embed_dim}: they could not be compared. Set "
         f"text.projection to {self.image.embed_dim}, or the image "
@@ -128,11 +128,11 @@ def variant(name: str) -> dict[str, int]:
   """
   shape, slash, patch = name.partition("/")
   if shape not in VARIANTS:
-    raise ValueError(
+    raise InputError(
       f"Unknown variant '{name}'. {did_you_mean(shape, VARIANTS)}"
     )
   if slash and not (patch.isdecimal() and int(patch)):
-    raise ValueError(
+    raise InputError(
       f"The patch size of variant '{name}' is not a number of pixels; write it "
       f"like '{shape}/16'."
     )
@@ -164,7 +164,7 @@ def text_tower(
     ValueError: if the model has none.
   """
   if spec.text is None:
-    raise ValueError(
+    raise InputError(
       "This model has no text tower: its config has no model.text, or it was "
       "loaded from a vision-only folder."
     )
@@ -220,12 +220,12 @@ def _expand(
     return fields
   shape = variant(name)
   if patch and not {"patch_size"} & {*shape, *fields}:
-    raise ValueError(
+    raise InputError(
       f"{where}.variant '{name}' names no patch size; write it like "
       f"'{name}/16'."
     )
   if not patch and "patch_size" in shape:
-    raise ValueError(
+    raise InputError(
       f"{where}.variant '{name}' names a patch size; text has none: write "
       f"'{name.partition('/')[0]}'."
     )

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.models import layers, pooling, positions
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.tree import pytree_dataclass
 
 
@@ -77,12 +77,12 @@ class ViTSpec:
       "ViTSpec.position_resize", self.position_resize, positions.RESIZES
     )
     if self.pool == "cls" and not self.cls_token:
-      raise ValueError(
+      raise InputError(
         "ViTSpec.pool 'cls' needs a CLS token: set cls_token=True, or pool "
         "'map' or 'mean'."
       )
     if self.patch_size < 1 or self.registers < 0:
-      raise ValueError(
+      raise InputError(
         f"ViTSpec: patch_size {self.patch_size} must be at least 1 and "
         f"registers {self.registers} at least 0."
       )
@@ -112,7 +112,7 @@ class ViTSpec:
     p = self.patch_size
     if height < p or width < p or height % p or width % p:
       near = [max(p, round(side / p) * p) for side in (height, width)]
-      raise ValueError(
+      raise InputError(
         f"An image of {height}x{width} pixels is not divisible into patches of "
         f"{p}x{p}; the nearest size that is: {near[0]}x{near[1]}."
       )
@@ -217,7 +217,7 @@ class ViT(nn.Module):
     spec = self.spec
     b, h, w, channels = images.shape
     if channels != 3:
-      raise ValueError(
+      raise InputError(
         f"Images are [batch, height, width, 3]; these have {channels} channels "
         f"(shape {images.shape}). Grey images: repeat the channel; channels "
         "first: transpose."
@@ -238,11 +238,11 @@ class ViT(nn.Module):
       token = self.param("mask_token", nn.initializers.zeros, (spec.width,))
     if mask is not None:
       if not spec.mask_token:
-        raise ValueError(
+        raise InputError(
           "A mask needs a mask token: set mask_token=True in the model."
         )
       if mask.shape != x.shape[:2]:
-        raise ValueError(
+        raise InputError(
           f"The mask is {mask.shape}; {b} images of {grid[0]}x{grid[1]} "
           f"patches need {x.shape[:2]}."
         )

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mtv_jax.models.heads.base import PredictionHead
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import pytree_dataclass
 
 STUDENT = "student"
@@ -44,9 +44,9 @@ class Encoding:
 
   def __post_init__(self):
     if self.tower not in ("image", "text"):
-      raise ValueError(f"tower is '{self.tower}'; there are: image, text.")
+      raise InputError(f"tower is '{self.tower}'; there are: image, text.")
     if self.weights not in (STUDENT, TEACHER):
-      raise ValueError(
+      raise InputError(
         f"weights are '{self.weights}'; there are: student, teacher."
       )
 

@@ -2,6 +2,8 @@
 
 import jax
 
+from mtv_jax.utils.errors import InputError
+
 
 def initialize(
   *,
@@ -23,7 +25,7 @@ def initialize(
   """
   given = [coordinator, processes, process]
   if any(g is not None for g in given) and None in given:
-    raise ValueError(
+    raise InputError(
       "--coordinator, --processes and --process go together: got "
       f"coordinator={given[0]}, processes={given[1]}, process={given[2]}."
     )

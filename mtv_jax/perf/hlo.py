@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.utils.errors import InputError
+
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPERAND = re.compile(r"%([\w.\-]+)")
@@ -153,7 +155,7 @@ def parse(program: Any) -> Module:
       if head[1]:
         roots[current] = head[2]
   if entry is None:
-    raise ValueError("expected the text of a compiled program: it has no ENTRY")
+    raise InputError("expected the text of a compiled program: it has no ENTRY")
   partitions = re.search(r"\bnum_partitions=(\d+)", text)
   replicas = re.search(r"\breplica_count=(\d+)", text)
   count = math.prod(int(m[1]) for m in (partitions, replicas) if m)

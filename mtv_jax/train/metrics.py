@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import tensorboardX
 
+from mtv_jax.utils.errors import InputError
+
 log = logging.getLogger(__name__)
 
 WIDTH = 120
@@ -299,7 +301,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
   for name, value in values.items():
     array = np.asarray(value)
     if array.size != 1:
-      raise ValueError(
+      raise InputError(
         f"metric {name!r} has shape {array.shape}, expected one number."
       )
     out[name] = float(array.reshape(()))

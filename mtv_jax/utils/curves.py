@@ -11,6 +11,8 @@ import re
 
 from matplotlib.figure import Figure
 
+from mtv_jax.utils.errors import InputError, MissingFileError
+
 _COLUMNS = 3
 
 
@@ -22,7 +24,7 @@ def read_metrics(run: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
   """
   path = pathlib.Path(run) / "metrics.jsonl"
   if not path.is_file():
-    raise FileNotFoundError(
+    raise MissingFileError(
       f"{path} does not exist: {run} is not the folder of a run, or the run "
       "has logged nothing yet."
     )
@@ -51,7 +53,7 @@ def plot_metrics(
   """
   names = [name for name in series if re.search(pattern, name)]
   if not names:
-    raise ValueError(
+    raise InputError(
       f"no metric matches {pattern!r}; expected {sorted(series)}"
     )
   columns = min(len(names), _COLUMNS)

@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from mtv_jax.utils.errors import InputError, MissingFileError
+
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _REMOTE = re.compile(r"^[a-z][a-z0-9+.-]*://|^pipe:", re.IGNORECASE)
 
@@ -36,10 +38,10 @@ def expand_path(
   missing: list[str] = []
   patterns = [p for item in _as_list(path) for p in _braces(item)]
   if not patterns:
-    raise ValueError(f"The path {path!r} names no file.")
+    raise InputError(f"The path {path!r} names no file.")
   for pattern in patterns:
     if _REMOTE.match(pattern):
-      raise ValueError(
+      raise InputError(
         f"{pattern!r} is not on a file system. Records are read at random"
         " offsets: mount the bucket (gcsfuse, s3fs) or copy the files, and"
         " give the path they have then."
@@ -51,12 +53,12 @@ def expand_path(
     elif glob.has_magic(pattern):
       matches = sorted(glob.glob(pattern, recursive=True))
       if not matches:
-        raise FileNotFoundError(_nothing(pattern, suffix))
+        raise MissingFileError(_nothing(pattern, suffix))
       files.extend(map(Path, matches))
     else:
       missing.append(pattern)
   if missing:
-    raise FileNotFoundError(_absent(missing, len(patterns), suffix))
+    raise MissingFileError(_absent(missing, len(patterns), suffix))
   for file in files:
     if file.is_dir():
       raise IsADirectoryError(
@@ -78,10 +80,10 @@ def _braces(pattern: str) -> list[str]:
   """`a{08..10}` -> a08 a09 a10; `{x,y}z` -> xz yz; products of several."""
   if (start := pattern.find("{")) < 0:
     if "}" in pattern:
-      raise ValueError(f"{pattern!r} has a '}}' without a '{{'.")
+      raise InputError(f"{pattern!r} has a '}}' without a '{{'.")
     return [pattern]
   if (end := pattern.find("}", start)) < 0:
-    raise ValueError(f"{pattern!r} has a '{{' without a '}}'.")
+    raise InputError(f"{pattern!r} has a '{{' without a '}}'.")
   before, inside, after = (
     pattern[:start],
     pattern[start + 1 : end],
@@ -90,14 +92,14 @@ def _braces(pattern: str) -> list[str]:
   if match := _RANGE.fullmatch(inside.strip()):
     first, last = match.groups()
     if int(last) < int(first):
-      raise ValueError(f"The range {{{inside}}} of {pattern!r} is empty.")
+      raise InputError(f"The range {{{inside}}} of {pattern!r} is empty.")
     # Leading zeros as in the first number, like bash.
     width = len(first) if first.startswith("0") else 0
     options = [f"{i:0{width}d}" for i in range(int(first), int(last) + 1)]
   elif "," in inside:
     options = [option.strip() for option in inside.split(",")]
   else:
-    raise ValueError(
+    raise InputError(
       f"{{{inside}}} of {pattern!r} is no range; write {{00000..00012}} or"
       " {a,b}."
     )
@@ -143,7 +145,7 @@ def _refuse_twice(files: list[Path]) -> None:
     # disks, and the keys' check finds a file behind two links as well.
     name = os.path.abspath(file)
     if name in seen:
-      raise ValueError(
+      raise InputError(
         f"{file} is in the path twice; to see data more often, raise the"
         " `weight` of its entry."
       )

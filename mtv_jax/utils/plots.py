@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from mtv_jax.utils.errors import InputError
+
 INK, PAPER, MUTED = (24, 24, 28), (255, 255, 255), (96, 96, 104)
 CORRECT, WRONG = (40, 200, 90), (235, 60, 60)
 GAP, LINE_HEIGHT, TEXT_SIZE = 8, 17, 13
@@ -290,7 +292,7 @@ def image_grid(
   """
   lengths = {len(row) for row in rows}
   if len(lengths) != 1 or 0 in lengths:
-    raise ValueError(
+    raise InputError(
       f"image_grid: rows have lengths {sorted(lengths)}; expected one length, "
       "at least 1"
     )

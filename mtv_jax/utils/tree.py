@@ -15,6 +15,8 @@ from typing import Any, Literal, dataclass_transform, no_type_check
 import flax.struct
 import jax
 
+from mtv_jax.utils.errors import InputError
+
 
 @dataclass_transform(field_specifiers=(flax.struct.field,))
 def pytree_dataclass(cls: type) -> type:
@@ -94,7 +96,7 @@ def match_rules(
   if unused == "error":
     for regex, _ in compiled:
       if not any(map(regex.search, names)):
-        raise ValueError(
+        raise InputError(
           f"{what}: {regex.pattern!r} matches no parameter."
           f" {closest_names(regex.pattern, names)}"
         )
@@ -110,7 +112,7 @@ def first_match(name: str, rules: Sequence[Sequence[Any]]) -> Any:
   match = _match(name, [_compile(rule, "rules") for rule in rules])
   if match.pattern is None:
     patterns = ", ".join(repr(rule[0]) for rule in rules)
-    raise ValueError(f"no rule matches {name!r}. The patterns are: {patterns}.")
+    raise InputError(f"no rule matches {name!r}. The patterns are: {patterns}.")
   return match.value
 
 
@@ -123,11 +125,11 @@ def _match(name: str, compiled: Sequence[tuple[re.Pattern, Any]]) -> Match:
 
 def _compile(rule: Sequence[Any], what: str) -> tuple[re.Pattern, Any]:
   if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
-    raise ValueError(f"{what}: a rule is a pair (regex, value), got {rule!r}.")
+    raise InputError(f"{what}: a rule is a pair (regex, value), got {rule!r}.")
   try:
     return re.compile(rule[0]), rule[1]
   except re.error as e:
-    raise ValueError(f"{what}: {rule[0]!r} is not a regex: {e}.") from None
+    raise InputError(f"{what}: {rule[0]!r} is not a regex: {e}.") from None
 
 
 def closest_names(pattern: str, names: Iterable[str], *, limit: int = 5) -> str:

@@ -159,10 +159,10 @@ def test_a_misspelt_override_is_an_unknown_key(assignment, match):
 
 
 # ---------------------------------------------------------------------------
-# Endings.
+# Errors of the command lines.
 
 
-def test_errors_raised_on_purpose_end_with_their_message():
+def test_user_errors_exit_with_their_message():
   with pytest.raises(SystemExit) as ending, errors.readable_errors("train"):
     schema.check_config({})
   assert ending.value.code == (
@@ -173,22 +173,21 @@ def test_errors_raised_on_purpose_end_with_their_message():
       decode(b"no image")
 
 
-def test_notes_are_part_of_the_message():
+def test_a_message_has_the_notes():
   error = ConfigError("wrong")
   error.add_note("(in evaluation 'a')")
   error.add_note("For simplicity, JAX ... Set JAX_TRACEBACK_FILTERING=off ...")
   assert errors.message(error) == "wrong\n(in evaluation 'a')"
-  assert errors.message(KeyError("no 'a'")) == "no 'a'"
 
 
-def test_errors_about_files_end_with_their_message(tmp_path):
+def test_system_errors_about_files_exit_with_their_message(tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(SystemExit, match="train: .*file"):  # noqa: SIM117
     with errors.readable_errors("train"):
       (tmp_path / "file" / "below").mkdir()
 
 
-def test_an_interrupt_ends_in_one_line(capsys):
+def test_an_interrupt_exits_with_one_line(capsys):
   with pytest.raises(SystemExit) as ending, errors.readable_errors("train"):
     raise KeyboardInterrupt
   assert ending.value.code == 130
@@ -198,12 +197,11 @@ def test_an_interrupt_ends_in_one_line(capsys):
 def test_defects_keep_their_traceback():
   with pytest.raises(ZeroDivisionError), errors.readable_errors("train"):
     _ = 1 / 0
-  # Of this package's code, but not by a `raise` in it.
   with pytest.raises(TypeError), errors.readable_errors("train"):
     decode(3)
 
 
-def test_the_training_command_ends_in_one_message(tmp_path):
+def test_the_training_command_prints_one_message(tmp_path):
   root = pathlib.Path(__file__).resolve().parents[2]
   done = subprocess.run(
     [
@@ -235,7 +233,7 @@ def test_the_training_command_ends_in_one_message(tmp_path):
     (["data", "--tokenizer=x.model"], "bench: tokenizer='x.model': there is"),
   ],
 )
-def test_the_bench_ends_in_one_message(repo_root, arguments, says):
+def test_bench_prints_one_message(repo_root, arguments, says):
   main = runpy.run_path(str(repo_root / "tools" / "bench.py"))["main"]
   with pytest.raises(SystemExit, match=says):
     main(arguments)

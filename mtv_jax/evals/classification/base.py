@@ -18,7 +18,7 @@ from mtv_jax.evals.core.examples import ClassificationSet, Data, Images
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.datasets.splits import Splits, hold_out
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 SELECTIONS = ("val", "train_split")
 _TRAIN_SCENES, _TEST_SCENES = 800, 400
@@ -279,7 +279,7 @@ def split_for_selection(data: Splits, select: str) -> Selection:
     )
   train, held_out = hold_out(data.train.labels)
   if not held_out.size:
-    raise ValueError(
+    raise InputError(
       f"select='train_split': {data.train.name} has one image a class, so none "
       "can be held out; use select='val'"
     )

@@ -20,6 +20,7 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.classification.base import FeatureProbe
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets.splits import Splits
+from mtv_jax.utils.errors import InputError
 
 SHOTS = (1, 5, 10, 25)
 _CONSTANT = 100.0
@@ -47,7 +48,7 @@ class FewShot(FeatureProbe):
   def __post_init__(self):
     super().__post_init__()
     if not self.seeds or (self.shots is not None and min(self.shots) < 1):
-      raise ValueError(
+      raise InputError(
         f"FewShot: shots={self.shots}, seeds={self.seeds}; expected one seed "
         "at least, and numbers of images"
       )

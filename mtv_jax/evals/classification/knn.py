@@ -31,6 +31,7 @@ from mtv_jax.parallel.mesh import (
   num_batch_shards,
   replicated_sharding,
 )
+from mtv_jax.utils.errors import InputError
 
 KS = (10, 20, 100, 200)
 
@@ -50,7 +51,7 @@ class KNN(FeatureProbe):
   def __post_init__(self):
     super().__post_init__()
     if not self.k or min(self.k) < 1:
-      raise ValueError(f"KNN: k={self.k}; expected numbers of at least 1")
+      raise InputError(f"KNN: k={self.k}; expected numbers of at least 1")
 
   def _evaluate(
     self, encoder: Encoder, data: Splits
@@ -120,11 +121,11 @@ def find_neighbours(
     ValueError: for features that are not finite, or more neighbours than rows.
   """
   if not 1 <= k <= len(bank):
-    raise ValueError(f"k={k} nearest of {len(bank)} rows; expected 1 to that")
+    raise InputError(f"k={k} nearest of {len(bank)} rows; expected 1 to that")
   for name, rows in (("queries", queries), ("bank", bank)):
     # The extremes show any NaN or infinity, without a copy of the bank.
     if not np.isfinite([rows.min(), rows.max()]).all():
-      raise ValueError(
+      raise InputError(
         f"the {name} are not all finite: the encoder diverged, or its weights "
         "are damaged"
       )

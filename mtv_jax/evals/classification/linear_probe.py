@@ -26,7 +26,7 @@ from mtv_jax.evals.classification.base import (
 from mtv_jax.evals.core import global_features
 from mtv_jax.evals.core.examples import ClassificationSet
 from mtv_jax.evals.datasets.splits import Splits
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 RATES = tuple(m * 10.0**e for e in range(-5, -1) for m in (1, 2, 5)) + (0.1,)
 
@@ -59,12 +59,12 @@ class LinearProbe(TrainedProbe):
     for value in self.average:
       check_choice("LinearProbe: average", value, ("off", "on"))
     if not (self.rates and self.blocks and self.average):
-      raise ValueError(
+      raise InputError(
         "LinearProbe: rates, blocks and average need one value each at least; "
         f"got {self.rates}, {self.blocks}, {self.average}"
       )
     if min(self.blocks) < 1:
-      raise ValueError(f"LinearProbe: blocks={self.blocks}; expected 1 or more")
+      raise InputError(f"LinearProbe: blocks={self.blocks}; expected 1 or more")
 
   def _evaluate(
     self, encoder: Encoder, data: Splits

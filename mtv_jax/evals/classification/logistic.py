@@ -36,6 +36,7 @@ from mtv_jax.parallel.mesh import (
   num_batch_shards,
   replicated_sharding,
 )
+from mtv_jax.utils.errors import InputError
 
 STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
 # Every fifth: 1e-6 to 1e4 in steps of 10^1.25.
@@ -73,7 +74,7 @@ class Logistic(FeatureProbe):
     self._check("select", SELECTIONS)
     self._check("normalize", _NORMALIZE)
     if self.strengths is not None and min(self.strengths, default=0) <= 0:
-      raise ValueError(
+      raise InputError(
         f"Logistic: strengths={self.strengths}; expected values above 0"
       )
 

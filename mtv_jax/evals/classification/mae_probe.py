@@ -31,6 +31,7 @@ from mtv_jax.evals.classification.base import (
 )
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.datasets.splits import Splits
+from mtv_jax.utils.errors import InputError
 
 _EPS = 1e-6
 
@@ -55,7 +56,7 @@ class MaeProbe(FeatureProbe, TrainedProbe):
   def __post_init__(self):
     super().__post_init__()
     if not 0 <= self.warmup < self.epochs or self.train_batch < 2:
-      raise ValueError(
+      raise InputError(
         f"MaeProbe: epochs={self.epochs}, warmup={self.warmup}, train_batch="
         f"{self.train_batch}; expected 0 <= warmup < epochs, a batch of 2 or "
         "more"

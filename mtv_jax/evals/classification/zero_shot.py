@@ -30,7 +30,7 @@ from mtv_jax.evals.core import prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.examples import ClassificationSet, Data
 from mtv_jax.evals.datasets import registry
-from mtv_jax.utils.errors import check_choice, did_you_mean
+from mtv_jax.utils.errors import InputError, check_choice, did_you_mean
 
 # Classes embedded at a time: 64 x 80 prompts are 16 MB of embeddings.
 _CLASSES = 64
@@ -182,13 +182,13 @@ def match_classes(
 def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
   names = data.classes
   if names is None:
-    raise ValueError(
+    raise InputError(
       f"{data.name} has labels but no class names: give a prompt file "
       "(prompts=) with its classes in the order of the labels"
     )
   numbered = [n for n in names if re.fullmatch(r"n\d{8}", n)]
   if numbered:
-    raise ValueError(
+    raise InputError(
       f"{data.name}: folders such as {numbered[0]} are WordNet ids and not "
       "names. Give a prompt file: tools/make_prompts.py writes ImageNet's"
     )
@@ -201,7 +201,7 @@ def _require_distinct(data: ClassificationSet, names: Sequence[str]) -> None:
   for i, name in enumerate(names):
     if first.setdefault(name, i) != i:
       both = [(data.ids or data.classes)[k] for k in (first[name], i)]
-      raise ValueError(
+      raise InputError(
         f"{data.name}: the classes {both[0]!r} and {both[1]!r} are both "
         f"{name!r} in prompts, so the second could never be predicted. Give a "
         "prompt file with 'ids', or rename one"
@@ -216,7 +216,7 @@ def _match_to_file(
   if data.ids is None and data.classes is None:
     largest = int(data.labels.max())
     if largest >= total:
-      raise ValueError(
+      raise InputError(
         f"{data.name} has labels up to {largest} and {given.name} has {total} "
         "classes"
       )
@@ -234,7 +234,7 @@ def _match_to_file(
     index.setdefault(key, i)
   missing = [key for key in wanted if key not in index]
   if missing:
-    raise ValueError(
+    raise InputError(
       f"{len(missing)} of {len(wanted)} classes of {data.name} are not in "
       f"{given.name}, such as {missing[0]!r}. "
       f"{did_you_mean(missing[0], known)}"

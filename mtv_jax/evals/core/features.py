@@ -17,6 +17,7 @@ import numpy as np
 from mtv_jax.encoder import encoder as encoder_lib
 from mtv_jax.encoder.encoder import Encoder, ImageFeatures
 from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.utils.errors import InputError
 
 # Bytes cached for an encoder: 1.28 M embeddings of ViT-B, or patches of 7,000
 # images at 14 x 14. Eviction depends on use alone: on a pod all hosts must
@@ -156,7 +157,7 @@ def _check_count(
 ) -> None:
   for array in cached.values():
     if len(array) != count:
-      raise ValueError(
+      raise InputError(
         f"{count} images have the digest {digest!r}, of which {len(array)} "
         "were encoded before: it must depend on which images of a data set "
         "are used"

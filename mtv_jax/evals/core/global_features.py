@@ -14,7 +14,7 @@ from mtv_jax.encoder.encoder import Encoder, ImageFeatures
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core import features
 from mtv_jax.evals.core.examples import ClassificationSet, select_images
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 VIEWS = ("center", "squash_center", "encoder")
 FEATURES = ("pooled", "cls", "mean")
@@ -94,7 +94,7 @@ def embed(
   """
   check_choice("feature", feature, FEATURES)
   if feature == "cls" and not encoder.spec.image.cls_token:
-    raise ValueError(
+    raise InputError(
       f"feature='cls': {encoder!r} has no CLS token; take 'pooled' or 'mean'"
     )
   if feature == "mean":
@@ -204,7 +204,7 @@ def final_norm(
   """
   norm = encoder.params["image"].get("norm")
   if norm is None:
-    raise ValueError(f"{encoder!r} has no final norm to apply; use norm='none'")
+    raise InputError(f"{encoder!r} has no final norm to apply; use norm='none'")
   scale, bias = np.asarray(norm["scale"]), np.asarray(norm["bias"])
   x = x - x.mean(axis=-1, keepdims=True)
   var = np.mean(np.square(x), axis=-1, keepdims=True)

@@ -28,6 +28,7 @@ from mtv_jax.parallel.mesh import (
   num_batch_shards,
   replicated_sharding,
 )
+from mtv_jax.utils.errors import InputError
 
 Batch = Mapping[str, np.ndarray]
 Arrays = Mapping[str, jax.Array | np.ndarray]
@@ -92,7 +93,7 @@ def fit(
       the loss is not finite.
   """
   if steps < 1:
-    raise ValueError(f"probe.fit: steps={steps}; expected at least 1")
+    raise InputError(f"probe.fit: steps={steps}; expected at least 1")
   mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
   batch_fn = as_batch_fn(batches)
   # A copy, since the compiled step overwrites what it is given.
@@ -115,7 +116,7 @@ def fit(
   values = np.asarray([np.asarray(x) for x in losses], np.float32)
   bad = np.flatnonzero(~np.isfinite(values))
   if bad.size:
-    raise ValueError(
+    raise InputError(
       f"probe.fit: the loss is {values[bad[0]]} at step {bad[0]} of {steps}. "
       "Lower the learning rate, or look for features that are not finite."
     )
@@ -132,7 +133,7 @@ def as_batch_fn(batches: Batches) -> Callable[[int], Batch]:
     try:
       return next(iterator)
     except StopIteration:
-      raise ValueError(f"probe.fit: batches end after {step} steps") from None
+      raise InputError(f"probe.fit: batches end after {step} steps") from None
 
   return next_batch
 
@@ -199,7 +200,7 @@ def shuffled_batches(
   larger than the set.
   """
   if count < 1 or batch_size < 1:
-    raise ValueError(
+    raise InputError(
       f"shuffled_batches: count={count}, batch_size={batch_size}; expected at "
       "least 1 of each"
     )
@@ -252,7 +253,7 @@ def batch_norm_train(
   axes = tuple(range(x.ndim - 1))
   count = x.size // x.shape[-1]
   if count < 2:
-    raise ValueError(
+    raise InputError(
       f"batch_norm_train: {list(x.shape)} has {count} vectors; statistics "
       "need at least 2"
     )

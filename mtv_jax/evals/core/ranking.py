@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from mtv_jax.utils.errors import InputError
+
 TIE_RULE = "rank = number better + number equal with a lower index"
 
 
@@ -49,7 +51,7 @@ def ranks(
   for name, rows in (("queries", queries), ("candidates", candidates)):
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=-1))
     if bad.size:
-      raise ValueError(
+      raise InputError(
         f"{bad.size} of {len(rows)} {name} are not finite (the first is "
         f"number {bad[0]}): the encoder diverged, or its weights are damaged"
       )
@@ -116,7 +118,7 @@ def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _check_answered(query_ids: np.ndarray, candidate_ids: np.ndarray) -> None:
   lost = np.setdiff1d(query_ids, candidate_ids)
   if lost.size:
-    raise ValueError(
+    raise InputError(
       f"{lost.size} query ids have no correct candidate (the first is "
       f"{lost[0]})"
     )

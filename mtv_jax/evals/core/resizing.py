@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float64, Int, Shaped
 from mtv_jax.augment import geometry
 from mtv_jax.models import positions
 from mtv_jax.models.heads import dpt
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 LINEAR = (
   "bilinear",
@@ -52,7 +52,7 @@ def matrix(
   """
   _check(method, LINEAR)
   if size < 1 or new_size < 1:
-    raise ValueError(f"resizing {size} values to {new_size}; expected >= 1")
+    raise InputError(f"resizing {size} values to {new_size}; expected >= 1")
   if method == "bilinear_corners":
     weights = np.array(dpt.corner_matrix(size, new_size), np.float64)
   elif method == "bicubic":
@@ -197,6 +197,6 @@ def _product(x, weights, axis):
 
 def _check(method: str, known: tuple[str, ...]) -> None:
   if method not in known:
-    raise ValueError(
+    raise InputError(
       f"no resizing method {method!r} here. {did_you_mean(method, known)}"
     )

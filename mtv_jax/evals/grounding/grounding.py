@@ -31,7 +31,7 @@ from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.grounding import region_features
 from mtv_jax.evals.retrieval import retrieval
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 # Images whose phrases are located at a time.
 _CHUNK = 256
@@ -79,7 +79,7 @@ class Grounding(Evaluator):
     if self.prompts:
       named = prompts.read_prompts(self.prompts)
       if len(named.classes) != len(data.classes):
-        raise ValueError(
+        raise InputError(
           f"{self.prompts} names {len(named.classes)} classes and {data.name} "
           f"has {len(data.classes)}; expected one name a class, in that order"
         )

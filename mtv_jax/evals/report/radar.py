@@ -12,6 +12,8 @@ from jaxtyping import UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mtv_jax.utils.errors import InputError
+
 # For most colour-blind readers too (Okabe and Ito 2008), without black.
 COLOURS = (
   "#d55e00",
@@ -78,7 +80,7 @@ def make_axis(
   """
   known = [float(v) for v in values if v is not None and math.isfinite(v)]
   if not known:
-    raise ValueError(f"radar: no encoder has a value of {label!r}")
+    raise InputError(f"radar: no encoder has a value of {label!r}")
   low, high = min(known), max(known)
   if lower:
     centre, rim = _round(high, math.ceil), _round(low, math.floor)
@@ -119,7 +121,7 @@ def plot(axes: Sequence[Axis], series: Sequence[Series]) -> Figure:
     ValueError: for fewer than three axes, which span no area.
   """
   if len(axes) < 3:
-    raise ValueError(f"a radar chart needs at least 3 axes; got {len(axes)}")
+    raise InputError(f"a radar chart needs at least 3 axes; got {len(axes)}")
   figure = Figure(figsize=(11, 7), dpi=100, layout="constrained")
   polar = figure.add_subplot(projection="polar")
   polar.set_theta_zero_location("N")

@@ -22,7 +22,7 @@ from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.segmentation import metrics as metrics_lib
 from mtv_jax.evals.segmentation import sliding_window
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 _TEXT_SIZE, _LINE_HEIGHT = 10, 14
 _IMAGE_HEIGHT = 192
@@ -56,7 +56,7 @@ class SegmentationEvaluator(Evaluator):
     for option, values in choices.items():
       if (value := getattr(self, option)) not in values:
         known = [v for v in values if v]
-        raise ValueError(
+        raise InputError(
           f"{name}: {option}={value!r}. {did_you_mean(str(value), known)}"
         )
 
@@ -73,7 +73,7 @@ class SegmentationEvaluator(Evaluator):
       return -(-default // patch) * patch
     if self.size % patch:
       near = max(1, round(self.size / patch)) * patch
-      raise ValueError(
+      raise InputError(
         f"size={self.size} is not divisible by this encoder's patch of "
         f"{patch}; the nearest that is: {near}"
       )
@@ -147,7 +147,7 @@ def check_same_size(
 ) -> None:
   """Raises ValueError where an image and its map have different sizes."""
   if image.shape[:2] != labels.shape:
-    raise ValueError(
+    raise InputError(
       f"{data.name}: image {index} is {list(image.shape[:2])} and its map "
       f"{list(labels.shape)}; expected the same size"
     )

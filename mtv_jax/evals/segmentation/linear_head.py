@@ -17,6 +17,7 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import global_features, probe, resizing
 from mtv_jax.evals.core.examples import IGNORE
 from mtv_jax.models.heads import dpt
+from mtv_jax.utils.errors import InputError
 
 LAYERS = ("LAST", "FOUR_LAST", "FOUR_EVEN")
 NORMS = ("final", "none")
@@ -40,7 +41,7 @@ def taps(layers: str, depth: int) -> tuple[int, ...]:
   if layers == "LAST":
     return (depth - 1,)
   if depth < 4:
-    raise ValueError(
+    raise InputError(
       f"layers={layers!r} reads four blocks and this encoder has {depth}; use "
       "layers='LAST'"
     )

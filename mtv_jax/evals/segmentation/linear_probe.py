@@ -34,6 +34,7 @@ from mtv_jax.evals.segmentation.base import (
   padding_colour,
 )
 from mtv_jax.evals.segmentation.sliding_window import Slide
+from mtv_jax.utils.errors import InputError
 
 AUGMENTS = ("official", "none")
 # Features of the training windows that are cached without augmentation.
@@ -92,7 +93,7 @@ class Segmentation(SegmentationEvaluator):
       train_split=registry.SPLITS,
     )
     if not 0 <= self.dropout < 1:
-      raise ValueError(f"segmentation: dropout={self.dropout}; expected [0, 1)")
+      raise InputError(f"segmentation: dropout={self.dropout}; expected [0, 1)")
 
   @functools.cached_property
   def _sets(self) -> tuple[SegmentationSet, SegmentationSet]:
@@ -277,7 +278,7 @@ class _Trainer:
       features.append(self.features(windows))
       labels += maps
       if features[0].nbytes * len(features) > _CACHE_BYTES:
-        raise ValueError(
+        raise InputError(
           f"segmentation: the features of {self._data.name} take more than "
           f"{_CACHE_BYTES / 2**30:.0f} GiB, which augment='none' holds in "
           "memory. Use augment='official', or fewer images (train_count)."

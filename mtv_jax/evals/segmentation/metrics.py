@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
 
+from mtv_jax.utils.errors import InputError
+
 # The label of pixels that count neither as truth nor as prediction.
 IGNORE = 255
 
@@ -55,7 +57,7 @@ def confusion(
   columns = predicted[counted].astype(np.int64)
   for name, values in (("labels", rows), ("predictions", columns)):
     if values.size and not 0 <= values.min() <= values.max() < classes:
-      raise ValueError(
+      raise InputError(
         f"{name} from {values.min()} to {values.max()}; expected 0 to "
         f"{classes - 1}, or {IGNORE} for a label to ignore"
       )
@@ -74,7 +76,7 @@ def scores(counts: Int64[np.ndarray, "k k"]) -> Scores:
     ValueError: if no pixel was counted.
   """
   if not counts.sum():
-    raise ValueError("no pixel has a label that is not ignored")
+    raise InputError("no pixel has a label that is not ignored")
   hit, true = np.diag(counts), counts.sum(axis=1)
   union = true + counts.sum(axis=0) - hit
   iou = np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)

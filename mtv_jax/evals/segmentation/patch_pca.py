@@ -27,7 +27,7 @@ from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.examples import CaptionSet, ClassificationSet, Data
 from mtv_jax.evals.datasets import registry
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
 _FOREGROUND = ("all", "threshold")
 _COMPONENTS = 3
@@ -179,7 +179,7 @@ def principal_components(
   """
   rows = patches[keep].astype(np.float64)
   if not np.isfinite(rows).all():
-    raise ValueError("patch features are not finite: the encoder diverged")
+    raise InputError("patch features are not finite: the encoder diverged")
   mean = rows.mean(axis=0)
   centred = rows - mean
   # Of the D x D covariance, which stays small however many patches there are.

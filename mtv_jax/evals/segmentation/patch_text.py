@@ -33,7 +33,7 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.models import layers
 from mtv_jax.models import two_tower as models
 from mtv_jax.parallel.mesh import replicated_sharding
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 LAST_BLOCKS = ("attention", "values")
 
@@ -96,14 +96,14 @@ def check(encoder: Encoder, last_block: str) -> None:
   if last_block == "values":
     needed += ["blocks", "norm"]
     if spec.image.depth < 2:
-      raise ValueError(
+      raise InputError(
         "last_block='values' reads the input of the last block as the output "
         "of the one before it, and this encoder has one block; use "
         "last_block='attention'"
       )
   missing = [name for name in needed if name not in params]
   if missing:
-    raise ValueError(
+    raise InputError(
       f"{encoder!r} pools by {spec.image.pool!r}, and its image tower has no "
       f"{', '.join(missing)}: its patches can't be embedded in the space of "
       f"its texts. The tower has {sorted(params)}."

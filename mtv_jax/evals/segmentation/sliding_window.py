@@ -25,7 +25,7 @@ import PIL.Image
 from jaxtyping import Float32, UInt8
 
 from mtv_jax.evals.core import resizing
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 # Bytes of full-size scores at a time, of each thread.
 _BLOCK = 2**25
@@ -69,11 +69,11 @@ class Slide:
   def __post_init__(self):
     for field, choices in _CHOICES.items():
       if (value := getattr(self, field)) not in choices:
-        raise ValueError(f"{field}={value!r}. {did_you_mean(value, choices)}")
+        raise InputError(f"{field}={value!r}. {did_you_mean(value, choices)}")
     if min(self.size, self.stride, self.short, len(self.scales)) < 1:
-      raise ValueError(f"{self}: expected positive sizes and a scale")
+      raise InputError(f"{self}: expected positive sizes and a scale")
     if self.stride > self.size:
-      raise ValueError(
+      raise InputError(
         f"stride={self.stride} leaves gaps between windows of {self.size}"
       )
 

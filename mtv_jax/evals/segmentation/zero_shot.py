@@ -27,6 +27,7 @@ from mtv_jax.evals.datasets import registry, scenes
 from mtv_jax.evals.segmentation import metrics as metrics_lib
 from mtv_jax.evals.segmentation import patch_text, sliding_window
 from mtv_jax.evals.segmentation.base import SegmentationEvaluator
+from mtv_jax.utils.errors import InputError
 
 _SIZE, _STRIDE = 448, 336
 
@@ -127,14 +128,14 @@ _SPACES = {
 def _prompts(data: SegmentationSet, path: str | None) -> prompts.Prompts:
   if path is None:
     if data.classes is None:
-      raise ValueError(
+      raise InputError(
         f"{data.name} has no names of classes (objectInfo150.txt is missing): "
         "give a prompt file (prompts=) with its classes in order"
       )
     return prompts.Prompts(classes=data.classes)
   named = prompts.read_prompts(path)
   if len(named.classes) != data.class_count:
-    raise ValueError(
+    raise InputError(
       f"{named.name} has {len(named.classes)} classes and {data.name} "
       f"{data.class_count}; they are matched in order"
     )

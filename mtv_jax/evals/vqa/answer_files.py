@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from mtv_jax.evals.vqa import metrics as metrics_lib
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 _IDS = ("question_id", "questionId", "id")
 _ANSWERS = ("answer", "prediction", "text")
@@ -77,7 +77,7 @@ def read_answers(path: str | os.PathLike) -> dict[str, str]:
   for row in _rows(path, content):
     key = str(_get(path, row, _IDS))
     if key in answers:
-      raise ValueError(f"{path}: question {key} is answered twice")
+      raise InputError(f"{path}: question {key} is answered twice")
     answers[key] = str(_get(path, row, _ANSWERS))
   return answers
 
@@ -101,7 +101,7 @@ def read_questions(path: str | os.PathLike) -> dict[str, Question]:
   for row in _rows(path, content):
     key = str(_get(path, row, _IDS))
     if key in questions:
-      raise ValueError(f"{path}: question {key} occurs twice")
+      raise InputError(f"{path}: question {key} occurs twice")
     questions[key] = _question(path, row)
   return questions
 
@@ -114,7 +114,7 @@ def _question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
   if options:
     plain = [chr(ord("A") + t) if isinstance(t, int) else t for t in plain]
   if not plain:
-    raise ValueError(f"{path}: a question without an answer: {row}")
+    raise InputError(f"{path}: a question without an answer: {row}")
   kind = row.get("answer_type")
   return Question(
     tuple(map(str, plain)), tuple(map(str, options)), kind and str(kind)
@@ -146,7 +146,7 @@ def score(
   unanswered = [key for key in questions if key not in answers]
   unknown = [key for key in answers if key not in questions]
   if unknown or (unanswered and missing == "error"):
-    raise ValueError(
+    raise InputError(
       f"{len(unanswered)} of {len(questions)} questions have no answer"
       f"{f' (such as {unanswered[0]})' if unanswered else ''}, and "
       f"{len(unknown)} answers belong to no question"
@@ -219,7 +219,7 @@ def _read_json(path: str | os.PathLike) -> Any:
     try:
       return [json.loads(line) for line in lines]
     except ValueError:
-      raise ValueError(
+      raise InputError(
         f"{path} is neither JSON ({error}) nor one object a line"
       ) from None
 
@@ -231,7 +231,7 @@ def _rows(path: str | os.PathLike, content: Any) -> list[Mapping[str, Any]]:
     got = f"a {type(content).__name__}"
     if isinstance(content, Mapping):
       got = f"keys {sorted(content)[:6]}"
-    raise ValueError(f"{path}: expected rows of questions; got {got}")
+    raise InputError(f"{path}: expected rows of questions; got {got}")
   return rows
 
 
@@ -241,6 +241,6 @@ def _get(
   for name in names:
     if name in row:
       return row[name]
-  raise ValueError(
+  raise InputError(
     f"{path}: a row has {sorted(row)[:8]}, and none of {list(names)}"
   )

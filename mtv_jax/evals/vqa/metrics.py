@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 _COUNTING = ("original", "simple")
 
@@ -127,7 +127,7 @@ def vqa_accuracy(
   """
   check_choice("counting", counting, _COUNTING)
   if not truths:
-    raise ValueError("vqa_accuracy: no truths; expected at least one answer")
+    raise InputError("vqa_accuracy: no truths; expected at least one answer")
   answer, truths = _strip(answer), [_strip(truth) for truth in truths]
   if len(set(truths)) > 1:
     answer = normalize_answer(answer)
@@ -222,11 +222,11 @@ def pope_scores(
     ValueError: for another truth, none at all, or different lengths.
   """
   if len(answers) != len(truths) or not truths:
-    raise ValueError(f"{len(answers)} answers to {len(truths)} questions")
+    raise InputError(f"{len(answers)} answers to {len(truths)} questions")
   plain = [_plain(truth) for truth in truths]
   unknown = sorted({t for t in plain if t not in ("yes", "no")})
   if unknown:
-    raise ValueError(f"truths are 'yes' or 'no'; got {unknown[0]!r}")
+    raise InputError(f"truths are 'yes' or 'no'; got {unknown[0]!r}")
   said = np.array([says_yes(answer) for answer in answers])
   true = np.array([truth == "yes" for truth in plain])
   hits = float(np.sum(said & true))
@@ -260,7 +260,7 @@ def anls(
     ValueError: for no truths.
   """
   if not truths:
-    raise ValueError("anls: no truths; expected at least one answer")
+    raise InputError("anls: no truths; expected at least one answer")
   said = " ".join(answer.lower().split())
   best = 0.0
   for truth in truths:

@@ -10,7 +10,7 @@ from mtv_jax.config import options, schema
 from mtv_jax.models.heads.base import PredictionHead
 from mtv_jax.models.heads.dpt import DepthHead
 from mtv_jax.models.heads.prompter import GroundingHead, LocatorHead
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 # By the name that `Encoder.predict` takes.
 HEADS: dict[str, type[PredictionHead]] = {
@@ -58,7 +58,7 @@ def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
   known = {kind.objective for kind in HEADS.values()}
   for name in described:
     if name not in known:
-      raise ValueError(
+      raise InputError(
         f"The heads' description has {name!r}. {did_you_mean(name, known)}"
       )
   return {
@@ -87,7 +87,7 @@ def contrastive_head(heads: Mapping[str, Any]) -> str:
     return "contrastive"
   if len(scaled) == 1:
     return scaled[0]
-  raise ValueError(
+  raise InputError(
     f"Of the heads {sorted(heads)} these have a temperature (logit_scale): "
     f"{scaled}; expected one, or one called 'contrastive'."
   )

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32
 from mtv_jax.config import options
 from mtv_jax.models import layers
 from mtv_jax.models.heads import base
-from mtv_jax.utils.errors import ConfigError, check_choice
+from mtv_jax.utils.errors import ConfigError, InputError, check_choice
 
 STAGES = 4
 RESIZES = ("products", "neighbours")
@@ -300,7 +300,7 @@ class DPT(nn.Module):
     check_choice("DPT.activation", self.activation, ("none", "relu"))
     check_choice("DPT.resize", self.resize, RESIZES)
     if len(stages) != STAGES:
-      raise ValueError(f"DPT reads {STAGES} stages, not {len(stages)}.")
+      raise InputError(f"DPT reads {STAGES} stages, not {len(stages)}.")
     maps = []  # [B, h_i, w_i, features]
     for i, x in enumerate(stages):
       if self.tap_norm == "layer":

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from mtv_jax.models import layers
+from mtv_jax.utils.errors import InputError
 
 
 @functools.lru_cache(maxsize=32)
@@ -26,7 +27,7 @@ def sincos_positions(
     ValueError: for a width that four does not divide.
   """
   if width % 4:
-    raise ValueError(
+    raise InputError(
       f"2-D sine-cosine positions need a width that 4 divides, not {width}."
     )
   rates = 10_000.0 ** -(np.arange(width // 4) / (width // 4))

@@ -27,6 +27,7 @@ from mtv_jax.config import options
 from mtv_jax.models import layers
 from mtv_jax.models.heads import base
 from mtv_jax.models.heads.projection import unit
+from mtv_jax.utils.errors import InputError
 
 NORM_EPS = 1e-6
 # Periods a unit length: a quarter distinguishes the two ends of an image, 16 is
@@ -51,7 +52,7 @@ def sinusoids(
   """
   *lead, count = coordinates.shape
   if features % (2 * count):
-    raise ValueError(
+    raise InputError(
       f"{count} coordinates can't share {features} channels evenly between "
       f"their sines and cosines; take a multiple of {2 * count}."
     )
@@ -122,7 +123,7 @@ class PromptLayer(nn.Module):
     """
     width, dtype = patches.shape[-1], patches.dtype
     if width % self.heads:
-      raise ValueError(
+      raise InputError(
         f"{self.heads} heads do not divide the width {width} of the patches."
       )
     norm = layers.norm(NORM_EPS, dtype, "norm1")

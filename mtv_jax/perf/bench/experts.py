@@ -31,7 +31,7 @@ from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, replicated_sharding
 from mtv_jax.perf import flops, topologies
 from mtv_jax.perf.bench import harness
 from mtv_jax.perf.preflight.compile import Memory
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 # The module of each kind of labels.
 MODELS = {
@@ -96,7 +96,7 @@ def run(
     sides = [_random_side(model_lib, variant, batch_size)]
   else:
     if jax.local_device_count() > 1:
-      raise ValueError(
+      raise InputError(
         f"{jax.local_device_count()} devices would run {batch_size} images "
         "each, and PyTorch has one device: compare on one device."
       )
