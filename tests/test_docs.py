@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from mtv_jax.cli import bench
 from mtv_jax.cli.main import COMMANDS, run_command
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -23,6 +24,11 @@ _COMMAND = re.compile(
   r"((?:[^`\n]|\\\n)*)"
 )
 _OPTION = re.compile(r"--(\w[\w-]*)")
+_SUBCOMMANDS = {
+  "bench": bench.COMMANDS,
+  "convert": ("to_hf", "from_hf", "from_big_vision"),
+  "make_labels": ("boxes", "depth"),
+}
 
 
 def written():
@@ -46,9 +52,9 @@ def commands():
 @pytest.mark.parametrize("name", sorted(commands()))
 def test_every_option_of_a_command_exists(name, capsys):
   known = {"config"}
-  for subcommand in ([], ["boxes"], ["depth"], ["to_hf"], ["from_hf"]):
+  for subcommand in (None, *_SUBCOMMANDS.get(name, ())):
     with pytest.raises(SystemExit):
-      run_command(name, [*subcommand, "--help"])
+      run_command(name, [*filter(None, [subcommand]), "--help"])
     known |= set(_OPTION.findall(capsys.readouterr().out))
   for option, where in commands()[name].items():
     assert option in known, f"{where}: mtv-jax {name} has no --{option}"

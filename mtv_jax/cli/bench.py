@@ -1,13 +1,13 @@
 """Benchmarks of this machine, each beside a limit that the same run measures.
 
-  python tools/bench.py data --data='cc3m/*.tar' --tokenizer=spiece.model
-  python tools/bench.py step --config=configs/siglip_b16_224.py:tiny
-  python tools/bench.py views --config=configs/mtv_b16_224.py:tiny
-  python tools/bench.py eval --model=random:S/16
-  python tools/bench.py checkpoint --config=configs/siglip_b16_224.py:tiny
-  python tools/bench.py flops --config=configs/mtv_b16_224.py --compile=whole
-  python tools/bench.py against --what=siglip
-  python tools/bench.py experts --kind=depth
+  mtv-jax bench data --data='cc3m/*.tar' --tokenizer=spiece.model
+  mtv-jax bench step --config=siglip_b16_224:tiny
+  mtv-jax bench views --config=mtv_b16_224:tiny
+  mtv-jax bench eval --encoder=random:S/16
+  mtv-jax bench checkpoint --config=siglip_b16_224:tiny
+  mtv-jax bench flops --config=mtv_b16_224 --compile=whole
+  mtv-jax bench against --what=siglip
+  mtv-jax bench experts --kind=depth
 
 `--profile=DIR` also writes a trace, for TensorBoard or Perfetto.
 """

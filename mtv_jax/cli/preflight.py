@@ -1,7 +1,6 @@
 """Preflight: compiles a config's train step for a topology, without one.
 
-  python tools/preflight.py --config=configs/mtv_b16_224.py \
-    --topology=v5e:16x16
+  mtv-jax preflight --config=mtv_b16_224 --topology=v5e:16x16
 
 Needs no data, weights or TPU: pip install 'mtv_jax[preflight]' installs the TPU
 compiler. Prints the batch, the parameters and their sharding, memory and FLOPs
@@ -9,11 +8,11 @@ of a chip, its collectives, and the rate that the input pipeline must deliver.
 Exits with 1 if the step does not fit; --propose then compiles changes until one
 fits. Overrides are written --config.KEY=VALUE.
 
-  python tools/preflight.py --table=docs/pods.md
+  mtv-jax preflight --table=docs/pods.md
 
 compiles the configs of the table in that page and updates it.
 
-  python tools/preflight.py --scaling=step --config=configs/mtv_b16_224.py
+  mtv-jax preflight --scaling=step --config=mtv_b16_224
 
 compiles one step for 16, 64 and 256 chips of v5e at 64 rows a chip and reports
 the growth of memory and collectives; --scaling=loss compiles the sigmoid loss

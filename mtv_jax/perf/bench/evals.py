@@ -16,7 +16,7 @@ from mtv_jax.perf.bench import data, floors, harness
 
 
 def run(
-  model: str = "random:S/16",
+  encoder: str = "random:S/16",
   *,
   images: int = 256,
   batch_size: int = 64,
@@ -26,29 +26,29 @@ def run(
   """Times an encoder on JPEGs of scenes, a quarter larger than its input.
 
   Args:
-    model: as `mtv_jax.load` takes it.
+    encoder: a run, an export, a Hugging Face folder or a baseline.
     images: per round.
     batch_size: images per step on all devices.
     rounds: of each, after one that does not count.
     dtype: of the computation.
   """
-  encoder = loading.load(model, dtype=dtype)
-  size = encoder.preprocess.size
+  loaded = loading.load(encoder, dtype=dtype)
+  size = loaded.preprocess.size
   files = data.scene_files(size, images)
-  rows = padded_batch(images, batch_size, num_batch_shards(encoder.mesh))
+  rows = padded_batch(images, batch_size, num_batch_shards(loaded.mesh))
   batch = jax.device_put(
     np.zeros((rows, size, size, 3), np.float32),
-    NamedSharding(encoder.mesh, BATCH_SPEC),
+    NamedSharding(loaded.mesh, BATCH_SPEC),
   )
-  function = encoder._image_function((), ("pooled",))
+  function = loaded._image_function((), ("pooled",))
   steps = max(images // rows, 1)
 
   def forward():
-    params = encoder.params["image"]
+    params = loaded.params["image"]
     jax.block_until_ready([function(params, batch) for _ in range(steps)])
 
   def encode():
-    encoder.image(files, outputs=("pooled",), batch_size=batch_size)
+    loaded.image(files, outputs=("pooled",), batch_size=batch_size)
 
   times = harness.time_rounds([forward, encode], rounds=rounds)
   forward_rate = rows * steps / statistics.median(times[:, 0])
@@ -56,9 +56,9 @@ def run(
   counts = dict(count=images // 2, train_count=images // 2)
   evaluators = evals_lib.build({"knn": dict(type="knn", **counts)})
   with harness.Stopwatch() as evaluation:
-    results = evals_lib.evaluate(encoder, evaluators)
+    results = evals_lib.evaluate(loaded, evaluators)
   result = harness.Result(
-    encoder=repr(encoder),
+    encoder=repr(loaded),
     images=images,
     batch_size=rows,
     devices=floors.describe_devices(),

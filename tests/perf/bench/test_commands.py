@@ -20,7 +20,7 @@ def run(capsys, tmp_path, *arguments):
 
 def test_data_times_the_pipeline_beside_decoding(tmp_path, capsys):
   result, printed = run(
-    capsys, tmp_path, "data", "--size=32", "--batch-size=8", "--batches=2",
+    capsys, tmp_path, "data", "--size=32", "--batch_size=8", "--batches=2",
     "--rounds=3", "--threads=2",
   )  # fmt: skip
   assert result["images"] == 16 and result["threads"] == 2
@@ -83,7 +83,7 @@ def test_flags_follow_the_signature_and_docstring():
     ("step --config=CONFIG --steps=2", "peak", "matrix products alone"),
     ("views --config=CONFIG --steps=2", "decode", "decode and resize"),
     (
-      "eval --model=random:mu/8@32 --images=16 --batch-size=8",
+      "eval --encoder=random:mu/8@32 --images=16 --batch_size=8",
       "forward",
       "forward alone",
     ),
