@@ -10,12 +10,14 @@ from mtv_jax.data.labels.join import join_labels
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.base import Source
+from mtv_jax.data.sources.parquet import ParquetSource
 from mtv_jax.data.sources.tfds import TFDSSource
 from mtv_jax.data.sources.webdataset import WebDatasetSource
 
 # By their `type` in a config.
 SOURCES: dict[str, type[Source]] = {
   "array_record": ArrayRecordSource,
+  "parquet": ParquetSource,
   "scenes": SceneSource,
   "tfds": TFDSSource,
   "webdataset": WebDatasetSource,

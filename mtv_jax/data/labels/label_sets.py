@@ -32,7 +32,7 @@ from mtv_jax.utils.process_cache import ProcessCache
 
 VERSION = 1
 MANIFEST = "manifest.json"
-_SUFFIXES = (".tar", ".array_record")
+_SUFFIXES = (".tar", ".array_record", ".parquet")
 _THREADS = 16
 
 
