@@ -197,7 +197,7 @@ class View:
       dtype: compute dtype of the resampling, and dtype of the images.
 
     Raises:
-      ValueError: for a canvas of another shape or dtype.
+      InputError: for a canvas of another shape or dtype.
     """
     shape = canvas.shape
     if canvas.dtype != jnp.uint8 or shape[1:] != (shape[1], shape[1], 3):

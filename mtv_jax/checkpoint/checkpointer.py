@@ -170,7 +170,7 @@ class Checkpointer:
       None where the run has no checkpoint and no step was asked for.
 
     Raises:
-      FileNotFoundError: no such step.
+      MissingFileError: no such step.
       CheckpointMismatch: names, shapes or types differ; lists them.
       CheckpointDamaged: files of it are missing or cut short.
     """
@@ -330,9 +330,9 @@ def load_tree(
     Nested dictionaries of numpy arrays (or one, where the part is an array).
 
   Raises:
-    FileNotFoundError: no checkpoint there.
+    MissingFileError: no checkpoint there.
     CheckpointDamaged: files of it are missing or cut short.
-    ValueError: the checkpoint has no such part; names the parts.
+    InputError: the checkpoint has no such part; names the parts.
   """
   folder = epath.Path(folder).absolute()
   if (folder / "checkpoints").exists():

@@ -94,7 +94,7 @@ def merge_params(
   Raises:
     CheckpointMismatch: coverage is lower, with the report in the message;
       silently missing weights are expensive to notice later.
-    ValueError: an include matches nothing, or two source names collide.
+    InputError: an include matches nothing, or two source names collide.
   """
   target = dict(flatten_with_names(target_params))
   source = _renamed(dict(flatten_with_names(source_tree)), rename)

@@ -24,7 +24,7 @@ from mtv_jax.convert.tables import FLAX, ConversionError, Rule
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import MissingFileError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def read(
     clean: of the text, see `data.tokenizers`.
 
   Raises:
-    FileNotFoundError: there is no such file.
+    MissingFileError: there is no such file.
     ConversionError: not an archive, a NaFlex or another model, or arrays that
       are missing, unexpected or of another shape, each named.
   """
@@ -126,7 +126,7 @@ def read(
 def _parameters(path: pathlib.Path) -> dict[str, np.ndarray]:
   """The archive's parameters, without the optimizer's state."""
   if not path.is_file():
-    raise FileNotFoundError(f"There is no file {path}; a .npz is expected.")
+    raise MissingFileError(f"There is no file {path}; a .npz is expected.")
   # What is no archive NumPy would call a pickle, and advise to load as one.
   if not zipfile.is_zipfile(path):
     with path.open("rb") as file:

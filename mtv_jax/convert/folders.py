@@ -12,6 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from mtv_jax.convert.tables import ConversionError
+from mtv_jax.utils.errors import MissingFileError
 
 WEIGHTS = "model.safetensors"
 _LFS = b"version https://git-lfs"
@@ -34,7 +35,7 @@ def existing(folder: str | os.PathLike) -> pathlib.Path:
     return path
   if path.exists():
     raise ConversionError(f"{path} is a file; a folder is expected.")
-  raise FileNotFoundError(
+  raise MissingFileError(
     f"There is no folder {path}. If it is the name of a model on the Hub, "
     "download its files first: nothing is downloaded here."
   )

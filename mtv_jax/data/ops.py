@@ -33,7 +33,7 @@ from mtv_jax.data import canvas as canvas_lib
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.records import BadRecord, Record, count_dropped
 from mtv_jax.data.tokenizers import Tokenizer
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def build_ops(
 
   Raises:
     ConfigError: bad syntax, an unknown or repeated op, or wrong arguments.
-    ValueError: no op makes a field of the batch, or one lacks a tokenizer.
+    InputError: no op makes a field of the batch, or one lacks a tokenizer.
   """
   registry = {
     name: functools.partial(op, tokenizer=tokenizer)
@@ -144,7 +144,7 @@ def build_ops(
   }
   built = Ops(text, ops)
   if not built.fields:
-    raise ValueError(
+    raise InputError(
       f"data.ops={text!r} makes no field of the batch; write for example"
       " 'decode|canvas(224)|caption(64)'."
     )
@@ -384,7 +384,7 @@ def _get(record: Record, field: str) -> Any:
 
 def _require_tokenizer(tokenizer: Tokenizer | None, op: str) -> None:
   if tokenizer is None:
-    raise ValueError(
+    raise InputError(
       f"data.ops has `{op}` but the model has no tokenizer: set"
       f" model.text.tokenizer, or leave `{op}` out of data.ops."
     )

@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from mtv_jax.data.sources.base import Source
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 SHUFFLES = ("global", "block", "none")
 
@@ -55,21 +55,21 @@ def addresses(
     seed: of all shuffles; >= 0.
 
   Raises:
-    ValueError: an unknown shuffle, an empty source or a weight <= 0.
+    InputError: an unknown shuffle, an empty source or a weight <= 0.
   """
   if shuffle not in SHUFFLES:
-    raise ValueError(
+    raise InputError(
       f"data.shuffle={shuffle!r} is unknown. {did_you_mean(shuffle, SHUFFLES)}"
     )
   if seed < 0:
-    raise ValueError(f"seed={seed}: expected a number >= 0.")
+    raise InputError(f"seed={seed}: expected a number >= 0.")
   if not sources:
-    raise ValueError("data.train is empty: it needs at least one source.")
+    raise InputError("data.train is empty: it needs at least one source.")
   for source, weight in zip(sources, weights, strict=True):
     if not len(source):
-      raise ValueError(f"{source!r} of data.train has no records.")
+      raise InputError(f"{source!r} of data.train has no records.")
     if not weight > 0 or not math.isfinite(weight):
-      raise ValueError(
+      raise InputError(
         f"{source!r} of data.train has weight={weight}; expected a number > 0"
         " (leave the source out to give it no weight)."
       )

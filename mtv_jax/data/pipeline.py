@@ -35,7 +35,7 @@ from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.tokenizers import Tokenizer
-from mtv_jax.utils.errors import UserError
+from mtv_jax.utils.errors import InputError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -306,15 +306,15 @@ def make_loader(
       entry; without `train` all weigh the same.
 
   Raises:
-    ValueError: for what can't be, naming the field.
+    InputError: for what can't be, naming the field.
   """
   if batch_size % process_count or batch_size < 1:
-    raise ValueError(
+    raise InputError(
       f"batch_size={batch_size} is no multiple of the {process_count}"
       " processes; each takes an equal share of every batch."
     )
   if not 0 <= process_index < process_count:
-    raise ValueError(
+    raise InputError(
       f"process_index={process_index} is not in [0, {process_count})."
     )
   entries = data_config.get("train")
@@ -368,7 +368,7 @@ def _require_labels(ops: Ops, sources: Sequence[Source]) -> None:
   """Refuses an op that would make nothing but zeros."""
   given = frozenset().union(*(source.fields for source in sources))
   if sources and (missing := sorted(ops.labels - given)):
-    raise ValueError(
+    raise InputError(
       f"{ops!r} needs the record fields {missing}, which no source of"
       f" data.train gives; there are: {sorted(given)}. Add labels=dict(...) to"
       " a source, or leave the op out of data.ops."
@@ -386,7 +386,7 @@ def _at_least(
   value = config.get(name)
   value = default if value is None else value
   if value < least:
-    raise ValueError(f"data.{name}={value}: expected at least {least}.")
+    raise InputError(f"data.{name}={value}: expected at least {least}.")
   return int(value)
 
 

@@ -105,11 +105,11 @@ def decode(data: bytes, *, where: str = "record") -> Record:
     (n_captions,) = _COUNT.unpack_from(data, 4)
     n_parts = n_captions + 2
     if 8 + 4 * n_parts > len(data):
-      raise ValueError(f"{n_captions} captions don't fit {len(data)} bytes")
+      raise InputError(f"{n_captions} captions don't fit {len(data)} bytes")
     sizes = struct.unpack_from(f"<{n_parts}I", data, 8)
     start = 8 + 4 * n_parts
     if start + sum(sizes) != len(data):
-      raise ValueError(f"{start + sum(sizes)} bytes expected, got {len(data)}")
+      raise InputError(f"{start + sum(sizes)} bytes expected, got {len(data)}")
     parts = []
     for size in sizes:
       parts.append(data[start : start + size])

@@ -13,6 +13,7 @@ from mtv_jax.data.sources.base import Source
 from mtv_jax.data.sources.parquet import ParquetSource
 from mtv_jax.data.sources.tfds import TFDSSource
 from mtv_jax.data.sources.webdataset import WebDatasetSource
+from mtv_jax.utils.errors import InputError
 
 # By their `type` in a config.
 SOURCES: dict[str, type[Source]] = {
@@ -57,13 +58,13 @@ def open_files(
       is None, are left out.
 
   Raises:
-    ValueError: files of several types, or that can't be read.
+    InputError: files of several types, or that can't be read.
     FileNotFoundError: a file is missing.
   """
   listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
   kinds = {type_of_file(path) or "webdataset" for path in listed}
   if len(kinds) != 1:
-    raise ValueError(
+    raise InputError(
       f"{', '.join(map(str, listed))}: expected files of one type, got"
       f" {' and '.join(sorted(kinds))}."
     )

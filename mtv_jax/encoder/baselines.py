@@ -45,7 +45,7 @@ def load(
     mesh: as for `mtv_jax.load`.
 
   Raises:
-    ValueError: for another name, an unknown variant, or a size that the patch
+    InputError: for another name, an unknown variant, or a size that the patch
       does not divide.
   """
   if match := _PIXELS.fullmatch(name):

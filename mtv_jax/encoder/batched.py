@@ -138,7 +138,7 @@ def pad(lists: Sequence[Any], *, channels: int, what: str) -> Padded:
   """Lists of `[m_i, channels]`; m is at least 1.
 
   Raises:
-    ValueError: for another shape, or numbers that are not finite; `what` and
+    InputError: for another shape, or numbers that are not finite; `what` and
       the index name the list.
   """
   arrays = []

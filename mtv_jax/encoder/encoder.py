@@ -194,7 +194,7 @@ class Encoder:
 
     Raises:
       TypeError: for an item that is not an image.
-      ValueError: for an unknown layer or output.
+      InputError: for an unknown layer or output.
     """
     check_images(images, "image")
     size = self.preprocess.size
@@ -229,7 +229,7 @@ class Encoder:
 
     Raises:
       TypeError: for an item that is not such an array.
-      ValueError: for several sizes, a size that the patch does not divide, or
+      InputError: for several sizes, a size that the patch does not divide, or
         an unknown layer or output.
     """
     check_images(images, "dense")
@@ -332,7 +332,7 @@ class Encoder:
       fewer rows than m, and `valid` `[n, m]`.
 
     Raises:
-      ValueError: for an encoder without the head, or inputs that do not fit.
+      InputError: for an encoder without the head, or inputs that do not fit.
       TypeError: for inputs that the head does not take, or other than strings.
     """
     function = self.head_function(name)
@@ -431,7 +431,7 @@ class Encoder:
     """The compiled function of a head, see `apply_fns.head_function`.
 
     Raises:
-      ValueError: for an encoder without the head.
+      InputError: for an encoder without the head.
     """
     if not self.can_predict(name):
       heads = self.params.get("heads", {})

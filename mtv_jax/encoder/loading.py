@@ -46,8 +46,8 @@ def load(
     mesh: to compute on; by default all devices, the batch split over them.
 
   Raises:
-    FileNotFoundError: for a path that is none of these.
-    ValueError: for weights or a step that the folder lacks.
+    MissingFileError: for a path that is none of these.
+    InputError: for weights or a step that the folder lacks.
   """
   if baselines.is_baseline(os.fspath(path)):
     _require_one_set(path, weights, step)
@@ -104,7 +104,7 @@ def is_run(path: str | os.PathLike) -> bool:
   """Whether a folder is a training run.
 
   Raises:
-    FileNotFoundError: for a folder of no known kind.
+    MissingFileError: for a folder of no known kind.
   """
   folder = pathlib.Path(path)
   file = folder / "config.json"

@@ -198,7 +198,7 @@ def as_pixels(
 
   Raises:
     TypeError: for what is neither uint8 nor float32 `[H, W, 3]`.
-    ValueError: for another size than that of the other images.
+    InputError: for another size than that of the other images.
   """
   array = item if isinstance(item, np.ndarray) else None
   if (

@@ -14,7 +14,7 @@ from typing import Any
 from mtv_jax.data.labels.label_values import KINDS
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling.phrases import build_phrases
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
 
 # By the `model_type` of a Hugging Face folder's config.json.
 _FAMILIES = {"depth_anything": "depth_anything.expert", "owlv2": "owlv2.expert"}
@@ -39,12 +39,12 @@ def build_expert(
       `max_words`. Only what is given is passed on.
 
   Raises:
-    FileNotFoundError: there are no weights.
-    ValueError: the expert makes other labels, lacks an option or has no such.
+    MissingFileError: there are no weights.
+    InputError: the expert makes other labels, lacks an option or has no such.
     ImportError: a package that it needs is not installed (the extra `onnx`).
   """
   if kind not in KINDS:
-    raise ValueError(f"expert={kind!r}. {did_you_mean(str(kind), KINDS)}")
+    raise InputError(f"expert={kind!r}. {did_you_mean(str(kind), KINDS)}")
   path = pathlib.Path(weights).expanduser()
   name = _module_name(path)
   module = importlib.import_module(f"mtv_jax.experts.{name}")
@@ -62,7 +62,7 @@ def build_expert(
   except ValueError as error:
     if name == "mtv_expert":
       # Where weights of another expert are not whole, that is what is wrong.
-      raise ValueError(
+      raise InputError(
         f"{error}\nThat expert is a run or export of this package, which"
         f" {path} was taken for: {_not_another(path)}"
       ) from error
@@ -71,7 +71,7 @@ def build_expert(
     given["kind"] = kind
   expert = load(path, **given)
   if expert.kind != kind:
-    raise ValueError(
+    raise InputError(
       f"{path} labels {expert.kind}, and {kind} was asked for: give"
       f" --expert={expert.kind}, or other weights."
     )
@@ -81,7 +81,7 @@ def build_expert(
 def _module_name(path: pathlib.Path) -> str:
   """The module that opens these weights."""
   if not path.exists():
-    raise FileNotFoundError(
+    raise MissingFileError(
       f"No weights at {path}. Expected are a folder of Depth Anything V2 or"
       " OWLv2 (config.json, model.safetensors), an .onnx file, or a run or"
       " export of this package."
@@ -136,7 +136,7 @@ def _check_options(
   ]
   for key in given:
     if key not in known:
-      raise ValueError(
+      raise InputError(
         f"The expert {name!r} has no option {key!r}. {did_you_mean(key, known)}"
       )
     _check_type(key, given[key], parameters[key].annotation)
@@ -146,7 +146,7 @@ def _check_options(
     if parameters[key].default is inspect.Parameter.empty and key not in given
   ]
   if missing:
-    raise ValueError(
+    raise InputError(
       f"The expert {name!r} needs"
       f" {' and '.join(f'--{key}' for key in missing)}; given are"
       f" {', '.join(given) or 'no options'}."
@@ -160,20 +160,20 @@ def _check_type(key: str, value: Any, annotation: Any) -> None:
     return
   found = "None" if value is None else type(value).__name__
   if found not in wanted and not (found == "int" and "float" in wanted):
-    raise ValueError(f"{key}={value!r} is {found}, expected {annotation}.")
+    raise InputError(f"{key}={value!r} is {found}, expected {annotation}.")
 
 
 def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
   """Options from a command line, `NAME=VALUE` each.
 
   Raises:
-    ValueError: one that is not.
+    InputError: one that is not.
   """
   options = {}
   for assignment in assignments:
     name, equals, text = assignment.partition("=")
     if not (name and equals):
-      raise ValueError(
+      raise InputError(
         f"--set={assignment}: expected OPTION=VALUE, such as"
         " --set=min_side=0.02."
       )

@@ -35,7 +35,7 @@ from mtv_jax.experts.labelling import phrases as phrases_lib
 from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.labelling.phrases import Phrases
 from mtv_jax.models.heads.projection import unit
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 # Options that only experts of this kind have.
 OF_KIND = {
@@ -53,14 +53,14 @@ class OwnDepth:
     side: of the labels, in pixels.
 
   Raises:
-    ValueError: the encoder has no such head.
+    InputError: the encoder has no such head.
   """
 
   kind = "depth"
 
   def __init__(self, encoder: Encoder, *, rows: int, side: int):
     if not encoder.can_predict("depth"):
-      raise ValueError(_lacks(encoder, "depth", "depth"))
+      raise InputError(_lacks(encoder, "depth", "depth"))
     _require_whole(encoder)
     self.rows = rows
     self._preprocess = encoder.preprocess
@@ -103,7 +103,7 @@ class OwnBoxes:
     options: of `detections.check_options`.
 
   Raises:
-    ValueError: the encoder lacks a head.
+    InputError: the encoder lacks a head.
   """
 
   kind = "boxes"
@@ -117,9 +117,9 @@ class OwnBoxes:
     options: Mapping[str, Any],
   ):
     if not encoder.can_predict("grounding"):
-      raise ValueError(_lacks(encoder, "prompter", "grounding"))
+      raise InputError(_lacks(encoder, "prompter", "grounding"))
     if not encoder.can_predict("locator"):
-      raise ValueError(
+      raise InputError(
         _lacks(encoder, "locator", "grounding with regression=1.0")
         + " A prompter says what is in a box, and has none to begin with."
       )
@@ -214,7 +214,7 @@ def _params(encoder: Encoder, heads: Sequence[str]) -> dict[str, PyTree]:
   """The parameters that labels depend on, whole on each device."""
   found = dict(encoder.params["heads"])
   if missing := [name for name in heads if name not in found]:
-    raise ValueError(
+    raise InputError(
       f"{encoder!r} lacks the heads {missing}; it has {sorted(found)}."
       " An export that leaves them out can't label: use the run's own folder."
     )
@@ -248,7 +248,7 @@ def _lacks(encoder: Encoder, head: str, objective: str) -> str:
 
 def _require_whole(encoder: Encoder) -> None:
   if encoder.preprocess.crop != "none":
-    raise ValueError(
+    raise InputError(
       f"{encoder!r} sees a crop of an image"
       f" (crop={encoder.preprocess.crop!r}), and labels are of all of it"
     )
@@ -287,12 +287,12 @@ def load_expert(
 
   Raises:
     FileNotFoundError: nothing that can be opened is there.
-    ValueError: the model lacks the heads, there are no phrases for boxes, or
+    InputError: the model lacks the heads, there are no phrases for boxes, or
       an option is out of its range.
   """
   check_choice("own: kind", kind, label_values.KINDS)
   if batch_size < 1 or side < label_values.MIN_SIDE:
-    raise ValueError(
+    raise InputError(
       f"batch_size={batch_size} and side={side}; expected at least 1 and"
       f" {label_values.MIN_SIDE}"
     )
@@ -304,7 +304,7 @@ def load_expert(
     max_area=max_area,
   )
   if kind == "boxes" and phrases is None:
-    raise ValueError(
+    raise InputError(
       "boxes are looked for by phrases: give --phrases, such as ngrams or a"
       " vocabulary's file (in Python, phrases=build_phrases(...))"
     )

@@ -252,7 +252,7 @@ def run_stack(
     The last block's output, and {layer: output} for the taps.
 
   Raises:
-    ValueError: for a tap outside the stack, or an unknown remat policy.
+    InputError: for a tap outside the stack, or an unknown remat policy.
   """
   depth = jax.tree.leaves(stack)[0].shape[0]
   check_taps(taps, depth)

@@ -38,7 +38,7 @@ class TextSpec:
       configurations said 2 while the token was the last of the vocabulary.
 
   Raises:
-    ValueError: for inconsistent fields.
+    InputError: for inconsistent fields.
   """
 
   vocab_size: int = 32_000
@@ -108,7 +108,7 @@ class TextTower(nn.Module):
     outside the vocabulary gives NaN rather than some other token's embedding.
 
     Raises:
-      ValueError: for too many tokens.
+      InputError: for too many tokens.
     """
     spec = self.spec
     length = tokens.shape[1]

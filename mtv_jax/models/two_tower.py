@@ -47,7 +47,7 @@ class ModelSpec:
   """Architecture of a model: an image tower and, unless None, a text tower.
 
   Raises:
-    ValueError: if their embeddings have different widths.
+    InputError: if their embeddings have different widths.
   """
 
   image: ViTSpec
@@ -79,7 +79,7 @@ class ModelSpec:
     clean) are ignored.
 
     Raises:
-      ValueError: for an unknown variant or key, or inconsistent fields.
+      InputError: for an unknown variant or key, or inconsistent fields.
     """
     fields = _plain(model)
     text = fields.pop("text", None)
@@ -124,7 +124,7 @@ def variant(name: str) -> dict[str, int]:
   """Fields of a variant: 'B' gives the shape, 'B/16' patch_size as well.
 
   Raises:
-    ValueError: for a name that is not in `VARIANTS`, or an invalid patch size.
+    InputError: for a name that is not in `VARIANTS`, or an invalid patch size.
   """
   shape, slash, patch = name.partition("/")
   if shape not in VARIANTS:
@@ -161,7 +161,7 @@ def text_tower(
   """The text tower as a module, with a config's runtime options.
 
   Raises:
-    ValueError: if the model has none.
+    InputError: if the model has none.
   """
   if spec.text is None:
     raise InputError(

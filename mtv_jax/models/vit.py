@@ -47,7 +47,7 @@ class ViTSpec:
     position_resize: how positions are resampled, see `positions.resize_matrix`.
 
   Raises:
-    ValueError: for inconsistent fields.
+    InputError: for inconsistent fields.
   """
 
   image_size: int = 224
@@ -107,7 +107,7 @@ class ViTSpec:
     """Rows and columns of patches of an image of `height` x `width` pixels.
 
     Raises:
-      ValueError: if the patch does not divide it.
+      InputError: if the patch does not divide it.
     """
     p = self.patch_size
     if height < p or width < p or height % p or width % p:
@@ -182,7 +182,7 @@ class ViT(nn.Module):
         computed. A mask, if given too, refers to all N patches.
 
     Raises:
-      ValueError: for a size, channel count, tap or mask that does not fit.
+      InputError: for a size, channel count, tap or mask that does not fit.
     """
     spec = self.spec
     x = self._embed(images, mask)  # [B, N, D]

@@ -21,7 +21,7 @@ def initialize(
     process: which one this is, from 0.
 
   Raises:
-    ValueError: some of the last three are given and others not.
+    InputError: some of the last three are given and others not.
   """
   given = [coordinator, processes, process]
   if any(g is not None for g in given) and None in given:

@@ -135,7 +135,7 @@ def parse(program: Any) -> Module:
       which is returned as it is.
 
   Raises:
-    ValueError: the text has no ENTRY computation.
+    InputError: the text has no ENTRY computation.
   """
   if isinstance(program, Module):
     return program

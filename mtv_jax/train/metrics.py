@@ -254,7 +254,7 @@ class MetricWriter:
       values: numbers or arrays of one element; '/' in names makes groups.
 
     Raises:
-      ValueError: a value that is not a scalar; names it.
+      InputError: a value that is not a scalar; names it.
     """
     if self._active:
       numbers = _numbers(values)

@@ -20,7 +20,7 @@ def read_metrics(run: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
   """(step, value) pairs of each metric in a run's `metrics.jsonl`.
 
   Raises:
-    FileNotFoundError: if the run has no such file yet.
+    MissingFileError: if the run has no such file yet.
   """
   path = pathlib.Path(run) / "metrics.jsonl"
   if not path.is_file():
@@ -49,7 +49,7 @@ def plot_metrics(
     pattern: searched in the names.
 
   Raises:
-    ValueError: if no name matches; lists the names.
+    InputError: if no name matches; lists the names.
   """
   names = [name for name in series if re.search(pattern, name)]
   if not names:

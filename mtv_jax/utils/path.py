@@ -29,9 +29,9 @@ def expand_path(
     suffix: how such files end, for the hint in errors.
 
   Raises:
-    FileNotFoundError: if a glob matches nothing, or files that a range or a
+    MissingFileError: if a glob matches nothing, or files that a range or a
       plain name stands for are absent: it says how many and which.
-    ValueError: if a file appears twice, a brace is malformed or the path is
+    InputError: if a file appears twice, a brace is malformed or the path is
       on an object store.
   """
   files: list[Path] = []

@@ -288,7 +288,7 @@ def image_grid(
     size: side of a square.
 
   Raises:
-    ValueError: for no rows, or rows of different lengths.
+    InputError: for no rows, or rows of different lengths.
   """
   lengths = {len(row) for row in rows}
   if len(lengths) != 1 or 0 in lengths:

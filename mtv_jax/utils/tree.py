@@ -89,7 +89,7 @@ def match_rules(
     One Match a name, in the order of `names`.
 
   Raises:
-    ValueError: a bad regex, or a rule that matches no name.
+    InputError: a bad regex, or a rule that matches no name.
   """
   names = list(names)
   compiled = [_compile(rule, what) for rule in rules]
@@ -107,7 +107,7 @@ def first_match(name: str, rules: Sequence[Sequence[Any]]) -> Any:
   """The value of the first rule that matches a name.
 
   Raises:
-    ValueError: no rule does.
+    InputError: no rule does.
   """
   match = _match(name, [_compile(rule, "rules") for rule in rules])
   if match.pattern is None:

@@ -27,7 +27,7 @@ from mtv_jax.data.labels.label_values import Outcome, no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
 
 MATCHES = ("name", "image_id", "key")
 # Records that are in the hands of threads at a time.
@@ -153,15 +153,15 @@ class Instances:
     settings: for the manifest.
 
   Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: a file is no such annotation, or two list the same image.
+    MissingFileError: a file is missing.
+    InputError: a file is no such annotation, or two list the same image.
   """
 
   def __init__(
     self, paths: Sequence[str | os.PathLike], *, match: str = "name"
   ):
     if match not in MATCHES:
-      raise ValueError(f"match={match!r}. {did_you_mean(match, MATCHES)}")
+      raise InputError(f"match={match!r}. {did_you_mean(match, MATCHES)}")
     self._match = match
     self._images: dict[str, _Annotated] = {}
     self._names = _Names()
@@ -181,11 +181,11 @@ class Instances:
     try:
       content = json.loads(data)
     except ValueError as error:
-      raise ValueError(f"{path} is not JSON ({error}).") from error
+      raise InputError(f"{path} is not JSON ({error}).") from error
     needed = {"images", "annotations", "categories"}
     if not isinstance(content, dict) or not needed <= content.keys():
       there = sorted(content) if isinstance(content, dict) else type(content)
-      raise ValueError(
+      raise InputError(
         f"{path} is no COCO instance file: it needs {sorted(needed)}, it has"
         f" {there}."
       )
@@ -196,7 +196,7 @@ class Instances:
       if self._match != "image_id":
         of = Path(image["file_name"]).stem
       if of in self._images:
-        raise ValueError(
+        raise InputError(
           f"{path}: the image {of!r} is listed twice, here or in a file before"
           " it. Give each file once, or match by image_id."
         )
@@ -204,12 +204,12 @@ class Instances:
       self._images[of] = images[image["id"]] = annotated
     for annotation in content["annotations"]:
       if "bbox" not in annotation or "category_id" not in annotation:
-        raise ValueError(
+        raise InputError(
           f"{path} has annotations without 'bbox' or 'category_id'"
           f" ({sorted(annotation)}); give instances_*.json."
         )
       if (image := images.get(annotation["image_id"])) is None:
-        raise ValueError(
+        raise InputError(
           f"{path}: annotation {annotation.get('id')} is of the image"
           f" {annotation['image_id']}, which the file does not list."
         )
@@ -263,7 +263,7 @@ class _Names:
     # One call that no other thread can come between.
     other = self._seen.setdefault(item.stem, item.name)
     if other != item.name:
-      raise ValueError(
+      raise InputError(
         f"The base has {other!r} and {item.name!r}, which the annotations "
         "can't tell apart by the file's name: match by image_id or key, or "
         "make a label set for each folder."
@@ -289,8 +289,8 @@ class DepthImages:
     settings: for the manifest.
 
   Raises:
-    FileNotFoundError: there is no such folder.
-    ValueError: an option makes no sense.
+    MissingFileError: there is no such folder.
+    InputError: an option makes no sense.
   """
 
   def __init__(
@@ -306,11 +306,11 @@ class DepthImages:
   ):
     self._folder = Path(folder).expanduser()
     if not self._folder.is_dir():
-      raise FileNotFoundError(f"There is no folder of depth {self._folder}.")
+      raise MissingFileError(f"There is no folder of depth {self._folder}.")
     if values not in ("metric", "inverse"):
-      raise ValueError(f"values={values!r}; they are 'metric' or 'inverse'.")
+      raise InputError(f"values={values!r}; they are 'metric' or 'inverse'.")
     if not 0 < scale < math.inf or side < 2 or min_valid < 2:
-      raise ValueError(
+      raise InputError(
         f"scale={scale}, side={side} and min_valid={min_valid}: expected a"
         " positive scale, and at least 2 of the others."
       )
@@ -339,12 +339,12 @@ class DepthImages:
     try:
       name = self._pattern.format(**fields)
     except (LookupError, AttributeError, ValueError) as error:
-      raise ValueError(
+      raise InputError(
         f"pattern={self._pattern!r} can't be filled in ({error!r}); it may have"
         f" {', '.join('{' + field + '}' for field in fields)}."
       ) from error
     if name == self._pattern:
-      raise ValueError(
+      raise InputError(
         f"pattern={self._pattern!r} is the same file for every image; it needs"
         f" one of {', '.join('{' + field + '}' for field in fields)}."
       )

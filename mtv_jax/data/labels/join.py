@@ -27,7 +27,7 @@ from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import KINDS, DepthLabel, Label, Stored
 from mtv_jax.data.records import BadRecord, Record, count_dropped
 from mtv_jax.data.sources.base import Source
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -109,20 +109,20 @@ def join_labels(
       without any set left the source is returned as it is. None for all.
 
   Raises:
-    ValueError: an unknown kind or option.
+    InputError: an unknown kind or option.
     FileNotFoundError: a folder or a file of it is missing.
     LabelError: a set of another kind or for other records, or one whose fields
       the source gives itself.
   """
   if not isinstance(labels, Mapping) or not labels:
-    raise ValueError(
+    raise InputError(
       f"labels={labels!r}; expected a dict of folders, such as"
       " dict(depth='labels/depth', boxes='labels/boxes')."
     )
   joined: list[Labels] = []
   for kind, entry in labels.items():
     if kind not in KINDS:
-      raise ValueError(f"Unknown labels {kind!r}. {did_you_mean(kind, KINDS)}")
+      raise InputError(f"Unknown labels {kind!r}. {did_you_mean(kind, KINDS)}")
     if fields is not None and not FIELDS[kind] & set(fields):
       continue
     if both := source.fields & FIELDS[kind]:
@@ -139,14 +139,14 @@ def _open_labels(source: Source, kind: str, options: dict[str, Any]) -> Labels:
   names = ("path", "join", "index_dir")
   for name in options:
     if name not in names:
-      raise ValueError(
+      raise InputError(
         f"labels of {kind} have no option {name!r}. {did_you_mean(name, names)}"
       )
   how = options.get("join", "aligned")
   if not options.get("path"):
-    raise ValueError(f"labels of {kind} need a path; got {options}.")
+    raise InputError(f"labels of {kind} need a path; got {options}.")
   if how not in _JOINS:
-    raise ValueError(
+    raise InputError(
       f"labels of {kind}: unknown join={how!r}. {did_you_mean(how, _JOINS)}"
     )
   labels = LabelSet(options["path"], kind=kind)

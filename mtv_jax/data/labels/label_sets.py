@@ -27,7 +27,7 @@ from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import Stored
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, MissingFileError
 from mtv_jax.utils.process_cache import ProcessCache
 
 VERSION = 1
@@ -90,7 +90,7 @@ class LabelSet:
     digest: of the manifest; another one is another set.
 
   Raises:
-    FileNotFoundError: no such folder, no manifest or a missing file.
+    MissingFileError: no such folder, no manifest or a missing file.
     LabelError: another kind or version, or files that are not those that the
       manifest tells of.
   """
@@ -117,7 +117,7 @@ class LabelSet:
 
   def _check_files(self, files: list[Path]) -> None:
     if missing := [file.name for file in files if not file.exists()]:
-      raise FileNotFoundError(
+      raise MissingFileError(
         f"{len(missing)} of {len(files)} files of the label set {self.folder}"
         f" are missing: {', '.join(missing[:8])}. Copy or make them again."
       )
@@ -150,7 +150,7 @@ class LabelSet:
     """`hash_key` of each record of a shard."""
     file = self.folder / f"{self.names[shard]}.keys.npy"
     if not file.exists():
-      raise FileNotFoundError(
+      raise MissingFileError(
         f"The label set {self.folder} has no {file.name}, which a join by key"
         " needs. Copy it from where the set was made, or make it again."
       )
@@ -168,10 +168,10 @@ class LabelSet:
 
 def _read_manifest(folder: Path) -> bytes:
   if not folder.is_dir():
-    raise FileNotFoundError(f"There is no folder of labels {folder}.")
+    raise MissingFileError(f"There is no folder of labels {folder}.")
   file = folder / MANIFEST
   if not file.exists():
-    raise FileNotFoundError(
+    raise MissingFileError(
       f"{folder} has no {MANIFEST}: it is no label set, or one that is not"
       " finished. Run the command that makes it again; it goes on where it"
       " stopped."

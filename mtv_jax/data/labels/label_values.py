@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Float32, UInt16
 
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.tokenizers import canonicalize
+from mtv_jax.utils.errors import InputError
 
 KINDS = ("depth", "boxes")
 
@@ -167,13 +168,13 @@ def make_boxes(
     scores: how sure that is; None for 1.
 
   Raises:
-    ValueError: there are not as many of each.
+    InputError: there are not as many of each.
   """
   boxes = boxes.astype(np.float32)
   ones = np.ones(len(boxes), np.float32)
   scores = ones if scores is None else scores.astype(np.float32)
   if not len(boxes) == len(phrases) == len(scores):
-    raise ValueError(
+    raise InputError(
       f"{len(boxes)} boxes, {len(phrases)} phrases and {len(scores)} scores;"
       " each box has one of each"
     )
@@ -287,9 +288,9 @@ def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
   values = cv2.imdecode(png, cv2.IMREAD_UNCHANGED)
   side = packed["side"]
   if values is None or values.dtype != np.uint16:
-    raise ValueError("png16 is no 16-bit PNG")
+    raise InputError("png16 is no 16-bit PNG")
   if values.shape != (side, side):
-    raise ValueError(f"png16 is {values.shape}, side is {side}")
+    raise InputError(f"png16 is {values.shape}, side is {side}")
   return DepthLabel(values, packed["lo"], packed["hi"])
 
 
@@ -299,7 +300,7 @@ def _unpack_boxes(packed: Mapping[str, Any]) -> BoxLabel:
   scores = np.frombuffer(packed["scores"], "<f4").astype(np.float32)
   phrases = tuple(packed["phrases"])
   if not len(boxes) == len(scores) == len(phrases):
-    raise ValueError(
+    raise InputError(
       f"{len(boxes)} boxes, {len(phrases)} phrases, {len(scores)} scores"
     )
   return BoxLabel(boxes, phrases, scores)

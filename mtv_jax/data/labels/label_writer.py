@@ -32,6 +32,7 @@ from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import atomic
+from mtv_jax.utils.errors import InputError
 
 _THREADS = 16
 
@@ -110,7 +111,7 @@ class LabelWriter:
   Raises:
     FileExistsError: the folder holds labels, finished or not, of another
       kind, of other settings or for another base; says what differs.
-    ValueError: the base has no files, two of its shards have the same name,
+    InputError: the base has no files, two of its shards have the same name,
       or the folder holds the base itself.
   """
 
@@ -123,9 +124,9 @@ class LabelWriter:
     settings: Mapping[str, Any],
   ):
     if kind not in label_values.KINDS:
-      raise ValueError(f"kind={kind!r}; it is one of {label_values.KINDS}.")
+      raise InputError(f"kind={kind!r}; it is one of {label_values.KINDS}.")
     if not base.files:
-      raise ValueError(
+      raise InputError(
         f"{base!r} has no files; label sets are written for the shards of a"
         " source of files, such as tars."
       )
@@ -148,13 +149,13 @@ class LabelWriter:
   def _check_names(self) -> None:
     twice = [n for n, c in collections.Counter(self.names).items() if c > 1]
     if twice:
-      raise ValueError(
+      raise InputError(
         f"{len(twice)} names of shards ({', '.join(twice[:5])}) are there more"
         " than once, in different folders. Make a label set for each folder."
       )
     folders = {file.resolve().parent for file in self.base.files}
     if self.out.resolve() in folders:
-      raise ValueError(
+      raise InputError(
         f"{self.out} holds the shards themselves, and labels have the same file"
         " names: give a folder of their own."
       )

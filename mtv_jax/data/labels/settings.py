@@ -14,6 +14,7 @@ from typing import Any
 
 from mtv_jax.data.labels import label_sets
 from mtv_jax.utils import atomic
+from mtv_jax.utils.errors import InputError
 
 FILE = "settings.json"
 _SHOWN = 12
@@ -97,7 +98,7 @@ def _parse(data: bytes, file: Path) -> dict:
   try:
     found = json.loads(data)
     if not isinstance(found, dict):
-      raise ValueError(f"a {type(found).__name__}")
+      raise InputError(f"a {type(found).__name__}")
   except ValueError as error:
     raise FileExistsError(
       f"{file} can't be read ({error}), so nobody knows what the labels beside"

@@ -27,6 +27,7 @@ from mtv_jax.data.scenes.world import (
   bounding_rect,
   hidden_share,
 )
+from mtv_jax.utils.errors import InputError
 
 SEGMENT_NAMES = ("background", "ground", *CLASS_NAMES)
 STUFF_COUNT = 2  # of SEGMENT_NAMES: background and ground
@@ -114,12 +115,12 @@ def check_arguments(index: int, size: int, seed: int) -> None:
   if not 0 <= index < 2**63:
     raise IndexError(f"Scene index {index}: expected 0 or more, below 2**63.")
   if size < MIN_SIZE:
-    raise ValueError(
+    raise InputError(
       f"Scene size {size}: expected at least {MIN_SIZE} pixels a side; below"
       " that the objects can't be told apart."
     )
   if not 0 <= seed < 2**63:
-    raise ValueError(f"Scene seed {seed}: expected 0 or more, below 2**63.")
+    raise InputError(f"Scene seed {seed}: expected 0 or more, below 2**63.")
 
 
 def render(index: int, *, size: int = 96, seed: int = 0) -> Scene:
@@ -132,7 +133,7 @@ def render(index: int, *, size: int = 96, seed: int = 0) -> Scene:
 
   Raises:
     IndexError: the index is negative.
-    ValueError: the size is below 16 or the seed negative.
+    InputError: the size is below 16 or the seed negative.
   """
   check_arguments(index, size, seed)
   world = layout.sample_world(index, seed)

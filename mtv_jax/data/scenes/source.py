@@ -8,6 +8,7 @@ import numpy as np
 from mtv_jax.data.records import Record
 from mtv_jax.data.scenes import render as render_lib
 from mtv_jax.data.sources.base import Source
+from mtv_jax.utils.errors import InputError
 
 
 class SceneSource(Source):
@@ -34,7 +35,7 @@ class SceneSource(Source):
   ):
     render_lib.check_arguments(first, size, seed)
     if length < 1:
-      raise ValueError(f"Scenes length {length}: expected 1 or more records.")
+      raise InputError(f"Scenes length {length}: expected 1 or more records.")
     self.size, self.length, self.first, self.seed = size, length, first, seed
     # Rendered records are in no file: one shard for a shuffle by blocks.
     self.shards = np.array([length], np.int64)

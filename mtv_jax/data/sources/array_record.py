@@ -17,6 +17,7 @@ from mtv_jax.data import records
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.sources.base import Source, name_of_files
 from mtv_jax.utils import atomic
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.path import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
 
@@ -33,7 +34,7 @@ class ArrayRecordSource(Source):
 
   Raises:
     FileNotFoundError: a file is missing or a glob matches none.
-    ValueError: a file is damaged, or was written in groups of records.
+    InputError: a file is damaged, or was written in groups of records.
   """
 
   suffix = ".array_record"
@@ -45,7 +46,7 @@ class ArrayRecordSource(Source):
       counts = list(pool.map(count_records, self.files))
     self.shards: Int64[np.ndarray, " files"] = np.cumsum(counts, dtype=np.int64)
     if not len(self):
-      raise ValueError(f"{self.files[0]} and the rest of {path} are empty.")
+      raise InputError(f"{self.files[0]} and the rest of {path} are empty.")
     self.name = name_of_files(self.files)
     self._readers = ProcessCache(functools.partial(open_reader, self.files))
     # A shard's metadata is megabytes, and only labelling reads it.
@@ -89,7 +90,7 @@ def _read_sidecar(
       metadata = json.loads(line)
       by_key[metadata["key"]] = metadata
     except (ValueError, TypeError, KeyError) as error:
-      raise ValueError(
+      raise InputError(
         f"{file}: line {number} is no JSON object with a 'key'"
         f" ({type(error).__name__}: {error}). Copy the file again, or remove it"
         " if no label needs it."
@@ -164,13 +165,13 @@ def count_records(file: Path) -> int:
       raise RuntimeError("its records can't be found")
     reader.close()
   except RuntimeError as error:
-    raise ValueError(
+    raise InputError(
       f"{file} is no ArrayRecord file, or is cut short ({error}). Fetch or"
       " write it again, or leave it out of the path."
     ) from error
   group = re.search(r"group_size:(\d+)", options)
   if group and group[1] != "1":
-    raise ValueError(
+    raise InputError(
       f"{file} was written in groups of {group[1]} records, which makes reading"
       f" at random many times slower: write it again with {_OPTIONS!r}."
     )

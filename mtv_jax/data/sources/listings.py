@@ -10,7 +10,7 @@ from typing import Any
 
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.webdataset import parse_captions
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -60,15 +60,15 @@ def read(
     theirs; a folder's are sorted by name.
 
   Raises:
-    FileNotFoundError: if there is no such file or folder.
-    ValueError: if it is of no known kind, lacks a column or lists nothing.
+    MissingFileError: if there is no such file or folder.
+    InputError: if it is of no known kind, lacks a column or lists nothing.
   """
   path = Path(path)
   if not path.exists():
-    raise FileNotFoundError(f"There is no {path}.")
+    raise MissingFileError(f"There is no {path}.")
   root = Path(images) if images is not None else path.parent
   if not root.is_dir():
-    raise FileNotFoundError(f"There is no folder of images {root}.")
+    raise MissingFileError(f"There is no folder of images {root}.")
   kind = path.suffix.lower()
   if path.is_dir():
     examples = _folder(path)
@@ -81,11 +81,11 @@ def read(
     columns = image_column, caption_column
     examples = _table(_parquet_rows(path, *columns), root)
   else:
-    raise ValueError(
+    raise InputError(
       f"{path}: a listing is a folder or ends in .json, .csv, .tsv or .parquet."
     )
   if not examples:
-    raise ValueError(f"{path} lists no image.")
+    raise InputError(f"{path} lists no image.")
   return examples
 
 
@@ -94,12 +94,12 @@ def _coco(path: Path, root: Path) -> list[Example]:
   try:
     content = json.loads(path.read_bytes())
   except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
+    raise InputError(f"{path} is not JSON: {error}") from error
   if not isinstance(content, Mapping) or not (
     {"images", "annotations"} <= set(content)
   ):
     there = sorted(content) if isinstance(content, Mapping) else type(content)
-    raise ValueError(
+    raise InputError(
       f"{path} is no COCO file: it needs 'images' and 'annotations', it has"
       f" {there}."
     )
@@ -135,14 +135,14 @@ def _entries(
   """The entries of a field of a COCO file, each with all of `keys`."""
   entries = content[field]
   if not isinstance(entries, list):
-    raise ValueError(
+    raise InputError(
       f"{path}: {field!r} is a {type(entries).__name__}, expected a list."
     )
   for number, entry in enumerate(entries):
     there = sorted(entry) if isinstance(entry, Mapping) else repr(entry)
     for key in keys:
       if not isinstance(entry, Mapping) or key not in entry:
-        raise ValueError(
+        raise InputError(
           f"{path}: {field}[{number}] has no {key!r}, only {there}; {hint}."
         )
   return entries
@@ -159,19 +159,19 @@ def _csv_rows(
       _check_columns(path, names, image_column, caption_column)
       for row in reader:
         if row.get(None):
-          raise ValueError(
+          raise InputError(
             f"{path}, line {reader.line_num}: {len(row[None])} cells more than"
             f" the header names, from {row[None][0]!r} on. Put cells that hold"
             f" a {delimiter!r} in quotation marks."
           )
         yield row[image_column], row[caption_column]
     except UnicodeDecodeError as error:
-      raise ValueError(
+      raise InputError(
         f"{path} is not UTF-8, near line {reader.line_num + 1} ({error}):"
         " convert it, for example with iconv -f latin1 -t utf-8."
       ) from error
     except csv.Error as error:
-      raise ValueError(
+      raise InputError(
         f"{path}, near line {reader.line_num + 1}: {error}. Is a quotation"
         " mark not closed?"
       ) from error
@@ -190,7 +190,7 @@ def _parquet_rows(
   try:
     opened = parquet.ParquetFile(path)
   except ArrowInvalid as error:
-    raise ValueError(f"{path} is no Parquet file: {error}") from error
+    raise InputError(f"{path} is no Parquet file: {error}") from error
   with opened as file:
     _check_columns(path, file.schema_arrow.names, image_column, caption_column)
     for batch in file.iter_batches(columns=[image_column, caption_column]):
@@ -206,7 +206,7 @@ def _check_columns(
 ) -> None:
   for what, column in (("image", image_column), ("caption", caption_column)):
     if column not in names:
-      raise ValueError(
+      raise InputError(
         f"{path} has no column {column!r} for the {what}."
         f" {did_you_mean(column, names)} Name it with {what}_column."
       )
@@ -217,7 +217,7 @@ def _table(rows: Iterator[tuple[Any, Any]], root: Path) -> list[Example]:
   captions: dict[str, list[str]] = {}
   for number, (image, caption) in enumerate(rows):
     if image is not None and not isinstance(image, str):
-      raise ValueError(
+      raise InputError(
         f"Row {number}: the image column must hold paths, got"
         f" {type(image).__name__}."
       )
@@ -242,7 +242,7 @@ def _folder(folder: Path) -> list[Example]:
       stem = str(file.relative_to(folder).with_suffix(""))
       of_kind = groups.setdefault(stem, {})
       if kind in of_kind:
-        raise ValueError(
+        raise InputError(
           f"{of_kind[kind]} and {file} are two files for one example: rename or"
           " remove one of them."
         )

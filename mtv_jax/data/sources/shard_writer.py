@@ -27,6 +27,7 @@ from mtv_jax.data import canvas
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.listings import Example
+from mtv_jax.utils.errors import InputError
 
 # Images that are in memory at a time, waiting for their turn to be written.
 _CHUNK = 64
@@ -106,15 +107,15 @@ def write(
 
   Raises:
     FileExistsError: if `out` holds shards already.
-    ValueError: if no example can be used, or an option makes no sense.
+    InputError: if no example can be used, or an option makes no sense.
   """
   suffix = {"webdataset": ".tar", "array_record": ".array_record"}.get(format)
   if suffix is None:
-    raise ValueError(
+    raise InputError(
       f"format={format!r}; it is 'webdataset' or 'array_record'."
     )
   if records_per_shard < 1 or (max_side is not None and max_side < 1):
-    raise ValueError(
+    raise InputError(
       f"records_per_shard={records_per_shard} and max_side={max_side} must be"
       " positive."
     )
@@ -156,7 +157,7 @@ def write(
     _write_text(listing, "".join(lines))
   if not report.written:
     reasons = Counter(s.reason for s in report.skipped).most_common(3)
-    raise ValueError(
+    raise InputError(
       f"None of the {report.total} examples can be used: "
       + "; ".join(f"{n} times {reason!r}" for reason, n in reasons)
       + f". The first was looked for at {examples[0].path}. See {listing}."

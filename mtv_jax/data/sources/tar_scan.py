@@ -248,7 +248,7 @@ def _pax(
         size = int(value)
       data = data[int(length) :]
       if int(length) <= 0:
-        raise ValueError(length)
+        raise InputError(length)
   except ValueError:
     raise TarError(
       f"{path} is damaged at offset {offset}: unreadable pax header."

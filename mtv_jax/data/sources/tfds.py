@@ -18,7 +18,7 @@ from jaxtyping import Int64
 
 from mtv_jax.data.records import BadRecord, Record, caption_list
 from mtv_jax.data.sources.base import Source
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
 from mtv_jax.utils.process_cache import ProcessCache
 
 # Where sets keep their captions, the first that is there.
@@ -39,8 +39,8 @@ class TFDSSource(Source):
 
   Raises:
     ImportError: tensorflow_datasets is not installed.
-    FileNotFoundError: the set is not there, prepared as ArrayRecord.
-    ValueError: it has no such split or no image.
+    MissingFileError: the set is not there, prepared as ArrayRecord.
+    InputError: it has no such split or no image.
   """
 
   def __init__(
@@ -87,7 +87,7 @@ class TFDSSource(Source):
         },
       )
     except NotImplementedError as error:
-      raise FileNotFoundError(
+      raise MissingFileError(
         f"{self._name} is prepared in {builder.data_dir}, but not in a format"
         f" that can be read at random. {self._how()}"
       ) from error
@@ -97,17 +97,17 @@ class TFDSSource(Source):
       builder = tfds.builder(self._name, data_dir=self._data_dir)
     except tfds.core.registered.DatasetNotFoundError as error:
       where = self._data_dir or "the default folder of TFDS"
-      raise FileNotFoundError(
+      raise MissingFileError(
         f"TFDS knows no {self._name!r} and {where} has none. {self._how()}"
       ) from error
     splits = builder.info.splits
     if not splits:
-      raise FileNotFoundError(
+      raise MissingFileError(
         f"{self._name} is not prepared in {builder.data_dir}. {self._how()}"
       )
     base = self._split.partition("[")[0]
     if base not in splits and "+" not in base and base != "all":
-      raise ValueError(
+      raise InputError(
         f"{self._name} has no split {base!r}. {did_you_mean(base, splits)}"
       )
     return builder
@@ -153,7 +153,7 @@ def _image_feature(tfds: Any, features: Mapping[str, Any], name: str) -> str:
   ]
   if "image" in images or len(images) == 1:
     return "image" if "image" in images else images[0]
-  raise ValueError(
+  raise InputError(
     f"{name} must have one image feature, or one named 'image'; it has"
     f" {images or 'none'} among {sorted(features)}."
   )

@@ -17,6 +17,7 @@ from mtv_jax.data.sources import tar_index
 from mtv_jax.data.sources.base import Source, name_of_files
 from mtv_jax.data.sources.tar_index import TarIndex
 from mtv_jax.data.sources.tar_scan import TarError
+from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.path import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
 
@@ -50,7 +51,7 @@ class WebDatasetSource(Source):
     FileNotFoundError: a tar is missing or a glob matches none.
     TarError: a tar is cut short, damaged, compressed or repeats a key.
     OSError: an index is missing or out of date and can't be written.
-    ValueError: the tars hold no record.
+    InputError: the tars hold no record.
   """
 
   suffix = ".tar"
@@ -88,7 +89,7 @@ class WebDatasetSource(Source):
     no_image = sum(t.no_image for t in self._tars)
     if not len(self):
       others = sum(t.others for t in self._tars)
-      raise ValueError(
+      raise InputError(
         f"{self.name} has no record: {no_image} groups of members without an"
         f" image, {no_caption} without a caption, {others} other members. A"
         " record is KEY.jpg (or .jpeg, .png, .webp) with KEY.txt or KEY.json,"

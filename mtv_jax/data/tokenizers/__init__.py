@@ -10,7 +10,7 @@ from mtv_jax.data.tokenizers.base import export_files as export_files
 from mtv_jax.data.tokenizers.byte import ByteTokenizer
 from mtv_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from mtv_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
 
 # By the suffix of the tokenizer's file.
 _TYPES = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
@@ -27,15 +27,15 @@ def build_tokenizer(
     clean: "none", "lower" or "canonicalize".
 
   Raises:
-    FileNotFoundError: the file is missing; says what was expected.
-    ValueError: the file is of another kind, or `clean` is unknown.
+    MissingFileError: the file is missing; says what was expected.
+    InputError: the file is of another kind, or `clean` is unknown.
   """
   spec = os.fspath(spec)
   if spec == "bytes":
     return ByteTokenizer(clean)
   suffix = Path(spec).suffix
   if suffix not in _TYPES:
-    raise ValueError(
+    raise InputError(
       f"tokenizer={spec!r}: expected 'bytes' (built in, 258 ids), a"
       " SentencePiece file '*.model' or a Hugging Face 'tokenizer.json'."
     )
@@ -45,7 +45,7 @@ def build_tokenizer(
     if folder.is_dir():
       names = [p.name for p in folder.glob("*")]
       hint = did_you_mean(Path(spec).name, names, limit=8)
-    raise FileNotFoundError(
+    raise MissingFileError(
       f"tokenizer={spec!r}: there is no such file. {hint} Expected a"
       " SentencePiece model or a tokenizer.json; 'bytes' needs no file."
     )

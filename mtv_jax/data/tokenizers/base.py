@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SPACES = re.compile(r"\s+")
@@ -56,7 +56,7 @@ class Tokenizer(abc.ABC):
     eos_id: of the end of a text; None if the file does not name one.
 
   Raises:
-    ValueError: an unknown `clean`.
+    InputError: an unknown `clean`.
   """
 
   kind: str
@@ -68,7 +68,7 @@ class Tokenizer(abc.ABC):
 
   def __init__(self, clean: str):
     if clean not in _CLEANERS:
-      raise ValueError(
+      raise InputError(
         f"unknown clean={clean!r}. {did_you_mean(clean, _CLEANERS)}"
       )
     self.clean = clean
@@ -81,7 +81,7 @@ class Tokenizer(abc.ABC):
     Raises:
       TypeError: a single string, or an entry that is not a string.
       UnicodeError: a string that is not valid Unicode.
-      ValueError: `length` is less than 1.
+      InputError: `length` is less than 1.
     """
     if isinstance(strings, str):
       raise TypeError(
@@ -95,7 +95,7 @@ class Tokenizer(abc.ABC):
           f" {type(text).__name__}."
         )
     if length < 1:
-      raise ValueError(f"a text has at least 1 token, got length={length}.")
+      raise InputError(f"a text has at least 1 token, got length={length}.")
     ids = np.full((len(strings), length), self.pad_id, np.int32)
     for row, text in zip(ids, strings, strict=True):
       tokens = self._ids(self.cleaned(text), length)
@@ -137,10 +137,10 @@ def check_vocabulary(
     where: the config field that sets it, for the error.
 
   Raises:
-    ValueError: naming the field and the value it needs.
+    InputError: naming the field and the value it needs.
   """
   if tokenizer.vocab_size > vocab_size:
-    raise ValueError(
+    raise InputError(
       f"{where}={vocab_size} is too small: {tokenizer!r} gives ids up to"
       f" {tokenizer.vocab_size - 1}. Set {where}={tokenizer.vocab_size} or"
       " more, or use a tokenizer with fewer ids."
@@ -165,7 +165,7 @@ def export_files(
     The files written.
 
   Raises:
-    ValueError: a SentencePiece model that is not of the unigram kind.
+    InputError: a SentencePiece model that is not of the unigram kind.
   """
   model = tokenizer.to_json()
   model.no_padding()

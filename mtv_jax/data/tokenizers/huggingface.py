@@ -10,6 +10,7 @@ from tokenizers import normalizers
 
 from mtv_jax.data.tokenizers import json_export
 from mtv_jax.data.tokenizers.base import Tokenizer
+from mtv_jax.utils.errors import InputError
 
 # Names of the end-of-sequence and padding tokens in common vocabularies, most
 # specific first; tried only where no file names them.
@@ -26,7 +27,7 @@ class HuggingFaceTokenizer(Tokenizer):
     clean: see `Tokenizer`.
 
   Raises:
-    ValueError: not a tokenizer.json, or one without a padding token.
+    InputError: not a tokenizer.json, or one without a padding token.
   """
 
   kind = "json"
@@ -39,7 +40,7 @@ class HuggingFaceTokenizer(Tokenizer):
       model = tokenizers.Tokenizer.from_str(self._text)
     except Exception as error:
       # The library raises a bare Exception for a file that it can't parse.
-      raise ValueError(
+      raise InputError(
         f"{path} is no tokenizer.json ({error}); expected the file that"
         " `tokenizers` and the fast tokenizers of `transformers` save."
       ) from error
@@ -51,7 +52,7 @@ class HuggingFaceTokenizer(Tokenizer):
     pad_name = names.get("pad_token") or padding.get("pad_token")
     pad_id = _find_id(vocabulary, pad_name, _PAD_NAMES)
     if pad_id is None:
-      raise ValueError(
+      raise InputError(
         f"{path} has no padding token: neither tokenizer_config.json beside it"
         f" (pad_token) nor its own padding section names one, and it has none"
         f" of {', '.join(_PAD_NAMES)}. Add pad_token to tokenizer_config.json."

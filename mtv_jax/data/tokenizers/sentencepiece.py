@@ -9,6 +9,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from mtv_jax.data.tokenizers import json_export
 from mtv_jax.data.tokenizers.base import Tokenizer
+from mtv_jax.utils.errors import InputError
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -21,7 +22,7 @@ class SentencePieceTokenizer(Tokenizer):
     clean: see `Tokenizer`.
 
   Raises:
-    ValueError: not a SentencePiece model, or one without an end of sequence.
+    InputError: not a SentencePiece model, or one without an end of sequence.
   """
 
   kind = "sentencepiece"
@@ -32,14 +33,14 @@ class SentencePieceTokenizer(Tokenizer):
     try:
       self._model = sentencepiece.SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError) as error:
-      raise ValueError(
+      raise InputError(
         f"{path} is no SentencePiece model ({error}); expected the binary file"
         " that SentencePiece's trainer writes, often called spiece.model."
       ) from error
     self.vocab_size = self._model.vocab_size()
     self.pad_id = self.eos_id = self._model.eos_id()
     if self.eos_id < 0:
-      raise ValueError(
+      raise InputError(
         f"{path} has no end-of-sequence piece; train it with --eos_id set."
       )
 
@@ -50,14 +51,14 @@ class SentencePieceTokenizer(Tokenizer):
     """A unigram model, with its own normalization after the cleaning.
 
     Raises:
-      ValueError: a model of another kind than unigram.
+      InputError: a model of another kind than unigram.
     """
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(self._model.serialized_model_proto())
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != trainer.UNIGRAM:
       kind = trainer.ModelType.Name(trainer.model_type)
-      raise ValueError(
+      raise InputError(
         f"{self.path} is a SentencePiece model of kind {kind}; only UNIGRAM"
         " ones can be written as a tokenizer.json. Train with the"
         " tokenizer.json of the same tokenizer instead (model.text.tokenizer)."

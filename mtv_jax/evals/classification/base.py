@@ -269,7 +269,7 @@ def split_for_selection(data: Splits, select: str) -> Selection:
       on nine tenths of each class and selects on the others.
 
   Raises:
-    ValueError: for `train_split` of a set with one image a class.
+    InputError: for `train_split` of a set with one image a class.
   """
   if select == "val":
     return Selection(

@@ -118,7 +118,7 @@ def find_neighbours(
       largest block.
 
   Raises:
-    ValueError: for features that are not finite, or more neighbours than rows.
+    InputError: for features that are not finite, or more neighbours than rows.
   """
   if not 1 <= k <= len(bank):
     raise InputError(f"k={k} nearest of {len(bank)} rows; expected 1 to that")

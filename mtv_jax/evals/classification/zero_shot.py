@@ -159,7 +159,7 @@ def match_classes(
     keep: `all` classes or those `present` in the data.
 
   Raises:
-    ValueError: where a class of the data is not in the file, or two classes
+    InputError: where a class of the data is not in the file, or two classes
       have one name and no ids: their prompts would be equal, and the second
       could never be predicted.
   """

@@ -90,7 +90,7 @@ def embed(
       `mean` are cached; `crops` have its input size and are only normalised.
 
   Raises:
-    ValueError: for `cls` of an encoder without one.
+    InputError: for `cls` of an encoder without one.
   """
   check_choice("feature", feature, FEATURES)
   if feature == "cls" and not encoder.spec.image.cls_token:
@@ -200,7 +200,7 @@ def final_norm(
   """Tokens of a block through the LayerNorm that follows the last block.
 
   Raises:
-    ValueError: if the encoder has none.
+    InputError: if the encoder has none.
   """
   norm = encoder.params["image"].get("norm")
   if norm is None:

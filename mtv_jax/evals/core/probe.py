@@ -89,7 +89,7 @@ def fit(
       the host.
 
   Raises:
-    ValueError: for a step count below 1, for batches that end early, or if
+    InputError: for a step count below 1, for batches that end early, or if
       the loss is not finite.
   """
   if steps < 1:

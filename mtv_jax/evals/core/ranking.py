@@ -44,7 +44,7 @@ def ranks(
     block_bytes: size of the largest block of scores.
 
   Raises:
-    ValueError: for embeddings that are not finite (a NaN compares as neither
+    InputError: for embeddings that are not finite (a NaN compares as neither
       better nor equal, which would count as a hit), or a query whose id no
       candidate has.
   """

@@ -48,7 +48,7 @@ def matrix(
       bicubic_antialiased: a = -0.5; Pillow's BICUBIC, `jax.image.resize`.
 
   Raises:
-    ValueError: for a method that is not in `LINEAR`, or an empty axis.
+    InputError: for a method that is not in `LINEAR`, or an empty axis.
   """
   _check(method, LINEAR)
   if size < 1 or new_size < 1:
@@ -100,7 +100,7 @@ def indices(
       its centre (2, 6, 10, 14: torch's 'nearest-exact', Pillow, JAX).
 
   Raises:
-    ValueError: for a method that is not in `NEAREST`.
+    InputError: for a method that is not in `NEAREST`.
   """
   _check(method, NEAREST)
   # In float32, as PyTorch computes them: rounding decides positions that are
@@ -130,7 +130,7 @@ def resize(
     In the dtype of `x`; linear methods make float32 of integers.
 
   Raises:
-    ValueError: for an unknown method.
+    InputError: for an unknown method.
   """
   return _resize(x, size, method=method, axis=x.ndim - 3)
 

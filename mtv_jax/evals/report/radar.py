@@ -76,7 +76,7 @@ def make_axis(
   is better, it goes from above the largest value to below the smallest one.
 
   Raises:
-    ValueError: if no value is finite.
+    InputError: if no value is finite.
   """
   known = [float(v) for v in values if v is not None and math.isfinite(v)]
   if not known:
@@ -118,7 +118,7 @@ def plot(axes: Sequence[Axis], series: Sequence[Series]) -> Figure:
     series: in the order of the legend; the first one is on top.
 
   Raises:
-    ValueError: for fewer than three axes, which span no area.
+    InputError: for fewer than three axes, which span no area.
   """
   if len(axes) < 3:
     raise InputError(f"a radar chart needs at least 3 axes; got {len(axes)}")

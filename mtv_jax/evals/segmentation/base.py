@@ -64,7 +64,7 @@ class SegmentationEvaluator(Evaluator):
     """Side of a window.
 
     Raises:
-      ValueError: for a size that the patch does not divide.
+      InputError: for a size that the patch does not divide.
     """
     patch = encoder.spec.image.patch_size
     if self.size is None:

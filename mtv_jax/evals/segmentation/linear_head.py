@@ -36,7 +36,7 @@ def taps(layers: str, depth: int) -> tuple[int, ...]:
     depth: number of blocks of the encoder.
 
   Raises:
-    ValueError: for four blocks of an encoder with fewer.
+    InputError: for four blocks of an encoder with fewer.
   """
   if layers == "LAST":
     return (depth - 1,)

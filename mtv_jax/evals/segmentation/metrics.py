@@ -50,7 +50,7 @@ def confusion(
   Pixels whose truth is `IGNORE` are left out.
 
   Raises:
-    ValueError: for a class out of range.
+    InputError: for a class out of range.
   """
   counted = truth != IGNORE
   rows = truth[counted].astype(np.int64)
@@ -73,7 +73,7 @@ def scores(counts: Int64[np.ndarray, "k k"]) -> Scores:
   left out of the means.
 
   Raises:
-    ValueError: if no pixel was counted.
+    InputError: if no pixel was counted.
   """
   if not counts.sum():
     raise InputError("no pixel has a label that is not ignored")

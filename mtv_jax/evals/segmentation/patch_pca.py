@@ -175,7 +175,7 @@ def principal_components(
   loading positive. Missing ones (fewer features than `count`) are zero.
 
   Raises:
-    ValueError: for features that are not finite.
+    InputError: for features that are not finite.
   """
   rows = patches[keep].astype(np.float64)
   if not np.isfinite(rows).all():

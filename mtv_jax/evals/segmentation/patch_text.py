@@ -63,7 +63,7 @@ def embed_patches(
     batch_size: images a step.
 
   Raises:
-    ValueError: where the tower lacks weights for embedding a patch.
+    InputError: where the tower lacks weights for embedding a patch.
   """
   check(encoder, last_block)
   depth = encoder.spec.image.depth

@@ -68,7 +68,7 @@ def read_answers(path: str | os.PathLike) -> dict[str, str]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: for a file of an unknown form, or two answers to a question.
+    InputError: for a file of an unknown form, or two answers to a question.
   """
   content = _read_json(path)
   if isinstance(content, Mapping) and not {*_IDS} & {*content}:
@@ -87,7 +87,7 @@ def read_questions(path: str | os.PathLike) -> dict[str, Question]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: for a file of an unknown form, or a repeated question.
+    InputError: for a file of an unknown form, or a repeated question.
   """
   content = _read_json(path)
   if isinstance(content, Mapping):
@@ -138,7 +138,7 @@ def score(
     missing: whether a question without an answer is an `error` or `wrong`.
 
   Raises:
-    ValueError: for an unknown rule, an answer without a question, or missing
+    InputError: for an unknown rule, an answer without a question, or missing
       answers.
   """
   check_choice("rule", rule, RULES)

@@ -123,7 +123,7 @@ def vqa_accuracy(
     counting: `original` or `simple`.
 
   Raises:
-    ValueError: for no truths, or an unknown counting.
+    InputError: for no truths, or an unknown counting.
   """
   check_choice("counting", counting, _COUNTING)
   if not truths:
@@ -219,7 +219,7 @@ def pope_scores(
     among the answers. A ratio with a denominator of 0 is 0.
 
   Raises:
-    ValueError: for another truth, none at all, or different lengths.
+    InputError: for another truth, none at all, or different lengths.
   """
   if len(answers) != len(truths) or not truths:
     raise InputError(f"{len(answers)} answers to {len(truths)} questions")
@@ -257,7 +257,7 @@ def anls(
     threshold: from which NL on an answer scores 0.
 
   Raises:
-    ValueError: for no truths.
+    InputError: for no truths.
   """
   if not truths:
     raise InputError("anls: no truths; expected at least one answer")

@@ -23,7 +23,7 @@ from mtv_jax.experts.depth_anything.inputs import Inputs
 from mtv_jax.experts.depth_anything.weights import DepthModel, DepthSpec
 from mtv_jax.models import layers, vit
 from mtv_jax.models.heads import dpt
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 DTYPES = ("float32", "bfloat16")
 
@@ -56,7 +56,7 @@ def load_expert(
   Raises:
     FileNotFoundError: there is no such folder.
     ConversionError: it holds another model, or not all of this one.
-    ValueError: for an option that can't be.
+    InputError: for an option that can't be.
   """
   model = weights.read(path)
   inputs = Inputs(preprocess, size, model.spec.image.patch_size, max_aspect)
@@ -86,7 +86,7 @@ class DepthExpert:
     side: int,
   ):
     if batch_size < 1 or side < label_values.MIN_SIDE:
-      raise ValueError(
+      raise InputError(
         f"batch_size={batch_size} and side={side}; expected at least 1 and"
         f" {label_values.MIN_SIDE}"
       )

@@ -27,7 +27,7 @@ import PIL.Image
 from jaxtyping import Float32, UInt8
 
 from mtv_jax.data import canvas
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 PREPROCESSES = ("original", "huggingface", "square")
 # ImageNet's.
@@ -47,7 +47,7 @@ class Inputs:
       squeezed. The references have no such bound.
 
   Raises:
-    ValueError: for a choice that there is not, or numbers that don't fit.
+    InputError: for a choice that there is not, or numbers that don't fit.
   """
 
   preprocess: str = "original"
@@ -59,12 +59,12 @@ class Inputs:
     check_choice("preprocess", self.preprocess, PREPROCESSES)
     if self.size < self.multiple or self.size % self.multiple:
       near = max(1, round(self.size / self.multiple)) * self.multiple
-      raise ValueError(
+      raise InputError(
         f"size={self.size} is no multiple of the patch, {self.multiple}; the "
         f"nearest is {near}."
       )
     if self.max_aspect < 1:
-      raise ValueError(
+      raise InputError(
         f"max_aspect={self.max_aspect}: longer side over shorter, at least 1."
       )
 

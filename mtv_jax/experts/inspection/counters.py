@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Real, UInt64
 
+from mtv_jax.utils.errors import InputError
+
 # Distinct phrases with a count: at least so many, at most twice as many.
 PHRASES = 200_000
 # Hashes that estimate the number of distinct phrases: an error of 3 %.
@@ -30,7 +32,7 @@ class Histogram:
 
   def __init__(self, edges: Float64[np.ndarray, "n"], *, values: str = "real"):
     if values not in ("real", "whole"):
-      raise ValueError(f"values={values!r}; expected 'real' or 'whole'.")
+      raise InputError(f"values={values!r}; expected 'real' or 'whole'.")
     self.edges = edges
     self.values = values
     self.count = 0

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from mtv_jax.experts.labelling.detections import Detections
-from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 _NAMED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -97,7 +97,7 @@ class FastestDet:
     shapes = list(outputs.values())
     if len(shapes) != 1 or len(shapes[0]) != 4:
       listed = ", ".join(f"{k}: {list(v)}" for k, v in outputs.items())
-      raise ValueError(
+      raise InputError(
         "FastestDet has one output [n, 5 + classes, h, w]; this file has"
         f" {listed}. It is another detector: give decoder=MODULE:NAME of one"
         " that knows its outputs (see mtv_jax/experts/onnx/decoders.py)."
@@ -107,7 +107,7 @@ class FastestDet:
 
   def _check_channels(self, channels: int, classes: int) -> None:
     if channels != 5 + classes:
-      raise ValueError(
+      raise InputError(
         f"the output has {channels} channels, which is {channels - 5} classes"
         f" after FastestDet's 5 of objectness and box; there are {classes}"
         " names. Give those it was trained with, one a line, in their order."
@@ -156,12 +156,12 @@ def find(name: str) -> Decoder:
   """The decoder of a name; see the top of the file.
 
   Raises:
-    ValueError: for a name that is none, or of something else.
+    InputError: for a name that is none, or of something else.
   """
   if name in DECODERS:
     return DECODERS[name]
   if not _NAMED.fullmatch(name):
-    raise ValueError(
+    raise InputError(
       f"decoder={name!r}. {did_you_mean(name, DECODERS)} MODULE:NAME is one of"
       " your own."
     )
@@ -169,12 +169,12 @@ def find(name: str) -> Decoder:
   try:
     found = getattr(importlib.import_module(module), attribute, None)
   except ModuleNotFoundError as error:
-    raise ValueError(
+    raise InputError(
       f"decoder={name!r}: {error}. The module must be one that Python finds:"
       " set PYTHONPATH to its folder."
     ) from error
   if not isinstance(found, Decoder) or isinstance(found, type):
-    raise ValueError(
+    raise InputError(
       f"decoder={name!r} is {found!r}; expected an object with what `Decoder`"
       " of mtv_jax/experts/onnx/decoders.py has"
     )

@@ -28,6 +28,7 @@ from mtv_jax.experts.base import Prepared
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling.phrases import hash_phrases
 from mtv_jax.experts.onnx import decoders
+from mtv_jax.utils.errors import InputError, MissingFileError
 
 
 class OnnxDetector:
@@ -44,7 +45,7 @@ class OnnxDetector:
     source: what the file is, for the manifest.
 
   Raises:
-    ValueError: the file is not what the decoder or the names are for.
+    InputError: the file is not what the decoder or the names are for.
   """
 
   kind = "boxes"
@@ -132,17 +133,17 @@ def _input(
   listed = ", ".join(f"{x.name}: {x.type} {list(x.shape)}" for x in inputs)
   known = len(inputs) == 1 and len(inputs[0].shape) == 4
   if not known or inputs[0].type != "tensor(float)":
-    raise ValueError(
+    raise InputError(
       "expected a file with one input, float32 [n, 3, height, width]; this one"
       f" has {listed}"
     )
   batch, channels, *sides = inputs[0].shape
   if isinstance(channels, int) and channels != 3:
-    raise ValueError(f"expected 3 channels in the input; the file has {listed}")
+    raise InputError(f"expected 3 channels in the input; the file has {listed}")
   given = (size, size) if isinstance(size, int) else size
   fixed = [isinstance(side, int) for side in sides]
   if given is None and not all(fixed):
-    raise ValueError(
+    raise InputError(
       f"the file takes images of any size ({listed}): say which with size="
     )
   found = tuple(
@@ -150,7 +151,7 @@ def _input(
     for side, known, own in zip(sides, fixed, given or sides, strict=True)
   )
   if given and found != tuple(given):
-    raise ValueError(f"size={size}, and the file takes {found} only ({listed})")
+    raise InputError(f"size={size}, and the file takes {found} only ({listed})")
   return inputs[0].name, batch if isinstance(batch, int) else None, found
 
 
@@ -192,12 +193,12 @@ def load_expert(
 
   Raises:
     ImportError: onnxruntime is not installed.
-    FileNotFoundError: a file is missing.
-    ValueError: the file, the names and the decoder don't go together, or an
+    MissingFileError: a file is missing.
+    InputError: the file, the names and the decoder don't go together, or an
       option is out of its range.
   """
   if dtype != "float32":
-    raise ValueError(
+    raise InputError(
       f"dtype={dtype!r}: an ONNX file says itself what it is computed in; leave"
       " dtype at float32"
     )
@@ -210,10 +211,10 @@ def load_expert(
     max_area=max_area,
   )
   if batch_size < 1:
-    raise ValueError(f"batch_size={batch_size}; expected at least 1")
+    raise InputError(f"batch_size={batch_size}; expected at least 1")
   path = Path(file).expanduser()
   if not path.is_file():
-    raise FileNotFoundError(f"there is no ONNX file {file}")
+    raise MissingFileError(f"there is no ONNX file {file}")
   data = path.read_bytes()
   mesh = local_mesh.local_mesh() if mesh is None else mesh
   try:
@@ -230,7 +231,7 @@ def load_expert(
       },
     )
   except ValueError as error:
-    raise ValueError(f"{file}: {error}") from None
+    raise InputError(f"{file}: {error}") from None
 
 
 def _session(data: bytes, file: Any) -> Any:
@@ -251,7 +252,7 @@ def _session(data: bytes, file: Any) -> Any:
       data, options, providers=["CPUExecutionProvider"]
     )
   except Exception as error:  # The library's own have no common base.
-    raise ValueError(
+    raise InputError(
       f"onnxruntime can't open it ({type(error).__name__}: {error})"
     ) from error
 
@@ -259,19 +260,19 @@ def _session(data: bytes, file: Any) -> Any:
 def _names(file: str | os.PathLike) -> list[str]:
   path = Path(file).expanduser()
   if not path.is_file():
-    raise FileNotFoundError(f"there is no file of class names {file}")
+    raise MissingFileError(f"there is no file of class names {file}")
   try:
     # Editors of some systems begin a file with a mark that is no letter.
     text = path.read_text(encoding="utf-8-sig")
   except UnicodeDecodeError as error:
-    raise ValueError(
+    raise InputError(
       f"{file} is no text in UTF-8 ({error}); it has a class's name a line"
     ) from error
   lines = text.rstrip().splitlines()
   names = [line.strip() for line in lines]
   for number, name in enumerate(names, 1):
     if not name:
-      raise ValueError(
+      raise InputError(
         f"{file}: line {number} is blank; class {number - 1} needs a name, as"
         " lines are counted"
       )

@@ -16,6 +16,8 @@ import tokenizers
 from jaxtyping import Int32
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from mtv_jax.utils.errors import InputError, MissingFileError
+
 VOCABULARY = "vocab.json"
 MERGES = "merges.txt"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -33,15 +35,15 @@ class ClipTokenizer:
     folder: with `vocab.json` and `merges.txt`.
 
   Raises:
-    FileNotFoundError: one of them is missing.
-    ValueError: they are not what they should be.
+    MissingFileError: one of them is missing.
+    InputError: they are not what they should be.
   """
 
   def __init__(self, folder: str | os.PathLike):
     path = pathlib.Path(folder)
     for name in (VOCABULARY, MERGES):
       if not (path / name).is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
           f"{path} has no {name}. A tokenizer is a tokenizer.json, or a "
           f"{VOCABULARY} with a {MERGES}: copy those of the model's processor."
         )
@@ -54,7 +56,7 @@ class ClipTokenizer:
       )
     except Exception as error:
       # The library raises bare Exception for merges of unknown words.
-      raise ValueError(
+      raise InputError(
         f"{path / VOCABULARY} and {MERGES} are not CLIP's ({error!r}): the "
         f"first maps tokens to ids, {_START} and {_END} among them; the "
         "second has a pair of tokens a line."

@@ -33,6 +33,7 @@ from mtv_jax.experts.owlv2.preprocess import in_square
 from mtv_jax.experts.owlv2.queries import Queries
 from mtv_jax.experts.owlv2.weights import Owlv2Files
 from mtv_jax.parallel.mesh import num_batch_shards
+from mtv_jax.utils.errors import InputError
 
 # Prompts that OWL-ViT's logits are averaged over: CLIP's best seven on
 # ImageNet, in the letters that OWL-ViT leaves of them.
@@ -267,15 +268,15 @@ def load_expert(
   Raises:
     FileNotFoundError: no such folder, or no tokenizer in it.
     ConversionError: it holds another model, or not all of it.
-    ValueError: an option is out of its range.
+    InputError: an option is out of its range.
   """
   if dtype not in ("float32", "bfloat16"):
-    raise ValueError(
+    raise InputError(
       f"dtype={dtype!r}: expected float32 or bfloat16; the numbers of float16 "
       "end before those of OWLv2's activations do."
     )
   if batch_size < 1:
-    raise ValueError(f"batch_size={batch_size}; expected at least 1.")
+    raise InputError(f"batch_size={batch_size}; expected at least 1.")
   options = detections.check_options(
     threshold=threshold,
     nms=nms,
@@ -305,10 +306,10 @@ def _templates(prompts: Sequence[str] | str) -> tuple[str, ...]:
     prompts = ENSEMBLE if prompts == "ensemble" else (prompts,)
   for prompt in prompts:
     if prompt.count("{}") != 1:
-      raise ValueError(
+      raise InputError(
         f"prompts: {prompt!r} must hold exactly one '{{}}', the place of the "
         "phrase; or prompts='ensemble'."
       )
   if not prompts:
-    raise ValueError("prompts is empty; '{}' is the phrase alone.")
+    raise InputError("prompts is empty; '{}' is the phrase alone.")
   return tuple(prompts)

@@ -53,7 +53,7 @@ def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
   """The inverse of `describe_heads`.
 
   Raises:
-    ValueError: for an unknown objective or option.
+    InputError: for an unknown objective or option.
   """
   known = {kind.objective for kind in HEADS.values()}
   for name in described:
@@ -79,7 +79,7 @@ def contrastive_head(heads: Mapping[str, Any]) -> str:
     heads: parameters by name.
 
   Raises:
-    ValueError: where no head is called 'contrastive', and not exactly one has
+    InputError: where no head is called 'contrastive', and not exactly one has
       a temperature.
   """
   scaled = [name for name, head in heads.items() if "logit_scale" in head]

@@ -294,7 +294,7 @@ class DPT(nn.Module):
       float32, such as inverse depth up to a scale and a shift.
 
     Raises:
-      ValueError: for another number of stages, or an unknown option.
+      InputError: for another number of stages, or an unknown option.
     """
     check_choice("DPT.tap_norm", self.tap_norm, ("layer", "none"))
     check_choice("DPT.activation", self.activation, ("none", "relu"))
@@ -355,7 +355,7 @@ class DepthHead(base.PredictionHead):
     """The head with taps and channels of the model.
 
     Raises:
-      ValueError: for taps outside the tower.
+      InputError: for taps outside the tower.
     """
     image = spec.image
     taps = self.taps or quarter_taps(image.depth)

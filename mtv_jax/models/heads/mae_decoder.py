@@ -24,7 +24,7 @@ def sincos_positions(
   `position / 10000^(i / m)` for `m` frequencies `i` (Vaswani et al. 2017).
 
   Raises:
-    ValueError: for a width that four does not divide.
+    InputError: for a width that four does not divide.
   """
   if width % 4:
     raise InputError(

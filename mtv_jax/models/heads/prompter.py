@@ -48,7 +48,7 @@ def sinusoids(
     float32, ordered (coordinate, sine | cosine, frequency).
 
   Raises:
-    ValueError: if twice the number of coordinates does not divide `features`.
+    InputError: if twice the number of coordinates does not divide `features`.
   """
   *lead, count = coordinates.shape
   if features % (2 * count):
@@ -119,7 +119,7 @@ class PromptLayer(nn.Module):
       patches: of the image tower, after its final norm.
 
     Raises:
-      ValueError: for heads that don't divide the width.
+      InputError: for heads that don't divide the width.
     """
     width, dtype = patches.shape[-1], patches.dtype
     if width % self.heads:

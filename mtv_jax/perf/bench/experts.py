@@ -82,7 +82,7 @@ def run(
     topology: compiles for it instead, see `compile_expert`.
 
   Raises:
-    ValueError: for an unknown choice, or if several devices would share the
+    InputError: for an unknown choice, or if several devices would share the
       batch that PyTorch has one device for.
   """
   model_lib = _import_model(kind)
