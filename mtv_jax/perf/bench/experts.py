@@ -49,7 +49,7 @@ class Program:
   """An expert's function of parameters and rows, with abstract arguments.
 
   Attributes:
-    function: see `local_mesh.by_device`.
+    function: see `local_mesh.jit_per_device`.
     params: shapes and dtypes of the parameters.
     rows: shapes and dtypes of the rows of all devices.
   """
@@ -174,10 +174,10 @@ def _random_side(model_lib: ModuleType, variant: str, batch_size: int) -> Side:
 
   params, rows = jax.tree.map(draw, (program.params, program.rows))
   params = local_mesh.replicate(params, mesh)
-  function = local_mesh.by_device(program.function, mesh)
+  function = local_mesh.jit_per_device(program.function, mesh)
 
   def call() -> np.ndarray:
-    results = function(params, local_mesh.rows(rows, mesh))
+    results = function(params, local_mesh.shard(rows, mesh))
     return np.asarray(jax.block_until_ready(jax.tree.leaves(results))[0])
 
   return call
@@ -221,7 +221,7 @@ def compile_expert(
 
   params = shard(program.params, replicated_sharding(mesh))
   rows = shard(program.rows, NamedSharding(mesh, BATCH_SPEC))
-  function = local_mesh.by_device(program.function, mesh)
+  function = local_mesh.jit_per_device(program.function, mesh)
   memory = Memory.of(function.lower(params, rows).compile(), chip.hbm_bytes)
   cost = flops.count(program.function, params, rows).flops / batch_size
   result = harness.Result(
