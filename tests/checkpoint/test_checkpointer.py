@@ -237,7 +237,7 @@ def test_another_shape_prints_a_diff(run):
 WRITER = """
   import os, sys, time
   import jax, jax.numpy as jnp
-  from mtv_jax.checkpoint import Checkpointer
+  from mtv_jax.checkpoint.checkpointer import Checkpointer
 
   folder, how = sys.argv[1:]
   ckpt = Checkpointer(folder, every_steps=1, keep=3)

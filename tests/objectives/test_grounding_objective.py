@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mtv_jax.augment import views
 from mtv_jax.data import ops, tokenizers
-from mtv_jax.data.scenes import render as scenes
+from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.models import text as text_lib
 from mtv_jax.models import vit
 from mtv_jax.models.heads import prompter
@@ -437,7 +437,7 @@ def make_batch(rows=16):
     "canvas(40)|caption(16)|regions(6, 12)",
     tokenizer=tokenizers.build_tokenizer("bytes"),
   )
-  source = scenes.SceneSource(size=40, length=rows)
+  source = SceneSource(size=40, length=rows)
   records = [pipeline(source[i], np.random.default_rng(i)) for i in range(rows)]
   batch = {k: np.stack([r[k] for r in records]) for k in pipeline.fields}
   batch["box_valid"][4:8] = False

@@ -111,7 +111,7 @@ def test_memory_is_that_of_a_block():
   code = """
     import resource
     import numpy as np
-    from mtv_jax.evals import ranking
+    from mtv_jax.evals.core import ranking
 
     def peak():
       return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
