@@ -418,7 +418,7 @@ def test_training_equals_torch():
     optimizer=optax.adamw(rate, weight_decay=1e-3),
     steps=8,
     state=state,
-    keep=(8,),
+    snapshot_steps=(8,),
   )
   np.testing.assert_allclose(fitted.losses, losses, rtol=2e-5)
   assert losses[-1] < losses[0] - 1e-3

@@ -375,7 +375,7 @@ def test_the_rate_on_coco_is_the_published_codes(
   )
   instances = [str(coco / f"annotations/instances_{p}.json") for p in parts]
   assert not make_labels.main(
-    ["boxes", f"--base={shards}/*.tar", f"--output={truth}"]
+    ["boxes", f"--data={shards}/*.tar", f"--output={truth}"]
     + ["--instances", *instances]
   )
   assert not label_tool.main(
