@@ -1,8 +1,8 @@
 """Draws and counts the labels of label sets, before training on them.
 
-  mtv-jax inspect_labels --data='shards/*.tar' --depth=labels/depth \
+  mtv-jax inspect_labels --data='shards/*.tar' --depth=labels/depth \\
       --boxes=labels/boxes --output=inspection
-  mtv-jax inspect_labels --data='shards/*.tar' --boxes=labels/boxes \
+  mtv-jax inspect_labels --data='shards/*.tar' --boxes=labels/boxes \\
       --output=inspection --records=100000 --min_score=0.2
 
 Either kind may be omitted. Writes, into --output:

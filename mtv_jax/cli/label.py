@@ -1,8 +1,8 @@
 """Labels the images of shards with an expert model, on one host or many.
 
-  mtv-jax label --expert=depth --weights=Depth-Anything-V2-Small-hf \
+  mtv-jax label --expert=depth --weights=Depth-Anything-V2-Small-hf \\
       --data='shards/*.tar' --output=labels/depth
-  mtv-jax label --expert=boxes --weights=owlv2-base-patch16-ensemble \
+  mtv-jax label --expert=boxes --weights=owlv2-base-patch16-ensemble \\
       --data='shards/*.tar' --output=labels/boxes --phrases=ngrams
 
 On a pod every host runs the same command with --distributed; hosts started by

@@ -1,10 +1,10 @@
 """Writes label sets for shards from existing annotations.
 
-  mtv-jax make_labels boxes --data='shards/*.tar' \
-      --output=labels/boxes \
+  mtv-jax make_labels boxes --data='shards/*.tar' \\
+      --output=labels/boxes \\
       --instances instances_train2017.json instances_val2017.json
-  mtv-jax make_labels depth --data='shards/*.tar' \
-      --output=labels/depth --depth_dir=nyu_depths --pattern={stem}.png \
+  mtv-jax make_labels depth --data='shards/*.tar' \\
+      --output=labels/depth --depth_dir=nyu_depths --pattern={stem}.png \\
       --metric --scale=25.5
 
 Then train with

@@ -1,6 +1,6 @@
 """Writes shards of images with captions.
 
-  mtv-jax make_shards captions_train2017.json captions_val2017.json \
+  mtv-jax make_shards captions_train2017.json captions_val2017.json \\
       --images train2017 val2017 --output shards
   mtv-jax make_shards pairs.csv --image_column=file --output=shards
   mtv-jax make_shards folder_of_jpg_and_txt --output=shards

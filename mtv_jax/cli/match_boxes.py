@@ -1,10 +1,10 @@
 """Compares an expert's boxes with annotated ones: recall, precision, IoU.
 
-  mtv-jax make_labels boxes --data='shards/*.tar' \
+  mtv-jax make_labels boxes --data='shards/*.tar' \\
       --output=labels/truth --instances instances_val2017.json
-  mtv-jax label --expert=boxes --weights=FastestDet.onnx \
+  mtv-jax label --expert=boxes --weights=FastestDet.onnx \\
       --names=coco.names --data='shards/*.tar' --output=labels/boxes
-  mtv-jax match_boxes --labels=labels/boxes --truth=labels/truth \
+  mtv-jax match_boxes --labels=labels/boxes --truth=labels/truth \\
       --rename sofa=couch tvmonitor=tv --phrases=10
 
 Both sets label the same shards. mtv_jax/experts/labelling/box_matching.py
