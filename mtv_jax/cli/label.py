@@ -102,5 +102,5 @@ def run(args: argparse.Namespace) -> int:
     **({} if host.index else {"progress": Progress()}),
   )
   if not host.index:
-    print(summary.told(args.expert, args.output))
+    print(summary.format_summary(args.expert, args.output))
   return 0

@@ -105,4 +105,4 @@ def run(args: argparse.Namespace) -> None:
     args.output, kind=args.kind, base=base, settings=make.settings
   )
   summary = annotations.write(writer, make, progress=Progress(unit="records"))
-  print(summary.told(args.kind, args.output))
+  print(summary.format_summary(args.kind, args.output))

@@ -1,1 +1,1 @@
-"""Models of other libraries to ours and back, by safetensors and NumPy only."""
+"""Conversion of model families, with safetensors and NumPy alone."""

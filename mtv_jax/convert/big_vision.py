@@ -1,4 +1,4 @@
-"""big_vision's SigLIP checkpoints (NumPy archives) to models.
+"""Reader of big_vision's SigLIP checkpoints (NumPy archives).
 
 Names and shapes are those of its two-tower model: `img` (a ViT), `txt` (a
 transformer with a dense `head`), `t` (log of the temperature's inverse) and

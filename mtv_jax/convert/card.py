@@ -1,4 +1,4 @@
-"""The README of an exported folder."""
+"""Model card of an exported folder."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Does a file hold the model? Every tensor that differs, and why perhaps."""
+"""Check of a checkpoint against its table: differing tensors, and why."""
 
 import re
 from collections.abc import Sequence

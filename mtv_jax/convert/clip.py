@@ -1,4 +1,4 @@
-"""CLIP of Hugging Face to our trees (reading only)."""
+"""Reader of Hugging Face's CLIP."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.convert import configs, siglip, tables
+from mtv_jax.convert import folders, siglip, tables
 from mtv_jax.convert.tables import TORCH, Rule
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
@@ -44,16 +44,16 @@ def _section(
   config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
   """One tower's config: early files held it twice, and the second one wins."""
-  section = configs.filled(config.get(name), defaults)
+  section = folders.with_defaults(config.get(name), defaults)
   second = config.get(f"{name}_dict")
   if second is not None:
-    section.update(configs.filled(second, defaults))
+    section.update(folders.with_defaults(second, defaults))
   return section
 
 
 def _vision_spec(config: Mapping[str, Any], projection: int | None) -> ViTSpec:
   return ViTSpec(
-    **configs.square(config),
+    **folders.read_sizes(config),
     width=config["hidden_size"],
     depth=config["num_hidden_layers"],
     heads=config["num_attention_heads"],
@@ -62,7 +62,7 @@ def _vision_spec(config: Mapping[str, Any], projection: int | None) -> ViTSpec:
     cls_token=True,
     pre_norm=True,
     patch_bias=False,
-    gelu=configs.gelu(config),
+    gelu=folders.read_activation(config),
     norm_eps=float(config["layer_norm_eps"]),
     projection=projection,
   )
@@ -81,7 +81,7 @@ def _text_spec(config: Mapping[str, Any], projection: int) -> TextSpec:
     mlp_dim=config["intermediate_size"],
     pool="eos",
     causal=True,
-    gelu=configs.gelu(config),
+    gelu=folders.read_activation(config),
     norm_eps=float(config["layer_norm_eps"]),
     projection=projection,
     projection_bias=False,
@@ -94,7 +94,7 @@ def spec(config: Mapping[str, Any], names: Iterable[str]) -> ModelSpec:
   names = set(names)
   projected = "visual_projection.weight" in names
   if config["model_type"] == "clip_vision_model":
-    vision = configs.filled(config, VISION_DEFAULTS)
+    vision = folders.with_defaults(config, VISION_DEFAULTS)
     projection = vision["projection_dim"] if projected else None
     return ModelSpec(image=_vision_spec(vision, projection), text=None)
   vision = _section(config, "vision_config", VISION_DEFAULTS)

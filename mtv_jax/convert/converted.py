@@ -1,4 +1,4 @@
-"""A model that came from files, before anything runs."""
+"""A model read from files: spec, parameters, preprocessing, tokenizer."""
 
 from __future__ import annotations
 

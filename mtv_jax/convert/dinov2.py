@@ -1,11 +1,11 @@
-"""DINOv2, with or without registers, of Hugging Face to our trees."""
+"""Reader of Hugging Face's DINOv2, with or without registers."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from mtv_jax.convert import clip, configs, tables
+from mtv_jax.convert import clip, folders, tables
 from mtv_jax.convert.tables import TORCH, ConversionError, Rule
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
@@ -39,7 +39,7 @@ IGNORE = r"^classifier\."
 
 def spec(config: Mapping[str, Any], names: Iterable[str]) -> ModelSpec:
   """The model that a `config.json` of type dinov2(_with_registers) says."""
-  config = configs.filled(config, DEFAULTS)
+  config = folders.with_defaults(config, DEFAULTS)
   if not config["qkv_bias"]:
     raise ConversionError(
       "qkv_bias=False is not supported: our attention always has biases."
@@ -54,7 +54,7 @@ def spec(config: Mapping[str, Any], names: Iterable[str]) -> ModelSpec:
     registers = config.get("num_register_tokens", 4)
     position_resize = "antialiased"
   image = ViTSpec(
-    **configs.square(config),
+    **folders.read_sizes(config),
     width=config["hidden_size"],
     depth=config["num_hidden_layers"],
     heads=config["num_attention_heads"],
@@ -64,7 +64,7 @@ def spec(config: Mapping[str, Any], names: Iterable[str]) -> ModelSpec:
     cls_token=True,
     registers=registers,
     layer_scale=float(config["layerscale_value"]),
-    gelu=configs.gelu(config),
+    gelu=folders.read_activation(config),
     norm_eps=float(config["layer_norm_eps"]),
     mask_token=any(n.endswith("embeddings.mask_token") for n in names),
     position_resize=position_resize,

@@ -1,4 +1,4 @@
-"""Files of a Hugging Face folder: JSON and safetensors, never a pickle."""
+"""Files of a Hugging Face folder: config fields, JSON and safetensors."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from mtv_jax.utils.errors import MissingFileError
 
 WEIGHTS = "model.safetensors"
 _LFS = b"version https://git-lfs"
-# Kinds of weights that are not read, and why not.
+# Weight formats that are not read, and the reason.
 _OTHERS = {
   "*.bin": "pickles, which are never loaded here",
   "*.pt": "pickles, which are never loaded here",
@@ -26,10 +26,29 @@ _OTHERS = {
   "*.h5": "TensorFlow weights",
   "*.npz": "NumPy archives: big_vision's convert with from_big_vision",
 }
+# Activations of transformers by the names of our specs, and back.
+GELUS = {
+  "gelu_pytorch_tanh": "tanh",
+  "gelu_new": "tanh",
+  "gelu_fast": "tanh",
+  "gelu": "exact",
+  "gelu_python": "exact",
+  "quick_gelu": "quick",
+}
+HIDDEN_ACT = {
+  "tanh": "gelu_pytorch_tanh",
+  "exact": "gelu",
+  "quick": "quick_gelu",
+}
 
 
-def existing(folder: str | os.PathLike) -> pathlib.Path:
-  """The folder, checked to be one."""
+def require_folder(folder: str | os.PathLike) -> pathlib.Path:
+  """The folder as a path.
+
+  Raises:
+    MissingFileError: it does not exist.
+    ConversionError: it is a file.
+  """
   path = pathlib.Path(folder)
   if path.is_dir():
     return path
@@ -60,10 +79,9 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 
 
 class TensorFiles:
-  """The tensors of one or several safetensors files, read one at a time.
+  """Tensors of safetensors files, memory-mapped and read one at a time.
 
-  Use as a context; files are memory-mapped, and a tensor costs memory only
-  while it is in use.
+  A context manager.
   """
 
   def __init__(self, files: Iterable[pathlib.Path]):
@@ -131,10 +149,10 @@ def open_weights(folder: pathlib.Path) -> TensorFiles:
   if index:
     shards = sorted(set(index.get("weight_map", {}).values()))
     return TensorFiles(folder / name for name in shards)
-  raise ConversionError(_no_weights(folder))
+  raise ConversionError(_missing_weights_message(folder))
 
 
-def _no_weights(folder: pathlib.Path) -> str:
+def _missing_weights_message(folder: pathlib.Path) -> str:
   lines = [f"{folder} has no {WEIGHTS} (or {WEIGHTS}.index.json)."]
   if (folder / "adapter_config.json").is_file():
     lines.append("It holds an adapter: merge it into its model first.")
@@ -152,10 +170,56 @@ def _no_weights(folder: pathlib.Path) -> str:
 def write_tensors(
   path: pathlib.Path, tensors: Mapping[str, np.ndarray]
 ) -> None:
-  """Writes a safetensors file; whoever looks sees it whole or not at all."""
+  """Writes a safetensors file atomically."""
   partial = path.with_name(path.name + ".partial")
-  # transformers refuses a file that doesn't say whose format it is.
+  # transformers refuses a file without this field.
   safetensors.numpy.save_file(
     dict(tensors), str(partial), metadata={"format": "pt"}
   )
   os.replace(partial, path)
+
+
+def with_defaults(
+  config: Mapping[str, Any] | None, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+  """A config completed with the library's defaults.
+
+  Published configs often store only the differences from them.
+  """
+  given = {k: v for k, v in (config or {}).items() if v is not None}
+  return {**defaults, **given}
+
+
+def read_activation(config: Mapping[str, Any]) -> str:
+  """The spec's name of the activation `hidden_act`."""
+  name = config["hidden_act"]
+  if name not in GELUS:
+    raise ConversionError(
+      f"hidden_act={name!r} is not an activation of our towers, which have "
+      f"{sorted(GELUS)}."
+    )
+  return GELUS[name]
+
+
+def read_side(value: Any, field: str) -> int:
+  """A side in pixels, given as an integer or as a pair of equal ones."""
+  if isinstance(value, (list, tuple)):
+    if len(set(value)) != 1:
+      raise ConversionError(
+        f"{field}={list(value)}: only square images and patches convert."
+      )
+    value = value[0]
+  return int(value)
+
+
+def read_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+  """`image_size` and `patch_size`, of square RGB images."""
+  if config.get("num_channels", 3) != 3:
+    raise ConversionError(
+      f"num_channels={config['num_channels']}: only RGB models convert."
+    )
+  sizes = {k: read_side(config[k], k) for k in ("image_size", "patch_size")}
+  # transformers drops pixels that do not fill a patch.
+  patch = sizes["patch_size"]
+  sizes["image_size"] = sizes["image_size"] // patch * patch
+  return sizes

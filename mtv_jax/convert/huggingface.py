@@ -1,4 +1,4 @@
-"""Hugging Face folders to models and back, without PyTorch.
+"""Hugging Face folders: reading and export, without PyTorch.
 
 `read` opens SigLIP (and SigLIP 2 of fixed resolution, and MTV), CLIP and
 DINOv2 folders, our exports and our own folders; `write` makes a folder that
@@ -94,7 +94,7 @@ def read(folder: str | os.PathLike) -> Converted:
     ConversionError: another kind of model or weights, or tensors that are
       missing, unexpected or of another shape, each named.
   """
-  path = folders.existing(folder)
+  path = folders.require_folder(folder)
   if (path / native.PARAMS).is_file():
     return native.read(path)
   config = folders.read_json(path / "config.json")

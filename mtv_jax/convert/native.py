@@ -1,4 +1,4 @@
-"""Our own folder: `params.safetensors` and `mtv_jax.json` (and a tokenizer).
+"""Native export: `params.safetensors`, `mtv_jax.json`, tokenizer files.
 
 It holds what no `transformers` class could (a CLIP whose class token has its
 position folded in, a DINOv2 tapped at any layer), under our own names. The

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from mtv_jax.convert import configs, folders
+from mtv_jax.convert import folders
 from mtv_jax.convert.tables import ConversionError
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def _edge(value: Any, field: str) -> int:
         f"{field}={dict(value)}; height and width are expected."
       )
     value = [value["height"], value["width"]]
-  return configs.side(value, field)
+  return folders.read_side(value, field)
 
 
 def _resize(size: Any, family: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""SigLIP of Hugging Face (SigLIP 2 fixed resolution, MTV) and our trees.
+"""Hugging Face's SigLIP (SigLIP 2 of fixed resolution, MTV): both directions.
 
 The one family that is written too: our own models export as it.
 """
@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mtv_jax.convert import configs, tables
+from mtv_jax.convert import folders, tables
 from mtv_jax.convert.tables import TORCH, ConversionError, Rule
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
@@ -53,24 +53,24 @@ IGNORE = r"position_ids$|^classifier\."
 
 
 def _vision_spec(config: Mapping[str, Any] | None) -> ViTSpec:
-  config = configs.filled(config, VISION_DEFAULTS)
+  config = folders.with_defaults(config, VISION_DEFAULTS)
   pool = "map" if config["vision_use_head"] else "mean"
   if pool == "mean":
     log.info("vision_use_head=False: pooled is the mean of the patches.")
   return ViTSpec(
-    **configs.square(config),
+    **folders.read_sizes(config),
     width=config["hidden_size"],
     depth=config["num_hidden_layers"],
     heads=config["num_attention_heads"],
     mlp_dim=config["intermediate_size"],
     pool=pool,
-    gelu=configs.gelu(config),
+    gelu=folders.read_activation(config),
     norm_eps=float(config["layer_norm_eps"]),
   )
 
 
 def _text_spec(config: Mapping[str, Any] | None) -> TextSpec:
-  config = configs.filled(config, TEXT_DEFAULTS)
+  config = folders.with_defaults(config, TEXT_DEFAULTS)
   return TextSpec(
     vocab_size=config["vocab_size"],
     length=config["max_position_embeddings"],
@@ -80,7 +80,7 @@ def _text_spec(config: Mapping[str, Any] | None) -> TextSpec:
     mlp_dim=config["intermediate_size"],
     pool="last",
     causal=False,
-    gelu=configs.gelu(config),
+    gelu=folders.read_activation(config),
     norm_eps=float(config["layer_norm_eps"]),
     projection=config.get("projection_size") or config["hidden_size"],
     projection_bias=True,
@@ -264,7 +264,7 @@ def config(spec: ModelSpec, *, pad_id: int | None = None) -> dict[str, Any]:
     "num_channels": 3,
     "image_size": image.image_size,
     "patch_size": image.patch_size,
-    "hidden_act": configs.HIDDEN_ACT[image.gelu],
+    "hidden_act": folders.HIDDEN_ACT[image.gelu],
     "layer_norm_eps": image.norm_eps,
     "attention_dropout": 0.0,
     "vision_use_head": True,
@@ -287,7 +287,7 @@ def config(spec: ModelSpec, *, pad_id: int | None = None) -> dict[str, Any]:
       "num_hidden_layers": text.depth,
       "num_attention_heads": text.heads,
       "projection_size": text.projection,
-      "hidden_act": configs.HIDDEN_ACT[text.gelu],
+      "hidden_act": folders.HIDDEN_ACT[text.gelu],
       "layer_norm_eps": text.norm_eps,
       "attention_dropout": 0.0,
       # Only our tokenizers' ids: their defaults are CLIP's, and out of range.

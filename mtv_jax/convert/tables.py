@@ -1,4 +1,4 @@
-"""Tables of names: which tensors of a checkpoint make which of our leaves.
+"""Name tables: the tensors of a checkpoint for each parameter leaf.
 
 A `Rule` says where leaves come from, the shapes the file must have and how the
 numbers move, so that one table serves reading, writing and checking. Attention

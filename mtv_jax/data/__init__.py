@@ -1,1 +1,1 @@
-"""From files to batches on the host: nothing here imports JAX."""
+"""Host data pipeline: sources, labels, ops, batches; imports no JAX."""

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to the square canvas.
+"""Image decoding, and resizing to the square canvas.
 
 An image is kept whole, squashed to `S x S`, with its original size beside it:
 every geometry lives in the unit square, so image, depth and boxes share one

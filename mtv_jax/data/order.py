@@ -1,4 +1,4 @@
-"""Which record stands at which position: shuffling and mixing by arithmetic.
+"""Data order: shuffling and mixing of records by index arithmetic.
 
 The training data is one endless sequence of rows, and `addresses` says for
 each position which source and which of its records stands there, without

@@ -1,4 +1,4 @@
-"""From sources to batches: what stands in step t's batch depends on t alone.
+"""Input pipeline: the batch of a step is a function of the step alone.
 
 Of the endless sequence of rows (`order.addresses`), step t takes rows
 `[t B, (t + 1) B)`, and host h of n those from `t B + h B / n` on. A row's

@@ -1,4 +1,4 @@
-"""What a record is, and what is raised when one can't be used.
+"""Records of sources, and the error for an unusable one.
 
 A record is a plain dict:
 

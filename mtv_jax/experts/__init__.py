@@ -1,1 +1,1 @@
-"""Expert models that make labels, on the pod that trains with them."""
+"""Expert models that label images, on the hosts of training."""

@@ -1,4 +1,4 @@
-"""An expert from what its weights are."""
+"""Selection of the expert that reads a folder or file of weights."""
 
 from __future__ import annotations
 

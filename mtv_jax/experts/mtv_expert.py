@@ -1,4 +1,4 @@
-"""A trained model of ours as an expert.
+"""Runs and exports of this package as experts.
 
 Its depth head labels depth. Its locator and its prompter label boxes: the
 locator says where a phrase would be, and the prompter's embedding of what is

@@ -1,4 +1,4 @@
-"""Labels from annotations that there are: COCO boxes, depth images.
+"""Label sets from existing annotations: COCO instances, depth images.
 
 A base record is found in the annotations by the name of the file that it was
 made from: `file_name` or the last part of `url` of its .json (see `shards`),

@@ -1,4 +1,4 @@
-"""Joins label sets to the records of a source.
+"""Join of label sets to the records of a source.
 
 An entry of `data.train` names them by kind:
 

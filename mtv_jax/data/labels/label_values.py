@@ -1,4 +1,4 @@
-"""What a label is: made from raw values, checked, and packed into a file.
+"""Label values (depth, boxes): construction, checks, packing.
 
 Depth is inverse depth (larger is nearer) over the whole image, squashed to a
 square and scaled to 16 bits. Boxes are in the unit square, each with a phrase

@@ -1,4 +1,4 @@
-"""Writes label sets (see `label_sets`), one base shard after the other.
+"""Writer of label sets, one base shard after the other.
 
 A shard's files appear when it is complete, and the manifest when all are: a
 run that was stopped goes on with the shards that are missing, and several can
@@ -80,15 +80,15 @@ class Summary:
     self.reasons.update(outcome.counts)
 
   def to_dict(self) -> dict[str, Any]:
-    """For JSON, the commonest reason first."""
+    """A JSON object, the most frequent reason first."""
     return dataclasses.asdict(self) | {"reasons": dict(self.ranked())}
 
   def ranked(self) -> list[tuple[str, int]]:
-    """Reasons and counts, the commonest first, then by name."""
+    """Reasons and counts, most frequent first, then by name."""
     return sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
 
-  def told(self, kind: str, out: str | os.PathLike) -> str:
-    """For people, in a few lines."""
+  def format_summary(self, kind: str, out: str | os.PathLike) -> str:
+    """The counts and reasons as text."""
     boxes = f" with {self.boxes:,} boxes" if kind == "boxes" else ""
     lines = [
       f"{self.labelled:,} of {self.records:,} records have a label{boxes}, in"
@@ -142,7 +142,7 @@ class LabelWriter:
     what = json.dumps([label_sets.VERSION, kind, settings], sort_keys=True)
     self._made_by = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
     self.out.mkdir(parents=True, exist_ok=True)
-    label_settings.settle(self.out, described)
+    label_settings.write_or_check_settings(self.out, described)
     self._finished: set[int] = set()
     self._check_images()
 

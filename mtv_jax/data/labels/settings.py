@@ -1,10 +1,8 @@
-"""What a folder of labels is made with: said once, and the same ever after.
+"""Settings and manifest of a label set: written once, then compared.
 
-  settings.json         kind, settings, and the base's files with their records
-
-The first run writes it before the first label, so that a run with other
-settings, which would mix its labels with those that are there, is told what
-differs.
+`settings.json` (kind, settings, the base's files with their record counts) is
+written before the first label, so that a run with other settings is refused
+instead of mixing its labels with existing ones.
 """
 
 import json
@@ -14,7 +12,6 @@ from typing import Any
 
 from mtv_jax.data.labels import label_sets
 from mtv_jax.utils import atomic
-from mtv_jax.utils.errors import InputError
 
 FILE = "settings.json"
 _SHOWN = 12
@@ -22,15 +19,15 @@ _WIDTH = 60
 
 
 def describe(kind: str, settings: Mapping[str, Any], base: Any) -> dict:
-  """What `settings.json` holds.
+  """The content of `settings.json`.
 
   Args:
     kind: of the labels.
-    settings: everything that decides what they are.
+    settings: all that determines the labels.
     base: the source.
 
   Raises:
-    TypeError: settings that are no JSON.
+    TypeError: settings that JSON cannot represent.
   """
   starts = [0, *base.shards.tolist()]
   files = {
@@ -43,84 +40,82 @@ def describe(kind: str, settings: Mapping[str, Any], base: Any) -> dict:
     "settings": dict(settings),
     "base": files,
   }
-  # As it is read again: JSON knows no tuples.
+  # As it is read back: JSON turns tuples into lists.
   return json.loads(json.dumps(described))
 
 
-def settle(out: Path, described: Mapping[str, Any]) -> None:
-  """Says what a folder is for, or finds that it is for the same.
+def write_or_check_settings(out: Path, described: Mapping[str, Any]) -> None:
+  """Writes `settings.json`, or compares with an existing one.
 
   Raises:
-    FileExistsError: it is for something else; says what differs.
+    FileExistsError: the folder has other settings; lists the differences.
   """
-  manifest = out / label_sets.MANIFEST
-  if manifest.exists():
+  if (out / label_sets.MANIFEST).exists():
     check_manifest(out, described)
   text = json.dumps(described, ensure_ascii=False, indent=1) + "\n"
-  found = _parse(atomic.write_if_absent(out / FILE, text.encode()), out / FILE)
-  if changed := list(differences(found, described)):
-    raise FileExistsError(
-      f"{out} holds an unfinished label set that is made otherwise (there ->"
-      f" here):{listed(changed)}\nGive another folder, or remove this one to"
-      " make the labels anew."
-    )
+  stored = _parse(atomic.write_if_absent(out / FILE, text.encode()), out / FILE)
+  _require_equal(stored, described, f"{out} has an unfinished label set")
 
 
 def check_manifest(out: Path, described: Mapping[str, Any]) -> None:
-  """Compares a finished set with what is wanted.
+  """Compares a finished label set with the requested settings.
 
   Args:
     out: its folder.
-    described: what is wanted; without "base", that is not compared.
+    described: as `describe` returns it; keys it lacks are not compared.
 
   Raises:
-    FileExistsError: they differ; says in what.
+    FileExistsError: they differ; lists the differences.
   """
-  manifest = _parse(
-    (out / label_sets.MANIFEST).read_bytes(), out / label_sets.MANIFEST
-  )
-  found = {
+  file = out / label_sets.MANIFEST
+  manifest = _parse(file.read_bytes(), file)
+  stored = {
     "version": manifest.get("version"),
     "kind": manifest.get("kind"),
     "settings": manifest.get("settings"),
     "base": {s["base"]: s["records"] for s in manifest.get("shards", [])},
   }
-  found = {key: found[key] for key in described}
-  if changed := list(differences(found, described)):
+  stored = {key: stored[key] for key in described}
+  _require_equal(stored, described, f"{out} has a finished label set")
+
+
+def _require_equal(
+  stored: Mapping[str, Any], requested: Mapping[str, Any], where: str
+) -> None:
+  if changed := list(differences(stored, requested)):
     raise FileExistsError(
-      f"{out} holds a finished label set that was made otherwise (there ->"
-      f" here):{listed(changed)}\nGive another folder, or remove this one to"
-      " make the labels anew."
+      f"{where} with other settings (stored -> requested):{listed(changed)}\n"
+      "Give another folder, or remove this one to label again."
     )
 
 
 def _parse(data: bytes, file: Path) -> dict:
   try:
-    found = json.loads(data)
-    if not isinstance(found, dict):
-      raise InputError(f"a {type(found).__name__}")
+    content = json.loads(data)
+    if not isinstance(content, dict):
+      raise ValueError(f"a {type(content).__name__}")
   except ValueError as error:
     raise FileExistsError(
-      f"{file} can't be read ({error}), so nobody knows what the labels beside"
-      " it were made with. Remove the folder, or give another one."
+      f"{file} can't be read ({error}), so the settings of the labels beside it"
+      " are unknown. Remove the folder, or give another one."
     ) from error
-  return found
+  return content
 
 
-def differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
+def differences(stored: Any, requested: Any, path: str = "") -> Iterator[str]:
   """Lines such as "settings.threshold: 0.1 -> 0.2", key by key."""
-  if not (isinstance(there, Mapping) and isinstance(here, Mapping)):
-    if there != here:
-      yield f"{path}: {_short(there)} -> {_short(here)}"
+  if not (isinstance(stored, Mapping) and isinstance(requested, Mapping)):
+    if stored != requested:
+      yield f"{path}: {_short(stored)} -> {_short(requested)}"
     return
-  for key in [*there, *(k for k in here if k not in there)]:
+  for key in [*stored, *(k for k in requested if k not in stored)]:
     inner = f"{path}.{key}" if path else str(key)
-    if key not in here:
-      yield f"{inner}: {_short(there[key])} -> none"
-    elif key not in there:
-      yield f"{inner}: none -> {_short(here[key])}"
+    if key not in requested:
+      yield f"{inner}: {_short(stored[key])} -> none"
+    elif key not in stored:
+      yield f"{inner}: none -> {_short(requested[key])}"
     else:
-      yield from differences(there[key], here[key], inner)
+      yield from differences(stored[key], requested[key], inner)
 
 
 def _short(value: Any) -> str:
@@ -129,7 +124,7 @@ def _short(value: Any) -> str:
 
 
 def listed(lines: list[str]) -> str:
-  """Differences for an error, a line each; of many the first ones."""
+  """Differences for an error, one per line; the first ones of many."""
   more = len(lines) - _SHOWN
   shown = lines[:_SHOWN] + [f"... and {more} more"] * (more > 0)
   return "".join(f"\n  {line}" for line in shown)

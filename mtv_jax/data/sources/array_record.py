@@ -1,4 +1,4 @@
-"""ArrayRecord files of our own records, as `tools/make_shards.py` writes."""
+"""ArrayRecord files in the layout of `mtv-jax make_shards`."""
 
 import contextlib
 import functools

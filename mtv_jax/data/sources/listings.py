@@ -1,4 +1,4 @@
-"""Lists of images and captions in the forms in which data sets come."""
+"""Listings of images and captions: COCO JSON, tables, folders."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""Writes shards: WebDataset tars as img2dataset lays them out, or ArrayRecord.
+"""Writer of shards: WebDataset tars in img2dataset's layout, ArrayRecord.
 
 `00000.tar` holds `000000000.jpg`, `000000000.json` and `000000000.txt` for each
 record; the key is the shard's number and the row's, so that a row that can't be

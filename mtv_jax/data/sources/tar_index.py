@@ -1,4 +1,4 @@
-"""The offset index of a tar: where each of its records lies.
+"""Offset index of a tar, for random access to its records.
 
 An index is a file of a few dozen bytes a record, read through a memory map, so
 that 100 million records cost address space and not memory. There is one for

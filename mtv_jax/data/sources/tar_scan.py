@@ -1,4 +1,4 @@
-"""Finds the members of a tar and groups them into records, reading headers.
+"""Scan of a tar's headers: its members, grouped into records.
 
 The standard library's `tarfile` builds an object a member; a set of 100
 million records has 300 million members. This reads the same headers (POSIX
@@ -248,7 +248,7 @@ def _pax(
         size = int(value)
       data = data[int(length) :]
       if int(length) <= 0:
-        raise InputError(length)
+        raise ValueError(length)
   except ValueError:
     raise TarError(
       f"{path} is damaged at offset {offset}: unreadable pax header."

@@ -1,4 +1,4 @@
-"""WebDataset tars, as img2dataset writes them, read at random in place."""
+"""WebDataset tars in img2dataset's layout, with random access."""
 
 import functools
 import json

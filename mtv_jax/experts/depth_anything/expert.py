@@ -1,4 +1,4 @@
-"""Depth Anything V2 (Yang et al. 2024) as an expert of inverse depth."""
+"""Depth Anything V2 (Yang et al. 2024): expert of inverse depth."""
 
 from __future__ import annotations
 

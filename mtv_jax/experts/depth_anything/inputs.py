@@ -1,4 +1,4 @@
-"""From a photo to what Depth Anything V2 reads, on the host.
+"""Preprocessing of Depth Anything V2, on the host.
 
 The official code and `transformers` bring an image to different sizes:
 

@@ -1,4 +1,4 @@
-"""Depth Anything V2 from the folders that `transformers` writes.
+"""Reader of transformers' Depth Anything V2 folders.
 
 A DINOv2 (`backbone.`), a DPT neck and its head, see `models/dpt.py`.
 """
@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mtv_jax.convert import checks, configs, dinov2, folders, tables
+from mtv_jax.convert import checks, dinov2, folders, tables
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.heads import dpt
 from mtv_jax.models.two_tower import ModelSpec
@@ -82,7 +82,7 @@ def read(folder: str | os.PathLike) -> DepthModel:
     ConversionError: it holds another model, one that is not supported, or
       tensors that are missing, unexpected or of another shape, each named.
   """
-  path = folders.existing(folder)
+  path = folders.require_folder(folder)
   config = folders.read_json(path / "config.json")
   kind = config.get("model_type")
   if kind != "depth_anything":
@@ -122,8 +122,8 @@ def read_spec(config: Mapping[str, Any], names: Iterable[str]) -> DepthSpec:
       f"backbone_config.model_type={backbone.get('model_type')!r}: only "
       "'dinov2' is supported."
     )
-  backbone = configs.filled(backbone, BACKBONE_DEFAULTS)
-  config = configs.filled(config, DEFAULTS)
+  backbone = folders.with_defaults(backbone, BACKBONE_DEFAULTS)
+  config = folders.with_defaults(config, DEFAULTS)
   prefixed = [n for n in names if n.startswith("backbone.")]
   image = dinov2.spec(backbone, prefixed).image
   _check(config, backbone, image)
@@ -151,7 +151,7 @@ def _check(
     "len(neck_hidden_sizes)": (len(config["neck_hidden_sizes"]), dpt.STAGES),
     "reassemble_hidden_size": (config["reassemble_hidden_size"], image.width),
     "patch_size": (
-      configs.side(config["patch_size"], "patch_size"),
+      folders.read_side(config["patch_size"], "patch_size"),
       image.patch_size,
     ),
     "max_depth": (config["max_depth"], 1),

@@ -1,4 +1,4 @@
-"""How well the boxes of a label set agree with those of another.
+"""Agreement of two box label sets: recall, precision and IoU of matches.
 
 In an image, boxes are taken from the surest to the least sure; each takes, of
 the true boxes of its phrase that none has taken, the one it overlaps most, if
@@ -204,8 +204,8 @@ def _both(
   shape += [(truth.names, [s.records for s in truth.shards])]
   if shape[0] != shape[1]:
     raise LabelError(
-      f"{labels} and {truth} are of different shards: {_told(labels)} and"
-      f" {_told(truth)}. Make both for the same ones."
+      f"{labels} and {truth} are of different shards: {_describe(labels)} and"
+      f" {_describe(truth)}. Make both for the same ones."
     )
   for shard, entry in enumerate(labels.shards):
     for at in range(entry.records):
@@ -219,7 +219,7 @@ def _both(
       yield one.label, other.label
 
 
-def _told(labels: LabelSet) -> str:
+def _describe(labels: LabelSet) -> str:
   first = ", ".join(labels.names[:3])
   return f"{len(labels.names)} ({first}, ...) of {len(labels)} records"
 

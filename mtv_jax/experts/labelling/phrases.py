@@ -1,4 +1,4 @@
-"""What an expert looks for in an image.
+"""Phrase sources: the queries of a detector for each record.
 
     phrases = build_phrases("ngrams")
     phrases({"key": "7", "captions": ["A dog on the beach"], "meta": {}})
@@ -28,7 +28,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.tokenizers import canonicalize
-from mtv_jax.experts.labelling import stop_words
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 # OWLv2's. The 10-grams of a caption of 35 words are about as many; a caption
@@ -41,6 +40,37 @@ MAX_WORDS = 10
 
 _SEPARATORS = re.compile(r"[,;|]")
 _NAMED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+# Facts of OWLv2's recipe (Minderer et al. 2023): common words beside web images
+# that say nothing of their content, and NLTK's English stop words, written as
+# `canonicalize` leaves them ("dont").
+_GENERIC = """
+  alibaba aliexpress amazon available background blog buy co com description
+  diy download facebook free gif hd ideas illustration illustrations image
+  images img instagram jpg online org original page pdf photo photography
+  photos picclick picture pictures png porn premium resolution royalty sale sex
+  shutterstock stock svg thumbnail tumblr tumgir twitter uk uploaded vector
+  vectors video videos wallpaper wallpapers wholesale www xxx youtube
+"""
+
+_STOP = """
+  i me my myself we our ours ourselves you youre youve youll youd your yours
+  yourself yourselves he him his himself she shes her hers herself it its itself
+  they them their theirs themselves what which who whom this that thatll these
+  those am is are was were be been being have has had having do does did doing
+  a an the and but if or because as until while of at by for with about against
+  between into through during before after above below to from up down in out on
+  off over under again further then once here there when where why how all any
+  both each few more most other some such no nor not only own same so than too
+  very s t can will just don dont should shouldve now d ll m o re ve y ain aren
+  arent couldn couldnt didn didnt doesn doesnt hadn hadnt hasn hasnt haven
+  havent isn isnt ma mightn mightnt mustn mustnt needn neednt shan shant shouldn
+  shouldnt wasn wasnt weren werent won wont wouldn wouldnt
+"""
+
+GENERIC_WORDS = frozenset(_GENERIC.split())
+STOP_WORDS = frozenset(_STOP.split())
 
 
 @runtime_checkable
@@ -137,13 +167,11 @@ class NGrams:
 
 
 def _runs(caption: str, max_words: int) -> Iterator[str]:
-  kept = [
-    w for w in canonicalize(caption).split() if w not in stop_words.GENERIC
-  ]
+  kept = [w for w in canonicalize(caption).split() if w not in GENERIC_WORDS]
   for start in range(len(kept)):
     says = False
     for end in range(start, min(start + max_words, len(kept))):
-      says = says or kept[end] not in stop_words.STOP
+      says = says or kept[end] not in STOP_WORDS
       if says:
         yield " ".join(kept[start : end + 1])
 

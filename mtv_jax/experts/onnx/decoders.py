@@ -1,4 +1,4 @@
-"""What the numbers of a detector's file mean.
+"""Decoders of ONNX detectors: preprocessing and outputs to boxes.
 
 ONNX says what to compute, not what goes in and comes out. A `Decoder` does, and
 is named by a string:

@@ -1,4 +1,4 @@
-"""Detectors in ONNX files label boxes, through onnxruntime (the extra `onnx`).
+"""ONNX detectors as experts of boxes, by onnxruntime (extra `onnx`).
 
 What a file's numbers mean is up to one of `decoders.py`.
 

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer from `vocab.json` and `merges.txt`.
+"""CLIP's BPE tokenizer, read from `vocab.json` and `merges.txt`.
 
 Older folders have no `tokenizer.json`, which holds all of it: byte-level BPE
 whose words end in `</w>`, on lower-cased text.

@@ -1,4 +1,4 @@
-"""OWLv2 labels boxes: phrases in, and where they are.
+"""OWLv2 (Minderer et al. 2023): expert of boxes for phrases.
 
 A phrase's tokens go with the image; on the devices they become queries, see
 `owlv2_queries`. There, too, every patch's best phrase is found and the best

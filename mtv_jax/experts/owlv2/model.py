@@ -1,4 +1,4 @@
-"""OWLv2 (Minderer et al. 2023): CLIP's two towers and a box at every patch.
+"""OWLv2 model (Minderer et al. 2023): CLIP towers with a box per patch.
 
 Each patch of the image tower, multiplied by the class token, predicts one box,
 an embedding to compare with those of phrases, and whether there is an object

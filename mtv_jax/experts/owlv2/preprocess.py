@@ -1,4 +1,4 @@
-"""An image as OWLv2 sees it: in the corner of a grey square, resized."""
+"""Preprocessing of OWLv2: padding to a grey square, resizing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phrases as queries on the devices, each encoded once while it is remembered.
+"""Cache of query embeddings on the devices.
 
 Of the n-grams of captions many come again and again, and a closed vocabulary
 never changes: its text tower runs before the first image.

@@ -1,4 +1,4 @@
-"""OWLv2 of a Hugging Face folder: its spec, parameters, pixels and tokens."""
+"""Reader of Hugging Face's OWLv2 folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32
 
-from mtv_jax.convert import checks, clip, configs, folders, tables
+from mtv_jax.convert import checks, clip, folders, tables
 from mtv_jax.convert.tables import TORCH, ConversionError, Rule
 from mtv_jax.data import tokenizers
 from mtv_jax.experts.owlv2 import clip_tokenizer
@@ -73,7 +73,7 @@ def read(folder: str | os.PathLike) -> Owlv2Files:
     ConversionError: another kind of model, or tensors that are missing,
       unexpected or of another shape, each named.
   """
-  path = folders.existing(folder)
+  path = folders.require_folder(folder)
   config = folders.read_json(path / "config.json")
   if config.get("model_type") != "owlv2":
     raise ConversionError(
@@ -114,7 +114,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
   Raises:
     ConversionError: embeddings of phrases and patches can't be compared.
   """
-  text = configs.filled(config.get("text_config"), _TEXT)
+  text = folders.with_defaults(config.get("text_config"), _TEXT)
   text.setdefault("hidden_size", clip.TEXT_DEFAULTS["hidden_size"])
   width = config.get("projection_dim") or 512
   if width != text["hidden_size"]:
@@ -128,7 +128,9 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
   text["eos_token_id"] = 2
   towers = {
     "model_type": "clip",
-    "vision_config": configs.filled(config.get("vision_config"), _VISION),
+    "vision_config": folders.with_defaults(
+      config.get("vision_config"), _VISION
+    ),
     "text_config": text,
     "projection_dim": width,
   }

@@ -415,7 +415,7 @@ def test_other_settings_are_refused_with_the_difference(base, tmp_path, made):
     (tmp_path, "an unfinished"),
     (made / "depth", "a fini"),
   ):
-    with pytest.raises(FileExistsError, match=f"{what}.*made otherwise") as e:
+    with pytest.raises(FileExistsError, match=f"{what}.*other settings") as e:
       labelling.run(FakeDepth(scale=3.0), open_base(base), folder)
     assert "\n  settings.scale: 2.0 -> 3.0\n" in str(e.value)
 

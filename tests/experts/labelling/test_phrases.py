@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from mtv_jax.data.records import BadRecord
-from mtv_jax.experts.labelling import phrases, stop_words
+from mtv_jax.experts.labelling import phrases
 from mtv_jax.experts.labelling.phrases import build_phrases
 
 CAPTIONS = [
@@ -28,11 +28,11 @@ def restated(captions, *, max_words, max_phrases):
     plain = "".join(
       c for c in caption.replace("_", " ") if c not in PUNCTUATION
     )
-    kept = [w for w in plain.lower().split() if w not in stop_words.GENERIC]
+    kept = [w for w in plain.lower().split() if w not in phrases.GENERIC_WORDS]
     for i in range(len(kept)):
       for n in range(1, max_words + 1):
         run = kept[i : i + n]
-        if len(run) == n and not set(run) <= stop_words.STOP:
+        if len(run) == n and not set(run) <= phrases.STOP_WORDS:
           found.append(" ".join(run))
   distinct = []
   for phrase in found:
@@ -66,10 +66,10 @@ def test_ngrams_by_hand():
 
 
 def test_the_word_lists_are_whole():
-  assert len(stop_words.GENERIC) == 61
+  assert len(phrases.GENERIC_WORDS) == 61
   # NLTK's 179, of which "it's" is "its" without its apostrophe.
-  assert len(stop_words.STOP) == 178
-  assert not stop_words.GENERIC & stop_words.STOP
+  assert len(phrases.STOP_WORDS) == 178
+  assert not phrases.GENERIC_WORDS & phrases.STOP_WORDS
 
 
 @pytest.mark.parametrize(
