@@ -18,7 +18,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import logging
-import os
 import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.tokenizers import Tokenizer
+from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError, UserError
 
 log = logging.getLogger(__name__)
@@ -324,7 +324,7 @@ def make_loader(
   ops = build_ops(data_config["ops"], tokenizer=tokenizer, wanted=wanted)
   _require_labels(ops, sources)
   workers = _at_least(data_config, "workers", 0, 0)
-  threads = max(cores() // max(workers, 1), 1)
+  threads = max(available_cores() // max(workers, 1), 1)
   prefetch = _at_least(data_config, "prefetch", 2, 1)
   rows = batch_size // process_count
   batches = HostBatches(
@@ -388,10 +388,3 @@ def _at_least(
   if value < least:
     raise InputError(f"data.{name}={value}: expected at least {least}.")
   return int(value)
-
-
-def cores() -> int:
-  """Cores that this process may use, which in a container are fewer."""
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1

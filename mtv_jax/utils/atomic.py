@@ -1,10 +1,11 @@
-"""Atomic writes, and the removal of temporary files of killed processes.
+"""Atomic writes, and removal of the temporary files of killed processes.
 
-A file is written as `.NAME.OWNER.tmp` and renamed when it is complete. The
-owner is the process that writes it, so that temporary files of dead processes
-can be told from those of living ones; of other machines' processes, by age.
+A file is written as `.NAME.OWNER.NUMBER.tmp` and renamed when it is complete.
+The owner is the writing process. Temporary files of this machine's dead
+processes are abandoned at once, those of other machines after `STALE_SECONDS`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -15,8 +16,8 @@ import pathlib
 import re
 import secrets
 import socket
+from collections.abc import Iterator
 
-# A temporary file of this age is abandoned, whichever machine wrote it.
 STALE_SECONDS = 300.0
 
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}-\d+-[0-9a-f]{8})\.\d+\.tmp")
@@ -49,43 +50,35 @@ class Owner:
 
   @property
   def is_dead(self) -> bool:
-    """Whether it is of this machine and has exited."""
-    mine = current_process()
-    if self == mine or self.machine != mine.machine:
+    """Whether it ran on this machine and has exited."""
+    current = current_process()
+    if self == current or self.machine != current.machine:
       return False
-    # A process with this one's number is an earlier one.
-    return self.pid == mine.pid or not _runs(self.pid)
+    if self.pid == current.pid:  # An earlier process of this number.
+      return True
+    try:
+      os.kill(self.pid, 0)
+    except ProcessLookupError:
+      return True
+    except OSError:
+      pass  # A process of another user.
+    return False
 
 
 def current_process() -> Owner:
   """This process."""
-  return _owner(os.getpid())
+  # Cached by process number, since a fork is another owner.
+  return _current_owner(os.getpid())
 
 
 @functools.cache
-def _owner(pid: int) -> Owner:
-  # Cached by number, so that a fork is not its parent.
+def _current_owner(pid: int) -> Owner:
   parts = [socket.gethostname()]
-  for read in (
-    lambda: pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(),
-    lambda: os.readlink("/proc/self/ns/pid"),
-  ):
-    try:
-      parts.append(read())
-    except OSError:
-      parts.append("")  # Not Linux.
+  with contextlib.suppress(OSError):  # Not Linux.
+    boot_id = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    parts += [boot_id.read_text(), os.readlink("/proc/self/ns/pid")]
   machine = hashlib.blake2b("\n".join(parts).encode(), digest_size=4)
   return Owner(machine.hexdigest(), pid, secrets.token_hex(4))
-
-
-def _runs(pid: int) -> bool:
-  try:
-    os.kill(pid, 0)
-  except ProcessLookupError:
-    return False
-  except OSError:
-    pass  # A process of another user.
-  return True
 
 
 def temporary_path(file: pathlib.Path) -> pathlib.Path:
@@ -95,28 +88,27 @@ def temporary_path(file: pathlib.Path) -> pathlib.Path:
   )
 
 
-def fsync(file: pathlib.Path) -> None:
-  """Waits until a file's bytes are on the disk.
+@contextlib.contextmanager
+def replace_file(file: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a temporary path, and renames it to `file` on success.
 
-  Without it, a crash of the machine may keep a rename and lose the content.
+  Readers see the old content or the new one, never a part.
   """
-  handle = os.open(file, os.O_RDONLY)
+  temporary = temporary_path(file)
   try:
-    os.fsync(handle)
+    yield temporary
+    # Without it, a crash of the machine may keep the rename and lose the bytes.
+    with temporary.open("rb") as stream:
+      os.fsync(stream.fileno())
+    os.replace(temporary, file)
   finally:
-    os.close(handle)
+    temporary.unlink(missing_ok=True)
 
 
 def write(file: pathlib.Path, data: bytes) -> None:
-  """Writes a file; readers see the old content or the new one, never a part."""
-  aside = temporary_path(file)
-  try:
-    aside.write_bytes(data)
-    fsync(aside)
-    os.replace(aside, file)
-  except BaseException:
-    aside.unlink(missing_ok=True)
-    raise
+  """Writes a file with `replace_file`."""
+  with replace_file(file) as temporary:
+    temporary.write_bytes(data)
 
 
 def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
@@ -126,42 +118,41 @@ def write_if_absent(file: pathlib.Path, data: bytes) -> bytes:
     The file's content.
   """
   if not file.exists():
-    aside = temporary_path(file)
+    temporary = temporary_path(file)
     try:
-      aside.write_bytes(data)
+      temporary.write_bytes(data)
       try:
-        os.link(aside, file)
+        os.link(temporary, file)
       except FileExistsError:
         pass
       except OSError:
         # No hard links on this file system: the last writer wins.
         if not file.exists():
-          os.replace(aside, file)
+          os.replace(temporary, file)
     finally:
-      aside.unlink(missing_ok=True)
+      temporary.unlink(missing_ok=True)
   return file.read_bytes()
 
 
 def seconds_since_modified(file: pathlib.Path) -> float:
-  """Seconds since a file was last touched, by the file system's clock.
+  """Seconds since a file was modified, by the file system's clock.
 
   Raises:
-    FileNotFoundError: it is gone.
+    FileNotFoundError: the file does not exist.
   """
-  touched = temporary_path(file)
+  clock = temporary_path(file)
   try:
-    touched.touch()
-    now = touched.stat().st_mtime
+    clock.touch()
+    return clock.stat().st_mtime - file.stat().st_mtime
   finally:
-    touched.unlink(missing_ok=True)
-  return now - file.stat().st_mtime
+    clock.unlink(missing_ok=True)
 
 
 def is_abandoned(file: pathlib.Path, owner: Owner | None) -> bool:
-  """Whether the owner of an unfinished file has exited, as far as is known.
+  """Whether the owner of an unfinished file is dead or silent for too long.
 
   Raises:
-    FileNotFoundError: the file is gone.
+    FileNotFoundError: the file does not exist.
   """
   if owner is not None and owner.is_dead:
     return True
@@ -171,22 +162,17 @@ def is_abandoned(file: pathlib.Path, owner: Owner | None) -> bool:
 
 
 def remove_abandoned(folder: pathlib.Path, *, name: str = "") -> int:
-  """Removes temporary files whose owners have exited.
+  """Removes abandoned temporary files of a folder and returns their number.
 
   Args:
-    folder: to look in.
-    name: only files whose names start like this.
-
-  Returns:
-    The number of removed files.
+    folder: of the files.
+    name: how the names of the complete files start.
   """
   removed = 0
   for file in folder.glob(f".{glob.escape(name)}*.tmp"):
     match = _TEMPORARY.fullmatch(file.name)
-    try:
+    with contextlib.suppress(FileNotFoundError):
       if match and is_abandoned(file, Owner.parse(match[1])):
         file.unlink()
         removed += 1
-    except FileNotFoundError:
-      continue
   return removed

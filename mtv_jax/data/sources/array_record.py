@@ -110,40 +110,28 @@ def open_reader(files: Sequence[Path], shard: int) -> Any:
 
 def write(
   path: str | os.PathLike, examples: Iterable[Mapping[str, Any]]
-) -> int:
+) -> None:
   """Writes records to one ArrayRecord file, which appears when complete.
 
   Args:
     path: the file; its folder must exist.
     examples: records with `key`, `image` (bytes) and `captions`.
-
-  Returns:
-    The number of records.
   """
-  return write_bytes(path, map(records.encode, examples))
+  write_bytes(path, map(records.encode, examples))
 
 
-def write_bytes(path: str | os.PathLike, items: Iterable[bytes]) -> int:
-  """Writes encoded records, as `write` does, and returns how many."""
+def write_bytes(path: str | os.PathLike, items: Iterable[bytes]) -> None:
+  """Writes encoded records, as `write` does."""
   path = Path(path)
-  temporary = atomic.temporary_path(path)
-  writer = _module().ArrayRecordWriter(str(temporary), _OPTIONS)
-  count = 0
-  try:
+  with atomic.replace_file(path) as temporary:
+    writer = _module().ArrayRecordWriter(str(temporary), _OPTIONS)
     try:
       for item in items:
         with _as_os_error(path):
           writer.write(item)
-        count += 1
     finally:
       with _as_os_error(path):
         writer.close()
-    atomic.fsync(temporary)
-    os.replace(temporary, path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
-  return count
 
 
 @contextlib.contextmanager

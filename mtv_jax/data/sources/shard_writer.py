@@ -27,6 +27,7 @@ from mtv_jax.data import canvas
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.listings import Example
+from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
 
 # Images that are in memory at a time, waiting for their turn to be written.
@@ -144,7 +145,8 @@ def write(
         _write_tar(path, named)
       else:
         _write_array_record(path, named)
-      _write_text(out / f"{shard:05d}_stats.json", _stats(len(rows), status))
+      stats = _stats(len(rows), status)
+      atomic.write(out / f"{shard:05d}_stats.json", stats.encode())
       report.shards.append(path)
       progress(report)
   listing = out / "skipped.jsonl"
@@ -154,7 +156,7 @@ def write(
       json.dumps(dataclasses.asdict(skipped), ensure_ascii=False) + "\n"
       for skipped in report.skipped
     ]
-    _write_text(listing, "".join(lines))
+    atomic.write(listing, "".join(lines).encode())
   if not report.written:
     reasons = Counter(s.reason for s in report.skipped).most_common(3)
     raise InputError(
@@ -247,30 +249,28 @@ def _write_array_record(
       yield {"key": key, "image": record.image, "captions": record.captions}
 
   array_record.write(path, as_records())
-  _write_text(path.with_name(path.stem + "_meta.jsonl"), "".join(lines))
+  sidecar = path.with_name(path.stem + "_meta.jsonl")
+  atomic.write(sidecar, "".join(lines).encode())
 
 
 def _write_tar(path: Path, named: Iterator[tuple[str, _Stored]]) -> None:
   """In the order of img2dataset: image, .json, .txt."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-      for key, record in named:
-        meta = {
-          "caption": record.captions[0],
-          "captions": record.captions,
-          "key": key,
-          "status": "success",
-          "error_message": None,
-        } | record.meta
-        text = json.dumps(meta, ensure_ascii=False, indent=1)
-        _add(tar, f"{key}.{record.extension}", record.image)
-        _add(tar, f"{key}.json", text.encode())
-        _add(tar, f"{key}.txt", record.captions[0].encode())
-    os.replace(temporary, path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
+  with (
+    atomic.replace_file(path) as temporary,
+    tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
+  ):
+    for key, record in named:
+      meta = {
+        "caption": record.captions[0],
+        "captions": record.captions,
+        "key": key,
+        "status": "success",
+        "error_message": None,
+      } | record.meta
+      text = json.dumps(meta, ensure_ascii=False, indent=1)
+      _add(tar, f"{key}.{record.extension}", record.image)
+      _add(tar, f"{key}.json", text.encode())
+      _add(tar, f"{key}.txt", record.captions[0].encode())
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -290,9 +290,3 @@ def _stats(count: int, status: Counter[str]) -> str:
     "status_dict": dict(sorted(status.items())),
   }
   return json.dumps(stats, ensure_ascii=False, indent=1) + "\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)

@@ -20,7 +20,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
@@ -30,6 +29,8 @@ import numpy as np
 
 from mtv_jax.data.sources import tar_scan
 from mtv_jax.data.sources.tar_scan import TarError
+from mtv_jax.utils import atomic
+from mtv_jax.utils.cores import available_cores
 
 log = logging.getLogger(__name__)
 
@@ -198,8 +199,7 @@ def _helpers(tars: Sequence[Path], index_dir: Path | None) -> Iterator[None]:
     yield
     return
   missing = sum(not index_file(tar, index_dir).exists() for tar in tars)
-  cores = len(os.sched_getaffinity(0))
-  count = min(cores - 1, _MAX_HELPERS, missing // (_MANY // 2))
+  count = min(available_cores() - 1, _MAX_HELPERS, missing // (_MANY // 2))
   job = json.dumps([[os.path.abspath(t) for t in tars], str(index_dir or "")])
   helpers = []
   try:
@@ -236,7 +236,8 @@ def _ensure(tar: Path, index_dir: Path | None) -> tuple[TarIndex, bool]:
     log.warning("%s: its index %s is built again: %s.", tar, file, reason)
   data = _serialise(tar_scan.scan(tar), state, tar)
   try:
-    _write(file, data)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(file, data)
   except OSError as error:
     raise OSError(
       f"{tar} needs an index ({reason}) and {file} can't be written"
@@ -289,9 +290,7 @@ def _load(
   return index, ""
 
 
-def _serialise(
-  found: tar_scan.Scan, state: os.stat_result, tar: Path
-) -> list[bytes]:
+def _serialise(found: tar_scan.Scan, state: os.stat_result, tar: Path) -> bytes:
   for what, keys in (
     ("no image", found.no_image),
     ("neither .txt nor .json", found.no_caption),
@@ -329,24 +328,9 @@ def _serialise(
   header["largest_size"] = len(largest)
   header["no_image"] = len(found.no_image)
   header["others"] = found.others
-  return [header.tobytes(), entries.tobytes(), *names, smallest, largest]
-
-
-def _write(file: Path, parts: list[bytes]) -> None:
-  """Atomically: a reader sees the whole file or none."""
-  file.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(
-    prefix=f".{file.name}.", suffix=".tmp", dir=file.parent
+  return b"".join(
+    [header.tobytes(), entries.tobytes(), *names, smallest, largest]
   )
-  try:
-    with os.fdopen(handle, "wb") as stream:
-      stream.writelines(parts)
-    # mkstemp's files are for their owner only; an index is for all readers.
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, file)
-  except BaseException:
-    os.unlink(temporary)
-    raise
 
 
 def _time(nanoseconds: int) -> str:

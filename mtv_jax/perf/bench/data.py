@@ -20,6 +20,7 @@ from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources.base import Source
 from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.perf.bench import harness
+from mtv_jax.utils.cores import available_cores
 
 
 def run(
@@ -51,7 +52,7 @@ def run(
     threads: of all processes together; None for one per core.
     workers: processes of the pipeline.
   """
-  threads = threads or pipeline.cores()
+  threads = threads or available_cores()
   images = batches * batch_size
   with tempfile.TemporaryDirectory() as folder:
     data = data or _write_scenes_tar(Path(folder), size)
@@ -115,7 +116,7 @@ def decode_cpu_ms(
   size: int, *, images: int = 128, threads: int | None = None
 ) -> float:
   """Processor milliseconds to decode and resize a scene to a canvas."""
-  files, threads = scene_files(size, images), threads or pipeline.cores()
+  files, threads = scene_files(size, images), threads or available_cores()
   for _ in range(2):  # The first pass warms caches up.
     watch = _time_decoding(files, size, threads)
   return 1e3 * watch.cpu / images

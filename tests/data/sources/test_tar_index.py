@@ -277,7 +277,7 @@ def test_an_old_index_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
   path = write_tar(tmp_path / "a.tar", plain(3))
   tar_index.build_all([path])
   write_tar(path, plain(5))
-  monkeypatch.setattr(tar_index.tempfile, "mkstemp", _full)
+  monkeypatch.setattr(Path, "write_bytes", _full)
   with pytest.raises(OSError, match="index_dir") as error:
     tar_index.build_all([path])
   for part in (path, f"{path}.index", "the tar has", "Read-only"):
@@ -324,7 +324,7 @@ def test_many_build_at_once(tmp_path):
 
 def test_helper_processes_build_too(tmp_path, monkeypatch):
   monkeypatch.setattr(tar_index, "_MANY", 4)
-  monkeypatch.setattr(tar_index.os, "sched_getaffinity", lambda pid: {0, 1})
+  monkeypatch.setattr(tar_index, "available_cores", lambda: 2)
   folder = tmp_path / "tars"
   folder.mkdir()
   tars = [write_tar(folder / f"{i}.tar", plain(20, f"{i}")) for i in range(8)]
