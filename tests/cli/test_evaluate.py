@@ -107,7 +107,7 @@ def test_errors_are_messages(folder, tmp_path):
     main([f"--encoder={folder}", "--evals=retreival"])
   with pytest.raises(SystemExit, match="found nothing there"):
     main([f"--encoder={tmp_path / 'none'}", "--evals=retrieval"])
-  with pytest.raises(SystemExit, match="(?s)nothing there.*'retrieval'"):
+  with pytest.raises(SystemExit, match="(?s)does not exist.*'retrieval'"):
     main([f"--encoder={folder}", "--evals=retrieval", "--data=missing.json"])
 
 
@@ -370,7 +370,7 @@ def test_a_mistake_in_the_last_costs_no_time(colours):
   with pytest.raises(ConfigError, match="Did you mean 'count'"):
     run.evaluate(colours, evals)
   missing = {"zero_shot": {"count": 4}, "b": {"type": "retrieval", "data": "x"}}
-  with pytest.raises(FileNotFoundError, match="nothing there") as error:
+  with pytest.raises(FileNotFoundError, match="does not exist") as error:
     run.evaluate(colours, missing)
   assert error.value.__notes__ == ["(in evaluation 'b')"]
   assert colours.batches == []

@@ -2,7 +2,7 @@
 
 ROOT/CLASS/*.jpg                   one set
 ROOT/wnid_name.JPEG                the same, flat
-ROOT/train/CLASS/*.jpg             with a set to train on; the other one is
+ROOT/train/CLASS/*.jpg             with a training set; the other one is
 ROOT/{test,val}/CLASS/*.jpg        called test, val or validation
 """
 
@@ -38,40 +38,38 @@ def has_splits(root: str | os.PathLike) -> bool:
 
 
 def open_folder(
-  root: str | os.PathLike, *, split: str = "test", count: int | None = None
+  root: pathlib.Path, *, split: str = "test", count: int | None = None
 ) -> ClassificationSet:
   """The images of a folder of classes.
 
   Args:
     root: see the top of the file.
     split: `train` or `test`, where the folder has both; ignored elsewhere.
-    count: how many images, evenly spaced; all by default.
+    count: number of images, evenly spaced; all by default.
 
   Raises:
     MissingFileError: for a folder with one split and not the other.
-    NotApplicable: where there are no labelled images.
+    NotApplicable: if there are no labelled images.
   """
-  root = pathlib.Path(root)
   if has_splits(root):
     folder = _split_folder(root, split)
     if folder is None:
       require_layout(
         root,
         ("train/*/*", "val/*/*"),
-        what="a folder of classes with a split for training and one (test, "
-        "val or validation) for testing",
+        what="a folder of classes with a training and a test split",
       )
     root = folder or root
-  rows = [(c, c, p) for c in list_folders(root) for p in _images_in(root / c)]
+  rows = [(c, c, p) for c in list_folders(root) for p in _list_images(root / c)]
   if not rows:
-    flat = [(p, _FLAT.match(os.path.basename(p))) for p in _images_in(root)]
-    rows = [(m[1], m[2], p) for p, m in flat if m]
+    flat = [(p, _FLAT.match(os.path.basename(p))) for p in _list_images(root)]
+    rows = [(match[1], match[2], path) for path, match in flat if match]
   if not rows:
-    there = sorted(p.name for p in root.iterdir())[:5]
+    content = sorted(p.name for p in root.iterdir())[:5]
     raise NotApplicable(
-      f"{root}: expected CLASS/*.jpg or flat wnid_name.JPEG, with one of "
-      f"{SUFFIXES}, or train/ and val/ with a folder a class; got "
-      f"{there or 'an empty folder'}"
+      f"{root}: expected CLASS/*.jpg, flat wnid_name.JPEG, or train/CLASS/*.jpg"
+      f" and val/CLASS/*.jpg (or another of {SUFFIXES}); got "
+      f"{content or 'an empty folder'}"
     )
   names = {key: name.replace("_", " ") for key, name, _ in rows}
   ids = tuple(sorted(names))
@@ -79,7 +77,7 @@ def open_folder(
   rows = subsample(rows, count)
   digest = Digest()
   if split == "train":
-    # Uncompressed images may have the names and sizes of those of the test.
+    # Uncompressed images may have the names and sizes of the test images.
     digest.add(split)
   for key, _, path in rows:
     digest.add(os.path.basename(path), os.stat(path).st_size, key)
@@ -107,7 +105,7 @@ def list_folders(root: pathlib.Path) -> list[str]:
     return sorted(e.name for e in entries if e.is_dir())
 
 
-def _images_in(folder: pathlib.Path) -> list[str]:
+def _list_images(folder: pathlib.Path) -> list[str]:
   """Paths of a folder's images; strings, as ImageNet has 1.28 million."""
   with os.scandir(folder) as entries:
     return sorted(

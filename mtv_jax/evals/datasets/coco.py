@@ -11,7 +11,6 @@ The folder of images is beside the JSON, or given.
 from __future__ import annotations
 
 import collections
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,12 +27,11 @@ from mtv_jax.evals.core.examples import (
   open_images,
   subsample,
 )
-from mtv_jax.evals.datasets.files import require_files, require_layout
+from mtv_jax.evals.datasets import files
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 _INSTANCES = "annotations/instances_val2017.json"
-# Thinner than this, in pixels, a box shows nothing.
-_MIN_SIDE = 1.0
+_MIN_SIDE = 1.0  # of a box, in pixels
 
 Rows = Sequence[tuple[str, list[str]]]
 
@@ -44,16 +42,8 @@ def matches(root: pathlib.Path) -> bool:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file.
-
-  Raises:
-    NotApplicable: for JSON that is not an object.
-    InputError: for a file that is not JSON.
-  """
-  try:
-    content = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise InputError(f"{path} is not JSON: {error}") from None
+  """The object in a JSON file; NotApplicable for JSON of another type."""
+  content = files.read_json(path)
   if not isinstance(content, dict):
     raise NotApplicable(
       f"{path} holds a {type(content).__name__}, expected an object"
@@ -73,9 +63,9 @@ def open_captions(
 
   Args:
     path: the JSON.
-    images: the folder of images, where it is not beside the JSON.
+    images: the folder of images, if it is not beside the JSON.
     split: of Karpathy's file.
-    count: how many images to use, evenly spaced; all by default.
+    count: number of images, evenly spaced; all by default.
     max_captions: the first captions of an image to use; all by default.
 
   Raises:
@@ -99,7 +89,7 @@ def open_captions(
   root = _image_root(images, folders, [name for name, _ in rows])
   rows = subsample(rows, count)
   paths = [root / name for name, _ in rows]
-  require_files(paths, path)
+  files.require_files(paths, path)
   digest, captions = Digest(), []
   for (name, texts), file in zip(rows, paths, strict=True):
     captions.append(tuple(texts)[:max_captions])
@@ -116,8 +106,8 @@ def _caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:
   for row in content["annotations"]:
     if "caption" not in row:
       raise NotApplicable(
-        f"{path}: annotations have {sorted(row)} and no 'caption'. Use the "
-        "captions_*.json file, not the instances or key points."
+        f"{path}: annotations have {sorted(row)} and no 'caption'; expected "
+        "COCO's captions_*.json"
       )
     captions[row["image_id"]].append(row["caption"])
   _require_images(path, captions, names)
@@ -180,13 +170,13 @@ def open_boxes(
 ) -> BoxSet:
   """Images and boxes of COCO's instances.
 
-  Crowds and boxes thinner than a pixel are left out. An image without
-  annotations is unlabelled, not empty, and is left out too.
+  Crowds, boxes thinner than a pixel and images without annotations, which are
+  unlabelled rather than empty, are left out.
 
   Args:
     path: the JSON or COCO's folder.
-    images: the folder of images, where it is not beside the JSON.
-    count: how many images to use, evenly spaced; all by default.
+    images: the folder of images, if it is not beside the JSON.
+    count: number of images, evenly spaced; all by default.
 
   Raises:
     MissingFileError: for missing images.
@@ -194,13 +184,13 @@ def open_boxes(
     InputError: for boxes that don't fit the images.
   """
   if path.is_dir():
-    require_layout(path, [_INSTANCES], what="COCO 2017 with its instances")
+    files.require_layout(path, [_INSTANCES], what="COCO 2017's instances")
     path = path / _INSTANCES
   content = read_json(path)
   first = (content.get("annotations") or [{}])[0]
   if "bbox" not in first or "categories" not in content:
     raise NotApplicable(
-      f"{path} has no named boxes; COCO's annotations/instances_*.json have"
+      f"{path} has no named boxes; expected COCO's instances_*.json"
     )
   infos = {row["id"]: row for row in content["images"]}
   _require_images(path, (r["image_id"] for r in content["annotations"]), infos)
@@ -210,13 +200,10 @@ def open_boxes(
   for row in content["annotations"]:
     info = infos[row["image_id"]]
     box = _corners(row["bbox"], info)
-    sides = (
-      (box[2] - box[0]) * info["height"],
-      (box[3] - box[1]) * info["width"],
-    )
+    sides = box[2:] - box[:2]
     if row.get("iscrowd"):
       left_out["crowds"] += 1
-    elif min(sides) < _MIN_SIDE:
+    elif min(sides * (info["height"], info["width"])) < _MIN_SIDE:
       left_out["thinner than a pixel"] += 1
     else:
       annotated[row["image_id"]].append((box, index[row["category_id"]]))
@@ -224,7 +211,7 @@ def open_boxes(
   names = [infos[i]["file_name"] for i in ids]
   root = _image_root(images, _coco_folders(path, "instances_"), names)
   paths = [root / name for name in names]
-  require_files(paths, path)
+  files.require_files(paths, path)
   classes = tuple(row["name"] for row in content["categories"])
   boxes = [np.asarray([b for b, _ in annotated[i]], np.float32) for i in ids]
   labels = [np.asarray([c for _, c in annotated[i]], np.int32) for i in ids]
@@ -246,18 +233,17 @@ def open_boxes(
 
 def _corners(
   bbox: Sequence[float | int], info: Mapping[str, Any]
-) -> list[float]:
+) -> np.ndarray:
   """(x, y, width, height) in pixels to corners in the unit square."""
   x, y, width, height = bbox
-  rows, columns = info["height"], info["width"]
-  corners = (y / rows, x / columns, (y + height) / rows, (x + width) / columns)
-  return [min(max(v, 0.0), 1.0) for v in corners]
+  size = np.tile((info["height"], info["width"]), 2)
+  return np.clip(np.array((y, x, y + height, x + width)) / size, 0.0, 1.0)
 
 
 def _checked_images(
   paths: Sequence[pathlib.Path], infos: Sequence[Mapping[str, Any]]
 ) -> Images:
-  """Images whose size is the one that the annotations are for."""
+  """Images whose size is that of their annotations."""
   decoded = open_images(paths)
 
   def read(index: int) -> np.ndarray:

@@ -1,12 +1,12 @@
-"""Files of data sets: checks of folders, pairs of files, PNGs of values."""
+"""Files of data sets: layouts, image-label pairs, JSON, PNGs of values."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import (
+  IGNORE,
   DepthMaps,
   DepthSet,
   Digest,
@@ -25,74 +26,56 @@ from mtv_jax.evals.core.examples import (
 )
 from mtv_jax.utils.errors import InputError, MissingFileError
 
+Set = TypeVar("Set", DepthSet, SegmentationSet)
 
-@dataclasses.dataclass(frozen=True)
-class LabelledFile:
-  """An image file and the file of its labels: a depth map, a map of classes."""
+# Field and type of the labels of a set.
+_LABELS = {
+  DepthSet: ("depths", DepthMaps),
+  SegmentationSet: ("maps", LabelMaps),
+}
+
+
+class LabelledFile(NamedTuple):
+  """An image file and its label file: a depth map, a class map, a sweep."""
 
   image: pathlib.Path
   label: pathlib.Path
 
 
-def select_files(
-  files: Sequence[LabelledFile], count: int | None, *, name: str
-) -> tuple[list[LabelledFile], str]:
-  """Evenly spaced files of a data set and the hash of their names and sizes.
+def open_pairs(
+  cls: type[Set],
+  files: Sequence[LabelledFile],
+  *,
+  read_label: Callable[[LabelledFile], np.ndarray],
+  count: int | None,
+  name: str,
+  **fields: Any,
+) -> Set:
+  """A data set of image files and label files.
 
   Args:
-    files: all there are.
-    count: how many to select; None for all.
-    name: of the data set, for the error.
+    cls: type of the set.
+    files: all pairs of the split.
+    read_label: reads the depth or the class map of a pair.
+    count: number of images, evenly spaced; None for all.
+    name: of the set, also for errors.
+    **fields: the set's other fields.
 
   Raises:
-    MissingFileError: if some of the selected files are missing.
+    MissingFileError: some of the selected files are missing.
   """
   files = subsample(files, count)
-  require_files([p for f in files for p in (f.image, f.label)], name)
+  require_files([path for pair in files for path in pair], name)
   digest = Digest()
-  for f in files:
-    sizes = f.image.stat().st_size, f.label.stat().st_size
-    digest.add(f.image.name, f.label.name, *sizes)
-  return files, digest.hex()
-
-
-def open_depth_files(
-  files: Sequence[LabelledFile],
-  *,
-  read_depth: Callable[[LabelledFile], np.ndarray],
-  count: int | None,
-  **fields: str,
-) -> DepthSet:
-  """A depth set of files.
-
-  Args:
-    files: all there are.
-    read_depth: from a pair of files to metres.
-    count: how many to use, evenly spaced; None for all.
-    **fields: kind, name and source of the `DepthSet`.
-  """
-  files, digest = select_files(files, count, name=fields["name"])
-  return DepthSet(
-    images=open_images([f.image for f in files]),
-    depths=DepthMaps(lambda i: read_depth(files[i]), len(files)),
-    digest=digest,
-    **fields,
-  )
-
-
-def open_segmentation_files(
-  files: Sequence[LabelledFile],
-  *,
-  read_map: Callable[[pathlib.Path], np.ndarray],
-  count: int | None,
-  **fields: Any,
-) -> SegmentationSet:
-  """A segmentation set of files; arguments as of `open_depth_files`."""
-  files, digest = select_files(files, count, name=fields["name"])
-  return SegmentationSet(
-    images=open_images([f.image for f in files]),
-    maps=LabelMaps(lambda i: read_map(files[i].label), len(files)),
-    digest=digest,
+  for image, label in files:
+    sizes = image.stat().st_size, label.stat().st_size
+    digest.add(image.name, label.name, *sizes)
+  field, lazy = _LABELS[cls]
+  return cls(
+    name=name,
+    images=open_images([pair.image for pair in files]),
+    digest=digest.hex(),
+    **{field: lazy(lambda i: read_label(files[i]), len(files))},
     **fields,
   )
 
@@ -112,28 +95,25 @@ def require_files(
 def require_layout(
   root: str | os.PathLike, expected: Sequence[str], *, what: str
 ) -> pathlib.Path:
-  """The folder of a data set, once every expected pattern has a match.
+  """The folder of a data set in which every expected pattern has a match.
 
   Args:
     root: the folder.
     expected: glob patterns under it, such as `images/training/*.jpg`.
-    what: the data set's name, and where a user gets it.
+    what: the data set's name, and its origin.
 
   Raises:
-    MissingFileError: with the expected tree, the part of it that is missing
-      and what the folder holds instead.
+    MissingFileError: lists the missing patterns and the folder's content.
   """
   root = pathlib.Path(root)
-  lost = [p for p in expected if not any(root.glob(p))]
-  if not lost:
-    return root
-  tree = "\n".join(
-    f"  {'missing' if p in lost else 'present'}  {p}" for p in expected
-  )
-  raise MissingFileError(
-    f"{root}: this is not {what}, or only a part of it. Expected under it:\n"
-    f"{tree}\nThe folder holds: {_list_folder(root)}"
-  )
+  states = {p: "present" if any(root.glob(p)) else "missing" for p in expected}
+  if "missing" in states.values():
+    tree = "\n".join(f"  {state}  {p}" for p, state in states.items())
+    raise MissingFileError(
+      f"{root} is not {what}, or only a part of it. Expected under it:\n{tree}"
+      f"\nThe folder holds: {_list_folder(root)}"
+    )
+  return root
 
 
 def unknown_layout(
@@ -141,7 +121,7 @@ def unknown_layout(
 ) -> MissingFileError | NotApplicable:
   """The error for data that no reader of an evaluation recognises.
 
-  A path with nothing there is a mistake. Other data may well suit another
+  A path that does not exist is a mistake. Other data may suit another
   evaluation, and a pattern of tars always does.
 
   Args:
@@ -151,25 +131,31 @@ def unknown_layout(
   text = os.fspath(data)
   path = pathlib.Path(text)
   if path.is_dir():
-    return NotApplicable(
-      f"data={text!r}: the folder holds {_list_folder(path)}. {expected}"
-    )
+    content = f"the folder holds {_list_folder(path)}"
+    return NotApplicable(f"data={text!r}: {content}. {expected}")
   pattern = ".tar" in text and any(c in text for c in "{*?[")
   if path.exists() or pattern:
     return NotApplicable(f"data={text!r}: a file of another kind. {expected}")
-  return MissingFileError(f"data={text!r}: nothing there. {expected}")
+  return MissingFileError(f"data={text!r} does not exist. {expected}")
 
 
 def _list_folder(root: pathlib.Path) -> str:
   if not root.is_dir():
-    return "a file" if root.exists() else "nothing there"
+    return "a file" if root.exists() else "nothing, it does not exist"
   names = sorted(p.name + "/" * p.is_dir() for p in root.iterdir())
-  text = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-  return text or "an empty folder"
+  return ", ".join([*names[:8], *["..."] * (len(names) > 8)]) or "nothing"
+
+
+def find_list(
+  root: pathlib.Path, names: Iterable[str], split: str
+) -> pathlib.Path | None:
+  """The first existing file of `names`, which contain `{split}`."""
+  paths = [root / name.format(split=split) for name in names]
+  return next((path for path in paths if path.is_file()), None)
 
 
 def read_file_list(path: pathlib.Path) -> list[tuple[str, str]]:
-  """Image and depth of each line "rgb depth focal", as paths from a root.
+  """Image and depth of each line "rgb depth focal", as relative paths.
 
   Raises:
     InputError: for another kind of file.
@@ -182,6 +168,14 @@ def read_file_list(path: pathlib.Path) -> list[tuple[str, str]]:
   return [(row[0].lstrip("/"), row[1].lstrip("/")) for row in rows]
 
 
+def read_json(path: pathlib.Path) -> Any:
+  """The content of a JSON file; raises InputError if it is not JSON."""
+  try:
+    return json.loads(path.read_bytes())
+  except ValueError as error:
+    raise InputError(f"{path} is not JSON: {error}") from None
+
+
 def read_png_values(
   path: pathlib.Path, *dtypes: type[np.integer]
 ) -> np.ndarray:
@@ -189,10 +183,10 @@ def read_png_values(
 
   Args:
     path: the file.
-    dtypes: that are accepted, `np.uint8` and `np.uint16` by default.
+    dtypes: accepted types, `np.uint8` and `np.uint16` by default.
 
   Raises:
-    InputError: for a damaged file, one with colours or of another dtype.
+    InputError: for a damaged file, several channels or another dtype.
   """
   dtypes = dtypes or (np.uint8, np.uint16)
   data = np.frombuffer(path.read_bytes(), np.uint8)
@@ -206,16 +200,30 @@ def read_png_values(
   return values
 
 
-def read_class_map(path: pathlib.Path) -> UInt8[np.ndarray, "h w"]:
-  """The numbers that a PNG of one channel, or of a palette, holds.
+def read_class_map(
+  path: pathlib.Path, *, largest: int, hint: str
+) -> UInt8[np.ndarray, "h w"]:
+  """The classes in an image of one channel or of a palette.
+
+  Args:
+    path: the file.
+    largest: class number; above it only `IGNORE` is valid.
+    hint: last sentence of the error for other classes.
 
   Raises:
-    InputError: for an image with colours or more than 8 bits.
+    InputError: for several channels, more than 8 bits, or an unknown class.
   """
   with PIL.Image.open(path) as image:
     if image.mode not in ("L", "P"):
       raise InputError(
-        f"{path} is an image of mode {image.mode}; expected a map of classes "
-        "with one channel of 8 bits"
+        f"{path} is an image of mode {image.mode}; expected a class map with "
+        "one channel of 8 bits"
       )
-    return np.asarray(image)
+    values = np.asarray(image)
+  unknown = values[(values > largest) & (values != IGNORE)]
+  if unknown.size:
+    raise InputError(
+      f"{path} has a class {unknown.max()}; expected 0 to {largest}, or "
+      f"{IGNORE}. {hint}"
+    )
+  return values

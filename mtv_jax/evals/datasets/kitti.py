@@ -20,14 +20,9 @@ import PIL.Image
 from jaxtyping import Float, Float32, Float64
 
 from mtv_jax.evals.core.examples import DepthSet
-from mtv_jax.evals.datasets.files import (
-  LabelledFile,
-  open_depth_files,
-  read_file_list,
-  read_png_values,
-  require_layout,
-)
-from mtv_jax.utils.errors import InputError, MissingFileError
+from mtv_jax.evals.datasets import files
+from mtv_jax.evals.datasets.files import LabelledFile
+from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 SUBSETS = ("all", "train", "val")
 _LISTS = (
@@ -35,7 +30,6 @@ _LISTS = (
   "eigen_{split}_files_with_gt.txt",
   "kitti_eigen_{split}.txt",
 )
-_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def matches(root: pathlib.Path) -> bool:
@@ -62,20 +56,19 @@ def open_depth(
   Args:
     root: a folder of one of the layouts.
     split: `train` or `test`, the list that is read.
-    count: how many images to use, evenly spaced; all by default.
-    subset: of a list, all images, or those whose map is in the `train` or the
+    count: number of images, evenly spaced; all by default.
+    subset: of a list: all images, or those whose map is in the `train` or the
       `val` part of the annotated depth. MiDaS tests on `val`: 161 images.
 
   Raises:
     MissingFileError: for a layout with parts missing.
     InputError: for an unknown subset, or one without images.
   """
-  listed = [root / name.format(split=split) for name in _LISTS]
-  listed = [path for path in listed if path.is_file()]
-  if listed:
-    return _open_list(listed[0], count, subset)
+  listing = files.find_list(root, _LISTS, split)
+  if listing is not None:
+    return _open_list(listing, count, subset)
   if not (root / "training").is_dir():
-    require_layout(
+    files.require_layout(
       root,
       (
         _LISTS[0].format(split=split),
@@ -87,33 +80,38 @@ def open_depth(
   if split != "test":
     raise InputError(
       f"{root}: the object benchmark's frames have no {split} split of depth; "
-      f"to train on KITTI give it {_LISTS[0].format(split=split)}"
+      f"expected {_LISTS[0].format(split=split)}"
     )
   return _open_object(root, count)
 
 
 def _open_list(path: pathlib.Path, count: int | None, subset: str) -> DepthSet:
-  if subset not in SUBSETS:
-    raise InputError(f"subset={subset!r}; expected one of {SUBSETS}")
-  rows = [row for row in read_file_list(path) if row[1] != "None"]
-  root = path.parent
-  maps = {row[1]: _map_path(root, row[1]) for row in rows}
-  lost = [name for name, file in maps.items() if file is None]
+  check_choice("subset", subset, SUBSETS)
+  root, pairs, lost = path.parent, [], []
+  for image, depth in files.read_file_list(path):
+    if depth != "None":
+      # The lists leave out the part that a map is in.
+      parts = ("data_depth_annotated/train", "data_depth_annotated/val")
+      maps = [root / p / depth for p in (*parts, "train", "val")]
+      label = next((p for p in maps if p.is_file()), None)
+      if label is None:
+        lost.append(depth)
+      pairs.append(LabelledFile(_image_path(root, image), label))
   if lost:
     raise MissingFileError(
-      f"{root}: {len(lost)} of {len(rows)} depth maps are missing, such as "
+      f"{root}: {len(lost)} of {len(pairs)} depth maps are missing, such as "
       f"{lost[0]}, under data_depth_annotated/train and .../val"
     )
-  files = [
-    LabelledFile(_image_path(root, row[0]), maps[row[1]]) for row in rows
-  ]
   if subset != "all":
-    files = [f for f in files if f.label.parts[-6] == subset]
-  if not files:
+    pairs = [pair for pair in pairs if pair.label.parts[-6] == subset]
+  if not pairs:
     raise InputError(f"{path}: no image has a map in the subset {subset!r}")
-  return open_depth_files(
-    files,
-    read_depth=lambda f: read_png_values(f.label).astype(np.float32) / 256,
+  return files.open_pairs(
+    DepthSet,
+    pairs,
+    read_label=lambda p: (
+      files.read_png_values(p.label).astype(np.float32) / 256
+    ),
     count=count,
     kind="kitti",
     name=str(root),
@@ -126,36 +124,26 @@ def _image_path(root: pathlib.Path, name: str) -> pathlib.Path:
   paths = [
     (root / folder / name).with_suffix(suffix)
     for folder in ("raw_data", "")
-    for suffix in _SUFFIXES
+    for suffix in (".png", ".jpg", ".jpeg")
   ]
   return next((p for p in paths if p.is_file()), paths[0])
 
 
-def _map_path(root: pathlib.Path, name: str) -> pathlib.Path | None:
-  """The map of a line; the lists leave out which part it is in."""
-  parts = ("train", "val")
-  folders = [f"data_depth_annotated/{p}" for p in parts] + list(parts)
-  paths = [root / folder / name for folder in folders]
-  return next((p for p in paths if p.is_file()), None)
-
-
 def _open_object(root: pathlib.Path, count: int | None) -> DepthSet:
-  require_layout(
+  parts = ("image_2/*.png", "velodyne/*.bin", "calib/*.txt")
+  files.require_layout(
     root,
-    (
-      "training/image_2/*.png",
-      "training/velodyne/*.bin",
-      "training/calib/*.txt",
-    ),
+    [f"training/{part}" for part in parts],
     what="KITTI's object benchmark",
   )
   folder = root / "training"
-  return open_depth_files(
+  return files.open_pairs(
+    DepthSet,
     [
       LabelledFile(p, folder / "velodyne" / f"{p.stem}.bin")
       for p in sorted((folder / "image_2").glob("*.png"))
     ],
-    read_depth=_read_sweep,
+    read_label=_read_sweep,
     count=count,
     kind="kitti",
     name=str(root),
@@ -166,13 +154,13 @@ def _open_object(root: pathlib.Path, count: int | None) -> DepthSet:
   )
 
 
-def _read_sweep(files: LabelledFile) -> np.ndarray:
+def _read_sweep(pair: LabelledFile) -> np.ndarray:
   # Only the header is read for the size.
-  with PIL.Image.open(files.image) as image:
+  with PIL.Image.open(pair.image) as image:
     width, height = image.size
-  points = np.fromfile(files.label, np.float32).reshape(-1, 4)[:, :3]
-  folder = files.label.parents[1] / "calib"
-  calibration = read_calibration(folder / f"{files.label.stem}.txt")
+  points = np.fromfile(pair.label, np.float32).reshape(-1, 4)[:, :3]
+  folder = pair.label.parents[1] / "calib"
+  calibration = read_calibration(folder / f"{pair.label.stem}.txt")
   return project_points(points, calibration, size=(height, width))
 
 
@@ -182,11 +170,11 @@ def read_calibration(
   """Matrices `[3, 3]` and `[3, 4]` of a calibration file, by name.
 
   Raises:
-    MissingFileError: there is none.
-    InputError: one that is needed is missing.
+    MissingFileError: no such file.
+    InputError: a required matrix is missing.
   """
   if not path.is_file():
-    raise MissingFileError(f"{path}: no calibration of this frame")
+    raise MissingFileError(f"{path}: this frame has no calibration")
   matrices = {}
   for line in path.read_text().splitlines():
     name, _, numbers = line.partition(":")

@@ -10,7 +10,6 @@ camera) and the focal length in pixels. Depth is a 16-bit PNG of inverse depth.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from typing import Any
@@ -18,18 +17,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
-from mtv_jax.data import canvas
-from mtv_jax.evals.datasets.files import (
-  read_png_values,
-  require_files,
-  require_layout,
-)
-from mtv_jax.evals.datasets.posed import Frame, PosedFrames
-from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
+from mtv_jax.evals.datasets import files
+from mtv_jax.evals.datasets.files import LabelledFile
+from mtv_jax.evals.datasets.posed import PosedFrames, open_frames
+from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 SUBSETS = ("wild_set", "multiview")
-# The offline copies that the protocol reads have this shorter side.
-STORED = 1024
 # Inverse depth 65535 is 10 / mm; in metres, depth is this over the value.
 _SCALE = 65535 * 10 / 1000
 _MULTIVIEW = re.compile(r"multiview[_-]")
@@ -44,7 +37,7 @@ def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
   """The images of one kind of all objects, sorted by name.
 
   Objects without a multiview folder are left out, as in the published protocol,
-  unless none has one. Images are turned as their EXIF says.
+  unless none has one. Images are rotated by their EXIF.
 
   Args:
     root: the folder of objects.
@@ -55,12 +48,9 @@ def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
     MissingFileError: for a part that is missing.
     InputError: for annotations of another form.
   """
-  if subset not in SUBSETS:
-    raise InputError(
-      f"NAVI: subset={subset!r}. {did_you_mean(subset, SUBSETS)}"
-    )
+  check_choice("NAVI: subset", subset, SUBSETS)
   pattern = "wild_set" if subset == "wild_set" else "multiview*"
-  root = require_layout(
+  root = files.require_layout(
     root,
     [
       f"*/{pattern}/{name}"
@@ -77,30 +67,27 @@ def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
     # One of the 36 objects has no wild set.
     if folder.is_dir()
   ]
-  frames, groups = [], []
+  pairs, cameras, poses, groups = [], [], [], []
   for folder in folders:
-    rows = _annotated_images(folder)
-    groups.append(tuple(range(len(frames), len(frames) + len(rows))))
-    frames += rows
-  left_out = [p.name for p in objects if p not in whole]
-  images = [folder / "images" / row["filename"] for folder, row in frames]
-  return PosedFrames(
-    name=str(root),
+    rows = _read_annotations(folder)
+    groups.append(range(len(pairs), len(pairs) + len(rows)))
+    pairs += [_files(folder, row) for row in rows]
+    cameras += [(float(row["camera"]["focal_length"]), (0, 0)) for row in rows]
+    poses += [_pose(row, folder) for row in rows]
+  left_out = {p.name for p in objects if p not in whole} - {"custom_splits"}
+  return open_frames(
+    root,
+    pairs,
     layout="navi",
-    names=tuple(str(p.relative_to(root).as_posix()) for p in images),
-    groups=tuple(groups),
-    poses=np.stack([_pose(row, folder) for folder, row in frames]),
-    read=lambda i, size: _read(*frames[i]),
-    fingerprint=lambda i: (
-      images[i].stat().st_size,
-      _depth_file(*frames[i]).stat().st_size,
-    ),
-    stored=STORED,
+    groups=groups,
+    poses=np.stack(poses),
+    read_depth=read_depth,
+    camera=lambda i, shape: cameras[i],
     overlaps=None,
     about={
       "subset": subset,
       "objects": len({folder.parent for folder in folders}),
-      "objects_left_out": [n for n in left_out if n != "custom_splits"],
+      "objects_left_out": sorted(left_out),
     },
   )
 
@@ -109,61 +96,38 @@ def _captures(folder: pathlib.Path) -> list[pathlib.Path]:
   return sorted(p for p in folder.iterdir() if _MULTIVIEW.match(p.name))
 
 
-def _annotated_images(
-  folder: pathlib.Path,
-) -> list[tuple[pathlib.Path, dict[str, Any]]]:
-  """The annotations of a folder whose files are there, sorted by file name."""
+def _files(folder: pathlib.Path, row: dict[str, Any]) -> LabelledFile:
+  image = folder / "images" / row["filename"]
+  return LabelledFile(image, folder / "depth" / f"{image.stem}.png")
+
+
+def _read_annotations(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """The images of a folder, sorted by file name; all their files exist."""
   path = folder / "annotations.json"
   if not path.is_file():
     raise MissingFileError(
       f"{folder} has no annotations.json. Is the object unpacked in full?"
     )
   try:
-    rows = sorted(json.loads(path.read_bytes()), key=lambda r: r["filename"])
+    rows = sorted(files.read_json(path), key=lambda r: r["filename"])
     for row in rows:
       camera = row["camera"]
       _ = camera["q"], camera["t"], camera["focal_length"]
-  except (ValueError, KeyError, TypeError) as error:
+  except (KeyError, TypeError) as error:
     raise InputError(
       f"{path}: expected a list of {{filename, camera: {{q, t, focal_length}}}}"
       f"; {type(error).__name__}: {error}"
     ) from None
-  files = [folder / "images" / row["filename"] for row in rows]
-  files += [_depth_file(folder, row) for row in rows]
-  require_files(files, folder)
+  pairs = [_files(folder, row) for row in rows]
+  files.require_files([path for pair in pairs for path in pair], folder)
   if not rows:
-    raise InputError(f"{path} names no image: this object has no usable view")
-  return [(folder, row) for row in rows]
-
-
-def _depth_file(folder: pathlib.Path, row: dict[str, Any]) -> pathlib.Path:
-  return folder / "depth" / f"{pathlib.PurePath(row['filename']).stem}.png"
-
-
-def _read(folder: pathlib.Path, row: dict[str, Any]) -> Frame:
-  path = folder / "images" / row["filename"]
-  image = canvas.decode(path.read_bytes(), key=str(path))
-  depth = read_depth(_depth_file(folder, row))
-  if depth.shape != image.shape[:2]:
-    raise InputError(
-      f"{path} is {image.shape[0]}x{image.shape[1]} (rotated as its EXIF says) "
-      f"and its depth {depth.shape[0]}x{depth.shape[1]}; they must be equal"
-    )
-  return Frame(
-    image=image,
-    depth=depth,
-    focal=float(row["camera"]["focal_length"]),
-    pose=_pose(row, folder),
-  )
+    raise InputError(f"{path} lists no image: this object has no usable view")
+  return rows
 
 
 def read_depth(path: pathlib.Path) -> Float32[np.ndarray, "h w"]:
-  """Metres of a depth PNG, 0 for the background.
-
-  Raises:
-    InputError: for a file that is not 16-bit grey.
-  """
-  value = read_png_values(path, np.uint16)
+  """Metres of a 16-bit depth PNG, 0 for the background."""
+  value = files.read_png_values(path, np.uint16)
   metres = np.float32(_SCALE) / np.maximum(value, 1)
   return np.where(value > 0, metres, 0).astype(np.float32)
 

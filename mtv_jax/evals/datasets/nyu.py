@@ -10,15 +10,15 @@
   MAT       nyu_depth_v2_labeled.mat and splits.mat, as released
   TFDS      nyu_depth_v2: filled depth rounded to float16 (7.8 mm at 8 m)
 
-Raw depth is what the sensor saw, filled depth has no holes; figures on one are
-not comparable with figures on the other.
+Raw depth is what the sensor measured, filled depth has no holes; figures on one
+are not comparable with figures on the other.
 """
 
 from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,24 +32,15 @@ from mtv_jax.evals.core.examples import (
   SegmentationSet,
   subsample,
 )
-from mtv_jax.evals.datasets.files import (
-  LabelledFile,
-  open_depth_files,
-  open_segmentation_files,
-  read_class_map,
-  read_file_list,
-  read_png_values,
-  require_layout,
-)
+from mtv_jax.evals.datasets import files
+from mtv_jax.evals.datasets.files import LabelledFile
 from mtv_jax.utils.errors import InputError
 
-TRUTHS = ("raw", "filled")
 _SPLITS = ("train", "test")
 _LISTS = ("nyudepthv2_{split}_files_with_gt.txt", "nyu_{split}.txt")
 # Where the lists' paths begin in the folders that BTS's scripts write.
 _PREFIXES = ("", "sync", "official_splits/{split}")
 _MAT = "nyu_depth_v2_labeled.mat"
-_METRES = {"mm": 1e-3, "25.5": 1 / 25.5}
 
 # The 40 classes of Gupta et al. 2013 without the last, "otherprop", which in
 # these files is one number with unlabelled pixels.
@@ -69,13 +60,13 @@ def has_depth(root: pathlib.Path) -> bool:
     return root.suffix == ".mat"
   names = [p.format(split=s) for p in _LISTS for s in _SPLITS]
   names += [_MAT, "nyu_images", "nyu_depths"]
-  if any((root / name).exists() for name in names):
-    return True
-  return any(any(root.glob(f"{split}/*/rgb_*.png")) for split in _SPLITS)
+  return any((root / name).exists() for name in names) or any(
+    any(root.glob(f"{split}/*/rgb_*.png")) for split in _SPLITS
+  )
 
 
 def has_segmentation(root: pathlib.Path) -> bool:
-  """Whether a folder looks like the one with maps of classes."""
+  """Whether a folder looks like the one with class maps."""
   return any((root / name).is_dir() for name in ("nyu_images", "nyu_labels40"))
 
 
@@ -96,7 +87,7 @@ def open_depth(
   Args:
     root: a folder of one of the layouts, or the .mat file.
     split: `train` or `test`.
-    count: how many images to use, evenly spaced; all by default.
+    count: number of images, evenly spaced; all by default.
     truth: `raw` or `filled` depth, where there is a choice; `raw` by default.
 
   Raises:
@@ -105,26 +96,24 @@ def open_depth(
   """
   if root.is_file() or (root / _MAT).is_file():
     return _open_mat(root, split, count, truth or "raw")
-  listed = [root / name.format(split=split) for name in _LISTS]
-  listed = [path for path in listed if path.is_file()]
-  unit = "mm"
-  if listed:
+  listing = files.find_list(root, _LISTS, split)
+  unit = 1e-3
+  if listing is not None:
     _check_truth(truth, "raw", "lists")
-    files, source = _listed_files(listed[0], split), "raw, mm"
+    pairs, source = _listed_files(listing, split), "raw, mm"
   elif (root / "nyu_images").is_dir() or (root / "nyu_depths").is_dir():
     _check_truth(truth, "filled", "nyu_depths/ID.png")
-    files, unit = _numbered_files(root, split, "nyu_depths"), "25.5"
+    pairs, unit = _numbered_files(root, split, "nyu_depths"), 1 / 25.5
     source = "filled, 8 bits: value / 25.5 m"
   else:
-    files = _marigold_files(root, split, truth or "raw")
+    pairs = _marigold_files(root, split, truth or "raw")
     source = f"{truth or 'raw'}, mm"
-
-  def read_depth(file: LabelledFile) -> np.ndarray:
-    return (read_png_values(file.label) * _METRES[unit]).astype(np.float32)
-
-  return open_depth_files(
-    files,
-    read_depth=read_depth,
+  return files.open_pairs(
+    DepthSet,
+    pairs,
+    read_label=lambda pair: (files.read_png_values(pair.label) * unit).astype(
+      np.float32
+    ),
     count=count,
     kind="nyu",
     name=str(root),
@@ -142,17 +131,17 @@ def _check_truth(given: str | None, available: str, layout: str) -> None:
 
 def _listed_files(path: pathlib.Path, split: str) -> list[LabelledFile]:
   """The pairs of a list, whose paths may begin with a slash."""
-  rows = read_file_list(path)
+  rows = files.read_file_list(path)
   roots = [path.parent / p.format(split=split) for p in _PREFIXES]
-  roots = [r for r in roots if (r / rows[0][0]).is_file()] or [path.parent]
-  return [LabelledFile(roots[0] / image, roots[0] / d) for image, d in rows]
+  root = next((r for r in roots if (r / rows[0][0]).is_file()), path.parent)
+  return [LabelledFile(root / image, root / depth) for image, depth in rows]
 
 
 def _marigold_files(
   root: pathlib.Path, split: str, truth: str
 ) -> list[LabelledFile]:
   name = "filled" if truth == "filled" else "depth"
-  require_layout(
+  files.require_layout(
     root,
     (f"{split}/*/rgb_*.png", f"{split}/*/{name}_*.png"),
     what="NYUv2's files with a list, its .mat file, or Marigold's layout",
@@ -167,7 +156,7 @@ def _numbered_files(
   root: pathlib.Path, split: str, labels: str
 ) -> list[LabelledFile]:
   """The pairs of a split whose files are named by number."""
-  require_layout(
+  files.require_layout(
     root,
     ("nyu_images/*.jpg", f"{labels}/*.png", f"{split}.txt"),
     what="NYUv2 by number",
@@ -193,22 +182,32 @@ def _open_mat(
   key = "depths" if truth == "filled" else "rawDepths"
 
   # HDF5 gives MATLAB's arrays with their axes reversed: [n, channel, x, y].
-  def image(i: int) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(file["images"][ids[i]]).T)
-
-  def depth(i: int) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(file[key][ids[i]], np.float32).T)
-
-  digest = Digest()
-  digest.add(path.name, path.stat().st_size, key, *ids)
-  return DepthSet(
-    kind="nyu",
+  return _open_arrays(
+    lambda i: file["images"][ids[i]].T,
+    lambda i: file[key][ids[i]].T,
+    ids,
     name=str(path),
-    images=Images(image, len(ids)),
-    depths=DepthMaps(depth, len(ids)),
     source=f"{truth} ({key}), float32",
-    digest=digest.hex(),
+    hashed=(path.name, path.stat().st_size, key),
   )
+
+
+def _open_arrays(
+  image: Callable[[int], np.ndarray],
+  depth: Callable[[int], np.ndarray],
+  ids: Sequence[int],
+  *,
+  name: str,
+  source: str,
+  hashed: tuple[Any, ...],
+) -> DepthSet:
+  digest = Digest()
+  digest.add(*hashed, *ids)
+  images = Images(lambda i: np.ascontiguousarray(image(i)), len(ids))
+  depths = DepthMaps(
+    lambda i: np.ascontiguousarray(depth(i), np.float32), len(ids)
+  )
+  return DepthSet("nyu", name, images, depths, source, digest.hex())
 
 
 @functools.lru_cache(maxsize=4)
@@ -217,8 +216,8 @@ def _open_hdf5(path: pathlib.Path) -> Any:
     import h5py
   except ImportError as error:
     raise ImportError(
-      f"{path} is a MATLAB v7.3 (HDF5) file, which needs h5py to read: pip "
-      "install h5py. NYUv2 as image files needs nothing."
+      f"{path} is a MATLAB v7.3 (HDF5) file, which h5py reads: pip install "
+      "h5py. NYUv2 as image files does not need it."
     ) from error
   return h5py.File(path, "r")
 
@@ -230,8 +229,8 @@ def _mat_split(root: pathlib.Path, split: str) -> list[int]:
 
     splits = scipy.io.loadmat(root / "splits.mat")
     return [int(i) - 1 for i in np.ravel(splits[f"{split}Ndxs"])]
-  require_layout(
-    root, (f"{split}.txt",), what="the official splits.mat, or ids in a text"
+  files.require_layout(
+    root, (f"{split}.txt",), what="a folder with splits.mat, or ids in a text"
   )
   return _read_ids(root / f"{split}.txt")
 
@@ -253,39 +252,30 @@ def open_tfds(
       "type='tfds' needs TensorFlow Datasets: pip install 'mtv_jax[tfds]'."
     ) from error
   name = config["name"]
-  source: Sequence[Any] = tfds.data_source(
+  records = tfds.data_source(
     name,
     split={"train": "train", "test": "validation"}[split],
     data_dir=config.get("data_dir"),
   )
-  ids = subsample(range(len(source)), count)
-
-  def read(key: str, dtype: type[np.generic], i: int) -> np.ndarray:
-    return np.asarray(source[ids[i]][key], dtype)
-
-  digest = Digest()
-  digest.add(name, split, len(source), *ids)
-  return DepthSet(
-    kind="nyu",
+  ids = subsample(range(len(records)), count)
+  return _open_arrays(
+    lambda i: records[ids[i]]["image"],
+    lambda i: records[ids[i]]["depth"],
+    ids,
     name=f"tfds {name}",
-    images=Images(functools.partial(read, "image", np.uint8), len(ids)),
-    depths=DepthMaps(functools.partial(read, "depth", np.float32), len(ids)),
     source="filled, float16",
-    digest=digest.hex(),
+    hashed=(name, split, len(records)),
   )
 
 
 def open_segmentation(
   root: pathlib.Path, *, split: str, count: int | None = None
 ) -> SegmentationSet:
-  """Opens one split with maps of 40 classes.
-
-  Raises:
-    MissingFileError: for a layout with parts missing.
-  """
-  return open_segmentation_files(
+  """Opens one split with maps of 40 classes."""
+  return files.open_pairs(
+    SegmentationSet,
     _numbered_files(root, split, "nyu_labels40"),
-    read_map=_read_classes,
+    read_label=_read_classes,
     count=count,
     kind="nyu40",
     name=f"{root} {split}",
@@ -294,13 +284,9 @@ def open_segmentation(
   )
 
 
-def _read_classes(path: pathlib.Path) -> np.ndarray:
-  values = read_class_map(path)
+def _read_classes(pair: LabelledFile) -> np.ndarray:
   other = len(CLASSES)
-  known = (values <= other) | (values == IGNORE)
-  if not known.all():
-    raise InputError(
-      f"{path} has a class {values[~known].max()}; expected 0 to {other}, "
-      f"the number of one of 40 classes less one, or {IGNORE}"
-    )
+  values = files.read_class_map(
+    pair.label, largest=other, hint="Classes are numbered from 0."
+  )
   return np.where(values == other, IGNORE, values).astype(np.uint8)

@@ -1,9 +1,9 @@
 """Images with depth and camera pose: views, pairs, and lists of pairs.
 
-Cameras are those of computer vision (x right, y down, z forward), poses take
-world coordinates to the camera's, lengths are metres. A view is what NAVI's
-protocol computes from an image (El Banani et al. 2024, Probe3D): a square
-around the pixels with depth, and the 3D point of every fourth of them.
+Cameras are those of computer vision (x right, y down, z forward), poses map
+world to camera coordinates, lengths are metres. A view is what NAVI's protocol
+computes from an image (El Banani et al. 2024, Probe3D): a square around the
+pixels with depth, and the 3D point of every fourth of them.
 """
 
 from __future__ import annotations
@@ -20,40 +20,44 @@ import PIL.Image
 from jaxtyping import Bool, Float, Float32, Float64, Int, UInt8
 
 from mtv_jax.evals.core import resizing
-from mtv_jax.evals.core.examples import Digest, subsample
+from mtv_jax.evals.core.examples import Digest, open_images, subsample
+from mtv_jax.evals.datasets.files import LabelledFile
+from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 CELL = 4  # pixels of a view to a cell of its grid of points
+# Shorter side of the offline copies that the protocol reads.
+STORED = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-  """An image as it is stored.
+  """A stored image with its camera.
 
   Attributes:
     image: RGB.
     depth: metres along the optical axis, 0 where there is nothing to match.
-    focal: in pixels of this image.
-    centre: the principal point (x, y) from the image's middle, in pixels.
+    focal: length in pixels of this image.
     pose: world to camera.
+    centre: principal point (x, y) relative to the image's middle, in pixels.
   """
 
   image: UInt8[np.ndarray, "h w 3"]
   depth: Float32[np.ndarray, "h w"]
   focal: float
   pose: Float64[np.ndarray, "4 4"]
-  centre: tuple[float, float] = (0.0, 0.0)
+  centre: tuple[float | int, float | int] = (0.0, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """The square that is encoded, and the points behind its cells.
+  """The encoded square, and the 3D points of its cells.
 
   Attributes:
     image: RGB.
-    points: in the camera's frame, one for each cell of 4 x 4 pixels, behind
-      the cell's upper left pixel; z is 0 where there is nothing to match.
-    focal: in pixels of this image.
+    points: in the camera's frame, of the upper left pixel of each cell of 4 x 4
+      pixels; z is 0 where there is nothing to match.
+    focal: length in pixels of this image.
     pose: world to camera.
   """
 
@@ -70,21 +74,21 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class PosedFrames:
-  """A data set of frames, in groups that see the same object.
+  """A data set of frames, in groups that show the same object.
 
   Attributes:
-    name: what it is, for the protocol.
+    name: of the data set, for the protocol.
     layout: `navi`, `rgbd` or `scenes`.
     names: of the n frames; with their group, as paths are.
     groups: indices of the frames that may be paired with each other.
-    poses: `[n, 4, 4]`, world to camera.
-    read: a frame by its index; `size` is the side of its view, by which
-      scenes are rendered.
-    fingerprint: what tells a frame's files from others, such as their sizes.
-    stored: length in pixels to which the shorter side is brought first, as the
-      protocol's offline copy is; None for as it is.
-    overlaps: whether two frames see enough of the same; None for always.
-    about: what else the figures depend on.
+    poses: world to camera.
+    read: reads a frame by its index and the side of its view, which scenes are
+      rendered for.
+    fingerprint: what distinguishes a frame's files, such as their sizes.
+    stored: shorter side in pixels of the protocol's offline copies, to which
+      frames are resized first; None for no resizing.
+    overlaps: whether two frames show enough common points; None for always.
+    about: further protocol entries.
   """
 
   name: str
@@ -99,6 +103,49 @@ class PosedFrames:
   about: Mapping[str, Any]
 
 
+def open_frames(
+  root: pathlib.Path,
+  files: Sequence[LabelledFile],
+  *,
+  groups: Sequence[Sequence[int]],
+  read_depth: Callable[[pathlib.Path], np.ndarray],
+  camera: Callable[[int, tuple[int, int]], tuple[float, tuple]],
+  **fields: Any,
+) -> PosedFrames:
+  """A data set of image files and depth files.
+
+  Args:
+    root: folder that the frames' names are relative to.
+    files: image and depth of each frame.
+    groups: see `PosedFrames`.
+    read_depth: reads metres.
+    camera: focal length and centre of a frame by its index and shape.
+    **fields: layout, poses, overlaps and about of the `PosedFrames`.
+  """
+  images = open_images([file.image for file in files])
+
+  def read(i: int, size: int) -> Frame:
+    image, depth = images[i], read_depth(files[i].label)
+    if depth.shape != image.shape[:2]:
+      raise InputError(
+        f"{files[i].image} is {image.shape[0]}x{image.shape[1]} (rotated by "
+        f"its EXIF) and its depth {depth.shape[0]}x{depth.shape[1]}; expected "
+        "equal sizes"
+      )
+    focal, centre = camera(i, depth.shape)
+    return Frame(image, depth, focal, fields["poses"][i], centre)
+
+  return PosedFrames(
+    name=str(root),
+    names=tuple(file.image.relative_to(root).as_posix() for file in files),
+    groups=tuple(tuple(group) for group in groups),
+    read=read,
+    fingerprint=lambda i: tuple(path.stat().st_size for path in files[i]),
+    stored=STORED,
+    **fields,
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Pair:
   """Two frames by their indices, and the angle between them in degrees."""
@@ -110,7 +157,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class PairSample:
-  """Pairs, and how many frames lack a partner."""
+  """Pairs, and the number of frames without a partner."""
 
   pairs: tuple[Pair, ...]
   unpaired: int
@@ -119,20 +166,19 @@ class PairSample:
 def make_view(
   frame: Frame, *, size: int, stored: int | None = None
 ) -> View | None:
-  """The square around what has depth, `size` x `size` pixels.
+  """The square around the pixels with depth, `size` x `size` pixels.
 
-  1. The shorter side is brought to `stored` (image bicubic, antialiased; depth
-     nearest), then to `size` (both nearest), and the middle square is cut out.
+  1. The shorter side is resized to `stored` (image bicubic, antialiased; depth
+     nearest), then to `size` (both nearest), and the middle square is cropped.
   2. Depth becomes points.
-  3. The square around the pixels with depth is cut out (its last row and column
-     excluded, moved inside where it would leave the image) and brought to
-     `size`, nearest. Points are carried along, so they stay metric.
+  3. The square around the pixels with depth (its last row and column excluded,
+     moved inside the image) is cropped and resized to `size`, nearest. Points
+     stay metric.
 
-  "Nearest" in the last two is PyTorch's: the pixel at floor(i * old / new). It
-  makes no new depths, so there is none below the least one to remove.
+  "Nearest" in the last two is PyTorch's: the pixel at floor(i * old / new).
 
   Args:
-    frame: what to look at.
+    frame: the stored image.
     size: side of the view; 512 in the protocol.
     stored: 1024 in the protocol.
 
@@ -140,7 +186,7 @@ def make_view(
     None where no square holds two rows of depth.
   """
   short = min(frame.depth.shape)
-  image, depth = _bring(frame, stored)
+  image, depth = _resize_stored(frame, stored)
   rows, columns = (_middle(n, min(depth.shape), size) for n in depth.shape)
   image, depth = image[np.ix_(rows, columns)], depth[np.ix_(rows, columns)]
   points = np.argwhere(depth > 0)
@@ -168,7 +214,7 @@ def make_view(
   )
 
 
-def _bring(frame: Frame, stored: int | None):
+def _resize_stored(frame: Frame, stored: int | None):
   """Image and depth with a shorter side of `stored` pixels."""
   height, width = frame.depth.shape
   if stored is None or min(height, width) == stored:
@@ -235,17 +281,17 @@ def draw_pairs(
   count: int | None = None,
   max_angle: float | int = 120.0,
 ) -> PairSample:
-  """Every `stride`-th frame with one other of its group.
+  """Every `stride`-th frame with a random partner of its group.
 
-  The other is drawn from those at an angle in (0, max_angle] that overlap. It
+  The partner is drawn from those at an angle in (0, max_angle] that overlap. It
   depends on the seed, the frame's name and its group alone: neither the machine
   nor the rest of the data set changes it.
 
   Args:
     frames: the data set.
-    seed: another seed gives other partners.
+    seed: of the partners.
     stride: of the frames, group after group.
-    count: how many frames, evenly spaced among those; all by default.
+    count: number of frames, evenly spaced among those; all by default.
     max_angle: in degrees.
 
   Raises:
@@ -260,11 +306,11 @@ def draw_pairs(
     # Rounding must not make a frame its own partner.
     np.fill_diagonal(near, False)
     if not near.any():
-      raise InputError(_no_pair(frames, group, between, max_angle))
+      raise InputError(_describe_unpaired(frames, group, between, max_angle))
     for i, row, degrees in zip(group, near, between, strict=True):
       if i in wanted:
         partners = np.flatnonzero(row)
-        k = _partner(frames, i, [group[p] for p in partners], seed)
+        k = _draw_partner(frames, i, [group[p] for p in partners], seed)
         if k is not None:
           j = partners[k]
           pairs.append(Pair(i, group[j], float(degrees[j])))
@@ -276,34 +322,31 @@ def draw_pairs(
   return PairSample(tuple(pairs), len(chosen) - len(pairs))
 
 
-def _partner(
+def _draw_partner(
   frames: PosedFrames, index: int, partners: Sequence[int], seed: int
 ) -> int | None:
   """Index of a random partner, drawn until one overlaps."""
-  left = list(range(len(partners)))
+  candidates = list(range(len(partners)))
   for attempt in range(len(partners)):
     text = f"{seed}/{frames.names[index]}/{attempt}"
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
-    k = left.pop(number % len(left))
+    k = candidates.pop(number % len(candidates))
     if frames.overlaps is None or frames.overlaps(index, partners[k]):
       return k
   return None
 
 
-def _no_pair(frames, group, between, max_angle) -> str:
+def _describe_unpaired(frames, group, between, max_angle) -> str:
   names = [frames.names[i] for i in group]
-  where = os.path.commonpath([os.path.dirname(n) for n in names])
-  if len(group) < 2:
-    why = f"it has {len(group)} frame"
-  else:
+  folder = os.path.commonpath([os.path.dirname(n) for n in names])
+  why = f"it has {len(group)} frame"
+  if len(group) > 1:
     others = between[~np.eye(len(group), dtype=bool)]
-    why = (
-      f"its {len(group)} frames are {others.min():.1f} to {others.max():.1f} "
-      "degrees apart"
-    )
+    degrees = f"{others.min():.1f} to {others.max():.1f} degrees"
+    why = f"its {len(group)} frames are {degrees} apart"
   return (
-    f"{frames.name}: {where or names[0]} has no usable pair of views: {why}, "
-    f"and a partner must be within (0, {max_angle:g}]. Is it unpacked in full?"
+    f"{frames.name}: {folder or names[0]} has no usable pair of views: {why}, "
+    f"expected within (0, {max_angle:g}]. Is it unpacked in full?"
   )
 
 
@@ -326,18 +369,16 @@ def write_pairs(
     f"{frames.names[p.first]} {frames.names[p.second]} {p.angle:.4f}\n"
     for p in pairs
   ]
-  # Atomically, as another process may read it at the same time.
-  part = path.with_name(f"{path.name}.{os.getpid()}.part")
-  part.write_text("".join(lines))
-  part.replace(path)
+  # Another process may read it at the same time.
+  atomic.write(path, "".join(lines).encode())
 
 
 def read_pairs(
   path: str | os.PathLike, frames: PosedFrames
 ) -> tuple[Pair, ...]:
-  """Reads what `write_pairs` wrote, or a list of NAVI's.
+  """The pairs of `write_pairs`, or of a list of NAVI's.
 
-  The angle is computed from the poses; the file's is for people.
+  Angles are computed from the poses; those in the file are informative.
 
   Raises:
     InputError: for a line of another form, or a frame that is not in the data.
@@ -359,8 +400,8 @@ def read_pairs(
           f"{did_you_mean(name, frames.names[:1000])}"
         )
     i, j = (index[name] for name in fields[:2])
-    turned = motion(frames.poses[i], frames.poses[j])
-    pairs.append(Pair(i, j, float(rotation_angle(turned[:3, :3]))))
+    relative = motion(frames.poses[i], frames.poses[j])
+    pairs.append(Pair(i, j, float(rotation_angle(relative[:3, :3]))))
   if not pairs:
     raise InputError(f"{path} has no pairs")
   return tuple(pairs)

@@ -1,6 +1,6 @@
-"""Registry of data sets: opens what `data` names, for each kind of example.
+"""Registry of data sets: opens `data` for each kind of example.
 
-What `data` may be:
+`data` is one of
 
   scenes              the built-in scenes, at numbers no training run reaches
   {type=..., ...}     any source of `mtv_jax.data`, as in `config.data.train`
@@ -9,9 +9,16 @@ What `data` may be:
   FOLDER              a layout in `LAYOUTS`, or folders of classes, see
                       `class_folders.py`
 
-Annotations are read when a data set is opened, images one by one when used.
-They are the original ones, not canvases: an evaluation chooses its own
-preprocessing.
+Annotations are read when a data set is opened, images one by one when used, in
+their original size. Common arguments of the functions:
+
+  split   `train` or `test`
+  count   number of images, evenly spaced; all by default, of the scenes the
+          number below
+
+Each raises MissingFileError if `data` does not exist or lacks files,
+NotApplicable if it has no such labels, and InputError for an invalid option or
+annotations that don't fit the images.
 
 A new data set is a file with `matches(root)` and an `open_...` function for
 each kind of example that it has; `LAYOUTS` and the functions here name it.
@@ -21,7 +28,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -51,9 +58,9 @@ from mtv_jax.evals.datasets.files import unknown_layout
 from mtv_jax.evals.datasets.posed import PosedFrames
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.datasets.splits import Splits, match_splits
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import check_choice
 
-# By what errors call it, in the order in which folders are recognised.
+# By their name in errors, in the order in which folders are recognised.
 LAYOUTS: dict[str, ModuleType] = {
   "NYU depth": nyu,
   "KITTI": kitti,
@@ -66,7 +73,7 @@ LAYOUTS: dict[str, ModuleType] = {
 
 SPLITS = ("train", "test")
 
-# How many scenes are rendered where nothing says: of the two splits.
+# Default numbers of scenes.
 _CLASSIFICATION_SCENES = 1000
 _BOX_SCENES = 128
 _DEPTH_SCENES = {"train": 192, "test": 64}
@@ -77,22 +84,12 @@ _SEGMENTATION_SCENE_SIZE = 96
 def open_classification(
   data: Data, *, split: str = "test", count: int | None = None
 ) -> ClassificationSet:
-  """Opens labelled images: scenes, a folder, or a source with labels.
+  """Labelled images: scenes, a folder, or a source with labels.
 
-  Args:
-    data: see the top of the file.
-    split: `train` or `test`, where the data has both: of a folder of splits,
-      of the scenes (their numbers then start at `scenes.PROBE_SCENES`), and of
-      a TFDS set whose split `data` leaves open. Other data have one split.
-    count: how many to use, evenly spaced; all of them by default (of the
-      scenes, which never end, 1,000).
-
-  Raises:
-    MissingFileError: nothing there.
-    NotApplicable: something there that has no labels, or whose folders are
-      those of another kind of data set.
+  Folders of splits, scenes (whose training numbers start at
+  `scenes.PROBE_SCENES`) and TFDS sets have splits; other data have one.
   """
-  _check_split(split)
+  check_choice("split", split, SPLITS)
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
   if config is not None:
     return source_records.open_labelled(config, split=split, count=count)
@@ -102,9 +99,8 @@ def open_classification(
     return class_folders.open_folder(path, split=split, count=count)
   if path.suffix == ".json" and path.is_file():
     raise NotApplicable(
-      f"{data} is a JSON file, which gives captions and no classes. "
-      "Classification reads scenes, CLASS/*.jpg, wnid_name.JPEG or a source "
-      "with labels."
+      f"{data} is JSON, which has captions and no classes; expected scenes, a "
+      "folder of classes or a source with labels"
     )
   raise unknown_layout(
     data,
@@ -120,39 +116,35 @@ def open_splits(
   count: int | None = None,
   train_count: int | None = None,
 ) -> Splits:
-  """Opens a set to train a probe on and one to test it on.
+  """A training and a test set for a probe.
 
   Args:
     data: with both splits (a folder of them, the scenes, a TFDS set), or the
-      images to test on.
-    train: the images to train on, where `data` does not have them.
-    count: how many images to test on, evenly spaced; all by default.
-    train_count: how many to train on, by the same rule.
+      test images.
+    train: the training images, if `data` does not have them.
+    count: of test images.
+    train_count: of training images.
 
   Raises:
-    MissingFileError: nothing there, or one split without the other.
-    NotApplicable: data of another kind, or without a training split.
-    InputError: classes that don't agree, or one set given twice.
+    InputError: also for classes that don't agree, or one set given twice.
   """
   if isinstance(data, Mapping):
-    both = data.get("type") in ("scenes", "tfds")
+    has_both = data.get("type") in ("scenes", "tfds")
   elif os.path.isdir(data):
     # First, as other data sets have a folder for training too.
     _refuse_other_layouts(pathlib.Path(data))
-    both = class_folders.has_splits(data)
+    has_both = class_folders.has_splits(data)
   else:
-    both = is_scenes(data)
-  if train is None and not both:
+    has_both = is_scenes(data)
+  if train is None and not has_both:
     raise NotApplicable(
-      f"data={data if isinstance(data, Mapping) else os.fspath(data)!r} "
-      "has nothing to train a probe on. Expected a folder with train/CLASS/"
-      "*.jpg and val/CLASS/*.jpg, scenes or a TFDS set; or give the images to "
-      "train on with train="
+      f"data={data if isinstance(data, Mapping) else os.fspath(data)!r} has no "
+      "training images for a probe; expected train/CLASS/*.jpg and "
+      "val/CLASS/*.jpg, scenes or a TFDS set, or train="
     )
+  training = data if train is None else train
   return match_splits(
-    open_classification(
-      data if train is None else train, split="train", count=train_count
-    ),
+    open_classification(training, split="train", count=train_count),
     open_classification(data, split="test", count=count),
   )
 
@@ -165,19 +157,14 @@ def open_captions(
   count: int | None = None,
   max_captions: int | None = None,
 ) -> CaptionSet:
-  """Opens captioned images: scenes, COCO, Karpathy, or tars.
+  """Captioned images: scenes, COCO, Karpathy, or tars.
 
   Args:
     data: see the top of the file.
-    images: the folder of images, where it is not beside the JSON.
+    images: the folder of images, if it is not beside the JSON.
     split: of Karpathy's file.
-    count: how many images to use, evenly spaced; all of them by default (of
-      the scenes, which never end, 1,000).
+    count: of images.
     max_captions: the first captions of an image to use; all by default.
-
-  Raises:
-    MissingFileError: nothing there, or images missing.
-    NotApplicable: something there that has no captions.
   """
   chosen = {"count": count, "max_captions": max_captions}
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
@@ -196,22 +183,9 @@ def open_captions(
 def open_segmentation(
   data: Data, *, split: str, count: int | None = None
 ) -> SegmentationSet:
-  """Opens images with a class for every pixel.
-
-  Args:
-    data: scenes, ADE20K (ADEChallengeData2016, or the folder it is in), or
-      NYUv2 with nyu_images/, nyu_labels40/, train.txt and test.txt.
-    split: `train` or `test`.
-    count: how many images to use, evenly spaced; all of them by default (of
-      the scenes, which never end, 256 and 100).
-
-  Raises:
-    MissingFileError: nothing there, or a part missing.
-    NotApplicable: something there that has no classes of pixels.
-    InputError: for an unknown split or option.
-  """
-  _check_split(split)
-  if isinstance(data, Mapping) or is_scenes(data):
+  """Images with a class for every pixel: scenes, ADE20K or NYUv2."""
+  check_choice("split", split, SPLITS)
+  if _is_source(data):
     return scenes.open_segmentation(
       scenes.open_range(
         data,
@@ -222,26 +196,19 @@ def open_segmentation(
         needs="classes of pixels",
       )
     )
-  path = pathlib.Path(data)
-  if nyu.has_segmentation(path):
-    return nyu.open_segmentation(path, split=split, count=count)
-  if ade20k.find_root(path) is not None:
-    return ade20k.open_segmentation(path, split=split, count=count)
-  raise unknown_layout(
+  options = {"split": split, "count": count}
+  return _open_layout(
     data,
     "Segmentation reads 'scenes', ADE20K (ADEChallengeData2016 with images/ "
     "and annotations/) and NYUv2 with nyu_images/, nyu_labels40/, train.txt "
     "and test.txt.",
+    (nyu.has_segmentation, lambda p: nyu.open_segmentation(p, **options)),
+    (ade20k.matches, lambda p: ade20k.open_segmentation(p, **options)),
   )
 
 
 def depth_kind(data: Data) -> str:
-  """`scenes`, `nyu` or `kitti`, without opening `data`.
-
-  Raises:
-    MissingFileError: nothing there.
-    NotApplicable: something there that has no depth.
-  """
+  """`scenes`, `nyu` or `kitti`, without opening `data`."""
   if is_scenes(data):
     return "scenes"
   if isinstance(data, Mapping):
@@ -251,59 +218,12 @@ def depth_kind(data: Data) -> str:
       f"data={dict(data)}: of the sources only the scenes and TFDS's "
       'nyu_depth_v2 give metric depth: {type: "tfds", name: "nyu_depth_v2"}'
     )
-  root = pathlib.Path(data)
-  if root.exists() and nyu.has_depth(root):
-    return "nyu"
-  if root.is_dir() and kitti.has_depth(root):
-    return "kitti"
-  raise unknown_layout(data, _DEPTH_LAYOUTS)
-
-
-def open_depth(
-  data: Data,
-  *,
-  split: str,
-  size: int,
-  count: int | None = None,
-  truth: str | None = None,
-  subset: str = "all",
-) -> DepthSet:
-  """Opens one split of a data set with metric depth.
-
-  Args:
-    data: scenes; a folder of NYUv2 (see `nyu.py`) or KITTI (see `kitti.py`);
-      NYUv2's .mat file; or `{type: "tfds", name: "nyu_depth_v2"}`.
-    split: `train` or `test`.
-    size: pixels a side of the scenes, where `data` does not say.
-    count: how many images, evenly spaced; all by default (of the scenes 192 to
-      train on and 64 to test on).
-    truth: of NYUv2, see `nyu.open_depth`.
-    subset: of KITTI, see `kitti.open_depth`.
-
-  Raises:
-    MissingFileError: nothing there, or only a part.
-    NotApplicable: something there that has no depth.
-    InputError: for an unknown split or option.
-  """
-  _check_split(split)
-  kind = depth_kind(data)
-  if kind == "scenes":
-    return scenes.open_depth(
-      scenes.open_range(
-        data,
-        split=split,
-        count=count,
-        default=_DEPTH_SCENES[split],
-        size=size,
-        needs="metric depth",
-      )
-    )
-  if isinstance(data, Mapping):
-    return nyu.open_tfds(data, split=split, count=count)
-  root = pathlib.Path(data)
-  if kind == "nyu":
-    return nyu.open_depth(root, split=split, count=count, truth=truth)
-  return kitti.open_depth(root, split=split, count=count, subset=subset)
+  return _open_layout(
+    data,
+    _DEPTH_LAYOUTS,
+    (nyu.has_depth, lambda path: "nyu"),
+    (kitti.has_depth, lambda path: "kitti"),
+  )
 
 
 _DEPTH_LAYOUTS = """Expected 'scenes', or one of
@@ -315,101 +235,131 @@ _DEPTH_LAYOUTS = """Expected 'scenes', or one of
   KITTI: training/{image_2,velodyne,calib}"""
 
 
+def open_depth(
+  data: Data,
+  *,
+  split: str,
+  size: int,
+  count: int | None = None,
+  truth: str | None = None,
+  subset: str = "all",
+) -> DepthSet:
+  """Images with metric depth.
+
+  Args:
+    data: scenes; a folder of NYUv2 (see `nyu.py`) or KITTI (see `kitti.py`);
+      NYUv2's .mat file; or `{type: "tfds", name: "nyu_depth_v2"}`.
+    split: `train` or `test`.
+    size: pixels a side of the scenes, if `data` does not give it.
+    count: of images.
+    truth: of NYUv2, see `nyu.open_depth`.
+    subset: of KITTI, see `kitti.open_depth`.
+  """
+  check_choice("split", split, SPLITS)
+  kind, options = depth_kind(data), {"split": split, "count": count}
+  if kind == "scenes":
+    default = _DEPTH_SCENES[split]
+    return scenes.open_depth(
+      scenes.open_range(
+        data, **options, default=default, size=size, needs="metric depth"
+      )
+    )
+  if isinstance(data, Mapping):
+    return nyu.open_tfds(data, **options)
+  root = pathlib.Path(data)
+  if kind == "nyu":
+    return nyu.open_depth(root, truth=truth, **options)
+  return kitti.open_depth(root, subset=subset, **options)
+
+
 def open_boxes(
   data: Data,
   *,
   images: str | os.PathLike | None = None,
   count: int | None = None,
 ) -> BoxSet:
-  """Opens images with named boxes.
+  """Images with named boxes.
 
   Args:
     data: scenes; COCO's instances_*.json or its folder, of which val2017 is
       read; or a source with labels of boxes.
-    images: the folder of COCO's images, where it is not beside the JSON.
-    count: how many images to use, evenly spaced; all of them by default (of
-      the scenes, which never end, 128).
-
-  Raises:
-    MissingFileError: nothing there, or images missing.
-    NotApplicable: something there that has no boxes.
-    InputError: boxes that don't fit their images.
+    images: the folder of COCO's images, if it is not beside the JSON.
+    count: of images.
   """
-  if isinstance(data, Mapping) or is_scenes(data):
+  if _is_source(data):
     config = _source_config(data, length=count or _BOX_SCENES)
     boxes = source_records.open_boxes(config, count=count)
   else:
-    path = pathlib.Path(data)
-    is_json = path.is_file() and path.suffix == ".json"
-    if not is_json and not (path / "annotations").is_dir():
-      raise unknown_layout(
-        data,
-        "Grounding reads scenes, COCO's folder or its annotations/"
-        "instances_*.json, or a source with labels of boxes.",
-      )
-    boxes = coco.open_boxes(path, images=images, count=count)
+    boxes = _open_layout(
+      data,
+      "Grounding reads scenes, COCO's folder or its annotations/"
+      "instances_*.json, or a source with labels of boxes.",
+      (
+        lambda p: coco.matches(p) or (p.is_file() and p.suffix == ".json"),
+        lambda p: coco.open_boxes(p, images=images, count=count),
+      ),
+    )
   if not len(boxes.images):
     raise NotApplicable(f"{boxes.name} has no named boxes")
   return boxes
 
 
 def open_posed(data: Data, *, subset: str, count: int) -> PosedFrames:
-  """Opens images with depth and camera pose.
+  """Images with depth and camera pose: scenes, NAVI, or RGB-D sequences.
 
   Args:
-    data: scenes, a folder in NAVI's layout, or RGB-D sequences.
+    data: see the top of the file.
     subset: of NAVI, see `navi.open_posed`.
-    count: of the scenes, how many to render.
-
-  Raises:
-    MissingFileError: nothing there, or only a part.
-    NotApplicable: something there without poses.
+    count: of the scenes.
   """
-  if isinstance(data, Mapping) or is_scenes(data):
-    return scenes.open_posed(_scene_range(data, count, "posed views"))
-  root = pathlib.Path(data)
-  if navi.matches(root):
-    return navi.open_posed(root, subset=subset)
-  if rgbd.has_frames(root):
-    return rgbd.open_posed(root)
-  raise unknown_layout(
+  if _is_source(data):
+    return scenes.open_posed(
+      scenes.open_range(data, default=count, count=count, needs="posed views")
+    )
+  return _open_layout(
     data,
     "Geometric correspondence reads scenes, NAVI (OBJECT/wild_set/...) or "
     "RGB-D sequences (frame-000000.{color.png,depth.png,pose.txt}).",
+    (navi.matches, lambda p: navi.open_posed(p, subset=subset)),
+    (rgbd.has_frames, rgbd.open_posed),
   )
 
 
 def open_key_points(data: Data, *, split: str, count: int) -> KeyPointPairs:
-  """Opens pairs of images with key points.
+  """Pairs of images with key points.
 
   Args:
     data: scenes or the folder `SPair-71k`.
     split: of SPair-71k: `trn`, `val` or `test`.
-    count: of the scenes, how many to render.
-
-  Raises:
-    MissingFileError: nothing there, or only a part.
-    NotApplicable: something there without key points.
+    count: of the scenes.
   """
-  if isinstance(data, Mapping) or is_scenes(data):
-    return scenes.open_key_points(_scene_range(data, count, "key points"))
-  root = pathlib.Path(data)
-  if spair.matches(root):
-    return spair.open_key_points(root, split=split)
-  raise unknown_layout(
+  if _is_source(data):
+    return scenes.open_key_points(
+      scenes.open_range(data, default=count, count=count, needs="key points")
+    )
+  return _open_layout(
     data,
     "Semantic correspondence reads scenes or SPair-71k "
     f"(PairAnnotation/{split}/*.json, JPEGImages/).",
+    (spair.matches, lambda p: spair.open_key_points(p, split=split)),
   )
 
 
-def _check_split(split: str) -> None:
-  if split not in SPLITS:
-    raise InputError(f"split={split!r}; expected 'train' or 'test'")
+def _open_layout(
+  data: str | os.PathLike,
+  expected: str,
+  *readers: tuple[Callable[..., bool], Callable[..., Any]],
+) -> Any:
+  """The result of the first reader, (matches, open), that matches a path."""
+  path = pathlib.Path(data)
+  for matches, open_path in readers:
+    if matches(path):
+      return open_path(path)
+  raise unknown_layout(data, expected)
 
 
-def _scene_range(data: Data, count: int, needs: str) -> scenes.SceneRange:
-  return scenes.open_range(data, default=count, count=count, needs=needs)
+def _is_source(data: Data) -> bool:
+  return isinstance(data, Mapping) or is_scenes(data)
 
 
 def _source_config(data: Data, *, length: int) -> dict[str, Any] | None:
@@ -429,7 +379,6 @@ def _refuse_other_layouts(root: pathlib.Path) -> None:
   for name, layout in LAYOUTS.items():
     if layout.matches(root):
       raise NotApplicable(
-        f"{root} is laid out as {name}, whose folders are not classes. "
-        "Classification reads CLASS/*.jpg, wnid_name.JPEG or train/CLASS/*.jpg "
-        "beside val/CLASS/*.jpg"
+        f"{root} is laid out as {name}, whose folders are not classes; "
+        "expected CLASS/*.jpg, wnid_name.JPEG or {train,val}/CLASS/*.jpg"
       )

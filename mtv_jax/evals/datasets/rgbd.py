@@ -1,10 +1,10 @@
-"""Reader of RGB-D sequences with poses, as 7-Scenes has them.
+"""Reader of RGB-D sequences with poses in the layout of 7-Scenes.
 
     ROOT/**/frame-000000.{color.png|color.jpg, depth.png, pose.txt}
     ROOT/**/camera-intrinsics.txt    (optional: 3 x 3, in pixels)
 
-Depth is a 16-bit PNG in millimetres, 0 and 65535 for nothing; the pose is
-4 x 4, camera to world, in metres. Without intrinsics, those of 7-Scenes hold: a
+Depth is a 16-bit PNG in millimetres, 0 and 65535 for none; the pose is 4 x 4,
+camera to world, in metres. The default intrinsics are those of 7-Scenes: a
 focal length of 585 pixels and the principal point (320, 240) (Shotton et al.
 2013). Every folder of frames is a sequence, whose frames are paired with each
 other.
@@ -12,21 +12,22 @@ other.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from mtv_jax.data import canvas
 from mtv_jax.evals.datasets.class_folders import list_folders
-from mtv_jax.evals.datasets.files import read_png_values, require_layout
-from mtv_jax.evals.datasets.posed import Frame, PosedFrames, motion
+from mtv_jax.evals.datasets.files import (
+  LabelledFile,
+  read_png_values,
+  require_layout,
+)
+from mtv_jax.evals.datasets.posed import PosedFrames, motion, open_frames
 from mtv_jax.utils.errors import InputError, MissingFileError
 
-# Shorter side of the protocol's offline copies.
-STORED = 1024
 # A partner must show this share of a frame's points within its image. NAVI
 # needs no such rule, as all its images show the object.
 MIN_OVERLAP = 0.3
@@ -59,38 +60,40 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
     [f"**/frame-*.{part}" for part in ("pose.txt", "color.*", "depth.png")],
     what="a set of RGB-D sequences in the layout of 7-Scenes",
   )
-  frames, groups, poses, lost = [], [], [], 0
+  frames, intrinsics, poses, groups, lost = [], [], [], [], 0
   for folder in sorted({path.parent for path in root.rglob(_POSES)}):
     start = len(frames)
-    intrinsics = _intrinsics(folder, root)
+    k = _read_intrinsics(folder, root)
     # Listed once: a sequence of 7-Scenes has 3,000 files.
-    there = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()}
     for path in sorted(folder.glob(_POSES)):
-      camera_to_world = _matrix(path, (4, 4))
-      # How 7-Scenes and ScanNet say that tracking was lost.
+      camera_to_world = _read_matrix(path, (4, 4))
+      # The mark of lost tracking in 7-Scenes and ScanNet.
       if not np.isfinite(camera_to_world).all():
         lost += 1
         continue
-      frames.append(_files(path, there, intrinsics))
-      poses.append(_inverse(camera_to_world, path))
+      frames.append(_files(path, names))
+      intrinsics.append(k)
+      poses.append(_invert(camera_to_world, path))
     if len(frames) > start:
-      groups.append(tuple(range(start, len(frames))))
+      groups.append(range(start, len(frames)))
   if not frames:
     raise InputError(f"{root}: none of its {lost} poses is finite")
-  stacked = np.stack(poses)
-  return PosedFrames(
-    name=str(root),
+
+  def camera(i: int, shape: tuple[int, int]):
+    k, (height, width) = intrinsics[i], shape
+    centre = (float(k[0, 2]) - width / 2, float(k[1, 2]) - height / 2)
+    return float(k[0, 0] + k[1, 1]) / 2, centre
+
+  return open_frames(
+    root,
+    frames,
     layout="rgbd",
-    names=tuple(f.image.relative_to(root).as_posix() for f in frames),
-    groups=tuple(groups),
-    poses=stacked,
-    read=lambda i, size: frames[i].read(stacked[i]),
-    fingerprint=lambda i: (
-      frames[i].image.stat().st_size,
-      frames[i].depth.stat().st_size,
-    ),
-    stored=STORED,
-    overlaps=_Overlap(frames, stacked),
+    groups=groups,
+    poses=np.stack(poses),
+    read_depth=read_depth,
+    camera=camera,
+    overlaps=_Overlap(frames, intrinsics, poses),
     about={
       "sequences": len(groups),
       "frames_without_pose": lost,
@@ -100,93 +103,66 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Files:
-  """The files of a frame."""
-
-  image: pathlib.Path
-  depth: pathlib.Path
-  intrinsics: np.ndarray
-
-  def read(self, pose: np.ndarray) -> Frame:
-    image = canvas.decode(self.image.read_bytes(), key=str(self.image))
-    depth = read_depth(self.depth)
-    if depth.shape != image.shape[:2]:
-      raise InputError(
-        f"{self.image} is {image.shape[0]}x{image.shape[1]} and its depth "
-        f"{depth.shape[0]}x{depth.shape[1]}; they must be equal"
-      )
-    k, (height, width) = self.intrinsics, depth.shape
-    return Frame(
-      image=image,
-      depth=depth,
-      focal=float(k[0, 0] + k[1, 1]) / 2,
-      pose=pose,
-      centre=(float(k[0, 2]) - width / 2, float(k[1, 2]) - height / 2),
-    )
-
-
-def _files(path: pathlib.Path, there: set[str], intrinsics) -> _Files:
+def _files(path: pathlib.Path, names: set[str]) -> LabelledFile:
   stem = path.name.removesuffix("pose.txt")
-  names = [f"{stem}color{suffix}" for suffix in (".png", ".jpg", ".jpeg")]
-  names = [name for name in names if name in there]
+  colors = [f"{stem}color{suffix}" for suffix in (".png", ".jpg", ".jpeg")]
+  colors = [name for name in colors if name in names]
   depth = f"{stem}depth.png"
-  if not names or depth not in there:
+  if not colors or depth not in names:
     raise MissingFileError(
       f"{path} has no {stem}color.png or .jpg, or no {depth}, beside it"
     )
-  return _Files(path.with_name(names[0]), path.with_name(depth), intrinsics)
+  return LabelledFile(path.with_name(colors[0]), path.with_name(depth))
 
 
 class _Overlap:
-  """The share of a frame's points that another frame has in its image."""
+  """Whether enough points of a frame are inside another frame's image."""
 
-  def __init__(self, frames: list[_Files], poses: np.ndarray):
-    self._frames = frames
-    self._poses = poses
-    self._points = functools.lru_cache(maxsize=64)(self._points_of)
+  def __init__(
+    self,
+    frames: Sequence[LabelledFile],
+    intrinsics: Sequence[np.ndarray],
+    poses: Sequence[np.ndarray],
+  ):
+    self._frames, self._intrinsics, self._poses = frames, intrinsics, poses
+    self._points = functools.lru_cache(maxsize=64)(self._read_points)
 
   def __call__(self, first: int, second: int) -> bool:
     points, _ = self._points(first)
-    turned = motion(self._poses[first], self._poses[second])
-    x, y, z = turned[:3, :3] @ points + turned[:3, 3:]
-    k = self._frames[second].intrinsics
+    moved = motion(self._poses[first], self._poses[second])
+    x, y, z = moved[:3, :3] @ points + moved[:3, 3:]
+    k = self._intrinsics[second]
     height, width = self._points(second)[1]
     depth = np.maximum(z, 1e-9)
     u, v = k[0, 0] * x / depth + k[0, 2], k[1, 1] * y / depth + k[1, 2]
     inside = (z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
     return bool(inside.size and inside.mean() >= MIN_OVERLAP)
 
-  def _points_of(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
-    files = self._frames[index]
-    depth = read_depth(files.depth)
+  def _read_points(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+    depth, k = read_depth(self._frames[index].label), self._intrinsics[index]
     v, u = np.mgrid[: depth.shape[0] : _STEP, : depth.shape[1] : _STEP]
-    z, k = depth[v, u], files.intrinsics
+    z = depth[v, u]
     x = (u + 0.5 - k[0, 2]) / k[0, 0] * z
     y = (v + 0.5 - k[1, 2]) / k[1, 1] * z
     return np.stack([x, y, z])[:, z > 0], depth.shape
 
 
 def read_depth(path: pathlib.Path) -> Float32[np.ndarray, "h w"]:
-  """Metres of a depth PNG, 0 where it has none.
-
-  Raises:
-    InputError: for a file that is not 16-bit grey.
-  """
+  """Metres of a 16-bit depth PNG, 0 where it has none."""
   value = read_png_values(path, np.uint16)
   return np.where(value < 65535, value, 0).astype(np.float32) / 1000
 
 
-def _intrinsics(folder: pathlib.Path, root: pathlib.Path) -> np.ndarray:
+def _read_intrinsics(folder: pathlib.Path, root: pathlib.Path) -> np.ndarray:
   """Of the folder, or of the nearest one above it up to the root."""
   for parent in (folder, *folder.parents):
     path = parent / "camera-intrinsics.txt"
     if path.is_file():
-      k = _matrix(path, (3, 3))
+      k = _read_matrix(path, (3, 3))
       if not 0.98 * k[0, 0] <= k[1, 1] <= 1.02 * k[0, 0]:
         raise InputError(
           f"{path}: focal lengths of {k[0, 0]:g} and {k[1, 1]:g} pixels; "
-          "expected square pixels, as a view has one"
+          "expected square pixels, as a view has one focal length"
         )
       return k
     if parent == root:
@@ -194,7 +170,7 @@ def _intrinsics(folder: pathlib.Path, root: pathlib.Path) -> np.ndarray:
   return _KINECT
 
 
-def _matrix(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
+def _read_matrix(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
   try:
     values = np.array(path.read_text().split(), np.float64)
   except ValueError as error:
@@ -207,7 +183,7 @@ def _matrix(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
   return values.reshape(shape)
 
 
-def _inverse(
+def _invert(
   camera_to_world: np.ndarray, path: pathlib.Path
 ) -> Float64[np.ndarray, "4 4"]:
   rotation = camera_to_world[:3, :3]

@@ -1,9 +1,9 @@
 """Built-in scenes as data for every kind of evaluation.
 
 `data` is `scenes`, or `{type="scenes", first=..., length=..., size=...,
-seed=...}` as a source of `mtv_jax.data` has it. Left open, `first` is
-`HELD_OUT_SCENES`; the scenes to train a probe on start `PROBE_SCENES` later
-than `first`, or there.
+seed=...}`, the config of a source of `mtv_jax.data`. By default `first` is
+`HELD_OUT_SCENES`; the scenes to train a probe on start at `PROBE_SCENES` plus
+the given `first`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.data import registry as sources
 from mtv_jax.data.scenes import render as render_lib
 from mtv_jax.data.scenes.render import (
   CLASS_NAMES,
@@ -80,12 +81,15 @@ class SceneRange:
   Attributes:
     numbers: of the scenes.
     seed: of their series.
-    size: pixels a side; None where neither data nor evaluation fixes it.
+    size: pixels a side; None if neither data nor evaluation sets it.
   """
 
   numbers: tuple[int, ...]
   seed: int = 0
   size: int | None = None
+
+  def __len__(self) -> int:
+    return len(self.numbers)
 
   def render(self, i: int) -> Scene:
     """Scene i of the range."""
@@ -94,7 +98,7 @@ class SceneRange:
   def digest(self) -> str:
     """A hash of numbers, size and seed."""
     digest = Digest()
-    first, count = self.numbers[0], len(self.numbers)
+    first, count = self.numbers[0], len(self)
     digest.add("scenes", first, count, self.size, self.seed)
     if self.numbers != tuple(range(first, first + count)):
       digest.add(*self.numbers)
@@ -125,18 +129,16 @@ def open_range(
 
   Args:
     data: see the top of the file.
-    default: how many scenes, where neither `data` nor `count` says.
+    default: number of scenes if neither `data` nor `count` gives it.
     needs: what the evaluation reads of a source, for the error.
     split: `train` or `test`.
-    count: how many, evenly spaced where `length` gives more; None for all.
-    size: pixels a side where `data` does not say.
+    count: number of scenes, evenly spaced in `length`; None for all.
+    size: pixels a side if `data` does not give it.
 
   Raises:
     NotApplicable: for a source of another type.
-    InputError: for an option that scenes do not have, or `count` below 1.
+    InputError: for an unknown option of scenes, or `count` below 1.
   """
-  from mtv_jax.data import registry as sources
-
   given = dict(data) if isinstance(data, Mapping) else {"type": "scenes"}
   if not is_scenes(given):
     raise NotApplicable(
@@ -159,7 +161,6 @@ def _fields(
   scenes: SceneRange, *names: str
 ) -> tuple[Callable[[int], np.ndarray], ...]:
   """Functions from an index to a field of the scene, which is cached."""
-  # The fields of a scene are read one after the other.
   render = functools.lru_cache(maxsize=64)(scenes.render)
   return tuple(lambda i, name=name: getattr(render(i), name) for name in names)
 
@@ -170,8 +171,8 @@ def open_depth(scenes: SceneRange) -> DepthSet:
   return DepthSet(
     kind="scenes",
     name="scenes",
-    images=Images(image, len(scenes.numbers)),
-    depths=DepthMaps(depth, len(scenes.numbers)),
+    images=Images(image, len(scenes)),
+    depths=DepthMaps(depth, len(scenes)),
     source="exact",
     digest=scenes.digest(),
   )
@@ -183,8 +184,8 @@ def open_segmentation(scenes: SceneRange) -> SegmentationSet:
   return SegmentationSet(
     kind="scenes",
     name="scenes",
-    images=Images(image, len(scenes.numbers)),
-    maps=LabelMaps(segmentation, len(scenes.numbers)),
+    images=Images(image, len(scenes)),
+    maps=LabelMaps(segmentation, len(scenes)),
     classes=SEGMENT_NAMES,
     class_count=len(SEGMENT_NAMES),
     digest=scenes.digest(),
@@ -196,9 +197,8 @@ def ignore_stuff(data: SegmentationSet) -> SegmentationSet:
 
   def read(i: int) -> np.ndarray:
     labels = data.maps[i]
-    return np.where(labels < STUFF_COUNT, IGNORE, labels - STUFF_COUNT).astype(
-      np.uint8
-    )
+    things = np.where(labels < STUFF_COUNT, IGNORE, labels - STUFF_COUNT)
+    return things.astype(np.uint8)
 
   return dataclasses.replace(
     data,
@@ -210,31 +210,24 @@ def ignore_stuff(data: SegmentationSet) -> SegmentationSet:
 
 
 def open_boxes(
-  name: str,
-  source: SceneSource,
-  indices: Sequence[int],
+  name: str, source: SceneSource, indices: Sequence[int]
 ) -> BoxSet:
   """Scenes whose boxes have phrases and the classes of their objects."""
-  first = source.first
-  scenes = SceneRange(
-    tuple(first + i for i in indices), source.seed, source.size
-  )
-  digest, labelled = Digest(), []
+  numbers = tuple(source.first + i for i in indices)
+  scenes = SceneRange(numbers, source.seed, source.size)
+  digest, rows = Digest(), []
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    rendered = pool.map(scenes.render, range(len(indices)))
-    for i, scene in enumerate(rendered):
+    for i, scene in enumerate(pool.map(scenes.render, range(len(scenes)))):
       if len(scene.boxes):
-        key = f"scene-{source.seed}-{scenes.numbers[i]}-{source.size}"
+        key = f"scene-{source.seed}-{numbers[i]}-{source.size}"
         digest.add(key, *scene.boxes.ravel().tolist(), *scene.phrases)
         names = [scene.objects[j].name for j in scene.box_objects]
         labels = np.asarray([CLASS_NAMES.index(n) for n in names], np.int32)
-        labelled.append((i, scene.boxes, scene.phrases, labels))
-  rows, boxes, phrases, labels = (
-    zip(*labelled, strict=True) if labelled else [()] * 4
-  )
+        rows.append((i, scene.boxes, scene.phrases, labels))
+  chosen, boxes, phrases, labels = zip(*rows, strict=True) if rows else [()] * 4
   return BoxSet(
     name=name,
-    images=Images(lambda k: scenes.render(rows[k]).image, len(rows)),
+    images=Images(lambda k: scenes.render(chosen[k]).image, len(chosen)),
     boxes=boxes,
     phrases=phrases,
     labels=labels,
@@ -256,11 +249,10 @@ def open_posed(scenes: SceneRange) -> PosedFrames:
     size = scenes.size or min(2 * size, _MAX_POSED_SIZE)
     pair = render(index // 2, size)
     scene = pair.second if index % 2 else pair.first
+    depth = np.where(scene.instances >= STUFF_COUNT, scene.depth, 0)
     return Frame(
       image=scene.image,
-      depth=np.where(scene.instances >= STUFF_COUNT, scene.depth, 0).astype(
-        "f4"
-      ),
+      depth=depth.astype(np.float32),
       focal=scene.camera.focal * size,
       pose=_pose(scene.camera),
     )
@@ -306,7 +298,7 @@ def open_key_points(scenes: SceneRange) -> KeyPointPairs:
   """
   numbers, side = scenes.numbers, scenes.size or _KEY_POINT_SIZE
   sized = dataclasses.replace(scenes, size=side)
-  rendered = [sized.render(i) for i in range(len(numbers))]
+  rendered = [sized.render(i) for i in range(len(scenes))]
   by_class = collections.defaultdict(list)
   for i, scene in enumerate(rendered):
     if 0 in scene.box_objects:
@@ -334,10 +326,8 @@ def open_key_points(scenes: SceneRange) -> KeyPointPairs:
   if not pairs:
     enough = len(CLASS_NAMES) + 1
     raise InputError(
-      f"scenes: {len(numbers)} of them (from number {numbers[0]}) show no two "
-      f"main objects of one class, so there is nothing to pair. Of {enough} "
-      f"scenes two have the same of {enough - 1} classes: set count={enough} "
-      "or more"
+      f"scenes: {len(scenes)} of them (from number {numbers[0]}) show no two "
+      f"main objects of one class of {enough - 1}; set count={enough} or more"
     )
   images = [scene.image for scene in rendered]
   return KeyPointPairs(

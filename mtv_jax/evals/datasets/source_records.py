@@ -1,4 +1,4 @@
-"""Data sets of evaluations from the sources that training reads too."""
+"""Data sets of evaluations from the sources of training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CHUNK = 1024
 
 
 def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
-  """The config of a source's split, if it is a source that has splits."""
+  """The config of a source's split; unchanged for sources without splits."""
   config = dict(config)
   if config.get("type") == "scenes":
     return scenes.split_config(config, split)
@@ -43,7 +43,7 @@ def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
 
 
 def _tfds_test_split(config: Mapping[str, Any]) -> str:
-  """`validation` where there is one: ImageNet's and COCO's tests are hidden."""
+  """`validation` if it exists: ImageNet's and COCO's tests have no labels."""
   try:
     sources.build_source({**config, "split": "validation"})
   except ValueError:
@@ -51,11 +51,21 @@ def _tfds_test_split(config: Mapping[str, Any]) -> str:
   return "validation"
 
 
-def source_name(config: Mapping[str, Any]) -> str:
-  """The name of a source for the protocol."""
+def _open(
+  config: Mapping[str, Any], count: int | None, *fields: str
+) -> tuple[str, Any, list[int]]:
+  """Name, source and evenly spaced indices of records with `fields`."""
+  name = str(config.get("path", config["type"]))
   if config["type"] == "tfds" and "split" in config:
-    return f"{config.get('name')}/{config['split']}"
-  return str(config.get("path", config["type"]))
+    name = f"{config.get('name')}/{config['split']}"
+  source = sources.build_source(config)
+  lost = sorted({*fields} - {*source.fields})
+  if lost:
+    raise NotApplicable(
+      f"{name}: its records have {sorted(source.fields)}, and this evaluation "
+      f"needs {' and '.join(map(repr, lost))}"
+    )
+  return name, source, subsample(range(len(source)), count)
 
 
 def open_labelled(
@@ -63,11 +73,9 @@ def open_labelled(
 ) -> ClassificationSet:
   """The records' images with their `label`."""
   config = split_config(config, split)
-  name, source = source_name(config), sources.build_source(config)
-  _require_fields(name, source, "label")
-  indices = subsample(range(len(source)), count)
+  name, source, indices = _open(config, count, "label")
   digest, labels = Digest(), []
-  for key, size, label in _labels(source, indices):
+  for key, size, label in _read_labels(source, indices):
     labels.append(label)
     digest.add(key, size, label)
   return ClassificationSet(
@@ -85,35 +93,27 @@ def open_captions(
 ) -> CaptionSet:
   """The records' images that have captions, with their `captions`."""
   config = split_config(config, "test")
-  name, source = source_name(config), sources.build_source(config)
-  _require_fields(name, source, "captions")
-  indices = subsample(range(len(source)), count)
+  name, source, indices = _open(config, count, "captions")
   digest, captions, captioned = Digest(), [], []
-  for i, record in zip(indices, _records(source, indices), strict=True):
+  for i, record in _read_records(source, indices):
     texts = tuple(record["captions"])[:max_captions]
     if texts:
-      digest.add(record["key"], _size(record["image"]), *texts)
+      digest.add(record["key"], _describe_size(record["image"]), *texts)
       captioned.append(i)
       captions.append(texts)
-  return CaptionSet.from_lists(
-    name, _images(source, captioned), captions, digest
-  )
+  images = _images(source, captioned)
+  return CaptionSet.from_lists(name, images, captions, digest)
 
 
 def open_boxes(config: Mapping[str, Any], *, count: int | None) -> BoxSet:
   """The records' images that have `boxes`, with their `phrases`."""
   if scenes.is_scenes(config):
     config = scenes.split_config(config, "test")
-  name, source = str(config.get("path", config["type"])), None
-  source = sources.build_source(config)
-  indices = subsample(range(len(source)), count)
+  name, source, indices = _open(config, count, "boxes", "phrases")
   if isinstance(source, SceneSource):
     return scenes.open_boxes(name, source, indices)
-  _require_fields(name, source, "boxes", "phrases")
   boxed, boxes, phrases, digest = [], [], [], Digest()
-  # Not all at once: a record holds the bytes of its image.
-  for i in indices:
-    record = source[i]
+  for i, record in _read_records(source, indices):
     if len(record["phrases"]):
       boxed.append(i)
       boxes.append(np.asarray(record["boxes"], np.float32).reshape(-1, 4))
@@ -130,7 +130,7 @@ def open_boxes(config: Mapping[str, Any], *, count: int | None) -> BoxSet:
   )
 
 
-def _labels(
+def _read_labels(
   source: Any, indices: Sequence[int]
 ) -> Iterator[tuple[str, str, int]]:
   """Of each record its key, its image's size and its label."""
@@ -143,14 +143,18 @@ def _labels(
       label = CLASS_NAMES.index(world.objects[0].name)
       yield f"scene-{source.seed}-{number}", size, label
     return
-  for record in _records(source, indices):
-    yield record["key"], _size(record["image"]), int(record["label"])
+  for _, record in _read_records(source, indices):
+    size = _describe_size(record["image"])
+    yield record["key"], size, int(record["label"])
 
 
-def _records(source: Any, indices: Sequence[int]) -> Iterator[Any]:
+def _read_records(
+  source: Any, indices: Sequence[int]
+) -> Iterator[tuple[int, Any]]:
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for start in range(0, len(indices), _CHUNK):
-      yield from pool.map(source.__getitem__, indices[start : start + _CHUNK])
+      chunk = indices[start : start + _CHUNK]
+      yield from zip(chunk, pool.map(source.__getitem__, chunk), strict=True)
 
 
 def _images(source: Any, indices: Sequence[int]) -> Images:
@@ -164,16 +168,7 @@ def _images(source: Any, indices: Sequence[int]) -> Images:
   return Images(read, len(indices))
 
 
-def _require_fields(name: str, source: Any, *fields: str) -> None:
-  lost = sorted({*fields} - {*source.fields})
-  if lost:
-    raise NotApplicable(
-      f"{name}: its records have {sorted(source.fields)}, and this evaluation "
-      f"needs {' and '.join(map(repr, lost))}"
-    )
-
-
-def _size(image: Any) -> str:
+def _describe_size(image: Any) -> str:
   """Bytes of a file, or the shape of rendered pixels."""
   if isinstance(image, np.ndarray):
     return "x".join(map(str, image.shape))

@@ -4,8 +4,7 @@
     ROOT/PairAnnotation/test/000001-2008_006987-2010_001367:sheep.json
 
 A pair's file lists the key points that both images show, as whole pixels.
-The names contain colons, which some archivers replace, so nothing is read from
-a name.
+File names contain colons, which some archivers replace, so they are not parsed.
 """
 
 from __future__ import annotations
@@ -22,10 +21,22 @@ from mtv_jax.evals.core.examples import (
   KeyPointPairs,
   open_images,
 )
-from mtv_jax.evals.datasets.files import require_files, require_layout
-from mtv_jax.utils.errors import InputError, did_you_mean
+from mtv_jax.evals.datasets import files
+from mtv_jax.utils.errors import InputError, check_choice
 
 SPLITS = ("trn", "val", "test")
+_KEYS = (
+  "pair_id",
+  "category",
+  "viewpoint_variation",
+  "src_imname",
+  "trg_imname",
+  "src_imsize",
+  "trg_imsize",
+  "src_kps",
+  "trg_kps",
+  "trg_bndbox",
+)
 
 
 def matches(root: pathlib.Path) -> bool:
@@ -44,72 +55,48 @@ def open_key_points(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
     MissingFileError: for a part that is missing.
     InputError: for an annotation of another form.
   """
-  if split not in SPLITS:
-    raise InputError(
-      f"SPair-71k: split={split!r}. {did_you_mean(split, SPLITS)}"
-    )
-  root = require_layout(
+  check_choice("SPair-71k: split", split, SPLITS)
+  root = files.require_layout(
     root,
     [f"PairAnnotation/{split}/*.json", "JPEGImages/*/*.jpg"],
     what="SPair-71k (cvlab.postech.ac.kr)",
   )
-  files = sorted((root / "PairAnnotation" / split).glob("*.json"))
-  rows = sorted((_row(file) for file in files), key=lambda r: r["pair_id"])
-  folder = root / "JPEGImages"
-  paths = sorted(
-    {
-      folder / row["category"] / row[name]
-      for row in rows
-      for name in ("src_imname", "trg_imname")
-    }
-  )
-  require_files(paths, root)
-  index = {path: i for i, path in enumerate(paths)}
-  sizes = [path.stat().st_size for path in paths]
+  paths = sorted((root / "PairAnnotation" / split).glob("*.json"))
+  rows = sorted(map(_read_row, paths), key=lambda row: row["pair_id"])
+  pair_images = [
+    [
+      root / "JPEGImages" / row["category"] / row[f"{side}_imname"]
+      for side in ("src", "trg")
+    ]
+    for row in rows
+  ]
+  images = sorted({path for pair in pair_images for path in pair})
+  files.require_files(images, root)
+  index = {path: i for i, path in enumerate(images)}
   digest, pairs = Digest(), []
-  for row in rows:
-    first, second = (
-      index[folder / row["category"] / row[name]]
-      for name in ("src_imname", "trg_imname")
-    )
-    digest.add(json.dumps(row, sort_keys=True), sizes[first], sizes[second])
-    pairs.append(_pair(row, first, second))
+  for row, pair in zip(rows, pair_images, strict=True):
+    sizes = [path.stat().st_size for path in pair]
+    digest.add(json.dumps(row, sort_keys=True), *sizes)
+    pairs.append(_make_pair(row, *(index[path] for path in pair)))
   return KeyPointPairs(
     name=str(root),
     layout="spair",
-    images=open_images(paths),
+    images=open_images(images),
     pairs=tuple(pairs),
     digest=digest.hex(),
     about={"split": split, "key_points": "those that both pictures show"},
   )
 
 
-_KEYS = (
-  "pair_id",
-  "category",
-  "viewpoint_variation",
-  "src_imname",
-  "trg_imname",
-  "src_imsize",
-  "trg_imsize",
-  "src_kps",
-  "trg_kps",
-  "trg_bndbox",
-)
-
-
-def _row(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    row = json.loads(path.read_bytes())
-    row = {key: row[key] for key in _KEYS}
-  except (ValueError, TypeError) as error:
+def _read_row(path: pathlib.Path) -> dict[str, Any]:
+  content = files.read_json(path)
+  content = content if isinstance(content, dict) else {}
+  lost = [key for key in _KEYS if key not in content]
+  if lost:
     raise InputError(
-      f"{path} is not an annotation of a pair: {error}"
-    ) from None
-  except KeyError as error:
-    raise InputError(
-      f"{path} has no {error}; expected the keys {', '.join(_KEYS)}"
-    ) from None
+      f"{path} has no {lost[0]!r}; expected the keys {', '.join(_KEYS)}"
+    )
+  row = {key: content[key] for key in _KEYS}
   counts = [len(row[key]) for key in ("src_kps", "trg_kps")]
   if counts[0] != counts[1]:
     raise InputError(
@@ -119,18 +106,18 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
   return row
 
 
-def _pair(row: dict[str, Any], first: int, second: int) -> KeyPointPair:
-  points = [
+def _make_pair(row: dict[str, Any], first: int, second: int) -> KeyPointPair:
+  first_points, second_points = (
     np.array(row[key], np.float64).reshape(-1, 2)
     for key in ("src_kps", "trg_kps")
-  ]
+  )
   return KeyPointPair(
     category=row["category"],
     viewpoint=int(row["viewpoint_variation"]),
     first=first,
     second=second,
-    first_points=points[0],
-    second_points=points[1],
+    first_points=first_points,
+    second_points=second_points,
     second_box=np.array(row["trg_bndbox"], np.float64),
     # Width, height, channels.
     first_side=max(row["src_imsize"][:2]),

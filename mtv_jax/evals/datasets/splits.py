@@ -15,12 +15,12 @@ from mtv_jax.utils.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-  """Images to train a probe on and images to test it on.
+  """Disjoint images to train and to test a probe on, with common classes.
 
   Attributes:
-    train: with labels among the same classes as those of `test`.
-    test: none of the images of `train`.
-    classes: how many there are.
+    train: training images.
+    test: test images.
+    classes: number of classes of the labels of both.
   """
 
   train: ClassificationSet
@@ -61,8 +61,8 @@ def match_splits(train: ClassificationSet, test: ClassificationSet) -> Splits:
   if lost:
     raise InputError(
       f"{len(lost)} of {len(test.ids)} classes of {test.name} are not in "
-      f"{train.name}, such as {lost[0]!r}: a probe can't learn them. Is "
-      "train= another data set, or half unpacked?"
+      f"{train.name}, such as {lost[0]!r}. Is train= another data set, or "
+      "unpacked in part?"
     )
   labels = np.asarray([index[key] for key in test.ids], np.int32)[test.labels]
   test = dataclasses.replace(
@@ -74,10 +74,9 @@ def match_splits(train: ClassificationSet, test: ClassificationSet) -> Splits:
 def hold_out(
   labels: Int[np.ndarray, " n"], *, every: int = 10
 ) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " h"]]:
-  """Splits a training set: every tenth image of each class is held out.
+  """Sorted indices of a training set to train on, and to hold out.
 
-  Of a class with fewer than two images none is. Returns the indices of those
-  to train on and those held out, each in order.
+  One of each `every` images of a class is held out, none of a class with one.
   """
   order = np.argsort(labels, kind="stable")
   counts = np.bincount(labels)

@@ -208,7 +208,7 @@ def test_folders_without_images_are_explained(tmp_path):
   (tmp_path / "empty").mkdir()
   with pytest.raises(ValueError, match=r"expected CLASS/\*.jpg.*'empty'"):
     registry.open_classification(tmp_path)
-  with pytest.raises(FileNotFoundError, match="nothing there"):
+  with pytest.raises(FileNotFoundError, match="does not exist"):
     registry.open_classification(tmp_path / "nowhere")
 
 

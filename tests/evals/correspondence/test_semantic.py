@@ -324,7 +324,7 @@ def test_errors_of_damaged_annotations(spair_root, tmp_path):
     SemanticCorrespondence(data=str(spair_root)).prepare()
   with pytest.raises(FileNotFoundError, match="missing  PairAnnotation/val"):
     SemanticCorrespondence(data=str(spair_root), split="val").prepare()
-  with pytest.raises(FileNotFoundError, match="nothing there"):
+  with pytest.raises(FileNotFoundError, match="does not exist"):
     SemanticCorrespondence(data=str(tmp_path / "nowhere")).prepare()
   with pytest.raises(NotApplicable, match="Semantic correspondence reads"):
     SemanticCorrespondence(data=str(spair_root / "JPEGImages")).prepare()

@@ -180,7 +180,7 @@ def test_kitti_list(eigen):
   val = open_depth(eigen, subset="val")
   assert len(val.images) == 1
   assert val.digest != data.digest
-  with pytest.raises(ValueError, match="subset='vall'"):
+  with pytest.raises(ValueError, match="subset is 'vall'"):
     open_depth(eigen, subset="vall")
 
 
@@ -271,7 +271,7 @@ def test_nothing_of_the_kind(tmp_path):
   (tmp_path / "captions.json").write_text("{}")
   with pytest.raises(NotApplicable, match="a file of another kind"):
     open_depth(tmp_path / "captions.json")
-  with pytest.raises(FileNotFoundError, match="nothing there"):
+  with pytest.raises(FileNotFoundError, match="does not exist"):
     open_depth(tmp_path / "lost")
   with pytest.raises(NotApplicable, match="nyu_depth_v2 give metric depth"):
     registry.open_depth({"type": "webdataset"}, split="test", size=32)

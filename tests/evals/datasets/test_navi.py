@@ -251,7 +251,7 @@ def test_lost_frames(sequences):
 
 
 def test_other_data_is_refused(root, sequences, tmp_path):
-  with pytest.raises(FileNotFoundError, match="nothing there"):
+  with pytest.raises(FileNotFoundError, match="does not exist"):
     geometric.GeometricCorrespondence(data=str(root / "nowhere")).prepare()
   empty = tmp_path / "photos"
   empty.mkdir()

@@ -104,7 +104,7 @@ def test_half_unpacked(ade):
     path.unlink()
   with pytest.raises(FileNotFoundError, match="missing  images/validation"):
     registry.open_segmentation(ade, split="test")
-  with pytest.raises(FileNotFoundError, match="nothing there"):
+  with pytest.raises(FileNotFoundError, match="does not exist"):
     registry.open_segmentation(str(ade / "absent"), split="test")
 
 
@@ -183,7 +183,7 @@ def test_scenes_of_the_two_splits_are_apart():
   np.testing.assert_array_equal(some.images[0], test.images[1])
   with pytest.raises(ValueError, match="Did you mean 'seed'"):
     registry.open_segmentation({"type": "scenes", "sead": 0}, split="test")
-  with pytest.raises(ValueError, match="split='val'"):
+  with pytest.raises(ValueError, match="split is 'val'"):
     registry.open_segmentation("scenes", split="val")
 
 

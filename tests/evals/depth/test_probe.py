@@ -274,7 +274,7 @@ def test_options_are_checked():
     DepthProbe(augment="tolbox")
   with pytest.raises(ValueError, match="Did you mean 'nyu_eigen'"):
     DepthProbe(crop="nyu_eigne")
-  with pytest.raises(FileNotFoundError, match="nothing there"):
+  with pytest.raises(FileNotFoundError, match="does not exist"):
     DepthProbe(data="lost").prepare()
   # The defaults for scenes hold for every way to name them.
   scenes = DepthProbe(data={"type": "scenes", "length": 2})

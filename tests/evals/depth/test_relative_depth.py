@@ -170,7 +170,7 @@ def test_unsupported_encoders_and_options():
     RelativeDepth(count=1).run(encoder)
   with pytest.raises(ValueError, match="Did you mean 'midas'"):
     RelativeDepth(protocol="mida")
-  with pytest.raises(FileNotFoundError, match="nothing there"):
+  with pytest.raises(FileNotFoundError, match="does not exist"):
     RelativeDepth(data="lost").prepare()
 
 

@@ -263,7 +263,7 @@ def test_chance_is_the_best_constant_answer(coco):
 
 
 def test_invalid_data_and_options_are_refused(coco, tmp_path):
-  with pytest.raises(FileNotFoundError, match="nothing there. Grounding reads"):
+  with pytest.raises(FileNotFoundError, match="not exist. Grounding reads"):
     registry.open_boxes(str(tmp_path / "none"))
   with pytest.raises(NotApplicable, match="Grounding reads"):
     registry.open_boxes(str(coco / "val2017"))

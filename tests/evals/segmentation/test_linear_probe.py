@@ -275,7 +275,7 @@ def test_invalid_options_are_refused():
   with pytest.raises(ValueError, match="the nearest that is: 64"):
     Segmentation(size=65)._plan(PatchColours())
   evaluator = build_evaluator("segmentation", {"data": "/nowhere"})
-  with pytest.raises(FileNotFoundError, match="nothing there"):
+  with pytest.raises(FileNotFoundError, match="does not exist"):
     evaluator.prepare()
 
 

@@ -123,7 +123,7 @@ def test_any_folder_of_photos(tmp_path, write_image):
   (tmp_path / "none").mkdir()
   with pytest.raises(NotApplicable, match="finds no images"):
     PatchPca(data=str(tmp_path / "none")).prepare()
-  with pytest.raises(FileNotFoundError, match="nothing there"):
+  with pytest.raises(FileNotFoundError, match="does not exist"):
     PatchPca(data=str(tmp_path / "absent")).prepare()
   with pytest.raises(ConfigError, match="Did you mean 'threshold'"):
     PatchPca(foreground="treshold")
