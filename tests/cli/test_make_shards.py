@@ -176,7 +176,7 @@ def test_a_coco_caption_that_is_no_text_counts_as_none(photos):
 def test_a_file_that_is_no_parquet(tmp_path):
   pytest.importorskip("pyarrow")
   (tmp_path / "x.parquet").write_bytes(b"nothing of the kind")
-  with pytest.raises(ValueError, match=r"x\.parquet is no Parquet file"):
+  with pytest.raises(ValueError, match=r"x\.parquet is not a Parquet file"):
     listings.read(tmp_path / "x.parquet")
 
 
@@ -350,7 +350,9 @@ def test_a_file_is_no_folder_for_shards(photos, tmp_path):
 
 def test_shards_that_are_there_are_not_mixed_with_new_ones(photos, tmp_path):
   shard_writer.write(examples_of(photos), tmp_path / "out")
-  with pytest.raises(FileExistsError, match=r"1 shards already \(00000.tar"):
+  with pytest.raises(
+    FileExistsError, match=r"already holds 1 shards \(00000.tar"
+  ):
     shard_writer.write(examples_of(photos), tmp_path / "out")
 
 

@@ -10,12 +10,9 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-import numpy as np
-from jaxtyping import Int64
-
 from mtv_jax.data import records
 from mtv_jax.data.records import BadRecord, Record
-from mtv_jax.data.sources.base import Source, name_of_files
+from mtv_jax.data.sources.base import OPEN_THREADS, FileSource, Paths
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.path import expand_path
@@ -23,11 +20,10 @@ from mtv_jax.utils.process_cache import ProcessCache
 
 # Larger groups would be decompressed whole for each record read at random.
 _OPTIONS = "group_size:1"
-_THREADS = 16
 
 
-class ArrayRecordSource(Source):
-  """Records of ArrayRecord files by number, the files in order.
+class ArrayRecordSource(FileSource):
+  """Records of ArrayRecord files.
 
   Args:
     path: brace ranges, globs, commas or a list; see `expand_path`.
@@ -38,16 +34,13 @@ class ArrayRecordSource(Source):
   """
 
   suffix = ".array_record"
-  fields = frozenset(["key", "image", "captions"])
 
-  def __init__(self, path: str | os.PathLike | Sequence[str | os.PathLike]):
-    self.files = tuple(expand_path(path, suffix=self.suffix))
-    with futures.ThreadPoolExecutor(_THREADS) as pool:
-      counts = list(pool.map(count_records, self.files))
-    self.shards: Int64[np.ndarray, " files"] = np.cumsum(counts, dtype=np.int64)
+  def __init__(self, path: Paths):
+    files = expand_path(path, suffix=self.suffix)
+    with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
+      super().__init__(files, list(pool.map(count_records, files)))
     if not len(self):
-      raise InputError(f"{self.files[0]} and the rest of {path} are empty.")
-    self.name = name_of_files(self.files)
+      raise InputError(f"{self.name} has no record.")
     self._readers = ProcessCache(functools.partial(open_reader, self.files))
     # A shard's metadata is megabytes, and only labelling reads it.
     self._sidecars = ProcessCache(
@@ -63,7 +56,7 @@ class ArrayRecordSource(Source):
     except (RuntimeError, IndexError, ValueError) as error:
       raise BadRecord(where, f"can't be read ({error})") from error
     record = records.decode(data, where=where)
-    record["captions"] = [c for c in record["captions"] if c.strip()]
+    record["captions"] = records.caption_list(record["captions"])
     if not record["captions"]:
       raise BadRecord(record["key"], f"its caption in {where} is empty")
     return record
@@ -91,18 +84,17 @@ def _read_sidecar(
       by_key[metadata["key"]] = metadata
     except (ValueError, TypeError, KeyError) as error:
       raise InputError(
-        f"{file}: line {number} is no JSON object with a 'key'"
-        f" ({type(error).__name__}: {error}). Copy the file again, or remove it"
-        " if no label needs it."
+        f"{file}: line {number} is not a JSON object with a 'key' ({error!r})."
+        " Copy the file again, or remove it if no label needs it."
       ) from error
   return by_key
 
 
 def open_reader(files: Sequence[Path], shard: int) -> Any:
-  """A reader of one of the files, for reads at random by several threads."""
+  """A reader of one of the files, for random reads by several threads."""
   return _module().ArrayRecordReader(
     str(files[shard]),
-    # Reads are at random: a buffer ahead would only be thrown away.
+    # Random reads don't use data read ahead.
     options="readahead_buffer_size:0",
     file_reader_buffer_size=32768,
   )
@@ -136,7 +128,7 @@ def write_bytes(path: str | os.PathLike, items: Iterable[bytes]) -> None:
 
 @contextlib.contextmanager
 def _as_os_error(path: Path) -> Iterator[None]:
-  """A full disk is no defect of the program, as a RuntimeError would be."""
+  """Raises an OSError for the writer's RuntimeError, such as a full disk."""
   try:
     yield
   except RuntimeError as error:
@@ -144,30 +136,34 @@ def _as_os_error(path: Path) -> Iterator[None]:
 
 
 def count_records(file: Path) -> int:
-  """Records in a file that is whole and can be read at random."""
+  """The number of records in a complete file without groups.
+
+  Raises:
+    InputError: the file is damaged, or was written in groups of records.
+  """
   reader = _module().ArrayRecordReader(str(file))
   try:
     options = reader.writer_options_string()
     count = reader.num_records()
     if not reader.ok():
-      raise RuntimeError("its records can't be found")
+      raise RuntimeError("its index of records can't be read")
     reader.close()
   except RuntimeError as error:
     raise InputError(
-      f"{file} is no ArrayRecord file, or is cut short ({error}). Fetch or"
+      f"{file} is not an ArrayRecord file, or is cut short ({error}). Fetch or"
       " write it again, or leave it out of the path."
     ) from error
   group = re.search(r"group_size:(\d+)", options)
   if group and group[1] != "1":
     raise InputError(
-      f"{file} was written in groups of {group[1]} records, which makes reading"
-      f" at random many times slower: write it again with {_OPTIONS!r}."
+      f"{file} was written in groups of {group[1]} records, which makes random"
+      f" reads many times slower: write it again with {_OPTIONS!r}."
     )
   return count
 
 
 def _module() -> Any:
-  # Late, as its C++ runtime takes a while to load and most runs read tars.
+  # Imported here, since its C++ runtime loads slowly and most runs read tars.
   from array_record.python import array_record_module
 
   return array_record_module

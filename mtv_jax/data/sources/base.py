@@ -1,14 +1,25 @@
 """Source contract: random access to the records of a data set."""
 
 import abc
-from collections.abc import Mapping
+import importlib
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, SupportsIndex
+from typing import Any, ClassVar, Literal, SupportsIndex
 
 import numpy as np
 from jaxtyping import Int64
 
 from mtv_jax.data.records import BadRecord, Record
+
+# A path or several: brace ranges, globs, commas; see `utils.path.expand_path`.
+Paths = str | os.PathLike | Sequence[str | os.PathLike]
+
+# Whether every record needs a caption, has none, or may lack one.
+CaptionMode = Literal["required", "ignored", "optional"]
+
+# Threads that open files, which wait for the disk.
+OPEN_THREADS = 16
 
 
 class Source(abc.ABC):
@@ -89,9 +100,40 @@ class Source(abc.ABC):
     return shard, i - (int(self.shards[shard - 1]) if shard else 0)
 
 
-def name_of_files(files: tuple[Path, ...]) -> str:
-  """The first and the last of a source's files, for logs."""
-  names = [file.name for file in files]
-  if len(names) == 1:
-    return names[0]
-  return f"{names[0]}..{names[-1]} ({len(names)} files)"
+class FileSource(Source):
+  """A source of files, each a shard; the files in order, then their records.
+
+  Args:
+    files: at least one.
+    counts: records of each file.
+    captions: "ignored" for records without captions.
+  """
+
+  def __init__(
+    self,
+    files: Sequence[Path],
+    counts: Sequence[int],
+    *,
+    captions: CaptionMode = "required",
+  ):
+    self.files = tuple(files)
+    self.name = self.files[0].name
+    if len(files) > 1:
+      self.name += f"..{self.files[-1].name} ({len(files)} files)"
+    self.shards = np.cumsum(counts, dtype=np.int64)
+    fields = ["key", "image"] + ["captions"] * (captions != "ignored")
+    self.fields = frozenset(fields)
+
+
+def import_extra(module: str, extra: str) -> Any:
+  """Imports a package of an optional dependency.
+
+  Raises:
+    ImportError: it is not installed; says how to install it.
+  """
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    raise ImportError(
+      f"{module} is not installed: pip install 'mtv_jax[{extra}]'."
+    ) from error

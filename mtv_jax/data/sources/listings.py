@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mtv_jax.data.records import BadRecord
+from mtv_jax.data.sources.parquet import open_parquet
 from mtv_jax.data.sources.webdataset import parse_captions
 from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
 
@@ -17,21 +18,13 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 @dataclasses.dataclass
 class Example:
-  """One image of a listing.
+  """One image of a listing."""
 
-  Attributes:
-    name: as the listing has it; it goes into the record and into reports.
-    path: the image file, which may be missing.
-    captions: those that are not blank.
-    extra: further JSON fields of the record.
-    problem: why it can't be used, if that is known already.
-  """
-
-  name: str
-  path: Path
-  captions: list[str]
-  extra: dict[str, Any] = dataclasses.field(default_factory=dict)
-  problem: str = ""
+  name: str  # The listing's, for the record and for reports.
+  path: Path  # The image file, which may be missing.
+  captions: list[str]  # Those that are not blank.
+  extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # For JSON.
+  problem: str = ""  # Why it can't be used, if that is known.
 
   def __post_init__(self):
     self.captions = [s for c in self.captions if (s := c.strip())]
@@ -46,22 +39,23 @@ def read(
   image_column: str = "image",
   caption_column: str = "caption",
 ) -> list[Example]:
-  """The examples of a listing, told apart by its name.
+  """The examples of a listing, whose kind follows from its name.
 
   Args:
     path: a COCO caption file (.json), a table (.csv, .tsv, .parquet) with a
       row for each image or for each caption, or a folder of images with a
       .txt or .json of the same name.
-    images: what image names are relative to; None for the listing's folder.
-    image_column, caption_column: of a table; captions may be lists.
+    images: folder of relative image names; None for the listing's folder.
+    image_column: of a table.
+    caption_column: of a table; captions may be lists.
 
   Returns:
-    One example for each image, in the order of the listing, its captions in
-    theirs; a folder's are sorted by name.
+    One example for each image with all of its captions, in the order of the
+    listing; a folder's are sorted by name.
 
   Raises:
-    MissingFileError: if there is no such file or folder.
-    InputError: if it is of no known kind, lacks a column or lists nothing.
+    MissingFileError: the file or the folder of images does not exist.
+    InputError: it is of an unknown kind, lacks a column or lists no image.
   """
   path = Path(path)
   if not path.exists():
@@ -70,16 +64,14 @@ def read(
   if not root.is_dir():
     raise MissingFileError(f"There is no folder of images {root}.")
   kind = path.suffix.lower()
+  read_rows = {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows}
   if path.is_dir():
-    examples = _folder(path)
+    examples = _read_folder(path)
   elif kind == ".json":
-    examples = _coco(path, root)
-  elif kind in (".csv", ".tsv"):
-    columns = image_column, caption_column
-    examples = _table(_csv_rows(path, *columns), root)
-  elif kind == ".parquet":
-    columns = image_column, caption_column
-    examples = _table(_parquet_rows(path, *columns), root)
+    examples = _read_captions(path, root)
+  elif kind in read_rows:
+    rows = read_rows[kind](path, image_column, caption_column)
+    examples = _group_rows(rows, root)
   else:
     raise InputError(
       f"{path}: a listing is a folder or ends in .json, .csv, .tsv or .parquet."
@@ -89,31 +81,17 @@ def read(
   return examples
 
 
-def _coco(path: Path, root: Path) -> list[Example]:
+def _read_captions(path: Path, root: Path) -> list[Example]:
   """COCO's caption annotations; images and captions in the file's order."""
-  try:
-    content = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise InputError(f"{path} is not JSON: {error}") from error
-  if not isinstance(content, Mapping) or not (
-    {"images", "annotations"} <= set(content)
-  ):
-    there = sorted(content) if isinstance(content, Mapping) else type(content)
-    raise InputError(
-      f"{path} is no COCO file: it needs 'images' and 'annotations', it has"
-      f" {there}."
-    )
-  hint = "give captions_*.json, not instances_*.json"
+  content = read_coco(
+    path,
+    {"images": ("id", "file_name"), "annotations": ("image_id", "caption")},
+    hint="give captions_*.json, not instances_*.json",
+  )
   captions: dict[Any, list[str]] = {}
-  for entry in _entries(
-    path, content, "annotations", ("image_id", "caption"), hint
-  ):
-    # A caption that is no text counts as none.
-    text = entry["caption"]
-    captions.setdefault(entry["image_id"], []).extend(
-      [text] if isinstance(text, str) else []
-    )
-  images = _entries(path, content, "images", ("id", "file_name"), hint)
+  for entry in content["annotations"]:
+    if isinstance(entry["caption"], str):
+      captions.setdefault(entry["image_id"], []).append(entry["caption"])
   return [
     Example(
       name=image["file_name"],
@@ -121,31 +99,47 @@ def _coco(path: Path, root: Path) -> list[Example]:
       captions=captions.get(image["id"], []),
       extra={"image_id": image["id"]},
     )
-    for image in images
+    for image in content["images"]
   ]
 
 
-def _entries(
-  path: Path,
-  content: Mapping[str, Any],
-  field: str,
-  keys: Sequence[str],
-  hint: str,
-) -> list[Mapping[str, Any]]:
-  """The entries of a field of a COCO file, each with all of `keys`."""
-  entries = content[field]
-  if not isinstance(entries, list):
+def read_coco(
+  path: Path, fields: Mapping[str, Sequence[str]], *, hint: str
+) -> dict[str, Any]:
+  """The content of a COCO annotation file.
+
+  Args:
+    path: of the file.
+    fields: required lists, and the keys that each of their entries must have.
+    hint: ends the error about a missing key.
+
+  Raises:
+    InputError: the file is not JSON, or lacks a list or a key.
+  """
+  try:
+    content = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise InputError(f"{path} is not JSON: {error}") from error
+  if not isinstance(content, dict) or not fields.keys() <= content.keys():
+    given = sorted(content) if isinstance(content, dict) else type(content)
+    needed = " and ".join(map(repr, fields))
     raise InputError(
-      f"{path}: {field!r} is a {type(entries).__name__}, expected a list."
+      f"{path} is not a COCO file: it needs {needed}, it has {given}."
     )
-  for number, entry in enumerate(entries):
-    there = sorted(entry) if isinstance(entry, Mapping) else repr(entry)
-    for key in keys:
-      if not isinstance(entry, Mapping) or key not in entry:
-        raise InputError(
-          f"{path}: {field}[{number}] has no {key!r}, only {there}; {hint}."
-        )
-  return entries
+  for field, keys in fields.items():
+    entries = content[field]
+    if not isinstance(entries, list):
+      raise InputError(
+        f"{path}: {field!r} is a {type(entries).__name__}, expected a list."
+      )
+    for number, entry in enumerate(entries):
+      given = sorted(entry) if isinstance(entry, dict) else repr(entry)
+      for key in keys:
+        if not isinstance(entry, dict) or key not in entry:
+          raise InputError(
+            f"{path}: {field}[{number}] has no {key!r}, only {given}; {hint}."
+          )
+  return content
 
 
 def _csv_rows(
@@ -160,9 +154,9 @@ def _csv_rows(
       for row in reader:
         if row.get(None):
           raise InputError(
-            f"{path}, line {reader.line_num}: {len(row[None])} cells more than"
-            f" the header names, from {row[None][0]!r} on. Put cells that hold"
-            f" a {delimiter!r} in quotation marks."
+            f"{path}, line {reader.line_num}: {len(row[None])} more cells than"
+            f" the header, from {row[None][0]!r} on. Put cells that contain"
+            f" {delimiter!r} in quotation marks."
           )
         yield row[image_column], row[caption_column]
     except UnicodeDecodeError as error:
@@ -180,18 +174,7 @@ def _csv_rows(
 def _parquet_rows(
   path: Path, image_column: str, caption_column: str
 ) -> Iterator[tuple[Any, Any]]:
-  try:
-    from pyarrow import ArrowInvalid, parquet
-  except ImportError as error:
-    raise ImportError(
-      f"Reading {path} needs pyarrow: pip install 'mtv_jax[parquet]', or give a"
-      " .csv."
-    ) from error
-  try:
-    opened = parquet.ParquetFile(path)
-  except ArrowInvalid as error:
-    raise InputError(f"{path} is no Parquet file: {error}") from error
-  with opened as file:
+  with open_parquet(path) as file:
     _check_columns(path, file.schema_arrow.names, image_column, caption_column)
     for batch in file.iter_batches(columns=[image_column, caption_column]):
       yield from zip(
@@ -212,8 +195,8 @@ def _check_columns(
       )
 
 
-def _table(rows: Iterator[tuple[Any, Any]], root: Path) -> list[Example]:
-  """Rows of the same image are one example with several captions."""
+def _group_rows(rows: Iterator[tuple[Any, Any]], root: Path) -> list[Example]:
+  """One example for the rows of an image."""
   captions: dict[str, list[str]] = {}
   for number, (image, caption) in enumerate(rows):
     if image is not None and not isinstance(image, str):
@@ -221,14 +204,14 @@ def _table(rows: Iterator[tuple[Any, Any]], root: Path) -> list[Example]:
         f"Row {number}: the image column must hold paths, got"
         f" {type(image).__name__}."
       )
-    # A row without an image is still counted, under its number.
-    of_image = captions.setdefault(image or f"row {number}", [])
-    several = caption if isinstance(caption, list) else [caption]
-    of_image.extend(c for c in several if isinstance(c, str))
-  return [Example(name, root / name, found) for name, found in captions.items()]
+    # A row without an image is reported as an example of its number.
+    name = image or f"row {number}"
+    row = caption if isinstance(caption, list) else [caption]
+    captions.setdefault(name, []).extend(c for c in row if isinstance(c, str))
+  return [Example(name, root / name, texts) for name, texts in captions.items()]
 
 
-def _folder(folder: Path) -> list[Example]:
+def _read_folder(folder: Path) -> list[Example]:
   """Images and the .txt or .json beside them, in subfolders too."""
   groups: dict[str, dict[str, Path]] = {}
   for parent, folders, names in os.walk(folder):
@@ -240,29 +223,27 @@ def _folder(folder: Path) -> list[Example]:
       if kind not in ("image", ".txt", ".json"):
         continue
       stem = str(file.relative_to(folder).with_suffix(""))
-      of_kind = groups.setdefault(stem, {})
-      if kind in of_kind:
+      other = groups.setdefault(stem, {}).setdefault(kind, file)
+      if other is not file:
         raise InputError(
-          f"{of_kind[kind]} and {file} are two files for one example: rename or"
-          " remove one of them."
+          f"{other} and {file} are two files for one example: rename or remove"
+          " one of them."
         )
-      of_kind[kind] = file
   examples = []
   for stem, files in groups.items():
-    image = files.get("image")
-    if image is None:
-      first = files.get(".txt") or files[".json"]
-      name = str(first.relative_to(folder))
-      examples.append(Example(name, first, [], problem="no image beside it"))
-      continue
-    name = str(image.relative_to(folder))
-    text, sidecar = (
-      files[kind].read_bytes() if kind in files else None
-      for kind in (".txt", ".json")
-    )
-    try:
-      captions = [] if len(files) == 1 else parse_captions(stem, text, sidecar)
-      examples.append(Example(name, image, captions))
-    except BadRecord as error:
-      examples.append(Example(name, image, [], problem=error.reason))
+    main = files.get("image") or files.get(".txt") or files[".json"]
+    example = Example(str(main.relative_to(folder)), main, [])
+    examples.append(example)
+    if "image" not in files:
+      example.problem = "no image beside it"
+    elif len(files) > 1:
+      text, sidecar = (
+        files[kind].read_bytes() if kind in files else None
+        for kind in (".txt", ".json")
+      )
+      try:
+        example.captions = parse_captions(stem, text, sidecar)
+        example.problem = ""
+      except BadRecord as error:
+        example.problem = error.reason
   return examples

@@ -1,14 +1,14 @@
 """Writer of shards: WebDataset tars in img2dataset's layout, ArrayRecord.
 
-`00000.tar` holds `000000000.jpg`, `000000000.json` and `000000000.txt` for each
-record; the key is the shard's number and the row's, so that a row that can't be
-used leaves a gap and the others keep their keys. `00000_stats.json` counts.
-All captions are in the JSON's `captions`, the first one in the .txt as well.
-ArrayRecord files have no JSON; `00000_meta.jsonl` holds a line for each record.
-The same input gives the same bytes.
+`00000.tar` has `000000000.jpg`, `000000000.json` and `000000000.txt` for each
+record; the key is the shard's and the row's number, so that an unusable row
+leaves a gap. `00000_stats.json` counts. All captions are in the JSON's
+`captions`, the first one in the .txt as well. The JSON of an ArrayRecord file's
+records is in `00000_meta.jsonl`. The same input gives the same bytes.
 """
 
 import dataclasses
+import errno
 import hashlib
 import io
 import itertools
@@ -28,11 +28,13 @@ from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.listings import Example
 from mtv_jax.utils import atomic
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.cores import available_cores
+from mtv_jax.utils.errors import InputError, check_choice
 
-# Images that are in memory at a time, waiting for their turn to be written.
+# Images in memory at a time.
 _CHUNK = 64
 _QUALITY = 95
+_SUFFIXES = {"webdataset": ".tar", "array_record": ".array_record"}
 _SIGNATURES = (
   ("jpg", b"\xff\xd8\xff", 0),
   ("png", b"\x89PNG\r\n\x1a\n", 0),
@@ -50,19 +52,12 @@ class Skipped:
 
 @dataclasses.dataclass
 class Report:
-  """What was written so far.
+  """Progress of `write`."""
 
-  Attributes:
-    total: examples of the listing.
-    done: those that were looked at: written or skipped.
-    skipped: those left out.
-    shards: the finished files.
-  """
-
-  total: int
-  done: int = 0
+  total: int  # Examples of the listing.
+  done: int = 0  # Examples written or skipped.
   skipped: list[Skipped] = dataclasses.field(default_factory=list)
-  shards: list[Path] = dataclasses.field(default_factory=list)
+  shards: list[Path] = dataclasses.field(default_factory=list)  # Finished.
 
   @property
   def written(self) -> int:
@@ -70,8 +65,8 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stored:
-  """An example that is ready to be written."""
+class _Encoded:
+  """An example with its image's bytes and extension and its metadata."""
 
   image: bytes
   extension: str
@@ -88,33 +83,29 @@ def write(
   max_side: int | None = None,
   progress: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-  """Writes all examples that can be used; each shard appears when complete.
+  """Writes all usable examples; each shard appears when complete.
 
-  Every image is decoded once, so that a damaged one is found now and not in
-  the middle of a run. Its bytes are kept as they are unless they are larger
-  than `max_side` (then JPEG of quality 95) or neither JPEG, PNG nor WebP
-  (then PNG).
+  Every image is decoded once to detect damage. Its bytes are copied unless it
+  is larger than `max_side` (then JPEG of quality 95) or neither JPEG, PNG nor
+  WebP (then PNG).
 
   Args:
     examples: see `listings.read`.
-    out: folder, made if needed; it must hold no shards yet.
+    out: folder, created if needed; it must hold no shards yet.
     format: "webdataset" or "array_record".
     records_per_shard: rows of the listing for each shard.
-    max_side: the longer side at most, in pixels; None keeps every size.
-    progress: is called now and then with the report so far.
+    max_side: limit of the longer side, in pixels; None for no limit.
+    progress: is called every 64 examples.
 
   Returns:
     The report. The skipped examples are also listed in `out/skipped.jsonl`.
 
   Raises:
-    FileExistsError: if `out` holds shards already.
-    InputError: if no example can be used, or an option makes no sense.
+    FileExistsError: `out` already holds shards.
+    InputError: no example can be used, or an option is invalid.
   """
-  suffix = {"webdataset": ".tar", "array_record": ".array_record"}.get(format)
-  if suffix is None:
-    raise InputError(
-      f"format={format!r}; it is 'webdataset' or 'array_record'."
-    )
+  check_choice("format", format, _SUFFIXES)
+  suffix = _SUFFIXES[format]
   if records_per_shard < 1 or (max_side is not None and max_side < 1):
     raise InputError(
       f"records_per_shard={records_per_shard} and max_side={max_side} must be"
@@ -124,28 +115,28 @@ def write(
   if out.exists() and not out.is_dir():
     raise NotADirectoryError(f"{out} is a file; give a folder for the shards.")
   out.mkdir(parents=True, exist_ok=True)
-  if there := sorted(p.name for p in out.iterdir() if p.suffix == suffix):
+  if existing := sorted(p.name for p in out.iterdir() if p.suffix == suffix):
     raise FileExistsError(
-      f"{out} holds {len(there)} shards already ({there[0]}, ...), which would"
-      " be mixed with the new ones: remove them or give another folder."
+      f"{out} already holds {len(existing)} shards ({existing[0]}, ...): remove"
+      " them or give another folder."
     )
   report = Report(total=len(examples))
   digits = len(str(records_per_shard - 1))
-  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  with futures.ThreadPoolExecutor(available_cores()) as pool:
     starts = range(0, len(examples), records_per_shard)
     for shard, start in enumerate(starts):
       rows = examples[start : start + records_per_shard]
-      status: Counter[str] = Counter()
-      stored = _stored(rows, pool, max_side, report, status, progress)
+      skipped = len(report.skipped)
       named = (
-        (f"{shard:05d}{row:0{digits}d}", record) for row, record in stored
+        (f"{shard:05d}{row:0{digits}d}", record)
+        for row, record in _encode_rows(rows, pool, max_side, report, progress)
       )
       path = out / f"{shard:05d}{suffix}"
-      if suffix == ".tar":
+      if format == "webdataset":
         _write_tar(path, named)
       else:
         _write_array_record(path, named)
-      stats = _stats(len(rows), status)
+      stats = _stats(len(rows), report.skipped[skipped:])
       atomic.write(out / f"{shard:05d}_stats.json", stats.encode())
       report.shards.append(path)
       progress(report)
@@ -159,39 +150,36 @@ def write(
     atomic.write(listing, "".join(lines).encode())
   if not report.written:
     reasons = Counter(s.reason for s in report.skipped).most_common(3)
+    counts = "; ".join(f"{n} times {reason!r}" for reason, n in reasons)
     raise InputError(
-      f"None of the {report.total} examples can be used: "
-      + "; ".join(f"{n} times {reason!r}" for reason, n in reasons)
-      + f". The first was looked for at {examples[0].path}. See {listing}."
+      f"None of the {report.total} examples can be used: {counts}. The first"
+      f" was expected at {examples[0].path}. See {listing}."
     )
   return report
 
 
-def _stored(
+def _encode_rows(
   rows: Sequence[Example],
   pool: futures.Executor,
   max_side: int | None,
   report: Report,
-  status: Counter[str],
   progress: Callable[[Report], None],
-) -> Iterator[tuple[int, _Stored]]:
-  """The usable rows of a shard with their numbers; counts the others."""
+) -> Iterator[tuple[int, _Encoded]]:
+  """The usable rows of a shard with their numbers; reports the others."""
   numbered = iter(enumerate(rows))
   while chunk := list(itertools.islice(numbered, _CHUNK)):
-    results = pool.map(lambda item: _prepare(item[1], max_side), chunk)
+    results = pool.map(lambda item: _encode(item[1], max_side), chunk)
     for (row, example), result in zip(chunk, results, strict=True):
       report.done += 1
       if isinstance(result, str):
         report.skipped.append(Skipped(example.name, result))
-        status[result] += 1
       else:
-        status["success"] += 1
         yield row, result
     progress(report)
 
 
-def _prepare(example: Example, max_side: int | None) -> _Stored | str:
-  """The example as it will be stored, or why it can't be."""
+def _encode(example: Example, max_side: int | None) -> _Encoded | str:
+  """The encoded example, or why it can't be used."""
   if example.problem:
     return example.problem
   try:
@@ -213,33 +201,31 @@ def _prepare(example: Example, max_side: int | None) -> _Stored | str:
     width, height = (max(1, round(n * scale)) for n in (width, height))
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     extension = "jpg"
-    data = _encode(image, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
+    data = _encode_image(image, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
   elif extension is None:
-    extension, data = "png", _encode(image, ".png", [])
+    extension, data = "png", _encode_image(image, ".png", [])
   meta = {"width": width, "height": height} | meta | example.extra
   meta["url"] = example.name
-  return _Stored(data, extension, example.captions, meta)
+  return _Encoded(data, extension, example.captions, meta)
 
 
 def _extension(data: bytes) -> str | None:
-  """By the bytes: names lie."""
+  """The extension by the bytes, since names may be wrong."""
   for extension, signature, at in _SIGNATURES:
     if data[at : at + len(signature)] == signature:
       return extension
   return None
 
 
-def _encode(image: Any, extension: str, options: list[int]) -> bytes:
-  _, data = cv2.imencode(
-    extension, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options
-  )
-  return data.tobytes()
+def _encode_image(image: Any, extension: str, options: list[int]) -> bytes:
+  image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+  return cv2.imencode(extension, image, options)[1].tobytes()
 
 
 def _write_array_record(
-  path: Path, named: Iterator[tuple[str, _Stored]]
+  path: Path, named: Iterator[tuple[str, _Encoded]]
 ) -> None:
-  """The records, and beside them what a tar has in its .json members."""
+  """Writes the records, and their metadata to a file of JSON lines."""
   lines = []
 
   def as_records() -> Iterator[dict[str, Any]]:
@@ -253,8 +239,8 @@ def _write_array_record(
   atomic.write(sidecar, "".join(lines).encode())
 
 
-def _write_tar(path: Path, named: Iterator[tuple[str, _Stored]]) -> None:
-  """In the order of img2dataset: image, .json, .txt."""
+def _write_tar(path: Path, named: Iterator[tuple[str, _Encoded]]) -> None:
+  """Writes members in img2dataset's order: image, .json, .txt."""
   with (
     atomic.replace_file(path) as temporary,
     tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
@@ -280,13 +266,17 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
   tar.addfile(info, io.BytesIO(data))
 
 
-def _stats(count: int, status: Counter[str]) -> str:
-  missing = status[os.strerror(2)]
+def _stats(count: int, skipped: Sequence[Skipped]) -> str:
+  status = Counter(s.reason for s in skipped)
+  missing = status[os.strerror(errno.ENOENT)]
+  successes = count - len(skipped)
+  # Adding counters drops a count of 0.
+  status = Counter({"success": successes}) + status
   stats = {
     "count": count,
-    "successes": status["success"],
+    "successes": successes,
     "failed_to_download": missing,
-    "failed_to_resize": count - status["success"] - missing,
+    "failed_to_resize": len(skipped) - missing,
     "status_dict": dict(sorted(status.items())),
   }
   return json.dumps(stats, ensure_ascii=False, indent=1) + "\n"

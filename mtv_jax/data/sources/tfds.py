@@ -1,12 +1,12 @@
 """Data sets prepared by TensorFlow Datasets, read without TensorFlow.
 
-`tensorflow_datasets` reads a set that was prepared as ArrayRecord by number
-and with NumPy alone; TensorFlow is imported only to prepare one:
+`tensorflow_datasets` reads a set that was prepared as ArrayRecord with NumPy
+alone; only preparing one needs TensorFlow:
 
   tfds build coco_captions --file_format=array_record --data_dir=DIR
 
-A name with its version ("coco_captions:1.1.0") is read by its files alone; for
-one without, TFDS also imports the set's own code.
+A name with its version ("coco_captions:1.1.0") needs only the files; for one
+without, TFDS also imports the set's code.
 """
 
 import os
@@ -14,32 +14,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
-from jaxtyping import Int64
 
 from mtv_jax.data.records import BadRecord, Record, caption_list
-from mtv_jax.data.sources.base import Source
+from mtv_jax.data.sources.base import Source, import_extra
 from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
 from mtv_jax.utils.process_cache import ProcessCache
 
-# Where sets keep their captions, the first that is there.
+# Paths of captions in the tree of features; the first that exists is read.
 _CAPTIONS = (("captions", "text"), ("captions",), ("caption",), ("text",))
 
 
 class TFDSSource(Source):
-  """Records of one split, in the order in which TFDS stored them.
+  """Records of one split, in TFDS's order.
 
-  The image comes as its encoded bytes. Captions are the feature
-  `captions/text`, `captions`, `caption` or `text`, the first of these that the
-  set has; `label` is given where it is a class.
+  The image is its encoded bytes. Captions are the first that exists of the
+  features `captions/text`, `captions`, `caption` and `text`; `label` is read
+  where it is a class.
 
   Args:
-    name: "coco_captions", with config and version as TFDS takes them.
+    name: "coco_captions", with config and version as in TFDS.
     split: also a part, "train[:90%]".
-    data_dir: where it was prepared; None for TFDS's own default.
+    data_dir: folder of prepared sets; None for TFDS's default.
 
   Raises:
     ImportError: tensorflow_datasets is not installed.
-    MissingFileError: the set is not there, prepared as ArrayRecord.
+    MissingFileError: the set was not prepared as ArrayRecord.
     InputError: it has no such split or no image.
   """
 
@@ -65,11 +64,9 @@ class TFDSSource(Source):
       + ["captions"] * bool(self._captions)
       + ["label"] * self._label
     )
-    self.shards: Int64[np.ndarray, " files"] = np.cumsum(
-      [part.take for part in info.splits[split].file_instructions],
-      dtype=np.int64,
-    )
-    # One entry: readers have threads, which a fork leaves behind.
+    parts = info.splits[split].file_instructions
+    self.shards = np.cumsum([part.take for part in parts], dtype=np.int64)
+    # One entry: readers have threads, which a fork does not copy.
     self._opened = ProcessCache(self._open, limit=1)
     self._opened.get(0)
 
@@ -79,7 +76,7 @@ class TFDSSource(Source):
     try:
       return builder.as_data_source(
         split=self._split,
-        # Masks and second views of a set are not decoded either.
+        # Of masks and further images too.
         decoders={
           key: tfds.decode.SkipDecoding()
           for key, feature in builder.info.features.items()
@@ -89,21 +86,23 @@ class TFDSSource(Source):
     except NotImplementedError as error:
       raise MissingFileError(
         f"{self._name} is prepared in {builder.data_dir}, but not in a format"
-        f" that can be read at random. {self._how()}"
+        f" that allows random access. {self._build_hint()}"
       ) from error
 
   def _builder(self, tfds: Any) -> Any:
     try:
       builder = tfds.builder(self._name, data_dir=self._data_dir)
     except tfds.core.registered.DatasetNotFoundError as error:
-      where = self._data_dir or "the default folder of TFDS"
+      folder = self._data_dir or "its default folder"
       raise MissingFileError(
-        f"TFDS knows no {self._name!r} and {where} has none. {self._how()}"
+        f"TFDS has no data set {self._name!r}, and {folder} has none. "
+        + self._build_hint()
       ) from error
     splits = builder.info.splits
     if not splits:
       raise MissingFileError(
-        f"{self._name} is not prepared in {builder.data_dir}. {self._how()}"
+        f"{self._name} is not prepared in {builder.data_dir}. "
+        + self._build_hint()
       )
     base = self._split.partition("[")[0]
     if base not in splits and "+" not in base and base != "all":
@@ -112,15 +111,15 @@ class TFDSSource(Source):
       )
     return builder
 
-  def _how(self) -> str:
-    where = f" --data_dir={self._data_dir}" if self._data_dir else ""
+  def _build_hint(self) -> str:
+    folder = f" --data_dir={self._data_dir}" if self._data_dir else ""
     return (
       "Prepare it with `pip install 'mtv_jax[tfds]'` and `tfds build"
-      f" {self._name} --file_format=array_record{where}`."
+      f" {self._name} --file_format=array_record{folder}`."
     )
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`; its key is its number in the split, as TFDS stores no other.
+    """Record `i`; its key is its number in the split, as TFDS stores none.
 
     Raises:
       IndexError: `i` is not in [0, len).
@@ -160,11 +159,11 @@ def _image_feature(tfds: Any, features: Mapping[str, Any], name: str) -> str:
 
 
 def caption_path(features: Mapping[str, Any]) -> tuple[str, ...]:
-  """Where in the tree of `features` the captions are, or () for nowhere."""
+  """The path of the captions in the tree of `features`; () for none."""
   for path in _CAPTIONS:
     node: Any = features
     for part in path:
-      # A sequence of dicts holds them in its own `feature`.
+      # A sequence of dicts has them in its attribute `feature`.
       node = getattr(node, "feature", node)
       if part not in _names(node):
         break
@@ -180,10 +179,4 @@ def _names(node: Any) -> list[str]:
 
 
 def _tfds() -> Any:
-  try:
-    import tensorflow_datasets
-  except ImportError as error:
-    raise ImportError(
-      "type='tfds' needs TensorFlow Datasets: pip install 'mtv_jax[tfds]'."
-    ) from error
-  return tensorflow_datasets
+  return import_extra("tensorflow_datasets", "tfds")

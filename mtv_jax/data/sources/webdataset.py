@@ -7,14 +7,11 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex
-
-import numpy as np
-from jaxtyping import Int64
+from typing import Any, SupportsIndex
 
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.sources import tar_index
-from mtv_jax.data.sources.base import Source, name_of_files
+from mtv_jax.data.sources.base import CaptionMode, FileSource, Paths
 from mtv_jax.data.sources.tar_index import TarIndex
 from mtv_jax.data.sources.tar_scan import TarError
 from mtv_jax.utils.errors import InputError
@@ -23,29 +20,28 @@ from mtv_jax.utils.process_cache import ProcessCache
 
 log = logging.getLogger(__name__)
 
-# Up to this hole between a record's members, one read beats several.
-_MAX_HOLE = 1 << 16
+# Members of a record with at most this many other bytes between them are read
+# at once.
+_MAX_GAP = 1 << 16
 # Keys of tars whose ranges overlap are compared up to this many records.
 _MAX_COMPARED = 2_000_000
 
 
-class WebDatasetSource(Source):
-  """Records of tars by number: the tars in order, the records of each in order.
+class WebDatasetSource(FileSource):
+  """Records of tars, read by `pread` at offsets of a memory-mapped index.
 
   A record is the members that share a key: an image (.jpg, .jpeg, .png or
   .webp) and its captions. These are the list `captions` of KEY.json if it has
   one, else the text of KEY.txt, else `caption` of KEY.json. Blank captions are
-  dropped; a record left without any is a `BadRecord`.
-
-  Reads are `pread`s at offsets of a memory-mapped index.
+  dropped; a record without any other is a `BadRecord`.
 
   Args:
     path: brace ranges, globs, commas or a list; see `expand_path`.
     index_dir: folder of the indices; None for beside the tars.
     captions: "required" leaves out records that have neither .txt nor .json;
       "ignored" takes every image, and its records have no captions;
-      "optional" takes every image, with the captions that it has, perhaps
-      none: those that are missing, blank or can't be read.
+      "optional" takes every image and those of its captions that are not
+      missing, blank or unreadable.
 
   Raises:
     FileNotFoundError: a tar is missing or a glob matches none.
@@ -58,42 +54,41 @@ class WebDatasetSource(Source):
 
   def __init__(
     self,
-    path: str | os.PathLike | Sequence[str | os.PathLike],
+    path: Paths,
     *,
     index_dir: str | os.PathLike | None = None,
-    captions: Literal["required", "ignored", "optional"] = "required",
+    captions: CaptionMode = "required",
   ):
-    self._captions = captions
-    self._tars = tar_index.build_all(
+    tars = tar_index.build_indices(
       expand_path(path, suffix=self.suffix),
       index_dir=Path(index_dir).expanduser() if index_dir is not None else None,
     )
-    self.files = tuple(t.tar for t in self._tars)
     required = captions == "required"
-    counts = [t.captioned if required else t.count for t in self._tars]
-    self.shards: Int64[np.ndarray, " tars"] = np.cumsum(counts, dtype=np.int64)
-    self.name = name_of_files(self.files)
-    fields = ["key", "image"] + ["captions"] * (captions != "ignored")
-    self.fields = frozenset(fields)
-    self._report_skipped()
-    _refuse_duplicates(self._tars)
+    super().__init__(
+      [t.tar for t in tars],
+      [t.captioned if required else t.count for t in tars],
+      captions=captions,
+    )
+    self._captions = captions
+    self._report_skipped(tars)
+    _check_duplicates(tars)
     self._open_tars = ProcessCache(
-      functools.partial(_open_tar, self._tars),
+      functools.partial(_OpenTar, tars),
       descriptors=2,  # the tar, and the memory map of its index
     )
 
-  def _report_skipped(self) -> None:
+  def _report_skipped(self, tars: Sequence[TarIndex]) -> None:
+    no_image = sum(t.no_image for t in tars)
     no_caption = 0
     if self._captions == "required":
-      no_caption = sum(t.count - t.captioned for t in self._tars)
-    no_image = sum(t.no_image for t in self._tars)
+      no_caption = sum(t.count - t.captioned for t in tars)
     if not len(self):
-      others = sum(t.others for t in self._tars)
+      others = sum(t.others for t in tars)
       raise InputError(
         f"{self.name} has no record: {no_image} groups of members without an"
-        f" image, {no_caption} without a caption, {others} other members. A"
-        " record is KEY.jpg (or .jpeg, .png, .webp) with KEY.txt or KEY.json,"
-        " and a KEY ends at the first dot of a name; for images alone set"
+        f" image, {no_caption} without a caption, {others} other members."
+        " Expected KEY.jpg (.jpeg, .png, .webp) with KEY.txt or KEY.json, where"
+        " KEY ends at the first dot of a name; for images alone set"
         " captions='ignored'."
       )
     if no_caption or no_image:
@@ -112,7 +107,7 @@ class WebDatasetSource(Source):
     Raises:
       IndexError: `i` is not in [0, len).
       BadRecord: its caption can't be read or is empty, or the image has no
-        bytes. Whether the bytes are an image shows when they are decoded.
+        bytes. The image is not decoded.
       TarError: the tar has changed since it was indexed.
     """
     return self._read(i)[0]
@@ -158,7 +153,7 @@ def parse_captions(
 ) -> list[str]:
   """The captions that are not blank; BadRecord if there is none."""
   captions: list[Any] = []
-  # Most .json are not needed, and parsing each would cost more than reading.
+  # Parsing a .json costs more than reading it, and most are not needed.
   if sidecar is not None and (text is None or b'"captions"' in sidecar):
     try:
       fields = json.loads(sidecar)
@@ -173,10 +168,9 @@ def parse_captions(
     elif text is None and single is not None:
       captions = [single]
     elif text is None:
+      names = ", ".join(sorted(fields)) or "nothing"
       raise BadRecord(
-        key,
-        "its .json has neither 'captions' nor 'caption', only"
-        f" {', '.join(sorted(fields)) or 'nothing'}; and there is no .txt",
+        key, f"it has no .txt, and its .json no caption but only {names}"
       )
   if not captions and text is not None:
     try:
@@ -194,7 +188,8 @@ def parse_captions(
 class _OpenTar:
   """The open files of one tar."""
 
-  def __init__(self, index: TarIndex):
+  def __init__(self, tars: Sequence[TarIndex], shard: int):
+    index = tars[shard]
     self.path = index.tar
     self._entries, self._keys = index.open()
     self._fd = os.open(index.tar, os.O_RDONLY | os.O_CLOEXEC)
@@ -203,8 +198,8 @@ class _OpenTar:
     size = os.fstat(self._fd).st_size
     if size != index.tar_size:
       raise TarError(
-        f"{index.tar} has {size} bytes, it had {index.tar_size} when this run"
-        " started: start again, so that it is indexed anew."
+        f"{index.tar} has {size} bytes, and had {index.tar_size} when this run"
+        " started: start again, which indexes it anew."
       )
 
   def read(self, i: int) -> tuple[str, bytes, bytes | None, bytes | None]:
@@ -212,21 +207,17 @@ class _OpenTar:
     *spans, key_end = self._entries[i].item()
     key_start = int(self._entries["key_end"][i - 1]) if i else 0
     key = self._keys[key_start:key_end].tobytes().decode()
-    parts = [(at, n) for at, n in zip(spans[:3], spans[3:], strict=True) if at]
-    low = min(at for at, _ in parts)
-    high = max(at + n for at, n in parts)
-    if high - low <= sum(n for _, n in parts) + _MAX_HOLE:
-      data = memoryview(self._pread(low, high - low))
-      found = [
-        bytes(data[at - low : at - low + n]) if at else None
-        for at, n in zip(spans[:3], spans[3:], strict=True)
-      ]
+    spans = list(zip(spans[:3], spans[3:], strict=True))
+    present = [(at, size) for at, size in spans if at]
+    start = min(at for at, _ in present)
+    end = max(at + size for at, size in present)
+    if end - start <= sum(size for _, size in present) + _MAX_GAP:
+      data = self._pread(start, end - start)
+      parts = [data[a - start : a - start + n] if a else None for a, n in spans]
     else:
-      found = [
-        self._pread(at, n) if at else None
-        for at, n in zip(spans[:3], spans[3:], strict=True)
-      ]
-    return key, found[0] or b"", found[1], found[2]
+      parts = [self._pread(at, size) if at else None for at, size in spans]
+    image, text, sidecar = parts
+    return key, image or b"", text, sidecar
 
   def _pread(self, offset: int, size: int) -> bytes:
     try:
@@ -237,9 +228,9 @@ class _OpenTar:
         if not more:
           end = os.fstat(self._fd).st_size
           raise TarError(
-            f"{self.path} ends at offset {end}, the record goes on to"
-            f" {offset + size}: it was cut after this run opened it. Restore it"
-            " and start again."
+            f"{self.path} ends at offset {end}, its record at {offset + size}:"
+            " the tar was cut after this run opened it. Restore it and start"
+            " again."
           )
         data += more
     except OSError as error:
@@ -247,29 +238,25 @@ class _OpenTar:
     return data
 
 
-def _open_tar(tars: list[TarIndex], shard: int) -> _OpenTar:
-  return _OpenTar(tars[shard])
-
-
-def _refuse_duplicates(tars: list[TarIndex]) -> None:
-  """A key in two tars: the same shard twice, or two sets given as one."""
+def _check_duplicates(tars: Sequence[TarIndex]) -> None:
+  """Raises TarError where two tars of overlapping key ranges share a key."""
   ranges = sorted(
     (t for t in tars if t.count), key=lambda t: (t.smallest, t.largest)
   )
   # img2dataset's keys start with the shard, so that tars hardly ever overlap.
   overlapping: set[int] = set()
-  widest = None
-  for i, tar in enumerate(ranges):
-    if widest is not None and tar.smallest <= ranges[widest].largest:
+  widest = 0
+  for i in range(1, len(ranges)):
+    if ranges[i].smallest <= ranges[widest].largest:
       overlapping |= {i, widest}
-    if widest is None or tar.largest > ranges[widest].largest:
+    if ranges[i].largest > ranges[widest].largest:
       widest = i
   suspects = [ranges[i] for i in sorted(overlapping)]
   total = sum(t.count for t in suspects)
   if total > _MAX_COMPARED:
     log.warning(
       "The keys of %d tars overlap (%s, ...) and are not compared, as there"
-      " are %d of them; a record may be there twice.",
+      " are %d of them; records may be duplicated.",
       len(suspects),
       suspects[0].tar,
       total,
@@ -280,7 +267,6 @@ def _refuse_duplicates(tars: list[TarIndex]) -> None:
     for key in tar.read_keys():
       if (other := owner.setdefault(key, tar.tar)) is not tar.tar:
         raise TarError(
-          f"Key {key!r} is in {other} and in {tar.tar}. If these are two data"
-          " sets, give each its own entry in data.train; if a shard is there"
-          " twice, leave one out of the path."
+          f"Key {key!r} is in {other} and in {tar.tar}. Give each data set its"
+          " own entry in data.train, or leave a duplicate tar out of the path."
         )

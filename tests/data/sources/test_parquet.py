@@ -157,7 +157,7 @@ def test_damaged_files(folder):
   first, second = sorted(folder.glob("*.parquet"))
   data = second.read_bytes()
   second.write_bytes(data[:-9])
-  with pytest.raises(InputError, match=f"{second.name} is no Parquet file"):
+  with pytest.raises(InputError, match=f"{second.name} is not a Parquet file"):
     ParquetSource([first, second])
   # Damage in the first row group leaves the footer and later groups intact.
   second.write_bytes(data[:4] + bytes(120) + data[124:])

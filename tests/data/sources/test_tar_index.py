@@ -154,7 +154,7 @@ def test_cut_short(tmp_path, what, caplog):
   ("data", "says"),
   [
     (b"", "empty"),
-    (b"<html>404" + b" " * 1000, "is no tar: it starts with b'<html>"),
+    (b"<html>404" + b" " * 1000, "is not a tar: it starts with b'<html>"),
     (gzip.compress(bytes(range(256)) * 8, 0), "compressed"),
   ],
 )
@@ -171,7 +171,7 @@ def test_damaged_in_the_middle(tmp_path):
   data = bytearray(path.read_bytes())
   data[at + 5] ^= 0xFF
   path.write_bytes(data)
-  with pytest.raises(TarError, match=rf"damaged at offset {at}"):
+  with pytest.raises(TarError, match=rf"damaged: no header at offset {at}"):
     tar_scan.scan(path)
 
 
@@ -190,7 +190,7 @@ def test_index_holds_what_the_scan_found(tmp_path):
   del members[6]  # the image of 3
   del members[3]  # the text of 1
   path = write_tar(tmp_path / "a.tar", members)
-  (index,) = tar_index.build_all([path])
+  (index,) = tar_index.build_indices([path])
   assert index.file == tmp_path / "a.tar.index"
   assert (index.count, index.captioned, index.no_image) == (6, 5, 1)
   assert (index.smallest, index.largest) == ("0000", "0006")
@@ -217,16 +217,16 @@ def test_index_is_small():
 def test_skipped_groups_are_logged_with_their_number(tmp_path, caplog):
   members = plain(3) + [("bare.jpg", b"i"), ("lost.txt", b"t")]
   path = write_tar(tmp_path / "a.tar", members)
-  tar_index.build_all([path])
+  tar_index.build_indices([path])
   assert "1 records have no image: lost" in caplog.text
   assert "1 records have neither .txt nor .json: bare" in caplog.text
 
 
 def test_an_index_that_fits_is_not_built_again(tmp_path, monkeypatch):
   path = write_tar(tmp_path / "a.tar", plain(3))
-  before = tar_index.build_all([path])
+  before = tar_index.build_indices([path])
   monkeypatch.setattr(tar_scan, "scan", None)
-  assert tar_index.build_all([path]) == before
+  assert tar_index.build_indices([path]) == before
 
 
 def _newer(path, index):
@@ -249,23 +249,23 @@ def _foreign(path, index):
   ("change", "says"),
   [
     (_newer, "the tar has"),
-    (_touched, "it was made for one of"),
+    (_touched, "the tar was modified at"),
     (_cut, "cut short"),
-    (_foreign, "no index of this version"),
+    (_foreign, "not an index of this version"),
   ],
 )
 def test_an_index_that_does_not_fit_is_built_again(
   tmp_path, caplog, change, says
 ):
   path = write_tar(tmp_path / "a.tar", plain(300))
-  (old,) = tar_index.build_all([path])
+  (old,) = tar_index.build_indices([path])
   change(path, old.file)
-  (new,) = tar_index.build_all([path])
+  (new,) = tar_index.build_indices([path])
   assert says in caplog.text and str(old.file) in caplog.text
   assert new.count == (5 if change is _newer else 300)
   # And it is written, not only used.
   caplog.clear()
-  assert tar_index.build_all([path]) == [new]
+  assert tar_index.build_indices([path]) == [new]
   assert not caplog.text
 
 
@@ -275,15 +275,15 @@ def _full(*args, **kwargs):
 
 def test_an_old_index_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
   path = write_tar(tmp_path / "a.tar", plain(3))
-  tar_index.build_all([path])
+  tar_index.build_indices([path])
   write_tar(path, plain(5))
   monkeypatch.setattr(Path, "write_bytes", _full)
   with pytest.raises(OSError, match="index_dir") as error:
-    tar_index.build_all([path])
+    tar_index.build_indices([path])
   for part in (path, f"{path}.index", "the tar has", "Read-only"):
     assert str(part) in str(error.value)
   monkeypatch.undo()
-  (index,) = tar_index.build_all([path], index_dir=tmp_path / "new" / "dir")
+  (index,) = tar_index.build_indices([path], index_dir=tmp_path / "new" / "dir")
   assert index.count == 5
 
 
@@ -292,7 +292,7 @@ def test_index_dir_tells_tars_of_one_name_apart(tmp_path):
     (tmp_path / folder).mkdir()
     write_tar(tmp_path / folder / "00000.tar", plain(i + 2))
   tars = [tmp_path / "a" / "00000.tar", tmp_path / "b" / "00000.tar"]
-  indices = tar_index.build_all(tars, index_dir=tmp_path / "i")
+  indices = tar_index.build_indices(tars, index_dir=tmp_path / "i")
   assert [index.count for index in indices] == [2, 3]
   assert len(list((tmp_path / "i").iterdir())) == 2
   assert not list(tmp_path.glob("[ab]/*.index"))
@@ -302,7 +302,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
   path = write_tar(tmp_path / "a.tar", plain(3))
   monkeypatch.setattr(tar_index.os, "replace", _full)
   with pytest.raises(OSError, match="can't be written"):
-    tar_index.build_all([path])
+    tar_index.build_indices([path])
   assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
 
 
@@ -310,7 +310,9 @@ def test_many_build_at_once(tmp_path):
   tars = [write_tar(tmp_path / f"{i}.tar", plain(20)) for i in range(6)]
   results: list[list] = []
   threads = [
-    threading.Thread(target=lambda: results.append(tar_index.build_all(tars)))
+    threading.Thread(
+      target=lambda: results.append(tar_index.build_indices(tars))
+    )
     for _ in range(8)
   ]
   for thread in threads:
@@ -323,7 +325,7 @@ def test_many_build_at_once(tmp_path):
 
 
 def test_helper_processes_build_too(tmp_path, monkeypatch):
-  monkeypatch.setattr(tar_index, "_MANY", 4)
+  monkeypatch.setattr(tar_index, "_MIN_TARS", 4)
   monkeypatch.setattr(tar_index, "available_cores", lambda: 2)
   folder = tmp_path / "tars"
   folder.mkdir()
@@ -349,7 +351,7 @@ def test_helper_processes_build_too(tmp_path, monkeypatch):
   monkeypatch.setattr(tar_index, "_build", only_look)
   # The helper left only the bad one, and errors are this process's to report.
   with pytest.raises(TarError, match=r"^this process had to scan 5\.tar$"):
-    tar_index.build_all(tars, index_dir=tmp_path / "index")
+    tar_index.build_indices(tars, index_dir=tmp_path / "index")
   assert len(started) == 1 and started[0].returncode == 0
   assert len(list((tmp_path / "index").iterdir())) == 7
 
@@ -359,7 +361,7 @@ def test_all_bad_tars_are_named(tmp_path):
   for i in (1, 3):
     os.truncate(tars[i], 1100)
   with pytest.raises(TarError, match="2 of 4 tars can't be used") as error:
-    tar_index.build_all(tars)
+    tar_index.build_indices(tars)
   assert str(tars[1]) in str(error.value)
   assert str(tars[3]) in str(error.value)
   assert str(tars[0]) not in str(error.value)
@@ -367,7 +369,7 @@ def test_all_bad_tars_are_named(tmp_path):
 
 def test_empty_tar_has_an_empty_index(tmp_path):
   path = write_tar(tmp_path / "a.tar", [])
-  (index,) = tar_index.build_all([path])
+  (index,) = tar_index.build_indices([path])
   entries, keys = index.open()
   assert entries.shape == (0,) and keys.shape == (0,)
   assert index.read_keys() == []
@@ -380,7 +382,7 @@ def test_real_tars_of_coco(tmp_path, shared_data):
     members += [(photo.name, photo.read_bytes())]
     members += [(photo.stem + ".txt", photo.stem.encode())]
   path = write_tar(tmp_path / "coco.tar", members)
-  (index,) = tar_index.build_all([path])
+  (index,) = tar_index.build_indices([path])
   entries, _ = index.open()
   with path.open("rb") as file:
     for entry, photo in zip(entries, photos, strict=True):
@@ -402,7 +404,7 @@ def test_offsets_beyond_four_gigabytes(tmp_path):
     file.write(large.tobuf(tarfile.GNU_FORMAT))
     file.seek(large.size, os.SEEK_CUR)
     file.write(write_tar(tmp_path / "small.tar", plain(2)).read_bytes())
-  (index,) = tar_index.build_all([path])
+  (index,) = tar_index.build_indices([path])
   assert index.others == 1
   entries, _ = index.open()
   assert int(entries["image"][0]) == 512 + large.size + 512

@@ -147,7 +147,11 @@ def test_parts_of_splits_and_pickling(prepared):
   [
     ({"name": "tiny_captons"}, FileNotFoundError, "tfds build tiny_captons"),
     ({"split": "trian"}, ValueError, "Did you mean 'train'"),
-    ({"data_dir": "tfrecord"}, FileNotFoundError, "not in a format that can"),
+    (
+      {"data_dir": "tfrecord"},
+      FileNotFoundError,
+      "not in a format that allows",
+    ),
     ({"data_dir": "nowhere"}, FileNotFoundError, "--file_format=array_record"),
   ],
 )
