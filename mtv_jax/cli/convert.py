@@ -13,8 +13,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from mtv_jax.convert import big_vision, huggingface
-from mtv_jax.convert.converted import Converted
+from mtv_jax.convert import big_vision, huggingface, native
+from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.encoder import loading
 from mtv_jax.train.metrics import setup_logging
@@ -75,22 +75,13 @@ def run(args: argparse.Namespace) -> None:
     files = TokenizerFiles(path, args.clean)
     model = dataclasses.replace(model, tokenizer=files)
   if args.image_size:
-    model = model.resized(args.image_size)
-  write = huggingface.write_native
-  if args.command == "to_hf":
-    write = huggingface.write
-  folder = write(
-    args.output,
-    model.spec,
-    model.params,
-    preprocess=model.preprocess,
-    tokenizer=model.tokenizer,
-    prediction_heads=model.prediction_heads,
-  )
+    model = model.resize(args.image_size)
+  write = huggingface.write if args.command == "to_hf" else native.write
+  folder = write(args.output, model)
   print(f"Wrote {folder}: {sorted(p.name for p in folder.iterdir())}")
 
 
-def read_source(args: argparse.Namespace) -> Converted:
+def read_source(args: argparse.Namespace) -> ConvertedModel:
   """Reads the model to convert."""
   if args.command == "from_big_vision":
     return big_vision.read(args.source)

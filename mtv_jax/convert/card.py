@@ -69,31 +69,28 @@ features = encoder.image([image])  # uint8 [H, W, 3]; pooled and patches
 {heads}"""
 
 
-def text(spec: ModelSpec, heads: Sequence[str]) -> str:
-  """A short README whose code runs.
+def write_card(spec: ModelSpec, others: Sequence[str]) -> str:
+  """A short README with runnable code.
 
   Args:
-    spec: the model's.
-    heads: names of the parameters in `heads.safetensors`.
+    spec: of the model.
+    others: names of the parameters in `heads.safetensors`.
   """
-  two = spec.text is not None
-  usage = _TWO_TOWERS.format(length=spec.text.length) if two else _IMAGES
-  beside = ""
-  if heads:
-    names = sorted({n.split("/")[1] for n in heads if n.startswith("heads/")})
-    beside = (
-      "\n`heads.safetensors` holds what only mtv_jax reads"
-      + (f": the heads of {', '.join(names)}" if names else "")
-      + ".\n"
-    )
+  task, usage = "image-feature-extraction", _IMAGES
+  if spec.text is not None:
+    task = "zero-shot-image-classification"
+    usage = _TWO_TOWERS.format(length=spec.text.length)
+  heads = ", ".join(
+    sorted({n.split("/")[1] for n in others if n.startswith("heads/")})
+  )
+  note = "\n`heads.safetensors` has parameters that only mtv_jax reads"
+  note += f": the heads of {heads}.\n" if heads else ".\n"
   return _TEMPLATE.format(
-    task="zero-shot-image-classification"
-    if two
-    else "image-feature-extraction",
+    task=task,
     width=spec.image.width,
     depth=spec.image.depth,
     patch=spec.image.patch_size,
     size=spec.image.image_size,
     usage=usage,
-    heads=beside,
+    heads=note if others else "",
   )

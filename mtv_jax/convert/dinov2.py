@@ -1,16 +1,16 @@
 """Reader of Hugging Face's DINOv2, with or without registers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from mtv_jax.convert import clip, folders, tables
-from mtv_jax.convert.tables import TORCH, ConversionError, Rule
+from mtv_jax.convert import folders, tables
+from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 
-DEFAULTS = {
+_DEFAULTS = {
   "hidden_size": 768,
   "num_hidden_layers": 12,
   "num_attention_heads": 12,
@@ -23,23 +23,36 @@ DEFAULTS = {
   "layerscale_value": 1.0,
   "use_swiglu_ffn": False,
 }
-NAMES = tables.BlockNames(
-  norm1="norm1",
-  q="attention.attention.query",
-  k="attention.attention.key",
-  v="attention.attention.value",
-  out="attention.output.dense",
-  norm2="norm2",
-  mlp="mlp",
-  scale1="layer_scale1.lambda1",
-  scale2="layer_scale2.lambda1",
-)
+_NAMES = {
+  "patch_embed": "embeddings.patch_embeddings.projection",
+  "mask_token": "embeddings.mask_token",
+  "registers": "embeddings.register_tokens",
+  **tables.nest(
+    "blocks/",
+    "encoder.layer.{i}.",
+    {
+      "norm1": "norm1",
+      "attention/qkv": (
+        "attention.attention.query",
+        "attention.attention.key",
+        "attention.attention.value",
+      ),
+      "attention/out": "attention.output.dense",
+      "scale1": "layer_scale1.lambda1",
+      "norm2": "norm2",
+      "mlp/fc1": "mlp.fc1",
+      "mlp/fc2": "mlp.fc2",
+      "scale2": "layer_scale2.lambda1",
+    },
+  ),
+  "norm": "layernorm",
+}
 IGNORE = r"^classifier\."
 
 
-def spec(config: Mapping[str, Any], names: Iterable[str]) -> ModelSpec:
-  """The model that a `config.json` of type dinov2(_with_registers) says."""
-  config = folders.with_defaults(config, DEFAULTS)
+def read_spec(config: Mapping[str, Any], names: Collection[str]) -> ModelSpec:
+  """The model of a `config.json` of type dinov2(_with_registers)."""
+  config = folders.with_defaults(config, _DEFAULTS)
   if not config["qkv_bias"]:
     raise ConversionError(
       "qkv_bias=False is not supported: our attention always has biases."
@@ -47,103 +60,61 @@ def spec(config: Mapping[str, Any], names: Iterable[str]) -> ModelSpec:
   mlp, mlp_dim = "plain", int(config["hidden_size"] * config["mlp_ratio"])
   if config["use_swiglu_ffn"]:
     # Two thirds of the hidden units, rounded up to a multiple of eight, so
-    # that three kernels weigh what two did.
+    # that three kernels have the parameters of two.
     mlp, mlp_dim = "swiglu", (int(mlp_dim * 2 / 3) + 7) // 8 * 8
   registers, position_resize = 0, "bicubic"
   if config["model_type"] == "dinov2_with_registers":
     registers = config.get("num_register_tokens", 4)
     position_resize = "antialiased"
   image = ViTSpec(
-    **folders.read_sizes(config),
-    width=config["hidden_size"],
-    depth=config["num_hidden_layers"],
-    heads=config["num_attention_heads"],
-    mlp_dim=mlp_dim,
     mlp=mlp,
     pool="cls",
     cls_token=True,
     registers=registers,
     layer_scale=float(config["layerscale_value"]),
-    gelu=folders.read_activation(config),
-    norm_eps=float(config["layer_norm_eps"]),
     mask_token=any(n.endswith("embeddings.mask_token") for n in names),
     position_resize=position_resize,
+    **folders.read_vision({**config, "intermediate_size": mlp_dim}),
   )
-  return ModelSpec(image=image, text=None)
-
-
-def swiglu(
-  layout: tables.Layout, ours: str, theirs: str, width: int, mlp_dim: int
-) -> list[Rule]:
-  """A SwiGLU, whose gate and value lie in one tensor of the file, in order."""
-  rules = []
-  for leaf, name, tail in (
-    ("kernel", "weight", (width,)),
-    ("bias", "bias", ()),
-  ):
-    rules.append(
-      Rule(
-        (f"{ours}/gate/{leaf}", f"{ours}/fc1/{leaf}"),
-        (f"{theirs}.weights_in.{name}",),
-        ((2 * mlp_dim, *tail),),
-        to_ours=lambda a: tuple(half.T for half in np.split(a, 2)),
-      )
-    )
-  out = f"{theirs}.weights_out"
-  return [*rules, *tables.dense(layout, f"{ours}/fc2", out, mlp_dim, width)]
+  return ModelSpec(image=image)
 
 
 def rules(spec: ModelSpec, *, prefix: str = "") -> list[Rule]:
-  """The table of a DINOv2; a classifier's file has a `prefix`."""
-  image = spec.image
-
-  def at(name):
-    return TORCH.join(prefix, name)
-
-  width, grid = image.width, image.image_size // image.patch_size
-  found = [
-    tables.convolution(
-      "image/patch_embed/kernel",
-      at("embeddings.patch_embeddings.projection.weight"),
-      image.patch_size,
-      width,
-    ),
-    tables.vector(
-      "image/patch_embed/bias",
-      at("embeddings.patch_embeddings.projection.bias"),
-      width,
-    ),
-    clip.folded_positions(
-      at("embeddings.cls_token"),
-      at("embeddings.position_embeddings"),
-      grid=grid,
-      width=width,
-      stored=((1, 1, width), (1, grid**2 + 1, width)),
-    ),
-    *tables.blocks(
-      TORCH,
-      "image/blocks",
-      at("encoder.layer.{i}"),
-      NAMES,
-      width=width,
-      heads=image.heads,
-      mlp_dim=image.mlp_dim,
-      depth=image.depth,
-      mlp_rules=swiglu if image.mlp == "swiglu" else tables.mlp,
-    ),
-    *tables.norm(TORCH, "image/norm", at("layernorm"), width),
+  """The rules of a DINOv2; `prefix` is a classifier's or a detector's."""
+  special = [
+    tables.folded_positions(
+      f"{prefix}embeddings.cls_token",
+      f"{prefix}embeddings.position_embeddings",
+      unit_axes=(2, 1),
+      spec=spec,
+    )
   ]
-  if image.mask_token:
-    found.append(
-      tables.reshaped(
-        "image/mask_token", at("embeddings.mask_token"), (width,), (1, width)
-      )
+  names = dict(tables.nest("image/", prefix, _NAMES))
+  if spec.image.mlp == "swiglu":
+    theirs = f"{prefix}encoder.layer.{{i}}.mlp"
+    special += _swiglu_input(f"{theirs}.weights_in", spec.image)
+    names["image/blocks/mlp/fc2"] = f"{theirs}.weights_out"
+  return tables.tower_rules(
+    spec,
+    names,
+    *special,
+    unit_axes={"image/mask_token": 1, "image/registers": 1},
+  )
+
+
+def _swiglu_input(theirs: str, spec: ViTSpec) -> list[Rule]:
+  """Gate and value of a SwiGLU, one tensor in the file."""
+  ours = "image/blocks/mlp"
+  return [
+    Rule(
+      (f"{ours}/gate/{leaf}", f"{ours}/fc1/{leaf}"),
+      (f"{theirs}.{name}",),
+      ((2 * spec.mlp_dim, *columns),),
+      to_ours=lambda a: tuple(half.T for half in np.split(a, 2)),
+      depth=spec.depth,
     )
-  if image.registers:
-    shape = (image.registers, width)
-    found.append(
-      tables.reshaped(
-        "image/registers", at("embeddings.register_tokens"), shape, (1, *shape)
-      )
+    for leaf, name, columns in (
+      ("kernel", "weight", (spec.width,)),
+      ("bias", "bias", ()),
     )
-  return found
+  ]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,11 @@ import safetensors
 import safetensors.numpy
 
 from mtv_jax.convert.tables import ConversionError
+from mtv_jax.models.text import TextSpec
+from mtv_jax.models.vit import ViTSpec
 from mtv_jax.utils.errors import MissingFileError
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 _LFS = b"version https://git-lfs"
@@ -24,22 +29,25 @@ _OTHERS = {
   "*.ckpt": "pickles, which are never loaded here",
   "*.msgpack": "Flax weights",
   "*.h5": "TensorFlow weights",
-  "*.npz": "NumPy archives: big_vision's convert with from_big_vision",
+  "*.npz": "NumPy archives; from_big_vision converts big_vision's",
 }
-# Activations of transformers by the names of our specs, and back.
-GELUS = {
-  "gelu_pytorch_tanh": "tanh",
-  "gelu_new": "tanh",
-  "gelu_fast": "tanh",
-  "gelu": "exact",
-  "gelu_python": "exact",
-  "quick_gelu": "quick",
+# Activations of transformers by those of our specs; the first one is written.
+_ACTIVATIONS = {
+  "tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
+  "exact": ("gelu", "gelu_python"),
+  "quick": ("quick_gelu",),
 }
-HIDDEN_ACT = {
-  "tanh": "gelu_pytorch_tanh",
-  "exact": "gelu",
-  "quick": "quick_gelu",
+_GELUS = {name: ours for ours, names in _ACTIVATIONS.items() for name in names}
+# Fields of SigLIP's and CLIP's config sections by those of our specs.
+_TOWER_FIELDS = {
+  "width": "hidden_size",
+  "depth": "num_hidden_layers",
+  "heads": "num_attention_heads",
+  "mlp_dim": "intermediate_size",
+  "norm_eps": "layer_norm_eps",
 }
+_TEXT_FIELDS = {"vocab_size": "vocab_size", "length": "max_position_embeddings"}
+_VISION_FIELDS = {"image_size": "image_size", "patch_size": "patch_size"}
 
 
 def require_folder(folder: str | os.PathLike) -> pathlib.Path:
@@ -55,8 +63,8 @@ def require_folder(folder: str | os.PathLike) -> pathlib.Path:
   if path.exists():
     raise ConversionError(f"{path} is a file; a folder is expected.")
   raise MissingFileError(
-    f"There is no folder {path}. If it is the name of a model on the Hub, "
-    "download its files first: nothing is downloaded here."
+    f"There is no folder {path}. Download a model of the Hub first: nothing is "
+    "downloaded here."
   )
 
 
@@ -69,8 +77,37 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   except ValueError as error:
     raise ConversionError(f"{path} is not JSON: {error}") from None
   if not isinstance(value, dict):
-    raise ConversionError(f"{path} holds a {type(value).__name__}, no object.")
+    raise ConversionError(f"{path} is not a JSON object.")
   return value
+
+
+def read_config(
+  folder: str | os.PathLike, *, model_type: str, example: str
+) -> tuple[pathlib.Path, dict[str, Any]]:
+  """A folder's path and its `config.json`.
+
+  Raises:
+    MissingFileError: there is no folder.
+    ConversionError: it is of another model type; `example` names one of it.
+  """
+  path = require_folder(folder)
+  config = read_json(path / "config.json")
+  if config.get("model_type") != model_type:
+    raise ConversionError(
+      f"{path / 'config.json'} has model_type {config.get('model_type')!r}; "
+      f"expected {model_type!r}, as in {example}."
+    )
+  return path, config
+
+
+def read_processor(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+  """The image processor's file and its fields, {} if there is none."""
+  # From transformers 5 on, one file holds the processors of all modalities.
+  path = folder / "processor_config.json"
+  if fields := read_json(path).get("image_processor"):
+    return path, fields
+  path = folder / "preprocessor_config.json"
+  return path, read_json(path)
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
@@ -82,23 +119,25 @@ class TensorFiles:
   """Tensors of safetensors files, memory-mapped and read one at a time.
 
   A context manager.
+
+  Args:
+    path: of the file, or of the index of several ones.
+    files: all of them; only `path` by default.
+
+  Raises:
+    ConversionError: a file is missing, cut short or only a pointer.
   """
 
-  def __init__(self, files: Iterable[pathlib.Path]):
-    """Opens the files.
-
-    Raises:
-      ConversionError: a file is missing, cut short or only a pointer.
-    """
-    self._stack = contextlib.ExitStack()
-    self._where: dict[str, Any] = {}
-    try:
-      for path in files:
-        handle = self._stack.enter_context(_open(path))
-        self._where.update(dict.fromkeys(handle.keys(), handle))
-    except BaseException:
-      self._stack.close()
-      raise
+  def __init__(
+    self, path: pathlib.Path, files: Iterable[pathlib.Path] | None = None
+  ):
+    self.path = path
+    self._files: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+      for file in [path] if files is None else files:
+        handle = stack.enter_context(_open(file))
+        self._files.update(dict.fromkeys(handle.keys(), handle))
+      self._stack = stack.pop_all()
 
   def __enter__(self) -> "TensorFiles":
     return self
@@ -108,25 +147,24 @@ class TensorFiles:
 
   @property
   def names(self) -> list[str]:
-    return list(self._where)
+    return list(self._files)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    return tuple(self._where[name].get_slice(name).get_shape())
+    return tuple(self._files[name].get_slice(name).get_shape())
 
   def read(self, name: str) -> np.ndarray:
-    return self._where[name].get_tensor(name)
+    return self._files[name].get_tensor(name)
 
 
 def _open(path: pathlib.Path) -> Any:
   if not path.is_file():
     raise ConversionError(
-      f"{path} is missing: the index beside it names it. Is the download whole?"
+      f"{path}, named by the index beside it, is missing: download it too."
     )
   with path.open("rb") as file:
     if file.read(len(_LFS)) == _LFS:
       raise ConversionError(
-        f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in "
-        "its folder."
+        f"{path} is a Git LFS pointer: run `git lfs pull` in its folder."
       )
   try:
     return safetensors.safe_open(str(path), framework="np")
@@ -137,23 +175,18 @@ def _open(path: pathlib.Path) -> Any:
 
 
 def open_weights(folder: pathlib.Path) -> TensorFiles:
-  """The weights of a Hugging Face folder, in one file or in shards.
+  """The weights of a Hugging Face folder, one file or shards.
 
   Raises:
     ConversionError: there are none that can be read.
   """
-  single = folder / WEIGHTS
-  if single.is_file():
-    return TensorFiles([single])
-  index = read_json(folder / f"{WEIGHTS}.index.json")
-  if index:
-    shards = sorted(set(index.get("weight_map", {}).values()))
-    return TensorFiles(folder / name for name in shards)
-  raise ConversionError(_missing_weights_message(folder))
-
-
-def _missing_weights_message(folder: pathlib.Path) -> str:
-  lines = [f"{folder} has no {WEIGHTS} (or {WEIGHTS}.index.json)."]
+  path = folder / WEIGHTS
+  if path.is_file():
+    return TensorFiles(path)
+  index = folder / f"{WEIGHTS}.index.json"
+  if shards := read_json(index).get("weight_map"):
+    return TensorFiles(index, [folder / n for n in sorted({*shards.values()})])
+  lines = [f"{folder} lacks {WEIGHTS} and {WEIGHTS}.index.json."]
   if (folder / "adapter_config.json").is_file():
     lines.append("It holds an adapter: merge it into its model first.")
   for pattern, kind in _OTHERS.items():
@@ -164,7 +197,7 @@ def _missing_weights_message(folder: pathlib.Path) -> str:
     "Load the model once with transformers and call "
     "save_pretrained(folder, safe_serialization=True)."
   )
-  return " ".join(lines)
+  raise ConversionError(" ".join(lines))
 
 
 def write_tensors(
@@ -182,27 +215,67 @@ def write_tensors(
 def with_defaults(
   config: Mapping[str, Any] | None, defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """A config completed with the library's defaults.
-
-  Published configs often store only the differences from them.
-  """
+  """A config completed with transformers' defaults, which files leave out."""
   given = {k: v for k, v in (config or {}).items() if v is not None}
   return {**defaults, **given}
 
 
-def read_activation(config: Mapping[str, Any]) -> str:
-  """The spec's name of the activation `hidden_act`."""
-  name = config["hidden_act"]
-  if name not in GELUS:
+def has_text_tower(names: Iterable[str]) -> bool:
+  """Whether a file of SigLIP or CLIP with these tensors has a text tower."""
+  if any(name.startswith("text_model.") for name in names):
+    return True
+  log.info("No text tower in the file: only images can be encoded.")
+  return False
+
+
+def read_text(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Fields of `TextSpec` that a complete config section sets."""
+  fields = {k: config[name] for k, name in _TEXT_FIELDS.items()}
+  return {**fields, **_read_tower(config)}
+
+
+def read_vision(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Fields of `ViTSpec` that a complete config section sets.
+
+  Raises:
+    ConversionError: images or patches are not square or not RGB, or an unknown
+      activation.
+  """
+  if config.get("num_channels", 3) != 3:
     raise ConversionError(
-      f"hidden_act={name!r} is not an activation of our towers, which have "
-      f"{sorted(GELUS)}."
+      f"num_channels={config['num_channels']}: only RGB models convert."
     )
-  return GELUS[name]
+  size, patch = (read_side(config[k], k) for k in _VISION_FIELDS)
+  # transformers drops pixels that do not fill a patch.
+  sizes = {"image_size": size // patch * patch, "patch_size": patch}
+  return {**sizes, **_read_tower(config)}
+
+
+def _read_tower(config: Mapping[str, Any]) -> dict[str, Any]:
+  fields = {k: config[name] for k, name in _TOWER_FIELDS.items()}
+  activation = config["hidden_act"]
+  if activation not in _GELUS:
+    raise ConversionError(
+      f"hidden_act={activation!r} is not supported; expected one of "
+      f"{sorted(_GELUS)}."
+    )
+  fields["norm_eps"] = float(fields["norm_eps"])
+  return {**fields, "gelu": _GELUS[activation]}
+
+
+def write_tower(spec: ViTSpec | TextSpec) -> dict[str, Any]:
+  """The config section of a tower; the inverse of reading."""
+  extra = _TEXT_FIELDS if isinstance(spec, TextSpec) else _VISION_FIELDS
+  fields = {**_TOWER_FIELDS, **extra}
+  return {
+    **{theirs: getattr(spec, ours) for ours, theirs in fields.items()},
+    "hidden_act": _ACTIVATIONS[spec.gelu][0],
+    "attention_dropout": 0.0,
+  }
 
 
 def read_side(value: Any, field: str) -> int:
-  """A side in pixels, given as an integer or as a pair of equal ones."""
+  """A side in pixels, an integer or a pair of equal integers."""
   if isinstance(value, (list, tuple)):
     if len(set(value)) != 1:
       raise ConversionError(
@@ -210,16 +283,3 @@ def read_side(value: Any, field: str) -> int:
       )
     value = value[0]
   return int(value)
-
-
-def read_sizes(config: Mapping[str, Any]) -> dict[str, int]:
-  """`image_size` and `patch_size`, of square RGB images."""
-  if config.get("num_channels", 3) != 3:
-    raise ConversionError(
-      f"num_channels={config['num_channels']}: only RGB models convert."
-    )
-  sizes = {k: read_side(config[k], k) for k in ("image_size", "patch_size")}
-  # transformers drops pixels that do not fill a patch.
-  patch = sizes["patch_size"]
-  sizes["image_size"] = sizes["image_size"] // patch * patch
-  return sizes

@@ -1,10 +1,12 @@
-"""Native export: `params.safetensors`, `mtv_jax.json`, tokenizer files.
+"""Native folders: `params.safetensors`, `mtv_jax.json`, tokenizer files.
 
-It holds what no `transformers` class could (a CLIP whose class token has its
-position folded in, a DINOv2 tapped at any layer), under our own names. The
-same JSON lies in an export too, so that an export comes back as it was.
+They hold models that no `transformers` class can (a CLIP with its position
+folded into the CLS token) under our names. A Hugging Face export has the same
+`mtv_jax.json`, from which `huggingface.read` restores the model.
 """
 
+import dataclasses
+import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Mapping
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mtv_jax.convert import folders
-from mtv_jax.convert.converted import Converted
+from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models import heads as heads_lib
@@ -25,84 +27,118 @@ from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 PARAMS = "params.safetensors"
 DESCRIPTION = "mtv_jax.json"
 _FORMAT = 1
-TOKENIZER_CONFIG = "tokenizer_config.json"
-_WRITTEN = (PARAMS, "tokenizer.json", "spiece.model", TOKENIZER_CONFIG)
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_WRITTEN = (PARAMS, "tokenizer.json", "spiece.model", _TOKENIZER_CONFIG)
 
 
-def describe(
-  spec: ModelSpec,
-  preprocess: Mapping[str, Any],
-  tokenizer: TokenizerFiles | None,
-  *,
-  prediction_heads: Mapping[str, heads_lib.PredictionHead] | None = None,
-  **more: Any,
-) -> dict[str, Any]:
-  """What `mtv_jax.json` says; the tokenizer is the folder's own."""
-  fields = {
-    k: list(v) if isinstance(v, tuple) else v for k, v in preprocess.items()
+def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.Path:
+  """Writes any model as a native folder, for `read` and training's init.
+
+  Args:
+    folder: new, empty, or of an earlier conversion, which it replaces.
+    model: of any kind.
+  """
+  path = pathlib.Path(folder)
+  leaves = numpy_leaves(model.params)
+  check_params(model.spec, leaves)
+  prepare_folder(path, _WRITTEN, tokenizer=model.tokenizer)
+  folders.write_tensors(path / PARAMS, leaves)
+  tokenizer = copy_tokenizer(path, model.tokenizer)
+  write_description(path, dataclasses.replace(model, tokenizer=tokenizer))
+  return path
+
+
+def read(folder: pathlib.Path) -> ConvertedModel:
+  """Reads a native folder."""
+  description = read_description(folder)
+  with folders.TensorFiles(folder / PARAMS) as store:
+    leaves = {name: store.read(name) for name in store.names}
+  return restore_model(folder, description, leaves)
+
+
+def write_description(
+  folder: pathlib.Path, model: ConvertedModel, **fields: Any
+) -> None:
+  """Writes `mtv_jax.json`; the model's tokenizer is in the folder."""
+  description = {
+    "format": _FORMAT,
+    "model": model.spec.to_dict(),
+    "preprocess": model.preprocess,
+    **fields,
   }
-  described = {"format": _FORMAT, "model": spec.to_dict(), "preprocess": fields}
-  if tokenizer is not None:
-    file = None if tokenizer.path is None else tokenizer.path.name
-    described["tokenizer"] = {"file": file, "clean": tokenizer.clean}
-  if prediction_heads:
-    described["predictors"] = heads_lib.describe_heads(prediction_heads)
-  return {**described, **more}
+  if model.tokenizer is not None:
+    path = model.tokenizer.path
+    description["tokenizer"] = {
+      "file": path and path.name,
+      "clean": model.tokenizer.clean,
+    }
+  if model.prediction_heads:
+    heads = heads_lib.describe_heads(model.prediction_heads)
+    description["predictors"] = heads
+  folders.write_json(folder / DESCRIPTION, description)
 
 
-def description(folder: pathlib.Path) -> dict[str, Any]:
+def read_description(folder: pathlib.Path) -> dict[str, Any]:
   """The folder's `mtv_jax.json`, {} if it has none.
 
   Raises:
-    ConversionError: another version wrote it.
+    ConversionError: it has another format.
   """
-  found = folders.read_json(folder / DESCRIPTION)
-  if found and found.get("format") != _FORMAT:
+  description = folders.read_json(folder / DESCRIPTION)
+  if description and description.get("format") != _FORMAT:
     raise ConversionError(
-      f"{folder / DESCRIPTION} has format {found.get('format')!r}, and this "
-      f"version reads {_FORMAT}: convert the folder again."
+      f"{folder / DESCRIPTION} has format {description.get('format')!r}, and "
+      f"this version reads {_FORMAT}: convert the folder again."
     )
-  return found
+  return description
 
 
-def described_tokenizer(
-  folder: pathlib.Path, found: Mapping[str, Any]
-) -> TokenizerFiles | None:
-  """The tokenizer that a description names."""
-  tokenizer = found.get("tokenizer")
-  if tokenizer is None:
-    return None
-  path = tokenizer["file"] and folder / tokenizer["file"]
-  if path and not path.is_file():
-    raise ConversionError(f"{folder / DESCRIPTION} names {path}: missing.")
-  return TokenizerFiles(path or None, tokenizer["clean"])
-
-
-def described_heads(
-  found: Mapping[str, Any],
-) -> dict[str, heads_lib.PredictionHead]:
-  """The heads that predict, by name, as far as a description says."""
-  return heads_lib.described_heads(found.get("predictors", {}))
-
-
-def prepare(
+def restore_model(
   folder: pathlib.Path,
-  ours: Iterable[str],
-  *,
-  tokenizer: TokenizerFiles | None = None,
-) -> None:
-  """Makes a folder ready to be written.
+  description: Mapping[str, Any],
+  leaves: Mapping[str, np.ndarray],
+) -> ConvertedModel:
+  """The model of a description and flat parameters.
 
-  What an earlier conversion left goes, lest old heads or an old tokenizer be
-  read with new weights.
+  Raises:
+    ConversionError: they don't match, or the tokenizer's file is missing.
+  """
+  spec = ModelSpec.from_dict(description["model"])
+  check_params(spec, leaves)
+  tokenizer = None
+  if fields := description.get("tokenizer"):
+    path = folder / fields["file"] if fields["file"] else None
+    if path and not path.is_file():
+      raise ConversionError(f"{folder / DESCRIPTION} names {path}: missing.")
+    tokenizer = TokenizerFiles(path, fields["clean"])
+  return ConvertedModel(
+    spec=spec,
+    params=unflatten_names(leaves),
+    preprocess=description["preprocess"],
+    tokenizer=tokenizer,
+    prediction_heads=heads_lib.described_heads(
+      description.get("predictors", {})
+    ),
+  )
+
+
+def prepare_folder(
+  folder: pathlib.Path,
+  names: Iterable[str],
+  *,
+  tokenizer: TokenizerFiles | None,
+) -> None:
+  """Creates a folder, or removes an earlier conversion's files from it.
+
+  Old heads or an old tokenizer would be read with the new weights.
 
   Args:
     folder: to write to.
-    ours: names of the files that a conversion may have left.
-    tokenizer: what will be written, and must not be cleared away.
+    names: of the files that a conversion of this form writes.
+    tokenizer: to be copied, so its file must not be removed.
 
   Raises:
-    ConversionError: the folder holds something else, or the source.
+    ConversionError: the folder holds other files, or the tokenizer's source.
   """
   folder.mkdir(parents=True, exist_ok=True)
   present = sorted(p.name for p in folder.iterdir())
@@ -111,50 +147,19 @@ def prepare(
       f"{folder} is not empty and no earlier conversion (it holds "
       f"{', '.join(present[:5])}): name an empty or a new folder."
     )
-  others = {PARAMS, folders.WEIGHTS} - set(ours)
-  if lost := sorted(others.intersection(present)):
+  others = {PARAMS, folders.WEIGHTS}.difference(names).intersection(present)
+  if others:
     raise ConversionError(
-      f"{folder} holds a conversion of another form ({', '.join(lost)}), which"
-      " would be read in place of the new one: name another folder."
+      f"{folder} holds a conversion of another form ({', '.join(others)}), "
+      "which would be read instead of the new one: name another folder."
     )
-  source = tokenizer.path if tokenizer is not None else None
-  if source is not None and source.resolve().parent == folder.resolve():
+  source = tokenizer and tokenizer.path
+  if source and source.resolve().parent == folder.resolve():
     raise ConversionError(
-      f"The tokenizer to be written, {source}, lies in {folder} itself: write "
-      "to another folder."
+      f"The tokenizer {source} is in {folder} itself: write to another folder."
     )
-  for name in ours:
+  for name in names:
     (folder / name).unlink(missing_ok=True)
-
-
-def write(
-  folder: pathlib.Path,
-  spec: ModelSpec,
-  params: Mapping[str, Any],
-  *,
-  preprocess: Mapping[str, Any],
-  tokenizer: TokenizerFiles | None = None,
-  prediction_heads: Mapping[str, heads_lib.PredictionHead] | None = None,
-) -> None:
-  """Writes a model in our own form.
-
-  Args:
-    folder: new, empty or of an earlier conversion.
-    spec: the model.
-    params: `image`, and maybe `text` and `heads`.
-    preprocess: fields of `Preprocess`.
-    tokenizer: its file is copied into the folder.
-    prediction_heads: configuration of the heads that predict, by name.
-  """
-  leaves = numpy_leaves(params)
-  check_params(spec, leaves)
-  prepare(folder, _WRITTEN, tokenizer=tokenizer)
-  folders.write_tensors(folder / PARAMS, leaves)
-  copied = copy_tokenizer(folder, tokenizer)
-  described = describe(
-    spec, preprocess, copied, prediction_heads=prediction_heads
-  )
-  folders.write_json(folder / DESCRIPTION, described)
 
 
 def copy_tokenizer(
@@ -163,38 +168,20 @@ def copy_tokenizer(
   """Copies a tokenizer's files under Hugging Face's names."""
   if tokenizer is None or tokenizer.path is None:
     return tokenizer
-  fast = tokenizer.path.suffix == ".json"
-  copied = folder / ("tokenizer.json" if fast else "spiece.model")
+  is_json = tokenizer.path.suffix == ".json"
+  copied = folder / ("tokenizer.json" if is_json else "spiece.model")
   shutil.copyfile(tokenizer.path, copied)
-  # A tokenizer.json doesn't always say what pads and ends a text.
-  beside = tokenizer.path.with_name(TOKENIZER_CONFIG)
-  if fast and beside.is_file():
-    shutil.copyfile(beside, folder / TOKENIZER_CONFIG)
+  # A tokenizer.json doesn't always name the padding and end tokens.
+  config = tokenizer.path.with_name(_TOKENIZER_CONFIG)
+  if is_json and config.is_file():
+    shutil.copyfile(config, folder / _TOKENIZER_CONFIG)
   return TokenizerFiles(copied, tokenizer.clean)
 
 
-def read(folder: pathlib.Path) -> Converted:
-  """Reads what `write` wrote."""
-  found = description(folder)
-  with folders.TensorFiles([folder / PARAMS]) as store:
-    leaves = {name: store.read(name) for name in store.names}
-  spec = ModelSpec.from_dict(found["model"])
-  check_params(spec, leaves)
-  return Converted(
-    spec=spec,
-    params=unflatten_names(leaves),
-    preprocess=found["preprocess"],
-    tokenizer=described_tokenizer(folder, found),
-    prediction_heads=described_heads(found),
-  )
-
-
 def numpy_leaves(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Flat float32 NumPy leaves of a tree of parameters."""
+  """Flat float32 NumPy leaves of a parameter tree."""
   return {
-    name: np.ascontiguousarray(np.asarray(leaf, np.float32)).reshape(
-      np.shape(leaf)
-    )
+    name: np.ascontiguousarray(leaf, np.float32).reshape(np.shape(leaf))
     for name, leaf in flatten_with_names(params)
   }
 
@@ -203,28 +190,22 @@ def check_params(spec: ModelSpec, leaves: Mapping[str, np.ndarray]) -> None:
   """Checks the towers' leaves (not the heads') against a spec.
 
   Raises:
-    ConversionError: names every leaf that is missing, too many or misshapen.
+    ConversionError: names every missing, unknown or mismatched leaf.
   """
-  want = {
-    name: tuple(leaf.shape)
-    for name, leaf in flatten_with_names(models.abstract_params(spec))
-  }
-  got = {
+  abstract = models.abstract_params(spec)
+  expected = {n: tuple(a.shape) for n, a in flatten_with_names(abstract)}
+  shapes = {
     name: tuple(leaf.shape)
     for name, leaf in leaves.items()
     if not name.startswith("heads/")
   }
-  lines = [f"  {n}: missing" for n in want if n not in got]
-  lines += [
-    f"  {n}: not in the model. {did_you_mean(n, want, limit=3)}"
-    for n in got
-    if n not in want
-  ]
-  lines += [
-    f"  {n}: {got[n]}, and the model has {want[n]}"
-    for n in want
-    if n in got and got[n] != want[n]
-  ]
+  lines = [f"  {n}: missing" for n in expected if n not in shapes]
+  for name, shape in shapes.items():
+    if name not in expected:
+      hint = did_you_mean(name, expected, limit=3)
+      lines.append(f"  {name}: not in the model. {hint}")
+    elif shape != expected[name]:
+      lines.append(f"  {name}: {shape}, and the model has {expected[name]}")
   if lines:
     raise ConversionError(
       "The parameters are not those of the spec:\n" + "\n".join(lines)

@@ -12,22 +12,22 @@ from mtv_jax.convert.tables import ConversionError
 log = logging.getLogger(__name__)
 
 _HALF = (0.5, 0.5, 0.5)
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
-# Pillow's numbers. SigLIP is distributed with bicubic, SigLIP 2 with bilinear.
+# Pillow's numbers.
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
 
-def defaults(family: str, image_size: int) -> dict[str, Any]:
+def _default_preprocess(family: str, image_size: int) -> dict[str, Any]:
   """Fields of `Preprocess` for a family ('siglip', 'clip', 'dinov2')."""
   fields = {"size": image_size, "interpolation": "bicubic"}
   if family == "siglip":
     return {**fields, "resize": "squash", "mean": _HALF, "std": _HALF}
   fields |= {"resize": "shortest", "crop": "center"}
   if family == "clip":
-    return {**fields, "mean": _CLIP_MEAN, "std": _CLIP_STD}
+    return {**fields, "mean": CLIP_MEAN, "std": CLIP_STD}
   # DINOv2 crops 224 from 256, whatever its position embedding's size.
   resize = round(image_size * 256 / 224)
   normal = {"mean": _IMAGENET_MEAN, "std": _IMAGENET_STD}
@@ -41,75 +41,86 @@ def read_preprocess(
 
   Args:
     folder: of the checkpoint.
-    family: whose defaults stand in where the folder has no processor.
+    family: whose defaults apply where the folder has no processor.
     image_size: of the model.
     patch_size: of the model.
 
   Raises:
     ConversionError: the processor does something that `Preprocess` does not.
   """
-  # From transformers 5 on, one file holds the processors of all modalities.
-  path = folder / "processor_config.json"
-  found = folders.read_json(path).get("image_processor")
-  if not found:
-    path = folder / "preprocessor_config.json"
-    found = folders.read_json(path)
-  if not found:
-    fields = defaults(family, image_size)
-    log.info("%s has no image processor; assuming %s.", folder, fields)
-    return fields
+  defaults = _default_preprocess(family, image_size)
+  path, processor = folders.read_processor(folder)
+  if not processor:
+    log.info("%s has no image processor; assuming %s.", folder, defaults)
+    return defaults
   try:
-    fields = _fields(found, defaults(family, image_size), family)
+    fields = _read_resize(processor, defaults, family)
   except ConversionError as error:
     raise ConversionError(f"{path}: {error}") from None
-  return _whole_patches(fields, patch_size)
+  fields |= _read_normalization(processor, defaults)
+  # transformers ignores pixels that fill no patch, at the right and the bottom
+  # (SigLIP So400m/14 at 384: 378 are read). Ours shrinks the whole image.
+  size = fields["size"] // patch_size * patch_size
+  if not size:
+    raise ConversionError(
+      f"images of {fields['size']} pixels are smaller than a patch of "
+      f"{patch_size}."
+    )
+  if size != fields["size"]:
+    log.info(
+      "Images of %d pixels don't divide into patches of %d; they are resized "
+      "to %d.",
+      fields["size"],
+      patch_size,
+      size,
+    )
+  return resize(fields, size)
 
 
-def _fields(
-  found: Mapping[str, Any], base: Mapping[str, Any], family: str
+def _read_resize(
+  processor: Mapping[str, Any], defaults: Mapping[str, Any], family: str
 ) -> dict[str, Any]:
-  fields = dict(base)
-  resample = found.get("resample", 3)
+  fields = dict(defaults)
+  resample = processor.get("resample", 3)
   if resample not in _RESAMPLE:
     raise ConversionError(
       f"resample={resample!r}; bilinear (2) and bicubic (3) are supported."
     )
   fields["interpolation"] = _RESAMPLE[resample]
-  if found.get("do_resize", True):
-    if "size" in found:
-      fields |= _resize(found["size"], family)
-    if found.get("do_center_crop", family != "siglip"):
-      fields["crop"] = "center"
-      resized = fields.get("resize_size") or fields["size"]
-      crop = _edge(found.get("crop_size", fields["size"]), "crop_size")
-      fields |= {"size": crop, "resize_size": resized}
-    else:
-      fields["crop"] = "none"
-  else:
+  if not processor.get("do_resize", True):
     log.info("do_resize=False: images are resized to the model's size.")
-    fields |= {"size": base["size"], "resize": "squash", "crop": "none"}
+    fields |= {"resize": "squash", "crop": "none"}
     fields.pop("resize_size", None)
+    return fields
+  if "size" in processor:
+    fields |= _read_size(processor["size"], family)
+  if processor.get("do_center_crop", family != "siglip"):
+    resized = fields.get("resize_size") or fields["size"]
+    crop = _read_edge(processor.get("crop_size", fields["size"]), "crop_size")
+    fields |= {"crop": "center", "size": crop, "resize_size": resized}
+  else:
+    fields["crop"] = "none"
   if fields.get("resize_size") == fields["size"]:
     del fields["resize_size"]
   if fields["resize"] == "shortest" and fields["crop"] == "none":
     raise ConversionError(
-      "it resizes the shorter side and crops nothing, so images have "
-      "different shapes; only square inputs are supported."
+      "it resizes the shorter side without a crop, so images have different "
+      "shapes; only square inputs are supported."
     )
-  return fields | _normalisation(found, base)
+  return fields
 
 
-def _normalisation(
-  found: Mapping[str, Any], base: Mapping[str, Any]
+def _read_normalization(
+  processor: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-  mean = found.get("image_mean") or base["mean"]
-  std = found.get("image_std") or base["std"]
-  if not found.get("do_normalize", True):
+  mean = processor.get("image_mean") or defaults["mean"]
+  std = processor.get("image_std") or defaults["std"]
+  if not processor.get("do_normalize", True):
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-  factor = found.get("rescale_factor", 1 / 255)
-  if not found.get("do_rescale", True):
+  factor = processor.get("rescale_factor", 1 / 255)
+  if not processor.get("do_rescale", True):
     factor = 1.0
-  # Ours divides by 255 always; another factor goes into mean and std.
+  # Ours always divides by 255; another factor goes into mean and std.
   ratio = factor * 255
   if abs(ratio - 1) < 1e-6:
     ratio = 1.0
@@ -119,7 +130,22 @@ def _normalisation(
   }
 
 
-def _edge(value: Any, field: str) -> int:
+def _read_size(size: Any, family: str) -> dict[str, Any]:
+  """`size`, a number in earlier versions."""
+  if isinstance(size, Mapping) and "shortest_edge" in size:
+    if size.get("longest_edge"):
+      raise ConversionError(
+        f"size={dict(size)}: a limit on the longer side is not supported."
+      )
+    edge, mode = int(size["shortest_edge"]), "shortest"
+  else:
+    edge = _read_edge(size, "size")
+    is_square = isinstance(size, Mapping) or family == "siglip"
+    mode = "squash" if is_square else "shortest"
+  return {"resize": mode, "size": edge, "resize_size": edge}
+
+
+def _read_edge(value: Any, field: str) -> int:
   if isinstance(value, Mapping):
     if "height" not in value or "width" not in value:
       raise ConversionError(
@@ -129,54 +155,17 @@ def _edge(value: Any, field: str) -> int:
   return folders.read_side(value, field)
 
 
-def _resize(size: Any, family: str) -> dict[str, Any]:
-  """`size`, which earlier versions wrote as a number."""
-  if isinstance(size, Mapping) and "shortest_edge" in size:
-    if size.get("longest_edge"):
-      raise ConversionError(
-        f"size={dict(size)}: a limit on the longer side is not supported."
-      )
-    edge = int(size["shortest_edge"])
-    return {"resize": "shortest", "size": edge, "resize_size": edge}
-  edge = _edge(size, "size")
-  squash = isinstance(size, Mapping) or family == "siglip"
-  how = "squash" if squash else "shortest"
-  return {"resize": how, "size": edge, "resize_size": edge}
-
-
-def _whole_patches(fields: dict[str, Any], patch: int) -> dict[str, Any]:
-  """Makes the size a multiple of the patch.
-
-  Theirs pass any size and leave the rest at the right and the bottom unseen
-  (SigLIP So400m/14 at 384: 378 are read). Shrinking to 378 instead keeps the
-  whole picture on the grid.
-  """
-  size = fields["size"] // patch * patch
-  if size == fields["size"]:
-    return fields
-  if not size:
-    raise ConversionError(
-      f"images of {fields['size']} pixels are smaller than a patch of {patch}."
-    )
-  log.info(
-    "Images of %d pixels don't divide into patches of %d; they are resized "
-    "to %d.",
-    fields["size"],
-    patch,
-    size,
-  )
-  return resized(fields, size)
-
-
-def resized(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
-  """The same processing for another input size, the crop in proportion."""
+def resize(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
+  """The preprocessing at another input size, the crop in proportion."""
   fields = dict(fields)
   if fields.get("resize_size"):
     fields["resize_size"] = round(fields["resize_size"] * size / fields["size"])
   return {**fields, "size": size}
 
 
-def written(fields: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+def write_processor(
+  fields: Mapping[str, Any], image_size: int
+) -> dict[str, Any]:
   """`preprocessor_config.json` of a SigLIP.
 
   Args:
@@ -184,39 +173,33 @@ def written(fields: Mapping[str, Any], image_size: int) -> dict[str, Any]:
     image_size: of the model.
 
   Raises:
-    ConversionError: SigLIP's processor does nothing of the kind.
+    ConversionError: SigLIP's processor can't express it.
   """
-  for field, want in (
-    ("resize", "squash"),
-    ("crop", "none"),
-    ("size", image_size),
+  squash = "Export with the images squashed to a square."
+  for field, expected, fix in (
+    ("resize", "squash", squash),
+    ("crop", "none", squash),
+    ("size", image_size, "Resize the position embedding (--image_size)."),
   ):
-    got = fields.get(field, want)
-    if got != want:
+    value = fields.get(field, expected)
+    if value != expected:
       raise ConversionError(
-        f"preprocess.{field} is {got!r}; transformers' SigLIP processor and "
-        f"model need {want!r}. "
-        + (
-          "Resize the position embedding to the size of the images "
-          "(--image_size)."
-          if field == "size"
-          else "Export with the images squashed to a square."
-        )
+        f"preprocess.{field} is {value!r}; transformers' SigLIP needs "
+        f"{expected!r}. {fix}"
       )
   if not fields.get("antialias", True):
     log.warning(
-      "transformers always antialiases when it shrinks an image; this model's "
-      "own processing does not, so its pixels will differ a little."
+      "transformers antialiases when it shrinks an image, and this model's "
+      "preprocessing does not: its pixels will differ a little."
     )
   interpolation = fields.get("interpolation", "bilinear")
-  number = {name: n for n, name in _RESAMPLE.items()}[interpolation]
   return {
     "image_processor_type": "SiglipImageProcessor",
     "processor_class": "SiglipProcessor",
     "do_convert_rgb": True,
     "do_resize": True,
     "size": {"height": image_size, "width": image_size},
-    "resample": number,
+    "resample": {name: n for n, name in _RESAMPLE.items()}[interpolation],
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
@@ -225,13 +208,9 @@ def written(fields: Mapping[str, Any], image_size: int) -> dict[str, Any]:
   }
 
 
-# ---------------------------------------------------------------------------
-# Tokenizers.
-
-
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-  """Where a tokenizer is, and how text is cleaned before it.
+  """A tokenizer's file and the cleaning of its texts.
 
   Attributes:
     path: of the SentencePiece or `tokenizer.json` file; None for bytes.
@@ -241,16 +220,9 @@ class TokenizerFiles:
   path: pathlib.Path | None
   clean: str = "none"
 
-  @classmethod
-  def of(cls, tokenizer: Any) -> "TokenizerFiles | None":
-    """Those of a `data.tokenizers` tokenizer (or of None)."""
-    if tokenizer is None or isinstance(tokenizer, cls):
-      return tokenizer
-    path = None if tokenizer.path is None else pathlib.Path(tokenizer.path)
-    return cls(path=path, clean=tokenizer.clean)
-
   def build(self) -> Any:
     """The tokenizer."""
+    # Imported late: reading a model needs no tokenizer library.
     from mtv_jax.data import tokenizers
 
     spec = "bytes" if self.path is None else str(self.path)
@@ -262,18 +234,18 @@ def read_tokenizer(folder: pathlib.Path, family: str) -> TokenizerFiles | None:
   config = folders.read_json(folder / "tokenizer_config.json")
   piece, fast = folder / "spiece.model", folder / "tokenizer.json"
   if family == "siglip" and piece.is_file():
-    # SiglipTokenizer drops punctuation before anything else, and lowers.
+    # SiglipTokenizer removes punctuation first, then lower-cases.
     if not config.get("do_lower_case", True):
-      log.warning("do_lower_case=False is not supported; text is lowered.")
+      log.warning("do_lower_case=False is ignored; text is lower-cased.")
     return TokenizerFiles(piece, "canonicalize")
   if fast.is_file():
-    # SigLIP 2 was trained on lower-cased text, and its Gemma tokenizer doesn't
-    # see to that in every version of the file; lowering twice is harmless.
+    # SigLIP 2 was trained on lower-cased text; not every version of its
+    # tokenizer.json lower-cases.
     return TokenizerFiles(fast, "lower" if family == "siglip" else "none")
   if family == "clip" and (folder / "merges.txt").is_file():
     log.warning(
-      "%s has vocab.json and merges.txt only: save its tokenizer once with "
-      "transformers to get a tokenizer.json; text can't be encoded without.",
+      "%s lacks a tokenizer.json, so text can't be encoded: save its tokenizer "
+      "once with transformers.",
       folder,
     )
   return None

@@ -1,119 +1,58 @@
 """Name tables: the tensors of a checkpoint for each parameter leaf.
 
-A `Rule` says where leaves come from, the shapes the file must have and how the
-numbers move, so that one table serves reading, writing and checking. Attention
-is where layouts truly differ: ours fuses q, k and v into one kernel whose
-columns run (head, q|k|v, dim), so that cutting it over devices cuts heads.
+A family's table maps our layers and leaves to names in its files. `leaf_rules`
+derives the shapes and the conversions both ways, so that one table serves
+reading, checking and writing. Our fused projections have columns ordered
+(head, q|k|v, dim), so that sharding the columns shards heads.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import PyTree
 
+from mtv_jax.models import two_tower
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.errors import InputError
-from mtv_jax.utils.tree import unflatten_names
+from mtv_jax.utils.tree import flatten_with_names
 
 Arrays = tuple[np.ndarray, ...]
+# Names in the file by our layer ("image/norm") or leaf ("image/cls_token").
+# `{i}` is the index of a block, several names are fused projections, and None
+# is a leaf that the file lacks.
+Names = Mapping[str, str | tuple[str, ...] | None]
+# PyTorch: kernels [out, in]. Flax: kernels [in, out], attention kernels with
+# an axis of heads.
+Layout = Literal["torch", "flax"]
+_SUFFIXES: Mapping[str, Mapping[str, str]] = {
+  "torch": {"kernel": ".weight", "scale": ".weight", "bias": ".bias"},
+  "flax": {"kernel": "/kernel", "scale": "/scale", "bias": "/bias"},
+}
 
 
 class ConversionError(InputError):
-  """A checkpoint that can't become ours, or one of ours that can't be theirs.
+  """A checkpoint or a model that can't be converted.
 
   The message names every tensor or field, and the likely cause.
   """
 
 
-@runtime_checkable
-class Store(Protocol):
-  """Named tensors, read one at a time."""
-
-  @property
-  def names(self) -> Iterable[str]: ...
-
-  def shape(self, name: str) -> tuple[int, ...]: ...
-
-  def read(self, name: str) -> np.ndarray: ...
-
-
-# ---------------------------------------------------------------------------
-# Layouts: how a kernel lies in the file.
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """How a library names and lays out its layers.
-
-  Attributes:
-    separator: between the parts of a name.
-    kernel: the name of a dense layer's kernel.
-    scale: the name of a layer norm's multiplier.
-    transposed: kernels are [out, in] (PyTorch) rather than [in, out].
-    split_heads: attention kernels keep heads as an axis of their own (Flax).
-    mlp: names of an MLP's two layers.
-  """
-
-  separator: str
-  kernel: str
-  scale: str
-  transposed: bool
-  split_heads: bool
-  mlp: tuple[str, str]
-
-  def join(self, *parts: str) -> str:
-    return self.separator.join(p for p in parts if p)
-
-  def shape(self, n_in: int, n_out: int, *, split: tuple[int, ...] = ()):
-    """A kernel's shape in the file; `split` is (heads, dim) or ()."""
-    if self.transposed:
-      return (n_out, n_in)
-    return split if split else (n_in, n_out)
-
-  def matrix(self, array: np.ndarray, n_in: int, n_out: int) -> np.ndarray:
-    """A kernel of the file as [in, out]."""
-    return array.T if self.transposed else array.reshape(n_in, n_out)
-
-  def stored(self, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A matrix [in, out] as the file wants it."""
-    return matrix.T if self.transposed else matrix.reshape(shape)
-
-
-TORCH = Layout(
-  separator=".",
-  kernel="weight",
-  scale="weight",
-  transposed=True,
-  split_heads=False,
-  mlp=("fc1", "fc2"),
-)
-FLAX = Layout(
-  separator="/",
-  kernel="kernel",
-  scale="scale",
-  transposed=False,
-  split_heads=True,
-  mlp=("Dense_0", "Dense_1"),
-)
-
-
-# ---------------------------------------------------------------------------
-# Rules.
-
-
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """Some of our leaves, the tensors they come from, and both ways between.
+  """Conversion between some of our leaves and tensors of a file.
 
   Attributes:
     ours: names of our leaves, 'image/norm/scale'.
-    theirs: names of the file's tensors; in a block's rule `{i}` stands for the
-      layer, and our leaves get a leading [depth].
-    shapes: what the file must have, one shape a tensor.
+    theirs: names of the file's tensors; `{i}` is the index of a block, and
+      our leaves then have a leading [depth].
+    shapes: the file's, one per tensor.
     to_ours: arrays in the order of `theirs` to arrays in the order of `ours`.
-    to_theirs: the inverse; None where writing is not supported.
-    depth: the number of layers of a block's rule, 0 outside blocks.
+    to_theirs: the inverse; None where export is not supported.
+    depth: number of blocks, 0 outside of them.
   """
 
   ours: tuple[str, ...]
@@ -123,73 +62,135 @@ class Rule:
   to_theirs: Callable[..., Arrays] | None = None
   depth: int = 0
 
-  def files(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor name with its shape, layers counted out."""
+  def expected_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor's name and shape, those of each block included."""
     for i in range(max(self.depth, 1)):
       for name, shape in zip(self.theirs, self.shapes, strict=True):
         yield name.replace("{i}", str(i)), shape
 
 
-def reshaped(
-  ours: str, theirs: str, shape: Sequence[int], stored: Sequence[int]
+def nest(ours: str, theirs: str, names: Names) -> Names:
+  """A part's table within a larger model, both names prefixed."""
+
+  def prefixed(name: str | tuple[str, ...] | None) -> Any:
+    if isinstance(name, tuple):
+      return tuple(theirs + part for part in name)
+    return name and theirs + name
+
+  return {ours + key: prefixed(name) for key, name in names.items()}
+
+
+def tower_rules(
+  spec: ModelSpec, names: Names, *special: Rule, **options: Any
+) -> list[Rule]:
+  """The rules of both towers; arguments as of `leaf_rules`."""
+  rules = []
+  for tower, params in two_tower.abstract_params(spec).items():
+    heads = getattr(spec, tower).heads
+    params = {tower: params}
+    rules += leaf_rules(params, names, *special, heads=heads, **options)
+  return [*special, *rules]
+
+
+def leaf_rules(
+  params: PyTree,
+  names: Names,
+  *special: Rule,
+  heads: int = 1,
+  layout: Layout = "torch",
+  unit_axes: Mapping[str, int] | None = None,
+) -> list[Rule]:
+  """One rule per leaf of a parameter tree.
+
+  Args:
+    params: arrays or their shapes.
+    names: the family's table.
+    *special: rules of other leaves, which are skipped here.
+    heads: of attention.
+    layout: of the file.
+    unit_axes: number of leading axes of size 1 that a leaf has in the file.
+  """
+  skipped = {name for rule in special for name in rule.ours}
+  rules = []
+  for name, leaf in flatten_with_names(params):
+    if name in skipped or (name in names and names[name] is None):
+      continue
+    theirs, suffix = names.get(name), ""
+    if theirs is None:
+      layer, _, kind = name.rpartition("/")
+      theirs, suffix = names[layer], _SUFFIXES[layout][kind]
+    theirs = (theirs,) if isinstance(theirs, str) else theirs
+    depth = leaf.shape[0] if "{i}" in theirs[0] else 0
+    *lead, width = leaf.shape[1:] if depth else leaf.shape
+    shape = (*lead, width // len(theirs))
+    axes = (1,) * (unit_axes or {}).get(name, 0)
+    axes, order = _file_axes(name, (*axes, *shape), layout, heads)
+    rule = permuted(name, [t + suffix for t in theirs], shape, axes, order)
+    if len(theirs) > 1:
+      rule = _fused(rule, heads)
+    rules.append(dataclasses.replace(rule, depth=depth))
+  return rules
+
+
+def _file_axes(
+  name: str, shape: tuple[int, ...], layout: Layout, heads: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The axes that a leaf is split into, and their order in the file."""
+  *_, layer, leaf = f"/{name}".split("/")
+  if leaf == "kernel" and layer == "patch_embed":
+    # Rows are ordered (y, x, channel).
+    patch = math.isqrt(shape[0] // 3)
+    shape = (patch, patch, 3, shape[1])
+  if layout == "flax":
+    if layer in ("q", "kv", "qkv"):
+      shape = (*shape[:-1], heads, shape[-1] // heads)
+    elif layer == "out" and leaf == "kernel":
+      shape = (heads, shape[0] // heads, shape[1])
+  elif leaf == "kernel":
+    return shape, (1, 0) if len(shape) == 2 else (3, 2, 0, 1)
+  return shape, tuple(range(len(shape)))
+
+
+def permuted(
+  ours: str,
+  theirs: str | Sequence[str],
+  shape: tuple[int, ...],
+  axes: tuple[int, ...],
+  order: tuple[int, ...] | None = None,
 ) -> Rule:
-  """The same numbers in the same order; `shape` is ours."""
-  shape, stored = tuple(shape), tuple(stored)
+  """A leaf that the file has with other axes.
+
+  Args:
+    ours: name of our leaf.
+    theirs: name of its tensor; of several, each has the same shape.
+    shape: of our leaf.
+    axes: sizes of the axes that our leaf is split into.
+    order: of these axes in the file; unchanged if None.
+  """
+  theirs = (theirs,) if isinstance(theirs, str) else tuple(theirs)
+  order = tuple(range(len(axes))) if order is None else order
+  inverse = tuple(np.argsort(order))
   return Rule(
     (ours,),
-    (theirs,),
-    (stored,),
-    to_ours=lambda a: (a.reshape(shape),),
-    to_theirs=lambda a: (a.reshape(stored),),
+    theirs,
+    (tuple(axes[i] for i in order),) * len(theirs),
+    to_ours=lambda *arrays: tuple(
+      a.transpose(inverse).reshape(shape) for a in arrays
+    ),
+    to_theirs=lambda *arrays: tuple(
+      a.reshape(axes).transpose(order) for a in arrays
+    ),
   )
 
 
-def vector(ours: str, theirs: str, size: int) -> Rule:
-  return reshaped(ours, theirs, (size,), (size,))
-
-
-def norm(layout: Layout, ours: str, theirs: str, width: int) -> list[Rule]:
-  """A layer norm: scale and bias."""
-  return [
-    vector(f"{ours}/scale", layout.join(theirs, layout.scale), width),
-    vector(f"{ours}/bias", layout.join(theirs, "bias"), width),
-  ]
-
-
-def dense(
-  layout: Layout,
-  ours: str,
-  theirs: str,
-  n_in: int,
-  n_out: int,
-  *,
-  bias: str = "bias",
-  split: tuple[int, ...] = (),
-) -> list[Rule]:
-  """A dense layer.
-
-  Args:
-    layout: the file's conventions.
-    ours: our name of the layer.
-    theirs: the file's.
-    n_in: features in.
-    n_out: features out.
-    bias: the bias' name in the file, "" for a layer without.
-    split: the kernel's shape in the file where the layout splits heads.
-  """
-  shape = layout.shape(n_in, n_out, split=split if layout.split_heads else ())
-  rules = [
-    Rule(
-      (f"{ours}/kernel",),
-      (layout.join(theirs, layout.kernel),),
-      (shape,),
-      to_ours=lambda a: (layout.matrix(a, n_in, n_out),),
-      to_theirs=lambda a: (layout.stored(a, shape),),
-    )
-  ]
-  if bias:
-    rules.append(vector(f"{ours}/bias", layout.join(theirs, bias), n_out))
-  return rules
+def _fused(rule: Rule, heads: int) -> Rule:
+  """A rule of separate projections (q, k, v or k, v) that ours fuse."""
+  n = len(rule.theirs)
+  return dataclasses.replace(
+    rule,
+    to_ours=lambda *arrays: (fuse(rule.to_ours(*arrays), heads),),
+    to_theirs=lambda array: rule.to_theirs(*unfuse(array, n, heads)),
+  )
 
 
 def fuse(parts: Sequence[np.ndarray], heads: int) -> np.ndarray:
@@ -206,205 +207,71 @@ def unfuse(fused: np.ndarray, n: int, heads: int) -> Arrays:
   return tuple(parts[..., k, :].reshape(*lead, -1) for k in range(n))
 
 
-def fused(
-  layout: Layout, ours: str, theirs: Sequence[str], width: int, heads: int
-) -> list[Rule]:
-  """Separate projections (q, k, v or k, v) of the file as one of ours."""
-  n = len(theirs)
-  split = (width, heads, width // heads) if layout.split_heads else ()
-  shape = layout.shape(width, width, split=split)
-  bias = split[1:] or (width,)
-
-  def kernels(*arrays: np.ndarray) -> Arrays:
-    return (fuse([layout.matrix(a, width, width) for a in arrays], heads),)
-
-  def biases(*arrays: np.ndarray) -> Arrays:
-    return (fuse([a.reshape(width) for a in arrays], heads),)
-
-  return [
-    Rule(
-      (f"{ours}/kernel",),
-      tuple(layout.join(t, layout.kernel) for t in theirs),
-      (shape,) * n,
-      to_ours=kernels,
-      to_theirs=lambda a: tuple(
-        layout.stored(p, shape) for p in unfuse(a, n, heads)
-      ),
-    ),
-    Rule(
-      (f"{ours}/bias",),
-      tuple(layout.join(t, "bias") for t in theirs),
-      (bias,) * n,
-      to_ours=biases,
-      to_theirs=lambda a: tuple(p.reshape(bias) for p in unfuse(a, n, heads)),
-    ),
-  ]
-
-
 def in_projection(ours: str, theirs: str, width: int, heads: int) -> list[Rule]:
-  """PyTorch's `nn.MultiheadAttention` input: one tensor, rows q, k, v.
+  """The input of PyTorch's `nn.MultiheadAttention`: one tensor, rows q, k, v.
 
-  A pooling head asks with the probe and answers with the patches, so ours are
-  two: q, and kv with columns (head, k|v, dim).
+  A pooling head has two: q of the probe, and kv with columns (head, k|v, dim).
   """
 
   def to_ours(stacked: np.ndarray) -> Arrays:
-    q, k, v = (
-      part.reshape(width, -1).T if part.ndim > 1 else part
-      for part in np.split(stacked, 3)
-    )
+    # A transpose leaves a bias as it is.
+    q, k, v = (part.T for part in np.split(stacked, 3))
     return q, fuse([k, v], heads)
 
   def to_theirs(q: np.ndarray, kv: np.ndarray) -> Arrays:
-    # A transpose leaves a bias as it is.
     return (np.concatenate([p.T for p in (q, *unfuse(kv, 2, heads))]),)
 
-  rules = []
-  for leaf, name, shape in (
-    ("kernel", "in_proj_weight", (3 * width, width)),
-    ("bias", "in_proj_bias", (3 * width,)),
-  ):
-    rules.append(
-      Rule(
-        (f"{ours}/q/{leaf}", f"{ours}/kv/{leaf}"),
-        (f"{theirs}.{name}",),
-        (shape,),
-        to_ours,
-        to_theirs,
-      )
-    )
-  return rules
-
-
-def convolution(ours: str, theirs: str, patch: int, width: int) -> Rule:
-  """PyTorch's patch convolution [D, 3, p, p] as rows ordered (py, px, c)."""
-
-  def to_ours(a: np.ndarray) -> Arrays:
-    return (a.transpose(2, 3, 1, 0).reshape(-1, width),)
-
-  def to_theirs(a: np.ndarray) -> Arrays:
-    return (a.reshape(patch, patch, 3, width).transpose(3, 2, 0, 1),)
-
-  shape = (width, 3, patch, patch)
-  return Rule((ours,), (theirs,), (shape,), to_ours, to_theirs)
-
-
-def mlp(
-  layout: Layout, ours: str, theirs: str, width: int, mlp_dim: int
-) -> list[Rule]:
-  """Two dense layers."""
-  first, second = (layout.join(theirs, name) for name in layout.mlp)
+  rule = functools.partial(Rule, to_ours=to_ours, to_theirs=to_theirs)
   return [
-    *dense(layout, f"{ours}/fc1", first, width, mlp_dim),
-    *dense(layout, f"{ours}/fc2", second, mlp_dim, width),
+    rule(
+      (f"{ours}/q/{leaf}", f"{ours}/kv/{leaf}"), (f"{theirs}.{name}",), (shape,)
+    )
+    for leaf, name, shape in (
+      ("kernel", "in_proj_weight", (3 * width, width)),
+      ("bias", "in_proj_bias", (3 * width,)),
+    )
   ]
 
 
-@dataclasses.dataclass(frozen=True)
-class BlockNames:
-  """What a library calls the parts of a transformer block."""
-
-  norm1: str
-  q: str
-  k: str
-  v: str
-  out: str
-  norm2: str
-  mlp: str
-  scale1: str = ""
-  scale2: str = ""
+def scale_without_bias(scale: str, shape: tuple[int, ...]) -> Rule:
+  """The temperature of a softmax loss; our similarity's bias is then 0."""
+  return Rule(
+    ("heads/contrastive/logit_scale", "heads/contrastive/logit_bias"),
+    (scale,),
+    (shape,),
+    to_ours=lambda a: (a.reshape(()), np.zeros((), np.float32)),
+  )
 
 
-def blocks(
-  layout: Layout,
-  ours: str,
-  theirs: str,
-  names: BlockNames,
-  *,
-  width: int,
-  heads: int,
-  mlp_dim: int,
-  depth: int,
-  mlp_rules: Callable[..., list[Rule]] = mlp,
-) -> list[Rule]:
-  """A stack of blocks; `theirs` has `{i}` where the layer's number stands.
-
-  Layer scale is in the table where `names` has it.
-  """
-
-  def at(name):
-    return layout.join(theirs, name)
-
-  attention = f"{ours}/attention"
-  merge = (heads, width // heads, width)
-  rules = [
-    *norm(layout, f"{ours}/norm1", at(names.norm1), width),
-    *fused(
-      layout,
-      f"{attention}/qkv",
-      [at(names.q), at(names.k), at(names.v)],
-      width,
-      heads,
-    ),
-    *dense(
-      layout, f"{attention}/out", at(names.out), width, width, split=merge
-    ),
-    *norm(layout, f"{ours}/norm2", at(names.norm2), width),
-    *mlp_rules(layout, f"{ours}/mlp", at(names.mlp), width, mlp_dim),
+def scale_and_bias(scale: str, bias: str) -> list[Rule]:
+  """The temperature and the bias of SigLIP's loss, of shape (1,)."""
+  return [
+    permuted(f"heads/contrastive/{ours}", theirs, (), (1,))
+    for ours, theirs in (("logit_scale", scale), ("logit_bias", bias))
   ]
-  for scale, name in (("scale1", names.scale1), ("scale2", names.scale2)):
-    if name:
-      rules.append(vector(f"{ours}/{scale}", at(name), width))
-  return [dataclasses.replace(rule, depth=depth) for rule in rules]
 
 
-# ---------------------------------------------------------------------------
-# Using a table.
+def folded_positions(
+  cls_token: str, positions: str, *, unit_axes: tuple[int, int], spec: ModelSpec
+) -> Rule:
+  """A CLS token with its constant position embedding added.
 
-
-def load(rules: Sequence[Rule], store: Store) -> dict[str, Any]:
-  """Reads our tree; `checks.check` first.
-
-  Returns:
-    A nested dict of contiguous float32 arrays.
+  Args:
+    cls_token: name in the file.
+    positions: name in the file, the CLS token's first.
+    unit_axes: number of leading axes of size 1 of the two.
+    spec: of the model.
   """
-  leaves: dict[str, np.ndarray] = {}
-  for rule in rules:
-    for i in range(max(rule.depth, 1)):
-      arrays = [
-        np.asarray(store.read(name.replace("{i}", str(i))), np.float32)
-        for name in rule.theirs
-      ]
-      for name, value in zip(rule.ours, rule.to_ours(*arrays), strict=True):
-        if not rule.depth:
-          leaves[name] = np.ascontiguousarray(value).reshape(value.shape)
-          continue
-        if name not in leaves:
-          leaves[name] = np.empty((rule.depth, *value.shape), np.float32)
-        leaves[name][i] = value
-  return unflatten_names(leaves)
+  width, rows = spec.image.width, spec.image.grid**2 + 1
 
+  def to_ours(token: np.ndarray, table: np.ndarray) -> Arrays:
+    table = table.reshape(rows, width)
+    return token.reshape(width) + table[0], table[1:]
 
-def save(
-  rules: Sequence[Rule], leaves: Mapping[str, Float[np.ndarray, "..."]]
-) -> dict[str, np.ndarray]:
-  """The file's tensors from our flat leaves; the inverse of `load`."""
-  tensors: dict[str, np.ndarray] = {}
-  for rule in rules:
-    if rule.to_theirs is None:
-      raise ConversionError(f"{rule.ours[0]} can't be written as {rule.theirs}")
-    for i in range(max(rule.depth, 1)):
-      arrays = [leaves[n][i] if rule.depth else leaves[n] for n in rule.ours]
-      results = rule.to_theirs(*arrays)
-      for (name, shape), value in zip(
-        zip(rule.theirs, rule.shapes, strict=True), results, strict=True
-      ):
-        if value.shape != shape:
-          raise ConversionError(
-            f"{rule.ours[0]} gives {name} the shape {value.shape}; the spec "
-            f"wants {shape}: params and spec are of different models."
-          )
-        # safetensors writes memory as it lies: a view would be wrong.
-        value = np.ascontiguousarray(value).reshape(shape)
-        tensors[name.replace("{i}", str(i))] = value
-  return tensors
+  token_ones, table_ones = ((1,) * n for n in unit_axes)
+  return Rule(
+    ("image/cls_token", "image/position_embedding"),
+    (cls_token, positions),
+    ((*token_ones, width), (*table_ones, rows, width)),
+    to_ours,
+  )

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mtv_jax.checkpoint.checkpointer import load_tree
-from mtv_jax.convert import converted, huggingface, native, processors
+from mtv_jax.convert import huggingface, native, processors
+from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.encoder import baselines
 from mtv_jax.encoder.encoder import Encoder
@@ -84,13 +85,13 @@ def read_params(
   """
   model = read_model(path, weights=weights, step=step)
   if spec is not None and spec.image.patch_size == model.spec.image.patch_size:
-    model = model.resized(spec.image.image_size)
+    model = model.resize(spec.image.image_size)
   return model.params
 
 
 def read_model(
   path: str | os.PathLike, *, weights: str = "student", step: int | None = None
-) -> converted.Converted:
+) -> ConvertedModel:
   """A folder's model as NumPy arrays; arguments and errors as of `load`."""
   check_choice("weights", weights, WEIGHTS)
   folder = pathlib.Path(path)
@@ -142,7 +143,7 @@ def _suggestion(folder: pathlib.Path) -> str:
 
 def read_run(
   path: str | os.PathLike, *, weights: str = "student", step: int | None = None
-) -> converted.Converted:
+) -> ConvertedModel:
   """A training run's model as NumPy arrays.
 
   Args:
@@ -162,7 +163,7 @@ def read_run(
       " checkpoints; config.json.old beside it may be theirs."
       f" {error}"
     ) from None
-  return converted.Converted(
+  return ConvertedModel(
     spec=spec,
     params=params,
     preprocess=preprocess_of(config).to_dict(),

@@ -5,6 +5,8 @@ import pytest
 
 from mtv_jax.cli.main import command
 from mtv_jax.convert import huggingface
+from mtv_jax.convert import native as native_lib
+from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
@@ -24,12 +26,9 @@ def native(tmp_path):
   }
   leaves["heads/contrastive/logit_scale"] = np.float32(2)
   leaves["heads/contrastive/logit_bias"] = np.float32(-9)
-  return huggingface.write_native(
-    tmp_path / "native",
-    spec,
-    unflatten_names(leaves),
-    preprocess={"size": 32, "mean": (0.5,) * 3},
-  )
+  preprocess = {"size": 32, "mean": (0.5,) * 3}
+  model = ConvertedModel(spec, unflatten_names(leaves), preprocess)
+  return native_lib.write(tmp_path / "native", model)
 
 
 def _leaves(folder):

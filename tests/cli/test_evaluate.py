@@ -10,8 +10,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from mtv_jax.cli.main import command, run_command
-from mtv_jax.convert import huggingface
-from mtv_jax.data import tokenizers
+from mtv_jax.convert import native
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals import run, suite
 from mtv_jax.evals.core import base, results
@@ -37,13 +38,13 @@ def folder(tmp_path_factory):
     models.abstract_params(spec),
   )
   path = tmp_path_factory.mktemp("encoder") / "untrained"
-  huggingface.write_native(
-    path,
+  model = ConvertedModel(
     spec,
     {**params, "heads": {"contrastive": head}},
-    preprocess=Preprocess(size=16).to_dict(),
-    tokenizer=tokenizers.build_tokenizer("bytes", clean="lower"),
+    Preprocess(size=16).to_dict(),
+    TokenizerFiles(None, "lower"),
   )
+  native.write(path, model)
   return path
 
 

@@ -31,7 +31,7 @@ TEXT = {
 DINO = {k: v for k, v in VISION.items() if k != "intermediate_size"}
 
 reference = pytest.mark.reference
-# transformers' own use of other libraries is not ours to mend.
+# Deprecations inside transformers.
 quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -54,7 +54,7 @@ def _text(ours, tokens):
 
 
 # ---------------------------------------------------------------------------
-# Reading what transformers wrote.
+# Reading folders of transformers.
 
 
 def _shaken(torch, model, *, seed=0):
@@ -262,19 +262,19 @@ def test_files_of_other_shapes_give_the_same(how, tmp_path):
 @reference
 @quiet
 def test_published_configs_without_their_defaults(tmp_path):
-  """config.json as on the Hub: nothing but what differs from the defaults."""
+  """config.json as on the Hub: only the differences from the defaults."""
   transformers = pytest.importorskip("transformers")
   from mtv_jax.convert import clip, siglip
 
   short = {"model_type": "siglip", "text_config": {}, "vision_config": {}}
   names = ["text_model.head.weight"]
-  ours = siglip.spec(short, names)
+  ours = siglip.read_spec(short, names)
   full = transformers.SiglipConfig()
-  again = siglip.spec(full.to_dict(), names)
+  again = siglip.read_spec(full.to_dict(), names)
   assert ours == again
   assert ours.image.width == full.vision_config.hidden_size
 
-  # Early CLIPs say it twice; the second one wins, defaults included.
+  # Early CLIPs have two sections; the second one wins, defaults included.
   twice = {
     "model_type": "clip",
     "projection_dim": 768,
@@ -282,7 +282,7 @@ def test_published_configs_without_their_defaults(tmp_path):
     "text_config_dict": {"hidden_size": 768, "num_attention_heads": 12},
     "vision_config": {"hidden_size": 1024, "num_attention_heads": 16},
   }
-  ours = clip.spec(twice, names)
+  ours = clip.read_spec(twice, names)
   full = transformers.CLIPConfig(**twice)
   assert ours.text.width == full.text_config.hidden_size == 768
   assert ours.text.eos_id == full.text_config.eos_token_id

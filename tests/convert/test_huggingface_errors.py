@@ -1,4 +1,4 @@
-"""Folders and models that can't be converted, and what the errors say."""
+"""Errors for folders and models that can't be converted."""
 
 import dataclasses
 import json
@@ -8,8 +8,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mtv_jax.convert import huggingface
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.data import tokenizers
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.two_tower import ModelSpec
@@ -42,13 +43,9 @@ def params(spec):
 
 @pytest.fixture
 def export(spec, params, tmp_path):
-  return huggingface.write(
-    tmp_path / "export",
-    spec,
-    params,
-    preprocess=PREPROCESS,
-    tokenizer=tokenizers.build_tokenizer("bytes"),
-  )
+  tokenizer = TokenizerFiles(None, "lower")
+  model = ConvertedModel(spec, params, PREPROCESS, tokenizer)
+  return huggingface.write(tmp_path / "export", model)
 
 
 @pytest.mark.parametrize(
@@ -64,11 +61,13 @@ def export(spec, params, tmp_path):
     ("text", "projection_bias", False),
   ],
 )
-def test_what_siglip_cannot_say(spec, params, tmp_path, tower, field, value):
+def test_models_that_siglip_cannot_express(
+  spec, params, tmp_path, tower, field, value
+):
   part = dataclasses.replace(getattr(spec, tower), **{field: value})
   odd = dataclasses.replace(spec, **{tower: part})
   with pytest.raises(ConversionError, match=rf"{tower}\.{field} is {value!r}"):
-    huggingface.write(tmp_path / "a", odd, params, preprocess=PREPROCESS)
+    huggingface.write(tmp_path / "a", ConvertedModel(odd, params, PREPROCESS))
   assert not (tmp_path / "a").exists()
 
 
@@ -76,12 +75,12 @@ def test_what_siglip_cannot_say(spec, params, tmp_path, tower, field, value):
   ("field", "value", "hint"),
   [("size", 96, "--image_size"), ("crop", "center", "squashed")],
 )
-def test_processing_that_siglip_cannot_say(
+def test_preprocessing_that_siglip_cannot_express(
   spec, params, tmp_path, field, value, hint
 ):
   preprocess = {**PREPROCESS, field: value}
   with pytest.raises(ConversionError, match=f"preprocess.{field}.*{hint}"):
-    huggingface.write(tmp_path / "a", spec, params, preprocess=preprocess)
+    huggingface.write(tmp_path / "a", ConvertedModel(spec, params, preprocess))
 
 
 def test_params_of_another_model(spec, params, tmp_path):
@@ -89,7 +88,8 @@ def test_params_of_another_model(spec, params, tmp_path):
   del image["patch_embed"]
   with pytest.raises(ConversionError) as error:
     huggingface.write(
-      tmp_path / "a", spec, {**params, "image": image}, preprocess=PREPROCESS
+      tmp_path / "a",
+      ConvertedModel(spec, {**params, "image": image}, PREPROCESS),
     )
   assert "image/patch_embed/kernel: missing" in str(error.value)
   assert "image/extra: not in the model" in str(error.value)
@@ -104,7 +104,7 @@ def test_writing_replaces_an_export_and_nothing_else(
     spec, image=dataclasses.replace(spec.image, mask_token=False)
   )
   huggingface.write(
-    export, plain, {**params, "image": image}, preprocess=PREPROCESS
+    export, ConvertedModel(plain, {**params, "image": image}, PREPROCESS)
   )
   # Old heads with new weights, or an old tokenizer, would be a trap.
   left = {p.name for p in export.iterdir()}
@@ -114,7 +114,7 @@ def test_writing_replaces_an_export_and_nothing_else(
   other.mkdir()
   (other / "thesis.tex").write_text("mine")
   with pytest.raises(ConversionError, match=r"not empty.*thesis\.tex"):
-    huggingface.write(other, spec, params, preprocess=PREPROCESS)
+    huggingface.write(other, ConvertedModel(spec, params, PREPROCESS))
 
 
 def _change(folder, change):
@@ -234,9 +234,9 @@ def test_processors(export, processor, expected, version):
   else:
     file, content = "processor_config.json", {"image_processor": processor}
   (export / file).write_text(json.dumps(content))
-  found = huggingface.read(export).preprocess
-  assert {k: found[k] for k in expected} == expected
-  Preprocess.from_dict(found)
+  fields = huggingface.read(export).preprocess
+  assert {k: fields[k] for k in expected} == expected
+  Preprocess.from_dict(fields)
 
 
 def test_a_processor_that_is_not_ours(export):

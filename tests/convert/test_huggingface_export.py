@@ -1,4 +1,4 @@
-"""Folders that we write: transformers opens them, and they come back whole."""
+"""Exports: transformers opens them, and reading restores the model."""
 
 import dataclasses
 import re
@@ -9,9 +9,10 @@ import PIL.Image
 import pytest
 from safetensors.numpy import load_file
 
-from mtv_jax.convert import huggingface
+from mtv_jax.convert import huggingface, native
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
-from mtv_jax.data import tokenizers
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models
@@ -36,7 +37,7 @@ SMALL = {
 PREPROCESS = {"size": 64, "resize": "squash", "interpolation": "bilinear"}
 
 reference = pytest.mark.reference
-# transformers' own use of other libraries is not ours to mend.
+# Deprecations inside transformers.
 quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -60,14 +61,14 @@ def _params(spec, *, seed=0, bias=-10.0):
   return unflatten_names(leaves)
 
 
-def _pictures(count, *, seed=0):
+def _images(count, *, seed=0):
   rng = np.random.default_rng(seed)
-  pictures = []
+  images = []
   for _ in range(count):
     h, w = (int(n) for n in rng.integers(50, 150, 2))
     small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    pictures.append(np.asarray(PIL.Image.fromarray(small).resize((w, h))))
-  return pictures
+    images.append(np.asarray(PIL.Image.fromarray(small).resize((w, h))))
+  return images
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +90,9 @@ def params(spec):
 
 @pytest.fixture
 def export(spec, params, tmp_path):
-  return huggingface.write(
-    tmp_path / "export",
-    spec,
-    params,
-    preprocess=PREPROCESS,
-    tokenizer=tokenizers.build_tokenizer("bytes"),
-  )
+  tokenizer = TokenizerFiles(None, "lower")
+  model = ConvertedModel(spec, params, PREPROCESS, tokenizer)
+  return huggingface.write(tmp_path / "export", model)
 
 
 def _assert_same(got, want):
@@ -107,7 +104,7 @@ def _assert_same(got, want):
 
 
 # ---------------------------------------------------------------------------
-# There and back.
+# Round trips.
 
 
 def test_round_trip_is_identical(spec, params, tmp_path):
@@ -117,9 +114,9 @@ def test_round_trip_is_identical(spec, params, tmp_path):
     "grounding": {"logit_scale": np.float32(1.5)},
   }
   params = {**params, "heads": heads}
-  tokenizer = tokenizers.build_tokenizer("bytes", clean="canonicalize")
-  write = {"preprocess": PREPROCESS, "tokenizer": tokenizer}
-  folder = huggingface.write(tmp_path / "a", spec, params, **write)
+  tokenizer = TokenizerFiles(None, "canonicalize")
+  model = ConvertedModel(spec, params, PREPROCESS, tokenizer)
+  folder = huggingface.write(tmp_path / "a", model)
   beside = load_file(str(folder / "heads.safetensors"))
   assert set(beside) == {
     "heads/dino/mlp/kernel",
@@ -132,24 +129,16 @@ def test_round_trip_is_identical(spec, params, tmp_path):
   assert back.tokenizer.build().clean == "canonicalize"
   _assert_same(back.params, params)
 
-  # And through our own form and out again.
-  native = huggingface.write_native(
-    tmp_path / "b",
-    back.spec,
-    back.params,
-    preprocess=back.preprocess,
-    tokenizer=back.tokenizer,
-  )
-  again = huggingface.read(native)
+  # And through a native folder and out again.
+  again = huggingface.read(native.write(tmp_path / "b", back))
   assert again == dataclasses.replace(back, params=again.params)
   _assert_same(again.params, params)
 
 
 def test_a_softmax_head_under_its_own_name(spec, params, tmp_path):
   heads = {"clip": {"logit_scale": np.float32(3.0)}, "dino": {}}
-  folder = huggingface.write(
-    tmp_path / "a", spec, params, preprocess=PREPROCESS, heads=heads
-  )
+  model = ConvertedModel(spec, {**params, "heads": heads}, PREPROCESS)
+  folder = huggingface.write(tmp_path / "a", model)
   tensors = load_file(str(folder / "model.safetensors"))
   assert tensors["logit_scale"].tolist() == [3.0]
   assert tensors["logit_bias"].tolist() == [0.0]
@@ -161,19 +150,21 @@ def test_two_temperatures_need_a_name(spec, params, tmp_path):
   heads = {n: {"logit_scale": np.float32(1)} for n in ("a", "b")}
   with pytest.raises(ConversionError, match=r"'a', 'b'.*'contrastive'"):
     huggingface.write(
-      tmp_path / "a", spec, params, preprocess=PREPROCESS, heads=heads
+      tmp_path / "a",
+      ConvertedModel(spec, {**params, "heads": heads}, PREPROCESS),
     )
 
 
 def test_resampled_positions(spec, params):
-  same, unchanged = huggingface.resize_positions(params, spec, 64)
-  assert unchanged == spec
-  _assert_same(same, params)
-  bigger, larger = huggingface.resize_positions(params, spec, 128)
-  assert larger.image.image_size == 128
-  table = bigger["image"]["position_embedding"]
+  model = ConvertedModel(spec, params, PREPROCESS)
+  same = model.resize(64)
+  assert same.spec == spec
+  _assert_same(same.params, params)
+  larger = model.resize(128)
+  assert larger.spec.image.image_size == larger.preprocess["size"] == 128
+  table = larger.params["image"]["position_embedding"]
   assert table.shape == (64, 64)
-  # What is stored is what the tower would have made on the fly.
+  # The stored table is the one that the tower computes on the fly.
   images = jax.numpy.asarray(
     np.random.default_rng(0).normal(size=(1, 128, 128, 3)), np.float32
   )
@@ -184,25 +175,27 @@ def test_resampled_positions(spec, params):
     return apply(jax.tree.map(jax.numpy.asarray, params["image"]))
 
   np.testing.assert_allclose(
-    run(larger, bigger).patches, run(spec, params).patches, atol=1e-5
+    run(larger.spec, larger.params).patches,
+    run(spec, params).patches,
+    atol=1e-5,
   )
   with pytest.raises(ValueError, match="100x100.*96x96"):
-    huggingface.resize_positions(params, spec, 100)
+    model.resize(100)
 
 
 # ---------------------------------------------------------------------------
-# transformers opens what we wrote.
+# transformers opens an export.
 
 
 def _theirs(folder, images, texts):
   """(pixels, ids, logits) of AutoProcessor and AutoModel."""
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
-  model, found = transformers.AutoModel.from_pretrained(
+  model, info = transformers.AutoModel.from_pretrained(
     folder, output_loading_info=True
   )
   assert type(model).__name__ == "SiglipModel"
-  assert not any(found.values()), found
+  assert not any(info.values()), info
   processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
   inputs = processor(
     images=[PIL.Image.fromarray(i) for i in images],
@@ -245,7 +238,7 @@ def _assert_equal_logits(folder, images, texts):
 @reference
 @quiet
 def test_transformers_opens_the_export(export):
-  _assert_equal_logits(export, _pictures(3), TEXTS)
+  _assert_equal_logits(export, _images(3), TEXTS)
 
 
 @reference
@@ -257,27 +250,23 @@ def test_logits_on_real_photos(
 ):
   """The two shapes of MTV, on 16 photos, with a SentencePiece vocabulary."""
   piece = shared_data / "tokenizers" / "t5_cc_all_32000.spiece.model"
-  tokenizer = tokenizers.build_tokenizer(piece, clean="canonicalize")
+  files = TokenizerFiles(piece, "canonicalize")
   config = {
     "variant": variant,
     "image_size": size,
     "text": {
       "variant": variant.partition("/")[0],
       "length": 64,
-      "vocab_size": tokenizer.vocab_size,
+      "vocab_size": files.build().vocab_size,
     },
   }
   spec = ModelSpec.from_config(config)
   params = _params(spec)
-  folder = huggingface.write(
-    tmp_path / "export",
-    spec,
-    params,
-    preprocess={"size": size, "resize": "squash", "interpolation": "bicubic"},
-    tokenizer=tokenizer,
-  )
+  preprocess = {"size": size, "resize": "squash", "interpolation": "bicubic"}
+  model = ConvertedModel(spec, params, preprocess, files)
+  folder = huggingface.write(tmp_path / "export", model)
   _assert_same(huggingface.read(folder).params, params)
-  del params
+  del params, model
   difference = _assert_equal_logits(folder, photos, TEXTS)
   record_property("difference", difference)
   print(f"{variant}: largest difference of the logits {difference:.2e}")
@@ -310,17 +299,17 @@ def test_image_only_exports_as_a_vision_model(tmp_path):
   spec = ModelSpec.from_config({**SMALL, "text": None})
   params = {**_params(spec), "heads": {"dino": {"k": np.ones((2, 2), "f4")}}}
   folder = huggingface.write(
-    tmp_path / "v", spec, params, preprocess=PREPROCESS
+    tmp_path / "v", ConvertedModel(spec, params, PREPROCESS)
   )
-  model, found = transformers.AutoModel.from_pretrained(
+  model, info = transformers.AutoModel.from_pretrained(
     folder, output_loading_info=True
   )
   assert type(model).__name__ == "SiglipVisionModel"
-  assert not any(found.values()), found
+  assert not any(info.values()), info
   processor = transformers.AutoImageProcessor.from_pretrained(
     folder, backend="pil"
   )
-  images = _pictures(2)
+  images = _images(2)
   inputs = processor(
     images=[PIL.Image.fromarray(i) for i in images], return_tensors="pt"
   )
@@ -344,12 +333,12 @@ def test_image_only_exports_as_a_vision_model(tmp_path):
 def test_the_readme_runs(export, tmp_path, monkeypatch):
   pytest.importorskip("transformers")
   monkeypatch.chdir(tmp_path)
-  PIL.Image.fromarray(_pictures(1)[0]).save("photo.jpg")
+  PIL.Image.fromarray(_images(1)[0]).save("photo.jpg")
   blocks = re.findall(
     r"```python\n(.*?)```", (export / "README.md").read_text(), re.DOTALL
   )
   assert len(blocks) == 2
-  scope = {"folder": str(export), "image": _pictures(1)[0]}
+  scope = {"folder": str(export), "image": _images(1)[0]}
   for block in blocks:
     exec(block, scope)
   assert tuple(scope["logits"].shape) == (1, 2)

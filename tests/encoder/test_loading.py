@@ -11,8 +11,9 @@ import pytest
 
 import mtv_jax
 from mtv_jax.checkpoint.checkpointer import Checkpointer
-from mtv_jax.convert import huggingface
-from mtv_jax.data import tokenizers
+from mtv_jax.convert import native
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import two_tower as models
@@ -95,14 +96,13 @@ def test_positions_follow_the_new_model(run):
 
 def test_a_native_folder(tmp_path, images, run):
   encoder = mtv_jax.load(run)
-  tokenizer = tokenizers.build_tokenizer("bytes", clean="lower")
-  huggingface.write_native(
-    tmp_path / "native",
+  model = ConvertedModel(
     SPEC,
     init(2),
-    preprocess=encoder.preprocess.to_dict(),
-    tokenizer=tokenizer,
+    encoder.preprocess.to_dict(),
+    TokenizerFiles(None, "lower"),
   )
+  native.write(tmp_path / "native", model)
   again = mtv_jax.load(tmp_path / "native")
   np.testing.assert_array_equal(
     again.image(images).patches, encoder.image(images).patches

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 import mtv_jax
 from mtv_jax.checkpoint.checkpointer import Checkpointer
-from mtv_jax.convert import huggingface
+from mtv_jax.convert import huggingface, native
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
@@ -191,15 +191,8 @@ def test_loaded_heads_predict(form, run, encoder, images, tmp_path):
     from mtv_jax.encoder import loading
 
     model = loading.read_model(run)
-    write = huggingface.write if form == "to_hf" else huggingface.write_native
-    folder = write(
-      tmp_path / "out",
-      model.spec,
-      model.params,
-      preprocess=model.preprocess,
-      tokenizer=model.tokenizer,
-      prediction_heads=model.prediction_heads,
-    )
+    write = huggingface.write if form == "to_hf" else native.write
+    folder = write(tmp_path / "out", model)
   loaded = mtv_jax.load(folder)
   assert loaded.prediction_heads == HEADS
   np.testing.assert_array_equal(loaded.depth(images), encoder.depth(images))

@@ -22,7 +22,6 @@ from mtv_jax.experts.depth_anything import weights
 from mtv_jax.experts.depth_anything.inputs import Inputs
 from mtv_jax.experts.depth_anything.weights import DepthModel, DepthSpec
 from mtv_jax.models import layers, vit
-from mtv_jax.models.heads import dpt
 from mtv_jax.utils.errors import InputError, check_choice
 
 DTYPES = ("float32", "bfloat16")
@@ -140,14 +139,7 @@ def make_function(
   tower = vit.ViT(spec.image, dtype=compute)
   norm = layers.norm(spec.image.norm_eps, compute, "norm")
   on_cpu = mesh.devices.flat[0].platform == "cpu"
-  head = dpt.DPT(
-    features=spec.features,
-    channels=spec.channels,
-    head_features=spec.head_features,
-    tap_norm="none",
-    activation="relu",
-    resize="neighbours" if on_cpu else "products",
-  )
+  head = spec.head(resize="neighbours" if on_cpu else "products")
   first = spec.image.prefix
 
   def run(params, rows):
@@ -165,25 +157,3 @@ def make_function(
     return {"depth": depth}
 
   return run
-
-
-def abstract_params(spec: DepthSpec) -> dict[str, PyTree]:
-  """Names and shapes of the parameters, none of them made."""
-  patch = spec.image.patch_size
-  size = (spec.image.image_size,) * 2
-  grid = tuple(side // patch for side in size)
-  images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-  stage = jax.ShapeDtypeStruct((1, *grid, spec.image.width), jnp.float32)
-  head = dpt.DPT(
-    features=spec.features,
-    channels=spec.channels,
-    head_features=spec.head_features,
-    tap_norm="none",
-  )
-  key = jax.random.key(0)
-  return {
-    "image": jax.eval_shape(vit.ViT(spec.image).init, key, images)["params"],
-    "depth": jax.eval_shape(
-      lambda stages: head.init(key, stages, size)["params"], [stage] * 4
-    ),
-  }

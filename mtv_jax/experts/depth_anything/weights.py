@@ -1,25 +1,31 @@
 """Reader of transformers' Depth Anything V2 folders.
 
-A DINOv2 (`backbone.`), a DPT neck and its head, see `models/dpt.py`.
+A DINOv2 (`backbone.`), a DPT neck and its head, see `models/heads/dpt.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from mtv_jax.convert import checks, dinov2, folders, tables
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from mtv_jax.convert import dinov2, folders, tables, tensors
 from mtv_jax.convert.tables import ConversionError, Rule
+from mtv_jax.models import two_tower
 from mtv_jax.models.heads import dpt
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.utils.errors import did_you_mean
 
-DEFAULTS = {
+_FACTORS = (4, 2, 1, 0.5)
+_DEFAULTS = {
   "reassemble_hidden_size": 384,
-  "reassemble_factors": (4, 2, 1, 0.5),
+  "reassemble_factors": _FACTORS,
   "neck_hidden_sizes": (48, 96, 192, 384),
   "fusion_hidden_size": 64,
   "head_hidden_size": 32,
@@ -28,22 +34,47 @@ DEFAULTS = {
   "depth_estimation_type": "relative",
   "max_depth": 1,
 }
-# Of a config without a backbone's, and of a backbone's that is silent.
-BACKBONE = {
+# The backbone of a config without one.
+_BACKBONE = {
   "model_type": "dinov2",
   "image_size": 518,
   "hidden_size": 384,
   "num_attention_heads": 6,
   "out_indices": (9, 10, 11, 12),
 }
-BACKBONE_DEFAULTS = {"patch_size": 14, "apply_layernorm": True}
-# The deepest fusion has nothing to join, and its first unit is never run.
-IGNORE = r"^neck\.fusion_stage\.layers\.0\.residual_layer1\."
+_BACKBONE_DEFAULTS = {"patch_size": 14, "apply_layernorm": True}
+# The deepest fusion has nothing to join; its first unit is unused.
+_IGNORE = r"^neck\.fusion_stage\.layers\.0\.residual_layer1\."
+
+
+def _stage_names(stage: int) -> dict[str, str]:
+  """Names of a stage's layers; files count fusions from the deepest."""
+  reassemble = f"neck.reassemble_stage.layers.{stage}"
+  fusion = f"neck.fusion_stage.layers.{dpt.STAGES - 1 - stage}"
+  ours = f"depth/fusion{stage + 1}"
+  return {
+    f"depth/reassemble{stage + 1}/projection": f"{reassemble}.projection",
+    f"depth/reassemble{stage + 1}/resize": f"{reassemble}.resize",
+    f"depth/lateral{stage + 1}": f"neck.convs.{stage}",
+    f"{ours}/projection": f"{fusion}.projection",
+    **{
+      f"{ours}/residual{unit}/conv{k}": (
+        f"{fusion}.residual_layer{unit}.convolution{k}"
+      )
+      for unit in (1, 2)
+      for k in (1, 2)
+    },
+  }
+
+
+_NAMES = {f"depth/conv{k}": f"head.conv{k}" for k in (1, 2, 3)}
+for _stage in range(dpt.STAGES):
+  _NAMES |= _stage_names(_stage)
 
 
 @dataclasses.dataclass(frozen=True)
 class DepthSpec:
-  """The shape of a Depth Anything V2.
+  """Architecture of a Depth Anything V2.
 
   Attributes:
     image: the encoder.
@@ -60,15 +91,21 @@ class DepthSpec:
   channels: tuple[int, ...]
   head_features: int
 
+  def head(self, resize: str = "products") -> dpt.DPT:
+    """The head as a module; `resize` as of `DPT`."""
+    return dpt.DPT(
+      features=self.features,
+      channels=self.channels,
+      head_features=self.head_features,
+      tap_norm="none",
+      activation="relu",
+      resize=resize,
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class DepthModel:
-  """A model from a folder, before anything runs.
-
-  Attributes:
-    spec: its shape.
-    params: `image` and `depth`, nested dicts of float32 NumPy arrays.
-  """
+  """A model from a folder; its parameters are `image` and `depth`."""
 
   spec: DepthSpec
   params: dict[str, Any]
@@ -78,29 +115,20 @@ def read(folder: str | os.PathLike) -> DepthModel:
   """Reads a folder of `DepthAnythingForDepthEstimation.save_pretrained`.
 
   Raises:
-    FileNotFoundError: there is no folder.
-    ConversionError: it holds another model, one that is not supported, or
-      tensors that are missing, unexpected or of another shape, each named.
+    MissingFileError: there is no folder.
+    ConversionError: another model, one that is not supported, or tensors that
+      are missing, unexpected or of another shape, each named.
   """
-  path = folders.require_folder(folder)
-  config = folders.read_json(path / "config.json")
-  kind = config.get("model_type")
-  if kind != "depth_anything":
-    raise ConversionError(
-      f"{path / 'config.json'} says model_type {kind!r}; expected "
-      "'depth_anything', as in Depth-Anything-V2-Small-hf."
-    )
+  path, config = folders.read_config(
+    folder, model_type="depth_anything", example="Depth-Anything-V2-Small-hf"
+  )
   with folders.open_weights(path) as store:
     spec = read_spec(config, store.names)
-    table = rules(spec)
-    what = f"{path / folders.WEIGHTS}"
-    checks.check(table, store, what=what, ignore=IGNORE)
-    params = tables.load(table, store)
-  return DepthModel(spec, params)
+    return DepthModel(spec, tensors.load(rules(spec), store, ignore=_IGNORE))
 
 
-def read_spec(config: Mapping[str, Any], names: Iterable[str]) -> DepthSpec:
-  """The shape that a `config.json` describes.
+def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:
+  """The architecture that a `config.json` describes.
 
   Args:
     config: of model_type depth_anything.
@@ -111,7 +139,7 @@ def read_spec(config: Mapping[str, Any], names: Iterable[str]) -> DepthSpec:
   """
   backbone = config.get("backbone_config")
   if backbone is None:
-    backbone = BACKBONE
+    backbone = _BACKBONE
     if config.get("backbone"):
       raise ConversionError(
         f"backbone={config['backbone']!r}: only a backbone_config of "
@@ -122,58 +150,54 @@ def read_spec(config: Mapping[str, Any], names: Iterable[str]) -> DepthSpec:
       f"backbone_config.model_type={backbone.get('model_type')!r}: only "
       "'dinov2' is supported."
     )
-  backbone = folders.with_defaults(backbone, BACKBONE_DEFAULTS)
-  config = folders.with_defaults(config, DEFAULTS)
+  backbone = folders.with_defaults(backbone, _BACKBONE_DEFAULTS)
+  config = folders.with_defaults(config, _DEFAULTS)
   prefixed = [n for n in names if n.startswith("backbone.")]
-  image = dinov2.spec(backbone, prefixed).image
-  _check(config, backbone, image)
+  image = dinov2.read_spec(backbone, prefixed).image
+  _check_supported(config, backbone, image)
   return DepthSpec(
     image=image,
-    taps=_taps(backbone, image.depth),
+    taps=_read_taps(backbone, image.depth),
     features=config["fusion_hidden_size"],
     channels=tuple(config["neck_hidden_sizes"]),
     head_features=config["head_hidden_size"],
   )
 
 
-def _check(
+def _check_supported(
   config: Mapping[str, Any], backbone: Mapping[str, Any], image: ViTSpec
 ) -> None:
-  """Raises ConversionError for what our DPT is not."""
   if config["depth_estimation_type"] != "relative":
     raise ConversionError(
       f"depth_estimation_type={config['depth_estimation_type']!r}: labels are "
-      "of inverse depth, which a 'relative' model predicts; a metric one "
-      "predicts depth. Take Depth-Anything-V2-Small-hf, -Base-hf or -Large-hf."
+      "inverse depth, which only a 'relative' model predicts, such as "
+      "Depth-Anything-V2-Small-hf, -Base-hf or -Large-hf."
     )
-  wrong = {
-    "reassemble_factors": (list(config["reassemble_factors"]), [4, 2, 1, 0.5]),
-    "len(neck_hidden_sizes)": (len(config["neck_hidden_sizes"]), dpt.STAGES),
-    "reassemble_hidden_size": (config["reassemble_hidden_size"], image.width),
-    "patch_size": (
-      folders.read_side(config["patch_size"], "patch_size"),
-      image.patch_size,
-    ),
-    "max_depth": (config["max_depth"], 1),
-    "backbone_config.apply_layernorm": (backbone["apply_layernorm"], True),
-  }
-  if config["head_in_index"] not in (-1, dpt.STAGES - 1):
-    wrong["head_in_index"] = (config["head_in_index"], -1)
-  for field, (found, expected) in wrong.items():
-    if found != expected:
+  patch = folders.read_side(config["patch_size"], "patch_size")
+  head_index = config["head_in_index"]
+  for field, value, expected in (
+    ("reassemble_factors", tuple(config["reassemble_factors"]), _FACTORS),
+    ("len(neck_hidden_sizes)", len(config["neck_hidden_sizes"]), dpt.STAGES),
+    ("reassemble_hidden_size", config["reassemble_hidden_size"], image.width),
+    ("patch_size", patch, image.patch_size),
+    ("max_depth", config["max_depth"], 1),
+    ("backbone_config.apply_layernorm", backbone["apply_layernorm"], True),
+    ("head_in_index", -1 if head_index == dpt.STAGES - 1 else head_index, -1),
+  ):
+    if value != expected:
       raise ConversionError(
-        f"{field}={found} is not supported; expected {expected}."
+        f"{field}={value} is not supported; expected {expected}."
       )
 
 
-def _taps(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
-  """The blocks whose outputs the backbone gives, from 0.
+def _read_taps(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
+  """The blocks whose outputs the head reads, from 0.
 
-  Theirs are counted from the embedding, which is stage 0 and called 'stem'.
+  Files count from the embedding, which is stage 0 and called 'stem'.
   """
   stages = ["stem", *(f"stage{i + 1}" for i in range(depth))]
-  found = backbone.get("out_indices")
-  if found is None:
+  indices = backbone.get("out_indices")
+  if indices is None:
     names = backbone.get("out_features") or []
     for name in names:
       if name not in stages:
@@ -181,106 +205,56 @@ def _taps(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
           f"backbone_config.out_features has {name!r}. "
           f"{did_you_mean(name, stages)}"
         )
-    found = [stages.index(name) for name in names]
-  taps = sorted(i % len(stages) - 1 for i in found)
-  beyond = any(not -len(stages) <= i < len(stages) for i in found)
-  if beyond or len(taps) != dpt.STAGES or min(taps) < 0:
+    indices = [stages.index(name) for name in names]
+  taps = sorted(i % len(stages) - 1 for i in indices)
+  is_beyond = any(not -len(stages) <= i < len(stages) for i in indices)
+  if is_beyond or len(taps) != dpt.STAGES or min(taps) < 0:
     raise ConversionError(
-      f"backbone_config.out_indices={list(found)}: expected {dpt.STAGES} of "
+      f"backbone_config.out_indices={list(indices)}: expected {dpt.STAGES} of "
       f"1..{depth}, such as {[t + 1 for t in dpt.quarter_taps(depth)]}."
     )
   return tuple(taps)
 
 
 def rules(spec: DepthSpec) -> list[Rule]:
-  """The table of a Depth Anything V2."""
-  backbone = dinov2.rules(ModelSpec(image=spec.image), prefix="backbone")
-  width, features = spec.image.width, spec.features
-  found = list(backbone)
-  for i, channels in enumerate(spec.channels):
-    ours = f"depth/reassemble{i + 1}"
-    theirs = f"neck.reassemble_stage.layers.{i}"
-    found += _conv(
-      f"{ours}/projection", f"{theirs}.projection", 1, width, channels
+  """The rules of a Depth Anything V2."""
+  params = {"depth": abstract_params(spec)["depth"]}
+  resize = [
+    _transposed_convolution(i, int(factor), channels)
+    for i, (factor, channels) in enumerate(
+      zip(_FACTORS, spec.channels, strict=True)
     )
-    found += _resize(f"{ours}/resize", f"{theirs}.resize", i, channels)
-    found += _conv(
-      f"depth/lateral{i + 1}",
-      f"neck.convs.{i}",
-      3,
-      channels,
-      features,
-      bias="none",
-    )
-    found += _fusion(i, len(spec.channels), features)
-  half = features // 2
+    if factor > 1
+  ]
   return [
-    *found,
-    *_conv("depth/conv1", "head.conv1", 3, features, half),
-    *_conv("depth/conv2", "head.conv2", 3, half, spec.head_features),
-    *_conv("depth/conv3", "head.conv3", 1, spec.head_features, 1),
+    *dinov2.rules(ModelSpec(image=spec.image), prefix="backbone."),
+    *resize,
+    *tables.leaf_rules(params, _NAMES, *resize),
   ]
 
 
-def _fusion(stage: int, stages: int, features: int) -> list[Rule]:
-  """A fusion; theirs are counted from the deepest."""
-  ours = f"depth/fusion{stage + 1}"
-  theirs = f"neck.fusion_stage.layers.{stages - 1 - stage}"
-  found = _conv(
-    f"{ours}/projection", f"{theirs}.projection", 1, features, features
+def _transposed_convolution(stage: int, factor: int, channels: int) -> Rule:
+  """A kernel [in, out, y, x] in the file; our columns are (y, x, out)."""
+  return tables.permuted(
+    f"depth/reassemble{stage + 1}/resize/kernel",
+    f"neck.reassemble_stage.layers.{stage}.resize.weight",
+    (channels, factor**2 * channels),
+    (channels, factor, factor, channels),
+    (0, 3, 1, 2),
   )
-  for unit in (1, 2) if stage < stages - 1 else (2,):
-    for k in (1, 2):
-      found += _conv(
-        f"{ours}/residual{unit}/conv{k}",
-        f"{theirs}.residual_layer{unit}.convolution{k}",
-        3,
-        features,
-        features,
-      )
-  return found
 
 
-def _resize(ours: str, theirs: str, stage: int, channels: int) -> list[Rule]:
-  factor = (4, 2, 1, 0.5)[stage]
-  if factor == 1:
-    return []
-  if factor < 1:
-    return _conv(ours, theirs, 3, channels, channels)
-  return _enlarge(ours, theirs, int(factor), channels)
-
-
-def _conv(
-  ours: str,
-  theirs: str,
-  size: int,
-  n_in: int,
-  n_out: int,
-  *,
-  bias: str = "bias",
-) -> list[Rule]:
-  """A convolution, [out, in, y, x] in the file and [y, x, in, out] here."""
-  found = [
-    Rule(
-      (f"{ours}/kernel",),
-      (f"{theirs}.weight",),
-      ((n_out, n_in, size, size),),
-      to_ours=lambda a: (a.transpose(2, 3, 1, 0),),
-    )
-  ]
-  if bias != "none":
-    found.append(tables.vector(f"{ours}/bias", f"{theirs}.{bias}", n_out))
-  return found
-
-
-def _enlarge(ours: str, theirs: str, factor: int, channels: int) -> list[Rule]:
-  """A transposed convolution, [in, out, y, x] there; columns (y, x, out)."""
-  return [
-    Rule(
-      (f"{ours}/kernel",),
-      (f"{theirs}.weight",),
-      ((channels, channels, factor, factor),),
-      to_ours=lambda a: (a.transpose(0, 2, 3, 1).reshape(channels, -1),),
+def abstract_params(spec: DepthSpec) -> dict[str, PyTree]:
+  """Names and shapes of the parameters."""
+  size = (spec.image.image_size,) * 2
+  stage = jax.ShapeDtypeStruct(
+    (1, *spec.image.grid_of(*size), spec.image.width), jnp.float32
+  )
+  head = spec.head()
+  return {
+    **two_tower.abstract_params(ModelSpec(image=spec.image)),
+    "depth": jax.eval_shape(
+      lambda stages: head.init(jax.random.key(0), stages, size)["params"],
+      [stage] * dpt.STAGES,
     ),
-    tables.vector(f"{ours}/bias", f"{theirs}.bias", channels),
-  ]
+  }

@@ -9,22 +9,33 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, PyTree
 
-from mtv_jax.convert import checks, clip, folders, tables
-from mtv_jax.convert.tables import TORCH, ConversionError, Rule
+from mtv_jax.convert import clip, folders, processors, tables, tensors
+from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.data import tokenizers
 from mtv_jax.experts.owlv2 import clip_tokenizer
+from mtv_jax.experts.owlv2.model import Owlv2
 from mtv_jax.models.two_tower import ModelSpec
 
-# Where OWLv2's defaults are not those of CLIP.
+# Where OWLv2's defaults differ from CLIP's.
 _VISION = {"image_size": 768, "patch_size": 16}
 _TEXT = {"max_position_embeddings": 16}
-IGNORE = r"position_ids$|^box_bias$"
-# CLIP's, which preprocessor_config.json may replace.
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
+_IGNORE = r"position_ids$|^box_bias$"
+_HEADS = {
+  "merge_norm": "layer_norm",
+  "classes/projection": "class_head.dense0",
+  "classes/shift": "class_head.logit_shift",
+  "classes/scale": "class_head.logit_scale",
+  "boxes/mlp/fc1": "box_head.dense0",
+  "boxes/mlp/fc2": "box_head.dense1",
+  "boxes/last": "box_head.dense2",
+  "objectness/mlp/fc1": "objectness_head.dense0",
+  "objectness/mlp/fc2": "objectness_head.dense1",
+  "objectness/last": "objectness_head.dense2",
+}
 _TOKENIZER_FILES = (
   "tokenizer.json",
   clip_tokenizer.VOCABULARY,
@@ -33,8 +44,8 @@ _TOKENIZER_FILES = (
 
 
 @runtime_checkable
-class Encodes(Protocol):
-  """Texts to rows of ids."""
+class TextEncoder(Protocol):
+  """Tokenizer: texts to rows of ids."""
 
   def encode(
     self, strings: Sequence[str], length: int
@@ -43,56 +54,45 @@ class Encodes(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Owlv2Files:
-  """What a folder holds.
+  """Content of a folder.
 
   Attributes:
     spec: of the towers; its image tower has the folder's image size.
     params: of `Owlv2`, NumPy float32.
     mean, std: of pixels from 0 to 1, by channel.
     tokenizer: of its texts.
-    tokenizer_hash: of the files that it is made from.
+    tokenizer_hash: of the tokenizer's files.
   """
 
   spec: ModelSpec
   params: dict[str, Any]
   mean: tuple[float, ...]
   std: tuple[float, ...]
-  tokenizer: Encodes
+  tokenizer: TextEncoder
   tokenizer_hash: str
 
 
 def read(folder: str | os.PathLike) -> Owlv2Files:
-  """Reads a folder that `Owlv2ForObjectDetection.save_pretrained` wrote.
+  """Reads a folder of `Owlv2ForObjectDetection.save_pretrained`.
 
   With the files of its processor: `processor_config.json` or
-  `preprocessor_config.json` (optional) and
-  the tokenizer's, `tokenizer.json` or `vocab.json` and `merges.txt`.
+  `preprocessor_config.json` (optional), and the tokenizer's `tokenizer.json`
+  or `vocab.json` and `merges.txt`.
 
   Raises:
-    FileNotFoundError: no such folder, or no tokenizer in it.
+    MissingFileError: there is no folder, or no tokenizer in it.
     ConversionError: another kind of model, or tensors that are missing,
       unexpected or of another shape, each named.
   """
-  path = folders.require_folder(folder)
-  config = folders.read_json(path / "config.json")
-  if config.get("model_type") != "owlv2":
-    raise ConversionError(
-      f"{path}: model_type is {config.get('model_type')!r} in config.json, "
-      "and 'owlv2' is expected: a folder such as that of "
-      "google/owlv2-base-patch16-ensemble."
-    )
+  path, config = folders.read_config(
+    folder, model_type="owlv2", example="google/owlv2-base-patch16-ensemble"
+  )
   spec = read_spec(config)
   with folders.open_weights(path) as store:
-    table = rules(spec)
-    what = str(path / folders.WEIGHTS)
-    checks.check(table, store, what=what, ignore=IGNORE)
-    params = tables.load(table, store)
+    params = tensors.load(rules(spec), store, ignore=_IGNORE)
   # CLIP's temperature is of whole images.
   del params["heads"]
-  # From transformers 5 on, one file holds the processors of all modalities.
-  pixels = folders.read_json(path / "processor_config.json").get(
-    "image_processor"
-  ) or folders.read_json(path / "preprocessor_config.json")
+  _, processor = folders.read_processor(path)
   tokenizer = read_tokenizer(path)
   digest = hashlib.blake2b(digest_size=8)
   for name in _TOKENIZER_FILES:
@@ -101,8 +101,8 @@ def read(folder: str | os.PathLike) -> Owlv2Files:
   return Owlv2Files(
     spec=spec,
     params=params,
-    mean=tuple(pixels.get("image_mean") or _MEAN),
-    std=tuple(pixels.get("image_std") or _STD),
+    mean=tuple(processor.get("image_mean") or processors.CLIP_MEAN),
+    std=tuple(processor.get("image_std") or processors.CLIP_STD),
     tokenizer=tokenizer,
     tokenizer_hash=digest.hexdigest(),
   )
@@ -112,76 +112,60 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
   """The towers that a `config.json` describes.
 
   Raises:
-    ConversionError: embeddings of phrases and patches can't be compared.
+    ConversionError: phrases and patches have different widths.
   """
   text = folders.with_defaults(config.get("text_config"), _TEXT)
   text.setdefault("hidden_size", clip.TEXT_DEFAULTS["hidden_size"])
   width = config.get("projection_dim") or 512
   if width != text["hidden_size"]:
     raise ConversionError(
-      f"projection_dim={width}, and the text tower's hidden_size is "
-      f"{text['hidden_size']}: OWLv2 compares its patches with phrases in as "
-      "many channels as the text tower has."
+      f"projection_dim={width} differs from the text tower's hidden_size, "
+      f"{text['hidden_size']}: OWLv2 compares patches and phrases of one width."
     )
-  # The end of a text is its highest id, whatever eos_token_id says: that is
-  # what 2 stands for.
+  # A text ends at its highest id whatever eos_token_id is; 2 stands for that.
   text["eos_token_id"] = 2
+  vision = folders.with_defaults(config.get("vision_config"), _VISION)
   towers = {
     "model_type": "clip",
-    "vision_config": folders.with_defaults(
-      config.get("vision_config"), _VISION
-    ),
+    "vision_config": vision,
     "text_config": text,
     "projection_dim": width,
   }
-  return clip.spec(towers, ("text_model.", "visual_projection.weight"))
+  return clip.read_spec(towers, ("text_model.", "visual_projection.weight"))
+
+
+def abstract_params(spec: ModelSpec) -> dict[str, PyTree]:
+  """Names and shapes of the parameters of `Owlv2`."""
+  patch = spec.image.patch_size
+  return jax.eval_shape(
+    Owlv2(spec).init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, patch, patch, 3), np.float32),
+    jax.ShapeDtypeStruct((1, 1, spec.text.length), np.int32),
+  )["params"]
 
 
 def rules(spec: ModelSpec) -> list[Rule]:
-  """The table of names."""
-  image, text = spec.image, spec.text
+  """The rules of an OWLv2."""
+  params = abstract_params(spec)
+  heads = {k: v for k, v in params.items() if k not in ("image", "text")}
 
-  def norm(ours, theirs):
-    return tables.norm(TORCH, ours, theirs, image.width)
+  def rename(name: str) -> str:
+    # Only CLIP's own files have the misspelt name.
+    return "owlv2." + name.replace("pre_layrnorm", "pre_layernorm")
 
-  def dense(ours, theirs, n_out):
-    return tables.dense(TORCH, ours, theirs, image.width, n_out)
-
-  found = [
-    *_inside("owlv2", clip.rules(spec)),
-    *norm("merge_norm", "layer_norm"),
-    *dense("classes/projection", "class_head.dense0", text.projection),
-    *dense("classes/shift", "class_head.logit_shift", 1),
-    *dense("classes/scale", "class_head.logit_scale", 1),
+  towers = [
+    dataclasses.replace(rule, theirs=tuple(map(rename, rule.theirs)))
+    for rule in clip.rules(spec)
   ]
-  for ours, theirs, n_out in (
-    ("boxes", "box_head", 4),
-    ("objectness", "objectness_head", 1),
-  ):
-    found += dense(f"{ours}/mlp/fc1", f"{theirs}.dense0", image.width)
-    found += dense(f"{ours}/mlp/fc2", f"{theirs}.dense1", image.width)
-    found += dense(f"{ours}/last", f"{theirs}.dense2", n_out)
-  return found
+  return [*towers, *tables.leaf_rules(heads, _HEADS)]
 
 
-def _inside(name: str, found: Sequence[Rule]) -> list[Rule]:
-  """A CLIP's rules where it is a part of another model, under this name."""
-
-  def renamed(part: str) -> str:
-    # CLIP's own files have it misspelt.
-    return TORCH.join(name, part.replace("pre_layrnorm", "pre_layernorm"))
-
-  return [
-    dataclasses.replace(rule, theirs=tuple(map(renamed, rule.theirs)))
-    for rule in found
-  ]
-
-
-def read_tokenizer(folder: pathlib.Path) -> Encodes:
+def read_tokenizer(folder: pathlib.Path) -> TextEncoder:
   """The tokenizer of a folder, in either kind of files.
 
   Raises:
-    FileNotFoundError: there is none.
+    MissingFileError: there is none.
   """
   if (folder / "tokenizer.json").is_file():
     return tokenizers.build_tokenizer(folder / "tokenizer.json", clean="none")

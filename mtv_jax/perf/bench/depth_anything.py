@@ -105,6 +105,6 @@ def program(
   shape = (batch_size * mesh.size, SIZE, SIZE, 3)
   return experts.Program(
     expert_lib.make_function(spec, dtype=dtype, mesh=mesh),
-    expert_lib.abstract_params(spec),
+    weights.abstract_params(spec),
     {"images": jax.ShapeDtypeStruct(shape, np.float32)},
   )

@@ -125,20 +125,13 @@ def program(
       params["consts"], {"patches": patches, "slots": rows["slots"]}
     )
 
-  patch = spec.image.patch_size
-  abstract = jax.eval_shape(
-    Owlv2(spec).init,
-    jax.random.key(0),
-    jax.ShapeDtypeStruct((1, patch, patch, 3), np.float32),
-    jax.ShapeDtypeStruct((1, 1, spec.text.length), np.int32),
-  )
   consts = {
     "table": jax.ShapeDtypeStruct((16_384, spec.text.projection), np.float32),
     "threshold": jax.ShapeDtypeStruct((), np.float32),
   }
   return experts.Program(
     function,
-    {"model": abstract["params"], "consts": consts},
+    {"model": weights.abstract_params(spec), "consts": consts},
     {
       "pixels": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.dtype(dtype)),
       "slots": jax.ShapeDtypeStruct((rows, _QUERIES), np.int32),

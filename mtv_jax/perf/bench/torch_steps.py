@@ -8,7 +8,6 @@ the formulas: DINO (Caron et al. 2021), iBOT (Zhou et al. 2022), Sinkhorn-Knopp
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mtv_jax.convert import tables
-from mtv_jax.convert.tables import TORCH, BlockNames, Rule
+from mtv_jax.convert import tables, tensors
 from mtv_jax.train.step_spec import StepSpec
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -88,50 +86,69 @@ def _tensor(array: Any) -> torch.Tensor:
 # Weights under the names of timm and open_clip.
 
 # Tensors "NAME|q", "NAME|k" and "NAME|v" are one tensor NAME there.
-_TIMM = BlockNames(
-  norm1="norm1",
-  q="attn.qkv.|q",
-  k="attn.qkv.|k",
-  v="attn.qkv.|v",
-  out="attn.proj",
-  norm2="norm2",
-  mlp="mlp",
-)
-_OPEN_CLIP = BlockNames(
-  norm1="ln_1",
-  q="attn.in_proj_|q",
-  k="attn.in_proj_|k",
-  v="attn.in_proj_|v",
-  out="attn.out_proj",
-  norm2="ln_2",
-  mlp="mlp",
-)
+_TIMM = {
+  "patch_embed": "patch_embed.proj",
+  "position_embedding": "pos_embed",
+  "cls_token": "cls_token",
+  "mask_token": None,
+  **tables.nest(
+    "blocks/",
+    "blocks.{i}.",
+    {
+      "norm1": "norm1",
+      "attention/qkv": ("attn.qkv.|q", "attn.qkv.|k", "attn.qkv.|v"),
+      "attention/out": "attn.proj",
+      "scale1": "ls1.gamma",
+      "norm2": "norm2",
+      "mlp/fc1": "mlp.fc1",
+      "mlp/fc2": "mlp.fc2",
+      "scale2": "ls2.gamma",
+    },
+  ),
+  "norm": "norm",
+  "pool/probe": "attn_pool.latent",
+  "pool/attention/q": "attn_pool.q",
+  "pool/attention/kv": ("attn_pool.kv.|k", "attn_pool.kv.|v"),
+  "pool/attention/out": "attn_pool.proj",
+  "pool/norm": "attn_pool.norm",
+  "pool/mlp/fc1": "attn_pool.mlp.fc1",
+  "pool/mlp/fc2": "attn_pool.mlp.fc2",
+}
+_OPEN_CLIP = {
+  "token_embedding": "token_embedding.weight",
+  "position_embedding": "positional_embedding",
+  **tables.nest(
+    "blocks/",
+    "transformer.resblocks.{i}.",
+    {
+      "norm1": "ln_1",
+      "attention/qkv": (
+        "attn.in_proj_|q",
+        "attn.in_proj_|k",
+        "attn.in_proj_|v",
+      ),
+      "attention/out": "attn.out_proj",
+      "norm2": "ln_2",
+      "mlp/fc1": "mlp.c_fc",
+      "mlp/fc2": "mlp.c_proj",
+    },
+  ),
+  "norm": "ln_final",
+  "projection": "text_projection",
+}
+_UNIT_AXES = {"position_embedding": 1, "cls_token": 2, "pool/probe": 2}
 
 
-def _load(module: nn.Module, rules: list[Rule], params: Params) -> None:
+def _load(module: nn.Module, rules: list[tables.Rule], params: Params) -> None:
   """Loads all of a module's parameters; unknown and missing names raise."""
   parts: dict[str, list[np.ndarray]] = {}
   leaves = dict(flatten_with_names(params))
-  for name, tensor in tables.save(rules, leaves).items():
+  for name, tensor in tensors.save(rules, leaves).items():
     fused, _, part = name.partition("|")
     leaf = part.rpartition(".")[2]
     parts.setdefault(fused + leaf, []).append(tensor)
   module.load_state_dict(
     {name: _tensor(np.concatenate(tensors)) for name, tensors in parts.items()}
-  )
-
-
-def _block_rules(layout: tables.Layout, tower: str, names: BlockNames, spec):
-  where = {"image": "blocks.{i}", "text": "transformer.resblocks.{i}"}[tower]
-  return tables.blocks(
-    layout,
-    f"{tower}/blocks",
-    where,
-    names,
-    width=spec.width,
-    heads=spec.heads,
-    mlp_dim=spec.mlp_dim,
-    depth=spec.depth,
   )
 
 
@@ -156,40 +173,10 @@ def _trunk(spec: Any, params: Params) -> nn.Module:
     fc_norm=False,
     dynamic_img_size=True,
   )
-  width, patch = spec.width, spec.patch_size
-  positions = ((spec.image_size // patch) ** 2, width)
-  names = _TIMM
-  if spec.layer_scale is not None:
-    names = dataclasses.replace(_TIMM, scale1="ls1.gamma", scale2="ls2.gamma")
-  rules = [
-    tables.convolution(
-      "image/patch_embed/kernel", "patch_embed.proj.weight", patch, width
-    ),
-    tables.vector("image/patch_embed/bias", "patch_embed.proj.bias", width),
-    tables.reshaped(
-      "image/position_embedding", "pos_embed", positions, (1, *positions)
-    ),
-    *_block_rules(TORCH, "image", names, spec),
-    *tables.norm(TORCH, "image/norm", "norm", width),
-  ]
-  if spec.cls_token:
-    rules.append(
-      tables.reshaped("image/cls_token", "cls_token", (width,), (1, 1, width))
-    )
-  if spec.pool == "map":
-    pool, fused = "image/pool", ["attn_pool.kv.|k", "attn_pool.kv.|v"]
-    ours = f"{pool}/attention"
-    rules += [
-      tables.reshaped(
-        f"{pool}/probe", "attn_pool.latent", (width,), (1, 1, width)
-      ),
-      *tables.dense(TORCH, f"{ours}/q", "attn_pool.q", width, width),
-      *tables.fused(TORCH, f"{ours}/kv", fused, width, spec.heads),
-      *tables.dense(TORCH, f"{ours}/out", "attn_pool.proj", width, width),
-      *tables.norm(TORCH, f"{pool}/norm", "attn_pool.norm", width),
-      *tables.mlp(TORCH, f"{pool}/mlp", "attn_pool.mlp", width, spec.mlp_dim),
-    ]
-  _load(trunk, rules, params)
+  rules = tables.leaf_rules(
+    params["image"], _TIMM, heads=spec.heads, unit_axes=_UNIT_AXES
+  )
+  _load(trunk, rules, params["image"])
   return trunk
 
 
@@ -232,29 +219,8 @@ def siglip_step(
     output_dict=True,
   )
   model.visual.trunk = _trunk(spec, params)
-  layout = dataclasses.replace(TORCH, mlp=("c_fc", "c_proj"))
-  tokens, positions = (
-    (text.vocab_size, text.width),
-    (text.length, text.width),
-  )
-  rules = [
-    tables.reshaped(
-      "text/token_embedding", "token_embedding.weight", tokens, tokens
-    ),
-    tables.reshaped(
-      "text/position_embedding", "positional_embedding", positions, positions
-    ),
-    *_block_rules(layout, "text", _OPEN_CLIP, text),
-    *tables.norm(TORCH, "text/norm", "ln_final", text.width),
-    *tables.dense(
-      TORCH,
-      "text/projection",
-      "text_projection",
-      text.width,
-      text.projection,
-    ),
-  ]
-  _load(model.text, rules, params)
+  rules = tables.leaf_rules(params["text"], _OPEN_CLIP, heads=text.heads)
+  _load(model.text, rules, params["text"])
   heads = params["heads"]["contrastive"]
   with torch.no_grad():
     model.logit_scale.copy_(_tensor(heads["logit_scale"]))

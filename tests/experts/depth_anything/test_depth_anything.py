@@ -40,7 +40,7 @@ def _tensors(config=CONFIG):
   spec = weights.read_spec(config, ["backbone.embeddings.mask_token"])
   found = {}
   for rule in weights.rules(spec):
-    for name, shape in rule.files():
+    for name, shape in rule.expected_shapes():
       scale = max(1, int(np.prod(shape[1:]))) ** -0.5
       found[name] = (scale * rng.normal(size=shape)).astype(np.float32)
   # The map is to be positive and varied.
@@ -146,7 +146,7 @@ def test_a_folder_is_read_whole(folder):
   model = weights.read(folder)
   assert model.spec.taps == (0, 1, 2, 3)
   assert model.spec.image.patch_size == 14
-  shapes = depth_anything.abstract_params(model.spec)
+  shapes = weights.abstract_params(model.spec)
   found = {n: leaf.shape for n, leaf in flatten_with_names(model.params)}
   assert found == {n: leaf.shape for n, leaf in flatten_with_names(shapes)}
   # The transposed convolution: [in, out, y, x] to columns (y, x, out).

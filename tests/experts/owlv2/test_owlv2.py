@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
   tensors = {
     name: rng.normal(0, 0.3, shape).astype(np.float32)
     for rule in owlv2_weights.rules(owlv2_weights.read_spec(TINY))
-    for name, shape in rule.files()
+    for name, shape in rule.expected_shapes()
   }
   safetensors.numpy.save_file(tensors, path / "model.safetensors")
   (path / "config.json").write_text(json.dumps(TINY))

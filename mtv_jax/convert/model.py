@@ -1,0 +1,67 @@
+"""Model read from files: spec, parameters, preprocessing, tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mtv_jax.convert import processors
+from mtv_jax.models import positions
+from mtv_jax.models.heads import PredictionHead
+from mtv_jax.models.two_tower import ModelSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedModel:
+  """A model in NumPy arrays.
+
+  Attributes:
+    spec: architecture of the towers.
+    params: nested dict: `image`, and optionally `text` and `heads`.
+    preprocess: fields of `mtv_jax.encoder.preprocess.Preprocess`.
+    tokenizer: None if there is none.
+    prediction_heads: configuration of the heads that predict, by name.
+  """
+
+  spec: ModelSpec
+  params: Mapping[str, Any]
+  preprocess: Mapping[str, Any]
+  tokenizer: processors.TokenizerFiles | None = None
+  prediction_heads: Mapping[str, PredictionHead] = dataclasses.field(
+    default_factory=dict
+  )
+
+  def resize(self, image_size: int) -> ConvertedModel:
+    """The model for images of another size in pixels.
+
+    The position embedding is resampled as the tower does it on the fly.
+
+    Raises:
+      InputError: the patch doesn't divide the size.
+    """
+    tower = self.spec.image
+    rows, columns = tower.grid_of(image_size, image_size)
+    params = dict(self.params)
+    if rows != tower.grid:
+      old = tower.grid
+      table = np.asarray(params["image"]["position_embedding"], np.float64)
+      matrix = positions.resize_matrix(old, rows, tower.position_resize)
+      grid = np.einsum(
+        "yh,xw,hwd->yxd",
+        matrix,
+        matrix,
+        table.reshape(old, old, tower.width),
+        optimize=True,
+      )
+      resampled = grid.reshape(rows * columns, tower.width).astype(np.float32)
+      params["image"] = {**params["image"], "position_embedding": resampled}
+    tower = dataclasses.replace(tower, image_size=image_size)
+    return dataclasses.replace(
+      self,
+      spec=dataclasses.replace(self.spec, image=tower),
+      params=params,
+      preprocess=processors.resize(self.preprocess, image_size),
+    )

@@ -1,0 +1,148 @@
+"""Reading, checking and writing a checkpoint's tensors by their rules."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+from mtv_jax.convert.tables import ConversionError, Rule
+from mtv_jax.utils.errors import did_you_mean
+from mtv_jax.utils.tree import unflatten_names
+
+
+@runtime_checkable
+class Store(Protocol):
+  """Named tensors of `path`, read one at a time."""
+
+  path: Any
+
+  @property
+  def names(self) -> Iterable[str]: ...
+
+  def shape(self, name: str) -> tuple[int, ...]: ...
+
+  def read(self, name: str) -> np.ndarray: ...
+
+
+def load(
+  rules: Sequence[Rule], store: Store, *, ignore: str = r"(?!)"
+) -> dict[str, Any]:
+  """Reads our parameter tree.
+
+  Args:
+    rules: of the model.
+    store: the file.
+    ignore: a regular expression of names that may be present unused.
+
+  Returns:
+    A nested dict of contiguous float32 arrays.
+
+  Raises:
+    ConversionError: names every missing, unexpected or mismatched tensor.
+  """
+  check_tensors(rules, store, ignore=ignore)
+  leaves: dict[str, np.ndarray] = {}
+  for rule in rules:
+    for i in range(max(rule.depth, 1)):
+      arrays = [
+        np.asarray(store.read(name.replace("{i}", str(i))), np.float32)
+        for name in rule.theirs
+      ]
+      for name, value in zip(rule.ours, rule.to_ours(*arrays), strict=True):
+        if not rule.depth:
+          leaves[name] = np.ascontiguousarray(value).reshape(value.shape)
+          continue
+        if name not in leaves:
+          leaves[name] = np.empty((rule.depth, *value.shape), np.float32)
+        leaves[name][i] = value
+  return unflatten_names(leaves)
+
+
+def save(
+  rules: Sequence[Rule], leaves: Mapping[str, Float[np.ndarray, "..."]]
+) -> dict[str, np.ndarray]:
+  """The file's tensors from our flat leaves; the inverse of `load`."""
+  tensors: dict[str, np.ndarray] = {}
+  for rule in rules:
+    if rule.to_theirs is None:
+      raise ConversionError(f"{rule.ours[0]} can't be exported: {rule.theirs}.")
+    for i in range(max(rule.depth, 1)):
+      arrays = [leaves[n][i] if rule.depth else leaves[n] for n in rule.ours]
+      values = rule.to_theirs(*arrays)
+      for name, value in zip(rule.theirs, values, strict=True):
+        # safetensors writes the memory of a view, not its values.
+        contiguous = np.ascontiguousarray(value).reshape(value.shape)
+        tensors[name.replace("{i}", str(i))] = contiguous
+  return tensors
+
+
+def check_tensors(rules: Sequence[Rule], store: Store, *, ignore: str) -> None:
+  """Compares a file's names and shapes with a table; see `load`."""
+  expected = dict(pair for rule in rules for pair in rule.expected_shapes())
+  present = set(store.names)
+  missing = [n for n in expected if n not in present]
+  unexpected = sorted(
+    n for n in present - set(expected) if not re.search(ignore, n)
+  )
+  mismatched = [
+    f"{name}: {store.shape(name)} in the file, {shape} expected"
+    for name, shape in expected.items()
+    if name in present and tuple(store.shape(name)) != shape
+  ]
+  if not (missing or unexpected or mismatched):
+    return
+  lines = [f"{store.path} does not hold the model that its config describes."]
+  for title, names in (
+    ("missing", missing),
+    ("unexpected", unexpected),
+    ("of another shape", mismatched),
+  ):
+    if names:
+      lines.append(f"  {title} ({len(names)}):")
+      lines.extend(f"    {name}" for name in names)
+  lines.append("  " + _likely_cause(missing, unexpected, mismatched))
+  raise ConversionError("\n".join(lines))
+
+
+_CAUSES = (
+  (r"lora_|\.base_layer\.", "Merge the adapters (LoRA) into the weights."),
+  (
+    r"\.SCB$|absmax|quant_map|weight_scale|qweight|qzeros",
+    "The weights are quantised: save them in float32, float16 or bfloat16.",
+  ),
+  (
+    r"weights_in|weights_out",
+    "The MLP is a SwiGLU (DINOv2 giant): set use_swiglu_ffn in the config.",
+  ),
+  (r"classifier|^head/", "The model is a classifier."),
+)
+
+
+def _likely_cause(
+  missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]
+) -> str:
+  """The last line of the error."""
+  for pattern, cause in _CAUSES:
+    if any(re.search(pattern, name) for name in unexpected):
+      return cause
+  if mismatched and not missing and not unexpected:
+    if all("position" in m or "pos_emb" in m for m in mismatched):
+      return (
+        "The position embedding is of another resolution or text length than "
+        "the config's image_size, patch_size or max_position_embeddings."
+      )
+    return (
+      "The config's sizes (hidden_size, intermediate_size, vocab_size, "
+      "patch_size, ...) belong to another checkpoint than the weights."
+    )
+  names = [*missing, *unexpected]
+  if not mismatched and all(re.search(r"\D\d+\D", n) for n in names):
+    return "The config's number of layers is not the file's."
+  if missing and unexpected:
+    hint = did_you_mean(missing[0], unexpected, limit=3)
+    return f"Names differ: for {missing[0]!r}: {hint}"
+  if missing:
+    return "The file is not whole, or is of another kind than its config says."
+  return "The file holds more than the model, or its config is of another one."
