@@ -51,10 +51,10 @@ class Range:
 
   def __str__(self) -> str:
     if math.isfinite(self.above):
-      lower = f"> {self.above:g}"
+      lower = f"> {self.above}"
     else:
-      lower = f">= {self.min:g}" if math.isfinite(self.min) else ""
-    upper = f"<= {self.max:g}" if math.isfinite(self.max) else ""
+      lower = f">= {self.min}" if math.isfinite(self.min) else ""
+    upper = f"<= {self.max}" if math.isfinite(self.max) else ""
     return " and ".join(filter(None, (lower, upper)))
 
 
@@ -145,35 +145,6 @@ def build(
     ConfigError: an unknown or missing option, or a value of the wrong type or
       out of range; names the option by its whole config key.
   """
-  checked = check_options(factory, options, where=where, reserved=reserved)
-  try:
-    return factory(**checked)
-  except ConfigError as error:
-    if str(error).startswith("config."):
-      raise
-    raise ConfigError(f"{where}: {error}") from error
-
-
-def check_options(
-  factory: Callable[..., Any],
-  options: Mapping[str, Any],
-  *,
-  where: str,
-  reserved: Sequence[str] = (),
-) -> dict[str, Any]:
-  """The options that `build` calls `factory` with.
-
-  Integers become floats and lists tuples where the annotation says so.
-
-  Args:
-    factory: its annotations are the contract.
-    options: by name.
-    where: the entry's config key for errors.
-    reserved: further known names, for errors.
-
-  Raises:
-    ConfigError: as `build`.
-  """
   parameters = inspect.signature(factory).parameters
   hints = annotations(factory)
   for name in options:
@@ -187,10 +158,16 @@ def check_options(
       raise ConfigError(
         f"{where}.{name} is missing; expected {describe(hints.get(name, Any))}."
       )
-  return {
+  checked = {
     name: check_value(value, hints.get(name, Any), f"{where}.{name}")
     for name, value in options.items()
   }
+  try:
+    return factory(**checked)
+  except ConfigError as error:
+    if str(error).startswith("config."):
+      raise
+    raise ConfigError(f"{where}: {error}") from error
 
 
 def annotations(factory: Callable[..., Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Keys that the config's file leaves out can be given as well;
 
 import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,8 +14,6 @@ from ml_collections import ConfigDict
 from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
 _KEY = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
-_PART = re.compile(r"\w+")
-_WORDS = {"true": True, "false": False}
 
 
 def from_flags(argv: Iterable[str], *, flag: str = "config") -> list[str]:
@@ -55,7 +53,7 @@ def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
     ConfigError: an invalid path, or a value of another type than the number or
       section that it would replace.
   """
-  tree = _plain(config)
+  tree = to_plain(config, lists=True)
   for assignment in assignments:
     key, _, text = assignment.partition("=")
     if not _KEY.fullmatch(key):
@@ -63,23 +61,21 @@ def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
         f"--config.{assignment}: {key!r} is not a key. Keys are written"
         " --config.optim.lr=1e-3 or --config.data.train[0].path=..."
       )
-    _set(tree, _parts(key), text, key)
+    parts = [int(p) if p.isdigit() else p for p in re.findall(r"\w+", key)]
+    _set(tree, parts, text, key)
   return ConfigDict(tree)
 
 
-def _plain(value: Any) -> Any:
-  """The config as mutable dictionaries and lists."""
+def to_plain(value: Any, *, lists: bool = False) -> Any:
+  """A config as nested dictionaries; `lists` turns its tuples into lists."""
   if isinstance(value, ConfigDict):
     value = value.to_dict()
-  if isinstance(value, dict):
-    return {k: _plain(v) for k, v in value.items()}
+  if isinstance(value, Mapping):
+    return {k: to_plain(v, lists=lists) for k, v in value.items()}
   if isinstance(value, list | tuple):
-    return [_plain(v) for v in value]
+    kind = list if lists else type(value)
+    return kind(to_plain(v, lists=lists) for v in value)
   return value
-
-
-def _parts(key: str) -> list[str | int]:
-  return [int(p) if p.isdigit() else p for p in _PART.findall(key)]
 
 
 def _set(tree: Any, parts: list[str | int], text: str, key: str) -> None:
@@ -113,38 +109,47 @@ def _require_inside(node: Any, part: str | int, path: str, key: str) -> None:
 
 
 def _value(text: str, old: Any, path: str) -> Any:
-  if isinstance(old, str):
-    return None if text == "None" else text
-  if text.lower() == "none":
+  if text.lower() == "none" and (text == "None" or not isinstance(old, str)):
     # 'none' is also a choice of many options, whose default may be None.
     return text if text == "none" and old is None else None
-  value = _WORDS.get(text.lower(), text)
-  if value is text:
-    value = _parse_value(text)
-  if value is None or old is None:
-    return value
-  if isinstance(old, dict) and not isinstance(value, dict):
-    raise ConfigError(
-      f"--{path}={text}: this is a section; set one of its keys."
-      f" {did_you_mean('', old)}"
-    )
+  return parse_value(text, old, f"--{path}")
+
+
+def parse_value(text: str, old: Any, key: str) -> Any:
+  """Parses a value of the type of the one that it replaces.
+
+  Args:
+    text: a Python literal that may contain `dict(KEY=...)` calls, else a
+      string.
+    old: the former value; with None any type is accepted.
+    key: for the error.
+
+  Raises:
+    ConfigError: another type than the number's or section's that it replaces.
+  """
+  if isinstance(old, str):
+    return text
+  if text.lower() in ("true", "false"):
+    text = text.capitalize()
+  try:
+    value = _evaluate(ast.parse(text.strip(), mode="eval").body)
+  except (ValueError, SyntaxError):
+    value = text
   if isinstance(old, float) and type(value) is int:
     return float(value)
-  # A section may replace a number: a weight with a schedule.
-  plain = isinstance(old, bool | int | float) and not isinstance(value, dict)
-  if plain and type(value) is not type(old):
+  if isinstance(value, dict) or type(value) is type(old):
+    # A section may replace a number: a weight with a schedule.
+    return value
+  if isinstance(old, dict):
     raise ConfigError(
-      f"--{path}={text}: expected {type(old).__name__}, such as {old!r}."
+      f"{key}={text}: this is a section; set one of its keys."
+      f" {did_you_mean('', old)}"
+    )
+  if isinstance(old, bool | int | float):
+    raise ConfigError(
+      f"{key}={text}: expected {type(old).__name__}, such as {old!r}."
     )
   return value
-
-
-def _parse_value(text: str) -> Any:
-  """A Python literal that may contain `dict(KEY=...)` calls, else `text`."""
-  try:
-    return _evaluate(ast.parse(text.strip(), mode="eval").body)
-  except (ValueError, SyntaxError):
-    return text
 
 
 def _evaluate(node: ast.expr) -> Any:

@@ -28,7 +28,7 @@ from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.perf import hlo
 from mtv_jax.train import encodings as encodings_lib
 from mtv_jax.train import gradients
-from mtv_jax.train.experiment import build_data_ops, build_step_spec
+from mtv_jax.train.experiment import build_step_spec
 from mtv_jax.train.step import make_program, make_update_fn, update_teacher
 from mtv_jax.train.step_spec import StepSpec, abstract_params, init_state
 from mtv_jax.utils.errors import check_choice
@@ -259,7 +259,9 @@ def batch_fields(
   """Shapes and dtypes of a batch's rows; opens no data and no tokenizer."""
   # The shapes are the same with any tokenizer.
   tokenizer = tokenizers.build_tokenizer("bytes") if config.model.text else None
-  return build_data_ops(config, recipe, tokenizer).fields
+  return ops.build_ops(
+    config.data.ops, tokenizer=tokenizer, wanted=recipe.fields()
+  ).fields
 
 
 def make_views(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -44,56 +43,78 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-  """A checked config and everything that is built from it.
+class TrainStep:
+  """The train step of a config on a mesh, not yet compiled.
 
   Attributes:
-    config: resolved, defaults filled in.
-    workdir: the run's folder.
-    mesh: of all devices of all processes.
-    step_spec: what the train step computes.
-    tokenizer: of the captions; None for a model without text.
-    sources: of `config.data.train`, in order.
-    examples_per_epoch: records of all sources together.
-    total_steps: of the run.
+    config: resolved.
+    length: of the run.
+    step_spec: what the step computes.
     optimizer: with its schedule and its table of rules.
-    program: the compiled step and the shape of its state.
-    evaluators: of `config.evals`.
+    program: functions of the step, shapes and shardings of its state.
   """
 
   config: ConfigDict
-  workdir: pathlib.Path
-  mesh: Mesh
+  length: schema.RunLength
   step_spec: StepSpec
-  tokenizer: Any
-  sources: list[Any]
-  examples_per_epoch: int
-  total_steps: int
   optimizer: optim.Optimizer
   program: Program
-  evaluators: dict[str, evals_base.Evaluator]
+
+  @property
+  def mesh(self) -> Mesh:
+    """Of all devices of all processes."""
+    return self.program.mesh
+
+  @property
+  def total_steps(self) -> int:
+    """Of the run."""
+    return self.length.total_steps
 
   def every(self, name: str, section: ConfigDict) -> int | None:
     """A duration of a section in steps, None where it has none."""
-    return schema.steps(
-      name,
-      section,
-      batch_size=self.config.batch_size,
-      examples_per_epoch=self.examples_per_epoch,
-      total_steps=self.total_steps,
-      default=None,
-    )
+    return self.length.steps(name, section, default=None)
+
+  def require_fields(self, fields: Iterable[str]) -> None:
+    """Raises ConfigError where an objective reads another batch field."""
+    for field, readers in self.step_spec.fields().items():
+      if field not in fields:
+        raise ConfigError(
+          f"objective {readers[0]!r} reads the batch field {field!r}, but"
+          f" config.data gives only {sorted(fields)}. Add its source or op, or"
+          " drop the objective."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(TrainStep):
+  """A checked config and everything that is built from it.
+
+  Attributes:
+    workdir: the run's folder.
+    tokenizer: of the captions; None for a model without text.
+    sources: of `config.data.train`, in order.
+    evaluators: of `config.evals`.
+  """
+
+  workdir: pathlib.Path
+  tokenizer: Any
+  sources: list[Any]
+  evaluators: dict[str, evals_base.Evaluator]
 
 
 def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
-  """The train step of a resolved config."""
-  options = model_lib.runtime(config.model)
+  """The train step of a resolved config.
+
+  Raises:
+    ConfigError: for views, objectives, weights or rules that don't fit.
+  """
+  length = schema.RunLength(config.batch_size, None, total_steps)
   weights = {
-    name: _weight(name, entry, config.batch_size, total_steps)
+    name: _weight(name, entry.weight, length)
     for name, entry in config.objectives.items()
   }
-  if weights and not any(weight.active(0) for weight in weights.values()):
-    first = min(weight.start for weight in weights.values())
+  first = min((weight.start for weight in weights.values()), default=0)
+  if first > 0:
     raise ConfigError(
       f"config.objectives: the first one starts at step {first}; at least one "
       "must start at step 0."
@@ -111,10 +132,11 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
   if config.model.text and all(e.tower != "text" for e in read):
     log.warning("No objective reads text: config.model.text is left out.")
     config.model.text = None
+  runtime = model_lib.runtime(config.model)
   spec = StepSpec(
     model=model_lib.ModelSpec.from_config(config.model),
-    dtype=jnp.dtype(options.pop("dtype", "float32")),
-    runtime=options,
+    dtype=jnp.dtype(runtime.pop("dtype", "float32")),
+    runtime=runtime,
     objectives=objectives,
     weights=weights,
     views=built_views,
@@ -127,46 +149,24 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
   )
   if not config.optim.rules:
     return spec
-  shapes = abstract_params(spec)
-  table = optim.match_param_rules(shapes, config.optim.rules)
+  table = optim.match_param_rules(abstract_params(spec), config.optim.rules)
   return dataclasses.replace(
     spec, frozen=frozenset(row.name for row in table if row.frozen)
   )
 
 
 def _weight(
-  name: str, entry: ConfigDict, batch_size: int, total_steps: int
+  name: str, weight: float | ConfigDict, length: schema.RunLength
 ) -> ObjectiveWeight:
-  """A number, or dict(value, start_steps|percent.., ramp_steps|percent..)."""
-  weight, where = entry.weight, f"config.objectives.{name}.weight"
   if not isinstance(weight, ConfigDict):
-    return ObjectiveWeight(_not_negative(weight, where))
-  known = [f"{k}_{u}" for k in ("start", "ramp") for u in schema.UNITS]
-  for key in weight:
-    if key not in ("value", *known):
-      raise ConfigError(
-        f"{where}: no key {key!r}. {did_you_mean(key, ['value', *known])}"
-      )
-  start, ramp = (
-    schema.steps(
-      key, weight, batch_size=batch_size, total_steps=total_steps, default=0
-    )
-    for key in ("start", "ramp")
-  )
-  if start >= total_steps:
+    return ObjectiveWeight(weight)
+  start, ramp = (length.steps(k, weight, default=0) for k in ("start", "ramp"))
+  if start >= length.total_steps:
     raise ConfigError(
-      f"{where}: it starts at step {start} of a run of {total_steps} steps "
-      "and would never be trained."
+      f"config.objectives.{name}.weight: it starts at step {start} of a run of "
+      f"{length.total_steps} steps and would never be trained."
     )
-  value = _not_negative(weight.get("value", 1.0), f"{where}.value")
-  return ObjectiveWeight(value, start, ramp)
-
-
-def _not_negative(value: Any, where: str) -> float:
-  number = isinstance(value, int | float) and not isinstance(value, bool)
-  if not number or not 0 <= value < math.inf:
-    raise ConfigError(f"{where} is {value!r}; expected a number >= 0.")
-  return float(value)
+  return ObjectiveWeight(weight.value, start, ramp)
 
 
 def make_config_mesh(
@@ -191,34 +191,36 @@ def make_config_mesh(
   return mesh
 
 
-def build_program(
-  config: ConfigDict, spec: StepSpec, mesh: Mesh, examples: int
-) -> tuple[optim.Optimizer, Program]:
-  """The optimizer and the train step of a resolved config; compiles nothing.
+def build_train_step(
+  config: ConfigDict, mesh: Mesh, examples_per_epoch: int | None
+) -> TrainStep:
+  """Builds the optimizer and the train step of a resolved config.
+
+  Opens no data and compiles nothing.
 
   Args:
     config: resolved.
-    spec: from `build_step_spec`.
     mesh: from `make_config_mesh`.
-    examples: of an epoch, for durations.
+    examples_per_epoch: for durations in epochs.
 
   Raises:
-    ConfigError: for an invalid rule, or one that matches no parameter.
+    ConfigError: as `build_step_spec`; for an invalid rule, or one that matches
+      no parameter.
   """
+  length = schema.RunLength.from_config(config, examples_per_epoch)
+  spec = build_step_spec(config, length.total_steps)
   params = abstract_params(spec)
   optimizer = optim.make_optimizer(
     config.optim,
     config.schedule,
-    total_steps=spec.total_steps,
-    batch_size=config.batch_size,
-    examples_per_epoch=examples,
+    length=length,
     params=params,
     attention_heads=spec.attention_heads,
   )
   names = [name for name, _ in flatten_with_names(params)]
   check_sharding_rules(config.sharding, names)
   program = make_program(spec, optimizer.tx, mesh, config.sharding)
-  return optimizer, program
+  return TrainStep(config, length, spec, optimizer, program)
 
 
 def build_experiment(
@@ -232,8 +234,8 @@ def build_experiment(
   config = schema.check_config(config)
   if "://" in str(workdir):
     raise ConfigError(
-      f"--workdir={workdir}: a run is not written to a bucket directly; mount "
-      "it (with gcsfuse, for example) and give the folder's path."
+      f"--workdir={workdir}: a run is not written to a bucket directly. Mount "
+      "it, for example with gcsfuse, and give the folder's path."
     )
   mesh = make_config_mesh(config)
   tokenizer = None
@@ -247,30 +249,20 @@ def build_experiment(
   sources = [
     sources_lib.build_source({**entry, "labels": None}) for entry in entries
   ]
-  examples = sum(len(source) for source in sources)
-  total_steps = schema.total_steps(config, examples)
-  spec = build_step_spec(config, total_steps)
+  step = build_train_step(config, mesh, sum(map(len, sources)))
   # Labels that no objective reads are not opened.
-  read = build_data_ops(config, spec, tokenizer).labels
-  sources = [
-    join_labels(source, entry["labels"], fields=read)
-    if entry.get("labels")
-    else source
-    for source, entry in zip(sources, entries, strict=True)
-  ]
-  optimizer, program = build_program(config, spec, mesh, examples)
+  read = ops.build_ops(
+    config.data.ops, tokenizer=tokenizer, wanted=step.step_spec.fields()
+  ).labels
+  for i, entry in enumerate(entries):
+    if labels := entry.get("labels"):
+      sources[i] = join_labels(sources[i], labels, fields=read)
   return Experiment(
-    config=config,
+    **vars(step),
     workdir=pathlib.Path(workdir),
-    mesh=mesh,
-    step_spec=spec,
     tokenizer=tokenizer,
     sources=sources,
-    examples_per_epoch=examples,
-    total_steps=total_steps,
-    optimizer=optimizer,
-    program=program,
-    evaluators=_evaluators(config, spec),
+    evaluators=_evaluators(config, step.step_spec),
   )
 
 
@@ -298,26 +290,19 @@ def _evaluators(
   return evaluators
 
 
-def build_data_ops(
-  config: ConfigDict, spec: StepSpec, tokenizer: Any
-) -> ops.Ops:
-  """The input pipeline's ops for the fields that the train step reads."""
-  return ops.build_ops(
-    config.data.ops, tokenizer=tokenizer, wanted=spec.fields()
-  )
-
-
 def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
   """The loader of this process's rows of every batch, from a step on.
 
   Raises:
-    ConfigError: if an objective reads a field that the batches lack.
+    ConfigError: an objective reads a field that the batches lack, or captions
+      have another length than the model's texts.
   """
-  rows = host_rows(experiment.config.batch_size, experiment.mesh)
+  config = experiment.config
+  rows = host_rows(config.batch_size, experiment.mesh)
   loader = pipeline.make_loader(
-    experiment.config.data.to_dict(),
-    batch_size=experiment.config.batch_size,
-    seed=experiment.config.seed,
+    config.data.to_dict(),
+    batch_size=config.batch_size,
+    seed=config.seed,
     start_step=start_step,
     process_index=rows.index,
     process_count=rows.count,
@@ -325,31 +310,16 @@ def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
     wanted=experiment.step_spec.fields(),
     sources=experiment.sources,
   )
-  for field, readers in experiment.step_spec.fields().items():
-    if field not in loader.fields:
+  experiment.require_fields(loader.fields)
+  if config.model.text and "caption" in loader.fields:
+    (length,) = loader.fields["caption"].shape
+    if length != config.model.text.length:
       raise ConfigError(
-        f"objective {readers[0]!r} reads the batch field {field!r}, which no "
-        f"source and op of config.data gives; there are: "
-        f"{sorted(loader.fields)}. Add the source or the op, or drop the "
-        "objective."
+        f"config.data.ops gives captions of {length} tokens, but evaluations "
+        f"and exports use config.model.text.length={config.model.text.length}. "
+        "Give both the same number."
       )
-  _require_length(experiment.config.model.text, loader.fields)
   return loader
-
-
-def _require_length(
-  text: ConfigDict | None, fields: Mapping[str, ops.Field]
-) -> None:
-  """Refuses captions of another length than the model's texts."""
-  if not text or "caption" not in fields:
-    return
-  (length,) = fields["caption"].shape
-  if length != text.length:
-    raise ConfigError(
-      f"config.data.ops gives captions of {length} tokens, but "
-      f"config.model.text.length, the length of texts in evaluations and "
-      f"exports, is {text.length}. Give both the same number."
-    )
 
 
 def save_config(experiment: Experiment) -> None:
@@ -377,44 +347,36 @@ def save_config(experiment: Experiment) -> None:
 
 def log_experiment(experiment: Experiment) -> None:
   """Logs parameters with their sharding, rules, encodings and length."""
-  params = experiment.program.abstract.params
-  log.info(
-    "\n%s",
-    parameter_overview.get_parameter_overview(params, include_stats="sharding"),
+  state, mesh = experiment.program.abstract, experiment.mesh
+  overview = parameter_overview.get_parameter_overview(
+    state.params, include_stats="sharding"
   )
+  log.info("\n%s", overview)
   log.info("\n%s\n", optim.describe_rules(experiment.optimizer.table))
   if experiment.optimizer.note:
     log.info(experiment.optimizer.note)
-  mesh, config = experiment.mesh, experiment.config
-  size = sum(row[3] for row in sharding_table(experiment.program.abstract))
   log.info(
     "The state takes %.1f MB a device on a mesh of %s.",
-    size / 1e6,
+    sum(row[3] for row in sharding_table(state)) / 1e6,
     " x ".join(f"{mesh.shape[axis]} {axis}" for axis in MESH_AXES),
   )
   log.info("Encodings: %s.", ", ".join(map(str, experiment.step_spec.plan)))
-  log.info(
-    "%d steps of %d examples; an epoch of %s examples is %.1f steps.",
-    experiment.total_steps,
-    config.batch_size,
-    f"{experiment.examples_per_epoch:,}",
-    experiment.examples_per_epoch / config.batch_size,
+  size, epoch = (
+    experiment.config.batch_size,
+    experiment.length.examples_per_epoch,
   )
-  _warn_of_repeats(experiment)
-
-
-def _warn_of_repeats(experiment: Experiment) -> None:
-  """Warns of sources with fewer records than their share of a batch."""
-  size = experiment.config.batch_size
+  log.info(
+    f"{experiment.total_steps} steps of {size} examples; an epoch of {epoch:,} "
+    f"examples is {epoch / size:.1f} steps."
+  )
   weights = [e.get("weight", 1.0) for e in experiment.config.data.train]
   for source, weight in zip(experiment.sources, weights, strict=True):
     rows = size * weight / sum(weights)
     if rows > len(source):
       log.warning(
         "A batch of %d takes %.0f rows of %r, which has only %d records: some "
-        "are in it more than once, and for contrastive losses an image's own "
-        "caption is then also a wrong one. A smaller batch_size helps, more "
-        "data, or less weight of this source.",
+        "are repeated, and contrastive losses count their captions as "
+        "negatives. Reduce batch_size or the source's weight, or add data.",
         size,
         rows,
         source,

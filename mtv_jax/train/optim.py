@@ -73,10 +73,8 @@ def make_optimizer(
   optim_config: schema.Config,
   schedule_config: schema.Config,
   *,
-  total_steps: int,
-  batch_size: int,
+  length: schema.RunLength,
   params: Any,
-  examples_per_epoch: int | None = None,
   attention_heads: Mapping[str, int] = types.MappingProxyType({}),
 ) -> Optimizer:
   """Builds the optimizer of a config.
@@ -85,10 +83,8 @@ def make_optimizer(
     optim_config: `config.optim`: name, lr, weight_decay, clip_norm, rules, and
       the options of the class in `OPTIMIZERS`.
     schedule_config: `config.schedule`, see `make_schedule`.
-    total_steps: of the run.
-    batch_size: examples a step.
+    length: of the run.
     params: the parameters, or their shapes.
-    examples_per_epoch: for durations in epochs.
     attention_heads: of each stack of blocks, by the start of its parameters'
       names, see `StepSpec.attention_heads`.
 
@@ -101,11 +97,7 @@ def make_optimizer(
     ValueError: a rule that matches no parameter.
   """
   schedule = make_schedule(
-    schedule_config,
-    lr=float(optim_config["lr"]),
-    total_steps=total_steps,
-    batch_size=batch_size,
-    examples_per_epoch=examples_per_epoch,
+    schedule_config, lr=float(optim_config["lr"]), length=length
   )
   optimizer = _build_optimizer(optim_config)
   table = match_param_rules(params, optim_config.get("rules") or ())

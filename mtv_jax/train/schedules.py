@@ -71,9 +71,7 @@ def make_schedule(
   config: schema.Config,
   *,
   lr: float,
-  total_steps: int,
-  batch_size: int,
-  examples_per_epoch: int | None = None,
+  length: schema.RunLength,
 ) -> Schedule:
   """The learning rate at the update that follows step t.
 
@@ -88,26 +86,15 @@ def make_schedule(
   Args:
     config: name, the durations warmup and cooldown, options of the schedule.
     lr: the peak.
-    total_steps: T.
-    batch_size: examples a step, for durations in examples and epochs.
-    examples_per_epoch: for durations in epochs.
+    length: of the run.
 
   Raises:
     ConfigError: an unknown name or option, or warm-up and cool-down longer
       than T.
   """
-
-  def in_steps(name: str, default: int) -> int:
-    return schema.steps(
-      name,
-      config,
-      default=default,
-      batch_size=batch_size,
-      examples_per_epoch=examples_per_epoch,
-      total_steps=total_steps,
-    )
-
-  warmup, cooldown = in_steps("warmup", 0), in_steps("cooldown", 0)
+  total_steps = length.total_steps
+  warmup = length.steps("warmup", config, default=0)
+  cooldown = length.steps("cooldown", config, default=0)
   if warmup + cooldown > total_steps:
     raise ConfigError(
       f"config.schedule: {warmup} steps of warm-up and {cooldown} of cool-down"
@@ -119,7 +106,7 @@ def make_schedule(
   fields = {field.name: field.default for field in dataclasses.fields(cls)}
   for field, default in fields.items():
     if duration := field.removesuffix("_steps") if "_steps" in field else "":
-      given[field] = in_steps(duration, default)
+      given[field] = length.steps(duration, config, default)
       for unit in schema.UNITS[1:]:
         given.pop(f"{duration}_{unit}", None)
   durations = [f"{d}_{u}" for d in ("warmup", "cooldown") for u in schema.UNITS]

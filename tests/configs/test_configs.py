@@ -66,8 +66,8 @@ def test_the_whole_recipe_is_a_config(file):
   # What is evaluated has the size that the model was trained at.
   if "image" in made:
     assert made["image"].size == spec.image.image_size
-  length = schema.total_steps(config, examples_per_epoch=100_000)
-  assert length > 100
+  length = schema.RunLength.from_config(config, examples_per_epoch=100_000)
+  assert length.total_steps > 100
 
 
 @every
@@ -92,8 +92,6 @@ def test_siglip_is_trained_as_published(name, shape, size):
   assert (image.patch_size, image.image_size) == (16, size)
   assert config.batch_size == 32_768 and config.optim.lr == 1e-3
   assert config.optim.weight_decay * config.optim.lr == pytest.approx(1e-4)
-  total = schema.total_steps(config, None)
-  warmup = schema.steps(
-    "warmup", config.schedule, batch_size=config.batch_size, total_steps=total
-  )
+  length = schema.RunLength.from_config(config)
+  warmup = length.steps("warmup", config.schedule)
   assert warmup == pytest.approx(20_000, rel=0.02)

@@ -14,8 +14,7 @@ from mtv_jax.perf import flops
 from mtv_jax.train import loop
 from mtv_jax.train.experiment import (
   build_experiment,
-  build_program,
-  build_step_spec,
+  build_train_step,
   make_config_mesh,
 )
 from mtv_jax.train.loop import init_or_restore, prefetch_to_device, train
@@ -78,10 +77,10 @@ def test_a_frozen_tower_with_ema_and_gradient_accumulation():
     # Adam would turn gradients that are zero but for rounding into steps.
     config.optim.name, config.optim.lr = "sgd", 0.1
     config = schema.check_config(config)
-    spec = build_step_spec(config, 10)
     mesh = make_config_mesh(config, jax.devices()[:1])
-    _, program = build_program(config, spec, mesh, 100)
-    params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
+    step = build_train_step(config, mesh, 100)
+    init = functools.partial(init_params, step.step_spec)
+    params, program = jax.jit(init)(jax.random.key(0)), step.program
     before = jax.device_get(params)
     state = program.init(params)
     for seed in range(2):

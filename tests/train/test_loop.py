@@ -129,7 +129,7 @@ def test_caption_length_must_equal_the_text_length(tmp_path, length):
   config = smallest()
   config.data.ops = f"decode|canvas(32)|caption({length})"
   built = build_experiment(config, tmp_path)
-  with pytest.raises(ValueError, match=f"of {length} tokens.*exports, is 16"):
+  with pytest.raises(ValueError, match=f"of {length} tokens.*length=16"):
     make_loader(built, 0)
 
 

@@ -181,8 +181,8 @@ def test_teacher_momentum_schedule():
 @pytest.mark.parametrize(
   ("weight", "match"),
   [
-    (dict(value=-1.0), r"depth\.weight\.value is -1\.0; expected a number"),
-    (dict(value="big"), r"weight\.value is 'big'; expected a number"),
+    (dict(value=-1.0), r"depth\.weight\.value is -1\.0, expected a number"),
+    (dict(value="big"), r"weight\.value is 'big', expected a number"),
     (dict(start_steps=1000), "starts at step 1000 of a run of 100"),
   ],
 )

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from mtv_jax.config import schema
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.parallel.rules import tree_shardings
 from mtv_jax.train import optim
@@ -50,8 +51,7 @@ def build(**config):
       **config,
     },
     {"name": "constant"},
-    total_steps=STEPS,
-    batch_size=8,
+    length=schema.RunLength(8, None, STEPS),
     params=PARAMS,
     attention_heads={"image": HEADS, "text": HEADS},
   )

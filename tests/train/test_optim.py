@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from mtv_jax.config import schema
 from mtv_jax.train import optim, schedules
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
@@ -38,8 +39,7 @@ def build(optim_config, schedule_config=None, params=PARAMS, total_steps=STEPS):
   return optim.make_optimizer(
     {"lr": 1e-2, "clip_norm": 0.0, **optim_config},
     schedule_config or {"name": "constant"},
-    total_steps=total_steps,
-    batch_size=8,
+    length=schema.RunLength(8, None, total_steps),
     params=params,
   )
 
@@ -259,7 +259,7 @@ def test_clipping():
 )
 def test_schedules(config, expected):
   schedule = schedules.make_schedule(
-    config, lr=2.0, total_steps=100, batch_size=8
+    config, lr=2.0, length=schema.RunLength(8, None, 100)
   )
   got = {t: float(schedule(t)) / 2 for t in expected}
   assert got == pytest.approx(expected, abs=1e-6)
@@ -267,7 +267,7 @@ def test_schedules(config, expected):
 
 def test_schedule_errors():
   make = functools.partial(
-    schedules.make_schedule, lr=1.0, total_steps=100, batch_size=8
+    schedules.make_schedule, lr=1.0, length=schema.RunLength(8, None, 100)
   )
   with pytest.raises(ConfigError, match="60 steps of warm-up and 50 of cool"):
     make({"warmup_steps": 60, "cooldown_steps": 50})

@@ -25,7 +25,7 @@ from mtv_jax.config import schema
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.perf.bench import harness
-from mtv_jax.train.experiment import build_program, build_step_spec
+from mtv_jax.train.experiment import build_train_step
 from mtv_jax.train.step_spec import StepSpec, init_params
 from mtv_jax.utils.errors import check_choice
 
@@ -194,9 +194,9 @@ def _make_config(
 def _our_step(what: str, batch_size: int, model: dict[str, Any]):
   """The recipe, a step as a function, its first parameters and its batch."""
   config = schema.check_config(_make_config(what, batch_size, model))
-  recipe = build_step_spec(config, config.total_steps)
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
-  _, program = build_program(config, recipe, mesh, 1)
+  built = build_train_step(config, mesh, 1)
+  recipe, program = built.step_spec, built.program
   params = jax.jit(lambda key: init_params(recipe, key))(jax.random.key(0))
   state = program.init(params)
   batch = _random_batch(config, recipe)

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
+from jax.sharding import NamedSharding
 
 from mtv_jax.config import overrides, schema
 from mtv_jax.data import ops
@@ -18,13 +17,10 @@ from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import hlo, topologies
 from mtv_jax.train.experiment import (
-  build_program,
-  build_step_spec,
+  TrainStep,
+  build_train_step,
   make_config_mesh,
 )
-from mtv_jax.train.step import Program
-from mtv_jax.train.step_spec import StepSpec
-from mtv_jax.utils.errors import ConfigError
 
 # Examples per epoch where the config counts in epochs and nothing is given: it
 # sets when events of a run happen, and changes nothing that is measured here.
@@ -32,31 +28,16 @@ EPOCH = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(TrainStep):
   """A config's train step on a topology, not yet compiled.
 
   Attributes:
-    config: resolved.
     topology: to compile for.
-    recipe: of the step.
-    program: the step, and the shapes and shardings of its state.
     fields: shapes and dtypes of the batch's rows.
-    total_steps: of the run.
-    examples_per_epoch: for durations in epochs, given or assumed.
   """
 
-  config: ConfigDict
   topology: topologies.Topology
-  recipe: StepSpec
-  program: Program
   fields: Mapping[str, ops.Field]
-  total_steps: int
-  examples_per_epoch: int
-
-  @property
-  def mesh(self) -> Mesh:
-    """Of all chips."""
-    return self.program.mesh
 
   @property
   def abstract_params(self) -> Any:
@@ -79,23 +60,14 @@ class Plan:
   @property
   def measures_norms(self) -> bool:
     """Whether the run measures each objective's gradient on the encoder."""
-    return bool(
-      schema.steps(
-        "gradients",
-        self.config.log,
-        batch_size=self.config.batch_size,
-        examples_per_epoch=self.examples_per_epoch,
-        total_steps=self.total_steps,
-        default=None,
-      )
-    )
+    return bool(self.every("gradients", self.config.log))
 
   def lower_norms(self) -> jax.stages.Lowered:
     """Lowers the program of those norms; see `gradients.encoder_norms`."""
     return self.program.encoder_norms.lower(
       self.program.abstract,
       self.abstract_batch(),
-      tuple(self.recipe.objectives),
+      tuple(self.step_spec.objectives),
     )
 
 
@@ -117,26 +89,10 @@ def make_plan(
   """
   config = schema.check_config(config)
   mesh = make_config_mesh(config, topologies.devices(topology))
-  examples = examples_per_epoch or EPOCH
-  total_steps = schema.total_steps(config, examples)
-  recipe = build_step_spec(config, total_steps)
-  fields = flops_lib.batch_fields(config, recipe)
-  for field, readers in recipe.fields().items():
-    if field not in fields:
-      raise ConfigError(
-        f"objective {readers[0]!r} reads the batch field {field!r}, which no "
-        f"op of config.data.ops gives; there are: {sorted(fields)}."
-      )
-  _, program = build_program(config, recipe, mesh, examples)
-  return Plan(
-    config=config,
-    topology=topology,
-    recipe=recipe,
-    program=program,
-    fields=fields,
-    total_steps=total_steps,
-    examples_per_epoch=examples,
-  )
+  step = build_train_step(config, mesh, examples_per_epoch or EPOCH)
+  fields = flops_lib.batch_fields(config, step.step_spec)
+  step.require_fields(fields)
+  return Plan(**vars(step), topology=topology, fields=fields)
 
 
 @dataclasses.dataclass(frozen=True)

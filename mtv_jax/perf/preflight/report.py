@@ -183,7 +183,8 @@ class Report:
       for key, value in section.items()
     ):
       lines.append(
-        f"Assumes {plan.examples_per_epoch:,} examples per epoch (--examples)."
+        f"Assumes {plan.length.examples_per_epoch:,} examples per epoch"
+        " (--examples)."
       )
     return lines
 

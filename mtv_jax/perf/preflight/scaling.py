@@ -61,12 +61,12 @@ def embedding_bytes(plan: Plan) -> int:
   """
   return sum(
     _objective_bytes(objective, plan)
-    for objective in plan.recipe.objectives.values()
+    for objective in plan.step_spec.objectives.values()
   )
 
 
 def _objective_bytes(objective: base.Objective, plan: Plan) -> int:
-  chips, spec = num_batch_shards(plan.mesh), plan.recipe.model
+  chips, spec = num_batch_shards(plan.mesh), plan.step_spec.model
   rows, width = plan.config.batch_size // chips, spec.embed_dim
 
   def pairwise(rows, use_ring, metadata):
@@ -79,7 +79,7 @@ def _objective_bytes(objective: base.Objective, plan: Plan) -> int:
     if not objective.koleo_weight:
       return 0
     width = spec.image.embed_dim
-    crops = plan.recipe.views[objective.view_global].count
+    crops = plan.step_spec.views[objective.view_global].count
     return crops * pairwise(rows, True, _KOLEO)
   if isinstance(objective, contrastive.Contrastive):
     sigmoid = objective.loss_type == "sigmoid"
@@ -100,7 +100,7 @@ def gradient_sizes(plan: Plan) -> collections.Counter[int]:
   once for each part of an accumulated batch. With `fsdp` a chip may contribute
   the whole gradient or its shard only; both sizes are allowed.
   """
-  recipe, sizes = plan.recipe, collections.Counter()
+  recipe, sizes = plan.step_spec, collections.Counter()
   encodings = collections.Counter(
     e.tower for e in recipe.plan if e.weights == base.STUDENT
   )

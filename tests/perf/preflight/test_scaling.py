@@ -30,7 +30,7 @@ def row(kind, shape, *, count=1.0, size=100.0, scope="", group=CHIPS):
 
 def test_embedding_bytes_equal_the_formula(repo_root):
   plan = make_plan(repo_root)
-  width = plan.recipe.model.embed_dim
+  width = plan.step_spec.model.embed_dim
   contrast = 7 * ROWS * (4 * width + 5) + 8 * ROWS * 4 * width
   regions = 4 * ROWS
   grounding = 7 * regions * (4 * width + 9) + 8 * regions * 4 * width
