@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt16
 
-from mtv_jax.augment.op import ViewOp, check_pair, check_range, check_size
+from mtv_jax.augment.op import ViewOp, check_pair
 from mtv_jax.augment.random import bernoulli, uniform
+from mtv_jax.config.options import Fraction, PositiveInt
 from mtv_jax.utils.errors import ConfigError
 
 # torchvision's RandomResizedCrop tries as many boxes before it gives up.
@@ -39,10 +40,7 @@ class BoxOp(ViewOp):
   """
 
   stage = "geometry"
-  size: int
-
-  def __post_init__(self):
-    check_size(self.name, self.size)
+  size: PositiveInt
 
   def box(
     self, image_size: Int[Array, "2"], u: Float[Array, "uniforms"]
@@ -85,14 +83,11 @@ class Crop(BoxOp, name="crop"):
     ratio: range of width over height, sampled log-uniformly.
   """
 
-  min_area: float | int = 0.32
-  max_area: float | int = 1.0
-  ratio: tuple[float | int, float | int] = (3 / 4, 4 / 3)
+  min_area: Fraction = 0.32
+  max_area: Fraction = 1.0
+  ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
   def __post_init__(self):
-    super().__post_init__()
-    check_range("crop", "min_area", self.min_area, high=1.0)
-    check_range("crop", "max_area", self.max_area, high=1.0)
     if not 0 < self.min_area <= self.max_area:
       raise ConfigError(
         f"crop: areas from {self.min_area} to {self.max_area} of the image; "
@@ -131,10 +126,7 @@ class Flip(ViewOp, name="flip"):
   """`flip(p)`: mirrors left and right with probability `p`."""
 
   stage = "geometry"
-  p: float | int = 0.5
-
-  def __post_init__(self):
-    check_range("flip", "p", self.p, high=1.0)
+  p: Fraction = 0.5
 
   def num_uniforms(self, size: int) -> int:
     return 1

@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mtv_jax.augment.op import ViewOp, check_range, check_size
+from mtv_jax.augment.op import ViewOp
 from mtv_jax.augment.random import ranks, uniform
+from mtv_jax.config.options import Fraction, PositiveInt, Range
 from mtv_jax.utils.errors import ConfigError
 
 # Rectangles tried for each mask. On 14 x 14 patches and up to half of them
@@ -31,7 +32,6 @@ MIN_ASPECT = 0.3
 
 def patch_grid(op: str, size: int, patch: int) -> int:
   """Patches a side; raises ConfigError unless the patch divides the view."""
-  check_size(op, patch)
   if size % patch:
     raise ConfigError(
       f"{op}: patches of {patch} pixels don't divide a view of {size}; make "
@@ -96,13 +96,12 @@ class Blocks(MaskOp, name="blocks"):
 
   field = "mask"
 
-  min_ratio: float | int = 0.1
-  max_ratio: float | int = 0.5
-  p: float | int = 0.5
-  patch: int = 16
+  min_ratio: Fraction = 0.1
+  max_ratio: Fraction = 0.5
+  p: Fraction = 0.5
+  patch: PositiveInt = 16
 
   def __post_init__(self):
-    check_range("blocks", "p", self.p, high=1.0)
     if not 0 < self.min_ratio <= self.max_ratio <= 1:
       raise ConfigError(
         f"blocks: ratios from {self.min_ratio} to {self.max_ratio}; expected "
@@ -177,12 +176,8 @@ class Keep(MaskOp, name="keep"):
 
   field = "keep"
 
-  ratio: float | int = 0.25
-  patch: int = 16
-
-  def __post_init__(self):
-    if not 0 < self.ratio <= 1:
-      raise ConfigError(f"keep: ratio={self.ratio}; expected 0 < ratio <= 1.")
+  ratio: Annotated[float, Range(max=1, above=0)] = 0.25
+  patch: PositiveInt = 16
 
   def count(self, size: int) -> int:
     patches = patch_grid("keep", size, self.patch) ** 2

@@ -1,8 +1,9 @@
-"""The contract of a view op, its registry, and checks of its parameters.
+"""The contract of a view op, and the registry of view ops.
 
 An op of a view is a frozen dataclass: its fields are the parameters that an op
-string gives. It draws no random numbers itself but is a function of uniform
-numbers in [0, 1), as many as `num_uniforms` says. One call of the generator for
+string gives, checked against their annotations (`config.options`). It draws no
+random numbers itself but is a function of `num_uniforms` uniform numbers in
+[0, 1). One call of the generator for
 all ops of a view keeps compilation short, and an op can be tested without keys.
 
 To add an op, subclass the base class of its stage and give it a name; nothing
@@ -52,40 +53,9 @@ class ViewOp:
     """Raises ConfigError where the op does not fit a view of `size` pixels."""
 
 
-def check_size(op: str, size: Any) -> None:
-  """Raises ConfigError unless `size` is a positive number of pixels."""
-  if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-    raise ConfigError(
-      f"{op}: a size of {size!r}; expected a whole number of pixels a side, "
-      f"such as {op}(224)."
-    )
-
-
-def check_range(
-  op: str,
-  name: str,
-  value: Any,
-  *,
-  low: float = 0.0,
-  high: float = float("inf"),
-) -> None:
-  """Raises ConfigError unless a parameter is a number from `low` to `high`."""
-  number = isinstance(value, int | float) and not isinstance(value, bool)
-  if not number or not low <= value <= high:
-    limits = f"a number from {low:g}"
-    if high != float("inf"):
-      limits += f" to {high:g}"
-    raise ConfigError(f"{op}: {name}={value!r}; expected {limits}.")
-
-
-def check_pair(op: str, name: str, pair: Any) -> None:
+def check_pair(op: str, name: str, pair: tuple[float, float]) -> None:
   """Raises ConfigError unless a range is two positive ascending numbers."""
-  numbers = (
-    isinstance(pair, tuple | list)
-    and len(pair) == 2
-    and all(isinstance(x, int | float) for x in pair)
-  )
-  if not numbers or not 0 < pair[0] <= pair[1] < float("inf"):
+  if not 0 < pair[0] <= pair[1]:
     raise ConfigError(
       f"{op}: {name}={pair!r}; expected the smallest and the largest, such as "
       f"{name}=(0.5, 2.0)."

@@ -16,14 +16,15 @@ times as long by the compiler's own estimate for v5e.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.augment import geometry
-from mtv_jax.augment.op import ViewOp, check_pair, check_range
+from mtv_jax.augment.op import ViewOp, check_pair
 from mtv_jax.augment.random import bernoulli, ranks, uniform
+from mtv_jax.config.options import Fraction, NonNegativeFloat, Range
 from mtv_jax.utils.errors import ConfigError
 
 # ITU-R 601 luma, rounded as torchvision rounds it.
@@ -177,10 +178,7 @@ class PhotometricOp(ViewOp):
   """
 
   stage = "photometrics"
-  p: float | int = 0.0
-
-  def __post_init__(self):
-    check_range(self.name, "p", self.p, high=1.0)
+  p: Fraction = 0.0
 
   def __call__(
     self, image: Image, u: Float[Array, "uniforms"], dtype: Any
@@ -208,17 +206,11 @@ class Jitter(PhotometricOp, name="jitter"):
     hue: the shift is uniform from `-hue` to `hue` turns, at most 0.5.
   """
 
-  p: float | int = 0.8
-  brightness: float | int = 0.4
-  contrast: float | int = 0.4
-  saturation: float | int = 0.2
-  hue: float | int = 0.1
-
-  def __post_init__(self):
-    super().__post_init__()
-    for name in ("brightness", "contrast", "saturation"):
-      check_range("jitter", name, getattr(self, name))
-    check_range("jitter", "hue", self.hue, high=0.5)
+  p: Fraction = 0.8
+  brightness: NonNegativeFloat = 0.4
+  contrast: NonNegativeFloat = 0.4
+  saturation: NonNegativeFloat = 0.2
+  hue: Annotated[float, Range(min=0, max=0.5)] = 0.1
 
   def num_uniforms(self, size: int) -> int:
     return 9
@@ -251,7 +243,7 @@ class Jitter(PhotometricOp, name="jitter"):
 class Grey(PhotometricOp, name="grey"):
   """`grey(p)`: three equal channels of luma, with probability `p`."""
 
-  p: float | int = 0.2
+  p: Fraction = 0.2
 
   def num_uniforms(self, size: int) -> int:
     return 1
@@ -274,14 +266,13 @@ class Blur(PhotometricOp, name="blur"):
     kernel: taps a side, odd.
   """
 
-  p: float | int = 0.5
-  sigma: tuple[float | int, float | int] = (0.1, 2.0)
-  kernel: int = 9
+  p: Fraction = 0.5
+  sigma: tuple[float, float] = (0.1, 2.0)
+  kernel: Annotated[int, Range(min=3)] = 9
 
   def __post_init__(self):
-    super().__post_init__()
     check_pair("blur", "sigma", self.sigma)
-    if self.kernel < 3 or self.kernel % 2 == 0:
+    if self.kernel % 2 == 0:
       raise ConfigError(
         f"blur: kernel={self.kernel}; expected an odd number of taps from 3."
       )
@@ -312,12 +303,8 @@ class Solarize(PhotometricOp, name="solarize"):
     threshold: of 0 to 255; values of at least that are inverted.
   """
 
-  p: float | int = 0.2
-  threshold: float | int = 128
-
-  def __post_init__(self):
-    super().__post_init__()
-    check_range("solarize", "threshold", self.threshold, high=255.0)
+  p: Fraction = 0.2
+  threshold: Annotated[float, Range(min=0, max=255)] = 128
 
   def num_uniforms(self, size: int) -> int:
     return 1

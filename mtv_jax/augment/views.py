@@ -36,8 +36,9 @@ from mtv_jax.augment.masks import (
 )
 from mtv_jax.augment.op import OPS, STAGES
 from mtv_jax.augment.photometrics import PhotometricOp
+from mtv_jax.config import options
 from mtv_jax.config.op_strings import build_op, parse_ops
-from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
+from mtv_jax.utils.errors import ConfigError, InputError
 
 
 @flax.struct.dataclass
@@ -264,20 +265,20 @@ def build_views(config: Mapping[str, Any]) -> dict[str, View]:
   return {name: _build_view(name, entry) for name, entry in config.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class _ViewEntry:
+  """An entry of `config.views`."""
+
+  ops: str | tuple[str, ...]
+  count: options.PositiveInt | None = None
+
+
 def _build_view(name: str, entry: Mapping[str, Any]) -> View:
   where = f"config.views.{name}"
-  options = ["count", "ops"]
-  unknown = sorted(set(entry) - set(options))
-  if unknown:
-    raise ConfigError(
-      f"{where}: no option {unknown[0]!r}. {did_you_mean(unknown[0], options)}"
-    )
-  if "ops" not in entry:
-    raise ConfigError(f"{where}: no ops; give them, such as ops='resize(224)'.")
-  texts = entry["ops"]
-  count = entry.get("count", 1 if isinstance(texts, str) else len(texts))
-  if not isinstance(count, int) or count < 1:
-    raise ConfigError(f"{where}: count={count!r}; expected 1 or more.")
+  entry = options.build(_ViewEntry, entry, where=where)
+  texts, count = entry.ops, entry.count
+  if count is None:
+    count = 1 if isinstance(texts, str) else len(texts)
   texts = [texts] * count if isinstance(texts, str) else list(texts)
   if len(texts) != count:
     raise ConfigError(

@@ -7,9 +7,7 @@ import pytest
 from PIL import Image
 
 from mtv_jax.augment import geometry
-from mtv_jax.augment.op import check_pair, check_range, check_size
 from mtv_jax.augment.random import ranks
-from mtv_jax.utils.errors import ConfigError
 
 
 def uniform(shape, seed=0):
@@ -265,19 +263,3 @@ def test_ranks_are_a_permutation_with_ties():
   assert ranks(array(0.5, 0.2, 0.9, 0.2)).tolist() == [2, 0, 3, 1]
   u = uniform((97,))
   np.testing.assert_array_equal(ranks(u), np.argsort(np.argsort(np.asarray(u))))
-
-
-@pytest.mark.parametrize(
-  "check, message",
-  [
-    (lambda: check_size("resize", 224.0), r"224.0; .*resize\(224\)"),
-    (lambda: check_size("crop", True), "size of True"),
-    (lambda: check_range("grey", "p", "a", high=1.0), "p='a'; .* to 1"),
-    (lambda: check_range("blur", "p", float("nan")), "p=nan"),
-    (lambda: check_pair("blur", "sigma", 2.0), r"sigma=\(0.5, 2.0\)"),
-    (lambda: check_pair("blur", "sigma", (1, 2, 3)), "smallest"),
-  ],
-)
-def test_parameters_of_wrong_types_are_refused(check, message):
-  with pytest.raises(ConfigError, match=message):
-    check()
