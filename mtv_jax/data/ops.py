@@ -1,4 +1,4 @@
-"""Host ops: from a record to one row of the batch.
+"""Host ops, which turn a record into a row of the batch.
 
 A config names them in order, `data.ops = "decode|canvas(384)|caption(64)"`. A
 new op is a `HostOp` here and a line of `OPS`.
@@ -12,8 +12,8 @@ new op is a `HostOp` here and a line of `OPS`.
                              box_phrase_id uint32 [M], box_score float32 [M],
                              box_valid bool [M]
 
-A record without a label gives zeros, so that sources with different labels mix
-in one batch. Parts of a label that an op leaves out are counted in the
+A record without a label gives zeros, so that one batch mixes sources with
+different labels. Parts of a label that an op leaves out are counted in the
 record's `dropped`.
 """
 
@@ -47,15 +47,12 @@ class Field:
 class HostOp(abc.ABC):
   """An op of `data.ops`: a frozen dataclass of its arguments.
 
-  A field `tokenizer: Tokenizer | None`, keyword only, receives the tokenizer of
-  the text tower.
-
   Attributes:
     random: whether it draws random numbers; others get no generator.
-    optional_fields: for an op that only makes these batch fields; it is left
+    optional_fields: for an op that only adds these batch fields; it is left
       out of a run that reads none of them.
-    record_fields: record fields of which at least one source must give each,
-      since the op would make only zeros otherwise.
+    record_fields: record fields of which at least one source must have each;
+      without them the op would add only zeros.
   """
 
   random: ClassVar[bool] = False
@@ -64,24 +61,50 @@ class HostOp(abc.ABC):
 
   @property
   def fields(self) -> dict[str, Field]:
-    """The batch fields that it makes."""
+    """The batch fields that it adds."""
     return {}
 
   @abc.abstractmethod
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    """The changed record; may change the record it is given.
+    """The changed record; may change its argument.
 
     Raises:
       BadRecord: a record that can't be used.
     """
 
 
+@dataclasses.dataclass(frozen=True)
+class TextOp(HostOp):
+  """An op that receives the tokenizer of the text tower."""
+
+  tokenizer: Tokenizer | None = dataclasses.field(default=None, kw_only=True)
+
+  random = True
+
+  def __post_init__(self):
+    if self.tokenizer is None:
+      name = type(self).__name__.lower()
+      raise InputError(
+        f"data.ops has `{name}` but the model has no tokenizer: set"
+        f" model.text.tokenizer, or leave `{name}` out of data.ops."
+      )
+
+  def _token_ids(
+    self, text: str, length: int, key: str
+  ) -> Int32[np.ndarray, " length"]:
+    try:
+      return self.tokenizer.encode([text], length)[0]
+    except UnicodeError as error:
+      reason = f"the text {text!r} is not Unicode ({error})"
+      raise BadRecord(key, reason) from error
+
+
 class Ops:
-  """All ops of a config, one after the other.
+  """The sequence of a config's ops.
 
   Attributes:
     fields: of the batch, each with its row's shape and dtype.
-    labels: record fields of which at least one source must give each.
+    labels: record fields of which at least one source must have each.
   """
 
   def __init__(self, text: str, ops: Mapping[str, HostOp]):
@@ -91,11 +114,7 @@ class Ops:
     self.labels = frozenset().union(*(op.record_fields for op in ops.values()))
 
   def __call__(self, record: Record, rng: np.random.Generator) -> Record:
-    """The record with every field of `fields`.
-
-    Raises:
-      BadRecord: a record that can't be used.
-    """
+    """The record with every field of `fields`; raises BadRecord."""
     seed = int(rng.integers(2**63))
     for op, name_hash in self._ops:
       # An op's random numbers do not depend on the other ops of the config.
@@ -118,16 +137,16 @@ def build_ops(
   Args:
     text: such as "decode|canvas(384)|caption(64, pick='first')".
     tokenizer: of the text tower, for `caption` and `regions`.
-    wanted: batch fields that the run reads; an op whose `optional_fields` are
-      others is left out. None for all.
+    wanted: batch fields that the run reads, None for all; an op is left out if
+      its `optional_fields` are not among them.
 
   Raises:
     ConfigError: bad syntax, an unknown or repeated op, or wrong arguments.
-    InputError: no op makes a field of the batch, or one lacks a tokenizer.
+    InputError: no op adds a field of the batch, or one lacks a tokenizer.
   """
   registry = {
     name: functools.partial(op, tokenizer=tokenizer)
-    if "tokenizer" in op.__dataclass_fields__
+    if issubclass(op, TextOp)
     else op
     for name, op in OPS.items()
   }
@@ -136,7 +155,7 @@ def build_ops(
     optional = OPS[name].optional_fields if name in OPS else None
     return wanted is None or not optional or not optional.isdisjoint(wanted)
 
-  # Left out by name: an op that is not read need not be buildable.
+  # Before it is built, since the run may lack its tokenizer.
   ops = {
     op.name: build_op(op, registry, "data op")
     for op in parse_ops(text, unique=True)
@@ -145,7 +164,7 @@ def build_ops(
   built = Ops(text, ops)
   if not built.fields:
     raise InputError(
-      f"data.ops={text!r} makes no field of the batch; write for example"
+      f"data.ops={text!r} adds no field of the batch; write for example"
       " 'decode|canvas(224)|caption(64)'."
     )
   return built
@@ -194,24 +213,18 @@ class Canvas(HostOp):
 
 
 @dataclasses.dataclass(frozen=True)
-class Caption(HostOp):
+class Caption(TextOp):
   """Token ids of one of the record's captions.
 
-  A blank caption (also one that cleaning leaves blank) gives way to the next
-  one. A record whose captions are all blank is a bad record. One without
-  captions, from a source of images alone, is a row of padding with
-  `caption_valid` False.
+  A caption that is blank after cleaning is replaced by the next one; a record
+  with only blank captions is a bad record. A record without captions, from a
+  source of images alone, is a row of padding with `caption_valid` False.
   """
 
   length: PositiveInt
   pick: Literal["random", "first"] = "random"
-  tokenizer: Tokenizer | None = dataclasses.field(default=None, kw_only=True)
 
-  random = True
   optional_fields = frozenset(["caption", "caption_valid"])
-
-  def __post_init__(self):
-    _require_tokenizer(self.tokenizer, "caption")
 
   @property
   def fields(self) -> dict[str, Field]:
@@ -227,26 +240,21 @@ class Caption(HostOp):
       start = int(rng.integers(max(len(captions), 1)))
     for text in [*captions[start:], *captions[:start]]:
       if self.tokenizer.cleaned(text).strip():
-        record["caption"] = _token_ids(
-          self.tokenizer, text, self.length, record["key"]
-        )
-        record["caption_valid"] = np.bool_(True)
-        return record
+        ids = self._token_ids(text, self.length, record["key"])
+        return record | {"caption": ids, "caption_valid": np.bool_(True)}
     if captions:
-      raise BadRecord(
-        record["key"], f"all of its captions are empty: {captions[:3]!r}"
-      )
-    record["caption"] = np.full(self.length, self.tokenizer.pad_id, np.int32)
-    record["caption_valid"] = np.bool_(False)
-    return record
+      reason = f"all of its captions are empty: {captions[:3]!r}"
+      raise BadRecord(record["key"], reason)
+    ids = np.full(self.length, self.tokenizer.pad_id, np.int32)
+    return record | {"caption": ids, "caption_valid": np.bool_(False)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Depth(HostOp):
   """Inverse depth: 1 to 65535 from its minimum to its maximum, 0 unlabelled.
 
-  A stored label of this size is taken as it is. Others, and floats of a
-  source, are resampled and scaled anew; see `label_values.make_depth`.
+  A stored label of this size is unchanged. Labels of other sizes and floats
+  are resampled and scaled; see `label_values.make_depth`.
   """
 
   size: PositiveInt
@@ -261,13 +269,11 @@ class Depth(HostOp):
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     shape = (self.size, self.size)
-    depth = record.get("depth")
-    if depth is None:
-      record["depth"] = np.zeros(shape, np.uint16)
-      return record
+    unlabelled = np.zeros(shape, np.uint16)
+    depth = record.get("depth", unlabelled)
     stored = depth.dtype == np.uint16
     if stored and depth.shape == shape:
-      return record
+      return record | {"depth": depth}
     outcome = label_values.make_depth(
       depth.astype(np.float32) if stored else depth,
       side=self.size,
@@ -275,34 +281,27 @@ class Depth(HostOp):
       min_valid=self.min_valid,
     )
     count_dropped(record, outcome.counts)
-    record["depth"] = (
-      outcome.label.values if outcome.label else np.zeros(shape, np.uint16)
-    )
-    return record
+    depth = outcome.label.values if outcome.label else unlabelled
+    return record | {"depth": depth}
 
 
 @dataclasses.dataclass(frozen=True)
-class Regions(HostOp):
-  """At most `count` boxes with the token ids of their phrases.
+class Regions(TextOp):
+  """At most `count` boxes, at random or by score, with phrases as token ids.
 
-  Of more, a random choice or those of the highest scores. Unusable boxes (see
-  `label_values.make_boxes`) and those whose phrase has no tokens are left out.
+  Unusable boxes (see `label_values.make_boxes`) and those whose phrase has no
+  tokens are left out.
   """
 
   count: PositiveInt
-  # The end of a text takes one token.
+  # The end of sequence takes one token.
   phrase_length: Annotated[int, Range(min=2)] = 16
   pick: Literal["random", "score"] = "random"
-  tokenizer: Tokenizer | None = dataclasses.field(default=None, kw_only=True)
 
-  random = True
   optional_fields = frozenset(
     ["boxes", "box_phrase", "box_phrase_id", "box_score", "box_valid"]
   )
   record_fields = frozenset(["boxes", "phrases"])
-
-  def __post_init__(self):
-    _require_tokenizer(self.tokenizer, "regions")
 
   @property
   def fields(self) -> dict[str, Field]:
@@ -317,7 +316,7 @@ class Regions(HostOp):
 
   @functools.cached_property
   def _blank(self) -> Int32[np.ndarray, " phrase_length"]:
-    """The token ids of an empty text, also of one that cleaning empties."""
+    """The token ids of a text that is empty after cleaning."""
     return self.tokenizer.encode([""], self.phrase_length)[0]
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
@@ -334,9 +333,7 @@ class Regions(HostOp):
       if at == self.count:
         break
       phrase = label.phrases[box]
-      ids = _token_ids(
-        self.tokenizer, phrase, self.phrase_length, record["key"]
-      )
+      ids = self._token_ids(phrase, self.phrase_length, record["key"])
       if (ids == self._blank).all():
         count_dropped(record, {"boxes: a phrase of no tokens": 1})
         continue
@@ -359,10 +356,10 @@ OPS: dict[str, type[HostOp]] = {
 
 
 def _box_label(record: Record) -> label_values.BoxLabel:
-  """The usable boxes of a record; none where it has no label."""
+  """The usable boxes of a record, perhaps none."""
   if "boxes" not in record:
-    none = np.zeros((0, 4), np.float32)
-    return label_values.BoxLabel(none, (), np.zeros(0, np.float32))
+    boxes, scores = np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
+    return label_values.BoxLabel(boxes, (), scores)
   try:
     outcome = label_values.make_boxes(
       record["boxes"], _get(record, "phrases"), record.get("box_scores")
@@ -382,35 +379,17 @@ def _get(record: Record, field: str) -> Any:
   return record[field]
 
 
-def _require_tokenizer(tokenizer: Tokenizer | None, op: str) -> None:
-  if tokenizer is None:
-    raise InputError(
-      f"data.ops has `{op}` but the model has no tokenizer: set"
-      f" model.text.tokenizer, or leave `{op}` out of data.ops."
-    )
-
-
-def _token_ids(
-  tokenizer: Tokenizer, text: str, length: int, key: str
-) -> Int32[np.ndarray, " length"]:
-  try:
-    return tokenizer.encode([text], length)[0]
-  except UnicodeError as error:
-    raise BadRecord(key, f"the text {text!r} is not Unicode ({error})") from (
-      error
-    )
-
-
 def _as_rgb(image: np.ndarray, key: str) -> UInt8[np.ndarray, "h w 3"]:
-  if image.dtype == np.uint8 and image.size:
-    if image.ndim == 3 and image.shape[2] == 3:
-      return image
-    if image.ndim == 2:
-      return np.repeat(image[..., None], 3, axis=2)
-    if image.ndim == 3 and image.shape[2] == 1:
-      return np.repeat(image, 3, axis=2)
-  raise BadRecord(
-    key,
-    f"the image is {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3],"
-    " [H, W, 1] or [H, W]",
-  )
+  pixels = image[..., None] if image.ndim == 2 else image
+  if (
+    image.dtype != np.uint8
+    or not image.size
+    or pixels.ndim != 3
+    or pixels.shape[2] not in (1, 3)
+  ):
+    raise BadRecord(
+      key,
+      f"the image is {image.dtype} {list(image.shape)}; expected uint8"
+      " [H, W, 3], [H, W, 1] or [H, W]",
+    )
+  return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels

@@ -1,23 +1,24 @@
 """Data order: shuffling and mixing of records by index arithmetic.
 
-The training data is one endless sequence of rows, and `addresses` says for
-each position which source and which of its records stands there, without
-reading anything. A run therefore starts at any position at once.
+The training data is an endless sequence of rows. `addresses` computes the
+source and the record of each row without reading anything, so that a run
+starts at any position at once.
 """
 
 import functools
 import math
 import sys
-import threading
 from collections.abc import Sequence
+from typing import Literal
 
 import grain
 import numpy as np
 
 from mtv_jax.data.sources.base import Source
-from mtv_jax.utils.errors import InputError, did_you_mean
+from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.process_cache import ProcessCache
 
-SHUFFLES = ("global", "block", "none")
+Shuffle = Literal["global", "block", "none"]
 
 # Our choice for `block`: blocks are runs of at most this many records of one
 # shard, and this many blocks are mixed with each other. Reading them costs a
@@ -36,16 +37,14 @@ def addresses(
   sources: Sequence[Source],
   *,
   weights: Sequence[float],
-  shuffle: str,
+  shuffle: Shuffle,
   seed: int,
 ) -> grain.MapDataset:
-  """The endless sequence of (number of the source, number of the record).
+  """The endless sequence of (index of the source, index of the record).
 
-  Each source repeats by itself and is shuffled anew every time it does: in
-  any stretch of a source's rows as long as the source, beginning at a multiple
-  of its length, each of its records stands once. The mixture is even: of any
-  n rows, n times its share are a source's, to within a row for each source
-  (shares are rounded to a hundredth of the smallest).
+  Each source repeats by itself, in a new order every epoch. The mixture is
+  even: of any n rows, a source has n times its share, to within a row for each
+  source (shares are rounded to a hundredth of the smallest).
 
   Args:
     sources: at least one.
@@ -55,12 +54,8 @@ def addresses(
     seed: of all shuffles; >= 0.
 
   Raises:
-    InputError: an unknown shuffle, an empty source or a weight <= 0.
+    InputError: no source, an empty one, a weight <= 0 or a seed < 0.
   """
-  if shuffle not in SHUFFLES:
-    raise InputError(
-      f"data.shuffle={shuffle!r} is unknown. {did_you_mean(shuffle, SHUFFLES)}"
-    )
   if seed < 0:
     raise InputError(f"seed={seed}: expected a number >= 0.")
   if not sources:
@@ -82,19 +77,23 @@ def addresses(
   return grain.MapDataset.mix(orders, weights)
 
 
-def _order(source: Source, shuffle: str, seed: int, k: int) -> grain.MapDataset:
-  """The endless sequence of one source's record numbers."""
+def _order(
+  source: Source, shuffle: Shuffle, seed: int, k: int
+) -> grain.MapDataset:
+  """The endless sequence of one source's record indices."""
   # Seeds of sources are far apart: Grain adds the epoch to them, and with
-  # consecutive ones two equal sources would go in the same order one behind.
-  (own,) = np.random.SeedSequence((seed, k)).generate_state(1)
+  # consecutive ones two equal sources would have the same order, one epoch
+  # apart.
+  seed = int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
+  length = len(source)
   if shuffle == "block":
-    return grain.MapDataset.source(BlockShuffle(source.blocks, seed=int(own)))
-  if shuffle == "global" and (length := len(source)) <= _TABLE:
-    table = BlockShuffle([length], seed=int(own), block=length)
+    return grain.MapDataset.source(BlockShuffle(source.blocks, seed=seed))
+  if shuffle == "global" and length <= _TABLE:
+    table = BlockShuffle([length], seed=seed, block=length)
     return grain.MapDataset.source(table)
-  order = grain.MapDataset.range(len(source))
+  order = grain.MapDataset.range(length)
   if shuffle == "global":
-    order = order.shuffle(seed=int(own))
+    order = order.shuffle(seed=seed)
   return order.repeat()
 
 
@@ -105,14 +104,14 @@ def _address(k: int, record: int) -> tuple[int, int]:
 class BlockShuffle:
   """An endless order that keeps neighbouring records near each other.
 
-  Every epoch, blocks (runs of records of one shard) are put in random order;
-  each `window` of them is then shuffled record by record.
+  Every epoch, blocks (runs of records of one shard) are permuted; each window
+  of consecutive blocks is then shuffled record by record.
 
   Args:
     shards: cumulative record counts of the shards.
     seed: of the shuffle.
     block: records a block, at most.
-    window: blocks that are mixed.
+    window: blocks a window.
   """
 
   def __init__(
@@ -130,49 +129,36 @@ class BlockShuffle:
     )
     self._sizes = np.diff(np.append(self._starts, ends[-1]))
     self._length, self._seed, self._window = int(ends[-1]), seed, window
-    self._cache: dict[tuple[int, ...], tuple[np.ndarray, ...]] = {}
-    self._lock = threading.Lock()
+    self._windows_per_epoch = -(-len(self._starts) // window)
+    # Neighbouring positions share these, and several batches are read at once.
+    self._epochs = ProcessCache(self._shuffle_blocks, limit=4)
+    self._windows = ProcessCache(self._shuffle_window, limit=8)
 
   def __len__(self) -> int:
     return sys.maxsize
 
   def __getitem__(self, position: int) -> int:
     epoch, at = divmod(int(position), self._length)
-    with self._lock:
-      order, ends = self._cached((epoch,), self._blocks)
-      number = int(np.searchsorted(ends, at, side="right"))
-      first = int(ends[number - 1]) if number else 0
-      blocks = order[number * self._window : (number + 1) * self._window]
-      (records,) = self._cached(
-        (epoch, number), functools.partial(self._records, blocks)
-      )
+    _, ends = self._epochs.get(epoch)
+    window = int(np.searchsorted(ends, at, side="right"))
+    first = int(ends[window - 1]) if window else 0
+    records = self._windows.get(epoch * self._windows_per_epoch + window)
     return int(records[at - first])
 
-  def _blocks(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The blocks of an epoch in order, and where each window ends."""
+  def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The blocks of an epoch in order, and the positions of windows' ends."""
+    rng = np.random.default_rng((self._seed, epoch))
     order = rng.permutation(len(self._starts))
     ends = np.cumsum(self._sizes[order])
     last = np.arange(self._window - 1, len(ends) + self._window - 1)
     return order, ends[np.minimum(last[:: self._window], len(ends) - 1)]
 
-  def _records(
-    self, blocks: np.ndarray, rng: np.random.Generator
-  ) -> tuple[np.ndarray]:
-    """The records of a window in order."""
+  def _shuffle_window(self, number: int) -> np.ndarray:
+    """The records of a window in order; windows are numbered over epochs."""
+    epoch, window = divmod(number, self._windows_per_epoch)
+    order, _ = self._epochs.get(epoch)
+    blocks = order[window * self._window : (window + 1) * self._window]
     starts, sizes = self._starts[blocks], self._sizes[blocks]
     runs = [np.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)]
-    return (rng.permutation(np.concatenate(runs)),)
-
-  def _cached(self, key: tuple[int, ...], make) -> tuple[np.ndarray, ...]:
-    if key not in self._cache:
-      # Neighbouring positions share these, and two batches are read at once.
-      while len(self._cache) >= 8:
-        del self._cache[next(iter(self._cache))]
-      self._cache[key] = make(np.random.default_rng((self._seed, *key)))
-    return self._cache[key]
-
-  def __getstate__(self) -> dict:
-    return {k: v for k, v in vars(self).items() if k not in ("_cache", "_lock")}
-
-  def __setstate__(self, state: dict) -> None:
-    vars(self).update(state, _cache={}, _lock=threading.Lock())
+    rng = np.random.default_rng((self._seed, epoch, window))
+    return rng.permutation(np.concatenate(runs))

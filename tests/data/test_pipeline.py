@@ -297,7 +297,7 @@ def test_small_data_are_judged_after_an_epoch():
 def test_no_good_record_at_all():
   with (
     loader([Numbers("n", 5, bad=range(5))]) as batches,
-    pytest.raises(CorruptDataError, match="5 records of Numbers"),
+    pytest.raises(CorruptDataError, match="5 consecutive records of Numbers"),
   ):
     next(batches)
 
@@ -375,8 +375,8 @@ def test_other_errors_name_the_record():
     ({"process_index": 2, "process_count": 2}, "process_index=2"),
     ({"shuffle": "globe"}, "Did you mean 'global'"),
     ({"weights": [1, 0]}, "weight=0"),
-    ({"workers": -1}, "data.workers=-1"),
-    ({"prefetch": 0}, "data.prefetch=0"),
+    ({"workers": -1}, "data.workers is -1"),
+    ({"prefetch": 0}, "data.prefetch is 0"),
     ({"seed": -1}, "seed=-1"),
   ],
 )
