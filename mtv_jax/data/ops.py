@@ -239,7 +239,7 @@ class Caption(TextOp):
     if self.pick == "random":
       start = int(rng.integers(max(len(captions), 1)))
     for text in [*captions[start:], *captions[:start]]:
-      if self.tokenizer.cleaned(text).strip():
+      if self.tokenizer.clean_text(text).strip():
         ids = self._token_ids(text, self.length, record["key"])
         return record | {"caption": ids, "caption_valid": np.bool_(True)}
     if captions:

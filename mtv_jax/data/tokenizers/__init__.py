@@ -27,12 +27,13 @@ def build_tokenizer(
     clean: "none", "lower" or "canonicalize".
 
   Raises:
-    MissingFileError: the file is missing; says what was expected.
-    InputError: the file is of another kind, or `clean` is unknown.
+    MissingFileError: the file is missing.
+    InputError: the file is of another kind.
+    ConfigError: `clean` is unknown.
   """
   spec = os.fspath(spec)
   if spec == "bytes":
-    return ByteTokenizer(clean)
+    return ByteTokenizer(None, clean)
   suffix = Path(spec).suffix
   if suffix not in _TYPES:
     raise InputError(

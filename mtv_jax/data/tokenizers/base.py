@@ -1,8 +1,8 @@
 """Tokenizer contract: cleaning, encoding to fixed length, export.
 
-Every tokenizer ends a text with the end-of-sequence id, truncates so that this
-id stays the last one, and pads on the right. The text towers attend to the
-padding, in training too (no mask).
+Every tokenizer ends a text with the end-of-sequence id, also a truncated one,
+and pads on the right. The text towers attend to the padding, in training too
+(no mask).
 """
 
 import abc
@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 from jaxtyping import Int32
+from tokenizers import AddedToken, Regex, normalizers, processors
 
-from mtv_jax.utils.errors import InputError, did_you_mean
+from mtv_jax.utils.errors import InputError, check_choice
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SPACES = re.compile(r"\s+")
@@ -26,52 +27,50 @@ _SPACES = re.compile(r"\s+")
 def canonicalize(text: str) -> str:
   """Lower case without punctuation, `_` as a space, single spaces.
 
-  The rule of big_vision's `canonicalize_text`. `transformers` drops `_`
-  where this turns it into a space, and is otherwise the same.
+  As big_vision's `canonicalize_text`; `transformers` drops `_` and is otherwise
+  equal.
   """
   text = text.replace("_", " ").translate(_PUNCTUATION).lower()
   return _SPACES.sub(" ", text).strip()
 
 
-_CLEANERS: dict[str, Callable[[str], str]] = {
-  "none": str,
-  "lower": str.lower,
-  "canonicalize": canonicalize,
+# Each cleaning, and the same as normalizers of a `tokenizer.json`.
+_CLEANERS: dict[str, tuple[Callable[[str], str], list]] = {
+  "none": (str, []),
+  "lower": (str.lower, [normalizers.Lowercase()]),
+  "canonicalize": (
+    canonicalize,
+    [
+      normalizers.Replace("_", " "),
+      normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
+      normalizers.Lowercase(),
+      normalizers.Replace(Regex(r"\s+"), " "),
+      normalizers.Strip(),
+    ],
+  ),
 }
 
 
 class Tokenizer(abc.ABC):
-  """Strings to ids. Threads may share one; workers read its file again.
+  """Map of strings to ids, shared by threads.
 
   Args:
+    path: of the tokenizer's file; None for bytes.
     clean: cleaning of a text before it is tokenized: "none", "lower" or
       "canonicalize".
 
-  Attributes:
-    kind: "bytes", "sentencepiece" or "json".
-    path: of the tokenizer's file; None for bytes.
-    clean: as given.
-    vocab_size: the largest id plus one.
-    pad_id: of the padding.
-    eos_id: of the end of a text; None if the file does not name one.
-
   Raises:
-    InputError: an unknown `clean`.
+    ConfigError: an unknown `clean`.
   """
 
-  kind: str
-  path: str | None = None
-  clean: str
-  vocab_size: int
+  kind: str  # "bytes", "sentencepiece" or "json".
+  vocab_size: int  # The largest id plus one.
   pad_id: int
-  eos_id: int | None
+  eos_id: int | None  # None if the file does not name one.
 
-  def __init__(self, clean: str):
-    if clean not in _CLEANERS:
-      raise InputError(
-        f"unknown clean={clean!r}. {did_you_mean(clean, _CLEANERS)}"
-      )
-    self.clean = clean
+  def __init__(self, path: str | None, clean: str):
+    check_choice("clean", clean, _CLEANERS)
+    self.path, self.clean = path, clean
 
   def encode(
     self, strings: Sequence[str], length: int
@@ -83,47 +82,53 @@ class Tokenizer(abc.ABC):
       UnicodeError: a string that is not valid Unicode.
       InputError: `length` is less than 1.
     """
-    if isinstance(strings, str):
-      raise TypeError(
-        f"encode() takes a list of strings, got the string {strings!r}; write"
-        " encode([text], length)."
-      )
-    for i, text in enumerate(strings):
-      if not isinstance(text, str):
-        raise TypeError(
-          f"encode() takes a list of strings; strings[{i}] is {text!r}, a"
-          f" {type(text).__name__}."
-        )
+    wrong = [text for text in strings if not isinstance(text, str)]
+    wrong = [strings] if isinstance(strings, str) else wrong
+    if wrong:
+      raise TypeError(f"encode() takes a list of strings, got {wrong[0]!r}.")
     if length < 1:
-      raise InputError(f"a text has at least 1 token, got length={length}.")
+      raise InputError(f"length={length}: a text has at least 1 token.")
     ids = np.full((len(strings), length), self.pad_id, np.int32)
     for row, text in zip(ids, strings, strict=True):
-      tokens = self._ids(self.cleaned(text), length)
+      tokens = self._ids(self.clean_text(text), length)
       row[: len(tokens)] = tokens
     return ids
 
-  def cleaned(self, text: str) -> str:
-    """The text after cleaning, as it is tokenized."""
-    return _CLEANERS[self.clean](text)
+  def clean_text(self, text: str) -> str:
+    """The text after cleaning."""
+    return _CLEANERS[self.clean][0](text)
 
   @abc.abstractmethod
   def _ids(self, text: str, length: int) -> Sequence[int]:
-    """At most `length` ids of a clean text, the end of sequence included."""
+    """At most `length` ids of a cleaned text, with the end of sequence."""
 
   @abc.abstractmethod
-  def to_json(self) -> tokenizers.Tokenizer:
-    """The same tokenizer, cleaning included, as a `tokenizer.json`."""
+  def to_model(self) -> tokenizers.Tokenizer:
+    """A `tokenizers` model of equal ids for a cleaned text."""
 
   def __reduce__(self) -> tuple:
-    # Workers read the file again: neither library's object is plain data.
-    arguments = (self.clean,) if self.path is None else (self.path, self.clean)
-    return type(self), arguments
+    # Worker processes read the file again: no library's object is picklable.
+    return type(self), (self.path, self.clean)
 
   def __repr__(self) -> str:
     return (
       f"Tokenizer({self.path or self.kind}, clean={self.clean},"
       f" vocab_size={self.vocab_size})"
     )
+
+
+def add_special_tokens(
+  model: tokenizers.Tokenizer, names: Sequence[str], eos: str, eos_id: int
+) -> None:
+  """Exempts tokens from cleaning, and ends every text with `eos`."""
+  model.add_special_tokens(
+    [AddedToken(name, special=True, normalized=False) for name in names]
+  )
+  model.post_processor = processors.TemplateProcessing(
+    single=f"$A {eos}",
+    pair=f"$A {eos} $B {eos}",
+    special_tokens=[(eos, eos_id)],
+  )
 
 
 def check_vocabulary(
@@ -137,39 +142,39 @@ def check_vocabulary(
     where: the config field that sets it, for the error.
 
   Raises:
-    InputError: naming the field and the value it needs.
+    InputError: names the field and the value it needs.
   """
   if tokenizer.vocab_size > vocab_size:
     raise InputError(
-      f"{where}={vocab_size} is too small: {tokenizer!r} gives ids up to"
-      f" {tokenizer.vocab_size - 1}. Set {where}={tokenizer.vocab_size} or"
-      " more, or use a tokenizer with fewer ids."
+      f"{where}={vocab_size} is too small for ids up to"
+      f" {tokenizer.vocab_size - 1} of {tokenizer!r}. Set"
+      f" {where}={tokenizer.vocab_size} or more, or use another tokenizer."
     )
 
 
 def export_files(
   tokenizer: Tokenizer, folder: str | os.PathLike, *, length: int = 64
-) -> list[Path]:
+) -> None:
   """Writes `tokenizer.json` and `tokenizer_config.json` for `transformers`.
 
-  `AutoTokenizer` then gives the same ids with `padding="max_length"`,
+  `AutoTokenizer` then returns equal ids with `padding="max_length"`,
   `truncation=True`, cleaning included. Only `input_ids` are named as model
   inputs: the text towers are trained with attention over the padding.
 
   Args:
     tokenizer: to export.
     folder: existing; usually that of the exported model.
-    length: tokens a text, the default `max_length`.
-
-  Returns:
-    The files written.
+    length: the default `max_length`, in tokens.
 
   Raises:
-    InputError: a SentencePiece model that is not of the unigram kind.
+    InputError: a SentencePiece model of another kind than unigram.
   """
-  model = tokenizer.to_json()
+  model = tokenizer.to_model()
   model.no_padding()
   model.no_truncation()
+  if steps := list(_CLEANERS[tokenizer.clean][1]):
+    steps += [model.normalizer] if model.normalizer else []
+    model.normalizer = normalizers.Sequence(steps)
   config = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "model_input_names": ["input_ids"],
@@ -181,10 +186,8 @@ def export_files(
   }
   if tokenizer.eos_id is not None:
     config["eos_token"] = model.id_to_token(tokenizer.eos_id)
-  files = [
-    Path(folder) / "tokenizer.json",
-    Path(folder) / "tokenizer_config.json",
-  ]
-  files[0].write_text(model.to_str(pretty=False), encoding="utf-8")
-  files[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-  return files
+  for name, text in (
+    ("tokenizer.json", model.to_str(pretty=False)),
+    ("tokenizer_config.json", json.dumps(config, indent=2) + "\n"),
+  ):
+    Path(folder, name).write_text(text, encoding="utf-8")

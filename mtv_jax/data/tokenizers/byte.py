@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
-from mtv_jax.data.tokenizers import json_export
-from mtv_jax.data.tokenizers.base import Tokenizer
+from mtv_jax.data.tokenizers.base import Tokenizer, add_special_tokens
 
 
 class ByteTokenizer(Tokenizer):
@@ -19,22 +18,17 @@ class ByteTokenizer(Tokenizer):
     data = text.encode()[: length - 1]
     return [*(byte + 2 for byte in data), self.eos_id]
 
-  def to_json(self) -> tokenizers.Tokenizer:
+  def to_model(self) -> tokenizers.Tokenizer:
     vocabulary = {"<pad>": 0, "</s>": 1}
     vocabulary |= {name: byte + 2 for byte, name in enumerate(_byte_names())}
     # BPE over single bytes without merges leaves every byte a token.
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    if cleaners := json_export.cleaning_normalizers(self.clean):
-      tokenizer.normalizer = normalizers.Sequence(cleaners)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+    model = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(
       add_prefix_space=False, use_regex=False
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-      [json_export.special_token(name) for name in ("<pad>", "</s>")]
-    )
-    json_export.append_eos(tokenizer, "</s>", 1)
-    return tokenizer
+    model.decoder = decoders.ByteLevel()
+    add_special_tokens(model, ("<pad>", "</s>"), "</s>", self.eos_id)
+    return model
 
 
 def _byte_names() -> list[str]:

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import normalizers
 
-from mtv_jax.data.tokenizers import json_export
 from mtv_jax.data.tokenizers.base import Tokenizer
 from mtv_jax.utils.errors import InputError
 
@@ -19,7 +17,7 @@ _PAD_NAMES = ("<pad>", "[PAD]", *_EOS_NAMES)
 
 
 class HuggingFaceTokenizer(Tokenizer):
-  """A `tokenizer.json`; its own post-processor adds the special tokens.
+  """A `tokenizer.json`, whose post-processor adds the special tokens.
 
   Args:
     path: of the file; a tokenizer_config.json beside it names the special
@@ -33,15 +31,14 @@ class HuggingFaceTokenizer(Tokenizer):
   kind = "json"
 
   def __init__(self, path: str, clean: str):
-    super().__init__(clean)
-    self.path = path
+    super().__init__(path, clean)
     try:
       self._text = Path(path).read_text(encoding="utf-8")
       model = tokenizers.Tokenizer.from_str(self._text)
     except Exception as error:
       # The library raises a bare Exception for a file that it can't parse.
       raise InputError(
-        f"{path} is no tokenizer.json ({error}); expected the file that"
+        f"{path} is not a tokenizer.json ({error}); expected the file that"
         " `tokenizers` and the fast tokenizers of `transformers` save."
       ) from error
     vocabulary = model.get_vocab(with_added_tokens=True)
@@ -53,16 +50,16 @@ class HuggingFaceTokenizer(Tokenizer):
     pad_id = _find_id(vocabulary, pad_name, _PAD_NAMES)
     if pad_id is None:
       raise InputError(
-        f"{path} has no padding token: neither tokenizer_config.json beside it"
-        f" (pad_token) nor its own padding section names one, and it has none"
-        f" of {', '.join(_PAD_NAMES)}. Add pad_token to tokenizer_config.json."
+        f"{path} names no padding token and has none of"
+        f" {', '.join(_PAD_NAMES)}. Add pad_token to tokenizer_config.json"
+        " beside it."
       )
     self.pad_id = pad_id
 
   @functools.lru_cache(maxsize=8)  # noqa: B019 - few tokenizers, long-lived
   def _truncating(self, length: int) -> tokenizers.Tokenizer:
-    # Truncation is a setting of the object: one object a length, so that
-    # threads asking for different lengths can't disturb each other.
+    # Truncation is a setting of the object, which threads with different
+    # lengths can't share.
     model = tokenizers.Tokenizer.from_str(self._text)
     model.no_padding()
     model.enable_truncation(length)
@@ -71,12 +68,8 @@ class HuggingFaceTokenizer(Tokenizer):
   def _ids(self, text: str, length: int) -> Sequence[int]:
     return self._truncating(length).encode(text).ids
 
-  def to_json(self) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer.from_str(self._text)
-    if cleaners := json_export.cleaning_normalizers(self.clean):
-      own = [tokenizer.normalizer] if tokenizer.normalizer else []
-      tokenizer.normalizer = normalizers.Sequence(cleaners + own)
-    return tokenizer
+  def to_model(self) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(self._text)
 
 
 def _special_names(path: Path) -> dict[str, str]:

@@ -7,8 +7,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from mtv_jax.data.tokenizers import json_export
-from mtv_jax.data.tokenizers.base import Tokenizer
+from mtv_jax.data.tokenizers.base import Tokenizer, add_special_tokens
 from mtv_jax.utils.errors import InputError
 
 
@@ -28,14 +27,13 @@ class SentencePieceTokenizer(Tokenizer):
   kind = "sentencepiece"
 
   def __init__(self, path: str, clean: str):
-    super().__init__(clean)
-    self.path = path
+    super().__init__(path, clean)
     try:
       self._model = sentencepiece.SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError) as error:
       raise InputError(
-        f"{path} is no SentencePiece model ({error}); expected the binary file"
-        " that SentencePiece's trainer writes, often called spiece.model."
+        f"{path} is not a SentencePiece model ({error}); expected the binary"
+        " file that its trainer writes, often called spiece.model."
       ) from error
     self.vocab_size = self._model.vocab_size()
     self.pad_id = self.eos_id = self._model.eos_id()
@@ -47,12 +45,8 @@ class SentencePieceTokenizer(Tokenizer):
   def _ids(self, text: str, length: int) -> Sequence[int]:
     return [*self._model.encode(text)[: length - 1], self.eos_id]
 
-  def to_json(self) -> tokenizers.Tokenizer:
-    """A unigram model, with its own normalization after the cleaning.
-
-    Raises:
-      InputError: a model of another kind than unigram.
-    """
+  def to_model(self) -> tokenizers.Tokenizer:
+    """A unigram model; raises InputError for other kinds."""
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(self._model.serialized_model_proto())
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
@@ -60,27 +54,24 @@ class SentencePieceTokenizer(Tokenizer):
       kind = trainer.ModelType.Name(trainer.model_type)
       raise InputError(
         f"{self.path} is a SentencePiece model of kind {kind}; only UNIGRAM"
-        " ones can be written as a tokenizer.json. Train with the"
-        " tokenizer.json of the same tokenizer instead (model.text.tokenizer)."
+        " ones have a tokenizer.json. Train with the tokenizer.json of the same"
+        " tokenizer instead (model.text.tokenizer)."
       )
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    tokenizer = tokenizers.Tokenizer(
+    model = tokenizers.Tokenizer(
       models.Unigram(
         pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback
       )
     )
-    steps = json_export.cleaning_normalizers(self.clean)
+    steps = []
     if rules.precompiled_charsmap:
       steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
       steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
-    tokenizer.normalizer = normalizers.Sequence(steps)
     scheme = "always" if rules.add_dummy_prefix else "never"
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    model.decoder = decoders.Metaspace(prepend_scheme=scheme)
     eos, unknown = pieces[trainer.eos_id][0], pieces[trainer.unk_id][0]
-    tokenizer.add_special_tokens(
-      [json_export.special_token(name) for name in (eos, unknown)]
-    )
-    json_export.append_eos(tokenizer, eos, trainer.eos_id)
-    return tokenizer
+    add_special_tokens(model, (eos, unknown), eos, trainer.eos_id)
+    model.normalizer = normalizers.Sequence(steps)
+    return model
