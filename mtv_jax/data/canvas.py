@@ -1,15 +1,11 @@
 """Image decoding, and resizing to the square canvas.
 
-An image is kept whole, squashed to `S x S`, with its original size beside it:
-every geometry lives in the unit square, so image, depth and boxes share one
-coordinate system and nothing is cropped away.
+The canvas is the whole image squashed to `S x S`, with its original size beside
+it, so that image, depth and boxes share the coordinates of the unit square.
 
-JPEGs of one or three components, which is what image-text sets are made of, go
-through OpenCV, which decodes and resizes without holding the GIL. Everything
-else goes through Pillow, whose answers for CMYK, palettes, transparency and 16
-bits can be relied on. On ordinary JPEGs both give the same pixels.
-
-What is decided here, for every format:
+OpenCV decodes JPEGs of one or three components without holding the GIL. Pillow
+decodes the rest, correctly also for CMYK, palettes, transparency and 16 bits.
+On ordinary JPEGs both give the same pixels. For every format:
 
 * EXIF rotation is applied, and the original size is the rotated one.
 * Transparent pixels lie on white.
@@ -18,11 +14,11 @@ What is decided here, for every format:
 * Of an animation, the first frame. Colour profiles are ignored.
 """
 
-import dataclasses
 import io
 import math
 import struct
 import zlib
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -31,14 +27,14 @@ from PIL import Image, ImageOps
 
 from mtv_jax.data.records import BadRecord
 
-# 9000 x 8888: more than any photo a web set holds, and below the size at which
-# Pillow starts to warn. 240 MB as RGB, in every reader thread at once.
+# 9000 x 8888, larger than the photos of web data sets and below the size at
+# which Pillow warns. 240 MB as RGB, in every reader thread at once.
 MAX_PIXELS = 80_000_000
 
 # Others (PostScript, PSD, FITS, ...) start programs or are never photos.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-# What Pillow's decoders raise on damaged bytes, found by damaging some.
+# Raised by Pillow's decoders on damaged bytes (measured).
 _DAMAGED = (
   OSError,
   SyntaxError,
@@ -51,30 +47,26 @@ _DAMAGED = (
   zlib.error,
 )
 
-# Start of frame, by entropy-coded Huffman baseline, extended and progressive.
+# Markers of frames with Huffman coding: baseline, extended and progressive.
 _FRAMES = (0xC0, 0xC1, 0xC2)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Jpeg:
+class _Jpeg(NamedTuple):
   height: int
   width: int
   components: int
-  complete: bool  # there is an end-of-image marker after the first scan
+  is_complete: bool  # It has an end-of-image marker after the first scan.
 
 
 def decode(
-  data: bytes,
-  *,
-  key: str = "image",
-  max_pixels: int = MAX_PIXELS,
+  data: bytes, *, key: str = "image", max_pixels: int = MAX_PIXELS
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """The image of a file's bytes as RGB, rotated as its EXIF says.
+  """Decodes a file to RGB and applies its EXIF rotation.
 
   Args:
     data: a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file.
     key: names the record in errors.
-    max_pixels: larger images are refused from their header, undecoded.
+    max_pixels: larger images are refused before they are decoded.
 
   Raises:
     BadRecord: not an image, cut short, damaged, too large, or of a kind whose
@@ -85,9 +77,8 @@ def decode(
   header = _jpeg_header(data)
   if header is not None:
     _check_size(header.width, header.height, key, max_pixels)
-    # OpenCV paints what is missing of a cut JPEG grey and says nothing, so a
-    # file without its end marker goes to Pillow, which raises.
-    if header.complete and header.components in (1, 3):
+    # OpenCV fills the missing part of a cut JPEG with grey; Pillow raises.
+    if header.is_complete and header.components in (1, 3):
       image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
       if image is not None:
         return image
@@ -97,10 +88,10 @@ def decode(
 def from_pillow(
   image: Image.Image, *, key: str = "image"
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """An image open in Pillow as RGB, by the same rules as `decode`.
+  """Converts a Pillow image to RGB by the rules of `decode`.
 
   Raises:
-    BadRecord: of a kind whose white is unknown.
+    BadRecord: an image of a kind whose white is unknown.
   """
   image.load()
   return _to_rgb(ImageOps.exif_transpose(image), key)
@@ -109,7 +100,7 @@ def from_pillow(
 def squash(
   image: UInt8[np.ndarray, "h w 3"], size: int
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """The whole image as a square of `size`, antialiased.
+  """Resizes the whole image to a square, antialiased.
 
   Where no dimension grows, each new pixel is the mean over its area. Else a
   dimension that shrinks is blurred first and both are interpolated linearly.
@@ -128,10 +119,10 @@ def squash(
 def _blur(
   image: UInt8[np.ndarray, "h w 3"], size: int
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Takes from the longer dimension what `size` pixels can't show.
+  """Antialiasing blur of the longer dimension before it shrinks to `size`.
 
-  Shrinking by s, an antialiased linear filter is a triangle of variance s^2/6,
-  of which interpolating makes 1/6; a Gaussian makes the rest.
+  Shrinking by s, an antialiased linear filter is a triangle of variance s^2/6.
+  Interpolation contributes 1/6; this Gaussian has the other (s^2 - 1)/6.
   """
   height, width = image.shape[:2]
   sigma = math.sqrt(((max(height, width) / size) ** 2 - 1) / 6)
@@ -150,7 +141,7 @@ def _check_size(width: int, height: int, key: str, max_pixels: int) -> None:
 
 
 def _jpeg_header(data: bytes) -> _Jpeg | None:
-  """Size and kind of a JPEG from its markers, or None if Pillow must judge."""
+  """Size and kind of a JPEG from its markers; None for all other bytes."""
   if data[:3] != b"\xff\xd8\xff":
     return None
   at, frame = 2, None
@@ -173,7 +164,7 @@ def _jpeg_header(data: bytes) -> _Jpeg | None:
       if frame is None:
         return None
       # A thumbnail's end marker lies before the scan and is not counted.
-      return _Jpeg(*frame, complete=data.rfind(b"\xff\xd9", at) > 0)
+      return _Jpeg(*frame, is_complete=data.rfind(b"\xff\xd9", at) > 0)
     at += 2 + length
   return None
 
@@ -202,23 +193,19 @@ def _decode_pillow(
 
 
 def _to_rgb(image: Image.Image, key: str) -> UInt8[np.ndarray, "h w 3"]:
-  if image.mode.startswith("I"):
-    return _from_16_bits(np.asarray(image), key)
   if image.mode == "F":
     raise BadRecord(key, "the image has float pixels, of no known range")
+  if image.mode.startswith("I"):
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535:
+      raise BadRecord(
+        key,
+        f"the image has integers from {grey.min()} to {grey.max()}, of no known"
+        " range; 16 bits at most",
+      )
+    return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, -1)
   if image.has_transparency_data:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     image = Image.alpha_composite(white, image)
   return np.array(image.convert("RGB"))
-
-
-def _from_16_bits(grey: np.ndarray, key: str) -> UInt8[np.ndarray, "h w 3"]:
-  grey = grey.astype(np.int64)
-  if grey.min() < 0 or grey.max() > 65535:
-    raise BadRecord(
-      key,
-      f"the image has integers from {grey.min()} to {grey.max()}, of no known"
-      " range; 16 bits at most",
-    )
-  return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, -1)

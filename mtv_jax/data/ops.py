@@ -49,28 +49,32 @@ class HostOp(abc.ABC):
 
   Attributes:
     random: whether it draws random numbers; others get no generator.
-    optional_fields: for an op that only adds these batch fields; it is left
-      out of a run that reads none of them.
+    batch_fields: shape and dtype of the rows that it adds, by field; a string
+      in a shape names the argument that is the length.
+    is_optional: whether a run that reads none of these fields leaves it out.
     record_fields: record fields of which at least one source must have each;
       without them the op would add only zeros.
   """
 
   random: ClassVar[bool] = False
-  optional_fields: ClassVar[frozenset[str]] = frozenset()
+  batch_fields: ClassVar[Mapping[str, tuple[tuple[int | str, ...], Any]]] = {}
+  is_optional: ClassVar[bool] = False
   record_fields: ClassVar[frozenset[str]] = frozenset()
 
   @property
   def fields(self) -> dict[str, Field]:
     """The batch fields that it adds."""
-    return {}
+    return {
+      name: Field(
+        tuple(getattr(self, n) if isinstance(n, str) else n for n in shape),
+        np.dtype(dtype),
+      )
+      for name, (shape, dtype) in self.batch_fields.items()
+    }
 
   @abc.abstractmethod
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
-    """The changed record; may change its argument.
-
-    Raises:
-      BadRecord: a record that can't be used.
-    """
+    """The changed record; may change its argument. Raises BadRecord."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +141,8 @@ def build_ops(
   Args:
     text: such as "decode|canvas(384)|caption(64, pick='first')".
     tokenizer: of the text tower, for `caption` and `regions`.
-    wanted: batch fields that the run reads, None for all; an op is left out if
-      its `optional_fields` are not among them.
+    wanted: batch fields that the run reads, None for all; optional ops that
+      add none of them are left out.
 
   Raises:
     ConfigError: bad syntax, an unknown or repeated op, or wrong arguments.
@@ -152,8 +156,9 @@ def build_ops(
   }
 
   def is_read(name: str) -> bool:
-    optional = OPS[name].optional_fields if name in OPS else None
-    return wanted is None or not optional or not optional.isdisjoint(wanted)
+    if wanted is None or name not in OPS or not OPS[name].is_optional:
+      return True
+    return not OPS[name].batch_fields.keys().isdisjoint(wanted)
 
   # Before it is built, since the run may lack its tokenizer.
   ops = {
@@ -193,12 +198,10 @@ class Canvas(HostOp):
 
   size: PositiveInt
 
-  @property
-  def fields(self) -> dict[str, Field]:
-    return {
-      "image": Field((self.size, self.size, 3), np.dtype(np.uint8)),
-      "image_size": Field((2,), np.dtype(np.int32)),
-    }
+  batch_fields = {
+    "image": (("size", "size", 3), np.uint8),
+    "image_size": ((2,), np.int32),
+  }
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     image = _get(record, "image")
@@ -224,14 +227,11 @@ class Caption(TextOp):
   length: PositiveInt
   pick: Literal["random", "first"] = "random"
 
-  optional_fields = frozenset(["caption", "caption_valid"])
-
-  @property
-  def fields(self) -> dict[str, Field]:
-    return {
-      "caption": Field((self.length,), np.dtype(np.int32)),
-      "caption_valid": Field((), np.dtype(np.bool_)),
-    }
+  is_optional = True
+  batch_fields = {
+    "caption": (("length",), np.int32),
+    "caption_valid": ((), np.bool_),
+  }
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     captions = record.get("captions") or []
@@ -260,12 +260,9 @@ class Depth(HostOp):
   size: PositiveInt
   min_valid: PositiveInt = label_values.MIN_VALID
 
-  optional_fields = frozenset(["depth"])
+  is_optional = True
+  batch_fields = {"depth": (("size", "size"), np.uint16)}
   record_fields = frozenset(["depth"])
-
-  @property
-  def fields(self) -> dict[str, Field]:
-    return {"depth": Field((self.size, self.size), np.dtype(np.uint16))}
 
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     shape = (self.size, self.size)
@@ -298,21 +295,15 @@ class Regions(TextOp):
   phrase_length: Annotated[int, Range(min=2)] = 16
   pick: Literal["random", "score"] = "random"
 
-  optional_fields = frozenset(
-    ["boxes", "box_phrase", "box_phrase_id", "box_score", "box_valid"]
-  )
+  is_optional = True
+  batch_fields = {
+    "boxes": (("count", 4), np.float32),
+    "box_phrase": (("count", "phrase_length"), np.int32),
+    "box_phrase_id": (("count",), np.uint32),
+    "box_score": (("count",), np.float32),
+    "box_valid": (("count",), np.bool_),
+  }
   record_fields = frozenset(["boxes", "phrases"])
-
-  @property
-  def fields(self) -> dict[str, Field]:
-    n = self.count
-    return {
-      "boxes": Field((n, 4), np.dtype(np.float32)),
-      "box_phrase": Field((n, self.phrase_length), np.dtype(np.int32)),
-      "box_phrase_id": Field((n,), np.dtype(np.uint32)),
-      "box_score": Field((n,), np.dtype(np.float32)),
-      "box_valid": Field((n,), np.dtype(np.bool_)),
-    }
 
   @functools.cached_property
   def _blank(self) -> Int32[np.ndarray, " phrase_length"]:

@@ -7,17 +7,17 @@ A record is a plain dict:
   captions    list of str, at least one where the source has captions
 
 and, where a source has labels, `depth` (float32 [H, W], inverse depth, or
-uint16 as `label_values.DepthLabel` has it), `boxes` (float32 [n, 4], y0, x0,
-y1, x1 in the unit square), `phrases` (list of n str), `box_scores` (float32
-[n]) and `label` (int, the class). A field that one record lacks is a label
-that it does not have. `dropped` (dict of str: int) counts what was left out of
-its labels and why; the loader adds them up.
+uint16, see `label_values.DepthLabel`), `boxes` (float32 [n, 4], y0, x0, y1, x1
+in the unit square), `phrases` (list of n str), `box_scores` (float32 [n]) and
+`label` (int, the class). A field that a record lacks is a missing label.
+`dropped` (dict of str: int) counts by reason what was left out of its labels.
 
-`encode` and `decode` are how a record lies in an ArrayRecord file. The format
-is a fixed header and length-prefixed byte strings, so that a reader needs
-nothing but `struct` and no file can smuggle in code the way a pickle can.
+The format of ArrayRecord files (`encode`, `decode`) is a fixed header and
+length-prefixed byte strings: a reader needs only `struct`, and unlike a pickle
+a file can't contain code.
 """
 
+import itertools
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -33,10 +33,10 @@ _COUNT = struct.Struct("<I")
 class BadRecord(InputError):
   """A record that can't be used: its message names the key and the reason.
 
-  Raise it for what a long run should survive (truncated bytes, bytes that are
-  no image, an absurd size, an empty caption): the pipeline counts it, logs it
-  and takes the next good record. Anything that is wrong with a whole file or
-  a config is another error, and stops the run.
+  Raise it for what a long run should survive (damaged or truncated images, an
+  absurd size, an empty caption): the pipeline counts it, logs it and reads the
+  next record. What is wrong with a whole file or a config is another error,
+  and stops the run.
   """
 
   def __init__(self, key: str, reason: str):
@@ -45,7 +45,7 @@ class BadRecord(InputError):
     self.reason = reason
 
   def __reduce__(self) -> tuple:
-    # Exceptions travel from worker processes by their constructor's arguments.
+    # Pickled by its constructor's arguments, for worker processes.
     return type(self), (self.key, self.reason)
 
 
@@ -68,9 +68,9 @@ def encode(record: Mapping[str, Any]) -> bytes:
   """Bytes of a record: its key, its encoded image and its captions.
 
   Raises:
-    TypeError: if the image is not bytes: pixels are encoded by their owner,
-      who knows whether the loss of a JPEG is acceptable.
-    KeyError: if a field is missing.
+    TypeError: the image is not bytes. The caller encodes pixels, and knows
+      whether JPEG's loss is acceptable.
+    KeyError: a field is missing.
   """
   image = record["image"]
   if not isinstance(image, bytes | bytearray | memoryview):
@@ -92,7 +92,7 @@ def decode(data: bytes, *, where: str = "record") -> Record:
     where: names the record in errors, such as "train.array_record:17".
 
   Raises:
-    BadRecord: if the bytes are not such a record or are cut short.
+    BadRecord: the bytes are not such a record or are cut short.
   """
   if data[:4] != _MAGIC:
     raise BadRecord(
@@ -103,18 +103,14 @@ def decode(data: bytes, *, where: str = "record") -> Record:
     )
   try:
     (n_captions,) = _COUNT.unpack_from(data, 4)
-    n_parts = n_captions + 2
-    if 8 + 4 * n_parts > len(data):
-      raise InputError(f"{n_captions} captions don't fit {len(data)} bytes")
-    sizes = struct.unpack_from(f"<{n_parts}I", data, 8)
-    start = 8 + 4 * n_parts
-    if start + sum(sizes) != len(data):
-      raise InputError(f"{start + sum(sizes)} bytes expected, got {len(data)}")
-    parts = []
-    for size in sizes:
-      parts.append(data[start : start + size])
-      start += size
-    key, image, *captions = parts
+    start = 16 + 4 * n_captions
+    if start > len(data):
+      raise ValueError(f"{n_captions} captions don't fit {len(data)} bytes")
+    sizes = struct.unpack_from(f"<{n_captions + 2}I", data, 8)
+    ends = list(itertools.accumulate(sizes, initial=start))
+    if ends[-1] != len(data):
+      raise ValueError(f"{ends[-1]} bytes expected, got {len(data)}")
+    key, image, *captions = (data[a:b] for a, b in itertools.pairwise(ends))
     return {
       "key": key.decode(),
       "image": image,

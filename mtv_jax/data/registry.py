@@ -30,8 +30,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
 
   Args:
     config: `type`, one of `SOURCES`, and the arguments of its class; `labels`
-      (see `labels.join`) adds label sets; `weight` is for the mixture and not
-      read here.
+      (see `labels.join`) adds label sets; `weight`, of the mixture, is ignored.
 
   Raises:
     ConfigError: an unknown type, or an unknown, missing or wrong option.
@@ -50,12 +49,10 @@ def open_files(
 ) -> Source:
   """The source of data files, its type by their suffix (default: tars).
 
-  For command lines and evaluations that take files of any type.
-
   Args:
     paths: brace ranges, globs, commas or a list; see `expand_path`.
-    **options: such as `index_dir`; those that the type lacks, or whose value
-      is None, are left out.
+    **options: such as `index_dir`; None and options that the type lacks are
+      ignored.
 
   Raises:
     InputError: files of several types, or that can't be read.

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.data import ops as ops_lib
-from mtv_jax.data.ops import Field, HostOp, build_ops
+from mtv_jax.data.ops import HostOp, build_ops
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.utils.errors import ConfigError
@@ -166,11 +166,8 @@ class Noise(HostOp):
 
   size: PositiveInt
   random = True
-  optional_fields = frozenset(["noise"])
-
-  @property
-  def fields(self):
-    return {"noise": Field((self.size,), np.dtype(np.float64))}
+  is_optional = True
+  batch_fields = {"noise": (("size",), np.float64)}
 
   def __call__(self, record, rng):
     return record | {"noise": rng.random(self.size)}
@@ -193,9 +190,11 @@ def test_an_added_op_is_random_by_itself_and_left_out_unread(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ops_lib.OPS)
-def test_optional_fields_are_those_that_the_op_makes(name, tokenizer):
+def test_shapes_of_batch_fields_name_arguments(name, tokenizer):
   op = ops_lib.OPS[name]
   given = "tokenizer" in op.__dataclass_fields__
   sizes = () if name == "decode" else (4,)
   built = op(*sizes, **({"tokenizer": tokenizer} if given else {}))
-  assert op.optional_fields in (frozenset(), frozenset(built.fields))
+  assert built.fields.keys() == op.batch_fields.keys()
+  for field in built.fields.values():
+    assert all(isinstance(n, int) for n in field.shape)

@@ -168,9 +168,10 @@ def parse_captions(
     elif text is None and single is not None:
       captions = [single]
     elif text is None:
-      names = ", ".join(sorted(fields)) or "nothing"
       raise BadRecord(
-        key, f"it has no .txt, and its .json no caption but only {names}"
+        key,
+        "its .json has neither 'captions' nor 'caption', only"
+        f" {', '.join(sorted(fields)) or 'nothing'}; and there is no .txt",
       )
   if not captions and text is not None:
     try:
