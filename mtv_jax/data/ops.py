@@ -3,15 +3,6 @@
 A config names them in order, `data.ops = "decode|canvas(384)|caption(64)"`. A
 new op is a `HostOp` here and a line of `OPS`.
 
-  decode                  bytes -> uint8 [H, W, 3]
-  canvas(S)               -> image uint8 [S, S, 3], image_size int32 [2]
-  caption(T, pick)        -> caption int32 [T], caption_valid bool []
-  depth(D)                -> depth uint16 [D, D]
-  regions(M, phrase_length, pick)
-                          -> boxes float32 [M, 4], box_phrase int32 [M, P],
-                             box_phrase_id uint32 [M], box_score float32 [M],
-                             box_valid bool [M]
-
 A record without a label gives zeros, so that one batch mixes sources with
 different labels. Parts of a label that an op leaves out are counted in the
 record's `dropped`.
@@ -118,7 +109,7 @@ class Ops:
     self.labels = frozenset().union(*(op.record_fields for op in ops.values()))
 
   def __call__(self, record: Record, rng: np.random.Generator) -> Record:
-    """The record with every field of `fields`; raises BadRecord."""
+    """The record with the batch's `fields`; raises BadRecord."""
     seed = int(rng.integers(2**63))
     for op, name_hash in self._ops:
       # An op's random numbers do not depend on the other ops of the config.

@@ -59,7 +59,9 @@ def open_files(
     FileNotFoundError: a file is missing.
   """
   listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-  kinds = {type_of_file(path) or "webdataset" for path in listed}
+  by_suffix = {s.suffix: kind for kind, s in SOURCES.items() if s.suffix}
+  suffixes = {os.path.splitext(path)[1] for path in listed}
+  kinds = {by_suffix.get(suffix, "webdataset") for suffix in suffixes}
   if len(kinds) != 1:
     raise InputError(
       f"{', '.join(map(str, listed))}: expected files of one type, got"
@@ -67,17 +69,6 @@ def open_files(
     )
   (kind,) = kinds
   parameters = inspect.signature(SOURCES[kind]).parameters
-  options = {
-    name: value
-    for name, value in options.items()
-    if name in parameters and value is not None
-  }
+  given = {k: v for k, v in options.items() if v is not None}
+  options = {k: v for k, v in given.items() if k in parameters}
   return build_source({"type": kind, "path": listed, **options})
-
-
-def type_of_file(path: str | os.PathLike) -> str | None:
-  """The type of the source that reads a file or a pattern, by its suffix."""
-  for kind, source in SOURCES.items():
-    if source.suffix and os.fspath(path).endswith(source.suffix):
-      return kind
-  return None

@@ -1,4 +1,4 @@
-"""Decoding against Pillow, and squashing against averages written out here."""
+"""Decoding compared with Pillow, squashing with NumPy averages."""
 
 import io
 import struct
@@ -35,7 +35,7 @@ def pixels() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def picture(pixels) -> Image.Image:
+def pil_image(pixels) -> Image.Image:
   return Image.fromarray(pixels)
 
 
@@ -53,15 +53,15 @@ def test_photos_are_what_pillow_decodes(shared_data):
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "BMP", "TIFF", "PPM"])
-def test_lossless_formats_give_the_pixels(format, picture, pixels):
+def test_lossless_formats_give_the_pixels(format, pil_image, pixels):
   options = {"lossless": True} if format == "WEBP" else {}
-  image = canvas.decode(encoded(picture, format, **options))
+  image = canvas.decode(encoded(pil_image, format, **options))
   np.testing.assert_array_equal(image, pixels)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
-def test_grey_jpeg_has_three_equal_channels(options, picture):
-  data = encoded(picture.convert("L"), "JPEG", quality=95, **options)
+def test_grey_jpeg_has_three_equal_channels(options, pil_image):
+  data = encoded(pil_image.convert("L"), "JPEG", quality=95, **options)
   image = canvas.decode(data)
   assert image.shape == (48, 64, 3)
   assert (image == image[..., :1]).all()
@@ -70,7 +70,7 @@ def test_grey_jpeg_has_three_equal_channels(options, picture):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_exif_rotation(format, orientation, picture, pixels):
+def test_exif_rotation(format, orientation, pil_image, pixels):
   exif = Image.Exif()
   exif[0x0112] = orientation
   options = {
@@ -78,7 +78,7 @@ def test_exif_rotation(format, orientation, picture, pixels):
     "PNG": {},
     "WEBP": {"lossless": True},
   }[format]
-  data = encoded(picture, format, exif=exif, **options)
+  data = encoded(pil_image, format, exif=exif, **options)
   image = canvas.decode(data)
   np.testing.assert_array_equal(image, pillow(data))
   # The same turn of the pixels themselves, by NumPy.
@@ -90,22 +90,22 @@ def test_exif_rotation(format, orientation, picture, pixels):
   assert error < 5 if format == "JPEG" else error == 0
 
 
-def test_cmyk_as_adobe_writes_it_is_not_inverted(picture, pixels):
-  data = encoded(picture.convert("CMYK"), "JPEG", quality=100)
+def test_cmyk_as_adobe_writes_it_is_not_inverted(pil_image, pixels):
+  data = encoded(pil_image.convert("CMYK"), "JPEG", quality=100)
   assert b"Adobe" in data[:200]
   image = canvas.decode(data)
   assert np.abs(image.astype(int) - pixels).mean() < 3
 
 
-def test_palette(picture):
-  paletted = picture.convert("P", palette=Image.Palette.ADAPTIVE)
+def test_palette(pil_image):
+  paletted = pil_image.convert("P", palette=Image.Palette.ADAPTIVE)
   image = canvas.decode(encoded(paletted, "PNG"))
   np.testing.assert_array_equal(image, np.asarray(paletted.convert("RGB")))
   gif = canvas.decode(encoded(paletted, "GIF"))
   np.testing.assert_array_equal(gif, image)
 
 
-def test_transparency_lies_on_white(picture, pixels):
+def test_transparency_lies_on_white(pil_image, pixels):
   alpha = np.full((48, 64), 255, np.uint8)
   alpha[:24], alpha[24:32] = 0, 51
   data = encoded(Image.fromarray(np.dstack([pixels, alpha])), "PNG")
@@ -117,8 +117,8 @@ def test_transparency_lies_on_white(picture, pixels):
 
 
 @pytest.mark.parametrize("mode", ["P", "RGB", "L"])
-def test_one_transparent_colour_lies_on_white(mode, picture):
-  image = picture.convert(mode)
+def test_one_transparent_colour_lies_on_white(mode, pil_image):
+  image = pil_image.convert(mode)
   corner = image.getpixel((0, 0))
   plain = np.asarray(image.convert("RGB"))
   result = canvas.decode(encoded(image, "PNG", transparency=corner))
@@ -137,7 +137,7 @@ def test_16_bit_grey_is_scaled_not_clipped():
   assert image[-1, -1, 0] == 255
 
 
-def test_pixels_of_no_known_range_are_refused():
+def test_pixels_of_unknown_range_are_refused():
   floats = Image.fromarray(np.ones((4, 4), np.float32))
   with pytest.raises(BadRecord, match=r"'k'.*float"):
     canvas.decode(encoded(floats, "TIFF"), key="k")
@@ -148,16 +148,16 @@ def test_pixels_of_no_known_range_are_refused():
 
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9, 0.99])
-def test_truncated_jpeg(share, progressive, picture):
-  data = encoded(picture, "JPEG", quality=95, progressive=progressive)
+def test_truncated_jpeg(share, progressive, pil_image):
+  data = encoded(pil_image, "JPEG", quality=95, progressive=progressive)
   with pytest.raises(BadRecord, match="'cut'"):
     canvas.decode(data[: int(len(data) * share)], key="cut")
 
 
-def test_truncated_jpeg_with_a_thumbnail(picture):
+def test_truncated_jpeg_with_a_thumbnail(pil_image):
   # The thumbnail's end marker must not pass for the image's.
-  thumbnail = encoded(picture.resize((8, 8)), "JPEG")
-  data = encoded(picture, "JPEG", quality=95)
+  thumbnail = encoded(pil_image.resize((8, 8)), "JPEG")
+  data = encoded(pil_image, "JPEG", quality=95)
   segment = b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail
   whole = data[:2] + segment + data[2:]
   np.testing.assert_array_equal(canvas.decode(whole), canvas.decode(data))
@@ -166,14 +166,14 @@ def test_truncated_jpeg_with_a_thumbnail(picture):
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF"])
-def test_other_truncated_files(format, picture):
-  data = encoded(picture, format)
+def test_other_truncated_files(format, pil_image):
+  data = encoded(pil_image, format)
   with pytest.raises(BadRecord, match="can't be decoded|no image"):
     canvas.decode(data[: len(data) // 2])
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"<html>404</html>" * 9])
-def test_no_image(data):
+def test_bytes_that_are_not_an_image(data):
   with pytest.raises(BadRecord, match="no image|no bytes"):
     canvas.decode(data)
 
@@ -192,8 +192,8 @@ def huge_png(side: int) -> bytes:
   )
 
 
-def test_absurd_sizes_are_refused_from_the_header(picture, monkeypatch):
-  jpeg = bytearray(encoded(picture, "JPEG"))
+def test_absurd_sizes_are_refused_from_the_header(pil_image, monkeypatch):
+  jpeg = bytearray(encoded(pil_image, "JPEG"))
   frame = jpeg.index(b"\xff\xc0")
   jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 60000, 50000)
   monkeypatch.setattr(canvas.cv2, "imdecode", None)  # never reached
@@ -203,11 +203,11 @@ def test_absurd_sizes_are_refused_from_the_header(picture, monkeypatch):
     with pytest.raises(BadRecord, match=r"pixels"):
       canvas.decode(huge_png(side))
   with pytest.raises(BadRecord, match="64x48"):
-    canvas.decode(encoded(picture, "PNG"), max_pixels=64 * 48 - 1)
+    canvas.decode(encoded(pil_image, "PNG"), max_pixels=64 * 48 - 1)
 
 
-def test_damaged_bytes_give_bad_records_only(picture):
-  files = [encoded(picture, f) for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP")]
+def test_damaged_bytes_give_bad_records_only(pil_image):
+  files = [encoded(pil_image, f) for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP")]
   rng = np.random.default_rng(0)
   outcomes = {"decoded": 0, "refused": 0}
   for i in range(400):
@@ -244,7 +244,7 @@ def test_squash_averages_areas(shape):
   assert np.abs(canvas.squash(image, 24) - expected).max() <= 1
 
 
-def test_squash_of_its_own_size_is_the_image(pixels):
+def test_squash_to_the_same_size_returns_the_image(pixels):
   square = np.ascontiguousarray(pixels[:, :48])
   assert canvas.squash(square, 48) is square
 

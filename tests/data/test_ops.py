@@ -1,4 +1,4 @@
-"""The host's ops on small records."""
+"""Host ops on small records."""
 
 import dataclasses
 import io
@@ -40,7 +40,7 @@ def text(row: np.ndarray) -> str:
   return bytes(int(i) - 2 for i in row if i > 1).decode()
 
 
-def test_fields_of_a_row(record, tokenizer):
+def test_row_has_shapes_and_dtypes_of_fields(record, tokenizer):
   ops = build_ops("decode|canvas(8)|caption(16)", tokenizer=tokenizer)
   row = ops(record, rng())
   assert {k: (f.shape, f.dtype) for k, f in ops.fields.items()} == {
@@ -90,7 +90,7 @@ def test_first_caption(tokenizer):
     assert text(row["caption"]) == "a"
 
 
-def test_blank_captions_are_passed_over():
+def test_blank_captions_are_skipped():
   tokenizer = build_tokenizer("bytes", clean="canonicalize")
   ops = build_ops("caption(8)", tokenizer=tokenizer)
   for seed in range(8):
@@ -140,7 +140,7 @@ def test_bad_image_names_the_key(tokenizer):
     ("decode|canvas(", ConfigError, "character"),
   ],
 )
-def test_what_a_config_may_not_say(ops, error, match, tokenizer):
+def test_invalid_config_is_refused(ops, error, match, tokenizer):
   with pytest.raises(error, match=match):
     build_ops(ops, tokenizer=tokenizer)
 
@@ -173,7 +173,7 @@ class Noise(HostOp):
     return record | {"noise": rng.random(self.size)}
 
 
-def test_an_added_op_is_random_by_itself_and_left_out_unread(monkeypatch):
+def test_random_op_is_independent_and_skipped_if_unread(monkeypatch):
   monkeypatch.setitem(ops_lib.OPS, "noise", Noise)
   record = {"key": "k", "image": np.zeros((4, 4, 3), np.uint8)}
   alone = build_ops("noise(3)")(dict(record), rng())["noise"]

@@ -1,4 +1,4 @@
-"""What stands at which row, whatever hosts, workers and steps; bad records."""
+"""Order of rows over hosts, workers and steps; bad records."""
 
 import ast
 import collections
@@ -32,7 +32,7 @@ class Numbers(Source):
   def __getitem__(self, i: int) -> dict:
     assert 0 <= i < len(self)
     if i in self._bad:
-      raise BadRecord(f"{self.name}-{i}", "made bad")
+      raise BadRecord(f"{self.name}-{i}", "is bad")
     image = np.zeros((2, 2, 3), np.uint8)
     image[...] = (i // 256, i % 256, self._mark)
     return {"key": str(i), "image": image, "captions": ["a", "b"]}
@@ -79,7 +79,7 @@ def two_sources():
   return [Numbers("long", 37), Numbers("short", 5, mark=1)]
 
 
-def test_the_batch():
+def test_batch_has_shapes_and_dtypes_of_fields():
   with loader([Numbers("n", 37)]) as batches:
     assert batches.examples_per_epoch == 37
     assert set(batches.fields) == {
@@ -136,7 +136,7 @@ def test_hosts_take_slices_of_the_same_batch(shuffle):
 
 
 @pytest.mark.parametrize("shuffle", ["global", "block", "none"])
-def test_starting_at_a_step_is_going_there(shuffle):
+def test_start_step_equals_iterating(shuffle):
   options = {"weights": [2, 1], "shuffle": shuffle}
   whole = take(12, two_sources(), **options)
   for step in (1, 7, 11):
@@ -156,7 +156,7 @@ def test_seeds_differ():
   assert orders[0] != orders[2]
 
 
-def test_equal_sources_have_orders_of_their_own():
+def test_equal_sources_have_different_orders():
   sources = [Numbers("a", 37), Numbers("b", 37, mark=1)]
   rows = order.addresses(sources, weights=[1.0, 1.0], shuffle="global", seed=0)
   each = {0: [], 1: []}
@@ -167,7 +167,7 @@ def test_equal_sources_have_orders_of_their_own():
   assert len(set(epochs)) == 6
 
 
-def test_captions_are_drawn_anew_every_epoch():
+def test_captions_are_resampled_every_epoch():
   batches = take(40, [Numbers("n", 8)])
   drawn = np.stack([b["caption"][:, 0] for b in batches])
   share = np.mean(drawn == ord("a") + 2)
@@ -189,14 +189,14 @@ def test_each_source_repeats_by_itself():
   rows = order.addresses(
     two_sources(), weights=(1.0, 1.0), shuffle="global", seed=3
   )
-  own = [rows[i][1] for i in range(400) if rows[i][0] == 1]
+  records = [rows[i][1] for i in range(400) if rows[i][0] == 1]
   for start in range(0, 195, 5):
-    assert sorted(own[start : start + 5]) == [0, 1, 2, 3, 4]
+    assert sorted(records[start : start + 5]) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("length", [1000, 100_000])
 @pytest.mark.parametrize("shuffle", ["global", "block", "none"])
-def test_positions_far_out(length, shuffle):
+def test_large_positions(length, shuffle):
   rows = order.addresses(
     [Numbers("n", length)], weights=[1.0], shuffle=shuffle, seed=0
   )
@@ -250,9 +250,9 @@ def test_a_bad_record_is_replaced_by_the_next_good_one(caplog):
   assert stats.corrupt == 2 * seen[4] + seen[5] + seen[36]
   assert stats.read == 80 + stats.corrupt
   assert stats.reasons == {
-    "n/n-4": "made bad",
-    "n/n-5": "made bad",
-    "n/n-36": "made bad",
+    "n/n-4": "is bad",
+    "n/n-5": "is bad",
+    "n/n-36": "is bad",
   }
   assert "n-36" in caplog.text
 
@@ -285,7 +285,7 @@ def test_too_many_bad_records_stop_the_run():
     assert batches.stats.corrupt == 25
 
 
-def test_small_data_are_judged_after_an_epoch():
+def test_small_data_are_checked_after_an_epoch():
   with loader([Numbers("n", 40, bad=[1, 2])]) as batches:
     for _ in range(4):
       next(batches)
@@ -311,7 +311,7 @@ class Broken(Numbers):
     return super().__getitem__(i)
 
 
-# A module of its own, since worker processes import what a source is made of.
+# A separate module, which worker processes can import.
 PROBE = """
 import os, sys
 import numpy as np
@@ -326,7 +326,7 @@ class Probe(Source):
 
   def __getitem__(self, i):
     if i in (4, 5, 36):
-      raise BadRecord(f"n-{i}", "made bad")
+      raise BadRecord(f"n-{i}", "is bad")
     bridge = sys.modules.get("jax._src.xla_bridge")
     started = bridge is not None and bridge.backends_are_initialized()
     mark = 0 if os.getpid() == self.parent else 1 + started
@@ -343,18 +343,18 @@ def test_worker_processes_give_the_same_rows_and_start_no_backend(
   monkeypatch.syspath_prepend(tmp_path)
   source = importlib.import_module("probe_source").Probe()
   options = {"max_corrupt": 0.5, "start_step": 3}
-  here = take(7, [source], **options)
+  threads = take(7, [source], **options)
   with loader([source], workers=2, **options) as batches:
-    there = [
+    workers = [
       {name: np.array(values) for name, values in batch.items()}
       for batch in itertools.islice(batches, 7)
     ]
     corrupt, reasons = batches.stats.corrupt, batches.stats.reasons
   # 1: read by another process, in which JAX has started no backend.
-  assert all((batch["image"][..., 2] == 1).all() for batch in there)
-  for batch in there:
+  assert all((batch["image"][..., 2] == 1).all() for batch in workers)
+  for batch in workers:
     batch["image"][..., 2] = 0
-  assert_equal(there, here)
+  assert_equal(workers, threads)
   assert corrupt > 0
   assert set(reasons) == {"n/n-4", "n/n-5", "n/n-36"}
 
@@ -380,7 +380,7 @@ def test_other_errors_name_the_record():
     ({"seed": -1}, "seed=-1"),
   ],
 )
-def test_what_a_config_may_not_say(options, match):
+def test_invalid_config_is_refused(options, match):
   with pytest.raises(ValueError, match=match):
     loader(two_sources(), **options)
 
@@ -392,7 +392,7 @@ def test_empty_data():
     loader([Numbers("n", 0)])
 
 
-def test_a_closed_loader_gives_nothing():
+def test_closed_loader_raises():
   batches = loader([Numbers("n", 37)])
   next(batches)
   batches.close()

@@ -21,7 +21,7 @@ def test_round_trip():
   assert records.decode(records.encode(bare)) == bare
 
 
-def test_every_cut_and_any_excess_is_found():
+def test_truncated_and_oversized_bytes_are_bad_records():
   data = records.encode(RECORD)
   for end in range(len(data)):
     with pytest.raises(BadRecord, match="x.array_record:3"):

@@ -1,4 +1,4 @@
-"""Files that appear whole, and what is left of those that did not."""
+"""Atomic writes, and removal of abandoned temporary files."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from mtv_jax.utils import atomic
 from mtv_jax.utils.atomic import Owner
 
 
-def test_a_file_is_replaced_or_left_as_it_was(tmp_path, monkeypatch):
+def test_write_replaces_the_file_or_leaves_it_unchanged(tmp_path, monkeypatch):
   file = tmp_path / "a"
   atomic.write(file, b"1")
   atomic.write(file, b"2")
@@ -28,7 +28,7 @@ def test_a_file_is_replaced_or_left_as_it_was(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_one_of_several_places_a_file(tmp_path, monkeypatch, links):
+def test_write_if_absent_has_one_winner(tmp_path, monkeypatch, links):
   if not links:
 
     def refuse(source, target):
@@ -40,18 +40,18 @@ def test_one_of_several_places_a_file(tmp_path, monkeypatch, links):
   assert [f.name for f in tmp_path.iterdir()] == ["a"]
   if not links:
     return
-  barrier, found = threading.Barrier(8), []
+  barrier, contents = threading.Barrier(8), []
 
   def contend(number):
     barrier.wait()
-    found.append(atomic.write_if_absent(tmp_path / "b", b"%d" % number))
+    contents.append(atomic.write_if_absent(tmp_path / "b", b"%d" % number))
 
   threads = [threading.Thread(target=contend, args=[i]) for i in range(8)]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
-  assert found == [found[0]] * 8
+  assert contents == [contents[0]] * 8
 
 
 def test_owners():
@@ -88,7 +88,7 @@ def test_a_fork_is_another_owner():
   assert Owner.parse(child).token != Owner.parse(parent).token
 
 
-def test_what_is_left_is_swept(tmp_path):
+def test_remove_abandoned(tmp_path):
   mine = atomic.current_process()
   gone = Owner(mine.machine, mine.pid, "00000000")
   far = Owner("00000000", 1, "00000000")

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from mtv_jax.data.sources import tar_scan
+from mtv_jax.data.sources.base import OPEN_THREADS
 from mtv_jax.data.sources.tar_scan import Scan, TarError
 from mtv_jax.utils import atomic
 from mtv_jax.utils.cores import available_cores
@@ -49,16 +50,11 @@ HEADER = np.dtype(
     ("others", "<u4"),
   ]
 )
+_ROLES = ("image", "text", "json")
 ENTRY = np.dtype(
-  [
-    ("image", "<u8"),
-    ("text", "<u8"),
-    ("json", "<u8"),
-    ("image_size", "<u4"),
-    ("text_size", "<u4"),
-    ("json_size", "<u4"),
-    ("key_end", "<u4"),
-  ]
+  [(role, "<u8") for role in _ROLES]  # Offsets.
+  + [(f"{role}_size", "<u4") for role in _ROLES]
+  + [("key_end", "<u4")]
 )
 _LOG_EVERY = 15.0  # Seconds.
 # Worker processes start from this many tars on, one for every half as many
@@ -107,10 +103,7 @@ def index_file(tar: Path, index_dir: Path | None) -> Path:
 
 
 def build_indices(
-  tars: Sequence[Path],
-  *,
-  index_dir: Path | None = None,
-  threads: int = 16,
+  tars: Sequence[Path], *, index_dir: Path | None = None
 ) -> list[TarIndex]:
   """The indices of `tars`, in their order; builds those that are missing.
 
@@ -123,7 +116,7 @@ def build_indices(
     OSError: an index can't be written.
   """
   with _workers(tars, index_dir):
-    indices, errors = _build(tars, index_dir, threads)
+    indices, errors = _build(tars, index_dir, OPEN_THREADS)
   if len(errors) == 1:
     raise errors.popitem()[1]
   if errors:
@@ -284,7 +277,7 @@ def _serialise(scan: Scan, state: os.stat_result, tar: Path) -> bytes:
   entries = np.zeros(len(order), ENTRY)
   spans = np.array([scan.records[key] for key in order], np.uint64)
   spans = spans.reshape(-1, 3, 2)
-  for role, field in enumerate(("image", "text", "json")):
+  for role, field in enumerate(_ROLES):
     entries[field] = spans[:, role, 0]
     entries[field + "_size"] = spans[:, role, 1]
   entries["key_end"] = np.cumsum([len(name) for name in names], dtype=np.int64)

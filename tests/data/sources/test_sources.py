@@ -86,7 +86,7 @@ def test_every_record_by_its_number(source):
 
 
 @pytest.mark.parametrize("i", [-1, 13, 1 << 40])
-def test_numbers_outside_are_an_error(source, i):
+def test_index_out_of_range(source, i):
   with pytest.raises(IndexError, match=rf"Record {i} of .*13 records"):
     source[i]
 
@@ -117,7 +117,7 @@ def one(tmp_path, members, **options):
     ("schön".encode(), None, ["schön"]),
   ],
 )
-def test_which_captions_count(tmp_path, text, sidecar, captions):
+def test_parse_captions(tmp_path, text, sidecar, captions):
   members = [("k.jpg", b"i")]
   members += [("k.txt", text)] if text is not None else []
   members += [("k.json", sidecar)] if sidecar is not None else []
@@ -125,7 +125,7 @@ def test_which_captions_count(tmp_path, text, sidecar, captions):
 
 
 @pytest.mark.parametrize(
-  ("text", "sidecar", "says"),
+  ("text", "sidecar", "message"),
   [
     (b"", None, "caption is empty"),
     (b" \n\t", None, "caption is empty"),
@@ -138,12 +138,12 @@ def test_which_captions_count(tmp_path, text, sidecar, captions):
     (b"x", b'{"captions": [1, "a"]}', "is 1, not a text"),
   ],
 )
-def test_captions_that_cannot_be_used(tmp_path, text, sidecar, says):
+def test_captions_that_cannot_be_used(tmp_path, text, sidecar, message):
   members = [("a/k7.jpg", b"i")]
   members += [("a/k7.txt", text)] if text is not None else []
   members += [("a/k7.json", sidecar)] if sidecar is not None else []
   source = one(tmp_path, members)
-  with pytest.raises(BadRecord, match=says) as error:
+  with pytest.raises(BadRecord, match=message) as error:
     source[0]
   assert error.value.key == "a/k7"
 
@@ -188,15 +188,15 @@ def test_captions_that_are_optional(tmp_path):
   one(tmp_path, members)
   source = WebDatasetSource(tmp_path / "x.tar", captions="optional")
   assert source.fields == {"key", "image", "captions"}
-  found = [source[i] for i in (0, 1, 2, 3, 5)]
-  assert [r["key"] for r in found] == list("abcdf")
-  assert [r["captions"] for r in found] == [["a text"], [], [], [], []]
+  records = [source[i] for i in (0, 1, 2, 3, 5)]
+  assert [r["key"] for r in records] == list("abcdf")
+  assert [r["captions"] for r in records] == [["a text"], [], [], [], []]
   meta = [source.read_with_metadata(i) for i in (0, 1, 2, 3, 5)]
   assert [r.pop("meta") for r in meta] == [
     {"tags": ["t"], "key": "a"}, {"key": "b"}, {"key": "c"},
     {"url": "u", "key": "d"}, {"key": "f"},
   ]  # fmt: skip
-  assert meta == found
+  assert meta == records
   # The key of one that can't be used is known.
   with pytest.raises(BadRecord) as error:
     source.read_with_metadata(4)
@@ -209,7 +209,7 @@ def test_captions_that_are_optional(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("members", "says"),
+  ("members", "message"),
   [
     ([], "0 groups of members without an image, 0 without a caption, 0 other"),
     ([("a.mp4", b"v"), ("a.txt", b"t")], "1 groups .* 1 other"),
@@ -217,8 +217,8 @@ def test_captions_that_are_optional(tmp_path):
     ([("a.b.jpg", b"i"), ("a.b.txt", b"t")], "2 other.*ends at the first dot"),
   ],
 )
-def test_no_record_at_all(tmp_path, members, says):
-  with pytest.raises(ValueError, match=says):
+def test_no_record_at_all(tmp_path, members, message):
+  with pytest.raises(ValueError, match=message):
     one(tmp_path, members)
 
 
@@ -233,14 +233,14 @@ def test_a_key_in_two_tars(tmp_path):
   assert len(WebDatasetSource(f"{tmp_path}/{{0,1}}.tar")) == 10
 
 
-def test_overlapping_keys_that_differ_are_fine(tmp_path):
+def test_overlapping_ranges_of_distinct_keys_are_accepted(tmp_path):
   for t in range(3):
     members = [m for i in range(t, 30, 3) for m in members_of(i, 1)]
     write_tar(tmp_path / f"{t}.tar", members)
   assert len(WebDatasetSource(f"{tmp_path}/*.tar")) == 30
 
 
-def test_too_many_overlapping_keys_are_said_not_to_be_compared(
+def test_too_many_overlapping_keys_are_logged_and_not_compared(
   tmp_path, caplog, monkeypatch
 ):
   monkeypatch.setattr(webdataset, "_MAX_COMPARED", 9)
@@ -269,8 +269,8 @@ def test_few_files_are_open_at_a_time(tmp_path):
   source._open_tars.limit = 4
   before = len(os.listdir("/proc/self/fd"))
   order = np.random.default_rng(0).permutation(len(source))
-  found = [source[i]["key"] for i in order]
-  assert found == [f"{i // 2:05d}{i % 2:04d}" for i in order]
+  records = [source[i]["key"] for i in order]
+  assert records == [f"{i // 2:05d}{i % 2:04d}" for i in order]
   assert len(os.listdir("/proc/self/fd")) <= before + 2 * 4
   del source
   assert len(os.listdir("/proc/self/fd")) <= before
@@ -283,8 +283,8 @@ def test_threads_share_a_source(tmp_path):
   source._open_tars.limit = 2  # files are closed while others still read them
   order = np.random.default_rng(1).integers(0, len(source), 3000)
   with futures.ThreadPoolExecutor(8) as pool:
-    found = list(pool.map(lambda i: source[i], order, chunksize=16))
-  for i, record in zip(order, found, strict=True):
+    records = list(pool.map(lambda i: source[i], order, chunksize=16))
+  for i, record in zip(order, records, strict=True):
     key = f"{i // 9:05d}{i % 9:04d}"
     assert record["key"] == key
     assert record["image"] == f"image {key}".encode()
@@ -387,8 +387,8 @@ def test_array_records_by_number(array_files):
   ]
   with futures.ThreadPoolExecutor(8) as pool:
     order = np.random.default_rng(0).integers(0, 13, 500)
-    found = list(pool.map(source.__getitem__, order))
-  assert found == [examples[i] for i in order]
+    records = list(pool.map(source.__getitem__, order))
+  assert records == [examples[i] for i in order]
   for i in (-1, 13):
     with pytest.raises(IndexError, match="does not exist"):
       source[i]
@@ -490,7 +490,7 @@ def test_build_source_in_an_index_dir(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("config", "says"),
+  ("config", "message"),
   [
     ({"type": "webdatset", "path": "x"}, "Did you mean 'webdataset'"),
     ({"path": "x"}, "type is missing. There are: array_record, "),
@@ -504,8 +504,8 @@ def test_build_source_in_an_index_dir(tmp_path):
     ({"type": "tfds", "path": "x"}, "no option 'path'"),
   ],
 )
-def test_build_source_explains(config, says):
-  with pytest.raises(ValueError, match=says):
+def test_build_source_explains(config, message):
+  with pytest.raises(ValueError, match=message):
     build_source(config)
 
 

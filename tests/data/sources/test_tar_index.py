@@ -1,4 +1,4 @@
-"""Scanning tars and the files of their indices."""
+"""Tar scans and index files."""
 
 import gzip
 import io
@@ -36,11 +36,11 @@ def plain(count, prefix="", captions=True):
 
 def contents(path, spans):
   with path.open("rb") as file:
-    found = []
+    result = []
     for span in spans:
       file.seek(span.offset)
-      found.append(file.read(span.size) if span.offset else None)
-  return found
+      result.append(file.read(span.size) if span.offset else None)
+  return result
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_scan_agrees_with_tarfile(tmp_path, format):
   if format != tarfile.USTAR_FORMAT:
     members += [("schön/ü.jpg", b"6"), ("schön/ü.txt", b"7")]
   path = write_tar(tmp_path / "a.tar", members, format)
-  found = tar_scan.scan(path)
+  result = tar_scan.scan(path)
   expected = {}
   with tarfile.open(path) as tar:
     for member in tar:
@@ -69,9 +69,9 @@ def test_scan_agrees_with_tarfile(tmp_path, format):
       role = {"txt": TEXT, "json": JSON}.get(extension, IMAGE)
       spans = expected.setdefault(stem, [tar_scan.Span(0, 0)] * 3)
       spans[role] = tar_scan.Span(member.offset_data, member.size)
-  assert found.records == expected
-  assert list(found.records) == list(expected)
-  assert not found.no_image and not found.no_caption and not found.others
+  assert result.records == expected
+  assert list(result.records) == list(expected)
+  assert not result.no_image and not result.no_caption and not result.others
 
 
 def test_key_ends_at_the_first_dot_of_the_base_name(tmp_path):
@@ -85,23 +85,23 @@ def test_key_ends_at_the_first_dot_of_the_base_name(tmp_path):
       ("README", b"no extension"),
     ],
   )
-  found = tar_scan.scan(path)
-  assert list(found.records) == ["v1.2/0001"]
-  assert contents(path, found.records["v1.2/0001"]) == [b"i", b"t", None]
-  assert found.others == 3
+  result = tar_scan.scan(path)
+  assert list(result.records) == ["v1.2/0001"]
+  assert contents(path, result.records["v1.2/0001"]) == [b"i", b"t", None]
+  assert result.others == 3
 
 
 def test_members_of_a_record_need_not_be_neighbours(tmp_path):
   # `tar cf x.tar FOLDER` takes files in the order of the directory.
   members = plain(5)[::2] + plain(5)[1::2]
   path = write_tar(tmp_path / "a.tar", members)
-  found = tar_scan.scan(path)
-  assert [contents(path, s)[TEXT] for s in found.records.values()] == [
+  result = tar_scan.scan(path)
+  assert [contents(path, s)[TEXT] for s in result.records.values()] == [
     b"caption %d" % i for i in range(5)
   ]
 
 
-def test_folders_and_links_are_no_records(tmp_path):
+def test_folders_and_links_are_not_records(tmp_path):
   with tarfile.open(tmp_path / "a.tar", "w") as tar:
     folder = tarfile.TarInfo("d.jpg")
     folder.type = tarfile.DIRTYPE
@@ -113,9 +113,9 @@ def test_folders_and_links_are_no_records(tmp_path):
     info = tarfile.TarInfo("d/l.txt")
     info.size = 2
     tar.addfile(info, io.BytesIO(b"no"))
-  found = tar_scan.scan(tmp_path / "a.tar")
-  assert not found.records
-  assert found.no_image == ["d/l"]
+  result = tar_scan.scan(tmp_path / "a.tar")
+  assert not result.records
+  assert result.no_image == ["d/l"]
 
 
 def test_gnu_binary_size(tmp_path):
@@ -126,8 +126,8 @@ def test_gnu_binary_size(tmp_path):
   header = bytes(data[:148]) + b" " * 8 + bytes(data[156:512])
   data[148:156] = b"%06o\0 " % sum(header)
   path.write_bytes(data)
-  found = tar_scan.scan(path)
-  assert contents(path, found.records["0000"])[IMAGE] == b"image0"
+  result = tar_scan.scan(path)
+  assert contents(path, result.records["0000"])[IMAGE] == b"image0"
 
 
 @pytest.mark.parametrize("what", ["data", "header", "padding", "boundary"])
@@ -151,18 +151,18 @@ def test_cut_short(tmp_path, what, caplog):
 
 
 @pytest.mark.parametrize(
-  ("data", "says"),
+  ("data", "message"),
   [
     (b"", "empty"),
     (b"<html>404" + b" " * 1000, "is not a tar: it starts with b'<html>"),
     (gzip.compress(bytes(range(256)) * 8, 0), "compressed"),
   ],
 )
-def test_not_a_tar(tmp_path, data, says):
+def test_not_a_tar(tmp_path, data, message):
   (tmp_path / "x.tar").write_bytes(data)
   with pytest.raises(TarError, match=r"x\.tar") as error:
     tar_scan.scan(tmp_path / "x.tar")
-  assert says in str(error.value)
+  assert message in str(error.value)
 
 
 def test_damaged_in_the_middle(tmp_path):
@@ -185,7 +185,7 @@ def test_duplicate_key(tmp_path, second, what):
     tar_scan.scan(path)
 
 
-def test_index_holds_what_the_scan_found(tmp_path):
+def test_index_equals_the_scan(tmp_path):
   members = plain(7)
   del members[6]  # the image of 3
   del members[3]  # the text of 1
@@ -222,7 +222,7 @@ def test_skipped_groups_are_logged_with_their_number(tmp_path, caplog):
   assert "1 records have neither .txt nor .json: bare" in caplog.text
 
 
-def test_an_index_that_fits_is_not_built_again(tmp_path, monkeypatch):
+def test_valid_index_is_not_rebuilt(tmp_path, monkeypatch):
   path = write_tar(tmp_path / "a.tar", plain(3))
   before = tar_index.build_indices([path])
   monkeypatch.setattr(tar_scan, "scan", None)
@@ -246,7 +246,7 @@ def _foreign(path, index):
 
 
 @pytest.mark.parametrize(
-  ("change", "says"),
+  ("change", "message"),
   [
     (_newer, "the tar has"),
     (_touched, "the tar was modified at"),
@@ -254,14 +254,12 @@ def _foreign(path, index):
     (_foreign, "not an index of this version"),
   ],
 )
-def test_an_index_that_does_not_fit_is_built_again(
-  tmp_path, caplog, change, says
-):
+def test_stale_index_is_rebuilt(tmp_path, caplog, change, message):
   path = write_tar(tmp_path / "a.tar", plain(300))
   (old,) = tar_index.build_indices([path])
   change(path, old.file)
   (new,) = tar_index.build_indices([path])
-  assert says in caplog.text and str(old.file) in caplog.text
+  assert message in caplog.text and str(old.file) in caplog.text
   assert new.count == (5 if change is _newer else 300)
   # And it is written, not only used.
   caplog.clear()
@@ -273,7 +271,7 @@ def _full(*args, **kwargs):
   raise OSError(30, "Read-only file system")
 
 
-def test_an_old_index_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+def test_stale_index_that_cannot_be_written_raises(tmp_path, monkeypatch):
   path = write_tar(tmp_path / "a.tar", plain(3))
   tar_index.build_indices([path])
   write_tar(path, plain(5))
@@ -306,7 +304,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
   assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
 
 
-def test_many_build_at_once(tmp_path):
+def test_concurrent_builds(tmp_path):
   tars = [write_tar(tmp_path / f"{i}.tar", plain(20)) for i in range(6)]
   results: list[list] = []
   threads = [
@@ -324,7 +322,7 @@ def test_many_build_at_once(tmp_path):
   assert len(list(tmp_path.iterdir())) == 12
 
 
-def test_helper_processes_build_too(tmp_path, monkeypatch):
+def test_worker_processes_build_indices(tmp_path, monkeypatch):
   monkeypatch.setattr(tar_index, "_MIN_TARS", 4)
   monkeypatch.setattr(tar_index, "available_cores", lambda: 2)
   folder = tmp_path / "tars"

@@ -1,4 +1,4 @@
-"""TFDS: a small set prepared for real, then read without TensorFlow."""
+"""TFDS: a small set is prepared, then read without TensorFlow."""
 
 import ast
 import importlib.util
@@ -103,8 +103,8 @@ for i in range(len(source)):
     records.append(str(error))
 print(repr((records, sorted(source.fields), "tensorflow" in sys.modules)))
 """
-  said = run(code, str(prepared / "array_record"))
-  records, fields, tensorflow = ast.literal_eval(said)
+  output = run(code, str(prepared / "array_record"))
+  records, fields, tensorflow = ast.literal_eval(output)
   assert not tensorflow
   assert fields == ["captions", "image", "key", "label"]
   # One of the seven has no caption; the order is TFDS's own.
@@ -143,7 +143,7 @@ def test_parts_of_splits_and_pickling(prepared):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("options", "error", "says"),
+  ("options", "error", "message"),
   [
     ({"name": "tiny_captons"}, FileNotFoundError, "tfds build tiny_captons"),
     ({"split": "trian"}, ValueError, "Did you mean 'train'"),
@@ -155,12 +155,14 @@ def test_parts_of_splits_and_pickling(prepared):
     ({"data_dir": "nowhere"}, FileNotFoundError, "--file_format=array_record"),
   ],
 )
-def test_what_is_not_there(prepared, options, error, says):
+def test_missing_data_sets_splits_and_formats(
+  prepared, options, error, message
+):
   if options.get("data_dir") == "tfrecord":
     pytest.importorskip("tensorflow")  # which writes TFRecord files
   config = {"type": "tfds", "name": "tiny_captions"} | options
   config["data_dir"] = str(prepared / config.get("data_dir", "array_record"))
-  with pytest.raises(error, match=says):
+  with pytest.raises(error, match=message):
     build_source(config)
 
 
@@ -184,5 +186,5 @@ class _Sequence:
     ({"captions": _Sequence(_Dict(raw=1)), "caption": 1}, ("caption",)),
   ],
 )
-def test_where_captions_are(features, expected):
+def test_caption_path(features, expected):
   assert tfds_lib.caption_path(features) == expected

@@ -1,4 +1,4 @@
-"""Ids against `transformers`, `sentencepiece` and rules written out here."""
+"""Ids compared with `transformers`, `sentencepiece` and written-out rules."""
 
 import json
 import pickle
@@ -141,7 +141,7 @@ def test_sentencepiece_is_padded_with_its_end(small):
   assert tokenizer.vocab_size == model.vocab_size()
 
 
-def test_json_uses_the_files_own_special_tokens(words_json):
+def test_json_uses_special_tokens_of_the_file(words_json):
   tokenizer = build_tokenizer(words_json, clean="lower")
   ids = tokenizer.encode(["A red dog", "a zebra", "a a a a a a a a"], 6)
   assert ids.tolist() == [
@@ -153,7 +153,7 @@ def test_json_uses_the_files_own_special_tokens(words_json):
   assert tokenizer.vocab_size == 8
 
 
-def test_json_padding_is_what_the_config_beside_it_says(words_json, tmp_path):
+def test_json_special_tokens_from_tokenizer_config(words_json, tmp_path):
   text = open_text(words_json)
   (tmp_path / "tokenizer.json").write_text(text)
   config = {"pad_token": {"content": "</s>"}, "eos_token": "<start>"}
@@ -193,7 +193,7 @@ def test_threads_share_a_tokenizer(words_json, small):
     assert not wrong
 
 
-def test_goes_to_worker_processes(words_json, small):
+def test_pickle_round_trip(words_json, small):
   for spec in ("bytes", words_json, small):
     tokenizer = build_tokenizer(spec, clean="canonicalize")
     again = pickle.loads(pickle.dumps(tokenizer))
@@ -223,7 +223,7 @@ def test_errors(tmp_path, small, words_json):
     build_tokenizer("bytes").encode(["a dog"], 0)
 
 
-def test_vocabulary_larger_than_the_models():
+def test_vocabulary_larger_than_the_embedding():
   tokenizer = build_tokenizer("bytes")
   tokenizers.check_vocabulary(tokenizer, 258)
   with pytest.raises(
@@ -233,7 +233,7 @@ def test_vocabulary_larger_than_the_models():
 
 
 @pytest.mark.parametrize("clean", CLEAN)
-def test_exported_files_give_our_ids(clean, small, words_json, tmp_path):
+def test_exported_files_give_equal_ids(clean, small, words_json, tmp_path):
   """As read by `tokenizers` itself; by `transformers` below."""
   for spec in ("bytes", small, words_json):
     tokenizer = build_tokenizer(spec, clean=clean)
