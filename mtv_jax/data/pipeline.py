@@ -60,19 +60,13 @@ class CorruptDataError(UserError, RuntimeError):
 
 @dataclasses.dataclass
 class Stats:
-  """Counts of the records in this host's batches so far.
+  """Counts of the records in this host's batches so far."""
 
-  Attributes:
-    read: records read, bad ones included.
-    corrupt: bad records among them; one that returns every epoch counts every
-      time.
-    reasons: why records are bad by "source/key", of the first thousand.
-    dropped: labels or parts of them left out, by "source: reason".
-  """
-
-  read: int = 0
-  corrupt: int = 0
+  read: int = 0  # Bad ones included.
+  corrupt: int = 0  # Bad ones; one that returns every epoch counts every time.
+  # Why records are bad by "source/key", of the first thousand.
   reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+  # Labels or parts of them left out, by "source: reason".
   dropped: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
@@ -181,20 +175,14 @@ class Loader:
   """Endless iterator over the host's batches, for one thread.
 
   Build it with `make_loader`, and close it (or use `with`).
-
-  Attributes:
-    fields: of the batch, each with the shape and dtype of a row.
-    step: of the next batch.
-    stats: counts of the records so far.
-    examples_per_epoch: records in all sources together.
   """
 
   batches: HostBatches
   iterator: grain.DatasetIterator
-  fields: dict[str, Field]
+  fields: dict[str, Field]  # Shape and dtype of the rows of each batch field.
   _: dataclasses.KW_ONLY
-  step: int
-  examples_per_epoch: int
+  step: int  # Of the next batch.
+  examples_per_epoch: int  # Records in all sources together.
   max_corrupt: float
   stats: Stats = dataclasses.field(default_factory=Stats)
 

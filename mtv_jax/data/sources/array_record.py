@@ -1,11 +1,10 @@
 """ArrayRecord files in the layout of `mtv-jax make_shards`."""
 
-import contextlib
 import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -119,18 +118,15 @@ def write_bytes(path: str | os.PathLike, items: Iterable[bytes]) -> None:
     writer = _module().ArrayRecordWriter(str(temporary), _OPTIONS)
     try:
       for item in items:
-        with _as_os_error(path):
-          writer.write(item)
+        _call(path, writer.write, item)
     finally:
-      with _as_os_error(path):
-        writer.close()
+      _call(path, writer.close)
 
 
-@contextlib.contextmanager
-def _as_os_error(path: Path) -> Iterator[None]:
+def _call(path: Path, method: Callable[..., Any], *args: Any) -> None:
   """Raises an OSError for the writer's RuntimeError, such as a full disk."""
   try:
-    yield
+    method(*args)
   except RuntimeError as error:
     raise OSError(f"{path} can't be written: {error}") from error
 

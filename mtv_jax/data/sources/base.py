@@ -25,20 +25,19 @@ OPEN_THREADS = 16
 class Source(abc.ABC):
   """Records by number, for the input pipeline, labelling and evaluations.
 
-  A new source is a subclass in a file of its own and a line of
+  A new source is a module with a subclass and a line of
   `data.registry.SOURCES`. The arguments of its constructor are its options in
-  a config, checked by their annotations. It is read by several threads and is
-  pickled to worker processes, without open files.
+  a config, checked by their annotations. Threads share it, and worker processes
+  unpickle it, without open files.
 
   Attributes:
-    suffix: of the files it reads, such as ".tar"; "" where it reads none that
-      a command line could name.
+    suffix: of its files, such as ".tar"; "" if no path opens it.
     name: short, for logs and errors.
-    fields: the record fields it gives (see `records`); one that a record lacks
-      is a missing label.
+    fields: of its records (see `records`); one that a record lacks is a
+      missing label.
     shards: int64 [shards], cumulative record counts; the last is the length.
-    files: the file of each shard, to which label sets are aligned; empty where
-      the records are in no files.
+    files: the file of each shard, to which label sets are aligned; empty for
+      records that are not in files.
   """
 
   suffix: ClassVar[str] = ""
@@ -67,14 +66,14 @@ class Source(abc.ABC):
 
     Raises:
       IndexError: `i` is not in [0, len).
-      BadRecord: this record can't be used; the pipeline takes the next one.
+      BadRecord: it can't be used; the pipeline reads the next one.
     """
 
   def read_metadata(self, i: SupportsIndex) -> Mapping[str, Any]:
-    """The `key` of record `i` and its further fields, of a bad record too.
+    """The `key` and the metadata of record `i`, also of a bad one.
 
-    Fields that labelling uses: `file_name` or `url` (of the original image),
-    `image_id`, `height` and `width`.
+    Labelling uses `file_name` or `url` (of the original image), `image_id`,
+    `height` and `width`.
     """
     try:
       key = self[i]["key"]
@@ -83,7 +82,7 @@ class Source(abc.ABC):
     return self._metadata(i.__index__(), key)
 
   def read_with_metadata(self, i: SupportsIndex) -> Record:
-    """Record `i` with its metadata as the field `meta`."""
+    """Record `i` with its metadata in the field `meta`."""
     record = self[i]
     return record | {"meta": self._metadata(i.__index__(), record["key"])}
 
@@ -92,7 +91,7 @@ class Source(abc.ABC):
     return {"key": key}
 
   def _locate(self, i: SupportsIndex) -> tuple[int, int]:
-    """The shard of record `i` and its number there; checks the range."""
+    """The shard of record `i` and its index in it; raises IndexError."""
     i = i.__index__()
     if not 0 <= i < len(self):
       raise IndexError(f"Record {i} of {self!r} does not exist.")

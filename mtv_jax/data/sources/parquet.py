@@ -1,5 +1,6 @@
 """Parquet files with image bytes and captions, as Hugging Face data sets."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
@@ -24,7 +25,7 @@ from mtv_jax.utils.process_cache import ProcessCache
 _IMAGES = ("image", "img", "jpg")
 _CAPTIONS = ("caption", "text", "captions")
 # A shuffle in blocks mixes 16 of them (`data.order.WINDOW`); the others are
-# for rows in flight on both sides of the border of two windows.
+# for rows of the next window that are read ahead.
 _GROUPS = 24
 
 
@@ -91,15 +92,15 @@ class ParquetSource(FileSource):
       _check_column(file, schema, "image", self._image, _is_image)
       if self._caption is not None:
         _check_column(file, schema, "caption", self._caption, _is_caption)
-    self._blocks = np.cumsum(np.concatenate(rows), dtype=np.int64)
-    # Number of the first group of each file.
+    # First record of each row group, and first group of each file.
+    self._starts = np.cumsum([0, *itertools.chain(*rows)], dtype=np.int64)
     self._first = np.cumsum([0, *map(len, rows)])
     self._groups = ProcessCache(self._read_group, limit=_GROUPS)
 
   @property
   def blocks(self) -> Int64[np.ndarray, " groups"]:
     """Cumulative row counts of the row groups of all files."""
-    return self._blocks
+    return self._starts[1:]
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Record `i`.
@@ -139,9 +140,8 @@ class ParquetSource(FileSource):
   def _read_row(self, i: SupportsIndex) -> tuple[str, dict[str, Any]]:
     """The key of record `i` and the values of its columns."""
     shard, row = self._locate(i)
-    i = i.__index__()
     key = f"{self._stems[shard]}/{row:09d}"
-    group = int(np.searchsorted(self._blocks, i, side="right"))
+    group = int(np.searchsorted(self._starts, i, side="right")) - 1
     try:
       table = self._groups.get(group)
     except (_pyarrow().ArrowException, OSError) as error:
@@ -151,19 +151,15 @@ class ParquetSource(FileSource):
       raise BadRecord(
         key, f"its row group can't be decoded ({error})"
       ) from error
-    row = i - self._start(group)
+    row = i.__index__() - int(self._starts[group])
     return key, {name: table[name][row].as_py() for name in table.column_names}
-
-  def _start(self, group: int) -> int:
-    """Number of the first record of a row group."""
-    return int(self._blocks[group - 1]) if group else 0
 
   def _read_group(self, group: int) -> Any:
     """The image and caption columns of a row group, a `pyarrow.Table`."""
     parquet = import_extra("pyarrow.parquet", "parquet")
     shard = int(np.searchsorted(self._first, group, side="right")) - 1
     columns = [self._image] + [self._caption] * (self._caption is not None)
-    rows = int(self._blocks[group]) - self._start(group)
+    rows = self._starts[group + 1] - self._starts[group]
     # Reads of one ParquetFile by several threads are not safe.
     with parquet.ParquetFile(self.files[shard]) as file:
       number = group - int(self._first[shard])

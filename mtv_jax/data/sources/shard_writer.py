@@ -35,11 +35,6 @@ from mtv_jax.utils.errors import InputError, check_choice
 _CHUNK = 64
 _QUALITY = 95
 _SUFFIXES = {"webdataset": ".tar", "array_record": ".array_record"}
-_SIGNATURES = (
-  ("jpg", b"\xff\xd8\xff", 0),
-  ("png", b"\x89PNG\r\n\x1a\n", 0),
-  ("webp", b"WEBP", 8),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +137,8 @@ def write(
       progress(report)
   listing = out / "skipped.jsonl"
   listing.unlink(missing_ok=True)
-  if report.skipped:
-    lines = [
-      json.dumps(dataclasses.asdict(skipped), ensure_ascii=False) + "\n"
-      for skipped in report.skipped
-    ]
+  entries = map(dataclasses.asdict, report.skipped)
+  if lines := [json.dumps(e, ensure_ascii=False) + "\n" for e in entries]:
     atomic.write(listing, "".join(lines).encode())
   if not report.written:
     reasons = Counter(s.reason for s in report.skipped).most_common(3)
@@ -211,10 +203,11 @@ def _encode(example: Example, max_side: int | None) -> _Encoded | str:
 
 def _extension(data: bytes) -> str | None:
   """The extension by the bytes, since names may be wrong."""
-  for extension, signature, at in _SIGNATURES:
-    if data[at : at + len(signature)] == signature:
-      return extension
-  return None
+  if data.startswith(b"\xff\xd8\xff"):
+    return "jpg"
+  if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    return "png"
+  return "webp" if data[8:12] == b"WEBP" else None
 
 
 def _encode_image(image: Any, extension: str, options: list[int]) -> bytes:

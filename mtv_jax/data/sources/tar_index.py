@@ -263,13 +263,8 @@ def _serialise(scan: Scan, state: os.stat_result, tar: Path) -> bytes:
     ("neither .txt nor .json", scan.no_caption),
   ):
     if keys:
-      log.warning(
-        "%s: %d records have %s: %s.",
-        tar,
-        len(keys),
-        lacking,
-        ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else ""),
-      )
+      some = ", ".join(keys[:5] + ["..."] * (len(keys) > 5))
+      log.warning("%s: %d records have %s: %s.", tar, len(keys), lacking, some)
   uncaptioned = set(scan.no_caption)
   # A stable sort: both parts keep the tar's order.
   order = sorted(scan.records, key=uncaptioned.__contains__)

@@ -138,10 +138,8 @@ def _members(path: Path) -> Iterator[tuple[str, Span]]:
         name, size = "", -1
       offset = start + -(-length // _BLOCK) * _BLOCK
     log.warning(
-      "%s has no end mark at offset %d; if its writer was stopped, records are"
-      " missing.",
-      path,
-      total,
+      f"{path} has no end mark at offset {total}; if its writer was stopped,"
+      " records are missing."
     )
 
 

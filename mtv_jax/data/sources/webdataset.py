@@ -93,12 +93,8 @@ class WebDatasetSource(FileSource):
       )
     if no_caption or no_image:
       log.warning(
-        "%s: left out %d records without an image and %d without a caption;"
-        " %d remain.",
-        self.name,
-        no_image,
-        no_caption,
-        len(self),
+        f"{self.name}: left out {no_image} records without an image and"
+        f" {no_caption} without a caption; {len(self)} remain."
       )
 
   def __getitem__(self, i: SupportsIndex) -> Record:
@@ -256,11 +252,9 @@ def _check_duplicates(tars: Sequence[TarIndex]) -> None:
   total = sum(t.count for t in suspects)
   if total > _MAX_COMPARED:
     log.warning(
-      "The keys of %d tars overlap (%s, ...) and are not compared, as there"
-      " are %d of them; records may be duplicated.",
-      len(suspects),
-      suspects[0].tar,
-      total,
+      f"The keys of {len(suspects)} tars overlap ({suspects[0].tar}, ...) and"
+      f" are not compared, as there are {total} of them; records may be"
+      " duplicated."
     )
     return
   owner: dict[str, Path] = {}
