@@ -94,7 +94,23 @@ def from_pillow(
     BadRecord: an image of a kind whose white is unknown.
   """
   image.load()
-  return _to_rgb(ImageOps.exif_transpose(image), key)
+  image = ImageOps.exif_transpose(image)
+  if image.mode == "F":
+    raise BadRecord(key, "the image has float pixels, of no known range")
+  if image.mode.startswith("I"):
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535:
+      raise BadRecord(
+        key,
+        f"the image has integers from {grey.min()} to {grey.max()}, of no known"
+        " range; 16 bits at most",
+      )
+    return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, -1)
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    image = Image.alpha_composite(white, image)
+  return np.array(image.convert("RGB"))
 
 
 def squash(
@@ -190,22 +206,3 @@ def _decode_pillow(
     raise BadRecord(
       key, f"the image can't be decoded ({type(e).__name__}: {e})"
     ) from e
-
-
-def _to_rgb(image: Image.Image, key: str) -> UInt8[np.ndarray, "h w 3"]:
-  if image.mode == "F":
-    raise BadRecord(key, "the image has float pixels, of no known range")
-  if image.mode.startswith("I"):
-    grey = np.asarray(image).astype(np.int64)
-    if grey.min() < 0 or grey.max() > 65535:
-      raise BadRecord(
-        key,
-        f"the image has integers from {grey.min()} to {grey.max()}, of no known"
-        " range; 16 bits at most",
-      )
-    return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, -1)
-  if image.has_transparency_data:
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    image = Image.alpha_composite(white, image)
-  return np.array(image.convert("RGB"))

@@ -2,14 +2,14 @@
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from mtv_jax.config.options import build_entry
 from mtv_jax.data.labels.join import join_labels
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources.array_record import ArrayRecordSource
-from mtv_jax.data.sources.base import Source
+from mtv_jax.data.sources.base import Paths, Source
 from mtv_jax.data.sources.parquet import ParquetSource
 from mtv_jax.data.sources.tfds import TFDSSource
 from mtv_jax.data.sources.webdataset import WebDatasetSource
@@ -44,9 +44,7 @@ def build_source(config: Mapping[str, Any]) -> Source:
   return source if labels is None else join_labels(source, labels)
 
 
-def open_files(
-  paths: str | os.PathLike | Sequence[str | os.PathLike], **options: Any
-) -> Source:
+def open_files(paths: Paths, **options: Any) -> Source:
   """The source of data files, its type by their suffix (default: tars).
 
   Args:
