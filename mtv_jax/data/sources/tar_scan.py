@@ -5,7 +5,6 @@ million records has 300 million members. This reads the same headers (POSIX
 ustar and pax, GNU long names and sizes) into plain offsets.
 """
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -60,6 +59,7 @@ def scan(path: Path) -> Scan:
     TarError: the file is cut short, compressed, not a tar, or has a key twice.
   """
   groups: dict[str, list[Span]] = {}
+  absent = Span(0, 0)
   others = 0
   for name, span in _members(path):
     key, extension = _split(name)
@@ -67,7 +67,7 @@ def scan(path: Path) -> Scan:
     if not key or role is None:
       others += 1
       continue
-    spans = groups.setdefault(key, [Span(0, 0)] * 3)
+    spans = groups.setdefault(key, [absent] * 3)
     if spans[role].offset:
       kind = ("image", ".txt", ".json")[role]
       raise TarError(
@@ -146,10 +146,11 @@ def _members(path: Path) -> Iterator[tuple[str, Span]]:
 def _check_header(header: bytes, path: Path, offset: int) -> None:
   """Compares a header's checksum, whose field counts as blanks."""
   field = header[148:156]
-  expected = sum(header) - sum(field) + 8 * ord(" ")
-  with contextlib.suppress(ValueError):
-    if int(field.strip(b" \0"), 8) == expected:
+  try:
+    if int(field.strip(b" \0"), 8) == sum(header) - sum(field) + 8 * ord(" "):
       return
+  except ValueError:
+    pass
   if offset:
     raise TarError(f"{path} is damaged: no header at offset {offset}. {_FIX}")
   if header[:2] == b"\x1f\x8b":
