@@ -18,12 +18,14 @@ import json
 import logging
 import os
 import random
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,20 +38,7 @@ from mtv_jax.utils.cores import available_cores
 log = logging.getLogger(__name__)
 
 _MAGIC = b"MTVTAR01"
-HEADER = np.dtype(
-  [
-    ("magic", "S8"),
-    ("tar_size", "<u8"),
-    ("tar_time", "<i8"),  # nanoseconds
-    ("count", "<u8"),
-    ("captioned", "<u8"),
-    ("keys_size", "<u8"),
-    ("smallest_size", "<u4"),
-    ("largest_size", "<u4"),
-    ("no_image", "<u4"),
-    ("others", "<u4"),
-  ]
-)
+HEADER = struct.Struct("<8sQqQQQIIII")
 _ROLES = ("image", "text", "json")
 ENTRY = np.dtype(
   [(role, "<u8") for role in _ROLES]  # Offsets.
@@ -63,27 +52,37 @@ _MIN_TARS = 64
 _MAX_WORKERS = 15
 
 
-@dataclasses.dataclass(frozen=True)
-class TarIndex:
-  """Header of one index."""
+class Header(NamedTuple):
+  """The values of a `HEADER`."""
 
-  tar: Path
-  file: Path
-  tar_size: int  # Bytes of the tar when it was indexed.
+  magic: bytes
+  tar_size: int  # Bytes.
+  tar_time: int  # Nanoseconds.
   count: int  # Records with an image.
   captioned: int  # Those of them with a .txt or .json; they come first.
   keys_size: int  # Bytes of all keys.
+  smallest_size: int  # Bytes of the least key.
+  largest_size: int
   no_image: int  # Groups of members without an image, left out.
   others: int  # Members that belong to no record.
-  smallest: str  # The least key.
+
+
+@dataclasses.dataclass(frozen=True)
+class TarIndex:
+  """An index, with the least and the greatest of its keys."""
+
+  tar: Path
+  file: Path
+  header: Header
+  smallest: str
   largest: str
 
   def open(self) -> tuple[np.ndarray, np.ndarray]:
     """Entries [count] and the keys' bytes, both in one memory map."""
-    split = HEADER.itemsize + self.count * ENTRY.itemsize
+    split = HEADER.size + self.header.count * ENTRY.itemsize
     data = np.memmap(self.file, np.uint8, "r").view(np.ndarray)
-    entries = data[HEADER.itemsize : split].view(ENTRY)
-    return entries, data[split : split + self.keys_size]
+    entries = data[HEADER.size : split].view(ENTRY)
+    return entries, data[split : split + self.header.keys_size]
 
   def read_keys(self) -> list[str]:
     """All keys, in order."""
@@ -225,36 +224,28 @@ def _load(
 ) -> tuple[TarIndex | None, str]:
   """The index in `file`, or None and why it does not fit the tar."""
   with file.open("rb") as stream:
-    head = stream.read(HEADER.itemsize)
-    if len(head) < HEADER.itemsize or head[:8] != _MAGIC:
+    data = stream.read(HEADER.size)
+    if len(data) < HEADER.size or not data.startswith(_MAGIC):
       return None, "it is not an index of this version"
-    values = np.frombuffer(head, HEADER)[0].item()
-    header = dict(zip(HEADER.names, values, strict=True))
-    if header["tar_size"] != state.st_size:
+    header = Header._make(HEADER.unpack(data))
+    if header.tar_size != state.st_size:
       return None, (
-        f"the tar has {state.st_size} bytes, and had {header['tar_size']}"
+        f"the tar has {state.st_size} bytes, and had {header.tar_size}"
       )
-    if header["tar_time"] != state.st_mtime_ns:
+    if header.tar_time != state.st_mtime_ns:
       return None, (
         f"the tar was modified at {_time(state.st_mtime_ns)}, and before at"
-        f" {_time(header['tar_time'])}"
+        f" {_time(header.tar_time)}"
       )
-    split = header["smallest_size"]
-    size = split + header["largest_size"]
-    entries = header["count"] * ENTRY.itemsize
-    stream.seek(HEADER.itemsize + entries + header["keys_size"])
-    tail = stream.read(size + 1)
-    if len(tail) != size:
+    entries_size = header.count * ENTRY.itemsize
+    stream.seek(HEADER.size + entries_size + header.keys_size)
+    split = header.smallest_size
+    size = split + header.largest_size
+    keys = stream.read(size + 1)
+    if len(keys) != size:
       return None, "it is cut short"
-  names = ("tar_size", "count", "captioned", "keys_size", "no_image", "others")
-  index = TarIndex(
-    tar=tar,
-    file=file,
-    smallest=tail[:split].decode(),
-    largest=tail[split:].decode(),
-    **{name: header[name] for name in names},
-  )
-  return index, ""
+  smallest, largest = keys[:split].decode(), keys[split:].decode()
+  return TarIndex(tar, file, header, smallest, largest), ""
 
 
 def _serialise(scan: Scan, state: os.stat_result, tar: Path) -> bytes:
@@ -278,22 +269,19 @@ def _serialise(scan: Scan, state: os.stat_result, tar: Path) -> bytes:
   entries["key_end"] = np.cumsum([len(name) for name in names], dtype=np.int64)
   smallest = min(order, default="").encode()
   largest = max(order, default="").encode()
-  header = np.array(
-    (
-      _MAGIC,
-      state.st_size,
-      state.st_mtime_ns,
-      len(order),
-      len(order) - len(uncaptioned),
-      sum(map(len, names)),
-      len(smallest),
-      len(largest),
-      len(scan.no_image),
-      scan.others,
-    ),
-    HEADER,
+  header = Header(
+    magic=_MAGIC,
+    tar_size=state.st_size,
+    tar_time=state.st_mtime_ns,
+    count=len(order),
+    captioned=len(order) - len(uncaptioned),
+    keys_size=sum(map(len, names)),
+    smallest_size=len(smallest),
+    largest_size=len(largest),
+    no_image=len(scan.no_image),
+    others=scan.others,
   )
-  parts = [header.tobytes(), entries.tobytes(), *names, smallest, largest]
+  parts = [HEADER.pack(*header), entries.tobytes(), *names, smallest, largest]
   return b"".join(parts)
 
 

@@ -162,20 +162,17 @@ def caption_path(features: Mapping[str, Any]) -> tuple[str, ...]:
   """The path of the captions in the tree of `features`; () for none."""
   for path in _CAPTIONS:
     node: Any = features
-    for part in path:
-      # A sequence of dicts has them in its attribute `feature`.
-      node = getattr(node, "feature", node)
-      if part not in _names(node):
-        break
-      node = node[part]
-    else:
-      if not _names(getattr(node, "feature", node)):
-        return path
+    for name in path:
+      node = _children(node).get(name)
+    if node is not None and not _children(node):
+      return path
   return ()
 
 
-def _names(node: Any) -> list[str]:
-  return list(node.keys()) if hasattr(node, "keys") else []
+def _children(node: Any) -> dict[str, Any]:
+  # A sequence of dicts has them in its attribute `feature`.
+  node = getattr(node, "feature", node)
+  return dict(node.items()) if hasattr(node, "items") else {}
 
 
 def _tfds() -> Any:

@@ -66,7 +66,7 @@ class WebDatasetSource(FileSource):
     required = captions == "required"
     super().__init__(
       [t.tar for t in tars],
-      [t.captioned if required else t.count for t in tars],
+      [t.header.captioned if required else t.header.count for t in tars],
       captions=captions,
     )
     self._captions = captions
@@ -78,12 +78,12 @@ class WebDatasetSource(FileSource):
     )
 
   def _report_skipped(self, tars: Sequence[TarIndex]) -> None:
-    no_image = sum(t.no_image for t in tars)
+    no_image = sum(t.header.no_image for t in tars)
     no_caption = 0
     if self._captions == "required":
-      no_caption = sum(t.count - t.captioned for t in tars)
+      no_caption = sum(t.header.count - t.header.captioned for t in tars)
     if not len(self):
-      others = sum(t.others for t in tars)
+      others = sum(t.header.others for t in tars)
       raise InputError(
         f"{self.name} has no record: {no_image} groups of members without an"
         f" image, {no_caption} without a caption, {others} other members."
@@ -193,10 +193,10 @@ class _OpenTar:
     # Not __del__, which runs too late where the interpreter ends.
     weakref.finalize(self, os.close, self._fd)
     size = os.fstat(self._fd).st_size
-    if size != index.tar_size:
+    if size != index.header.tar_size:
       raise TarError(
-        f"{index.tar} has {size} bytes, and had {index.tar_size} when this run"
-        " started: start again, which indexes it anew."
+        f"{index.tar} has {size} bytes, and had {index.header.tar_size} when"
+        " this run started: start again, which rebuilds its index."
       )
 
   def read(self, i: int) -> tuple[str, bytes, bytes | None, bytes | None]:
@@ -238,7 +238,7 @@ class _OpenTar:
 def _check_duplicates(tars: Sequence[TarIndex]) -> None:
   """Raises TarError where two tars of overlapping key ranges share a key."""
   ranges = sorted(
-    (t for t in tars if t.count), key=lambda t: (t.smallest, t.largest)
+    (t for t in tars if t.header.count), key=lambda t: (t.smallest, t.largest)
   )
   # img2dataset's keys start with the shard, so that tars hardly ever overlap.
   overlapping: set[int] = set()
@@ -249,7 +249,7 @@ def _check_duplicates(tars: Sequence[TarIndex]) -> None:
     if ranges[i].largest > ranges[widest].largest:
       widest = i
   suspects = [ranges[i] for i in sorted(overlapping)]
-  total = sum(t.count for t in suspects)
+  total = sum(t.header.count for t in suspects)
   if total > _MAX_COMPARED:
     log.warning(
       f"The keys of {len(suspects)} tars overlap ({suspects[0].tar}, ...) and"

@@ -192,7 +192,8 @@ def test_index_equals_the_scan(tmp_path):
   path = write_tar(tmp_path / "a.tar", members)
   (index,) = tar_index.build_indices([path])
   assert index.file == tmp_path / "a.tar.index"
-  assert (index.count, index.captioned, index.no_image) == (6, 5, 1)
+  header = index.header
+  assert (header.count, header.captioned, header.no_image) == (6, 5, 1)
   assert (index.smallest, index.largest) == ("0000", "0006")
   # What has no caption comes last, and otherwise the order is the tar's.
   assert index.read_keys() == ["0000", "0002", "0004", "0005", "0006", "0001"]
@@ -211,7 +212,7 @@ def test_index_equals_the_scan(tmp_path):
 def test_index_is_small():
   # 100 million records with keys of nine digits: under 5 GB on disk.
   assert tar_index.ENTRY.itemsize == 40
-  assert tar_index.HEADER.itemsize % 8 == 0
+  assert tar_index.HEADER.size % 8 == 0
 
 
 def test_skipped_groups_are_logged_with_their_number(tmp_path, caplog):
@@ -260,7 +261,7 @@ def test_stale_index_is_rebuilt(tmp_path, caplog, change, message):
   change(path, old.file)
   (new,) = tar_index.build_indices([path])
   assert message in caplog.text and str(old.file) in caplog.text
-  assert new.count == (5 if change is _newer else 300)
+  assert new.header.count == (5 if change is _newer else 300)
   # And it is written, not only used.
   caplog.clear()
   assert tar_index.build_indices([path]) == [new]
@@ -282,7 +283,7 @@ def test_stale_index_that_cannot_be_written_raises(tmp_path, monkeypatch):
     assert str(part) in str(error.value)
   monkeypatch.undo()
   (index,) = tar_index.build_indices([path], index_dir=tmp_path / "new" / "dir")
-  assert index.count == 5
+  assert index.header.count == 5
 
 
 def test_index_dir_tells_tars_of_one_name_apart(tmp_path):
@@ -291,7 +292,7 @@ def test_index_dir_tells_tars_of_one_name_apart(tmp_path):
     write_tar(tmp_path / folder / "00000.tar", plain(i + 2))
   tars = [tmp_path / "a" / "00000.tar", tmp_path / "b" / "00000.tar"]
   indices = tar_index.build_indices(tars, index_dir=tmp_path / "i")
-  assert [index.count for index in indices] == [2, 3]
+  assert [index.header.count for index in indices] == [2, 3]
   assert len(list((tmp_path / "i").iterdir())) == 2
   assert not list(tmp_path.glob("[ab]/*.index"))
 
@@ -403,7 +404,7 @@ def test_offsets_beyond_four_gigabytes(tmp_path):
     file.seek(large.size, os.SEEK_CUR)
     file.write(write_tar(tmp_path / "small.tar", plain(2)).read_bytes())
   (index,) = tar_index.build_indices([path])
-  assert index.others == 1
+  assert index.header.others == 1
   entries, _ = index.open()
   assert int(entries["image"][0]) == 512 + large.size + 512
   with path.open("rb") as file:
