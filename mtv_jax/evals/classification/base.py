@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
+from mtv_jax.config.options import PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import crops, global_features, probe, ranking
 from mtv_jax.evals.core.base import Evaluator, Result
@@ -18,13 +19,12 @@ from mtv_jax.evals.core.examples import ClassificationSet, Data, Images
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.datasets.splits import Splits, hold_out
-from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.errors import ConfigError, InputError
 
-SELECTIONS = ("val", "train_split")
+# Images that a hyper-parameter is selected on, see `split_for_selection`.
+Select = Literal["val", "train_split"]
 _TRAIN_SCENES, _TEST_SCENES = 800, 400
 
-# Not "none", which a command line reads as "no value".
-AUGMENTS = ("cached", "crops")
 # By default crops are encoded for at most as many passes over the training
 # images. The published schedules have 10 (DINOv2) and 90 (MAE) of ImageNet's.
 _MAX_PASSES = 100
@@ -36,37 +36,31 @@ log = logging.getLogger(__name__)
 class ClassificationProbe(Evaluator):
   """Base class of the probes: data, views and the result.
 
+  Subclasses define `_evaluate`. An option of None has the published value, or a
+  small one on scenes.
+
   Attributes:
-    data: with a training split, see `datasets/registry.py`; or the images to
-      test on.
-    train: the images to train on, where `data` has no training split.
-    view: `center`, `squash_center` or `encoder`, see `global_features.view`;
-      by default the published protocol's, and for scenes `encoder`.
-    count: test images to use, evenly spaced; all by default, of scenes 400.
-    train_count: training images to use, evenly spaced; of scenes 800.
-    batch_size: images a step of the encoder.
+    data: with a training split, see `datasets/registry.py`; or the test images.
+    train: the training images, if `data` has no training split.
+    view: see `global_features.view`; on scenes `encoder`.
+    count: test images, evenly spaced; all by default, 400 scenes.
+    train_count: training images, evenly spaced; all by default, 800 scenes.
+    batch_size: images per step of the encoder.
   """
 
   data: Data = "scenes"
   train: Data | None = None
-  view: str | None = None
-  count: int | None = None
-  train_count: int | None = None
-  batch_size: int = 64
+  view: Literal["center", "squash_center", "encoder"] | None = None
+  count: PositiveInt | None = None
+  train_count: PositiveInt | None = None
+  batch_size: PositiveInt = 64
 
   published_view: ClassVar[str] = "center"
 
   def __post_init__(self):
-    self._check("view", (None, *global_features.VIEWS))
-
-  def _check(self, option: str, choices: Iterable[str | None]) -> None:
-    """Raises ConfigError unless an option has one of the choices."""
-    value, choices = getattr(self, option), tuple(choices)
-    if value is None and None in choices:
-      return
-    check_choice(
-      f"{type(self).__name__}: {option}", value, [c for c in choices if c]
-    )
+    for name, value in vars(self).items():
+      if value == ():
+        raise ConfigError(f"{name} is empty; expected at least one value")
 
   @functools.cached_property
   def _splits(self) -> Splits:
@@ -104,11 +98,11 @@ class ClassificationProbe(Evaluator):
   def _evaluate(
     self, encoder: Encoder, data: Splits
   ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics, and what the protocol adds to data, encoder and view."""
+    """Metrics, and protocol entries besides data, encoder and view."""
     raise NotImplementedError(f"{type(self).__name__} lacks _evaluate()")
 
   def _default(self, value: Any, published: Any, scenes: Any) -> Any:
-    """An option's value, or its default, which is smaller for scenes."""
+    """An option's value, or its default for the data."""
     if value is not None:
       return value
     return scenes if is_scenes(self.data) else published
@@ -116,33 +110,26 @@ class ClassificationProbe(Evaluator):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureProbe(ClassificationProbe):
-  """Base class of the probes of one feature vector an image.
+  """Base class of the probes of one feature vector per image.
 
   Attributes:
-    feature: `pooled`, `cls` or `mean`, see `global_features.embed`.
+    feature: see `global_features.embed`.
   """
 
-  feature: str = "pooled"
-
-  def __post_init__(self):
-    super().__post_init__()
-    self._check("feature", global_features.FEATURES)
+  feature: Literal["pooled", "cls", "mean"] = "pooled"
 
   def _features(
     self, encoder: Encoder, data: ClassificationSet, *, pixels: str = "images"
   ) -> Float32[np.ndarray, "n d"]:
-    return global_features.embed(
-      encoder,
-      data,
-      feature=self.feature,
-      batch_size=self.batch_size,
-      pixels=pixels,
-    )
+    options = {"feature": self.feature, "batch_size": self.batch_size}
+    return global_features.embed(encoder, data, pixels=pixels, **options)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedProbe(ClassificationProbe):
   """Base class of the probes that are trained by gradient descent.
+
+  Subclasses define `_features` as `FeatureProbe` does.
 
   Attributes:
     augment: `crops` encodes a random crop of every image of every step, which
@@ -152,18 +139,9 @@ class TrainedProbe(ClassificationProbe):
     seed: of batches, crops and heads.
   """
 
-  augment: str | None = None
+  # Not "none", which a command line parses as None.
+  augment: Literal["cached", "crops"] | None = None
   seed: int = 0
-
-  def __post_init__(self):
-    super().__post_init__()
-    self._check("augment", (None, *AUGMENTS))
-
-  def _features(
-    self, encoder: Encoder, data: ClassificationSet, *, pixels: str = "images"
-  ) -> Float32[np.ndarray, "n d"]:
-    """Features of images of any size, or of `crops` of the input size."""
-    raise NotImplementedError(f"{type(self).__name__} lacks _features()")
 
   def _augmentation(self, *, steps: int, batch: int, images: int) -> str:
     """`cached` or `crops`: the option, or the default for this cost."""
@@ -175,8 +153,7 @@ class TrainedProbe(ClassificationProbe):
     if self.augment is None and small and not is_scenes(self.data):
       log.warning(
         "%s: %d steps of %d crops are %d times the %d training images, so "
-        "features are computed once (augment='cached'). Set augment='crops' "
-        "to encode crops at every step",
+        "features are computed once; set augment='crops' to encode crops",
         *(name, steps, batch, encoded // images, images),
       )
     if augment == "crops":
@@ -205,13 +182,14 @@ class TrainedProbe(ClassificationProbe):
       label = train.labels[items]
       if cached is not None:
         return {"x": cached[items], "label": label}
-      cropped = _random_crops(
-        train.images,
-        items,
-        size=encoder.preprocess.size,
-        seed=(self.seed, step),
-      )
-      data = dataclasses.replace(train, images=cropped, labels=label)
+
+      def crop(row: int) -> np.ndarray:
+        image = train.images[int(items[row])]
+        rng = np.random.default_rng((self.seed, step, row))
+        return crops.random_crop(image, size=encoder.preprocess.size, rng=rng)
+
+      images = Images(crop, len(items))
+      data = dataclasses.replace(train, images=images, labels=label)
       x = self._features(encoder, data, pixels="crops")
       return {"x": x, "label": label}
 
@@ -231,36 +209,10 @@ class TrainedProbe(ClassificationProbe):
     }
 
 
-def _random_crops(
-  images: Images, items: np.ndarray, *, size: int, seed: tuple[int, ...]
-) -> Images:
-  """Random crops of the images `items`, each seeded by its row."""
-
-  def read(row: int) -> np.ndarray:
-    rng = np.random.default_rng((*seed, row))
-    return crops.random_crop(images[int(items[row])], size=size, rng=rng)
-
-  return Images(read, len(items))
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-  """The images that a hyper-parameter is selected on.
-
-  Attributes:
-    train: indices of the training images to train on.
-    held_out: indices of the training images to select on; None for `val`,
-      which selects on the test images.
-    protocol: a sentence for the protocol.
-  """
-
-  train: Int[np.ndarray, " t"]
-  held_out: Int[np.ndarray, " h"] | None
-  protocol: str
-
-
-def split_for_selection(data: Splits, select: str) -> Selection:
-  """The split of the training images for selecting a hyper-parameter.
+def split_for_selection(
+  data: Splits, select: Select
+) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " h"] | None, str]:
+  """Training images for selecting a hyper-parameter.
 
   Args:
     data: the splits.
@@ -268,24 +220,24 @@ def split_for_selection(data: Splits, select: str) -> Selection:
       published protocols do, which flatters it a little; `train_split` trains
       on nine tenths of each class and selects on the others.
 
+  Returns:
+    Indices to train on, indices to select on (None for the test images), and
+    the protocol's description.
+
   Raises:
     InputError: for `train_split` of a set with one image a class.
   """
   if select == "val":
-    return Selection(
-      np.arange(len(data.train.labels)),
-      None,
-      "the best on the test images themselves, as published",
-    )
+    how = "the best on the test images themselves, as published"
+    return np.arange(len(data.train.labels)), None, how
   train, held_out = hold_out(data.train.labels)
   if not held_out.size:
     raise InputError(
       f"select='train_split': {data.train.name} has one image a class, so none "
       "can be held out; use select='val'"
     )
-  count = len(held_out)
-  how = f"the best on {count} training images, a tenth of each class"
-  return Selection(train, held_out, how)
+  how = f"the best on {len(held_out)} training images, a tenth of each class"
+  return train, held_out, how
 
 
 def rank_accuracies(

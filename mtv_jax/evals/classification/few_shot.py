@@ -11,16 +11,16 @@ The bias is regularised too, but little, since its feature is large.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from mtv_jax.config.options import NonNegativeFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.classification.base import FeatureProbe
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets.splits import Splits
-from mtv_jax.utils.errors import InputError
 
 SHOTS = (1, 5, 10, 25)
 _CONSTANT = 100.0
@@ -30,28 +30,20 @@ _CONSTANT = 100.0
 class FewShot(FeatureProbe):
   """Few-shot least squares: top-1 accuracy for each number of shots.
 
-  The default view is big_vision's, `squash_center`; of scenes `encoder`.
+  The default view is big_vision's, `squash_center`.
 
   Attributes:
-    shots: training images a class; 1, 5, 10 and 25 by default, except where a
-      class has fewer images.
+    shots: training images a class; by default those of 1, 5, 10 and 25 that
+      every class has.
     seeds: of the samples of shots, over which accuracies are averaged.
     l2: strength of the regularisation.
   """
 
   published_view: ClassVar[str] = "squash_center"
 
-  shots: tuple[int, ...] | None = None
+  shots: tuple[PositiveInt, ...] | None = None
   seeds: tuple[int, ...] = (0, 1, 2)
-  l2: float = 1024.0
-
-  def __post_init__(self):
-    super().__post_init__()
-    if not self.seeds or (self.shots is not None and min(self.shots) < 1):
-      raise InputError(
-        f"FewShot: shots={self.shots}, seeds={self.seeds}; expected one seed "
-        "at least, and numbers of images"
-      )
+  l2: NonNegativeFloat = 1024.0
 
   def _evaluate(
     self, encoder: Encoder, data: Splits
@@ -110,7 +102,7 @@ def sample_shots(
 ) -> Int[np.ndarray, "c shots"]:
   """Indices of `shots` random images of each class that has images.
 
-  With fewer shots the indices are the first columns.
+  The first k columns are the sample of k shots.
   """
   rng = np.random.default_rng(seed)
   present = np.unique(labels)
@@ -119,14 +111,10 @@ def sample_shots(
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class LeastSquares:
-  """A fitted classifier.
+class LeastSquares(NamedTuple):
+  """Weights, and the mean and (biased) deviation of the training features.
 
-  Attributes:
-    mean: of the training features.
-    std: of the training features, biased.
-    weights: `[d + 1, c]`; the last row belongs to the constant.
+  The last row of the weights belongs to the constant.
   """
 
   mean: Float[np.ndarray, " d"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float32, Int
 
+from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.classification.base import FeatureProbe, map_rows
 from mtv_jax.evals.core import probe
@@ -33,25 +34,18 @@ from mtv_jax.parallel.mesh import (
 )
 from mtv_jax.utils.errors import InputError
 
-KS = (10, 20, 100, 200)
-
 
 @dataclasses.dataclass(frozen=True)
 class KNN(FeatureProbe):
   """k-NN classification: top-1 accuracy for each k.
 
   Attributes:
-    k: numbers of neighbours, capped by the images to search.
+    k: numbers of neighbours, capped by the number of training images.
     temperature: of the softmax over similarities.
   """
 
-  k: tuple[int, ...] = KS
-  temperature: float = 0.07
-
-  def __post_init__(self):
-    super().__post_init__()
-    if not self.k or min(self.k) < 1:
-      raise InputError(f"KNN: k={self.k}; expected numbers of at least 1")
+  k: tuple[PositiveInt, ...] = (10, 20, 100, 200)
+  temperature: PositiveFloat = 0.07
 
   def _evaluate(
     self, encoder: Encoder, data: Splits
@@ -81,13 +75,10 @@ class KNN(FeatureProbe):
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Neighbours:
-  """The nearest rows of a bank for each query, the nearest first.
+class Neighbours(NamedTuple):
+  """Dot products and indices of the nearest rows of a bank, nearest first.
 
-  Attributes:
-    similarity: dot products, decreasing.
-    index: in the bank; of equal similarities the lower index first.
+  Of equal rows the lower index is first.
   """
 
   similarity: Float32[np.ndarray, "q k"]
@@ -110,8 +101,8 @@ def find_neighbours(
   which reorders neighbours).
 
   Args:
-    queries: the same on every host.
-    bank: the same on every host.
+    queries: equal on every host, as the bank.
+    bank: the rows to search.
     k: at most the rows of the bank.
     mesh: queries are split over its data axes; one device by default.
     block_bytes: size of a device's largest block of scores, and of the bank's
@@ -130,57 +121,18 @@ def find_neighbours(
         "are damaged"
       )
   mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
-  parts = num_batch_shards(mesh)
+  shards = num_batch_shards(mesh)
   columns = min(len(bank), 2**14, max(1, block_bytes // (4 * bank.shape[1])))
   rows = max(1, block_bytes // (4 * (columns + k)))
-  rows = parts * min(rows, -(-len(queries) // parts))
+  rows = shards * min(rows, -(-len(queries) // shards))
   blocks = []
   for start in range(0, len(queries), rows):
     block = queries[start : start + rows]
     # Padded, so that one shape is compiled.
     padded = np.pad(block, ((0, rows - len(block)), (0, 0)))
-    values, index = _search(padded, bank, k, columns, mesh)
-    blocks.append((values[: len(block)], index[: len(block)]))
-  values, index = zip(*blocks, strict=True)
-  return Neighbours(np.concatenate(values), np.concatenate(index))
-
-
-def predict(
-  neighbours: Neighbours,
-  labels: Int[np.ndarray, " m"],
-  *,
-  ks: Sequence[int],
-  classes: int,
-  temperature: float = 0.07,
-) -> dict[int, Int[np.ndarray, " q"]]:
-  """The class with the largest weight, by k; of equals the lowest class.
-
-  Args:
-    neighbours: at least the largest of `ks` for each query.
-    labels: of the bank.
-    ks: numbers of neighbours that vote.
-    classes: number of classes.
-    temperature: of the softmax.
-  """
-  largest = max(ks)
-  scores = neighbours.similarity[:, :largest].astype(np.float64)
-  weights = np.exp((scores - scores[:, :1]) / temperature)
-  weights /= weights.sum(axis=1, keepdims=True)
-  votes = labels[neighbours.index[:, :largest]]
-  # A block of queries at a time: 50,000 x 1,000 sums are 400 MB.
-  rows = max(1, 2**24 // classes)
-
-  def best(weights, votes):
-    cells = np.arange(len(votes))[:, None] * classes + votes
-    sums = np.bincount(
-      cells.ravel(), weights.ravel(), minlength=len(votes) * classes
-    )
-    return np.argmax(sums.reshape(len(votes), classes), axis=1)
-
-  return {
-    k: map_rows(best, weights[:, :k], votes[:, :k], rows=rows).astype(np.int32)
-    for k in ks
-  }
+    top = _search(padded, bank, k, columns, mesh)
+    blocks.append([x[: len(block)] for x in top])
+  return Neighbours(*map(np.concatenate, zip(*blocks, strict=True)))
 
 
 def _search(
@@ -196,14 +148,17 @@ def _search(
     },
     mesh,
   )
-  values, index = state["values"], state["index"]
+  top = state["values"], state["index"]
   for start in range(0, len(bank), columns):
     block = bank[start : start + columns]
     limits = np.asarray([start, len(bank)], np.int32)
     block = np.pad(block, ((0, columns - len(block)), (0, 0)))
     block, limits = probe.replicate((block, limits), mesh)
-    values, index = merge(values, index, state["queries"], block, limits)
-  return _gather(values, mesh), _gather(index, mesh)
+    top = merge(*top, state["queries"], block, limits)
+  if jax.process_count() > 1:
+    # All rows, on every host.
+    top = jax.jit(lambda x: x, out_shardings=replicated_sharding(mesh))(top)
+  return jax.tree.map(np.asarray, top)
 
 
 @functools.lru_cache(maxsize=8)
@@ -235,8 +190,39 @@ def _merge_fn(mesh: Mesh):
   )
 
 
-def _gather(x: jax.Array, mesh: Mesh) -> np.ndarray:
-  """All rows, on every host."""
-  if jax.process_count() > 1:
-    x = jax.jit(lambda y: y, out_shardings=replicated_sharding(mesh))(x)
-  return np.asarray(x)
+def predict(
+  neighbours: Neighbours,
+  labels: Int[np.ndarray, " m"],
+  *,
+  ks: Sequence[int],
+  classes: int,
+  temperature: float = 0.07,
+) -> dict[int, Int[np.ndarray, " q"]]:
+  """The class with the largest weight, by k; of equals the lowest class.
+
+  Args:
+    neighbours: at least the largest of `ks` for each query.
+    labels: of the bank.
+    ks: numbers of neighbours that vote.
+    classes: number of classes.
+    temperature: of the softmax.
+  """
+  largest = max(ks)
+  scores = neighbours.similarity[:, :largest].astype(np.float64)
+  weights = np.exp((scores - scores[:, :1]) / temperature)
+  weights /= weights.sum(axis=1, keepdims=True)
+  votes = labels[neighbours.index[:, :largest]]
+
+  def best(weights, votes):
+    cells = np.arange(len(votes))[:, None] * classes + votes
+    sums = np.bincount(
+      cells.ravel(), weights.ravel(), minlength=len(votes) * classes
+    )
+    return np.argmax(sums.reshape(-1, classes), axis=1)
+
+  # A block of queries at a time: 50,000 x 1,000 sums are 400 MB.
+  rows = max(1, 2**24 // classes)
+  return {
+    k: map_rows(best, weights[:, :k], votes[:, :k], rows=rows).astype(np.int32)
+    for k in ks
+  }

@@ -5,29 +5,40 @@ the last four, without or with the mean patch: 52 heads, trained together on the
 same batches, of which the best is reported. Each is x W + b with W ~ N(0,
 0.01^2) and b = 0, trained by SGD with momentum 0.9 and without weight decay;
 the rate times batch / 256 decays to zero along a cosine.
+
+The heads of one choice of features are one array with an axis of learning
+rates, so that a step costs one wide matrix product for each choice.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, Int, PyTree
 
+from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.classification import linear_heads
 from mtv_jax.evals.classification.base import (
-  SELECTIONS,
+  Select,
   TrainedProbe,
+  map_rows,
   score_accuracies,
   split_for_selection,
 )
-from mtv_jax.evals.core import global_features
+from mtv_jax.evals.core import global_features, probe
 from mtv_jax.evals.core.examples import ClassificationSet
+from mtv_jax.evals.core.global_features import LastBlocks
 from mtv_jax.evals.datasets.splits import Splits
-from mtv_jax.utils.errors import InputError, check_choice
 
+_ROWS = 1024  # scored at a time
 RATES = tuple(m * 10.0**e for e in range(-5, -1) for m in (1, 2, 5)) + (0.1,)
 
 
@@ -46,39 +57,26 @@ class LinearProbe(TrainedProbe):
       `split_for_selection`.
   """
 
-  rates: tuple[float, ...] = RATES
-  blocks: tuple[int, ...] = (1, 4)
-  average: tuple[str, ...] = ("off", "on")
-  steps: int | None = None
-  train_batch: int | None = None
-  select: str = "val"
-
-  def __post_init__(self):
-    super().__post_init__()
-    self._check("select", SELECTIONS)
-    for value in self.average:
-      check_choice("LinearProbe: average", value, ("off", "on"))
-    if not (self.rates and self.blocks and self.average):
-      raise InputError(
-        "LinearProbe: rates, blocks and average need one value each at least; "
-        f"got {self.rates}, {self.blocks}, {self.average}"
-      )
-    if min(self.blocks) < 1:
-      raise InputError(f"LinearProbe: blocks={self.blocks}; expected 1 or more")
+  rates: tuple[PositiveFloat, ...] = RATES
+  blocks: tuple[PositiveInt, ...] = (1, 4)
+  average: tuple[Literal["off", "on"], ...] = ("off", "on")
+  steps: PositiveInt | None = None
+  train_batch: PositiveInt | None = None
+  select: Select = "val"
 
   def _evaluate(
     self, encoder: Encoder, data: Splits
   ) -> tuple[dict[str, float], dict[str, Any]]:
-    split = split_for_selection(data, self.select)
+    train, held_out, selection = split_for_selection(data, self.select)
     steps = self._default(self.steps, 12_500, 300)
     size = self._default(self.train_batch, 1024, 256)
-    augment = self._augmentation(
-      steps=steps, batch=size, images=len(split.train)
+    augment = self._augmentation(steps=steps, batch=size, images=len(train))
+    batches = self._batches(
+      encoder, data.train.select(train), augment=augment, batch_size=size
     )
-    train = data.train.select(split.train)
     test = self._table(encoder, data.test)
-    fitted = linear_heads.train(
-      self._batches(encoder, train, augment=augment, batch_size=size),
+    fitted = train_heads(
+      batches,
       columns=test.columns,
       rates=self.rates,
       classes=data.classes,
@@ -88,30 +86,30 @@ class LinearProbe(TrainedProbe):
       mesh=getattr(encoder, "mesh", None),
     )
     validation, labels = test, data.test.labels
-    if split.held_out is not None:
-      held_out = data.train.select(split.held_out)
-      validation, labels = self._table(encoder, held_out), held_out.labels
-    top1 = linear_heads.top1(fitted.params, validation, labels)
-    name = max(top1, key=lambda head: top1[head].max())
-    rate = int(np.argmax(top1[name]))
-    scores = linear_heads.scores(fitted.params, test, name=name, rate=rate)
-    return score_accuracies(scores, data.test.labels), {
+    if held_out is not None:
+      subset = data.train.select(held_out)
+      validation, labels = self._table(encoder, subset), subset.labels
+    accuracies = top1(fitted.params, validation, labels)
+    name = max(accuracies, key=lambda head: accuracies[head].max())
+    rate = int(np.argmax(accuracies[name]))
+    logits = scores(fitted.params, test, name=name, rate=rate)
+    return score_accuracies(logits, data.test.labels), {
       "tokens": global_features.token_kinds(encoder),
       "head": "linear, kernel N(0, 0.01), bias 0",
-      "heads": list(top1),
+      "heads": list(accuracies),
       "rates": list(self.rates),
       "optimizer": "SGD, momentum 0.9, rate x batch / 256, cosine to 0",
       **self._training_protocol(fitted, augment=augment, batch_size=size),
-      "trained_on": len(split.train),
-      "selection": split.protocol,
+      "trained_on": len(train),
+      "selection": selection,
       "selected": {"head": name, "rate": self.rates[rate]},
-      "top1_where_selected": {k: v.tolist() for k, v in top1.items()},
+      "top1_where_selected": {k: v.tolist() for k, v in accuracies.items()},
       "ties": "the lowest class, rate and number of blocks of equal ones",
     }
 
   def _table(
     self, encoder: Encoder, data: ClassificationSet, *, pixels: str = "images"
-  ) -> linear_heads.Table:
+  ) -> Table:
     depth = encoder.spec.image.depth
     blocks = sorted({min(b, depth) for b in self.blocks})
     features = global_features.last_blocks(
@@ -121,11 +119,163 @@ class LinearProbe(TrainedProbe):
       batch_size=self.batch_size,
       pixels=pixels,
     )
-    return linear_heads.make_table(
-      features, blocks=blocks, average=self.average
-    )
+    return make_table(features, blocks=blocks, average=self.average)
 
   def _features(
     self, encoder: Encoder, data: ClassificationSet, *, pixels: str = "images"
   ) -> Float32[np.ndarray, "n f"]:
     return self._table(encoder, data, pixels=pixels).x
+
+
+class Table(NamedTuple):
+  """The features of all heads, side by side.
+
+  `x` has the mean patch, then the tokens of the last block, the one before it
+  and so on; `columns` those of each head: `1 block`, `1 block + mean`, ...
+  """
+
+  x: Float32[np.ndarray, "n f"]
+  columns: dict[str, slice]
+
+
+def make_table(
+  features: LastBlocks,
+  *,
+  blocks: Sequence[int],
+  average: Sequence[str],
+) -> Table:
+  """The table of an image set, for heads of `blocks` x `average`.
+
+  Args:
+    features: with at least as many blocks as the largest of `blocks`.
+    blocks: numbers of last blocks.
+    average: `off`, `on` or both: heads without or with the mean patch.
+  """
+  widths = [token.shape[1] for token in features.tokens]
+  first = features.mean.shape[1]
+  columns = {}
+  for count in blocks:
+    stop = first + sum(widths[:count])
+    name = f"{count} block" + "s" * (count > 1)
+    if "off" in average:
+      columns[name] = slice(first, stop)
+    if "on" in average:
+      columns[f"{name} + mean"] = slice(0, stop)
+  used = features.tokens[: max(blocks)]
+  return Table(np.concatenate([features.mean, *used], axis=1), columns)
+
+
+def init_heads(
+  columns: Mapping[str, slice], *, rates: int, classes: int, seed: int = 0
+) -> dict[str, dict[str, Float32[np.ndarray, "..."]]]:
+  """Kernels `[d, rates, classes]` ~ N(0, 0.01^2), biases zero.
+
+  All rates start equal.
+  """
+  rng = np.random.default_rng(seed)
+  params = {}
+  for name, c in columns.items():
+    kernel = rng.normal(0, 0.01, (c.stop - c.start, 1, classes))
+    kernel = np.repeat(kernel.astype(np.float32), rates, axis=1)
+    bias = np.zeros((rates, classes), np.float32)
+    params[name] = {"kernel": kernel, "bias": bias}
+  return params
+
+
+def train_heads(
+  batches: probe.Batches,
+  *,
+  columns: Mapping[str, slice],
+  rates: Sequence[float],
+  classes: int,
+  steps: int,
+  batch_size: int,
+  seed: int = 0,
+  mesh: Mesh | None = None,
+) -> probe.FitResult:
+  """Trains all heads; the loss is the mean of their cross-entropies.
+
+  SGD with momentum 0.9; the rates x batch / 256 decay to zero along a cosine.
+
+  Args:
+    batches: by step, `x` `[b, f]` of a table and `label` `[b]`.
+    columns: of the table.
+    rates: learning rates at a batch of 256.
+    classes: number of classes.
+    steps: of SGD.
+    batch_size: b.
+    seed: of the initial heads.
+    mesh: as for `probe.fit`.
+  """
+  scale = np.asarray(rates, np.float32)[:, None] * (batch_size / 256)
+  optimizer = optax.chain(
+    optax.trace(0.9),
+    optax.scale_by_learning_rate(optax.cosine_decay_schedule(1.0, steps)),
+    # The axis of rates is the second to last one of kernels and biases.
+    optax.stateless_with_tree_map(lambda update, _: update * scale),
+  )
+
+  def loss(params, state, batch, rng):
+    del rng
+    total = 0.0
+    for name, c in columns.items():
+      losses = jax.vmap(_head_loss, in_axes=(1, 0, None, None))
+      x = batch["x"][:, c]
+      head = params[name]
+      total += losses(head["kernel"], head["bias"], x, batch["label"]).sum()
+    # A sum, so that each head has the gradient of its own loss.
+    return total, state
+
+  fitted = probe.fit(
+    loss,
+    init_heads(columns, rates=len(rates), classes=classes, seed=seed),
+    batches,
+    optimizer=optimizer,
+    steps=steps,
+    mesh=mesh,
+  )
+  heads = len(columns) * len(rates)
+  return dataclasses.replace(fitted, losses=fitted.losses / heads)
+
+
+def _head_loss(kernel, bias, x, label) -> Float[Array, ""]:
+  """Mean cross-entropy of one head."""
+  logits = x @ kernel + bias
+  return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+
+
+def top1(
+  params: PyTree, data: Table, labels: Int[np.ndarray, " n"]
+) -> dict[str, Float[np.ndarray, " rates"]]:
+  """Top-1 accuracy at each learning rate, by choice of features."""
+  # The lowest class of equal ones.
+  predict = jax.jit(lambda head, x: jnp.argmax(_logits(head, x), axis=-1))
+  accuracies = {}
+  for name, columns in data.columns.items():
+    head = jax.tree.map(np.asarray, params[name])
+    predicted = map_rows(
+      functools.partial(predict, head), data.x[:, columns], rows=_ROWS
+    )  # [n, rates]
+    accuracies[name] = np.mean(predicted == labels[:, None], axis=0)
+  return accuracies
+
+
+def scores(
+  params: PyTree, data: Table, *, name: str, rate: int
+) -> Float32[np.ndarray, "n c"]:
+  """Logits of the head with the learning rate of index `rate`."""
+  # [d, 1, c] and [1, c]: the axis of rates is the second to last one.
+  head = jax.tree.map(
+    lambda p: np.asarray(p)[..., rate : rate + 1, :], params[name]
+  )
+  x = data.x[:, data.columns[name]]
+  return map_rows(functools.partial(_logits, head), x, rows=_ROWS)[:, 0]
+
+
+@jax.jit
+def _logits(head, x):
+  """Logits `[n, rates, classes]`."""
+  product = jnp.einsum(
+    "nd,drc->nrc", x, head["kernel"], precision=jax.lax.Precision.HIGHEST
+  )
+  return product + head["bias"]

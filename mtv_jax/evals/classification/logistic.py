@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Float32, Int
 
+from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.classification.base import (
-  SELECTIONS,
   FeatureProbe,
+  Select,
   score_accuracies,
   split_for_selection,
 )
@@ -36,12 +37,8 @@ from mtv_jax.parallel.mesh import (
   num_batch_shards,
   replicated_sharding,
 )
-from mtv_jax.utils.errors import InputError
 
 STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
-# Every fifth: 1e-6 to 1e4 in steps of 10^1.25.
-_SCENES = STRENGTHS[::5]
-_NORMALIZE = ("l2", "raw")
 _LOGIT_BYTES = 2**26  # of a block of logits on a device
 # Steps without a smaller objective after which a fit has converged in float32.
 _PATIENCE = 5
@@ -63,49 +60,39 @@ class Logistic(FeatureProbe):
       `train_split` the best C is fitted again on all training images.
   """
 
-  strengths: tuple[float, ...] | None = None
-  max_iter: int = 1000
-  tolerance: float = 1e-7
-  normalize: str = "l2"
-  select: str = "val"
-
-  def __post_init__(self):
-    super().__post_init__()
-    self._check("select", SELECTIONS)
-    self._check("normalize", _NORMALIZE)
-    if self.strengths is not None and min(self.strengths, default=0) <= 0:
-      raise InputError(
-        f"Logistic: strengths={self.strengths}; expected values above 0"
-      )
+  strengths: tuple[PositiveFloat, ...] | None = None
+  max_iter: PositiveInt = 1000
+  tolerance: PositiveFloat = 1e-7
+  normalize: Literal["l2", "raw"] = "l2"
+  select: Select = "val"
 
   def _evaluate(
     self, encoder: Encoder, data: Splits
   ) -> tuple[dict[str, float], dict[str, Any]]:
-    values = sorted(self._default(self.strengths, STRENGTHS, _SCENES))
+    values = sorted(self._default(self.strengths, STRENGTHS, STRENGTHS[::5]))
     scale = normalize if self.normalize == "l2" else np.asarray
     x = scale(self._features(encoder, data.train))
     test = scale(self._features(encoder, data.test))
-    split = split_for_selection(data, self.select)
+    train, held_out, selection = split_for_selection(data, self.select)
     validation, labels = test, data.test.labels
-    if split.held_out is not None:
-      validation = x[split.held_out]
-      labels = data.train.labels[split.held_out]
-    options = {
-      "classes": data.classes,
-      "max_iter": self.max_iter,
-      "tolerance": self.tolerance,
-      "mesh": getattr(encoder, "mesh", None),
-    }
-    models = sweep(
-      x[split.train], data.train.labels[split.train], values, **options
+    if held_out is not None:
+      validation, labels = x[held_out], data.train.labels[held_out]
+      selection += ", then all"
+    fit = functools.partial(
+      sweep,
+      classes=data.classes,
+      max_iter=self.max_iter,
+      tolerance=self.tolerance,
+      mesh=getattr(encoder, "mesh", None),
     )
+    models = fit(x[train], data.train.labels[train], values)
     top1 = [
       float(np.mean(m.scores(validation).argmax(1) == labels)) for m in models
     ]
     best = int(np.argmax(top1))
     model = models[best]
-    if split.held_out is not None:
-      (model,) = sweep(x, data.train.labels, values[best : best + 1], **options)
+    if held_out is not None:
+      (model,) = fit(x, data.train.labels, [values[best]])
     return score_accuracies(model.scores(test), data.test.labels), {
       "feature": self.feature,
       "head": "logistic regression, L2 on the weights, none on the bias",
@@ -115,24 +102,15 @@ class Logistic(FeatureProbe):
       "max_iter": self.max_iter,
       "tolerance": self.tolerance,
       "iterations": [m.iterations for m in models],
-      "selection": split.protocol
-      + ("" if split.held_out is None else ", then all"),
+      "selection": selection,
       "selected": {"C": values[best]},
       "top1_where_selected": top1,
       "ties": "the lowest class and C of equal ones",
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """A fitted classifier.
-
-  Attributes:
-    kernel: `[d, c]`.
-    bias: `[c]`.
-    strength: C.
-    iterations: of L-BFGS.
-  """
+class Model(NamedTuple):
+  """A fitted classifier; `strength` is C, `iterations` those of L-BFGS."""
 
   kernel: Float32[np.ndarray, "d c"]
   bias: Float32[np.ndarray, " c"]
@@ -159,8 +137,8 @@ def sweep(
   Logits exist for a block of rows at a time, so memory is that of the features.
 
   Args:
-    x: features, the same on every host; split over the mesh by rows.
-    labels: in 0..classes.
+    x: features, equal on every host; split over the mesh by rows.
+    labels: below `classes`.
     strengths: values of C.
     classes: number of classes.
     max_iter: iterations of L-BFGS for each.
@@ -168,7 +146,7 @@ def sweep(
     mesh: one device by default.
   """
   mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
-  data = _place_blocks(x, labels, classes, mesh)
+  data = _shard_blocks(x, labels, classes, mesh)
   params = {
     "kernel": np.zeros((x.shape[1], classes), np.float32),
     "bias": np.zeros(classes, np.float32),
@@ -188,29 +166,28 @@ def sweep(
   return models
 
 
-def _place_blocks(
+def _shard_blocks(
   x: np.ndarray, labels: np.ndarray, classes: int, mesh: Mesh
 ) -> dict[str, jax.Array]:
   """Blocks of rows `[blocks, rows, ...]`, split over the mesh by rows."""
-  parts = num_batch_shards(mesh)
-  rows = min(-(-len(x) // parts), max(1, _LOGIT_BYTES // (4 * classes)))
-  rows *= parts
-  blocks = -(-len(x) // rows)
-  short = blocks * rows - len(x)
+  shards = num_batch_shards(mesh)
+  rows = min(-(-len(x) // shards), max(1, _LOGIT_BYTES // (4 * classes)))
+  rows *= shards
+  short = -len(x) % rows
   padded = {
     "x": np.pad(x, ((0, short), (0, 0))),
     "label": np.pad(labels, (0, short)),
     "weight": np.pad(np.full(len(x), 1 / len(x), np.float32), (0, short)),
   }
-  placing = NamedSharding(mesh, PartitionSpec(None, *BATCH_SPEC))
+  sharding = NamedSharding(mesh, PartitionSpec(None, *BATCH_SPEC))
 
-  def put(value):
-    value = value.reshape(blocks, rows, *value.shape[1:])
+  def shard(value: np.ndarray) -> jax.Array:
+    value = value.reshape(-1, rows, *value.shape[1:])
     return jax.make_array_from_callback(
-      value.shape, placing, lambda index: value[index]
+      value.shape, sharding, lambda index: value[index]
     )
 
-  return {name: put(value) for name, value in padded.items()}
+  return {name: shard(value) for name, value in padded.items()}
 
 
 def _minimize(params, data, numbers, max_iter):
@@ -233,10 +210,8 @@ def _minimize(params, data, numbers, max_iter):
 
   def unfinished(carry):
     _, state, count, _, stale = carry
-    grad = optax.tree.get(state, "grad")
-    largest = jnp.max(
-      jnp.stack([jnp.max(jnp.abs(g)) for g in jax.tree.leaves(grad)])
-    )
+    grads = jax.tree.leaves(optax.tree.get(state, "grad"))
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in grads]))
     more = (largest > tolerance) & (count < max_iter) & (stale < _PATIENCE)
     return (count == 0) | more
 

@@ -1,8 +1,8 @@
-"""Linear probe of MAE (He et al. 2022, appendix A; MoCo v3's recipe).
+"""Linear probe of MAE (He et al. 2022, appendix A; MoCo v3's protocol).
 
 Batch normalisation without scale and bias, then one linear layer, on one
-feature vector an image. LARS (You
-et al. 2017) without weight decay: with m the momentum,
+feature vector per image. LARS (You et al. 2017) without weight decay: with m
+the momentum,
 
     m <- 0.9 m + t g,   w <- w - rate m,   t = 0.001 |w| / |g|
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,12 @@ import numpy as np
 import optax
 from jaxtyping import Float32
 
+from mtv_jax.config.options import (
+  NonNegativeInt,
+  PositiveFloat,
+  PositiveInt,
+  Range,
+)
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.classification.base import (
   FeatureProbe,
@@ -31,7 +37,7 @@ from mtv_jax.evals.classification.base import (
 )
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.datasets.splits import Splits
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import ConfigError
 
 _EPS = 1e-6
 
@@ -48,18 +54,16 @@ class MaeProbe(FeatureProbe, TrainedProbe):
       scaled by the actual number.
   """
 
-  base_rate: float = 0.1
-  epochs: int = 90
-  warmup: int = 10
-  train_batch: int = 16_384
+  base_rate: PositiveFloat = 0.1
+  epochs: PositiveInt = 90
+  warmup: NonNegativeInt = 10
+  train_batch: Annotated[int, Range(min=2)] = 16_384
 
   def __post_init__(self):
     super().__post_init__()
-    if not 0 <= self.warmup < self.epochs or self.train_batch < 2:
-      raise InputError(
-        f"MaeProbe: epochs={self.epochs}, warmup={self.warmup}, train_batch="
-        f"{self.train_batch}; expected 0 <= warmup < epochs, a batch of 2 or "
-        "more"
+    if self.warmup >= self.epochs:
+      raise ConfigError(
+        f"warmup={self.warmup}; expected fewer than epochs={self.epochs}"
       )
 
   def _evaluate(
@@ -104,11 +108,12 @@ def lars(
   (`optax.lars` applies it before, which differs when the rate changes.)
   """
 
-  def matrices(tree):
+  def is_matrix(tree):
     return jax.tree.map(lambda x: x.ndim > 1, tree)
 
+  scaled = optax.scale_by_trust_ratio(trust_coefficient=trust)
   return optax.chain(
-    optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), matrices),
+    optax.masked(scaled, is_matrix),
     optax.trace(momentum),
     optax.scale_by_learning_rate(rate),
   )
@@ -142,8 +147,8 @@ def fit(
 
   def schedule(step):
     rising = step / max(1, warmup)
-    along = (step - warmup) / (steps - warmup)
-    falling = 0.5 * (1 + jnp.cos(jnp.pi * along))
+    progress = (step - warmup) / (steps - warmup)
+    falling = 0.5 * (1 + jnp.cos(jnp.pi * progress))
     return rate * jnp.where(step < warmup, rising, falling)
 
   def loss(params, state, batch, rng):

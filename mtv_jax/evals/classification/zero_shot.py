@@ -15,11 +15,12 @@ import dataclasses
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, Int
 
+from mtv_jax.config.options import PositiveInt
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.classification.base import (
@@ -30,10 +31,11 @@ from mtv_jax.evals.core import prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.examples import ClassificationSet, Data
 from mtv_jax.evals.datasets import registry
-from mtv_jax.utils.errors import InputError, check_choice, did_you_mean
+from mtv_jax.utils.errors import InputError, did_you_mean
 
 # Classes embedded at a time: 64 x 80 prompts are 16 MB of embeddings.
 _CLASSES = 64
+_WNID = re.compile(r"n\d{8}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +57,10 @@ class ZeroShot(Evaluator):
 
   data: Data = "scenes"
   prompts: str | None = None
-  classes: str = "all"
-  clean: str = "tokenizer"
-  count: int | None = None
-  batch_size: int = 64
-
-  def __post_init__(self):
-    check_choice("zero_shot: classes", self.classes, ("all", "present"))
-    check_choice("zero_shot: clean", self.clean, ("tokenizer", "canonicalize"))
+  classes: Literal["all", "present"] = "all"
+  clean: Literal["tokenizer", "canonicalize"] = "tokenizer"
+  count: PositiveInt | None = None
+  batch_size: PositiveInt = 64
 
   @functools.cached_property
   def _set(self) -> tuple[ClassificationSet, prompts.Prompts, np.ndarray]:
@@ -86,12 +84,7 @@ class ZeroShot(Evaluator):
     metrics, chance = class_accuracies(
       normalize(features.pooled), classifier, labels
     )
-    return Result(metrics, self._protocol(encoder, data, named), chance)
-
-  def _protocol(
-    self, encoder: Encoder, data: ClassificationSet, named: prompts.Prompts
-  ) -> dict[str, Any]:
-    return {
+    protocol = {
       **encoder.protocol(),
       "data": data.name,
       "data_hash": data.digest,
@@ -104,6 +97,7 @@ class ZeroShot(Evaluator):
       "ties": ranking.TIE_RULE,
       "mean_per_class": "over classes that have an image",
     }
+    return Result(metrics, protocol, chance)
 
 
 def class_accuracies(
@@ -159,9 +153,9 @@ def match_classes(
     keep: `all` classes or those `present` in the data.
 
   Raises:
-    InputError: where a class of the data is not in the file, or two classes
-      have one name and no ids: their prompts would be equal, and the second
-      could never be predicted.
+    InputError: a class of the data is not in the file, or two classes have one
+      name and no ids: their prompts would be equal, and the second could never
+      be predicted.
   """
   if given is None:
     given = _prompts_from_names(data)
@@ -180,24 +174,25 @@ def match_classes(
 
 
 def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
-  names = data.classes
-  if names is None:
+  if data.classes is None:
     raise InputError(
       f"{data.name} has labels but no class names: give a prompt file "
       "(prompts=) with its classes in the order of the labels"
     )
-  numbered = [n for n in names if re.fullmatch(r"n\d{8}", n)]
+  numbered = [name for name in data.classes if _WNID.fullmatch(name)]
   if numbered:
     raise InputError(
       f"{data.name}: folders such as {numbered[0]} are WordNet ids and not "
       "names. Give a prompt file: tools/make_prompts.py writes ImageNet's"
     )
-  _require_distinct(data, [tokenizers.canonicalize(name) for name in names])
-  return prompts.Prompts(classes=names)
+  _canonical_names(data)
+  return prompts.Prompts(classes=data.classes)
 
 
-def _require_distinct(data: ClassificationSet, names: Sequence[str]) -> None:
+def _canonical_names(data: ClassificationSet) -> list[str]:
+  """The names of the data's classes in prompts; InputError if two are equal."""
   first: dict[str, int] = {}
+  names = [tokenizers.canonicalize(name) for name in data.classes or ()]
   for i, name in enumerate(names):
     if first.setdefault(name, i) != i:
       both = [(data.ids or data.classes)[k] for k in (first[name], i)]
@@ -206,11 +201,12 @@ def _require_distinct(data: ClassificationSet, names: Sequence[str]) -> None:
         f"{name!r} in prompts, so the second could never be predicted. Give a "
         "prompt file with 'ids', or rename one"
       )
+  return names
 
 
 def _match_to_file(
   data: ClassificationSet, given: prompts.Prompts
-) -> list[int]:
+) -> Sequence[int]:
   """For each class of the data, its index in the prompt file."""
   total = len(given.classes)
   if data.ids is None and data.classes is None:
@@ -220,18 +216,16 @@ def _match_to_file(
         f"{data.name} has labels up to {largest} and {given.name} has {total} "
         "classes"
       )
-    return list(range(total))
+    return range(total)
   if given.ids is not None and data.ids is not None:
     known, wanted = given.ids, data.ids
-  elif data.ids is not None and _sorted_wnids(data.ids, total):
-    return list(range(total))
+  elif len(data.ids or ()) == total and all(map(_WNID.fullmatch, data.ids)):
+    return range(total)
   else:
     known = [tokenizers.canonicalize(name) for name in given.classes]
-    wanted = [tokenizers.canonicalize(name) for name in data.classes or ()]
-    _require_distinct(data, wanted)
-  index: dict[str, int] = {}
-  for i, key in enumerate(known):
-    index.setdefault(key, i)
+    wanted = _canonical_names(data)
+  # The first of equal names.
+  index = {key: i for i, key in reversed([*enumerate(known)])}
   missing = [key for key in wanted if key not in index]
   if missing:
     raise InputError(
@@ -240,7 +234,3 @@ def _match_to_file(
       f"{did_you_mean(missing[0], known)}"
     )
   return [index[key] for key in wanted]
-
-
-def _sorted_wnids(ids: Sequence[str], total: int) -> bool:
-  return len(ids) == total and all(re.fullmatch(r"n\d{8}", i) for i in ids)

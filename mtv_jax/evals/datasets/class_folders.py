@@ -40,12 +40,7 @@ def has_splits(root: str | os.PathLike) -> bool:
 def open_folder(
   root: pathlib.Path, *, split: str = "test", count: int | None = None
 ) -> ClassificationSet:
-  """The images of a folder of classes.
-
-  Args:
-    root: see the top of the file.
-    split: `train` or `test`, where the folder has both; ignored elsewhere.
-    count: number of images, evenly spaced; all by default.
+  """The images of a folder of classes, see `registry.open_classification`.
 
   Raises:
     MissingFileError: for a folder with one split and not the other.

@@ -61,17 +61,7 @@ def open_captions(
 ) -> CaptionSet:
   """Captioned images of COCO's or Karpathy's JSON.
 
-  Args:
-    path: the JSON.
-    images: the folder of images, if it is not beside the JSON.
-    split: of Karpathy's file.
-    count: number of images, evenly spaced; all by default.
-    max_captions: the first captions of an image to use; all by default.
-
-  Raises:
-    MissingFileError: for missing images.
-    NotApplicable: for JSON without captions.
-    InputError: for captions that don't fit the images.
+  Arguments and errors are those of `registry.open_captions`.
   """
   content = read_json(path)
   first = (content.get("images") or [{}])[0]
@@ -86,10 +76,8 @@ def open_captions(
       f"{path} has keys {sorted(content)}; expected COCO's captions (images, "
       "annotations) or Karpathy's splits (images with sentences)"
     )
-  root = _image_root(images, folders, [name for name, _ in rows])
   rows = subsample(rows, count)
-  paths = [root / name for name, _ in rows]
-  files.require_files(paths, path)
+  paths = _find_images(path, images, folders, [name for name, _ in rows])
   digest, captions = Digest(), []
   for (name, texts), file in zip(rows, paths, strict=True):
     captions.append(tuple(texts)[:max_captions])
@@ -145,21 +133,25 @@ def _coco_folders(path: pathlib.Path, prefix: str) -> list[pathlib.Path]:
   return [path.parent.parent / stem, path.parent / stem, path.parent]
 
 
-def _image_root(
+def _find_images(
+  path: pathlib.Path,
   given: str | os.PathLike | None,
   folders: Sequence[pathlib.Path],
   names: Sequence[str],
-) -> pathlib.Path:
-  """The given folder, or the first of `folders` that has one of the images."""
+) -> list[pathlib.Path]:
+  """Paths in the given folder, or in the first of `folders` that has one."""
   if given is not None:
-    return pathlib.Path(given)
-  for folder in folders:
-    if any((folder / name).is_file() for name in names):
-      return folder
-  raise MissingFileError(
-    f"the images ({names[0] if names else 'none listed'}, ...) are in none of "
-    f"{[str(p) for p in folders]}; set images= to their folder"
-  )
+    folders = [pathlib.Path(given)]
+  else:
+    folders = [f for f in folders if any((f / n).is_file() for n in names)]
+  if not folders:
+    raise MissingFileError(
+      f"{path}: its images ({names[0] if names else 'none listed'}, ...) are "
+      "not beside it; set images= to their folder"
+    )
+  paths = [folders[0] / name for name in names]
+  files.require_files(paths, path)
+  return paths
 
 
 def open_boxes(
@@ -171,17 +163,8 @@ def open_boxes(
   """Images and boxes of COCO's instances.
 
   Crowds, boxes thinner than a pixel and images without annotations, which are
-  unlabelled rather than empty, are left out.
-
-  Args:
-    path: the JSON or COCO's folder.
-    images: the folder of images, if it is not beside the JSON.
-    count: number of images, evenly spaced; all by default.
-
-  Raises:
-    MissingFileError: for missing images.
-    NotApplicable: for JSON without boxes.
-    InputError: for boxes that don't fit the images.
+  unlabelled rather than empty, are left out. `path` is the JSON or COCO's
+  folder; arguments and errors are those of `registry.open_boxes`.
   """
   if path.is_dir():
     files.require_layout(path, [_INSTANCES], what="COCO 2017's instances")
@@ -209,9 +192,8 @@ def open_boxes(
       annotated[row["image_id"]].append((box, index[row["category_id"]]))
   ids = subsample([i for i in infos if i in annotated], count)
   names = [infos[i]["file_name"] for i in ids]
-  root = _image_root(images, _coco_folders(path, "instances_"), names)
-  paths = [root / name for name in names]
-  files.require_files(paths, path)
+  folders = _coco_folders(path, "instances_")
+  paths = _find_images(path, images, folders, names)
   classes = tuple(row["name"] for row in content["categories"])
   boxes = [np.asarray([b for b, _ in annotated[i]], np.float32) for i in ids]
   labels = [np.asarray([c for _, c in annotated[i]], np.int32) for i in ids]

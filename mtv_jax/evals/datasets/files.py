@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import cv2
 import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
@@ -130,18 +129,18 @@ def unknown_layout(
   """
   text = os.fspath(data)
   path = pathlib.Path(text)
+  is_pattern = ".tar" in text and any(c in text for c in "{*?[")
+  if not path.exists() and not is_pattern:
+    return MissingFileError(f"data={text!r} does not exist. {expected}")
+  content = "a file of another kind"
   if path.is_dir():
     content = f"the folder holds {_list_folder(path)}"
-    return NotApplicable(f"data={text!r}: {content}. {expected}")
-  pattern = ".tar" in text and any(c in text for c in "{*?[")
-  if path.exists() or pattern:
-    return NotApplicable(f"data={text!r}: a file of another kind. {expected}")
-  return MissingFileError(f"data={text!r} does not exist. {expected}")
+  return NotApplicable(f"data={text!r}: {content}. {expected}")
 
 
 def _list_folder(root: pathlib.Path) -> str:
   if not root.is_dir():
-    return "a file" if root.exists() else "nothing, it does not exist"
+    return "nothing (it is not a folder)"
   names = sorted(p.name + "/" * p.is_dir() for p in root.iterdir())
   return ", ".join([*names[:8], *["..."] * (len(names) > 8)]) or "nothing"
 
@@ -176,26 +175,27 @@ def read_json(path: pathlib.Path) -> Any:
     raise InputError(f"{path} is not JSON: {error}") from None
 
 
-def read_png_values(
-  path: pathlib.Path, *dtypes: type[np.integer]
-) -> np.ndarray:
-  """The values of a PNG with one channel, `[h, w]`.
+def read_channel(path: pathlib.Path, *modes: str) -> np.ndarray:
+  """The values of an image of one channel, `[h, w]`.
 
   Args:
     path: the file.
-    dtypes: accepted types, `np.uint8` and `np.uint16` by default.
+    modes: accepted ones by Pillow's names, by default "L" (8 bits) and "I;16"
+      (16 bits); "P" is indices of a palette.
 
   Raises:
-    InputError: for a damaged file, several channels or another dtype.
+    InputError: for a damaged file or an image of another mode.
   """
-  dtypes = dtypes or (np.uint8, np.uint16)
-  data = np.frombuffer(path.read_bytes(), np.uint8)
-  values = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
-  if values is None or values.ndim != 2 or values.dtype not in dtypes:
-    got = "no image" if values is None else f"{values.dtype} {values.shape}"
-    names = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+  modes = modes or ("L", "I;16")
+  try:
+    with PIL.Image.open(path) as image:
+      mode, values = image.mode, np.asarray(image)
+  except OSError as error:
+    raise InputError(f"{path} can't be read as an image: {error}") from None
+  if mode not in modes:
     raise InputError(
-      f"{path}: expected a grey PNG of one channel, {names}; got {got}"
+      f"{path} is an image of mode {mode}; expected one channel of mode "
+      f"{' or '.join(modes)}"
     )
   return values
 
@@ -211,15 +211,9 @@ def read_class_map(
     hint: last sentence of the error for other classes.
 
   Raises:
-    InputError: for several channels, more than 8 bits, or an unknown class.
+    InputError: for another image, or an unknown class.
   """
-  with PIL.Image.open(path) as image:
-    if image.mode not in ("L", "P"):
-      raise InputError(
-        f"{path} is an image of mode {image.mode}; expected a class map with "
-        "one channel of 8 bits"
-      )
-    values = np.asarray(image)
+  values = read_channel(path, "L", "P")
   unknown = values[(values > largest) & (values != IGNORE)]
   if unknown.size:
     raise InputError(

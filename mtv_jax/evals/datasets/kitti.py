@@ -39,9 +39,10 @@ def matches(root: pathlib.Path) -> bool:
 
 def has_depth(root: pathlib.Path) -> bool:
   """Whether a folder looks like one of the layouts, complete or not."""
-  names = [p.format(split=s) for p in _LISTS for s in ("train", "test")]
-  names += ["data_depth_annotated", "raw_data", "training/velodyne"]
-  return any((root / name).exists() for name in names)
+  names = ["data_depth_annotated", "raw_data", "training/velodyne"]
+  return any((root / name).exists() for name in names) or any(
+    files.find_list(root, _LISTS, split) for split in ("train", "test")
+  )
 
 
 def open_depth(
@@ -51,18 +52,14 @@ def open_depth(
   count: int | None = None,
   subset: str = "all",
 ) -> DepthSet:
-  """Opens one split.
+  """One split, see `registry.open_depth`.
 
   Args:
     root: a folder of one of the layouts.
     split: `train` or `test`, the list that is read.
-    count: number of images, evenly spaced; all by default.
+    count: of images.
     subset: of a list: all images, or those whose map is in the `train` or the
       `val` part of the annotated depth. MiDaS tests on `val`: 161 images.
-
-  Raises:
-    MissingFileError: for a layout with parts missing.
-    InputError: for an unknown subset, or one without images.
   """
   listing = files.find_list(root, _LISTS, split)
   if listing is not None:
@@ -109,14 +106,16 @@ def _open_list(path: pathlib.Path, count: int | None, subset: str) -> DepthSet:
   return files.open_pairs(
     DepthSet,
     pairs,
-    read_label=lambda p: (
-      files.read_png_values(p.label).astype(np.float32) / 256
-    ),
+    read_label=_read_map,
     count=count,
     kind="kitti",
     name=str(root),
     source="annotated (several sweeps), 16 bits: value / 256 m",
   )
+
+
+def _read_map(pair: LabelledFile) -> np.ndarray:
+  return files.read_channel(pair.label).astype(np.float32) / 256
 
 
 def _image_path(root: pathlib.Path, name: str) -> pathlib.Path:
@@ -167,12 +166,7 @@ def _read_sweep(pair: LabelledFile) -> np.ndarray:
 def read_calibration(
   path: pathlib.Path,
 ) -> dict[str, Float64[np.ndarray, "3 n"]]:
-  """Matrices `[3, 3]` and `[3, 4]` of a calibration file, by name.
-
-  Raises:
-    MissingFileError: no such file.
-    InputError: a required matrix is missing.
-  """
+  """Matrices `[3, 3]` and `[3, 4]` of a calibration file, by name."""
   if not path.is_file():
     raise MissingFileError(f"{path}: this frame has no calibration")
   matrices = {}
@@ -206,7 +200,7 @@ def project_points(
     size: rows and columns of the image.
 
   Returns:
-    Metres along the optical axis, 0 where no point falls.
+    Metres along the optical axis, 0 without a point.
   """
   ones = np.ones((len(points), 1))
   homogeneous = np.concatenate([np.asarray(points, np.float64), ones], axis=1)

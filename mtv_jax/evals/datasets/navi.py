@@ -43,10 +43,6 @@ def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
     root: the folder of objects.
     subset: `wild_set` (the published figures: an object before many
       backgrounds) or `multiview` (each capture is a group).
-
-  Raises:
-    MissingFileError: for a part that is missing.
-    InputError: for annotations of another form.
   """
   check_choice("NAVI: subset", subset, SUBSETS)
   pattern = "wild_set" if subset == "wild_set" else "multiview*"
@@ -127,7 +123,7 @@ def _read_annotations(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 def read_depth(path: pathlib.Path) -> Float32[np.ndarray, "h w"]:
   """Metres of a 16-bit depth PNG, 0 for the background."""
-  value = files.read_png_values(path, np.uint16)
+  value = files.read_channel(path, "I;16")
   metres = np.float32(_SCALE) / np.maximum(value, 1)
   return np.where(value > 0, metres, 0).astype(np.float32)
 

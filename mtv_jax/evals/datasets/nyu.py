@@ -36,7 +36,6 @@ from mtv_jax.evals.datasets import files
 from mtv_jax.evals.datasets.files import LabelledFile
 from mtv_jax.utils.errors import InputError
 
-_SPLITS = ("train", "test")
 _LISTS = ("nyudepthv2_{split}_files_with_gt.txt", "nyu_{split}.txt")
 # Where the lists' paths begin in the folders that BTS's scripts write.
 _PREFIXES = ("", "sync", "official_splits/{split}")
@@ -58,10 +57,11 @@ def has_depth(root: pathlib.Path) -> bool:
   """Whether a path looks like one of the layouts, complete or not."""
   if root.is_file():
     return root.suffix == ".mat"
-  names = [p.format(split=s) for p in _LISTS for s in _SPLITS]
-  names += [_MAT, "nyu_images", "nyu_depths"]
+  names = (_MAT, "nyu_images", "nyu_depths")
   return any((root / name).exists() for name in names) or any(
-    any(root.glob(f"{split}/*/rgb_*.png")) for split in _SPLITS
+    files.find_list(root, _LISTS, split)
+    or any(root.glob(f"{split}/*/rgb_*.png"))
+    for split in ("train", "test")
   )
 
 
@@ -82,17 +82,13 @@ def open_depth(
   count: int | None = None,
   truth: str | None = None,
 ) -> DepthSet:
-  """Opens one split.
+  """One split, see `registry.open_depth`.
 
   Args:
     root: a folder of one of the layouts, or the .mat file.
     split: `train` or `test`.
-    count: number of images, evenly spaced; all by default.
-    truth: `raw` or `filled` depth, where there is a choice; `raw` by default.
-
-  Raises:
-    MissingFileError: for a layout with parts missing.
-    InputError: for a kind of depth that the layout does not have.
+    count: of images.
+    truth: `raw` or `filled` depth, of layouts with both; `raw` by default.
   """
   if root.is_file() or (root / _MAT).is_file():
     return _open_mat(root, split, count, truth or "raw")
@@ -108,12 +104,14 @@ def open_depth(
   else:
     pairs = _marigold_files(root, split, truth or "raw")
     source = f"{truth or 'raw'}, mm"
+
+  def read_depth(pair: LabelledFile) -> np.ndarray:
+    return (files.read_channel(pair.label) * unit).astype(np.float32)
+
   return files.open_pairs(
     DepthSet,
     pairs,
-    read_label=lambda pair: (files.read_png_values(pair.label) * unit).astype(
-      np.float32
-    ),
+    read_label=read_depth,
     count=count,
     kind="nyu",
     name=str(root),
@@ -241,9 +239,6 @@ def open_tfds(
   """`{type: "tfds", name: "nyu_depth_v2", data_dir: ...}`.
 
   Prepared as ArrayRecord, which is read without TensorFlow.
-
-  Raises:
-    ImportError: if tensorflow_datasets is not installed.
   """
   try:
     import tensorflow_datasets as tfds

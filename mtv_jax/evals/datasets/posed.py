@@ -13,7 +13,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -146,8 +146,7 @@ def open_frames(
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
   """Two frames by their indices, and the angle between them in degrees."""
 
   first: int
@@ -155,8 +154,7 @@ class Pair:
   angle: float
 
 
-@dataclasses.dataclass(frozen=True)
-class PairSample:
+class PairSample(NamedTuple):
   """Pairs, and the number of frames without a partner."""
 
   pairs: tuple[Pair, ...]
@@ -177,13 +175,8 @@ def make_view(
 
   "Nearest" in the last two is PyTorch's: the pixel at floor(i * old / new).
 
-  Args:
-    frame: the stored image.
-    size: side of the view; 512 in the protocol.
-    stored: 1024 in the protocol.
-
-  Returns:
-    None where no square holds two rows of depth.
+  Returns None if no square holds two rows of depth. The protocol has a `size`
+  of 512 and `stored` of 1024.
   """
   short = min(frame.depth.shape)
   image, depth = _resize_stored(frame, stored)
@@ -295,7 +288,7 @@ def draw_pairs(
     max_angle: in degrees.
 
   Raises:
-    InputError: for a group in which no frame has a partner.
+    InputError: a group in which no frame has a partner.
   """
   chosen = [i for group in frames.groups for i in group][::stride]
   chosen = subsample(chosen, count)

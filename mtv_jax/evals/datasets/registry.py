@@ -13,8 +13,8 @@ Annotations are read when a data set is opened, images one by one when used, in
 their original size. Common arguments of the functions:
 
   split   `train` or `test`
-  count   number of images, evenly spaced; all by default, of the scenes the
-          number below
+  count   number of images, evenly spaced; all by default, of the endless scenes
+          a fixed number
 
 Each raises MissingFileError if `data` does not exist or lacks files,
 NotApplicable if it has no such labels, and InputError for an invalid option or
@@ -73,12 +73,9 @@ LAYOUTS: dict[str, ModuleType] = {
 
 SPLITS = ("train", "test")
 
-# Default numbers of scenes.
+# Default numbers of scenes; others are in `scenes`.
 _CLASSIFICATION_SCENES = 1000
 _BOX_SCENES = 128
-_DEPTH_SCENES = {"train": 192, "test": 64}
-_SEGMENTATION_SCENES = {"train": 256, "test": 100}
-_SEGMENTATION_SCENE_SIZE = 96
 
 
 def open_classification(
@@ -185,18 +182,9 @@ def open_segmentation(
 ) -> SegmentationSet:
   """Images with a class for every pixel: scenes, ADE20K or NYUv2."""
   check_choice("split", split, SPLITS)
-  if _is_source(data):
-    return scenes.open_segmentation(
-      scenes.open_range(
-        data,
-        split=split,
-        count=count,
-        default=_SEGMENTATION_SCENES[split],
-        size=_SEGMENTATION_SCENE_SIZE,
-        needs="classes of pixels",
-      )
-    )
   options = {"split": split, "count": count}
+  if _is_source(data):
+    return scenes.open_segmentation(data, **options)
   return _open_layout(
     data,
     "Segmentation reads 'scenes', ADE20K (ADEChallengeData2016 with images/ "
@@ -258,12 +246,7 @@ def open_depth(
   check_choice("split", split, SPLITS)
   kind, options = depth_kind(data), {"split": split, "count": count}
   if kind == "scenes":
-    default = _DEPTH_SCENES[split]
-    return scenes.open_depth(
-      scenes.open_range(
-        data, **options, default=default, size=size, needs="metric depth"
-      )
-    )
+    return scenes.open_depth(data, size=size, **options)
   if isinstance(data, Mapping):
     return nyu.open_tfds(data, **options)
   root = pathlib.Path(data)
@@ -307,15 +290,10 @@ def open_boxes(
 def open_posed(data: Data, *, subset: str, count: int) -> PosedFrames:
   """Images with depth and camera pose: scenes, NAVI, or RGB-D sequences.
 
-  Args:
-    data: see the top of the file.
-    subset: of NAVI, see `navi.open_posed`.
-    count: of the scenes.
+  `subset` is of NAVI, see `navi.open_posed`, and `count` of the scenes.
   """
   if _is_source(data):
-    return scenes.open_posed(
-      scenes.open_range(data, default=count, count=count, needs="posed views")
-    )
+    return scenes.open_posed(data, count=count)
   return _open_layout(
     data,
     "Geometric correspondence reads scenes, NAVI (OBJECT/wild_set/...) or "
@@ -326,17 +304,12 @@ def open_posed(data: Data, *, subset: str, count: int) -> PosedFrames:
 
 
 def open_key_points(data: Data, *, split: str, count: int) -> KeyPointPairs:
-  """Pairs of images with key points.
+  """Pairs of images with key points: scenes, or SPair-71k.
 
-  Args:
-    data: scenes or the folder `SPair-71k`.
-    split: of SPair-71k: `trn`, `val` or `test`.
-    count: of the scenes.
+  `split` is of SPair-71k (`trn`, `val` or `test`), and `count` of the scenes.
   """
   if _is_source(data):
-    return scenes.open_key_points(
-      scenes.open_range(data, default=count, count=count, needs="key points")
-    )
+    return scenes.open_key_points(data, count=count)
   return _open_layout(
     data,
     "Semantic correspondence reads scenes or SPair-71k "

@@ -22,7 +22,7 @@ from jaxtyping import Float32, Float64
 from mtv_jax.evals.datasets.class_folders import list_folders
 from mtv_jax.evals.datasets.files import (
   LabelledFile,
-  read_png_values,
+  read_channel,
   require_layout,
 )
 from mtv_jax.evals.datasets.posed import PosedFrames, motion, open_frames
@@ -49,12 +49,7 @@ def has_frames(root: pathlib.Path) -> bool:
 
 
 def open_posed(root: str | pathlib.Path) -> PosedFrames:
-  """All frames under a folder that have a finite pose, sorted by name.
-
-  Raises:
-    MissingFileError: for a frame without its image or depth.
-    InputError: for a pose or intrinsics of another form.
-  """
+  """All frames under a folder that have a finite pose, sorted by name."""
   root = require_layout(
     root,
     [f"**/frame-*.{part}" for part in ("pose.txt", "color.*", "depth.png")],
@@ -98,7 +93,7 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
       "sequences": len(groups),
       "frames_without_pose": lost,
       "min_overlap": MIN_OVERLAP,
-      "depth": "as stored, not registered to the picture",
+      "depth": "as stored, not registered to the image",
     },
   )
 
@@ -149,7 +144,7 @@ class _Overlap:
 
 def read_depth(path: pathlib.Path) -> Float32[np.ndarray, "h w"]:
   """Metres of a 16-bit depth PNG, 0 where it has none."""
-  value = read_png_values(path, np.uint16)
+  value = read_channel(path, "I;16")
   return np.where(value < 65535, value, 0).astype(np.float32) / 1000
 
 

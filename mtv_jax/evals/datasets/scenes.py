@@ -76,12 +76,9 @@ def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class SceneRange:
-  """Numbers of scenes, and how to render them.
+  """Scenes by their numbers in the series `seed`.
 
-  Attributes:
-    numbers: of the scenes.
-    seed: of their series.
-    size: pixels a side; None if neither data nor evaluation sets it.
+  `size` is in pixels a side; None if neither data nor evaluation sets it.
   """
 
   numbers: tuple[int, ...]
@@ -134,10 +131,6 @@ def open_range(
     split: `train` or `test`.
     count: number of scenes, evenly spaced in `length`; None for all.
     size: pixels a side if `data` does not give it.
-
-  Raises:
-    NotApplicable: for a source of another type.
-    InputError: for an unknown option of scenes, or `count` below 1.
   """
   given = dict(data) if isinstance(data, Mapping) else {"type": "scenes"}
   if not is_scenes(given):
@@ -165,8 +158,13 @@ def _fields(
   return tuple(lambda i, name=name: getattr(render(i), name) for name in names)
 
 
-def open_depth(scenes: SceneRange) -> DepthSet:
-  """Scenes with their exact depth."""
+def open_depth(
+  data: Data, *, split: str, count: int | None, size: int
+) -> DepthSet:
+  """Scenes with their exact depth, 192 to train on and 64 to test on."""
+  default = {"train": 192, "test": 64}[split]
+  options = {"default": default, "needs": "metric depth"}
+  scenes = open_range(data, split=split, count=count, size=size, **options)
   image, depth = _fields(scenes, "image", "depth")
   return DepthSet(
     kind="scenes",
@@ -178,8 +176,13 @@ def open_depth(scenes: SceneRange) -> DepthSet:
   )
 
 
-def open_segmentation(scenes: SceneRange) -> SegmentationSet:
-  """Scenes with the classes of their pixels."""
+def open_segmentation(
+  data: Data, *, split: str, count: int | None
+) -> SegmentationSet:
+  """Scenes with classes of pixels, 256 to train on and 100 to test on."""
+  default = {"train": 256, "test": 100}[split]
+  options = {"default": default, "needs": "classes of pixels"}
+  scenes = open_range(data, split=split, count=count, size=96, **options)
   image, segmentation = _fields(scenes, "image", "segmentation")
   return SegmentationSet(
     kind="scenes",
@@ -236,8 +239,9 @@ def open_boxes(
   )
 
 
-def open_posed(scenes: SceneRange) -> PosedFrames:
+def open_posed(data: Data, *, count: int) -> PosedFrames:
   """Objects of scenes from two cameras; a scene is a group."""
+  scenes = open_range(data, default=count, count=count, needs="posed views")
   numbers, seed = scenes.numbers, scenes.seed
 
   # Both frames of a pair are read one after the other.
@@ -286,7 +290,7 @@ def _pose(camera: render_lib.Camera) -> np.ndarray:
   return pose
 
 
-def open_key_points(scenes: SceneRange) -> KeyPointPairs:
+def open_key_points(data: Data, *, count: int) -> KeyPointPairs:
   """Main objects of scenes, paired within classes.
 
   A scene is paired with the next one whose main object is of its class, the
@@ -296,6 +300,7 @@ def open_key_points(scenes: SceneRange) -> KeyPointPairs:
   Raises:
     InputError: for too few scenes to have two of one class.
   """
+  scenes = open_range(data, default=count, count=count, needs="key points")
   numbers, side = scenes.numbers, scenes.size or _KEY_POINT_SIZE
   sized = dataclasses.replace(scenes, size=side)
   rendered = [sized.render(i) for i in range(len(scenes))]

@@ -45,16 +45,7 @@ def matches(root: pathlib.Path) -> bool:
 
 
 def open_key_points(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
-  """All pairs of a split, sorted by their number.
-
-  Args:
-    root: the folder `SPair-71k`.
-    split: `trn`, `val` or `test`.
-
-  Raises:
-    MissingFileError: for a part that is missing.
-    InputError: for an annotation of another form.
-  """
+  """All pairs of a split (`trn`, `val` or `test`), sorted by their number."""
   check_choice("SPair-71k: split", split, SPLITS)
   root = files.require_layout(
     root,
@@ -84,7 +75,7 @@ def open_key_points(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
     images=open_images(images),
     pairs=tuple(pairs),
     digest=digest.hex(),
-    about={"split": split, "key_points": "those that both pictures show"},
+    about={"split": split, "key_points": "those that both images show"},
   )
 
 

@@ -17,11 +17,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Float32
 
+from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.classification import zero_shot
 from mtv_jax.evals.core import base, examples, prompts, ranking
@@ -31,10 +32,9 @@ from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.grounding import region_features
 from mtv_jax.evals.retrieval import retrieval
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.errors import InputError
 
-# Images whose phrases are located at a time.
-_CHUNK = 256
+_CHUNK = 256  # images whose phrases are located at a time
 _FIXED_BOXES = 256
 _IMAGE_SIZE = 320  # pixels a side on the sheet, so that names are legible
 
@@ -45,12 +45,12 @@ class Grounding(Evaluator):
 
   Attributes:
     data: see `datasets/registry.py`.
-    images: the folder of COCO's images, where it is not beside the JSON.
+    images: the folder of COCO's images, if it is not beside the JSON.
     regions: how a box is embedded, see `region_features.py`; `auto` is the
       prompter of an encoder that has one, else `crop`.
     prompts: a file of templates for the classes (see `prompts.py`), and of
       other names for them, one a class in the data's order.
-    locate: `auto` to locate phrases where the encoder has a locator, or `none`.
+    locate: `auto` to locate phrases if the encoder has a locator, or `none`.
     count: images to use, evenly spaced; all by default (of the scenes 128).
     batch_size: images a step.
     pictures: images on the sheet.
@@ -58,17 +58,12 @@ class Grounding(Evaluator):
 
   data: Data = "scenes"
   images: str | None = None
-  regions: str = "auto"
+  regions: Literal["auto", "prompter", "pool", "crop"] = "auto"
   prompts: str | None = None
-  locate: str = "auto"
-  count: int | None = None
-  batch_size: int = 32
-  pictures: int = 0
-
-  def __post_init__(self):
-    ways = ("auto", *region_features.WAYS)
-    check_choice("grounding: regions", self.regions, ways)
-    check_choice("grounding: locate", self.locate, ("auto", "none"))
+  locate: Literal["auto", "none"] = "auto"
+  count: PositiveInt | None = None
+  batch_size: PositiveInt = 32
+  pictures: NonNegativeInt = 0
 
   @functools.cached_property
   def _set(self) -> tuple[BoxSet, prompts.Prompts | None]:
@@ -93,121 +88,69 @@ class Grounding(Evaluator):
     """Retrieval in both directions; accuracies with classes or a locator."""
     base.require_text(encoder)
     data, named = self._set
-    way = region_features.resolve(encoder, self.regions)
+    method = region_features.resolve(encoder, self.regions)
     region = region_features.embed(
-      encoder, data.images, data.boxes, way=way, batch_size=self.batch_size
+      encoder,
+      data.images,
+      data.boxes,
+      method=method,
+      batch_size=self.batch_size,
     )
-    matches = _retrieval(encoder, data, region)
-    parts = [(matches.metrics, matches.chance)]
-    if named is not None:
-      parts.append(_classification(encoder, data, named, region))
-    locates = self.locate == "auto" and encoder.can_predict("locator")
-    if locates:
-      parts.append(_localisation(encoder, data, self.batch_size))
-    pictures = {}
-    if self.pictures:
-      pictures["regions"] = _sheet(data, matches, self.pictures)
+    phrases, owner = retrieval.distinct_texts(
+      [phrase for own in data.phrases for phrase in own]
+    )
+    text = normalize(encoder.text(phrases))
     protocol = {
       **encoder.protocol(),
-      **region_features.protocol(encoder, way),
-      **_protocol(data, named, way, locates=locates),
-      "phrases_distinct": len(matches.phrases),
+      **region_features.protocol(encoder, method),
+      "data": data.name,
+      "data_hash": data.digest,
+      "images": len(data.images),
+      "boxes": sum(map(len, data.boxes)),
+      "boxes_left_out": data.left_out,
+      "box_source": "annotations",
+      "regions": method,
+      "phrase_prompt": "none",
+      "phrase_to_region": "hit if any region of the phrase is in the top k",
+      "similarity": "cosine, float32, highest matmul precision",
+      "ties": ranking.TIE_RULE,
+      "phrases_distinct": len(phrases),
     }
-    metrics, chance = (
-      {k: v for part in column for k, v in part.items()}
-      for column in zip(*parts, strict=True)
-    )
+    # A distinct phrase and its regions are as an image and its captions.
+    names = ("region_to_phrase", "phrase_to_region")
+    metrics = retrieval.recalls(text, region, owner=owner, names=names)
+    chance = retrieval.chance(owner, names=names)
+    if named is not None:
+      accuracies = zero_shot.class_accuracies(
+        region,
+        zero_shot.text_classifier(encoder, named),
+        np.concatenate(data.labels),
+      )
+      for total, part in zip((metrics, chance), accuracies, strict=True):
+        total |= {f"box_{name}": value for name, value in part.items()}
+      protocol |= {
+        "classes": len(named.classes),
+        **named.protocol(),
+        "mean_per_class": "over classes that have a box",
+      }
+    if self.locate == "auto" and encoder.can_predict("locator"):
+      located, fixed = _locate(encoder, data, self.batch_size)
+      metrics |= located
+      chance |= fixed
+      protocol |= {
+        "located": "IoU >= 0.5 with any box of the phrase in the image",
+        "located_chance": "the best single box to answer with always",
+      }
+    pictures = {}
+    if self.pictures:
+      sheet = _draw_sheet(data, region, text, phrases, count=self.pictures)
+      pictures["regions"] = sheet
     return Result(metrics, protocol, chance, pictures=pictures)
 
 
-def _protocol(
-  data: BoxSet,
-  named: prompts.Prompts | None,
-  way: str,
-  *,
-  locates: bool,
-) -> dict[str, Any]:
-  protocol = {
-    "data": data.name,
-    "data_hash": data.digest,
-    "images": len(data.images),
-    "boxes": sum(map(len, data.boxes)),
-    "boxes_left_out": data.left_out,
-    "box_source": "annotations",
-    "regions": way,
-    "phrase_prompt": "none",
-    "phrase_to_region": "hit if any region of the phrase is in the top k",
-    "similarity": "cosine, float32, highest matmul precision",
-    "ties": ranking.TIE_RULE,
-  }
-  if named is not None:
-    protocol |= {
-      "classes": len(named.classes),
-      **named.protocol(),
-      "mean_per_class": "over classes that have a box",
-    }
-  if locates:
-    protocol |= {
-      "located": "IoU >= 0.5 with any box of the phrase in the image",
-      "located_chance": "the best single box to answer with always",
-    }
-  return protocol
-
-
-# Metrics, and their chance.
-_Metrics = tuple[dict[str, float], dict[str, float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Retrieval:
-  """Metrics of retrieval and the embeddings that were compared."""
-
-  metrics: dict[str, float]
-  chance: dict[str, float]
-  phrases: list[str]
-  region: np.ndarray
-  text: np.ndarray
-
-
-def _retrieval(
-  encoder: Encoder,
-  data: BoxSet,
-  region: Float32[np.ndarray, "r e"],
-) -> _Retrieval:
-  phrases, owner = retrieval.distinct_texts(
-    [phrase for own in data.phrases for phrase in own]
-  )
-  text = normalize(encoder.text(phrases))
-  # A distinct phrase and its regions are as an image and its captions.
-  names = ("region_to_phrase", "phrase_to_region")
-  return _Retrieval(
-    retrieval.recalls(text, region, owner=owner, names=names),
-    retrieval.chance(owner, names=names),
-    phrases,
-    region,
-    text,
-  )
-
-
-def _classification(
-  encoder: Encoder,
-  data: BoxSet,
-  named: prompts.Prompts,
-  region: Float32[np.ndarray, "r e"],
-) -> _Metrics:
-  """Accuracies of the boxes' classes among all classes of the data."""
-  figures, chance = zero_shot.class_accuracies(
-    region,
-    zero_shot.text_classifier(encoder, named),
-    np.concatenate(data.labels),
-  )
-  return (
-    {f"box_{k}": v for k, v in figures.items()},
-    {f"box_{k}": v for k, v in chance.items()},
-  )
-
-
-def _localisation(encoder: Encoder, data: BoxSet, batch_size: int) -> _Metrics:
+def _locate(
+  encoder: Encoder, data: BoxSet, batch_size: int
+) -> tuple[dict[str, float], dict[str, float]]:
   """IoU of the predicted boxes of phrases, and of the best constant answer."""
   queries = [tuple(dict.fromkeys(own)) for own in data.phrases]
   boxes = []
@@ -219,54 +162,43 @@ def _localisation(encoder: Encoder, data: BoxSet, batch_size: int) -> _Metrics:
       batch_size=batch_size,
     )
     boxes += [out.boxes[k, : len(queries[i])] for k, i in enumerate(chosen)]
-  best = best_overlaps(boxes, queries, data)
-  floor = fixed_overlaps(fixed_answers(data), queries, data)
+  answers = fixed_answers(data)[:, None]
+  best, fixed = (
+    best_overlaps(each, queries, data)
+    for each in (boxes, [answers] * len(queries))
+  )
   return (
     {
       "located_iou50": float(np.mean(best >= 0.5)),
       "located_mean_iou": float(np.mean(best)),
     },
     {
-      "located_iou50": float(np.max(np.mean(floor >= 0.5, axis=1))),
-      "located_mean_iou": float(np.max(np.mean(floor, axis=1))),
+      "located_iou50": float(np.max(np.mean(fixed >= 0.5, axis=1))),
+      "located_mean_iou": float(np.max(np.mean(fixed, axis=1))),
     },
   )
 
 
 def best_overlaps(
-  boxes: Sequence[Float[np.ndarray, "_ 4"]],
+  boxes: Sequence[Float[np.ndarray, "*answers _ 4"]],
   queries: Sequence[Sequence[str]],
   data: BoxSet,
-) -> Float[np.ndarray, " q"]:
+) -> Float[np.ndarray, "*answers q"]:
   """The best IoU of each predicted box with a box of its phrase.
 
   Args:
-    boxes: predicted, of each image one for each of its `queries`.
+    boxes: predicted, of each image one for each of its `queries`, or one for
+      all of them.
     queries: distinct phrases of each image.
     data: with all boxes and phrases of the images.
   """
   best = []
-  for i, own in enumerate(queries):
-    overlap = ious(boxes[i], data.boxes[i])  # [queries, boxes]
-    best.append(np.where(_same(own, data.phrases[i]), overlap, 0).max(axis=1))
-  return np.concatenate(best)
-
-
-def fixed_overlaps(
-  answers: Float[np.ndarray, "c 4"],
-  queries: Sequence[Sequence[str]],
-  data: BoxSet,
-) -> Float[np.ndarray, "c q"]:
-  """`best_overlaps` of boxes each of which is the answer to every query."""
-  best = []
-  for i, own in enumerate(queries):
-    overlap = ious(answers, data.boxes[i])[:, None]  # [c, 1, boxes]
-    best.append(np.where(_same(own, data.phrases[i]), overlap, 0).max(axis=2))
-  return np.concatenate(best, axis=1)
-
-
-def _same(queries: Sequence[str], phrases: Sequence[str]) -> np.ndarray:
-  return np.asarray([[p == q for p in phrases] for q in queries])
+  for own, asked, truth, phrases in zip(
+    boxes, queries, data.boxes, data.phrases, strict=True
+  ):
+    same = np.asarray([[p == query for p in phrases] for query in asked])
+    best.append(np.where(same, ious(own, truth), 0).max(axis=-1))
+  return np.concatenate(best, axis=-1)
 
 
 def fixed_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
@@ -282,10 +214,10 @@ def fixed_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
 
 
 def ious(
-  a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "m 4"]
-) -> Float[np.ndarray, "n m"]:
+  a: Float[np.ndarray, "*n 4"], b: Float[np.ndarray, "m 4"]
+) -> Float[np.ndarray, "*n m"]:
   """Intersection over union of boxes (y0, x0, y1, x1); 0 without area."""
-  a, b = np.asarray(a, np.float64)[:, None], np.asarray(b, np.float64)[None]
+  a, b = np.asarray(a, np.float64)[..., None, :], np.asarray(b, np.float64)
   low = np.maximum(a[..., :2], b[..., :2])
   high = np.minimum(a[..., 2:], b[..., 2:])
   both = np.maximum(high - low, 0).prod(axis=-1)
@@ -294,19 +226,25 @@ def ious(
   return np.where(union > 0, both / np.where(union > 0, union, 1), 0)
 
 
-def _sheet(data: BoxSet, matches: _Retrieval, count: int) -> np.ndarray:
+def _draw_sheet(
+  data: BoxSet,
+  region: Float32[np.ndarray, "r e"],
+  text: Float32[np.ndarray, "p e"],
+  phrases: Sequence[str],
+  *,
+  count: int,
+) -> np.ndarray:
   """Images with their boxes, named by annotation and by top-1 phrase."""
   starts = np.cumsum([0, *map(len, data.boxes)])
-  chosen = examples.subsample(range(len(data.images)), count)
   rows = []
-  for i in chosen:
-    own = slice(starts[i], starts[i + 1])
-    best = np.argmax(matches.region[own] @ matches.text.T, axis=1)
+  for i in examples.subsample(range(len(data.images)), count):
+    scores = region[starts[i] : starts[i + 1]] @ text.T
+    top = [phrases[k] for k in np.argmax(scores, axis=1)]
     image = np.asarray(plots.fit_image(data.images[i], _IMAGE_SIZE))
     rows.append(
       [
         plots.draw_boxes(image, data.boxes[i], names)[0]
-        for names in (data.phrases[i], [matches.phrases[k] for k in best])
+        for names in (data.phrases[i], top)
       ]
     )
-  return plots.image_grid(rows, titles=("annotated", "found"), size=_IMAGE_SIZE)
+  return plots.image_grid(rows, titles=("annotated", "top 1"), size=_IMAGE_SIZE)

@@ -15,11 +15,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int
 
+from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.core import ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
@@ -38,7 +38,7 @@ class Retrieval(Evaluator):
 
   Attributes:
     data: see `datasets/registry.py`.
-    images: the folder of images, where it is not beside the JSON.
+    images: the folder of images, if it is not beside the JSON.
     split: of Karpathy's file.
     max_captions: the first captions of an image to use; all by default. (Of
       COCO's 5,000 test images some have six or seven: 25,010 captions.)
@@ -50,10 +50,10 @@ class Retrieval(Evaluator):
   data: Data = "scenes"
   images: str | None = None
   split: str = "test"
-  max_captions: int | None = None
-  count: int | None = None
-  batch_size: int = 64
-  pictures: int = 0
+  max_captions: PositiveInt | None = None
+  count: PositiveInt | None = None
+  batch_size: PositiveInt = 64
+  pictures: NonNegativeInt = 0
 
   @functools.cached_property
   def _set(self) -> CaptionSet:
@@ -80,30 +80,25 @@ class Retrieval(Evaluator):
     distinct, index = distinct_texts(data.captions)
     text = encoder.text(distinct)[index]
     image, text = normalize(image), normalize(text)
-    return Result(
-      recalls(image, text, owner=data.owner),
-      self._protocol(encoder, data, distinct=len(distinct)),
-      chance(data.owner),
-      pictures=_sheets(data, image, text, self.pictures),
-    )
-
-  def _protocol(
-    self, encoder: Encoder, data: CaptionSet, *, distinct: int
-  ) -> dict[str, Any]:
-    return {
+    protocol = {
       **encoder.protocol(),
       "data": data.name,
       "data_hash": data.digest,
       **({"split": data.split} if data.split else {}),
       "images": len(data.images),
       "captions": len(data.captions),
-      "captions_distinct": distinct,
+      "captions_distinct": len(distinct),
       "max_captions": self.max_captions or "all",
       "prompt": "none",
       "image_to_text": "hit if any caption of the image is in the top k",
       "similarity": "cosine, float32, highest matmul precision",
       "ties": ranking.TIE_RULE,
     }
+    pictures = {}
+    if self.pictures:
+      pictures = _draw_sheets(data, image, text, self.pictures)
+    metrics = recalls(image, text, owner=data.owner)
+    return Result(metrics, protocol, chance(data.owner), pictures=pictures)
 
 
 def distinct_texts(
@@ -145,7 +140,7 @@ def recalls(
   }
 
 
-def _sheets(
+def _draw_sheets(
   data: CaptionSet,
   image: Float32[np.ndarray, "n e"],
   text: Float32[np.ndarray, "m e"],
@@ -155,8 +150,6 @@ def _sheets(
 
   The images are evenly spaced; the caption is the first of its image.
   """
-  if not count:
-    return {}
   chosen = subsample(range(len(data.images)), count)
   # Equal captions are one line of the sheet.
   distinct, index = distinct_texts(data.captions)

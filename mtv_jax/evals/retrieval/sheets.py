@@ -26,8 +26,8 @@ def ranked_captions(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Images, each beside the captions of the highest scores.
 
-  Correct captions are green and marked. Where none is at the top, the best of
-  them is below with its rank.
+  Correct captions are green and marked. If none is at the top, the best of them
+  is below with its rank.
 
   Args:
     images: n of them.
@@ -52,9 +52,8 @@ def ranked_captions(
       j, y = order[rank], i * height + k * LINE_HEIGHT
       if correct[i, j]:
         draw.rectangle((x, y + 2, x + 5, y + LINE_HEIGHT - 3), fill=MATCH)
-      text = plots.shorten(
-        f"{rank + 1}.  {scores[i, j]:.3f}  {captions[j]}", width - x - 2 * GAP
-      )
+      text = f"{rank + 1}.  {scores[i, j]:.3f}  {captions[j]}"
+      text = plots.shorten(text, width - x - 2 * GAP)
       ink = MATCH if correct[i, j] else INK
       draw.text((x + 10, y), text, ink, plots.font())
   return np.asarray(sheet)
@@ -71,8 +70,7 @@ def ranked_images(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Captions, each above the images of the highest scores.
 
-  The caption's own image has a green frame. Where it is not at the top, the
-  line of the caption says its rank.
+  The caption's own image has a green frame, or its rank is beside the caption.
 
   Args:
     captions: n of them.

@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class Question:
   Attributes:
     truths: correct answers, one from each annotator.
     options: of multiple choice, in the order of their letters.
-    kind: of the answer, where the file distinguishes kinds.
+    kind: of the answer, if the file distinguishes kinds.
   """
 
   truths: tuple[str, ...]
@@ -73,13 +73,8 @@ def read_answers(path: str | os.PathLike) -> dict[str, str]:
   content = _read_json(path)
   if isinstance(content, Mapping) and not {*_IDS} & {*content}:
     content = [{"id": k, "answer": v} for k, v in content.items()]
-  answers = {}
-  for row in _rows(path, content):
-    key = str(_get(path, row, _IDS))
-    if key in answers:
-      raise InputError(f"{path}: question {key} is answered twice")
-    answers[key] = str(_get(path, row, _ANSWERS))
-  return answers
+  rows = _rows_by_question(path, content)
+  return {key: str(_get(path, row, _ANSWERS)) for key, row in rows.items()}
 
 
 def read_questions(path: str | os.PathLike) -> dict[str, Question]:
@@ -97,16 +92,30 @@ def read_questions(path: str | os.PathLike) -> dict[str, Question]:
       content = lists[0]
     elif all(isinstance(row, Mapping) for row in content.values()):
       content = [{**row, "id": key} for key, row in content.items()]
-  questions = {}
-  for row in _rows(path, content):
+  rows = _rows_by_question(path, content)
+  return {key: _make_question(path, row) for key, row in rows.items()}
+
+
+def _rows_by_question(
+  path: str | os.PathLike, content: Any
+) -> dict[str, Mapping[str, Any]]:
+  rows = [content] if isinstance(content, Mapping) else content
+  valid = isinstance(rows, list) and all(isinstance(r, Mapping) for r in rows)
+  if not valid or not rows:
+    got = f"a {type(content).__name__}"
+    if isinstance(content, Mapping):
+      got = f"keys {sorted(content)[:6]}"
+    raise InputError(f"{path}: expected rows of questions; got {got}")
+  by_question = {}
+  for row in rows:
     key = str(_get(path, row, _IDS))
-    if key in questions:
+    if key in by_question:
       raise InputError(f"{path}: question {key} occurs twice")
-    questions[key] = _question(path, row)
-  return questions
+    by_question[key] = row
+  return by_question
 
 
-def _question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
+def _make_question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
   options = next((row[name] for name in _OPTIONS if name in row), ())
   truths = _get(path, row, _TRUTHS)
   truths = truths if isinstance(truths, list) else [truths]
@@ -121,51 +130,27 @@ def _question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
   )
 
 
-def score(
-  answers: Mapping[str, str],
-  questions: Mapping[str, Question],
-  *,
-  rule: str,
-  missing: str = "error",
-) -> Scores:
-  """Scores answers by a benchmark's rule.
+def _read_json(path: str | os.PathLike) -> Any:
+  text = pathlib.Path(path).read_text(encoding="utf-8")
+  try:
+    return json.loads(text)
+  except ValueError as error:
+    try:
+      return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError:
+      raise InputError(
+        f"{path} is neither JSON ({error}) nor one object a line"
+      ) from None
 
-  Args:
-    answers: by question.
-    questions: by question.
-    rule: `vqa`, `vqa_simple`, `exact`, `option`, `pope` or `anls`; see
-      `metrics`.
-    missing: whether a question without an answer is an `error` or `wrong`.
 
-  Raises:
-    InputError: for an unknown rule, an answer without a question, or missing
-      answers.
-  """
-  check_choice("rule", rule, RULES)
-  check_choice("missing", missing, ("error", "wrong"))
-  unanswered = [key for key in questions if key not in answers]
-  unknown = [key for key in answers if key not in questions]
-  if unknown or (unanswered and missing == "error"):
-    raise InputError(
-      f"{len(unanswered)} of {len(questions)} questions have no answer"
-      f"{f' (such as {unanswered[0]})' if unanswered else ''}, and "
-      f"{len(unknown)} answers belong to no question"
-      f"{f' (such as {unknown[0]})' if unknown else ''}. "
-      "Unanswered ones can be counted as wrong (missing=wrong)."
-    )
-  given = [answers.get(key) for key in questions]
-  digest = hashlib.sha256(
-    json.dumps([[k, *q.truths] for k, q in questions.items()]).encode()
-  )
-  return Scores(
-    _score_rule(rule, given, list(questions.values())),
-    {
-      "rule": rule,
-      "questions": len(questions),
-      "unanswered": len(unanswered),
-      "missing": missing,
-      "data_hash": digest.hexdigest()[:16],
-    },
+def _get(
+  path: str | os.PathLike, row: Mapping[str, Any], names: Sequence[str]
+) -> Any:
+  for name in names:
+    if name in row:
+      return row[name]
+  raise InputError(
+    f"{path}: a row has {sorted(row)[:8]}, and none of {list(names)}"
   )
 
 
@@ -187,8 +172,54 @@ RULES = {
 }
 
 
+def score(
+  answers: Mapping[str, str],
+  questions: Mapping[str, Question],
+  *,
+  rule: str,
+  missing: str = "error",
+) -> Scores:
+  """Scores answers by a benchmark's rule.
+
+  Args:
+    answers: by question.
+    questions: by question.
+    rule: one of `RULES`, see `metrics`.
+    missing: whether a question without an answer is an `error` or `wrong`.
+
+  Raises:
+    InputError: for an unknown rule, an answer without a question, or missing
+      answers.
+  """
+  check_choice("rule", rule, RULES)
+  check_choice("missing", missing, ("error", "wrong"))
+  unanswered = [key for key in questions if key not in answers]
+  unknown = [key for key in answers if key not in questions]
+  if unknown or (unanswered and missing == "error"):
+    raise InputError(
+      f"{len(unanswered)} of {len(questions)} questions have no answer "
+      f"{f'(such as {unanswered[0]})' if unanswered else ''}, and "
+      f"{len(unknown)} answers belong to no question "
+      f"{f'(such as {unknown[0]})' if unknown else ''}. missing=wrong counts "
+      "unanswered ones as wrong."
+    )
+  digest = hashlib.sha256(
+    json.dumps([[k, *q.truths] for k, q in questions.items()]).encode()
+  )
+  return Scores(
+    _score_rule(rule, list(map(answers.get, questions)), questions.values()),
+    {
+      "rule": rule,
+      "questions": len(questions),
+      "unanswered": len(unanswered),
+      "missing": missing,
+      "data_hash": digest.hexdigest()[:16],
+    },
+  )
+
+
 def _score_rule(
-  rule: str, answers: Sequence[str | None], questions: Sequence[Question]
+  rule: str, answers: Sequence[str | None], questions: Collection[Question]
 ) -> dict[str, float]:
   """The metrics of a rule; a missing answer is wrong."""
   if rule == "pope":
@@ -196,51 +227,12 @@ def _score_rule(
     wrong = ["no" if t.lower() == "yes" else "yes" for t in truths]
     said = [w if a is None else a for a, w in zip(answers, wrong, strict=True)]
     return metrics_lib.pope_scores(said, truths)
-  scores = [
-    0.0 if a is None else RULES[rule](a, q)
-    for a, q in zip(answers, questions, strict=True)
-  ]
+  scores, kinds = [], collections.defaultdict(list)
+  for answer, question in zip(answers, questions, strict=True):
+    scores.append(0.0 if answer is None else RULES[rule](answer, question))
+    if question.kind:
+      kinds[f"accuracy_{question.kind}"].append(scores[-1])
   if rule == "anls":
     return {"anls": float(np.mean(scores))}
-  kinds = collections.defaultdict(list)
-  for value, question in zip(scores, questions, strict=True):
-    if question.kind:
-      kinds[question.kind].append(value)
-  by_kind = {f"accuracy_{k}": float(np.mean(v)) for k, v in kinds.items()}
-  return {"accuracy": float(np.mean(scores)), **by_kind}
-
-
-def _read_json(path: str | os.PathLike) -> Any:
-  text = pathlib.Path(path).read_text(encoding="utf-8")
-  try:
-    return json.loads(text)
-  except ValueError as error:
-    lines = [line for line in text.splitlines() if line.strip()]
-    try:
-      return [json.loads(line) for line in lines]
-    except ValueError:
-      raise InputError(
-        f"{path} is neither JSON ({error}) nor one object a line"
-      ) from None
-
-
-def _rows(path: str | os.PathLike, content: Any) -> list[Mapping[str, Any]]:
-  rows = [content] if isinstance(content, Mapping) else content
-  valid = isinstance(rows, list) and all(isinstance(r, Mapping) for r in rows)
-  if not valid or not rows:
-    got = f"a {type(content).__name__}"
-    if isinstance(content, Mapping):
-      got = f"keys {sorted(content)[:6]}"
-    raise InputError(f"{path}: expected rows of questions; got {got}")
-  return rows
-
-
-def _get(
-  path: str | os.PathLike, row: Mapping[str, Any], names: Sequence[str]
-) -> Any:
-  for name in names:
-    if name in row:
-      return row[name]
-  raise InputError(
-    f"{path}: a row has {sorted(row)[:8]}, and none of {list(names)}"
-  )
+  kinds = {"accuracy": scores, **kinds}
+  return {name: float(np.mean(values)) for name, values in kinds.items()}

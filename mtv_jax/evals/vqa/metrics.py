@@ -13,48 +13,34 @@ import numpy as np
 
 from mtv_jax.utils.errors import InputError, check_choice
 
-_COUNTING = ("original", "simple")
-
-# The rules of VQA's official evaluation, its quirks included: a period is kept
-# only before a digit, "somebody'd" loses its apostrophe.
+# VQA's official evaluation, its quirks included: periods are deleted except
+# before a digit, "somebody'd" loses its apostrophe.
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _ARTICLES = ("a", "an", "the")
-_NUMBERS = {
-  "none": "0",
-  "zero": "0",
-  "one": "1",
-  "two": "2",
-  "three": "3",
-  "four": "4",
-  "five": "5",
-  "six": "6",
-  "seven": "7",
-  "eight": "8",
-  "nine": "9",
-  "ten": "10",
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {"none": "0"} | {
+  word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())
 }
 
 
 def _contractions() -> dict[str, str]:
   """Contractions by their spelling without an apostrophe."""
-  table = {}
-
-  def add(stems: str, ending: str) -> None:
-    for stem in stems.split():
-      table[stem + ending.replace("'", "")] = stem + ending
-
-  add(
-    "ai are ca could did does do did had has have is might must need ought sha "
-    "should was were wo would",
-    "n't",
-  )
-  add("could might must not should they we what where who would you", "'ve")
-  add("he how it someone something there they where who you", "'d")
-  add("how it somebody someone something they what who why you", "'ll")
-  add("he how somebody someone that there what when where who why", "'s")
-  add("there they what why you", "'re")
+  endings = {
+    "n't": "ai are ca could did does do did had has have is might must need "
+    "ought sha should was were wo would",
+    "'ve": "could might must not should they we what where who would you",
+    "'d": "he how it someone something there they where who you",
+    "'ll": "how it somebody someone something they what who why you",
+    "'s": "he how somebody someone that there what when where who why",
+    "'re": "there they what why you",
+  }
+  table = {
+    stem + ending.replace("'", ""): stem + ending
+    for ending, stems in endings.items()
+    for stem in stems.split()
+  }
   # Of two apostrophes either may be missing, not both.
   nots = "couldn hadn mightn shouldn wouldn"
   subjects = "he it she somebody someone something there they we who you"
@@ -114,8 +100,8 @@ def vqa_accuracy(
 
   `original`: the mean over annotators of min(1, m / 3), with m of the other
   annotators giving that answer. With c of ten: 0, .3, .6, .9, 1, ...
-  `simple`: min(1, c / 3), as in big_vision. Answers are normalised where the
-  annotators disagree; where all agree, the answer must equal theirs.
+  `simple`: min(1, c / 3), as in big_vision. Answers are normalised if the
+  annotators disagree; if all agree, the answer must equal theirs.
 
   Args:
     answer: of the model.
@@ -125,9 +111,8 @@ def vqa_accuracy(
   Raises:
     InputError: for no truths, or an unknown counting.
   """
-  check_choice("counting", counting, _COUNTING)
-  if not truths:
-    raise InputError("vqa_accuracy: no truths; expected at least one answer")
+  check_choice("counting", counting, ("original", "simple"))
+  _require_truths(truths)
   answer, truths = _strip(answer), [_strip(truth) for truth in truths]
   if len(set(truths)) > 1:
     answer = normalize_answer(answer)
@@ -138,6 +123,11 @@ def vqa_accuracy(
     return min(1.0, count / 3)
   others = [min(1.0, (count - same) / 3) for same in agree]
   return sum(others) / len(others)
+
+
+def _require_truths(truths: Sequence[str]) -> None:
+  if not truths:
+    raise InputError("no truths; expected at least one answer")
 
 
 def exact_match(answer: str, truths: Sequence[str]) -> float:
@@ -160,7 +150,7 @@ _NAMED_LETTER = re.compile(
 
 
 def option_letter(
-  answer: str, options: Sequence[str] = (), *, count: int | None = None
+  answer: str, options: Sequence[str] = (), *, count: int = 26
 ) -> str | None:
   """The option that an answer to a multiple-choice question selects.
 
@@ -171,17 +161,16 @@ def option_letter(
   Args:
     answer: of the model.
     options: the texts of the options, in order; may be left out.
-    count: number of options where `options` is left out; 26 if None.
+    count: number of options if `options` is left out.
 
   Returns:
-    A capital letter, or None where the answer selects none.
+    A capital letter, or None if the answer selects none.
   """
-  last = chr(ord("A") + (len(options) or count or 26) - 1)
+  last = chr(ord("A") + (len(options) or count) - 1)
   for pattern in (_LETTER, _NAMED_LETTER):
     for match in pattern.finditer(answer.strip()):
-      letter = match[1].upper()
-      if letter <= last:
-        return letter
+      if match[1].upper() <= last:
+        return match[1].upper()
   said = _plain(answer)
   plain = [_plain(option) for option in options]
   equal = [i for i, option in enumerate(plain) if option == said]
@@ -215,8 +204,8 @@ def pope_scores(
     truths: "yes" or "no", one for each answer.
 
   Returns:
-    `accuracy`, `precision`, `recall`, `f1`, and `yes_rate`, the share of yes
-    among the answers. A ratio with a denominator of 0 is 0.
+    `accuracy`, `precision`, `recall`, `f1`, and `yes_rate` of the answers. A
+    ratio with a denominator of 0 is 0.
 
   Raises:
     InputError: for another truth, none at all, or different lengths.
@@ -230,16 +219,16 @@ def pope_scores(
   said = np.array([says_yes(answer) for answer in answers])
   true = np.array([truth == "yes" for truth in plain])
   hits = float(np.sum(said & true))
-  precision = hits / max(said.sum(), 1)
-  recall = hits / max(true.sum(), 1)
+  precision, recall = hits / max(said.sum(), 1), hits / max(true.sum(), 1)
   total = precision + recall
-  return {
-    "accuracy": float(np.mean(said == true)),
-    "precision": float(precision),
-    "recall": float(recall),
-    "f1": float(2 * precision * recall / total) if total else 0.0,
-    "yes_rate": float(np.mean(said)),
+  scores = {
+    "accuracy": np.mean(said == true),
+    "precision": precision,
+    "recall": recall,
+    "f1": 2 * precision * recall / total if total else 0,
+    "yes_rate": np.mean(said),
   }
+  return {name: float(value) for name, value in scores.items()}
 
 
 def anls(
@@ -259,8 +248,7 @@ def anls(
   Raises:
     InputError: for no truths.
   """
-  if not truths:
-    raise InputError("anls: no truths; expected at least one answer")
+  _require_truths(truths)
   said = " ".join(answer.lower().split())
   best = 0.0
   for truth in truths:

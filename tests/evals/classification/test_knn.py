@@ -15,9 +15,11 @@ from mtv_jax.cli.main import command
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.classification import knn
+from mtv_jax.evals.core.base import build_evaluator
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.utils.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +65,14 @@ def test_one_device_and_eight_agree(mesh):
 def test_predict_golden():
   """Weights e^0, e^-1, e^-2, ... of classes 1, 0, 0, 2, 0, ... by hand."""
   similarity = np.array([[0.9, 0.8, 0.7, 0.6, 0.5]], np.float32)
-  found = knn.Neighbours(similarity, np.array([[4, 3, 0, 1, 2]]))
+  neighbours = knn.Neighbours(similarity, np.array([[4, 3, 0, 1, 2]]))
   labels = np.array([0, 2, 0, 0, 1], np.int32)
 
   def predict(temperature):
     return {
       k: int(p[0])
       for k, p in knn.predict(
-        found, labels, ks=(1, 3, 5), classes=3, temperature=temperature
+        neighbours, labels, ks=(1, 3, 5), classes=3, temperature=temperature
       ).items()
     }
 
@@ -82,8 +84,8 @@ def test_predict_golden():
 
 
 def test_equal_votes_go_to_the_lowest_class():
-  found = knn.Neighbours(np.ones((1, 2), np.float32), np.array([[0, 1]]))
-  got = knn.predict(found, np.array([2, 1], np.int32), ks=(2,), classes=3)
+  neighbours = knn.Neighbours(np.ones((1, 2), np.float32), np.array([[0, 1]]))
+  got = knn.predict(neighbours, np.array([2, 1], np.int32), ks=(2,), classes=3)
   assert list(got[2]) == [1]
 
 
@@ -93,10 +95,10 @@ def test_invalid_options_and_features_are_refused():
     knn.find_neighbours(rows, rows, k=4)
   with pytest.raises(ValueError, match="the bank are not all finite"):
     knn.find_neighbours(rows, rows * np.nan, k=1)
-  with pytest.raises(ValueError, match="Did you mean 'pooled'"):
-    knn.KNN(feature="poled")
-  with pytest.raises(ValueError, match="expected numbers of at least 1"):
-    knn.KNN(k=(0, 10))
+  with pytest.raises(ConfigError, match="Did you mean 'pooled'"):
+    build_evaluator("knn", {"feature": "poled"})
+  with pytest.raises(ConfigError, match="each an integer >= 1"):
+    build_evaluator("knn", {"k": (0, 10)})
 
 
 def test_no_block_exceeds_its_bytes(mesh, monkeypatch):
@@ -125,7 +127,7 @@ def test_a_folder(tmp_path, write_image, colours):
       write_image(tmp_path / "train" / name / f"{i}.png", name)
     write_image(tmp_path / "test" / name / "0.png", name)
   # A green image with the label red.
-  write_image(tmp_path / "train" / "red" / "odd.png", "green")
+  write_image(tmp_path / "train" / "red" / "mislabelled.png", "green")
   evaluator = knn.KNN(data=str(tmp_path), view="encoder", k=(1, 3, 100))
   evaluator.prepare()
   result = evaluator.run(colours)
@@ -169,10 +171,10 @@ def test_predictions_are_those_of_scikit_learn(mesh, k):
     weights=lambda d: np.exp((1 - d) / 0.07),
   )
   want = oracle.fit(bank, labels).predict(queries)
-  found = knn.find_neighbours(queries, bank, k=20, mesh=mesh)
-  got = knn.predict(found, labels, ks=(k, 20), classes=7)[k]
+  neighbours = knn.find_neighbours(queries, bank, k=20, mesh=mesh)
+  got = knn.predict(neighbours, labels, ks=(k, 20), classes=7)[k]
   assert list(got) == list(want)
-  assert 0.02 < np.mean(want != labels[found.index[:, 0]]) < 1 or k == 1
+  assert 0.02 < np.mean(want != labels[neighbours.index[:, 0]]) < 1 or k == 1
 
 
 @pytest.mark.parametrize(
@@ -207,9 +209,11 @@ def test_memory_is_that_of_a_block():
     bank = rng.normal(size=(100_000, 8)).astype(np.float32)
     knn.find_neighbours(bank[:8], bank[:300], k=200)
     before = peak()
-    found = knn.find_neighbours(bank[:8000], bank, k=200, block_bytes=2**24)
+    index = knn.find_neighbours(
+      bank[:8000], bank, k=200, block_bytes=2**24
+    ).index
     print(peak() - before)
-    assert (found.index[:, 0] != found.index[:, 1]).all()
+    assert (index[:, 0] != index[:, 1]).all()
   """
   out = subprocess.run(
     [sys.executable, "-c", textwrap.dedent(code)],

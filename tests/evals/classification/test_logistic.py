@@ -5,7 +5,9 @@ import pytest
 
 import mtv_jax
 from mtv_jax.evals.classification import logistic
+from mtv_jax.evals.core.base import build_evaluator
 from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.utils.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +93,9 @@ def test_scenes(select):
 
 def test_invalid_options_are_refused():
   for options, match in (
-    ({"strengths": (0.0,)}, "expected values above 0"),
+    ({"strengths": (0.0,)}, "each a number > 0"),
     ({"normalize": "l1"}, "There are: l2, raw"),
     ({"select": "test"}, "select is 'test'"),
   ):
-    with pytest.raises(ValueError, match=match):
-      logistic.Logistic(**options)
+    with pytest.raises(ConfigError, match=match):
+      build_evaluator("logistic", options)

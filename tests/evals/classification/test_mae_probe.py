@@ -11,7 +11,9 @@ from mtv_jax.encoder import baselines
 from mtv_jax.encoder.encoder import ImageFeatures
 from mtv_jax.evals.classification import mae_probe
 from mtv_jax.evals.core import probe
+from mtv_jax.evals.core.base import build_evaluator
 from mtv_jax.evals.datasets import registry
+from mtv_jax.utils.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +166,10 @@ def test_more_than_a_hundred_epochs_are_cached_by_default(folder, caplog):
 
 
 def test_invalid_options_are_refused():
-  with pytest.raises(ValueError, match="warmup=90"):
-    mae_probe.MaeProbe(warmup=90)
-  with pytest.raises(ValueError, match="Did you mean 'crops'"):
-    mae_probe.MaeProbe(augment="crop")
+  for options, match in (
+    ({"warmup": 90}, "mae_probe: warmup=90"),
+    ({"augment": "crop"}, "Did you mean 'crops'"),
+    ({"train_batch": 1}, "expected an integer >= 2"),
+  ):
+    with pytest.raises(ConfigError, match=match):
+      build_evaluator("mae_probe", options)

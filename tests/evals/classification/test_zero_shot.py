@@ -134,7 +134,7 @@ def test_flat_wnid_folder(tmp_path, write_image):
   assert data.ids == ("n00000001", "n00000002")
   assert data.classes == ("green", "great red")
   assert list(data.labels) == [0, 1]
-  # By ids where the file has them, whatever the names say.
+  # By ids if the file has them, regardless of the names.
   named = Prompts(
     ("a", "b", "c"), ids=("n00000002", "n00000009", "n00000001"), name="f"
   )
@@ -188,7 +188,7 @@ def test_classes_of_one_name_are_refused(folder, write_image):
   message = "classes 'Red!' and 'red' are both 'red' in prompts"
   with pytest.raises(ValueError, match=message):
     match_classes(data, None, keep="all")
-  # Also where the file has the name twice: which is which?
+  # Also if the file has the name twice.
   named = Prompts(("red", "green", "blue", "red"), ("{}",), name="f")
   with pytest.raises(ValueError, match=message):
     match_classes(data, named, keep="all")
@@ -216,14 +216,14 @@ def test_prompt_files(tmp_path):
   path = tmp_path / "p.json"
   with pytest.raises(FileNotFoundError, match="make_prompts"):
     read_prompts(path)
-  made = Prompts(("a", "b"), ("one {}",), ("x", "y"), name="p.json")
-  prompts.write_prompts(path, made)
-  assert read_prompts(path) == made
+  written = Prompts(("a", "b"), ("one {}",), ("x", "y"), name="p.json")
+  prompts.write_prompts(path, written)
+  assert read_prompts(path) == written
   for content, message in (
     ("{", "not JSON"),
     ("[1]", "expected an object with 'classes'"),
     ('{"classes": [1]}', "list of non-empty strings"),
-    ('{"classes": ["a"], "templates": ["no place"]}', "exactly one"),
+    ('{"classes": ["a"], "templates": ["no braces"]}', "exactly one"),
     ('{"classes": ["a", "b"], "ids": ["x", "x"]}', "1 of them distinct"),
   ):
     path.write_text(content)
@@ -238,12 +238,12 @@ def test_build_evaluator_checks_its_options():
     build_evaluator("zeroshot", {})
   with pytest.raises(ConfigError, match="Did you mean 'batch_size'"):
     build_evaluator("zero_shot", {"batchsize": 5})
-  with pytest.raises(ValueError, match="Did you mean 'present'"):
-    ZeroShot(classes="presents")
+  with pytest.raises(ConfigError, match="Did you mean 'present'"):
+    build_evaluator("zero_shot", {"classes": "presents"})
 
 
 class SceneEncoder(Encoder):
-  """Tells what the held-out scenes show, but for the first, and their names."""
+  """Embeds held-out scenes as their class, except for the first one."""
 
   def __init__(self):
     self.source, self.weights = "scenes", "student"

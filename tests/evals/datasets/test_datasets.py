@@ -16,7 +16,7 @@ from mtv_jax.utils.errors import MissingFileError
 
 @pytest.fixture
 def tree(tmp_path, write_image):
-  def make(root, **classes):
+  def write_tree(root, **classes):
     for path, count in classes.items():
       for i in range(count):
         colour = path.rsplit("__")[-1]
@@ -25,7 +25,7 @@ def tree(tmp_path, write_image):
         )
     return tmp_path / root
 
-  return make
+  return write_tree
 
 
 def test_splits_of_a_folder(tree):
@@ -93,32 +93,32 @@ def test_a_class_may_be_called_train(tree):
 
 def test_scenes_are_labelled_without_rendering(monkeypatch):
   want = [scenes.render(HELD_OUT_SCENES + i).label for i in range(5)]
-  drawn = []
+  rendered = []
   render = scenes.render
   monkeypatch.setattr(
-    scenes, "render", lambda i, **kw: drawn.append(i) or render(i, **kw)
+    scenes, "render", lambda i, **kw: rendered.append(i) or render(i, **kw)
   )
   data = registry.open_splits("scenes", count=5, train_count=5)
   assert list(data.test.labels) == want
   assert data.classes == len(scenes.CLASS_NAMES)
-  assert not drawn
+  assert not rendered
   assert data.test.images[3].shape == data.train.images[0].shape == (96, 96, 3)
-  assert drawn == [HELD_OUT_SCENES + 3, PROBE_SCENES]
+  assert rendered == [HELD_OUT_SCENES + 3, PROBE_SCENES]
   # As a mapping too, neither split is what an encoder may have trained on.
-  drawn.clear()
+  rendered.clear()
   data = registry.open_splits({"type": "scenes", "length": 3})
   assert data.test.images[0].shape == data.train.images[0].shape
-  assert drawn == [HELD_OUT_SCENES, PROBE_SCENES]
+  assert rendered == [HELD_OUT_SCENES, PROBE_SCENES]
 
 
 def test_held_out():
   labels = np.array([0] * 25 + [1] * 10 + [2] * 6 + [3] * 2 + [5])
   rng = np.random.default_rng(0)
   labels = rng.permutation(labels)
-  kept, out = hold_out(labels)
-  assert sorted([*kept, *out]) == list(range(len(labels)))
+  train, out = hold_out(labels)
+  assert sorted([*train, *out]) == list(range(len(labels)))
   assert list(np.bincount(labels[out], minlength=6)) == [2, 1, 1, 1, 0, 0]
-  assert list(kept) == sorted(kept)
+  assert list(train) == sorted(train)
 
 
 def test_select_keeps_images_and_labels_together(tree):

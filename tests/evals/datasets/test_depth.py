@@ -138,13 +138,13 @@ def test_nyu_tfds(monkeypatch):
     }
     for i in range(3)
   ]
-  asked = []
+  calls = []
   module = types.ModuleType("tensorflow_datasets")
-  module.data_source = lambda name, **k: asked.append((name, k)) or rows
+  module.data_source = lambda name, **k: calls.append((name, k)) or rows
   monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
   config = {"type": "tfds", "name": "nyu_depth_v2"}
   data = registry.open_depth(config, split="test", size=32, count=1)
-  assert asked == [("nyu_depth_v2", {"split": "validation", "data_dir": None})]
+  assert calls == [("nyu_depth_v2", {"split": "validation", "data_dir": None})]
   assert data.depths[0][0, 0] == 2.5
   assert data.depths[0].dtype == np.float32
   assert "float16" in data.source
@@ -185,7 +185,7 @@ def test_kitti_list(eigen):
 
 
 def test_kitti_without_its_depth(eigen):
-  (eigen / "data_depth_annotated" / "val").rename(eigen / "elsewhere")
+  (eigen / "data_depth_annotated" / "val").rename(eigen / "moved")
   with pytest.raises(FileNotFoundError, match="1 of 2 depth maps are missing"):
     open_depth(eigen)
 
@@ -260,7 +260,7 @@ def test_missing_files_are_named(bts):
 
 def test_colour_is_no_depth(bts):
   write(bts / "kitchen" / "sync_depth_0.png", grey_image(3))
-  with pytest.raises(ValueError, match=r"got uint8 \(6, 8, 3\)"):
+  with pytest.raises(ValueError, match="mode RGB; expected one channel"):
     _ = open_depth(bts).depths[0]
 
 
@@ -272,7 +272,7 @@ def test_nothing_of_the_kind(tmp_path):
   with pytest.raises(NotApplicable, match="a file of another kind"):
     open_depth(tmp_path / "captions.json")
   with pytest.raises(FileNotFoundError, match="does not exist"):
-    open_depth(tmp_path / "lost")
+    open_depth(tmp_path / "missing")
   with pytest.raises(NotApplicable, match="nyu_depth_v2 give metric depth"):
     registry.open_depth({"type": "webdataset"}, split="test", size=32)
 

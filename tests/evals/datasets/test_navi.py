@@ -20,9 +20,9 @@ HALF = np.sqrt(0.5)
 def write_object(root, name, *, folders, count=3, rotated=0):
   """An object whose photos are 30 degrees apart about z."""
   for folder in folders:
-    place = root / name / folder
+    path = root / name / folder
     for part in ("images", "depth", "masks"):
-      (place / part).mkdir(parents=True)
+      (path / part).mkdir(parents=True)
     rows = []
     # Not in the order of the names.
     for i in reversed(range(count)):
@@ -41,15 +41,15 @@ def write_object(root, name, *, folders, count=3, rotated=0):
       )
       pixels = np.full((6, 8, 3), 40 * i, np.uint8)
       pixels[:2] = 255
-      picture, exif = PIL.Image.fromarray(pixels), PIL.Image.Exif()
+      image, exif = PIL.Image.fromarray(pixels), PIL.Image.Exif()
       if rotated:
         exif[0x0112] = rotated
-      picture.save(
-        place / "images" / f"{i:03d}.jpg", exif=exif, quality=100, subsampling=0
+      image.save(
+        path / "images" / f"{i:03d}.jpg", exif=exif, quality=100, subsampling=0
       )
       depth = np.rot90(DEPTH, -1) if rotated == 6 else DEPTH
-      cv2.imwrite(str(place / "depth" / f"{i:03d}.png"), depth)
-    (place / "annotations.json").write_text(json.dumps(rows))
+      cv2.imwrite(str(path / "depth" / f"{i:03d}.png"), depth)
+    (path / "annotations.json").write_text(json.dumps(rows))
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_photo_with_its_depth_and_pose(root):
   np.testing.assert_allclose(frame.pose[:3, :3], want, atol=1e-9)
   np.testing.assert_allclose(frame.pose[:3, 3], [0, 0, 0.502])
   np.testing.assert_array_equal(frames.poses[5], frame.pose)
-  # Turned as its EXIF says: its first rows are columns at the right.
+  # Rotated by its EXIF: its first rows are columns at the right.
   turned = frames.read(0, 0)
   assert turned.image.shape == (8, 6, 3)
   assert turned.image[:, -1].min() > 250
@@ -136,8 +136,8 @@ def test_figures_on_photos(root):
 
 
 def test_half_unpacked_objects_are_explained(root):
-  lost = root / "a_toy" / "wild_set" / "depth" / "001.png"
-  lost.unlink()
+  missing = root / "a_toy" / "wild_set" / "depth" / "001.png"
+  missing.unlink()
   with pytest.raises(FileNotFoundError, match="1 of 6.*a_toy.*001.png"):
     navi.open_posed(root, subset="wild_set")
   (root / "a_toy" / "wild_set" / "annotations.json").write_text("[]")
@@ -162,7 +162,7 @@ def test_wrong_depth_is_refused(root):
   path = root / "b_cup" / "wild_set" / "depth" / "000.png"
   cv2.imwrite(str(path), DEPTH.astype(np.uint8))
   frames = navi.open_posed(root, subset="wild_set")
-  with pytest.raises(ValueError, match="000.png: expected a grey PNG.*uint16"):
+  with pytest.raises(ValueError, match="000.png is .*mode L; expected .*I;16"):
     frames.read(3, 0)
   cv2.imwrite(str(path), DEPTH.T)
   with pytest.raises(ValueError, match="6x8 .*its depth 8x6"):
@@ -211,12 +211,12 @@ def test_sequences(sequences):
   first, last = frames.read(1, 0), frames.read(4, 0)
   assert first.depth[0, :3].tolist() == [0, 0, 2]
   assert first.image[3, 3, 0] == 1
-  # 7-Scenes' own intrinsics where there are none.
+  # By default the intrinsics of 7-Scenes.
   assert (first.focal, first.centre) == (585.0, (288.0, 216.0))
   assert (last.focal, last.centre) == (60.5, (-2.0, 2.0))
-  # The camera's own place is its frame's origin.
-  place = first.pose @ [0.1, 0, 0, 1.0]
-  np.testing.assert_allclose(place, [0, 0, 0, 1], atol=1e-9)
+  # The camera is at the origin of its frame.
+  origin = first.pose @ [0.1, 0, 0, 1.0]
+  np.testing.assert_allclose(origin, [0, 0, 0, 1], atol=1e-9)
   np.testing.assert_array_equal(frames.poses[1], first.pose)
 
 

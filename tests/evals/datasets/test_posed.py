@@ -65,8 +65,8 @@ def wall(pose, *, size=(64, 96), focal=70.0, centre=(0.0, 0.0)):
   back = np.linalg.inv(pose)
   direction, start = ray @ back[:3, :3].T, back[:3, 3]
   depth = (4 - start[2]) / direction[..., 2]
-  place = start + depth[..., None] * direction
-  depth[np.hypot(place[..., 0], place[..., 1]) > 1] = 0
+  points = start + depth[..., None] * direction
+  depth[np.hypot(points[..., 0], points[..., 1]) > 1] = 0
   image = np.stack([u, v, u + v], axis=-1).astype(np.uint8)
   return Frame(image, depth.astype(np.float32), focal, pose, centre)
 
@@ -150,20 +150,20 @@ def test_nothing_to_see_is_no_view():
 def test_motion_takes_points_from_one_camera_to_the_other():
   first, second = turn(30), turn(70)
   first[:3, 3], second[:3, 3] = (1, 2, 3), (-1, 0, 2)
-  place = np.array([0.3, -0.4, 5, 1])
+  point = np.array([0.3, -0.4, 5, 1])
   np.testing.assert_allclose(
-    posed.motion(first, second) @ (first @ place), second @ place
+    posed.motion(first, second) @ (first @ point), second @ point
   )
 
 
 def test_pairs_are_of_one_group_and_never_of_one_frame():
   degrees = [0, 10, 20, 170, 0, 60]
   frames = frames_at({"a": degrees[:4], "b": degrees[4:]})
-  drawn = posed.draw_pairs(frames, seed=8, max_angle=61)
+  sample = posed.draw_pairs(frames, seed=8, max_angle=61)
   # The fourth has no partner within 61 degrees.
-  assert [p.first for p in drawn.pairs] == [0, 1, 2, 4, 5]
-  assert drawn.unpaired == 1
-  for pair in drawn.pairs:
+  assert [p.first for p in sample.pairs] == [0, 1, 2, 4, 5]
+  assert sample.unpaired == 1
+  for pair in sample.pairs:
     assert pair.second != pair.first
     assert (pair.second < 4) == (pair.first < 4)
     apart = abs(degrees[pair.second] - degrees[pair.first])
@@ -172,14 +172,14 @@ def test_pairs_are_of_one_group_and_never_of_one_frame():
 
 def test_partners_depend_on_the_group_and_the_seed_alone():
   degrees = list(range(0, 100, 7))
-  alone = frames_at({"b": degrees})
+  single = frames_at({"b": degrees})
   behind = frames_at({"a": [0, 5, 9], "b": degrees})
-  first = posed.draw_pairs(alone, seed=8).pairs
+  first = posed.draw_pairs(single, seed=8).pairs
   second = posed.draw_pairs(behind, seed=8).pairs[3:]
   assert [p.second for p in first] == [p.second - 3 for p in second]
   # The same on every machine and in every release.
   assert [p.second for p in first[:8]] == [8, 5, 8, 6, 3, 4, 0, 11]
-  other = posed.draw_pairs(alone, seed=9).pairs
+  other = posed.draw_pairs(single, seed=9).pairs
   assert [p.second for p in first] != [p.second for p in other]
   assert len({p.second for p in first}) > 5
 
@@ -195,17 +195,17 @@ def test_stride_and_count():
 
 def test_partners_must_overlap():
   frames = frames_at({"a": list(range(0, 60, 5))})
-  asked = []
+  calls = []
 
   def overlaps(i, j):
-    asked.append((i, j))
+    calls.append((i, j))
     return j == 7
 
   frames = dataclasses.replace(frames, overlaps=overlaps)
-  drawn = posed.draw_pairs(frames, seed=8)
-  assert {p.second for p in drawn.pairs} == {7}
-  assert drawn.unpaired == 1  # the seventh itself
-  assert len(set(asked)) == len(asked)
+  sample = posed.draw_pairs(frames, seed=8)
+  assert {p.second for p in sample.pairs} == {7}
+  assert sample.unpaired == 1  # the seventh itself
+  assert len(set(calls)) == len(calls)
   frames = dataclasses.replace(frames, overlaps=lambda i, j: False)
   with pytest.raises(ValueError, match="none of 12 frames overlaps"):
     posed.draw_pairs(frames, seed=8)

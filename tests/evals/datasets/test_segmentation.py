@@ -17,10 +17,10 @@ def write_pair(image, labels, values, *, mode="L"):
   for path in (image, labels):
     path.parent.mkdir(parents=True, exist_ok=True)
   PIL.Image.fromarray(pixels).save(image)
-  picture = PIL.Image.fromarray(values)
+  label_image = PIL.Image.fromarray(values)
   if mode == "P":
-    picture.putpalette(list(range(256)) * 3)
-  picture.save(labels)
+    label_image.putpalette(list(range(256)) * 3)
+  label_image.save(labels)
 
 
 @pytest.fixture
@@ -109,15 +109,15 @@ def test_half_unpacked(ade):
 
 
 def test_parts_of_the_release_are_named(ade):
-  """By its name even an empty folder is ADE20K, whatever is missing."""
-  (ade / "images").rename(ade.parent / "elsewhere")
+  """A folder with the release's name is ADE20K even if parts are missing."""
+  (ade / "images").rename(ade.parent / "moved")
   for data in (ade, ade.parent):
     with pytest.raises(FileNotFoundError, match="missing  images/training"):
       registry.open_segmentation(data, split="train")
   renamed = ade.rename(ade.parent / "ade")
   with pytest.raises(NotApplicable, match="the folder holds annotations/"):
     registry.open_segmentation(renamed, split="train")
-  (ade.parent / "elsewhere").rename(renamed / "images")
+  (ade.parent / "moved").rename(renamed / "images")
   assert len(registry.open_segmentation(renamed, split="train").images) == 3
 
 
@@ -189,13 +189,13 @@ def test_scenes_of_the_two_splits_are_apart():
 
 def test_things_of_scenes():
   data = registry.open_segmentation("scenes", split="test", count=1)
-  found = ignore_stuff(data)
-  assert found.classes == scenes.CLASS_NAMES
-  labels, kept = data.maps[0], found.maps[0]
-  np.testing.assert_array_equal(kept == 255, labels < 2)
-  assert (kept != 255).any()
-  for i in np.unique(kept[kept != 255]):
-    assert found.classes[i] == scenes.SEGMENT_NAMES[labels[kept == i][0]]
+  things = ignore_stuff(data)
+  assert things.classes == scenes.CLASS_NAMES
+  labels, remapped = data.maps[0], things.maps[0]
+  np.testing.assert_array_equal(remapped == 255, labels < 2)
+  assert (remapped != 255).any()
+  for i in np.unique(remapped[remapped != 255]):
+    assert things.classes[i] == scenes.SEGMENT_NAMES[labels[remapped == i][0]]
 
 
 def test_real_ade20k(shared_data):

@@ -7,11 +7,12 @@ import PIL.Image
 import pytest
 
 from mtv_jax.encoder.encoder import Boxes, Encoder, Regions, normalize
-from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.base import NotApplicable, build_evaluator
 from mtv_jax.evals.core.examples import BoxSet, Images
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.grounding import grounding, region_features
 from mtv_jax.evals.grounding.grounding import Grounding
+from mtv_jax.utils.errors import ConfigError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -29,16 +30,16 @@ class Painter(Encoder):
 
   def text(self, strings, *, batch_size=256):
     words = [[w for w in COLOURS if w in string] for string in strings]
-    rows = [COLOURS[own[0]] if own else (1, 1, 1) for own in words]
+    rows = [COLOURS[names[0]] if names else (1, 1, 1) for names in words]
     return np.asarray(rows, np.float32)
 
   def ground(self, images, boxes, *, batch_size=16):
     m = max(map(len, boxes))
     out = np.zeros((len(images), m, 3), np.float32)
     valid = np.zeros((len(images), m), bool)
-    for i, own in enumerate(boxes):
-      for k, box in enumerate(own):
-        pixels = region_features.cut(images[i], box).reshape(-1, 3)
+    for i, image_boxes in enumerate(boxes):
+      for k, box in enumerate(image_boxes):
+        pixels = region_features.crop(images[i], box).reshape(-1, 3)
         out[i, k] = normalize(pixels.mean(axis=0)[None])[0]
         valid[i, k] = True
     return Regions(out, valid)
@@ -47,8 +48,8 @@ class Painter(Encoder):
     m = max(map(len, phrases))
     out = np.zeros((len(images), m, 4), np.float32)
     valid = np.zeros((len(images), m), bool)
-    for i, own in enumerate(phrases):
-      for k, phrase in enumerate(own):
+    for i, image_phrases in enumerate(phrases):
+      for k, phrase in enumerate(image_phrases):
         y, x = np.nonzero((images[i] == COLOURS[phrase]).all(axis=-1))
         size = np.tile(images[i].shape[:2], 2)
         corners = (y.min(), x.min(), y.max() + 1, x.max() + 1)
@@ -77,8 +78,8 @@ def rows(*paintings):
         "bbox": box,
         "iscrowd": 0,
       }
-      for i, own in enumerate(paintings)
-      for colour, *box in own
+      for i, painting in enumerate(paintings)
+      for colour, *box in painting
     ],
   }
 
@@ -95,9 +96,9 @@ def coco(tmp_path):
   """COCO's layout in miniature."""
   (tmp_path / "annotations").mkdir()
   (tmp_path / "val2017").mkdir()
-  for i, own in enumerate(PAINTINGS):
+  for i, painting in enumerate(PAINTINGS):
     image = np.full((20, 40, 3), 90, np.uint8)
-    for colour, x, y, width, height in own:
+    for colour, x, y, width, height in painting:
       image[y : y + height, x : x + width] = COLOURS[colour]
     PIL.Image.fromarray(image).save(tmp_path / "val2017" / f"{i}.png")
   content = rows(*PAINTINGS)
@@ -172,11 +173,11 @@ class Guesser(Painter):
   def ground(self, images, boxes, *, batch_size=16):
     # A function of the box alone.
     keys = np.asarray(boxes)[..., 0] * 1000
-    drawn = [
-      [np.random.default_rng(int(k)).integers(-1, 2, 3) + 0.1 for k in own]
-      for own in keys
+    vectors = [
+      [np.random.default_rng(int(k)).integers(-1, 2, 3) + 0.1 for k in row]
+      for row in keys
     ]
-    out = normalize(np.asarray(drawn, np.float32))
+    out = normalize(np.asarray(vectors, np.float32))
     return Regions(out, np.ones(out.shape[:2], bool))
 
 
@@ -188,7 +189,7 @@ def test_retrieval_equals_a_loop(monkeypatch):
   phrases = [tuple(rng.choice(PHRASES, 4)) for _ in range(9)]
   boxes = rng.uniform(0, 0.4, (9, 4, 4)).astype(np.float32)
   data = BoxSet(
-    name="drawn",
+    name="random",
     images=Images(lambda i: np.zeros((8, 8, 3), np.uint8), 9),
     boxes=tuple(boxes),
     phrases=tuple(phrases),
@@ -202,22 +203,22 @@ def test_retrieval_equals_a_loop(monkeypatch):
   assert not [name for name in result.metrics if name.startswith("box")]
 
   region = Guesser().ground(None, boxes).embeddings.reshape(36, 3)
-  own = [p for each in phrases for p in each]
-  distinct = list(dict.fromkeys(own))
+  names = [p for each in phrases for p in each]
+  distinct = list(dict.fromkeys(names))
   text = normalize(Guesser().text(distinct))
   scores = np.round(region @ text.T, 5)
   assert len(np.unique(scores)) < scores.size / 2, "no ties to decide"
   for k in (1, 5, 10):
-    found = [
-      own[a] in [distinct[j] for j in np.argsort(-row, kind="stable")[:k]]
+    hits = [
+      names[a] in [distinct[j] for j in np.argsort(-row, kind="stable")[:k]]
       for a, row in enumerate(scores)
     ]
-    assert result.metrics[f"region_to_phrase_r{k}"] == np.mean(found)
-    found = [
-      p in [own[a] for a in np.argsort(-scores[:, j], kind="stable")[:k]]
+    assert result.metrics[f"region_to_phrase_r{k}"] == np.mean(hits)
+    hits = [
+      p in [names[a] for a in np.argsort(-scores[:, j], kind="stable")[:k]]
       for j, p in enumerate(distinct)
     ]
-    assert result.metrics[f"phrase_to_region_r{k}"] == np.mean(found)
+    assert result.metrics[f"phrase_to_region_r{k}"] == np.mean(hits)
 
 
 def counted(a, b, side=40):
@@ -246,13 +247,13 @@ def test_ious_equal_counts_of_cells():
 
 def test_chance_is_the_best_constant_answer(coco):
   data = registry.open_boxes(coco)
-  asked = [tuple(dict.fromkeys(own)) for own in data.phrases]
+  queries = [tuple(dict.fromkeys(own)) for own in data.phrases]
   answers = grounding.fixed_answers(data)
-  floor = grounding.fixed_overlaps(answers, asked, data)
+  floor = grounding.best_overlaps([answers[:, None]] * 2, queries, data)
   assert floor.shape == (5 + 64, 4)
   for answer, got in zip(answers[::9], floor[::9], strict=True):
-    always = [np.tile(answer, (len(own), 1)) for own in asked]
-    want = grounding.best_overlaps(always, asked, data)
+    constant = [np.tile(answer, (len(own), 1)) for own in queries]
+    want = grounding.best_overlaps(constant, queries, data)
     np.testing.assert_allclose(got, want, atol=1e-12)
   # Each of the set's boxes answers at least its own phrase.
   assert (floor[:5] >= 0.999).any(axis=1).all()
@@ -271,8 +272,8 @@ def test_invalid_data_and_options_are_refused(coco, tmp_path):
   captions.write_text('{"images": [], "annotations": [{"caption": "a"}]}')
   with pytest.raises(NotApplicable, match="instances_"):
     registry.open_boxes(str(captions))
-  with pytest.raises(ValueError, match="regions is 'boxes'"):
-    Grounding(regions="boxes")
+  with pytest.raises(ConfigError, match="regions is 'boxes'"):
+    build_evaluator("grounding", {"regions": "boxes"})
   names = tmp_path / "names.json"
   names.write_text('{"classes": ["a", "b"]}')
   with pytest.raises(ValueError, match="names 2 classes and .* has 3"):

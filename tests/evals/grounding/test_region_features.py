@@ -34,7 +34,7 @@ def tower(**image):
 
 
 @functools.cache
-def drawn(spec):
+def random_params(spec):
   rng = np.random.default_rng(8)
   shapes = models.abstract_params(spec)
   return jax.tree.map(
@@ -45,7 +45,7 @@ def drawn(spec):
 def build(spec, *, devices=None, params=None, **kwargs):
   return Encoder(
     spec,
-    params or drawn(spec),
+    params or random_params(spec),
     kwargs.pop("preprocess", Preprocess(size=32)),
     tokenizers.build_tokenizer("bytes", clean="lower"),
     make_mesh({"data": -1}, devices),
@@ -57,7 +57,7 @@ MEAN = tower(pool="mean", projection=16)
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
   rng = np.random.default_rng(9)
   return list(rng.integers(0, 256, (3, 40, 48, 3), np.uint8))
 
@@ -65,56 +65,56 @@ def pictures():
 WHOLE = [np.float32([[0, 0, 1, 1]])] * 3
 
 
-@pytest.mark.parametrize("way", ["pool", "crop"])
-def test_a_box_of_the_whole_image_equals_the_image(way, pictures):
+@pytest.mark.parametrize("method", ["pool", "crop"])
+def test_a_box_of_the_whole_image_equals_the_image(method, images):
   encoder = build(MEAN)
-  got = region_features.embed(encoder, pictures, WHOLE, way=way)
-  want = encoder.image(pictures, outputs=("pooled",)).pooled
+  got = region_features.embed(encoder, images, WHOLE, method=method)
+  want = encoder.image(images, outputs=("pooled",)).pooled
   np.testing.assert_allclose(got, normalize(want), atol=1e-5)
 
 
-def test_pooled_patches_are_weighted_by_area(pictures):
+def test_pooled_patches_are_weighted_by_area(images):
   encoder = build(MEAN)
   # Rows 0..1.5 of 4, columns 1..2.
   boxes = [np.float32([[0, 0.25, 0.375, 0.5]])] * 3
-  got = region_features.embed(encoder, pictures, boxes, way="pool")
-  patches = encoder.image(pictures, outputs=("patches",)).patches
+  got = region_features.embed(encoder, images, boxes, method="pool")
+  patches = encoder.image(images, outputs=("patches",)).patches
   want = (patches[:, 0, 1] + 0.5 * patches[:, 1, 1]) / 1.5
-  want = want @ drawn(MEAN)["image"]["projection"]["kernel"]
+  want = want @ random_params(MEAN)["image"]["projection"]["kernel"]
   np.testing.assert_allclose(got, normalize(want), atol=1e-5)
 
 
-def test_crops_are_warped_for_every_preprocessing(pictures):
+def test_crops_are_warped_for_every_preprocessing(images):
   boxes = [np.float32([[0.1, 0.5, 0.9, 0.625], [0, 0, 0.01, 0.01]])] * 3
   centred = Preprocess(size=32, resize="shortest", crop="center")
   got = region_features.embed(
-    build(MEAN, preprocess=centred), pictures, boxes, way="crop"
+    build(MEAN, preprocess=centred), images, boxes, method="crop"
   )
   encoder = build(MEAN)
-  cuts = [pictures[0][4:36, 24:30], pictures[0][:1, :1]]
+  cuts = [images[0][4:36, 24:30], images[0][:1, :1]]
   want = normalize(encoder.image(cuts, outputs=("pooled",)).pooled)
   np.testing.assert_allclose(got[:2], want, atol=1e-5)
 
 
 def test_protocol_of_the_preprocessing():
-  """Of an encoder that crops, only the mean and the like are kept."""
-  own = Preprocess(
+  """Of an encoder that crops, only mean and standard deviation apply."""
+  cropping = Preprocess(
     size=32,
     resize="shortest",
     crop="center",
     resize_size=36,
     mean=(0.4, 0.5, 0.6),
   )
-  encoder = build(MEAN, preprocess=own)
+  encoder = build(MEAN, preprocess=cropping)
   evaluator = Grounding(count=2, locate="none", regions="pool")
   pooled = evaluator.run(encoder).protocol["preprocess"]
   cropped = region_features.protocol(encoder, "crop")["preprocess"]
   squashed = {"resize": "squash", "crop": "none", "resize_size": None}
-  assert pooled == {**own.to_dict(), **squashed, "of": "the whole image"}
-  assert cropped == {**own.to_dict(), **squashed, "of": "the box's pixels"}
+  assert pooled == {**cropping.to_dict(), **squashed, "of": "the whole image"}
+  assert cropped == {**cropping.to_dict(), **squashed, "of": "the box's pixels"}
   # The prompter reads what the encoder reads.
-  asked = region_features.protocol(build(MEAN), "prompter")["preprocess"]
-  assert asked == {**Preprocess(size=32).to_dict(), "of": "the whole image"}
+  prompted = region_features.protocol(build(MEAN), "prompter")["preprocess"]
+  assert prompted == {**Preprocess(size=32).to_dict(), "of": "the whole image"}
 
 
 def test_covered():
@@ -156,22 +156,21 @@ def with_heads():
       for name, head in objective.heads().items()
     },
   )
-  params = {**drawn(spec), "heads": heads}
+  params = {**random_params(spec), "heads": heads}
   described = heads_lib.heads_of_config({"grounding": entry}, spec)
 
-  def make(devices=None):
+  def build_encoder(devices=None):
     return build(
       spec, devices=devices, params=params, prediction_heads=described
     )
 
-  return make
+  return build_encoder
 
 
 @pytest.mark.slow
 def test_scenes_on_one_device_and_eight(with_heads):
   evaluator = Grounding(count=6)
   eight = evaluator.run(with_heads())
-  # Locating is left out, which test_predicting.py looks at.
   single = Grounding(count=6, batch_size=4, locate="none")
   one = single.run(with_heads(jax.devices()[:1]))
   assert len(one.metrics) == 9

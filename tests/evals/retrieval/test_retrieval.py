@@ -29,8 +29,8 @@ OWNER = np.array([0, 0, 1, 1, 2, 2, 3, 3])
 
 def test_golden_image_to_text():
   own = np.arange(4)[:, None] == OWNER[None]
-  found = np.asarray(ranking.ranks_of_scores(-DISTANCES, own))
-  rates = ranking.hit_rates(found, (1, 5, 10))
+  ranks = np.asarray(ranking.ranks_of_scores(-DISTANCES, own))
+  rates = ranking.hit_rates(ranks, (1, 5, 10))
   assert rates == {1: 0.5, 5: 0.75, 10: 1.0}
 
 
@@ -38,8 +38,8 @@ def test_golden_text_to_image():
   distances = DISTANCES.copy()
   distances[0, 6] = 0.1
   own = OWNER[:, None] == np.arange(4)[None]
-  found = np.asarray(ranking.ranks_of_scores(-distances.T, own))
-  rates = ranking.hit_rates(found, (1, 5, 10))
+  ranks = np.asarray(ranking.ranks_of_scores(-distances.T, own))
+  rates = ranking.hit_rates(ranks, (1, 5, 10))
   assert rates == {1: 0.375, 5: 1.0, 10: 1.0}
 
 
@@ -77,13 +77,13 @@ def test_chance_golden_and_simulated():
   assert want["text_to_image_r10"] == 1.0
   # Of 12 captions 10 are drawn: 66 ways, of which 1 misses a pair and 11 miss
   # a single one.
-  pair, alone = 1 - 1 / 66, 1 - 11 / 66
+  pair, single = 1 - 1 / 66, 1 - 11 / 66
   assert want["image_to_text_r10"] == pytest.approx(
-    np.mean([1, alone, pair, alone, pair, 1])
+    np.mean([1, single, pair, single, pair, 1])
   )
   rng = np.random.default_rng(1)
-  drawn = owner[rng.integers(0, 12, (20_000, 6))] == np.arange(6)
-  assert want["image_to_text_r1"] == pytest.approx(drawn.mean(), abs=0.01)
+  sampled = owner[rng.integers(0, 12, (20_000, 6))] == np.arange(6)
+  assert want["image_to_text_r1"] == pytest.approx(sampled.mean(), abs=0.01)
 
 
 @pytest.fixture
@@ -133,10 +133,10 @@ def test_sheets_of_captions_and_images(coco, colours):
   assert result.metrics == plain.metrics
   assert result.protocol == plain.protocol
   assert set(result.pictures) == {"captions", "images"}
-  own = (result.pictures["captions"] == sheets.MATCH).all(axis=-1)
-  # The colours are found: in both images' blocks the first line is their own.
-  half = len(own) // 2
-  for block in (own[:half], own[half:]):
+  green = (result.pictures["captions"] == sheets.MATCH).all(axis=-1)
+  # All colours match: in both images' blocks the first line is their own.
+  half = len(green) // 2
+  for block in (green[:half], green[half:]):
     assert block[: plots.LINE_HEIGHT].any()
   # Only the images on the sheet are framed, once a caption.
   framed = (result.pictures["images"] == sheets.MATCH).all(axis=-1)

@@ -14,19 +14,19 @@ from mtv_jax.evals.vqa import answer_files, metrics
   [(0, 0, 0), (1, 0.3, 1 / 3), (2, 0.6, 2 / 3), (3, 0.9, 1), (4, 1, 1)],
 )
 def test_vqa_accuracy_golden(count, original, simple):
-  people = ["cat"] * count + [f"word {i}" for i in range(10 - count)]
-  assert metrics.vqa_accuracy("cat", people) == pytest.approx(original)
-  got = metrics.vqa_accuracy("cat", people, counting="simple")
+  annotators = ["cat"] * count + [f"word {i}" for i in range(10 - count)]
+  assert metrics.vqa_accuracy("cat", annotators) == pytest.approx(original)
+  got = metrics.vqa_accuracy("cat", annotators, counting="simple")
   assert got == pytest.approx(simple)
 
 
 def test_vqa_accuracy_leaves_one_annotator_out():
   rng = np.random.default_rng(0)
   for _ in range(50):
-    people = [f"w{k}" for k in rng.integers(0, 4, 10)]
-    others = [people[:i] + people[i + 1 :] for i in range(10)]
+    annotators = [f"w{k}" for k in rng.integers(0, 4, 10)]
+    others = [annotators[:i] + annotators[i + 1 :] for i in range(10)]
     want = np.mean([min(1, o.count("w1") / 3) for o in others])
-    assert metrics.vqa_accuracy("w1", people) == pytest.approx(want)
+    assert metrics.vqa_accuracy("w1", annotators) == pytest.approx(want)
 
 
 # The results of the official evaluation.
@@ -113,10 +113,16 @@ def test_option_letter_without_the_options():
 
 
 def test_pope_scores():
-  said = ["Yes, there is.", "No.", "there is not", "Yes. No, wait", "maybe"]
-  assert [metrics.says_yes(s) for s in said] == [True, False, False, True, True]
+  answers = ["Yes, there is.", "No.", "there is not", "Yes. No, wait", "maybe"]
+  assert [metrics.says_yes(s) for s in answers] == [
+    True,
+    False,
+    False,
+    True,
+    True,
+  ]
   assert metrics.says_yes("nothing") and not metrics.says_yes("No, it is a dog")
-  scores = metrics.pope_scores(said, ["yes", "no", "yes", "no", "yes"])
+  scores = metrics.pope_scores(answers, ["yes", "no", "yes", "no", "yes"])
   assert scores == pytest.approx(
     {
       "accuracy": 3 / 5,
@@ -138,15 +144,15 @@ def test_pope_scores_against_scikit_learn():
 
   rng = np.random.default_rng(0)
   true = rng.choice(["yes", "no"], 200)
-  said = np.where(rng.random(200) < 0.7, true, "yes")
-  scores = metrics.pope_scores(list(said), list(true))
-  assert scores["accuracy"] == sklearn_metrics.accuracy_score(true, said)
+  answers = np.where(rng.random(200) < 0.7, true, "yes")
+  scores = metrics.pope_scores(list(answers), list(true))
+  assert scores["accuracy"] == sklearn_metrics.accuracy_score(true, answers)
   for name, function in (
     ("f1", sklearn_metrics.f1_score),
     ("precision", sklearn_metrics.precision_score),
     ("recall", sklearn_metrics.recall_score),
   ):
-    want = function(true, said, pos_label="yes")
+    want = function(true, answers, pos_label="yes")
     assert scores[name] == pytest.approx(want, abs=1e-12)
 
 
@@ -188,7 +194,11 @@ def write(path, content):
 
 
 def test_vqa_files(tmp_path, capsys):
-  people = [["cat"] * 10, ["two"] * 2 + ["three"] * 8, ["red"] * 1 + ["x"] * 9]
+  annotators = [
+    ["cat"] * 10,
+    ["two"] * 2 + ["three"] * 8,
+    ["red"] * 1 + ["x"] * 9,
+  ]
   truths = write(
     tmp_path / "truths.json",
     {
@@ -198,7 +208,7 @@ def test_vqa_files(tmp_path, capsys):
           "answer_type": "number" if i == 1 else "other",
           "answers": [{"answer": a, "answer_id": k} for k, a in enumerate(p)],
         }
-        for i, p in enumerate(people)
+        for i, p in enumerate(annotators)
       ]
     },
   )
@@ -264,12 +274,12 @@ def test_file_forms_of_other_benchmarks(tmp_path):
       ]
     },
   )
-  said = write(
-    tmp_path / "said.json",
+  answers = write(
+    tmp_path / "answers.json",
     [{"questionId": 1, "answer": "12"}, {"questionId": 2, "answer": "sitting"}],
   )
   got = answer_files.score(
-    answer_files.read_answers(said),
+    answer_files.read_answers(answers),
     answer_files.read_questions(docs),
     rule="anls",
   )
@@ -282,12 +292,12 @@ def test_file_forms_of_other_benchmarks(tmp_path):
       {"id": "b", "answer": "A", "options": ["x", "y"]},
     ],
   )
-  said = write(
-    tmp_path / "said.json",
+  answers = write(
+    tmp_path / "answers.json",
     [{"id": "a", "text": "(B) y"}, {"id": "b", "text": "It is y"}],
   )
   got = answer_files.score(
-    answer_files.read_answers(said),
+    answer_files.read_answers(answers),
     answer_files.read_questions(choice),
     rule="option",
   )
@@ -307,12 +317,12 @@ def test_file_forms_of_other_benchmarks(tmp_path):
 
 
 def test_invalid_files_and_answers(tmp_path):
-  twice = write(tmp_path / "twice.json", [{"id": 1, "answer": "x"}] * 2)
-  with pytest.raises(ValueError, match="question 1 is answered twice"):
-    answer_files.read_answers(twice)
-  odd = write(tmp_path / "odd.json", [{"id": 1, "anwser": "x"}])
+  repeated = write(tmp_path / "repeated.json", [{"id": 1, "answer": "x"}] * 2)
+  with pytest.raises(ValueError, match="question 1 occurs twice"):
+    answer_files.read_answers(repeated)
+  misspelled = write(tmp_path / "misspelled.json", [{"id": 1, "anwser": "x"}])
   with pytest.raises(ValueError, match=r"\['anwser', 'id'\].*'prediction'"):
-    answer_files.read_answers(odd)
+    answer_files.read_answers(misspelled)
   (tmp_path / "text.json").write_text("yes\nno")
   with pytest.raises(ValueError, match="neither JSON"):
     answer_files.read_answers(tmp_path / "text.json")
