@@ -11,30 +11,30 @@ sequences and on the built-in scenes:
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jaxtyping import Float32
 
+from mtv_jax.config.options import PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import base, examples
-from mtv_jax.evals.core.base import Evaluator, Result
-from mtv_jax.evals.core.examples import Data
+from mtv_jax.evals.core import dense, examples
+from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.correspondence import matching, recall
-from mtv_jax.evals.datasets import navi, posed, registry
+from mtv_jax.evals.correspondence.base import CorrespondenceEvaluator
+from mtv_jax.evals.datasets import posed, registry
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import ConfigError, InputError, check_choice
+from mtv_jax.utils.errors import ConfigError, InputError
 
 _CHUNK = 32  # pairs in memory at a time
 _SHEET_MATCHES = 24  # of a pair
+_DATASETS = {"navi": "NAVI", "rgbd": "RGB-D", "scenes": "scenes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _Defaults:
   """The values that options of None resolve to; NAVI's in Probe3D."""
 
   why: str
-  patches: int | None = None  # along a side, in place of `size`
+  patches: int | None = None  # along a side, instead of `size`
   size: int = 512
   keep: int = 1000
   metres: tuple[float | int, ...] = (0.01, 0.02, 0.05)
@@ -73,31 +73,26 @@ _DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class _PairSet:
-  """Frames, pairs of them, the origin of the pairs, and a hash."""
+  """Frames, pairs of them, whether these were drawn or read, and a hash."""
 
   frames: posed.PosedFrames
-  drawn: posed.PairSample
-  source: str  # "drawn" or "file"
+  sample: posed.PairSample
+  drawn: bool
   digest: str
 
 
 @dataclasses.dataclass(frozen=True)
-class GeometricCorrespondence(Evaluator):
+class GeometricCorrespondence(CorrespondenceEvaluator):
   """Recall of matches between views of one scene, by distance and by angle.
 
-  Options of None take the published value for NAVI, or one that suits the other
-  data; the protocol says which.
+  `data` is `scenes`, a folder in NAVI's layout or one of RGB-D sequences; the
+  published `size` is 512. Options of None take the published value for NAVI, or
+  one that suits the other data; the protocol says which.
 
   Attributes:
-    data: `scenes` (see `datasets/scenes.py`), a folder in NAVI's layout, or one
-      of RGB-D sequences.
     pairs: a file with the list of pairs: read if it exists (NAVI's own lists
       too), else written with the pairs that are drawn.
-    subset: of NAVI: `wild_set` or `multiview`.
-    size: side of the encoded view; 512, or the one with the same 32 x 32 grid
-      where the patch does not divide it.
-    layer: block whose patch tokens are matched; -1 is the last.
-    norm: `none` takes them before the final norm, `final` after it.
+    subset: of NAVI.
     keep: matches a pair, those of the highest weight.
     metres: thresholds of the 3D error. The middle one is used by angle.
     pixels: thresholds of the 2D error, in pixels of a view of 512.
@@ -106,46 +101,26 @@ class GeometricCorrespondence(Evaluator):
     stride: step between the frames that begin a pair.
     count: pairs to use, evenly spaced; of the scenes, the number to render.
     seed: of the pairs.
-    batch_size: images a step.
-    pictures: number of pairs on the sheet.
   """
 
-  data: Data = "scenes"
   pairs: str | None = None
-  subset: str = "wild_set"
-  size: int | None = None
-  layer: int = -1
-  norm: str = "none"
-  keep: int | None = None
+  subset: Literal["wild_set", "multiview"] = "wild_set"
+  keep: PositiveInt | None = None
   metres: tuple[float | int, ...] | None = None
   pixels: tuple[float | int, ...] = (5, 25, 50)
   angles: tuple[float | int, ...] | None = None
   max_angle: float | int = 120.0
-  stride: int | None = None
-  count: int | None = None
+  stride: PositiveInt | None = None
+  count: PositiveInt | None = None
   seed: int = 8
-  batch_size: int = 16
-  pictures: int = 0
 
   def __post_init__(self):
-    check_choice("geometric: norm", self.norm, matching.NORMS)
-    check_choice("geometric: subset", self.subset, navi.SUBSETS)
-    matching.check_counts(
-      "geometric",
-      size=self.size,
-      keep=self.keep,
-      stride=self.stride,
-      count=self.count,
-      batch_size=self.batch_size,
-    )
     for name in ("metres", "pixels", "angles"):
       values = getattr(self, name)
       if values is not None and (
-        len(values) == 0 or list(values) != sorted(set(values))
+        not values or list(values) != sorted(set(values))
       ):
-        raise ConfigError(
-          f"geometric: {name}={values}; expected increasing numbers"
-        )
+        raise ConfigError(f"{name} is {values}, expected increasing numbers")
 
   @functools.cached_property
   def _set(self) -> _PairSet:
@@ -154,14 +129,9 @@ class GeometricCorrespondence(Evaluator):
       subset=self.subset,
       count=self.count or _DEFAULTS["scenes"].count,
     )
-    if self.pairs and pathlib.Path(self.pairs).is_file():
-      pairs = examples.subsample(
-        posed.read_pairs(self.pairs, frames), self.count
-      )
-      drawn, source = posed.PairSample(tuple(pairs), 0), "file"
-    else:
-      source = "drawn"
-      drawn = posed.draw_pairs(
+    drawn = not (self.pairs and pathlib.Path(self.pairs).is_file())
+    if drawn:
+      sample = posed.draw_pairs(
         frames,
         seed=self.seed,
         stride=self.stride or _DEFAULTS[frames.layout].stride,
@@ -169,9 +139,13 @@ class GeometricCorrespondence(Evaluator):
         max_angle=self.max_angle,
       )
       if self.pairs and jax.process_index() == 0:
-        posed.write_pairs(self.pairs, frames, drawn.pairs)
-    digest = posed.digest_of(frames, drawn.pairs)
-    return _PairSet(frames, drawn, source, digest)
+        posed.write_pairs(self.pairs, frames, sample.pairs)
+    else:
+      pairs = posed.read_pairs(self.pairs, frames)
+      pairs = examples.subsample(pairs, self.count)
+      sample = posed.PairSample(tuple(pairs), 0)
+    digest = posed.digest_of(frames, sample.pairs)
+    return _PairSet(frames, sample, drawn, digest)
 
   def prepare(self) -> None:
     """Reads the annotations and draws the pairs."""
@@ -183,16 +157,16 @@ class GeometricCorrespondence(Evaluator):
     Raises:
       InputError: if no pair has points in both views.
     """
-    frames, pairs = self._set.frames, self._set.drawn.pairs
+    frames, pairs = self._set.frames, self._set.sample.pairs
     options = self._resolve(encoder, frames.layout)
-    shown = examples.subsample(range(len(pairs)), self.pictures or 1)
+    chosen = examples.subsample(range(len(pairs)), self.pictures or 1)
     scored, rows = [], []
     for i, views, maps in self._encode_pairs(encoder, options.size):
       errors = recall.match_pair(
         maps, views, options=options, angle=pairs[i].angle
       )
       scored.append(errors)
-      if self.pictures and i in shown:
+      if self.pictures and i in chosen:
         rows.append(_draw_pair(views, errors, options.metres))
     if not scored:
       raise InputError(
@@ -212,7 +186,7 @@ class GeometricCorrespondence(Evaluator):
     if default.patches:
       published = default.patches * encoder.spec.image.patch_size
     return recall.Options(
-      size=matching.input_size(encoder, self.size, published=published),
+      size=self._input_size(encoder, published),
       keep=self.keep or default.keep,
       metres=tuple(self.metres or default.metres),
       pixels=tuple(self.pixels),
@@ -225,33 +199,25 @@ class GeometricCorrespondence(Evaluator):
     tuple[int, tuple[posed.View, ...], Float32[np.ndarray, "2 h w d"]]
   ]:
     """Index, views and features of each pair with enough points."""
-    frames, pairs = self._set.frames, self._set.drawn.pairs
+    frames, pairs = self._set.frames, self._set.sample.pairs
 
-    def read_views(pair: posed.Pair) -> tuple[posed.View, ...] | None:
-      views = tuple(
+    def read_views(pair: posed.Pair) -> tuple[posed.View | None, ...]:
+      return tuple(
         posed.make_view(frames.read(i, size), size=size, stored=frames.stored)
         for i in (pair.first, pair.second)
       )
-      # Two points, so that there is a second nearest neighbour.
-      if any(v is None or v.valid.sum() < 2 for v in views):
-        return None
-      return views
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      for start in range(0, len(pairs), _CHUNK):
-        chunk = pool.map(read_views, pairs[start : start + _CHUNK])
-        valid = [(start + k, views) for k, views in enumerate(chunk) if views]
-        if not valid:
-          continue
-        maps = matching.patch_features(
-          encoder,
-          [view.image for _, views in valid for view in views],
-          layer=self.layer,
-          norm=self.norm,
-          batch_size=self.batch_size,
-        )
-        for k, (i, views) in enumerate(valid):
-          yield i, views, maps[2 * k : 2 * k + 2]
+    # Two points, so that there is a second nearest neighbour.
+    valid = (
+      (i, views)
+      for i, views in enumerate(dense.threaded_map(read_views, pairs))
+      if all(v is not None and v.valid.sum() >= 2 for v in views)
+    )
+    while chunk := list(itertools.islice(valid, _CHUNK)):
+      images = [view.image for _, views in chunk for view in views]
+      maps = self._features(encoder, images)
+      for k, (i, views) in enumerate(chunk):
+        yield i, views, maps[2 * k : 2 * k + 2]
 
   def _protocol(
     self,
@@ -259,48 +225,40 @@ class GeometricCorrespondence(Evaluator):
     options: recall.Options,
     scored: Sequence[recall.PairErrors],
   ) -> dict[str, Any]:
-    frames, drawn = self._set.frames, self._set.drawn
+    frames, sample = self._set.frames, self._set.sample
     default = _DEFAULTS[frames.layout]
     angles = np.array([s.angle for s in scored])
-    # How a list that was read had been drawn is unknown.
+    # How the pairs of a file were drawn is unknown.
     pairs = {"pairs_are": "read from the list"}
-    if self._set.source == "drawn":
+    if self._set.drawn:
       pairs = {
         "pairs_are": "drawn",
-        "frames_without_partner": drawn.unpaired,
+        "frames_without_partner": sample.unpaired,
         "pair_seed": self.seed,
         "max_angle": self.max_angle,
         "stride": self.stride or default.stride,
       }
     return {
-      **encoder.protocol(),
+      **self._common_protocol(
+        encoder,
+        options.size,
+        crop="square around the depth",
+        interpolation="nearest",
+      ),
       "data": frames.name,
       "data_hash": self._set.digest,
-      "dataset": {"navi": "NAVI", "rgbd": "RGB-D", "scenes": "scenes"}[
-        frames.layout
-      ],
+      "dataset": _DATASETS[frames.layout],
       **frames.about,
       "pairs": len(scored),
-      "pairs_without_points": len(drawn.pairs) - len(scored),
+      "pairs_without_points": len(sample.pairs) - len(scored),
       "pairs_by_angle": {
         f"{low:g}-{high:g}": int(((angles >= low) & (angles < high)).sum())
         for low, high in itertools.pairwise(options.angles)
       },
       **pairs,
       "pair_list": self.pairs and pathlib.PurePath(self.pairs).name,
-      "input_size": [options.size, options.size],
-      "preprocess": base.preprocess_protocol(
-        encoder,
-        resize="squash",
-        size=options.size,
-        crop="square around the depth",
-        interpolation="nearest",
-      ),
       "stored_size": frames.stored,
-      "layer": self.layer,
-      "final_norm": self.norm == "final",
       "upsampling": f"bicubic a=-0.75 to {options.size // posed.CELL} cells",
-      "similarity": matching.SIMILARITY,
       "matches": options.keep,
       "matches_kept": int(sum(len(s.metres) for s in scored)),
       "weight": "1 - d1 / d2, distances at least 1e-9",

@@ -9,50 +9,36 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int
 
-from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.encoder import normalize
 from mtv_jax.evals.core import resizing
-from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.errors import InputError
 
-SIMILARITY = "cosine, float32, highest matmul precision"
 TIE_RULE = "nearest: lowest index; kept: heaviest, then lowest index"
-NORMS = ("none", "final")
 MIN_DISTANCE = 1e-9
 _MAX_QUERIES = 1024  # on the device at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-  """The two nearest cells of n descriptors, the nearest first.
+  """The two nearest cells of n descriptors, the nearest first."""
 
-  Attributes:
-    index: of the cells, in row-major order.
-    distance: cosine distances, 0 to 2.
-  """
-
-  index: Int[np.ndarray, "n 2"]
-  distance: Float32[np.ndarray, "n 2"]
+  index: Int[np.ndarray, "n 2"]  # of the cells, in row-major order
+  distance: Float32[np.ndarray, "n 2"]  # cosine distances, 0 to 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Matches:
-  """k matches, the highest weight first.
-
-  Attributes:
-    first: cells of the first map (row, column).
-    second: cells of the second map.
-    weight: 0 (equal distances) to 1.
-  """
+  """k matches of cells (row, column), the highest weight first."""
 
   first: Int[np.ndarray, "k 2"]
   second: Int[np.ndarray, "k 2"]
-  weight: Float[np.ndarray, " k"]
+  weight: Float[np.ndarray, " k"]  # 0 (equal distances) to 1
 
 
 def match(
@@ -62,7 +48,6 @@ def match(
   first_valid: Bool[np.ndarray, "s t"],
   second_valid: Bool[np.ndarray, "s2 t2"],
   keep: int,
-  block_bytes: int = 2**22,
 ) -> Matches:
   """The `keep` matches of the highest weight between two feature maps.
 
@@ -76,15 +61,12 @@ def match(
     first_valid: cells to match.
     second_valid: cells to match with; at least two.
     keep: number of matches, or all if there are fewer cells.
-    block_bytes: as for `two_nearest`.
 
   Raises:
     InputError: as `two_nearest`.
   """
   queries = np.asarray(_upsampled(first, first_valid.shape))[first_valid]
-  nearest = two_nearest(
-    queries, second, valid=second_valid, block_bytes=block_bytes
-  )
+  nearest = two_nearest(queries, second, valid=second_valid)
   weight = ratio_weights(nearest.distance)
   # Stable: among equal weights the lowest index comes first.
   order = np.argsort(-weight, kind="stable")[:keep]
@@ -204,67 +186,3 @@ def ratio_weights(
   """`1 - d1 / d2`, with distances of at least 1e-9."""
   distance = np.maximum(np.asarray(distance, np.float64), MIN_DISTANCE)
   return 1 - distance[:, 0] / distance[:, 1]
-
-
-def patch_features(
-  encoder: Encoder,
-  images: Sequence[np.ndarray],
-  *,
-  layer: int,
-  norm: str,
-  batch_size: int,
-) -> Float32[np.ndarray, "n h w d"]:
-  """Patch tokens of images at their own size.
-
-  Args:
-    encoder: of the tokens.
-    images: uint8 `[s, s, 3]`, all of one size.
-    layer: the block; -1 is the last.
-    norm: `none` for the output of the block, `final` for the last block's
-      after the final norm.
-    batch_size: images a step.
-
-  Raises:
-    ConfigError: for the final norm of another block than the last.
-  """
-  if norm == "none":
-    out = encoder.dense(
-      images, layers=(layer,), outputs=(), batch_size=batch_size
-    )
-    return out.layers[layer]
-  depth = encoder.spec.image.depth
-  if layer not in (-1, depth - 1):
-    raise ConfigError(
-      f"norm='final' with layer={layer}: the final norm follows the last block "
-      f"only, -1 or {depth - 1}; use norm='none'"
-    )
-  return encoder.dense(images, batch_size=batch_size).patches
-
-
-def input_size(encoder: Encoder, size: int | None, *, published: int) -> int:
-  """Side of the input: `size`, or the published one for this patch size.
-
-  Published sizes are for patches of 16. Where the patch does not divide them,
-  the grid stays equal rather than the pixels, as in DINOv3's evaluations (448
-  with patches of 14 for NAVI's 512).
-
-  Raises:
-    ConfigError: for a size that the patch does not divide.
-  """
-  patch = encoder.spec.image.patch_size
-  if size is None:
-    return published if published % patch == 0 else published // 16 * patch
-  if size < patch or size % patch:
-    lower = max(size // patch, 1) * patch
-    raise ConfigError(
-      f"size={size}: {encoder!r} has patches of {patch}, which must divide it, "
-      f"as they do {lower} and {lower + patch}"
-    )
-  return size
-
-
-def check_counts(what: str, **values: int | None) -> None:
-  """Raises ConfigError for an option below 1; None is a default."""
-  for field, value in values.items():
-    if value is not None and value < 1:
-      raise ConfigError(f"{what}: {field}={value}; expected at least 1")

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Float32, Float64, Int, UInt8
 
 from mtv_jax.evals.core.examples import KeyPointPair
 
-AGGREGATES = ("point", "image")
 VIEWPOINTS = (0, 1, 2)
 
 # Indices of pairs by category and viewpoint; all of them at viewpoint None.
@@ -40,9 +39,8 @@ class Rule:
     self, errors: Float[np.ndarray, "*k"]
   ) -> Float64[np.ndarray, "*k"]:
     """1 where the error is small enough, else 0."""
-    if self.aggregate == "point":
-      return (errors < self.threshold).astype(np.float64)
-    return (errors <= self.threshold).astype(np.float64)
+    compare = np.less if self.aggregate == "point" else np.less_equal
+    return compare(errors, self.threshold).astype(np.float64)
 
   def mean(self, pairs: Sequence[np.ndarray]) -> float | None:
     """The mean of `correct` over pairs; None without any keypoint."""
@@ -68,15 +66,19 @@ def pad_to_square(
 def points_in_square(
   points: Float64[np.ndarray, "k 2"], *, side: int, size: int
 ) -> Float64[np.ndarray, "k 2"]:
-  """Points of an image as pixels of its square, rounded down.
+  """Points (x, y) of an image as pixels of its square, rounded down.
 
-  Args:
-    points: (x, y) in pixels of the image.
-    side: the image's longer side.
-    size: side of the square.
+  `side` is the image's longer side, `size` that of the square.
   """
   # The product first: it is exact, and so are whole quotients.
   return np.floor(points * size / side)
+
+
+def source_points(
+  pair: KeyPointPair, *, size: int
+) -> Float64[np.ndarray, "k 2"]:
+  """The first image's keypoints as pixels of its square."""
+  return points_in_square(pair.first_points, side=pair.first_side, size=size)
 
 
 def transfer_points(
@@ -131,8 +133,7 @@ def transfer_errors(
   """Distances to the true keypoints over the longer side of the box.
 
   Args:
-    predicted: (x, y) in the second image, as fractions of its square's side;
-      the last axis but one is the pair's keypoints.
+    predicted: (x, y) in the second image, as fractions of its square's side.
     pair: with the true keypoints.
     size: side of the square that keypoints are rounded to.
   """
@@ -158,12 +159,8 @@ def sample_pairs(
   """Samples pairs of each category, and of each of its viewpoints.
 
   The pairs are shuffled by Python's `random`, seeded anew each time, and the
-  first `limit` taken. Viewpoints without a pair are left out.
-
-  Args:
-    pairs: in a fixed order.
-    limit: 200 in the published protocol.
-    seed: 20 in the published protocol.
+  first `limit` taken (200, with seed 20, in the published protocol). Viewpoints
+  without a pair are left out.
   """
   members = collections.defaultdict(list)
   for i, pair in enumerate(pairs):

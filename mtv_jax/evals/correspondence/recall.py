@@ -26,15 +26,7 @@ CHANCE_POINTS = 256  # points of a pair that chance is computed from
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Resolved options that the recall depends on.
-
-  Attributes:
-    size: side of a view.
-    keep: matches a pair.
-    metres: thresholds of the 3D error.
-    pixels: thresholds of the 2D error.
-    angles: edges of the bins.
-  """
+  """Resolved options of `GeometricCorrespondence`."""
 
   size: int
   keep: int
@@ -55,12 +47,9 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class PairErrors:
-  """The errors of the matches of one pair.
+  """The 3D and 2D errors of the matches of one pair.
 
   Attributes:
-    matches: cells of the two views.
-    metres: 3D error of each.
-    pixels: 2D error of each.
     chance: recall of uniform matches at each threshold, those in metres first.
     angle: between the cameras, in degrees.
   """

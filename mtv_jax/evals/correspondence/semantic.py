@@ -19,75 +19,52 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
+from mtv_jax.config.options import PositiveInt
 from mtv_jax.encoder.encoder import Encoder, normalize
-from mtv_jax.evals.core import base, examples
-from mtv_jax.evals.core.base import Evaluator, Result
-from mtv_jax.evals.core.examples import Data, KeyPointPair, KeyPointPairs
-from mtv_jax.evals.correspondence import matching, pck
-from mtv_jax.evals.datasets import registry, spair
+from mtv_jax.evals.core import examples
+from mtv_jax.evals.core.base import Result
+from mtv_jax.evals.core.examples import KeyPointPair, KeyPointPairs
+from mtv_jax.evals.correspondence import pck
+from mtv_jax.evals.correspondence.base import CorrespondenceEvaluator
+from mtv_jax.evals.datasets import registry
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.errors import InputError
 
-_REPORTS = ("means", "classes")
 # Images with features in memory at a time: 1.3 GB of ViT-L's at 50 x 50.
 _MAX_IMAGES = 128
+_DATASETS = {"spair": "SPair-71k", "scenes": "scenes"}
 
 
 @dataclasses.dataclass(frozen=True)
-class SemanticCorrespondence(Evaluator):
+class SemanticCorrespondence(CorrespondenceEvaluator):
   """Recall of keypoints (PCK), by class and by difference of viewpoint.
 
+  `data` is `scenes` or the folder `SPair-71k`; the published `size` is 800.
   Options of None take the published value for SPair-71k, or one that suits the
   scenes, whose grid is coarser; the protocol says which.
 
   Attributes:
-    data: `scenes` (see `datasets/scenes.py`) or the folder `SPair-71k`.
-    split: of SPair-71k: `trn`, `val` or `test`.
-    size: side of the encoded squares; 800, or the one with the same 50 x 50
-      grid where the patch does not divide it.
-    layer: block whose patch tokens are compared; -1 is the last.
-    norm: `none` takes them before the final norm, `final` after it.
+    split: of SPair-71k.
     threshold: of the error, a fraction of the longer side of the box.
-    aggregate: `point` or `image`, see `pck.Rule`.
+    aggregate: see `pck.Rule`.
     per_class: the most pairs of a class and a viewpoint.
     seed: of their sample, see `pck.sample_pairs`.
     report: `means`, or `classes` for the recall of each class too.
     count: of the scenes, the number to render.
-    batch_size: images a step.
-    pictures: number of pairs on the sheet.
   """
 
-  data: Data = "scenes"
-  split: str = "test"
-  size: int | None = None
-  layer: int = -1
-  norm: str = "none"
+  split: Literal["trn", "val", "test"] = "test"
   threshold: float | None = None
-  aggregate: str = "point"
-  per_class: int = 200
+  aggregate: Literal["point", "image"] = "point"
+  per_class: PositiveInt = 200
   seed: int = 20
-  report: str = "means"
-  count: int = 120
-  batch_size: int = 16
-  pictures: int = 0
-
-  def __post_init__(self):
-    check_choice("semantic: split", self.split, spair.SPLITS)
-    check_choice("semantic: norm", self.norm, matching.NORMS)
-    check_choice("semantic: aggregate", self.aggregate, pck.AGGREGATES)
-    check_choice("semantic: report", self.report, _REPORTS)
-    matching.check_counts(
-      "semantic",
-      size=self.size,
-      per_class=self.per_class,
-      count=self.count,
-      batch_size=self.batch_size,
-    )
+  report: Literal["means", "classes"] = "means"
+  count: PositiveInt = 120
 
   @functools.cached_property
   def _set(self) -> tuple[KeyPointPairs, pck.Sample]:
@@ -111,7 +88,7 @@ class SemanticCorrespondence(Evaluator):
     data, sample = self._set
     grid = self._grid(encoder, data.layout)
     pairs = _pairs_in(sample)
-    shown = examples.subsample(pairs, self.pictures) if self.pictures else []
+    chosen = examples.subsample(pairs, self.pictures) if self.pictures else []
     correct, chance, rows = {}, {}, []
     for i, predicted in self._transfer(encoder, data, pairs, grid):
       pair = data.pairs[i]
@@ -120,7 +97,7 @@ class SemanticCorrespondence(Evaluator):
       chance[i] = pck.uniform_pck(
         pair, grid=grid.patches, size=grid.size, rule=grid.rule
       )
-      if i in shown:
+      if i in chosen:
         rows.append(_draw_pair(data, pair, predicted, correct[i], grid.size))
     average = functools.partial(
       pck.average, sample, rule=grid.rule, report=self.report
@@ -133,11 +110,8 @@ class SemanticCorrespondence(Evaluator):
     )
 
   def _grid(self, encoder: Encoder, layout: str) -> _Grid:
-    patch = encoder.spec.image.patch_size
-    scenes = layout == "scenes"
-    size = matching.input_size(
-      encoder, self.size, published=16 * patch if scenes else 800
-    )
+    patch, scenes = encoder.spec.image.patch_size, layout == "scenes"
+    size = self._input_size(encoder, 16 * patch if scenes else 800)
     threshold = self.threshold
     if threshold is None:
       # A patch is 1/16 of a scene's side, and an object about 0.4.
@@ -156,27 +130,18 @@ class SemanticCorrespondence(Evaluator):
     Points are fractions of the square's side.
     """
     for group in _group_by_class(data, pairs):
-      numbers = sorted({k for i in group for k in _images_of(data, i)})
-      images = examples.select_images(data.images, numbers)
+      indices = sorted({k for i in group for k in _images_of(data, i)})
       squares = examples.Images(
-        lambda k, images=images: pck.pad_to_square(images[k], grid.size),
-        len(images),
+        lambda k, indices=indices: pck.pad_to_square(
+          data.images[indices[k]], grid.size
+        ),
+        len(indices),
       )
-      maps = matching.patch_features(
-        encoder,
-        squares,
-        layer=self.layer,
-        norm=self.norm,
-        batch_size=self.batch_size,
-      )
-      maps = jnp.asarray(normalize(maps))
+      maps = jnp.asarray(normalize(self._features(encoder, squares)))
       for i in group:
-        pair = data.pairs[i]
-        points = pck.points_in_square(
-          pair.first_points, side=pair.first_side, size=grid.size
-        )
-        first, second = map(numbers.index, _images_of(data, i))
-        cells = pck.transfer_points(maps, first, second, points / grid.size)
+        points = pck.source_points(data.pairs[i], size=grid.size) / grid.size
+        first, second = map(indices.index, _images_of(data, i))
+        cells = pck.transfer_points(maps, first, second, points)
         yield i, cells / grid.patches
 
   def _protocol(
@@ -193,28 +158,22 @@ class SemanticCorrespondence(Evaluator):
       for view in (None, *pck.VIEWPOINTS)
     }
     return {
-      **encoder.protocol(),
+      **self._common_protocol(
+        encoder,
+        grid.size,
+        crop="none: padded with white to a square first",
+        interpolation="bicubic, antialiased (Pillow)",
+      ),
       "data": data.name,
       "data_hash": data.digest,
-      "dataset": {"spair": "SPair-71k", "scenes": "scenes"}[data.layout],
+      "dataset": _DATASETS[data.layout],
       **data.about,
       "pairs": counts,
       "classes": len({key[0] for key in sample}),
       "points": sum(len(data.pairs[i].first_points) for i in _pairs_in(sample)),
       "pairs_per_class": self.per_class,
       "pair_seed": self.seed,
-      "input_size": [grid.size, grid.size],
-      "preprocess": base.preprocess_protocol(
-        encoder,
-        resize="squash",
-        size=grid.size,
-        crop="none: padded with white to a square first",
-        interpolation="bicubic, antialiased (Pillow)",
-      ),
       "grid": [grid.patches, grid.patches],
-      "layer": self.layer,
-      "final_norm": self.norm == "final",
-      "similarity": matching.SIMILARITY,
       "sampling": "bilinear, align_corners=True; key points rounded down to "
       "pixels of the input",
       "found_at": "the patch's upper left corner",
@@ -272,13 +231,10 @@ def _draw_pair(
   size: int,
 ) -> np.ndarray:
   """Keypoints joined to their predictions, coloured by correctness."""
-  starts = pck.points_in_square(
-    pair.first_points, side=pair.first_side, size=size
-  )
   return plots.draw_scored_matches(
     pck.pad_to_square(data.images[pair.first], size),
     pck.pad_to_square(data.images[pair.second], size),
-    starts[:, ::-1].astype(np.int64),
+    pck.source_points(pair, size=size)[:, ::-1].astype(np.int64),
     np.floor(predicted[:, ::-1] * size).astype(np.int64),
     correct > 0,
   )

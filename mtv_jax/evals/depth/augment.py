@@ -9,7 +9,7 @@ none
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -17,28 +17,24 @@ from jaxtyping import Float, Float32
 
 from mtv_jax.utils.errors import ConfigError
 
-# NYUv2's training images have a white border: rows and columns inside it.
 NYU_SIZE = (480, 640)
-_NYU_ROWS, _NYU_COLUMNS = (45, 472), (43, 608)
-CROP = (416, 544)
+# NYUv2's training images have a white border.
+_NYU_INSIDE = np.s_[45:472, 43:608]
+_CROP = (416, 544)
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-  """An image and its depth.
-
-  Attributes:
-    image: in 0..255.
-    depth: metres, 0 where unknown.
-  """
+class Example(NamedTuple):
+  """An image in 0..255, and its depth in metres, 0 where unknown."""
 
   image: Float32[np.ndarray, "h w 3"]
   depth: Float32[np.ndarray, "h w"]
 
 
-def augment(example: Example, name: str, rng: np.random.Generator) -> Example:
-  """Augments an example with one of `AUGMENTS`.
+def augment(
+  example: Example, name: str, rng: np.random.Generator | None
+) -> Example:
+  """Augments an example with one of `AUGMENTS`; `none` needs no `rng`.
 
   Raises:
     ConfigError: for `toolbox` of an image that is not 480 x 640.
@@ -48,13 +44,13 @@ def augment(example: Example, name: str, rng: np.random.Generator) -> Example:
 
 def augmented_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
   """Rows and columns after `augment` of an image of `size`."""
-  return CROP if name == "toolbox" else size
+  return _CROP if name == "toolbox" else size
 
 
 def _flip(example: Example, rng: np.random.Generator) -> Example:
   if rng.random() < 0.5:
     return example
-  return Example(example.image[:, ::-1], example.depth[:, ::-1])
+  return Example(*(x[:, ::-1] for x in example))
 
 
 def _toolbox(example: Example, rng: np.random.Generator) -> Example:
@@ -64,20 +60,24 @@ def _toolbox(example: Example, rng: np.random.Generator) -> Example:
       f"augment='toolbox' crops NYUv2's images of 480 x 640 and this one is "
       f"{example.depth.shape[0]} x {example.depth.shape[1]}; use 'flip'"
     )
-  rows, columns = slice(*_NYU_ROWS), slice(*_NYU_COLUMNS)
-  example = Example(example.image[rows, columns], example.depth[rows, columns])
+  example = Example(*(x[_NYU_INSIDE] for x in example))
   if rng.random() < 0.5:
     example = rotate(example, rng.uniform(-2.5, 2.5))
-  example = _flip(example, rng)
-  top, left = (
-    int(rng.integers(0, size - crop + 1))
-    for size, crop in zip(example.depth.shape, CROP, strict=True)
-  )
-  part = (slice(top, top + CROP[0]), slice(left, left + CROP[1]))
-  image = example.image[part]
+  image, depth = _random_crop(_flip(example, rng), _CROP, rng)
   if rng.random() < 0.5:
     image = _jitter_gamma(image, rng)
-  return Example(image, example.depth[part])
+  return Example(image, depth)
+
+
+def _random_crop(
+  example: Example, size: tuple[int, int], rng: np.random.Generator
+) -> Example:
+  top, left = (
+    int(rng.integers(0, whole - side + 1))
+    for whole, side in zip(example.depth.shape, size, strict=True)
+  )
+  part = np.s_[top : top + size[0], left : left + size[1]]
+  return Example(*(x[part] for x in example))
 
 
 def rotate(example: Example, degrees: float) -> Example:
@@ -89,14 +89,13 @@ def rotate(example: Example, degrees: float) -> Example:
   height, width = example.depth.shape
   centre = ((width - 1) / 2, (height - 1) / 2)
   matrix = cv2.getRotationMatrix2D(centre, -degrees, 1.0)
-  image, depth = (
-    cv2.warpAffine(np.ascontiguousarray(x), matrix, (width, height), flags=flag)
-    for x, flag in (
-      (example.image, cv2.INTER_LINEAR),
-      (example.depth, cv2.INTER_NEAREST),
+  methods = (cv2.INTER_LINEAR, cv2.INTER_NEAREST)
+  return Example(
+    *(
+      cv2.warpAffine(np.ascontiguousarray(x), matrix, (width, height), flags=m)
+      for x, m in zip(example, methods, strict=True)
     )
   )
-  return Example(image, depth)
 
 
 def _jitter_gamma(
@@ -110,20 +109,14 @@ def _jitter_gamma(
 
 def _probe3d(example: Example, rng: np.random.Generator) -> Example:
   """Colour jitter (p = 0.8) and a random resized crop (p = 0.5)."""
-  image = example.image
   if rng.random() < 0.8:
-    image = _jitter(image, rng)
-  if rng.random() < 0.5:
-    return _resized_crop(Example(image, example.depth), rng)
-  return Example(image, example.depth)
+    example = example._replace(image=_jitter(example.image, rng))
+  return _resized_crop(example, rng) if rng.random() < 0.5 else example
 
 
-def _jitter(
-  image: np.ndarray, rng: np.random.Generator, strength: float = 0.2
-) -> np.ndarray:
-  """torchvision's ColorJitter: four operations in random order."""
-  gains = rng.uniform(1 - strength, 1 + strength, size=3)
-  turn = rng.uniform(-strength, strength)
+def _jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """torchvision's ColorJitter(0.2): four operations in random order."""
+  gains, turn = rng.uniform(0.8, 1.2, size=3), rng.uniform(-0.2, 0.2)
   for change in rng.permutation(4):
     if change == 0:
       image = image * gains[0]
@@ -133,15 +126,11 @@ def _jitter(
       grey = (image @ _GREY)[..., None]
       image = gains[2] * image + (1 - gains[2]) * grey
     else:
-      image = _rotate_hue(image, turn)
+      hsv = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2HSV)
+      hsv[..., 0] = (hsv[..., 0] + 360 * turn) % 360
+      image = 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     image = np.clip(image, 0, 255).astype(np.float32)
   return image
-
-
-def _rotate_hue(image: np.ndarray, turn: float) -> np.ndarray:
-  hsv = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2HSV)
-  hsv[..., 0] = (hsv[..., 0] + 360 * turn) % 360
-  return 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
 def _resized_crop(example: Example, rng: np.random.Generator) -> Example:
@@ -155,18 +144,13 @@ def _resized_crop(example: Example, rng: np.random.Generator) -> Example:
       break
   else:
     w, h = width, height
-  top = int(rng.integers(0, height - h + 1))
-  left = int(rng.integers(0, width - w + 1))
-  part = (slice(top, top + h), slice(left, left + w))
-  image, depth = (
-    cv2.resize(
-      np.ascontiguousarray(x[part]),
-      (width, height),
-      interpolation=cv2.INTER_NEAREST,
+  nearest = {"interpolation": cv2.INTER_NEAREST}
+  return Example(
+    *(
+      cv2.resize(np.ascontiguousarray(x), (width, height), **nearest)
+      for x in _random_crop(example, (h, w), rng)
     )
-    for x in (example.image, example.depth)
   )
-  return Example(image, depth)
 
 
 AUGMENTS = {

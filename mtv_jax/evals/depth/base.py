@@ -1,29 +1,43 @@
-"""Base of the depth evaluations: data, options, sheets."""
+"""Base class of the depth evaluations: data, scores of images, sheets."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
 
-from mtv_jax.evals.core.base import Evaluator
-from mtv_jax.evals.core.examples import DepthSet
+from mtv_jax.config.options import NonNegativeInt, PositiveInt
+from mtv_jax.evals.core import dense
+from mtv_jax.evals.core.base import Evaluator, Result
+from mtv_jax.evals.core.examples import Data, DepthSet
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.scenes import is_scenes
+from mtv_jax.evals.depth import metrics
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import InputError, check_choice
+
+# Image in 0..255, true depth in metres (0 where unknown), predicted map.
+Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
 class DepthEvaluator(Evaluator):
-  """An evaluator with the options `data` and `truth`."""
+  """Base class of the depth evaluations.
 
-  def check_choices(self, where: str, **choices: Iterable[str]) -> None:
-    """Raises ConfigError for an option that is not None and no choice."""
-    for name, allowed in choices.items():
-      if (value := getattr(self, name)) is not None:
-        check_choice(f"{where}: {name}", value, allowed)
+  Attributes:
+    data: see `datasets/registry.py`.
+    count: test images to use, evenly spaced; all by default.
+    truth: NYUv2's `raw` or `filled` depth, where a layout has both.
+    pictures: number of test images on the sheet.
+  """
+
+  data: Data = "scenes"
+  count: PositiveInt | None = None
+  truth: str | None = None
+  pictures: NonNegativeInt = 0
 
   @functools.cached_property
   def _splits(self) -> dict[tuple[str, int], DepthSet]:
@@ -44,19 +58,55 @@ class DepthEvaluator(Evaluator):
       )
     return self._splits[key]
 
+  def _score_images(
+    self,
+    predictions: Iterable[Prediction],
+    score: Callable[[np.ndarray | None, np.ndarray], dict[str, float]],
+    protocol: dict[str, Any],
+    *,
+    to_metres: Callable[..., np.ndarray] = lambda predicted, *_: predicted,
+    min_pixels: int = 1,
+    **limits: Any,
+  ) -> Result:
+    """Means over images, their chance, and the sheet.
+
+    Args:
+      predictions: of each image.
+      score: metrics from predicted and true values of the valid pixels, and,
+        given None, those of a constant prediction.
+      protocol: to which the number of images is added.
+      to_metres: depth on the sheet, from a predicted map, the true one and the
+        valid pixels.
+      min_pixels: images with fewer valid pixels are skipped.
+      **limits: of `metrics.valid_mask`.
+    """
+    scores, chance, rows = [], [], []
+    for image, truth, predicted in predictions:
+      valid = metrics.valid_mask(truth, **limits)
+      if valid.sum() < min_pixels:
+        scores.append(None)
+        continue
+      scores.append(score(predicted[valid], truth[valid]))
+      chance.append(score(None, truth[valid]))
+      if len(rows) < self.pictures:
+        depth = to_metres(predicted, truth, valid)
+        rows.append(depth_row(image, truth, depth, valid))
+    summary = metrics.average(scores)
+    counts = {"images": summary.images, "images_skipped": summary.skipped}
+    return Result(
+      summary.metrics,
+      protocol | counts,
+      metrics.average(chance).metrics,
+      units=summary.units,
+      lower=tuple(summary.units),
+      pictures={"depth": plots.vstack(rows)} if rows else {},
+    )
+
 
 def read_pair(data: DepthSet, i: int) -> tuple[np.ndarray, np.ndarray]:
-  """Image `[h, w, 3]` and depth `[h, w]` of one example.
-
-  Raises:
-    InputError: if their sizes differ.
-  """
+  """Image `[h, w, 3]` and depth `[h, w]`; raises InputError if sizes differ."""
   image, depth = data.images[i], data.depths[i]
-  if image.shape[:2] != depth.shape:
-    raise InputError(
-      f"{data.name}: image {i} has {image.shape[:2]} pixels and its depth map "
-      f"{depth.shape}; expected equal sizes"
-    )
+  dense.check_same_size(data.name, i, image, depth)
   return image, depth
 
 
@@ -72,12 +122,10 @@ def depth_row(
     image: in 0..255.
     truth: metres.
     predicted: metres, positive.
-    valid: pixels with a true depth; the others are black.
+    valid: pixels with a true depth, one at least; the others are black.
   """
   inverse = np.divide(1, truth, where=valid, out=np.zeros_like(truth))
-  limits = (0.0, 1.0)
-  if valid.any():
-    limits = (float(inverse[valid].min()), float(inverse[valid].max()))
+  limits = float(inverse[valid].min()), float(inverse[valid].max())
   maps = [
     plots.colour_depth(inverse, valid=valid, limits=limits),
     plots.colour_depth(1 / predicted, limits=limits),

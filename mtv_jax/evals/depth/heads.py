@@ -47,7 +47,7 @@ class LinearHead:
   Attributes:
     channels: of the features.
     max_depth: of the last bin, in metres.
-    norm: `batch` for batch normalisation before it, `none`.
+    norm: `batch` for batch normalisation before it, or `none`.
     upsample: factor by which the logits are upsampled (bilinear, half-pixel
       centres). Upstream upsamples the features, which is equal, as the map is
       linear, and more expensive.

@@ -21,16 +21,10 @@ def probe_loss(
   max_depth: float,
   step: jax.Array,
 ) -> Float[Array, ""]:
-  """The loss that a probe minimises over the valid pixels of a batch.
+  """sig_weight * SIG + gradient_weight * gradient loss, over valid pixels.
 
-      sig_weight * SIG + gradient_weight * gradient loss
-
-  Args:
-    predicted: metres.
-    truth: metres; valid from above 0 to `max_depth`.
-    protocol: the weights.
-    max_depth: metres.
-    step: number of the update; before `warm_steps`, SIG lacks the variance.
+  Depth is in metres, valid from above 0 to `max_depth`. Before the update
+  `warm_steps`, SIG lacks the variance.
   """
   valid = (truth > 0) & (truth <= max_depth)
   loss = protocol.sig_weight * sig_loss(
@@ -45,11 +39,7 @@ def probe_loss(
   return loss
 
 
-def log_error(
-  predicted: Float[Array, "b h w"],
-  truth: Float[Array, "b h w"],
-  valid: Bool[Array, "b h w"],
-) -> Float[Array, "b h w"]:
+def _log_error(predicted, truth, valid):
   """ln(d + 0.001) - ln(g + 0.001), 0 where invalid."""
   # Masked twice: the gradient of an invalid logarithm may not be finite.
   predicted, truth = (jnp.where(valid, x, 1.0) for x in (predicted, truth))
@@ -74,11 +64,11 @@ def sig_loss(
   Args:
     predicted: metres.
     truth: metres.
-    valid: pixels that count; without any, the loss is 0.
+    valid: without any valid pixel, the loss is 0.
     ddof: 1 for the unbiased variance, 0 for the biased one.
     variance_weight: 0 while a probe warms up.
   """
-  g = log_error(predicted, truth, valid)
+  g = _log_error(predicted, truth, valid)
   count = valid.sum().astype(jnp.float32)
   mean = g.sum() / jnp.maximum(count, 1)
   squares = jnp.where(valid, jnp.square(g - mean), 0.0).sum()
@@ -100,7 +90,7 @@ def gradient_loss(
   over every 1st, 2nd, 4th and 6th pixel, N_k of which are valid; a difference
   counts if both of its pixels are (Monocular-Depth-Estimation-Toolbox).
   """
-  error = log_error(predicted, truth, valid)
+  error = _log_error(predicted, truth, valid)
   total = jnp.float32(0)
   for stride in _STRIDES:
     g, m = (x[:, ::stride, ::stride] for x in (error, valid))

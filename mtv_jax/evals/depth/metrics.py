@@ -9,47 +9,41 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64
 
-from mtv_jax.utils.errors import ConfigError, InputError, check_choice
+from mtv_jax.utils.errors import ConfigError, InputError
 
-_ERRORS = ("rmse", "abs_rel", "sq_rel", "rmse_log", "log10", "silog")
-METRICS = (*_ERRORS, "delta1", "delta2", "delta3")
-UNITS = dict.fromkeys(_ERRORS, "") | {"rmse": "m", "sq_rel": "m"}
 AVERAGING = "per image over valid pixels, then mean over images"
 
 # (top, bottom, left, right) of NYUv2's 480 x 640 (Eigen et al. 2014), and as
 # fractions of KITTI's height and width (Garg et al. 2016; Eigen et al. 2014).
-_NYU_SIZE, _NYU_EIGEN = (480, 640), (45, 471, 41, 601)
+_NYU_EIGEN = (45, 471, 41, 601)
 _FRACTIONS = {
   "garg": (0.40810811, 0.99189189, 0.03594771, 0.96405229),
   "kitti_eigen": (0.3324324, 0.91351351, 0.0359477, 0.96405229),
 }
-CROPS = ("none", "nyu_eigen", *_FRACTIONS)
+Crop = Literal["none", "nyu_eigen", "garg", "kitti_eigen"]
 
 
 def crop_mask(
-  shape: tuple[int, int], crop: str
+  shape: tuple[int, int], crop: Crop
 ) -> Bool[np.ndarray, "{shape[0]} {shape[1]}"]:
-  """The evaluated pixels of a map.
+  """The evaluated pixels of a map of `shape`.
 
-  Args:
-    shape: rows and columns of the map.
-    crop: `none`; `nyu_eigen`, rows 45 to 471 and columns 41 to 601 of 480 x
-      640; `garg` or `kitti_eigen`, fractions of the height and the width,
-      rounded down.
+  `nyu_eigen` is rows 45 to 471 and columns 41 to 601 of 480 x 640; `garg` and
+  `kitti_eigen` are fractions of the height and the width, rounded down.
 
   Raises:
-    ConfigError: for an unknown crop, or `nyu_eigen` of another size.
+    ConfigError: for `nyu_eigen` of another size.
   """
-  check_choice("crop", crop, CROPS)
   height, width = shape
   if crop == "none":
     return np.ones(shape, bool)
   if crop == "nyu_eigen":
-    if (height, width) != _NYU_SIZE:
+    if shape != (480, 640):
       raise ConfigError(
         f"crop='nyu_eigen' is defined on maps of 480 x 640 and this one has "
         f"{height} x {width}; use crop='none' for other data"
@@ -69,15 +63,11 @@ def valid_mask(
   *,
   low: float | int = 1e-3,
   high: float | int | None = None,
-  crop: str = "none",
+  crop: Crop = "none",
 ) -> Bool[np.ndarray, "h w"]:
   """Pixels in the crop with a true depth in the open interval (low, high).
 
-  Args:
-    depth: metres; 0 or NaN where unknown.
-    low: metres.
-    high: metres; None for no limit.
-    crop: see `crop_mask`.
+  Depth and limits are in metres; unknown depth is 0 or NaN.
   """
   valid = np.isfinite(depth) & (depth > low)
   if high is not None:
@@ -85,80 +75,70 @@ def valid_mask(
   return valid & crop_mask(depth.shape, crop)
 
 
-def abs_rel(
-  predicted: Float[np.ndarray, " n"], truth: Float[np.ndarray, " n"]
-) -> float:
-  """mean |p - g| / g."""
-  p, g = _float64(predicted, truth)
-  return float(np.mean(np.abs(p - g) / g))
+def _rms(x):
+  return np.sqrt(np.mean(x**2))
 
 
-def delta(
-  predicted: Float[np.ndarray, " n"],
-  truth: Float[np.ndarray, " n"],
-  power: int = 1,
-) -> float:
-  """Fraction with max(p / g, g / p) < 1.25^power; values <= 0 fail."""
-  p, g = _float64(predicted, truth)
-  positive = p > 0
-  ratio = np.divide(p, g)
-  inverse = np.divide(g, p, out=np.full_like(p, np.inf), where=positive)
-  return float(np.mean(positive & (np.maximum(ratio, inverse) < 1.25**power)))
+def _log_error(p, g):
+  return np.log(p) - np.log(g)
 
 
-def rmse(
-  predicted: Float[np.ndarray, " n"], truth: Float[np.ndarray, " n"]
-) -> float:
-  """sqrt(mean (p - g)^2), in metres."""
-  p, g = _float64(predicted, truth)
-  return float(np.sqrt(np.mean((p - g) ** 2)))
+def _delta(p, g, power):
+  inverse = np.divide(g, p, out=np.full_like(p, np.inf), where=p > 0)
+  return np.mean((p > 0) & (np.maximum(p / g, inverse) < 1.25**power))
+
+
+# Of predicted and true depth in metres, as float64.
+METRICS = {
+  "rmse": lambda p, g: _rms(p - g),
+  "abs_rel": lambda p, g: np.mean(np.abs(p - g) / g),
+  "sq_rel": lambda p, g: np.mean((p - g) ** 2 / g),
+  "rmse_log": lambda p, g: _rms(_log_error(p, g)),
+  "log10": lambda p, g: np.mean(np.abs(_log_error(p, g))) / np.log(10),
+  # The mean of squared deviations, which rounding can't make negative.
+  "silog": lambda p, g: 100 * np.std(_log_error(p, g)),
+  "delta1": lambda p, g: _delta(p, g, 1),
+  "delta2": lambda p, g: _delta(p, g, 2),
+  "delta3": lambda p, g: _delta(p, g, 3),
+}
+DELTAS = ("delta1", "delta2", "delta3")
+UNITS = {name: "" for name in METRICS if name not in DELTAS}
+UNITS |= {"rmse": "m", "sq_rel": "m"}
 
 
 def image_metrics(
-  predicted: Float[np.ndarray, " n"], truth: Float[np.ndarray, " n"]
+  predicted: Float[np.ndarray, " n"],
+  truth: Float[np.ndarray, " n"],
+  names: Iterable[str] = tuple(METRICS),
 ) -> dict[str, float]:
-  """The metrics of one image; see `METRICS`.
+  """Metrics of the valid pixels of one image.
 
   With e = ln p - ln g: rmse_log = sqrt(mean e^2), log10 = mean |e| / ln 10,
-  silog = 100 sqrt(mean e^2 - (mean e)^2) (Eigen et al. 2014); sq_rel =
-  mean (p - g)^2 / g.
+  silog = 100 sqrt(mean e^2 - (mean e)^2) (Eigen et al. 2014); abs_rel =
+  mean |p - g| / g, sq_rel = mean (p - g)^2 / g; delta1, 2, 3 are the fractions
+  with max(p / g, g / p) < 1.25, 1.25^2, 1.25^3, which values <= 0 fail.
 
   Args:
-    predicted: metres, positive, at the image's valid pixels.
+    predicted: metres; positive for the metrics of e.
     truth: metres, positive.
+    names: of `METRICS`.
 
   Raises:
     InputError: without pixels, or for values that have no logarithm.
   """
-  p, g = _float64(predicted, truth)
-  if not g.size or (g <= 0).any() or (p <= 0).any():
+  p, g = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)
+  if "silog" in names and (not g.size or (g <= 0).any() or (p <= 0).any()):
     raise InputError(
-      f"image_metrics needs positive depths at one pixel or more; got {g.size} "
-      f"pixels, {int((g <= 0).sum())} true and {int((p <= 0).sum())} predicted "
-      "ones of 0 or less. Mask invalid pixels, and clamp the prediction."
+      f"image_metrics got {g.size} pixels, {(g <= 0).sum()} true and "
+      f"{(p <= 0).sum()} predicted depths of 0 or less; expected positive: "
+      "mask invalid pixels, clamp the prediction"
     )
-  e = np.log(p) - np.log(g)
-  return {
-    "rmse": rmse(p, g),
-    "abs_rel": abs_rel(p, g),
-    "sq_rel": float(np.mean((p - g) ** 2 / g)),
-    "rmse_log": float(np.sqrt(np.mean(e**2))),
-    "log10": float(np.mean(np.abs(e)) / np.log(10)),
-    # The mean of squared deviations, which rounding can't make negative.
-    "silog": float(100 * np.sqrt(np.mean((e - e.mean()) ** 2))),
-    **{f"delta{k}": delta(p, g, k) for k in (1, 2, 3)},
-  }
+  return {name: float(METRICS[name](p, g)) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """Means over images.
-
-  Attributes:
-    metrics: by name.
-    images: number of averaged images.
-    skipped: number of images with too few valid pixels.
-  """
+  """Means over images, and the numbers of averaged and skipped images."""
 
   metrics: dict[str, float]
   images: int
@@ -176,10 +156,7 @@ class Summary:
 
 
 def average(rows: Iterable[Mapping[str, float] | None]) -> Summary:
-  """The mean of each metric over images.
-
-  Args:
-    rows: the metrics of each image, None for a skipped one.
+  """The mean of each metric over images; `None` is a skipped image.
 
   Raises:
     InputError: if every image was skipped.
@@ -188,8 +165,8 @@ def average(rows: Iterable[Mapping[str, float] | None]) -> Summary:
   scored = [row for row in rows if row is not None]
   if not scored:
     raise InputError(
-      f"none of {len(rows)} images has enough pixels with a valid depth: the "
-      "unit of the depth files, the limits or the crop don't fit this data"
+      f"none of {len(rows)} images has enough pixels with a valid depth; check "
+      "the unit of the depth files, the limits and the crop"
     )
   metrics = {k: float(np.mean([row[k] for row in scored])) for k in scored[0]}
   return Summary(metrics, len(scored), len(rows) - len(scored))
@@ -218,14 +195,10 @@ def fit_affine(
   equations are solved about the means, where the determinant
   n sum (d - mean d)^2 does not cancel.
   """
-  d, g = _float64(predicted, target)
+  d, g = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
   if not d.size or d.min() == d.max():
     return Affine(0.0, 0.0)
   mean_d, mean_g = d.mean(), g.mean()
   centred = d - mean_d
   scale = float(np.sum(centred * (g - mean_g)) / np.sum(centred**2))
   return Affine(scale, float(mean_g - scale * mean_d))
-
-
-def _float64(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-  return tuple(np.asarray(a, np.float64) for a in arrays)

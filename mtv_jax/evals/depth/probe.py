@@ -10,20 +10,20 @@ Results of different protocols are not comparable.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable, Result
-from mtv_jax.evals.core.examples import Data, DepthSet
+from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.datasets import registry, scenes
 from mtv_jax.evals.depth import augment, heads, metrics, training
-from mtv_jax.evals.depth.base import DepthEvaluator, depth_row
+from mtv_jax.evals.depth.base import DepthEvaluator
 from mtv_jax.evals.depth.protocols import PROTOCOLS
 from mtv_jax.evals.depth.training import Setup
-from mtv_jax.utils import plots
 from mtv_jax.utils.errors import InputError
 
 _MAX_DEPTH = {"nyu": 10.0, "scenes": scenes.MAX_DEPTH}
@@ -34,7 +34,11 @@ _SCENES = {
   "lin4": {"steps": 100, "lr": 1e-2},
   "dpt": {"steps": 40, "lr": 3e-3, "batch_size": 4},
 }
-_SCENES_DPT_FEATURES = 16
+_HEADS = {
+  "dpt": "Probe3D's DPT, {} channels",
+  "upsampled": "1x1 convolution, upsampled x4",
+  "linear": "batch norm, 1x1 convolution",
+}
 _MEAN_IMAGES = 64  # training images behind the mean depth
 
 
@@ -45,52 +49,35 @@ class DepthProbe(DepthEvaluator):
   An option of None is as published for real data, and small for scenes.
 
   Attributes:
-    data: the scenes or NYUv2, see `datasets/registry.py`; not KITTI.
-    protocol: `linear`, `lin1`, `lin4` or `dpt`, see `protocols.py`.
+    protocol: see `protocols.py`.
     layers: blocks to read instead of the protocol's; without the final norm.
     train_count: training images to use, evenly spaced; all by default.
-    count: test images to use, evenly spaced; all by default.
-    truth: NYUv2's `raw` or `filled` depth, where a layout has both.
     steps: updates.
     lr: peak learning rate.
     batch_size: images a step.
-    augment: of training images: `toolbox`, `probe3d`, `flip` or `none`.
+    augment: of training images, see `augment.py`.
     input_size: rows and columns to which a whole image is resized before it is
       encoded; its own by default. Depth is compared at the image's size.
-    tta: `flip` or `none`.
-    crop: of the evaluated pixels: `nyu_eigen`, `garg`, `kitti_eigen`, `none`.
+    tta: `flip` averages with the prediction of the mirrored image.
+    crop: of the evaluated pixels, see `metrics.crop_mask`.
     max_depth: metres.
     dpt_features: channels of the DPT head.
     seed: of all randomness.
-    pictures: number of test images on the sheet.
   """
 
-  data: Data = "scenes"
-  protocol: str = "linear"
+  protocol: Literal["linear", "lin1", "lin4", "dpt"] = "linear"
   layers: tuple[int, ...] | None = None
-  train_count: int | None = None
-  count: int | None = None
-  truth: str | None = None
-  steps: int | None = None
-  lr: float | int | None = None
-  batch_size: int | None = None
-  augment: str | None = None
-  input_size: int | tuple[int, int] | None = None
-  tta: str | None = None
-  crop: str | None = None
-  max_depth: float | int | None = None
-  dpt_features: int | None = None
+  train_count: PositiveInt | None = None
+  steps: PositiveInt | None = None
+  lr: PositiveFloat | int | None = None
+  batch_size: PositiveInt | None = None
+  augment: Literal["toolbox", "probe3d", "flip", "none"] | None = None
+  input_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+  tta: Literal["flip", "none"] | None = None
+  crop: metrics.Crop | None = None
+  max_depth: PositiveFloat | PositiveInt | None = None
+  dpt_features: PositiveInt | None = None
   seed: int = 0
-  pictures: int = 0
-
-  def __post_init__(self):
-    self.check_choices(
-      "depth_probe",
-      protocol=PROTOCOLS,
-      augment=augment.AUGMENTS,
-      tta=("flip", "none"),
-      crop=metrics.CROPS,
-    )
 
   def _set(self, split: str, size: int) -> DepthSet:
     if registry.depth_kind(self.data) == "kitti":
@@ -115,56 +102,38 @@ class DepthProbe(DepthEvaluator):
     size = encoder.preprocess.size
     train, test = self._set("train", size), self._set("test", size)
     setup = self._resolve(encoder, train)
-    head = setup.head(encoder)
-    fitted = training.train(encoder, train, setup, head=head)
+    fitted = training.train(setup, train)
     mean = _mean_depth(train, setup)
-    scores, chance, rows = [], [], []
-    for one in training.predict(encoder, test, setup, head=head, fitted=fitted):
-      valid = metrics.valid_mask(
-        one.truth, high=setup.max_depth, crop=setup.protocol.crop
-      )
-      truth = one.truth[valid]
-      scores.append(self._score(one.depth[valid], truth))
-      chance.append(self._score(np.full(len(truth), mean), truth))
-      if len(rows) < self.pictures:
-        rows.append(depth_row(one.image, one.truth, one.depth, valid))
-    summary = metrics.average(scores)
-    return Result(
-      summary.metrics,
-      self._protocol(encoder, setup, train, test)
-      | {
-        "images": summary.images,
-        "images_skipped": summary.skipped,
-        "train_loss": float(np.mean(fitted.losses[-10:])),
-      },
-      metrics.average(chance).metrics,
-      units=summary.units,
-      lower=tuple(summary.units),
-      pictures={"depth": plots.vstack(rows)} if rows else {},
-    )
 
-  def _score(
-    self, predicted: np.ndarray, truth: np.ndarray
-  ) -> dict[str, float] | None:
-    if not truth.size:
-      return None
-    scores = metrics.image_metrics(predicted, truth)
-    if self.protocol == "dpt":
-      aligned = metrics.fit_affine(predicted, truth)(predicted)
-      scores["si_rmse"] = metrics.rmse(aligned, truth)
-      for k in (1, 2, 3):
-        scores[f"si_delta{k}"] = metrics.delta(aligned, truth, k)
-    return scores
+    def score(predicted, truth):
+      if predicted is None:
+        predicted = np.full(len(truth), mean)
+      scores = metrics.image_metrics(predicted, truth)
+      if self.protocol == "dpt":
+        aligned = metrics.fit_affine(predicted, truth)(predicted)
+        names = ("rmse", *metrics.DELTAS)
+        for name, value in metrics.image_metrics(aligned, truth, names).items():
+          scores[f"si_{name}"] = value
+      return scores
+
+    result = self._score_images(
+      training.predict(setup, test, fitted),
+      score,
+      self._protocol(setup, train, test),
+      high=setup.max_depth,
+      crop=setup.protocol.crop,
+    )
+    result.protocol["train_loss"] = float(np.mean(fitted.losses[-10:]))
+    return result
 
   def _resolve(self, encoder: Encoder, train: DepthSet) -> Setup:
     """The published values, then those for scenes, then the options."""
-    protocol = PROTOCOLS[self.protocol]
-    dpt_features = 512
+    protocol, dpt_features = PROTOCOLS[self.protocol], 512
     if train.kind == "scenes":
       protocol = dataclasses.replace(
         protocol, augment="none", crop="none", **_SCENES[self.protocol]
       )
-      dpt_features = _SCENES_DPT_FEATURES
+      dpt_features = 16
     names = ("steps", "lr", "batch_size", "augment", "tta", "crop")
     options = {name: getattr(self, name) for name in names}
     options = {name: v for name, v in options.items() if v is not None}
@@ -184,6 +153,7 @@ class DepthProbe(DepthEvaluator):
     )
     size = self.input_size
     return Setup(
+      encoder=encoder,
       protocol=protocol,
       layers=tuple(self.layers or protocol.taps(encoder.spec.image.depth)),
       max_depth=float(self.max_depth or _MAX_DEPTH[train.kind]),
@@ -193,12 +163,11 @@ class DepthProbe(DepthEvaluator):
     )
 
   def _protocol(
-    self, encoder: Encoder, setup: Setup, train: DepthSet, test: DepthSet
+    self, setup: Setup, train: DepthSet, test: DepthSet
   ) -> dict[str, Any]:
-    protocol = setup.protocol
+    protocol, encoder = setup.protocol, setup.encoder
     size = setup.example(test, 0).depth.shape
-    view = setup.view(encoder, size, size)
-    token = protocol.cls == "concat" and encoder.spec.image.cls_token
+    view = setup.view(size, size)
     return {
       **encoder.protocol(),
       "data": test.name,
@@ -219,12 +188,8 @@ class DepthProbe(DepthEvaluator):
       },
       "layers": list(setup.layers),
       "final_norm": protocol.norm == "final",
-      "cls_token": "beside every patch" if token else "not read",
-      "head": {
-        "dpt": f"Probe3D's DPT, {setup.dpt_features} channels",
-        "upsampled": "1x1 convolution, upsampled x4",
-        "linear": "batch norm, 1x1 convolution",
-      }[protocol.head],
+      "cls_token": "beside every patch" if setup.has_cls else "not read",
+      "head": _HEADS[protocol.head].format(setup.dpt_features),
       "bins": f"{heads.BINS}, {heads.MIN_DEPTH} m to max_depth",
       "max_depth": setup.max_depth,
       "prediction_resize": protocol.resize,
@@ -253,16 +218,15 @@ class DepthProbe(DepthEvaluator):
 
 def _mean_depth(data: DepthSet, setup: Setup) -> float:
   """Mean over the valid pixels of some training images, in metres."""
-  chosen = examples.subsample(range(len(data.depths)), _MEAN_IMAGES)
   total, count = 0.0, 0
-  for i in chosen:
+  for i in examples.subsample(range(len(data.depths)), _MEAN_IMAGES):
     depth = setup.example(data, i).depth
     valid = metrics.valid_mask(depth, high=setup.max_depth)
     total += float(depth[valid].sum(dtype=np.float64))
     count += int(valid.sum())
   if not count:
     raise InputError(
-      f"{data.name}: none of {len(chosen)} training images has a valid depth "
-      f"below {setup.max_depth:g} m: the unit of the depth files doesn't fit"
+      f"{data.name}: no training image has a valid depth below "
+      f"{setup.max_depth:g} m; check the unit of the depth files"
     )
   return total / count

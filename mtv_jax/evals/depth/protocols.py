@@ -34,15 +34,10 @@ class Protocol:
     head: `linear`, `upsampled` (x4, without batch norm) or `dpt`.
     resize: of the prediction to the image, a method of `resizing`.
     frame: `full` images or their central `square`.
-    augment: one of `augment.AUGMENTS`.
-    schedule: one of `SCHEDULES`.
-    lr, b1, b2, weight_decay: of AdamW. Upstream cycles b1 with the learning
-      rate; here it is constant.
+    augment, schedule: names in `augment.AUGMENTS` and `SCHEDULES`.
+    b1: of AdamW; constant here, upstream cycles it with the learning rate.
     clip: maximum global norm of the gradient; None for no limit.
-    batch_size: images a step.
     steps: updates; if None, `epochs` over the training images.
-    epochs: see `steps`.
-    sig_weight, gradient_weight: of the two losses.
     ddof: of the variance in the SIG loss, see `losses.sig_loss`.
     warm_steps: first updates, without the variance in the SIG loss.
     tta: `flip` averages the predictions of the image and its mirror image.
@@ -134,60 +129,37 @@ PROTOCOLS = {
 }
 
 
-def warm_cosine(
-  step: Step, *, steps: int, lr: float, warmup: int | None = None
-) -> Float[Array, ""]:
+def warm_cosine(step: Step, *, steps: int, lr: float) -> Float[Array, ""]:
   """DINOv3's schedule: a cosine with a linear ramp over its first third.
 
-  With T steps and W of warm-up: lr / 1000 + lr (1 + cos(pi s / T)) / 2 * s / W
+  With T steps and W = T / 3: lr / 1000 + lr (1 + cos(pi s / T)) / 2 * s / W
   before W, then the cosine from lr to lr / 25000 at (s + 1) / T.
-
-  Args:
-    step: from 0.
-    steps: T.
-    lr: upper bound of the learning rate.
-    warmup: W, by default a third of the steps (12,800 of 38,400).
   """
-  warmup = max(1, steps // 3) if warmup is None else warmup
+  warmup = max(1, steps // 3)  # 12,800 of 38,400
   s = jnp.asarray(step, jnp.float32)
   ramp = lr / 1000 + _cosine(lr, 0.0, s / steps) * s / warmup
   return jnp.where(s < warmup, ramp, _cosine(lr, lr / 25_000, (s + 1) / steps))
 
 
-def one_cycle(
-  step: Step,
-  *,
-  steps: int,
-  lr: float,
-  warm_share: float = 0.3,
-  div: float = 25.0,
-  final_div: float = 100.0,
-) -> Float[Array, ""]:
+def one_cycle(step: Step, *, steps: int, lr: float) -> Float[Array, ""]:
   """PyTorch's OneCycleLR (Smith and Topin 2018): two half cosines.
 
-  From lr / div up to lr at `warm_share` of the steps, down to
-  lr / div / final_div at the last one.
+  From lr / 25 up to lr at 0.3 of the steps, down to lr / 2500 at the last one.
   """
   s = jnp.asarray(step, jnp.float32)
-  peak = max(warm_share * steps - 1, 1e-6)
-  low, last = lr / div, lr / div / final_div
-  up = _cosine(low, lr, s / peak)
-  down = _cosine(lr, last, (s - peak) / max(steps - 1 - peak, 1e-6))
+  peak = max(0.3 * steps - 1, 1e-6)
+  up = _cosine(lr / 25, lr, s / peak)
+  down = _cosine(lr, lr / 25 / 100, (s - peak) / max(steps - 1 - peak, 1e-6))
   return jnp.where(s <= peak, up, down)
 
 
-def quarter_cosine(
-  step: Step, *, steps: int, lr: float, warmup: int | None = None
-) -> Float[Array, ""]:
+def quarter_cosine(step: Step, *, steps: int, lr: float) -> Float[Array, ""]:
   """Probe3D's schedule: lr (0.01 + 0.99 f), f linear to 1, then cos(pi / 2 r).
 
-  Args:
-    step: from 0.
-    steps: T, where f reaches 0.
-    lr: the peak.
-    warmup: W, by default 1.5 of 10 epochs. r = (s - W) / (T - W).
+  r = (s - W) / (T - W), with T steps, of which W = 0.15 T (1.5 of 10 epochs)
+  are the linear part.
   """
-  warmup = max(1, round(0.15 * steps)) if warmup is None else warmup
+  warmup = max(1, round(0.15 * steps))
   s = jnp.asarray(step, jnp.float32)
   rest = (s - warmup) / max(steps - warmup, 1)
   factor = jnp.where(s <= warmup, s / warmup, jnp.cos(jnp.pi / 2 * rest))

@@ -14,20 +14,21 @@ protocol here, `midas` the default, and each step of it is an option.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Float64
 
+from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import resizing
 from mtv_jax.evals.core.base import NotApplicable, Result
-from mtv_jax.evals.core.examples import Data, DepthSet
+from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.datasets import scenes
 from mtv_jax.evals.depth import metrics
-from mtv_jax.evals.depth.base import DepthEvaluator, depth_row, read_pair
-from mtv_jax.utils import plots
+from mtv_jax.evals.depth.base import DepthEvaluator, Prediction, read_pair
 from mtv_jax.utils.errors import ConfigError
 
 ALIGNMENTS = {
@@ -44,6 +45,11 @@ ALIGNMENTS = {
 _CAP = {"nyu": 10.0, "kitti": 80.0, "scenes": scenes.MAX_DEPTH}
 _MIN_DEPTH = {"nyu": 1e-3, "kitti": 1e-5, "scenes": 1e-3}  # of Marigold's clip
 _KB_SIZE = (352, 1216)  # the crop of KITTI's depth benchmark
+_CROPS = {
+  "midas": {},
+  "depth_anything": {"nyu": "nyu_eigen", "kitti": "garg"},
+  "marigold": {"nyu": "nyu_eigen", "kitti": "kitti_eigen"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +76,6 @@ class Protocol:
   min_depth: float
 
 
-_CROPS = {
-  "midas": {},
-  "depth_anything": {"nyu": "nyu_eigen", "kitti": "garg"},
-  "marigold": {"nyu": "nyu_eigen", "kitti": "kitti_eigen"},
-}
-PROTOCOLS = tuple(_CROPS)
-
-
 def published_protocol(name: str, kind: str) -> Protocol:
   """A published protocol for `nyu`, `kitti` or `scenes`."""
   midas, cap = name == "midas", _CAP[kind]
@@ -95,51 +93,36 @@ def published_protocol(name: str, kind: str) -> Protocol:
 
 @dataclasses.dataclass(frozen=True)
 class RelativeDepth(DepthEvaluator):
-  """Zero-shot relative depth.
+  """Zero-shot relative depth of the test split.
 
   An option of None is the protocol's.
 
   Attributes:
-    data: see `datasets/registry.py`; the test split is used.
-    protocol: `midas`, `depth_anything` or `marigold`.
-    alignment: one of `ALIGNMENTS`.
-    resize: of predictions: `bilinear` or `bilinear_corners`.
+    protocol: one of the published ways to score.
+    alignment: see `ALIGNMENTS`.
+    resize: of predictions, see `resizing`.
     cut: `kb` crops KITTI's images to their lower middle, 352 x 1216, before
-      anything else; `none`.
-    crop: of the evaluated pixels: `nyu_eigen`, `garg`, `kitti_eigen`, `none`.
+      anything else.
+    crop: of the evaluated pixels, see `metrics.crop_mask`.
     cap: largest depth of an aligned prediction, in metres, and of the
       evaluated pixels unless the protocol has no limit.
     min_pixels: images with fewer valid pixels are skipped.
-    count: images to use, evenly spaced; all by default.
-    truth: NYUv2's `raw` or `filled` depth, where a layout has both.
     subset: of KITTI's list, `all`, `train` or `val` (MiDaS: val).
     batch_size: images a step.
-    pictures: number of images on the sheet.
   """
 
-  data: Data = "scenes"
-  protocol: str = "midas"
-  alignment: str | None = None
-  resize: str | None = None
-  cut: str | None = None
-  crop: str | None = None
-  cap: float | int | None = None
-  min_pixels: int = 10
-  count: int | None = None
-  truth: str | None = None
+  protocol: Literal["midas", "depth_anything", "marigold"] = "midas"
+  alignment: (
+    Literal["disparity", "disparity_positive", "depth", "disparity_space"]
+    | None
+  ) = None
+  resize: Literal["bilinear", "bilinear_corners"] | None = None
+  cut: Literal["none", "kb"] | None = None
+  crop: metrics.Crop | None = None
+  cap: PositiveFloat | PositiveInt | None = None
+  min_pixels: PositiveInt = 10
   subset: str = "all"
-  batch_size: int = 16
-  pictures: int = 0
-
-  def __post_init__(self):
-    self.check_choices(
-      "relative_depth",
-      protocol=PROTOCOLS,
-      alignment=ALIGNMENTS,
-      resize=("bilinear", "bilinear_corners"),
-      cut=("none", "kb"),
-      crop=metrics.CROPS,
-    )
+  batch_size: PositiveInt = 16
 
   def _set(self, size: int) -> DepthSet:
     return self.open_split("test", size, count=self.count, subset=self.subset)
@@ -162,30 +145,15 @@ class RelativeDepth(DepthEvaluator):
       )
     data = self._set(encoder.preprocess.size)
     protocol = self._resolve(data.kind)
-    scores, chance, rows = [], [], []
-    for image, truth, predicted in self._predictions(encoder, data, protocol):
-      valid = metrics.valid_mask(
-        truth, low=protocol.low, high=protocol.high, crop=protocol.crop
-      )
-      if valid.sum() < self.min_pixels:
-        scores.append(None)
-        chance.append(None)
-        continue
-      d, g = predicted[valid], truth[valid]
-      scores.append(score(d, g, protocol))
-      chance.append(score(None, g, protocol))
-      if len(rows) < self.pictures:
-        affine = metrics.fit_affine(d, 1 / g)
-        depth = 1 / np.maximum(affine(predicted), 1e-6)
-        rows.append(depth_row(image, truth, depth, valid))
-    summary = metrics.average(scores)
-    return Result(
-      summary.metrics,
-      self._protocol(encoder, data, protocol, summary),
-      metrics.average(chance).metrics,
-      units=summary.units,
-      lower=tuple(summary.units),
-      pictures={"depth": plots.vstack(rows)} if rows else {},
+    return self._score_images(
+      self._predictions(encoder, data, protocol),
+      lambda predicted, truth: score(predicted, truth, protocol),
+      self._protocol(encoder, data, protocol),
+      to_metres=_align_map,
+      min_pixels=self.min_pixels,
+      low=protocol.low,
+      high=protocol.high,
+      crop=protocol.crop,
     )
 
   def _resolve(self, kind: str) -> Protocol:
@@ -199,28 +167,25 @@ class RelativeDepth(DepthEvaluator):
 
   def _predictions(
     self, encoder: Encoder, data: DepthSet, protocol: Protocol
-  ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Image, true depth and prediction at the image's size, in order."""
-    count, block = len(data.images), 4 * self.batch_size
-    for start in range(0, count, block):
-      pairs = [
-        [cut(x, protocol.cut) for x in read_pair(data, i)]
-        for i in range(start, min(count, start + block))
-      ]
-      images = [image for image, _ in pairs]
+  ) -> Iterator[Prediction]:
+    """Predictions at the image's size, in order."""
+
+    def read(i: int) -> list[np.ndarray]:
+      return [cut(x, protocol.cut) for x in read_pair(data, i)]
+
+    pairs = map(read, range(len(data.images)))
+    while block := list(itertools.islice(pairs, 4 * self.batch_size)):
+      images = [image for image, _ in block]
       maps = encoder.depth(images, batch_size=self.batch_size)
-      for (image, truth), inverse in zip(pairs, maps, strict=True):
-        resized = resizing.resize_maps(
-          inverse, truth.shape, method=protocol.resize
+      for (image, truth), inverse in zip(block, maps, strict=True):
+        yield (
+          image,
+          truth,
+          resizing.resize_maps(inverse, truth.shape, method=protocol.resize),
         )
-        yield image, truth, np.asarray(resized)
 
   def _protocol(
-    self,
-    encoder: Encoder,
-    data: DepthSet,
-    protocol: Protocol,
-    summary: metrics.Summary,
+    self, encoder: Encoder, data: DepthSet, protocol: Protocol
   ) -> dict[str, Any]:
     high = "no limit" if protocol.high is None else f"{protocol.high:g} m"
     return {
@@ -228,8 +193,6 @@ class RelativeDepth(DepthEvaluator):
       "data": data.name,
       "data_hash": data.digest,
       "subset": self.subset if data.kind == "kitti" else "all",
-      "images": summary.images,
-      "images_skipped": summary.skipped,
       "depth": data.source,
       "protocol": self.protocol,
       "image_cut": protocol.cut,
@@ -244,6 +207,14 @@ class RelativeDepth(DepthEvaluator):
       "averaging": metrics.AVERAGING,
       "chance": "the best constant of each image",
     }
+
+
+def _align_map(
+  predicted: np.ndarray, truth: np.ndarray, valid: np.ndarray
+) -> np.ndarray:
+  """Depth in metres from the least-squares fit of inverse depth."""
+  affine = metrics.fit_affine(predicted[valid], 1 / truth[valid])
+  return 1 / np.maximum(affine(predicted), 1e-6)
 
 
 def cut(x: np.ndarray, name: str) -> np.ndarray:
@@ -311,9 +282,9 @@ def score(
     cap=protocol.cap,
     min_depth=protocol.min_depth,
   )
-  in_depth = protocol.alignment != "disparity_space"
-  g = np.asarray(truth, np.float64)
-  g = g if in_depth else 1 / g
-  scores = {"abs_rel": metrics.abs_rel(depth, g)}
-  scores |= {f"delta{k}": metrics.delta(depth, g, k) for k in (1, 2, 3)}
-  return scores | ({"rmse": metrics.rmse(depth, g)} if in_depth else {})
+  names = ("abs_rel", *metrics.DELTAS)
+  if protocol.alignment == "disparity_space":
+    return metrics.image_metrics(
+      depth, 1 / np.asarray(truth, np.float64), names
+    )
+  return metrics.image_metrics(depth, truth, (*names, "rmse"))

@@ -16,9 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import resizing
-from mtv_jax.evals.depth.protocols import Protocol
 from mtv_jax.utils.errors import InputError
 
 
@@ -31,12 +29,14 @@ class View:
     input_size: rows and columns after resizing, before padding.
     patch: pixels a side.
     resize: of predictions, a method of `resizing`.
+    mean: of the encoder's normalisation, in 0..1; padding becomes zero.
   """
 
   size: tuple[int, int]
   input_size: tuple[int, int]
   patch: int
-  resize: str
+  resize: str = "bilinear"
+  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
   @property
   def padded(self) -> tuple[int, int]:
@@ -50,13 +50,12 @@ class View:
     return self.padded[0] // self.patch, self.padded[1] // self.patch
 
   def pad(
-    self, image: Float[np.ndarray, "h w 3"], mean: tuple[float, float, float]
+    self, image: Float[np.ndarray, "h w 3"]
   ) -> Float32[np.ndarray, "h2 w2 3"]:
     """The padded input of an image in 0..255.
 
-    Args:
-      image: of `size`.
-      mean: of the encoder's normalisation, in 0..1; padding becomes zero.
+    Raises:
+      InputError: for an image of another size than `size`.
     """
     if image.shape[:2] != self.size:
       raise InputError(
@@ -70,11 +69,9 @@ class View:
       image = cv2.resize(
         np.ascontiguousarray(image), (width, height), interpolation=method
       )
-    if self.padded == self.input_size:
-      return np.ascontiguousarray(image, np.float32)
-    top, left = _margin(height, self.patch), _margin(width, self.patch)
     padded = np.empty((*self.padded, 3), np.float32)
-    padded[:] = 255 * np.float32(mean)
+    padded[:] = 255 * np.float32(self.mean)
+    top, left = _margin(height, self.patch), _margin(width, self.patch)
     padded[top : top + height, left : left + width] = image
     return padded
 
@@ -104,56 +101,14 @@ def restoring_matrix(
   grid: int, input_side: int, side: int, patch: int, method: str
 ) -> Float32[np.ndarray, "side grid"]:
   """One axis: upsamples to the padded input, crops, resizes to `side`."""
-  padded = -(-input_side // patch) * patch
-  top = _margin(input_side, patch)
-  spread = resizing.matrix(grid, padded, method)[top : top + input_side]
-  if padded == input_side:
+  if input_side % patch == 0:
     # In one step, since interpolating twice smooths twice.
-    spread = resizing.matrix(grid, side, method)
-  elif input_side != side:
-    spread = resizing.matrix(input_side, side, method) @ spread
-  matrix = spread.astype(np.float32)
+    matrix = resizing.matrix(grid, side, method)
+  else:
+    padded, top = -(-input_side // patch) * patch, _margin(input_side, patch)
+    matrix = resizing.matrix(grid, padded, method)[top : top + input_side]
+    if input_side != side:
+      matrix = resizing.matrix(input_side, side, method) @ matrix
+  matrix = matrix.astype(np.float32)
   matrix.setflags(write=False)  # cached, so shared by all callers
   return matrix
-
-
-def features(
-  encoder: Encoder,
-  images: list[np.ndarray],
-  protocol: Protocol,
-  layers: tuple[int, ...],
-) -> Float32[np.ndarray, "n h w c"]:
-  """Input of a probe: the patches of the layers, each with its CLS token.
-
-  Args:
-    encoder: of the features.
-    images: padded inputs of one size, in 0..255.
-    protocol: its `norm`, `cls` (if there is a CLS token) and `batch_size`.
-    layers: blocks, concatenated along the channels; with the final norm only
-      the last one.
-  """
-  token = protocol.cls == "concat" and encoder.spec.image.cls_token
-  dense = functools.partial(
-    encoder.dense, images, batch_size=protocol.batch_size
-  )
-  if protocol.norm == "final":
-    output = dense(outputs=("patches", "prefix") if token else ("patches",))
-    pairs = [(output.patches, output.prefix)]
-  else:
-    output = dense(layers=layers, outputs=())
-    pairs = [(output.layers[i], output.prefix_layers.get(i)) for i in layers]
-  parts = []
-  for patches, prefix in pairs:
-    parts.append(patches)
-    if token:
-      first = prefix[:, None, None, 0]
-      parts.append(np.broadcast_to(first, patches.shape))
-  return np.concatenate(parts, axis=-1)
-
-
-def channels(
-  encoder: Encoder, protocol: Protocol, layers: tuple[int, ...]
-) -> int:
-  """Number of channels of `features`."""
-  token = protocol.cls == "concat" and encoder.spec.image.cls_token
-  return len(layers) * encoder.spec.image.width * (2 if token else 1)

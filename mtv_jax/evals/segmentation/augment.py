@@ -6,18 +6,15 @@ linear probe: scale, crop, flip, photometric distortion, padding.
 
 from __future__ import annotations
 
-import concurrent.futures
-import os
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, Int, Shaped, UInt8
+from jaxtyping import Float32, Shaped, UInt8
 
-from mtv_jax.evals.core import resizing
+from mtv_jax.evals.core import dense, resizing
 from mtv_jax.evals.core.examples import IGNORE, SegmentationSet
 from mtv_jax.evals.segmentation import sliding_window
-from mtv_jax.evals.segmentation.base import check_same_size
 
 PROTOCOL = {
   "scale": "short side int(size * U(0.5, 2)), as evaluation resizes",
@@ -29,7 +26,6 @@ PROTOCOL = {
   ),
   "padding": "right and below; pixels 0 after normalisation, labels ignored",
 }
-_SCALE_RANGE = (0.5, 2.0)
 _MAX_TRIES = 10
 _MAX_SHARE = 0.75
 
@@ -52,13 +48,10 @@ def augment(
     labels: of the image's size.
     rng: of all random choices.
     size: pixels a side of the crop.
-    fill: colour of the padding, in 0..255.
+    fill: colour of the padding, in 0..255, which makes the crop float32.
     interpolation: of the image; the map takes nearest labels.
-
-  Returns:
-    Pixels in 0..255 (float32 where they were padded) and labels.
   """
-  short = int(size * rng.uniform(*_SCALE_RANGE))
+  short = int(size * rng.uniform(0.5, 2.0))
   shape = sliding_window.resized(*image.shape[:2], short=short)
   image = sliding_window.resize_image(image, shape, interpolation)
   labels = resizing.resize_maps(labels, shape, method="nearest")
@@ -67,10 +60,8 @@ def augment(
   image, labels = image[box], labels[box]
   if rng.random() < 0.5:
     image, labels = image[:, ::-1], labels[:, ::-1]
-  image = distort(image, rng)
-  return sliding_window.pad(image, size, fill), sliding_window.pad(
-    labels, size, IGNORE
-  )
+  padded = sliding_window.pad(distort(image, rng), size, fill)
+  return padded, sliding_window.pad(labels, size, IGNORE)
 
 
 def _corner(
@@ -95,18 +86,13 @@ def distort(
   contrast_first = rng.random() < 0.5
   apply = rng.random(4) < 0.5
   brightness, hue = rng.uniform(-32, 32), rng.uniform(-0.5, 0.5)
-  contrast, saturation = rng.uniform(0.5, 1.5, 2)
-  if apply[0]:
-    image = _affine(image, 1.0, brightness)
-  if apply[1] and contrast_first:
+  contrast, saturation = np.where(apply[1:3], rng.uniform(0.5, 1.5, 2), 1.0)
+  image = _affine(image, 1.0, brightness * apply[0])
+  if contrast_first:
     image = _affine(image, contrast, 0.0)
   if apply[2] or apply[3]:
-    image = _adjust_hue(
-      image,
-      saturation=saturation if apply[2] else 1.0,
-      hue=hue if apply[3] else 0.0,
-    )
-  if apply[1] and not contrast_first:
+    image = _adjust_hue(image, saturation=saturation, hue=hue * apply[3])
+  if not contrast_first:
     image = _affine(image, contrast, 0.0)
   return np.ascontiguousarray(image)
 
@@ -121,69 +107,17 @@ def _adjust_hue(
 ) -> np.ndarray:
   hsv = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2HSV)
   # OpenCV's hue is in steps of two degrees.
-  turned = (hsv[..., 0].astype(np.int32) + round(180 * hue)) % 180
-  hsv[..., 0] = turned.astype(np.uint8)
+  hsv[..., 0] = (hsv[..., 0].astype(np.int32) + round(180 * hue)) % 180
   hsv[..., 1] = _affine(hsv[..., 1], saturation, 0.0)
   return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-
-
-class Crops:
-  """Augmented crops by step, prefetched one step ahead by threads.
-
-  A crop depends only on the seed, the step and the row.
-  """
-
-  def __init__(
-    self,
-    data: SegmentationSet,
-    indices: Callable[[int], Int[np.ndarray, " b"]],
-    *,
-    size: int,
-    fill: Float32[np.ndarray, "3"],
-    interpolation: str,
-    seed: int,
-  ):
-    self._data, self._indices, self._seed = data, indices, seed
-    self._options = {"size": size, "fill": fill, "interpolation": interpolation}
-    self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-    self._next: tuple[int, list[concurrent.futures.Future]] = (-1, [])
-
-  def __enter__(self) -> Crops:
-    return self
-
-  def __exit__(self, *error) -> None:
-    self._pool.shutdown(cancel_futures=True)
-
-  def __call__(
-    self, step: int
-  ) -> tuple[list[np.ndarray], UInt8[np.ndarray, "b s s"]]:
-    """Images and labels of a step."""
-    next_step, pending = self._next
-    pending = pending if next_step == step else self._submit(step)
-    self._next = (step + 1, self._submit(step + 1))
-    images, labels = zip(*(f.result() for f in pending), strict=True)
-    return list(images), np.stack(labels)
-
-  def _submit(self, step: int) -> list[concurrent.futures.Future]:
-    items = enumerate(self._indices(step).tolist())
-    return [self._pool.submit(self._crop, step, row, i) for row, i in items]
-
-  def _crop(self, step: int, row: int, index: int) -> tuple:
-    image, labels = read_pair(self._data, index)
-    rng = np.random.default_rng((self._seed, step, row))
-    return augment(image, labels, rng, **self._options)
 
 
 def read_pair(
   data: SegmentationSet, index: int
 ) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
-  """An image and its map.
-
-  Raises:
-    ValueError: if their sizes differ.
-  """
+  """An image and its map; raises InputError if their sizes differ."""
   image, labels = data.images[index], data.maps[index]
-  check_same_size(data, index, image, labels)
+  dense.check_same_size(data.name, index, image, labels)
   return image, labels
 
 
@@ -193,12 +127,14 @@ def cut_windows(
   slide: sliding_window.Slide,
   *,
   fill: Float32[np.ndarray, "3"],
-) -> tuple[list[np.ndarray], list[UInt8[np.ndarray, "s s"]]]:
-  """The evaluation windows of an image and of its map."""
+) -> Iterator[dense.Example]:
+  """The evaluation windows of an image, each with its labels."""
   image, labels = read_pair(data, index)
   shape = sliding_window.resized(*image.shape[:2], short=slide.short)
   labels = resizing.resize_maps(labels, shape, method="nearest")
   pixels = sliding_window.resize_image(image, shape, slide.interpolation)
-  return sliding_window.cut(pixels, slide, fill), sliding_window.cut(
-    labels, slide, IGNORE
+  return zip(
+    sliding_window.cut(pixels, slide, fill),
+    sliding_window.cut(labels, slide, IGNORE),
+    strict=True,
   )

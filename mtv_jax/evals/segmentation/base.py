@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 from PIL import Image, ImageDraw
 
+from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.core import dense
 from mtv_jax.evals.core.base import Evaluator, preprocess_protocol
 from mtv_jax.evals.core.examples import (
   IGNORE,
@@ -22,7 +24,7 @@ from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.segmentation import metrics as metrics_lib
 from mtv_jax.evals.segmentation import sliding_window
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import InputError, did_you_mean
+from mtv_jax.utils.errors import InputError
 
 _TEXT_SIZE, _LINE_HEIGHT = 10, 14
 _IMAGE_HEIGHT = 192
@@ -45,27 +47,14 @@ class SegmentationEvaluator(Evaluator):
   """
 
   data: Data = "scenes"
-  size: int | None = None
-  stride: int | None = None
-  count: int | None = None
-  encode_batch: int = 16
-  pictures: int = 0
-
-  def _check(self, name: str, **choices: Sequence[str | None]) -> None:
-    """Raises ValueError unless each option has one of its choices."""
-    for option, values in choices.items():
-      if (value := getattr(self, option)) not in values:
-        known = [v for v in values if v]
-        raise InputError(
-          f"{name}: {option}={value!r}. {did_you_mean(str(value), known)}"
-        )
+  size: PositiveInt | None = None
+  stride: PositiveInt | None = None
+  count: PositiveInt | None = None
+  encode_batch: PositiveInt = 16
+  pictures: NonNegativeInt = 0
 
   def _window_size(self, encoder: Encoder, published: int) -> int:
-    """Side of a window.
-
-    Raises:
-      InputError: for a size that the patch does not divide.
-    """
+    """Side of a window; raises InputError if the patch does not divide it."""
     patch = encoder.spec.image.patch_size
     if self.size is None:
       scenes = is_scenes(self.data)
@@ -86,7 +75,7 @@ class SegmentationEvaluator(Evaluator):
     data: SegmentationSet,
     slide: sliding_window.Slide,
   ) -> Predictions:
-    """The confusion matrices of a whole set.
+    """The confusion matrices of all heads on a set.
 
     Args:
       encoder: whose mean colour is the padding.
@@ -94,9 +83,10 @@ class SegmentationEvaluator(Evaluator):
       data: images and truth.
       slide: how images are cut into windows.
     """
-    chosen = range(len(data.images))
-    chosen = subsample(chosen, self.pictures) if self.pictures else ()
-    total, examples = None, []
+    indices = range(len(data.images))
+    chosen = subsample(indices, self.pictures) if self.pictures else ()
+    total, rows = 0, []
+    names = data.classes or [str(i) for i in range(data.class_count)]
     predictions = sliding_window.predict(
       data.images,
       score,
@@ -106,17 +96,17 @@ class SegmentationEvaluator(Evaluator):
     )
     for i, predicted in enumerate(predictions):
       truth = data.maps[i]
-      check_same_size(data, i, predicted[0], truth)
-      counts = np.stack(
+      dense.check_same_size(data.name, i, predicted[0], truth)
+      total += np.stack(
         [
           metrics_lib.confusion(truth, p, classes=data.class_count)
           for p in predicted
         ]
       )
-      total = counts if total is None else total + counts
       if i in chosen:
-        examples.append(Example(data.images[i], truth, predicted))
-    return Predictions(data, total, examples)
+        image = data.images[i]
+        rows.append([_draw_row(image, (truth, p), names) for p in predicted])
+    return Predictions(total, rows)
 
   def _common_protocol(
     self,
@@ -142,70 +132,40 @@ def padding_colour(encoder: Encoder) -> Float32[np.ndarray, "3"]:
   return np.float32(255) * np.asarray(encoder.preprocess.mean, np.float32)
 
 
-def check_same_size(
-  data: SegmentationSet, index: int, image: np.ndarray, labels: np.ndarray
-) -> None:
-  """Raises ValueError where an image and its map have different sizes."""
-  if image.shape[:2] != labels.shape:
-    raise InputError(
-      f"{data.name}: image {index} is {list(image.shape[:2])} and its map "
-      f"{list(labels.shape)}; expected the same size"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-  """An image of the sheet, its truth and the prediction of each head."""
-
-  image: UInt8[np.ndarray, "h w 3"]
-  truth: UInt8[np.ndarray, "h w"]
-  predicted: list[UInt8[np.ndarray, "h w"]]
-
-
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-  """The predictions of some heads on a set.
+  """Predictions of several heads on a set.
 
   Attributes:
-    data: the set.
     counts: each head's pixels by (true class, predicted class).
-    examples: images for the sheet.
+    rows: of the sheet, for each chosen image and head.
   """
 
-  data: SegmentationSet
   counts: Int64[np.ndarray, "heads k k"]
-  examples: list[Example]
+  rows: list[list[np.ndarray]]
 
   def sheets(
     self, name: str, *, head: int = 0
   ) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
-    """The sheet of a head under `name`; nothing without examples.
+    """The sheet of a head by name; empty without chosen images.
 
     Rows of image, truth and prediction above the names of their classes.
     """
-    if not self.examples:
-      return {}
-    count = self.data.class_count
-    names = self.data.classes or [str(i) for i in range(count)]
-    return {name: plots.vstack([_row(e, head, names) for e in self.examples])}
+    rows = [row[head] for row in self.rows]
+    return {name: plots.vstack(rows)} if rows else {}
 
 
-def paint(
-  labels: UInt8[np.ndarray, "h w"], count: int
-) -> UInt8[np.ndarray, "h w 3"]:
-  """Classes in the colours of `plots.palette`; ignored pixels in white."""
+def _draw_row(
+  image: UInt8[np.ndarray, "h w 3"],
+  maps: Sequence[UInt8[np.ndarray, "h w"]],
+  names: Sequence[str],
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+  """Image and maps in the colours of `plots.palette`; ignored is white."""
   colours = np.full((256, 3), 255, np.uint8)
-  colours[:count] = plots.palette(count)
-  colours[IGNORE] = 255
-  return colours[labels]
-
-
-def _row(
-  example: Example, head: int, names: Sequence[str]
-) -> UInt8[np.ndarray, "h w 3"]:
-  maps = (example.truth, example.predicted[head])
-  painted = [paint(labels, len(names)) for labels in maps]
-  strip = plots.image_with_maps(example.image, painted, height=_IMAGE_HEIGHT)
+  colours[: len(names)] = plots.palette(len(names))
+  strip = plots.image_with_maps(
+    image, [colours[labels] for labels in maps], height=_IMAGE_HEIGHT
+  )
   present = [int(i) for i in np.union1d(*maps) if i != IGNORE]
   return np.concatenate([strip, _legend(present, strip.shape[1], names)])
 
@@ -213,7 +173,7 @@ def _row(
 def _legend(
   present: Sequence[int], width: int, names: Sequence[str]
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """The names of some classes, each beside a square of its colour."""
+  """Names of classes, each beside a square of its colour."""
   font, colours = plots.font(_TEXT_SIZE), plots.palette(len(names))
   corners, x, y = [], 0, 2
   for i in present:

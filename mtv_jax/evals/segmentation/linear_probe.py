@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+import itertools
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import numpy as np
 import optax
-from jaxtyping import UInt8
 
+from mtv_jax.config.options import NonNegativeFloat, PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import probe
+from mtv_jax.evals.core import dense, probe
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.examples import SegmentationSet
 from mtv_jax.evals.datasets import registry
@@ -34,9 +35,8 @@ from mtv_jax.evals.segmentation.base import (
   padding_colour,
 )
 from mtv_jax.evals.segmentation.sliding_window import Slide
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import ConfigError, InputError
 
-AUGMENTS = ("official", "none")
 # Features of the training windows that are cached without augmentation.
 _CACHE_BYTES = 16 * 2**30
 
@@ -49,11 +49,11 @@ class Segmentation(SegmentationEvaluator):
   published `size` is 512 and the default `stride` two thirds of it.
 
   Attributes:
-    layers: `LAST`, `FOUR_LAST` or `FOUR_EVEN`, concatenated.
-    norm: `final` applies the encoder's last norm to every layer, `none` to
-      none of them.
+    layers: blocks whose tokens are concatenated, see `linear_head.taps`.
+    norm: `final` applies the encoder's last norm to every layer, `none` does
+      not.
     scales: factors of the image size, whose softmax is averaged.
-    flips: `both` averages with the mirrored image, `none` does not.
+    flips: `both` averages with the mirrored image.
     augment: `official` computes features of augmented crops at every step;
       `none` those of evaluation's windows, once.
     steps: updates of the head: 40,000, or 300 on scenes.
@@ -69,31 +69,24 @@ class Segmentation(SegmentationEvaluator):
     seed: of the head, the order and the augmentation.
   """
 
-  layers: str = "LAST"
-  norm: str = "final"
+  layers: Literal["LAST", "FOUR_LAST", "FOUR_EVEN"] = "LAST"
+  norm: Literal["final", "none"] = "final"
   scales: tuple[float, ...] = (1.0,)
-  flips: str = "none"
-  augment: str | None = None
-  steps: int | None = None
-  batch_size: int = 16
-  learning_rate: float | None = None
-  weight_decay: float = 1e-3
-  dropout: float = 0.1
-  eval_every: int | None = None
-  train_split: str = "train"
-  train_count: int | None = None
+  flips: Literal["none", "both"] = "none"
+  augment: Literal["official", "none"] | None = None
+  steps: PositiveInt | None = None
+  batch_size: PositiveInt = 16
+  learning_rate: PositiveFloat | None = None
+  weight_decay: NonNegativeFloat = 1e-3
+  dropout: NonNegativeFloat = 0.1
+  eval_every: PositiveInt | None = None
+  train_split: Literal["train", "test"] = "train"
+  train_count: PositiveInt | None = None
   seed: int = 0
 
   def __post_init__(self):
-    self._check(
-      "segmentation",
-      layers=linear_head.LAYERS,
-      norm=linear_head.NORMS,
-      augment=(None, *AUGMENTS),
-      train_split=registry.SPLITS,
-    )
-    if not 0 <= self.dropout < 1:
-      raise InputError(f"segmentation: dropout={self.dropout}; expected [0, 1)")
+    if self.dropout >= 1:
+      raise ConfigError(f"dropout is {self.dropout}, expected a number below 1")
 
   @functools.cached_property
   def _sets(self) -> tuple[SegmentationSet, SegmentationSet]:
@@ -105,21 +98,24 @@ class Segmentation(SegmentationEvaluator):
     return train, test
 
   def prepare(self) -> None:
-    """Lists both sets, and caches the lists."""
+    """Lists the images of both sets."""
     _ = self._sets
 
   def run(self, encoder: Encoder) -> Result:
     """Trains the head; metrics of the best saved head and of the last."""
-    train, test = self._sets
+    _, test = self._sets
     plan = self._plan(encoder)
-    trainer = _Trainer(self, encoder, plan, train)
-    saved = trainer.fit()
-    heads = linear_head.fold(list(saved.values()))
-    predictions = self._predict(
+    features = functools.partial(
+      dense.features,
       encoder,
-      lambda windows: heads(trainer.features(windows)),
-      test,
-      plan.slide,
+      blocks=linear_head.taps(self.layers, encoder.spec.image.depth),
+      norm=self.norm,
+      batch_size=self.encode_batch,
+    )
+    fitted, windows = self._fit(encoder, plan, features)
+    heads = linear_head.fold(list(fitted.snapshots.values()))
+    predictions = self._predict(
+      encoder, lambda windows: heads(features(windows)), test, plan.slide
     )
     scores = [metrics_lib.scores(c) for c in predictions.counts]
     best = max(range(len(scores)), key=lambda i: scores[i].miou)
@@ -132,9 +128,9 @@ class Segmentation(SegmentationEvaluator):
     chance |= {f"{name}_last": value for name, value in chance.items()}
     protocol = {
       **self._protocol(encoder, plan),
-      "best_step": list(saved)[best],
-      "train_windows": trainer.windows,
-      "final_loss": trainer.final_loss,
+      "best_step": list(fitted.snapshots)[best],
+      "train_windows": windows,
+      "final_loss": float(fitted.losses[-1]),
     }
     sheets = predictions.sheets("segmentation", head=best)
     return Result(metrics, protocol, chance, pictures=sheets)
@@ -149,7 +145,7 @@ class Segmentation(SegmentationEvaluator):
         size=size,
         stride=self.stride or max(1, size * 2 // 3),
         short=size,
-        scales=tuple(float(s) for s in self.scales),
+        scales=self.scales,
         flips=self.flips,
       ),
       augment=self.augment or ("none" if scenes else "official"),
@@ -158,6 +154,74 @@ class Segmentation(SegmentationEvaluator):
       rate=self.learning_rate or (1e-2 if scenes else 1e-3),
       saved_steps=(*range(every, steps, every), steps),
     )
+
+  def _fit(
+    self, encoder: Encoder, plan: _Plan, features: dense.Encode
+  ) -> tuple[probe.FitResult, int | str]:
+    """The head with its snapshots, and how many windows it was trained on."""
+    train, _ = self._sets
+    fill = padding_colour(encoder)
+    windows: int | str = "crops, drawn at every step"
+    options = {"batch_size": self.batch_size, "seed": self.seed}
+    if plan.augment == "none":
+      cache = list(self._encode_windows(features, plan.slide, fill))
+      windows = sum(len(part["targets"]) for part in cache)
+      batches = dense.cached_batches(cache, **options)
+    else:
+      batches = dense.training_batches(
+        features,
+        lambda i, rng: augment.augment(
+          *augment.read_pair(train, i),
+          rng,
+          size=plan.slide.size,
+          fill=fill,
+          interpolation=plan.slide.interpolation,
+        ),
+        len(train.images),
+        steps=plan.steps,
+        **options,
+      )
+    spec = encoder.spec.image
+    params, state = linear_head.init(
+      spec.width * len(linear_head.taps(self.layers, spec.depth)),
+      train.class_count,
+      seed=self.seed,
+    )
+    rate = linear_head.schedule(plan.rate, steps=plan.steps, warmup=plan.warmup)
+    fitted = probe.fit(
+      linear_head.make_loss(self.dropout),
+      params,
+      batches,
+      optimizer=optax.adamw(rate, weight_decay=self.weight_decay),
+      steps=plan.steps,
+      state=state,
+      seed=self.seed,
+      mesh=encoder.mesh,
+      snapshot_steps=plan.saved_steps,
+    )
+    return fitted, windows
+
+  def _encode_windows(
+    self, features: dense.Encode, slide: Slide, fill: np.ndarray
+  ) -> Iterator[probe.Batch]:
+    """Features of all windows; raises InputError if they exceed the cache."""
+    train, _ = self._sets
+    windows = itertools.chain.from_iterable(
+      augment.cut_windows(train, i, slide, fill=fill)
+      for i in range(len(train.images))
+    )
+    total = 0
+    for batch in dense.encode_batches(
+      features, windows, batch_size=4 * self.encode_batch
+    ):
+      total += batch["features"].nbytes
+      if total > _CACHE_BYTES:
+        raise InputError(
+          f"{train.name}: augment='none' caches all features, which "
+          f"exceed {_CACHE_BYTES / 2**30:.0f} GiB; use augment='official' or a "
+          "smaller train_count"
+        )
+      yield batch
 
   def _protocol(self, encoder: Encoder, plan: _Plan) -> dict[str, Any]:
     train, test = self._sets
@@ -198,114 +262,3 @@ class _Plan:
   warmup: int
   rate: float
   saved_steps: tuple[int, ...]
-
-
-class _Trainer:
-  """Trains heads for one encoder on one set."""
-
-  def __init__(
-    self,
-    options: Segmentation,
-    encoder: Encoder,
-    plan: _Plan,
-    data: SegmentationSet,
-  ):
-    self._options, self._encoder = options, encoder
-    self._plan, self._data = plan, data
-    self._fill = padding_colour(encoder)
-    self.windows: int | str = "crops, drawn at every step"
-    self.final_loss = 0.0
-
-  def features(self, windows: list[np.ndarray]) -> np.ndarray:
-    return linear_head.features(
-      self._encoder,
-      windows,
-      layers=self._options.layers,
-      norm=self._options.norm,
-      batch_size=self._options.encode_batch,
-    )
-
-  def fit(self) -> dict[int, tuple[Any, Any]]:
-    """The saved heads by number of updates."""
-    if self._plan.augment == "none":
-      return self._fit(self._cached_batches())
-    crops = augment.Crops(
-      self._data,
-      self._indices(len(self._data.images)),
-      size=self._plan.slide.size,
-      fill=self._fill,
-      interpolation=self._plan.slide.interpolation,
-      seed=self._options.seed,
-    )
-    with crops:
-
-      def batch(step: int) -> probe.Batch:
-        images, labels = crops(step)
-        return {"features": self.features(images), "labels": labels}
-
-      return self._fit(batch)
-
-  def _indices(self, count: int) -> Callable[[int], np.ndarray]:
-    return probe.shuffled_batches(
-      count, batch_size=self._options.batch_size, seed=self._options.seed
-    )
-
-  def _fit(self, batches: probe.Batches) -> dict[int, tuple[Any, Any]]:
-    options, plan, spec = self._options, self._plan, self._encoder.spec.image
-    channels = spec.width * len(linear_head.taps(options.layers, spec.depth))
-    params, state = linear_head.init(
-      channels, self._data.class_count, seed=options.seed
-    )
-    rate = linear_head.schedule(plan.rate, steps=plan.steps, warmup=plan.warmup)
-    fitted = probe.fit(
-      linear_head.make_loss(options.dropout),
-      params,
-      batches,
-      optimizer=optax.adamw(rate, weight_decay=options.weight_decay),
-      steps=plan.steps,
-      state=state,
-      seed=options.seed,
-      mesh=self._encoder.mesh,
-      snapshot_steps=plan.saved_steps,
-    )
-    self.final_loss = float(fitted.losses[-1])
-    return fitted.snapshots
-
-  def _cached_batches(self) -> probe.Batches:
-    """Batches of features that are computed once."""
-    features, labels = [], []
-    for windows, maps in self._window_batches():
-      features.append(self.features(windows))
-      labels += maps
-      if features[0].nbytes * len(features) > _CACHE_BYTES:
-        raise InputError(
-          f"segmentation: the features of {self._data.name} take more than "
-          f"{_CACHE_BYTES / 2**30:.0f} GiB, which augment='none' holds in "
-          "memory. Use augment='official', or fewer images (train_count)."
-        )
-    tokens, truth = np.concatenate(features), np.stack(labels)
-    self.windows = len(tokens)
-    indices = self._indices(len(tokens))
-
-    def batch(step: int) -> probe.Batch:
-      items = indices(step)
-      return {"features": tokens[items], "labels": truth[items]}
-
-    return batch
-
-  def _window_batches(
-    self,
-  ) -> Iterator[tuple[list[np.ndarray], list[UInt8[np.ndarray, "s s"]]]]:
-    windows, maps = [], []
-    size = 4 * self._options.encode_batch
-    for i in range(len(self._data.images)):
-      more = augment.cut_windows(
-        self._data, i, self._plan.slide, fill=self._fill
-      )
-      windows += more[0]
-      maps += more[1]
-      while len(windows) >= size:
-        yield windows[:size], maps[:size]
-        windows, maps = windows[size:], maps[size:]
-    if windows:
-      yield windows, maps

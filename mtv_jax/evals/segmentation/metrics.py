@@ -7,10 +7,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
 
+from mtv_jax.evals.core.examples import IGNORE
 from mtv_jax.utils.errors import InputError
-
-# The label of pixels that count neither as truth nor as prediction.
-IGNORE = 255
 
 AVERAGING = (
   "intersections and unions are summed over the whole set; mean over classes "
@@ -47,7 +45,7 @@ def confusion(
 ) -> Int64[np.ndarray, "{classes} {classes}"]:
   """Counts of pixels by (true class, predicted class).
 
-  Pixels whose truth is `IGNORE` are left out.
+  Pixels whose truth is `IGNORE` don't count.
 
   Raises:
     InputError: for a class out of range.
@@ -69,8 +67,8 @@ def confusion(
 def scores(counts: Int64[np.ndarray, "k k"]) -> Scores:
   """Metrics of a confusion matrix whose rows are the truth.
 
-  A class that is predicted and never true counts as 0; one that is neither is
-  left out of the means.
+  A class that is predicted and never true counts as 0; the means leave out a
+  class that is neither.
 
   Raises:
     InputError: if no pixel was counted.

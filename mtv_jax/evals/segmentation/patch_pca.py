@@ -1,11 +1,11 @@
-"""The principal components of patch features, as colours.
+"""Principal components of patch features, as colours.
 
 Three components of all patches of a few images together, so that equal colours
 are equal features across the images (as Oquab et al. 2023, Fig. 1, shows
 them). With `foreground=threshold` the first component, cut at the mean, tells
 foreground from background, and three components of the foreground alone are
-shown. The one figure, the share of the variance that three components hold, is
-a description: neither more nor less of it is better.
+shown. The one metric, the share of the variance that three components explain,
+is a description: neither more nor less of it is better.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import functools
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
 from jaxtyping import Bool, Float32, UInt8
 
+from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base, examples
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.examples import CaptionSet, ClassificationSet, Data
 from mtv_jax.evals.datasets import registry
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
+from mtv_jax.utils.errors import InputError
 
-_FOREGROUND = ("all", "threshold")
 _COMPONENTS = 3
 
 
@@ -38,8 +38,8 @@ class PatchPca(Evaluator):
   """Principal components of patch features.
 
   Attributes:
-    data: see `datasets/registry.py`, without need of labels or captions; or
-      any folder with JPEGs under it.
+    data: see `datasets/registry.py`; labels and captions are not needed. Or any
+      folder with JPEGs under it.
     count: images that share the components, evenly spaced.
     layer: block before the final norm, -1 the last; by default the last after
       the final norm.
@@ -51,45 +51,42 @@ class PatchPca(Evaluator):
   """
 
   data: Data = "scenes"
-  count: int = 8
+  count: PositiveInt = 8
   layer: int | None = None
-  size: int | None = None
-  foreground: str = "all"
-  pictures: int = 0
-  batch_size: int = 16
-
-  def __post_init__(self):
-    if self.foreground not in _FOREGROUND:
-      raise ConfigError(
-        f"patch_pca: foreground={self.foreground!r}. "
-        f"{did_you_mean(str(self.foreground), _FOREGROUND)}"
-      )
+  size: PositiveInt | None = None
+  foreground: Literal["all", "threshold"] = "all"
+  pictures: NonNegativeInt = 0
+  batch_size: PositiveInt = 16
 
   @functools.cached_property
-  def _set(self) -> ClassificationSet | CaptionSet | _Pictures:
-    return _open(self.data, self.count)
+  def _set(self) -> ClassificationSet | CaptionSet | _ImageSet:
+    return _open_images(self.data, self.count)
 
   def prepare(self) -> None:
     """Opens the images."""
     _ = self._set
 
   def run(self, encoder: Encoder) -> Result:
-    """The share of variance in three components; `pca` as a picture."""
+    """The share of variance in three components; `pca` as a sheet."""
     data = self._set
     patches = self._patches(encoder, data.images)
-    keep = np.ones(patches.shape[:3], bool)
+    mask = np.ones(patches.shape[:3], bool)
     if self.foreground == "threshold":
-      keep = foreground(patches)
-    found = principal_components(patches, keep=keep)
-    shown = range(min(self.pictures, len(data.images)))
-    pictures = {}
-    if shown:
-      colours = component_colours(found.components, keep)
-      rows = [self._row(encoder, data.images[i], colours[i]) for i in shown]
-      pictures["pca"] = plots.image_grid(_folded(rows, 2))
+      mask = foreground(patches)
+    pca = principal_components(patches, mask=mask)
+    sheets = {}
+    if self.pictures:
+      colours = component_colours(pca.components, mask)
+      rows = [
+        self._row(encoder, image, pixels)
+        for pixels, image in zip(
+          colours[: self.pictures], data.images, strict=False
+        )
+      ]
+      sheets["pca"] = plots.image_grid(_fold_rows(rows))
     protocol = {
       **encoder.protocol(),
-      **self._input(encoder),
+      **self._input_protocol(encoder),
       "data": data.name,
       "data_hash": data.digest,
       "images": len(data.images),
@@ -98,13 +95,13 @@ class PatchPca(Evaluator):
       "layer": "last" if self.layer is None else self.layer,
       "final_norm": self.layer is None,
       "foreground": self.foreground,
-      "patches": int(keep.sum()),
+      "patches": int(mask.sum()),
     }
-    share = float(found.share.sum())
-    return Result({"explained_by_3": share}, protocol, pictures=pictures)
+    share = float(pca.share.sum())
+    return Result({"explained_by_3": share}, protocol, pictures=sheets)
 
-  def _input(self, encoder: Encoder) -> dict[str, Any]:
-    """Where it differs from the encoder's own, what was encoded."""
+  def _input_protocol(self, encoder: Encoder) -> dict[str, Any]:
+    """The input, where it differs from the encoder's own."""
     if self.size is None:
       return {}
     return {
@@ -139,15 +136,12 @@ class PatchPca(Evaluator):
         len(source),
       )
       method = encoder.dense
-    features = method(
-      images,
-      layers=() if self.layer is None else (self.layer,),
-      outputs=("patches",) if self.layer is None else (),
-      batch_size=self.batch_size,
-    )
     if self.layer is None:
-      return features.patches
-    return features.layers[self.layer]
+      out = method(images, outputs=("patches",), batch_size=self.batch_size)
+      return out.patches
+    layers = (self.layer,)
+    out = method(images, layers=layers, outputs=(), batch_size=self.batch_size)
+    return out.layers[self.layer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,10 +160,10 @@ class Components:
 def principal_components(
   patches: Float32[np.ndarray, "n h w d"],
   *,
-  keep: Bool[np.ndarray, "n h w"],
+  mask: Bool[np.ndarray, "n h w"],
   count: int = _COMPONENTS,
 ) -> Components:
-  """Principal components of the patches that are kept.
+  """Principal components of the patches in `mask`.
 
   Their signs, which are arbitrary, are those that make each one's largest
   loading positive. Missing ones (fewer features than `count`) are zero.
@@ -177,7 +171,7 @@ def principal_components(
   Raises:
     InputError: for features that are not finite.
   """
-  rows = patches[keep].astype(np.float64)
+  rows = patches[mask].astype(np.float64)
   if not np.isfinite(rows).all():
     raise InputError("patch features are not finite: the encoder diverged")
   mean = rows.mean(axis=0)
@@ -187,83 +181,84 @@ def principal_components(
   values, vectors = values[::-1].clip(0), vectors[:, ::-1][:, :count]
   largest = np.argmax(np.abs(vectors), axis=0)
   vectors *= np.sign(vectors[largest, np.arange(vectors.shape[1])])
-  short = count - vectors.shape[1]
+  missing = count - vectors.shape[1]
   components = (patches.astype(np.float64) - mean) @ vectors
   share = values[:count] / max(values.sum(), 1e-300)
   return Components(
-    np.pad(components, [(0, 0)] * 3 + [(0, short)]).astype(np.float32),
-    np.pad(share, (0, short)).astype(np.float32),
+    np.pad(components, [(0, 0)] * 3 + [(0, missing)]).astype(np.float32),
+    np.pad(share, (0, missing)).astype(np.float32),
   )
 
 
 def foreground(
   patches: Float32[np.ndarray, "n h w d"],
 ) -> Bool[np.ndarray, "n h w"]:
-  """Patches on the inner side of the first component's mean.
+  """Patches on one side of the first component's mean.
 
-  The side that is rarer at the images' borders: what is photographed stands
-  in the middle more often than not. (Our choice; the sign is arbitrary.)
+  The side that is rarer at the images' borders, since objects tend to be in the
+  middle. (Our choice; the component's sign is arbitrary.)
   """
-  everything = np.ones(patches.shape[:3], bool)
-  first = principal_components(patches, keep=everything, count=1).components
+  all_patches = np.ones(patches.shape[:3], bool)
+  first = principal_components(patches, mask=all_patches, count=1).components
   above = first[..., 0] > 0
   border = np.ones(patches.shape[1:3], bool)
   border[1:-1, 1:-1] = False
   if above[:, border].mean() > above[:, ~border].mean():
     above = ~above
-  return above if above.any() else everything
+  return above if above.any() else all_patches
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pictures:
-  """Images of which nothing else is known."""
+class _ImageSet:
+  """Images without labels."""
 
   name: str
   images: Sequence[np.ndarray]
   digest: str
 
 
-def _open(data: Data, count: int) -> ClassificationSet | CaptionSet | _Pictures:
+def _open_images(
+  data: Data, count: int
+) -> ClassificationSet | CaptionSet | _ImageSet:
   """The images of any data set, or of any folder of JPEGs."""
-  refused = []
+  errors = []
   for opener in (registry.open_classification, registry.open_captions):
     try:
       return opener(data, count=count)
     except ValueError as error:
-      refused.append(str(error))
+      errors.append(str(error))
   root = pathlib.Path(data) if isinstance(data, str | os.PathLike) else None
   files = sorted(root.rglob("*.jp*g")) if root and root.is_dir() else []
   if not files:
     raise NotApplicable(
-      f"patch_pca finds no images in {data}: {'; '.join(refused)}"
+      f"patch_pca finds no images in {data}: {'; '.join(errors)}"
     )
   files = examples.subsample(files, count)
   digest = examples.Digest()
   for file in files:
     digest.add(file.relative_to(root), file.stat().st_size)
-  return _Pictures(str(data), examples.open_images(files), digest.hex())
+  return _ImageSet(str(data), examples.open_images(files), digest.hex())
 
 
-def _folded(rows: list[list[np.ndarray]], times: int) -> list[list[np.ndarray]]:
-  """Several short rows side by side in one, as far as they go round."""
-  if len(rows) % times:
+def _fold_rows(rows: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+  """Two rows side by side in one, if their number is even."""
+  if len(rows) % 2:
     return rows
-  starts = range(0, len(rows), times)
-  return [[p for row in rows[i : i + times] for p in row] for i in starts]
+  return [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
 
 
 def component_colours(
   components: Float32[np.ndarray, "n h w 3"],
-  keep: Bool[np.ndarray, "n h w"],
+  mask: Bool[np.ndarray, "n h w"],
 ) -> UInt8[np.ndarray, "n h w 3"]:
   """Three components a patch as RGB, on one scale for all images.
 
   Each component is stretched from its 1st to its 99th percentile over the
-  patches in `keep`; the others are black.
+  patches in `mask`; the others are black.
   """
-  if not keep.any():
+  if not mask.any():
     return np.zeros(components.shape, np.uint8)
-  low, high = np.percentile(components[keep], (1, 99), axis=0)
+  low, high = np.percentile(components[mask], (1, 99), axis=0)
   unit = (components - low) / np.maximum(high - low, 1e-12)
   colours = np.round(255 * np.clip(unit, 0, 1)).astype(np.uint8)
-  return np.where(keep[..., None], colours, np.uint8(0))
+  return np.where(mask[..., None], colours, np.uint8(0))

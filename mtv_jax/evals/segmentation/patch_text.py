@@ -4,8 +4,8 @@ A contrastive model compares a text with the pooled image. The embedding of a
 patch is that of an image whose only token is the patch:
 
   map    Attention pooling of that patch alone: its value through the pool's
-         output projection and MLP. (The softmax over one token is 1, so the
-         probe and the keys drop out.) Our choice for SigLIP.
+         output projection and MLP. (The softmax over one token is 1.) Our
+         choice for SigLIP.
   cls    The token after the final norm, as in TIPSv2.
   mean   The same.
 
@@ -30,12 +30,10 @@ from jaxtyping import Array, Float, Float32
 
 from mtv_jax.encoder import apply_fns, batched
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.models import layers
+from mtv_jax.models import layers, pooling
 from mtv_jax.models import two_tower as models
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils.errors import InputError, check_choice
-
-LAST_BLOCKS = ("attention", "values")
 
 
 def default_last_block(encoder: Encoder) -> str:
@@ -66,17 +64,21 @@ def embed_patches(
     InputError: where the tower lacks weights for embedding a patch.
   """
   check(encoder, last_block)
-  depth = encoder.spec.image.depth
   if last_block == "values":
+    before = encoder.spec.image.depth - 2
     out = encoder.dense(
-      images, layers=(depth - 2,), outputs=(), batch_size=batch_size
+      images, layers=(before,), outputs=(), batch_size=batch_size
     )
-    tokens = out.layers[depth - 2]
+    tokens = out.layers[before]
   else:
     tokens = encoder.dense(images, batch_size=batch_size).patches
+  params = encoder.params["image"]
+  names = ("pool", "projection")
+  if last_block == "values":
+    names += ("norm", "blocks")
   function = _embed_fn(encoder.spec, encoder.dtype, last_block, encoder.mesh)
   out = batched.in_batches(
-    functools.partial(function, _weights(encoder, last_block)),
+    functools.partial(function, {k: params[k] for k in names if k in params}),
     lambda i: tokens[i],
     count=len(tokens),
     blank=np.zeros_like(tokens[0]),
@@ -88,127 +90,82 @@ def embed_patches(
 
 def check(encoder: Encoder, last_block: str) -> None:
   """Raises ValueError where an encoder's patches can't be embedded."""
-  check_choice("last_block", last_block, LAST_BLOCKS)
-  spec, params = encoder.spec, encoder.params["image"]
-  needed = ["pool"] if spec.image.pool == "map" else []
-  if spec.image.projection:
-    needed.append("projection")
+  check_choice("last_block", last_block, ("attention", "values"))
+  spec, params = encoder.spec.image, encoder.params["image"]
+  required = ["pool"] if spec.pool == "map" else []
+  if spec.projection:
+    required.append("projection")
   if last_block == "values":
-    needed += ["blocks", "norm"]
-    if spec.image.depth < 2:
+    required += ["blocks", "norm"]
+    if spec.depth < 2:
       raise InputError(
-        "last_block='values' reads the input of the last block as the output "
-        "of the one before it, and this encoder has one block; use "
-        "last_block='attention'"
+        "last_block='values' reads the output of the block before the last, "
+        "and this encoder has one block; use last_block='attention'"
       )
-  missing = [name for name in needed if name not in params]
+  missing = [name for name in required if name not in params]
   if missing:
     raise InputError(
-      f"{encoder!r} pools by {spec.image.pool!r}, and its image tower has no "
+      f"{encoder!r} pools by {spec.pool!r}, and its image tower has no "
       f"{', '.join(missing)}: its patches can't be embedded in the space of "
       f"its texts. The tower has {sorted(params)}."
     )
-
-
-def _weights(encoder: Encoder, last_block: str) -> dict[str, Any]:
-  params = encoder.params["image"]
-  weights = {k: params[k] for k in ("pool", "projection") if k in params}
-  if last_block == "values":
-    weights["norm"] = params["norm"]
-    weights["block"] = params["blocks"]
-  return weights
 
 
 @functools.lru_cache(maxsize=16)
 def _embed_fn(
   spec: models.ModelSpec, dtype: str, last_block: str, mesh: Mesh
 ) -> apply_fns.Function:
-  values = last_block == "values"
-  module = _ToText(spec, jnp.dtype(dtype), values=values)
+  module = _TokenTower(spec.image, jnp.dtype(dtype), last_block == "values")
 
   def run(params, tokens):
-    if values:
-      last = jax.tree.map(lambda p: p[-1], params["block"])
+    if "blocks" in params:
+      last = jax.tree.map(lambda p: p[-1], params["blocks"])
       params = {**params, "block": last}
     with apply_fns.precision(dtype):
-      return {"patches": module.apply({"params": params}, tokens)}
+      flat = module.apply(
+        {"params": params}, tokens.reshape(-1, tokens.shape[-1])
+      )
+    return {"patches": flat.reshape(*tokens.shape[:-1], -1)}
 
   return jax.jit(run, out_shardings=replicated_sharding(mesh))
 
 
-class _ToText(nn.Module):
-  """Embeds each patch alone; parameter names are the tower's."""
+class _TokenTower(nn.Module):
+  """The end of an image tower on images of a single token.
 
-  spec: models.ModelSpec
-  dtype: Any
-  values: bool
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w e"]:
-    spec = self.spec.image
-    x = x.astype(self.dtype)
-    if self.values:
-      x = _ValueBlock(spec, self.dtype, name="block")(x)
-      x = layers.norm(spec.norm_eps, self.dtype, "norm")(x)
-    if spec.pool == "map":
-      x = _ValuePool(spec, self.dtype, name="pool")(x)
-    flat = layers.project(x.reshape(-1, x.shape[-1]), spec.projection)
-    return flat.reshape(*x.shape[:-1], -1)
-
-
-class _ValueBlock(nn.Module):
-  """A transformer block whose tokens attend only to themselves."""
-
-  spec: Any
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x):
-    spec = self.spec
-    norm = functools.partial(layers.norm, spec.norm_eps, self.dtype)
-    values = _Values(spec.heads, 3, "qkv", self.dtype, name="attention")
-    mlp = layers.Mlp(spec.mlp_dim, spec.gelu, spec.mlp, self.dtype, name="mlp")
-    x = x + self._scaled(values(norm("norm1")(x)), "scale1")
-    return x + self._scaled(mlp(norm("norm2")(x)), "scale2")
-
-  def _scaled(self, y, name):
-    if self.spec.layer_scale is None:
-      return y
-    scale = self.param(name, nn.initializers.ones, (y.shape[-1],))
-    return y * scale.astype(y.dtype)
-
-
-class _ValuePool(nn.Module):
-  """`MapPool` of every patch alone."""
-
-  spec: Any
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x):
-    spec = self.spec
-    x = _Values(spec.heads, 2, "kv", self.dtype, name="attention")(x)
-    y = layers.norm(spec.norm_eps, self.dtype, "norm")(x)
-    mlp = layers.Mlp(spec.mlp_dim, spec.gelu, dtype=self.dtype, name="mlp")
-    return x + mlp(y)
-
-
-class _Values(nn.Module):
-  """Attention's value and output projections.
-
-  Columns of the fused projection are ordered (head, part, dim), and the value
-  is its last part.
+  Attributes:
+    spec: of the tower, whose parameter names these are.
+    dtype: compute dtype.
+    block: whether to run the last block and the final norm.
   """
 
-  heads: int
-  parts: int
-  fused: str
+  spec: Any
   dtype: Any
+  block: bool
 
   @nn.compact
-  def __call__(self, x):
-    d = x.shape[-1]
-    y = nn.Dense(self.parts * d, dtype=self.dtype, name=self.fused)(x)
-    y = y.reshape(*x.shape[:-1], self.heads, self.parts, d // self.heads)
-    y = y[..., -1, :].reshape(x.shape)
-    return nn.Dense(d, dtype=self.dtype, name="out")(y)
+  def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n e"]:
+    spec = self.spec
+    x = x[:, None].astype(self.dtype)  # [N, 1, D]
+    if self.block:
+      x = layers.Block(
+        heads=spec.heads,
+        mlp_dim=spec.mlp_dim,
+        gelu=spec.gelu,
+        mlp=spec.mlp,
+        layer_scale=spec.layer_scale,
+        norm_eps=spec.norm_eps,
+        dtype=self.dtype,
+        name="block",
+      )(x)
+      x = layers.norm(spec.norm_eps, self.dtype, "norm")(x)
+    if spec.pool == "map":
+      x = pooling.MapPool(
+        spec.heads,
+        spec.mlp_dim,
+        spec.gelu,
+        spec.norm_eps,
+        self.dtype,
+        name="pool",
+      )(x)  # [N, D]
+    return layers.project(x.reshape(-1, x.shape[-1]), spec.projection)

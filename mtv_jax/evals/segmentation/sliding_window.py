@@ -12,11 +12,9 @@ image in one step: the same sums, in another order.
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import dataclasses
 import functools
-import os
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,22 +22,11 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float32, UInt8
 
-from mtv_jax.evals.core import resizing
-from mtv_jax.utils.errors import InputError, did_you_mean
+from mtv_jax.evals.core import dense, resizing
+from mtv_jax.utils.errors import ConfigError
 
 # Bytes of full-size scores at a time, of each thread.
 _BLOCK = 2**25
-_THREADS = min(8, os.cpu_count() or 1)
-_PILLOW = {
-  "bilinear": PIL.Image.Resampling.BILINEAR,
-  "bicubic": PIL.Image.Resampling.BICUBIC,
-}
-AVERAGES = ("scores", "softmax")
-_CHOICES = {
-  "flips": ("none", "both"),
-  "interpolation": tuple(_PILLOW),
-  "average": AVERAGES,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,24 +54,20 @@ class Slide:
   average: str = "scores"
 
   def __post_init__(self):
-    for field, choices in _CHOICES.items():
-      if (value := getattr(self, field)) not in choices:
-        raise InputError(f"{field}={value!r}. {did_you_mean(value, choices)}")
-    if min(self.size, self.stride, self.short, len(self.scales)) < 1:
-      raise InputError(f"{self}: expected positive sizes and a scale")
+    if not self.scales:
+      raise ConfigError("scales is empty, expected a factor")
     if self.stride > self.size:
-      raise InputError(
+      raise ConfigError(
         f"stride={self.stride} leaves gaps between windows of {self.size}"
       )
 
   def protocol(self) -> dict[str, Any]:
     """For JSON."""
-    fields = dataclasses.asdict(self)
     return {
       "window": self.size,
       "stride": self.stride,
       "short_side": self.short,
-      "scales": list(fields["scales"]),
+      "scales": list(self.scales),
       "flips": self.flips,
       "interpolation": f"{self.interpolation}, antialiased (Pillow)",
       "overlaps": f"mean of the {self.average} of windows",
@@ -116,23 +99,16 @@ def resize_image(
   """Pillow's antialiased resize."""
   if image.shape[:2] == size:
     return image
-  pillow = PIL.Image.fromarray(image)
-  method = _PILLOW[interpolation]
-  return np.asarray(pillow.resize(size[::-1], resample=method))
+  method = PIL.Image.Resampling[interpolation.upper()]
+  return np.asarray(PIL.Image.fromarray(image).resize(size[::-1], method))
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """An image at one scale, mirrored or not, cut into windows.
-
-  Attributes:
-    windows: row by row.
-    shape: height and width of the resized image.
-    mirrored: whether it was mirrored before it was cut.
-  """
+  """An image at one scale, maybe mirrored, cut into windows row by row."""
 
   windows: list[np.ndarray]
-  shape: tuple[int, int]
+  shape: tuple[int, int]  # of the resized image
   mirrored: bool
 
 
@@ -142,23 +118,17 @@ def cut_views(
   *,
   fill: Float32[np.ndarray, "3"],
 ) -> list[View]:
-  """An image at all scales, mirrored or not, cut into windows.
-
-  Args:
-    image: of any size.
-    slide: windows, scales and flips.
-    fill: colour of the padding, in 0..255.
-  """
-  out = []
+  """Views of an image at all scales and flips; `fill` in 0..255 pads them."""
+  views = []
   for scale in slide.scales:
     short = int(slide.short * scale + 0.5)
     shape = resized(*image.shape[:2], short=short)
     pixels = resize_image(image, shape, slide.interpolation)
-    out.append(View(cut(pixels, slide, fill), shape, mirrored=False))
+    views.append(View(cut(pixels, slide, fill), shape, mirrored=False))
     if slide.flips == "both":
       flipped = cut(pixels[:, ::-1], slide, fill)
-      out.append(View(flipped, shape, mirrored=True))
-  return out
+      views.append(View(flipped, shape, mirrored=True))
+  return views
 
 
 def cut(
@@ -203,7 +173,7 @@ def axis_matrix(
     target: pixels of the image itself.
     window: pixels of a window.
     stride: pixels from window to window.
-    grid: cells of a window; the columns are window by window.
+    grid: cells of a window; the columns go from window to window.
   """
   begins = starts(length, window=window, stride=stride)
   upsample = resizing.matrix(grid, window)
@@ -227,13 +197,13 @@ def class_map(
   *,
   size: tuple[int, int],
 ) -> UInt8[np.ndarray, "h2 w2"]:
-  """The best class of every pixel of an image.
+  """The best class of every pixel of an image of `size`.
 
   Args:
     scores: of the windows of each view, on the patch grid.
     views: of the image.
     slide: of the views.
-    size: of the image.
+    size: rows and columns of the image.
   """
   if slide.average == "softmax":
     window = (slide.size, slide.size)
@@ -322,57 +292,33 @@ def predict(
     image = images[i]
     return _Job(cut_views(image, slide, fill=fill), slide, image.shape[:2])
 
-  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    queue: collections.deque = collections.deque()
-    ready: collections.deque = collections.deque()
+  def score_windows() -> Iterator[_Job]:
+    windows = (
+      (job, window)
+      for job in dense.threaded_map(read, range(len(images)))
+      for view in job.views
+      for window in view.windows
+    )
+    while batch := list(itertools.islice(windows, batch_size)):
+      scores = score([window for _, window in batch])
+      for (job, _), window_scores in zip(batch, scores, strict=True):
+        job.scores.append(window_scores)
+        if len(job.scores) == sum(len(view.windows) for view in job.views):
+          yield job
 
-    def flush() -> None:
-      count = min(batch_size, len(queue))
-      jobs, windows = zip(*(queue.popleft() for _ in range(count)), strict=True)
-      for job, scores in zip(jobs, score(list(windows)), strict=True):
-        job.scores.append(scores)
-        if job.complete:
-          ready.append(pool.submit(job.finish))
-
-    for job in _prefetch(pool, read, len(images)):
-      queue.extend((job, w) for view in job.views for w in view.windows)
-      while len(queue) >= batch_size:
-        flush()
-      while len(ready) > 2 * _THREADS:
-        yield ready.popleft().result()
-    while queue:
-      flush()
-    while ready:
-      yield ready.popleft().result()
-
-
-def _prefetch(
-  pool: concurrent.futures.Executor, read: Callable[[int], Any], count: int
-) -> Iterator[Any]:
-  """`read(0)`, `read(1)`, ..., some of them in advance."""
-  pending: collections.deque = collections.deque()
-  for i in range(count):
-    pending.append(pool.submit(read, i))
-    if len(pending) > 2 * _THREADS:
-      yield pending.popleft().result()
-  while pending:
-    yield pending.popleft().result()
+  return dense.threaded_map(_Job.class_maps, score_windows())
 
 
 @dataclasses.dataclass
 class _Job:
-  """The views of an image and the scores of its windows so far."""
+  """The views of an image and the scores of its first windows."""
 
   views: list[View]
   slide: Slide
   size: tuple[int, int]
   scores: list[np.ndarray] = dataclasses.field(default_factory=list)
 
-  @property
-  def complete(self) -> bool:
-    return len(self.scores) == sum(len(v.windows) for v in self.views)
-
-  def finish(self) -> list[np.ndarray]:
+  def class_maps(self) -> list[np.ndarray]:
     """The class map of each head."""
     edges = np.cumsum([len(view.windows) for view in self.views])[:-1]
     parts = np.split(np.stack(self.scores), edges)

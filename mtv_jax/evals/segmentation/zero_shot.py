@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
 import numpy as np
 
@@ -50,24 +51,16 @@ class ZeroShotSegmentation(SegmentationEvaluator):
   """
 
   prompts: str | None = None
-  clean: str = "tokenizer"
-  last_block: str | None = None
-  average: str = "softmax"
-
-  def __post_init__(self):
-    self._check(
-      "zero_shot_segmentation",
-      last_block=(None, *patch_text.LAST_BLOCKS),
-      average=sliding_window.AVERAGES,
-      clean=("tokenizer", "canonicalize"),
-    )
+  clean: Literal["tokenizer", "canonicalize"] = "tokenizer"
+  last_block: Literal["attention", "values"] | None = None
+  average: Literal["softmax", "scores"] = "softmax"
 
   @functools.cached_property
   def _set(self) -> tuple[SegmentationSet, prompts.Prompts]:
     data = registry.open_segmentation(self.data, split="test", count=self.count)
     if data.kind == "scenes":
       data = scenes.ignore_stuff(data)
-    return data, _prompts(data, self.prompts)
+    return data, _read_prompts(data, self.prompts)
 
   def prepare(self) -> None:
     """Lists the images and reads the prompts."""
@@ -90,6 +83,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
 
     predictions = self._predict(encoder, score, data, slide)
     counts = predictions.counts[0]
+    pooled = encoder.spec.image.pool == "map"
     protocol = {
       **self._common_protocol(encoder, data, slide),
       **named.protocol(),
@@ -97,7 +91,9 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       "tokens": "patches",
       "layer": "last",
       "last_block": last_block,
-      "text_space": _SPACES[encoder.spec.image.pool],
+      "text_space": "attention pooling of the patch alone"
+      if pooled
+      else "final norm and projection of the patch",
       "similarity": "cosine, float32",
     }
     return Result(
@@ -118,18 +114,11 @@ class ZeroShotSegmentation(SegmentationEvaluator):
     )
 
 
-_SPACES = {
-  "map": "attention pooling of the patch alone",
-  "cls": "final norm and projection of the patch",
-  "mean": "final norm and projection of the patch",
-}
-
-
-def _prompts(data: SegmentationSet, path: str | None) -> prompts.Prompts:
+def _read_prompts(data: SegmentationSet, path: str | None) -> prompts.Prompts:
   if path is None:
     if data.classes is None:
       raise InputError(
-        f"{data.name} has no names of classes (objectInfo150.txt is missing): "
+        f"{data.name} has no names of classes (objectInfo150.txt is missing); "
         "give a prompt file (prompts=) with its classes in order"
       )
     return prompts.Prompts(classes=data.classes)

@@ -109,9 +109,9 @@ def test_position_features_match_after_a_known_motion(views):
   moved = first[row] @ pose[:3, :3].T + pose[:3, 3]
   seen = views[1].points[tuple(errors.matches.second.T)]
   focal = FOCAL * 512 / OPTIONS.size
-  place = [p[:, :2] / p[:, 2:] * focal for p in (moved, seen)]
+  pixels = [p[:, :2] / p[:, 2:] * focal for p in (moved, seen)]
   np.testing.assert_allclose(
-    errors.pixels, np.linalg.norm(place[0] - place[1], axis=1), atol=2e-3
+    errors.pixels, np.linalg.norm(pixels[0] - pixels[1], axis=1), atol=2e-3
   )
 
 
@@ -256,10 +256,10 @@ def test_correspondence_of_scenes_agrees_with_depth_and_pose():
   point = np.stack([x + 0.5 - 48, y + 0.5 - 48, 0 * x], axis=1) / first.focal
   point = (point + [0, 0, 1]) * z[:, None]
   moved = point @ move[:3, :3].T + move[:3, 3]
-  place = moved[:, :2] / moved[:, 2:] * second.focal / 96 + 0.5
+  projected = moved[:, :2] / moved[:, 2:] * second.focal / 96 + 0.5
   want = pair.correspondence[y, x][:, ::-1]
-  np.testing.assert_allclose(place, want, atol=1e-4)
-  columns, rows = (place * 96).astype(int).T
+  np.testing.assert_allclose(projected, want, atol=1e-4)
+  columns, rows = (projected * 96).astype(int).T
   seen = second.depth[rows, columns]
   close = np.abs(seen - moved[:, 2]) < 0.05
   assert len(z) > 200
@@ -275,7 +275,7 @@ def test_pair_lists_are_written_and_read(tmp_path, pixels):
   path.write_text("\n".join(lines[:2]))
   again = GeometricCorrespondence(count=3, pairs=str(path))
   again.prepare()
-  assert again._set.drawn.pairs == drawn._set.drawn.pairs[:2]
+  assert again._set.sample.pairs == drawn._set.sample.pairs[:2]
   assert again._set.digest != drawn._set.digest
   # How a list that was read had been drawn is unknown.
   first, second = (each.run(pixels).protocol for each in (drawn, again))
@@ -307,13 +307,17 @@ def test_scenes_as_a_source(result):
     GeometricCorrespondence(data={"type": "tfds", "name": "coco"}).prepare()
 
 
-def test_bad_options():
-  with pytest.raises(ValueError, match="metres=.*increasing"):
-    GeometricCorrespondence(metres=(0.2, 0.1))
-  with pytest.raises(ValueError, match="count=0; expected at least 1"):
-    GeometricCorrespondence(count=0)
-  with pytest.raises(ValueError, match="Did you mean 'final'"):
-    GeometricCorrespondence(norm="finale")
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"metres": (0.2, 0.1)}, "metres is .*increasing"),
+    ({"count": 0}, "count is 0, expected an integer >= 1"),
+    ({"norm": "finale"}, "Did you mean 'final'"),
+  ],
+)
+def test_bad_options(options, message):
+  with pytest.raises(ValueError, match=message):
+    build_evaluator("geometric_correspondence", options)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import pytest
 
 from mtv_jax.encoder import baselines
 from mtv_jax.evals.correspondence import matching
+from mtv_jax.evals.correspondence.base import CorrespondenceEvaluator
 
 # One set of shapes, so that few programs are compiled.
 GRID, CELLS, WIDTH = 5, 20, 12
@@ -176,19 +177,23 @@ def encoder_of(patch):
   return baselines.PixelEncoder(8 * patch, patch)
 
 
+def input_size(patch, size=None, *, published):
+  evaluator = CorrespondenceEvaluator(size=size)
+  return evaluator._input_size(encoder_of(patch), published)
+
+
 def test_input_size_preserves_the_published_grid():
-  size = matching.input_size
-  assert size(encoder_of(16), None, published=512) == 512
-  assert size(encoder_of(14), None, published=512) == 448
-  assert size(encoder_of(8), None, published=512) == 512
-  assert size(encoder_of(14), None, published=800) == 700
-  assert size(encoder_of(14), 896, published=800) == 896
+  assert input_size(16, published=512) == 512
+  assert input_size(14, published=512) == 448
+  assert input_size(8, published=512) == 512
+  assert input_size(14, published=800) == 700
+  assert input_size(14, 896, published=800) == 896
   with pytest.raises(ValueError, match="size=800.*patches of 14.*798 and 812"):
-    size(encoder_of(14), 800, published=512)
+    input_size(14, 800, published=512)
 
 
 def test_final_norm_needs_the_last_layer():
+  encoder = baselines.random("mu/8", 16)
+  image = np.zeros((16, 16, 3), np.uint8)
   with pytest.raises(ValueError, match="layer=-2: the final norm follows"):
-    matching.patch_features(
-      encoder_of(8), [], layer=-2, norm="final", batch_size=1
-    )
+    CorrespondenceEvaluator(layer=-2, norm="final")._features(encoder, [image])

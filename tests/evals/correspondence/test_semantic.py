@@ -329,7 +329,7 @@ def test_errors_of_damaged_annotations(spair_root, tmp_path):
   with pytest.raises(NotApplicable, match="Semantic correspondence reads"):
     SemanticCorrespondence(data=str(spair_root / "JPEGImages")).prepare()
   with pytest.raises(ValueError, match="Did you mean 'image'"):
-    SemanticCorrespondence(aggregate="images")
+    build_evaluator("semantic_correspondence", {"aggregate": "images"})
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from mtv_jax.encoder import baselines
-from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.base import NotApplicable, build_evaluator
 from mtv_jax.evals.correspondence import geometric
 from mtv_jax.evals.datasets import navi, posed, rgbd
 
@@ -260,4 +260,4 @@ def test_other_data_is_refused(root, sequences, tmp_path):
   with pytest.raises(NotApplicable, match="reads posed views"):
     geometric.GeometricCorrespondence(data={"type": "tfds"}).prepare()
   with pytest.raises(ValueError, match="Did you mean 'wild_set'"):
-    geometric.GeometricCorrespondence(subset="wildset")
+    build_evaluator("geometric_correspondence", {"subset": "wildset"})

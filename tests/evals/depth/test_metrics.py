@@ -34,7 +34,7 @@ def test_metrics_by_hand():
     "delta2": pytest.approx(2 / 3),
     "delta3": pytest.approx(2 / 3),
   }
-  assert tuple(got) == dm.METRICS
+  assert tuple(got) == tuple(dm.METRICS)
 
 
 def test_silog_is_scale_invariant():
@@ -48,8 +48,8 @@ def test_silog_is_scale_invariant():
 
 def test_negative_predictions_fail_delta_and_are_refused():
   g = np.array([1.0, 1.0])
-  assert dm.delta(np.array([-1.0, 1.0]), g) == 0.5
-  assert dm.delta(np.array([0.0, 1.0]), g) == 0.5
+  for p in ([-1.0, 1.0], [0.0, 1.0]):
+    assert dm.image_metrics(np.array(p), g, ("delta1",)) == {"delta1": 0.5}
   with pytest.raises(ValueError, match="2 pixels, 0 true and 1 predicted"):
     dm.image_metrics(np.array([-1.0, 1.0]), g)
   with pytest.raises(ValueError, match="got 0 pixels"):
@@ -109,8 +109,6 @@ def test_crops():
   assert dm.crop_mask((3, 4), "none").all()
   with pytest.raises(ValueError, match="480 x 640 and this one has 3 x 4"):
     dm.crop_mask((3, 4), "nyu_eigen")
-  with pytest.raises(ValueError, match="Did you mean 'garg'"):
-    dm.crop_mask((3, 4), "grag")
 
 
 def test_limits_are_open():

@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 
 from mtv_jax.encoder import baselines
-from mtv_jax.encoder.encoder import Encoder, ImageFeatures
 from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core import probe, resizing
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import Images
-from mtv_jax.evals.depth import augment, metrics, training, views
+from mtv_jax.evals.depth import augment, metrics, training
 from mtv_jax.evals.depth.augment import Example
 from mtv_jax.evals.depth.probe import DepthProbe
-from mtv_jax.evals.depth.protocols import PROTOCOLS, Protocol
+from mtv_jax.evals.depth.protocols import PROTOCOLS
 from mtv_jax.evals.depth.views import View
 from mtv_jax.parallel.mesh import make_mesh
 
@@ -82,21 +81,19 @@ def test_rotation_is_clockwise_and_interpolates_no_depth(nyu_like):
   assert (depth == 0).sum() > (nyu_like.depth == 0).sum()
 
 
-MEAN = (0.5, 0.25, 0.75)
-
-
 def test_inputs_are_padded_with_the_mean_on_all_sides():
-  view = View((30, 45), (30, 45), 14, "bilinear")
+  mean = (0.5, 0.25, 0.75)
+  view = View((30, 45), (30, 45), 14, mean=mean)
   assert view.padded == (42, 56)
   assert view.grid == (3, 4)
   image = np.zeros((30, 45, 3), np.float32)
-  padded = view.pad(image, MEAN)
+  padded = view.pad(image)
   assert padded.shape == (42, 56, 3)
   assert (padded[6:36, 5:50] == 0).all()
-  np.testing.assert_allclose(padded[0, 0], 255 * np.array(MEAN))
+  np.testing.assert_allclose(padded[0, 0], 255 * np.array(mean))
   assert (padded.any(-1)).sum() == 42 * 56 - 30 * 45
   with pytest.raises(ValueError, match="29 x 45 among images of 30 x 45"):
-    view.pad(image[1:], MEAN)
+    view.pad(image[1:])
 
 
 def test_restoring_undoes_the_padding():
@@ -122,52 +119,36 @@ def test_restoring_without_padding_is_resizing(method):
   np.testing.assert_allclose(view.restore(maps), want, atol=1e-6)
 
 
-class Tokens(Encoder):
-  """Patches with the number of their layer, and a CLS token."""
-
-  def __init__(self):
-    self.calls = []
-    self.spec = baselines.load("pixels:32/8").spec
-    image = dataclasses.replace(
-      self.spec.image, cls_token=True, width=2, depth=12
-    )
-    self.spec = dataclasses.replace(self.spec, image=image)
-
-  def dense(self, images, *, layers=(), outputs=("patches",), batch_size=16):
-    self.calls.append((layers, outputs))
-    n = len(images)
-
-    def tokens(value, *shape):
-      return np.full((n, *shape, 2), value, np.float32)
-
-    return ImageFeatures(
-      pooled=None,
-      patches=tokens(-1, 2, 3),
-      prefix=tokens(-2, 4) if "prefix" in outputs else None,
-      layers={i: tokens(i, 2, 3) for i in layers},
-      prefix_layers={
-        i: np.concatenate([tokens(100 + i, 1), tokens(0, 3)], 1) for i in layers
-      },
-    )
+@pytest.mark.parametrize(
+  ("protocol", "cls_token", "width"),
+  [
+    ("linear", True, 2),
+    ("lin1", True, 4),
+    ("dpt", True, 16),
+    ("dpt", False, 8),
+  ],
+)
+def test_features_of_the_protocols(protocol, cls_token, width):
+  """Blocks and CLS tokens that a head reads."""
+  encoder = tower_of(cls_token)
+  setup = DepthProbe(protocol=protocol)._resolve(encoder, scenes())
+  assert setup.has_cls == (cls_token and protocol != "linear")
+  assert setup.head().channels == width
+  last = {"linear": (11,), "lin1": (11,), "dpt": (2, 5, 8, 11)}
+  assert setup.layers == last[protocol]
 
 
-def read_features(layers, norm, cls):
-  encoder = Tokens()
-  images = [np.zeros((16, 24, 3), np.float32)] * 5
-  protocol = Protocol(norm=norm, cls=cls, batch_size=2)
-  features = views.features(encoder, images, protocol, layers)
-  assert features.shape[:3] == (5, 2, 3)
-  assert (features == features[:1, :1, :1]).all()
-  assert features.shape[-1] == views.channels(encoder, protocol, layers)
-  return features[0, 0, 0].tolist(), encoder.calls
+def tower_of(cls_token=True):
+  """An encoder of 12 blocks of width 2 that computes nothing."""
+  encoder = baselines.load("pixels:32/8")
+  spec = encoder.spec.image
+  image = dataclasses.replace(spec, cls_token=cls_token, width=2, depth=12)
+  encoder.spec = dataclasses.replace(encoder.spec, image=image)
+  return encoder
 
 
-def test_features_of_the_protocols():
-  final = read_features(layers=(11,), norm="final", cls="none")
-  assert final == ([-1, -1], [((), ("patches",))])
-  both = read_features(layers=(2, 11), norm="none", cls="concat")
-  assert both[0] == [2, 2, 102, 102, 11, 11, 111, 111]
-  assert read_features(layers=(2,), norm="none", cls="none")[0] == [2, 2]
+def scenes():
+  return DepthProbe(count=2)._set("test", 32)
 
 
 SMALL = {"train_count": 24, "count": 10, "steps": 40, "batch_size": 8}
@@ -184,7 +165,7 @@ def result(pixels):
 
 
 def test_scenes_end_to_end(result):
-  assert tuple(result.metrics) == metrics.METRICS
+  assert tuple(result.metrics) == tuple(metrics.METRICS)
   # Raw pixels predict depth better than its mean.
   assert result.metrics["rmse"] < 0.95 * result.chance["rmse"]
   assert result.units["rmse"] == "m"
@@ -243,37 +224,36 @@ def test_predictions_match_torch(pixels, tta):
   evaluator = DepthProbe(count=3, batch_size=2, tta=tta, max_depth=6)
   data = evaluator._set("test", 32)
   setup = evaluator._resolve(pixels, data)
-  head = setup.head(pixels)
   rng = np.random.default_rng(0)
   params, state = jax.tree.map(
     lambda x: rng.uniform(-0.5, 1, x.shape).astype(np.float32),
-    head.init(jax.random.key(0)),
+    setup.head().init(jax.random.key(0)),
   )
   state["var"] += 0.6
   # Weights that grow with the bin, or every depth would be near the mean.
   params["kernel"] *= np.linspace(-1, 1, 256, dtype=np.float32)
   fitted = probe.FitResult(params, {"head": state}, np.zeros(1, np.float32))
-  found = training.predict(pixels, data, setup, head=head, fitted=fitted)
-  predicted = list(found)
+  predicted = list(training.predict(setup, data, fitted))
   assert len(predicted) == 3
-  for i, one in enumerate(predicted):
+  for i, (_, truth, depth) in enumerate(predicted):
     image = data.images[i].astype(np.float32)
     want = torch_prediction(image, params, state, 6.0)
     if tta == "flip":
       other = torch_prediction(image[:, ::-1], params, state, 6.0)
       want = (want + other[:, ::-1]) / 2
-    np.testing.assert_array_equal(one.truth, data.depths[i])
-    np.testing.assert_allclose(one.depth, want.clip(1e-3, 6), atol=1e-5)
-    assert np.ptp(one.depth) > 0.5
+    np.testing.assert_array_equal(truth, data.depths[i])
+    np.testing.assert_allclose(depth, want.clip(1e-3, 6), atol=1e-5)
+    assert np.ptp(depth) > 0.5
 
 
 def test_options_are_checked():
-  with pytest.raises(ValueError, match="Did you mean 'lin4'"):
-    DepthProbe(protocol="lin5")
-  with pytest.raises(ValueError, match="Did you mean 'toolbox'"):
-    DepthProbe(augment="tolbox")
-  with pytest.raises(ValueError, match="Did you mean 'nyu_eigen'"):
-    DepthProbe(crop="nyu_eigne")
+  for option, value, known in (
+    ("protocol", "lin5", "lin4"),
+    ("augment", "tolbox", "toolbox"),
+    ("crop", "nyu_eigne", "nyu_eigen"),
+  ):
+    with pytest.raises(ValueError, match=f"Did you mean '{known}'"):
+      build_evaluator("depth_probe", {option: value})
   with pytest.raises(FileNotFoundError, match="does not exist"):
     DepthProbe(data="lost").prepare()
   # The defaults for scenes hold for every way to name them.
@@ -316,12 +296,12 @@ def write_nyu(root, train=3, test=2):
 def test_published_values_for_real_data(tmp_path):
   evaluator = DepthProbe(data=str(write_nyu(tmp_path, 1, 1)))
   train = evaluator._set("train", 0)
-  setup = evaluator._resolve(Tokens(), train)
+  setup = evaluator._resolve(tower_of(), train)
   assert setup.protocol == PROTOCOLS["linear"]
   assert (setup.protocol.steps, setup.protocol.lr) == (38_400, 3e-4)
   assert (setup.layers, setup.max_depth) == ((11,), 10)
   many = dataclasses.replace(train, images=Images(len, 795))
-  dpt = DepthProbe(protocol="dpt")._resolve(Tokens(), many)
+  dpt = DepthProbe(protocol="dpt")._resolve(tower_of(), many)
   assert dpt.protocol == dataclasses.replace(PROTOCOLS["dpt"], steps=990)
   assert (dpt.protocol.batch_size, dpt.protocol.lr) == (8, 5e-4)
   assert (dpt.layers, dpt.dpt_features) == ((2, 5, 8, 11), 512)

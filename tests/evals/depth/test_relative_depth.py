@@ -11,7 +11,7 @@ from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core import resizing
-from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.base import NotApplicable, build_evaluator
 from mtv_jax.evals.depth import metrics, relative_depth
 from mtv_jax.evals.depth.relative_depth import RelativeDepth, align
 from mtv_jax.models import two_tower as models
@@ -27,17 +27,20 @@ def test_disparity_golden():
   depth = align(PREDICTED, GT, cap=10)
   want = [1.116011, 1.816668, 2.789682, 3.550305, 10]
   np.testing.assert_allclose(depth, want, atol=1e-6)
-  assert metrics.abs_rel(depth, GT) == pytest.approx(0.182261, abs=1e-6)
-  assert metrics.delta(depth, GT) == 0.6
-  assert metrics.rmse(depth, GT) == pytest.approx(0.960578, abs=1e-6)
+  got = metrics.image_metrics(depth, GT)
+  assert got["abs_rel"] == pytest.approx(0.182261, abs=1e-6)
+  assert got["delta1"] == 0.6
+  assert got["rmse"] == pytest.approx(0.960578, abs=1e-6)
 
 
 def test_other_alignments_golden():
-  depth = align(PREDICTED, GT, alignment="depth", cap=10)
-  assert metrics.abs_rel(depth, GT) == pytest.approx(0.368258, abs=1e-6)
-  disparity = align(PREDICTED, GT, alignment="disparity_space", cap=10)
-  got = metrics.abs_rel(disparity, 1 / GT)
-  assert got == pytest.approx(0.455356, abs=1e-6)
+  for alignment, truth, want in (
+    ("depth", GT, 0.368258),
+    ("disparity_space", 1 / GT, 0.455356),
+  ):
+    aligned = align(PREDICTED, GT, alignment=alignment, cap=10)
+    got = metrics.image_metrics(aligned, truth, ("abs_rel",))["abs_rel"]
+    assert got == pytest.approx(want, abs=1e-6)
 
 
 def test_disparity_positive_fits_positive_predictions():
@@ -169,7 +172,7 @@ def test_unsupported_encoders_and_options():
   with pytest.raises(NotApplicable, match="has no depth head"):
     RelativeDepth(count=1).run(encoder)
   with pytest.raises(ValueError, match="Did you mean 'midas'"):
-    RelativeDepth(protocol="mida")
+    build_evaluator("relative_depth", {"protocol": "mida"})
   with pytest.raises(FileNotFoundError, match="does not exist"):
     RelativeDepth(data="lost").prepare()
 

@@ -36,21 +36,21 @@ def test_golden():
   counts = sum(
     confusion(t, p, classes=5) for t, p in zip(TRUTH, PREDICTED, strict=True)
   )
-  found = scores(counts)
+  got = scores(counts)
   np.testing.assert_allclose(
-    found.iou, [0.555556, 0.75, 0.666667, 0.4, np.nan], atol=1e-6
+    got.iou, [0.555556, 0.75, 0.666667, 0.4, np.nan], atol=1e-6
   )
-  assert found.miou == pytest.approx(0.593056, abs=1e-6)
-  assert found.macc == pytest.approx(0.726190, abs=1e-6)
-  assert found.aacc == pytest.approx(0.75)
+  assert got.miou == pytest.approx(0.593056, abs=1e-6)
+  assert got.macc == pytest.approx(0.726190, abs=1e-6)
+  assert got.aacc == pytest.approx(0.75)
 
 
 def test_a_class_that_is_only_predicted_counts_as_zero():
   predicted = PREDICTED.copy()
   predicted[0, 0, 0] = 4
-  found = scores(confusion(TRUTH, predicted, classes=5))
-  assert found.miou == pytest.approx(0.452222, abs=1e-6)
-  assert found.iou[4] == 0
+  got = scores(confusion(TRUTH, predicted, classes=5))
+  assert got.miou == pytest.approx(0.452222, abs=1e-6)
+  assert got.iou[4] == 0
 
 
 def test_confusion_and_invalid_classes():
@@ -67,11 +67,11 @@ def test_confusion_and_invalid_classes():
 
 def test_chance_equals_a_uniform_guess():
   truth = np.repeat(np.arange(4), [50_000, 30_000, 20_000, 0])
-  thrown = np.random.default_rng(0).integers(0, 4, len(truth))
-  counts = confusion(truth, thrown, classes=4)
-  found, expected = scores(counts), chance(counts)
-  assert found.miou == pytest.approx(expected["miou"], abs=2e-3)
-  assert found.aacc == pytest.approx(expected["aacc"], abs=5e-3)
+  guessed = np.random.default_rng(0).integers(0, 4, len(truth))
+  counts = confusion(truth, guessed, classes=4)
+  got, expected = scores(counts), chance(counts)
+  assert got.miou == pytest.approx(expected["miou"], abs=2e-3)
+  assert got.aacc == pytest.approx(expected["aacc"], abs=5e-3)
   assert expected["macc"] == 0.25
 
 
@@ -93,17 +93,17 @@ def test_metrics_equal_torchmetrics_and_sklearn(seed):
     ignore_index=255,
   )
   assert ours.miou == pytest.approx(float(theirs), abs=1e-6)
-  kept = truth != 255
-  present = np.union1d(truth[kept], predicted[kept])
+  known = truth != 255
+  present = np.union1d(truth[known], predicted[known])
   # A class occurs in neither.
   assert len(present) < classes
   sklearns = sklearn.metrics.jaccard_score(
-    truth[kept], predicted[kept], labels=present, average="macro"
+    truth[known], predicted[known], labels=present, average="macro"
   )
   assert ours.miou == pytest.approx(sklearns, abs=1e-9)
   np.testing.assert_allclose(
     ours.iou[present],
     sklearn.metrics.jaccard_score(
-      truth[kept], predicted[kept], labels=present, average=None
+      truth[known], predicted[known], labels=present, average=None
     ),
   )

@@ -7,7 +7,7 @@ import pytest
 
 from mtv_jax.encoder.encoder import Encoder, ImageFeatures
 from mtv_jax.encoder.preprocess import Preprocess
-from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.base import NotApplicable, build_evaluator
 from mtv_jax.evals.segmentation import patch_pca
 from mtv_jax.evals.segmentation.patch_pca import PatchPca
 from mtv_jax.models import two_tower as models
@@ -23,9 +23,9 @@ def patches_of(seed=0, shape=(3, 4, 5, 7)):
 
 def test_components_against_svd():
   patches = patches_of()
-  keep = np.random.default_rng(1).random(patches.shape[:3]) < 0.7
-  got = patch_pca.principal_components(patches, keep=keep)
-  rows = patches[keep].astype(np.float64)
+  mask = np.random.default_rng(1).random(patches.shape[:3]) < 0.7
+  got = patch_pca.principal_components(patches, mask=mask)
+  rows = patches[mask].astype(np.float64)
   centred = rows - rows.mean(axis=0)
   _, values, vectors = np.linalg.svd(centred, full_matrices=False)
   want = (patches - rows.mean(axis=0)) @ vectors[:3].T
@@ -35,39 +35,39 @@ def test_components_against_svd():
     got.share, (values**2 / (values**2).sum())[:3], rtol=1e-5
   )
   # The sign is a function of the features, whatever the solver gives.
-  again = patch_pca.principal_components(-patches, keep=keep)
+  again = patch_pca.principal_components(-patches, mask=mask)
   np.testing.assert_allclose(again.components, -got.components, atol=1e-4)
 
 
 def test_fewer_features_than_components():
   patches = patches_of(shape=(2, 3, 3, 2))
-  keep = np.ones((2, 3, 3), bool)
-  got = patch_pca.principal_components(patches, keep=keep)
+  mask = np.ones((2, 3, 3), bool)
+  got = patch_pca.principal_components(patches, mask=mask)
   assert got.components.shape == (2, 3, 3, 3)
   assert not got.components[..., 2].any()
   assert got.share.sum() == pytest.approx(1)
   with pytest.raises(ValueError, match="not finite"):
-    patch_pca.principal_components(patches * np.nan, keep=keep)
+    patch_pca.principal_components(patches * np.nan, mask=mask)
 
 
 def test_foreground_is_what_the_border_is_not():
   patches = np.random.default_rng(0).normal(0, 0.01, (2, 6, 6, 4))
   patches[:, 2:4, 2:4] += [5, -3, 0, 1]
   for sign in (1, -1):
-    found = patch_pca.foreground((sign * patches).astype(np.float32))
-    assert found[:, 2:4, 2:4].all() and found.sum() == 8
+    inside = patch_pca.foreground((sign * patches).astype(np.float32))
+    assert inside[:, 2:4, 2:4].all() and inside.sum() == 8
 
 
 def test_colours_share_a_scale():
   components = np.zeros((2, 2, 2, 3), np.float32)
   components[0, 0, 0] = 100
   components[1, 1] = 50
-  keep = np.ones((2, 2, 2), bool)
-  keep[1, 0, 0] = False
-  colours = patch_pca.component_colours(components, keep)
+  mask = np.ones((2, 2, 2), bool)
+  mask[1, 0, 0] = False
+  colours = patch_pca.component_colours(components, mask)
   assert (colours[0, 0, 0] == 255).all() and (colours[1, 0, 0] == 0).all()
   assert (colours[1, 1] > 100).all() and (colours[1, 1] < 160).all()
-  assert not patch_pca.component_colours(components, keep & False).any()
+  assert not patch_pca.component_colours(components, mask & False).any()
 
 
 class PatchEncoder(Encoder):
@@ -93,7 +93,7 @@ class PatchEncoder(Encoder):
     return {"encoder": "thumbnails"}
 
 
-def test_pictures_only_where_asked_for():
+def test_a_sheet_is_drawn_on_request():
   result = PatchPca(count=4).run(PatchEncoder())
   assert result.pictures == {}
   # Three components of three channels hold everything.
@@ -126,7 +126,7 @@ def test_any_folder_of_photos(tmp_path, write_image):
   with pytest.raises(FileNotFoundError, match="does not exist"):
     PatchPca(data=str(tmp_path / "absent")).prepare()
   with pytest.raises(ConfigError, match="Did you mean 'threshold'"):
-    PatchPca(foreground="treshold")
+    build_evaluator("patch_pca", {"foreground": "treshold"})
 
 
 def test_one_device_and_eight_agree():

@@ -42,12 +42,12 @@ def naive(image, slide, head):
       for y in starts(shape[0], window=16, stride=slide.stride):
         for x in starts(shape[1], window=16, stride=slide.stride):
           window = pad(pixels[y : y + 16, x : x + 16], 16, FILL)
-          found = score([window])[0, :, :, head].astype(np.float64)
-          found = resizing.resize(found, (16, 16))
+          scores = score([window])[0, :, :, head].astype(np.float64)
+          scores = resizing.resize(scores, (16, 16))
           if slide.average == "softmax":
-            found = softmax(found)
+            scores = softmax(scores)
           part = sums[y : y + 16, x : x + 16]
-          part += found[: part.shape[0], : part.shape[1]]
+          part += scores[: part.shape[0], : part.shape[1]]
           count[y : y + 16, x : x + 16] += 1
       full = resizing.resize(sums / count, image.shape[:2])
       full = full[:, ::-1] if mirrored else full
@@ -105,9 +105,9 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mosaics_equal_a_loop(images, variant):
   slide = dataclasses.replace(SLIDE, **VARIANTS[variant])
-  found = list(predict(images, score, slide, fill=FILL, batch_size=3))
-  assert [len(f) for f in found] == [HEADS] * len(images)
-  for image, maps in zip(images, found, strict=True):
+  predictions = list(predict(images, score, slide, fill=FILL, batch_size=3))
+  assert [len(p) for p in predictions] == [HEADS] * len(images)
+  for image, maps in zip(images, predictions, strict=True):
     for head, predicted in enumerate(maps):
       expected = naive(image, slide, head)
       assert predicted.shape == image.shape[:2]
@@ -119,7 +119,7 @@ def test_mosaics_equal_a_loop(images, variant):
       wrong = (predicted != expected.argmax(axis=-1)) & sure
       assert not wrong.any()
   # The maps have several classes.
-  assert len(np.unique(found[0][0])) > 2
+  assert len(np.unique(predictions[0][0])) > 2
 
 
 def test_maps_do_not_depend_on_the_batch_size(images):
@@ -162,8 +162,8 @@ def test_an_error_while_reading_is_raised(images):
 
 
 def test_options_are_checked():
-  with pytest.raises(ValueError, match="flips='horizontal'"):
-    Slide(size=16, stride=8, short=16, flips="horizontal")
+  with pytest.raises(ValueError, match="scales is empty"):
+    Slide(size=16, stride=8, short=16, scales=())
   with pytest.raises(ValueError, match="gaps"):
     Slide(size=16, stride=17, short=16)
 

@@ -13,7 +13,7 @@ from mtv_jax.data import tokenizers
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core import prompts
-from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.base import NotApplicable, build_evaluator
 from mtv_jax.evals.core.examples import Images, LabelMaps, SegmentationSet
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.segmentation import patch_text
@@ -63,12 +63,12 @@ def test_the_embedding_of_a_single_patch_is_the_images(pool):
   rng = np.random.default_rng(1)
   images = list(rng.integers(0, 256, (3, 8, 8, 3)).astype(np.uint8))
   pooled = encoder.dense(images, outputs=("pooled",)).pooled
-  found = patch_text.embed_patches(
+  patches = patch_text.embed_patches(
     encoder, images, last_block="values", batch_size=16
   )
-  assert found.shape == (3, 1, 1, 16)
-  assert found.dtype == np.float32
-  np.testing.assert_allclose(found[:, 0, 0], pooled, rtol=1e-4, atol=1e-4)
+  assert patches.shape == (3, 1, 1, 16)
+  assert patches.dtype == np.float32
+  np.testing.assert_allclose(patches[:, 0, 0], pooled, rtol=1e-4, atol=1e-4)
   assert np.abs(pooled[0] - pooled[1]).max() > 0.1
 
 
@@ -94,21 +94,21 @@ def test_patches_are_embedded_independently(pool):
   encoder = build(pool, depth=3)
   image = list(np.random.default_rng(2).integers(0, 256, (1, 16, 24, 3), "u1"))
   tokens = encoder.dense(image, layers=(1,), outputs=()).layers[1]
-  found = patch_text.embed_patches(
+  patches = patch_text.embed_patches(
     encoder, image, last_block="values", batch_size=8
   )
   # A tower of the last block alone, run on one token at a time.
   block = jax.tree.map(lambda p: p[2], encoder.params["image"]["blocks"])
   expected = alone(encoder, block, jnp.asarray(tokens.reshape(6, 16)))
   np.testing.assert_allclose(
-    found.reshape(6, 16), expected, rtol=1e-4, atol=1e-4
+    patches.reshape(6, 16), expected, rtol=1e-4, atol=1e-4
   )
 
 
 def alone(encoder, block, tokens):
   """Block, norm, pool and projection of sequences of one token each."""
   spec, params = encoder.spec.image, encoder.params["image"]
-  made = layers.Block(
+  module = layers.Block(
     heads=spec.heads,
     mlp_dim=spec.mlp_dim,
     gelu=spec.gelu,
@@ -116,7 +116,7 @@ def alone(encoder, block, tokens):
     layer_scale=spec.layer_scale,
     norm_eps=spec.norm_eps,
   )
-  x = made.apply({"params": block}, tokens[:, None])
+  x = module.apply({"params": block}, tokens[:, None])
   x = layers.norm(spec.norm_eps, "float32", "norm").apply(
     {"params": params["norm"]}, x
   )
@@ -225,8 +225,8 @@ def test_published_values_and_invalid_options(colour_blocks):
   slide = ZeroShotSegmentation(data="blocks")._slide(encoder)
   assert (slide.size, slide.stride, slide.short) == (448, 336, 448)
   assert (slide.interpolation, slide.average) == ("bicubic", "softmax")
-  with pytest.raises(ValueError, match="average='max'"):
-    ZeroShotSegmentation(average="max")
+  with pytest.raises(ValueError, match="average is 'max'"):
+    build_evaluator("zero_shot_segmentation", {"average": "max"})
   with pytest.raises(NotApplicable, match="no text tower"):
     ZeroShotSegmentation(data="blocks").run(mtv_jax.load("pixels:32/8"))
 
@@ -251,24 +251,24 @@ def test_real_ade20k(shared_data, monkeypatch):
   pixels = np.concatenate([image.reshape(-1, 3) for image in data.images])
   labels = np.concatenate([labels.ravel() for labels in data.maps])
 
-  def placed(colours):
+  def scaled(colours):
     x = (np.asarray(colours, np.float32) - 128) / 64
     return np.concatenate([x, np.ones_like(x[..., :1])], axis=-1)
 
   # Classes without an image are opposite to every colour.
   vectors = np.tile(np.float32([0, 0, 0, -1]), (150, 1))
   for k in np.unique(labels[labels < 150]):
-    vectors[k] = placed(pixels[labels == k].mean(axis=0))
+    vectors[k] = scaled(pixels[labels == k].mean(axis=0))
 
   def text(strings, batch_size=256):
     inside = [[n for n in data.classes if n in s] for s in strings]
-    names = [max(found, key=len) for found in inside]
+    names = [max(matches, key=len) for matches in inside]
     return vectors[[data.classes.index(name) for name in names]]
 
   def patches(encoder, images, *, last_block, batch_size):
     x = np.stack([np.asarray(i, np.float32) for i in images])
     n, h, w, _ = x.shape
-    return placed(x.reshape(n, h // 8, 8, w // 8, 8, 3).mean(axis=(2, 4)))
+    return scaled(x.reshape(n, h // 8, 8, w // 8, 8, 3).mean(axis=(2, 4)))
 
   monkeypatch.setattr(patch_text, "embed_patches", patches)
   encoder = build("map", devices=jax.devices()[:1])

@@ -1,0 +1,157 @@
+"""Dense features of a frozen encoder, in batches for probes and matching."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int
+
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.evals.core import probe
+from mtv_jax.evals.core.global_features import final_norm
+from mtv_jax.utils.errors import InputError
+
+Encode = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w c"]]
+# The encoder's input, and the labels or the depth of its pixels.
+Example = tuple[np.ndarray, np.ndarray]
+
+
+def features(
+  encoder: Encoder,
+  images: Sequence[np.ndarray],
+  blocks: Sequence[int],
+  *,
+  norm: str,
+  cls: bool = False,
+  batch_size: int,
+) -> Float32[np.ndarray, "n h w c"]:
+  """Patch tokens of blocks, concatenated along the channels.
+
+  Args:
+    encoder: any.
+    images: of one size that the patch divides, in 0..255.
+    blocks: counted from 0.
+    norm: `final` applies the encoder's last LayerNorm to the tokens of every
+      block, `none` does not.
+    cls: whether to append the block's CLS token to each of its patches.
+    batch_size: images a step.
+
+  Raises:
+    InputError: if the encoder lacks a final norm that is to be applied.
+  """
+  last = encoder.spec.image.depth - 1
+  # The last block's normalised tokens come from the encoder itself.
+  raw = tuple(i for i in blocks if norm == "none" or i != last)
+  outputs = ("patches", "prefix") if cls else ("patches",)
+  out = encoder.dense(
+    images,
+    layers=raw,
+    outputs=outputs if norm == "final" else (),
+    batch_size=batch_size,
+  )
+  columns = []
+  for i in blocks:
+    patches, prefix = out.patches, out.prefix
+    if i in raw:
+      patches, prefix = out.layers[i], out.prefix_layers.get(i)
+    tokens = [patches]
+    if cls:
+      tokens.append(np.broadcast_to(prefix[:, None, None, 0], patches.shape))
+    if i in raw and norm == "final":
+      tokens = [final_norm(encoder, x) for x in tokens]
+    columns += tokens
+  return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
+
+
+def check_same_size(
+  name: str, i: int, image: np.ndarray, pixels: np.ndarray
+) -> None:
+  """Raises InputError if image `i` and its map differ in size."""
+  if image.shape[:2] != pixels.shape:
+    raise InputError(
+      f"{name}: image {i} is {list(image.shape[:2])} and its map "
+      f"{list(pixels.shape)}; expected the same size"
+    )
+
+
+def threaded_map(
+  function: Callable[[Any], Any], items: Iterable[Any], *, ahead: int = 0
+) -> Iterator[Any]:
+  """`map` by threads, with results in order and a bounded number pending.
+
+  Args:
+    function: called from several threads.
+    items: iterated in the caller's thread.
+    ahead: results to compute in advance; by default twice the threads.
+  """
+  threads = os.cpu_count() or 1
+  pending: collections.deque = collections.deque()
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    for item in items:
+      pending.append(pool.submit(function, item))
+      if len(pending) > (ahead or 2 * threads):
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
+
+
+def encode_batches(
+  encode: Encode, examples: Iterable[Example], *, batch_size: int
+) -> Iterator[probe.Batch]:
+  """`features` and `targets` of examples; the last batch may be smaller."""
+  examples = iter(examples)
+  while batch := list(itertools.islice(examples, batch_size)):
+    inputs, targets = zip(*batch, strict=True)
+    yield {"features": encode(list(inputs)), "targets": np.stack(targets)}
+
+
+def training_batches(
+  encode: Encode,
+  read: Callable[[int, np.random.Generator], Example],
+  count: int,
+  *,
+  batch_size: int,
+  steps: int,
+  seed: int,
+) -> Iterator[probe.Batch]:
+  """Batches of augmented examples for `probe.fit`.
+
+  Threads read the next batch while the devices process this one. An example
+  depends only on the seed, the step and the row.
+
+  Args:
+    encode: from inputs to features.
+    read: from an index and random numbers to an example.
+    count: number of examples.
+    batch_size: examples a step.
+    steps: number of batches.
+    seed: of the order and the augmentation.
+  """
+  order = probe.shuffled_batches(count, batch_size=batch_size, seed=seed)
+
+  def read_row(number: int) -> Example:
+    step, row = divmod(number, batch_size)
+    rng = np.random.default_rng((seed, step, row))
+    return read(int(order(step)[row]), rng)
+
+  rows = range(steps * batch_size)
+  examples = threaded_map(read_row, rows, ahead=batch_size)
+  return encode_batches(encode, examples, batch_size=batch_size)
+
+
+def cached_batches(
+  batches: Iterable[probe.Batch], *, batch_size: int, seed: int
+) -> Callable[[int], probe.Batch]:
+  """Shuffled batches by step, of all rows of `batches` in memory."""
+  parts = list(batches)
+  rows = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+  order: Callable[[int], Int[np.ndarray, " b"]] = probe.shuffled_batches(
+    len(rows["targets"]), batch_size=batch_size, seed=seed
+  )
+  return lambda step: {k: values[order(step)] for k, values in rows.items()}

@@ -1,0 +1,123 @@
+"""Dense features of blocks, and their batches."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mtv_jax.encoder import baselines
+from mtv_jax.encoder.encoder import Encoder, ImageFeatures
+from mtv_jax.evals.core import dense
+
+IMAGES = [np.zeros((16, 24, 3), np.float32)] * 5
+
+
+class TokenEncoder(Encoder):
+  """Random tokens of blocks, and normalised ones of the last block."""
+
+  def __init__(self):
+    rng = np.random.default_rng(0)
+    spec = baselines.load("pixels:32/8").spec
+    image = dataclasses.replace(spec.image, width=3, depth=4, cls_token=True)
+    self.spec = dataclasses.replace(spec, image=image)
+    norm = {
+      name: rng.normal(size=3).astype(np.float32) for name in ("scale", "bias")
+    }
+    self.params = {"image": {"norm": norm}}
+    self.blocks = rng.normal(size=(5, 5, 2, 3, 3)).astype(np.float32)
+    self.cls = rng.normal(size=(5, 5, 4, 3)).astype(np.float32)
+
+  def dense(self, images, *, layers=(), outputs=("patches",), batch_size=16):
+    return ImageFeatures(
+      pooled=None,
+      patches=self.blocks[-1] if "patches" in outputs else None,
+      prefix=self.cls[-1] if "prefix" in outputs else None,
+      layers={i: self.blocks[i] for i in layers},
+      prefix_layers={i: self.cls[i] for i in layers},
+    )
+
+
+def normalised(encoder, x):
+  norm, x = encoder.params["image"]["norm"], x.astype(np.float64)
+  x = x - x.mean(-1, keepdims=True)
+  x = x / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+  return x * norm["scale"] + norm["bias"]
+
+
+def test_blocks_are_normalised_and_concatenated():
+  encoder = TokenEncoder()
+  blocks = encoder.blocks
+  inner = [normalised(encoder, x) for x in blocks[:3]]
+  for kwargs, parts in (
+    ({"blocks": (0, 1, 2, 3), "norm": "final"}, [*inner, blocks[-1]]),
+    ({"blocks": (0, 1, 2, 3), "norm": "none"}, blocks[:4]),
+    ({"blocks": (3,), "norm": "final"}, blocks[-1:]),
+    ({"blocks": (2,), "norm": "none"}, blocks[2:3]),
+  ):
+    got = dense.features(encoder, IMAGES, batch_size=2, **kwargs)
+    np.testing.assert_allclose(got, np.concatenate(parts, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["none", "final"])
+def test_the_cls_token_is_beside_every_patch(norm):
+  encoder = TokenEncoder()
+  got = dense.features(
+    encoder, IMAGES, (2, 3), norm=norm, cls=True, batch_size=2
+  )
+  cls = np.broadcast_to(encoder.cls[:, :, None, None, 0], encoder.blocks.shape)
+  parts = [tokens[2] for tokens in (encoder.blocks, cls)]
+  if norm == "final":
+    parts = [normalised(encoder, x) for x in parts]
+  last = 3 if norm == "none" else 4
+  parts += [encoder.blocks[last], cls[last]]
+  np.testing.assert_allclose(got, np.concatenate(parts, -1), atol=1e-5)
+
+
+def test_threaded_map_has_the_order_and_the_errors_of_map():
+  assert list(dense.threaded_map(lambda x: x**2, range(50), ahead=3)) == [
+    x**2 for x in range(50)
+  ]
+  squares = dense.threaded_map(lambda x: 1 / (2 - x), range(9))
+  assert next(squares) == 0.5
+  with pytest.raises(ZeroDivisionError):
+    list(squares)
+
+
+def test_examples_depend_only_on_seed_step_and_row():
+  def read(i, rng):
+    return np.full((2, 2), i), rng.random((2, 2))
+
+  def batches(seed, batch_size=3):
+    return list(
+      dense.training_batches(
+        np.stack, read, 5, batch_size=batch_size, steps=4, seed=seed
+      )
+    )
+
+  first, again, other = batches(0), batches(0), batches(1)
+  for a, b in zip(first, again, strict=True):
+    for name in ("features", "targets"):
+      np.testing.assert_array_equal(a[name], b[name])
+  assert any(
+    (a["targets"] != b["targets"]).any()
+    for a, b in zip(first, other, strict=True)
+  )
+  for step, row in ((0, 2), (3, 1)):
+    want = np.random.default_rng((0, step, row)).random((2, 2))
+    np.testing.assert_array_equal(first[step]["targets"][row], want)
+  # Each epoch has every example once.
+  order = np.concatenate([batch["features"][:, 0, 0] for batch in first])
+  assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
+
+
+def test_cached_batches_have_the_order_of_training():
+  examples = [(np.full((1, 1), i), np.full((1, 1), -i)) for i in range(5)]
+  encoded = dense.encode_batches(np.stack, examples, batch_size=2)
+  cached = dense.cached_batches(encoded, batch_size=3, seed=0)
+  options = {"batch_size": 3, "steps": 4, "seed": 0}
+  for step, batch in enumerate(
+    dense.training_batches(np.stack, lambda i, _: examples[i], 5, **options)
+  ):
+    got = cached(step)
+    np.testing.assert_array_equal(got["features"], batch["features"])
+    np.testing.assert_array_equal(got["targets"], -got["features"])
