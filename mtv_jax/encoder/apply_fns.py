@@ -73,7 +73,7 @@ def text_function(spec: models.ModelSpec, dtype: str, mesh: Mesh) -> Function:
 def head_function(
   spec: models.ModelSpec, head: PredictionHead, dtype: str, mesh: Mesh
 ) -> Function:
-  """A head that predicts, of `images` `[B, H, W, 3]` and its inputs.
+  """A prediction head, of `images` `[B, H, W, 3]` and its inputs.
 
   The parameters are `image` and `heads/NAME`.
   """

@@ -22,8 +22,7 @@ from mtv_jax.models.vit import ViTSpec
 from mtv_jax.parallel.mesh import replicated_sharding
 from mtv_jax.utils.errors import InputError
 
-# Side of the thumbnail that is the embedding of raw pixels.
-THUMBNAIL = 8
+THUMBNAIL = 8  # side of the embedding of raw pixels
 _PIXELS = re.compile(r"pixels:(\d+)(?:/(\d+))?")
 _RANDOM = re.compile(r"random:(\w[\w-]*/\d+)(?:@(\d+))?")
 
@@ -36,13 +35,7 @@ def is_baseline(name: str) -> bool:
 def load(
   name: str, *, dtype: str = "float32", mesh: Mesh | None = None
 ) -> Encoder:
-  """Builds a baseline by name.
-
-  Args:
-    name: `pixels:SIZE` or `pixels:SIZE/PATCH` (16 by default), or
-      `random:VARIANT` or `random:VARIANT@SIZE` (224 by default).
-    dtype: as for `mtv_jax.load`.
-    mesh: as for `mtv_jax.load`.
+  """Builds the baseline `name`; other arguments as of `mtv_jax.load`.
 
   Raises:
     InputError: for another name, an unknown variant, or a size that the patch
@@ -56,8 +49,8 @@ def load(
     return random(variant, int(size), dtype=dtype, mesh=mesh)
   raise InputError(
     f"{name!r} is not a baseline; expected pixels:SIZE, pixels:SIZE/PATCH, "
-    f"random:VARIANT or random:VARIANT@SIZE, such as 'pixels:224' and "
-    f"'random:B/16@224'. Variants: {', '.join(models.VARIANTS)}"
+    f"random:VARIANT or random:VARIANT@SIZE, such as 'random:B/16@224'. "
+    f"Variants: {', '.join(models.VARIANTS)}"
   )
 
 
@@ -88,9 +81,9 @@ def random(
 class PixelEncoder(Encoder):
   """Normalised pixels as features.
 
-  A patch's feature is its pixels, ordered (y, x, channel), in its only layer
-  and as output; the pooled embedding is an 8 x 8 thumbnail of the image. There
-  are no prefix tokens and no text tower.
+  Patch features are the pixels, ordered (y, x, channel), in the only layer and
+  as output; the pooled embedding is an 8 x 8 thumbnail of the image. There are
+  no prefix tokens and no text tower.
   """
 
   def __init__(
@@ -138,9 +131,8 @@ def _pixel_function(spec, taps, outputs, mesh) -> apply_fns.Function:
     grid = spec.image.grid_of(h, w)
     patches = vit.patchify(images, patch).reshape(b, *grid, -1)
     prefix = patches[:, 0, :0]
-    features = {"patches": patches, "prefix": prefix}
-    if "pooled" in outputs:
-      features["pooled"] = _thumbnail(images).reshape(b, -1)
+    pooled = _thumbnail(images).reshape(b, -1)
+    features = {"patches": patches, "prefix": prefix, "pooled": pooled}
     features = {name: features[name] for name in outputs}
     for tap in taps:
       features |= {f"layer{tap}": patches, f"prefix{tap}": prefix}
@@ -159,8 +151,6 @@ def _thumbnail(images):
 
 def _area_matrix(size: int, new_size: int) -> np.ndarray:
   """`[new, old]`: the share of each new cell that every old one covers."""
-  edges = np.arange(new_size + 1) * size / new_size
-  low, high = edges[:-1, None], edges[1:, None]
-  old = np.arange(size)
-  overlap = np.minimum(high, old + 1) - np.maximum(low, old)
-  return (np.maximum(overlap, 0) * new_size / size).astype(np.float32)
+  edges = np.arange(new_size + 1)[:, None] * size / new_size
+  covered = np.clip(edges - np.arange(size), 0, 1)  # up to each edge
+  return (np.diff(covered, axis=0) * new_size / size).astype(np.float32)

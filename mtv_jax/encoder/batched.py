@@ -42,13 +42,11 @@ def in_batches(
     blank: a padding row, of the structure, shapes and dtypes of every row.
     batch_size: rows a batch over the whole mesh, see `padded_batch`.
     mesh: `(data, fsdp, tensor)`.
-
-  Returns:
-    By name, the results of all items in order, without padding.
   """
   size = padded_batch(count, batch_size, num_batch_shards(mesh))
   sharding = NamedSharding(mesh, BATCH_SPEC)
-  rows = _local_rows(sharding, size)
+  indices = sharding.addressable_devices_indices_map((size,)).values()
+  rows = sorted({r for i in indices for r in range(*i[0].indices(size))})
   results = collections.defaultdict(list)
 
   def collect(out: dict[str, jax.Array], start: int) -> None:
@@ -80,22 +78,16 @@ def in_batches(
 
 
 def padded_batch(count: int, batch_size: int, shards: int) -> int:
-  """The compiled batch size.
+  """The compiled batch size, a multiple of the mesh's shards.
 
-  `batch_size`, or for shorter lists the next power of two (few shapes to
-  compile, and one image does not cost a batch of 64), rounded up to a multiple
-  of the mesh's shards.
+  `batch_size`, or for shorter lists the next power of two: few shapes to
+  compile, and one image does not cost a batch of 64.
   """
   if batch_size < 1:
     raise InputError(f"batch_size={batch_size}; expected at least 1")
   if count < batch_size:
     batch_size = min(batch_size, 1 << (count - 1).bit_length())
   return -(-batch_size // shards) * shards
-
-
-def _local_rows(sharding: NamedSharding, size: int) -> list[int]:
-  indices = sharding.addressable_devices_indices_map((size,)).values()
-  return sorted({r for i in indices for r in range(*i[0].indices(size))})
 
 
 def _assemble(
@@ -113,10 +105,9 @@ def _assemble(
       for _, other in pending.values():
         other.cancel()
       raise
-    for whole, part in zip(
-      jax.tree.leaves(batch), jax.tree.leaves(item), strict=True
-    ):
-      whole[row] = part
+    leaves = jax.tree.leaves(batch), jax.tree.leaves(item)
+    for rows, value in zip(*leaves, strict=True):
+      rows[row] = value
   return batch
 
 
@@ -124,10 +115,8 @@ def _assemble(
 class Padded:
   """Lists of different lengths as one array, padded with zeros.
 
-  Attributes:
-    values: padded to the power of two above the longest list (few shapes to
-      compile).
-    valid: which rows are of a list, padded to the longest list.
+  `values` is padded to the power of two above the longest list (few shapes to
+  compile), `valid` to the longest list.
   """
 
   values: Float32[np.ndarray, "n k c"]
@@ -144,7 +133,8 @@ def pad(lists: Sequence[Any], *, channels: int, what: str) -> Padded:
   arrays = []
   for i, item in enumerate(lists):
     array = np.asarray(item, np.float32)
-    array = array.reshape(-1, channels) if array.size == 0 else array
+    if array.size == 0:
+      array = array.reshape(0, channels)
     if array.ndim != 2 or array.shape[1] != channels:
       raise InputError(
         f"{what} {i} must be [m, {channels}]; got {list(array.shape)}"

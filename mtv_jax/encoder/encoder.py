@@ -4,10 +4,10 @@
     features = encoder.image(images, layers=(3, -1))
     logits = encoder.similarity(features.pooled, encoder.text(captions))
 
-An encoder maps pixels and strings to NumPy arrays, and depends on neither the
-trainer nor a data set. The parameters are arguments of functions compiled once
-per architecture, mesh and request for all encoders, so that the trainer can
-build one from its live parameters before every evaluation.
+An encoder maps pixels and strings to NumPy arrays. Its parameters are arguments
+of functions compiled once per architecture, mesh and request for all encoders,
+so that the trainer can build one from its live parameters before every
+evaluation.
 """
 
 from __future__ import annotations
@@ -44,14 +44,12 @@ class ImageFeatures:
   """Features of n images; outputs that were not requested are None.
 
   Attributes:
-    pooled: `[n, E]`, the embedding, not normalised.
-    patches: `[n, h, w, D]`, the last layer's patch tokens after the final
-      norm, on their grid.
-    prefix: `[n, P, D]`, the CLS token and registers after the final norm.
-    layers: by requested block, its patch tokens `[n, h, w, D]` before the final
-      norm.
-    prefix_layers: by requested block, its CLS token and registers `[n, P, D]`
-      before the final norm.
+    pooled: the embedding, not normalised.
+    patches: patch tokens after the final norm, on their grid.
+    prefix: the CLS token and registers after the final norm.
+    layers: by requested block, its patch tokens before the final norm.
+    prefix_layers: by requested block, its CLS token and registers before the
+      final norm.
   """
 
   pooled: Float32[np.ndarray, "n e"] | None
@@ -65,12 +63,7 @@ class ImageFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class Regions:
-  """Embeddings of boxes of n images, m at most.
-
-  Attributes:
-    embeddings: `[n, m, E]`, of unit length; zero where there is no box.
-    valid: `[n, m]`, which boxes there are.
-  """
+  """Unit-length embeddings of at most m boxes of n images; zero if invalid."""
 
   embeddings: Float32[np.ndarray, "n m e"]
   valid: Bool[np.ndarray, "n m"]
@@ -78,12 +71,9 @@ class Regions:
 
 @dataclasses.dataclass(frozen=True)
 class Boxes:
-  """Boxes of phrases of n images, m at most.
+  """Boxes of at most m phrases of n images; zero if invalid.
 
-  Attributes:
-    boxes: `[n, m, 4]`, (y0, x0, y1, x1) in the unit square of the image; they
-      may reach past it, and are zero where there is no phrase.
-    valid: `[n, m]`, which phrases there are.
+  (y0, x0, y1, x1) in the unit square of the image; they may exceed it.
   """
 
   boxes: Float32[np.ndarray, "n m 4"]
@@ -128,8 +118,8 @@ class Encoder:
     Args:
       spec: the architecture.
       params: `image`, with a text tower `text` and `heads/contrastive`, maybe
-        further heads. `jax.Array`s on the mesh stay there; NumPy arrays are
-        sharded over the mesh by `parallel.rules`.
+        further heads. NumPy arrays are sharded over the mesh by
+        `parallel.rules`.
       preprocess: of the images.
       tokenizer: `encode(strings, length)`; only `text` needs it.
       mesh: `(data, fsdp, tensor)`; by default that of the parameters, else
@@ -142,13 +132,15 @@ class Encoder:
     """
     if "image" not in params:
       raise InputError(
-        f"Encoder: params has no 'image'; it has {sorted(params)}. Pass the "
-        "whole tree {'image', 'text', 'heads'}, not one tower's."
+        f"Encoder: params has no 'image', only {sorted(params)}; pass the tree "
+        "{'image', 'text', 'heads'}, not one tower's"
       )
     self.spec = spec
     self.preprocess = preprocess
     self.tokenizer = tokenizer
-    self.mesh = mesh or _mesh_of(params) or make_mesh({"data": -1})
+    meshes = filter(None, map(_mesh_of, jax.tree.leaves(params)))
+    meshes = (m for m in meshes if set(MESH_AXES) <= set(m.axis_names))
+    self.mesh = mesh or next(meshes, None) or make_mesh({"data": -1})
     check_choice("Encoder: dtype", dtype, DTYPES)
     self.dtype = dtype
     self.weights = weights
@@ -183,10 +175,9 @@ class Encoder:
     """Features of images.
 
     Args:
-      images: a sequence of uint8 `[H, W, 3]` arrays of any size, PIL images or
-        encoded bytes. A thread pool takes items one at a time, so a lazy
-        sequence that reads its files on access bounds memory.
-      layers: blocks whose patch tokens to return, from 0; -1 is the last.
+      images: a sequence, maybe lazy, of uint8 `[H, W, 3]` arrays of any size,
+        PIL images or encoded bytes. Threads take items one at a time.
+      layers: blocks whose tokens to return, from 0; -1 is the last.
       outputs: which of `pooled`, `patches` and `prefix` to return. Patches of
         50,000 images don't fit into memory.
       batch_size: images a step over the whole mesh, rounded up to a multiple of
@@ -219,18 +210,11 @@ class Encoder:
 
     Of the preprocessing only mean and standard deviation apply; nothing is
     resized or cropped, and the position embedding is resampled to the grid.
+    Arguments and errors as of `image`, but for
 
     Args:
       images: a sequence, maybe lazy, of `[H, W, 3]` arrays of one size, uint8
         or float32 in 0..255. The patch must divide H and W, which may differ.
-      layers: as for `image`.
-      outputs: as for `image`; grids are `[n, H / patch, W / patch, D]`.
-      batch_size: as for `image`.
-
-    Raises:
-      TypeError: for an item that is not such an array.
-      InputError: for several sizes, a size that the patch does not divide, or
-        an unknown layer or output.
     """
     check_images(images, "dense")
     size = as_pixels(images[0], "image 0").shape[:2]
@@ -255,13 +239,13 @@ class Encoder:
     """Embeddings `[n, E]` of strings, not normalised."""
     if self.spec.text is None or "text" not in self.params:
       raise InputError(
-        f"{self!r} has no text tower, so it can't embed text. Zero-shot and "
-        "retrieval need a model with one (SigLIP, CLIP, a contrastive run)."
+        f"{self!r} has no text tower, so it can't embed text; SigLIP, CLIP and "
+        "contrastive runs have one"
       )
     if self.tokenizer is None:
       raise InputError(
-        f"{self!r} has no tokenizer. Put its tokenizer file into the folder, "
-        "or pass tokenizer=build_tokenizer(...)."
+        f"{self!r} has no tokenizer; put its tokenizer file into the folder, "
+        "or pass tokenizer=build_tokenizer(...)"
       )
     if isinstance(strings, str):
       raise TypeError("Encoder.text takes a list of strings: pass [string]")
@@ -323,9 +307,8 @@ class Encoder:
       name: of the head, a key of `heads.HEADS`.
       images: as for `image`.
       batch_size: as for `image`.
-      **inputs: what the head reads beside the images: for each image `[m, C]`
-        numbers or m strings, as `PredictionHead.inputs` says; m may differ, and
-        may be 0.
+      **inputs: of the head beside the images (`PredictionHead.inputs`): for
+        each image `[m, C]` numbers or m strings; m may differ, and may be 0.
 
     Returns:
       By name, `[n, ...]`. With inputs `[n, m, ...]`, zero where an image has
@@ -342,7 +325,7 @@ class Encoder:
     if set(inputs) != set(kinds):
       raise TypeError(
         f"Encoder.{method} takes the inputs {sorted(kinds)}; got "
-        f"{sorted(inputs)}."
+        f"{sorted(inputs)}"
       )
     for key, values in inputs.items():
       if len(values) != len(images):
@@ -352,9 +335,8 @@ class Encoder:
         )
     if inputs and self.preprocess.crop != "none":
       raise InputError(
-        f"Encoder.{method} needs an encoder that sees whole images; this one "
-        f"crops them (crop={self.preprocess.crop!r}), and {sorted(inputs)} "
-        "refer to the whole image"
+        f"Encoder.{method} needs an encoder that sees whole images, to which "
+        f"{sorted(inputs)} refer; this one has crop={self.preprocess.crop!r}"
       )
     padded = {
       key: self._pad(key, kinds[key], values) for key, values in inputs.items()
@@ -406,10 +388,7 @@ class Encoder:
   ) -> Regions:
     """Embeddings of boxes, to compare with `text`; see `predict`.
 
-    Args:
-      images: as for `image`.
-      boxes: for each image `[m, 4]`, (y0, x0, y1, x1) in its unit square.
-      batch_size: as for `image`.
+    `boxes` are for each image `[m, 4]`, (y0, x0, y1, x1) in its unit square.
     """
     return Regions(
       **self.predict("grounding", images, boxes=boxes, batch_size=batch_size)
@@ -434,12 +413,11 @@ class Encoder:
       InputError: for an encoder without the head.
     """
     if not self.can_predict(name):
-      heads = self.params.get("heads", {})
       raise InputError(
-        f"{self!r} can't predict {name!r}: it lacks the head. It predicts "
-        f"{sorted(filter(self.can_predict, self.prediction_heads))}; the "
-        f"parameters of its heads are {sorted(heads)}. Load a run, or an "
-        "export of a run, that trained this head."
+        f"{self!r} can't predict {name!r}, only "
+        f"{sorted(filter(self.can_predict, self.prediction_heads))} (it has "
+        f"parameters of {sorted(self.params.get('heads', {}))}); load a run or "
+        "an export that trained this head"
       )
     return apply_fns.head_function(
       self.spec, self.prediction_heads[name], self.dtype, self.mesh
@@ -485,9 +463,8 @@ class Encoder:
     for strings in [values, *values]:
       if not isinstance(strings, list | tuple):
         raise TypeError(
-          f"Encoder.predict takes a list of {key} for each image: pass "
-          f"[[string, ...], ...]; got a {type(strings).__name__} "
-          f"{strings!r:.40}"
+          f"Encoder.predict takes a list of {key} for each image, "
+          f"[[string, ...], ...]; got {strings!r:.40}"
         )
     distinct = list(dict.fromkeys(s for strings in values for s in strings))
     table = dict(zip(distinct, self.text(distinct), strict=True))
@@ -505,9 +482,10 @@ class Encoder:
     batch_size: int,
   ) -> ImageFeatures:
     check_outputs(outputs)
-    taps = tuple(block_index(i, self.spec.image.depth) for i in layers)
+    taps = {i: block_index(i, self.spec.image.depth) for i in layers}
     function = self._image_function(
-      tuple(sorted(set(taps))), tuple(o for o in OUTPUTS if o in outputs)
+      tuple(sorted(set(taps.values()))),
+      tuple(o for o in OUTPUTS if o in outputs),
     )
     out = batched.in_batches(
       functools.partial(function, self.params["image"]),
@@ -521,10 +499,8 @@ class Encoder:
       pooled=out.get("pooled"),
       patches=out.get("patches"),
       prefix=out.get("prefix"),
-      layers={i: out[f"layer{t}"] for i, t in zip(layers, taps, strict=True)},
-      prefix_layers={
-        i: out[f"prefix{t}"] for i, t in zip(layers, taps, strict=True)
-      },
+      layers={i: out[f"layer{t}"] for i, t in taps.items()},
+      prefix_layers={i: out[f"prefix{t}"] for i, t in taps.items()},
     )
 
 
@@ -539,14 +515,14 @@ def block_index(index: int, depth: int) -> int:
 
 
 def check_outputs(outputs: Iterable[str]) -> None:
-  """Raises ValueError for unknown outputs of an image tower."""
+  """Raises InputError for unknown outputs of an image tower."""
   unknown = [o for o in outputs if o not in OUTPUTS]
   if unknown or isinstance(outputs, str):
     raise InputError(f"outputs={outputs!r}; expected some of {OUTPUTS}")
 
 
 def check_embeddings(image: Any, text: Any) -> None:
-  """Raises ValueError for embeddings that can't be compared."""
+  """Raises InputError for embeddings that can't be compared."""
   if np.ndim(image) != 2 or np.shape(image)[1:] != np.shape(text)[1:]:
     raise InputError(
       "Encoder.similarity takes embeddings [n, E] and [m, E], such as "
@@ -556,41 +532,31 @@ def check_embeddings(image: Any, text: Any) -> None:
 
 
 def check_images(images: Any, method: str) -> None:
-  """Raises TypeError or ValueError unless `images` is a sequence of images."""
+  """Raises TypeError or InputError unless `images` is a sequence of images."""
   single = isinstance(images, PIL.Image.Image | bytes | str) or (
     isinstance(images, np.ndarray) and images.ndim < 4
   )
-  if single:
+  if single or not hasattr(images, "__len__"):
     raise TypeError(
-      f"Encoder.{method} takes a sequence of images and got one "
-      f"{type(images).__name__}: pass [image]"
-    )
-  if not hasattr(images, "__len__"):
-    raise TypeError(
-      f"Encoder.{method} takes a sequence of images, whose length is known; "
-      f"got a {type(images).__name__}: pass list(images)"
+      f"Encoder.{method} takes a sequence of images and got a "
+      f"{type(images).__name__}: pass "
+      + ("[image]" if single else "list(images)")
     )
   if not len(images):
     raise InputError(f"Encoder.{method} got no images")
 
 
-def _mesh_of(params: PyTree) -> Mesh | None:
-  """The mesh of parameters that are on one."""
-  for leaf in jax.tree.leaves(params):
-    placing = getattr(leaf, "sharding", None)
-    if isinstance(placing, NamedSharding):
-      mesh = placing.mesh
-      if set(MESH_AXES) <= set(mesh.axis_names):
-        return mesh
-  return None
+def _mesh_of(leaf: Any) -> Mesh | None:
+  """The mesh of an array that is on one."""
+  sharding = getattr(leaf, "sharding", None)
+  return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
 def _put_on_mesh(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
   """Puts NumPy leaves on the mesh; arrays that are on it stay."""
 
   def put(leaf, sharding):
-    current = getattr(leaf, "sharding", None)
-    if isinstance(current, NamedSharding) and current.mesh == mesh:
+    if _mesh_of(leaf) == mesh:
       return leaf
     host = np.asarray(leaf)
     return jax.make_array_from_callback(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mtv_jax.checkpoint.checkpointer import load_tree
-from mtv_jax.convert import huggingface, native, processors
+from mtv_jax.convert import folders, huggingface, native, processors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.encoder import baselines
@@ -44,7 +42,7 @@ def load(
       student's text tower) or `ema`. Other folders have one set of weights.
     step: of a run, which checkpoint; the latest by default.
     dtype: compute dtype.
-    mesh: to compute on; by default all devices, the batch split over them.
+    mesh: by default all devices, with the batch split over them.
 
   Raises:
     MissingFileError: for a path that is none of these.
@@ -76,12 +74,8 @@ def read_params(
 ) -> dict[str, Any]:
   """Parameters of a folder as NumPy arrays, to initialise a run.
 
-  Args:
-    path: as for `load`.
-    weights: as for `load`.
-    step: as for `load`.
-    spec: of the new model: the position embedding is resampled to its grid.
-      The caller checks all other differences.
+  The position embedding is resampled to the grid of `spec`, the new model; the
+  caller checks all other differences. Other arguments as of `load`.
   """
   model = read_model(path, weights=weights, step=step)
   if spec is not None and spec.image.patch_size == model.spec.image.patch_size:
@@ -108,8 +102,7 @@ def is_run(path: str | os.PathLike) -> bool:
     MissingFileError: for a folder of no known kind.
   """
   folder = pathlib.Path(path)
-  file = folder / "config.json"
-  config = _read_json(file) if file.is_file() else {}
+  config = folders.read_json(folder / "config.json")
   if "model" in config and "model_type" not in config:
     return True
   if "model_type" in config or (folder / native.PARAMS).is_file():
@@ -121,7 +114,7 @@ def is_run(path: str | os.PathLike) -> bool:
     content = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     content = content or "an empty folder"
   raise MissingFileError(
-    f"{folder}: found {content}. Expected a training run (config.json with a "
+    f"{folder}: {content}. Expected a training run (config.json with a "
     f"'model', and checkpoints/), a native folder ({native.PARAMS}), an export "
     "or a Hugging Face folder (config.json with a 'model_type', and "
     f"model.safetensors).{_suggestion(folder)}"
@@ -144,24 +137,23 @@ def _suggestion(folder: pathlib.Path) -> str:
 def read_run(
   path: str | os.PathLike, *, weights: str = "student", step: int | None = None
 ) -> ConvertedModel:
-  """A training run's model as NumPy arrays.
-
-  Args:
-    path: the run's folder.
-    weights: `student`, `teacher` or `ema`.
-    step: which checkpoint; the latest by default.
-  """
+  """A training run's model as NumPy arrays; arguments as of `load`."""
   folder = pathlib.Path(path)
-  config = ConfigDict(_read_json(folder / "config.json"))
+  config = ConfigDict(folders.read_json(folder / "config.json"))
   spec = ModelSpec.from_config(config.model)
-  params = _weights(folder, weights, step)
+  part = "ema" if weights == "ema" else "params"
+  params = load_tree(folder, step=step, part=part)
+  if weights == "teacher":
+    # A teacher is an image encoder; the text tower and the temperature that go
+    # with it are the student's.
+    image = load_tree(folder, step=step, part="teacher/image")
+    params = {**params, "image": image}
   try:
     native.check_params(spec, native.numpy_leaves(params))
   except ConversionError as error:
     raise ConversionError(
-      f"{folder / 'config.json'} describes another model than the run's"
-      " checkpoints; config.json.old beside it may be theirs."
-      f" {error}"
+      f"{folder / 'config.json'} describes another model than the run's "
+      f"checkpoints; config.json.old beside it may be theirs. {error}"
     ) from None
   return ConvertedModel(
     spec=spec,
@@ -172,22 +164,6 @@ def read_run(
       config.get("objectives", {}), spec
     ),
   )
-
-
-def _weights(
-  folder: pathlib.Path, weights: str, step: int | None
-) -> dict[str, Any]:
-  def read(part: str) -> dict[str, Any]:
-    return load_tree(folder, step=step, part=part)
-
-  if weights == "ema":
-    return read("ema")
-  params = read("params")
-  if weights == "teacher":
-    # A teacher is an image encoder; the text tower and the temperature that go
-    # with it are the student's.
-    params = {**params, "image": read("teacher/image")}
-  return params
 
 
 def _tokenizer(
@@ -205,8 +181,8 @@ def _tokenizer(
     if file.is_file():
       return processors.TokenizerFiles(file, clean)
   raise MissingFileError(
-    f"the tokenizer of this run is at neither {copy} nor {spec}: copy the file "
-    "that it was trained with to the first"
+    f"the tokenizer of this run is at neither {copy} nor {spec}; copy it to "
+    "the first"
   )
 
 
@@ -217,16 +193,5 @@ def _require_one_set(
     return
   raise InputError(
     f"{folder} is not a training run, and has one set of weights; got "
-    f"weights={weights!r}, step={step}. An export's weights are chosen when it "
-    "is written."
+    f"weights={weights!r}, step={step}"
   )
-
-
-def _read_json(path: pathlib.Path) -> Mapping[str, Any]:
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
-    raise InputError(f"{path} is not JSON: {error}") from None
-  if not isinstance(content, dict):
-    raise InputError(f"{path} is not a JSON object")
-  return content

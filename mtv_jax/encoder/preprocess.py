@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -15,18 +15,10 @@ from ml_collections import ConfigDict
 
 from mtv_jax.config import options
 from mtv_jax.config.op_strings import parse_ops
+from mtv_jax.config.options import PositiveInt
 from mtv_jax.data import canvas
-from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.errors import ConfigError, InputError
 
-_CHOICES = {
-  "resize": ("squash", "shortest"),
-  "crop": ("none", "center"),
-  "interpolation": ("bilinear", "bicubic"),
-}
-_PILLOW = {
-  "bilinear": PIL.Image.Resampling.BILINEAR,
-  "bicubic": PIL.Image.Resampling.BICUBIC,
-}
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 
@@ -44,51 +36,41 @@ class Preprocess:
     resize: `squash` resizes to a square, `shortest` resizes the shorter side to
       `resize_size` at constant aspect ratio (the longer side is rounded down).
     crop: `center` takes the middle `size` x `size`; `none` needs `squash`.
-    interpolation: `bilinear` or `bicubic`.
     antialias: whether shrinking averages over all pixels.
-    mean: of the three channels, in 0..1.
-    std: of the three channels, in 0..1.
+    mean, std: of the three channels, in 0..1.
     resize_size: the size before a smaller crop (DINOv2: 256, then 224); `size`
       if None.
   """
 
-  size: int
-  resize: str = "squash"
-  crop: str = "none"
-  interpolation: str = "bilinear"
+  size: PositiveInt
+  resize: Literal["squash", "shortest"] = "squash"
+  crop: Literal["none", "center"] = "none"
+  interpolation: Literal["bilinear", "bicubic"] = "bilinear"
   antialias: bool = True
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
   resize_size: int | None = None
 
   def __post_init__(self):
-    for field, choices in _CHOICES.items():
-      check_choice(f"Preprocess: {field}", getattr(self, field), choices)
-    if self.size < 1:
-      raise InputError(f"Preprocess: size={self.size}; expected at least 1")
+    checked = options.check_options(Preprocess, vars(self), where="Preprocess")
+    for field, value in checked.items():
+      object.__setattr__(self, field, value)
     if self.resize == "shortest" and self.crop == "none":
-      raise InputError(
+      raise ConfigError(
         "Preprocess: resize='shortest' gives images of different shapes, which "
         "can't be batched; add crop='center' or use resize='squash'"
       )
     resized = self.resize_size or self.size
     if self.crop == "none" and resized != self.size:
-      raise InputError(
+      raise ConfigError(
         f"Preprocess: resize_size={resized} with size={self.size} needs "
         "crop='center'"
       )
     if resized < self.size:
-      raise InputError(
+      raise ConfigError(
         f"Preprocess: resize_size={resized} is smaller than the crop's "
         f"size={self.size}"
       )
-    for field in ("mean", "std"):
-      value = tuple(float(v) for v in getattr(self, field))
-      if len(value) != 3:
-        raise InputError(
-          f"Preprocess: {field}={value}; expected three numbers, one a channel"
-        )
-      object.__setattr__(self, field, value)
 
   def __call__(
     self, image: UInt8[np.ndarray, "h w 3"] | PIL.Image.Image
@@ -96,7 +78,25 @@ class Preprocess:
     """One image of any size to float32 `[size, size, 3]`, normalised."""
     if isinstance(image, PIL.Image.Image):
       image = np.asarray(image.convert("RGB"))
-    return self.normalize(self._crop(self._resize(image)))
+    height, width = self._resized(*image.shape[:2])
+    if self.antialias:
+      method = PIL.Image.Resampling[self.interpolation.upper()]
+      resized = PIL.Image.fromarray(image).resize((width, height), method)
+      pixels = np.asarray(resized)
+    else:
+      method = _OPENCV[self.interpolation]
+      pixels = image.astype(np.float32)
+      pixels = cv2.resize(pixels, (width, height), interpolation=method)
+    if self.crop == "center":
+      top, left = (height - self.size) // 2, (width - self.size) // 2
+      pixels = pixels[top : top + self.size, left : left + self.size]
+    return self.normalize(pixels)
+
+  def _resized(self, height: int, width: int) -> tuple[int, int]:
+    size, short = self.resize_size or self.size, min(height, width)
+    if self.resize == "squash":
+      return size, size
+    return int(size * height / short), int(size * width / short)
 
   def normalize(
     self, pixels: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]
@@ -107,37 +107,10 @@ class Preprocess:
     mean, std = np.float32(self.mean), np.float32(self.std)
     return (scaled - mean) / std
 
-  def _resize(self, image: np.ndarray) -> np.ndarray:
-    height, width = self._resized(*image.shape[:2])
-    if self.antialias:
-      method = _PILLOW[self.interpolation]
-      resized = PIL.Image.fromarray(image).resize((width, height), method)
-      return np.asarray(resized)
-    method = _OPENCV[self.interpolation]
-    pixels = image.astype(np.float32)
-    return cv2.resize(pixels, (width, height), interpolation=method)
-
-  def _resized(self, height: int, width: int) -> tuple[int, int]:
-    size = self.resize_size or self.size
-    if self.resize == "squash":
-      return size, size
-    if height <= width:
-      return size, int(size * width / height)
-    return int(size * height / width), size
-
-  def _crop(self, image: np.ndarray) -> np.ndarray:
-    if self.crop == "none":
-      return image
-    top = (image.shape[0] - self.size) // 2
-    left = (image.shape[1] - self.size) // 2
-    return image[top : top + self.size, left : left + self.size]
-
   def to_dict(self) -> dict[str, Any]:
     """The fields as a dictionary for JSON."""
-    fields = dataclasses.asdict(self)
-    return {
-      k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()
-    }
+    lists = {"mean": list(self.mean), "std": list(self.std)}
+    return dataclasses.asdict(self) | lists
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> Preprocess:
@@ -150,9 +123,6 @@ def preprocess_of(config: Mapping[str, Any] | ConfigDict) -> Preprocess:
 
   The image squashed to a square and normalised to -1..1, as `views.py` does on
   the device, of the size of the view `image` or else of the model.
-
-  Args:
-    config: with `model.image_size` and `views`.
   """
   size = config["model"]["image_size"]
   view = config.get("views", {}).get("image")
@@ -165,7 +135,7 @@ def preprocess_of(config: Mapping[str, Any] | ConfigDict) -> Preprocess:
 
 
 def as_image(item: Any, key: str) -> Any:
-  """Pixels of an image as training sees them: uint8 `[H, W, 3]`.
+  """Pixels of an image as in training: uint8 `[H, W, 3]`.
 
   Encoded bytes are decoded. These and Pillow's images are rotated by their
   EXIF orientation, set on white, and scaled from 16 bits. Arrays have to be
@@ -181,14 +151,23 @@ def as_image(item: Any, key: str) -> Any:
       "pathlib.Path(path).read_bytes()"
     )
   array = np.asarray(item)
-  kind = array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3
-  if not kind or not array.size:
+  if not _is_rgb(array, np.uint8):
     raise TypeError(
       f"{key} must be uint8 [H, W, 3], PIL or encoded bytes; got "
-      f"{type(item).__name__} {array.dtype} {list(array.shape)}. Pass pixels "
-      "as they were decoded: the encoder resizes and normalises."
+      f"{type(item).__name__} {array.dtype} {list(array.shape)}. The encoder "
+      "itself resizes and normalises."
     )
   return array
+
+
+def _is_rgb(item: Any, *dtypes: Any) -> bool:
+  return (
+    isinstance(item, np.ndarray)
+    and item.dtype in dtypes
+    and item.ndim == 3
+    and item.shape[-1] == 3
+    and item.size > 0
+  )
 
 
 def as_pixels(
@@ -197,28 +176,20 @@ def as_pixels(
   """Pixels to encode without a resize, of `size` if that is given.
 
   Raises:
-    TypeError: for what is neither uint8 nor float32 `[H, W, 3]`.
+    TypeError: for an item that is neither uint8 nor float32 `[H, W, 3]`.
     InputError: for another size than that of the other images.
   """
-  array = item if isinstance(item, np.ndarray) else None
-  if (
-    array is None
-    or array.dtype not in (np.uint8, np.float32)
-    or array.ndim != 3
-    or array.shape[-1] != 3
-    or not array.size
-  ):
-    got = type(item).__name__
-    if array is not None:
-      got += f" {array.dtype} {list(array.shape)}"
+  if not _is_rgb(item, np.uint8, np.float32):
+    got = [type(item).__name__]
+    if isinstance(item, np.ndarray):
+      got += [item.dtype, list(item.shape)]
     raise TypeError(
       f"{key} must be an array [H, W, 3], uint8 or float32 in 0..255; got "
-      f"{got}. Encoder.dense resizes nothing; Encoder.image takes any image."
+      f"{' '.join(map(str, got))}. Encoder.image takes any image."
     )
-  if size is not None and array.shape[:2] != tuple(size):
+  if size is not None and item.shape[:2] != tuple(size):
     raise InputError(
-      f"{key} is {array.shape[0]}x{array.shape[1]} and the first one "
-      f"{size[0]}x{size[1]}; Encoder.dense takes images of one size: resize, "
-      "or call it once a size"
+      f"{key} is {item.shape[0]}x{item.shape[1]} and the first one "
+      f"{size[0]}x{size[1]}; Encoder.dense takes images of one size"
     )
-  return array
+  return item

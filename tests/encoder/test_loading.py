@@ -121,7 +121,7 @@ def test_unknown_folders_raise(tmp_path, run):
     with pytest.raises(FileNotFoundError, match=f"run's own folder, {run};"):
       mtv_jax.load(run / inside)
   (tmp_path / "notes.txt").write_text("x")
-  with pytest.raises(FileNotFoundError, match=r"found notes\.txt\. Expected"):
+  with pytest.raises(FileNotFoundError, match=r"notes\.txt\. Expected"):
     mtv_jax.load(tmp_path)
   (tmp_path / "config.json").write_text('{"a": 1}')
   with pytest.raises(FileNotFoundError, match=r"config\.json, notes\.txt"):
