@@ -63,12 +63,14 @@ def test_center_crop_of_the_shorter_side():
 
 
 def test_dict_round_trip_and_mistakes():
-  made = Preprocess(size=24, resize="shortest", crop="center", resize_size=32)
-  assert Preprocess.from_dict(made.to_dict()) == made
+  preprocess = Preprocess(
+    size=24, resize="shortest", crop="center", resize_size=32
+  )
+  assert Preprocess.from_dict(preprocess.to_dict()) == preprocess
   with pytest.raises(ValueError, match="'crop_size'"):
     Preprocess.from_dict({"size": 3, "crop_size": 2})
   with pytest.raises(ValueError, match="There are"):
-    Preprocess(size=24, resize="stretch")
+    Preprocess.from_dict({"size": 24, "resize": "stretch"})
   with pytest.raises(ValueError, match="different shapes"):
     Preprocess(size=24, resize="shortest")
   with pytest.raises(ValueError, match="smaller than the crop"):

@@ -39,14 +39,11 @@ _DATASETS = {"navi": "NAVI", "rgbd": "RGB-D", "scenes": "scenes"}
 
 @dataclasses.dataclass(frozen=True)
 class _Defaults:
-  """The values that options of None resolve to; NAVI's in Probe3D."""
+  """The values that options of None resolve to."""
 
   why: str
-  patches: int | None = None  # along a side, instead of `size`
-  size: int = 512
-  keep: int = 1000
-  metres: tuple[float | int, ...] = (0.01, 0.02, 0.05)
-  angles: tuple[float | int, ...] = (0, 30, 60, 90, 120)
+  options: recall.Options = recall.Options()
+  patches: int | None = None  # along a side, instead of a size in pixels
   stride: int = 1
   count: int | None = None
 
@@ -61,10 +58,8 @@ _DEFAULTS = {
   # NAVI's have 128 x 128.
   "scenes": _Defaults(
     "five times NAVI's, as the things are about five times as large",
+    recall.Options(keep=100, metres=(0.05, 0.1, 0.25), angles=(0, 15, 30, 45)),
     patches=16,
-    keep=100,
-    metres=(0.05, 0.1, 0.25),
-    angles=(0, 15, 30, 45),
     stride=2,
     count=48,
   ),
@@ -73,7 +68,7 @@ _DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class _PairSet:
-  """Frames, pairs of them, whether these were drawn or read, and a hash."""
+  """Frames, and pairs of them that were drawn or else read from a file."""
 
   frames: posed.PosedFrames
   sample: posed.PairSample
@@ -182,16 +177,13 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
 
   def _resolve(self, encoder: Encoder, layout: str) -> recall.Options:
     default = _DEFAULTS[layout]
-    published = default.size
+    published = default.options.size
     if default.patches:
       published = default.patches * encoder.spec.image.patch_size
-    return recall.Options(
-      size=self._input_size(encoder, published),
-      keep=self.keep or default.keep,
-      metres=tuple(self.metres or default.metres),
-      pixels=tuple(self.pixels),
-      angles=tuple(self.angles or default.angles),
-    )
+    names = ("keep", "metres", "pixels", "angles")
+    given = {name: v for name in names if (v := getattr(self, name))}
+    size = self._input_size(encoder, published)
+    return dataclasses.replace(default.options, size=size, **given)
 
   def _encode_pairs(
     self, encoder: Encoder, size: int

@@ -49,18 +49,11 @@ def match(
   second_valid: Bool[np.ndarray, "s2 t2"],
   keep: int,
 ) -> Matches:
-  """The `keep` matches of the highest weight between two feature maps.
+  """The `keep` matches of the highest weight between two maps of tokens.
 
   Features are upsampled to the cells, bicubic with a = -0.75 and half-pixel
   centres (torch's default), and normalised. Every valid cell of the first map
   has one match; a cell of the second may have many.
-
-  Args:
-    first: a map of patch tokens.
-    second: of the other view.
-    first_valid: cells to match.
-    second_valid: cells to match with; at least two.
-    keep: number of matches, or all if there are fewer cells.
 
   Raises:
     InputError: as `two_nearest`.
@@ -88,11 +81,12 @@ def two_nearest(
   """The two valid cells of the highest cosine in an upsampled map.
 
   Among equals the lowest index is nearest. A zero vector is at distance 1 from
-  all others. Where `valid` has the size of the map, nothing is upsampled.
+  all others. Neither argument need be normalised. Where `valid` has the size of
+  the map, nothing is upsampled.
 
   Args:
-    queries: of any norm.
-    candidates: the map, neither upsampled nor normalised.
+    queries: descriptors.
+    candidates: the map, not upsampled.
     valid: at least two cells.
     block_bytes: of the largest block of similarities.
 

@@ -94,8 +94,7 @@ def transfer_points(
 
   Args:
     maps: normalised features of n images, on the device.
-    first: index of the image of the points.
-    second: index of the image to search.
+    first, second: indices of the image of the points and of the other one.
     points: (x, y) as fractions of the square's side.
   """
   count, grid = len(points), maps.shape[2]
@@ -132,10 +131,8 @@ def transfer_errors(
 ) -> Float64[np.ndarray, "*k"]:
   """Distances to the true keypoints over the longer side of the box.
 
-  Args:
-    predicted: (x, y) in the second image, as fractions of its square's side.
-    pair: with the true keypoints.
-    size: side of the square that keypoints are rounded to.
+  `predicted` are (x, y) in the second image, as fractions of the side of its
+  square, `size` pixels, to which the true keypoints are rounded.
   """
   true = points_in_square(pair.second_points, side=pair.second_side, size=size)
   box = np.max(pair.second_box[2:] - pair.second_box[:2]) / pair.second_side
@@ -186,7 +183,7 @@ def average(
   Args:
     sample: from `sample_pairs`.
     correct: for each pair, from `Rule.correct` or `uniform_pck`.
-    rule: the mean over a category.
+    rule: of the mean over a category.
     report: `classes` adds the recall of each category.
   """
   means = {

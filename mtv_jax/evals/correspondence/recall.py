@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float32, Float64
 
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.correspondence import matching
@@ -26,13 +26,13 @@ CHANCE_POINTS = 256  # points of a pair that chance is computed from
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Resolved options of `GeometricCorrespondence`."""
+  """Resolved options of `GeometricCorrespondence`; NAVI's in Probe3D."""
 
-  size: int
-  keep: int
-  metres: tuple[float | int, ...]
-  pixels: tuple[float | int, ...]
-  angles: tuple[float | int, ...]
+  size: int = 512
+  keep: int = 1000
+  metres: tuple[float | int, ...] = (0.01, 0.02, 0.05)
+  pixels: tuple[float | int, ...] = (5, 25, 50)
+  angles: tuple[float | int, ...] = (0, 30, 60, 90, 120)
 
   @property
   def metre_names(self) -> list[str]:
@@ -70,11 +70,7 @@ def match_pair(
 ) -> PairErrors:
   """Matches the first view to the second and computes the errors.
 
-  Args:
-    maps: patch features of the two views.
-    views: with at least two points each.
-    options: `size`, `keep` and the thresholds.
-    angle: between the cameras.
+  `maps` are the patch features of the views, which have two points or more.
   """
   first, second = views
   matches = matching.match(
@@ -129,21 +125,18 @@ def average(
     + [float((p.pixels < t).mean()) for t in options.pixels]
     for p in pairs
   ]
-  counts = np.array([len(p.metres) for p in pairs])
-  angles = np.array([p.angle for p in pairs])
-  metrics, chance = (
-    _metrics(np.array(table), counts, angles, options)
-    for table in (recalls, [p.chance for p in pairs])
-  )
-  return metrics, chance
+  chance = [p.chance for p in pairs]
+  return _metrics(recalls, pairs, options), _metrics(chance, pairs, options)
 
 
 def _metrics(
-  recalls: Float[np.ndarray, "n t"],
-  counts: np.ndarray,
-  angles: Float[np.ndarray, " n"],
+  recalls: Sequence[Sequence[float]],
+  pairs: Sequence[PairErrors],
   options: Options,
 ) -> dict[str, float]:
+  recalls = np.array(recalls)  # [pairs, thresholds]
+  counts = np.array([len(p.metres) for p in pairs])
+  angles = np.array([p.angle for p in pairs])
   pooled = counts @ recalls / counts.sum()
   split = len(options.metres)
   # By angle and per pair at the middle threshold.

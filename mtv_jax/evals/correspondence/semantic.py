@@ -130,7 +130,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
     Points are fractions of the square's side.
     """
     for group in _group_by_class(data, pairs):
-      indices = sorted({k for i in group for k in _images_of(data, i)})
+      indices = _images_of(data, group)
       squares = examples.Images(
         lambda k, indices=indices: pck.pad_to_square(
           data.images[indices[k]], grid.size
@@ -139,8 +139,9 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
       )
       maps = jnp.asarray(normalize(self._features(encoder, squares)))
       for i in group:
-        points = pck.source_points(data.pairs[i], size=grid.size) / grid.size
-        first, second = map(indices.index, _images_of(data, i))
+        pair = data.pairs[i]
+        points = pck.source_points(pair, size=grid.size) / grid.size
+        first, second = map(indices.index, (pair.first, pair.second))
         cells = pck.transfer_points(maps, first, second, points)
         yield i, cells / grid.patches
 
@@ -151,12 +152,9 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
     sample: pck.Sample,
     grid: _Grid,
   ) -> dict[str, Any]:
-    counts = {
-      "all" if view is None else str(view): sum(
-        len(members) for key, members in sample.items() if key[1] == view
-      )
-      for view in (None, *pck.VIEWPOINTS)
-    }
+    counts = {"all": 0} | {str(view): 0 for view in pck.VIEWPOINTS}
+    for (_, view), members in sample.items():
+      counts["all" if view is None else str(view)] += len(members)
     return {
       **self._common_protocol(
         encoder,
@@ -201,8 +199,9 @@ def _pairs_in(sample: pck.Sample) -> list[int]:
   return sorted({i for members in sample.values() for i in members})
 
 
-def _images_of(data: KeyPointPairs, i: int) -> tuple[int, int]:
-  return data.pairs[i].first, data.pairs[i].second
+def _images_of(data: KeyPointPairs, pairs: Sequence[int]) -> list[int]:
+  pairs = [data.pairs[i] for i in pairs]
+  return sorted({p.first for p in pairs} | {p.second for p in pairs})
 
 
 def _group_by_class(
@@ -214,7 +213,7 @@ def _group_by_class(
     by_class.setdefault(data.pairs[i].category, []).append(i)
   group, images = [], set()
   for members in by_class.values():
-    more = {k for i in members for k in _images_of(data, i)}
+    more = set(_images_of(data, members))
     if group and len(images | more) > _MAX_IMAGES:
       yield group
       group, images = [], set()

@@ -41,34 +41,20 @@ def expected_depth(
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearHead:
-  """A linear map from each patch to the bins.
+class Head:
+  """Base class of the heads.
 
   Attributes:
     channels: of the features.
     max_depth: of the last bin, in metres.
-    norm: `batch` for batch normalisation before it, or `none`.
-    upsample: factor by which the logits are upsampled (bilinear, half-pixel
-      centres). Upstream upsamples the features, which is equal, as the map is
-      linear, and more expensive.
   """
 
   channels: int
   max_depth: float
-  norm: str = "none"
-  upsample: int = 1
 
   def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-    """Parameters and state: N(0, 0.01) and zeros, as in mmsegmentation."""
-    shape = (self.channels, BINS)
-    params = {
-      "kernel": 0.01 * jax.random.normal(key, shape),
-      "bias": jnp.zeros(BINS),
-    }
-    if self.norm == "none":
-      return params, {}
-    params["norm"] = probe.batch_norm_affine(self.channels)
-    return params, probe.batch_norm_stats(self.channels)
+    """Parameters and state."""
+    raise NotImplementedError
 
   def apply(
     self,
@@ -76,19 +62,44 @@ class LinearHead:
     state: PyTree,
     features: Float[Array, "b h w c"],
     *,
-    mode: str = "eval",
+    train: bool = False,
   ) -> tuple[Float[Array, "b h2 w2"], PyTree]:
-    """Depth on the upsampled grid, and the state; `mode` is train or eval."""
-    if self.norm == "batch" and mode == "train":
-      features, state = probe.batch_norm_train(
-        features, state, affine=params["norm"]
-      )
-    elif self.norm == "batch":
-      features = probe.batch_norm_eval(features, state, affine=params["norm"])
-    logits = features @ params["kernel"] + params["bias"]
-    h, w = features.shape[1:3]
-    logits = resizing.resize(logits, (h * self.upsample, w * self.upsample))
+    """Depth in metres on the head's grid, and the state."""
+    logits, state = self._logits(params, state, features, train)
     return expected_depth(logits, bin_depths(self.max_depth)), state
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearHead(Head):
+  """A linear map from each patch to the bins.
+
+  Attributes:
+    batch_norm: whether the features are batch-normalised.
+    upsample: factor by which the logits are upsampled (bilinear, half-pixel
+      centres). Upstream upsamples the features, which is equal, as the map is
+      linear, and more expensive.
+  """
+
+  batch_norm: bool = False
+  upsample: int = 1
+
+  def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+    """N(0, 0.01) and zeros, as in mmsegmentation."""
+    kernel = 0.01 * jax.random.normal(key, (self.channels, BINS))
+    params = {"kernel": kernel, "bias": jnp.zeros(BINS)}
+    if not self.batch_norm:
+      return params, {}
+    params["norm"] = probe.batch_norm_affine(self.channels)
+    return params, probe.batch_norm_stats(self.channels)
+
+  def _logits(self, params, state, x, train):
+    if self.batch_norm and train:
+      x, state = probe.batch_norm_train(x, state, affine=params["norm"])
+    elif self.batch_norm:
+      x = probe.batch_norm_eval(x, state, affine=params["norm"])
+    logits = x @ params["kernel"] + params["bias"]
+    size = tuple(side * self.upsample for side in x.shape[1:3])
+    return resizing.resize(logits, size), state
 
 
 class _ResidualUnit(nn.Module):
@@ -138,38 +149,21 @@ def _conv(features: int, size: int, name: str) -> nn.Conv:
 
 
 @dataclasses.dataclass(frozen=True)
-class DPTHead:
-  """Probe3D's dense head over four layers; depth at 16 times the patch grid.
+class DPTHead(Head):
+  """Probe3D's dense head on concatenated features of four layers.
 
-  Attributes:
-    channels: of the features, concatenated of four layers.
-    max_depth: of the last bin, in metres.
-    features: channels of its maps; 512 as published.
+  The depth map has 16 times the patch grid; the maps inside have `features`
+  channels.
   """
 
-  channels: int
-  max_depth: float
   features: int = 512
 
   def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
     """Parameters and an empty state."""
     example = [jnp.zeros((1, 1, 1, self.channels // dpt.STAGES))] * dpt.STAGES
-    module = _DPT(self.features)
-    return jax.jit(module.init)(key, example)["params"], {}
+    return jax.jit(_DPT(self.features).init)(key, example)["params"], {}
 
-  def apply(
-    self,
-    params: PyTree,
-    state: PyTree,
-    features: Float[Array, "b h w c"],
-    *,
-    mode: str = "eval",
-  ) -> tuple[Float[Array, "b h2 w2"], PyTree]:
-    """Depth at `[16 h, 16 w]`, and the state; the modes are equal."""
-    del mode
-    stages = jnp.split(features, dpt.STAGES, axis=-1)
-    logits = _DPT(self.features).apply({"params": params}, stages)
-    return expected_depth(logits, bin_depths(self.max_depth)), state
-
-
-Head = LinearHead | DPTHead
+  def _logits(self, params, state, x, train):
+    del train
+    stages = jnp.split(x, dpt.STAGES, axis=-1)
+    return _DPT(self.features).apply({"params": params}, stages), state

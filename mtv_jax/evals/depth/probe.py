@@ -39,6 +39,8 @@ _HEADS = {
   "upsampled": "1x1 convolution, upsampled x4",
   "linear": "batch norm, 1x1 convolution",
 }
+# Fields of the protocol that are options too.
+_OPTIONS = ("steps", "lr", "batch_size", "augment", "tta", "crop")
 _MEAN_IMAGES = 64  # training images behind the mean depth
 
 
@@ -69,13 +71,13 @@ class DepthProbe(DepthEvaluator):
   layers: tuple[int, ...] | None = None
   train_count: PositiveInt | None = None
   steps: PositiveInt | None = None
-  lr: PositiveFloat | int | None = None
+  lr: PositiveFloat | None = None
   batch_size: PositiveInt | None = None
   augment: Literal["toolbox", "probe3d", "flip", "none"] | None = None
   input_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
   tta: Literal["flip", "none"] | None = None
   crop: metrics.Crop | None = None
-  max_depth: PositiveFloat | PositiveInt | None = None
+  max_depth: PositiveFloat | None = None
   dpt_features: PositiveInt | None = None
   seed: int = 0
 
@@ -128,35 +130,29 @@ class DepthProbe(DepthEvaluator):
 
   def _resolve(self, encoder: Encoder, train: DepthSet) -> Setup:
     """The published values, then those for scenes, then the options."""
-    protocol, dpt_features = PROTOCOLS[self.protocol], 512
+    options, dpt_features = {}, 512
     if train.kind == "scenes":
-      protocol = dataclasses.replace(
-        protocol, augment="none", crop="none", **_SCENES[self.protocol]
-      )
+      options = {"augment": "none", "crop": "none", **_SCENES[self.protocol]}
       dpt_features = 16
-    names = ("steps", "lr", "batch_size", "augment", "tta", "crop")
-    options = {name: getattr(self, name) for name in names}
-    options = {name: v for name, v in options.items() if v is not None}
+    for name in _OPTIONS:
+      if (value := getattr(self, name)) is not None:
+        options[name] = value
     if self.layers is not None:
       options["norm"] = "none"
-    protocol = dataclasses.replace(protocol, **options)
+    protocol = dataclasses.replace(PROTOCOLS[self.protocol], **options)
     steps = protocol.steps
     if steps is None:
       batches = max(1, len(train.images) // protocol.batch_size)
       steps = protocol.epochs * batches
-    protocol = dataclasses.replace(
-      protocol,
-      steps=steps,
-      lr=float(protocol.lr),
-      # A tenth at most, so that a short run is not all warm-up.
-      warm_steps=min(protocol.warm_steps, steps // 10),
-    )
+    # A tenth at most, so that a short run is not all warm-up.
+    warm_steps = min(protocol.warm_steps, steps // 10)
+    protocol = dataclasses.replace(protocol, steps=steps, warm_steps=warm_steps)
     size = self.input_size
     return Setup(
       encoder=encoder,
       protocol=protocol,
       layers=tuple(self.layers or protocol.taps(encoder.spec.image.depth)),
-      max_depth=float(self.max_depth or _MAX_DEPTH[train.kind]),
+      max_depth=self.max_depth or _MAX_DEPTH[train.kind],
       dpt_features=self.dpt_features or dpt_features,
       input_size=(size, size) if isinstance(size, int) else size,
       seed=self.seed,
@@ -177,6 +173,8 @@ class DepthProbe(DepthEvaluator):
       "depth": test.source,
       "protocol": self.protocol,
       "frame": protocol.frame,
+      "schedule": protocol.schedule,
+      **{name: getattr(protocol, name) for name in _OPTIONS},
       "image_size": list(size),
       "input_size": list(view.input_size),
       "input_padded": list(view.padded),
@@ -202,14 +200,7 @@ class DepthProbe(DepthEvaluator):
         f"AdamW, betas {protocol.b1} {protocol.b2}, weight decay "
         f"{protocol.weight_decay:g}, clip {protocol.clip}"
       ),
-      "lr": protocol.lr,
-      "schedule": protocol.schedule,
-      "steps": protocol.steps,
-      "batch_size": protocol.batch_size,
-      "augment": protocol.augment,
       "seed": setup.seed,
-      "tta": protocol.tta,
-      "crop": protocol.crop,
       "valid": f"1 mm < depth < {setup.max_depth:g} m",
       "averaging": metrics.AVERAGING,
       "chance": "the mean depth of training images, everywhere",

@@ -54,13 +54,9 @@ _CROPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """A way to score, for one kind of data.
+  """A way to score, for one kind of data; see the options of `RelativeDepth`.
 
   Attributes:
-    alignment: one of `ALIGNMENTS`.
-    resize: of the prediction to the image, a method of `resizing`.
-    cut: crop of the image before it is encoded.
-    crop: of the evaluated pixels, see `metrics.crop_mask`.
     low, high: valid depths, the open interval in metres.
     cap: largest aligned depth.
     min_depth: smallest aligned depth, where the alignment clips.
@@ -71,8 +67,8 @@ class Protocol:
   cut: str
   crop: str
   low: float
-  high: float | int | None
-  cap: float | int
+  high: float | None
+  cap: float
   min_depth: float
 
 
@@ -119,7 +115,7 @@ class RelativeDepth(DepthEvaluator):
   resize: Literal["bilinear", "bilinear_corners"] | None = None
   cut: Literal["none", "kb"] | None = None
   crop: metrics.Crop | None = None
-  cap: PositiveFloat | PositiveInt | None = None
+  cap: PositiveFloat | None = None
   min_pixels: PositiveInt = 10
   subset: str = "all"
   batch_size: PositiveInt = 16
@@ -158,11 +154,13 @@ class RelativeDepth(DepthEvaluator):
 
   def _resolve(self, kind: str) -> Protocol:
     protocol = published_protocol(self.protocol, kind)
-    names = ("alignment", "resize", "cut", "crop", "cap")
-    options = {name: getattr(self, name) for name in names}
+    options = {
+      name: value
+      for name in ("alignment", "resize", "cut", "crop", "cap")
+      if (value := getattr(self, name)) is not None
+    }
     if self.cap is not None and protocol.high is not None:
       options["high"] = self.cap
-    options = {name: v for name, v in options.items() if v is not None}
     return dataclasses.replace(protocol, **options)
 
   def _predictions(

@@ -33,11 +33,9 @@ class Setup:
   """A protocol resolved for an encoder and a data set.
 
   Attributes:
-    encoder: frozen.
     protocol: with the values of the options.
     layers: blocks that are read.
     max_depth: of the last bin and of the evaluated pixels, in metres.
-    dpt_features: channels of the DPT head.
     input_size: rows and columns of a whole image (or its central square) as
       the encoder sees it, before padding; None for its own size.
     seed: of the order of images, the augmentation and the head.
@@ -65,7 +63,7 @@ class Setup:
       return heads.DPTHead(width, self.max_depth, self.dpt_features)
     if self.protocol.head == "upsampled":
       return heads.LinearHead(width, self.max_depth, upsample=4)
-    return heads.LinearHead(width, self.max_depth, norm="batch")
+    return heads.LinearHead(width, self.max_depth, batch_norm=True)
 
   def features(
     self, images: list[np.ndarray]
@@ -121,7 +119,7 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
   def loss_fn(params, state, batch, rng):
     del rng
     predicted, inner = head.apply(
-      params, state["head"], batch["features"], mode="train"
+      params, state["head"], batch["features"], train=True
     )
     loss = losses.probe_loss(
       view.restore(predicted),  # [B, H, W], metres

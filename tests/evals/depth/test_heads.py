@@ -175,7 +175,7 @@ def features(channels, seed=1):
 def test_linear_head_matches_torch():
   import torch
 
-  head = heads.LinearHead(6, 10.0, norm="batch")
+  head = heads.LinearHead(6, 10.0, batch_norm=True)
   params = randomised(head.init(jax.random.key(0))[0])
   x = features(6)
   norm = torch.nn.BatchNorm2d(6)
@@ -188,7 +188,7 @@ def test_linear_head_matches_torch():
     state = probe.batch_norm_stats(6)
     # Two training steps move the running statistics, then they are used.
     for batch in (x, 2 * x + 1):
-      got, state = head.apply(params, state, jnp.asarray(batch), mode="train")
+      got, state = head.apply(params, state, jnp.asarray(batch), train=True)
       want = torch_bins(conv(norm(to_torch(batch))), 10.0)
       np.testing.assert_allclose(got, want, atol=2e-5)
     norm.eval()
@@ -228,7 +228,7 @@ def test_dpt_head_matches_torch():
   x = features(4 * 5)
 
   def conv(name, value, tree=params):
-    # Flax keeps kernels as (y, x, in, out), PyTorch as (out, in, y, x).
+    # Flax stores kernels as (y, x, in, out), PyTorch as (out, in, y, x).
     kernel = np.transpose(tree[name]["kernel"], (3, 2, 0, 1))
     kernel, bias = torch.tensor(kernel), to_torch(tree[name]["bias"])
     return functional.conv2d(value, kernel, bias, padding=kernel.shape[-1] // 2)

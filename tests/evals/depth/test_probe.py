@@ -221,7 +221,7 @@ def torch_prediction(image, params, state, max_depth):
 @pytest.mark.parametrize("tta", ["none", "flip"])
 def test_predictions_match_torch(pixels, tta):
   """From the image to the clipped depth map, given equal weights."""
-  evaluator = DepthProbe(count=3, batch_size=2, tta=tta, max_depth=6)
+  evaluator = DepthProbe(count=3, batch_size=2, tta=tta, max_depth=6.0)
   data = evaluator._set("test", 32)
   setup = evaluator._resolve(pixels, data)
   rng = np.random.default_rng(0)

@@ -136,7 +136,7 @@ def test_published_protocols():
   assert (marigold.crop, marigold.min_depth) == ("kitti_eigen", 1e-5)
   assert marigold.alignment == "disparity_positive"
   assert resolve("nyu", protocol="marigold").crop == "nyu_eigen"
-  custom = resolve("nyu", cap=8, crop="none", alignment="depth")
+  custom = resolve("nyu", cap=8.0, crop="none", alignment="depth")
   assert (custom.cap, custom.high) == (8, 8)
   assert (custom.crop, custom.alignment) == ("none", "depth")
 
