@@ -125,16 +125,15 @@ def average(
     + [float((p.pixels < t).mean()) for t in options.pixels]
     for p in pairs
   ]
-  chance = [p.chance for p in pairs]
-  return _metrics(recalls, pairs, options), _metrics(chance, pairs, options)
+  chance = np.array([p.chance for p in pairs])
+  return tuple(_metrics(x, pairs, options) for x in (np.array(recalls), chance))
 
 
 def _metrics(
-  recalls: Sequence[Sequence[float]],
+  recalls: Float64[np.ndarray, "n t"],
   pairs: Sequence[PairErrors],
   options: Options,
 ) -> dict[str, float]:
-  recalls = np.array(recalls)  # [pairs, thresholds]
   counts = np.array([len(p.metres) for p in pairs])
   angles = np.array([p.angle for p in pairs])
   pooled = counts @ recalls / counts.sum()
