@@ -108,13 +108,13 @@ def is_run(path: str | os.PathLike) -> bool:
   if "model_type" in config or (folder / native.PARAMS).is_file():
     return False
   if not folder.is_dir():
-    content = "a file" if folder.exists() else "nothing there"
+    content = "is a file" if folder.exists() else "does not exist"
   else:
     names = sorted(p.name for p in folder.iterdir())
-    content = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    content = content or "an empty folder"
+    content = "has " + ", ".join(names[:8]) + ", ..." * (len(names) > 8)
+    content = content if names else "is empty"
   raise MissingFileError(
-    f"{folder}: {content}. Expected a training run (config.json with a "
+    f"{folder} {content}. Expected a training run (config.json with a "
     f"'model', and checkpoints/), a native folder ({native.PARAMS}), an export "
     "or a Hugging Face folder (config.json with a 'model_type', and "
     f"model.safetensors).{_suggestion(folder)}"

@@ -106,7 +106,7 @@ def test_errors_are_messages(folder, tmp_path):
   main = command("evaluate")
   with pytest.raises(SystemExit, match="evaluate: .*Did you mean 'retrieval'"):
     main([f"--encoder={folder}", "--evals=retreival"])
-  with pytest.raises(SystemExit, match="found nothing there"):
+  with pytest.raises(SystemExit, match="does not exist"):
     main([f"--encoder={tmp_path / 'none'}", "--evals=retrieval"])
   with pytest.raises(SystemExit, match="(?s)does not exist.*'retrieval'"):
     main([f"--encoder={folder}", "--evals=retrieval", "--data=missing.json"])

@@ -113,7 +113,7 @@ def test_a_native_folder(tmp_path, images, run):
 
 
 def test_unknown_folders_raise(tmp_path, run):
-  with pytest.raises(FileNotFoundError, match="nothing there.*Expected a"):
+  with pytest.raises(FileNotFoundError, match="does not exist.*Expected a"):
     mtv_jax.load(tmp_path / "nowhere")
   with pytest.raises(FileNotFoundError, match="hf download google/siglip-x "):
     mtv_jax.load("google/siglip-x")
@@ -121,7 +121,7 @@ def test_unknown_folders_raise(tmp_path, run):
     with pytest.raises(FileNotFoundError, match=f"run's own folder, {run};"):
       mtv_jax.load(run / inside)
   (tmp_path / "notes.txt").write_text("x")
-  with pytest.raises(FileNotFoundError, match=r"notes\.txt\. Expected"):
+  with pytest.raises(FileNotFoundError, match=r"has notes\.txt\. Expected"):
     mtv_jax.load(tmp_path)
   (tmp_path / "config.json").write_text('{"a": 1}')
   with pytest.raises(FileNotFoundError, match=r"config\.json, notes\.txt"):
