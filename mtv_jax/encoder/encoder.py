@@ -16,7 +16,7 @@ import copy
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,6 @@ from mtv_jax.parallel.rules import tree_shardings
 from mtv_jax.utils.errors import InputError, check_choice
 
 OUTPUTS = ("pooled", "patches", "prefix")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,16 +134,12 @@ class Encoder:
         f"Encoder: params has no 'image', only {sorted(params)}; pass the tree "
         "{'image', 'text', 'heads'}, not one tower's"
       )
-    self.spec = spec
-    self.preprocess = preprocess
-    self.tokenizer = tokenizer
+    self.spec, self.preprocess, self.tokenizer = spec, preprocess, tokenizer
     meshes = filter(None, map(_mesh_of, jax.tree.leaves(params)))
     meshes = (m for m in meshes if set(MESH_AXES) <= set(m.axis_names))
     self.mesh = mesh or next(meshes, None) or make_mesh({"data": -1})
-    check_choice("Encoder: dtype", dtype, DTYPES)
-    self.dtype = dtype
-    self.weights = weights
-    self.source = source
+    check_choice("Encoder: dtype", dtype, ("float32", "bfloat16", "float16"))
+    self.dtype, self.weights, self.source = dtype, weights, source
     self.prediction_heads = dict(prediction_heads or {})
     self.params = _put_on_mesh(params, self.mesh)
     if spec.text is not None and tokenizer is not None:
@@ -188,15 +183,12 @@ class Encoder:
       InputError: for an unknown layer or output.
     """
     check_images(images, "image")
-    size = self.preprocess.size
-    return self._features(
-      lambda i: self.preprocess(as_image(images[i], f"image {i}")),
-      count=len(images),
-      size=(size, size),
-      layers=layers,
-      outputs=outputs,
-      batch_size=batch_size,
-    )
+    size = (self.preprocess.size,) * 2
+
+    def prepare(i):
+      return self.preprocess(as_image(images[i], f"image {i}"))
+
+    return self._features(images, prepare, size, layers, outputs, batch_size)
 
   def dense(
     self,
@@ -224,14 +216,7 @@ class Encoder:
       pixels = as_pixels(images[i], f"image {i}", size=size)
       return self.preprocess.normalize(pixels)
 
-    return self._features(
-      prepare,
-      count=len(images),
-      size=size,
-      layers=layers,
-      outputs=outputs,
-      batch_size=batch_size,
-    )
+    return self._features(images, prepare, size, layers, outputs, batch_size)
 
   def text(
     self, strings: Sequence[str], *, batch_size: int = 256
@@ -255,14 +240,9 @@ class Encoder:
       self.tokenizer.encode(list(strings), self.spec.text.length), np.int32
     )
     function = apply_fns.text_function(self.spec, self.dtype, self.mesh)
-    out = batched.in_batches(
-      functools.partial(function, self.params["text"]),
-      tokens.__getitem__,
-      count=len(tokens),
-      blank=np.zeros_like(tokens[0]),
-      batch_size=batch_size,
-      mesh=self.mesh,
-    )
+    run = functools.partial(function, self.params["text"])
+    blank = np.zeros_like(tokens[0])
+    out = self._run(run, tokens.__getitem__, len(tokens), blank, batch_size)
     return out["pooled"]
 
   def similarity(
@@ -350,18 +330,10 @@ class Encoder:
     blank = {"images": np.zeros((size, size, 3), np.float32)}
     blank |= {k: np.zeros_like(p.values[0]) for k, p in padded.items()}
     key = self.prediction_heads[name].params_key
-    params = {
-      "image": self.params["image"],
-      "heads": {key: self.params["heads"][key]},
-    }
-    out = batched.in_batches(
-      functools.partial(function, params),
-      prepare,
-      count=len(images),
-      blank=blank,
-      batch_size=batch_size,
-      mesh=self.mesh,
-    )
+    heads = {key: self.params["heads"][key]}
+    params = {"image": self.params["image"], "heads": heads}
+    run = functools.partial(function, params)
+    out = self._run(run, prepare, len(images), blank, batch_size)
     for rows in padded.values():
       n, m = rows.valid.shape
       for key, values in out.items():
@@ -453,6 +425,16 @@ class Encoder:
       self.spec, self.dtype, taps, outputs, self.mesh
     )
 
+  def _run(self, function, prepare, count, blank, batch_size):
+    return batched.in_batches(
+      function,
+      prepare,
+      count=count,
+      blank=blank,
+      batch_size=batch_size,
+      mesh=self.mesh,
+    )
+
   def _pad(
     self, key: str, kind: int | str, values: Sequence[Any]
   ) -> batched.Padded:
@@ -471,34 +453,18 @@ class Encoder:
     rows = [[table[s] for s in strings] for strings in values]
     return batched.pad(rows, channels=self.spec.embed_dim, what=what)
 
-  def _features(
-    self,
-    prepare: Callable[[int], np.ndarray],
-    *,
-    count: int,
-    size: tuple[int, int],
-    layers: Sequence[int],
-    outputs: Sequence[str],
-    batch_size: int,
-  ) -> ImageFeatures:
+  def _features(self, images, prepare, size, layers, outputs, batch_size):
     check_outputs(outputs)
     taps = {i: block_index(i, self.spec.image.depth) for i in layers}
     function = self._image_function(
       tuple(sorted(set(taps.values()))),
       tuple(o for o in OUTPUTS if o in outputs),
     )
-    out = batched.in_batches(
-      functools.partial(function, self.params["image"]),
-      prepare,
-      count=count,
-      blank=np.zeros((*size, 3), np.float32),
-      batch_size=batch_size,
-      mesh=self.mesh,
-    )
+    blank = np.zeros((*size, 3), np.float32)
+    run = functools.partial(function, self.params["image"])
+    out = self._run(run, prepare, len(images), blank, batch_size)
     return ImageFeatures(
-      pooled=out.get("pooled"),
-      patches=out.get("patches"),
-      prefix=out.get("prefix"),
+      **{name: out.get(name) for name in OUTPUTS},
       layers={i: out[f"layer{t}"] for i, t in taps.items()},
       prefix_layers={i: out[f"prefix{t}"] for i, t in taps.items()},
     )

@@ -25,14 +25,6 @@ _MAX_QUERIES = 1024  # on the device at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Neighbours:
-  """The two nearest cells of n descriptors, the nearest first."""
-
-  index: Int[np.ndarray, "n 2"]  # of the cells, in row-major order
-  distance: Float32[np.ndarray, "n 2"]  # cosine distances, 0 to 2
-
-
-@dataclasses.dataclass(frozen=True)
 class Matches:
   """k matches of cells (row, column), the highest weight first."""
 
@@ -59,11 +51,11 @@ def match(
     InputError: as `two_nearest`.
   """
   queries = np.asarray(_upsampled(first, first_valid.shape))[first_valid]
-  nearest = two_nearest(queries, second, valid=second_valid)
-  weight = ratio_weights(nearest.distance)
+  index, distance = two_nearest(queries, second, valid=second_valid)
+  weight = ratio_weights(distance)
   # Stable: among equal weights the lowest index comes first.
   order = np.argsort(-weight, kind="stable")[:keep]
-  cells = np.unravel_index(nearest.index[order, 0], second_valid.shape)
+  cells = np.unravel_index(index[order, 0], second_valid.shape)
   return Matches(
     first=np.argwhere(first_valid)[order],
     second=np.stack(cells, axis=-1),
@@ -77,8 +69,11 @@ def two_nearest(
   *,
   valid: Bool[np.ndarray, "s t"],
   block_bytes: int = 2**22,
-) -> Neighbours:
+) -> tuple[Int[np.ndarray, "n 2"], Float32[np.ndarray, "n 2"]]:
   """The two valid cells of the highest cosine in an upsampled map.
+
+  Returns their indices in row-major order and cosine distances (0 to 2), the
+  nearest first.
 
   Among equals the lowest index is nearest. A zero vector is at distance 1 from
   all others. Neither argument need be normalised. Where `valid` has the size of
@@ -115,11 +110,10 @@ def two_nearest(
     batch = unit[start : start + rows]
     batch = np.pad(batch, ((0, rows - len(batch)), (0, 0)))
     blocks.append(_nearest(batch, candidates, fine, valid, block))
-  index, distance = (
+  return tuple(
     np.concatenate([np.asarray(part) for part in parts])[: len(queries)]
     for parts in zip(*blocks, strict=True)
   )
-  return Neighbours(index, distance)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -1,42 +1,13 @@
-"""Loss of the depth probes: scale-invariant (SIG) and gradient loss."""
+"""Losses of the depth probes: scale-invariant (SIG) and gradient loss."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
-
-from mtv_jax.evals.depth.protocols import Protocol
 
 _EPS = 1e-3  # metres, added before the logarithm
 _MEAN_WEIGHT = 0.15  # of the squared mean beside the variance: 1 - 0.85
 _STRIDES = (1, 2, 4, 6)
-
-
-def probe_loss(
-  predicted: Float[Array, "b h w"],
-  truth: Float[Array, "b h w"],
-  *,
-  protocol: Protocol,
-  max_depth: float,
-  step: jax.Array,
-) -> Float[Array, ""]:
-  """sig_weight * SIG + gradient_weight * gradient loss, over valid pixels.
-
-  Depth is in metres, valid from above 0 to `max_depth`. Before the update
-  `warm_steps`, SIG lacks the variance.
-  """
-  valid = (truth > 0) & (truth <= max_depth)
-  loss = protocol.sig_weight * sig_loss(
-    predicted,
-    truth,
-    valid,
-    ddof=protocol.ddof,
-    variance_weight=(step >= protocol.warm_steps).astype(jnp.float32),
-  )
-  if protocol.gradient_weight:
-    loss += protocol.gradient_weight * gradient_loss(predicted, truth, valid)
-  return loss
 
 
 def _log_error(predicted, truth, valid):

@@ -118,17 +118,19 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
 
   def loss_fn(params, state, batch, rng):
     del rng
+    step, truth = state["step"], batch["targets"]  # truth: [B, H, W], metres
     predicted, inner = head.apply(
       params, state["head"], batch["features"], train=True
     )
-    loss = losses.probe_loss(
-      view.restore(predicted),  # [B, H, W], metres
-      batch["targets"],
-      protocol=protocol,
-      max_depth=setup.max_depth,
-      step=state["step"],
+    valid = (truth > 0) & (truth <= setup.max_depth)
+    maps = view.restore(predicted), truth, valid
+    variance_weight = (step >= protocol.warm_steps).astype(jnp.float32)
+    loss = protocol.sig_weight * losses.sig_loss(
+      *maps, ddof=protocol.ddof, variance_weight=variance_weight
     )
-    return loss, {"head": inner, "step": state["step"] + 1}
+    if protocol.gradient_weight:
+      loss += protocol.gradient_weight * losses.gradient_loss(*maps)
+    return loss, {"head": inner, "step": step + 1}
 
   options = {"batch_size": protocol.batch_size, "seed": setup.seed}
   values = math.prod(view.grid) * head.channels + math.prod(size)

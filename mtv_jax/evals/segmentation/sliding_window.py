@@ -208,15 +208,15 @@ def class_map(
   if slide.average == "softmax":
     window = (slide.size, slide.size)
     scores = [_softmax(resizing.resize(s, window)) for s in scores]
-  mosaics = [
-    _mosaic(s, view, slide, size) for s, view in zip(scores, views, strict=True)
+  resamplers = [
+    _resampler(*pair, slide, size) for pair in zip(scores, views, strict=True)
   ]
   classes = scores[0].shape[-1]
   step = max(1, _BLOCK // (4 * size[1] * classes))
   parts = []
   for top in range(0, size[0], step):
-    blocks = (m.block(slice(top, top + step)) for m in mosaics)
-    if len(mosaics) == 1:
+    blocks = (resample(slice(top, top + step)) for resample in resamplers)
+    if len(resamplers) == 1:
       total = next(blocks)
     else:
       total = sum(
@@ -226,24 +226,10 @@ def class_map(
   return np.concatenate(parts)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Mosaic:
-  """A view's cells `[R, C, K]` and the matrices that resample them."""
-
-  cells: np.ndarray
-  rows: np.ndarray
-  columns: np.ndarray
-
-  def block(self, span: slice) -> np.ndarray:
-    """Some rows of the full-size scores, `[rows, W, K]`."""
-    height, width, classes = self.cells.shape
-    half = self.rows[span] @ self.cells.reshape(height, width * classes)
-    return np.matmul(self.columns, half.reshape(-1, width, classes))
-
-
-def _mosaic(
+def _resampler(
   scores: np.ndarray, view: View, slide: Slide, size: tuple[int, int]
-) -> _Mosaic:
+) -> Callable[[slice], np.ndarray]:
+  """The function from a range of rows to full-size scores `[rows, W, K]`."""
   _, h, w, classes = scores.shape
   rows, columns = (
     axis_matrix(
@@ -252,10 +238,16 @@ def _mosaic(
     for length, target, grid in zip(view.shape, size, (h, w), strict=True)
   )
   tiles = scores.reshape(rows.shape[1] // h, -1, h, w, classes)
-  cells = tiles.transpose(0, 2, 1, 3, 4).reshape(rows.shape[1], -1, classes)
+  cells = np.ascontiguousarray(tiles.transpose(0, 2, 1, 3, 4))
+  cells = cells.reshape(rows.shape[1], -1)  # [R, C K]
   if view.mirrored:
     columns = columns[::-1]
-  return _Mosaic(np.ascontiguousarray(cells), rows, columns)
+
+  def resample(span: slice) -> np.ndarray:
+    half = rows[span] @ cells
+    return np.matmul(columns, half.reshape(len(half), -1, classes))
+
+  return resample
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

@@ -90,8 +90,8 @@ def test_blocks_change_nothing(maps, valid):
     )
     for block_bytes in (2**22, 3000)
   )
-  np.testing.assert_array_equal(whole.index, parts.index)
-  np.testing.assert_allclose(whole.distance, parts.distance, atol=1e-6)
+  np.testing.assert_array_equal(whole[0], parts[0])
+  np.testing.assert_allclose(whole[1], parts[1], atol=1e-6)
 
 
 def test_ties_are_exact_and_the_first_wins():
@@ -99,28 +99,28 @@ def test_ties_are_exact_and_the_first_wins():
   rows = rng.normal(size=(40, 7))
   # Rows 3, 8 and 39 are equal up to their norm.
   rows[8], rows[39] = 2 * rows[3], 4 * rows[3]
-  nearest = matching.two_nearest(
+  index, distance = matching.two_nearest(
     np.float32([rows[3], rows[10], np.zeros(7)]),
     flat_map(rows),
     valid=all_valid(rows),
   )
-  assert nearest.index[0].tolist() == [3, 8]
-  assert nearest.distance[0, 0] == nearest.distance[0, 1] < 1e-12
-  assert nearest.index[1, 0] == 10
-  assert nearest.distance[1, 0] < 1e-12
+  assert index[0].tolist() == [3, 8]
+  assert distance[0, 0] == distance[0, 1] < 1e-12
+  assert index[1, 0] == 10
+  assert distance[1, 0] < 1e-12
   # A zero vector is at distance 1 from all others.
-  assert nearest.index[2].tolist() == [0, 1]
-  assert nearest.distance[2].tolist() == [1, 1]
+  assert index[2].tolist() == [0, 1]
+  assert distance[2].tolist() == [1, 1]
 
 
 def test_small_distances_are_accurate():
   """1 - cos of float32 unit vectors would err by half here."""
   angle = np.array([3e-4, 5e-4])
   rows = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-  nearest = matching.two_nearest(
+  index, distance = matching.two_nearest(
     np.float32([[1, 0]]), flat_map(rows), valid=all_valid(rows)
   )
-  np.testing.assert_allclose(nearest.distance[0], angle**2 / 2, rtol=1e-3)
+  np.testing.assert_allclose(distance[0], angle**2 / 2, rtol=1e-3)
 
 
 def test_highest_weights_first_then_lowest_index():
@@ -158,8 +158,8 @@ def test_nearest_match_scikit_learn(maps, valid):
   distance, index = model.kneighbors(first[valid[0]].astype(np.float64))
   got = matching.two_nearest(first[valid[0]], maps[1], valid=valid[1])
   cells = np.flatnonzero(valid[1])[index]
-  np.testing.assert_array_equal(got.index, cells)
-  np.testing.assert_allclose(got.distance, distance, atol=1e-6)
+  np.testing.assert_array_equal(got[0], cells)
+  np.testing.assert_allclose(got[1], distance, atol=1e-6)
 
 
 def test_invalid_inputs(maps, valid):
