@@ -52,9 +52,10 @@ class Preprocess:
   resize_size: int | None = None
 
   def __post_init__(self):
-    checked = options.check_options(Preprocess, vars(self), where="Preprocess")
-    for field, value in checked.items():
-      object.__setattr__(self, field, value)
+    for name, annotation in options.annotations(Preprocess).items():
+      value = getattr(self, name)
+      value = options.check_value(value, annotation, f"Preprocess.{name}")
+      object.__setattr__(self, name, value)
     if self.resize == "shortest" and self.crop == "none":
       raise ConfigError(
         "Preprocess: resize='shortest' gives images of different shapes, which "

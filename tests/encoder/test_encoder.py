@@ -1,4 +1,7 @@
-"""Encoder: features do not depend on batch size, mesh and number of hosts."""
+"""Encoder: features do not depend on batch size, mesh and number of hosts.
+
+Also `Encoder.dense`, features at the size of the images.
+"""
 
 import dataclasses
 import io
@@ -19,7 +22,7 @@ from mtv_jax.data import tokenizers
 from mtv_jax.encoder import apply_fns, batched
 from mtv_jax.encoder import encoder as encoder_lib
 from mtv_jax.encoder.encoder import Encoder, normalize
-from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.encoder.preprocess import Preprocess, as_pixels
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.vit import ViTSpec
@@ -62,10 +65,14 @@ def params():
   return {**params, "heads": {"contrastive": head}}
 
 
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
 def build(params, devices=None, **kwargs):
   mesh = make_mesh({"data": -1}, devices)
   tokenizer = tokenizers.build_tokenizer("bytes", clean="lower")
-  return Encoder(SPEC, params, Preprocess(size=32), tokenizer, mesh, **kwargs)
+  preprocess = Preprocess(size=32, mean=MEAN, std=STD)
+  return Encoder(SPEC, params, preprocess, tokenizer, mesh, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +98,8 @@ def features(encoder, images):
 
 
 def test_features_are_those_of_the_tower(features, params, images):
-  batch = jnp.stack([Preprocess(size=32)(image) for image in images])
+  preprocess = Preprocess(size=32, mean=MEAN, std=STD)
+  batch = jnp.stack([preprocess(image) for image in images])
   tower = models.image_tower(SPEC)
   apply = jax.jit(lambda p, x: tower.apply({"params": p}, x, taps=(0, 2)))
   out = apply(params["image"], batch)
@@ -143,12 +151,12 @@ def test_text_on_one_device_and_eight(single, encoder, params):
 
 def test_sharded_parameters_give_the_same(params, features, images):
   mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-  placed = jax.device_put(params, tree_shardings(params, mesh))
-  # No mesh given: it is the parameters' own.
-  live = Encoder(SPEC, placed, Preprocess(size=32))
+  sharded = jax.device_put(params, tree_shardings(params, mesh))
+  # No mesh given: that of the parameters.
+  live = Encoder(SPEC, sharded, Preprocess(size=32, mean=MEAN, std=STD))
   assert live.mesh == mesh
   leaves = zip(
-    jax.tree.leaves(live.params), jax.tree.leaves(placed), strict=True
+    jax.tree.leaves(live.params), jax.tree.leaves(sharded), strict=True
   )
   assert all(a is b for a, b in leaves), "live parameters were copied"
   out = live.image(images, outputs=("pooled",))
@@ -306,6 +314,78 @@ def test_tokenizer_larger_than_the_vocabulary_raises(params):
       Preprocess(size=32),
       tokenizer,
     )
+
+
+@pytest.fixture(scope="module")
+def tall():
+  return np.random.default_rng(2).integers(0, 256, (5, 40, 24, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def dense(encoder, tall):
+  outputs = ("pooled", "patches", "prefix")
+  return encoder.dense(tall, layers=(1, -1), outputs=outputs)
+
+
+def test_dense_equals_the_tower_at_that_size(dense, params, tall):
+  pixels = (tall.astype(np.float32) / 255 - MEAN) / STD
+  tower = models.image_tower(SPEC)
+  apply = jax.jit(lambda p, x: tower.apply({"params": p}, x, taps=(1, 2)))
+  out = apply(params["image"], jnp.asarray(pixels, jnp.float32))
+  want = {
+    "pooled": out.pooled,
+    "patches": out.patches.reshape(5, 5, 3, 32),
+    "prefix": out.prefix,
+  }
+  for name, value in want.items():
+    np.testing.assert_allclose(getattr(dense, name), value, atol=2e-5)
+  for layer, tap in ((1, 1), (-1, 2)):
+    tapped = np.asarray(out.taps[tap])
+    np.testing.assert_allclose(
+      dense.layers[layer], tapped[:, 3:].reshape(5, 5, 3, 32), atol=2e-5
+    )
+    np.testing.assert_allclose(
+      dense.prefix_layers[layer], tapped[:, :3], atol=2e-5
+    )
+  assert np.abs(dense.prefix_layers[-1] - dense.prefix).max() > 0.1
+
+
+def test_dense_at_the_input_size_equals_image(encoder, tall):
+  squares = tall[:, :32, :1].repeat(32, axis=2)
+  whole = encoder.image(squares, layers=(0,), outputs=("patches",))
+  out = encoder.dense(squares, layers=(0,))
+  np.testing.assert_array_equal(out.patches, whole.patches)
+  np.testing.assert_array_equal(out.layers[0], whole.layers[0])
+  np.testing.assert_array_equal(out.prefix_layers[0], whole.prefix_layers[0])
+
+
+def test_dense_on_one_device_and_eight(single, dense, tall):
+  out = single.dense(tall, layers=(1,), batch_size=2)
+  np.testing.assert_allclose(out.patches, dense.patches, atol=1e-5)
+  np.testing.assert_allclose(out.layers[1], dense.layers[1], atol=1e-5)
+  assert out.pooled is None
+
+
+def test_floats_and_lists_are_the_same_pixels(encoder, dense, tall):
+  floats = [image.astype(np.float32) for image in tall]
+  again = encoder.dense(floats)
+  np.testing.assert_array_equal(again.patches, dense.patches)
+  # And are not rounded.
+  other = encoder.dense([image + np.float32(0.4) for image in floats])
+  assert np.abs(other.patches - dense.patches).max() > 1e-4
+
+
+def test_invalid_arguments_of_dense_raise(encoder, tall):
+  with pytest.raises(ValueError, match="41x24 .* nearest size that is: 40x24"):
+    encoder.dense([np.zeros((41, 24, 3), np.uint8)])
+  with pytest.raises(ValueError, match="image 1 is 24x40 and the first one 40"):
+    encoder.dense([tall[0], tall[0].transpose(1, 0, 2)])
+  with pytest.raises(TypeError, match=r"image 0 must be an array.*float64"):
+    encoder.dense([tall[0] / 255])
+  with pytest.raises(TypeError, match="Encoder.image takes any image"):
+    as_pixels(b"jpeg", "image 0")
+  with pytest.raises(TypeError, match=r"Encoder.dense takes a seq.*\[image\]"):
+    encoder.dense(tall[0])
 
 
 def test_padded_batch():

@@ -57,7 +57,7 @@ _DEFAULTS = {
   # five times as long; a view has 32 x 32 cells and some hundred points where
   # NAVI's have 128 x 128.
   "scenes": _Defaults(
-    "five times NAVI's, as the things are about five times as large",
+    "five times NAVI's, as the objects are about five times as large",
     recall.Options(keep=100, metres=(0.05, 0.1, 0.25), angles=(0, 15, 30, 45)),
     patches=16,
     stride=2,

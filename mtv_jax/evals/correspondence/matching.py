@@ -19,7 +19,7 @@ from mtv_jax.encoder.encoder import normalize
 from mtv_jax.evals.core import resizing
 from mtv_jax.utils.errors import InputError
 
-TIE_RULE = "nearest: lowest index; kept: heaviest, then lowest index"
+TIE_RULE = "nearest: lowest index; matches: highest weight, then lowest index"
 MIN_DISTANCE = 1e-9
 _MAX_QUERIES = 1024  # on the device at a time
 

@@ -247,7 +247,7 @@ class Segmentation(SegmentationEvaluator):
       "batch_size": self.batch_size,
       "seed": self.seed,
       "kept_steps": list(plan.saved_steps),
-      "selection": "miou: the kept head that is best on the test images; "
+      "selection": "miou: the saved head that is best on the test images; "
       "miou_last: the last one",
     }
 
