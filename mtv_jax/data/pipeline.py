@@ -213,10 +213,8 @@ class Loader:
       stats.reasons[f"{source}/{key}"] = reason
     if stats.corrupt <= _LOGGED or stats.corrupt % _LOGGED_EVERY == 0:
       log.warning(
-        "Bad record %d of %d read: %s",
-        stats.corrupt,
-        stats.read,
-        _describe(source, key, reason),
+        f"Bad record {stats.corrupt} of {stats.read} read:"
+        f" {_describe(source, key, reason)}"
       )
 
   def _count_dropped(self, source: str, reason: str, count: int) -> None:

@@ -70,7 +70,7 @@ def read(
   elif kind == ".json":
     examples = _read_captions(path, root)
   elif kind in read_rows:
-    rows = read_rows[kind](path, image_column, caption_column)
+    rows = read_rows[kind](path, (image_column, caption_column))
     examples = _group_rows(rows, root)
   else:
     raise InputError(
@@ -142,15 +142,12 @@ def read_coco(
   return content
 
 
-def _csv_rows(
-  path: Path, image_column: str, caption_column: str
-) -> Iterator[tuple[Any, Any]]:
+def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
   delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
   with path.open(encoding="utf-8-sig", newline="") as file:
     reader = csv.DictReader(file, delimiter=delimiter)
     try:
-      names = reader.fieldnames or []
-      _check_columns(path, names, image_column, caption_column)
+      _check_columns(path, reader.fieldnames or [], columns)
       for row in reader:
         if row.get(None):
           raise InputError(
@@ -158,7 +155,7 @@ def _csv_rows(
             f" the header, from {row[None][0]!r} on. Put cells that contain"
             f" {delimiter!r} in quotation marks."
           )
-        yield row[image_column], row[caption_column]
+        yield [row[column] for column in columns]
     except UnicodeDecodeError as error:
       raise InputError(
         f"{path} is not UTF-8, near line {reader.line_num + 1} ({error}):"
@@ -172,30 +169,27 @@ def _csv_rows(
 
 
 def _parquet_rows(
-  path: Path, image_column: str, caption_column: str
-) -> Iterator[tuple[Any, Any]]:
+  path: Path, columns: Sequence[str]
+) -> Iterator[Sequence[Any]]:
   with open_parquet(path) as file:
-    _check_columns(path, file.schema_arrow.names, image_column, caption_column)
-    for batch in file.iter_batches(columns=[image_column, caption_column]):
-      yield from zip(
-        batch.column(image_column).to_pylist(),
-        batch.column(caption_column).to_pylist(),
-        strict=True,
-      )
+    _check_columns(path, file.schema_arrow.names, columns)
+    for batch in file.iter_batches(columns=list(columns)):
+      values = [batch.column(column).to_pylist() for column in columns]
+      yield from zip(*values, strict=True)
 
 
 def _check_columns(
-  path: Path, names: Sequence[str], image_column: str, caption_column: str
+  path: Path, names: Sequence[str], columns: Sequence[str]
 ) -> None:
-  for what, column in (("image", image_column), ("caption", caption_column)):
+  for role, column in zip(("image", "caption"), columns, strict=True):
     if column not in names:
       raise InputError(
-        f"{path} has no column {column!r} for the {what}."
-        f" {did_you_mean(column, names)} Name it with {what}_column."
+        f"{path} has no column {column!r} for the {role}."
+        f" {did_you_mean(column, names)} Name it with {role}_column."
       )
 
 
-def _group_rows(rows: Iterator[tuple[Any, Any]], root: Path) -> list[Example]:
+def _group_rows(rows: Iterator[Sequence[Any]], root: Path) -> list[Example]:
   """One example for the rows of an image."""
   captions: dict[str, list[str]] = {}
   for number, (image, caption) in enumerate(rows):

@@ -1,6 +1,7 @@
 """WebDataset tars in img2dataset's layout, with random access."""
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -241,14 +242,13 @@ def _check_duplicates(tars: Sequence[TarIndex]) -> None:
     (t for t in tars if t.header.count), key=lambda t: (t.smallest, t.largest)
   )
   # img2dataset's keys start with the shard, so that tars hardly ever overlap.
-  overlapping: set[int] = set()
-  widest = 0
-  for i in range(1, len(ranges)):
-    if ranges[i].smallest <= ranges[widest].largest:
-      overlapping |= {i, widest}
-    if ranges[i].largest > ranges[widest].largest:
-      widest = i
-  suspects = [ranges[i] for i in sorted(overlapping)]
+  tops = list(itertools.accumulate((t.largest for t in ranges), max))
+  suspects = [
+    tar
+    for i, tar in enumerate(ranges)
+    if (i and tar.smallest <= tops[i - 1])
+    or (tar is not ranges[-1] and ranges[i + 1].smallest <= tar.largest)
+  ]
   total = sum(t.header.count for t in suspects)
   if total > _MAX_COMPARED:
     log.warning(

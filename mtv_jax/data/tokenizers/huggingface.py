@@ -20,8 +20,7 @@ class HuggingFaceTokenizer(Tokenizer):
   """A `tokenizer.json`, whose post-processor adds the special tokens.
 
   Args:
-    path: of the file; a tokenizer_config.json beside it names the special
-      tokens.
+    path: of the file; a tokenizer_config.json beside it names those tokens.
     clean: see `Tokenizer`.
 
   Raises:
@@ -57,7 +56,7 @@ class HuggingFaceTokenizer(Tokenizer):
     self.pad_id = pad_id
 
   @functools.lru_cache(maxsize=8)  # noqa: B019 - few tokenizers, long-lived
-  def _truncating(self, length: int) -> tokenizers.Tokenizer:
+  def _truncating_model(self, length: int) -> tokenizers.Tokenizer:
     # Truncation is a setting of the object, which threads with different
     # lengths can't share.
     model = tokenizers.Tokenizer.from_str(self._text)
@@ -66,7 +65,7 @@ class HuggingFaceTokenizer(Tokenizer):
     return model
 
   def _ids(self, text: str, length: int) -> Sequence[int]:
-    return self._truncating(length).encode(text).ids
+    return self._truncating_model(length).encode(text).ids
 
   def to_model(self) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(self._text)
