@@ -21,6 +21,7 @@ import json
 from collections.abc import Callable
 
 from mtv_jax.cli import arguments
+from mtv_jax.data.labels.join import JOINS
 from mtv_jax.data.labels.label_values import KINDS
 from mtv_jax.experts.inspection import inspect_labels
 from mtv_jax.utils.progress import Progress
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(
     "--join",
     default="aligned",
-    choices=inspect_labels.JOINS,
+    choices=JOINS,
     help="by key for sets of another copy of the images",
   )
   add(

@@ -18,6 +18,7 @@ img2dataset store. The same command resumes an interrupted one.
 import argparse
 
 from mtv_jax.cli import arguments
+from mtv_jax.config import options
 from mtv_jax.data import registry
 from mtv_jax.data.labels import annotations, label_values
 from mtv_jax.data.labels.label_writer import LabelWriter
@@ -90,19 +91,19 @@ def run(args: argparse.Namespace) -> None:
     args.data, index_dir=args.index_dir, captions="ignored"
   )
   if args.kind == "boxes":
-    make = annotations.Instances(args.instances, match=args.match)
+    annotate = annotations.Instances(args.instances, match=args.match)
   else:
-    make = annotations.DepthImages(
-      args.depth_dir,
-      pattern=args.pattern,
-      values=args.values,
-      scale=args.scale,
-      invalid=args.invalid,
-      side=args.side,
-      min_valid=args.min_valid,
+    names = ("pattern", "values", "scale", "invalid", "side", "min_valid")
+    given = {name: getattr(args, name) for name in names}
+    annotate = options.build(
+      annotations.DepthImages,
+      {"folder": args.depth_dir, **given},
+      where="depth",
     )
   writer = LabelWriter(
-    args.output, kind=args.kind, base=base, settings=make.settings
+    args.output, kind=args.kind, base=base, settings=annotate.settings
   )
-  summary = annotations.write(writer, make, progress=Progress(unit="records"))
+  summary = annotations.write(
+    writer, annotate, progress=Progress(unit="records")
+  )
   print(summary.format_summary(args.kind, args.output))

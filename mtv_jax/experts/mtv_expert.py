@@ -153,8 +153,8 @@ class OwnBoxes:
     vocabulary = self._phrases.vocabulary
     if vocabulary is not None:
       return Prepared("vocabulary", {"images": pixels}, meta=vocabulary)
-    phrases = phrases_lib.required(self._phrases, record)
-    count = phrases_lib.padded(len(phrases))
+    phrases = phrases_lib.require_phrases(self._phrases, record)
+    count = phrases_lib.padded_count(len(phrases))
     tokens = np.zeros((count, self._length), np.int32)
     tokens[: len(phrases)] = self._tokenizer.encode(phrases, self._length)
     return Prepared(count, {"images": pixels, "tokens": tokens}, meta=phrases)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from mtv_jax.cli.main import command
+from mtv_jax.config.options import build
 from mtv_jax.data.labels import annotations
 from mtv_jax.data.labels.annotations import (
   DepthImages,
   Instances,
   Item,
-  same_shape,
 )
 from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.data.labels.label_values import no_label
@@ -103,7 +103,7 @@ def test_what_a_record_is_found_by(tmp_path):
     by_name(item("other/7.jpg"))
   # img2dataset has a record for each caption, of one image.
   assert len(by_name(item("folder/7.png")).label.boxes) == 1
-  with pytest.raises(ValueError, match="match='file'.*name"):
+  with pytest.raises(ValueError, match="match is 'file'.*name"):
     Instances([file], match="file")
 
 
@@ -121,7 +121,7 @@ def test_what_a_record_is_found_by(tmp_path):
   ],
 )
 def test_shapes(tmp_path, size, same):
-  assert same_shape(item(size=size), 100, 200) == same
+  assert item(size=size).has_shape(100, 200) == same
   made = Instances([coco(tmp_path / "x.json")])(item(size=size))
   wanted = no_label("boxes: annotations of an image of another shape")
   assert (made.label is not None) if same else made == wanted
@@ -131,7 +131,7 @@ def test_shapes(tmp_path, size, same):
   ("content", "says"),
   [
     ("{", "x.json is not JSON"),
-    ("[]", "x.json is no COCO instance file.*it has <class 'list'>"),
+    ("[]", "x.json is not a COCO file.*it has <class 'list'>"),
     ('{"images": []}', r"needs \['annotations', 'categories', 'images'\]"),
   ],
 )
@@ -149,7 +149,7 @@ def test_instances_that_contradict_themselves(tmp_path):
   with pytest.raises(ValueError, match="annotation 0 is of the image 5, which"):
     Instances([file])
   coco(file, [{"caption": "a cat"}])
-  with pytest.raises(ValueError, match="without 'bbox'.*give instances_"):
+  with pytest.raises(ValueError, match="has no 'bbox'.*give instances_"):
     Instances([file])
 
 
@@ -238,14 +238,14 @@ def test_patterns(tmp_path):
     ({"pattern": "x.png"}, "the same file for every image; it needs one of {k"),
     ({"pattern": "{id}.png"}, "can't be filled in .*'id'.*{stem}"),
     ({"pattern": "{stem.png"}, "can't be filled in"),
-    ({"values": "far"}, "values='far'"),
-    ({"scale": 0.0}, "scale=0.0"),
-    ({"side": 1}, "side=1"),
+    ({"values": "far"}, "depth.values is 'far'"),
+    ({"scale": 0.0}, "depth.scale is 0.0"),
+    ({"side": 1}, "depth.side is 1"),
   ],
 )
 def test_depth_options_that_make_no_sense(tmp_path, options, says):
   with pytest.raises(ValueError, match=says):
-    DepthImages(tmp_path, **options)
+    build(DepthImages, {"folder": tmp_path, **options}, where="depth")
   with pytest.raises(FileNotFoundError, match="no folder of depth nowhere"):
     DepthImages("nowhere")
 
@@ -364,7 +364,7 @@ def test_nothing_found_says_what_was_looked_for(tmp_path, capsys):
     main(argv)
   said = exit.value.code
   assert "None of the 1 records has a label: 1 times 'depth: no file" in said
-  assert "looked for as Item(key='000000000', name='a.png'" in said
+  assert "looked up as Item(key='000000000', name='a.png'" in said
   # Another attempt is not held up by what this one left.
   depth_file(tmp_path / "depth" / "d_a.png")
   assert main([*argv, "--pattern=d_{stem}.png"]) == 0

@@ -1,51 +1,50 @@
 """Label sets from existing annotations: COCO instances, depth images.
 
-A base record is found in the annotations by the name of the file that it was
-made from: `file_name` or the last part of `url` of its .json (see `shards`),
-or its key where it has neither. Annotations of pictures of another shape are
-not used: their coordinates would be wrong.
+A base record is matched by the name of its original image file: `file_name`,
+else the last part of `url` of its .json (see `shard_writer`), else its key.
+Annotations of an image of another shape are not used.
 """
 
 import dataclasses
 import hashlib
 import io
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
+from mtv_jax.config.options import Range
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_sets import LabelError
 from mtv_jax.data.labels.label_values import Outcome, no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
 from mtv_jax.data.records import BadRecord
+from mtv_jax.data.sources import listings
 from mtv_jax.data.sources.base import Source
-from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
+from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 MATCHES = ("name", "image_id", "key")
-# Records that are in the hands of threads at a time.
-_CHUNK = 256
-# Two shapes are the same if their ratios differ by less, and by the rounding
-# of the smaller one's sides.
+_CHUNK = 256  # Records that the threads share.
+# Tolerance of the logarithm of two aspect ratios, beside rounding of sides.
 _SHAPE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """A record of the base, as far as annotations care.
+  """A record of the base.
 
   Attributes:
     key: of the record.
-    name: of the original file, with the folders that the base knows of.
-    image_id: of the data set, where the base knows it.
-    height, width: of the stored picture; 0 if it can't be read.
+    name: of the original file, with the folders that the base stores.
+    image_id: of the data set; "" if unknown.
+    height, width: of the stored image; 0 if unreadable.
   """
 
   key: str
@@ -59,27 +58,35 @@ class Item:
     """The file's name without folders and suffix."""
     return Path(self.name).stem
 
+  def has_shape(self, height: int, width: int) -> bool:
+    """Whether an image of this size is of the same shape, up to scale."""
+    sides = (self.height, self.width, height, width)
+    if min(sides) < 1:
+      return False
+    ratio = math.log(self.height * width / (self.width * height))
+    return abs(ratio) <= _SHAPE + 1 / min(sides)
+
 
 def write(
   writer: LabelWriter,
-  make: Callable[[Item], Outcome],
+  annotate: Callable[[Item], Outcome],
   *,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
-  """Makes and writes the labels of all shards that are missing.
+  """Writes the labels of all unfinished shards.
 
   Args:
     writer: for a base.
-    make: the label of a record; is called by several threads.
-    progress: is called with the records done and all of them, first before
-      anything is.
+    annotate: the label of a record; called by several threads.
+    progress: called with the number of finished records and of all, before
+      the first one too.
 
   Raises:
-    LabelError: no record has a label; says what was looked for.
+    LabelError: no record has a label; has the first record as a note.
   """
-  done = len(writer.base)
-  done -= sum(len(writer.numbers(shard)) for shard in writer.todo())
-  total, first = len(writer.base), None
+  todo, total = writer.todo(), len(writer.base)
+  done = total - sum(len(writer.numbers(shard)) for shard in todo)
+  first = None
   progress(done, total)
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
 
@@ -88,18 +95,18 @@ def write(
       items = _items(writer.base, writer.numbers(shard))
       while chunk := list(itertools.islice(items, _CHUNK)):
         first = first or chunk[0]
-        for item, outcome in zip(chunk, pool.map(make, chunk), strict=True):
+        for item, outcome in zip(chunk, pool.map(annotate, chunk), strict=True):
           yield Entry(item.key, outcome)
         done += len(chunk)
         progress(done, total)
 
-    for shard in writer.todo():
+    for shard in todo:
       writer.write(shard, entries(shard))
   try:
     return writer.finish()
   except LabelError as error:
     if first is not None:
-      error.add_note(f"The first record was looked for as {first}.")
+      error.add_note(f"The first record was looked up as {first}.")
     raise
 
 
@@ -107,107 +114,102 @@ def _items(base: Source, numbers: range) -> Iterator[Item]:
   for number in numbers:
     meta = base.read_metadata(number)
     key = str(meta["key"])
-    name = meta.get("file_name") or meta.get("url") or key
-    if "://" in (name := str(name)):
+    name = str(meta.get("file_name") or meta.get("url") or key)
+    if "://" in name:
       name = urlsplit(name).path.lstrip("/")
     height, width = meta.get("height"), meta.get("width")
     if not isinstance(height, int) or not isinstance(width, int):
-      height, width = _size(base, number)
-    image_id = str(meta.get("image_id", ""))
-    yield Item(key, name, image_id, height, width)
+      height, width = _stored_size(base, number)
+    yield Item(key, name, str(meta.get("image_id", "")), height, width)
 
 
-def _size(base: Source, number: int) -> tuple[int, int]:
-  """Height and width of a stored image by its header, as it is shown."""
+def _stored_size(base: Source, number: int) -> tuple[int, int]:
+  """Height and width by the image's header, after its EXIF rotation."""
   try:
     with Image.open(io.BytesIO(base[number]["image"])) as image:
       width, height = image.size
-      # 5 to 8 lie on their side.
-      turned = image.getexif().get(0x112, 1) >= 5
+      is_transposed = image.getexif().get(0x112, 1) >= 5
   except (BadRecord, OSError, SyntaxError, ValueError):
     return 0, 0
-  return (width, height) if turned else (height, width)
+  return (width, height) if is_transposed else (height, width)
 
 
-def same_shape(item: Item, height: int, width: int) -> bool:
-  """Whether a picture of this size can be the record's, but for its scale."""
-  sides = (item.height, item.width, height, width)
-  if min(sides) < 1:
-    return False
-  ratio = math.log(item.height * width / (item.width * height))
-  return abs(ratio) <= _SHAPE + 1 / min(sides)
+def _check_unique(seen: dict[str, str], item: Item) -> None:
+  """Refuses a second file of the same stem in another folder.
+
+  `setdefault` is atomic, as several threads call this.
+  """
+  other = seen.setdefault(item.stem, item.name)
+  if other != item.name:
+    raise InputError(
+      f"The annotations can't distinguish {other!r} and {item.name!r} by the"
+      " name of the file: match by image_id or key, or write a label set for"
+      " each folder."
+    )
 
 
 class Instances:
-  """Boxes of COCO's instance annotations, their categories as phrases.
+  """Boxes of COCO's instance annotations, with their categories as phrases.
 
-  Crowds are left out. An image that the files list without any box is
-  labelled, with no box; one that they don't list is not labelled.
+  Crowds are dropped. An image that is listed without boxes is labelled.
 
   Args:
     paths: instances_*.json files.
-    match: what a record is found by: "name" (of its file, without folder and
+    match: the key of a record: "name" (of its file, without folder and
       suffix), "image_id" or "key" (equal to the name).
 
   Attributes:
     settings: for the manifest.
 
   Raises:
-    MissingFileError: a file is missing.
-    InputError: a file is no such annotation, or two list the same image.
+    FileNotFoundError: a file is missing.
+    InputError: a file is not of this kind, or two list the same image.
   """
 
   def __init__(
     self, paths: Sequence[str | os.PathLike], *, match: str = "name"
   ):
-    if match not in MATCHES:
-      raise InputError(f"match={match!r}. {did_you_mean(match, MATCHES)}")
+    check_choice("match", match, MATCHES)
     self._match = match
     self._images: dict[str, _Annotated] = {}
-    self._names = _Names()
-    hashes = []
-    for path in map(Path, paths):
-      data = path.read_bytes()
-      hashes.append(hashlib.blake2b(data, digest_size=8).hexdigest())
-      self._read(path, data)
+    self._seen: dict[str, str] = {}
+    files = [Path(path) for path in paths]
+    for path in files:
+      self._read(path)
     self.settings = {
       "from": "coco instances",
-      "files": [Path(path).name for path in paths],
-      "hashes": hashes,
+      "files": [path.name for path in files],
+      "hashes": [
+        hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+        for path in files
+      ],
       "match": match,
     }
 
-  def _read(self, path: Path, data: bytes) -> None:
-    try:
-      content = json.loads(data)
-    except ValueError as error:
-      raise InputError(f"{path} is not JSON ({error}).") from error
-    needed = {"images", "annotations", "categories"}
-    if not isinstance(content, dict) or not needed <= content.keys():
-      there = sorted(content) if isinstance(content, dict) else type(content)
-      raise InputError(
-        f"{path} is no COCO instance file: it needs {sorted(needed)}, it has"
-        f" {there}."
-      )
+  def _read(self, path: Path) -> None:
+    image_key = "id" if self._match == "image_id" else "file_name"
+    content = listings.read_coco(
+      path,
+      {
+        "images": ("id", "height", "width", image_key),
+        "annotations": ("bbox", "category_id", "image_id"),
+        "categories": ("id", "name"),
+      },
+      hint="give instances_*.json",
+    )
     names = {c["id"]: c["name"] for c in content["categories"]}
     images = {}
     for image in content["images"]:
-      of = str(image["id"])
-      if self._match != "image_id":
-        of = Path(image["file_name"]).stem
-      if of in self._images:
+      key = str(image[image_key])
+      key = key if self._match == "image_id" else Path(key).stem
+      if key in self._images:
         raise InputError(
-          f"{path}: the image {of!r} is listed twice, here or in a file before"
-          " it. Give each file once, or match by image_id."
+          f"{path}: the image {key!r} is listed twice, in this file or an"
+          " earlier one. Give each file once, or match by image_id."
         )
       annotated = _Annotated(image["height"], image["width"])
-      self._images[of] = images[image["id"]] = annotated
+      self._images[key] = images[image["id"]] = annotated
     for annotation in content["annotations"]:
-      if "bbox" not in annotation or "category_id" not in annotation:
-        raise InputError(
-          f"{path} has annotations without 'bbox' or 'category_id'"
-          f" ({sorted(annotation)}); give instances_*.json."
-        )
       if (image := images.get(annotation["image_id"])) is None:
         raise InputError(
           f"{path}: annotation {annotation.get('id')} is of the image"
@@ -221,24 +223,20 @@ class Instances:
 
   def __call__(self, item: Item) -> Outcome:
     """The boxes of a record."""
-    wanted = {
-      "name": item.stem,
-      "image_id": item.image_id,
-      "key": item.key,
-    }[self._match]
-    found = self._images.get(wanted)
-    if found is None:
+    by_match = dict(name=item.stem, image_id=item.image_id, key=item.key)
+    image = self._images.get(by_match[self._match])
+    if image is None:
       return no_label("boxes: the image is not in the annotations")
     if self._match == "name":
-      self._names.refuse_second(item)
-    if not same_shape(item, found.height, found.width):
+      _check_unique(self._seen, item)
+    if not item.has_shape(image.height, image.width):
       return no_label("boxes: annotations of an image of another shape")
-    x, y, width, height = np.array(found.boxes, np.float64).reshape(-1, 4).T
+    x, y, width, height = np.array(image.boxes, np.float64).reshape(-1, 4).T
     boxes = np.stack([y, x, y + height, x + width], 1)
-    boxes /= [found.height, found.width, found.height, found.width]
-    made = label_values.make_boxes(boxes, found.phrases)
-    crowds = {"boxes: a crowd, left out": found.crowds} if found.crowds else {}
-    return Outcome(made.label, {**made.counts, **crowds})
+    boxes /= [image.height, image.width, image.height, image.width]
+    outcome = label_values.make_boxes(boxes, image.phrases)
+    crowds = {"boxes: a crowd, left out": image.crowds} if image.crowds else {}
+    return Outcome(outcome.label, {**outcome.counts, **crowds})
 
 
 @dataclasses.dataclass
@@ -252,111 +250,77 @@ class _Annotated:
   crowds: int = 0
 
 
-class _Names:
-  """The files seen of each stem; threads may ask at once."""
-
-  def __init__(self) -> None:
-    self._seen: dict[str, str] = {}
-
-  def refuse_second(self, item: Item) -> None:
-    """Two files of one name in different folders are two pictures."""
-    # One call that no other thread can come between.
-    other = self._seen.setdefault(item.stem, item.name)
-    if other != item.name:
-      raise InputError(
-        f"The base has {other!r} and {item.name!r}, which the annotations "
-        "can't tell apart by the file's name: match by image_id or key, or "
-        "make a label set for each folder."
-      )
-
-
+@dataclasses.dataclass
 class DepthImages:
   """Depth of image files of one channel, 8 or 16 bits.
 
-  Args:
-    folder: that the files are in.
-    pattern: a file's name in it, with {key}, {stem} (the original file's name
-      without folder and suffix), {name} (with its folder, without suffix) or
-      {image_id}.
+  Attributes:
+    folder: of the files.
+    pattern: path of a file in it, with {key}, {stem} (of the original file),
+      {name} (with its folder, without suffix) or {image_id}.
     values: "metric" if they grow with distance (they are inverted), "inverse"
       if they grow with nearness.
-    scale: what a value is divided by: 1000 for millimetres, 256 for KITTI.
-    invalid: values that mean that nothing was measured.
-    side: pixels a side of the stored label.
-    min_valid: a label with fewer labelled pixels is none.
-
-  Attributes:
-    settings: for the manifest.
+    scale: divisor of the values: 1000 for millimetres, 256 for KITTI.
+    invalid: values that mark a missing measurement.
+    side: side of the stored label in pixels.
+    min_valid: smallest number of labelled pixels.
 
   Raises:
     MissingFileError: there is no such folder.
-    InputError: an option makes no sense.
+    InputError: an invalid pattern.
   """
 
-  def __init__(
-    self,
-    folder: str | os.PathLike,
-    *,
-    pattern: str = "{stem}.png",
-    values: str = "metric",
-    scale: float | int = 1.0,
-    invalid: Sequence[int] = (0,),
-    side: int = 128,
-    min_valid: int = label_values.MIN_VALID,
-  ):
-    self._folder = Path(folder).expanduser()
-    if not self._folder.is_dir():
-      raise MissingFileError(f"There is no folder of depth {self._folder}.")
-    if values not in ("metric", "inverse"):
-      raise InputError(f"values={values!r}; they are 'metric' or 'inverse'.")
-    if not 0 < scale < math.inf or side < 2 or min_valid < 2:
-      raise InputError(
-        f"scale={scale}, side={side} and min_valid={min_valid}: expected a"
-        " positive scale, and at least 2 of the others."
-      )
-    self._pattern, self._values, self._scale = pattern, values, scale
-    self._invalid, self._side, self._min_valid = invalid, side, min_valid
-    self._names = _Names()
-    self._file(Item("key", "name.jpg", "1", 1, 1))
-    self.settings = {
-      "from": "depth images",
-      "folder": self._folder.name,
-      "pattern": pattern,
-      "values": values,
-      "scale": scale,
-      "invalid": list(invalid),
-      "side": side,
-      "min_valid": min_valid,
-    }
+  folder: str | os.PathLike
+  _: dataclasses.KW_ONLY
+  pattern: str = "{stem}.png"
+  values: Literal["metric", "inverse"] = "metric"
+  scale: Annotated[float | int, Range(above=0)] = 1.0
+  invalid: Sequence[int] = (0,)
+  side: Annotated[int, Range(min=2)] = 128
+  min_valid: Annotated[int, Range(min=2)] = label_values.MIN_VALID
 
-  def _file(self, item: Item) -> Path:
+  def __post_init__(self):
+    self.folder = Path(self.folder).expanduser()
+    if not self.folder.is_dir():
+      raise MissingFileError(f"There is no folder of depth {self.folder}.")
+    self._seen: dict[str, str] = {}
+    self._path(Item("key", "name.jpg", "1", 1, 1))
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """For the manifest."""
+    changed = {"folder": Path(self.folder).name, "invalid": list(self.invalid)}
+    return {"from": "depth images", **dataclasses.asdict(self), **changed}
+
+  def _path(self, item: Item) -> Path:
     fields = {
       "key": item.key,
       "stem": item.stem,
       "name": str(Path(item.name).with_suffix("")),
       "image_id": item.image_id,
     }
+    known = ", ".join(f"{{{field}}}" for field in fields)
     try:
-      name = self._pattern.format(**fields)
+      name = self.pattern.format(**fields)
     except (LookupError, AttributeError, ValueError) as error:
       raise InputError(
-        f"pattern={self._pattern!r} can't be filled in ({error!r}); it may have"
-        f" {', '.join('{' + field + '}' for field in fields)}."
+        f"pattern={self.pattern!r} can't be filled in ({error!r}); its fields"
+        f" are {known}."
       ) from error
-    if name == self._pattern:
+    if name == self.pattern:
       raise InputError(
-        f"pattern={self._pattern!r} is the same file for every image; it needs"
-        f" one of {', '.join('{' + field + '}' for field in fields)}."
+        f"pattern={self.pattern!r} is the same file for every image; it needs"
+        f" one of {known}."
       )
-    return self._folder / name
+    return Path(self.folder) / name
 
   def __call__(self, item: Item) -> Outcome:
     """The depth of a record."""
-    file = self._file(item)
+    file = self._path(item)
     if not file.exists():
       return no_label("depth: no file for the image")
-    if "{stem}" in self._pattern and "{key}" not in self._pattern:
-      self._names.refuse_second(item)
+    if "{stem}" in self.pattern and "{key}" not in self.pattern:
+      _check_unique(self._seen, item)
     try:
       with Image.open(file) as image:
         if image.mode not in ("L", "I", "I;16", "I;16B"):
@@ -364,15 +328,15 @@ class DepthImages:
         raw = np.asarray(image)
     except (OSError, SyntaxError, ValueError):
       return no_label("depth: a file that is no image, or damaged")
-    if not same_shape(item, *raw.shape):
+    if not item.has_shape(*raw.shape):
       return no_label("depth: a file of another shape than the image")
-    valid = ~np.isin(raw, self._invalid)
-    if self._values == "metric":
-      # Nothing is nearer than 0, whatever else is said to be invalid.
+    valid = ~np.isin(raw, self.invalid)
+    if self.values == "metric":
+      # A distance of 0 has no inverse.
       valid &= raw > 0
-      inverse = self._scale / np.where(valid, raw, 1)
+      inverse = self.scale / np.where(valid, raw, 1)
     else:
-      inverse = raw / self._scale
+      inverse = raw / self.scale
     return label_values.make_depth(
-      inverse, side=self._side, valid=valid, min_valid=self._min_valid
+      inverse, side=self.side, valid=valid, min_valid=self.min_valid
     )

@@ -5,29 +5,32 @@ An entry of `data.train` names them by kind:
   dict(type="webdataset", path="shards/*.tar",
        labels=dict(depth="labels/depth", boxes="labels/boxes"))
 
-A set made for these very shards is joined by position, which costs one read.
-One made on another copy of the data, with other shards or with some records
-missing, is joined by key: `boxes=dict(path="labels/boxes", join="key")`. Both
-compare the key that is stored with each label.
+A set of the same shards is joined by position, which costs one read. A set of
+another copy of the data, with other shards or missing records, is joined by
+key: `boxes=dict(path="labels/boxes", join="key")`. Both compare the key that
+is stored with each label.
 """
 
+import abc
+import functools
 import logging
 import os
-import tempfile
 from collections.abc import Collection, Mapping
 from concurrent import futures
 from pathlib import Path
-from typing import Any, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 from jaxtyping import Int64, UInt64
 
+from mtv_jax.config import options as options_lib
 from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import KINDS, DepthLabel, Label, Stored
 from mtv_jax.data.records import BadRecord, Record, count_dropped
 from mtv_jax.data.sources.base import Source
-from mtv_jax.utils.errors import InputError, did_you_mean
+from mtv_jax.utils import atomic
+from mtv_jax.utils.errors import ConfigError, check_choice
 
 log = logging.getLogger(__name__)
 
@@ -35,20 +38,35 @@ FIELDS = {
   "depth": frozenset(["depth"]),
   "boxes": frozenset(["boxes", "phrases", "box_scores"]),
 }
-_JOINS = ("aligned", "key")
-# Records of the base that are looked at before a run starts.
+JOINS = ("aligned", "key")
+# Records of the base that are checked before a run starts.
 _CHECKED = 1024
 _THREADS = 16
 
 
-@runtime_checkable
-class Labels(Protocol):
-  """One label set, joined to a source."""
+class JoinedLabels(abc.ABC):
+  """A label set, joined to a source."""
 
-  kind: str
+  def __init__(self, label_set: LabelSet):
+    self.kind = label_set.kind
+    self.label_set = label_set
 
   def get(self, i: int, record: Record) -> Label | None:
-    """The label of record `i`; may count in its `dropped`."""
+    """The label of record `i`.
+
+    Raises:
+      BadRecord: the label is damaged.
+      LabelError: it is of another record.
+    """
+    try:
+      return self._get(i, record)
+    except BadRecord as error:
+      reason = f"its label {error.key} {error.reason}"
+      raise BadRecord(record["key"], reason) from error
+
+  @abc.abstractmethod
+  def _get(self, i: int, record: Record) -> Label | None:
+    """`get`, with the label's position in a BadRecord."""
 
 
 class LabelledSource(Source):
@@ -56,16 +74,16 @@ class LabelledSource(Source):
 
   Args:
     source: gives the records.
-    labels: the sets, of different kinds.
+    labels: of different kinds.
   """
 
-  def __init__(self, source: Source, labels: list[Labels]):
+  def __init__(self, source: Source, labels: list[JoinedLabels]):
     self._source = source
     self._labels = labels
     self.name, self.files = source.name, source.files
     self.shards = source.shards
-    given = (FIELDS[label.kind] for label in labels)
-    self.fields = frozenset(source.fields).union(*given)
+    of_labels = (FIELDS[label.kind] for label in labels)
+    self.fields = frozenset(source.fields).union(*of_labels)
 
   @property
   def blocks(self) -> Int64[np.ndarray, " blocks"]:
@@ -101,76 +119,76 @@ def join_labels(
   """The source with the label sets that an entry of `data.train` names.
 
   Args:
-    source: of any type for a join by key; tars or ArrayRecord files otherwise.
-    labels: a mapping, of each kind the folder of a set, or a mapping with its
-      `path`, `join` ("aligned" by default, or "key") and, for joins by key,
-      `index_dir` (where its index is kept; by default in the folder).
-    fields: that somebody reads; sets that give others only stay closed, and
-      without any set left the source is returned as it is. None for all.
+    source: of any type for a join by key; otherwise of files.
+    labels: by kind the folder of a set, or the options of `open_labels`.
+    fields: the fields that are read; None for all. Sets of other fields are
+      not opened; without any set the source is returned unchanged.
 
   Raises:
-    InputError: an unknown kind or option.
+    ConfigError: an unknown kind or option.
     FileNotFoundError: a folder or a file of it is missing.
-    LabelError: a set of another kind or for other records, or one whose fields
-      the source gives itself.
+    LabelError: a set of another kind or of other records, or one whose fields
+      the source has.
   """
   if not isinstance(labels, Mapping) or not labels:
-    raise InputError(
+    raise ConfigError(
       f"labels={labels!r}; expected a dict of folders, such as"
       " dict(depth='labels/depth', boxes='labels/boxes')."
     )
-  joined: list[Labels] = []
+  joined: list[JoinedLabels] = []
   for kind, entry in labels.items():
-    if kind not in KINDS:
-      raise InputError(f"Unknown labels {kind!r}. {did_you_mean(kind, KINDS)}")
+    check_choice("The kind of labels", kind, KINDS)
     if fields is not None and not FIELDS[kind] & set(fields):
       continue
     if both := source.fields & FIELDS[kind]:
       raise LabelError(
-        f"{source!r} gives {', '.join(sorted(both))} itself, and `labels` names"
-        f" a set of {kind} too: leave out one of the two."
+        f"{source!r} has {', '.join(sorted(both))} already: remove the label"
+        f" set of {kind} from its `labels`."
       )
     options = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
-    joined.append(_open_labels(source, kind, options))
+    build = functools.partial(open_labels, source, kind)
+    joined.append(options_lib.build(build, options, where=f"labels.{kind}"))
   return LabelledSource(source, joined) if joined else source
 
 
-def _open_labels(source: Source, kind: str, options: dict[str, Any]) -> Labels:
-  names = ("path", "join", "index_dir")
-  for name in options:
-    if name not in names:
-      raise InputError(
-        f"labels of {kind} have no option {name!r}. {did_you_mean(name, names)}"
-      )
-  how = options.get("join", "aligned")
-  if not options.get("path"):
-    raise InputError(f"labels of {kind} need a path; got {options}.")
-  if how not in _JOINS:
-    raise InputError(
-      f"labels of {kind}: unknown join={how!r}. {did_you_mean(how, _JOINS)}"
-    )
-  labels = LabelSet(options["path"], kind=kind)
-  if how == "key":
-    return KeyedLabels(labels, source, index_dir=options.get("index_dir"))
+def open_labels(
+  source: Source,
+  kind: str,
+  *,
+  path: str | os.PathLike,
+  join: Literal["aligned", "key"] = "aligned",
+  index_dir: str | os.PathLike | None = None,
+) -> JoinedLabels:
+  """Opens a label set and joins it to a source.
+
+  Args:
+    source: see `join_labels`.
+    kind: "depth" or "boxes".
+    path: folder of the set.
+    join: by position ("aligned") or by key.
+    index_dir: of a join by key, folder of its index; by default that of the
+      set.
+  """
+  labels = LabelSet(path, kind=kind)
+  if join == "key":
+    return KeyedLabels(labels, source, index_dir=index_dir)
   return AlignedLabels(labels, source)
 
 
-class AlignedLabels:
-  """Labels that stand where their records stand.
+class AlignedLabels(JoinedLabels):
+  """Labels joined by position in the shards.
 
   Args:
     labels: the set.
-    source: of tars or ArrayRecord files; all of those that the set was made
-      for, or some. It may leave out records at the end of a shard, as tars do
-      that also hold images without captions.
+    source: of files: all shards of the set, or some. It may drop records at
+      the end of a shard, as tars do with images without captions.
 
   Raises:
-    LabelError: the set was made for other shards, or for fewer records.
+    LabelError: the set is of other shards, or of fewer records.
   """
 
   def __init__(self, labels: LabelSet, source: Source):
-    self.kind = labels.kind
-    self._set = labels
+    super().__init__(labels)
     if not source.files:
       raise LabelError(
         f"{source!r} has no files that labels could be aligned with; set"
@@ -184,38 +202,39 @@ class AlignedLabels:
 
   def _match(self, counts: np.ndarray) -> list[int]:
     """The set's shard for each of the source's."""
-    place = {name: i for i, name in enumerate(self._set.names)}
+    index = {name: i for i, name in enumerate(self.label_set.names)}
     names = [label_sets.stem(file) for file in self._files]
-    if missing := [name for name in names if name not in place]:
+    if missing := [name for name in names if name not in index]:
       raise LabelError(
-        f"{self._set!r} has no labels for {len(missing)} of {len(names)} shards"
-        f" ({', '.join(missing[:5])}); it has {', '.join(self._set.names[:5])}"
-        f"{', ...' if len(place) > 5 else ''}. Make labels for them, or leave"
-        " them out of the source's path."
+        f"{self.label_set!r} has no labels for {len(missing)} of {len(names)}"
+        f" shards ({', '.join(missing[:5])}); it has"
+        f" {', '.join(list(index)[:5])}{', ...' if len(index) > 5 else ''}."
+        " Label them, or remove them from the source's path."
       )
     if len(set(names)) < len(names):
       raise LabelError(
-        "Two shards of the source have the same name, in different folders:"
-        f" {self._set!r} can't tell them apart. Give each folder its own entry"
-        " in data.train, with its own labels."
+        "Two shards of the source have one name, in different folders, which"
+        f" {self.label_set!r} can't distinguish. Give each folder an entry in"
+        " data.train with its labels."
       )
-    shards = [place[name] for name in names]
+    shards = [index[name] for name in names]
     for file, count, shard in zip(self._files, counts, shards, strict=True):
-      if (made_for := self._set.shards[shard].records) < count:
+      if (labelled := self.label_set.counts[shard]) < count:
         raise LabelError(
-          f"{self._set!r} was made for {made_for} records of {file.name}, which"
-          f" has {count}: make the labels of this shard again."
+          f"{self.label_set!r} has labels of {labelled} records of {file.name},"
+          f" which has {count}: label this shard again."
         )
     return shards
 
   def _check_samples(self, source: Source, counts: np.ndarray) -> None:
     """Compares keys and images of a few records with the manifest's."""
+    shards = self.label_set.manifest["shards"]
     samples = [
       (int(start) + at, file, key, image)
       for start, count, file, shard in zip(
         self._starts, counts, self._files, self._shards, strict=True
       )
-      for at, key, image in self._set.shards[shard].samples
+      for at, key, image in shards[shard]["samples"]
       if at < count
     ]
     chosen = samples[:: -(-len(samples) // _CHECKED) or 1]
@@ -228,59 +247,50 @@ class AlignedLabels:
         return
       if record["key"] != key:
         raise LabelError(
-          f"{self._set!r} was made for other shards: record {i} of {source!r},"
-          f" in {file.name}, has the key {record['key']!r}, and had {key!r}."
-          f" {_CURE}"
+          f"{self.label_set!r} is of other shards: record {i} of {source!r}, in"
+          f" {file.name}, has the key {record['key']!r}, expected {key!r}."
+          f" {_ADVICE}"
         )
       if label_sets.hash_image(record["image"]) != image:
         raise LabelError(
-          f"{self._set!r} was made for other images: the bytes of"
-          f" {record['key']!r} in {file} are not those that it was made for,"
-          f" though the key is the same. {_CURE}"
+          f"{self.label_set!r} is of other images: {record['key']!r} in {file}"
+          f" has the same key but other bytes. {_ADVICE}"
         )
 
     with futures.ThreadPoolExecutor(_THREADS) as pool:
       list(pool.map(check, chosen))
 
-  def get(self, i: int, record: Record) -> Label | None:
-    """The label of record `i`.
-
-    Raises:
-      BadRecord: the label is damaged.
-      LabelError: it is of another record.
-    """
+  def _get(self, i: int, record: Record) -> Label | None:
     shard = int(np.searchsorted(self._starts, i, side="right")) - 1
     at = i - int(self._starts[shard])
-    try:
-      stored = self._set.read(self._shards[shard], at)
-    except BadRecord as error:
-      raise _damaged(record, error) from error
+    stored = self.label_set.read(self._shards[shard], at)
     if stored.key != record["key"]:
       raise LabelError(
-        f"{self._set!r}: label {at} of {self._set.names[self._shards[shard]]}"
-        f" is of the record {stored.key!r}, record {at} of"
-        f" {self._files[shard]} is {record['key']!r}. {_CURE}"
+        f"{self.label_set!r}: label {at} of"
+        f" {self.label_set.names[self._shards[shard]]} is of the record"
+        f" {stored.key!r}, record {at} of {self._files[shard]} is"
+        f" {record['key']!r}. {_ADVICE}"
       )
     return stored.label
 
 
-_CURE = (
-  "Make the labels again for these shards; or, if they were made on another"
-  " copy of the same images, set join='key'."
+_ADVICE = (
+  "Label these shards again; or, if the labels are of another copy of the same"
+  " images, set join='key'."
 )
 
 
-class KeyedLabels:
-  """Labels found by the key of their record.
+class KeyedLabels(JoinedLabels):
+  """Labels joined by key.
 
-  The keys' hashes and the labels' positions are a sorted table in a file of 16
-  bytes a label, which is made once, mapped into memory and searched. Hashes
-  can collide; the stored key decides.
+  The index is a sorted table of the keys' hashes and the labels' positions, 16
+  bytes a label, in a memory-mapped file that is written once. Hashes can
+  collide; the stored key decides.
 
   Args:
     labels: the set.
     source: of any type whose keys are those of the set.
-    index_dir: where the table is kept; None for the set's folder.
+    index_dir: folder of the table; None for the set's.
 
   Raises:
     LabelError: none of the source's records has a label.
@@ -294,26 +304,28 @@ class KeyedLabels:
     *,
     index_dir: str | os.PathLike | None = None,
   ):
-    self.kind = labels.kind
-    self._set = labels
+    super().__init__(labels)
     folder = Path(labels.folder if index_dir is None else index_dir)
-    # Named by the set, so that the table of another one is never read.
+    # The digest distinguishes the tables of several sets.
     self._file = folder.expanduser() / f"keys-{labels.digest}.npy"
-    counts = [shard.records for shard in labels.shards]
-    self._ends = np.cumsum(counts, dtype=np.int64)
+    self._ends = np.cumsum(labels.counts, dtype=np.int64)
     if not self._file.exists():
-      _write_table(self._file, _table(labels))
-    self._map()
-    self._report(source)
+      _write_table(self._file, labels)
+    self._log_coverage(source)
 
-  def _map(self) -> None:
-    self._table = np.load(self._file, mmap_mode="r", allow_pickle=False)
+  @functools.cached_property
+  def _table(self) -> np.ndarray:
+    return np.load(self._file, mmap_mode="r", allow_pickle=False)
 
-  def _report(self, source: Source) -> None:
-    """Says how many records have a label, from a sample of them."""
+  def __getstate__(self) -> dict[str, Any]:
+    # Pickling a memory map copies all of its bytes.
+    return {k: v for k, v in vars(self).items() if k != "_table"}
+
+  def _log_coverage(self, source: Source) -> None:
+    """Logs how many records have a label, from a sample of them."""
     numbers = np.linspace(0, len(source) - 1, min(len(source), _CHECKED))
 
-    def found(i: int) -> bool:
+    def has_label(i: int) -> bool:
       try:
         key = source[i]["key"]
       except BadRecord:
@@ -321,17 +333,17 @@ class KeyedLabels:
       return self._find(key) is not None
 
     with futures.ThreadPoolExecutor(_THREADS) as pool:
-      hits = sum(pool.map(found, numbers.astype(int).tolist()))
+      hits = sum(pool.map(has_label, numbers.astype(int).tolist()))
     if not hits and len(numbers) == len(source):
       raise LabelError(
-        f"No key of {source!r} is in {self._set!r}: the source's first is"
-        f" {source[0]['key']!r}, the set's {self._set.read(0, 0).key!r}."
+        f"No key of {source!r} is in {self.label_set!r}: the source's first is"
+        f" {source[0]['key']!r}, the set's {self.label_set.read(0, 0).key!r}."
       )
     log.log(
       logging.INFO if hits else logging.WARNING,
       "%s: %.1f %% of the records of %r have an entry, by their keys (%d of %d"
-      " looked at).",
-      self._set,
+      " checked).",
+      self.label_set,
       100 * hits / len(numbers),
       source,
       hits,
@@ -339,76 +351,47 @@ class KeyedLabels:
     )
 
   def _find(self, key: str) -> Stored | None:
-    """The label stored with this key, valid or not."""
-    wanted = np.uint64(label_sets.hash_key(key))
+    """The entry of a key, with or without a label."""
+    target = np.uint64(label_sets.hash_key(key))
     hashes, positions = self._table
-    at = int(np.searchsorted(hashes, wanted))
-    while at < len(hashes) and hashes[at] == wanted:
+    at = int(np.searchsorted(hashes, target))
+    while at < len(hashes) and hashes[at] == target:
       position = int(positions[at])
       shard = int(np.searchsorted(self._ends, position, side="right"))
-      first = int(self._ends[shard - 1]) if shard else 0
-      stored = self._set.read(shard, position - first)
+      start = int(self._ends[shard]) - self.label_set.counts[shard]
+      stored = self.label_set.read(shard, position - start)
       if stored.key == key:
         return stored
       at += 1
     return None
 
-  def get(self, i: int, record: Record) -> Label | None:
-    """The label with the key of the record; one that is missing is counted.
-
-    Raises:
-      BadRecord: the label is damaged.
-    """
-    try:
-      stored = self._find(record["key"])
-    except BadRecord as error:
-      raise _damaged(record, error) from error
+  def _get(self, i: int, record: Record) -> Label | None:
+    stored = self._find(record["key"])
     if stored is None:
       reason = f"{self.kind}: no entry with the key in the label set"
       count_dropped(record, {reason: 1})
       return None
     return stored.label
 
-  def __getstate__(self) -> dict:
-    # Pickled, a memory map is all of its bytes.
-    return {k: v for k, v in vars(self).items() if k != "_table"}
 
-  def __setstate__(self, state: dict) -> None:
-    vars(self).update(state)
-    self._map()
-
-
-def _table(labels: LabelSet) -> UInt64[np.ndarray, "2 n"]:
-  """Sorted hashes of the keys, and the positions of their labels."""
-  shards = [labels.key_hashes(shard) for shard in range(len(labels.shards))]
+def _write_table(file: Path, labels: LabelSet) -> None:
+  """Writes the sorted hashes of the keys and their labels' positions."""
+  shards = [labels.key_hashes(shard) for shard in range(len(labels.names))]
   hashes = np.concatenate([np.zeros(0, np.uint64), *shards])
   order = np.argsort(hashes, kind="stable")
-  return np.stack([hashes[order], order.astype(np.uint64)])
-
-
-def _write_table(file: Path, table: np.ndarray) -> None:
-  """Atomically: a reader sees the whole file or none."""
+  table: UInt64[np.ndarray, "2 n"] = np.stack(
+    [hashes[order], order.astype("u8")]
+  )
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(
-      prefix=f".{file.name}.", suffix=".tmp", dir=file.parent
-    )
-    try:
-      with os.fdopen(handle, "wb") as stream:
-        np.save(stream, table, allow_pickle=False)
-      # mkstemp's files are for their owner only; a table is for all readers.
-      os.chmod(temporary, 0o644)
-      os.replace(temporary, file)
-    except BaseException:
-      os.unlink(temporary)
-      raise
+    with (
+      atomic.replace_file(file) as temporary,
+      temporary.open("wb") as stream,
+    ):
+      np.save(stream, table, allow_pickle=False)
   except OSError as error:
     raise OSError(
       f"A join by key needs the table {file}, which can't be written"
       f" ({error.strerror or error}). Give these labels an index_dir that can"
       " be written."
     ) from error
-
-
-def _damaged(record: Record, error: BadRecord) -> BadRecord:
-  return BadRecord(record["key"], f"its label {error.key} {error.reason}")

@@ -1,21 +1,21 @@
 """Label sets: folders of labels for the records of shards.
 
-  manifest.json         what it is: kind, settings, counts, the base's shards
+  settings.json         kind, settings, record counts of the base's shards
+  manifest.json         the same with the statistics; written last
   00000.array_record    a label for every record of the base's 00000, in order
   00000.keys.npy        uint64, a hash of each record's key, for joins by key
-  00000_stats.json      what the manifest says of this shard
+  00000_stats.json      the manifest's entry of this shard
 
-A record without a label has one that says so, never a gap: record i of a base
-shard and label i of its file belong together. Every label holds its record's
-key, and the manifest a few of the base's keys and image hashes.
+Record i of a base shard and label i of its file belong together: a record
+without a label has an entry that is marked invalid. Every label stores its
+record's key, and the manifest a few of the base's keys and image hashes.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,18 @@ from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import Stored
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
+from mtv_jax.data.sources.base import Source
+from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, MissingFileError
 from mtv_jax.utils.process_cache import ProcessCache
 
 VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST, SETTINGS = "manifest.json", "settings.json"
 _SUFFIXES = (".tar", ".array_record", ".parquet")
 _THREADS = 16
+# Of differences in errors: lines, and characters of a value.
+_MAX_LINES, _MAX_CHARACTERS = 12, 60
+_ABSENT = object()
 
 
 class LabelError(InputError):
@@ -41,7 +46,7 @@ class LabelError(InputError):
 
 
 def stem(file: Path) -> str:
-  """What a base shard and its labels have in common: "00000"."""
+  """The name that a base shard and its labels share, such as "00000"."""
   for suffix in _SUFFIXES:
     if file.name.endswith(suffix):
       return file.name[: -len(suffix)]
@@ -49,29 +54,14 @@ def stem(file: Path) -> str:
 
 
 def hash_key(key: str) -> int:
-  """64 bits of a record's key."""
+  """64-bit hash of a record's key."""
   digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
   return int.from_bytes(digest, "little")
 
 
 def hash_image(image: bytes) -> str:
-  """64 bits of an image file, in hexadecimal."""
+  """64-bit hash of an image file, in hexadecimal."""
   return hashlib.blake2b(image, digest_size=8).hexdigest()
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-  """What a manifest says of one shard.
-
-  Attributes:
-    base: name of the base's file.
-    records: of it, and so of the file of labels.
-    samples: (number, key, image hash) of a few of the base's records.
-  """
-
-  base: str
-  records: int
-  samples: Sequence[tuple[int, str, str]]
 
 
 class LabelSet:
@@ -79,66 +69,54 @@ class LabelSet:
 
   Args:
     folder: of the label set.
-    kind: "depth" or "boxes", which it must be of.
+    kind: the expected kind, "depth" or "boxes".
 
   Attributes:
-    folder: of the set.
-    kind: of its labels.
-    manifest: the whole of it.
-    names: its shards, without suffix, in order.
-    shards: what the manifest says of each.
-    digest: of the manifest; another one is another set.
+    manifest: the parsed manifest.
+    digest: hash of the manifest, which identifies the set.
+    names: stems of its shards, in order.
+    counts: records of each shard.
 
   Raises:
-    MissingFileError: no such folder, no manifest or a missing file.
-    LabelError: another kind or version, or files that are not those that the
-      manifest tells of.
+    MissingFileError: the folder, its manifest or another file is missing.
+    LabelError: another kind or version, or files that contradict the manifest.
   """
 
   def __init__(self, folder: str | os.PathLike, *, kind: str):
     self.folder = Path(folder).expanduser()
     self.kind = kind
-    text = _read_manifest(self.folder)
-    self.digest = hashlib.blake2b(text, digest_size=8).hexdigest()
-    self.manifest = _parse_manifest(text, self.folder, kind)
-    self.shards = [
-      Shard(s["base"], s["records"], [tuple(x) for x in s["samples"]])
-      for s in self.manifest["shards"]
-    ]
-    self.names = [stem(Path(shard.base)) for shard in self.shards]
-    files = [self.folder / f"{name}.array_record" for name in self.names]
-    self._check_files(files)
-    self._files = files
-    # Half of what others take: a source may have two sets beside its own
-    # files, and they must stay within the process's limit together.
+    self.manifest, self.digest = _load_manifest(self.folder, kind)
+    shards = self.manifest["shards"]
+    self.names = [stem(Path(shard["base"])) for shard in shards]
+    self.counts = [shard["records"] for shard in shards]
+    self._files = [self.folder / f"{name}.array_record" for name in self.names]
+    self._check_files()
+    # Two sets and the files of their source share the limit of the process.
     self._readers = ProcessCache(
-      functools.partial(array_record.open_reader, files), descriptors=2
+      functools.partial(array_record.open_reader, self._files), descriptors=2
     )
 
-  def _check_files(self, files: list[Path]) -> None:
+  def _check_files(self) -> None:
+    files = self._files
     if missing := [file.name for file in files if not file.exists()]:
       raise MissingFileError(
         f"{len(missing)} of {len(files)} files of the label set {self.folder}"
-        f" are missing: {', '.join(missing[:8])}. Copy or make them again."
+        f" are missing: {', '.join(missing[:8])}. Copy or write them again."
       )
     with futures.ThreadPoolExecutor(_THREADS) as pool:
       counts = list(pool.map(array_record.count_records, files))
-    for file, count, shard in zip(files, counts, self.shards, strict=True):
-      if count != shard.records:
+    for file, count, expected in zip(files, counts, self.counts, strict=True):
+      if count != expected:
         raise LabelError(
-          f"{file} holds {count} labels, {MANIFEST} beside it says"
-          f" {shard.records}: they are of different sets. Make the set again."
+          f"{file} holds {count} labels, {MANIFEST} lists {expected}: they are"
+          " of different sets. Write the set again."
         )
 
   def __len__(self) -> int:
-    return sum(shard.records for shard in self.shards)
+    return sum(self.counts)
 
   def read(self, shard: int, at: int) -> Stored:
-    """Label `at` of a shard.
-
-    Raises:
-      BadRecord: if its bytes are damaged.
-    """
+    """Label `at` of a shard; a BadRecord if its bytes are damaged."""
     where = f"{self.folder.name}/{self._files[shard].name}:{at}"
     try:
       (data,) = self._readers.get(shard).read([at])
@@ -152,13 +130,13 @@ class LabelSet:
     if not file.exists():
       raise MissingFileError(
         f"The label set {self.folder} has no {file.name}, which a join by key"
-        " needs. Copy it from where the set was made, or make it again."
+        " needs. Copy it from the original set, or write the set again."
       )
     hashes = np.load(file, allow_pickle=False)
-    if hashes.shape != (self.shards[shard].records,):
+    if hashes.shape != (self.counts[shard],):
       raise LabelError(
-        f"{file} is of {hashes.shape}, expected {self.shards[shard].records}"
-        " hashes: it is of another set. Make the set again."
+        f"{file} is of {hashes.shape}, expected {self.counts[shard]} hashes: it"
+        " is of another set. Write the set again."
       )
     return hashes.astype(np.uint64)
 
@@ -166,39 +144,150 @@ class LabelSet:
     return f"LabelSet({self.kind}, {self.folder}, {len(self)} records)"
 
 
-def _read_manifest(folder: Path) -> bytes:
+def _load_manifest(folder: Path, kind: str) -> tuple[Mapping[str, Any], str]:
+  """The manifest and its hash."""
+  file = folder / MANIFEST
   if not folder.is_dir():
     raise MissingFileError(f"There is no folder of labels {folder}.")
-  file = folder / MANIFEST
   if not file.exists():
     raise MissingFileError(
-      f"{folder} has no {MANIFEST}: it is no label set, or one that is not"
-      " finished. Run the command that makes it again; it goes on where it"
-      " stopped."
+      f"{folder} has no {MANIFEST}: it is not a label set, or not finished. The"
+      " command that writes it resumes it."
     )
-  return file.read_bytes()
-
-
-def _parse_manifest(text: bytes, folder: Path, kind: str) -> Mapping[str, Any]:
-  file = folder / MANIFEST
+  data = file.read_bytes()
   try:
-    manifest = json.loads(text)
-    version, found = manifest["version"], manifest["kind"]
-    # Named here, so that a file that lacks one is told of by its name.
+    manifest = json.loads(data)
+    version, stored = manifest["version"], manifest["kind"]
     for shard in manifest["shards"]:
       _ = shard["base"], shard["records"], shard["samples"]
   except (ValueError, KeyError, TypeError) as error:
     raise LabelError(
-      f"{file} is no manifest of a label set ({type(error).__name__}: {error})."
+      f"{file} is not a manifest of a label set ({type(error).__name__}:"
+      f" {error})."
     ) from error
   if version != VERSION:
     raise LabelError(
-      f"{file} is of version {version}, this code reads {VERSION}: make the"
+      f"{file} is of version {version}, this code reads {VERSION}: write the"
       " labels again."
     )
-  if found != kind:
+  if stored != kind:
     raise LabelError(
-      f"{folder} holds labels of kind {found!r}, given as {kind!r}. Write"
-      f" labels=dict({found}={str(folder)!r})."
+      f"{folder} holds labels of kind {stored!r}, given as {kind!r}. Write"
+      f" labels=dict({stored}={str(folder)!r})."
     )
-  return manifest
+  return manifest, hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def describe_settings(
+  kind: str, settings: Mapping[str, Any], base: Source
+) -> dict[str, Any]:
+  """The content of `settings.json`.
+
+  Args:
+    kind: of the labels.
+    settings: all that determines the labels (JSON).
+    base: the source.
+
+  Raises:
+    TypeError: settings that JSON can't represent.
+  """
+  counts = np.diff(base.shards, prepend=0).tolist()
+  described = {
+    "version": VERSION,
+    "kind": kind,
+    "settings": dict(settings),
+    "base": {f.name: n for f, n in zip(base.files, counts, strict=True)},
+  }
+  # JSON turns tuples into lists.
+  return json.loads(json.dumps(described))
+
+
+def write_or_check_settings(out: Path, described: Mapping[str, Any]) -> None:
+  """Writes `settings.json` before the first label, or compares with it.
+
+  Raises:
+    FileExistsError: the folder has other settings; lists the differences.
+  """
+  if (out / MANIFEST).exists():
+    check_manifest(out, described)
+  file = out / SETTINGS
+  stored = _parse(atomic.write_if_absent(file, to_json(described)), file)
+  _require_equal(stored, described, f"{out} has an unfinished label set")
+
+
+def check_manifest(out: Path, described: Mapping[str, Any]) -> None:
+  """Compares a finished label set with the requested settings.
+
+  Args:
+    out: its folder.
+    described: from `describe_settings`; missing keys are not compared.
+
+  Raises:
+    FileExistsError: they differ; lists the differences.
+  """
+  manifest = _parse((out / MANIFEST).read_bytes(), out / MANIFEST)
+  shards = manifest.get("shards", [])
+  manifest["base"] = {shard["base"]: shard["records"] for shard in shards}
+  stored = {key: manifest.get(key) for key in described}
+  _require_equal(stored, described, f"{out} has a finished label set")
+
+
+def to_json(content: Any) -> bytes:
+  """The form of all JSON files of a label set."""
+  return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _parse(data: bytes, file: Path) -> dict[str, Any]:
+  try:
+    content = json.loads(data)
+    if not isinstance(content, dict):
+      raise ValueError(f"a {type(content).__name__}")
+  except ValueError as error:
+    raise FileExistsError(
+      f"{file} can't be read ({error}), so the settings of its labels are"
+      " unknown. Remove the folder, or give another one."
+    ) from error
+  return content
+
+
+def _require_equal(
+  stored: Mapping[str, Any], requested: Mapping[str, Any], prefix: str
+) -> None:
+  if changed := format_differences(stored, requested):
+    raise FileExistsError(
+      f"{prefix} with other settings (stored -> requested):{changed}\n"
+      "Give another folder, or remove this one to label again."
+    )
+
+
+def format_differences(
+  stored: Mapping[str, Any], requested: Mapping[str, Any]
+) -> str:
+  """Lines such as "settings.threshold: 0.1 -> 0.2"; the first of many."""
+  old, new = dict(flatten(stored)), dict(flatten(requested))
+  lines = [
+    f"{key}: {_format_leaf(old, key)} -> {_format_leaf(new, key)}"
+    for key in old | new
+    if old.get(key, _ABSENT) != new.get(key, _ABSENT)
+  ]
+  more = len(lines) - _MAX_LINES
+  shown = lines[:_MAX_LINES] + [f"... and {more} more"] * (more > 0)
+  return "".join(f"\n  {line}" for line in shown)
+
+
+def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+  """(dotted name, value) of each leaf of nested settings."""
+  if not isinstance(value, Mapping) or not value:
+    yield name, value
+    return
+  for key, inner in value.items():
+    yield from flatten(inner, f"{name}.{key}" if name else str(key))
+
+
+def _format_leaf(leaves: Mapping[str, Any], key: str) -> str:
+  if key not in leaves:
+    return "none"
+  text = json.dumps(leaves[key], ensure_ascii=False)
+  if len(text) <= _MAX_CHARACTERS:
+    return text
+  return f"{text[: _MAX_CHARACTERS - 3]}..."

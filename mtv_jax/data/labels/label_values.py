@@ -1,17 +1,15 @@
-"""Label values (depth, boxes): construction, checks, packing.
+"""Label values (depth, boxes): validation and serialization.
 
 Depth is inverse depth (larger is nearer) over the whole image, squashed to a
 square and scaled to 16 bits. Boxes are in the unit square, each with a phrase
-and a score. `make_depth` and `make_boxes` take values from anywhere, leave out
-what can't be trained on and count it by reason; what they return is fit for
-use as it is.
+and a score. `make_depth` and `make_boxes` drop unusable raw values and count
+them by reason.
 
-A packed label is a msgpack map: `key`, `valid` and, if it is, for depth
+A serialized label is a msgpack map: `key`, `valid` and, if valid, for depth
 `png16` (an image file), `lo`, `hi`, `side`, for boxes `boxes` (uint16, 65535
 times the coordinate), `scores` (float32) and `phrases`.
 """
 
-import collections
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -29,14 +27,12 @@ from mtv_jax.utils.errors import InputError
 KINDS = ("depth", "boxes")
 
 TOP = 65535
-# Fewer labelled pixels say nothing about a picture: a scale and a shift are
-# fitted to them.
+# Labelled pixels of a map: the loss fits a scale and a shift to them.
 MIN_VALID = 16
-# So many pixels a side hold that many.
 MIN_SIDE = 4
-# Area averages of a constant map differ in the last bits of float32.
+# Relative range below which a map is constant, up to float32 rounding.
 _CONSTANT = 1e-5
-# Rounded annotations may end this far outside without being wrong.
+# Distance outside the image that is attributed to rounding.
 _OUTSIDE = 1e-3
 
 
@@ -46,7 +42,7 @@ class DepthLabel:
 
   Attributes:
     values: 0 has no label; 1 to 65535 is `low` to `high`.
-    low, high: least and greatest inverse depth, in the unit it came in.
+    low, high: smallest and largest inverse depth, in the original unit.
   """
 
   values: UInt16[np.ndarray, "side side"]
@@ -55,7 +51,7 @@ class DepthLabel:
 
   @property
   def inverse(self) -> Float32[np.ndarray, "side side"]:
-    """Inverse depth in its own unit, NaN where there is no label."""
+    """Inverse depth in the original unit, NaN where there is no label."""
     share = (self.values.astype(np.float32) - 1) / (TOP - 1)
     inverse = self.low + share * (self.high - self.low)
     return np.where(self.values > 0, inverse, np.nan).astype(np.float32)
@@ -63,12 +59,9 @@ class DepthLabel:
 
 @dataclasses.dataclass(frozen=True)
 class BoxLabel:
-  """Named boxes of one image; there may be none.
+  """Boxes (y0, x0, y1, x1) of one image in the unit square, possibly none.
 
-  Attributes:
-    boxes: (y0, x0, y1, x1) in the unit square, none empty.
-    phrases: what is in each.
-    scores: how sure that is; 1 for annotations by people.
+  Scores are confidences, 1 for human annotations.
   """
 
   boxes: Float32[np.ndarray, "n 4"]
@@ -81,19 +74,14 @@ Label = DepthLabel | BoxLabel
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """A label made from raw values.
-
-  Attributes:
-    label: None where the image has none.
-    counts: by reason, what was left out, or changed.
-  """
+  """A label, or None, and what was dropped or changed, counted by reason."""
 
   label: Label | None
   counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def no_label(reason: str) -> Outcome:
-  """An image that has no label, for this reason."""
+  """The outcome of an image without a label."""
   return Outcome(None, {reason: 1})
 
 
@@ -106,31 +94,31 @@ def make_depth(
 ) -> Outcome:
   """The depth label of an image.
 
-  Values times mask and mask are averaged over each stored pixel's area and
-  divided, so that a hole does not leak into its rim; a stored pixel is
-  labelled if more than half of its area is.
+  A stored pixel is the mean over the valid part of its area, and is labelled
+  if that is more than half of it.
 
   Args:
     inverse: 1 / depth, or an expert's disparity, in any unit.
-    side: pixels a side of the label.
-    valid: pixels to use; None for all. Those that are NaN or infinite are
-      never used.
-    min_valid: a label with fewer labelled pixels is none.
+    side: side of the label in pixels.
+    valid: pixels to use; None for all finite ones.
+    min_valid: smallest number of labelled pixels.
   """
-  counts: collections.Counter[str] = collections.Counter()
+  counts = {}
   finite = np.isfinite(inverse)
-  usable = finite if valid is None else finite & valid
-  if (~finite if valid is None else valid & ~finite).any():
-    counts["depth: a map with NaN or infinite pixels, left without label"] += 1
+  valid = np.ones_like(finite) if valid is None else valid
+  usable = finite & valid
+  if (valid & ~finite).any():
+    counts["depth: a map with NaN or infinite pixels, left without label"] = 1
   values, labelled = _squash(np.where(usable, inverse, 0), usable, side)
-  found = values[labelled]
-  if found.size < max(min_valid, 2):
-    counts[f"depth: a map with fewer than {min_valid} labelled pixels"] += 1
-    return Outcome(None, counts)
-  low, high = float(found.min()), float(found.max())
+  pixels = values[labelled]
+  if pixels.size < max(min_valid, 2):
+    reason = f"depth: a map with fewer than {min_valid} labelled pixels"
+    return Outcome(None, {**counts, reason: 1})
+  low, high = float(pixels.min()), float(pixels.max())
   if not high - low > _CONSTANT * max(abs(low), abs(high)):
-    counts["depth: a map that is the same everywhere"] += 1
-    return Outcome(None, counts)
+    return Outcome(
+      None, {**counts, "depth: a map that is the same everywhere": 1}
+    )
   share = (values.astype(np.float64) - low) / (high - low)
   scaled = 1 + np.rint(share.clip(0, 1) * (TOP - 1))
   scaled = np.where(labelled, scaled, 0).astype(np.uint16)
@@ -140,7 +128,7 @@ def make_depth(
 def _squash(
   values: np.ndarray, usable: np.ndarray, side: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Float32 means of the usable values, and which pixels have one."""
+  """Float32 means of the usable values, and a mask of the labelled pixels."""
   height, width = values.shape
   if (height, width) == (side, side):
     return values.astype(np.float32), usable
@@ -160,33 +148,33 @@ def make_boxes(
   phrases: Sequence[str],
   scores: Float[np.ndarray, "n"] | None = None,
 ) -> Outcome:
-  """The box label of an image: boxes cut to it, unusable ones left out.
+  """The box label of an image: boxes clipped to it, without unusable ones.
 
   Args:
-    boxes: (y0, x0, y1, x1), 0 to 1 being the image.
-    phrases: what is in each.
-    scores: how sure that is; None for 1.
+    boxes: (y0, x0, y1, x1) in units of the image; may exceed it.
+    phrases: one per box.
+    scores: one per box; None for 1.
 
   Raises:
-    InputError: there are not as many of each.
+    InputError: the numbers of boxes, phrases and scores differ.
   """
   boxes = boxes.astype(np.float32)
   ones = np.ones(len(boxes), np.float32)
   scores = ones if scores is None else scores.astype(np.float32)
   if not len(boxes) == len(phrases) == len(scores):
     raise InputError(
-      f"{len(boxes)} boxes, {len(phrases)} phrases and {len(scores)} scores;"
-      " each box has one of each"
+      f"{len(boxes)} boxes, {len(phrases)} phrases and {len(scores)} scores:"
+      " expected as many of each."
     )
   finite = np.isfinite(boxes).all(1) & np.isfinite(scores)
   raw = np.where(finite[:, None], boxes, 0)
   inside = raw.clip(0, 1)
   extent = (raw[:, 2:] - raw[:, :2]).min(1, initial=np.inf)
-  stored = quantise(inside).astype(np.int32)
+  stored = _quantize(inside).astype(np.int32)
   thin = ((stored[:, 2:] - stored[:, :2]) < 1).any(1)
   beyond = (abs(raw - inside) > _OUTSIDE).any(1)
   blank = np.array([not phrase.strip() for phrase in phrases], np.bool_)
-  # The first of these that is true of a box is the reason to leave it out.
+  # Of several reasons the first is counted.
   reasons = {
     "boxes: NaN or infinite": ~finite,
     "boxes: inverted": extent < 0,
@@ -194,49 +182,40 @@ def make_boxes(
     "boxes: outside the image": thin,
     "boxes: without a phrase": blank,
   }
-  counts, kept = {}, np.ones(len(boxes), np.bool_)
+  counts, usable = {}, np.ones(len(boxes), np.bool_)
   for reason, wrong in reasons.items():
-    counts[reason] = int((kept & wrong).sum())
-    kept &= ~wrong
-  counts["boxes: reached outside the image, cut"] = int((kept & beyond).sum())
+    counts[reason] = int((usable & wrong).sum())
+    usable &= ~wrong
+  counts["boxes: reached outside the image, cut"] = int((usable & beyond).sum())
   label = BoxLabel(
-    inside[kept],
-    tuple(p for p, keep in zip(phrases, kept, strict=True) if keep),
-    scores[kept],
+    inside[usable],
+    tuple(phrases[i] for i in np.flatnonzero(usable)),
+    scores[usable],
   )
   return Outcome(label, {reason: n for reason, n in counts.items() if n})
 
 
-def quantise(
-  boxes: Float32[np.ndarray, "n 4"],
-) -> UInt16[np.ndarray, "n 4"]:
-  """Coordinates of the unit square as they are stored."""
+def _quantize(boxes: np.ndarray) -> np.ndarray:
   return np.rint(boxes.astype(np.float64) * TOP).astype(np.uint16)
 
 
 def phrase_id(phrase: str) -> int:
-  """32 bits that are equal for phrases that say the same.
-
-  Case, punctuation and spaces make no difference, as in `canonicalize`.
-  """
+  """A 32-bit hash of a phrase up to case, punctuation and spaces."""
   text = canonicalize(phrase) or phrase.strip()
   digest = hashlib.blake2s(text.encode(), digest_size=4).digest()
   return int.from_bytes(digest, "little")
 
 
-# How a label lies in a file.
-
-
 @dataclasses.dataclass(frozen=True)
 class Stored:
-  """A packed label: whose it is, and the label if there is one."""
+  """A deserialized label, None if the record with this key has none."""
 
   key: str
   label: Label | None
 
 
 def encode(key: str, label: Label | None) -> bytes:
-  """Bytes of a label."""
+  """Serializes a label."""
   packed: dict[str, Any] = {"key": key, "valid": label is not None}
   if isinstance(label, DepthLabel):
     _, png = cv2.imencode(".png", label.values)
@@ -248,7 +227,7 @@ def encode(key: str, label: Label | None) -> bytes:
     }
   elif isinstance(label, BoxLabel):
     packed |= {
-      "boxes": quantise(label.boxes).astype("<u2").tobytes(),
+      "boxes": _quantize(label.boxes).astype("<u2").tobytes(),
       "scores": label.scores.astype("<f4").tobytes(),
       "phrases": list(label.phrases),
     }
@@ -256,30 +235,25 @@ def encode(key: str, label: Label | None) -> bytes:
 
 
 def decode(data: bytes, *, kind: str, where: str) -> Stored:
-  """The label that `encode` packed.
+  """Deserializes a label.
 
   Args:
-    data: the bytes of one label.
+    data: from `encode`.
     kind: "depth" or "boxes".
-    where: names it in errors, such as "00000.array_record:17".
+    where: position of the label for errors, such as "00000.array_record:17".
 
   Raises:
-    BadRecord: if the bytes are damaged, or a label of another kind.
+    BadRecord: the bytes are damaged, or a label of another kind.
   """
+  unpack = {"depth": _unpack_depth, "boxes": _unpack_boxes}[kind]
+  invalid = (ValueError, TypeError, KeyError, msgpack.UnpackException)
   try:
     packed = msgpack.unpackb(data)
     key, valid = packed["key"], packed["valid"]
-    unpack = {"depth": _unpack_depth, "boxes": _unpack_boxes}[kind]
     return Stored(key, unpack(packed) if valid else None)
-  except (
-    ValueError,
-    TypeError,
-    KeyError,
-    msgpack.UnpackException,
-    cv2.error,
-  ) as error:
+  except (*invalid, cv2.error) as error:
     raise BadRecord(
-      where, f"is no label of {kind} ({type(error).__name__}: {error})"
+      where, f"is not a {kind} label ({type(error).__name__}: {error})"
     ) from error
 
 
@@ -288,9 +262,9 @@ def _unpack_depth(packed: Mapping[str, Any]) -> DepthLabel:
   values = cv2.imdecode(png, cv2.IMREAD_UNCHANGED)
   side = packed["side"]
   if values is None or values.dtype != np.uint16:
-    raise InputError("png16 is no 16-bit PNG")
+    raise ValueError("png16 is not a 16-bit PNG")
   if values.shape != (side, side):
-    raise InputError(f"png16 is {values.shape}, side is {side}")
+    raise ValueError(f"png16 is {values.shape}, side is {side}")
   return DepthLabel(values, packed["lo"], packed["hi"])
 
 
@@ -300,7 +274,7 @@ def _unpack_boxes(packed: Mapping[str, Any]) -> BoxLabel:
   scores = np.frombuffer(packed["scores"], "<f4").astype(np.float32)
   phrases = tuple(packed["phrases"])
   if not len(boxes) == len(scores) == len(phrases):
-    raise InputError(
+    raise ValueError(
       f"{len(boxes)} boxes, {len(phrases)} phrases, {len(scores)} scores"
     )
   return BoxLabel(boxes, phrases, scores)

@@ -1,9 +1,9 @@
 """Writer of label sets, one base shard after the other.
 
-A shard's files appear when it is complete, and the manifest when all are: a
-run that was stopped goes on with the shards that are missing, and several can
-share the work by taking different ones. No file holds when, where or in which
-order it was made, so that the same labels are the same bytes.
+A shard's statistics are its last file, and the manifest is the last file of
+the set: an interrupted run resumes with the unfinished shards, and several
+processes can write different ones. Files hold no time, host or order of
+writing, so that the same labels are the same bytes.
 """
 
 import collections
@@ -19,20 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.data.labels import (
-  label_sets,
-  label_values,
-)
-from mtv_jax.data.labels import (
-  settings as label_settings,
-)
-from mtv_jax.data.labels.label_sets import LabelError
+from mtv_jax.data.labels import label_sets, label_values
+from mtv_jax.data.labels.label_sets import LabelError, to_json
 from mtv_jax.data.labels.label_values import BoxLabel, Outcome
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import atomic
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, check_choice
 
 _THREADS = 16
 
@@ -43,9 +37,9 @@ class Entry:
 
   Attributes:
     key: of the record.
-    outcome: its label, or why it has none.
-    image: `hash_image` of its picture, "" if that can't be read; None where
-      nobody has read it.
+    outcome: its label, or the reason why it has none.
+    image: `hash_image` of its image, "" if that can't be read; None if the
+      labels were written without reading images.
   """
 
   key: str
@@ -55,13 +49,13 @@ class Entry:
 
 @dataclasses.dataclass
 class Summary:
-  """What a label set, or a shard of it, holds.
+  """Counts of a label set or a shard.
 
   Attributes:
     records: of the base.
-    labelled: those with a label.
-    boxes: in all labels, of sets of boxes.
-    reasons: what was left out or missing, by reason.
+    labelled: records with a label.
+    boxes: in all labels.
+    reasons: why labels are missing or changed.
   """
 
   records: int = 0
@@ -80,12 +74,9 @@ class Summary:
     self.reasons.update(outcome.counts)
 
   def to_dict(self) -> dict[str, Any]:
-    """A JSON object, the most frequent reason first."""
-    return dataclasses.asdict(self) | {"reasons": dict(self.ranked())}
-
-  def ranked(self) -> list[tuple[str, int]]:
-    """Reasons and counts, most frequent first, then by name."""
-    return sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
+    """A JSON object, reasons by falling count, then by name."""
+    order = sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
+    return dataclasses.asdict(self) | {"reasons": dict(order)}
 
   def format_summary(self, kind: str, out: str | os.PathLike) -> str:
     """The counts and reasons as text."""
@@ -94,7 +85,8 @@ class Summary:
       f"{self.labelled:,} of {self.records:,} records have a label{boxes}, in"
       f" {out}."
     ]
-    lines += [f"  {n:,} times: {reason}" for reason, n in self.ranked()]
+    reasons = self.to_dict()["reasons"].items()
+    lines += [f"  {n:,} times: {reason}" for reason, n in reasons]
     return "\n".join(lines)
 
 
@@ -102,17 +94,17 @@ class LabelWriter:
   """Writes the labels of a source's shards to a folder.
 
   Args:
-    out: the folder, made if needed.
+    out: the folder; created if missing.
     kind: "depth" or "boxes".
     base: the source, which must have files.
-    settings: everything that decides what the labels are (JSON): where they
-      come from, thresholds, sizes.
+    settings: all that determines the labels (JSON).
 
   Raises:
-    FileExistsError: the folder holds labels, finished or not, of another
-      kind, of other settings or for another base; says what differs.
-    InputError: the base has no files, two of its shards have the same name,
-      or the folder holds the base itself.
+    FileExistsError: the folder has labels of another kind, of other settings
+      or of another base; lists the differences.
+    ConfigError: an unknown kind.
+    InputError: the base has no files or two shards of one name, or the folder
+      holds the base itself.
   """
 
   def __init__(
@@ -123,106 +115,94 @@ class LabelWriter:
     base: Source,
     settings: Mapping[str, Any],
   ):
-    if kind not in label_values.KINDS:
-      raise InputError(f"kind={kind!r}; it is one of {label_values.KINDS}.")
-    if not base.files:
-      raise InputError(
-        f"{base!r} has no files; label sets are written for the shards of a"
-        " source of files, such as tars."
-      )
+    check_choice("kind", kind, label_values.KINDS)
     self.out = Path(out).expanduser()
     self.kind = kind
     self.base = base
     self.names = [label_sets.stem(file) for file in base.files]
-    self._check_names()
-    self._ends = base.shards.tolist()
-    self._starts = [0, *self._ends[:-1]]
-    described = label_settings.describe(kind, settings, base)
+    self._check_files()
+    self._starts = [0, *base.shards.tolist()]
+    described = label_sets.describe_settings(kind, settings, base)
     self._settings = described["settings"]
-    what = json.dumps([label_sets.VERSION, kind, settings], sort_keys=True)
-    self._made_by = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+    key = json.dumps([label_sets.VERSION, kind, settings], sort_keys=True)
+    self._settings_hash = _hash(key, 8)
     self.out.mkdir(parents=True, exist_ok=True)
-    label_settings.write_or_check_settings(self.out, described)
+    label_sets.write_or_check_settings(self.out, described)
     self._finished: set[int] = set()
-    self._check_images()
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+      list(pool.map(self._check_samples, range(len(self.names))))
 
-  def _check_names(self) -> None:
-    twice = [n for n, c in collections.Counter(self.names).items() if c > 1]
-    if twice:
+  def _check_files(self) -> None:
+    if not self.names:
       raise InputError(
-        f"{len(twice)} names of shards ({', '.join(twice[:5])}) are there more"
-        " than once, in different folders. Make a label set for each folder."
+        f"{self.base!r} has no files; labels are written for the shards of a"
+        " source of files, such as tars."
       )
-    folders = {file.resolve().parent for file in self.base.files}
-    if self.out.resolve() in folders:
+    counts = collections.Counter(self.names)
+    if repeated := [name for name, count in counts.items() if count > 1]:
+      raise InputError(
+        f"Several shards, in different folders, are named"
+        f" {', '.join(repeated[:5])}. Write a label set for each folder."
+      )
+    if self.out.resolve() in {f.resolve().parent for f in self.base.files}:
       raise InputError(
         f"{self.out} holds the shards themselves, and labels have the same file"
-        " names: give a folder of their own."
+        " names: give another folder."
       )
 
-  def _check_images(self) -> None:
-    """Compares a few images of the finished shards with those they had."""
-
-    def check(shard: int) -> None:
-      if not self.done(shard):
-        return
-      there, here = self._stats(shard)["samples"], self._samples(shard)
-      if there != here:
-        raise FileExistsError(
-          f"The labels of {self.names[shard]} in {self.out} were made for other"
-          " records (number, key, hash of the image; there -> here):\n "
-          f" {there} -> {here}\nRemove the folder to make them anew, or give"
-          " another one."
-        )
-
-    with futures.ThreadPoolExecutor(_THREADS) as pool:
-      list(pool.map(check, range(len(self.names))))
+  def _check_samples(self, shard: int) -> None:
+    """Compares a few images of a finished shard with their stored hashes."""
+    if not self.is_done(shard):
+      return
+    stored, read = self._stats(shard)["samples"], self._samples(shard)
+    if stored != read:
+      raise FileExistsError(
+        f"The labels of {self.names[shard]} in {self.out} are of other records"
+        f" (number, key, hash of the image): {stored}, now {read}. Remove the"
+        " folder to label again, or give another one."
+      )
 
   def todo(self) -> list[int]:
-    """The shards that are still to be written."""
-    # One listing costs less than looking for each file. A shard without one
-    # of its files is made again, whoever took it away.
-    there = set(os.listdir(self.out))
+    """The unfinished shards, including those that lack one of their files."""
+    # One listing is faster than a look-up of each file.
+    existing = set(os.listdir(self.out))
     todo = []
-    for i in range(len(self.names)):
-      if there.issuperset(self._files(i)) and self.done(i):
-        continue
-      self._finished.discard(i)
-      todo.append(i)
+    for shard in range(len(self.names)):
+      files = {file.name for file in self._files(shard)}
+      if not (files <= existing and self.is_done(shard)):
+        self._finished.discard(shard)
+        todo.append(shard)
     return todo
 
-  def done(self, shard: int) -> bool:
-    """Whether a shard is written, by whomever."""
-    if shard not in self._finished:
-      try:
-        stats = dict(self._stats(shard))
-      except (FileNotFoundError, ValueError, TypeError):
-        # One that is damaged says nothing: the shard is made again.
-        return False
-      if not all((self.out / file).exists() for file in self._files(shard)):
-        return False
-      records = len(self.numbers(shard))
-      if (stats.get("made_by"), stats.get("records")) != (
-        self._made_by,
-        records,
-      ):
-        return False
-      self._finished.add(shard)
+  def is_done(self, shard: int) -> bool:
+    """Whether this or another process has finished a shard."""
+    if shard in self._finished:
+      return True
+    try:
+      stats = dict(self._stats(shard))
+    except (FileNotFoundError, ValueError, TypeError):
+      return False  # Missing or damaged.
+    expected = self._settings_hash, len(self.numbers(shard))
+    if (stats.get("made_by"), stats.get("records")) != expected:
+      return False
+    if not all(file.exists() for file in self._files(shard)):
+      return False
+    self._finished.add(shard)
     return True
 
   def numbers(self, shard: int) -> range:
     """The numbers of a shard's records in the base."""
-    return range(self._starts[shard], self._ends[shard])
+    return range(self._starts[shard], self._starts[shard + 1])
 
   def write(self, shard: int, entries: Iterable[Entry]) -> Summary:
     """Writes the labels of one shard.
 
     Args:
-      shard: its place in the base.
-      entries: one for each of its records, in their order.
+      shard: index in the base.
+      entries: one per record, in order.
 
     Raises:
-      LabelError: there are more or fewer entries than records.
+      LabelError: the number of entries is not that of the records.
     """
     summary, keys, images = Summary(), [], []
 
@@ -233,42 +213,42 @@ class LabelWriter:
         images.append(entry.image)
         yield label_values.encode(entry.key, entry.outcome.label)
 
-    file = self.out / f"{self.names[shard]}.array_record"
-    stats_file = self._stats_file(shard)
-    if not self.done(shard):
-      # What these say would be of other labels for a moment.
+    labels_file, keys_file, stats_file = self._files(shard)
+    if not self.is_done(shard):
+      # Statistics of older labels, while the new ones are written.
       stats_file.unlink(missing_ok=True)
-    array_record.write_bytes(file, encoded())
-    if len(keys) != (wanted := len(self.numbers(shard))):
-      file.unlink()
+    array_record.write_bytes(labels_file, encoded())
+    if len(keys) != (expected := len(self.numbers(shard))):
+      labels_file.unlink()
       raise LabelError(
-        f"{len(keys)} labels were made for {wanted} records of"
-        f" {self.base.files[shard]}; each record needs one, in their order, and"
-        " one without a label says so."
+        f"{len(keys)} labels for {expected} records of"
+        f" {self.base.files[shard]}: expected one per record, in order, also of"
+        " a record without a label."
       )
     hashes = np.array([label_sets.hash_key(key) for key in keys], np.uint64)
-    atomic.write(self.out / f"{self.names[shard]}.keys.npy", _npy(hashes))
+    stream = io.BytesIO()
+    np.save(stream, hashes, allow_pickle=False)
+    atomic.write(keys_file, stream.getvalue())
     stats = {
       "base": self.base.files[shard].name,
       **summary.to_dict(),
-      "keys_hash": hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest(),
-      **({} if None in images else {"base_hash": _hash(keys, images)}),
+      "keys_hash": _hash(hashes.tobytes(), 8),
+      **_base_hash(keys, images),
       "samples": self._samples(shard),
-      "made_by": self._made_by,
+      "made_by": self._settings_hash,
     }
-    atomic.write(stats_file, _json(stats))
+    atomic.write(stats_file, to_json(stats))
     return summary
 
   def finish(self) -> Summary:
-    """Writes the manifest; the label set can be used from then on.
+    """Writes the manifest, which completes the label set.
 
-    It has all settings, and of each shard what its labels were made for: a
-    hash of its keys, one of its keys and images (`base_hash`) where whoever
-    made the labels has read all images, and key and image of a few records.
-    Of several processes each may do this.
+    It has all settings and, of each shard, a hash of its keys, one of its keys
+    and images (`base_hash`) if all images were read, and key and image hash of
+    a few records. Several processes may do this.
 
     Raises:
-      LabelError: shards are missing, or no record at all has a label.
+      LabelError: shards are missing, or no record has a label.
     """
     if todo := self.todo():
       raise LabelError(
@@ -283,29 +263,28 @@ class LabelWriter:
       total.labelled += stats["labelled"]
       total.boxes += stats["boxes"]
       total.reasons.update(stats["reasons"])
+    counts = total.to_dict()
     if not total.labelled:
-      # Worth nothing, and so nothing to protect from other settings.
-      (self.out / label_settings.FILE).unlink(missing_ok=True)
-      reasons = [f"{n} times {reason!r}" for reason, n in total.ranked()]
+      # Without labels there is nothing to protect from other settings.
+      (self.out / label_sets.SETTINGS).unlink(missing_ok=True)
+      reasons = [f"{n} times {r!r}" for r, n in counts["reasons"].items()]
       raise LabelError(
         f"None of the {total.records} records has a label:"
-        f" {'; '.join(reasons[:5])}. {self.out} holds nothing to train on:"
-        " remove it."
+        f" {'; '.join(reasons[:5])}. Remove {self.out}."
       )
-    hashes = [shard.get("base_hash") for shard in shards]
     manifest = {
       "version": label_sets.VERSION,
       "kind": self.kind,
       "settings": self._settings,
-      **({} if None in hashes else {"base_hash": _hash(self.names, hashes)}),
-      **total.to_dict(),
+      **_base_hash(self.names, [shard.get("base_hash") for shard in shards]),
+      **counts,
       "shards": shards,
     }
-    atomic.write(self.out / label_sets.MANIFEST, _json(manifest))
+    atomic.write(self.out / label_sets.MANIFEST, to_json(manifest))
     return total
 
   def _samples(self, shard: int) -> list[list[Any]]:
-    """Number, key and image hash of a few records that can be read."""
+    """Number, key and image hash of a few readable records."""
     numbers = self.numbers(shard)
     chosen = {0, len(numbers) // 2, len(numbers) - 1} if numbers else set()
     samples = []
@@ -318,28 +297,25 @@ class LabelWriter:
       samples.append([at, record["key"], image])
     return samples
 
-  def _files(self, shard: int) -> tuple[str, ...]:
-    name = self.names[shard]
-    return f"{name}.array_record", f"{name}.keys.npy", f"{name}_stats.json"
-
-  def _stats_file(self, shard: int) -> Path:
-    return self.out / f"{self.names[shard]}_stats.json"
+  def _files(self, shard: int) -> tuple[Path, Path, Path]:
+    """Labels, hashes of keys and statistics of a shard."""
+    ends = ".array_record", ".keys.npy", "_stats.json"
+    labels, keys, stats = (self.out / f"{self.names[shard]}{e}" for e in ends)
+    return labels, keys, stats
 
   def _stats(self, shard: int) -> dict[str, Any]:
-    return json.loads(self._stats_file(shard).read_text(encoding="utf-8"))
+    *_, file = self._files(shard)
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _json(content: Any) -> bytes:
-  return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
+def _hash(data: str | bytes, size: int) -> str:
+  data = data.encode() if isinstance(data, str) else data
+  return hashlib.blake2b(data, digest_size=size).hexdigest()
 
 
-def _hash(names: list[str], hashes: list[str]) -> str:
-  """One hash of what belongs to names, in their order."""
+def _base_hash(names: list[str], hashes: list[str | None]) -> Mapping[str, str]:
+  """`base_hash` over names and hashes, unless a hash is unknown."""
+  if None in hashes:
+    return {}
   lines = "".join(f"{n}\0{h}\n" for n, h in zip(names, hashes, strict=True))
-  return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
-
-
-def _npy(array: np.ndarray) -> bytes:
-  stream = io.BytesIO()
-  np.save(stream, array, allow_pickle=False)
-  return stream.getvalue()
+  return {"base_hash": _hash(lines, 16)}

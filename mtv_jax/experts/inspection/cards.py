@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from mtv_jax.data import canvas
-from mtv_jax.data.labels.join import Labels
+from mtv_jax.data.labels.join import JoinedLabels
 from mtv_jax.data.labels.label_values import BoxLabel, DepthLabel, phrase_id
 from mtv_jax.data.records import BadRecord
 from mtv_jax.experts.inspection.statistics import filter_boxes
@@ -52,7 +52,7 @@ class Card:
 
 def draw_card(
   source: Any,
-  labels: Mapping[str, Labels],
+  labels: Mapping[str, JoinedLabels],
   i: int,
   *,
   size: int,
@@ -105,7 +105,7 @@ def draw_card(
 
 
 def _read_label(
-  labels: Labels, i: int, record: Mapping[str, Any], notes: list[str]
+  labels: JoinedLabels, i: int, record: Mapping[str, Any], notes: list[str]
 ) -> Any:
   try:
     return labels.get(i, record)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import collections
-import hashlib
 import heapq
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float64, Real, UInt64
 
-from mtv_jax.utils.errors import InputError
+from mtv_jax.data.labels.label_sets import hash_key
 
-# Distinct phrases with a count: at least so many, at most twice as many.
-PHRASES = 200_000
+_PHRASES = 200_000
 # Hashes that estimate the number of distinct phrases: an error of 3 %.
 _SKETCH = 1024
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -27,18 +25,19 @@ class Histogram:
 
   Args:
     edges: of the bins, increasing. Values outside are counted too.
-    values: "real", or "whole" where each bin is centred on one integer.
+    values: "whole" if each bin is centred on one integer.
   """
 
-  def __init__(self, edges: Float64[np.ndarray, "n"], *, values: str = "real"):
-    if values not in ("real", "whole"):
-      raise InputError(f"values={values!r}; expected 'real' or 'whole'.")
+  def __init__(
+    self,
+    edges: Float64[np.ndarray, "n"],
+    *,
+    values: Literal["real", "whole"] = "real",
+  ):
     self.edges = edges
     self.values = values
-    self.count = 0
-    self.total = 0.0
-    self.min = np.inf
-    self.max = -np.inf
+    self.count, self.total = 0, 0.0
+    self.min, self.max = np.inf, -np.inf
     # The first count is of values below the edges, the last of those above.
     self._counts = np.zeros(len(edges) + 1, np.int64)
 
@@ -97,22 +96,21 @@ class Histogram:
     """At most about 20 bars for a chart, as `edges` and `counts`.
 
     Neighbouring bins are merged, from the first non-empty bin to the last (all
-    of them for fractions). Values outside the edges have bars of their own.
+    of them for fractions). Values outside the edges have separate bars.
     """
     inner, edges = self._counts[1:-1], self.edges
     filled = np.flatnonzero(inner)
     first, last = (filled[0], filled[-1] + 1) if filled.size else (0, 0)
+    most = 20
     if self.values == "whole":
-      first = 0
+      first, most = 0, 32
     elif (edges[0], edges[-1]) == (0, 1) and filled.size:
       first, last = 0, len(inner)
-    most = 32 if self.values == "whole" else 20
     width = max(-(-(last - first) // most), 1)
     starts = np.arange(first, last, width)
     counts = [int(inner[s : min(s + width, last)].sum()) for s in starts]
-    bar_edges = [float(edges[s]) for s in starts]
-    if len(starts):
-      bar_edges.append(float(edges[last]))
+    ends = [*starts, last] if len(starts) else []
+    bar_edges = [float(edges[end]) for end in ends]
     if below := int(self._counts[0]):
       bar_edges = [self.min, *(bar_edges or [float(edges[0])])]
       counts = [below, *counts]
@@ -141,13 +139,13 @@ class PhraseCounts:
 
   Exact up to `2 * limit` distinct phrases. Beyond, rare phrases are dropped and
   the other counts lowered (Misra and Gries 1982, merged as in Agarwal et al.
-  2012, Mergeable Summaries): a count is too low by at most `short_by`, and an
-  unlisted phrase occurred at most that often. The number of distinct phrases
-  is then estimated from their smallest hashes (Bar-Yossef et al. 2002,
-  Counting Distinct Elements in a Data Stream).
+  2012, Mergeable Summaries): a count is too low by at most `short_by`, and a
+  dropped phrase occurred at most that often. The number of distinct phrases is
+  then estimated from their smallest hashes (Bar-Yossef et al. 2002, Counting
+  Distinct Elements in a Data Stream).
   """
 
-  def __init__(self, *, limit: int = PHRASES):
+  def __init__(self, *, limit: int = _PHRASES):
     self.short_by = 0
     self._limit = limit
     self._counts: collections.Counter[str] = collections.Counter()
@@ -165,7 +163,7 @@ class PhraseCounts:
       self.short_by += floor
 
   def _smallest_hashes(self) -> UInt64[np.ndarray, "n"]:
-    hashes = np.fromiter(map(_hash, self._counts), np.uint64)
+    hashes = np.fromiter(map(hash_key, self._counts), np.uint64)
     return np.unique(np.concatenate([self._hashes, hashes]))[:_SKETCH]
 
   @property
@@ -182,8 +180,3 @@ class PhraseCounts:
     """The n most frequent phrases; ties in the order of spelling."""
     items = self._counts.items()
     return heapq.nsmallest(n, items, key=lambda item: (-item[1], item[0]))
-
-
-def _hash(phrase: str) -> int:
-  digest = hashlib.blake2b(phrase.encode(), digest_size=8).digest()
-  return int.from_bytes(digest, "little")

@@ -7,7 +7,7 @@ The thresholds are this project's choice.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mtv_jax.experts.inspection import statistics
@@ -15,19 +15,47 @@ from mtv_jax.experts.inspection import statistics
 # Fractions of records, boxes, images or maps that are reported.
 _UNLABELLED, _HALF = 0.2, 0.5
 _ONE_PHRASE, _AT_LIMIT, _ODD_MAPS = 0.3, 0.1, 0.05
-# Fewer boxes say nothing about fractions.
+# Fewer boxes have no meaningful fractions.
 _MIN_BOXES = 20
+
+_TEXTS = {
+  "damaged": "{:,} of {:,} labels can't be read, such as: {}. Copy the files"
+  " again, or relabel.",
+  "without_label": "{} of the records have no label.{}",
+  "no_boxes": "No box at all{}.",
+  "images_without_boxes": "{} of the labelled images have no box: the score"
+  " threshold is too high, or the phrases don't fit the images.",
+  "at_most": "{} of the labelled images have {:g} boxes, and none has more:"
+  " boxes were dropped at a limit.",
+  "scores_of_1": "All scores are 1: human annotations, or scores that were"
+  " lost. A score threshold has no effect.",
+  "scores_beyond": "Scores are from {:.3g} to {:.3g}: expected 0 to 1. Are they"
+  " logits?",
+  "large_boxes": "{} of the boxes cover more than"
+  f" {100 * statistics.LARGE_AREA:g} % of their image, and localize nothing.",
+  "small_boxes": "{} of the boxes have a side below"
+  f" {100 * statistics.SMALL_SIDE:.1f} % of the image's: a patch of 16 pixels"
+  " at 384.",
+  "one_phrase": "{} of the boxes have the phrase {!r}.",
+  "repeated_phrases": "{} of the boxes share their phrase with another box of"
+  " their image: the phrase is ambiguous.",
+  "no_maps": "No map was read.",
+  "sparse_maps": "On average {} of the pixels of a map have a label.",
+  "constant_maps": "{} of the maps are nearly constant: their minimum is within"
+  f" {100 * statistics.CONSTANT_RANGE:g} % of their maximum.",
+  "narrow_maps": "{} of the maps have 90 % of their pixels within"
+  f" {100 * statistics.NARROW_RANGE:g} % of their range: a few pixels, perhaps"
+  " outliers, set the scale.",
+  "sides": "The maps have different sides: {} pixels.",
+}
+
+# By name of a possible finding: whether it applies, and the values of its text.
+_Rules = dict[str, tuple[Any, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """An unusual value.
-
-  Attributes:
-    kind: of the labels.
-    name: of the finding, for programs.
-    text: a sentence.
-  """
+  """An unusual value: kind of the labels, name (for programs), sentence."""
 
   kind: str
   name: str
@@ -36,9 +64,14 @@ class Finding:
 
 def find(stats: Mapping[str, Any]) -> list[Finding]:
   """The findings in the statistics of `statistics.gather`."""
-  of_kind = {"boxes": _box_findings, "depth": _depth_findings}[stats["kind"]]
-  findings = [*_read_findings(stats), *of_kind(stats)]
-  return [Finding(stats["kind"], name, text) for name, text in findings]
+  of_kind = {"boxes": _box_rules, "depth": _depth_rules}[stats["kind"]]
+  return [
+    Finding(stats["kind"], name, _TEXTS[name].format(*values))
+    for name, (applies, *values) in (
+      _read_rules(stats) | of_kind(stats)
+    ).items()
+    if applies
+  ]
 
 
 def percent(fraction: float | int | None) -> str:
@@ -49,114 +82,61 @@ def percent(fraction: float | int | None) -> str:
   return f"{value:.2g} %" if 0 < value < 1 else f"{value:.1f} %"
 
 
-def _read_findings(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _read_rules(stats: Mapping[str, Any]) -> _Rules:
   read = stats["read"]
-  if read["damaged"]:
-    yield (
-      "damaged",
-      f"{read['damaged']:,} of {read['records']:,} labels can't be read, such"
-      f" as: {read['examples'][0]}. Copy the files again, or relabel.",
-    )
+  example = next(iter(read["examples"]), None)
   missing = 1 - stats["labelled"] / max(stats["records"], 1)
-  if missing > _UNLABELLED:
-    # The reasons include those of changed labels.
-    reasons = list(stats["reasons"].items())[:2]
-    why = "; ".join(f"{n:,} times {reason!r}" for reason, n in reasons)
-    why = why and f" The most frequent reasons in the manifest: {why}."
-    yield (
-      "without_label",
-      f"{percent(missing)} of the records have no label.{why}",
-    )
+  # The reasons include those of changed labels.
+  reasons = list(stats["reasons"].items())[:2]
+  why = "; ".join(f"{n:,} times {reason!r}" for reason, n in reasons)
+  why = why and f" The most frequent reasons in the manifest: {why}."
+  return {
+    "damaged": (read["damaged"], read["damaged"], read["records"], example),
+    "without_label": (missing > _UNLABELLED, percent(missing), why),
+  }
 
 
-def _box_findings(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _box_rules(stats: Mapping[str, Any]) -> _Rules:
   if not stats["boxes"]:
     least = stats["min_score"]
     scores = f" scores {least:g} or more" if least else " is in any label"
-    yield "no_boxes", f"No box at all{scores}."
-    return
-  without, most = stats["images_without_boxes"], stats["boxes_an_image"]["max"]
-  if without > _HALF:
-    yield (
-      "images_without_boxes",
-      f"{percent(without)} of the labelled images have no box: the score"
-      " threshold is too high, or the phrases don't fit the images.",
-    )
+    return {"no_boxes": (True, scores)}
   many, less = stats["images_with_most_boxes"], stats["images_with_one_less"]
+  most = stats["boxes_an_image"]["max"]
   # Without a limit, a count is about as frequent as the next.
-  if 2 < most <= statistics.MAX_COUNT and many > max(_AT_LIMIT, 2 * less):
-    yield (
-      "at_most",
-      f"{percent(many)} of the labelled images have {most:g} boxes, and none"
-      " has more: boxes were left out at a limit.",
-    )
-  scores = stats["scores"]
-  if stats["scores_of_1"] == 1:
-    yield (
-      "scores_of_1",
-      "All scores are 1: human annotations, or scores that were lost. A score"
-      " threshold has no effect.",
-    )
-  if scores["min"] < 0 or scores["max"] > 1:
-    yield (
-      "scores_beyond",
-      f"Scores are from {scores['min']:.3g} to {scores['max']:.3g}: expected 0"
-      " to 1. Are they logits?",
-    )
-  if stats["boxes"] < _MIN_BOXES:
-    return
-  if (large := stats["large_boxes"]) >= _HALF:
-    yield (
-      "large_boxes",
-      f"{percent(large)} of the boxes cover more than"
-      f" {100 * statistics.LARGE_AREA:g} % of their image, and localize"
-      " nothing.",
-    )
-  if (small := stats["small_boxes"]) >= _HALF:
-    yield (
-      "small_boxes",
-      f"{percent(small)} of the boxes have a side below"
-      f" {100 * statistics.SMALL_SIDE:.1f} % of the image's: a patch of 16"
-      " pixels at 384.",
-    )
+  limited = many > max(_AT_LIMIT, 2 * less) and most <= statistics.MAX_COUNT
+  low, high = stats["scores"]["min"], stats["scores"]["max"]
   phrase, count = stats["phrases"]["most_frequent"][0]
-  if (fraction := count / stats["boxes"]) > _ONE_PHRASE:
-    yield (
-      "one_phrase",
-      f"{percent(fraction)} of the boxes have the phrase {phrase!r}.",
-    )
-  if (fraction := stats["boxes_with_repeated_phrase"]) > _HALF:
-    yield (
-      "repeated_phrases",
-      f"{percent(fraction)} of the boxes share their phrase with another box"
-      " of their image: the phrase is ambiguous.",
-    )
+  frequent = count / stats["boxes"]
+  repeated = stats["boxes_with_repeated_phrase"]
+  without, large = stats["images_without_boxes"], stats["large_boxes"]
+  small, enough = stats["small_boxes"], stats["boxes"] >= _MIN_BOXES
+  return {
+    "images_without_boxes": (without > _HALF, percent(without)),
+    "at_most": (most > 2 and limited, percent(many), most),
+    "scores_of_1": (stats["scores_of_1"] == 1,),
+    "scores_beyond": (low < 0 or high > 1, low, high),
+    "large_boxes": (enough and large >= _HALF, percent(large)),
+    "small_boxes": (enough and small >= _HALF, percent(small)),
+    "one_phrase": (
+      enough and frequent > _ONE_PHRASE,
+      percent(frequent),
+      phrase,
+    ),
+    "repeated_phrases": (enough and repeated > _HALF, percent(repeated)),
+  }
 
 
-def _depth_findings(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _depth_rules(stats: Mapping[str, Any]) -> _Rules:
   labelled = stats["labelled_pixels"]
   if not labelled["count"]:
-    yield "no_maps", "No map was read."
-    return
-  if labelled["mean"] < _HALF:
-    yield (
-      "sparse_maps",
-      f"On average {percent(labelled['mean'])} of the pixels of a map have a"
-      " label.",
-    )
-  if (fraction := stats["constant_maps"]) > _ODD_MAPS:
-    yield (
-      "constant_maps",
-      f"{percent(fraction)} of the maps are nearly constant: their minimum is"
-      f" within {100 * statistics.CONSTANT_RANGE:g} % of their maximum.",
-    )
-  if (fraction := stats["narrow_maps"]) > _ODD_MAPS:
-    yield (
-      "narrow_maps",
-      f"{percent(fraction)} of the maps have 90 % of their pixels within"
-      f" {100 * statistics.NARROW_RANGE:g} % of their range: a few pixels,"
-      " perhaps outliers, set the scale.",
-    )
-  if len(stats["sides"]) > 1:
-    sides = ", ".join(f"{n:,} of {side}" for side, n in stats["sides"].items())
-    yield "sides", f"The maps have different sides: {sides} pixels."
+    return {"no_maps": (True,)}
+  mean, sides = labelled["mean"], stats["sides"]
+  constant, narrow = stats["constant_maps"], stats["narrow_maps"]
+  listed = ", ".join(f"{count:,} of {side}" for side, count in sides.items())
+  return {
+    "sparse_maps": (mean < _HALF, percent(mean)),
+    "constant_maps": (constant > _ODD_MAPS, percent(constant)),
+    "narrow_maps": (narrow > _ODD_MAPS, percent(narrow)),
+    "sides": (len(sides) > 1, listed),
+  }

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
 
+from mtv_jax.config.options import PositiveInt, Range, check_value
 from mtv_jax.data import registry
 from mtv_jax.data.labels import label_sets
-from mtv_jax.data.labels.join import AlignedLabels, KeyedLabels
-from mtv_jax.data.labels.label_sets import LabelSet
+from mtv_jax.data.labels.join import JOINS, open_labels
 from mtv_jax.experts.inspection import cards, findings, page, statistics
 from mtv_jax.experts.inspection.findings import percent
 from mtv_jax.utils.errors import ConfigError, check_choice
 from mtv_jax.utils.plots import one_line
 
-JOINS = ("aligned", "key")
 _PAGE_SIZE = 456  # longer side of the images on the page
 _PHRASES = 5  # on the terminal
 
@@ -45,13 +45,13 @@ def inspect(
   """Writes `sheet.png`, `index.html` and `statistics.json`.
 
   Args:
-    data: the shards, tar or ArrayRecord files.
+    data: the shards.
     depth, boxes: folders of label sets, at least one of them.
     out: folder to write to; created if missing.
     count: number of records in the images, drawn with `seed`.
     seed: see `count`.
     size: longer side of an image.
-    min_score: boxes with a lower score are left out everywhere.
+    min_score: minimum score of a box, in images and statistics.
     records: the most labels of a set in the statistics, evenly spaced; None
       for all.
     index_dir: folder of the indices of tar files, and of keys to join by.
@@ -63,41 +63,35 @@ def inspect(
     The statistics as written.
 
   Raises:
-    ConfigError: without a label set, or for a number out of range.
-    FileNotFoundError: if a folder or a file is missing.
-    LabelError: for a set of another kind or of other records.
+    ConfigError: there is no label set, or a number is out of range.
+    FileNotFoundError: a folder or a file is missing.
+    LabelError: a set is of another kind or of other records.
   """
-  folders = {"boxes": boxes, "depth": depth}
-  sets = {k: LabelSet(f, kind=k) for k, f in folders.items() if f is not None}
-  if not sets:
+  folders = {k: f for k, f in (("boxes", boxes), ("depth", depth)) if f}
+  if not folders:
     raise ConfigError(
       "No label set is given: name a folder of boxes, of depth, or of each."
     )
-  if count < 1 or size < 64:
-    raise ConfigError(
-      f"count={count} and size={size}: expected at least 1 record and images"
-      " of 64 pixels."
-    )
+  check_value(count, PositiveInt, "count")
+  check_value(size, Annotated[int, Range(min=64)], "size")
   check_choice("join", join, JOINS)
   source = registry.open_files(data, index_dir=index_dir, captions="optional")
   joined = {
-    kind: AlignedLabels(labels, source)
-    if join == "aligned"
-    else KeyedLabels(labels, source, index_dir=index_dir)
-    for kind, labels in sets.items()
+    kind: open_labels(source, kind, path=path, join=join, index_dir=index_dir)
+    for kind, path in folders.items()
   }
   folder = Path(out).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
-  shards = set(map(label_sets.stem, source.files))
+  shards = {label_sets.stem(file) for file in source.files}
   stats = {
     kind: statistics.gather(
-      labels,
+      labels.label_set,
       shards=shards if join == "aligned" else None,
       records=records,
       min_score=min_score,
-      progress=lambda done, total, kind=kind: progress(kind, done, total),
+      progress=functools.partial(progress, kind),
     )
-    for kind, labels in sets.items()
+    for kind, labels in joined.items()
   }
   summary = {
     "data": list(data),
@@ -111,17 +105,14 @@ def inspect(
   }
   rng = np.random.default_rng(seed)
   chosen = rng.choice(len(source), min(count, len(source)), replace=False)
+  chosen = sorted(chosen.tolist())
 
-  def draw(side: int) -> list[cards.Card]:
+  def draw(size: int) -> list[cards.Card]:
+    draw_card = functools.partial(
+      cards.draw_card, source, joined, size=size, min_score=min_score
+    )
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      return list(
-        pool.map(
-          lambda i: cards.draw_card(
-            source, joined, i, size=side, min_score=min_score
-          ),
-          sorted(chosen.tolist()),
-        )
-      )
+      return list(pool.map(draw_card, chosen))
 
   names = [f"{kind} from {s['folder']}" for kind, s in stats.items()]
   title = f"{', '.join(data)}: {', '.join(names)}"

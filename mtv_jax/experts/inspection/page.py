@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from mtv_jax.data.labels.label_sets import flatten
 from mtv_jax.experts.inspection import statistics
 from mtv_jax.experts.inspection.cards import Card, count_names
 from mtv_jax.experts.inspection.findings import percent
@@ -18,6 +19,30 @@ from mtv_jax.utils import html
 from mtv_jax.utils.html import escape
 
 _NAMES = 8  # of a card, shown without a click
+_VALUE = 500  # characters of a setting
+# Titles of the histograms.
+_HISTOGRAMS = {
+  "boxes": {
+    "boxes_an_image": "boxes an image",
+    "scores": "scores",
+    "sides": "square root of the area",
+    "shorter_sides": "shorter side",
+    "longer_sides": "longer side",
+    "words": "words a phrase",
+  },
+  "depth": {
+    "labelled_pixels": "labelled fraction of the pixels",
+    "low": "lowest inverse depth",
+    "high": "highest inverse depth",
+    "range": "range, fraction of the highest",
+    "middle": "middle 90 %, fraction of the range",
+  },
+}
+_LEGENDS = {
+  "boxes": "Boxes: phrase and score; no score is a score of 1.",
+  "depth": "Depth: <span class=ramp></span> from far to near;"
+  " <span class=stripes></span> no label.",
+}
 
 
 def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
@@ -37,33 +62,41 @@ def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
       f" {stats['labelled']:,} of {stats['records']:,} records have a label."
       f"{part if read < stats['records'] else ''}</p>"
     )
-  body.append(_findings(summary["look_at"]))
+  body.append(_render_findings(summary["look_at"]))
   if cards:
-    of = f"{len(cards)} of {summary['records']:,} records"
+    note = f"{len(cards)} of {summary['records']:,} records."
+    legend = " ".join(_LEGENDS[kind] for kind in summary["sets"])
     several = " several" if len(cards[0].images) > 1 else ""
-    body += [f"<h2>Images</h2><p class=note>{of}. {_legend(summary)}</p>"]
-    body += [f"<div class='cards{several}'>", *map(_card, cards), "</div>"]
+    body += [f"<h2>Images</h2><p class=note>{note} {legend}</p>"]
+    body += [f"<div class='cards{several}'>", *map(_render_card, cards)]
+    body += ["</div>"]
   for kind, stats in summary["sets"].items():
-    body += [f"<h2>{kind.capitalize()}</h2>"]
-    body += [html.table([("statistic", ""), *describe(stats)])]
-    charts = "".join(
-      plot_histogram(histogram, name)
-      for name, histogram in _histograms(stats).items()
-      if histogram["count"]
-    )
-    body += [f"<div class=charts>{charts}</div>"]
-    if stats.get("boxes"):
-      body += [_phrases(stats)]
-    if stats["reasons"]:
-      rows = [(f"{n:,}", reason) for reason, n in stats["reasons"].items()]
-      table = html.table([("times", "left out or changed"), *rows])
-      body += [f"<p class=note>From the manifest:</p>{table}"]
-    rows = [("setting", ""), *_flatten(stats["settings"])]
-    body += [html.details("Settings of the label set", html.table(rows))]
+    body += [f"<h2>{kind.capitalize()}</h2>", *_render_statistics(stats)]
   return html.page(title, body, style=_STYLE)
 
 
-def _findings(findings: Sequence[Mapping[str, str]]) -> str:
+def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
+  yield html.table([("statistic", ""), *describe(stats)])
+  charts = "".join(
+    plot_histogram(histogram, title)
+    for title, histogram in _histograms(stats)
+    if histogram["count"]
+  )
+  yield f"<div class=charts>{charts}</div>"
+  if stats.get("boxes"):
+    yield _render_phrases(stats)
+  if stats["reasons"]:
+    rows = [(f"{n:,}", reason) for reason, n in stats["reasons"].items()]
+    table = html.table([("times", "left out or changed"), *rows])
+    yield f"<p class=note>From the manifest:</p>{table}"
+  rows = [("setting", "")]
+  for name, value in flatten(stats["settings"]):
+    text = value if isinstance(value, str) else json.dumps(value)
+    rows.append((name, text[:_VALUE] + "…" * (len(text) > _VALUE)))
+  yield html.details("Settings of the label set", html.table(rows))
+
+
+def _render_findings(findings: Sequence[Mapping[str, str]]) -> str:
   if not findings:
     return "<div class=calm>The statistics show nothing unusual.</div>"
   items = "".join(
@@ -73,16 +106,7 @@ def _findings(findings: Sequence[Mapping[str, str]]) -> str:
   return f"<div class=look><b>To look at</b><ul>{items}</ul></div>"
 
 
-def _legend(summary: Mapping[str, Any]) -> str:
-  legends = {
-    "boxes": "Boxes: phrase and score; no score is a score of 1.",
-    "depth": "Depth: <span class=ramp></span> from far to near;"
-    " <span class=stripes></span> no label.",
-  }
-  return " ".join(legends[kind] for kind in summary["sets"])
-
-
-def _card(card: Card) -> str:
+def _render_card(card: Card) -> str:
   images = "".join(
     html.image(image, f"{kind} of {card.key}")
     for kind, image in card.images.items()
@@ -116,11 +140,18 @@ def describe(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   if stats["kind"] == "boxes":
     yield from _describe_boxes(stats)
   else:
-    yield "sides of the maps", ", ".join(f"{side}" for side in stats["sides"])
+    yield "sides of the maps", ", ".join(map(str, stats["sides"]))
     yield "nearly constant maps", percent(stats["constant_maps"])
     yield "maps whose range is of a few pixels", percent(stats["narrow_maps"])
-  for name, histogram in _histograms(stats).items():
-    yield name, _spread(histogram)
+  for title, histogram in _histograms(stats):
+    if histogram["count"]:
+      yield (
+        title,
+        f"mean {histogram['mean']:.3g}, {_spread(histogram['quantiles'])}, from"
+        f" {histogram['min']:.3g} to {histogram['max']:.3g}",
+      )
+    else:
+      yield title, "none"
 
 
 def _describe_boxes(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -130,7 +161,7 @@ def _describe_boxes(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "boxes left out by their score", below
   yield "labelled images without a box", percent(stats["images_without_boxes"])
   if areas := stats["areas"]["quantiles"]:
-    yield "area, fraction of the image", _quantiles(areas)
+    yield "area, fraction of the image", _spread(areas)
   large = f"boxes that cover more than {100 * statistics.LARGE_AREA:g} %"
   yield large, percent(stats["large_boxes"])
   small = f"boxes with a side below {100 * statistics.SMALL_SIDE:.1f} %"
@@ -142,36 +173,16 @@ def _describe_boxes(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   yield "images with a phrase more than once", repeated
 
 
-def _histograms(stats: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-  """Histograms by the name that readers see."""
-  if stats["kind"] == "boxes":
-    return {
-      "boxes an image": stats["boxes_an_image"],
-      "scores": stats["scores"],
-      "square root of the area": stats["sides"],
-      "shorter side": stats["shorter_sides"],
-      "longer side": stats["longer_sides"],
-      "words a phrase": stats["phrases"]["words"],
-    }
-  return {
-    "labelled fraction of the pixels": stats["labelled_pixels"],
-    "lowest inverse depth": stats["low"],
-    "highest inverse depth": stats["high"],
-    "range, fraction of the highest": stats["range"],
-    "middle 90 %, fraction of the range": stats["middle"],
-  }
+def _histograms(
+  stats: Mapping[str, Any],
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+  """Title and values of each histogram of a label set."""
+  values = {**stats, **stats.get("phrases", {})}
+  for name, title in _HISTOGRAMS[stats["kind"]].items():
+    yield title, values[name]
 
 
-def _spread(histogram: Mapping[str, Any]) -> str:
-  if not histogram["count"]:
-    return "none"
-  return (
-    f"mean {histogram['mean']:.3g}, {_quantiles(histogram['quantiles'])}, from"
-    f" {histogram['min']:.3g} to {histogram['max']:.3g}"
-  )
-
-
-def _quantiles(quantiles: Mapping[str, float]) -> str:
+def _spread(quantiles: Mapping[str, float]) -> str:
   low, median, high = (quantiles[q] for q in ("0.05", "0.5", "0.95"))
   return f"median {median:.3g}, 90 % in {low:.3g} to {high:.3g}"
 
@@ -213,7 +224,7 @@ def plot_histogram(histogram: Mapping[str, Any], title: str) -> str:
   return text[text.index("<svg") :]
 
 
-def _phrases(stats: Mapping[str, Any]) -> str:
+def _render_phrases(stats: Mapping[str, Any]) -> str:
   """The most frequent phrases with bars."""
   frequent = stats["phrases"]["most_frequent"]
   items = "".join(
@@ -224,20 +235,10 @@ def _phrases(stats: Mapping[str, Any]) -> str:
   )
   short = stats["phrases"]["counts_short_by"]
   note = f" Counts may be too low by {short:,}." if short else ""
-  head = (
-    f"The {len(frequent)} most frequent phrases, as fractions of the boxes."
+  return (
+    f"<p class=note>The {len(frequent)} most frequent phrases, as fractions of"
+    f" the boxes.{note}</p><ol class=phrases>{items}</ol>"
   )
-  return f"<p class=note>{head}{note}</p><ol class=phrases>{items}</ol>"
-
-
-def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-  """(dotted name, text) of each leaf of nested settings."""
-  if isinstance(value, Mapping) and value:
-    for key, inner in value.items():
-      yield from _flatten(inner, f"{name}.{key}" if name else str(key))
-    return
-  text = value if isinstance(value, str) else json.dumps(value)
-  yield name, text if len(text) <= 500 else text[:500] + "…"
 
 
 _STYLE = """.look, .calm { border-left: 4px solid #d98200; padding: .5em 1em;

@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
+import abc
 import collections
-import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import (
-  Callable,
-  Collection,
-  Iterable,
-  Mapping,
-  Sequence,
-)
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtv_jax.config.options import PositiveInt, check_value
+from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_sets import LabelSet
-from mtv_jax.data.labels.label_values import (
-  TOP,
-  BoxLabel,
-  DepthLabel,
-  phrase_id,
-)
+from mtv_jax.data.labels.label_values import TOP, BoxLabel, DepthLabel
 from mtv_jax.data.records import BadRecord
 from mtv_jax.experts.inspection.counters import Histogram, PhraseCounts
-from mtv_jax.utils.errors import ConfigError
 
 _CHUNK = 512  # labels that the threads read ahead
 _EXAMPLES = 3  # messages about damaged labels
-MAX_COUNT = 256  # boxes an image, and words a phrase, with a bin of their own
+MAX_COUNT = 256  # largest number of boxes or words with a separate bin
 
 # Thresholds of the counts.
 LARGE_AREA = 0.9  # of a box, as a fraction of the image
 SMALL_SIDE = 16 / 384  # of a box: one patch of 16 pixels at 384
 CONSTANT_RANGE = 0.05  # of a depth map, as a fraction of its maximum
 NARROW_RANGE = 0.05  # from the 5th to the 95th percentile, of the whole range
+
+_phrase_id = functools.lru_cache(maxsize=1 << 16)(label_values.phrase_id)
 
 
 def gather(
@@ -55,7 +47,7 @@ def gather(
     labels: the set.
     shards: names of the shards to read; None for all.
     records: the most labels to read, evenly spaced; None for all.
-    min_score: boxes with a lower score are left out, as in training.
+    min_score: minimum score of a box, as in training.
     progress: called with the number of labels read and to read.
 
   Returns:
@@ -63,10 +55,9 @@ def gather(
     rest is of the labels that were `read`.
 
   Raises:
-    ConfigError: if `records` is not positive.
+    ConfigError: `records` is not positive.
   """
-  if records is not None and records < 1:
-    raise ConfigError(f"records={records}: expected at least 1.")
+  check_value(records, PositiveInt | None, "records")
   chosen = [
     i for i, name in enumerate(labels.names) if shards is None or name in shards
   ]
@@ -77,18 +68,32 @@ def gather(
     reasons.update(shard["reasons"])
   step = 1 if records is None else max(-(-total // records), 1)
   positions = (
-    (shard, i) for shard in chosen for i in range(labels.shards[shard].records)
+    (shard, i) for shard in chosen for i in range(labels.counts[shard])
   )
   positions = itertools.islice(positions, 0, None, step)
   statistics = (
     BoxStatistics(min_score) if labels.kind == "boxes" else DepthStatistics()
   )
-  measure = functools.partial(_measure, labels, statistics.measure)
+
+  def measure(position: tuple[int, int]) -> Measurements | BadRecord | None:
+    try:
+      label = labels.read(*position).label
+    except BadRecord as error:
+      return error
+    return None if label is None else statistics.measure(label)
+
   read = {"every": step, "records": 0, "labelled": 0, "damaged": 0}
-  read["examples"] = []
+  examples: list[str] = []
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     while chunk := list(itertools.islice(positions, _CHUNK)):
-      statistics.add(_count_read(read, pool.map(measure, chunk)))
+      results = list(pool.map(measure, chunk))
+      measured = [m for m in results if isinstance(m, Measurements)]
+      errors = [str(e) for e in results if isinstance(e, BadRecord)]
+      statistics.add(measured)
+      read["records"] += len(results)
+      read["labelled"] += len(measured)
+      read["damaged"] += len(errors)
+      examples += errors[: _EXAMPLES - len(examples)]
       progress(read["records"], len(range(0, total, step)))
   return {
     "kind": labels.kind,
@@ -98,13 +103,12 @@ def gather(
     "records": total,
     "labelled": sum(shard["labelled"] for shard in manifest),
     "reasons": dict(reasons.most_common()),
-    "read": read,
+    "read": {**read, "examples": examples},
     **statistics.to_dict(),
   }
 
 
-@dataclasses.dataclass(frozen=True)
-class Measurements:
+class Measurements(NamedTuple):
   """Measurements of one label.
 
   Attributes:
@@ -118,78 +122,46 @@ class Measurements:
   phrases: Sequence[str] = ()
 
 
-def _measure(
-  labels: LabelSet,
-  measure: Callable[[Any], Measurements],
-  position: tuple[int, int],
-) -> Measurements | BadRecord | None:
-  try:
-    label = labels.read(*position).label
-  except BadRecord as error:
-    return error
-  return None if label is None else measure(label)
-
-
-def _count_read(
-  read: dict[str, Any], results: Iterable[Measurements | BadRecord | None]
-) -> list[Measurements]:
-  """Counts results in `read` and returns the measurements among them."""
-  measured = []
-  for result in results:
-    read["records"] += 1
-    if isinstance(result, Measurements):
-      measured.append(result)
-    elif isinstance(result, BadRecord):
-      read["damaged"] += 1
-      if len(read["examples"]) < _EXAMPLES:
-        read["examples"].append(str(result))
-  read["labelled"] += len(measured)
-  return measured
-
-
-class _Statistics:
+class _Statistics(abc.ABC):
   """Histograms and counts of measurements."""
 
-  def __init__(self, histograms: Mapping[str, Histogram]):
-    self.histograms = histograms
-    self.counts: collections.Counter[str] = collections.Counter()
+  def __init__(self, **histograms: Histogram):
+    self._histograms = histograms
+    self._counts: collections.Counter[str] = collections.Counter()
+
+  @abc.abstractmethod
+  def measure(self, label: Any) -> Measurements:
+    """Measures one label; called by several threads."""
 
   def add(self, labels: Sequence[Measurements]) -> None:
     """Adds the measurements of some labels."""
     for label in labels:
-      self.counts.update(label.counts)
-    for name, histogram in self.histograms.items() if labels else ():
+      self._counts.update(label.counts)
+    for name, histogram in self._histograms.items() if labels else ():
       histogram.add(np.concatenate([label.values[name] for label in labels]))
 
   def fractions(self, total: int, *names: str) -> dict[str, float | None]:
     """Counts as fractions; None if the total is 0."""
-    return {n: int(self.counts[n]) / total if total else None for n in names}
+    return {n: int(self._counts[n]) / total if total else None for n in names}
 
 
 class BoxStatistics(_Statistics):
-  """Statistics of box labels.
-
-  Args:
-    min_score: boxes with a lower score are left out.
-  """
+  """Statistics of box labels, of boxes with a score of at least `min_score`."""
 
   def __init__(self, min_score: float | int = 0.0):
     super().__init__(
-      {
-        "boxes_an_image": Histogram.of_integers(MAX_COUNT),
-        "scores": Histogram.of_fractions(),
-        # Square roots of areas, which tell small boxes apart.
-        "sides": Histogram.of_fractions(),
-        "shorter_sides": Histogram.of_fractions(),
-        "longer_sides": Histogram.of_fractions(),
-        "words": Histogram.of_integers(MAX_COUNT),
-      }
+      boxes_an_image=Histogram.of_integers(MAX_COUNT),
+      scores=Histogram.of_fractions(),
+      # Square roots of areas, which tell small boxes apart.
+      sides=Histogram.of_fractions(),
+      shorter_sides=Histogram.of_fractions(),
+      longer_sides=Histogram.of_fractions(),
+      words=Histogram.of_integers(MAX_COUNT),
     )
     self._min_score = min_score
     self._phrases = PhraseCounts()
 
   def measure(self, label: BoxLabel) -> Measurements:
-    """Measures one label; called by several threads."""
     count = len(label.boxes)
     label = filter_boxes(label, self._min_score)
     sides = label.boxes[:, 2:].astype(np.float64) - label.boxes[:, :2]
@@ -223,15 +195,15 @@ class BoxStatistics(_Statistics):
 
   def to_dict(self) -> dict[str, Any]:
     """For JSON; fractions are of the boxes, or of the labelled images."""
-    histograms = {name: h.to_dict() for name, h in self.histograms.items()}
-    an_image = self.histograms["boxes_an_image"]
-    boxes, images = self.histograms["scores"].count, an_image.count
+    histograms = {name: h.to_dict() for name, h in self._histograms.items()}
+    an_image = self._histograms["boxes_an_image"]
+    boxes, images = self._histograms["scores"].count, an_image.count
     sides = histograms["sides"].get("quantiles", {})
     words = histograms.pop("words")
     return {
       "boxes": boxes,
       "min_score": self._min_score,
-      "below_min_score": int(self.counts["below_min_score"]),
+      "below_min_score": int(self._counts["below_min_score"]),
       **histograms,
       "areas": {"quantiles": {q: side**2 for q, side in sides.items()}},
       "images_without_boxes": an_image.fraction(0),
@@ -251,15 +223,9 @@ class BoxStatistics(_Statistics):
 
 def filter_boxes(label: BoxLabel, min_score: float | int) -> BoxLabel:
   """The boxes of a label with a score of at least `min_score`."""
-  keep = np.flatnonzero(label.scores >= min_score)
-  return BoxLabel(
-    label.boxes[keep],
-    tuple(label.phrases[i] for i in keep),
-    label.scores[keep],
-  )
-
-
-_phrase_id = functools.lru_cache(maxsize=1 << 16)(phrase_id)
+  rows = np.flatnonzero(label.scores >= min_score)
+  phrases = tuple(label.phrases[i] for i in rows)
+  return BoxLabel(label.boxes[rows], phrases, label.scores[rows])
 
 
 class DepthStatistics(_Statistics):
@@ -267,17 +233,14 @@ class DepthStatistics(_Statistics):
 
   def __init__(self):
     super().__init__(
-      {
-        "labelled_pixels": Histogram.of_fractions(),
-        "low": Histogram.of_magnitudes(),
-        "high": Histogram.of_magnitudes(),
-        "range": Histogram.of_fractions(),
-        "middle": Histogram.of_fractions(),
-      }
+      labelled_pixels=Histogram.of_fractions(),
+      low=Histogram.of_magnitudes(),
+      high=Histogram.of_magnitudes(),
+      range=Histogram.of_fractions(),
+      middle=Histogram.of_fractions(),
     )
 
   def measure(self, label: DepthLabel) -> Measurements:
-    """Measures one label; called by several threads."""
     valid = label.values[label.values > 0]
     low, high = np.percentile(valid, (5, 95)) if valid.size else (0, 0)
     middle = float(high - low) / (TOP - 1)
@@ -300,14 +263,14 @@ class DepthStatistics(_Statistics):
 
   def to_dict(self) -> dict[str, Any]:
     """For JSON; fractions are of the maps."""
-    maps = self.histograms["labelled_pixels"].count
-    sides = [
-      (int(name.removeprefix("side ")), count)
-      for name, count in self.counts.most_common()
+    maps = self._histograms["labelled_pixels"].count
+    sides = {
+      int(name.removeprefix("side ")): count
+      for name, count in self._counts.most_common()
       if name.startswith("side ")
-    ]
+    }
     return {
-      "sides": dict(sides[:8]),
-      **{name: h.to_dict() for name, h in self.histograms.items()},
+      "sides": dict(itertools.islice(sides.items(), 8)),
+      **{name: h.to_dict() for name, h in self._histograms.items()},
       **self.fractions(maps, "constant_maps", "narrow_maps"),
     }

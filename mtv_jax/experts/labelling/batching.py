@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -35,12 +36,7 @@ _NUMBER = re.compile(r"\b0x[0-9a-f]+\b|\d+(?:\.\d+)?")
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """Records of one group, at most a full batch.
-
-  Attributes:
-    positions: of the records, ascending.
-    prepared: the records.
-  """
+  """Prepared records of one group, at most a full batch, by position."""
 
   positions: Sequence[int]
   prepared: Sequence[Prepared]
@@ -90,7 +86,7 @@ class Grouper:
         return
       yield self._pop(oldest)
 
-  def rest(self) -> Iterator[Batch]:
+  def flush(self) -> Iterator[Batch]:
     """Yields the waiting batches, oldest first."""
     while self._waiting:
       yield self._pop(next(iter(self._waiting)))
@@ -105,83 +101,65 @@ def _size(prepared: Prepared) -> int:
   return sum(array.nbytes for array in prepared.arrays.values())
 
 
-@dataclasses.dataclass(frozen=True)
-class _Read:
-  """A prepared record, or the outcome of one that can't be prepared."""
-
-  key: str
-  image: str
-  prepared: Prepared | None = None
-  outcome: Outcome | None = None
-
-
 def label(
   expert: Expert,
   read: Callable[[int], Record],
   numbers: Sequence[int],
   *,
-  pool: futures.ThreadPoolExecutor,
   threads: int,
 ) -> Iterator[Entry]:
   """Labels records, in order.
 
   Args:
     expert: the model.
-    read: from a record's number to the record, with `captions` and `meta`;
-      a BadRecord it raises becomes a record without a label.
+    read: reads the record of a number, with `captions` and `meta`; a BadRecord
+      that it raises becomes a record without a label.
     numbers: of the records.
-    pool: threads.
-    threads: their number.
+    threads: for decoding, preparing and finishing.
   """
-  work = _Pipeline(expert, pool)
-  prepare = _preparing(expert, read)
-  ahead = expert.rows + 2 * threads
-  try:
-    for position, item in enumerate(_in_order(pool, prepare, numbers, ahead)):
-      yield from work.take(position, item)
-    yield from work.rest()
-  finally:
-    work.cancel()
-
-
-def _in_order(
-  pool: futures.ThreadPoolExecutor,
-  function: Callable[[int], _Read],
-  numbers: Sequence[int],
-  ahead: int,
-) -> Iterator[_Read]:
-  """`pool.map` with at most `ahead` pending calls."""
+  pool = futures.ThreadPoolExecutor(threads)
+  pipeline = _Pipeline(expert, pool)
+  prepare = functools.partial(_prepare, expert, read)
   pending: collections.deque[futures.Future] = collections.deque()
   try:
     for number in numbers:
-      if len(pending) == ahead:
-        yield pending.popleft().result()
-      pending.append(pool.submit(function, number))
+      if len(pending) == expert.rows + 2 * threads:
+        yield from pipeline.add(*pending.popleft().result())
+      pending.append(pool.submit(prepare, number))
     while pending:
-      yield pending.popleft().result()
+      yield from pipeline.add(*pending.popleft().result())
+    yield from pipeline.flush()
   finally:
-    for future in pending:
-      future.cancel()
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _preparing(
-  expert: Expert, read: Callable[[int], Record]
-) -> Callable[[int], _Read]:
-  def prepare(number: int) -> _Read:
-    key, image = None, ""
-    try:
-      record = read(number)
-      key, image = record["key"], label_sets.hash_image(record["image"])
-      pixels = canvas.decode(record["image"], key=key)
-      return _Read(key, image, expert.prepare(pixels, record))
-    except BadRecord as error:
-      key = error.key if key is None else key
-      return _Read(key, image, outcome=no_label(reason(error)))
-    except Exception as error:
-      error.add_note(f"(while preparing record {number}, {key!r})")
-      raise
+@dataclasses.dataclass
+class _Item:
+  """A record between reading and writing; its outcome may be pending."""
 
-  return prepare
+  key: str
+  image: str = ""
+  outcome: Outcome | futures.Future[Outcome] | None = None
+
+
+def _prepare(
+  expert: Expert, read: Callable[[int], Record], number: int
+) -> tuple[_Item, Prepared | None]:
+  """The record of a number, and the expert's input unless it is bad."""
+  item = None
+  try:
+    record = read(number)
+    item = _Item(record["key"], label_sets.hash_image(record["image"]))
+    pixels = canvas.decode(record["image"], key=item.key)
+    return item, expert.prepare(pixels, record)
+  except BadRecord as error:
+    item = item or _Item(error.key)
+    item.outcome = no_label(reason(error))
+    return item, None
+  except Exception as error:
+    key = "of unknown key" if item is None else repr(item.key)
+    error.add_note(f"(while preparing record {number}, {key})")
+    raise
 
 
 def reason(error: BadRecord) -> str:
@@ -191,7 +169,7 @@ def reason(error: BadRecord) -> str:
 
 
 class _Pipeline:
-  """The stages between reading and writing."""
+  """The stages between preparing and writing."""
 
   def __init__(self, expert: Expert, pool: futures.ThreadPoolExecutor):
     self._expert = expert
@@ -199,34 +177,27 @@ class _Pipeline:
     self._grouper = Grouper(expert.rows)
     self._running: tuple[Batch, Mapping[str, jax.Array]] | None = None
     self._finishing: list[futures.Future[Outcome]] = []
-    # By position; removed with the label.
-    self._read: dict[int, tuple[str, str]] = {}
-    self._labels: dict[int, futures.Future[Outcome] | Outcome] = {}
-    self._next = 0
+    # By position; removed in order.
+    self._items: dict[int, _Item] = {}
+    self._added = self._yielded = 0
 
-  def take(self, position: int, item: _Read) -> Iterator[Entry]:
+  def add(self, item: _Item, prepared: Prepared | None) -> Iterator[Entry]:
     """Adds a record; yields the finished entries, in order."""
-    self._read[position] = (item.key, item.image)
-    if item.outcome is not None:
-      self._labels[position] = item.outcome
-    else:
-      for batch in self._grouper.add(position, item.prepared):
+    position, self._added = self._added, self._added + 1
+    self._items[position] = item
+    if prepared is not None:
+      for batch in self._grouper.add(position, prepared):
         self._start(batch)
-    yield from self._ready()
+    yield from self._pop_finished()
 
-  def rest(self) -> Iterator[Entry]:
+  def flush(self) -> Iterator[Entry]:
     """Yields the remaining entries."""
-    for batch in self._grouper.rest():
+    for batch in self._grouper.flush():
       self._start(batch)
-      yield from self._ready()
+      yield from self._pop_finished()
     self._collect()
     futures.wait(self._finishing)
-    yield from self._ready()
-
-  def cancel(self) -> None:
-    """Cancels pending calls."""
-    for future in self._finishing:
-      future.cancel()
+    yield from self._pop_finished()
 
   def _start(self, batch: Batch) -> None:
     outputs = self._expert.run(batch.arrays(self._expert.rows))
@@ -234,7 +205,7 @@ class _Pipeline:
     self._running = (batch, outputs)
 
   def _collect(self) -> None:
-    """Waits for the running batch and hands its rows to threads."""
+    """Waits for the running batch and submits its rows to threads."""
     if self._running is None:
       return
     batch, outputs = self._running
@@ -243,35 +214,33 @@ class _Pipeline:
     futures.wait(self._finishing)
     fetched = {name: np.asarray(value) for name, value in outputs.items()}
     self._finishing = []
-    for row, (position, prepared) in enumerate(
-      zip(batch.positions, batch.prepared, strict=True)
-    ):
-      # An array also of a scalar.
+    for row, position in enumerate(batch.positions):
+      item, meta = self._items[position], batch.prepared[row].meta
+      # The ellipsis makes an array of a scalar too.
       rows = {name: value[row, ...] for name, value in fetched.items()}
-      future = self._pool.submit(self._finish, position, rows, prepared.meta)
-      self._finishing.append(future)
-      self._labels[position] = future
+      item.outcome = self._pool.submit(self._finish, item.key, rows, meta)
+      self._finishing.append(item.outcome)
 
   def _finish(
-    self, position: int, rows: Mapping[str, np.ndarray], meta: object
+    self, key: str, rows: Mapping[str, np.ndarray], meta: object
   ) -> Outcome:
     try:
       return self._expert.finish(rows, meta)
     except BadRecord as error:
       return no_label(reason(error))
     except Exception as error:
-      error.add_note(
-        f"(while labelling the record {self._read[position][0]!r})"
-      )
+      error.add_note(f"(while labelling the record {key!r})")
       raise
 
-  def _ready(self) -> Iterator[Entry]:
-    while (outcome := self._labels.get(self._next)) is not None:
+  def _pop_finished(self) -> Iterator[Entry]:
+    while item := self._items.get(self._yielded):
+      outcome = item.outcome
       if isinstance(outcome, futures.Future):
         if not outcome.done():
           return
         outcome = outcome.result()
-      del self._labels[self._next]
-      key, image = self._read.pop(self._next)
-      self._next += 1
-      yield Entry(key, outcome, image)
+      if outcome is None:
+        return
+      del self._items[self._yielded]
+      self._yielded += 1
+      yield Entry(item.key, outcome, item.image)

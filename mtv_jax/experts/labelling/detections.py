@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
+from mtv_jax.config import options as options_lib
+from mtv_jax.config.options import Fraction, PositiveInt
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import Outcome
-from mtv_jax.utils.errors import InputError
 
 # Detectors that pad images to a square also report boxes in the padding: those
-# with less than this share of their area in the image are dropped.
-INSIDE = 0.5
+# with less than this fraction of their area in the image are dropped.
+_MIN_INSIDE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,35 +32,24 @@ class Detections:
   phrases: tuple[str, ...]
 
 
-def check_options(
-  *,
-  threshold: float,
-  nms: float,
-  max_boxes: int,
-  min_side: float,
-  max_area: float,
-) -> dict[str, float]:
-  """The checked options of `select`, as a manifest stores them.
+@dataclasses.dataclass(frozen=True)
+class BoxOptions:
+  """Options of detectors, as a manifest stores them; see `select`.
 
-  Raises:
-    InputError: for a number out of range.
+  Attributes:
+    threshold: minimum score, applied by the detector.
   """
-  shares = dict(threshold=threshold, nms=nms, min_side=min_side)
-  for name, value in (shares | dict(max_area=max_area)).items():
-    if not 0 <= value <= 1:
-      raise InputError(
-        f"{name}={value}: expected a number from 0 to 1; it is a share of the "
-        "image, of two boxes, or a probability, not in pixels or percent."
-      )
-  if max_boxes < 1:
-    raise InputError(f"max_boxes={max_boxes}; expected at least 1.")
-  return dict(
-    threshold=float(threshold),
-    nms=float(nms),
-    max_boxes=int(max_boxes),
-    min_side=float(min_side),
-    max_area=float(max_area),
-  )
+
+  threshold: Fraction
+  nms: Fraction
+  max_boxes: PositiveInt
+  min_side: Fraction
+  max_area: Fraction
+
+
+def check_options(**options: float | int) -> dict[str, float | int]:
+  """Checked `BoxOptions`; a ConfigError for a number out of range."""
+  return options_lib.check_options(BoxOptions, options, where="boxes")
 
 
 def suppress(
@@ -114,8 +103,8 @@ def select(
     detections: above the detector's threshold, in any order.
     nms: `iou` of `suppress`.
     max_boxes: maximum number, the best by score.
-    min_side: minimum side, as a share of the image's.
-    max_area: maximum area, as a share of the image's: a larger box adds
+    min_side: minimum side, as a fraction of the image's.
+    max_area: maximum area, as a fraction of the image's: a larger box adds
       nothing to the caption.
 
   Returns:
@@ -124,32 +113,32 @@ def select(
   boxes, scores = detections.boxes, detections.scores
   inside = boxes.clip(0, 1)
   extent = inside[:, 2:] - inside[:, :2]
-  # `make_boxes` reports invalid boxes.
-  sound = np.isfinite(boxes).all(1) & np.isfinite(scores)
-  sound &= (boxes[:, 2:] > boxes[:, :2]).all(1)
-  broken, kept = np.flatnonzero(~sound), np.flatnonzero(sound)
-  counts: collections.Counter[str] = collections.Counter()
-
-  def drop(reason: str, wrong: np.ndarray) -> np.ndarray:
-    counts[f"boxes: {reason}"] = int(wrong[kept].sum())
-    return kept[~wrong[kept]]
-
+  valid = np.isfinite(boxes).all(1) & np.isfinite(scores)
+  valid &= (boxes[:, 2:] > boxes[:, :2]).all(1)
   with np.errstate(invalid="ignore", over="ignore"):
-    outside = area(inside) < INSIDE * area(boxes)
-    small = (extent < min_side).any(1)
-    large = area(inside) > max_area
-  kept = drop("mostly outside the image", outside)
-  kept = drop("small", small)
-  kept = drop("as large as the image", large)
-  best = kept[suppress(inside[kept], scores[kept], iou=nms)]
-  counts["boxes: duplicates of better ones"] = len(kept) - len(best)
+    reasons = {
+      "boxes: mostly outside the image": (
+        area(inside) < _MIN_INSIDE * area(boxes)
+      ),
+      "boxes: small": (extent < min_side).any(1),
+      "boxes: as large as the image": area(inside) > max_area,
+    }
+  counts: dict[str, int] = {}
+  usable = valid.copy()
+  for reason, dropped in reasons.items():
+    counts[reason] = int((usable & dropped).sum())
+    usable &= ~dropped
+  rows = np.flatnonzero(usable)
+  best = rows[suppress(inside[rows], scores[rows], iou=nms)]
+  counts["boxes: duplicates of better ones"] = len(rows) - len(best)
   counts["boxes: more than wanted"] = len(best) - len(best[:max_boxes])
-  rows = np.concatenate([best[:max_boxes], broken])
+  # `make_boxes` counts the invalid ones.
+  rows = np.concatenate([best[:max_boxes], np.flatnonzero(~valid)])
   outcome = label_values.make_boxes(
     boxes[rows], [detections.phrases[i] for i in rows], scores[rows]
   )
-  counts.update(outcome.counts)
-  return Outcome(outcome.label, {k: n for k, n in counts.items() if n})
+  counts = {reason: n for reason, n in counts.items() if n}
+  return Outcome(outcome.label, {**counts, **outcome.counts})
 
 
 def area(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n"]:

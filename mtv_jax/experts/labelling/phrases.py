@@ -4,47 +4,44 @@
     phrases({"key": "7", "captions": ["A dog on the beach"], "meta": {}})
     ['a dog', 'a dog on', 'a dog on the', 'a dog on the beach', 'dog', ...]
 
-A source of phrases is named by a string:
+A phrase source is named by a string:
 
-  ngrams         runs of words of the record's captions, by OWLv2's rules
+  ngrams         n-grams of the record's captions, by OWLv2's rules
   tags           the field `tags` of the record's .json; `tags:FIELD` another
   FILE           a vocabulary: one phrase a line, the same for every record
-  MODULE:NAME    a function of a record that gives its phrases; what is kept of
-                 it in a label set is its name, so give a changed one a new name
+  MODULE:NAME    a function from a record to its phrases; a label set stores
+                 its name only, so give a changed function a new name
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import hashlib
 import importlib
-import itertools
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+from mtv_jax.config.options import PositiveInt, check_value
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.tokenizers import canonicalize
 from mtv_jax.utils.errors import InputError, did_you_mean
 
-# OWLv2's. The 10-grams of a caption of 35 words are about as many; a caption
-# of COCO has some 50.
-# Why a record without phrases has no boxes.
-NOTHING = "boxes: no phrases to look for"
-_LEAST = 8
+# OWLv2's limits; a caption of 35 words has about 300 10-grams.
 MAX_PHRASES = 300
 MAX_WORDS = 10
 
+_MIN_PADDED = 8
+_NO_PHRASES = "boxes: no phrases to look for"
 _SEPARATORS = re.compile(r"[,;|]")
-_NAMED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
-
-# Facts of OWLv2's recipe (Minderer et al. 2023): common words beside web images
-# that say nothing of their content, and NLTK's English stop words, written as
-# `canonicalize` leaves them ("dont").
+# Of OWLv2's recipe (Minderer et al. 2023): common words of web captions without
+# visual content, and NLTK's English stop words, in the form of `canonicalize`.
 _GENERIC = """
   alibaba aliexpress amazon available background blog buy co com description
   diy download facebook free gif hd ideas illustration illustrations image
@@ -73,148 +70,126 @@ GENERIC_WORDS = frozenset(_GENERIC.split())
 STOP_WORDS = frozenset(_STOP.split())
 
 
-@runtime_checkable
-class Phrases(Protocol):
-  """Gives the phrases to look for in a record's image.
+class Phrases(abc.ABC):
+  """Phrases to look for in a record's image; subclasses are dataclasses.
 
   Attributes:
-    settings: all that decides which they are (JSON), for a manifest.
-    vocabulary: what every record is searched for, where that is one closed
-      list, which an expert can encode once; None where it differs.
+    source: name of the kind, for the manifest.
+    max_phrases: of a record; later ones are dropped.
+    vocabulary: the phrases of every record if they are the same, so that an
+      expert can encode them once.
   """
 
-  settings: Mapping[str, Any]
-  vocabulary: tuple[str, ...] | None
+  source: str
+  max_phrases: int
+  vocabulary: tuple[str, ...] | None = None
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """All that determines the phrases (JSON), for a manifest."""
+    return {"source": self.source, **dataclasses.asdict(self)}
 
   def __call__(self, record: Record) -> list[str]:
-    """Phrases of a record, each once; none where it has none.
+    """Distinct phrases of a record, possibly none.
 
     Raises:
-      BadRecord: it has something else where phrases should be.
+      BadRecord: a phrase is not a string.
     """
-    ...
+    return _distinct(self._read(record), self.max_phrases)
+
+  @abc.abstractmethod
+  def _read(self, record: Record) -> Iterable[str]:
+    """Phrases of a record, with repetitions."""
 
 
 def build_phrases(
   source: str, *, max_phrases: int = MAX_PHRASES, max_words: int = MAX_WORDS
 ) -> Phrases:
-  """The source of phrases of a name.
+  """The phrase source of a name.
 
   Args:
     source: see the top of the file.
-    max_phrases: of a record; those after it are left out. A vocabulary is
-      never cut.
-    max_words: in an n-gram.
+    max_phrases: of a record, except of a vocabulary.
+    max_words: of an n-gram.
 
   Raises:
-    InputError: for a name that is none, a file that holds no phrases, or a
-      limit below 1.
-    ImportError: for a module that there is not.
+    ConfigError: a limit below 1.
+    InputError: an unknown name, or a file without phrases.
+    ImportError: the module can't be imported.
   """
-  if max_phrases < 1 or max_words < 1:
-    raise InputError(
-      f"max_phrases={max_phrases} and max_words={max_words}: both are at least"
-      " 1"
-    )
-  kind, _, rest = source.partition(":")
+  check_value(max_phrases, PositiveInt, "max_phrases")
+  check_value(max_words, PositiveInt, "max_words")
+  kind, _, field = source.partition(":")
   if source == "ngrams":
     return NGrams(max_phrases, max_words)
   if kind == "tags":
-    return Tags(rest or "tags", max_phrases)
+    return Tags(field or "tags", max_phrases)
   if Path(source).expanduser().is_file():
     return read_vocabulary(source)
-  if _NAMED.fullmatch(source):
+  if _FUNCTION.fullmatch(source):
     return _Function(source, max_phrases)
   raise InputError(
-    f"phrases={source!r} is no source of phrases, and no file."
+    f"phrases={source!r} is neither a phrase source nor a file."
     f" {did_you_mean(source, ['ngrams', 'tags', 'tags:FIELD'])} A file has one"
     " phrase a line; MODULE:NAME is a function of a record."
   )
 
 
 @dataclasses.dataclass(frozen=True)
-class NGrams:
-  """Runs of a caption's words (OWLv2, Minderer et al. 2023, appendix).
+class NGrams(Phrases):
+  """N-grams of captions (OWLv2, Minderer et al. 2023, appendix).
 
-  Words that are generic are dropped, then all runs of up to `max_words` that
-  follow on each other are taken, from each word in turn the shortest first;
-  those of nothing but stop words are skipped. Captions come in their order.
+  Generic words are removed; n-grams of up to `max_words` words follow by start
+  and then length, without those of stop words alone.
 
-  Unlike there, punctuation goes before all this (and not after), so that
-  "photo." is a generic word and "dog," is "dog", and a run that was there
-  before is not counted again.
+  Unlike in the paper, punctuation is removed first, so that "photo." is a
+  generic word, and repeated n-grams are dropped.
   """
 
+  source = "ngrams"
   max_phrases: int = MAX_PHRASES
   max_words: int = MAX_WORDS
-  vocabulary: None = None
 
-  @property
-  def settings(self) -> dict[str, Any]:
-    """For a manifest."""
-    return {
-      "source": "ngrams",
-      "max_phrases": self.max_phrases,
-      "max_words": self.max_words,
-    }
-
-  def __call__(self, record: Record) -> list[str]:
-    """Phrases of a record's captions."""
-    runs = itertools.chain.from_iterable(
-      _runs(caption, self.max_words) for caption in record["captions"]
-    )
-    return _distinct(runs, self.max_phrases)
-
-
-def _runs(caption: str, max_words: int) -> Iterator[str]:
-  kept = [w for w in canonicalize(caption).split() if w not in GENERIC_WORDS]
-  for start in range(len(kept)):
-    says = False
-    for end in range(start, min(start + max_words, len(kept))):
-      says = says or kept[end] not in STOP_WORDS
-      if says:
-        yield " ".join(kept[start : end + 1])
+  def _read(self, record: Record) -> Iterator[str]:
+    for caption in record["captions"]:
+      words = canonicalize(caption).split()
+      words = [word for word in words if word not in GENERIC_WORDS]
+      for start in range(len(words)):
+        for end in range(start, min(start + self.max_words, len(words))):
+          ngram = words[start : end + 1]
+          if not STOP_WORDS.issuperset(ngram):
+            yield " ".join(ngram)
 
 
 @dataclasses.dataclass(frozen=True)
-class Tags:
+class Tags(Phrases):
   """A field of the record's .json: a list, or a string with `,`, `;` or `|`.
 
-  They stay as they are written; of those that differ in case or punctuation
-  alone the first counts.
+  Of tags that differ only in case or punctuation the first is used, as spelled.
+  A record without the field, or with null, has none.
   """
 
+  source = "tags"
   field: str
   max_phrases: int = MAX_PHRASES
-  vocabulary: None = None
 
-  @property
-  def settings(self) -> dict[str, Any]:
-    """For a manifest."""
-    return {
-      "source": "tags",
-      "field": self.field,
-      "max_phrases": self.max_phrases,
-    }
-
-  def __call__(self, record: Record) -> list[str]:
-    """Tags of a record; none where it lacks the field or has null there."""
-    found = record["meta"].get(self.field)
-    if found is None:
+  def _read(self, record: Record) -> list[str]:
+    tags = record["meta"].get(self.field)
+    if tags is None:
       return []
-    if isinstance(found, str):
-      found = _SEPARATORS.split(found)
-    return _checked(record, found, f"its {self.field!r}", self.max_phrases)
+    if isinstance(tags, str):
+      tags = _SEPARATORS.split(tags)
+    return _check_strings(record, tags, f"its {self.field!r}")
 
 
 def read_vocabulary(file: str) -> Vocabulary:
   """The phrases of a file, one a line.
 
-  Blank lines and phrases that were there before (but for case and
-  punctuation) are dropped, and a line of the log says how many.
+  Blank and repeated lines (up to case and punctuation) are dropped, and their
+  number is logged.
 
   Raises:
-    InputError: it is no text in UTF-8, or holds no phrase.
+    InputError: the file is not UTF-8, or has no phrase.
     OSError: it can't be read.
   """
   path = Path(file).expanduser()
@@ -222,19 +197,18 @@ def read_vocabulary(file: str) -> Vocabulary:
     lines = path.read_text(encoding="utf-8-sig").splitlines()
   except UnicodeDecodeError as error:
     raise InputError(
-      f"{file} is no text in UTF-8 ({error}); a vocabulary has one phrase a"
-      " line"
+      f"{file} is not UTF-8 ({error}); a vocabulary has one phrase a line."
     ) from error
   filled = [line for line in lines if canonicalize(line)]
   phrases = _distinct(filled, len(filled))
   if not phrases:
     raise InputError(
       f"{file} has {len(lines)} lines and no phrase; a vocabulary has one a"
-      " line"
+      " line."
     )
   if len(phrases) < len(lines):
     logging.info(
-      "%s: %d phrases; dropped %d blank lines and %d that were there before",
+      "%s: %d phrases; dropped %d blank lines and %d repeated ones",
       file,
       len(phrases),
       len(lines) - len(filled),
@@ -244,15 +218,15 @@ def read_vocabulary(file: str) -> Vocabulary:
 
 
 @dataclasses.dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(Phrases):
   """The same phrases for every record."""
 
-  vocabulary: tuple[str, ...]
+  vocabulary: tuple[str, ...] = ()
   name: str = "vocabulary"
 
   @property
   def settings(self) -> dict[str, Any]:
-    """For a manifest; the hash is of the phrases in their order."""
+    """For a manifest; the hash depends on the order."""
     return {
       "source": "vocabulary",
       "file": self.name,
@@ -261,105 +235,94 @@ class Vocabulary:
     }
 
   def __call__(self, record: Record) -> list[str]:
-    """All of them."""
+    """The vocabulary."""
+    return list(self._read(record))
+
+  def _read(self, record: Record) -> tuple[str, ...]:
     del record
-    return list(self.vocabulary)
+    return self.vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
-class _Function:
-  """What `MODULE:NAME` makes of a record."""
+class _Function(Phrases):
+  """The function `MODULE:NAME` of a record."""
 
   source: str
   max_phrases: int
-  vocabulary: None = None
 
   def __post_init__(self):
     _ = self._function
 
   @functools.cached_property
   def _function(self) -> Callable[[Record], Iterable[str]]:
-    module, _, name = self.source.partition(":")
+    name, _, attribute = self.source.partition(":")
     try:
-      function = getattr(importlib.import_module(module), name, None)
+      module = importlib.import_module(name)
     except ModuleNotFoundError as error:
       raise InputError(
-        f"phrases={self.source!r}: {error}. The module must be one that Python"
-        " finds: set PYTHONPATH to its folder."
+        f"phrases={self.source!r}: {error}. Add the module's folder to"
+        " PYTHONPATH."
       ) from error
+    function = getattr(module, attribute, None)
     if not callable(function):
+      public = [key for key in vars(module) if not key.startswith("_")]
       raise InputError(
-        f"phrases={self.source!r}: {module} has no function {name!r}."
-        f" {did_you_mean(name, _public(module))}"
+        f"phrases={self.source!r}: {name} has no function {attribute!r}."
+        f" {did_you_mean(attribute, public)}"
       )
     return function
 
-  @property
-  def settings(self) -> dict[str, Any]:
-    """For a manifest."""
-    return {"source": self.source, "max_phrases": self.max_phrases}
-
-  def __call__(self, record: Record) -> list[str]:
-    """What the function gives, each phrase once."""
-    found = self._function(record)
-    return _checked(record, found, self.source, self.max_phrases)
+  def _read(self, record: Record) -> list[str]:
+    return _check_strings(record, self._function(record), self.source)
 
 
-def _public(module: str) -> list[str]:
-  names = vars(importlib.import_module(module))
-  return [name for name in names if not name.startswith("_")]
+def require_phrases(phrases: Phrases, record: Record) -> tuple[str, ...]:
+  """The phrases of a record; a BadRecord if there are none."""
+  if not (of_record := tuple(phrases(record))):
+    raise BadRecord(str(record["key"]), _NO_PHRASES)
+  return of_record
 
 
-def required(phrases: Phrases, record: Record) -> tuple[str, ...]:
-  """What to look for in a record.
-
-  Raises:
-    BadRecord: there is nothing.
-  """
-  found = tuple(phrases(record))
-  if not found:
-    raise BadRecord(str(record["key"]), NOTHING)
-  return found
-
-
-def padded(count: int) -> int:
-  """To how many phrases a record's are filled up: a power of two, 8 at least.
+def padded_count(count: int) -> int:
+  """The power of two, at least 8, to which a number of phrases is padded.
 
   One program is compiled for each.
   """
-  return max(_LEAST, 1 << (count - 1).bit_length())
+  return max(_MIN_PADDED, 1 << (count - 1).bit_length())
 
 
 def hash_phrases(phrases: Sequence[str]) -> str:
-  """64 bits of a list of phrases in its order, in hexadecimal."""
+  """64-bit hash of a list of phrases in its order, in hexadecimal."""
   text = "\n".join(phrases)
   return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _checked(record: Record, found: Any, what: str, limit: int) -> list[str]:
-  if not isinstance(found, Iterable) or isinstance(found, str | Mapping):
-    found = [found]
-  found = list(found)
-  if wrong := [item for item in found if not isinstance(item, str)]:
-    raise BadRecord(
-      str(record["key"]),
-      # Not what it is: a reason is counted, and each would have its own.
-      f"phrases: {what} has a {type(wrong[0]).__name__} where a string should"
-      " be",
-    )
-  return _distinct(found, limit)
+def _check_strings(record: Record, value: Any, name: str) -> list[str]:
+  """A value as a list of strings."""
+  if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
+    value = [value]
+  items = list(value)
+  for item in items:
+    if not isinstance(item, str):
+      # The type, not the value: equal reasons are counted together.
+      raise BadRecord(
+        str(record["key"]),
+        f"phrases: {name} has a {type(item).__name__} where a string should be",
+      )
+  return items
 
 
 def _distinct(phrases: Iterable[str], limit: int) -> list[str]:
-  """The first `limit` that say something new, with single spaces.
+  """The first `limit` phrases that differ up to case and punctuation.
 
-  Half of a character, as a cut JSON string has it, becomes a question mark.
+  Spaces are normalized, and lone surrogates, as of a cut JSON string, become
+  question marks.
   """
-  kept: dict[str, str] = {}
+  distinct: dict[str, str] = {}
   for phrase in phrases:
-    if len(kept) >= limit:
+    if len(distinct) >= limit:
       break
     phrase = phrase.encode("utf-8", "replace").decode()
-    if plain := canonicalize(phrase):
-      kept.setdefault(plain, " ".join(phrase.split()))
-  return list(kept.values())
+    if canonical := canonicalize(phrase):
+      distinct.setdefault(canonical, " ".join(phrase.split()))
+  return list(distinct.values())

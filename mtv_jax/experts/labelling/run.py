@@ -13,11 +13,11 @@ byte-identical.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
 
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
 from mtv_jax.data.sources.base import Source
@@ -51,7 +51,7 @@ def run(
   Args:
     expert: the model.
     base: the source to label.
-    out: folder of the label set; created if needed.
+    out: folder of the label set; created if missing.
     host: index and number of hosts that start together, so that each begins
       with another shard; 0 of 1 by default, also for hosts started by hand.
     threads: decoding, preparing and finishing; one per core by default.
@@ -63,21 +63,22 @@ def run(
     LabelError: no record has a label.
     InputError: fewer than one thread.
   """
-  if threads is not None and threads < 1:
-    raise InputError(f"threads={threads}; expected at least 1.")
+  threads = count_threads(threads)
   writer = LabelWriter(
     out, kind=expert.kind, base=base, settings=expert.settings
   )
-  threads = os.cpu_count() or 1 if threads is None else threads
   leases = ShardLeases(writer.out)
-  with futures.ThreadPoolExecutor(threads) as pool:
-    job = _HostJob(expert, writer, leases, pool, threads, progress)
-    try:
-      job.run(host or HostRows(0, 1))
-    finally:
-      pool.shutdown(wait=False, cancel_futures=True)
+  job = _HostJob(expert, writer, leases, threads, progress)
+  job.run(host or HostRows(0, 1))
   leases.sweep()
   return writer.finish()
+
+
+def count_threads(threads: int | None) -> int:
+  """`threads`, or one per core; an InputError below one."""
+  if threads is not None and threads < 1:
+    raise InputError(f"threads={threads}; expected at least 1.")
+  return threads or os.cpu_count() or 1
 
 
 class _HostJob:
@@ -88,14 +89,12 @@ class _HostJob:
     expert: Expert,
     writer: LabelWriter,
     leases: ShardLeases,
-    pool: futures.ThreadPoolExecutor,
     threads: int,
     progress: Callable[[int, int], None],
   ):
     self._expert = expert
     self._writer = writer
     self._leases = leases
-    self._pool = pool
     self._threads = threads
     self._progress = progress
     self._done = 0
@@ -106,7 +105,7 @@ class _HostJob:
     first = count * host.index // host.count
     while todo := self._todo():
       # From this host's first shard to the end, then from the start.
-      order = [s for s in todo if s >= first] + [s for s in todo if s < first]
+      order = sorted(todo, key=lambda shard: (shard < first, shard))
       labelled = next((shard for shard in order if self._label(shard)), None)
       if labelled is not None:
         first, wait = labelled, _MIN_WAIT
@@ -117,44 +116,42 @@ class _HostJob:
       wait = min(2 * wait, _MAX_WAIT)
 
   def _todo(self) -> Sequence[int]:
-    writer = self._writer
-    todo = writer.todo()
-    left = sum(len(writer.numbers(shard)) for shard in todo)
-    self._done = len(writer.base) - left
-    self._progress(self._done, len(writer.base))
+    todo, total = self._writer.todo(), len(self._writer.base)
+    self._done = total - sum(len(self._writer.numbers(s)) for s in todo)
+    self._progress(self._done, total)
     return todo
 
   def _label(self, shard: int) -> bool:
-    """Labels a shard that no other process has leased; whether it did."""
-    if self._writer.done(shard):
+    """Labels a shard unless another process has leased or finished it."""
+    if self._writer.is_done(shard):
       return False
     name = self._writer.names[shard]
     with self._leases.acquire(name) as acquired:
       # Another process may have finished it just before.
-      if not acquired or self._writer.done(shard):
+      if not acquired or self._writer.is_done(shard):
         return False
       try:
-        self._writer.write(shard, self._entries(shard))
+        with contextlib.closing(self._entries(shard)) as entries:
+          self._writer.write(shard, entries)
       except FileNotFoundError:
-        # This process was suspended for so long that another one took the
-        # shard over and removed its files; that one's labels are the same.
+        # After a long suspension of this process, another one took the shard
+        # over and removed its files; that one's labels are the same.
         holder = self._leases.holder(name)
         lost = holder is not None and holder.owner != atomic.current_process()
-        if not (lost or self._writer.done(shard)):
+        if not (lost or self._writer.is_done(shard)):
           raise
-      return self._writer.done(shard)
+      return self._writer.is_done(shard)
 
   def _entries(self, shard: int) -> Iterator[Entry]:
-    total = len(self._writer.base)
+    base = self._writer.base
     for entry in batching.label(
       self._expert,
-      self._writer.base.read_with_metadata,
+      base.read_with_metadata,
       self._writer.numbers(shard),
-      pool=self._pool,
       threads=self._threads,
     ):
       self._done += 1
-      self._progress(min(self._done, total), total)
+      self._progress(min(self._done, len(base)), len(base))
       yield entry
 
   def _log_waiting(self, shards: Sequence[int]) -> None:

@@ -1,17 +1,16 @@
 """Leases on shards: files through which hosts divide the work of labelling.
 
-`.NAME.claim` names its process, which updates the modification time while it
-lives. A lease expires when its process is known to be dead, or has not updated
-it for `atomic.STALE_SECONDS` by the clock of the file system. Leases only save
-work: a shard that two processes label at once is identical, and its files are
-replaced whole.
+`.NAME.claim` names its process, which keeps updating the modification time. A
+lease expires when its process is known to be dead, or has not updated it for
+`atomic.STALE_SECONDS` by the clock of the file system. Leases only save work: a
+shard that two processes label at once is identical, and its files are replaced
+whole.
 
-A takeover creates the next lease, `.NAME.claim.1`, and never moves or replaces
-the previous one, which would leave a moment without any. A lease is valid if no
-other live process has one. Every process checks for others after creating its
-own, so of two the later check sees the other and yields. This needs nothing of
-a file system but exclusive creation; locks end with their process, and some
-shared file systems lack them.
+A takeover creates the next lease, `.NAME.claim.1`, before it removes the
+previous one, so that there is always a lease. A lease is valid if no other live
+process has one: every process checks this after creating its lease, and of two
+processes the later one yields. This requires only exclusive creation of the
+file system; some shared file systems lack locks.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
+import itertools
 import json
 import os
 import pathlib
@@ -34,12 +34,7 @@ _RENEWALS = 10  # Within the time after which a lease expires.
 
 @dataclasses.dataclass(frozen=True)
 class Lease:
-  """The content of a lease's file.
-
-  Attributes:
-    host: its name, for messages.
-    owner: the process; None where the file is damaged.
-  """
+  """The content of a lease's file; no owner if the file is damaged."""
 
   host: str
   owner: Owner | None
@@ -51,11 +46,7 @@ class Lease:
 
 
 class ShardLeases:
-  """This process's leases on the shards of a label set.
-
-  Args:
-    folder: of the label set.
-  """
+  """This process's leases on the shards of a label set in a folder."""
 
   def __init__(self, folder: pathlib.Path):
     self._folder = folder
@@ -76,11 +67,7 @@ class ShardLeases:
 
   @contextlib.contextmanager
   def acquire(self, name: str) -> Iterator[bool]:
-    """Leases a shard, and releases it at the end.
-
-    Yields:
-      Whether the lease was granted; False if another process has it.
-    """
+    """Leases a shard; yields False if another process has a lease on it."""
     lease = self._try_acquire(name)
     if lease is None:
       yield False
@@ -106,11 +93,9 @@ class ShardLeases:
         return None
     with contextlib.ExitStack() as on_failure:
       on_failure.callback(_release, file, handle)
-      content = {
-        "host": socket.gethostname(),
-        "owner": str(atomic.current_process()),
-      }
-      os.write(handle, json.dumps(content).encode())
+      owner = str(atomic.current_process())
+      content = json.dumps({"host": socket.gethostname(), "owner": owner})
+      os.write(handle, content.encode())
       expired = self._expired(name, ignore=file)
       if expired is None:
         return None
@@ -137,7 +122,7 @@ class ShardLeases:
   def _remove(self, name: str, expired: list[pathlib.Path]) -> None:
     """Removes expired leases and the unfinished files of their processes."""
     for file in expired:
-      # A process that has replaced it meanwhile sees ours and yields.
+      # A process that has replaced it meanwhile sees the new lease and yields.
       file.unlink(missing_ok=True)
     if expired:
       atomic.remove_abandoned(self._folder, name=f"{name}.")
@@ -153,11 +138,11 @@ class ShardLeases:
   def sweep(self) -> None:
     """Removes leases and temporary files of dead processes, of any shard."""
     atomic.remove_abandoned(self._folder)
-    for pattern in (".*.claim", ".*.claim.[1-9]*"):
-      for file in self._folder.glob(pattern):
-        with contextlib.suppress(FileNotFoundError):
-          if atomic.is_abandoned(file, _read(file).owner):
-            file.unlink()
+    files = self._folder.glob(".*.claim"), self._folder.glob(".*.claim.[1-9]*")
+    for file in itertools.chain(*files):
+      with contextlib.suppress(FileNotFoundError):
+        if atomic.is_abandoned(file, _read(file).owner):
+          file.unlink()
 
 
 def _number(file: pathlib.Path) -> int:
@@ -167,11 +152,10 @@ def _number(file: pathlib.Path) -> int:
 
 
 def _create(file: pathlib.Path) -> int | None:
-  flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
-  try:
+  with contextlib.suppress(FileExistsError):
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
     return os.open(file, flags, 0o644)
-  except FileExistsError:
-    return None
+  return None
 
 
 def _read(file: pathlib.Path) -> Lease:
@@ -186,12 +170,12 @@ def _read(file: pathlib.Path) -> Lease:
 @contextlib.contextmanager
 def _renewed(handle: int) -> Iterator[None]:
   """Renews a lease from a thread."""
-  done = threading.Event()
+  released = threading.Event()
 
   def renew() -> None:
-    while not done.wait(atomic.STALE_SECONDS / _RENEWALS):
-      # By its handle, so as not to renew the lease of another process. A file
-      # system that fails now may recover until the next renewal.
+    while not released.wait(atomic.STALE_SECONDS / _RENEWALS):
+      # By its handle, so as not to renew the lease of another process. The
+      # file system may recover from an error until the next renewal.
       with contextlib.suppress(OSError):
         os.utime(handle)
 
@@ -200,7 +184,7 @@ def _renewed(handle: int) -> Iterator[None]:
   try:
     yield
   finally:
-    done.set()
+    released.set()
     thread.join()
 
 

@@ -123,9 +123,9 @@ class Owlv2Boxes:
     tokens, group = {}, "vocabulary"
     phrases = self._phrases.vocabulary
     if phrases is None:
-      phrases = phrases_lib.required(self._phrases, record)
+      phrases = phrases_lib.require_phrases(self._phrases, record)
       found = self._tokens(phrases)
-      group = phrases_lib.padded(len(phrases))
+      group = phrases_lib.padded_count(len(phrases))
       tokens["tokens"] = np.zeros((group, *found.shape[1:]), np.int32)
       tokens["tokens"][: len(phrases)] = found
     pixels = in_square(image, self._size)

@@ -22,7 +22,6 @@ from label_samples import (
 )
 
 from mtv_jax.data.labels import label_sets
-from mtv_jax.data.labels import settings as label_settings
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
@@ -30,6 +29,7 @@ from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.webdataset import WebDatasetSource
+from mtv_jax.utils import atomic
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,11 @@ def test_a_source_that_leaves_out_records_without_captions(tmp_path):
   [
     ("x", ValueError, "expected a dict of folders"),
     ({}, ValueError, "expected a dict of folders"),
-    ({"dept": "x"}, ValueError, "Unknown labels 'dept'. Did you mean 'depth'"),
+    (
+      {"dept": "x"},
+      ValueError,
+      "kind of labels is 'dept'. Did you mean 'depth'",
+    ),
     ({"depth": "nowhere"}, FileNotFoundError, "no folder of labels nowhere"),
     ({"depth": "{}/base"}, FileNotFoundError, "no manifest.json: .*finished"),
     (
@@ -155,11 +159,11 @@ def test_a_source_that_leaves_out_records_without_captions(tmp_path):
       LabelError,
       r"'boxes', given as 'depth'.*\(box",
     ),
-    ({"depth": {"join": "key"}}, ValueError, "need a path"),
+    ({"depth": {"join": "key"}}, ValueError, "labels.depth.path is missing"),
     (
       {"depth": {"path": "{}/depth", "join": "keys"}},
       ValueError,
-      "unknown join='keys'. Did you mean 'key'",
+      "labels.depth.join is 'keys'. Did you mean 'key'",
     ),
     (
       {"depth": {"paht": "{}/depth"}},
@@ -175,7 +179,7 @@ def test_labels_of_a_config_that_cannot_be(made, labels, error, says):
 
 
 def test_a_source_that_has_the_field_itself(made):
-  with pytest.raises(LabelError, match="gives depth itself"):
+  with pytest.raises(LabelError, match="has depth already"):
     build_source(
       {"type": "scenes", "length": 3, "labels": {"depth": f"{made}/depth"}}
     )
@@ -185,7 +189,7 @@ def test_a_set_for_fewer_records(made, tmp_path):
   base = open_base(make_base(tmp_path, count=9))
   make_set(tmp_path / "depth", base, "depth")
   with pytest.raises(
-    LabelError, match=r"made for 1 records of 00002.tar, which has 2"
+    LabelError, match=r"labels of 1 records of 00002.tar, which has 2"
   ):
     build_source(entry(made, depth=f"{tmp_path}/depth"))
 
@@ -206,14 +210,14 @@ def test_a_set_for_other_keys(made, tmp_path):
   manifest.write_text(text)
   with pytest.raises(
     LabelError,
-    match="other shards: record 6 .* has the key '000012', and had '990012'",
+    match="other shards: record 6 .* has the key '000012', expected '990012'",
   ):
     build_source(entry(made, depth=f"{tmp_path}/depth"))
 
 
 def test_a_set_for_other_images_of_the_same_keys(made, tmp_path):
   make_base(tmp_path / "other", first=100)
-  with pytest.raises(LabelError, match="other images: .* though the key is"):
+  with pytest.raises(LabelError, match="other images: .* the same key but"):
     build_source(entry(tmp_path / "other", depth=f"{made}/depth"))
   # By key it is the user who says that they are the same pictures.
   labels = {"path": f"{made}/depth", "join": "key"}
@@ -247,7 +251,9 @@ def test_files_that_are_not_those_of_the_manifest(made, tmp_path):
     LabelSet(out, kind="depth")
   array_record.write_bytes(out / "00001.array_record", [b"x"] * 4)
   source = build_source(entry(made, depth=str(out)))
-  with pytest.raises(BadRecord, match="'000011'.*depth/00001.*:1 is no label"):
+  with pytest.raises(
+    BadRecord, match="'000011'.*depth/00001.*:1 is not a depth label"
+  ):
     source[5]
   (out / "00001.array_record").unlink()
   with pytest.raises(FileNotFoundError, match="1 of 3 files.*00001.array"):
@@ -257,7 +263,7 @@ def test_files_that_are_not_those_of_the_manifest(made, tmp_path):
   with pytest.raises(LabelError, match="of version 2, this code reads 1"):
     LabelSet(out, kind="depth")
   (out / "manifest.json").write_text("{}")
-  with pytest.raises(LabelError, match="no manifest of a label set"):
+  with pytest.raises(LabelError, match="not a manifest of a label set"):
     LabelSet(out, kind="depth")
 
 
@@ -268,7 +274,7 @@ def test_a_join_by_key(made, copy, caplog):
   with caplog.at_level(logging.INFO, "mtv_jax.data.labels.join"):
     source = build_source(entry(made, **keyed(copy)))
   assert "60.0 % of the records" in caplog.text
-  assert "(6 of 10 looked at)" in caplog.text
+  assert "(6 of 10 checked)" in caplog.text
   for i in range(COUNT):
     record = source[i]
     if i in (9, 3, 0, 7, 1, 5):
@@ -299,10 +305,10 @@ def test_the_table_of_keys_is_made_once(made, copy):
 
 
 def test_a_table_that_cannot_be_written(made, copy, monkeypatch):
-  def refuse(**options):
+  def refuse(file):
     raise PermissionError(13, "Permission denied")
 
-  monkeypatch.setattr("tempfile.mkstemp", refuse)
+  monkeypatch.setattr(atomic, "temporary_path", refuse)
   with pytest.raises(OSError, match="can't be written.*index_dir"):
     build_source(entry(made, **keyed(copy)))
 
@@ -363,7 +369,7 @@ def test_writing_goes_on_where_it_stopped(made, tmp_path):
   assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*"))
   with pytest.raises(LabelError, match="2 of 3 shards have no labels yet"):
     writer.finish()
-  with pytest.raises(LabelError, match="4 labels were made for 2 records"):
+  with pytest.raises(LabelError, match="4 labels for 2 records"):
     writer.write(2, entries(1))
   again = LabelWriter(tmp_path, kind="depth", base=base, settings=settings)
   assert again.todo() == [0, 2]
@@ -384,7 +390,7 @@ def test_writing_goes_on_where_it_stopped(made, tmp_path):
   # A file that somebody has removed is made again, not told of for ever.
   (tmp_path / "00001.array_record").unlink()
   assert again.todo() == [1]
-  assert not again.done(1)
+  assert not again.is_done(1)
 
 
 def test_a_finished_set_is_not_written_over(made):
@@ -438,7 +444,7 @@ def test_labels_of_other_settings_are_not_mixed(made, tmp_path, finished):
   ]
   # The same keys and counts, but other pictures.
   photos = open_base(make_base(tmp_path / "other", first=100, count=9))
-  with pytest.raises(FileExistsError, match="labels of 00000 .* other\n? ?rec"):
+  with pytest.raises(FileExistsError, match="labels of 00000 .* other rec"):
     LabelWriter(out, kind="depth", base=photos, settings=settings)
 
 
@@ -450,21 +456,23 @@ def test_settings_that_cannot_be_read(made, tmp_path):
     )
 
 
-def test_many_differences_are_not_all_shown():
-  there = {"a": {str(i): i for i in range(30)}, "b": "x" * 99}
-  here = {"a": {str(i): -i for i in range(30)}, "b": "y"}
-  lines = list(label_settings.differences(there, here))
-  assert len(lines) == 30 and lines[0] == "a.1: 1 -> -1"
-  assert lines[-1] == f'b: "{"x" * 56}... -> "y"'
-  shown = label_settings.listed(lines).splitlines()
-  assert len(shown) == 14 and shown[-1] == "  ... and 18 more"
+def test_the_first_of_many_differences_are_listed():
+  stored = {"a": {str(i): i for i in range(30)}}
+  requested = {"a": {str(i): -i for i in range(30)}}
+  text = label_sets.format_differences(stored, requested)
+  lines = text.splitlines()
+  assert len(lines) == 14 and lines[:2] == ["", "  a.1: 1 -> -1"]
+  assert lines[-1] == "  ... and 17 more"
+  assert not label_sets.format_differences(stored, stored)
+  text = label_sets.format_differences({"b": "x" * 99}, {"b": "y"})
+  assert text == f'\n  b: "{"x" * 56}... -> "y"'
 
 
 def test_places_where_labels_cannot_go(made, tmp_path):
   base = open_base(made / "base")
   with pytest.raises(ValueError, match="holds the shards themselves"):
     LabelWriter(made / "base", kind="depth", base=base, settings={})
-  with pytest.raises(ValueError, match="kind='deep'; it is one of"):
+  with pytest.raises(ValueError, match="kind is 'deep'. Did you mean 'depth'"):
     LabelWriter(tmp_path, kind="deep", base=base, settings={})
   scenes = build_source({"type": "scenes", "length": 2})
   with pytest.raises(ValueError, match="SceneSource.* has no files"):

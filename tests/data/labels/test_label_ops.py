@@ -225,7 +225,7 @@ def test_ops_and_sets_that_nobody_reads_are_left_out():
   source = SceneSource(size=16)
   sets = dict(depth="no/such/folder")
   assert join_labels(source, sets, fields=ops.labels) is source
-  with pytest.raises(ValueError, match="Unknown labels 'dept'"):
+  with pytest.raises(ValueError, match="kind of labels is 'dept'"):
     join_labels(source, dict(dept="x"), fields=ops.labels)
 
 

@@ -195,5 +195,5 @@ def test_no_label_survives_packing(kind):
 )
 def test_damaged_labels_are_bad_records(data):
   for kind in ("depth", "boxes"):
-    with pytest.raises(BadRecord, match=f"'f:3'.*no label of {kind}"):
+    with pytest.raises(BadRecord, match=f"'f:3'.*not a {kind} label"):
       label_values.decode(data, kind=kind, where="f:3")

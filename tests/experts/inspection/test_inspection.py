@@ -204,7 +204,7 @@ def test_statistics_of_some_labels_and_shards(labelled):
   stats = gathered(labelled, "boxes", shards=["00000"])
   assert (stats["records"], stats["labelled"], stats["shards"]) == (4, 3, 1)
   assert stats["boxes"] == 0 + 1 + 2
-  with pytest.raises(ValueError, match="records=0"):
+  with pytest.raises(ValueError, match="records is 0"):
     gathered(labelled, "boxes", records=0)
 
 
@@ -463,8 +463,8 @@ def test_tool_errors(labelled, tmp_path):
     ([data, out, f"--depth={labelled}/boxes"], "holds labels of kind 'boxes'"),
     ([f"--data={other}/*.tar", boxes, out], "was made for other images"),
     ([f"--data={tmp_path}/x*.tar", boxes, out], "x*.tar"),
-    ([data, boxes, out, "--count=0"], "count=0"),
-    ([data, boxes, out, "--records=0"], "records=0"),
+    ([data, boxes, out, "--count=0"], "count is 0"),
+    ([data, boxes, out, "--records=0"], "records is 0"),
   ):
     with pytest.raises(SystemExit, match="^inspect_labels: ") as raised:
       main(options)

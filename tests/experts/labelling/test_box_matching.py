@@ -52,13 +52,13 @@ def test_boxes_are_matched_one_to_one_best_first():
   total = 0
   for sizes in itertools.product((0, 1, 5, 12), repeat=2):
     label, truth = (random_label(rng, n) for n in sizes)
-    got = box_matching.match(label, truth, iou=0.4)
+    matches, ious = box_matching.match(label, truth, iou=0.4)
     want = matched(label, truth, 0.4)
-    assert {i: j for i, j in enumerate(got.truth) if j >= 0} == want
+    assert {i: j for i, j in enumerate(matches) if j >= 0} == want
     for i, j in want.items():
       found = overlap(label.boxes[i], truth.boxes[j])
-      assert abs(got.iou[i] - found) < 1e-6
-    assert not got.iou[got.truth < 0].any()
+      assert abs(ious[i] - found) < 1e-6
+    assert not ious[matches < 0].any()
     total += len(want)
   assert total > 10
 

@@ -7,7 +7,6 @@ import random
 import threading
 import time
 import types
-from concurrent import futures
 
 import cv2
 import numpy as np
@@ -189,7 +188,7 @@ def batches(groups, rows=3, size=1, **limits):
     if group != " ":
       found += grouper.add(place, prepared(group, size))
   before = len(found)
-  found += grouper.rest()
+  found += grouper.flush()
   return [list(batch.positions) for batch in found], before
 
 
@@ -261,10 +260,7 @@ def test_labels_come_in_order_whatever_the_threads_do():
   shapes = []
   for threads in (1, 5):
     expert = Slow()
-    with futures.ThreadPoolExecutor(threads) as pool:
-      entries = list(
-        batching.label(expert, read, range(100), pool=pool, threads=threads)
-      )
+    entries = list(batching.label(expert, read, range(100), threads=threads))
     assert [entry.key for entry in entries] == [f"{i}" for i in range(100)]
     for i, entry in enumerate(entries):
       wanted = "record: x" if i % 10 == 3 else f"{i}"
@@ -544,7 +540,7 @@ def test_boxes_that_were_changed(made, base, experts, tmp_path):
     "000010005": "2 boxes: 1 with another phrase, corners up to 0 and scores"
     " up to 0.125 apart",
   }
-  assert report.found == report.boxes + 1
+  assert report.new_boxes == report.boxes + 1
 
 
 def test_a_set_of_another_expert_is_not_compared(made, base):

@@ -145,5 +145,5 @@ def test_a_function_of_ones_own():
 def test_unknown_sources_and_limits():
   with pytest.raises(ValueError, match="Did you mean 'ngrams'"):
     build_phrases("ngram")
-  with pytest.raises(ValueError, match="at least 1"):
+  with pytest.raises(ValueError, match="max_phrases is 0"):
     build_phrases("ngrams", max_phrases=0)
