@@ -52,8 +52,8 @@ class FakeDepth:
   def prepare(self, image, record):
     time.sleep(self._delay)
     if record["key"].endswith("7"):
-      said = f"the number 7.5 ({b'x'!r}) of {image.shape}"
-      raise BadRecord(record["key"], said)
+      reason = f"the number 7.5 ({b'x'!r}) of {image.shape}"
+      raise BadRecord(record["key"], reason)
     pixels = image.astype(np.float32) / 255
     return Prepared(image.shape, {"image": pixels}, record["key"])
 
@@ -174,7 +174,7 @@ ELSEWHERE = atomic.Owner("00000000", 1, "00000000")
 
 
 def main(kind, base, out, delay, coordinator=None, process="0"):
-  """Labels, and says when it begins."""
+  """Labels after it has printed `ready`."""
   distributed.initialize(
     coordinator=coordinator,
     processes=2 if coordinator else None,

@@ -46,13 +46,13 @@ def test_the_tool_labels_and_verifies(base, tmp_path, monkeypatch, capsys):
   argv = arguments(base, tmp_path)
   given = ["--side=64", "--batch_size=2", "--set=scale=2.0", "--set=name=a/b"]
   assert main([*argv, *given]) == 0
-  # Options that nobody gave are the expert's.
+  # Other options have the expert's defaults.
   options = {"side": 64, "batch_size": 2, "scale": 2.0, "name": "a/b"}
   assert asked == [("depth", "x", options)]
-  said = capsys.readouterr()
-  assert f"11 of 14 records have a label, in {tmp_path}." in said.out
-  assert "1 times: record: its image in N.tar has no bytes" in said.out
-  assert "100% 14 of 14 images" in said.err
+  output = capsys.readouterr()
+  assert f"11 of 14 records have a label, in {tmp_path}." in output.out
+  assert "1 times: record: its image in N.tar has no bytes" in output.out
+  assert "100% 14 of 14 images" in output.err
   assert main([*argv, "--verify=5"]) == 0
   assert "5 records labelled again" in capsys.readouterr().out
   # Again: nothing to do.
@@ -61,8 +61,8 @@ def test_the_tool_labels_and_verifies(base, tmp_path, monkeypatch, capsys):
   assert contents(tmp_path) == before
   with pytest.raises(SystemExit, match=r"settings.scale: 2.0 -> 5.0"):
     main([*argv, "--set=scale=5.0"])
-  found = LabelSet(tmp_path, kind="depth")
-  assert found.manifest["labelled"] == 11
+  label_set = LabelSet(tmp_path, kind="depth")
+  assert label_set.manifest["labelled"] == 11
 
 
 def test_a_difference_is_an_exit_code(base, tmp_path, monkeypatch):
@@ -79,21 +79,21 @@ def test_a_difference_is_an_exit_code(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("more", "says"),
+  ("more", "message"),
   [
     (["--set=x"], "label: --set=x: expected OPTION=VALUE"),
     (["--processes=2"], "label: --coordinator, --processes and --process go"),
     ([], "label: No weights at x. Expected are a folder of Depth Anything"),
   ],
 )
-def test_commands_that_cannot_be(base, tmp_path, more, says):
-  with pytest.raises(SystemExit, match=says):
+def test_invalid_commands(base, tmp_path, more, message):
+  with pytest.raises(SystemExit, match=message):
     main(arguments(base, tmp_path / "out", *more))
   assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_interrupted_it_says_a_line_and_leaves_nothing_half(tmp_path):
+def test_an_interrupt_leaves_no_partial_file(tmp_path):
   base = make_tars(tmp_path / "base", shards=20, records=6)
   out = tmp_path / "out"
   process = launch("depth", base, out, delay=0.1)
@@ -128,7 +128,7 @@ def folder(path, **config):
   return path
 
 
-def test_weights_say_which_expert_it_is(tmp_path, monkeypatch):
+def test_weights_select_the_expert(tmp_path, monkeypatch):
   called = []
 
   class Module:
@@ -186,7 +186,7 @@ def test_an_option_that_an_expert_needs(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("config", "says"),
+  ("config", "message"),
   [
     (None, "has no config.json"),
     ('{"model_type":', r"config.json can't be read \(Expecting value.*copy it"),
@@ -196,10 +196,10 @@ def test_an_option_that_an_expert_needs(tmp_path):
     ),
   ],
 )
-def test_weights_that_are_not_whole_are_told_of_first(tmp_path, config, says):
+def test_incomplete_weights_are_reported_first(tmp_path, config, message):
   if config:
     (tmp_path / "config.json").write_text(config)
-  with pytest.raises(ValueError, match=rf"no option 'size'[^$]*{says}"):
+  with pytest.raises(ValueError, match=rf"no option 'size'[^$]*{message}"):
     build.build_expert("depth", tmp_path, options={"size": 56})
   file = tmp_path / "model.safetensors"
   file.touch()
@@ -209,13 +209,13 @@ def test_weights_that_are_not_whole_are_told_of_first(tmp_path, config, says):
 
 def test_options_are_of_their_types(tmp_path):
   (tmp_path / "x.onnx").touch()
-  for key, value, wanted in (
+  for key, value, expected in (
     ("max_boxes", 2.5, "float, expected int"),
     ("nms", "much", r"str, expected float \| int \| None"),
     ("decoder", None, "None, expected str"),
   ):
     options = {"names": "x", key: value}
-    with pytest.raises(ValueError, match=f"^{key}={value!r} is {wanted}"):
+    with pytest.raises(ValueError, match=f"^{key}={value!r} is {expected}"):
       build.build_expert("boxes", tmp_path / "x.onnx", options=options)
 
 
@@ -259,7 +259,7 @@ def write_weights(path):
 @pytest.mark.reference
 @pytest.mark.slow
 def test_a_real_expert_through_the_tool(tmp_path, capsys):
-  """Pictures of three shapes, by Depth Anything."""
+  """Images of three shapes, by Depth Anything."""
   weights = write_weights(tmp_path / "weights")
   base = make_tars(tmp_path / "base", shards=2)
   argv = arguments(
@@ -268,8 +268,8 @@ def test_a_real_expert_through_the_tool(tmp_path, capsys):
   assert main(argv) == 0
   assert main([*argv, "--verify=14"]) == 0
   assert "16-bit maps differ by at most 0 steps" in capsys.readouterr().out
-  found = LabelSet(tmp_path / "a", kind="depth")
-  maps = [found.read(1, at).label.values for at in range(7)]
+  label_set = LabelSet(tmp_path / "a", kind="depth")
+  maps = [label_set.read(1, at).label.values for at in range(7)]
   assert len({values.tobytes() for values in maps}) == 7
   assert all(np.ptp(values) == 65534 for values in maps)
   with pytest.raises(SystemExit, match="side: 32 -> 16"):

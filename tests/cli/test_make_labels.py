@@ -64,13 +64,13 @@ def test_instances(tmp_path):
       {"bbox": [5, 5, 10, -10], "category_id": 3},
     ],
   )
-  made = Instances([file])(item())
+  outcome = Instances([file])(item())
   np.testing.assert_allclose(
-    made.label.boxes, [[0.1, 0.1, 0.6, 0.6], [0, 0.95, 0.1, 1]], rtol=1e-6
+    outcome.label.boxes, [[0.1, 0.1, 0.6, 0.6], [0, 0.95, 0.1, 1]], rtol=1e-6
   )
-  assert made.label.phrases == ("cat", "hair drier")
-  assert made.label.scores.tolist() == [1, 1]
-  assert made.counts == {
+  assert outcome.label.phrases == ("cat", "hair drier")
+  assert outcome.label.scores.tolist() == [1, 1]
+  assert outcome.counts == {
     "boxes: a crowd, left out": 1,
     "boxes: reached outside the image, cut": 1,
     "boxes: empty": 1,
@@ -88,7 +88,7 @@ def test_an_image_without_boxes_is_labelled_and_one_that_is_not_listed_not(
   )
 
 
-def test_what_a_record_is_found_by(tmp_path):
+def test_how_records_are_matched(tmp_path):
   box = {"bbox": [20, 10, 100, 50], "category_id": 3}
   file = coco(tmp_path / "x.json", [box])
   by_id = Instances([file], match="image_id")
@@ -122,22 +122,22 @@ def test_what_a_record_is_found_by(tmp_path):
 )
 def test_shapes(tmp_path, size, same):
   assert item(size=size).has_shape(100, 200) == same
-  made = Instances([coco(tmp_path / "x.json")])(item(size=size))
-  wanted = no_label("boxes: annotations of an image of another shape")
-  assert (made.label is not None) if same else made == wanted
+  outcome = Instances([coco(tmp_path / "x.json")])(item(size=size))
+  expected = no_label("boxes: annotations of an image of another shape")
+  assert (outcome.label is not None) if same else outcome == expected
 
 
 @pytest.mark.parametrize(
-  ("content", "says"),
+  ("content", "message"),
   [
     ("{", "x.json is not JSON"),
     ("[]", "x.json is not a COCO file.*it has <class 'list'>"),
     ('{"images": []}', r"needs \['annotations', 'categories', 'images'\]"),
   ],
 )
-def test_files_that_are_no_instances(tmp_path, content, says):
+def test_files_of_another_kind(tmp_path, content, message):
   (tmp_path / "x.json").write_text(content)
-  with pytest.raises(ValueError, match=says):
+  with pytest.raises(ValueError, match=message):
     Instances([tmp_path / "x.json"])
 
 
@@ -187,7 +187,7 @@ def test_values_that_are_invalid(tmp_path):
   label = DepthImages(tmp_path, invalid=(0, 65535), side=16)(item()).label
   assert (label.values[8:, :8] > 0).all()
   assert (label.values > 0).sum() == 64
-  # Metres of 0 are nothing even where nobody said so.
+  # Metres of 0 are nothing even where nobody output so.
   label = DepthImages(tmp_path, invalid=(65535,), side=16)(item()).label
   assert (label.values > 0).sum() == 64
 
@@ -233,7 +233,7 @@ def test_patterns(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("options", "says"),
+  ("options", "message"),
   [
     ({"pattern": "x.png"}, "the same file for every image; it needs one of {k"),
     ({"pattern": "{id}.png"}, "can't be filled in .*'id'.*{stem}"),
@@ -243,8 +243,8 @@ def test_patterns(tmp_path):
     ({"side": 1}, "depth.side is 1"),
   ],
 )
-def test_depth_options_that_make_no_sense(tmp_path, options, says):
-  with pytest.raises(ValueError, match=says):
+def test_depth_options_that_make_no_sense(tmp_path, options, message):
+  with pytest.raises(ValueError, match=message):
     build(DepthImages, {"folder": tmp_path, **options}, where="depth")
   with pytest.raises(FileNotFoundError, match="no folder of depth nowhere"):
     DepthImages("nowhere")
@@ -331,7 +331,7 @@ def test_the_tool_from_shards_to_a_source(tmp_path, format, capsys):
   assert "settings.side: 32 -> 16" in exit.value.code
 
 
-def test_a_base_of_bare_tars_is_found_by_its_keys(tmp_path):
+def test_bare_tars_are_matched_by_key(tmp_path):
   photos(tmp_path / "photos", ["a.png", "b.png"])
   with tarfile.open(tmp_path / "x.tar", "w") as tar:
     for name in ("a", "b"):
@@ -348,12 +348,12 @@ def test_a_base_of_bare_tars_is_found_by_its_keys(tmp_path):
     ]
   )  # fmt: skip
   assert code == 0
-  found = LabelSet(tmp_path / "out", kind="depth")
-  assert [found.read(0, i).key for i in range(2)] == ["a", "b"]
-  assert [found.read(0, i).label is None for i in range(2)] == [True, False]
+  label_set = LabelSet(tmp_path / "out", kind="depth")
+  assert [label_set.read(0, i).key for i in range(2)] == ["a", "b"]
+  assert [label_set.read(0, i).label is None for i in range(2)] == [True, False]
 
 
-def test_nothing_found_says_what_was_looked_for(tmp_path, capsys):
+def test_no_match_names_the_first_record(tmp_path, capsys):
   shards_lib.write(photos(tmp_path / "photos", ["a.png"]), tmp_path / "base")
   (tmp_path / "depth").mkdir()
   argv = [
@@ -362,10 +362,10 @@ def test_nothing_found_says_what_was_looked_for(tmp_path, capsys):
   ]  # fmt: skip
   with pytest.raises(SystemExit) as exit:
     main(argv)
-  said = exit.value.code
-  assert "None of the 1 records has a label: 1 times 'depth: no file" in said
-  assert "looked up as Item(key='000000000', name='a.png'" in said
-  # Another attempt is not held up by what this one left.
+  output = exit.value.code
+  assert "None of the 1 records has a label: 1 times 'depth: no file" in output
+  assert "looked up as Item(key='000000000', name='a.png'" in output
+  # The failed attempt does not block another one.
   depth_file(tmp_path / "depth" / "d_a.png")
   assert main([*argv, "--pattern=d_{stem}.png"]) == 0
 
@@ -379,19 +379,19 @@ def test_urls_are_names(tmp_path):
       url = "https://host/train2017/000000000009.jpg?size=large"
       return {"key": f"{i}", "url": url, "width": 4, "height": 3}
 
-  found = list(annotations._items(Urls(), range(2)))
-  assert [i.key for i in found] == ["0", "1"]
-  assert found[0].name == "train2017/000000000009.jpg"
-  assert found[0].stem == "000000000009"
-  assert (found[0].height, found[0].width) == (3, 4)
+  items = list(annotations._items(Urls(), range(2)))
+  assert [i.key for i in items] == ["0", "1"]
+  assert items[0].name == "train2017/000000000009.jpg"
+  assert items[0].stem == "000000000009"
+  assert (items[0].height, items[0].width) == (3, 4)
 
 
 # --- Real data ---------------------------------------------------------------
 
 
 def first_examples(listing, images, names):
-  found = {e.name: e for e in listings.read(listing, images=images)}
-  return [found[name] for name in names]
+  examples = {e.name: e for e in listings.read(listing, images=images)}
+  return [examples[name] for name in names]
 
 
 def test_coco_boxes_are_those_of_the_annotations(shared_data, tmp_path):
@@ -410,7 +410,7 @@ def test_coco_boxes_are_those_of_the_annotations(shared_data, tmp_path):
     coco / "val2017",
     names + other,
   )
-  # The larger ones are made smaller, which changes no coordinate.
+  # Resizing changes no coordinate.
   shards_lib.write(examples, tmp_path / "base", max_side=320)
   base = f"{tmp_path}/base/*.tar"
   code = main(
@@ -431,18 +431,18 @@ def test_coco_boxes_are_those_of_the_annotations(shared_data, tmp_path):
   total = 0
   for i, name in enumerate(names):
     image = listed[name]
-    wanted = [
+    expected = [
       a
       for a in content["annotations"]
       if a["image_id"] == image["id"] and not a["iscrowd"]
     ]
-    x, y, w, h = np.array([a["bbox"] for a in wanted]).T
+    x, y, w, h = np.array([a["bbox"] for a in expected]).T
     boxes = np.stack([y, x, y + h, x + w], 1)
     boxes /= np.array([image["height"], image["width"]] * 2)
     record = source[i]
     assert abs(record["boxes"] - boxes.clip(0, 1)).max() <= 1 / 65535
-    assert record["phrases"] == [categories[a["category_id"]] for a in wanted]
-    total += len(wanted)
+    assert record["phrases"] == [categories[a["category_id"]] for a in expected]
+    total += len(expected)
   assert total > 20
   for i in (6, 7):
     assert "boxes" not in source[i]
@@ -465,9 +465,9 @@ def test_nyu_depth_is_larger_where_it_is_nearer(shared_data, tmp_path):
     ]
   )  # fmt: skip
   assert code == 0
-  found = LabelSet(tmp_path / "depth", kind="depth")
+  label_set = LabelSet(tmp_path / "depth", kind="depth")
   for i, name in enumerate(ids):
-    label = found.read(0, i).label
+    label = label_set.read(0, i).label
     file = str(nyu / "nyu_depths" / f"{name}.png")
     metres = cv2.imread(file, cv2.IMREAD_UNCHANGED) / 25.5
     side = (128, 128)
@@ -480,6 +480,6 @@ def test_nyu_depth_is_larger_where_it_is_nearer(shared_data, tmp_path):
       // np.array(metres.shape)
       for p in (near, far)
     ]
-    values = [int(label.values[tuple(place)]) for place in at]
+    values = [int(label.values[tuple(index)]) for index in at]
     assert values[0] > 4 * values[1]
     assert 0.09 < label.low < label.high < 1.5

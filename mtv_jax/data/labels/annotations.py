@@ -6,7 +6,6 @@ Annotations of an image of another shape are not used.
 """
 
 import dataclasses
-import hashlib
 import io
 import itertools
 import math
@@ -21,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from mtv_jax.config.options import Range
-from mtv_jax.data.labels import label_values
+from mtv_jax.data.labels import label_sets, label_values
 from mtv_jax.data.labels.label_sets import LabelError
 from mtv_jax.data.labels.label_values import Outcome, no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
@@ -179,10 +178,7 @@ class Instances:
     self.settings = {
       "from": "coco instances",
       "files": [path.name for path in files],
-      "hashes": [
-        hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-        for path in files
-      ],
+      "hashes": [label_sets.hash_bytes(path.read_bytes()) for path in files],
       "match": match,
     }
 

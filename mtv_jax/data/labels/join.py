@@ -241,20 +241,20 @@ class AlignedLabels(JoinedLabels):
 
     def check(sample: tuple[int, Path, str, str]) -> None:
       i, file, key, image = sample
-      try:
-        record = source[i]
-      except BadRecord:
-        return
-      if record["key"] != key:
+      stored_key, stored_image = label_sets.read_sample(source, i) or (
+        key,
+        image,
+      )
+      if stored_key != key:
         raise LabelError(
           f"{self.label_set!r} is of other shards: record {i} of {source!r}, in"
-          f" {file.name}, has the key {record['key']!r}, expected {key!r}."
+          f" {file.name}, has the key {stored_key!r}, expected {key!r}."
           f" {_ADVICE}"
         )
-      if label_sets.hash_image(record["image"]) != image:
+      if stored_image != image:
         raise LabelError(
-          f"{self.label_set!r} is of other images: {record['key']!r} in {file}"
-          f" has the same key but other bytes. {_ADVICE}"
+          f"{self.label_set!r} is of other images: {key!r} in {file} has the"
+          f" same key but other bytes. {_ADVICE}"
         )
 
     with futures.ThreadPoolExecutor(_THREADS) as pool:

@@ -59,9 +59,18 @@ def hash_key(key: str) -> int:
   return int.from_bytes(digest, "little")
 
 
-def hash_image(image: bytes) -> str:
-  """64-bit hash of an image file, in hexadecimal."""
-  return hashlib.blake2b(image, digest_size=8).hexdigest()
+def hash_bytes(data: bytes) -> str:
+  """64-bit hash of bytes, such as an image file, in hexadecimal."""
+  return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def read_sample(source: Source, i: int) -> tuple[str, str] | None:
+  """Key and image hash of record `i`; None if it can't be read."""
+  try:
+    record = source[i]
+  except BadRecord:
+    return None
+  return record["key"], hash_bytes(record["image"])
 
 
 class LabelSet:
@@ -175,7 +184,7 @@ def _load_manifest(folder: Path, kind: str) -> tuple[Mapping[str, Any], str]:
       f"{folder} holds labels of kind {stored!r}, given as {kind!r}. Write"
       f" labels=dict({stored}={str(folder)!r})."
     )
-  return manifest, hashlib.blake2b(data, digest_size=8).hexdigest()
+  return manifest, hash_bytes(data)
 
 
 def describe_settings(

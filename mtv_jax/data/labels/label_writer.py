@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 
 from mtv_jax.data.labels import label_sets, label_values
-from mtv_jax.data.labels.label_sets import LabelError, to_json
+from mtv_jax.data.labels.label_sets import LabelError, hash_bytes, to_json
 from mtv_jax.data.labels.label_values import BoxLabel, Outcome
-from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils import atomic
@@ -38,7 +37,7 @@ class Entry:
   Attributes:
     key: of the record.
     outcome: its label, or the reason why it has none.
-    image: `hash_image` of its image, "" if that can't be read; None if the
+    image: `hash_bytes` of its image, "" if that can't be read; None if the
       labels were written without reading images.
   """
 
@@ -125,7 +124,7 @@ class LabelWriter:
     described = label_sets.describe_settings(kind, settings, base)
     self._settings = described["settings"]
     key = json.dumps([label_sets.VERSION, kind, settings], sort_keys=True)
-    self._settings_hash = _hash(key, 8)
+    self._settings_hash = hash_bytes(key.encode())
     self.out.mkdir(parents=True, exist_ok=True)
     label_sets.write_or_check_settings(self.out, described)
     self._finished: set[int] = set()
@@ -232,7 +231,7 @@ class LabelWriter:
     stats = {
       "base": self.base.files[shard].name,
       **summary.to_dict(),
-      "keys_hash": _hash(hashes.tobytes(), 8),
+      "keys_hash": hash_bytes(hashes.tobytes()),
       **_base_hash(keys, images),
       "samples": self._samples(shard),
       "made_by": self._settings_hash,
@@ -287,15 +286,11 @@ class LabelWriter:
     """Number, key and image hash of a few readable records."""
     numbers = self.numbers(shard)
     chosen = {0, len(numbers) // 2, len(numbers) - 1} if numbers else set()
-    samples = []
-    for at in sorted(chosen):
-      try:
-        record = self.base[numbers[at]]
-      except BadRecord:
-        continue
-      image = label_sets.hash_image(record["image"])
-      samples.append([at, record["key"], image])
-    return samples
+    samples = {
+      at: label_sets.read_sample(self.base, numbers[at])
+      for at in sorted(chosen)
+    }
+    return [[at, *sample] for at, sample in samples.items() if sample]
 
   def _files(self, shard: int) -> tuple[Path, Path, Path]:
     """Labels, hashes of keys and statistics of a shard."""
@@ -308,14 +303,10 @@ class LabelWriter:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _hash(data: str | bytes, size: int) -> str:
-  data = data.encode() if isinstance(data, str) else data
-  return hashlib.blake2b(data, digest_size=size).hexdigest()
-
-
 def _base_hash(names: list[str], hashes: list[str | None]) -> Mapping[str, str]:
   """`base_hash` over names and hashes, unless a hash is unknown."""
   if None in hashes:
     return {}
   lines = "".join(f"{n}\0{h}\n" for n, h in zip(names, hashes, strict=True))
-  return {"base_hash": _hash(lines, 16)}
+  digest = hashlib.blake2b(lines.encode(), digest_size=16)
+  return {"base_hash": digest.hexdigest()}

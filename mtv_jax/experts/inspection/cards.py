@@ -20,7 +20,7 @@ from mtv_jax.experts.inspection.statistics import filter_boxes
 from mtv_jax.utils import plots
 from mtv_jax.utils.plots import GAP, INK, MUTED, PAPER
 
-_BLANK = (232, 232, 236)  # in place of an image that can't be decoded
+_BLANK = (232, 232, 236)  # for an image that can't be decoded
 _COLOURS = plots.palette(49)[1:]
 _SHEET_WIDTH, _MARGIN, _LEGEND = 1264, 12, (160, 12)
 _TEXT_SIZE, _LINE_HEIGHT = 12, 15
@@ -32,22 +32,22 @@ class Card:
 
   Attributes:
     key: of the record.
-    size: of the image, such as "640 x 480"; empty if it can't be decoded.
-    captions: of the record; there may be none.
     images: by kind ("image", "boxes", "depth"), all of one shape.
-    names: phrases of the boxes with their scores, best first, and the number
-      of each. A score of 1 is left out.
-    unnamed: those of them whose name did not fit on the image.
     notes: lines about what the images don't show.
+    size: of the image, such as "640 x 480"; empty if it can't be decoded.
+    captions: of the record, possibly none.
+    names: phrases of the boxes with their scores (unless 1), best first, and
+      the number of each.
+    unnamed: those of them whose name did not fit on the image.
   """
 
   key: str
-  size: str
-  captions: tuple[str, ...]
   images: Mapping[str, UInt8[np.ndarray, "h w 3"]]
-  names: Mapping[str, int]
-  unnamed: Mapping[str, int]
   notes: tuple[str, ...]
+  size: str = ""
+  captions: tuple[str, ...] = ()
+  names: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  unnamed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def draw_card(
@@ -65,25 +65,25 @@ def draw_card(
     labels: by kind, "depth", "boxes" or both.
     i: index of the record.
     size: longer side of the images.
-    min_score: boxes with a lower score are left out.
+    min_score: minimum score of a box.
 
   Raises:
-    LabelError: if a label is of another record.
+    LabelError: a label is of another record.
   """
   notes: list[str] = []
-  blank = np.full((size * 3 // 4, size, 3), _BLANK, np.uint8)
+  image = np.full((size * 3 // 4, size, 3), _BLANK, np.uint8)
   try:
     record = source[i]
   except BadRecord as error:
-    image = plots.add_title_bar(blank, "the record can't be read")
-    return Card(error.key, "", (), {"image": image}, {}, {}, (str(error),))
+    image = plots.add_title_bar(image, "the record can't be read")
+    return Card(error.key, {"image": image}, (str(error),))
   try:
     decoded = canvas.decode(record["image"], key=record["key"])
     image = np.asarray(plots.fit_image(decoded, size))
     shape = f"{decoded.shape[1]} x {decoded.shape[0]}"
   except BadRecord as error:
     notes.append(error.reason)
-    image = plots.add_title_bar(blank, "the image can't be decoded")
+    image = plots.add_title_bar(image, "the image can't be decoded")
     shape = ""
   images, names, unnamed = {"image": image}, (), ()
   if "boxes" in labels:
@@ -94,38 +94,33 @@ def draw_card(
     label = _read_label(labels["depth"], i, record, notes)
     images["depth"] = _draw_depth(image, label, notes)
   return Card(
-    key=record["key"],
+    record["key"],
+    images,
+    tuple(notes),
     size=shape,
     captions=tuple(record.get("captions", ())),
-    images=images,
     names=collections.Counter(names),
     unnamed=collections.Counter(names[k] for k in unnamed),
-    notes=tuple(notes),
   )
 
 
 def _read_label(
   labels: JoinedLabels, i: int, record: Mapping[str, Any], notes: list[str]
-) -> Any:
+) -> BoxLabel | DepthLabel | str:
+  """The label of a record, or why there is none."""
   try:
-    return labels.get(i, record)
+    return labels.get(i, record) or f"no label of {labels.kind}"
   except BadRecord as error:
     notes.append(str(error))
-    return error
-
-
-def _missing(label: BadRecord | None, kind: str) -> str:
-  if label is None:
-    return f"no label of {kind}"
-  return f"the label of {kind} can't be read"
+    return f"the label of {labels.kind} can't be read"
 
 
 def _draw_boxes(
-  image: np.ndarray, label: BoxLabel | BadRecord | None, min_score: float | int
+  image: np.ndarray, label: BoxLabel | str, min_score: float | int
 ) -> tuple[np.ndarray, list[str], tuple[int, ...]]:
   """The image with boxes, their names, and the indices of unnamed ones."""
-  if not isinstance(label, BoxLabel):
-    return plots.add_title_bar(image, _missing(label, "boxes")), [], ()
+  if isinstance(label, str):
+    return plots.add_title_bar(image, label), [], ()
   count = len(label.boxes)
   label = filter_boxes(label, min_score)
   if not len(label.boxes):
@@ -150,15 +145,13 @@ def _format_score(score: float) -> str:
 
 
 def _draw_depth(
-  image: np.ndarray, label: DepthLabel | BadRecord | None, notes: list[str]
+  image: np.ndarray, label: DepthLabel | str, notes: list[str]
 ) -> np.ndarray:
   """The depth in colours at the shape of the image."""
   height, width = image.shape[:2]
-  if not isinstance(label, DepthLabel):
-    return plots.add_title_bar(
-      plots.hatch(image, np.ones((height, width), bool)),
-      _missing(label, "depth"),
-    )
+  if isinstance(label, str):
+    striped = plots.hatch(image, np.ones((height, width), bool))
+    return plots.add_title_bar(striped, label)
   # Nearest, since a mean of stored pixels is not a label.
   values = cv2.resize(
     label.values, (width, height), interpolation=cv2.INTER_NEAREST
@@ -208,13 +201,13 @@ def draw_sheet(
 
 def _draw_card(card: Card, width: int, size: int) -> Image.Image:
   """Images in a row above lines of text."""
-  lines = [(plots.shorten(f"{card.key}   {card.size}", width), INK)]
-  notes = list(card.notes)
+  notes = [*card.notes]
   if card.unnamed:
     notes.append("no room for: " + ", ".join(count_names(card.unnamed)))
-  for text, ink in [(c, INK) for c in card.captions[:1]] + [
-    (note, MUTED) for note in notes
-  ]:
+  texts = [(caption, INK) for caption in card.captions[:1]]
+  texts += [(note, MUTED) for note in notes]
+  lines = [(plots.shorten(f"{card.key}   {card.size}", width), INK)]
+  for text, ink in texts:
     wrapped = plots.wrap(text, width, lines=2, size=_TEXT_SIZE)
     lines += [(line, ink) for line in wrapped]
   top = max(len(image) for image in card.images.values()) + 5
@@ -237,23 +230,18 @@ def _draw_head(title: str, width: int, *, has_depth: bool) -> Image.Image:
   if not has_depth:
     return head
   length, height = _LEGEND
-  ramp = np.linspace(0, 1, length, dtype=np.float32)
-  stripes = plots.hatch(
-    np.zeros((height, 28, 3), np.uint8), np.ones((height, 28), bool)
-  )
+  ramp = np.tile(np.linspace(0, 1, length, dtype=np.float32), (height, 1))
+  mask = np.ones((height, 28), bool)
+  stripes = plots.hatch(np.zeros((*mask.shape, 3), np.uint8), mask)
   x, y = 1, 24
-  for part in (
-    "far",
-    plots.colour_depth(np.tile(ramp, (height, 1))),
-    "near",
-    "    ",
-    stripes,
-    "no label",
+  for text, image in (
+    ("far", plots.colour_depth(ramp)),
+    ("near         ", stripes),
+    ("no label", None),
   ):
-    if isinstance(part, str):
-      draw.text((x, y), part, MUTED, plots.font(_TEXT_SIZE))
-      x += round(plots.text_width(part, _TEXT_SIZE)) + 6
-    else:
-      head.paste(Image.fromarray(part), (x, y + 2))
-      x += part.shape[1] + 6
+    draw.text((x, y), text, MUTED, plots.font(_TEXT_SIZE))
+    x += round(plots.text_width(text, _TEXT_SIZE)) + 6
+    if image is not None:
+      head.paste(Image.fromarray(image), (x, y + 2))
+      x += image.shape[1] + 6
   return head

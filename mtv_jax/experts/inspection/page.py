@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
 
 from mtv_jax.data.labels.label_sets import flatten
 from mtv_jax.experts.inspection import statistics
@@ -78,7 +74,7 @@ def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
 def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
   yield html.table([("statistic", ""), *describe(stats)])
   charts = "".join(
-    plot_histogram(histogram, title)
+    _render_histogram(histogram, title)
     for title, histogram in _histograms(stats)
     if histogram["count"]
   )
@@ -187,41 +183,25 @@ def _spread(quantiles: Mapping[str, float]) -> str:
   return f"median {median:.3g}, 90 % in {low:.3g} to {high:.3g}"
 
 
-def plot_histogram(histogram: Mapping[str, Any], title: str) -> str:
-  """A histogram as SVG, with the count of each bar in its tooltip.
-
-  Args:
-    histogram: from `Histogram.to_dict`, of at least one value.
-    title: of the chart.
-  """
+def _render_histogram(histogram: Mapping[str, Any], title: str) -> str:
+  """A bar chart, with the count of each bar in its tooltip."""
   edges, counts = histogram["bars"]["edges"], histogram["bars"]["counts"]
-  n = len(counts)
-  pairs = list(itertools.pairwise(edges))
-  names = [f"{a:.3g} to {b:.3g}" for a, b in pairs]
-  ticks = {k: f"{edges[k]:.3g}" for k in sorted({0, (n + 1) // 2, n})}
+  names = [f"{a:.3g} to {b:.3g}" for a, b in itertools.pairwise(edges)]
   if histogram["values"] == "whole":
-    pairs = [(round(a + 0.5), round(b - 0.5)) for a, b in pairs]
+    pairs = [
+      (round(a + 0.5), round(b - 0.5)) for a, b in itertools.pairwise(edges)
+    ]
     names = [f"{a}" if a == b else f"{a} to {b}" for a, b in pairs]
-    ticks = {k + 0.5: names[k] for k in sorted({0, n // 2, n - 1})}
-  figure = Figure(figsize=(3.2, 1.4), layout="constrained")
-  axes = figure.subplots()
-  bars = axes.bar(range(n), counts, 0.95, align="edge", clip_on=False)
-  axes.set_title(title, loc="left", fontsize=8, fontweight="bold")
-  axes.set_xticks(list(ticks), ticks.values(), fontsize=7)
-  axes.set_yticks([max(counts)], [f"{max(counts):,}"], fontsize=7)
-  axes.spines[["top", "right"]].set_visible(False)
-  for k, bar in enumerate(bars):
-    bar.set_gid(f"bar{k}")
-  svg = io.StringIO()
-  with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(svg, format="svg", metadata=metadata)
-  text = svg.getvalue()
-  for k, (name, count) in enumerate(zip(names, counts, strict=True)):
-    share = 100 * count / histogram["count"]
-    tooltip = f"<title>{escape(name)}: {count:,} ({share:.3g} %)</title>"
-    text = text.replace(f'<g id="bar{k}">', f"<g>{tooltip}")
-  return text[text.index("<svg") :]
+  bars = "".join(
+    f"<i style='height:{100 * count / max(counts):.1f}%' title='{name}:"
+    f" {count:,} ({100 * count / histogram['count']:.3g} %)'></i>"
+    for name, count in zip(names, counts, strict=True)
+  )
+  return (
+    f"<div class=chart><b>{escape(title)}</b><div class=bars>{bars}</div>"
+    f"<span>{edges[0]:.3g}</span><span>largest bar: {max(counts):,}</span>"
+    f"<span>{edges[-1]:.3g}</span></div>"
+  )
 
 
 def _render_phrases(stats: Mapping[str, Any]) -> str:
@@ -259,7 +239,12 @@ _STYLE = """.look, .calm { border-left: 4px solid #d98200; padding: .5em 1em;
 details ul { margin: .2em 0; padding-left: 1.2em; }
 .charts { display: grid; gap: 1em;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 260px), 1fr)); }
-.charts svg { width: 100%; height: auto; }
+.chart { display: flex; flex-wrap: wrap; justify-content: space-between;
+  font-size: .8em; }
+.chart b, .bars { width: 100%; }
+.bars { display: flex; align-items: end; gap: 1px; height: 6em;
+  border-bottom: 1px solid #18181c; }
+.bars i { flex: 1; background: #4a7ebb; }
 .phrases { columns: 260px; column-gap: 2em; padding-left: 2em; }
 .phrases li { position: relative; break-inside: avoid; padding: .05em 0;
   overflow-wrap: anywhere; }

@@ -149,7 +149,7 @@ def _prepare(
   item = None
   try:
     record = read(number)
-    item = _Item(record["key"], label_sets.hash_image(record["image"]))
+    item = _Item(record["key"], label_sets.hash_bytes(record["image"]))
     pixels = canvas.decode(record["image"], key=item.key)
     return item, expert.prepare(pixels, record)
   except BadRecord as error:

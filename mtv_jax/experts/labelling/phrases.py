@@ -18,7 +18,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-import hashlib
 import importlib
 import logging
 import re
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mtv_jax.config.options import PositiveInt, check_value
+from mtv_jax.data.labels.label_sets import hash_bytes
 from mtv_jax.data.records import BadRecord, Record
 from mtv_jax.data.tokenizers import canonicalize
 from mtv_jax.utils.errors import InputError, did_you_mean
@@ -293,8 +293,7 @@ def padded_count(count: int) -> int:
 
 def hash_phrases(phrases: Sequence[str]) -> str:
   """64-bit hash of a list of phrases in its order, in hexadecimal."""
-  text = "\n".join(phrases)
-  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+  return hash_bytes("\n".join(phrases).encode())
 
 
 def _check_strings(record: Record, value: Any, name: str) -> list[str]:

@@ -14,6 +14,7 @@ byte-identical.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import time
@@ -81,27 +82,20 @@ def count_threads(threads: int | None) -> int:
   return threads or os.cpu_count() or 1
 
 
+@dataclasses.dataclass
 class _HostJob:
   """The part of one host."""
 
-  def __init__(
-    self,
-    expert: Expert,
-    writer: LabelWriter,
-    leases: ShardLeases,
-    threads: int,
-    progress: Callable[[int, int], None],
-  ):
-    self._expert = expert
-    self._writer = writer
-    self._leases = leases
-    self._threads = threads
-    self._progress = progress
-    self._done = 0
+  expert: Expert
+  writer: LabelWriter
+  leases: ShardLeases
+  threads: int
+  progress: Callable[[int, int], None]
+  done: int = 0
 
   def run(self, host: HostRows) -> None:
     """Returns when every shard is labelled."""
-    count, wait = len(self._writer.names), _MIN_WAIT
+    count, wait = len(self.writer.names), _MIN_WAIT
     first = count * host.index // host.count
     while todo := self._todo():
       # From this host's first shard to the end, then from the start.
@@ -116,47 +110,47 @@ class _HostJob:
       wait = min(2 * wait, _MAX_WAIT)
 
   def _todo(self) -> Sequence[int]:
-    todo, total = self._writer.todo(), len(self._writer.base)
-    self._done = total - sum(len(self._writer.numbers(s)) for s in todo)
-    self._progress(self._done, total)
+    todo, total = self.writer.todo(), len(self.writer.base)
+    self.done = total - sum(len(self.writer.numbers(s)) for s in todo)
+    self.progress(self.done, total)
     return todo
 
   def _label(self, shard: int) -> bool:
     """Labels a shard unless another process has leased or finished it."""
-    if self._writer.is_done(shard):
+    if self.writer.is_done(shard):
       return False
-    name = self._writer.names[shard]
-    with self._leases.acquire(name) as acquired:
+    name = self.writer.names[shard]
+    with self.leases.acquire(name) as acquired:
       # Another process may have finished it just before.
-      if not acquired or self._writer.is_done(shard):
+      if not acquired or self.writer.is_done(shard):
         return False
       try:
         with contextlib.closing(self._entries(shard)) as entries:
-          self._writer.write(shard, entries)
+          self.writer.write(shard, entries)
       except FileNotFoundError:
         # After a long suspension of this process, another one took the shard
         # over and removed its files; that one's labels are the same.
-        holder = self._leases.holder(name)
+        holder = self.leases.holder(name)
         lost = holder is not None and holder.owner != atomic.current_process()
-        if not (lost or self._writer.is_done(shard)):
+        if not (lost or self.writer.is_done(shard)):
           raise
-      return self._writer.is_done(shard)
+      return self.writer.is_done(shard)
 
   def _entries(self, shard: int) -> Iterator[Entry]:
-    base = self._writer.base
+    base = self.writer.base
     for entry in batching.label(
-      self._expert,
+      self.expert,
       base.read_with_metadata,
-      self._writer.numbers(shard),
-      threads=self._threads,
+      self.writer.numbers(shard),
+      threads=self.threads,
     ):
-      self._done += 1
-      self._progress(min(self._done, len(base)), len(base))
+      self.done += 1
+      self.progress(min(self.done, len(base)), len(base))
       yield entry
 
   def _log_waiting(self, shards: Sequence[int]) -> None:
-    names = [self._writer.names[shard] for shard in shards]
-    holders = [(name, self._leases.holder(name)) for name in names[:3]]
+    names = [self.writer.names[shard] for shard in shards]
+    holders = [(name, self.leases.holder(name)) for name in names[:3]]
     log.info(
       "No shard is left to lease: waiting for %d shards of other hosts: %s%s.",
       len(names),

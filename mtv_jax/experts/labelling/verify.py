@@ -55,7 +55,9 @@ class Report:
         f" {label_values.TOP}, {mean:.4g} on average."
       )
     else:
-      lines.append(f"{self.boxes:,} stored boxes, {self.new_boxes:,} new ones.")
+      lines.append(
+        f"{self.boxes:,} boxes are stored, {self.new_boxes:,} made now."
+      )
     shown = list(self.different.items())[:10]
     lines += [f"  {key}: {difference}" for key, difference in shown]
     if more := len(self.different) - len(shown):

@@ -33,8 +33,8 @@ from mtv_jax.utils import atomic
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-  return make_all(tmp_path_factory.mktemp("made"))
+def labelled(tmp_path_factory):
+  return make_all(tmp_path_factory.mktemp("labelled"))
 
 
 @pytest.fixture
@@ -50,19 +50,19 @@ def check_record(record, i):
   np.testing.assert_array_equal(
     record["depth"], outcome("depth", i).label.values
   )
-  wanted = outcome("boxes", i).label
-  assert record["boxes"].shape == wanted.boxes.shape
-  assert abs(record["boxes"] - wanted.boxes).max(initial=0) <= 1 / 65535
-  assert record["phrases"] == list(wanted.phrases)
+  expected = outcome("boxes", i).label
+  assert record["boxes"].shape == expected.boxes.shape
+  assert abs(record["boxes"] - expected.boxes).max(initial=0) <= 1 / 65535
+  assert record["phrases"] == list(expected.phrases)
   assert record["box_scores"].dtype == np.float32
 
 
 # --- By position -------------------------------------------------------------
 
 
-def test_aligned_labels_of_tars(made):
+def test_aligned_labels_of_tars(labelled):
   source = build_source(
-    entry(made, depth=f"{made}/depth", boxes=f"{made}/boxes")
+    entry(labelled, depth=f"{labelled}/depth", boxes=f"{labelled}/boxes")
   )
   assert len(source) == COUNT and source.shards.tolist() == [4, 8, 10]
   assert source.name == "00000.tar..00002.tar (3 files)"
@@ -75,10 +75,10 @@ def test_aligned_labels_of_tars(made):
   check_record(pickle.loads(pickle.dumps(source))[7], 7)
 
 
-def test_some_shards_of_the_base_in_another_order(made):
+def test_some_shards_of_the_base_in_another_order(labelled):
   source = build_source(
-    entry(made, depth=f"{made}/depth", boxes=f"{made}/boxes")
-    | {"path": [f"{made}/base/00002.tar", f"{made}/base/00000.tar"]}
+    entry(labelled, depth=f"{labelled}/depth", boxes=f"{labelled}/boxes")
+    | {"path": [f"{labelled}/base/00002.tar", f"{labelled}/base/00000.tar"]}
   )
   for i, number in enumerate([8, 9, 0, 1, 2, 3]):
     record = source[i]
@@ -86,21 +86,23 @@ def test_some_shards_of_the_base_in_another_order(made):
     check_record(record, number)
 
 
-def test_labels_of_tars_fit_array_records_of_the_same_images(made, tmp_path):
+def test_labels_of_tars_fit_array_records_of_the_same_images(
+  labelled, tmp_path
+):
   base = make_base(tmp_path, format="array_record")
   source = build_source(
     {
       "type": "array_record",
       "path": f"{base}/*.array_record",
-      "labels": {k: str(made / k) for k in ("depth", "boxes")},
+      "labels": {k: str(labelled / k) for k in ("depth", "boxes")},
     }
   )
   for i in range(COUNT):
     check_record(source[i], i)
 
 
-def test_manifest_counts(made):
-  manifest = json.loads((made / "boxes" / "manifest.json").read_text())
+def test_manifest_counts(labelled):
+  manifest = json.loads((labelled / "boxes" / "manifest.json").read_text())
   assert manifest["version"] == 1 and manifest["kind"] == "boxes"
   assert manifest["settings"] == {"of": "the test"}
   assert (manifest["records"], manifest["labelled"]) == (10, 9)
@@ -143,7 +145,7 @@ def test_a_source_that_leaves_out_records_without_captions(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("labels", "error", "says"),
+  ("labels", "error", "message"),
   [
     ("x", ValueError, "expected a dict of folders"),
     ({}, ValueError, "expected a dict of folders"),
@@ -172,39 +174,39 @@ def test_a_source_that_leaves_out_records_without_captions(tmp_path):
     ),
   ],
 )
-def test_labels_of_a_config_that_cannot_be(made, labels, error, says):
-  labels = json.loads(json.dumps(labels).replace("{}/", f"{made}/"))
-  with pytest.raises(error, match=says):
-    build_source(entry(made) | {"labels": labels})
+def test_invalid_labels_of_a_config(labelled, labels, error, message):
+  labels = json.loads(json.dumps(labels).replace("{}/", f"{labelled}/"))
+  with pytest.raises(error, match=message):
+    build_source(entry(labelled) | {"labels": labels})
 
 
-def test_a_source_that_has_the_field_itself(made):
+def test_a_source_that_has_the_field_itself(labelled):
   with pytest.raises(LabelError, match="has depth already"):
     build_source(
-      {"type": "scenes", "length": 3, "labels": {"depth": f"{made}/depth"}}
+      {"type": "scenes", "length": 3, "labels": {"depth": f"{labelled}/depth"}}
     )
 
 
-def test_a_set_for_fewer_records(made, tmp_path):
+def test_a_set_for_fewer_records(labelled, tmp_path):
   base = open_base(make_base(tmp_path, count=9))
   make_set(tmp_path / "depth", base, "depth")
   with pytest.raises(
     LabelError, match=r"labels of 1 records of 00002.tar, which has 2"
   ):
-    build_source(entry(made, depth=f"{tmp_path}/depth"))
+    build_source(entry(labelled, depth=f"{tmp_path}/depth"))
 
 
-def test_a_set_for_fewer_shards(made, tmp_path):
+def test_a_set_for_fewer_shards(labelled, tmp_path):
   base = open_base(make_base(tmp_path, count=8))
   make_set(tmp_path / "depth", base, "depth")
   with pytest.raises(
     LabelError, match=r"no labels for 1 of 3 shards \(00002\); it has 00000"
   ):
-    build_source(entry(made, depth=f"{tmp_path}/depth"))
+    build_source(entry(labelled, depth=f"{tmp_path}/depth"))
 
 
-def test_a_set_for_other_keys(made, tmp_path):
-  make_set(tmp_path / "depth", open_base(made / "base"), "depth")
+def test_a_set_for_other_keys(labelled, tmp_path):
+  make_set(tmp_path / "depth", open_base(labelled / "base"), "depth")
   manifest = tmp_path / "depth" / "manifest.json"
   text = manifest.read_text().replace('"000012"', '"990012"')
   manifest.write_text(text)
@@ -212,28 +214,28 @@ def test_a_set_for_other_keys(made, tmp_path):
     LabelError,
     match="other shards: record 6 .* has the key '000012', expected '990012'",
   ):
-    build_source(entry(made, depth=f"{tmp_path}/depth"))
+    build_source(entry(labelled, depth=f"{tmp_path}/depth"))
 
 
-def test_a_set_for_other_images_of_the_same_keys(made, tmp_path):
+def test_a_set_for_other_images_of_the_same_keys(labelled, tmp_path):
   make_base(tmp_path / "other", first=100)
   with pytest.raises(LabelError, match="other images: .* the same key but"):
-    build_source(entry(tmp_path / "other", depth=f"{made}/depth"))
-  # By key it is the user who says that they are the same pictures.
-  labels = {"path": f"{made}/depth", "join": "key"}
+    build_source(entry(tmp_path / "other", depth=f"{labelled}/depth"))
+  # A join by key compares no images.
+  labels = {"path": f"{labelled}/depth", "join": "key"}
   source = build_source(entry(tmp_path / "other", depth=labels))
   np.testing.assert_array_equal(
     source[1]["depth"], outcome("depth", 1).label.values
   )
 
 
-def test_a_key_that_differs_is_found_when_it_is_read(made, tmp_path):
-  base = open_base(made / "base")
+def test_reading_compares_keys(labelled, tmp_path):
+  base = open_base(labelled / "base")
   make_set(
     tmp_path / "depth", base, "depth",
     key=lambda key: {"000011": "other"}.get(key, key),
   )  # fmt: skip
-  source = build_source(entry(made, depth=f"{tmp_path}/depth"))
+  source = build_source(entry(labelled, depth=f"{tmp_path}/depth"))
   source[4]
   with pytest.raises(
     LabelError,
@@ -243,14 +245,14 @@ def test_a_key_that_differs_is_found_when_it_is_read(made, tmp_path):
     source[5]
 
 
-def test_files_that_are_not_those_of_the_manifest(made, tmp_path):
-  base = open_base(made / "base")
+def test_files_that_contradict_the_manifest(labelled, tmp_path):
+  base = open_base(labelled / "base")
   out = make_set(tmp_path / "depth", base, "depth")
   array_record.write_bytes(out / "00001.array_record", [b"x"] * 3)
   with pytest.raises(LabelError, match="00001.array_record holds 3 labels.* 4"):
     LabelSet(out, kind="depth")
   array_record.write_bytes(out / "00001.array_record", [b"x"] * 4)
-  source = build_source(entry(made, depth=str(out)))
+  source = build_source(entry(labelled, depth=str(out)))
   with pytest.raises(
     BadRecord, match="'000011'.*depth/00001.*:1 is not a depth label"
   ):
@@ -270,9 +272,9 @@ def test_files_that_are_not_those_of_the_manifest(made, tmp_path):
 # --- By key ------------------------------------------------------------------
 
 
-def test_a_join_by_key(made, copy, caplog):
+def test_a_join_by_key(labelled, copy, caplog):
   with caplog.at_level(logging.INFO, "mtv_jax.data.labels.join"):
-    source = build_source(entry(made, **keyed(copy)))
+    source = build_source(entry(labelled, **keyed(copy)))
   assert "60.0 % of the records" in caplog.text
   assert "(6 of 10 checked)" in caplog.text
   for i in range(COUNT):
@@ -291,39 +293,41 @@ def test_a_join_by_key(made, copy, caplog):
   check_record(pickle.loads(pickled)[7], 7)
 
 
-def test_the_table_of_keys_is_made_once(made, copy):
-  build_source(entry(made, **keyed(copy)))
+def test_the_table_of_keys_is_written_once(labelled, copy):
+  build_source(entry(labelled, **keyed(copy)))
   (file,) = (copy / "depth").glob("keys-*.npy")
   before = file.stat().st_mtime_ns
-  build_source(entry(made, **keyed(copy)))
+  build_source(entry(labelled, **keyed(copy)))
   assert file.stat().st_mtime_ns == before
   table = np.load(file)
   assert table.shape == (2, 6) and table.dtype == np.uint64
   assert (np.diff(table[0].astype(float)) > 0).all()
-  build_source(entry(made, **keyed(copy, index_dir=str(copy / "elsewhere"))))
+  build_source(
+    entry(labelled, **keyed(copy, index_dir=str(copy / "elsewhere")))
+  )
   assert len(list((copy / "elsewhere").iterdir())) == 2
 
 
-def test_a_table_that_cannot_be_written(made, copy, monkeypatch):
+def test_a_table_that_cannot_be_written(labelled, copy, monkeypatch):
   def refuse(file):
     raise PermissionError(13, "Permission denied")
 
   monkeypatch.setattr(atomic, "temporary_path", refuse)
   with pytest.raises(OSError, match="can't be written.*index_dir"):
-    build_source(entry(made, **keyed(copy)))
+    build_source(entry(labelled, **keyed(copy)))
 
 
-def test_keys_whose_hashes_collide(made, copy, monkeypatch):
+def test_keys_whose_hashes_collide(labelled, copy, monkeypatch):
   monkeypatch.setattr(label_sets, "hash_key", lambda key: 7)
-  base = open_base(made / "base")
+  base = open_base(labelled / "base")
   make_set(copy / "same" / "depth", base, "depth")
   make_set(copy / "same" / "boxes", base, "boxes")
-  source = build_source(entry(made, **keyed(copy / "same")))
+  source = build_source(entry(labelled, **keyed(copy / "same")))
   for i in range(COUNT):
     check_record(source[i], i)
 
 
-def test_a_set_with_none_of_the_keys(made, tmp_path):
+def test_a_set_with_none_of_the_keys(labelled, tmp_path):
   folder = tmp_path / "copy"
   folder.mkdir()
   records = [
@@ -335,24 +339,24 @@ def test_a_set_with_none_of_the_keys(made, tmp_path):
   with pytest.raises(
     LabelError, match="No key of .* first is '000000', the set's 'other 0'"
   ):
-    build_source(entry(made, depth=labels))
+    build_source(entry(labelled, depth=labels))
 
 
-def test_keys_that_are_missing_or_of_another_set(made, copy):
+def test_keys_that_are_missing_or_of_another_set(labelled, copy):
   file = copy / "depth" / "x-1.keys.npy"
   np.save(file, np.zeros(3, np.uint64))
   with pytest.raises(LabelError, match=r"is of \(3,\), expected 1"):
-    build_source(entry(made, **keyed(copy)))
+    build_source(entry(labelled, **keyed(copy)))
   file.unlink()
   with pytest.raises(FileNotFoundError, match="no x-1.keys.npy"):
-    build_source(entry(made, **keyed(copy)))
+    build_source(entry(labelled, **keyed(copy)))
 
 
 # --- Writing -----------------------------------------------------------------
 
 
-def test_writing_goes_on_where_it_stopped(made, tmp_path):
-  base = open_base(made / "base")
+def test_writing_resumes(labelled, tmp_path):
+  base = open_base(labelled / "base")
   settings = {"of": "the test"}
   writer = LabelWriter(tmp_path, kind="depth", base=base, settings=settings)
   assert writer.todo() == [0, 1, 2]
@@ -381,36 +385,36 @@ def test_writing_goes_on_where_it_stopped(made, tmp_path):
   assert again.finish() == summary
   assert (tmp_path / "manifest.json").read_bytes() == before
   for file in sorted(tmp_path.glob("*.json")):
-    assert file.read_text() == (made / "depth" / file.name).read_text()
+    assert file.read_text() == (labelled / "depth" / file.name).read_text()
   for i in range(3):
     name = f"0000{i}.array_record"
     assert (tmp_path / name).read_bytes() == (
-      made / "depth" / name
+      labelled / "depth" / name
     ).read_bytes()
-  # A file that somebody has removed is made again, not told of for ever.
+  # A removed file is written again.
   (tmp_path / "00001.array_record").unlink()
   assert again.todo() == [1]
   assert not again.is_done(1)
 
 
-def test_a_finished_set_is_not_written_over(made):
-  base = open_base(made / "base")
+def test_a_finished_set_is_not_written_over(labelled):
+  base = open_base(labelled / "base")
   LabelWriter(
-    made / "depth", kind="depth", base=base, settings={"of": "the test"}
+    labelled / "depth", kind="depth", base=base, settings={"of": "the test"}
   )
-  for kind, settings, says in (
+  for kind, settings, message in (
     ("boxes", "the test", 'kind: "depth" -> "boxes"'),
     ("depth", "another", 'settings.of: "the test" -> "another"'),
   ):
     with pytest.raises(FileExistsError, match="finished label set") as error:
       LabelWriter(
-        made / "depth", kind=kind, base=base, settings={"of": settings}
+        labelled / "depth", kind=kind, base=base, settings={"of": settings}
       )
-    assert str(error.value).splitlines()[1:-1] == [f"  {says}"]
+    assert str(error.value).splitlines()[1:-1] == [f"  {message}"]
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_labels_of_other_settings_are_not_mixed(made, tmp_path, finished):
+def test_labels_of_other_settings_are_not_mixed(labelled, tmp_path, finished):
   base = open_base(make_base(tmp_path, count=9))
   settings = {"model": {"name": "a", "layers": (1, 2)}, "threshold": 0.1}
   out = tmp_path / "out"
@@ -435,24 +439,24 @@ def test_labels_of_other_settings_are_not_mixed(made, tmp_path, finished):
     "  settings.nms: none -> 0.5",
   ]
   # One shard has a record more, and one is not given.
-  more = WebDatasetSource([made / f"base/0000{i}.tar" for i in (0, 2)])
+  more = WebDatasetSource([labelled / f"base/0000{i}.tar" for i in (0, 2)])
   with pytest.raises(FileExistsError) as error:
     LabelWriter(out, kind="depth", base=more, settings=settings)
   assert str(error.value).splitlines()[1:-1] == [
     "  base.00001.tar: 4 -> none",
     "  base.00002.tar: 1 -> 2",
   ]
-  # The same keys and counts, but other pictures.
+  # The same keys and counts, but other images.
   photos = open_base(make_base(tmp_path / "other", first=100, count=9))
   with pytest.raises(FileExistsError, match="labels of 00000 .* other rec"):
     LabelWriter(out, kind="depth", base=photos, settings=settings)
 
 
-def test_settings_that_cannot_be_read(made, tmp_path):
+def test_settings_that_cannot_be_read(labelled, tmp_path):
   (tmp_path / "settings.json").write_text("[]")
   with pytest.raises(FileExistsError, match=r"can't be read \(a list\)"):
     LabelWriter(
-      tmp_path, kind="depth", base=open_base(made / "base"), settings={}
+      tmp_path, kind="depth", base=open_base(labelled / "base"), settings={}
     )
 
 
@@ -468,10 +472,10 @@ def test_the_first_of_many_differences_are_listed():
   assert text == f'\n  b: "{"x" * 56}... -> "y"'
 
 
-def test_places_where_labels_cannot_go(made, tmp_path):
-  base = open_base(made / "base")
+def test_invalid_folders_kinds_and_sources(labelled, tmp_path):
+  base = open_base(labelled / "base")
   with pytest.raises(ValueError, match="holds the shards themselves"):
-    LabelWriter(made / "base", kind="depth", base=base, settings={})
+    LabelWriter(labelled / "base", kind="depth", base=base, settings={})
   with pytest.raises(ValueError, match="kind is 'deep'. Did you mean 'depth'"):
     LabelWriter(tmp_path, kind="deep", base=base, settings={})
   scenes = build_source({"type": "scenes", "length": 2})
@@ -479,20 +483,20 @@ def test_places_where_labels_cannot_go(made, tmp_path):
     LabelWriter(tmp_path, kind="depth", base=scenes, settings={})
 
 
-def test_a_set_without_any_label_is_refused(made, tmp_path):
+def test_a_set_without_any_label_is_refused(labelled, tmp_path):
   with pytest.raises(
     LabelError, match="None of the 10 records has a label: 10 times 'no file'"
   ):
     make_set(
       tmp_path,
-      open_base(made / "base"),
+      open_base(labelled / "base"),
       "depth",
       of=lambda kind, i: no_label("no file"),
     )
   assert not (tmp_path / "manifest.json").exists()
   # Nothing is lost by another attempt, so other settings are not refused.
   writer = LabelWriter(
-    tmp_path, kind="depth", base=open_base(made / "base"), settings={"b": 1}
+    tmp_path, kind="depth", base=open_base(labelled / "base"), settings={"b": 1}
   )
   assert writer.todo() == [0, 1, 2]
 
@@ -508,8 +512,8 @@ def test_reasons_come_in_the_same_order():
   )
 
 
-def test_hashes_of_the_base(made, tmp_path):
-  base = open_base(made / "base")
+def test_hashes_of_the_base(labelled, tmp_path):
+  base = open_base(labelled / "base")
   manifests = []
   for number, image in enumerate(("x", "y", None)):
     out = tmp_path / f"{number}"

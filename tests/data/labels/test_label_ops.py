@@ -18,8 +18,8 @@ from mtv_jax.data.tokenizers import build_tokenizer
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-  return make_all(tmp_path_factory.mktemp("made"))
+def labelled(tmp_path_factory):
+  return make_all(tmp_path_factory.mktemp("labelled"))
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_a_phrase_without_tokens_takes_no_place():
 
 
 @pytest.mark.parametrize(
-  ("text", "says"),
+  ("text", "message"),
   [
     ("regions(0)", "count is 0, expected an integer >= 1"),
     ("regions(4, phrase_length=0)", "phrase_length is 0"),
@@ -170,8 +170,8 @@ def test_a_phrase_without_tokens_takes_no_place():
     ("region(4)", "Did you mean 'regions'"),
   ],
 )
-def test_ops_that_cannot_be(text, says):
-  with pytest.raises(ValueError, match=says):
+def test_ops_that_cannot_be(text, message):
+  with pytest.raises(ValueError, match=message):
     build_ops(text, tokenizer=TOKENIZER)
 
 
@@ -229,13 +229,13 @@ def test_ops_and_sets_that_nobody_reads_are_left_out():
     join_labels(source, dict(dept="x"), fields=ops.labels)
 
 
-def test_labelled_and_unlabelled_sources_mix(made, tmp_path):
+def test_labelled_and_unlabelled_sources_mix(labelled, tmp_path):
   """Both kinds, one kind, none, and scenes, in one batch."""
   config = {
     "train": [
-      entry(made, depth=f"{made}/depth", boxes=f"{made}/boxes"),
-      entry(made, depth=f"{made}/depth"),
-      {"type": "webdataset", "path": f"{made}/base/*.tar"},
+      entry(labelled, depth=f"{labelled}/depth", boxes=f"{labelled}/boxes"),
+      entry(labelled, depth=f"{labelled}/depth"),
+      {"type": "webdataset", "path": f"{labelled}/base/*.tar"},
       {"type": "scenes", "size": 16, "length": 20},
     ]
   }
@@ -264,7 +264,7 @@ def test_labelled_and_unlabelled_sources_mix(made, tmp_path):
     np.testing.assert_array_equal(again[1][name], rows[4][name])
 
 
-def test_rows_do_not_depend_on_the_number_of_hosts(made):
+def test_rows_do_not_depend_on_the_number_of_hosts(labelled):
   config = {"train": [{"type": "scenes", "size": 32, "length": 20}]}
   whole, _ = batches(config, 1)
   halves = [
@@ -294,22 +294,22 @@ def test_what_is_dropped_is_counted_and_logged(caplog):
     "scenes: boxes: inverted": 112,
     "scenes: depth: a map that is the same everywhere": 56,
   }
-  said = [r.getMessage() for r in caplog.records]
+  output = [r.getMessage() for r in caplog.records]
   # At once, and at ten and a hundred.
-  assert sum("boxes: inverted" in line for line in said) == 3
-  assert "Labels of scenes: boxes: inverted (2 in 8 records read)" in said
+  assert sum("boxes: inverted" in line for line in output) == 3
+  assert "Labels of scenes: boxes: inverted (2 in 8 records read)" in output
 
 
-def test_an_op_whose_field_no_source_gives(made):
+def test_an_op_whose_field_no_source_gives(labelled):
   with pytest.raises(
     ValueError, match=r"needs the record fields \['boxes', 'phrases'\]"
   ):
-    batches({"train": [entry(made, depth=f"{made}/depth")]}, 1)
+    batches({"train": [entry(labelled, depth=f"{labelled}/depth")]}, 1)
 
 
-def test_workers_read_labels_too(made, copy):
+def test_workers_read_labels_too(labelled, copy):
   config = {
-    "train": [entry(made, **keyed(copy))],
+    "train": [entry(labelled, **keyed(copy))],
     "workers": 1,
     "threads": 1,
   }

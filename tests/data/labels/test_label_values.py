@@ -1,4 +1,4 @@
-"""Labels made from raw values, and packed."""
+"""Validation and serialization of label values."""
 
 import msgpack
 import numpy as np
@@ -14,9 +14,9 @@ from mtv_jax.data.records import BadRecord
 
 def test_depth_of_its_own_size_is_exact_to_half_a_step():
   inverse = ramp(32, 32)
-  made = make_depth(inverse, side=32)
-  assert made.counts == {}
-  label = made.label
+  outcome = make_depth(inverse, side=32)
+  assert outcome.counts == {}
+  label = outcome.label
   assert label.values.dtype == np.uint16
   assert (label.values.min(), label.values.max()) == (1, 65535)
   assert (label.low, label.high) == (inverse.min(), inverse.max())
@@ -38,8 +38,8 @@ def test_depth_is_averaged_over_labelled_area_only():
   assert (label.values[:8] == 0).all()
   assert (label.values[8, 0], label.values[8, 1] > 0) == (0, True)
   whole = inverse.reshape(32, 2, 32, 2).mean((1, 3))
-  got, wanted = label.inverse[9:], whole[9:]
-  assert abs(got - wanted).max() <= (label.high - label.low) / 65534
+  got, expected = label.inverse[9:], whole[9:]
+  assert abs(got - expected).max() <= (label.high - label.low) / 65534
   three = inverse[16:18, 2:4][[0, 0, 1], [0, 1, 1]].mean()
   assert abs(label.inverse[8, 1] - three) <= (label.high - label.low) / 65534
 
@@ -52,23 +52,23 @@ def test_depth_grows_and_shrinks_at_once():
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-def test_depth_that_is_no_number_has_no_label(wrong):
+def test_non_finite_depth_has_no_label(wrong):
   inverse = ramp(32, 32)
   inverse[3, 5] = wrong
-  made = make_depth(inverse, side=32)
-  assert list(made.counts.values()) == [1]
-  assert "NaN or infinite" in next(iter(made.counts))
-  assert made.label.values[3, 5] == 0
-  assert (made.label.values == 0).sum() == 1
-  # Where it is not used anyway, nobody needs to know.
+  outcome = make_depth(inverse, side=32)
+  assert list(outcome.counts.values()) == [1]
+  assert "NaN or infinite" in next(iter(outcome.counts))
+  assert outcome.label.values[3, 5] == 0
+  assert (outcome.label.values == 0).sum() == 1
+  # Unused pixels are not counted.
   assert make_depth(inverse, side=32, valid=np.isfinite(inverse)).counts == {}
 
 
 @pytest.mark.parametrize("size", [(32, 32), (57, 91), (20, 20)])
 @pytest.mark.parametrize("value", [0.0, 0.3, 7e4])
 def test_a_constant_map_is_no_label(size, value):
-  made = make_depth(np.full(size, value, np.float32), side=32)
-  assert made == no_label("depth: a map that is the same everywhere")
+  outcome = make_depth(np.full(size, value, np.float32), side=32)
+  assert outcome == no_label("depth: a map that is the same everywhere")
 
 
 def test_too_few_pixels_are_no_label():
@@ -77,10 +77,12 @@ def test_too_few_pixels_are_no_label():
   valid[0] = valid[1] = True
   assert make_depth(inverse, side=8, valid=valid).label is not None
   valid[1, 7] = False
-  made = make_depth(inverse, side=8, valid=valid)
-  assert made == no_label("depth: a map with fewer than 16 labelled pixels")
-  made = make_depth(inverse, side=8, valid=np.zeros((8, 8), bool), min_valid=1)
-  assert made.label is None
+  outcome = make_depth(inverse, side=8, valid=valid)
+  assert outcome == no_label("depth: a map with fewer than 16 labelled pixels")
+  outcome = make_depth(
+    inverse, side=8, valid=np.zeros((8, 8), bool), min_valid=1
+  )
+  assert outcome.label is None
 
 
 # --- Boxes -------------------------------------------------------------------
@@ -103,29 +105,29 @@ GOOD = [0.1, 0.2, 0.5, 0.9]
 )
 def test_boxes_that_cannot_be_used_are_dropped_and_counted(box, reason):
   boxes = np.array([GOOD, box], np.float64)
-  made = make_boxes(boxes, ["a", "b"], np.array([0.5, 0.7]))
-  assert made.counts == {reason: 1}
-  np.testing.assert_allclose(made.label.boxes, [GOOD], rtol=1e-6)
-  assert made.label.phrases == ("a",)
-  assert made.label.scores.tolist() == [0.5]
+  outcome = make_boxes(boxes, ["a", "b"], np.array([0.5, 0.7]))
+  assert outcome.counts == {reason: 1}
+  np.testing.assert_allclose(outcome.label.boxes, [GOOD], rtol=1e-6)
+  assert outcome.label.phrases == ("a",)
+  assert outcome.label.scores.tolist() == [0.5]
 
 
 def test_boxes_are_cut_to_the_image():
   boxes = np.array([[-0.5, 0.5, 0.5, 2], [0.1, -1e-5, 0.2, 0.3]])
-  made = make_boxes(boxes, ["a", "b"])
+  outcome = make_boxes(boxes, ["a", "b"])
   np.testing.assert_allclose(
-    made.label.boxes, [[0, 0.5, 0.5, 1], [0.1, 0, 0.2, 0.3]], rtol=1e-6
+    outcome.label.boxes, [[0, 0.5, 0.5, 1], [0.1, 0, 0.2, 0.3]], rtol=1e-6
   )
-  assert made.label.scores.tolist() == [1, 1]
+  assert outcome.label.scores.tolist() == [1, 1]
   # The second one is rounding.
-  assert made.counts == {"boxes: reached outside the image, cut": 1}
+  assert outcome.counts == {"boxes: reached outside the image, cut": 1}
 
 
 def test_phrases_and_scores_of_boxes():
   boxes = np.array([GOOD] * 3)
-  made = make_boxes(boxes, ["a", " \n", "c"], np.array([1, 1, np.nan]))
-  assert made.label.phrases == ("a",)
-  assert made.counts == {
+  outcome = make_boxes(boxes, ["a", " \n", "c"], np.array([1, 1, np.nan]))
+  assert outcome.label.phrases == ("a",)
+  assert outcome.counts == {
     "boxes: without a phrase": 1,
     "boxes: NaN or infinite": 1,
   }
@@ -145,10 +147,10 @@ def test_equal_phrases_have_equal_ids():
   assert 0 <= of("é") < 2**32
 
 
-# --- How they lie in a file --------------------------------------------------
+# --- Serialization -----------------------------------------------------------
 
 
-def test_boxes_survive_packing_to_half_a_step():
+def test_boxes_survive_serialization_to_half_a_step():
   rng = np.random.default_rng(0)
   corners = np.sort(rng.random((200, 2, 2)), axis=1).reshape(200, 4)
   phrases = [f"thing {i} ü" for i in range(200)]
@@ -163,7 +165,7 @@ def test_boxes_survive_packing_to_half_a_step():
   assert stored.label.boxes.dtype == np.float32
 
 
-def test_depth_survives_packing():
+def test_depth_survives_serialization():
   label = make_depth(ramp(40, 50), side=24).label
   stored = label_values.decode(
     label_values.encode("ключ", label), kind="depth", where="x"
@@ -174,7 +176,7 @@ def test_depth_survives_packing():
 
 
 @pytest.mark.parametrize("kind", ["depth", "boxes"])
-def test_no_label_survives_packing(kind):
+def test_no_label_survives_serialization(kind):
   data = label_values.encode("k", None)
   stored = label_values.decode(data, kind=kind, where="x")
   assert stored == label_values.Stored("k", None)

@@ -44,13 +44,13 @@ def test_histograms_match_numpy(kind):
   assert (stats["min"], stats["max"]) == (values.min(), values.max())
   assert stats["mean"] == pytest.approx(values.mean(), rel=1e-9)
   for share, quantile in stats["quantiles"].items():
-    wanted = np.quantile(values, float(share), method="inverted_cdf")
-    allowed = 0.012 * abs(wanted) if error is None else error
-    assert abs(quantile - wanted) <= allowed, share
+    expected = np.quantile(values, float(share), method="inverted_cdf")
+    allowed = 0.012 * abs(expected) if error is None else error
+    assert abs(quantile - expected) <= allowed, share
   edges, counts = stats["bars"]["edges"], stats["bars"]["counts"]
   assert len(edges) == len(counts) + 1 and sum(counts) == 5000
-  wanted, _ = np.histogram(values, edges)
-  np.testing.assert_array_equal(counts, wanted)
+  expected, _ = np.histogram(values, edges)
+  np.testing.assert_array_equal(counts, expected)
 
 
 def test_values_outside_the_edges_have_separate_bars():
@@ -72,13 +72,13 @@ def test_phrase_counts_are_bounded():
     exact.add(part.tolist())
     bounded.add(part.tolist())
   names, counts = np.unique(drawn, return_counts=True)
-  wanted = dict(zip(names.tolist(), counts.tolist(), strict=True))
+  expected = dict(zip(names.tolist(), counts.tolist(), strict=True))
   assert (exact.distinct, exact.short_by) == (len(names), 0)
-  top = sorted(wanted.items(), key=lambda item: (-item[1], item[0]))[:50]
+  top = sorted(expected.items(), key=lambda item: (-item[1], item[0]))[:50]
   assert exact.most_common(50) == top
   assert 0 < bounded.short_by <= len(drawn) / 300
   for phrase, count in bounded.most_common(600):
-    assert count <= wanted[phrase] <= count + bounded.short_by
+    assert count <= expected[phrase] <= count + bounded.short_by
   assert bounded.most_common(1)[0][0] == top[0][0]
   assert len(bounded.most_common(10_000)) <= 600
   assert bounded.distinct == pytest.approx(len(names), rel=0.1)
@@ -427,9 +427,9 @@ def test_tool_writes_sheet_page_and_statistics(labelled, capsys):
   options = [f"--data={labelled}/base/*.tar", f"--output={out}"]
   both = [f"--depth={labelled}/depth", f"--boxes={labelled}/boxes"]
   main([*options, *both, "--count=9", "--size=96", "--seed=1"])
-  said = capsys.readouterr().out
-  assert "boxes from boxes: 9 of 10 records have a label (90.0 %)" in said
-  assert "look at depth: 11.1 % of the maps are nearly constant" in said
+  output = capsys.readouterr().out
+  assert "boxes from boxes: 9 of 10 records have a label (90.0 %)" in output
+  assert "look at depth: 11.1 % of the maps are nearly constant" in output
   with Image.open(out / "sheet.png") as drawn:
     assert drawn.format == "PNG"
     # Rows of five cards with two images.
@@ -461,7 +461,10 @@ def test_tool_errors(labelled, tmp_path):
     ([data, out], "No label set is given"),
     ([data, out, "--boxes=nowhere"], "There is no folder of labels nowhere"),
     ([data, out, f"--depth={labelled}/boxes"], "holds labels of kind 'boxes'"),
-    ([f"--data={other}/*.tar", boxes, out], "was made for other images"),
+    (
+      [f"--data={other}/*.tar", boxes, out],
+      "is of other images",
+    ),
     ([f"--data={tmp_path}/x*.tar", boxes, out], "x*.tar"),
     ([data, boxes, out, "--count=0"], "count is 0"),
     ([data, boxes, out, "--records=0"], "records is 0"),

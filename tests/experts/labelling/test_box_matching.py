@@ -1,4 +1,4 @@
-"""How boxes of two label sets are told to agree."""
+"""Agreement of two box label sets."""
 
 import itertools
 import json
@@ -56,8 +56,8 @@ def test_boxes_are_matched_one_to_one_best_first():
     want = matched(label, truth, 0.4)
     assert {i: j for i, j in enumerate(matches) if j >= 0} == want
     for i, j in want.items():
-      found = overlap(label.boxes[i], truth.boxes[j])
-      assert abs(ious[i] - found) < 1e-6
+      expected = overlap(label.boxes[i], truth.boxes[j])
+      assert abs(ious[i] - expected) < 1e-6
     assert not ious[matches < 0].any()
     total += len(want)
   assert total > 10
@@ -87,7 +87,7 @@ def sets(tmp_path):
       None,
     ],
   )  # fmt: skip
-  found = write(
+  predicted = write(
     tmp_path / "boxes", base,
     [
       labels([SQUARE, moved, moved], ["Sofa.", "cat", "cat"], [0.9, 0.8, 0.7]),
@@ -97,12 +97,12 @@ def sets(tmp_path):
       None,
     ],
   )  # fmt: skip
-  return found, truth
+  return predicted, truth
 
 
 def test_shares_of_two_sets(sets, tmp_path, capsys):
-  found, truth = sets
-  got = box_matching.compare(found, truth, renamed={"sofa": "couch"})
+  predicted, truth = sets
+  got = box_matching.compare(predicted, truth, renamed={"sofa": "couch"})
   assert (got.images, got.unlabelled, got.never_true) == (3, 1, ["ufo"])
   total = got.to_dict()
   assert (total["truth"], total["boxes"], total["matched"]) == (3, 4, 2)
@@ -110,27 +110,27 @@ def test_shares_of_two_sets(sets, tmp_path, capsys):
   assert abs(total["mean_iou"] - (1 + 0.75) / 2) < 1e-4
   assert total["phrases"]["cat"]["recall"] == 0.5
   assert total["phrases"]["ufo"]["recall"] is None
-  strict = box_matching.compare(found, truth, iou=0.8)
+  strict = box_matching.compare(predicted, truth, iou=0.8)
   assert strict.total.matched == 0
   file = tmp_path / "figures.json"
   match_boxes.main(
-    [f"--labels={found.folder}", f"--truth={truth.folder}", "--phrases=1"]
+    [f"--labels={predicted.folder}", f"--truth={truth.folder}", "--phrases=1"]
     + ["--rename", "sofa=couch", f"--json={file}"]
   )
   assert json.loads(file.read_text()) == total
-  said = capsys.readouterr().out
-  assert "| all | 3 | 4 | 2 | 66.7 % | 50.0 % | 87.5 % |" in said
-  assert "| cat | 2 | 2 | 1 | 50.0 % | 50.0 % | 75.0 % |" in said
-  assert "ufo |" not in said and "in no true box: ufo" in said
+  output = capsys.readouterr().out
+  assert "| all | 3 | 4 | 2 | 66.7 % | 50.0 % | 87.5 % |" in output
+  assert "| cat | 2 | 2 | 1 | 50.0 % | 50.0 % | 75.0 % |" in output
+  assert "ufo |" not in output and "in no true box: ufo" in output
 
 
 def test_sets_that_can_not_be_compared(sets, tmp_path):
-  found, truth = sets
+  predicted, truth = sets
   with pytest.raises(ValueError, match="iou=0"):
-    box_matching.compare(found, truth, iou=0)
+    box_matching.compare(predicted, truth, iou=0)
   with pytest.raises(SystemExit, match="match_boxes: 'sofa'.*LABEL=TRUTH"):
     match_boxes.main(
-      [f"--labels={found.folder}", f"--truth={truth.folder}"]
+      [f"--labels={predicted.folder}", f"--truth={truth.folder}"]
       + ["--rename", "sofa"]
     )
   folder = label_samples.make_base(tmp_path / "other", count=3)

@@ -1,4 +1,4 @@
-"""Which of a detector's boxes become labels."""
+"""Post-processing of detections."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def random_boxes(count, seed=0):
   return boxes.astype(np.float32), rng.permutation(count).astype(np.float32)
 
 
-def found(boxes, scores=None, phrases=None):
+def make_detections(boxes, scores=None, phrases=None):
   boxes = np.array(boxes, np.float32).reshape(-1, 4)
   scores = np.linspace(0.9, 0.5, len(boxes)) if scores is None else scores
   return Detections(
@@ -35,21 +35,24 @@ def found(boxes, scores=None, phrases=None):
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
 def test_suppression_is_greedy(threshold):
   boxes, scores = random_boxes(60)
-  left, kept = sorted(range(60), key=lambda i: -scores[i]), []
-  while left:
-    kept.append(left.pop(0))
-    left = [i for i in left if iou(boxes[kept[-1]], boxes[i]) <= threshold]
-  assert detections.suppress(boxes, scores, iou=threshold).tolist() == kept
-  assert 1 < len(kept) <= 60
+  remaining, expected = sorted(range(60), key=lambda i: -scores[i]), []
+  while remaining:
+    best = remaining.pop(0)
+    expected.append(best)
+    remaining = [
+      i for i in remaining if iou(boxes[best], boxes[i]) <= threshold
+    ]
+  assert detections.suppress(boxes, scores, iou=threshold).tolist() == expected
+  assert 1 < len(expected) <= 60
 
 
 def test_of_equal_scores_the_first_stays():
   boxes = np.array([[0, 0, 1, 1]] * 3, np.float32)
-  kept = detections.suppress(boxes, np.ones(3, np.float32), iou=0.5)
-  assert kept.tolist() == [0]
+  selected = detections.suppress(boxes, np.ones(3, np.float32), iou=0.5)
+  assert selected.tolist() == [0]
 
 
-def test_every_box_that_goes_is_counted_by_its_reason():
+def test_dropped_boxes_are_counted_by_reason():
   boxes = [
     [0.1, 0.1, 0.5, 0.5],
     [0.1, 0.1, 0.5, 0.52],  # a duplicate
@@ -60,7 +63,7 @@ def test_every_box_that_goes_is_counted_by_its_reason():
     [np.nan, 0, 1, 1],
     [0.8, 0.8, 0.6, 0.9],  # inverted
   ]
-  outcome = detections.select(found(boxes), **OPTIONS)
+  outcome = detections.select(make_detections(boxes), **OPTIONS)
   assert outcome.label.phrases == ("p0", "p5")
   np.testing.assert_allclose(
     outcome.label.boxes[1], [0.6, 0.9, 0.9, 1.0], atol=1e-7
@@ -76,9 +79,9 @@ def test_every_box_that_goes_is_counted_by_its_reason():
   }
 
 
-def test_a_box_that_goes_takes_no_other_with_it():
+def test_dropped_boxes_suppress_no_others():
   boxes = [[0, 0, 1, 1], [0, 0, 0.9, 0.95]]
-  outcome = detections.select(found(boxes), **OPTIONS)
+  outcome = detections.select(make_detections(boxes), **OPTIONS)
   assert outcome.label.phrases == ("p1",)
 
 
@@ -86,13 +89,13 @@ def test_the_best_by_score_stay():
   boxes = [[0, i / 10, 0.1, (i + 1) / 10] for i in range(8)]
   scores = np.array([3, 7, 1, 8, 2, 6, 4, 5]) / 10
   options = OPTIONS | dict(max_boxes=3)
-  outcome = detections.select(found(boxes, scores), **options)
+  outcome = detections.select(make_detections(boxes, scores), **options)
   assert outcome.label.phrases == ("p3", "p1", "p5")
   assert outcome.counts == {"boxes: more than wanted": 5}
 
 
 def test_no_detection_is_a_label_without_boxes():
-  outcome = detections.select(found([]), **OPTIONS)
+  outcome = detections.select(make_detections([]), **OPTIONS)
   assert outcome.label.boxes.shape == (0, 4)
   assert not outcome.counts
 
@@ -100,7 +103,7 @@ def test_no_detection_is_a_label_without_boxes():
 @pytest.mark.parametrize(
   "wrong", [dict(nms=1.5), dict(max_boxes=0), dict(min_side=16.0)]
 )
-def test_an_option_out_of_its_range_is_refused(wrong):
+def test_options_out_of_range(wrong):
   options = OPTIONS | dict(threshold=0.1) | wrong
   with pytest.raises(ValueError, match=next(iter(wrong))):
     detections.check_options(**options)

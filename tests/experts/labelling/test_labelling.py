@@ -24,10 +24,10 @@ from labelling_samples import (
   open_base,
 )
 
-from mtv_jax.cli import errors as endings
+from mtv_jax.cli import errors
 from mtv_jax.data import canvas
 from mtv_jax.data.labels import label_values
-from mtv_jax.data.labels.label_sets import LabelSet, hash_image
+from mtv_jax.data.labels.label_sets import LabelSet, hash_bytes
 from mtv_jax.data.labels.label_values import Outcome
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
@@ -52,22 +52,22 @@ def experts():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, base, experts):
-  folder = tmp_path_factory.mktemp("made")
+def finished(tmp_path_factory, base, experts):
+  folder = tmp_path_factory.mktemp("finished")
   for kind, expert in experts.items():
     labelling.run(expert, open_base(base), folder / kind, threads=3)
   return folder
 
 
-# --- What is made ------------------------------------------------------------
+# --- Labels ------------------------------------------------------------------
 
 
-def test_labels_are_the_experts(made, base, experts):
+def test_labels_are_the_experts(finished, base, experts):
   assert isinstance(experts["depth"], Expert)
   source = open_base(base)
-  found = LabelSet(made / "depth", kind="depth")
+  depth = LabelSet(finished / "depth", kind="depth")
   for number in range(len(source)):
-    stored = found.read(number // 7, number % 7)
+    stored = depth.read(number // 7, number % 7)
     assert stored.key == f"{number // 7:05d}{ROWS[number % 7]:04d}"
     if number in (0, 3, 4):
       assert stored.label is None
@@ -75,11 +75,11 @@ def test_labels_are_the_experts(made, base, experts):
     pixels = canvas.decode(source[number]["image"]) / np.float32(255)
     height, width = pixels.shape[:2]
     ramp = np.linspace(0, 1, height)[:, None] + np.linspace(0, 0.3, width)
-    wanted = 1 + 2 * np.sin(pixels.mean()) * ramp
-    label = label_values.make_depth(wanted, side=16).label
+    expected = 1 + 2 * np.sin(pixels.mean()) * ramp
+    label = label_values.make_depth(expected, side=16).label
     apart = stored.label.values.astype(int) - label.values.astype(int)
     assert abs(apart).max() <= 2
-  boxes = LabelSet(made / "boxes", kind="boxes")
+  boxes = LabelSet(finished / "boxes", kind="boxes")
   # Row 3 has a .json alone; 2 and 4 a blank .txt; 0 and 6 nothing.
   phrases = [boxes.read(1, at).label.phrases for at in range(7)]
   assert phrases == [
@@ -87,8 +87,8 @@ def test_labels_are_the_experts(made, base, experts):
   ]  # fmt: skip
 
 
-def test_bad_records_are_counted_by_reason(made):
-  manifest = json.loads((made / "depth" / "manifest.json").read_text())
+def test_bad_records_are_counted_by_reason(finished):
+  manifest = json.loads((finished / "depth" / "manifest.json").read_text())
   assert (manifest["records"], manifest["labelled"]) == (21, 18)
   assert manifest["reasons"] == {
     "record: N bytes that start with ... are no image; known: JPEG, PNG, WEBP,"
@@ -123,19 +123,21 @@ def test_a_defect_of_the_expert_stops_and_names_the_record(base, tmp_path):
   assert left == ["settings.json"]
 
 
-def test_the_manifest_says_what_the_labels_were_made_for(made, base, tmp_path):
-  source, manifest = open_base(base), made / "depth" / "manifest.json"
+def test_the_manifest_identifies_the_base(finished, base, tmp_path):
+  source, manifest = open_base(base), finished / "depth" / "manifest.json"
   manifest = json.loads(manifest.read_text())
   assert manifest["settings"] == {"of": "the test", "scale": 2.0, "side": 16}
   lines = []
   for number in range(14, 21):
     record = source[number]
-    lines.append(f"{record['key']}\0{hash_image(record['image'])}\n")
-  wanted = hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
-  assert manifest["shards"][2]["base_hash"] == wanted
-  boxes = json.loads((made / "boxes" / "manifest.json").read_text())
+    lines.append(f"{record['key']}\0{hash_bytes(record['image'])}\n")
+  expected = hashlib.blake2b(
+    "".join(lines).encode(), digest_size=16
+  ).hexdigest()
+  assert manifest["shards"][2]["base_hash"] == expected
+  boxes = json.loads((finished / "boxes" / "manifest.json").read_text())
   assert boxes["base_hash"] == manifest["base_hash"]
-  # Other pictures under the same keys.
+  # Other images of the same keys.
   make_tars(tmp_path / "base", broken=False)
   labelling.run(
     FakeDepth(), open_base(tmp_path / "base"), tmp_path / "out", threads=2
@@ -149,8 +151,8 @@ def test_the_manifest_says_what_the_labels_were_made_for(made, base, tmp_path):
   assert other["base_hash"] != manifest["base_hash"]
 
 
-def test_sources_with_and_without_captions_take_the_labels(made, base):
-  for captions, count, wanted in (
+def test_sources_with_and_without_captions_take_the_labels(finished, base):
+  for captions, count, expected in (
     ("required", 15, 4),
     ("ignored", 21, 18),
     ("optional", 21, 18),
@@ -160,7 +162,7 @@ def test_sources_with_and_without_captions_take_the_labels(made, base):
         "type": "webdataset",
         "path": f"{base}/*.tar",
         "captions": captions,
-        "labels": {"depth": str(made / "depth")},
+        "labels": {"depth": str(finished / "depth")},
       }
     )
     assert len(source) == count
@@ -171,7 +173,7 @@ def test_sources_with_and_without_captions_take_the_labels(made, base):
       except BadRecord:
         # Without image bytes, or with a blank caption.
         continue
-    assert labelled == wanted
+    assert labelled == expected
 
 
 # --- Batches -----------------------------------------------------------------
@@ -181,37 +183,40 @@ def prepared(group, size=1):
   return Prepared(group, {"x": np.full(size, ord(group[0]), np.uint8)})
 
 
-def batches(groups, rows=3, size=1, **limits):
+def group_batches(groups, rows=3, size=1, **limits):
   grouper = Grouper(rows, **limits)
-  found = []
-  for place, group in enumerate(groups):
+  batches = []
+  for position, group in enumerate(groups):
     if group != " ":
-      found += grouper.add(place, prepared(group, size))
-  before = len(found)
-  found += grouper.flush()
-  return [list(batch.positions) for batch in found], before
+      batches += grouper.add(position, prepared(group, size))
+  before = len(batches)
+  batches += grouper.flush()
+  return [list(batch.positions) for batch in batches], before
 
 
 def test_records_of_a_group_share_a_batch():
-  assert batches("aababbca") == ([[0, 1, 3], [2, 4, 5], [6], [7]], 2)
+  assert group_batches("aababbca") == ([[0, 1, 3], [2, 4, 5], [6], [7]], 2)
 
 
 def test_the_oldest_batch_goes_incomplete_where_much_waits():
   # The third record is too much, whose group is not the oldest.
-  assert batches("abbcc", rows=9, size=10, max_bytes=25) == (
+  assert group_batches("abbcc", rows=9, size=10, max_bytes=25) == (
     [[0], [1, 2], [3, 4]],
     2,
   )
   # One group alone is never too much.
-  assert batches("aaaa", rows=9, size=10, max_bytes=25) == ([[0, 1, 2, 3]], 0)
+  assert group_batches("aaaa", rows=9, size=10, max_bytes=25) == (
+    [[0, 1, 2, 3]],
+    0,
+  )
 
 
-def test_no_record_waits_for_ever():
-  found, before = batches("abbbbbbbbb", rows=2, max_age=5)
-  assert [0] in found[:before]
+def test_waiting_is_bounded():
+  batches, before = group_batches("abbbbbbbbb", rows=2, max_age=5)
+  assert [0] in batches[:before]
   # Records that can't be used pass the time as well.
-  found, before = batches("a      b", rows=2, max_age=5)
-  assert (found, before) == ([[0], [7]], 1)
+  batches, before = group_batches("a      b", rows=2, max_age=5)
+  assert (batches, before) == ([[0], [7]], 1)
 
 
 def test_a_batch_is_filled_up():
@@ -220,19 +225,19 @@ def test_a_batch_is_filled_up():
 
 
 class Slow:
-  """Counts what is between reading and writing, and scrambles the pace."""
+  """Counts records between reading and writing, with random delays."""
 
   kind, settings, rows = "depth", {}, 4
 
   def __init__(self):
-    self.held = self.most = 0
+    self.pending = self.max_pending = 0
     self.lock = threading.Lock()
     self.shapes = []
 
   def prepare(self, image, record):
     with self.lock:
-      self.held += 1
-      self.most = max(self.most, self.held)
+      self.pending += 1
+      self.max_pending = max(self.max_pending, self.pending)
     number = int(record["key"])
     time.sleep(0.001 * (number * 7 % 5))
     return Prepared(number % 3, {"x": np.array(number)}, number)
@@ -243,13 +248,13 @@ class Slow:
 
   def finish(self, outputs, meta):
     with self.lock:
-      self.held -= 1
+      self.pending -= 1
     assert outputs["x"] == meta
     time.sleep(0.001 * (meta * 3 % 4))
     return Outcome(None, {f"{meta}": 1})
 
 
-def test_labels_come_in_order_whatever_the_threads_do():
+def test_labels_come_in_order():
   png = cv2.imencode(".png", np.zeros((2, 2, 3), np.uint8))[1].tobytes()
 
   def read(number):
@@ -263,16 +268,16 @@ def test_labels_come_in_order_whatever_the_threads_do():
     entries = list(batching.label(expert, read, range(100), threads=threads))
     assert [entry.key for entry in entries] == [f"{i}" for i in range(100)]
     for i, entry in enumerate(entries):
-      wanted = "record: x" if i % 10 == 3 else f"{i}"
-      assert entry.outcome.counts == {wanted: 1}
+      expected = "record: x" if i % 10 == 3 else f"{i}"
+      assert entry.outcome.counts == {expected: 1}
     assert all(len(rows) == 4 for rows in expert.shapes)
     # Ahead, in three groups that wait, on the device and before it.
-    assert expert.most <= 4 + 2 * threads + 3 * 3 + 3 * 4
+    assert expert.max_pending <= 4 + 2 * threads + 3 * 3 + 3 * 4
     shapes.append(expert.shapes)
   assert shapes[0] == shapes[1]
 
 
-# --- Files that are not whole ------------------------------------------------
+# --- Damaged files -----------------------------------------------------------
 
 
 def test_a_full_disk_is_the_systems_error(base, tmp_path, monkeypatch):
@@ -296,20 +301,20 @@ def test_a_full_disk_is_the_systems_error(base, tmp_path, monkeypatch):
   out = tmp_path / "out"
   with (
     pytest.raises(SystemExit, match="label: .*00000.array_record can't be wr"),
-    endings.readable_errors("label"),
+    errors.readable_errors("label"),
   ):
     labelling.run(FakeDepth(), open_base(base), out, threads=2)
   assert [file.name for file in out.iterdir()] == ["settings.json"]
 
 
 @pytest.mark.parametrize("text", ["", '{"base": "00001', "[1, 2]", "7"])
-def test_a_shard_whose_figures_are_damaged_is_made_again(
-  made, base, experts, tmp_path, text
+def test_a_shard_with_damaged_statistics_is_labelled_again(
+  finished, base, experts, tmp_path, text
 ):
-  folder = copy(made, tmp_path, "depth")
+  folder = copy(finished, tmp_path, "depth")
   (folder / "00001_stats.json").write_text(text)
   labelling.run(experts["depth"], open_base(base), folder, threads=2)
-  assert contents(folder) == contents(made / "depth")
+  assert contents(folder) == contents(finished / "depth")
 
 
 def make_array_records(folder, shards):
@@ -327,7 +332,7 @@ def make_array_records(folder, shards):
 
 
 @pytest.mark.parametrize("line", ['{"key": "0.1', "[1]", '{"tags": []}'])
-def test_what_is_known_of_records_is_named_where_damaged(tmp_path, line):
+def test_damaged_metadata(tmp_path, line):
   source = make_array_records(tmp_path / "base", 1)
   file = tmp_path / "base" / "00000_meta.jsonl"
   file.write_text(f'{{"key": "0.0"}}\n\n{line}')
@@ -343,18 +348,20 @@ def test_verifying_holds_the_metadata_of_few_shards(tmp_path):
   assert 0 < len(source._sidecars) <= 8
 
 
-def test_threads_are_at_least_one(base, made, tmp_path):
+def test_threads_are_at_least_one(base, finished, tmp_path):
   with pytest.raises(ValueError, match="threads=0; expected at least 1"):
     labelling.run(FakeDepth(), open_base(base), tmp_path / "out", threads=0)
   assert not (tmp_path / "out").exists()
   with pytest.raises(ValueError, match="threads=-1; expected at least 1"):
-    verify(FakeDepth(), open_base(base), made / "depth", count=1, threads=-1)
+    verify(
+      FakeDepth(), open_base(base), finished / "depth", count=1, threads=-1
+    )
 
 
 # --- Several runs ------------------------------------------------------------
 
 
-def test_hosts_begin_at_their_own_places(tmp_path):
+def test_hosts_begin_with_different_shards(tmp_path):
   base = make_tars(tmp_path / "base", shards=4, records=2, broken=False)
   order = []
 
@@ -363,7 +370,7 @@ def test_hosts_begin_at_their_own_places(tmp_path):
       order.append(record["key"][:5])
       return super().prepare(image, record)
 
-  # The third is somebody else's, who dies while this one waits.
+  # Another host leases the last shard, and dies while this one waits.
   out = tmp_path / "out"
   out.mkdir()
   claim(out, "00003", ELSEWHERE)
@@ -376,7 +383,7 @@ def test_hosts_begin_at_their_own_places(tmp_path):
   assert contents(out) == contents(alone)
 
 
-def test_waiting_is_said(tmp_path, caplog):
+def test_waiting_is_logged(tmp_path, caplog):
   base = make_tars(tmp_path / "base", shards=1, records=2, broken=False)
   out = tmp_path / "out"
   out.mkdir()
@@ -391,16 +398,20 @@ def test_waiting_is_said(tmp_path, caplog):
   )
 
 
-def test_a_finished_set_is_left_alone(made, base, tmp_path, experts):
-  before = {f.name: f.stat().st_mtime_ns for f in (made / "boxes").iterdir()}
-  summary = labelling.run(experts["boxes"], open_base(base), made / "boxes")
+def test_a_finished_set_is_left_alone(finished, base, tmp_path, experts):
+  before = {
+    f.name: f.stat().st_mtime_ns for f in (finished / "boxes").iterdir()
+  }
+  summary = labelling.run(experts["boxes"], open_base(base), finished / "boxes")
   assert (summary.records, summary.labelled) == (21, 18)
-  after = {f.name: f.stat().st_mtime_ns for f in (made / "boxes").iterdir()}
+  after = {f.name: f.stat().st_mtime_ns for f in (finished / "boxes").iterdir()}
   del before["manifest.json"], after["manifest.json"]
   assert before == after
 
 
-def test_other_settings_are_refused_with_the_difference(base, tmp_path, made):
+def test_other_settings_are_refused_with_the_difference(
+  base, tmp_path, finished
+):
   class Stops(FakeDepth):
     def run(self, arrays):
       raise KeyboardInterrupt
@@ -409,7 +420,7 @@ def test_other_settings_are_refused_with_the_difference(base, tmp_path, made):
     labelling.run(Stops(), open_base(base), tmp_path, threads=1)
   for folder, what in (
     (tmp_path, "an unfinished"),
-    (made / "depth", "a fini"),
+    (finished / "depth", "a fini"),
   ):
     with pytest.raises(FileExistsError, match=f"{what}.*other settings") as e:
       labelling.run(FakeDepth(scale=3.0), open_base(base), folder)
@@ -418,7 +429,7 @@ def test_other_settings_are_refused_with_the_difference(base, tmp_path, made):
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments(tmp_path):
-  """SIGKILL, again and again: every file is that of a run in one go."""
+  """After several SIGKILLs, every file equals that of an undisturbed run."""
   base = make_tars(tmp_path / "base", shards=20, records=6)
   labelling.run(FakeDepth(), open_base(base), tmp_path / "whole", threads=2)
   draws, kills = random.Random(0), 0
@@ -432,7 +443,7 @@ def test_killed_at_ten_random_moments(tmp_path):
     process.kill()
     process.communicate()
     done.append(len(list(out.glob("*_stats.json"))))
-  # It was at work each time, and got somewhere.
+  # Each run was killed while labelling.
   assert kills == 10 and 0 < done[-1] < 20
   process = launch("depth", base, out)
   _, errors = process.communicate(timeout=60)
@@ -466,8 +477,7 @@ def test_two_processes_at_once(tmp_path, how):
 
 def alter(folder, kind, at, change):
   """Changes a stored label of the second shard."""
-  found = LabelSet(folder, kind=kind)
-  stored = [found.read(1, i) for i in range(7)]
+  stored = [LabelSet(folder, kind=kind).read(1, i) for i in range(7)]
   labels = [s.label for s in stored]
   labels[at] = change(labels[at])
   array_record.write_bytes(
@@ -479,26 +489,26 @@ def alter(folder, kind, at, change):
   )
 
 
-def copy(made, tmp_path, kind):
+def copy(finished, tmp_path, kind):
   folder = tmp_path / kind
   folder.mkdir()
-  for name, data in contents(made / kind).items():
+  for name, data in contents(finished / kind).items():
     (folder / name).write_bytes(data)
   return folder
 
 
 @pytest.mark.parametrize("kind", ["depth", "boxes"])
-def test_labels_that_are_as_they_were(made, base, experts, kind):
-  report = verify(experts[kind], open_base(base), made / kind, count=50)
+def test_unchanged_labels(finished, base, experts, kind):
+  report = verify(experts[kind], open_base(base), finished / kind, count=50)
   assert (report.compared, report.labelled) == (21, 18)
   assert not report.different and report.max_difference == 0
   assert "21 records labelled again, 18 with a label: 0 differ" in str(report)
-  report = verify(experts[kind], open_base(base), made / kind, count=5)
+  report = verify(experts[kind], open_base(base), finished / kind, count=5)
   assert report.compared == 5
 
 
-def test_depth_that_was_changed(made, base, experts, tmp_path):
-  folder = copy(made, tmp_path, "depth")
+def test_depth_that_was_changed(finished, base, experts, tmp_path):
+  folder = copy(finished, tmp_path, "depth")
 
   def darken(label):
     values = label.values.copy()
@@ -509,7 +519,7 @@ def test_depth_that_was_changed(made, base, experts, tmp_path):
   alter(folder, "depth", ROWS.index(2), darken)
   report = verify(experts["depth"], open_base(base), folder, count=21)
   assert report.different == {
-    "000010002": "the map differs by at most 100, 0.5 on average"
+    "000010002": "the map differs by at max_pending 100, 0.5 on average"
   }
   assert (report.max_difference, report.total_difference) == (100, 128)
   alter(folder, "depth", ROWS.index(2), lambda label: None)
@@ -517,8 +527,8 @@ def test_depth_that_was_changed(made, base, experts, tmp_path):
   assert report.different == {"000010002": "no label, now one"}
 
 
-def test_boxes_that_were_changed(made, base, experts, tmp_path):
-  folder = copy(made, tmp_path, "boxes")
+def test_boxes_that_were_changed(finished, base, experts, tmp_path):
+  folder = copy(finished, tmp_path, "boxes")
 
   def fewer(label):
     return label_values.BoxLabel(
@@ -543,8 +553,8 @@ def test_boxes_that_were_changed(made, base, experts, tmp_path):
   assert report.new_boxes == report.boxes + 1
 
 
-def test_a_set_of_another_expert_is_not_compared(made, base):
+def test_a_set_of_another_expert_is_not_compared(finished, base):
   with pytest.raises(FileExistsError, match=r"settings.scale: 2.0 -> 3.0"):
-    verify(FakeDepth(scale=3.0), open_base(base), made / "depth", count=1)
+    verify(FakeDepth(scale=3.0), open_base(base), finished / "depth", count=1)
   with pytest.raises(ValueError, match="0 records to verify"):
-    verify(FakeDepth(), open_base(base), made / "depth", count=0)
+    verify(FakeDepth(), open_base(base), finished / "depth", count=0)

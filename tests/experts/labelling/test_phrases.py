@@ -1,4 +1,4 @@
-"""What is looked for in an image: n-grams, tags, vocabularies, functions."""
+"""Phrase sources: n-grams, tags, vocabularies, functions."""
 
 import logging
 
@@ -23,19 +23,19 @@ def record(*captions, **meta):
 
 def restated(captions, *, max_words, max_phrases):
   """OWLv2's recipe, a step at a time."""
-  found = []
+  ngrams = []
   for caption in captions:
     plain = "".join(
       c for c in caption.replace("_", " ") if c not in PUNCTUATION
     )
-    kept = [w for w in plain.lower().split() if w not in phrases.GENERIC_WORDS]
-    for i in range(len(kept)):
+    words = [w for w in plain.lower().split() if w not in phrases.GENERIC_WORDS]
+    for i in range(len(words)):
       for n in range(1, max_words + 1):
-        run = kept[i : i + n]
+        run = words[i : i + n]
         if len(run) == n and not set(run) <= phrases.STOP_WORDS:
-          found.append(" ".join(run))
+          ngrams.append(" ".join(run))
   distinct = []
-  for phrase in found:
+  for phrase in ngrams:
     if phrase not in distinct:
       distinct.append(phrase)
   return distinct[:max_phrases]
@@ -46,23 +46,23 @@ PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
 @pytest.mark.parametrize("max_words", [1, 3, 10])
 @pytest.mark.parametrize("max_phrases", [4, 300])
-def test_ngrams_are_owls(max_words, max_phrases):
-  made = build_phrases("ngrams", max_words=max_words, max_phrases=max_phrases)
-  got = made(record(*CAPTIONS))
+def test_ngrams_match_owlv2(max_words, max_phrases):
+  source = build_phrases("ngrams", max_words=max_words, max_phrases=max_phrases)
+  got = source(record(*CAPTIONS))
   want = restated(CAPTIONS, max_words=max_words, max_phrases=max_phrases)
   assert got == want
-  assert isinstance(made, phrases.Phrases)
-  assert made.vocabulary is None
+  assert isinstance(source, phrases.Phrases)
+  assert source.vocabulary is None
 
 
 def test_ngrams_by_hand():
-  made = build_phrases("ngrams")
-  assert made(record("The dog, photo")) == ["the dog", "dog"]
-  assert made(record("of the", "Don't", "images")) == []
-  assert made(record()) == []
+  source = build_phrases("ngrams")
+  assert source(record("The dog, photo")) == ["the dog", "dog"]
+  assert source(record("of the", "Don't", "images")) == []
+  assert source(record()) == []
   long = record(" ".join(f"w{i}" for i in range(40)))
-  assert len(made(long)) == phrases.MAX_PHRASES
-  assert max(len(p.split()) for p in made(long)) == phrases.MAX_WORDS
+  assert len(source(long)) == phrases.MAX_PHRASES
+  assert max(len(p.split()) for p in source(long)) == phrases.MAX_WORDS
 
 
 def test_the_word_lists_are_whole():
@@ -84,10 +84,10 @@ def test_tags_of_lists_and_strings(written):
 
 
 def test_records_without_tags_have_no_phrases():
-  made = build_phrases("tags")
-  assert made(record("a caption")) == []
-  assert made(record(tags=None)) == made(record(tags=[])) == []
-  assert made.settings["field"] == "tags"
+  source = build_phrases("tags")
+  assert source(record("a caption")) == []
+  assert source(record(tags=None)) == source(record(tags=[])) == []
+  assert source.settings["field"] == "tags"
 
 
 @pytest.mark.parametrize("wrong", [3, {"a": 1}, ["a", 3]])
@@ -101,7 +101,7 @@ def test_half_of_a_character_can_be_written():
   assert phrase.encode() == b"dog ?"
 
 
-def test_a_module_that_there_is_not():
+def test_a_missing_module():
   with pytest.raises(ValueError, match="PYTHONPATH"):
     build_phrases("no_such_module:function")
 
@@ -110,11 +110,11 @@ def test_a_vocabulary_is_closed(tmp_path, caplog):
   file = tmp_path / "names.txt"
   file.write_text("cat\n\n  traffic  light\nCat\ndog \n", encoding="utf-8")
   with caplog.at_level(logging.INFO):
-    made = build_phrases(str(file), max_phrases=1)
-  assert made.vocabulary == ("cat", "traffic light", "dog")
-  assert made(record("whatever")) == ["cat", "traffic light", "dog"]
+    source = build_phrases(str(file), max_phrases=1)
+  assert source.vocabulary == ("cat", "traffic light", "dog")
+  assert source(record("whatever")) == ["cat", "traffic light", "dog"]
   assert "3 phrases; dropped 1 blank lines and 1 " in caplog.text
-  settings = dict(made.settings)
+  settings = dict(source.settings)
   file.write_text("cat\ndog\ntraffic light\n", encoding="utf-8")
   assert build_phrases(str(file)).settings["hash"] != settings.pop("hash")
   assert settings == dict(source="vocabulary", file="names.txt", phrases=3)
@@ -135,9 +135,9 @@ def colours(record):
 
 
 def test_a_function_of_ones_own():
-  made = build_phrases(f"{__name__}:colours", max_phrases=2)
-  assert made(record("red green blue")) == ["red thing", "green thing"]
-  assert made.settings["source"].endswith(":colours")
+  source = build_phrases(f"{__name__}:colours", max_phrases=2)
+  assert source(record("red green blue")) == ["red thing", "green thing"]
+  assert source.settings["source"].endswith(":colours")
   with pytest.raises(ValueError, match="Did you mean 'colours'"):
     build_phrases(f"{__name__}:colour")
 

@@ -79,7 +79,7 @@ def test_release_leaves_the_lease_of_another_process(tmp_path, monkeypatch):
 
   def slow(path, owner):
     result = is_left(path, owner)
-    # Somebody else is faster.
+    # Another process is faster.
     claim(tmp_path, "a", ELSEWHERE)
     return result
 
@@ -100,18 +100,18 @@ def test_a_check_before_a_takeover_grants_nothing_after_it(
   """A third process is refused at every line of the second one."""
   claim(tmp_path, "a", dead_owner())
   is_left = atomic.is_abandoned
-  held, tried = [], []
+  granted, tried = [], []
 
   def slow(path, owner):
     result = is_left(path, owner)
     monkeypatch.setattr(shard_lease.atomic, "is_abandoned", is_left)
-    held.append(faster.enter_context(ShardLeases(tmp_path).acquire("a")))
+    granted.append(faster.enter_context(ShardLeases(tmp_path).acquire("a")))
     return result
 
   def at_line(frame, event, _):
     if frame.f_code.co_filename != shard_lease.__file__:
       return None
-    if event == "line" and held:
+    if event == "line" and granted:
       sys.settrace(None)
       with ShardLeases(tmp_path).acquire("a") as third:
         tried.append(third)
@@ -128,7 +128,7 @@ def test_a_check_before_a_takeover_grants_nothing_after_it(
         assert not taken
     finally:
       sys.settrace(before)
-    assert held == [True] and len(tried) > 3 and not any(tried)
+    assert granted == [True] and len(tried) > 3 and not any(tried)
     assert len(names(tmp_path)) == 1
     assert ShardLeases(tmp_path).holder("a").owner == atomic.current_process()
   assert names(tmp_path) == []
@@ -247,7 +247,7 @@ def test_a_lease_is_renewed(tmp_path, monkeypatch):
     os.utime(tmp_path / ".a.claim", (0, 0))
     time.sleep(0.3)
     assert atomic.seconds_since_modified(tmp_path / ".a.claim") < 10
-    # One that was lost is not touched, and not let go of.
+    # A lost lease is neither renewed nor released.
     file = claim(tmp_path, "a", ELSEWHERE, age=1000)
     os.replace(file, tmp_path / "other")
     os.replace(tmp_path / "other", file)
