@@ -106,11 +106,11 @@ class Histogram:
       first, most = 0, 32
     elif (edges[0], edges[-1]) == (0, 1) and filled.size:
       first, last = 0, len(inner)
-    width = max(-(-(last - first) // most), 1)
-    starts = np.arange(first, last, width)
-    counts = [int(inner[s : min(s + width, last)].sum()) for s in starts]
-    ends = [*starts, last] if len(starts) else []
-    bar_edges = [float(edges[end]) for end in ends]
+    starts = np.arange(first, last, max(-(-(last - first) // most), 1))
+    counts, bar_edges = [], []
+    if starts.size:
+      counts = np.add.reduceat(inner[:last], starts).tolist()
+      bar_edges = edges[[*starts, last]].tolist()
     if below := int(self._counts[0]):
       bar_edges = [self.min, *(bar_edges or [float(edges[0])])]
       counts = [below, *counts]

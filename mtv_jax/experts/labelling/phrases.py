@@ -75,13 +75,11 @@ class Phrases(abc.ABC):
 
   Attributes:
     source: name of the kind, for the manifest.
-    max_phrases: of a record; later ones are dropped.
     vocabulary: the phrases of every record if they are the same, so that an
       expert can encode them once.
   """
 
   source: str
-  max_phrases: int
   vocabulary: tuple[str, ...] | None = None
 
   @property
@@ -89,17 +87,13 @@ class Phrases(abc.ABC):
     """All that determines the phrases (JSON), for a manifest."""
     return {"source": self.source, **dataclasses.asdict(self)}
 
+  @abc.abstractmethod
   def __call__(self, record: Record) -> list[str]:
     """Distinct phrases of a record, possibly none.
 
     Raises:
       BadRecord: a phrase is not a string.
     """
-    return _distinct(self._read(record), self.max_phrases)
-
-  @abc.abstractmethod
-  def _read(self, record: Record) -> Iterable[str]:
-    """Phrases of a record, with repetitions."""
 
 
 def build_phrases(
@@ -150,8 +144,11 @@ class NGrams(Phrases):
   max_phrases: int = MAX_PHRASES
   max_words: int = MAX_WORDS
 
-  def _read(self, record: Record) -> Iterator[str]:
-    for caption in record["captions"]:
+  def __call__(self, record: Record) -> list[str]:
+    return _distinct(self._ngrams(record["captions"]), self.max_phrases)
+
+  def _ngrams(self, captions: Iterable[str]) -> Iterator[str]:
+    for caption in captions:
       words = canonicalize(caption).split()
       words = [word for word in words if word not in GENERIC_WORDS]
       for start in range(len(words)):
@@ -173,13 +170,14 @@ class Tags(Phrases):
   field: str
   max_phrases: int = MAX_PHRASES
 
-  def _read(self, record: Record) -> list[str]:
+  def __call__(self, record: Record) -> list[str]:
     tags = record["meta"].get(self.field)
     if tags is None:
       return []
     if isinstance(tags, str):
       tags = _SEPARATORS.split(tags)
-    return _check_strings(record, tags, f"its {self.field!r}")
+    tags = _check_strings(record, tags, f"its {self.field!r}")
+    return _distinct(tags, self.max_phrases)
 
 
 def read_vocabulary(file: str) -> Vocabulary:
@@ -235,12 +233,8 @@ class Vocabulary(Phrases):
     }
 
   def __call__(self, record: Record) -> list[str]:
-    """The vocabulary."""
-    return list(self._read(record))
-
-  def _read(self, record: Record) -> tuple[str, ...]:
     del record
-    return self.vocabulary
+    return list(self.vocabulary)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,8 +266,9 @@ class _Function(Phrases):
       )
     return function
 
-  def _read(self, record: Record) -> list[str]:
-    return _check_strings(record, self._function(record), self.source)
+  def __call__(self, record: Record) -> list[str]:
+    phrases = _check_strings(record, self._function(record), self.source)
+    return _distinct(phrases, self.max_phrases)
 
 
 def require_phrases(phrases: Phrases, record: Record) -> tuple[str, ...]:

@@ -261,7 +261,7 @@ def test_files_and_packages_that_are_missing(tmp_path, monkeypatch):
     onnx_detector.load_expert(model, names=names)
   with pytest.raises(ValueError, match="dtype"):
     onnx_detector.load_expert(model, names=names, dtype="bfloat16")
-  with pytest.raises(ValueError, match="threshold=65"):
+  with pytest.raises(ValueError, match="threshold is 65"):
     onnx_detector.load_expert(model, names=names, threshold=65.0)
 
 

@@ -13,6 +13,7 @@ from mtv_jax.convert.tables import ConversionError
 from mtv_jax.data import tokenizers
 from mtv_jax.data.records import BadRecord
 from mtv_jax.experts.base import Expert
+from mtv_jax.experts.labelling.phrases import Phrases
 from mtv_jax.experts.owlv2 import (
   expert as owlv2,
 )
@@ -50,7 +51,7 @@ TINY = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Given(Phrases):
   """Phrases of `record["phrases"]`, or always the same ones."""
 
   vocabulary: tuple[str, ...] | None = None
