@@ -132,7 +132,7 @@ def test_shapes(tmp_path, size, same):
   [
     ("{", "x.json is not JSON"),
     ("[]", "x.json is not a COCO file.*it has <class 'list'>"),
-    ('{"images": []}', r"needs \['annotations', 'categories', 'images'\]"),
+    ('{"images": []}', "needs 'images' and 'annotations' and 'categories'"),
   ],
 )
 def test_files_of_another_kind(tmp_path, content, message):
