@@ -116,7 +116,7 @@ def test_an_interrupt_leaves_no_partial_file(tmp_path):
   process = launch("depth", base, out, delay=0)
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 0, errors
-  assert len(LabelSet(out, kind="depth").shards) == 20
+  assert len(LabelSet(out, kind="depth").names) == 20
 
 
 # --- Which expert ------------------------------------------------------------
