@@ -28,7 +28,7 @@ from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import KINDS, DepthLabel, Label, Stored
 from mtv_jax.data.records import BadRecord, Record, count_dropped
-from mtv_jax.data.sources.base import Source
+from mtv_jax.data.sources.base import OPEN_THREADS, Source
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError, check_choice
 
@@ -41,7 +41,6 @@ FIELDS = {
 JOINS = ("aligned", "key")
 # Records of the base that are checked before a run starts.
 _CHECKED = 1024
-_THREADS = 16
 
 
 class JoinedLabels(abc.ABC):
@@ -257,7 +256,7 @@ class AlignedLabels(JoinedLabels):
           f" same key but other bytes. {_ADVICE}"
         )
 
-    with futures.ThreadPoolExecutor(_THREADS) as pool:
+    with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
       list(pool.map(check, chosen))
 
   def _get(self, i: int, record: Record) -> Label | None:
@@ -332,7 +331,7 @@ class KeyedLabels(JoinedLabels):
         return True
       return self._find(key) is not None
 
-    with futures.ThreadPoolExecutor(_THREADS) as pool:
+    with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
       hits = sum(pool.map(has_label, numbers.astype(int).tolist()))
     if not hits and len(numbers) == len(source):
       raise LabelError(

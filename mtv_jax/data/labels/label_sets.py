@@ -27,7 +27,7 @@ from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import Stored
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
-from mtv_jax.data.sources.base import Source
+from mtv_jax.data.sources.base import OPEN_THREADS, Source
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, MissingFileError
 from mtv_jax.utils.process_cache import ProcessCache
@@ -35,7 +35,6 @@ from mtv_jax.utils.process_cache import ProcessCache
 VERSION = 1
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 _SUFFIXES = (".tar", ".array_record", ".parquet")
-_THREADS = 16
 # Of differences in errors: lines, and characters of a value.
 _MAX_LINES, _MAX_CHARACTERS = 12, 60
 _ABSENT = object()
@@ -112,7 +111,7 @@ class LabelSet:
         f"{len(missing)} of {len(files)} files of the label set {self.folder}"
         f" are missing: {', '.join(missing[:8])}. Copy or write them again."
       )
-    with futures.ThreadPoolExecutor(_THREADS) as pool:
+    with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
       counts = list(pool.map(array_record.count_records, files))
     for file, count, expected in zip(files, counts, self.counts, strict=True):
       if count != expected:

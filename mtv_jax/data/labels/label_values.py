@@ -52,8 +52,8 @@ class DepthLabel:
   @property
   def inverse(self) -> Float32[np.ndarray, "side side"]:
     """Inverse depth in the original unit, NaN where there is no label."""
-    share = (self.values.astype(np.float32) - 1) / (TOP - 1)
-    inverse = self.low + share * (self.high - self.low)
+    fraction = (self.values.astype(np.float32) - 1) / (TOP - 1)
+    inverse = self.low + fraction * (self.high - self.low)
     return np.where(self.values > 0, inverse, np.nan).astype(np.float32)
 
 
@@ -119,8 +119,8 @@ def make_depth(
     return Outcome(
       None, {**counts, "depth: a map that is the same everywhere": 1}
     )
-  share = (values.astype(np.float64) - low) / (high - low)
-  scaled = 1 + np.rint(share.clip(0, 1) * (TOP - 1))
+  fraction = (values.astype(np.float64) - low) / (high - low)
+  scaled = 1 + np.rint(fraction.clip(0, 1) * (TOP - 1))
   scaled = np.where(labelled, scaled, 0).astype(np.uint16)
   return Outcome(DepthLabel(scaled, low, high), counts)
 
@@ -139,8 +139,8 @@ def _squash(
     planes = cv2.resize(planes, small, interpolation=cv2.INTER_AREA)
   if small != (side, side):
     planes = cv2.resize(planes, (side, side), interpolation=cv2.INTER_LINEAR)
-  total, share = planes[..., 0], planes[..., 1]
-  return total / np.maximum(share, 0.5), share > 0.5
+  total, fraction = planes[..., 0], planes[..., 1]
+  return total / np.maximum(fraction, 0.5), fraction > 0.5
 
 
 def make_boxes(

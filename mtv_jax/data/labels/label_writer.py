@@ -23,11 +23,9 @@ from mtv_jax.data.labels import label_sets, label_values
 from mtv_jax.data.labels.label_sets import LabelError, hash_bytes, to_json
 from mtv_jax.data.labels.label_values import BoxLabel, Outcome
 from mtv_jax.data.sources import array_record
-from mtv_jax.data.sources.base import Source
+from mtv_jax.data.sources.base import OPEN_THREADS, Source
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, check_choice
-
-_THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +126,7 @@ class LabelWriter:
     self.out.mkdir(parents=True, exist_ok=True)
     label_sets.write_or_check_settings(self.out, described)
     self._finished: set[int] = set()
-    with futures.ThreadPoolExecutor(_THREADS) as pool:
+    with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
       list(pool.map(self._check_samples, range(len(self.names))))
 
   def _check_files(self) -> None:

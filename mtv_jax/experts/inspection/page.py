@@ -83,7 +83,7 @@ def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
     yield _render_phrases(stats)
   if stats["reasons"]:
     rows = [(f"{n:,}", reason) for reason, n in stats["reasons"].items()]
-    table = html.table([("times", "left out or changed"), *rows])
+    table = html.table([("times", "dropped or changed"), *rows])
     yield f"<p class=note>From the manifest:</p>{table}"
   rows = [("setting", "")]
   for name, value in flatten(stats["settings"]):
@@ -154,7 +154,7 @@ def _describe_boxes(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   yield "boxes", f"{stats['boxes']:,}"
   if stats["min_score"] > 0:
     below = f"{stats['below_min_score']:,} below {stats['min_score']:g}"
-    yield "boxes left out by their score", below
+    yield "boxes dropped by their score", below
   yield "labelled images without a box", percent(stats["images_without_boxes"])
   if areas := stats["areas"]["quantiles"]:
     yield "area, fraction of the image", _spread(areas)
