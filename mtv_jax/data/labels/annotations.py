@@ -41,7 +41,7 @@ class Item:
 
   Attributes:
     key: of the record.
-    name: of the original file, with the folders that the base stores.
+    name: of the original file, with its known folders.
     image_id: of the data set; "" if unknown.
     height, width: of the stored image; 0 if unreadable.
   """
@@ -77,8 +77,7 @@ def write(
   Args:
     writer: for a base.
     annotate: the label of a record; called by several threads.
-    progress: called with the number of finished records and of all, before
-      the first one too.
+    progress: called with the number of finished records and of all.
 
   Raises:
     LabelError: no record has a label; has the first record as a note.
@@ -154,11 +153,8 @@ class Instances:
 
   Args:
     paths: instances_*.json files.
-    match: the key of a record: "name" (of its file, without folder and
-      suffix), "image_id" or "key" (equal to the name).
-
-  Attributes:
-    settings: for the manifest.
+    match: of records by "name" (of the file, without folder and suffix),
+      "image_id" or "key" (equal to the name).
 
   Raises:
     FileNotFoundError: a file is missing.

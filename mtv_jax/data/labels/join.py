@@ -69,11 +69,10 @@ class JoinedLabels(abc.ABC):
 
 
 class LabelledSource(Source):
-  """A source whose records also have the fields of its label sets.
+  """A source whose records also have the fields of joined label sets.
 
-  Args:
-    source: gives the records.
-    labels: of different kinds.
+  Reading raises a BadRecord for a damaged record or label, and a LabelError
+  for a label of another record.
   """
 
   def __init__(self, source: Source, labels: list[JoinedLabels]):
@@ -89,12 +88,7 @@ class LabelledSource(Source):
     return self._source.blocks
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i` with its labels.
-
-    Raises:
-      BadRecord: the record or a label of it is damaged.
-      LabelError: a label is of another record.
-    """
+    """Record `i` with its labels."""
     i = i.__index__()
     record = self._source[i]
     for labels in self._labels:
@@ -165,8 +159,7 @@ def open_labels(
     kind: "depth" or "boxes".
     path: folder of the set.
     join: by position ("aligned") or by key.
-    index_dir: of a join by key, folder of its index; by default that of the
-      set.
+    index_dir: folder of the index of a join by key; by default `path`.
   """
   labels = LabelSet(path, kind=kind)
   if join == "key":
@@ -177,10 +170,8 @@ def open_labels(
 class AlignedLabels(JoinedLabels):
   """Labels joined by position in the shards.
 
-  Args:
-    labels: the set.
-    source: of files: all shards of the set, or some. It may drop records at
-      the end of a shard, as tars do with images without captions.
+  The source has all shards of the set, or some. It may drop records at the end
+  of a shard, as tars do with images without captions.
 
   Raises:
     LabelError: the set is of other shards, or of fewer records.
@@ -283,13 +274,8 @@ class KeyedLabels(JoinedLabels):
   """Labels joined by key.
 
   The index is a sorted table of the keys' hashes and the labels' positions, 16
-  bytes a label, in a memory-mapped file that is written once. Hashes can
-  collide; the stored key decides.
-
-  Args:
-    labels: the set.
-    source: of any type whose keys are those of the set.
-    index_dir: folder of the table; None for the set's.
+  bytes a label, in a memory-mapped file in `index_dir` (by default the set's
+  folder) that is written once. Hashes can collide; the stored key decides.
 
   Raises:
     LabelError: none of the source's records has a label.

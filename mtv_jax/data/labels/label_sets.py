@@ -75,12 +75,7 @@ def read_sample(source: Source, i: int) -> tuple[str, str] | None:
 class LabelSet:
   """The labels of a folder, by shard and number.
 
-  Args:
-    folder: of the label set.
-    kind: the expected kind, "depth" or "boxes".
-
   Attributes:
-    manifest: the parsed manifest.
     digest: hash of the manifest, which identifies the set.
     names: stems of its shards, in order.
     counts: records of each shard.
@@ -189,16 +184,7 @@ def _load_manifest(folder: Path, kind: str) -> tuple[Mapping[str, Any], str]:
 def describe_settings(
   kind: str, settings: Mapping[str, Any], base: Source
 ) -> dict[str, Any]:
-  """The content of `settings.json`.
-
-  Args:
-    kind: of the labels.
-    settings: all that determines the labels (JSON).
-    base: the source.
-
-  Raises:
-    TypeError: settings that JSON can't represent.
-  """
+  """The content of `settings.json`; a TypeError if it can't be JSON."""
   counts = np.diff(base.shards, prepend=0).tolist()
   described = {
     "version": VERSION,
@@ -224,11 +210,7 @@ def write_or_check_settings(out: Path, described: Mapping[str, Any]) -> None:
 
 
 def check_manifest(out: Path, described: Mapping[str, Any]) -> None:
-  """Compares a finished label set with the requested settings.
-
-  Args:
-    out: its folder.
-    described: from `describe_settings`; missing keys are not compared.
+  """Compares a finished label set with some or all of `describe_settings`.
 
   Raises:
     FileExistsError: they differ; lists the differences.

@@ -46,13 +46,9 @@ class Entry:
 
 @dataclasses.dataclass
 class Summary:
-  """Counts of a label set or a shard.
+  """Counts of records, labels and boxes of a label set or a shard.
 
-  Attributes:
-    records: of the base.
-    labelled: records with a label.
-    boxes: in all labels.
-    reasons: why labels are missing or changed.
+  The reasons are those of missing and of changed labels.
   """
 
   records: int = 0
@@ -93,7 +89,7 @@ class LabelWriter:
   Args:
     out: the folder; created if missing.
     kind: "depth" or "boxes".
-    base: the source, which must have files.
+    base: a source of files.
     settings: all that determines the labels (JSON).
 
   Raises:
@@ -192,14 +188,10 @@ class LabelWriter:
     return range(self._starts[shard], self._starts[shard + 1])
 
   def write(self, shard: int, entries: Iterable[Entry]) -> Summary:
-    """Writes the labels of one shard.
-
-    Args:
-      shard: index in the base.
-      entries: one per record, in order.
+    """Writes the labels of one shard, with one entry per record in order.
 
     Raises:
-      LabelError: the number of entries is not that of the records.
+      LabelError: there are more or fewer entries.
     """
     summary, keys, images = Summary(), [], []
 

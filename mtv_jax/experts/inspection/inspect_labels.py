@@ -48,8 +48,7 @@ def inspect(
     data: the shards.
     depth, boxes: folders of label sets, at least one of them.
     out: folder to write to; created if missing.
-    count: number of records in the images, drawn with `seed`.
-    seed: see `count`.
+    count, seed: number of records in the images, and of their selection.
     size: longer side of an image.
     min_score: minimum score of a box, in images and statistics.
     records: the most labels of a set in the statistics, evenly spaced; None

@@ -71,15 +71,12 @@ class Tally:
 
 @dataclasses.dataclass
 class Agreement:
-  """Agreement of a label set with true boxes.
+  """Agreement of a label set with true boxes, in total and by phrase.
 
   Attributes:
     iou: minimum of a match.
     images: with a label of true boxes.
-    unlabelled: those of them that the label set has no label of; their true
-      boxes are not matched.
-    total: over all phrases.
-    phrases: by phrase.
+    unlabelled: those of them without a label in the set.
   """
 
   iou: float | int

@@ -19,12 +19,9 @@ _MIN_INSIDE = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
-  """Raw detections of one image.
+  """Raw detections: boxes (y0, x0, y1, x1) in units of the image.
 
-  Attributes:
-    boxes: (y0, x0, y1, x1) in the unit square of the image; may exceed it.
-    scores: confidences.
-    phrases: one per box.
+  They may exceed the image.
   """
 
   boxes: Float32[np.ndarray, "n 4"]
@@ -65,7 +62,7 @@ def suppress(
   Args:
     boxes: (y0, x0, y1, x1), of positive area.
     scores: confidences.
-    iou: maximum intersection over union; 1 retains every box.
+    iou: maximum of two retained boxes.
 
   Returns:
     Indices of the retained boxes, best first.

@@ -24,7 +24,6 @@ class Report:
   """Differences between stored labels and new ones.
 
   Attributes:
-    kind: of the labels.
     compared: records.
     labelled: records with a stored and a new label.
     boxes, new_boxes: stored and new boxes of these records.
@@ -122,8 +121,8 @@ def verify(
   Args:
     expert: with the settings of the set.
     base: the source of the set, or some of its shards.
-    out: the folder of the set.
-    count: of records; all, if there are fewer.
+    out: folder of the set.
+    count: at most so many records.
     threads: one per core by default.
 
   Raises:

@@ -336,7 +336,7 @@ def test_damaged_metadata(tmp_path, line):
   source = make_array_records(tmp_path / "base", 1)
   file = tmp_path / "base" / "00000_meta.jsonl"
   file.write_text(f'{{"key": "0.0"}}\n\n{line}')
-  with pytest.raises(ValueError, match=r"00000_meta\.jsonl: line 3 is no JSON"):
+  with pytest.raises(ValueError, match=r"00000_meta\.jsonl: line 3 is not a JSON"):
     labelling.run(FakeBoxes(), source, tmp_path / "out", threads=2)
 
 
@@ -519,7 +519,7 @@ def test_depth_that_was_changed(finished, base, experts, tmp_path):
   alter(folder, "depth", ROWS.index(2), darken)
   report = verify(experts["depth"], open_base(base), folder, count=21)
   assert report.different == {
-    "000010002": "the map differs by at max_pending 100, 0.5 on average"
+    "000010002": "the map differs by at most 100, 0.5 on average"
   }
   assert (report.max_difference, report.total_difference) == (100, 128)
   alter(folder, "depth", ROWS.index(2), lambda label: None)
