@@ -7,8 +7,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-from mtv_jax.config import options as options_lib
-from mtv_jax.config.options import Fraction, PositiveInt
+from mtv_jax.config.options import Fraction, PositiveInt, build
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import Outcome
 
@@ -46,7 +45,7 @@ class BoxOptions:
 
 def check_options(**options: float | int) -> dict[str, float | int]:
   """Checked `BoxOptions`; a ConfigError for a number out of range."""
-  return options_lib.check_options(BoxOptions, options, where="boxes")
+  return dataclasses.asdict(build(BoxOptions, options, where="boxes"))
 
 
 def suppress(

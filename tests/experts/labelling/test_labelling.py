@@ -336,7 +336,9 @@ def test_damaged_metadata(tmp_path, line):
   source = make_array_records(tmp_path / "base", 1)
   file = tmp_path / "base" / "00000_meta.jsonl"
   file.write_text(f'{{"key": "0.0"}}\n\n{line}')
-  with pytest.raises(ValueError, match=r"00000_meta\.jsonl: line 3 is not a JSON"):
+  with pytest.raises(
+    ValueError, match=r"00000_meta\.jsonl: line 3 is not a JSON"
+  ):
     labelling.run(FakeBoxes(), source, tmp_path / "out", threads=2)
 
 
