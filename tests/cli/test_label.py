@@ -179,7 +179,7 @@ def test_weights_select_the_expert(tmp_path, monkeypatch):
   }  # fmt: skip
 
 
-def test_an_option_that_an_expert_needs(tmp_path):
+def test_a_missing_required_option(tmp_path):
   (tmp_path / "x.onnx").touch()
   with pytest.raises(ValueError, match="'onnx.detector' needs --names; given"):
     build.build_expert("boxes", tmp_path / "x.onnx")
@@ -207,7 +207,7 @@ def test_incomplete_weights_are_reported_first(tmp_path, config, message):
     build.build_expert("depth", file, options={"size": 56})
 
 
-def test_options_are_of_their_types(tmp_path):
+def test_types_of_options(tmp_path):
   (tmp_path / "x.onnx").touch()
   for key, value, expected in (
     ("max_boxes", 2.5, "float, expected int"),

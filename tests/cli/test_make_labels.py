@@ -78,7 +78,7 @@ def test_instances(tmp_path):
   }
 
 
-def test_an_image_without_boxes_is_labelled_and_one_that_is_not_listed_not(
+def test_images_without_boxes_and_unlisted_images(
   tmp_path,
 ):
   instances = Instances([coco(tmp_path / "x.json")])
@@ -141,7 +141,7 @@ def test_files_of_another_kind(tmp_path, content, message):
     Instances([tmp_path / "x.json"])
 
 
-def test_instances_that_contradict_themselves(tmp_path):
+def test_inconsistent_instances(tmp_path):
   file = coco(tmp_path / "x.json")
   with pytest.raises(ValueError, match="image '7' is listed twice"):
     Instances([file, file])
@@ -179,7 +179,7 @@ def test_metric_depth_is_inverted(tmp_path, dtype):
   assert abs(label.inverse - (blocks / 10).mean((1, 3))).max() <= step
 
 
-def test_values_that_are_invalid(tmp_path):
+def test_invalid_depth_values(tmp_path):
   raw = depth_file(tmp_path / "7.png")
   raw[:25] = 0
   raw[:, 50:] = 65535
@@ -192,7 +192,7 @@ def test_values_that_are_invalid(tmp_path):
   assert (label.values > 0).sum() == 64
 
 
-def test_depth_files_that_cannot_be_used(tmp_path):
+def test_unusable_depth_files(tmp_path):
   depth = DepthImages(tmp_path, side=16)
   assert depth(item()) == no_label("depth: no file for the image")
   cv2.imwrite(str(tmp_path / "7.png"), np.zeros((50, 100, 3), np.uint8))
@@ -243,7 +243,7 @@ def test_patterns(tmp_path):
     ({"side": 1}, "depth.side is 1"),
   ],
 )
-def test_depth_options_that_make_no_sense(tmp_path, options, message):
+def test_invalid_depth_options(tmp_path, options, message):
   with pytest.raises(ValueError, match=message):
     build(DepthImages, {"folder": tmp_path, **options}, where="depth")
   with pytest.raises(FileNotFoundError, match="no folder of depth nowhere"):

@@ -86,9 +86,7 @@ def test_some_shards_of_the_base_in_another_order(labelled):
     check_record(record, number)
 
 
-def test_labels_of_tars_fit_array_records_of_the_same_images(
-  labelled, tmp_path
-):
+def test_labels_of_tars_align_with_array_records(labelled, tmp_path):
   base = make_base(tmp_path, format="array_record")
   source = build_source(
     {
@@ -117,7 +115,7 @@ def test_manifest_counts(labelled):
   ]  # fmt: skip
 
 
-def test_a_source_that_leaves_out_records_without_captions(tmp_path):
+def test_records_without_captions_are_dropped(tmp_path):
   base = make_base(tmp_path)
   # The third record of the first tar loses its texts.
   tar = base / "00000.tar"
@@ -180,7 +178,7 @@ def test_invalid_labels_of_a_config(labelled, labels, error, message):
     build_source(entry(labelled) | {"labels": labels})
 
 
-def test_a_source_that_has_the_field_itself(labelled):
+def test_a_source_with_the_same_field(labelled):
   with pytest.raises(LabelError, match="has depth already"):
     build_source(
       {"type": "scenes", "length": 3, "labels": {"depth": f"{labelled}/depth"}}
@@ -308,7 +306,7 @@ def test_the_table_of_keys_is_written_once(labelled, copy):
   assert len(list((copy / "elsewhere").iterdir())) == 2
 
 
-def test_a_table_that_cannot_be_written(labelled, copy, monkeypatch):
+def test_an_unwritable_table(labelled, copy, monkeypatch):
   def refuse(file):
     raise PermissionError(13, "Permission denied")
 
@@ -327,7 +325,7 @@ def test_keys_whose_hashes_collide(labelled, copy, monkeypatch):
     check_record(source[i], i)
 
 
-def test_a_set_with_none_of_the_keys(labelled, tmp_path):
+def test_a_set_without_matching_keys(labelled, tmp_path):
   folder = tmp_path / "copy"
   folder.mkdir()
   records = [
@@ -342,7 +340,7 @@ def test_a_set_with_none_of_the_keys(labelled, tmp_path):
     build_source(entry(labelled, depth=labels))
 
 
-def test_keys_that_are_missing_or_of_another_set(labelled, copy):
+def test_missing_or_foreign_key_hashes(labelled, copy):
   file = copy / "depth" / "x-1.keys.npy"
   np.save(file, np.zeros(3, np.uint64))
   with pytest.raises(LabelError, match=r"is of \(3,\), expected 1"):
@@ -397,7 +395,7 @@ def test_writing_resumes(labelled, tmp_path):
   assert not again.is_done(1)
 
 
-def test_a_finished_set_is_not_written_over(labelled):
+def test_a_finished_set_is_not_overwritten(labelled):
   base = open_base(labelled / "base")
   LabelWriter(
     labelled / "depth", kind="depth", base=base, settings={"of": "the test"}
@@ -452,7 +450,7 @@ def test_labels_of_other_settings_are_not_mixed(labelled, tmp_path, finished):
     LabelWriter(out, kind="depth", base=photos, settings=settings)
 
 
-def test_settings_that_cannot_be_read(labelled, tmp_path):
+def test_unreadable_settings(labelled, tmp_path):
   (tmp_path / "settings.json").write_text("[]")
   with pytest.raises(FileExistsError, match=r"can't be read \(a list\)"):
     LabelWriter(
@@ -501,7 +499,7 @@ def test_a_set_without_any_label_is_refused(labelled, tmp_path):
   assert writer.todo() == [0, 1, 2]
 
 
-def test_reasons_come_in_the_same_order():
+def test_order_of_reasons():
   summaries = [Summary(), Summary()]
   for summary, order in zip(summaries, ("cab", "bca"), strict=True):
     for reason in order + "c":

@@ -118,7 +118,7 @@ def test_regions_picks_from_many():
   assert best["box_score"].tolist() == sorted(record["box_scores"])[:-5:-1]
 
 
-def test_what_comes_after_regions_does_not_depend_on_the_boxes():
+def test_ops_after_regions_do_not_depend_on_the_boxes():
   draws = set()
   for n in (0, 1, 9):
     for pick in ("random", "score"):
@@ -129,7 +129,7 @@ def test_what_comes_after_regions_does_not_depend_on_the_boxes():
   assert len(draws) == 1
 
 
-def test_regions_drops_what_cannot_be_used():
+def test_regions_drops_unusable_boxes():
   record = boxes_record(5)
   record["boxes"][1] = np.nan
   record["boxes"][2] = [0.5, 0.5, 0.2, 0.7]
@@ -148,7 +148,7 @@ def test_regions_drops_what_cannot_be_used():
   }
 
 
-def test_a_phrase_without_tokens_takes_no_place():
+def test_a_phrase_without_tokens_is_dropped():
   record = boxes_record(6)
   record["phrases"][:4] = ["!", "..", "-", "?"]
   tokenizer = build_tokenizer("bytes", clean="canonicalize")
@@ -170,7 +170,7 @@ def test_a_phrase_without_tokens_takes_no_place():
     ("region(4)", "Did you mean 'regions'"),
   ],
 )
-def test_ops_that_cannot_be(text, message):
+def test_invalid_ops(text, message):
   with pytest.raises(ValueError, match=message):
     build_ops(text, tokenizer=TOKENIZER)
 
@@ -194,7 +194,7 @@ def batches(config, steps, **options):
     return [next(loader) for _ in range(steps)], loader.stats
 
 
-def test_what_an_op_draws_does_not_depend_on_the_others():
+def test_random_numbers_of_an_op_are_independent():
   record = {
     "captions": ["a", "b", "c", "d", "e"],
     "key": "k",
@@ -212,7 +212,7 @@ def test_what_an_op_draws_does_not_depend_on_the_others():
     np.testing.assert_array_equal(a, b)
 
 
-def test_ops_and_sets_that_nobody_reads_are_left_out():
+def test_unread_ops_and_sets_are_dropped():
   tokenizer = build_tokenizer("bytes")
   text = "decode|canvas(8)|caption(4)|depth(4)|regions(2)"
   wanted = {"image", "image_size", "caption", "caption_valid"}
@@ -286,7 +286,7 @@ class Wrong(SceneSource):
     return record
 
 
-def test_what_is_dropped_is_counted_and_logged(caplog):
+def test_drops_are_counted_and_logged(caplog):
   with caplog.at_level(logging.WARNING, "mtv_jax.data.pipeline"):
     rows, stats = batches({}, 7, sources=[Wrong(16, length=20)])
   assert not any(r["depth"].any() or r["box_valid"].any() for r in rows)
@@ -300,7 +300,7 @@ def test_what_is_dropped_is_counted_and_logged(caplog):
   assert "Labels of scenes: boxes: inverted (2 in 8 records read)" in output
 
 
-def test_an_op_whose_field_no_source_gives(labelled):
+def test_an_op_without_a_source_of_its_field(labelled):
   with pytest.raises(
     ValueError, match=r"needs the record fields \['boxes', 'phrases'\]"
   ):
@@ -321,7 +321,7 @@ def test_workers_read_labels_too(labelled, copy):
   assert stats.dropped == counted.dropped and sum(stats.dropped.values()) > 0
 
 
-def test_scenes_have_labels_of_their_own():
+def test_labels_of_scenes():
   source = SceneSource(32, length=4)
   scene = source[0]
   out = apply("depth(32)|regions(8)", dict(scene))

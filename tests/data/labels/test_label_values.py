@@ -12,7 +12,7 @@ from mtv_jax.data.records import BadRecord
 # --- Depth -------------------------------------------------------------------
 
 
-def test_depth_of_its_own_size_is_exact_to_half_a_step():
+def test_depth_without_resizing_is_exact_to_half_a_step():
   inverse = ramp(32, 32)
   outcome = make_depth(inverse, side=32)
   assert outcome.counts == {}
@@ -44,7 +44,7 @@ def test_depth_is_averaged_over_labelled_area_only():
   assert abs(label.inverse[8, 1] - three) <= (label.high - label.low) / 65534
 
 
-def test_depth_grows_and_shrinks_at_once():
+def test_depth_shrinks_one_side_and_enlarges_the_other():
   label = make_depth(ramp(100, 10), side=32).label
   assert label.values.shape == (32, 32) and label.values.min() == 1
   assert (np.diff(label.values.astype(int), axis=0) > 0).all()
@@ -66,12 +66,12 @@ def test_non_finite_depth_has_no_label(wrong):
 
 @pytest.mark.parametrize("size", [(32, 32), (57, 91), (20, 20)])
 @pytest.mark.parametrize("value", [0.0, 0.3, 7e4])
-def test_a_constant_map_is_no_label(size, value):
+def test_a_constant_map_has_no_label(size, value):
   outcome = make_depth(np.full(size, value, np.float32), side=32)
   assert outcome == no_label("depth: a map that is the same everywhere")
 
 
-def test_too_few_pixels_are_no_label():
+def test_too_few_pixels_have_no_label():
   inverse = ramp(8, 8)
   valid = np.zeros((8, 8), bool)
   valid[0] = valid[1] = True
@@ -103,7 +103,7 @@ GOOD = [0.1, 0.2, 0.5, 0.9]
     ([-0.5, 0.1, 0.0, 0.9], "boxes: outside the image"),
   ],
 )
-def test_boxes_that_cannot_be_used_are_dropped_and_counted(box, reason):
+def test_unusable_boxes_are_dropped_and_counted(box, reason):
   boxes = np.array([GOOD, box], np.float64)
   outcome = make_boxes(boxes, ["a", "b"], np.array([0.5, 0.7]))
   assert outcome.counts == {reason: 1}
@@ -112,7 +112,7 @@ def test_boxes_that_cannot_be_used_are_dropped_and_counted(box, reason):
   assert outcome.label.scores.tolist() == [0.5]
 
 
-def test_boxes_are_cut_to_the_image():
+def test_boxes_are_clipped_to_the_image():
   boxes = np.array([[-0.5, 0.5, 0.5, 2], [0.1, -1e-5, 0.2, 0.3]])
   outcome = make_boxes(boxes, ["a", "b"])
   np.testing.assert_allclose(

@@ -100,7 +100,7 @@ def sets(tmp_path):
   return predicted, truth
 
 
-def test_shares_of_two_sets(sets, tmp_path, capsys):
+def test_metrics_of_two_sets(sets, tmp_path, capsys):
   predicted, truth = sets
   got = box_matching.compare(predicted, truth, renamed={"sofa": "couch"})
   assert (got.images, got.unlabelled, got.never_true) == (3, 1, ["ufo"])
@@ -124,7 +124,7 @@ def test_shares_of_two_sets(sets, tmp_path, capsys):
   assert "ufo |" not in output and "in no true box: ufo" in output
 
 
-def test_sets_that_can_not_be_compared(sets, tmp_path):
+def test_incomparable_sets(sets, tmp_path):
   predicted, truth = sets
   with pytest.raises(ValueError, match="iou=0"):
     box_matching.compare(predicted, truth, iou=0)

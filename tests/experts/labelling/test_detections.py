@@ -46,7 +46,7 @@ def test_suppression_is_greedy(threshold):
   assert 1 < len(expected) <= 60
 
 
-def test_of_equal_scores_the_first_stays():
+def test_the_first_of_equal_scores_wins():
   boxes = np.array([[0, 0, 1, 1]] * 3, np.float32)
   selected = detections.suppress(boxes, np.ones(3, np.float32), iou=0.5)
   assert selected.tolist() == [0]
@@ -85,7 +85,7 @@ def test_dropped_boxes_suppress_no_others():
   assert outcome.label.phrases == ("p1",)
 
 
-def test_the_best_by_score_stay():
+def test_the_best_scores_are_selected():
   boxes = [[0, i / 10, 0.1, (i + 1) / 10] for i in range(8)]
   scores = np.array([3, 7, 1, 8, 2, 6, 4, 5]) / 10
   options = OPTIONS | dict(max_boxes=3)

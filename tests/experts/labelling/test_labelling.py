@@ -62,7 +62,7 @@ def finished(tmp_path_factory, base, experts):
 # --- Labels ------------------------------------------------------------------
 
 
-def test_labels_are_the_experts(finished, base, experts):
+def test_labels_match_the_expert(finished, base, experts):
   assert isinstance(experts["depth"], Expert)
   source = open_base(base)
   depth = LabelSet(finished / "depth", kind="depth")
@@ -99,7 +99,7 @@ def test_bad_records_are_counted_by_reason(finished):
   assert [s["labelled"] for s in manifest["shards"]] == [4, 7, 7]
 
 
-def test_a_record_that_the_expert_refuses(tmp_path):
+def test_a_record_that_the_expert_rejects(tmp_path):
   make_tars(tmp_path / "base", shards=1, records=9, broken=False)
   summary = labelling.run(
     FakeDepth(), open_base(tmp_path / "base"), tmp_path / "out", threads=2
@@ -151,7 +151,7 @@ def test_the_manifest_identifies_the_base(finished, base, tmp_path):
   assert other["base_hash"] != manifest["base_hash"]
 
 
-def test_sources_with_and_without_captions_take_the_labels(finished, base):
+def test_labels_join_sources_with_and_without_captions(finished, base):
   for captions, count, expected in (
     ("required", 15, 4),
     ("ignored", 21, 18),
@@ -198,7 +198,7 @@ def test_records_of_a_group_share_a_batch():
   assert group_batches("aababbca") == ([[0, 1, 3], [2, 4, 5], [6], [7]], 2)
 
 
-def test_the_oldest_batch_goes_incomplete_where_much_waits():
+def test_the_oldest_batch_is_released_incomplete():
   # The third record is too much, whose group is not the oldest.
   assert group_batches("abbcc", rows=9, size=10, max_bytes=25) == (
     [[0], [1, 2], [3, 4]],
@@ -219,7 +219,7 @@ def test_waiting_is_bounded():
   assert (batches, before) == ([[0], [7]], 1)
 
 
-def test_a_batch_is_filled_up():
+def test_a_batch_is_padded():
   batch = batching.Batch([4, 6], [prepared("a"), prepared("b")])
   assert batch.arrays(5)["x"].tolist() == [[97], [98], [97], [98], [97]]
 
@@ -280,7 +280,7 @@ def test_labels_come_in_order():
 # --- Damaged files -----------------------------------------------------------
 
 
-def test_a_full_disk_is_the_systems_error(base, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_as_a_message(base, tmp_path, monkeypatch):
   writer = array_record._module().ArrayRecordWriter
 
   class Full:
@@ -342,7 +342,7 @@ def test_damaged_metadata(tmp_path, line):
     labelling.run(FakeBoxes(), source, tmp_path / "out", threads=2)
 
 
-def test_verifying_holds_the_metadata_of_few_shards(tmp_path):
+def test_verify_caches_metadata_of_few_shards(tmp_path):
   source = make_array_records(tmp_path / "base", 12)
   labelling.run(FakeDepth(), source, tmp_path / "out", threads=1)
   report = verify(FakeDepth(), source, tmp_path / "out", count=24, threads=1)
@@ -400,7 +400,7 @@ def test_waiting_is_logged(tmp_path, caplog):
   )
 
 
-def test_a_finished_set_is_left_alone(finished, base, tmp_path, experts):
+def test_a_finished_set_is_not_modified(finished, base, tmp_path, experts):
   before = {
     f.name: f.stat().st_mtime_ns for f in (finished / "boxes").iterdir()
   }
@@ -509,7 +509,7 @@ def test_unchanged_labels(finished, base, experts, kind):
   assert report.compared == 5
 
 
-def test_depth_that_was_changed(finished, base, experts, tmp_path):
+def test_changed_depth(finished, base, experts, tmp_path):
   folder = copy(finished, tmp_path, "depth")
 
   def darken(label):
@@ -529,7 +529,7 @@ def test_depth_that_was_changed(finished, base, experts, tmp_path):
   assert report.different == {"000010002": "no label, now one"}
 
 
-def test_boxes_that_were_changed(finished, base, experts, tmp_path):
+def test_changed_boxes(finished, base, experts, tmp_path):
   folder = copy(finished, tmp_path, "boxes")
 
   def fewer(label):

@@ -65,7 +65,7 @@ def test_ngrams_by_hand():
   assert max(len(p.split()) for p in source(long)) == phrases.MAX_WORDS
 
 
-def test_the_word_lists_are_whole():
+def test_the_word_lists_are_complete():
   assert len(phrases.GENERIC_WORDS) == 61
   # NLTK's 179, of which "it's" is "its" without its apostrophe.
   assert len(phrases.STOP_WORDS) == 178
@@ -91,12 +91,12 @@ def test_records_without_tags_have_no_phrases():
 
 
 @pytest.mark.parametrize("wrong", [3, {"a": 1}, ["a", 3]])
-def test_other_tags_are_a_bad_record(wrong):
+def test_invalid_tags_are_a_bad_record(wrong):
   with pytest.raises(BadRecord, match="'tags'.*string"):
     build_phrases("tags")(record(tags=wrong))
 
 
-def test_half_of_a_character_can_be_written():
+def test_lone_surrogates_are_replaced():
   (phrase,) = build_phrases("tags")(record(tags=["dog \ud83d"]))
   assert phrase.encode() == b"dog ?"
 
@@ -120,7 +120,7 @@ def test_a_vocabulary_is_closed(tmp_path, caplog):
   assert settings == dict(source="vocabulary", file="names.txt", phrases=3)
 
 
-def test_files_that_hold_no_phrases(tmp_path):
+def test_files_without_phrases(tmp_path):
   empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
   empty.write_text("\n ,\n")
   binary.write_bytes(b"\xff\xfe\x00\x81")
@@ -134,7 +134,7 @@ def colours(record):
   return (f"{word} thing" for word in record["captions"][0].split())
 
 
-def test_a_function_of_ones_own():
+def test_a_user_function():
   source = build_phrases(f"{__name__}:colours", max_phrases=2)
   assert source(record("red green blue")) == ["red thing", "green thing"]
   assert source.settings["source"].endswith(":colours")

@@ -135,7 +135,7 @@ def test_a_check_before_a_takeover_grants_nothing_after_it(
 
 
 @pytest.mark.parametrize("owner", [dead_owner(), ELSEWHERE, "damaged"])
-def test_a_process_that_dies_in_a_takeover_is_taken_over(tmp_path, owner):
+def test_takeover_of_an_interrupted_takeover(tmp_path, owner):
   # Of the three, the last one died before it could remove the others.
   old = 0 if isinstance(owner, atomic.Owner) and owner.is_dead else 400
   claim(tmp_path, "a", dead_owner())
@@ -163,7 +163,7 @@ def test_a_takeover_is_valid_without_the_first_lease(tmp_path):
   assert names(tmp_path) == []
 
 
-def test_a_lease_that_cannot_be_written_is_released(tmp_path, monkeypatch):
+def test_an_unwritable_lease_is_released(tmp_path, monkeypatch):
   def full(handle, data):
     raise OSError(errno.ENOSPC, "No space left on device")
 
