@@ -187,7 +187,7 @@ def test_invalid_depth_values(tmp_path):
   label = DepthImages(tmp_path, invalid=(0, 65535), side=16)(item()).label
   assert (label.values[8:, :8] > 0).all()
   assert (label.values > 0).sum() == 64
-  # Metres of 0 are nothing even where nobody output so.
+  # A distance of 0 is always invalid.
   label = DepthImages(tmp_path, invalid=(65535,), side=16)(item()).label
   assert (label.values > 0).sum() == 64
 
