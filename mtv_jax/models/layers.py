@@ -315,6 +315,47 @@ def run_blocks(
   )
 
 
+class Tower(nn.Module):
+  """Base class of the image and the text tower.
+
+  Attributes:
+    spec: the architecture, with the fields that `check_tower` reads.
+    dtype: compute dtype; parameters and LayerNorm statistics are float32.
+    remat, scan, mesh: see `run_stack`.
+  """
+
+  spec: Any
+  dtype: Any = jnp.float32
+  remat: str = "none"
+  scan: bool = True
+  mesh: Mesh | None = None
+
+  def run_blocks(
+    self, x: Float[Array, "b n d"], *, taps: Sequence[int] = (), **options: Any
+  ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
+    """Runs the tower's blocks and its final norm, see `run_stack`.
+
+    Args:
+      x: the first block's input.
+      taps: layers whose output to return, before the final norm.
+      **options: of `Block`, beside those that both towers have.
+    """
+    spec = self.spec
+    block = Block(
+      heads=spec.heads,
+      mlp_dim=spec.mlp_dim,
+      gelu=spec.gelu,
+      norm_eps=spec.norm_eps,
+      dtype=self.dtype,
+      parent=None,
+      **options,
+    )
+    x, tapped = run_blocks(
+      self, block, x.astype(self.dtype), depth=spec.depth, taps=taps
+    )
+    return norm(spec.norm_eps, self.dtype, "norm")(x), tapped
+
+
 def _save_all_but_gathered(primitive, *_, **__) -> bool:
   """Checkpoint policy that saves everything but gathered parameters."""
   return primitive.name != "sharding_constraint"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mtv_jax.models import layers
@@ -83,22 +81,10 @@ class TextOutput:
   pooled: Float[Array, "b e"]
 
 
-class TextTower(nn.Module):
-  """The text tower.
-
-  Attributes:
-    spec: its shape.
-    dtype: compute dtype; parameters and LayerNorm statistics are float32.
-    remat: see `layers.run_stack`.
-    scan: see `layers.run_stack`.
-    mesh: see `layers.run_stack`.
-  """
+class TextTower(layers.Tower):
+  """The text tower."""
 
   spec: TextSpec
-  dtype: Any = jnp.float32
-  remat: str = "none"
-  scan: bool = True
-  mesh: Mesh | None = None
 
   @nn.compact
   def __call__(self, tokens: Int[Array, "b t"]) -> TextOutput:
@@ -130,20 +116,7 @@ class TextTower(nn.Module):
       (spec.length, spec.width),
     )
     x = jnp.take(table, tokens, axis=0) + positions[:length]  # [B, T, D]
-
-    block = layers.Block(
-      heads=spec.heads,
-      mlp_dim=spec.mlp_dim,
-      causal=spec.causal,
-      gelu=spec.gelu,
-      norm_eps=spec.norm_eps,
-      dtype=self.dtype,
-      parent=None,
-    )
-    x, _ = layers.run_blocks(
-      self, block, x.astype(self.dtype), depth=spec.depth
-    )
-    x = layers.norm(spec.norm_eps, self.dtype, "norm")(x)
+    x, _ = self.run_blocks(x, causal=spec.causal)
     pooled = layers.project(
       _pool(spec, tokens, x), spec.projection, bias=spec.projection_bias
     )

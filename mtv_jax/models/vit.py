@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.models import layers, pooling, positions
@@ -146,22 +144,10 @@ def patchify(
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * c)
 
 
-class ViT(nn.Module):
-  """The image tower.
-
-  Attributes:
-    spec: its shape.
-    dtype: compute dtype; parameters and LayerNorm statistics are float32.
-    remat: see `layers.run_stack`.
-    scan: see `layers.run_stack`.
-    mesh: see `layers.run_stack`.
-  """
+class ViT(layers.Tower):
+  """The image tower."""
 
   spec: ViTSpec
-  dtype: Any = jnp.float32
-  remat: str = "none"
-  scan: bool = True
-  mesh: Mesh | None = None
 
   @nn.compact
   def __call__(
@@ -191,19 +177,9 @@ class ViT(nn.Module):
     x = jnp.concatenate([*self._prefix(x.shape[0]), x], axis=1)  # [B, P + N, D]
     if spec.pre_norm:
       x = layers.norm(spec.norm_eps, self.dtype, "pre_norm")(x)
-
-    block = layers.Block(
-      heads=spec.heads,
-      mlp_dim=spec.mlp_dim,
-      gelu=spec.gelu,
-      mlp=spec.mlp,
-      layer_scale=spec.layer_scale,
-      norm_eps=spec.norm_eps,
-      dtype=self.dtype,
-      parent=None,
+    x, tapped = self.run_blocks(
+      x, taps=taps, mlp=spec.mlp, layer_scale=spec.layer_scale
     )
-    x, tapped = layers.run_blocks(self, block, x, depth=spec.depth, taps=taps)
-    x = layers.norm(spec.norm_eps, self.dtype, "norm")(x)
     prefix, patches = x[:, : spec.prefix], x[:, spec.prefix :]
     return ImageOutput(
       patches=patches,
