@@ -367,7 +367,7 @@ def test_hosts_begin_with_different_shards(tmp_path):
   base = make_tars(tmp_path / "base", shards=4, records=2, broken=False)
   order = []
 
-  class Recording(FakeDepth):
+  class Observed(FakeDepth):
     def prepare(self, image, record):
       order.append(record["key"][:5])
       return super().prepare(image, record)
@@ -378,7 +378,9 @@ def test_hosts_begin_with_different_shards(tmp_path):
   claim(out, "00003", ELSEWHERE)
   timer = threading.Timer(0.5, lambda: claim(out, "00003", ELSEWHERE, age=999))
   timer.start()
-  labelling.run(Recording(), open_base(base), out, host=HostRows(1, 2), threads=1)
+  labelling.run(
+    Observed(), open_base(base), out, host=HostRows(1, 2), threads=1
+  )
   assert list(dict.fromkeys(order)) == ["00002", "00000", "00001", "00003"]
   alone = tmp_path / "alone"
   labelling.run(FakeDepth(), open_base(base), alone, threads=1)
