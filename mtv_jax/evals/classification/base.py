@@ -261,8 +261,8 @@ def score_accuracies(
   scores: Float32[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
 ) -> dict[str, float]:
   """`rank_accuracies` of scores of each class."""
-  own = labels[:, None] == np.arange(scores.shape[1])
-  ranks = map_rows(ranking.ranks_of_scores, scores, own)
+  is_correct = labels[:, None] == np.arange(scores.shape[1])
+  ranks = map_rows(ranking.ranks_of_scores, scores, is_correct)
   return rank_accuracies(ranks, labels)
 
 

@@ -26,12 +26,7 @@ from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.classification.base import FeatureProbe, map_rows
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.datasets.splits import Splits
-from mtv_jax.parallel.mesh import (
-  BATCH_SPEC,
-  make_mesh,
-  num_batch_shards,
-  replicated_sharding,
-)
+from mtv_jax.parallel import mesh as mesh_lib
 from mtv_jax.utils.errors import InputError
 
 
@@ -120,8 +115,8 @@ def find_neighbours(
         f"the {name} are not all finite: the encoder diverged, or its weights "
         "are damaged"
       )
-  mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
-  shards = num_batch_shards(mesh)
+  mesh = mesh or mesh_lib.make_mesh({"data": 1}, jax.local_devices()[:1])
+  shards = mesh_lib.num_batch_shards(mesh)
   columns = min(len(bank), 2**14, max(1, block_bytes // (4 * bank.shape[1])))
   rows = max(1, block_bytes // (4 * (columns + k)))
   rows = shards * min(rows, -(-len(queries) // shards))
@@ -157,7 +152,9 @@ def _search(
     top = merge(*top, state["queries"], block, limits)
   if jax.process_count() > 1:
     # All rows, on every host.
-    top = jax.jit(lambda x: x, out_shardings=replicated_sharding(mesh))(top)
+    top = jax.jit(
+      lambda x: x, out_shardings=mesh_lib.replicated_sharding(mesh)
+    )(top)
   return jax.tree.map(np.asarray, top)
 
 
@@ -178,7 +175,7 @@ def _merge_fn(mesh: Mesh):
     index = jnp.where(chosen < k, earlier, limits[0] + chosen - k)
     return values, index
 
-  rows, whole = BATCH_SPEC, PartitionSpec()
+  rows, whole = mesh_lib.BATCH_SPEC, PartitionSpec()
   return jax.jit(
     jax.shard_map(
       merge,

@@ -31,12 +31,7 @@ from mtv_jax.evals.classification.base import (
 )
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.datasets.splits import Splits
-from mtv_jax.parallel.mesh import (
-  BATCH_SPEC,
-  make_mesh,
-  num_batch_shards,
-  replicated_sharding,
-)
+from mtv_jax.parallel import mesh as mesh_lib
 
 STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
 _LOGIT_BYTES = 2**26  # of a block of logits on a device
@@ -145,7 +140,7 @@ def sweep(
     tolerance: of the largest entry of the gradient.
     mesh: one device by default.
   """
-  mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
+  mesh = mesh or mesh_lib.make_mesh({"data": 1}, jax.local_devices()[:1])
   data = _shard_blocks(x, labels, classes, mesh)
   params = {
     "kernel": np.zeros((x.shape[1], classes), np.float32),
@@ -154,7 +149,7 @@ def sweep(
   params = probe.replicate(params, mesh)
   minimize = jax.jit(
     functools.partial(_minimize, max_iter=max_iter),
-    out_shardings=replicated_sharding(mesh),
+    out_shardings=mesh_lib.replicated_sharding(mesh),
   )
   models = []
   for c in strengths:
@@ -170,7 +165,7 @@ def _shard_blocks(
   x: np.ndarray, labels: np.ndarray, classes: int, mesh: Mesh
 ) -> dict[str, jax.Array]:
   """Blocks of rows `[blocks, rows, ...]`, split over the mesh by rows."""
-  shards = num_batch_shards(mesh)
+  shards = mesh_lib.num_batch_shards(mesh)
   rows = min(-(-len(x) // shards), max(1, _LOGIT_BYTES // (4 * classes)))
   rows *= shards
   short = -len(x) % rows
@@ -179,7 +174,7 @@ def _shard_blocks(
     "label": np.pad(labels, (0, short)),
     "weight": np.pad(np.full(len(x), 1 / len(x), np.float32), (0, short)),
   }
-  sharding = NamedSharding(mesh, PartitionSpec(None, *BATCH_SPEC))
+  sharding = NamedSharding(mesh, PartitionSpec(None, *mesh_lib.BATCH_SPEC))
 
   def shard(value: np.ndarray) -> jax.Array:
     value = value.reshape(-1, rows, *value.shape[1:])

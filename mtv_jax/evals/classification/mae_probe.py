@@ -175,12 +175,12 @@ def scores(
   fitted: probe.FitResult, x: Float32[np.ndarray, "n d"]
 ) -> Float32[np.ndarray, "n c"]:
   """Logits, normalised by the running statistics."""
-  params, state = jax.tree.map(np.asarray, (fitted.params, fitted.state))
-  return map_rows(functools.partial(_scores, params, state), x)
 
+  @jax.jit
+  def logits(params, state, x):
+    x = probe.batch_norm_eval(x, state, eps=_EPS)
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.matmul(x, params["kernel"], precision=highest) + params["bias"]
 
-@jax.jit
-def _scores(params, state, x):
-  x = probe.batch_norm_eval(x, state, eps=_EPS)
-  product = jnp.matmul(x, params["kernel"], precision=jax.lax.Precision.HIGHEST)
-  return product + params["bias"]
+  arrays = jax.tree.map(np.asarray, (fitted.params, fitted.state))
+  return map_rows(functools.partial(logits, *arrays), x)

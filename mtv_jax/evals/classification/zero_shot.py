@@ -126,16 +126,13 @@ def text_classifier(
   vectors = {}
   for start in range(0, len(names), _CLASSES):
     chunk = names[start : start + _CLASSES]
-    strings = [_fill(t, name, clean) for name in chunk for t in named.templates]
+    strings = [t.replace("{}", name) for name in chunk for t in named.templates]
+    if clean == "canonicalize":
+      strings = [tokenizers.canonicalize(string) for string in strings]
     embedded = normalize(encoder.text(strings))
     by_class = embedded.reshape(len(chunk), len(named.templates), -1)
     vectors.update(zip(chunk, normalize(by_class.mean(axis=1)), strict=True))
   return np.stack([vectors[name] for name in named.classes])
-
-
-def _fill(template: str, name: str, clean: str) -> str:
-  filled = template.replace("{}", name)
-  return tokenizers.canonicalize(filled) if clean == "canonicalize" else filled
 
 
 def match_classes(

@@ -14,14 +14,8 @@ import re
 
 import numpy as np
 
+from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.core.examples import (
-  SUFFIXES,
-  ClassificationSet,
-  Digest,
-  open_images,
-  subsample,
-)
 from mtv_jax.evals.datasets.files import require_layout
 
 # Names of the folder of a split, in order of preference.
@@ -39,7 +33,7 @@ def has_splits(root: str | os.PathLike) -> bool:
 
 def open_folder(
   root: pathlib.Path, *, split: str = "test", count: int | None = None
-) -> ClassificationSet:
+) -> examples.ClassificationSet:
   """The images of a folder of classes, see `registry.open_classification`.
 
   Raises:
@@ -63,22 +57,22 @@ def open_folder(
     content = sorted(p.name for p in root.iterdir())[:5]
     raise NotApplicable(
       f"{root}: expected CLASS/*.jpg, flat wnid_name.JPEG, or train/CLASS/*.jpg"
-      f" and val/CLASS/*.jpg (or another of {SUFFIXES}); got "
+      f" and val/CLASS/*.jpg (or another of {examples.SUFFIXES}); got "
       f"{content or 'an empty folder'}"
     )
   names = {key: name.replace("_", " ") for key, name, _ in rows}
   ids = tuple(sorted(names))
   index = {key: i for i, key in enumerate(ids)}
-  rows = subsample(rows, count)
-  digest = Digest()
+  rows = examples.subsample(rows, count)
+  digest = examples.Digest()
   if split == "train":
     # Uncompressed images may have the names and sizes of the test images.
     digest.add(split)
   for key, _, path in rows:
     digest.add(os.path.basename(path), os.stat(path).st_size, key)
-  return ClassificationSet(
+  return examples.ClassificationSet(
     name=str(root),
-    images=open_images([path for _, _, path in rows]),
+    images=examples.open_images([path for _, _, path in rows]),
     labels=np.asarray([index[key] for key, _, _ in rows], np.int32),
     classes=tuple(names[key] for key in ids),
     ids=ids,
@@ -106,5 +100,5 @@ def _list_images(folder: pathlib.Path) -> list[str]:
     return sorted(
       e.path
       for e in entries
-      if e.name.lower().endswith(SUFFIXES) and e.is_file()
+      if e.name.lower().endswith(examples.SUFFIXES) and e.is_file()
     )

@@ -18,15 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.core.examples import (
-  BoxSet,
-  CaptionSet,
-  Digest,
-  Images,
-  open_images,
-  subsample,
-)
 from mtv_jax.evals.datasets import files
 from mtv_jax.utils.errors import InputError, MissingFileError
 
@@ -58,7 +51,7 @@ def open_captions(
   split: str = "test",
   count: int | None = None,
   max_captions: int | None = None,
-) -> CaptionSet:
+) -> examples.CaptionSet:
   """Captioned images of COCO's or Karpathy's JSON.
 
   Arguments and errors are those of `registry.open_captions`.
@@ -76,14 +69,14 @@ def open_captions(
       f"{path} has keys {sorted(content)}; expected COCO's captions (images, "
       "annotations) or Karpathy's splits (images with sentences)"
     )
-  rows = subsample(rows, count)
+  rows = examples.subsample(rows, count)
   paths = _find_images(path, images, folders, [name for name, _ in rows])
-  digest, captions = Digest(), []
+  digest, captions = examples.Digest(), []
   for (name, texts), file in zip(rows, paths, strict=True):
     captions.append(tuple(texts)[:max_captions])
     digest.add(name, file.stat().st_size, *captions[-1])
-  return CaptionSet.from_lists(
-    str(path), open_images(paths), captions, digest, split=split
+  return examples.CaptionSet.from_lists(
+    str(path), examples.open_images(paths), captions, digest, split=split
   )
 
 
@@ -159,7 +152,7 @@ def open_boxes(
   *,
   images: str | os.PathLike | None = None,
   count: int | None = None,
-) -> BoxSet:
+) -> examples.BoxSet:
   """Images and boxes of COCO's instances.
 
   Crowds, boxes thinner than a pixel and images without annotations, which are
@@ -190,18 +183,18 @@ def open_boxes(
       left_out["thinner than a pixel"] += 1
     else:
       annotated[row["image_id"]].append((box, index[row["category_id"]]))
-  ids = subsample([i for i in infos if i in annotated], count)
+  ids = examples.subsample([i for i in infos if i in annotated], count)
   names = [infos[i]["file_name"] for i in ids]
   folders = _coco_folders(path, "instances_")
   paths = _find_images(path, images, folders, names)
   classes = tuple(row["name"] for row in content["categories"])
   boxes = [np.asarray([b for b, _ in annotated[i]], np.float32) for i in ids]
   labels = [np.asarray([c for _, c in annotated[i]], np.int32) for i in ids]
-  digest = Digest()
+  digest = examples.Digest()
   for file, name, box, label in zip(paths, names, boxes, labels, strict=True):
     size = file.stat().st_size
     digest.add(name, size, *box.ravel().tolist(), *label.tolist())
-  return BoxSet(
+  return examples.BoxSet(
     name=str(path),
     images=_checked_images(paths, [infos[i] for i in ids]),
     boxes=tuple(boxes),
@@ -224,9 +217,9 @@ def _corners(
 
 def _checked_images(
   paths: Sequence[pathlib.Path], infos: Sequence[Mapping[str, Any]]
-) -> Images:
+) -> examples.Images:
   """Images whose size is that of their annotations."""
-  decoded = open_images(paths)
+  decoded = examples.open_images(paths)
 
   def read(index: int) -> np.ndarray:
     image, info = decoded[index], infos[index]
@@ -237,4 +230,4 @@ def _checked_images(
       )
     return image
 
-  return Images(read, len(paths))
+  return examples.Images(read, len(paths))

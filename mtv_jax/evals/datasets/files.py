@@ -12,25 +12,16 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
+from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.core.examples import (
-  IGNORE,
-  DepthMaps,
-  DepthSet,
-  Digest,
-  LabelMaps,
-  SegmentationSet,
-  open_images,
-  subsample,
-)
 from mtv_jax.utils.errors import InputError, MissingFileError
 
-Set = TypeVar("Set", DepthSet, SegmentationSet)
+Set = TypeVar("Set", examples.DepthSet, examples.SegmentationSet)
 
 # Field and type of the labels of a set.
 _LABELS = {
-  DepthSet: ("depths", DepthMaps),
-  SegmentationSet: ("maps", LabelMaps),
+  examples.DepthSet: ("depths", examples.DepthMaps),
+  examples.SegmentationSet: ("maps", examples.LabelMaps),
 }
 
 
@@ -63,16 +54,16 @@ def open_pairs(
   Raises:
     MissingFileError: some of the selected files are missing.
   """
-  files = subsample(files, count)
+  files = examples.subsample(files, count)
   require_files([path for pair in files for path in pair], name)
-  digest = Digest()
+  digest = examples.Digest()
   for image, label in files:
     sizes = image.stat().st_size, label.stat().st_size
     digest.add(image.name, label.name, *sizes)
   field, lazy = _LABELS[cls]
   return cls(
     name=name,
-    images=open_images([pair.image for pair in files]),
+    images=examples.open_images([pair.image for pair in files]),
     digest=digest.hex(),
     **{field: lazy(lambda i: read_label(files[i]), len(files))},
     **fields,
@@ -83,26 +74,23 @@ def require_files(
   paths: Sequence[pathlib.Path], name: str | os.PathLike
 ) -> None:
   """Raises MissingFileError if files of the data set `name` are missing."""
-  lost = [path for path in paths if not path.is_file()]
-  if lost:
+  missing = [path for path in paths if not path.is_file()]
+  if missing:
     raise MissingFileError(
-      f"{name}: {len(lost)} of {len(paths)} files are missing, such as "
-      f"{lost[0]}. Is the data set unpacked in full?"
+      f"{name}: {len(missing)} of {len(paths)} files are missing, such as "
+      f"{missing[0]}. Is the data set unpacked in full?"
     )
 
 
 def require_layout(
   root: str | os.PathLike, expected: Sequence[str], *, what: str
 ) -> pathlib.Path:
-  """The folder of a data set in which every expected pattern has a match.
+  """The folder of a data set; MissingFileError if files are missing.
 
   Args:
     root: the folder.
-    expected: glob patterns under it, such as `images/training/*.jpg`.
+    expected: glob patterns that need a match, such as `images/training/*.jpg`.
     what: the data set's name, and its origin.
-
-  Raises:
-    MissingFileError: lists the missing patterns and the folder's content.
   """
   root = pathlib.Path(root)
   states = {p: "present" if any(root.glob(p)) else "missing" for p in expected}
@@ -121,11 +109,8 @@ def unknown_layout(
   """The error for data that no reader of an evaluation recognises.
 
   A path that does not exist is a mistake. Other data may suit another
-  evaluation, and a pattern of tars always does.
-
-  Args:
-    data: a path.
-    expected: what the evaluation reads, in whole sentences.
+  evaluation, and a pattern of tars always does. `expected` describes, in whole
+  sentences, what the evaluation reads.
   """
   text = os.fspath(data)
   path = pathlib.Path(text)
@@ -154,11 +139,7 @@ def find_list(
 
 
 def read_file_list(path: pathlib.Path) -> list[tuple[str, str]]:
-  """Image and depth of each line "rgb depth focal", as relative paths.
-
-  Raises:
-    InputError: for another kind of file.
-  """
+  """Image and depth of each line "rgb depth focal", as relative paths."""
   rows = [line.split() for line in path.read_text().splitlines() if line]
   bad = [row for row in rows if len(row) not in (2, 3)]
   if bad or not rows:
@@ -178,13 +159,8 @@ def read_json(path: pathlib.Path) -> Any:
 def read_channel(path: pathlib.Path, *modes: str) -> np.ndarray:
   """The values of an image of one channel, `[h, w]`.
 
-  Args:
-    path: the file.
-    modes: accepted ones by Pillow's names, by default "L" (8 bits) and "I;16"
-      (16 bits); "P" is indices of a palette.
-
-  Raises:
-    InputError: for a damaged file or an image of another mode.
+  `modes` are the accepted ones by Pillow's names, by default "L" (8 bits) and
+  "I;16" (16 bits); "P" has indices of a palette. Raises InputError for others.
   """
   modes = modes or ("L", "I;16")
   try:
@@ -205,19 +181,14 @@ def read_class_map(
 ) -> UInt8[np.ndarray, "h w"]:
   """The classes in an image of one channel or of a palette.
 
-  Args:
-    path: the file.
-    largest: class number; above it only `IGNORE` is valid.
-    hint: last sentence of the error for other classes.
-
-  Raises:
-    InputError: for another image, or an unknown class.
+  Raises InputError for classes above `largest` except `IGNORE`, with `hint` as
+  the last sentence.
   """
   values = read_channel(path, "L", "P")
-  unknown = values[(values > largest) & (values != IGNORE)]
+  unknown = values[(values > largest) & (values != examples.IGNORE)]
   if unknown.size:
     raise InputError(
       f"{path} has a class {unknown.max()}; expected 0 to {largest}, or "
-      f"{IGNORE}. {hint}"
+      f"{examples.IGNORE}. {hint}"
     )
   return values

@@ -84,7 +84,7 @@ def open_depth(
 
 def _open_list(path: pathlib.Path, count: int | None, subset: str) -> DepthSet:
   check_choice("subset", subset, SUBSETS)
-  root, pairs, lost = path.parent, [], []
+  root, pairs, missing = path.parent, [], []
   for image, depth in files.read_file_list(path):
     if depth != "None":
       # The lists leave out the part that a map is in.
@@ -92,12 +92,12 @@ def _open_list(path: pathlib.Path, count: int | None, subset: str) -> DepthSet:
       maps = [root / p / depth for p in (*parts, "train", "val")]
       label = next((p for p in maps if p.is_file()), None)
       if label is None:
-        lost.append(depth)
+        missing.append(depth)
       pairs.append(LabelledFile(_image_path(root, image), label))
-  if lost:
+  if missing:
     raise MissingFileError(
-      f"{root}: {len(lost)} of {len(pairs)} depth maps are missing, such as "
-      f"{lost[0]}, under data_depth_annotated/train and .../val"
+      f"{root}: {len(missing)} of {len(pairs)} depth maps are missing, such as "
+      f"{missing[0]}, under data_depth_annotated/train and .../val"
     )
   if subset != "all":
     pairs = [pair for pair in pairs if pair.label.parts[-6] == subset]
@@ -175,9 +175,11 @@ def read_calibration(
     values = np.array(numbers.split(), np.float64)
     if values.size in (9, 12):
       matrices[name] = values.reshape(3, -1)
-  lost = {"P2", "R0_rect", "Tr_velo_to_cam"} - matrices.keys()
-  if lost:
-    raise InputError(f"{path} lacks {sorted(lost)}; it has {sorted(matrices)}")
+  missing = {"P2", "R0_rect", "Tr_velo_to_cam"} - matrices.keys()
+  if missing:
+    raise InputError(
+      f"{path} lacks {sorted(missing)}; it has {sorted(matrices)}"
+    )
   return matrices
 
 

@@ -23,15 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.evals.core.examples import (
-  IGNORE,
-  DepthMaps,
-  DepthSet,
-  Digest,
-  Images,
-  SegmentationSet,
-  subsample,
-)
+from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
 from mtv_jax.evals.datasets.files import LabelledFile
 from mtv_jax.utils.errors import InputError
@@ -81,7 +73,7 @@ def open_depth(
   split: str,
   count: int | None = None,
   truth: str | None = None,
-) -> DepthSet:
+) -> examples.DepthSet:
   """One split, see `registry.open_depth`.
 
   Args:
@@ -109,7 +101,7 @@ def open_depth(
     return (files.read_channel(pair.label) * unit).astype(np.float32)
 
   return files.open_pairs(
-    DepthSet,
+    examples.DepthSet,
     pairs,
     read_label=read_depth,
     count=count,
@@ -173,9 +165,9 @@ def _read_ids(path: pathlib.Path) -> list[int]:
 
 def _open_mat(
   path: pathlib.Path, split: str, count: int | None, truth: str
-) -> DepthSet:
+) -> examples.DepthSet:
   path = path if path.is_file() else path / _MAT
-  ids = subsample(_mat_split(path.parent, split), count)
+  ids = examples.subsample(_mat_split(path.parent, split), count)
   file = _open_hdf5(path)
   key = "depths" if truth == "filled" else "rawDepths"
 
@@ -198,14 +190,14 @@ def _open_arrays(
   name: str,
   source: str,
   hashed: tuple[Any, ...],
-) -> DepthSet:
-  digest = Digest()
+) -> examples.DepthSet:
+  digest = examples.Digest()
   digest.add(*hashed, *ids)
-  images = Images(lambda i: np.ascontiguousarray(image(i)), len(ids))
-  depths = DepthMaps(
+  images = examples.Images(lambda i: np.ascontiguousarray(image(i)), len(ids))
+  depths = examples.DepthMaps(
     lambda i: np.ascontiguousarray(depth(i), np.float32), len(ids)
   )
-  return DepthSet("nyu", name, images, depths, source, digest.hex())
+  return examples.DepthSet("nyu", name, images, depths, source, digest.hex())
 
 
 @functools.lru_cache(maxsize=4)
@@ -235,7 +227,7 @@ def _mat_split(root: pathlib.Path, split: str) -> list[int]:
 
 def open_tfds(
   config: Mapping[str, Any], *, split: str, count: int | None = None
-) -> DepthSet:
+) -> examples.DepthSet:
   """`{type: "tfds", name: "nyu_depth_v2", data_dir: ...}`.
 
   Prepared as ArrayRecord, which is read without TensorFlow.
@@ -252,7 +244,7 @@ def open_tfds(
     split={"train": "train", "test": "validation"}[split],
     data_dir=config.get("data_dir"),
   )
-  ids = subsample(range(len(records)), count)
+  ids = examples.subsample(range(len(records)), count)
   return _open_arrays(
     lambda i: records[ids[i]]["image"],
     lambda i: records[ids[i]]["depth"],
@@ -265,10 +257,10 @@ def open_tfds(
 
 def open_segmentation(
   root: pathlib.Path, *, split: str, count: int | None = None
-) -> SegmentationSet:
+) -> examples.SegmentationSet:
   """Opens one split with maps of 40 classes."""
   return files.open_pairs(
-    SegmentationSet,
+    examples.SegmentationSet,
     _numbered_files(root, split, "nyu_labels40"),
     read_label=_read_classes,
     count=count,
@@ -284,4 +276,4 @@ def _read_classes(pair: LabelledFile) -> np.ndarray:
   values = files.read_class_map(
     pair.label, largest=other, hint="Classes are numbered from 0."
   )
-  return np.where(values == other, IGNORE, values).astype(np.uint8)
+  return np.where(values == other, examples.IGNORE, values).astype(np.uint8)

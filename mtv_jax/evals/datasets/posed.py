@@ -32,10 +32,9 @@ STORED = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-  """A stored image with its camera.
+  """A stored RGB image with its camera.
 
   Attributes:
-    image: RGB.
     depth: metres along the optical axis, 0 where there is nothing to match.
     focal: length in pixels of this image.
     pose: world to camera.
@@ -54,7 +53,6 @@ class View:
   """The encoded square, and the 3D points of its cells.
 
   Attributes:
-    image: RGB.
     points: in the camera's frame, of the upper left pixel of each cell of 4 x 4
       pixels; z is 0 where there is nothing to match.
     focal: length in pixels of this image.
@@ -82,8 +80,7 @@ class PosedFrames:
     names: of the n frames; with their group, as paths are.
     groups: indices of the frames that may be paired with each other.
     poses: world to camera.
-    read: reads a frame by its index and the side of its view, which scenes are
-      rendered for.
+    read: reads a frame by its index and the side of its view (for scenes).
     fingerprint: what distinguishes a frame's files, such as their sizes.
     stored: shorter side in pixels of the protocol's offline copies, to which
       frames are resized first; None for no resizing.
@@ -288,7 +285,7 @@ def draw_pairs(
     max_angle: in degrees.
 
   Raises:
-    InputError: a group in which no frame has a partner.
+    InputError: for a group in which no frame has a partner.
   """
   chosen = [i for group in frames.groups for i in group][::stride]
   chosen = subsample(chosen, count)

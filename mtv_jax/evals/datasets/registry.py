@@ -32,16 +32,8 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.core.examples import (
-  BoxSet,
-  CaptionSet,
-  ClassificationSet,
-  Data,
-  DepthSet,
-  KeyPointPairs,
-  SegmentationSet,
-)
 from mtv_jax.evals.datasets import (
   ade20k,
   class_folders,
@@ -79,8 +71,8 @@ _BOX_SCENES = 128
 
 
 def open_classification(
-  data: Data, *, split: str = "test", count: int | None = None
-) -> ClassificationSet:
+  data: examples.Data, *, split: str = "test", count: int | None = None
+) -> examples.ClassificationSet:
   """Labelled images: scenes, a folder, or a source with labels.
 
   Folders of splits, scenes (whose training numbers start at
@@ -107,9 +99,9 @@ def open_classification(
 
 
 def open_splits(
-  data: Data,
+  data: examples.Data,
   *,
-  train: Data | None = None,
+  train: examples.Data | None = None,
   count: int | None = None,
   train_count: int | None = None,
 ) -> Splits:
@@ -147,13 +139,13 @@ def open_splits(
 
 
 def open_captions(
-  data: Data,
+  data: examples.Data,
   *,
   images: str | os.PathLike | None = None,
   split: str = "test",
   count: int | None = None,
   max_captions: int | None = None,
-) -> CaptionSet:
+) -> examples.CaptionSet:
   """Captioned images: scenes, COCO, Karpathy, or tars.
 
   Args:
@@ -161,7 +153,7 @@ def open_captions(
     images: the folder of images, if it is not beside the JSON.
     split: of Karpathy's file.
     count: of images.
-    max_captions: the first captions of an image to use; all by default.
+    max_captions: of an image, its first ones; all by default.
   """
   chosen = {"count": count, "max_captions": max_captions}
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
@@ -178,8 +170,8 @@ def open_captions(
 
 
 def open_segmentation(
-  data: Data, *, split: str, count: int | None = None
-) -> SegmentationSet:
+  data: examples.Data, *, split: str, count: int | None = None
+) -> examples.SegmentationSet:
   """Images with a class for every pixel: scenes, ADE20K or NYUv2."""
   check_choice("split", split, SPLITS)
   options = {"split": split, "count": count}
@@ -195,7 +187,7 @@ def open_segmentation(
   )
 
 
-def depth_kind(data: Data) -> str:
+def depth_kind(data: examples.Data) -> str:
   """`scenes`, `nyu` or `kitti`, without opening `data`."""
   if is_scenes(data):
     return "scenes"
@@ -208,30 +200,23 @@ def depth_kind(data: Data) -> str:
     )
   return _open_layout(
     data,
-    _DEPTH_LAYOUTS,
+    "Depth reads 'scenes', NYUv2 (its lists of files, Marigold's folders, "
+    "nyu_images/ with nyu_depths/, nyu_depth_v2_labeled.mat) and KITTI (Eigen "
+    "et al.'s list with its files, or training/{image_2,velodyne,calib}).",
     (nyu.has_depth, lambda path: "nyu"),
     (kitti.has_depth, lambda path: "kitti"),
   )
 
 
-_DEPTH_LAYOUTS = """Expected 'scenes', or one of
-  NYUv2: nyudepthv2_{train,test}_files_with_gt.txt with its files
-  NYUv2: {train,test}/SCENE/{rgb,depth,filled}_NNNN.png
-  NYUv2: nyu_images/ID.jpg, nyu_depths/ID.png, {train,test}.txt
-  NYUv2: nyu_depth_v2_labeled.mat with splits.mat
-  KITTI: kitti_eigen_test_files_with_gt.txt, raw_data/, data_depth_annotated/
-  KITTI: training/{image_2,velodyne,calib}"""
-
-
 def open_depth(
-  data: Data,
+  data: examples.Data,
   *,
   split: str,
   size: int,
   count: int | None = None,
   truth: str | None = None,
   subset: str = "all",
-) -> DepthSet:
+) -> examples.DepthSet:
   """Images with metric depth.
 
   Args:
@@ -256,11 +241,11 @@ def open_depth(
 
 
 def open_boxes(
-  data: Data,
+  data: examples.Data,
   *,
   images: str | os.PathLike | None = None,
   count: int | None = None,
-) -> BoxSet:
+) -> examples.BoxSet:
   """Images with named boxes.
 
   Args:
@@ -287,7 +272,7 @@ def open_boxes(
   return boxes
 
 
-def open_posed(data: Data, *, subset: str, count: int) -> PosedFrames:
+def open_posed(data: examples.Data, *, subset: str, count: int) -> PosedFrames:
   """Images with depth and camera pose: scenes, NAVI, or RGB-D sequences.
 
   `subset` is of NAVI, see `navi.open_posed`, and `count` of the scenes.
@@ -303,7 +288,9 @@ def open_posed(data: Data, *, subset: str, count: int) -> PosedFrames:
   )
 
 
-def open_key_points(data: Data, *, split: str, count: int) -> KeyPointPairs:
+def open_key_points(
+  data: examples.Data, *, split: str, count: int
+) -> examples.KeyPointPairs:
   """Pairs of images with key points: scenes, or SPair-71k.
 
   `split` is of SPair-71k (`trn`, `val` or `test`), and `count` of the scenes.
@@ -331,11 +318,13 @@ def _open_layout(
   raise unknown_layout(data, expected)
 
 
-def _is_source(data: Data) -> bool:
+def _is_source(data: examples.Data) -> bool:
   return isinstance(data, Mapping) or is_scenes(data)
 
 
-def _source_config(data: Data, *, length: int) -> dict[str, Any] | None:
+def _source_config(
+  data: examples.Data, *, length: int
+) -> dict[str, Any] | None:
   """The config of a source; None for files and folders."""
   if isinstance(data, Mapping):
     return dict(data)

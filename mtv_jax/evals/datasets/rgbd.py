@@ -55,7 +55,7 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
     [f"**/frame-*.{part}" for part in ("pose.txt", "color.*", "depth.png")],
     what="a set of RGB-D sequences in the layout of 7-Scenes",
   )
-  frames, intrinsics, poses, groups, lost = [], [], [], [], 0
+  frames, intrinsics, poses, groups, untracked = [], [], [], [], 0
   for folder in sorted({path.parent for path in root.rglob(_POSES)}):
     start = len(frames)
     k = _read_intrinsics(folder, root)
@@ -65,7 +65,7 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
       camera_to_world = _read_matrix(path, (4, 4))
       # The mark of lost tracking in 7-Scenes and ScanNet.
       if not np.isfinite(camera_to_world).all():
-        lost += 1
+        untracked += 1
         continue
       frames.append(_files(path, names))
       intrinsics.append(k)
@@ -73,7 +73,7 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
     if len(frames) > start:
       groups.append(range(start, len(frames)))
   if not frames:
-    raise InputError(f"{root}: none of its {lost} poses is finite")
+    raise InputError(f"{root}: none of its {untracked} poses is finite")
 
   def camera(i: int, shape: tuple[int, int]):
     k, (height, width) = intrinsics[i], shape
@@ -91,7 +91,7 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
     overlaps=_Overlap(frames, intrinsics, poses),
     about={
       "sequences": len(groups),
-      "frames_without_pose": lost,
+      "frames_without_pose": untracked,
       "min_overlap": MIN_OVERLAP,
       "depth": "as stored, not registered to the image",
     },

@@ -20,28 +20,9 @@ import numpy as np
 
 from mtv_jax.data import registry as sources
 from mtv_jax.data.scenes import render as render_lib
-from mtv_jax.data.scenes.render import (
-  CLASS_NAMES,
-  SEGMENT_NAMES,
-  STUFF_COUNT,
-  Scene,
-)
 from mtv_jax.data.scenes.source import SceneSource
+from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.core.examples import (
-  IGNORE,
-  BoxSet,
-  Data,
-  DepthMaps,
-  DepthSet,
-  Digest,
-  Images,
-  KeyPointPair,
-  KeyPointPairs,
-  LabelMaps,
-  SegmentationSet,
-  subsample,
-)
 from mtv_jax.evals.datasets.posed import Frame, PosedFrames
 from mtv_jax.utils.errors import InputError
 
@@ -52,13 +33,14 @@ PROBE_SCENES = 2_000_000
 # The farthest backdrop is nearer than this.
 MAX_DEPTH = 20.0
 
+_STUFF = render_lib.STUFF_COUNT  # classes below are background and ground
 _MAX_POSED_SIZE = 384  # pixels a side that scenes are rendered at for a view
 _KEY_POINT_SIZE = 192  # of the scenes with key points
 # Key points (x, y) in the main object's bounding box.
 _KEY_POINTS = ((0.5, 0.5), (0.5, 0.15), (0.5, 0.85))
 
 
-def is_scenes(data: Data) -> bool:
+def is_scenes(data: examples.Data) -> bool:
   """Whether data are the built-in scenes, for which defaults are small."""
   if isinstance(data, Mapping):
     return data.get("type") == "scenes"
@@ -88,13 +70,13 @@ class SceneRange:
   def __len__(self) -> int:
     return len(self.numbers)
 
-  def render(self, i: int) -> Scene:
+  def render(self, i: int) -> render_lib.Scene:
     """Scene i of the range."""
     return render_lib.render(self.numbers[i], size=self.size, seed=self.seed)
 
   def digest(self) -> str:
     """A hash of numbers, size and seed."""
-    digest = Digest()
+    digest = examples.Digest()
     first, count = self.numbers[0], len(self)
     digest.add("scenes", first, count, self.size, self.seed)
     if self.numbers != tuple(range(first, first + count)):
@@ -114,7 +96,7 @@ class SceneRange:
 
 
 def open_range(
-  data: Data,
+  data: examples.Data,
   *,
   default: int,
   needs: str,
@@ -146,7 +128,7 @@ def open_range(
   source = sources.build_source(config)
   numbers = range(source.first, source.first + source.length)
   return SceneRange(
-    tuple(subsample(numbers, count)), source.seed, given.get("size")
+    tuple(examples.subsample(numbers, count)), source.seed, given.get("size")
   )
 
 
@@ -159,87 +141,90 @@ def _fields(
 
 
 def open_depth(
-  data: Data, *, split: str, count: int | None, size: int
-) -> DepthSet:
+  data: examples.Data, *, split: str, count: int | None, size: int
+) -> examples.DepthSet:
   """Scenes with their exact depth, 192 to train on and 64 to test on."""
   default = {"train": 192, "test": 64}[split]
   options = {"default": default, "needs": "metric depth"}
   scenes = open_range(data, split=split, count=count, size=size, **options)
   image, depth = _fields(scenes, "image", "depth")
-  return DepthSet(
+  return examples.DepthSet(
     kind="scenes",
     name="scenes",
-    images=Images(image, len(scenes)),
-    depths=DepthMaps(depth, len(scenes)),
+    images=examples.Images(image, len(scenes)),
+    depths=examples.DepthMaps(depth, len(scenes)),
     source="exact",
     digest=scenes.digest(),
   )
 
 
 def open_segmentation(
-  data: Data, *, split: str, count: int | None
-) -> SegmentationSet:
+  data: examples.Data, *, split: str, count: int | None
+) -> examples.SegmentationSet:
   """Scenes with classes of pixels, 256 to train on and 100 to test on."""
   default = {"train": 256, "test": 100}[split]
   options = {"default": default, "needs": "classes of pixels"}
   scenes = open_range(data, split=split, count=count, size=96, **options)
   image, segmentation = _fields(scenes, "image", "segmentation")
-  return SegmentationSet(
+  return examples.SegmentationSet(
     kind="scenes",
     name="scenes",
-    images=Images(image, len(scenes)),
-    maps=LabelMaps(segmentation, len(scenes)),
-    classes=SEGMENT_NAMES,
-    class_count=len(SEGMENT_NAMES),
+    images=examples.Images(image, len(scenes)),
+    maps=examples.LabelMaps(segmentation, len(scenes)),
+    classes=render_lib.SEGMENT_NAMES,
+    class_count=len(render_lib.SEGMENT_NAMES),
     digest=scenes.digest(),
   )
 
 
-def ignore_stuff(data: SegmentationSet) -> SegmentationSet:
+def ignore_stuff(data: examples.SegmentationSet) -> examples.SegmentationSet:
   """Scenes with the classes of objects; background and ground are ignored."""
 
   def read(i: int) -> np.ndarray:
     labels = data.maps[i]
-    things = np.where(labels < STUFF_COUNT, IGNORE, labels - STUFF_COUNT)
+    things = np.where(labels < _STUFF, examples.IGNORE, labels - _STUFF)
     return things.astype(np.uint8)
 
   return dataclasses.replace(
     data,
     name=f"{data.name}, things only",
-    maps=LabelMaps(read, len(data.maps)),
-    classes=CLASS_NAMES,
-    class_count=len(CLASS_NAMES),
+    maps=examples.LabelMaps(read, len(data.maps)),
+    classes=render_lib.CLASS_NAMES,
+    class_count=len(render_lib.CLASS_NAMES),
   )
 
 
 def open_boxes(
   name: str, source: SceneSource, indices: Sequence[int]
-) -> BoxSet:
+) -> examples.BoxSet:
   """Scenes whose boxes have phrases and the classes of their objects."""
   numbers = tuple(source.first + i for i in indices)
   scenes = SceneRange(numbers, source.seed, source.size)
-  digest, rows = Digest(), []
+  digest, rows = examples.Digest(), []
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for i, scene in enumerate(pool.map(scenes.render, range(len(scenes)))):
       if len(scene.boxes):
         key = f"scene-{source.seed}-{numbers[i]}-{source.size}"
         digest.add(key, *scene.boxes.ravel().tolist(), *scene.phrases)
         names = [scene.objects[j].name for j in scene.box_objects]
-        labels = np.asarray([CLASS_NAMES.index(n) for n in names], np.int32)
+        labels = [render_lib.CLASS_NAMES.index(name) for name in names]
+        labels = np.asarray(labels, np.int32)
         rows.append((i, scene.boxes, scene.phrases, labels))
   chosen, boxes, phrases, labels = zip(*rows, strict=True) if rows else [()] * 4
-  return BoxSet(
+  return examples.BoxSet(
     name=name,
-    images=Images(lambda k: scenes.render(chosen[k]).image, len(chosen)),
+    images=examples.Images(
+      lambda k: scenes.render(chosen[k]).image, len(chosen)
+    ),
     boxes=boxes,
     phrases=phrases,
     labels=labels,
-    classes=CLASS_NAMES,
+    classes=render_lib.CLASS_NAMES,
     digest=digest.hex(),
   )
 
 
-def open_posed(data: Data, *, count: int) -> PosedFrames:
+def open_posed(data: examples.Data, *, count: int) -> PosedFrames:
   """Objects of scenes from two cameras; a scene is a group."""
   scenes = open_range(data, default=count, count=count, needs="posed views")
   numbers, seed = scenes.numbers, scenes.seed
@@ -253,7 +238,7 @@ def open_posed(data: Data, *, count: int) -> PosedFrames:
     size = scenes.size or min(2 * size, _MAX_POSED_SIZE)
     pair = render(index // 2, size)
     scene = pair.second if index % 2 else pair.first
-    depth = np.where(scene.instances >= STUFF_COUNT, scene.depth, 0)
+    depth = np.where(scene.instances >= _STUFF, scene.depth, 0)
     return Frame(
       image=scene.image,
       depth=depth.astype(np.float32),
@@ -290,7 +275,9 @@ def _pose(camera: render_lib.Camera) -> np.ndarray:
   return pose
 
 
-def open_key_points(data: Data, *, count: int) -> KeyPointPairs:
+def open_key_points(
+  data: examples.Data, *, count: int
+) -> examples.KeyPointPairs:
   """Main objects of scenes, paired within classes.
 
   A scene is paired with the next one whose main object is of its class, the
@@ -308,7 +295,7 @@ def open_key_points(data: Data, *, count: int) -> KeyPointPairs:
   for i, scene in enumerate(rendered):
     if 0 in scene.box_objects:
       by_class[scene.label].append(i)
-  digest, pairs = Digest(), []
+  digest, pairs = examples.Digest(), []
   for label, members in sorted(by_class.items()):
     if len(members) < 2:
       continue
@@ -316,8 +303,8 @@ def open_key_points(data: Data, *, count: int) -> KeyPointPairs:
       digest.add(numbers[i], numbers[j], *scenes.non_defaults)
       boxes = _main_box(rendered[i]), _main_box(rendered[j])
       pairs.append(
-        KeyPointPair(
-          category=CLASS_NAMES[label],
+        examples.KeyPointPair(
+          category=render_lib.CLASS_NAMES[label],
           viewpoint=None,
           first=i,
           second=j,
@@ -329,16 +316,16 @@ def open_key_points(data: Data, *, count: int) -> KeyPointPairs:
         )
       )
   if not pairs:
-    enough = len(CLASS_NAMES) + 1
+    enough = len(render_lib.CLASS_NAMES) + 1
     raise InputError(
       f"scenes: {len(scenes)} of them (from number {numbers[0]}) show no two "
       f"main objects of one class of {enough - 1}; set count={enough} or more"
     )
   images = [scene.image for scene in rendered]
-  return KeyPointPairs(
+  return examples.KeyPointPairs(
     name="scenes",
     layout="scenes",
-    images=Images(lambda i: images[i], len(images)),
+    images=examples.Images(lambda i: images[i], len(images)),
     pairs=tuple(pairs),
     digest=digest.hex(),
     about={
@@ -349,7 +336,7 @@ def open_key_points(data: Data, *, count: int) -> KeyPointPairs:
   )
 
 
-def _main_box(scene: Scene) -> np.ndarray:
+def _main_box(scene: render_lib.Scene) -> np.ndarray:
   """The main object's (x0, y0, x1, y1) in pixels."""
   box = scene.boxes[scene.box_objects.index(0)] * scene.image.shape[0]
   return box[[1, 0, 3, 2]].astype(np.float64)

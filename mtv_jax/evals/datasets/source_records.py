@@ -14,15 +14,8 @@ from mtv_jax.data import registry as sources
 from mtv_jax.data.scenes import layout
 from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.scenes.source import SceneSource
+from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.core.examples import (
-  BoxSet,
-  CaptionSet,
-  ClassificationSet,
-  Digest,
-  Images,
-  subsample,
-)
 from mtv_jax.evals.datasets import scenes
 
 # Records read ahead at a time; the bytes of their images are not retained.
@@ -59,26 +52,26 @@ def _open(
   if config["type"] == "tfds" and "split" in config:
     name = f"{config.get('name')}/{config['split']}"
   source = sources.build_source(config)
-  lost = sorted({*fields} - {*source.fields})
-  if lost:
+  missing = sorted({*fields} - {*source.fields})
+  if missing:
     raise NotApplicable(
       f"{name}: its records have {sorted(source.fields)}, and this evaluation "
-      f"needs {' and '.join(map(repr, lost))}"
+      f"needs {' and '.join(map(repr, missing))}"
     )
-  return name, source, subsample(range(len(source)), count)
+  return name, source, examples.subsample(range(len(source)), count)
 
 
 def open_labelled(
   config: Mapping[str, Any], *, split: str, count: int | None
-) -> ClassificationSet:
+) -> examples.ClassificationSet:
   """The records' images with their `label`."""
   config = split_config(config, split)
   name, source, indices = _open(config, count, "label")
-  digest, labels = Digest(), []
+  digest, labels = examples.Digest(), []
   for key, size, label in _read_labels(source, indices):
     labels.append(label)
     digest.add(key, size, label)
-  return ClassificationSet(
+  return examples.ClassificationSet(
     name=name,
     images=_images(source, indices),
     labels=np.asarray(labels, np.int32),
@@ -90,11 +83,11 @@ def open_labelled(
 
 def open_captions(
   config: Mapping[str, Any], *, count: int | None, max_captions: int | None
-) -> CaptionSet:
+) -> examples.CaptionSet:
   """The records' images that have captions, with their `captions`."""
   config = split_config(config, "test")
   name, source, indices = _open(config, count, "captions")
-  digest, captions, captioned = Digest(), [], []
+  digest, captions, captioned = examples.Digest(), [], []
   for i, record in _read_records(source, indices):
     texts = tuple(record["captions"])[:max_captions]
     if texts:
@@ -102,24 +95,26 @@ def open_captions(
       captioned.append(i)
       captions.append(texts)
   images = _images(source, captioned)
-  return CaptionSet.from_lists(name, images, captions, digest)
+  return examples.CaptionSet.from_lists(name, images, captions, digest)
 
 
-def open_boxes(config: Mapping[str, Any], *, count: int | None) -> BoxSet:
+def open_boxes(
+  config: Mapping[str, Any], *, count: int | None
+) -> examples.BoxSet:
   """The records' images that have `boxes`, with their `phrases`."""
   if scenes.is_scenes(config):
     config = scenes.split_config(config, "test")
   name, source, indices = _open(config, count, "boxes", "phrases")
   if isinstance(source, SceneSource):
     return scenes.open_boxes(name, source, indices)
-  boxed, boxes, phrases, digest = [], [], [], Digest()
+  boxed, boxes, phrases, digest = [], [], [], examples.Digest()
   for i, record in _read_records(source, indices):
     if len(record["phrases"]):
       boxed.append(i)
       boxes.append(np.asarray(record["boxes"], np.float32).reshape(-1, 4))
       phrases.append(tuple(record["phrases"]))
       digest.add(record["key"], *boxes[-1].ravel().tolist(), *phrases[-1])
-  return BoxSet(
+  return examples.BoxSet(
     name=name,
     images=_images(source, boxed),
     boxes=tuple(boxes),
@@ -157,7 +152,7 @@ def _read_records(
       yield from zip(chunk, pool.map(source.__getitem__, chunk), strict=True)
 
 
-def _images(source: Any, indices: Sequence[int]) -> Images:
+def _images(source: Any, indices: Sequence[int]) -> examples.Images:
   def read(index: int) -> np.ndarray:
     record = source[indices[index]]
     image = record["image"]
@@ -165,7 +160,7 @@ def _images(source: Any, indices: Sequence[int]) -> Images:
       return image
     return canvas.decode(image, key=record["key"])
 
-  return Images(read, len(indices))
+  return examples.Images(read, len(indices))
 
 
 def _describe_size(image: Any) -> str:

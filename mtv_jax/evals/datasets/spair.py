@@ -82,10 +82,10 @@ def open_key_points(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
 def _read_row(path: pathlib.Path) -> dict[str, Any]:
   content = files.read_json(path)
   content = content if isinstance(content, dict) else {}
-  lost = [key for key in _KEYS if key not in content]
-  if lost:
+  missing = [key for key in _KEYS if key not in content]
+  if missing:
     raise InputError(
-      f"{path} has no {lost[0]!r}; expected the keys {', '.join(_KEYS)}"
+      f"{path} has no {missing[0]!r}; expected the keys {', '.join(_KEYS)}"
     )
   row = {key: content[key] for key in _KEYS}
   counts = [len(row[key]) for key in ("src_kps", "trg_kps")]

@@ -15,13 +15,7 @@ from mtv_jax.utils.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-  """Disjoint images to train and to test a probe on, with common classes.
-
-  Attributes:
-    train: training images.
-    test: test images.
-    classes: number of classes of the labels of both.
-  """
+  """Disjoint images to train and to test a probe on, of the same classes."""
 
   train: ClassificationSet
   test: ClassificationSet
@@ -57,11 +51,11 @@ def match_splits(train: ClassificationSet, test: ClassificationSet) -> Splits:
     classes = 1 + int(max(train.labels.max(), test.labels.max()))
     return Splits(train, test, max(classes, len(train.classes or ())))
   index = {key: i for i, key in enumerate(train.ids)}
-  lost = [key for key in test.ids if key not in index]
-  if lost:
+  missing = [key for key in test.ids if key not in index]
+  if missing:
     raise InputError(
-      f"{len(lost)} of {len(test.ids)} classes of {test.name} are not in "
-      f"{train.name}, such as {lost[0]!r}. Is train= another data set, or "
+      f"{len(missing)} of {len(test.ids)} classes of {test.name} are not in "
+      f"{train.name}, such as {missing[0]!r}. Is train= another data set, or "
       "unpacked in part?"
     )
   labels = np.asarray([index[key] for key in test.ids], np.int32)[test.labels]

@@ -9,7 +9,7 @@ zero-shot vector of class c (see `zero_shot.py`), all of unit length:
     located               = mean over (image, phrase) of  IoU >= 0.5 of the
                             predicted box with any of the phrase's boxes there
 
-Boxes are the annotated ones, not detections. The protocols are our own.
+Boxes are annotated, not detected. The protocols are those of this project.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Grounding(Evaluator):
       batch_size=self.batch_size,
     )
     phrases, owner = retrieval.distinct_texts(
-      [phrase for own in data.phrases for phrase in own]
+      [phrase for names in data.phrases for phrase in names]
     )
     text = normalize(encoder.text(phrases))
     protocol = {
@@ -152,7 +152,7 @@ def _locate(
   encoder: Encoder, data: BoxSet, batch_size: int
 ) -> tuple[dict[str, float], dict[str, float]]:
   """IoU of the predicted boxes of phrases, and of the best constant answer."""
-  queries = [tuple(dict.fromkeys(own)) for own in data.phrases]
+  queries = [tuple(dict.fromkeys(names)) for names in data.phrases]
   boxes = []
   for start in range(0, len(queries), _CHUNK):
     chosen = range(start, min(start + _CHUNK, len(queries)))
@@ -193,24 +193,26 @@ def best_overlaps(
     data: with all boxes and phrases of the images.
   """
   best = []
-  for own, asked, truth, phrases in zip(
+  for predicted, image_queries, truth, phrases in zip(
     boxes, queries, data.boxes, data.phrases, strict=True
   ):
-    same = np.asarray([[p == query for p in phrases] for query in asked])
-    best.append(np.where(same, ious(own, truth), 0).max(axis=-1))
+    same = np.asarray(
+      [[p == query for p in phrases] for query in image_queries]
+    )
+    best.append(np.where(same, ious(predicted, truth), 0).max(axis=-1))
   return np.concatenate(best, axis=-1)
 
 
 def fixed_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
   """Constant answers: 256 of the set's boxes, and central ones."""
-  own = examples.subsample(list(np.concatenate(data.boxes)), _FIXED_BOXES)
+  annotated = examples.subsample(list(np.concatenate(data.boxes)), _FIXED_BOXES)
   sides = np.linspace(0.125, 1, 8)
   central = [
     (0.5 - h / 2, 0.5 - w / 2, 0.5 + h / 2, 0.5 + w / 2)
     for h in sides
     for w in sides
   ]
-  return np.concatenate([np.stack(own), central])
+  return np.concatenate([np.stack(annotated), central])
 
 
 def ious(

@@ -83,12 +83,12 @@ def embed(
   for start in range(0, len(images), _CHUNK):
     chosen = range(start, min(start + _CHUNK, len(images)))
     part = examples.select_images(images, chosen)
-    own = [boxes[i] for i in chosen]
+    image_boxes = [boxes[i] for i in chosen]
     if method == "prompter":
-      regions = encoder.ground(part, own, batch_size=batch_size)
+      regions = encoder.ground(part, image_boxes, batch_size=batch_size)
       embeddings.append(regions.embeddings[regions.valid])
     else:
-      embeddings.append(_pool_patches(encoder, part, own, batch_size))
+      embeddings.append(_pool_patches(encoder, part, image_boxes, batch_size))
   return np.concatenate(embeddings)
 
 
@@ -103,9 +103,9 @@ def _pool_patches(
     images, outputs=("patches",), batch_size=batch_size
   )
   rows = []
-  for grid, own in zip(features.patches, boxes, strict=True):
-    down = covered(own[:, 0], own[:, 2], grid.shape[0])
-    across = covered(own[:, 1], own[:, 3], grid.shape[1])
+  for grid, image_boxes in zip(features.patches, boxes, strict=True):
+    down = covered(image_boxes[:, 0], image_boxes[:, 2], grid.shape[0])
+    across = covered(image_boxes[:, 1], image_boxes[:, 3], grid.shape[1])
     total = np.einsum("by,bx,yxd->bd", down, across, grid, optimize=True)
     rows.append(total / (down.sum(1) * across.sum(1))[:, None])
   pooled = np.concatenate(rows).astype(np.float32)
@@ -139,7 +139,9 @@ def _embed_crops(
   boxes: Sequence[np.ndarray],
   batch_size: int,
 ) -> np.ndarray:
-  regions = [(i, box) for i, own in enumerate(boxes) for box in own]
+  regions = [
+    (i, box) for i, image_boxes in enumerate(boxes) for box in image_boxes
+  ]
 
   def read(index: int) -> np.ndarray:
     i, box = regions[index]

@@ -64,12 +64,7 @@ class Scores:
 
 
 def read_answers(path: str | os.PathLike) -> dict[str, str]:
-  """Answers by question.
-
-  Raises:
-    FileNotFoundError: if there is no such file.
-    InputError: for a file of an unknown form, or two answers to a question.
-  """
+  """Answers by question; InputError for other files, or a repeated question."""
   content = _read_json(path)
   if isinstance(content, Mapping) and not {*_IDS} & {*content}:
     content = [{"id": k, "answer": v} for k, v in content.items()]
@@ -78,12 +73,7 @@ def read_answers(path: str | os.PathLike) -> dict[str, str]:
 
 
 def read_questions(path: str | os.PathLike) -> dict[str, Question]:
-  """Truths by question.
-
-  Raises:
-    FileNotFoundError: if there is no such file.
-    InputError: for a file of an unknown form, or a repeated question.
-  """
+  """Truths by question; InputError for other files, or a repeated question."""
   content = _read_json(path)
   if isinstance(content, Mapping):
     lists = [content.get(key) for key in ("annotations", "data")]

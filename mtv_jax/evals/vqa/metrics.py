@@ -103,13 +103,7 @@ def vqa_accuracy(
   `simple`: min(1, c / 3), as in big_vision. Answers are normalised if the
   annotators disagree; if all agree, the answer must equal theirs.
 
-  Args:
-    answer: of the model.
-    truths: the annotators' answers, usually ten.
-    counting: `original` or `simple`.
-
-  Raises:
-    InputError: for no truths, or an unknown counting.
+  Raises InputError for no truths, or an unknown counting.
   """
   check_choice("counting", counting, ("original", "simple"))
   _require_truths(truths)
@@ -160,8 +154,8 @@ def option_letter(
 
   Args:
     answer: of the model.
-    options: the texts of the options, in order; may be left out.
-    count: number of options if `options` is left out.
+    options: the texts of the options, in order.
+    count: number of options if `options` is empty.
 
   Returns:
     A capital letter, or None if the answer selects none.
@@ -198,10 +192,6 @@ def pope_scores(
   answers: Sequence[str], truths: Sequence[str]
 ) -> dict[str, float]:
   """Scores of yes-or-no questions (POPE, Li et al. 2023); "yes" is positive.
-
-  Args:
-    answers: of the model.
-    truths: "yes" or "no", one for each answer.
 
   Returns:
     `accuracy`, `precision`, `recall`, `f1`, and `yes_rate` of the answers. A
@@ -240,13 +230,7 @@ def anls(
   maximum over the truths of 1 - NL where NL < threshold, else 0. In lower
   case, with single spaces.
 
-  Args:
-    answer: of the model.
-    truths: alternatives, at least one.
-    threshold: from which NL on an answer scores 0.
-
-  Raises:
-    InputError: for no truths.
+  Raises InputError for no truths.
   """
   _require_truths(truths)
   said = " ".join(answer.lower().split())
