@@ -17,8 +17,8 @@ from mtv_jax.evals.core import crops, global_features, probe, ranking
 from mtv_jax.evals.core.base import Evaluator, Result
 from mtv_jax.evals.core.examples import ClassificationSet, Data, Images
 from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.evals.datasets.scenes import is_scenes
-from mtv_jax.evals.datasets.splits import Splits, hold_out
 from mtv_jax.utils.errors import ConfigError, InputError
 
 # Images that a hyper-parameter is selected on, see `split_for_selection`.
@@ -238,6 +238,23 @@ def split_for_selection(
     )
   how = f"the best on {len(held_out)} training images, a tenth of each class"
   return train, held_out, how
+
+
+def hold_out(
+  labels: Int[np.ndarray, " n"], *, every: int = 10
+) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " h"]]:
+  """Sorted indices of a training set to train on, and to hold out.
+
+  One of each `every` images of a class is held out, none of a class with one.
+  """
+  order = np.argsort(labels, kind="stable")
+  counts = np.bincount(labels)
+  starts = np.repeat(np.cumsum(counts) - counts, counts)
+  rank = np.arange(len(labels)) - starts
+  total = np.repeat(counts, counts)
+  # The middle one of each ten, so that a class of two to nine gives one too.
+  out = (rank % every == np.minimum(every, total) // 2) & (total > 1)
+  return np.sort(order[~out]), np.sort(order[out])
 
 
 def rank_accuracies(

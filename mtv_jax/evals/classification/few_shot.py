@@ -20,7 +20,7 @@ from mtv_jax.config.options import NonNegativeFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.classification.base import FeatureProbe
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.datasets.splits import Splits
+from mtv_jax.evals.datasets.registry import Splits
 
 SHOTS = (1, 5, 10, 25)
 _CONSTANT = 100.0

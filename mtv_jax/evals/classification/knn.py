@@ -25,7 +25,7 @@ from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.classification.base import FeatureProbe, map_rows
 from mtv_jax.evals.core import probe
-from mtv_jax.evals.datasets.splits import Splits
+from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.parallel import mesh as mesh_lib
 from mtv_jax.utils.errors import InputError
 

@@ -36,7 +36,7 @@ from mtv_jax.evals.classification.base import (
 from mtv_jax.evals.core import global_features, probe
 from mtv_jax.evals.core.examples import ClassificationSet
 from mtv_jax.evals.core.global_features import LastBlocks
-from mtv_jax.evals.datasets.splits import Splits
+from mtv_jax.evals.datasets.registry import Splits
 
 _ROWS = 1024  # scored at a time
 RATES = tuple(m * 10.0**e for e in range(-5, -1) for m in (1, 2, 5)) + (0.1,)

@@ -30,7 +30,7 @@ from mtv_jax.evals.classification.base import (
   split_for_selection,
 )
 from mtv_jax.evals.core import probe
-from mtv_jax.evals.datasets.splits import Splits
+from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.parallel import mesh as mesh_lib
 
 STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))

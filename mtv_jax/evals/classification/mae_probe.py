@@ -36,7 +36,7 @@ from mtv_jax.evals.classification.base import (
   score_accuracies,
 )
 from mtv_jax.evals.core import probe
-from mtv_jax.evals.datasets.splits import Splits
+from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.utils.errors import ConfigError
 
 _EPS = 1e-6

@@ -328,15 +328,15 @@ def _draw_partner(
 
 def _describe_unpaired(frames, group, between, max_angle) -> str:
   names = [frames.names[i] for i in group]
-  folder = os.path.commonpath([os.path.dirname(n) for n in names])
-  why = f"it has {len(group)} frame"
-  if len(group) > 1:
-    others = between[~np.eye(len(group), dtype=bool)]
-    degrees = f"{others.min():.1f} to {others.max():.1f} degrees"
-    why = f"its {len(group)} frames are {degrees} apart"
+  folder = os.path.commonpath([os.path.dirname(n) for n in names]) or names[0]
+  others = between[~np.eye(len(group), dtype=bool)]
+  degrees = ""
+  if others.size:
+    degrees = f" {others.min():.1f} to {others.max():.1f} degrees apart"
   return (
-    f"{frames.name}: {folder or names[0]} has no usable pair of views: {why}, "
-    f"expected within (0, {max_angle:g}]. Is it unpacked in full?"
+    f"{frames.name}: {folder} has no usable pair of views: it has {len(group)} "
+    f"frames{degrees}; expected some within (0, {max_angle:g}]. Is it unpacked "
+    "in full?"
   )
 
 

@@ -26,11 +26,14 @@ each kind of example that it has; `LAYOUTS` and the functions here name it.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
@@ -49,8 +52,7 @@ from mtv_jax.evals.datasets import (
 from mtv_jax.evals.datasets.files import unknown_layout
 from mtv_jax.evals.datasets.posed import PosedFrames
 from mtv_jax.evals.datasets.scenes import is_scenes
-from mtv_jax.evals.datasets.splits import Splits, match_splits
-from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.errors import InputError, check_choice
 
 # By their name in errors, in the order in which folders are recognised.
 LAYOUTS: dict[str, ModuleType] = {
@@ -98,6 +100,27 @@ def open_classification(
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Splits:
+  """Disjoint images to train and to test a probe on, of the same classes."""
+
+  train: examples.ClassificationSet
+  test: examples.ClassificationSet
+  classes: int
+
+  def protocol(self) -> dict[str, Any]:
+    """For JSON."""
+    return {
+      "data": self.test.name,
+      "data_hash": self.test.digest,
+      "images": len(self.test.images),
+      "train_data": self.train.name,
+      "train_data_hash": self.train.digest,
+      "train_images": len(self.train.images),
+      "classes": self.classes,
+    }
+
+
 def open_splits(
   data: examples.Data,
   *,
@@ -132,10 +155,43 @@ def open_splits(
       "val/CLASS/*.jpg, scenes or a TFDS set, or train="
     )
   training = data if train is None else train
-  return match_splits(
+  return _match_splits(
     open_classification(training, split="train", count=train_count),
     open_classification(data, split="test", count=count),
   )
+
+
+def _match_splits(
+  train: examples.ClassificationSet, test: examples.ClassificationSet
+) -> Splits:
+  """Both sets with labels among the classes of `train`.
+
+  Raises:
+    InputError: for classes that don't agree, or one set given twice.
+  """
+  both_scenes = train.name == test.name == "scenes"
+  path = os.path.realpath(test.name)
+  if os.path.realpath(train.name) == path and not both_scenes:
+    raise InputError(
+      f"train and test are both {path}: a probe would be tested on its "
+      "training images"
+    )
+  if train.ids is None or test.ids is None:
+    classes = 1 + int(max(train.labels.max(), test.labels.max()))
+    return Splits(train, test, max(classes, len(train.classes or ())))
+  index = {key: i for i, key in enumerate(train.ids)}
+  missing = [key for key in test.ids if key not in index]
+  if missing:
+    raise InputError(
+      f"{len(missing)} of {len(test.ids)} classes of {test.name} are not in "
+      f"{train.name}, such as {missing[0]!r}. Is train= another data set, or "
+      "unpacked in part?"
+    )
+  labels = np.asarray([index[key] for key in test.ids], np.int32)[test.labels]
+  test = dataclasses.replace(
+    test, labels=labels, ids=train.ids, classes=train.classes
+  )
+  return Splits(train, test, len(train.ids))
 
 
 def open_captions(

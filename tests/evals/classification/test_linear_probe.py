@@ -11,6 +11,7 @@ import pytest
 
 import mtv_jax
 from mtv_jax.evals.classification import linear_probe
+from mtv_jax.evals.classification.base import hold_out
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.core.base import build_evaluator
 from mtv_jax.evals.core.global_features import LastBlocks
@@ -177,6 +178,16 @@ def test_too_many_crops_are_cached_by_default(folder, caplog):
   assert probe._augmentation(**(args | {"steps": 100})) == "crops"
 
 
+def test_held_out():
+  labels = np.array([0] * 25 + [1] * 10 + [2] * 6 + [3] * 2 + [5])
+  rng = np.random.default_rng(0)
+  labels = rng.permutation(labels)
+  train, out = hold_out(labels)
+  assert sorted([*train, *out]) == list(range(len(labels)))
+  assert list(np.bincount(labels[out], minlength=6)) == [2, 1, 1, 1, 0, 0]
+  assert list(train) == sorted(train)
+
+
 def test_selection_on_held_out_training_images(folder):
   evaluator = linear_probe.LinearProbe(
     data=str(folder),
@@ -233,6 +244,7 @@ def test_thirteen_rates_cost_at_most_twice_one():
     import time
     import numpy as np
     from mtv_jax.evals.classification import linear_probe
+from mtv_jax.evals.classification.base import hold_out
     from mtv_jax.evals.classification.linear_probe import RATES
     from mtv_jax.evals.core import probe
     from mtv_jax.evals.core.global_features import LastBlocks

@@ -10,7 +10,6 @@ from mtv_jax.evals.core import base
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.scenes import HELD_OUT_SCENES, PROBE_SCENES
-from mtv_jax.evals.datasets.splits import hold_out
 from mtv_jax.utils.errors import MissingFileError
 
 
@@ -109,16 +108,6 @@ def test_scenes_are_labelled_without_rendering(monkeypatch):
   data = registry.open_splits({"type": "scenes", "length": 3})
   assert data.test.images[0].shape == data.train.images[0].shape
   assert rendered == [HELD_OUT_SCENES, PROBE_SCENES]
-
-
-def test_held_out():
-  labels = np.array([0] * 25 + [1] * 10 + [2] * 6 + [3] * 2 + [5])
-  rng = np.random.default_rng(0)
-  labels = rng.permutation(labels)
-  train, out = hold_out(labels)
-  assert sorted([*train, *out]) == list(range(len(labels)))
-  assert list(np.bincount(labels[out], minlength=6)) == [2, 1, 1, 1, 0, 0]
-  assert list(train) == sorted(train)
 
 
 def test_select_keeps_images_and_labels_together(tree):
