@@ -273,8 +273,7 @@ def _unpack_boxes(packed: Mapping[str, Any]) -> BoxLabel:
   boxes = stored.astype(np.float32) / np.float32(TOP)
   scores = np.frombuffer(packed["scores"], "<f4").astype(np.float32)
   phrases = tuple(packed["phrases"])
-  if not len(boxes) == len(scores) == len(phrases):
-    raise ValueError(
-      f"{len(boxes)} boxes, {len(phrases)} phrases, {len(scores)} scores"
-    )
+  counts = [len(boxes), len(phrases), len(scores)]
+  if len(set(counts)) > 1:
+    raise ValueError(f"numbers of boxes, phrases and scores are {counts}")
   return BoxLabel(boxes, phrases, scores)

@@ -186,21 +186,20 @@ def _spread(quantiles: Mapping[str, float]) -> str:
 def _render_histogram(histogram: Mapping[str, Any], title: str) -> str:
   """A bar chart, with the count of each bar in its tooltip."""
   edges, counts = histogram["bars"]["edges"], histogram["bars"]["counts"]
-  names = [f"{a:.3g} to {b:.3g}" for a, b in itertools.pairwise(edges)]
+  ends = [(f"{a:.3g}", f"{b:.3g}") for a, b in itertools.pairwise(edges)]
   if histogram["values"] == "whole":
-    pairs = [
-      (round(a + 0.5), round(b - 0.5)) for a, b in itertools.pairwise(edges)
-    ]
-    names = [f"{a}" if a == b else f"{a} to {b}" for a, b in pairs]
+    pairs = itertools.pairwise(edges)
+    ends = [(f"{a + 0.5:.0f}", f"{b - 0.5:.0f}") for a, b in pairs]
   bars = "".join(
-    f"<i style='height:{100 * count / max(counts):.1f}%' title='{name}:"
-    f" {count:,} ({100 * count / histogram['count']:.3g} %)'></i>"
-    for name, count in zip(names, counts, strict=True)
+    f"<i style='height:{100 * count / max(counts):.1f}%'"
+    f" title='{low}{f' to {high}' * (low != high)}: {count:,}"
+    f" ({100 * count / histogram['count']:.3g} %)'></i>"
+    for (low, high), count in zip(ends, counts, strict=True)
   )
   return (
     f"<div class=chart><b>{escape(title)}</b><div class=bars>{bars}</div>"
-    f"<span>{edges[0]:.3g}</span><span>largest bar: {max(counts):,}</span>"
-    f"<span>{edges[-1]:.3g}</span></div>"
+    f"<span>{ends[0][0]}</span><span>largest bar: {max(counts):,}</span>"
+    f"<span>{ends[-1][1]}</span></div>"
   )
 
 

@@ -34,20 +34,14 @@ _BYTES = re.compile(r"b'(?:[^'\\]|\\.)*'|b\"(?:[^\"\\]|\\.)*\"")
 _NUMBER = re.compile(r"\b0x[0-9a-f]+\b|\d+(?:\.\d+)?")
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-  """Prepared records of one group, at most a full batch, by position."""
+# Prepared records of one group with their positions.
+Batch = list[tuple[int, Prepared]]
 
-  positions: Sequence[int]
-  prepared: Sequence[Prepared]
 
-  def arrays(self, rows: int) -> dict[str, np.ndarray]:
-    """Stacked arrays, padded to `rows` by repetition."""
-    chosen = [self.prepared[i % len(self.prepared)] for i in range(rows)]
-    return {
-      name: np.stack([item.arrays[name] for item in chosen])
-      for name in chosen[0].arrays
-    }
+def stack_arrays(batch: Batch, rows: int) -> dict[str, np.ndarray]:
+  """Stacked arrays of a batch, padded to `rows` by repetition."""
+  chosen = [batch[i % len(batch)][1].arrays for i in range(rows)]
+  return {name: np.stack([x[name] for x in chosen]) for name in chosen[0]}
 
 
 class Grouper:
@@ -69,7 +63,7 @@ class Grouper:
     self._max_bytes = max_bytes
     self._max_age = max_age
     # By group, in the order of their first records.
-    self._waiting: dict[Hashable, list[tuple[int, Prepared]]] = {}
+    self._waiting: dict[Hashable, Batch] = {}
     self._bytes = 0
 
   def add(self, position: int, prepared: Prepared) -> Iterator[Batch]:
@@ -92,9 +86,9 @@ class Grouper:
       yield self._pop(next(iter(self._waiting)))
 
   def _pop(self, group: Hashable) -> Batch:
-    positions, prepared = zip(*self._waiting.pop(group), strict=True)
-    self._bytes -= sum(map(_size, prepared))
-    return Batch(positions, prepared)
+    batch = self._waiting.pop(group)
+    self._bytes -= sum(_size(prepared) for _, prepared in batch)
+    return batch
 
 
 def _size(prepared: Prepared) -> int:
@@ -200,7 +194,7 @@ class _Pipeline:
     yield from self._pop_finished()
 
   def _start(self, batch: Batch) -> None:
-    outputs = self._expert.run(batch.arrays(self._expert.rows))
+    outputs = self._expert.run(stack_arrays(batch, self._expert.rows))
     self._collect()
     self._running = (batch, outputs)
 
@@ -214,11 +208,13 @@ class _Pipeline:
     futures.wait(self._finishing)
     fetched = {name: np.asarray(value) for name, value in outputs.items()}
     self._finishing = []
-    for row, position in enumerate(batch.positions):
-      item, meta = self._items[position], batch.prepared[row].meta
-      # The ellipsis makes an array of a scalar too.
+    for row, (position, prepared) in enumerate(batch):
+      item = self._items[position]
+      # With the ellipsis a scalar stays an array.
       rows = {name: value[row, ...] for name, value in fetched.items()}
-      item.outcome = self._pool.submit(self._finish, item.key, rows, meta)
+      item.outcome = self._pool.submit(
+        self._finish, item.key, rows, prepared.meta
+      )
       self._finishing.append(item.outcome)
 
   def _finish(

@@ -191,7 +191,7 @@ def group_batches(groups, rows=3, size=1, **limits):
       batches += grouper.add(position, prepared(group, size))
   before = len(batches)
   batches += grouper.flush()
-  return [list(batch.positions) for batch in batches], before
+  return [[position for position, _ in batch] for batch in batches], before
 
 
 def test_records_of_a_group_share_a_batch():
@@ -220,8 +220,9 @@ def test_waiting_is_bounded():
 
 
 def test_a_batch_is_padded():
-  batch = batching.Batch([4, 6], [prepared("a"), prepared("b")])
-  assert batch.arrays(5)["x"].tolist() == [[97], [98], [97], [98], [97]]
+  batch = [(4, prepared("a")), (6, prepared("b"))]
+  stacked = batching.stack_arrays(batch, 5)["x"]
+  assert stacked.tolist() == [[97], [98], [97], [98], [97]]
 
 
 class Slow:
