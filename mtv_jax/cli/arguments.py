@@ -1,16 +1,13 @@
 """Arguments that several commands share, each spelled one way."""
 
 import argparse
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
 
 from mtv_jax.parallel import distributed
-
-
-def positive(text: str) -> int:
-  """An argument's type: a whole number of at least 1."""
-  value = int(text)
-  if value < 1:
-    raise argparse.ArgumentTypeError(f"{value}: expected at least 1")
-  return value
 
 
 def add_config(
@@ -66,3 +63,37 @@ def initialize_distributed(args: argparse.Namespace) -> None:
     processes=args.processes,
     process=args.process,
   )
+
+
+def add_parameters(
+  parser: argparse.ArgumentParser, function: Callable[..., Any]
+) -> None:
+  """Adds a flag for each parameter of a function.
+
+  Defaults and types are those of the signature, help texts those of the
+  docstring. A parameter without a default is required, and an integer is at
+  least 1 (0 where that is the default).
+  """
+  section = inspect.getdoc(function).partition("Args:\n")[2]
+  section = section.partition("\n\n")[0]
+  helps = dict(
+    re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section, re.MULTILINE)
+  )
+  for name, parameter in inspect.signature(function).parameters.items():
+    required = parameter.default is parameter.empty
+    default = None if required else parameter.default
+    integer = "int" in str(parameter.annotation)
+    parser.add_argument(
+      f"--{name}",
+      required=required,
+      default=default,
+      type=functools.partial(_integer, int(default != 0)) if integer else str,
+      help=" ".join(helps[name].split()).replace("%", "%%"),
+    )
+
+
+def _integer(least: int, text: str) -> int:
+  value = int(text)
+  if value < least:
+    raise argparse.ArgumentTypeError(f"{value}: expected at least {least}")
+  return value

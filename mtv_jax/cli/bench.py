@@ -22,8 +22,8 @@ from pathlib import Path
 
 import jax
 
+from mtv_jax.cli import arguments
 from mtv_jax.config import overrides, schema
-from mtv_jax.perf.bench import harness
 
 # By name: the module with `run`, and the help.
 COMMANDS = {
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   for name, (module, text) in COMMANDS.items():
     command = commands.add_parser(name, help=text)
     function = importlib.import_module(f"mtv_jax.perf.{module}").run
-    harness.add_flags(command, function)
+    arguments.add_parameters(command, function)
     if "config" in inspect.signature(function).parameters:
       command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE"

@@ -1,7 +1,8 @@
 """Compiled HLO, parsed from its text: collectives, largest arrays, FLOPs.
 
 XLA's own cost analysis counts the body of a loop once. Here an instruction in
-a loop counts as often as the loop runs.
+a loop counts as often as the loop runs. A `program` is a compiled program, its
+text (`compiled.as_text()`), or a parsed `Module`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,44 +33,35 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """An array type, such as 'bf16[8,128]', with its size and memory space.
+  """An array type."""
 
-  Attributes:
-    text: dtype and dimensions.
-    dims: dimensions.
-    bytes: size without padding.
-    padded: size with the padding of the layout's tiles.
-    space: memory space; 0 is HBM.
-  """
-
-  text: str
-  dims: tuple[int, ...]
-  bytes: int
-  padded: int
-  space: int = 0
+  text: str  # Dtype and dimensions, such as 'bf16[8,128]'.
+  dims: tuple[int, ...]  # Dimensions.
+  bytes: int  # Size without padding.
+  padded: int  # Size in bytes with the padding of the layout's tiles.
+  space: int = 0  # Memory space; 0 is HBM.
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One HLO instruction.
+  """One HLO instruction."""
 
-  Attributes:
-    name: unique in the module.
-    opcode: such as 'fusion' or 'all-gather-start'.
-    shapes: of the result; several for a tuple.
-    operands: names of instructions.
-    scope: `op_name` of the metadata, the operation in the JAX source.
-    text: the rest of the line after the operands.
-    literal: the value of a constant, as text.
-  """
+  name: str  # Unique in the module.
+  opcode: str  # Such as 'fusion' or 'all-gather-start'.
+  shapes: tuple[Shape, ...]  # Of the result; several for a tuple.
+  arguments: str  # Text of the operands, or a constant's value.
+  text: str  # The rest of the line after the operands.
 
-  name: str
-  opcode: str
-  shapes: tuple[Shape, ...]
-  operands: tuple[str, ...]
-  scope: str
-  text: str
-  literal: str = ""
+  @property
+  def operands(self) -> list[str]:
+    """Names of the instructions whose results this one reads."""
+    return _OPERAND.findall(self.arguments)
+
+  @property
+  def scope(self) -> str:
+    """`op_name` of the metadata, the operation in the JAX source."""
+    scope = _SCOPE.search(self.text)
+    return scope[1] if scope else ""
 
   def called_computations(self) -> list[tuple[str, str]]:
     """Pairs (role, computation); `-done` and `-update` call nothing."""
@@ -87,19 +79,13 @@ Computation = Mapping[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """A parsed HLO module.
+  """A parsed HLO module."""
 
-  Attributes:
-    computations: by name, the instructions of each in order.
-    entry: name of the entry computation.
-    roots: name of the root instruction of each computation.
-    partitions: number of devices that run the module.
-  """
-
+  # By name, the instructions of each in order.
   computations: Mapping[str, Computation]
-  entry: str
-  roots: Mapping[str, str]
-  partitions: int
+  entry: str  # Name of the entry computation.
+  roots: Mapping[str, Instruction]  # Of each computation.
+  partitions: int  # Number of devices that run the module.
 
   @functools.cached_property
   def run_counts(self) -> dict[str, float]:
@@ -128,11 +114,7 @@ class Module:
 
 
 def parse(program: Any) -> Module:
-  """Parses a compiled program.
-
-  Args:
-    program: a compiled program, its text (`compiled.as_text()`), or a `Module`,
-      which is returned as it is.
+  """Parses a program.
 
   Raises:
     InputError: the text has no ENTRY computation.
@@ -151,15 +133,14 @@ def parse(program: Any) -> Module:
     elif line.startswith("}"):
       current = None
     elif head := _NAME.match(line):
-      computations[current][head[2]] = _instruction(head[2], line[head.end() :])
+      instruction = _instruction(head[2], line[head.end() :])
+      computations[current][head[2]] = instruction
       if head[1]:
-        roots[current] = head[2]
+        roots[current] = instruction
   if entry is None:
     raise InputError("expected the text of a compiled program: it has no ENTRY")
-  partitions = re.search(r"\bnum_partitions=(\d+)", text)
-  replicas = re.search(r"\breplica_count=(\d+)", text)
-  count = math.prod(int(m[1]) for m in (partitions, replicas) if m)
-  return Module(computations, entry, roots, count)
+  counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text)
+  return Module(computations, entry, roots, math.prod(map(int, counts)))
 
 
 def _instruction(name: str, rest: str) -> Instruction:
@@ -167,16 +148,8 @@ def _instruction(name: str, rest: str) -> Instruction:
   result, rest = rest[:end], rest[end:].lstrip()
   opcode, _, rest = rest.partition("(")
   end = _closing("(" + rest) - 1
-  arguments, text = rest[: end - 1], rest[end:]
-  scope = _SCOPE.search(text)
   return Instruction(
-    name=name,
-    opcode=opcode,
-    shapes=parse_shapes(result),
-    operands=tuple(_OPERAND.findall(arguments)),
-    scope=scope[1] if scope else "",
-    text=text,
-    literal=arguments if opcode == "constant" else "",
+    name, opcode, parse_shapes(result), rest[: end - 1], rest[end:]
   )
 
 
@@ -199,23 +172,26 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 def _shape(dtype: str, sizes: str, layout: str) -> Shape:
   digits = re.search(r"\d+", dtype)
   bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
-  dims = [int(size) for size in sizes.split(",") if size]
+  dims = _integers(sizes)
   order, _, rest = layout.partition(":")
   tile = re.search(r"T\(([\d,]+)\)", rest)
   space = re.search(r"S\((\d+)\)", rest)
   padded = list(dims)
   if tile:
-    minor = [int(i) for i in order.split(",") if i]
-    edges = [int(i) for i in tile[1].split(",")]
-    for axis, edge in zip(minor, reversed(edges), strict=False):
+    edges = reversed(_integers(tile[1]))
+    for axis, edge in zip(_integers(order), edges, strict=False):
       padded[axis] = -(-dims[axis] // edge) * edge
   return Shape(
     text=f"{dtype}[{sizes}]",
-    dims=tuple(dims),
+    dims=dims,
     bytes=math.prod(dims) * bits // 8,
     padded=math.prod(padded) * bits // 8,
     space=int(space[1]) if space else 0,
   )
+
+
+def _integers(text: str) -> tuple[int, ...]:
+  return tuple(int(number) for number in text.split(",") if number)
 
 
 # ---------------------------------------------------------------------------
@@ -225,72 +201,52 @@ def _shape(dtype: str, sizes: str, layout: str) -> Shape:
 def _trip_count(module: Module, caller: str, loop: Instruction) -> int:
   """The trip count that XLA noted, or the one that the condition implies.
 
-  Understood are loops from a constant to a constant by a constant step, as
-  `scan`, `map` and `fori_loop` compile to; any other counts as 1.
+  Supports loops from a constant to a constant by a constant step, as `scan`,
+  `map` and `fori_loop` compile to; any other counts as 1.
   """
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text)
   if known:
     return int(known[1])
   called = dict(loop.called_computations())
-  condition, body = (
-    module.computations[called[role]] for role in ("condition", "body")
+  outer, condition, body = (
+    module.computations[name]
+    for name in (caller, called["condition"], called["body"])
   )
-  test = condition[module.roots[called["condition"]]]
+  test, result = (module.roots[called[role]] for role in ("condition", "body"))
   compare = re.search(r"direction=(LT|LE)", test.text)
   if test.opcode != "compare" or not compare:
     return 1
-  outer = module.computations[caller]
-  start = outer[loop.operands[0]]
-
-  def initial(index):
-    if start.opcode != "tuple" or index is None:
-      return None
-    return _constant(outer, start.operands[index])
-
-  counter = _tuple_index(condition, test.operands[0])
-  limit = _constant(condition, test.operands[1])
-  if limit is None:
-    limit = initial(_tuple_index(condition, test.operands[1]))
-  if limit is None or counter is None:
+  counter, limit = (
+    _number(condition, operand, "get-tuple-element")
+    for operand in test.operands
+  )
+  start, first = outer[loop.operands[0]], None
+  last = _number(condition, test.operands[1], "constant")
+  if start.opcode == "tuple" and counter is not None:
+    first = _number(outer, start.operands[counter], "constant")
+    if last is None and limit is not None:
+      last = _number(outer, start.operands[limit], "constant")
+  if last is None or counter is None:
     return 1
+  steps = []
+  if result.opcode == "tuple":
+    update = body[result.operands[counter]]
+    if update.opcode == "add":
+      steps = [_number(body, name, "constant") for name in update.operands]
+  step = next((step for step in steps if step and step > 0), 1)
   # JAX's loops count from 0, where the initial value can't be followed.
-  first = initial(counter) or 0
-  step = _increment(body, module.roots[called["body"]], counter)
-  last = limit + (compare[1] == "LE")
-  return max(-(-(last - first) // step), 0)
+  return len(range(first or 0, last + (compare[1] == "LE"), step))
 
 
-def _source(computation: Computation, name: str) -> Instruction:
-  """The instruction behind copies and bitcasts."""
+def _number(computation: Computation, name: str, opcode: str) -> int | None:
+  """A constant's value or a tuple element's index, behind copies."""
   source = computation[name]
   while source.opcode in ("copy", "bitcast") and source.operands:
     source = computation[source.operands[0]]
-  return source
-
-
-def _tuple_index(computation: Computation, name: str) -> int | None:
-  """Index of a value in the tuple that the loop carries."""
-  source = _source(computation, name)
-  index = re.search(r"\bindex=(\d+)", source.text)
-  return int(index[1]) if source.opcode == "get-tuple-element" else None
-
-
-def _constant(computation: Computation, name: str) -> int | None:
-  source = _source(computation, name)
-  whole = re.fullmatch(r"-?\d+", source.literal)
-  return int(whole[0]) if source.opcode == "constant" and whole else None
-
-
-def _increment(body: Computation, root: str, counter: int) -> int:
-  """The constant that a loop adds to its counter; 1 where it is not clear."""
-  result = body[root]
-  if result.opcode != "tuple":
-    return 1
-  update = body[result.operands[counter]]
-  if update.opcode != "add":
-    return 1
-  values = [_constant(body, operand) for operand in update.operands]
-  return next((value for value in values if value and value > 0), 1)
+  number = re.fullmatch(r"-?\d+", source.arguments) or re.search(
+    r"(?<=\bindex=)\d+", source.text
+  )
+  return int(number[0]) if number and source.opcode == opcode else None
 
 
 # ---------------------------------------------------------------------------
@@ -311,42 +267,25 @@ _RECEIVED = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective of a compiled program.
+  """One collective of a compiled program."""
 
-  Attributes:
-    kind: 'all-gather', 'all-reduce', ...
-    name: of the instruction.
-    shape: of the operands on one chip.
-    result: bytes of the result on one chip.
-    group: number of chips in the replica group.
-    count: executions per step.
-    bytes: received by a chip per step.
-    scope: `op_name`, the operation in the JAX source.
-  """
-
-  kind: str
-  name: str
-  shape: str
-  result: int
-  group: int
-  count: float
-  bytes: float
-  scope: str
+  kind: str  # 'all-gather', 'all-reduce', ...
+  name: str  # Of the instruction.
+  shape: str  # Of the operands on one chip.
+  result: int  # Bytes of the result on one chip.
+  group: int  # Number of chips in the replica group.
+  count: float  # Executions per step.
+  bytes: float  # Received by a chip per step.
+  scope: str  # The operation in the JAX source.
 
 
 def collectives(program: Any) -> tuple[Collective, ...]:
   """All collectives of a program, largest first.
 
   An asynchronous collective counts once. Bytes are those that a chip receives
-  with ring algorithms in a group of n: (n - 1) times the operand for an
-  all-gather, 2 (n - 1) / n for an all-reduce, (n - 1) / n for a reduce-scatter
-  or an all-to-all, 1 for a permute.
-
-  Args:
-    program: see `parse`.
+  with ring algorithms, see `_RECEIVED`.
   """
-  module = parse(program)
-  rows = []
+  module, rows = parse(program), []
   for instruction, computation, times in module.executed():
     kind = instruction.opcode.removesuffix("-start")
     if kind not in _RECEIVED or _is_continuation(instruction, computation):
@@ -401,9 +340,9 @@ def group_size(instruction: Instruction, partitions: int) -> int:
     return int(iota[2])
   mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
   if mesh:
-    sizes = {k: int(v) for k, v in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
     axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
-    return math.prod(int(part) if part else sizes[k] for k, part in axes)
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)
   return partitions
 
 
@@ -422,21 +361,13 @@ def sum_by_kind(rows: Iterable[Collective]) -> dict[str, tuple[float, float]]:
 
 @dataclasses.dataclass(frozen=True)
 class Temporary:
-  """An array that a program allocates in HBM.
+  """An array that a program allocates in HBM."""
 
-  Attributes:
-    bytes: with padding.
-    shape: dtype and dimensions.
-    name: of the instruction that computes it.
-    scope: `op_name`, the operation in the JAX source.
-    count: number of arrays of this shape and scope.
-  """
-
-  bytes: int
-  shape: str
-  name: str
-  scope: str
-  count: int = 1
+  bytes: int  # With padding.
+  shape: str  # Dtype and dimensions.
+  name: str  # Of the instruction that computes it.
+  scope: str  # The operation in the JAX source.
+  count: int = 0  # Number of arrays of this shape and scope.
 
 
 # Instructions that allocate no array.
@@ -447,14 +378,9 @@ _ALIASES = (
 
 
 def largest_temporaries(program: Any, *, limit: int = 10) -> list[Temporary]:
-  """The largest arrays that a program allocates in HBM.
+  """The largest arrays that a program allocates in HBM, a row for each scope.
 
-  They are not all live at the same time. Arrays of one shape and scope are one
-  row.
-
-  Args:
-    program: see `parse`.
-    limit: number of rows.
+  They are not all live at the same time.
   """
   module = parse(program)
   # Instructions inside of a fusion allocate nothing.
@@ -472,14 +398,13 @@ def largest_temporaries(program: Any, *, limit: int = 10) -> list[Temporary]:
     for instruction in computation.values():
       if instruction.opcode in _ALIASES or instruction.opcode.endswith("-done"):
         continue
+      scope = instruction.scope
       for shape in instruction.shapes:
-        if shape.space:
-          continue
-        key = (shape.text, instruction.scope)
-        row = rows.get(key) or Temporary(
-          shape.padded, shape.text, instruction.name, instruction.scope, count=0
-        )
-        rows[key] = dataclasses.replace(row, count=row.count + 1)
+        if shape.space == 0:
+          new = Temporary(shape.padded, shape.text, instruction.name, scope)
+          row = rows.get((shape.text, scope), new)
+          row = dataclasses.replace(row, count=row.count + 1)
+          rows[shape.text, scope] = row
   return sorted(rows.values(), key=lambda row: -row.bytes)[:limit]
 
 
@@ -492,74 +417,75 @@ def count_flops(program: Any) -> float:
 
   As in XLA's cost analysis, taps of a convolution that meet only padding or
   dilation do not count. Unlike there, loops are multiplied by their trip count.
-
-  Args:
-    program: see `parse`.
   """
   costs = {"dot": _dot_flops, "convolution": _convolution_flops}
   total = 0.0
   for instruction, computation, times in parse(program).executed():
     if instruction.opcode in costs:
-      left, right = (
-        computation[operand].shapes[0].dims
-        for operand in instruction.operands[:2]
-      )
-      total += times * costs[instruction.opcode](instruction, left, right)
+      operands = (computation[o].shapes[0].dims for o in instruction.operands)
+      total += times * costs[instruction.opcode](instruction, *operands)
   return total
 
 
-def _dot_flops(instruction: Instruction, left: tuple, right: tuple) -> float:
-  del right
-  match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
-  axes = [int(i) for i in match[1].split(",") if i] if match else []
-  out = math.prod(instruction.shapes[0].dims)
-  return 2.0 * out * math.prod(left[i] for i in axes)
+def _dot_flops(instruction: Instruction, lhs: tuple, _: tuple) -> float:
+  axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
+  inner = math.prod(lhs[i] for i in _integers(axes[1])) if axes else 1
+  return 2.0 * math.prod(instruction.shapes[0].dims) * inner
 
 
 def _convolution_flops(
-  instruction: Instruction, left: tuple, right: tuple
+  instruction: Instruction, lhs: tuple, rhs: tuple
 ) -> float:
-  text, out = instruction.text, instruction.shapes[0].dims
-  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
-  on_left, on_right, on_out = labels.groups()
-  window = re.search(r"window=\{([^}]*)\}", text)
-  fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+  text = instruction.text
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text).groups()
+  spatial = "0123456789"[: len(labels[0]) - 2]
+  specs = [
+    [axes.index(label) for label in first + spatial]
+    for axes, first in zip(labels, ("bf", "oi", "bf"), strict=True)
+  ]
+  text = re.search(r"window=\{([^}]*)\}", text)
+  fields = dict(re.findall(r"(\w+)=(\S+)", text[1])) if text else {}
 
-  def groups(name):
-    match = re.search(rf"{name}=(\d+)", text)
-    return int(match[1]) if match else 1
+  def field(name, default="1"):
+    values = fields[name].split("x") if name in fields else default * len(rhs)
+    return [int(value.split("_")[0]) for value in values]
 
-  def field(name, axis, default="1"):
-    values = fields.get(name)
-    return values.split("x")[axis] if values else default
-
-  taps = 1
-  for i in range(len(on_left) - 2):
-    axis = str(i)
-    taps *= count_valid_taps(
-      left[on_left.index(axis)],
-      right[on_right.index(axis)],
-      out[on_out.index(axis)],
-      padding=int(field("pad", i, "0_0").split("_")[0]),
-      stride=int(field("stride", i)),
-      lhs_dilation=int(field("lhs_dilate", i)),
-      rhs_dilation=int(field("rhs_dilate", i)),
-    )
-  features = left[on_left.index("f")] // groups("feature_group_count")
-  batch = left[on_left.index("b")] // groups("batch_group_count")
-  return 2.0 * taps * features * batch * out[on_out.index("f")]
+  window = {
+    "padding": [(low, 0) for low in field("pad", "0")],
+    "window_strides": field("stride"),
+    "lhs_dilation": field("lhs_dilate"),
+    "rhs_dilation": field("rhs_dilate"),
+  }
+  shapes = (lhs, rhs, instruction.shapes[0].dims)
+  return convolution_flops(shapes, specs, window)
 
 
-def count_valid_taps(
-  size: int, kernel: int, out: int, *, padding: int, stride: int,
-  lhs_dilation: int, rhs_dilation: int,
-) -> int:  # fmt: skip
-  """Pairs (output, tap) along one axis that read an element of the input.
+def convolution_flops(
+  shapes: Sequence[Sequence[int]],
+  specs: Sequence[Sequence[int]],
+  window: Mapping[str, Any],
+) -> float:
+  """Two FLOPs for each output and each tap that reads an element of the input.
 
-  The others read padding, or zeros that the dilation of a transposed
+  The other taps read padding, or zeros that the dilation of a transposed
   convolution (or of a strided one's gradient) inserts.
+
+  Args:
+    shapes: of the input, the kernel and the output.
+    specs: their axes, see `jax.lax.ConvDimensionNumbers`.
+    window: `window_strides`, `padding`, `lhs_dilation` and `rhs_dilation` of
+      `jax.lax.conv_general_dilated`.
   """
-  outputs, taps = np.arange(out)[:, None], np.arange(kernel)
-  at = outputs * stride + taps * rhs_dilation - padding  # [out, kernel]
-  valid = (at >= 0) & (at <= (size - 1) * lhs_dilation)
-  return int((valid & (at % lhs_dilation == 0)).sum())
+  lhs, rhs, out = (
+    [shape[axis] for axis in spec]
+    for shape, spec in zip(shapes, specs, strict=True)
+  )
+  total = 2.0 * out[0] * out[1] * rhs[1]
+  for i, outputs in enumerate(out[2:]):
+    stride, dilation = window["window_strides"][i], window["rhs_dilation"][i]
+    starts = np.arange(outputs)[:, None] * stride - window["padding"][i][0]
+    index = starts + np.arange(rhs[2 + i]) * dilation  # [outputs, taps]
+    dilation = window["lhs_dilation"][i]
+    valid = (index >= 0) & (index <= (lhs[2 + i] - 1) * dilation)
+    total *= int((valid & (index % dilation == 0)).sum())
+  return total

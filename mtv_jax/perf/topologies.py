@@ -8,13 +8,11 @@ included, and cannot run. This is the only module that uses
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator
 
 import jax
 
@@ -23,39 +21,28 @@ from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One accelerator, which is one JAX device.
+  """One accelerator, which is one JAX device."""
 
-  Attributes:
-    kind: such as 'v5e', 'cpu' or 'H100'.
-    hbm_bytes: memory that a program may use; None where it is unknown. For a
-      TPU, what the compiler reports as available.
-    peak_bf16_flops: dense bfloat16 FLOP/s by the data sheet; None if unknown.
-    per_host: chips per host.
-    axes: dimensions of the torus; 0 for no torus.
-    config: libtpu's `chip_config_name`; 'megacore' joins a chip's two cores.
-  """
-
-  kind: str
-  hbm_bytes: int | None
-  peak_bf16_flops: float | None
-  per_host: int = 4
-  axes: int = 0
-  config: str = "default"
+  kind: str  # Such as 'v5e', 'cpu' or 'H100'.
+  hbm_bytes: int | None  # That a program may use; None where it is unknown.
+  peak_bf16_flops: float | None  # Dense FLOP/s; None if unknown.
+  axes: int = 0  # Dimensions of the torus; 0 for no torus.
 
 
 # FLOP/s: cloud.google.com/tpu/docs. Memory: as the compiler reports it for a
 # program that does not fit.
 TPUS = {
-  "v4": Chip("v4", int(30.75 * 2**30), 275e12, axes=3, config="megacore"),
+  "v4": Chip("v4", int(30.75 * 2**30), 275e12, axes=3),
   "v5e": Chip("v5e", int(15.75 * 2**30), 197e12, axes=2),
   "v5p": Chip("v5p", int(95.73 * 2**30), 459e12, axes=3),
   "v6e": Chip("v6e", int(31.24 * 2**30), 918e12, axes=2),
 }
+_GPUS_PER_HOST = 8
 
 
 def _gpu(model: str, gigabytes: int, flops: float | None) -> Chip:
   # CUDA, NCCL and the allocator take a share of the nominal memory.
-  return Chip(model, int(0.92 * gigabytes * 1e9), flops, per_host=8)
+  return Chip(model, int(0.92 * gigabytes * 1e9), flops)
 
 
 # NVIDIA's data sheets.
@@ -80,25 +67,15 @@ EXAMPLES = "v5e:16x16, v4:4x4x8, 2xv5e:16x16 (two slices), cpu:8, gpu:8xH100"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A parsed topology name.
-
-  Attributes:
-    name: as the user gave it.
-    chip: of every device.
-    shape: torus of a slice, such as '16x16'; '' for none.
-    slices: number of slices, connected by the data-centre network.
-    chips: of all slices.
-    hosts: of all slices.
-    host_bounds: chips of a host along each axis of the torus.
-  """
+  """A parsed topology name."""
 
   name: str
   chip: Chip
-  shape: str
-  slices: int
-  chips: int
-  hosts: int
-  host_bounds: tuple[int, int, int] = (1, 1, 1)
+  chips: int  # Of all slices.
+  hosts: int  # Of all slices.
+  shape: str = ""  # Torus of a slice, such as '16x16'; '' for none.
+  slices: int = 1  # Connected by the data-centre network.
+  host_bounds: tuple[int, int, int] = (1, 1, 1)  # Chips of a host by axis.
 
   @property
   def is_tpu(self) -> bool:
@@ -124,44 +101,56 @@ def parse(name: str) -> Topology:
   Raises:
     ConfigError: the name is not a topology.
   """
+  try:
+    return _parse(name)
+  except ConfigError as error:
+    raise ConfigError(f"topology {name!r}: {error}") from None
+
+
+def _parse(name: str) -> Topology:
   match = _NAME.fullmatch(name)
   if match is None:
-    raise ConfigError(f"no topology is called {name!r}; examples: {EXAMPLES}")
+    raise ConfigError(f"expected KIND:SHAPE, such as {EXAMPLES}")
   kind, sign, shape = match["kind"], match["sign"], match["shape"]
   kind = _ALIASES.get(kind, kind)
   kinds = [*TPUS, "cpu", "gpu"]
   if kind not in kinds:
-    raise ConfigError(f"topology {name!r}: {did_you_mean(kind, kinds)}")
+    raise ConfigError(did_you_mean(kind, kinds))
   slices = int(match["slices"] or 1)
-  if slices < 1 or (kind not in TPUS and (slices > 1 or sign == "-")):
-    raise ConfigError(
-      f"topology {name!r}: only TPUs come in slices; examples: {EXAMPLES}"
-    )
+  if kind in TPUS and slices > 0:
+    return _parse_tpus(name, TPUS[kind], sign, shape, slices)
+  if slices != 1 or sign == "-":
+    raise ConfigError(f"only TPUs come in slices; examples: {EXAMPLES}")
+  count, _, model = shape.partition("x" if kind == "gpu" else ":")
+  chips, chip = _number(count), Chip("cpu", None, None)
   if kind == "cpu":
-    chips = _number(name, shape)
-    return Topology(name, Chip("cpu", None, None, chips), "", 1, chips, 1)
-  if kind == "gpu":
-    return _parse_gpus(name, shape)
-  return _parse_tpus(name, TPUS[kind], sign, shape, slices)
+    return Topology(name, chip, chips, hosts=1)
+  size = re.fullmatch(r"(\d+)GB", model)
+  if not size and model not in GPUS:
+    raise ConfigError(
+      f"unknown GPU; write gpu:{chips}xMODEL or, by its memory, "
+      f"gpu:{chips}x80GB. {did_you_mean(model, GPUS)}"
+    )
+  chip = _gpu(model, int(size[1]), None) if size else GPUS[model]
+  return Topology(name, chip, chips, -(-chips // _GPUS_PER_HOST))
 
 
 def _parse_tpus(
   name: str, chip: Chip, sign: str, shape: str, slices: int
 ) -> Topology:
-  example = f"{chip.kind}:{'x'.join('4' * chip.axes)}"
+  example = f"such as {chip.kind}:{'x'.join('4' * chip.axes)}"
   if sign == "-":
-    count = _number(name, shape)
+    count = _number(shape)
     if chip.axes != 2 or count not in _SQUARES:
       raise ConfigError(
-        f"topology {name!r}: KIND-CHIPS is for v5e and v6e, with "
-        f"{sorted(_SQUARES)} chips; give the shape instead, such as {example}"
+        f"KIND-CHIPS is for v5e and v6e, with {sorted(_SQUARES)} chips; give "
+        f"the shape instead, {example}"
       )
     shape = _SQUARES[count]
-  sides = [_number(name, side) for side in shape.split("x")]
+  sides = [_number(side) for side in shape.split("x")]
   if len(sides) != chip.axes:
     raise ConfigError(
-      f"topology {name!r}: {chip.kind} is a torus of {chip.axes} dimensions, "
-      f"such as {example}"
+      f"{chip.kind} is a torus of {chip.axes} dimensions, {example}"
     )
   chips = math.prod(sides)
   bounds = (1, 1, 1) if chips == 1 else (2, 2, 1)
@@ -170,39 +159,23 @@ def _parse_tpus(
     bounds = (2, 4, 1)
   if any(s % b for s, b in zip(sides, bounds, strict=False)):
     raise ConfigError(
-      f"topology {name!r}: hosts of {'x'.join(map(str, bounds))} chips do not "
-      f"divide it; sides are 1 (a single chip), 2, 4, 8, ..., such as {example}"
+      f"hosts of {'x'.join(map(str, bounds))} chips do not divide it; sides "
+      f"are 1 (a single chip), 2, 4, 8, ..., {example}"
     )
   largest = max(_SQUARES)
   if chip.axes == 2 and chips > largest:
     raise ConfigError(
-      f"topology {name!r}: a slice of {chip.kind} has at most {largest} chips "
+      f"a slice of {chip.kind} has at most {largest} chips "
       f"({_SQUARES[largest]}); for more, use slices: 2x{chip.kind}:16x16"
     )
-  hosts = chips // math.prod(bounds)
-  return Topology(
-    name, chip, shape, slices, slices * chips, slices * hosts, bounds
-  )
+  hosts = slices * chips // math.prod(bounds)
+  return Topology(name, chip, slices * chips, hosts, shape, slices, bounds)
 
 
-def _parse_gpus(name: str, shape: str) -> Topology:
-  count, _, model = shape.partition("x")
-  chips = _number(name, count)
-  size = re.fullmatch(r"(\d+)GB", model)
-  if not size and model not in GPUS:
-    raise ConfigError(
-      f"topology {name!r}: unknown GPU; write gpu:{chips}xMODEL or, by its "
-      f"memory, gpu:{chips}x80GB. {did_you_mean(model, GPUS)}"
-    )
-  chip = _gpu(model, int(size[1]), None) if size else GPUS[model]
-  return Topology(name, chip, "", 1, chips, -(-chips // chip.per_host))
-
-
-def _number(name: str, text: str) -> int:
+def _number(text: str) -> int:
   if not text.isdecimal() or int(text) < 1:
     raise ConfigError(
-      f"topology {name!r}: {text!r} is not a number of chips; examples: "
-      f"{EXAMPLES}"
+      f"{text!r} is not a number of chips; examples: {EXAMPLES}"
     )
   return int(text)
 
@@ -252,34 +225,26 @@ def _tpu_devices(topology: Topology) -> list[jax.Device]:
     "chips_per_host_bounds": list(topology.host_bounds),
     "num_slices": topology.slices,
   }
-  if topology.chip.config != "default":
-    options["chip_config_name"] = topology.chip.config
-  try:
-    with _libtpu_environment():
-      description = topologies.get_topology_desc(
-        f"{topology.chip.kind}:{topology.shape}", platform="tpu", **options
-      )
-  except (RuntimeError, ValueError) as error:
-    raise ConfigError(
-      f"topology {topology.name!r}: the TPU compiler refuses it: {error}"
-    ) from error
-  return list(description.devices)
-
-
-@contextlib.contextmanager
-def _libtpu_environment() -> Iterator[None]:
-  """Variables with which libtpu starts without looking for or locking a TPU."""
-  variables = {
+  if topology.chip.kind == "v4":
+    options["chip_config_name"] = "megacore"  # Joins a chip's two cores.
+  # Without these libtpu looks for a TPU and locks it.
+  environment = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   }
-  added = [name for name in variables if name not in os.environ]
-  os.environ.update({name: variables[name] for name in added})
+  added = {k: v for k, v in environment.items() if k not in os.environ}
+  os.environ.update(added)
   try:
-    yield
+    return topologies.get_topology_desc(
+      f"{topology.chip.kind}:{topology.shape}", platform="tpu", **options
+    ).devices
+  except (RuntimeError, ValueError) as error:
+    raise ConfigError(
+      f"topology {topology.name!r}: the TPU compiler refuses it: {error}"
+    ) from error
   finally:
     for name in added:
       del os.environ[name]

@@ -1,5 +1,6 @@
 """`mtv-jax`: dispatch, shared arguments, errors, and the wheel alone."""
 
+import argparse
 import os
 import pathlib
 import subprocess
@@ -54,10 +55,28 @@ def test_process_options_go_together():
     main.main(["train", "--config=mtv_tiny:tiny", "--workdir=x", "--process=0"])
 
 
-def test_positive():
-  assert arguments.positive("3") == 3
-  with pytest.raises(Exception, match="expected at least 1"):
-    arguments.positive("0")
+def test_flags_follow_the_signature_and_docstring():
+  def function(name: str, *, count: int = 3, workers: int = 0):
+    """Does nothing.
+
+    Args:
+      name: of the
+        items, 100 %.
+      count: how many.
+      workers: processes.
+
+    Raises:
+      ValueError: never.
+    """
+
+  parser = argparse.ArgumentParser()
+  arguments.add_parameters(parser, function)
+  assert "of the items, 100 %." in " ".join(parser.format_help().split())
+  args = parser.parse_args(["--name=a", "--workers=0"])
+  assert vars(args) == dict(name="a", count=3, workers=0)
+  for wrong in (["--name=a", "--count=0"], ["--count=1"]):
+    with pytest.raises(SystemExit):
+      parser.parse_args(wrong)
 
 
 PACKAGED = (

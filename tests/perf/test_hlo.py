@@ -78,7 +78,7 @@ def test_group_size_parses_all_formats():
   gather = module.computations["body"]["all-gather.1"]
 
   def size(text):
-    instruction = hlo.Instruction("a", "all-gather", (), (), "", text)
+    instruction = hlo.Instruction("a", "all-gather", (), "", text)
     return hlo.group_size(instruction, module.partitions)
 
   assert hlo.group_size(gather, 8) == 4

@@ -38,7 +38,7 @@ def test_parse(name, kind, chips, hosts, slices):
     ("v5e:0x4", "not a number of chips"),
     ("gpu:8xH10", "Did you mean 'H100'"),
     ("2xcpu:8", "only TPUs come in slices"),
-    ("a pod", "no topology is called"),
+    ("a pod", "'a pod': expected KIND:SHAPE"),
   ],
 )
 def test_invalid_names_raise(name, message):

@@ -30,7 +30,6 @@ from mtv_jax.train.step_spec import StepSpec, init_params
 from mtv_jax.utils.errors import check_choice
 
 WHAT = ("siglip", "distillation")
-# Of both sides.
 OPTIM = dict(name="adamw", lr=1e-3, weight_decay=0.1, b2=0.95, clip_norm=1.0)
 
 
@@ -62,18 +61,11 @@ def run(
     steps: per round.
     threads: cores that the process is restricted to, and threads of PyTorch.
   """
-  return compare(
-    what,
-    batch_size=batch_size,
-    rounds=rounds,
-    steps=steps,
-    threads=pin(threads),
-  )
+  return compare(what, batch_size, rounds, pin(threads), steps)
 
 
 def compare(
   what: str,
-  *,
   batch_size: int,
   rounds: int,
   threads: int,
@@ -96,13 +88,13 @@ def compare(
   from mtv_jax.perf.bench import torch_steps
 
   torch.set_num_threads(threads)
-  recipe, ours, params, batch = _our_step(what, batch_size, dict(model))
+  spec, ours, params, batch = _our_step(what, batch_size, model)
   if what == "siglip":
-    theirs = torch_steps.siglip_step(recipe, params, batch, OPTIM)
+    theirs = torch_steps.siglip_step(spec, params, batch, OPTIM)
   else:
-    make_views = functools.partial(flops.make_views, recipe)
+    make_views = functools.partial(flops.make_views, spec)
     views = jax.device_get(jax.jit(make_views)(batch))
-    theirs = torch_steps.distillation_step(recipe, params, views, OPTIM)
+    theirs = torch_steps.distillation_step(spec, params, views, OPTIM)
   sides = (ours, theirs)
   losses = tuple(side() for side in sides)
 
@@ -113,8 +105,6 @@ def compare(
     return harness.time_call(lambda: [side() for _ in range(steps)]) / steps
 
   times = np.array([[time_side(s) for s in sides] for _ in range(rounds)])
-  speed = harness.Ratio.of(times[:, 1], times[:, 0])
-  medians = [1e3 * statistics.median(side) for side in times.T]
   trained = sum(np.size(x) for x in jax.tree.leaves(params))
   parameters = (trained, theirs.parameters)
   result = harness.Result(
@@ -126,16 +116,11 @@ def compare(
     parameters=parameters,
   )
   for i, (name, label) in enumerate((("ours", "ours"), ("torch", "PyTorch"))):
-    result.add(
-      name,
-      medians[i],
-      label,
-      f"{medians[i]:.0f} ms a step, first loss {losses[i]:.4f}, "
-      f"{parameters[i]:,} parameters",
-    )
-  text = speed.format(".2f")
-  result.add("speed", speed.median, "our speed over PyTorch's", text)
-  result.add("speeds", speed.rounds)
+    text = f"first loss {losses[i]:.4f}, {parameters[i]:,} parameters"
+    median = 1e3 * statistics.median(times[:, i])
+    result.add(name, median, label, f"{{:.0f}} ms a step, {text}")
+  label = "our speed over PyTorch's"
+  result.add_ratio("speed", times[:, 1], times[:, 0], label, ".2f")
   return result
 
 
@@ -143,63 +128,55 @@ def _make_config(
   what: str, batch_size: int, model: dict[str, Any]
 ) -> ConfigDict:
   size, local = model.pop("image_size", 224), model.pop("local", 96)
-  siglip = what == "siglip"
   config = dict(
     seed=0,
     batch_size=batch_size,
     total_steps=1000,
     data=dict(
-      train=[dict(type="scenes", size=size)],
-      ops=f"decode|canvas({size})" + ("|caption(64)" if siglip else ""),
+      train=[dict(type="scenes", size=size)], ops=f"decode|canvas({size})"
     ),
     model=dict(variant="S/16", image_size=size, dtype="float32"),
     optim=OPTIM,
     schedule=dict(name="constant"),
   )
-  if siglip:
+  if what == "siglip":
     text = dict(variant="S", length=64, vocab_size=32_000)
-    config["model"] |= dict(pool="map", text=text, **model)
-    return ConfigDict(
-      dict(
-        **config,
-        views=dict(image=dict(count=1, ops=f"resize({size})")),
-        objectives=dict(contrastive=dict(init_bias=-10.0)),
-      )
+    config["data"]["ops"] += "|caption(64)"
+    config["model"] |= dict(pool="map", text=text)
+    config["views"] = dict(image=dict(count=1, ops=f"resize({size})"))
+    config["objectives"] = dict(contrastive=dict(init_bias=-10.0))
+  else:
+    # No photometric ops: PyTorch's step gets these crops.
+    crop = f"crop({size}, 0.32, 1.0)|flip|blocks(0.1, 0.5, p=0.5, patch=16)"
+    head = dict(
+      prototypes=model.pop("prototypes", 65_536),
+      chunk=None,
+      freeze_last_layer_percent=0.0,
     )
-  # No photometric ops: PyTorch's step gets these crops.
-  crop = f"crop({size}, 0.32, 1.0)|flip|blocks(0.1, 0.5, p=0.5, patch=16)"
-  head = dict(
-    prototypes=model.pop("prototypes", 65_536),
-    chunk=None,
-    freeze_last_layer_percent=0.0,
-  )
-  # With DINOv2's layer scale of 1e-5 all CLS tokens start nearly equal: KoLeo
-  # would take the logarithm of rounding errors, which differ between the sides.
-  config["model"] |= dict(pool="cls", layer_scale=0.1, **model)
-  return ConfigDict(
-    dict(
-      **config,
-      views={
-        "global": dict(count=2, ops=crop),
-        "local": dict(count=8, ops=f"crop({local}, 0.05, 0.32)|flip"),
-      },
-      objectives=dict(
-        distillation=dict(koleo_weight=0.1, **head), masked_latent=head
-      ),
-      teacher=dict(momentum=0.994),
+    # With DINOv2's layer scale of 1e-5 all CLS tokens start nearly equal: KoLeo
+    # would take the logarithm of rounding errors, which differ between sides.
+    config["model"] |= dict(pool="cls", layer_scale=0.1)
+    config["views"] = {
+      "global": dict(count=2, ops=crop),
+      "local": dict(count=8, ops=f"crop({local}, 0.05, 0.32)|flip"),
+    }
+    config["objectives"] = dict(
+      distillation=dict(koleo_weight=0.1, **head), masked_latent=head
     )
-  )
+    config["teacher"] = dict(momentum=0.994)
+  config["model"] |= model
+  return ConfigDict(config)
 
 
 def _our_step(what: str, batch_size: int, model: dict[str, Any]):
-  """The recipe, a step as a function, its first parameters and its batch."""
+  """The spec, a step as a function, its first parameters and its batch."""
   config = schema.check_config(_make_config(what, batch_size, model))
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
   built = build_train_step(config, mesh, 1)
-  recipe, program = built.step_spec, built.program
-  params = jax.jit(lambda key: init_params(recipe, key))(jax.random.key(0))
+  spec, program = built.step_spec, built.program
+  params = jax.jit(lambda key: init_params(spec, key))(jax.random.key(0))
   state = program.init(params)
-  batch = _random_batch(config, recipe)
+  batch = _random_batch(config, spec)
   on_device = shard_batch(batch, mesh)
 
   def step() -> float:
@@ -207,24 +184,20 @@ def _our_step(what: str, batch_size: int, model: dict[str, Any]):
     state, values = jax.block_until_ready(program.update(state, on_device))
     return float(values["loss"])
 
-  return recipe, step, jax.device_get(state.params), batch
+  return spec, step, jax.device_get(state.params), batch
 
 
-def _random_batch(
-  config: ConfigDict, recipe: StepSpec
-) -> dict[str, np.ndarray]:
+def _random_batch(config: ConfigDict, spec: StepSpec) -> dict[str, np.ndarray]:
   """Random pixels and tokens in the shapes of the config's batches."""
   rng = np.random.default_rng(0)
   batch = {
     name: np.ones((config.batch_size, *field.shape), field.dtype)
-    for name, field in flops.batch_fields(config, recipe).items()
+    for name, field in flops.batch_fields(config, spec).items()
   }
-  size = batch["image"].shape[1]
-  batch["image"] = rng.integers(0, 256, batch["image"].shape, np.uint8)
-  batch["image_size"] = np.full_like(batch["image_size"], size)
+  image, size = batch["image"], batch["image_size"]
+  batch["image"] = rng.integers(0, 256, image.shape, np.uint8)
+  batch["image_size"] = np.full_like(size, image.shape[1])
   if "caption" in batch:
-    vocabulary = recipe.model.text.vocab_size
-    batch["caption"] = rng.integers(
-      0, vocabulary, batch["caption"].shape, batch["caption"].dtype
-    )
+    vocabulary, tokens = spec.model.text.vocab_size, batch["caption"]
+    batch["caption"] = rng.integers(0, vocabulary, tokens.shape, tokens.dtype)
   return batch

@@ -56,36 +56,28 @@ def run(
     every=every,
   )
   add = result.add
-  add("state_bytes", size, "state", f"{size / 1e6:.0f} MB")
-  add("disk_bytes", disk_bytes, "  on disk", f"{disk_bytes / 1e6:.0f} MB")
+  add("state_bytes", size, "state", "{:.0f} MB", 1e6)
+  add("disk_bytes", disk_bytes, "  on disk", "{:.0f} MB", 1e6)
   add("disk", disk)
   for name, watch, label, limit in (
     ("save", saving, "save, until on disk", disk["write"]),
     ("restore", restoring, "restore", disk["read"]),
   ):
-    rate = size / watch.wall
-    text = f"{rate / 1e6:.0f} MB/s; disk alone {limit / 1e6:.0f} MB/s"
-    add(name, rate, label, text)
-  add("step", step, "a step", f"{step:.2f} s")
-  add("blocked", blocked, "save() blocks the loop", f"{blocked:.2f} s")
-  add("slowed", slowed, "and slows steps, in total", f"{slowed:.2f} s")
+    text = f"{{:.0f}} MB/s; disk alone {limit / 1e6:.0f} MB/s"
+    add(name, size / watch.wall, label, text, 1e6)
+  add("step", step, "a step", "{:.2f} s")
+  add("blocked", blocked, "save() blocks the loop", "{:.2f} s")
+  add("slowed", slowed, "and slows steps, in total", "{:.2f} s")
   add("stolen", stolen)
   median = statistics.median(stolen)
-  add(
-    "share",
-    median / (every * step + median),
-    "share of the run",
-    f"{median / (every * step + median):.2%} ({min(stolen):.2f} to "
-    f"{max(stolen):.2f} s a save, {saves} saves)",
-  )
+  text = f"{min(stolen):.2f} to {max(stolen):.2f} s a save, {saves} saves"
+  share = median / (every * step + median)
+  add("share", share, "share of the run", f"{{:.2%}} ({text})")
   return result
 
 
 def _time_save(
-  timer: StepTimer,
-  saver: Checkpointer,
-  number: int,
-  usual: float,
+  timer: StepTimer, saver: Checkpointer, number: int, usual: float
 ) -> tuple[float, float]:
   """Seconds that a save blocks the loop, and slows the steps until it ends."""
   blocked = harness.time_call(lambda: saver.save(number, timer.state))

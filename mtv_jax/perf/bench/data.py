@@ -9,7 +9,6 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -54,6 +53,7 @@ def run(
   """
   threads = threads or available_cores()
   images = batches * batch_size
+  times = {"pipeline": [], "decode": []}
   with tempfile.TemporaryDirectory() as folder:
     data = data or _write_scenes_tar(Path(folder), size)
     source = open_files(data)
@@ -63,7 +63,6 @@ def run(
       "threads": max(threads // max(workers, 1), 1),
     }
     tokens = build_tokenizer(tokenizer)
-    times = {"pipeline": [], "decode": []}
     for number in range(rounds + 1):
       start = number * (batches + 1)
       with pipeline.make_loader(
@@ -97,18 +96,11 @@ def run(
   ):
     rate = statistics.median(images / w.wall for w in times[name])
     cpu = statistics.median(1e3 * w.cpu / images for w in times[name])
-    result.add(
-      name,
-      dict(images_per_second=rate, cpu_ms=cpu),
-      label,
-      f"{rate:.0f} images/s, {rate / threads:.0f} a thread, {cpu:.2f} CPU ms "
-      "an image",
-    )
-  ratio = harness.Ratio.of(
-    *([watch.wall for watch in times[k]] for k in ("decode", "pipeline"))
-  )
-  result.add("ratio", ratio.median, "pipeline / decode", ratio.format(".1%"))
-  result.add("ratios", ratio.rounds)
+    text = f"{rate:.0f} images/s, {rate / threads:.0f} a thread"
+    values = dict(images_per_second=rate, cpu_ms=cpu)
+    result.add(name, values, label, f"{text}, {cpu:.2f} CPU ms an image")
+  walls = ([watch.wall for watch in times[k]] for k in ("decode", "pipeline"))
+  result.add_ratio("ratio", *walls, "pipeline / decode", ".1%")
   return result
 
 
@@ -125,8 +117,7 @@ def decode_cpu_ms(
 def scene_files(size: int, images: int) -> list[bytes]:
   """JPEGs of scenes a quarter larger than a size; a few scenes, repeated."""
   with tempfile.TemporaryDirectory() as folder:
-    path = _write_scenes_tar(Path(folder), size)
-    source = open_files(path)
+    source = open_files(_write_scenes_tar(Path(folder), size))
     return _read_images(source, 0, images)
 
 
@@ -134,7 +125,7 @@ def _read_images(source: Source, first: int, count: int) -> list[bytes]:
   """Encoded images of the pipeline's rows from `first` on."""
   rows = order.addresses([source], weights=[1.0], shuffle="global", seed=0)
   records = [rows[first + i][1] for i in range(count)]
-  images: dict[Any, bytes] = {n: source[n]["image"] for n in set(records)}
+  images = {n: source[n]["image"] for n in set(records)}
   return [images[number] for number in records]
 
 

@@ -59,12 +59,11 @@ def randomise(model: Any, generator: Any) -> None:
 
   with torch.no_grad():
     for name, parameter in model.named_parameters():
+      scale = 0.2
       if "position_embeddings" in name or "cls_token" in name:
         scale = 1.0
       elif parameter.dim() > 1:
         scale = parameter[0].numel() ** -0.5
-      else:
-        scale = 0.2
       parameter.normal_(0.0, scale, generator=generator)
     # The last layer reads the output of a ReLU: the map is positive.
     model.head.conv3.weight.abs_()
@@ -78,21 +77,13 @@ def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.Side:
     folder, preprocess="square", size=SIZE, batch_size=batch_size
   )
   arrays = {"images": experts.random_pixels(expert.rows, SIZE)}
-  return lambda: np.asarray(expert.run(arrays)["depth"])
+  return lambda: expert.run(arrays)["depth"]
 
 
 def theirs(model: Any, batch_size: int) -> experts.Side:
   """The same batch through the `transformers` model."""
-  import torch
-
-  pixels = experts.random_pixels(batch_size, SIZE).transpose(0, 3, 1, 2)
-  pixels = torch.from_numpy(np.ascontiguousarray(pixels))
-
-  def run() -> np.ndarray:
-    with torch.inference_mode():
-      return model(pixel_values=pixels).predicted_depth.numpy()
-
-  return run
+  pixels = experts.torch_pixels(batch_size, SIZE)
+  return lambda: model(pixel_values=pixels).predicted_depth
 
 
 def program(
@@ -100,8 +91,7 @@ def program(
 ) -> experts.Program:
   """The model as every device runs it."""
   names = ["backbone.embeddings.mask_token"]
-  config = make_config(variant)
-  spec = weights.read_spec(config, names)
+  spec = weights.read_spec(make_config(variant), names)
   shape = (batch_size * mesh.size, SIZE, SIZE, 3)
   return experts.Program(
     expert_lib.make_function(spec, dtype=dtype, mesh=mesh),

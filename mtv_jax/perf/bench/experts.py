@@ -12,7 +12,6 @@ A module of `MODELS` has
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import math
 import pathlib
@@ -20,6 +19,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,23 +40,16 @@ MODELS = {
 }
 AGAINST = ("transformers", "none")
 
-# Runs one batch and returns its results.
-Side = Callable[[], np.ndarray]
+# Runs one batch and returns its results, an array or a tensor.
+Side = Callable[[], Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """An expert's function of parameters and rows, with abstract arguments.
-
-  Attributes:
-    function: see `local_mesh.jit_per_device`.
-    params: shapes and dtypes of the parameters.
-    rows: shapes and dtypes of the rows of all devices.
-  """
+class Program(NamedTuple):
+  """An expert's function of parameters and rows, see `jit_per_device`."""
 
   function: Callable[[PyTree, PyTree], PyTree]
-  params: PyTree
-  rows: PyTree
+  params: PyTree  # Shapes and dtypes.
+  rows: PyTree  # Shapes and dtypes, of the rows of all devices.
 
 
 def run(
@@ -104,17 +97,17 @@ def run(
     import transformers
 
     torch.set_num_threads(threads)
+    versions["torch"] = torch.__version__
+    versions["transformers"] = transformers.__version__
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder)
       model = model_lib.write(variant, path)
       sides = [
         model_lib.ours(variant, path, batch_size),
-        model_lib.theirs(model, batch_size),
+        torch.inference_mode()(model_lib.theirs(model, batch_size)),
       ]
-    versions |= {
-      "torch": torch.__version__,
-      "transformers": transformers.__version__,
-    }
+  # Waits for the results.
+  sides = [lambda side=side: np.asarray(side()) for side in sides]
   with harness.Stopwatch() as compiling:
     results = [sides[0]()]
   results += [side() for side in sides[1:]]
@@ -130,28 +123,20 @@ def run(
     versions=versions,
   )
   add = result.add
-  add("ours", medians[0], "ours", _format_rate(medians[0]))
-  seconds = compiling.wall
+  texts = [f"{{:.1f}} ms an image, {1e3 / ms:.2f} images/s" for ms in medians]
+  add("ours", medians[0], "ours", texts[0])
   label = "  first batch, with compilation"
-  add("compile_seconds", seconds, label, f"{seconds:.1f} s")
+  add("compile_seconds", compiling.wall, label, "{:.1f} s")
   if against == "none":
     result.values.update(theirs=None, speed=None, speeds=(), difference=None)
     return result
-  add("theirs", medians[1], "transformers", _format_rate(medians[1]))
-  speed = harness.Ratio.of(times[:, 1], times[:, 0])
-  add("speed", speed.median, "our speed over theirs", speed.format(".2f"))
-  add("speeds", speed.rounds)
-  expected = results[1]
-  difference = float(
-    np.abs(results[0] - expected).max() / np.abs(expected).max()
-  )
+  add("theirs", medians[1], "transformers", texts[1])
+  label = "our speed over theirs"
+  result.add_ratio("speed", times[:, 1], times[:, 0], label, ".2f")
+  difference = np.abs(results[0] - results[1]).max() / np.abs(results[1]).max()
   label = "largest difference over largest value"
-  add("difference", difference, label, f"{difference:.1e}")
+  add("difference", float(difference), label, "{:.1e}")
   return result
-
-
-def _format_rate(ms: float) -> str:
-  return f"{ms:.1f} ms an image, {1e3 / ms:.2f} images/s"
 
 
 def _import_model(kind: str) -> ModuleType:
@@ -176,9 +161,9 @@ def _random_side(model_lib: ModuleType, variant: str, batch_size: int) -> Side:
   params = local_mesh.replicate(params, mesh)
   function = local_mesh.jit_per_device(program.function, mesh)
 
-  def call() -> np.ndarray:
+  def call() -> jax.Array:
     results = function(params, local_mesh.shard(rows, mesh))
-    return np.asarray(jax.block_until_ready(jax.tree.leaves(results))[0])
+    return jax.block_until_ready(jax.tree.leaves(results))[0]
 
   return call
 
@@ -189,21 +174,20 @@ def random_pixels(rows: int, size: int) -> np.ndarray:
   return rng.normal(size=(rows, size, size, 3)).astype(np.float32)
 
 
+def torch_pixels(rows: int, size: int) -> Any:
+  """The same pixels as a tensor `[rows, 3, size, size]`."""
+  import torch
+
+  pixels = torch.from_numpy(random_pixels(rows, size))
+  return pixels.permute(0, 3, 1, 2).contiguous()
+
+
 def compile_expert(
-  kind: str,
-  *,
-  variant: str = "S",
-  batch_size: int = 8,
-  topology: str = "v5e:2x2",
+  kind: str, *, variant: str, batch_size: int, topology: str
 ) -> harness.Result:
   """Compiles an expert in bfloat16 for one device of a topology.
 
-  Args:
-    kind: of `MODELS`.
-    variant: size of the expert.
-    batch_size: images per device.
-    topology: see `topologies.parse`; every device runs the same program, so
-      its size makes no difference.
+  Every device runs the same program: the topology's size makes no difference.
 
   Raises:
     ConfigError: for an unknown topology, or if the compiler is not installed.
@@ -232,16 +216,14 @@ def compile_expert(
     batch_size=batch_size,
     parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(params)),
   )
-  for name, size, label in (
-    ("arguments", memory.arguments, "parameters and a batch"),
-    ("temporaries", memory.temporaries, "temporaries"),
-    ("outputs", memory.output, "results"),
-  ):
-    result.add(name, size, label, f"{size / 1e9:.3f} GB")
   limit, peak = chip.hbm_bytes, chip.peak_bf16_flops
-  text = f"{limit / 1e9:.3f} GB" if limit else "unknown"
-  result.add("memory", limit, "memory of the chip", text)
-  result.add("flops", cost, "FLOPs an image", f"{cost / 1e9:.1f} GFLOP")
-  text = f"{peak / cost:.0f} images/s" if peak else "unknown"
-  result.add("peak", peak, "at the chip's peak", text)
+  rate = f"{peak / cost:.0f} images/s" if peak else "unknown"
+  add, gigabytes = result.add, "{:.3f} GB"
+  add("arguments", memory.arguments, "parameters and a batch", gigabytes, 1e9)
+  add("temporaries", memory.temporaries, "temporaries", gigabytes, 1e9)
+  add("outputs", memory.output, "results", gigabytes, 1e9)
+  text = gigabytes if limit else "unknown"
+  add("memory", limit, "memory of the chip", text, 1e9)
+  add("flops", cost, "FLOPs an image", "{:.1f} GFLOP", 1e9)
+  add("peak", peak, "at the chip's peak", rate)
   return result

@@ -13,20 +13,16 @@ from jax.sharding import NamedSharding
 from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh
 from mtv_jax.perf.bench import harness
 
-_CHUNK = 1 << 24
+# Bytes written at once, and how often.
+_CHUNK, _CHUNKS = 1 << 24, 16
 
 
-def matmul_peak(dtype: str, *, side: int | None = None) -> float:
+def matmul_peak(dtype: str) -> float:
   """FLOP/s of large matrix products on all devices at once.
 
   The best of some rounds: disturbances only slow a round down.
-
-  Args:
-    dtype: of the factors and the product.
-    side: of the square matrices; by default large enough for the platform.
   """
-  if side is None:
-    side = 1536 if jax.default_backend() == "cpu" else 8192
+  side = 1536 if jax.default_backend() == "cpu" else 8192
   mesh = make_mesh({"data": -1})
   shape = (mesh.size, side, side)
   by_device = NamedSharding(mesh, BATCH_SPEC)
@@ -38,24 +34,17 @@ def matmul_peak(dtype: str, *, side: int | None = None) -> float:
   return float(2.0 * mesh.size * side**3 / times.min())
 
 
-def disk_speed(
-  folder: str | os.PathLike, *, size: int = 1 << 28
-) -> dict[str, float]:
+def disk_speed(folder: pathlib.Path) -> dict[str, float]:
   """Bytes per second that one file is written ('write') and read ('read') at.
 
   Writing includes fsync. The file's pages are dropped before it is read, as
   far as the system does that.
-
-  Args:
-    folder: on the disk in question.
-    size: of the file in bytes.
   """
   data = np.random.default_rng(0).integers(0, 256, _CHUNK, np.uint8).tobytes()
-  path = pathlib.Path(folder) / "speed.bin"
-  chunks = max(size // _CHUNK, 1)
+  path = folder / "speed.bin"
   try:
     with harness.Stopwatch() as write, path.open("wb", buffering=0) as file:
-      for _ in range(chunks):
+      for _ in range(_CHUNKS):
         file.write(data)
       os.fsync(file.fileno())
     drop_page_cache(path)
@@ -64,16 +53,12 @@ def disk_speed(
         pass
   finally:
     path.unlink(missing_ok=True)
-  total = chunks * _CHUNK
+  total = _CHUNKS * _CHUNK
   return {"write": total / write.wall, "read": total / read.wall}
 
 
 def drop_page_cache(path: pathlib.Path) -> int:
-  """Drops the system's cached pages of a file, or of a folder's files.
-
-  Returns:
-    The files' size in bytes.
-  """
+  """Drops the cached pages of a folder's files; returns their total bytes."""
   files = [p for p in (path, *path.rglob("*")) if p.is_file()]
   for file in files:
     with file.open("rb") as opened:

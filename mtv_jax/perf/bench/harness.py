@@ -1,4 +1,4 @@
-"""Benchmark harness: timing in alternating rounds, result tables, flags.
+"""Benchmark harness: timing in alternating rounds, and result tables.
 
 A benchmark is a module with a function `run`, whose parameters are the flags of
 its command and which returns a `Result`; `mtv_jax.cli.bench` lists them. This
@@ -7,12 +7,7 @@ module does not import JAX, which the input pipeline does not need.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import functools
-import inspect
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -36,18 +31,52 @@ class Result:
     )
     self._rows: list[tuple[str, str]] = []
 
-  def add(self, name: str, value: Any, label: str = "", text: str = "") -> None:
+  def add(
+    self,
+    name: str,
+    value: Any,
+    label: str = "",
+    text: str = "",
+    unit: float = 1.0,
+  ) -> None:
     """Adds a value, and a row of the table if it has a label.
 
     Args:
       name: key of the value in JSON.
       value: of plain types.
       label: what was measured.
-      text: the value with its unit, as printed.
+      text: as printed; a replacement field, such as '{:.1f}', is the value.
+      unit: that the printed value is in.
     """
     self.values[name] = value
     if label:
+      text = text.format(value / unit) if "{" in text else text
       self._rows.append((label, text))
+
+  def add_ratio(
+    self,
+    name: str,
+    over: Iterable[float],
+    under: Iterable[float],
+    label: str,
+    spec: str,
+  ) -> None:
+    """Adds ratios of alternating rounds as `NAMEs`, and their median.
+
+    Prints the median and the range, such as '1.05 (0.98 to 1.12 in 5 rounds)'.
+
+    Args:
+      name: key of the median in JSON.
+      over: measurement of each round.
+      under: measurement of each round to divide by.
+      label: what was measured.
+      spec: format of the ratios.
+    """
+    ratios = [float(a) / float(b) for a, b in zip(over, under, strict=True)]
+    median, low, high = (f(ratios) for f in (statistics.median, min, max))
+    text = f"{median:{spec}} ({low:{spec}} to {high:{spec}}"
+    self.add(name, median, label, f"{text} in {len(ratios)} rounds)")
+    self.add(f"{name}s", ratios)
 
   def __getitem__(self, name: str) -> Any:
     return self.values[name]
@@ -92,70 +121,8 @@ def time_rounds(
   """Wall seconds `[rounds, functions]` of functions that take turns.
 
   Alternating exposes all of them to the same load of the machine, so that the
-  ratios of a round are comparable.
-
-  Args:
-    functions: which wait for their own results.
-    rounds: of one call each.
-    warmup: further rounds before these, which do not count.
+  ratios of a round are comparable. Functions wait for their own results; the
+  rounds of the warm-up do not count.
   """
   times = [[time_call(f) for f in functions] for _ in range(warmup + rounds)]
   return np.array(times[warmup:])
-
-
-@dataclasses.dataclass(frozen=True)
-class Ratio:
-  """Ratios of alternating rounds: their median and all of them."""
-
-  median: float
-  rounds: tuple[float, ...]
-
-  @classmethod
-  def of(cls, over: Iterable[float], under: Iterable[float]) -> Ratio:
-    """Divides the measurements of each round."""
-    rounds = tuple(
-      float(a) / float(b) for a, b in zip(over, under, strict=True)
-    )
-    return cls(statistics.median(rounds), rounds)
-
-  def format(self, spec: str) -> str:
-    """The median and the range, such as '1.05 (0.98 to 1.12 in 5 rounds)'."""
-    low, high = min(self.rounds), max(self.rounds)
-    return (
-      f"{self.median:{spec}} ({low:{spec}} to {high:{spec}} in "
-      f"{len(self.rounds)} rounds)"
-    )
-
-
-def add_flags(
-  parser: argparse.ArgumentParser, function: Callable[..., Any]
-) -> None:
-  """Adds a flag for each parameter of a function.
-
-  Defaults and types are those of the signature, help texts those of the
-  docstring. A parameter without a default is required, and an integer is at
-  least 1 (0 where that is the default).
-  """
-  section = inspect.getdoc(function).partition("Args:\n")[2]
-  section = section.partition("\n\n")[0]
-  helps = dict(
-    re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section, re.MULTILINE)
-  )
-  for name, parameter in inspect.signature(function).parameters.items():
-    required = parameter.default is parameter.empty
-    default = None if required else parameter.default
-    integer = "int" in str(parameter.annotation)
-    parser.add_argument(
-      f"--{name}",
-      required=required,
-      default=default,
-      type=functools.partial(_integer, int(default != 0)) if integer else str,
-      help=" ".join(helps[name].split()).replace("%", "%%"),
-    )
-
-
-def _integer(least: int, text: str) -> int:
-  value = int(text)
-  if value < least:
-    raise argparse.ArgumentTypeError(f"{value}: expected at least {least}")
-  return value

@@ -77,14 +77,13 @@ def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.Side:
 
   Phrases are encoded once, as those of a fixed vocabulary are.
   """
+  phrases = Vocabulary(PHRASES)
   expert = expert_lib.load_expert(
-    folder,
-    phrases=Vocabulary(PHRASES),
-    batch_size=batch_size,
+    folder, phrases=phrases, batch_size=batch_size
   )
   size = weights.read_spec(_CONFIGS[variant]).image.image_size
   arrays = {"pixels": experts.random_pixels(expert.rows, size)}
-  return lambda: np.asarray(expert.run(arrays)["scores"])
+  return lambda: expert.run(arrays)["scores"]
 
 
 def theirs(model: Any, batch_size: int) -> experts.Side:
@@ -95,17 +94,15 @@ def theirs(model: Any, batch_size: int) -> experts.Side:
   import torch
 
   size = model.config.vision_config.image_size
-  pixels = experts.random_pixels(batch_size, size).transpose(0, 3, 1, 2)
-  pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+  pixels = experts.torch_pixels(batch_size, size)
   tokens = tokenizers.build_tokenizer("bytes").encode(PHRASES, 16)
   tokens = torch.from_numpy(np.tile(tokens, (batch_size, 1))).long()
 
-  def run() -> np.ndarray:
-    with torch.inference_mode():
-      logits = model(input_ids=tokens, pixel_values=pixels).logits
-      scores = torch.sigmoid(logits.max(-1).values)
-      count = min(expert_lib.CANDIDATES, scores.shape[1])
-      return scores.topk(count).values.numpy()
+  def run() -> torch.Tensor:
+    logits = model(input_ids=tokens, pixel_values=pixels).logits
+    scores = torch.sigmoid(logits.max(-1).values)
+    count = min(expert_lib.CANDIDATES, scores.shape[1])
+    return scores.topk(count).values
 
   return run
 
@@ -118,6 +115,7 @@ def program(
   model = Owlv2(spec, dtype=jnp.dtype(dtype), scan=False)
   programs = expert_lib.Programs(model, dtype)
   rows, size = batch_size * mesh.size, spec.image.image_size
+  shape = jax.ShapeDtypeStruct
 
   def function(params: Any, rows: Any) -> Any:
     patches = programs.detect(params["model"], rows)
@@ -126,14 +124,14 @@ def program(
     )
 
   consts = {
-    "table": jax.ShapeDtypeStruct((16_384, spec.text.projection), np.float32),
-    "threshold": jax.ShapeDtypeStruct((), np.float32),
+    "table": shape((16_384, spec.text.projection), np.float32),
+    "threshold": shape((), np.float32),
   }
   return experts.Program(
     function,
     {"model": weights.abstract_params(spec), "consts": consts},
     {
-      "pixels": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.dtype(dtype)),
-      "slots": jax.ShapeDtypeStruct((rows, _QUERIES), np.int32),
+      "pixels": shape((rows, size, size, 3), jnp.dtype(dtype)),
+      "slots": shape((rows, _QUERIES), np.int32),
     },
   )

@@ -12,25 +12,18 @@ from mtv_jax.config import schema
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.perf.bench import floors, harness
-from mtv_jax.train.experiment import Experiment, build_experiment, make_loader
+from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.loop import init_or_restore, prefetch_to_device
-from mtv_jax.train.state import TrainState
 
 
 class StepTimer:
-  """A config's train step, timed on one batch that stays on the devices.
-
-  Attributes:
-    experiment: of the config.
-    state: after the steps so far.
-    batch: on the devices.
-    compile_seconds: of the first step, compilation included.
-  """
+  """A config's train step, timed on one batch that stays on the devices."""
 
   def __init__(self, config: schema.Config):
     with tempfile.TemporaryDirectory() as workdir:
-      self.experiment: Experiment = build_experiment(config, workdir)
-    self.state: TrainState = init_or_restore(self.experiment, None)
+      self.experiment = build_experiment(config, workdir)
+    # After the steps so far.
+    self.state = init_or_restore(self.experiment, None)
     with make_loader(self.experiment, 0) as loader:
       self.batch = shard_batch(next(loader), self.experiment.mesh)
     self.compile_seconds = self.time_step()
@@ -74,8 +67,7 @@ def run(config: schema.Config, *, steps: int = 20) -> harness.Result:
   cost = flops.model_flops(
     experiment.step_spec, experiment.optimizer.tx, timer.batch
   )
-  peak, loop_ms = floors.matmul_peak(dtype), 1e3 * statistics.median(loop)
-  rate, wait = images * steps / sum(loop), sum(waits) / sum(loop)
+  peak = floors.matmul_peak(dtype)
   result = harness.Result(
     batch_size=images,
     steps=steps,
@@ -83,24 +75,16 @@ def run(config: schema.Config, *, steps: int = 20) -> harness.Result:
     dtype=dtype,
     flops=cost,
   )
-  add = result.add
-  add("step_ms", 1e3 * step, "step alone, median", f"{1e3 * step:.1f} ms")
-  add(
-    "flops_per_second",
-    cost / step,
-    "  without recomputation",
-    f"{cost / step / 1e9:.1f} GFLOP/s",
-  )
-  add("peak", peak, "  matrix products alone", f"{peak / 1e9:.1f} GFLOP/s")
-  share = cost / step / peak
-  add("share", share, "  share of that peak", f"{share:.1%}")
-  add("loop_ms", loop_ms, "step in the loop, median", f"{loop_ms:.1f} ms")
-  add("wait", wait, "  waiting for data", f"{wait:.1%}")
-  add("images_per_second", rate, "  images a second", f"{rate:.1f}")
-  add(
-    "compile_seconds",
-    timer.compile_seconds,
-    "first step, with compilation",
-    f"{timer.compile_seconds:.1f} s",
-  )
+  add, gflops = result.add, "{:.1f} GFLOP/s"
+  add("step_ms", 1e3 * step, "step alone, median", "{:.1f} ms")
+  speed = cost / step
+  add("flops_per_second", speed, "  without recomputation", gflops, 1e9)
+  add("peak", peak, "  matrix products alone", gflops, 1e9)
+  add("share", speed / peak, "  share of that peak", "{:.1%}")
+  loop_ms, rate = 1e3 * statistics.median(loop), images * steps / sum(loop)
+  add("loop_ms", loop_ms, "step in the loop, median", "{:.1f} ms")
+  add("wait", sum(waits) / sum(loop), "  waiting for data", "{:.1%}")
+  add("images_per_second", rate, "  images a second", "{:.1f}")
+  seconds = timer.compile_seconds
+  add("compile_seconds", seconds, "first step, with compilation", "{:.1f} s")
   return result

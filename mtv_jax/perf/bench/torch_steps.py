@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mtv_jax.convert import tables, tensors
+from mtv_jax.convert import tables
 from mtv_jax.train.step_spec import StepSpec
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -85,71 +86,54 @@ def _tensor(array: Any) -> torch.Tensor:
 # ---------------------------------------------------------------------------
 # Weights under the names of timm and open_clip.
 
-# Tensors "NAME|q", "NAME|k" and "NAME|v" are one tensor NAME there.
-_TIMM = {
-  "patch_embed": "patch_embed.proj",
-  "position_embedding": "pos_embed",
-  "cls_token": "cls_token",
-  "mask_token": None,
-  **tables.nest(
-    "blocks/",
-    "blocks.{i}.",
-    {
-      "norm1": "norm1",
-      "attention/qkv": ("attn.qkv.|q", "attn.qkv.|k", "attn.qkv.|v"),
-      "attention/out": "attn.proj",
-      "scale1": "ls1.gamma",
-      "norm2": "norm2",
-      "mlp/fc1": "mlp.fc1",
-      "mlp/fc2": "mlp.fc2",
-      "scale2": "ls2.gamma",
-    },
-  ),
-  "norm": "norm",
-  "pool/probe": "attn_pool.latent",
-  "pool/attention/q": "attn_pool.q",
-  "pool/attention/kv": ("attn_pool.kv.|k", "attn_pool.kv.|v"),
-  "pool/attention/out": "attn_pool.proj",
-  "pool/norm": "attn_pool.norm",
-  "pool/mlp/fc1": "attn_pool.mlp.fc1",
-  "pool/mlp/fc2": "attn_pool.mlp.fc2",
-}
-_OPEN_CLIP = {
-  "token_embedding": "token_embedding.weight",
-  "position_embedding": "positional_embedding",
-  **tables.nest(
-    "blocks/",
-    "transformer.resblocks.{i}.",
-    {
-      "norm1": "ln_1",
-      "attention/qkv": (
-        "attn.in_proj_|q",
-        "attn.in_proj_|k",
-        "attn.in_proj_|v",
-      ),
-      "attention/out": "attn.out_proj",
-      "norm2": "ln_2",
-      "mlp/fc1": "mlp.c_fc",
-      "mlp/fc2": "mlp.c_proj",
-    },
-  ),
-  "norm": "ln_final",
-  "projection": "text_projection",
-}
-_UNIT_AXES = {"position_embedding": 1, "cls_token": 2, "pool/probe": 2}
+# Regexes of our names and their replacements, applied in order.
+Renames = tuple[tuple[str, str], ...]
+_TIMM: Renames = (
+  (r"^blocks/", "blocks/{i}/"),
+  (r"^patch_embed", "patch_embed/proj"),
+  (r"^position_embedding", "pos_embed"),
+  (r"^pool/probe", "attn_pool/latent"),
+  (r"^pool/(attention/)?", "attn_pool/"),
+  (r"attention/", "attn/"),
+  (r"/out/", "/proj/"),
+  (r"scale(\d)$", r"ls\1/gamma"),
+)
+_OPEN_CLIP: Renames = (
+  (r"^blocks/", "transformer/resblocks/{i}/"),
+  (r"^token_embedding", "token_embedding/weight"),
+  (r"^position_embedding", "positional_embedding"),
+  (r"^projection", "text_projection"),
+  (r"^norm/", "ln_final/"),
+  (r"norm(\d)", r"ln_\1"),
+  (r"attention/qkv/", "attn/in_proj_"),
+  (r"attention/out", "attn/out_proj"),
+  (r"fc1", "c_fc"),
+  (r"fc2", "c_proj"),
+)
 
 
-def _load(module: nn.Module, rules: list[tables.Rule], params: Params) -> None:
+def _load(
+  module: nn.Module, params: Params, renames: Renames, heads: int
+) -> None:
   """Loads all of a module's parameters; unknown and missing names raise."""
-  parts: dict[str, list[np.ndarray]] = {}
-  leaves = dict(flatten_with_names(params))
-  for name, tensor in tensors.save(rules, leaves).items():
-    fused, _, part = name.partition("|")
-    leaf = part.rpartition(".")[2]
-    parts.setdefault(fused + leaf, []).append(tensor)
-  module.load_state_dict(
-    {name: _tensor(np.concatenate(tensors)) for name, tensors in parts.items()}
-  )
+  tensors, shapes = {}, {k: v.shape for k, v in module.state_dict().items()}
+  for name, leaf in flatten_with_names(params):
+    template = name
+    for pattern, replacement in (*renames, (r"(kernel|scale)$", "weight")):
+      template = re.sub(pattern, replacement, template)
+    for i, array in enumerate(leaf if "{i}" in template else leaf[None]):
+      key = template.replace("/", ".").replace("{i}", str(i))
+      if fused := re.search(r"/(q?kv)/", name):
+        # Columns (head, q|k|v, dim) to (q|k|v, head, dim).
+        parts = tables.unfuse(array, len(fused[1]), heads)
+        array = np.concatenate(parts, axis=-1)
+      if name == "patch_embed/kernel":
+        width, channels, *patch = shapes[key]
+        array = array.reshape(*patch, channels, width).transpose(3, 2, 0, 1)
+      elif name.endswith("kernel"):
+        array = array.T
+      tensors[key] = _tensor(array).reshape(shapes[key])
+  module.load_state_dict(tensors)
 
 
 def _trunk(spec: Any, params: Params) -> nn.Module:
@@ -173,10 +157,8 @@ def _trunk(spec: Any, params: Params) -> nn.Module:
     fc_norm=False,
     dynamic_img_size=True,
   )
-  rules = tables.leaf_rules(
-    params["image"], _TIMM, heads=spec.heads, unit_axes=_UNIT_AXES
-  )
-  _load(trunk, rules, params["image"])
+  params = {k: v for k, v in params["image"].items() if k != "mask_token"}
+  _load(trunk, params, _TIMM, spec.heads)
   return trunk
 
 
@@ -185,19 +167,19 @@ def _trunk(spec: Any, params: Params) -> nn.Module:
 
 
 def siglip_step(
-  recipe: StepSpec, params: Params, batch: Batch, optim: Mapping[str, Any]
+  spec: StepSpec, params: Params, batch: Batch, optim: Mapping[str, Any]
 ) -> Step:
   """Sigmoid contrastive training of both towers.
 
   Args:
-    recipe: of our step.
+    spec: of our step.
     params: of our step at its start, NumPy arrays.
     batch: of our step.
     optim: see `Step`.
   """
-  spec, text = recipe.model.image, recipe.model.text
+  image, text = spec.model.image, spec.model.text
   model = open_clip.model.CustomTextCLIP(
-    embed_dim=spec.embed_dim,
+    embed_dim=image.embed_dim,
     # Any image tower: its trunk is replaced.
     vision_cfg=dict(
       timm_model_name="vit_tiny_patch16_224", timm_pool="", timm_proj="none"
@@ -218,9 +200,8 @@ def siglip_step(
     init_logit_bias=-10.0,
     output_dict=True,
   )
-  model.visual.trunk = _trunk(spec, params)
-  rules = tables.leaf_rules(params["text"], _OPEN_CLIP, heads=text.heads)
-  _load(model.text, rules, params["text"])
+  model.visual.trunk = _trunk(image, params)
+  _load(model.text, params["text"], _OPEN_CLIP, text.heads)
   heads = params["heads"]["contrastive"]
   with torch.no_grad():
     model.logit_scale.copy_(_tensor(heads["logit_scale"]))
@@ -238,10 +219,10 @@ def siglip_step(
 class Encoder(nn.Module):
   """A ViT with a mask token, and the projection heads of both losses."""
 
-  def __init__(self, recipe: StepSpec, params: Params):
+  def __init__(self, spec: StepSpec, params: Params):
     super().__init__()
     self.mask_token = nn.Parameter(_tensor(params["image"]["mask_token"]))
-    self.trunk = _trunk(recipe.model.image, params)
+    self.trunk = _trunk(spec.model.image, params)
     self.heads = nn.ModuleDict(
       {n: Head(params["heads"][n]) for n in ("dino", "ibot")}
     )
@@ -287,9 +268,7 @@ class Head(nn.Module):
     for name in sorted(tree["mlp"]):
       kernel, bias = tree["mlp"][name]["kernel"], tree["mlp"][name]["bias"]
       dense = nn.Linear(*kernel.shape)
-      dense.load_state_dict(
-        {"weight": _tensor(kernel.T), "bias": _tensor(bias)}
-      )
+      dense.weight.data, dense.bias.data = _tensor(kernel.T), _tensor(bias)
       layers += [dense, nn.GELU()]
     self.mlp = nn.Sequential(*layers[:-1])
     self.direction = nn.Parameter(_tensor(tree["last_layer"]["kernel"].T))
@@ -325,7 +304,7 @@ def _koleo(pooled: torch.Tensor) -> torch.Tensor:
 
 
 def distillation_step(
-  recipe: StepSpec,
+  spec: StepSpec,
   params: Params,
   views: Mapping[str, Any],
   optim: Mapping[str, Any],
@@ -333,7 +312,7 @@ def distillation_step(
   """DINO and iBOT with an EMA teacher.
 
   Args:
-    recipe: of our step.
+    spec: of our step.
     params: of our step at its start, NumPy arrays.
     views: `global` and `local` of our first step, NumPy arrays.
     optim: see `Step`.
@@ -349,10 +328,10 @@ def distillation_step(
   global_count, local_count = (
     views[view].images.shape[1] for view in ("global", "local")
   )
-  student = Encoder(recipe, params)
+  student = Encoder(spec, params)
   teacher = copy.deepcopy(student).requires_grad_(False)
-  dino = recipe.objectives["distillation"]
-  ibot = recipe.objectives["masked_latent"]
+  dino = spec.objectives["distillation"]
+  ibot = spec.objectives["masked_latent"]
   # The masked patches of a crop are averaged, then the crops.
   weights = (1.0 / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(mask)
   weights = weights[mask] / len(mask)
@@ -383,6 +362,6 @@ def distillation_step(
 
   @torch.no_grad()
   def update_teacher() -> None:
-    torch._foreach_lerp_(old, new, 1.0 - recipe.teacher_momentum)
+    torch._foreach_lerp_(old, new, 1.0 - spec.teacher_momentum)
 
   return Step(student, loss, optim, update_teacher)

@@ -23,25 +23,22 @@ def run(config: schema.Config, *, steps: int = 5) -> harness.Result:
     steps: to time of each.
   """
   timer = StepTimer(config)
-  recipe, mesh = timer.experiment.step_spec, timer.experiment.mesh
+  spec, mesh = timer.experiment.step_spec, timer.experiment.mesh
   batch = {k: timer.batch[k] for k in ("image", "image_size")}
   rows, canvas = batch["image"].shape[:2]
   split = NamedSharding(mesh, BATCH_SPEC)
 
   def time_views(names):
-    make_views = functools.partial(
-      flops.make_views, recipe, names=names, mesh=mesh
-    )
-    jitted = jax.jit(make_views, in_shardings=split, out_shardings=split)
+    views = functools.partial(flops.make_views, spec, names=names, mesh=mesh)
+    jitted = jax.jit(views, in_shardings=split, out_shardings=split)
     times = harness.time_rounds(
       [lambda: jax.block_until_ready(jitted(batch))], rounds=steps
     )
     return 1e3 * statistics.median(times[:, 0]) / rows
 
-  names = sorted({e.view for e in recipe.plan if e.tower == "image"})
+  names = sorted({e.view for e in spec.plan if e.tower == "image"})
   step = 1e3 * timer.median_step(steps) / rows
   views, together = {n: time_views([n]) for n in names}, time_views(names)
-  decode = data.decode_cpu_ms(canvas)
   result = harness.Result(
     batch_size=rows, canvas=canvas, devices=floors.describe_devices()
   )
@@ -50,9 +47,8 @@ def run(config: schema.Config, *, steps: int = 5) -> harness.Result:
   for name, ms, label in (
     ("all_views", together, "all views, one program"),
     ("step", step, "train step"),
-    ("decode", decode, "decode and resize, a core"),
+    ("decode", data.decode_cpu_ms(canvas), "decode and resize, a core"),
   ):
-    result.add(name, ms, label, f"{ms:.3f} ms an image")
-  share = together / step
-  result.add("share", share, "views / step", f"{share:.1%}")
+    result.add(name, ms, label, "{:.3f} ms an image")
+  result.add("share", together / step, "views / step", "{:.1%}")
   return result

@@ -29,20 +29,10 @@ EPOCH = 1_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Plan(TrainStep):
-  """A config's train step on a topology, not yet compiled.
-
-  Attributes:
-    topology: to compile for.
-    fields: shapes and dtypes of the batch's rows.
-  """
+  """A config's train step on a topology, not yet compiled."""
 
   topology: topologies.Topology
-  fields: Mapping[str, ops.Field]
-
-  @property
-  def abstract_params(self) -> Any:
-    """Shapes and shardings of the parameters."""
-    return self.program.abstract.params
+  fields: Mapping[str, ops.Field]  # Of the batch's rows.
 
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the global batch, sharded over the mesh."""
@@ -79,11 +69,6 @@ def make_plan(
 ) -> Plan:
   """Builds the step of a config; opens no data, weights or tokenizer.
 
-  Args:
-    config: as `train` takes it.
-    topology: to compile for.
-    examples_per_epoch: for durations in epochs; `EPOCH` by default.
-
   Raises:
     ConfigError: for an invalid config.
   """
@@ -97,21 +82,13 @@ def make_plan(
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes of HBM on one chip, as the compiler plans them.
+  """Bytes of HBM on one chip, as the compiler plans them."""
 
-  Attributes:
-    arguments: of the state and the batch.
-    temporaries: live within a step.
-    output: of the step; most of it aliases donated arguments.
-    peak: the most that is live at a time.
-    limit: of the chip; None where it is unknown.
-  """
-
-  arguments: int
-  temporaries: int
-  output: int
-  peak: int
-  limit: int | None
+  arguments: int  # The state and the batch.
+  temporaries: int  # Live within a step.
+  output: int  # Most of it aliases donated arguments.
+  peak: int  # The most that is live at a time.
+  limit: int | None  # Of the chip; None where it is unknown.
 
   @property
   def fits(self) -> bool:
@@ -132,26 +109,17 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """Result of compiling a program.
+  """Result of compiling a program."""
 
-  Attributes:
-    memory: of one chip; None where the compiler ran out of it.
-    refusal: the compiler's message where it did.
-    seconds: of lowering and compiling.
-    collectives: largest first.
-    flops: of one chip per step: matrix products and convolutions of the
-      compiled program, recomputation included; 0 where they are unknown.
-    largest: the largest arrays.
-    largest_at: batch size of `largest`: if the step does not fit, they are
-      those of a smaller batch.
-  """
-
-  memory: Memory | None
-  refusal: str = ""
-  seconds: float = 0.0
-  collectives: tuple[hlo.Collective, ...] = ()
+  memory: Memory | None  # Of one chip; None where the compiler ran out of it.
+  refusal: str = ""  # The compiler's message where it did.
+  seconds: float = 0.0  # Of lowering and compiling.
+  collectives: tuple[hlo.Collective, ...] = ()  # Largest first.
+  # Of one chip per step: matrix products and convolutions of the compiled
+  # program, recomputation included; 0 where they are unknown.
   flops: float = 0.0
   largest: tuple[hlo.Temporary, ...] = ()
+  # Batch size of `largest`; smaller than the config's if the step does not fit.
   largest_at: int = 0
 
   @property
@@ -161,12 +129,7 @@ class Compiled:
 
 
 def compile_step(plan: Plan, *, largest: int = 8) -> Compiled:
-  """Compiles the train step of a plan.
-
-  Args:
-    plan: from `make_plan`.
-    largest: how many of the largest arrays to name.
-  """
+  """Compiles the train step of a plan; lists so many of the largest arrays."""
   result, program = _compile(plan, plan.lower)
   if program is None:
     arrays, batch = _largest_of_smaller_batch(plan, largest)
@@ -210,9 +173,8 @@ def _largest_of_smaller_batch(
   least = num_batch_shards(plan.mesh) * plan.config.accumulate
   for divisor in (16, 256) if count else ():
     batch = max(plan.config.batch_size // divisor // least, 1) * least
-    smaller = make_plan(
-      overrides.override(plan.config, [f"batch_size={batch}"]), plan.topology
-    )
+    changed = overrides.override(plan.config, [f"batch_size={batch}"])
+    smaller = make_plan(changed, plan.topology)
     _, program = _compile(smaller, smaller.lower)
     if program is not None:
       return tuple(hlo.largest_temporaries(program, limit=count)), batch
@@ -226,5 +188,4 @@ def required_bytes(refusal: str) -> int | None:
   )
   if not match:
     return None
-  power = "KMGT".index(match[2]) + 1
-  return int(float(match[1]) * 1024**power)
+  return int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1))

@@ -14,16 +14,10 @@ _FACTORS = (2, 4, 8, 16, 32, 64)
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-  """A change of the config and whether it fits.
+  """A change of the config and whether it fits."""
 
-  Attributes:
-    changes: 'KEY=VALUE', as `--config.KEY=VALUE` takes them.
-    peak: bytes per chip that it needs; None where the compiler did not say.
-    fits: whether that is within the chip's memory.
-  """
-
-  changes: tuple[str, ...]
-  peak: int | None
+  changes: tuple[str, ...]  # 'KEY=VALUE', as `--config.KEY=VALUE` takes them.
+  peak: int | None  # Bytes per chip; None where the compiler did not say.
   fits: bool
 
   def __str__(self) -> str:
@@ -63,29 +57,17 @@ def candidates(
 
 
 def propose(
-  config: schema.Config,
-  topology: topologies.Topology,
-  *,
-  enough: int = 1,
-  tries: int = 8,
+  config: schema.Config, topology: topologies.Topology, *, tries: int = 8
 ) -> Iterator[Proposal]:
-  """Compiles changes of a config until some of them fit.
+  """Compiles changes of a config that does not fit, until one does.
 
   Skips changes that the last refusal shows to be too small.
 
-  Args:
-    config: one that does not fit.
-    topology: to compile for.
-    enough: stop after so many that fit.
-    tries: compile at most so many.
-
   Yields:
-    All proposals that were compiled, in order.
+    All proposals that were compiled, at most `tries`, in order.
   """
   limit, excess = topology.chip.hbm_bytes, 1.0
   for changes, factor in candidates(config, topology.chips):
-    if not enough or not tries:
-      return
     if 1 < factor < excess / 2:
       continue
     changed = overrides.override(schema.check_config(config), changes)
@@ -96,4 +78,6 @@ def propose(
     if factor == 1 and needed and limit:
       excess = needed / limit
     yield Proposal(changes, needed, compiled.fits)
-    enough, tries = enough - compiled.fits, tries - 1
+    tries -= 1
+    if compiled.fits or not tries:
+      return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -24,31 +25,19 @@ from mtv_jax.utils.errors import ConfigError
 # Assumed model FLOPs utilisation: what large ViTs reach on TPUs when data never
 # delays them.
 MFU = 0.4
-_SHORT = 12
-_WITHOUT_NORMS = (
-  "  A run without them (--config.log.gradients_steps=None) does not need this."
-)
+_NUM_SHORT = 12  # Rows of the short parameter table.
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Result of `preflight`.
-
-  Attributes:
-    plan: that was compiled.
-    compiled: the train step.
-    model_flops: of a step on all chips, analytically, without recomputation.
-    mfu: assumed, for the rate of the input pipeline.
-    tables: 'short' or 'all' rows of the parameter table.
-    norms: the program of the objectives' gradient norms; None if it was not
-      compiled.
-  """
+  """Result of `preflight`."""
 
   plan: compile_lib.Plan
-  compiled: compile_lib.Compiled
-  model_flops: float
+  compiled: compile_lib.Compiled  # The train step.
+  model_flops: float  # Of a step on all chips, without recomputation.
   mfu: float = MFU
-  tables: str = "short"
+  tables: str = "short"  # Or 'all' rows of the parameter table.
+  # The program of the objectives' gradient norms, if it was compiled.
   norms: compile_lib.Compiled | None = None
 
   @property
@@ -80,10 +69,14 @@ class Report:
     per_example = self.model_flops / self.plan.config.batch_size
     return self.mfu * peak * self.plan.topology.chips / per_example
 
+  @functools.cached_property
+  def params(self) -> list[tuple[str, tuple[int, ...], str, int]]:
+    """Name, shape, partition and bytes per chip of each parameter."""
+    return sharding_table(self.plan.program.abstract.params)
+
   def large_gathers(self) -> list[hlo.Collective]:
     """All-gathers of more than the largest parameter: of an activation."""
-    rows = sharding_table(self.plan.abstract_params)
-    largest = max(math.prod(row[1]) * 4 for row in rows)
+    largest = max(math.prod(shape) * 4 for _, shape, _, _ in self.params)
     return [
       row
       for row in self.compiled.collectives
@@ -93,38 +86,33 @@ class Report:
   def to_dict(self) -> dict[str, Any]:
     """The whole report as plain values."""
     plan, compiled, topology = self.plan, self.compiled, self.plan.topology
-    rate = self.examples_per_second
-    rows = sharding_table(plan.abstract_params)
-    memory = compiled.memory and dataclasses.asdict(compiled.memory)
-    norms = self.norms and {
-      key: value
-      for key, value in dataclasses.asdict(self.norms).items()
-      if key in ("memory", "refusal", "seconds")
-    }
+    config, rate = plan.config, self.examples_per_second
+    norms = self.norms and dataclasses.asdict(self.norms)
     return {
       "topology": topology.name,
       "chips": topology.chips,
       "hosts": topology.hosts,
       "compiled_for": "the chips" if topology.is_tpu else "a CPU (an estimate)",
       "mesh": {axis: plan.mesh.shape[axis] for axis in MESH_AXES},
-      "batch_size": plan.config.batch_size,
-      "accumulate": plan.config.accumulate,
-      "remat": plan.config.model.remat,
+      "batch_size": config.batch_size,
+      "accumulate": config.accumulate,
+      "remat": config.model.remat,
       "batch": {
         name: {"shape": list(f.shape), "dtype": str(f.dtype)}
         for name, f in plan.fields.items()
       },
       "batch_bytes_per_host": self.row_bytes
-      * plan.config.batch_size
+      * config.batch_size
       // topology.hosts,
-      "parameters": sum(math.prod(row[1]) for row in rows),
+      "parameters": sum(math.prod(shape) for _, shape, _, _ in self.params),
       "sharding": [
         dict(name=name, shape=list(shape), partition=spec, bytes_per_chip=size)
-        for name, shape, spec, size in rows
+        for name, shape, spec, size in self.params
       ],
       "fits": self.fits,
-      "memory": memory,
-      "norms": norms,
+      "memory": compiled.memory and dataclasses.asdict(compiled.memory),
+      "norms": norms
+      and {key: norms[key] for key in ("memory", "refusal", "seconds")},
       "refusal": compiled.refusal or None,
       "model_flops": self.model_flops,
       "compiled_flops_per_chip": compiled.flops or None,
@@ -177,11 +165,8 @@ class Report:
         "chips' own program are unknown."
       )
     sections = (config, config.schedule, config.log, config.checkpoint)
-    if any(
-      "epochs" in key and value is not None
-      for section in sections
-      for key, value in section.items()
-    ):
+    durations = [item for section in sections for item in section.items()]
+    if any("epochs" in k and v is not None for k, v in durations):
       lines.append(
         f"Assumes {plan.length.examples_per_epoch:,} examples per epoch"
         " (--examples)."
@@ -194,51 +179,44 @@ class Report:
       f"batch: {rows:,} rows a host, {format_bytes(rows * self.row_bytes)}"
     ]
     for name, field in self.plan.fields.items():
-      shape = "x".join(map(str, field.shape)) or "-"
-      lines.append(f"  {name:14} {shape:14} {np.dtype(field.dtype).name}")
+      dtype = np.dtype(field.dtype).name
+      lines.append(f"  {name:14} {_format_shape(field.shape):14} {dtype}")
     return lines
 
   def _parameters(self) -> list[str]:
-    rows = sharding_table(self.plan.abstract_params)
-    count = sum(math.prod(row[1]) for row in rows)
-    state = sum(row[3] for row in sharding_table(self.plan.program.abstract))
-    lines = [
-      f"parameters: {count:,}; {format_bytes(sum(row[3] for row in rows))} a "
-      f"chip, the train state {format_bytes(state)}"
+    count = sum(math.prod(shape) for _, shape, _, _ in self.params)
+    size, state = (
+      format_bytes(sum(row[3] for row in rows))
+      for rows in (self.params, sharding_table(self.plan.program.abstract))
+    )
+    lines = [f"parameters: {count:,}; {size} a chip, the train state {state}"]
+    rows = sorted(self.params, key=lambda row: -row[3])
+    rows = rows[: _NUM_SHORT if self.tables == "short" else None]
+    width = max(len(row[0]) for row in rows)
+    lines += [
+      f"  {name:{width}} {_format_shape(shape):16} {format_bytes(size):>9}  "
+      f"{spec}"
+      for name, shape, spec, size in rows
     ]
-    shown = sorted(rows, key=lambda row: -row[3])
-    if self.tables == "short":
-      shown = shown[:_SHORT]
-    width = max(len(row[0]) for row in shown)
-    for name, shape, spec, size in shown:
-      sizes = "x".join(map(str, shape)) or "-"
-      lines.append(
-        f"  {name:{width}} {sizes:16} {format_bytes(size):>9}  {spec}"
-      )
-    if len(shown) < len(rows):
-      lines.append(f"  and {len(rows) - len(shown)} more (--tables)")
+    if more := len(self.params) - len(rows):
+      lines.append(f"  and {more} more (--tables)")
     return lines
 
   def _memory(self) -> list[str]:
-    compiled, chip = self.compiled, self.plan.topology.chip
-    memory = compiled.memory
+    compiled, memory = self.compiled, self.compiled.memory
     arrays = [
       f"    {format_bytes(row.bytes):>9} {row.shape} x{row.count}  "
       f"{row.scope or row.name}"
       for row in compiled.largest
     ]
     if memory is None:
-      lines = ["memory: DOES NOT FIT", *_indent(compiled.refusal)]
-      if arrays:
-        lines.append(
-          f"  the largest arrays of a chip, at a batch of "
-          f"{compiled.largest_at:,}:"
-        )
-      return lines + arrays
+      title = "  the largest arrays of a chip, at a batch of"
+      arrays = arrays and [f"{title} {compiled.largest_at:,}:", *arrays]
+      return ["memory: DOES NOT FIT", *_indent(compiled.refusal), *arrays]
     limit = f" of {format_bytes(memory.limit)}" if memory.limit else ""
     verdict = "fits" if memory.fits else "DOES NOT FIT"
     if memory.limit is None:
-      verdict = f"the limit of {chip.kind} is unknown"
+      verdict = f"the limit of {self.plan.topology.chip.kind} is unknown"
     lines = [
       f"memory a chip: peak {format_bytes(memory.peak)}{limit}: {verdict}",
       f"  arguments {format_bytes(memory.arguments)}, temporaries "
@@ -258,15 +236,20 @@ class Report:
         f"{title} (config.log.gradients_...), a separate program: not compiled "
         "(--norms)"
       ]
+    verdict = "fits" if norms.fits else "DOES NOT FIT"
     if norms.memory is None:
-      lines = [f"{title}: DOES NOT FIT", *_indent(norms.refusal)]
+      lines = [f"{title}: {verdict}", *_indent(norms.refusal)]
     else:
-      verdict = "fits" if norms.fits else "DOES NOT FIT"
       peak = format_bytes(norms.memory.peak)
       lines = [
         f"{title}: peak {peak}, {verdict}; compiled in {norms.seconds:.0f} s"
       ]
-    return lines if norms.fits else [*lines, _WITHOUT_NORMS]
+    if not norms.fits:
+      lines.append(
+        "  A run without them (--config.log.gradients_steps=None) does not "
+        "need this."
+      )
+    return lines
 
   def _flops(self) -> list[str]:
     per_chip = self.model_flops / self.plan.mesh.size
@@ -290,12 +273,11 @@ class Report:
       lines.append(f"  {kind:20} {count:8,.0f} {format_bytes(size):>10}")
     if large := self.large_gathers():
       lines.append("  all-gathers larger than any parameter:")
-      lines += [
-        f"    {format_bytes(g.result)} of {g.shape} from "
-        f"{g.scope or 'an unknown scope'}"
-        for g in large
-      ]
-    return lines
+    return lines + [
+      f"    {format_bytes(g.result)} of {g.shape} from "
+      f"{g.scope or 'an unknown scope'}"
+      for g in large
+    ]
 
   def _input(self) -> list[str]:
     rate, hosts = self.examples_per_second, self.plan.topology.hosts
@@ -335,22 +317,22 @@ def preflight(
     config, topology, examples_per_epoch=examples_per_epoch
   )
   batch_size = plan.config.batch_size
-  norms = norms and plan.measures_norms
-  with tqdm.tqdm(total=2 + norms, disable=None) as bar:
-    bar.set_description("count FLOPs")
-    cost = flops_lib.run(config, batch_size=batch_size)
-    bar.update()
-    bar.set_description("compile the step")
-    compiled = compile_lib.compile_step(plan)
-    bar.update()
-    if norms:
-      bar.set_description("compile the gradient norms")
-    norms_compiled = compile_lib.compile_norms(plan) if norms else None
-    bar.update(norms)
+  jobs = {
+    "count FLOPs": lambda: flops_lib.run(config, batch_size=batch_size),
+    "compile the step": lambda: compile_lib.compile_step(plan),
+  }
+  if norms and plan.measures_norms:
+    jobs["compile the gradient norms"] = lambda: compile_lib.compile_norms(plan)
+  results = []
+  with tqdm.tqdm(jobs.items(), disable=None) as bar:
+    for description, job in bar:
+      bar.set_description(description)
+      results.append(job())
+  cost, compiled, *rest = results
   return Report(
     plan=plan,
     compiled=compiled,
-    norms=norms_compiled,
+    norms=rest[0] if rest else None,
     model_flops=cost.total * batch_size,
     mfu=mfu,
     tables=tables,
@@ -359,6 +341,10 @@ def preflight(
 
 def _indent(text: str) -> list[str]:
   return [f"  {line}" for line in text.splitlines() if line.strip()]
+
+
+def _format_shape(shape: Sequence[int]) -> str:
+  return "x".join(map(str, shape)) or "-"
 
 
 def format_bytes(count: float | int) -> str:
@@ -402,8 +388,7 @@ def _row_start(config: str, topology: str) -> str:
 def table_row(config: str, report: Report) -> str:
   """A report as a row of the table."""
   memory, topology = report.compiled.memory, report.plan.topology
-  kinds = hlo.sum_by_kind(report.compiled.collectives)
-  received = sum(size for _, size in kinds.values()) / 1e9
+  received = sum(row.bytes for row in report.compiled.collectives) / 1e9
   cells = [
     f"{report.plan.config.batch_size:,}",
     f"{memory.peak / 2**30:.1f} GiB" if memory else "does not fit",
@@ -417,19 +402,13 @@ def table_row(config: str, report: Report) -> str:
 
 
 def update_table(page: str, rows: Sequence[str]) -> str:
-  """A page with new rows in its table; the other rows stay as they are.
-
-  Args:
-    page: text with the lines `BEGIN` and `END`.
-    rows: from `table_row`.
+  """A page with new rows, from `table_row`, in its table; keeps other rows.
 
   Raises:
-    ConfigError: the page lacks these lines.
+    ConfigError: the page lacks the lines `BEGIN` and `END`.
   """
   if BEGIN not in page or END not in page:
-    raise ConfigError(
-      f"the page needs lines {BEGIN} and {END} around its table"
-    )
+    raise ConfigError(f"the page needs {BEGIN} and {END} around its table")
   before, _, rest = page.partition(BEGIN)
   table, _, after = rest.partition(END)
   lines = [_HEAD, "| " + " | ".join(["---"] * (_HEAD.count("|") - 1)) + " |"]

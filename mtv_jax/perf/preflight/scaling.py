@@ -1,8 +1,8 @@
 """Growth of memory and collectives with the number of chips.
 
 A step has to reduce gradients, and its losses over all rows have to exchange
-embeddings. Both are computed here from the recipe and the mesh, analytically;
-the rest of what the compiled program sends should not grow.
+embeddings. Both are computed here analytically, from the step and the mesh; the
+rest of what the compiled program sends should not grow.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from mtv_jax.config import overrides, schema
 from mtv_jax.objectives import (
@@ -59,10 +59,8 @@ def embedding_bytes(plan: Plan) -> int:
   gradients n times. All-gathered, the embeddings of n - 1 other chips come
   once, and the gradients of a chip's own from n - 1 others.
   """
-  return sum(
-    _objective_bytes(objective, plan)
-    for objective in plan.step_spec.objectives.values()
-  )
+  objectives = plan.step_spec.objectives.values()
+  return sum(_objective_bytes(objective, plan) for objective in objectives)
 
 
 def _objective_bytes(objective: base.Objective, plan: Plan) -> int:
@@ -100,16 +98,16 @@ def gradient_sizes(plan: Plan) -> collections.Counter[int]:
   once for each part of an accumulated batch. With `fsdp` a chip may contribute
   the whole gradient or its shard only; both sizes are allowed.
   """
-  recipe, sizes = plan.step_spec, collections.Counter()
+  spec, sizes = plan.step_spec, collections.Counter()
   encodings = collections.Counter(
-    e.tower for e in recipe.plan if e.weights == base.STUDENT
+    e.tower for e in spec.plan if e.weights == base.STUDENT
   )
-  for name, leaf in flatten_with_names(plan.abstract_params):
-    if name in recipe.frozen:
+  for name, leaf in flatten_with_names(plan.program.abstract.params):
+    if name in spec.frozen:
       continue
     tower, kind = name.split("/")[:2]
     if tower == "heads":
-      parts, times = _head_reductions(recipe.objectives, kind, name, leaf)
+      parts, times = _head_reductions(spec.objectives, kind, name, leaf)
     else:
       parts = leaf.shape[0] if kind == "blocks" else 1
       times = encodings[tower]
@@ -151,7 +149,7 @@ def gradient_reductions(
   The compiler chooses the precision (block gradients in bfloat16), fuses
   reductions of several arrays under the name of one of them, and reshapes them.
   So each operand counts by its number of elements, and no more operands of a
-  size than the recipe has gradients of it: an activation of a parameter's size
+  size than `sizes` has gradients of it: an activation of a parameter's size
   stays in the rest. Operands of backward passes are matched first.
 
   Args:
@@ -161,15 +159,15 @@ def gradient_reductions(
   Returns:
     The reductions, each with only the bytes of its gradients.
   """
-  left, reductions = collections.Counter(sizes), []
+  unmatched, reductions = collections.Counter(sizes), []
   for row in sorted(rows, key=lambda r: "transpose(" not in r.scope):
     if row.kind not in ("all-reduce", "reduce-scatter"):
       continue
     matched = total = 0.0
     for operand in hlo.parse_shapes(row.shape):
       size = math.prod(operand.dims)
-      times = min(left[size], row.count)
-      left[size] -= times
+      times = min(unmatched[size], row.count)
+      unmatched[size] -= times
       matched += operand.bytes * times / row.count
       total += operand.bytes
     if matched:
@@ -182,67 +180,44 @@ def gradient_reductions(
 # Compiled programs at a constant batch per chip.
 
 
-@dataclasses.dataclass(frozen=True)
-class StepRow:
-  """A compiled step.
-
-  Attributes:
-    chips: of the topology.
-    peak: bytes per chip.
-    received: bytes that a chip receives per step.
-    gradients: of those, the bytes that reduce gradients.
-    embeddings: bytes that losses over all rows need, analytically.
-    steady: the rest, with each all-reduce as in an infinite ring. Of n chips it
-      brings each (n - 1) / n of that, which grows by 6.25 % from 16 to 256
-      chips although nothing more is reduced.
-    seconds: of compiling.
-  """
-
-  chips: int
-  peak: int
-  received: float
-  gradients: float
-  embeddings: int
-  steady: float
-  seconds: float
-
-  @property
-  def rest(self) -> float:
-    """Bytes received that are neither gradients nor embeddings."""
-    return self.received - self.gradients - self.embeddings
-
-  def to_dict(self) -> dict[str, Any]:
-    """All fields and `rest`."""
-    fields = dataclasses.asdict(self)
-    return fields | {"rest": self.rest, "seconds": fields.pop("seconds")}
-
-
 def step_row(
   plan: Plan,
   collectives: Sequence[hlo.Collective],
   *,
   peak: int,
   seconds: float,
-) -> StepRow:
-  """The row of a compiled plan.
+) -> dict[str, Any]:
+  """The row of a compiled plan; sizes are bytes per chip and step.
 
   Args:
     plan: that was compiled.
     collectives: of its program.
     peak: bytes per chip.
     seconds: of compiling.
+
+  Returns:
+    `chips`, `peak`, `seconds`; `received`, the bytes of all collectives;
+    `gradients` of them, which reduce gradients; `embeddings`, which losses over
+    all rows need, analytically; `rest`, what is neither; `steady`, the rest
+    with each all-reduce as in an infinite ring. Of n chips it brings each
+    (n - 1) / n of that, which grows by 6.25 % from 16 to 256 chips although
+    nothing more is reduced.
   """
   reduced = gradient_reductions(collectives, gradient_sizes(plan))
+  received, gradients = (
+    sum((row.bytes for row in rows), 0.0) for rows in (collectives, reduced)
+  )
   embeddings = embedding_bytes(plan)
   steady = sum(map(_infinite_ring_bytes, collectives))
   steady -= sum(map(_infinite_ring_bytes, reduced)) + embeddings
-  return StepRow(
+  return dict(
     chips=plan.mesh.size,
     peak=peak,
-    received=sum((row.bytes for row in collectives), 0.0),
-    gradients=sum((row.bytes for row in reduced), 0.0),
+    received=received,
+    gradients=gradients,
     embeddings=embeddings,
     steady=steady,
+    rest=received - gradients - embeddings,
     seconds=seconds,
   )
 
@@ -256,13 +231,8 @@ def _infinite_ring_bytes(row: hlo.Collective) -> float:
 
 def compile_row(
   config: schema.Config, topology: str, *, rows: int = 64
-) -> StepRow:
-  """Compiles a config's step at a constant batch per chip.
-
-  Args:
-    config: as `train` takes it.
-    topology: see `topologies.parse`.
-    rows: of the batch per chip.
+) -> dict[str, Any]:
+  """Compiles a config's step for a topology, with so many `rows` a chip.
 
   Raises:
     ConfigError: the step does not fit.
@@ -282,43 +252,40 @@ def compile_row(
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class LossRow:
-  """The sigmoid contrastive loss with its gradients, compiled alone.
-
-  Attributes:
-    method: 'ring' or 'gathered'.
-    chips: of the topology.
-    temporaries: bytes per chip.
-    received: bytes that a chip receives.
-  """
-
-  method: str
-  chips: int
-  temporaries: int
-  received: float
-
-  def to_dict(self) -> dict[str, Any]:
-    """All fields."""
-    return dataclasses.asdict(self)
-
-
 def compile_loss(
   method: str, topology: str, *, rows: int = 256, width: int = 768
-) -> LossRow:
-  """Compiles the sigmoid loss alone at a constant batch per chip.
+) -> dict[str, Any]:
+  """Compiles the sigmoid loss with its gradients alone.
 
   Args:
     method: of `contrastive`, 'ring' or 'gathered'.
     topology: see `topologies.parse`.
     rows: per chip; the logits of few rows need no HBM at all.
     width: of the embeddings.
+
+  Returns:
+    The row: `temporaries` and `received` are bytes per chip.
   """
   objective = build_objective("contrastive", dict(method=method))
   devices = topologies.devices(topologies.parse(topology))
   mesh = make_mesh({"data": -1}, devices)
-  compiled = _lower_loss(objective, mesh, rows * len(devices), width).compile()
-  return LossRow(
+
+  def loss(image, text, valid, params):
+    heads = base.BoundHeads(objective.heads(), {"contrastive": params})
+    loss_inputs = contrastive.LossInputs(image=image, text=text, valid=valid)
+    context = base.Context(jnp.zeros(()), 1, {}, mesh=mesh)
+    return objective.loss(loss_inputs, heads, context).loss.value()
+
+  split, whole = NamedSharding(mesh, BATCH_SPEC), replicated_sharding(mesh)
+  batch = rows * len(devices)
+  embeddings = jax.ShapeDtypeStruct((batch, width), jnp.float32, sharding=split)
+  valid = jax.ShapeDtypeStruct((batch,), bool, sharding=split)
+  scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+  params = {"logit_scale": scalar, "logit_bias": scalar}
+  gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 3)))
+  lowered = gradients.lower(embeddings, embeddings, valid, params)
+  compiled = lowered.compile()
+  return dict(
     method=method,
     chips=len(devices),
     temporaries=compile_lib.Memory.of(compiled, None).temporaries,
@@ -326,62 +293,35 @@ def compile_loss(
   )
 
 
-def _lower_loss(objective: base.Objective, mesh: Mesh, batch: int, width: int):
-  def loss(image, text, valid, params):
-    heads = base.BoundHeads(objective.heads(), {"contrastive": params})
-    loss_inputs = contrastive.LossInputs(image=image, text=text, valid=valid)
-    context = base.Context(jnp.zeros(()), 1, {}, mesh=mesh)
-    return objective.loss(loss_inputs, heads, context).loss.value()
-
-  def rows(shape, dtype):
-    split = NamedSharding(mesh, BATCH_SPEC)
-    return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=split)
-
-  scalar = jax.ShapeDtypeStruct(
-    (), jnp.float32, sharding=replicated_sharding(mesh)
-  )
-  params = {"logit_scale": scalar, "logit_bias": scalar}
-  gradients = jax.value_and_grad(loss, argnums=(0, 1, 3))
-  embeddings = rows((width,), jnp.float32)
-  return jax.jit(gradients).lower(
-    embeddings, embeddings, rows((), bool), params
-  )
-
-
 # ---------------------------------------------------------------------------
 # Output.
 
 
-def growth(rows: Sequence[StepRow]) -> dict[str, list[float]]:
-  """Growth of peak, rest and steady over the first row, in percent."""
+def growth(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+  """Growth of peak, rest and steady over the first step, in percent."""
 
-  def percent(key, row):
-    first = getattr(rows[0], key)
-    return 100 * (getattr(row, key) / first - 1) if first else 0.0
+  def percent(row, key):
+    first = rows[0][key]
+    return 100 * (row[key] / first - 1) if first else 0.0
 
   keys = ("peak", "rest", "steady")
-  return {key: [percent(key, row) for row in rows[1:]] for key in keys}
+  return {key: [percent(row, key) for row in rows[1:]] for key in keys}
 
 
-def to_dict(rows: Sequence[LossRow | StepRow]) -> dict[str, Any]:
-  """The rows as plain values, and the growth of steps."""
-  values: dict[str, Any] = {"rows": [row.to_dict() for row in rows]}
-  if steps := [row for row in rows if isinstance(row, StepRow)]:
-    values["growth_percent"] = growth(steps)
-  return values
+def to_dict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """The rows, and the growth of steps."""
+  steps = rows and "steady" in rows[0]
+  growths = {"growth_percent": growth(rows)} if steps else {}
+  return {"rows": list(rows), **growths}
 
 
-def format_table(rows: Sequence[LossRow | StepRow]) -> str:
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
   """One line per row, and the growth of steps."""
-  lines = [
-    "  ".join(_cell(key, value) for key, value in row.to_dict().items())
-    for row in rows
-  ]
-  steps = [row for row in rows if isinstance(row, StepRow)]
-  if len(steps) > 1:
-    chips = " and ".join(str(row.chips) for row in steps[1:])
-    lines.append(f"growth from {steps[0].chips} chips to {chips}:")
-    for key, percents in growth(steps).items():
+  lines = ["  ".join(_cell(*item) for item in row.items()) for row in rows]
+  if len(rows) > 1 and "steady" in rows[0]:
+    chips = " and ".join(str(row["chips"]) for row in rows[1:])
+    lines.append(f"growth from {rows[0]['chips']} chips to {chips}:")
+    for key, percents in growth(rows).items():
       lines.append(f"  {key:7} " + "  ".join(f"{x:+.1f} %" for x in percents))
   return "\n".join(lines)
 

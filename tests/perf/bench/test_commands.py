@@ -1,6 +1,5 @@
 """tools/bench.py: each benchmark prints and writes its measurements."""
 
-import argparse
 import json
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from mtv_jax.cli.main import run_command
 from mtv_jax.data import order
 from mtv_jax.data.registry import build_source
-from mtv_jax.perf.bench import data, harness
+from mtv_jax.perf.bench import data
 
 
 def run(capsys, tmp_path, *arguments):
@@ -50,30 +49,6 @@ def test_missing_data_raises(tmp_path):
 def test_scene_files_has_the_requested_length():
   assert len(data.scene_files(32, 70)) == 70
   assert data.decode_cpu_ms(32, images=8, threads=1) > 0
-
-
-def test_flags_follow_the_signature_and_docstring():
-  def function(name: str, *, count: int = 3, workers: int = 0):
-    """Does nothing.
-
-    Args:
-      name: of the
-        items, 100 %.
-      count: how many.
-      workers: processes.
-
-    Raises:
-      ValueError: never.
-    """
-
-  parser = argparse.ArgumentParser()
-  harness.add_flags(parser, function)
-  assert "of the items, 100 %." in " ".join(parser.format_help().split())
-  args = parser.parse_args(["--name=a", "--workers=0"])
-  assert vars(args) == dict(name="a", count=3, workers=0)
-  for wrong in (["--name=a", "--count=0"], ["--count=1"]):
-    with pytest.raises(SystemExit):
-      parser.parse_args(wrong)
 
 
 @pytest.mark.slow

@@ -52,7 +52,9 @@ def test_unknown_expert_raises():
 def test_compiles_for_a_tpu(monkeypatch):
   pytest.importorskip("libtpu")
   monkeypatch.setattr(depth_anything, "SIZE", 56)
-  result = experts.compile_expert("depth", variant="mu", batch_size=2)
+  result = experts.compile_expert(
+    "depth", variant="mu", batch_size=2, topology="v5e:2x2"
+  )
   assert result["flops"] > 1e6
   used = result["arguments"] + result["temporaries"]
   assert 0 < used < result["memory"]

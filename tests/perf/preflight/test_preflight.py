@@ -57,7 +57,7 @@ def test_propose_stops_at_the_first_fit_and_skips_small_changes(
   config.batch_size = 64
   config.model.remat = "full"
   monkeypatch.setitem(
-    topologies.GPUS, "L4", topologies.Chip("L4", 16 * 2**30, None, 8)
+    topologies.GPUS, "L4", topologies.Chip("L4", 16 * 2**30, None)
   )
   tried = list(propose.propose(config, topologies.parse("gpu:1xL4")))
   # 64 rows were not compiled: no candidate is known to be too small.
