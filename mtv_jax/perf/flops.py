@@ -44,8 +44,7 @@ class Cost(NamedTuple):
   """Cost of a traced function."""
 
   flops: float  # Of its matrix products and convolutions.
-  # For each leaf of the arguments, whether the results depend on it.
-  reads: list[bool]
+  reads: list[bool]  # Which leaves of the arguments the results depend on.
 
 
 def count(
@@ -54,19 +53,14 @@ def count(
   """Counts the FLOPs of a function from its jaxpr; computes nothing.
 
   As a compiler would: dead code is free, repeated code counts once, and the
-  body of a loop counts as often as it runs.
-
-  Args:
-    function: of arrays.
-    args: arrays or `jax.ShapeDtypeStruct`s.
-    keep: which leaves of the result are needed; all by default.
+  body of a loop counts as often as it runs. `keep` are the leaves of the result
+  that are needed, all by default.
   """
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
   return _count_live(jaxpr, list(keep or [True] * len(jaxpr.outvars)))
 
 
 def _count_live(jaxpr: Any, keep: list[bool]) -> Cost:
-  """FLOPs that the needed results cost, and which inputs they read."""
   first = _common_subexpressions(jaxpr)
 
   def variables(names, needed):
@@ -98,9 +92,10 @@ def _common_subexpressions(jaxpr: Any) -> dict[Any, Any]:
       for var in eqn.invars
     )
     # Callables are those of a custom derivative: new objects at every call, and
-    # without effect after differentiation.
+    # without effect after differentiation. Jaxprs of equal text are equal,
+    # except for their constants.
     params = tuple(
-      (key, _identity(value))
+      (key, id(value) if getattr(value, "consts", None) else str(value))
       for key, value in sorted(eqn.params.items())
       if not callable(value)
     )
@@ -108,13 +103,6 @@ def _common_subexpressions(jaxpr: Any) -> dict[Any, Any]:
     if known is not eqn and not eqn.effects:
       first.update(zip(eqn.outvars, known.outvars, strict=True))
   return first
-
-
-def _identity(param: Any) -> Any:
-  # Jaxprs of equal text are equal, except for their constants.
-  if _is_jaxpr(param) and getattr(param, "consts", None):
-    return id(param)
-  return str(param)
 
 
 def _is_jaxpr(x: Any) -> bool:
@@ -125,16 +113,14 @@ def _count_equation(eqn: Any, needed: list[bool]) -> Cost:
   """FLOPs of one operation, and which of its inputs it reads."""
   every = [True] * len(eqn.invars)
   name = eqn.primitive.name
+  shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
   if name == "dot_general":
     (contract, _), _ = eqn.params["dimension_numbers"]
-    shape = eqn.invars[0].aval.shape
-    inner = math.prod(shape[i] for i in contract)
-    return Cost(2.0 * eqn.outvars[0].aval.size * inner, every)
+    inner = math.prod(shapes[0][i] for i in contract)
+    return Cost(2.0 * math.prod(shapes[-1]) * inner, every)
   if name == "conv_general_dilated":
-    shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
     specs = eqn.params["dimension_numbers"]
-    flops = hlo.convolution_flops(shapes, specs, eqn.params)
-    return Cost(flops, every)
+    return Cost(hlo.convolution_flops(shapes, specs, eqn.params), every)
   bodies = [
     x.jaxpr if isinstance(x, core.ClosedJaxpr) else x
     for x in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr)
@@ -160,15 +146,12 @@ def _count_equation(eqn: Any, needed: list[bool]) -> Cost:
 class StepFlops:
   """FLOPs of a train step per image."""
 
-  # By name, forward and backward: each encoding, each objective's heads and
-  # loss, the views, the optimizer.
+  # Forward and backward: views, encodings, heads, losses, the optimizer.
   parts: dict[str, float]
   traced: float  # Of the whole step, counted like the parts.
-  # Of the whole step, by XLA's cost analysis, which includes elementwise
-  # operations; None where it was not compiled.
+  # By XLA's cost analysis, with elementwise operations, if it was compiled.
   compiled: float | None
-  # By group of objectives, of a step that trains only these.
-  alone: dict[str, float]
+  alone: dict[str, float]  # Of steps of one group of objectives each.
   batch_size: int
 
   @property
@@ -303,14 +286,10 @@ def step_flops(
   *,
   compile: str = "no",
 ) -> StepFlops:
-  """Counts a step.
+  """Counts the parts of a step, and the whole.
 
-  Args:
-    spec: of the step.
-    batch: shapes and dtypes of the batch.
-    tx: the optimizer.
-    compile: "no", or "whole": XLA compiles and counts the step as well, for one
-      device and with unrolled layers (two minutes for a ViT-L).
+  With `compile="whole"` XLA compiles and counts the step as well, for one
+  device and with unrolled layers (two minutes for a ViT-L).
   """
   check_choice("compile", compile, ("no", "whole"))
   rows = batch["image"].shape[0]

@@ -20,7 +20,13 @@ import numpy as np
 from mtv_jax.utils.errors import InputError
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_NESTED = r"[^()]*"
+for _ in range(3):
+  _NESTED = rf"[^()]*(?:\({_NESTED}\)[^()]*)*"
+# `ROOT %name = type opcode(operands), attributes`.
+_INSTRUCTION = re.compile(
+  rf"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(({_NESTED})\)(.*)"
+)
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
@@ -121,46 +127,26 @@ def parse(program: Any) -> Module:
   """
   if isinstance(program, Module):
     return program
-  text = program if isinstance(program, str) else program.as_text()
+  hlo_text = program if isinstance(program, str) else program.as_text()
   computations, roots, entry, current = {}, {}, None, None
-  for line in text.splitlines():
+  for line in hlo_text.splitlines():
     if current is None:
-      header = _HEADER.match(line)
-      if header:
+      if header := _HEADER.match(line):
         current = header[2]
         computations[current] = {}
         entry = current if header[1] else entry
     elif line.startswith("}"):
       current = None
-    elif head := _NAME.match(line):
-      instruction = _instruction(head[2], line[head.end() :])
-      computations[current][head[2]] = instruction
-      if head[1]:
-        roots[current] = instruction
+    elif match := _INSTRUCTION.match(line):
+      root, name, result, opcode, arguments, text = match.groups()
+      new = Instruction(name, opcode, parse_shapes(result), arguments, text)
+      computations[current][name] = new
+      if root:
+        roots[current] = new
   if entry is None:
     raise InputError("expected the text of a compiled program: it has no ENTRY")
-  counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text)
+  counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", hlo_text)
   return Module(computations, entry, roots, math.prod(map(int, counts)))
-
-
-def _instruction(name: str, rest: str) -> Instruction:
-  end = _closing(rest) if rest.startswith("(") else rest.find(" ")
-  result, rest = rest[:end], rest[end:].lstrip()
-  opcode, _, rest = rest.partition("(")
-  end = _closing("(" + rest) - 1
-  return Instruction(
-    name, opcode, parse_shapes(result), rest[: end - 1], rest[end:]
-  )
-
-
-def _closing(text: str) -> int:
-  """Index after the parenthesis that closes the first one."""
-  depth = 0
-  for i, letter in enumerate(text):
-    depth += (letter == "(") - (letter == ")")
-    if depth == 0:
-      return i + 1
-  return len(text)
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:

@@ -1,8 +1,7 @@
 """Device topologies to compile for, and the chips that they consist of.
 
-`devices("v5e:16x16")` returns 256 devices of the TPU compiler (the package
-`libtpu`) on any machine: programs compile for them, out-of-memory errors
-included, and cannot run. This is the only module that uses
+The TPU compiler (the package `libtpu`) compiles for its devices on any machine,
+out-of-memory errors included. This is the only module that uses
 `jax.experimental.topologies`.
 """
 
@@ -83,10 +82,11 @@ class Topology:
     return self.chip.axes > 0
 
   def __str__(self) -> str:
-    slices = f", {self.slices} slices" if self.slices > 1 else ""
-    chips = "chip" if self.chips == 1 else "chips"
-    hosts = "host" if self.hosts == 1 else "hosts"
-    return f"{self.name}: {self.chips} {chips}, {self.hosts} {hosts}{slices}"
+    counts = [(self.chips, "chip"), (self.hosts, "host")]
+    if self.slices > 1:
+      counts.append((self.slices, "slice"))
+    texts = (f"{n} {unit}{'s' if n > 1 else ''}" for n, unit in counts)
+    return f"{self.name}: {', '.join(texts)}"
 
 
 def parse(name: str) -> Topology:
@@ -195,8 +195,8 @@ def devices(topology: Topology) -> list[jax.Device]:
   cpus = jax.devices("cpu")
   if len(cpus) < topology.chips:
     raise ConfigError(
-      f"topology {topology.name!r}: this process has {len(cpus)} CPU devices; "
-      "call topologies.use_cpu() before JAX starts a backend"
+      f"topology {topology.name!r}: JAX has {len(cpus)} CPU devices; call "
+      "topologies.use_cpu() before it starts a backend."
     )
   return cpus[: topology.chips]
 
@@ -215,9 +215,8 @@ def use_cpu(topology: Topology | None = None) -> None:
 def _tpu_devices(topology: Topology) -> list[jax.Device]:
   if importlib.util.find_spec("libtpu") is None:
     raise ConfigError(
-      f"topology {topology.name!r}: the TPU compiler is not installed. "
-      "pip install 'mtv_jax[preflight]' installs it (the package libtpu, Linux "
-      "only); it needs no TPU."
+      f"topology {topology.name!r}: the TPU compiler, libtpu, is not installed "
+      "(pip install 'mtv_jax[preflight]', Linux only; needs no TPU)."
     )
   from jax.experimental import topologies
 

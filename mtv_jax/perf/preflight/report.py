@@ -22,9 +22,6 @@ from mtv_jax.perf import hlo, topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 from mtv_jax.utils.errors import ConfigError
 
-# Assumed model FLOPs utilisation: what large ViTs reach on TPUs when data never
-# delays them.
-MFU = 0.4
 _NUM_SHORT = 12  # Rows of the short parameter table.
 
 
@@ -35,10 +32,12 @@ class Report:
   plan: compile_lib.Plan
   compiled: compile_lib.Compiled  # The train step.
   model_flops: float  # Of a step on all chips, without recomputation.
-  mfu: float = MFU
-  tables: str = "short"  # Or 'all' rows of the parameter table.
   # The program of the objectives' gradient norms, if it was compiled.
   norms: compile_lib.Compiled | None = None
+  # Assumed model FLOPs utilisation: what large ViTs reach on TPUs when data
+  # never delays them.
+  mfu: float = 0.4
+  tables: str = "short"  # Or 'all' rows of the parameter table.
 
   @property
   def fits(self) -> bool:
@@ -87,11 +86,12 @@ class Report:
     """The whole report as plain values."""
     plan, compiled, topology = self.plan, self.compiled, self.plan.topology
     config, rate = plan.config, self.examples_per_second
+    hosts, values = topology.hosts, dataclasses.asdict(compiled)
     norms = self.norms and dataclasses.asdict(self.norms)
     return {
       "topology": topology.name,
       "chips": topology.chips,
-      "hosts": topology.hosts,
+      "hosts": hosts,
       "compiled_for": "the chips" if topology.is_tpu else "a CPU (an estimate)",
       "mesh": {axis: plan.mesh.shape[axis] for axis in MESH_AXES},
       "batch_size": config.batch_size,
@@ -101,18 +101,16 @@ class Report:
         name: {"shape": list(f.shape), "dtype": str(f.dtype)}
         for name, f in plan.fields.items()
       },
-      "batch_bytes_per_host": self.row_bytes
-      * config.batch_size
-      // topology.hosts,
+      "batch_bytes_per_host": self.row_bytes * config.batch_size // hosts,
       "parameters": sum(math.prod(shape) for _, shape, _, _ in self.params),
       "sharding": [
         dict(name=name, shape=list(shape), partition=spec, bytes_per_chip=size)
         for name, shape, spec, size in self.params
       ],
       "fits": self.fits,
-      "memory": compiled.memory and dataclasses.asdict(compiled.memory),
+      "memory": values["memory"],
       "norms": norms
-      and {key: norms[key] for key in ("memory", "refusal", "seconds")},
+      and {k: norms[k] for k in ("memory", "refusal", "seconds")},
       "refusal": compiled.refusal or None,
       "model_flops": self.model_flops,
       "compiled_flops_per_chip": compiled.flops or None,
@@ -125,11 +123,10 @@ class Report:
         dict(shape=g.shape, bytes=g.result, scope=g.scope)
         for g in self.large_gathers()
       ],
-      "largest_temporaries": list(map(dataclasses.asdict, compiled.largest)),
+      "largest_temporaries": list(values["largest"]),
       "assumed_mfu": self.mfu,
       "examples_per_second": rate,
-      "input_bytes_per_second_per_host": rate
-      and rate * self.row_bytes / topology.hosts,
+      "input_bytes_per_second_per_host": rate and rate * self.row_bytes / hosts,
       "compile_seconds": compiled.seconds,
     }
 
@@ -252,11 +249,8 @@ class Report:
     return lines
 
   def _flops(self) -> list[str]:
-    per_chip = self.model_flops / self.plan.mesh.size
-    lines = [
-      f"FLOPs: {self.model_flops:.4g} a step analytically, {per_chip:.4g} a "
-      "chip"
-    ]
+    total, per_chip = self.model_flops, self.model_flops / self.plan.mesh.size
+    lines = [f"FLOPs: {total:.4g} a step analytically, {per_chip:.4g} a chip"]
     if self.useful is not None:
       lines.append(
         f"  the program does {self.compiled.flops:.4g} a chip: "
@@ -280,13 +274,14 @@ class Report:
     ]
 
   def _input(self) -> list[str]:
-    rate, hosts = self.examples_per_second, self.plan.topology.hosts
+    rate = self.examples_per_second
     if rate is None:
       return []
+    per_host = rate / self.plan.topology.hosts
     return [
-      f"input: at {self.mfu:.0%} of the chips' peak (assumed) "
-      f"{rate:,.0f} examples/s; a host delivers {rate / hosts:,.0f} "
-      f"examples/s, {rate / hosts * self.row_bytes / 1e6:,.0f} MB/s of rows"
+      f"input: at {self.mfu:.0%} of the chips' peak (assumed) {rate:,.0f} "
+      f"examples/s; a host delivers {per_host:,.0f} examples/s, "
+      f"{per_host * self.row_bytes / 1e6:,.0f} MB/s of rows"
     ]
 
 
@@ -294,21 +289,15 @@ def preflight(
   config: schema.Config,
   topology: topologies.Topology,
   *,
-  mfu: float = MFU,
-  tables: str = "short",
   examples_per_epoch: int | None = None,
   norms: bool = False,
+  **options: Any,
 ) -> Report:
   """Compiles the train step of a config for a topology.
 
-  Args:
-    config: as `train` takes it; neither data nor weights are opened.
-    topology: to compile for; needs no such machine.
-    mfu: assumed model FLOPs utilisation, for the rate of the input pipeline.
-    tables: 'short' or 'all' rows of the parameter table.
-    examples_per_epoch: for durations in epochs.
-    norms: whether to compile the objectives' gradient norms as well, if the
-      config asks for them; doubles the time.
+  Opens neither data nor weights. With `norms`, compiles the objectives'
+  gradient norms as well if the config measures them, which doubles the time.
+  `options` are further fields of the report.
 
   Raises:
     ConfigError: for an invalid config, or a topology that cannot be used.
@@ -318,7 +307,7 @@ def preflight(
   )
   batch_size = plan.config.batch_size
   jobs = {
-    "count FLOPs": lambda: flops_lib.run(config, batch_size=batch_size),
+    "count FLOPs": lambda: flops_lib.run(config, batch_size=batch_size).total,
     "compile the step": lambda: compile_lib.compile_step(plan),
   }
   if norms and plan.measures_norms:
@@ -328,15 +317,8 @@ def preflight(
     for description, job in bar:
       bar.set_description(description)
       results.append(job())
-  cost, compiled, *rest = results
-  return Report(
-    plan=plan,
-    compiled=compiled,
-    norms=rest[0] if rest else None,
-    model_flops=cost.total * batch_size,
-    mfu=mfu,
-    tables=tables,
-  )
+  per_example, compiled, *rest = results
+  return Report(plan, compiled, per_example * batch_size, *rest, **options)
 
 
 def _indent(text: str) -> list[str]:

@@ -25,7 +25,6 @@ from mtv_jax.objectives import (
   distillation,
   grounding,
 )
-from mtv_jax.objectives.self_distillation import SelfDistillation
 from mtv_jax.parallel import ring
 from mtv_jax.parallel.mesh import (
   BATCH_SPEC,
@@ -35,8 +34,13 @@ from mtv_jax.parallel.mesh import (
 )
 from mtv_jax.parallel.rules import axis_names
 from mtv_jax.perf import hlo, topologies
-from mtv_jax.perf.preflight import compile as compile_lib
-from mtv_jax.perf.preflight.compile import Plan
+from mtv_jax.perf.preflight.compile import (
+  Compiled,
+  Memory,
+  Plan,
+  compile_step,
+  make_plan,
+)
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -45,10 +49,6 @@ TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
 
 # ---------------------------------------------------------------------------
 # Required traffic.
-
-# Metadata bytes per embedding: a contrastive row has an index and a flag, a
-# region the id of its phrase as well, a row of KoLeo a flag alone.
-_CONTRASTIVE, _GROUNDING, _KOLEO = 4 + 1, 4 + 4 + 1, 1
 
 
 def embedding_bytes(plan: Plan) -> int:
@@ -59,35 +59,31 @@ def embedding_bytes(plan: Plan) -> int:
   gradients n times. All-gathered, the embeddings of n - 1 other chips come
   once, and the gradients of a chip's own from n - 1 others.
   """
-  objectives = plan.step_spec.objectives.values()
-  return sum(_objective_bytes(objective, plan) for objective in objectives)
-
-
-def _objective_bytes(objective: base.Objective, plan: Plan) -> int:
-  chips, spec = num_batch_shards(plan.mesh), plan.step_spec.model
-  rows, width = plan.config.batch_size // chips, spec.embed_dim
-
-  def pairwise(rows, use_ring, metadata):
+  chips, spec, total = num_batch_shards(plan.mesh), plan.step_spec, 0
+  for objective in spec.objectives.values():
+    rows, width = plan.config.batch_size // chips, spec.model.embed_dim
+    method = getattr(objective, "method", "ring")
+    use_ring = ring.should_use_ring(method, plan.mesh)
+    if isinstance(objective, distillation.Distillation):
+      if not objective.koleo_weight:
+        continue
+      rows *= spec.views[objective.view_global].count
+      width, use_ring = spec.model.image.embed_dim, True
+      metadata = 1  # A flag.
+    elif isinstance(objective, contrastive.Contrastive):
+      use_ring = use_ring and objective.loss_type == "sigmoid"
+      metadata = 4 + 1  # An index and a flag.
+    elif isinstance(objective, grounding.Grounding):
+      rows *= min(objective.regions, plan.fields["boxes"].shape[0])
+      metadata = 4 + 4 + 1  # The phrase's id as well.
+    else:
+      continue
     chunk = 4 * rows * width
-    if chips == 1 or not use_ring:
-      return 2 * (chips - 1) * chunk
-    return (chips - 1) * (chunk + metadata * rows) + chips * chunk
-
-  if isinstance(objective, distillation.Distillation):
-    if not objective.koleo_weight:
-      return 0
-    width = spec.image.embed_dim
-    crops = plan.step_spec.views[objective.view_global].count
-    return crops * pairwise(rows, True, _KOLEO)
-  if isinstance(objective, contrastive.Contrastive):
-    sigmoid = objective.loss_type == "sigmoid"
-    use_ring = sigmoid and ring.should_use_ring(objective.method, plan.mesh)
-    return pairwise(rows, use_ring, _CONTRASTIVE)
-  if isinstance(objective, grounding.Grounding):
-    regions = rows * min(objective.regions, plan.fields["boxes"].shape[0])
-    use_ring = ring.should_use_ring(objective.method, plan.mesh)
-    return pairwise(regions, use_ring, _GROUNDING)
-  return 0
+    if chips > 1 and use_ring:
+      total += (chips - 1) * (chunk + metadata * rows) + chips * chunk
+    else:
+      total += 2 * (chips - 1) * chunk
+  return total
 
 
 def gradient_sizes(plan: Plan) -> collections.Counter[int]:
@@ -112,7 +108,10 @@ def gradient_sizes(plan: Plan) -> collections.Counter[int]:
       parts = leaf.shape[0] if kind == "blocks" else 1
       times = encodings[tower]
     shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
-    for size in {shard, _size_without_fsdp(leaf)}:
+    axes = axis_names(tuple(leaf.sharding.spec))
+    # After the all-gather over `fsdp`.
+    gathered = shard * (plan.mesh.shape["fsdp"] if "fsdp" in axes else 1)
+    for size in {shard, gathered}:
       sizes[size // parts] += parts * times * plan.config.accumulate
   return sizes
 
@@ -125,20 +124,9 @@ def _head_reductions(objectives, head, name, leaf) -> tuple[int, int]:
   if not name.endswith("kernel"):
     # The scale's gradient follows from that of the kernel.
     return 1, 0
-  chunks = [
-    o.chunk for o in users if isinstance(o, SelfDistillation) and o.chunk
-  ]
   columns = leaf.shape[-1]
+  chunks = [getattr(user, "chunk", None) or columns for user in users]
   return columns // min([*chunks, columns]), len(users)
-
-
-def _size_without_fsdp(leaf) -> int:
-  """Elements of a parameter on a chip after the all-gather over `fsdp`."""
-  names = axis_names(tuple(leaf.sharding.spec))
-  shards = leaf.sharding.mesh.shape
-  return math.prod(leaf.shape) // math.prod(
-    shards[name] for name in names if name != "fsdp"
-  )
 
 
 def gradient_reductions(
@@ -180,20 +168,8 @@ def gradient_reductions(
 # Compiled programs at a constant batch per chip.
 
 
-def step_row(
-  plan: Plan,
-  collectives: Sequence[hlo.Collective],
-  *,
-  peak: int,
-  seconds: float,
-) -> dict[str, Any]:
+def step_row(plan: Plan, compiled: Compiled) -> dict[str, Any]:
   """The row of a compiled plan; sizes are bytes per chip and step.
-
-  Args:
-    plan: that was compiled.
-    collectives: of its program.
-    peak: bytes per chip.
-    seconds: of compiling.
 
   Returns:
     `chips`, `peak`, `seconds`; `received`, the bytes of all collectives;
@@ -203,6 +179,7 @@ def step_row(
     (n - 1) / n of that, which grows by 6.25 % from 16 to 256 chips although
     nothing more is reduced.
   """
+  collectives = compiled.collectives
   reduced = gradient_reductions(collectives, gradient_sizes(plan))
   received, gradients = (
     sum((row.bytes for row in rows), 0.0) for rows in (collectives, reduced)
@@ -212,13 +189,13 @@ def step_row(
   steady -= sum(map(_infinite_ring_bytes, reduced)) + embeddings
   return dict(
     chips=plan.mesh.size,
-    peak=peak,
+    peak=compiled.memory.peak,
     received=received,
     gradients=gradients,
     embeddings=embeddings,
     steady=steady,
     rest=received - gradients - embeddings,
-    seconds=seconds,
+    seconds=compiled.seconds,
   )
 
 
@@ -240,16 +217,11 @@ def compile_row(
   parsed = topologies.parse(topology)
   batch = f"batch_size={rows * parsed.chips}"
   changed = overrides.override(schema.check_config(config), [batch])
-  plan = compile_lib.make_plan(changed, parsed)
-  compiled = compile_lib.compile_step(plan)
+  plan = make_plan(changed, parsed)
+  compiled = compile_step(plan)
   if compiled.memory is None:
     raise ConfigError(f"on {topology}: {compiled.refusal}")
-  return step_row(
-    plan,
-    compiled.collectives,
-    peak=compiled.memory.peak,
-    seconds=compiled.seconds,
-  )
+  return step_row(plan, compiled)
 
 
 def compile_loss(
@@ -288,7 +260,7 @@ def compile_loss(
   return dict(
     method=method,
     chips=len(devices),
-    temporaries=compile_lib.Memory.of(compiled, None).temporaries,
+    temporaries=Memory.of(compiled, None).temporaries,
     received=sum(row.bytes for row in hlo.collectives(compiled)),
   )
 
@@ -327,10 +299,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _cell(key: str, value: str | int | float) -> str:
-  if key == "seconds":
-    return f"compiled in {value:.0f} s"
-  if key == "method":
-    return f"{key} {value:8}"
-  if key == "chips":
-    return f"{key} {value:<3}"
+  texts = {"seconds": "compiled in {:.0f} s", "method": "method {:8}"}
+  if text := (texts | {"chips": "chips {:<3}"}).get(key):
+    return text.format(value)
   return f"{key} {value / 2**20:7,.1f} MiB"

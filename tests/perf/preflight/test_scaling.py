@@ -27,6 +27,13 @@ def row(kind, shape, *, count=1.0, size=100.0, scope="", group=CHIPS):
   return hlo.Collective(kind, "a", shape, 0, group, count, size, scope)
 
 
+def step_row(plan, collectives):
+  memory = compile_lib.Memory(0, 0, 0, 1, None)
+  return scaling.step_row(
+    plan, compile_lib.Compiled(memory, collectives=tuple(collectives))
+  )
+
+
 def test_embedding_bytes_equal_the_formula(repo_root):
   plan = make_plan(repo_root)
   width = plan.step_spec.model.embed_dim
@@ -97,12 +104,12 @@ def test_unexpected_collectives_are_the_rest(repo_root):
   extra = row("collective-permute", "f32[999]", size=12345.0)
   known = scaling.embedding_bytes(plan)
   expected = row("collective-permute", "f32[1]", size=float(known))
-  result = scaling.step_row(plan, [expected], peak=1, seconds=0.0)
+  result = step_row(plan, [expected])
   assert (result["rest"], result["steady"]) == (0.0, 0.0)
-  result = scaling.step_row(plan, [expected, extra], peak=1, seconds=0.0)
+  result = step_row(plan, [expected, extra])
   assert result["embeddings"] == known and result["rest"] == 12345.0
   reduced = row("all-reduce", "f32[999]", size=2 * 7 / 8 * 3996)
-  result = scaling.step_row(plan, [expected, reduced], peak=1, seconds=0.0)
+  result = step_row(plan, [expected, reduced])
   assert result["steady"] == pytest.approx(2 * 3996)
 
 
@@ -131,9 +138,7 @@ def test_the_rest_of_a_recipes_traffic_is_small(repo_root):
   """Compiled for eight devices."""
   plan = make_plan(repo_root)
   compiled = plan.lower().compile()
-  result = scaling.step_row(
-    plan, hlo.collectives(compiled), peak=1, seconds=0.0
-  )
+  result = step_row(plan, hlo.collectives(compiled))
   params = plan.program.abstract.params
   size = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
   assert result["gradients"] > 2 * 7 / 8 * size
