@@ -4,10 +4,32 @@ import argparse
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from mtv_jax.config import overrides, schema
 from mtv_jax.parallel import distributed
+
+
+def add_options(
+  parser: argparse.ArgumentParser, options: Mapping[str, tuple[Any, str]]
+) -> None:
+  """Adds optional flags by name, each with a default or its type, and help."""
+  for name, (default, text) in options.items():
+    kind = default if isinstance(default, type) else type(default)
+    default = None if default is kind else default
+    parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+
+
+def add_set(
+  parser: argparse.ArgumentParser, metavar: str, help: str | None = None
+) -> None:
+  """--set=KEY=VALUE, which may be repeated."""
+  parser.add_argument(
+    "--set", action="append", default=[], metavar=metavar, help=help
+  )
 
 
 def add_config(
@@ -19,26 +41,31 @@ def add_config(
     required=required,
     help="a recipe's file or name, with its arguments after a colon",
   )
-  parser.add_argument(
-    "--set",
-    action="append",
-    default=[],
-    metavar="KEY=VALUE",
-    help="override of a config key, the same as --config.KEY=VALUE",
+  add_set(
+    parser, "KEY=VALUE", "override of a config key, as --config.KEY=VALUE"
   )
+
+
+def read_config(args: argparse.Namespace) -> ConfigDict:
+  """The config with its overrides."""
+  return overrides.override(schema.read_config(args.config), args.set)
+
+
+def add_encoder(parser: argparse.ArgumentParser, **options: Any) -> None:
+  """--encoder, --weights and --dtype."""
+  add = parser.add_argument
+  add("--encoder", required=True, **options)
+  add("--weights", default="student", help="student, teacher or ema")
+  dtypes = ("float32", "bfloat16")
+  add("--dtype", default=dtypes[0], choices=dtypes, help="of the computation")
 
 
 def add_shards(parser: argparse.ArgumentParser) -> None:
   """--data and --index_dir."""
-  parser.add_argument(
-    "--data",
-    nargs="+",
-    required=True,
-    help="the shards: .tar or .array_record, ranges and globs",
-  )
-  parser.add_argument(
-    "--index_dir", help="of the tars' indices (default: beside the tars)"
-  )
+  add = parser.add_argument
+  shards = "the shards: .tar or .array_record, ranges and globs"
+  add("--data", nargs="+", required=True, help=shards)
+  add("--index_dir", help="of the tars' indices (default: beside the tars)")
 
 
 def add_distributed(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +83,9 @@ def add_distributed(parser: argparse.ArgumentParser) -> None:
 
 
 def initialize_distributed(args: argparse.Namespace) -> None:
-  """Joins the hosts as `add_distributed`'s arguments say."""
-  distributed.initialize(
-    distributed=args.distributed,
-    coordinator=args.coordinator,
-    processes=args.processes,
-    process=args.process,
-  )
+  """Joins the other hosts by the flags of `add_distributed`."""
+  names = ("distributed", "coordinator", "processes", "process")
+  distributed.initialize(**{name: getattr(args, name) for name in names})
 
 
 def add_parameters(

@@ -23,7 +23,6 @@ from pathlib import Path
 import jax
 
 from mtv_jax.cli import arguments
-from mtv_jax.config import overrides, schema
 
 # By name: the module with `run`, and the help.
 COMMANDS = {
@@ -48,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     function = importlib.import_module(f"mtv_jax.perf.{module}").run
     arguments.add_parameters(command, function)
     if "config" in inspect.signature(function).parameters:
-      command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE"
-      )
+      arguments.add_set(command, "KEY=VALUE")
     command.add_argument("--json", type=Path, help="also write the result here")
     command.add_argument("--profile", metavar="DIR", help="also write a trace")
     command.set_defaults(function=function)
@@ -61,12 +58,10 @@ def run(args: argparse.Namespace) -> None:
   flags = inspect.signature(args.function).parameters
   options = {name: getattr(args, name) for name in flags}
   if "config" in options:
-    config = schema.read_config(args.config)
-    options["config"] = overrides.override(config, args.set)
-  trace = contextlib.nullcontext()
-  if args.profile:
-    trace = jax.profiler.trace(args.profile)
-  with trace:
+    options["config"] = arguments.read_config(args)
+  with contextlib.ExitStack() as stack:
+    if args.profile:
+      stack.enter_context(jax.profiler.trace(args.profile))
     result = args.function(**options)
   print(result)
   if args.json:

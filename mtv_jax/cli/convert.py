@@ -32,34 +32,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   commands = parser.add_subparsers(dest="command", required=True)
   for name, text in _COMMANDS.items():
     command = commands.add_parser(name, help=text)
-    command.add_argument("source", help="the model to convert")
-    command.add_argument("output", help="a new or empty folder")
-    command.add_argument(
-      "--image_size",
-      type=int,
-      help="resample the position embedding for images of this size in pixels",
+    add = command.add_argument
+    add("source", help="the model to convert")
+    add("output", help="a new or empty folder")
+    text = "resample the position embedding for images of this size in pixels"
+    add("--image_size", type=int, help=text)
+    text = (
+      "a SentencePiece model, a tokenizer.json or 'bytes' (default: source)"
     )
-    command.add_argument(
-      "--tokenizer",
-      help="a SentencePiece model, a tokenizer.json or 'bytes'; by default the "
-      "source's own",
-    )
-    command.add_argument(
-      "--clean",
-      default="canonicalize",
-      choices=["none", "lower", "canonicalize"],
-      help="cleaning of texts before --tokenizer (default: %(default)s)",
-    )
+    add("--tokenizer", help=text)
+    choices = ("canonicalize", "lower", "none")
+    text = "cleaning of texts before --tokenizer (default: %(default)s)"
+    add("--clean", default=choices[0], choices=choices, help=text)
     if name == "to_hf":
-      command.add_argument(
-        "--weights",
-        default="student",
-        choices=["student", "teacher", "ema"],
-        help="which weights of a run (default: %(default)s)",
-      )
-      command.add_argument(
-        "--step", type=int, help="which checkpoint of a run (default: latest)"
-      )
+      choices = ("student", "teacher", "ema")
+      text = "which weights of a run (default: %(default)s)"
+      add("--weights", default=choices[0], choices=choices, help=text)
+      text = "which checkpoint of a run (default: latest)"
+      add("--step", type=int, help=text)
 
 
 def run(args: argparse.Namespace) -> None:

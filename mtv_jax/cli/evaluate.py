@@ -14,6 +14,7 @@ not support as skipped.
 """
 
 import argparse
+import functools
 import sys
 
 import jax
@@ -25,29 +26,27 @@ from mtv_jax.evals import suite
 from mtv_jax.evals.core import base, results
 from mtv_jax.evals.report import references, tables
 
-_OPTIONS = (
-  "images",
-  "prompts",
-  "classes",
-  "split",
-  "count",
-  "batch_size",
-  "pictures",
-)
+_OPTIONS = {
+  "images": (str, "folder of images, where it is not beside the JSON"),
+  "prompts": (str, "JSON of class names and templates"),
+  "classes": (str, "all (of the prompts), or present (in the data)"),
+  "split": (str, "of Karpathy's JSON; test by default"),
+  "count": (int, "images to use, evenly spaced; default all"),
+  "batch_size": (int, "images per step, over all devices"),
+  "pictures": (int, "items per sheet; 8 with --output, otherwise no sheets"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The options of `mtv-jax evaluate`."""
   parser.epilog = f"evaluations: {', '.join(base.EVALUATORS)}"
   add = parser.add_argument
-  add(
-    "--encoder",
+  arguments.add_encoder(
+    parser,
     action="append",
-    required=True,
     help="folder to load, or a baseline (pixels:64, random:B/16@224); PATH@ema"
     " selects the weights; may be repeated, a column each",
   )
-  add("--weights", default="student", help="student, teacher or ema")
   add("--evals", default="all", help="names separated by commas, or all")
   add(
     "--data",
@@ -55,31 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="scenes (the default), a folder of classes, COCO's or Karpathy's "
     "JSON, or tars; or NAME=DATA for one evaluation; may be repeated",
   )
-  add("--images", help="folder of images, where it is not beside the JSON")
-  add("--prompts", help="JSON of class names and templates")
-  add("--classes", help="all (of the prompts), or present (in the data)")
-  add("--split", help="of Karpathy's JSON; test by default")
-  add("--count", type=int, help="images to use, evenly spaced; default all")
-  add("--batch_size", type=int, help="images per step, over all devices")
-  add(
-    "--set",
-    action="append",
-    default=[],
-    metavar="NAME.OPTION=VALUE",
-    help="any option of an evaluation, as --set=retrieval.max_captions=5",
-  )
-  add(
-    "--dtype",
-    default="float32",
-    choices=("float32", "bfloat16"),
-    help="of the computation",
+  arguments.add_options(parser, _OPTIONS)
+  arguments.add_set(
+    parser,
+    "NAME.OPTION=VALUE",
+    "any option of an evaluation, as --set=retrieval.max_captions=5",
   )
   add("--output", help="folder for tables, sheets and the page")
-  add(
-    "--pictures",
-    type=int,
-    help="items per sheet; 8 with --output, otherwise no sheets",
-  )
   add("--compare", help="earlier results.json files, separated by commas")
   add(
     "--reference",
@@ -92,15 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Evaluates; SystemExit lists the evaluations that failed."""
+  """Evaluates, prints and writes; SystemExit lists failed evaluations."""
   arguments.initialize_distributed(args)
-  failed = evaluate(args)
-  if failed:
-    raise SystemExit("evaluate: " + "\n".join(failed))
-
-
-def evaluate(args: argparse.Namespace) -> list[str]:
-  """Loads, evaluates, prints and writes; returns the errors."""
   chosen = evals.plan(
     args.evals.split(","),
     data=args.data or ["scenes"],
@@ -111,25 +85,21 @@ def evaluate(args: argparse.Namespace) -> list[str]:
   earlier = args.compare.split(",") if args.compare else []
   compared = [outcome for path in earlier for outcome in results.read(path)]
   encoders = {
-    asked.name: mtv_jax.load(
-      asked.path, weights=asked.weights, dtype=args.dtype
+    request.name: mtv_jax.load(
+      request.path, weights=request.weights, dtype=args.dtype
     )
-    for asked in suite.parse_requests(args.encoder, weights=args.weights)
+    for request in suite.parse_requests(args.encoder, weights=args.weights)
   }
-  outcomes = suite.evaluate(encoders, chosen, folder=args.output, say=_say)
-  failed = suite.errors(outcomes, chosen)
-  if jax.process_index():
-    return failed
-  if any(outcome.results for outcome in outcomes):
-    print(tables.format_results([*outcomes, *compared]))
-  if args.json:
-    results.write(args.json, outcomes)
-  if args.output:
-    size = None if args.reference == "none" else args.reference
-    files = suite.write(args.output, outcomes, compared=compared, size=size)
-    print("\nWritten:", *files, sep="\n  ")
-  return failed
-
-
-def _say(line: str) -> None:
-  print(line, file=sys.stderr, flush=True)
+  say = functools.partial(print, file=sys.stderr, flush=True)
+  outcomes = suite.evaluate(encoders, chosen, folder=args.output, say=say)
+  if jax.process_index() == 0:
+    if any(outcome.results for outcome in outcomes):
+      print(tables.format_results([*outcomes, *compared]))
+    if args.json:
+      results.write(args.json, outcomes)
+    if args.output:
+      size = None if args.reference == "none" else args.reference
+      files = suite.write(args.output, outcomes, compared=compared, size=size)
+      print("\nWritten:", *files, sep="\n  ")
+  if failed := suite.errors(outcomes, chosen):
+    raise SystemExit("evaluate: " + "\n".join(failed))

@@ -18,7 +18,6 @@ memory; --records reads fewer, evenly spaced.
 
 import argparse
 import json
-from collections.abc import Callable
 
 from mtv_jax.cli import arguments
 from mtv_jax.data.labels.join import JOINS
@@ -34,50 +33,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--depth", help="folder of a label set of depth")
   add("--boxes", help="folder of a label set of boxes")
   add("--output", required=True, help="folder to write into")
-  add("--count", type=int, default=24, help="records on the sheet")
-  add("--seed", type=int, default=0, help="of the choice of these")
-  add(
-    "--size", type=int, default=304, help="longer side of an image, in pixels"
-  )
-  add(
-    "--min_score",
-    type=float,
-    default=0.0,
-    help="minimum score of a box, in the statistics too",
-  )
-  add(
-    "--records",
-    type=int,
-    help="labels of a set to read for the statistics (default: all)",
-  )
+  options = {
+    "count": (24, "records on the sheet"),
+    "seed": (0, "of the choice of these"),
+    "size": (304, "longer side of an image, in pixels"),
+    "min_score": (0.0, "minimum score of a box, in the statistics too"),
+    "records": (int, "labels of a set to read for the statistics; default all"),
+  }
+  arguments.add_options(parser, options)
   add(
     "--join",
     default="aligned",
     choices=JOINS,
     help="by key for sets of another copy of the images",
   )
-  add(
-    "--json",
-    action="store_true",
-    help="print the statistics as JSON instead of a summary",
-  )
+  text = "print the statistics as JSON instead of a summary"
+  add("--json", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> None:
   """Writes the files and prints a summary."""
+  bars = {kind: Progress(unit=f"labels of {kind}") for kind in KINDS}
+  names = "depth boxes count seed size min_score records index_dir join"
   summary = inspect_labels.inspect(
     args.data,
-    depth=args.depth,
-    boxes=args.boxes,
     out=args.output,
-    count=args.count,
-    seed=args.seed,
-    size=args.size,
-    min_score=args.min_score,
-    records=args.records,
-    index_dir=args.index_dir,
-    join=args.join,
-    progress=_progress(),
+    progress=lambda kind, done, total: bars[kind](done, total),
+    **{name: getattr(args, name) for name in names.split()},
   )
   if args.json:
     print(json.dumps(summary, ensure_ascii=False, indent=1))
@@ -85,8 +67,3 @@ def run(args: argparse.Namespace) -> None:
   print(inspect_labels.format_summary(summary))
   for name in ("sheet.png", "index.html", "statistics.json"):
     print(f"wrote {args.output}/{name}")
-
-
-def _progress() -> Callable[[str, int, int], None]:
-  bars = {kind: Progress(unit=f"labels of {kind}") for kind in KINDS}
-  return lambda kind, done, total: bars[kind](done, total)

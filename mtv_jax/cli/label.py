@@ -47,29 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The options of `mtv-jax label`."""
   add = parser.add_argument
   add("--expert", required=True, choices=KINDS, help="kind of the labels")
-  add(
-    "--weights",
-    required=True,
-    help="folder of Depth Anything V2 or OWLv2, .onnx file, run or export",
-  )
+  text = "folder of Depth Anything V2 or OWLv2, .onnx file, run or export"
+  add("--weights", required=True, help=text)
   arguments.add_shards(parser)
   add("--output", required=True, help="folder of the label set")
   add("--threads", type=int, help="decoding threads; one per core by default")
-  for name, (kind, text) in _OPTIONS.items():
-    add(f"--{name}", type=kind, help=text)
-  add(
-    "--set",
-    action="append",
-    default=[],
-    metavar="OPTION=VALUE",
-    help="any other option of the expert, as --set=min_side=0.02",
-  )
-  add(
-    "--verify",
-    type=int,
-    metavar="N",
-    help="label N records of a finished set again and compare",
-  )
+  arguments.add_options(parser, _OPTIONS)
+  text = "any other option of the expert, as --set=min_side=0.02"
+  arguments.add_set(parser, "OPTION=VALUE", text)
+  text = "label N records of a finished set again and compare"
+  add("--verify", type=int, metavar="N", help=text)
   arguments.add_distributed(parser)
 
 
@@ -80,11 +67,12 @@ def run(args: argparse.Namespace) -> int:
   base = registry.open_files(
     args.data, index_dir=args.index_dir, captions="optional"
   )
-  given = {name: getattr(args, name) for name in _OPTIONS}
-  options = {name: v for name, v in given.items() if v is not None}
-  expert = build_expert(
-    args.expert, args.weights, options=options | parse_options(args.set)
-  )
+  options = {name: getattr(args, name) for name in _OPTIONS}
+  options = {
+    name: value for name, value in options.items() if value is not None
+  }
+  options |= parse_options(args.set)
+  expert = build_expert(args.expert, args.weights, options=options)
   if args.verify is not None:
     report = verify(
       expert, base, args.output, count=args.verify, threads=args.threads

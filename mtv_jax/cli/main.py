@@ -1,9 +1,8 @@
 """`mtv-jax COMMAND`: the command lines of the package.
 
 A command is a module of this package with `add_arguments(parser)` and
-`run(args)`, which returns the exit status, or None for 0. Its docstring is the
-text of `--help`. `tools/*.py` and `python -m mtv_jax.main` call the same
-functions.
+`run(args)`, which returns the exit status, or None for 0; its docstring is the
+text of `--help`. `tools/*.py` and `python -m mtv_jax.main` call `command`.
 """
 
 import argparse
@@ -33,6 +32,8 @@ COMMANDS = {
   "plot_run": "plot a run's metrics",
   "show_scenes": "draw built-in scenes with their labels",
 }
+# Modules of commands that are not called after them.
+_MODULES = {"knn": "probe", "linear_probe": "probe"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,13 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, argv: Sequence[str] | None = None) -> int:
-  """Runs one command; user errors exit with their message.
+  """Runs one of `COMMANDS`; user errors exit with their message.
 
   Args:
-    name: a key of `COMMANDS`.
-    argv: its arguments; by default those of the process. `--config.KEY=VALUE`
-      is the same as `--set=KEY=VALUE`, and hyphens in the name of an option
-      the same as underscores.
+    name: of the command.
+    argv: by default those of the process. `--config.KEY=VALUE` is the same as
+      `--set=KEY=VALUE`, and a hyphen in an option's name as an underscore.
 
   Returns:
     The exit status.
@@ -67,7 +67,7 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in argv
   with errors.readable_errors(name, debug=debug):
-    module = importlib.import_module(f"mtv_jax.cli.{name}")
+    module = importlib.import_module(f"mtv_jax.cli.{_MODULES.get(name, name)}")
     parser = argparse.ArgumentParser(
       prog=f"mtv-jax {name}",
       description=module.__doc__,
@@ -76,6 +76,7 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
       "--debug", action="store_true", help="show the traceback of an error"
     )
+    parser.set_defaults(command_name=name)
     module.add_arguments(parser)
     args = parser.parse_args(_normalize(a for a in argv if a != "--debug"))
     return module.run(args) or 0

@@ -39,50 +39,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   depth = kinds.add_parser("depth", help="from depth images of 8 or 16 bits")
   depth.add_argument("--depth_dir", required=True)
-  depth.add_argument(
-    "--pattern",
-    default="{stem}.png",
-    help="a file's name, with {key}, {stem}, {name} or {image_id}",
-  )
-  kind = depth.add_mutually_exclusive_group(required=True)
-  for values, text in (
+  values = depth.add_mutually_exclusive_group(required=True)
+  for name, text in (
     ("metric", "larger is farther: inverted"),
     ("inverse", "larger is nearer"),
   ):
-    kind.add_argument(
-      f"--{values}",
-      dest="values",
-      action="store_const",
-      const=values,
-      help=text,
+    values.add_argument(
+      f"--{name}", dest="values", action="store_const", const=name, help=text
     )
-  depth.add_argument(
-    "--scale",
-    type=float,
-    default=1.0,
-    help="divisor of the values, such as 1000 for millimetres",
-  )
-  depth.add_argument(
-    "--invalid",
-    type=int,
-    nargs="+",
-    default=[0],
-    help="values that mark a missing measurement",
-  )
-  depth.add_argument(
-    "--side", type=int, default=128, help="side of a stored map, in pixels"
-  )
-  depth.add_argument(
-    "--min_valid",
-    type=int,
-    default=label_values.MIN_VALID,
-    help="minimum number of valid pixels of a label",
-  )
-  for kind_parser in (boxes, depth):
-    arguments.add_shards(kind_parser)
-    kind_parser.add_argument(
-      "--output", required=True, help="folder of the label set"
-    )
+  text = "a file's name, with {key}, {stem}, {name} or {image_id}"
+  defaults = {
+    "pattern": ("{stem}.png", text),
+    "scale": (1.0, "divisor of the values, such as 1000 for millimetres"),
+    "side": (128, "side of a stored map, in pixels"),
+    "min_valid": (label_values.MIN_VALID, "minimum of valid pixels of a label"),
+  }
+  arguments.add_options(depth, defaults)
+  text = "values that mark a missing measurement"
+  depth.add_argument("--invalid", type=int, nargs="+", default=[0], help=text)
+  for command in (boxes, depth):
+    arguments.add_shards(command)
+    command.add_argument("--output", required=True, help="of the label set")
 
 
 def run(args: argparse.Namespace) -> None:

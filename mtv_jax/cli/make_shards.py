@@ -9,13 +9,11 @@ Then train with data.train = [dict(type="webdataset", path="shards/*.tar")].
 """
 
 import argparse
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 
 from mtv_jax.data.sources import listings, shard_writer
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.progress import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +51,8 @@ def run(args: argparse.Namespace) -> None:
     folders = folders * len(args.inputs)
   if len(folders) != len(args.inputs):
     raise InputError(
-      f"--images names {len(folders)} folders for {len(args.inputs)} inputs;"
-      " give one, or one for each"
+      f"--images names {len(folders)} folders for {len(args.inputs)} inputs; "
+      "give one, or one for each."
     )
   examples = []
   for path, images in zip(args.inputs, folders, strict=True):
@@ -64,39 +62,16 @@ def run(args: argparse.Namespace) -> None:
       image_column=args.image_column,
       caption_column=args.caption_column,
     )
+  progress = Progress()
   report = shard_writer.write(
     examples,
     args.output,
     format=args.format,
     records_per_shard=args.records_per_shard,
     max_side=args.max_side,
-    progress=_progress(),
+    progress=lambda report: progress(report.done, report.total),
   )
   _print_summary(report, args.output)
-
-
-def _progress() -> Callable[[shard_writer.Report], None]:
-  start = time.monotonic()
-  said = start
-  end = "\r" if sys.stderr.isatty() else "\n"
-  every = 0.5 if sys.stderr.isatty() else 10
-
-  def say(report: shard_writer.Report) -> None:
-    nonlocal said
-    now = time.monotonic()
-    if now - said < every and report.done < report.total:
-      return
-    said = now
-    print(
-      f"{report.done:,} of {report.total:,} images,"
-      f" {report.done / max(now - start, 1e-3):,.0f} a second,"
-      f" {len(report.skipped):,} skipped, {len(report.shards)} shards done",
-      file=sys.stderr,
-      end=end,
-      flush=True,
-    )
-
-  return say
 
 
 def _print_summary(report: shard_writer.Report, out: str) -> None:

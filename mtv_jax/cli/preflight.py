@@ -22,13 +22,14 @@ alone. Both write --json as well.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from mtv_jax.cli import arguments
-from mtv_jax.config import overrides, schema
+from mtv_jax.config import schema
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.progress import track
 
@@ -41,9 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--json", type=pathlib.Path, help="also write the result here")
   add("--tables", action="store_true", help="print all parameters")
   add("--propose", action="store_true", help="compile changes until one fits")
-  add(
-    "--norms", action="store_true", help="also the objectives' gradient norms"
-  )
+  text = "compile the objectives' gradient norms as well"
+  add("--norms", action="store_true", help=text)
   add("--mfu", type=float, default=0.4, help="assumed share of the chips' peak")
   add("--examples", type=int, help="examples per epoch")
   add("--table", type=pathlib.Path, help="update the table in this page")
@@ -68,14 +68,10 @@ def run(args: argparse.Namespace) -> int:
   return _report(args, topology)
 
 
-def _read(args: argparse.Namespace) -> schema.Config:
-  return overrides.override(schema.read_config(args.config), args.set)
-
-
 def _report(args: argparse.Namespace, topology: Any) -> int:
   from mtv_jax.perf.preflight import propose, report
 
-  config = _read(args)
+  config = arguments.read_config(args)
   result = report.preflight(
     config,
     topology,
@@ -120,16 +116,11 @@ def _compile_scaling(args: argparse.Namespace) -> int:
   from mtv_jax.perf.preflight import scaling
 
   if args.scaling == "loss":
-    methods, config = ("ring", "gathered"), None
+    compile, subjects = scaling.compile_loss, ("ring", "gathered")
   else:
-    methods, config = (None,), _read(args)
-  jobs = [(m, name) for m in methods for name in scaling.TOPOLOGIES]
-  rows = [
-    scaling.compile_loss(method, name)
-    if method
-    else scaling.compile_row(config, name)
-    for method, name in track(jobs, "scaling", unit="programs")
-  ]
+    compile, subjects = scaling.compile_row, (arguments.read_config(args),)
+  jobs = list(itertools.product(subjects, scaling.TOPOLOGIES))
+  rows = [compile(*job) for job in track(jobs, "scaling", unit="programs")]
   if args.json:
     args.json.write_text(json.dumps(scaling.to_dict(rows)) + "\n")
   print(scaling.format_table(rows))

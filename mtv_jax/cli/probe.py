@@ -1,4 +1,18 @@
-"""The command line of one classification probe: `knn`, `linear_probe`."""
+"""k-NN and linear classification on frozen features, with DINOv2's protocols.
+
+    mtv-jax knn --encoder=runs/a
+    mtv-jax knn --encoder=runs/a --data=imagenet --json=knn.json \\
+      --set=batch_size=512 --set=k='(10, 20)'
+    mtv-jax linear_probe --encoder=runs/a --data=imagenet \\
+      --set=batch_size=512 --json=linear.json
+    mtv-jax linear_probe --encoder=runs/a --data=imagenet \\
+      --set=augment=cached --set=select=train_split
+
+The data are scenes or a folder with train/CLASS/*.jpg and val/CLASS/*.jpg.
+Published figures of linear_probe train on random crops, encoded anew at every
+step; with augment=cached features are computed once. `mtv-jax evaluate` runs
+these and all other evaluations.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +30,18 @@ from mtv_jax.evals.report import tables
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The options of a probe."""
   add = parser.add_argument
-  add("--encoder", required=True, help="folder to load, or pixels:64")
-  add("--weights", default="student", help="student, teacher or ema")
+  arguments.add_encoder(parser, help="folder to load, or pixels:64")
   add("--data", default="scenes", help="with a training and a test split")
   add("--train", help="training images, where --data does not have them")
-  add("--set", action="append", default=[], metavar="OPTION=VALUE")
-  add("--dtype", default="float32", choices=("float32", "bfloat16"))
+  arguments.add_set(parser, "OPTION=VALUE")
   add("--json", help="file to write")
   arguments.add_distributed(parser)
 
 
-def run(name: str, args: argparse.Namespace) -> None:
-  """Runs the evaluation of that name."""
+def run(args: argparse.Namespace) -> None:
+  """Runs the evaluation that the command is called after."""
   arguments.initialize_distributed(args)
+  name = args.command_name
   entries = evals.plan(
     [name],
     data=[args.data],

@@ -5,7 +5,6 @@ mtv-jax show_scenes --output=tiles.png --count=64 --view=images --size=96
 """
 
 import argparse
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -101,7 +100,7 @@ def scene_tiles(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The options of `mtv-jax show_scenes`."""
   add = parser.add_argument
-  add("--output", type=pathlib.Path, required=True, help="a PNG file")
+  add("--output", required=True, help="a PNG file")
   add("--first", type=int, default=0, help="number of the first scene")
   add("--count", type=int, default=6, help="number of scenes")
   add("--size", type=int, default=192, help="side of a scene, in pixels")

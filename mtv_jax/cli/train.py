@@ -16,7 +16,7 @@ import contextlib
 import jax
 
 from mtv_jax.cli import arguments
-from mtv_jax.config import overrides, schema
+from mtv_jax.config import schema
 from mtv_jax.train import workdir
 from mtv_jax.train.loop import train
 from mtv_jax.train.metrics import setup_logging
@@ -26,12 +26,10 @@ from mtv_jax.utils import compile_cache
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """The options of `mtv-jax train`."""
   arguments.add_config(parser)
-  parser.add_argument(
-    "--workdir",
-    required=True,
-    help="the run's folder: config, metrics, checkpoints, evaluations",
-  )
-  parser.add_argument(
+  add = parser.add_argument
+  text = "the run's folder: config, metrics, checkpoints, evaluations"
+  add("--workdir", required=True, help=text)
+  add(
     "--compile_cache",
     default="auto",
     help="folder of compiled programs, or none; auto (the default) is"
@@ -42,15 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Trains, resuming where the workdir has a checkpoint."""
-  config = schema.check_config(
-    overrides.override(schema.read_config(args.config), args.set)
-  )
+  config = schema.check_config(arguments.read_config(args))
   arguments.initialize_distributed(args)
   process = jax.process_index()
   setup_logging(process_index=process)
-  lock = contextlib.nullcontext()
-  if process == 0:
-    lock = workdir.lock_workdir(args.workdir)
-  with lock:
+  with contextlib.ExitStack() as stack:
+    if process == 0:
+      stack.enter_context(workdir.lock_workdir(args.workdir))
     compile_cache.enable(args.compile_cache, args.workdir)
     train(config, args.workdir)
