@@ -16,24 +16,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import inspect
+import pkgutil
 from pathlib import Path
 
 import jax
 
 from mtv_jax.cli import arguments
 
-# By name: the module with `run`, and the help.
+# By name: the function, and the help.
 COMMANDS = {
-  "data": ("bench.data", "input pipeline, beside decoding alone"),
-  "step": ("bench.step", "train step of a config, beside matrix products"),
-  "views": ("bench.views", "views of a config, beside the step and decoding"),
-  "eval": ("bench.evals", "images to features, beside the forward pass"),
-  "checkpoint": ("bench.checkpoints", "saving and restoring, beside the disk"),
-  "flops": ("flops", "FLOPs of each part of a train step; runs nothing"),
-  "against": ("bench.against_torch", "train step, beside PyTorch's"),
-  "experts": ("bench.experts", "labelling, beside transformers"),
+  "data": ("bench.data:run", "input pipeline, beside decoding alone"),
+  "step": ("bench.step:run", "train step, beside matrix products"),
+  "views": ("bench.step:time_views", "views, beside the step and decoding"),
+  "eval": ("bench.evals:run", "images to features, beside the forward pass"),
+  "checkpoint": ("bench.checkpoints:run", "saving, restoring, beside the disk"),
+  "flops": ("flops:run", "FLOPs of each part of a train step; runs nothing"),
+  "against": ("bench.against_torch:run", "train step, beside PyTorch's"),
+  "experts": ("bench.experts:run", "labelling, beside transformers"),
 }
 
 
@@ -42,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   commands = parser.add_subparsers(
     dest="benchmark", required=True, metavar="BENCHMARK"
   )
-  for name, (module, text) in COMMANDS.items():
+  for name, (path, text) in COMMANDS.items():
     command = commands.add_parser(name, help=text)
-    function = importlib.import_module(f"mtv_jax.perf.{module}").run
+    function = pkgutil.resolve_name(f"mtv_jax.perf.{path}")
     arguments.add_parameters(command, function)
     if "config" in inspect.signature(function).parameters:
       arguments.add_set(command, "KEY=VALUE")

@@ -274,7 +274,13 @@ def collectives(program: Any) -> tuple[Collective, ...]:
   module, rows = parse(program), []
   for instruction, computation, times in module.executed():
     kind = instruction.opcode.removesuffix("-start")
-    if kind not in _RECEIVED or _is_continuation(instruction, computation):
+    # The TPU compiler cuts a collective into a chain of pieces that overlap
+    # with compute; each repeats the whole operand, and the first one counts.
+    is_later_piece = 'chain_id="' in instruction.text and not any(
+      'custom_call_target="AsyncCollectiveStart"' in other.text
+      for other in computation.values()
+    )
+    if kind not in _RECEIVED or is_later_piece:
       continue
     operands = [
       shape
@@ -297,18 +303,6 @@ def collectives(program: Any) -> tuple[Collective, ...]:
       )
     )
   return tuple(sorted(rows, key=lambda row: -row.bytes))
-
-
-def _is_continuation(instruction: Instruction, computation: Computation):
-  """Whether this is a later piece of a collective that is counted already.
-
-  The TPU compiler cuts a collective into a chain of pieces that overlap with
-  compute; each piece repeats the whole operand.
-  """
-  return 'chain_id="' in instruction.text and not any(
-    'custom_call_target="AsyncCollectiveStart"' in other.text
-    for other in computation.values()
-  )
 
 
 def group_size(instruction: Instruction, partitions: int) -> int:
@@ -345,17 +339,6 @@ def sum_by_kind(rows: Iterable[Collective]) -> dict[str, tuple[float, float]]:
 # Arrays.
 
 
-@dataclasses.dataclass(frozen=True)
-class Temporary:
-  """An array that a program allocates in HBM."""
-
-  bytes: int  # With padding.
-  shape: str  # Dtype and dimensions.
-  name: str  # Of the instruction that computes it.
-  scope: str  # The operation in the JAX source.
-  count: int = 0  # Number of arrays of this shape and scope.
-
-
 # Instructions that allocate no array.
 _ALIASES = (
   "parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant",
@@ -363,10 +346,16 @@ _ALIASES = (
 )  # fmt: skip
 
 
-def largest_temporaries(program: Any, *, limit: int = 10) -> list[Temporary]:
-  """The largest arrays that a program allocates in HBM, a row for each scope.
+def largest_temporaries(
+  program: Any, *, limit: int = 10
+) -> list[dict[str, Any]]:
+  """The largest arrays that a program allocates in HBM.
 
   They are not all live at the same time.
+
+  Returns:
+    For each shape and scope, `bytes` of an array with padding, `shape`, `name`
+    of an instruction that computes it, `scope`, and the `count` of arrays.
   """
   module = parse(program)
   # Instructions inside of a fusion allocate nothing.
@@ -377,21 +366,22 @@ def largest_temporaries(program: Any, *, limit: int = 10) -> list[Temporary]:
     if instruction.opcode not in ("while", "conditional", "call")
     for _, called in instruction.called_computations()
   }
-  rows: dict[tuple[str, str], Temporary] = {}
+  rows: dict[tuple[str, str], dict[str, Any]] = {}
   for name, computation in module.computations.items():
     if name in fused or name not in module.run_counts:
       continue
     for instruction in computation.values():
       if instruction.opcode in _ALIASES or instruction.opcode.endswith("-done"):
         continue
-      scope = instruction.scope
+      name, scope = instruction.name, instruction.scope
       for shape in instruction.shapes:
         if shape.space == 0:
-          new = Temporary(shape.padded, shape.text, instruction.name, scope)
-          row = rows.get((shape.text, scope), new)
-          row = dataclasses.replace(row, count=row.count + 1)
-          rows[shape.text, scope] = row
-  return sorted(rows.values(), key=lambda row: -row.bytes)[:limit]
+          row = dict(bytes=shape.padded, shape=shape.text, name=name)
+          row = rows.setdefault(
+            (shape.text, scope), row | dict(scope=scope, count=0)
+          )
+          row["count"] += 1
+  return sorted(rows.values(), key=lambda row: -row["bytes"])[:limit]
 
 
 # ---------------------------------------------------------------------------

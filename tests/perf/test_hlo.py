@@ -68,9 +68,10 @@ def test_collectives_in_loops_are_multiplied():
 
 def test_largest_temporaries_include_padding():
   rows = hlo.largest_temporaries(TPU)
-  assert rows[0].shape == "bf16[512,512]"
-  narrow = next(row for row in rows if row.shape == "f32[9,4]")
-  assert (narrow.bytes, narrow.scope) == (16 * 128 * 4, "jit(f)/narrow")
+  assert rows[0]["shape"] == "bf16[512,512]"
+  narrow = next(row for row in rows if row["shape"] == "f32[9,4]")
+  assert narrow["bytes"] == 16 * 128 * 4
+  assert narrow["scope"] == "jit(f)/narrow"
 
 
 def test_group_size_parses_all_formats():

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import statistics
 import tempfile
 
 import jax
+import numpy as np
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.config import schema
-from mtv_jax.perf.bench import floors, harness
+from mtv_jax.perf.bench import harness
 from mtv_jax.perf.bench.step import StepTimer
+
+# Bytes written at once, and how often.
+_CHUNK, _CHUNKS = 1 << 24, 16
 
 
 def run(
@@ -34,12 +39,12 @@ def run(
   timer = StepTimer(config)
   with tempfile.TemporaryDirectory(dir=folder) as temporary:
     path = pathlib.Path(temporary)
-    disk = floors.disk_speed(path)
+    disk = disk_speed(path)
     with Checkpointer(path / "checkpoints", every_steps=every, keep=1) as saver:
       with harness.Stopwatch() as saving:
         saver.save(1, timer.state)
         saver.wait()
-        disk_bytes = floors.drop_page_cache(path / "checkpoints" / "1")
+        disk_bytes = drop_page_cache(path / "checkpoints" / "1")
       abstract = timer.experiment.program.abstract
       with harness.Stopwatch() as restoring:
         jax.block_until_ready(saver.restore(abstract).state)
@@ -52,7 +57,7 @@ def run(
   blocked, slowed = (statistics.median(x) for x in zip(*costs, strict=True))
   result = harness.Result(
     batch_size=timer.experiment.config.batch_size,
-    devices=floors.describe_devices(),
+    devices=harness.describe_devices(),
     every=every,
   )
   add = result.add
@@ -87,3 +92,37 @@ def _time_save(
   times.append(timer.time_step())
   saver.wait()
   return blocked, sum(times) - usual * len(times)
+
+
+def disk_speed(folder: pathlib.Path) -> dict[str, float]:
+  """Bytes per second that one file is written ('write') and read ('read') at.
+
+  Writing includes fsync. The file's pages are dropped before it is read, as
+  far as the system does that.
+  """
+  data = np.random.default_rng(0).integers(0, 256, _CHUNK, np.uint8).tobytes()
+  path = folder / "speed.bin"
+  try:
+    with harness.Stopwatch() as write, path.open("wb", buffering=0) as file:
+      for _ in range(_CHUNKS):
+        file.write(data)
+      os.fsync(file.fileno())
+    drop_page_cache(path)
+    with harness.Stopwatch() as read, path.open("rb", buffering=0) as file:
+      while file.read(_CHUNK):
+        pass
+  finally:
+    path.unlink(missing_ok=True)
+  total = _CHUNKS * _CHUNK
+  return {"write": total / write.wall, "read": total / read.wall}
+
+
+def drop_page_cache(path: pathlib.Path) -> int:
+  """Drops the cached pages of a folder's files; returns their total bytes."""
+  files = [p for p in (path, *path.rglob("*")) if p.is_file()]
+  for file in files:
+    with file.open("rb") as opened:
+      os.fsync(opened.fileno())
+      if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+  return sum(file.stat().st_size for file in files)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import io
 import statistics
 import tarfile
 import tempfile
@@ -148,18 +147,14 @@ def _time_decoding(
 
 def _write_scenes_tar(folder: Path, size: int, count: int = 64) -> str:
   """Writes scenes as JPEGs with captions, in the layout of img2dataset."""
-  path = folder / "scenes.tar"
   scenes = SceneSource(size=size + size // 4, length=count)
-  with tarfile.open(path, "w") as tar:
+  with tarfile.open(folder / "scenes.tar", "w") as tar:
     for i in range(count):
+      image, text = (folder / f"{i:06d}.{suffix}" for suffix in ("jpg", "txt"))
       record = scenes[i]
       pixels = record["image"][..., ::-1]
-      _, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
-      for name, content in (
-        (f"{i:06d}.jpg", data.tobytes()),
-        (f"{i:06d}.txt", record["captions"][0].encode()),
-      ):
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))
-  return str(path)
+      cv2.imwrite(str(image), pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
+      text.write_text(record["captions"][0])
+      for file in (image, text):
+        tar.add(file, file.name)
+  return tar.name

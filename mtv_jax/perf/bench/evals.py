@@ -12,7 +12,7 @@ from mtv_jax.encoder import loading
 from mtv_jax.encoder.batched import padded_batch
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
-from mtv_jax.perf.bench import data, floors, harness
+from mtv_jax.perf.bench import data, harness
 
 
 def run(
@@ -61,7 +61,7 @@ def run(
     encoder=repr(loaded),
     images=images,
     batch_size=rows,
-    devices=floors.describe_devices(),
+    devices=harness.describe_devices(),
   )
   add, rate = result.add, "{:.1f} images/s"
   add("forward", forward_rate, "forward alone", rate)

@@ -1,8 +1,8 @@
 """Benchmark harness: timing in alternating rounds, and result tables.
 
-A benchmark is a module with a function `run`, whose parameters are the flags of
-its command and which returns a `Result`; `mtv_jax.cli.bench` lists them. This
-module does not import JAX, which the input pipeline does not need.
+A benchmark is a function that returns a `Result`; its parameters are the flags
+of its command. `mtv_jax.cli.bench` lists them. This module does not import JAX,
+which the input pipeline does not need.
 """
 
 from __future__ import annotations
@@ -126,3 +126,10 @@ def time_rounds(
   """
   times = [[time_call(f) for f in functions] for _ in range(warmup + rounds)]
   return np.array(times[warmup:])
+
+
+def describe_devices() -> str:
+  """Number and kind of the devices."""
+  import jax
+
+  return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

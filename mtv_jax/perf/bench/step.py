@@ -1,17 +1,20 @@
-"""Train step benchmark: the step alone and behind its input pipeline."""
+"""Benchmarks of the train step and of its views on the devices."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 import tempfile
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from mtv_jax.config import schema
-from mtv_jax.parallel.mesh import shard_batch
+from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, shard_batch
 from mtv_jax.perf import flops
-from mtv_jax.perf.bench import floors, harness
+from mtv_jax.perf.bench import data, harness
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.train.loop import init_or_restore, prefetch_to_device
 
@@ -41,6 +44,22 @@ class StepTimer:
     return statistics.median(self.time_step() for _ in range(steps))
 
 
+def matmul_peak(dtype: str) -> float:
+  """FLOP/s of large matrix products on all devices at once.
+
+  The best of some rounds: disturbances only slow a round down.
+  """
+  side = 1536 if jax.default_backend() == "cpu" else 8192
+  mesh = make_mesh({"data": -1})
+  shape = (mesh.size, side, side)
+  x = jnp.ones(shape, dtype, device=NamedSharding(mesh, BATCH_SPEC))
+  product = jax.jit(lambda a, b: a @ b)
+  times = harness.time_rounds(
+    [lambda: jax.block_until_ready(product(x, x))], rounds=5
+  )
+  return float(2.0 * mesh.size * side**3 / times.min())
+
+
 def run(config: schema.Config, *, steps: int = 20) -> harness.Result:
   """Times the train step of a config with and without its input pipeline.
 
@@ -67,11 +86,11 @@ def run(config: schema.Config, *, steps: int = 20) -> harness.Result:
   cost = flops.model_flops(
     experiment.step_spec, experiment.optimizer.tx, timer.batch
   )
-  peak = floors.matmul_peak(dtype)
+  peak = matmul_peak(dtype)
   result = harness.Result(
     batch_size=images,
     steps=steps,
-    devices=floors.describe_devices(),
+    devices=harness.describe_devices(),
     dtype=dtype,
     flops=cost,
   )
@@ -87,4 +106,43 @@ def run(config: schema.Config, *, steps: int = 20) -> harness.Result:
   add("images_per_second", rate, "  images a second", "{:.1f}")
   seconds = timer.compile_seconds
   add("compile_seconds", seconds, "first step, with compilation", "{:.1f} s")
+  return result
+
+
+def time_views(config: schema.Config, *, steps: int = 5) -> harness.Result:
+  """Times the views of a config alone, in one program, and in the step.
+
+  Args:
+    config: as `train` takes it.
+    steps: to time of each.
+  """
+  timer = StepTimer(config)
+  spec, mesh = timer.experiment.step_spec, timer.experiment.mesh
+  batch = {k: timer.batch[k] for k in ("image", "image_size")}
+  rows, canvas = batch["image"].shape[:2]
+  split = NamedSharding(mesh, BATCH_SPEC)
+
+  def time_alone(names):
+    views = functools.partial(flops.make_views, spec, names=names, mesh=mesh)
+    jitted = jax.jit(views, in_shardings=split, out_shardings=split)
+    times = harness.time_rounds(
+      [lambda: jax.block_until_ready(jitted(batch))], rounds=steps
+    )
+    return 1e3 * statistics.median(times[:, 0]) / rows
+
+  names = sorted({e.view for e in spec.plan if e.tower == "image"})
+  step = 1e3 * timer.median_step(steps) / rows
+  views, together = {n: time_alone([n]) for n in names}, time_alone(names)
+  result = harness.Result(
+    batch_size=rows, canvas=canvas, devices=harness.describe_devices()
+  )
+  for name, ms in views.items():
+    result.add("views", views, f"view {name}", f"{ms:.3f} ms an image")
+  for name, ms, label in (
+    ("all_views", together, "all views, one program"),
+    ("step", step, "train step"),
+    ("decode", data.decode_cpu_ms(canvas), "decode and resize, a core"),
+  ):
+    result.add(name, ms, label, "{:.3f} ms an image")
+  result.add("share", together / step, "views / step", "{:.1%}")
   return result

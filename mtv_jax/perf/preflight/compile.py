@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,7 +118,7 @@ class Compiled:
   # Of one chip per step: matrix products and convolutions of the compiled
   # program, recomputation included; 0 where they are unknown.
   flops: float = 0.0
-  largest: tuple[hlo.Temporary, ...] = ()
+  largest: Sequence[dict[str, Any]] = ()  # See `hlo.largest_temporaries`.
   # Batch size of `largest`; smaller than the config's if the step does not fit.
   largest_at: int = 0
 
@@ -140,7 +140,7 @@ def compile_step(plan: Plan, *, largest: int = 8) -> Compiled:
     collectives=hlo.collectives(module),
     # Other backends call libraries, whose FLOPs the HLO does not show.
     flops=hlo.count_flops(module) if plan.topology.is_tpu else 0.0,
-    largest=tuple(hlo.largest_temporaries(module, limit=largest)),
+    largest=hlo.largest_temporaries(module, limit=largest),
     largest_at=plan.config.batch_size,
   )
 
@@ -168,7 +168,7 @@ def _compile(
 
 def _largest_of_smaller_batch(
   plan: Plan, count: int
-) -> tuple[tuple[hlo.Temporary, ...], int]:
+) -> tuple[Sequence[dict[str, Any]], int]:
   """The largest arrays of the same step on fewer rows, and their number."""
   least = num_batch_shards(plan.mesh) * plan.config.accumulate
   for divisor in (16, 256) if count else ():
@@ -177,7 +177,7 @@ def _largest_of_smaller_batch(
     smaller = make_plan(changed, plan.topology)
     _, program = _compile(smaller, smaller.lower)
     if program is not None:
-      return tuple(hlo.largest_temporaries(program, limit=count)), batch
+      return hlo.largest_temporaries(program, limit=count), batch
   return (), 0
 
 

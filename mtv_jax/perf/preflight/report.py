@@ -123,7 +123,7 @@ class Report:
         dict(shape=g.shape, bytes=g.result, scope=g.scope)
         for g in self.large_gathers()
       ],
-      "largest_temporaries": list(values["largest"]),
+      "largest_temporaries": compiled.largest,
       "assumed_mfu": self.mfu,
       "examples_per_second": rate,
       "input_bytes_per_second_per_host": rate and rate * self.row_bytes / hosts,
@@ -202,8 +202,8 @@ class Report:
   def _memory(self) -> list[str]:
     compiled, memory = self.compiled, self.compiled.memory
     arrays = [
-      f"    {format_bytes(row.bytes):>9} {row.shape} x{row.count}  "
-      f"{row.scope or row.name}"
+      f"    {format_bytes(row['bytes']):>9} {row['shape']} x{row['count']}  "
+      f"{row['scope'] or row['name']}"
       for row in compiled.largest
     ]
     if memory is None:
