@@ -36,9 +36,6 @@ from mtv_jax.utils.errors import check_choice
 
 Fields = Mapping[str, ops.Field]
 
-# ---------------------------------------------------------------------------
-# Counting a traced function.
-
 
 class Cost(NamedTuple):
   """Cost of a traced function."""
@@ -136,10 +133,6 @@ def _count_equation(eqn: Any, needed: list[bool]) -> Cost:
   # A loop needs all of its results: the next iteration reads them.
   costs = [_count_live(b, [True] * len(b.outvars)).flops for b in bodies]
   return Cost(sum(costs, 0.0) * eqn.params.get("length", 1), every)
-
-
-# ---------------------------------------------------------------------------
-# A train step.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -180,18 +180,13 @@ def _integers(text: str) -> tuple[int, ...]:
   return tuple(int(number) for number in text.split(",") if number)
 
 
-# ---------------------------------------------------------------------------
-# Trip counts of loops.
-
-
 def _trip_count(module: Module, caller: str, loop: Instruction) -> int:
   """The trip count that XLA noted, or the one that the condition implies.
 
   Supports loops from a constant to a constant by a constant step, as `scan`,
   `map` and `fori_loop` compile to; any other counts as 1.
   """
-  known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text)
-  if known:
+  if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
     return int(known[1])
   called = dict(loop.called_computations())
   outer, condition, body = (
@@ -235,9 +230,6 @@ def _number(computation: Computation, name: str, opcode: str) -> int | None:
   return int(number[0]) if number and source.opcode == opcode else None
 
 
-# ---------------------------------------------------------------------------
-# Collectives.
-
 # Bytes that a chip receives per byte of its operand in a group of n chips, by
 # bidirectional ring algorithms, the best for large arrays.
 _RECEIVED = {
@@ -266,11 +258,7 @@ class Collective:
 
 
 def collectives(program: Any) -> tuple[Collective, ...]:
-  """All collectives of a program, largest first.
-
-  An asynchronous collective counts once. Bytes are those that a chip receives
-  with ring algorithms, see `_RECEIVED`.
-  """
+  """Collectives of a program, largest first; asynchronous ones count once."""
   module, rows = parse(program), []
   for instruction, computation, times in module.executed():
     kind = instruction.opcode.removesuffix("-start")
@@ -289,18 +277,12 @@ def collectives(program: Any) -> tuple[Collective, ...]:
     ]
     sent = sum(shape.bytes for shape in operands)
     group = group_size(instruction, module.partitions)
-    factor = _RECEIVED[kind](group) if group > 1 else 0.0
+    result = sent * group if kind == "all-gather" else sent
+    received = sent * (_RECEIVED[kind](group) if group > 1 else 0.0) * times
+    name, scope = instruction.name, instruction.scope
+    text = ", ".join(shape.text for shape in operands)
     rows.append(
-      Collective(
-        kind=kind,
-        name=instruction.name,
-        shape=", ".join(shape.text for shape in operands),
-        result=sent * group if kind == "all-gather" else sent,
-        group=group,
-        count=times,
-        bytes=sent * factor * times,
-        scope=instruction.scope,
-      )
+      Collective(kind, name, text, result, group, times, received, scope)
     )
   return tuple(sorted(rows, key=lambda row: -row.bytes))
 
@@ -308,16 +290,13 @@ def collectives(program: Any) -> tuple[Collective, ...]:
 def group_size(instruction: Instruction, partitions: int) -> int:
   """Number of chips in a collective's replica group."""
   text = instruction.text
-  pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
-  if pairs:
+  if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", text):
     return pairs[1].count("{") or 1
   # {{0,1},{2,3}}; [2,2]<=[4], sizes first; mesh['a'=2,'b'=4] {'b'}.
-  explicit = re.search(r"replica_groups=\{\{([\d,]*)\}", text)
-  if explicit:
-    return len(explicit[1].split(","))
-  iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text)
-  if iota:
-    return int(iota[2])
+  if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+    return len(groups[1].split(","))
+  if groups := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
+    return int(groups[1])
   mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
   if mesh:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
@@ -333,10 +312,6 @@ def sum_by_kind(rows: Iterable[Collective]) -> dict[str, tuple[float, float]]:
     count, size = totals.get(row.kind, (0.0, 0.0))
     totals[row.kind] = (count + row.count, size + row.bytes)
   return dict(sorted(totals.items()))
-
-
-# ---------------------------------------------------------------------------
-# Arrays.
 
 
 # Instructions that allocate no array.
@@ -382,10 +357,6 @@ def largest_temporaries(
           )
           row["count"] += 1
   return sorted(rows.values(), key=lambda row: -row["bytes"])[:limit]
-
-
-# ---------------------------------------------------------------------------
-# FLOPs.
 
 
 def count_flops(program: Any) -> float:

@@ -15,7 +15,6 @@ from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads import dpt
 from mtv_jax.perf.bench import experts
 
-VARIANTS = ("S", "B", "L")
 SIZE = 518
 
 

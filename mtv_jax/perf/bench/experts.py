@@ -1,13 +1,12 @@
 """Labelling benchmark: an expert beside `transformers`, or compiled for a TPU.
 
-A module of `MODELS` has
+A module of `MODELS` has the functions
 
-  VARIANTS                                 names of its sizes
-  write(variant, folder)                   a folder by `transformers` with
-                                           random weights; returns the model
-  ours(variant, folder, batch_size)        a `Side` with the folder's weights
-  theirs(model, batch_size)                a `Side` with equal results
-  program(variant, batch_size, mesh, dtype)   a `Program`
+  write(variant, folder)               a folder by `transformers` with random
+                                       weights; returns the model
+  ours(variant, folder, batch_size)    a `Side` with the folder's weights
+  theirs(model, batch_size)            a `Side` with equal results
+  program(variant, batch_size, mesh, dtype)    a `Program`
 """
 
 from __future__ import annotations
@@ -75,8 +74,7 @@ def run(
     topology: compiles for it instead, see `compile_expert`.
 
   Raises:
-    InputError: for an unknown choice, or if several devices would share the
-      batch that PyTorch has one device for.
+    InputError: for an unknown choice, or on several devices: PyTorch has one.
   """
   model_lib = _import_model(kind)
   check_choice("against", against, AGAINST)
@@ -90,8 +88,8 @@ def run(
   else:
     if jax.local_device_count() > 1:
       raise InputError(
-        f"{jax.local_device_count()} devices would run {batch_size} images "
-        "each, and PyTorch has one device: compare on one device."
+        f"JAX has {jax.local_device_count()} devices, PyTorch has one: compare "
+        "on one device."
       )
     import torch
     import transformers

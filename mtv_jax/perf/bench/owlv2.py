@@ -47,7 +47,6 @@ _CONFIGS: Mapping[str, dict[str, Any]] = {
     ),
   ),
 }
-VARIANTS = tuple(_CONFIGS)
 PHRASES = ("a dog", "person", "red car", "tree", "traffic light", "boat")
 # Queries of an image in `program`: as many as a caption has n-grams.
 _QUERIES = 64

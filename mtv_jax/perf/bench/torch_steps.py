@@ -24,6 +24,7 @@ from mtv_jax.convert import tables
 from mtv_jax.train.step_spec import StepSpec
 from mtv_jax.utils.tree import flatten_with_names
 
+# Of our step at its start, NumPy arrays.
 Batch = Mapping[str, np.ndarray]
 Params = Mapping[str, Any]
 VERSIONS = {
@@ -36,11 +37,8 @@ VERSIONS = {
 class Step:
   """One AdamW update of a model; calling it returns the loss.
 
-  Args:
-    modules: whose parameters are trained.
-    loss: of one batch, differentiable.
-    optim: `lr`, `weight_decay`, `b2` and `clip_norm`.
-    after: called after each update.
+  `optim` has `lr`, `weight_decay`, `b2` and `clip_norm`; `after` is called
+  after each update.
   """
 
   def __init__(
@@ -52,16 +50,13 @@ class Step:
   ):
     self._params = list(modules.parameters())
     self._loss, self._after, self._clip = loss, after, optim["clip_norm"]
-    decayed = [p for p in self._params if p.ndim > 1]
-    others = [p for p in self._params if p.ndim <= 1]
+    groups = [
+      dict(params=[p for p in self._params if p.ndim > 1]),
+      dict(params=[p for p in self._params if p.ndim <= 1], weight_decay=0.0),
+    ]
+    options = dict(lr=optim["lr"], weight_decay=optim["weight_decay"])
     self._tx = torch.optim.AdamW(
-      [
-        dict(params=decayed, weight_decay=optim["weight_decay"]),
-        dict(params=others, weight_decay=0.0),
-      ],
-      lr=optim["lr"],
-      betas=(0.9, optim["b2"]),
-      fused=True,
+      groups, betas=(0.9, optim["b2"]), fused=True, **options
     )
 
   @property
@@ -162,21 +157,10 @@ def _trunk(spec: Any, params: Params) -> nn.Module:
   return trunk
 
 
-# ---------------------------------------------------------------------------
-# SigLIP: open_clip's model and loss.
-
-
 def siglip_step(
   spec: StepSpec, params: Params, batch: Batch, optim: Mapping[str, Any]
 ) -> Step:
-  """Sigmoid contrastive training of both towers.
-
-  Args:
-    spec: of our step.
-    params: of our step at its start, NumPy arrays.
-    batch: of our step.
-    optim: see `Step`.
-  """
+  """Sigmoid contrastive training of both towers."""
   image, text = spec.model.image, spec.model.text
   model = open_clip.model.CustomTextCLIP(
     embed_dim=image.embed_dim,
@@ -212,10 +196,6 @@ def siglip_step(
   return Step(model, lambda: criterion(**model(images, captions)), optim)
 
 
-# ---------------------------------------------------------------------------
-# DINO and iBOT.
-
-
 class Encoder(nn.Module):
   """A ViT with a mask token, and the projection heads of both losses."""
 
@@ -232,9 +212,7 @@ class Encoder(nn.Module):
   ) -> tuple[torch.Tensor, torch.Tensor]:
     """CLS tokens `[n, d]` and patch tokens `[n, patches, d]` after the norm.
 
-    Args:
-      images: `[n, 3, h, w]`.
-      mask: True where the mask token replaces a patch, `[n, patches]`.
+    The mask token replaces patches where `mask` `[n, patches]` is True.
     """
     trunk = self.trunk
     x = trunk.patch_embed(images)  # [n, rows, columns, d]
@@ -250,12 +228,10 @@ class Encoder(nn.Module):
     """Position embeddings of a square grid, `[1, grid, grid, d]`."""
     table = self.trunk.pos_embed
     side = round(table.shape[1] ** 0.5)
-    table = table.unflatten(1, (side, side))
-    if side == grid:
-      return table
-    # DINOv2's resampling; timm's is antialiased.
-    table = table.permute(0, 3, 1, 2)
-    table = F.interpolate(table, (grid, grid), mode="bicubic")
+    table = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if side != grid:
+      # DINOv2's resampling; timm's is antialiased.
+      table = F.interpolate(table, (grid, grid), mode="bicubic")
     return table.permute(0, 2, 3, 1)
 
 
@@ -309,14 +285,7 @@ def distillation_step(
   views: Mapping[str, Any],
   optim: Mapping[str, Any],
 ) -> Step:
-  """DINO and iBOT with an EMA teacher.
-
-  Args:
-    spec: of our step.
-    params: of our step at its start, NumPy arrays.
-    views: `global` and `local` of our first step, NumPy arrays.
-    optim: see `Step`.
-  """
+  """DINO and iBOT with an EMA teacher, on `global` and `local` views."""
 
   def images(view):
     # Crop by crop, so that a chunk is one crop of all images.

@@ -47,9 +47,6 @@ from mtv_jax.utils.tree import flatten_with_names
 # 16, 64 and 256 chips.
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
 
-# ---------------------------------------------------------------------------
-# Required traffic.
-
 
 def embedding_bytes(plan: Plan) -> int:
   """Bytes that a chip receives for losses that compare all rows of a batch.
@@ -164,10 +161,6 @@ def gradient_reductions(
   return reductions
 
 
-# ---------------------------------------------------------------------------
-# Compiled programs at a constant batch per chip.
-
-
 def step_row(plan: Plan, compiled: Compiled) -> dict[str, Any]:
   """The row of a compiled plan; sizes are bytes per chip and step.
 
@@ -263,10 +256,6 @@ def compile_loss(
     temporaries=Memory.of(compiled, None).temporaries,
     received=sum(row.bytes for row in hlo.collectives(compiled)),
   )
-
-
-# ---------------------------------------------------------------------------
-# Output.
 
 
 def growth(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
