@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_on_scenes(folder, tmp_path, capsys):
+def test_two_evaluations_of_scenes(folder, tmp_path, capsys):
   out = tmp_path / "deep" / "out.json"
   run_command(
     "evaluate",
@@ -76,7 +76,7 @@ def test_two_on_scenes(folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_all_beside_a_floor(folder, tmp_path, capsys):
+def test_all_evaluations_beside_a_baseline(folder, tmp_path, capsys):
   out = tmp_path / "out"
   argv = [f"--encoder={folder}", "--encoder=pixels:16/8", "--evals=all"]
   argv += ["--count=6", "--pictures=2", f"--output={out}"]
@@ -134,7 +134,7 @@ def test_data_of_one_evaluation(folder, tmp_path, write_image):
   assert evals["retrieval"]["protocol"]["data"] == "scenes"
 
 
-def test_a_plan_keeps_to_what_an_evaluation_takes():
+def test_plan_passes_only_options_that_an_evaluation_has():
   got = run.plan(
     ["zero_shot", "retrieval"],
     data=["scenes", "retrieval=a=b.json"],
@@ -161,7 +161,7 @@ def test_a_plan_keeps_to_what_an_evaluation_takes():
   assert got.named == {"zero_shot", "retrieval"}
 
 
-def test_what_is_named_within_all():
+def test_evaluations_named_besides_all():
   got = run.plan(["all"])
   assert list(got.entries) == list(base.EVALUATORS) and not got.named
   got = run.plan(
@@ -196,7 +196,7 @@ def test_what_is_named_within_all():
     ),
   ],
 )
-def test_a_plan_refuses(changes, message):
+def test_invalid_plans_raise(changes, message):
   arguments = {"names": ["retrieval"], **changes}
   with pytest.raises(ConfigError, match=message):
     run.plan(arguments.pop("names"), **arguments)
@@ -204,7 +204,7 @@ def test_a_plan_refuses(changes, message):
 
 @dataclasses.dataclass(frozen=True)
 class Made(base.Evaluator):
-  """Does what it is told to."""
+  """An evaluator that fails in a given way."""
 
   data: str = "scenes"
   prepares: str = "well"
@@ -228,8 +228,8 @@ class Made(base.Evaluator):
 
 
 @pytest.fixture
-def made(monkeypatch):
-  """Registers evaluations that do what their name's options say."""
+def register(monkeypatch):
+  """Registers evaluations by name with the options of their evaluator."""
 
   def register(**kinds):
     monkeypatch.setattr(
@@ -260,8 +260,8 @@ def outcomes_of(plan, encoder, **kwargs):
   return got, said
 
 
-def test_one_that_fails_costs_no_other(made, colours, tmp_path):
-  made(a={}, b={"runs": "broken"}, c={"runs": "no text"}, d={})
+def test_a_failure_does_not_stop_other_evaluations(register, colours, tmp_path):
+  register(a={}, b={"runs": "broken"}, c={"runs": "no text"}, d={})
   plan = run.plan(["all"])
   (got,), said = outcomes_of(plan, colours, folder=tmp_path)
   assert list(got.results) == ["a", "d"]
@@ -274,16 +274,18 @@ def test_one_that_fails_costs_no_other(made, colours, tmp_path):
   assert line.startswith("b failed: RuntimeError")
 
 
-def test_what_is_kept_when_the_process_dies(made, colours, tmp_path):
-  made(a={}, b={"runs": "well"}, c={})
+def test_results_of_finished_evaluations_survive_a_crash(
+  register, colours, tmp_path
+):
+  register(a={}, b={"runs": "well"}, c={})
   plan = run.plan(["all"])
   ready = run.prepare(plan)
   steps = run.attempt(colours, ready, name="colours")
   assert [list(next(steps).results) for _ in "ab"] == [["a"], ["a", "b"]]
 
 
-def test_skipped_is_an_error_only_by_name(made, colours):
-  made(a={}, c={"runs": "no text"})
+def test_skipped_is_an_error_only_by_name(register, colours):
+  register(a={}, c={"runs": "no text"})
   plan = run.plan(["a", "c"])
   (got,), _ = outcomes_of(plan, colours)
   assert list(got.results) == ["a"]
@@ -291,7 +293,7 @@ def test_skipped_is_an_error_only_by_name(made, colours):
     "c can't be run: this encoder has no text tower"
   ]
   assert suite.errors([got], run.plan(["all"])) == []
-  # Several lack the same: said once. They lack different things: both.
+  # One reason of several encoders appears once, different ones all.
   line = "c can't be run: this encoder has no text tower"
   assert suite.errors([got, got], plan) == [line]
   lacks = dataclasses.replace(got, skipped={"c": "no depth head"})
@@ -301,8 +303,8 @@ def test_skipped_is_an_error_only_by_name(made, colours):
   assert suite.errors([got, other], plan) == []
 
 
-def test_data_that_can_not_be_opened(made, colours):
-  made(a={}, b={"prepares": "missing"}, c={"prepares": "no text"})
+def test_data_that_cannot_be_opened_are_errors(register, colours):
+  register(a={}, b={"prepares": "missing"}, c={"prepares": "no text"})
   plan = run.plan(["all"])
   (got,), said = outcomes_of(plan, colours)
   assert list(got.results) == ["a"]
@@ -314,12 +316,14 @@ def test_data_that_can_not_be_opened(made, colours):
     outcomes_of(run.plan(["a", "b"]), colours)
   with pytest.raises(FileNotFoundError):
     outcomes_of(run.plan(["all"], data=["b=x"]), colours)
-  made(b={"prepares": "missing"})
+  register(b={"prepares": "missing"})
   with pytest.raises(FileNotFoundError):
     outcomes_of(run.plan(["all"]), colours)
 
 
-def test_the_tool_fails_with_what_failed(folder, tmp_path, monkeypatch):
+def test_command_fails_with_the_failed_evaluations(
+  folder, tmp_path, monkeypatch
+):
   def broken(self, encoder):
     raise RuntimeError("boom")
 
@@ -329,8 +333,8 @@ def test_the_tool_fails_with_what_failed(folder, tmp_path, monkeypatch):
   argv = [f"--encoder={folder}", "--evals=retrieval,zero_shot", "--count=4"]
   with pytest.raises(SystemExit, match="retrieval failed: RuntimeError: boom"):
     main([*argv, f"--output={out}"])
-  (kept,) = results.read(out / "results.json")
-  assert list(kept.results) == ["zero_shot"]
+  (outcome,) = results.read(out / "results.json")
+  assert list(outcome.results) == ["zero_shot"]
   assert "retrieval: RuntimeError: boom" in (out / "results.md").read_text()
 
 
@@ -349,24 +353,24 @@ def test_the_tool_fails_with_what_failed(folder, tmp_path, monkeypatch):
   ],
 )
 def test_names_of_encoders(given, names):
-  made = suite.parse_requests(given, weights="student")
-  assert [r.name for r in made] == names
-  assert [f"{r.path}@{r.weights}" for r in made] == [
+  requests = suite.parse_requests(given, weights="student")
+  assert [r.name for r in requests] == names
+  assert [f"{r.path}@{r.weights}" for r in requests] == [
     g if g.endswith("@ema") else f"{g}@student" for g in given
   ]
 
 
-def test_a_floor_has_no_weights_to_choose():
-  made = suite.parse_requests(["runs/a", "pixels:64"], weights="ema")
-  assert [r.weights for r in made] == ["ema", "student"]
+def test_baselines_ignore_weights():
+  requests = suite.parse_requests(["runs/a", "pixels:64"], weights="ema")
+  assert [r.weights for r in requests] == ["ema", "student"]
 
 
-def test_an_encoder_twice():
+def test_repeated_encoders_raise():
   with pytest.raises(ValueError, match="--encoder=a is given twice"):
     suite.parse_requests(["a", "a@ema"], weights="ema")
 
 
-def test_a_mistake_in_the_last_costs_no_time(colours):
+def test_all_requests_are_checked_before_loading(colours):
   evals = {"zero_shot": {"count": 4}, "b": {"type": "retrieval", "cuont": 1}}
   with pytest.raises(ConfigError, match="Did you mean 'count'"):
     run.evaluate(colours, evals)
@@ -378,7 +382,7 @@ def test_a_mistake_in_the_last_costs_no_time(colours):
 
 
 @pytest.mark.parametrize("key", ["every_step", "every_", "every_hours"])
-def test_a_misspelt_schedule_is_no_schedule(key):
+def test_misspelt_schedules_raise(key):
   with pytest.raises(ValueError, match=f"no option '{key}'.*every_steps"):
     run.build(ConfigDict({"zero_shot": {key: 5, "count": 4}}))
 
@@ -412,11 +416,11 @@ def test_results_keep_units_and_pictures(colours):
 
 
 def test_table_has_chance_and_protocol():
-  made = {
+  outcomes = {
     "a": Result({"x": 0.5}, {"templates": list("abcdefghij")}, {"x": 0.25}),
     "b": Result({"y": 1.0}, {}),
   }
-  lines = tables.format_encoder(made).splitlines()
+  lines = tables.format_encoder(outcomes).splitlines()
   assert lines[2].split() == ["a", "x", "%", "50.00", "25.00"]
   assert lines[3].split() == ["b", "y", "%", "100.00"]
   assert "  templates: 10: 'a', 'b', ... 'j'" in lines

@@ -1,4 +1,4 @@
-"""Listings of images with captions, made into shards."""
+"""Listings of images with captions, written to shards."""
 
 import csv
 import hashlib
@@ -53,13 +53,13 @@ def examples_of(folder, count=7, captions=1):
 
 def test_csv_groups_the_rows_of_an_image(photos, tmp_path):
   rows = [("1.jpg", "a"), ("0.jpg", "b, c"), ("1.jpg", " d "), ("2.jpg", "")]
-  found = listings.read(table(tmp_path / "x.csv", rows), images=photos)
-  assert [(e.name, e.captions, e.problem) for e in found] == [
+  actual = listings.read(table(tmp_path / "x.csv", rows), images=photos)
+  assert [(e.name, e.captions, e.problem) for e in actual] == [
     ("1.jpg", ["a", "d"], ""),
     ("0.jpg", ["b, c"], ""),
     ("2.jpg", [], "no caption"),
   ]
-  assert found[0].path == photos / "1.jpg"
+  assert actual[0].path == photos / "1.jpg"
 
 
 def test_a_comma_outside_of_quotation_marks_loses_no_words(photos, tmp_path):
@@ -73,9 +73,9 @@ def test_tsv_names_its_columns_and_paths_are_relative_to_it(photos):
   path = table(
     photos / "x.tsv", [("2.jpg", "zwei\nZeilen")], ("file", "text"), "\t"
   )
-  (found,) = listings.read(path, image_column="file", caption_column="text")
-  assert found.path.read_bytes() == encoded(2)
-  assert found.captions == ["zwei\nZeilen"]
+  (actual,) = listings.read(path, image_column="file", caption_column="text")
+  assert actual.path.read_bytes() == encoded(2)
+  assert actual.captions == ["zwei\nZeilen"]
 
 
 def test_parquet_with_lists_of_captions(photos, tmp_path):
@@ -89,8 +89,8 @@ def test_parquet_with_lists_of_captions(photos, tmp_path):
     }
   )
   parquet.write_table(rows, tmp_path / "x.parquet")
-  found = listings.read(tmp_path / "x.parquet", images=photos)
-  assert [(e.name, e.captions) for e in found] == [
+  actual = listings.read(tmp_path / "x.parquet", images=photos)
+  assert [(e.name, e.captions) for e in actual] == [
     ("3.jpg", ["a", "b"]),
     ("4.jpg", []),
     ("5.jpg", []),
@@ -101,7 +101,7 @@ def test_parquet_with_lists_of_captions(photos, tmp_path):
     )
 
 
-def test_parquet_of_bytes_is_refused(tmp_path):
+def test_parquet_of_bytes_raises(tmp_path):
   pyarrow = pytest.importorskip("pyarrow")
   parquet = pytest.importorskip("pyarrow.parquet")
   rows = pyarrow.table({"image": [b"\xff\xd8"], "caption": ["a"]})
@@ -110,7 +110,7 @@ def test_parquet_of_bytes_is_refused(tmp_path):
     listings.read(tmp_path / "x.parquet")
 
 
-def test_coco(photos, tmp_path):
+def test_coco_captions(photos, tmp_path):
   content = {
     "images": [
       {"id": 9, "file_name": "1.jpg"},
@@ -123,15 +123,15 @@ def test_coco(photos, tmp_path):
   }
   path = tmp_path / "captions.json"
   path.write_text(json.dumps(content))
-  found = listings.read(path, images=photos)
-  assert [(e.name, e.captions, e.extra) for e in found] == [
+  actual = listings.read(path, images=photos)
+  assert [(e.name, e.captions, e.extra) for e in actual] == [
     ("1.jpg", [], {"image_id": 9}),
     ("0.jpg", ["second", "first"], {"image_id": 4}),
   ]
 
 
 @pytest.mark.parametrize(
-  ("content", "says"),
+  ("content", "message"),
   [
     ({"images": []}, r"needs 'images' and 'annotations', it has \['images'\]"),
     ([1], "it has <class 'list'>"),
@@ -152,13 +152,13 @@ def test_coco(photos, tmp_path):
     ({"images": [], "annotations": []}, "lists no image"),
   ],
 )
-def test_json_that_is_no_coco_captions(tmp_path, content, says):
+def test_json_other_than_coco_captions_raises(tmp_path, content, message):
   (tmp_path / "x.json").write_text(json.dumps(content))
-  with pytest.raises(ValueError, match=says):
+  with pytest.raises(ValueError, match=message):
     listings.read(tmp_path / "x.json")
 
 
-def test_a_coco_caption_that_is_no_text_counts_as_none(photos):
+def test_coco_captions_other_than_text_are_dropped(photos):
   content = {
     "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(2)],
     "annotations": [
@@ -173,7 +173,7 @@ def test_a_coco_caption_that_is_no_text_counts_as_none(photos):
   assert second.captions == ["one"]
 
 
-def test_a_file_that_is_no_parquet(tmp_path):
+def test_invalid_parquet_file_raises(tmp_path):
   pytest.importorskip("pyarrow")
   (tmp_path / "x.parquet").write_bytes(b"nothing of the kind")
   with pytest.raises(ValueError, match=r"x\.parquet is not a Parquet file"):
@@ -189,24 +189,24 @@ def test_folder(photos):
   (photos / "sub" / "x.txt").write_text("x")
   (photos / "lost.txt").write_text("lost")
   (photos / "notes.md").write_text("no part of it")
-  found = {e.name: e for e in listings.read(photos)}
-  assert list(found) == [f"{i}.jpg" for i in range(7)] + [
+  actual = {e.name: e for e in listings.read(photos)}
+  assert list(actual) == [f"{i}.jpg" for i in range(7)] + [
     "lost.txt",
     "sub/x.PNG",
   ]
-  assert found["0.jpg"].captions == ["zero"]
-  assert found["1.jpg"].captions == ["one", "uno"]
-  assert "not UTF-8" in found["2.jpg"].problem
-  assert found["3.jpg"].problem == "no caption"
-  assert found["lost.txt"].problem == "no image beside it"
-  assert found["sub/x.PNG"].captions == ["x"]
+  assert actual["0.jpg"].captions == ["zero"]
+  assert actual["1.jpg"].captions == ["one", "uno"]
+  assert "not UTF-8" in actual["2.jpg"].problem
+  assert actual["3.jpg"].problem == "no caption"
+  assert actual["lost.txt"].problem == "no image beside it"
+  assert actual["sub/x.PNG"].captions == ["x"]
   (photos / "0.png").write_bytes(b"")
   with pytest.raises(ValueError, match="two files for one example"):
     listings.read(photos)
 
 
 @pytest.mark.parametrize(
-  ("name", "error", "says"),
+  ("name", "error", "message"),
   [
     ("nowhere.csv", FileNotFoundError, "no .*nowhere.csv"),
     ("x.xlsx", ValueError, "ends in .json, .csv"),
@@ -218,7 +218,7 @@ def test_folder(photos):
     ("cut.json", ValueError, "cut.json is not JSON"),
   ],
 )
-def test_listings_that_cannot_be_read(tmp_path, name, error, says):
+def test_unreadable_listings_raise(tmp_path, name, error, message):
   (tmp_path / "x.xlsx").touch()
   (tmp_path / "empty.csv").touch()
   table(tmp_path / "header.csv", [])
@@ -228,11 +228,11 @@ def test_listings_that_cannot_be_read(tmp_path, name, error, says):
   )
   (tmp_path / "open.csv").write_text('image,caption\na,"' + "x\n" * 70_000)
   (tmp_path / "cut.json").write_text('{"images": [')
-  with pytest.raises(error, match=says):
+  with pytest.raises(error, match=message):
     listings.read(tmp_path / name)
 
 
-def test_no_folder_of_images(tmp_path):
+def test_missing_image_folder_raises(tmp_path):
   path = table(tmp_path / "x.csv", [("a", "b")])
   with pytest.raises(FileNotFoundError, match="no folder of images .*nowhere"):
     listings.read(path, images=tmp_path / "nowhere")
@@ -255,13 +255,13 @@ def test_layout_is_that_of_img2dataset(photos, tmp_path):
   assert sorted(p.name for p in out.iterdir()) == sorted(
     f"{i:05d}{end}" for i in range(3) for end in (".tar", "_stats.json")
   )
-  found = members(out / "00001.tar")
-  assert list(found) == [
+  actual = members(out / "00001.tar")
+  assert list(actual) == [
     f"00001{row}.{end}" for row in range(3) for end in ("jpg", "json", "txt")
   ]
-  assert found["000011.jpg"] == encoded(4)
-  assert found["000011.txt"] == b"caption 4 0"
-  assert json.loads(found["000011.json"]) == {
+  assert actual["000011.jpg"] == encoded(4)
+  assert actual["000011.txt"] == b"caption 4 0"
+  assert json.loads(actual["000011.json"]) == {
     "caption": "caption 4 0",
     "captions": ["caption 4 0", "caption 4 1"],
     "key": "000011",
@@ -323,7 +323,7 @@ def test_bad_images_leave_gaps_and_are_listed(photos, tmp_path):
   assert [source[i]["key"] for i in range(3)] == ["000000", "000003", "000012"]
 
 
-def test_nothing_can_be_used(tmp_path, photos):
+def test_input_without_usable_images_raises(tmp_path, photos):
   examples = [
     listings.Example(f"{i}.jpg", photos / f"{i}x.jpg", ["c"]) for i in range(3)
   ]
@@ -342,13 +342,13 @@ def test_equal_input_gives_equal_bytes(photos, tmp_path):
     assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_a_file_is_no_folder_for_shards(photos, tmp_path):
+def test_output_that_is_a_file_raises(photos, tmp_path):
   (tmp_path / "out").touch()
   with pytest.raises(NotADirectoryError, match="out is a file; give a folder"):
     shard_writer.write(examples_of(photos), tmp_path / "out")
 
 
-def test_shards_that_are_there_are_not_mixed_with_new_ones(photos, tmp_path):
+def test_a_folder_with_shards_raises(photos, tmp_path):
   shard_writer.write(examples_of(photos), tmp_path / "out")
   with pytest.raises(
     FileExistsError, match=r"already holds 1 shards \(00000.tar"
@@ -374,7 +374,7 @@ def test_an_interrupted_shard_does_not_appear(photos, tmp_path):
   "options",
   [{"format": "tfrecord"}, {"records_per_shard": 0}, {"max_side": 0}],
 )
-def test_options_that_make_no_sense(photos, tmp_path, options):
+def test_invalid_options_raise(photos, tmp_path, options):
   with pytest.raises(ValueError, match=next(iter(options))):
     shard_writer.write(examples_of(photos), tmp_path / "out", **options)
 
@@ -382,16 +382,16 @@ def test_options_that_make_no_sense(photos, tmp_path, options):
 def test_max_side_shrinks_and_keeps_the_rest(photos, tmp_path):
   (photos / "0.jpg").write_bytes(encoded(0, ".png", (100, 40)))
   shard_writer.write(examples_of(photos, 2), tmp_path / "out", max_side=50)
-  found = members(tmp_path / "out" / "00000.tar")
+  actual = members(tmp_path / "out" / "00000.tar")
   # A PNG by its bytes, whatever its name; shrunk, it is a JPEG.
-  meta = json.loads(found["000000000.json"])
+  meta = json.loads(actual["000000000.json"])
   assert (meta["height"], meta["width"]) == (50, 20)
   assert (meta["original_height"], meta["original_width"]) == (100, 40)
   image = cv2.imdecode(
-    np.frombuffer(found["000000000.jpg"], np.uint8), cv2.IMREAD_COLOR
+    np.frombuffer(actual["000000000.jpg"], np.uint8), cv2.IMREAD_COLOR
   )
   assert image.shape == (50, 20, 3)
-  assert found["000000001.jpg"] == encoded(1)
+  assert actual["000000001.jpg"] == encoded(1)
 
 
 def test_shrunk_colours_are_not_swapped(tmp_path):
@@ -400,8 +400,8 @@ def test_shrunk_colours_are_not_swapped(tmp_path):
   (tmp_path / "b.png").write_bytes(cv2.imencode(".png", blue)[1].tobytes())
   example = listings.Example("b.png", tmp_path / "b.png", ["blue"])
   shard_writer.write([example], tmp_path / "out", max_side=32)
-  found = members(tmp_path / "out" / "00000.tar")["000000000.jpg"]
-  image = cv2.imdecode(np.frombuffer(found, np.uint8), cv2.IMREAD_COLOR)
+  actual = members(tmp_path / "out" / "00000.tar")["000000000.jpg"]
+  image = cv2.imdecode(np.frombuffer(actual, np.uint8), cv2.IMREAD_COLOR)
   np.testing.assert_allclose(image.mean((0, 1)), [255, 0, 0], atol=3)
 
 
@@ -411,13 +411,13 @@ def test_extensions_follow_the_bytes(tmp_path):
     (tmp_path / f"{i}.jpg").write_bytes(encoded(i, extension))
     examples.append(listings.Example(f"{i}", tmp_path / f"{i}.jpg", ["c"]))
   shard_writer.write(examples, tmp_path / "out")
-  found = members(tmp_path / "out" / "00000.tar")
-  assert found["000000000.png"] == encoded(0, ".png")
-  assert found["000000001.webp"] == encoded(1, ".webp")
+  actual = members(tmp_path / "out" / "00000.tar")
+  assert actual["000000000.png"] == encoded(0, ".png")
+  assert actual["000000001.webp"] == encoded(1, ".webp")
   # What img2dataset has no extension for is kept without loss.
   pixels, expected = (
     cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    for data in (found["000000002.png"], encoded(2, ".bmp"))
+    for data in (actual["000000002.png"], encoded(2, ".bmp"))
   )
   np.testing.assert_array_equal(pixels, expected)
 
@@ -440,9 +440,11 @@ def test_tool_on_real_coco(shared_data, tmp_path, capsys):
       "--records_per_shard=100",
     ]
   )
-  said = capsys.readouterr()
-  assert "313 records in 4 shards" in said.out and "0 skipped" in said.out
-  assert "313 of 313 images" in said.err
+  captured = capsys.readouterr()
+  assert (
+    "313 records in 4 shards" in captured.out and "0 skipped" in captured.out
+  )
+  assert "313 of 313 images" in captured.err
   source = WebDatasetSource(f"{out}/{{00000..00003}}.tar")
   assert source.shards.tolist() == [100, 200, 300, 313]
   at = 0
@@ -473,8 +475,8 @@ def test_tool_writes_array_records(photos, tmp_path, capsys):
     [str(path), f"--output={out}", "--format=array_record",
      "--records_per_shard=4"]
   )  # fmt: skip
-  said = capsys.readouterr().out
-  assert "6 records in 2 shards" in said and "3.jpg: " in said
+  captured = capsys.readouterr().out
+  assert "6 records in 2 shards" in captured and "3.jpg: " in captured
   source = ArrayRecordSource(f"{out}/*.array_record")
   assert len(source) == 6
   assert source[5] == {

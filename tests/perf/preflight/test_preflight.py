@@ -147,16 +147,16 @@ def test_user_errors_are_one_message(repo_root):
 @pytest.mark.reference
 def test_report_of_a_config_that_fits(repo_root, tmp_path):
   out = tmp_path / "report.json"
-  done = run(
+  completed = run(
     repo_root, f"--config={CONFIG}", "--topology=v5e:2x2", f"--json={out}"
   )
-  assert done.returncode == 0, done.stderr
+  assert completed.returncode == 0, completed.stderr
   for words in (
     "4 chips, 1 host", "image          32x32x3", "parameters:", "memory a chip",
     "of 15.75 GiB: fits", "FLOPs:", "collectives", "MB/s of rows",
     "compiled in",
   ):  # fmt: skip
-    assert words in done.stdout, done.stdout
+    assert words in completed.stdout, completed.stdout
   values = json.loads(out.read_text())
   assert values["fits"] and values["memory"]["peak"] < 2**30
   assert values["chips"] == 4 and values["parameters"] > 0
@@ -168,14 +168,14 @@ def test_report_of_a_config_that_fits(repo_root, tmp_path):
 def test_a_config_that_does_not_fit_exits_with_1_and_lists_large_arrays(
   repo_root,
 ):
-  done = run(
+  completed = run(
     repo_root,
     "--config=configs/mae_b16_224.py:tiny",
     "--topology=v5e:1x1",
     "--config.batch_size=131072",
   )
-  assert done.returncode == 1, done.stderr
-  assert "DOES NOT FIT" in done.stdout
-  assert "exceeds available HBM (15.75G)" in done.stdout
-  assert "the largest arrays of a chip, at a batch of" in done.stdout
-  assert "masked_pixels" in done.stdout.split("the largest arrays")[1]
+  assert completed.returncode == 1, completed.stderr
+  assert "DOES NOT FIT" in completed.stdout
+  assert "exceeds available HBM (15.75G)" in completed.stdout
+  assert "the largest arrays of a chip, at a batch of" in completed.stdout
+  assert "masked_pixels" in completed.stdout.split("the largest arrays")[1]

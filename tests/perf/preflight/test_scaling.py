@@ -70,8 +70,8 @@ def test_gradients_are_reduced_once_per_encoding(repo_root):
   )
   matrix = params["heads"]["dino"]["last_layer"]["kernel"]
   assert sizes[matrix.size] == 1
-  found = scaling.gradient_sizes(chunked)
-  assert (found[matrix.size], found[matrix.size // 6]) == (0, 6)
+  actual = scaling.gradient_sizes(chunked)
+  assert (actual[matrix.size], actual[matrix.size // 6]) == (0, 6)
 
 
 def test_frozen_parameters_have_no_reduction(repo_root):
@@ -92,11 +92,11 @@ def test_reductions_beyond_the_gradients_are_not_matched():
     row("all-gather", "f32[4,8]", scope=back),
     row("collective-permute", "f32[4,8]", scope=back),
   ]
-  found = scaling.gradient_reductions(rows, Counter({32: 3, 8: 1}))
-  assert [r.bytes for r in found] == [300.0, 8.0]
+  actual = scaling.gradient_reductions(rows, Counter({32: 3, 8: 1}))
+  assert [r.bytes for r in actual] == [300.0, 8.0]
   # With one more gradient of 32 elements the last operand matches too.
-  found = scaling.gradient_reductions(rows, Counter({32: 4, 8: 1}))
-  assert [r.bytes for r in found] == [300.0, 40.0]
+  actual = scaling.gradient_reductions(rows, Counter({32: 4, 8: 1}))
+  assert [r.bytes for r in actual] == [300.0, 40.0]
 
 
 def test_unexpected_collectives_are_the_rest(repo_root):
