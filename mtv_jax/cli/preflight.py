@@ -106,7 +106,7 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
       schema.read_config(config), topologies.parse(topology)
     )
     row = report.table_row(config, result)
-    text = report.update_table(page.read_text(encoding="utf-8"), [row])
+    text = report.update_table(page.read_text(encoding="utf-8"), row)
     page.write_text(text, encoding="utf-8")
     print(row, flush=True)
   return 0

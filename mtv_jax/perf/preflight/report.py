@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -338,18 +339,7 @@ def format_bytes(count: float | int) -> str:
   return f"{count:.2f} GiB"
 
 
-# ---------------------------------------------------------------------------
-# The table of docs/pods.md.
-
-BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
-NOTE = """
-`python tools/preflight.py --table=docs/pods.md` compiles these configs and
-updates this table; `--rows WORD ...` selects rows. Peak HBM is planned by the
-compiler, of the HBM that it may use. PFLOPs are the recipe's, computed
-analytically without recomputation; useful is their share of the compiled
-program's. Received: all collectives of a step, with ring algorithms. libtpu:
-the compiler's release."""
-# Config and topology.
+# Config and topology of each row of the table in docs/pods.md.
 ROWS = (
   ("configs/mtv_b16_224.py", "v5e:16x16"),
   ("configs/mtv_l16_256.py", "v5e:16x16"),
@@ -357,14 +347,7 @@ ROWS = (
   ("configs/mtv_l16_256.py", "v5p:4x4x8"),
   ("configs/mtv_g14_224.py", "v5e:16x16"),
 )
-_HEAD = (
-  "| config | machine | batch | peak HBM a chip | of | PFLOPs a step "
-  "| useful | received a chip | libtpu |"
-)
-
-
-def _row_start(config: str, topology: str) -> str:
-  return f"| {pathlib.Path(config).stem} | {topology} |"
+BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
 
 
 def table_row(config: str, report: Report) -> str:
@@ -372,6 +355,8 @@ def table_row(config: str, report: Report) -> str:
   memory, topology = report.compiled.memory, report.plan.topology
   received = sum(row.bytes for row in report.compiled.collectives) / 1e9
   cells = [
+    pathlib.Path(config).stem,
+    topology.name,
     f"{report.plan.config.batch_size:,}",
     f"{memory.peak / 2**30:.1f} GiB" if memory else "does not fit",
     f"{memory.limit / 2**30:.2f} GiB" if memory and memory.limit else "",
@@ -380,22 +365,21 @@ def table_row(config: str, report: Report) -> str:
     f"{received:.2f} GB",
     importlib.metadata.version("libtpu") if topology.is_tpu else "",
   ]
-  return " | ".join([_row_start(config, topology.name)[:-2], *cells]) + " |"
+  return f"| {' | '.join(cells)} |"
 
 
-def update_table(page: str, rows: Sequence[str]) -> str:
-  """A page with new rows, from `table_row`, in its table; keeps other rows.
+def update_table(page: str, row: str) -> str:
+  """A page with a row of its table replaced, or added at its end.
 
   Raises:
-    ConfigError: the page lacks the lines `BEGIN` and `END`.
+    ConfigError: the page lacks a table between the lines `BEGIN` and `END`.
   """
-  if BEGIN not in page or END not in page:
-    raise ConfigError(f"the page needs {BEGIN} and {END} around its table")
-  before, _, rest = page.partition(BEGIN)
-  table, _, after = rest.partition(END)
-  lines = [_HEAD, "| " + " | ".join(["---"] * (_HEAD.count("|") - 1)) + " |"]
-  for row in ROWS:
-    known = [*rows, *table.splitlines()]
-    lines += [r for r in known if r.startswith(_row_start(*row))][:1]
-  lines += NOTE.splitlines()
-  return "\n".join([before + BEGIN, *lines, END + after])
+  match = re.search(f"{BEGIN}\n((?:\\|.*\n)+)(?s:.*){END}", page)
+  if match is None:
+    raise ConfigError(f"the page needs a table between {BEGIN} and {END}")
+  rows = match[1].splitlines()
+  keys = [tuple(line.split("|")[:3]) for line in (*rows, row)]
+  position = keys.index(keys[-1])
+  rows[position : position + 1] = [row]
+  table = "".join(f"{row}\n" for row in rows)
+  return page[: match.start(1)] + table + page[match.end(1) :]

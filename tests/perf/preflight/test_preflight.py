@@ -79,16 +79,17 @@ def test_required_bytes_of_a_refusal():
 def test_update_table_leaves_other_rows():
   old = "| mtv_b16_224 | v5e:16x16 | old |"
   new = "| mtv_l16_256 | v5e:16x16 | new |"
-  text = f"# Pods\n\n{report.BEGIN}\n{old}\n{report.END}\nafter\n"
-  page = report.update_table(text, [new])
-  assert page.startswith("# Pods") and page.endswith("after\n")
-  assert page.splitlines()[5:8] == [old, new, ""]
-  assert report.update_table(page, []) == page
+  begin = f"# Pods\n\n{report.BEGIN}\n| config | machine | batch |\n"
+  end = f"\nA note.\n{report.END}\nafter\n"
+  page = report.update_table(f"{begin}{old}\n{end}", new)
+  assert page == f"{begin}{old}\n{new}\n{end}"
+  assert report.update_table(page, new) == page
   newer = old.replace("old", "newer")
-  page = report.update_table(page, [newer])
-  assert page.splitlines()[5:8] == [newer, new, ""]
-  with pytest.raises(ValueError, match="fits: begin"):
-    report.update_table("nothing", [new])
+  page = report.update_table(page, newer)
+  assert page == f"{begin}{newer}\n{new}\n{end}"
+  for invalid in ("nothing", f"{report.BEGIN}\nno table\n{report.END}"):
+    with pytest.raises(ValueError, match="fits: begin"):
+      report.update_table(invalid, new)
 
 
 def run(repo_root, *arguments):
