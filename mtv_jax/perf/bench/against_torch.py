@@ -36,8 +36,7 @@ OPTIM = dict(name="adamw", lr=1e-3, weight_decay=0.1, b2=0.95, clip_norm=1.0)
 def pin(threads: int) -> int:
   """Restricts this process to some cores; returns how many it got.
 
-  XLA starts a thread for each core that the process may use, so call this
-  before anything computes.
+  XLA starts a thread per available core: call this before anything computes.
   """
   cores = sorted(os.sched_getaffinity(0))[:threads]
   os.sched_setaffinity(0, cores)
@@ -74,13 +73,8 @@ def compare(
 ) -> harness.Result:
   """Times a step of this project and of PyTorch in alternating rounds.
 
-  Args:
-    what: of `WHAT`.
-    batch_size: images per step.
-    rounds: of both.
-    threads: of PyTorch; JAX uses those of the process, see `pin`.
-    steps: per round, after one that does not count.
-    **model: replaces fields of the model, for a small one.
+  `threads` are those of PyTorch; JAX uses those of the process, see `pin`.
+  `model` replaces fields of the model, for a small one.
   """
   check_choice("what", what, WHAT)
   import torch

@@ -39,14 +39,9 @@ class Result:
     text: str = "",
     unit: float = 1.0,
   ) -> None:
-    """Adds a value, and a row of the table if it has a label.
+    """Adds a value of plain types, and a row of the table if it has a label.
 
-    Args:
-      name: key of the value in JSON.
-      value: of plain types.
-      label: what was measured.
-      text: as printed; a replacement field, such as '{:.1f}', is the value.
-      unit: that the printed value is in.
+    A replacement field in `text`, such as '{:.1f}', is the value in `unit`s.
     """
     self.values[name] = value
     if label:
@@ -64,13 +59,6 @@ class Result:
     """Adds ratios of alternating rounds as `NAMEs`, and their median.
 
     Prints the median and the range, such as '1.05 (0.98 to 1.12 in 5 rounds)'.
-
-    Args:
-      name: key of the median in JSON.
-      over: measurement of each round.
-      under: measurement of each round to divide by.
-      label: what was measured.
-      spec: format of the ratios.
     """
     ratios = [float(a) / float(b) for a, b in zip(over, under, strict=True)]
     median, low, high = (f(ratios) for f in (statistics.median, min, max))
