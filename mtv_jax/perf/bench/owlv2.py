@@ -18,33 +18,29 @@ from mtv_jax.experts.owlv2 import weights
 from mtv_jax.experts.owlv2.model import Owlv2
 from mtv_jax.perf.bench import experts
 
-_TINY = dict(
-  hidden_size=64,
-  intermediate_size=128,
-  num_hidden_layers=2,
-  num_attention_heads=4,
-)
+
+def _tower(width: int, depth: int, heads: int, **options: int) -> dict:
+  return dict(
+    hidden_size=width,
+    intermediate_size=4 * width,
+    num_hidden_layers=depth,
+    num_attention_heads=heads,
+    **options,
+  )
+
+
 # Differences from the default config, OWLv2 B/16 at 768 pixels.
 _CONFIGS: Mapping[str, dict[str, Any]] = {
   "tiny": dict(
     projection_dim=64,
-    text_config=dict(_TINY),
-    vision_config=dict(_TINY, image_size=96),
+    text_config=_tower(64, 2, 4),
+    vision_config=_tower(64, 2, 4, image_size=96),
   ),
   "B": dict(vision_config=dict(image_size=960)),
   "L": dict(
     projection_dim=768,
-    text_config=dict(
-      hidden_size=768, intermediate_size=3072, num_attention_heads=12
-    ),
-    vision_config=dict(
-      image_size=1008,
-      patch_size=14,
-      hidden_size=1024,
-      intermediate_size=4096,
-      num_hidden_layers=24,
-      num_attention_heads=16,
-    ),
+    text_config=_tower(768, 12, 12),
+    vision_config=_tower(1024, 24, 16, image_size=1008, patch_size=14),
   ),
 }
 PHRASES = ("a dog", "person", "red car", "tree", "traffic light", "boat")
@@ -76,10 +72,8 @@ def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.Side:
 
   Phrases are encoded once, as those of a fixed vocabulary are.
   """
-  phrases = Vocabulary(PHRASES)
-  expert = expert_lib.load_expert(
-    folder, phrases=phrases, batch_size=batch_size
-  )
+  options = dict(phrases=Vocabulary(PHRASES), batch_size=batch_size)
+  expert = expert_lib.load_expert(folder, **options)
   size = weights.read_spec(_CONFIGS[variant]).image.image_size
   arrays = {"pixels": experts.random_pixels(expert.rows, size)}
   return lambda: expert.run(arrays)["scores"]
@@ -113,24 +107,21 @@ def program(
   spec = weights.read_spec(_CONFIGS[variant])
   model = Owlv2(spec, dtype=jnp.dtype(dtype), scan=False)
   programs = expert_lib.Programs(model, dtype)
-  rows, size = batch_size * mesh.size, spec.image.image_size
+  batch, size = batch_size * mesh.size, spec.image.image_size
   shape = jax.ShapeDtypeStruct
 
   def function(params: Any, rows: Any) -> Any:
     patches = programs.detect(params["model"], rows)
-    return programs.score(
-      params["consts"], {"patches": patches, "slots": rows["slots"]}
-    )
+    rows = {"patches": patches, "slots": rows["slots"]}
+    return programs.score(params["consts"], rows)
 
   consts = {
     "table": shape((16_384, spec.text.projection), np.float32),
     "threshold": shape((), np.float32),
   }
-  return experts.Program(
-    function,
-    {"model": weights.abstract_params(spec), "consts": consts},
-    {
-      "pixels": shape((rows, size, size, 3), jnp.dtype(dtype)),
-      "slots": shape((rows, _QUERIES), np.int32),
-    },
-  )
+  params = {"model": weights.abstract_params(spec), "consts": consts}
+  rows = {
+    "pixels": shape((batch, size, size, 3), jnp.dtype(dtype)),
+    "slots": shape((batch, _QUERIES), np.int32),
+  }
+  return experts.Program(function, params, rows)
