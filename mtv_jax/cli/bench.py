@@ -12,8 +12,6 @@
 `--profile=DIR` also writes a trace, for TensorBoard or Perfetto.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import inspect

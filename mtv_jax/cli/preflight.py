@@ -19,8 +19,6 @@ the growth of memory and collectives; --scaling=loss compiles the sigmoid loss
 alone. Both write --json as well.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

@@ -14,8 +14,6 @@ step; with augment=cached features are computed once. `mtv-jax evaluate` runs
 these and all other evaluations.
 """
 
-from __future__ import annotations
-
 import argparse
 
 import jax

@@ -5,8 +5,6 @@ shape. `step_flops` traces the parts of a step one by one, each encoding once.
 If the whole step costs no more than their sum, nothing is computed twice.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -5,8 +5,6 @@ a loop counts as often as the loop runs. A `program` is a compiled program, its
 text (`compiled.as_text()`), or a parsed `Module`.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools

@@ -5,8 +5,6 @@ out-of-memory errors included. This is the only module that uses
 `jax.experimental.topologies`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import math

@@ -10,8 +10,6 @@ first steps are equal. Rounds alternate.
 Float32, gradient clipping at 1 and AdamW (PyTorch's is the fused one).
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import statistics

@@ -1,7 +1,5 @@
 """Checkpoint benchmark: saving and restoring, beside the disk and the steps."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 import statistics

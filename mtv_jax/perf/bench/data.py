@@ -1,7 +1,5 @@
 """Input pipeline benchmark: shards to batches, beside decoding alone."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import statistics
 import tarfile

@@ -1,7 +1,5 @@
 """Depth Anything V2 for the benchmark of experts; see `experts`."""
 
-from __future__ import annotations
-
 import pathlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Encoder benchmark: images to features, and a k-NN evaluation end to end."""
 
-from __future__ import annotations
-
 import statistics
 
 import jax

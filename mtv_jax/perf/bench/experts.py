@@ -9,8 +9,6 @@ A module of `MODELS` has the functions
   program(variant, batch_size, mesh, dtype)    a `Program`
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 import pathlib

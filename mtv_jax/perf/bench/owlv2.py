@@ -1,7 +1,5 @@
 """OWLv2 for the benchmark of experts; see `experts`."""
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Benchmarks of the train step and of its views on the devices."""
 
-from __future__ import annotations
-
 import functools
 import statistics
 import tempfile

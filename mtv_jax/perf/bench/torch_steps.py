@@ -5,8 +5,6 @@ the formulas: DINO (Caron et al. 2021), iBOT (Zhou et al. 2022), Sinkhorn-Knopp
 (Caron et al. 2020), KoLeo (Sablayrolles et al. 2019).
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import re

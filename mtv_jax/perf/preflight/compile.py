@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,14 +64,18 @@ class Plan(TrainStep):
 def make_plan(
   config: schema.Config,
   topology: topologies.Topology,
+  changes: Iterable[str] = (),
   *,
   examples_per_epoch: int | None = None,
 ) -> Plan:
   """Builds the step of a config; opens no data, weights or tokenizer.
 
+  `changes` are overrides, 'KEY=VALUE', of the resolved config.
+
   Raises:
     ConfigError: for an invalid config.
   """
+  config = overrides.override(schema.check_config(config), changes)
   config = schema.check_config(config)
   mesh = make_config_mesh(config, topologies.devices(topology))
   step = build_train_step(config, mesh, examples_per_epoch or EPOCH)
@@ -173,8 +177,7 @@ def _largest_of_smaller_batch(
   least = num_batch_shards(plan.mesh) * plan.config.accumulate
   for divisor in (16, 256) if count else ():
     batch = max(plan.config.batch_size // divisor // least, 1) * least
-    changed = overrides.override(plan.config, [f"batch_size={batch}"])
-    smaller = make_plan(changed, plan.topology)
+    smaller = make_plan(plan.config, plan.topology, [f"batch_size={batch}"])
     _, program = _compile(smaller, smaller.lower)
     if program is not None:
       return hlo.largest_temporaries(program, limit=count), batch

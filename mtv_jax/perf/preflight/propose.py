@@ -1,11 +1,9 @@
 """Search for changes of a config that make it fit, by compiling them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 
-from mtv_jax.config import overrides, schema
+from mtv_jax.config import schema
 from mtv_jax.perf import topologies
 from mtv_jax.perf.preflight import compile as compile_lib
 
@@ -70,8 +68,7 @@ def propose(
   for changes, factor in candidates(config, topology.chips):
     if 1 < factor < excess / 2:
       continue
-    changed = overrides.override(schema.check_config(config), changes)
-    plan = compile_lib.make_plan(changed, topology)
+    plan = compile_lib.make_plan(config, topology, changes)
     compiled = compile_lib.compile_step(plan, largest=0)
     peak = compiled.memory.peak if compiled.memory else None
     needed = peak or compile_lib.required_bytes(compiled.refusal)

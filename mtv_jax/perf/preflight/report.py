@@ -1,7 +1,5 @@
 """Preflight report: whether a config fits a topology, and its cost there."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib.metadata

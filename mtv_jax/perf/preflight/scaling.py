@@ -5,8 +5,6 @@ embeddings. Both are computed here analytically, from the step and the mesh; the
 rest of what the compiled program sends should not grow.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math
@@ -17,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from mtv_jax.config import overrides, schema
+from mtv_jax.config import schema
 from mtv_jax.objectives import (
   base,
   build_objective,
@@ -208,9 +206,7 @@ def compile_row(
     ConfigError: the step does not fit.
   """
   parsed = topologies.parse(topology)
-  batch = f"batch_size={rows * parsed.chips}"
-  changed = overrides.override(schema.check_config(config), [batch])
-  plan = make_plan(changed, parsed)
+  plan = make_plan(config, parsed, [f"batch_size={rows * parsed.chips}"])
   compiled = compile_step(plan)
   if compiled.memory is None:
     raise ConfigError(f"on {topology}: {compiled.refusal}")
