@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "resample the position embedding for images of this size in pixels"
     add("--image_size", type=int, help=text)
     text = (
-      "a SentencePiece model, a tokenizer.json or 'bytes' (default: source)"
+      "SentencePiece model, tokenizer.json or 'bytes'; default: the source's"
     )
     add("--tokenizer", help=text)
     choices = ("canonicalize", "lower", "none")

@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   depth.add_argument("--invalid", type=int, nargs="+", default=[0], help=text)
   for command in (boxes, depth):
     arguments.add_shards(command)
-    command.add_argument("--output", required=True, help="of the label set")
+    text = "folder of the label set"
+    command.add_argument("--output", required=True, help=text)
 
 
 def run(args: argparse.Namespace) -> None:
