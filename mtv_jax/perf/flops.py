@@ -183,7 +183,7 @@ def run(
 ) -> StepFlops:
   """Counts the train step of a config; opens no data, needs no accelerator.
 
-  The recipe's own cost: prototypes in one chunk, nothing rematerialised.
+  Prototypes are in one chunk and nothing is rematerialised.
 
   Args:
     config: as `train` takes it.

@@ -40,7 +40,7 @@ class Shape:
   """An array type."""
 
   text: str  # Dtype and dimensions, such as 'bf16[8,128]'.
-  dims: tuple[int, ...]  # Dimensions.
+  dims: tuple[int, ...]
   bytes: int  # Size without padding.
   padded: int  # Size in bytes with the padding of the layout's tiles.
   space: int = 0  # Memory space; 0 is HBM.
@@ -129,10 +129,10 @@ def parse(program: Any) -> Module:
   computations, roots, entry, current = {}, {}, None, None
   for line in hlo_text.splitlines():
     if current is None:
-      if header := _HEADER.match(line):
-        current = header[2]
+      if match := _HEADER.match(line):
+        current = match[2]
         computations[current] = {}
-        entry = current if header[1] else entry
+        entry = current if match[1] else entry
     elif line.startswith("}"):
       current = None
     elif match := _INSTRUCTION.match(line):
@@ -143,7 +143,8 @@ def parse(program: Any) -> Module:
         roots[current] = new
   if entry is None:
     raise InputError("expected the text of a compiled program: it has no ENTRY")
-  counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", hlo_text)
+  header = hlo_text.partition("\n")[0]
+  counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header)
   return Module(computations, entry, roots, math.prod(map(int, counts)))
 
 
