@@ -44,12 +44,9 @@ class DepthEvaluator(Evaluator):
     return {}
 
   def open_split(self, split: str, size: int, **options) -> DepthSet:
-    """Opens a split once.
+    """Opens a split once; `size` is the side of scenes.
 
-    Args:
-      split: its name.
-      size: side of the images, for scenes.
-      **options: of `registry.open_depth`.
+    Further options are those of `registry.open_depth`.
     """
     key = split, size if is_scenes(self.data) else 0
     if key not in self._splits:
@@ -72,11 +69,10 @@ class DepthEvaluator(Evaluator):
 
     Args:
       predictions: of each image.
-      score: metrics from predicted and true values of the valid pixels, and,
-        given None, those of a constant prediction.
+      score: metrics from predicted (None for the best constant) and true values
+        of the valid pixels.
       protocol: to which the number of images is added.
-      to_metres: depth on the sheet, from a predicted map, the true one and the
-        valid pixels.
+      to_metres: depth on the sheet, from predicted and true map and valid mask.
       min_pixels: images with fewer valid pixels are skipped.
       **limits: of `metrics.valid_mask`.
     """
@@ -118,11 +114,7 @@ def depth_row(
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
   """Row of a sheet: image, true and predicted depth on the scale of the truth.
 
-  Args:
-    image: in 0..255.
-    truth: metres.
-    predicted: metres, positive.
-    valid: pixels with a true depth, one at least; the others are black.
+  Depth is in metres; pixels that are not valid are black in the truth.
   """
   inverse = np.divide(1, truth, where=valid, out=np.zeros_like(truth))
   limits = float(inverse[valid].min()), float(inverse[valid].max())

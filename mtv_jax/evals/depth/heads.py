@@ -42,15 +42,10 @@ def expected_depth(
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """Base class of the heads.
+  """Base class of the heads."""
 
-  Attributes:
-    channels: of the features.
-    max_depth: of the last bin, in metres.
-  """
-
-  channels: int
-  max_depth: float
+  channels: int  # of the features
+  max_depth: float  # of the last bin, in metres
 
   def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
     """Parameters and state."""

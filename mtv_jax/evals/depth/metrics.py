@@ -118,13 +118,8 @@ def image_metrics(
   mean |p - g| / g, sq_rel = mean (p - g)^2 / g; delta1, 2, 3 are the fractions
   with max(p / g, g / p) < 1.25, 1.25^2, 1.25^3, which values <= 0 fail.
 
-  Args:
-    predicted: metres; positive for the metrics of e.
-    truth: metres, positive.
-    names: of `METRICS`.
-
   Raises:
-    InputError: without pixels, or for values that have no logarithm.
+    InputError: with e, without pixels or for values that have no logarithm.
   """
   p, g = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)
   if "silog" in names and (not g.size or (g <= 0).any() or (p <= 0).any()):

@@ -54,9 +54,7 @@ class DepthProbe(DepthEvaluator):
     protocol: see `protocols.py`.
     layers: blocks to read instead of the protocol's; without the final norm.
     train_count: training images to use, evenly spaced; all by default.
-    steps: updates.
     lr: peak learning rate.
-    batch_size: images a step.
     augment: of training images, see `augment.py`.
     input_size: rows and columns to which a whole image is resized before it is
       encoded; its own by default. Depth is compared at the image's size.
@@ -64,7 +62,6 @@ class DepthProbe(DepthEvaluator):
     crop: of the evaluated pixels, see `metrics.crop_mask`.
     max_depth: metres.
     dpt_features: channels of the DPT head.
-    seed: of all randomness.
   """
 
   protocol: Literal["linear", "lin1", "lin4", "dpt"] = "linear"

@@ -94,7 +94,6 @@ class RelativeDepth(DepthEvaluator):
   An option of None is the protocol's.
 
   Attributes:
-    protocol: one of the published ways to score.
     alignment: see `ALIGNMENTS`.
     resize: of predictions, see `resizing`.
     cut: `kb` crops KITTI's images to their lower middle, 352 x 1216, before
@@ -104,7 +103,6 @@ class RelativeDepth(DepthEvaluator):
       evaluated pixels unless the protocol has no limit.
     min_pixels: images with fewer valid pixels are skipped.
     subset: of KITTI's list, `all`, `train` or `val` (MiDaS: val).
-    batch_size: images a step.
   """
 
   protocol: Literal["midas", "depth_anything", "marigold"] = "midas"

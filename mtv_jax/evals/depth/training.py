@@ -33,12 +33,10 @@ class Setup:
   """A protocol resolved for an encoder and a data set.
 
   Attributes:
-    protocol: with the values of the options.
     layers: blocks that are read.
     max_depth: of the last bin and of the evaluated pixels, in metres.
     input_size: rows and columns of a whole image (or its central square) as
       the encoder sees it, before padding; None for its own size.
-    seed: of the order of images, the augmentation and the head.
   """
 
   encoder: Encoder

@@ -41,15 +41,9 @@ def augment(
 ) -> tuple[
   Shaped[np.ndarray, "{size} {size} 3"], UInt8[np.ndarray, "{size} {size}"]
 ]:
-  """A random crop of an image and of its map.
+  """A random square crop of an image and of its map, see `PROTOCOL`.
 
-  Args:
-    image: of any size.
-    labels: of the image's size.
-    rng: of all random choices.
-    size: pixels a side of the crop.
-    fill: colour of the padding, in 0..255, which makes the crop float32.
-    interpolation: of the image; the map takes nearest labels.
+  Padding has the colour `fill` in 0..255, and makes the crop float32.
   """
   short = int(size * rng.uniform(0.5, 2.0))
   shape = sliding_window.resized(*image.shape[:2], short=short)

@@ -75,14 +75,7 @@ class SegmentationEvaluator(Evaluator):
     data: SegmentationSet,
     slide: sliding_window.Slide,
   ) -> Predictions:
-    """The confusion matrices of all heads on a set.
-
-    Args:
-      encoder: whose mean colour is the padding.
-      score: from windows to the scores of every head.
-      data: images and truth.
-      slide: how images are cut into windows.
-    """
+    """The confusion matrices of all heads on a set, and chosen images."""
     indices = range(len(data.images))
     chosen = subsample(indices, self.pictures) if self.pictures else ()
     total, rows = 0, []
@@ -134,15 +127,10 @@ def padding_colour(encoder: Encoder) -> Float32[np.ndarray, "3"]:
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-  """Predictions of several heads on a set.
-
-  Attributes:
-    counts: each head's pixels by (true class, predicted class).
-    rows: of the sheet, for each chosen image and head.
-  """
+  """Confusion matrices of several heads, and rows of their sheets."""
 
   counts: Int64[np.ndarray, "heads k k"]
-  rows: list[list[np.ndarray]]
+  rows: list[list[np.ndarray]]  # of each chosen image and head
 
   def sheets(
     self, name: str, *, head: int = 0

@@ -52,21 +52,17 @@ class Segmentation(SegmentationEvaluator):
     layers: blocks whose tokens are concatenated, see `linear_head.taps`.
     norm: `final` applies the encoder's last norm to every layer, `none` does
       not.
-    scales: factors of the image size, whose softmax is averaged.
-    flips: `both` averages with the mirrored image.
+    scales, flips: views whose softmax is averaged, see `Slide`.
     augment: `official` computes features of augmented crops at every step;
       `none` those of evaluation's windows, once.
     steps: updates of the head: 40,000, or 300 on scenes.
-    batch_size: crops a step.
     learning_rate: peak of the schedule: 1e-3, or 1e-2 on scenes.
-    weight_decay: AdamW's.
     dropout: probability that a channel is dropped.
     eval_every: updates between two saved heads: an eighth of the steps, or
       all of them on scenes. The best and the last are reported.
     train_split: `test` trains on the test images, which checks that everything
       runs and measures nothing: for fragments of a data set.
     train_count: images to train on, evenly spaced.
-    seed: of the head, the order and the augmentation.
   """
 
   layers: Literal["LAST", "FOUR_LAST", "FOUR_EVEN"] = "LAST"

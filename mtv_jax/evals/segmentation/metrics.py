@@ -43,9 +43,7 @@ def confusion(
   *,
   classes: int,
 ) -> Int64[np.ndarray, "{classes} {classes}"]:
-  """Counts of pixels by (true class, predicted class).
-
-  Pixels whose truth is `IGNORE` don't count.
+  """Counts of pixels by (true class, predicted class), without `IGNORE`.
 
   Raises:
     InputError: for a class out of range.

@@ -46,8 +46,7 @@ class PatchPca(Evaluator):
     size: side of the squares that are encoded, for a finer grid than the
       encoder's own preprocessing gives.
     foreground: `all` patches, or those above a `threshold`.
-    pictures: images that the sheet shows.
-    batch_size: images a step.
+    pictures: images on the sheet.
   """
 
   data: Data = "scenes"
@@ -146,15 +145,10 @@ class PatchPca(Evaluator):
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-  """Principal components.
-
-  Attributes:
-    components: of every patch, also those that were not fitted.
-    share: of the fitted patches' variance in each component, decreasing.
-  """
+  """Components of all patches, and the variance that each explains."""
 
   components: Float32[np.ndarray, "n h w c"]
-  share: Float32[np.ndarray, " c"]
+  share: Float32[np.ndarray, " c"]  # of the fitted patches, decreasing
 
 
 def principal_components(

@@ -56,12 +56,12 @@ def embed_patches(
 
   Args:
     encoder: with a text tower.
-    images: of one size that the patch divides, in 0..255.
+    images: as for `Encoder.dense`.
     last_block: `attention` as it was trained, or `values`.
     batch_size: images a step.
 
   Raises:
-    InputError: where the tower lacks weights for embedding a patch.
+    InputError: as `check`.
   """
   check(encoder, last_block)
   if last_block == "values":
@@ -133,15 +133,12 @@ def _embed_fn(
 class _TokenTower(nn.Module):
   """The end of an image tower on images of a single token.
 
-  Attributes:
-    spec: of the tower, whose parameter names these are.
-    dtype: compute dtype.
-    block: whether to run the last block and the final norm.
+  The parameters have the names of the tower.
   """
 
   spec: Any
   dtype: Any
-  block: bool
+  block: bool  # whether to run the last block and the final norm
 
   @nn.compact
   def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n e"]:

@@ -34,8 +34,7 @@ class Slide:
   """The windows, scales and flips of an image.
 
   Attributes:
-    size: side of the windows in pixels; smaller images are padded on the right
-      and below.
+    size: side of the windows in pixels.
     stride: pixels from window to window; the last one ends with the image.
     short: shorter side of the resized image.
     scales: factors of `short`; with several, the softmax of each is averaged.
@@ -168,12 +167,8 @@ def axis_matrix(
 ) -> Float32[np.ndarray, "target cells"]:
   """The matrix from the cells of all windows of an axis to its pixels.
 
-  Args:
-    length: pixels of the resized image.
-    target: pixels of the image itself.
-    window: pixels of a window.
-    stride: pixels from window to window.
-    grid: cells of a window; the columns go from window to window.
+  `length` pixels of the resized image have windows of `grid` cells each;
+  `target` are the pixels of the image itself.
   """
   begins = starts(length, window=window, stride=stride)
   upsample = resizing.matrix(grid, window)
@@ -199,11 +194,7 @@ def class_map(
 ) -> UInt8[np.ndarray, "h2 w2"]:
   """The best class of every pixel of an image of `size`.
 
-  Args:
-    scores: of the windows of each view, on the patch grid.
-    views: of the image.
-    slide: of the views.
-    size: rows and columns of the image.
+  `scores` are those of the windows of each view, on the patch grid.
   """
   if slide.average == "softmax":
     window = (slide.size, slide.size)
