@@ -41,8 +41,7 @@ def image_function(
   first = spec.image.prefix
 
   def run(params, images):
-    with precision(dtype):
-      out = tower.apply({"params": params}, images, taps=taps)
+    out = tower.apply({"params": params}, images, taps=taps)
     features = {name: getattr(out, name) for name in outputs}
     for tap in taps:
       features[f"layer{tap}"] = out.taps[tap][:, first:]
@@ -51,9 +50,9 @@ def image_function(
     for name, value in features.items():
       if name == "patches" or name.startswith("layer"):
         features[name] = value.reshape(len(images), *grid, -1)
-    return jax.tree.map(lambda x: x.astype(jnp.float32), features)
+    return features
 
-  return _compiled(run, mesh)
+  return _compile(run, dtype, mesh)
 
 
 @functools.lru_cache(maxsize=64)
@@ -62,11 +61,9 @@ def text_function(spec: models.ModelSpec, dtype: str, mesh: Mesh) -> Function:
   tower = models.text_tower(spec, dtype=jnp.dtype(dtype))
 
   def run(params, tokens):
-    with precision(dtype):
-      out = tower.apply({"params": params}, tokens)
-    return {"pooled": out.pooled.astype(jnp.float32)}
+    return {"pooled": tower.apply({"params": params}, tokens).pooled}
 
-  return _compiled(run, mesh)
+  return _compile(run, dtype, mesh)
 
 
 @functools.lru_cache(maxsize=16)
@@ -85,16 +82,21 @@ def head_function(
     inputs = {name: rows[name] for name in head.inputs}
     grid = spec.image.grid_of(*images.shape[1:3])
     variables = {"params": params["heads"][head.params_key]}
+    out = tower.apply({"params": params["image"]}, images, taps=head.taps)
+    apply = functools.partial(module.apply, variables)
+    return head.predict(apply, out, grid, **inputs)
+
+  return _compile(run, dtype, mesh)
+
+
+def _compile(function: Callable, dtype: str, mesh: Mesh) -> Function:
+  """Jits a function at the precision of `dtype`, with float32 results."""
+
+  def run(params, batch):
     with precision(dtype):
-      out = tower.apply({"params": params["image"]}, images, taps=head.taps)
-      apply = functools.partial(module.apply, variables)
-      predicted = head.predict(apply, out, grid, **inputs)
-    return jax.tree.map(lambda x: x.astype(jnp.float32), predicted)
+      out = function(params, batch)
+    return jax.tree.map(lambda x: x.astype(jnp.float32), out)
 
-  return _compiled(run, mesh)
-
-
-def _compiled(run: Callable, mesh: Mesh) -> Function:
   return jax.jit(
     run,
     out_shardings=replicated_sharding(mesh),

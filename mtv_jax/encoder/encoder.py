@@ -309,18 +309,14 @@ class Encoder:
       )
     for key, values in inputs.items():
       if len(values) != len(images):
-        raise InputError(
-          f"Encoder.{method} got {len(images)} images, and {key} of "
-          f"{len(values)}"
-        )
+        counts = f"{len(images)} images, and {key} of {len(values)}"
+        raise InputError(f"Encoder.{method} got {counts}")
     if inputs and self.preprocess.crop != "none":
       raise InputError(
         f"Encoder.{method} needs an encoder that sees whole images, to which "
         f"{sorted(inputs)} refer; this one has crop={self.preprocess.crop!r}"
       )
-    padded = {
-      key: self._pad(key, kinds[key], values) for key, values in inputs.items()
-    }
+    padded = {k: self._pad(k, kinds[k], rows) for k, rows in inputs.items()}
     size = self.preprocess.size
 
     def prepare(i):
@@ -418,12 +414,9 @@ class Encoder:
       }
     return protocol
 
-  def _image_function(
-    self, taps: tuple[int, ...], outputs: tuple[str, ...]
-  ) -> apply_fns.Function:
-    return apply_fns.image_function(
-      self.spec, self.dtype, taps, outputs, self.mesh
-    )
+  def _image_function(self, taps, outputs) -> apply_fns.Function:
+    args = self.spec, self.dtype, taps, outputs, self.mesh
+    return apply_fns.image_function(*args)
 
   def _run(self, function, prepare, count, blank, batch_size):
     return batched.in_batches(
@@ -435,9 +428,7 @@ class Encoder:
       mesh=self.mesh,
     )
 
-  def _pad(
-    self, key: str, kind: int | str, values: Sequence[Any]
-  ) -> batched.Padded:
+  def _pad(self, key, kind, values) -> batched.Padded:
     """The rows of an input of a head, `[n, k, C]`; strings are embedded."""
     what = f"the {key} of image"
     if kind != TEXT:

@@ -87,7 +87,6 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
   Attributes:
     pairs: a file with the list of pairs: read if it exists (NAVI's own lists
       too), else written with the pairs that are drawn.
-    subset: of NAVI.
     keep: matches a pair, those of the highest weight.
     metres: thresholds of the 3D error. The middle one is used by angle.
     pixels: thresholds of the 2D error, in pixels of a view of 512.
@@ -95,7 +94,6 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
     max_angle: of a pair.
     stride: step between the frames that begin a pair.
     count: pairs to use, evenly spaced; of the scenes, the number to render.
-    seed: of the pairs.
   """
 
   pairs: str | None = None
