@@ -40,7 +40,7 @@ def in_batches(
     prepare: from an item's index to its row; called from several threads.
     count: number of items, at least 1.
     blank: a padding row, of the structure, shapes and dtypes of every row.
-    batch_size: rows a batch over the whole mesh, see `padded_batch`.
+    batch_size: rows per batch over the whole mesh, see `padded_batch`.
     mesh: `(data, fsdp, tensor)`.
   """
   size = padded_batch(count, batch_size, num_batch_shards(mesh))
@@ -140,7 +140,7 @@ def pad(lists: Sequence[Any], *, channels: int, what: str) -> Padded:
         f"{what} {i} must be [m, {channels}]; got {list(array.shape)}"
       )
     if not np.isfinite(array).all():
-      raise InputError(f"{what} {i} hold numbers that are not finite")
+      raise InputError(f"{what} {i} are not finite")
     arrays.append(array)
   longest = max([1, *map(len, arrays)])
   length = 1 << (longest - 1).bit_length()

@@ -175,8 +175,8 @@ class Encoder:
       layers: blocks whose tokens to return, from 0; -1 is the last.
       outputs: which of `pooled`, `patches` and `prefix` to return. Patches of
         50,000 images don't fit into memory.
-      batch_size: images a step over the whole mesh, rounded up to a multiple of
-        its data shards.
+      batch_size: images per step over the whole mesh, rounded up to a multiple
+        of its data shards.
 
     Raises:
       TypeError: for an item that is not an image.
@@ -343,7 +343,7 @@ class Encoder:
   ) -> Float32[np.ndarray, "n h w"]:
     """Relative inverse depth `[n, h, w]`, see `dpt.DepthHead` and `predict`.
 
-    The map covers what the encoder sees: the whole image where it squashes it.
+    The map covers the encoder's input: the whole image if that is squashed.
     """
     return self.predict("depth", images, batch_size=batch_size)["depth"]
 

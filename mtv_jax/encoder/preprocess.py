@@ -148,7 +148,7 @@ def as_image(item: Any, key: str) -> Any:
     return canvas.from_pillow(item, key=key)
   if isinstance(item, str | os.PathLike):
     raise TypeError(
-      f"{key} is the path {os.fspath(item)!r}: pass what it holds, such as "
+      f"{key} is the path {os.fspath(item)!r}; pass its content, such as "
       "pathlib.Path(path).read_bytes()"
     )
   array = np.asarray(item)

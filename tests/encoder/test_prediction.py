@@ -259,7 +259,7 @@ def test_invalid_arguments_raise(encoder, params, images):
     encoder.ground(images, BOXES[:2])
   with pytest.raises(ValueError, match=r"boxes of image 0 must be \[m, 4\]"):
     encoder.ground(images, [[[0.1, 0.2, 0.3]], [], []])
-  with pytest.raises(ValueError, match="image 2 hold numbers that are not fin"):
+  with pytest.raises(ValueError, match="boxes of image 2 are not finite"):
     encoder.ground(images, [[], [], [[0, 0, 1, np.nan]]])
   with pytest.raises(TypeError, match="list of phrases for each image"):
     encoder.locate(images, ["a ball", "a cube", "a cone"])

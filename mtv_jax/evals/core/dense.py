@@ -40,7 +40,7 @@ def features(
     norm: `final` applies the encoder's last LayerNorm to the tokens of every
       block, `none` does not.
     cls: whether to append the block's CLS token to each of its patches.
-    batch_size: images a step.
+    batch_size: images per step.
 
   Raises:
     InputError: if the encoder lacks a final norm that is to be applied.
@@ -67,6 +67,19 @@ def features(
       tokens = [final_norm(encoder, x) for x in tokens]
     columns += tokens
   return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
+
+
+def read_pair(
+  name: str, images: Sequence[Any], maps: Sequence[Any], i: int
+) -> Example:
+  """Image `i` of the data set `name`, and its map.
+
+  Raises:
+    InputError: if their sizes differ.
+  """
+  image, pixels = images[i], maps[i]
+  check_same_size(name, i, image, pixels)
+  return image, pixels
 
 
 def check_same_size(
@@ -129,7 +142,7 @@ def training_batches(
     encode: from inputs to features.
     read: from an index and random numbers to an example.
     count: number of examples.
-    batch_size: examples a step.
+    batch_size: examples per step.
     steps: number of batches.
     seed: of the order and the augmentation.
   """

@@ -82,12 +82,12 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
 
   `data` is `scenes`, a folder in NAVI's layout or one of RGB-D sequences; the
   published `size` is 512. Options of None take the published value for NAVI, or
-  one that suits the other data; the protocol says which.
+  one that suits the other data; the result's protocol lists it.
 
   Attributes:
     pairs: a file with the list of pairs: read if it exists (NAVI's own lists
       too), else written with the pairs that are drawn.
-    keep: matches a pair, those of the highest weight.
+    keep: matches per pair, those of the highest weight.
     metres: thresholds of the 3D error. The middle one is used by angle.
     pixels: thresholds of the 2D error, in pixels of a view of 512.
     angles: edges of the bins of the angle between the cameras, in degrees.
@@ -264,7 +264,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       "avg_recall_all": "mean of the thresholds in metres and in pixels",
       "avg_recall_angle": "mean of the bins of angle that have pairs",
       "chance": "a uniform match, averaged over "
-      f"{recall.CHANCE_POINTS} points a pair",
+      f"{recall.CHANCE_POINTS} points per pair",
     }
 
 

@@ -155,7 +155,7 @@ def sample_pairs(
 ) -> dict[tuple[str, int | None], tuple[int, ...]]:
   """Samples pairs of each category, and of each of its viewpoints.
 
-  The pairs are shuffled by Python's `random`, seeded anew each time, and the
+  The pairs are shuffled by Python's `random`, reseeded each time, and the
   first `limit` taken (200, with seed 20, in the published protocol). Viewpoints
   without a pair are left out.
   """

@@ -46,7 +46,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
 
   `data` is `scenes` or the folder `SPair-71k`; the published `size` is 800.
   Options of None take the published value for SPair-71k, or one that suits the
-  scenes, whose grid is coarser; the protocol says which.
+  scenes, whose grid is coarser; the result's protocol lists it.
 
   Attributes:
     split: of SPair-71k.

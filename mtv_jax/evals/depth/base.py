@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
-from mtv_jax.evals.core import dense
 from mtv_jax.evals.core.base import Evaluator, Result
 from mtv_jax.evals.core.examples import Data, DepthSet
 from mtv_jax.evals.datasets import registry
@@ -97,13 +96,6 @@ class DepthEvaluator(Evaluator):
       lower=tuple(summary.units),
       pictures={"depth": plots.vstack(rows)} if rows else {},
     )
-
-
-def read_pair(data: DepthSet, i: int) -> tuple[np.ndarray, np.ndarray]:
-  """Image `[h, w, 3]` and depth `[h, w]`; raises InputError if sizes differ."""
-  image, depth = data.images[i], data.depths[i]
-  dense.check_same_size(data.name, i, image, depth)
-  return image, depth
 
 
 def depth_row(

@@ -82,8 +82,7 @@ class DepthProbe(DepthEvaluator):
     if registry.depth_kind(self.data) == "kitti":
       raise NotApplicable(
         f"data={str(self.data)!r} is KITTI, and the depth probe's protocols "
-        "(training crops of 480 x 640, 10 m) are NYUv2's; for KITTI there is "
-        "relative_depth"
+        "(training crops of 480 x 640, 10 m) are NYUv2's; use relative_depth"
       )
     count = self.train_count if split == "train" else self.count
     return self.open_split(split, size, count=count)

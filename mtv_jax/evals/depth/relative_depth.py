@@ -23,12 +23,12 @@ from jaxtyping import Float, Float64
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import resizing
+from mtv_jax.evals.core import dense, resizing
 from mtv_jax.evals.core.base import NotApplicable, Result
 from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.datasets import scenes
 from mtv_jax.evals.depth import metrics
-from mtv_jax.evals.depth.base import DepthEvaluator, Prediction, read_pair
+from mtv_jax.evals.depth.base import DepthEvaluator, Prediction
 from mtv_jax.utils.errors import ConfigError
 
 ALIGNMENTS = {
@@ -129,8 +129,8 @@ class RelativeDepth(DepthEvaluator):
     """AbsRel, delta and RMSE; `chance` is the best constant of each image."""
     if not encoder.can_predict("depth"):
       raise NotApplicable(
-        "this encoder has no depth head; a run that was trained with "
-        "objectives.depth has. For other encoders there is depth_probe."
+        "this encoder has no depth head; use a run that was trained with "
+        "objectives.depth, or depth_probe"
       )
     if encoder.preprocess.crop != "none":
       raise NotApplicable(
@@ -167,7 +167,8 @@ class RelativeDepth(DepthEvaluator):
     """Predictions at the image's size, in order."""
 
     def read(i: int) -> list[np.ndarray]:
-      return [cut(x, protocol.cut) for x in read_pair(data, i)]
+      pair = dense.read_pair(data.name, data.images, data.depths, i)
+      return [cut(x, protocol.cut) for x in pair]
 
     pairs = map(read, range(len(data.images)))
     while block := list(itertools.islice(pairs, 4 * self.batch_size)):

@@ -19,7 +19,7 @@ from mtv_jax.evals.core import dense, probe
 from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.depth import augment, heads, losses
 from mtv_jax.evals.depth.augment import Example
-from mtv_jax.evals.depth.base import Prediction, read_pair
+from mtv_jax.evals.depth.base import Prediction
 from mtv_jax.evals.depth.protocols import Protocol
 from mtv_jax.evals.depth.views import View
 from mtv_jax.parallel.mesh import replicated_sharding
@@ -92,7 +92,7 @@ class Setup:
 
   def example(self, data: DepthSet, i: int) -> Example:
     """An image and its depth, cropped to the protocol's frame."""
-    image, depth = read_pair(data, i)
+    image, depth = dense.read_pair(data.name, data.images, data.depths, i)
     if self.protocol.frame == "square":
       side = min(depth.shape)
       part = tuple(slice((s - side) // 2, (s + side) // 2) for s in depth.shape)

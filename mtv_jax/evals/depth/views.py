@@ -27,7 +27,7 @@ class View:
   Attributes:
     size: rows and columns of the image.
     input_size: rows and columns after resizing, before padding.
-    patch: pixels a side.
+    patch: pixels per side.
     resize: of predictions, a method of `resizing`.
     mean: of the encoder's normalisation, in 0..1; padding becomes zero.
   """

@@ -18,7 +18,7 @@ from mtv_jax.evals.segmentation import sliding_window
 
 PROTOCOL = {
   "scale": "short side int(size * U(0.5, 2)), as evaluation resizes",
-  "crop": "size x size, drawn anew up to 10 times until no class has 0.75",
+  "crop": "size x size, redrawn up to 10 times until no class has 0.75",
   "flip": 0.5,
   "distortion": (
     "each p=0.5: brightness +-32, contrast 0.5-1.5 (first or last), "
@@ -106,15 +106,6 @@ def _adjust_hue(
   return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
-def read_pair(
-  data: SegmentationSet, index: int
-) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
-  """An image and its map; raises InputError if their sizes differ."""
-  image, labels = data.images[index], data.maps[index]
-  dense.check_same_size(data.name, index, image, labels)
-  return image, labels
-
-
 def cut_windows(
   data: SegmentationSet,
   index: int,
@@ -123,7 +114,7 @@ def cut_windows(
   fill: Float32[np.ndarray, "3"],
 ) -> Iterator[dense.Example]:
   """The evaluation windows of an image, each with its labels."""
-  image, labels = read_pair(data, index)
+  image, labels = dense.read_pair(data.name, data.images, data.maps, index)
   shape = sliding_window.resized(*image.shape[:2], short=slide.short)
   labels = resizing.resize_maps(labels, shape, method="nearest")
   pixels = sliding_window.resize_image(image, shape, slide.interpolation)

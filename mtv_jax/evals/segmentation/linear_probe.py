@@ -167,7 +167,7 @@ class Segmentation(SegmentationEvaluator):
       batches = dense.training_batches(
         features,
         lambda i, rng: augment.augment(
-          *augment.read_pair(train, i),
+          *dense.read_pair(train.name, train.images, train.maps, i),
           rng,
           size=plan.slide.size,
           fill=fill,

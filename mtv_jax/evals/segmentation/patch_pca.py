@@ -245,7 +245,7 @@ def component_colours(
   components: Float32[np.ndarray, "n h w 3"],
   mask: Bool[np.ndarray, "n h w"],
 ) -> UInt8[np.ndarray, "n h w 3"]:
-  """Three components a patch as RGB, on one scale for all images.
+  """Three components per patch as RGB, on one scale for all images.
 
   Each component is stretched from its 1st to its 99th percentile over the
   patches in `mask`; the others are black.

@@ -58,7 +58,7 @@ def embed_patches(
     encoder: with a text tower.
     images: as for `Encoder.dense`.
     last_block: `attention` as it was trained, or `values`.
-    batch_size: images a step.
+    batch_size: images per step.
 
   Raises:
     InputError: as `check`.

@@ -258,7 +258,7 @@ def predict(
   fill: Float32[np.ndarray, "3"],
   batch_size: int,
 ) -> Iterator[list[UInt8[np.ndarray, "h w"]]]:
-  """The class maps of images, in their order, one a head.
+  """The class maps of images, in their order, one per head.
 
   Threads read images ahead and compute maps, while the caller's thread scores
   batches of windows across images, so that one shape is compiled.
