@@ -58,19 +58,17 @@ class Preprocess:
       object.__setattr__(self, name, value)
     if self.resize == "shortest" and self.crop == "none":
       raise ConfigError(
-        "Preprocess: resize='shortest' gives images of different shapes, which "
-        "can't be batched; add crop='center' or use resize='squash'"
+        "resize='shortest' gives images of different shapes, which can't be "
+        "batched; add crop='center' or use resize='squash'"
       )
     resized = self.resize_size or self.size
     if self.crop == "none" and resized != self.size:
       raise ConfigError(
-        f"Preprocess: resize_size={resized} with size={self.size} needs "
-        "crop='center'"
+        f"resize_size={resized} with size={self.size} needs crop='center'"
       )
     if resized < self.size:
       raise ConfigError(
-        f"Preprocess: resize_size={resized} is smaller than the crop's "
-        f"size={self.size}"
+        f"resize_size={resized} is smaller than the crop's size={self.size}"
       )
 
   def __call__(
