@@ -403,7 +403,6 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
-from mtv_jax.encoder import batched as inference
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.models import two_tower as models
 from mtv_jax.encoder.preprocess import Preprocess
