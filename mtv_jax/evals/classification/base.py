@@ -63,7 +63,7 @@ class ClassificationProbe(Evaluator):
         raise ConfigError(f"{name} is empty; expected at least one value")
 
   @functools.cached_property
-  def _splits(self) -> Splits:
+  def _set(self) -> Splits:
     return registry.open_splits(
       self.data,
       train=self.train,
@@ -71,22 +71,18 @@ class ClassificationProbe(Evaluator):
       train_count=self._default(self.train_count, None, _TRAIN_SCENES),
     )
 
-  def prepare(self) -> None:
-    """Reads names and labels, and caches them."""
-    _ = self._splits
-
   def run(self, encoder: Encoder) -> Result:
     """The probe's metrics, see the class."""
     encoder = self._view(encoder)
-    metrics, protocol = self._evaluate(encoder, self._splits)
+    data = self._set
+    metrics, protocol = self._evaluate(encoder, data)
     protocol = {
       **encoder.protocol(),
-      **self._splits.protocol(),
+      **data.protocol(),
       "view": self._view_name(),
       **protocol,
     }
-    chance = chance_accuracies(metrics, self._splits.classes)
-    return Result(metrics, protocol, chance)
+    return Result(metrics, protocol, chance_accuracies(metrics, data.classes))
 
   def _view_name(self) -> str:
     return self._default(self.view, self.published_view, "encoder")

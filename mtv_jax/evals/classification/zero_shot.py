@@ -69,10 +69,6 @@ class ZeroShot(Evaluator):
     given = prompts.read_prompts(self.prompts) if self.prompts else None
     return data, *match_classes(data, given, keep=self.classes)
 
-  def prepare(self) -> None:
-    """Reads names and annotations, and caches them."""
-    _ = self._set
-
   def run(self, encoder: Encoder) -> Result:
     """Accuracies among the prompts' classes."""
     require_text(encoder)

@@ -90,11 +90,15 @@ class Result:
 class Evaluator:
   """Base of the evaluations; subclasses are frozen dataclasses."""
 
+  # The open data: a `functools.cached_property` of most subclasses.
+  _set = None
+
   def prepare(self) -> None:
     """Opens the data, so that a mistake shows before anything is computed.
 
     It stays open, as an evaluator may run many times.
     """
+    _ = self._set
 
   def run(self, encoder: Encoder) -> Result:
     """Evaluates; the same call on every host of a pod."""

@@ -80,10 +80,6 @@ class Grounding(Evaluator):
         )
     return data, named
 
-  def prepare(self) -> None:
-    """Reads the annotations, and caches them."""
-    _ = self._set
-
   def run(self, encoder: Encoder) -> Result:
     """Retrieval in both directions; accuracies with classes or a locator."""
     base.require_text(encoder)

@@ -65,10 +65,6 @@ class Retrieval(Evaluator):
       max_captions=self.max_captions,
     )
 
-  def prepare(self) -> None:
-    """Reads names and annotations, and caches them."""
-    _ = self._set
-
   def run(self, encoder: Encoder) -> Result:
     """Metrics, and the sheets `captions` and `images`."""
     require_text(encoder)
