@@ -124,8 +124,8 @@ class Encoder:
       mesh: `(data, fsdp, tensor)`; by default that of the parameters, else
         all devices on `data`.
       dtype: compute dtype. float32 uses the highest matmul precision.
-      weights: which weights of a checkpoint these are, for the protocol.
-      source: their folder, for the protocol.
+      weights: `student`, `teacher` or `ema`, for the protocol.
+      source: the folder of the weights, for the protocol.
       prediction_heads: configuration of the heads that `predict` runs, by
         name; their parameters are in `params["heads"]`.
     """

@@ -81,8 +81,8 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
   """Recall of matches between views of one scene, by distance and by angle.
 
   `data` is `scenes`, a folder in NAVI's layout or one of RGB-D sequences; the
-  published `size` is 512. Options of None take the published value for NAVI, or
-  one that suits the other data; the result's protocol lists it.
+  published `size` is 512. None means the published value for NAVI, and for other
+  data one that the result's protocol lists.
 
   Attributes:
     pairs: a file with the list of pairs: read if it exists (NAVI's own lists
@@ -197,7 +197,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
         for i in (pair.first, pair.second)
       )
 
-    # Two points, so that there is a second nearest neighbour.
+    # The ratio test needs two points.
     valid = (
       (i, views)
       for i, views in enumerate(dense.threaded_map(read_views, pairs))

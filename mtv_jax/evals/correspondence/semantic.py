@@ -45,8 +45,8 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
   """Recall of keypoints (PCK), by class and by difference of viewpoint.
 
   `data` is `scenes` or the folder `SPair-71k`; the published `size` is 800.
-  Options of None take the published value for SPair-71k, or one that suits the
-  scenes, whose grid is coarser; the result's protocol lists it.
+  None means the published value for SPair-71k, and for scenes, whose grid is
+  coarser, one that the result's protocol lists.
 
   Attributes:
     split: of SPair-71k.

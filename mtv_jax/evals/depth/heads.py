@@ -47,10 +47,6 @@ class Head:
   channels: int  # of the features
   max_depth: float  # of the last bin, in metres
 
-  def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-    """Parameters and state."""
-    raise NotImplementedError
-
   def apply(
     self,
     params: PyTree,

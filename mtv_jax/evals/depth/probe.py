@@ -48,7 +48,7 @@ _MEAN_IMAGES = 64  # training images behind the mean depth
 class DepthProbe(DepthEvaluator):
   """A depth probe.
 
-  An option of None is as published for real data, and small for scenes.
+  None means the published value on real data and a small one on scenes.
 
   Attributes:
     protocol: see `protocols.py`.

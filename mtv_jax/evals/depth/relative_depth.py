@@ -91,7 +91,7 @@ def published_protocol(name: str, kind: str) -> Protocol:
 class RelativeDepth(DepthEvaluator):
   """Zero-shot relative depth of the test split.
 
-  An option of None is the protocol's.
+  None means the protocol's value.
 
   Attributes:
     alignment: see `ALIGNMENTS`.

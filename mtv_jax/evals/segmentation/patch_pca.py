@@ -4,8 +4,8 @@ Three components of all patches of a few images together, so that equal colours
 are equal features across the images (as Oquab et al. 2023, Fig. 1, shows
 them). With `foreground=threshold` the first component, cut at the mean, tells
 foreground from background, and three components of the foreground alone are
-shown. The one metric, the share of the variance that three components explain,
-is a description: neither more nor less of it is better.
+shown. The metric, the share of the variance that three components explain, is
+descriptive: neither a higher nor a lower value is better.
 """
 
 from __future__ import annotations

@@ -37,10 +37,7 @@ from mtv_jax.utils.errors import InputError, check_choice
 
 
 def default_last_block(encoder: Encoder) -> str:
-  """`attention` for attention pooling, which reads whole tokens; else `values`.
-
-  A tower of one block has no choice.
-  """
+  """`attention` for attention pooling and towers of one block, else `values`."""
   image = encoder.spec.image
   return "attention" if image.pool == "map" or image.depth < 2 else "values"
 
