@@ -81,8 +81,8 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
   """Recall of matches between views of one scene, by distance and by angle.
 
   `data` is `scenes`, a folder in NAVI's layout or one of RGB-D sequences; the
-  published `size` is 512. None means the published value for NAVI, and for other
-  data one that the result's protocol lists.
+  published `size` is 512. None means the published value for NAVI, and for
+  other data one that the result's protocol lists.
 
   Attributes:
     pairs: a file with the list of pairs: read if it exists (NAVI's own lists

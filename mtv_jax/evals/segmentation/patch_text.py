@@ -37,7 +37,7 @@ from mtv_jax.utils.errors import InputError, check_choice
 
 
 def default_last_block(encoder: Encoder) -> str:
-  """`attention` for attention pooling and towers of one block, else `values`."""
+  """`attention` for attention pooling or a single block, else `values`."""
   image = encoder.spec.image
   return "attention" if image.pool == "map" or image.depth < 2 else "values"
 
