@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+import functools
+import os
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from mtv_jax.config import options as options_lib
 from mtv_jax.data.labels.label_values import Outcome
 from mtv_jax.data.records import Record
 
@@ -66,14 +69,10 @@ class Expert(Protocol):
   def run(
     self, arrays: Mapping[str, np.ndarray]
   ) -> Mapping[str, jax.Array | np.ndarray]:
-    """Starts the model on a batch of one group.
-
-    Args:
-      arrays: those of `prepare`, stacked: `[rows, ...]`.
+    """Starts the model on the stacked arrays `[rows, ...]` of one group.
 
     Returns:
-      Arrays `[rows, ...]` on the devices, or NumPy arrays of an expert that
-      runs on the host.
+      Arrays `[rows, ...]`, NumPy's from an expert that runs on the host.
     """
     ...
 
@@ -85,3 +84,19 @@ class Expert(Protocol):
       meta: that of `prepare`.
     """
     ...
+
+
+def check_options(load: Callable[..., Expert]) -> Callable[..., Expert]:
+  """Decorates `load_expert`: checks options against its annotations.
+
+  Raises:
+    ConfigError: an unknown or missing option, a wrong type or range.
+  """
+  name = load.__module__.removeprefix("mtv_jax.experts.")
+
+  @functools.wraps(load)
+  def checked_load(path: str | os.PathLike, **options: Any) -> Expert:
+    bound = functools.partial(load, path)
+    return bound(**options_lib.check_options(bound, options, where=name))
+
+  return checked_load

@@ -8,18 +8,23 @@ import inspect
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtv_jax.data.labels.label_values import KINDS
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling.phrases import build_phrases
-from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
+from mtv_jax.utils.errors import (
+  InputError,
+  MissingFileError,
+  check_choice,
+  did_you_mean,
+)
 
 # By the `model_type` of a Hugging Face folder's config.json.
 _FAMILIES = {"depth_anything": "depth_anything.expert", "owlv2": "owlv2.expert"}
-# Set by whoever runs the expert, and no option of a command.
-_INTERNAL = ("mesh", "kind")
+# Options of `build_phrases`.
+_PHRASE_LIMITS = ("max_phrases", "max_words")
 
 
 def build_expert(
@@ -28,146 +33,90 @@ def build_expert(
   *,
   options: Mapping[str, Any] | None = None,
 ) -> Expert:
-  """The expert that a folder or file of weights is.
+  """The expert of a folder or file of weights.
 
   Args:
     kind: of its labels, "depth" or "boxes".
     weights: a Hugging Face folder (Depth Anything V2, OWLv2), an .onnx file,
       or a run or export of this package.
-    options: what `load_expert` of the expert's module takes; `phrases` by the
-      name of their source (see `phrases`), with its own `max_phrases` and
-      `max_words`. Only what is given is passed on.
+    options: of the module's `load_expert`; `phrases` by the name of their
+      source, with `max_phrases` and `max_words` (see `build_phrases`).
 
   Raises:
     MissingFileError: there are no weights.
-    InputError: the expert makes other labels, lacks an option or has no such.
+    InputError: the expert makes other labels.
+    ConfigError: an unknown or missing option, a wrong type or range.
     ImportError: a package that it needs is not installed (the extra `onnx`).
   """
-  if kind not in KINDS:
-    raise InputError(f"expert={kind!r}. {did_you_mean(str(kind), KINDS)}")
+  check_choice("expert", kind, KINDS)
   path = pathlib.Path(weights).expanduser()
-  name = _module_name(path)
+  name, reason = _select_module(path)
   module = importlib.import_module(f"mtv_jax.experts.{name}")
-  load = module.load_expert
-  of_kind = getattr(module, "OF_KIND", {})
-  others = {key for k, keys in of_kind.items() if k != kind for key in keys}
-  parameters = {
-    key: parameter
-    for key, parameter in inspect.signature(load).parameters.items()
-    if key not in others
-  }
-  given = _phrases(dict(options or {}), parameters)
-  try:
-    _check_options(given, parameters, name)
-  except ValueError as error:
-    if name == "mtv_expert":
-      # Where weights of another expert are not whole, that is what is wrong.
+  parameters = inspect.signature(module.load_expert).parameters
+  hidden = {"mesh", "kind"}
+  for other, names in getattr(module, "OPTIONS_BY_KIND", {}).items():
+    hidden |= {*names} if other != kind else set()
+  known = [
+    key
+    for key, parameter in parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and key not in hidden
+  ]
+  given = dict(options or {})
+  if isinstance(given.get("phrases"), str) and "phrases" in known:
+    limits = {key: given.pop(key) for key in _PHRASE_LIMITS if key in given}
+    given["phrases"] = build_phrases(given["phrases"], **limits)
+  for key in given:
+    if key not in known:
       raise InputError(
-        f"{error}\nThat expert is a run or export of this package, which"
-        f" {path} was taken for: {_not_another(path)}"
-      ) from error
-    raise
+        f"The expert {name!r} has no option {key!r}. "
+        f"{did_you_mean(key, known)}{reason}"
+      )
   if "kind" in parameters:
     given["kind"] = kind
-  expert = load(path, **given)
+  expert = module.load_expert(path, **given)
   if expert.kind != kind:
     raise InputError(
-      f"{path} labels {expert.kind}, and {kind} was asked for: give"
-      f" --expert={expert.kind}, or other weights."
+      f"{path} labels {expert.kind}, not {kind}: give --expert={expert.kind}, "
+      "or other weights."
     )
   return expert
 
 
-def _module_name(path: pathlib.Path) -> str:
-  """The module that opens these weights."""
+def _select_module(path: pathlib.Path) -> tuple[str, str]:
+  """The module that opens the weights, and why no other one does."""
   if not path.exists():
     raise MissingFileError(
-      f"No weights at {path}. Expected are a folder of Depth Anything V2 or"
-      " OWLv2 (config.json, model.safetensors), an .onnx file, or a run or"
-      " export of this package."
+      f"No weights at {path}. Expected: a folder of Depth Anything V2 or OWLv2"
+      " (config.json, model.safetensors), an .onnx file, or a run or export of"
+      " this package."
     )
   if path.suffix == ".onnx":
-    return "onnx.detector"
-  try:
-    config = json.loads((path / "config.json").read_bytes())
-  except (OSError, ValueError):
-    config = {}
-  family = config.get("model_type") if isinstance(config, dict) else None
-  # What neither is, `mtv_expert` says with all that it could have been.
-  return _FAMILIES.get(family, "mtv_expert")
-
-
-def _not_another(path: pathlib.Path) -> str:
-  """Why weights are none of the experts that a config.json tells of."""
-  file = path / "config.json"
-  wanted = " or ".join(f"{family!r}" for family in _FAMILIES)
+    return "onnx.detector", ""
+  file, families = path / "config.json", " or ".join(map(repr, _FAMILIES))
   if not path.is_dir():
-    return f"it is a file, and no .onnx; of {wanted}, give the folder."
-  if not file.is_file():
-    return f"it has no config.json, which of {wanted} must be there."
-  try:
-    family = json.loads(file.read_bytes()).get("model_type")
-  except (OSError, ValueError, AttributeError) as error:
-    return f"its config.json can't be read ({error}): copy it again."
-  return f"its model_type is {family!r}, not {wanted}."
-
-
-def _phrases(
-  given: dict[str, Any], parameters: Mapping[str, Any]
-) -> dict[str, Any]:
-  """The options with phrases instead of their name."""
-  if not isinstance(given.get("phrases"), str) or "phrases" not in parameters:
-    return given
-  limits = {
-    key: given.pop(key)
-    for key in _keywords(build_phrases)
-    if key in given and key not in parameters
-  }
-  return given | {"phrases": build_phrases(given["phrases"], **limits)}
-
-
-def _check_options(
-  given: Mapping[str, Any], parameters: Mapping[str, Any], name: str
-) -> None:
-  known = [
-    key
-    for key, parameter in parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and key not in _INTERNAL
-  ]
-  for key in given:
-    if key not in known:
-      raise InputError(
-        f"The expert {name!r} has no option {key!r}. {did_you_mean(key, known)}"
-      )
-    _check_type(key, given[key], parameters[key].annotation)
-  missing = [
-    key
-    for key in known
-    if parameters[key].default is inspect.Parameter.empty and key not in given
-  ]
-  if missing:
-    raise InputError(
-      f"The expert {name!r} needs"
-      f" {' and '.join(f'--{key}' for key in missing)}; given are"
-      f" {', '.join(given) or 'no options'}."
-    )
-
-
-def _check_type(key: str, value: Any, annotation: Any) -> None:
-  """Of an option of plain types; what others are is for the expert to say."""
-  wanted = str(annotation).split(" | ")
-  if not {*wanted} <= {"int", "float", "str", "None"}:
-    return
-  found = "None" if value is None else type(value).__name__
-  if found not in wanted and not (found == "int" and "float" in wanted):
-    raise InputError(f"{key}={value!r} is {found}, expected {annotation}.")
+    reason = f"it is a file, and not .onnx; of {families}, give the folder."
+  elif not file.is_file():
+    reason = f"it has no config.json, which {families} needs."
+  else:
+    try:
+      family = json.loads(file.read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+      reason = f"its config.json can't be read ({error}): copy it again."
+    else:
+      if family in _FAMILIES:
+        return _FAMILIES[family], ""
+      reason = f"its model_type is {family!r}, not {families}."
+  # Errors of incomplete weights of another expert end with the reason.
+  return "mtv_expert", (
+    f"\n{path} was opened as a run or export of this package: {reason}"
+  )
 
 
 def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
   """Options from a command line, `NAME=VALUE` each.
 
   Raises:
-    InputError: one that is not.
+    InputError: one that has another form.
   """
   options = {}
   for assignment in assignments:
@@ -182,11 +131,3 @@ def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
     except (ValueError, SyntaxError):
       options[name] = text
   return options
-
-
-def _keywords(function: Callable[..., Any]) -> list[str]:
-  return [
-    key
-    for key, parameter in inspect.signature(function).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY
-  ]

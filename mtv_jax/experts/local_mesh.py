@@ -27,8 +27,7 @@ from mtv_jax.utils.tree import flatten_with_names
 
 def local_mesh() -> Mesh:
   """`(data, fsdp, tensor)` mesh with all devices of this host on `data`."""
-  # Their order is irrelevant, since they do not communicate; a host's devices
-  # need not be a topology that `make_mesh` accepts.
+  # A host's devices need not be a topology that `make_mesh` accepts.
   devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
   return Mesh(devices, MESH_AXES)
 
@@ -62,8 +61,7 @@ def jit_per_device(
   Returns:
     A function of the results of `replicate` and `shard`.
   """
-  # shard_map instead of automatic partitioning: every device then runs the
-  # program of a single device, by construction.
+  # With shard_map every device runs the program of a single device.
   mapped = jax.shard_map(
     function,
     mesh=mesh,

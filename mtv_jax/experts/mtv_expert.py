@@ -1,13 +1,12 @@
 """Runs and exports of this package as experts.
 
-Its depth head labels depth. Its locator and its prompter label boxes: the
-locator says where a phrase would be, and the prompter's embedding of what is
-there says whether it is, by the loss that both were trained with:
+The depth head labels depth. The locator predicts a phrase's box, and the
+prompter embeds its content, scored by the loss that both were trained with:
 
     score = sigmoid(scale cos(region, text) + bias)
 
-A score is the probability of a pair among the pairs of a training batch, where
-almost all are false: the same threshold means more than with another detector.
+This is the probability of a pair among the pairs of a training batch, almost
+all false: thresholds don't carry over from other detectors.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,87 +22,66 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree, UInt8
 
+from mtv_jax.config.options import Fraction, PositiveInt, Range
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import Outcome
 from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns, loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.experts import local_mesh
-from mtv_jax.experts.base import Prepared
+from mtv_jax.experts.base import Expert, Prepared, check_options
+from mtv_jax.experts.depth_expert import DepthExpert
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling import phrases as phrases_lib
 from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.labelling.phrases import Phrases
 from mtv_jax.models.heads.projection import unit
-from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.errors import InputError
 
 # Options that only experts of this kind have.
-OF_KIND = {
+OPTIONS_BY_KIND = {
   "depth": ("side",),
   "boxes": ("phrases", "threshold", "nms", "max_boxes", "min_side", "max_area"),
 }
+# Settings of an encoder that determine labels.
+_PROTOCOL = ("weights", "dtype", "input_size", "preprocess", "tokenizer")
 
 
-class OwnDepth:
-  """An expert of depth: the depth head of an encoder.
+def mtv_depth_expert(
+  encoder: Encoder, *, batch_size: int, side: int
+) -> DepthExpert:
+  """The depth head of an encoder as an expert.
 
   Args:
-    encoder: that has one; its mesh is of this host.
-    rows: of a batch.
-    side: of the labels, in pixels.
+    encoder: with a mesh of this host.
+    batch_size, side: see `load_expert`.
 
   Raises:
-    InputError: the encoder has no such head.
+    InputError: the encoder lacks the head, or crops images.
   """
-
-  kind = "depth"
-
-  def __init__(self, encoder: Encoder, *, rows: int, side: int):
-    if not encoder.can_predict("depth"):
-      raise InputError(_lacks(encoder, "depth", "depth"))
-    _require_whole(encoder)
-    self.rows = rows
-    self._preprocess = encoder.preprocess
-    self._side = side
-    self._params = _params(encoder, ["depth"])
-    self._function = local_mesh.jit_per_device(
-      inspect.unwrap(encoder.head_function("depth")), encoder.mesh
-    )
-    self._mesh = encoder.mesh
-    self.settings = {
-      **_settings(encoder, self._params),
-      "batch_size": rows // encoder.mesh.size,
-      "side": side,
-    }
-
-  def prepare(
-    self, image: UInt8[np.ndarray, "h w 3"], record: Record
-  ) -> Prepared:
-    """The image as the encoder reads it."""
-    del record
-    return Prepared("image", {"images": self._preprocess(image)})
-
-  def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """`depth` `[rows, h, w]`, inverse, each image's in its own scale."""
-    return self._function(self._params, local_mesh.shard(arrays, self._mesh))
-
-  def finish(self, outputs: Mapping[str, np.ndarray], meta: Any) -> Outcome:
-    """The label of one image."""
-    del meta
-    return label_values.make_depth(outputs["depth"], side=self._side)
+  _check_encoder(encoder, {"depth": "depth"})
+  params = _select_params(encoder, ["depth"])
+  return DepthExpert(
+    inspect.unwrap(encoder.head_function("depth")),
+    params,
+    encoder.preprocess,
+    mesh=encoder.mesh,
+    batch_size=batch_size,
+    side=side,
+    settings=_settings(encoder, params),
+  )
 
 
-class OwnBoxes:
-  """An expert of boxes: the locator and the prompter of an encoder.
+class MtvBoxExpert:
+  """The locator and the prompter of an encoder as an expert of boxes.
 
   Args:
-    encoder: that has both; its mesh is of this host.
-    phrases: to look for.
-    rows: of a batch.
-    options: of `detections.check_options`.
+    encoder: with a mesh of this host.
+    phrases, batch_size, threshold: see `load_expert`.
+    options: of `detections.select`.
 
   Raises:
-    InputError: the encoder lacks a head.
+    InputError: the encoder lacks a head, or crops images.
   """
 
   kind = "boxes"
@@ -113,41 +91,39 @@ class OwnBoxes:
     encoder: Encoder,
     phrases: Phrases,
     *,
-    rows: int,
-    options: Mapping[str, Any],
+    batch_size: int,
+    threshold: float,
+    **options: Any,
   ):
-    if not encoder.can_predict("grounding"):
-      raise InputError(_lacks(encoder, "prompter", "grounding"))
-    if not encoder.can_predict("locator"):
-      raise InputError(
-        _lacks(encoder, "locator", "grounding with regression=1.0")
-        + " A prompter says what is in a box, and has none to begin with."
-      )
-    _require_whole(encoder)
-    self.rows = rows
+    _check_encoder(
+      encoder,
+      {"grounding": "grounding", "locator": "grounding with regression=1.0"},
+    )
+    self.rows = batch_size * encoder.mesh.size
     self._preprocess = encoder.preprocess
-    self._phrases, self._options = phrases, dict(options)
-    self._params = _params(encoder, ["locator", "prompter", "grounding"])
+    self._phrases, self._threshold, self._options = phrases, threshold, options
+    params = _select_params(encoder, ["locator", "prompter", "grounding"])
     self.settings = {
-      **_settings(encoder, self._params),
-      "batch_size": rows // encoder.mesh.size,
+      **_settings(encoder, params),
+      "batch_size": batch_size,
       "phrases": dict(phrases.settings),
+      "threshold": threshold,
       **options,
     }
     self._tokenizer, self._length = encoder.tokenizer, encoder.spec.text.length
     if phrases.vocabulary is not None:
-      found = encoder.text(list(phrases.vocabulary))
-      self._params["texts"] = local_mesh.replicate(found, encoder.mesh)
+      params["texts"] = encoder.text(list(phrases.vocabulary))
+    self._params = local_mesh.replicate(params, encoder.mesh)
     self._function = local_mesh.jit_per_device(_detector(encoder), encoder.mesh)
     self._mesh = encoder.mesh
 
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
   ) -> Prepared:
-    """The image as the encoder reads it, and the phrases' tokens.
+    """The preprocessed image and the phrases' tokens.
 
     Raises:
-      BadRecord: there is nothing to look for.
+      BadRecord: the record has no phrases.
     """
     pixels = self._preprocess(image)
     vocabulary = self._phrases.vocabulary
@@ -167,39 +143,38 @@ class OwnBoxes:
     self, outputs: Mapping[str, np.ndarray], meta: Sequence[str]
   ) -> Outcome:
     """The label of one image."""
-    options = dict(self._options)
     scores = outputs["scores"][: len(meta)]
-    sure = np.flatnonzero(scores > options.pop("threshold"))
-    found = Detections(
-      boxes=outputs["boxes"][sure],
-      scores=scores[sure],
-      phrases=tuple(meta[i] for i in sure),
+    chosen = np.flatnonzero(scores > self._threshold)
+    boxes = Detections(
+      boxes=outputs["boxes"][chosen],
+      scores=scores[chosen],
+      phrases=tuple(meta[i] for i in chosen),
     )
-    return detections.select(found, **options)
+    return detections.select(boxes, **self._options)
 
 
 def _detector(encoder: Encoder) -> Callable[[PyTree, PyTree], PyTree]:
   """From `images` (and `tokens`) to a box and a score for each phrase."""
   locate = inspect.unwrap(encoder.head_function("locator"))
   ground = inspect.unwrap(encoder.head_function("grounding"))
-  read = inspect.unwrap(
+  encode_text = inspect.unwrap(
     apply_fns.text_function(encoder.spec, encoder.dtype, encoder.mesh)
   )
 
-  def texts_of(params, rows):
+  def embed_phrases(params, rows):
     count = len(rows["images"])
     if "tokens" not in rows:
-      found = params["texts"]
-      return jnp.broadcast_to(found, (count, *found.shape))
+      texts = params["texts"]
+      return jnp.broadcast_to(texts, (count, *texts.shape))
     tokens = rows["tokens"]
-    pooled = read(params["text"], tokens.reshape(-1, tokens.shape[-1]))
-    return pooled["pooled"].reshape(*tokens.shape[:2], -1)
+    out = encode_text(params["text"], tokens.reshape(-1, tokens.shape[-1]))
+    return out["pooled"].reshape(*tokens.shape[:2], -1)
 
   def detect(params, rows):
-    texts, images = texts_of(params, rows), rows["images"]
+    texts, images = embed_phrases(params, rows), rows["images"]
     boxes = locate(params, {"images": images, "phrases": texts})["boxes"]
-    # Training shows the prompter boxes inside the image only. It asks the
-    # image tower again, which the compiler sees, and runs it once.
+    # In training the prompter's boxes are inside the image. The compiler merges
+    # its run of the image tower with the locator's.
     inside = jnp.clip(boxes, 0, 1)
     regions = ground(params, {"images": images, "boxes": inside})
     cosine = (regions["embeddings"] * unit(texts)).sum(axis=-1)
@@ -210,107 +185,99 @@ def _detector(encoder: Encoder) -> Callable[[PyTree, PyTree], PyTree]:
   return detect
 
 
-def _params(encoder: Encoder, heads: Sequence[str]) -> dict[str, PyTree]:
-  """The parameters that labels depend on, whole on each device."""
-  found = dict(encoder.params["heads"])
-  if missing := [name for name in heads if name not in found]:
+def _check_encoder(encoder: Encoder, objectives: Mapping[str, str]) -> None:
+  """Checks for heads, given with their objectives, and for uncropped images."""
+  for head, objective in objectives.items():
+    if not encoder.can_predict(head):
+      heads = sorted(encoder.params.get("heads", {}))
+      name = "prompter" if head == "grounding" else head
+      raise InputError(
+        f"{encoder!r} has no {name} (its heads are {heads}): load a run trained"
+        f" with the objective {objective}, or an export that has the head."
+      )
+  if encoder.preprocess.crop != "none":
     raise InputError(
-      f"{encoder!r} lacks the heads {missing}; it has {sorted(found)}."
-      " An export that leaves them out can't label: use the run's own folder."
+      f"{encoder!r} sees a crop of an image"
+      f" (crop={encoder.preprocess.crop!r}), and labels are of all of it."
     )
-  kept = {
+
+
+def _select_params(encoder: Encoder, heads: Sequence[str]) -> dict[str, PyTree]:
+  """The parameters that labels depend on."""
+  available = encoder.params["heads"]
+  if missing := [name for name in heads if name not in available]:
+    raise InputError(
+      f"{encoder!r} lacks the heads {missing}; it has {sorted(available)}."
+      " An export without them can't label: use the run's own folder."
+    )
+  params = {
     "image": encoder.params["image"],
-    "heads": {name: found[name] for name in heads},
+    "heads": {name: available[name] for name in heads},
   }
   if "grounding" in heads:
-    kept["text"] = encoder.params["text"]
-  return local_mesh.replicate(kept, encoder.mesh)
+    params["text"] = encoder.params["text"]
+  return params
 
 
 def _settings(encoder: Encoder, params: PyTree) -> dict[str, Any]:
-  kept = ("weights", "dtype", "input_size", "preprocess", "tokenizer")
   protocol = encoder.protocol()
   return {
     "expert": "own",
     "hash": local_mesh.fingerprint(params),
-    **{name: protocol[name] for name in kept if name in protocol},
+    **{name: protocol[name] for name in _PROTOCOL if name in protocol},
   }
 
 
-def _lacks(encoder: Encoder, head: str, objective: str) -> str:
-  found = sorted(encoder.params.get("heads", {}))
-  return (
-    f"{encoder!r} has no {head} (its heads are {found}): it was trained without"
-    f" the objective {objective}, or is an export without it. Load a run that"
-    " has it."
-  )
-
-
-def _require_whole(encoder: Encoder) -> None:
-  if encoder.preprocess.crop != "none":
-    raise InputError(
-      f"{encoder!r} sees a crop of an image"
-      f" (crop={encoder.preprocess.crop!r}), and labels are of all of it"
-    )
-
-
+@check_options
 def load_expert(
   folder: str | os.PathLike,
   *,
-  kind: str,
+  kind: Literal["depth", "boxes"],
   phrases: Phrases | None = None,
   mesh: Mesh | None = None,
-  batch_size: int = 1,
+  batch_size: PositiveInt = 1,
   dtype: str = "float32",
-  side: int = 128,
-  threshold: float | int = 0.1,
-  nms: float | int = 0.5,
-  max_boxes: int = 30,
-  min_side: float | int = 0.015,
-  max_area: float | int = 0.95,
-) -> OwnDepth | OwnBoxes:
+  side: Annotated[int, Range(min=label_values.MIN_SIDE)] = 128,
+  threshold: Fraction = 0.1,
+  nms: Fraction = 0.5,
+  max_boxes: PositiveInt = 30,
+  min_side: Fraction = 0.015,
+  max_area: Fraction = 0.95,
+) -> Expert:
   """Opens a training run, or an export of ours, as an expert.
 
   Args:
     folder: see `loading.load`; of a run the latest checkpoint's student.
     kind: of the labels, "depth" or "boxes".
-    phrases: what boxes are looked for.
+    phrases: queries, for boxes.
     mesh: of this host; all its devices by default.
-    batch_size: rows a device.
+    batch_size: images per device.
     dtype: of the computation.
     side: of depth labels, in pixels.
-    threshold: boxes of no higher score are left out.
-    nms: see `detections.select`.
-    max_boxes: the same.
-    min_side: the same.
-    max_area: the same.
+    threshold: boxes with a higher score are labelled.
+    nms, max_boxes, min_side, max_area: see `detections.select`.
 
   Raises:
-    FileNotFoundError: nothing that can be opened is there.
-    InputError: the model lacks the heads, there are no phrases for boxes, or
-      an option is out of its range.
+    MissingFileError: the folder can't be opened.
+    InputError: the model lacks the heads, or there are no phrases for boxes.
+    ConfigError: an option is out of its range.
   """
-  check_choice("own: kind", kind, label_values.KINDS)
-  if batch_size < 1 or side < label_values.MIN_SIDE:
+  if kind == "boxes" and phrases is None:
     raise InputError(
-      f"batch_size={batch_size} and side={side}; expected at least 1 and"
-      f" {label_values.MIN_SIDE}"
+      "boxes need phrases: give --phrases, such as ngrams or a vocabulary's"
+      " file (in Python, phrases=build_phrases(...))."
     )
-  options = detections.check_options(
+  mesh = local_mesh.local_mesh() if mesh is None else mesh
+  encoder = loading.load(folder, dtype=dtype, mesh=mesh)
+  if kind == "depth":
+    return mtv_depth_expert(encoder, batch_size=batch_size, side=side)
+  return MtvBoxExpert(
+    encoder,
+    phrases,
+    batch_size=batch_size,
     threshold=threshold,
     nms=nms,
     max_boxes=max_boxes,
     min_side=min_side,
     max_area=max_area,
   )
-  if kind == "boxes" and phrases is None:
-    raise InputError(
-      "boxes are looked for by phrases: give --phrases, such as ngrams or a"
-      " vocabulary's file (in Python, phrases=build_phrases(...))"
-    )
-  mesh = local_mesh.local_mesh() if mesh is None else mesh
-  encoder = loading.load(folder, dtype=dtype, mesh=mesh)
-  rows = batch_size * mesh.size
-  if kind == "depth":
-    return OwnDepth(encoder, rows=rows, side=side)
-  return OwnBoxes(encoder, phrases, rows=rows, options=options)

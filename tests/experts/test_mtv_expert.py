@@ -1,4 +1,4 @@
-"""A trained model of ours labels depth and boxes."""
+"""Runs of this package as experts of depth and boxes."""
 
 import json
 
@@ -79,9 +79,9 @@ def encoder(params):
 
 
 @pytest.fixture(scope="module")
-def finder(encoder):
-  """Keeps every box of a vocabulary."""
-  return mtv_expert.OwnBoxes(encoder, NAMES, rows=2, options=EVERYTHING)
+def box_expert(encoder):
+  """Labels every box of a vocabulary."""
+  return mtv_expert.MtvBoxExpert(encoder, NAMES, batch_size=2, **EVERYTHING)
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +112,10 @@ def label(expert, images, records=None):
 
 @pytest.mark.slow
 def test_depth_is_the_encoders(encoder, images):
-  expert = mtv_expert.OwnDepth(encoder, rows=2, side=16)
+  expert = mtv_expert.mtv_depth_expert(encoder, batch_size=2, side=16)
   assert isinstance(expert, Expert)
-  found = label(expert, images)
-  for outcome, wanted in zip(found, encoder.depth(images), strict=True):
+  outcomes = label(expert, images)
+  for outcome, wanted in zip(outcomes, encoder.depth(images), strict=True):
     want = label_values.make_depth(wanted, side=16).label
     assert len(np.unique(want.values)) > 100
     # One part in 65,535, and the rounding of another order of the same sums.
@@ -128,48 +128,52 @@ def test_depth_is_the_encoders(encoder, images):
   "kind", ["vocabulary", pytest.param("ngrams", marks=pytest.mark.slow)]
 )
 def test_boxes_are_the_locators_and_scores_the_losses(
-  encoder, finder, images, kind
+  encoder, box_expert, images, kind
 ):
-  phrases, expert = NAMES, finder
+  phrases, expert = NAMES, box_expert
   if kind == "ngrams":
     phrases = NGrams()
-    expert = mtv_expert.OwnBoxes(encoder, phrases, rows=2, options=EVERYTHING)
+    expert = mtv_expert.MtvBoxExpert(
+      encoder, phrases, batch_size=2, **EVERYTHING
+    )
   records = [
     {"key": str(i), "captions": ["cube under blue sky"[i:]], "meta": {}}
     for i in range(2)
   ]
   assert isinstance(expert, Expert)
-  found = label(expert, images, records)
-  asked = [phrases(record) for record in records]
-  located = encoder.locate(images, asked)
+  outcomes = label(expert, images, records)
+  queries = [phrases(record) for record in records]
+  located = encoder.locate(images, queries)
   inside = located.boxes.clip(0, 1)
   regions = encoder.ground(images, list(inside)).embeddings
   head = encoder.params["heads"]["grounding"]
   scale, bias = np.exp(head["logit_scale"]), np.asarray(head["logit_bias"])
-  for i, outcome in enumerate(found):
-    count = len(asked[i])
-    texts = normalize(encoder.text(asked[i]))
+  for i, outcome in enumerate(outcomes):
+    count = len(queries[i])
+    texts = normalize(encoder.text(queries[i]))
     cosine = (regions[i, :count] * texts).sum(axis=1)
     scores = 1 / (1 + np.exp(-(scale * cosine + bias)))
-    # Near ties may be in another order than here.
+    # Near ties may be in another order.
     assert (np.diff(outcome.label.scores) <= 0).all()
     assert np.ptp(scores) > 1e-3
-    order = [asked[i].index(phrase) for phrase in outcome.label.phrases]
+    order = [queries[i].index(phrase) for phrase in outcome.label.phrases]
     assert sorted(order) == list(range(count))
     np.testing.assert_allclose(outcome.label.scores, scores[order], atol=1e-5)
     np.testing.assert_allclose(outcome.label.boxes, inside[i, order], atol=2e-5)
 
 
-def test_thresholds_count(encoder, finder, images):
-  prepared = [finder.prepare(image, {"key": "a"}) for image in images]
-  out = finder.run({"images": np.stack([p.arrays["images"] for p in prepared])})
+def test_thresholds_count(encoder, box_expert, images):
+  prepared = [box_expert.prepare(image, {"key": "a"}) for image in images]
+  out = box_expert.run(
+    {"images": np.stack([p.arrays["images"] for p in prepared])}
+  )
   row = {name: np.asarray(value)[0] for name, value in out.items()}
-  scores = finder.finish(row, NAMES.vocabulary).label.scores
+  scores = box_expert.finish(row, NAMES.vocabulary).label.scores
   options = {**EVERYTHING, "threshold": float(scores[1])}
-  fewer = mtv_expert.OwnBoxes(encoder, NAMES, rows=2, options=options)
+  fewer = mtv_expert.MtvBoxExpert(encoder, NAMES, batch_size=2, **options)
   assert len(fewer.finish(row, NAMES.vocabulary).label.boxes) == 1
   assert fewer.settings["threshold"] == options["threshold"]
-  assert fewer.settings["hash"] == finder.settings["hash"]
+  assert fewer.settings["hash"] == box_expert.settings["hash"]
   json.dumps(fewer.settings)
 
 
@@ -177,14 +181,13 @@ def test_thresholds_count(encoder, finder, images):
 def test_any_number_of_devices_gives_the_same_bits(params, encoder, images):
   many = build(params, devices=2)
   for kind in ("depth", "boxes"):
-    made = []
+    outputs = []
     for each in (encoder, many):
-      # As `load_expert` has it: a row for each device.
       rows = each.mesh.size
       expert = (
-        mtv_expert.OwnDepth(each, rows=rows, side=16)
+        mtv_expert.mtv_depth_expert(each, batch_size=1, side=16)
         if kind == "depth"
-        else mtv_expert.OwnBoxes(each, NAMES, rows=rows, options=EVERYTHING)
+        else mtv_expert.MtvBoxExpert(each, NAMES, batch_size=1, **EVERYTHING)
       )
       prepared = [expert.prepare(image, {"key": "a"}) for image in images]
       out = []
@@ -193,14 +196,16 @@ def test_any_number_of_devices_gives_the_same_bits(params, encoder, images):
         out.append(
           expert.run({"images": np.stack([p.arrays["images"] for p in part])})
         )
-      made.append(jax.tree.map(lambda *x: np.concatenate(x), *out))
-    assert made[0].keys() == made[1].keys()
-    for name in made[0]:
-      np.testing.assert_array_equal(made[0][name], made[1][name])
+      outputs.append(jax.tree.map(lambda *x: np.concatenate(x), *out))
+    assert outputs[0].keys() == outputs[1].keys()
+    for name in outputs[0]:
+      np.testing.assert_array_equal(outputs[0][name], outputs[1][name])
 
 
-def test_nothing_to_look_for_is_a_bad_record(encoder, images):
-  expert = mtv_expert.OwnBoxes(encoder, NGrams(), rows=1, options=EVERYTHING)
+def test_a_record_without_phrases_is_a_bad_record(encoder, images):
+  expert = mtv_expert.MtvBoxExpert(
+    encoder, NGrams(), batch_size=1, **EVERYTHING
+  )
   record = {"key": "7", "captions": ["the photo"], "meta": {}}
   with pytest.raises(BadRecord, match="'7'.*no phrases"):
     expert.prepare(images[0], record)
@@ -211,24 +216,24 @@ def test_models_without_the_heads(params):
   del heads["locator"]
   blind = build({**params, "heads": heads})
   with pytest.raises(ValueError, match="no locator.*regression"):
-    mtv_expert.OwnBoxes(blind, NAMES, rows=1, options=EVERYTHING)
+    mtv_expert.MtvBoxExpert(blind, NAMES, batch_size=1, **EVERYTHING)
   bare = build({**params, "heads": {"contrastive": heads["contrastive"]}})
   with pytest.raises(ValueError, match="no prompter"):
-    mtv_expert.OwnBoxes(bare, NAMES, rows=1, options=EVERYTHING)
+    mtv_expert.MtvBoxExpert(bare, NAMES, batch_size=1, **EVERYTHING)
   with pytest.raises(ValueError, match="no depth"):
-    mtv_expert.OwnDepth(bare, rows=1, side=16)
+    mtv_expert.mtv_depth_expert(bare, batch_size=1, side=16)
   del heads["grounding"]
   heads["locator"] = params["heads"]["locator"]
   unscaled = build({**params, "heads": heads})
   with pytest.raises(ValueError, match="lacks the heads.*grounding"):
-    mtv_expert.OwnBoxes(unscaled, NAMES, rows=1, options=EVERYTHING)
+    mtv_expert.MtvBoxExpert(unscaled, NAMES, batch_size=1, **EVERYTHING)
 
 
 def test_encoders_of_a_crop_are_refused(params):
   cropped = Preprocess(size=32, resize="shortest", crop="center")
   encoder = build(params).with_preprocess(cropped)
   with pytest.raises(ValueError, match="crop"):
-    mtv_expert.OwnDepth(encoder, rows=1, side=16)
+    mtv_expert.mtv_depth_expert(encoder, batch_size=1, side=16)
 
 
 @pytest.mark.slow
@@ -242,8 +247,8 @@ def test_a_run_is_opened_as_an_expert(params, images, tmp_path):
     tmp_path, kind="depth", mesh=mesh, batch_size=2
   )
   assert expert.rows == 2 and expert.kind == "depth"
-  (found, _) = label(expert, images)
-  assert found.label.values.shape == (128, 128)
+  outcome, _ = label(expert, images)
+  assert outcome.label.values.shape == (128, 128)
   with pytest.raises(ValueError, match="phrases"):
     mtv_expert.load_expert(tmp_path, kind="boxes", mesh=mesh)
   with pytest.raises(ValueError, match="Did you mean 'boxes'"):
@@ -253,7 +258,7 @@ def test_a_run_is_opened_as_an_expert(params, images, tmp_path):
 @pytest.mark.slow
 def test_the_image_tower_runs_once(encoder):
   """Locating and embedding read the same patches; nothing is computed twice."""
-  expert = mtv_expert.OwnBoxes(encoder, NAMES, rows=2, options=EVERYTHING)
+  expert = mtv_expert.MtvBoxExpert(encoder, NAMES, batch_size=2, **EVERYTHING)
   images = jnp.zeros((2, 32, 32, 3))
   both = expert._function.lower(expert._params, {"images": images}).compile()
   tower = apply_fns.image_function(

@@ -3,125 +3,80 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree, UInt8
+from jaxtyping import PyTree
 
+from mtv_jax.config.options import PositiveInt, Range
 from mtv_jax.data.labels import label_values
-from mtv_jax.data.labels.label_values import Outcome
-from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns
 from mtv_jax.experts import local_mesh
-from mtv_jax.experts.base import Prepared
+from mtv_jax.experts.base import check_options
 from mtv_jax.experts.depth_anything import weights
-from mtv_jax.experts.depth_anything.inputs import Inputs
-from mtv_jax.experts.depth_anything.weights import DepthModel, DepthSpec
+from mtv_jax.experts.depth_anything.preprocess import DepthPreprocess
+from mtv_jax.experts.depth_anything.weights import DepthSpec
+from mtv_jax.experts.depth_expert import DepthExpert
 from mtv_jax.models import layers, vit
-from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.errors import check_choice
 
-DTYPES = ("float32", "bfloat16")
+_DTYPES = ("float32", "bfloat16")
 
 
+@check_options
 def load_expert(
   path: str | os.PathLike,
   *,
   mesh: Mesh | None = None,
-  batch_size: int = 1,
+  batch_size: PositiveInt = 1,
   dtype: str = "float32",
   preprocess: str = "original",
   size: int = 518,
-  side: int = 128,
-  max_aspect: float | int = 2.0,
+  side: Annotated[int, Range(min=label_values.MIN_SIDE)] = 128,
+  max_aspect: float = 2.0,
 ) -> DepthExpert:
-  """An expert from a folder of `transformers`.
+  """Opens a Depth Anything V2 of `transformers` as an expert of depth.
 
   Args:
-    path: with `config.json` and `model.safetensors`, such as
+    path: folder with `config.json` and `model.safetensors`, such as
       Depth-Anything-V2-Small-hf.
     mesh: of this host's devices; all of them by default.
-    batch_size: images a device.
+    batch_size: images per device.
     dtype: of the computation, "float32" or "bfloat16".
-    preprocess: see `depth_anything_inputs`; "square" compiles one program,
-      the others one for each shape of image.
-    size: in pixels, that images are brought to.
+    preprocess: see `DepthPreprocess`; "square" compiles one program, the
+      others one for each shape of image.
+    size: see `DepthPreprocess`.
     side: of the labels, in pixels.
-    max_aspect: longer images are squeezed to it.
+    max_aspect: see `DepthPreprocess`.
 
   Raises:
-    FileNotFoundError: there is no such folder.
+    MissingFileError: there is no such folder.
     ConversionError: it holds another model, or not all of this one.
-    InputError: for an option that can't be.
+    ConfigError: an option is out of its range.
   """
   model = weights.read(path)
-  inputs = Inputs(preprocess, size, model.spec.image.patch_size, max_aspect)
+  patch = model.spec.image.patch_size
+  inputs = DepthPreprocess(preprocess, size, patch, max_aspect)
+  mesh = local_mesh.local_mesh() if mesh is None else mesh
   return DepthExpert(
-    model,
-    mesh=local_mesh.local_mesh() if mesh is None else mesh,
+    make_function(model.spec, dtype=dtype, mesh=mesh),
+    model.params,
+    inputs,
+    mesh=mesh,
     batch_size=batch_size,
-    dtype=dtype,
-    inputs=inputs,
     side=side,
-  )
-
-
-class DepthExpert:
-  """Depth Anything V2; see `load_expert` for the arguments."""
-
-  kind = "depth"
-
-  def __init__(
-    self,
-    model: DepthModel,
-    *,
-    mesh: Mesh,
-    batch_size: int,
-    dtype: str,
-    inputs: Inputs,
-    side: int,
-  ):
-    if batch_size < 1 or side < label_values.MIN_SIDE:
-      raise InputError(
-        f"batch_size={batch_size} and side={side}; expected at least 1 and"
-        f" {label_values.MIN_SIDE}"
-      )
-    self.rows = batch_size * mesh.size
-    self._mesh, self._inputs, self._side = mesh, inputs, side
-    self._params = local_mesh.replicate(model.params, mesh)
-    self._function = local_mesh.jit_per_device(
-      make_function(model.spec, dtype=dtype, mesh=mesh), mesh
-    )
-    self.settings = {
+    settings={
       "expert": "depth_anything",
-      "batch_size": batch_size,
       "hash": local_mesh.fingerprint(model.params),
       "dtype": dtype,
-      "preprocess": inputs.preprocess,
-      "size": inputs.size,
-      "max_aspect": inputs.max_aspect,
-      "side": side,
-    }
-
-  def prepare(
-    self, image: UInt8[np.ndarray, "h w 3"], record: Record
-  ) -> Prepared:
-    """The image as the model reads it; images of one size are a group."""
-    del record
-    pixels = self._inputs(image)
-    return Prepared(pixels.shape[:2], {"images": pixels})
-
-  def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """`depth` `[rows, h, w]`, inverse, each image's in a scale of its own."""
-    return self._function(self._params, local_mesh.shard(arrays, self._mesh))
-
-  def finish(self, outputs: Mapping[str, np.ndarray], meta: Any) -> Outcome:
-    """The label of one image: the map, averaged to its own size."""
-    del meta
-    return label_values.make_depth(outputs["depth"], side=self._side)
+      "preprocess": preprocess,
+      "size": size,
+      "max_aspect": max_aspect,
+    },
+  )
 
 
 def make_function(
@@ -130,11 +85,11 @@ def make_function(
   """The model: from its parameters and `images` to `depth` `[n, h, w]`.
 
   Args:
-    spec: its shape.
+    spec: of the model.
     dtype: of the computation; the map is float32.
-    mesh: of the devices that it is to be fast on.
+    mesh: whose platform chooses the head's resampling.
   """
-  check_choice("dtype", dtype, DTYPES)
+  check_choice("dtype", dtype, _DTYPES)
   compute = jnp.dtype(dtype)
   tower = vit.ViT(spec.image, dtype=compute)
   norm = layers.norm(spec.image.norm_eps, compute, "norm")

@@ -22,6 +22,7 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.utils.errors import did_you_mean
 
+# Of the reassembled maps' resolution.
 _FACTORS = (4, 2, 1, 0.5)
 _DEFAULTS = {
   "reassemble_hidden_size": 384,
@@ -47,29 +48,24 @@ _BACKBONE_DEFAULTS = {"patch_size": 14, "apply_layernorm": True}
 _IGNORE = r"^neck\.fusion_stage\.layers\.0\.residual_layer1\."
 
 
-def _stage_names(stage: int) -> dict[str, str]:
-  """Names of a stage's layers; files count fusions from the deepest."""
-  reassemble = f"neck.reassemble_stage.layers.{stage}"
-  fusion = f"neck.fusion_stage.layers.{dpt.STAGES - 1 - stage}"
-  ours = f"depth/fusion{stage + 1}"
-  return {
-    f"depth/reassemble{stage + 1}/projection": f"{reassemble}.projection",
-    f"depth/reassemble{stage + 1}/resize": f"{reassemble}.resize",
-    f"depth/lateral{stage + 1}": f"neck.convs.{stage}",
-    f"{ours}/projection": f"{fusion}.projection",
-    **{
-      f"{ours}/residual{unit}/conv{k}": (
-        f"{fusion}.residual_layer{unit}.convolution{k}"
-      )
-      for unit in (1, 2)
-      for k in (1, 2)
-    },
-  }
-
-
+_REASSEMBLE = {"projection": "projection", "resize": "resize"}
+_FUSION = {
+  "projection": "projection",
+  "residual1/conv1": "residual_layer1.convolution1",
+  "residual1/conv2": "residual_layer1.convolution2",
+  "residual2/conv1": "residual_layer2.convolution1",
+  "residual2/conv2": "residual_layer2.convolution2",
+}
 _NAMES = {f"depth/conv{k}": f"head.conv{k}" for k in (1, 2, 3)}
-for _stage in range(dpt.STAGES):
-  _NAMES |= _stage_names(_stage)
+for _i in range(dpt.STAGES):
+  # Files count fusions from the deepest.
+  _reassemble = f"neck.reassemble_stage.layers.{_i}."
+  _fusion = f"neck.fusion_stage.layers.{dpt.STAGES - 1 - _i}."
+  _NAMES |= {
+    **tables.nest(f"depth/reassemble{_i + 1}/", _reassemble, _REASSEMBLE),
+    f"depth/lateral{_i + 1}": f"neck.convs.{_i}",
+    **tables.nest(f"depth/fusion{_i + 1}/", _fusion, _FUSION),
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,29 +215,24 @@ def _read_taps(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
 def rules(spec: DepthSpec) -> list[Rule]:
   """The rules of a Depth Anything V2."""
   params = {"depth": abstract_params(spec)["depth"]}
+  # Transposed convolutions are [in, out, y, x]; our columns are (y, x, out).
   resize = [
-    _transposed_convolution(i, int(factor), channels)
-    for i, (factor, channels) in enumerate(
-      zip(_FACTORS, spec.channels, strict=True)
+    tables.permuted(
+      f"depth/reassemble{i + 1}/resize/kernel",
+      f"neck.reassemble_stage.layers.{i}.resize.weight",
+      (channels, factor**2 * channels),
+      (channels, factor, factor, channels),
+      (0, 3, 1, 2),
     )
-    if factor > 1
+    for i, (factor, channels) in enumerate(
+      zip(_FACTORS[:2], spec.channels[:2], strict=True)
+    )
   ]
   return [
     *dinov2.rules(ModelSpec(image=spec.image), prefix="backbone."),
     *resize,
     *tables.leaf_rules(params, _NAMES, *resize),
   ]
-
-
-def _transposed_convolution(stage: int, factor: int, channels: int) -> Rule:
-  """A kernel [in, out, y, x] in the file; our columns are (y, x, out)."""
-  return tables.permuted(
-    f"depth/reassemble{stage + 1}/resize/kernel",
-    f"neck.reassemble_stage.layers.{stage}.resize.weight",
-    (channels, factor**2 * channels),
-    (channels, factor, factor, channels),
-    (0, 3, 1, 2),
-  )
 
 
 def abstract_params(spec: DepthSpec) -> dict[str, PyTree]:

@@ -1,10 +1,9 @@
 """Decoders of ONNX detectors: preprocessing and outputs to boxes.
 
-ONNX says what to compute, not what goes in and comes out. A `Decoder` does, and
-is named by a string:
+An ONNX file does not define its images and boxes; a `Decoder` does. Names:
 
   fastestdet     FastestDet (Qiu 2022, github.com/dog-qiuqiu/FastestDet)
-  MODULE:NAME    an object of yours with what `Decoder` has
+  MODULE:NAME    an object with the members of `Decoder`
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from jaxtyping import Float32, UInt8
 from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.utils.errors import InputError, did_you_mean
 
-_NAMED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_MODULE_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @runtime_checkable
 class Decoder(Protocol):
-  """How a kind of detector is asked and answers.
+  """Preprocessing and outputs of a kind of detector.
 
   Attributes:
-    name: for a manifest: another name for every other answer.
-    threshold: of scores, as its authors have it.
-    nms: overlap of duplicates, as its authors have it.
+    name: for the manifest; decoders with different results need different ones.
+    threshold: minimum score, as the authors have it.
+    nms: overlap of duplicates, as the authors have it.
   """
 
   name: str
@@ -39,19 +38,19 @@ class Decoder(Protocol):
   nms: float
 
   def check(self, outputs: Mapping[str, Sequence[Any]], classes: int) -> None:
-    """Raises ValueError for a file that is no such detector.
+    """Raises ValueError for a file of another detector.
 
     Args:
-      outputs: shapes by name, in order, the batch's dimension first; numbers,
-        or names and None for what is not fixed.
-      classes: how many have a name.
+      outputs: shapes by name, in order, with the batch dimension; symbolic
+        sizes are names or None.
+      classes: number of class names.
     """
     ...
 
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], height: int, width: int
   ) -> Float32[np.ndarray, "3 height width"]:
-    """An RGB image as the file takes it."""
+    """An RGB image as the file's input."""
     ...
 
   def decode(
@@ -62,13 +61,13 @@ class Decoder(Protocol):
     threshold: float | int,
     image_size: tuple[int, int],
   ) -> Detections:
-    """The boxes whose score is above a threshold, before suppression.
+    """The boxes with scores above a threshold, before suppression.
 
     Args:
-      outputs: of one image, without the batch's dimension.
+      outputs: of one image, without the batch dimension.
       names: of the classes.
       threshold: of scores.
-      image_size: height and width of the image that was prepared.
+      image_size: height and width of the image before `prepare`.
     """
     ...
 
@@ -83,9 +82,8 @@ class FastestDet:
       centre x = (j + tanh r_0) / w,  width = sigmoid r_2
       centre y = (i + tanh r_1) / h,  height = sigmoid r_3
 
-  The image is squashed by area, in the order BGR, divided by 255. These are
-  the rules of the example that its file comes with, which further rounds boxes
-  to whole pixels before it compares them.
+  The image is squashed by area, in BGR order, divided by 255. The published
+  example also rounds boxes to whole pixels before suppression.
   """
 
   name = "fastestdet"
@@ -93,24 +91,21 @@ class FastestDet:
   nms = 0.45
 
   def check(self, outputs: Mapping[str, Sequence[Any]], classes: int) -> None:
-    """Raises ValueError for other outputs than one `[n, 5 + classes, h, w]`."""
+    """Raises InputError unless the output is one `[n, 5 + classes, h, w]`."""
     shapes = list(outputs.values())
     if len(shapes) != 1 or len(shapes[0]) != 4:
       listed = ", ".join(f"{k}: {list(v)}" for k, v in outputs.items())
       raise InputError(
-        "FastestDet has one output [n, 5 + classes, h, w]; this file has"
-        f" {listed}. It is another detector: give decoder=MODULE:NAME of one"
-        " that knows its outputs (see mtv_jax/experts/onnx/decoders.py)."
+        "FastestDet has one output [n, 5 + classes, h, w]; the file has"
+        f" {listed}. Give decoder=MODULE:NAME for another detector (see"
+        " mtv_jax/experts/onnx/decoders.py)."
       )
-    if isinstance(shapes[0][1], int):
-      self._check_channels(shapes[0][1], classes)
-
-  def _check_channels(self, channels: int, classes: int) -> None:
-    if channels != 5 + classes:
+    channels = shapes[0][1]
+    if isinstance(channels, int) and channels != 5 + classes:
       raise InputError(
-        f"the output has {channels} channels, which is {channels - 5} classes"
-        f" after FastestDet's 5 of objectness and box; there are {classes}"
-        " names. Give those it was trained with, one a line, in their order."
+        f"the output has {channels} channels: {channels - 5} classes after 5 of"
+        f" objectness and box, and there are {classes} names. Give those of its"
+        " training, one per line, in their order."
       )
 
   def prepare(
@@ -132,50 +127,49 @@ class FastestDet:
     """The cells whose score is above the threshold."""
     del image_size  # Squashed: the unit square is the image's.
     (grid,) = outputs.values()
-    self._check_channels(len(grid), len(names))
+    self.check({"output": (1, *grid.shape)}, len(names))
     classes = grid[5:]
     scores = grid[0] ** 0.6 * classes.max(axis=0) ** 0.4
     rows, columns = np.nonzero(scores > threshold)
-    found = grid[:, rows, columns]
-    places = np.stack([rows, columns]).astype(np.float32)
+    cells = grid[:, rows, columns]
+    corners = np.stack([rows, columns]).astype(np.float32)
     sizes = np.array(scores.shape, np.float32)[:, None]
-    centres = (places + np.tanh(found[[2, 1]])) / sizes
-    with np.errstate(over="ignore"):  # 1 / (1 + inf) is the 0 that it means.
-      halves = 0.5 / (1 + np.exp(-found[[4, 3]]))
+    centres = (corners + np.tanh(cells[[2, 1]])) / sizes
+    with np.errstate(over="ignore"):  # 1 / (1 + inf) is the sigmoid's 0.
+      halves = 0.5 / (1 + np.exp(-cells[[4, 3]]))
     return Detections(
       boxes=np.concatenate([centres - halves, centres + halves]).T,
       scores=scores[rows, columns],
-      phrases=tuple(names[i] for i in found[5:].argmax(axis=0)),
+      phrases=tuple(names[i] for i in cells[5:].argmax(axis=0)),
     )
 
 
 DECODERS: dict[str, Decoder] = {"fastestdet": FastestDet()}
 
 
-def find(name: str) -> Decoder:
-  """The decoder of a name; see the top of the file.
+def get_decoder(name: str) -> Decoder:
+  """The decoder of a name, see the module's docstring.
 
   Raises:
-    InputError: for a name that is none, or of something else.
+    InputError: for an unknown name or another object.
   """
   if name in DECODERS:
     return DECODERS[name]
-  if not _NAMED.fullmatch(name):
+  if not _MODULE_NAME.fullmatch(name):
     raise InputError(
-      f"decoder={name!r}. {did_you_mean(name, DECODERS)} MODULE:NAME is one of"
-      " your own."
+      f"decoder={name!r}. {did_you_mean(name, DECODERS)} MODULE:NAME imports "
+      "one."
     )
   module, _, attribute = name.partition(":")
   try:
-    found = getattr(importlib.import_module(module), attribute, None)
+    decoder = getattr(importlib.import_module(module), attribute, None)
   except ModuleNotFoundError as error:
     raise InputError(
-      f"decoder={name!r}: {error}. The module must be one that Python finds:"
-      " set PYTHONPATH to its folder."
+      f"decoder={name!r}: {error}. Set PYTHONPATH to the module's folder."
     ) from error
-  if not isinstance(found, Decoder) or isinstance(found, type):
+  if not isinstance(decoder, Decoder) or isinstance(decoder, type):
     raise InputError(
-      f"decoder={name!r} is {found!r}; expected an object with what `Decoder`"
-      " of mtv_jax/experts/onnx/decoders.py has"
+      f"decoder={name!r} is {decoder!r}; expected an object with the members of"
+      " `Decoder` of mtv_jax/experts/onnx/decoders.py."
     )
-  return found
+  return decoder

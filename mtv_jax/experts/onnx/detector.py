@@ -1,10 +1,8 @@
 """ONNX detectors as experts of boxes, by onnxruntime (extra `onnx`).
 
-What a file's numbers mean is up to one of `decoders.py`.
-
-Images go through on the processor, one to a thread, as the detector's own
-examples do it: the same label comes out whatever the number of threads, of
-rows and of devices.
+`decoders.py` interprets a file's outputs. Images run on the CPU, one per
+thread, as in the detectors' own examples: labels do not depend on the number
+of threads, rows or devices.
 """
 
 from __future__ import annotations
@@ -13,73 +11,104 @@ import concurrent.futures
 import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from mtv_jax.config.options import Fraction, PositiveInt
 from mtv_jax.data.labels.label_values import Outcome
 from mtv_jax.data.records import Record
 from mtv_jax.experts import local_mesh
-from mtv_jax.experts.base import Prepared
+from mtv_jax.experts.base import Prepared, check_options
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling.phrases import hash_phrases
-from mtv_jax.experts.onnx import decoders
+from mtv_jax.experts.onnx.decoders import get_decoder
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 
 class OnnxDetector:
-  """An expert of boxes: a session, a decoder, and names of classes.
+  """A detector in an ONNX file as an expert of boxes.
+
+  The defaults label all boxes of the detector's own code: a fixed list of
+  classes has no vague phrases that match the whole image.
 
   Args:
-    session: of onnxruntime, or what has its `get_inputs`, `get_outputs` and
-      `run`, which is called by several threads at a time.
-    decoder: that knows the file.
-    names: of its classes, in their order.
-    size: height and width of its input, where the file leaves them open.
-    rows: of a batch.
-    options: of `detections.check_options`.
-    source: what the file is, for the manifest.
+    file: the `.onnx` file.
+    names: a file of its classes' names, one per line, in their order.
+    mesh: of this host; a batch has `batch_size` rows for each of its devices,
+      which the CPU's cores compute.
+    batch_size: images per device.
+    dtype: the file determines the dtype of the computation.
+    decoder: see `decoders.py`.
+    size: side or (height, width) of the input, for a file that leaves it open.
+    threshold: minimum score, exclusive; the decoder's by default.
+    nms: see `detections.select`; the decoder's by default.
+    max_boxes, min_side, max_area: see `detections.select`.
 
   Raises:
-    InputError: the file is not what the decoder or the names are for.
+    ImportError: onnxruntime is not installed.
+    MissingFileError: a file is missing.
+    InputError: the file, the names and the decoder don't fit.
   """
 
   kind = "boxes"
 
   def __init__(
     self,
-    session: Any,
-    decoder: decoders.Decoder,
-    names: Sequence[str],
+    file: str | os.PathLike,
     *,
-    size: int | tuple[int, int] | None,
-    rows: int,
-    options: Mapping[str, Any],
-    source: Mapping[str, Any],
+    names: str | os.PathLike,
+    mesh: Mesh | None = None,
+    batch_size: PositiveInt = 1,
+    dtype: Literal["float32"] = "float32",
+    decoder: str = "fastestdet",
+    size: int | tuple[int, int] | None = None,
+    threshold: Fraction | None = None,
+    nms: Fraction | None = None,
+    max_boxes: PositiveInt = 100,
+    min_side: Fraction = 0.0,
+    max_area: Fraction = 1.0,
   ):
-    self._session, self._decoder = session, decoder
-    self._names = tuple(names)
-    self._input, batch, self._size = _input(session, size)
-    # A file of a fixed batch takes no other. One that leaves it open gets its
-    # images singly: a core works on each, and none depends on its neighbours.
-    self._chunk = batch or 1
-    self.rows = -(-rows // self._chunk) * self._chunk
-    outputs = {x.name: x.shape for x in session.get_outputs()}
-    decoder.check(outputs, len(self._names))
+    del dtype
+    self._decoder = get_decoder(decoder)
+    data = _read_file(file, "ONNX file")
+    try:
+      self._session = _open_session(data, file)
+      self._names = _read_names(names)
+      self._input, batch, self._size = _read_input(self._session, size)
+      outputs = {x.name: x.shape for x in self._session.get_outputs()}
+      self._decoder.check(outputs, len(self._names))
+    except ValueError as error:
+      raise InputError(f"{file}: {error}") from None
     self._outputs = list(outputs)
-    self._options = dict(options)
+    # A file of an open batch size runs single images: each has a core, and none
+    # depends on its neighbours.
+    self._chunk = batch or 1
+    mesh = local_mesh.local_mesh() if mesh is None else mesh
+    self.rows = -(-batch_size * mesh.size // self._chunk) * self._chunk
+    if threshold is None:
+      threshold = self._decoder.threshold
+    self._threshold = threshold
+    self._options = dict(
+      nms=self._decoder.nms if nms is None else nms,
+      max_boxes=max_boxes,
+      min_side=min_side,
+      max_area=max_area,
+    )
     self.settings = {
       "expert": "onnx",
-      **source,
-      "decoder": decoder.name,
+      "file": Path(file).name,
+      "hash": hashlib.blake2b(data, digest_size=8).hexdigest(),
+      "decoder": self._decoder.name,
       "size": list(self._size),
       "names": len(self._names),
       "names_hash": hash_phrases(self._names),
-      **options,
+      "threshold": threshold,
+      **self._options,
     }
 
   @functools.cached_property
@@ -89,7 +118,7 @@ class OnnxDetector:
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
   ) -> Prepared:
-    """The image as the decoder has it; all are of one group."""
+    """The image as the decoder preprocesses it."""
     del record
     pixels = self._decoder.prepare(image, *self._size)
     return Prepared("image", {"image": pixels}, meta=image.shape[:2])
@@ -97,144 +126,63 @@ class OnnxDetector:
   def run(
     self, arrays: Mapping[str, np.ndarray]
   ) -> dict[str, Float[np.ndarray, "rows *_"]]:
-    """The file's outputs by name, once they are all there."""
+    """The file's outputs by name, after they are computed."""
     images = arrays["image"]
-    chunks = np.split(images, len(images) // self._chunk)
-    made = list(self._pool.map(self._run, chunks))
-    return {
-      name: np.concatenate([outputs[i] for outputs in made])
-      for i, name in enumerate(self._outputs)
-    }
 
-  def _run(self, images: np.ndarray) -> list[np.ndarray]:
-    return self._session.run(self._outputs, {self._input: images})
+    def run_chunk(chunk: np.ndarray) -> list[np.ndarray]:
+      return self._session.run(self._outputs, {self._input: chunk})
+
+    chunks = np.split(images, len(images) // self._chunk)
+    outputs = zip(*self._pool.map(run_chunk, chunks), strict=True)
+    return dict(zip(self._outputs, map(np.concatenate, outputs), strict=True))
 
   def finish(
     self, outputs: Mapping[str, np.ndarray], meta: tuple[int, int]
   ) -> Outcome:
     """The label of one image."""
-    options = self._options
-    found = self._decoder.decode(
-      outputs,
-      self._names,
-      threshold=options["threshold"],
-      image_size=meta,
+    boxes = self._decoder.decode(
+      outputs, self._names, threshold=self._threshold, image_size=meta
     )
-    return detections.select(
-      found, **{k: v for k, v in options.items() if k != "threshold"}
-    )
+    return detections.select(boxes, **self._options)
 
 
-def _input(
+load_expert = check_options(OnnxDetector)
+
+
+def _read_input(
   session: Any, size: int | tuple[int, int] | None
 ) -> tuple[str, int | None, tuple[int, int]]:
-  """Name, batch (None if it is open) and height and width of the input."""
+  """Name, batch size (None if open), and height and width of the input."""
   inputs = session.get_inputs()
   listed = ", ".join(f"{x.name}: {x.type} {list(x.shape)}" for x in inputs)
-  known = len(inputs) == 1 and len(inputs[0].shape) == 4
-  if not known or inputs[0].type != "tensor(float)":
+  is_image = len(inputs) == 1 and len(inputs[0].shape) == 4
+  if not is_image or inputs[0].type != "tensor(float)":
     raise InputError(
-      "expected a file with one input, float32 [n, 3, height, width]; this one"
-      f" has {listed}"
+      "expected one input, float32 [n, 3, height, width]; the file has"
+      f" {listed}"
     )
   batch, channels, *sides = inputs[0].shape
   if isinstance(channels, int) and channels != 3:
     raise InputError(f"expected 3 channels in the input; the file has {listed}")
   given = (size, size) if isinstance(size, int) else size
-  fixed = [isinstance(side, int) for side in sides]
-  if given is None and not all(fixed):
+  is_fixed = [isinstance(side, int) for side in sides]
+  if given is None and not all(is_fixed):
     raise InputError(
-      f"the file takes images of any size ({listed}): say which with size="
+      f"the file takes images of any size ({listed}): set one with size="
     )
-  found = tuple(
-    side if known else own
-    for side, known, own in zip(sides, fixed, given or sides, strict=True)
+  height, width = (
+    side if fixed else other
+    for side, fixed, other in zip(sides, is_fixed, given or sides, strict=True)
   )
-  if given and found != tuple(given):
-    raise InputError(f"size={size}, and the file takes {found} only ({listed})")
-  return inputs[0].name, batch if isinstance(batch, int) else None, found
-
-
-def load_expert(
-  file: str | os.PathLike,
-  *,
-  names: str | os.PathLike,
-  mesh: Mesh | None = None,
-  batch_size: int = 1,
-  dtype: str = "float32",
-  decoder: str = "fastestdet",
-  size: int | tuple[int, int] | None = None,
-  threshold: float | int | None = None,
-  nms: float | int | None = None,
-  max_boxes: int = 100,
-  min_side: float | int = 0.0,
-  max_area: float | int = 1.0,
-) -> OnnxDetector:
-  """Opens an ONNX file as an expert of boxes.
-
-  Boxes are all that the detector's own code would give: there is no list of
-  phrases here whose vague ones would find the whole image.
-
-  Args:
-    file: the `.onnx` file.
-    names: a file with its classes' names, one a line, in their order.
-    mesh: of this host; the rows are `batch_size` a device of it. The file runs
-      on the processor all the same, a row to a core.
-    batch_size: rows a device.
-    dtype: only "float32": what it is computed in is up to the file.
-    decoder: see `decoders.py`.
-    size: of the square (or height and width) that images are brought to, where
-      the file takes any.
-    threshold: boxes of no higher score are left out; the decoder's by default.
-    nms: see `detections.select`; the decoder's by default.
-    max_boxes: the same.
-    min_side: the same.
-    max_area: the same.
-
-  Raises:
-    ImportError: onnxruntime is not installed.
-    MissingFileError: a file is missing.
-    InputError: the file, the names and the decoder don't go together, or an
-      option is out of its range.
-  """
-  if dtype != "float32":
+  if given and (height, width) != tuple(given):
     raise InputError(
-      f"dtype={dtype!r}: an ONNX file says itself what it is computed in; leave"
-      " dtype at float32"
+      f"size={size}, and the file takes {(height, width)} only ({listed})"
     )
-  chosen = decoders.find(decoder)
-  options = detections.check_options(
-    threshold=chosen.threshold if threshold is None else threshold,
-    nms=chosen.nms if nms is None else nms,
-    max_boxes=max_boxes,
-    min_side=min_side,
-    max_area=max_area,
-  )
-  if batch_size < 1:
-    raise InputError(f"batch_size={batch_size}; expected at least 1")
-  path = Path(file).expanduser()
-  if not path.is_file():
-    raise MissingFileError(f"there is no ONNX file {file}")
-  data = path.read_bytes()
-  mesh = local_mesh.local_mesh() if mesh is None else mesh
-  try:
-    return OnnxDetector(
-      _session(data, file),
-      chosen,
-      _names(names),
-      size=size,
-      rows=batch_size * mesh.size,
-      options=options,
-      source={
-        "file": path.name,
-        "hash": hashlib.blake2b(data, digest_size=8).hexdigest(),
-      },
-    )
-  except ValueError as error:
-    raise InputError(f"{file}: {error}") from None
+  batch = batch if isinstance(batch, int) else None
+  return inputs[0].name, batch, (height, width)
 
 
-def _session(data: bytes, file: Any) -> Any:
+def _open_session(data: bytes, file: Any) -> Any:
   try:
     import onnxruntime
   except ImportError as error:
@@ -243,8 +191,7 @@ def _session(data: bytes, file: Any) -> Any:
       " 'mtv_jax[onnx]'"
     ) from error
   options = onnxruntime.SessionOptions()
-  # Threads of ours each run an image. With one thread an image, sums are added
-  # in one order.
+  # Our threads run an image each; one thread per image adds sums in one order.
   options.intra_op_num_threads = options.inter_op_num_threads = 1
   options.log_severity_level = 3
   try:
@@ -257,23 +204,25 @@ def _session(data: bytes, file: Any) -> Any:
     ) from error
 
 
-def _names(file: str | os.PathLike) -> list[str]:
+def _read_file(file: str | os.PathLike, what: str) -> bytes:
   path = Path(file).expanduser()
   if not path.is_file():
-    raise MissingFileError(f"there is no file of class names {file}")
+    raise MissingFileError(f"there is no {what} {file}")
+  return path.read_bytes()
+
+
+def _read_names(file: str | os.PathLike) -> tuple[str, ...]:
   try:
-    # Editors of some systems begin a file with a mark that is no letter.
-    text = path.read_text(encoding="utf-8-sig")
+    # Some editors begin a file with a byte order mark.
+    text = _read_file(file, "file of class names").decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise InputError(
-      f"{file} is no text in UTF-8 ({error}); it has a class's name a line"
+      f"{file} is not UTF-8 text ({error}); expected a class name per line."
     ) from error
-  lines = text.rstrip().splitlines()
-  names = [line.strip() for line in lines]
-  for number, name in enumerate(names, 1):
-    if not name:
-      raise InputError(
-        f"{file}: line {number} is blank; class {number - 1} needs a name, as"
-        " lines are counted"
-      )
+  names = tuple(line.strip() for line in text.rstrip().splitlines())
+  if "" in names:
+    index = names.index("")
+    raise InputError(
+      f"{file}: line {index + 1} is blank; class {index} needs a name."
+    )
   return names

@@ -1,12 +1,11 @@
 """CLIP's BPE tokenizer, read from `vocab.json` and `merges.txt`.
 
-Older folders have no `tokenizer.json`, which holds all of it: byte-level BPE
-whose words end in `</w>`, on lower-cased text.
+For older folders without a `tokenizer.json`: byte-level BPE whose words end in
+`</w>`, on lower-cased text.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -29,38 +28,38 @@ _WORD = (
 
 
 class ClipTokenizer:
-  """Texts to ids, as `CLIPTokenizer` of `transformers` has them.
+  """Texts to ids, as `CLIPTokenizer` of `transformers`.
 
   Args:
     folder: with `vocab.json` and `merges.txt`.
 
   Raises:
     MissingFileError: one of them is missing.
-    InputError: they are not what they should be.
+    InputError: they are not CLIP's.
   """
 
   def __init__(self, folder: str | os.PathLike):
-    path = pathlib.Path(folder)
-    for name in (VOCABULARY, MERGES):
-      if not (path / name).is_file():
+    files = [pathlib.Path(folder) / name for name in (VOCABULARY, MERGES)]
+    for file in files:
+      if not file.is_file():
         raise MissingFileError(
-          f"{path} has no {name}. A tokenizer is a tokenizer.json, or a "
+          f"There is no {file}. A tokenizer is a tokenizer.json, or a "
           f"{VOCABULARY} with a {MERGES}: copy those of the model's processor."
         )
     try:
-      vocabulary = json.loads((path / VOCABULARY).read_text("utf-8"))
-      merges = _read_merges(path / MERGES)
-      self._ends = [vocabulary[_START], vocabulary[_END]]
+      vocabulary, merges = models.BPE.read_file(*map(str, files))
+      special = [(token, vocabulary[token]) for token in (_START, _END)]
       model = models.BPE(
         vocabulary, merges, end_of_word_suffix="</w>", unk_token=_END
       )
     except Exception as error:
-      # The library raises bare Exception for merges of unknown words.
+      # The library raises bare Exception.
       raise InputError(
-        f"{path / VOCABULARY} and {MERGES} are not CLIP's ({error!r}): the "
-        f"first maps tokens to ids, {_START} and {_END} among them; the "
-        "second has a pair of tokens a line."
+        f"{files[0]} and {MERGES} are not CLIP's ({error!r}): the first maps "
+        f"tokens to ids, with {_START} and {_END}; the second has a pair of "
+        "tokens per line."
       ) from error
+    self._end = vocabulary[_END]
     self._model = tokenizers.Tokenizer(model)
     self._model.normalizer = normalizers.Sequence(
       [
@@ -77,34 +76,19 @@ class ClipTokenizer:
         pre_tokenizers.ByteLevel(add_prefix_space=False),
       ]
     )
-    start, end = self._ends
     self._model.post_processor = processors.TemplateProcessing(
-      single=f"{_START} $A {_END}",
-      special_tokens=[(_START, start), (_END, end)],
+      single=f"{_START} $A {_END}", special_tokens=special
     )
     self._model.add_special_tokens([_START, _END])
 
   def encode(
     self, strings: Sequence[str], length: int
   ) -> Int32[np.ndarray, "n length"]:
-    """Ids of each string between start and end, cut to `length`.
-
-    What is left of a row holds the end's id.
-    """
-    end = self._ends[1]
-    ids = np.full((len(strings), length), end, np.int32)
-    for row, found in zip(
-      ids, self._model.encode_batch(list(strings)), strict=True
-    ):
-      kept = found.ids[:length]
-      row[: len(kept)] = kept
-    # A text that is cut ends all the same.
-    ids[:, -1] = end
+    """Ids of each string between start and end, cut or padded with the end."""
+    ids = np.full((len(strings), length), self._end, np.int32)
+    encodings = self._model.encode_batch(list(strings))
+    # A text that is cut ends all the same: the last id stays.
+    for row, encoding in zip(ids[:, :-1], encodings, strict=True):
+      part = encoding.ids[: length - 1]
+      row[: len(part)] = part
     return ids
-
-
-def _read_merges(path: pathlib.Path) -> list[tuple[str, str]]:
-  """The pairs of a file, in their order; the first line may be a comment."""
-  lines = path.read_text("utf-8").splitlines()
-  pairs = [line.split() for line in lines if not line.startswith("#version")]
-  return [(first, second) for first, second in filter(None, pairs)]

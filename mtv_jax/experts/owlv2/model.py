@@ -1,9 +1,7 @@
 """OWLv2 model (Minderer et al. 2023): CLIP towers with a box per patch.
 
-Each patch of the image tower, multiplied by the class token, predicts one box,
-an embedding to compare with those of phrases, and whether there is an object
-at all. Parameters are `image`, `text`, `merge_norm`, `boxes`, `objectness` and
-`classes`.
+Each patch token, multiplied by the CLS token, predicts a box, an embedding to
+compare with those of phrases, and objectness.
 """
 
 from __future__ import annotations
@@ -22,23 +20,21 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViT
 from mtv_jax.utils.tree import pytree_dataclass
 
-# Of the logit of a coordinate, which would be infinite at the border.
-_EPS = 1e-4
-# Of the length that embeddings are divided by.
-_NORM_EPS = 1e-6
+_EPS = 1e-4  # Of a coordinate's logit, which is infinite at the border.
+_NORM_EPS = 1e-6  # Of the norm that embeddings are divided by.
 
 
 @pytree_dataclass
 class Patches:
-  """What the P patches of images say, before they meet any phrase.
+  """Predictions of the P patches of images, independent of phrases.
 
   Attributes:
     embeddings: of unit length, to compare with phrases.
     shift: added to that similarity.
     scale: multiplies the sum.
     boxes: (y0, x0, y1, x1) in the unit square of the padded image; they may
-      reach outside.
-    objectness: logits of there being an object.
+      exceed it.
+    objectness: logits.
   """
 
   embeddings: Float32[Array, "b p e"]
@@ -50,16 +46,16 @@ class Patches:
   def logits(
     self, queries: Float32[Array, "b q e"], valid: Bool[Array, "b q"]
   ) -> Float32[Array, "b p q"]:
-    """How much each patch shows of each query.
+    """Logits of each patch for each query.
 
     Args:
-      queries: from `Owlv2.queries`; one row of them serves all images.
-      valid: which there are; the least number stands for the others.
+      queries: from `Owlv2.queries`; one row serves all images.
+      valid: False for padding, whose logits are the smallest number.
     """
     queries = jnp.broadcast_to(
       queries, (len(self.embeddings), *queries.shape[1:])
     )
-    # Cosines differ by little, and are scaled up.
+    # Differences of cosines are small, and scaled up.
     cosines = jnp.einsum(
       "bpe,bqe->bpq",
       self.embeddings,
@@ -71,12 +67,12 @@ class Patches:
 
 
 class Owlv2(nn.Module):
-  """The detector.
+  """OWLv2 detector.
 
   Attributes:
-    spec: of its towers; the image tower gives its tokens unprojected.
-    dtype: compute dtype of the towers and the heads' hidden layers; their last
-      ones are float32, as logits and boxes are.
+    spec: of its towers; patch tokens are not projected.
+    dtype: compute dtype of the towers and the heads' hidden layers; last layers
+      are float32.
     scan: whether blocks run in a loop, see `layers.run_stack`.
   """
 
@@ -89,7 +85,6 @@ class Owlv2(nn.Module):
     width = spec.image.width
     self.image = ViT(spec.image, dtype=self.dtype, scan=self.scan)
     self.text = TextTower(spec.text, dtype=self.dtype, scan=self.scan)
-    # As `layers.norm`, under the name that it has here.
     self.merge_norm = nn.LayerNorm(
       spec.image.norm_eps, dtype=self.dtype, use_fast_variance=False
     )
@@ -102,9 +97,9 @@ class Owlv2(nn.Module):
     images: Float[Array, "b s s 3"],
     tokens: Int[Array, "b q t"],
   ) -> tuple[Patches, Float32[Array, "b p q"]]:
-    """Both towers at once: what is found, and logits.
+    """Both towers: patches and their logits.
 
-    A query whose first id is 0 is none, as in `transformers`.
+    A query whose first id is 0 is padding, as in `transformers`.
     """
     b, q, t = tokens.shape
     queries = self.queries(tokens.reshape(b * q, 1, t)).reshape(b, q, -1)
@@ -112,11 +107,11 @@ class Owlv2(nn.Module):
     return patches, patches.logits(queries, tokens[..., 0] > 0)
 
   def detect(self, images: Float[Array, "b s s 3"]) -> Patches:
-    """What the patches of normalised, padded images say."""
+    """Predictions for normalised, padded images."""
     out = self.image(images)
     merged = self.merge_norm(out.patches * out.prefix[:, :1])
     grid = self.spec.image.grid_of(*images.shape[1:3])
-    # (x, y, width, height), and so backwards (height, width, y, x).
+    # (x, y, width, height), reversed to (height, width, y, x).
     raw = self.boxes(merged) + box_bias(grid)
     sizes, centre = jnp.split(jax.nn.sigmoid(raw)[..., ::-1], 2, axis=-1)
     half = sizes / 2
@@ -132,9 +127,8 @@ class Owlv2(nn.Module):
   def queries(self, tokens: Int[Array, "n k t"]) -> Float32[Array, "n e"]:
     """Embeddings of phrases, each the mean over its k prompts.
 
-    Logits are linear in it: that of the mean is the mean of the prompts',
-    which is how OWL-ViT ensembles (Minderer et al. 2022). It is therefore not
-    brought to unit length again.
+    The mean is not normalised again: logits are linear in it, and OWL-ViT
+    averages the prompts' logits (Minderer et al. 2022).
     """
     n, k, t = tokens.shape
     pooled = self.text(tokens.reshape(n * k, t)).pooled
@@ -143,7 +137,7 @@ class Owlv2(nn.Module):
 
 
 class _Head(nn.Module):
-  """Three layers with GELU (exact) between them, float32 out."""
+  """Three dense layers with exact GELU, float32 out."""
 
   width: int
   out: int
@@ -157,7 +151,7 @@ class _Head(nn.Module):
 
 
 class _Classes(nn.Module):
-  """What turns a patch's similarity with a phrase into a logit."""
+  """Embedding of a patch, and shift and scale of its similarities."""
 
   features: int
 
@@ -176,9 +170,9 @@ def _unit(x, eps=_NORM_EPS):
 
 
 def box_bias(grid: tuple[int, int]) -> Float32[np.ndarray, "p 4"]:
-  """What a patch's box is, in logits, where the head says nothing.
+  """Bias of each patch's box: logits of (x, y, width, height).
 
-  (x, y, width, height): a patch large, at the patch's lower right corner.
+  A box of a patch's size at the patch's lower right corner.
 
   Args:
     grid: rows and columns of patches.

@@ -1,11 +1,10 @@
 """Cache of query embeddings on the devices.
 
-Of the n-grams of captions many come again and again, and a closed vocabulary
-never changes: its text tower runs before the first image.
+Many n-grams of captions recur, and a fixed vocabulary never changes: its
+queries are computed before the first image.
 
-What a phrase's query is must not depend on what was asked for before it. So
-the text tower always runs on `TEXTS` phrases a device, none of which touches
-another, however few of them are new.
+A query must not depend on earlier requests. So the text tower always runs on
+the same number of independent rows, however few phrases are new.
 """
 
 from __future__ import annotations
@@ -21,26 +20,24 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int32, PyTree
 
 from mtv_jax.experts import local_mesh
-from mtv_jax.parallel.mesh import num_batch_shards, replicated_sharding
+from mtv_jax.parallel.mesh import replicated_sharding
 
-# Phrases a device in a run of the text tower: of 16 tokens each, as many rows
-# as a TPU needs to be busy with more than reading the weights.
-TEXTS = 16
-# Phrases remembered: of 512 channels, 32 MB on each device.
-CAPACITY = 16_384
+# Phrases per device in a run of the text tower: with 16 tokens each, enough for
+# a TPU not to be bound by reading the weights.
+_BATCH_SIZE = 16
+# Number of cached phrases: at 512 channels 32 MB on each device.
+_CAPACITY = 16_384
 
 
-class Queries:
-  """A table of queries on every device of a mesh.
-
-  One thread at a time may use it.
+class QueryCache:
+  """A table of queries on every device of a mesh, for use by one thread.
 
   Args:
     embed: parameters and tokens `[n, k, t]` to queries `[n, e]`, by row.
     params: of `embed`, on the devices.
     width: e.
     mesh: of this host.
-    capacity: phrases remembered; a single request for more enlarges it.
+    capacity: number of phrases; a larger request enlarges it.
   """
 
   def __init__(
@@ -50,7 +47,7 @@ class Queries:
     *,
     width: int,
     mesh: Mesh,
-    capacity: int = CAPACITY,
+    capacity: int = _CAPACITY,
   ):
     self._params, self._mesh = params, mesh
     self._embed = local_mesh.jit_per_device(
@@ -63,65 +60,58 @@ class Queries:
     self._table = local_mesh.replicate(
       np.zeros((capacity, width), np.float32), mesh
     )
-    # By the bytes of its tokens, the one asked for last at the end.
+    # By the bytes of its tokens, the most recently used at the end.
     self._slots: collections.OrderedDict[bytes, int] = collections.OrderedDict()
     self.encoded = 0
 
   @property
   def table(self) -> Float32[Array, "capacity e"]:
-    """The queries, to be read with what `find` gave before anything else."""
+    """The queries; slots of `look_up` are valid until its next call."""
     return self._table
 
-  def find(
+  def look_up(
     self, tokens: Int32[np.ndarray, "*n k t"]
   ) -> Int32[np.ndarray, "*n"]:
-    """Where each phrase's query is in `table`; -1 for one whose ids are 0.
+    """Slot of each phrase's query in `table`; -1 for one whose ids are 0.
 
     Args:
       tokens: of each phrase, in each of k prompts.
     """
     lead = tokens.shape[:-2]
     rows = tokens.reshape(-1, *tokens.shape[-2:])
-    there = rows.any(axis=(1, 2))
-    keys = [row.tobytes() for row in rows]
-    wanted = {key: i for i, key in reversed(list(enumerate(keys))) if there[i]}
+    keys = [row.tobytes() if row.any() else None for row in rows]
+    # The first row of each phrase, in order.
+    wanted = {key: i for i, key in reversed([*enumerate(keys)]) if key}
     new = []
     for key, i in sorted(wanted.items(), key=lambda item: item[1]):
       if key in self._slots:
         self._slots.move_to_end(key)
       else:
         new.append((key, i))
-    self._reserve(len(wanted))
-    count = num_batch_shards(self._mesh) * TEXTS
-    for start in range(0, len(new), count):
-      self._encode(rows, new[start : start + count], count)
-    slots = [
-      self._slots[k] if t else -1 for k, t in zip(keys, there, strict=True)
-    ]
-    return np.array(slots, np.int32).reshape(lead)
-
-  def _reserve(self, count: int) -> None:
-    """Makes the table large enough for a request."""
-    capacity = len(self._table)
-    if count > capacity:
-      capacity = 1 << (count - 1).bit_length()
+    if len(wanted) > len(self._table):
+      capacity = 1 << (len(wanted) - 1).bit_length()
       more = ((0, capacity - len(self._table)), (0, 0))
       self._table = local_mesh.replicate(jnp.pad(self._table, more), self._mesh)
+    count = self._mesh.size * _BATCH_SIZE
+    for start in range(0, len(new), count):
+      self._encode(rows, new[start : start + count], count)
+    slots = [self._slots[key] if key else -1 for key in keys]
+    return np.array(slots, np.int32).reshape(lead)
 
   def _encode(
     self, rows: np.ndarray, new: list[tuple[bytes, int]], count: int
   ) -> None:
-    """Runs the text tower on some phrases, in the place of forgotten ones."""
+    """Encodes phrases into free slots or those of the least recently used."""
     capacity = len(self._table)
     tokens = np.zeros((count, *rows.shape[1:]), np.int32)
-    slots = np.full(count, capacity, np.int32)  # Beyond the table: nowhere.
-    for place, (key, i) in enumerate(new):
+    slots = np.full(count, capacity, np.int32)  # Out of range: not written.
+    for row, (key, i) in enumerate(new):
       slot = len(self._slots)
       if slot == capacity:
         _, slot = self._slots.popitem(last=False)
       self._slots[key] = slot
-      tokens[place], slots[place] = rows[i], slot
-    placed = local_mesh.shard({"tokens": tokens}, self._mesh)
-    found = self._embed(self._params, placed)
-    self._table = self._write(self._table, slots, found)
+      tokens[row], slots[row] = rows[i], slot
+    sharded = local_mesh.shard({"tokens": tokens}, self._mesh)
+    queries = self._embed(self._params, sharded)
+    self._table = self._write(self._table, slots, queries)
     self.encoded += len(new)

@@ -6,17 +6,21 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int32, PyTree
+from jaxtyping import PyTree
 
 from mtv_jax.convert import clip, folders, processors, tables, tensors
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.data import tokenizers
-from mtv_jax.experts.owlv2 import clip_tokenizer
+from mtv_jax.experts.owlv2.clip_tokenizer import (
+  MERGES,
+  VOCABULARY,
+  ClipTokenizer,
+)
 from mtv_jax.experts.owlv2.model import Owlv2
 from mtv_jax.models.two_tower import ModelSpec
 
@@ -36,31 +40,17 @@ _HEADS = {
   "objectness/mlp/fc2": "objectness_head.dense1",
   "objectness/last": "objectness_head.dense2",
 }
-_TOKENIZER_FILES = (
-  "tokenizer.json",
-  clip_tokenizer.VOCABULARY,
-  clip_tokenizer.MERGES,
-)
-
-
-@runtime_checkable
-class TextEncoder(Protocol):
-  """Tokenizer: texts to rows of ids."""
-
-  def encode(
-    self, strings: Sequence[str], length: int
-  ) -> Int32[np.ndarray, "n length"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Owlv2Files:
-  """Content of a folder.
+  """Content of a folder: `Owlv2` and its processor.
 
   Attributes:
     spec: of the towers; its image tower has the folder's image size.
     params: of `Owlv2`, NumPy float32.
     mean, std: of pixels from 0 to 1, by channel.
-    tokenizer: of its texts.
+    tokenizer: of phrases.
     tokenizer_hash: of the tokenizer's files.
   """
 
@@ -68,14 +58,14 @@ class Owlv2Files:
   params: dict[str, Any]
   mean: tuple[float, ...]
   std: tuple[float, ...]
-  tokenizer: TextEncoder
+  tokenizer: tokenizers.Tokenizer | ClipTokenizer
   tokenizer_hash: str
 
 
 def read(folder: str | os.PathLike) -> Owlv2Files:
   """Reads a folder of `Owlv2ForObjectDetection.save_pretrained`.
 
-  With the files of its processor: `processor_config.json` or
+  And its processor's files: `processor_config.json` or
   `preprocessor_config.json` (optional), and the tokenizer's `tokenizer.json`
   or `vocab.json` and `merges.txt`.
 
@@ -93,9 +83,8 @@ def read(folder: str | os.PathLike) -> Owlv2Files:
   # CLIP's temperature is of whole images.
   del params["heads"]
   _, processor = folders.read_processor(path)
-  tokenizer = read_tokenizer(path)
   digest = hashlib.blake2b(digest_size=8)
-  for name in _TOKENIZER_FILES:
+  for name in ("tokenizer.json", VOCABULARY, MERGES):
     if (path / name).is_file():
       digest.update((path / name).read_bytes())
   return Owlv2Files(
@@ -103,7 +92,7 @@ def read(folder: str | os.PathLike) -> Owlv2Files:
     params=params,
     mean=tuple(processor.get("image_mean") or processors.CLIP_MEAN),
     std=tuple(processor.get("image_std") or processors.CLIP_STD),
-    tokenizer=tokenizer,
+    tokenizer=read_tokenizer(path),
     tokenizer_hash=digest.hexdigest(),
   )
 
@@ -125,13 +114,8 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
   # A text ends at its highest id whatever eos_token_id is; 2 stands for that.
   text["eos_token_id"] = 2
   vision = folders.with_defaults(config.get("vision_config"), _VISION)
-  towers = {
-    "model_type": "clip",
-    "vision_config": vision,
-    "text_config": text,
-    "projection_dim": width,
-  }
-  return clip.read_spec(towers, ("text_model.", "visual_projection.weight"))
+  sections = dict(vision_config=vision, text_config=text, projection_dim=width)
+  return clip.read_spec({"model_type": "clip", **sections}, ["text_model."])
 
 
 def abstract_params(spec: ModelSpec) -> dict[str, PyTree]:
@@ -161,7 +145,9 @@ def rules(spec: ModelSpec) -> list[Rule]:
   return [*towers, *tables.leaf_rules(heads, _HEADS)]
 
 
-def read_tokenizer(folder: pathlib.Path) -> TextEncoder:
+def read_tokenizer(
+  folder: pathlib.Path,
+) -> tokenizers.Tokenizer | ClipTokenizer:
   """The tokenizer of a folder, in either kind of files.
 
   Raises:
@@ -169,4 +155,4 @@ def read_tokenizer(folder: pathlib.Path) -> TextEncoder:
   """
   if (folder / "tokenizer.json").is_file():
     return tokenizers.build_tokenizer(folder / "tokenizer.json", clean="none")
-  return clip_tokenizer.ClipTokenizer(folder)
+  return ClipTokenizer(folder)

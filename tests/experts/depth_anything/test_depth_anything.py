@@ -1,4 +1,4 @@
-"""Depth Anything V2: its folders, its inputs, its numbers, its labels."""
+"""Depth Anything V2: folders, preprocessing, predictions, labels."""
 
 import json
 
@@ -12,7 +12,11 @@ from mtv_jax.data.labels.label_values import DepthLabel
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.depth_anything import expert as depth_anything
 from mtv_jax.experts.depth_anything import weights
-from mtv_jax.experts.depth_anything.inputs import MEAN, STD, Inputs
+from mtv_jax.experts.depth_anything.preprocess import (
+  MEAN,
+  STD,
+  DepthPreprocess,
+)
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -38,14 +42,14 @@ def _tensors(config=CONFIG):
   """Random tensors of every name that the config's model has."""
   rng = np.random.default_rng(0)
   spec = weights.read_spec(config, ["backbone.embeddings.mask_token"])
-  found = {}
+  tensors = {}
   for rule in weights.rules(spec):
     for name, shape in rule.expected_shapes():
       scale = max(1, int(np.prod(shape[1:]))) ** -0.5
-      found[name] = (scale * rng.normal(size=shape)).astype(np.float32)
-  # The map is to be positive and varied.
-  found["head.conv3.weight"] = abs(found["head.conv3.weight"])
-  return found
+      tensors[name] = (scale * rng.normal(size=shape)).astype(np.float32)
+  # For a positive, varied map.
+  tensors["head.conv3.weight"] = abs(tensors["head.conv3.weight"])
+  return tensors
 
 
 def _write(folder, config=CONFIG, tensors=None):
@@ -62,7 +66,7 @@ def folder(tmp_path_factory):
   return _write(tmp_path_factory.mktemp("depth") / "tiny")
 
 
-# docs/experts.md of (rows, columns): what each reference makes of it.
+# Sizes of both references by (rows, columns), from docs/experts.md.
 SIZES = {
   (480, 640): ((518, 686), (518, 686)),
   (768, 1024): ((518, 686), (518, 686)),
@@ -77,30 +81,35 @@ SIZES = {
 @pytest.mark.parametrize("image", SIZES, ids=str)
 def test_sizes_are_the_references(image):
   original, huggingface = SIZES[image]
-  assert Inputs("original", max_aspect=9).size_of(*image) == original
-  assert Inputs("huggingface", max_aspect=9).size_of(*image) == huggingface
-  assert Inputs("square").size_of(*image) == (518, 518)
+  assert (
+    DepthPreprocess("original", max_aspect=9).resized_shape(*image) == original
+  )
+  assert (
+    DepthPreprocess("huggingface", max_aspect=9).resized_shape(*image)
+    == huggingface
+  )
+  assert DepthPreprocess("square").resized_shape(*image) == (518, 518)
 
 
 def test_long_images_are_squeezed_and_shapes_are_few():
-  inputs = Inputs()
-  assert inputs.size_of(500, 2000) == (518, 1036)
-  assert inputs.size_of(2000, 500) == (1036, 518)
-  assert Inputs("huggingface").size_of(100, 4000) == (14, 28)
+  inputs = DepthPreprocess()
+  assert inputs.resized_shape(500, 2000) == (518, 1036)
+  assert inputs.resized_shape(2000, 500) == (1036, 518)
+  assert DepthPreprocess("huggingface").resized_shape(100, 4000) == (14, 28)
   rng = np.random.default_rng(0)
   sides = rng.integers(20, 3000, size=(20000, 2))
-  shapes = {inputs.size_of(*map(int, pair)) for pair in sides}
+  shapes = {inputs.resized_shape(*map(int, pair)) for pair in sides}
   assert len(shapes) == 75
   assert all(not side % 14 for shape in shapes for side in shape)
 
 
-def test_options_that_cannot_be_are_refused():
+def test_invalid_options_are_refused():
   with pytest.raises(ValueError, match="nearest is 504"):
-    Inputs(size=500)
+    DepthPreprocess(size=500)
   with pytest.raises(ValueError, match="did you mean 'original'|original"):
-    Inputs("orginal")
+    DepthPreprocess("orginal")
   with pytest.raises(ValueError, match="max_aspect=0.5"):
-    Inputs(max_aspect=0.5)
+    DepthPreprocess(max_aspect=0.5)
 
 
 def _cubic(x, a):
@@ -113,11 +122,11 @@ def _cubic(x, a):
 def _neighbours(image, new, axis):
   """Four neighbours a dimension, edges repeated, in float64."""
   old = image.shape[axis]
-  place = (np.arange(new) + 0.5) * old / new - 0.5
+  centre = (np.arange(new) + 0.5) * old / new - 0.5
   total = 0
   for step in range(-1, 3):
-    at = np.floor(place) + step
-    weight = _cubic(place - at, -0.75)
+    at = np.floor(centre) + step
+    weight = _cubic(centre - at, -0.75)
     taken = np.take(image, at.clip(0, old - 1).astype(int), axis=axis)
     total = total + taken * np.expand_dims(weight, (1 - axis, 2))
   return total
@@ -126,34 +135,34 @@ def _neighbours(image, new, axis):
 def test_original_is_bicubic_on_floats_without_antialiasing():
   rng = np.random.default_rng(0)
   image = rng.integers(0, 256, (40, 61, 3), np.uint8)
-  inputs = Inputs(size=28)
-  height, width = inputs.size_of(40, 61)
+  inputs = DepthPreprocess(size=28)
+  height, width = inputs.resized_shape(40, 61)
   wanted = _neighbours(image / 255, height, 0)
   wanted = (_neighbours(wanted, width, 1) - MEAN) / STD
-  found = inputs(image)
-  assert found.shape == (28, 42, 3) and found.dtype == np.float32
-  np.testing.assert_allclose(found, wanted, atol=2e-5)
+  pixels = inputs(image)
+  assert pixels.shape == (28, 42, 3) and pixels.dtype == np.float32
+  np.testing.assert_allclose(pixels, wanted, atol=2e-5)
 
 
 def test_square_is_the_canvas_normalised():
   image = np.random.default_rng(0).integers(0, 256, (40, 61, 3), np.uint8)
-  found = Inputs("square", size=28)(image)
+  got = DepthPreprocess("square", size=28)(image)
   pixels = canvas.squash(image, 28) / 255
-  np.testing.assert_allclose(found, (pixels - MEAN) / STD, atol=1e-6)
+  np.testing.assert_allclose(got, (pixels - MEAN) / STD, atol=1e-6)
 
 
-def test_a_folder_is_read_whole(folder):
+def test_every_tensor_of_a_folder_is_read(folder):
   model = weights.read(folder)
   assert model.spec.taps == (0, 1, 2, 3)
   assert model.spec.image.patch_size == 14
   shapes = weights.abstract_params(model.spec)
-  found = {n: leaf.shape for n, leaf in flatten_with_names(model.params)}
-  assert found == {n: leaf.shape for n, leaf in flatten_with_names(shapes)}
+  read = {n: leaf.shape for n, leaf in flatten_with_names(model.params)}
+  assert read == {n: leaf.shape for n, leaf in flatten_with_names(shapes)}
   # The transposed convolution: [in, out, y, x] to columns (y, x, out).
   stored = _tensors()["neck.reassemble_stage.layers.1.resize.weight"]
   kernel = model.params["depth"]["reassemble2"]["resize"]["kernel"]
   assert kernel[3, (1 * 2 + 0) * 8 + 5] == stored[3, 5, 1, 0]
-  # Stages are counted from the shallowest, theirs from the deepest.
+  # Ours count fusions from the shallowest, files from the deepest.
   stored = _tensors()[
     "neck.fusion_stage.layers.3.residual_layer1.convolution2.weight"
   ]
@@ -161,7 +170,7 @@ def test_a_folder_is_read_whole(folder):
   np.testing.assert_array_equal(kernel, stored.transpose(2, 3, 1, 0))
 
 
-def test_a_folder_that_is_not_whole_names_what_is_missing(tmp_path):
+def test_an_incomplete_folder_names_the_missing_tensors(tmp_path):
   tensors = _tensors()
   lost = "neck.fusion_stage.layers.2.residual_layer2.convolution1.bias"
   del tensors[lost], tensors["backbone.encoder.layer.3.mlp.fc1.weight"]
@@ -169,7 +178,7 @@ def test_a_folder_that_is_not_whole_names_what_is_missing(tmp_path):
     weights.read(_write(tmp_path / "a", tensors=tensors))
   assert lost in str(error.value)
   assert "backbone.encoder.layer.3.mlp.fc1.weight" in str(error.value)
-  # What is never run may be there, and nothing else may.
+  # Unused layers may be in the file, and nothing else.
   tensors = _tensors()
   unused = "neck.fusion_stage.layers.0.residual_layer1.convolution1.bias"
   tensors[unused] = np.zeros(8, np.float32)
@@ -200,14 +209,14 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("said", WRONG, ids=str)
-def test_what_is_not_supported_is_refused(said, tmp_path):
+@pytest.mark.parametrize("message", WRONG, ids=str)
+def test_unsupported_configs_are_refused(message, tmp_path):
   folder = _write(tmp_path / "a")
-  config = {**CONFIG, **WRONG[said]}
+  config = {**CONFIG, **WRONG[message]}
   (folder / "config.json").write_text(json.dumps(config))
   with pytest.raises(ConversionError) as error:
     weights.read(folder)
-  assert said in str(error.value)
+  assert message in str(error.value)
 
 
 def test_stages_may_be_given_by_name():
@@ -222,12 +231,12 @@ def test_stages_may_be_given_by_name():
 
 @pytest.mark.slow
 def test_a_photo_becomes_a_label_on_any_number_of_devices(folder):
-  """One device and eight, to the bit."""
+  """Bit-equal on one device and on eight."""
   rng = np.random.default_rng(1)
   images = rng.integers(0, 256, (8, 40, 60, 3), np.uint8)
   options = dict(preprocess="square", size=28, side=8)
   record = {"key": "a", "captions": [], "meta": {}}
-  found = []
+  depths = []
   for devices in (jax.devices()[:1], jax.devices()):
     mesh = make_mesh({"data": -1}, devices)
     expert = depth_anything.load_expert(folder, mesh=mesh, **options)
@@ -240,10 +249,10 @@ def test_a_photo_becomes_a_label_on_any_number_of_devices(folder):
     for start in range(0, len(images), expert.rows):
       out = expert.run({"images": pixels[start : start + expert.rows]})
       maps.append(np.asarray(out["depth"]))
-    found.append(np.concatenate(maps))
-  np.testing.assert_array_equal(*found)
-  assert found[0].shape == (8, 28, 28) and (found[0] > 0).all()
-  outcome = expert.finish({"depth": found[0][3]}, items[3].meta)
+    depths.append(np.concatenate(maps))
+  np.testing.assert_array_equal(*depths)
+  assert depths[0].shape == (8, 28, 28) and (depths[0] > 0).all()
+  outcome = expert.finish({"depth": depths[0][3]}, items[3].meta)
   assert isinstance(outcome.label, DepthLabel) and not outcome.counts
   assert outcome.label.values.shape == (8, 8)
   assert outcome.label.low < outcome.label.high
@@ -285,10 +294,10 @@ def _both(model, folder, images, **options):
     with torch.no_grad():
       wanted = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
     wanted = wanted.predicted_depth.numpy()
-    found = np.asarray(expert.run({"images": pixels})["depth"])
-    assert found.shape == wanted.shape
+    depth = np.asarray(expert.run({"images": pixels})["depth"])
+    assert depth.shape == wanted.shape
     assert wanted.min() > 0 and wanted.std() > 0.05 * wanted.mean()
-    assert abs(found - wanted).max() < 1e-4 * abs(wanted).max()
+    assert abs(depth - wanted).max() < 1e-4 * abs(wanted).max()
 
 
 @pytest.mark.reference
@@ -333,7 +342,7 @@ def test_true_shapes_equal_transformers(variant, count, tmp_path, shared_data):
 
 @pytest.mark.reference
 def test_huggingface_inputs_equal_its_processors(shared_data):
-  """To the bit of its Pillow backend; of torchvision's, but for rounding."""
+  """Equal to its Pillow backend, and to torchvision's but for rounding."""
   transformers = pytest.importorskip("transformers")
   options = dict(
     size={"height": 518, "width": 518},
@@ -345,14 +354,14 @@ def test_huggingface_inputs_equal_its_processors(shared_data):
   )
   pillow = transformers.DPTImageProcessorPil(**options)
   torchvision = transformers.DPTImageProcessor(**options)
-  inputs = Inputs("huggingface", max_aspect=9.0)
+  inputs = DepthPreprocess("huggingface", max_aspect=9.0)
   images = _photos(shared_data, 4)
   images.append(images[0][:200, :300])
   for image in images:
-    found = inputs(image).transpose(2, 0, 1)[None]
+    pixels = inputs(image).transpose(2, 0, 1)[None]
     wanted = pillow(images=image, return_tensors="np")["pixel_values"]
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(pixels, wanted, atol=1e-5)
     wanted = torchvision(images=image, return_tensors="np")["pixel_values"]
     # Its weights have other digits: a byte or two in one of 150 values.
-    steps = abs(found - wanted) * 255 * STD[:, None, None]
+    steps = abs(pixels - wanted) * 255 * STD[:, None, None]
     assert steps.max() < 2.01 and (steps > 0.5).mean() < 0.01

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
@@ -19,14 +20,12 @@ from mtv_jax.experts.labelling import box_matching
 from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.onnx import decoders
 from mtv_jax.experts.onnx import detector as onnx_detector
+from mtv_jax.parallel.mesh import make_mesh
 from tools import label as label_tool
 from tools import make_labels, make_shards, match_boxes
 
 NAMES = ("person", "dog", "cup")
-OPTIONS = dict(
-  threshold=0.4, nms=0.45, max_boxes=100, min_side=0.0, max_area=1.0
-)
-# What FastestDet's names call COCO's classes.
+# FastestDet's names of COCO's classes.
 RENAMED = (
   "motorbike=motorcycle", "aeroplane=airplane", "sofa=couch",
   "pottedplant=potted plant", "diningtable=dining table", "tvmonitor=tv",
@@ -43,7 +42,7 @@ def grid(seed, classes=3, height=5, width=7):
 def cells(output, threshold):
   """The published rule, a cell at a time: (y0, x0, y1, x1, score, class)."""
   _, height, width = output.shape
-  found = []
+  boxes = []
   for i in range(height):
     for j in range(width):
       cell = [float(x) for x in output[:, i, j]]
@@ -53,8 +52,8 @@ def cells(output, threshold):
       x, y = (j + math.tanh(cell[1])) / width, (i + math.tanh(cell[2])) / height
       w, h = (1 / (1 + math.exp(-r)) for r in cell[3:5])
       box = (y - h / 2, x - w / 2, y + h / 2, x + w / 2)
-      found.append((*box, score, cell[5:].index(max(cell[5:]))))
-  return found
+      boxes.append((*box, score, cell[5:].index(max(cell[5:]))))
+  return boxes
 
 
 def published(output, threshold, height, width):
@@ -63,16 +62,16 @@ def published(output, threshold, height, width):
   As the detector's example has it: boxes are cut to whole pixels, and both
   ends count.
   """
-  found = []
+  boxes = []
   for *box, score, kind in cells(output, threshold):
     sides = [height, width, height, width]
     pixels = [int(c * side) for c, side in zip(box, sides, strict=True)]
-    found.append((*pixels, score, kind))
-  kept = []
-  for one in sorted(found, key=lambda f: f[4], reverse=True):
-    if all(overlap(one, other) <= 0.45 for other in kept):
-      kept.append(one)
-  return kept
+    boxes.append((*pixels, score, kind))
+  best = []
+  for box in sorted(boxes, key=lambda b: b[4], reverse=True):
+    if all(overlap(box, other) <= 0.45 for other in best):
+      best.append(box)
+  return best
 
 
 def overlap(a, b, *, end=1):
@@ -121,7 +120,7 @@ class Port:
 
 
 class Session:
-  """Has the face of onnxruntime's; answers with a grid that the image names."""
+  """Like onnxruntime's; its output is a grid, seeded by the image."""
 
   def __init__(self, batch=1, side=32, outputs=None):
     self.input = Port("in", [batch, 3, side, side])
@@ -142,11 +141,20 @@ class Session:
     return [np.stack([grid(seed) for seed in seeds])]
 
 
-def build(session, *, rows=4, size=None, names=NAMES, decoder=None):
-  return onnx_detector.OnnxDetector(
-    session, decoder or decoders.FastestDet(), names,
-    size=size, rows=rows, options=OPTIONS, source={"file": "a.onnx"},
-  )  # fmt: skip
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+  """Opens a session as a file's."""
+  file, names_file = tmp_path / "a.onnx", tmp_path / "names.txt"
+  file.write_bytes(b"a model")
+  mesh = make_mesh({"data": 1}, jax.devices()[:1])
+
+  def build(session, *, batch_size=4, names=NAMES, **options):
+    names_file.write_text("\n".join(names))
+    monkeypatch.setattr(onnx_detector, "_open_session", lambda *_: session)
+    options = dict(mesh=mesh, batch_size=batch_size, threshold=0.4, **options)
+    return onnx_detector.load_expert(file, names=names_file, **options)
+
+  return build
 
 
 def image_of(seed):
@@ -161,9 +169,9 @@ def inside(box):
 @pytest.mark.parametrize(
   ("batch", "rows", "wanted"), [(1, 4, 1), (3, 4, 3), ("n", 4, 1)]
 )
-def test_rows_are_the_files_batches(batch, rows, wanted):
+def test_rows_are_the_files_batches(build, batch, rows, wanted):
   session = Session(batch)
-  expert = build(session, rows=rows)
+  expert = build(session, batch_size=rows)
   assert isinstance(expert, Expert)
   assert expert.rows == 6 if batch == 3 else 4
   prepared = [expert.prepare(image_of(i), {}) for i in range(expert.rows)]
@@ -172,7 +180,7 @@ def test_rows_are_the_files_batches(batch, rows, wanted):
   for i, each in enumerate(prepared):
     np.testing.assert_array_equal(out["out"][i], grid(i))
     label = expert.finish({"out": out["out"][i]}, each.meta).label
-    # A box that lies mostly outside of the image is none.
+    # Boxes mostly outside of the image are dropped.
     best = max(filter(inside, cells(grid(i), 0.4)), key=lambda f: f[4])
     assert label.phrases[0] == NAMES[best[5]]
     np.testing.assert_allclose(
@@ -195,12 +203,12 @@ def test_rows_are_the_files_batches(batch, rows, wanted):
     ),
   ],
 )  # fmt: skip
-def test_files_that_are_something_else(session, changes, message):
+def test_files_of_other_models(build, session, changes, message):
   with pytest.raises(ValueError, match=message):
     build(session, **changes)
 
 
-def test_inputs_that_are_something_else():
+def test_files_with_other_inputs(build):
   session = Session()
   session.input.type = "tensor(uint8)"
   with pytest.raises(ValueError, match=r"uint8.*\[1, 3, 32, 32\]"):
@@ -213,7 +221,7 @@ def test_inputs_that_are_something_else():
 
 
 class Corners:
-  """A decoder of one's own: rows of (x0, y0, x1, y1, score), in pixels."""
+  """A user's decoder: rows of (x0, y0, x1, y1, score), in pixels."""
 
   name, threshold, nms = "corners", 0.5, 0.5
 
@@ -224,31 +232,32 @@ class Corners:
     return np.zeros((3, height, width), np.float32)
 
   def decode(self, outputs, names, *, threshold, image_size):
-    found = outputs["boxes"]
-    found = found[found[:, 4] > threshold]
+    rows = outputs["boxes"]
+    rows = rows[rows[:, 4] > threshold]
     height, width = image_size
-    boxes = found[:, [1, 0, 3, 2]] / [height, width, height, width]
+    boxes = rows[:, [1, 0, 3, 2]] / [height, width, height, width]
     return Detections(
-      boxes.astype(np.float32), found[:, 4], (names[0],) * len(found)
+      boxes.astype(np.float32), rows[:, 4], (names[0],) * len(rows)
     )
 
 
 corners = Corners()
 
 
-def test_a_decoder_of_ones_own():
-  found = decoders.find(f"{__name__}:corners")
+def test_a_decoder_by_module_and_name(build):
   expert = build(
-    Session(outputs=[Port("boxes", ["n", 5])]), decoder=found, names=["thing"]
+    Session(outputs=[Port("boxes", ["n", 5])]),
+    decoder=f"{__name__}:corners",
+    names=["thing"],
   )
   rows = np.array([[6, 4, 30, 20, 0.9], [0, 0, 9, 9, 0.3]], np.float32)
   label = expert.finish({"boxes": rows}, (40, 60)).label
   np.testing.assert_allclose(label.boxes, [[0.1, 0.1, 0.5, 0.5]], atol=1e-6)
   assert label.phrases == ("thing",)
   with pytest.raises(ValueError, match="Decoder"):
-    decoders.find(f"{__name__}:Corners")
+    decoders.get_decoder(f"{__name__}:Corners")
   with pytest.raises(ValueError, match="Did you mean 'fastestdet'"):
-    decoders.find("fastestdat")
+    decoders.get_decoder("fastestdat")
 
 
 def test_files_and_packages_that_are_missing(tmp_path, monkeypatch):
@@ -261,20 +270,18 @@ def test_files_and_packages_that_are_missing(tmp_path, monkeypatch):
     onnx_detector.load_expert(model, names=names)
   with pytest.raises(ValueError, match="dtype"):
     onnx_detector.load_expert(model, names=names, dtype="bfloat16")
-  with pytest.raises(ValueError, match="threshold is 65"):
+  with pytest.raises(ValueError, match="threshold is 65.0, expected a number"):
     onnx_detector.load_expert(model, names=names, threshold=65.0)
 
 
-def test_names_begin_after_a_byte_order_mark(tmp_path, monkeypatch):
-  monkeypatch.setattr(onnx_detector, "_session", lambda data, file: Session())
+def test_names_begin_after_a_byte_order_mark(build, tmp_path):
+  wanted = build(Session()).settings["names_hash"]
   model, names = tmp_path / "a.onnx", tmp_path / "names.txt"
-  model.write_bytes(b"a model")
   names.write_text("\ufeff" + "\r\n".join(NAMES) + "\r\n", encoding="utf-8")
   expert = onnx_detector.load_expert(model, names=names)
-  wanted = build(Session()).settings["names_hash"]
   assert expert.settings["names_hash"] == wanted
   names.write_bytes(b"caf\xe9\n")
-  with pytest.raises(ValueError, match=r"names\.txt is no text in UTF-8"):
+  with pytest.raises(ValueError, match=r"names\.txt is not UTF-8 text"):
     onnx_detector.load_expert(model, names=names)
 
 
@@ -405,7 +412,7 @@ def test_the_rate_on_coco_is_the_published_codes(
 
 
 def rate_as_published(detector, shards, truth):
-  """What the published rules find, matched as label sets are."""
+  """Boxes of the published rules, matched as label sets are."""
   renamed = box_matching.parse_renamed(RENAMED)
   names = [renamed.get(name, name) for name in detector._names]
   base = WebDatasetSource(f"{shards}/*.tar", captions="ignored")
@@ -419,12 +426,12 @@ def rate_as_published(detector, shards, truth):
     prepared = detector.prepare(image, {})
     out = detector.run({"image": prepared.arrays["image"][None]})
     height, width = image.shape[:2]
-    found = published(out["758"][0], 0.65, height, width)
-    boxes = np.array([f[:4] for f in found]).reshape(-1, 4)
+    rows = published(out["758"][0], 0.65, height, width)
+    boxes = np.array([row[:4] for row in rows]).reshape(-1, 4)
     label = BoxLabel(
       (boxes / [height, width, height, width]).astype(np.float32),
-      tuple(names[f[5]] for f in found),
-      np.array([f[4] for f in found], np.float32),
+      tuple(names[row[5]] for row in rows),
+      np.array([row[4] for row in rows], np.float32),
     )
     agreement.add(label, stored.label)
   return agreement

@@ -1,4 +1,4 @@
-"""OWLv2 labels boxes, as `transformers` detects them."""
+"""OWLv2 expert: preprocessing, queries, labels, errors."""
 
 import dataclasses
 import json
@@ -14,19 +14,11 @@ from mtv_jax.data import tokenizers
 from mtv_jax.data.records import BadRecord
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling.phrases import Phrases
-from mtv_jax.experts.owlv2 import (
-  expert as owlv2,
-)
-from mtv_jax.experts.owlv2 import (
-  model as owlv2_model,
-)
-from mtv_jax.experts.owlv2 import (
-  preprocess as owlv2_pixels,
-)
-from mtv_jax.experts.owlv2 import (
-  weights as owlv2_weights,
-)
-from mtv_jax.experts.owlv2.queries import Queries
+from mtv_jax.experts.owlv2 import expert as owlv2
+from mtv_jax.experts.owlv2 import model as owlv2_model
+from mtv_jax.experts.owlv2 import preprocess as owlv2_pixels
+from mtv_jax.experts.owlv2 import weights as owlv2_weights
+from mtv_jax.experts.owlv2.queries import QueryCache
 from mtv_jax.parallel.mesh import make_mesh
 
 TINY = {
@@ -121,18 +113,18 @@ def test_a_patch_biases_its_box_to_itself():
 
 
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (64, 64), (1, 9)])
-def test_an_image_lies_in_the_corner_of_a_grey_square(shape):
+def test_images_are_padded_to_a_grey_square(shape):
   image = photo(shape)
   side = max(shape)
-  square = owlv2_pixels.in_square(image, side)
+  square = owlv2_pixels.pad_to_square(image, side)
   expected = np.full((side, side, 3), 0.5)
   expected[: shape[0], : shape[1]] = image / 255
   np.testing.assert_allclose(square, expected, atol=1e-6)
 
 
 def test_a_banner_is_resized_without_its_square():
-  # Its square is never made, nor much of it.
-  square = owlv2_pixels.in_square(np.full((4, 1500, 3), 255, np.uint8), 50)
+  # The padded square is not allocated.
+  square = owlv2_pixels.pad_to_square(np.full((4, 1500, 3), 255, np.uint8), 50)
   assert square.shape == (50, 50, 3)
   assert square[0].min() > 0.5
   np.testing.assert_array_equal(square[6:], 0.5)
@@ -142,7 +134,7 @@ def test_a_banner_is_resized_without_its_square():
 
 
 @pytest.mark.slow
-def test_labels_are_in_the_image_whatever_the_number_of_devices(folder):
+def test_labels_do_not_depend_on_the_number_of_devices(folder):
   images = [photo((30, 60), i) for i in range(8)]
   phrases = [[f"a {i}", "dog", "the same"] for i in range(8)]
   options = dict(phrases=Given(), threshold=0.0, nms=0.9)
@@ -169,7 +161,7 @@ def test_labels_are_in_the_image_whatever_the_number_of_devices(folder):
 
 
 @pytest.mark.slow
-def test_a_closed_vocabulary_finds_the_same(folder):
+def test_a_fixed_vocabulary_gives_the_same_boxes(folder):
   images, phrases = [photo((30, 60))], ("a 0", "dog", "the same")
   options = dict(mesh=mesh_of(1), threshold=0.0, nms=0.9)
   one = owlv2.load_expert(folder, phrases=Given(), **options)
@@ -181,12 +173,12 @@ def test_a_closed_vocabulary_finds_the_same(folder):
   np.testing.assert_array_equal(again.label.boxes, expected.label.boxes)
 
 
-def test_queries_do_not_depend_on_what_was_asked_before():
+def test_queries_do_not_depend_on_earlier_requests():
   def embed(params, tokens):
     return params * tokens.sum(axis=1).astype(np.float32)
 
   def make(capacity):
-    return Queries(
+    return QueryCache(
       embed, np.float32(2), width=3, mesh=mesh_of(2), capacity=capacity
     )
 
@@ -195,18 +187,18 @@ def test_queries_do_not_depend_on_what_was_asked_before():
   tokens[7] = 0
   queries = make(8)
   for request in (tokens[:5], tokens[3:9], tokens[::-1], tokens[60:66]):
-    slots = queries.find(request)
+    slots = queries.look_up(request)
     expected = 2 * request.sum(axis=1)
-    there = request.any(axis=(1, 2))
-    np.testing.assert_array_equal(slots >= 0, there)
+    is_phrase = request.any(axis=(1, 2))
+    np.testing.assert_array_equal(slots >= 0, is_phrase)
     table = np.asarray(queries.table)
-    np.testing.assert_array_equal(table[slots[there]], expected[there])
+    np.testing.assert_array_equal(table[slots[is_phrase]], expected[is_phrase])
   encoded = queries.encoded
-  queries.find(tokens[60:66].reshape(2, 3, 1, 3))
+  queries.look_up(tokens[60:66].reshape(2, 3, 1, 3))
   assert queries.encoded == encoded
 
 
-def test_a_query_that_is_none_never_wins():
+def test_padding_queries_never_win():
   patches = owlv2_model.Patches(
     embeddings=np.ones((1, 2, 2), np.float32),
     shift=np.full((1, 2), -5, np.float32),
@@ -220,7 +212,7 @@ def test_a_query_that_is_none_never_wins():
   np.testing.assert_array_equal(logits[0, :, 1], np.finfo(np.float32).min)
 
 
-def test_a_wrong_folder_says_what_is_wrong(folder, tmp_path):
+def test_errors_name_the_tensor_the_field_and_the_option(folder, tmp_path):
   tensors = safetensors.numpy.load_file(folder / "model.safetensors")
   del tensors["box_head.dense1.bias"]
   safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")

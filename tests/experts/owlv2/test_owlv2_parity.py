@@ -8,15 +8,9 @@ import numpy as np
 import pytest
 
 from mtv_jax.data import canvas
-from mtv_jax.experts.owlv2 import (
-  expert as owlv2,
-)
-from mtv_jax.experts.owlv2 import (
-  preprocess as owlv2_pixels,
-)
-from mtv_jax.experts.owlv2 import (
-  weights as owlv2_weights,
-)
+from mtv_jax.experts.owlv2 import expert as owlv2
+from mtv_jax.experts.owlv2 import preprocess as owlv2_pixels
+from mtv_jax.experts.owlv2 import weights as owlv2_weights
 from mtv_jax.experts.owlv2.clip_tokenizer import ClipTokenizer
 from mtv_jax.experts.owlv2.model import Owlv2
 from mtv_jax.parallel.mesh import make_mesh
@@ -75,14 +69,14 @@ def vocabulary(shared_data, tmp_path_factory):
 
 
 def make(config, vocabulary, path):
-  """A random model of theirs, and its folder with a tokenizer."""
+  """A random model of transformers, saved with a tokenizer."""
   torch = pytest.importorskip("torch")
   from transformers import Owlv2Config, Owlv2ForObjectDetection
 
   torch.manual_seed(0)
   model = Owlv2ForObjectDetection(Owlv2Config(**config)).eval()
   with torch.no_grad():
-    # Theirs start so large that every box fills the image or nothing.
+    # The default initialisation makes each box the whole image or empty.
     for head in (model.box_head, model.objectness_head, model.class_head):
       for parameter in head.parameters():
         parameter.normal_(std=parameter.shape[-1] ** -0.5)
@@ -152,7 +146,7 @@ def compare(model, folder, images):
     )
     # Neighbours in rank may be closer than rounding: sets, not orders.
     scaled = output["boxes"][:count] * max(image.shape[:2])
-    found = np.column_stack([output["labels"][:count], scaled])
+    rows = np.column_stack([output["labels"][:count], scaled])
     wanted = np.column_stack(
       [
         expected["labels"].numpy(),
@@ -160,7 +154,7 @@ def compare(model, folder, images):
       ]
     )
     for row in wanted:
-      assert np.abs(found - row).max(1).min() < 0.05
+      assert np.abs(rows - row).max(1).min() < 0.05
     outcome = expert.finish(output, prepared.meta)
     assert outcome.label is not None
 
@@ -190,7 +184,7 @@ def test_pixels(shared_data, size):
     expected = processor.resize(
       padded.transpose(2, 0, 1), {"height": size, "width": size}
     ).transpose(1, 2, 0)
-    ours = owlv2_pixels.in_square(image, size)
+    ours = owlv2_pixels.pad_to_square(image, size)
     difference = np.abs(ours - expected)
     if size > side:
       # Beyond the centres of the outermost pixels.

@@ -1,0 +1,72 @@
+"""Experts of depth, for any model that predicts inverse depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree, UInt8
+
+from mtv_jax.data.labels import label_values
+from mtv_jax.data.labels.label_values import Outcome
+from mtv_jax.data.records import Record
+from mtv_jax.experts import local_mesh
+from mtv_jax.experts.base import Prepared
+
+
+class DepthExpert:
+  """Expert of depth.
+
+  Args:
+    function: from parameters and `images` `[n, h, w, 3]` to `depth`
+      `[n, h, w]`, inverse, each image's in its own scale.
+    params: of the function.
+    preprocess: an image to its input; inputs of one shape share a batch.
+    mesh: of this host.
+    batch_size: images per device.
+    side: of the labels, in pixels.
+    settings: of the model and its preprocessing, for the manifest.
+  """
+
+  kind = "depth"
+
+  def __init__(
+    self,
+    function: Callable[[PyTree, PyTree], dict[str, jax.Array]],
+    params: PyTree,
+    preprocess: Callable[[np.ndarray], np.ndarray],
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    side: int,
+    settings: Mapping[str, Any],
+  ):
+    self.rows = batch_size * mesh.size
+    self.settings = {
+      **settings,
+      "batch_size": batch_size,
+      "side": side,
+    }
+    self._mesh, self._preprocess, self._side = mesh, preprocess, side
+    self._params = local_mesh.replicate(params, mesh)
+    self._function = local_mesh.jit_per_device(function, mesh)
+
+  def prepare(
+    self, image: UInt8[np.ndarray, "h w 3"], record: Record
+  ) -> Prepared:
+    """The preprocessed image."""
+    del record
+    pixels = self._preprocess(image)
+    return Prepared(pixels.shape[:2], {"images": pixels})
+
+  def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """`depth` `[rows, h, w]`."""
+    return self._function(self._params, local_mesh.shard(arrays, self._mesh))
+
+  def finish(self, outputs: Mapping[str, np.ndarray], meta: Any) -> Outcome:
+    """The label of one image: its map, averaged to the labels' size."""
+    del meta
+    return label_values.make_depth(outputs["depth"], side=self._side)
