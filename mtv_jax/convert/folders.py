@@ -23,10 +23,7 @@ WEIGHTS = "model.safetensors"
 _LFS = b"version https://git-lfs"
 # Weight formats that are not read, and the reason.
 _OTHERS = {
-  "*.bin": "pickles, which are never loaded here",
-  "*.pt": "pickles, which are never loaded here",
-  "*.pth": "pickles, which are never loaded here",
-  "*.ckpt": "pickles, which are never loaded here",
+  **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.ckpt"), "unsafe pickles"),
   "*.msgpack": "Flax weights",
   "*.h5": "TensorFlow weights",
   "*.npz": "NumPy archives; from_big_vision converts big_vision's",

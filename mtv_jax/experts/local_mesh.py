@@ -55,11 +55,8 @@ def jit_per_device(
 
   Args:
     function: from parameters and arrays `[n, ...]` to arrays `[n, ...]`, with
-      independent rows.
+      independent rows. The result takes those of `replicate` and `shard`.
     mesh: a local mesh.
-
-  Returns:
-    A function of the results of `replicate` and `shard`.
   """
   # With shard_map every device runs the program of a single device.
   mapped = jax.shard_map(

@@ -57,20 +57,19 @@ def load_expert(
     ConversionError: it holds another model, or not all of this one.
     ConfigError: an option is out of its range.
   """
-  model = weights.read(path)
-  patch = model.spec.image.patch_size
-  inputs = DepthPreprocess(preprocess, size, patch, max_aspect)
+  spec, params = weights.read(path)
+  inputs = DepthPreprocess(preprocess, size, spec.image.patch_size, max_aspect)
   mesh = local_mesh.local_mesh() if mesh is None else mesh
   return DepthExpert(
-    make_function(model.spec, dtype=dtype, mesh=mesh),
-    model.params,
+    make_function(spec, dtype=dtype, mesh=mesh),
+    params,
     inputs,
     mesh=mesh,
     batch_size=batch_size,
     side=side,
     settings={
       "expert": "depth_anything",
-      "hash": local_mesh.fingerprint(model.params),
+      "hash": local_mesh.fingerprint(params),
       "dtype": dtype,
       "preprocess": preprocess,
       "size": size,

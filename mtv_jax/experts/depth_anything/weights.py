@@ -70,15 +70,12 @@ for _i in range(dpt.STAGES):
 
 @dataclasses.dataclass(frozen=True)
 class DepthSpec:
-  """Architecture of a Depth Anything V2.
+  """Architecture of a Depth Anything V2; of the head see `DPT`.
 
   Attributes:
     image: the encoder.
     taps: blocks that the head reads, from 0; the encoder's last norm is
       applied to each.
-    features: channels of the fused maps.
-    channels: of the reassembled maps.
-    head_features: channels before the last layer.
   """
 
   image: ViTSpec
@@ -99,16 +96,11 @@ class DepthSpec:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class DepthModel:
-  """A model from a folder; its parameters are `image` and `depth`."""
-
-  spec: DepthSpec
-  params: dict[str, Any]
-
-
-def read(folder: str | os.PathLike) -> DepthModel:
+def read(folder: str | os.PathLike) -> tuple[DepthSpec, dict[str, Any]]:
   """Reads a folder of `DepthAnythingForDepthEstimation.save_pretrained`.
+
+  Returns:
+    The architecture, and the parameters `image` and `depth` as NumPy arrays.
 
   Raises:
     MissingFileError: there is no folder.
@@ -120,7 +112,7 @@ def read(folder: str | os.PathLike) -> DepthModel:
   )
   with folders.open_weights(path) as store:
     spec = read_spec(config, store.names)
-    return DepthModel(spec, tensors.load(rules(spec), store, ignore=_IGNORE))
+    return spec, tensors.load(rules(spec), store, ignore=_IGNORE)
 
 
 def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:

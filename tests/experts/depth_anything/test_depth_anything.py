@@ -152,21 +152,21 @@ def test_square_is_the_canvas_normalised():
 
 
 def test_every_tensor_of_a_folder_is_read(folder):
-  model = weights.read(folder)
-  assert model.spec.taps == (0, 1, 2, 3)
-  assert model.spec.image.patch_size == 14
-  shapes = weights.abstract_params(model.spec)
-  read = {n: leaf.shape for n, leaf in flatten_with_names(model.params)}
+  spec, params = weights.read(folder)
+  assert spec.taps == (0, 1, 2, 3)
+  assert spec.image.patch_size == 14
+  shapes = weights.abstract_params(spec)
+  read = {n: leaf.shape for n, leaf in flatten_with_names(params)}
   assert read == {n: leaf.shape for n, leaf in flatten_with_names(shapes)}
   # The transposed convolution: [in, out, y, x] to columns (y, x, out).
   stored = _tensors()["neck.reassemble_stage.layers.1.resize.weight"]
-  kernel = model.params["depth"]["reassemble2"]["resize"]["kernel"]
+  kernel = params["depth"]["reassemble2"]["resize"]["kernel"]
   assert kernel[3, (1 * 2 + 0) * 8 + 5] == stored[3, 5, 1, 0]
   # Ours count fusions from the shallowest, files from the deepest.
   stored = _tensors()[
     "neck.fusion_stage.layers.3.residual_layer1.convolution2.weight"
   ]
-  kernel = model.params["depth"]["fusion1"]["residual1"]["conv2"]["kernel"]
+  kernel = params["depth"]["fusion1"]["residual1"]["conv2"]["kernel"]
   np.testing.assert_array_equal(kernel, stored.transpose(2, 3, 1, 0))
 
 
