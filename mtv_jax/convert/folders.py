@@ -15,6 +15,7 @@ import safetensors.numpy
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.vit import ViTSpec
+from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import MissingFileError
 
 log = logging.getLogger(__name__)
@@ -201,12 +202,11 @@ def write_tensors(
   path: pathlib.Path, tensors: Mapping[str, np.ndarray]
 ) -> None:
   """Writes a safetensors file atomically."""
-  partial = path.with_name(path.name + ".partial")
-  # transformers refuses a file without this field.
-  safetensors.numpy.save_file(
-    dict(tensors), str(partial), metadata={"format": "pt"}
-  )
-  os.replace(partial, path)
+  with atomic.replace_file(path) as temporary:
+    # transformers refuses a file without this field.
+    safetensors.numpy.save_file(
+      dict(tensors), str(temporary), metadata={"format": "pt"}
+    )
 
 
 def with_defaults(

@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-from mtv_jax.config.options import Fraction, PositiveInt, build
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import Outcome
 
@@ -26,26 +25,6 @@ class Detections:
   boxes: Float32[np.ndarray, "n 4"]
   scores: Float32[np.ndarray, "n"]
   phrases: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class BoxOptions:
-  """Options of detectors, as a manifest stores them; see `select`.
-
-  Attributes:
-    threshold: minimum score, applied by the detector.
-  """
-
-  threshold: Fraction
-  nms: Fraction
-  max_boxes: PositiveInt
-  min_side: Fraction
-  max_area: Fraction
-
-
-def check_options(**options: float | int) -> dict[str, float | int]:
-  """Checked `BoxOptions`; a ConfigError for a number out of range."""
-  return dataclasses.asdict(build(BoxOptions, options, where="boxes"))
 
 
 def suppress(

@@ -98,12 +98,3 @@ def test_no_detection_is_a_label_without_boxes():
   outcome = detections.select(make_detections([]), **OPTIONS)
   assert outcome.label.boxes.shape == (0, 4)
   assert not outcome.counts
-
-
-@pytest.mark.parametrize(
-  "wrong", [dict(nms=1.5), dict(max_boxes=0), dict(min_side=16.0)]
-)
-def test_options_out_of_range(wrong):
-  options = OPTIONS | dict(threshold=0.1) | wrong
-  with pytest.raises(ValueError, match=next(iter(wrong))):
-    detections.check_options(**options)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.data import canvas
+from mtv_jax.experts.labelling.phrases import Phrases
 from mtv_jax.experts.owlv2 import expert as owlv2
 from mtv_jax.experts.owlv2 import preprocess as owlv2_pixels
 from mtv_jax.experts.owlv2 import weights as owlv2_weights
@@ -38,7 +39,7 @@ BASE = dict(vision_config=dict(image_size=960))
 PHRASES = ("a dog", "person", "the red car on the street", "tree", "traffic")
 
 
-class Given:
+class Given(Phrases):
   vocabulary = None
   settings = {"source": "given"}
 
