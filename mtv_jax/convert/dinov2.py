@@ -91,9 +91,9 @@ def rules(spec: ModelSpec, *, prefix: str = "") -> list[Rule]:
   ]
   names = dict(tables.nest("image/", prefix, _NAMES))
   if spec.image.mlp == "swiglu":
-    theirs = f"{prefix}encoder.layer.{{i}}.mlp"
-    special += _swiglu_input(f"{theirs}.weights_in", spec.image)
-    names["image/blocks/mlp/fc2"] = f"{theirs}.weights_out"
+    mlp = f"{prefix}encoder.layer.{{i}}.mlp"
+    special += _swiglu_input(f"{mlp}.weights_in", spec.image)
+    names["image/blocks/mlp/fc2"] = f"{mlp}.weights_out"
   return tables.tower_rules(
     spec,
     names,
@@ -102,15 +102,15 @@ def rules(spec: ModelSpec, *, prefix: str = "") -> list[Rule]:
   )
 
 
-def _swiglu_input(theirs: str, spec: ViTSpec) -> list[Rule]:
+def _swiglu_input(layer: str, spec: ViTSpec) -> list[Rule]:
   """Gate and value of a SwiGLU, one tensor in the file."""
-  ours = "image/blocks/mlp"
+  mlp = "image/blocks/mlp"
   return [
     Rule(
-      (f"{ours}/gate/{leaf}", f"{ours}/fc1/{leaf}"),
-      (f"{theirs}.{name}",),
+      (f"{mlp}/gate/{leaf}", f"{mlp}/fc1/{leaf}"),
+      (f"{layer}.{name}",),
       ((2 * spec.mlp_dim, *columns),),
-      to_ours=lambda a: tuple(half.T for half in np.split(a, 2)),
+      read=lambda a: tuple(half.T for half in np.split(a, 2)),
       depth=spec.depth,
     )
     for leaf, name, columns in (

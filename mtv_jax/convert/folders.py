@@ -35,7 +35,7 @@ _ACTIVATIONS = {
   "exact": ("gelu", "gelu_python"),
   "quick": ("quick_gelu",),
 }
-_GELUS = {name: ours for ours, names in _ACTIVATIONS.items() for name in names}
+_GELUS = {name: gelu for gelu, names in _ACTIVATIONS.items() for name in names}
 # Fields of SigLIP's and CLIP's config sections by those of our specs.
 _TOWER_FIELDS = {
   "width": "hidden_size",
@@ -265,7 +265,7 @@ def write_tower(spec: ViTSpec | TextSpec) -> dict[str, Any]:
   extra = _TEXT_FIELDS if isinstance(spec, TextSpec) else _VISION_FIELDS
   fields = {**_TOWER_FIELDS, **extra}
   return {
-    **{theirs: getattr(spec, ours) for ours, theirs in fields.items()},
+    **{key: getattr(spec, field) for field, key in fields.items()},
     "hidden_act": _ACTIVATIONS[spec.gelu][0],
     "attention_dropout": 0.0,
   }

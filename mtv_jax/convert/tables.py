@@ -46,38 +46,38 @@ class Rule:
   """Conversion between some of our leaves and tensors of a file.
 
   Attributes:
-    ours: names of our leaves, 'image/norm/scale'.
-    theirs: names of the file's tensors; `{i}` is the index of a block, and
+    leaves: names of our leaves, 'image/norm/scale'.
+    tensors: names of the file's tensors; `{i}` is the index of a block, and
       our leaves then have a leading [depth].
     shapes: the file's, one per tensor.
-    to_ours: arrays in the order of `theirs` to arrays in the order of `ours`.
-    to_theirs: the inverse; None where export is not supported.
+    read: from arrays in the order of `tensors` to those of `leaves`.
+    write: the inverse; None where export is not supported.
     depth: number of blocks, 0 outside of them.
   """
 
-  ours: tuple[str, ...]
-  theirs: tuple[str, ...]
+  leaves: tuple[str, ...]
+  tensors: tuple[str, ...]
   shapes: tuple[tuple[int, ...], ...]
-  to_ours: Callable[..., Arrays]
-  to_theirs: Callable[..., Arrays] | None = None
+  read: Callable[..., Arrays]
+  write: Callable[..., Arrays] | None = None
   depth: int = 0
 
   def expected_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor's name and shape, those of each block included."""
     for i in range(max(self.depth, 1)):
-      for name, shape in zip(self.theirs, self.shapes, strict=True):
+      for name, shape in zip(self.tensors, self.shapes, strict=True):
         yield name.replace("{i}", str(i)), shape
 
 
-def nest(ours: str, theirs: str, names: Names) -> Names:
-  """A part's table within a larger model, both names prefixed."""
+def nest(prefix: str, file_prefix: str, names: Names) -> Names:
+  """A part's table within a larger model: prefixes of our and their names."""
 
-  def prefixed(name: str | tuple[str, ...] | None) -> Any:
+  def add_prefix(name: str | tuple[str, ...] | None) -> Any:
     if isinstance(name, tuple):
-      return tuple(theirs + part for part in name)
-    return name and theirs + name
+      return tuple(file_prefix + part for part in name)
+    return name and file_prefix + name
 
-  return {ours + key: prefixed(name) for key, name in names.items()}
+  return {prefix + key: add_prefix(name) for key, name in names.items()}
 
 
 def tower_rules(
@@ -110,23 +110,23 @@ def leaf_rules(
     layout: of the file.
     unit_axes: number of leading axes of size 1 that a leaf has in the file.
   """
-  skipped = {name for rule in special for name in rule.ours}
+  skipped = {name for rule in special for name in rule.leaves}
   rules = []
   for name, leaf in flatten_with_names(params):
     if name in skipped or (name in names and names[name] is None):
       continue
-    theirs, suffix = names.get(name), ""
-    if theirs is None:
+    tensors, suffix = names.get(name), ""
+    if tensors is None:
       layer, _, kind = name.rpartition("/")
-      theirs, suffix = names[layer], _SUFFIXES[layout][kind]
-    theirs = (theirs,) if isinstance(theirs, str) else theirs
-    depth = leaf.shape[0] if "{i}" in theirs[0] else 0
+      tensors, suffix = names[layer], _SUFFIXES[layout][kind]
+    tensors = (tensors,) if isinstance(tensors, str) else tensors
+    depth = leaf.shape[0] if "{i}" in tensors[0] else 0
     *lead, width = leaf.shape[1:] if depth else leaf.shape
-    shape = (*lead, width // len(theirs))
+    shape = (*lead, width // len(tensors))
     axes = (1,) * (unit_axes or {}).get(name, 0)
     axes, order = _file_axes(name, (*axes, *shape), layout, heads)
-    rule = permuted(name, [t + suffix for t in theirs], shape, axes, order)
-    if len(theirs) > 1:
+    rule = permuted(name, [t + suffix for t in tensors], shape, axes, order)
+    if len(tensors) > 1:
       rule = _fused(rule, heads)
     rules.append(dataclasses.replace(rule, depth=depth))
   return rules
@@ -152,8 +152,8 @@ def _file_axes(
 
 
 def permuted(
-  ours: str,
-  theirs: str | Sequence[str],
+  leaf: str,
+  tensors: str | Sequence[str],
   shape: tuple[int, ...],
   axes: tuple[int, ...],
   order: tuple[int, ...] | None = None,
@@ -161,35 +161,35 @@ def permuted(
   """A leaf that the file has with other axes.
 
   Args:
-    ours: name of our leaf.
-    theirs: name of its tensor; of several, each has the same shape.
+    leaf: name of our leaf.
+    tensors: name of its tensor, or of several of one shape.
     shape: of our leaf.
     axes: sizes of the axes that our leaf is split into.
     order: of these axes in the file; unchanged if None.
   """
-  theirs = (theirs,) if isinstance(theirs, str) else tuple(theirs)
+  tensors = (tensors,) if isinstance(tensors, str) else tuple(tensors)
   order = tuple(range(len(axes))) if order is None else order
   inverse = tuple(np.argsort(order))
   return Rule(
-    (ours,),
-    theirs,
-    (tuple(axes[i] for i in order),) * len(theirs),
-    to_ours=lambda *arrays: tuple(
+    (leaf,),
+    tensors,
+    (tuple(axes[i] for i in order),) * len(tensors),
+    read=lambda *arrays: tuple(
       a.transpose(inverse).reshape(shape) for a in arrays
     ),
-    to_theirs=lambda *arrays: tuple(
+    write=lambda *arrays: tuple(
       a.reshape(axes).transpose(order) for a in arrays
     ),
   )
 
 
 def _fused(rule: Rule, heads: int) -> Rule:
-  """A rule of separate projections (q, k, v or k, v) that ours fuse."""
-  n = len(rule.theirs)
+  """A rule of separate projections (q, k, v or k, v) that one leaf fuses."""
+  n = len(rule.tensors)
   return dataclasses.replace(
     rule,
-    to_ours=lambda *arrays: (fuse(rule.to_ours(*arrays), heads),),
-    to_theirs=lambda array: rule.to_theirs(*unfuse(array, n, heads)),
+    read=lambda *arrays: (fuse(rule.read(*arrays), heads),),
+    write=lambda array: rule.write(*unfuse(array, n, heads)),
   )
 
 
@@ -207,24 +207,28 @@ def unfuse(fused: np.ndarray, n: int, heads: int) -> Arrays:
   return tuple(parts[..., k, :].reshape(*lead, -1) for k in range(n))
 
 
-def in_projection(ours: str, theirs: str, width: int, heads: int) -> list[Rule]:
+def in_projection(
+  layer: str, file_layer: str, width: int, heads: int
+) -> list[Rule]:
   """The input of PyTorch's `nn.MultiheadAttention`: one tensor, rows q, k, v.
 
   A pooling head has two: q of the probe, and kv with columns (head, k|v, dim).
   """
 
-  def to_ours(stacked: np.ndarray) -> Arrays:
+  def read(stacked: np.ndarray) -> Arrays:
     # A transpose leaves a bias as it is.
     q, k, v = (part.T for part in np.split(stacked, 3))
     return q, fuse([k, v], heads)
 
-  def to_theirs(q: np.ndarray, kv: np.ndarray) -> Arrays:
+  def write(q: np.ndarray, kv: np.ndarray) -> Arrays:
     return (np.concatenate([p.T for p in (q, *unfuse(kv, 2, heads))]),)
 
-  rule = functools.partial(Rule, to_ours=to_ours, to_theirs=to_theirs)
+  rule = functools.partial(Rule, read=read, write=write)
   return [
     rule(
-      (f"{ours}/q/{leaf}", f"{ours}/kv/{leaf}"), (f"{theirs}.{name}",), (shape,)
+      (f"{layer}/q/{leaf}", f"{layer}/kv/{leaf}"),
+      (f"{file_layer}.{name}",),
+      (shape,),
     )
     for leaf, name, shape in (
       ("kernel", "in_proj_weight", (3 * width, width)),
@@ -239,15 +243,15 @@ def scale_without_bias(scale: str, shape: tuple[int, ...]) -> Rule:
     ("heads/contrastive/logit_scale", "heads/contrastive/logit_bias"),
     (scale,),
     (shape,),
-    to_ours=lambda a: (a.reshape(()), np.zeros((), np.float32)),
+    read=lambda a: (a.reshape(()), np.zeros((), np.float32)),
   )
 
 
 def scale_and_bias(scale: str, bias: str) -> list[Rule]:
   """The temperature and the bias of SigLIP's loss, of shape (1,)."""
   return [
-    permuted(f"heads/contrastive/{ours}", theirs, (), (1,))
-    for ours, theirs in (("logit_scale", scale), ("logit_bias", bias))
+    permuted(f"heads/contrastive/{leaf}", tensor, (), (1,))
+    for leaf, tensor in (("logit_scale", scale), ("logit_bias", bias))
   ]
 
 
@@ -264,7 +268,7 @@ def folded_positions(
   """
   width, rows = spec.image.width, spec.image.grid**2 + 1
 
-  def to_ours(token: np.ndarray, table: np.ndarray) -> Arrays:
+  def read(token: np.ndarray, table: np.ndarray) -> Arrays:
     table = table.reshape(rows, width)
     return token.reshape(width) + table[0], table[1:]
 
@@ -273,5 +277,5 @@ def folded_positions(
     ("image/cls_token", "image/position_embedding"),
     (cls_token, positions),
     ((*token_ones, width), (*table_ones, rows, width)),
-    to_ours,
+    read,
   )

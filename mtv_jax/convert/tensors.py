@@ -48,9 +48,9 @@ def load(
     for i in range(max(rule.depth, 1)):
       arrays = [
         np.asarray(store.read(name.replace("{i}", str(i))), np.float32)
-        for name in rule.theirs
+        for name in rule.tensors
       ]
-      for name, value in zip(rule.ours, rule.to_ours(*arrays), strict=True):
+      for name, value in zip(rule.leaves, rule.read(*arrays), strict=True):
         if not rule.depth:
           leaves[name] = np.ascontiguousarray(value).reshape(value.shape)
           continue
@@ -66,12 +66,14 @@ def save(
   """The file's tensors from our flat leaves; the inverse of `load`."""
   tensors: dict[str, np.ndarray] = {}
   for rule in rules:
-    if rule.to_theirs is None:
-      raise ConversionError(f"{rule.ours[0]} can't be exported: {rule.theirs}.")
+    if rule.write is None:
+      raise ConversionError(
+        f"{rule.leaves[0]} can't be exported: {rule.tensors}."
+      )
     for i in range(max(rule.depth, 1)):
-      arrays = [leaves[n][i] if rule.depth else leaves[n] for n in rule.ours]
-      values = rule.to_theirs(*arrays)
-      for name, value in zip(rule.theirs, values, strict=True):
+      arrays = [leaves[n][i] if rule.depth else leaves[n] for n in rule.leaves]
+      values = rule.write(*arrays)
+      for name, value in zip(rule.tensors, values, strict=True):
         # safetensors writes the memory of a view, not its values.
         contiguous = np.ascontiguousarray(value).reshape(value.shape)
         tensors[name.replace("{i}", str(i))] = contiguous

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from mtv_jax.config import options as options_lib
+from mtv_jax.config.options import build
 from mtv_jax.data.labels.label_values import Outcome
 from mtv_jax.data.records import Record
 
@@ -96,7 +96,6 @@ def check_options(load: Callable[..., Expert]) -> Callable[..., Expert]:
 
   @functools.wraps(load)
   def checked_load(path: str | os.PathLike, **options: Any) -> Expert:
-    bound = functools.partial(load, path)
-    return bound(**options_lib.check_options(bound, options, where=name))
+    return build(functools.partial(load, path), options, where=name)
 
   return checked_load

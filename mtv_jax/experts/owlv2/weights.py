@@ -139,7 +139,7 @@ def rules(spec: ModelSpec) -> list[Rule]:
     return "owlv2." + name.replace("pre_layrnorm", "pre_layernorm")
 
   towers = [
-    dataclasses.replace(rule, theirs=tuple(map(rename, rule.theirs)))
+    dataclasses.replace(rule, tensors=tuple(map(rename, rule.tensors)))
     for rule in clip.rules(spec)
   ]
   return [*towers, *tables.leaf_rules(heads, _HEADS)]
