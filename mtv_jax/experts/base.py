@@ -94,7 +94,7 @@ def check_options(load: Callable[..., Expert]) -> Callable[..., Expert]:
   """
   name = load.__module__.removeprefix("mtv_jax.experts.")
 
-  @functools.wraps(load)
+  @functools.wraps(load, updated=())
   def checked_load(path: str | os.PathLike, **options: Any) -> Expert:
     return build(functools.partial(load, path), options, where=name)
 

@@ -1,4 +1,4 @@
-"""big_vision's archives, against a forward pass written in its conventions."""
+"""big_vision's archives against a NumPy forward pass of its model."""
 
 import pickle
 
@@ -87,7 +87,7 @@ def _checkpoint():
 
 
 def _scanned(tree):
-  """The same checkpoint as scanning over the blocks would have written it."""
+  """The checkpoint of a model that scans over its blocks."""
 
   def stack(encoder):
     blocks = [encoder[f"encoderblock_{i}"] for i in range(2)]
@@ -110,7 +110,7 @@ def _save(path, tree, *, prefix="params/", drop=(), **more):
 
 
 # ---------------------------------------------------------------------------
-# A forward pass with heads as an axis of their own, in NumPy.
+# A forward pass with an axis of heads, in NumPy.
 
 
 def _ln(p, x):
@@ -177,7 +177,7 @@ def checkpoint():
 
 
 @pytest.mark.parametrize("form", ["scanned", "bare", "optimizer"])
-def test_every_form_gives_the_same(checkpoint, form, tmp_path):
+def test_every_form_has_equal_parameters(checkpoint, form, tmp_path):
   path = tmp_path / "siglip.npz"
   if form == "scanned":
     # With an optimizer's state beside the parameters.
@@ -192,7 +192,7 @@ def test_every_form_gives_the_same(checkpoint, form, tmp_path):
   assert jax.tree.all(jax.tree.map(np.array_equal, ours.params, want.params))
 
 
-def test_features_are_those_of_its_forward_pass(checkpoint, tmp_path):
+def test_features_equal_the_forward_pass(checkpoint, tmp_path):
   ours = big_vision.read(_save(tmp_path / "siglip.npz", checkpoint))
   image, text = ours.spec.image, ours.spec.text
   assert (image.image_size, image.patch_size) == (12, 4)
@@ -221,9 +221,9 @@ def test_features_are_those_of_its_forward_pass(checkpoint, tmp_path):
   np.testing.assert_allclose(got.pooled, pooled, atol=1e-4)
 
 
-def test_bfloat16_is_read_from_its_bytes(checkpoint, tmp_path):
+def test_bfloat16_is_read_from_raw_bytes(checkpoint, tmp_path):
   half = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), checkpoint)
-  # So does np.savez store it: two bytes without a meaning.
+  # As np.savez stores bfloat16: two raw bytes.
   raw = jax.tree.map(lambda x: x.view("V2"), half)
   ours = big_vision.read(_save(tmp_path / "half.npz", raw))
   want = half["txt"]["Embed_0"]["embedding"].astype(np.float32)
@@ -268,7 +268,7 @@ def test_no_pickle_is_loaded(tmp_path):
   for name in ("text.npz", "one.npy", "pickle.pkl"):
     with pytest.raises(ConversionError, match="not an .npz archive") as error:
       big_vision.read(tmp_path / name)
-    # NumPy's advice for what it takes for a pickle is to load it as one.
+    # NumPy would advise to load the file as a pickle.
     assert "allow_pickle" not in str(error.value)
   with pytest.raises(FileNotFoundError, match="no file"):
     big_vision.read(tmp_path / "nothing.npz")

@@ -57,8 +57,8 @@ def _text(ours, tokens):
 # Reading folders of transformers.
 
 
-def _shaken(torch, model, *, seed=0):
-  """A model none of whose parameters is zero or one any more."""
+def _add_noise(torch, model, *, seed=0):
+  """Adds noise to a model, so that no parameter is zero or one."""
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for parameter in model.parameters():
@@ -104,7 +104,7 @@ def _saved(transformers, torch, kind, folder):
     ),
   }[kind]
   torch.manual_seed(0)
-  model = _shaken(torch, build())
+  model = _add_noise(torch, build())
   model.save_pretrained(folder)
   return model
 
@@ -221,7 +221,7 @@ def test_text_towers_and_logits_equal_transformers(kind, tmp_path):
 @reference
 @quiet
 @pytest.mark.parametrize("how", ["sharded", "bfloat16", "classifier", "old"])
-def test_files_of_other_shapes_give_the_same(how, tmp_path):
+def test_other_forms_of_files_have_equal_parameters(how, tmp_path):
   """Shards, half precision, a classifier's head, names of transformers 4."""
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
@@ -234,7 +234,7 @@ def test_files_of_other_shapes_give_the_same(how, tmp_path):
     model = transformers.SiglipVisionModel(config.vision_config)
   else:
     model = transformers.SiglipModel(config)
-  model = _shaken(torch, model)
+  model = _add_noise(torch, model)
   if how == "bfloat16":
     model = model.to(torch.bfloat16)
   options = {"max_shard_size": "60KB"} if how == "sharded" else {}

@@ -95,7 +95,7 @@ def test_params_of_another_model(spec, params, tmp_path):
   assert "image/extra: not in the model" in str(error.value)
 
 
-def test_writing_replaces_an_export_and_nothing_else(
+def test_writing_replaces_only_an_earlier_export(
   spec, params, export, tmp_path
 ):
   (export / "notes.txt").write_text("mine")
@@ -106,10 +106,10 @@ def test_writing_replaces_an_export_and_nothing_else(
   huggingface.write(
     export, ConvertedModel(plain, {**params, "image": image}, PREPROCESS)
   )
-  # Old heads with new weights, or an old tokenizer, would be a trap.
-  left = {p.name for p in export.iterdir()}
-  assert not left & {"heads.safetensors", "tokenizer.json"}
-  assert "notes.txt" in left
+  # Old heads or an old tokenizer would be read with the new weights.
+  names = {p.name for p in export.iterdir()}
+  assert not names & {"heads.safetensors", "tokenizer.json"}
+  assert "notes.txt" in names
   other = tmp_path / "other"
   other.mkdir()
   (other / "thesis.tex").write_text("mine")
@@ -210,7 +210,7 @@ def test_other_kinds_of_weights(export):
       {"size": {"height": 64, "width": 64}, "resample": 2},
       {"size": 64, "resize": "squash", "interpolation": "bilinear"},
     ),
-    # So400m/14 at 384: what fills no patch is left out.
+    # As So400m/14 at 384: pixels that fill no patch are dropped.
     (
       {"size": {"height": 70, "width": 70}, "resample": 3},
       {"size": 64, "interpolation": "bicubic"},
@@ -239,7 +239,7 @@ def test_processors(export, processor, expected, version):
   Preprocess.from_dict(fields)
 
 
-def test_a_processor_that_is_not_ours(export):
+def test_an_unsupported_processor(export):
   (export / "mtv_jax.json").unlink()
   path = export / "preprocessor_config.json"
   path.write_text(json.dumps({"resample": 1}))
