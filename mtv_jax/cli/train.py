@@ -20,7 +20,7 @@ from mtv_jax.config import schema
 from mtv_jax.train import workdir
 from mtv_jax.train.loop import train
 from mtv_jax.train.metrics import setup_logging
-from mtv_jax.utils import compile_cache
+from mtv_jax.utils import xla_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,5 +47,5 @@ def run(args: argparse.Namespace) -> None:
   with contextlib.ExitStack() as stack:
     if process == 0:
       stack.enter_context(workdir.lock_workdir(args.workdir))
-    compile_cache.enable(args.compile_cache, args.workdir)
+    xla_flags.enable_compilation_cache(args.compile_cache, args.workdir)
     train(config, args.workdir)

@@ -29,10 +29,10 @@ def expand_path(
     suffix: how such files end, for the hint in errors.
 
   Raises:
-    MissingFileError: if a glob matches nothing, or files that a range or a
-      plain name stands for are absent: it says how many and which.
-    InputError: if a file appears twice, a brace is malformed or the path is
-      on an object store.
+    MissingFileError: a glob matches nothing, or files of a range or a plain
+      name are missing.
+    InputError: a file appears twice, a brace is malformed or the path is on an
+      object store.
   """
   files: list[Path] = []
   missing: list[str] = []
@@ -42,29 +42,46 @@ def expand_path(
   for pattern in patterns:
     if _REMOTE.match(pattern):
       raise InputError(
-        f"{pattern!r} is not on a file system. Records are read at random"
-        " offsets: mount the bucket (gcsfuse, s3fs) or copy the files, and"
-        " give the path they have then."
+        f"{pattern!r} is not on a file system. Mount the bucket (gcsfuse, s3fs)"
+        " or copy the files: records are read at random offsets."
       )
     pattern = os.path.expanduser(pattern)
     if os.path.exists(pattern):
-      # Before the glob, so that a name with brackets in it can be given.
+      # Before the glob, since a file's name may have brackets.
       files.append(Path(pattern))
     elif glob.has_magic(pattern):
       matches = sorted(glob.glob(pattern, recursive=True))
       if not matches:
-        raise MissingFileError(_nothing(pattern, suffix))
+        prefix = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+        raise MissingFileError(
+          f"{pattern!r} matches no file. "
+          + _describe_folder(Path(prefix + "x").parent, suffix)
+        )
       files.extend(map(Path, matches))
     else:
       missing.append(pattern)
   if missing:
-    raise MissingFileError(_absent(missing, len(patterns), suffix))
+    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+    raise MissingFileError(
+      f"{len(missing)} of {len(patterns)} files are missing:"
+      f" {', '.join(missing[:8])}{more}."
+      f" {_describe_folder(Path(missing[0]).parent, suffix)} Add the missing"
+      " files, or leave them out of the path (with a glob)."
+    )
+  # Not resolve(): one system call a file and component adds up on network
+  # disks, and the check of the keys detects two links to a file.
+  names: set[str] = set()
   for file in files:
     if file.is_dir():
       raise IsADirectoryError(
         f"{file} is a folder; write {str(file / ('*' + suffix))!r}."
       )
-  _refuse_twice(files)
+    if os.path.abspath(file) in names:
+      raise InputError(
+        f"{file} is in the path twice; to see data more often, raise the"
+        " `weight` of its entry."
+      )
+    names.add(os.path.abspath(file))
   return files
 
 
@@ -78,17 +95,12 @@ def _as_list(path: str | os.PathLike | Sequence) -> list[str]:
 
 def _braces(pattern: str) -> list[str]:
   """`a{08..10}` -> a08 a09 a10; `{x,y}z` -> xz yz; products of several."""
-  if (start := pattern.find("{")) < 0:
-    if "}" in pattern:
-      raise InputError(f"{pattern!r} has a '}}' without a '{{'.")
+  before, opening, rest = pattern.partition("{")
+  inside, closing, after = rest.partition("}")
+  if not opening and "}" not in pattern:
     return [pattern]
-  if (end := pattern.find("}", start)) < 0:
-    raise InputError(f"{pattern!r} has a '{{' without a '}}'.")
-  before, inside, after = (
-    pattern[:start],
-    pattern[start + 1 : end],
-    pattern[end + 1 :],
-  )
+  if not closing:
+    raise InputError(f"{pattern!r} has unbalanced braces.")
   if match := _RANGE.fullmatch(inside.strip()):
     first, last = match.groups()
     if int(last) < int(first):
@@ -100,59 +112,22 @@ def _braces(pattern: str) -> list[str]:
     options = [option.strip() for option in inside.split(",")]
   else:
     raise InputError(
-      f"{{{inside}}} of {pattern!r} is no range; write {{00000..00012}} or"
+      f"{{{inside}}} of {pattern!r} is not a range; write {{00000..00012}} or"
       " {a,b}."
     )
   tails = _braces(after)
   return [before + option + tail for option in options for tail in tails]
 
 
-def _nothing(pattern: str, suffix: str) -> str:
-  folder = Path(re.split(r"[*?\[]", pattern, maxsplit=1)[0] + "x").parent
+def _describe_folder(folder: Path, suffix: str) -> str:
   if not folder.is_dir():
-    return f"{pattern!r} matches no file: there is no folder {folder}."
+    return f"There is no folder {folder}."
   names = sorted(entry.name for entry in folder.iterdir())
   if not names:
-    return f"{pattern!r} matches no file: {folder} is empty."
-  ending = sum(name.endswith(suffix) for name in names)
+    return f"{folder} is empty."
+  ending = [name for name in names if name.endswith(suffix)]
+  shown = ending or names
   return (
-    f"{pattern!r} matches no file. {folder} has {ending} names in {suffix!r},"
-    f" and in all {len(names)}: {_some(names)}."
+    f"{folder} has {len(ending)} of {len(names)} names in {suffix!r},"
+    f" {shown[0]} to {shown[-1]}."
   )
-
-
-def _absent(missing: list[str], total: int, suffix: str) -> str:
-  folder = Path(missing[0]).parent
-  there = "there is no such folder"
-  if folder.is_dir():
-    names = sorted(p.name for p in folder.iterdir() if p.name.endswith(suffix))
-    there = (
-      f"it has {len(names)} in {suffix!r}, {names[0]} to {names[-1]}"
-      if names
-      else f"it has none in {suffix!r}"
-    )
-  return (
-    f"{len(missing)} of {total} files are missing: {_some(missing)}. In"
-    f" {folder}: {there}. Fetch the missing ones, or leave them out of the"
-    " path (a glob takes what is there)."
-  )
-
-
-def _refuse_twice(files: list[Path]) -> None:
-  seen: set[str] = set()
-  for file in files:
-    # Not resolve(): one system call a file and component adds up on network
-    # disks, and the keys' check finds a file behind two links as well.
-    name = os.path.abspath(file)
-    if name in seen:
-      raise InputError(
-        f"{file} is in the path twice; to see data more often, raise the"
-        " `weight` of its entry."
-      )
-    seen.add(name)
-
-
-def _some(names: Sequence[str], limit: int = 8) -> str:
-  shown = ", ".join(str(name) for name in names[:limit])
-  more = len(names) - limit
-  return f"{shown} and {more} more" if more > 0 else shown

@@ -64,8 +64,7 @@ def hatch(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """The image with grey stripes over the masked pixels."""
   rows, columns = np.indices(mask.shape)
-  stripe = (rows + columns) // _STRIPE_WIDTH % 2
-  stripes = np.array(_STRIPES, np.uint8)[stripe]
+  stripes = np.array(_STRIPES, np.uint8)[(rows + columns) // _STRIPE_WIDTH % 2]
   return np.where(mask[..., None], stripes, image)
 
 
@@ -73,12 +72,9 @@ def hatch(
 def font(size: int = TEXT_SIZE) -> ImageFont.FreeTypeFont:
   """DejaVu Sans: Pillow's default font lacks letters beyond English."""
   fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-  # The basic layout engine, since the other one is an optional dependency.
-  return ImageFont.truetype(
-    str(fonts / "DejaVuSans.ttf"),
-    size,
-    layout_engine=ImageFont.Layout.BASIC,
-  )
+  # The other layout engine is an optional dependency.
+  basic = ImageFont.Layout.BASIC
+  return ImageFont.truetype(fonts / "DejaVuSans.ttf", size, layout_engine=basic)
 
 
 def text_width(text: str, size: int = TEXT_SIZE) -> float:
@@ -116,8 +112,8 @@ def wrap(
   words, wrapped = one_line(text).split(), []
   while words:
     n = len(words) if len(wrapped) == lines - 1 else 1
-    while n < len(words) and text_width(" ".join(words[: n + 1]), size) <= (
-      width
+    while n < len(words) and (
+      text_width(" ".join(words[: n + 1]), size) <= width
     ):
       n += 1
     wrapped.append(shorten(" ".join(words[:n]), width, size))
@@ -234,9 +230,15 @@ def draw_matches(
   starts: Int[np.ndarray, "n 2"],
   ends: Int[np.ndarray, "n 2"],
   *,
-  colours: UInt8[np.ndarray, "n 3"],
+  colours: UInt8[np.ndarray, "n 3"] | None = None,
+  correct: Bool[np.ndarray, "n"] | None = None,
 ) -> UInt8[np.ndarray, "h w1 3"]:
-  """Two images side by side with a line for each pair of points (y, x)."""
+  """Two images side by side with a line for each pair of points (y, x).
+
+  Lines have the given colours, or are green if correct and red if not.
+  """
+  if colours is None:
+    colours = np.where(correct[:, None], CORRECT, WRONG)
   canvas = np.concatenate([first, second], axis=1)
   width = max(1, len(first) // 256)
   for (y, x), (y2, x2), colour in zip(starts, ends, colours, strict=True):
@@ -246,18 +248,6 @@ def draw_matches(
     for point in (start, end):
       cv2.circle(canvas, point, 2 * width, colour, -1, cv2.LINE_AA)
   return canvas
-
-
-def draw_scored_matches(
-  first: UInt8[np.ndarray, "h w 3"],
-  second: UInt8[np.ndarray, "h w2 3"],
-  starts: Int[np.ndarray, "n 2"],
-  ends: Int[np.ndarray, "n 2"],
-  correct: Bool[np.ndarray, "n"],
-) -> UInt8[np.ndarray, "h w1 3"]:
-  """`draw_matches` with correct matches in green and wrong ones in red."""
-  colours = np.where(correct[:, None], CORRECT, WRONG).astype(np.uint8)
-  return draw_matches(first, second, starts, ends, colours=colours)
 
 
 def fit_image(image: UInt8[np.ndarray, "h w 3"], size: int) -> Image.Image:
@@ -293,8 +283,7 @@ def image_grid(
   lengths = {len(row) for row in rows}
   if len(lengths) != 1 or 0 in lengths:
     raise InputError(
-      f"image_grid: rows have lengths {sorted(lengths)}; expected one length, "
-      "at least 1"
+      f"image_grid: row lengths {sorted(lengths)}; expected one length, >= 1"
     )
   head = LINE_HEIGHT + 4 if titles else 0
   side = size + GAP
@@ -326,13 +315,12 @@ def vstack(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Rows of any width one below the other, with gaps."""
   width = max(row.shape[1] for row in rows)
-  padded = [
-    np.pad(
-      row, ((0, GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255
-    )
-    for row in rows
-  ]
-  return np.concatenate(padded)[:-GAP]
+  sheet = np.full((sum(len(r) + GAP for r in rows), width, 3), PAPER, np.uint8)
+  top = 0
+  for row in rows:
+    sheet[top : top + len(row), : row.shape[1]] = row
+    top += len(row) + GAP
+  return sheet[:-GAP]
 
 
 def image_with_maps(

@@ -15,14 +15,13 @@ class ProcessCache(Generic[T]):
   """The most recently used of many opened files or decoded blocks.
 
   Pickled or forked, it starts empty: file handles and readers' threads belong
-  to one process. Threads that ask for the same entry wait for one load. A
-  value that is dropped lives until the last thread that uses it lets go of it,
-  so what `load` returns must close itself when it is deleted.
+  to one process. Threads that request the same entry wait for one load. Another
+  thread may still use an evicted value, so it must close when it is deleted.
 
   Args:
-    load: the value of entry `i`; pickled with the cache.
-    limit: entries held; None for as many as a third of the process's limit of
-      open files (`ulimit -n`) allows.
+    load: returns the value of entry `i`; pickled with the cache.
+    limit: number of entries; None for as many as a third of the process's
+      limit of open files (`ulimit -n`) allows.
     descriptors: open files of one value, where `limit` is None.
   """
 
@@ -61,19 +60,17 @@ class ProcessCache(Generic[T]):
     return len(self._values)
 
   def get(self, i: int) -> T:
-    """The value of entry `i`, loaded where the cache lacks it."""
+    """The value of entry `i`, loaded if it is not cached."""
     if self._pid != os.getpid():
       self._start()
     with self._lock:
-      future = self._values.get(i)
-      if future is not None:
-        self._values.move_to_end(i)
-        missing = False
-      else:
-        future = self._values[i] = futures.Future()
-        while len(self._values) > self.limit:
-          self._values.popitem(last=False)
-        missing = True
+      missing = i not in self._values
+      if missing:
+        self._values[i] = futures.Future()
+      future = self._values[i]
+      self._values.move_to_end(i)
+      while len(self._values) > self.limit:
+        self._values.popitem(last=False)
     if missing:
       # Outside the lock: loading waits for the disk.
       try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 from collections.abc import Iterable, Iterator, Sized
@@ -23,14 +24,14 @@ class _Lines(tqdm.tqdm):
 
 
 class Progress:
-  """A progress bar that is told how many items are done.
+  """A progress bar whose calls give the number of completed items.
 
-  Items of earlier runs, done before the first call, don't count into the rate.
+  Items of earlier runs, before the first call, don't count into the rate.
 
   Args:
-    unit: what is counted.
+    unit: of the count.
     description: in front of the bar.
-    stream: where it is written, standard error by default.
+    stream: standard error by default.
     interval: seconds between updates; by default 0.5 on a terminal, else 10.
   """
 
@@ -47,26 +48,21 @@ class Progress:
     if not stream.isatty():
       kind, every, meter = _Lines, 10.0, ""
     self._bar: Any = None
-    self._options = {
-      "desc": f"{description}: " if description else "",
-      "unit": f" {unit}",
-      "file": stream,
-      "mininterval": every if interval is None else interval,
-      "bar_format": "{desc}{percentage:3.0f}% "
+    self._make_bar = functools.partial(
+      kind,
+      desc=f"{description}: " if description else "",
+      unit=f" {unit}",
+      file=stream,
+      mininterval=every if interval is None else interval,
+      bar_format="{desc}{percentage:3.0f}% "
       + meter
       + "{n:,} of {total:,}{unit}, {rate_fmt}, {remaining} left",
-    }
-    self._kind = kind
+    )
 
   def __call__(self, done: int, total: int) -> None:
-    """Updates the bar, and closes it when everything is done.
-
-    Args:
-      done: items so far, with those of earlier runs and of other hosts.
-      total: all of them.
-    """
+    """Updates the bar to `done` items of all runs and hosts."""
     if self._bar is None:
-      self._bar = self._kind(total=total, initial=done, **self._options)
+      self._bar = self._make_bar(total=total, initial=done)
     self._bar.total = total
     self._bar.update(done - self._bar.n)
     if done >= total:
@@ -80,13 +76,13 @@ def track(
   total: int | None = None,
   unit: str = "batches",
 ) -> Iterator[T]:
-  """Yields items and shows how many of them are done.
+  """Yields items with a progress bar.
 
   Args:
     items: any iterable.
     description: in front of the bar.
-    total: how many there are, where `items` has no length.
-    unit: what is counted.
+    total: number of items, where `items` has no length.
+    unit: of the count.
   """
   if total is None:
     total = len(items) if isinstance(items, Sized) else 0

@@ -1,4 +1,4 @@
-"""Trees by name: every leaf is called 'a/b/c', and rules pick by regex.
+"""Pytree leaves by name, 'a/b/c', and rules that select them by regex.
 
 Frozen parameters, learning-rate and weight-decay multipliers, sharding and
 partial loading all address parameters this way: the first rule whose pattern
@@ -100,7 +100,11 @@ def match_rules(
           f"{what}: {regex.pattern!r} matches no parameter."
           f" {closest_names(regex.pattern, names)}"
         )
-  return [_match(name, compiled) for name in names]
+  matches = []
+  for name in names:
+    fits = ((r.pattern, v) for r, v in compiled if r.search(name))
+    matches.append(Match(name, *next(fits, (None, None))))
+  return matches
 
 
 def first_match(name: str, rules: Sequence[Sequence[Any]]) -> Any:
@@ -109,18 +113,11 @@ def first_match(name: str, rules: Sequence[Sequence[Any]]) -> Any:
   Raises:
     InputError: no rule does.
   """
-  match = _match(name, [_compile(rule, "rules") for rule in rules])
+  (match,) = match_rules([name], rules, unused="allow")
   if match.pattern is None:
     patterns = ", ".join(repr(rule[0]) for rule in rules)
     raise InputError(f"no rule matches {name!r}. The patterns are: {patterns}.")
   return match.value
-
-
-def _match(name: str, compiled: Sequence[tuple[re.Pattern, Any]]) -> Match:
-  for regex, value in compiled:
-    if regex.search(name):
-      return Match(name, regex.pattern, value)
-  return Match(name, None, None)
 
 
 def _compile(rule: Sequence[Any], what: str) -> tuple[re.Pattern, Any]:
@@ -137,7 +134,7 @@ def closest_names(pattern: str, names: Iterable[str], *, limit: int = 5) -> str:
   names = list(names)
   plain = re.sub(r"[\\^$.*+?()\[\]{}|]+", "", pattern)
 
-  # Where the pattern spells only a part ('.*/qvk/.*'), parts are compared.
+  # Parts too, for patterns such as '.*/qvk/.*'.
   def score(name: str) -> float:
     return max(
       difflib.SequenceMatcher(None, plain.strip("/"), part).ratio()

@@ -1,11 +1,16 @@
-"""XLA compiler options for CPUs."""
+"""XLA compiler options for CPUs, and JAX's persistent compilation cache."""
 
 from __future__ import annotations
 
 import functools
+import logging
+import os
+import pathlib
 
 import jax
 from jax.sharding import Mesh
+
+log = logging.getLogger(__name__)
 
 
 def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
@@ -29,3 +34,31 @@ def _options() -> dict[str, str] | None:
   except jax.errors.JaxRuntimeError:
     return None  # A release without this option.
   return options
+
+
+def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:
+  """Enables the compilation cache, so that a resumed run starts at once.
+
+  All hosts share it, also those that replace preempted ones: process 0 writes,
+  every process reads. Compiled programs are code: use only folders that other
+  users can't write to. `JAX_COMPILATION_CACHE_DIR` takes precedence over
+  "auto".
+
+  Args:
+    choice: "auto" for `workdir/compiled`, but no cache on CPUs, where
+      compilation is short; "none" for no cache; else a folder.
+    workdir: of the run.
+  """
+  if choice == "none":
+    jax.config.update("jax_enable_compilation_cache", False)
+    return
+  if choice == "auto":
+    given = jax.config.jax_compilation_cache_dir
+    # `build_experiment` refuses a bucket as the run's folder.
+    if given or jax.default_backend() == "cpu" or "://" in str(workdir):
+      return
+    choice = os.path.join(workdir, "compiled")
+  folder = pathlib.Path(choice).absolute()
+  folder.mkdir(parents=True, exist_ok=True)
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  log.info("Compilation cache: %s.", folder)

@@ -81,8 +81,8 @@ def test_a_rule_that_matches_nothing_is_an_error():
     match_rules(NAMES, rules, what="config.optim.rules")
   with pytest.raises(ValueError, match="names are: image/blocks/norm1/bias"):
     match_rules(NAMES, [(".*/bais$", 0)])
-  kept = match_rules(NAMES, rules, unused="allow")
-  assert all(m.pattern is None for m in kept)
+  matches = match_rules(NAMES, rules, unused="allow")
+  assert all(m.pattern is None for m in matches)
 
 
 def test_bad_rules():

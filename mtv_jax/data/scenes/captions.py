@@ -15,8 +15,7 @@ from mtv_jax.data.scenes.world import Rect, SceneObject, World
 
 _COUNTS = ("no", "one", "two", "three", "four", "five")
 _NOUNS = {"striped": "stripes", "dotted": "dots", "zigzag": "zigzags"}
-_LARGE = ("large", "big")
-_SMALL = ("small", "little")
+_SIZES = {"large": ("large", "big"), "small": ("small", "little")}
 _TEMPLATES = (
   "a photo of {}",
   "a picture of {}",
@@ -64,10 +63,8 @@ def _described(obj: SceneObject, draw: Draw) -> str:
   words = appearance(obj)
   if obj.texture == "striped" and draw.uniform() < 0.5:
     words = f"{obj.colour} and {obj.second} striped {obj.name}"
-  if obj.size == "large":
-    words = f"{draw.choice(_LARGE)} {words}"
-  elif obj.size == "small":
-    words = f"{draw.choice(_SMALL)} {words}"
+  if obj.size in _SIZES:
+    words = f"{draw.choice(_SIZES[obj.size])} {words}"
   return article(words)
 
 
@@ -186,13 +183,14 @@ def captions(
     A full description; the first object alone; a relation of two objects; the
     count of each class; the first object and its surroundings.
   """
-  renamed = {old: new for new, old in enumerate(visible)}
   objects = [world.objects[i] for i in visible]
   rects = [rects[i] for i in visible]
   if len(visible) < len(world.objects):
+    indices = {old: new for new, old in enumerate(visible)}
+    supports = [indices.get(obj.support, -1) for obj in objects]
     objects = [
-      dataclasses.replace(obj, support=renamed.get(obj.support, -1))
-      for obj in objects
+      dataclasses.replace(obj, support=i)
+      for obj, i in zip(objects, supports, strict=True)
     ]
   main = objects[0]
   counted = _listed(objects)

@@ -7,11 +7,12 @@ main one; it appears larger than every other.
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
 from mtv_jax.data.scenes import world as world_lib
-from mtv_jax.data.scenes.shapes import CLASS_NAMES, SHAPES
+from mtv_jax.data.scenes.shapes import SHAPES
 from mtv_jax.data.scenes.world import Camera, Rect, SceneObject, World
 
 _TRIES = 10
@@ -40,48 +41,37 @@ class Draw:
       self._left = (self._bits.random_raw(128) * 2.0**-64).tolist()
     return low + (high - low) * self._left.pop()
 
-  def choice(self, options):
+  def choice(self, options: Iterable):
+    options = tuple(options)
     return options[min(int(self.uniform() * len(options)), len(options) - 1)]
 
 
-def _contrasts(colour: str) -> tuple[str, ...]:
+def _contrasts(colour: tuple[int, int, int]) -> list[str]:
   """The colours in which a pattern on `colour` is easy to see."""
-  a = world_lib.COLOURS[colour]
-  return tuple(
-    name
-    for name, b in world_lib.COLOURS.items()
-    if sum(abs(p - q) for p, q in zip(a, b, strict=True)) > 220
-  )
+  table = world_lib.COLOURS.items()
+  return [n for n, c in table if np.abs(np.subtract(colour, c)).sum() > 220]
 
 
-_CONTRASTS = {name: _contrasts(name) for name in world_lib.COLOURS}
-_COLOURS = tuple(world_lib.COLOURS)
-_SIZES = tuple(world_lib.SIZES)
-_GROUNDS = tuple(world_lib.GROUNDS)
-_BACKDROPS = tuple(world_lib.BACKDROPS)
+_CONTRASTS = {name: _contrasts(c) for name, c in world_lib.COLOURS.items()}
 _COUNTS = (0, 1, 1, 2, 2, 2, 3, 3, 4)  # objects beside the main one
 
 
 def _draw_object(draw: Draw) -> SceneObject:
   """An object at the origin."""
-  name = draw.choice(CLASS_NAMES)
-  colour = draw.choice(_COLOURS)
+  name = draw.choice(SHAPES)
+  colour = draw.choice(world_lib.COLOURS)
   texture = draw.choice(world_lib.TEXTURES)
   second = ""
   if texture in world_lib.PATTERNS:
     second = draw.choice(_CONTRASTS[colour])
-  size = draw.choice(_SIZES)
+  size = draw.choice(world_lib.SIZES)
   height = world_lib.SIZES[size] * draw.uniform(0.93, 1.07)
-  turn = (0.0, 2 * math.pi)
-  if SHAPES[name].flat:
-    turn = (-_BOARD_YAW, _BOARD_YAW)
+  is_flat = SHAPES[name].flat
+  turn = (-_BOARD_YAW, _BOARD_YAW) if is_flat else (0.0, 2 * math.pi)
   yaw = draw.uniform(*turn)
   # A tile is about as large as the object, so that small ones show a pattern.
-  texture_map = (
-    height * draw.uniform(0.8, 1.2),
-    draw.uniform(),
-    draw.uniform(),
-  )
+  tile = height * draw.uniform(0.8, 1.2)
+  texture_map = (tile, draw.uniform(), draw.uniform())
   return SceneObject(
     name, colour, second, texture, size, height, yaw, texture_map
   )
@@ -91,9 +81,7 @@ def _move(
   obj: SceneObject, x: float, z: float, base: float, *, support: int = -1
 ) -> SceneObject:
   """An object moved from the origin; a board turns its face to the camera."""
-  yaw = obj.yaw
-  if obj.shape.flat:
-    yaw += math.atan2(x, z)
+  yaw = obj.yaw + (math.atan2(x, z) if obj.shape.flat else 0)
   return dataclasses.replace(obj, x=x, z=z, base=base, yaw=yaw, support=support)
 
 
@@ -114,8 +102,7 @@ def _place_main(draw: Draw, camera: Camera, near: float) -> SceneObject:
   for attempt in range(_TRIES):
     # Of the image's height; a tall object near a low camera needs less.
     share = draw.uniform(0.36, 0.58) * 0.93**attempt
-    z = camera.focal * origin.shape.top * origin.height / share
-    z = max(z, near)
+    z = max(camera.focal * origin.shape.top * origin.height / share, near)
     x = (draw.uniform(0.25, 0.75) - 0.5) * z / camera.focal
     obj = _move(origin, x, z, base)
     if world_lib.hidden_share([world_lib.bounding_rect(camera, obj)], 0) < 0.06:
@@ -219,8 +206,8 @@ def sample_world(index: int, seed: int) -> World:
   bright = draw.uniform(0.88, 1.08)
   return World(
     objects=tuple(objects),
-    ground=draw.choice(_GROUNDS),
-    backdrop=draw.choice(_BACKDROPS),
+    ground=draw.choice(world_lib.GROUNDS),
+    backdrop=draw.choice(world_lib.BACKDROPS),
     turn=turn,
     distance=distance,
     light=(side / length, -height / length, -_LIGHT_FRONT / length),

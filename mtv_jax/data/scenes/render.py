@@ -12,13 +12,15 @@ depth are right; light does not depend on the view.
 """
 
 import dataclasses
+import functools
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 
 from mtv_jax.data.scenes import captions as captions_lib
-from mtv_jax.data.scenes import layout, raycast, shading
+from mtv_jax.data.scenes import layout, textures
+from mtv_jax.data.scenes.raycast import OBJECTS, Hits
 from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.scenes.world import (
   Camera,
@@ -36,6 +38,8 @@ MIN_SIZE = 16
 _MIN_BOX_SHARE = 0.001  # a box needs this share of the image, and 4 pixels
 _MAX_HIDDEN = 0.55  # captions of a second view leave out what is more hidden
 _DEPTH_TOLERANCE = 2e-3  # relative, between depths of the same point
+_NOISE = 2.5  # standard deviation of the sensor's noise, of 255
+_SHIFTS = 64  # offsets of the noise along each axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Scene:
     box_objects: index into `objects` for each box.
     captions: five, the first a full description (see `captions.py`).
     label: index into `CLASS_NAMES` of the main object, the largest.
-    objects: in words and metres; the main one first.
+    objects: the main one first.
     camera: of this view.
   """
 
@@ -116,20 +120,14 @@ def check_arguments(index: int, size: int, seed: int) -> None:
     raise IndexError(f"Scene index {index}: expected 0 or more, below 2**63.")
   if size < MIN_SIZE:
     raise InputError(
-      f"Scene size {size}: expected at least {MIN_SIZE} pixels a side; below"
-      " that the objects can't be told apart."
+      f"Scene size {size}: expected at least {MIN_SIZE} pixels a side."
     )
   if not 0 <= seed < 2**63:
     raise InputError(f"Scene seed {seed}: expected 0 or more, below 2**63.")
 
 
 def render(index: int, *, size: int = 96, seed: int = 0) -> Scene:
-  """Renders scene `index` of the series `seed`.
-
-  Args:
-    index: 0 or more; each index is another scene.
-    size: pixels a side, at least 16. Another size shows the same scene.
-    seed: another seed is another series of scenes.
+  """Renders scene `index` of the series `seed`, at `size` pixels a side.
 
   Raises:
     IndexError: the index is negative.
@@ -160,12 +158,12 @@ def render_pair(index: int, *, size: int = 96, seed: int = 0) -> ScenePair:
   x = (camera.focal * points[..., 0] / depth).astype(np.float32)
   y = (camera.focal * points[..., 1] / depth).astype(np.float32)
   inside = (points[..., 2] > 1e-3) & (abs(x) < 0.5) & (abs(y) < 0.5)
-  # Rays cast exactly there, rather than the second view's pixels, so that
-  # visibility does not depend on the size.
-  hits = raycast.cast_rays(
+  # Rays cast exactly to these points, rather than the second view's pixels, so
+  # that visibility does not depend on the size.
+  hits = Hits(
     world, camera, np.clip(x, -1, 1), np.clip(y, -1, 1), pitch=1 / size
   )
-  same_object = shading.owners(hits) == first.instances
+  same_object = hits.owners == first.instances
   same_depth = abs(hits.inverse * depth - 1) < _DEPTH_TOLERANCE
   return ScenePair(
     first=first,
@@ -185,10 +183,9 @@ def _render_view(
   noise: tuple[float, float],
 ) -> Scene:
   """One view of a world with its labels; `draw` words the captions."""
-  x, y = pixel_rays(size)
-  hits = raycast.cast_rays(world, camera, x, y, pitch=1 / size)
-  instances = shading.owners(hits)
-  boxes, box_objects = _visible_boxes(instances, hits.boxes)
+  hits = Hits(world, camera, *pixel_rays(size), pitch=1 / size)
+  instances = hits.owners
+  boxes, box_objects = _visible_boxes(instances, hits)
   objects = world.objects
   rects = [bounding_rect(camera, obj) for obj in objects]
   visible = list(range(len(objects)))
@@ -196,12 +193,10 @@ def _render_view(
     visible = [i for i in visible if hidden_share(rects, i) < _MAX_HIDDEN]
   labels = [CLASS_NAMES.index(obj.name) for obj in objects]
   segments = np.zeros((1, 256), np.uint8)
-  segments[0, : STUFF_COUNT + len(objects)] = [
-    *range(STUFF_COUNT),
-    *(STUFF_COUNT + label for label in labels),
-  ]
+  segments[0, 1] = 1
+  segments[0, OBJECTS : OBJECTS + len(objects)] = np.add(labels, STUFF_COUNT)
   return Scene(
-    image=shading.shade(hits, noise),
+    image=_shade(hits, noise),
     depth=1 / hits.inverse,
     segmentation=cv2.LUT(instances, segments),
     instances=instances,
@@ -216,20 +211,62 @@ def _render_view(
 
 
 def _visible_boxes(
-  instances: np.ndarray, bounds: list[raycast.Box]
+  instances: np.ndarray, hits: Hits
 ) -> tuple[Float32[np.ndarray, "n 4"], tuple[int, ...]]:
   """Boxes around visible pixels, and the indices of their objects."""
   size = instances.shape[0]
   min_pixels = max(_MIN_BOX_SHARE * size * size, 4)
   boxes, indices = [], []
-  for i, (rows, columns) in enumerate(bounds):
-    mask = (instances[rows, columns] == raycast.OBJECTS + i).view(np.uint8)
-    if not mask.size or cv2.countNonZero(mask) < min_pixels:
-      continue
-    x, y, width, height = cv2.boundingRect(mask)
-    x += columns.start or 0
-    y += rows.start or 0
-    boxes.append((y, x, y + height, x + width))
-    indices.append(i)
+  for i, (rows, columns) in enumerate(hits.boxes):
+    mask = (instances[rows, columns] == OBJECTS + i).view(np.uint8)
+    if mask.size and cv2.countNonZero(mask) >= min_pixels:
+      x, y, width, height = cv2.boundingRect(mask)
+      x, y = x + columns.start, y + rows.start
+      boxes.append((y, x, y + height, x + width))
+      indices.append(i)
   unit = np.array(boxes, np.float32).reshape(-1, 4) / np.float32(size)
   return unit, tuple(indices)
+
+
+def _shade(hits: Hits, noise: tuple[float, float]) -> np.ndarray:
+  """The sRGB image of a square grid of rays.
+
+  Args:
+    hits: of the rays.
+    noise: two numbers in [0, 1), the offset of the sensor noise.
+  """
+  number = hits.number
+  texels, left, top = (cv2.LUT(number, t) for t in _tables(hits.tiles))
+  # Texel i of a tile is centred at i + 0.5 of it.
+  x = (hits.u - np.floor(hits.u)) * texels + left - 0.5
+  y = (hits.v - np.floor(hits.v)) * texels + top - 0.5
+  mix = cv2.remap(textures.atlas().pixels, x, y, cv2.INTER_LINEAR)
+  mix = mix.astype(np.float32)
+  first, change = np.split(_tables(hits.colours), 2)
+  planes = [
+    (cv2.LUT(number, b * (1 / 255)) * mix + cv2.LUT(number, a)) * hits.light
+    for a, b in zip(first, change, strict=True)
+  ]
+  size = number.shape[0]
+  i, j = (int(n * _SHIFTS) for n in noise)
+  noise = _sensor_noise(size)[i : i + size, j : j + size]
+  image = cv2.add(cv2.merge(planes), noise, dtype=cv2.CV_8U)
+  # One ray a pixel leaves stairs along every outline; a blur of just these
+  # pixels hides them at a fraction of the cost of more rays.
+  cross = np.ones((3, 3), np.uint8)
+  edges = cv2.morphologyEx(hits.owners, cv2.MORPH_GRADIENT, cross)
+  return cv2.copyTo(cv2.GaussianBlur(image, (3, 3), 0), edges, image)
+
+
+def _tables(rows: list) -> Float32[np.ndarray, "k 1 256"]:
+  """Columns of a list of rows as look-up tables for `cv2.LUT`."""
+  tables = np.zeros((len(rows[0]), 1, 256), np.float32)
+  tables[:, 0, : len(rows)] = np.array(rows, np.float32).T
+  return tables
+
+
+@functools.lru_cache(maxsize=8)
+def _sensor_noise(size: int) -> Float32[np.ndarray, "n n 3"]:
+  side = size + _SHIFTS
+  noise = np.random.default_rng(7).standard_normal((side, side, 3), np.float32)
+  return _NOISE * noise

@@ -1,5 +1,6 @@
 """Built-in scenes as a data source."""
 
+import dataclasses
 import operator
 from typing import SupportsIndex
 
@@ -11,10 +12,9 @@ from mtv_jax.data.sources.base import Source
 from mtv_jax.utils.errors import InputError
 
 
+@dataclasses.dataclass(eq=False)
 class SceneSource(Source):
   """Random-access source of scenes: record i is scene `first + i`.
-
-  It holds a few numbers, so that copies in worker processes cost nothing.
 
   Args:
     size: pixels a side of the rendered images.
@@ -24,21 +24,24 @@ class SceneSource(Source):
     seed: the series of scenes.
   """
 
+  size: int = 96
+  _: dataclasses.KW_ONLY
+  length: int = 10_000
+  first: int = 0
+  seed: int = 0
+
   name = "scenes"
   fields = frozenset(
     ("key", "image", "captions", "depth", "segmentation")
     + ("boxes", "phrases", "box_scores", "label")
   )
 
-  def __init__(
-    self, size: int = 96, *, length: int = 10_000, first: int = 0, seed: int = 0
-  ):
-    render_lib.check_arguments(first, size, seed)
-    if length < 1:
-      raise InputError(f"Scenes length {length}: expected 1 or more records.")
-    self.size, self.length, self.first, self.seed = size, length, first, seed
+  def __post_init__(self):
+    render_lib.check_arguments(self.first, self.size, self.seed)
+    if self.length < 1:
+      raise InputError(f"Scenes length {self.length}: expected 1 or more.")
     # Rendered records are in no file: one shard for a shuffle by blocks.
-    self.shards = np.array([length], np.int64)
+    self.shards = np.array([self.length], np.int64)
 
   def __len__(self) -> int:
     return self.length
@@ -66,9 +69,3 @@ class SceneSource(Source):
       "box_scores": np.ones(len(scene.boxes), np.float32),
       "label": scene.label,
     }
-
-  def __repr__(self) -> str:
-    return (
-      f"SceneSource(size={self.size}, length={self.length},"
-      f" first={self.first}, seed={self.seed})"
-    )

@@ -62,17 +62,14 @@ def _triangle(x: np.ndarray) -> np.ndarray:
   return np.abs(x - np.round(x))
 
 
-def _cells(rng: np.random.Generator, points: int) -> tuple[np.ndarray, ...]:
+def _cells(rng: np.random.Generator, points: int) -> np.ndarray:
   """Distances to the nearest and second nearest of some points, wrapped."""
-  axis = np.arange(TILE) / TILE
-  y, x = np.meshgrid(axis, axis, indexing="ij")
+  pixels = np.indices((TILE, TILE)) / TILE
   distances = []
-  for py, px in rng.random((points, 2)):
-    dy = np.abs(y - py)
-    dx = np.abs(x - px)
-    distances.append(np.hypot(np.minimum(dy, 1 - dy), np.minimum(dx, 1 - dx)))
-  first, second = np.partition(np.stack(distances), 1, axis=0)[:2]
-  return first, second
+  for point in rng.random((points, 2)):
+    offset = np.abs(pixels - point[:, None, None])
+    distances.append(np.hypot(*np.minimum(offset, 1 - offset)))
+  return np.partition(distances, 1, axis=0)[:2]
 
 
 def _patterns() -> dict[str, np.ndarray]:
@@ -100,15 +97,20 @@ def _patterns() -> dict[str, np.ndarray]:
   veins = np.abs(np.sin(np.pi * (x + y + 0.45 * swirl)))
   plank = _triangle(y * 4) / 4
   shade = 0.12 * np.sin(5.3 * np.floor(y * 4 + 0.5) % 4 * 2)
+  checks = np.sin(x * 6 * np.pi) * np.sin(y * 6 * np.pi)
+  zigzag = _triangle(y * 4 + _triangle(x * 4))
+  ripples = np.sin(2 * np.pi * (y * 7 + 0.25 * broad))
+  tile = np.minimum(_triangle(x * 2), _triangle(y * 2)) / 2
+  stones = 0.95 - _ramp(second - near - 0.012, 0.02)
+  loops = 0.25 * np.sin(x * 16 * np.pi) * np.sin(y * 16 * np.pi)
+  seam = _ramp(0.012 - _triangle(x * 4) / 4, 0.012)
   return {
     # On objects.
     "plain": 0.3 + 0.1 * cloud + 0.05 * fine,
     "striped": _ramp(_triangle(x * 4) - 0.29, soft) + 0.03 * fine,
     "dotted": _ramp(0.3 - dots, 2 * soft) + 0.03 * fine,
-    "checkered": _ramp(np.sin(x * 6 * np.pi) * np.sin(y * 6 * np.pi), 0.3)
-    + 0.03 * fine,
-    "zigzag": _ramp(_triangle(y * 4 + _triangle(x * 4)) - 0.28, 2 * soft)
-    + 0.03 * fine,
+    "checkered": _ramp(checks, 0.3) + 0.03 * fine,
+    "zigzag": _ramp(zigzag - 0.28, 2 * soft) + 0.03 * fine,
     "wooden": 0.3 + 0.34 * np.sin(2 * np.pi * rings) + 0.14 * grain,
     "brick": _ramp(0.014 - joint, 0.01) + 0.12 * tone + 0.05 * fine,
     "marble": np.exp(-((veins / 0.25) ** 2)) + 0.12 * cloud,
@@ -116,28 +118,16 @@ def _patterns() -> dict[str, np.ndarray]:
     "speckled": _ramp(_noise(rng, 14, 40) - 0.75, 0.4) + 0.04 * fine,
     # Behind and below them.
     "grass": 0.5 + 0.22 * _noise(rng, 10, 110, 0.35) + 0.12 * cloud,
-    "sand": 0.5
-    + 0.2 * fine
-    + 0.15 * np.sin(2 * np.pi * (y * 7 + 0.25 * broad)),
+    "sand": 0.5 + 0.2 * fine + 0.15 * ripples,
     "planks": _ramp(0.008 - plank, 0.008) + 0.4 + shade + 0.16 * grain,
-    "tiles": _ramp(
-      0.016 - np.minimum(_triangle(x * 2), _triangle(y * 2)) / 2, 0.01
-    )
-    + 0.08 * cloud,
-    "gravel": 0.95
-    - _ramp(second - near - 0.012, 0.02)
-    + 6 * near
-    + 0.05 * fine,
-    "carpet": 0.4
-    + 0.25 * np.sin(x * 16 * np.pi) * np.sin(y * 16 * np.pi)
-    + 0.15 * cloud,
+    "tiles": _ramp(0.016 - tile, 0.01) + 0.08 * cloud,
+    "gravel": stones + 6 * near + 0.05 * fine,
+    "carpet": 0.4 + loops + 0.15 * cloud,
     "snow": 0.35 + 0.2 * broad + 0.08 * fine,
     "plaster": 0.4 + 0.14 * cloud + 0.07 * fine,
     "clouds": _ramp(broad + 0.15 * cloud - 0.4, 2.2),
     "leaves": np.clip(5.5 * near, 0, 1) * 0.8 + 0.12 * cloud,
-    "panels": _ramp(0.012 - _triangle(x * 4) / 4, 0.012)
-    + 0.35
-    + 0.16 * grain.T,
+    "panels": seam + 0.35 + 0.16 * grain.T,
   }
 
 
@@ -159,58 +149,50 @@ def atlas() -> Atlas:
   return Atlas(pixels, offset_x, offset_y)
 
 
-def _polar(radius, samples: int = 720) -> np.ndarray:
-  """The closed curve r(angle), angle 0 pointing up; [n, 2] as (x, y)."""
-  angle = np.linspace(0, 2 * np.pi, samples, endpoint=False)
+def _points(x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "n 2"]:
+  return np.stack([x, y], -1)
+
+
+def _polar(radius) -> Float[np.ndarray, "n 2"]:
+  """The closed curve r(angle), angle 0 pointing up, as (x, y)."""
+  angle = np.linspace(0, 2 * np.pi, 720, endpoint=False)
   r = radius(angle)
-  return np.stack([r * np.sin(angle), r * np.cos(angle)], -1)
+  return _points(r * np.sin(angle), r * np.cos(angle))
 
 
-def _outlines() -> dict[str, list[np.ndarray]]:
-  """Outlines by silhouette: polygons [n, 2] of (x, y), y up, any scale.
+def _outlines() -> dict[str, list[Float[np.ndarray, "n 2"]]]:
+  """Outlines by silhouette: polygons of (x, y), y up, any scale.
 
   Several polygons are filled by the even-odd rule, so a second one inside the
   first cuts a hole.
   """
   turn = np.linspace(0, 2 * np.pi, 11)[:-1]
   reach = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
-  star = np.stack([reach * np.sin(turn), reach * np.cos(turn)], -1)
   t = np.linspace(0, 2 * np.pi, 400, endpoint=False)
-  heart = np.stack(
-    [
-      16 * np.sin(t) ** 3,
-      13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t),
-    ],
-    -1,
-  )
+  heart = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
   outer = np.linspace(0.2 * np.pi, 1.8 * np.pi, 200)
   inner = np.linspace(1.735 * np.pi, 0.265 * np.pi, 200)
-  moon = np.concatenate(
-    [
-      np.stack([np.cos(outer), np.sin(outer)], -1),
-      np.stack([0.38 + 0.64 * np.cos(inner), 0.8 * np.sin(inner)], -1),
-    ]
+  crescent = (
+    _points(np.cos(outer), np.sin(outer)),
+    _points(0.38 + 0.64 * np.cos(inner), 0.8 * np.sin(inner)),
   )
   a, b = 0.3, 1.0
   cross = [(-a, b), (a, b), (a, a), (b, a), (b, -a), (a, -a)]
   cross += [(-x, -y) for x, y in cross]
   arrow = [(0, 1), (0.7, 0.15), (0.27, 0.15), (0.27, -1)]
   arrow += [(-x, y) for x, y in reversed(arrow[1:])]
-  body = np.stack([0.28 + 0.72 * np.cos(t), 0.5 * np.sin(t)], -1)
+  body = _points(0.28 + 0.72 * np.cos(t), 0.5 * np.sin(t))
   tail = [(-0.95, 0.48), (-0.95, -0.48), (-0.3, 0.0)]
-  fish = [body, np.asarray(tail, float)]
+  petals = _polar(lambda p: 0.72 + 0.28 * np.cos(6 * p))
   return {
-    "star": [star],
-    "heart": [heart],
-    "moon": [moon],
+    "star": [_points(reach * np.sin(turn), reach * np.cos(turn))],
+    "heart": [_points(16 * np.sin(t) ** 3, heart)],
+    "moon": [np.concatenate(crescent)],
     "cross": [np.asarray(cross, float)],
     "ring": [_polar(lambda p: 1 + 0 * p), _polar(lambda p: 0.56 + 0 * p)],
     "arrow": [np.asarray(arrow, float)],
-    "flower": [
-      _polar(lambda p: 0.72 + 0.28 * np.cos(6 * p)),
-      _polar(lambda p: 0.2 + 0 * p),
-    ],
-    "fish": fish,
+    "flower": [petals, _polar(lambda p: 0.2 + 0 * p)],
+    "fish": [body, np.asarray(tail, float)],
   }
 
 
@@ -241,6 +223,6 @@ def silhouettes() -> dict[str, Float32[np.ndarray, "n n"]]:
     outside = cv2.distanceTransform(1 - mask, cv2.DIST_L2, 5)
     signed = (inside - outside) / zoom
     maps[name] = cv2.resize(
-      signed, (SILHOUETTE, SILHOUETTE), interpolation=cv2.INTER_AREA
+      signed, [SILHOUETTE] * 2, interpolation=cv2.INTER_AREA
     )
   return maps

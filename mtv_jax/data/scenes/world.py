@@ -195,33 +195,29 @@ def bounding_rect(camera: Camera, obj: SceneObject) -> Rect:
     return Rect(min(y0, y1), across - half, max(y0, y1), across + half, depth)
   cos = obj.radius * math.cos(obj.yaw)
   sin = obj.radius * math.sin(obj.yaw)
-  if obj.shape.flat:
-    y = -(obj.base + top) / 2
-    corners = ((cos, -sin), (-cos, sin))
-  else:
-    y = -obj.base
-    a, b = cos + sin, cos - sin
-    corners = ((a, b), (b, -a), (-a, -b), (-b, a))
-  ends = [camera.project(x + dx, y, z + dz) for dx, dz in corners]
+  y, corners = -(obj.base + top) / 2, ((cos, -sin), (-cos, sin))
   if not obj.shape.flat:
-    y1 = max(end[1] for end in ends)
-  columns = [end[0] for end in ends]
+    a, b = cos + sin, cos - sin
+    y, corners = -obj.base, ((a, b), (b, -a), (-a, -b), (-b, a))
+  ends = [camera.project(x + dx, y, z + dz) for dx, dz in corners]
+  columns, rows, _ = zip(*ends, strict=True)
+  if not obj.shape.flat:
+    y1 = max(rows)
   return Rect(min(y0, y1), min(columns), max(y0, y1), max(columns), depth)
 
 
 def hidden_share(rects: list[Rect], i: int) -> float:
   """Upper bound of the share of rectangle i behind nearer ones or outside."""
   a = rects[i]
-  height = max(0.0, min(a.y1, 1) - max(a.y0, 0))
-  width = max(0.0, min(a.x1, 1) - max(a.x0, 0))
-  covered = a.area - height * width
-  for b in rects:
-    if b.depth < a.depth:
-      height = min(a.y1, b.y1) - max(a.y0, b.y0)
-      width = min(a.x1, b.x1) - max(a.x0, b.x0)
-      if height > 0 and width > 0:
-        covered += height * width
-  return covered / a.area
+  hidden = a.area - _overlap(a, Rect(0, 0, 1, 1, 0))
+  nearer = (_overlap(a, b) for b in rects if b.depth < a.depth)
+  return sum(nearer, hidden) / a.area
+
+
+def _overlap(a: Rect, b: Rect) -> float:
+  height = min(a.y1, b.y1) - max(a.y0, b.y0)
+  width = min(a.x1, b.x1) - max(a.x0, b.x0)
+  return max(height, 0.0) * max(width, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -276,10 +276,10 @@ def _draw_pair(
   """Matches from the highest weight to the lowest, coloured by correctness."""
   matches = errors.matches
   chosen = examples.subsample(range(len(matches.first)), _SHEET_MATCHES)
-  return plots.draw_scored_matches(
+  return plots.draw_matches(
     views[0].image,
     views[1].image,
     matches.first[chosen] * posed.CELL,
     matches.second[chosen] * posed.CELL,
-    errors.metres[chosen] < metres[len(metres) // 2],
+    correct=errors.metres[chosen] < metres[len(metres) // 2],
   )

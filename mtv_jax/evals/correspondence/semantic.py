@@ -230,10 +230,10 @@ def _draw_pair(
   size: int,
 ) -> np.ndarray:
   """Keypoints joined to their predictions, coloured by correctness."""
-  return plots.draw_scored_matches(
+  return plots.draw_matches(
     pck.pad_to_square(data.images[pair.first], size),
     pck.pad_to_square(data.images[pair.second], size),
     pck.source_points(pair, size=size)[:, ::-1].astype(np.int64),
     np.floor(predicted[:, ::-1] * size).astype(np.int64),
-    correct > 0,
+    correct=correct > 0,
   )

@@ -102,5 +102,4 @@ def test_main_object_is_in_both_views(pairs):
     assert np.sum(pair.second.instances == 2) > 20
     seen = pair.visible[pair.first.instances == 2].mean()
     assert seen > 0.25
-    things = pair.second.objects
-    assert things[0].name in pair.second.captions[0]
+    assert pair.second.objects[0].name in pair.second.captions[0]

@@ -26,7 +26,7 @@ COUNT = 120
 
 
 @pytest.fixture(scope="module")
-def some():
+def rendered():
   return [render(i) for i in range(COUNT)]
 
 
@@ -63,8 +63,8 @@ def test_index_and_seed_change_the_scene():
   assert len({render(5).captions[0], render(5, seed=1).captions[0]}) == 2
 
 
-def test_shapes_and_types(some):
-  for scene in some[:20]:
+def test_shapes_and_types(rendered):
+  for scene in rendered[:20]:
     assert scene.image.shape == (96, 96, 3) and scene.image.dtype == np.uint8
     assert scene.depth.shape == (96, 96) and scene.depth.dtype == np.float32
     assert np.isfinite(scene.depth).all() and scene.depth.min() > 0.2
@@ -91,27 +91,27 @@ def test_sizes_show_the_same_scene():
     assert np.median(np.abs(log_ratio)) < 0.01
 
 
-def test_things_are_ordered_as_promised(some):
-  for scene in some:
+def test_main_object_is_the_largest(rendered):
+  for scene in rendered:
     assert scene.label == scenes.CLASS_NAMES.index(scene.objects[0].name)
     areas = [
       np.sum(scene.instances == 2 + i) for i in range(len(scene.objects))
     ]
     shown = np.bincount(scene.segmentation.ravel())
     assert shown[2 + scene.label] >= areas[0] > 0
-    # Outlined areas rank, so a thin main obj may show fewer pixels.
+    # Outlined areas rank, so a thin main object may show fewer pixels.
     rects = rects_of(scene)
     assert all(r.area < 0.61 * rects[0].area for r in rects[1:])
 
 
-def test_named_objects_are_visible(some):
-  for scene in some:
+def test_named_objects_are_visible(rendered):
+  for scene in rendered:
     assert scene.box_objects == tuple(range(len(scene.objects)))
     for i in range(len(scene.objects)):
       assert np.sum(scene.instances == 2 + i) >= 12
 
 
-def test_things_stand_apart():
+def test_objects_do_not_intersect():
   """None in the backdrop, none in another unless it stands on it."""
   for index in range(300):
     world = layout.sample_world(index, 0)
@@ -125,8 +125,8 @@ def test_things_stand_apart():
           assert high.base >= low.base + low.height - 1e-9, (index, i, j)
 
 
-def test_boxes_are_tight_and_named(some):
-  for scene in some:
+def test_boxes_are_tight_and_named(rendered):
+  for scene in rendered:
     for box, i, phrase in zip(
       scene.boxes, scene.box_objects, scene.phrases, strict=True
     ):
@@ -140,8 +140,8 @@ def test_boxes_are_tight_and_named(some):
       assert (scene.segmentation[rows, columns] == 2 + name).all()
 
 
-def test_segments_follow_instances(some):
-  for scene in some[:20]:
+def test_segments_follow_instances(rendered):
+  for scene in rendered[:20]:
     np.testing.assert_array_equal(scene.segmentation < 2, scene.instances < 2)
     np.testing.assert_array_equal(
       scene.segmentation[scene.instances < 2],
@@ -155,8 +155,8 @@ def _ray(camera, y, x):
   return camera.rotation.T @ ray, camera.position
 
 
-def test_depth_of_the_ground_is_that_of_the_plane(some):
-  for scene in some[:30]:
+def test_depth_of_the_ground_is_that_of_the_plane(rendered):
+  for scene in rendered[:30]:
     rows, columns = np.nonzero(scene.instances == 1)
     for k in range(0, len(rows), 97):
       y, x = (rows[k] + 0.5) / 96, (columns[k] + 0.5) / 96
@@ -168,7 +168,7 @@ def test_depth_of_the_ground_is_that_of_the_plane(some):
 
 
 def _local(obj, points):
-  """World points in a obj's frame, its height being 1 (own derivation)."""
+  """World points in an object's frame, its height being 1."""
   cos, sin = math.cos(obj.yaw), math.sin(obj.yaw)
   x, y, z = (points - np.array([obj.x, -obj.base, obj.z])).T
   local = np.stack([cos * x - sin * z, -y, sin * x + cos * z], -1)
@@ -194,10 +194,10 @@ def _on_part(part, p):
   return np.minimum(side + out, ends + beyond)
 
 
-def test_points_lie_on_the_surfaces_of_their_things(some):
-  """The depth of every obj's pixels solves its shape's own equation."""
-  met = set()
-  for scene in some:
+def test_points_lie_on_the_surfaces_of_their_objects(rendered):
+  """The depth of every object's pixels solves its shape's own equation."""
+  classes = set()
+  for scene in rendered:
     world = scene.points @ scene.camera.rotation + scene.camera.position
     for i, obj in enumerate(scene.objects):
       points = world[scene.instances == 2 + i]
@@ -205,22 +205,22 @@ def test_points_lie_on_the_surfaces_of_their_things(some):
       off = np.min([_on_part(p, local) for p in obj.shape.parts], 0)
       assert off.max() < 5e-3, (obj.name, off.max())
       assert local[:, 1].min() > -2e-3 and local[:, 1].max() < 1.002
-      met.add(obj.name)
-  assert met == set(scenes.CLASS_NAMES)
+      classes.add(obj.name)
+  assert classes == set(scenes.CLASS_NAMES)
 
 
-def test_nearer_things_hide_farther_ones(some):
-  """Alone in the scene, a obj is nowhere farther than what is shown."""
+def test_nearer_objects_hide_farther_ones(rendered):
+  """Alone in the scene, an object is nowhere farther than what is shown."""
   x, y = scenes.pixel_rays(96)
   checked = 0
   for index in range(80):
     world = layout.sample_world(index, 0)
-    shown = some[index]
+    shown = rendered[index]
     for i, obj in enumerate(world.objects):
       free = dataclasses.replace(obj, support=-1)
       alone = dataclasses.replace(world, objects=(free,))
-      hits = raycast.cast_rays(alone, world.camera, x, y, pitch=1 / 96)
-      mask = scene_trace_owner(hits) == 2
+      hits = raycast.Hits(alone, world.camera, x, y, pitch=1 / 96)
+      mask = hits.owners == 2
       assert (shown.depth[mask] <= 1 / hits.inverse[mask] + 1e-4).all()
       hidden = mask & (shown.instances != 2 + i)
       others = shown.instances[hidden]
@@ -229,14 +229,10 @@ def test_nearer_things_hide_farther_ones(some):
   assert checked > 300
 
 
-def scene_trace_owner(hits):
-  return np.array(hits.surfaces.owners)[hits.number]
-
-
-def test_relations_hold_in_the_pixels(some):
+def test_relations_hold_in_the_pixels(rendered):
   """left/right by boxes, in front/behind by depth, on top by both."""
   seen = set()
-  for scene in some:
+  for scene in rendered:
     rects = rects_of(scene)
     boxes = scene.boxes
     depths = [
@@ -268,14 +264,14 @@ def test_relations_hold_in_the_pixels(some):
   }  # fmt: skip
 
 
-def test_relation_captions_are_true(some):
+def test_relation_captions_are_true(rendered):
   """Parses the third caption and checks it against boxes and depth."""
   form = re.compile(
     r"the (\w+ \w+) (?:is )?(?:to the )?"
     r"(left of|right of|in front of|behind|above|below|on top of) the (.+)"
   )
   parsed = 0
-  for scene in some:
+  for scene in rendered:
     match = form.fullmatch(scene.captions[2])
     if not match:
       assert (
@@ -302,10 +298,10 @@ def test_relation_captions_are_true(some):
   assert parsed > COUNT / 2
 
 
-def test_count_captions_add_up(some):
+def test_count_captions_add_up(rendered):
   numbers = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4, "five": 5}
   singular = {captions_lib.plural(n): n for n in scenes.CLASS_NAMES}
-  for scene in some:
+  for scene in rendered:
     counts = {}
     text = scene.captions[3].split(": ")[-1].replace("a photo of ", "")
     text = text.replace("a picture of ", "")
@@ -317,8 +313,8 @@ def test_count_captions_add_up(some):
     assert counts == expected, scene.captions[3]
 
 
-def test_full_caption_names_everything(some):
-  for scene in some:
+def test_full_caption_names_everything(rendered):
+  for scene in rendered:
     full = scene.captions[0]
     for obj in scene.objects:
       words = {obj.colour, obj.name, obj.second} - {""}
@@ -348,8 +344,8 @@ def test_colour_words_match_the_pixels():
     pixels = scene.image[scene.instances == 2]
     # The lit side: shade is dark whatever the colour.
     bright = pixels[pixels.sum(1) >= np.percentile(pixels.sum(1), 60)]
-    found = _hue(np.median(bright, 0))
-    nearest = names[np.argmin(np.linalg.norm(table - found, axis=1))]
+    colour = _hue(np.median(bright, 0))
+    nearest = names[np.argmin(np.linalg.norm(table - colour, axis=1))]
     right += nearest == obj.colour
     total += 1
   assert total > 20
@@ -367,14 +363,14 @@ def test_pattern_colours_are_told_apart():
 
 def python(code):
   """Output of a Python without the run-time type checks of the tests."""
-  done = subprocess.run(
+  process = subprocess.run(
     [sys.executable, "-c", code],
     cwd=ROOT,
     capture_output=True,
     text=True,
     check=True,
   )
-  return done.stdout
+  return process.stdout
 
 
 def test_classes_are_balanced_and_captions_distinct():

@@ -1,4 +1,4 @@
-"""The patterns and silhouettes that scenes are painted with."""
+"""Texture patterns and silhouettes of built-in scenes."""
 
 import numpy as np
 import pytest
