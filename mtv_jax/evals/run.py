@@ -158,10 +158,8 @@ def evaluate(
 ) -> dict[str, Result]:
   """Runs evaluations in their order; stops at the first error.
 
-  Args:
-    encoder: to evaluate.
-    evals: by name, evaluators (whose data stay open between calls) or entries
-      of a config's `evals`.
+  `evals` are evaluators (whose data stay open between calls) or entries of a
+  config's `evals`.
   """
   evaluators = {
     name: e if isinstance(e, Evaluator) else base.build_evaluator(name, e)
@@ -174,31 +172,18 @@ def evaluate(
   return {name: _run(name, e, encoder) for name, e in evaluators.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-  """Evaluators with open data, and those whose data could not be opened.
-
-  Attributes:
-    evaluators: by name.
-    skipped: by name, why the data are not for this evaluation.
-    failed: by name, the error.
-    named: see `Plan`.
-  """
-
-  evaluators: dict[str, Evaluator]
-  skipped: dict[str, str]
-  failed: dict[str, str]
-  named: frozenset[str]
-
-
 def prepare(
   chosen: Plan, *, say: Callable[[str], None] = lambda line: None
-) -> Prepared:
+) -> tuple[dict[str, Evaluator], dict[str, str], dict[str, str]]:
   """Builds the evaluators of a plan and opens their data.
 
   Args:
     chosen: from `plan`.
     say: is called with a line for each evaluation that won't run.
+
+  Returns:
+    By name: the evaluators; of those skipped, the reason that the data are not
+    for them; of those that failed, the error.
 
   Raises:
     ConfigError: for a bad option.
@@ -221,22 +206,22 @@ def prepare(
       say(f"{name} {'is skipped' if kind is skipped else 'FAILED'}: {error}")
   if not evaluators and last is not None:
     raise last
-  return Prepared(evaluators, skipped, failed, chosen.named)
+  return evaluators, skipped, failed
 
 
 def attempt(
   encoder: Encoder,
-  prepared: Prepared,
+  evaluators: Mapping[str, Evaluator],
+  outcome: Outcome,
   *,
-  name: str,
   say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Outcome]:
   """Runs prepared evaluations one by one and records errors.
 
   Args:
     encoder: to evaluate.
-    prepared: from `prepare`.
-    name: of the encoder in tables.
+    evaluators: from `prepare`.
+    outcome: of the encoder, to which results and errors are added.
     say: is called with a line for each evaluation at its end.
 
   Yields:
@@ -246,17 +231,9 @@ def attempt(
     Exception: of an evaluation on several hosts: the others may wait for this
       one in a collective, and would not reach the next evaluation.
   """
-  outcome = Outcome(
-    name=name,
-    encoder=encoder.source,
-    weights=encoder.weights,
-    skipped=dict(prepared.skipped),
-    failed=dict(prepared.failed),
-    protocol=encoder.protocol(),
-  )
-  if not prepared.evaluators:
+  if not evaluators:
     yield outcome
-  for kind, evaluator in prepared.evaluators.items():
+  for kind, evaluator in evaluators.items():
     try:
       result = _run(kind, evaluator, encoder)
       outcome.results[kind] = result

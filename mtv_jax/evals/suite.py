@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 from PIL import Image
@@ -23,14 +23,11 @@ from mtv_jax.utils.errors import ConfigError
 _WEIGHTS = re.compile(r"(.+)@(student|teacher|ema)")
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
   """An encoder that a command line requests.
 
-  Attributes:
-    path: for `mtv_jax.load`.
-    weights: `student`, `teacher` or `ema`.
-    name: in tables.
+  `path` and `weights` (`student`, `teacher` or `ema`) are those of
+  `mtv_jax.load`, `name` that of tables.
   """
 
   path: str
@@ -62,15 +59,12 @@ def parse_requests(encoders: Sequence[str], *, weights: str) -> list[Request]:
     raise ConfigError(
       f"--encoder={twice[0]} is given twice ({twice[1]} weights)"
     )
-  names = [_short_names(path) for path, _ in split]
-  several = {p for p, _ in split if [q for q, _ in split].count(p) > 1}
+  paths = [path for path, _ in split]
   requests = []
-  for i, (path, which) in enumerate(split):
-    others = {
-      n for j, ns in enumerate(names) if split[j][0] != path for n in ns
-    }
-    name = next((n for n in names[i] if n not in others), path)
-    name += f"@{which}" if path in several else ""
+  for path, which in split:
+    others = {n for p in paths if p != path for n in _short_names(p)}
+    name = next((n for n in _short_names(path) if n not in others), path)
+    name += f"@{which}" if paths.count(path) > 1 else ""
     requests.append(Request(path, which, name))
   return requests
 
@@ -104,13 +98,20 @@ def evaluate(
     Exception: of the data of an evaluation that was requested by name, before
       anything is computed.
   """
-  prepared = run.prepare(chosen, say=say)
+  evaluators, skipped, failed = run.prepare(chosen, say=say)
   outcomes: list[Outcome] = []
   for name, encoder in encoders.items():
     say(f"{name}:" if len(encoders) > 1 else f"{encoder!r}")
-    done = list(outcomes)
-    for outcome in run.attempt(encoder, prepared, name=name, say=say):
-      outcomes = [*done, outcome]
+    outcome = Outcome(
+      name=name,
+      encoder=encoder.source,
+      weights=encoder.weights,
+      skipped=dict(skipped),
+      failed=dict(failed),
+      protocol=encoder.protocol(),
+    )
+    outcomes.append(outcome)
+    for _ in run.attempt(encoder, evaluators, outcome, say=say):
       if folder is not None and jax.process_index() == 0:
         results.write(pathlib.Path(folder) / "results.json", outcomes)
   return outcomes

@@ -85,8 +85,6 @@ def text_width(text: str, size: int = TEXT_SIZE) -> float:
 def one_line(text: str) -> str:
   """Text without line breaks, runs of spaces and unprintable characters."""
   text = " ".join(text.split())
-  if text.isprintable():
-    return text
   return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
@@ -161,12 +159,12 @@ def draw_boxes(
   draw = ImageDraw.Draw(canvas)
   if colours is None:
     colours = palette(len(names) + 1)[1:]
-  inks = [tuple(int(c) for c in colour) for colour in colours]
+  inks = [tuple(colour) for colour in colours.tolist()]
   corners = np.rint(boxes * [height, width, height, width]).astype(int)
   # Large boxes first, so that a small one is not painted over.
   areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
   for i in np.argsort(-areas, kind="stable"):
-    y0, x0, y1, x1 = (int(v) for v in corners[i])
+    y0, x0, y1, x1 = corners[i].tolist()
     x0, y0 = min(x0, width - 3), min(y0, height - 3)
     x1, y1 = max(x1 - 1, x0 + 2), max(y1 - 1, y0 + 2)
     # A dark rim, since the image may have the colour of the box.
@@ -198,7 +196,7 @@ def _free_plate(
   others: Sequence[tuple[int, int, int, int]],
 ) -> tuple[int, int, int, int] | None:
   """(x0, y0, x1, y1) of a plate at a corner of its box, clear of the others."""
-  y0, x0, y1, x1 = (int(v) for v in box)
+  y0, x0, y1, x1 = box.tolist()
   width, height = plate
   right = x1 - width
   for x, y in (
@@ -243,7 +241,7 @@ def draw_matches(
   width = max(1, len(first) // 256)
   for (y, x), (y2, x2), colour in zip(starts, ends, colours, strict=True):
     start, end = (int(x), int(y)), (int(x2) + first.shape[1], int(y2))
-    colour = tuple(int(c) for c in colour)
+    colour = colour.tolist()
     cv2.line(canvas, start, end, colour, width, cv2.LINE_AA)
     for point in (start, end):
       cv2.circle(canvas, point, 2 * width, colour, -1, cv2.LINE_AA)
@@ -331,8 +329,7 @@ def image_with_maps(
 ) -> UInt8[np.ndarray, "{height} w2 3"]:
   """An image and coloured label maps of its shape, side by side.
 
-  Maps are resized with the nearest pixel: a mean of labels is no label, and
-  the points of a sparse map would vanish in it.
+  Maps are resized with the nearest pixel, since means of labels are not labels.
   """
   size = (max(1, round(image.shape[1] * height / len(image))), height)
   methods = [cv2.INTER_AREA] + [cv2.INTER_NEAREST_EXACT] * len(maps)

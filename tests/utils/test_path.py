@@ -122,7 +122,7 @@ def test_folder_is_not_a_path(folder):
 
 @pytest.mark.parametrize("remote", ["gs://b/x.tar", "pipe:cat a.tar", "s3://b"])
 def test_object_stores_must_be_mounted(remote):
-  with pytest.raises(ValueError, match="mount"):
+  with pytest.raises(ValueError, match="Mount"):
     expand_path(remote)
 
 

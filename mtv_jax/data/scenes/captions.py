@@ -162,9 +162,8 @@ def _listed(objects) -> str:
     article(name) if n == 1 else f"{_COUNTS[n]} {plural(name)}"
     for name, n in names.items()
   ]
-  if len(parts) == 1:
-    return parts[0]
-  return ", ".join(parts[:-1]) + " and " + parts[-1]
+  *first, last = parts
+  return f"{', '.join(first)} and {last}" if first else last
 
 
 def captions(

@@ -163,13 +163,9 @@ def _is_free(
 
 def _is_visible(rects: list[Rect]) -> bool:
   """Whether all objects are mostly visible and the first is the largest."""
-  return (
-    world_lib.hidden_share(rects, 0) <= _MAX_HIDDEN_MAIN
-    and rects[-1].area <= _MAX_AREA * rects[0].area
-    and all(
-      world_lib.hidden_share(rects, i) <= _MAX_HIDDEN
-      for i in range(1, len(rects))
-    )
+  limits = [_MAX_HIDDEN_MAIN] + [_MAX_HIDDEN] * (len(rects) - 1)
+  return rects[-1].area <= _MAX_AREA * rects[0].area and all(
+    world_lib.hidden_share(rects, i) <= limit for i, limit in enumerate(limits)
   )
 
 

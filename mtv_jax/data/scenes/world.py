@@ -1,6 +1,6 @@
 """World of a built-in scene: vocabulary, objects, cameras.
 
-No image size enters here, so that a scene is the same at every size.
+It does not depend on the image size.
 
 Units are metres. The frames of world and camera are those of computer vision
 (x right, y down, z forward); the ground is the plane y = 0, so that an object

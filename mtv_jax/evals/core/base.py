@@ -63,13 +63,12 @@ class Result:
   """Metrics and their protocol.
 
   Attributes:
-    metrics: fractions (0..1) by name, unless the name says another unit.
+    metrics: by name, fractions (0..1) except for those in `units`.
     protocol: everything the metrics depend on, JSON-able: input size,
       preprocessing, weights, tie rule, data and its hash.
     chance: for some of the metrics, the expectation of a random encoder.
-    units: of the metrics that are not fractions ("m", or "" for a plain
-      number), which a table prints as they are rather than in percent.
-    lower: names of the metrics of which less is better.
+    units: of the metrics that are not fractions: "m", or "" for a number.
+    lower: names of the metrics where lower is better.
     pictures: uint8 `[H, W, 3]` sheets of examples by name; not in the JSON.
   """
 
@@ -106,11 +105,7 @@ class Evaluator:
 
 
 def require_text(encoder: Encoder) -> None:
-  """Refuses an encoder without a text tower, before anything is computed.
-
-  Raises:
-    NotApplicable: where it has none.
-  """
+  """Raises NotApplicable for an encoder without a text tower."""
   spec = getattr(encoder, "spec", None)
   if spec is not None and spec.text is None:
     raise NotApplicable(
@@ -119,25 +114,19 @@ def require_text(encoder: Encoder) -> None:
 
 
 def preprocess_protocol(encoder: Encoder, **steps: Any) -> dict[str, Any]:
-  """A protocol's `preprocess` where the evaluation resizes and crops itself.
+  """A protocol's `preprocess`: the evaluation's resizing and cropping steps.
 
-  Args:
-    encoder: whose mean and std apply.
-    steps: the evaluation's own resizing and cropping.
+  Mean and standard deviation are those of the encoder.
   """
-  own = encoder.preprocess
-  return {"mean": list(own.mean), "std": list(own.std), **steps}
+  preprocess = encoder.preprocess
+  return {"mean": [*preprocess.mean], "std": [*preprocess.std], **steps}
 
 
 def evaluator_class(kind: str, *, where: str = "--evals") -> type[Evaluator]:
-  """The class of a type of evaluation.
-
-  Args:
-    kind: a name in `EVALUATORS`.
-    where: the config key of its entry, for the error.
+  """The class of a name in `EVALUATORS`.
 
   Raises:
-    ConfigError: for an unknown name.
+    ConfigError: for an unknown name; `where` is the config key of its entry.
   """
   return options_lib.look_up(EVALUATORS, kind, where=where)
 
@@ -155,15 +144,15 @@ def default_options(kind: str) -> dict[str, Any]:
 def build_evaluator(
   name: str, config: Mapping[str, Any] | ConfigDict
 ) -> Evaluator:
-  """The evaluator that an entry of `config.evals` describes.
+  """The evaluator of an entry of `config.evals`.
 
   Args:
-    name: the entry's name, and its type where `config` gives none.
-    config: options of the evaluation. Its schedule (`every_steps`, ...) is read
-      by the trainer and ignored here.
+    name: the entry's name, and its type where `config` lacks one.
+    config: options of the evaluation; the schedule (`every_steps`, ...) of
+      the trainer is ignored.
 
   Raises:
-    ConfigError: for an unknown type or option, or a bad value of one.
+    ConfigError: for an unknown type or option, or a bad value.
   """
   where = f"config.evals.{name}"
   schedule = [f"every_{unit}" for unit in UNITS]

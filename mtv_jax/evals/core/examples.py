@@ -1,6 +1,6 @@
-"""Example types: what a data set gives to an evaluation.
+"""Example types of the evaluations' data sets.
 
-Images are original ones of any size and are decoded when indexed; labels,
+Images have their original sizes and are decoded when indexed; labels,
 captions, boxes and key points are in memory.
 """
 
@@ -29,12 +29,7 @@ IGNORE = 255
 
 
 class LazySequence(Sequence):
-  """Arrays that are read when indexed, from any thread.
-
-  Args:
-    read: index to array.
-    count: how many there are.
-  """
+  """`count` arrays that `read(index)` reads when indexed, from any thread."""
 
   item = "item"
 
@@ -87,25 +82,34 @@ def select_images(
   return Images(lambda i: images[indices[i]], len(indices))
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassificationSet:
-  """Images with one class each.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSet:
+  """Images of a data set, with a label each in subclasses.
 
   Attributes:
     name: of the data set, for the protocol.
     images: n of them.
-    labels: `[n]`, indices into `classes` and `ids`.
-    classes: readable names, or None if the data has none.
-    ids: identifiers by which a prompt file may know the classes.
     digest: hash of names, file sizes and labels.
   """
 
   name: str
   images: Images
+  digest: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassificationSet(ImageSet):
+  """Images with one class each.
+
+  Attributes:
+    labels: indices into `classes` and `ids`.
+    classes: readable names, or None if the data has none.
+    ids: identifiers by which a prompt file may know the classes.
+  """
+
   labels: Int[np.ndarray, " n"]
   classes: tuple[str, ...] | None
   ids: tuple[str, ...] | None
-  digest: str
 
   def select(self, indices: Int[np.ndarray, " m"]) -> ClassificationSet:
     """The images at `indices`, with a hash that depends on them."""
@@ -119,24 +123,18 @@ class ClassificationSet:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class CaptionSet:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptionSet(ImageSet):
   """Images with captions.
 
   Attributes:
-    name: of the data set, for the protocol.
-    images: n of them, each with at least one caption.
     captions: m of them, in the order of their images.
-    owner: `[m]`, the image of each caption.
-    digest: hash of names, file sizes and captions.
+    owner: `[m]`, the image of each caption; every image has at least one.
     split: which of Karpathy's; None for other data, which has no choice.
   """
 
-  name: str
-  images: Images
   captions: tuple[str, ...]
   owner: Int[np.ndarray, " m"]
-  digest: str
   split: str | None = None
 
   @classmethod
@@ -167,72 +165,54 @@ class CaptionSet:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class SegmentationSet:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentationSet(ImageSet):
   """Images and the classes of their pixels.
 
   Attributes:
     kind: `scenes`, `ade20k` or `nyu40`.
-    name: of the data set, for the protocol.
-    images: n of them.
     maps: n of them, of their images' sizes: a class, or `IGNORE`.
     classes: readable names; None where the data has none.
-    class_count: how many classes there are.
-    digest: hash of names and file sizes.
+    class_count: number of classes.
   """
 
   kind: str
-  name: str
-  images: Images
   maps: LabelMaps
   classes: tuple[str, ...] | None
   class_count: int
-  digest: str
 
 
-@dataclasses.dataclass(frozen=True)
-class DepthSet:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DepthSet(ImageSet):
   """Images and the true depth of their pixels.
 
   Attributes:
     kind: `scenes`, `nyu` or `kitti`, whose published limits and crops differ.
-    name: of the data set, for the protocol.
-    images: n of them.
     depths: n of them, each of its image's size: metres, 0 where unknown.
     source: where the depth comes from, for the protocol.
-    digest: hash of names and file sizes.
   """
 
   kind: str
-  name: str
-  images: Images
   depths: DepthMaps
   source: str
-  digest: str
 
 
-@dataclasses.dataclass(frozen=True)
-class BoxSet:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BoxSet(ImageSet):
   """Images with named boxes, at least one each.
 
   Attributes:
-    name: of the data set, for the protocol.
-    images: n of them.
     boxes: of each image, (y0, x0, y1, x1) in the unit square.
-    phrases: of each image, what is in its boxes.
+    phrases: of each image, the names of its boxes.
     labels: of each image, the indices of its boxes' `classes`; None without.
     classes: names, or None for data that has phrases only.
-    digest: hash of names, file sizes, boxes and phrases.
-    left_out: how many boxes were not used, by reason.
+    left_out: number of unused boxes, by reason.
   """
 
-  name: str
-  images: Images
   boxes: tuple[Float32[np.ndarray, "_ 4"], ...]
   phrases: tuple[tuple[str, ...], ...]
   labels: tuple[Int[np.ndarray, " _"], ...] | None
   classes: tuple[str, ...] | None
-  digest: str
   left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -243,9 +223,9 @@ class KeyPointPair:
   Coordinates are (x, y) in pixels of the image as it is stored.
 
   Attributes:
-    category: what both show.
-    viewpoint: how much the viewpoint differs (0 easy, 1 medium, 2 hard), or
-      None where the data does not say.
+    category: of both objects.
+    viewpoint: difference of the viewpoints (0 easy, 1 medium, 2 hard), or
+      None where the data lack it.
     first, second: indices of the images.
     first_points, second_points: the key points.
     second_box: (x0, y0, x1, y1) of the object in the second image.
@@ -263,24 +243,18 @@ class KeyPointPair:
   second_side: int
 
 
-@dataclasses.dataclass(frozen=True)
-class KeyPointPairs:
-  """Images in pairs, with key points that mean the same.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeyPointPairs(ImageSet):
+  """Images in pairs, with semantically corresponding key points.
 
   Attributes:
-    name: of the data set, for the protocol.
     layout: `spair` or `scenes`.
-    images: of all pairs.
     pairs: in a fixed order.
-    digest: hash of the pairs and the files.
-    about: what else the figures depend on.
+    about: further protocol entries.
   """
 
-  name: str
   layout: str
-  images: Images
   pairs: tuple[KeyPointPair, ...]
-  digest: str
   about: Mapping[str, Any]
 
 

@@ -24,8 +24,9 @@ from mtv_jax.utils.errors import InputError
 # evict the same arrays, as they compute them again together.
 BUDGET = 4 * 2**30
 
-# The hash of the data, the preprocessing, the output, and its block.
+# Hash of the data, preprocessing, field of `ImageFeatures`, block.
 _Key = tuple[str, Preprocess | None, str, int]
+_LAYER_FIELDS = ("layers", "prefix_layers")
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,7 @@ class _Store:
     self._arrays: collections.OrderedDict[_Key, np.ndarray] = (
       collections.OrderedDict()
     )
-    self._bytes = 0
-    self._warned = False
+    self._is_warned = False
 
   def get(self, key: _Key) -> np.ndarray | None:
     if key in self._arrays:
@@ -50,15 +50,12 @@ class _Store:
       self._warn(key, array)
       return
     self._arrays[key] = array
-    self._bytes += array.nbytes
-    while self._bytes > BUDGET:
-      old, evicted = self._arrays.popitem(last=False)
-      self._bytes -= evicted.nbytes
-      self._warn(old, evicted)
+    while sum(a.nbytes for a in self._arrays.values()) > BUDGET:
+      self._warn(*self._arrays.popitem(last=False))
 
   def _warn(self, key: _Key, array: np.ndarray) -> None:
     """Logs the first eviction."""
-    if not self._warned:
+    if not self._is_warned:
       log.warning(
         "features of an encoder exceed the cache of %.2g GB: %s %s of the data "
         "%s is the first to be evicted. Evaluations that share such features "
@@ -68,7 +65,7 @@ class _Store:
         array.shape,
         key[0],
       )
-    self._warned = True
+    self._is_warned = True
 
 
 _stores: weakref.WeakKeyDictionary[Encoder, _Store] = (
@@ -91,12 +88,9 @@ def encode_images(
   therefore read-only.
 
   Args:
-    encoder: whose features.
-    images: as for `Encoder.image`.
+    encoder: any.
+    images, layers, outputs, batch_size: as for `Encoder.image`.
     digest: a hash of the images and their order.
-    layers: as for `Encoder.image`.
-    outputs: as for `Encoder.image`.
-    batch_size: as for `Encoder.image`; it changes nothing in the result.
 
   Raises:
     TypeError, ValueError: as `Encoder.image`.
@@ -104,61 +98,41 @@ def encode_images(
   encoder_lib.check_outputs(outputs)
   # A user may give an encoder another preprocessing.
   data_key = (digest, getattr(encoder, "preprocess", None))
-  names = [(*data_key, name, 0) for name in outputs]
   depth = encoder.spec.image.depth if layers else 0
   taps = {i: encoder_lib.block_index(i, depth) for i in layers}
-  names += [
-    (*data_key, kind, t) for t in taps.values() for kind in _LAYER_KINDS
-  ]
   store = _stores.setdefault(encoder, _Store())
-  cached = {name: store.get(name) for name in names}
-  missing = [name for name, array in cached.items() if array is None]
+  arrays = {(name, 0): store.get((*data_key, name, 0)) for name in outputs}
+  for field in _LAYER_FIELDS:
+    for tap in taps.values():
+      arrays[field, tap] = store.get((*data_key, field, tap))
+  missing = [key for key, array in arrays.items() if array is None]
   if missing:
-    fresh = _compute(encoder, images, missing, batch_size)
+    out = encoder.image(
+      images,
+      layers=tuple(
+        sorted({tap for name, tap in missing if name in _LAYER_FIELDS})
+      ),
+      outputs=tuple(name for name, _ in missing if name not in _LAYER_FIELDS),
+      batch_size=batch_size,
+    )
     # Last, so that none of the requested arrays evicts another.
-    for name in missing:
-      fresh[name].setflags(write=False)
-      cached[name] = fresh[name]
-      store.put(name, fresh[name])
-  _check_count(cached, len(images), digest)
+    for name, tap in missing:
+      value = getattr(out, name)
+      array = value[tap] if name in _LAYER_FIELDS else value
+      array.setflags(write=False)
+      arrays[name, tap] = array
+      store.put((*data_key, name, tap), array)
+  for array in arrays.values():
+    if len(array) != len(images):
+      raise InputError(
+        f"{len(images)} images have the digest {digest!r}, of which "
+        f"{len(array)} were encoded before: it must depend on which images of "
+        "a data set are used"
+      )
   return ImageFeatures(
-    **{o: cached.get((*data_key, o, 0)) for o in encoder_lib.OUTPUTS},
-    layers={i: cached[*data_key, "layer", t] for i, t in taps.items()},
-    prefix_layers={
-      i: cached[*data_key, "prefix_layer", t] for i, t in taps.items()
+    **{name: arrays.get((name, 0)) for name in encoder_lib.OUTPUTS},
+    **{
+      field: {i: arrays[field, tap] for i, tap in taps.items()}
+      for field in _LAYER_FIELDS
     },
   )
-
-
-_LAYER_KINDS = ("layer", "prefix_layer")
-
-
-def _compute(
-  encoder: Encoder,
-  images: Sequence[Any] | np.ndarray,
-  names: Sequence[_Key],
-  batch_size: int,
-) -> dict[_Key, np.ndarray]:
-  taps = sorted({tap for *_, kind, tap in names if kind in _LAYER_KINDS})
-  outputs = tuple(kind for *_, kind, _ in names if kind in encoder_lib.OUTPUTS)
-  out = encoder.image(
-    images, layers=tuple(taps), outputs=outputs, batch_size=batch_size
-  )
-  data_key = names[0][:2]
-  fresh = {(*data_key, name, 0): getattr(out, name) for name in outputs}
-  for tap in taps:
-    fresh[*data_key, "layer", tap] = out.layers[tap]
-    fresh[*data_key, "prefix_layer", tap] = out.prefix_layers[tap]
-  return fresh
-
-
-def _check_count(
-  cached: dict[_Key, np.ndarray], count: int, digest: str
-) -> None:
-  for array in cached.values():
-    if len(array) != count:
-      raise InputError(
-        f"{count} images have the digest {digest!r}, of which {len(array)} "
-        "were encoded before: it must depend on which images of a data set "
-        "are used"
-      )

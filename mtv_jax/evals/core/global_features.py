@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +11,22 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from mtv_jax.encoder.encoder import Encoder, ImageFeatures
+from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core import features
 from mtv_jax.evals.core.examples import ClassificationSet, select_images
 from mtv_jax.utils.errors import InputError, check_choice
 
-VIEWS = ("center", "squash_center", "encoder")
+# Resizing of the views, beside "encoder".
+_RESIZES = {
+  "center": {"resize": "shortest", "interpolation": "bicubic"},
+  "squash_center": {
+    "resize": "squash",
+    "interpolation": "bilinear",
+    "antialias": False,
+  },
+}
+VIEWS = (*_RESIZES, "encoder")
 FEATURES = ("pooled", "cls", "mean")
 
 # Size of the patches of a chunk of images, of which the mean is computed.
@@ -59,16 +69,6 @@ def view(encoder: Encoder, name: str) -> Encoder:
   return copies[preprocess]
 
 
-_RESIZES = {
-  "center": {"resize": "shortest", "interpolation": "bicubic"},
-  "squash_center": {
-    "resize": "squash",
-    "interpolation": "bilinear",
-    "antialias": False,
-  },
-}
-
-
 def embed(
   encoder: Encoder,
   data: ClassificationSet,
@@ -101,17 +101,14 @@ def embed(
     return last_blocks(
       encoder, data.images, batch_size=batch_size, pixels=pixels
     ).mean
-  options = {"outputs": (_OUTPUTS[feature],), "batch_size": batch_size}
+  encode = functools.partial(
+    features.encode_images, encoder, digest=data.digest
+  )
   if pixels == "crops":
-    out = encoder.dense(data.images, **options)
-  else:
-    out = features.encode_images(
-      encoder, data.images, digest=data.digest, **options
-    )
+    encode = encoder.dense
+  output = "pooled" if feature == "pooled" else "prefix"
+  out = encode(data.images, outputs=(output,), batch_size=batch_size)
   return out.pooled if feature == "pooled" else out.prefix[:, 0]
-
-
-_OUTPUTS = {"pooled": "pooled", "cls": "prefix"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,25 +170,16 @@ def last_blocks(
       outputs=("patches", "prefix" if cls else "pooled"),
       batch_size=batch_size,
     )
-    parts.append(_reduced(encoder, out, layers))
-  columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-  return LastBlocks(tokens=tuple(columns[1:]), mean=columns[0])
-
-
-def _reduced(
-  encoder: Encoder, out: ImageFeatures, layers: Sequence[int]
-) -> list[np.ndarray]:
-  """The mean patch, then the token of each block, the last one first."""
-  cls = encoder.spec.image.cls_token
-  last = out.prefix[:, 0] if cls else out.pooled
-  columns = [out.patches.mean(axis=(1, 2)), last]
-  for layer in layers:
-    if cls:
-      columns.append(final_norm(encoder, out.prefix_layers[layer][:, 0]))
-    else:
-      normed = final_norm(encoder, out.layers[layer])
-      columns.append(normed.mean(axis=(1, 2)))
-  return columns
+    mean = out.patches.mean(axis=(1, 2))
+    parts.append([mean, out.prefix[:, 0] if cls else out.pooled])
+    for layer in layers:
+      if cls:
+        token = final_norm(encoder, out.prefix_layers[layer][:, 0])
+      else:
+        token = final_norm(encoder, out.layers[layer]).mean(axis=(1, 2))
+      parts[-1].append(token)
+  mean, *tokens = map(np.concatenate, zip(*parts, strict=True))
+  return LastBlocks(tokens=tuple(tokens), mean=mean)
 
 
 def final_norm(

@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Float32, Int, PyTree
 
 from mtv_jax.parallel.mesh import (
@@ -46,7 +47,7 @@ class FitResult:
 
   Attributes:
     params: trained.
-    state: not trained, such as running statistics.
+    state: such as running statistics.
     losses: of each step, before its update.
     snapshots: (params, state) by number of updates.
   """
@@ -82,9 +83,9 @@ def fit(
     optimizer: its schedule counts steps.
     steps: number of updates.
     state: arrays that `loss` carries from step to step, not trained.
-    seed: of the key that each step gets another fold of.
-    mesh: the batch is split over its data axes (whole on each device, where
-      they do not divide it) and the rest is replicated; one device by default.
+    seed: of the key, folded with the step.
+    mesh: shards the batch over its data axes, if they divide it; one device by
+      default.
     snapshot_steps: numbers of updates after which to copy params and state to
       the host.
 
@@ -95,7 +96,7 @@ def fit(
   if steps < 1:
     raise InputError(f"probe.fit: steps={steps}; expected at least 1")
   mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
-  batch_fn = as_batch_fn(batches)
+  batches = map(batches, range(steps)) if callable(batches) else iter(batches)
   # A copy, since the compiled step overwrites what it is given.
   params, state = jax.tree.map(jnp.array, (params, state))
   carry = replicate((params, state, optimizer.init(params)), mesh)
@@ -104,7 +105,10 @@ def fit(
   losses: list[jax.Array] = []
   snapshots: dict[int, tuple[PyTree, PyTree]] = {}
   for step in tqdm.trange(steps, desc="probe", leave=False, disable=None):
-    batch = shard_batch(batch_fn(step), mesh)
+    batch = next(batches, None)
+    if batch is None:
+      raise InputError(f"probe.fit: batches end after {step} steps")
+    batch = shard_batch(batch, mesh)
     rng = replicate(jax.random.key_data(jax.random.fold_in(key, step)), mesh)
     *carry, value = update(*carry, batch, rng)
     losses.append(value)
@@ -121,21 +125,6 @@ def fit(
       "Lower the learning rate, or look for features that are not finite."
     )
   return FitResult(carry[0], carry[1], values, snapshots)
-
-
-def as_batch_fn(batches: Batches) -> Callable[[int], Batch]:
-  """Batches as a function of the step; an iterable must not end early."""
-  if callable(batches):
-    return batches
-  iterator = iter(batches)
-
-  def next_batch(step: int) -> Batch:
-    try:
-      return next(iterator)
-    except StopIteration:
-      raise InputError(f"probe.fit: batches end after {step} steps") from None
-
-  return next_batch
 
 
 def _update(
@@ -165,30 +154,27 @@ def shard_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 
   An array whose rows the data axes do not divide is replicated.
   """
-  parts = num_batch_shards(mesh)
+  parts, sharded = num_batch_shards(mesh), NamedSharding(mesh, BATCH_SPEC)
 
   def put(value: np.ndarray) -> jax.Array:
-    value = np.asarray(value)
-    split = value.ndim and value.shape[0] % parts == 0
-    placing = NamedSharding(mesh, BATCH_SPEC if split else PartitionSpec())
-    return jax.make_array_from_callback(
-      value.shape, placing, lambda index: value[index]
-    )
+    splits = np.ndim(value) and len(value) % parts == 0
+    return put_array(value, sharded if splits else replicated_sharding(mesh))
 
   return {name: put(value) for name, value in batch.items()}
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
   """Replicates arrays over the devices of the mesh."""
-  placing = replicated_sharding(mesh)
+  sharding = replicated_sharding(mesh)
+  return jax.tree.map(lambda leaf: put_array(leaf, sharding), tree)
 
-  def put(leaf) -> jax.Array:
-    host = np.asarray(leaf)
-    return jax.make_array_from_callback(
-      host.shape, placing, lambda index: host[index]
-    )
 
-  return jax.tree.map(put, tree)
+def put_array(value: Any, sharding: NamedSharding) -> jax.Array:
+  """The global array of an array that every host holds in full."""
+  value = np.asarray(value)
+  return jax.make_array_from_callback(
+    value.shape, sharding, lambda index: value[index]
+  )
 
 
 def shuffled_batches(

@@ -28,9 +28,9 @@ class Prompts:
   Attributes:
     classes: names, in the order of the labels.
     templates: each with one `{}` for the class name.
-    ids: identifiers of the classes in the data (ImageNet's WordNet ids), in
-      the same order; None where the data uses the names themselves.
-    name: of their origin, for the protocol.
+    ids: of the classes in the data (ImageNet's WordNet ids), in the same
+      order; None where the data uses the names.
+    name: origin, for the protocol.
   """
 
   classes: tuple[str, ...]
@@ -98,22 +98,25 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
       f"{path}: expected an object with 'classes', and optionally 'templates' "
       f"and 'ids'; got {got}"
     )
-  return Prompts(
-    classes=_strings(path, content, "classes") or (),
-    templates=_strings(path, content, "templates") or DEFAULT_TEMPLATES,
-    ids=_strings(path, content, "ids"),
-    name=path.name,
-  )
+  fields = {}
+  for key in ("classes", "templates", "ids"):
+    values = content.get(key)
+    if values is None:
+      continue
+    if not isinstance(values, list) or not all(
+      isinstance(v, str) and v for v in values
+    ):
+      raise InputError(f"{path}: {key!r} must be a list of non-empty strings")
+    if values:
+      fields[key] = tuple(values)
+  return Prompts(**{"classes": (), **fields}, name=path.name)
 
 
 def write_prompts(path: str | os.PathLike, prompts: Prompts) -> None:
   """Writes a file for `read_prompts`."""
-  content: dict[str, Any] = {
-    "classes": list(prompts.classes),
-    "templates": list(prompts.templates),
-  }
+  content = {"classes": prompts.classes, "templates": prompts.templates}
   if prompts.ids is not None:
-    content["ids"] = list(prompts.ids)
+    content["ids"] = prompts.ids
   text = json.dumps(content, indent=1, ensure_ascii=False)
   pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
 
@@ -143,16 +146,3 @@ def imagenet_prompts() -> Prompts:
     ids=tuple(info.index_to_label_name(i) for i in range(count)),
     name="open_clip ImageNet",
   )
-
-
-def _strings(
-  path: pathlib.Path, content: dict[str, Any], key: str
-) -> tuple[str, ...] | None:
-  values = content.get(key)
-  if values is None:
-    return None
-  if not isinstance(values, list) or not all(
-    isinstance(v, str) and v for v in values
-  ):
-    raise InputError(f"{path}: {key!r} must be a list of non-empty strings")
-  return tuple(values)

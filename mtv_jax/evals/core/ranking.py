@@ -8,7 +8,6 @@ classification (candidates are classes) and retrieval both use it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -39,8 +38,7 @@ def ranks(
   Args:
     queries: normalised, if the scores are to be cosines.
     candidates: the same.
-    query_ids: of each query.
-    candidate_ids: of each candidate; correct ones have the query's id.
+    query_ids, candidate_ids: correct candidates have the query's id.
     block_bytes: size of the largest block of scores.
 
   Raises:
@@ -55,7 +53,12 @@ def ranks(
         f"{bad.size} of {len(rows)} {name} are not finite (the first is "
         f"number {bad[0]}): the encoder diverged, or its weights are damaged"
       )
-  _check_answered(query_ids, candidate_ids)
+  missing = np.setdiff1d(query_ids, candidate_ids)
+  if missing.size:
+    raise InputError(
+      f"{missing.size} query ids have no correct candidate (the first is "
+      f"{missing[0]})"
+    )
   unique, inverse = _unique_rows(candidates)
   rows = max(1, min(len(queries), block_bytes // (4 * len(candidates))))
   blocks = []
@@ -96,7 +99,7 @@ def hit_rates(
   return {k: float(np.mean(ranks < k)) for k in at}
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _block(queries, query_ids, unique, inverse, candidate_ids):
   scores = jnp.matmul(queries, unique.T, precision=jax.lax.Precision.HIGHEST)
   own = query_ids[:, None] == candidate_ids[None]
@@ -113,12 +116,3 @@ def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   )
   _, first = np.unique(inverse, return_index=True)
   return rows[first], inverse
-
-
-def _check_answered(query_ids: np.ndarray, candidate_ids: np.ndarray) -> None:
-  lost = np.setdiff1d(query_ids, candidate_ids)
-  if lost.size:
-    raise InputError(
-      f"{lost.size} query ids have no correct candidate (the first is "
-      f"{lost[0]})"
-    )

@@ -55,10 +55,9 @@ def matrix(
     raise InputError(f"resizing {size} values to {new_size}; expected >= 1")
   if method == "bilinear_corners":
     weights = np.array(dpt.corner_matrix(size, new_size), np.float64)
-  elif method == "bicubic":
-    weights = np.array(positions.resize_matrix(size, new_size, "bicubic"))
-  elif method == "bicubic_antialiased":
-    weights = np.array(positions.resize_matrix(size, new_size, "antialiased"))
+  elif method in ("bicubic", "bicubic_antialiased"):
+    kind = method.removeprefix("bicubic_")
+    weights = np.array(positions.resize_matrix(size, new_size, kind))
   elif method == "bilinear_antialiased":
     # Concrete even while a caller is being traced: it depends on sizes only.
     with jax.ensure_compile_time_eval():
@@ -156,9 +155,21 @@ def _resize(x, size, *, method, axis):
     if method in NEAREST:
       x = x.take(indices(old, new, method), axis=dim)
     elif isinstance(x, np.ndarray):
-      x = _gather(x, *_taps(old, new, method), dim)
+      columns, values = _taps(old, new, method)
+      shape = np.where(np.arange(x.ndim) == dim, -1, 1)
+      values = values.astype(x.dtype)
+      products = (
+        x.take(column, axis=dim) * value.reshape(shape)
+        for column, value in zip(columns, values, strict=True)
+      )
+      x = sum(products, 0)
     else:
-      x = _product(x, matrix(old, new, method), dim)
+      # A TPU multiplies float32 in bfloat16 by default.
+      precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+      weights = jnp.asarray(matrix(old, new, method).T, x.dtype)
+      moved = jnp.moveaxis(x, dim, -1)
+      moved = jnp.matmul(moved, weights, precision=precision)
+      x = jnp.moveaxis(moved, -1, dim)
   return x
 
 
@@ -174,29 +185,8 @@ def _taps(
   return order.T, np.take_along_axis(full, order, axis=1).T
 
 
-def _gather(x, columns, values, axis):
-  shape = [1] * x.ndim
-  shape[axis] = -1
-  total = 0
-  for column, value in zip(columns, values, strict=True):
-    total = total + x.take(column, axis=axis) * value.astype(x.dtype).reshape(
-      shape
-    )
-  return total
-
-
-def _product(x, weights, axis):
-  # A TPU multiplies float32 in bfloat16 unless told otherwise.
-  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  moved = jnp.moveaxis(x, axis, -1)
-  weights = jnp.matmul(
-    moved, jnp.asarray(weights.T, x.dtype), precision=precision
-  )
-  return jnp.moveaxis(weights, -1, axis)
-
-
 def _check(method: str, known: tuple[str, ...]) -> None:
   if method not in known:
     raise InputError(
-      f"no resizing method {method!r} here. {did_you_mean(method, known)}"
+      f"no resizing method {method!r}. {did_you_mean(method, known)}"
     )

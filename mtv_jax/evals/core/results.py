@@ -1,8 +1,8 @@
 """Results of evaluations and their JSON files.
 
 One encoder's file is `{encoder, weights, mtv_jax, evals}`, as training writes
-it, and `{name, skipped, failed}` where several evaluations were asked for;
-several encoders' is `{mtv_jax, encoders: [...]}`, one such entry each.
+it, and `{name, skipped, failed}` for several requested evaluations; several
+encoders' is `{mtv_jax, encoders: [...]}`, one such entry each.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import mtv_jax
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core.base import Result
+from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
 
 
@@ -29,11 +30,11 @@ class Outcome:
 
   Attributes:
     name: of the encoder, in tables.
-    encoder: where it was loaded from.
-    weights: which of its weights.
+    encoder: the path it was loaded from.
+    weights: `student`, `teacher` or `ema`.
     results: by evaluation.
-    skipped: by evaluation, what the encoder or the data lack for it.
-    failed: by evaluation, its error.
+    skipped: by evaluation, the reason.
+    failed: by evaluation, the error.
     protocol: of the encoder alone, which its results' protocols begin with.
     version: of the code.
   """
@@ -46,9 +47,6 @@ class Outcome:
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
   protocol: dict[str, Any] = dataclasses.field(default_factory=dict)
   version: str = mtv_jax.__version__
-
-
-_FIELDS = dataclasses.fields(Outcome)
 
 
 def write_json(
@@ -70,15 +68,13 @@ def write(path: str | os.PathLike, outcomes: Sequence[Outcome]) -> None:
   """Writes the results of any number of encoders, with skips and failures."""
   encoders = []
   for outcome in outcomes:
-    fields = {f.name: getattr(outcome, f.name) for f in _FIELDS}
+    fields = dict(vars(outcome))
     fields["mtv_jax"] = fields.pop("version")
-    done = fields.pop("results")
-    fields["evals"] = {name: r.to_dict() for name, r in done.items()}
+    results = fields.pop("results").items()
+    fields["evals"] = {name: result.to_dict() for name, result in results}
     encoders.append(fields)
-  if len(encoders) == 1:
-    _write(path, encoders[0])
-  else:
-    _write(path, {"mtv_jax": mtv_jax.__version__, "encoders": encoders})
+  content = {"mtv_jax": mtv_jax.__version__, "encoders": encoders}
+  _write(path, encoders[0] if len(encoders) == 1 else content)
 
 
 def read(path: str | os.PathLike) -> list[Outcome]:
@@ -96,8 +92,7 @@ def read(path: str | os.PathLike) -> list[Outcome]:
   keys = sorted(content) if isinstance(content, dict) else type(content)
   if not isinstance(content, dict) or not {"encoders", "evals"} & {*content}:
     raise InputError(
-      f"{path} holds {keys}; expected the results of tools/evaluate.py "
-      "('encoders') or an evaluation of a run ('evals')"
+      f"{path} has {keys}; expected the results of `evaluate` or of a run"
     )
   entries = content.get("encoders", [content])
   return [_outcome(path, entry, content) for entry in entries]
@@ -143,9 +138,7 @@ def _write(path: str | os.PathLike, content: Any) -> None:
   # JSON has no NaN: a missing metric is null.
   text = json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n"
   # Atomically: it is written again after each evaluation.
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text, encoding="utf-8")
-  partial.replace(path)
+  atomic.write(path, text.encode())
 
 
 def jsonable(value: Any) -> Any:

@@ -15,16 +15,8 @@ from matplotlib.figure import Figure
 from mtv_jax.utils.errors import InputError
 
 # For most colour-blind readers too (Okabe and Ito 2008), without black.
-COLOURS = (
-  "#d55e00",
-  "#0072b2",
-  "#009e73",
-  "#cc79a7",
-  "#e69f00",
-  "#56b4e9",
-  "#9467bd",
-  "#8c564b",
-)
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
+COLOURS += ("#e69f00", "#56b4e9", "#9467bd", "#8c564b")
 _CHANCE_COLOUR = "#828282"
 _LINES = {"solid": "-", "dashed": "--", "chance": ":"}
 _RINGS = (0.25, 0.5, 0.75, 1.0)
@@ -32,13 +24,9 @@ _RINGS = (0.25, 0.5, 0.75, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-  """The axis of one metric.
+  """The axis of one metric, from its value at the centre to that at the rim.
 
-  Attributes:
-    label: one or two lines.
-    centre: the value at the centre.
-    rim: the value at the rim; less than `centre` where lower is better.
-    unit: of both.
+  `rim` is less than `centre` where lower is better.
   """
 
   label: str
@@ -54,12 +42,9 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-  """The values of one encoder.
+  """The values of one encoder, one an axis, None where missing.
 
-  Attributes:
-    name: for the legend.
-    values: one an axis, None where missing.
-    style: `solid` for measured values, `dashed` for published ones, `chance`.
+  `style` is `solid` for measured values, `dashed` for published ones, `chance`.
   """
 
   name: str
@@ -135,27 +120,27 @@ def plot(axes: Sequence[Axis], series: Sequence[Series]) -> Figure:
   polar.tick_params(axis="x", pad=24)
   polar.set_yticks(_RINGS, [""] * len(_RINGS))
   colours = itertools.cycle(COLOURS)
-  for rank, one in enumerate(series):
-    colour = _CHANCE_COLOUR if one.style == "chance" else next(colours)
+  for rank, line in enumerate(series):
+    colour = _CHANCE_COLOUR if line.style == "chance" else next(colours)
     radii = [
       math.nan if v is None or not math.isfinite(v) else axis.radius(v)
-      for axis, v in zip(axes, one.values, strict=True)
+      for axis, v in zip(axes, line.values, strict=True)
     ]
     # Closed polygons; a missing value leaves its two sides open.
     theta, r = np.append(angles, angles[0]), np.append(radii, radii[0])
     polar.plot(
       theta,
       r,
-      _LINES[one.style],
+      _LINES[line.style],
       marker="o",
       markersize=4,
       color=colour,
-      linewidth=2.5 if one.style == "solid" else 1.5,
-      label=one.name,
+      linewidth=2.5 if line.style == "solid" else 1.5,
+      label=line.name,
       zorder=10 + len(series) - rank,
       clip_on=False,
     )
-    if one.style == "solid" and np.isfinite(radii).all():
+    if line.style == "solid" and np.isfinite(radii).all():
       polar.fill(theta, r, color=colour, alpha=0.1)
   figure.legend(loc="outside right upper", fontsize=9)
   return figure

@@ -22,7 +22,7 @@ class Reference:
 
   Attributes:
     name: of the encoder.
-    size: `base` (B/16) or `large` (L/14, L/16).
+    size: `base` or `large`.
     figures: by column, percent, or metres of NYUv2.
   """
 
@@ -39,25 +39,20 @@ class Column:
     evaluation: its name.
     metric: its name.
     label: for a chart.
-    required: protocol entries that identify the data; a tuple lists
+    required: protocol entries that identify the data; tuples and ranges list
       alternatives, None among them for a protocol without the entry.
-    minimum: least values of protocol entries.
   """
 
   evaluation: str
   metric: str
   label: str
   required: Mapping[str, Any]
-  minimum: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def matches(self, protocol: Mapping[str, Any]) -> bool:
     """Whether a protocol has the data of the table."""
-    same = all(
-      protocol.get(k) in (v if isinstance(v, tuple) else (v,))
+    return all(
+      protocol.get(k) in (v if isinstance(v, tuple | range) else (v,))
       for k, v in self.required.items()
-    )
-    return same and all(
-      protocol.get(k, 0) >= v for k, v in self.minimum.items()
     )
 
 
@@ -67,52 +62,40 @@ def _row(name: str, size: str, *values: float) -> Reference:
 
 # Karpathy's file has splits, COCO's own has none.
 _COCO = {"images": 5000, "captions": 25_010, "split": (None, "test")}
-_NYU = {
-  "images": 654,
-  "crop": "nyu_eigen",
-  "depth": ("raw, mm", "raw (rawDepths), float32"),
-}
+_NYU_DEPTH = ("raw, mm", "raw (rawDepths), float32")
+_NYU = {"images": 654, "crop": "nyu_eigen", "depth": _NYU_DEPTH}
 
-# Without the VQA column, which evaluates more than an encoder. The number of
-# pairs of NAVI depends on a random draw: 500 are not a subset.
+_IMAGENET = {"images": 50_000, "classes": 1000}
+_ADE20K = {"images": 2000, "classes": 150, "train_split": "train"}
+# The number of pairs depends on a random draw: 500 are not a subset.
+_NAVI = {"dataset": "NAVI", "subset": "wild_set", "pairs": range(500, 10**9)}
+_SPAIR = {"dataset": "SPair-71k", "split": "test", "classes": 18}
+_SPAIR |= {"threshold": 0.1}
+
+# Without the VQA column, which evaluates more than an encoder.
 COLUMNS = {
-  "imagenet": Column(
-    "zero_shot",
-    "top1",
-    "ImageNet zero-shot",
-    {"images": 50_000, "classes": 1000},
-  ),
-  "coco_t2i": Column(
-    "retrieval", "text_to_image_r1", "COCO text to image R@1", _COCO
-  ),
-  "coco_i2t": Column(
-    "retrieval", "image_to_text_r1", "COCO image to text R@1", _COCO
-  ),
-  "ade20k": Column(
-    "segmentation",
-    "miou",
-    "ADE20K mIoU",
-    {"images": 2000, "classes": 150, "train_split": "train"},
-  ),
-  "navi": Column(
-    "geometric_correspondence",
-    "avg_recall",
-    "NAVI recall",
-    {"dataset": "NAVI", "subset": "wild_set"},
-    {"pairs": 500},
-  ),
-  "spair": Column(
-    "semantic_correspondence",
-    "recall",
-    "SPair recall",
-    {
-      "dataset": "SPair-71k",
-      "split": "test",
-      "classes": 18,
-      "threshold": 0.1,
-    },
-  ),
-  "nyu": Column("depth_probe", "rmse", "NYUv2 RMSE", _NYU),
+  name: Column(*values)
+  for name, *values in (
+    ("imagenet", "zero_shot", "top1", "ImageNet zero-shot", _IMAGENET),
+    (
+      "coco_t2i",
+      "retrieval",
+      "text_to_image_r1",
+      "COCO text to image R@1",
+      _COCO,
+    ),
+    (
+      "coco_i2t",
+      "retrieval",
+      "image_to_text_r1",
+      "COCO image to text R@1",
+      _COCO,
+    ),
+    ("ade20k", "segmentation", "miou", "ADE20K mIoU", _ADE20K),
+    ("navi", "geometric_correspondence", "avg_recall", "NAVI recall", _NAVI),
+    ("spair", "semantic_correspondence", "recall", "SPair recall", _SPAIR),
+    ("nyu", "depth_probe", "rmse", "NYUv2 RMSE", _NYU),
+  )
 }
 
 REFERENCES = (
@@ -131,7 +114,7 @@ def matching_column(
   evaluation: str, metric: str, protocol: Mapping[str, Any]
 ) -> str | None:
   """The name of the column with the same metric on the same data, if any."""
-  for name, column in COLUMNS.items():
-    if (column.evaluation, column.metric) == (evaluation, metric):
-      return name if column.matches(protocol) else None
+  for name, c in COLUMNS.items():
+    if (c.evaluation, c.metric) == (evaluation, metric) and c.matches(protocol):
+      return name
   return None

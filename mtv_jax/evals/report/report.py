@@ -21,14 +21,9 @@ _HEADLINES = {
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-  """An image of an evaluation.
+  """A named uint8 image `[H, W, 3]` of an evaluation of an encoder.
 
-  Attributes:
-    evaluation: its name.
-    encoder: name of the encoder.
-    name: of the image.
-    path: of its file, in the folder of the report.
-    image: uint8 `[H, W, 3]`.
+  `path` is that of its file, in the folder of the report.
   """
 
   evaluation: str
@@ -52,8 +47,7 @@ class Report:
     left_out: names of earlier ones without a result on the same data.
     chart: the radar chart; None for fewer than three metrics.
     sheets: of all encoders.
-    quoted: the columns of `references.COLUMNS` with the same data as one of
-      the evaluations.
+    quoted: columns of `references.COLUMNS` with the data of an evaluation.
   """
 
   outcomes: Sequence[Outcome]
@@ -79,9 +73,9 @@ def build_report(
   """
   columns = _number_equal_names([*outcomes, *compared])
   rows = tables.compare(columns)
-  shown, left_out = [], []
-  for i, outcome in enumerate(columns):
-    if i < len(outcomes) or any(row.values[i] is not None for row in rows):
+  shown, left_out = columns[: len(outcomes)], []
+  for i, outcome in enumerate(columns[len(outcomes) :], len(outcomes)):
+    if any(row.values[i] is not None for row in rows):
       shown.append(outcome)
     else:
       left_out.append(outcome.name)
@@ -108,12 +102,9 @@ def _number_equal_names(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-  """Content of the radar chart.
+  """Content of the radar chart: metrics, encoders and chance.
 
-  Attributes:
-    axes: a metric each.
-    series: an encoder each, then chance.
-    quoted: the columns of `references.COLUMNS` among the axes.
+  `quoted` are the columns of `references.COLUMNS` among the axes.
   """
 
   axes: list[radar.Axis]
@@ -122,12 +113,7 @@ class Chart:
 
 
 def build_chart(columns: Sequence[Outcome], *, size: str | None) -> Chart:
-  """The main metrics of the encoders beside the published ones.
-
-  Args:
-    columns: encoders with distinct names.
-    size: of the published encoders, None for none.
-  """
+  """The main metrics of distinctly named encoders beside the published ones."""
   published = [r for r in references.REFERENCES if r.size == size]
   axes, quoted, by_axis = [], [], []
   for row in tables.compare(columns):
@@ -166,13 +152,9 @@ def _list_sheets(outcomes: Sequence[Outcome]) -> list[Sheet]:
     for outcome in outcomes:
       result = outcome.results.get(evaluation)
       for name, image in (result.pictures if result else {}).items():
-        parts = [evaluation, name]
-        if len(outcomes) > 1:
-          parts.append(outcome.name)
-        file = "_".join(
-          re.sub(r"[^\w.-]+", "-", part).strip("-.") or "unnamed"
-          for part in parts
-        )
+        parts = [evaluation, name, outcome.name][: 2 + (len(outcomes) > 1)]
+        parts = [re.sub(r"[^\w.-]+", "-", p).strip("-.") for p in parts]
+        file = "_".join(part or "unnamed" for part in parts)
         # "a/b" and "a:b" both become "a-b".
         while file in files:
           file += "-"

@@ -24,13 +24,10 @@ class Row:
   """One metric of one evaluation for several encoders.
 
   Attributes:
-    evaluation: its name.
-    metric: its name.
-    unit: `%` of a fraction, else the metric's own ("m", or "" for none).
+    unit: of all values: `%` of a fraction, else the metric's own ("m", or "").
     lower: whether lower is better.
-    chance: expected of a random encoder, in `unit`, if known.
-    values: in `unit`, one an encoder; None where there is none on the same
-      data.
+    chance: expected of a random encoder, if known.
+    values: one an encoder; None where it lacks one on the same data.
     best: the best of several values with one protocol and training set.
   """
 
@@ -159,13 +156,8 @@ def format_metrics(outcomes: Sequence[Outcome]) -> str:
     chance = "" if row.chance is None else format_number(row.chance, row.unit)
     cells.append((row.evaluation, row.metric, unit, *values, chance))
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  lines = []
-  for line in cells:
-    padded = [
-      f"{cell:<{width}}" if i < 3 else f"{cell:>{width}}"
-      for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-    ]
-    lines.append("  ".join(padded).rstrip())
+  aligned = [f"{{:{'<' if i < 3 else '>'}{w}}}" for i, w in enumerate(widths)]
+  lines = ["  ".join(aligned).format(*line).rstrip() for line in cells]
   lines.insert(1, "-" * max(map(len, lines)))
   return "\n".join(lines)
 
@@ -200,16 +192,13 @@ def markdown_table(
 
 def encoder_table(outcomes: Sequence[Outcome]) -> list[list[str]]:
   """What the encoders are: a header, then rows with a column for each."""
-  rows = [
-    ["", *(o.name for o in outcomes)],
-    ["encoder", *(o.encoder or _EMPTY for o in outcomes)],
-    ["weights", *(o.weights for o in outcomes)],
-    ["mtv_jax", *(o.version for o in outcomes)],
-  ]
-  keys = dict.fromkeys(k for o in outcomes for k in o.protocol)
-  for key in (k for k in keys if k not in ("encoder", "weights")):
-    rows.append([key, *(shorten(o.protocol.get(key)) for o in outcomes)])
-  return rows
+  columns = []
+  for o in outcomes:
+    column = {"": o.name, "encoder": o.encoder or _EMPTY, "weights": o.weights}
+    columns.append({**o.protocol, **column, "mtv_jax": o.version})
+  keys = dict.fromkeys(["", "encoder", "weights", "mtv_jax"])
+  keys |= dict.fromkeys(key for column in columns for key in column)
+  return [[key, *(shorten(c.get(key)) for c in columns)] for key in keys]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +208,7 @@ class Protocols:
   Attributes:
     common: entries that are equal.
     differing: the other entries: a value an encoder, None where it lacks one.
-    encoders: names of the encoders with a result, in the order of the values.
+    encoders: names of the encoders with a result.
   """
 
   common: dict[str, Any]
@@ -238,20 +227,20 @@ class Protocols:
 
 def compare_protocols(outcomes: Sequence[Outcome], name: str) -> Protocols:
   """The protocols of an evaluation, without the encoders' own entries."""
-  able = [outcome for outcome in outcomes if name in outcome.results]
-  protocols = [outcome.results[name].protocol for outcome in able]
+  outcomes = [outcome for outcome in outcomes if name in outcome.results]
+  protocols = [outcome.results[name].protocol for outcome in outcomes]
   common, differing = {}, {}
   for key in dict.fromkeys(k for p in protocols for k in p):
-    # Results read from JSON have lists in place of tuples.
+    # Results read from JSON have lists, others tuples.
     values = [jsonable(p.get(key, _ABSENT)) for p in protocols]
-    encoders = [jsonable(o.protocol.get(key, _ABSENT)) for o in able]
+    encoders = [jsonable(o.protocol.get(key, _ABSENT)) for o in outcomes]
     if values == encoders:
       continue
     if all(value == values[0] for value in values):
       common[key] = values[0]
     else:
       differing[key] = [None if v == _ABSENT else v for v in values]
-  return Protocols(common, differing, [outcome.name for outcome in able])
+  return Protocols(common, differing, [outcome.name for outcome in outcomes])
 
 
 def shorten(value: Any) -> str:

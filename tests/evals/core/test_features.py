@@ -12,14 +12,14 @@ from mtv_jax.evals.core import features
 
 
 class Counting(baselines.PixelEncoder):
-  """Writes down what it is asked for."""
+  """Encoder that records its requests."""
 
   def __init__(self):
     super().__init__(16, 8)
-    self.asked = []
+    self.requests = []
 
   def image(self, images, *, layers=(), outputs=(), batch_size=64):
-    self.asked.append((tuple(layers), tuple(outputs)))
+    self.requests.append((tuple(layers), tuple(outputs)))
     return super().image(
       images, layers=layers, outputs=outputs, batch_size=batch_size
     )
@@ -38,7 +38,7 @@ def images():
 def test_a_request_is_computed_once(encoder, images):
   first = features.encode_images(encoder, images, digest="a")
   again = features.encode_images(encoder, images, digest="a", batch_size=1)
-  assert encoder.asked == [((), ("pooled",))]
+  assert encoder.requests == [((), ("pooled",))]
   assert again.pooled is first.pooled
   want = encoder.image(images, outputs=("pooled",)).pooled
   np.testing.assert_array_equal(first.pooled, want)
@@ -55,7 +55,7 @@ def test_only_what_is_missing_is_computed(encoder, images):
     layers=(-1, 0),
     outputs=("prefix", "pooled", "patches"),
   )
-  assert encoder.asked[1:] == [((0,), ("prefix", "patches"))]
+  assert encoder.requests[1:] == [((0,), ("prefix", "patches"))]
   want = encoder.image(images, layers=(-1,), outputs=("patches", "prefix"))
   np.testing.assert_array_equal(out.patches, want.patches)
   np.testing.assert_array_equal(out.layers[-1], want.layers[-1])
@@ -63,20 +63,20 @@ def test_only_what_is_missing_is_computed(encoder, images):
   assert out.layers[0] is out.layers[-1]
   assert list(out.prefix_layers) == [-1, 0]
   features.encode_images(encoder, images, digest="a", layers=(0,), outputs=())
-  assert len(encoder.asked) == 3
+  assert len(encoder.requests) == 3
 
 
 def test_other_data_and_other_encoders_share_nothing(encoder, images):
   features.encode_images(encoder, images, digest="a")
   other = features.encode_images(encoder, images[::-1], digest="b")
-  assert len(encoder.asked) == 2
+  assert len(encoder.requests) == 2
   np.testing.assert_array_equal(
     other.pooled,
     features.encode_images(encoder, images, digest="a").pooled[::-1],
   )
   fresh = Counting()
   features.encode_images(fresh, images, digest="a")
-  assert len(fresh.asked) == 1
+  assert len(fresh.requests) == 1
 
 
 def test_results_are_read_only(encoder, images):
@@ -85,22 +85,22 @@ def test_results_are_read_only(encoder, images):
     out.pooled[0] = 0
 
 
-def test_the_oldest_is_forgotten(encoder, images, monkeypatch):
+def test_least_recently_used_is_evicted(encoder, images, monkeypatch):
   size = 3 * 192 * 4
   monkeypatch.setattr(features, "BUDGET", 2 * size)
   for digest in ("a", "b", "a", "c", "a", "b"):
     features.encode_images(encoder, images, digest=digest)
-  # b went when c came, as a had been used since; then it was wanted again.
-  assert len(encoder.asked) == 4
+  # c evicts b, since a was used later; then b is computed again.
+  assert len(encoder.requests) == 4
   # An array larger than the budget is returned and not cached.
   monkeypatch.setattr(features, "BUDGET", size - 1)
   for _ in range(2):
     out = features.encode_images(encoder, images, digest="d")
     assert out.pooled.shape == (3, 192)
-  assert len(encoder.asked) == 6
+  assert len(encoder.requests) == 6
 
 
-def test_features_go_with_their_encoder(images):
+def test_features_are_freed_with_their_encoder(images):
   encoder = Counting()
   features.encode_images(encoder, images, digest="a")
   before = len(features._stores)
@@ -109,7 +109,7 @@ def test_features_go_with_their_encoder(images):
   assert len(features._stores) < before
 
 
-def test_a_hash_that_does_not_tell_is_noticed(encoder, images):
+def test_equal_hash_of_other_images_is_an_error(encoder, images):
   features.encode_images(encoder, images, digest="a")
   with pytest.raises(ValueError, match="2 images .* 3 were encoded before"):
     features.encode_images(encoder, images[:2], digest="a")
@@ -120,7 +120,7 @@ def test_another_preprocessing_is_another_request(encoder, images):
   own = encoder.preprocess
   encoder.preprocess = dataclasses.replace(own, mean=(0.1, 0.1, 0.1))
   other = features.encode_images(encoder, images, digest="a").pooled
-  assert len(encoder.asked) == 2
+  assert len(encoder.requests) == 2
   np.testing.assert_array_equal(
     other, encoder.image(images, outputs=("pooled",)).pooled
   )
@@ -137,7 +137,7 @@ def test_with_preprocess_shares_parameters(encoder, images):
   assert (copied.preprocess, encoder.preprocess.mean[0]) == (other, 0.5)
 
 
-def test_what_is_not_kept_is_said_once(encoder, images, monkeypatch, caplog):
+def test_eviction_is_logged_once(encoder, images, monkeypatch, caplog):
   size = 3 * 192 * 4
   monkeypatch.setattr(features, "BUDGET", size)
   with caplog.at_level(logging.WARNING, "mtv_jax.evals.core.features"):
@@ -147,7 +147,7 @@ def test_what_is_not_kept_is_said_once(encoder, images, monkeypatch, caplog):
       features.encode_images(encoder, images, digest=digest)
     assert len(caplog.records) == 1
     assert "(3, 192) of the data a is the first to be evicted" in caplog.text
-    # What is too large at once is said too, of each encoder.
+    # Also of an array larger than the cache, once an encoder.
     monkeypatch.setattr(features, "BUDGET", size - 1)
     features.encode_images(Counting(), images, digest="d")
   assert len(caplog.records) == 2

@@ -121,8 +121,11 @@ def test_views(cls):
   assert centered.preprocess(image).max() < 0
   for size, resized in ((224, 256), (256, 292), (384, 438)):
     encoder = mtv_jax.load(f"pixels:{size}")
-    found = global_features.view(encoder, "center").preprocess
-    assert (found.resize_size, found.interpolation) == (resized, "bicubic")
+    preprocess = global_features.view(encoder, "center").preprocess
+    assert (preprocess.resize_size, preprocess.interpolation) == (
+      resized,
+      "bicubic",
+    )
 
 
 def test_views_follow_the_encoders_preprocess_protocoling():
@@ -155,12 +158,12 @@ def test_few_shot_sees_what_big_vision_shows(size, resized):
   start = (resized - size) // 2
   want = want[start : start + size, start : start + size]
   encoder = mtv_jax.load(f"pixels:{size}/4")
-  found = few_shot.FewShot(data="elsewhere")._view(encoder)
+  encoder_view = few_shot.FewShot(data="elsewhere")._view(encoder)
   np.testing.assert_allclose(
-    found.preprocess(image), want / 127.5 - 1, atol=2e-4
+    encoder_view.preprocess(image), want / 127.5 - 1, atol=2e-4
   )
   assert few_shot.FewShot()._view(encoder) is encoder
-  assert found is global_features.view(encoder, "squash_center")
+  assert encoder_view is global_features.view(encoder, "squash_center")
 
 
 def test_crops():
@@ -179,8 +182,8 @@ def test_crops():
   assert crops.box(3, 300, np.random.default_rng(0)) == (148, 0, 152, 3)
   image = np.zeros((8, 8, 3), np.uint8)
   image[:, :4] = 200
-  found = [crops.random_crop(image, size=6, rng=rng) for _ in range(60)]
-  left = sum(int(c[:, 0].mean() > c[:, -1].mean()) for c in found)
-  right = sum(int(c[:, 0].mean() < c[:, -1].mean()) for c in found)
-  assert {c.shape for c in found} == {(6, 6, 3)}
+  cropped = [crops.random_crop(image, size=6, rng=rng) for _ in range(60)]
+  left = sum(int(c[:, 0].mean() > c[:, -1].mean()) for c in cropped)
+  right = sum(int(c[:, 0].mean() < c[:, -1].mean()) for c in cropped)
+  assert {c.shape for c in cropped} == {(6, 6, 3)}
   assert left > 10 and right > 10

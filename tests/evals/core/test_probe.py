@@ -1,4 +1,4 @@
-"""The trainer of heads: against NumPy, torch, and itself on other meshes."""
+"""Training loop of probes, against NumPy, torch and other meshes."""
 
 import jax
 import jax.numpy as jnp

@@ -12,7 +12,7 @@ from mtv_jax.evals.core.ranking import ranks, ranks_of_scores
 
 
 def naive(scores, own):
-  """A stable sort of each row, and the place of the first own candidate."""
+  """Stable sort of each row; index of the first correct candidate."""
   out = []
   for row, mine in zip(scores, own, strict=True):
     order = np.argsort(-row, kind="stable")
@@ -64,8 +64,8 @@ def test_duplicates_tie_to_the_last_bit():
   base = rng.normal(size=(5, 33)).astype(np.float32)
   candidates = np.concatenate([base, rng.normal(size=(40, 33)), base])
   candidates = candidates.astype(np.float32)
-  # Each query asks for the second copy: the first one, and nothing else equal,
-  # is ahead of it by the tie rule.
+  # The second copy is correct for each query: only the first one is ahead of
+  # it, by the tie rule.
   ids = np.arange(50)
   first = ranks(base, candidates, query_ids=ids[:5], candidate_ids=ids)
   second = ranks(base, candidates, query_ids=ids[45:], candidate_ids=ids)
@@ -124,12 +124,12 @@ def test_memory_is_that_of_a_block():
     ranking.ranks(images[:8], captions[:40], query_ids=ids[:8],
                   candidate_ids=owner[:40])
     before = peak()
-    found = ranking.ranks(images, captions, query_ids=ids, candidate_ids=owner,
-                          block_bytes=2**22)
+    got_ranks = ranking.ranks(images, captions, query_ids=ids,
+                              candidate_ids=owner, block_bytes=2**22)
     back = ranking.ranks(captions, images, query_ids=owner, candidate_ids=ids,
                          block_bytes=2**22)
     print(peak() - before)
-    assert (found == 0).all()
+    assert (got_ranks == 0).all()
     assert (back[::5][:5000] == 0).all()
   """
   out = subprocess.run(
@@ -152,13 +152,13 @@ def test_hit_rates_are_those_of_torchmetrics():
   scores = rng.permutation(40 * 30).reshape(40, 30).astype(np.float32) - 600
   own = rng.random((40, 30)) < 0.1
   own[np.arange(40), rng.integers(0, 30, 40)] = True
-  found = np.asarray(ranks_of_scores(scores, own))
+  got_ranks = np.asarray(ranks_of_scores(scores, own))
   for k in (1, 5, 10):
     want = [
       retrieval_hit_rate(torch.tensor(s), torch.tensor(o), top_k=k).item()
       for s, o in zip(scores, own, strict=True)
     ]
-    got = ranking.hit_rates(found, (k,))[k]
+    got = ranking.hit_rates(got_ranks, (k,))[k]
     assert got == pytest.approx(np.mean(want), abs=1e-6)
     assert 0 < got < 1
 
@@ -177,8 +177,8 @@ def test_top_k_accuracy_is_that_of_the_libraries():
   tied = np.round(distinct)
   own = labels[:, None] == np.arange(7)
   for scores, ks in ((distinct, (1, 2, 5)), (tied, (1,))):
-    found = np.asarray(ranks_of_scores(scores, own))
-    for k, got in ranking.hit_rates(found, ks).items():
+    got_ranks = np.asarray(ranks_of_scores(scores, own))
+    for k, got in ranking.hit_rates(got_ranks, ks).items():
       want = multiclass_accuracy(
         torch.tensor(scores),
         torch.tensor(labels),
