@@ -278,9 +278,9 @@ def test_results_of_finished_evaluations_survive_a_crash(
   register, colours, tmp_path
 ):
   register(a={}, b={"runs": "well"}, c={})
-  plan = run.plan(["all"])
-  ready = run.prepare(plan)
-  steps = run.attempt(colours, ready, name="colours")
+  evaluators, *_ = run.prepare(run.plan(["all"]))
+  outcome = results.Outcome("colours", "colours", "student")
+  steps = run.attempt(colours, evaluators, outcome)
   assert [list(next(steps).results) for _ in "ab"] == [["a"], ["a", "b"]]
 
 

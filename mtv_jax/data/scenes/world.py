@@ -209,7 +209,7 @@ def bounding_rect(camera: Camera, obj: SceneObject) -> Rect:
 def hidden_share(rects: list[Rect], i: int) -> float:
   """Upper bound of the share of rectangle i behind nearer ones or outside."""
   a = rects[i]
-  hidden = a.area - _overlap(a, Rect(0, 0, 1, 1, 0))
+  hidden = a.area - _overlap(a, Rect(0.0, 0.0, 1.0, 1.0, 0.0))
   nearer = (_overlap(a, b) for b in rects if b.depth < a.depth)
   return sum(nearer, hidden) / a.area
 
