@@ -1,14 +1,13 @@
 """Geometry of a view: crops, flips, resampling, and labels that follow them.
 
 A box is `(y0, x0, y1, x1)` in the unit square of the canvas, which is the whole
-image squashed to a square. Crop, flip and resize together are one box and one
-bit; pixels, dense maps and boxes are all computed from those two, so that they
-stay aligned.
+image squashed to a square. Pixels, dense maps and boxes of a view are computed
+from one box and one bit (flipped), so that they are aligned.
 
 Resampling is two small matrix products: rows, then columns. The weights are
 those of Pillow's `resize(size, BILINEAR, box=...)`: a triangle as wide as an
-output pixel where the image shrinks, whose support may reach past the box into
-the canvas around it.
+output pixel where the image shrinks, which may extend past the box into the
+canvas.
 """
 
 from __future__ import annotations
@@ -22,10 +21,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt16
 
-from mtv_jax.augment.op import ViewOp, check_pair
+from mtv_jax.augment.op import ViewOp, check_ascending
 from mtv_jax.augment.random import bernoulli, uniform
-from mtv_jax.config.options import Fraction, PositiveInt
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.config.options import (
+  Fraction,
+  PositiveFloat,
+  PositiveFraction,
+  PositiveInt,
+)
 
 # torchvision's RandomResizedCrop tries as many boxes before it gives up.
 CANDIDATES = 10
@@ -33,24 +36,15 @@ CANDIDATES = 10
 
 @dataclasses.dataclass(frozen=True)
 class BoxOp(ViewOp):
-  """Base class of the ops that choose a view's box, of which it has one.
-
-  Attributes:
-    size: pixels a side of the view.
-  """
+  """Base class of the ops that choose a view's box, of which it has one."""
 
   stage = "geometry"
-  size: PositiveInt
+  size: PositiveInt  # Pixels a side of the view.
 
   def box(
     self, image_size: Int[Array, "2"], u: Float[Array, "uniforms"]
   ) -> Float[Array, "4"]:
-    """The box of the canvas that the view shows.
-
-    Args:
-      image_size: height and width of the original image.
-      u: uniform numbers.
-    """
+    """The box of the canvas in a view of an image of height and width."""
     raise NotImplementedError(f"{type(self).__name__} lacks box()")
 
 
@@ -73,9 +67,9 @@ class Crop(BoxOp, name="crop"):
   """`crop(S, min_area, max_area, ratio)`: a random crop, `S` x `S` pixels.
 
   Area and aspect ratio have the distribution of torchvision's
-  RandomResizedCrop, in the geometry of the original image: a canvas is
-  squashed, so a square of it is not a square of the image. The default area is
-  that of DINOv2's global crops; its local ones are `crop(96, 0.05, 0.32)`.
+  RandomResizedCrop, in the geometry of the original image (a square of the
+  canvas is not a square of the image). The default area is that of DINOv2's
+  global crops; its local ones are `crop(96, 0.05, 0.32)`.
 
   Attributes:
     min_area: smallest share of the image's area.
@@ -83,17 +77,13 @@ class Crop(BoxOp, name="crop"):
     ratio: range of width over height, sampled log-uniformly.
   """
 
-  min_area: Fraction = 0.32
-  max_area: Fraction = 1.0
-  ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  min_area: PositiveFraction = 0.32
+  max_area: PositiveFraction = 1.0
+  ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
 
   def __post_init__(self):
-    if not 0 < self.min_area <= self.max_area:
-      raise ConfigError(
-        f"crop: areas from {self.min_area} to {self.max_area} of the image; "
-        "expected 0 < min_area <= max_area <= 1."
-      )
-    check_pair("crop", "ratio", self.ratio)
+    check_ascending("areas", self.min_area, self.max_area)
+    check_ascending("ratio", *self.ratio)
 
   def num_uniforms(self, size: int) -> int:
     return 2 * CANDIDATES + 2
@@ -146,14 +136,13 @@ def resample_matrix(
   """Antialiased linear resampling of one axis, as a matrix.
 
   Args:
-    start: where the first output pixel begins, in the unit interval.
-    stop: where the last one ends; before `start`, the axis is mirrored.
+    start: start of the first output pixel, in the unit interval.
+    stop: end of the last one; below `start`, the axis is mirrored.
     source: pixels of the axis.
     target: pixels of the output.
 
   Returns:
-    Rows that sum to one, in float32. Every row has an input pixel within half
-    a pixel of its centre, so that no interval is too small.
+    Rows that sum to one, in float32; no interval is too small.
   """
   step = (stop - start) / target
   centres = start + (jnp.arange(target) + 0.5) * step  # [target]
@@ -190,8 +179,7 @@ def resample(
 ) -> Float[Array, "c {size} {size}"]:
   """The box of `planes` as `size` x `size` pixels, antialiased.
 
-  The products run in the dtype of `planes`; the weights are computed and the
-  result is returned in float32.
+  The products run in the dtype of `planes`; weights and result are float32.
   """
   y0, x0, y1, x1 = box
   # Mirroring costs nothing: the columns are read from the other end.
@@ -218,21 +206,19 @@ def crop_maps(
   """Dense label maps, cropped and flipped as the views.
 
   Values times mask and the mask are resampled with the same weights and
-  divided: a pixel is the mean of the labelled pixels under it, and unlabelled
-  pixels do not leak into their neighbours. Sizes of map, canvas and view may
-  all differ.
+  divided: a pixel is the mean of the labelled pixels under it. Sizes of map,
+  canvas and view may all differ.
 
   Args:
-    values: such as inverse depth. Values that are NaN or infinite count as
-      missing.
+    values: such as inverse depth; NaN and infinity count as missing.
     valid: which pixels have a label.
     box: `ViewBatch.box`.
     flipped: `ViewBatch.flipped`.
     size: pixels a side of the result.
 
   Returns:
-    The maps, zero where invalid, and which pixels are valid: those more than
-    half of whose weight fell on labels.
+    The maps, zero where invalid, and which pixels are valid: those with more
+    than half of their weight on labels.
   """
   valid = valid & jnp.isfinite(values)
   planes = jnp.stack(

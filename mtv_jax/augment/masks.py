@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mtv_jax.augment.op import ViewOp
+from mtv_jax.augment.op import ViewOp, check_ascending
 from mtv_jax.augment.random import ranks, uniform
-from mtv_jax.config.options import Fraction, PositiveInt, Range
+from mtv_jax.config.options import Fraction, PositiveFraction, PositiveInt
 from mtv_jax.utils.errors import ConfigError
 
 # Rectangles tried for each mask. On 14 x 14 patches and up to half of them
@@ -43,14 +43,10 @@ def patch_grid(op: str, size: int, patch: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class MaskOp(ViewOp):
-  """Base class of the ops that mask patches.
-
-  Attributes:
-    field: the field of `ViewBatch` that the op fills, `mask` or `keep`.
-  """
+  """Base class of the ops that mask patches."""
 
   stage = "masks"
-  field: ClassVar[str]
+  field: ClassVar[str]  # Of `ViewBatch`: `mask` or `keep`.
 
   def count(self, size: int) -> int:
     """The most masked patches (`mask`), or the visible patches (`keep`).
@@ -68,10 +64,7 @@ class MaskOp(ViewOp):
   ) -> Array:
     """The value of `field` for one image, patches in row-major order.
 
-    Args:
-      u: uniform numbers.
-      masked: whether the image is masked, from `sample_masked_images`.
-      size: pixels a side of the view.
+    `masked` is from `sample_masked_images`.
     """
     raise NotImplementedError(f"{type(self).__name__} lacks __call__()")
 
@@ -83,44 +76,32 @@ class Blocks(MaskOp, name="blocks"):
   With probability `p` an image has exactly `round(r n)` of its `n` patches
   masked, `r` uniform from `min_ratio` to `max_ratio`, else none. Of a view of
   two images with probability 0.5 exactly one is masked, see
-  `sample_masked_images`. The defaults are DINOv2's (which masks half of its
-  whole batch, with ratios spread over that half; here each row is sampled
-  independently of its batch). SigLIP 2's is `blocks(0.5, 0.5, p=1)`.
-
-  Attributes:
-    min_ratio: smallest share of masked patches.
-    max_ratio: largest share.
-    p: share of the images that are masked.
-    patch: the model's patch size, in pixels.
+  `sample_masked_images`. The defaults are DINOv2's, which samples ratios over
+  the batch; here rows are independent. SigLIP 2's is `blocks(0.5, 0.5, p=1)`.
   """
 
   field = "mask"
 
-  min_ratio: Fraction = 0.1
-  max_ratio: Fraction = 0.5
+  min_ratio: PositiveFraction = 0.1
+  max_ratio: PositiveFraction = 0.5
   p: Fraction = 0.5
   patch: PositiveInt = 16
 
   def __post_init__(self):
-    if not 0 < self.min_ratio <= self.max_ratio <= 1:
-      raise ConfigError(
-        f"blocks: ratios from {self.min_ratio} to {self.max_ratio}; expected "
-        "0 < min_ratio <= max_ratio < 1."
-      )
+    check_ascending("ratios", self.min_ratio, self.max_ratio)
 
   def count(self, size: int) -> int:
     patches = patch_grid("blocks", size, self.patch) ** 2
     count = round(self.max_ratio * patches)
     if count == patches:
       raise ConfigError(
-        f"blocks: max_ratio={self.max_ratio} masks all {patches} patches of a "
-        f"{size} pixel view and leaves none visible; lower max_ratio."
+        f"blocks: max_ratio={self.max_ratio} leaves none visible of the"
+        f" {patches} patches of {size} pixels; lower it."
       )
     if round(self.min_ratio * patches) == 0:
       raise ConfigError(
         f"blocks: min_ratio={self.min_ratio} masks none of the {patches} "
-        f"patches of a {size} pixel view; raise min_ratio, or lower p to leave "
-        "more images whole."
+        f"patches of {size} pixels; raise it, or lower p."
       )
     return count
 
@@ -149,13 +130,10 @@ def sample_masked_images(
 ) -> Bool[Array, "n"]:
   """Which of a row's images are masked, by systematic sampling.
 
-  The shares are intervals end to end, and an image is masked where a point of
-  a grid of spacing 1 with a random start falls on its interval. The number of
-  masked images varies by one at most, so that a loss has little padding.
-
-  Args:
-    u: a uniform number.
-    shares: the probability of each image.
+  The shares, probabilities of the images, are intervals end to end; an image is
+  masked where a point of a grid of spacing 1 with a random start falls on its
+  interval. The number of masked images varies by one at most, so that a loss
+  has little padding.
   """
   ends = np.cumsum([0.0, *shares]).astype(np.float32)
   # Coarse, and off the integers, so that no sum is rounded to one.
@@ -169,14 +147,12 @@ def sample_masked_images(
 class Keep(MaskOp, name="keep"):
   """`keep(ratio)`: a random subset of visible patches (MAE).
 
-  Attributes:
-    ratio: share of the patches that are visible; MAE's is a quarter.
-    patch: the model's patch size, in pixels.
+  `ratio` is the share of visible patches; MAE's is a quarter.
   """
 
   field = "keep"
 
-  ratio: Annotated[float, Range(max=1, above=0)] = 0.25
+  ratio: PositiveFraction = 0.25
   patch: PositiveInt = 16
 
   def count(self, size: int) -> int:
@@ -184,8 +160,8 @@ class Keep(MaskOp, name="keep"):
     count = round(self.ratio * patches)
     if count == 0:
       raise ConfigError(
-        f"keep: ratio={self.ratio} leaves none of the {patches} patches of a "
-        f"{size} pixel view visible; raise ratio."
+        f"keep: ratio={self.ratio} leaves none of the {patches} patches of "
+        f"{size} pixels visible; raise ratio."
       )
     return count
 

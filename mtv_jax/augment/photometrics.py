@@ -4,13 +4,13 @@ Each is a function of an image and traced factors, equal to torchvision's
 functional form on float tensors, and an op that samples the factors. Defaults
 are DINOv2's.
 
-The arithmetic is float32 whatever the compute dtype: hue divides by small
-differences of channels, and the chips' vector units compute in float32 anyway.
-Only the blur's products run in the compute dtype.
+The arithmetic is float32: hue divides by small differences of channels, and
+vector units compute in float32 anyway. Only the blur's products run in the
+compute dtype.
 
-An image is a tuple of channels, since on a TPU cutting an array into channels
-and stacking them again ends a fusion: jitter on `[3, h, w]` arrays took three
-times as long by the compiler's own estimate for v5e.
+An image is a tuple of channels, since on a TPU splitting an array into channels
+ends a fusion: jitter on `[3, h, w]` arrays took three times as long by the
+compiler's estimate for v5e.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.augment import geometry
-from mtv_jax.augment.op import ViewOp, check_pair
+from mtv_jax.augment.op import ViewOp, check_ascending
 from mtv_jax.augment.random import bernoulli, ranks, uniform
-from mtv_jax.config.options import Fraction, NonNegativeFloat, Range
+from mtv_jax.config.options import (
+  Fraction,
+  NonNegativeFloat,
+  PositiveFloat,
+  Range,
+)
 from mtv_jax.utils.errors import ConfigError
 
 # ITU-R 601 luma, rounded as torchvision rounds it.
@@ -102,14 +107,8 @@ def jitter_colour(
 ) -> Image:
   """The four adjustments one after the other, as torchvision's ColorJitter.
 
-  Args:
-    image: in [0, 1].
-    brightness: factor; 1 changes nothing.
-    contrast: factor.
-    saturation: factor.
-    hue: shift in turns; 0 changes nothing.
-    rank: the step of each adjustment, a permutation of 0 to 3 in the order of
-      the four arguments above.
+  Brightness, contrast and saturation are factors, hue a shift in turns; `rank`
+  is the step of each of the four, in the order of the arguments.
   """
   # The order is traced, so that every step computes all four. Three are the
   # same blend: with black, with the mean of luma, or with luma.
@@ -171,24 +170,17 @@ def solarize(image: Image, threshold: float | int) -> Image:
 
 @dataclasses.dataclass(frozen=True)
 class PhotometricOp(ViewOp):
-  """Base class of the ops on pixel values.
-
-  Attributes:
-    p: probability; each op has it, with a default of its own.
-  """
+  """Base class of the ops on pixel values."""
 
   stage = "photometrics"
-  p: Fraction = 0.0
+  p: Fraction = 0.0  # Probability; each op has another default.
 
   def __call__(
     self, image: Image, u: Float[Array, "uniforms"], dtype: Any
   ) -> Image:
     """The augmented image, or with probability 1 - p the image itself.
 
-    Args:
-      image: in [0, 1], float32.
-      u: uniform numbers.
-      dtype: compute dtype of matrix products.
+    The image is float32 in [0, 1]; `dtype` is that of matrix products.
     """
     raise NotImplementedError(f"{type(self).__name__} lacks __call__()")
 
@@ -200,10 +192,8 @@ class Jitter(PhotometricOp, name="jitter"):
   Attributes:
     p: probability.
     brightness: the factor is uniform from `1 - brightness` (at least 0) to
-      `1 + brightness`.
-    contrast: the same for the contrast.
-    saturation: the same for the saturation.
-    hue: the shift is uniform from `-hue` to `hue` turns, at most 0.5.
+      `1 + brightness`; contrast and saturation as well.
+    hue: the shift is uniform from `-hue` to `hue` turns.
   """
 
   p: Fraction = 0.8
@@ -267,15 +257,13 @@ class Blur(PhotometricOp, name="blur"):
   """
 
   p: Fraction = 0.5
-  sigma: tuple[float, float] = (0.1, 2.0)
+  sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
   kernel: Annotated[int, Range(min=3)] = 9
 
   def __post_init__(self):
-    check_pair("blur", "sigma", self.sigma)
+    check_ascending("sigma", *self.sigma)
     if self.kernel % 2 == 0:
-      raise ConfigError(
-        f"blur: kernel={self.kernel}; expected an odd number of taps from 3."
-      )
+      raise ConfigError(f"kernel is {self.kernel}, expected an odd number.")
 
   def check(self, size: int) -> None:
     if self.kernel // 2 >= size:
@@ -296,15 +284,13 @@ class Blur(PhotometricOp, name="blur"):
 
 @dataclasses.dataclass(frozen=True)
 class Solarize(PhotometricOp, name="solarize"):
-  """`solarize(p)`: inverts bright pixels, with probability `p`.
+  """`solarize(p)`: inverts values from `threshold` on, with probability `p`.
 
-  Attributes:
-    p: probability; DINOv2 solarises its second global crop alone.
-    threshold: of 0 to 255; values of at least that are inverted.
+  DINOv2 solarises its second global crop alone.
   """
 
   p: Fraction = 0.2
-  threshold: Annotated[float, Range(min=0, max=255)] = 128
+  threshold: Annotated[float, Range(min=0, max=255)] = 128.0
 
   def num_uniforms(self, size: int) -> int:
     return 1

@@ -8,21 +8,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 def row_keys(
-  seed_key: Key[Array, ""],
-  name: str,
-  step: Int[Array, ""] | int,
-  rows: int,
+  seed_key: Key[Array, ""], name: str, step: Int[Array, ""] | int, rows: int
 ) -> Key[Array, "{rows}"]:
   """A key for each row of the global batch, from seed, view, step and row.
 
   Independent of the mesh and of the number of hosts, so that a run resumed on
-  another pod sees the same crops.
-
-  Args:
-    seed_key: of the run.
-    name: of the view.
-    step: of the run.
-    rows: of the global batch.
+  another pod sees the same crops. `name` is the view's.
   """
   # crc32 and not hash(), which differs from one process to the next.
   key = jax.random.fold_in(seed_key, zlib.crc32(name.encode()))
@@ -45,8 +36,8 @@ def uniform(
 def ranks(u: Float[Array, "n"]) -> Int[Array, "n"]:
   """The rank of each entry in ascending order.
 
-  A random permutation of 0 to n - 1 where `u` is random. Computed by comparing
-  all pairs, which for a few hundred numbers is cheaper than sorting twice.
+  Compares all pairs, which for a few hundred numbers is cheaper than sorting
+  twice.
   """
   index = jnp.arange(u.shape[0])
   before = u[None, :] < u[:, None]  # [n, n]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -38,6 +38,7 @@ from mtv_jax.augment.op import OPS, STAGES
 from mtv_jax.augment.photometrics import PhotometricOp
 from mtv_jax.config import options
 from mtv_jax.config.op_strings import build_op, parse_ops
+from mtv_jax.config.options import PositiveInt
 from mtv_jax.utils.errors import ConfigError, InputError
 
 
@@ -47,13 +48,12 @@ class ViewBatch:
 
   Attributes:
     images: `[b, n, size, size, 3]` in [-1, 1], in the compute dtype.
-    box: float32 `[b, n, 4]`, the box of the canvas that the view shows,
-      `(y0, x0, y1, x1)` in the unit square.
-    flipped: bool `[b, n]`, whether it is then mirrored.
+    box: float32 `[b, n, 4]`, `(y0, x0, y1, x1)` in the canvas's unit square.
+    flipped: bool `[b, n]`, whether the box is then mirrored.
     mask: bool `[b, n, patches]`, True where a patch is masked; None without
       `blocks`.
-    keep: int32 `[b, n, visible]`, indices of the visible patches in ascending
-      order; None without `keep`.
+    keep: int32 `[b, n, visible]`, ascending indices of the visible patches;
+      None without `keep`.
   """
 
   # Unchecked, since transforms also rebuild this with shapes and shardings.
@@ -102,8 +102,7 @@ class Pipeline:
     ops = (self.box_op, self.flip, *self.photometrics, self.mask)
     counts = [op.num_uniforms(self.size) if op else 0 for op in ops]
     u = jax.random.uniform(key, (sum(counts),))
-    # An op of p=0 also takes its numbers, so that those of the other ops are
-    # the same as with it.
+    # An op of p=0 also takes its numbers, so that those of others don't change.
     ends = np.cumsum(counts)[:-1].tolist()
     of_box, of_flip, *of_photometrics, of_mask = jnp.split(u, ends)
     box = self.box_op.box(image_size, of_box)
@@ -138,15 +137,10 @@ class Pipeline:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """A named view: `count` images of a canvas, each with its own pipeline.
-
-  Attributes:
-    name: in the config.
-    pipelines: one for each image; equal ones are computed together.
-  """
+  """A named view: `count` images of a canvas, each with its own pipeline."""
 
   name: str
-  pipelines: tuple[Pipeline, ...]
+  pipelines: tuple[Pipeline, ...]  # Equal ones are computed together.
 
   @property
   def count(self) -> int:
@@ -262,38 +256,33 @@ def build_views(config: Mapping[str, Any]) -> dict[str, View]:
     ConfigError: for unknown options or ops, wrong arguments, ops in a wrong
       order, and a list of another length than `count`.
   """
-  return {name: _build_view(name, entry) for name, entry in config.items()}
+  return {
+    name: options.build(
+      functools.partial(_build_view, name), entry, where=f"config.views.{name}"
+    )
+    for name, entry in config.items()
+  }
 
 
-@dataclasses.dataclass(frozen=True)
-class _ViewEntry:
-  """An entry of `config.views`."""
-
-  ops: str | tuple[str, ...]
-  count: options.PositiveInt | None = None
-
-
-def _build_view(name: str, entry: Mapping[str, Any]) -> View:
-  where = f"config.views.{name}"
-  entry = options.build(_ViewEntry, entry, where=where)
-  texts, count = entry.ops, entry.count
-  if count is None:
-    count = 1 if isinstance(texts, str) else len(texts)
-  texts = [texts] * count if isinstance(texts, str) else list(texts)
-  if len(texts) != count:
+def _build_view(
+  name: str, *, ops: str | Sequence[str], count: PositiveInt | None = None
+) -> View:
+  texts = [ops] * (count or 1) if isinstance(ops, str) else ops
+  if count not in (None, len(texts)):
     raise ConfigError(
-      f"{where}: {len(texts)} op strings for count={count}; give one string, "
-      "or one for each."
+      f"{len(texts)} op strings for count={count}; give one string, or one for"
+      " each."
     )
   pipelines = []
   for text in texts:
     try:
       pipelines.append(build_pipeline(text))
     except ConfigError as e:
-      raise ConfigError(f"{where}, ops {text!r}: {e}") from None
-  view = View(name, tuple(pipelines))
-  _check_stackable(where, view)
-  return view
+      raise ConfigError(f"ops {text!r}: {e}") from None
+  if not pipelines:
+    raise ConfigError("ops is empty.")
+  _check_stackable(pipelines)
+  return View(name, tuple(pipelines))
 
 
 def build_pipeline(text: str) -> Pipeline:
@@ -309,8 +298,8 @@ def build_pipeline(text: str) -> Pipeline:
     if ops and STAGES.index(built.stage) < STAGES.index(ops[-1].stage):
       raise ConfigError(
         f"{op.name} ({built.stage}) comes after {ops[-1].name} "
-        f"({ops[-1].stage}); write geometry first, then photometrics, then "
-        "masks: 'crop(224)|flip|jitter|blocks'."
+        f"({ops[-1].stage}); expected {', '.join(STAGES)}, as in "
+        "'crop(224)|flip|jitter|blocks'."
       )
     ops.append(built)
   boxes = [op for op in ops if isinstance(op, geometry.BoxOp)]
@@ -334,7 +323,7 @@ def build_pipeline(text: str) -> Pipeline:
   )
 
 
-def _check_stackable(where: str, view: View) -> None:
+def _check_stackable(pipelines: Sequence[Pipeline]) -> None:
   """Raises ConfigError where a view's images can't be stacked."""
 
   def shapes(pipeline):
@@ -344,14 +333,14 @@ def _check_stackable(where: str, view: View) -> None:
       "sizes": pipeline.size,
       "kinds of mask": type(mask).__name__,
       "patch sizes": getattr(mask, "patch", None),
-      "counts of visible patches": mask.count(view.size) if keep else None,
+      "counts of visible patches": mask.count(pipeline.size) if keep else None,
     }
 
-  first = shapes(view.pipelines[0])
-  for pipeline in view.pipelines[1:]:
+  first = shapes(pipelines[0])
+  for pipeline in pipelines[1:]:
     for what, value in shapes(pipeline).items():
       if value != first[what]:
         raise ConfigError(
-          f"{where}: its op strings give different {what}, {first[what]} and "
-          f"{value}, which can't be one array; make them equal, or two views."
+          f"the op strings give different {what}, {first[what]} and {value}."
+          " Make them equal, or two views."
         )

@@ -1,18 +1,16 @@
-"""Checkpoints by Orbax: save, restore, and load a part.
+"""Orbax checkpoints of the train state: save, restore, and read a part.
 
-Only `orbax.checkpoint.CheckpointManager` and the argument classes of
-`orbax.checkpoint.args` are used (the v1 interface is still under
-`experimental`). A checkpoint is one folder a step, committed by a rename:
+A checkpoint is one folder a step, committed by a rename:
 
-  checkpoints/STEP/state    every array of the train state, as nested
-                            dictionaries of names, so that a checkpoint does
-                            not depend on how the state's classes are written
+  checkpoints/STEP/state    the train state's arrays, as nested dictionaries of
+                            names: independent of the state's classes
   checkpoints/STEP/timing   the clock of the run, as JSON
+
+Uses `orbax.checkpoint`'s v0 interface; v1 is still experimental.
 """
 
 import contextlib
 import dataclasses
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,12 +24,10 @@ from mtv_jax.checkpoint.partial_restore import (
   CheckpointMismatchError,
   first_lines,
 )
-from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
+from mtv_jax.utils.errors import InputError, MissingFileError, UserError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 Path = str | epath.PathLike
-
-_STATE, _TIMING = "state", "timing"
 
 
 class DamagedCheckpointError(InputError):
@@ -50,17 +46,17 @@ class Restored:
 class Checkpointer:
   """Saves and restores the whole train state of a run.
 
-  Every process calls every method, in the same order. Use it as a context
-  manager: on exit, also by an error, it waits for the save in progress, which
-  an exiting interpreter would abort.
+  Every process calls every method, in the same order. As a context manager it
+  waits on exit for the save in progress, which an exiting interpreter would
+  abort.
 
   Args:
     folder: the run's `checkpoints` folder, created if missing. Unfinished
       checkpoints of a killed run are never read, and on file systems deleted.
     every_steps: `due(step)` is true on its multiples.
-    keep: how many of the latest checkpoints to keep.
-    keep_every: checkpoints at multiples of this many steps are never deleted;
-      None or 0 for no such.
+    keep: number of latest checkpoints that are not deleted.
+    keep_every: nor are those at multiples of this many steps; None or 0 for
+      none.
   """
 
   def __init__(
@@ -71,9 +67,6 @@ class Checkpointer:
     keep: int = 2,
     keep_every: int | None = None,
   ):
-    for name, value in [("every_steps", every_steps), ("keep", keep)]:
-      if value < 1:
-        raise ConfigError(f"checkpoint.{name} is {value}, expected at least 1.")
     self.folder = epath.Path(folder).absolute()
     self.every_steps = every_steps
     self._manager = ocp.CheckpointManager(
@@ -81,16 +74,15 @@ class Checkpointer:
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         keep_period=keep_every or None,
-        # Object stores have no renames: a checkpoint without Orbax's commit
-        # file counts as unfinished, also one that was copied there by hand.
+        # Object stores lack renames: a checkpoint without Orbax's commit file
+        # counts as unfinished there, also one that was copied.
         cleanup_tmp_directories="://" not in str(self.folder),
-        # The folder holds nothing but steps.
-        save_root_metadata=False,
+        save_root_metadata=False,  # Only steps in the folder.
       ),
     )
 
   def due(self, step: int) -> bool:
-    """Whether the schedule says to save now."""
+    """Whether `step` is a multiple of `every_steps`."""
     return step % self.every_steps == 0
 
   def preempted(self, step: int) -> bool:
@@ -114,7 +106,8 @@ class Checkpointer:
       state: a tree of arrays.
       timing: JSON-able; restored with the state.
     """
-    self.check()
+    if not self.saving:
+      self.wait()
     if step in self._manager.all_steps():
       return
     flat = _flat(state)
@@ -124,10 +117,8 @@ class Checkpointer:
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        **{
-          _STATE: ocp.args.PyTreeSave(unflatten_names(flat)),
-          _TIMING: ocp.args.JsonSave(dict(timing or {})),
-        }
+        state=ocp.args.PyTreeSave(unflatten_names(flat)),
+        timing=ocp.args.JsonSave(dict(timing or {})),
       ),
       force=True,  # The caller decides when to save.
     )
@@ -137,19 +128,9 @@ class Checkpointer:
     """Whether a save is in progress."""
     return self._manager.is_saving_in_progress()
 
-  def check(self) -> None:
-    """Raises the error of a background save that failed; doesn't wait."""
-    if not self.saving:
-      self._manager.wait_until_finished()
-
   def wait(self) -> None:
     """Waits for the save in progress and raises its error, if any."""
     self._manager.wait_until_finished()
-
-  def latest_step(self) -> int | None:
-    """The last complete checkpoint; waits for a save in progress."""
-    self.wait()
-    return self._manager.latest_step()
 
   def steps(self) -> list[int]:
     """All complete checkpoints; waits for a save in progress."""
@@ -167,12 +148,12 @@ class Checkpointer:
       step: the latest by default.
 
     Returns:
-      None where the run has no checkpoint and no step was asked for.
+      None where the run has no checkpoint and no step is given.
 
     Raises:
       MissingFileError: no such step.
-      CheckpointMismatch: names, shapes or types differ; lists them.
-      CheckpointDamaged: files of it are missing or cut short.
+      CheckpointMismatchError: names, shapes or types differ; lists them.
+      DamagedCheckpointError: files of it are missing or truncated.
     """
     steps = self.steps()
     if step is None and not steps:
@@ -180,29 +161,24 @@ class Checkpointer:
     step = steps[-1] if step is None else step
     _require_step(self.folder, step, steps)
     flat = _flat(abstract_state)
+    restore_args = {name: _restore_args(leaf) for name, leaf in flat.items()}
     with _reading(self.folder, step, steps):
-      saved = _saved(self.folder / str(step) / _STATE)
-    _require_same(saved, flat, f"{self.folder}/{step}")
-    with _reading(self.folder, step, steps):
+      saved = _saved(self.folder / str(step) / "state")
+      _require_same(saved, flat, f"{self.folder}/{step}")
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          **{
-            _STATE: ocp.args.PyTreeRestore(
-              unflatten_names(flat),
-              restore_args=unflatten_names(
-                {name: _restore_args(leaf) for name, leaf in flat.items()}
-              ),
-            ),
-            _TIMING: ocp.args.JsonRestore(),
-          }
+          state=ocp.args.PyTreeRestore(
+            unflatten_names(flat), restore_args=unflatten_names(restore_args)
+          ),
+          timing=ocp.args.JsonRestore(),
         ),
       )
-    arrays = _flat(restored[_STATE])
+    arrays = _flat(restored["state"])
     state = jax.tree.unflatten(
       jax.tree.structure(abstract_state), [arrays[name] for name in flat]
     )
-    return Restored(state, restored[_TIMING], step)
+    return Restored(state, restored["timing"], step)
 
   def close(self) -> None:
     """Waits for the save in progress, raises its error, frees the threads."""
@@ -211,12 +187,7 @@ class Checkpointer:
   def __enter__(self) -> "Checkpointer":
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: types.TracebackType | None,
-  ) -> None:
+  def __exit__(self, *error: object) -> None:
     self.close()
 
 
@@ -236,27 +207,20 @@ def _restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
 
 
 def _saved(item: epath.Path) -> dict[str, Any]:
-  """Name to metadata (shape, dtype) of what a checkpoint holds."""
-  _require_index(item)
-  return _flat(ocp.PyTreeCheckpointHandler().metadata(item).tree)
-
-
-def _require_index(item: epath.Path) -> None:
-  """Raises where the index of the arrays is damaged.
-
-  Orbax would raise from one of many concurrent reads, and the others would
-  fail in a closed event loop, each with a traceback.
-  """
+  """Shape and dtype of a checkpoint's arrays by name."""
+  # Where the index is damaged, Orbax would raise from one of many concurrent
+  # reads, and the others would fail in a closed event loop.
   base = str(item) if "://" in str(item) else f"file://{item}"
   store = {"driver": "ocdbt", "base": f"{base}/"}
   ts.KvStore.open(store).result().list().result()
+  return _flat(ocp.PyTreeCheckpointHandler().metadata(item).tree)
 
 
 def _require_step(folder: epath.Path, step: int, steps: Sequence[int]) -> None:
   if step not in steps:
-    there = ", ".join(map(str, sorted(steps))) or "none"
     raise MissingFileError(
-      f"no checkpoint of step {step} in {folder}. The steps there: {there}."
+      f"no checkpoint of step {step} in {folder}. Its steps are:"
+      f" {', '.join(map(str, sorted(steps))) or 'none'}."
     )
 
 
@@ -267,6 +231,8 @@ def _reading(
   """Raises DamagedCheckpointError for the libraries' read errors."""
   try:
     yield
+  except UserError:
+    raise
   except (ValueError, OSError, LookupError) as error:
     earlier = [s for s in steps if s < step]
     instead = "There is no earlier one."
@@ -284,26 +250,23 @@ def _require_same(
   """Raises with a diff of names, shapes and types where the trees differ."""
   lines = []
   for name in sorted({*saved, *wanted}):
-    there = _spec(saved[name]) if name in saved else None
-    here = _spec(wanted[name]) if name in wanted else None
-    if there == here:
-      continue
-    if there:
-      lines.append(f"- {name}  {there}")
-    if here:
-      lines.append(f"+ {name}  {here}")
+    old, new = (
+      f"{np.dtype(t[name].dtype).name}[{','.join(map(str, t[name].shape))}]"
+      if name in t
+      else ""
+      for t in (saved, wanted)
+    )
+    if old != new:
+      lines += [f"- {name}  {old}"] if old else []
+      lines += [f"+ {name}  {new}"] if new else []
   if lines:
     raise CheckpointMismatchError(
       f"{path} is a checkpoint of another shape than this config's state"
       " (- in the checkpoint, + in this run):\n"
       f"{first_lines(lines, 20)}\n"
-      "Continue a run with the config it was started with (its config.json),"
-      " or start in a new folder and load what fits through config.init."
+      "Resume with the config that started the run (its config.json), or load"
+      " what fits into a new run through config.init."
     )
-
-
-def _spec(leaf: Any) -> str:
-  return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
 
 # ---------------------------------------------------------------------------
@@ -311,10 +274,7 @@ def _spec(leaf: Any) -> str:
 
 
 def load_tree(
-  folder: Path,
-  *,
-  step: int | None = None,
-  part: str = "params",
+  folder: Path, *, step: int | None = None, part: str = "params"
 ) -> Any:
   """Reads one part of a checkpoint as numpy arrays, on any machine.
 
@@ -323,16 +283,16 @@ def load_tree(
   Args:
     folder: a run's folder or its `checkpoints` folder.
     step: the latest by default.
-    part: 'params', 'teacher', 'ema', or any other branch of the state, such
-      as 'params/image'.
+    part: 'params', 'teacher', 'ema', 'params/image' or any other branch of
+      the state.
 
   Returns:
     Nested dictionaries of numpy arrays (or one, where the part is an array).
 
   Raises:
-    MissingFileError: no checkpoint there.
-    CheckpointDamaged: files of it are missing or cut short.
-    InputError: the checkpoint has no such part; names the parts.
+    MissingFileError: no such checkpoint.
+    DamagedCheckpointError: files of it are missing or truncated.
+    InputError: the checkpoint lacks the part; names its parts.
   """
   folder = epath.Path(folder).absolute()
   if (folder / "checkpoints").exists():
@@ -344,18 +304,17 @@ def load_tree(
     raise MissingFileError(f"no complete checkpoint in {folder}.")
   step = max(steps) if step is None else step
   _require_step(folder, step, steps)
-  item = folder / str(step) / _STATE
+  item = folder / str(step) / "state"
+  as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
   with _reading(folder, step, steps):
     saved = _saved(item)
-  flat = {n: m for n, m in saved.items() if f"{n}/".startswith(f"{part}/")}
-  if not flat:
-    raise InputError(
-      f"{item} has no {part!r}. Its parts are:"
-      f" {', '.join(sorted({name.split('/')[0] for name in saved}))}."
-    )
-  as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-  # The bare handler has no barriers: one process of many may read alone.
-  with _reading(folder, step, steps):
+    flat = {n: m for n, m in saved.items() if f"{n}/".startswith(f"{part}/")}
+    if not flat:
+      raise InputError(
+        f"{item} has no {part!r}. Its parts are:"
+        f" {', '.join(sorted({name.split('/')[0] for name in saved}))}."
+      )
+    # The bare handler has no barriers: one process of many may read alone.
     restored = ocp.PyTreeCheckpointHandler().restore(
       item,
       args=ocp.args.PyTreeRestore(

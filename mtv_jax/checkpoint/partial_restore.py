@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,14 +28,13 @@ def first_lines(lines: Sequence[str], limit: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-  """What `merge_params` did, by parameter name.
+  """Result of `merge_params` by parameter name.
 
   Attributes:
-    loaded: taken from the source.
-    missing: wanted (included) but not in the source; unchanged.
+    loaded: copied from the source.
+    missing: wanted (included) but not in the source.
     unexpected: in the source, but not in the target.
-    mismatched: in both, with different shapes, unchanged: name to (source
-      shape, target shape).
+    mismatched: (source shape, target shape) where they differ.
     coverage: loaded / wanted, counted in elements.
   """
 
@@ -61,14 +60,6 @@ class MergeReport:
     return "\n".join(lines)
 
 
-@dataclasses.dataclass(frozen=True)
-class Merged:
-  """Parameters after partial loading, and what was loaded."""
-
-  params: Any
-  report: MergeReport
-
-
 def merge_params(
   target_params: Any,
   source_tree: Any,
@@ -76,7 +67,7 @@ def merge_params(
   include: Sequence[str] = (".",),
   rename: Sequence[Sequence[str]] = (),
   min_coverage: float = 0.99,
-) -> Merged:
+) -> tuple[Any, MergeReport]:
   """Copies matching arrays of a source tree into a copy of `target_params`.
 
   Args:
@@ -88,23 +79,18 @@ def merge_params(
     min_coverage: the least share of the wanted parameters to load.
 
   Returns:
-    Merged: new leaves have the target's dtype, are numpy arrays, and belong
-    wherever the caller puts them.
+    The parameters, of which the loaded ones are numpy arrays of the target's
+    dtype, and the report.
 
   Raises:
-    CheckpointMismatch: coverage is lower, with the report in the message;
-      silently missing weights are expensive to notice later.
+    CheckpointMismatchError: coverage is lower; the message has the report.
     InputError: an include matches nothing, or two source names collide.
   """
   target = dict(flatten_with_names(target_params))
-  source = _renamed(dict(flatten_with_names(source_tree)), rename)
-  wanted = [
-    match.name
-    for match in match_rules(
-      target, [(pattern, True) for pattern in include], what="init.include"
-    )
-    if match.value
-  ]
+  source = _rename(dict(flatten_with_names(source_tree)), rename)
+  rules = [(pattern, True) for pattern in include]
+  matches = match_rules(target, rules, what="init.include")
+  wanted = [match.name for match in matches if match.value]
   out = dict(target)
   loaded, missing, mismatched = [], [], {}
   for name in wanted:
@@ -115,13 +101,15 @@ def merge_params(
     else:
       out[name] = np.asarray(source[name]).astype(target[name].dtype)
       loaded.append(name)
-  total = _count(target, wanted)
+  size, total = (
+    sum(target[name].size for name in names) for names in (loaded, wanted)
+  )
   report = MergeReport(
     tuple(loaded),
     tuple(missing),
     tuple(name for name in source if name not in target),
     mismatched,
-    _count(target, loaded) / total if total else 1.0,
+    size / total if total else 1.0,
   )
   if report.coverage < min_coverage:
     hint = ""
@@ -136,10 +124,10 @@ def merge_params(
       f" (init.min_coverage).\n{report}{hint}"
     )
   structure = jax.tree.structure(target_params)
-  return Merged(jax.tree.unflatten(structure, list(out.values())), report)
+  return jax.tree.unflatten(structure, list(out.values())), report
 
 
-def _renamed(
+def _rename(
   source: Mapping[str, Any], rename: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
   out, origin = {}, {}
@@ -153,7 +141,3 @@ def _renamed(
       )
     out[new], origin[new] = leaf, old
   return out
-
-
-def _count(arrays: Mapping[str, Any], names: Iterable[str]) -> int:
-  return sum(int(np.prod(arrays[name].shape)) for name in names)

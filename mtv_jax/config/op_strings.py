@@ -34,17 +34,6 @@ def parse_ops(text: str, *, unique: bool = False) -> list[Op]:
   Raises:
     ConfigError: bad syntax, with the position; a repeated op.
   """
-  ops = _parse(text)
-  names = [op.name for op in ops]
-  for name in names:
-    if unique and names.count(name) > 1:
-      raise ConfigError(
-        f"the ops {text!r} repeat {name!r}; each may be there once."
-      )
-  return ops
-
-
-def _parse(text: str) -> list[Op]:
   # Line breaks in the text are layout; a space keeps every position.
   line = text.replace("\n", " ")
   if not line.strip():
@@ -53,15 +42,18 @@ def _parse(text: str) -> list[Op]:
   try:
     tree = ast.parse(line[indent:], mode="eval")
   except SyntaxError as e:
-    at = indent + (e.offset or 1) - 1
-    raise _syntax_error(line, at, e.msg) from None
+    raise _syntax_error(line, indent + (e.offset or 1) - 1, e.msg) from None
 
   def fail(node: ast.AST, why: str) -> ConfigError:
     # The parser counts UTF-8 bytes, the reader counts characters.
     head = line[indent:].encode()[: node.col_offset].decode(errors="ignore")
     return _syntax_error(line, indent + len(head), why)
 
-  return [_op(node, fail) for node in _flatten(tree.body)]
+  ops = [_op(node, fail) for node in _flatten(tree.body)]
+  names = [op.name for op in ops]
+  if unique and (repeated := {n for n in names if names.count(n) > 1}):
+    raise ConfigError(f"the ops {text!r} repeat {min(repeated)!r}.")
+  return ops
 
 
 def _flatten(node: ast.expr) -> list[ast.expr]:
@@ -103,10 +95,7 @@ def _syntax_error(line: str, at: int, why: str) -> ConfigError:
 def build_op(op: Op, registry: Mapping[str, Callable], what: str) -> Any:
   """Calls the registered factory of an op with arguments checked by `options`.
 
-  Args:
-    op: from `parse_ops`.
-    registry: factories by name.
-    what: the kind of op for errors, such as "data op".
+  `what` is the kind of op for errors, such as "data op".
 
   Raises:
     ConfigError: an unknown name, or arguments that don't fit the factory's
@@ -119,22 +108,10 @@ def build_op(op: Op, registry: Mapping[str, Callable], what: str) -> Any:
   factory = registry[op.name]
   signature = inspect.signature(factory)
   try:
-    bound = signature.bind(*op.args, **op.kwargs)
+    arguments = signature.bind(*op.args, **op.kwargs).arguments
   except TypeError as e:
     parameters = ", ".join(str(p) for p in signature.parameters.values())
     raise ConfigError(
       f"{what} {op}: {e}. Its parameters are: {op.name}({parameters})."
     ) from None
-  hints = options.annotations(factory)
-  for name, value in bound.arguments.items():
-    if signature.parameters[name].kind in _SINGLE and name in hints:
-      where = f"{what} {op}: {name}"
-      bound.arguments[name] = options.check_value(value, hints[name], where)
-  return factory(*bound.args, **bound.kwargs)
-
-
-_SINGLE = (
-  inspect.Parameter.POSITIONAL_ONLY,
-  inspect.Parameter.POSITIONAL_OR_KEYWORD,
-  inspect.Parameter.KEYWORD_ONLY,
-)
+  return options.build(factory, arguments, where=f"{what} {op}")

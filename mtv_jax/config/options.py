@@ -14,7 +14,6 @@ types and the ranges of a config entry against them:
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
 import functools
 import inspect
@@ -30,16 +29,15 @@ from typing import Annotated, Any, Literal, TypeVar
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
+_UNIONS = (typing.Union, types.UnionType)
+_SEQUENCES = (tuple, list, set, frozenset, Sequence)
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
   """Bounds of a number: `Annotated[float, Range(min=0, max=1)]`.
 
-  Attributes:
-    min: the smallest value allowed.
-    max: the largest value allowed.
-    above: a value that the number must exceed, for open intervals.
+  `above` is for open intervals: a value that the number must exceed.
   """
 
   min: float | int = -math.inf
@@ -63,6 +61,7 @@ NonNegativeInt = Annotated[int, Range(min=0)]
 PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeFloat = Annotated[float, Range(min=0)]
 Fraction = Annotated[float, Range(min=0, max=1)]
+PositiveFraction = Annotated[float, Range(above=0, max=1)]
 
 
 def build_entry(
@@ -74,13 +73,6 @@ def build_entry(
   reserved: Sequence[str] = (),
 ) -> Any:
   """Builds a config entry whose key `type` names a registered factory.
-
-  Args:
-    registry: factories by type, see `look_up`.
-    entry: `type` and the factory's options.
-    where: the entry's config key, for errors.
-    default_type: the type of an entry without one.
-    reserved: keys of the entry that belong to the caller.
 
   Raises:
     ConfigError: an unknown type, or options that `build` refuses.
@@ -107,8 +99,7 @@ def look_up(
     registry: factories by type; a string "package.module:Class" is imported
       only when it is looked up.
     name: the type; None if the entry gives none.
-    where: the entry's config key, for errors.
-    key: the key of the entry that gives the type.
+    where: the entry's config key; its `key` gives the type.
 
   Raises:
     ConfigError: no such type.
@@ -136,17 +127,16 @@ def build(
 
   Args:
     factory: what to call; its annotations are the contract.
-    options: the entry's options by name.
+    options: by name.
     where: the entry's config key for errors, "config.objectives.depth".
-    reserved: keys of the entry that the caller has taken out, named among the
-      known ones in errors.
+    reserved: further known keys of the entry, for errors.
 
   Raises:
     ConfigError: an unknown or missing option, or a value of the wrong type or
       out of range; names the option by its whole config key.
   """
   parameters = inspect.signature(factory).parameters
-  hints = annotations(factory)
+  hints = _annotations(factory)
   for name in options:
     if name not in parameters:
       raise ConfigError(
@@ -170,8 +160,7 @@ def build(
     raise ConfigError(f"{where}: {error}") from error
 
 
-def annotations(factory: Callable[..., Any]) -> dict[str, Any]:
-  """The annotations of a factory's parameters, with their `Range`s."""
+def _annotations(factory: Callable[..., Any]) -> dict[str, Any]:
   while isinstance(factory, functools.partial):
     factory = factory.func
   if isinstance(factory, type) and not dataclasses.is_dataclass(factory):
@@ -182,11 +171,9 @@ def annotations(factory: Callable[..., Any]) -> dict[str, Any]:
 def check_value(value: Any, annotation: Any, where: str) -> Any:
   """A value converted to its annotation.
 
-  Args:
-    value: from a config file or a command line.
-    annotation: `int`, `float`, `bool`, `str`, `Literal`, unions, tuples and
-      other collections of these, `Annotated` with a `Range`, or a class.
-    where: the value's config key, for the error.
+  An annotation is `int`, `float`, `bool`, `str`, `Literal`, a union, tuple or
+  other collection of these, `Annotated` with a `Range`, or a class. `where` is
+  the value's config key, for the error.
 
   Raises:
     ConfigError: the value is of another type or out of range.
@@ -214,69 +201,47 @@ def _convert(value: Any, annotation: Any) -> Any:
     if any(isinstance(r, Range) and value not in r for r in args[1:]):
       raise ValueError
     return value
-  if origin in (typing.Union, types.UnionType):
-    return _convert_union(value, args)
+  if origin in _UNIONS:
+    # A member of the value's own type first: 1 stays an int for `float | int`.
+    for member in sorted(args, key=lambda m: m is not type(value)):
+      try:
+        return _convert(value, member)
+      except ValueError:
+        continue
+    raise ValueError
+  if annotation in (int, float):
+    number = numbers.Integral if annotation is int else numbers.Real
+    is_number = isinstance(value, number) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+      raise ValueError
+    return annotation(value)
+  if origin in _SEQUENCES or annotation in (tuple, Sequence):
+    return _convert_sequence(value, origin or annotation, args or (Any, ...))
   if origin is Literal:
     fits = any(value == a and type(value) is type(a) for a in args)
   elif annotation in (None, types.NoneType):
     fits = value is None
-  elif annotation in (int, float):
-    return _convert_number(value, annotation)
-  elif origin is not None and issubclass(origin, collections.abc.Mapping):
-    return _convert_mapping(value, args)
-  elif _is_sequence(origin):
-    return _convert_sequence(value, origin, args)
-  elif annotation in (tuple, Sequence):
-    return _convert_sequence(value, annotation, (Any, ...))
   else:
     # `str`, `bool`, `dict`, and classes that only Python code can pass.
     kind = origin or annotation
-    fits = isinstance(value, kind) if isinstance(kind, type) else True
+    fits = not isinstance(kind, type) or isinstance(value, kind)
   if not fits:
     raise ValueError
+  if isinstance(origin, type) and issubclass(origin, Mapping):
+    key, item = args
+    return {_convert(k, key): _convert(v, item) for k, v in value.items()}
   return value
-
-
-def _convert_union(value: Any, members: Sequence[Any]) -> Any:
-  # A member of the value's own type first: 1 stays an int for `float | int`.
-  for member in sorted(members, key=lambda m: m is not type(value)):
-    try:
-      return _convert(value, member)
-    except ValueError:
-      continue
-  raise ValueError
-
-
-def _convert_number(value: Any, kind: type) -> Any:
-  number = numbers.Integral if kind is int else numbers.Real
-  if isinstance(value, bool) or not isinstance(value, number):
-    raise ValueError
-  if not math.isfinite(value):
-    raise ValueError
-  return kind(value)
-
-
-def _convert_mapping(value: Any, args: Sequence[Any]) -> dict[Any, Any]:
-  if not isinstance(value, Mapping):
-    raise ValueError
-  return {_convert(k, args[0]): _convert(v, args[1]) for k, v in value.items()}
-
-
-def _is_sequence(origin: Any) -> bool:
-  return origin in (tuple, list, set, frozenset, collections.abc.Sequence)
 
 
 def _convert_sequence(value: Any, origin: type, args: Sequence[Any]) -> Any:
   if not isinstance(value, list | tuple):
     raise ValueError
-  if origin is tuple and args[-1] is not Ellipsis:
-    if len(value) != len(args):
-      raise ValueError
-    members = args
-  else:
-    members = [args[0]] * len(value)
-  kind = tuple if origin is collections.abc.Sequence else origin
-  return kind(_convert(v, m) for v, m in zip(value, members, strict=True))
+  if origin is not tuple or args[-1] is Ellipsis:
+    args = [args[0]] * len(value)
+  if len(value) != len(args):
+    raise ValueError
+  kind = tuple if origin is Sequence else origin
+  return kind(map(_convert, value, args))
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:
@@ -284,7 +249,7 @@ def _choices(annotation: Any) -> tuple[str, ...]:
   origin = typing.get_origin(annotation)
   if origin is Literal:
     return typing.get_args(annotation)
-  if origin in (typing.Union, types.UnionType):
+  if origin in _UNIONS:
     members = [_choices(a) for a in typing.get_args(annotation)]
     if str not in typing.get_args(annotation):
       return tuple(choice for member in members for choice in member)
@@ -311,13 +276,13 @@ def describe(annotation: Any) -> str:
   if origin is Annotated:
     ranges = [str(r) for r in args[1:] if isinstance(r, Range)]
     return " ".join([describe(args[0]), *ranges])
-  if origin in (typing.Union, types.UnionType):
+  if origin in _UNIONS:
     return " or ".join(dict.fromkeys(map(describe, args)))
   if origin is Literal:
     return " or ".join(map(repr, args))
-  if origin is not None and issubclass(origin, collections.abc.Mapping):
+  if origin is not None and issubclass(origin, Mapping):
     return f"a dictionary of {describe(args[1])} by {describe(args[0])}"
-  if _is_sequence(origin):
+  if origin in _SEQUENCES:
     if origin is tuple and args[-1] is not Ellipsis:
       return f"({', '.join(map(describe, args))})"
     return f"a list, each {describe(args[0])}"

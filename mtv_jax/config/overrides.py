@@ -78,34 +78,25 @@ def to_plain(value: Any, *, lists: bool = False) -> Any:
   return value
 
 
-def _set(tree: Any, parts: list[str | int], text: str, key: str) -> None:
-  path, node = "config", tree
-  for at, part in enumerate(parts):
-    _require_inside(node, part, path, key)
-    path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    if at == len(parts) - 1:
-      old = node[part] if isinstance(part, int) else node.get(part)
+def _set(node: Any, parts: list[str | int], text: str, key: str) -> None:
+  path = "config"
+  for i, part in enumerate(parts):
+    kind, name = (dict, "section") if isinstance(part, str) else (list, "list")
+    if not isinstance(node, kind):
+      raise ConfigError(f"--config.{key}: {path} is {node!r}, not a {name}.")
+    if kind is list and part >= len(node):
+      raise ConfigError(
+        f"--config.{key}: {path} has {len(node)} entries, counted from 0; there"
+        f" is no [{part}]."
+      )
+    path += f".{part}" if kind is dict else f"[{part}]"
+    old = node.get(part) if kind is dict else node[part]
+    if i == len(parts) - 1:
       node[part] = _value(text, old, path)
-    elif isinstance(part, str) and node.get(part) is None:
+    elif old is None:
       # A section that the file leaves out.
       node[part] = {}
     node = node[part]
-
-
-def _require_inside(node: Any, part: str | int, path: str, key: str) -> None:
-  if isinstance(part, str):
-    if not isinstance(node, dict):
-      raise ConfigError(
-        f"--config.{key}: {path} is {node!r} and has no key {part!r}."
-      )
-    return
-  if not isinstance(node, list):
-    raise ConfigError(f"--config.{key}: {path} is {node!r}, not a list.")
-  if part >= len(node):
-    raise ConfigError(
-      f"--config.{key}: {path} has {len(node)} entries, counted from 0; there"
-      f" is no [{part}]."
-    )
 
 
 def _value(text: str, old: Any, path: str) -> Any:
@@ -119,8 +110,7 @@ def parse_value(text: str, old: Any, key: str) -> Any:
   """Parses a value of the type of the one that it replaces.
 
   Args:
-    text: a Python literal that may contain `dict(KEY=...)` calls, else a
-      string.
+    text: a Python literal, also with `dict(KEY=...)` calls, else a string.
     old: the former value; with None any type is accepted.
     key: for the error.
 

@@ -158,9 +158,6 @@ SCHEMA = dict(
 def check_config(config: Config) -> ConfigDict:
   """Checks a config and fills in the defaults.
 
-  Args:
-    config: what a config file's `get_config` returns.
-
   Returns:
     A new config with every key of `SCHEMA`; checking it again changes nothing.
 
@@ -324,8 +321,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
 
   Args:
     arg: 'name=value' pairs with commas; a bare name sets a bool to True.
-    **defaults: all arguments; the default gives the type. With None any
-      literal or string is accepted.
+    **defaults: give the types; None allows any literal or string.
 
   Raises:
     ConfigError: an unknown name, or a value of the wrong type.

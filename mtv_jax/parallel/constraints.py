@@ -1,8 +1,8 @@
 """Sharding constraints inside the compiled step.
 
-`rules` shards the train state. Inside the step the compiler chooses shardings,
-and may choose to send all activations over the network. The constraints keep
-activations split by batch, and gather parameters where they are read (FSDP).
+The compiler may otherwise choose to send all activations over the network. The
+constraints split activations by batch, and gather parameters where they are
+read (FSDP).
 """
 
 from __future__ import annotations
@@ -30,16 +30,15 @@ from mtv_jax.utils.tree import first_match, flatten_with_names, map_with_names
 def constrain_batch(tree: PyTree, mesh: Mesh | None) -> PyTree:
   """Constrains arrays `[B, ...]` to be split like the batch.
 
-  Otherwise the compiler may split them by channels, like a parameter, and
-  gather the rows of all devices.
+  Otherwise the compiler may split them by channels, like a parameter.
   """
   if mesh is None:
     return tree
 
   def constrain(x):
     axes = (MESH_AXES[:2], *[None] * (x.ndim - 1))
-    placing = NamedSharding(mesh, partition_spec(axes, x.shape, mesh))
-    return jax.lax.with_sharding_constraint(x, placing)
+    sharding = NamedSharding(mesh, partition_spec(axes, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, sharding)
 
   return jax.tree.map(constrain, tree)
 
@@ -49,11 +48,8 @@ def all_gather_params(
 ) -> PyTree:
   """Gathers parameters over `fsdp` before their use.
 
-  A layer has to gather its parameters over `fsdp`, and never the rows of the
-  batch. Each parameter is gathered by itself, whichever of its dimensions is
-  split over `fsdp`. Over `tensor` it stays split by `SHARDING_RULES`, as a
-  layer's matrix products are; other rules of the config, unknown here within a
-  layer, are refused by `check_param_rules`.
+  Over `tensor` they stay split by `SHARDING_RULES`, as a layer's matrix
+  products are; `check_param_rules` refuses other rules of the config.
 
   Args:
     params: by names that `SHARDING_RULES` match.
@@ -97,7 +93,7 @@ def check_param_rules(
   Args:
     params: arrays or shapes, under their full names.
     mesh: from `make_mesh`.
-    rules: the config's own.
+    rules: of the config.
     keep: as for `all_gather_params`.
   """
   if mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] == 1:
@@ -114,7 +110,6 @@ def check_param_rules(
     ):
       raise ConfigError(
         f"config.sharding splits {name} over tensor as {given}, but layers "
-        f"gather it over fsdp to {built_in}. Name tensor as the "
-        "built-in rule does (SHARDING_RULES in mtv_jax/parallel/rules.py), or "
-        "set mesh.fsdp=1 or mesh.tensor=1."
+        f"gather it over fsdp to {built_in}. Name tensor as SHARDING_RULES "
+        "does, or set mesh.fsdp=1 or mesh.tensor=1."
       )

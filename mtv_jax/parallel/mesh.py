@@ -6,10 +6,10 @@ Three axes: `data` (replicas), `fsdp` (the batch and the parameters), `tensor`
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,19 +31,18 @@ def make_mesh(
   """The mesh `(data, fsdp, tensor)`.
 
   Slices of a pod, and machines with GPUs, are joined by the data-centre
-  network, which is far slower than what joins the devices within them. `dcn`
-  says how many parts of each axis lie on different slices, as MaxText's
-  `dcn_data_parallelism` and axlearn's `HybridMeshShape` do: of 512 chips in two
-  slices, `dict(data=128, fsdp=4, dcn=dict(data=2))` has 64 x 4 on each. By
-  default `data` is split over all the slices there are, so that only
-  reductions of gradients cross the network; what it can't be split into falls
-  to `fsdp`, then to `tensor`.
+  network, which is far slower than the network within them. `dcn` is the number
+  of slices along each axis, as MaxText's `dcn_data_parallelism` and axlearn's
+  `HybridMeshShape`: of 512 chips in two slices, `dict(data=128, fsdp=4,
+  dcn=dict(data=2))` has 64 x 4 on each. By default `data` is split over all
+  slices, so that only reductions of gradients cross the network; what it can't
+  be split into falls to `fsdp`, then to `tensor`.
 
   Args:
-    shape: sizes by axis over all devices; one of them may be -1 for "what is
-      left". And `dcn`, by axis: -1 for "all slices that the others leave". On
-      devices that know no slices it cuts them in order, into so many groups.
-    devices: `jax.Device`s, or what stands for them; defaults to all.
+    shape: sizes by axis over all devices; -1 for what the others leave. And
+      `dcn`, by axis: -1 for all slices that the others leave. Devices without
+      slices are cut into as many groups, in order.
+    devices: `jax.Device`s or stand-ins; all by default.
 
   Raises:
     ConfigError: for an unknown axis, or sizes that don't multiply to the
@@ -56,10 +55,14 @@ def make_mesh(
   given = {**_ANYWHERE, **(shape.get("dcn") or {})}
   if len(slices) == 1:
     # Devices without slices can be cut into some by the config.
-    count = math.prod(abs(int(n)) for n in given.values())
-    slices = _cut(devices, count)
+    slices = _cut(devices, math.prod(abs(int(n)) for n in given.values()))
   if given == _ANYWHERE:
-    outer = _outermost(whole, len(slices))
+    # The first axes take the most.
+    outer, rest = [], len(slices)
+    for size in whole[:-1]:
+      outer.append(math.gcd(size, rest))
+      rest //= outer[-1]
+    outer = (*outer, rest)
   else:
     outer = _sizes("config.mesh.dcn", given, len(slices), "slices")
   for name, size, parts in zip(MESH_AXES, whole, outer, strict=True):
@@ -67,8 +70,7 @@ def make_mesh(
       raise ConfigError(
         f"config.mesh: {name}={size} can't lie on dcn.{name}={parts} slices in "
         f"equal parts. Take a multiple of {parts}, or split another axis over "
-        f"the {len(slices)} slices, such as dcn=dict(data=1, fsdp="
-        f"{len(slices)})."
+        f"the slices, such as dcn=dict(data=1, fsdp={len(slices)})."
       )
   inner = tuple(n // parts for n, parts in zip(whole, outer, strict=True))
   types = (AxisType.Auto,) * len(MESH_AXES)
@@ -83,15 +85,6 @@ def make_mesh(
   return Mesh(grid, MESH_AXES, axis_types=types)
 
 
-def _outermost(whole: Sequence[int], slices: int) -> tuple[int, ...]:
-  """The number of slices of each axis; the first axes take the most."""
-  outer = []
-  for size in whole:
-    outer.append(math.gcd(size, slices))
-    slices //= outer[-1]
-  return tuple(outer[:-1]) + (outer[-1] * slices,)
-
-
 def _sizes(
   where: str, shape: Mapping[str, int], count: int, unit: str
 ) -> tuple[int, ...]:
@@ -104,30 +97,24 @@ def _sizes(
   sizes = [int(shape.get(name, 1)) for name in MESH_AXES]
   wrong = ConfigError(
     f"{where}: {dict(zip(MESH_AXES, sizes, strict=True))} does not divide "
-    f"{count} {unit}. The sizes must multiply to their number; one of "
-    "them may be -1 for what the others leave."
+    f"{count} {unit}. The sizes must multiply to their number; one may be -1."
   )
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
     raise wrong
-  known = math.prod(s for s in sizes if s != -1)
   if -1 in sizes:
-    sizes[sizes.index(-1)] = count // known
+    sizes[sizes.index(-1)] = count // -math.prod(sizes)
   if math.prod(sizes) != count:
     raise wrong
   return tuple(sizes)
 
 
 def _slices(devices: Sequence[Any]) -> list[list[Any]]:
-  """The devices by slice."""
-  slices: dict[int, list[Any]] = {}
+  slices = collections.defaultdict(list)
   for device in devices:
-    index = getattr(device, "slice_index", None) or 0
-    slices.setdefault(index, []).append(device)
-  if len({len(part) for part in slices.values()}) > 1:
-    raise ConfigError(
-      f"the slices have {[len(p) for p in slices.values()]} devices; a mesh "
-      "needs as many in each."
-    )
+    slices[getattr(device, "slice_index", None) or 0].append(device)
+  sizes = [len(part) for part in slices.values()]
+  if len(set(sizes)) > 1:
+    raise ConfigError(f"the slices have {sizes} devices, expected equal sizes.")
   return [slices[index] for index in sorted(slices)]
 
 
@@ -135,13 +122,13 @@ def _cut(devices: Sequence[Any], count: int) -> list[Sequence[Any]]:
   """Consecutive groups of devices."""
   if count > 1 and getattr(devices[0], "platform", "") == "tpu":
     raise ConfigError(
-      f"config.mesh.dcn asks for {count} slices; these {len(devices)} chips "
+      f"config.mesh.dcn gives {count} slices, but these {len(devices)} chips "
       "are one. Leave dcn out."
     )
   if count < 1 or len(devices) % count:
     raise ConfigError(
-      f"config.mesh.dcn: {count} slices of {len(devices)} devices; expected "
-      "a number that divides them."
+      f"config.mesh.dcn gives {count} slices, which don't divide "
+      f"{len(devices)} devices."
     )
   size = len(devices) // count
   return [devices[i * size : (i + 1) * size] for i in range(count)]
@@ -165,29 +152,26 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class HostRows:
+class HostRows(NamedTuple):
   """Which part of each global batch this process reads: `index` of `count`."""
 
   index: int
   count: int
 
 
-def host_rows(batch_size: int, mesh: Mesh) -> HostRows:
+def host_rows(mesh: Mesh) -> HostRows:
   """The part of a global batch that goes to this process's devices.
 
-  `data_rows` says where they are on the mesh.
-
   Raises:
-    ConfigError: if the processes' parts are not equal.
+    ConfigError: the processes' parts are not equal, or this one has none.
   """
   parts = _parts(mesh)
-  for i, part in enumerate(parts):
-    if jax.process_index() in part.processes:
+  for i, (_, processes) in enumerate(parts):
+    if jax.process_index() in processes:
       return HostRows(index=i, count=len(parts))
   raise ConfigError(
     f"config.mesh: process {jax.process_index()} has no device on the mesh of "
-    f"{mesh.size} devices, and would have no row of the {batch_size} to read."
+    f"{mesh.size} devices, and so no rows to read."
   )
 
 
@@ -200,38 +184,26 @@ def data_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " b"]:
   then a permutation of the data's. Losses don't depend on it; random numbers
   of an example follow its row of the data.
 
-  Args:
-    batch_size: which `num_batch_shards` divides.
-    mesh: from `make_mesh`.
-
   Raises:
-    ConfigError: if the processes' parts are not equal.
+    ConfigError: the processes' parts are not equal.
   """
   size = batch_size // num_batch_shards(mesh)
-  shards = np.concatenate([part.shards for part in _parts(mesh)])
+  shards = np.concatenate([shards for shards, _ in _parts(mesh)])
   rows = np.empty((len(shards), size), np.int32)
   rows[shards] = np.arange(batch_size).reshape(len(shards), size)
   return rows.reshape(-1)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-  """The shards of the batch of some processes, mostly one."""
-
-  shards: tuple[int, ...]
-  processes: frozenset[int]
-
-
-def _parts(mesh: Mesh) -> list[_Part]:
-  """The parts of the batch, in the order of their first shards."""
-  holders: dict[int, set[int]] = {}
+def _parts(mesh: Mesh) -> list[tuple[tuple[int, ...], set[int]]]:
+  """(shards of the batch, processes that hold them), by the first shard."""
+  holders = collections.defaultdict(set)
   devices = mesh.devices.reshape(num_batch_shards(mesh), -1)
   for shard, row in enumerate(devices):
     for device in row:
-      holders.setdefault(device.process_index, set()).add(shard)
-  processes: dict[tuple[int, ...], set[int]] = {}
+      holders[device.process_index].add(shard)
+  processes = collections.defaultdict(set)
   for process, shards in holders.items():
-    processes.setdefault(tuple(sorted(shards)), set()).add(process)
+    processes[tuple(sorted(shards))].add(process)
   sizes = [len(shards) for shards in processes]
   if len(set(sizes)) > 1 or sum(sizes) != len(devices):
     raise ConfigError(
@@ -239,7 +211,7 @@ def _parts(mesh: Mesh) -> list[_Part]:
       f"{len(devices)} shards of the batch, which are not separate equal "
       "parts. Make data x fsdp a multiple of the number of processes."
     )
-  return [_Part(s, frozenset(processes[s])) for s in sorted(processes)]
+  return sorted(processes.items())
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,13 +1,12 @@
 """Pairwise losses and nearest neighbours around a ring of devices.
 
-With gathered columns each device compares its rows with the columns of all
-devices: its logits grow with their number. In the chunked loss of SigLIP (Zhai
-et al. 2023) a device has the columns of one device at a time and sends them to
-its neighbour in the ring: the chunks of two devices, for any number of devices.
+With gathered columns a device's logits grow with the number of devices. In the
+chunked loss of SigLIP (Zhai et al. 2023) a device has the columns of one device
+at a time and sends them to its neighbour in the ring.
 
-The loss is a plain sum over pairs, so gradients are computed on the way; those
-of the columns travel with the columns. The backward pass only multiplies by
-the cotangent: it sends nothing and computes no logits again.
+The loss is a sum over pairs, so gradients are computed in the forward pass;
+those of the columns are sent with the columns. The backward pass only
+multiplies by the cotangent.
 """
 
 from __future__ import annotations
@@ -55,9 +54,7 @@ MergeFn = Callable[[PyTree, PyTree], PyTree]
 class PairwiseLoss:
   """Sum of the losses of all pairs.
 
-  Attributes:
-    loss: the sum.
-    diagnostics: of each row, as `pair_loss_fn` gives them; without gradient.
+  `diagnostics` are those of `pair_loss_fn` by row, without gradient.
   """
 
   loss: Float[Array, ""]
@@ -65,12 +62,7 @@ class PairwiseLoss:
 
 
 def should_use_ring(method: Method, mesh: Mesh | None) -> bool:
-  """Whether to use the ring; `'auto'` uses it where the batch is split.
-
-  Args:
-    method: as an objective's option `method`.
-    mesh: that the batch is split over; None on one device.
-  """
+  """Whether to use the ring; `'auto'` uses it where the batch is split."""
   if mesh is None or method == "gathered":
     return False
   return method == "ring" or num_batch_shards(mesh) > 1
@@ -115,51 +107,40 @@ def ring_pairwise_loss(
     params: of the loss, such as temperature and bias.
     pair_loss_fn: losses and diagnostics of rows against a chunk of columns.
     merge_fn: merges the diagnostics of two chunks.
-    mesh: `(data, fsdp, tensor)`, whose first two divide the rows.
+    mesh: its axes `data` and `fsdp` divide the rows.
   """
   split, whole = PartitionSpec(AXES), PartitionSpec()
-  count = num_batch_shards(mesh)
 
-  def run(with_grads, rows, columns, params):
+  def run(with_grads, row, column, params, row_metadata, column_metadata):
     device_fn = functools.partial(
       _device_loss,
       pair_loss_fn=pair_loss_fn,
       merge_fn=merge_fn,
-      count=count,
+      count=num_batch_shards(mesh),
       with_grads=with_grads,
     )
     grad_specs = _Grads(split, split, whole) if with_grads else None
-    return jax.shard_map(
+    losses, diagnostics, grads = jax.shard_map(
       device_fn,
       mesh=mesh,
       in_specs=(split, split, whole),
       out_specs=(split, split, grad_specs),
-    )(rows, columns, params)
-
-  @jax.custom_vjp
-  def total(row, column, params, row_metadata, column_metadata):
-    losses, diagnostics, _ = run(
-      False,
-      EmbeddingBatch(row, row_metadata),
-      EmbeddingBatch(column, column_metadata),
-      params,
-    )
-    return jnp.sum(losses), diagnostics
-
-  def forward(row, column, params, row_metadata, column_metadata):
-    losses, diagnostics, grads = run(
-      True,
+    )(
       EmbeddingBatch(row, row_metadata),
       EmbeddingBatch(column, column_metadata),
       params,
     )
     return (jnp.sum(losses), diagnostics), grads
 
+  @jax.custom_vjp
+  def total(*args):
+    return run(False, *args)[0]
+
   def backward(grads, cotangents):
     scaled = jax.tree.map(lambda grad: cotangents[0] * grad, grads)
     return scaled.rows, scaled.columns, scaled.params, None, None
 
-  total.defvjp(forward, backward)
+  total.defvjp(functools.partial(run, True), backward)
   loss, diagnostics = total(
     rows.embedding, columns.embedding, params, rows.metadata, columns.metadata
   )

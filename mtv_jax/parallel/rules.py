@@ -18,11 +18,10 @@ from mtv_jax.utils.tree import (
   match_rules,
 )
 
-# (regex over names, axis of each trailing dimension, or several of them); the
-# first match wins.
-# Column-parallel into a block, row-parallel out of it, so that one all-reduce
-# a sublayer is all that `tensor` costs (Shoeybi et al. 2019, Megatron-LM). QKV
-# columns are ordered by head, so that a slice holds whole heads.
+# (regex over names, axis or axes of each trailing dimension); the first match
+# wins. Column-parallel into a block, row-parallel out of it: `tensor` costs one
+# all-reduce a sublayer (Shoeybi et al. 2019, Megatron-LM). QKV columns are
+# ordered by head, so that a slice holds whole heads.
 Axes = str | Sequence[str] | None
 ShardingRules = Sequence[tuple[str, Sequence[Axes]]]
 SHARDING_RULES: ShardingRules = (
@@ -72,12 +71,8 @@ def tree_shardings(
   """Shardings for a tree of arrays or shapes, by the names of its leaves.
 
   The names of optimizer moments, teacher and EMA end in the parameters' names,
-  so that the same rules shard them.
-
-  Args:
-    tree: arrays or `jax.ShapeDtypeStruct`s.
-    mesh: from `make_mesh`.
-    rules: the config's own, tried before the built-in ones.
+  so that the same rules shard them. `rules` of the config precede the built-in
+  ones.
   """
   every = [*rules, *SHARDING_RULES]
 
@@ -95,10 +90,7 @@ def axis_names(axes: Sequence[Axes]) -> list[str]:
 
 
 def check_sharding_rules(rules: ShardingRules, names: Iterable[str]) -> None:
-  """Raises ValueError for a rule of the config that matches no parameter.
-
-  And for axes that the mesh does not have.
-  """
+  """Raises InputError for unused rules, and ConfigError for unknown axes."""
   match_rules(names, rules, what="config.sharding")
   for pattern, axes in rules:
     for axis in axis_names(axes):

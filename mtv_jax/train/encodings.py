@@ -1,8 +1,7 @@
 """The forward passes that the objectives need, each computed once.
 
 Objectives declare encodings (tower, view, weights) with the taps they read;
-`collect` takes the union and `encode` runs each once. Sharing a view between
-objectives is therefore a line of config.
+`collect` takes the union and `encode` runs each once.
 """
 
 from __future__ import annotations
@@ -44,12 +43,10 @@ def encode(
     plan: from `collect`.
     towers: the linen modules, `image` and `text`.
     params: the student's parameters by tower.
-    teacher: the teacher's parameters by tower; no gradient goes there.
+    teacher: the teacher's, which get no gradient.
     views: `ViewBatch`es by name. A view's `mask` hides patches from the student
-      only, its `keep` from both: masks belong to views, so that objectives on
-      one view share one encoding.
-    batch: fields that hold token ids for text encodings: captions `[B, T]`,
-      phrases `[B, M, T]`.
+      only, its `keep` from both.
+    batch: token ids of text encodings: captions `[B, T]`, phrases `[B, M, T]`.
     mesh: that the rows are split over; None on one device.
 
   Returns:
@@ -64,7 +61,6 @@ def encode(
       weights = jax.lax.stop_gradient(teacher)
     tower = towers[encoding.tower].clone(mesh=mesh)
     variables = {"params": weights[encoding.tower]}
-    # The scope's name is in profiles and in the compiled program.
     with jax.named_scope(str(encoding)):
       if encoding.tower == "text":
         tokens = batch[encoding.view]  # [B, T] or [B, M, T]

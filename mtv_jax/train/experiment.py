@@ -34,9 +34,10 @@ from mtv_jax.parallel.mesh import (
 )
 from mtv_jax.parallel.rules import check_sharding_rules, sharding_table
 from mtv_jax.train import optim
+from mtv_jax.train.state import TrainState
 from mtv_jax.train.step import Program, make_program
 from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, abstract_params
-from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
 log = logging.getLogger(__name__)
@@ -262,28 +263,22 @@ def build_experiment(
     workdir=pathlib.Path(workdir),
     tokenizer=tokenizer,
     sources=sources,
-    evaluators=_evaluators(config, step.step_spec),
+    evaluators=_evaluators(config, step.program.abstract),
   )
 
 
 def _evaluators(
-  config: ConfigDict, spec: StepSpec
+  config: ConfigDict, state: TrainState
 ) -> dict[str, evals_base.Evaluator]:
   """Builds the evaluators and opens their data, so that errors show early."""
-  lacking = {}
-  if spec.ema_decay is None:
-    lacking["ema"] = "config.ema is not set"
-  if not spec.has_teacher:
-    lacking["teacher"] = "no objective reads a teacher"
   entries = {}
   for name, entry in config.evals.items():
-    weights = entry.get("weights", "student")
-    every = ["student", "teacher", "ema"]
-    if weights in lacking or weights not in every:
-      why = lacking.get(weights) or did_you_mean(str(weights), every)
-      raise ConfigError(f"config.evals.{name}.weights is {weights!r}: {why}")
-    ours = ("weights", "at_start")
-    entries[name] = {k: v for k, v in entry.items() if k not in ours}
+    entries[name] = entry.to_dict()
+    entries[name].pop("at_start", None)
+    try:
+      state.weights(entries[name].pop("weights", "student"))
+    except ConfigError as error:
+      raise ConfigError(f"config.evals.{name}: {error}") from None
   evaluators = evals_lib.build(entries)
   for evaluator in evaluators.values():
     evaluator.prepare()
@@ -298,7 +293,7 @@ def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
       have another length than the model's texts.
   """
   config = experiment.config
-  rows = host_rows(config.batch_size, experiment.mesh)
+  rows = host_rows(experiment.mesh)
   loader = pipeline.make_loader(
     config.data.to_dict(),
     batch_size=config.batch_size,

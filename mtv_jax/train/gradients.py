@@ -1,15 +1,15 @@
 """Losses and gradients, with exact gradient accumulation.
 
-A batch is encoded to loss inputs, which are small, and the losses see those of
-all of it. `accumulate_gradients` cuts there: it encodes the parts of a batch
-one after the other, differentiates the losses on all their inputs at once, and
-encodes each part again to pull those cotangents through. One forward more, and
+`accumulate_gradients` encodes the parts of a batch one after the other to loss
+inputs, which are small, differentiates the losses on all inputs at once, and
+encodes each part again to pull the cotangents back. For one more forward pass
 the gradients are those of the whole batch, for contrast, Sinkhorn and KoLeo
 too (Gao et al. 2021, GradCache, for contrast).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,8 +30,7 @@ from mtv_jax.train.step_spec import StepSpec
 from mtv_jax.utils.tree import map_with_names
 
 Batch = Mapping[str, Array]
-# Not gathered whole: of a vocabulary only the rows that are looked up are, and
-# blocks one by one by their loop.
+# Not gathered whole: vocabularies by row, blocks one by one in their loop.
 EMBEDDING_TABLES = r"token_embedding$"
 _NOT_GATHERED = rf"^(image|text)/blocks/|{EMBEDDING_TABLES}"
 Loss = tuple[Float[Array, ""], dict[str, base.Terms]]
@@ -54,20 +53,27 @@ def view_keys(
 
 
 def stop_gradient_frozen(spec: StepSpec, params: PyTree) -> PyTree:
-  """Stops the gradient of frozen parameters.
+  """Stops the gradient of frozen parameters, given under their full names.
 
   A tower that is frozen whole then has no backward pass.
-
-  Args:
-    params: all of them, under their names.
   """
   if not spec.frozen:
     return params
+  return map_with_names(
+    lambda name, leaf: (
+      jax.lax.stop_gradient(leaf) if name in spec.frozen else leaf
+    ),
+    params,
+  )
 
-  def hold(name, leaf):
-    return jax.lax.stop_gradient(leaf) if name in spec.frozen else leaf
 
-  return map_with_names(hold, params)
+def _gather(
+  spec: StepSpec, params: PyTree, state: TrainState, mesh: Mesh | None
+) -> tuple[PyTree, TrainState]:
+  """Parameters and teacher as the layers read them."""
+  gather = functools.partial(all_gather_params, mesh=mesh, keep=_NOT_GATHERED)
+  params = gather(stop_gradient_frozen(spec, params))
+  return params, state.replace(teacher=gather(state.teacher))
 
 
 def bind_heads(
@@ -96,12 +102,7 @@ def compute_loss_inputs(
     keys: random keys of the rows' views.
     mesh: of the batch; None on one device.
   """
-  params = all_gather_params(
-    stop_gradient_frozen(spec, params), mesh, keep=_NOT_GATHERED
-  )
-  state = state.replace(
-    teacher=all_gather_params(state.teacher, mesh, keep=_NOT_GATHERED)
-  )
+  params, state = _gather(spec, params, state, mesh)
   views = {}
   for name, rngs in keys.items():
     with jax.named_scope(f"view({name})"):
@@ -132,16 +133,9 @@ def compute_losses(
 ) -> Loss:
   """The weighted sum of the losses over all inputs, and each one's terms.
 
-  Args:
-    params: of the heads.
-    mesh: that the loss inputs are split over; None on one device.
+  `params` are those of the heads.
   """
-  params = all_gather_params(
-    stop_gradient_frozen(spec, {"heads": params}), mesh, keep=_NOT_GATHERED
-  )
-  state = state.replace(
-    teacher=all_gather_params(state.teacher, mesh, keep=_NOT_GATHERED)
-  )
+  params, state = _gather(spec, {"heads": params}, state, mesh)
   heads = bind_heads(spec, params["heads"], state)
   total, terms = jnp.zeros(()), {}
   for name, objective in spec.objectives.items():
@@ -175,14 +169,7 @@ def total_loss(
 def compute_gradients(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Loss, PyTree]:
-  """`((loss, terms), gradients)` of a batch.
-
-  Args:
-    spec: of the step.
-    state: with the parameters.
-    batch: sharded over the mesh.
-    mesh: of the batch; None on one device.
-  """
+  """`((loss, terms), gradients)` of a batch that is sharded over the mesh."""
   if spec.accumulate > 1:
     return accumulate_gradients(spec, state, batch, mesh)
   return jax.value_and_grad(
@@ -249,10 +236,7 @@ def accumulate_gradients(
 def encoder_grad_norms(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> dict[str, Array]:
-  """The gradient norm of each weighted objective on the image encoder.
-
-  Their ratio says which objective drives the encoder.
-  """
+  """The gradient norm of each weighted objective on the image encoder."""
   norms = {}
   for name in spec.objectives:
     _, grads = compute_gradients(spec.only((name,)), state, batch, mesh)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer, Restored
@@ -52,14 +53,10 @@ def init_or_restore(
   if saved is not None:
     log.info("Resumed %s at step %d.", experiment.workdir, saved.step)
     return saved.state
-  rng = jax.random.key(experiment.config.seed)
-  shardings = jax.tree.map(
-    lambda leaf: leaf.sharding, experiment.program.abstract.params
-  )
   params = jax.jit(
-    lambda key: init_params(experiment.step_spec, key),
-    out_shardings=shardings,
-  )(rng)
+    functools.partial(init_params, experiment.step_spec),
+    out_shardings=experiment.program.shardings.params,
+  )(jax.random.key(experiment.config.seed))
   if init := experiment.config.init:
     source = loading.read_params(
       init.path,
@@ -67,15 +64,14 @@ def init_or_restore(
       step=init.step,
       spec=experiment.step_spec.model,
     )
-    merged = merge_params(
+    params, report = merge_params(
       params,
       source,
       include=init.include or ("",),
       rename=init.rename,
       min_coverage=init.min_coverage,
     )
-    log.info("Initialised from %s:\n%s", init.path, merged.report)
-    params = merged.params
+    log.info("Initialised from %s:\n%s", init.path, report)
   return experiment.program.init(params)
 
 
@@ -93,24 +89,23 @@ def prefetch_to_device(
 def evaluate(
   experiment: Experiment, state: TrainState, step: int, name: str
 ) -> dict[str, float]:
-  """Runs an evaluation on the current parameters.
+  """Evaluates the current parameters.
 
-  Returns the metrics by name, and writes them with their protocol to
+  Writes the metrics, which it returns by name, with their protocol to
   `evals/NAME_STEP.json`.
   """
-  weights = experiment.config.evals[name].get("weights", "student")
+  config, spec = experiment.config, experiment.step_spec
+  weights = config.evals[name].get("weights", "student")
   encoder = Encoder(
-    experiment.step_spec.model,
+    spec.model,
     state.weights(weights),
-    preprocess_of(experiment.config),
+    preprocess_of(config),
     experiment.tokenizer,
     experiment.mesh,
-    dtype=str(experiment.step_spec.dtype),
+    dtype=str(spec.dtype),
     weights=weights,
     source=f"{experiment.workdir.name} at step {step}",
-    prediction_heads=heads_lib.heads_of_config(
-      experiment.config.objectives, experiment.step_spec.model
-    ),
+    prediction_heads=heads_lib.heads_of_config(config.objectives, spec.model),
   )
   results = evals_lib.evaluate(encoder, {name: experiment.evaluators[name]})
   if jax.process_index() == 0:
@@ -120,27 +115,22 @@ def evaluate(
 
 
 def sort_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Sorts metrics for the log: losses, learning rate, gradient norm, others."""
+  """Sorts metrics: losses, learning rate, gradient norm, others."""
   losses = [name for name in values if name.endswith("/loss")]
   first = ["loss", *losses, "lr", "grad_norm"]
   return {name: values[name] for name in (*first, *values)}
 
 
 def check_finite(step: int, values: Mapping[str, Any]) -> None:
-  """Stops a run whose loss or gradient is not finite, before it is saved.
-
-  Raises:
-    NonFiniteError: names the step and the metrics.
-  """
+  """Raises NonFiniteError where the loss or a gradient is not finite."""
   watched = ("loss", "grad_norm", "update_norm")
-  if all(math.isfinite(float(values[name])) for name in watched):
-    return
-  bad = [k for k, v in values.items() if not np.isfinite(np.asarray(v))]
-  raise NonFiniteError(
-    f"at step {step} these are not finite: {bad}. The last checkpoint is from "
-    "before it. A lower learning rate, a longer warm-up, clipping, or b2=0.95 "
-    "usually help."
-  )
+  if not all(math.isfinite(values[name]) for name in watched):
+    bad = [k for k, v in values.items() if not math.isfinite(v)]
+    raise NonFiniteError(
+      f"at step {step} these are not finite: {bad}. Resume from the last "
+      "checkpoint with a lower learning rate, a longer warm-up, clipping or "
+      "b2=0.95."
+    )
 
 
 def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
@@ -155,75 +145,64 @@ def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
 
   Raises:
     ConfigError: for anything in the config that can't be used.
-    NonFiniteError: if the loss is not finite.
-    data.pipeline.CorruptDataError: if too many records are unusable.
+    NonFiniteError: a loss or a gradient is not finite.
+    data.pipeline.CorruptDataError: too many records are unusable.
     preemption.Preempted: after SIGTERM, once a checkpoint is saved.
   """
   experiment = build_experiment(config, workdir)
   config = experiment.config
   log_experiment(experiment)
-  process = jax.process_index()
   chrono = Chrono(
     total_steps=experiment.total_steps,
     batch_size=config.batch_size,
     devices=experiment.mesh.size,
   )
-  with Checkpointer(
-    experiment.workdir / "checkpoints",
-    every_steps=experiment.every("every", config.checkpoint),
-    keep=config.checkpoint.keep,
-    keep_every=config.checkpoint.keep_every,
-  ) as checkpoints:
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(
+      Checkpointer(
+        experiment.workdir / "checkpoints",
+        every_steps=experiment.every("every", config.checkpoint),
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+      )
+    )
     saved = checkpoints.restore(experiment.program.abstract)
     if saved is not None:
       chrono.from_dict(saved.timing)
     first = saved.step if saved is not None else 0
-    with (
-      make_loader(experiment, first) as loader,
-      MetricWriter(
-        experiment.workdir,
-        total_steps=experiment.total_steps,
-        start_step=first,
-        process_index=process,
-      ) as writer,
-      preemption.catch_sigterm() as notice,
-    ):
-      # Not before, so that a config that is refused replaces nothing.
-      save_config(experiment)
-      trainer = _Trainer(
-        experiment=experiment,
-        state=init_or_restore(experiment, saved),
-        first=first,
-        loader=loader,
-        checkpoints=checkpoints,
-        writer=writer,
-        chrono=chrono,
-        notice=notice,
-      )
-      return trainer.run()
+    loader = stack.enter_context(make_loader(experiment, first))
+    writer = MetricWriter(
+      experiment.workdir,
+      total_steps=experiment.total_steps,
+      start_step=first,
+      process_index=jax.process_index(),
+    )
+    stack.enter_context(writer)
+    notice = stack.enter_context(preemption.catch_sigterm())
+    # Not before, so that a config that is refused replaces nothing.
+    save_config(experiment)
+    state = init_or_restore(experiment, saved)
+    return _Trainer(
+      experiment, state, first, loader, checkpoints, writer, chrono, notice
+    ).run()
 
 
 @dataclasses.dataclass
 class _Trainer:
-  """The loop over the steps of `train`.
-
-  Attributes:
-    first: number of updates done by earlier sessions.
-    values: metrics of the last update, on the devices or fetched.
-    active: objectives of the last update.
-    losses: of the updates in flight.
-  """
+  """The loop over the steps of `train`."""
 
   experiment: Experiment
   state: TrainState
-  first: int
+  first: int  # Number of updates of earlier sessions.
   loader: pipeline.Loader
   checkpoints: Checkpointer
   writer: MetricWriter
   chrono: Chrono
   notice: preemption.Notice
+  # Metrics of the last update, on the devices or fetched, and its objectives.
   values: dict[str, Any] = dataclasses.field(default_factory=dict)
   active: tuple[str, ...] = ()
+  # Losses of the updates in flight.
   losses: collections.deque = dataclasses.field(
     default_factory=collections.deque
   )
@@ -240,7 +219,7 @@ class _Trainer:
       log.info("The run is complete at step %d.", self.first)
     if self.first == 0:
       self.evaluate(
-        0, [n for n, e in config.evals.items() if e.get("at_start")]
+        0, {n for n, e in config.evals.items() if e.get("at_start")}
       )
     for step in range(self.first + 1, last + 1):
       batch = self.next_batch(step, batches)
@@ -251,14 +230,8 @@ class _Trainer:
       if preempted and step < last:
         # Before the evaluations, for which there may be no time.
         self.save_and_exit(step)
-      self.evaluate(
-        step,
-        [
-          n
-          for n, e in evals_every.items()
-          if step == last or (e and step % e == 0)
-        ],
-      )
+      due = {n for n, e in evals_every.items() if e and step % e == 0}
+      self.evaluate(step, due if step < last else evals_every.keys())
       if self.checkpoints.due(step) or step == last:
         check_finite(step, jax.device_get(self.values))
         with self.chrono.pause():
@@ -271,8 +244,8 @@ class _Trainer:
       try:
         return next(batches)
       except Exception as error:
-        # A signal to a process group also ends the data workers. (With several
-        # hosts none may exit by itself, and `received` is False.)
+        # A signal to a process group also ends the data workers. With several
+        # hosts, none of which may exit alone, `received` is False.
         if not self.notice.received:
           raise
         log.warning("No further batch, after SIGTERM: %s", error)
@@ -313,16 +286,17 @@ class _Trainer:
       "data/dropped": sum(stats.dropped.values()),
       **{f"{name}/encoder_grad_norm": v for name, v in norms.items()},
     }
-    self.writer.progress(
+    self.writer.scalars(
       step, sort_metrics(self.values), self.chrono.rates(step)
     )
 
-  def evaluate(self, step: int, names: Iterable[str]) -> None:
+  def evaluate(self, step: int, names: Collection[str]) -> None:
     """Runs evaluations and writes their metrics."""
-    for name in names:
-      with self.chrono.pause():
-        metrics = evaluate(self.experiment, self.state, step, name)
-        self.writer.scalars(step, metrics)
+    for name in self.experiment.evaluators:
+      if name in names:
+        with self.chrono.pause():
+          metrics = evaluate(self.experiment, self.state, step, name)
+          self.writer.scalars(step, metrics)
 
   def save(self, step: int) -> None:
     """Starts saving a checkpoint."""

@@ -1,7 +1,6 @@
 """Logging, metric writers (console, metrics.jsonl, TensorBoard) and the clock.
 
-Nothing here imports JAX. Values may be JAX arrays, which are fetched when they
-are written.
+Nothing here imports JAX; values may be JAX arrays.
 """
 
 import contextlib
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import tensorboardX
 
+from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -31,22 +31,18 @@ class _Console(logging.Handler):
   """Writes to the current `sys.stdout`, which tests replace."""
 
   def emit(self, record: logging.LogRecord) -> None:
-    """Prints a line."""
     print(self.format(record), file=sys.stdout, flush=True)
 
 
 def setup_logging(*, process_index: int = 0) -> None:
   """Sends the package's lines to standard output, from process 0 only.
 
-  Lines carry the time, the host and the process. Information from libraries
-  (Orbax and Grain write about 20 lines a checkpoint through absl) is left out;
-  their warnings stay.
+  Lines carry the time, the host and the process. Of libraries only warnings
+  are shown (Orbax and Grain log about 20 lines a checkpoint through absl).
   """
   package = logging.getLogger("mtv_jax")
   package.setLevel(logging.INFO if process_index == 0 else logging.WARNING)
   package.propagate = False
-  for handler in list(package.handlers):
-    package.removeHandler(handler)
   handler = _Console()
   host = f"{socket.gethostname()}:{process_index}".replace("%", "%%")
   handler.setFormatter(
@@ -54,7 +50,7 @@ def setup_logging(*, process_index: int = 0) -> None:
       f"%(levelname).1s %(asctime)s {host}] %(message)s", "%m%d %H:%M:%S"
     )
   )
-  package.addHandler(handler)
+  package.handlers[:] = [handler]
   for name in ("absl", "jax", "orbax", "grain", "tensorboardX"):
     logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -69,9 +65,9 @@ class Rates:
 
   Attributes:
     images_per_second: over all hosts, since the last reading.
-    wait: share of that time spent waiting for data, 0 to 1.
+    wait: share of that time spent waiting for data.
     step_seconds: mean time of a step since the last reading.
-    eta: seconds left, at this session's mean pace; NaN before it is known.
+    eta: seconds left at this session's mean pace; NaN where unknown.
     core_hours: device hours of training so far, all sessions together.
   """
 
@@ -99,7 +95,7 @@ class Chrono:
     total_steps: of the run.
     batch_size: examples a step, over all hosts.
     devices: for the core-hours.
-    clock: gives seconds.
+    clock: returns seconds.
   """
 
   def __init__(
@@ -113,32 +109,22 @@ class Chrono:
     self.total_steps = total_steps
     self.batch_size = batch_size
     self.devices = devices
+    self.compiling = True  # Whether the next step counts as compilation.
     self._clock = clock
     self._last = clock()
-    self._compiled = False
-    # Seconds by kind: of all sessions, and since the last `rates`.
-    self._total = {"train": 0.0, "wait": 0.0, "compile": 0.0, "pause": 0.0}
-    self._device_seconds = 0.0
-    self._window = {"train": 0.0, "wait": 0.0, "steps": 0}
-    self._session = {"train": 0.0, "steps": 0}
+    self._steps = 0
+    self.from_dict({})
 
   def compiles(self) -> None:
     """Counts the next step as compilation, too."""
     self._lap()
-    self._compiled = False
-
-  @property
-  def compiling(self) -> bool:
-    """Whether the next step counts as compilation."""
-    return not self._compiled
+    self.compiling = True
 
   def step(self) -> None:
     """Counts a dispatched step."""
     self._lap()
-    if self._compiled:
-      self._window["steps"] += 1
-      self._session["steps"] += 1
-    self._compiled = True
+    self._steps += not self.compiling
+    self.compiling = False
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
@@ -161,50 +147,45 @@ class Chrono:
   def _lap(self, kind: str = "train") -> None:
     now = self._clock()
     seconds, self._last = now - self._last, now
-    if kind == "pause":
-      self._total["pause"] += seconds
+    if kind == "pause" or self.compiling:
+      self._seconds["pause" if kind == "pause" else "compile"] += seconds
       return
-    if not self._compiled:
-      self._total["compile"] += seconds
-      return
-    self._total["train"] += seconds
-    self._session["train"] += seconds
-    self._window["train"] += seconds
-    self._device_seconds += seconds * self.devices
+    self._seconds["train"] += seconds
+    self._seconds["device"] += seconds * self.devices
     if kind == "wait":
-      self._total["wait"] += seconds
-      self._window["wait"] += seconds
+      self._seconds["wait"] += seconds
+
+  def _read(self) -> np.ndarray:
+    times = self._seconds
+    return np.array([self._steps, times["train"], times["wait"]])
 
   def rates(self, step: int) -> Rates:
-    """The rates since the last call.
-
-    Args:
-      step: the number of updates done, for the ETA.
-    """
+    """The rates since the last call; `step` updates are done, for the ETA."""
     self._lap()
-    window = self._window
-    self._window = {"train": 0.0, "wait": 0.0, "steps": 0}
-    count, seconds = window["steps"], window["train"]
-    known = self._session["steps"] > 0
-    pace = self._session["train"] / self._session["steps"] if known else None
+    now = self._read()
+    steps, train, wait = (now - self._window).tolist()
+    all_steps, all_train, _ = (now - self._session).tolist()
+    self._window = now
+    pace = all_train / all_steps if all_steps else math.nan
     return Rates(
-      images_per_second=count * self.batch_size / seconds if count else 0.0,
-      wait=window["wait"] / seconds if seconds > 0 else 0.0,
-      step_seconds=seconds / count if count else math.nan,
-      eta=pace * max(self.total_steps - step, 0) if known else math.nan,
-      core_hours=self._device_seconds / 3600,
+      images_per_second=steps * self.batch_size / train if steps else 0.0,
+      wait=wait / train if train > 0 else 0.0,
+      step_seconds=train / steps if steps else math.nan,
+      eta=pace * max(self.total_steps - step, 0),
+      core_hours=self._seconds["device"] / 3600,
     )
 
   def to_dict(self) -> dict[str, float]:
     """The times so far, for the checkpoint."""
     self._lap()
-    return {**self._total, "device": self._device_seconds}
+    return dict(self._seconds)
 
   def from_dict(self, times: Mapping[str, float]) -> None:
     """Continues from the times of an earlier session."""
-    for kind in self._total:
-      self._total[kind] = float(times.get(kind, 0.0))
-    self._device_seconds = float(times.get("device", 0.0))
+    kinds = ("train", "wait", "compile", "pause", "device")
+    self._seconds = {kind: float(times.get(kind, 0.0)) for kind in kinds}
+    # Readings at the start of the session, and at the last call of `rates`.
+    self._session = self._window = self._read()
 
 
 # ---------------------------------------------------------------------------
@@ -246,36 +227,34 @@ class MetricWriter:
       flush_secs=30,
     )
 
-  def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+  def scalars(
+    self, step: int, values: Mapping[str, Any], rates: Rates | None = None
+  ) -> None:
     """Writes named numbers, to the files and as a line on the console.
 
     Args:
       step: the number of updates done.
       values: numbers or arrays of one element; '/' in names makes groups.
+      rates: of training, to write as well.
 
     Raises:
       InputError: a value that is not a scalar; names it.
     """
-    if self._active:
-      numbers = _numbers(values)
-      self._write(step, numbers)
-      log.info(console_line(step, self.total_steps, numbers))
-
-  def progress(
-    self, step: int, values: Mapping[str, Any], rates: Rates
-  ) -> None:
-    """As `scalars`, with the rates of training."""
-    if self._active:
-      numbers = _numbers(values)
-      speed = {
-        f"speed/{name}": float(value)
-        for name, value in dataclasses.asdict(rates).items()
-      }
-      self._write(step, numbers | speed)
-      log.info(console_line(step, self.total_steps, numbers, rates=rates))
-
-  def _write(self, step: int, numbers: Mapping[str, float]) -> None:
-    # NaN is not JSON; null keeps the file readable by everything.
+    if not self._active:
+      return
+    numbers = {}
+    for name, value in values.items():
+      array = np.asarray(value)
+      if array.size != 1:
+        raise InputError(
+          f"metric {name!r} has shape {array.shape}, expected one number."
+        )
+      numbers[name] = float(array.reshape(()))
+    log.info(console_line(step, self.total_steps, numbers, rates=rates))
+    if rates is not None:
+      speed = dataclasses.asdict(rates)
+      numbers |= {f"speed/{name}": value for name, value in speed.items()}
+    # NaN is not valid JSON.
     row = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
     self._jsonl.write(json.dumps({"step": step, **row}) + "\n")
     self._jsonl.flush()
@@ -296,31 +275,15 @@ class MetricWriter:
     self.close()
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-  out = {}
-  for name, value in values.items():
-    array = np.asarray(value)
-    if array.size != 1:
-      raise InputError(
-        f"metric {name!r} has shape {array.shape}, expected one number."
-      )
-    out[name] = float(array.reshape(()))
-  return out
-
-
 def _drop_after(path: pathlib.Path, step: int) -> None:
   """Drops the rows after a step, and a last line that a crash truncated."""
   if not path.exists():
     return
   text = path.read_text(encoding="utf-8")
   lines = text.splitlines() if step else []
-  rows = [line for line in lines if _step_of(line) <= step]
-  new = "".join(line + "\n" for line in rows)
+  new = "".join(f"{line}\n" for line in lines if _step_of(line) <= step)
   if new != text:
-    # Replaced by a rename, so that a crash does not lose the history.
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(new, encoding="utf-8")
-    aside.replace(path)
+    atomic.write(path, new.encode())
 
 
 def _step_of(line: str) -> float:
@@ -345,12 +308,12 @@ def console_line(
 
     step 120/2000  6.0%  loss 3.412  lr 8.1e-04  812 img/s  wait 1%  eta 3m12s
 
-  Numbers that would make it longer than `WIDTH` are counted instead; the files
-  have them all.
+  Numbers that would make it longer than `WIDTH` are only counted.
   """
-  done = f"step {step:>{len(str(total_steps))}}/{total_steps}"
   # Rounded down, so that only the last step is at 100 %.
-  head = f"{done} {1000 * step // max(total_steps, 1) / 10:5.1f}%"
+  percent = 1000 * step // max(total_steps, 1) / 10
+  width = len(str(total_steps))
+  head = f"step {step:>{width}}/{total_steps} {percent:5.1f}%"
   tail = []
   if rates is not None:
     tail = [

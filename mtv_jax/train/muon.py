@@ -1,8 +1,7 @@
 """Muon (Jordan et al. 2024): momentum orthogonalised by Newton-Schulz.
 
-It takes the hidden matrices, the kernels of the transformer blocks: attention
-and MLP. Everything else is not a matrix that maps hidden states to hidden
-states (biases, norms, embeddings, the patch embedding, heads) and gets AdamW.
+It takes the kernels of the transformer blocks. Biases, norms, embeddings and
+heads don't map hidden states to hidden states, and get AdamW.
 """
 
 from __future__ import annotations
@@ -28,15 +27,11 @@ class Muon:
   """Muon for the kernels of the blocks, AdamW for all other parameters.
 
   Attributes:
-    momentum: of Muon.
-    nesterov: whether the update looks one step ahead.
-    ns_steps: Newton-Schulz iterations.
-    rms: root mean square of an update of Muon. 0.2 is what AdamW's updates
-      have, so that both share a learning rate and a weight decay (Liu et al.
-      2025, Muon is scalable for LLM training, arXiv 2502.16982).
-    b1: of AdamW.
-    b2: of AdamW.
-    eps: of AdamW.
+    momentum: of Muon, as nesterov and ns_steps (Newton-Schulz iterations).
+    rms: root mean square of Muon's updates. 0.2 is that of AdamW's updates, so
+      that both share a learning rate and a weight decay (Liu et al. 2025, Muon
+      is scalable for LLM training, arXiv 2502.16982).
+    b1: of AdamW, as b2 and eps.
     mu_dtype: of both momenta.
   """
 
@@ -52,11 +47,9 @@ class Muon:
   def scale(
     self, attention_heads: Mapping[str, int]
   ) -> optax.GradientTransformation:
-    """The gradient to an update of the size of the learning rate.
+    """Maps the gradient to an update of the size of the learning rate.
 
-    Args:
-      attention_heads: of each stack of blocks, by the start of its parameters'
-        names: `{"image": 12, "heads/masked_pixels": 16}`.
+    `attention_heads` are those of `StepSpec`.
     """
     muon = optax.chain(
       optax.contrib.scale_by_muon(
@@ -76,7 +69,7 @@ class Muon:
     )
 
   def describe(self, names: Sequence[str]) -> str:
-    """Says which of the trained parameters Muon takes, for the log."""
+    """Names the trained parameters that Muon takes, for the log."""
     taken = [name for name in names if _MATRIX.search(name)]
     return (
       f"Muon takes {len(taken)} of {len(names)} parameters, AdamW the others:"
@@ -102,12 +95,11 @@ def _labels(params: Any) -> Any:
 
 
 def _dimension_numbers(updates: Any) -> Any:
-  """Which axes are the matrix; `scale_by_muon` maps over the others.
+  """The axes of the matrix; `scale_by_muon` maps over the others.
 
   A kernel of a stack is `[depth, in, out]`: one matrix a block. The fused QKV
-  is three projections side by side. An orthogonal `[D, 3 D]` would tie their
-  column spaces together, and share one norm between keys and values, so each
-  of the three is orthogonalised by itself, as if it were its own parameter.
+  is three projections. An orthogonal `[D, 3 D]` would tie their column spaces
+  together and share one norm, so each is orthogonalised by itself.
   """
 
   def numbers(name, update):
@@ -123,8 +115,7 @@ def _split_qkv(
 ) -> optax.GradientTransformation:
   """Runs `inner` on QKV kernels `[depth, D, heads, 3, dim]`.
 
-  Its state has the shapes of the parameters, so that the moments are sharded
-  and saved as they are.
+  Its state has the parameters' shapes, to be sharded and saved like them.
   """
 
   def split(name, leaf):

@@ -6,10 +6,9 @@ One update, for a parameter p with gradient g:
   u <- adam(g) | adafactor(g) | lion(g) | momentum(g) | muon(g)
   p <- p - lr(t) * m_lr * (u + weight_decay * m_wd * p)
 
-m_lr and m_wd are the multipliers of the first rule that matches its name. The
-decay is decoupled from the gradient but follows the learning rate, as in optax
-(and torch). big_vision writes it relative to the peak: its `wd=1e-4` at
-`lr=1e-3` is `weight_decay=0.1` here.
+m_lr and m_wd are the multipliers of the first rule that matches p's name. The
+decay follows the learning rate, as in optax and torch; big_vision's `wd=1e-4`
+at `lr=1e-3` is `weight_decay=0.1` here.
 """
 
 import dataclasses
@@ -29,15 +28,14 @@ from mtv_jax.train.schedules import Schedule, make_schedule
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names, match_rules
 
-# Weight decay is for matrices: not for biases, norms, scalars, embeddings,
-# tokens and probes. By name rather than by rank, as leaves of stacked blocks
-# have a leading depth. The same as big_vision.
-_DECAYED = "kernel"
-
 
 @dataclasses.dataclass(frozen=True)
 class _Multipliers:
-  """The options of a rule; a decay of None is 1 for kernels, 0 for others."""
+  """The options of a rule.
+
+  A decay of None is 1 for kernels and 0 for biases, norms, scalars, embeddings,
+  tokens and probes, as in big_vision.
+  """
 
   lr: NonNegativeFloat = 1.0
   weight_decay: NonNegativeFloat | None = None
@@ -49,7 +47,7 @@ class ParamRule:
 
   name: str
   shape: tuple[int, ...]
-  rule: str | None  # The pattern that matches it; None without a rule.
+  rule: str | None  # The pattern that matches it.
   lr: float
   weight_decay: float
 
@@ -66,7 +64,7 @@ class Optimizer:
   tx: optax.GradientTransformation
   schedule: Schedule
   table: tuple[ParamRule, ...]
-  note: str = ""  # What the optimizer says of itself, for the log.
+  note: str = ""  # For the log.
 
 
 def make_optimizer(
@@ -85,16 +83,15 @@ def make_optimizer(
     schedule_config: `config.schedule`, see `make_schedule`.
     length: of the run.
     params: the parameters, or their shapes.
-    attention_heads: of each stack of blocks, by the start of its parameters'
-      names, see `StepSpec.attention_heads`.
+    attention_heads: see `StepSpec.attention_heads`.
 
   Returns:
-    Optimizer: the state of `tx` holds moments of the parameters' names and
-    shapes, and none for frozen ones, which are unchanged.
+    The state of its `tx` has moments of the parameters' names and shapes, and
+    none for frozen ones, which are unchanged.
 
   Raises:
     ConfigError: an unknown name or multiplier.
-    ValueError: a rule that matches no parameter.
+    InputError: a rule that matches no parameter.
   """
   schedule = make_schedule(
     schedule_config, lr=float(optim_config["lr"]), length=length
@@ -112,8 +109,8 @@ def make_optimizer(
     _decay_and_multiply(rows, weight_decay),
     optax.scale_by_learning_rate(schedule),
   )
-  frozen = map_with_names(lambda name, _: rows[name].frozen, params)
   if any(row.frozen for row in table):
+    frozen = map_with_names(lambda name, _: rows[name].frozen, params)
     trainable = jax.tree.map(lambda x: not x, frozen)
     # Masked, so that they have no moments and no part in the norm.
     trained = optax.chain(
@@ -140,7 +137,7 @@ class AdamW:
   mu_dtype: MomentDtype = "float32"
 
   def scale(self, attention_heads: Mapping[str, int]) -> Scale:
-    """The gradient to an update of the size of the learning rate."""
+    """Maps the gradient to an update of the size of the learning rate."""
     return optax.scale_by_adam(
       self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype
     )
@@ -163,17 +160,12 @@ class Lion:
 class Adafactor:
   """Adafactor as it trains ViTs (Zhai et al. 2022, arXiv 2106.04560, 3.4).
 
-  No scaling by the parameter's size, momentum in half precision if asked for,
-  and a cap on the decay of the second moment, which then never stops moving.
-
-  Attributes:
-    b1: momentum; 0 for none.
-    b2: the cap.
-    mu_dtype: of the momentum.
+  No scaling by the parameter's size, optional momentum in half precision, and
+  a capped decay of the second moment.
   """
 
-  b1: Fraction = 0.9
-  b2: Fraction = 0.999
+  b1: Fraction = 0.9  # Momentum; 0 for none.
+  b2: Fraction = 0.999  # The cap.
   mu_dtype: MomentDtype = "float32"
 
   def scale(self, attention_heads: Mapping[str, int]) -> Scale:
@@ -195,7 +187,7 @@ class Adafactor:
 
 @dataclasses.dataclass(frozen=True)
 class SGD:
-  """Gradient descent, with momentum if it is given."""
+  """Gradient descent, with optional momentum."""
 
   momentum: Fraction = 0.0
   mu_dtype: MomentDtype = "float32"
@@ -223,7 +215,6 @@ _SHARED = ("b1", "b2", "eps", "momentum", "mu_dtype")
 
 
 def _build_optimizer(config: schema.Config) -> Any:
-  """The optimizer of `OPTIMIZERS` that a config names, with its options."""
   where = "config.optim"
   name = config.get("name") or "adamw"
   cls = options.look_up(OPTIMIZERS, name, where=where, key="name")
@@ -262,12 +253,11 @@ def match_param_rules(
 
   Args:
     params: the parameters, or their shapes.
-    rules: pairs (regex, dict(lr=multiplier, weight_decay=multiplier)). By
-      default lr is 1, and weight_decay 1 for kernels and 0 for the rest.
+    rules: pairs (regex, dict(lr=multiplier, weight_decay=multiplier)).
 
   Raises:
     ConfigError: an unknown or negative multiplier.
-    ValueError: a rule that matches no parameter.
+    InputError: a rule that matches no parameter.
   """
   multipliers = []
   for rule in rules:
@@ -286,7 +276,8 @@ def match_param_rules(
     given = match.value or _Multipliers()
     decay = given.weight_decay
     if decay is None:
-      decay = float(match.name.split("/")[-1] == _DECAYED)
+      # By name rather than by rank: stacked blocks have a leading depth.
+      decay = float(match.name.split("/")[-1] == "kernel")
     table.append(
       ParamRule(match.name, shapes[match.name], match.pattern, given.lr, decay)
     )
@@ -317,12 +308,8 @@ def ema_update(
 ) -> Any:
   """One step of the exponential moving average, decay e + (1 - decay) p.
 
-  Args:
-    ema: a tree of arrays, which keep their dtypes.
-    params: the same tree after an update.
-    decay: such as 0.9999; may be traced.
-    step: if given, the average warms up: its decay is at most
-      (1 + step) / (10 + step), so that it forgets the initialisation.
+  With `step` the average warms up: its decay is at most (1 + step) / (10 +
+  step), so that it forgets the initialisation. The average keeps its dtypes.
   """
   rate = jnp.asarray(decay, jnp.float32)
   if step is not None:

@@ -21,11 +21,7 @@ Schedule = Callable[[Any], Float[Array, ""]]
 
 @dataclasses.dataclass(frozen=True)
 class Cosine:
-  """Half a cosine from 1 to `end` (Loshchilov and Hutter 2017).
-
-  Attributes:
-    end: the last value, as a share of the peak.
-  """
+  """Half a cosine from 1 to `end` (Loshchilov and Hutter 2017)."""
 
   end: Fraction = 0.0
 
@@ -36,13 +32,9 @@ class Cosine:
 
 @dataclasses.dataclass(frozen=True)
 class Rsqrt:
-  """sqrt(s / (s + step)) (Zhai et al. 2022, Scaling vision transformers).
+  """sqrt(s / (s + step)) (Zhai et al. 2022, Scaling vision transformers)."""
 
-  Attributes:
-    timescale_steps: s; a duration in a config (`timescale_examples`, ...).
-  """
-
-  timescale_steps: PositiveInt = 10_000
+  timescale_steps: PositiveInt = 10_000  # s; a duration in a config.
 
   def __call__(self, step: Array, decay_steps: int) -> Array:
     return jnp.sqrt(self.timescale_steps / (self.timescale_steps + step))
@@ -56,8 +48,8 @@ class Constant:
     return jnp.ones_like(step)
 
 
-# `(step, decay_steps) -> factor`: step counts from the end of the warm-up,
-# `decay_steps` is how many there are from there to the end of the run.
+# `(step, decay_steps) -> factor`: both count from the end of the warm-up,
+# `decay_steps` to the end of the run.
 SCHEDULES: dict[str, type[Callable[[Array, int], Array]]] = {
   "cosine": Cosine,
   "rsqrt": Rsqrt,
@@ -89,8 +81,8 @@ def make_schedule(
     length: of the run.
 
   Raises:
-    ConfigError: an unknown name or option, or warm-up and cool-down longer
-      than T.
+    ConfigError: an unknown name or option, or a warm-up and cool-down that
+      exceed T.
   """
   total_steps = length.total_steps
   warmup = length.steps("warmup", config, default=0)
@@ -102,18 +94,19 @@ def make_schedule(
     )
   name = config.get("name") or "cosine"
   cls = options.look_up(SCHEDULES, name, where="config.schedule", key="name")
-  given = {k: v for k, v in config.items() if v is not None and k != "name"}
+  reserved = ["name"]
+  reserved += [f"{d}_{u}" for d in ("warmup", "cooldown") for u in schema.UNITS]
   fields = {field.name: field.default for field in dataclasses.fields(cls)}
+  taken = {*reserved, *(k for k in _SHARED if k not in fields)}
+  durations = {}
   for field, default in fields.items():
-    if duration := field.removesuffix("_steps") if "_steps" in field else "":
-      given[field] = length.steps(duration, config, default)
-      for unit in schema.UNITS[1:]:
-        given.pop(f"{duration}_{unit}", None)
-  durations = [f"{d}_{u}" for d in ("warmup", "cooldown") for u in schema.UNITS]
-  for key in [*durations, *(k for k in _SHARED if k not in fields)]:
-    given.pop(key, None)
+    if field.endswith("_steps"):
+      name = field.removesuffix("_steps")
+      durations[field] = length.steps(name, config, default)
+      taken |= {f"{name}_{unit}" for unit in schema.UNITS}
+  given = {k: v for k, v in config.items() if v is not None and k not in taken}
   shape = options.build(
-    cls, given, where="config.schedule", reserved=("name", *durations)
+    cls, given | durations, where="config.schedule", reserved=reserved
   )
 
   def schedule(step: Any) -> Float[Array, ""]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtyping import Array, Int, PyTree
 
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.errors import ConfigError, did_you_mean
 from mtv_jax.utils.tree import pytree_dataclass
 
 
@@ -17,11 +17,10 @@ class TrainState:
   Attributes:
     step: number of updates done.
     params: `image`, `text` and `heads/NAME`, float32.
-    opt_state: the optimizer's; moments have the parameters' names and shapes.
+    opt_state: moments have the parameters' names and shapes.
     teacher: EMA of `image` and of the heads marked for it; `{}` where no
       objective reads a teacher.
-    ema: EMA of all parameters, for evaluation and export; `{}` if not asked
-      for.
+    ema: EMA of all parameters, for evaluation and export, or `{}`.
     statistics: running statistics by objective, such as DINO's centre.
   """
 
@@ -48,7 +47,7 @@ class TrainState:
       weights["teacher"] = {**self.params, "image": self.teacher["image"]}
     if which not in weights:
       raise ConfigError(
-        f"this run has no {which!r} weights, only {sorted(weights)}. 'ema' "
-        "needs config.ema, 'teacher' an objective that has one."
+        f"this run has no {which!r} weights. {did_you_mean(which, weights)} "
+        "'ema' needs config.ema, 'teacher' an objective that reads one."
       )
     return weights[which]

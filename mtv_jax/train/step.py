@@ -36,16 +36,14 @@ def zero_inactive_updates(
 
   Their gradients are zero, but weight decay would shrink them.
   """
-  used = {e.tower for e in part.plan}
   zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-  inactive = {
-    tower: zeros(updates[tower]) for tower in whole.towers if tower not in used
-  }
+  inactive = set(whole.towers) - {e.tower for e in part.plan}
   heads = {
     name: update if name in part.heads else zeros(update)
     for name, update in updates["heads"].items()
   }
-  return {**updates, **inactive, "heads": heads}
+  towers = {tower: zeros(updates[tower]) for tower in sorted(inactive)}
+  return {**updates, **towers, "heads": heads}
 
 
 def update_teacher(
@@ -54,13 +52,10 @@ def update_teacher(
   """The teacher's EMA step after an update of the student."""
   if not part.has_teacher:
     return teacher
-  student = teacher_params(part, params)
-  old = {
-    "image": teacher["image"],
-    "heads": {name: teacher["heads"][name] for name in student["heads"]},
-  }
+  student, heads = teacher_params(part, params), teacher["heads"]
+  old = {**teacher, "heads": {name: heads[name] for name in student["heads"]}}
   new = optim.ema_update(old, student, part.momentum(step))
-  return {**new, "heads": {**teacher["heads"], **new["heads"]}}
+  return {**new, "heads": {**heads, **new["heads"]}}
 
 
 def make_update_fn(
@@ -75,7 +70,7 @@ def make_update_fn(
   objective `NAME/loss`, `NAME/weight` and what it reports.
 
   Args:
-    whole: with all objectives; the state's.
+    whole: with all objectives, as the state.
     part: with the objectives that this update computes.
     tx: the optimizer.
     mesh: that the batch is split over; None on one device.
@@ -118,12 +113,8 @@ class Program:
   """The compiled functions of training on one mesh.
 
   The update of each set of active objectives is compiled when it first runs.
-
-  Attributes:
-    spec: with all objectives.
-    tx: the optimizer.
-    mesh: of all devices.
-    abstract: shapes and shardings of the state, to restore into.
+  `spec` has all objectives; `abstract` has the shapes and shardings of the
+  state.
   """
 
   spec: StepSpec
@@ -132,21 +123,28 @@ class Program:
   abstract: TrainState
 
   @functools.cached_property
-  def _shardings(self) -> TrainState:
+  def shardings(self) -> TrainState:
+    """Of the state."""
     return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
   @functools.cached_property
   def _updates(self) -> dict[tuple[str, ...], Any]:
     return {}
 
-  @functools.cached_property
-  def _batch(self) -> NamedSharding:
-    return NamedSharding(self.mesh, BATCH_SPEC)
+  def _jit(self, function: Any, outputs: Any, **options: Any) -> Any:
+    """Jits a function of the state and a batch."""
+    return jax.jit(
+      function,
+      in_shardings=(self.shardings, NamedSharding(self.mesh, BATCH_SPEC)),
+      out_shardings=outputs,
+      compiler_options=xla_flags.compiler_options(self.mesh),
+      **options,
+    )
 
   def init(self, params: PyTree) -> TrainState:
     """The sharded state at step 0."""
     init = functools.partial(init_state, self.spec, self.tx)
-    return jax.jit(init, out_shardings=self._shardings)(params)
+    return jax.jit(init, out_shardings=self.shardings)(params)
 
   def update(
     self,
@@ -154,12 +152,9 @@ class Program:
     batch: Mapping[str, Array],
     active: tuple[str, ...] | None = None,
   ) -> tuple[TrainState, Metrics]:
-    """One update; the state is donated.
+    """One update of the `active` objectives, all by default.
 
-    Args:
-      state: before.
-      batch: placed over the mesh.
-      active: which objectives to compute; by default all.
+    The state is donated; the batch is sharded over the mesh.
     """
     return self.compiled(active)(state, batch)
 
@@ -167,13 +162,10 @@ class Program:
     """The jitted update of a set of objectives."""
     active = tuple(self.spec.objectives) if active is None else active
     if active not in self._updates:
-      part = self.spec.only(active)
-      self._updates[active] = jax.jit(
-        make_update_fn(self.spec, part, self.tx, self.mesh),
-        in_shardings=(self._shardings, self._batch),
-        out_shardings=(self._shardings, replicated_sharding(self.mesh)),
+      self._updates[active] = self._jit(
+        make_update_fn(self.spec, self.spec.only(active), self.tx, self.mesh),
+        (self.shardings, replicated_sharding(self.mesh)),
         donate_argnums=0,
-        compiler_options=xla_flags.compiler_options(self.mesh),
       )
     return self._updates[active]
 
@@ -185,13 +177,7 @@ class Program:
       part = self.spec.only(active)
       return gradients.encoder_grad_norms(part, state, batch, self.mesh)
 
-    return jax.jit(
-      norms,
-      static_argnums=2,
-      in_shardings=(self._shardings, self._batch),
-      out_shardings=replicated_sharding(self.mesh),
-      compiler_options=xla_flags.compiler_options(self.mesh),
-    )
+    return self._jit(norms, replicated_sharding(self.mesh), static_argnums=2)
 
   def restart_teacher(self, state: TrainState) -> TrainState:
     """Copies the student to the teacher; the state is donated.
@@ -203,7 +189,7 @@ class Program:
       teacher = teacher_params(self.spec, state.params)
       return state.replace(teacher=jax.tree.map(jnp.copy, teacher))
 
-    return jax.jit(copy, out_shardings=self._shardings, donate_argnums=0)(state)
+    return jax.jit(copy, out_shardings=self.shardings, donate_argnums=0)(state)
 
 
 def make_program(
@@ -214,22 +200,14 @@ def make_program(
 ) -> Program:
   """The train step for a mesh; nothing is compiled yet.
 
-  Args:
-    spec: with all objectives.
-    tx: the optimizer.
-    mesh: of all devices.
-    rules: the config's own, tried before the built-in ones.
+  Sharding `rules` of the config precede the built-in ones.
 
   Raises:
     ConfigError: for sharding rules that the layers can't follow.
   """
-  check_param_rules(
-    abstract_params(spec), mesh, rules, keep=gradients.EMBEDDING_TABLES
-  )
-  shapes = jax.eval_shape(
-    functools.partial(init_state, spec, tx),
-    abstract_params(spec),
-  )
+  params = abstract_params(spec)
+  check_param_rules(params, mesh, rules, keep=gradients.EMBEDDING_TABLES)
+  shapes = jax.eval_shape(functools.partial(init_state, spec, tx), params)
   shardings = tree_shardings(shapes, mesh, rules)
   abstract = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(

@@ -25,10 +25,8 @@ from mtv_jax.utils.errors import ConfigError
 class ObjectiveWeight:
   """The weight of an objective in the total loss, by step.
 
-  Attributes:
-    value: the weight after the ramp.
-    start: the first step at which the objective is computed.
-    ramp: over how many steps from there the weight rises linearly.
+  The objective is computed from step `start` on; its weight rises linearly to
+  `value` over `ramp` steps.
   """
 
   value: float
@@ -51,19 +49,16 @@ class StepSpec:
 
   Attributes:
     model: shapes of the towers.
-    dtype: compute dtype; parameters and losses stay float32.
-    runtime: further options of the towers that don't change what they compute
-      (`remat`, `scan`).
-    objectives: by name.
-    weights: of each objective in the total, by step.
-    views: by name.
+    dtype: compute dtype; parameters and losses are float32.
+    runtime: options of the towers that change no value (`remat`, `scan`).
+    objectives: by name, as weights and views.
     seed: of everything random in the step.
     total_steps: of the run, for schedules.
     teacher_momentum: of the EMA that is the teacher, at the start.
     teacher_end: at the end, along half a cosine; None for constant.
     ema_decay: of the EMA of all parameters; None for none.
-    accumulate: in how many parts a batch is encoded, one after the other; the
-      gradients stay those of the whole batch.
+    accumulate: number of parts in which a batch is encoded, one after the
+      other; the gradients are those of the whole batch.
     frozen: names of parameters that are neither differentiated nor updated.
   """
 
@@ -83,10 +78,7 @@ class StepSpec:
 
   def __post_init__(self):
     if not self.objectives:
-      raise ConfigError(
-        "config.objectives is empty. Add one, such as "
-        "contrastive=dict(weight=1.0)."
-      )
+      raise ConfigError("config.objectives is empty.")
     for encoding in self.plan:
       if encoding.tower == "image" and encoding.view not in self.views:
         raise ConfigError(
@@ -112,7 +104,7 @@ class StepSpec:
         if key in heads and not _alike(heads[key], head, self.model):
           raise ConfigError(
             f"objective {name!r} and another one both own heads/{key}, with "
-            "different settings. Give one of them another head."
+            "different settings. Rename one of the heads."
           )
         heads[key] = head
     return heads
@@ -186,7 +178,7 @@ class StepSpec:
 
 
 def _alike(a: base.Head, b: base.Head, spec: model_lib.ModelSpec) -> bool:
-  """Whether two heads of one name can be one: module and inputs fit."""
+  """Whether modules and input widths of two heads are equal."""
 
   def shapes(head):
     leaves = jax.tree.leaves(head.example(spec))

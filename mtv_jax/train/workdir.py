@@ -18,12 +18,9 @@ LOCK, OWNER = ".lock", ".lock.owner"
 def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
   """Locks a run's folder, created if missing, so that a second run is refused.
 
-  Two runs in a folder would delete each other's unfinished checkpoints. The
-  system releases the lock however the process ends. File systems that can't
-  lock are trusted.
-
-  Args:
-    folder: of the run; one process of a run locks it for all.
+  Two runs in a folder would delete each other's unfinished checkpoints. One
+  process of a run locks it for all; the system releases the lock with the
+  process. File systems that can't lock are trusted.
 
   Raises:
     ConfigError: it is a file, holds a model that is not a run, or is locked.
@@ -44,8 +41,7 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
   except filelock.Timeout:
     by = owner.read_text() if owner.exists() else "another process"
     raise ConfigError(
-      f"--workdir={folder} is locked by {by}. Wait for it, end it, or give"
-      " another folder."
+      f"--workdir={folder} is locked by {by}. Wait, or give another folder."
     ) from None
   except (NotImplementedError, OSError):
     yield
@@ -69,6 +65,6 @@ def _require_run(folder: pathlib.Path) -> None:
     return
   if not isinstance(content, dict) or "objectives" not in content:
     raise ConfigError(
-      f"--workdir={folder} holds a config.json of something else than a run (an"
-      " exported model?), which a run would replace. Give another folder."
+      f"--workdir={folder} holds a config.json that is not a run's (an exported"
+      " model?) and would be replaced. Give another folder."
     )

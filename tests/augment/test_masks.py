@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtv_jax.augment import masks, views
+from mtv_jax.augment import masks
+from mtv_jax.augment.op import OPS
+from mtv_jax.config.op_strings import build_op, parse_ops
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -131,15 +133,16 @@ def test_masks_that_do_not_fit_the_view_are_refused(op, size, message):
 
 
 @pytest.mark.parametrize(
-  "op",
+  ("op", "message"),
   [
-    "blocks(0.5, 0.1)",
-    "blocks(0.0)",
-    "blocks(p=1.5)",
-    "keep(0.0)",
-    "keep(1.5)",
+    ("blocks(0.5, 0.1)", "from 0.5 to 0.1 must ascend"),
+    ("blocks(0.0, 0.5)", "expected"),
+    ("blocks(p=1.5)", "expected"),
+    ("keep(0.0)", "expected"),
+    ("keep(1.5)", "expected"),
+    ("keep(patch=0)", "expected"),
   ],
 )
-def test_ratios_out_of_range_are_refused(op):
-  with pytest.raises(ConfigError, match="expected"):
-    views.build_pipeline(f"crop(224)|{op}")
+def test_ratios_out_of_range_are_refused(op, message):
+  with pytest.raises(ConfigError, match=message):
+    build_op(parse_ops(op)[0], OPS, "view op")

@@ -136,8 +136,8 @@ def test_a_new_run_has_nothing_to_restore(tmp_path):
   state = make_state(mesh(8, 1, 1))
   with open_(tmp_path / "new") as ckpt:
     assert ckpt.restore(state) is None
-    assert ckpt.latest_step() is None
-    with pytest.raises(FileNotFoundError, match="step 3.*there: none"):
+    assert ckpt.steps() == []
+    with pytest.raises(FileNotFoundError, match="step 3.*steps are: none"):
       ckpt.restore(state, step=3)
 
 
@@ -162,7 +162,6 @@ def test_keeps_the_latest_and_the_periodic_ones(tmp_path):
     for step in (2, 4, 6, 8, 10, 12, 14):
       ckpt.save(step, state)
     assert ckpt.steps() == [6, 12, 14]
-    assert ckpt.latest_step() == 14
   assert sorted(p.name for p in tmp_path.iterdir()) == ["12", "14", "6"]
   with open_(tmp_path, keep=1) as ckpt:
     ckpt.save(15, state)
@@ -170,10 +169,6 @@ def test_keeps_the_latest_and_the_periodic_ones(tmp_path):
 
 
 def test_bad_arguments(tmp_path):
-  with pytest.raises(ValueError, match="keep is 0, expected at least 1"):
-    open_(tmp_path, keep=0)
-  with pytest.raises(ValueError, match="every_steps is 0, expected at least"):
-    open_(tmp_path, every_steps=0)
   with (
     open_(tmp_path) as ckpt,
     pytest.raises(TypeError, match="state/step is 3, expected an array"),
@@ -181,7 +176,7 @@ def test_bad_arguments(tmp_path):
     ckpt.save(1, {"step": 3})
 
 
-@pytest.mark.parametrize("call", ["save", "check", "wait", "close"])
+@pytest.mark.parametrize("call", ["save", "wait", "close"])
 def test_a_failed_save_is_raised_at_the_next_call(tmp_path, monkeypatch, call):
   state = {"x": jnp.zeros(2)}
   ckpt = open_(tmp_path)
@@ -201,7 +196,7 @@ def test_a_failed_save_is_raised_at_the_next_call(tmp_path, monkeypatch, call):
       time.sleep(0.01)
   with pytest.raises(OSError, match="no space left"):
     ckpt.save(3, state) if call == "save" else getattr(ckpt, call)()
-  # Told once, it goes on, and the failed step is not taken for saved.
+  # Raised once; the failed step does not count as saved.
   ckpt.save(2, {"x": jnp.ones(2)})
   assert ckpt.steps() == [1, 2]
   assert (ckpt.restore(state).state["x"] == 1).all()
@@ -407,7 +402,7 @@ def test_load_tree_errors(run, tmp_path):
   folder, _ = run
   with pytest.raises(ValueError, match="no 'ema'. Its parts are: opt_state, p"):
     load_tree(folder, part="ema")
-  with pytest.raises(FileNotFoundError, match="step 3 in .*steps there: 7"):
+  with pytest.raises(FileNotFoundError, match="step 3 in .*steps are: 7"):
     load_tree(folder, step=3)
   with pytest.raises(FileNotFoundError, match="does not exist"):
     load_tree(tmp_path / "nowhere")

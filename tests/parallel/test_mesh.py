@@ -52,7 +52,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused_with_a_size():
 
 def test_one_process_reads_all_rows():
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
-  assert host_rows(16, mesh) == HostRows(index=0, count=1)
+  assert host_rows(mesh) == HostRows(index=0, count=1)
 
 
 def _abstract():
@@ -127,7 +127,7 @@ def test_sharding_table_counts_bytes_a_device():
 
 
 class Fake:
-  """A device of a machine that is not here."""
+  """A stand-in for a device of another machine."""
 
   platform, device_kind = "fake", "fake"
 
@@ -140,7 +140,7 @@ class Fake:
 
 def fakes(count=8, slices=2):
   size = count // slices
-  # Out of order, as nothing promises an order.
+  # In another order, as none is guaranteed.
   return [Fake(i, i // 2, i // size) for i in reversed(range(count))]
 
 
@@ -191,7 +191,7 @@ def test_data_rows_follow_a_process_s_devices():
   found = data_rows(16, mesh)
   expected = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
   np.testing.assert_array_equal(found, expected)
-  assert host_rows(16, mesh) == HostRows(index=0, count=4)
+  assert host_rows(mesh) == HostRows(index=0, count=4)
   odd = jax.sharding.Mesh(
     np.array([Fake(i, int(i > 4), 0) for i in range(8)]).reshape(8, 1, 1),
     MESH_AXES,

@@ -160,7 +160,7 @@ def test_a_non_finite_loss_or_gradient_stops_the_run():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"weights": "teacher"}, "no objective reads a teacher"),
+    ({"weights": "teacher"}, "no 'teacher' weights.*needs"),
     ({"weights": "emma"}, "Did you mean 'ema'"),
     ({"data": "nowhere"}, "nowhere"),
     ({"captions": 5}, "Did you mean 'max_captions'"),

@@ -88,7 +88,7 @@ def test_chrono_survives_a_resume():
   first = make_chrono(clock)
   take_steps(first, clock, 11)
   saved = json.loads(json.dumps(first.to_dict()))
-  clock.now += 10_000  # Nobody counts the time between.
+  clock.now += 10_000  # Time between sessions does not count.
   second = make_chrono(clock, devices=8)
   second.from_dict(saved)
   take_steps(second, clock, 1, wait=0, compute=5)
@@ -140,7 +140,7 @@ RATES = Rates(812.3, 0.012, 0.5, 192.0, 1.5)
 
 def test_writers_write_files(tmp_path):
   with MetricWriter(tmp_path / "run", total_steps=10) as writers:
-    writers.progress(1, {"loss": np.float32(2.5), "n": np.array([3])}, RATES)
+    writers.scalars(1, {"loss": np.float32(2.5), "n": np.array([3])}, RATES)
     writers.scalars(1, {"eval/top1": 0.25, "bad": float("nan")})
   rows = read_jsonl(tmp_path / "run")
   assert rows[0]["loss"] == 2.5 and rows[0]["n"] == 3
@@ -185,7 +185,7 @@ def test_only_process_0_writes(tmp_path, caplog):
     MetricWriter(tmp_path / "run", total_steps=10, process_index=1) as writers,
   ):
     writers.scalars(1, {"loss": 1.0})
-    writers.progress(1, {"loss": 1.0}, RATES)
+    writers.scalars(1, {"loss": 1.0}, RATES)
   assert not (tmp_path / "run").exists() and not caplog.records
 
 
@@ -256,7 +256,7 @@ def test_setup_logging(capsys):
   levels = {n: logging.getLogger(n).level for n in ("absl", "jax", "orbax")}
   try:
     setup_logging()
-    setup_logging()  # Twice prints no line twice.
+    setup_logging()  # A second call repeats no line.
     logging.getLogger("mtv_jax.train.metrics").info("a line")
     logging.getLogger("absl").info("noise")
     setup_logging(process_index=1)

@@ -57,7 +57,7 @@ def test_folders_of_other_content_are_refused(tmp_path):
   text = json.dumps({"model_type": "siglip"})
   (model / "config.json").write_text(text)
   with (
-    pytest.raises(ConfigError, match="something else than a run"),
+    pytest.raises(ConfigError, match="that is not a run's"),
     workdir.lock_workdir(model),
   ):
     pass
