@@ -22,48 +22,23 @@ values below that are not SigLIP's or DINOv2's are our choice.
 configs/mtv_tiny.py is the recipe for a CPU.
 """
 
-from ml_collections import ConfigDict
-
-from mtv_jax.config.schema import parse_arg
+from mtv_jax.config.schema import parse_arg, read_config
 
 
 def get_config(arg=None):
   arg = parse_arg(
     arg, tiny=False, batch=0, res=224, variant="B", tokenizer="bytes"
   )
-
-  config = ConfigDict()
-  config.seed = 0
-  config.batch_size = arg.batch or 16_384
-  config.total_examples = 1_000_000_000
-
-  config.data = dict(
-    train=[
-      dict(
-        type="webdataset",
-        path="/data/web/{00000..09999}.tar",
-        labels=dict(depth="/data/web_depth", boxes="/data/web_boxes"),
-      )
-    ],
-    ops="decode|canvas(384)|caption(64)|depth(128)|regions(4)",
+  # Towers, optimizer, evaluations and mesh of SigLIP. The released model uses
+  # its 32k SentencePiece model too: tokenizer=PATH.model.
+  config = read_config("siglip_b16_224", **arg)
+  config.batch_size = arg.batch or (16 if arg.tiny else 16_384)
+  ops = "decode|canvas(384)|caption(64)|depth(128)|regions(4)"
+  config.data.ops = ops
+  config.data.train[0]["labels"] = dict(
+    depth="/data/web_depth", boxes="/data/web_boxes"
   )
   config.views = views(arg.res, local=96, patch=16)
-  config.model = dict(
-    variant=f"{arg.variant}/16",
-    image_size=arg.res,
-    pool="map",
-    dtype="bfloat16",
-    remat="full",
-    text=dict(
-      variant=arg.variant,
-      length=64,
-      # The released model uses SigLIP's 32k SentencePiece model:
-      # tokenizer=PATH.model.
-      tokenizer=arg.tokenizer,
-      clean="canonicalize",
-      vocab_size=258 if arg.tokenizer == "bytes" else 32_000,
-    ),
-  )
 
   # Constant weights, as MTV describes; equal values are our choice.
   config.objectives = dict(
@@ -78,50 +53,31 @@ def get_config(arg=None):
   # Constant: beside text, a momentum annealed to 1 keeps the teacher from
   # learning what the text teaches (SILC).
   config.teacher = dict(momentum=0.994)
-
-  config.optim = dict(
-    name="adamw", lr=1e-3, weight_decay=0.1, b2=0.95, clip_norm=1.0
-  )
-  config.schedule = dict(name="cosine", warmup_percent=8)  # 5,000 steps.
-  config.mesh = dict(data=-1, fsdp=1, tensor=1)
-  config.evals = dict(
-    zero_shot=dict(type="zero_shot", every_percent=10),
-    retrieval=dict(type="retrieval", every_percent=10),
-  )
-  config.checkpoint = dict(every_steps=1000, keep=2, keep_every=20_000)
-  config.log = dict(every_steps=100, gradients_steps=2000)
+  # 5,000 steps of the whole recipe.
+  config.schedule = dict(name="cosine", warmup_percent=10 if arg.tiny else 8)
+  config.checkpoint.keep_every = 20_000
 
   if arg.tiny:
     head = dict(prototypes=64, hidden=64, bottleneck=32, chunk=None)
     config.update(
-      batch_size=arg.batch or 16,
-      total_examples=None,
       total_steps=40,
       data=dict(
         train=[dict(type="scenes", size=40)],
-        ops="decode|canvas(40)|caption(64)|depth(128)|regions(4)",
+        ops=ops.replace("canvas(384)", "canvas(40)"),
       ),
       views=views(32, local=16, patch=8),
-      model=dict(
-        variant="mu/8",
-        image_size=32,
-        dtype="float32",
-        remat="none",
-        text=dict(variant="mu"),
-      ),
       objectives=dict(
         contrastive=dict(init_bias=-4.0),
         distillation=head,
         masked_latent=head,
         grounding=dict(init_bias=-4.0),
       ),
-      schedule=dict(warmup_percent=10),
-      evals=dict(
-        zero_shot=dict(count=100, every_percent=None),
-        retrieval=dict(count=100, every_percent=None),
-      ),
-      log=dict(every_steps=10, gradients_steps=None),
+      evals=dict(zero_shot=dict(count=100), retrieval=dict(count=100)),
     )
+    config.log.gradients_steps = None
+  else:
+    config.total_examples = 1_000_000_000
+    config.log.gradients_steps = 2000
   return config
 
 

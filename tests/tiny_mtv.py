@@ -50,8 +50,8 @@ def built():
 @functools.cache
 def rows():
   """A batch off the real pipeline, with fewer labels on some devices."""
-  made = build_experiment(read(), "unused")
-  with make_loader(made, 0) as loader:
+  experiment = build_experiment(read(), "unused")
+  with make_loader(experiment, 0) as loader:
     batch = dict(next(loader))
   # Of eight devices the first has no label, the second lacks one of two.
   batch["depth"][:3] = 0

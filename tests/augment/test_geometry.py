@@ -165,28 +165,28 @@ def test_unlabelled_pixels_do_not_leak():
   depth[2, :16] = np.nan
   depth[2, 16, 3] = np.inf
   box = jnp.tile(array(0.0, 0.0, 1.0, 1.0), (3, 1, 1))
-  values, kept = geometry.crop_maps(
+  values, retained = geometry.crop_maps(
     jnp.asarray(depth),
     jnp.asarray(valid),
     box,
     jnp.zeros((3, 1), bool),
     size=16,
   )
-  values, kept = np.asarray(values[:, 0]), np.asarray(kept[:, 0])
-  np.testing.assert_allclose(values[kept], 5.0, rtol=1e-5)
-  assert (values[~kept] == 0).all()
+  values, retained = np.asarray(values[:, 0]), np.asarray(retained[:, 0])
+  np.testing.assert_allclose(values[retained], 5.0, rtol=1e-5)
+  assert (values[~retained] == 0).all()
   # 30 % of random holes leave most pixels valid, a map without labels leaves
   # none, and one whose upper half is NaN its lower half.
-  assert 0.85 < kept[0].mean() < 1
-  assert not kept[1].any()
-  assert not kept[2, :7].any() and kept[2, 9:].all()
+  assert 0.85 < retained[0].mean() < 1
+  assert not retained[1].any()
+  assert not retained[2, :7].any() and retained[2, 9:].all()
 
 
 def crop_boxes_reference(boxes, valid, box, flipped, min_visible, min_size):
   """`crop_boxes`, one box at a time in float64."""
   out = np.zeros((*box.shape[:2], *boxes.shape[1:]))
-  kept = np.zeros(out.shape[:-1], bool)
-  for b, n, m in np.ndindex(*kept.shape):
+  retained = np.zeros(out.shape[:-1], bool)
+  for b, n, m in np.ndindex(*retained.shape):
     y0, x0, y1, x1 = boxes[b, m]
     if not valid[b, m] or not np.isfinite(boxes[b, m]).all():
       continue
@@ -210,8 +210,8 @@ def crop_boxes_reference(boxes, valid, box, flipped, min_visible, min_size):
       v[1], v[3] = 1 - v[3], 1 - v[1]
     if min(v[2] - v[0], v[3] - v[1]) < min_size:
       continue
-    out[b, n, m], kept[b, n, m] = v, True
-  return out, kept
+    out[b, n, m], retained[b, n, m] = v, True
+  return out, retained
 
 
 def test_crop_boxes_equals_a_loop():
@@ -223,7 +223,7 @@ def test_crop_boxes_equals_a_loop():
   view[:, 0] = [0.1, 0.0, 1.0, 0.8]
   view = view.astype(np.float32)
   flipped = rng.random((4, 3)) > 0.5
-  got, kept = geometry.crop_boxes(
+  got, retained = geometry.crop_boxes(
     jnp.asarray(boxes),
     jnp.asarray(valid),
     jnp.asarray(view),
@@ -231,9 +231,11 @@ def test_crop_boxes_equals_a_loop():
     min_visible=0.3,
     min_size=0.05,
   )
-  want, want_kept = crop_boxes_reference(boxes, valid, view, flipped, 0.3, 0.05)
-  assert 0.1 < want_kept.mean() < 0.9
-  np.testing.assert_array_equal(kept, want_kept)
+  want, want_retained = crop_boxes_reference(
+    boxes, valid, view, flipped, 0.3, 0.05
+  )
+  assert 0.1 < want_retained.mean() < 0.9
+  np.testing.assert_array_equal(retained, want_retained)
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -253,10 +255,10 @@ def test_crop_boxes_equals_a_loop():
 def test_invalid_boxes_are_dropped_alone(bad):
   boxes = array(bad, (0.25, 0.25, 0.75, 0.5))[None]
   whole = array(0, 0, 1, 1)[None, None]
-  got, kept = geometry.crop_boxes(
+  got, retained = geometry.crop_boxes(
     boxes, jnp.ones((1, 2), bool), whole, jnp.array([[True]])
   )
-  assert kept.tolist() == [[[False, True]]]
+  assert retained.tolist() == [[[False, True]]]
   np.testing.assert_allclose(
     got[0, 0], [[0, 0, 0, 0], [0.25, 0.5, 0.75, 0.75]], atol=1e-6
   )

@@ -122,7 +122,7 @@ def test_images_boxes_and_depth_stay_aligned():
   depth[:, y0:y1, x0:x1] = 1.0
   view = build("crop(64, 0.3, 1.0)|flip", count=2)
   batch = run(view, canvas, np.full((8, 2), 64, np.int32))
-  boxes, kept = geometry.crop_boxes(
+  boxes, retained = geometry.crop_boxes(
     jnp.tile(jnp.asarray(box), (8, 1, 1)),
     jnp.ones((8, 1), bool),
     batch.box,
@@ -135,9 +135,9 @@ def test_images_boxes_and_depth_stay_aligned():
     batch.flipped,
     size=64,
   )
-  assert np.asarray(valid).all() and np.asarray(kept).sum() > 10
+  assert np.asarray(valid).all() and np.asarray(retained).sum() > 10
   bright = (np.asarray(batch.images[..., 0]) + 1) / 2
-  for row, n in np.argwhere(np.asarray(kept)[..., 0]):
+  for row, n in np.argwhere(np.asarray(retained)[..., 0]):
     top, left, bottom, right = np.asarray(boxes[row, n, 0]) * 64
     for image in (bright[row, n], np.asarray(maps[row, n])):
       # Sides are measured by summing coverage through the rectangle's middle.
@@ -167,14 +167,14 @@ def test_a_row_depends_on_neither_batch_nor_mesh(noise):
   check(slice(3, 5), run(view, canvas[3:5], sizes[3:5], keys=keys[3:5]))
   mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
   split = NamedSharding(mesh, PartitionSpec("data"))
-  placed = [jax.device_put(x, split) for x in (canvas, sizes)]
+  sharded = [jax.device_put(x, split) for x in (canvas, sizes)]
   compiled = jax.jit(
     lambda c, s, step: view(
       c, s, row_keys(jax.random.key(3), "v", step, 8), jnp.float32
     ),
     out_shardings=split,
   )
-  batch = compiled(*placed, jnp.asarray(7))
+  batch = compiled(*sharded, jnp.asarray(7))
   assert batch.images.sharding.is_equivalent_to(split, batch.images.ndim)
   check(slice(0, 8), batch)
 

@@ -143,14 +143,14 @@ def test_a_new_run_has_nothing_to_restore(tmp_path):
 
 def test_saving_donates_safely_and_twice_is_once(tmp_path):
   state = make_state(mesh(8, 1, 1), seed=1)
-  kept = jax.tree.map(np.asarray, state)
+  saved = jax.tree.map(np.asarray, state)
   with open_(tmp_path) as ckpt:
     ckpt.save(1, state, timing={"train": 1.0})
     jax.tree.map(lambda x: x.delete(), state)  # As a donating step does.
     ckpt.save(1, make_state(mesh(8, 1, 1), seed=2))
-    restored = ckpt.restore(abstract(kept, mesh(2, 4, 1)))
+    restored = ckpt.restore(abstract(saved, mesh(2, 4, 1)))
     assert restored.timing == {"train": 1.0}
-    assert_same(restored.state, kept)
+    assert_same(restored.state, saved)
     ckpt.save(1, make_state(mesh(8, 1, 1), seed=2))
     assert ckpt.steps() == [1]
 

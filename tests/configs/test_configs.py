@@ -58,14 +58,14 @@ def test_the_whole_recipe_is_a_config(file):
   config = schema.check_config(schema.read_config(str(file)))
   assert schema.check_config(config) == config
   spec = models.ModelSpec.from_config(config.model)
-  made = views.build_views(config.views.to_dict())
+  built_views = views.build_views(config.views.to_dict())
   for name, entry in config.objectives.items():
-    needs = build_objective(name, entry).resolve(spec, made).needs()
+    needs = build_objective(name, entry).resolve(spec, built_views).needs()
     for encoding in needs.encodings:
-      assert encoding.tower == "text" or encoding.view in made
+      assert encoding.tower == "text" or encoding.view in built_views
   # What is evaluated has the size that the model was trained at.
-  if "image" in made:
-    assert made["image"].size == spec.image.image_size
+  if "image" in built_views:
+    assert built_views["image"].size == spec.image.image_size
   length = schema.RunLength.from_config(config, examples_per_epoch=100_000)
   assert length.total_steps > 100
 

@@ -39,15 +39,17 @@ def test_constrain_batch_and_all_gather_params():
 
   @jax.jit
   def used(params, rows):
-    placed = all_gather_params(params, mesh, keep="^stack/", dtype=jnp.bfloat16)
-    return placed, constrain_batch(rows, mesh)
+    sharded = all_gather_params(
+      params, mesh, keep="^stack/", dtype=jnp.bfloat16
+    )
+    return sharded, constrain_batch(rows, mesh)
 
-  placed, rows = used(params, jnp.ones((8, 6)))
-  kernel = placed["mlp/fc1/kernel"]
+  sharded, rows = used(params, jnp.ones((8, 6)))
+  kernel = sharded["mlp/fc1/kernel"]
   assert kernel.dtype == jnp.bfloat16
   assert kernel.sharding.shard_shape(kernel.shape) == (16, 32)
-  assert placed["norm/scale"].dtype == jnp.float32
-  left = placed["stack/mlp/fc1/kernel"]
+  assert sharded["norm/scale"].dtype == jnp.float32
+  left = sharded["stack/mlp/fc1/kernel"]
   assert left.dtype == jnp.float32
   assert left.sharding.shard_shape(left.shape) == (8, 32)
   assert rows.sharding.shard_shape(rows.shape) == (2, 6)

@@ -72,8 +72,8 @@ def _abstract():
 
 def test_sharding_rules_by_parameter():
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
-  placed = tree_shardings(_abstract(), mesh)
-  assert {k: v.spec for k, v in placed.items()} == {
+  sharded = tree_shardings(_abstract(), mesh)
+  assert {k: v.spec for k, v in sharded.items()} == {
     "image/blocks/attention/qkv/kernel": P(None, "fsdp", "tensor"),
     "image/blocks/attention/qkv/bias": P(None, "tensor"),
     "image/blocks/attention/out/kernel": P(None, "tensor", "fsdp"),
@@ -90,15 +90,15 @@ def test_sharding_rules_by_parameter():
 def test_optimizer_moments_are_sharded_like_their_parameters():
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   tree = {"opt_state": [{"mu": _abstract()}], "params": _abstract()}
-  placed = tree_shardings(tree, mesh)
-  assert placed["opt_state"][0]["mu"] == placed["params"]
+  sharded = tree_shardings(tree, mesh)
+  assert sharded["opt_state"][0]["mu"] == sharded["params"]
 
 
 def test_rules_of_the_config_come_first_and_must_match():
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   rules = [("image/norm/scale", ("fsdp",))]
-  placed = tree_shardings(_abstract(), mesh, rules)
-  assert placed["image/norm/scale"].spec == P("fsdp")
+  sharded = tree_shardings(_abstract(), mesh, rules)
+  assert sharded["image/norm/scale"].spec == P("fsdp")
   check_sharding_rules(rules, _abstract())
   with pytest.raises(ValueError, match="matches no parameter"):
     check_sharding_rules([("image/nrom/.*", ("fsdp",))], _abstract())
@@ -109,17 +109,17 @@ def test_rules_of_the_config_come_first_and_must_match():
 def test_shard_batch_splits_over_data_and_fsdp():
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   batch = {"x": np.arange(16).reshape(8, 2)}
-  placed = shard_batch(batch, mesh)["x"]
-  np.testing.assert_array_equal(placed, batch["x"])
-  assert placed.sharding.shard_shape(placed.shape) == (2, 2)
+  sharded = shard_batch(batch, mesh)["x"]
+  np.testing.assert_array_equal(sharded, batch["x"])
+  assert sharded.sharding.shard_shape(sharded.shape) == (2, 2)
 
 
 def test_sharding_table_counts_bytes_a_device():
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   shapes = _abstract()
-  placed = tree_shardings(shapes, mesh)
+  sharded = tree_shardings(shapes, mesh)
   abstract = {
-    k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed[k])
+    k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharded[k])
     for k, s in shapes.items()
   }
   rows = {row[0]: row for row in sharding_table(abstract)}
@@ -188,9 +188,9 @@ def test_data_rows_follow_a_process_s_devices():
   processes = [0, 1, 0, 1, 2, 3, 2, 3]
   devices = np.array([Fake(i, p, 0) for i, p in enumerate(processes)])
   mesh = jax.sharding.Mesh(devices.reshape(8, 1, 1), MESH_AXES)
-  found = data_rows(16, mesh)
+  actual = data_rows(16, mesh)
   expected = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
-  np.testing.assert_array_equal(found, expected)
+  np.testing.assert_array_equal(actual, expected)
   assert host_rows(mesh) == HostRows(index=0, count=4)
   odd = jax.sharding.Mesh(
     np.array([Fake(i, int(i > 4), 0) for i in range(8)]).reshape(8, 1, 1),

@@ -72,11 +72,11 @@ def program(name, method, mesh):
 @functools.cache
 def result(name, method, shape):
   mesh = mesh_of(shape)
-  placed = jax.device_put(
+  sharded = jax.device_put(
     random_loss_inputs(name), NamedSharding(mesh, BATCH_SPEC)
   )
   scalars = jax.device_put(SCALARS, NamedSharding(mesh, PartitionSpec()))
-  return jax.device_get(program(name, method, mesh)(placed, scalars))
+  return jax.device_get(program(name, method, mesh)(sharded, scalars))
 
 
 SHAPES = [

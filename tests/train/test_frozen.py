@@ -36,19 +36,19 @@ def locked():
 
 
 def parts(config):
-  found = flops.run(config, batch_size=4)
-  return found.parts, found
+  actual = flops.run(config, batch_size=4)
+  return actual.parts, actual
 
 
 def test_a_frozen_tower_costs_its_forward_pass_and_has_no_moments(tmp_path):
   open_, _ = parts(smallest())
-  shut, found = parts(locked())
+  shut, actual = parts(locked())
   image, text = "image(image, student)", "text(caption, student)"
   # Forward, and without the gradient on the pixels less than twice that back.
   assert shut[image] < 0.4 * open_[image]
   assert shut[text] == open_[text]
   # The whole step knows it too: nothing pulls gradients through the tower.
-  assert found.traced == pytest.approx(found.total, rel=0.01)
+  assert actual.traced == pytest.approx(actual.total, rel=0.01)
   state = build_experiment(locked(), tmp_path).program.abstract
   moments = sum(x.size for x in jax.tree.leaves(state.opt_state))
   trained = {k: v for k, v in state.params.items() if k != "image"}
@@ -89,8 +89,8 @@ def test_a_frozen_tower_with_ema_and_gradient_accumulation():
     return before, jax.device_get(state), jax.device_get(metrics)
 
   before, whole, expected = after(1)
-  _, found, metrics = after(2)
-  for state in (whole, found):
+  _, actual, metrics = after(2)
+  for state in (whole, actual):
     for tree in (state.params, state.ema):
       jax.tree.map(
         np.testing.assert_array_equal, tree["image"], before["image"]
@@ -98,7 +98,7 @@ def test_a_frozen_tower_with_ema_and_gradient_accumulation():
   kernel = ("text", "projection", "kernel")
   for name in ("params", "ema"):
     values = dict(flatten_with_names(getattr(whole, name)))
-    for key, value in flatten_with_names(getattr(found, name)):
+    for key, value in flatten_with_names(getattr(actual, name)):
       error = np.linalg.norm(value - values[key])
       assert error <= 1e-6 * np.linalg.norm(values[key]) + 1e-8, (name, key)
     moved = _at(getattr(whole, name), kernel) - _at(before, kernel)

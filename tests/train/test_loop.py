@@ -89,10 +89,10 @@ def test_init_loads_the_parameters_of_another_run(trained, tmp_path):
   config.optim.lr = 0.0
   config.init = dict(path=str(workdir), include=("^image/", "^text/"))
   begun = train(config, tmp_path / "run")
-  found, expected = (
+  actual, expected = (
     np.asarray(s.params["text"]["token_embedding"]) for s in (begun, state)
   )
-  np.testing.assert_array_equal(found, expected)
+  np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ def test_sources_smaller_than_their_share_of_a_batch_warn(
 ):
   # Of 50 and 30 records, with weights 1 and 0.5.
   log_experiment(build_experiment(smallest(batch_size=size), tmp_path))
-  found = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-  assert len(found) == len(warned)
-  for message, part in zip(found, warned, strict=True):
+  actual = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+  assert len(actual) == len(warned)
+  for message, part in zip(actual, warned, strict=True):
     assert f"A batch of {size}" in message and part in message
 
 

@@ -45,7 +45,7 @@ def test_dropping_an_objective_changes_no_other_initial_value():
 
 @functools.cache
 def params():
-  """Drawn here: compiling the initialisers takes longer than all the rest."""
+  """Sampled in NumPy, as compiling the initialisers takes longest."""
   rng = np.random.default_rng(1)
 
   def draw(name, leaf):
@@ -69,31 +69,31 @@ def compiled(shape, names=None):
   state = program.init(params())
 
   def compute(state, batch):
-    (_, terms), slopes = gradients.compute_gradients(spec, state, batch, mesh)
-    return {name: term.loss.value() for name, term in terms.items()}, slopes
+    (_, terms), grads = gradients.compute_gradients(spec, state, batch, mesh)
+    return {name: term.loss.value() for name, term in terms.items()}, grads
 
   jitted = jax.jit(compute, out_shardings=replicated_sharding(mesh))
 
   def call(batch):
-    placed = shard_batch(batch, mesh)
-    losses, slopes = jax.device_get(jitted(state, placed))
-    return losses, dict(flatten_with_names(slopes))
+    sharded = shard_batch(batch, mesh)
+    losses, grads = jax.device_get(jitted(state, sharded))
+    return losses, dict(flatten_with_names(grads))
 
   return call
 
 
-def assert_near(found, expected, tolerance, floor):
-  losses, slopes = found
+def assert_near(actual, expected, tolerance, floor):
+  losses, grads = actual
   assert losses.keys() == expected[0].keys()
   for name, loss in expected[0].items():
     assert losses[name] == pytest.approx(loss, rel=1e-5, abs=1e-6), name
-  for name, slope in expected[1].items():
-    scale = np.linalg.norm(slope)
+  for name, grad in expected[1].items():
+    scale = np.linalg.norm(grad)
     if name == "heads/depth/conv3/bias":
       # Depth is invariant to shifts: this is the rounding of a sum of zero,
       # whose terms are as large as those of the kernel beside it.
       scale = np.linalg.norm(expected[1]["heads/depth/conv3/kernel"])
-    distance = np.linalg.norm(slopes[name] - slope)
+    distance = np.linalg.norm(grads[name] - grad)
     assert distance <= tolerance * scale + floor, name
 
 
@@ -101,9 +101,9 @@ def assert_near(found, expected, tolerance, floor):
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
 def test_sharded_equals_a_single_device(shape):
   """Values and gradients, labels being unevenly spread over the devices."""
-  alone = compiled((1, 1, 1))(tiny_mtv.rows())
-  assert all(loss > 0 for loss in alone[0].values())
-  assert_near(compiled(shape)(tiny_mtv.rows()), alone, 1e-5, 1e-8)
+  expected = compiled((1, 1, 1))(tiny_mtv.rows())
+  assert all(loss > 0 for loss in expected[0].values())
+  assert_near(compiled(shape)(tiny_mtv.rows()), expected, 1e-5, 1e-8)
 
 
 @pytest.mark.slow
@@ -112,10 +112,10 @@ def test_an_objective_without_labels_changes_no_other_gradient(name):
   batch = dict(tiny_mtv.rows())
   for field in tiny_mtv.LABELS[name]:
     batch[field] = np.zeros_like(batch[field])
-  losses, slopes = compiled((1, 1, 1))(batch)
+  losses, grads = compiled((1, 1, 1))(batch)
   assert losses.pop(name) == 0
   rest = tuple(other for other in tiny_mtv.built().objectives if other != name)
-  assert_near((losses, slopes), compiled((1, 1, 1), rest)(batch), 1e-6, 1e-9)
+  assert_near((losses, grads), compiled((1, 1, 1), rest)(batch), 1e-6, 1e-9)
 
 
 def test_a_dropped_objective_has_no_parameters_and_fields(tmp_path):
@@ -125,17 +125,17 @@ def test_a_dropped_objective_has_no_parameters_and_fields(tmp_path):
   config.data.train[0]["type"] = "scenes"
   for name in ("depth", "masked_pixels", "distillation", "masked_latent"):
     del config.objectives[name]
-  made = build_experiment(config, tmp_path)
-  names = made.program.abstract.params["heads"].keys()
+  experiment = build_experiment(config, tmp_path)
+  names = experiment.program.abstract.params["heads"].keys()
   assert set(names) == {"contrastive", "grounding", "prompter"}
-  assert not made.program.abstract.teacher
-  assert "mask_token" not in made.program.abstract.params["image"]
-  assert {str(e) for e in made.step_spec.plan} == {
+  assert not experiment.program.abstract.teacher
+  assert "mask_token" not in experiment.program.abstract.params["image"]
+  assert {str(e) for e in experiment.step_spec.plan} == {
     "image(image, student)",
     "text(caption, student)",
     "text(box_phrase, student)",
   }
-  with make_loader(made, 0) as loader:
+  with make_loader(experiment, 0) as loader:
     batch = next(loader)
   assert "depth" not in batch and "boxes" in batch
 
@@ -145,10 +145,10 @@ def test_without_text_there_is_no_text_tower(tmp_path):
   for name in ("contrastive", "grounding"):
     del config.objectives[name]
   config.evals = {}
-  made = build_experiment(config, tmp_path)
-  assert made.config.model.text is None
-  assert "text" not in made.program.abstract.params
-  with make_loader(made, 0) as loader:
+  experiment = build_experiment(config, tmp_path)
+  assert experiment.config.model.text is None
+  assert "text" not in experiment.program.abstract.params
+  with make_loader(experiment, 0) as loader:
     assert set(next(loader)) == {"image", "image_size", "depth"}
 
 
@@ -159,11 +159,11 @@ def test_gradient_accumulation_equals_the_whole_batch():
   state = init_state(tiny_mtv.built(), optax.sgd(0.1), params())
 
   def run(spec):
-    (_, terms), slopes = jax.jit(
+    (_, terms), grads = jax.jit(
       lambda state, batch: gradients.compute_gradients(spec, state, batch)
     )(state, tiny_mtv.rows())
     losses = {name: term.loss.value() for name, term in terms.items()}
-    return jax.device_get((losses, dict(flatten_with_names(slopes))))
+    return jax.device_get((losses, dict(flatten_with_names(grads))))
 
   assert_near(run(spec), run(tiny_mtv.built()), 1e-5, 1e-8)
 
@@ -172,8 +172,8 @@ def test_teacher_momentum_schedule():
   spec = dataclasses.replace(
     tiny_mtv.built(), teacher_momentum=0.992, teacher_end=1.0, total_steps=101
   )
-  found = [float(spec.momentum(step)) for step in (0, 50, 100, 500)]
-  np.testing.assert_allclose(found, [0.992, 0.996, 1.0, 1.0], rtol=1e-6)
+  actual = [float(spec.momentum(step)) for step in (0, 50, 100, 500)]
+  np.testing.assert_allclose(actual, [0.992, 0.996, 1.0, 1.0], rtol=1e-6)
   fixed = dataclasses.replace(spec, teacher_end=None)
   assert float(fixed.momentum(77)) == pytest.approx(0.992)
 

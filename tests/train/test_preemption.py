@@ -68,8 +68,8 @@ def test_resume_after_sigterm_is_bit_exact(uninterrupted, tmp_path, told_at):
   train(smallest(), workdir)
   assert trainings.losses(workdir) == trainings.losses(uninterrupted)
   expected = trainings.params(uninterrupted)
-  for name, found in trainings.params(workdir).items():
-    np.testing.assert_array_equal(found, expected[name], err_msg=name)
+  for name, actual in trainings.params(workdir).items():
+    np.testing.assert_array_equal(actual, expected[name], err_msg=name)
 
 
 @pytest.mark.slow
@@ -133,10 +133,10 @@ def test_sigterm_to_the_data_workers_too_saves_a_checkpoint(
   tmp_path, monkeypatch, after, saved, says
 ):
   """As where a scheduler signals a whole job: the data ends before a step."""
-  placed = prefetch_to_device
+  original = prefetch_to_device
 
   def ended(*args):
-    for i, batch in enumerate(placed(*args)):
+    for i, batch in enumerate(original(*args)):
       if i == after:
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("a worker process was terminated")

@@ -33,10 +33,10 @@ def figures(workdir):
 
 
 def assert_same_curve(workdir, expected):
-  found, wanted = trainings.losses(workdir), trainings.losses(expected)
-  assert found.keys() == wanted.keys()
+  actual, wanted = trainings.losses(workdir), trainings.losses(expected)
+  assert actual.keys() == wanted.keys()
   for step, loss in wanted.items():
-    assert found[step] == pytest.approx(loss, abs=1e-5), step
+    assert actual[step] == pytest.approx(loss, abs=1e-5), step
 
 
 def but_key_biases(name, value):
@@ -52,12 +52,12 @@ def test_four_processes_equal_one(alone, tmp_path):
   together(workdir, 4)
   assert_same_curve(workdir, alone)
   assert figures(workdir) == figures(alone) and figures(alone)
-  found, wanted = trainings.params(workdir), trainings.params(alone)
-  assert found.keys() == wanted.keys()
+  actual, wanted = trainings.params(workdir), trainings.params(alone)
+  assert actual.keys() == wanted.keys()
   for name, value in wanted.items():
     # Adam divides by the root of squares that are near zero at first.
     np.testing.assert_allclose(
-      *(but_key_biases(name, x) for x in (found[name], value)),
+      *(but_key_biases(name, x) for x in (actual[name], value)),
       atol=1e-4,
       err_msg=name,
     )

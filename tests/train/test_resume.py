@@ -40,10 +40,10 @@ def kill_when(process, condition, timeout=200):
   assert process.wait() == -signal.SIGKILL
 
 
-def assert_same_params(found, expected):
-  assert found.keys() == expected.keys()
+def assert_same_params(actual, expected):
+  assert actual.keys() == expected.keys()
   for name, value in expected.items():
-    np.testing.assert_array_equal(found[name], value, err_msg=name)
+    np.testing.assert_array_equal(actual[name], value, err_msg=name)
 
 
 def step_of_last_line(workdir):
@@ -100,13 +100,13 @@ def _quietly(condition):
 def test_two_processes_equal_one(on_eight_devices, tmp_path):
   workdir = tmp_path / "run"
   trainings.pair(workdir, arg=LONGER)
-  found, expected = (
+  actual, expected = (
     trainings.losses(workdir),
     trainings.losses(on_eight_devices),
   )
-  assert found.keys() == expected.keys()
+  assert actual.keys() == expected.keys()
   for step, loss in expected.items():
-    assert found[step] == pytest.approx(loss, abs=1e-5), step
+    assert actual[step] == pytest.approx(loss, abs=1e-5), step
   figures = [
     {
       k: v
@@ -125,10 +125,10 @@ def test_a_run_resumes_on_two_processes(on_eight_devices, tmp_path):
   assert step_of_last_line(workdir) < 30
   trainings.pair(workdir, arg=LONGER)
   assert "Resumed" in trainings.log(workdir)
-  found, expected = (
+  actual, expected = (
     trainings.losses(workdir),
     trainings.losses(on_eight_devices),
   )
-  assert found.keys() == expected.keys()
+  assert actual.keys() == expected.keys()
   for step, loss in expected.items():
-    assert found[step] == pytest.approx(loss, abs=1e-5), step
+    assert actual[step] == pytest.approx(loss, abs=1e-5), step

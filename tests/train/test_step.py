@@ -118,9 +118,9 @@ def alone():
 def test_sharded_step_equals_a_single_device(alone, shape):
   mesh = mesh_of(shape)
   expected_gradients, expected_params, expected_metrics = alone
-  found = dict_of(jax.device_get(gradients_on(mesh)))
+  actual = dict_of(jax.device_get(gradients_on(mesh)))
   for name, expected in dict_of(expected_gradients).items():
-    error = np.linalg.norm(found[name] - expected)
+    error = np.linalg.norm(actual[name] - expected)
     assert error <= 1e-5 * np.linalg.norm(expected) + 1e-8, name
 
   params, metrics = three_steps(mesh)
@@ -143,10 +143,10 @@ def test_fsdp_is_gathered_under_rules_of_the_config(alone):
     (r"norm\d?/scale$", ("fsdp",)),
     (r"blocks/mlp/fc2/kernel$", ("fsdp", None, None)),
   ]
-  found = jax.device_get(gradients_on(mesh_of((2, 4, 1)), rules))
-  found = dict_of(found)
+  actual = jax.device_get(gradients_on(mesh_of((2, 4, 1)), rules))
+  actual = dict_of(actual)
   for name, expected in dict_of(alone[0]).items():
-    error = np.linalg.norm(found[name] - expected)
+    error = np.linalg.norm(actual[name] - expected)
     assert error <= 1e-5 * np.linalg.norm(expected) + 1e-8, name
 
 
@@ -332,11 +332,11 @@ def test_accumulated_gradients_equal_the_whole_batch(parts):
     )
 
   (loss, _), expected = compute(1)
-  (found_loss, _), found = compute(parts)
-  np.testing.assert_allclose(found_loss, loss, rtol=1e-6)
-  found = dict_of(jax.device_get(found))
+  (actual_loss, _), actual = compute(parts)
+  np.testing.assert_allclose(actual_loss, loss, rtol=1e-6)
+  actual = dict_of(jax.device_get(actual))
   for name, value in dict_of(jax.device_get(expected)).items():
-    error = np.linalg.norm(found[name] - value)
+    error = np.linalg.norm(actual[name] - value)
     assert error <= 1e-5 * np.linalg.norm(value) + 1e-8, name
 
 
@@ -390,8 +390,7 @@ def test_no_activation_is_all_gathered(shape):
 def sent_by_towers_beside_parameters(rows, params):
   """Exchanges within towers that carry more than parameters and gradients.
 
-  Looking up words is left out: of a vocabulary that is split by channels it
-  does gather what it has found.
+  Except look-ups in a vocabulary that is split by channels, which gather rows.
   """
   matrices, vectors = parameter_shapes(params)
 
