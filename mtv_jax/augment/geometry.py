@@ -245,17 +245,17 @@ def crop_boxes(
 
   Args:
     boxes: `(y0, x0, y1, x1)` in the canvas's unit square, to which they are
-      clipped first; NaN, infinite, inverted and empty boxes are dropped.
+      clipped; NaN, infinite, inverted and empty boxes are dropped.
     valid: which rows of `boxes` are boxes.
     box: `ViewBatch.box`.
     flipped: `ViewBatch.flipped`.
-    min_visible: least share of a box's area that must lie in the view.
+    min_visible: least share of a box's area in the view.
     min_size: least height and width of the visible part, in the view's unit
       square; the default is 4 pixels of 224.
 
   Returns:
     The boxes clipped to the view's unit square, zero where dropped, and which
-    are not dropped.
+    are valid.
   """
   usable = valid & jnp.isfinite(boxes).all(-1)  # [b, m]
   inside = jnp.clip(jnp.where(usable[..., None], boxes, 0.0), 0.0, 1.0)
@@ -280,11 +280,11 @@ def crop_boxes(
 def crop_depth(
   depth: UInt16[Array, "b d d"], view: Any, size: int
 ) -> tuple[Float[Array, "m h w"], Bool[Array, "m h w"]]:
-  """Depth labels of all crops of a view.
+  """Depth labels of all crops of a view (`views.ViewBatch`).
 
   Args:
     depth: the batch field: 0 without a label, 1 to 65535 inverse depth.
-    view: `views.ViewBatch`.
+    view: with the crops.
     size: side in pixels.
 
   Returns:

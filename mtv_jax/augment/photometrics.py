@@ -1,8 +1,7 @@
 """Photometric augmentations on the three channels of one image in [0, 1].
 
-Each is a function of an image and traced factors, equal to torchvision's
-functional form on float tensors, and an op that samples the factors. Defaults
-are DINOv2's.
+Each is a function of an image and traced factors, equal to torchvision's on
+float tensors, and an op that samples the factors. Defaults are DINOv2's.
 
 The arithmetic is float32: hue divides by small differences of channels, and
 vector units compute in float32 anyway. Only the blur's products run in the
@@ -51,11 +50,7 @@ def luma(image: Image) -> Float[Array, "h w"]:
 def blend(
   image: Image, other: Float[Array, "#h #w"], factor: Float[Array, ""]
 ) -> Image:
-  """`factor * image + (1 - factor) * other`, clipped to [0, 1].
-
-  Brightness blends with black, contrast with the mean luma, saturation with
-  the luma of each pixel.
-  """
+  """`factor * image + (1 - factor) * other`, clipped to [0, 1]."""
   other = (1.0 - factor) * other
   return tuple(jnp.clip(factor * x + other, 0.0, 1.0) for x in image)
 
@@ -70,9 +65,8 @@ def select(which: Bool[Array, ""], image: Image, other: Image) -> Image:
 def shift_hue(image: Image, shift: Float[Array, ""]) -> Image:
   """Rotates the hue by `shift` of a full circle, as through HSV and back.
 
-  Value and chroma stay, so that the conversion back needs no saturation: a
-  channel is `max - chroma * t`, with `t` a trapezium of the distance between
-  the hue and the hue at which that channel peaks.
+  Value and chroma don't change, so a channel is `max - chroma * t`, with `t` a
+  trapezium of the distance between the hue and that at which it peaks.
   """
   red, green, blue = image
   top = jnp.maximum(jnp.maximum(red, green), blue)
@@ -137,11 +131,8 @@ def gaussian_blur(
   As two products with a banded matrix: 2 x 2 x 3 x s^3 FLOPs, which a TPU's
   matrix unit computes faster than the memory moves nine shifted copies.
 
-  Args:
-    image: in [0, 1].
-    sigma: in pixels, above 0.
-    kernel: an odd number of taps, at most `2 s - 1`.
-    dtype: of the products.
+  `sigma` is in pixels, `kernel` odd and at most `2 s - 1`, `dtype` that of the
+  products.
   """
   size = image[0].shape[0]
   radius = kernel // 2

@@ -1,18 +1,15 @@
 """Views of a canvas, computed on the device inside the train step.
 
-A view is a named transform of the stored canvas, written as an op string (see
-`mtv_jax.config.op_strings`) with the ops of `OPS`, in this order:
+A view is a named transform of the stored canvas, written as an op string
+(`mtv_jax.config.op_strings`) with the ops of `OPS`, in this order:
 
   resize(S) | crop(S, min_area, max_area)   exactly one: the view's box
   flip(p)                                   left-right mirroring
   jitter, grey, blur, solarize              photometrics, in the order written
   blocks(min, max, p) | keep(ratio)         masked or visible patches
 
-An antialiased crop is two small matrix products, so the accelerator computes
-views faster than a host. Labels follow by `geometry.crop_maps` and
-`geometry.crop_boxes`.
-
-Values are in [-1, 1], as SigLIP and big_vision normalise: `x / 127.5 - 1`.
+Labels are transformed by `geometry.crop_maps` and `geometry.crop_boxes`. Values
+are in [-1, 1], as SigLIP and big_vision normalise: `x / 127.5 - 1`.
 """
 
 from __future__ import annotations
@@ -162,8 +159,7 @@ class View:
   def max_masked(self) -> int:
     """The most patches that `blocks` masks in a row's images; 0 without it.
 
-    A static bound on the True entries of each row of `ViewBatch.mask`, for
-    losses that gather them. With a probability of 0 it is that of one image.
+    With a probability of 0 it is that of one image.
     """
     counts = sorted(
       p.mask.count(self.size)
@@ -183,13 +179,13 @@ class View:
     keys: Key[Array, "b"],
     dtype: Any,
   ) -> ViewBatch:
-    """Computes the view; each row from its own canvas, size and key alone.
+    """Computes the view; each row depends on its canvas, size and key alone.
 
     Args:
       canvas: stored images, each squashed to a square.
       image_size: height and width of the original images.
-      keys: one for each row, from `row_keys`.
-      dtype: compute dtype of the resampling, and dtype of the images.
+      keys: from `row_keys`.
+      dtype: of the resampling and of the images.
 
     Raises:
       InputError: for a canvas of another shape or dtype.

@@ -28,21 +28,14 @@ def first_lines(lines: Sequence[str], limit: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-  """Result of `merge_params` by parameter name.
-
-  Attributes:
-    loaded: copied from the source.
-    missing: wanted (included) but not in the source.
-    unexpected: in the source, but not in the target.
-    mismatched: (source shape, target shape) where they differ.
-    coverage: loaded / wanted, counted in elements.
-  """
+  """Result of `merge_params` by parameter name."""
 
   loaded: tuple[str, ...]
-  missing: tuple[str, ...]
-  unexpected: tuple[str, ...]
+  missing: tuple[str, ...]  # Wanted (included), but not in the source.
+  unexpected: tuple[str, ...]  # In the source, but not in the target.
+  # Shapes in the source and in the target, where they differ.
   mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-  coverage: float
+  coverage: float  # Loaded / wanted, counted in elements.
 
   def __str__(self) -> str:
     shapes = [f"{n}  {a} -> {b}" for n, (a, b) in self.mismatched.items()]
@@ -119,9 +112,8 @@ def merge_params(
         "\nMap names with init.rename, or choose them with init.include."
       )
     raise CheckpointMismatchError(
-      f"too little was loaded: {100 * report.coverage:.1f} % of the wanted"
-      f" parameters, at least {100 * min_coverage:g} % expected"
-      f" (init.min_coverage).\n{report}{hint}"
+      f"{100 * report.coverage:.1f} % of the wanted parameters, at least"
+      f" {100 * min_coverage:g} % expected (init.min_coverage).\n{report}{hint}"
     )
   structure = jax.tree.structure(target_params)
   return jax.tree.unflatten(structure, list(out.values())), report

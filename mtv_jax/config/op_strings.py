@@ -27,9 +27,7 @@ class Op:
 def parse_ops(text: str, *, unique: bool = False) -> list[Op]:
   """Parses ops joined by `|`; arguments are Python literals.
 
-  Args:
-    text: such as "crop(224, 0.3, 1.0)|flip|jitter(0.8)". Blank gives no ops.
-    unique: refuse a repeated op, where ops are known by their names.
+  `unique` refuses a repeated op.
 
   Raises:
     ConfigError: bad syntax, with the position; a repeated op.

@@ -48,12 +48,8 @@ class Range:
     return self.min <= value <= self.max and value > self.above
 
   def __str__(self) -> str:
-    if math.isfinite(self.above):
-      lower = f"> {self.above}"
-    else:
-      lower = f">= {self.min}" if math.isfinite(self.min) else ""
-    upper = f"<= {self.max}" if math.isfinite(self.max) else ""
-    return " and ".join(filter(None, (lower, upper)))
+    bounds = (">", self.above), (">=", self.min), ("<=", self.max)
+    return " and ".join(f"{op} {x}" for op, x in bounds if math.isfinite(x))
 
 
 PositiveInt = Annotated[int, Range(min=1)]
@@ -69,7 +65,6 @@ def build_entry(
   entry: Mapping[str, Any],
   *,
   where: str,
-  default_type: str | None = None,
   reserved: Sequence[str] = (),
 ) -> Any:
   """Builds a config entry whose key `type` names a registered factory.
@@ -77,7 +72,7 @@ def build_entry(
   Raises:
     ConfigError: an unknown type, or options that `build` refuses.
   """
-  factory = look_up(registry, entry.get("type", default_type), where=where)
+  factory = look_up(registry, entry.get("type"), where=where)
   return build(
     factory,
     {k: v for k, v in entry.items() if k not in ("type", *reserved)},

@@ -42,12 +42,9 @@ def from_flags(argv: Iterable[str], *, flag: str = "config") -> list[str]:
 def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
   """A copy of a config with some of its keys set.
 
-  Args:
-    config: what a config file's `get_config` returns.
-    assignments: 'KEY=VALUE', in order. A key is a path such as 'optim.lr' or
-      'data.train[0].path'. A value is a Python literal, also with dict(KEY=...)
-      calls, or else a string; it is a string where it replaces one. 'None'
-      removes a key, and so does 'none' where it can't be an option.
+  Assignments are 'KEY=VALUE', in order. A key is a path such as 'optim.lr' or
+  'data.train[0].path'; for values see `parse_value`. 'None' removes a key, and
+  so does 'none' where it can't be an option.
 
   Raises:
     ConfigError: an invalid path, or a value of another type than the number or

@@ -48,16 +48,10 @@ class Scheduled(dict):
 
 @dataclasses.dataclass(frozen=True)
 class Duration:
-  """One of NAME_steps, NAME_epochs, NAME_examples and NAME_percent.
+  """One of NAME_steps, NAME_epochs, NAME_examples and NAME_percent."""
 
-  Attributes:
-    default: in steps; None for none.
-    number: annotation of the value.
-    units: that are allowed.
-  """
-
-  default: Any
-  number: Any = NonNegativeFloat
+  default: Any  # In steps; None for none.
+  number: Any = NonNegativeFloat  # Annotation of the value.
   units: tuple[str, ...] = UNITS
 
 
@@ -214,14 +208,14 @@ def _value(path: str, kind: Any, value: Any, default: Any) -> Any:
       raise ConfigError(
         f"{path} is {value!r}, expected named entries (a dict)."
       )
-    # None removes an entry, for example on the command line.
-    entries = {k: v for k, v in (value or {}).items() if v is not None}
-    if "type" in kind:
-      entries = {
-        name: {"type": name} | entry if isinstance(entry, Mapping) else entry
-        for name, entry in entries.items()
-      }
-    return {k: _section(f"{path}.{k}", kind, v) for k, v in entries.items()}
+    entries = {}
+    for name, entry in (value or {}).items():
+      if isinstance(entry, Mapping) and "type" in kind:
+        entry = {"type": name} | entry
+      # None removes an entry, for example on the command line.
+      if entry is not None:
+        entries[name] = _section(f"{path}.{name}", kind, entry)
+    return entries
   if isinstance(kind, Mapping):
     return _section(path, kind, value or {})
   if value is None:
@@ -249,16 +243,10 @@ def _read_duration(
 
 @dataclasses.dataclass(frozen=True)
 class RunLength:
-  """Converts durations to steps.
-
-  Attributes:
-    batch_size: examples a step, over all hosts.
-    examples_per_epoch: None for data without an end.
-    total_steps: of the run; None before it is known.
-  """
+  """Converts durations to steps."""
 
   batch_size: int
-  examples_per_epoch: int | None = None
+  examples_per_epoch: int | None = None  # None for data without an end.
   total_steps: int | None = None
 
   @classmethod
@@ -272,16 +260,9 @@ class RunLength:
     )
 
   def steps(self, name: str, section: Config, default: Any = REQUIRED) -> Any:
-    """The duration NAME of a section, in steps.
+    """The duration NAME of a section in steps, at least 1 unless it is 0.
 
-    Args:
-      name: 'warmup' reads warmup_steps, warmup_epochs, warmup_examples or
-        warmup_percent; None counts as absent.
-      section: of the config.
-      default: returned if no key is given.
-
-    Returns:
-      The nearest number of steps, at least 1 unless the duration is 0.
+    Returns `default` where the section lacks it.
 
     Raises:
       ConfigError: no key or several are given, or one that can't be converted.
@@ -345,10 +326,9 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
   """The config of a recipe.
 
   Args:
-    path: a file or a packaged recipe, each with its arguments after a colon:
+    path: a file or a packaged recipe, with arguments after a colon:
       `FOLDER/NAME.py`, `NAME`, `NAME:tiny,batch=64`.
-    **arguments: further arguments, typed; those of a recipe that varies
-      another one.
+    **arguments: further arguments, typed.
 
   Raises:
     ConfigError: no such recipe, or a file without a `get_config`.

@@ -89,12 +89,7 @@ def check_param_rules(
 
   On a mesh with both `fsdp` and `tensor`, a rule with `tensor` on another
   dimension than the built-in rule would reshard the parameters in each layer.
-
-  Args:
-    params: arrays or shapes, under their full names.
-    mesh: from `make_mesh`.
-    rules: of the config.
-    keep: as for `all_gather_params`.
+  `keep` is that of `all_gather_params`.
   """
   if mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] == 1:
     return

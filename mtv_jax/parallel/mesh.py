@@ -30,13 +30,11 @@ def make_mesh(
 ) -> Mesh:
   """The mesh `(data, fsdp, tensor)`.
 
-  Slices of a pod, and machines with GPUs, are joined by the data-centre
-  network, which is far slower than the network within them. `dcn` is the number
-  of slices along each axis, as MaxText's `dcn_data_parallelism` and axlearn's
-  `HybridMeshShape`: of 512 chips in two slices, `dict(data=128, fsdp=4,
-  dcn=dict(data=2))` has 64 x 4 on each. By default `data` is split over all
-  slices, so that only reductions of gradients cross the network; what it can't
-  be split into falls to `fsdp`, then to `tensor`.
+  `dcn` is the number of slices along each axis, between which the network is
+  slow, as MaxText's `dcn_data_parallelism` and axlearn's `HybridMeshShape`: of
+  512 chips in two slices, `dict(data=128, fsdp=4, dcn=dict(data=2))` has 64 x 4
+  on each. By default `data` is split over all slices, so that only reductions
+  of gradients cross that network, then `fsdp`, then `tensor`.
 
   Args:
     shape: sizes by axis over all devices; -1 for what the others leave. And
@@ -178,11 +176,10 @@ def host_rows(mesh: Mesh) -> HostRows:
 def data_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " b"]:
   """For each row of a batch on the mesh, which row of the data it is.
 
-  Processes read consecutive rows, but in a mesh that follows a pod's network
-  the devices of one process need not be consecutive: on 4 x 4 chips in hosts
-  of 2 x 2, the first row of chips belongs to two hosts. A batch on the mesh is
-  then a permutation of the data's. Losses don't depend on it; random numbers
-  of an example follow its row of the data.
+  Processes read consecutive rows, but the devices of a process need not be
+  consecutive on the mesh: on 4 x 4 chips in hosts of 2 x 2, the first row of
+  chips belongs to two hosts. A batch on the mesh is then a permutation of the
+  data's; random numbers of an example follow its row of the data.
 
   Raises:
     ConfigError: the processes' parts are not equal.

@@ -30,23 +30,18 @@ AXES = BATCH_SPEC[0]
 
 @pytree_dataclass
 class EmbeddingBatch:
-  """One side of a comparison: images or texts, regions or phrases.
+  """One side of a comparison: images or texts, regions or phrases."""
 
-  Attributes:
-    embedding: of unit length.
-    metadata: arrays `[n, ...]` without gradient, such as which rows are valid.
-  """
-
-  embedding: Float[Array, "n d"]
-  metadata: PyTree
+  embedding: Float[Array, "n d"]  # Of unit length.
+  metadata: PyTree  # `[n, ...]` without gradient, such as which are valid.
 
 
-# (rows [n], columns [c], parameters) -> losses [n], each row's sum over these
-# columns, and a tree [n, ...] of diagnostics.
+# (rows [n], columns [c], parameters) -> losses [n], summed over columns, and a
+# tree [n, ...] of diagnostics.
 PairLossFn = Callable[
   [EmbeddingBatch, EmbeddingBatch, PyTree], tuple[Array, PyTree]
 ]
-# Diagnostics over some columns and over others -> over all of them.
+# Diagnostics over two sets of columns -> over their union.
 MergeFn = Callable[[PyTree, PyTree], PyTree]
 
 
@@ -98,8 +93,8 @@ def ring_pairwise_loss(
   """Sums a loss over all pairs, one device's chunk of columns at a time.
 
   Equal to `pair_loss_fn` of all rows and columns in value and gradient, up to
-  the order of additions. Of `n` devices each sends `n - 1` chunks of columns,
-  and with gradients `n` chunks of those. Devices along `tensor` repeat it.
+  the order of additions. Each of `n` devices sends `n - 1` chunks of columns
+  and, with gradients, `n` of those. Devices along `tensor` repeat it.
 
   Args:
     rows: split over the devices as the batch is; they are not sent.
@@ -217,17 +212,16 @@ def ring_nearest(
 ) -> Float[Array, "n d"]:
   """Each row's nearest other row by cosine, searched around the ring.
 
-  All rows go around once, and their gradients, which come from the rows that
-  they are nearest to, once more. With gathered rows, XLA for TPUs would send
-  all rows to all devices three times and sum their gradients on all devices.
+  All rows are sent around once, and their gradients once more. With gathered
+  rows, XLA for TPUs would send all rows to all devices three times.
 
   Args:
     vectors: of unit length, split over the devices as the batch is.
-    valid: which rows count, as themselves and as neighbours.
-    mesh: `(data, fsdp, tensor)`, whose first two divide the rows.
+    valid: which rows count, as rows and as neighbours.
+    mesh: its axes `data` and `fsdp` divide the rows.
 
   Returns:
-    The first of equally near rows, and any row where there is no neighbour.
+    The first of equally near rows, and any row where no neighbour is valid.
   """
   split, count = PartitionSpec(AXES), num_batch_shards(mesh)
   mapped = functools.partial(

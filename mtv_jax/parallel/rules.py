@@ -47,8 +47,8 @@ def partition_spec(
 ) -> PartitionSpec:
   """The partition of one array by a rule for its trailing dimensions.
 
-  A dimension that its axes do not divide, such as a vocabulary of 258, drops
-  them from the first on until the rest do.
+  Axes that don't divide a dimension, such as a vocabulary of 258, are dropped,
+  the first ones first.
   """
   if len(axes) > len(shape):
     axes = ()

@@ -45,15 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-  """The train step of a config on a mesh, not yet compiled.
-
-  Attributes:
-    config: resolved.
-    length: of the run.
-    step_spec: what the step computes.
-    optimizer: with its schedule and its table of rules.
-    program: functions of the step, shapes and shardings of its state.
-  """
+  """The train step of a resolved config on a mesh, not yet compiled."""
 
   config: ConfigDict
   length: schema.RunLength
@@ -88,18 +80,11 @@ class TrainStep:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(TrainStep):
-  """A checked config and everything that is built from it.
-
-  Attributes:
-    workdir: the run's folder.
-    tokenizer: of the captions; None for a model without text.
-    sources: of `config.data.train`, in order.
-    evaluators: of `config.evals`.
-  """
+  """A checked config and everything that is built from it."""
 
   workdir: pathlib.Path
-  tokenizer: Any
-  sources: list[Any]
+  tokenizer: Any  # None for a model without text.
+  sources: list[Any]  # Of `config.data.train`, in order.
   evaluators: dict[str, evals_base.Evaluator]
 
 
@@ -173,14 +158,10 @@ def _weight(
 def make_config_mesh(
   config: ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """The mesh of a resolved config; checks that it divides the batch.
-
-  Args:
-    config: resolved.
-    devices: of the mesh; all by default.
+  """The mesh of a resolved config, over all devices by default.
 
   Raises:
-    ConfigError: the sizes don't fit the devices, or the batch doesn't fit.
+    ConfigError: the sizes don't fit the devices, or don't divide the batch.
   """
   mesh = make_mesh(config.mesh, devices)
   if config.batch_size % config.accumulate:
@@ -195,14 +176,7 @@ def make_config_mesh(
 def build_train_step(
   config: ConfigDict, mesh: Mesh, examples_per_epoch: int | None
 ) -> TrainStep:
-  """Builds the optimizer and the train step of a resolved config.
-
-  Opens no data and compiles nothing.
-
-  Args:
-    config: resolved.
-    mesh: from `make_config_mesh`.
-    examples_per_epoch: for durations in epochs.
+  """Builds the train step of a resolved config; opens no data.
 
   Raises:
     ConfigError: as `build_step_spec`; for an invalid rule, or one that matches

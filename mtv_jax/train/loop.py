@@ -9,7 +9,8 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -86,41 +87,6 @@ def prefetch_to_device(
       yield ahead.popleft()
 
 
-def evaluate(
-  experiment: Experiment, state: TrainState, step: int, name: str
-) -> dict[str, float]:
-  """Evaluates the current parameters.
-
-  Writes the metrics, which it returns by name, with their protocol to
-  `evals/NAME_STEP.json`.
-  """
-  config, spec = experiment.config, experiment.step_spec
-  weights = config.evals[name].get("weights", "student")
-  encoder = Encoder(
-    spec.model,
-    state.weights(weights),
-    preprocess_of(config),
-    experiment.tokenizer,
-    experiment.mesh,
-    dtype=str(spec.dtype),
-    weights=weights,
-    source=f"{experiment.workdir.name} at step {step}",
-    prediction_heads=heads_lib.heads_of_config(config.objectives, spec.model),
-  )
-  results = evals_lib.evaluate(encoder, {name: experiment.evaluators[name]})
-  if jax.process_index() == 0:
-    path = experiment.workdir / "evals" / f"{name}_{step}.json"
-    results_lib.write_json(path, encoder, results)
-  return {f"{name}/{k}": v for k, v in results[name].metrics.items()}
-
-
-def sort_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Sorts metrics: losses, learning rate, gradient norm, others."""
-  losses = [name for name in values if name.endswith("/loss")]
-  first = ["loss", *losses, "lr", "grad_norm"]
-  return {name: values[name] for name in (*first, *values)}
-
-
 def check_finite(step: int, values: Mapping[str, Any]) -> None:
   """Raises NonFiniteError where the loss or a gradient is not finite."""
   watched = ("loss", "grad_norm", "update_norm")
@@ -178,12 +144,12 @@ def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
       process_index=jax.process_index(),
     )
     stack.enter_context(writer)
-    notice = stack.enter_context(preemption.catch_sigterm())
+    sigterm = stack.enter_context(preemption.catch_sigterm())
     # Not before, so that a config that is refused replaces nothing.
     save_config(experiment)
     state = init_or_restore(experiment, saved)
     return _Trainer(
-      experiment, state, first, loader, checkpoints, writer, chrono, notice
+      experiment, state, first, loader, checkpoints, writer, chrono, sigterm
     ).run()
 
 
@@ -198,7 +164,7 @@ class _Trainer:
   checkpoints: Checkpointer
   writer: MetricWriter
   chrono: Chrono
-  notice: preemption.Notice
+  sigterm: threading.Event
   # Metrics of the last update, on the devices or fetched, and its objectives.
   values: dict[str, Any] = dataclasses.field(default_factory=dict)
   active: tuple[str, ...] = ()
@@ -218,20 +184,19 @@ class _Trainer:
     if self.first >= last:
       log.info("The run is complete at step %d.", self.first)
     if self.first == 0:
-      self.evaluate(
-        0, {n for n, e in config.evals.items() if e.get("at_start")}
-      )
+      at_start = [n for n, e in config.evals.items() if e.get("at_start")]
+      self.evaluate(0, at_start)
     for step in range(self.first + 1, last + 1):
       batch = self.next_batch(step, batches)
       norms = self.update(step, batch, norms_every)
       if step % log_every == 0 or norms or step in (self.first + 1, last):
         self.log(step, norms)
-      preempted = self.checkpoints.preempted(step) or self.notice.received
+      preempted = self.checkpoints.preempted(step) or self.sigterm.is_set()
       if preempted and step < last:
         # Before the evaluations, for which there may be no time.
         self.save_and_exit(step)
-      due = {n for n, e in evals_every.items() if e and step % e == 0}
-      self.evaluate(step, due if step < last else evals_every.keys())
+      due = [n for n, e in evals_every.items() if e and step % e == 0]
+      self.evaluate(step, due if step < last else evals_every)
       if self.checkpoints.due(step) or step == last:
         check_finite(step, jax.device_get(self.values))
         with self.chrono.pause():
@@ -245,8 +210,8 @@ class _Trainer:
         return next(batches)
       except Exception as error:
         # A signal to a process group also ends the data workers. With several
-        # hosts, none of which may exit alone, `received` is False.
-        if not self.notice.received:
+        # hosts, none of which may exit alone, `sigterm` is not set.
+        if not self.sigterm.is_set():
           raise
         log.warning("No further batch, after SIGTERM: %s", error)
         self.save_and_exit(step - 1)
@@ -280,23 +245,48 @@ class _Trainer:
     self.values = jax.device_get(self.values)
     check_finite(step, self.values)
     stats = self.loader.stats
-    self.values |= {
+    values = self.values | {
       "lr": self.experiment.optimizer.schedule(step - 1),
       "data/corrupt": stats.corrupt,
       "data/dropped": sum(stats.dropped.values()),
       **{f"{name}/encoder_grad_norm": v for name, v in norms.items()},
     }
+    losses = [name for name in values if name.endswith("/loss")]
+    names = ("loss", *losses, "lr", "grad_norm", *values)
     self.writer.scalars(
-      step, sort_metrics(self.values), self.chrono.rates(step)
+      step, {name: values[name] for name in names}, self.chrono.rates(step)
     )
 
-  def evaluate(self, step: int, names: Collection[str]) -> None:
-    """Runs evaluations and writes their metrics."""
-    for name in self.experiment.evaluators:
-      if name in names:
-        with self.chrono.pause():
-          metrics = evaluate(self.experiment, self.state, step, name)
-          self.writer.scalars(step, metrics)
+  def evaluate(self, step: int, names: Iterable[str]) -> None:
+    """Evaluates the current parameters.
+
+    Writes the metrics, and with their protocol `evals/NAME_STEP.json`.
+    """
+    experiment, spec = self.experiment, self.experiment.step_spec
+    config, workdir = experiment.config, experiment.workdir
+    for name in names:
+      with self.chrono.pause():
+        weights = config.evals[name].get("weights", "student")
+        encoder = Encoder(
+          spec.model,
+          self.state.weights(weights),
+          preprocess_of(config),
+          experiment.tokenizer,
+          experiment.mesh,
+          dtype=str(spec.dtype),
+          weights=weights,
+          source=f"{workdir.name} at step {step}",
+          prediction_heads=heads_lib.heads_of_config(
+            config.objectives, spec.model
+          ),
+        )
+        evaluators = {name: experiment.evaluators[name]}
+        results = evals_lib.evaluate(encoder, evaluators)
+        if jax.process_index() == 0:
+          path = workdir / "evals" / f"{name}_{step}.json"
+          results_lib.write_json(path, encoder, results)
+        metrics = results[name].metrics.items()
+        self.writer.scalars(step, {f"{name}/{k}": v for k, v in metrics})
 
   def save(self, step: int) -> None:
     """Starts saving a checkpoint."""

@@ -61,21 +61,13 @@ def setup_logging(*, process_index: int = 0) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-  """Training speed.
-
-  Attributes:
-    images_per_second: over all hosts, since the last reading.
-    wait: share of that time spent waiting for data.
-    step_seconds: mean time of a step since the last reading.
-    eta: seconds left at this session's mean pace; NaN where unknown.
-    core_hours: device hours of training so far, all sessions together.
-  """
+  """Training speed since the last reading, over all hosts."""
 
   images_per_second: float
-  wait: float
+  wait: float  # Share of the time spent waiting for data.
   step_seconds: float
-  eta: float
-  core_hours: float
+  eta: float  # Seconds left at this session's mean pace; NaN where unknown.
+  core_hours: float  # Device hours of training, all sessions together.
 
 
 class Chrono:

@@ -18,18 +18,9 @@ class Preempted(UserError, RuntimeError):
   """Raised after SIGTERM, once a checkpoint is saved."""
 
 
-class Notice:
-  """Whether this process has received SIGTERM."""
-
-  received = False
-
-  def _note(self, *_: object) -> None:
-    self.received = True
-
-
 @contextlib.contextmanager
-def catch_sigterm() -> Iterator[Notice]:
-  """Records SIGTERM inside the context instead of exiting.
+def catch_sigterm() -> Iterator[threading.Event]:
+  """Sets an event at SIGTERM inside the context instead of exiting.
 
   Repeated signals change nothing: some programs send one to a process and one
   to its group. SIGINT and SIGKILL are left alone.
@@ -40,17 +31,16 @@ def catch_sigterm() -> Iterator[Notice]:
   """
   import jax  # Imported late: cli/errors.py needs this module without it.
 
-  notice = Notice()
-  ours = (
-    threading.current_thread() is threading.main_thread()
-    and not jax.distributed.is_initialized()
-    and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-  )
-  if not ours:
-    yield notice
+  received = threading.Event()
+  if (
+    threading.current_thread() is not threading.main_thread()
+    or jax.distributed.is_initialized()
+    or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+  ):
+    yield received
     return
-  signal.signal(signal.SIGTERM, notice._note)
+  signal.signal(signal.SIGTERM, lambda *_: received.set())
   try:
-    yield notice
+    yield received
   finally:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

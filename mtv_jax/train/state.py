@@ -12,24 +12,14 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @pytree_dataclass
 class TrainState:
-  """Everything that training changes and a checkpoint stores.
+  """Everything that training changes and a checkpoint stores."""
 
-  Attributes:
-    step: number of updates done.
-    params: `image`, `text` and `heads/NAME`, float32.
-    opt_state: moments have the parameters' names and shapes.
-    teacher: EMA of `image` and of the heads marked for it; `{}` where no
-      objective reads a teacher.
-    ema: EMA of all parameters, for evaluation and export, or `{}`.
-    statistics: running statistics by objective, such as DINO's centre.
-  """
-
-  step: Int[Array, ""]
-  params: PyTree
-  opt_state: Any
-  teacher: PyTree
-  ema: PyTree
-  statistics: PyTree
+  step: Int[Array, ""]  # Number of updates done.
+  params: PyTree  # `image`, `text` and `heads/NAME`, float32.
+  opt_state: Any  # Moments have the parameters' names and shapes.
+  teacher: PyTree  # EMA of `image` and heads; {} where no objective reads it.
+  ema: PyTree  # EMA of all parameters, for evaluation and export, or {}.
+  statistics: PyTree  # By objective, such as DINO's centre.
 
   def weights(self, which: str) -> PyTree:
     """The parameters to evaluate: `'student'`, `'teacher'` or `'ema'`.

@@ -45,35 +45,22 @@ class ObjectiveWeight:
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-  """Everything that the train step computes.
-
-  Attributes:
-    model: shapes of the towers.
-    dtype: compute dtype; parameters and losses are float32.
-    runtime: options of the towers that change no value (`remat`, `scan`).
-    objectives: by name, as weights and views.
-    seed: of everything random in the step.
-    total_steps: of the run, for schedules.
-    teacher_momentum: of the EMA that is the teacher, at the start.
-    teacher_end: at the end, along half a cosine; None for constant.
-    ema_decay: of the EMA of all parameters; None for none.
-    accumulate: number of parts in which a batch is encoded, one after the
-      other; the gradients are those of the whole batch.
-    frozen: names of parameters that are neither differentiated nor updated.
-  """
+  """Everything that the train step computes."""
 
   model: model_lib.ModelSpec
-  dtype: Any
+  dtype: Any  # Of the computation; parameters and losses are float32.
   objectives: Mapping[str, base.Objective]
   weights: Mapping[str, ObjectiveWeight]
   views: Mapping[str, views_lib.View]
   seed: int
   total_steps: int
+  # Options of the towers that change no value (`remat`, `scan`).
   runtime: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  teacher_momentum: float = 0.996
-  teacher_end: float | None = None
-  ema_decay: float | None = None
-  accumulate: int = 1
+  teacher_momentum: float = 0.996  # Of the EMA, at the start.
+  teacher_end: float | None = None  # After half a cosine; None for constant.
+  ema_decay: float | None = None  # Of all parameters.
+  accumulate: int = 1  # Parts of a batch, encoded one after the other.
+  # Names of parameters that are neither differentiated nor updated.
   frozen: frozenset[str] = frozenset()
 
   def __post_init__(self):

@@ -136,8 +136,8 @@ def test_functions_and_classes_declare_options_too():
 def test_an_entry_is_built_by_its_type():
   registry = {"entry": Entry, "fraction": "fractions:Fraction"}
   built = options.build_entry(
-    registry, {"count": 3, "weight": 2}, where="config.x",
-    default_type="entry", reserved=("weight",),
+    registry, {"type": "entry", "count": 3, "weight": 2}, where="config.x",
+    reserved=("weight",),
   )  # fmt: skip
   assert built == Entry(count=3)
   assert options.look_up(registry, "fraction", where="")(1, 2) == 0.5

@@ -94,7 +94,7 @@ def test_only_the_default_sigterm_handler_is_replaced():
 
   def elsewhere():
     with preemption.catch_sigterm() as notice:
-      taken.append(notice.received)
+      taken.append(notice.is_set())
 
   thread = threading.Thread(target=elsewhere)
   thread.start()
