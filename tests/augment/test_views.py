@@ -283,8 +283,14 @@ def test_a_canvas_of_another_shape_is_refused():
     ("resize(224.0)", "size is 224.0, expected an integer >= 1"),
     ("crop(True)", "size is True, expected an integer"),
     ("crop(8)|grey('a')", "p is 'a', expected a number .* <= 1"),
-    ("crop(8)|blur(sigma=2.0)", r"sigma is 2.0, expected \(a number > 0, a number"),
-    ("crop(8)|blur(sigma=(1, 2, 3))", r"expected \(a number > 0, a number > 0\)"),
+    (
+      "crop(8)|blur(sigma=2.0)",
+      r"sigma is 2.0, expected \(a number > 0, a number",
+    ),
+    (
+      "crop(8)|blur(sigma=(1, 2, 3))",
+      r"expected \(a number > 0, a number > 0\)",
+    ),
     ("crop(8)|blur(kernel=4)", "kernel is 4, expected an odd number"),
     ("crop(8)|keep(0)", "ratio is 0, expected a number > 0 and <= 1"),
     ("crop(8)|jitter(hue=0.6)", "hue is 0.6, expected a number .* <= 0.5"),
