@@ -14,14 +14,11 @@ def initialize(
 ) -> None:
   """`jax.distributed.initialize`, before anything else touches a device.
 
-  Args:
-    distributed: join; on a TPU pod, SLURM or Open MPI hosts find each other.
-    coordinator: host:port of process 0, for elsewhere; implies `distributed`.
-    processes: how many there are.
-    process: which one this is, from 0.
+  On TPU pods, SLURM and Open MPI the hosts find each other; elsewhere give the
+  coordinator (host:port of process 0), the number of processes and this one's.
 
   Raises:
-    InputError: some of the last three are given and others not.
+    InputError: only some of the last three are given.
   """
   given = [coordinator, processes, process]
   if any(g is not None for g in given) and None in given:

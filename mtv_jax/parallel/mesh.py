@@ -20,8 +20,7 @@ from mtv_jax.config import schema
 from mtv_jax.utils.errors import ConfigError, did_you_mean
 
 MESH_AXES = ("data", "fsdp", "tensor")
-# The default of `config.mesh.dcn`.
-_ANYWHERE = {"data": -1, "fsdp": 1, "tensor": 1}
+_DEFAULT_DCN = {"data": -1, "fsdp": 1, "tensor": 1}
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 
@@ -50,11 +49,11 @@ def make_mesh(
   sizes = {name: size for name, size in shape.items() if name != "dcn"}
   whole = _sizes("config.mesh", sizes, len(devices), "devices")
   slices = _slices(devices)
-  given = {**_ANYWHERE, **(shape.get("dcn") or {})}
+  given = {**_DEFAULT_DCN, **(shape.get("dcn") or {})}
   if len(slices) == 1:
     # Devices without slices can be cut into some by the config.
     slices = _cut(devices, math.prod(abs(int(n)) for n in given.values()))
-  if given == _ANYWHERE:
+  if given == _DEFAULT_DCN:
     # The first axes take the most.
     outer, rest = [], len(slices)
     for size in whole[:-1]:

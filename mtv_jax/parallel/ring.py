@@ -1,12 +1,9 @@
 """Pairwise losses and nearest neighbours around a ring of devices.
 
-With gathered columns a device's logits grow with the number of devices. In the
-chunked loss of SigLIP (Zhai et al. 2023) a device has the columns of one device
-at a time and sends them to its neighbour in the ring.
-
-The loss is a sum over pairs, so gradients are computed in the forward pass;
-those of the columns are sent with the columns. The backward pass only
-multiplies by the cotangent.
+In the chunked loss of SigLIP (Zhai et al. 2023) a device has the columns of one
+device at a time and sends them to its neighbour in the ring: its logits don't
+grow with the number of devices. The loss is a sum over pairs, so gradients are
+computed in the forward pass, and those of columns are sent with the columns.
 """
 
 from __future__ import annotations

@@ -82,19 +82,13 @@ class Chrono:
   The first step of a session counts as compilation; wait for it
   (`jax.block_until_ready`) before `step`. Later steps may run ahead: reading
   metrics before `rates` waits for them.
-
-  Args:
-    total_steps: of the run.
-    batch_size: examples a step, over all hosts.
-    devices: for the core-hours.
-    clock: returns seconds.
   """
 
   def __init__(
     self,
     *,
     total_steps: int,
-    batch_size: int,
+    batch_size: int,  # Over all hosts.
     devices: int = 1,
     clock: Callable[[], float] = time.perf_counter,
   ):
