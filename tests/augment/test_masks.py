@@ -28,9 +28,9 @@ def sample(op, size, count, seed=0):
 def mean_masked_neighbours(mask):
   """Mean share of a masked patch's neighbours that are masked too."""
   padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
-  around = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1].astype(int)
-  around = around + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
-  return around[mask].mean() / 4
+  neighbours = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1].astype(int)
+  neighbours = neighbours + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
+  return neighbours[mask].mean() / 4
 
 
 @pytest.mark.parametrize("size, ratio", [(224, 0.5), (96, 0.3), (64, 0.9)])

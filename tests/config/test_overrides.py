@@ -226,16 +226,16 @@ def test_the_training_command_prints_one_message(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("arguments", "says"),
+  ("arguments", "message"),
   [
     (["step", "--config=nowhere.py"], "bench: there is no config 'nowhere.py'"),
     (["data", "--data=nowhere/*.tar"], "bench: 'nowhere/[*].tar' matches no"),
     (["data", "--tokenizer=x.model"], "bench: tokenizer='x.model': there is"),
   ],
 )
-def test_bench_prints_one_message(repo_root, arguments, says):
+def test_bench_prints_one_message(repo_root, arguments, message):
   main = runpy.run_path(str(repo_root / "tools" / "bench.py"))["main"]
-  with pytest.raises(SystemExit, match=says):
+  with pytest.raises(SystemExit, match=message):
     main(arguments)
 
 

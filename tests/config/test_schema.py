@@ -120,14 +120,14 @@ def test_repeated_ops_are_refused_where_names_are_unique():
 
 def test_did_you_mean():
   names = ["weight_decay", "lr"]
-  told = did_you_mean("weight_decy", names)
-  assert told == "Did you mean 'weight_decay'? There are: lr, weight_decay."
+  message = did_you_mean("weight_decy", names)
+  assert message == "Did you mean 'weight_decay'? There are: lr, weight_decay."
   assert did_you_mean("zzz", ["a"]) == "There are: a."
   assert did_you_mean("zzz", []) == "There are none."
   many = [f"name{i}" for i in range(100)]
-  told = did_you_mean("nam42", many, limit=3)
-  assert "name42" in told
-  assert told.endswith("(97 more).")
+  message = did_you_mean("nam42", many, limit=3)
+  assert "name42" in message
+  assert message.endswith("(97 more).")
 
 
 # --- durations ---------------------------------------------------------------

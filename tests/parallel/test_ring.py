@@ -149,8 +149,8 @@ def temporaries(name, method, devices, rows=64):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["contrastive", "grounding"])
 def test_ring_memory_does_not_grow_with_the_devices(name):
-  around = [temporaries(name, "ring", n) for n in (2, 4, 8)]
+  ring_bytes = [temporaries(name, "ring", n) for n in (2, 4, 8)]
   gathered = [temporaries(name, "gathered", n) for n in (2, 4, 8)]
   # A chunk of 64 columns is 4 kB: of regions, two an image, 8 kB.
-  assert max(around[1:]) <= around[0] + 2 * 8192, around
+  assert max(ring_bytes[1:]) <= ring_bytes[0] + 2 * 8192, ring_bytes
   assert gathered[2] > 2.5 * gathered[0], gathered

@@ -41,12 +41,12 @@ def parts(config):
 
 
 def test_a_frozen_tower_costs_its_forward_pass_and_has_no_moments(tmp_path):
-  open_, _ = parts(smallest())
-  shut, actual = parts(locked())
+  trained, _ = parts(smallest())
+  frozen, actual = parts(locked())
   image, text = "image(image, student)", "text(caption, student)"
   # Forward, and without the gradient on the pixels less than twice that back.
-  assert shut[image] < 0.4 * open_[image]
-  assert shut[text] == open_[text]
+  assert frozen[image] < 0.4 * trained[image]
+  assert frozen[text] == trained[text]
   # The whole step knows it too: nothing pulls gradients through the tower.
   assert actual.traced == pytest.approx(actual.total, rel=0.01)
   state = build_experiment(locked(), tmp_path).program.abstract

@@ -177,18 +177,18 @@ def test_invalid_evaluations_are_refused_at_the_start(
 
 def test_a_weight_is_a_number_or_a_schedule(tmp_path):
   config = smallest().to_dict()
-  config["objectives"]["late"] = dict(
+  config["objectives"]["delayed"] = dict(
     type="contrastive",
     init_bias=-2.0,
     weight=dict(value=0.5, start_percent=50, ramp_steps=3),
   )
   weights = build_experiment(config, tmp_path).step_spec.weights
-  assert weights["late"] == ObjectiveWeight(0.5, start=6, ramp=3)
+  assert weights["delayed"] == ObjectiveWeight(0.5, start=6, ramp=3)
   assert weights["contrastive"] == ObjectiveWeight(1.0)
   del config["objectives"]["contrastive"]
   with pytest.raises(ValueError, match="the first one starts at step 6"):
     build_experiment(config, tmp_path)
-  config["objectives"]["late"]["weight"] = dict(valu=1.0)
+  config["objectives"]["delayed"]["weight"] = dict(valu=1.0)
   with pytest.raises(ValueError, match="Did you mean 'value'"):
     build_experiment(config, tmp_path)
 

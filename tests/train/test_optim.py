@@ -54,11 +54,11 @@ def run(tx, params=PARAMS, grads=GRADS):
     updates, state = tx.update(grad, state, params)
     return optax.apply_updates(params, updates), state
 
-  seen = []
+  history = []
   for grad in grads:
     params, state = update(params, state, grad)
-    seen.append({n: np.array(x) for n, x in flatten_with_names(params)})
-  return seen, state
+    history.append({n: np.array(x) for n, x in flatten_with_names(params)})
+  return history, state
 
 
 def numpy_adamw(lr, multipliers, *, decay, clip, b1=0.9, b2=0.95, eps=1e-8):
@@ -66,7 +66,7 @@ def numpy_adamw(lr, multipliers, *, decay, clip, b1=0.9, b2=0.95, eps=1e-8):
   p = {n: x.astype(np.float64) for n, x in flatten_with_names(PARAMS)}
   m = {n: np.zeros_like(x) for n, x in p.items()}
   v = {n: np.zeros_like(x) for n, x in p.items()}
-  seen = []
+  history = []
   for t, tree in enumerate(GRADS):
     g = dict(flatten_with_names(tree))
     norm = math.sqrt(sum(np.sum(np.square(x, dtype=float)) for x in g.values()))
@@ -78,8 +78,8 @@ def numpy_adamw(lr, multipliers, *, decay, clip, b1=0.9, b2=0.95, eps=1e-8):
       u = mhat / (np.sqrt(vhat) + eps)
       lr_mult, decay_mult = multipliers[n]
       p[n] = p[n] - lr(t) * lr_mult * (u + decay * decay_mult * p[n])
-    seen.append(dict(p))
-  return seen
+    history.append(dict(p))
+  return history
 
 
 def test_adamw_with_schedule_decay_clipping_and_multipliers():
@@ -178,8 +178,8 @@ def test_adafactor_second_moment_keeps_moving():
   params = {"kernel": jnp.ones(3)}
   tx = build({"name": "adafactor", "b2": 0.0, "b1": 0.0}, params=params).tx
   grads = [{"kernel": jnp.array(g)} for g in ([1.0, 2, 3], [9.0, -8, 7])]
-  seen, _ = run(tx, params, grads)
-  step = seen[1]["kernel"] - seen[0]["kernel"]
+  history, _ = run(tx, params, grads)
+  step = history[1]["kernel"] - history[0]["kernel"]
   np.testing.assert_allclose(step, [-0.01, 0.01, -0.01], rtol=1e-5)
 
 
@@ -198,10 +198,10 @@ def test_moments_have_the_names_and_shapes_of_parameters():
 def test_frozen_parameters_stay_bit_equal_and_have_no_moments():
   rules = [("^image/", {"lr": 0})]
   optimizer = build({"weight_decay": 0.5, "clip_norm": 1.0, "rules": rules})
-  seen, state = run(optimizer.tx)
+  history, state = run(optimizer.tx)
   flat = dict(flatten_with_names(PARAMS))
   for name in SHAPES:
-    moved = not np.array_equal(seen[-1][name], flat[name])
+    moved = not np.array_equal(history[-1][name], flat[name])
     assert moved == (not name.startswith("image/"))
   moments = [n for n, x in flatten_with_names(state) if x.ndim]
   assert moments and not [n for n in moments if "image" in n]
@@ -212,7 +212,7 @@ def test_frozen_parameters_stay_bit_equal_and_have_no_moments():
   ]
   again, _ = run(optimizer.tx, grads=zeroed)
   for name in SHAPES:
-    np.testing.assert_array_equal(seen[-1][name], again[-1][name])
+    np.testing.assert_array_equal(history[-1][name], again[-1][name])
 
 
 def norm(tree):

@@ -34,12 +34,12 @@ def uninterrupted(tmp_path_factory):
 def told_at(monkeypatch):
   """Sends SIGTERM to this process once a step was logged."""
 
-  def arrange(told):
+  def arrange(signal_step):
     progress = MetricWriter.progress
 
     def and_tell(self, step, *args):
       progress(self, step, *args)
-      if step == told:
+      if step == signal_step:
         # Else the run doesn't take it, and it would end the tests.
         assert signal.getsignal(signal.SIGTERM) != at_once
         os.kill(os.getpid(), signal.SIGTERM)
@@ -90,16 +90,16 @@ def test_only_the_default_sigterm_handler_is_replaced():
       assert signal.getsignal(signal.SIGTERM) is mine
   finally:
     signal.signal(signal.SIGTERM, at_once)
-  taken = []
+  received = []
 
   def elsewhere():
     with preemption.catch_sigterm() as notice:
-      taken.append(notice.is_set())
+      received.append(notice.is_set())
 
   thread = threading.Thread(target=elsewhere)
   thread.start()
   thread.join()
-  assert taken == [False]
+  assert received == [False]
 
 
 def test_the_command_prints_one_line_and_exits_with_143(capsys):
@@ -126,11 +126,11 @@ def test_all_processes_save_the_same_step_after_sigterm_to_one(tmp_path, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("after", "saved", "says"),
+  ("after", "saved", "message"),
   [(2, ["2"], "saved step 2 of 4"), (0, [], "completed no step of 4")],
 )
 def test_sigterm_to_the_data_workers_too_saves_a_checkpoint(
-  tmp_path, monkeypatch, after, saved, says
+  tmp_path, monkeypatch, after, saved, message
 ):
   """As where a scheduler signals a whole job: the data ends before a step."""
   original = prefetch_to_device
@@ -144,6 +144,6 @@ def test_sigterm_to_the_data_workers_too_saves_a_checkpoint(
 
   monkeypatch.setattr(loop, "prefetch_to_device", ended)
   config = smallest(total_steps=4, evals={})
-  with pytest.raises(preemption.Preempted, match=says):
+  with pytest.raises(preemption.Preempted, match=message):
     train(config, tmp_path / "run")
   assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == saved

@@ -1,4 +1,4 @@
-"""Four real processes train, evaluate, save and go on as one does."""
+"""Four real processes train, evaluate, save and resume like one."""
 
 import json
 import shutil
@@ -21,8 +21,8 @@ def together(workdir, count, *args, devices=1, arg=ARG):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("alone") / "run"
+def single(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("single") / "run"
   trainings.train(workdir, devices=4, arg=ARG)
   return workdir
 
@@ -47,12 +47,12 @@ def but_key_biases(name, value):
   return value.reshape(-1, 2, 3, value.shape[-1] // 6)[:, :, [0, 2]]
 
 
-def test_four_processes_equal_one(alone, tmp_path):
+def test_four_processes_equal_one(single, tmp_path):
   workdir = tmp_path / "run"
   together(workdir, 4)
-  assert_same_curve(workdir, alone)
-  assert figures(workdir) == figures(alone) and figures(alone)
-  actual, wanted = trainings.params(workdir), trainings.params(alone)
+  assert_same_curve(workdir, single)
+  assert figures(workdir) == figures(single) and figures(single)
+  actual, wanted = trainings.params(workdir), trainings.params(single)
   assert actual.keys() == wanted.keys()
   for name, value in wanted.items():
     # Adam divides by the root of squares that are near zero at first.
@@ -63,7 +63,7 @@ def test_four_processes_equal_one(alone, tmp_path):
     )
 
 
-def test_four_processes_resume_a_run_of_two(alone, tmp_path):
+def test_four_processes_resume_a_run_of_two(single, tmp_path):
   workdir = tmp_path / "run"
   keep = "--config.checkpoint.keep=8"
   together(workdir, 2, keep, devices=2, arg="steps=8,save=1")
@@ -72,7 +72,7 @@ def test_four_processes_resume_a_run_of_two(alone, tmp_path):
     shutil.rmtree(workdir / "checkpoints" / str(step))
   together(workdir, 4, arg=ARG)
   assert "Resumed" in trainings.log(workdir)
-  assert_same_curve(workdir, alone)
+  assert_same_curve(workdir, single)
 
 
 def test_compilation_cache_is_reused(tmp_path):

@@ -1,4 +1,4 @@
-"""The train step: what it computes, alone and on meshes of eight devices."""
+"""The train step on one device and on meshes of eight."""
 
 import dataclasses
 import functools
@@ -102,7 +102,7 @@ def three_steps(mesh):
 
 
 @pytest.fixture(scope="module")
-def alone():
+def single_device():
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
   return jax.device_get(gradients_on(mesh)), *three_steps(mesh)
 
@@ -115,9 +115,9 @@ def alone():
   ],
   ids=str,
 )
-def test_sharded_step_equals_a_single_device(alone, shape):
+def test_sharded_step_equals_a_single_device(single_device, shape):
   mesh = mesh_of(shape)
-  expected_gradients, expected_params, expected_metrics = alone
+  expected_gradients, expected_params, expected_metrics = single_device
   actual = dict_of(jax.device_get(gradients_on(mesh)))
   for name, expected in dict_of(expected_gradients).items():
     error = np.linalg.norm(actual[name] - expected)
@@ -135,7 +135,7 @@ def test_sharded_step_equals_a_single_device(alone, shape):
     np.testing.assert_allclose(metrics[name], expected, rtol=1e-4, err_msg=name)
 
 
-def test_fsdp_is_gathered_under_rules_of_the_config(alone):
+def test_fsdp_is_gathered_under_rules_of_the_config(single_device):
   """Also of what the built-in rules leave whole."""
   rules = [
     (r"blocks/mlp/fc1/kernel$", (None, "fsdp")),
@@ -145,7 +145,7 @@ def test_fsdp_is_gathered_under_rules_of_the_config(alone):
   ]
   actual = jax.device_get(gradients_on(mesh_of((2, 4, 1)), rules))
   actual = dict_of(actual)
-  for name, expected in dict_of(alone[0]).items():
+  for name, expected in dict_of(single_device[0]).items():
     error = np.linalg.norm(actual[name] - expected)
     assert error <= 1e-5 * np.linalg.norm(expected) + 1e-8, name
 
@@ -349,8 +349,8 @@ def test_encoder_grad_norms_by_objective():
   batch = shard_batch(make_batch(), mesh)
   norms = program.encoder_norms(state, batch, ("contrastive", "pull"))
   for name in norms:
-    alone = spec.only((name,))
-    compute = jax.jit(functools.partial(gradients.compute_gradients, alone))
+    single = spec.only((name,))
+    compute = jax.jit(functools.partial(gradients.compute_gradients, single))
     grads = compute(state, batch)[1]
     expected = optax.tree.norm(grads["image"])
     np.testing.assert_allclose(norms[name], expected, rtol=1e-5)
