@@ -14,8 +14,6 @@ from mtv_jax.train import loop, preemption
 from mtv_jax.train.loop import prefetch_to_device, train
 from mtv_jax.train.metrics import MetricWriter
 
-at_once = signal.SIG_DFL
-
 
 def smallest(**changes):
   config = schema.read_config(f"{trainings.CONFIG}:save=100")
@@ -31,38 +29,38 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.fixture
-def told_at(monkeypatch):
+def sigterm_at(monkeypatch):
   """Sends SIGTERM to this process once a step was logged."""
 
-  def arrange(signal_step):
-    progress = MetricWriter.progress
+  def patch(signal_step):
+    scalars = MetricWriter.scalars
 
-    def and_tell(self, step, *args):
-      progress(self, step, *args)
+    def log_and_kill(self, step, *args):
+      scalars(self, step, *args)
       if step == signal_step:
-        # Else the run doesn't take it, and it would end the tests.
-        assert signal.getsignal(signal.SIGTERM) != at_once
+        # With the default handler the signal would end the tests.
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(MetricWriter, "progress", and_tell)
+    monkeypatch.setattr(MetricWriter, "scalars", log_and_kill)
 
-  return arrange
+  return patch
 
 
 @pytest.mark.slow
-def test_sigterm_saves_a_checkpoint_and_exits(tmp_path, told_at):
-  told_at(2)
+def test_sigterm_saves_a_checkpoint_and_exits(tmp_path, sigterm_at):
+  sigterm_at(2)
   config = smallest(total_steps=4, evals={})
   with pytest.raises(preemption.Preempted, match="saved step 2 of 4"):
     train(config, tmp_path / "run")
   assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
-  assert signal.getsignal(signal.SIGTERM) == at_once
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.slow
-def test_resume_after_sigterm_is_bit_exact(uninterrupted, tmp_path, told_at):
+def test_resume_after_sigterm_is_bit_exact(uninterrupted, tmp_path, sigterm_at):
   workdir = tmp_path / "run"
-  told_at(5)
+  sigterm_at(5)
   with pytest.raises(preemption.Preempted, match="saved step 5 of 12"):
     train(smallest(), workdir)
   train(smallest(), workdir)
@@ -73,8 +71,8 @@ def test_resume_after_sigterm_is_bit_exact(uninterrupted, tmp_path, told_at):
 
 
 @pytest.mark.slow
-def test_sigterm_at_the_last_step_completes_the_run(tmp_path, told_at):
-  told_at(12)
+def test_sigterm_at_the_last_step_completes_the_run(tmp_path, sigterm_at):
+  sigterm_at(12)
   state = train(smallest(), tmp_path / "run")
   assert int(state.step) == 12
   assert list((tmp_path / "run" / "evals").iterdir())
@@ -89,14 +87,14 @@ def test_only_the_default_sigterm_handler_is_replaced():
     with preemption.catch_sigterm():
       assert signal.getsignal(signal.SIGTERM) is mine
   finally:
-    signal.signal(signal.SIGTERM, at_once)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
   received = []
 
-  def elsewhere():
+  def in_thread():
     with preemption.catch_sigterm() as notice:
       received.append(notice.is_set())
 
-  thread = threading.Thread(target=elsewhere)
+  thread = threading.Thread(target=in_thread)
   thread.start()
   thread.join()
   assert received == [False]
