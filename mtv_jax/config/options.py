@@ -131,7 +131,7 @@ def build(
       out of range; names the option by its whole config key.
   """
   parameters = inspect.signature(factory).parameters
-  hints = _annotations(factory)
+  hints = annotations(factory)
   for name in options:
     if name not in parameters:
       raise ConfigError(
@@ -155,7 +155,8 @@ def build(
     raise ConfigError(f"{where}: {error}") from error
 
 
-def _annotations(factory: Callable[..., Any]) -> dict[str, Any]:
+def annotations(factory: Callable[..., Any]) -> dict[str, Any]:
+  """The annotations of a factory's parameters, with their `Range`s."""
   while isinstance(factory, functools.partial):
     factory = factory.func
   if isinstance(factory, type) and not dataclasses.is_dataclass(factory):
