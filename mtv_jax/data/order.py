@@ -9,16 +9,15 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
-from typing import Literal
 
 import grain
 import numpy as np
 
 from mtv_jax.data.sources.base import Source
-from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.process_cache import ProcessCache
 
-Shuffle = Literal["global", "block", "none"]
+SHUFFLES = ("global", "block", "none")
 
 # Our choice for `block`: blocks are runs of at most this many records of one
 # shard, and this many blocks are mixed with each other. Reading them costs a
@@ -37,7 +36,7 @@ def addresses(
   sources: Sequence[Source],
   *,
   weights: Sequence[float],
-  shuffle: Shuffle,
+  shuffle: str,
   seed: int,
 ) -> grain.MapDataset:
   """The endless sequence of (index of the source, index of the record).
@@ -54,8 +53,10 @@ def addresses(
     seed: of all shuffles; >= 0.
 
   Raises:
+    ConfigError: an unknown shuffle.
     InputError: no source, an empty one, a weight <= 0 or a seed < 0.
   """
+  check_choice("data.shuffle", shuffle, SHUFFLES)
   if seed < 0:
     raise InputError(f"seed={seed}: expected a number >= 0.")
   if not sources:
@@ -77,9 +78,7 @@ def addresses(
   return grain.MapDataset.mix(orders, weights)
 
 
-def _order(
-  source: Source, shuffle: Shuffle, seed: int, k: int
-) -> grain.MapDataset:
+def _order(source: Source, shuffle: str, seed: int, k: int) -> grain.MapDataset:
   """The endless sequence of one source's record indices."""
   # Seeds of sources are far apart: Grain adds the epoch to them, and with
   # consecutive ones two equal sources would have the same order, one epoch

@@ -15,6 +15,7 @@ No module of `mtv_jax.data` imports JAX, and no worker starts a JAX backend.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -171,7 +172,7 @@ class HostBatches:
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class Loader:
+class Loader(Iterator[Batch], contextlib.AbstractContextManager):
   """Endless iterator over the host's batches, for one thread.
 
   Build it with `make_loader`, and close it (or use `with`).
@@ -185,9 +186,6 @@ class Loader:
   examples_per_epoch: int  # Records in all sources together.
   max_corrupt: float
   stats: Stats = dataclasses.field(default_factory=Stats)
-
-  def __iter__(self) -> Iterator[Batch]:
-    return self
 
   def __next__(self) -> Batch:
     """The next batch: arrays of [rows, ...] for each of `fields`.
@@ -245,9 +243,6 @@ class Loader:
     self.iterator.close()
     self.batches.close()
 
-  def __enter__(self) -> "Loader":
-    return self
-
   def __exit__(self, *exception: object) -> None:
     self.close()
 
@@ -260,7 +255,7 @@ class _Options:
   threads: PositiveInt | None = None  # Of each process; None for one a core.
   prefetch: PositiveInt = 2  # Batches ahead, of each process.
   max_corrupt: Fraction = 0.01
-  shuffle: order.Shuffle = "global"
+  shuffle: str = "global"
 
 
 def make_loader(

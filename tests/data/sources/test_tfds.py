@@ -167,7 +167,7 @@ def test_missing_data_sets_splits_and_formats(
 
 
 class _Dict(dict):
-  """Stands for FeaturesDict, which also has `keys` and `[]`."""
+  """Stands for FeaturesDict, which also has `items`."""
 
 
 class _Sequence:
