@@ -28,12 +28,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from mtv_jax.config.options import (
-  Fraction,
-  NonNegativeInt,
-  PositiveInt,
-  build,
-)
+from mtv_jax.config.options import Fraction, NonNegativeInt, PositiveInt, build
 from mtv_jax.data import order
 from mtv_jax.data.ops import Field, Ops, build_ops
 from mtv_jax.data.records import BadRecord

@@ -27,7 +27,6 @@ from mtv_jax.utils.errors import InputError
 Record = dict[str, Any]
 
 _MAGIC = b"MTV1"
-_COUNT = struct.Struct("<I")
 
 
 class BadRecord(InputError):
@@ -80,8 +79,8 @@ def encode(record: Mapping[str, Any]) -> bytes:
     )
   captions = [text.encode() for text in record["captions"]]
   parts = [record["key"].encode(), bytes(image), *captions]
-  sizes = [_COUNT.pack(len(part)) for part in parts]
-  return b"".join([_MAGIC, _COUNT.pack(len(captions)), *sizes, *parts])
+  counts = [len(captions), *map(len, parts)]
+  return b"".join([_MAGIC, struct.pack(f"<{len(counts)}I", *counts), *parts])
 
 
 def decode(data: bytes, *, where: str = "record") -> Record:
@@ -102,7 +101,7 @@ def decode(data: bytes, *, where: str = "record") -> Record:
       " type='tfds'.",
     )
   try:
-    (n_captions,) = _COUNT.unpack_from(data, 4)
+    (n_captions,) = struct.unpack_from("<I", data, 4)
     start = 16 + 4 * n_captions
     if start > len(data):
       raise ValueError(f"{n_captions} captions don't fit {len(data)} bytes")

@@ -10,13 +10,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from mtv_jax.data.records import BadRecord, Record, caption_list
-from mtv_jax.data.sources.base import (
-  OPEN_THREADS,
-  CaptionMode,
-  FileSource,
-  Paths,
-  import_extra,
-)
+from mtv_jax.data.sources import base
 from mtv_jax.utils.errors import InputError, did_you_mean
 from mtv_jax.utils.path import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
@@ -29,7 +23,7 @@ _CAPTIONS = ("caption", "text", "captions")
 _GROUPS = 24
 
 
-class ParquetSource(FileSource):
+class ParquetSource(base.FileSource):
   """Records of Parquet files, one a row.
 
   A read decodes the row group of the record, and a process caches the 24 most
@@ -60,11 +54,11 @@ class ParquetSource(FileSource):
 
   def __init__(
     self,
-    path: Paths,
+    path: base.Paths,
     *,
     image: str | None = None,
     caption: str | None = None,
-    captions: CaptionMode = "required",
+    captions: base.CaptionMode = "required",
   ):
     _pyarrow()  # Its absence is the first error.
     files = expand_path(path, suffix=self.suffix)
@@ -76,7 +70,7 @@ class ParquetSource(FileSource):
           f"{other} and {file} have the same name, so their records would have"
           " the same keys. Give each folder an entry of data.train."
         )
-    with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
+    with futures.ThreadPoolExecutor(base.OPEN_THREADS) as pool:
       schemas, rows = zip(*pool.map(_read_footer, files), strict=True)
     super().__init__(files, list(map(sum, rows)), captions=captions)
     if not len(self):
@@ -156,7 +150,7 @@ class ParquetSource(FileSource):
 
   def _read_group(self, group: int) -> Any:
     """The image and caption columns of a row group, a `pyarrow.Table`."""
-    parquet = import_extra("pyarrow.parquet", "parquet")
+    parquet = base.import_extra("pyarrow.parquet", "parquet")
     shard = int(np.searchsorted(self._first, group, side="right")) - 1
     columns = [self._image] + [self._caption] * (self._caption is not None)
     rows = self._starts[group + 1] - self._starts[group]
@@ -190,7 +184,7 @@ def open_parquet(file: Path) -> Any:
   """
   arrow = _pyarrow()
   try:
-    return import_extra("pyarrow.parquet", "parquet").ParquetFile(file)
+    return base.import_extra("pyarrow.parquet", "parquet").ParquetFile(file)
   except (arrow.ArrowException, OSError) as error:
     if getattr(error, "errno", None):
       raise
@@ -281,4 +275,4 @@ def _is_caption(kind: Any) -> bool:
 
 
 def _pyarrow() -> Any:
-  return import_extra("pyarrow", "parquet")
+  return base.import_extra("pyarrow", "parquet")
