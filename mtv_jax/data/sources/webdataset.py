@@ -80,9 +80,7 @@ class WebDatasetSource(FileSource):
 
   def _report_skipped(self, tars: Sequence[TarIndex]) -> None:
     no_image = sum(t.header.no_image for t in tars)
-    no_caption = 0
-    if self._captions == "required":
-      no_caption = sum(t.header.count - t.header.captioned for t in tars)
+    no_caption = sum(t.header.count for t in tars) - len(self)
     if not len(self):
       others = sum(t.header.others for t in tars)
       raise InputError(
