@@ -6,7 +6,6 @@ processes are abandoned at once, those of other machines after `STALE_SECONDS`.
 """
 
 import contextlib
-import dataclasses
 import functools
 import glob
 import hashlib
@@ -17,6 +16,7 @@ import re
 import secrets
 import socket
 from collections.abc import Iterator
+from typing import NamedTuple
 
 STALE_SECONDS = 300.0
 
@@ -24,19 +24,12 @@ _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}-\d+-[0-9a-f]{8})\.\d+\.tmp")
 _numbers = itertools.count()
 
 
-@dataclasses.dataclass(frozen=True)
-class Owner:
-  """A process, identified over all machines that share a folder.
+class Owner(NamedTuple):
+  """A process, identified over all machines that share a folder."""
 
-  Attributes:
-    machine: a hash of the host and its process namespace.
-    pid: process number on that machine.
-    token: random, as process numbers are reused.
-  """
-
-  machine: str
-  pid: int
-  token: str
+  machine: str  # A hash of the host and its process namespace.
+  pid: int  # On that machine.
+  token: str  # Random, as process numbers are reused.
 
   def __str__(self) -> str:
     return f"{self.machine}-{self.pid}-{self.token}"
