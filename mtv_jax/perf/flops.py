@@ -32,8 +32,6 @@ from mtv_jax.train.step import make_program, make_update_fn, update_teacher
 from mtv_jax.train.step_spec import StepSpec, abstract_params, init_state
 from mtv_jax.utils.errors import check_choice
 
-Fields = Mapping[str, ops.Field]
-
 
 class Cost(NamedTuple):
   """Cost of a traced function."""
@@ -202,7 +200,9 @@ def run(
   )
 
 
-def batch_fields(config: schema.Config, spec: StepSpec) -> Fields:
+def batch_fields(
+  config: schema.Config, spec: StepSpec
+) -> Mapping[str, ops.Field]:
   """Shapes and dtypes of a batch's rows; opens no data and no tokenizer."""
   # The shapes are the same with any tokenizer.
   tokenizer = tokenizers.build_tokenizer("bytes") if config.model.text else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,11 +53,10 @@ class Plan(TrainStep):
     return bool(self.every("gradients", self.config.log))
 
   def lower_norms(self) -> jax.stages.Lowered:
-    """Lowers the program of those norms; see `gradients.encoder_norms`."""
+    """Lowers the program of those norms."""
+    objectives = tuple(self.step_spec.objectives)
     return self.program.encoder_norms.lower(
-      self.program.abstract,
-      self.abstract_batch(),
-      tuple(self.step_spec.objectives),
+      self.program.abstract, self.abstract_batch(), objectives
     )
 
 
@@ -155,7 +154,7 @@ def compile_norms(plan: Plan) -> Compiled:
 
 
 def _compile(
-  plan: Plan, lower: Any
+  plan: Plan, lower: Callable[[], jax.stages.Lowered]
 ) -> tuple[Compiled, jax.stages.Compiled | None]:
   begin = time.perf_counter()
   lowered = lower()
