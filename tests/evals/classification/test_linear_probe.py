@@ -244,7 +244,6 @@ def test_thirteen_rates_cost_at_most_twice_one():
     import time
     import numpy as np
     from mtv_jax.evals.classification import linear_probe
-from mtv_jax.evals.classification.base import hold_out
     from mtv_jax.evals.classification.linear_probe import RATES
     from mtv_jax.evals.core import probe
     from mtv_jax.evals.core.global_features import LastBlocks
