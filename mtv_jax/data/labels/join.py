@@ -326,13 +326,9 @@ class KeyedLabels(JoinedLabels):
       )
     log.log(
       logging.INFO if hits else logging.WARNING,
-      "%s: %.1f %% of the records of %r have an entry, by their keys (%d of %d"
+      f"{self.label_set}: {100 * hits / len(numbers):.1f} % of the records of"
+      f" {source!r} have an entry, by their keys ({hits} of {len(numbers)}"
       " checked).",
-      self.label_set,
-      100 * hits / len(numbers),
-      source,
-      hits,
-      len(numbers),
     )
 
   def _find(self, key: str) -> Stored | None:

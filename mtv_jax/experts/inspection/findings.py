@@ -6,7 +6,6 @@ The thresholds are this project's choice.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,23 +52,18 @@ _TEXTS = {
 _Rules = dict[str, tuple[Any, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-  """An unusual value: kind of the labels, name (for programs), sentence."""
+def find(stats: Mapping[str, Any]) -> list[dict[str, str]]:
+  """Kind of the labels, name (for programs) and text of each finding.
 
-  kind: str
-  name: str
-  text: str
-
-
-def find(stats: Mapping[str, Any]) -> list[Finding]:
-  """The findings in the statistics of `statistics.gather`."""
-  of_kind = {"boxes": _box_rules, "depth": _depth_rules}[stats["kind"]]
+  Args:
+    stats: from `statistics.gather`.
+  """
+  kind = stats["kind"]
+  rules = _read_rules(stats)
+  rules |= _box_rules(stats) if kind == "boxes" else _depth_rules(stats)
   return [
-    Finding(stats["kind"], name, _TEXTS[name].format(*values))
-    for name, (applies, *values) in (
-      _read_rules(stats) | of_kind(stats)
-    ).items()
+    {"kind": kind, "name": name, "text": _TEXTS[name].format(*values)}
+    for name, (applies, *values) in rules.items()
     if applies
   ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -97,7 +96,7 @@ def inspect(
     "records": len(source),
     "sets": stats,
     "look_at": [
-      dataclasses.asdict(finding)
+      finding
       for of_kind in stats.values()
       for finding in findings.find(of_kind)
     ],

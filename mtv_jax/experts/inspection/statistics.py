@@ -109,13 +109,7 @@ def gather(
 
 
 class Measurements(NamedTuple):
-  """Measurements of one label.
-
-  Attributes:
-    values: by the name of their histogram.
-    counts: of the label, or of its boxes, with some property.
-    phrases: of its boxes.
-  """
+  """Values of one label by histogram, counts of properties, and phrases."""
 
   values: Mapping[str, Any]
   counts: Mapping[str, int]

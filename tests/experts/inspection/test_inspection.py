@@ -219,8 +219,8 @@ def test_damaged_labels_are_counted(labelled, monkeypatch):
   monkeypatch.setattr(LabelSet, "read", damaged)
   stats = gathered(labelled, "boxes")
   assert stats["read"]["damaged"] == 1 and stats["read"]["labelled"] == 8
-  (finding,) = [f for f in findings.find(stats) if f.name == "damaged"]
-  assert "00001.array_record:2" in finding.text
+  (finding,) = [f for f in findings.find(stats) if f["name"] == "damaged"]
+  assert "00001.array_record:2" in finding["text"]
 
 
 def finding_names(tmp_path, make, *, kind="boxes", records=30, **options):
@@ -239,7 +239,7 @@ def finding_names(tmp_path, make, *, kind="boxes", records=30, **options):
     tmp_path / kind, source, kind, of=lambda kind, i: make(i)
   )
   stats = gathered(tmp_path, kind, **options)
-  return {finding.name for finding in findings.find(stats)}
+  return {finding["name"] for finding in findings.find(stats)}
 
 
 def good(i):
@@ -294,14 +294,14 @@ def test_findings_of_boxes(tmp_path, make, expected):
 def test_threshold_above_all_scores(tmp_path):
   assert finding_names(tmp_path, good, min_score=0.95) == {"no_boxes"}
   (finding,) = findings.find(gathered(tmp_path, "boxes", min_score=0.95))
-  assert finding.text == "No box at all scores 0.95 or more."
+  assert finding["text"] == "No box at all scores 0.95 or more."
 
 
 def test_labels_without_boxes(tmp_path):
   nothing = make_boxes(np.zeros((0, 4)), [])
   assert finding_names(tmp_path, lambda i: nothing) == {"no_boxes"}
   (finding,) = findings.find(gathered(tmp_path, "boxes"))
-  assert finding.text == "No box at all is in any label."
+  assert finding["text"] == "No box at all is in any label."
 
 
 @pytest.mark.parametrize(
