@@ -54,13 +54,13 @@ def view(encoder: Encoder, name: str) -> Encoder:
   check_choice("view", name, VIEWS)
   if name == "encoder":
     return encoder
-  own = encoder.preprocess
+  base = encoder.preprocess
   preprocess = Preprocess(
-    size=own.size,
+    size=base.size,
     crop="center",
-    mean=own.mean,
-    std=own.std,
-    resize_size=own.size * 256 // 224,
+    mean=base.mean,
+    std=base.std,
+    resize_size=base.size * 256 // 224,
     **_RESIZES[name],
   )
   copies = _views.setdefault(encoder, {})

@@ -80,12 +80,12 @@ def ranks(
 
 def ranks_of_scores(
   scores: Float[Array, "q c"] | Float[np.ndarray, "q c"],
-  own: Bool[Array, "q c"] | Bool[np.ndarray, "q c"],
+  is_correct: Bool[Array, "q c"] | Bool[np.ndarray, "q c"],
 ) -> Int[Array, " q"]:
   """The best rank, in each row, of a candidate marked as correct."""
   scores = jnp.asarray(scores)
   # argmax takes the first of equals, which is the one with the best rank.
-  best = jnp.argmax(jnp.where(own, scores, -jnp.inf), axis=1)[:, None]
+  best = jnp.argmax(jnp.where(is_correct, scores, -jnp.inf), axis=1)[:, None]
   score = jnp.take_along_axis(scores, best, axis=1)
   before = jnp.arange(scores.shape[1])[None] < best
   ahead = (scores > score) | ((scores == score) & before)
@@ -102,8 +102,8 @@ def hit_rates(
 @jax.jit
 def _block(queries, query_ids, unique, inverse, candidate_ids):
   scores = jnp.matmul(queries, unique.T, precision=jax.lax.Precision.HIGHEST)
-  own = query_ids[:, None] == candidate_ids[None]
-  return ranks_of_scores(scores[:, inverse], own)
+  is_correct = query_ids[:, None] == candidate_ids[None]
+  return ranks_of_scores(scores[:, inverse], is_correct)
 
 
 def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

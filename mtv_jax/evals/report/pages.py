@@ -45,7 +45,7 @@ def render_markdown(report: Report) -> str:
 
 
 def render_html(report: Report) -> str:
-  """The report as one page with its images inside."""
+  """The report as one page with inline images."""
   body = ["<h1>Evaluation</h1>", _html_metrics(report)]
   body += [f"<p class=note>{escape(note)}</p>" for note in _notes(report)]
   if report.chart is not None:
