@@ -258,7 +258,9 @@ class Depth(HostOp):
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     shape = (self.size, self.size)
     unlabelled = np.zeros(shape, np.uint16)
-    depth = record.get("depth", unlabelled)
+    depth = record.get("depth")
+    if depth is None:
+      return record | {"depth": unlabelled}
     stored = depth.dtype == np.uint16
     if stored and depth.shape == shape:
       return record | {"depth": depth}

@@ -53,8 +53,9 @@ def test_depth_op():
   wanted = make_depth(inverse, side=8).label.values.astype(int)
   assert abs(small - wanted).max() <= 2
   assert (small.min(), small.max()) == (1, 65535)
-  none = apply("depth(8)", {})
-  assert not none["depth"].any() and "dropped" not in none
+  for record in ({}, {"depth": None}):
+    none = apply("depth(8)", record)
+    assert not none["depth"].any() and "dropped" not in none
 
 
 def test_depth_op_keeps_holes_and_counts():
