@@ -282,10 +282,7 @@ def crop_depth(
 ) -> tuple[Float[Array, "m h w"], Bool[Array, "m h w"]]:
   """Depth labels of all crops of a view (`views.ViewBatch`).
 
-  Args:
-    depth: the batch field: 0 without a label, 1 to 65535 inverse depth.
-    view: with the crops.
-    size: side in pixels.
+  Depth is 0 without a label, else 1 to 65535 (inverse depth).
 
   Returns:
     Maps in [0, 1] and which pixels are valid, `[b * count, size, size]`.

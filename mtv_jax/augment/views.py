@@ -90,11 +90,8 @@ class Pipeline:
   ) -> ViewBatch:
     """Computes the image, as a `ViewBatch` without its two batch dimensions.
 
-    Args:
-      planes: the canvas minus 127.5, in the compute dtype.
-      image_size: height and width of the original image.
-      key: of this row and image of the view.
-      masked: whether `blocks` masks it.
+    `planes` is the canvas minus 127.5, in the compute dtype; `masked` is
+    whether `blocks` masks the image.
     """
     ops = (self.box_op, self.flip, *self.photometrics, self.mask)
     counts = [op.num_uniforms(self.size) if op else 0 for op in ops]

@@ -300,9 +300,8 @@ class RunLength:
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   """Parses what follows the colon in `--config=file.py:tiny,batch=64`.
 
-  Args:
-    arg: 'name=value' pairs with commas; a bare name sets a bool to True.
-    **defaults: give the types; None allows any literal or string.
+  A bare name sets a bool to True. The defaults give the types; None allows any
+  literal or string.
 
   Raises:
     ConfigError: an unknown name, or a value of the wrong type.
@@ -325,10 +324,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
 def read_config(path: str, **arguments: Any) -> ConfigDict:
   """The config of a recipe.
 
-  Args:
-    path: a file or a packaged recipe, with arguments after a colon:
-      `FOLDER/NAME.py`, `NAME`, `NAME:tiny,batch=64`.
-    **arguments: further arguments, typed.
+  The path is a file or a packaged recipe, with arguments after a colon, such as
+  `FOLDER/NAME.py` or `NAME:tiny,batch=64`.
 
   Raises:
     ConfigError: no such recipe, or a file without a `get_config`.
