@@ -1,6 +1,8 @@
 """SIGTERM handling: save a checkpoint, then exit.
 
 Schedulers and clouds send SIGTERM some time before they take a machine away.
+`loop.py` polls the event after each step; several hosts agree on a step through
+`Checkpointer.preempted`; `cli/errors.py` exits with `EXIT_CODE`.
 """
 
 import contextlib

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from mtv_jax.models.two_tower import ModelSpec, abstract_params
+from mtv_jax.models.vit import ViTSpec
 from mtv_jax.parallel.mesh import (
   MESH_AXES,
   HostRows,
@@ -20,6 +22,7 @@ from mtv_jax.parallel.rules import (
   sharding_table,
   tree_shardings,
 )
+from mtv_jax.utils.tree import flatten_with_names
 
 
 def test_minus_one_takes_the_remaining_devices():
@@ -68,6 +71,21 @@ def _abstract():
     "heads/contrastive/logit_bias": (),
   }
   return {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+
+
+def test_every_kernel_of_a_swiglu_tower_is_split():
+  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
+  spec = ModelSpec(
+    image=ViTSpec(width=32, depth=1, heads=2, mlp_dim=64, mlp="swiglu")
+  )
+  shardings = flatten_with_names(tree_shardings(abstract_params(spec), mesh))
+  kernels = {
+    name: sharding.spec
+    for name, sharding in shardings
+    if name.endswith("kernel")
+  }
+  assert kernels["image/blocks/mlp/gate/kernel"] == P(None, "fsdp", "tensor")
+  assert not [name for name, spec in kernels.items() if not any(spec)]
 
 
 def test_sharding_rules_by_parameter():

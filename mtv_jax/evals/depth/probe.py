@@ -2,8 +2,9 @@
 
 A head is trained on frozen features and scored by RMSE, AbsRel, delta and
 others. `protocols.py` has the published probes: DINOv3's linear probe (the
-default), DINOv2's over one or four layers, Probe3D's DPT; `heads.py` the heads,
-`losses.py` the loss, `training.py` the training, `metrics.py` the metrics.
+default), DINOv2's over one or four layers, Probe3D's DPT, with their learning
+rates and loss weights; `heads.py` the heads, `losses.py` the terms of the loss,
+`training.py` their sum and the training, `metrics.py` the metrics.
 Results of different protocols are not comparable.
 """
 

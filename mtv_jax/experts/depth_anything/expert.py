@@ -1,4 +1,8 @@
-"""Depth Anything V2 (Yang et al. 2024): expert of inverse depth."""
+"""Depth Anything V2 (Yang et al. 2024): expert of inverse depth.
+
+Loads the model and compiles its forward pass; `experts/depth_expert.py` turns
+the predictions into labels.
+"""
 
 from __future__ import annotations
 
