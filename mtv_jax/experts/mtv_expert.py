@@ -112,7 +112,10 @@ class MtvBoxExpert:
     }
     self._tokenizer, self._length = encoder.tokenizer, encoder.spec.text.length
     if phrases.vocabulary is not None:
-      params["texts"] = encoder.text(list(phrases.vocabulary))
+      # A row a device: products of other shapes may round differently.
+      params["texts"] = encoder.text(
+        list(phrases.vocabulary), batch_size=encoder.mesh.size
+      )
     self._params = local_mesh.replicate(params, encoder.mesh)
     self._function = local_mesh.jit_per_device(_detector(encoder), encoder.mesh)
     self._mesh = encoder.mesh
