@@ -43,14 +43,14 @@ def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
   """A copy of a config with some of its keys set.
 
   Assignments are 'KEY=VALUE', in order. A key is a path such as 'optim.lr' or
-  'data.train[0].path'; for values see `parse_value`. 'None' removes a key, and
-  so does 'none' where it can't be an option.
+  'data.train[0].path'; for values see `parse_value`. 'None' removes a key, as
+  does 'none' unless the key accepts that string.
 
   Raises:
-    ConfigError: an invalid path, or a value of another type than the number or
-      section that it would replace.
+    ConfigError: an invalid path, or a value whose type differs from that of the
+      number or section it replaces.
   """
-  tree = to_plain(config, lists=True)
+  tree = to_plain(config, tuples_as_lists=True)
   for assignment in assignments:
     key, _, text = assignment.partition("=")
     if not _KEY.fullmatch(key):
@@ -63,15 +63,17 @@ def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
   return ConfigDict(tree)
 
 
-def to_plain(value: Any, *, lists: bool = False) -> Any:
-  """A config as nested dictionaries; `lists` turns its tuples into lists."""
+def to_plain(value: Any, *, tuples_as_lists: bool = False) -> Any:
+  """A config as nested dictionaries; `tuples_as_lists` converts tuples."""
   if isinstance(value, ConfigDict):
     value = value.to_dict()
   if isinstance(value, Mapping):
-    return {k: to_plain(v, lists=lists) for k, v in value.items()}
+    return {
+      k: to_plain(v, tuples_as_lists=tuples_as_lists) for k, v in value.items()
+    }
   if isinstance(value, list | tuple):
-    kind = list if lists else type(value)
-    return kind(to_plain(v, lists=lists) for v in value)
+    kind = list if tuples_as_lists else type(value)
+    return kind(to_plain(v, tuples_as_lists=tuples_as_lists) for v in value)
   return value
 
 

@@ -172,13 +172,13 @@ def check_config(config: Config) -> ConfigDict:
   return ConfigDict(resolved)
 
 
-def _section(path: str, keys: Mapping[str, Any], given: Any) -> dict[str, Any]:
-  if not isinstance(given, Mapping):
-    raise ConfigError(f"{path} is {given!r}, expected a section (a dict).")
+def _section(path: str, keys: Mapping[str, Any], entry: Any) -> dict[str, Any]:
+  if not isinstance(entry, Mapping):
+    raise ConfigError(f"{path} is {entry!r}, expected a section (a dict).")
   out, units = {}, []
   for name, kind in keys.items():
     if isinstance(kind, Duration):
-      values = _read_duration(path, name, kind, given)
+      values = _read_duration(path, name, kind, entry)
       for key, value in values.items():
         options.check_value(value, kind.number, f"{path}.{key}")
       if not values and kind.default is not None:
@@ -187,14 +187,14 @@ def _section(path: str, keys: Mapping[str, Any], given: Any) -> dict[str, Any]:
       units += [f"{name}_{unit}" for unit in kind.units]
     else:
       kind, default = kind if isinstance(kind, tuple) else (kind, REQUIRED)
-      out[name] = _value(f"{path}.{name}", kind, given.get(name), default)
-  further = {k: v for k, v in given.items() if k not in (*out, *units)}
-  if further and not isinstance(keys, Open | Entries):
-    key = next(iter(further))
+      out[name] = _value(f"{path}.{name}", kind, entry.get(name), default)
+  unknown = {k: v for k, v in entry.items() if k not in (*out, *units)}
+  if unknown and not isinstance(keys, Open | Entries):
+    key = next(iter(unknown))
     raise ConfigError(
       f"{path}.{key} is an unknown key. {did_you_mean(key, [*out, *units])}"
     )
-  return further | out
+  return unknown | out
 
 
 def _value(path: str, kind: Any, value: Any, default: Any) -> Any:
@@ -232,13 +232,13 @@ def _read_duration(
 ) -> dict[str, Any]:
   """The key of a duration that a section gives, with its value; {} for none."""
   keys = [f"{name}_{unit}" for unit in kind.units]
-  given = {k: section[k] for k in keys if section.get(k) is not None}
-  if len(given) > 1 or (kind.default is REQUIRED and not given):
-    got = ", ".join(f"{k}={v}" for k, v in given.items()) or "none"
+  durations = {k: section[k] for k in keys if section.get(k) is not None}
+  if len(durations) > 1 or (kind.default is REQUIRED and not durations):
+    got = ", ".join(f"{k}={v}" for k, v in durations.items()) or "none"
     raise ConfigError(
       f"{path}: give exactly one of {', '.join(keys)}; got {got}."
     )
-  return given
+  return durations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,10 +267,10 @@ class RunLength:
     Raises:
       ConfigError: no key or several are given, or one that can't be converted.
     """
-    given = _read_duration("config", name, Duration(default), section)
-    if not given:
+    durations = _read_duration("config", name, Duration(default), section)
+    if not durations:
       return default
-    ((key, value),) = given.items()
+    ((key, value),) = durations.items()
     options.check_value(value, NonNegativeFloat, key)
     unit = key.removeprefix(f"{name}_")
     if unit == "steps":
@@ -343,5 +343,5 @@ def read_config(path: str, **arguments: Any) -> ConfigDict:
   values = runpy.run_path(str(file))
   if "get_config" not in values:
     raise ConfigError(f"{file} defines no get_config(arg).")
-  given = [arg, *(f"{key}={value}" for key, value in arguments.items())]
-  return values["get_config"](",".join(filter(None, given)) or None)
+  pairs = [arg, *(f"{key}={value}" for key, value in arguments.items())]
+  return values["get_config"](",".join(filter(None, pairs)) or None)

@@ -260,7 +260,7 @@ def _read_tower(config: Mapping[str, Any]) -> dict[str, Any]:
   return {**fields, "gelu": _GELUS[activation]}
 
 
-def write_tower(spec: ViTSpec | TextSpec) -> dict[str, Any]:
+def tower_config(spec: ViTSpec | TextSpec) -> dict[str, Any]:
   """The config section of a tower; the inverse of reading."""
   extra = _TEXT_FIELDS if isinstance(spec, TextSpec) else _VISION_FIELDS
   fields = {**_TOWER_FIELDS, **extra}

@@ -180,7 +180,7 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.Path:
   """
   path, spec = pathlib.Path(folder), model.spec
   tokenizer = model.tokenizer and model.tokenizer.build()
-  config = siglip.write_config(spec, pad_id=tokenizer and tokenizer.pad_id)
+  config = siglip.to_hf_config(spec, pad_id=tokenizer and tokenizer.pad_id)
   processor = processors.write_processor(
     model.preprocess, spec.image.image_size
   )

@@ -11,7 +11,7 @@ from mtv_jax.convert.tables import ConversionError
 
 log = logging.getLogger(__name__)
 
-_HALF = (0.5, 0.5, 0.5)
+_DEFAULT_MEAN_STD = (0.5, 0.5, 0.5)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -24,7 +24,12 @@ def _default_preprocess(family: str, image_size: int) -> dict[str, Any]:
   """Fields of `Preprocess` for a family ('siglip', 'clip', 'dinov2')."""
   fields = {"size": image_size, "interpolation": "bicubic"}
   if family == "siglip":
-    return {**fields, "resize": "squash", "mean": _HALF, "std": _HALF}
+    return {
+      **fields,
+      "resize": "squash",
+      "mean": _DEFAULT_MEAN_STD,
+      "std": _DEFAULT_MEAN_STD,
+    }
   fields |= {"resize": "shortest", "crop": "center"}
   if family == "clip":
     return {**fields, "mean": CLIP_MEAN, "std": CLIP_STD}
@@ -203,8 +208,8 @@ def write_processor(
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "image_mean": list(fields.get("mean", _HALF)),
-    "image_std": list(fields.get("std", _HALF)),
+    "image_mean": list(fields.get("mean", _DEFAULT_MEAN_STD)),
+    "image_std": list(fields.get("std", _DEFAULT_MEAN_STD)),
   }
 
 
@@ -232,16 +237,16 @@ class TokenizerFiles:
 def read_tokenizer(folder: pathlib.Path, family: str) -> TokenizerFiles | None:
   """The tokenizer of a Hugging Face folder, None if it has none."""
   config = folders.read_json(folder / "tokenizer_config.json")
-  piece, fast = folder / "spiece.model", folder / "tokenizer.json"
-  if family == "siglip" and piece.is_file():
+  spiece_path, json_path = folder / "spiece.model", folder / "tokenizer.json"
+  if family == "siglip" and spiece_path.is_file():
     # SiglipTokenizer removes punctuation first, then lower-cases.
     if not config.get("do_lower_case", True):
       log.warning("do_lower_case=False is ignored; text is lower-cased.")
-    return TokenizerFiles(piece, "canonicalize")
-  if fast.is_file():
+    return TokenizerFiles(spiece_path, "canonicalize")
+  if json_path.is_file():
     # SigLIP 2 was trained on lower-cased text; not every version of its
     # tokenizer.json lower-cases.
-    return TokenizerFiles(fast, "lower" if family == "siglip" else "none")
+    return TokenizerFiles(json_path, "lower" if family == "siglip" else "none")
   if family == "clip" and (folder / "merges.txt").is_file():
     log.warning(
       "%s lacks a tokenizer.json, so text can't be encoded: save its tokenizer "

@@ -131,7 +131,7 @@ def rules(spec: ModelSpec, *, prefix: str = "vision_model.") -> list[Rule]:
   )
 
 
-def write_config(
+def to_hf_config(
   spec: ModelSpec, *, pad_id: int | None = None
 ) -> dict[str, Any]:
   """The `config.json` of a model.
@@ -147,7 +147,7 @@ def write_config(
   common = {"dtype": "float32", "torch_dtype": "float32"}
   vision = {
     "model_type": "siglip_vision_model",
-    **folders.write_tower(spec.image),
+    **folders.tower_config(spec.image),
     "num_channels": 3,
     "vision_use_head": True,
   }
@@ -162,7 +162,7 @@ def write_config(
     "vision_config": vision,
     "text_config": {
       "model_type": "siglip_text_model",
-      **folders.write_tower(spec.text),
+      **folders.tower_config(spec.text),
       "projection_size": spec.text.projection,
       # The defaults are CLIP's ids, which are out of range.
       "bos_token_id": None,

@@ -125,9 +125,11 @@ def leaf_rules(
     shape = (*lead, width // len(tensors))
     axes = (1,) * (unit_axes or {}).get(name, 0)
     axes, order = _file_axes(name, (*axes, *shape), layout, heads)
-    rule = permuted(name, [t + suffix for t in tensors], shape, axes, order)
+    rule = transpose_rule(
+      name, [t + suffix for t in tensors], shape, axes, order
+    )
     if len(tensors) > 1:
-      rule = _fused(rule, heads)
+      rule = _fuse_rule(rule, heads)
     rules.append(dataclasses.replace(rule, depth=depth))
   return rules
 
@@ -151,14 +153,14 @@ def _file_axes(
   return shape, tuple(range(len(shape)))
 
 
-def permuted(
+def transpose_rule(
   leaf: str,
   tensors: str | Sequence[str],
   shape: tuple[int, ...],
   axes: tuple[int, ...],
   order: tuple[int, ...] | None = None,
 ) -> Rule:
-  """A leaf that the file has with other axes.
+  """A rule for a leaf whose axes are transposed in the file.
 
   Args:
     leaf: name of our leaf.
@@ -183,8 +185,8 @@ def permuted(
   )
 
 
-def _fused(rule: Rule, heads: int) -> Rule:
-  """A rule of separate projections (q, k, v or k, v) that one leaf fuses."""
+def _fuse_rule(rule: Rule, heads: int) -> Rule:
+  """The rule of a leaf that fuses the file's q, k and v, or k and v."""
   n = len(rule.tensors)
   return dataclasses.replace(
     rule,
@@ -250,7 +252,7 @@ def scale_without_bias(scale: str, shape: tuple[int, ...]) -> Rule:
 def scale_and_bias(scale: str, bias: str) -> list[Rule]:
   """The temperature and the bias of SigLIP's loss, of shape (1,)."""
   return [
-    permuted(f"heads/contrastive/{leaf}", tensor, (), (1,))
+    transpose_rule(f"heads/contrastive/{leaf}", tensor, (), (1,))
     for leaf, tensor in (("logit_scale", scale), ("logit_bias", bias))
   ]
 

@@ -19,7 +19,7 @@ from mtv_jax.data.records import Record
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """A record's input of an expert.
+  """An expert's input for one record.
 
   Attributes:
     group: records of one group have arrays of equal shapes and may share a

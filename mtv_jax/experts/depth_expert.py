@@ -21,10 +21,11 @@ class DepthExpert:
   """Expert of depth.
 
   Args:
-    function: from parameters and `images` `[n, h, w, 3]` to `depth`
-      `[n, h, w]`, inverse, each image's in its own scale.
+    function: maps parameters and `images` `[n, h, w, 3]` to inverse `depth`
+      `[n, h, w]`, whose scale is arbitrary per image.
     params: of the function.
-    preprocess: an image to its input; inputs of one shape share a batch.
+    preprocess: maps an image to the model's input; inputs of one shape share a
+      batch.
     mesh: of this host.
     batch_size: images per device.
     side: of the labels, in pixels.

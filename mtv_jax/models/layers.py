@@ -243,7 +243,7 @@ def run_stack(
       'dots_no_batch' those with weights (attention is recomputed).
     scan: False unrolls the blocks, to count FLOPs or to let the compiler
       schedule across them. The values are the same.
-    mesh: that rows and parameters are split over. Rows then stay on their
+    mesh: over which rows and parameters are sharded. Rows then stay on their
       devices, and each block's parameters are gathered over `fsdp` for the
       block, and again in the backward pass. Without this constraint the
       compiler may split channels over an axis of the batch.

@@ -177,7 +177,7 @@ class Context:
     step: number of updates since the objective started, a traced scalar.
     total_steps: from its start to the end of the run, for schedules.
     statistics: this objective's running statistics.
-    mesh: that the batch is split over, for ring losses; None on one device.
+    mesh: over which the batch is sharded, for ring losses; None on one device.
   """
 
   step: Any

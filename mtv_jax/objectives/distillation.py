@@ -40,7 +40,7 @@ def koleo(
     vectors: of any length; they are normalised first.
     valid: which of them count, as themselves and as neighbours.
     eps: bounds value and gradient for equal vectors.
-    mesh: that the vectors are split over, whose devices search neighbours
+    mesh: over which the vectors are sharded, whose devices search neighbours
       around a ring; None on one device.
 
   Returns:

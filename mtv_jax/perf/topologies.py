@@ -181,8 +181,8 @@ def _number(text: str) -> int:
 def devices(topology: Topology) -> list[jax.Device]:
   """Devices of a topology, to compile for.
 
-  TPU devices cannot run programs. For GPUs these are CPU devices of this
-  machine: XLA:CPU compiles the program, so its memory is an estimate.
+  TPU devices are compile-only (ahead of time). For GPUs these are CPU devices
+  of this machine: XLA:CPU compiles the program, so its memory is an estimate.
 
   Raises:
     ConfigError: libtpu is not installed or refuses the topology, or this

@@ -47,7 +47,7 @@ def encode(
     views: `ViewBatch`es by name. A view's `mask` hides patches from the student
       only, its `keep` from both.
     batch: token ids of text encodings: captions `[B, T]`, phrases `[B, M, T]`.
-    mesh: that the rows are split over; None on one device.
+    mesh: over which the rows are sharded; None on one device.
 
   Returns:
     Each encoding's output, a `models.vit.ImageOutput` whose arrays are

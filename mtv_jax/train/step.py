@@ -30,16 +30,16 @@ Metrics = dict[str, Array]
 
 
 def zero_inactive_updates(
-  part: StepSpec, whole: StepSpec, updates: PyTree
+  active_spec: StepSpec, spec: StepSpec, updates: PyTree
 ) -> PyTree:
   """Zeroes the updates of parameters that no active objective reads.
 
   Their gradients are zero, but weight decay would shrink them.
   """
   zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-  inactive = set(whole.towers) - {e.tower for e in part.plan}
+  inactive = set(spec.towers) - {e.tower for e in active_spec.plan}
   heads = {
-    name: update if name in part.heads else zeros(update)
+    name: update if name in active_spec.heads else zeros(update)
     for name, update in updates["heads"].items()
   }
   towers = {tower: zeros(updates[tower]) for tower in sorted(inactive)}
@@ -47,20 +47,20 @@ def zero_inactive_updates(
 
 
 def update_teacher(
-  part: StepSpec, teacher: PyTree, params: PyTree, step: Array
+  active_spec: StepSpec, teacher: PyTree, params: PyTree, step: Array
 ) -> PyTree:
   """The teacher's EMA step after an update of the student."""
-  if not part.has_teacher:
+  if not active_spec.has_teacher:
     return teacher
-  student, heads = teacher_params(part, params), teacher["heads"]
+  student, heads = teacher_params(active_spec, params), teacher["heads"]
   old = {**teacher, "heads": {name: heads[name] for name in student["heads"]}}
-  new = optim.ema_update(old, student, part.momentum(step))
+  new = optim.ema_update(old, student, active_spec.momentum(step))
   return {**new, "heads": {**heads, **new["heads"]}}
 
 
 def make_update_fn(
-  whole: StepSpec,
-  part: StepSpec,
+  spec: StepSpec,
+  active_spec: StepSpec,
   tx: optax.GradientTransformation,
   mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Metrics]]:
@@ -70,20 +70,22 @@ def make_update_fn(
   objective `NAME/loss`, `NAME/weight` and what it reports.
 
   Args:
-    whole: with all objectives, as the state.
-    part: with the objectives that this update computes.
+    spec: with all objectives, as the state.
+    active_spec: with the objectives that this update computes.
     tx: the optimizer.
-    mesh: that the batch is split over; None on one device.
+    mesh: over which the batch is sharded; None on one device.
   """
 
   def update(state, batch):
-    (loss, terms), grads = gradients.compute_gradients(part, state, batch, mesh)
+    (loss, terms), grads = gradients.compute_gradients(
+      active_spec, state, batch, mesh
+    )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    updates = zero_inactive_updates(part, whole, updates)
+    updates = zero_inactive_updates(active_spec, spec, updates)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
-    if whole.ema_decay is not None:
-      ema = optim.ema_update(ema, params, whole.ema_decay, step=state.step)
+    if spec.ema_decay is not None:
+      ema = optim.ema_update(ema, params, spec.ema_decay, step=state.step)
     metrics = {
       "loss": loss,
       "grad_norm": optax.tree.norm(grads),
@@ -93,14 +95,14 @@ def make_update_fn(
     for name, term in terms.items():
       statistics[name] = {**statistics[name], **term.statistics}
       metrics[f"{name}/loss"] = term.loss.value()
-      metrics[f"{name}/weight"] = part.weights[name](state.step)
+      metrics[f"{name}/weight"] = active_spec.weights[name](state.step)
       for key, mean in term.report.items():
         metrics[f"{name}/{key}"] = mean.value()
     return TrainState(
       step=state.step + 1,
       params=params,
       opt_state=opt_state,
-      teacher=update_teacher(part, state.teacher, params, state.step),
+      teacher=update_teacher(active_spec, state.teacher, params, state.step),
       ema=ema,
       statistics=statistics,
     ), metrics
@@ -174,8 +176,8 @@ class Program:
     """`(state, batch, active) -> {name: norm}`, see `gradients`."""
 
     def norms(state, batch, active):
-      part = self.spec.only(active)
-      return gradients.encoder_grad_norms(part, state, batch, self.mesh)
+      active_spec = self.spec.only(active)
+      return gradients.encoder_grad_norms(active_spec, state, batch, self.mesh)
 
     return self._jit(norms, replicated_sharding(self.mesh), static_argnums=2)
 

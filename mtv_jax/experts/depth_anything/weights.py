@@ -209,7 +209,7 @@ def rules(spec: DepthSpec) -> list[Rule]:
   params = {"depth": abstract_params(spec)["depth"]}
   # Transposed convolutions are [in, out, y, x]; our columns are (y, x, out).
   resize = [
-    tables.permuted(
+    tables.transpose_rule(
       f"depth/reassemble{i + 1}/resize/kernel",
       f"neck.reassemble_stage.layers.{i}.resize.weight",
       (channels, factor**2 * channels),

@@ -38,7 +38,7 @@ class OnnxDetector:
 
   Args:
     file: the `.onnx` file.
-    names: a file of its classes' names, one per line, in their order.
+    names: text file of class names, one per line, in the model's order.
     mesh: of this host; a batch has `batch_size` rows for each of its devices,
       which the CPU's cores compute.
     batch_size: images per device.
@@ -52,7 +52,7 @@ class OnnxDetector:
   Raises:
     ImportError: onnxruntime is not installed.
     MissingFileError: a file is missing.
-    InputError: the file, the names and the decoder don't fit.
+    InputError: the file, the names and the decoder don't match.
   """
 
   kind = "boxes"
@@ -85,8 +85,8 @@ class OnnxDetector:
     except ValueError as error:
       raise InputError(f"{file}: {error}") from None
     self._outputs = list(outputs)
-    # A file of an open batch size runs single images: each has a core, and none
-    # depends on its neighbours.
+    # With a dynamic batch size, images run one at a time, one per core, so that
+    # results do not depend on batching.
     self._chunk = batch or 1
     mesh = local_mesh.local_mesh() if mesh is None else mesh
     self.rows = -(-batch_size * mesh.size // self._chunk) * self._chunk
@@ -126,7 +126,7 @@ class OnnxDetector:
   def run(
     self, arrays: Mapping[str, np.ndarray]
   ) -> dict[str, Float[np.ndarray, "rows *_"]]:
-    """The file's outputs by name, after they are computed."""
+    """The file's outputs by name; blocks until they are computed."""
     images = arrays["image"]
 
     def run_chunk(chunk: np.ndarray) -> list[np.ndarray]:

@@ -1,11 +1,11 @@
-"""Train step benchmark beside PyTorch, on one CPU.
+"""Train step benchmark against PyTorch, on one CPU.
 
 Both sides start from the same weights and batch, so that the losses of their
 first steps are equal. Rounds alternate.
 
-  siglip         ViT-S/16 and its text tower, sigmoid loss; beside open_clip
+  siglip         ViT-S/16 and its text tower, sigmoid loss; against open_clip
   distillation   DINO and iBOT on ViT-S/16, two global and eight local crops;
-                 beside a step written from the formulas
+                 against a step written from the formulas
 
 Float32, gradient clipping at 1 and AdamW (PyTorch's is the fused one).
 """
@@ -27,14 +27,14 @@ from mtv_jax.train.experiment import build_train_step
 from mtv_jax.train.step_spec import StepSpec, init_params
 from mtv_jax.utils.errors import check_choice
 
-WHAT = ("siglip", "distillation")
+BENCHMARKS = ("siglip", "distillation")
 OPTIM = dict(name="adamw", lr=1e-3, weight_decay=0.1, b2=0.95, clip_norm=1.0)
 
 
 def pin(threads: int) -> int:
   """Restricts this process to some cores; returns how many it got.
 
-  XLA starts a thread per available core: call this before anything computes.
+  XLA starts a thread per available core: call this before JAX runs anything.
   """
   cores = sorted(os.sched_getaffinity(0))[:threads]
   os.sched_setaffinity(0, cores)
@@ -74,7 +74,7 @@ def compare(
   `threads` are those of PyTorch; JAX uses those of the process, see `pin`.
   `model` replaces fields of the model, for a small one.
   """
-  check_choice("what", what, WHAT)
+  check_choice("what", what, BENCHMARKS)
   import torch
 
   from mtv_jax.perf.bench import torch_steps

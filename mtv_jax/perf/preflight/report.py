@@ -242,8 +242,8 @@ class Report:
       ]
     if not norms.fits:
       lines.append(
-        "  A run without them (--config.log.gradients_steps=None) does not "
-        "need this."
+        "  Set --config.log.gradients_steps=None to train without these norms "
+        "and this memory."
       )
     return lines
 

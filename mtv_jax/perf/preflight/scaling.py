@@ -255,7 +255,7 @@ def compile_loss(
 
 
 def growth(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-  """Growth of peak, rest and steady over the first step, in percent."""
+  """Growth of peak, rest and steady memory over the first row, in percent."""
 
   def percent(row, key):
     first = rows[0][key]
@@ -266,14 +266,14 @@ def growth(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def to_dict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """The rows, and the growth of steps."""
+  """The rows, plus their growth if they are train steps."""
   steps = rows and "steady" in rows[0]
   growths = {"growth_percent": growth(rows)} if steps else {}
   return {"rows": list(rows), **growths}
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-  """One line per row, and the growth of steps."""
+  """One line per row, plus their growth if they are train steps."""
   lines = ["  ".join(_cell(*item) for item in row.items()) for row in rows]
   if len(rows) > 1 and "steady" in rows[0]:
     chips = " and ".join(str(row["chips"]) for row in rows[1:])
