@@ -24,15 +24,11 @@ _WEIGHTS = re.compile(r"(.+)@(student|teacher|ema)")
 
 
 class Request(NamedTuple):
-  """An encoder that a command line requests.
-
-  `path` and `weights` (`student`, `teacher` or `ema`) are those of
-  `mtv_jax.load`, `name` that of tables.
-  """
+  """An encoder that a command line requests."""
 
   path: str
-  weights: str
-  name: str
+  weights: str  # `student`, `teacher` or `ema`
+  name: str  # in tables
 
 
 def parse_requests(encoders: Sequence[str], *, weights: str) -> list[Request]:
@@ -146,13 +142,8 @@ def write(
   """Writes a folder of results; returns its files.
 
   `results.json`, `results.md`, `report.html`, `sheets/*.png`, and `radar.png`
-  for three metrics or more.
-
-  Args:
-    folder: created if missing; files of the same names are replaced.
-    outcomes: of the encoders that were evaluated.
-    compared: earlier ones, shown beside them where the data are the same.
-    size: of the published encoders in the chart, None for none.
+  for three metrics or more. Files of the same names are replaced. The other
+  arguments are those of `build_report`.
   """
   folder = pathlib.Path(folder)
   report = report_lib.build_report(outcomes, compared=compared, size=size)
@@ -163,9 +154,8 @@ def write(
   (folder / "report.html").write_text(html, encoding="utf-8")
   # The chart of an earlier run would show other metrics.
   (folder / "radar.png").unlink(missing_ok=True)
-  images = {sheet.path: sheet.image for sheet in report.sheets}
-  if report.chart is not None:
-    images["radar.png"] = report.chart
+  sheets = [*report.sheets, *([report.chart] if report.chart else [])]
+  images = {sheet.path: sheet.image for sheet in sheets}
   for path, image in images.items():
     Image.fromarray(image).save(folder / path)
   names = ("report.html", "results.md", "results.json", *images)

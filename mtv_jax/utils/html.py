@@ -18,13 +18,46 @@ def escape(text: Any) -> str:
   return html.escape(str(text).encode("utf-8", "replace").decode())
 
 
-def table(rows: Sequence[Sequence[Any]]) -> str:
-  """A table of plain text: a header, then rows."""
+class Bold(str):
+  """A cell of a table in bold."""
+
+
+class Link(str):
+  """A cell that links to the heading with its text."""
+
+
+def heading(text: str, *, level: int = 2) -> str:
+  """A heading with its text as anchor."""
+  text = escape(text)
+  return f"<h{level} id='{text}'>{text}</h{level}>"
+
+
+def note(text: str) -> str:
+  """A grey paragraph of plain text."""
+  return f"<p class=note>{escape(text)}</p>"
+
+
+def table(rows: Sequence[Sequence[Any]], *, numbers: int | None = None) -> str:
+  """A table of plain text: a header, then rows.
+
+  Args:
+    rows: of cells, also `Bold` or `Link`.
+    numbers: the first column of numbers, which are aligned to the right.
+  """
   lines = []
   for i, row in enumerate(rows):
-    tag = "td" if i else "th"
-    lines.append(f"<tr>{''.join(f'<{tag}>{escape(c)}' for c in row)}</tr>")
+    lines.append("<tr>")
+    for k, cell in enumerate(row):
+      css = " class=n" if numbers is not None and k >= numbers else ""
+      lines.append(f"<{'td' if i else 'th'}{css}>{_cell(cell)}")
   return f"<div class=wide><table>{''.join(lines)}</table></div>"
+
+
+def _cell(cell: Any) -> str:
+  text = escape(cell)
+  if isinstance(cell, Link):
+    return f"<a href='#{text}'>{text}</a>"
+  return f"<b>{text}</b>" if isinstance(cell, Bold) else text
 
 
 def bullets(lines: Sequence[str]) -> str:
@@ -32,21 +65,25 @@ def bullets(lines: Sequence[str]) -> str:
   return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
 
 
-def details(summary: str, inner: str) -> str:
+def details(summary: str, parts: Sequence[str]) -> str:
   """HTML that a click on its summary shows."""
+  inner = "".join(parts)
   return f"<details><summary>{escape(summary)}</summary>{inner}</details>"
 
 
-def image(
-  pixels: UInt8[np.ndarray, "h w 3"], title: str, *, css: str = "sheet"
-) -> str:
-  """An inline image: PNG or JPEG, whichever is smaller.
+def images(figures: Sequence[Any]) -> str:
+  """Objects with a `title`, an `image` and the `path` of its file, in a row."""
+  several = " several" if len(figures) > 1 else ""
+  inner = "".join(
+    f"<figure>{image(f.image, f.title)}"
+    f"<figcaption>{escape(f.title)}</figcaption></figure>"
+    for f in figures
+  )
+  return f"<div class='figures{several}'>{inner}</div>"
 
-  Args:
-    pixels: of the image.
-    title: plain text, for readers who can't see it.
-    css: class for the page's style.
-  """
+
+def image(pixels: UInt8[np.ndarray, "h w 3"], title: str) -> str:
+  """An inline image (PNG or JPEG, whichever is smaller) with its alt text."""
   encoded = {}
   for name, options in (("png", {}), ("jpeg", {"quality": 90})):
     data = io.BytesIO()
@@ -55,7 +92,7 @@ def image(
   best = min(encoded, key=lambda name: len(encoded[name]))
   height, width = pixels.shape[:2]
   return (
-    f"<img class={css} alt='{escape(title)}' width={width} height={height} "
+    f"<img alt='{escape(title)}' width={width} height={height} "
     f"src='data:image/{best};base64,{encoded[best]}'>"
   )
 
@@ -87,12 +124,14 @@ th, td { text-align: left; vertical-align: top; padding: .18em .9em .18em 0;
   overflow-wrap: anywhere; }
 th { border-bottom: 2px solid #18181c; }
 th, td:first-child { white-space: nowrap; }
-td.n { text-align: right; padding-left: .5em;
+.n { text-align: right; padding-left: .5em; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 .note { color: #666; }
 .wide { overflow-x: auto; }
 img { max-width: 100%; height: auto; }
 figure { margin: .6em 0; max-width: 100%; } figcaption { color: #666; }
+.figures { display: flex; flex-wrap: wrap; gap: 1.2em; align-items: start; }
+.several figure { max-width: calc(50% - .6em); }
 summary { cursor: pointer; color: #0050a0; }
 a { color: #0050a0; text-decoration: none; }
 """

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
 from mtv_jax.evals.report import references, tables
 from mtv_jax.evals.report.report import Report
-from mtv_jax.utils import html as html_lib
-from mtv_jax.utils.html import escape
+from mtv_jax.utils import html, markdown
 
 _NOTE = (
   "Chance is what random embeddings or guesses would give. A dash is a missing "
@@ -21,57 +21,42 @@ _PUBLISHED_NOTE = (
 
 def render_markdown(report: Report) -> str:
   """The report as Markdown, with links to the files of its images."""
-  blocks = ["# Evaluation", "## Metrics"]
-  blocks += [tables.markdown_metrics(report.columns), *_notes(report)]
-  if report.chart is not None:
-    blocks += ["![Radar chart](radar.png)"]
-  if report.quoted:
-    table = tables.markdown_table(_published_table(report))
-    blocks += [_PUBLISHED_NOTE, table]
-  encoders = tables.markdown_table(tables.encoder_table(report.columns))
-  blocks += ["## Encoders", encoders]
-  for title, lines in _missing(report):
-    blocks += [f"## {title}", "\n".join(f"- {line}" for line in lines)]
-  for name in tables.evaluation_names(report.columns):
-    blocks += [f"## {name}"]
-    protocol = tables.compare_protocols(report.columns, name)
-    blocks += map(tables.markdown_table, protocol.tables())
-    blocks += [
-      f"![{sheet.title}]({sheet.path})"
-      for sheet in report.sheets
-      if sheet.evaluation == name
-    ]
-  return "\n\n".join(blocks) + "\n"
+  return "\n\n".join(_render(report, markdown)) + "\n"
 
 
 def render_html(report: Report) -> str:
   """The report as one page with inline images."""
-  body = ["<h1>Evaluation</h1>", _html_metrics(report)]
-  body += [f"<p class=note>{escape(note)}</p>" for note in _notes(report)]
-  if report.chart is not None:
-    body += [html_lib.image(report.chart, "Radar chart", css="chart")]
-  if report.quoted:
-    table = html_lib.table(_published_table(report))
-    body += [f"<p class=note>{_PUBLISHED_NOTE}</p>", table]
-  encoders = html_lib.table(tables.encoder_table(report.columns))
-  body += ["<h2>Encoders</h2>", encoders]
-  for title, lines in _missing(report):
-    body += [f"<h2>{title}</h2>", html_lib.bullets(lines)]
-  for name in tables.evaluation_names(report.columns):
-    body += [f"<h2 id='{escape(name)}'>{escape(name)}</h2>"]
-    body += _html_sheets(report, name)
-    protocol = tables.compare_protocols(report.columns, name)
-    inner = "".join(map(html_lib.table, protocol.tables()))
-    body += [html_lib.details("Protocol", inner)]
-  return html_lib.page("Evaluation", body, style=_STYLE)
+  return html.page("Evaluation", [*_render(report, html)])
 
 
-def _notes(report: Report) -> Iterator[str]:
-  yield _NOTE
+def _render(report: Report, writer: ModuleType) -> Iterator[str]:
+  """Parts of the report, written by `utils.html` or `utils.markdown`."""
+  yield writer.heading("Evaluation", level=1)
+  yield writer.heading("Metrics")
+  yield writer.table(tables.metrics_table(report.columns), numbers=2)
+  yield writer.note(_NOTE)
   if report.left_out:
-    yield f"Not shown, for lack of the same data: {', '.join(report.left_out)}."
+    names = ", ".join(report.left_out)
+    yield writer.note(f"Not shown, for lack of the same data: {names}.")
   if report.chart is None:
-    yield "No radar chart: it needs 3 metrics or more."
+    yield writer.note("No radar chart: it needs 3 metrics or more.")
+  else:
+    yield writer.images([report.chart])
+  if report.quoted:
+    yield writer.note(_PUBLISHED_NOTE)
+    yield writer.table(_published_table(report))
+  yield writer.heading("Encoders")
+  yield writer.table(tables.encoder_table(report.columns))
+  for title, lines in _missing(report):
+    yield writer.heading(title)
+    yield writer.bullets(lines)
+  for name in tables.evaluation_names(report.columns):
+    yield writer.heading(name)
+    sheets = [s for s in report.sheets if s.evaluation == name]
+    for sheet in dict.fromkeys(s.name for s in sheets):
+      yield writer.images([s for s in sheets if s.name == sheet])
+    protocol = tables.compare_protocols(report.columns, name)
+    yield writer.details("Protocol", [*map(writer.table, protocol.tables())])
 
 
 def _published_table(report: Report) -> list[list[str]]:
@@ -99,44 +84,3 @@ def _missing(report: Report) -> Iterator[tuple[str, list[str]]]:
       lines.append(f"{name}{of}: {reason}")
     if lines:
       yield field.capitalize(), lines
-
-
-def _html_metrics(report: Report) -> str:
-  """The table of metrics, whose evaluations link to their sections."""
-  names = [outcome.name for outcome in report.columns]
-  header = ("evaluation", "metric", *names, "chance")
-  lines = [f"<tr>{''.join(f'<th>{escape(c)}' for c in header)}"]
-  previous = None
-  for row in tables.compare(report.columns):
-    name, group = escape(row.evaluation), row.evaluation != previous
-    previous = row.evaluation
-    lines.append("<tr class=first>" if group else "<tr>")
-    link = f"<a href='#{name}'>{name}</a>" if group else ""
-    lines.append(f"<td>{link}<td>{escape(row.label)}")
-    for text, best in row.cells:
-      text = f"<b>{escape(text)}</b>" if best else escape(text)
-      lines.append(f"<td class=n>{text}")
-    lines.append(f"<td class='n note'>{escape(row.chance_text)}")
-  return f"<div class=wide><table class=metrics>{''.join(lines)}</table></div>"
-
-
-def _html_sheets(report: Report, evaluation: str) -> Iterator[str]:
-  """The sheets of an evaluation, those of all encoders in one line."""
-  sheets = [s for s in report.sheets if s.evaluation == evaluation]
-  for name in dict.fromkeys(s.name for s in sheets):
-    figures = [
-      f"<figure>{html_lib.image(sheet.image, sheet.title)}"
-      f"<figcaption>{escape(sheet.title)}</figcaption></figure>"
-      for sheet in sheets
-      if sheet.name == name
-    ]
-    several = " several" if len(figures) > 1 else ""
-    yield f"<div class='sheets{several}'>{''.join(figures)}</div>"
-
-
-_STYLE = """tr.first td { border-top: 1px solid #ccc; }
-.metrics td, .metrics th { white-space: nowrap; }
-.metrics th + th + th { text-align: right; padding-left: .5em; }
-.sheets { display: flex; flex-wrap: wrap; gap: 1.2em; align-items: start; }
-.several figure { max-width: calc(50% - .6em); }
-"""

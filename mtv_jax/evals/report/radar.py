@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -22,8 +22,7 @@ _LINES = {"solid": "-", "dashed": "--", "chance": ":"}
 _RINGS = (0.25, 0.5, 0.75, 1.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
   """The axis of one metric, from its value at the centre to that at the rim.
 
   `rim` is less than `centre` where lower is better.
@@ -40,16 +39,12 @@ class Axis:
     return min(max(share, 0.0), 1.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Series:
-  """The values of one encoder, one an axis, None where missing.
-
-  `style` is `solid` for measured values, `dashed` for published ones, `chance`.
-  """
+class Series(NamedTuple):
+  """The values of one encoder, one an axis, None where missing."""
 
   name: str
   values: tuple[int | float | None, ...]
-  style: str = "solid"
+  style: str = "solid"  # or "dashed" for published values, "chance"
 
 
 def make_axis(
@@ -96,11 +91,7 @@ def draw(
 
 
 def plot(axes: Sequence[Axis], series: Sequence[Series]) -> Figure:
-  """The chart with its legend.
-
-  Args:
-    axes: at least three, clockwise from the top.
-    series: in the order of the legend; the first one is on top.
+  """The chart with its legend; axes are clockwise, the first series on top.
 
   Raises:
     InputError: for fewer than three axes, which span no area.

@@ -9,51 +9,31 @@ orientation.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 SIZES = ("base", "large")
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-  """A row of the table.
-
-  Attributes:
-    name: of the encoder.
-    size: `base` or `large`.
-    figures: by column, percent, or metres of NYUv2.
-  """
+class Reference(NamedTuple):
+  """A row of the table; its figures by column."""
 
   name: str
   size: str
   figures: dict[str, float]
 
 
-@dataclasses.dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
   """The metric of ours that a column of the table compares with.
 
-  Attributes:
-    evaluation: its name.
-    metric: its name.
-    label: for a chart.
-    required: protocol entries that identify the data; tuples and ranges list
-      alternatives, None among them for a protocol without the entry.
+  `required` are protocol entries that identify the data; tuples and ranges list
+  alternatives, None among them for a protocol without the entry.
   """
 
   evaluation: str
   metric: str
-  label: str
+  label: str  # for a chart
   required: Mapping[str, Any]
-
-  def matches(self, protocol: Mapping[str, Any]) -> bool:
-    """Whether a protocol has the data of the table."""
-    return all(
-      protocol.get(k) in (v if isinstance(v, tuple | range) else (v,))
-      for k, v in self.required.items()
-    )
 
 
 def _row(name: str, size: str, *values: float) -> Reference:
@@ -74,28 +54,19 @@ _SPAIR |= {"threshold": 0.1}
 
 # Without the VQA column, which evaluates more than an encoder.
 COLUMNS = {
-  name: Column(*values)
-  for name, *values in (
-    ("imagenet", "zero_shot", "top1", "ImageNet zero-shot", _IMAGENET),
-    (
-      "coco_t2i",
-      "retrieval",
-      "text_to_image_r1",
-      "COCO text to image R@1",
-      _COCO,
-    ),
-    (
-      "coco_i2t",
-      "retrieval",
-      "image_to_text_r1",
-      "COCO image to text R@1",
-      _COCO,
-    ),
-    ("ade20k", "segmentation", "miou", "ADE20K mIoU", _ADE20K),
-    ("navi", "geometric_correspondence", "avg_recall", "NAVI recall", _NAVI),
-    ("spair", "semantic_correspondence", "recall", "SPair recall", _SPAIR),
-    ("nyu", "depth_probe", "rmse", "NYUv2 RMSE", _NYU),
-  )
+  "imagenet": Column("zero_shot", "top1", "ImageNet zero-shot", _IMAGENET),
+  "coco_t2i": Column(
+    "retrieval", "text_to_image_r1", "COCO text to image R@1", _COCO
+  ),
+  "coco_i2t": Column(
+    "retrieval", "image_to_text_r1", "COCO image to text R@1", _COCO
+  ),
+  "ade20k": Column("segmentation", "miou", "ADE20K mIoU", _ADE20K),
+  "navi": Column(
+    "geometric_correspondence", "avg_recall", "NAVI recall", _NAVI
+  ),
+  "spair": Column("semantic_correspondence", "recall", "SPair recall", _SPAIR),
+  "nyu": Column("depth_probe", "rmse", "NYUv2 RMSE", _NYU),
 }
 
 REFERENCES = (
@@ -114,7 +85,10 @@ def matching_column(
   evaluation: str, metric: str, protocol: Mapping[str, Any]
 ) -> str | None:
   """The name of the column with the same metric on the same data, if any."""
-  for name, c in COLUMNS.items():
-    if (c.evaluation, c.metric) == (evaluation, metric) and c.matches(protocol):
+  for name, column in COLUMNS.items():
+    if column[:2] == (evaluation, metric) and all(
+      protocol.get(k) in (v if isinstance(v, tuple | range) else (v,))
+      for k, v in column.required.items()
+    ):
       return name
   return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,43 +21,25 @@ _HEADLINES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Sheet:
-  """A named uint8 image `[H, W, 3]` of an evaluation of an encoder.
-
-  `path` is that of its file, in the folder of the report.
-  """
+class Sheet(NamedTuple):
+  """A uint8 image `[H, W, 3]` of an evaluation; `path` is of its file."""
 
   evaluation: str
-  encoder: str
   name: str
+  title: str
   path: str
   image: np.ndarray
 
-  @property
-  def title(self) -> str:
-    return f"{self.name}, {self.encoder}"
 
+class Report(NamedTuple):
+  """Content of a report in any format."""
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """Content of a report in any format.
-
-  Attributes:
-    outcomes: of the encoders that were evaluated.
-    columns: those, and earlier ones to compare with.
-    left_out: names of earlier ones without a result on the same data.
-    chart: the radar chart; None for fewer than three metrics.
-    sheets: of all encoders.
-    quoted: columns of `references.COLUMNS` with the data of an evaluation.
-  """
-
-  outcomes: Sequence[Outcome]
-  columns: Sequence[Outcome]
-  left_out: Sequence[str]
-  chart: np.ndarray | None
-  sheets: Sequence[Sheet]
-  quoted: Sequence[str]
+  outcomes: Sequence[Outcome]  # of the evaluated encoders
+  columns: Sequence[Outcome]  # those, and earlier ones to compare with
+  left_out: Sequence[str]  # names of earlier ones without the same data
+  chart: Sheet | None  # the radar chart of three metrics or more
+  sheets: Sequence[Sheet]  # of all encoders
+  quoted: Sequence[str]  # columns of `references.COLUMNS` with the same data
 
 
 def build_report(
@@ -79,37 +63,36 @@ def build_report(
       shown.append(outcome)
     else:
       left_out.append(outcome.name)
-  chart = build_chart(shown, size=size)
+  chart, drawn = build_chart(shown, size=size), None
+  if len(chart.axes) > 2:
+    image = radar.draw(chart.axes, chart.series)
+    drawn = Sheet("", "", "Radar chart", "radar.png", image)
   return Report(
     outcomes=shown[: len(outcomes)],
     columns=shown,
     left_out=left_out,
-    chart=radar.draw(chart.axes, chart.series) if len(chart.axes) > 2 else None,
+    chart=drawn,
     sheets=_list_sheets(shown[: len(outcomes)]),
     quoted=chart.quoted if size else [],
   )
 
 
 def _number_equal_names(outcomes: Sequence[Outcome]) -> list[Outcome]:
-  counts: dict[str, int] = {}
-  renamed = []
+  counts, renamed = collections.Counter(), []
   for outcome in outcomes:
-    count = counts[outcome.name] = counts.get(outcome.name, 0) + 1
+    counts[outcome.name] += 1
+    count = counts[outcome.name]
     name = outcome.name if count == 1 else f"{outcome.name} ({count})"
     renamed.append(dataclasses.replace(outcome, name=name))
   return renamed
 
 
-@dataclasses.dataclass(frozen=True)
-class Chart:
-  """Content of the radar chart: metrics, encoders and chance.
-
-  `quoted` are the columns of `references.COLUMNS` among the axes.
-  """
+class Chart(NamedTuple):
+  """Content of the radar chart: metrics, encoders and chance."""
 
   axes: list[radar.Axis]
   series: list[radar.Series]
-  quoted: list[str]
+  quoted: list[str]  # columns of `references.COLUMNS` among the axes
 
 
 def build_chart(columns: Sequence[Outcome], *, size: str | None) -> Chart:
@@ -160,5 +143,6 @@ def _list_sheets(outcomes: Sequence[Outcome]) -> list[Sheet]:
           file += "-"
         files.add(file)
         path = f"sheets/{file}.png"
-        sheets.append(Sheet(evaluation, outcome.name, name, path, image))
+        title = f"{name}, {outcome.name}"
+        sheets.append(Sheet(evaluation, name, title, path, image))
   return sheets

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome, jsonable
+from mtv_jax.utils.html import Bold, Link
 
 # Evaluations whose metrics are neither better nor worse.
 DESCRIPTIVE = ("patch_pca",)
@@ -19,43 +19,16 @@ _COMPARED = ("protocol", "train_hash", "train_data_hash")
 _ABSENT = "(absent)"
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One metric of one evaluation for several encoders.
-
-  Attributes:
-    unit: of all values: `%` of a fraction, else the metric's own ("m", or "").
-    lower: whether lower is better.
-    chance: expected of a random encoder, if known.
-    values: one an encoder; None where it lacks one on the same data.
-    best: the best of several values with one protocol and training set.
-  """
+class Row(NamedTuple):
+  """One metric of one evaluation for several encoders."""
 
   evaluation: str
   metric: str
-  unit: str
-  lower: bool
-  chance: float | None
-  values: tuple[float | None, ...]
-  best: float | None
-
-  @property
-  def label(self) -> str:
-    """The metric with an arrow where lower is better."""
-    return f"{self.metric} ↓" if self.lower else self.metric
-
-  @property
-  def cells(self) -> list[tuple[str, bool]]:
-    """Each value with its unit, and whether it is the best."""
-    return [
-      (format_value(v, self.unit), v is not None and v == self.best)
-      for v in self.values
-    ]
-
-  @property
-  def chance_text(self) -> str:
-    """The chance with its unit, empty if unknown."""
-    return "" if self.chance is None else format_value(self.chance, self.unit)
+  unit: str  # `%` of a fraction, else the metric's own ("m", or "")
+  lower: bool  # whether lower is better
+  chance: float | None  # expected of a random encoder
+  values: tuple[float | None, ...]  # None without a value on the same data
+  best: float | None  # of several values with one protocol and training set
 
 
 def compare(outcomes: Sequence[Outcome]) -> list[Row]:
@@ -96,11 +69,8 @@ def _row(name: str, metric: str, results: Sequence[Result | None]) -> Row:
   known = [v for v in values if v is not None]
   protocols = [[r.protocol.get(key) for key in _COMPARED] for r in present]
   best = None
-  if (
-    len(known) > 1
-    and name not in DESCRIPTIVE
-    and all(protocol == protocols[0] for protocol in protocols)
-  ):
+  is_comparable = len(known) > 1 and name not in DESCRIPTIVE
+  if is_comparable and all(protocol == protocols[0] for protocol in protocols):
     best = min(known) if lower else max(known)
   chance = scaled(example.chance.get(metric))
   return Row(name, metric, unit, lower, chance, values, best)
@@ -162,32 +132,22 @@ def format_metrics(outcomes: Sequence[Outcome]) -> str:
   return "\n".join(lines)
 
 
-def markdown_metrics(outcomes: Sequence[Outcome]) -> str:
-  """The metrics as a Markdown table, the best of several encoders in bold."""
+def metrics_table(outcomes: Sequence[Outcome]) -> list[list[str]]:
+  """The metrics: a header, then rows; the best of several values is bold."""
   names = [outcome.name for outcome in outcomes]
   lines = [["evaluation", "metric", *names, "chance"]]
   for row in compare(outcomes):
-    values = [f"**{text}**" if best else text for text, best in row.cells]
-    lines.append([row.evaluation, row.label, *values, row.chance_text])
-  return markdown_table(lines, numbers=2)
-
-
-def markdown_table(
-  rows: Sequence[Sequence[str]], *, numbers: int | None = None
-) -> str:
-  """A Markdown table: a header, then rows.
-
-  Args:
-    rows: of equal length.
-    numbers: the first column of numbers, which are aligned to the right.
-  """
-  lines = []
-  for row in rows:
-    cells = [c.replace("|", "\\|").replace("\n", " ") for c in row]
-    lines.append(f"| {' | '.join(cells)} |")
-  texts = len(rows[0]) if numbers is None else numbers
-  rule = "|---" * texts + "|---:" * (len(rows[0]) - texts) + "|"
-  return "\n".join([lines[0], rule, *lines[1:]])
+    texts = [format_value(v, row.unit) for v in row.values]
+    line = [
+      Link(row.evaluation),
+      f"{row.metric} ↓" if row.lower else row.metric,
+    ]
+    for value, text in zip(row.values, texts, strict=True):
+      is_best = value is not None and value == row.best
+      line.append(Bold(text) if is_best else text)
+    chance = "" if row.chance is None else format_value(row.chance, row.unit)
+    lines.append([*line, chance])
+  return lines
 
 
 def encoder_table(outcomes: Sequence[Outcome]) -> list[list[str]]:
@@ -201,19 +161,12 @@ def encoder_table(outcomes: Sequence[Outcome]) -> list[list[str]]:
   return [[key, *(shorten(c.get(key)) for c in columns)] for key in keys]
 
 
-@dataclasses.dataclass(frozen=True)
-class Protocols:
-  """The protocols of several encoders for one evaluation.
+class Protocols(NamedTuple):
+  """The protocols of several encoders for one evaluation."""
 
-  Attributes:
-    common: entries that are equal.
-    differing: the other entries: a value an encoder, None where it lacks one.
-    encoders: names of the encoders with a result.
-  """
-
-  common: dict[str, Any]
-  differing: dict[str, list[Any]]
-  encoders: list[str]
+  common: dict[str, Any]  # equal entries
+  differing: dict[str, list[Any]]  # a value an encoder, None where it lacks one
+  encoders: list[str]  # with a result
 
   def tables(self) -> list[list[list[str]]]:
     """A table of each part that is not empty, a header first."""

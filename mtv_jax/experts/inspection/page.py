@@ -83,13 +83,13 @@ def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
     yield _render_phrases(stats)
   if stats["reasons"]:
     rows = [(f"{n:,}", reason) for reason, n in stats["reasons"].items()]
-    table = html.table([("times", "dropped or changed"), *rows])
-    yield f"<p class=note>From the manifest:</p>{table}"
+    yield html.note("From the manifest:")
+    yield html.table([("times", "dropped or changed"), *rows])
   rows = [("setting", "")]
   for name, value in flatten(stats["settings"]):
     text = value if isinstance(value, str) else json.dumps(value)
     rows.append((name, text[:_VALUE] + "…" * (len(text) > _VALUE)))
-  yield html.details("Settings of the label set", html.table(rows))
+  yield html.details("Settings of the label set", [html.table(rows)])
 
 
 def _render_findings(findings: Sequence[Mapping[str, str]]) -> str:
@@ -112,13 +112,13 @@ def _render_card(card: Card) -> str:
   lines += [f"<span class=note>{escape(note)}</span>" for note in card.notes]
   text = "".join(f"<div>{line}</div>" for line in lines)
   if more := card.captions[1:]:
-    text += html.details(f"{len(more)} more captions", html.bullets(more))
+    text += html.details(f"{len(more)} more captions", [html.bullets(more)])
   names = [f"<i>{escape(name)}</i> " for name in count_names(card.names)]
   if names:
     text += f"<div class=names>{''.join(names[:_NAMES])}</div>"
   if more := names[_NAMES:]:
     inner = f"<div class=names>{''.join(more)}</div>"
-    text += html.details(f"{len(more)} more names", inner)
+    text += html.details(f"{len(more)} more names", [inner])
   return f"<figure><div class=images>{images}</div>{text}</figure>"
 
 

@@ -19,6 +19,7 @@ from mtv_jax.evals.report import (
   report,
   tables,
 )
+from mtv_jax.utils import markdown
 
 DEPTH = Result(
   {"rmse": 0.5, "delta1": 0.75},
@@ -55,6 +56,10 @@ def cells(line):
   return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def markdown_metrics(outcomes):
+  return markdown.table(tables.metrics_table(outcomes), numbers=2)
+
+
 def test_units_and_direction():
   lines = tables.format_metrics([outcome("a")]).splitlines()
   assert lines[0].split() == ["evaluation", "metric", "unit", "a", "chance"]
@@ -82,7 +87,7 @@ def test_number_format(value, unit, want):
 def test_markdown_marks_best_and_missing_values():
   other = outcome("b|c", depth=0.25)
   del other.results["shot"]
-  lines = tables.markdown_metrics([outcome("a"), other]).splitlines()
+  lines = markdown_metrics([outcome("a"), other]).splitlines()
   assert lines[0] == "| evaluation | metric | a | b\\|c | chance |"
   rmse, delta, top1 = map(cells, lines[2:])
   assert rmse == ["depth", "rmse ↓", "0.500 m", "**0.250 m**", "1.500 m"]
@@ -106,7 +111,7 @@ def test_best_needs_equal_protocols(key):
     mine = outcome("a")
     mine.results["depth"].protocol[key] = "linear"
     assert tables.compare([mine, other])[0].values == (0.5, 0.25)
-    return "**0.250 m**" in tables.markdown_metrics([mine, other])
+    return "**0.250 m**" in markdown_metrics([mine, other])
 
   assert marked("linear")
   assert not marked("dpt")
