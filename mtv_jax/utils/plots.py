@@ -14,7 +14,7 @@ import cv2
 import matplotlib
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mtv_jax.utils.errors import InputError
 
@@ -119,6 +119,20 @@ def wrap(
   return wrapped
 
 
+def draw_lines(
+  lines: Sequence[tuple[str, tuple[int, int, int]]],
+  width: int,
+  *,
+  size: int = TEXT_SIZE,
+) -> UInt8[np.ndarray, "h {width} 3"]:
+  """Lines of text, each in its colour, on paper."""
+  pitch = size + size // 4
+  sheet = Image.new("RGB", (width, pitch * len(lines)), PAPER)
+  for k, (text, ink) in enumerate(lines):
+    ImageDraw.Draw(sheet).text((1, k * pitch), text, ink, font(size))
+  return np.asarray(sheet)
+
+
 def add_title_bar(
   image: UInt8[np.ndarray, "h w 3"], text: str, *, size: int = TEXT_SIZE
 ) -> UInt8[np.ndarray, "h w 3"]:
@@ -141,15 +155,8 @@ def draw_boxes(
 ) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, ...]]:
   """Draws boxes, each with its name on a plate of its colour.
 
-  Plates lie within the image and don't overlap; earlier boxes go first.
-
-  Args:
-    image: at its final size.
-    boxes: in the unit square.
-    names: one a box, cut to the width of the image.
-    colours: one a box; by default those of `palette`.
-    suffixes: text after each name that is not cut, such as a score.
-    size: of the letters, in pixels.
+  Plates lie within the image and don't overlap; earlier boxes go first. Names
+  are cut to the width of the image, their `suffixes` (such as scores) are not.
 
   Returns:
     The image, and the indices of the boxes whose plate did not fit.
@@ -268,12 +275,9 @@ def image_grid(
   titles: Sequence[str] = (),
   size: int = 192,
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """A grid of images of any size, each fitted into a square.
+  """A grid of images of any size, each fitted into a square of side `size`.
 
-  Args:
-    rows: the images.
-    titles: one above each column.
-    size: side of a square.
+  `titles` are above the columns.
 
   Raises:
     InputError: for no rows, or rows of different lengths.
@@ -283,42 +287,33 @@ def image_grid(
     raise InputError(
       f"image_grid: row lengths {sorted(lengths)}; expected one length, >= 1"
     )
-  head = LINE_HEIGHT + 4 if titles else 0
-  side = size + GAP
-  shape = (lengths.pop() * side - GAP, head + len(rows) * side - GAP)
-  sheet = Image.new("RGB", shape, PAPER)
-  draw = ImageDraw.Draw(sheet)
-  for i, title in enumerate(titles):
-    draw.text((i * side + 2, 1), title, INK, font())
-  for j, row in enumerate(rows):
-    for i, image in enumerate(row):
-      fitted = fit_image(image, size)
-      x = i * side + (size - fitted.width) // 2
-      y = head + j * side + (size - fitted.height) // 2
-      sheet.paste(fitted, (x, y))
-  return np.asarray(sheet)
+
+  def square(image: np.ndarray) -> np.ndarray:
+    fitted = fit_image(image, size)
+    return np.asarray(ImageOps.pad(fitted, (size, size), color=PAPER))
+
+  grid = vstack([hstack([*map(square, row)]) for row in rows])
+  head = [draw_lines([(title, INK)], size) for title in titles]
+  return vstack([hstack(head), grid], gap=5) if head else grid
 
 
 def hstack(
-  images: Sequence[UInt8[np.ndarray, "h _ 3"]],
+  images: Sequence[UInt8[np.ndarray, "_ _ 3"]], *, gap: int = GAP
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Images of one height side by side, with gaps."""
-  gap = np.full((len(images[0]), GAP, 3), PAPER, np.uint8)
-  parts = [part for image in images for part in (gap, image)]
-  return np.concatenate(parts[1:], axis=1)
+  """Images of any height side by side, with gaps."""
+  return vstack([x.swapaxes(0, 1) for x in images], gap=gap).swapaxes(0, 1)
 
 
 def vstack(
-  rows: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+  rows: Sequence[UInt8[np.ndarray, "_ _ 3"]], *, gap: int = GAP
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Rows of any width one below the other, with gaps."""
-  width = max(row.shape[1] for row in rows)
-  sheet = np.full((sum(len(r) + GAP for r in rows), width, 3), PAPER, np.uint8)
-  top = 0
+  shape = (sum(len(r) + gap for r in rows), max(r.shape[1] for r in rows), 3)
+  sheet, top = np.full(shape, PAPER, np.uint8), 0
   for row in rows:
     sheet[top : top + len(row), : row.shape[1]] = row
-    top += len(row) + GAP
-  return sheet[:-GAP]
+    top += len(row) + gap
+  return sheet[: top - gap]
 
 
 def image_with_maps(

@@ -192,7 +192,7 @@ def test_evaluations_named_besides_all():
     ),
     (
       {"assignments": ["retrieval.batch_size.x=1"]},
-      "--set=retrieval.batch_size.x: .* has no key 'x'",
+      "--set=retrieval.batch_size.x: .* is 64, not a section",
     ),
   ],
 )

@@ -10,7 +10,6 @@ from typing import Any
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw
 
 from mtv_jax.data import canvas
 from mtv_jax.data.labels.join import JoinedLabels
@@ -23,29 +22,21 @@ from mtv_jax.utils.plots import GAP, INK, MUTED, PAPER
 _BLANK = (232, 232, 236)  # for an image that can't be decoded
 _COLOURS = plots.palette(49)[1:]
 _SHEET_WIDTH, _MARGIN, _LEGEND = 1264, 12, (160, 12)
-_TEXT_SIZE, _LINE_HEIGHT = 12, 15
+_TEXT_SIZE = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-  """A record and its labels.
-
-  Attributes:
-    key: of the record.
-    images: by kind ("image", "boxes", "depth"), all of one shape.
-    notes: lines about what the images don't show.
-    size: of the image, such as "640 x 480"; empty if it can't be decoded.
-    captions: of the record, possibly none.
-    names: phrases of the boxes with their scores (unless 1), best first, and
-      the number of each.
-    unnamed: those of them whose name did not fit on the image.
-  """
+  """A record and its labels."""
 
   key: str
+  # By kind ("image", "boxes", "depth"), all of one shape.
   images: Mapping[str, UInt8[np.ndarray, "h w 3"]]
-  notes: tuple[str, ...]
-  size: str = ""
+  notes: tuple[str, ...]  # what the images don't show
+  size: str = ""  # such as "640 x 480"; empty if the image can't be decoded
   captions: tuple[str, ...] = ()
+  # Phrases of the boxes with their scores (unless 1), best first, and the
+  # number of each; then those whose name did not fit on the image.
   names: Mapping[str, int] = dataclasses.field(default_factory=dict)
   unnamed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -58,14 +49,9 @@ def draw_card(
   size: int,
   min_score: float | int = 0.0,
 ) -> Card:
-  """Draws record `i`.
+  """Draws record `i` of a source and its labels by kind.
 
-  Args:
-    source: of the records; their captions may be missing.
-    labels: by kind, "depth", "boxes" or both.
-    i: index of the record.
-    size: longer side of the images.
-    min_score: minimum score of a box.
+  `size` is the longer side of the images, `min_score` the minimum of a box.
 
   Raises:
     LabelError: a label is of another record.
@@ -173,33 +159,26 @@ def count_names(names: Mapping[str, int]) -> list[str]:
 def draw_sheet(
   cards: Sequence[Card], *, title: str, size: int
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """A sheet of cards.
-
-  Args:
-    cards: at least one, with images of the same kinds.
-    title: one line.
-    size: longer side of their images.
-  """
+  """A sheet of one card or more, whose images have a longer side of `size`."""
   width = max(len(card.images) for card in cards) * (size + GAP) - GAP
   pitch = width + 2 * GAP
   columns = min(max(1, (_SHEET_WIDTH + 2 * GAP) // pitch), len(cards))
   drawn = [_draw_card(card, width, size) for card in cards]
-  rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)]
-  heights = [max(card.height for card in row) + 2 * GAP for row in rows]
-  has_depth = any("depth" in card.images for card in cards)
-  head = _draw_head(title, columns * pitch - 2 * GAP, has_depth=has_depth)
-  shape = (head.width + 2 * _MARGIN, sum(heights) + head.height + 2 * _MARGIN)
-  sheet = Image.new("RGB", shape, PAPER)
-  sheet.paste(head, (_MARGIN, _MARGIN))
-  y = _MARGIN + head.height
-  for row, height in zip(rows, heights, strict=True):
-    for k, card in enumerate(row):
-      sheet.paste(card, (_MARGIN + k * pitch, y))
-    y += height
-  return np.asarray(sheet)
+  rows = [
+    plots.hstack(drawn[i : i + columns], gap=2 * GAP)
+    for i in range(0, len(drawn), columns)
+  ]
+  width = columns * pitch - 2 * GAP
+  title = plots.shorten(title, width, 15)
+  head = [plots.draw_lines([(title, INK)], width, size=15)]
+  if any("depth" in card.images for card in cards):
+    head.append(_draw_legend())
+  sheet = plots.vstack([plots.vstack(head), *rows], gap=2 * GAP)
+  margin = (_MARGIN, _MARGIN)
+  return np.pad(sheet, (margin, margin, (0, 0)), constant_values=PAPER[0])
 
 
-def _draw_card(card: Card, width: int, size: int) -> Image.Image:
+def _draw_card(card: Card, width: int, size: int) -> np.ndarray:
   """Images in a row above lines of text."""
   notes = [*card.notes]
   if card.unnamed:
@@ -210,38 +189,24 @@ def _draw_card(card: Card, width: int, size: int) -> Image.Image:
   for text, ink in texts:
     wrapped = plots.wrap(text, width, lines=2, size=_TEXT_SIZE)
     lines += [(line, ink) for line in wrapped]
-  top = max(len(image) for image in card.images.values()) + 5
-  drawn = Image.new("RGB", (width, top + _LINE_HEIGHT * len(lines) + 3), PAPER)
-  for k, image in enumerate(card.images.values()):
-    x = k * (size + GAP) + (size - image.shape[1]) // 2
-    drawn.paste(Image.fromarray(image), (x, 0))
-  draw = ImageDraw.Draw(drawn)
-  for k, (text, ink) in enumerate(lines):
-    y = top + k * _LINE_HEIGHT
-    draw.text((1, y), text, ink, plots.font(_TEXT_SIZE))
-  return drawn
+  images = []
+  for image in card.images.values():
+    left, odd = divmod(size - image.shape[1], 2)
+    sides = ((0, 0), (left, left + odd), (0, 0))
+    images.append(np.pad(image, sides, constant_values=PAPER[0]))
+  text = plots.draw_lines(lines, width, size=_TEXT_SIZE)
+  return plots.vstack([plots.hstack(images), text], gap=5)
 
 
-def _draw_head(title: str, width: int, *, has_depth: bool) -> Image.Image:
-  """The title, and a legend of the depth colours."""
-  head = Image.new("RGB", (width, 48 if has_depth else 26), PAPER)
-  draw = ImageDraw.Draw(head)
-  draw.text((1, 0), plots.shorten(title, width, 15), INK, plots.font(15))
-  if not has_depth:
-    return head
+def _draw_legend() -> np.ndarray:
+  """The colours of depth."""
   length, height = _LEGEND
   ramp = np.tile(np.linspace(0, 1, length, dtype=np.float32), (height, 1))
   mask = np.ones((height, 28), bool)
   stripes = plots.hatch(np.zeros((*mask.shape, 3), np.uint8), mask)
-  x, y = 1, 24
-  for text, image in (
-    ("far", plots.colour_depth(ramp)),
-    ("near         ", stripes),
-    ("no label", None),
-  ):
-    draw.text((x, y), text, MUTED, plots.font(_TEXT_SIZE))
-    x += round(plots.text_width(text, _TEXT_SIZE)) + 6
-    if image is not None:
-      head.paste(Image.fromarray(image), (x, y + 2))
-      x += image.shape[1] + 6
-  return head
+  far, near, unlabelled = (
+    plots.draw_lines([(text, MUTED)], 10 + 7 * len(text), size=_TEXT_SIZE)
+    for text in ("far", "near", "no label")
+  )
+  ramp = plots.colour_depth(ramp)
+  return plots.hstack([far, ramp, near, stripes, unlabelled])

@@ -61,16 +61,14 @@ class Histogram:
     """Counts the finite values."""
     values = values.astype(np.float64).ravel()
     values = values[np.isfinite(values)]
-    if not values.size:
-      return
     bins = np.searchsorted(self.edges, values, side="right")
     # The last bin is closed at both ends.
     bins -= values == self.edges[-1]
     self._counts += np.bincount(bins, minlength=len(self._counts))
     self.count += values.size
     self.total += float(values.sum())
-    self.min = min(self.min, float(values.min()))
-    self.max = max(self.max, float(values.max()))
+    self.min = float(values.min(initial=self.min))
+    self.max = float(values.max(initial=self.max))
 
   def fraction(self, value: float | int) -> float | None:
     """The fraction of values in the bin of `value`; None without values."""
@@ -87,10 +85,9 @@ class Histogram:
     high = self.edges[index] if index < len(self.edges) else self.max
     if self.values == "whole" and 0 < index < len(self.edges):
       return float(round((low + high) / 2))
-    inside = self._counts[index]
-    part = (rank - (ends[index] - inside)) / inside
-    value = low + min(max(part, 0.0), 1.0) * (high - low)
-    return float(min(max(value, self.min), self.max))
+    start = ends[index] - self._counts[index]
+    value = np.interp(rank, (start, ends[index]), (low, high))
+    return float(np.clip(value, self.min, self.max))
 
   def bars(self) -> dict[str, list]:
     """At most about 20 bars for a chart, as `edges` and `counts`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import collections
 import functools
 import itertools
@@ -116,21 +115,19 @@ class Measurements(NamedTuple):
   phrases: Sequence[str] = ()
 
 
-class _Statistics(abc.ABC):
+class _Statistics:
   """Histograms and counts of measurements."""
 
   def __init__(self, **histograms: Histogram):
     self._histograms = histograms
     self._counts: collections.Counter[str] = collections.Counter()
-
-  @abc.abstractmethod
-  def measure(self, label: Any) -> Measurements:
-    """Measures one label; called by several threads."""
+    self._phrases = PhraseCounts()
 
   def add(self, labels: Sequence[Measurements]) -> None:
     """Adds the measurements of some labels."""
     for label in labels:
       self._counts.update(label.counts)
+      self._phrases.add(label.phrases)
     for name, histogram in self._histograms.items() if labels else ():
       histogram.add(np.concatenate([label.values[name] for label in labels]))
 
@@ -153,9 +150,9 @@ class BoxStatistics(_Statistics):
       words=Histogram.of_integers(MAX_COUNT),
     )
     self._min_score = min_score
-    self._phrases = PhraseCounts()
 
   def measure(self, label: BoxLabel) -> Measurements:
+    """Measures one label; called by several threads."""
     count = len(label.boxes)
     label = filter_boxes(label, self._min_score)
     sides = label.boxes[:, 2:].astype(np.float64) - label.boxes[:, :2]
@@ -181,11 +178,6 @@ class BoxStatistics(_Statistics):
       },
       phrases=label.phrases,
     )
-
-  def add(self, labels: Sequence[Measurements]) -> None:
-    super().add(labels)
-    for label in labels:
-      self._phrases.add(label.phrases)
 
   def to_dict(self) -> dict[str, Any]:
     """For JSON; fractions are of the boxes, or of the labelled images."""
@@ -235,6 +227,7 @@ class DepthStatistics(_Statistics):
     )
 
   def measure(self, label: DepthLabel) -> Measurements:
+    """Measures one label; called by several threads."""
     valid = label.values[label.values > 0]
     low, high = np.percentile(valid, (5, 95)) if valid.size else (0, 0)
     middle = float(high - low) / (TOP - 1)
