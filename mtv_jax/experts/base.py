@@ -19,18 +19,11 @@ from mtv_jax.data.records import Record
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """An expert's input for one record.
+  """An expert's input for one record."""
 
-  Attributes:
-    group: records of one group have arrays of equal shapes and may share a
-      batch.
-    arrays: the device's inputs, without a batch dimension.
-    meta: for `finish`.
-  """
-
-  group: Hashable
-  arrays: Mapping[str, np.ndarray]
-  meta: Any = None
+  group: Hashable  # Records of one group have equal shapes and share batches.
+  arrays: Mapping[str, np.ndarray]  # For `run`, without a batch dimension.
+  meta: Any = None  # For `finish`.
 
 
 @runtime_checkable
@@ -41,16 +34,13 @@ class Expert(Protocol):
   from one thread and returns before the devices are done, which overlaps host
   and device.
 
-  Attributes:
-    kind: of the labels, "depth" or "boxes".
-    settings: all that determines the labels (JSON), for the manifest: the
-      model and a hash of its weights, sizes, thresholds.
-    rows: batch size of `run`, over all devices of this host.
   """
 
-  kind: str
+  kind: str  # Of the labels, "depth" or "boxes".
+  # All that determines the labels (JSON), for the manifest: the model and a
+  # hash of its weights, sizes, thresholds.
   settings: Mapping[str, Any]
-  rows: int
+  rows: int  # Batch size of `run`, over all devices of this host.
 
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
@@ -77,12 +67,7 @@ class Expert(Protocol):
     ...
 
   def finish(self, outputs: Mapping[str, np.ndarray], meta: Any) -> Outcome:
-    """The label of one record.
-
-    Args:
-      outputs: its row of each of `run`'s arrays.
-      meta: that of `prepare`.
-    """
+    """The label of one record, from its row of each of `run`'s arrays."""
     ...
 
 

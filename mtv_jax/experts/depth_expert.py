@@ -46,11 +46,7 @@ class DepthExpert:
     settings: Mapping[str, Any],
   ):
     self.rows = batch_size * mesh.size
-    self.settings = {
-      **settings,
-      "batch_size": batch_size,
-      "side": side,
-    }
+    self.settings = {**settings, "batch_size": batch_size, "side": side}
     self._mesh, self._preprocess, self._side = mesh, preprocess, side
     self._params = local_mesh.replicate(params, mesh)
     self._function = local_mesh.jit_per_device(function, mesh)

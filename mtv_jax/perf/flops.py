@@ -29,7 +29,7 @@ from mtv_jax.train import encodings as encodings_lib
 from mtv_jax.train import gradients
 from mtv_jax.train.experiment import build_step_spec
 from mtv_jax.train.step import make_program, make_update_fn, update_teacher
-from mtv_jax.train.step_spec import StepSpec, abstract_params, init_state
+from mtv_jax.train.step_spec import StepSpec, abstract_state
 from mtv_jax.utils.errors import check_choice
 
 
@@ -45,9 +45,8 @@ def count(
 ) -> Cost:
   """Counts the FLOPs of a function from its jaxpr; computes nothing.
 
-  As a compiler would: dead code is free, repeated code counts once, and the
-  body of a loop counts as often as it runs. `keep` are the leaves of the result
-  that are needed, all by default.
+  Dead code is free, repeated code counts once, and the body of a loop counts as
+  often as it runs. `keep` are the needed leaves of the result, all by default.
   """
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
   return _count_live(jaxpr, list(keep or [True] * len(jaxpr.outvars)))
@@ -104,8 +103,7 @@ def _is_jaxpr(x: Any) -> bool:
 
 def _count_equation(eqn: Any, needed: list[bool]) -> Cost:
   """FLOPs of one operation, and which of its inputs it reads."""
-  every = [True] * len(eqn.invars)
-  name = eqn.primitive.name
+  every, name = [True] * len(eqn.invars), eqn.primitive.name
   shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
   if name == "dot_general":
     (contract, _), _ = eqn.params["dimension_numbers"]
@@ -191,10 +189,7 @@ def run(
   config = schema.check_config(config)
   # A run so long that every objective has started at its end.
   spec = build_step_spec(config, total_steps=10**9)
-  batch = {
-    name: jax.ShapeDtypeStruct((batch_size, *field.shape), field.dtype)
-    for name, field in batch_fields(config, spec).items()
-  }
+  batch = abstract_batch(batch_size, batch_fields(config, spec))
   return step_flops(
     without_recomputation(spec), batch, optax.adam(1e-3), compile=compile
   )
@@ -209,6 +204,16 @@ def batch_fields(
   return ops.build_ops(
     config.data.ops, tokenizer=tokenizer, wanted=spec.fields()
   ).fields
+
+
+def abstract_batch(
+  rows: int, fields: Mapping[str, ops.Field], sharding: Any = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of a batch."""
+  return {
+    name: jax.ShapeDtypeStruct((rows, *f.shape), f.dtype, sharding=sharding)
+    for name, f in fields.items()
+  }
 
 
 def make_views(
@@ -253,21 +258,7 @@ def model_flops(
 
 def _count_step(spec: StepSpec, tx: Any, batch: Mapping[str, Any]) -> float:
   update = make_update_fn(spec, spec, tx)
-  return count(update, _abstract_state(spec, tx), dict(batch)).flops
-
-
-def _abstract_state(spec: StepSpec, tx: optax.GradientTransformation) -> Any:
-  init = functools.partial(init_state, spec, tx)
-  return jax.eval_shape(init, abstract_params(spec))
-
-
-def groups(spec: StepSpec) -> dict[str, tuple[str, ...]]:
-  """Objectives as separate runs train them: those with a teacher are one."""
-  distilled = tuple(n for n in spec.objectives if spec.only((n,)).has_teacher)
-  groups = {n: (n,) for n in spec.objectives if n not in distilled}
-  if distilled:
-    groups["+".join(distilled)] = distilled
-  return groups
+  return count(update, abstract_state(spec, tx), dict(batch)).flops
 
 
 def step_flops(
@@ -284,9 +275,13 @@ def step_flops(
   """
   check_choice("compile", compile, ("no", "whole"))
   rows = batch["image"].shape[0]
+  # As separate runs train them: objectives with a teacher share one.
+  distilled = tuple(n for n in spec.objectives if spec.only((n,)).has_teacher)
+  groups = [(n,) for n in spec.objectives if n not in distilled]
+  groups += [distilled] if distilled else []
   alone = {
-    name: _count_step(spec.only(members), tx, batch) / rows
-    for name, members in groups(spec).items()
+    "+".join(names): _count_step(spec.only(names), tx, batch) / rows
+    for names in groups
   }
   parts = {k: v / rows for k, v in _count_parts(spec, batch, tx).items()}
   return StepFlops(
@@ -312,17 +307,15 @@ def _xla_flops(spec: StepSpec, batch: Any, tx: Any) -> float:
 
 def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
   """FLOPs per batch of every part of a step, each traced on its own."""
-  state, parts = _abstract_state(spec, tx), {}
+  state, parts = abstract_state(spec, tx), {}
   views = jax.eval_shape(functools.partial(make_views, spec), batch)
   for name in views:
     make_view = functools.partial(make_views, spec, names=[name])
     parts[f"view {name}"] = count(make_view, batch).flops
 
-  def encode(plan, params, teacher, views, batch):
+  def encode(plan, params, *rest):
     params = gradients.stop_gradient_frozen(spec, params)
-    return encodings_lib.encode(
-      plan, spec.towers, params, teacher, views, batch
-    )
+    return encodings_lib.encode(plan, spec.towers, params, *rest)
 
   args = (state.params, state.teacher, views, batch)
   encoded = jax.eval_shape(functools.partial(encode, spec.plan), *args)

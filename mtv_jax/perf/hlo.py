@@ -1,8 +1,7 @@
 """Compiled HLO, parsed from its text: collectives, largest arrays, FLOPs.
 
-XLA's own cost analysis counts the body of a loop once. Here an instruction in
-a loop counts as often as the loop runs. A `program` is a compiled program, its
-text (`compiled.as_text()`), or a parsed `Module`.
+An instruction in a loop counts as often as the loop runs; XLA's cost analysis
+counts it once. A `program` is a compiled program, its text, or a `Module`.
 """
 
 import collections
@@ -85,8 +84,7 @@ Computation = Mapping[str, Instruction]
 class Module:
   """A parsed HLO module."""
 
-  # By name, the instructions of each in order.
-  computations: Mapping[str, Computation]
+  computations: Mapping[str, Computation]  # By name.
   entry: str  # Name of the entry computation.
   roots: Mapping[str, Instruction]  # Of each computation.
   partitions: int  # Number of devices that run the module.
@@ -278,11 +276,9 @@ def collectives(program: Any) -> tuple[Collective, ...]:
     group = group_size(instruction, module.partitions)
     result = sent * group if kind == "all-gather" else sent
     received = sent * (_RECEIVED[kind](group) if group > 1 else 0.0) * times
-    name, scope = instruction.name, instruction.scope
     text = ", ".join(shape.text for shape in operands)
-    rows.append(
-      Collective(kind, name, text, result, group, times, received, scope)
-    )
+    row = kind, instruction.name, text, result, group, times, received
+    rows.append(Collective(*row, instruction.scope))
   return tuple(sorted(rows, key=lambda row: -row.bytes))
 
 
@@ -351,19 +347,13 @@ def largest_temporaries(
       for shape in instruction.shapes:
         if shape.space == 0:
           row = dict(bytes=shape.padded, shape=shape.text, name=name)
-          row = rows.setdefault(
-            (shape.text, scope), row | dict(scope=scope, count=0)
-          )
-          row["count"] += 1
+          row |= dict(scope=scope, count=0)
+          rows.setdefault((shape.text, scope), row)["count"] += 1
   return sorted(rows.values(), key=lambda row: -row["bytes"])[:limit]
 
 
 def count_flops(program: Any) -> float:
-  """FLOPs of the matrix products and convolutions of one chip.
-
-  As in XLA's cost analysis, taps of a convolution that meet only padding or
-  dilation do not count. Unlike there, loops are multiplied by their trip count.
-  """
+  """FLOPs of the matrix products and convolutions of one chip."""
   costs = {"dot": _dot_flops, "convolution": _convolution_flops}
   total = 0.0
   for instruction, computation, times in parse(program).executed():
@@ -389,8 +379,8 @@ def _convolution_flops(
     [axes.index(label) for label in first + spatial]
     for axes, first in zip(labels, ("bf", "oi", "bf"), strict=True)
   ]
-  text = re.search(r"window=\{([^}]*)\}", text)
-  fields = dict(re.findall(r"(\w+)=(\S+)", text[1])) if text else {}
+  text = re.search(r"window=\{([^}]*)\}|$", text)
+  fields = dict(re.findall(r"(\w+)=(\S+)", text[1] or ""))
 
   def field(name, default="1"):
     values = fields[name].split("x") if name in fields else default * len(rhs)
@@ -413,8 +403,7 @@ def convolution_flops(
 ) -> float:
   """Two FLOPs for each output and each tap that reads an element of the input.
 
-  The other taps read padding, or zeros that the dilation of a transposed
-  convolution (or of a strided one's gradient) inserts.
+  The other taps read padding, or zeros that dilation inserts.
 
   Args:
     shapes: of the input, the kernel and the output.

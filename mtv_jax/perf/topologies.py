@@ -1,8 +1,7 @@
 """Device topologies to compile for, and the chips that they consist of.
 
-The TPU compiler (the package `libtpu`) compiles for its devices on any machine,
-out-of-memory errors included. This is the only module that uses
-`jax.experimental.topologies`.
+`libtpu` compiles for TPUs on any machine, out-of-memory errors included. This
+is the only module that uses `jax.experimental.topologies`.
 """
 
 import dataclasses
@@ -152,19 +151,17 @@ def _parse_tpus(
     )
   chips = math.prod(sides)
   bounds = (1, 1, 1) if chips == 1 else (2, 2, 1)
-  if chip.axes == 2 and sides == [2, 4]:
-    # Slices of eight chips are one host; larger ones are hosts of four.
+  if sides == [2, 4]:  # One host; larger slices are hosts of four chips.
     bounds = (2, 4, 1)
   if any(s % b for s, b in zip(sides, bounds, strict=False)):
     raise ConfigError(
       f"hosts of {'x'.join(map(str, bounds))} chips do not divide it; sides "
       f"are 1 (a single chip), 2, 4, 8, ..., {example}"
     )
-  largest = max(_SQUARES)
-  if chip.axes == 2 and chips > largest:
+  if chip.axes == 2 and chips > max(_SQUARES):
     raise ConfigError(
-      f"a slice of {chip.kind} has at most {largest} chips "
-      f"({_SQUARES[largest]}); for more, use slices: 2x{chip.kind}:16x16"
+      f"a slice of {chip.kind} has at most 256 chips (16x16); for more, use "
+      f"slices: 2x{chip.kind}:16x16"
     )
   hosts = slices * chips // math.prod(bounds)
   return Topology(name, chip, slices * chips, hosts, shape, slices, bounds)
@@ -181,8 +178,8 @@ def _number(text: str) -> int:
 def devices(topology: Topology) -> list[jax.Device]:
   """Devices of a topology, to compile for.
 
-  TPU devices are compile-only (ahead of time). For GPUs these are CPU devices
-  of this machine: XLA:CPU compiles the program, so its memory is an estimate.
+  TPU devices are compile-only. For GPUs these are CPU devices of this machine:
+  the memory is an estimate.
 
   Raises:
     ConfigError: libtpu is not installed or refuses the topology, or this
@@ -202,8 +199,8 @@ def devices(topology: Topology) -> list[jax.Device]:
 def use_cpu(topology: Topology | None = None) -> None:
   """Restricts JAX to CPU devices, as many as a CPU or GPU topology has.
 
-  A process that starts a real TPU cannot compile for another topology. Call
-  this before JAX starts a backend.
+  Call this before JAX starts a backend: a process that starts a real TPU cannot
+  compile for another topology.
   """
   jax.config.update("jax_platforms", "cpu")
   if topology and not topology.is_tpu and topology.chips > 1:

@@ -20,7 +20,7 @@ from mtv_jax.train import gradients, optim
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.step_spec import (
   StepSpec,
-  abstract_params,
+  abstract_state,
   init_state,
   teacher_params,
 )
@@ -123,15 +123,14 @@ class Program:
   tx: optax.GradientTransformation
   mesh: Mesh
   abstract: TrainState
+  _updates: dict[tuple[str, ...], Any] = dataclasses.field(
+    default_factory=dict, init=False
+  )
 
   @functools.cached_property
   def shardings(self) -> TrainState:
     """Of the state."""
     return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-
-  @functools.cached_property
-  def _updates(self) -> dict[tuple[str, ...], Any]:
-    return {}
 
   def _jit(self, function: Any, outputs: Any, **options: Any) -> Any:
     """Jits a function of the state and a batch."""
@@ -207,15 +206,11 @@ def make_program(
   Raises:
     ConfigError: for sharding rules that the layers can't follow.
   """
-  params = abstract_params(spec)
-  check_param_rules(params, mesh, rules, keep=gradients.EMBEDDING_TABLES)
-  shapes = jax.eval_shape(functools.partial(init_state, spec, tx), params)
-  shardings = tree_shardings(shapes, mesh, rules)
+  shapes = abstract_state(spec, tx)
+  check_param_rules(shapes.params, mesh, rules, keep=gradients.EMBEDDING_TABLES)
   abstract = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=sharding
-    ),
+    lambda leaf, sharding: leaf.update(sharding=sharding),
     shapes,
-    shardings,
+    tree_shardings(shapes, mesh, rules),
   )
   return Program(spec=spec, tx=tx, mesh=mesh, abstract=abstract)

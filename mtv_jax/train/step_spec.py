@@ -85,7 +85,7 @@ class StepSpec:
   @functools.cached_property
   def heads(self) -> dict[str, base.Head]:
     """All heads of all objectives, by their global names."""
-    heads: dict[str, base.Head] = {}
+    heads = {}
     for name, objective in self.objectives.items():
       for key, head in objective.heads().items():
         if key in heads and not _alike(heads[key], head, self.model):
@@ -108,15 +108,9 @@ class StepSpec:
   @property
   def attention_heads(self) -> dict[str, int]:
     """Attention heads of each stack of blocks, by its parameters' prefix."""
-    heads = {
-      f"heads/{name}": head.module.heads
-      for name, head in self.heads.items()
-      if hasattr(head.module, "heads")
-    }
-    heads["image"] = self.model.image.heads
-    if self.model.text is not None:
-      heads["text"] = self.model.text.heads
-    return heads
+    towers = {"image": self.model.image, "text": self.model.text}
+    stacks = {f"heads/{n}": h.module for n, h in self.heads.items()} | towers
+    return {n: s.heads for n, s in stacks.items() if hasattr(s, "heads")}
 
   def active(self, step: int) -> tuple[str, ...]:
     """The objectives that the update after `step` others computes."""
@@ -133,11 +127,11 @@ class StepSpec:
   def teacher_starts(self, step: int) -> bool:
     """Whether a teacher is first read in the update after `step` others."""
 
-    def read(at):
+    def reads(at):
       names = self.active(at)
       return bool(names) and self.only(names).has_teacher
 
-    return step > 0 and read(step) and not read(step - 1)
+    return step > 0 and reads(step) and not reads(step - 1)
 
   def momentum(self, step: Any) -> Float[Array, ""]:
     """The teacher's momentum in the update after `step` others."""
@@ -156,11 +150,10 @@ class StepSpec:
 
   def fields(self) -> dict[str, list[str]]:
     """Batch fields by name, each with the objectives that read it."""
-    everyone = list(self.objectives)
-    readers = {"image": everyone, "image_size": everyone}  # For the views.
+    readers = {f: list(self.objectives) for f in ("image", "image_size")}
     for name, objective in self.objectives.items():
       for field in objective.needs().fields:
-        readers[field] = [*readers.get(field, []), name]
+        readers.setdefault(field, []).append(name)
     return readers
 
 
@@ -222,3 +215,11 @@ def init_state(
 def abstract_params(spec: StepSpec) -> PyTree:
   """Shapes and dtypes of the parameters; computes nothing."""
   return jax.eval_shape(functools.partial(init_params, spec), jax.random.key(0))
+
+
+def abstract_state(
+  spec: StepSpec, tx: optax.GradientTransformation
+) -> TrainState:
+  """Shapes and dtypes of the state; computes nothing."""
+  init = functools.partial(init_state, spec, tx)
+  return jax.eval_shape(init, abstract_params(spec))

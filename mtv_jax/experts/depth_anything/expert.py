@@ -1,14 +1,13 @@
 """Depth Anything V2 (Yang et al. 2024): expert of inverse depth.
 
-Loads the model and compiles its forward pass; `experts/depth_expert.py` turns
-the predictions into labels.
+`experts/depth_expert.py` turns the predictions into labels.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +24,6 @@ from mtv_jax.experts.depth_anything.preprocess import DepthPreprocess
 from mtv_jax.experts.depth_anything.weights import DepthSpec
 from mtv_jax.experts.depth_expert import DepthExpert
 from mtv_jax.models import layers, vit
-from mtv_jax.utils.errors import check_choice
-
-_DTYPES = ("float32", "bfloat16")
 
 
 @check_options
@@ -36,7 +32,7 @@ def load_expert(
   *,
   mesh: Mesh | None = None,
   batch_size: PositiveInt = 1,
-  dtype: str = "float32",
+  dtype: Literal["float32", "bfloat16"] = "float32",
   preprocess: str = "original",
   size: int = 518,
   side: Annotated[int, Range(min=label_values.MIN_SIDE)] = 128,
@@ -49,12 +45,10 @@ def load_expert(
       Depth-Anything-V2-Small-hf.
     mesh: of this host's devices; all of them by default.
     batch_size: images per device.
-    dtype: of the computation, "float32" or "bfloat16".
-    preprocess: see `DepthPreprocess`; "square" compiles one program, the
-      others one for each shape of image.
-    size: see `DepthPreprocess`.
+    dtype: of the computation.
+    preprocess, size, max_aspect: see `DepthPreprocess`; "square" compiles one
+      program, the others one for each shape of image.
     side: of the labels, in pixels.
-    max_aspect: see `DepthPreprocess`.
 
   Raises:
     MissingFileError: there is no such folder.
@@ -87,17 +81,13 @@ def make_function(
 ) -> Callable[[PyTree, PyTree], dict[str, jax.Array]]:
   """The model: from its parameters and `images` to `depth` `[n, h, w]`.
 
-  Args:
-    spec: of the model.
-    dtype: of the computation; the map is float32.
-    mesh: whose platform chooses the head's resampling.
+  The map is float32; the mesh's platform chooses the head's resampling.
   """
-  check_choice("dtype", dtype, _DTYPES)
   compute = jnp.dtype(dtype)
   tower = vit.ViT(spec.image, dtype=compute)
   norm = layers.norm(spec.image.norm_eps, compute, "norm")
   on_cpu = mesh.devices.flat[0].platform == "cpu"
-  head = spec.head(resize="neighbours" if on_cpu else "products")
+  head = spec.head.clone(resize="neighbours" if on_cpu else "products")
   first = spec.image.prefix
 
   def run(params, rows):

@@ -6,6 +6,7 @@ A DINOv2 (`backbone.`), a DPT neck and its head, see `models/heads/dpt.py`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -46,8 +47,6 @@ _BACKBONE = {
 _BACKBONE_DEFAULTS = {"patch_size": 14, "apply_layernorm": True}
 # The deepest fusion has nothing to join; its first unit is unused.
 _IGNORE = r"^neck\.fusion_stage\.layers\.0\.residual_layer1\."
-
-
 _REASSEMBLE = {"projection": "projection", "resize": "resize"}
 _FUSION = {
   "projection": "projection",
@@ -70,30 +69,12 @@ for _i in range(dpt.STAGES):
 
 @dataclasses.dataclass(frozen=True)
 class DepthSpec:
-  """Architecture of a Depth Anything V2; of the head see `DPT`.
-
-  Attributes:
-    image: the encoder.
-    taps: blocks that the head reads, from 0; the encoder's last norm is
-      applied to each.
-  """
+  """Architecture of a Depth Anything V2."""
 
   image: ViTSpec
+  # Blocks that the head reads, from 0, each after the encoder's last norm.
   taps: tuple[int, ...]
-  features: int
-  channels: tuple[int, ...]
-  head_features: int
-
-  def head(self, resize: str = "products") -> dpt.DPT:
-    """The head as a module; `resize` as of `DPT`."""
-    return dpt.DPT(
-      features=self.features,
-      channels=self.channels,
-      head_features=self.head_features,
-      tap_norm="none",
-      activation="relu",
-      resize=resize,
-    )
+  head: dpt.DPT
 
 
 def read(folder: str | os.PathLike) -> tuple[DepthSpec, dict[str, Any]]:
@@ -104,8 +85,8 @@ def read(folder: str | os.PathLike) -> tuple[DepthSpec, dict[str, Any]]:
 
   Raises:
     MissingFileError: there is no folder.
-    ConversionError: another model, one that is not supported, or tensors that
-      are missing, unexpected or of another shape, each named.
+    ConversionError: another or an unsupported model, or tensors that are
+      missing, unexpected or of another shape, each named.
   """
   path, config = folders.read_config(
     folder, model_type="depth_anything", example="Depth-Anything-V2-Small-hf"
@@ -118,21 +99,17 @@ def read(folder: str | os.PathLike) -> tuple[DepthSpec, dict[str, Any]]:
 def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:
   """The architecture that a `config.json` describes.
 
-  Args:
-    config: of model_type depth_anything.
-    names: of the tensors.
+  `names` are those of the tensors.
 
   Raises:
-    ConversionError: for what is not supported.
+    ConversionError: a value that is not supported.
   """
-  backbone = config.get("backbone_config")
-  if backbone is None:
-    backbone = _BACKBONE
-    if config.get("backbone"):
-      raise ConversionError(
-        f"backbone={config['backbone']!r}: only a backbone_config of "
-        "model_type 'dinov2' is supported."
-      )
+  backbone = config.get("backbone_config") or _BACKBONE
+  if config.get("backbone") and backbone is _BACKBONE:
+    raise ConversionError(
+      f"backbone={config['backbone']!r}: only a backbone_config of model_type "
+      "'dinov2' is supported."
+    )
   if backbone.get("model_type") != "dinov2":
     raise ConversionError(
       f"backbone_config.model_type={backbone.get('model_type')!r}: only "
@@ -143,13 +120,14 @@ def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:
   prefixed = [n for n in names if n.startswith("backbone.")]
   image = dinov2.read_spec(backbone, prefixed).image
   _check_supported(config, backbone, image)
-  return DepthSpec(
-    image=image,
-    taps=_read_taps(backbone, image.depth),
+  head = dpt.DPT(
     features=config["fusion_hidden_size"],
     channels=tuple(config["neck_hidden_sizes"]),
     head_features=config["head_hidden_size"],
+    tap_norm="none",
+    activation="relu",
   )
+  return DepthSpec(image, _read_taps(backbone, image.depth), head)
 
 
 def _check_supported(
@@ -217,7 +195,7 @@ def rules(spec: DepthSpec) -> list[Rule]:
       (0, 3, 1, 2),
     )
     for i, (factor, channels) in enumerate(
-      zip(_FACTORS[:2], spec.channels[:2], strict=True)
+      zip(_FACTORS[:2], spec.head.channels[:2], strict=True)
     )
   ]
   return [
@@ -233,11 +211,7 @@ def abstract_params(spec: DepthSpec) -> dict[str, PyTree]:
   stage = jax.ShapeDtypeStruct(
     (1, *spec.image.grid_of(*size), spec.image.width), jnp.float32
   )
-  head = spec.head()
-  return {
-    **two_tower.abstract_params(ModelSpec(image=spec.image)),
-    "depth": jax.eval_shape(
-      lambda stages: head.init(jax.random.key(0), stages, size)["params"],
-      [stage] * dpt.STAGES,
-    ),
-  }
+  init = functools.partial(spec.head.init, size=size)
+  head = jax.eval_shape(init, jax.random.key(0), [stage] * dpt.STAGES)
+  image = two_tower.abstract_params(ModelSpec(image=spec.image))
+  return {**image, "depth": head["params"]}

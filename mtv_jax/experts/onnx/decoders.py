@@ -25,17 +25,11 @@ _MODULE_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 @runtime_checkable
 class Decoder(Protocol):
-  """Preprocessing and outputs of a kind of detector.
+  """Preprocessing and outputs of a kind of detector."""
 
-  Attributes:
-    name: for the manifest; decoders with different results need different ones.
-    threshold: minimum score, as the authors have it.
-    nms: overlap of duplicates, as the authors have it.
-  """
-
-  name: str
-  threshold: float
-  nms: float
+  name: str  # For the manifest; unique to the results.
+  threshold: float  # Minimum score, the authors' default.
+  nms: float  # Overlap of duplicates, the authors' default.
 
   def check(self, outputs: Mapping[str, Sequence[Any]], classes: int) -> None:
     """Raises ValueError for a file of another detector.
@@ -63,11 +57,8 @@ class Decoder(Protocol):
   ) -> Detections:
     """The boxes with scores above a threshold, before suppression.
 
-    Args:
-      outputs: of one image, without the batch dimension.
-      names: of the classes.
-      threshold: of scores.
-      image_size: height and width of the image before `prepare`.
+    `outputs` are of one image, without the batch dimension; `names` are those
+    of the classes, and `image_size` is (height, width) before `prepare`.
     """
     ...
 

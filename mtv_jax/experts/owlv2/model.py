@@ -26,22 +26,14 @@ _NORM_EPS = 1e-6  # Of the norm that embeddings are divided by.
 
 @pytree_dataclass
 class Patches:
-  """Predictions of the P patches of images, independent of phrases.
+  """Predictions of the P patches of images, independent of phrases."""
 
-  Attributes:
-    embeddings: of unit length, to compare with phrases.
-    shift: added to that similarity.
-    scale: multiplies the sum.
-    boxes: (y0, x0, y1, x1) in the unit square of the padded image; they may
-      exceed it.
-    objectness: logits.
-  """
-
-  embeddings: Float32[Array, "b p e"]
-  shift: Float32[Array, "b p"]
-  scale: Float32[Array, "b p"]
+  embeddings: Float32[Array, "b p e"]  # Of unit length.
+  shift: Float32[Array, "b p"]  # Added to their cosines with phrases.
+  scale: Float32[Array, "b p"]  # Multiplies the sum.
+  # (y0, x0, y1, x1) in the padded image's unit square; may exceed it.
   boxes: Float32[Array, "b p 4"]
-  objectness: Float32[Array, "b p"]
+  objectness: Float32[Array, "b p"]  # Logits.
 
   def logits(
     self, queries: Float32[Array, "b q e"], valid: Bool[Array, "b q"]
@@ -170,12 +162,9 @@ def _unit(x, eps=_NORM_EPS):
 
 
 def box_bias(grid: tuple[int, int]) -> Float32[np.ndarray, "p 4"]:
-  """Bias of each patch's box: logits of (x, y, width, height).
+  """Bias of each patch's box, logits of (x, y, width, height), of a grid.
 
   A box of a patch's size at the patch's lower right corner.
-
-  Args:
-    grid: rows and columns of patches.
   """
   rows, columns = grid
   y, x = np.mgrid[1 : rows + 1, 1 : columns + 1].astype(np.float32)

@@ -1,10 +1,8 @@
 """Cache of query embeddings on the devices.
 
-Many n-grams of captions recur, and a fixed vocabulary never changes: its
-queries are computed before the first image.
-
-A query must not depend on earlier requests. So the text tower always runs on
-the same number of independent rows, however few phrases are new.
+Many n-grams of captions recur, and a fixed vocabulary never changes. The text
+tower always runs on the same number of independent rows, however few phrases
+are new, so that a query does not depend on earlier requests.
 """
 
 from __future__ import annotations
@@ -57,17 +55,13 @@ class QueryCache:
       lambda table, slots, new: table.at[slots].set(new, mode="drop"),
       out_shardings=replicated_sharding(mesh),
     )
-    self._table = local_mesh.replicate(
+    # [capacity, e]; slots of `look_up` are valid until its next call.
+    self.table: Float32[Array, "capacity e"] = local_mesh.replicate(
       np.zeros((capacity, width), np.float32), mesh
     )
     # By the bytes of its tokens, the most recently used at the end.
     self._slots: collections.OrderedDict[bytes, int] = collections.OrderedDict()
     self.encoded = 0
-
-  @property
-  def table(self) -> Float32[Array, "capacity e"]:
-    """The queries; slots of `look_up` are valid until its next call."""
-    return self._table
 
   def look_up(
     self, tokens: Int32[np.ndarray, "*n k t"]
@@ -88,10 +82,10 @@ class QueryCache:
         self._slots.move_to_end(key)
       else:
         new.append((key, i))
-    if len(wanted) > len(self._table):
+    if len(wanted) > len(self.table):
       capacity = 1 << (len(wanted) - 1).bit_length()
-      more = ((0, capacity - len(self._table)), (0, 0))
-      self._table = local_mesh.replicate(jnp.pad(self._table, more), self._mesh)
+      more = ((0, capacity - len(self.table)), (0, 0))
+      self.table = local_mesh.replicate(jnp.pad(self.table, more), self._mesh)
     count = self._mesh.size * _BATCH_SIZE
     for start in range(0, len(new), count):
       self._encode(rows, new[start : start + count], count)
@@ -102,7 +96,7 @@ class QueryCache:
     self, rows: np.ndarray, new: list[tuple[bytes, int]], count: int
   ) -> None:
     """Encodes phrases into free slots or those of the least recently used."""
-    capacity = len(self._table)
+    capacity = len(self.table)
     tokens = np.zeros((count, *rows.shape[1:]), np.int32)
     slots = np.full(count, capacity, np.int32)  # Out of range: not written.
     for row, (key, i) in enumerate(new):
@@ -113,5 +107,5 @@ class QueryCache:
       tokens[row], slots[row] = rows[i], slot
     sharded = local_mesh.shard({"tokens": tokens}, self._mesh)
     queries = self._embed(self._params, sharded)
-    self._table = self._write(self._table, slots, queries)
+    self.table = self._write(self.table, slots, queries)
     self.encoded += len(new)

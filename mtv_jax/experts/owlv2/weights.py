@@ -44,19 +44,11 @@ _HEADS = {
 
 @dataclasses.dataclass(frozen=True)
 class Owlv2Files:
-  """Content of a folder: `Owlv2` and its processor.
-
-  Attributes:
-    spec: of the towers; its image tower has the folder's image size.
-    params: of `Owlv2`, NumPy float32.
-    mean, std: of pixels from 0 to 1, by channel.
-    tokenizer: of phrases.
-    tokenizer_hash: of the tokenizer's files.
-  """
+  """Content of a folder: `Owlv2` and its processor."""
 
   spec: ModelSpec
-  params: dict[str, Any]
-  mean: tuple[float, ...]
+  params: dict[str, Any]  # NumPy float32.
+  mean: tuple[float, ...]  # Of pixels from 0 to 1, by channel.
   std: tuple[float, ...]
   tokenizer: tokenizers.Tokenizer | ClipTokenizer
   tokenizer_hash: str
@@ -65,9 +57,8 @@ class Owlv2Files:
 def read(folder: str | os.PathLike) -> Owlv2Files:
   """Reads a folder of `Owlv2ForObjectDetection.save_pretrained`.
 
-  And its processor's files: `processor_config.json` or
-  `preprocessor_config.json` (optional), and the tokenizer's `tokenizer.json`
-  or `vocab.json` and `merges.txt`.
+  With a tokenizer (`tokenizer.json`, or `vocab.json` and `merges.txt`) and
+  optionally `processor_config.json` or `preprocessor_config.json`.
 
   Raises:
     MissingFileError: there is no folder, or no tokenizer in it.

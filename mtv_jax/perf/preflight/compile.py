@@ -22,8 +22,7 @@ from mtv_jax.train.experiment import (
   make_config_mesh,
 )
 
-# Examples per epoch where the config counts in epochs and nothing is given: it
-# sets when events of a run happen, and changes nothing that is measured here.
+# Examples per epoch by default; changes nothing that is measured here.
 EPOCH = 1_000_000
 
 
@@ -37,10 +36,7 @@ class Plan(TrainStep):
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the global batch, sharded over the mesh."""
     rows, split = self.config.batch_size, NamedSharding(self.mesh, BATCH_SPEC)
-    return {
-      name: jax.ShapeDtypeStruct((rows, *f.shape), f.dtype, sharding=split)
-      for name, f in self.fields.items()
-    }
+    return flops_lib.abstract_batch(rows, self.fields, split)
 
   def lower(self) -> jax.stages.Lowered:
     """Lowers the update with all objectives."""
@@ -112,15 +108,13 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """Result of compiling a program."""
+  """Result of compiling a program; sizes and FLOPs are per chip and step."""
 
-  memory: Memory | None  # Of one chip; None where the compiler ran out of it.
+  memory: Memory | None  # None where the compiler ran out of it.
   refusal: str = ""  # The compiler's message where it did.
   seconds: float = 0.0  # Of lowering and compiling.
   collectives: tuple[hlo.Collective, ...] = ()  # Largest first.
-  # Of one chip per step: matrix products and convolutions of the compiled
-  # program, recomputation included; 0 where they are unknown.
-  flops: float = 0.0
+  flops: float = 0.0  # With recomputation, see `hlo.count_flops`; 0: unknown.
   largest: Sequence[dict[str, Any]] = ()  # See `hlo.largest_temporaries`.
   # Batch size of `largest`; smaller than the config's if the step does not fit.
   largest_at: int = 0
@@ -133,7 +127,7 @@ class Compiled:
 
 def compile_step(plan: Plan, *, largest: int = 8) -> Compiled:
   """Compiles the train step of a plan; lists so many of the largest arrays."""
-  result, program = _compile(plan, plan.lower)
+  result, program = _compile(plan.lower, plan)
   if program is None:
     arrays, batch = _largest_of_smaller_batch(plan, largest)
     return dataclasses.replace(result, largest=arrays, largest_at=batch)
@@ -150,11 +144,11 @@ def compile_step(plan: Plan, *, largest: int = 8) -> Compiled:
 
 def compile_norms(plan: Plan) -> Compiled:
   """Compiles the program that a run with `log.gradients_steps` runs as well."""
-  return _compile(plan, plan.lower_norms)[0]
+  return _compile(plan.lower_norms, plan)[0]
 
 
 def _compile(
-  plan: Plan, lower: Callable[[], jax.stages.Lowered]
+  lower: Callable[[], jax.stages.Lowered], plan: Plan
 ) -> tuple[Compiled, jax.stages.Compiled | None]:
   begin = time.perf_counter()
   lowered = lower()
@@ -177,7 +171,7 @@ def _largest_of_smaller_batch(
   for divisor in (16, 256) if count else ():
     batch = max(plan.config.batch_size // divisor // least, 1) * least
     smaller = make_plan(plan.config, plan.topology, [f"batch_size={batch}"])
-    _, program = _compile(smaller, smaller.lower)
+    _, program = _compile(smaller.lower, smaller)
     if program is not None:
       return hlo.largest_temporaries(program, limit=count), batch
   return (), 0
@@ -185,9 +179,6 @@ def _largest_of_smaller_batch(
 
 def required_bytes(refusal: str) -> int | None:
   """Bytes that the program needs, according to the compiler's message."""
-  match = re.search(
-    r"(?:Used|temporaries \(|requirement )\s*([\d.]+)([KMGT])", refusal
-  )
-  if not match:
-    return None
-  return int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1))
+  pattern = r"(?:Used|temporaries \(|requirement )\s*([\d.]+)([KMGT])"
+  match = re.search(pattern, refusal)
+  return match and int(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1))

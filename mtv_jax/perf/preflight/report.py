@@ -33,9 +33,7 @@ class Report:
   model_flops: float  # Of a step on all chips, without recomputation.
   # The program of the objectives' gradient norms, if it was compiled.
   norms: compile_lib.Compiled | None = None
-  # Assumed model FLOPs utilisation: what large ViTs reach on TPUs when data
-  # never delays them.
-  mfu: float = 0.4
+  mfu: float = 0.4  # Assumed; what large ViTs reach on TPUs.
   tables: str = "short"  # Or 'all' rows of the parameter table.
 
   @property
@@ -61,11 +59,13 @@ class Report:
   @property
   def examples_per_second(self) -> float | None:
     """Of all chips at `mfu`; None where their peak is unknown."""
-    peak = self.plan.topology.chip.peak_bf16_flops
-    if peak is None:
+    topology = self.plan.topology
+    if topology.chip.peak_bf16_flops is None:
       return None
     per_example = self.model_flops / self.plan.config.batch_size
-    return self.mfu * peak * self.plan.topology.chips / per_example
+    return (
+      self.mfu * topology.chip.peak_bf16_flops * topology.chips / per_example
+    )
 
   @functools.cached_property
   def params(self) -> list[tuple[str, tuple[int, ...], str, int]]:
@@ -232,14 +232,11 @@ class Report:
         f"{title} (config.log.gradients_...), a separate program: not compiled "
         "(--norms)"
       ]
-    verdict = "fits" if norms.fits else "DOES NOT FIT"
-    if norms.memory is None:
-      lines = [f"{title}: {verdict}", *_indent(norms.refusal)]
-    else:
-      peak = format_bytes(norms.memory.peak)
-      lines = [
-        f"{title}: peak {peak}, {verdict}; compiled in {norms.seconds:.0f} s"
-      ]
+    verdict, memory = "fits" if norms.fits else "DOES NOT FIT", norms.memory
+    lines = [f"{title}: {verdict}", *_indent(norms.refusal)]
+    if memory is not None:
+      peak = f"peak {format_bytes(memory.peak)}, {verdict}"
+      lines = [f"{title}: {peak}; compiled in {norms.seconds:.0f} s"]
     if not norms.fits:
       lines.append(
         "  Set --config.log.gradients_steps=None to train without these norms "
