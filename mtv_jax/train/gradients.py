@@ -10,6 +10,7 @@ too (Gao et al. 2021, GradCache, for contrast).
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,13 +95,7 @@ def compute_loss_inputs(
 ) -> dict[str, Any]:
   """The loss inputs of each objective for some rows of a batch.
 
-  Args:
-    spec: with the objectives.
-    params: the student's.
-    state: with the teacher.
-    batch: rows, split over the mesh.
-    keys: random keys of the rows' views.
-    mesh: of the batch; None on one device.
+  `params` are the student's, `keys` the random keys of the rows' views.
   """
   params, state = _gather(spec, params, state, mesh)
   views = {}
@@ -202,16 +197,14 @@ def accumulate_gradients(
   is_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
 
   def floats(leaves):
-    return [leaf for leaf, f in zip(leaves, is_float, strict=True) if f]
+    return list(itertools.compress(leaves, is_float))
 
   # 2. The losses of the whole batch, and their gradients for the inputs.
   def loss(heads, float_leaves):
-    rest = iter(float_leaves)
-    merged = [
-      next(rest) if f else leaf
-      for leaf, f in zip(leaves, is_float, strict=True)
-    ]
-    loss_inputs = jax.tree.unflatten(treedef, merged)
+    new, merged = iter(float_leaves), zip(leaves, is_float, strict=True)
+    loss_inputs = jax.tree.unflatten(
+      treedef, [next(new) if f else leaf for leaf, f in merged]
+    )
     return compute_losses(spec, heads, state, loss_inputs, mesh)
 
   result, (head_grads, cotangents) = jax.value_and_grad(

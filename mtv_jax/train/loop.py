@@ -102,12 +102,7 @@ def check_finite(step: int, values: Mapping[str, Any]) -> None:
 def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
   """Trains a config in a folder, from the start or the last checkpoint.
 
-  Args:
-    config: as `schema.check_config` takes it.
-    workdir: the run's folder, the same on every host.
-
-  Returns:
-    The state after the last step.
+  The folder is the same on every host. Returns the state after the last step.
 
   Raises:
     ConfigError: for anything in the config that can't be used.
@@ -137,13 +132,14 @@ def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
       chrono.from_dict(saved.timing)
     first = saved.step if saved is not None else 0
     loader = stack.enter_context(make_loader(experiment, first))
-    writer = MetricWriter(
-      experiment.workdir,
-      total_steps=experiment.total_steps,
-      start_step=first,
-      process_index=jax.process_index(),
+    writer = stack.enter_context(
+      MetricWriter(
+        experiment.workdir,
+        total_steps=experiment.total_steps,
+        start_step=first,
+        process_index=jax.process_index(),
+      )
     )
-    stack.enter_context(writer)
     sigterm = stack.enter_context(preemption.catch_sigterm())
     # Not before, so that a config that is refused replaces nothing.
     save_config(experiment)
@@ -165,13 +161,12 @@ class _Trainer:
   writer: MetricWriter
   chrono: Chrono
   sigterm: threading.Event
-  # Metrics of the last update, on the devices or fetched, and its objectives.
-  values: dict[str, Any] = dataclasses.field(default_factory=dict)
-  active: tuple[str, ...] = ()
-  # Losses of the updates in flight.
-  losses: collections.deque = dataclasses.field(
-    default_factory=collections.deque
-  )
+
+  def __post_init__(self):
+    # Metrics of the last update, on the devices or fetched, and its objectives.
+    self.values: dict[str, Any] = {}
+    self.active: tuple[str, ...] = ()
+    self.losses = collections.deque()  # Of the updates in flight.
 
   def run(self) -> TrainState:
     """Trains to the last step."""
@@ -198,9 +193,7 @@ class _Trainer:
       due = [n for n, e in evals_every.items() if e and step % e == 0]
       self.evaluate(step, due if step < last else evals_every)
       if self.checkpoints.due(step) or step == last:
-        check_finite(step, jax.device_get(self.values))
-        with self.chrono.pause():
-          self.save(step)
+        self.save(step)
     return self.state
 
   def next_batch(self, step: int, batches: Iterator[Any]) -> Any:
@@ -209,8 +202,8 @@ class _Trainer:
       try:
         return next(batches)
       except Exception as error:
-        # A signal to a process group also ends the data workers. With several
-        # hosts, none of which may exit alone, `sigterm` is not set.
+        # A signal to a process group also ends the data workers. On several
+        # hosts `sigterm` is not set: none may exit alone.
         if not self.sigterm.is_set():
           raise
         log.warning("No further batch, after SIGTERM: %s", error)
@@ -266,6 +259,7 @@ class _Trainer:
     config, workdir = experiment.config, experiment.workdir
     for name in names:
       with self.chrono.pause():
+        heads = heads_lib.heads_of_config(config.objectives, spec.model)
         weights = config.evals[name].get("weights", "student")
         encoder = Encoder(
           spec.model,
@@ -276,9 +270,7 @@ class _Trainer:
           dtype=str(spec.dtype),
           weights=weights,
           source=f"{workdir.name} at step {step}",
-          prediction_heads=heads_lib.heads_of_config(
-            config.objectives, spec.model
-          ),
+          prediction_heads=heads,
         )
         evaluators = {name: experiment.evaluators[name]}
         results = evals_lib.evaluate(encoder, evaluators)
@@ -289,14 +281,15 @@ class _Trainer:
         self.writer.scalars(step, {f"{name}/{k}": v for k, v in metrics})
 
   def save(self, step: int) -> None:
-    """Starts saving a checkpoint."""
-    self.checkpoints.save(step, self.state, timing=self.chrono.to_dict())
+    """Starts saving a checkpoint, if all metrics are finite."""
+    check_finite(step, jax.device_get(self.values))
+    with self.chrono.pause():
+      self.checkpoints.save(step, self.state, timing=self.chrono.to_dict())
 
   def save_and_exit(self, step: int) -> NoReturn:
     """Saves a checkpoint, unless the step has one, and raises Preempted."""
     done = f"saved step {step}" if step else "completed no step"
     if step > self.first:
-      check_finite(step, jax.device_get(self.values))
       self.save(step)
       self.checkpoints.wait()
     raise preemption.Preempted(

@@ -79,9 +79,8 @@ class Chrono:
     state, metrics = update(state, batch)
     chrono.step()
 
-  The first step of a session counts as compilation; wait for it
-  (`jax.block_until_ready`) before `step`. Later steps may run ahead: reading
-  metrics before `rates` waits for them.
+  The first step of a session counts as compilation; wait for it before `step`.
+  Later steps may run ahead: reading metrics before `rates` waits for them.
   """
 
   def __init__(
@@ -112,34 +111,32 @@ class Chrono:
     self._steps += not self.compiling
     self.compiling = False
 
-  @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
+  def waiting(self) -> contextlib.AbstractContextManager[None]:
     """Counts the time inside as training and as waiting for data."""
-    self._lap()
-    try:
-      yield
-    finally:
-      self._lap("wait")
+    return self._measure("wait")
+
+  def pause(self) -> contextlib.AbstractContextManager[None]:
+    """Excludes the time inside: an evaluation, a checkpoint."""
+    return self._measure("pause")
 
   @contextlib.contextmanager
-  def pause(self) -> Iterator[None]:
-    """Excludes the time inside: an evaluation, a checkpoint."""
+  def _measure(self, kind: str) -> Iterator[None]:
     self._lap()
     try:
       yield
     finally:
-      self._lap("pause")
+      self._lap(kind)
 
   def _lap(self, kind: str = "train") -> None:
     now = self._clock()
     seconds, self._last = now - self._last, now
-    if kind == "pause" or self.compiling:
-      self._seconds["pause" if kind == "pause" else "compile"] += seconds
-      return
-    self._seconds["train"] += seconds
-    self._seconds["device"] += seconds * self.devices
+    if kind != "pause" and self.compiling:
+      kind = "compile"
+    self._seconds[kind] += seconds
     if kind == "wait":
-      self._seconds["wait"] += seconds
+      self._seconds["train"] += seconds
+    if kind in ("train", "wait"):
+      self._seconds["device"] += seconds * self.devices
 
   def _read(self) -> np.ndarray:
     times = self._seconds
@@ -178,15 +175,11 @@ class Chrono:
 # The writers.
 
 
-class MetricWriter:
+class MetricWriter(contextlib.AbstractContextManager):
   """Writes scalars of a run to metrics.jsonl, TensorBoard and the console.
 
-  Args:
-    workdir: the run's folder, created if missing.
-    total_steps: for the progress on the console.
-    start_step: the step that the run resumes from. Rows of later steps, which
-      an earlier session wrote, are dropped; 0 drops all.
-    process_index: processes other than 0 write nothing.
+  Creates the run's folder if it is missing. Drops the rows after `start_step`,
+  from which the run resumes; 0 drops all. Only process 0 writes.
   """
 
   def __init__(
@@ -218,24 +211,20 @@ class MetricWriter:
   ) -> None:
     """Writes named numbers, to the files and as a line on the console.
 
-    Args:
-      step: the number of updates done.
-      values: numbers or arrays of one element; '/' in names makes groups.
-      rates: of training, to write as well.
+    `values` are numbers or arrays of one element; '/' in names makes groups.
 
     Raises:
-      InputError: a value that is not a scalar; names it.
+      InputError: a value is not a scalar.
     """
     if not self._active:
       return
     numbers = {}
     for name, value in values.items():
-      array = np.asarray(value)
-      if array.size != 1:
+      if np.size(value) != 1:
         raise InputError(
-          f"metric {name!r} has shape {array.shape}, expected one number."
+          f"metric {name!r} has shape {np.shape(value)}, expected one number."
         )
-      numbers[name] = float(array.reshape(()))
+      numbers[name] = float(np.asarray(value).item())
     log.info(console_line(step, self.total_steps, numbers, rates=rates))
     if rates is not None:
       speed = dataclasses.asdict(rates)
@@ -253,9 +242,6 @@ class MetricWriter:
     if self._active:
       self._jsonl.close()
       self._board.close()
-
-  def __enter__(self) -> "MetricWriter":
-    return self
 
   def __exit__(self, *error: Any) -> None:
     self.close()

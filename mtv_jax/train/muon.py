@@ -24,22 +24,16 @@ _QKV = re.compile(r"(image|text|heads/[^/]+)/blocks/attention/qkv/kernel$")
 
 @dataclasses.dataclass(frozen=True)
 class Muon:
-  """Muon for the kernels of the blocks, AdamW for all other parameters.
-
-  Attributes:
-    momentum: of Muon, as nesterov and ns_steps (Newton-Schulz iterations).
-    rms: root mean square of Muon's updates. 0.2 is that of AdamW's updates, so
-      that both share a learning rate and a weight decay (Liu et al. 2025, Muon
-      is scalable for LLM training, arXiv 2502.16982).
-    b1: of AdamW, as b2 and eps.
-    mu_dtype: of both momenta.
-  """
+  """Muon for the kernels of the blocks, AdamW for all other parameters."""
 
   momentum: Fraction = 0.95
   nesterov: bool = True
-  ns_steps: PositiveInt = 5
+  ns_steps: PositiveInt = 5  # Newton-Schulz iterations.
+  # Root mean square of Muon's updates. 0.2 is that of AdamW's, so that both
+  # share a learning rate and a weight decay (Liu et al. 2025, Muon is scalable
+  # for LLM training, arXiv 2502.16982).
   rms: NonNegativeFloat = 0.2
-  b1: Fraction = 0.9
+  b1: Fraction = 0.9  # Of AdamW, as b2 and eps.
   b2: Fraction = 0.999
   eps: NonNegativeFloat = 1e-8
   mu_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -47,10 +41,7 @@ class Muon:
   def scale(
     self, attention_heads: Mapping[str, int]
   ) -> optax.GradientTransformation:
-    """Maps the gradient to an update of the size of the learning rate.
-
-    `attention_heads` are those of `StepSpec`.
-    """
+    """As `AdamW.scale` in `optim`."""
     muon = optax.chain(
       optax.contrib.scale_by_muon(
         beta=self.momentum,

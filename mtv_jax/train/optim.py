@@ -13,6 +13,7 @@ at `lr=1e-3` is `weight_decay=0.1` here.
 
 import dataclasses
 import math
+import operator
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -78,9 +79,9 @@ def make_optimizer(
   """Builds the optimizer of a config.
 
   Args:
-    optim_config: `config.optim`: name, lr, weight_decay, clip_norm, rules, and
-      the options of the class in `OPTIMIZERS`.
-    schedule_config: `config.schedule`, see `make_schedule`.
+    optim_config: name, lr, weight_decay, clip_norm, rules, and the options of
+      the class in `OPTIMIZERS`.
+    schedule_config: see `make_schedule`.
     length: of the run.
     params: the parameters, or their shapes.
     attention_heads: see `StepSpec.attention_heads`.
@@ -111,7 +112,7 @@ def make_optimizer(
   )
   if any(row.frozen for row in table):
     frozen = map_with_names(lambda name, _: rows[name].frozen, params)
-    trainable = jax.tree.map(lambda x: not x, frozen)
+    trainable = jax.tree.map(operator.not_, frozen)
     # Masked, so that they have no moments and no part in the norm.
     trained = optax.chain(
       optax.masked(trained, trainable),
@@ -174,15 +175,12 @@ class Adafactor:
     def decay_rate(step: Any, exponent: Any) -> Any:
       return jnp.minimum(self.b2, 1.0 - (step + 1.0) ** -exponent)
 
-    parts = [
+    ema = optax.ema(self.b1, debias=False, accumulator_dtype=self.mu_dtype)
+    return optax.chain(
       optax.scale_by_factored_rms(decay_rate_fn=decay_rate),
       optax.clip_by_block_rms(1.0),
-    ]
-    if self.b1:
-      parts.append(
-        optax.ema(self.b1, debias=False, accumulator_dtype=self.mu_dtype)
-      )
-    return optax.chain(*parts)
+      *([ema] if self.b1 else []),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,16 +213,12 @@ _SHARED = ("b1", "b2", "eps", "momentum", "mu_dtype")
 
 
 def _build_optimizer(config: schema.Config) -> Any:
-  where = "config.optim"
-  name = config.get("name") or "adamw"
+  where, name = "config.optim", config.get("name") or "adamw"
   cls = options.look_up(OPTIMIZERS, name, where=where, key="name")
-  fields = [field.name for field in dataclasses.fields(cls)]
+  fields = {field.name for field in dataclasses.fields(cls)}
+  ignored = {*_COMMON, *_SHARED} - fields
   given = {
-    key: value
-    for key, value in config.items()
-    if value is not None
-    and key not in _COMMON
-    and (key in fields or key not in _SHARED)
+    k: v for k, v in config.items() if v is not None and k not in ignored
   }
   return options.build(cls, given, where=where, reserved=_COMMON)
 
@@ -267,9 +261,8 @@ def match_param_rules(
         f" weight_decay=...)), got {rule!r}."
       )
     where = f"config.optim.rules: {rule[0]!r}"
-    multipliers.append(
-      (rule[0], options.build(_Multipliers, rule[1], where=where))
-    )
+    value = options.build(_Multipliers, rule[1], where=where)
+    multipliers.append((rule[0], value))
   shapes = {name: tuple(x.shape) for name, x in flatten_with_names(params)}
   table = []
   for match in match_rules(shapes, multipliers, what="config.optim.rules"):
@@ -290,16 +283,12 @@ def describe_rules(table: Sequence[ParamRule]) -> str:
   for row in table:
     key = row.rule or "(no rule)", row.lr, row.weight_decay
     groups.setdefault(key, []).append(row)
-  lines = [
-    f"{'rule':<32} {'lr x':>7} {'decay x':>7} {'arrays':>7} {'numbers':>13}"
-    "  for example"
-  ]
+  line = "{:<32} {:>7} {:>7} {:>7} {:>13}  {}".format
+  lines = [line("rule", "lr x", "decay x", "arrays", "numbers", "for example")]
   for (rule, lr, decay), rows in groups.items():
-    size = sum(math.prod(row.shape) for row in rows)
-    lines.append(
-      f"{rule:<32} {'frozen' if lr == 0 else f'{lr:g}':>7} {decay:>7g}"
-      f" {len(rows):>7} {size:>13,}  {rows[0].name}"
-    )
+    size = f"{sum(math.prod(row.shape) for row in rows):,}"
+    lr = "frozen" if lr == 0 else f"{lr:g}"
+    lines.append(line(rule, lr, f"{decay:g}", len(rows), size, rows[0].name))
   return "\n".join(lines)
 
 

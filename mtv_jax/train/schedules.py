@@ -60,10 +60,7 @@ _SHARED = ("end", "timescale_steps")
 
 
 def make_schedule(
-  config: schema.Config,
-  *,
-  lr: float,
-  length: schema.RunLength,
+  config: schema.Config, *, lr: float, length: schema.RunLength
 ) -> Schedule:
   """The learning rate at the update that follows step t.
 
@@ -75,10 +72,8 @@ def make_schedule(
 
   and the three are multiplied with `lr`.
 
-  Args:
-    config: name, the durations warmup and cooldown, options of the schedule.
-    lr: the peak.
-    length: of the run.
+  `config` has the name, the durations warmup and cooldown, and options of the
+  schedule.
 
   Raises:
     ConfigError: an unknown name or option, or a warm-up and cool-down that

@@ -69,11 +69,8 @@ def make_update_fn(
   Metrics are scalars by name: `loss`, `grad_norm`, `update_norm`, and for each
   objective `NAME/loss`, `NAME/weight` and what it reports.
 
-  Args:
-    spec: with all objectives, as the state.
-    active_spec: with the objectives that this update computes.
-    tx: the optimizer.
-    mesh: over which the batch is sharded; None on one device.
+  `spec` has all objectives, as the state; `active_spec` those that this update
+  computes.
   """
 
   def update(state, batch):
@@ -181,10 +178,7 @@ class Program:
     return self._jit(norms, replicated_sharding(self.mesh), static_argnums=2)
 
   def restart_teacher(self, state: TrainState) -> TrainState:
-    """Copies the student to the teacher; the state is donated.
-
-    For the step at which a teacher is first read.
-    """
+    """Copies the student to the teacher before its first use, in place."""
 
     def copy(state):
       teacher = teacher_params(self.spec, state.params)

@@ -91,8 +91,7 @@ def compare(
   losses = tuple(side() for side in sides)
 
   def time_side(side):
-    # The first step of a turn gets its memory back from the other side, which
-    # took up to twice the time of a step here and is not charged to either.
+    # A turn's first step reclaims memory from the other side: not timed.
     side()
     return harness.time_call(lambda: [side() for _ in range(steps)]) / steps
 

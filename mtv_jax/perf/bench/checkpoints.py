@@ -95,8 +95,8 @@ def _time_save(
 def disk_speed(folder: pathlib.Path) -> dict[str, float]:
   """Bytes per second that one file is written ('write') and read ('read') at.
 
-  Writing includes fsync. The file's pages are dropped before it is read, as
-  far as the system does that.
+  Writing includes fsync, and the file's cached pages are dropped before it is
+  read.
   """
   data = np.random.default_rng(0).integers(0, 256, _CHUNK, np.uint8).tobytes()
   path = folder / "speed.bin"

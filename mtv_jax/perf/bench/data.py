@@ -87,10 +87,8 @@ def run(
     workers=workers,
     images=images,
   )
-  for name, label in (
-    ("pipeline", "full pipeline"),
-    ("decode", "decode and resize alone"),
-  ):
+  labels = {"pipeline": "full pipeline", "decode": "decode and resize alone"}
+  for name, label in labels.items():
     rate = statistics.median(images / w.wall for w in times[name])
     cpu = statistics.median(1e3 * w.cpu / images for w in times[name])
     text = f"{rate:.0f} images/s, {rate / threads:.0f} a thread"

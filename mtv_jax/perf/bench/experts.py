@@ -2,10 +2,10 @@
 
 A module of `MODELS` has the functions
 
-  write(variant, folder)               a folder by `transformers` with random
-                                       weights; returns the model
-  ours(variant, folder, batch_size)    a `Side` with the folder's weights
-  theirs(model, batch_size)            a `Side` with equal results
+  write(variant, folder)     a `transformers` folder with random weights;
+                             returns the model
+  ours(variant, folder, batch_size)            a `Side` with these weights
+  theirs(model, batch_size)                    a `Side` with equal results
   program(variant, batch_size, mesh, dtype)    a `Program`
 """
 
@@ -86,8 +86,7 @@ def run(
   else:
     if jax.local_device_count() > 1:
       raise InputError(
-        f"JAX has {jax.local_device_count()} devices, PyTorch has one: compare "
-        "on one device."
+        f"Compare on one device: JAX has {jax.local_device_count()}."
       )
     import torch
     import transformers
@@ -195,9 +194,7 @@ def compile_expert(
   program = _import_model(kind).program(variant, batch_size, mesh, "bfloat16")
 
   def shard(tree, to):
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), tree
-    )
+    return jax.tree.map(lambda x: x.update(sharding=to), tree)
 
   params = shard(program.params, replicated_sharding(mesh))
   rows = shard(program.rows, NamedSharding(mesh, BATCH_SPEC))

@@ -19,9 +19,7 @@ import numpy as np
 class Result:
   """Measurements of one benchmark: a table to print and values for `--json`.
 
-  Args:
-    **context: values that describe the run, such as `batch_size`; the title of
-      the table.
+  `context` describes the run, such as its `batch_size`, in the table's title.
   """
 
   def __init__(self, **context: Any):
@@ -37,7 +35,7 @@ class Result:
     value: Any,
     label: str = "",
     text: str = "",
-    unit: float = 1.0,
+    unit: float = 1,
   ) -> None:
     """Adds a value of plain types, and a row of the table if it has a label.
 
@@ -108,9 +106,8 @@ def time_rounds(
 ) -> np.ndarray:
   """Wall seconds `[rounds, functions]` of functions that take turns.
 
-  Alternating exposes all of them to the same load of the machine, so that the
-  ratios of a round are comparable. Functions wait for their own results; the
-  rounds of the warm-up do not count.
+  Alternating exposes all to the same load, so that a round's ratios are
+  comparable. Functions wait for their own results; the warm-up does not count.
   """
   times = [[time_call(f) for f in functions] for _ in range(warmup + rounds)]
   return np.array(times[warmup:])

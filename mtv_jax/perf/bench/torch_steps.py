@@ -35,8 +35,8 @@ VERSIONS = {
 class Step:
   """One AdamW update of a model; calling it returns the loss.
 
-  `optim` has `lr`, `weight_decay`, `b2` and `clip_norm`; `after` is called
-  after each update.
+  `after` is called after each update; `parameters` is the number of trained
+  parameters.
   """
 
   def __init__(
@@ -48,19 +48,15 @@ class Step:
   ):
     self._params = list(modules.parameters())
     self._loss, self._after, self._clip = loss, after, optim["clip_norm"]
+    self.parameters = sum(p.numel() for p in self._params)
+    decay = optim["weight_decay"]
     groups = [
-      dict(params=[p for p in self._params if p.ndim > 1]),
+      dict(params=[p for p in self._params if p.ndim > 1], weight_decay=decay),
       dict(params=[p for p in self._params if p.ndim <= 1], weight_decay=0.0),
     ]
-    options = dict(lr=optim["lr"], weight_decay=optim["weight_decay"])
     self._tx = torch.optim.AdamW(
-      groups, betas=(0.9, optim["b2"]), fused=True, **options
+      groups, lr=optim["lr"], betas=(0.9, optim["b2"]), fused=True
     )
-
-  @property
-  def parameters(self) -> int:
-    """The number of trained parameters."""
-    return sum(p.numel() for p in self._params)
 
   def __call__(self) -> float:
     self._tx.zero_grad()
@@ -76,10 +72,7 @@ def _tensor(array: Any) -> torch.Tensor:
   return torch.from_numpy(np.array(array))
 
 
-# ---------------------------------------------------------------------------
-# Weights under the names of timm and open_clip.
-
-# Regexes of our names and their replacements, applied in order.
+# Our names as those of timm and open_clip: regexes and their replacements.
 Renames = tuple[tuple[str, str], ...]
 _TIMM: Renames = (
   (r"^blocks/", "blocks/{i}/"),
@@ -185,9 +178,8 @@ def siglip_step(
   model.visual.trunk = _trunk(image, params)
   _load(model.text, params["text"], _OPEN_CLIP, text.heads)
   heads = params["heads"]["contrastive"]
-  with torch.no_grad():
-    model.logit_scale.copy_(_tensor(heads["logit_scale"]))
-    model.logit_bias.copy_(_tensor(heads["logit_bias"]))
+  for name in ("logit_scale", "logit_bias"):
+    getattr(model, name).data.copy_(_tensor(heads[name]))
   images = _tensor(batch["image"]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
   images, captions = images.contiguous(), _tensor(batch["caption"]).long()
   criterion = open_clip.loss.SigLipLoss()
@@ -239,11 +231,10 @@ class Head(nn.Module):
   def __init__(self, tree: Params):
     super().__init__()
     layers = []
-    for name in sorted(tree["mlp"]):
-      kernel, bias = tree["mlp"][name]["kernel"], tree["mlp"][name]["bias"]
-      dense = nn.Linear(*kernel.shape)
-      dense.weight.data, dense.bias.data = _tensor(kernel.T), _tensor(bias)
-      layers += [dense, nn.GELU()]
+    for _, dense in sorted(tree["mlp"].items()):
+      layers += [nn.Linear(*dense["kernel"].shape), nn.GELU()]
+      layers[-2].weight.data = _tensor(dense["kernel"].T)
+      layers[-2].bias.data = _tensor(dense["bias"])
     self.mlp = nn.Sequential(*layers[:-1])
     self.direction = nn.Parameter(_tensor(tree["last_layer"]["kernel"].T))
     self.length = nn.Parameter(_tensor(tree["last_layer"]["scale"]))
@@ -292,9 +283,7 @@ def distillation_step(
 
   mask = _tensor(views["global"].mask).transpose(0, 1).flatten(0, 1)
   global_crops, local_crops = images("global"), images("local")
-  global_count, local_count = (
-    views[view].images.shape[1] for view in ("global", "local")
-  )
+  count = views["global"].images.shape[1]
   student = Encoder(spec, params)
   teacher = copy.deepcopy(student).requires_grad_(False)
   dino = spec.objectives["distillation"]
@@ -315,11 +304,11 @@ def distillation_step(
     logs = F.log_softmax(logits / dino.student_temp, dim=-1)
     pairs = [
       -(q * log).sum(dim=-1).mean()
-      for i, q in enumerate(targets.chunk(global_count))
-      for j, log in enumerate(logs.chunk(global_count + local_count))
+      for i, q in enumerate(targets.chunk(count))
+      for j, log in enumerate(logs.split(len(pooled) // count))
       if i != j
     ]
-    koleo = sum(map(_koleo, pooled.chunk(global_count)))
+    koleo = sum(map(_koleo, pooled.chunk(count)))
     logits = student.heads["ibot"](patches[mask])
     logs = F.log_softmax(logits / ibot.student_temp, dim=-1)
     ibot_loss = -((masked * logs).sum(dim=-1) * weights).sum()

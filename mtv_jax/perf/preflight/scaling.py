@@ -1,8 +1,8 @@
 """Growth of memory and collectives with the number of chips.
 
-A step has to reduce gradients, and its losses over all rows have to exchange
-embeddings. Both are computed here analytically, from the step and the mesh; the
-rest of what the compiled program sends should not grow.
+A step has to reduce gradients, and losses over all rows exchange embeddings.
+Both are computed analytically; the rest of the compiled program's traffic
+should not grow.
 """
 
 import collections
@@ -32,13 +32,8 @@ from mtv_jax.parallel.mesh import (
 )
 from mtv_jax.parallel.rules import axis_names
 from mtv_jax.perf import hlo, topologies
-from mtv_jax.perf.preflight.compile import (
-  Compiled,
-  Memory,
-  Plan,
-  compile_step,
-  make_plan,
-)
+from mtv_jax.perf.preflight import compile as compile_lib
+from mtv_jax.perf.preflight.compile import Compiled, Plan
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -49,10 +44,9 @@ TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
 def embedding_bytes(plan: Plan) -> int:
   """Bytes that a chip receives for losses that compare all rows of a batch.
 
-  Of n chips with b float32 rows of D channels: in a ring, as sigmoid losses and
-  KoLeo use it, embeddings with their metadata come n - 1 times and their
-  gradients n times. All-gathered, the embeddings of n - 1 other chips come
-  once, and the gradients of a chip's own from n - 1 others.
+  Of n chips, in a ring (sigmoid losses, KoLeo), rows with their metadata come
+  n - 1 times and their gradients n times; all-gathered, both come n - 1 times,
+  without metadata.
   """
   chips, spec, total = num_batch_shards(plan.mesh), plan.step_spec, 0
   for objective in spec.objectives.values():
@@ -127,20 +121,12 @@ def _head_reductions(objectives, head, name, leaf) -> tuple[int, int]:
 def gradient_reductions(
   rows: Sequence[hlo.Collective], sizes: collections.Counter[int]
 ) -> list[hlo.Collective]:
-  """The collectives that reduce gradients.
+  """The collectives that reduce gradients, with the bytes of these alone.
 
-  The compiler chooses the precision (block gradients in bfloat16), fuses
-  reductions of several arrays under the name of one of them, and reshapes them.
-  So each operand counts by its number of elements, and no more operands of a
-  size than `sizes` has gradients of it: an activation of a parameter's size
-  stays in the rest. Operands of backward passes are matched first.
-
-  Args:
-    rows: from `hlo.collectives`.
-    sizes: from `gradient_sizes`.
-
-  Returns:
-    The reductions, each with only the bytes of its gradients.
+  The compiler chooses the precision, and fuses and reshapes reductions. So each
+  operand counts by its number of elements, and no more operands of a size than
+  `sizes` (see `gradient_sizes`) has gradients of it: an activation of a
+  parameter's size stays in the rest. Operands of backward passes come first.
   """
   unmatched, reductions = collections.Counter(sizes), []
   for row in sorted(rows, key=lambda r: "transpose(" not in r.scope):
@@ -165,10 +151,9 @@ def step_row(plan: Plan, compiled: Compiled) -> dict[str, Any]:
   Returns:
     `chips`, `peak`, `seconds`; `received`, the bytes of all collectives;
     `gradients` of them, which reduce gradients; `embeddings`, which losses over
-    all rows need, analytically; `rest`, what is neither; `steady`, the rest
-    with each all-reduce as in an infinite ring. Of n chips it brings each
-    (n - 1) / n of that, which grows by 6.25 % from 16 to 256 chips although
-    nothing more is reduced.
+    all rows need; the `rest`; and `steady`, the rest with each all-reduce as in
+    an infinite ring: one of n chips brings (n - 1) / n of that, which grows by
+    6.25 % from 16 to 256 chips although nothing more is reduced.
   """
   collectives = compiled.collectives
   reduced = gradient_reductions(collectives, gradient_sizes(plan))
@@ -206,8 +191,9 @@ def compile_row(
     ConfigError: the step does not fit.
   """
   parsed = topologies.parse(topology)
-  plan = make_plan(config, parsed, [f"batch_size={rows * parsed.chips}"])
-  compiled = compile_step(plan)
+  changes = [f"batch_size={rows * parsed.chips}"]
+  plan = compile_lib.make_plan(config, parsed, changes)
+  compiled = compile_lib.compile_step(plan)
   if compiled.memory is None:
     raise ConfigError(f"on {topology}: {compiled.refusal}")
   return step_row(plan, compiled)
@@ -218,14 +204,9 @@ def compile_loss(
 ) -> dict[str, Any]:
   """Compiles the sigmoid loss with its gradients alone.
 
-  Args:
-    method: of `contrastive`, 'ring' or 'gathered'.
-    topology: see `topologies.parse`.
-    rows: per chip; the logits of few rows need no HBM at all.
-    width: of the embeddings.
-
-  Returns:
-    The row: `temporaries` and `received` are bytes per chip.
+  Of a `method` of `contrastive`, with so many `rows` a chip: the logits of few
+  rows need no HBM. In the result `temporaries` and `received` are bytes per
+  chip.
   """
   objective = build_objective("contrastive", dict(method=method))
   devices = topologies.devices(topologies.parse(topology))
@@ -249,7 +230,7 @@ def compile_loss(
   return dict(
     method=method,
     chips=len(devices),
-    temporaries=Memory.of(compiled, None).temporaries,
+    temporaries=compile_lib.Memory.of(compiled, None).temporaries,
     received=sum(row.bytes for row in hlo.collectives(compiled)),
   )
 
