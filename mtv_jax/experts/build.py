@@ -23,8 +23,7 @@ from mtv_jax.utils.errors import (
 
 # By the `model_type` of a Hugging Face folder's config.json.
 _FAMILIES = {"depth_anything": "depth_anything.expert", "owlv2": "owlv2.expert"}
-# Options of `build_phrases`.
-_PHRASE_LIMITS = ("max_phrases", "max_words")
+_PHRASE_LIMITS = ("max_phrases", "max_words")  # Options of `build_phrases`.
 
 
 def build_expert(
@@ -33,14 +32,14 @@ def build_expert(
   *,
   options: Mapping[str, Any] | None = None,
 ) -> Expert:
-  """The expert of a folder or file of weights.
+  """The expert of a folder or file of weights, for labels of a kind.
 
   Args:
-    kind: of its labels, "depth" or "boxes".
+    kind: "depth" or "boxes".
     weights: a Hugging Face folder (Depth Anything V2, OWLv2), an .onnx file,
       or a run or export of this package.
     options: of the module's `load_expert`; `phrases` by the name of their
-      source, with `max_phrases` and `max_words` (see `build_phrases`).
+      source, with the options of `build_phrases`.
 
   Raises:
     MissingFileError: there are no weights.
@@ -53,9 +52,8 @@ def build_expert(
   name, reason = _select_module(path)
   module = importlib.import_module(f"mtv_jax.experts.{name}")
   parameters = inspect.signature(module.load_expert).parameters
-  hidden = {"mesh", "kind"}
-  for other, names in getattr(module, "OPTIONS_BY_KIND", {}).items():
-    hidden |= {*names} if other != kind else set()
+  by_kind = getattr(module, "OPTIONS_BY_KIND", {})
+  hidden = {"mesh", "kind"}.union(*(v for k, v in by_kind.items() if k != kind))
   known = [
     key
     for key, parameter in parameters.items()
@@ -113,11 +111,7 @@ def _select_module(path: pathlib.Path) -> tuple[str, str]:
 
 
 def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
-  """Options from a command line, `NAME=VALUE` each.
-
-  Raises:
-    InputError: one that has another form.
-  """
+  """Options from a command line, `NAME=VALUE` each; others raise InputError."""
   options = {}
   for assignment in assignments:
     name, equals, text = assignment.partition("=")

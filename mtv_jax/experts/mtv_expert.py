@@ -50,11 +50,7 @@ _PROTOCOL = ("weights", "dtype", "input_size", "preprocess", "tokenizer")
 def mtv_depth_expert(
   encoder: Encoder, *, batch_size: int, side: int
 ) -> DepthExpert:
-  """The depth head of an encoder as an expert.
-
-  Args:
-    encoder: with a mesh of this host.
-    batch_size, side: see `load_expert`.
+  """The depth head of an encoder with a mesh of this host, as an expert.
 
   Raises:
     InputError: the encoder lacks the head, or crops images.
@@ -75,10 +71,7 @@ def mtv_depth_expert(
 class MtvBoxExpert:
   """The locator and the prompter of an encoder as an expert of boxes.
 
-  Args:
-    encoder: with a mesh of this host.
-    phrases, batch_size, threshold: see `load_expert`.
-    options: of `detections.select`.
+  The encoder has a mesh of this host; `options` are of `detections.select`.
 
   Raises:
     InputError: the encoder lacks a head, or crops images.

@@ -83,9 +83,8 @@ def _common_subexpressions(jaxpr: Any) -> dict[Any, Any]:
       else first.get(var, var)
       for var in eqn.invars
     )
-    # Callables are those of a custom derivative: new objects at every call, and
-    # without effect after differentiation. Jaxprs of equal text are equal,
-    # except for their constants.
+    # Callables, of custom derivatives, are new at every call and have no effect
+    # after differentiation. Jaxprs of equal text differ only in constants.
     params = tuple(
       (key, id(value) if getattr(value, "consts", None) else str(value))
       for key, value in sorted(eqn.params.items())
@@ -133,11 +132,9 @@ def _count_equation(eqn: Any, needed: list[bool]) -> Cost:
 class StepFlops:
   """FLOPs of a train step per image."""
 
-  # Forward and backward: views, encodings, heads, losses, the optimizer.
-  parts: dict[str, float]
+  parts: dict[str, float]  # Forward and backward.
   traced: float  # Of the whole step, counted like the parts.
-  # By XLA's cost analysis, with elementwise operations, if it was compiled.
-  compiled: float | None
+  compiled: float | None  # By XLA, with elementwise operations.
   alone: dict[str, float]  # Of steps of one group of objectives each.
   batch_size: int
 
@@ -179,7 +176,7 @@ def run(
 ) -> StepFlops:
   """Counts the train step of a config; opens no data, needs no accelerator.
 
-  Prototypes are in one chunk and nothing is rematerialised.
+  Nothing is rematerialised.
 
   Args:
     config: as `train` takes it.
@@ -187,7 +184,7 @@ def run(
     compile: "no", or "whole" for XLA's count as well, see `step_flops`.
   """
   config = schema.check_config(config)
-  # A run so long that every objective has started at its end.
+  # So long that every objective has started at its end.
   spec = build_step_spec(config, total_steps=10**9)
   batch = abstract_batch(batch_size, batch_fields(config, spec))
   return step_flops(

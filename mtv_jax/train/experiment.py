@@ -136,9 +136,8 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
   if not config.optim.rules:
     return spec
   table = optim.match_param_rules(abstract_params(spec), config.optim.rules)
-  return dataclasses.replace(
-    spec, frozen=frozenset(row.name for row in table if row.frozen)
-  )
+  frozen = frozenset(row.name for row in table if row.frozen)
+  return dataclasses.replace(spec, frozen=frozen)
 
 
 def _weight(
@@ -300,9 +299,8 @@ def save_config(experiment: Experiment) -> None:
   text = json.dumps(experiment.config.to_dict(), indent=2) + "\n"
   if path.exists() and path.read_text() != text:
     log.warning(
-      "%s has changed; the old one is config.json.old. With another seed, "
-      "batch size or data the run continues with other rows.",
-      path,
+      f"{path} has changed; the old one is config.json.old. With another seed, "
+      "batch size or data the run continues with other rows."
     )
     path.replace(path.with_name("config.json.old"))
   path.write_text(text)
@@ -324,16 +322,12 @@ def log_experiment(experiment: Experiment) -> None:
   log.info("\n%s\n", optim.describe_rules(experiment.optimizer.table))
   if experiment.optimizer.note:
     log.info(experiment.optimizer.note)
-  log.info(
-    "The state takes %.1f MB a device on a mesh of %s.",
-    sum(row[3] for row in sharding_table(state)) / 1e6,
-    " x ".join(f"{mesh.shape[axis]} {axis}" for axis in MESH_AXES),
-  )
+  megabytes = sum(row[3] for row in sharding_table(state)) / 1e6
+  axes = " x ".join(f"{mesh.shape[axis]} {axis}" for axis in MESH_AXES)
+  log.info(f"The state takes {megabytes:.1f} MB a device on a mesh of {axes}.")
   log.info("Encodings: %s.", ", ".join(map(str, experiment.step_spec.plan)))
-  size, epoch = (
-    experiment.config.batch_size,
-    experiment.length.examples_per_epoch,
-  )
+  size = experiment.config.batch_size
+  epoch = experiment.length.examples_per_epoch
   log.info(
     f"{experiment.total_steps} steps of {size} examples; an epoch of {epoch:,} "
     f"examples is {epoch / size:.1f} steps."
@@ -343,11 +337,8 @@ def log_experiment(experiment: Experiment) -> None:
     rows = size * weight / sum(weights)
     if rows > len(source):
       log.warning(
-        "A batch of %d takes %.0f rows of %r, which has only %d records: some "
-        "are repeated, and contrastive losses count their captions as "
-        "negatives. Reduce batch_size or the source's weight, or add data.",
-        size,
-        rows,
-        source,
-        len(source),
+        f"A batch of {size} takes {rows:.0f} rows of {source!r}, which has "
+        f"only {len(source)} records: some are repeated, and contrastive losses"
+        " count their captions as negatives. Reduce batch_size or the source's"
+        " weight, or add data."
       )

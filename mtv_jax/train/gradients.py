@@ -1,10 +1,9 @@
 """Losses and gradients, with exact gradient accumulation.
 
-`accumulate_gradients` encodes the parts of a batch one after the other to loss
-inputs, which are small, differentiates the losses on all inputs at once, and
-encodes each part again to pull the cotangents back. For one more forward pass
-the gradients are those of the whole batch, for contrast, Sinkhorn and KoLeo
-too (Gao et al. 2021, GradCache, for contrast).
+`accumulate_gradients` encodes the parts of a batch one by one to loss inputs,
+which are small, differentiates the losses on all inputs at once, and encodes
+each part again to pull the cotangents back (Gao et al. 2021, GradCache). For
+one more forward pass the gradients are exactly those of the whole batch.
 """
 
 from __future__ import annotations

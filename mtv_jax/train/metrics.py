@@ -5,6 +5,7 @@ Nothing here imports JAX; values may be JAX arrays.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -53,10 +54,6 @@ def setup_logging(*, process_index: int = 0) -> None:
   package.handlers[:] = [handler]
   for name in ("absl", "jax", "orbax", "grain", "tensorboardX"):
     logging.getLogger(name).setLevel(logging.WARNING)
-
-
-# ---------------------------------------------------------------------------
-# The clock.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +168,6 @@ class Chrono:
     self._session = self._window = self._read()
 
 
-# ---------------------------------------------------------------------------
-# The writers.
-
-
 class MetricWriter(contextlib.AbstractContextManager):
   """Writes scalars of a run to metrics.jsonl, TensorBoard and the console.
 
@@ -265,10 +258,6 @@ def _step_of(line: str) -> float:
     return math.inf
 
 
-# ---------------------------------------------------------------------------
-# The console.
-
-
 def console_line(
   step: int,
   total_steps: int,
@@ -288,11 +277,9 @@ def console_line(
   head = f"step {step:>{width}}/{total_steps} {percent:5.1f}%"
   tail = []
   if rates is not None:
-    tail = [
-      f"{rates.images_per_second:,.0f} img/s",
-      f"wait {100 * rates.wait:.0f}%",
-      f"eta {format_duration(rates.eta)}",
-    ]
+    tail.append(f"{rates.images_per_second:,.0f} img/s")
+    tail.append(f"wait {100 * rates.wait:.0f}%")
+    tail.append(f"eta {format_duration(rates.eta)}")
   parts, room = [], WIDTH - len("  ".join([head, *tail])) - len("  +00 more")
   for name, value in numbers.items():
     part = f"{name} {format_number(value)}"
@@ -319,12 +306,8 @@ def format_duration(seconds: float) -> str:
   """Two units: 42s, 3m12s, 5h07m, 2d03h; '?' where unknown."""
   if not math.isfinite(seconds):
     return "?"
-  left = round(seconds)
-  for unit, size, lower, smaller in [
-    ("d", 86400, "h", 3600),
-    ("h", 3600, "m", 60),
-    ("m", 60, "s", 1),
-  ]:
+  left, units = round(seconds), [(86400, "d"), (3600, "h"), (60, "m"), (1, "s")]
+  for (size, unit), (smaller, lower) in itertools.pairwise(units):
     if left >= size:
       return f"{left // size}{unit}{left % size // smaller:02d}{lower}"
   return f"{left}s"

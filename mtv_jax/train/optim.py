@@ -243,11 +243,9 @@ def _decay_and_multiply(
 def match_param_rules(
   params: Any, rules: Sequence[Sequence[Any]]
 ) -> tuple[ParamRule, ...]:
-  """Matches each parameter with the first rule of the config that fits.
+  """Matches each parameter with the first of the rules that fits.
 
-  Args:
-    params: the parameters, or their shapes.
-    rules: pairs (regex, dict(lr=multiplier, weight_decay=multiplier)).
+  Rules are pairs (regex, dict(lr=multiplier, weight_decay=multiplier)).
 
   Raises:
     ConfigError: an unknown or negative multiplier.
@@ -266,14 +264,13 @@ def match_param_rules(
   shapes = {name: tuple(x.shape) for name, x in flatten_with_names(params)}
   table = []
   for match in match_rules(shapes, multipliers, what="config.optim.rules"):
-    given = match.value or _Multipliers()
+    name, given = match.name, match.value or _Multipliers()
     decay = given.weight_decay
     if decay is None:
       # By name rather than by rank: stacked blocks have a leading depth.
-      decay = float(match.name.split("/")[-1] == "kernel")
-    table.append(
-      ParamRule(match.name, shapes[match.name], match.pattern, given.lr, decay)
-    )
+      decay = float(name.split("/")[-1] == "kernel")
+    row = ParamRule(name, shapes[name], match.pattern, given.lr, decay)
+    table.append(row)
   return tuple(table)
 
 
@@ -297,8 +294,8 @@ def ema_update(
 ) -> Any:
   """One step of the exponential moving average, decay e + (1 - decay) p.
 
-  With `step` the average warms up: its decay is at most (1 + step) / (10 +
-  step), so that it forgets the initialisation. The average keeps its dtypes.
+  With `step` the decay is at most (1 + step) / (10 + step), which forgets the
+  initialisation. The average keeps its dtypes.
   """
   rate = jnp.asarray(decay, jnp.float32)
   if step is not None:

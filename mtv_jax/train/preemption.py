@@ -25,11 +25,8 @@ def catch_sigterm() -> Iterator[threading.Event]:
   """Sets an event at SIGTERM inside the context instead of exiting.
 
   Repeated signals change nothing: some programs send one to a process and one
-  to its group. SIGINT and SIGKILL are left alone.
-
-  Does nothing where processes are joined by `jax.distributed`, whose service
-  makes them agree on a step (`Checkpointer.preempted`), where the signal has a
-  handler already, or outside the main thread.
+  to its group. Does nothing under `jax.distributed`, whose service makes hosts
+  agree on a step, where the signal has a handler, or outside the main thread.
   """
   import jax  # Imported late: cli/errors.py needs this module without it.
 

@@ -24,8 +24,7 @@ class TrainState:
   def weights(self, which: str) -> PyTree:
     """The parameters to evaluate: `'student'`, `'teacher'` or `'ema'`.
 
-    A teacher is an image encoder; the text tower and the temperature that go
-    with it are the student's.
+    With a teacher's image encoder go the student's text tower and temperature.
 
     Raises:
       ConfigError: for weights that this run lacks.

@@ -112,8 +112,7 @@ class Program:
   """The compiled functions of training on one mesh.
 
   The update of each set of active objectives is compiled when it first runs.
-  `spec` has all objectives; `abstract` has the shapes and shardings of the
-  state.
+  `abstract` has the shapes and shardings of the state.
   """
 
   spec: StepSpec
@@ -172,8 +171,8 @@ class Program:
     """`(state, batch, active) -> {name: norm}`, see `gradients`."""
 
     def norms(state, batch, active):
-      active_spec = self.spec.only(active)
-      return gradients.encoder_grad_norms(active_spec, state, batch, self.mesh)
+      spec = self.spec.only(active)
+      return gradients.encoder_grad_norms(spec, state, batch, self.mesh)
 
     return self._jit(norms, replicated_sharding(self.mesh), static_argnums=2)
 

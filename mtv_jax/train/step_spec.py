@@ -181,8 +181,8 @@ def teacher_params(spec: StepSpec, params: Mapping[str, PyTree]) -> PyTree:
 def init_params(spec: StepSpec, rng: jax.Array) -> PyTree:
   """Parameters `{image, text, heads}`, float32.
 
-  The key of a head depends on its name alone: adding or dropping an objective
-  changes no other parameter.
+  A head's key depends on its name alone: objectives that are added or dropped
+  change no other parameter.
   """
   tower_rng, head_rng = jax.random.split(rng)
   params = dict(model_lib.init_params(spec.model, tower_rng))
@@ -205,10 +205,7 @@ def init_state(
     opt_state=tx.init(params),
     teacher=copy(teacher_params(spec, params)),
     ema=copy(params) if spec.ema_decay is not None else {},
-    statistics={
-      name: objective.initial_statistics()
-      for name, objective in spec.objectives.items()
-    },
+    statistics={n: o.initial_statistics() for n, o in spec.objectives.items()},
   )
 
 

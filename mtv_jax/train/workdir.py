@@ -18,9 +18,8 @@ LOCK, OWNER = ".lock", ".lock.owner"
 def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
   """Locks a run's folder, created if missing, so that a second run is refused.
 
-  Two runs in a folder would delete each other's unfinished checkpoints. One
-  process of a run locks it for all; the system releases the lock with the
-  process. File systems that can't lock are trusted.
+  Two runs would delete each other's unfinished checkpoints. One process locks
+  it for all, until it exits. File systems that can't lock are trusted.
 
   Raises:
     ConfigError: it is a file, holds a model that is not a run, or is locked.

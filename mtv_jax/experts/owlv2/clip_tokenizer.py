@@ -30,11 +30,8 @@ _WORD = (
 class ClipTokenizer:
   """Texts to ids, as `CLIPTokenizer` of `transformers`.
 
-  Args:
-    folder: with `vocab.json` and `merges.txt`.
-
   Raises:
-    MissingFileError: one of them is missing.
+    MissingFileError: the folder lacks `vocab.json` or `merges.txt`.
     InputError: they are not CLIP's.
   """
 
@@ -55,9 +52,8 @@ class ClipTokenizer:
     except Exception as error:
       # The library raises bare Exception.
       raise InputError(
-        f"{files[0]} and {MERGES} are not CLIP's ({error!r}): the first maps "
-        f"tokens to ids, with {_START} and {_END}; the second has a pair of "
-        "tokens per line."
+        f"{files[0]} and {MERGES} are not CLIP's ({error!r}): expected ids of "
+        f"tokens, with {_START} and {_END}, and a pair of tokens per line."
       ) from error
     self._end = vocabulary[_END]
     self._model = tokenizers.Tokenizer(model)

@@ -129,11 +129,9 @@ class Owlv2Expert:
     self._params = local_mesh.replicate(files.params, mesh)
     self._detect = local_mesh.jit_per_device(programs.detect, mesh)
     self._score = local_mesh.jit_per_device(programs.score, mesh)
+    width = files.spec.text.projection
     self._queries = QueryCache(
-      programs.queries,
-      self._params,
-      width=files.spec.text.projection,
-      mesh=mesh,
+      programs.queries, self._params, width=width, mesh=mesh
     )
     self._slots = None
     if phrases.vocabulary is not None:
@@ -194,9 +192,7 @@ class Owlv2Expert:
     )
     outcome = detections.select(boxes, **self._options)
     beyond = int(outputs["above"]) - int(above.sum())
-    if not beyond:
-      return outcome
-    counts = {f"boxes: beyond the best {CANDIDATES}": beyond}
+    counts = {f"boxes: beyond the best {CANDIDATES}": beyond} if beyond else {}
     return dataclasses.replace(outcome, counts={**outcome.counts, **counts})
 
 
@@ -226,9 +222,7 @@ class Programs:
   ) -> dict[str, jax.Array]:
     """The best phrase of every patch, and the best patches.
 
-    Args:
-      consts: `table` of queries and the `threshold`.
-      rows: `patches`, and `slots` in the table, -1 for no phrase.
+    `slots` index the `table` of queries, -1 for no phrase.
 
     Returns:
       Of the k best patches, best first: `boxes` [b, k, 4] in the unit square of

@@ -68,7 +68,7 @@ def randomise(model: Any, generator: Any) -> None:
 
 
 def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.Side:
-  """One batch through the expert of this project, on this host's devices."""
+  """One batch through our expert, on this host's devices."""
   del variant
   expert = expert_lib.load_expert(
     folder, preprocess="square", size=SIZE, batch_size=batch_size

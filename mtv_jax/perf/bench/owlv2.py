@@ -66,10 +66,7 @@ def write(variant: str, folder: pathlib.Path) -> Any:
 
 
 def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.Side:
-  """One batch through the expert of this project, on this host's devices.
-
-  Phrases are encoded once, as those of a fixed vocabulary are.
-  """
+  """One batch through our expert; a vocabulary's phrases are encoded once."""
   options = dict(phrases=Vocabulary(PHRASES), batch_size=batch_size)
   expert = expert_lib.load_expert(folder, **options)
   size = weights.read_spec(_CONFIGS[variant]).image.image_size
@@ -78,10 +75,7 @@ def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.Side:
 
 
 def theirs(model: Any, batch_size: int) -> experts.Side:
-  """The same batch through the `transformers` model.
-
-  Includes its text tower, about one percent of the work of B/16.
-  """
+  """The same batch through `transformers`, with the text tower (1 %)."""
   import torch
 
   size = model.config.vision_config.image_size
