@@ -13,6 +13,7 @@ square, and the backward pass recomputes each block.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -84,17 +85,10 @@ def attention(
 ) -> Float[Array, "b n h d"]:
   """softmax(q k^T / sqrt(d)) v, the softmax in float32.
 
-  Args:
-    q: queries of each head.
-    k: keys.
-    v: values.
-    causal: whether a token sees only itself and those before it; always
-      computed by `jax.nn.dot_product_attention`.
+  With `causal`, where a token sees only itself and those before it, always by
+  `jax.nn.dot_product_attention`.
   """
-
-  def plain(q, k, v):
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
-
+  plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
   n = q.shape[1]
   if causal or n < CPU_BLOCKWISE_LENGTH:
     return plain(q, k, v)

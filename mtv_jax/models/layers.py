@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from mtv_jax.models import kernels
 from mtv_jax.parallel.constraints import all_gather_params, constrain_batch
-from mtv_jax.utils.errors import InputError, check_choice, did_you_mean
+from mtv_jax.utils.errors import InputError, check_choice
 
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
 # Policies that say what is saved of each block for the backward pass; the rest
@@ -89,23 +89,14 @@ def project(
 
 
 class Dense(nn.Module):
-  """Linear layer x W + b; W starts Xavier-uniform by default.
-
-  Attributes:
-    features: output channels.
-    kernel_init: of W.
-    bias_init: of b.
-    dtype: compute dtype; parameters are float32.
-    use_bias: whether there is b.
-    linear_fn: `(x, W, b or None) -> x W + b`.
-  """
+  """Linear layer x W + b; W starts Xavier-uniform by default."""
 
   features: int
   kernel_init: Callable = kernel_init
   bias_init: Callable = nn.initializers.zeros
-  dtype: Any = jnp.float32
+  dtype: Any = jnp.float32  # Of the computation; parameters are float32.
   use_bias: bool = True
-  linear_fn: Callable[..., Array] = kernels.linear
+  linear_fn: Callable[..., Array] = kernels.linear  # (x, W, b) -> x W + b
 
   @nn.compact
   def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
@@ -121,17 +112,12 @@ class Attention(nn.Module):
 
   The columns of `qkv` are ordered (head, q|k|v, dim), so that splitting them
   over devices splits whole heads and adds no communication.
-
-  Attributes:
-    heads: number of heads.
-    causal: whether a token sees only itself and those before it.
-    dtype: compute dtype.
-    attention_fn: `(q, k, v, causal=) -> softmax(q k^T / sqrt(d)) v`.
   """
 
   heads: int
-  causal: bool = False
+  causal: bool = False  # Whether a token sees only itself and those before it.
   dtype: Any = jnp.float32
+  # (q, k, v, causal=) -> softmax(q k^T / sqrt(d)) v
   attention_fn: Callable[..., Array] = kernels.attention
 
   @nn.compact
@@ -142,6 +128,30 @@ class Attention(nn.Module):
     q, k, v = (qkv[:, :, :, i] for i in range(3))
     y = self.attention_fn(q, k, v, causal=self.causal)  # [B, N, H, d]
     return Dense(d, dtype=self.dtype, name="out")(y.reshape(b, n, d))
+
+
+class CrossAttention(nn.Module):
+  """Multi-head attention of queries to tokens.
+
+  The columns of `kv` are ordered (head, k|v, dim), see `Attention`.
+  """
+
+  heads: int
+  dtype: Any
+  # (q [..., H, d], k and v [B, N, H, d]) -> [B, ..., H, d]
+  attention_fn: Callable[..., Array]
+
+  @nn.compact
+  def __call__(
+    self, queries: Float[Array, "*q d"], tokens: Float[Array, "b n d"]
+  ) -> Float[Array, "b *y d"]:
+    b, n, d = tokens.shape
+    q = Dense(d, dtype=self.dtype, name="q")(queries)
+    kv = Dense(2 * d, fused_init, dtype=self.dtype, name="kv")(tokens)
+    q = q.reshape(*q.shape[:-1], self.heads, -1)  # [..., H, d]
+    kv = kv.reshape(b, n, self.heads, 2, d // self.heads)  # [B, N, H, 2, d]
+    y = self.attention_fn(q, kv[:, :, :, 0], kv[:, :, :, 1])
+    return Dense(d, dtype=self.dtype, name="out")(y.reshape(*y.shape[:-2], d))
 
 
 class Mlp(nn.Module):
@@ -205,12 +215,9 @@ class Block(nn.Module):
 
 
 def stacked_init(block: nn.Module, depth: int, width: int) -> Callable:
-  """Initialiser of the stacked parameters of `depth` blocks.
+  """Initialiser of the stacked parameters of `depth` blocks `[b, n, width]`.
 
-  Args:
-    block: a detached module (`parent=None`) from [b, n, width] to the same.
-    depth: number of blocks; every leaf gets this leading dimension.
-    width: channels of the block's input.
+  `block` is a detached module (`parent=None`).
   """
 
   def one(key):
@@ -234,7 +241,7 @@ def run_stack(
   Args:
     block: the detached module that `stacked_init` took.
     stack: its stacked parameters.
-    x: the first block's input, in the block's compute dtype.
+    x: in the block's compute dtype.
     taps: layers whose output to return, from 0. The scan runs over static
       slices of the stack that end at these layers, so that a tap costs only
       the array it returns.
@@ -256,7 +263,7 @@ def run_stack(
   """
   depth = jax.tree.leaves(stack)[0].shape[0]
   check_taps(taps, depth)
-  check_remat(remat)
+  check_choice("remat", remat, REMAT)
 
   def step(x, layer):
     x = constrain_batch(x, mesh)
@@ -294,14 +301,9 @@ def run_blocks(
   depth: int,
   taps: Sequence[int] = (),
 ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
-  """Runs the blocks of a tower, whose parameters are the module's `blocks`.
+  """`run_stack` of `depth` blocks, the parameter `blocks` of the module.
 
-  Args:
-    module: the calling module; `remat`, `scan` and `mesh` are its attributes.
-    block: a detached block.
-    x: the first block's input.
-    depth: number of blocks.
-    taps: as for `run_stack`, whose results are returned.
+  `remat`, `scan` and `mesh` are attributes of the module.
   """
   init = stacked_init(block, depth, x.shape[-1])
   return run_stack(
@@ -316,29 +318,20 @@ def run_blocks(
 
 
 class Tower(nn.Module):
-  """Base class of the image and the text tower.
-
-  Attributes:
-    spec: the architecture, with the fields that `check_tower` reads.
-    dtype: compute dtype; parameters and LayerNorm statistics are float32.
-    remat, scan, mesh: see `run_stack`.
-  """
+  """Base class of the image and the text tower."""
 
   spec: Any
   dtype: Any = jnp.float32
-  remat: str = "none"
+  remat: str = "none"  # And scan and mesh: see `run_stack`.
   scan: bool = True
   mesh: Mesh | None = None
 
   def run_blocks(
     self, x: Float[Array, "b n d"], *, taps: Sequence[int] = (), **options: Any
   ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
-    """Runs the tower's blocks and its final norm, see `run_stack`.
+    """Runs the tower's blocks, see `run_stack`, and its final norm.
 
-    Args:
-      x: the first block's input.
-      taps: layers whose output to return, before the final norm.
-      **options: of `Block`, beside those that both towers have.
+    `options` are further ones of `Block`. Taps are before the final norm.
     """
     spec = self.spec
     block = Block(
@@ -362,7 +355,7 @@ def _save_all_but_gathered(primitive, *_, **__) -> bool:
 
 
 def check_taps(taps: Sequence[int], depth: int) -> None:
-  """Raises ValueError unless every tap is a layer, 0 .. depth - 1."""
+  """Raises InputError unless every tap is a layer, 0 .. depth - 1."""
   bad = [i for i in taps if not 0 <= i < depth]
   if bad:
     raise InputError(
@@ -371,16 +364,8 @@ def check_taps(taps: Sequence[int], depth: int) -> None:
     )
 
 
-def check_remat(remat: str) -> None:
-  """Raises ValueError for an unknown remat policy."""
-  if remat not in REMAT:
-    raise InputError(
-      f"Unknown remat policy '{remat}'. {did_you_mean(remat, REMAT)}"
-    )
-
-
 def check_tower(spec: Any) -> None:
-  """Raises ValueError for invalid fields that both towers' specs have."""
+  """Raises InputError for invalid fields that both towers' specs have."""
   name = type(spec).__name__
   for field in ("width", "depth", "heads", "mlp_dim"):
     if getattr(spec, field) < 1:

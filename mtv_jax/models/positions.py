@@ -33,13 +33,10 @@ def resize_matrix(
   Pixels are areas (align_corners=False). Rows sum to one. Equal to PyTorch's
   `interpolate`, which released models were evaluated with.
 
-  Args:
-    size: number of values.
-    new_size: number of resampled values.
-    method: 'bicubic' (a = -0.75, edge values repeated: PyTorch's default;
-      SigLIP, DINOv2) or 'antialiased' (a = -0.5, the kernel widened when
-      shrinking and cut at the edges: PyTorch's antialias=True, Pillow; DINOv2
-      with registers).
+  The methods are 'bicubic' (a = -0.75, edge values repeated: PyTorch's default;
+  SigLIP, DINOv2) and 'antialiased' (a = -0.5, the kernel widened when shrinking
+  and cut at the edges: PyTorch's antialias=True, Pillow; DINOv2 with
+  registers).
   """
   scale = size / new_size
   centre = (np.arange(new_size)[:, None] + 0.5) * scale - 0.5

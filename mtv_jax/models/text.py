@@ -15,42 +15,25 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextSpec:
-  """Architecture of a text tower.
-
-  Attributes:
-    vocab_size: rows of the token embedding.
-    length: longest input in tokens; shorter ones use the first positions.
-    width: channels of a token (D).
-    depth: number of blocks.
-    heads: attention heads; they divide `width`.
-    mlp_dim: hidden units of an MLP.
-    pool: which token is the text's embedding: 'last' (SigLIP), 'eos' (CLIP),
-      'first', or 'mean' of all, padding included.
-    causal: whether a token sees only those before it (CLIP).
-    gelu: 'tanh' (SigLIP), 'exact' or 'quick' (CLIP).
-    norm_eps: epsilon of every LayerNorm.
-    projection: channels of the embedding (E).
-    projection_bias: whether the projection has a bias (SigLIP).
-    eos_id: the end-of-text token of pool 'eos', which takes the first one of a
-      text. As in `transformers`, 2 means the position of the highest id: CLIP's
-      configurations said 2 while the token was the last of the vocabulary.
-
-  Raises:
-    InputError: for inconsistent fields.
-  """
+  """Architecture of a text tower; InputError for inconsistent fields."""
 
   vocab_size: int = 32_000
-  length: int = 64
-  width: int = 768
+  length: int = 64  # Most tokens; shorter texts use the first positions.
+  width: int = 768  # Channels of a token (D).
   depth: int = 12
   heads: int = 12
   mlp_dim: int = 3072
+  # The text's embedding: the token 'last' (SigLIP), 'eos' (CLIP) or 'first', or
+  # the 'mean' of all, padding included.
   pool: str = "last"
-  causal: bool = False
-  gelu: str = "tanh"
+  causal: bool = False  # Whether a token sees only those before it (CLIP).
+  gelu: str = "tanh"  # SigLIP's; 'exact', or CLIP's 'quick'.
   norm_eps: float = 1e-6
-  projection: int = 768
-  projection_bias: bool = True
+  projection: int = 768  # Channels of the embedding (E).
+  projection_bias: bool = True  # SigLIP has one.
+  # The end-of-text token of pool 'eos', which takes the first one of a text. As
+  # in `transformers`, 2 means the position of the highest id: CLIP's
+  # configurations said 2 while the token was the last of the vocabulary.
   eos_id: int = 1
 
   def __post_init__(self):
@@ -70,15 +53,10 @@ class TextSpec:
 
 @pytree_dataclass
 class TextOutput:
-  """Output of the text tower.
+  """Output of the text tower."""
 
-  Attributes:
-    tokens: after the final norm.
-    pooled: the embedding of the text, float32, not normalised.
-  """
-
-  tokens: Float[Array, "b t d"]
-  pooled: Float[Array, "b e"]
+  tokens: Float[Array, "b t d"]  # After the final norm.
+  pooled: Float[Array, "b e"]  # The text's embedding, float32, not normalised.
 
 
 class TextTower(layers.Tower):

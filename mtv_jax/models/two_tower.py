@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from mtv_jax.config import options
 from mtv_jax.models import layers
 from mtv_jax.models.text import TextSpec, TextTower
 from mtv_jax.models.vit import ViT, ViTSpec
-from mtv_jax.utils.errors import InputError, did_you_mean
+from mtv_jax.utils.errors import InputError, check_choice, did_you_mean
 
 # width, depth, heads, mlp_dim. Ti, S: Touvron et al. 2021; B, L: Dosovitskiy et
 # al. 2021; So400m: Alabdulmohsin et al. 2023; g: Zhai et al. 2022; g-opt: the
@@ -81,10 +81,9 @@ class ModelSpec:
     Raises:
       InputError: for an unknown variant or key, or inconsistent fields.
     """
-    fields = _plain(model)
+    fields = model.to_dict() if isinstance(model, ConfigDict) else dict(model)
     text = fields.pop("text", None)
-    fields = _drop(fields, RUNTIME)
-    fields = _expand(fields, "model", patch=True)
+    fields = _expand(fields, "model", ignored=RUNTIME, patch=True)
     fields.setdefault("cls_token", fields.get("pool") == "cls")
     reserved = ("variant", "text", *RUNTIME)
     image = options.build(
@@ -92,7 +91,7 @@ class ModelSpec:
     )
     if text is None:
       return cls(image=image)
-    text = _expand(_drop(text, _TEXT_INPUT), "model.text", patch=False)
+    text = _expand(text, "model.text", ignored=_TEXT_INPUT, patch=False)
     text.setdefault("projection", image.embed_dim)
     reserved = ("variant", *_TEXT_INPUT)
     text = options.build(
@@ -139,26 +138,13 @@ def variant(name: str) -> dict[str, int]:
   return VARIANTS[shape] | ({"patch_size": int(patch)} if slash else {})
 
 
-def image_tower(
-  spec: ModelSpec,
-  *,
-  dtype: Any = "float32",
-  remat: str = "none",
-  scan: bool = True,
-) -> ViT:
-  """The image tower as a module, with a config's runtime options."""
-  layers.check_remat(remat)
-  return ViT(spec.image, dtype=jnp.dtype(dtype), remat=remat, scan=scan)
+def image_tower(spec: ModelSpec, **options: Any) -> ViT:
+  """The image tower as a module, with options `RUNTIME`."""
+  return ViT(spec.image, **_tower_options(**options))
 
 
-def text_tower(
-  spec: ModelSpec,
-  *,
-  dtype: Any = "float32",
-  remat: str = "none",
-  scan: bool = True,
-) -> TextTower:
-  """The text tower as a module, with a config's runtime options.
+def text_tower(spec: ModelSpec, **options: Any) -> TextTower:
+  """The text tower as a module, with options `RUNTIME`.
 
   Raises:
     InputError: if the model has none.
@@ -168,14 +154,19 @@ def text_tower(
       "This model has no text tower: its config has no model.text, or it was "
       "loaded from a vision-only folder."
     )
-  layers.check_remat(remat)
-  return TextTower(spec.text, dtype=jnp.dtype(dtype), remat=remat, scan=scan)
+  return TextTower(spec.text, **_tower_options(**options))
+
+
+def _tower_options(
+  *, dtype: Any = "float32", remat: str = "none", scan: bool = True
+) -> dict[str, Any]:
+  check_choice("remat", remat, layers.REMAT)
+  return {"dtype": jnp.dtype(dtype), "remat": remat, "scan": scan}
 
 
 def runtime(model: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   """The runtime options in a config's `model`, as the towers take them."""
-  fields = _plain(model)
-  return {name: fields[name] for name in RUNTIME if name in fields}
+  return {name: model[name] for name in RUNTIME if name in model}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -202,19 +193,11 @@ def abstract_params(spec: ModelSpec) -> dict[str, Any]:
   return jax.eval_shape(init, jax.random.key(0))
 
 
-def _plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-  return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-
-
-def _drop(fields: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-  return {k: v for k, v in fields.items() if k not in names}
-
-
 def _expand(
-  fields: Mapping[str, Any], where: str, *, patch: bool
+  fields: Mapping[str, Any], where: str, *, ignored: Sequence[str], patch: bool
 ) -> dict[str, Any]:
   """Replaces `variant` by its fields; explicit ones override them."""
-  fields = dict(fields)
+  fields = {k: v for k, v in fields.items() if k not in ignored}
   name = fields.pop("variant", None)
   if name is None:
     return fields

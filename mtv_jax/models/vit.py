@@ -19,53 +19,29 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTSpec:
-  """Architecture of an image tower, which fixes parameters and function.
+  """Architecture of an image tower; InputError for inconsistent fields."""
 
-  Attributes:
-    image_size: side in pixels that the position embedding is stored for; for
-      other sizes it is resampled.
-    patch_size: side of a patch in pixels.
-    width: channels of a token (D).
-    depth: number of blocks.
-    heads: attention heads; they divide `width`.
-    mlp_dim: hidden units of an MLP (for SwiGLU: of each of its halves).
-    pool: how `pooled` is computed: 'map' (attention pooling of the patches),
-      'cls' (the CLS token after the final norm) or 'mean' (of the patches after
-      it).
-    cls_token: whether there is a CLS token, which has no position embedding.
-    registers: number of register tokens (Darcet et al. 2024).
-    layer_scale: initial value, or None for no layer scale.
-    pre_norm: LayerNorm between embedding and blocks (CLIP).
-    patch_bias: bias of the patch embedding (CLIP has none).
-    gelu: 'tanh' (SigLIP), 'exact' (DINOv2) or 'quick' (CLIP).
-    mlp: 'plain', or 'swiglu' (DINOv2's giant), without GELU.
-    norm_eps: epsilon of every LayerNorm.
-    projection: width of a projection of `pooled` without bias, or None.
-    mask_token: whether there is a mask token for masked patches.
-    position_resize: how positions are resampled, see `positions.resize_matrix`.
-
-  Raises:
-    InputError: for inconsistent fields.
-  """
-
+  # Pixels a side that positions are stored for, resampled for other sizes.
   image_size: int = 224
   patch_size: int = 16
-  width: int = 768
+  width: int = 768  # Channels of a token (D).
   depth: int = 12
   heads: int = 12
-  mlp_dim: int = 3072
+  mlp_dim: int = 3072  # For SwiGLU: of each of its halves.
+  # How `pooled` is computed: 'map' (attention pooling of the patches), 'cls'
+  # (the CLS token after the final norm) or 'mean' (of the patches after it).
   pool: str = "map"
-  cls_token: bool = False
-  registers: int = 0
-  layer_scale: float | None = None
-  pre_norm: bool = False
-  patch_bias: bool = True
-  gelu: str = "tanh"
-  mlp: str = "plain"
+  cls_token: bool = False  # It has no position embedding.
+  registers: int = 0  # Darcet et al. 2024.
+  layer_scale: float | None = None  # Initial value, or no layer scale.
+  pre_norm: bool = False  # LayerNorm between embedding and blocks (CLIP).
+  patch_bias: bool = True  # Of the patch embedding; CLIP has none.
+  gelu: str = "tanh"  # SigLIP's; DINOv2's is 'exact', CLIP's 'quick'.
+  mlp: str = "plain"  # Or 'swiglu' (DINOv2's giant), without GELU.
   norm_eps: float = 1e-6
-  projection: int | None = None
+  projection: int | None = None  # Channels of a projection of `pooled`.
   mask_token: bool = False
-  position_resize: str = "bicubic"
+  position_resize: str = "bicubic"  # See `positions.resize_matrix`.
 
   def __post_init__(self):
     layers.check_tower(self)
@@ -119,19 +95,13 @@ class ViTSpec:
 
 @pytree_dataclass
 class ImageOutput:
-  """Output of the image tower, of P prefix tokens and N patches.
+  """Output of the image tower, of P prefix tokens and N patches."""
 
-  Attributes:
-    patches: after the final norm, row by row, or in the order of `keep`.
-    prefix: CLS (if any) and registers after the final norm.
-    pooled: the embedding of the image, float32, not normalised.
-    taps: {layer: [B, P + N, D]}, outputs of blocks, before the final norm.
-  """
-
+  # After the final norm: row by row, or in the order of `keep`.
   patches: Float[Array, "b n d"]
-  prefix: Float[Array, "b p d"]
-  pooled: Float[Array, "b e"]
-  taps: Mapping[int, Float[Array, "b p+n d"]]
+  prefix: Float[Array, "b p d"]  # CLS (if any) and registers, likewise.
+  pooled: Float[Array, "b e"]  # The image's embedding, float32, not normalised.
+  taps: Mapping[int, Float[Array, "b p+n d"]]  # Before the final norm.
 
 
 def patchify(

@@ -81,7 +81,7 @@ def test_equals_numpy(spec, params_of, numpy_transformer):
 
 
 def test_pools(params_of):
-  """Every pool reads the tokens that it says it reads."""
+  """Every pool reads its tokens."""
   params = params_of(SIGLIP)
   tokens = tokens_of().at[0, 2].set(39).at[0, 5].set(39).at[2, 8].set(39)
   for pool, eos_id, want in (

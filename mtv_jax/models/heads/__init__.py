@@ -23,12 +23,7 @@ HEADS: dict[str, type[PredictionHead]] = {
 def heads_of_config(
   objectives: schema.Config, spec: Any
 ) -> dict[str, PredictionHead]:
-  """The heads that a config's `objectives` train.
-
-  Args:
-    objectives: entries by name.
-    spec: `two_tower.ModelSpec` of the model.
-  """
+  """The heads that a config's `objectives` train on a `ModelSpec`."""
   entries = {
     entry.get("type", name): (f"config.objectives.{name}", entry)
     for name, entry in objectives.items()
@@ -75,12 +70,8 @@ def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
 def contrastive_head(heads: Mapping[str, Any]) -> str:
   """Name of the head with the temperature between images and texts.
 
-  Args:
-    heads: parameters by name.
-
-  Raises:
-    InputError: where no head is called 'contrastive', and not exactly one has
-      a temperature.
+  It is called 'contrastive', or the only one of `heads`, parameters by name,
+  that has a temperature.
   """
   scaled = [name for name, head in heads.items() if "logit_scale" in head]
   if "contrastive" in scaled:

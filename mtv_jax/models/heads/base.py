@@ -24,20 +24,15 @@ class PredictionHead:
   A subclass is a frozen dataclass, registered in `heads.HEADS`. Its fields are
   options of the head, which a config gives in the entry of the objective that
   trains it. That objective has the head as its field `head`.
-
-  Attributes:
-    objective: type of that objective; exports describe the head by this name.
-    params_key: the head's parameters are `heads/PARAMS_KEY`.
-    inputs: what it reads beside the image, by keyword of `Encoder.predict`: for
-      each image any number of rows, of so many channels, or of strings (`TEXT`)
-      of which it gets the text tower's embeddings.
-    taps: image-tower blocks whose outputs it reads, from 0.
   """
 
-  objective: ClassVar[str]
-  params_key: ClassVar[str]
+  objective: ClassVar[str]  # Its type, by which exports describe the head.
+  params_key: ClassVar[str]  # The head's parameters are `heads/PARAMS_KEY`.
+  # What it reads beside the image, by keyword of `Encoder.predict`: for each
+  # image any number of rows, of so many channels, or of strings (`TEXT`) of
+  # which it gets the text tower's embeddings.
   inputs: ClassVar[Mapping[str, int | str]] = {}
-  taps: ClassVar[tuple[int, ...]] = ()
+  taps: ClassVar[tuple[int, ...]] = ()  # Image-tower blocks it reads, from 0.
 
   def resolve(self, spec: Any) -> PredictionHead:
     """The head with open options filled in from a `two_tower.ModelSpec`."""

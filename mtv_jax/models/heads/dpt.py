@@ -97,17 +97,10 @@ def corner_matrix(size: int, new_size: int) -> Float32[np.ndarray, "new old"]:
 def resize_corners(
   x: Float[Array, "b h w c"], size: tuple[int, int], *, by: str = "products"
 ) -> Float[Array, "b h2 w2 c"]:
-  """Bilinear resampling with aligned corners.
+  """Bilinear resampling with aligned corners, in the dtype of `x`.
 
-  Args:
-    x: maps.
-    size: rows and columns of the result.
-    by: 'products', two matrix products, fast on accelerators as is their
-      gradient; or 'neighbours', the four neighbours of each pixel, on a CPU in
-      a hundredth of the time.
-
-  Returns:
-    In the dtype of `x`.
+  `by` two matrix 'products', fast on accelerators as is their gradient; or by
+  the four 'neighbours' of each pixel, on a CPU in a hundredth of the time.
   """
   resize = {"products": _by_products, "neighbours": _by_neighbours}[by]
   for axis in (1, 2):
@@ -215,13 +208,12 @@ class Residual(nn.Module):
 
 
 class Fusion(nn.Module):
-  """Fuses the deeper stages' map with a stage's map, at a larger size.
+  """Fuses the deeper stages' map `x` with a stage's map, resized to `size`.
 
-  Attributes:
-    resize: see `resize_corners`.
+  For the deepest stage, whose map is `x`, `stage` is None.
   """
 
-  resize: str = "products"
+  resize: str = "products"  # See `resize_corners`.
 
   @nn.compact
   def __call__(
@@ -230,13 +222,6 @@ class Fusion(nn.Module):
     stage: Float[Array, "b h w c"] | None,
     size: tuple[int, int],
   ) -> Float[Array, "b h2 w2 c"]:
-    """Fuses.
-
-    Args:
-      x: the deeper stages' map.
-      stage: this stage's map; None for the deepest stage, whose map is `x`.
-      size: rows and columns of the result.
-    """
     if stage is not None:
       x = x + Residual(name="residual1")(stage)
     x = Residual(name="residual2")(x)
@@ -253,29 +238,23 @@ class DPT(nn.Module):
   float32. Names count stages from the shallowest, 1 to 4: `reassemble1`,
   `lateral1`, `fusion1`. Unlike released checkpoints, `fusion4` lacks
   `residual1`, which is not used.
-
-  Attributes:
-    features: channels of the fused maps.
-    channels: of each reassembled map, from the shallowest stage on.
-    head_features: channels before the last layer.
-    tap_norm: 'layer' for a LayerNorm on each stage's tokens, for outputs of
-      pre-norm blocks, whose scale grows with the depth; 'none' for normalised
-      tokens (Depth Anything: by the encoder's last norm).
-    upsample: factor by which the last fusion enlarges its map, which has four
-      times the patch grid's size: 2 is Depth Anything's; 1 saves three quarters
-      of the output convolutions where the prediction is no larger.
-    activation: of the prediction: 'relu' (Depth Anything's disparity is not
-      negative) or 'none' (for training: a dead ReLU has no gradient).
-    resize: how maps are resampled, see `resize_corners`.
   """
 
-  features: int
-  channels: tuple[int, int, int, int]
-  head_features: int = 32
+  features: int  # Of the fused maps.
+  channels: tuple[int, int, int, int]  # Of the reassembled maps, shallow first.
+  head_features: int = 32  # Before the last layer.
+  # 'layer' for a LayerNorm on each stage's tokens, for outputs of pre-norm
+  # blocks, whose scale grows with the depth; 'none' for normalised tokens
+  # (Depth Anything: by the encoder's last norm).
   tap_norm: str = "layer"
+  # Factor by which the last fusion enlarges its map, which has four times the
+  # patch grid's size: 2 is Depth Anything's; 1 saves three quarters of the
+  # output convolutions where the prediction is no larger.
   upsample: int = 2
+  # 'relu' (Depth Anything's disparity is not negative), or 'none' for training:
+  # a dead ReLU has no gradient.
   activation: str = "none"
-  resize: str = "products"
+  resize: str = "products"  # See `resize_corners`.
 
   @nn.compact
   def __call__(
@@ -283,18 +262,12 @@ class DPT(nn.Module):
     stages: Sequence[Float[Array, "b h w d"]],
     size: tuple[int, int],
   ) -> Float[Array, "b h2 w2"]:
-    """Predicts a map.
+    """Predicts a float32 map from the patch tokens of four layers.
 
     Args:
-      stages: patch tokens of four layers as maps, shallow to deep.
+      stages: the tokens as maps, shallow to deep.
       size: rows and columns of the prediction; Depth Anything's are the
         image's.
-
-    Returns:
-      float32, such as inverse depth up to a scale and a shift.
-
-    Raises:
-      InputError: for another number of stages, or an unknown option.
     """
     check_choice("DPT.tap_norm", self.tap_norm, ("layer", "none"))
     check_choice("DPT.activation", self.activation, ("none", "relu"))
@@ -331,24 +304,18 @@ class DepthHead(base.PredictionHead):
   """Depth head: relative inverse depth by a DPT.
 
   Larger is nearer; scale and shift are each image's own.
-
-  Attributes:
-    taps: layers read, four of them from shallow to deep, from 0; None for the
-      end of each quarter (`quarter_taps`).
-    features: channels of the fused maps; None for `default_features`.
-    channels: of the reassembled maps; None for `default_channels`.
-    tap_norm: see `DPT`.
-    size: side of the map; None for four times the patch grid (a stride of 4
-      pixels at patch 16), at most `MAX_SIDE`.
   """
 
   objective = "depth"
   params_key = "depth"
 
+  # Layers read, from shallow to deep, from 0; None for `quarter_taps`.
   taps: tuple[int, int, int, int] | None = None
-  features: options.PositiveInt | None = None
-  channels: tuple[int, int, int, int] | None = None
+  features: options.PositiveInt | None = None  # None for `default_features`.
+  channels: tuple[int, int, int, int] | None = None  # And `default_channels`.
   tap_norm: Literal["layer", "none"] = DPT.tap_norm
+  # Side of the map; None for four times the patch grid (a stride of 4 pixels at
+  # patch 16), at most `MAX_SIDE`.
   size: options.PositiveInt | None = None
 
   def resolve(self, spec: Any) -> DepthHead:

@@ -48,10 +48,6 @@ def visible_slots(
   By comparison instead of a scatter, so that it stays local to each row of a
   sharded batch.
 
-  Args:
-    keep: indices of the visible patches, in any order, without repeats.
-    patches: number of patches, visible or hidden.
-
   Returns:
     For each patch its index in `keep`, `k` if it is hidden; and whether it is
     visible.
@@ -68,24 +64,14 @@ class MaskedDecoder(nn.Module):
   and 2-D sine-cosine positions are added (none to CLS and registers, which take
   part in the attention). Transformer blocks, a norm and a linear layer follow.
   It computes in the dtype of its input; parameters and norms are float32.
-
-  Attributes:
-    outputs: values predicted for a patch.
-    width: channels.
-    depth: blocks.
-    heads: attention heads.
-    mlp_ratio: hidden units of an MLP, in widths.
-    remat: see `layers.run_stack`.
-    scan: see `layers.run_stack`.
-    mesh: see `layers.run_stack`.
   """
 
-  outputs: int
+  outputs: int  # Values predicted for a patch.
   width: int = 512
   depth: int = 8
   heads: int = 16
   mlp_ratio: int = 4
-  remat: str = "none"
+  remat: str = "none"  # And scan and mesh: see `layers.run_stack`.
   scan: bool = True
   mesh: Mesh | None = None
 
@@ -97,16 +83,13 @@ class MaskedDecoder(nn.Module):
     keep: Int[Array, "b k"],
     grid: tuple[int, int],
   ) -> Float[Array, "b n {self.outputs}"]:
-    """Predicts all patches of a grid, row by row.
+    """Predicts all patches of a grid, row by row, in float32.
 
     Args:
       tokens: encoded visible patches, in the order of `keep`.
       prefix: encoded CLS and register tokens, maybe none.
       keep: indices of the visible patches.
-      grid: rows and columns of patches; their product is N.
-
-    Returns:
-      float32.
+      grid: rows and columns of patches.
     """
     dtype = tokens.dtype
     b, k, d = tokens.shape

@@ -35,18 +35,12 @@ class PrototypeHead(nn.Module):
   MLP and prototypes are called separately. Logits are `head(x) @
   head.prototypes()`, but far larger than the two factors, so the loss computes
   them in chunks.
-
-  Attributes:
-    count: number of prototypes (K).
-    hidden: units of the hidden layers.
-    bottleneck: channels of the bottleneck (d).
-    layers: of the MLP, at least 1.
   """
 
-  count: int
+  count: int  # Prototypes (K).
   hidden: int = 2048
-  bottleneck: int = 256
-  layers: int = 3
+  bottleneck: int = 256  # d.
+  layers: int = 3  # Of the MLP.
 
   def setup(self):
     self.mlp = _Mlp(self.hidden, self.bottleneck, self.layers)
@@ -55,8 +49,7 @@ class PrototypeHead(nn.Module):
   def __call__(self, x: Float[Array, "*b e"]) -> Float[Array, "*b d"]:
     """Bottleneck vectors: float32, of unit length.
 
-    Args:
-      x: pooled vectors or patches; the MLP computes in their dtype.
+    The MLP computes in the dtype of `x`, pooled vectors or patches.
     """
     if self.is_initializing():
       self.prototypes()

@@ -40,12 +40,7 @@ def sinusoids(
 ) -> Float[Array, "*b {features}"]:
   """Sines and cosines of each coordinate, at a geometric series of frequencies.
 
-  Args:
-    coordinates: in the unit square.
-    features: channels in all, in equal parts for the coordinates.
-
-  Returns:
-    float32, ordered (coordinate, sine | cosine, frequency).
+  Channels are float32, ordered (coordinate, sine | cosine, frequency).
 
   Raises:
     InputError: if twice the number of coordinates does not divide `features`.
@@ -62,48 +57,11 @@ def sinusoids(
   return waves.astype(jnp.float32).reshape(*lead, features)
 
 
-class _PromptAttention(nn.Module):
-  """Prompts attend to the tokens of their own prompt and to all patches."""
-
-  heads: int
-  dtype: Any
-
-  @nn.compact
-  def __call__(
-    self, prompts: Float[Array, "b m k d"], patches: Float[Array, "b n d"]
-  ) -> Float[Array, "b m k d"]:
-    b, m, k, d = prompts.shape
-    prompts = prompts.reshape(b, m * k, d)
-    tokens = jnp.concatenate([prompts, patches], axis=1)
-
-    def dense(features, init, name):
-      return layers.Dense(features, init, dtype=self.dtype, name=name)
-
-    q = dense(d, layers.kernel_init, "q")(prompts)
-    # Columns ordered (head, k|v, dim), for the reason given at `Attention`.
-    kv = dense(2 * d, layers.fused_init, "kv")(tokens)
-    q = q.reshape(b, m * k, self.heads, -1)
-    kv = kv.reshape(b, tokens.shape[1], self.heads, 2, -1)
-    # One call for all prompts of an image, masked from each other: the patches'
-    # keys and values are read once.
-    owner = np.arange(m * k) // k
-    seen = np.concatenate(
-      [owner[:, None] == owner, np.ones((m * k, patches.shape[1]), bool)],
-      axis=1,
-    )
-    y = jax.nn.dot_product_attention(
-      q, kv[:, :, :, 0], kv[:, :, :, 1], mask=jnp.asarray(seen)[None, None]
-    )
-    return dense(d, layers.kernel_init, "out")(y.reshape(b, m, k, d))
-
-
 class PromptLayer(nn.Module):
   """The prompt tokens' outputs of a pre-norm layer over [prompt; patches].
 
-  Equal to a whole layer run for each prompt separately, see the module.
-
-  Attributes:
-    heads: attention heads.
+  Equal to a whole layer run for each prompt separately, see the module. It
+  computes in the dtype of `patches`, which the image tower has normalised.
   """
 
   heads: int
@@ -112,33 +70,39 @@ class PromptLayer(nn.Module):
   def __call__(
     self, prompts: Float[Array, "b m k d"], patches: Float[Array, "b n d"]
   ) -> Float[Array, "b m k d"]:
-    """Runs the layer in the dtype of `patches`.
-
-    Args:
-      prompts: `m` prompts an image, of `k` tokens each.
-      patches: of the image tower, after its final norm.
-
-    Raises:
-      InputError: for heads that don't divide the width.
-    """
-    width, dtype = patches.shape[-1], patches.dtype
+    b, m, k, width = prompts.shape
+    dtype = patches.dtype
     if width % self.heads:
       raise InputError(
         f"{self.heads} heads do not divide the width {width} of the patches."
       )
+    # One call for all prompts of an image, masked from each other: the patches'
+    # keys and values are read once.
+    owner = np.arange(m * k) // k
+    same = owner[:, None] == owner
+    seen = np.pad(same, ((0, 0), (0, patches.shape[1])), constant_values=True)
+
+    def attend(q, keys, values):
+      mask = jnp.asarray(seen)[None, None]
+      y = jax.nn.dot_product_attention(q, keys, values, mask=mask)
+      return y.reshape(b, m, k, *y.shape[2:])
+
     norm = layers.norm(NORM_EPS, dtype, "norm1")
-    attention = _PromptAttention(self.heads, dtype, name="attention")
+    attention = layers.CrossAttention(
+      self.heads, dtype, attend, name="attention"
+    )
     x = prompts.astype(dtype)
-    x = x + attention(norm(x), norm(patches))
+    y = norm(x).reshape(b, m * k, width)
+    x = x + attention(y, jnp.concatenate([y, norm(patches)], axis=1))
     y = layers.norm(NORM_EPS, dtype, "norm2")(x)
     return x + layers.Mlp(4 * width, dtype=dtype, name="mlp")(y)
 
 
 class Prompter(nn.Module):
-  """Prompter: embeddings of boxes.
+  """Prompter: embeddings of boxes, not normalised.
 
-  Attributes:
-    heads: attention heads.
+  Boxes are `(y0, x0, y1, x1)` in the unit square of what the tower saw; the
+  text embeddings that they are compared with have `features` channels.
   """
 
   heads: int
@@ -150,16 +114,6 @@ class Prompter(nn.Module):
     boxes: Float[Array, "b m 4"],
     features: int,
   ) -> Float[Array, "b m {features}"]:
-    """Embeds regions.
-
-    Args:
-      patches: of the image tower, after its final norm.
-      boxes: `(y0, x0, y1, x1)` in the unit square of what the tower saw.
-      features: channels of the text embeddings they are compared with.
-
-    Returns:
-      float32, not normalised.
-    """
     b, m, _ = boxes.shape
     width, dtype = patches.shape[-1], patches.dtype
     # Two tokens a box, as in CLOC, which encodes one corner in each. With one
@@ -175,10 +129,10 @@ class Prompter(nn.Module):
 
 
 class Locator(nn.Module):
-  """Locator: boxes of texts.
+  """Locator: boxes of text embeddings, `m` an image.
 
-  Attributes:
-    heads: attention heads.
+  `(centre y, centre x, height, width)` in (0, 1), float32. Boxes may reach past
+  the image.
   """
 
   heads: int
@@ -187,16 +141,6 @@ class Locator(nn.Module):
   def __call__(
     self, patches: Float[Array, "b n d"], texts: Float[Array, "b m e"]
   ) -> Float[Array, "b m 4"]:
-    """Locates texts.
-
-    Args:
-      patches: of the image tower, after its final norm.
-      texts: embeddings, `m` an image.
-
-    Returns:
-      `(centre y, centre x, height, width)` in (0, 1), float32. Boxes may reach
-      past the image.
-    """
     width, dtype = patches.shape[-1], patches.dtype
     x = nn.Dense(width, dtype=dtype, name="embed")(texts.astype(dtype))
     x = PromptLayer(self.heads, name="layer")(x[:, :, None], patches)[:, :, 0]
@@ -217,17 +161,13 @@ def corners(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b 4"]:
 
 @dataclasses.dataclass(frozen=True)
 class GroundingHead(base.PredictionHead):
-  """Grounding head: embeddings of regions by a prompter.
-
-  Attributes:
-    attention_heads: attention heads of prompter and locator; CLOC has one.
-  """
+  """Grounding head: embeddings of regions by a prompter."""
 
   objective = "grounding"
   params_key = "prompter"
   inputs = {"boxes": 4}
 
-  attention_heads: options.PositiveInt = 1
+  attention_heads: options.PositiveInt = 1  # CLOC has one.
 
   def module(self) -> nn.Module:
     return Prompter(self.attention_heads)
