@@ -31,7 +31,7 @@ def build_objective(name: str, entry: schema.Config) -> base.Objective:
   """Builds an objective from its entry in `config.objectives`.
 
   Args:
-    name: the entry's name; also its type unless the entry says otherwise.
+    name: the entry's name, and by default its type.
     entry: hyper-parameters, with those of a head that predicts among them.
       `weight` is the trainer's.
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mtv_jax.models.heads.base import PredictionHead
-from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.errors import ConfigError, check_choice
 from mtv_jax.utils.tree import pytree_dataclass
 
 STUDENT = "student"
@@ -29,26 +29,16 @@ TEACHER = "teacher"
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Encoding:
-  """One forward pass: a tower on a view, by student or teacher.
+  """One forward pass: a tower on a view, by student or teacher."""
 
-  Attributes:
-    tower: `'image'` or `'text'`.
-    view: a key of `config.views` for the image tower; a field of the batch
-      that holds token ids for the text tower.
-    weights: `'student'` or `'teacher'`.
-  """
-
-  tower: str
+  tower: str  # 'image' or 'text'.
+  # A key of `config.views`; for the text tower a batch field of token ids.
   view: str
   weights: str = STUDENT
 
   def __post_init__(self):
-    if self.tower not in ("image", "text"):
-      raise InputError(f"tower is '{self.tower}'; there are: image, text.")
-    if self.weights not in (STUDENT, TEACHER):
-      raise InputError(
-        f"weights are '{self.weights}'; there are: student, teacher."
-      )
+    check_choice("Encoding.tower", self.tower, ("image", "text"))
+    check_choice("Encoding.weights", self.weights, (STUDENT, TEACHER))
 
   def __str__(self):
     return f"{self.tower}({self.view}, {self.weights})"
@@ -56,33 +46,23 @@ class Encoding:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-  """What an objective reads.
+  """What an objective reads."""
 
-  Attributes:
-    encodings: encodings, each with the blocks whose outputs it reads ("taps"),
-      from 0; `()` for the final output alone.
-    fields: names of batch fields read directly (labels and masks).
-  """
-
+  # Each with the blocks whose outputs are read ("taps"), from 0; `()` for the
+  # final output alone.
   encodings: Mapping[Encoding, tuple[int, ...]]
-  fields: tuple[str, ...] = ()
+  fields: tuple[str, ...] = ()  # Of the batch: labels and masks.
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """A linen module with parameters `heads/NAME`.
-
-  Attributes:
-    module: the linen module.
-    example: `(model_spec) -> tuple` of the arguments that the module is
-      initialised with: trees of `jax.ShapeDtypeStruct`s, which become zeros;
-      anything else is passed as it is.
-    teacher: whether the teacher keeps an EMA copy of it.
-  """
+  """A linen module with parameters `heads/NAME`."""
 
   module: nn.Module
+  # `(model_spec) -> args` that the module is initialised with: trees whose
+  # `jax.ShapeDtypeStruct`s become zeros.
   example: Callable[[Any], tuple] = lambda spec: ()
-  teacher: bool = False
+  teacher: bool = False  # Whether the teacher has an EMA copy of it.
 
   @classmethod
   def of(cls, head: PredictionHead) -> dict[str, Head]:
@@ -156,13 +136,7 @@ class WeightedMean:
 
 @pytree_dataclass
 class Terms:
-  """The loss of the global batch, with its diagnostics.
-
-  Attributes:
-    loss: the objective's loss.
-    report: further means for the log; never part of the loss.
-    statistics: new values of this objective's running statistics, if any.
-  """
+  """The loss of the global batch, its diagnostics and running statistics."""
 
   loss: WeightedMean
   report: dict[str, WeightedMean] = flax.struct.field(default_factory=dict)
@@ -171,26 +145,19 @@ class Terms:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """The step, the running statistics and the mesh of a loss.
+  """The step, the running statistics and the mesh of a loss."""
 
-  Attributes:
-    step: number of updates since the objective started, a traced scalar.
-    total_steps: from its start to the end of the run, for schedules.
-    statistics: this objective's running statistics.
-    mesh: over which the batch is sharded, for ring losses; None on one device.
-  """
-
-  step: Any
-  total_steps: int
+  step: Any  # Updates since the objective started, a traced scalar.
+  total_steps: int  # From its start to the end of the run, for schedules.
   statistics: Mapping[str, Array]
-  mesh: Mesh | None = None
+  mesh: Mesh | None = None  # Over which the batch is sharded.
 
 
-def check_visible(objective: str, view: str, hides_patches: bool) -> None:
-  """Raises ConfigError for a view that hides patches from the student."""
-  if hides_patches:
+def check_visible(objective: str, name: str, views: Mapping[str, Any]) -> None:
+  """Raises ConfigError where the view `name` hides patches from the student."""
+  if name in views and views[name].patch is not None:
     raise ConfigError(
-      f"{objective} reads the view {view!r}, which hides patches; it needs all "
+      f"{objective} reads the view {name!r}, which hides patches; it needs all "
       "of them. Name a view without blocks and keep."
     )
 
@@ -207,15 +174,22 @@ class Objective:
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Objective:
     """The objective with open options filled in from the model.
 
+    The trainer refuses a missing view, for all objectives.
+
     Args:
       spec: `two_tower.ModelSpec`.
       views: `views.View` by name.
 
     Raises:
-      ConfigError: for a model or views that lack what it reads.
+      ConfigError: for a model or views that it can't train on.
     """
     del spec, views
     return self
+
+  @property
+  def image(self) -> Encoding:
+    """The student's encoding of the view that the field `view` names."""
+    return Encoding("image", self.view)
 
   def needs(self) -> Needs:
     """The encodings and batch fields that the objective reads."""

@@ -60,6 +60,7 @@ def softmax_loss(
   return base.WeightedMean(losses.sum(), valid.astype(jnp.float32).sum())
 
 
+CAPTION = base.Encoding("text", "caption")
 LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
 
 
@@ -123,23 +124,13 @@ class LossInputs:
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive(base.Objective):
-  """Contrastive loss between images and captions.
+  """Contrastive loss between images and captions."""
 
-  Attributes:
-    loss_type: `'sigmoid'` (SigLIP) or `'softmax'` (CLIP).
-    view: the image view it reads; of several crops each image's first.
-    init_scale: initial multiplier of the cosine.
-    init_bias: initial bias; None for the loss's own (-10 and none).
-    method: of the sigmoid loss: `'gathered'` texts, `'ring'`, or `'auto'`, a
-      ring where the batch is split over devices. The result is the same. The
-      softmax of a row needs all columns at once, so its texts are gathered.
-  """
-
-  loss_type: Literal["sigmoid", "softmax"] = "sigmoid"
-  view: str = "image"
+  loss_type: Literal["sigmoid", "softmax"] = "sigmoid"  # SigLIP's or CLIP's.
+  view: str = "image"  # Of several crops each image's first.
   init_scale: options.PositiveFloat = 10.0
-  init_bias: float | None = None
-  method: ring.Method = "auto"
+  init_bias: float | None = None  # None: -10 for sigmoid, no bias for softmax.
+  method: ring.Method = "auto"  # Of the sigmoid loss.
 
   def __post_init__(self):
     if self.loss_type == "softmax" and self.method == "ring":
@@ -148,17 +139,9 @@ class Contrastive(base.Objective):
         "at once. Leave method out, or take the sigmoid loss."
       )
 
-  @property
-  def _image(self) -> base.Encoding:
-    return base.Encoding("image", self.view)
-
-  @property
-  def _text(self) -> base.Encoding:
-    return base.Encoding("text", "caption")
-
   def needs(self) -> base.Needs:
     return base.Needs(
-      encodings={self._image: (), self._text: ()},
+      encodings={self.image: (), CAPTION: ()},
       fields=("caption", "caption_valid"),
     )
 
@@ -173,8 +156,8 @@ class Contrastive(base.Objective):
     self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> LossInputs:
     return LossInputs(
-      image=unit(encodings[self._image].pooled[:, 0]),
-      text=unit(encodings[self._text].pooled),
+      image=unit(encodings[self.image].pooled[:, 0]),
+      text=unit(encodings[CAPTION].pooled),
       valid=batch["caption_valid"].astype(bool),
     )
 
@@ -185,16 +168,14 @@ class Contrastive(base.Objective):
     valid = loss_inputs.valid
     ids = ExampleIds(jnp.arange(valid.shape[0]), valid)
     count = jnp.sum(valid.astype(jnp.float32))
-    one = jnp.ones(())
     loss, nearest = self._loss_and_nearest(loss_inputs, ids, affine, context)
     hit = (nearest.index == ids.index) & valid
     return base.Terms(
       loss=base.WeightedMean(loss, count),
       report={
         "accuracy": base.WeightedMean(jnp.sum(hit.astype(jnp.float32)), count),
-        "scale": base.WeightedMean(affine.scale, one),
-        "bias": base.WeightedMean(affine.bias, one),
-        "labelled": base.WeightedMean(count, one * valid.shape[0]),
+        "labelled": base.WeightedMean(count, jnp.float32(valid.shape[0])),
+        **pairwise.affine_report(affine),
       },
     )
 

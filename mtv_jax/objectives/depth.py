@@ -143,21 +143,13 @@ def affine_error(
 
 @pytree_dataclass
 class LossInputs:
-  """Per example, sums over the labelled crops of the view.
+  """Per example, sums over the labelled crops of the view."""
 
-  Attributes:
-    ssi: of the scale-and-shift-invariant errors.
-    gradient: of the gradient-matching errors.
-    error: of the affine-invariant errors, for the report.
-    labelled: number of crops with a label.
-    crops: number of crops.
-  """
-
-  ssi: Float[Array, " b"]
-  gradient: Float[Array, " b"]
-  error: Float[Array, " b"]
-  labelled: Float[Array, " b"]
-  crops: Float[Array, " b"]
+  ssi: Float[Array, " b"]  # Trimmed errors, scale- and shift-invariant.
+  gradient: Float[Array, " b"]  # Gradient-matching errors.
+  error: Float[Array, " b"]  # Affine-invariant errors, for the report.
+  labelled: Float[Array, " b"]  # Number of crops with a label.
+  crops: Float[Array, " b"]  # Number of crops.
 
 
 def map_errors(
@@ -174,14 +166,6 @@ def map_errors(
   A label with fewer than `min_pixels` pixels is not usable, nor is a flat one
   (a mean absolute deviation below 1e-3 of its image's range), from which every
   standardised prediction is equally far.
-
-  Args:
-    predicted: float32.
-    label: inverse depth, float32.
-    valid: which pixels have a label.
-    trim: share of the largest residuals that is trimmed.
-    scales: of the gradient matching.
-    min_pixels: least number of labelled pixels.
   """
   p, d = standardise(predicted, valid), standardise(label, valid)
   labelled = (valid.sum((1, 2)) >= max(min_pixels, 1)) & (
@@ -203,36 +187,20 @@ def map_errors(
 
 @dataclasses.dataclass(frozen=True)
 class Depth(base.Objective):
-  """Relative inverse depth of the experts' labels, by a DPT head.
+  """Relative inverse depth of the experts' labels, by a DPT head."""
 
-  Attributes:
-    head: the DPT; a config has its options beside these.
-    view: the image view it reads, without masked patches.
-    gradient_weight: of the gradient matching beside the SSI error.
-    scales: of the gradient matching.
-    trim: share of the largest residuals that the SSI error trims.
-    min_pixels: a crop with fewer labelled pixels counts as unlabelled.
-  """
-
+  # A config gives the head's options beside these.
   head: dpt.DepthHead = dpt.DepthHead()
   view: str = "image"
-  gradient_weight: float = 2.0
-  scales: options.NonNegativeInt = 4
+  gradient_weight: float = 2.0  # Of the gradient matching beside the SSI error.
+  scales: options.NonNegativeInt = 4  # Of the gradient matching.
+  # Share of the largest residuals that the SSI error trims.
   trim: Annotated[float, options.Range(min=0, max=0.99)] = 0.1
+  # A crop with fewer labelled pixels counts as unlabelled.
   min_pixels: options.PositiveInt = 16
 
-  @property
-  def _image(self) -> base.Encoding:
-    return base.Encoding("image", self.view)
-
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Depth:
-    """The objective with the head's open options filled in from the model.
-
-    Raises:
-      ConfigError: for taps outside the tower, or a view that masks patches.
-    """
-    if self.view in views:
-      base.check_visible("depth", self.view, views[self.view].patch is not None)
+    base.check_visible("depth", self.view, views)
     return dataclasses.replace(self, head=self.head.resolve(spec))
 
   def needs(self) -> base.Needs:
@@ -241,7 +209,7 @@ class Depth(base.Objective):
         "depth: the depth of the model is not known; give taps, or resolve() "
         "with the model."
       )
-    return base.Needs({self._image: self.head.taps}, fields=("depth",))
+    return base.Needs({self.image: self.head.taps}, fields=("depth",))
 
   def heads(self) -> dict[str, base.Head]:
     return base.Head.of(self.head)
@@ -249,17 +217,14 @@ class Depth(base.Objective):
   def loss_inputs(
     self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> LossInputs:
-    view = batch["views"][self.view]
-    hides = view.mask is not None or view.keep is not None
-    base.check_visible("depth", self.view, hides)
-    output = encodings[self._image]
+    output = encodings[self.image]
     b, count, patches, _ = output.patches.shape
     grid = math.isqrt(patches)  # Views are squares.
     # Not -1: a tower without CLS token and registers has a prefix of size 0.
     crops = jax.tree.map(lambda x: x.reshape(b * count, *x.shape[2:]), output)
     predicted = self.head.predict(heads["depth"], crops, (grid, grid))["depth"]
     label, valid = geometry.crop_depth(
-      batch["depth"], view, predicted.shape[-1]
+      batch["depth"], batch["views"][self.view], predicted.shape[-1]
     )
     errors = map_errors(
       predicted,

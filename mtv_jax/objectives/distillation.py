@@ -36,15 +36,9 @@ def koleo(
 
       L = -(1/n) sum_i log(min_{j != i} |x_i - x_j| + eps),  |x| = 1
 
-  Args:
-    vectors: of any length; they are normalised first.
-    valid: which of them count, as themselves and as neighbours.
-    eps: bounds value and gradient for equal vectors.
-    mesh: over which the vectors are sharded, whose devices search neighbours
-      around a ring; None on one device.
-
-  Returns:
-    The mean over the valid vectors; its count is 0 for fewer than two.
+  The mean over the valid vectors, which are normalised first; its count is 0
+  for fewer than two. `eps` bounds value and gradient for equal vectors. If
+  they are sharded over `mesh`, its devices search neighbours around a ring.
   """
   x = unit(vectors)
   if ring.should_use_ring("auto", mesh):
@@ -67,14 +61,8 @@ def pair_weights(
 
   Each term has the weight 1 / (number of terms), as in DINOv2: 2 x 1 global
   and 2 x 8 local terms, each a mean over the batch, are divided by 18.
-
-  Args:
-    global_views: crops of teacher and student.
-    local_views: crops of the student alone.
-    same_crop: `'exclude'` leaves out a global crop against itself.
-
-  Raises:
-    ConfigError: without any pair.
+  `same_crop='exclude'` leaves out a global crop against itself. Raises
+  ConfigError without any pair.
   """
   pairs = np.ones((global_views, global_views + local_views), np.float32)
   if same_crop == "exclude":
@@ -90,17 +78,11 @@ def pair_weights(
 
 @pytree_dataclass
 class LossInputs:
-  """Per example.
+  """Per example, bottleneck vectors, and the student's pooled vectors."""
 
-  Attributes:
-    teacher: bottleneck vectors of the global crops.
-    student: bottleneck vectors of the global crops, then of the local ones.
-    pooled: the student's pooled vectors of the global crops.
-  """
-
-  teacher: Float[Array, "b g d"]
-  student: Float[Array, "b v d"]
-  pooled: Float[Array, "b g e"]
+  teacher: Float[Array, "b g d"]  # Of the global crops.
+  student: Float[Array, "b v d"]  # Of the global crops, then the local ones.
+  pooled: Float[Array, "b g e"]  # Of the global crops.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,26 +92,17 @@ class Distillation(SelfDistillation):
   The teacher encodes the global crops unmasked, the student the global crops,
   masked if the view has a mask, and the local crops. With one global crop, only
   local ones are compared with it, as in SigLIP 2.
-
-  Attributes:
-    view_global: the view of teacher and student.
-    view_local: the view of the student alone; None for none.
-    koleo_weight: of KoLeo over the student's global pooled vectors, summed over
-      the crops: DINOv2's 0.1. 0 leaves it out.
-    same_crop: `'exclude'` (DINO) or `'include'` a global crop against itself.
   """
 
   view_global: str = "global"
   view_local: str | None = "local"
+  # Of KoLeo over the student's global pooled vectors, summed over the crops;
+  # 0.1 is DINOv2's.
   koleo_weight: options.NonNegativeFloat = 0.1
+  # Whether a global crop is compared with itself; DINO excludes it.
   same_crop: Literal["exclude", "include"] = "exclude"
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Distillation:
-    """Checks that the views leave a pair of crops to compare.
-
-    Raises:
-      ConfigError: for a single global crop and no local one.
-    """
     names = [self.view_global, self.view_local]
     counts = [views[n].count if n in views else 0 for n in names]
     if self.view_global in views:

@@ -25,22 +25,17 @@ from mtv_jax.parallel import ring
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
+PHRASE = base.Encoding("text", "box_phrase")
+
 
 @pytree_dataclass
 class RegionLosses:
-  """Losses of each region against all phrases.
+  """Losses of each region against all phrases."""
 
-  Attributes:
-    losses: sum over the region's pairs.
-    same: greatest logit with a text of its own phrase.
-    other: greatest logit with a text of another phrase; -inf without any.
-    peers: texts of its phrase, its own included.
-  """
-
-  losses: Float[Array, " n"]
-  same: Float[Array, " n"]
-  other: Float[Array, " n"]
-  peers: Float[Array, " n"]
+  losses: Float[Array, " n"]  # Sums over the region's pairs.
+  same: Float[Array, " n"]  # Greatest logit with a text of its own phrase.
+  other: Float[Array, " n"]  # The same of other phrases; -inf without any.
+  peers: Float[Array, " n"]  # Texts of its phrase, its own included.
 
 
 @pytree_dataclass
@@ -103,19 +98,11 @@ def region_losses(
   class names as phrases a batch has hundreds of "person", each of which would
   be a positive and a negative at once.
 
-  Args:
-    region: unit embeddings of regions (z).
-    text: unit embeddings of their phrases (t).
-    phrase_id: equal for equal phrases.
-    valid: which regions there are.
-    affine: from cosine to logit.
-    chunk: texts compared at a time; None for all. The result is the same, but
-      only `[n, chunk]` logits exist, forward and backward. Regions are split
-      over the devices, so the texts are chunked.
-
-  Returns:
-    Of each region, 0 for invalid ones. L is the mean of `losses` over the valid
-    ones.
+  L is the mean of `losses` over the valid regions; invalid ones have 0. Both
+  embeddings, z and t, are of unit length. With a `chunk`, that many texts are
+  compared at a time: the result is the same, but only `[n, chunk]` logits
+  exist, forward and backward. Regions are split over the devices, so the texts
+  are chunked.
   """
   ids = RegionIds(jnp.arange(region.shape[0]), phrase_id, valid)
   regions = ring.EmbeddingBatch(region, ids)
@@ -195,9 +182,7 @@ def box_losses(
 ) -> Float[Array, "*b"]:
   """`5 L1 + 2 (1 - GIoU)` of each box, as in DETR (Carion et al. 2020).
 
-  Args:
-    located: predictions, (centre y, centre x, height, width).
-    boxes: targets, (y0, x0, y1, x1).
+  `located` are (centre y, centre x, height, width), `boxes` (y0, x0, y1, x1).
   """
   distance = jnp.abs(located - centres(boxes)).sum(axis=-1)
   giou = overlap(prompter.corners(located), boxes).giou
@@ -206,73 +191,43 @@ def box_losses(
 
 @pytree_dataclass
 class LossInputs:
-  """Regions of each example, `m` at most.
+  """Regions of each example, `m` at most."""
 
-  Attributes:
-    region: unit embeddings of the regions.
-    text: unit embeddings of their phrases.
-    phrase_id: equal for equal phrases.
-    valid: which regions there are.
-    boxes: (y0, x0, y1, x1) in the view.
-    located: the locator's boxes of the phrases, (centre y, centre x, height,
-      width); None without regression.
-  """
-
-  region: Float[Array, "b m d"]
-  text: Float[Array, "b m d"]
-  phrase_id: UInt32[Array, "b m"]
+  region: Float[Array, "b m d"]  # Unit embeddings.
+  text: Float[Array, "b m d"]  # Unit embeddings of the phrases.
+  phrase_id: UInt32[Array, "b m"]  # Equal for equal phrases.
   valid: Bool[Array, "b m"]
-  boxes: Float[Array, "b m 4"]
+  boxes: Float[Array, "b m 4"]  # (y0, x0, y1, x1) in the view.
+  # (centre y, centre x, height, width) by the locator; None without regression.
   located: Float[Array, "b m 4"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Grounding(base.Objective):
-  """Contrastive loss between regions and phrases, with optional regression.
+  """Contrastive loss between regions and phrases, with optional regression."""
 
-  Attributes:
-    head: prompter and locator; a config has their options beside these.
-    view: the image view it reads; of several crops each image's first.
-    regions: most regions an image, of those visible in the view. CLOC: 4, and
-      2 do about as well.
-    pick: the `'first'` regions (the host's order is random) or those of the
-      highest `'score'`.
-    min_visible: least share of a box's area that must lie in the view.
-    min_size: least height and width of a box in the view, whose side is 1.
-    init_scale: initial multiplier of the cosine.
-    init_bias: initial bias.
-    method: `'gathered'` texts, `'ring'`, or `'auto'`, a ring where the batch is
-      split over devices. The result is the same.
-    chunk: gathered texts compared with all regions at a time, to bound memory;
-      None for all of the batch. In the ring a chunk is a device's texts.
-    stop_text_gradient: whether the text tower gets no gradient.
-    regression: weight of the box regression, 0 for none. CLOC gains little
-      from it.
-  """
-
+  # Prompter and locator; a config gives their options beside these.
   head: prompter.GroundingHead = prompter.GroundingHead()
-  view: str = "image"
+  view: str = "image"  # Of several crops each image's first.
+  # Most regions an image, of those visible in the view. CLOC: 4, and 2 do about
+  # as well.
   regions: options.PositiveInt = 4
+  # The first regions (the host's order is random) or those of highest score.
   pick: Literal["first", "score"] = "first"
-  min_visible: float = 0.4
+  min_visible: float = 0.4  # See `geometry.crop_boxes`.
   min_size: float = 1 / 56
   init_scale: options.PositiveFloat = 10.0
   init_bias: float = -10.0
   method: ring.Method = "auto"
+  # Gathered texts compared with all regions at a time, to bound memory; None
+  # for all of the batch. In the ring a chunk is a device's texts.
   chunk: options.PositiveInt | None = None
   stop_text_gradient: bool = False
+  # Weight of the box regression, 0 for none. CLOC gains little from it.
   regression: options.NonNegativeFloat = 0.0
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Grounding:
-    """Checks the model and the view.
-
-    Raises:
-      ConfigError: for a view that hides patches, or a model without a text
-        tower.
-    """
-    if self.view in views:
-      hides = views[self.view].patch is not None
-      base.check_visible("grounding", self.view, hides)
+    base.check_visible("grounding", self.view, views)
     if spec.text is None:
       raise ConfigError(
         "grounding compares regions with phrases, and this model has no text "
@@ -280,17 +235,9 @@ class Grounding(base.Objective):
       )
     return self
 
-  @property
-  def _image(self) -> base.Encoding:
-    return base.Encoding("image", self.view)
-
-  @property
-  def _text(self) -> base.Encoding:
-    return base.Encoding("text", "box_phrase")
-
   def needs(self) -> base.Needs:
     return base.Needs(
-      encodings={self._image: (), self._text: ()},
+      encodings={self.image: (), PHRASE: ()},
       fields=(
         "boxes", "box_phrase", "box_phrase_id", "box_score", "box_valid",
       ),
@@ -311,8 +258,6 @@ class Grounding(base.Objective):
     self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> LossInputs:
     view = batch["views"][self.view]
-    hides = view.mask is not None or view.keep is not None
-    base.check_visible("grounding", self.view, hides)
     boxes, visible = geometry.crop_boxes(
       batch["boxes"],
       batch["box_valid"].astype(bool),
@@ -327,12 +272,12 @@ class Grounding(base.Objective):
       index = chosen.reshape(*chosen.shape, *[1] * (x.ndim - 2))
       return jnp.take_along_axis(x, index, axis=1)
 
-    text = take(encodings[self._text].pooled)
+    text = take(encodings[PHRASE].pooled)
     if self.stop_text_gradient:
       text = jax.lax.stop_gradient(text)
     text = unit(text)
     boxes = take(boxes[:, 0])
-    image = jax.tree.map(lambda x: x[:, 0], encodings[self._image])
+    image = jax.tree.map(lambda x: x[:, 0], encodings[self.image])
     grid = (math.isqrt(image.patches.shape[1]),) * 2  # Views are squares.
     region = self.head.predict(heads["prompter"], image, grid, boxes=boxes)
     located = None
@@ -377,8 +322,7 @@ class Grounding(base.Objective):
     report = {
       "accuracy": base.WeightedMean((hit * weight).sum(), count),
       "phrases": base.WeightedMean(phrases.sum(), one),
-      "scale": base.WeightedMean(affine.scale, one),
-      "bias": base.WeightedMean(affine.bias, one),
+      **pairwise.affine_report(affine),
       "labelled": base.WeightedMean(labelled.sum(), one * labelled.size),
       "regions": base.WeightedMean(count, labelled.sum()),
     }

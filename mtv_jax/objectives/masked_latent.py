@@ -23,19 +23,12 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @pytree_dataclass
 class LossInputs:
-  """Per example, `p` patches of its `n` crops together.
+  """Per example, bottleneck vectors at `p` patches of its `n` crops."""
 
-  Attributes:
-    teacher: bottleneck vectors of the unmasked crops.
-    student: bottleneck vectors at the same patches of the masked crops.
-    weights: of the patches; 0 for the padding up to `p`.
-    masked: whether a crop has masked patches.
-  """
-
-  teacher: Float[Array, "b p d"]
-  student: Float[Array, "b p d"]
-  weights: Float[Array, "b p"]
-  masked: Bool[Array, "b n"]
+  teacher: Float[Array, "b p d"]  # Of the unmasked crops.
+  student: Float[Array, "b p d"]  # Of the masked crops.
+  weights: Float[Array, "b p"]  # Of the patches; 0 for the padding.
+  masked: Bool[Array, "b n"]  # Whether a crop has masked patches.
 
 
 def masked_first(
@@ -61,35 +54,27 @@ class MaskedLatent(SelfDistillation):
   The loss is the mean over all crops. Crops without masked patches add 0, as in
   DINOv2, so that an image's gradient does not depend on the number of masked
   images in its batch.
-
-  Attributes:
-    head: a separate head, as in DINOv2's large models and DINOv3; `'dino'`
-      shares the one of distillation.
-    view: a view with masked patches; the teacher sees it unmasked.
-    patches: `'masked'`, or `'all'` for targets on visible patches too (iBOT++
-      of TIPSv2), of every crop.
-    max_masked: most masked patches of an image, over all its crops; `resolve`
-      takes it from the view. Without it the head runs on all patches, with the
-      same result.
   """
 
+  # Separate, as in DINOv2's large models and DINOv3; 'dino' shares the head of
+  # distillation.
   head: str = "ibot"
-  view: str = "global"
+  view: str = "global"  # With masked patches; the teacher sees it unmasked.
+  # All: targets on the visible patches of every crop too (iBOT++ of TIPSv2).
   patches: Literal["masked", "all"] = "masked"
+  # Most masked patches of an image, over all its crops; `resolve` takes it from
+  # the view. Without it the head runs on all patches, with the same result.
   max_masked: options.PositiveInt | None = None
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> MaskedLatent:
-    """The objective with `max_masked` filled in from its view.
-
-    Raises:
-      ConfigError: for a view without masked patches, with patches of another
-        size than the model's, or with another number than `max_masked`.
-    """
     if self.view not in views:
-      return self  # `StepSpec` refuses a missing view, for all objectives.
+      return self
     view, patch = views[self.view], spec.image.patch_size
     if not view.max_masked:
-      raise ConfigError(self._hides_nothing())
+      raise ConfigError(
+        f"masked_latent: the view '{self.view}' hides no patches. Add an op "
+        "such as blocks(0.1, 0.5) to its ops, or name another view."
+      )
     if view.patch != patch:
       raise ConfigError(
         f"config.views.{self.view}: blocks() hides patches of {view.patch} "
@@ -102,32 +87,20 @@ class MaskedLatent(SelfDistillation):
       )
     return dataclasses.replace(self, max_masked=view.max_masked)
 
-  def _hides_nothing(self) -> str:
-    return (
-      f"masked_latent: the view '{self.view}' hides no patches. Add an op such "
-      "as blocks(0.1, 0.5) to its ops, or name another view."
-    )
-
   def _channels(self, spec) -> int:
     return spec.image.width
-
-  @property
-  def _student(self) -> base.Encoding:
-    return base.Encoding("image", self.view)
 
   @property
   def _teacher(self) -> base.Encoding:
     return base.Encoding("image", self.view, base.TEACHER)
 
   def needs(self) -> base.Needs:
-    return base.Needs(encodings={self._student: (), self._teacher: ()})
+    return base.Needs(encodings={self.image: (), self._teacher: ()})
 
   def loss_inputs(
     self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> LossInputs:
     mask = batch["views"][self.view].mask  # [b, n, P]
-    if mask is None:
-      raise ConfigError(self._hides_nothing())
     whole = self.patches == "all"
     weights = patch_weights(jnp.ones_like(mask) if whole else mask)
     # All crops of an image together: their numbers of masked patches differ.
@@ -135,7 +108,7 @@ class MaskedLatent(SelfDistillation):
     student, teacher, weights = (
       x.reshape(len(mask), -1, *x.shape[3:])
       for x in (
-        encodings[self._student].patches,
+        encodings[self.image].patches,
         encodings[self._teacher].patches,
         weights,
       )

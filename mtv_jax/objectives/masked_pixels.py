@@ -38,13 +38,7 @@ def patch_errors(
   target: Float[Array, "b n f"],
   hidden: Bool[Array, "b n"],
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-  """Mean squared errors of the hidden patches: sum and count of each image.
-
-  Args:
-    predicted: pixels of each patch.
-    target: of the same shape.
-    hidden: which patches the encoder did not see. The others don't count.
-  """
+  """Mean squared errors of the hidden patches: sum and count of each image."""
   errors = jnp.square(predicted - target).mean(axis=-1)
   count = hidden.astype(jnp.float32)
   return jnp.sum(errors * count, axis=-1), jnp.sum(count, axis=-1)
@@ -52,39 +46,24 @@ def patch_errors(
 
 @pytree_dataclass
 class LossInputs:
-  """Per example, sums over the hidden patches of all crops of the view.
+  """Per example, sums over all crops of the view."""
 
-  Attributes:
-    error: of their mean squared errors.
-    hidden: number of hidden patches.
-    patches: number of all patches.
-  """
-
-  error: Float[Array, " b"]
-  hidden: Float[Array, " b"]
-  patches: Float[Array, " b"]
+  error: Float[Array, " b"]  # Mean squared errors of the hidden patches.
+  hidden: Float[Array, " b"]  # Number of hidden patches.
+  patches: Float[Array, " b"]  # Number of all patches.
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedPixels(base.Objective):
-  """MAE loss: squared errors of the pixels of hidden patches.
+  """MAE loss: squared errors of the pixels of hidden patches."""
 
-  Attributes:
-    view: the image view it reads; its ops end in `keep(ratio)`.
-    patch: the model's patch size in pixels; None to take it from the model.
-    norm_pixels: whether a patch's target is normalised by its own mean and
-      standard deviation. Raw pixels are in [-1, 1].
-    decoder_width, decoder_depth, decoder_heads: shape of the decoder.
-    remat, scan: how the decoder runs, see `models.layers.run_stack`.
-  """
-
-  view: str = "mae"
-  patch: options.PositiveInt | None = None
-  norm_pixels: bool = True
+  view: str = "mae"  # Its ops end in `keep(ratio)`.
+  patch: options.PositiveInt | None = None  # None to take it from the model.
+  norm_pixels: bool = True  # See `normalize_patches`; raw ones are in [-1, 1].
   decoder_width: options.PositiveInt = 512
   decoder_depth: options.PositiveInt = 8
   decoder_heads: options.PositiveInt = 16
-  remat: layers.Remat = "none"
+  remat: layers.Remat = "none"  # See `layers.run_stack`.
   scan: bool = True
 
   def __post_init__(self):
@@ -95,17 +74,7 @@ class MaskedPixels(base.Objective):
         f"decoder_heads ({heads}) and of 4, which 2-D positions need."
       )
 
-  @property
-  def _image(self) -> base.Encoding:
-    return base.Encoding("image", self.view)
-
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> MaskedPixels:
-    """The objective with the patch size filled in from the model.
-
-    Raises:
-      ConfigError: for a view without hidden patches, or with patches of another
-        size than the model's.
-    """
     patch = spec.image.patch_size
     if self.patch not in (None, patch):
       raise ConfigError(
@@ -115,25 +84,26 @@ class MaskedPixels(base.Objective):
     for pipeline in views[self.view].pipelines if self.view in views else ():
       op = pipeline.mask
       if not isinstance(op, masks.Keep):
-        raise ConfigError(self._without_keep())
+        raise ConfigError(
+          f"masked_pixels reads the view {self.view!r}, which hides no patch "
+          "from the encoder. End its ops in keep(0.25), or name another view."
+        )
       if op.patch != patch:
         raise ConfigError(
           f"config.views.{self.view}: keep() makes patches of {op.patch} "
           f"pixels, the model's are {patch}: write keep({op.ratio}, "
           f"patch={patch})."
         )
-      size = pipeline.size
-      _check_hidden(self.view, op.count(size), (size // patch) ** 2)
+      patches = (pipeline.size // patch) ** 2
+      if op.count(pipeline.size) >= patches:
+        raise ConfigError(
+          f"masked_pixels: the view {self.view!r} keeps all {patches} patches, "
+          "which leaves none to predict; lower the ratio of keep(0.25)."
+        )
     return dataclasses.replace(self, patch=patch)
 
-  def _without_keep(self) -> str:
-    return (
-      f"masked_pixels reads the view {self.view!r}, which hides no patch from "
-      "the encoder. End its ops in keep(0.25), or name another view."
-    )
-
   def needs(self) -> base.Needs:
-    return base.Needs(encodings={self._image: ()})
+    return base.Needs(encodings={self.image: ()})
 
   def heads(self) -> dict[str, base.Head]:
     if self.patch is None:
@@ -155,12 +125,9 @@ class MaskedPixels(base.Objective):
     self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> LossInputs:
     view = batch["views"][self.view]
-    if view.keep is None:
-      raise ConfigError(self._without_keep())
     b, count, size = view.images.shape[:3]
     grid = size // self.patch
-    _check_hidden(self.view, view.keep.shape[-1], grid**2)
-    output = encodings[self._image]
+    output = encodings[self.image]
     tokens, prefix, keep, images = (
       x.reshape(b * count, *x.shape[2:])  # [b * count, ...]
       for x in (output.patches, output.prefix, view.keep, view.images)
@@ -181,24 +148,14 @@ class MaskedPixels(base.Objective):
     self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
   ) -> base.Terms:
     hidden = jnp.sum(loss_inputs.hidden)
+    # Every image is its own label.
+    images = jnp.float32(loss_inputs.hidden.size)
     return base.Terms(
       loss=base.WeightedMean(jnp.sum(loss_inputs.error), hidden),
       report={
         "hidden": base.WeightedMean(hidden, jnp.sum(loss_inputs.patches)),
-        # Every image is its own label.
-        "labelled": base.WeightedMean(
-          *[jnp.float32(loss_inputs.hidden.size)] * 2
-        ),
+        "labelled": base.WeightedMean(images, images),
       },
-    )
-
-
-def _check_hidden(view: str, visible: int, patches: int) -> None:
-  """Raises ConfigError where the encoder would see every patch."""
-  if visible >= patches:
-    raise ConfigError(
-      f"masked_pixels: the view {view!r} keeps all {patches} patches, which "
-      "leaves none to predict; lower the ratio of keep(0.25)."
     )
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mtv_jax.objectives import base
 from mtv_jax.utils.tree import pytree_dataclass
 
 
@@ -30,6 +31,15 @@ class Affine:
   bias: Float[Array, ""]
 
 
+def affine_report(affine: Affine) -> dict[str, base.WeightedMean]:
+  """Scale and bias as means for the log."""
+  one = jnp.ones(())
+  return {
+    "scale": base.WeightedMean(affine.scale, one),
+    "bias": base.WeightedMean(affine.bias, one),
+  }
+
+
 def logits(
   rows: Float[Array, "n d"], columns: Float[Array, "m d"], affine: Affine
 ) -> Float[Array, "n m"]:
@@ -41,12 +51,9 @@ def logits(
 class Temperature(nn.Module):
   """The learnt scale and bias of the logits.
 
-  Attributes:
-    init_scale: initial multiplier; its logarithm is the parameter (SigLIP 10,
-      CLIP 1/0.07).
-    init_bias: initial bias, None for none. SigLIP's -10 makes almost all pairs
-      negative at the start, as they are; small batches need a smaller one
-      (log(1/B) balances B pairs).
+  The parameter is the logarithm of the scale, which starts at 10 in SigLIP, at
+  1/0.07 in CLIP. None is no bias. SigLIP's initial -10 makes almost all pairs
+  negative, as they are; log(1/B) balances the B pairs of a row.
   """
 
   init_scale: float

@@ -25,13 +25,7 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @pytree_dataclass
 class PrototypeLogits:
-  """Logits of vectors against prototypes, computed in chunks.
-
-  Attributes:
-    vectors: `v` views of each of `n` items.
-    prototypes: one a column.
-    temperature: divides the logits `vectors @ prototypes`.
-  """
+  """`vectors @ prototypes / temperature` of v views, computed in chunks."""
 
   vectors: Float[Array, "n v d"]
   prototypes: Float[Array, "d k"]
@@ -67,12 +61,9 @@ def sinkhorn(
   0.06 for logits above 5.3. One pass over the prototypes per iteration does
   both, since a chunk's columns need only the rows of the last iteration.
 
-  Args:
-    teacher: all rows of the global batch; it gets no gradient.
-    valid: rows that count. The others get an assignment but don't enter the
-      iterations. With none valid, assignments are plain softmaxes.
-    iterations: DINOv2's 3.
-    chunk: prototypes at a time; None for all.
+  The teacher, all rows of the global batch, gets no gradient. Invalid rows get
+  an assignment but don't enter the iterations; with none valid, assignments are
+  plain softmaxes.
   """
   teacher = jax.lax.stop_gradient(teacher)
   some = jnp.any(valid)
@@ -103,10 +94,8 @@ def centered_softmax(
 ) -> Scalings:
   """DINO's softmax((logits - center) / temperature) (Caron et al. 2021).
 
-  Args:
-    teacher: it gets no gradient.
-    center: running mean of the logits, before the temperature.
-    chunk: prototypes at a time; None for all.
+  `center` is the running mean of the logits, before the temperature. The
+  teacher gets no gradient.
   """
   teacher = jax.lax.stop_gradient(teacher)
   columns = -center / teacher.temperature
@@ -146,18 +135,13 @@ class CrossEntropies:
   """Cross-entropies of a student's predictions, with diagnostics.
 
   Only the cross-entropy has a gradient, and only to the student.
-
-  Attributes:
-    cross_entropy: of each teacher view against each student view of an item.
-    entropy: of each assignment, in nats.
-    mean_entropy: of the mean assignment of the valid rows.
-    used: number of prototypes that are the largest assignment of some valid
-      row, over min(K, valid rows).
   """
 
-  cross_entropy: Float[Array, "n g v"]
-  entropy: Float[Array, "n g"]
-  mean_entropy: Float[Array, ""]
+  cross_entropy: Float[Array, "n g v"]  # Of each teacher and student view.
+  entropy: Float[Array, "n g"]  # Of each assignment, in nats.
+  mean_entropy: Float[Array, ""]  # Of the mean assignment of the valid rows.
+  # Number of prototypes that are the largest assignment of some valid row, over
+  # min(K, valid rows).
   used: Float[Array, ""]
 
 
@@ -171,13 +155,9 @@ def cross_entropies(
 ) -> CrossEntropies:
   """Cross-entropies -sum_k q_ik log softmax_k(student), and diagnostics.
 
-  Args:
-    teacher: `[n, g, d]`.
-    scalings: of the teacher, by `sinkhorn` or `centered_softmax`.
-    student: `[n, v, d]`.
-    valid: teacher rows of the diagnostics.
-    chunk: prototypes at a time; None for all. The backward pass recomputes the
-      logits of each chunk.
+  `teacher` has g vectors of each item, `student` v; `valid` are the teacher
+  rows of the diagnostics. The backward pass recomputes the logits of each
+  chunk.
   """
   teacher, scalings = jax.lax.stop_gradient((teacher, scalings))
 

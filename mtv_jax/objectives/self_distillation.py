@@ -20,13 +20,7 @@ from mtv_jax.utils.tree import pytree_dataclass
 
 @pytree_dataclass
 class PrototypeLoss:
-  """A weighted sum of cross-entropies, with diagnostics and statistics.
-
-  Attributes:
-    sum: over all pairs, each with its weight.
-    report: means for the log.
-    statistics: new running statistics.
-  """
+  """Weighted sum of cross-entropies, diagnostics and running statistics."""
 
   sum: Float[Array, ""]
   report: dict[str, base.WeightedMean]
@@ -44,40 +38,28 @@ class SelfDistillation(base.Objective):
   inputs get the same assignment; `teacher_entropy` and `prototypes_used` near
   0, where all inputs are assigned to one prototype. `mean_entropy` falls with
   it under centring; Sinkhorn makes it near log K by construction.
-
-  Attributes:
-    head: name of the head; objectives that give the same name share it, and
-      have to agree on its shape.
-    prototypes: number of prototypes (K).
-    hidden: units of the head's hidden layers.
-    bottleneck: channels of the head's bottleneck.
-    student_temp: temperature of the predictions.
-    teacher_temp: temperature of the assignments after the warm-up.
-    teacher_temp_start: at step 0, rising linearly over the warm-up.
-    teacher_temp_warmup_percent: 30 of DINOv2's 100 epochs.
-    freeze_last_layer_percent: part of the run in which the student's prototypes
-      get no gradient; 1 of DINOv2's 100 epochs.
-    target: `'sinkhorn'` (DINOv2's large models, DINOv3) or `'centering'`
-      (DINO; DINOv2's plain default).
-    iterations: of Sinkhorn-Knopp.
-    center_momentum: of the running mean that centring subtracts.
-    chunk: prototypes whose logits are in memory at a time, None for all. Not
-      DINOv2's: 65,536 prototypes then fit beside a ViT-L. Chunks are recomputed
-      in the backward pass and in each iteration.
   """
 
+  # Objectives whose heads have one name share it, and must agree on its shape.
   head: str = "dino"
-  prototypes: Annotated[int, Range(min=2)] = 65_536
+  prototypes: Annotated[int, Range(min=2)] = 65_536  # K.
   hidden: options.PositiveInt = 2048
   bottleneck: options.PositiveInt = 256
   student_temp: options.PositiveFloat = 0.1
+  # Rises linearly from its start, over the first 30 of DINOv2's 100 epochs.
   teacher_temp: options.PositiveFloat = 0.07
   teacher_temp_start: options.PositiveFloat = 0.04
   teacher_temp_warmup_percent: Annotated[float, Range(min=0, max=100)] = 30.0
+  # Part of the run in which the student's prototypes get no gradient: 1 of
+  # DINOv2's 100 epochs.
   freeze_last_layer_percent: Annotated[float, Range(min=0, max=100)] = 1.0
+  # Sinkhorn: DINOv2's large models, DINOv3. Centring: DINO, DINOv2's default.
   target: Literal["sinkhorn", "centering"] = "sinkhorn"
-  iterations: options.PositiveInt = 3
+  iterations: options.PositiveInt = 3  # Of Sinkhorn-Knopp.
   center_momentum: Annotated[float, Range(min=0, max=0.9999)] = 0.9
+  # Prototypes whose logits are in memory at a time, None for all. Not DINOv2's:
+  # 65,536 prototypes then fit beside a ViT-L. Chunks are recomputed in the
+  # backward pass and in each iteration.
   chunk: options.PositiveInt | None = 8192
 
   def __post_init__(self):
@@ -119,24 +101,17 @@ class SelfDistillation(base.Objective):
   ) -> PrototypeLoss:
     """Weighted cross-entropies of the global batch.
 
-    Args:
-      teacher: bottleneck vectors of the teacher's views of n items.
-      student: bottleneck vectors of the student's views of the same items.
-      valid: teacher vectors that count.
-      weights: of each pair in the sum; 0 for all pairs of an invalid vector.
-      heads: with this objective's head, of student and teacher.
-      context: for the schedules and the centre.
+    `teacher` and `student` are bottleneck vectors of views of the same n items,
+    `valid` marks the teacher's vectors that count, and `weights` are those of
+    the pairs in the sum, 0 for all pairs of an invalid vector.
     """
     matrix = heads[self.head](method="prototypes")
     if self.freeze_last_layer_percent:
       frozen = _progress(context, self.freeze_last_layer_percent) < 1
       matrix = jnp.where(frozen, jax.lax.stop_gradient(matrix), matrix)
     temperature = self._teacher_temp(context)
-    targets = prototypes.PrototypeLogits(
-      teacher,
-      heads[self.head, base.TEACHER](method="prototypes"),
-      temperature,
-    )
+    teacher_matrix = heads[self.head, base.TEACHER](method="prototypes")
+    targets = prototypes.PrototypeLogits(teacher, teacher_matrix, temperature)
     predictions = prototypes.PrototypeLogits(student, matrix, self.student_temp)
     scalings, statistics = self._assign(targets, valid, context.statistics)
     losses = prototypes.cross_entropies(

@@ -276,7 +276,7 @@ def parts():
   return objective, {"depth": params}
 
 
-def _made(rng, rows, count):
+def _view_batch(rng, rows, count):
   corner = rng.uniform(0, 0.4, (rows, count, 2))
   extent = rng.uniform(0.3, 0.6, (rows, count, 2))
   return views.ViewBatch(
@@ -312,7 +312,7 @@ def test_loss_inputs_and_loss_average_over_the_labelled_crops(parts, prefix):
   rng = np.random.default_rng(2)
   rows, count = 4, 2
   view, output = (
-    _made(rng, rows, count),
+    _view_batch(rng, rows, count),
     _output(rng, rows, count, prefix),
   )
   label = rng.integers(1, 65536, (rows, 12, 12)).astype(np.uint16)
@@ -385,7 +385,7 @@ def test_open_options_come_from_the_model():
   )
 
 
-def test_invalid_options_and_views_raise(parts):
+def test_invalid_options_and_views_raise():
   with pytest.raises(ConfigError, match="give taps"):
     build_objective("depth", {}).needs()
   with pytest.raises(ConfigError, match="give features"):
@@ -400,10 +400,3 @@ def test_invalid_options_and_views_raise(parts):
     _resolved(taps=[2, 5, 8, 11])
   with pytest.raises(ConfigError, match="hides patches"):
     _resolved(ops="resize(16)|keep(0.5, patch=8)")
-  rng = np.random.default_rng(0)
-  hidden = dataclasses.replace(
-    _made(rng, 1, 1), mask=jnp.zeros((1, 1, 4), bool)
-  )
-  with pytest.raises(ConfigError, match="hides patches"):
-    label = jnp.ones((1, 4, 4), jnp.uint16)
-    _loss_inputs(parts, _output(rng, 1, 1, prefix=3), hidden, label)

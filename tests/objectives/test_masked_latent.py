@@ -249,8 +249,6 @@ def test_invalid_views_raise():
     resolve("resize(32)|blocks(0.25, 0.5)")
   with pytest.raises(ValueError, match="hides up to 8. Leave it out"):
     resolve("resize(32)|blocks(0.25, 0.5, patch=8)", max_masked=3)
-  with pytest.raises(ValueError, match="'global' hides no patches.*blocks"):
-    masked_loss_inputs(make(), None)
   with pytest.raises(ValueError, match="Did you mean 'masked'"):
     make(patches="maskd")
 

@@ -42,13 +42,13 @@ def masked_sinkhorn(logits, valid, iterations=3):
 def test_sinkhorn_equals_numpy_on_the_valid_rows(iterations, chunk):
   rng = np.random.default_rng(0)
   logits, valid = rng.normal(size=(5, 2, 8)), rng.random((5, 2)) < 0.7
-  found = sinkhorn_assignments(
+  actual = sinkhorn_assignments(
     side(logits, TEACHER_TEMP), valid, iterations=iterations, chunk=chunk
   )
   expected = masked_sinkhorn(logits, valid, iterations)
-  np.testing.assert_allclose(found[valid], expected[valid], rtol=1e-5)
+  np.testing.assert_allclose(actual[valid], expected[valid], rtol=1e-5)
   # Rows that don't count still get one, in case something reads it.
-  np.testing.assert_allclose(found.sum(-1), 1.0, rtol=1e-5)
+  np.testing.assert_allclose(actual.sum(-1), 1.0, rtol=1e-5)
 
 
 def test_sinkhorn_columns_have_equal_sums():
@@ -63,9 +63,9 @@ def test_sinkhorn_of_large_logits_does_not_overflow():
   logits = np.random.default_rng(2).uniform(-8, 8, size=(6, 1, 8))
   with np.errstate(over="ignore"):
     assert np.isinf(np.exp(np.float32(logits / 0.06)).sum())
-  found = sinkhorn_assignments(side(logits, 0.06), np.ones((6, 1), bool))
+  actual = sinkhorn_assignments(side(logits, 0.06), np.ones((6, 1), bool))
   expected = samples.sinkhorn(logits[:, 0] / 0.06)
-  np.testing.assert_allclose(found[:, 0], expected, rtol=2e-4, atol=1e-7)
+  np.testing.assert_allclose(actual[:, 0], expected, rtol=2e-4, atol=1e-7)
 
 
 EDGES = {
@@ -90,7 +90,7 @@ def test_edges_are_finite_in_value_and_gradient(case, target, chunk):
   logits, valid = EDGES[case]
   valid, k = jnp.asarray(valid), logits.shape[-1]
 
-  def found(student_logits):
+  def losses(student_logits):
     teacher = side(logits, TEACHER_TEMP)
     student = side(student_logits, STUDENT_TEMP)
     if target == "sinkhorn":
@@ -103,7 +103,7 @@ def test_edges_are_finite_in_value_and_gradient(case, target, chunk):
 
   @jax.jit
   def compute(logits):
-    result, pull = jax.vjp(found, logits)
+    result, pull = jax.vjp(losses, logits)
     ones = jax.tree.map(jnp.ones_like, result)
     return result, pull(ones)[0]
 
@@ -150,13 +150,13 @@ def test_cross_entropy_and_gradient_equal_numpy(target, chunk):
       scalings = prototypes.centered_softmax(
         teacher, jnp.asarray(center, jnp.float32), chunk=chunk
       )
-    found = prototypes.cross_entropies(
+    actual = prototypes.cross_entropies(
       teacher, scalings, student, jnp.asarray(valid), chunk=chunk
     )
-    return (weights * found.cross_entropy).sum(), found
+    return (weights * actual.cross_entropy).sum(), actual
 
   inputs = jnp.asarray(vectors, jnp.float32), jnp.asarray(matrix, jnp.float32)
-  (value, found), gradients = jax.jit(
+  (value, actual), gradients = jax.jit(
     jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)
   )(*inputs)
   np.testing.assert_allclose(value, reference(vectors, matrix), rtol=1e-5)
@@ -167,12 +167,14 @@ def test_cross_entropy_and_gradient_equal_numpy(target, chunk):
   for gradient, reference in zip(gradients, expected, strict=True):
     np.testing.assert_allclose(gradient, reference, rtol=1e-4, atol=1e-5)
 
-  np.testing.assert_allclose(found.entropy, -(q * np.log(q)).sum(-1), rtol=1e-5)
+  np.testing.assert_allclose(
+    actual.entropy, -(q * np.log(q)).sum(-1), rtol=1e-5
+  )
   mean = q.mean((0, 1))
   np.testing.assert_allclose(
-    found.mean_entropy, -(mean * np.log(mean)).sum(), rtol=1e-5
+    actual.mean_entropy, -(mean * np.log(mean)).sum(), rtol=1e-5
   )
-  assert found.used == len(np.unique(q.argmax(-1))) / 8
+  assert actual.used == len(np.unique(q.argmax(-1))) / 8
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -189,11 +191,11 @@ def test_diagnostics_are_of_the_valid_rows(chunk):
       teacher, scalings, teacher, valid, chunk=chunk
     )
 
-  found = compute(side(logits, 1.0))
-  np.testing.assert_allclose(found.used, 2 / 3, rtol=1e-6)
+  actual = compute(side(logits, 1.0))
+  np.testing.assert_allclose(actual.used, 2 / 3, rtol=1e-6)
   q = np.exp(samples.log_softmax(logits[:, 0]))[best != 7].mean(0)
   np.testing.assert_allclose(
-    found.mean_entropy, -(q * np.log(q)).sum(), rtol=1e-5
+    actual.mean_entropy, -(q * np.log(q)).sum(), rtol=1e-5
   )
 
 
