@@ -70,15 +70,11 @@ class Crop(BoxOp, name="crop"):
   RandomResizedCrop, in the geometry of the original image (a square of the
   canvas is not a square of the image). The default area is that of DINOv2's
   global crops; its local ones are `crop(96, 0.05, 0.32)`.
-
-  Attributes:
-    min_area: smallest share of the image's area.
-    max_area: largest share.
-    ratio: range of width over height, sampled log-uniformly.
   """
 
-  min_area: PositiveFraction = 0.32
+  min_area: PositiveFraction = 0.32  # Of the image's area.
   max_area: PositiveFraction = 1.0
+  # Range of width over height, sampled log-uniformly.
   ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
 
   def __post_init__(self):
@@ -135,14 +131,9 @@ def resample_matrix(
 ) -> Float[Array, "target source"]:
   """Antialiased linear resampling of one axis, as a matrix.
 
-  Args:
-    start: start of the first output pixel, in the unit interval.
-    stop: end of the last one; below `start`, the axis is mirrored.
-    source: pixels of the axis.
-    target: pixels of the output.
-
-  Returns:
-    Rows that sum to one, in float32; no interval is too small.
+  The output pixels lie from `start` to `stop` in the unit interval; the axis is
+  mirrored where `stop` is below `start`. Rows sum to one, in float32; no
+  interval is too small.
   """
   step = (stop - start) / target
   centres = start + (jnp.arange(target) + 0.5) * step  # [target]
@@ -207,14 +198,8 @@ def crop_maps(
 
   Values times mask and the mask are resampled with the same weights and
   divided: a pixel is the mean of the labelled pixels under it. Sizes of map,
-  canvas and view may all differ.
-
-  Args:
-    values: such as inverse depth; NaN and infinity count as missing.
-    valid: which pixels have a label.
-    box: `ViewBatch.box`.
-    flipped: `ViewBatch.flipped`.
-    size: pixels a side of the result.
+  canvas and view may all differ. NaN and infinity count as missing labels;
+  `box` and `flipped` are those of `ViewBatch`.
 
   Returns:
     The maps, zero where invalid, and which pixels are valid: those with more
@@ -247,8 +232,8 @@ def crop_boxes(
     boxes: `(y0, x0, y1, x1)` in the canvas's unit square, to which they are
       clipped; NaN, infinite, inverted and empty boxes are dropped.
     valid: which rows of `boxes` are boxes.
-    box: `ViewBatch.box`.
-    flipped: `ViewBatch.flipped`.
+    box: of `ViewBatch`.
+    flipped: of `ViewBatch`.
     min_visible: least share of a box's area in the view.
     min_size: least height and width of the visible part, in the view's unit
       square; the default is 4 pixels of 224.

@@ -185,10 +185,7 @@ def block_mask(
   number of patches left to mask, is added where it fits. After `PROPOSALS`
   rectangles, neighbours of masked patches fill the rest.
 
-  Args:
-    u: uniform numbers, 4 for each proposal and one for each patch.
-    count: patches to mask, at most `grid**2`.
-    grid: patches a side.
+  `u` has 4 numbers for each proposal and one for each patch of `grid` a side.
   """
   rows, columns = jnp.arange(grid)[:, None], jnp.arange(grid)[None, :]
 

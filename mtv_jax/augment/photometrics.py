@@ -180,11 +180,8 @@ class PhotometricOp(ViewOp):
 class Jitter(PhotometricOp, name="jitter"):
   """`jitter(p)`: ColorJitter in a random order, with probability `p`.
 
-  Attributes:
-    p: probability.
-    brightness: the factor is uniform from `1 - brightness` (at least 0) to
-      `1 + brightness`; contrast and saturation as well.
-    hue: the shift is uniform from `-hue` to `hue` turns.
+  A factor is uniform from `1 - brightness` (at least 0) to `1 + brightness`,
+  contrast and saturation as well, the shift from `-hue` to `hue` turns.
   """
 
   p: Fraction = 0.8
@@ -240,16 +237,11 @@ class Blur(PhotometricOp, name="blur"):
 
   DINOv2 blurs its first global crop always, the second with probability 0.1
   and local crops with 0.5.
-
-  Attributes:
-    p: probability.
-    sigma: range of the width in pixels, sampled uniformly.
-    kernel: taps a side, odd.
   """
 
   p: Fraction = 0.5
-  sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
-  kernel: Annotated[int, Range(min=3)] = 9
+  sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)  # Range, in pixels.
+  kernel: Annotated[int, Range(min=3)] = 9  # Taps a side, odd.
 
   def __post_init__(self):
     check_ascending("sigma", *self.sigma)

@@ -43,22 +43,14 @@ from mtv_jax.utils.errors import ConfigError, InputError
 class ViewBatch:
   """A view of every row of a batch; `n` is the view's `count`.
 
-  Attributes:
-    images: `[b, n, size, size, 3]` in [-1, 1], in the compute dtype.
-    box: float32 `[b, n, 4]`, `(y0, x0, y1, x1)` in the canvas's unit square.
-    flipped: bool `[b, n]`, whether the box is then mirrored.
-    mask: bool `[b, n, patches]`, True where a patch is masked; None without
-      `blocks`.
-    keep: int32 `[b, n, visible]`, ascending indices of the visible patches;
-      None without `keep`.
+  Its types are not checked: transforms rebuild it with shapes and shardings.
   """
 
-  # Unchecked, since transforms also rebuild this with shapes and shardings.
-  images: Any
-  box: Any
-  flipped: Any
-  mask: Any = None
-  keep: Any = None
+  images: Any  # [b, n, size, size, 3] in [-1, 1], in the compute dtype.
+  box: Any  # float32 [b, n, 4], (y0, x0, y1, x1) in the canvas's unit square.
+  flipped: Any  # bool [b, n], whether the box is then mirrored.
+  mask: Any = None  # bool [b, n, patches], True where `blocks` masks a patch.
+  keep: Any = None  # int32 [b, n, visible], ascending indices, of `keep`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,9 +175,6 @@ class View:
       image_size: height and width of the original images.
       keys: from `row_keys`.
       dtype: of the resampling and of the images.
-
-    Raises:
-      InputError: for a canvas of another shape or dtype.
     """
     shape = canvas.shape
     if canvas.dtype != jnp.uint8 or shape[1:] != (shape[1], shape[1], 3):

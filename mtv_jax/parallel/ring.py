@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.utils.tree import pytree_dataclass
 
-# How a loss compares all pairs; the result is the same.
+# How a loss compares all pairs: with gathered columns, around the ring, or
+# 'auto', a ring where the batch is split. The result is the same.
 Method = Literal["auto", "gathered", "ring"]
 AXES = BATCH_SPEC[0]
 
@@ -44,13 +45,10 @@ MergeFn = Callable[[PyTree, PyTree], PyTree]
 
 @pytree_dataclass
 class PairwiseLoss:
-  """Sum of the losses of all pairs.
-
-  `diagnostics` are those of `pair_loss_fn` by row, without gradient.
-  """
+  """Sum of the losses of all pairs."""
 
   loss: Float[Array, ""]
-  diagnostics: PyTree
+  diagnostics: PyTree  # Of `pair_loss_fn` by row, without gradient.
 
 
 def should_use_ring(method: Method, mesh: Mesh | None) -> bool:
@@ -99,7 +97,7 @@ def ring_pairwise_loss(
     params: of the loss, such as temperature and bias.
     pair_loss_fn: losses and diagnostics of rows against a chunk of columns.
     merge_fn: merges the diagnostics of two chunks.
-    mesh: its axes `data` and `fsdp` divide the rows.
+    mesh: splits the rows over `data` and `fsdp`.
   """
   split, whole = PartitionSpec(AXES), PartitionSpec()
 
@@ -212,13 +210,8 @@ def ring_nearest(
   All rows are sent around once, and their gradients once more. With gathered
   rows, XLA for TPUs would send all rows to all devices three times.
 
-  Args:
-    vectors: of unit length, split over the devices as the batch is.
-    valid: which rows count, as rows and as neighbours.
-    mesh: its axes `data` and `fsdp` divide the rows.
-
-  Returns:
-    The first of equally near rows, and any row where no neighbour is valid.
+  `vectors` have unit length and are split over `data` and `fsdp`. The result is
+  the first of equally near valid rows, and any row where none is valid.
   """
   split, count = PartitionSpec(AXES), num_batch_shards(mesh)
   mapped = functools.partial(
