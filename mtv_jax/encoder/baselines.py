@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from mtv_jax.encoder import apply_fns
 from mtv_jax.encoder.encoder import Encoder
@@ -32,21 +32,18 @@ def is_baseline(name: str) -> bool:
   return name.startswith(("pixels:", "random:"))
 
 
-def load(
-  name: str, *, dtype: str = "float32", mesh: Mesh | None = None
-) -> Encoder:
-  """Builds the baseline `name`; other arguments as of `mtv_jax.load`.
+def load(name: str, **options: Any) -> Encoder:
+  """Builds the baseline `name`; options are `dtype` and `mesh` of `Encoder`.
 
   Raises:
     InputError: for another name, an unknown variant, or a size that the patch
       does not divide.
   """
   if match := _PIXELS.fullmatch(name):
-    size, patch = (int(x) for x in match.groups("16"))
-    return PixelEncoder(size, patch, dtype=dtype, mesh=mesh)
+    return PixelEncoder(*map(int, match.groups("16")), **options)
   if match := _RANDOM.fullmatch(name):
     variant, size = match.groups("224")
-    return random(variant, int(size), dtype=dtype, mesh=mesh)
+    return random(variant, int(size), **options)
   raise InputError(
     f"{name!r} is not a baseline; expected pixels:SIZE, pixels:SIZE/PATCH, "
     f"random:VARIANT or random:VARIANT@SIZE, such as 'random:B/16@224'. "
@@ -54,13 +51,7 @@ def load(
   )
 
 
-def random(
-  variant: str,
-  size: int = 224,
-  *,
-  dtype: str = "float32",
-  mesh: Mesh | None = None,
-) -> Encoder:
+def random(variant: str, size: int = 224, **options: Any) -> Encoder:
   """An image tower of a variant ('B/16') with initial parameters, seed 0.
 
   It pools by attention and has no text tower.
@@ -71,10 +62,9 @@ def random(
     spec,
     params,
     Preprocess(size=size),
-    mesh=mesh,
-    dtype=dtype,
     weights="untrained",
     source=f"random:{variant}@{size}",
+    **options,
   )
 
 
@@ -86,14 +76,7 @@ class PixelEncoder(Encoder):
   no prefix tokens and no text tower.
   """
 
-  def __init__(
-    self,
-    size: int,
-    patch: int = 16,
-    *,
-    dtype: str = "float32",
-    mesh: Mesh | None = None,
-  ):
+  def __init__(self, size: int, patch: int = 16, **options: Any):
     image = ViTSpec(
       image_size=size,
       patch_size=patch,
@@ -108,10 +91,9 @@ class PixelEncoder(Encoder):
       models.ModelSpec(image=image),
       {"image": {}},
       Preprocess(size=size),
-      mesh=mesh,
-      dtype=dtype,
       weights="none",
       source=f"pixels:{size}/{patch}",
+      **options,
     )
 
   def protocol(self):
@@ -143,14 +125,12 @@ def _pixel_function(spec, taps, outputs, mesh) -> apply_fns.Function:
 
 def _thumbnail(images):
   """Area means over the cells of an 8 x 8 grid."""
-  rows, columns = (_area_matrix(side, THUMBNAIL) for side in images.shape[1:3])
+  matrices = []  # [8, side]: the share of each cell that every pixel covers
+  for side in images.shape[1:3]:
+    edges = np.arange(THUMBNAIL + 1)[:, None] * side / THUMBNAIL
+    covered = np.clip(edges - np.arange(side), 0, 1)  # up to each edge
+    share = np.diff(covered, axis=0) * THUMBNAIL / side
+    matrices.append(share.astype(np.float32))
   return jax.numpy.einsum(
-    "yh,xw,bhwc->byxc", rows, columns, images, precision="highest"
+    "yh,xw,bhwc->byxc", *matrices, images, precision="highest"
   )
-
-
-def _area_matrix(size: int, new_size: int) -> np.ndarray:
-  """`[new, old]`: the share of each new cell that every old one covers."""
-  edges = np.arange(new_size + 1)[:, None] * size / new_size
-  covered = np.clip(edges - np.arange(size), 0, 1)  # up to each edge
-  return (np.diff(covered, axis=0) * new_size / size).astype(np.float32)

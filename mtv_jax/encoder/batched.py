@@ -30,18 +30,17 @@ def in_batches(
 ) -> dict[str, np.ndarray]:
   """Runs `function` on items 0..count-1, in batches sharded over the mesh.
 
-  Every host runs the same number of batches, prepares the rows of its own
-  devices, and gets all results. While the devices compute one batch, threads
-  prepare the next one and fetch the results of the last one.
+  Every host prepares the rows of its own devices, and gets all results. While
+  the devices compute one batch, threads prepare the next one and fetch the
+  results of the last one.
 
   Args:
     function: from a tree of `[B, ...]` to a dictionary of `[B, ...]`, each
       replicated over the mesh.
     prepare: from an item's index to its row; called from several threads.
-    count: number of items, at least 1.
+    count: at least 1.
     blank: a padding row, of the structure, shapes and dtypes of every row.
     batch_size: rows per batch over the whole mesh, see `padded_batch`.
-    mesh: `(data, fsdp, tensor)`.
   """
   size = padded_batch(count, batch_size, num_batch_shards(mesh))
   sharding = NamedSharding(mesh, BATCH_SPEC)

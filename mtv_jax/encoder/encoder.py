@@ -115,11 +115,9 @@ class Encoder:
     """Wraps parameters; compiles nothing.
 
     Args:
-      spec: the architecture.
       params: `image`, with a text tower `text` and `heads/contrastive`, maybe
         further heads. NumPy arrays are sharded over the mesh by
         `parallel.rules`.
-      preprocess: of the images.
       tokenizer: `encode(strings, length)`; only `text` needs it.
       mesh: `(data, fsdp, tensor)`; by default that of the parameters, else
         all devices on `data`.
@@ -285,8 +283,7 @@ class Encoder:
 
     Args:
       name: of the head, a key of `heads.HEADS`.
-      images: as for `image`.
-      batch_size: as for `image`.
+      images, batch_size: as for `image`.
       **inputs: of the head beside the images (`PredictionHead.inputs`): for
         each image `[m, C]` numbers or m strings; m may differ, and may be 0.
 
@@ -317,13 +314,13 @@ class Encoder:
         f"{sorted(inputs)} refer; this one has crop={self.preprocess.crop!r}"
       )
     padded = {k: self._pad(k, kinds[k], rows) for k, rows in inputs.items()}
-    size = self.preprocess.size
 
     def prepare(i):
       pixels = self.preprocess(as_image(images[i], f"image {i}"))
       return {"images": pixels, **{k: p.values[i] for k, p in padded.items()}}
 
-    blank = {"images": np.zeros((size, size, 3), np.float32)}
+    size = (self.preprocess.size,) * 2
+    blank = {"images": np.zeros((*size, 3), np.float32)}
     blank |= {k: np.zeros_like(p.values[0]) for k, p in padded.items()}
     key = self.prediction_heads[name].params_key
     heads = {key: self.params["heads"][key]}

@@ -66,18 +66,14 @@ def load(
 
 
 def read_params(
-  path: str | os.PathLike,
-  *,
-  weights: str = "student",
-  step: int | None = None,
-  spec: ModelSpec | None = None,
+  path: str | os.PathLike, *, spec: ModelSpec | None = None, **options: Any
 ) -> dict[str, Any]:
   """Parameters of a folder as NumPy arrays, to initialise a run.
 
   The position embedding is resampled to the grid of `spec`, the new model; the
   caller checks all other differences. Other arguments as of `load`.
   """
-  model = read_model(path, weights=weights, step=step)
+  model = read_model(path, **options)
   if spec is not None and spec.image.patch_size == model.spec.image.patch_size:
     model = model.resize(spec.image.image_size)
   return model.params

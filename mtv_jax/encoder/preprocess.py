@@ -77,7 +77,10 @@ class Preprocess:
     """One image of any size to float32 `[size, size, 3]`, normalised."""
     if isinstance(image, PIL.Image.Image):
       image = np.asarray(image.convert("RGB"))
-    height, width = self._resized(*image.shape[:2])
+    height = width = self.resize_size or self.size
+    if self.resize == "shortest":
+      size, short = height, min(image.shape[:2])
+      height, width = (int(size * side / short) for side in image.shape[:2])
     if self.antialias:
       method = PIL.Image.Resampling[self.interpolation.upper()]
       resized = PIL.Image.fromarray(image).resize((width, height), method)
@@ -90,12 +93,6 @@ class Preprocess:
       top, left = (height - self.size) // 2, (width - self.size) // 2
       pixels = pixels[top : top + self.size, left : left + self.size]
     return self.normalize(pixels)
-
-  def _resized(self, height: int, width: int) -> tuple[int, int]:
-    size, short = self.resize_size or self.size, min(height, width)
-    if self.resize == "squash":
-      return size, size
-    return int(size * height / short), int(size * width / short)
 
   def normalize(
     self, pixels: UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 3"]

@@ -73,23 +73,19 @@ class ClassificationProbe(Evaluator):
 
   def run(self, encoder: Encoder) -> Result:
     """The probe's metrics, see the class."""
-    encoder = self._view(encoder)
+    view = self._view_name()
+    encoder = global_features.view(encoder, view)
     data = self._set
     metrics, protocol = self._evaluate(encoder, data)
-    protocol = {
-      **encoder.protocol(),
-      **data.protocol(),
-      "view": self._view_name(),
-      **protocol,
-    }
-    return Result(metrics, protocol, chance_accuracies(metrics, data.classes))
+    described = {**encoder.protocol(), **data.protocol(), "view": view}
+    return Result(
+      metrics,
+      described | protocol,
+      chance_accuracies(metrics, data.classes),
+    )
 
   def _view_name(self) -> str:
     return self._default(self.view, self.published_view, "encoder")
-
-  def _view(self, encoder: Encoder) -> Encoder:
-    """The encoder with the protocol's preprocessing."""
-    return global_features.view(encoder, self._view_name())
 
   def _evaluate(
     self, encoder: Encoder, data: Splits
@@ -143,10 +139,10 @@ class TrainedProbe(ClassificationProbe):
     """`cached` or `crops`: the option, or the default for this cost."""
     name = type(self).__name__
     encoded = steps * batch
-    small = encoded > _MAX_PASSES * images
-    published = "cached" if small else "crops"
+    costly = encoded > _MAX_PASSES * images
+    published = "cached" if costly else "crops"
     augment = self._default(self.augment, published, "cached")
-    if self.augment is None and small and not is_scenes(self.data):
+    if self.augment is None and costly and not is_scenes(self.data):
       log.warning(
         "%s: %d steps of %d crops are %d times the %d training images, so "
         "features are computed once; set augment='crops' to encode crops",
@@ -210,11 +206,9 @@ def split_for_selection(
 ) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " h"] | None, str]:
   """Training images for selecting a hyper-parameter.
 
-  Args:
-    data: the splits.
-    select: `val` selects by the reported metric on the test images, as the
-      published protocols do, which flatters it a little; `train_split` trains
-      on nine tenths of each class and selects on the others.
+  `val` selects by the reported metric on the test images, as the published
+  protocols do, which flatters it a little; `train_split` trains on nine tenths
+  of each class and selects on the others.
 
   Returns:
     Indices to train on, indices to select on (None for the test images), and
@@ -237,11 +231,11 @@ def split_for_selection(
 
 
 def hold_out(
-  labels: Int[np.ndarray, " n"], *, every: int = 10
+  labels: Int[np.ndarray, " n"],
 ) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " h"]]:
   """Sorted indices of a training set to train on, and to hold out.
 
-  One of each `every` images of a class is held out, none of a class with one.
+  One of each ten images of a class is held out, none of a class with one.
   """
   order = np.argsort(labels, kind="stable")
   counts = np.bincount(labels)
@@ -249,7 +243,7 @@ def hold_out(
   rank = np.arange(len(labels)) - starts
   total = np.repeat(counts, counts)
   # The middle one of each ten, so that a class of two to nine gives one too.
-  out = (rank % every == np.minimum(every, total) // 2) & (total > 1)
+  out = (rank % 10 == np.minimum(10, total) // 2) & (total > 1)
   return np.sort(order[~out]), np.sort(order[out])
 
 

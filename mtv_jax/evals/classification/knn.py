@@ -24,7 +24,7 @@ from jaxtyping import Float32, Int
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.classification.base import FeatureProbe, map_rows
-from mtv_jax.evals.core import probe
+from mtv_jax.evals.core import probe, ranking
 from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.parallel import mesh as mesh_lib
 from mtv_jax.utils.errors import InputError
@@ -96,8 +96,7 @@ def find_neighbours(
   which reorders neighbours).
 
   Args:
-    queries: equal on every host, as the bank.
-    bank: the rows to search.
+    queries, bank: equal on every host.
     k: at most the rows of the bank.
     mesh: queries are split over its data axes; one device by default.
     block_bytes: size of a device's largest block of scores, and of the bank's
@@ -108,13 +107,7 @@ def find_neighbours(
   """
   if not 1 <= k <= len(bank):
     raise InputError(f"k={k} nearest of {len(bank)} rows; expected 1 to that")
-  for name, rows in (("queries", queries), ("bank", bank)):
-    # The extremes show any NaN or infinity, without a copy of the bank.
-    if not np.isfinite([rows.min(), rows.max()]).all():
-      raise InputError(
-        f"the {name} are not all finite: the encoder diverged, or its weights "
-        "are damaged"
-      )
+  ranking.check_finite(queries=queries, bank=bank)
   mesh = mesh or mesh_lib.make_mesh({"data": 1}, jax.local_devices()[:1])
   shards = mesh_lib.num_batch_shards(mesh)
   columns = min(len(bank), 2**14, max(1, block_bytes // (4 * bank.shape[1])))
@@ -197,12 +190,7 @@ def predict(
 ) -> dict[int, Int[np.ndarray, " q"]]:
   """The class with the largest weight, by k; of equals the lowest class.
 
-  Args:
-    neighbours: at least the largest of `ks` for each query.
-    labels: of the bank.
-    ks: numbers of neighbours that vote.
-    classes: number of classes.
-    temperature: of the softmax.
+  `neighbours` are at least the largest of `ks`, `labels` those of the bank.
   """
   largest = max(ks)
   scores = neighbours.similarity[:, :largest].astype(np.float64)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int, PyTree
+from jaxtyping import Float, Float32, Int, PyTree
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
@@ -146,10 +146,7 @@ def make_table(
 ) -> Table:
   """The table of an image set, for heads of `blocks` x `average`.
 
-  Args:
-    features: with at least as many blocks as the largest of `blocks`.
-    blocks: numbers of last blocks.
-    average: `off`, `on` or both: heads without or with the mean patch.
+  `features` have at least as many blocks as the largest of `blocks`.
   """
   widths = [token.shape[1] for token in features.tokens]
   first = features.mean.shape[1]
@@ -195,15 +192,11 @@ def train_heads(
 ) -> probe.FitResult:
   """Trains all heads; the loss is the mean of their cross-entropies.
 
-  SGD with momentum 0.9; the rates x batch / 256 decay to zero along a cosine.
-
   Args:
-    batches: by step, `x` `[b, f]` of a table and `label` `[b]`.
+    batches: by step, `x` `[batch_size, f]` of a table and `label`.
     columns: of the table.
     rates: learning rates at a batch of 256.
-    classes: number of classes.
-    steps: of SGD.
-    batch_size: b.
+    classes, steps, batch_size: numbers of them.
     seed: of the initial heads.
     mesh: as for `probe.fit`.
   """
@@ -215,14 +208,18 @@ def train_heads(
     optax.stateless_with_tree_map(lambda update, _: update * scale),
   )
 
+  @functools.partial(jax.vmap, in_axes=(1, 0, None, None))
+  def head_losses(kernel, bias, x, label):
+    logits = x @ kernel + bias
+    return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+
   def loss(params, state, batch, rng):
     del rng
     total = 0.0
     for name, c in columns.items():
-      losses = jax.vmap(_head_loss, in_axes=(1, 0, None, None))
-      x = batch["x"][:, c]
+      x, label = batch["x"][:, c], batch["label"]
       head = params[name]
-      total += losses(head["kernel"], head["bias"], x, batch["label"]).sum()
+      total += head_losses(head["kernel"], head["bias"], x, label).sum()
     # A sum, so that each head has the gradient of its own loss.
     return total, state
 
@@ -236,12 +233,6 @@ def train_heads(
   )
   heads = len(columns) * len(rates)
   return dataclasses.replace(fitted, losses=fitted.losses / heads)
-
-
-def _head_loss(kernel, bias, x, label) -> Float[Array, ""]:
-  """Mean cross-entropy of one head."""
-  logits = x @ kernel + bias
-  return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
 
 
 def top1(

@@ -129,16 +129,9 @@ def sweep(
 ) -> list[Model]:
   """A model for each C; increasing values converge fastest.
 
-  Logits exist for a block of rows at a time, so memory is that of the features.
-
-  Args:
-    x: features, equal on every host; split over the mesh by rows.
-    labels: below `classes`.
-    strengths: values of C.
-    classes: number of classes.
-    max_iter: iterations of L-BFGS for each.
-    tolerance: of the largest entry of the gradient.
-    mesh: one device by default.
+  Logits exist for a block of rows at a time, so memory is that of the features,
+  which are equal on every host and split over the mesh by rows. Other arguments
+  are the options of `Logistic`.
   """
   mesh = mesh or mesh_lib.make_mesh({"data": 1}, jax.local_devices()[:1])
   data = _shard_blocks(x, labels, classes, mesh)
@@ -175,14 +168,10 @@ def _shard_blocks(
     "weight": np.pad(np.full(len(x), 1 / len(x), np.float32), (0, short)),
   }
   sharding = NamedSharding(mesh, PartitionSpec(None, *mesh_lib.BATCH_SPEC))
-
-  def shard(value: np.ndarray) -> jax.Array:
-    value = value.reshape(-1, rows, *value.shape[1:])
-    return jax.make_array_from_callback(
-      value.shape, sharding, lambda index: value[index]
-    )
-
-  return {name: shard(value) for name, value in padded.items()}
+  return {
+    name: probe.put_array(v.reshape(-1, rows, *v.shape[1:]), sharding)
+    for name, v in padded.items()
+  }
 
 
 def _minimize(params, data, numbers, max_iter):

@@ -100,21 +100,16 @@ class MaeProbe(FeatureProbe, TrainedProbe):
     }
 
 
-def lars(
-  rate: optax.ScalarOrSchedule, *, trust: float = 0.001, momentum: float = 0.9
-) -> optax.GradientTransformation:
+def lars(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
   """LARS with the learning rate applied after the momentum, as in MAE.
 
   (`optax.lars` applies it before, which differs when the rate changes.)
   """
 
-  def is_matrix(tree):
-    return jax.tree.map(lambda x: x.ndim > 1, tree)
-
-  scaled = optax.scale_by_trust_ratio(trust_coefficient=trust)
+  scaled = optax.scale_by_trust_ratio(trust_coefficient=0.001)
   return optax.chain(
-    optax.masked(scaled, is_matrix),
-    optax.trace(momentum),
+    optax.masked(scaled, lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)),
+    optax.trace(0.9),
     optax.scale_by_learning_rate(rate),
   )
 
@@ -134,11 +129,9 @@ def fit(
 
   Args:
     batches: by step, `x` `[b, width]` and `label` `[b]`.
-    width: of the features.
-    classes: number of classes.
+    width, classes: of the features, and their number.
     rate: the highest learning rate.
-    steps: in all.
-    warmup: steps in which the rate rises from zero.
+    steps, warmup: in all, and those in which the rate rises from zero.
     seed: of the kernel.
     mesh: as for `probe.fit`.
   """

@@ -141,7 +141,7 @@ def match_classes(
   labels.
 
   Args:
-    data: the images and their classes.
+    data: images and classes.
     given: a prompt file's content; None for prompts from the data's names.
     keep: `all` classes or those `present` in the data.
 

@@ -46,13 +46,7 @@ def ranks(
       better nor equal, which would count as a hit), or a query whose id no
       candidate has.
   """
-  for name, rows in (("queries", queries), ("candidates", candidates)):
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=-1))
-    if bad.size:
-      raise InputError(
-        f"{bad.size} of {len(rows)} {name} are not finite (the first is "
-        f"number {bad[0]}): the encoder diverged, or its weights are damaged"
-      )
+  check_finite(queries=queries, candidates=candidates)
   missing = np.setdiff1d(query_ids, candidate_ids)
   if missing.size:
     raise InputError(
@@ -76,6 +70,19 @@ def ranks(
     )
     blocks.append(np.asarray(out)[: len(block)])
   return np.concatenate(blocks)
+
+
+def check_finite(**features: Float[np.ndarray, "..."]) -> None:
+  """Raises InputError for features, by their name, that are not finite."""
+  for name, x in features.items():
+    # The extremes show any NaN or infinity without a mask of the array.
+    if x.size and not np.isfinite([x.min(), x.max()]).all():
+      finite = np.isfinite(x).all(axis=-1)
+      raise InputError(
+        f"{(~finite).sum()} of {finite.size} {name} are not finite (the first "
+        f"is number {np.argmin(finite)}): the encoder diverged, or its weights "
+        "are damaged"
+      )
 
 
 def ranks_of_scores(

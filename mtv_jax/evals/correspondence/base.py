@@ -46,17 +46,13 @@ class CorrespondenceEvaluator(Evaluator):
     with patches of 14 for NAVI's 512).
 
     Raises:
-      ConfigError: for a size that the patch does not divide.
+      InputError: for a size that the patch does not divide.
     """
-    patch, size = encoder.spec.image.patch_size, self.size
+    image, size = encoder.spec.image, self.size
     if size is None:
-      return published if published % patch == 0 else published // 16 * patch
-    if size % patch:
-      lower = max(size // patch, 1) * patch
-      raise ConfigError(
-        f"size={size}: {encoder!r} has patches of {patch}, which must divide "
-        f"it, as they do {lower} and {lower + patch}"
-      )
+      whole = published % image.patch_size == 0
+      return published if whole else published // 16 * image.patch_size
+    image.grid_of(size, size)
     return size
 
   def _features(
@@ -79,17 +75,14 @@ class CorrespondenceEvaluator(Evaluator):
     )
 
   def _common_protocol(
-    self, encoder: Encoder, size: int, *, crop: str, interpolation: str
+    self, encoder: Encoder, size: int, **steps: str
   ) -> dict[str, Any]:
+    """Protocol entries; `steps` are `crop` and `interpolation`."""
     return {
       **encoder.protocol(),
       "input_size": [size, size],
       "preprocess": preprocess_protocol(
-        encoder,
-        resize="squash",
-        size=size,
-        crop=crop,
-        interpolation=interpolation,
+        encoder, resize="squash", size=size, **steps
       ),
       "layer": self.layer,
       "final_norm": self.norm == "final",

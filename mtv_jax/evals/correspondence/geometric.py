@@ -34,7 +34,6 @@ from mtv_jax.utils.errors import ConfigError, InputError
 
 _CHUNK = 32  # pairs in memory at a time
 _SHEET_MATCHES = 24  # of a pair
-_DATASETS = {"navi": "NAVI", "rgbd": "RGB-D", "scenes": "scenes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +139,6 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
     digest = posed.digest_of(frames, sample.pairs)
     return _PairSet(frames, sample, drawn, digest)
 
-  def prepare(self) -> None:
-    """Reads the annotations and draws the pairs."""
-    _ = self._set
-
   def run(self, encoder: Encoder) -> Result:
     """Recalls, pooled over pairs and by angle, and their chance.
 
@@ -237,7 +232,6 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       ),
       "data": frames.name,
       "data_hash": self._set.digest,
-      "dataset": _DATASETS[frames.layout],
       **frames.about,
       "pairs": len(scored),
       "pairs_without_points": len(sample.pairs) - len(scored),

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int
 
 from mtv_jax.encoder.encoder import normalize
-from mtv_jax.evals.core import resizing
+from mtv_jax.evals.core import ranking, resizing
 from mtv_jax.utils.errors import InputError
 
 TIE_RULE = "nearest: lowest index; matches: highest weight, then lowest index"
@@ -73,28 +73,15 @@ def two_nearest(
   """The two valid cells of the highest cosine in an upsampled map.
 
   Returns their indices in row-major order and cosine distances (0 to 2), the
-  nearest first.
-
-  Among equals the lowest index is nearest. A zero vector is at distance 1 from
-  all others. Neither argument need be normalised. Where `valid` has the size of
-  the map, nothing is upsampled.
-
-  Args:
-    queries: descriptors.
-    candidates: the map, not upsampled.
-    valid: at least two cells.
-    block_bytes: of the largest block of similarities.
+  nearest first. Among equals the lowest index is nearest. A zero vector is at
+  distance 1 from all others. Neither argument need be normalised. Where `valid`
+  has the size of the map, nothing is upsampled. `block_bytes` limits a block of
+  similarities.
 
   Raises:
     InputError: for fewer than two valid cells, or features that are not finite.
   """
-  for name, rows in (("queries", queries), ("candidates", candidates)):
-    finite = np.isfinite(rows).all(axis=-1)
-    if not finite.all():
-      raise InputError(
-        f"{finite.size - finite.sum()} of {finite.size} {name} are not finite: "
-        "the encoder diverged, or its weights are damaged"
-      )
+  ranking.check_finite(queries=queries, candidates=candidates)
   if valid.sum() < 2:
     raise InputError(
       f"{valid.sum()} candidates: a ratio of distances needs at least two"

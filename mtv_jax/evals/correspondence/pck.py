@@ -90,12 +90,9 @@ def transfer_points(
   """The most similar patch (column, row) of another image for each point.
 
   Similarities are float32 dot products at the highest matmul precision; the
-  first patch wins a tie.
-
-  Args:
-    maps: normalised features of n images, on the device.
-    first, second: indices of the image of the points and of the other one.
-    points: (x, y) as fractions of the square's side.
+  first patch wins a tie. `maps` are normalised and on the device, `first` and
+  `second` indices of the image of the points, (x, y) as fractions of the
+  square's side, and of the other one.
   """
   count, grid = len(points), maps.shape[2]
   # Padded to few shapes: SPair's pairs have up to 30 points.
@@ -180,11 +177,8 @@ def average(
 ) -> dict[str, float]:
   """Means over categories, of all pairs and by viewpoint.
 
-  Args:
-    sample: from `sample_pairs`.
-    correct: for each pair, from `Rule.correct` or `uniform_pck`.
-    rule: of the mean over a category.
-    report: `classes` adds the recall of each category.
+  `correct` is for each pair, from `Rule.correct` or `uniform_pck`; `report` of
+  `classes` adds the recall of each category.
   """
   means = {
     key: rule.mean([correct[i] for i in members])

@@ -37,7 +37,6 @@ from mtv_jax.utils.errors import InputError
 
 # Images with features in memory at a time: 1.3 GB of ViT-L's at 50 x 50.
 _MAX_IMAGES = 128
-_DATASETS = {"spair": "SPair-71k", "scenes": "scenes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +77,6 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
         "that both images show"
       )
     return data, sample
-
-  def prepare(self) -> None:
-    """Reads the annotations."""
-    _ = self._set
 
   def run(self, encoder: Encoder) -> Result:
     """Means over the classes, of all pairs and by viewpoint, and chance."""
@@ -164,7 +159,6 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
       ),
       "data": data.name,
       "data_hash": data.digest,
-      "dataset": _DATASETS[data.layout],
       **data.about,
       "pairs": counts,
       "classes": len({key[0] for key in sample}),
@@ -196,7 +190,7 @@ class _Grid:
 
 
 def _pairs_in(sample: pck.Sample) -> list[int]:
-  return sorted({i for members in sample.values() for i in members})
+  return sorted(set().union(*sample.values()))
 
 
 def _images_of(data: KeyPointPairs, pairs: Sequence[int]) -> list[int]:

@@ -48,8 +48,7 @@ def open_pairs(
     files: all pairs of the split.
     read_label: reads the depth or the class map of a pair.
     count: number of images, evenly spaced; None for all.
-    name: of the set, also for errors.
-    **fields: the set's other fields.
+    name, **fields: of the set.
 
   Raises:
     MissingFileError: some of the selected files are missing.
@@ -87,10 +86,8 @@ def require_layout(
 ) -> pathlib.Path:
   """The folder of a data set; MissingFileError if files are missing.
 
-  Args:
-    root: the folder.
-    expected: glob patterns that need a match, such as `images/training/*.jpg`.
-    what: the data set's name, and its origin.
+  `expected` are glob patterns that need a match, such as
+  `images/training/*.jpg`, `what` the data set's name and its origin.
   """
   root = pathlib.Path(root)
   states = {p: "present" if any(root.glob(p)) else "missing" for p in expected}

@@ -54,12 +54,8 @@ def open_depth(
 ) -> DepthSet:
   """One split, see `registry.open_depth`.
 
-  Args:
-    root: a folder of one of the layouts.
-    split: `train` or `test`, the list that is read.
-    count: of images.
-    subset: of a list: all images, or those whose map is in the `train` or the
-      `val` part of the annotated depth. MiDaS tests on `val`: 161 images.
+  `subset` is of a list: all images, or those whose map is in the `train` or the
+  `val` part of the annotated depth. MiDaS tests on `val`: 161 images.
   """
   listing = files.find_list(root, _LISTS, split)
   if listing is not None:
@@ -196,13 +192,8 @@ def project_points(
   (the object benchmark's devkit). Pixels are centred at integers; of several
   points in one, the nearest counts, as the others may be hidden behind it.
 
-  Args:
-    points: metres, in the laser's frame.
-    calibration: of `read_calibration`.
-    size: rows and columns of the image.
-
-  Returns:
-    Metres along the optical axis, 0 without a point.
+  Points are in the laser's frame, depth is along the optical axis, both in
+  metres; depth is 0 without a point. `size` is of the image.
   """
   ones = np.ones((len(points), 1))
   homogeneous = np.concatenate([np.asarray(points, np.float64), ones], axis=1)

@@ -37,12 +37,9 @@ def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
   """The images of one kind of all objects, sorted by name.
 
   Objects without a multiview folder are left out, as in the published protocol,
-  unless none has one. Images are rotated by their EXIF.
-
-  Args:
-    root: the folder of objects.
-    subset: `wild_set` (the published figures: an object before many
-      backgrounds) or `multiview` (each capture is a group).
+  unless none has one. Images are rotated by their EXIF. `subset` is `wild_set`
+  (the published figures: an object before many backgrounds) or `multiview`
+  (each capture is a group).
   """
   check_choice("NAVI: subset", subset, SUBSETS)
   pattern = "wild_set" if subset == "wild_set" else "multiview*"
@@ -81,6 +78,7 @@ def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
     camera=lambda i, shape: cameras[i],
     overlaps=None,
     about={
+      "dataset": "NAVI",
       "subset": subset,
       "objects": len({folder.parent for folder in folders}),
       "objects_left_out": sorted(left_out),

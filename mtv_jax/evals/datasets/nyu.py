@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.data.sources.base import import_extra
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.datasets import files
 from mtv_jax.evals.datasets.files import LabelledFile
@@ -76,11 +77,8 @@ def open_depth(
 ) -> examples.DepthSet:
   """One split, see `registry.open_depth`.
 
-  Args:
-    root: a folder of one of the layouts, or the .mat file.
-    split: `train` or `test`.
-    count: of images.
-    truth: `raw` or `filled` depth, of layouts with both; `raw` by default.
+  `root` is a folder of one of the layouts, or the .mat file; `truth` is `raw`,
+  the default, or `filled` depth, of layouts with both.
   """
   if root.is_file() or (root / _MAT).is_file():
     return _open_mat(root, split, count, truth or "raw")
@@ -232,12 +230,7 @@ def open_tfds(
 
   Prepared as ArrayRecord, which is read without TensorFlow.
   """
-  try:
-    import tensorflow_datasets as tfds
-  except ImportError as error:
-    raise ImportError(
-      "type='tfds' needs TensorFlow Datasets: pip install 'mtv_jax[tfds]'."
-    ) from error
+  tfds = import_extra("tensorflow_datasets", "tfds")
   name = config["name"]
   records = tfds.data_source(
     name,

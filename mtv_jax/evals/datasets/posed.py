@@ -114,10 +114,9 @@ def open_frames(
   Args:
     root: folder that the frames' names are relative to.
     files: image and depth of each frame.
-    groups: see `PosedFrames`.
     read_depth: reads metres.
     camera: focal length and centre of a frame by its index and shape.
-    **fields: layout, poses, overlaps and about of the `PosedFrames`.
+    groups, **fields: of the `PosedFrames`.
   """
   images = open_images([file.image for file in files])
 
@@ -249,8 +248,11 @@ def rotation_angle(
   rotation: Float[np.ndarray, "*n 3 3"],
 ) -> Float[np.ndarray, "*n"] | float:
   """`acos((tr R - 1) / 2)` in degrees, 0 to 180."""
-  cosine = (np.trace(rotation, axis1=-2, axis2=-1) - 1) / 2
-  return np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0)))
+  return _angle_of(np.trace(rotation, axis1=-2, axis2=-1))
+
+
+def _angle_of(trace):
+  return np.degrees(np.arccos(np.clip((trace - 1) / 2, -1.0, 1.0)))
 
 
 def angles_between(
@@ -259,8 +261,7 @@ def angles_between(
   """The angle of `R_i R_j^T` for each two poses, in degrees."""
   flat = poses[:, :3, :3].reshape(len(poses), 9)
   # tr(R_i R_j^T) is the sum of the products of their entries.
-  cosine = (flat @ flat.T - 1) / 2
-  return np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0)))
+  return _angle_of(flat @ flat.T)
 
 
 def draw_pairs(
@@ -281,7 +282,7 @@ def draw_pairs(
     frames: the data set.
     seed: of the partners.
     stride: of the frames, group after group.
-    count: number of frames, evenly spaced among those; all by default.
+    count: number of those frames, evenly spaced; all by default.
     max_angle: in degrees.
 
   Raises:

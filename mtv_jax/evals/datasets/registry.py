@@ -130,12 +130,8 @@ def open_splits(
 ) -> Splits:
   """A training and a test set for a probe.
 
-  Args:
-    data: with both splits (a folder of them, the scenes, a TFDS set), or the
-      test images.
-    train: the training images, if `data` does not have them.
-    count: of test images.
-    train_count: of training images.
+  `data` has both splits (a folder of them, the scenes, a TFDS set), or is the
+  test images and `train` the training images.
 
   Raises:
     InputError: also for classes that don't agree, or one set given twice.
@@ -164,11 +160,7 @@ def open_splits(
 def _match_splits(
   train: examples.ClassificationSet, test: examples.ClassificationSet
 ) -> Splits:
-  """Both sets with labels among the classes of `train`.
-
-  Raises:
-    InputError: for classes that don't agree, or one set given twice.
-  """
+  """Both sets with labels among the classes of `train`."""
   both_scenes = train.name == test.name == "scenes"
   path = os.path.realpath(test.name)
   if os.path.realpath(train.name) == path and not both_scenes:
@@ -204,12 +196,8 @@ def open_captions(
 ) -> examples.CaptionSet:
   """Captioned images: scenes, COCO, Karpathy, or tars.
 
-  Args:
-    data: see the top of the file.
-    images: the folder of images, if it is not beside the JSON.
-    split: of Karpathy's file.
-    count: of images.
-    max_captions: of an image, its first ones; all by default.
+  `images` is their folder, if it is not beside the JSON, `split` one of
+  Karpathy's. An image has its first `max_captions`, all by default.
   """
   chosen = {"count": count, "max_captions": max_captions}
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
@@ -278,11 +266,9 @@ def open_depth(
   Args:
     data: scenes; a folder of NYUv2 (see `nyu.py`) or KITTI (see `kitti.py`);
       NYUv2's .mat file; or `{type: "tfds", name: "nyu_depth_v2"}`.
-    split: `train` or `test`.
+    split, count: see the top of the file.
     size: pixels a side of the scenes, if `data` does not give it.
-    count: of images.
-    truth: of NYUv2, see `nyu.open_depth`.
-    subset: of KITTI, see `kitti.open_depth`.
+    truth, subset: of NYUv2 and of KITTI, see their `open_depth`.
   """
   check_choice("split", split, SPLITS)
   kind, options = depth_kind(data), {"split": split, "count": count}
@@ -302,13 +288,10 @@ def open_boxes(
   images: str | os.PathLike | None = None,
   count: int | None = None,
 ) -> examples.BoxSet:
-  """Images with named boxes.
+  """Images with named boxes: scenes, COCO, or a source with labels of boxes.
 
-  Args:
-    data: scenes; COCO's instances_*.json or its folder, of which val2017 is
-      read; or a source with labels of boxes.
-    images: the folder of COCO's images, if it is not beside the JSON.
-    count: of images.
+  Of COCO's folder val2017 is read; `images` is the folder of its images, if it
+  is not beside the JSON.
   """
   if _is_source(data):
     config = _source_config(data, length=count or _BOX_SCENES)

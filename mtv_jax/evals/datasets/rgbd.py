@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -88,8 +88,9 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
     poses=np.stack(poses),
     read_depth=read_depth,
     camera=camera,
-    overlaps=_Overlap(frames, intrinsics, poses),
+    overlaps=_overlap_fn(frames, intrinsics, poses),
     about={
+      "dataset": "RGB-D",
       "sequences": len(groups),
       "frames_without_pose": untracked,
       "min_overlap": MIN_OVERLAP,
@@ -110,36 +111,32 @@ def _files(path: pathlib.Path, names: set[str]) -> LabelledFile:
   return LabelledFile(path.with_name(colors[0]), path.with_name(depth))
 
 
-class _Overlap:
+def _overlap_fn(
+  frames: Sequence[LabelledFile],
+  intrinsics: Sequence[np.ndarray],
+  poses: Sequence[np.ndarray],
+) -> Callable[[int, int], bool]:
   """Whether enough points of a frame are inside another frame's image."""
 
-  def __init__(
-    self,
-    frames: Sequence[LabelledFile],
-    intrinsics: Sequence[np.ndarray],
-    poses: Sequence[np.ndarray],
-  ):
-    self._frames, self._intrinsics, self._poses = frames, intrinsics, poses
-    self._points = functools.lru_cache(maxsize=64)(self._read_points)
-
-  def __call__(self, first: int, second: int) -> bool:
-    points, _ = self._points(first)
-    moved = motion(self._poses[first], self._poses[second])
-    x, y, z = moved[:3, :3] @ points + moved[:3, 3:]
-    k = self._intrinsics[second]
-    height, width = self._points(second)[1]
-    depth = np.maximum(z, 1e-9)
-    u, v = k[0, 0] * x / depth + k[0, 2], k[1, 1] * y / depth + k[1, 2]
-    inside = (z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
-    return bool(inside.size and inside.mean() >= MIN_OVERLAP)
-
-  def _read_points(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
-    depth, k = read_depth(self._frames[index].label), self._intrinsics[index]
+  @functools.lru_cache(maxsize=64)
+  def read_points(index: int) -> tuple[np.ndarray, tuple[int, int]]:
+    depth, k = read_depth(frames[index].label), intrinsics[index]
     v, u = np.mgrid[: depth.shape[0] : _STEP, : depth.shape[1] : _STEP]
     z = depth[v, u]
     x = (u + 0.5 - k[0, 2]) / k[0, 0] * z
     y = (v + 0.5 - k[1, 2]) / k[1, 1] * z
     return np.stack([x, y, z])[:, z > 0], depth.shape
+
+  def overlaps(first: int, second: int) -> bool:
+    moved = motion(poses[first], poses[second])
+    x, y, z = moved[:3, :3] @ read_points(first)[0] + moved[:3, 3:]
+    k, (height, width) = intrinsics[second], read_points(second)[1]
+    depth = np.maximum(z, 1e-9)
+    u, v = k[0, 0] * x / depth + k[0, 2], k[1, 1] * y / depth + k[1, 2]
+    inside = (z > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    return bool(inside.size and inside.mean() >= MIN_OVERLAP)
+
+  return overlaps
 
 
 def read_depth(path: pathlib.Path) -> Float32[np.ndarray, "h w"]:

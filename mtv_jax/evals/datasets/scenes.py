@@ -86,7 +86,8 @@ class SceneRange:
   def protocol(self) -> dict[str, Any]:
     """For JSON."""
     first = self.numbers[0]
-    return {"scenes": {"first": first, "seed": self.seed, "size": self.size}}
+    scenes = {"first": first, "seed": self.seed, "size": self.size}
+    return {"dataset": "scenes", "scenes": scenes}
 
   @property
   def non_defaults(self) -> tuple[int | None, ...]:
@@ -107,10 +108,8 @@ def open_range(
   """The scenes of a split.
 
   Args:
-    data: see the top of the file.
     default: number of scenes if neither `data` nor `count` gives it.
-    needs: what the evaluation reads of a source, for the error.
-    split: `train` or `test`.
+    needs: fields that the evaluation reads, for the error.
     count: number of scenes, evenly spaced in `length`; None for all.
     size: pixels a side if `data` does not give it.
   """
@@ -120,8 +119,6 @@ def open_range(
       f"data={given}: this evaluation reads {needs}, which among the sources "
       'only {type: "scenes"} has'
     )
-  if count is not None and count < 1:
-    raise InputError(f"count={count}; expected at least 1, or None for all")
   if size is not None:
     given.setdefault("size", size)
   config = split_config({"length": count or default, **given}, split)

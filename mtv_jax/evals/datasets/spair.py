@@ -75,7 +75,11 @@ def open_key_points(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
     images=open_images(images),
     pairs=tuple(pairs),
     digest=digest.hex(),
-    about={"split": split, "key_points": "those that both images show"},
+    about={
+      "dataset": "SPair-71k",
+      "split": split,
+      "key_points": "those that both images show",
+    },
   )
 
 

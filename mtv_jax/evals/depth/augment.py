@@ -31,19 +31,8 @@ class Example(NamedTuple):
   depth: Float32[np.ndarray, "h w"]
 
 
-def augment(
-  example: Example, name: str, rng: np.random.Generator | None
-) -> Example:
-  """Augments an example with one of `AUGMENTS`; `none` needs no `rng`.
-
-  Raises:
-    ConfigError: for `toolbox` of an image that is not 480 x 640.
-  """
-  return AUGMENTS[name](example, rng)
-
-
 def augmented_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
-  """Rows and columns after `augment` of an image of `size`."""
+  """Rows and columns of an augmented image of `size`."""
   return _CROP if name == "toolbox" else size
 
 
@@ -54,7 +43,11 @@ def _flip(example: Example, rng: np.random.Generator) -> Example:
 
 
 def _toolbox(example: Example, rng: np.random.Generator) -> Example:
-  """Border crop, rotation, flip, crop of 416 x 544, colours."""
+  """Border crop, rotation, flip, crop of 416 x 544, colours.
+
+  Raises:
+    ConfigError: for an image that is not 480 x 640.
+  """
   if example.depth.shape != NYU_SIZE:
     raise ConfigError(
       f"augment='toolbox' crops NYUv2's images of 480 x 640 and this one is "
@@ -153,6 +146,7 @@ def _resized_crop(example: Example, rng: np.random.Generator) -> Example:
   )
 
 
+# Functions of an example and a generator, which `none` does not need.
 AUGMENTS = {
   "none": lambda example, rng: example,
   "flip": _flip,

@@ -75,25 +75,25 @@ class DepthEvaluator(Evaluator):
       min_pixels: images with fewer valid pixels are skipped.
       **limits: of `metrics.valid_mask`.
     """
-    scores, chance, rows = [], [], []
+    scores, chance, rows, skipped = [], [], [], 0
     for image, truth, predicted in predictions:
       valid = metrics.valid_mask(truth, **limits)
       if valid.sum() < min_pixels:
-        scores.append(None)
+        skipped += 1
         continue
       scores.append(score(predicted[valid], truth[valid]))
       chance.append(score(None, truth[valid]))
       if len(rows) < self.pictures:
         depth = to_metres(predicted, truth, valid)
         rows.append(depth_row(image, truth, depth, valid))
-    summary = metrics.average(scores)
-    counts = {"images": summary.images, "images_skipped": summary.skipped}
+    means = metrics.average(scores, skipped=skipped)
+    units = {k: u for k, u in metrics.UNITS.items() if k in means}
     return Result(
-      summary.metrics,
-      protocol | counts,
-      metrics.average(chance).metrics,
-      units=summary.units,
-      lower=tuple(summary.units),
+      means,
+      protocol | {"images": len(scores), "images_skipped": skipped},
+      metrics.average(chance),
+      units=units,
+      lower=tuple(units),
       pictures={"depth": plots.vstack(rows)} if rows else {},
     )
 

@@ -32,12 +32,8 @@ def sig_loss(
   is unbiased in DINOv2's probes and biased in Probe3D's, where it is written
   mean g^2 - 0.85 (mean g)^2.
 
-  Args:
-    predicted: metres.
-    truth: metres.
-    valid: without any valid pixel, the loss is 0.
-    ddof: 1 for the unbiased variance, 0 for the biased one.
-    variance_weight: 0 while a probe warms up.
+  Depths are in metres; without any valid pixel, the loss is 0. `ddof` is 1 for
+  the unbiased variance; `variance_weight` is 0 while a probe warms up.
   """
   g = _log_error(predicted, truth, valid)
   count = valid.sum().astype(jnp.float32)

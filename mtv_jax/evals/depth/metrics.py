@@ -7,9 +7,8 @@ the closed form of the alignment cancels in float32.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64
@@ -102,8 +101,9 @@ METRICS = {
   "delta3": lambda p, g: _delta(p, g, 3),
 }
 DELTAS = ("delta1", "delta2", "delta3")
+# Units of the errors (lower is better), also of aligned predictions.
 UNITS = {name: "" for name in METRICS if name not in DELTAS}
-UNITS |= {"rmse": "m", "sq_rel": "m"}
+UNITS |= {"rmse": "m", "sq_rel": "m", "si_rmse": "m"}
 
 
 def image_metrics(
@@ -131,44 +131,19 @@ def image_metrics(
   return {name: float(METRICS[name](p, g)) for name in names}
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-  """Means over images, and the numbers of averaged and skipped images."""
-
-  metrics: dict[str, float]
-  images: int
-  skipped: int
-
-  @property
-  def units(self) -> dict[str, str]:
-    """Units of the errors (lower is better), also of aligned predictions."""
-    return {
-      prefix + name: unit
-      for prefix in ("", "si_")
-      for name, unit in UNITS.items()
-      if prefix + name in self.metrics
-    }
-
-
-def average(rows: Iterable[Mapping[str, float] | None]) -> Summary:
-  """The mean of each metric over images; `None` is a skipped image.
-
-  Raises:
-    InputError: if every image was skipped.
-  """
-  rows = list(rows)
-  scored = [row for row in rows if row is not None]
-  if not scored:
+def average(
+  rows: Sequence[Mapping[str, float]], *, skipped: int = 0
+) -> dict[str, float]:
+  """The mean of each metric over images; InputError if all were skipped."""
+  if not rows:
     raise InputError(
-      f"none of {len(rows)} images has enough pixels with a valid depth; check "
+      f"none of {skipped} images has enough pixels with a valid depth; check "
       "the unit of the depth files, the limits and the crop"
     )
-  metrics = {k: float(np.mean([row[k] for row in scored])) for k in scored[0]}
-  return Summary(metrics, len(scored), len(rows) - len(scored))
+  return {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
 
 
-@dataclasses.dataclass(frozen=True)
-class Affine:
+class Affine(NamedTuple):
   """x -> scale x + shift."""
 
   scale: float

@@ -111,7 +111,7 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
   view = setup.view(size, whole)
 
   def read(i, rng=None):
-    example = augment.augment(setup.example(data, i), protocol.augment, rng)
+    example = augment.AUGMENTS[protocol.augment](setup.example(data, i), rng)
     return view.pad(example.image), example.depth
 
   def loss_fn(params, state, batch, rng):

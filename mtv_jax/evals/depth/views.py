@@ -25,9 +25,8 @@ class View:
   """The encoder's view of images of one size.
 
   Attributes:
-    size: rows and columns of the image.
-    input_size: rows and columns after resizing, before padding.
-    patch: pixels per side.
+    size, input_size: rows and columns of the image, and after resizing, before
+      padding.
     resize: of predictions, a method of `resizing`.
     mean: of the encoder's normalisation, in 0..1; padding becomes zero.
   """

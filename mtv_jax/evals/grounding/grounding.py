@@ -159,20 +159,14 @@ def _locate(
     )
     boxes += [out.boxes[k, : len(queries[i])] for k, i in enumerate(chosen)]
   answers = fixed_answers(data)[:, None]
-  best, fixed = (
-    best_overlaps(each, queries, data)
-    for each in (boxes, [answers] * len(queries))
-  )
-  return (
-    {
-      "located_iou50": float(np.mean(best >= 0.5)),
-      "located_mean_iou": float(np.mean(best)),
-    },
-    {
-      "located_iou50": float(np.max(np.mean(fixed >= 0.5, axis=1))),
-      "located_mean_iou": float(np.max(np.mean(fixed, axis=1))),
-    },
-  )
+  scores = []
+  for predicted in (boxes, [answers] * len(queries)):
+    best = np.atleast_2d(best_overlaps(predicted, queries, data))
+    means = {"iou50": best >= 0.5, "mean_iou": best}
+    scores.append(
+      {f"located_{k}": float(v.mean(axis=1).max()) for k, v in means.items()}
+    )
+  return scores[0], scores[1]
 
 
 def best_overlaps(
@@ -182,11 +176,8 @@ def best_overlaps(
 ) -> Float[np.ndarray, "*answers q"]:
   """The best IoU of each predicted box with a box of its phrase.
 
-  Args:
-    boxes: predicted, of each image one for each of its `queries`, or one for
-      all of them.
-    queries: distinct phrases of each image.
-    data: with all boxes and phrases of the images.
+  `boxes` are of each image one for each of its `queries`, distinct phrases, or
+  one for all of them.
   """
   best = []
   for predicted, image_queries, truth, phrases in zip(

@@ -70,12 +70,8 @@ def embed(
 ) -> Float32[np.ndarray, "r e"]:
   """Normalised embeddings of all boxes, image by image.
 
-  Args:
-    encoder: with a text tower.
-    images: n of them.
-    boxes: of each image, (y0, x0, y1, x1) in the unit square.
-    method: `prompter`, `pool` or `crop`.
-    batch_size: images a step, or crops.
+  `boxes` are of each image, (y0, x0, y1, x1) in the unit square; `method` is
+  `prompter`, `pool` or `crop`.
   """
   if method == "crop":
     return _embed_crops(encoder, images, boxes, batch_size)

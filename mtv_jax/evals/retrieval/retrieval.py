@@ -113,14 +113,9 @@ def recalls(
   names: tuple[str, str] = DIRECTIONS,
   block_bytes: int = 2**26,
 ) -> dict[str, float]:
-  """R@1, 5 and 10 in both directions.
+  """R@1, 5 and 10 of normalised embeddings, in both directions.
 
-  Args:
-    image: normalised embeddings.
-    text: normalised embeddings.
-    owner: the image of each caption.
-    names: prefixes of the metrics.
-    block_bytes: size of the largest block of scores.
+  `owner` is the image of each caption, `names` are prefixes of the metrics.
   """
   ids = np.arange(len(image))
   to_image = ranking.ranks(

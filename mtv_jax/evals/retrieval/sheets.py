@@ -22,7 +22,6 @@ def ranked_captions(
   correct: Bool[np.ndarray, "n m"],
   *,
   top: int = 5,
-  size: int = 144,
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Images, each beside the captions of the highest scores.
 
@@ -35,8 +34,8 @@ def ranked_captions(
     captions: m distinct ones.
     correct: which captions belong to which image.
     top: captions an image.
-    size: side of an image.
   """
+  size = 144  # side of an image
   width = size + 4 * GAP + 460
   height = max(size, (top + 1) * LINE_HEIGHT + GAP) + GAP
   sheet = Image.new("RGB", (width, height * len(images)), PAPER)
@@ -66,7 +65,6 @@ def ranked_images(
   owner: Sequence[int],
   *,
   top: int = 5,
-  size: int = 120,
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Captions, each above the images of the highest scores.
 
@@ -78,8 +76,8 @@ def ranked_images(
     images: m of them, decoded only where shown.
     owner: the image of each caption.
     top: images a caption.
-    size: side of an image.
   """
+  size = 120  # side of an image
   side = size + GAP
   top = min(top, len(images))
   width = max(top * side - GAP, 520)

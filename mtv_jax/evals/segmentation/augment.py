@@ -1,19 +1,17 @@
-"""Training data of the segmentation head: augmented crops, or windows.
+"""Augmentation of images with their maps of classes.
 
-The augmentation is mmsegmentation's for ADE20K, with the ranges of DINOv3's
-linear probe: scale, crop, flip, photometric distortion, padding.
+mmsegmentation's for ADE20K, with the ranges of DINOv3's linear probe: scale,
+crop, flip, photometric distortion, padding.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import cv2
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 
-from mtv_jax.evals.core import dense, resizing
-from mtv_jax.evals.core.examples import IGNORE, SegmentationSet
+from mtv_jax.evals.core import resizing
+from mtv_jax.evals.core.examples import IGNORE
 from mtv_jax.evals.segmentation import sliding_window
 
 PROTOCOL = {
@@ -104,22 +102,3 @@ def _adjust_hue(
   hsv[..., 0] = (hsv[..., 0].astype(np.int32) + round(180 * hue)) % 180
   hsv[..., 1] = _affine(hsv[..., 1], saturation, 0.0)
   return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-
-
-def cut_windows(
-  data: SegmentationSet,
-  index: int,
-  slide: sliding_window.Slide,
-  *,
-  fill: Float32[np.ndarray, "3"],
-) -> Iterator[dense.Example]:
-  """The evaluation windows of an image, each with its labels."""
-  image, labels = dense.read_pair(data.name, data.images, data.maps, index)
-  shape = sliding_window.resized(*image.shape[:2], short=slide.short)
-  labels = resizing.resize_maps(labels, shape, method="nearest")
-  pixels = sliding_window.resize_image(image, shape, slide.interpolation)
-  return zip(
-    sliding_window.cut(pixels, slide, fill),
-    sliding_window.cut(labels, slide, IGNORE),
-    strict=True,
-  )

@@ -24,7 +24,6 @@ from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.segmentation import metrics as metrics_lib
 from mtv_jax.evals.segmentation import sliding_window
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import InputError
 
 _TEXT_SIZE, _LINE_HEIGHT = 10, 14
 _IMAGE_HEIGHT = 192
@@ -55,17 +54,12 @@ class SegmentationEvaluator(Evaluator):
 
   def _window_size(self, encoder: Encoder, published: int) -> int:
     """Side of a window; raises InputError if the patch does not divide it."""
-    patch = encoder.spec.image.patch_size
+    image = encoder.spec.image
     if self.size is None:
       scenes = is_scenes(self.data)
       default = encoder.preprocess.size if scenes else published
-      return -(-default // patch) * patch
-    if self.size % patch:
-      near = max(1, round(self.size / patch)) * patch
-      raise InputError(
-        f"size={self.size} is not divisible by this encoder's patch of "
-        f"{patch}; the nearest that is: {near}"
-      )
+      return -(-default // image.patch_size) * image.patch_size
+    image.grid_of(self.size, self.size)
     return self.size
 
   def _predict(

@@ -23,18 +23,17 @@ import optax
 
 from mtv_jax.config.options import NonNegativeFloat, PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import dense, probe
+from mtv_jax.evals.core import dense, probe, resizing
 from mtv_jax.evals.core.base import Result
-from mtv_jax.evals.core.examples import SegmentationSet
+from mtv_jax.evals.core.examples import IGNORE, SegmentationSet
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.scenes import is_scenes
-from mtv_jax.evals.segmentation import augment, linear_head
+from mtv_jax.evals.segmentation import augment, linear_head, sliding_window
 from mtv_jax.evals.segmentation import metrics as metrics_lib
 from mtv_jax.evals.segmentation.base import (
   SegmentationEvaluator,
   padding_colour,
 )
-from mtv_jax.evals.segmentation.sliding_window import Slide
 from mtv_jax.utils.errors import ConfigError, InputError
 
 # Features of the training windows that are cached without augmentation.
@@ -85,7 +84,7 @@ class Segmentation(SegmentationEvaluator):
       raise ConfigError(f"dropout is {self.dropout}, expected a number below 1")
 
   @functools.cached_property
-  def _sets(self) -> tuple[SegmentationSet, SegmentationSet]:
+  def _set(self) -> tuple[SegmentationSet, SegmentationSet]:
     """Images to train on, and to test on."""
     train = registry.open_segmentation(
       self.data, split=self.train_split, count=self.train_count
@@ -93,13 +92,9 @@ class Segmentation(SegmentationEvaluator):
     test = registry.open_segmentation(self.data, split="test", count=self.count)
     return train, test
 
-  def prepare(self) -> None:
-    """Lists the images of both sets."""
-    _ = self._sets
-
   def run(self, encoder: Encoder) -> Result:
     """Trains the head; metrics of the best saved head and of the last."""
-    _, test = self._sets
+    _, test = self._set
     plan = self._plan(encoder)
     features = functools.partial(
       dense.features,
@@ -114,11 +109,11 @@ class Segmentation(SegmentationEvaluator):
       encoder, lambda windows: heads(features(windows)), test, plan.slide
     )
     scores = [metrics_lib.scores(c) for c in predictions.counts]
-    best = max(range(len(scores)), key=lambda i: scores[i].miou)
+    best = max(range(len(scores)), key=lambda i: scores[i]["miou"])
     metrics = {
       name + suffix: value
       for suffix, i in (("", best), ("_last", -1))
-      for name, value in scores[i].metrics().items()
+      for name, value in scores[i].items()
     }
     chance = metrics_lib.chance(predictions.counts[best])
     chance |= {f"{name}_last": value for name, value in chance.items()}
@@ -137,7 +132,7 @@ class Segmentation(SegmentationEvaluator):
     steps = self.steps or (300 if scenes else 40_000)
     every = self.eval_every or (steps if scenes else max(1, steps // 8))
     return _Plan(
-      slide=Slide(
+      slide=sliding_window.Slide(
         size=size,
         stride=self.stride or max(1, size * 2 // 3),
         short=size,
@@ -155,7 +150,7 @@ class Segmentation(SegmentationEvaluator):
     self, encoder: Encoder, plan: _Plan, features: dense.Encode
   ) -> tuple[probe.FitResult, int | str]:
     """The head with its snapshots, and how many windows it was trained on."""
-    train, _ = self._sets
+    train, _ = self._set
     fill = padding_colour(encoder)
     windows: int | str = "crops, drawn at every step"
     options = {"batch_size": self.batch_size, "seed": self.seed}
@@ -198,14 +193,23 @@ class Segmentation(SegmentationEvaluator):
     return fitted, windows
 
   def _encode_windows(
-    self, features: dense.Encode, slide: Slide, fill: np.ndarray
+    self, features: dense.Encode, slide: sliding_window.Slide, fill: np.ndarray
   ) -> Iterator[probe.Batch]:
     """Features of all windows; raises InputError if they exceed the cache."""
-    train, _ = self._sets
-    windows = itertools.chain.from_iterable(
-      augment.cut_windows(train, i, slide, fill=fill)
-      for i in range(len(train.images))
-    )
+    train, _ = self._set
+
+    def cut_windows(i: int) -> Iterator[dense.Example]:
+      image, labels = dense.read_pair(train.name, train.images, train.maps, i)
+      shape = sliding_window.resized(*image.shape[:2], short=slide.short)
+      labels = resizing.resize_maps(labels, shape, method="nearest")
+      pixels = sliding_window.resize_image(image, shape, slide.interpolation)
+      pairs = (pixels, fill), (labels, IGNORE)
+      return zip(
+        *(sliding_window.cut(x, slide, c) for x, c in pairs), strict=True
+      )
+
+    windows = map(cut_windows, range(len(train.images)))
+    windows = itertools.chain.from_iterable(windows)
     total = 0
     for batch in dense.encode_batches(
       features, windows, batch_size=4 * self.encode_batch
@@ -220,7 +224,7 @@ class Segmentation(SegmentationEvaluator):
       yield batch
 
   def _protocol(self, encoder: Encoder, plan: _Plan) -> dict[str, Any]:
-    train, test = self._sets
+    train, test = self._set
     official = plan.augment == "official"
     return {
       **self._common_protocol(encoder, test, plan.slide),
@@ -252,7 +256,7 @@ class Segmentation(SegmentationEvaluator):
 class _Plan:
   """The options resolved for an encoder and a data set."""
 
-  slide: Slide
+  slide: sliding_window.Slide
   augment: str
   steps: int
   warmup: int

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
 
@@ -14,27 +12,6 @@ AVERAGING = (
   "intersections and unions are summed over the whole set; mean over classes "
   "with a union, mean accuracy over classes with a true pixel"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-  """Metrics of a confusion matrix.
-
-  Attributes:
-    miou: mean of `iou` over the classes that have a union.
-    macc: mean recall over the classes with a true pixel.
-    aacc: share of all pixels that are correct.
-    iou: of each class; NaN where neither truth nor prediction has it.
-  """
-
-  miou: float
-  macc: float
-  aacc: float
-  iou: Float[np.ndarray, " k"]
-
-  def metrics(self) -> dict[str, float]:
-    """The means by name."""
-    return {"miou": self.miou, "macc": self.macc, "aacc": self.aacc}
 
 
 def confusion(
@@ -62,11 +39,18 @@ def confusion(
   return counts.astype(np.int64).reshape(classes, classes)
 
 
-def scores(counts: Int64[np.ndarray, "k k"]) -> Scores:
-  """Metrics of a confusion matrix whose rows are the truth.
+def class_ious(counts: Int64[np.ndarray, "k k"]) -> Float[np.ndarray, " k"]:
+  """IoU of each class; NaN where neither truth (rows) nor prediction has it."""
+  hit = np.diag(counts)
+  union = counts.sum(axis=1) + counts.sum(axis=0) - hit
+  return np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+
+
+def scores(counts: Int64[np.ndarray, "k k"]) -> dict[str, float]:
+  """`miou`, `macc` and `aacc` of a confusion matrix whose rows are the truth.
 
   A class that is predicted and never true counts as 0; the means leave out a
-  class that is neither.
+  class that is neither. `aacc` is the share of correct pixels.
 
   Raises:
     InputError: if no pixel was counted.
@@ -74,15 +58,12 @@ def scores(counts: Int64[np.ndarray, "k k"]) -> Scores:
   if not counts.sum():
     raise InputError("no pixel has a label that is not ignored")
   hit, true = np.diag(counts), counts.sum(axis=1)
-  union = true + counts.sum(axis=0) - hit
-  iou = np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
   recall = hit[true > 0] / true[true > 0]
-  return Scores(
-    miou=float(np.nanmean(iou)),
-    macc=float(recall.mean()),
-    aacc=float(hit.sum() / counts.sum()),
-    iou=iou,
-  )
+  return {
+    "miou": float(np.nanmean(class_ious(counts))),
+    "macc": float(recall.mean()),
+    "aacc": float(hit.sum() / counts.sum()),
+  }
 
 
 def chance(counts: Int64[np.ndarray, "k k"]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -23,14 +23,11 @@ from jaxtyping import Bool, Float32, UInt8
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import base, examples
+from mtv_jax.evals.core import base, examples, ranking
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
-from mtv_jax.evals.core.examples import CaptionSet, ClassificationSet, Data
+from mtv_jax.evals.core.examples import Data, ImageSet
 from mtv_jax.evals.datasets import registry
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import InputError
-
-_COMPONENTS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +55,8 @@ class PatchPca(Evaluator):
   batch_size: PositiveInt = 16
 
   @functools.cached_property
-  def _set(self) -> ClassificationSet | CaptionSet | _ImageSet:
+  def _set(self) -> ImageSet:
     return _open_images(self.data, self.count)
-
-  def prepare(self) -> None:
-    """Opens the images."""
-    _ = self._set
 
   def run(self, encoder: Encoder) -> Result:
     """The share of variance in three components; `pca` as a sheet."""
@@ -77,15 +70,14 @@ class PatchPca(Evaluator):
     if self.pictures:
       colours = component_colours(pca.components, mask)
       rows = [
-        self._row(encoder, image, pixels)
-        for pixels, image in zip(
-          colours[: self.pictures], data.images, strict=False
-        )
+        self._row(encoder, data.images[i], pixels)
+        for i, pixels in enumerate(colours[: self.pictures])
       ]
-      sheets["pca"] = plots.image_grid(_fold_rows(rows))
+      if len(rows) % 2 == 0:
+        rows = [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
+      sheets["pca"] = plots.image_grid(rows)
     protocol = {
       **encoder.protocol(),
-      **self._input_protocol(encoder),
       "data": data.name,
       "data_hash": data.digest,
       "images": len(data.images),
@@ -96,23 +88,19 @@ class PatchPca(Evaluator):
       "foreground": self.foreground,
       "patches": int(mask.sum()),
     }
+    if self.size is not None:
+      protocol |= {
+        "input_size": [self.size, self.size],
+        "preprocess": base.preprocess_protocol(
+          encoder,
+          resize="squash",
+          size=self.size,
+          crop="none",
+          interpolation="bicubic, antialiased (Pillow)",
+        ),
+      }
     share = float(pca.share.sum())
     return Result({"explained_by_3": share}, protocol, pictures=sheets)
-
-  def _input_protocol(self, encoder: Encoder) -> dict[str, Any]:
-    """The input, where it differs from the encoder's own."""
-    if self.size is None:
-      return {}
-    return {
-      "input_size": [self.size, self.size],
-      "preprocess": base.preprocess_protocol(
-        encoder,
-        resize="squash",
-        size=self.size,
-        crop="none",
-        interpolation="bicubic, antialiased (Pillow)",
-      ),
-    }
 
   def _row(
     self, encoder: Encoder, image: np.ndarray, colours: np.ndarray
@@ -155,7 +143,7 @@ def principal_components(
   patches: Float32[np.ndarray, "n h w d"],
   *,
   mask: Bool[np.ndarray, "n h w"],
-  count: int = _COMPONENTS,
+  count: int = 3,
 ) -> Components:
   """Principal components of the patches in `mask`.
 
@@ -166,8 +154,7 @@ def principal_components(
     InputError: for features that are not finite.
   """
   rows = patches[mask].astype(np.float64)
-  if not np.isfinite(rows).all():
-    raise InputError("patch features are not finite: the encoder diverged")
+  ranking.check_finite(patches=rows)
   mean = rows.mean(axis=0)
   centred = rows - mean
   # Of the D x D covariance, which stays small however many patches there are.
@@ -202,18 +189,7 @@ def foreground(
   return above if above.any() else all_patches
 
 
-@dataclasses.dataclass(frozen=True)
-class _ImageSet:
-  """Images without labels."""
-
-  name: str
-  images: Sequence[np.ndarray]
-  digest: str
-
-
-def _open_images(
-  data: Data, count: int
-) -> ClassificationSet | CaptionSet | _ImageSet:
+def _open_images(data: Data, count: int) -> ImageSet:
   """The images of any data set, or of any folder of JPEGs."""
   errors = []
   for opener in (registry.open_classification, registry.open_captions):
@@ -231,14 +207,9 @@ def _open_images(
   digest = examples.Digest()
   for file in files:
     digest.add(file.relative_to(root), file.stat().st_size)
-  return _ImageSet(str(data), examples.open_images(files), digest.hex())
-
-
-def _fold_rows(rows: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
-  """Two rows side by side in one, if their number is even."""
-  if len(rows) % 2:
-    return rows
-  return [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
+  return ImageSet(
+    name=str(data), images=examples.open_images(files), digest=digest.hex()
+  )
 
 
 def component_colours(

@@ -51,14 +51,8 @@ def embed_patches(
 ) -> Float32[np.ndarray, "n h w e"]:
   """Embeddings of patches, comparable with `encoder.text`, not normalised.
 
-  Args:
-    encoder: with a text tower.
-    images: as for `Encoder.dense`.
-    last_block: `attention` as it was trained, or `values`.
-    batch_size: images per step.
-
-  Raises:
-    InputError: as `check`.
+  `last_block` is `attention`, as it was trained, or `values`; images are as for
+  `Encoder.dense`, errors as of `check`.
   """
   check(encoder, last_block)
   if last_block == "values":

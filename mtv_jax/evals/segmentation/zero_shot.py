@@ -62,10 +62,6 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       data = scenes.ignore_stuff(data)
     return data, _read_prompts(data, self.prompts)
 
-  def prepare(self) -> None:
-    """Lists the images and reads the prompts."""
-    _ = self._set
-
   def run(self, encoder: Encoder) -> Result:
     """Metrics of the class with the largest cosine."""
     require_text(encoder)
@@ -97,7 +93,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       "similarity": "cosine, float32",
     }
     return Result(
-      metrics_lib.scores(counts).metrics(),
+      metrics_lib.scores(counts),
       protocol,
       metrics_lib.chance(counts),
       pictures=predictions.sheets("zero_shot_segmentation"),

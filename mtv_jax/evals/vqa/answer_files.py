@@ -52,14 +52,9 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """Scores of an answer file.
+  """Scores of an answer file, and everything that they depend on."""
 
-  Attributes:
-    metrics: fractions by name, the benchmark's main metric first.
-    protocol: everything that they depend on.
-  """
-
-  metrics: dict[str, float]
+  metrics: dict[str, float]  # fractions, the benchmark's main metric first
   protocol: dict[str, Any]
 
 
@@ -172,8 +167,7 @@ def score(
   """Scores answers by a benchmark's rule.
 
   Args:
-    answers: by question.
-    questions: by question.
+    answers, questions: by the id of the question.
     rule: one of `RULES`, see `metrics`.
     missing: whether a question without an answer is an `error` or `wrong`.
 

@@ -143,24 +143,15 @@ _NAMED_LETTER = re.compile(
 )
 
 
-def option_letter(
-  answer: str, options: Sequence[str] = (), *, count: int = 26
-) -> str | None:
+def option_letter(answer: str, options: Sequence[str] = ()) -> str | None:
   """The option that an answer to a multiple-choice question selects.
 
   The first rule that gives one of the options decides: a letter that the
   answer is or begins with ("B", "(b)", "B. a cat"), a letter that it names
   ("the answer is B"), the words of exactly one option, equal or else contained.
-
-  Args:
-    answer: of the model.
-    options: the texts of the options, in order.
-    count: number of options if `options` is empty.
-
-  Returns:
-    A capital letter, or None if the answer selects none.
+  Returns a capital letter, or None if the answer selects none.
   """
-  last = chr(ord("A") + (len(options) or count) - 1)
+  last = chr(ord("A") + (len(options) or 26) - 1)
   for pattern in (_LETTER, _NAMED_LETTER):
     for match in pattern.finditer(answer.strip()):
       if match[1].upper() <= last:
@@ -221,14 +212,12 @@ def pope_scores(
   return {name: float(value) for name, value in scores.items()}
 
 
-def anls(
-  answer: str, truths: Sequence[str], *, threshold: float = 0.5
-) -> float:
+def anls(answer: str, truths: Sequence[str]) -> float:
   """Average normalised Levenshtein similarity (Biten et al. 2019), 0..1.
 
   Of DocVQA and ST-VQA. With NL the edit distance over the longer length: the
-  maximum over the truths of 1 - NL where NL < threshold, else 0. In lower
-  case, with single spaces.
+  maximum over the truths of 1 - NL where NL < 0.5, else 0. In lower case, with
+  single spaces.
 
   Raises InputError for no truths.
   """
@@ -239,7 +228,7 @@ def anls(
     true = " ".join(truth.lower().split())
     longest = max(len(said), len(true))
     distance = levenshtein(said, true) / longest if longest else 0.0
-    if distance < threshold:
+    if distance < 0.5:
       best = max(best, 1 - distance)
   return best
 

@@ -93,7 +93,7 @@ def test_invalid_options_and_features_are_refused():
   rows = np.ones((3, 2), np.float32)
   with pytest.raises(ValueError, match="k=4 nearest of 3 rows"):
     knn.find_neighbours(rows, rows, k=4)
-  with pytest.raises(ValueError, match="the bank are not all finite"):
+  with pytest.raises(ValueError, match="3 of 3 bank are not finite"):
     knn.find_neighbours(rows, rows * np.nan, k=1)
   with pytest.raises(ConfigError, match="Did you mean 'pooled'"):
     build_evaluator("knn", {"feature": "poled"})

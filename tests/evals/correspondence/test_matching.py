@@ -188,7 +188,9 @@ def test_input_size_preserves_the_published_grid():
   assert input_size(8, published=512) == 512
   assert input_size(14, published=800) == 700
   assert input_size(14, 896, published=800) == 896
-  with pytest.raises(ValueError, match="size=800.*patches of 14.*798 and 812"):
+  with pytest.raises(
+    ValueError, match="800x800 .*14x14; the nearest .*798x798"
+  ):
     input_size(14, 800, published=512)
 
 

@@ -38,7 +38,7 @@ def test_image_and_depth_stay_aligned(nyu_like, name):
   seen = []
   for seed in range(8):
     rng = np.random.default_rng(seed)
-    augmented = augment.augment(nyu_like, name, rng)
+    augmented = augment.AUGMENTS[name](nyu_like, rng)
     assert augmented.depth.shape == augmented.image.shape[:2] == size
     assert augmented.image.min() >= 0
     assert augmented.image.max() <= 255
@@ -54,7 +54,7 @@ def test_image_and_depth_stay_aligned(nyu_like, name):
     assert order[0, 1] > 0.97
     seen.append(augmented.depth.tobytes())
   assert len(set(seen)) > 1
-  again = augment.augment(nyu_like, name, np.random.default_rng(7))
+  again = augment.AUGMENTS[name](nyu_like, np.random.default_rng(7))
   assert again.depth.tobytes() == seen[-1]
 
 
@@ -63,11 +63,13 @@ def test_toolbox_crops_the_border(nyu_like):
   image[45:472, 43:608] = 100
   example = Example(image, nyu_like.depth)
   for seed in range(6):
-    augmented = augment.augment(example, "toolbox", np.random.default_rng(seed))
+    augmented = augment.AUGMENTS["toolbox"](
+      example, np.random.default_rng(seed)
+    )
     assert augmented.image.max() < 255 * 0.75
   with pytest.raises(ValueError, match="480 x 640 and this one is 4 x 4"):
     small = Example(image[:4, :4], nyu_like.depth[:4, :4])
-    augment.augment(small, "toolbox", np.random.default_rng(0))
+    augment.AUGMENTS["toolbox"](small, np.random.default_rng(0))
 
 
 def test_rotation_is_clockwise_and_interpolates_no_depth(nyu_like):

@@ -259,7 +259,7 @@ def test_invalid_options_are_refused():
   ):
     with pytest.raises(ValueError, match=message):
       build_evaluator("segmentation", options)
-  with pytest.raises(ValueError, match="the nearest that is: 64"):
+  with pytest.raises(ValueError, match="the nearest size that is: 64x64"):
     Segmentation(size=65)._plan(PatchColours())
   evaluator = build_evaluator("segmentation", {"data": "/nowhere"})
   with pytest.raises(FileNotFoundError, match="does not exist"):

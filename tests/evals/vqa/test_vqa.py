@@ -107,8 +107,8 @@ def test_option_letter(answer, want):
 
 
 def test_option_letter_without_the_options():
-  assert metrics.option_letter("E", count=5) == "E"
-  assert metrics.option_letter("E", count=4) is None
+  assert metrics.option_letter("E", [""] * 5) == "E"
+  assert metrics.option_letter("E", [""] * 4) is None
   assert metrics.option_letter("Z.") == "Z"
 
 
