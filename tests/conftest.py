@@ -52,3 +52,13 @@ def write_image():
     PIL.Image.new("RGB", (12, 8), COLOURS[colour]).save(path)
 
   return write
+
+
+@pytest.fixture
+def write_classes(write_image):
+  def write(root, count, colours=("red", "green", "blue")):
+    for colour in colours:
+      for i in range(count):
+        write_image(root / colour / f"{i}.png", colour)
+
+  return write

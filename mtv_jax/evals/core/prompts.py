@@ -73,7 +73,9 @@ class Prompts:
     }
 
 
-def read_prompts(path: str | os.PathLike) -> Prompts:
+def read_prompts(
+  path: str | os.PathLike, *, classes: int | None = None
+) -> Prompts:
   """Reads `{"classes": [...], "templates": [...], "ids": [...]}`.
 
   `templates` defaults to ours and `ids` to none; `tools/make_prompts.py` writes
@@ -81,7 +83,8 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
 
   Raises:
     MissingFileError: if there is no such file.
-    InputError: if it is not JSON of this form.
+    InputError: if it is not JSON of this form, or lacks one name for each of
+      the data's `classes`.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -109,7 +112,13 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
       raise InputError(f"{path}: {key!r} must be a list of non-empty strings")
     if values:
       fields[key] = tuple(values)
-  return Prompts(**{"classes": (), **fields}, name=path.name)
+  prompts = Prompts(**{"classes": (), **fields}, name=path.name)
+  if classes not in (None, len(prompts.classes)):
+    raise InputError(
+      f"{path} names {len(prompts.classes)} classes and the data has "
+      f"{classes}; expected one name a class, in that order"
+    )
+  return prompts
 
 
 def write_prompts(path: str | os.PathLike, prompts: Prompts) -> None:

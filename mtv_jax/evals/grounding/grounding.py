@@ -32,7 +32,6 @@ from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.grounding import region_features
 from mtv_jax.evals.retrieval import retrieval
 from mtv_jax.utils import plots
-from mtv_jax.utils.errors import InputError
 
 _CHUNK = 256  # images whose phrases are located at a time
 _FIXED_BOXES = 256
@@ -72,12 +71,7 @@ class Grounding(Evaluator):
       return data, None
     named = prompts.Prompts(classes=data.classes)
     if self.prompts:
-      named = prompts.read_prompts(self.prompts)
-      if len(named.classes) != len(data.classes):
-        raise InputError(
-          f"{self.prompts} names {len(named.classes)} classes and {data.name} "
-          f"has {len(data.classes)}; expected one name a class, in that order"
-        )
+      named = prompts.read_prompts(self.prompts, classes=len(data.classes))
     return data, named
 
   def run(self, encoder: Encoder) -> Result:

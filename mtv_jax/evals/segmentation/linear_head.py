@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from mtv_jax.evals.core import probe, resizing
 from mtv_jax.evals.core.examples import IGNORE
@@ -134,24 +133,13 @@ def pixel_loss(
   return total / labels.size
 
 
-@dataclasses.dataclass(frozen=True)
-class LinearHeads:
-  """Trained heads with batch norm folded into the 1x1 convolution."""
+def fold(
+  trained: Sequence[tuple[Any, Any]],
+) -> Callable[[np.ndarray], np.ndarray]:
+  """Folds the batch norm of heads, (params, running statistics).
 
-  kernel: Float32[np.ndarray, "c heads k"]
-  bias: Float32[np.ndarray, "heads k"]
-
-  def __call__(
-    self, x: Float32[np.ndarray, "n h w c"]
-  ) -> Float32[np.ndarray, "n h w heads k"]:
-    """The heads' logits."""
-    channels, heads, classes = self.kernel.shape
-    flat = x.reshape(-1, channels) @ self.kernel.reshape(channels, -1)
-    return flat.reshape(*x.shape[:3], heads, classes) + self.bias
-
-
-def fold(trained: Sequence[tuple[Any, Any]]) -> LinearHeads:
-  """Folds heads, given as (params, running statistics), for evaluation."""
+  Returns the function from features `[n, h, w, c]` to `[n, h, w, heads, k]`.
+  """
   kernels, biases = [], []
   for head in trained:
     params, stats = jax.tree.map(lambda x: np.asarray(x, np.float64), head)
@@ -160,7 +148,11 @@ def fold(trained: Sequence[tuple[Any, Any]]) -> LinearHeads:
     shift = norm["bias"] - stats["mean"] * scale
     kernels.append(scale[:, None] * kernel)
     biases.append(shift @ kernel + params["bias"])
-  return LinearHeads(
-    np.stack(kernels, axis=1).astype(np.float32),
-    np.stack(biases).astype(np.float32),
-  )
+  kernel = np.concatenate(kernels, axis=1).astype(np.float32)
+  bias = np.stack(biases).astype(np.float32)
+
+  def logits(x: np.ndarray) -> np.ndarray:
+    flat = x.reshape(-1, len(kernel)) @ kernel
+    return flat.reshape(*x.shape[:3], *bias.shape) + bias
+
+  return logits

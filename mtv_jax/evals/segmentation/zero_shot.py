@@ -60,7 +60,14 @@ class ZeroShotSegmentation(SegmentationEvaluator):
     data = registry.open_segmentation(self.data, split="test", count=self.count)
     if data.kind == "scenes":
       data = scenes.ignore_stuff(data)
-    return data, _read_prompts(data, self.prompts)
+    if self.prompts:
+      return data, prompts.read_prompts(self.prompts, classes=data.class_count)
+    if data.classes is None:
+      raise InputError(
+        f"{data.name} has no names of classes (objectInfo150.txt is missing); "
+        "give a prompt file (prompts=) with its classes in order"
+      )
+    return data, prompts.Prompts(classes=data.classes)
 
   def run(self, encoder: Encoder) -> Result:
     """Metrics of the class with the largest cosine."""
@@ -108,20 +115,3 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       interpolation="bicubic",
       average=self.average,
     )
-
-
-def _read_prompts(data: SegmentationSet, path: str | None) -> prompts.Prompts:
-  if path is None:
-    if data.classes is None:
-      raise InputError(
-        f"{data.name} has no names of classes (objectInfo150.txt is missing); "
-        "give a prompt file (prompts=) with its classes in order"
-      )
-    return prompts.Prompts(classes=data.classes)
-  named = prompts.read_prompts(path)
-  if len(named.classes) != data.class_count:
-    raise InputError(
-      f"{named.name} has {len(named.classes)} classes and {data.name} "
-      f"{data.class_count}; they are matched in order"
-    )
-  return named

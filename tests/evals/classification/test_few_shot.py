@@ -65,11 +65,9 @@ def test_sample_shots():
 
 
 @pytest.fixture
-def folder(tmp_path, write_image):
-  for split, count in (("train", 6), ("test", 2)):
-    for name in ("red", "green", "blue"):
-      for i in range(count):
-        write_image(tmp_path / split / name / f"{i}.png", name)
+def folder(tmp_path, write_classes):
+  write_classes(tmp_path / "train", 6)
+  write_classes(tmp_path / "test", 2)
   return str(tmp_path)
 
 

@@ -146,11 +146,9 @@ def test_invalid_options_are_refused():
 
 
 @pytest.fixture
-def folder(tmp_path, write_image):
-  for split, count in (("train", 4), ("val", 2)):
-    for name in ("red", "green", "blue"):
-      for i in range(count):
-        write_image(tmp_path / split / name / f"{i}.png", name)
+def folder(tmp_path, write_classes):
+  write_classes(tmp_path / "train", 4)
+  write_classes(tmp_path / "val", 2)
   return tmp_path
 
 

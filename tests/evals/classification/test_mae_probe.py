@@ -137,11 +137,9 @@ def test_scenes():
 
 
 @pytest.fixture
-def folder(tmp_path, write_image):
+def folder(tmp_path, write_classes):
   for split in ("train", "val"):
-    for name in ("red", "blue"):
-      for i in range(2):
-        write_image(tmp_path / split / name / f"{i}.png", name)
+    write_classes(tmp_path / split, 2, ("red", "blue"))
   return str(tmp_path)
 
 

@@ -23,10 +23,8 @@ from mtv_jax.utils.errors import ConfigError
 
 
 @pytest.fixture
-def folder(tmp_path, write_image):
-  for name in ("red", "green", "blue"):
-    for i in range(2):
-      write_image(tmp_path / "set" / name / f"{i}.png", name)
+def folder(tmp_path, write_classes, write_image):
+  write_classes(tmp_path / "set", 2)
   # A wrong label.
   write_image(tmp_path / "set" / "blue" / "x.png", "red")
   return tmp_path / "set"
