@@ -52,11 +52,6 @@ def in_batches(
     for name, value in out.items():
       results[name].append(np.asarray(value)[: count - start])
 
-  def put(array: np.ndarray) -> jax.Array:
-    return jax.make_array_from_callback(
-      array.shape, sharding, lambda index: array[index]
-    )
-
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
 
     def submit(start: int) -> dict[int, tuple[int, concurrent.futures.Future]]:
@@ -68,12 +63,20 @@ def in_batches(
     for start in tqdm.tqdm(steps, desc="encode", leave=False, disable=None):
       batch = _assemble(ready, blank, size)
       ready = submit(start + size)
-      out = function(jax.tree.map(put, batch))
+      out = function(jax.tree.map(lambda x: put_array(x, sharding), batch))
       if running:
         collect(*running)
       running = (out, start)
     collect(*running)
   return {name: np.concatenate(parts) for name, parts in results.items()}
+
+
+def put_array(value: Any, sharding: NamedSharding) -> jax.Array:
+  """The global array of an array that every host holds in full."""
+  value = np.asarray(value)
+  return jax.make_array_from_callback(
+    value.shape, sharding, lambda index: value[index]
+  )
 
 
 def padded_batch(count: int, batch_size: int, shards: int) -> int:

@@ -510,11 +510,7 @@ def _put_on_mesh(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
   """Puts NumPy leaves on the mesh; arrays that are on it stay."""
 
   def put(leaf, sharding):
-    if _mesh_of(leaf) == mesh:
-      return leaf
-    host = np.asarray(leaf)
-    return jax.make_array_from_callback(
-      host.shape, sharding, lambda index: host[index]
-    )
+    is_put = _mesh_of(leaf) == mesh
+    return leaf if is_put else batched.put_array(leaf, sharding)
 
   return jax.tree.map(put, dict(params), tree_shardings(params, mesh))

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Float32, Int
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
+from mtv_jax.encoder.batched import put_array
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.classification.base import (
   FeatureProbe,
@@ -169,7 +170,7 @@ def _shard_blocks(
   }
   sharding = NamedSharding(mesh, PartitionSpec(None, *mesh_lib.BATCH_SPEC))
   return {
-    name: probe.put_array(v.reshape(-1, rows, *v.shape[1:]), sharding)
+    name: put_array(v.reshape(-1, rows, *v.shape[1:]), sharding)
     for name, v in padded.items()
   }
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Float32, Int, PyTree
 
+from mtv_jax.encoder.batched import put_array
 from mtv_jax.parallel.mesh import (
   BATCH_SPEC,
   make_mesh,
@@ -167,14 +167,6 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
   """Replicates arrays over the devices of the mesh."""
   sharding = replicated_sharding(mesh)
   return jax.tree.map(lambda leaf: put_array(leaf, sharding), tree)
-
-
-def put_array(value: Any, sharding: NamedSharding) -> jax.Array:
-  """The global array of an array that every host holds in full."""
-  value = np.asarray(value)
-  return jax.make_array_from_callback(
-    value.shape, sharding, lambda index: value[index]
-  )
 
 
 def shuffled_batches(
