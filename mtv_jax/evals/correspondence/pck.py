@@ -25,15 +25,13 @@ Sample = Mapping[tuple[str, int | None], Sequence[int]]
 class Rule:
   """The definition of a correct keypoint, and of the mean over a category.
 
-  Attributes:
-    aggregate: `point`: an error below the threshold; mean over all keypoints.
-      `image`: up to the threshold, mean over pairs of the mean over their
-      keypoints, as in SPair-71k's own results.
-    threshold: of the error, as a fraction of the longer side of the box.
+  `point`: an error below the threshold; mean over all keypoints. `image`: up to
+  the threshold, mean over pairs of the mean over their keypoints, as in
+  SPair-71k's own results.
   """
 
   aggregate: str
-  threshold: float
+  threshold: float  # of the error, as a fraction of the longer side of the box
 
   def correct(
     self, errors: Float[np.ndarray, "*k"]

@@ -47,18 +47,14 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class PairErrors:
-  """The 3D and 2D errors of the matches of one pair.
-
-  Attributes:
-    chance: recall of uniform matches at each threshold, those in metres first.
-    angle: between the cameras, in degrees.
-  """
+  """The 3D and 2D errors of the matches of one pair."""
 
   matches: matching.Matches
   metres: Float64[np.ndarray, " k"]
   pixels: Float64[np.ndarray, " k"]
+  # Recall of uniform matches at each threshold, those in metres first.
   chance: Float64[np.ndarray, " t"]
-  angle: float = 0.0
+  angle: float = 0.0  # between the cameras, in degrees
 
 
 def match_pair(

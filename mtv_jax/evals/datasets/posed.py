@@ -34,17 +34,14 @@ STORED = 1024
 class Frame:
   """A stored RGB image with its camera.
 
-  Attributes:
-    depth: metres along the optical axis, 0 where there is nothing to match.
-    focal: length in pixels of this image.
-    pose: world to camera.
-    centre: principal point (x, y) relative to the image's middle, in pixels.
+  Depth is in metres along the optical axis, 0 where there is nothing to match.
   """
 
   image: UInt8[np.ndarray, "h w 3"]
   depth: Float32[np.ndarray, "h w"]
-  focal: float
-  pose: Float64[np.ndarray, "4 4"]
+  focal: float  # in pixels of this image
+  pose: Float64[np.ndarray, "4 4"]  # world to camera
+  # Principal point (x, y) relative to the image's middle, in pixels.
   centre: tuple[float | int, float | int] = (0.0, 0.0)
 
 
@@ -52,17 +49,14 @@ class Frame:
 class View:
   """The encoded square, and the 3D points of its cells.
 
-  Attributes:
-    points: in the camera's frame, of the upper left pixel of each cell of 4 x 4
-      pixels; z is 0 where there is nothing to match.
-    focal: length in pixels of this image.
-    pose: world to camera.
+  Points are in the camera's frame, of the upper left pixel of each cell of
+  4 x 4 pixels; z is 0 where there is nothing to match.
   """
 
   image: UInt8[np.ndarray, "s s 3"]
   points: Float32[np.ndarray, "c c 3"]
-  focal: float
-  pose: Float64[np.ndarray, "4 4"]
+  focal: float  # in pixels of this image
+  pose: Float64[np.ndarray, "4 4"]  # world to camera
 
   @property
   def valid(self) -> Bool[np.ndarray, "c c"]:

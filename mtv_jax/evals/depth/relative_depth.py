@@ -54,22 +54,16 @@ _CROPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """A way to score, for one kind of data; see the options of `RelativeDepth`.
-
-  Attributes:
-    low, high: valid depths, the open interval in metres.
-    cap: largest aligned depth.
-    min_depth: smallest aligned depth, where the alignment clips.
-  """
+  """A way to score one kind of data; see the options of `RelativeDepth`."""
 
   alignment: str
   resize: str
   cut: str
   crop: str
-  low: float
-  high: float | None
-  cap: float
-  min_depth: float
+  low: float  # valid depths are above, in metres
+  high: float | None  # and below
+  cap: float  # largest aligned depth
+  min_depth: float  # smallest one, where the alignment clips
 
 
 def published_protocol(name: str, kind: str) -> Protocol:

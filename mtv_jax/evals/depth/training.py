@@ -30,20 +30,15 @@ _CACHE_BYTES = 2 * 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """A protocol resolved for an encoder and a data set.
-
-  Attributes:
-    layers: blocks that are read.
-    max_depth: of the last bin and of the evaluated pixels, in metres.
-    input_size: rows and columns of a whole image (or its central square) as
-      the encoder sees it, before padding; None for its own size.
-  """
+  """A protocol resolved for an encoder and a data set."""
 
   encoder: Encoder
   protocol: Protocol
-  layers: tuple[int, ...]
-  max_depth: float
+  layers: tuple[int, ...]  # blocks that are read
+  max_depth: float  # of the last bin and of the evaluated pixels, in metres
   dpt_features: int
+  # Rows and columns of a whole image (or its central square) as the encoder
+  # sees it, before padding; None for its own size.
   input_size: tuple[int, int] | None
   seed: int
 

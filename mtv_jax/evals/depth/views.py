@@ -22,19 +22,13 @@ from mtv_jax.utils.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """The encoder's view of images of one size.
+  """The encoder's view of images of one size."""
 
-  Attributes:
-    size, input_size: rows and columns of the image, and after resizing, before
-      padding.
-    resize: of predictions, a method of `resizing`.
-    mean: of the encoder's normalisation, in 0..1; padding becomes zero.
-  """
-
-  size: tuple[int, int]
-  input_size: tuple[int, int]
+  size: tuple[int, int]  # rows and columns of the image
+  input_size: tuple[int, int]  # after resizing, before padding
   patch: int
-  resize: str = "bilinear"
+  resize: str = "bilinear"  # of predictions, a method of `resizing`
+  # Of the encoder's normalisation, in 0..1; padding becomes zero.
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
   @property

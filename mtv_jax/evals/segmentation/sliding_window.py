@@ -31,25 +31,16 @@ _BLOCK = 2**25
 
 @dataclasses.dataclass(frozen=True)
 class Slide:
-  """The windows, scales and flips of an image.
+  """The windows, scales and flips of an image."""
 
-  Attributes:
-    size: side of the windows in pixels.
-    stride: pixels from window to window; the last one ends with the image.
-    short: shorter side of the resized image.
-    scales: factors of `short`; with several, the softmax of each is averaged.
-    flips: `both` also averages with the mirrored image, `none` does not.
-    interpolation: of the resize, Pillow's `bilinear` or `bicubic`, antialiased.
-    average: what is averaged where windows overlap, their `scores` or the
-      `softmax` of them.
-  """
-
-  size: int
-  stride: int
-  short: int
+  size: int  # side of the windows in pixels
+  stride: int  # pixels from window to window; the last ends with the image
+  short: int  # shorter side of the resized image
+  # Factors of `short`; with several, the softmax of each is averaged.
   scales: tuple[float, ...] = (1.0,)
-  flips: str = "none"
-  interpolation: str = "bilinear"
+  flips: str = "none"  # `both` also averages with the mirrored image
+  interpolation: str = "bilinear"  # or `bicubic`, Pillow's, antialiased
+  # What is averaged where windows overlap, `scores` or their `softmax`.
   average: str = "scores"
 
   def __post_init__(self):

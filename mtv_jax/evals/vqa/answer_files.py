@@ -37,17 +37,11 @@ _OPTIONS = ("options", "choices")
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """The truths of a question.
+  """The truths of a question."""
 
-  Attributes:
-    truths: correct answers, one from each annotator.
-    options: of multiple choice, in the order of their letters.
-    kind: of the answer, if the file distinguishes kinds.
-  """
-
-  truths: tuple[str, ...]
-  options: tuple[str, ...] = ()
-  kind: str | None = None
+  truths: tuple[str, ...]  # correct answers, one from each annotator
+  options: tuple[str, ...] = ()  # of multiple choice, by their letters
+  kind: str | None = None  # of the answer, if the file distinguishes kinds
 
 
 @dataclasses.dataclass(frozen=True)
