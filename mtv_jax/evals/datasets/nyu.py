@@ -191,11 +191,16 @@ def _open_arrays(
 ) -> examples.DepthSet:
   digest = examples.Digest()
   digest.add(*hashed, *ids)
-  images = examples.Images(lambda i: np.ascontiguousarray(image(i)), len(ids))
-  depths = examples.DepthMaps(
-    lambda i: np.ascontiguousarray(depth(i), np.float32), len(ids)
+  return examples.DepthSet(
+    kind="nyu",
+    name=name,
+    images=examples.Images(lambda i: np.ascontiguousarray(image(i)), len(ids)),
+    depths=examples.DepthMaps(
+      lambda i: np.ascontiguousarray(depth(i), np.float32), len(ids)
+    ),
+    source=source,
+    digest=digest.hex(),
   )
-  return examples.DepthSet("nyu", name, images, depths, source, digest.hex())
 
 
 @functools.lru_cache(maxsize=4)
