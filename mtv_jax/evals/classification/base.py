@@ -45,7 +45,6 @@ class ClassificationProbe(Evaluator):
     view: see `global_features.view`; on scenes `encoder`.
     count: test images, evenly spaced; all by default, 400 scenes.
     train_count: training images, evenly spaced; all by default, 800 scenes.
-    batch_size: images per step of the encoder.
   """
 
   data: Data = "scenes"
@@ -102,12 +101,9 @@ class ClassificationProbe(Evaluator):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureProbe(ClassificationProbe):
-  """Base class of the probes of one feature vector per image.
+  """Base class of the probes of one feature vector per image."""
 
-  Attributes:
-    feature: see `global_features.embed`.
-  """
-
+  # See `global_features.embed`.
   feature: Literal["pooled", "cls", "mean"] = "pooled"
 
   def _features(

@@ -34,9 +34,7 @@ from mtv_jax.utils.errors import InputError
 class KNN(FeatureProbe):
   """k-NN classification: top-1 accuracy for each k.
 
-  Attributes:
-    k: numbers of neighbours, capped by the number of training images.
-    temperature: of the softmax over similarities.
+  k, numbers of neighbours, is capped by the number of training images.
   """
 
   k: tuple[PositiveInt, ...] = (10, 20, 100, 200)

@@ -52,7 +52,6 @@ class ZeroShot(Evaluator):
       canonicalises, CLIP's does not); `canonicalize` canonicalises them first,
       as big_vision does.
     count: images to use, evenly spaced; all by default.
-    batch_size: images a step.
   """
 
   data: Data = "scenes"

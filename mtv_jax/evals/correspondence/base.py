@@ -27,7 +27,6 @@ class CorrespondenceEvaluator(Evaluator):
       same grid where the patch does not divide it.
     layer: block whose patch tokens are matched; -1 is the last.
     norm: `none` takes them before the final norm, `final` after it.
-    batch_size: images per step.
     pictures: number of pairs on the sheet.
   """
 

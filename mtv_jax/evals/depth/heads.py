@@ -64,14 +64,11 @@ class Head:
 class LinearHead(Head):
   """A linear map from each patch to the bins.
 
-  Attributes:
-    batch_norm: whether the features are batch-normalised.
-    upsample: factor by which the logits are upsampled (bilinear, half-pixel
-      centres). Upstream upsamples the features, which is equal, as the map is
-      linear, and more expensive.
+  The logits are upsampled (bilinear, half-pixel centres). Upstream upsamples
+  the features, which is equal, as the map is linear, and more expensive.
   """
 
-  batch_norm: bool = False
+  batch_norm: bool = False  # of the features
   upsample: int = 1
 
   def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:

@@ -51,7 +51,6 @@ class Grounding(Evaluator):
       other names for them, one a class in the data's order.
     locate: `auto` to locate phrases if the encoder has a locator, or `none`.
     count: images to use, evenly spaced; all by default (of the scenes 128).
-    batch_size: images a step.
     pictures: images on the sheet.
   """
 

@@ -43,7 +43,6 @@ class Retrieval(Evaluator):
     max_captions: the first captions of an image to use; all by default. (Of
       COCO's 5,000 test images some have six or seven: 25,010 captions.)
     count: images to use, evenly spaced; all by default.
-    batch_size: images a step.
     pictures: images on the sheet `captions`, captions on the sheet `images`.
   """
 
