@@ -7,7 +7,7 @@ import dataclasses
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -23,17 +23,11 @@ from mtv_jax.utils.errors import ConfigError, did_you_mean
 _MAX_REASON = 1000
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """Evaluations that a command line requests.
+class Plan(NamedTuple):
+  """Evaluations that a command line requests."""
 
-  Attributes:
-    entries: as in `config.evals`, by name.
-    named: requested by name rather than by `all`: an evaluation of these that
-      can't run is an error.
-  """
-
-  entries: dict[str, dict[str, Any]]
+  entries: dict[str, dict[str, Any]]  # as in `config.evals`
+  # Requested by name rather than by `all`: an error if they can't run.
   named: frozenset[str] = frozenset()
 
 
@@ -179,7 +173,7 @@ def prepare(
 
   Args:
     chosen: from `plan`.
-    say: is called with a line for each evaluation that won't run.
+    say: called with a line for each evaluation that won't run.
 
   Returns:
     By name: the evaluators; of those skipped, the reason that the data are not
@@ -219,10 +213,9 @@ def attempt(
   """Runs prepared evaluations one by one and records errors.
 
   Args:
-    encoder: to evaluate.
-    evaluators: from `prepare`.
+    encoder, evaluators: from `load` and `prepare`.
     outcome: of the encoder, to which results and errors are added.
-    say: is called with a line for each evaluation at its end.
+    say: called with a line for each evaluation at its end.
 
   Yields:
     The outcome after each evaluation; at least one.

@@ -60,23 +60,18 @@ class NotApplicable(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """Metrics and their protocol.
+  """Metrics and their protocol."""
 
-  Attributes:
-    metrics: by name, fractions (0..1) except for those in `units`.
-    protocol: everything the metrics depend on, JSON-able: input size,
-      preprocessing, weights, tie rule, data and its hash.
-    chance: for some of the metrics, the expectation of a random encoder.
-    units: of the metrics that are not fractions: "m", or "" for a number.
-    lower: names of the metrics where lower is better.
-    pictures: uint8 `[H, W, 3]` sheets of examples by name; not in the JSON.
-  """
-
-  metrics: dict[str, float]
+  metrics: dict[str, float]  # fractions (0..1) except for those in `units`
+  # Everything the metrics depend on, JSON-able: input size, preprocessing,
+  # weights, tie rule, data and its hash.
   protocol: dict[str, Any]
+  # For some of the metrics, the expectation of a random encoder.
   chance: dict[str, float] = dataclasses.field(default_factory=dict)
+  # Of the metrics that are not fractions: "m", or "" for a number.
   units: dict[str, str] = dataclasses.field(default_factory=dict)
-  lower: tuple[str, ...] = ()
+  lower: tuple[str, ...] = ()  # metrics where lower is better
+  # uint8 `[H, W, 3]` sheets of examples by name; not in the JSON.
   pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def to_dict(self) -> dict[str, Any]:

@@ -31,8 +31,6 @@ IGNORE = 255
 class LazySequence(Sequence):
   """`count` arrays that `read(index)` reads when indexed, from any thread."""
 
-  item = "item"
-
   def __init__(self, read: Callable[[int], Any], count: int):
     self._read = read
     self._count = count
@@ -42,26 +40,20 @@ class LazySequence(Sequence):
 
   def __getitem__(self, index: int) -> np.ndarray:
     if not 0 <= index < self._count:
-      raise IndexError(f"{self.item} {index} of {self._count}")
+      raise IndexError(f"{index} of {self._count} {type(self).__name__}")
     return self._read(index)
 
 
 class Images(LazySequence):
   """uint8 images `[h, w, 3]`, each with its own size."""
 
-  item = "image"
-
 
 class DepthMaps(LazySequence):
   """Depth maps in metres, float32 `[h, w]`, each of its image's size."""
 
-  item = "depth map"
-
 
 class LabelMaps(LazySequence):
   """Maps of classes, uint8 `[h, w]`, each of its image's size."""
-
-  item = "map"
 
 
 def open_images(paths: Sequence[str | os.PathLike]) -> Images:
@@ -84,32 +76,20 @@ def select_images(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageSet:
-  """Images of a data set, with a label each in subclasses.
+  """Images of a data set, with a label each in subclasses."""
 
-  Attributes:
-    name: of the data set, for the protocol.
-    images: n of them.
-    digest: hash of names, file sizes and labels.
-  """
-
-  name: str
+  name: str  # in protocols
   images: Images
-  digest: str
+  digest: str  # hash of names, file sizes and labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassificationSet(ImageSet):
-  """Images with one class each.
+  """Images with one class each."""
 
-  Attributes:
-    labels: indices into `classes` and `ids`.
-    classes: readable names, or None if the data has none.
-    ids: identifiers by which a prompt file may know the classes.
-  """
-
-  labels: Int[np.ndarray, " n"]
-  classes: tuple[str, ...] | None
-  ids: tuple[str, ...] | None
+  labels: Int[np.ndarray, " n"]  # indices into `classes` and `ids`
+  classes: tuple[str, ...] | None  # readable names, or None without
+  ids: tuple[str, ...] | None  # by which a prompt file may know the classes
 
   def select(self, indices: Int[np.ndarray, " m"]) -> ClassificationSet:
     """The images at `indices`, with a hash that depends on them."""
@@ -125,17 +105,11 @@ class ClassificationSet(ImageSet):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptionSet(ImageSet):
-  """Images with captions.
+  """Images with captions, at least one each."""
 
-  Attributes:
-    captions: m of them, in the order of their images.
-    owner: `[m]`, the image of each caption; every image has at least one.
-    split: which of Karpathy's; None for other data, which has no choice.
-  """
-
-  captions: tuple[str, ...]
-  owner: Int[np.ndarray, " m"]
-  split: str | None = None
+  captions: tuple[str, ...]  # in the order of their images
+  owner: Int[np.ndarray, " m"]  # the image of each caption
+  split: str | None = None  # of Karpathy's; None for other data
 
   @classmethod
   def from_lists(
@@ -147,11 +121,7 @@ class CaptionSet(ImageSet):
     *,
     split: str | None = None,
   ) -> CaptionSet:
-    """A set of images and the captions of each.
-
-    Raises:
-      InputError: if there is none.
-    """
+    """A set of images and the captions of each; InputError if empty."""
     if not captions:
       raise InputError(f"{name}: no image has a caption")
     owner = np.repeat(np.arange(len(captions)), [len(c) for c in captions])
@@ -167,52 +137,34 @@ class CaptionSet(ImageSet):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentationSet(ImageSet):
-  """Images and the classes of their pixels.
+  """Images and the classes of their pixels."""
 
-  Attributes:
-    kind: `scenes`, `ade20k` or `nyu40`.
-    maps: n of them, of their images' sizes: a class, or `IGNORE`.
-    classes: readable names; None where the data has none.
-    class_count: number of classes.
-  """
-
-  kind: str
-  maps: LabelMaps
-  classes: tuple[str, ...] | None
+  kind: str  # `scenes`, `ade20k` or `nyu40`
+  maps: LabelMaps  # of their images' sizes: a class, or `IGNORE`
+  classes: tuple[str, ...] | None  # readable names, or None without
   class_count: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DepthSet(ImageSet):
-  """Images and the true depth of their pixels.
+  """Images and the true depth of their pixels."""
 
-  Attributes:
-    kind: `scenes`, `nyu` or `kitti`, whose published limits and crops differ.
-    depths: n of them, each of its image's size: metres, 0 where unknown.
-    source: where the depth comes from, for the protocol.
-  """
-
-  kind: str
-  depths: DepthMaps
-  source: str
+  kind: str  # `scenes`, `nyu` or `kitti`; published limits and crops differ
+  depths: DepthMaps  # of their images' sizes: metres, 0 where unknown
+  source: str  # of the depth, for the protocol
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BoxSet(ImageSet):
-  """Images with named boxes, at least one each.
+  """Images with named boxes, at least one each."""
 
-  Attributes:
-    boxes: of each image, (y0, x0, y1, x1) in the unit square.
-    phrases: of each image, the names of its boxes.
-    labels: of each image, the indices of its boxes' `classes`; None without.
-    classes: names, or None for data that has phrases only.
-    left_out: number of unused boxes, by reason.
-  """
-
+  # Of each image, (y0, x0, y1, x1) in the unit square.
   boxes: tuple[Float32[np.ndarray, "_ 4"], ...]
-  phrases: tuple[tuple[str, ...], ...]
+  phrases: tuple[tuple[str, ...], ...]  # of each image's boxes
+  # Of each image's boxes, indices of `classes`; None for phrases only.
   labels: tuple[Int[np.ndarray, " _"], ...] | None
   classes: tuple[str, ...] | None
+  # Number of unused boxes, by reason.
   left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -221,41 +173,26 @@ class KeyPointPair:
   """Two images of one category and the key points that both show.
 
   Coordinates are (x, y) in pixels of the image as it is stored.
-
-  Attributes:
-    category: of both objects.
-    viewpoint: difference of the viewpoints (0 easy, 1 medium, 2 hard), or
-      None where the data lack it.
-    first, second: indices of the images.
-    first_points, second_points: the key points.
-    second_box: (x0, y0, x1, y1) of the object in the second image.
-    first_side, second_side: the images' longer sides.
   """
 
-  category: str
-  viewpoint: int | None
-  first: int
+  category: str  # of both objects
+  viewpoint: int | None  # difference: 0 easy, 1 medium, 2 hard, None unknown
+  first: int  # index of the first image
   second: int
   first_points: Float64[np.ndarray, "k 2"]
   second_points: Float64[np.ndarray, "k 2"]
-  second_box: Float64[np.ndarray, "4"]
-  first_side: int
+  second_box: Float64[np.ndarray, "4"]  # (x0, y0, x1, y1) of the object
+  first_side: int  # longer side of the first image
   second_side: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyPointPairs(ImageSet):
-  """Images in pairs, with semantically corresponding key points.
+  """Images in pairs, with semantically corresponding key points."""
 
-  Attributes:
-    layout: `spair` or `scenes`.
-    pairs: in a fixed order.
-    about: further protocol entries.
-  """
-
-  layout: str
+  layout: str  # `spair` or `scenes`
   pairs: tuple[KeyPointPair, ...]
-  about: Mapping[str, Any]
+  about: Mapping[str, Any]  # further protocol entries
 
 
 def subsample(items: Sequence[Any], count: int | None) -> list[Any]:

@@ -31,41 +31,33 @@ _LAYER_FIELDS = ("layers", "prefix_layers")
 log = logging.getLogger(__name__)
 
 
-class _Store:
+class _Store(collections.OrderedDict[_Key, np.ndarray]):
   """Arrays by key; the least recently used are evicted first."""
 
-  def __init__(self):
-    self._arrays: collections.OrderedDict[_Key, np.ndarray] = (
-      collections.OrderedDict()
-    )
-    self._is_warned = False
+  is_warned = False
 
   def get(self, key: _Key) -> np.ndarray | None:
-    if key in self._arrays:
-      self._arrays.move_to_end(key)
-    return self._arrays.get(key)
+    if key in self:
+      self.move_to_end(key)
+    return super().get(key)
 
   def put(self, key: _Key, array: np.ndarray) -> None:
-    if array.nbytes > BUDGET:
-      self._warn(key, array)
-      return
-    self._arrays[key] = array
-    while sum(a.nbytes for a in self._arrays.values()) > BUDGET:
-      self._warn(*self._arrays.popitem(last=False))
-
-  def _warn(self, key: _Key, array: np.ndarray) -> None:
-    """Logs the first eviction."""
-    if not self._is_warned:
-      log.warning(
-        "features of an encoder exceed the cache of %.2g GB: %s %s of the data "
-        "%s is the first to be evicted. Evaluations that share such features "
-        "compute them again",
-        BUDGET / 1e9,
-        key[2],
-        array.shape,
-        key[0],
-      )
-    self._is_warned = True
+    self[key] = array
+    # An array larger than the budget evicts no other.
+    self.move_to_end(key, last=array.nbytes <= BUDGET)
+    while sum(a.nbytes for a in self.values()) > BUDGET:
+      evicted, array = self.popitem(last=False)
+      if not self.is_warned:
+        log.warning(
+          "features of an encoder exceed the cache of %.2g GB: %s %s of the "
+          "data %s is the first to be evicted. Evaluations that share such "
+          "features compute them again",
+          BUDGET / 1e9,
+          evicted[2],
+          array.shape,
+          evicted[0],
+        )
+      self.is_warned = True
 
 
 _stores: weakref.WeakKeyDictionary[Encoder, _Store] = (

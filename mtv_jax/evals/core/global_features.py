@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32
@@ -15,7 +15,11 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core import features
 from mtv_jax.evals.core.examples import ClassificationSet, select_images
-from mtv_jax.utils.errors import InputError, check_choice
+from mtv_jax.utils.errors import InputError
+
+View = Literal["center", "squash_center", "encoder"]
+Feature = Literal["pooled", "cls", "mean"]
+Pixels = Literal["images", "crops"]
 
 # Resizing of the views, beside "encoder".
 _RESIZES = {
@@ -26,8 +30,6 @@ _RESIZES = {
     "antialias": False,
   },
 }
-VIEWS = (*_RESIZES, "encoder")
-FEATURES = ("pooled", "cls", "mean")
 
 # Size of the patches of a chunk of images, of which the mean is computed.
 _CHUNK_BYTES = 2**29
@@ -39,7 +41,7 @@ _views: weakref.WeakKeyDictionary[Encoder, dict[Preprocess, Encoder]] = (
 )
 
 
-def view(encoder: Encoder, name: str) -> Encoder:
+def view(encoder: Encoder, name: View) -> Encoder:
   """The encoder with the preprocessing of a protocol.
 
   Args:
@@ -51,7 +53,6 @@ def view(encoder: Encoder, name: str) -> Encoder:
       sides to 256/224 of the input size (bilinear, not antialiased, as
       `tf.image.resize`), then the middle square.
   """
-  check_choice("view", name, VIEWS)
   if name == "encoder":
     return encoder
   base = encoder.preprocess
@@ -73,9 +74,9 @@ def embed(
   encoder: Encoder,
   data: ClassificationSet,
   *,
-  feature: str = "pooled",
+  feature: Feature = "pooled",
   batch_size: int = 64,
-  pixels: str = "images",
+  pixels: Pixels = "images",
 ) -> Float32[np.ndarray, "n d"]:
   """One vector an image, not normalised.
 
@@ -92,7 +93,6 @@ def embed(
   Raises:
     InputError: for `cls` of an encoder without one.
   """
-  check_choice("feature", feature, FEATURES)
   if feature == "cls" and not encoder.spec.image.cls_token:
     raise InputError(
       f"feature='cls': {encoder!r} has no CLS token; take 'pooled' or 'mean'"
@@ -106,23 +106,20 @@ def embed(
   )
   if pixels == "crops":
     encode = encoder.dense
-  output = "pooled" if feature == "pooled" else "prefix"
+  output = {"pooled": "pooled", "cls": "prefix"}[feature]
   out = encode(data.images, outputs=(output,), batch_size=batch_size)
   return out.pooled if feature == "pooled" else out.prefix[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
 class LastBlocks:
-  """Features of the last blocks for linear probes.
+  """Features of the last blocks for linear probes."""
 
-  Attributes:
-    tokens: an embedding of the last block, the one before it and so on: the CLS
-      token after the final norm. Without CLS tokens, the embedding of the last
-      block, and of the others the mean patch token after the final norm.
-    mean: mean of the last block's patch tokens after the final norm.
-  """
-
+  # Of the last block, the one before it and so on: the CLS token after the
+  # final norm. Without CLS tokens, the embedding of the last block, and of the
+  # others the mean patch token after the final norm.
   tokens: tuple[Float32[np.ndarray, "n _"], ...]
+  # Mean of the last block's patch tokens after the final norm.
   mean: Float32[np.ndarray, "n d"]
 
 
@@ -139,7 +136,7 @@ def last_blocks(
   *,
   blocks: int = 1,
   batch_size: int = 64,
-  pixels: str = "images",
+  pixels: Pixels = "images",
 ) -> LastBlocks:
   """The tokens of the last blocks and the mean patch.
 
@@ -150,14 +147,12 @@ def last_blocks(
     images: any size.
     blocks: how many, of those the encoder has.
     batch_size: images a step.
-    pixels: `images` go through the encoder's preprocessing, `crops` are of its
-      input size and are only normalised.
+    pixels: as for `embed`.
   """
-  check_choice("pixels", pixels, ("images", "crops"))
   depth = encoder.spec.image.depth
   layers = tuple(range(depth - 2, depth - 1 - blocks, -1))
   cls = encoder.spec.image.cls_token
-  run = encoder.image if pixels == "images" else encoder.dense
+  run = {"images": encoder.image, "crops": encoder.dense}[pixels]
   size = encoder.preprocess.size // encoder.spec.image.patch_size
   each = 4 * (1 + len(layers)) * size**2 * encoder.spec.image.width
   chunk = max(batch_size, _CHUNK_BYTES // each // batch_size * batch_size)

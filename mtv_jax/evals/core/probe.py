@@ -43,18 +43,12 @@ _MAX_IN_FLIGHT = 2
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
-  """A trained head.
-
-  Attributes:
-    params: trained.
-    state: such as running statistics.
-    losses: of each step, before its update.
-    snapshots: (params, state) by number of updates.
-  """
+  """A trained head."""
 
   params: PyTree
-  state: PyTree
-  losses: Float32[np.ndarray, " steps"]
+  state: PyTree  # such as running statistics
+  losses: Float32[np.ndarray, " steps"]  # before each update
+  # (params, state) by number of updates.
   snapshots: dict[int, tuple[PyTree, PyTree]] = dataclasses.field(
     default_factory=dict
   )
@@ -80,8 +74,7 @@ def fit(
     params: float32 arrays; not modified.
     batches: `batches(step)`, or an iterable: dictionaries of arrays
       `[B, ...]`, all of one shape, the same on every host.
-    optimizer: its schedule counts steps.
-    steps: number of updates.
+    optimizer, steps: the optimizer and the number of updates.
     state: arrays that `loss` carries from step to step, not trained.
     seed: of the key, folded with the step.
     mesh: shards the batch over its data axes, if they divide it; one device by
@@ -222,11 +215,10 @@ def batch_norm_train(
   global batch's (SyncBN).
 
   Args:
-    x: any number of leading dimensions, at least two vectors in all.
+    x: at least two vectors.
     stats: from `batch_norm_stats` or the step before.
     affine: from `batch_norm_affine`; none by default.
-    momentum: weight of the new statistics.
-    eps: added to the variance.
+    momentum, eps: weight of the new statistics; added to the variance.
   """
   axes = tuple(range(x.ndim - 1))
   count = x.size // x.shape[-1]

@@ -23,20 +23,13 @@ DEFAULT_TEMPLATES = (
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """Class names and templates of a text classifier.
+  """Class names and templates of a text classifier."""
 
-  Attributes:
-    classes: names, in the order of the labels.
-    templates: each with one `{}` for the class name.
-    ids: of the classes in the data (ImageNet's WordNet ids), in the same
-      order; None where the data uses the names.
-    name: origin, for the protocol.
-  """
-
-  classes: tuple[str, ...]
-  templates: tuple[str, ...] = DEFAULT_TEMPLATES
+  classes: tuple[str, ...]  # in the order of the labels
+  templates: tuple[str, ...] = DEFAULT_TEMPLATES  # each with one `{}`
+  # Of the classes in the data (ImageNet's WordNet ids); None for their names.
   ids: tuple[str, ...] | None = None
-  name: str = "built in"
+  name: str = "built in"  # in protocols
 
   def __post_init__(self):
     for template in self.templates:
@@ -103,9 +96,7 @@ def read_prompts(
     )
   fields = {}
   for key in ("classes", "templates", "ids"):
-    values = content.get(key)
-    if values is None:
-      continue
+    values = [] if content.get(key) is None else content[key]
     if not isinstance(values, list) or not all(
       isinstance(v, str) and v for v in values
     ):

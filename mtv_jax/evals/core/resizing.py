@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float64, Int, Shaped
 from mtv_jax.augment import geometry
 from mtv_jax.models import positions
 from mtv_jax.models.heads import dpt
-from mtv_jax.utils.errors import InputError, did_you_mean
+from mtv_jax.utils.errors import InputError, check_choice
 
 LINEAR = (
   "bilinear",
@@ -36,21 +36,19 @@ def matrix(
 ) -> Float64[np.ndarray, "new old"]:
   """The matrix that resamples `size` values to `new_size`; rows sum to one.
 
-  Args:
-    size: number of values.
-    new_size: number of values after resampling.
-    method:
-      bilinear: pixels are areas (align_corners=False), two values are read
-        however much the axis shrinks.
-      bilinear_corners: the outer pixels stay in position (align_corners=True).
-      bilinear_antialiased: antialias=True; Pillow's BILINEAR.
-      bicubic: a = -0.75, four values are read; OpenCV's INTER_CUBIC.
-      bicubic_antialiased: a = -0.5; Pillow's BICUBIC, `jax.image.resize`.
+  The methods are:
+    bilinear: pixels are areas (align_corners=False), two values are read
+      however much the axis shrinks.
+    bilinear_corners: the outer pixels stay in position (align_corners=True).
+    bilinear_antialiased: antialias=True; Pillow's BILINEAR.
+    bicubic: a = -0.75, four values are read; OpenCV's INTER_CUBIC.
+    bicubic_antialiased: a = -0.5; Pillow's BICUBIC, `jax.image.resize`.
 
   Raises:
-    InputError: for a method that is not in `LINEAR`, or an empty axis.
+    ConfigError: for a method that is not in `LINEAR`.
+    InputError: for an empty axis.
   """
-  _check(method, LINEAR)
+  check_choice("resizing method", method, LINEAR)
   if size < 1 or new_size < 1:
     raise InputError(f"resizing {size} values to {new_size}; expected >= 1")
   if method == "bilinear_corners":
@@ -91,17 +89,14 @@ def indices(
 ) -> Int[np.ndarray, " new"]:
   """Index of the nearest of `size` values for each of `new_size`.
 
-  Args:
-    size: number of values.
-    new_size: number of values after resampling.
-    method: `nearest` reads at the pixel's upper left corner (16 to 4 takes 0,
-      4, 8, 12: torch's 'nearest', OpenCV's INTER_NEAREST), `nearest_exact` at
-      its centre (2, 6, 10, 14: torch's 'nearest-exact', Pillow, JAX).
+  `nearest` reads at the pixel's upper left corner (16 to 4 takes 0, 4, 8, 12:
+  torch's 'nearest', OpenCV's INTER_NEAREST), `nearest_exact` at its centre (2,
+  6, 10, 14: torch's 'nearest-exact', Pillow, JAX).
 
   Raises:
-    InputError: for a method that is not in `NEAREST`.
+    ConfigError: for a method that is not in `NEAREST`.
   """
-  _check(method, NEAREST)
+  check_choice("resizing method", method, NEAREST)
   # In float32, as PyTorch computes them: rounding decides positions that are
   # integers.
   scale = np.float32(size) / np.float32(new_size)
@@ -118,18 +113,12 @@ def resize(
   *,
   method: str = "bilinear",
 ) -> Shaped[Array, "*n h2 w2 d"] | Shaped[np.ndarray, "*n h2 w2 d"]:
-  """Resizes feature maps or images with channels.
+  """Resizes feature maps or images with channels, on the host or the device.
 
-  Args:
-    x: on the host or on the device, like the result.
-    size: rows and columns of the result.
-    method: one of `METHODS`, see `matrix` and `indices`.
-
-  Returns:
-    In the dtype of `x`; linear methods make float32 of integers.
+  The result has the dtype of `x`; linear methods make float32 of integers.
 
   Raises:
-    InputError: for an unknown method.
+    ConfigError: for a method that is not in `METHODS`.
   """
   return _resize(x, size, method=method, axis=x.ndim - 3)
 
@@ -145,7 +134,7 @@ def resize_maps(
 
 
 def _resize(x, size, *, method, axis):
-  _check(method, METHODS)
+  check_choice("resizing method", method, METHODS)
   if method in LINEAR and not jnp.issubdtype(x.dtype, jnp.floating):
     x = x.astype(np.float32)
   for dim, new in ((axis, size[0]), (axis + 1, size[1])):
@@ -183,10 +172,3 @@ def _taps(
   # Stable, so that taps are added up in the order of the axis.
   order = np.argsort(full == 0, axis=1, kind="stable")[:, :count]
   return order.T, np.take_along_axis(full, order, axis=1).T
-
-
-def _check(method: str, known: tuple[str, ...]) -> None:
-  if method not in known:
-    raise InputError(
-      f"no resizing method {method!r}. {did_you_mean(method, known)}"
-    )

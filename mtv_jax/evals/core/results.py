@@ -26,25 +26,15 @@ from mtv_jax.utils.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """Results of the evaluations of one encoder.
+  """Results, or reasons and errors, of one encoder by evaluation."""
 
-  Attributes:
-    name: of the encoder, in tables.
-    encoder: the path it was loaded from.
-    weights: `student`, `teacher` or `ema`.
-    results: by evaluation.
-    skipped: by evaluation, the reason.
-    failed: by evaluation, the error.
-    protocol: of the encoder alone, which its results' protocols begin with.
-    version: of the code.
-  """
-
-  name: str
-  encoder: str
-  weights: str
+  name: str  # in tables
+  encoder: str  # the path it was loaded from
+  weights: str  # `student`, `teacher` or `ema`
   results: dict[str, Result] = dataclasses.field(default_factory=dict)
   skipped: dict[str, str] = dataclasses.field(default_factory=dict)
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
+  # Of the encoder alone; its results' protocols begin with it.
   protocol: dict[str, Any] = dataclasses.field(default_factory=dict)
   version: str = mtv_jax.__version__
 

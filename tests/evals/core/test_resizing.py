@@ -69,7 +69,7 @@ def test_under_jit_the_matrices_are_constants():
 def test_mistakes_are_named():
   with pytest.raises(ValueError, match="bicubic"):
     resizing.resize(np.zeros((2, 2, 1)), (1, 1), method="bicubik")
-  with pytest.raises(ValueError, match="no resizing method 'bilinear'"):
+  with pytest.raises(ValueError, match="resizing method is 'bilinear'"):
     resizing.indices(4, 2, "bilinear")
 
 
