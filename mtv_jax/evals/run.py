@@ -44,14 +44,14 @@ def plan(
   Args:
     names: of evaluations, or `all`.
     data: one for every evaluation, or `NAME=DATA` for one of them.
-    options: for those of the evaluations that have an option of that name;
-      None is ignored.
-    preferences: the same, where it is no mistake if none has one.
+    options: for the evaluations that have an option of that name; None is
+      ignored.
+    preferences: likewise, but no evaluation needs to have the option.
     assignments: `NAME.OPTION=VALUE`, typed like overrides of a config.
 
   Raises:
-    ConfigError: for an evaluation that does not exist or was not requested, or
-      an option that none of the requested ones has.
+    ConfigError: for an unknown or unrequested evaluation, or an option that
+      none of the requested ones has.
   """
   requested = _expand_names(names)
   common, by_name = _split_data(data)

@@ -80,19 +80,11 @@ def evaluate(
   folder: str | os.PathLike | None = None,
   say: Callable[[str], None] = lambda line: None,
 ) -> list[Outcome]:
-  """Runs a plan on each encoder and records errors of single evaluations.
+  """Runs a plan on encoders by name, and records errors of single evaluations.
 
-  Args:
-    encoders: by their name in tables.
-    chosen: the evaluations.
-    folder: where `results.json` is written after each evaluation, so that a
-      killed process loses one evaluation only.
-    say: is called with lines of progress.
-
-  Raises:
-    ConfigError: for a bad option.
-    Exception: of the data of an evaluation that was requested by name, before
-      anything is computed.
+  Writes `results.json` to the folder after each evaluation, so that a killed
+  process loses one evaluation only. Raises as `run.prepare`; `say` is called
+  with lines of progress.
   """
   evaluators, skipped, failed = run.prepare(chosen, say=say)
   outcomes: list[Outcome] = []
@@ -117,8 +109,7 @@ def errors(outcomes: Sequence[Outcome], chosen: run.Plan) -> list[str]:
   """Errors of a finished run, a line each.
 
   These are failed evaluations, and evaluations requested by name that no
-  encoder can run. (With several encoders some may lack what is needed: a
-  baseline has no text tower.)
+  encoder can run.
   """
   lines = []
   for outcome in outcomes:

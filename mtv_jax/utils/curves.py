@@ -42,11 +42,7 @@ def read_metrics(run: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
 def plot_metrics(
   series: dict[str, list[tuple[int, float]]], pattern: str = r"/loss$"
 ) -> Figure:
-  """One chart for each metric whose name matches a regular expression.
-
-  Args:
-    series: from `read_metrics`.
-    pattern: searched in the names.
+  """One chart for each metric of `read_metrics` whose name matches a regex.
 
   Raises:
     InputError: if no name matches; lists the names.

@@ -27,14 +27,8 @@ class MissingFileError(UserError, FileNotFoundError):
 def did_you_mean(name: str, names: Iterable[str], *, limit: int = 40) -> str:
   """The last sentences of an error about an unknown name.
 
-  Args:
-    name: the unknown name.
-    names: the valid names.
-    limit: how many names to print; of more, the closest ones.
-
-  Returns:
-    "Did you mean 'b'? There are: a, b, c." (without the question where
-    no name is close).
+  "Did you mean 'b'? There are: a, b, c.", without the question where no name
+  is close, and with the closest `limit` names of more.
   """
   names = sorted({str(n) for n in names})
   if not names:

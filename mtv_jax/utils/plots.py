@@ -43,11 +43,8 @@ def colour_depth(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Inverse depth in the Turbo colour map: far is blue, near is red.
 
-  Args:
-    inverse_depth: in any unit.
-    valid: the other pixels are black.
-    limits: values at the ends of the map; by default the smallest and the
-      largest valid value.
+  Pixels that are not `valid` are black. The ends of the map are `limits`, by
+  default the smallest and the largest valid value.
   """
   known = inverse_depth if valid is None else inverse_depth[valid]
   low, high = limits or ((known.min(), known.max()) if known.size else (0, 1))

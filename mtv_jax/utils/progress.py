@@ -26,13 +26,9 @@ class _Lines(tqdm.tqdm):
 class Progress:
   """A progress bar whose calls give the number of completed items.
 
-  Items of earlier runs, before the first call, don't count into the rate.
-
-  Args:
-    unit: of the count.
-    description: in front of the bar.
-    stream: standard error by default.
-    interval: seconds between updates; by default 0.5 on a terminal, else 10.
+  Items of earlier runs, before the first call, don't count into the rate. The
+  stream is standard error by default, the interval between updates 0.5 seconds
+  on a terminal, else 10.
   """
 
   def __init__(
@@ -76,14 +72,7 @@ def track(
   total: int | None = None,
   unit: str = "batches",
 ) -> Iterator[T]:
-  """Yields items with a progress bar.
-
-  Args:
-    items: any iterable.
-    description: in front of the bar.
-    total: number of items, where `items` has no length.
-    unit: of the count.
-  """
+  """Yields items with a progress bar; `total` where they have no length."""
   if total is None:
     total = len(items) if isinstance(items, Sized) else 0
   report = Progress(unit=unit, description=description)

@@ -76,7 +76,7 @@ def match_rules(
   what: str = "rules",
   unused: Literal["error", "allow"] = "error",
 ) -> list[Match]:
-  """Matches each name with the first rule whose pattern fits.
+  """For each name, the first rule whose pattern fits.
 
   Args:
     names: such as 'image/blocks/mlp/fc1/kernel'.
@@ -84,9 +84,6 @@ def match_rules(
     what: the config key of the rules, for errors.
     unused: 'error' guards against typos in users' rules; 'allow' is for rules
       that serve many models.
-
-  Returns:
-    One Match a name, in the order of `names`.
 
   Raises:
     InputError: a bad regex, or a rule that matches no name.

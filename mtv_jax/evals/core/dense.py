@@ -40,7 +40,7 @@ def features(
     norm: `final` applies the encoder's last LayerNorm to the tokens of every
       block, `none` does not.
     cls: whether to append the block's CLS token to each of its patches.
-    batch_size: images per step.
+    batch_size: images a step.
 
   Raises:
     InputError: if the encoder lacks a final norm that is to be applied.
@@ -98,10 +98,8 @@ def threaded_map(
 ) -> Iterator[Any]:
   """`map` by threads, with results in order and a bounded number pending.
 
-  Args:
-    function: called from several threads.
-    items: iterated in the caller's thread.
-    ahead: results to compute in advance; by default twice the threads.
+  Items are iterated in the caller's thread; `ahead` results are computed in
+  advance, by default twice the threads.
   """
   threads = os.cpu_count() or 1
   pending: collections.deque = collections.deque()
@@ -136,15 +134,8 @@ def training_batches(
   """Batches of augmented examples for `probe.fit`.
 
   Threads read the next batch while the devices process this one. An example
-  depends only on the seed, the step and the row.
-
-  Args:
-    encode: from inputs to features.
-    read: from an index and random numbers to an example.
-    count: number of examples.
-    batch_size: examples per step.
-    steps: number of batches.
-    seed: of the order and the augmentation.
+  depends only on the seed, the step and the row: `read` takes its index, below
+  `count`, and random numbers.
   """
   order = probe.shuffled_batches(count, batch_size=batch_size, seed=seed)
 

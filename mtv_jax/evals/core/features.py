@@ -77,15 +77,8 @@ def encode_images(
   """`encoder.image` through the cache.
 
   Only the outputs that are not cached are computed. The arrays are shared, and
-  therefore read-only.
-
-  Args:
-    encoder: any.
-    images, layers, outputs, batch_size: as for `Encoder.image`.
-    digest: a hash of the images and their order.
-
-  Raises:
-    TypeError, ValueError: as `Encoder.image`.
+  therefore read-only. Arguments and errors are those of `Encoder.image`;
+  `digest` is a hash of the images and their order.
   """
   encoder_lib.check_outputs(outputs)
   # A user may give an encoder another preprocessing.

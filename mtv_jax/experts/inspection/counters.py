@@ -21,11 +21,8 @@ _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 class Histogram:
   """Counts in fixed bins, with quantiles exact to the width of a bin.
 
-  Count, mean, minimum and maximum are exact.
-
-  Args:
-    edges: of the bins, increasing. Values outside are counted too.
-    values: "whole" if each bin is centred on one integer.
+  Count, mean, minimum and maximum are exact. Values outside the edges are
+  counted too. `values` is "whole" if each bin is centred on one integer.
   """
 
   def __init__(

@@ -53,11 +53,7 @@ _Rules = dict[str, tuple[Any, ...]]
 
 
 def find(stats: Mapping[str, Any]) -> list[dict[str, str]]:
-  """Kind of the labels, name (for programs) and text of each finding.
-
-  Args:
-    stats: from `statistics.gather`.
-  """
+  """Kind, name and text of each finding in the statistics of `gather`."""
   kind = stats["kind"]
   rules = _read_rules(stats)
   rules |= _box_rules(stats) if kind == "boxes" else _depth_rules(stats)

@@ -42,14 +42,9 @@ _LEGENDS = {
 
 
 def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
-  """The page as HTML.
-
-  Args:
-    summary: from `inspect_labels.inspect`.
-    cards: of some records.
-  """
+  """The page as HTML: the summary of `inspect`, and cards of some records."""
   title = f"Labels of {', '.join(summary['data'])}"
-  body = [f"<h1>{escape(title)}</h1>"]
+  body = [html.heading(title, level=1)]
   for kind, stats in summary["sets"].items():
     read = stats["read"]["records"]
     part = f" Statistics of {read:,} labels, evenly spaced."
@@ -67,7 +62,7 @@ def render(summary: Mapping[str, Any], cards: Sequence[Card]) -> str:
     body += [f"<div class='cards{several}'>", *map(_render_card, cards)]
     body += ["</div>"]
   for kind, stats in summary["sets"].items():
-    body += [f"<h2>{kind.capitalize()}</h2>", *_render_statistics(stats)]
+    body += [html.heading(kind.capitalize()), *_render_statistics(stats)]
   return html.page(title, body, style=_STYLE)
 
 
@@ -75,7 +70,7 @@ def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
   yield html.table([("statistic", ""), *describe(stats)])
   charts = "".join(
     _render_histogram(histogram, title)
-    for title, histogram in _histograms(stats)
+    for title, histogram in _histograms(stats).items()
     if histogram["count"]
   )
   yield f"<div class=charts>{charts}</div>"
@@ -139,7 +134,7 @@ def describe(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "sides of the maps", ", ".join(map(str, stats["sides"]))
     yield "nearly constant maps", percent(stats["constant_maps"])
     yield "maps whose range is of a few pixels", percent(stats["narrow_maps"])
-  for title, histogram in _histograms(stats):
+  for title, histogram in _histograms(stats).items():
     if histogram["count"]:
       yield (
         title,
@@ -169,13 +164,11 @@ def _describe_boxes(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   yield "images with a phrase more than once", repeated
 
 
-def _histograms(
-  stats: Mapping[str, Any],
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-  """Title and values of each histogram of a label set."""
+def _histograms(stats: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+  """The histograms of a label set by title."""
   values = {**stats, **stats.get("phrases", {})}
-  for name, title in _HISTOGRAMS[stats["kind"]].items():
-    yield title, values[name]
+  titles = _HISTOGRAMS[stats["kind"]]
+  return {title: values[name] for name, title in titles.items()}
 
 
 def _spread(quantiles: Mapping[str, float]) -> str:

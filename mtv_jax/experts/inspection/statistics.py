@@ -50,8 +50,8 @@ def gather(
     progress: called with the number of labels read and to read.
 
   Returns:
-    For JSON. `records`, `labelled` and `reasons` are from the manifest; the
-    rest is of the labels that were `read`.
+    For JSON: `records`, `labelled` and `reasons` of the manifest, the rest of
+    the labels that were `read`.
 
   Raises:
     ConfigError: `records` is not positive.
