@@ -48,7 +48,7 @@ def test_nyu_lists(bts):
   assert data.depths[0].dtype == np.float32
   assert open_depth(bts).digest == data.digest
   assert open_depth(bts, count=1).digest != data.digest
-  with pytest.raises(IndexError, match="depth map 2 of 2"):
+  with pytest.raises(IndexError, match="2 of 2 DepthMaps"):
     _ = data.depths[2]
 
 
