@@ -79,10 +79,10 @@ def _print_summary(report: shard_writer.Report, out: str) -> None:
     f"\n{report.written:,} records in {len(report.shards)} shards in {out};"
     f" {len(report.skipped):,} skipped."
   )
-  reasons = Counter(skipped.reason for skipped in report.skipped)
+  reasons = Counter(skipped.problem for skipped in report.skipped)
   for reason, count in reasons.most_common(10):
     print(f"  {count:,} times: {reason}")
   for skipped in report.skipped[:10]:
-    print(f"  {skipped.name}: {skipped.reason}")
+    print(f"  {skipped.name}: {skipped.problem}")
   if report.skipped:
     print(f"{out}/skipped.jsonl lists all skipped inputs.")

@@ -35,17 +35,8 @@ MAX_PIXELS = 80_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # Raised by Pillow's decoders on damaged bytes (measured).
-_DAMAGED = (
-  OSError,
-  SyntaxError,
-  ValueError,
-  TypeError,
-  EOFError,
-  IndexError,
-  OverflowError,
-  struct.error,
-  zlib.error,
-)
+_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError)
+_DAMAGED += (OverflowError, struct.error, zlib.error)
 
 # Markers of frames with Huffman coding: baseline, extended and progressive.
 _FRAMES = (0xC0, 0xC1, 0xC2)
@@ -65,7 +56,7 @@ def decode(
 
   Args:
     data: a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file.
-    key: names the record in errors.
+    key: of the record, for errors.
     max_pixels: larger images are refused before they are decoded.
 
   Raises:
@@ -100,11 +91,8 @@ def from_pillow(
   if image.mode.startswith("I"):
     grey = np.asarray(image).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535:
-      raise BadRecord(
-        key,
-        f"the image has integers from {grey.min()} to {grey.max()}, of no known"
-        " range; 16 bits at most",
-      )
+      span = f"from {grey.min()} to {grey.max()}, of no known range"
+      raise BadRecord(key, f"the image has integers {span}; 16 bits at most")
     return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, -1)
   if image.has_transparency_data:
     image = image.convert("RGBA")
@@ -170,12 +158,9 @@ def _jpeg_header(data: bytes) -> _Jpeg | None:
       continue
     (length,) = struct.unpack_from(">H", data, at + 2)
     if marker in _FRAMES and at + 10 <= len(data):
-      bits, height, width, components = struct.unpack_from(
-        ">BHHB", data, at + 4
-      )
-      if bits != 8 or not height or not width:
+      bits, *frame = struct.unpack_from(">BHHB", data, at + 4)
+      if bits != 8 or 0 in frame[:2]:
         return None
-      frame = (height, width, components)
     if marker == 0xDA:  # the first scan: pixels follow
       if frame is None:
         return None
@@ -197,12 +182,9 @@ def _decode_pillow(
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
     raise BadRecord(key, f"the image is of absurd size ({e})") from e
   except Image.UnidentifiedImageError as e:
-    raise BadRecord(
-      key,
-      f"{len(data)} bytes that start with {data[:8]!r} are no image; known:"
-      f" {', '.join(_FORMATS)}",
-    ) from e
+    start = f"{len(data)} bytes that start with {data[:8]!r}"
+    formats = ", ".join(_FORMATS)
+    raise BadRecord(key, f"{start} are no image; known: {formats}") from e
   except _DAMAGED as e:
-    raise BadRecord(
-      key, f"the image can't be decoded ({type(e).__name__}: {e})"
-    ) from e
+    error = f"{type(e).__name__}: {e}"
+    raise BadRecord(key, f"the image can't be decoded ({error})") from e

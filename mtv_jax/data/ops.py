@@ -36,20 +36,16 @@ class Field:
 
 
 class HostOp(abc.ABC):
-  """An op of `data.ops`: a frozen dataclass of its arguments.
+  """An op of `data.ops`: a frozen dataclass of its arguments."""
 
-  Attributes:
-    random: whether it draws random numbers; others get no generator.
-    batch_fields: shape and dtype of the rows that it adds, by field; a string
-      in a shape names the argument that is the length.
-    is_optional: whether a run that reads none of these fields leaves it out.
-    record_fields: record fields of which at least one source must have each;
-      without them the op would add only zeros.
-  """
-
+  # Whether it draws random numbers; others get no generator.
   random: ClassVar[bool] = False
+  # Shape and dtype of the rows that it adds, by field; a string in a shape
+  # names the argument that is the length.
   batch_fields: ClassVar[Mapping[str, tuple[tuple[int | str, ...], Any]]] = {}
+  # Whether a run that reads none of these fields leaves it out.
   is_optional: ClassVar[bool] = False
+  # At least one source must have each; else the op would add only zeros.
   record_fields: ClassVar[frozenset[str]] = frozenset()
 
   @property
@@ -97,9 +93,8 @@ class TextOp(HostOp):
 class Ops:
   """The sequence of a config's ops.
 
-  Attributes:
-    fields: of the batch, each with its row's shape and dtype.
-    labels: record fields of which at least one source must have each.
+  `fields` are those of the batch, `labels` the record fields of which at least
+  one source must have each.
   """
 
   def __init__(self, text: str, ops: Mapping[str, HostOp]):
@@ -134,10 +129,6 @@ def build_ops(
     tokenizer: of the text tower, for `caption` and `regions`.
     wanted: batch fields that the run reads, None for all; optional ops that
       add none of them are left out.
-
-  Raises:
-    ConfigError: bad syntax, an unknown or repeated op, or wrong arguments.
-    InputError: no op adds a field of the batch, or one lacks a tokenizer.
   """
   registry = {
     name: functools.partial(op, tokenizer=tokenizer)
@@ -151,12 +142,9 @@ def build_ops(
       return True
     return not OPS[name].batch_fields.keys().isdisjoint(wanted)
 
-  # Before it is built, since the run may lack its tokenizer.
-  ops = {
-    op.name: build_op(op, registry, "data op")
-    for op in parse_ops(text, unique=True)
-    if is_read(op.name)
-  }
+  # Optional ops are left out before they are built, which may need a tokenizer.
+  parsed = filter(lambda op: is_read(op.name), parse_ops(text, unique=True))
+  ops = {op.name: build_op(op, registry, "data op") for op in parsed}
   built = Ops(text, ops)
   if not built.fields:
     raise InputError(
@@ -175,12 +163,10 @@ class Decode(HostOp):
   def __call__(self, record: Record, rng: np.random.Generator | None) -> Record:
     image, key = _get(record, "image"), record["key"]
     if isinstance(image, np.ndarray):
-      record["image"] = _as_rgb(image, key)
+      image = _as_rgb(image, key)
     else:
-      record["image"] = canvas_lib.decode(
-        image, key=key, max_pixels=self.max_pixels
-      )
-    return record
+      image = canvas_lib.decode(image, key=key, max_pixels=self.max_pixels)
+    return record | {"image": image}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,9 +187,9 @@ class Canvas(HostOp):
         f"canvas({self.size}) got the image as {type(image).__name__}; put"
         " `decode` before it in data.ops."
       )
-    record["image_size"] = np.array(image.shape[:2], np.int32)
-    record["image"] = canvas_lib.squash(image, self.size)
-    return record
+    size = np.array(image.shape[:2], np.int32)
+    image = canvas_lib.squash(image, self.size)
+    return record | {"image": image, "image_size": size}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,12 +351,8 @@ def _get(record: Record, field: str) -> Any:
 
 def _as_rgb(image: np.ndarray, key: str) -> UInt8[np.ndarray, "h w 3"]:
   pixels = image[..., None] if image.ndim == 2 else image
-  if (
-    image.dtype != np.uint8
-    or not image.size
-    or pixels.ndim != 3
-    or pixels.shape[2] not in (1, 3)
-  ):
+  is_image = pixels.ndim == 3 and pixels.shape[2] in (1, 3) and image.size
+  if image.dtype != np.uint8 or not is_image:
     raise BadRecord(
       key,
       f"the image is {image.dtype} {list(image.shape)}; expected uint8"

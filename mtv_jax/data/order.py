@@ -19,16 +19,13 @@ from mtv_jax.utils.process_cache import ProcessCache
 
 SHUFFLES = ("global", "block", "none")
 
-# Our choice for `block`: blocks are runs of at most this many records of one
-# shard, and this many blocks are mixed with each other. Reading them costs a
-# disk or an object store few long reads; 16 thousand records mix as well as a
-# shuffle buffer of that size.
+# For `block`: records of a block at most, and blocks that are mixed. They cost
+# few long reads, and mix as well as a shuffle buffer of 16 thousand records.
 BLOCK = 1024
 WINDOW = 16
 
-# Up to this size a source's order is a table. Grain computes it from a cipher
-# over at least 2^16 numbers, walking past those too large for the source:
-# 260 microseconds a record for 100 records, 4 for 100 thousand.
+# Up to this size a source's order is a table. Grain's cipher is over at least
+# 2^16 numbers: 260 microseconds a record for 100 records, 4 for 100 thousand.
 _TABLE = 1 << 16
 
 
@@ -51,10 +48,6 @@ def addresses(
     shuffle: "global" over a whole source, "block" by blocks of its shards and
       then within, "none".
     seed: of all shuffles; >= 0.
-
-  Raises:
-    ConfigError: an unknown shuffle.
-    InputError: no source, an empty one, a weight <= 0 or a seed < 0.
   """
   check_choice("data.shuffle", shuffle, SHUFFLES)
   if seed < 0:
@@ -103,14 +96,9 @@ def _address(k: int, record: int) -> tuple[int, int]:
 class BlockShuffle:
   """An endless order that keeps neighbouring records near each other.
 
-  Every epoch, blocks (runs of records of one shard) are permuted; each window
-  of consecutive blocks is then shuffled record by record.
-
-  Args:
-    shards: cumulative record counts of the shards.
-    seed: of the shuffle.
-    block: records a block, at most.
-    window: blocks a window.
+  Every epoch, blocks (runs of at most `block` records of one shard) are
+  permuted; each window of `window` consecutive blocks is then shuffled record
+  by record. `shards` are cumulative record counts.
   """
 
   def __init__(

@@ -59,7 +59,7 @@ class Stats:
   """Counts of the records in this host's batches so far."""
 
   read: int = 0  # Bad ones included.
-  corrupt: int = 0  # Bad ones; one that returns every epoch counts every time.
+  corrupt: int = 0  # Bad ones, again in every epoch.
   # Why records are bad by "source/key", of the first thousand.
   reasons: dict[str, str] = dataclasses.field(default_factory=dict)
   # Labels or parts of them left out, by "source: reason".
@@ -102,19 +102,20 @@ class HostBatches:
     with self._lock:
       # Grain sets up its datasets at the first access, which must be alone.
       addresses = [self.addresses[position] for position in positions]
-      pool = self._thread_pool()
+      if self._pool is None:
+        # Rows are parallel already; OpenCV's own threads would only contend.
+        cv2.setNumThreads(1)
+        self._pool = concurrent.futures.ThreadPoolExecutor(
+          self.threads, thread_name_prefix="row"
+        )
+      pool = self._pool
     batch = {
       name: np.empty((self.rows, *field.shape), field.dtype)
       for name, field in self.ops.fields.items()
     }
-    reports = list(
-      pool.map(self._fill_row, [batch] * self.rows, positions, addresses)
-    )
-    return {
-      "rows": batch,
-      "bad": [entry for bad, _ in reports for entry in bad],
-      "dropped": [entry for _, dropped in reports for entry in dropped],
-    }
+    jobs = [batch] * self.rows, positions, addresses
+    bad, dropped = zip(*pool.map(self._fill_row, *jobs), strict=True)
+    return {"rows": batch, "bad": sum(bad, []), "dropped": sum(dropped, [])}
 
   def _fill_row(
     self, batch: Batch, position: int, address: tuple[int, int]
@@ -143,15 +144,6 @@ class HostBatches:
       f" used. The first: {_describe(*bad[0])}. The last:"
       f" {_describe(*bad[-1])}."
     )
-
-  def _thread_pool(self) -> concurrent.futures.ThreadPoolExecutor:
-    if self._pool is None:
-      # Rows are parallel already; OpenCV's own threads would only contend.
-      cv2.setNumThreads(1)
-      self._pool = concurrent.futures.ThreadPoolExecutor(
-        self.threads, thread_name_prefix="row"
-      )
-    return self._pool
 
   def close(self) -> None:
     """Stops this process's threads; rows being read are finished."""
@@ -183,11 +175,7 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
   stats: Stats = dataclasses.field(default_factory=Stats)
 
   def __next__(self) -> Batch:
-    """The next batch: arrays of [rows, ...] for each of `fields`.
-
-    Raises:
-      CorruptDataError: too many of the records read so far can't be used.
-    """
+    """The next batch; a CorruptDataError if too many records are bad."""
     element = next(self.iterator)
     rows, bad = element["rows"], element["bad"]
     self.step += 1
@@ -229,8 +217,7 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
       raise CorruptDataError(
         f"{stats.corrupt} of {stats.read} records read can't be used,"
         f" {stats.corrupt / stats.read:.2%}; data.max_corrupt allows"
-        f" {self.max_corrupt:.2%}. Repair or remove them, or raise"
-        " data.max_corrupt. Among them:\n  " + "\n  ".join(reasons[:10])
+        f" {self.max_corrupt:.2%}. Among them:\n  " + "\n  ".join(reasons[:10])
       )
 
   def close(self) -> None:
@@ -272,16 +259,12 @@ def make_loader(
     batch_size: global, over all hosts.
     seed: of the order and of all random choices.
     start_step: of the first batch.
-    process_index: this host's number.
+    process_index: of this host.
     process_count: number of hosts.
-    tokenizer: of the text tower, for the op `caption`.
+    tokenizer: of the text tower.
     wanted: batch fields that the run reads; see `build_ops`.
     sources: instead of building those that `train` describes, one for each
       entry; without `train` all weigh the same.
-
-  Raises:
-    InputError: inconsistent arguments; names the field.
-    ConfigError: an unknown option, or a value of the wrong type or range.
   """
   if batch_size % process_count or batch_size < 1:
     raise InputError(
@@ -301,13 +284,11 @@ def make_loader(
   weights = [float(entry.get("weight", 1.0)) for entry in entries]
   _check_labels(ops, sources)
   rows = batch_size // process_count
+  weights = weights or [1.0] * len(sources)
   batches = HostBatches(
     sources,
     order.addresses(
-      sources,
-      weights=weights or [1.0] * len(sources),
-      shuffle=options.shuffle,
-      seed=seed,
+      sources, weights=weights, shuffle=options.shuffle, seed=seed
     ),
     ops,
     seed=seed,
@@ -324,12 +305,10 @@ def make_loader(
   dataset = grain.MapDataset.source(batches).to_iter_dataset(read_options)
   if options.workers:
     if not flags.FLAGS.is_parsed():
-      # Grain's worker processes read absl flags, which a program that is not
-      # an absl app (a notebook, a test) never parses.
+      # Grain's worker processes read absl flags, which only absl apps parse.
       flags.FLAGS.mark_as_parsed()
-    dataset = dataset.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=options.workers)
-    )
+    workers = grain.MultiprocessingOptions(num_workers=options.workers)
+    dataset = dataset.mp_prefetch(workers)
   return Loader(
     batches,
     iter(dataset),

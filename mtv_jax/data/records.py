@@ -32,10 +32,8 @@ _MAGIC = b"MTV1"
 class BadRecord(InputError):
   """A record that can't be used: its message names the key and the reason.
 
-  Raise it for what a long run should survive (damaged or truncated images, an
-  absurd size, an empty caption): the pipeline counts it, logs it and reads the
-  next record. What is wrong with a whole file or a config is another error,
-  and stops the run.
+  For what a long run survives (a damaged image, an empty caption): the pipeline
+  counts it, logs it and reads the next record.
   """
 
   def __init__(self, key: str, reason: str):
@@ -66,10 +64,8 @@ def count_dropped(record: Record, counts: Mapping[str, int]) -> None:
 def encode(record: Mapping[str, Any]) -> bytes:
   """Bytes of a record: its key, its encoded image and its captions.
 
-  Raises:
-    TypeError: the image is not bytes. The caller encodes pixels, and knows
-      whether JPEG's loss is acceptable.
-    KeyError: a field is missing.
+  A TypeError if the image is not bytes: the caller knows whether JPEG's loss is
+  acceptable.
   """
   image = record["image"]
   if not isinstance(image, bytes | bytearray | memoryview):
@@ -84,15 +80,7 @@ def encode(record: Mapping[str, Any]) -> bytes:
 
 
 def decode(data: bytes, *, where: str = "record") -> Record:
-  """The record that `encode` wrote.
-
-  Args:
-    data: the bytes of one record.
-    where: names the record in errors, such as "train.array_record:17".
-
-  Raises:
-    BadRecord: the bytes are not such a record or are cut short.
-  """
+  """The record that `encode` wrote; a BadRecord at `where` if damaged."""
   if data[:4] != _MAGIC:
     raise BadRecord(
       where,

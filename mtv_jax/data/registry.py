@@ -31,11 +31,6 @@ def build_source(config: Mapping[str, Any]) -> Source:
   Args:
     config: `type`, one of `SOURCES`, and the arguments of its class; `labels`
       (see `labels.join`) adds label sets; `weight`, of the mixture, is ignored.
-
-  Raises:
-    ConfigError: an unknown type, or an unknown, missing or wrong option.
-    LabelError: a label set that does not fit.
-    FileNotFoundError: a file is missing.
   """
   labels = config.get("labels")
   source = build_entry(
@@ -51,10 +46,6 @@ def open_files(paths: Paths, **options: Any) -> Source:
     paths: brace ranges, globs, commas or a list; see `expand_path`.
     **options: such as `index_dir`; None and options that the type lacks are
       ignored.
-
-  Raises:
-    InputError: files of several types, or that can't be read.
-    FileNotFoundError: a file is missing.
   """
   listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
   by_suffix = {s.suffix: kind for kind, s in SOURCES.items() if s.suffix}

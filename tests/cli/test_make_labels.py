@@ -235,7 +235,7 @@ def test_patterns(tmp_path):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"pattern": "x.png"}, "the same file for every image; it needs one of {k"),
+    ({"pattern": "x.png"}, "the same file for every image.*it needs one of {k"),
     ({"pattern": "{id}.png"}, "can't be filled in .*'id'.*{stem}"),
     ({"pattern": "{stem.png"}, "can't be filled in"),
     ({"values": "far"}, "depth.values is 'far'"),

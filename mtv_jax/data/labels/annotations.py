@@ -37,19 +37,12 @@ _SHAPE = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """A record of the base.
-
-  Attributes:
-    key: of the record.
-    name: of the original file, with its known folders.
-    image_id: of the data set; "" if unknown.
-    height, width: of the stored image; 0 if unreadable.
-  """
+  """A record of the base."""
 
   key: str
-  name: str
-  image_id: str
-  height: int
+  name: str  # Of the original file, with its known folders.
+  image_id: str  # Of the data set; "" if unknown.
+  height: int  # Of the stored image; 0 if unreadable.
   width: int
 
   @property
@@ -133,10 +126,7 @@ def _stored_size(base: Source, number: int) -> tuple[int, int]:
 
 
 def _check_unique(seen: dict[str, str], item: Item) -> None:
-  """Refuses a second file of the same stem in another folder.
-
-  `setdefault` is atomic, as several threads call this.
-  """
+  """Refuses a second file of the same stem; thread-safe by `setdefault`."""
   other = seen.setdefault(item.stem, item.name)
   if other != item.name:
     raise InputError(
@@ -155,10 +145,6 @@ class Instances:
     paths: instances_*.json files.
     match: of records by "name" (of the file, without folder and suffix),
       "image_id" or "key" (equal to the name).
-
-  Raises:
-    FileNotFoundError: a file is missing.
-    InputError: a file is not of this kind, or two list the same image.
   """
 
   def __init__(
@@ -246,29 +232,23 @@ class _Annotated:
 class DepthImages:
   """Depth of image files of one channel, 8 or 16 bits.
 
-  Attributes:
-    folder: of the files.
-    pattern: path of a file in it, with {key}, {stem} (of the original file),
-      {name} (with its folder, without suffix) or {image_id}.
-    values: "metric" if they grow with distance (they are inverted), "inverse"
-      if they grow with nearness.
-    scale: divisor of the values: 1000 for millimetres, 256 for KITTI.
-    invalid: values that mark a missing measurement.
-    side: side of the stored label in pixels.
-    min_valid: smallest number of labelled pixels.
+  `pattern` is the path of a file in the folder, with {key}, {stem} (of the
+  original file), {name} (with its folder, without suffix) or {image_id}.
 
   Raises:
-    MissingFileError: there is no such folder.
+    MissingFileError: the folder does not exist.
     InputError: an invalid pattern.
   """
 
   folder: str | os.PathLike
   _: dataclasses.KW_ONLY
   pattern: str = "{stem}.png"
+  # Whether they grow with distance or with nearness.
   values: Literal["metric", "inverse"] = "metric"
+  # Divisor of the values: 1000 for millimetres, 256 for KITTI.
   scale: Annotated[float | int, Range(above=0)] = 1.0
-  invalid: Sequence[int] = (0,)
-  side: Annotated[int, Range(min=2)] = 128
+  invalid: Sequence[int] = (0,)  # Values that mark a missing measurement.
+  side: Annotated[int, Range(min=2)] = 128  # Of the label, in pixels.
   min_valid: Annotated[int, Range(min=2)] = label_values.MIN_VALID
 
   def __post_init__(self):
@@ -285,25 +265,19 @@ class DepthImages:
     return {"from": "depth images", **dataclasses.asdict(self), **changed}
 
   def _path(self, item: Item) -> Path:
-    fields = {
-      "key": item.key,
-      "stem": item.stem,
-      "name": str(Path(item.name).with_suffix("")),
-      "image_id": item.image_id,
-    }
+    name = str(Path(item.name).with_suffix(""))
+    fields = dict(key=item.key, stem=item.stem, name=name)
+    fields["image_id"] = item.image_id
     known = ", ".join(f"{{{field}}}" for field in fields)
     try:
       name = self.pattern.format(**fields)
+      if name == self.pattern:
+        raise ValueError("it is the same file for every image")
     except (LookupError, AttributeError, ValueError) as error:
       raise InputError(
-        f"pattern={self.pattern!r} can't be filled in ({error!r}); its fields"
-        f" are {known}."
-      ) from error
-    if name == self.pattern:
-      raise InputError(
-        f"pattern={self.pattern!r} is the same file for every image; it needs"
+        f"pattern={self.pattern!r} can't be filled in ({error!r}); it needs"
         f" one of {known}."
-      )
+      ) from error
     return Path(self.folder) / name
 
   def __call__(self, item: Item) -> Outcome:

@@ -16,7 +16,6 @@ import functools
 import logging
 import os
 from collections.abc import Collection, Mapping
-from concurrent import futures
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
@@ -28,7 +27,7 @@ from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
 from mtv_jax.data.labels.label_values import KINDS, DepthLabel, Label, Stored
 from mtv_jax.data.records import BadRecord, Record, count_dropped
-from mtv_jax.data.sources.base import OPEN_THREADS, Source
+from mtv_jax.data.sources.base import Source, map_threads
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError, check_choice
 
@@ -64,16 +63,11 @@ class JoinedLabels(abc.ABC):
       raise BadRecord(record["key"], reason) from error
 
   @abc.abstractmethod
-  def _get(self, i: int, record: Record) -> Label | None:
-    """`get`, with the label's position in a BadRecord."""
+  def _get(self, i: int, record: Record) -> Label | None: ...
 
 
 class LabelledSource(Source):
-  """A source whose records also have the fields of joined label sets.
-
-  Reading raises a BadRecord for a damaged record or label, and a LabelError
-  for a label of another record.
-  """
+  """A source whose records also have the fields of joined label sets."""
 
   def __init__(self, source: Source, labels: list[JoinedLabels]):
     self._source = source
@@ -162,9 +156,9 @@ def open_labels(
     index_dir: folder of the index of a join by key; by default `path`.
   """
   labels = LabelSet(path, kind=kind)
-  if join == "key":
-    return KeyedLabels(labels, source, index_dir=index_dir)
-  return AlignedLabels(labels, source)
+  if join == "aligned":
+    return AlignedLabels(labels, source)
+  return KeyedLabels(labels, source, index_dir=index_dir)
 
 
 class AlignedLabels(JoinedLabels):
@@ -198,14 +192,13 @@ class AlignedLabels(JoinedLabels):
       raise LabelError(
         f"{self.label_set!r} has no labels for {len(missing)} of {len(names)}"
         f" shards ({', '.join(missing[:5])}); it has"
-        f" {', '.join(list(index)[:5])}{', ...' if len(index) > 5 else ''}."
-        " Label them, or remove them from the source's path."
+        f" {', '.join(list(index)[:5])}. Label them, or remove them from the"
+        " source's path."
       )
     if len(set(names)) < len(names):
       raise LabelError(
-        "Two shards of the source have one name, in different folders, which"
-        f" {self.label_set!r} can't distinguish. Give each folder an entry in"
-        " data.train with its labels."
+        "Two shards of the source, in different folders, have one name. Give"
+        " each folder an entry in data.train with its labels."
       )
     shards = [index[name] for name in names]
     for file, count, shard in zip(self._files, counts, shards, strict=True):
@@ -230,11 +223,9 @@ class AlignedLabels(JoinedLabels):
     chosen = samples[:: -(-len(samples) // _CHECKED) or 1]
 
     def check(sample: tuple[int, Path, str, str]) -> None:
-      i, file, key, image = sample
-      stored_key, stored_image = label_sets.read_sample(source, i) or (
-        key,
-        image,
-      )
+      i, file, *expected = sample
+      stored = label_sets.read_sample(source, i) or expected
+      (key, image), (stored_key, stored_image) = expected, stored
       if stored_key != key:
         raise LabelError(
           f"{self.label_set!r} is of other shards: record {i} of {source!r}, in"
@@ -247,8 +238,7 @@ class AlignedLabels(JoinedLabels):
           f" same key but other bytes. {_ADVICE}"
         )
 
-    with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
-      list(pool.map(check, chosen))
+    map_threads(check, chosen)
 
   def _get(self, i: int, record: Record) -> Label | None:
     shard = int(np.searchsorted(self._starts, i, side="right")) - 1
@@ -257,17 +247,14 @@ class AlignedLabels(JoinedLabels):
     if stored.key != record["key"]:
       raise LabelError(
         f"{self.label_set!r}: label {at} of"
-        f" {self.label_set.names[self._shards[shard]]} is of the record"
-        f" {stored.key!r}, record {at} of {self._files[shard]} is"
-        f" {record['key']!r}. {_ADVICE}"
+        f" {label_sets.stem(self._files[shard])} is of the record"
+        f" {stored.key!r}, record {at} of the source {record['key']!r}."
+        f" {_ADVICE}"
       )
     return stored.label
 
 
-_ADVICE = (
-  "Label these shards again; or, if the labels are of another copy of the same"
-  " images, set join='key'."
-)
+_ADVICE = "Label them again; for another copy of the images set join='key'."
 
 
 class KeyedLabels(JoinedLabels):
@@ -317,8 +304,7 @@ class KeyedLabels(JoinedLabels):
         return True
       return self._find(key) is not None
 
-    with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
-      hits = sum(pool.map(has_label, numbers.astype(int).tolist()))
+    hits = sum(map_threads(has_label, numbers.astype(int).tolist()))
     if not hits and len(numbers) == len(source):
       raise LabelError(
         f"No key of {source!r} is in {self.label_set!r}: the source's first is"
@@ -327,8 +313,7 @@ class KeyedLabels(JoinedLabels):
     log.log(
       logging.INFO if hits else logging.WARNING,
       f"{self.label_set}: {100 * hits / len(numbers):.1f} % of the records of"
-      f" {source!r} have an entry, by their keys ({hits} of {len(numbers)}"
-      " checked).",
+      f" {source!r} have an entry ({hits} of {len(numbers)} checked).",
     )
 
   def _find(self, key: str) -> Stored | None:
@@ -373,6 +358,5 @@ def _write_table(file: Path, labels: LabelSet) -> None:
   except OSError as error:
     raise OSError(
       f"A join by key needs the table {file}, which can't be written"
-      f" ({error.strerror or error}). Give these labels an index_dir that can"
-      " be written."
+      f" ({error.strerror or error}). Set index_dir to a writable folder."
     ) from error

@@ -11,12 +11,10 @@ without a label has an entry that is marked invalid. Every label stores its
 record's key, and the manifest a few of the base's keys and image hashes.
 """
 
-import functools
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +25,9 @@ from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import Stored
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
-from mtv_jax.data.sources.base import OPEN_THREADS, Source
+from mtv_jax.data.sources.base import Source, map_threads
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, MissingFileError
-from mtv_jax.utils.process_cache import ProcessCache
 
 VERSION = 1
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
@@ -46,10 +43,7 @@ class LabelError(InputError):
 
 def stem(file: Path) -> str:
   """The name that a base shard and its labels share, such as "00000"."""
-  for suffix in _SUFFIXES:
-    if file.name.endswith(suffix):
-      return file.name[: -len(suffix)]
-  return file.name
+  return file.stem if file.suffix in _SUFFIXES else file.name
 
 
 def hash_key(key: str) -> int:
@@ -95,9 +89,7 @@ class LabelSet:
     self._files = [self.folder / f"{name}.array_record" for name in self.names]
     self._check_files()
     # Two sets and the files of their source share the limit of the process.
-    self._readers = ProcessCache(
-      functools.partial(array_record.open_reader, self._files), descriptors=2
-    )
+    self._readers = array_record.open_readers(self._files, descriptors=2)
 
   def _check_files(self) -> None:
     files = self._files
@@ -106,8 +98,7 @@ class LabelSet:
         f"{len(missing)} of {len(files)} files of the label set {self.folder}"
         f" are missing: {', '.join(missing[:8])}. Copy or write them again."
       )
-    with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
-      counts = list(pool.map(array_record.count_records, files))
+    counts = map_threads(array_record.count_records, files)
     for file, count, expected in zip(files, counts, self.counts, strict=True):
       if count != expected:
         raise LabelError(
@@ -121,10 +112,7 @@ class LabelSet:
   def read(self, shard: int, at: int) -> Stored:
     """Label `at` of a shard; a BadRecord if its bytes are damaged."""
     where = f"{self.folder.name}/{self._files[shard].name}:{at}"
-    try:
-      (data,) = self._readers.get(shard).read([at])
-    except (RuntimeError, IndexError, ValueError) as error:
-      raise BadRecord(where, f"can't be read ({error})") from error
+    data = array_record.read_bytes(self._readers.get(shard), at, where=where)
     return label_values.decode(data, kind=self.kind, where=where)
 
   def key_hashes(self, shard: int) -> UInt64[np.ndarray, "n"]:
@@ -165,8 +153,7 @@ def _load_manifest(folder: Path, kind: str) -> tuple[Mapping[str, Any], str]:
       _ = shard["base"], shard["records"], shard["samples"]
   except (ValueError, KeyError, TypeError) as error:
     raise LabelError(
-      f"{file} is not a manifest of a label set ({type(error).__name__}:"
-      f" {error})."
+      f"{file} is not a manifest of a label set ({error!r})."
     ) from error
   if version != VERSION:
     raise LabelError(
@@ -205,8 +192,8 @@ def write_or_check_settings(out: Path, described: Mapping[str, Any]) -> None:
   if (out / MANIFEST).exists():
     check_manifest(out, described)
   file = out / SETTINGS
-  stored = _parse(atomic.write_if_absent(file, to_json(described)), file)
-  _require_equal(stored, described, f"{out} has an unfinished label set")
+  data = atomic.write_if_absent(file, to_json(described))
+  _require_equal(_parse(data, file), described, f"{out} has an unfinished")
 
 
 def check_manifest(out: Path, described: Mapping[str, Any]) -> None:
@@ -219,7 +206,7 @@ def check_manifest(out: Path, described: Mapping[str, Any]) -> None:
   shards = manifest.get("shards", [])
   manifest["base"] = {shard["base"]: shard["records"] for shard in shards}
   stored = {key: manifest.get(key) for key in described}
-  _require_equal(stored, described, f"{out} has a finished label set")
+  _require_equal(stored, described, f"{out} has a finished")
 
 
 def to_json(content: Any) -> bytes:
@@ -245,8 +232,8 @@ def _require_equal(
 ) -> None:
   if changed := format_differences(stored, requested):
     raise FileExistsError(
-      f"{prefix} with other settings (stored -> requested):{changed}\n"
-      "Give another folder, or remove this one to label again."
+      f"{prefix} label set with other settings (stored -> requested):"
+      f"{changed}\nGive another folder, or remove this one to label again."
     )
 
 
@@ -255,10 +242,9 @@ def format_differences(
 ) -> str:
   """Lines such as "settings.threshold: 0.1 -> 0.2"; the first of many."""
   old, new = dict(flatten(stored)), dict(flatten(requested))
+  rows = ((k, old.get(k, _ABSENT), new.get(k, _ABSENT)) for k in old | new)
   lines = [
-    f"{key}: {_format_leaf(old, key)} -> {_format_leaf(new, key)}"
-    for key in old | new
-    if old.get(key, _ABSENT) != new.get(key, _ABSENT)
+    f"{k}: {_format_leaf(a)} -> {_format_leaf(b)}" for k, a, b in rows if a != b
   ]
   more = len(lines) - _MAX_LINES
   shown = lines[:_MAX_LINES] + [f"... and {more} more"] * (more > 0)
@@ -274,10 +260,7 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     yield from flatten(inner, f"{name}.{key}" if name else str(key))
 
 
-def _format_leaf(leaves: Mapping[str, Any], key: str) -> str:
-  if key not in leaves:
-    return "none"
-  text = json.dumps(leaves[key], ensure_ascii=False)
-  if len(text) <= _MAX_CHARACTERS:
-    return text
-  return f"{text[: _MAX_CHARACTERS - 3]}..."
+def _format_leaf(leaf: Any) -> str:
+  text = "none" if leaf is _ABSENT else json.dumps(leaf, ensure_ascii=False)
+  cut = f"{text[: _MAX_CHARACTERS - 3]}..."
+  return text if len(text) <= _MAX_CHARACTERS else cut

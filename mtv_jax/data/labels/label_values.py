@@ -38,13 +38,9 @@ _OUTSIDE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class DepthLabel:
-  """Inverse depth of one image.
+  """Inverse depth of one image."""
 
-  Attributes:
-    values: 0 has no label; 1 to 65535 is `low` to `high`.
-    low, high: smallest and largest inverse depth, in the original unit.
-  """
-
+  # 0 has no label; 1 to 65535 is `low` to `high`, in the original unit.
   values: UInt16[np.ndarray, "side side"]
   low: float
   high: float
@@ -112,13 +108,12 @@ def make_depth(
   values, labelled = _squash(np.where(usable, inverse, 0), usable, side)
   pixels = values[labelled]
   if pixels.size < max(min_valid, 2):
-    reason = f"depth: a map with fewer than {min_valid} labelled pixels"
-    return Outcome(None, {**counts, reason: 1})
+    counts[f"depth: a map with fewer than {min_valid} labelled pixels"] = 1
+    return Outcome(None, counts)
   low, high = float(pixels.min()), float(pixels.max())
   if not high - low > _CONSTANT * max(abs(low), abs(high)):
-    return Outcome(
-      None, {**counts, "depth: a map that is the same everywhere": 1}
-    )
+    counts["depth: a map that is the same everywhere"] = 1
+    return Outcome(None, counts)
   fraction = (values.astype(np.float64) - low) / (high - low)
   scaled = 1 + np.rint(fraction.clip(0, 1) * (TOP - 1))
   scaled = np.where(labelled, scaled, 0).astype(np.uint16)

@@ -13,7 +13,6 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +22,29 @@ from mtv_jax.data.labels import label_sets, label_values
 from mtv_jax.data.labels.label_sets import LabelError, hash_bytes, to_json
 from mtv_jax.data.labels.label_values import BoxLabel, Outcome
 from mtv_jax.data.sources import array_record
-from mtv_jax.data.sources.base import OPEN_THREADS, Source
+from mtv_jax.data.sources.base import Source, map_threads
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """The label of one record of the base.
-
-  Attributes:
-    key: of the record.
-    outcome: its label, or the reason why it has none.
-    image: `hash_bytes` of its image, "" if that can't be read; None if the
-      labels were written without reading images.
-  """
+  """The label of one record of the base, or the reason why it has none."""
 
   key: str
   outcome: Outcome
+  # `hash_bytes`; "" of an unreadable image, None if images are not read.
   image: str | None = None
 
 
 @dataclasses.dataclass
 class Summary:
-  """Counts of records, labels and boxes of a label set or a shard.
-
-  The reasons are those of missing and of changed labels.
-  """
+  """Counts of records, labels and boxes of a label set or a shard."""
 
   records: int = 0
   labelled: int = 0
   boxes: int = 0
+  # Of missing and of changed labels.
   reasons: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
@@ -95,9 +86,8 @@ class LabelWriter:
   Raises:
     FileExistsError: the folder has labels of another kind, of other settings
       or of another base; lists the differences.
-    ConfigError: an unknown kind.
-    InputError: the base has no files or two shards of one name, or the folder
-      holds the base itself.
+    InputError: the base has no files or two shards of one name, or is in the
+      folder itself.
   """
 
   def __init__(
@@ -122,14 +112,12 @@ class LabelWriter:
     self.out.mkdir(parents=True, exist_ok=True)
     label_sets.write_or_check_settings(self.out, described)
     self._finished: set[int] = set()
-    with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
-      list(pool.map(self._check_samples, range(len(self.names))))
+    map_threads(self._check_samples, range(len(self.names)))
 
   def _check_files(self) -> None:
     if not self.names:
       raise InputError(
-        f"{self.base!r} has no files; labels are written for the shards of a"
-        " source of files, such as tars."
+        f"{self.base!r} has no files: expected a source of files, such as tars."
       )
     counts = collections.Counter(self.names)
     if repeated := [name for name, count in counts.items() if count > 1]:
@@ -139,8 +127,7 @@ class LabelWriter:
       )
     if self.out.resolve() in {f.resolve().parent for f in self.base.files}:
       raise InputError(
-        f"{self.out} holds the shards themselves, and labels have the same file"
-        " names: give another folder."
+        f"{self.out} holds the shards themselves: give another folder."
       )
 
   def _check_samples(self, shard: int) -> None:
@@ -152,7 +139,7 @@ class LabelWriter:
       raise FileExistsError(
         f"The labels of {self.names[shard]} in {self.out} are of other records"
         f" (number, key, hash of the image): {stored}, now {read}. Remove the"
-        " folder to label again, or give another one."
+        " folder, or give another one."
       )
 
   def todo(self) -> list[int]:
@@ -211,8 +198,7 @@ class LabelWriter:
       labels_file.unlink()
       raise LabelError(
         f"{len(keys)} labels for {expected} records of"
-        f" {self.base.files[shard]}: expected one per record, in order, also of"
-        " a record without a label."
+        f" {self.base.files[shard]}: expected one entry per record, in order."
       )
     hashes = np.array([label_sets.hash_key(key) for key in keys], np.uint64)
     stream = io.BytesIO()
@@ -232,9 +218,8 @@ class LabelWriter:
   def finish(self) -> Summary:
     """Writes the manifest, which completes the label set.
 
-    It has all settings and, of each shard, a hash of its keys, one of its keys
-    and images (`base_hash`) if all images were read, and key and image hash of
-    a few records. Several processes may do this.
+    Several processes may do this. `base_hash` hashes keys and images, if all
+    images were read.
 
     Raises:
       LabelError: shards are missing, or no record has a label.
@@ -245,8 +230,7 @@ class LabelWriter:
         f" ({self.names[todo[0]]}, ...): write them before the manifest."
       )
     total, shards = Summary(), []
-    for shard in range(len(self.names)):
-      stats = self._stats(shard)
+    for stats in map(self._stats, range(len(self.names))):
       shards.append({k: v for k, v in stats.items() if k != "made_by"})
       total.records += stats["records"]
       total.labelled += stats["labelled"]
@@ -276,11 +260,11 @@ class LabelWriter:
     """Number, key and image hash of a few readable records."""
     numbers = self.numbers(shard)
     chosen = {0, len(numbers) // 2, len(numbers) - 1} if numbers else set()
-    samples = {
-      at: label_sets.read_sample(self.base, numbers[at])
+    return [
+      [at, *sample]
       for at in sorted(chosen)
-    }
-    return [[at, *sample] for at, sample in samples.items() if sample]
+      if (sample := label_sets.read_sample(self.base, numbers[at]))
+    ]
 
   def _files(self, shard: int) -> tuple[Path, Path, Path]:
     """Labels, hashes of keys and statistics of a shard."""

@@ -8,6 +8,7 @@ built from them have the words of the captions.
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from mtv_jax.data.scenes.layout import Draw
@@ -71,12 +72,7 @@ def _described(obj: SceneObject, draw: Draw) -> str:
 def relations(
   objects: Sequence[SceneObject], rects: Sequence[Rect], i: int, j: int
 ):
-  """Spatial relations of object i to object j in the image.
-
-  Returns:
-    Some of 'on top of', 'below', 'above', 'left of', 'right of',
-    'in front of', 'behind'; none where none is clear.
-  """
+  """Clear spatial relations of object i to object j: keys of `_TO_IT`."""
   if objects[i].support == j:
     return ["on top of"]
   if objects[j].support == i:
@@ -117,13 +113,12 @@ def _surroundings(world: World, main: SceneObject) -> str:
 def _full(world: World, objects, rects, draw: Draw) -> str:
   """All objects, their relations to the first, ground and backdrop."""
   parts = [_described(objects[0], draw)]
-  for i in range(1, len(objects)):
-    related = relations(objects, rects, i, 0)
-    words = _described(objects[i], draw)
-    if objects[i].support > 0:
-      below = objects[objects[i].support]
+  for i, obj in enumerate(objects[1:], 1):
+    words = _described(obj, draw)
+    if obj.support > 0:
+      below = objects[obj.support]
       words += f" on top of the {below.colour} {below.name}"
-    elif related:
+    elif related := relations(objects, rects, i, 0):
       words += f" {draw.choice(_TO_IT[draw.choice(related)])}"
     else:
       words += " beside it"
@@ -134,13 +129,11 @@ def _full(world: World, objects, rects, draw: Draw) -> str:
 def _relation(world: World, objects, rects, draw: Draw) -> str:
   """The relation of two objects, by colour and class alone."""
   short = [f"{t.colour} {t.name}" for t in objects]
+  unique = [i for i, words in enumerate(short) if short.count(words) == 1]
   pairs = [
     (i, j, related)
-    for i in range(len(objects))
-    for j in range(len(objects))
-    if i != j
-    and short.count(short[i]) == short.count(short[j]) == 1
-    and (related := relations(objects, rects, i, j))
+    for i, j in itertools.permutations(unique, 2)
+    if (related := relations(objects, rects, i, j))
   ]
   if not pairs:
     main = objects[0]
@@ -150,9 +143,8 @@ def _relation(world: World, objects, rects, draw: Draw) -> str:
   joint = draw.choice(related)
   if joint in ("left of", "right of"):
     joint = draw.choice((joint, f"to the {joint}"))
-  first, second = short[i], short[j]
   form = draw.choice(("the {} is {} the {}", "the {} {} the {}"))
-  return form.format(first, joint, second)
+  return form.format(short[i], joint, short[j])
 
 
 def _listed(objects) -> str:
@@ -169,27 +161,24 @@ def _listed(objects) -> str:
 def captions(
   world: World, rects: list[Rect], visible: list[int], draw: Draw
 ) -> tuple[str, ...]:
-  """Five captions of one view of a scene, the full one first.
+  """Five captions of one view of a scene.
+
+  A full description; the first object alone; a relation of two objects; the
+  count of each class; the first object and its surroundings.
 
   Args:
     world: the scene.
     rects: bounds of its objects in this view.
-    visible: indices of the objects to mention, at least one; the others are
-      described by their relation to the first.
+    visible: indices of the objects to mention, at least one.
     draw: selects among equivalent wordings.
-
-  Returns:
-    A full description; the first object alone; a relation of two objects; the
-    count of each class; the first object and its surroundings.
   """
   objects = [world.objects[i] for i in visible]
   rects = [rects[i] for i in visible]
   if len(visible) < len(world.objects):
     indices = {old: new for new, old in enumerate(visible)}
-    supports = [indices.get(obj.support, -1) for obj in objects]
     objects = [
-      dataclasses.replace(obj, support=i)
-      for obj, i in zip(objects, supports, strict=True)
+      dataclasses.replace(obj, support=indices.get(obj.support, -1))
+      for obj in objects
     ]
   main = objects[0]
   counted = _listed(objects)

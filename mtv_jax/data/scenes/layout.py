@@ -26,10 +26,9 @@ _MAX_AREA = 0.6  # of others, as a share of the main object's
 class Draw:
   """Cheap random numbers for one scene.
 
-  One call of the Philox block cipher makes a batch of uniform numbers that
-  Python then takes one by one, where `numpy.random.Generator` would cost
-  microseconds a number. `random_raw` is covered by NumPy's promise of stable
-  streams, unlike the distributions built on it.
+  A call of Philox makes a batch of them, where `numpy.random.Generator` costs
+  microseconds a number. NumPy promises a stable stream of `random_raw`, unlike
+  those of its distributions.
   """
 
   def __init__(self, seed: int, index: int, *, stream: int = 0):
@@ -85,13 +84,6 @@ def _move(
   return dataclasses.replace(obj, x=x, z=z, base=base, yaw=yaw, support=support)
 
 
-def _nearest_ground(camera: Camera, pitch: float) -> float:
-  """Distance of the ground seen just above the lower edge of the image."""
-  k = 0.44 / camera.focal
-  cp, sp = math.cos(pitch), math.sin(pitch)
-  return -float(camera.position[1]) * (cp - k * sp) / (sp + k * cp)
-
-
 def _place_main(draw: Draw, camera: Camera, near: float) -> SceneObject:
   """The main object, large and whole in the image."""
   origin = _draw_object(draw)
@@ -111,23 +103,15 @@ def _place_main(draw: Draw, camera: Camera, near: float) -> SceneObject:
 
 
 def _place_other(
-  draw: Draw,
-  camera: Camera,
-  objects: list[SceneObject],
-  near: float,
-  far: float,
+  draw: Draw, camera: Camera, objects: list, near: float, far: float
 ) -> SceneObject:
   """Another object: beside, before, behind, above or on top of the others."""
   obj = _draw_object(draw)
   if draw.uniform() < 0.12:  # a copy of the main object
-    main = objects[0]
-    obj = dataclasses.replace(
-      main,
-      x=0.0,
-      z=0.0,
-      yaw=draw.uniform(-_BOARD_YAW, _BOARD_YAW),
-      texture_map=(main.texture_map[0], *obj.texture_map[1:]),
-    )
+    texture_map = (objects[0].texture_map[0], *obj.texture_map[1:])
+    yaw = draw.uniform(-_BOARD_YAW, _BOARD_YAW)
+    pose = {"x": 0.0, "z": 0.0, "yaw": yaw}
+    obj = dataclasses.replace(objects[0], **pose, texture_map=texture_map)
   carriers = [
     i
     for i, other in enumerate(objects)
@@ -179,7 +163,9 @@ def sample_world(index: int, seed: int) -> World:
     pitch=pitch,
     focal=draw.uniform(0.95, 1.25),
   )
-  near = _nearest_ground(camera, pitch)
+  # Distance of the ground seen just above the lower edge of the image.
+  k, cp, sp = 0.44 / camera.focal, math.cos(pitch), math.sin(pitch)
+  near = -float(camera.position[1]) * (cp - k * sp) / (sp + k * cp)
   main = _place_main(draw, camera, near)
   objects = [main]
   turn = draw.uniform(-0.35, 0.35)
@@ -217,8 +203,7 @@ def sample_world(index: int, seed: int) -> World:
 def second_camera(world: World, index: int, seed: int) -> Camera:
   """Another camera, 8 to 28 degrees around the main object, aimed near it.
 
-  It keeps the first camera's focal length and has no roll. Where something
-  would hide the main object, the angle is drawn again and smaller.
+  Where something would hide the main object, the angle is drawn again, smaller.
   """
   draw = Draw(seed, index, stream=1)
   first, main = world.camera, world.objects[0]
@@ -230,11 +215,8 @@ def second_camera(world: World, index: int, seed: int) -> Camera:
   for attempt in range(_TRIES):
     angle = draw.choice((-1, 1)) * math.radians(draw.uniform(8.0, 28.0))
     yaw = bearing + angle * 0.8**attempt
-    position = (
-      main.x - reach * math.sin(yaw),
-      lift,
-      main.z - reach * math.cos(yaw),
-    )
+    x, z = main.x - reach * math.sin(yaw), main.z - reach * math.cos(yaw)
+    position = (x, lift, z)
     pitch = math.atan2(-lift - middle, reach)
     camera = world_lib.make_camera(
       position, yaw=yaw + aside, pitch=pitch + below, focal=first.focal

@@ -1,13 +1,9 @@
 """Ray casting of built-in scenes.
 
-Each ray's first hit has a depth, texture coordinates, light and the number of
-a surface, from which `render` computes colours.
-
 Everything is solved in inverse depth w = 1 / z along rays (x, y, 1) of the
 camera. In w a plane is affine in the pixel, a convex solid is the minimum of
 some affine functions against the maximum of others, and a solid of revolution
-is one quadratic, so that an object costs a few passes over its own rectangle
-of pixels.
+is one quadratic: an object costs a few passes over its rectangle of pixels.
 """
 
 import functools
@@ -52,7 +48,7 @@ class Hits:
     number: uint8 [h, w], index of a surface in the following lists.
     colours: first colour, then second minus first; 0..255.
     tiles: texels, left, top of a texture in the atlas.
-    surface_owners: 0 backdrop, 1 ground, 2 + i for object i.
+    surface_owners: see `owners`.
     boxes: rows and columns that bound each object.
   """
 
@@ -87,9 +83,8 @@ class Hits:
     self.colours.append(first + change)
     atlas = textures.atlas()
     level = min(max(level, 0), textures.LEVELS - 1)
-    self.tiles.append(
-      (textures.TILE >> level, atlas.offset_x[level], atlas.offset_y[texture])
-    )
+    offset = atlas.offset_x[level], atlas.offset_y[texture]
+    self.tiles.append((textures.TILE >> level, *offset))
     self.surface_owners.append(owner)
     return len(self.surface_owners) - 1
 
@@ -189,7 +184,7 @@ class Hits:
 
 
 def _affine(row, x, y):
-  """The affine function of pixels with coefficients of x, y and 1."""
+  """The affine function with coefficients of x, y and 1."""
   return (row[0] * x + row[2]) + row[1] * y
 
 
@@ -220,13 +215,8 @@ class _ObjectRays:
   """
 
   def __init__(self, hits: Hits, i: int, obj: SceneObject):
-    self.hits, self.box, self.obj, self.owner = (
-      hits,
-      hits.boxes[i],
-      obj,
-      OBJECTS + i,
-    )
-    rows, columns = self.box
+    self.hits, self.obj, self.owner = hits, obj, OBJECTS + i
+    self.box = rows, columns = hits.boxes[i]
     self.x, self.y = hits.x[:, columns], hits.y[rows]
     cos, sin = math.cos(obj.yaw), math.sin(obj.yaw)
     frame = np.array([[cos, 0, -sin], [0, -1, 0], [sin, 0, cos]])
@@ -319,12 +309,13 @@ class _ObjectRays:
     depth = 1 / np.maximum(entry, _MIN_INVERSE)
     k = self.tiles
     for f, inverse in fronts:
-      normal, uv = part.faces[f][:3], []
-      for (a, b, c), shift in zip(
-        _face_axes(normal), self.offsets, strict=True
-      ):
-        start = k * (a * ox + b * ou + c * oz) + shift
-        uv.append(self.along(k * a, k * b, k * c) * depth + start)
+      normal = part.faces[f][:3]
+      axes = zip(_face_axes(normal), self.offsets, strict=True)
+      uv = [
+        self.along(k * a, k * b, k * c) * depth
+        + (k * (a * ox + b * ou + c * oz) + shift)
+        for (a, b, c), shift in axes
+      ]
       light, number = self.lambert(*normal), numbers[f in part.accented]
       front = hit & (inverse <= entry)
       self.hits.write(self.box, front, inverse, *uv, light, number)

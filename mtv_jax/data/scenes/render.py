@@ -2,13 +2,9 @@
 
 A data set with nothing to download, on which every objective and every
 evaluation runs. `render(index)` is a pure function of the index, the seed and
-the size: textured objects at different depths on a ground before a backdrop,
-with exact captions, boxes, metric depth, segmentation and class. The size
-changes the pixels only, never the scene. `render_pair` renders the same scene
-from two cameras, with dense correspondences.
-
-The geometry is three-dimensional (`raycast`), so that parallax, occlusion and
-depth are right; light does not depend on the view.
+the size: textured objects on a ground before a backdrop, with exact captions,
+boxes, metric depth, segmentation and class. The size changes the pixels only.
+Parallax, occlusion and depth are exact; light does not depend on the view.
 """
 
 import dataclasses
@@ -44,33 +40,21 @@ _SHIFTS = 64  # offsets of the noise along each axis
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """One view of a scene with its labels.
+  """One view of a scene with its labels."""
 
-  Attributes:
-    image: sRGB.
-    depth: metres along the optical axis, at the pixels' centres.
-    segmentation: index into `SEGMENT_NAMES`; 0 is the background.
-    instances: 0 background, 1 ground, 2 + i for `objects[i]`.
-    boxes: (y0, x0, y1, x1) in the unit square, tight around the visible
-      pixels; one for each object that is not all but hidden.
-    phrases: the boxes' names, such as 'large red ball with white dots'.
-    box_objects: index into `objects` for each box.
-    captions: five, the first a full description (see `captions.py`).
-    label: index into `CLASS_NAMES` of the main object, the largest.
-    objects: the main one first.
-    camera: of this view.
-  """
-
-  image: UInt8[np.ndarray, "s s 3"]
+  image: UInt8[np.ndarray, "s s 3"]  # sRGB.
+  # Metres along the optical axis, at the pixels' centres.
   depth: Float32[np.ndarray, "s s"]
-  segmentation: UInt8[np.ndarray, "s s"]
+  segmentation: UInt8[np.ndarray, "s s"]  # Indices into `SEGMENT_NAMES`.
+  # 0 background, 1 ground, 2 + i for `objects[i]`.
   instances: UInt8[np.ndarray, "s s"]
+  # (y0, x0, y1, x1) in the unit square, around the visible pixels of objects.
   boxes: Float32[np.ndarray, "n 4"]
-  phrases: tuple[str, ...]
-  box_objects: tuple[int, ...]
-  captions: tuple[str, ...]
-  label: int
-  objects: tuple[SceneObject, ...]
+  phrases: tuple[str, ...]  # Of boxes: 'large red ball with white dots'.
+  box_objects: tuple[int, ...]  # Indices into `objects`.
+  captions: tuple[str, ...]  # Five, see `captions.captions`.
+  label: int  # Index into `CLASS_NAMES` of the main object.
+  objects: tuple[SceneObject, ...]  # The main one, which is the largest, first.
   camera: Camera
 
   @property
@@ -90,19 +74,16 @@ class Scene:
 class ScenePair:
   """Two views of one scene and their correspondence.
 
-  Attributes:
-    first, second: the views; `first` equals `render(index)`.
-    correspondence: where the surface point of each pixel of the first view
-      appears in the second: (y, x) in unit coordinates, pixel (i, j) being
-      centred at ((i + 0.5) / size, (j + 0.5) / size). It may be outside.
-    visible: whether that point is inside the second image and not hidden.
-    rotation, translation: the first camera's frame to the second's,
-      `rotation @ point + translation`, in metres.
+  `rotation @ point + translation` transforms a point in metres from the first
+  camera's frame to the second's.
   """
 
-  first: Scene
+  first: Scene  # Equals `render(index)`.
   second: Scene
+  # (y, x) in the second view, in unit coordinates, of the surface point of each
+  # pixel (i, j) of the first, centred at ((i + 0.5) / size, (j + 0.5) / size).
   correspondence: Float32[np.ndarray, "s s 2"]
+  # Whether the point is inside the second image and not hidden.
   visible: Bool[np.ndarray, "s s"]
   rotation: Float[np.ndarray, "3 3"]
   translation: Float[np.ndarray, "3"]
@@ -115,24 +96,17 @@ def pixel_rays(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_arguments(index: int, size: int, seed: int) -> None:
-  """Raises the errors of `render`."""
+  """Checks the ranges of `render`'s arguments."""
   if not 0 <= index < 2**63:
     raise IndexError(f"Scene index {index}: expected 0 or more, below 2**63.")
   if size < MIN_SIZE:
-    raise InputError(
-      f"Scene size {size}: expected at least {MIN_SIZE} pixels a side."
-    )
+    raise InputError(f"Scene size {size}: expected at least {MIN_SIZE} pixels.")
   if not 0 <= seed < 2**63:
     raise InputError(f"Scene seed {seed}: expected 0 or more, below 2**63.")
 
 
 def render(index: int, *, size: int = 96, seed: int = 0) -> Scene:
-  """Renders scene `index` of the series `seed`, at `size` pixels a side.
-
-  Raises:
-    IndexError: the index is negative.
-    InputError: the size is below 16 or the seed negative.
-  """
+  """Renders scene `index` of the series `seed`, at `size` pixels a side."""
   check_arguments(index, size, seed)
   world = layout.sample_world(index, seed)
   draw = layout.Draw(seed, index, stream=2)
@@ -160,9 +134,8 @@ def render_pair(index: int, *, size: int = 96, seed: int = 0) -> ScenePair:
   inside = (points[..., 2] > 1e-3) & (abs(x) < 0.5) & (abs(y) < 0.5)
   # Rays cast exactly to these points, rather than the second view's pixels, so
   # that visibility does not depend on the size.
-  hits = Hits(
-    world, camera, np.clip(x, -1, 1), np.clip(y, -1, 1), pitch=1 / size
-  )
+  rays = np.clip(x, -1, 1), np.clip(y, -1, 1)
+  hits = Hits(world, camera, *rays, pitch=1 / size)
   same_object = hits.owners == first.instances
   same_depth = abs(hits.inverse * depth - 1) < _DEPTH_TOLERANCE
   return ScenePair(
@@ -176,11 +149,7 @@ def render_pair(index: int, *, size: int = 96, seed: int = 0) -> ScenePair:
 
 
 def _render_view(
-  world: World,
-  camera: Camera,
-  size: int,
-  draw: layout.Draw,
-  noise: tuple[float, float],
+  world: World, camera: Camera, size: int, draw: layout.Draw, noise: tuple
 ) -> Scene:
   """One view of a world with its labels; `draw` words the captions."""
   hits = Hits(world, camera, *pixel_rays(size), pitch=1 / size)
@@ -229,12 +198,7 @@ def _visible_boxes(
 
 
 def _shade(hits: Hits, noise: tuple[float, float]) -> np.ndarray:
-  """The sRGB image of a square grid of rays.
-
-  Args:
-    hits: of the rays.
-    noise: two numbers in [0, 1), the offset of the sensor noise.
-  """
+  """The sRGB image of a square grid of rays; `noise` is in [0, 1)^2."""
   number = hits.number
   texels, left, top = (cv2.LUT(number, t) for t in _tables(hits.tiles))
   # Texel i of a tile is centred at i + 0.5 of it.

@@ -12,31 +12,23 @@ Colour = tuple[int, int, int]  # sRGB
 
 @dataclasses.dataclass(frozen=True)
 class Revolved:
-  """A solid of revolution: x^2 + z^2 <= a + b u + c u^2 for low <= u <= high.
-
-  `cap` scales the light on the flat ends (below 1 they look hollow); `accent`
-  is a fixed colour of this part, independent of the object's colour.
-  """
+  """A solid of revolution: x^2 + z^2 <= a + b u + c u^2, low <= u <= high."""
 
   a: float
   b: float
   c: float
   low: float = 0.0
   high: float = 1.0
-  cap: float = 1.0
-  accent: Colour | None = None
+  cap: float = 1.0  # Light on the flat ends; below 1 they look hollow.
+  accent: Colour | None = None  # Of this part, independent of the object.
 
 
 @dataclasses.dataclass(frozen=True)
 class Polytope:
-  """A convex solid: `normal . (x, u, z) <= offset` for each face.
+  """A convex solid: `normal . (x, u, z) <= offset` for each face."""
 
-  `faces` are rows (nx, nu, nz, offset); rows listed in `accented` have the
-  colour `accent`.
-  """
-
-  faces: tuple[tuple[float, float, float, float], ...]
-  accented: tuple[int, ...] = ()
+  faces: tuple[tuple[float, float, float, float], ...]  # (nx, nu, nz, offset)
+  accented: tuple[int, ...] = ()  # Faces of the colour `accent`.
   accent: Colour | None = None
 
 
@@ -50,18 +42,13 @@ class Cutout:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """A class of objects: its parts and its bounds.
-
-  `half` is half of the width (and depth, unless flat), `top` the height of
-  its highest point, `floats` whether it may hang in the air, `carries`
-  whether something may stand on it.
-  """
+  """A class of objects: its parts and its bounds."""
 
   parts: tuple[Revolved | Polytope | Cutout, ...]
-  half: float
-  top: float = 1.0
-  floats: bool = False
-  carries: bool = False
+  half: float  # Of the width (and depth, unless flat).
+  top: float = 1.0  # Height of its highest point.
+  floats: bool = False  # Whether it may hang in the air.
+  carries: bool = False  # Whether an object may stand on it.
 
   @property
   def flat(self) -> bool:

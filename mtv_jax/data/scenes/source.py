@@ -1,7 +1,6 @@
 """Built-in scenes as a data source."""
 
 import dataclasses
-import operator
 from typing import SupportsIndex
 
 import numpy as np
@@ -43,20 +42,9 @@ class SceneSource(Source):
     # Rendered records are in no file: one shard for a shuffle by blocks.
     self.shards = np.array([self.length], np.int64)
 
-  def __len__(self) -> int:
-    return self.length
-
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record i: see `Scene`; depth is inverse, the boxes' scores are 1.
-
-    Raises:
-      IndexError: i is outside [0, length).
-    """
-    i = operator.index(i)
-    if not 0 <= i < self.length:
-      raise IndexError(
-        f"Record {i} of {self!r}: expected 0 to {self.length - 1}."
-      )
+    """Record i: see `Scene`; depth is inverse, the boxes' scores are 1."""
+    _, i = self._locate(i)
     scene = render_lib.render(self.first + i, size=self.size, seed=self.seed)
     return {
       "key": f"scene-{self.seed}-{self.first + i}",

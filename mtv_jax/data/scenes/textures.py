@@ -1,11 +1,9 @@
 """Texture atlas and silhouettes of built-in scenes.
 
-Both come from fixed seeds, so that a scene looks the same on every machine:
-tileable two-tone patterns packed with their mipmaps into one atlas, and signed
-distances of the flat silhouettes (star, heart, ...). A pattern is one channel
-in [0, 1]: 0 stands for the first colour of a surface and 1 for its second.
-Without colours in the atlas, one `cv2.remap` call for the whole frame samples
-every surface at once.
+Tileable two-tone patterns, packed with their mipmaps into one atlas, and signed
+distances of the flat silhouettes, both from fixed seeds. A pattern is one
+channel: 0 is the first colour of a surface and 1 its second, so that one
+`cv2.remap` call for the whole frame samples every surface.
 """
 
 import dataclasses
@@ -25,8 +23,8 @@ class Atlas:
   """All patterns at all levels, in one image.
 
   The tile of a pattern at level l starts at column `offset_x[l]` and row
-  `offset_y[name]` of `pixels`, and has `TILE >> l` texels a side. A
-  border of one texel, wrapped around, makes bilinear sampling seamless.
+  `offset_y[name]`, and has `TILE >> l` texels a side. A border of one texel,
+  wrapped around, makes bilinear sampling seamless.
   """
 
   pixels: UInt8[np.ndarray, "height width"]
@@ -153,10 +151,10 @@ def _points(x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "n 2"]:
   return np.stack([x, y], -1)
 
 
-def _polar(radius) -> Float[np.ndarray, "n 2"]:
-  """The closed curve r(angle), angle 0 pointing up, as (x, y)."""
+def _polar(radius: float, wave: float = 0.0) -> Float[np.ndarray, "n 2"]:
+  """The closed curve radius + wave * cos(6 angle), angle 0 up, as (x, y)."""
   angle = np.linspace(0, 2 * np.pi, 720, endpoint=False)
-  r = radius(angle)
+  r = radius + wave * np.cos(6 * angle)
   return _points(r * np.sin(angle), r * np.cos(angle))
 
 
@@ -183,15 +181,14 @@ def _outlines() -> dict[str, list[Float[np.ndarray, "n 2"]]]:
   arrow += [(-x, y) for x, y in reversed(arrow[1:])]
   body = _points(0.28 + 0.72 * np.cos(t), 0.5 * np.sin(t))
   tail = [(-0.95, 0.48), (-0.95, -0.48), (-0.3, 0.0)]
-  petals = _polar(lambda p: 0.72 + 0.28 * np.cos(6 * p))
   return {
     "star": [_points(reach * np.sin(turn), reach * np.cos(turn))],
     "heart": [_points(16 * np.sin(t) ** 3, heart)],
     "moon": [np.concatenate(crescent)],
     "cross": [np.asarray(cross, float)],
-    "ring": [_polar(lambda p: 1 + 0 * p), _polar(lambda p: 0.56 + 0 * p)],
+    "ring": [_polar(1.0), _polar(0.56)],
     "arrow": [np.asarray(arrow, float)],
-    "flower": [petals, _polar(lambda p: 0.2 + 0 * p)],
+    "flower": [_polar(0.72, 0.28), _polar(0.2)],
     "fish": [body, np.asarray(tail, float)],
   }
 
@@ -221,8 +218,6 @@ def silhouettes() -> dict[str, Float32[np.ndarray, "n n"]]:
       mask = mask | layer if name == "fish" else mask ^ layer
     inside = cv2.distanceTransform(mask, cv2.DIST_L2, 5)
     outside = cv2.distanceTransform(1 - mask, cv2.DIST_L2, 5)
-    signed = (inside - outside) / zoom
-    maps[name] = cv2.resize(
-      signed, [SILHOUETTE] * 2, interpolation=cv2.INTER_AREA
-    )
+    size, area = [SILHOUETTE] * 2, cv2.INTER_AREA
+    maps[name] = cv2.resize((inside - outside) / zoom, size, interpolation=area)
   return maps

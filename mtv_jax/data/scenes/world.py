@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32
 
 from mtv_jax.data.scenes.shapes import SHAPES, Revolved, Shape
 
-# sRGB, chosen so that they can be told apart under shading.
+# sRGB, distinguishable under shading.
 COLOURS = {
   "red": (205, 30, 35),
   "orange": (245, 125, 20),
@@ -112,26 +112,20 @@ def make_camera(
 
 @dataclasses.dataclass(frozen=True)
 class SceneObject:
-  """An object: its appearance (words) and its pose (metres, radians).
-
-  `second` is the second colour of a pattern and '' for a material;
-  `texture_map` is metres a tile and two offsets. `base` is the height of the
-  lowest point above the ground; `support` is the index of the object that it
-  stands on, -1 for none.
-  """
+  """An object: its appearance (words) and its pose (metres, radians)."""
 
   name: str
   colour: str
-  second: str
+  second: str  # Colour of a pattern, '' for a material.
   texture: str
   size: str
   height: float
   yaw: float
-  texture_map: tuple[float, float, float]
+  texture_map: tuple[float, float, float]  # Metres a tile, two offsets.
   x: float = 0.0
   z: float = 0.0
-  base: float = 0.0
-  support: int = -1
+  base: float = 0.0  # Height of the lowest point above the ground.
+  support: int = -1  # The object that it stands on, -1 for none.
 
   @functools.cached_property
   def shape(self) -> Shape:
@@ -222,21 +216,15 @@ def _overlap(a: Rect, b: Rect) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  """Everything about a scene but its pixels. `objects[0]` is the main one.
+  """Everything about a scene but its pixels."""
 
-  The backdrop is the plane `sin(turn) x + cos(turn) z = distance`; `light` is
-  the unit vector towards the light; `tint` multiplies every colour; `offsets`
-  are those of the textures of ground and backdrop, `noise` those of the sensor
-  noise.
-  """
-
-  objects: tuple[SceneObject, ...]
+  objects: tuple[SceneObject, ...]  # The main one first.
   ground: str
-  backdrop: str
+  backdrop: str  # The plane sin(turn) x + cos(turn) z = distance.
   turn: float
   distance: float
-  light: tuple[float, float, float]
-  tint: tuple[float, float, float]
-  offsets: tuple[float, float, float, float]
+  light: tuple[float, float, float]  # Unit vector towards the light.
+  tint: tuple[float, float, float]  # Multiplies every colour.
+  offsets: tuple[float, float, float, float]  # Of ground's, backdrop's texture.
   camera: Camera
-  noise: tuple[float, float]
+  noise: tuple[float, float]  # Offsets of the sensor noise.

@@ -5,13 +5,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent import futures
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 from mtv_jax.data import records
 from mtv_jax.data.records import BadRecord, Record
-from mtv_jax.data.sources.base import OPEN_THREADS, FileSource, Paths
+from mtv_jax.data.sources.base import FileSource, Paths, map_threads
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError
 from mtv_jax.utils.path import expand_path
@@ -36,11 +35,10 @@ class ArrayRecordSource(FileSource):
 
   def __init__(self, path: Paths):
     files = expand_path(path, suffix=self.suffix)
-    with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
-      super().__init__(files, list(pool.map(count_records, files)))
+    super().__init__(files, map_threads(count_records, files))
     if not len(self):
       raise InputError(f"{self.name} has no record.")
-    self._readers = ProcessCache(functools.partial(open_reader, self.files))
+    self._readers = open_readers(self.files)
     # A shard's metadata is megabytes, and only labelling reads it.
     self._sidecars = ProcessCache(
       functools.partial(_read_sidecar, self.files), limit=8
@@ -50,10 +48,7 @@ class ArrayRecordSource(FileSource):
     """Record `i`; a BadRecord if it is damaged or has no caption."""
     shard, at = self._locate(i)
     where = f"{self.files[shard].name}:{at}"
-    try:
-      (data,) = self._readers.get(shard).read([at])
-    except (RuntimeError, IndexError, ValueError) as error:
-      raise BadRecord(where, f"can't be read ({error})") from error
+    data = read_bytes(self._readers.get(shard), at, where=where)
     record = records.decode(data, where=where)
     record["captions"] = records.caption_list(record["captions"])
     if not record["captions"]:
@@ -84,13 +79,17 @@ def _read_sidecar(
     except (ValueError, TypeError, KeyError) as error:
       raise InputError(
         f"{file}: line {number} is not a JSON object with a 'key' ({error!r})."
-        " Copy the file again, or remove it if no label needs it."
+        " Copy the file again, or remove it."
       ) from error
   return by_key
 
 
-def open_reader(files: Sequence[Path], shard: int) -> Any:
-  """A reader of one of the files, for random reads by several threads."""
+def open_readers(files: Sequence[Path], **options: Any) -> ProcessCache:
+  """Readers of the files, for random reads by several threads."""
+  return ProcessCache(functools.partial(_open_reader, files), **options)
+
+
+def _open_reader(files: Sequence[Path], shard: int) -> Any:
   return _module().ArrayRecordReader(
     str(files[shard]),
     # Random reads don't use data read ahead.
@@ -99,14 +98,20 @@ def open_reader(files: Sequence[Path], shard: int) -> Any:
   )
 
 
+def read_bytes(reader: Any, at: int, *, where: str) -> bytes:
+  """The bytes of a record; a BadRecord at `where` if they are damaged."""
+  try:
+    return reader.read([at])[0]
+  except (RuntimeError, IndexError, ValueError) as error:
+    raise BadRecord(where, f"can't be read ({error})") from error
+
+
 def write(
   path: str | os.PathLike, examples: Iterable[Mapping[str, Any]]
 ) -> None:
-  """Writes records to one ArrayRecord file, which appears when complete.
+  """Writes records (`key`, `image` in bytes, `captions`) to one file.
 
-  Args:
-    path: the file; its folder must exist.
-    examples: records with `key`, `image` (bytes) and `captions`.
+  Its folder must exist; the file appears when it is complete.
   """
   write_bytes(path, map(records.encode, examples))
 
@@ -132,11 +137,7 @@ def _call(path: Path, method: Callable[..., Any], *args: Any) -> None:
 
 
 def count_records(file: Path) -> int:
-  """The number of records in a complete file without groups.
-
-  Raises:
-    InputError: the file is damaged, or was written in groups of records.
-  """
+  """The number of records; an InputError of a damaged or grouped file."""
   reader = _module().ArrayRecordReader(str(file))
   try:
     options = reader.writer_options_string()

@@ -3,7 +3,8 @@
 import abc
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any, ClassVar, Literal, SupportsIndex
 
@@ -29,21 +30,15 @@ class Source(abc.ABC):
   `data.registry.SOURCES`. The arguments of its constructor are its options in
   a config, checked by their annotations. Threads share it, and worker processes
   unpickle it, without open files.
-
-  Attributes:
-    suffix: of its files, such as ".tar"; "" if no path opens it.
-    name: short, for logs and errors.
-    fields: of its records (see `records`); one that a record lacks is a
-      missing label.
-    shards: int64 [shards], cumulative record counts; the last is the length.
-    files: the file of each shard, to which label sets are aligned; empty for
-      records that are not in files.
   """
 
-  suffix: ClassVar[str] = ""
-  name: str
+  suffix: ClassVar[str] = ""  # Of its files; "" if no path opens it.
+  name: str  # Short, for logs and errors.
+  # Of its records (see `records`); one that a record lacks is a missing label.
   fields: frozenset[str]
+  # Cumulative record counts; the last is the length.
   shards: Int64[np.ndarray, " shards"]
+  # Of each shard, to which label sets are aligned; empty without files.
   files: tuple[Path, ...] = ()
 
   @property
@@ -70,10 +65,9 @@ class Source(abc.ABC):
     """
 
   def read_metadata(self, i: SupportsIndex) -> Mapping[str, Any]:
-    """The `key` and the metadata of record `i`, also of a bad one.
+    """The `key` and metadata of record `i`, also of a bad one.
 
-    Labelling uses `file_name` or `url` (of the original image), `image_id`,
-    `height` and `width`.
+    Labelling uses `file_name` or `url`, `image_id`, `height` and `width`.
     """
     try:
       key = self[i]["key"]
@@ -94,7 +88,9 @@ class Source(abc.ABC):
     """The shard of record `i` and its index in it; raises IndexError."""
     i = i.__index__()
     if not 0 <= i < len(self):
-      raise IndexError(f"Record {i} of {self!r} does not exist.")
+      raise IndexError(
+        f"Record {i} of {self!r}: expected 0 to {len(self) - 1}."
+      )
     shard = int(np.searchsorted(self.shards, i, side="right"))
     return shard, i - (int(self.shards[shard - 1]) if shard else 0)
 
@@ -124,12 +120,14 @@ class FileSource(Source):
     self.fields = frozenset(fields)
 
 
-def import_extra(module: str, extra: str) -> Any:
-  """Imports a package of an optional dependency.
+def map_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list:
+  """The function of each item, by threads that wait for the disk."""
+  with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
+    return list(pool.map(function, items))
 
-  Raises:
-    ImportError: it is not installed; says how to install it.
-  """
+
+def import_extra(module: str, extra: str) -> Any:
+  """Imports a package of an optional dependency; ImportError without it."""
   try:
     return importlib.import_module(module)
   except ImportError as error:

@@ -92,14 +92,10 @@ def _read_captions(path: Path, root: Path) -> list[Example]:
   for entry in content["annotations"]:
     if isinstance(entry["caption"], str):
       captions.setdefault(entry["image_id"], []).append(entry["caption"])
+  images = [(image["id"], image["file_name"]) for image in content["images"]]
   return [
-    Example(
-      name=image["file_name"],
-      path=root / image["file_name"],
-      captions=captions.get(image["id"], []),
-      extra={"image_id": image["id"]},
-    )
-    for image in content["images"]
+    Example(name, root / name, captions.get(id_, []), {"image_id": id_})
+    for id_, name in images
   ]
 
 
@@ -112,16 +108,14 @@ def read_coco(
     path: of the file.
     fields: required lists, and the keys that each of their entries must have.
     hint: ends the error about a missing key.
-
-  Raises:
-    InputError: the file is not JSON, or lacks a list or a key.
   """
   try:
     content = json.loads(path.read_bytes())
   except ValueError as error:
     raise InputError(f"{path} is not JSON: {error}") from error
-  if not isinstance(content, dict) or not fields.keys() <= content.keys():
-    given = sorted(content) if isinstance(content, dict) else type(content)
+  is_dict = isinstance(content, dict)
+  given = sorted(content) if is_dict else [type(content).__name__]
+  if not fields.keys() <= {*given}:
     needed = " and ".join(map(repr, fields))
     raise InputError(
       f"{path} is not a COCO file: it needs {needed}, it has {given}."
@@ -133,12 +127,12 @@ def read_coco(
         f"{path}: {field!r} is a {type(entries).__name__}, expected a list."
       )
     for number, entry in enumerate(entries):
-      given = sorted(entry) if isinstance(entry, dict) else repr(entry)
-      for key in keys:
-        if not isinstance(entry, dict) or key not in entry:
-          raise InputError(
-            f"{path}: {field}[{number}] has no {key!r}, only {given}; {hint}."
-          )
+      given = sorted(entry) if isinstance(entry, dict) else []
+      if lacking := [key for key in keys if key not in given]:
+        raise InputError(
+          f"{path}: {field}[{number}] has no {lacking[0]!r}, only"
+          f" {given or repr(entry)}; {hint}."
+        )
   return content
 
 
@@ -152,8 +146,8 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
         if row.get(None):
           raise InputError(
             f"{path}, line {reader.line_num}: {len(row[None])} more cells than"
-            f" the header, from {row[None][0]!r} on. Put cells that contain"
-            f" {delimiter!r} in quotation marks."
+            f" the header, from {row[None][0]!r} on. Quote cells that contain"
+            f" {delimiter!r}."
           )
         yield [row[column] for column in columns]
     except UnicodeDecodeError as error:
@@ -231,12 +225,10 @@ def _read_folder(folder: Path) -> list[Example]:
     if "image" not in files:
       example.problem = "no image beside it"
     elif len(files) > 1:
-      text, sidecar = (
-        files[kind].read_bytes() if kind in files else None
-        for kind in (".txt", ".json")
-      )
+      beside = (files.get(kind) for kind in (".txt", ".json"))
+      texts = (file and file.read_bytes() for file in beside)
       try:
-        example.captions = parse_captions(stem, text, sidecar)
+        example.captions = parse_captions(stem, *texts)
         example.problem = ""
       except BadRecord as error:
         example.problem = error.reason

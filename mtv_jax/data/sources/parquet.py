@@ -1,8 +1,7 @@
 """Parquet files with image bytes and captions, as Hugging Face data sets."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from concurrent import futures
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -70,18 +69,18 @@ class ParquetSource(base.FileSource):
           f"{other} and {file} have the same name, so their records would have"
           " the same keys. Give each folder an entry of data.train."
         )
-    with futures.ThreadPoolExecutor(base.OPEN_THREADS) as pool:
-      schemas, rows = zip(*pool.map(_read_footer, files), strict=True)
+    schemas, rows = zip(*base.map_threads(_read_footer, files), strict=True)
     super().__init__(files, list(map(sum, rows)), captions=captions)
     if not len(self):
       raise InputError(f"{self.name} has no row.")
     self._captions = captions
-    self._image = image or _default_image(files[0], schemas[0])
-    self._caption = None
-    if captions != "ignored":
-      self._caption = caption or _default_caption(
-        files[0], schemas[0], optional=captions == "optional"
-      )
+    first = files[0], schemas[0]
+    self._image = image or _default_column(*first, "image")
+    self._caption = caption if captions != "ignored" else None
+    if captions == "required" or (
+      captions == "optional" and {*_CAPTIONS} & {*schemas[0].names}
+    ):
+      self._caption = caption or _default_column(*first, "caption")
     for file, schema in zip(files, schemas, strict=True):
       _check_column(file, schema, "image", self._image, _is_image)
       if self._caption is not None:
@@ -97,14 +96,7 @@ class ParquetSource(base.FileSource):
     return self._starts[1:]
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`.
-
-    Raises:
-      IndexError: `i` is not in [0, len).
-      BadRecord: its row group can't be decoded, the image has no bytes, or
-        a required caption is missing or blank.
-      InputError: the file has changed since it was opened.
-    """
+    """Record `i`; an InputError if the file has changed since it was opened."""
     key, row = self._read_row(i)
     image, path = _split_image(row[self._image])
     if not image:
@@ -152,16 +144,13 @@ class ParquetSource(base.FileSource):
     """The image and caption columns of a row group, a `pyarrow.Table`."""
     parquet = base.import_extra("pyarrow.parquet", "parquet")
     shard = int(np.searchsorted(self._first, group, side="right")) - 1
+    number = group - int(self._first[shard])
     columns = [self._image] + [self._caption] * (self._caption is not None)
     rows = self._starts[group + 1] - self._starts[group]
     # Reads of one ParquetFile by several threads are not safe.
     with parquet.ParquetFile(self.files[shard]) as file:
-      number = group - int(self._first[shard])
-      metadata = file.metadata
-      if (
-        number >= metadata.num_row_groups
-        or metadata.row_group(number).num_rows != rows
-      ):
+      groups, row_group = file.metadata.num_row_groups, file.metadata.row_group
+      if number >= groups or row_group(number).num_rows != rows:
         raise InputError(
           f"{self.files[shard]} has changed since it was opened: start again."
         )
@@ -176,12 +165,7 @@ def _split_image(image: Any) -> tuple[bytes | None, str | None]:
 
 
 def open_parquet(file: Path) -> Any:
-  """Opens a `pyarrow.parquet.ParquetFile`.
-
-  Raises:
-    ImportError: pyarrow is not installed.
-    InputError: the file is damaged.
-  """
+  """Opens a `pyarrow.parquet.ParquetFile`; an InputError if it is damaged."""
   arrow = _pyarrow()
   try:
     return base.import_extra("pyarrow.parquet", "parquet").ParquetFile(file)
@@ -203,27 +187,17 @@ def _read_footer(file: Path) -> tuple[Any, list[int]]:
     return opened.schema_arrow, counts
 
 
-def _default_image(file: Path, schema: Any) -> str:
-  columns = [
-    field.name
-    for field in schema
-    if _is_image(field.type)
-    and (_is_struct(field.type) or field.name in _IMAGES)
-  ]
-  columns = ["image"] if "image" in columns else columns
-  return _only_column(file, schema, "image", columns)
-
-
-def _default_caption(file: Path, schema: Any, *, optional: bool) -> str | None:
-  columns = [name for name in _CAPTIONS if name in schema.names]
-  if optional and not columns:
-    return None
-  return _only_column(file, schema, "caption", columns)
-
-
-def _only_column(
-  file: Path, schema: Any, role: str, columns: Sequence[str]
-) -> str:
+def _default_column(file: Path, schema: Any, role: str) -> str:
+  if role == "caption":
+    columns = [name for name in _CAPTIONS if name in schema.names]
+  else:
+    columns = [
+      field.name
+      for field in schema
+      if _is_image(field.type)
+      and (_is_struct(field.type) or field.name in _IMAGES)
+    ]
+    columns = ["image"] if "image" in columns else columns
   if len(columns) != 1:
     names = (f"{field.name} ({field.type})" for field in schema)
     hint = " or captions='ignored'" if role == "caption" else ""

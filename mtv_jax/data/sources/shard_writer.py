@@ -23,6 +23,7 @@ from typing import Any
 
 import cv2
 
+from mtv_jax.config.options import PositiveInt, check_value
 from mtv_jax.data import canvas
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import array_record
@@ -37,21 +38,14 @@ _QUALITY = 95
 _SUFFIXES = {"webdataset": ".tar", "array_record": ".array_record"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Skipped:
-  """An example that is in no shard, and why."""
-
-  name: str
-  reason: str
-
-
 @dataclasses.dataclass
 class Report:
   """Progress of `write`."""
 
   total: int  # Examples of the listing.
-  done: int = 0  # Examples written or skipped.
-  skipped: list[Skipped] = dataclasses.field(default_factory=list)
+  done: int = 0  # Those written or skipped.
+  # Those in no shard; their `problem` is the reason.
+  skipped: list[Example] = dataclasses.field(default_factory=list)
   shards: list[Path] = dataclasses.field(default_factory=list)  # Finished.
 
   @property
@@ -93,7 +87,7 @@ def write(
     progress: is called every 64 examples.
 
   Returns:
-    The report. The skipped examples are also listed in `out/skipped.jsonl`.
+    The report; `out/skipped.jsonl` lists the skipped examples too.
 
   Raises:
     FileExistsError: `out` already holds shards.
@@ -101,11 +95,9 @@ def write(
   """
   check_choice("format", format, _SUFFIXES)
   suffix = _SUFFIXES[format]
-  if records_per_shard < 1 or (max_side is not None and max_side < 1):
-    raise InputError(
-      f"records_per_shard={records_per_shard} and max_side={max_side} must be"
-      " positive."
-    )
+  sizes = {"records_per_shard": records_per_shard, "max_side": max_side}
+  for name, size in sizes.items():
+    check_value(size, PositiveInt | None, name)
   out = Path(out).expanduser()
   if out.exists() and not out.is_dir():
     raise NotADirectoryError(f"{out} is a file; give a folder for the shards.")
@@ -127,21 +119,19 @@ def write(
         for row, record in _encode_rows(rows, pool, max_side, report, progress)
       )
       path = out / f"{shard:05d}{suffix}"
-      if format == "webdataset":
-        _write_tar(path, named)
-      else:
-        _write_array_record(path, named)
+      write_shard = _write_tar if suffix == ".tar" else _write_array_record
+      write_shard(path, named)
       stats = _stats(len(rows), report.skipped[skipped:])
       atomic.write(out / f"{shard:05d}_stats.json", stats.encode())
       report.shards.append(path)
       progress(report)
   listing = out / "skipped.jsonl"
   listing.unlink(missing_ok=True)
-  entries = map(dataclasses.asdict, report.skipped)
+  entries = [{"name": e.name, "reason": e.problem} for e in report.skipped]
   if lines := [json.dumps(e, ensure_ascii=False) + "\n" for e in entries]:
     atomic.write(listing, "".join(lines).encode())
   if not report.written:
-    reasons = Counter(s.reason for s in report.skipped).most_common(3)
+    reasons = Counter(e.problem for e in report.skipped).most_common(3)
     counts = "; ".join(f"{n} times {reason!r}" for reason, n in reasons)
     raise InputError(
       f"None of the {report.total} examples can be used: {counts}. The first"
@@ -164,7 +154,7 @@ def _encode_rows(
     for (row, example), result in zip(chunk, results, strict=True):
       report.done += 1
       if isinstance(result, str):
-        report.skipped.append(Skipped(example.name, result))
+        report.skipped.append(dataclasses.replace(example, problem=result))
       else:
         yield row, result
     progress(report)
@@ -182,11 +172,8 @@ def _encode(example: Example, max_side: int | None) -> _Encoded | str:
   except BadRecord as error:
     return error.reason
   height, width = image.shape[:2]
-  meta = {
-    "original_width": width,
-    "original_height": height,
-    "sha256": hashlib.sha256(data).hexdigest(),
-  }
+  original = {"original_width": width, "original_height": height}
+  original["sha256"] = hashlib.sha256(data).hexdigest()
   extension = _extension(data)
   if max_side is not None and max(height, width) > max_side:
     scale = max_side / max(height, width)
@@ -196,7 +183,7 @@ def _encode(example: Example, max_side: int | None) -> _Encoded | str:
     data = _encode_image(image, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
   elif extension is None:
     extension, data = "png", _encode_image(image, ".png", [])
-  meta = {"width": width, "height": height} | meta | example.extra
+  meta = {"width": width, "height": height} | original | example.extra
   meta["url"] = example.name
   return _Encoded(data, extension, example.captions, meta)
 
@@ -259,8 +246,8 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
   tar.addfile(info, io.BytesIO(data))
 
 
-def _stats(count: int, skipped: Sequence[Skipped]) -> str:
-  status = Counter(s.reason for s in skipped)
+def _stats(count: int, skipped: Sequence[Example]) -> str:
+  status = Counter(example.problem for example in skipped)
   missing = status[os.strerror(errno.ENOENT)]
   successes = count - len(skipped)
   # Adding counters drops a count of 0.

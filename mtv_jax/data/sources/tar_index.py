@@ -1,9 +1,7 @@
 """Offset index of a tar, for random access to its records.
 
 An index file takes a few dozen bytes a record and is memory-mapped, so that
-100 million records cost address space and not memory. Each tar has its own: a
-new or replaced tar costs one index, and hosts that start together share the
-work.
+100 million records cost address space and not memory. Each tar has its own.
 
 Layout, little-endian: a `HEADER`, then `count` times an `ENTRY`, then the
 keys in UTF-8, end to end, then the smallest and the largest key. Records
@@ -228,15 +226,12 @@ def _load(
     if len(data) < HEADER.size or not data.startswith(_MAGIC):
       return None, "it is not an index of this version"
     header = Header._make(HEADER.unpack(data))
-    if header.tar_size != state.st_size:
-      return None, (
-        f"the tar has {state.st_size} bytes, and had {header.tar_size}"
-      )
-    if header.tar_time != state.st_mtime_ns:
-      return None, (
-        f"the tar was modified at {_time(state.st_mtime_ns)}, and before at"
-        f" {_time(header.tar_time)}"
-      )
+    size, time_ns = state.st_size, state.st_mtime_ns
+    if header.tar_size != size:
+      return None, f"the tar has {size} bytes, and had {header.tar_size}"
+    if header.tar_time != time_ns:
+      times = _time(time_ns), _time(header.tar_time)
+      return None, "the tar was modified at {}, and before at {}".format(*times)
     entries_size = header.count * ENTRY.itemsize
     stream.seek(HEADER.size + entries_size + header.keys_size)
     split = header.smallest_size
@@ -249,10 +244,9 @@ def _load(
 
 
 def _serialise(scan: Scan, state: os.stat_result, tar: Path) -> bytes:
-  for lacking, keys in (
-    ("no image", scan.no_image),
-    ("neither .txt nor .json", scan.no_caption),
-  ):
+  missing = {"no image": scan.no_image}
+  missing["neither .txt nor .json"] = scan.no_caption
+  for lacking, keys in missing.items():
     if keys:
       some = ", ".join(keys[:5] + ["..."] * (len(keys) > 5))
       log.warning("%s: %d records have %s: %s.", tar, len(keys), lacking, some)
@@ -292,14 +286,11 @@ def _time(nanoseconds: int) -> str:
 def _run_worker() -> None:
   """The main function of a worker process; standard input holds its job."""
   tars, index_dir = json.load(sys.stdin)
-  # The process that started it meets the same errors and reports them.
+  index_dir = Path(index_dir) if index_dir else None
+  # The process that started it raises the same errors and reports them.
   with contextlib.suppress(OSError):
-    _build(
-      [Path(tar) for tar in tars],
-      Path(index_dir) if index_dir else None,
-      # Few: an index that two processes build at the same time costs twice.
-      threads=2,
-    )
+    # Few threads: an index that two processes build costs twice.
+    _build([Path(tar) for tar in tars], index_dir, threads=2)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,8 @@ from mtv_jax.utils.errors import InputError
 log = logging.getLogger(__name__)
 
 IMAGE, TEXT, JSON = range(3)
-EXTENSIONS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), IMAGE) | {
-  "txt": TEXT,
-  "json": JSON,
-}
+EXTENSIONS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), IMAGE)
+EXTENSIONS |= {"txt": TEXT, "json": JSON}
 _BLOCK = 512
 _BUFFER = 8192
 # Longer names are garbage, and are not read.
@@ -73,8 +71,7 @@ def scan(path: Path) -> Scan:
       raise TarError(
         f"{path}: key {key!r} has a second {kind} ({name!r} at offset"
         f" {span.offset}; the first is at {spans[role].offset}). Keys must be"
-        " unique: write the tar without the duplicate or leave it out of the"
-        " path."
+        " unique: remove the duplicate, or leave the tar out of the path."
       )
     if span.size >= 1 << 32:
       raise TarError(
@@ -85,9 +82,7 @@ def scan(path: Path) -> Scan:
   for key in no_image:
     del groups[key]
   no_caption = [
-    key
-    for key, spans in groups.items()
-    if not spans[TEXT].offset and not spans[JSON].offset
+    k for k, (_, *spans) in groups.items() if not any(s.offset for s in spans)
   ]
   return Scan(groups, no_image, no_caption, others)
 
@@ -155,8 +150,7 @@ def _check_header(header: bytes, path: Path, offset: int) -> None:
     raise TarError(f"{path} is damaged: no header at offset {offset}. {_FIX}")
   if header[:2] == b"\x1f\x8b":
     raise TarError(
-      f"{path} is compressed, which prevents reads at an offset: gunzip it (its"
-      " images are compressed already)."
+      f"{path} is compressed, which prevents reads at an offset: gunzip it."
     )
   raise TarError(
     f"{path} is not a tar: it starts with {header[:16]!r}. Fetch it again; the"

@@ -119,37 +119,27 @@ class TFDSSource(Source):
     )
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`; its key is its number in the split, as TFDS stores none.
-
-    Raises:
-      IndexError: `i` is not in [0, len).
-      BadRecord: it has no caption where the set has captions.
-    """
+    """Record `i`; its key is its number in the split, as TFDS stores none."""
     i = i.__index__()
     self._locate(i)
     example = self._opened.get(0)[i]
-    record: Record = {
-      "key": f"{self.name}/{i:09d}",
-      "image": example[self._image],
-    }
+    key = f"{self.name}/{i:09d}"
+    record: Record = {"key": key, "image": example[self._image]}
     if self._captions:
       captions: Any = example
       for part in self._captions:
         captions = captions[part]
       record["captions"] = caption_list(captions)
       if not record["captions"]:
-        raise BadRecord(record["key"], "its caption is empty")
+        raise BadRecord(key, "its caption is empty")
     if self._label:
       record["label"] = int(example["label"])
     return record
 
 
 def _image_feature(tfds: Any, features: Mapping[str, Any], name: str) -> str:
-  images = [
-    key
-    for key, feature in features.items()
-    if isinstance(feature, tfds.features.Image)
-  ]
+  image = tfds.features.Image
+  images = [key for key, kind in features.items() if isinstance(kind, image)]
   if "image" in images or len(images) == 1:
     return "image" if "image" in images else images[0]
   raise InputError(

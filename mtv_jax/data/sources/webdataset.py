@@ -73,10 +73,9 @@ class WebDatasetSource(FileSource):
     self._captions = captions
     self._report_skipped(tars)
     _check_duplicates(tars)
-    self._open_tars = ProcessCache(
-      functools.partial(_OpenTar, tars),
-      descriptors=2,  # the tar, and the memory map of its index
-    )
+    # Two: the tar, and the memory map of its index.
+    load = functools.partial(_OpenTar, tars)
+    self._open_tars = ProcessCache(load, descriptors=2)
 
   def _report_skipped(self, tars: Sequence[TarIndex]) -> None:
     no_image = sum(t.header.no_image for t in tars)
@@ -97,14 +96,7 @@ class WebDatasetSource(FileSource):
       )
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`.
-
-    Raises:
-      IndexError: `i` is not in [0, len).
-      BadRecord: its caption can't be read or is empty, or the image has no
-        bytes. The image is not decoded.
-      TarError: the tar has changed since it was indexed.
-    """
+    """Record `i`; a TarError if the tar has changed since it was indexed."""
     return self._read(i)[0]
 
   def _read(self, i: SupportsIndex) -> tuple[Record, bytes | None]:
@@ -156,8 +148,7 @@ def parse_captions(
       raise BadRecord(key, f"its .json can't be parsed ({error})") from error
     if not isinstance(fields, dict):
       raise BadRecord(key, "its .json is not an object")
-    several = fields.get("captions")
-    single = fields.get("caption")
+    several, single = fields.get("captions"), fields.get("caption")
     if several is not None:
       captions = several if isinstance(several, list) else [several]
     elif text is None and single is not None:
@@ -225,8 +216,7 @@ class _OpenTar:
           end = os.fstat(self._fd).st_size
           raise TarError(
             f"{self.path} ends at offset {end}, its record at {offset + size}:"
-            " the tar was cut after this run opened it. Restore it and start"
-            " again."
+            " it was cut during this run. Restore it and start again."
           )
         data += more
     except OSError as error:
@@ -245,14 +235,13 @@ def _check_duplicates(tars: Sequence[TarIndex]) -> None:
     tar
     for i, tar in enumerate(ranges)
     if (i and tar.smallest <= tops[i - 1])
-    or (tar is not ranges[-1] and ranges[i + 1].smallest <= tar.largest)
+    or any(other.smallest <= tar.largest for other in ranges[i + 1 : i + 2])
   ]
   total = sum(t.header.count for t in suspects)
   if total > _MAX_COMPARED:
     log.warning(
-      f"The keys of {len(suspects)} tars overlap ({suspects[0].tar}, ...) and"
-      f" are not compared, as there are {total} of them; records may be"
-      " duplicated."
+      f"The {total} keys of {len(suspects)} tars overlap ({suspects[0].tar},"
+      " ...) and are not compared; records may be duplicated."
     )
     return
   owner: dict[str, Path] = {}

@@ -5,13 +5,10 @@ behind them; one batch runs on the devices while the next one is assembled.
 Batches depend on the order of the records alone, never on the threads' timing.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
-import functools
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent import futures
 
 import jax
@@ -21,7 +18,8 @@ from mtv_jax.data import canvas
 from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.label_values import Outcome, no_label
 from mtv_jax.data.labels.label_writer import Entry
-from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.data.records import BadRecord
+from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert, Prepared
 
 # Total size of prepared records that wait for others of their group.
@@ -32,7 +30,6 @@ _MAX_AGE = 4096
 # The parts of a reason that differ between records.
 _BYTES = re.compile(r"b'(?:[^'\\]|\\.)*'|b\"(?:[^\"\\]|\\.)*\"")
 _NUMBER = re.compile(r"\b0x[0-9a-f]+\b|\d+(?:\.\d+)?")
-
 
 # Prepared records of one group with their positions.
 Batch = list[tuple[int, Prepared]]
@@ -96,30 +93,21 @@ def _size(prepared: Prepared) -> int:
 
 
 def label(
-  expert: Expert,
-  read: Callable[[int], Record],
-  numbers: Sequence[int],
-  *,
-  threads: int,
+  expert: Expert, base: Source, numbers: Sequence[int], *, threads: int
 ) -> Iterator[Entry]:
-  """Labels records, in order.
+  """Labels the records of a source, in order.
 
-  Args:
-    expert: the model.
-    read: reads the record of a number, with `captions` and `meta`; a BadRecord
-      that it raises becomes a record without a label.
-    numbers: of the records.
-    threads: for decoding, preparing and finishing.
+  A bad record is an entry without a label. `threads` decode, prepare and
+  finish.
   """
   pool = futures.ThreadPoolExecutor(threads)
   pipeline = _Pipeline(expert, pool)
-  prepare = functools.partial(_prepare, expert, read)
   pending: collections.deque[futures.Future] = collections.deque()
   try:
     for number in numbers:
       if len(pending) == expert.rows + 2 * threads:
         yield from pipeline.add(*pending.popleft().result())
-      pending.append(pool.submit(prepare, number))
+      pending.append(pool.submit(_prepare, expert, base, number))
     while pending:
       yield from pipeline.add(*pending.popleft().result())
     yield from pipeline.flush()
@@ -137,12 +125,12 @@ class _Item:
 
 
 def _prepare(
-  expert: Expert, read: Callable[[int], Record], number: int
+  expert: Expert, base: Source, number: int
 ) -> tuple[_Item, Prepared | None]:
   """The record of a number, and the expert's input unless it is bad."""
   item = None
   try:
-    record = read(number)
+    record = base.read_with_metadata(number)
     item = _Item(record["key"], label_sets.hash_bytes(record["image"]))
     pixels = canvas.decode(record["image"], key=item.key)
     return item, expert.prepare(pixels, record)
@@ -200,14 +188,12 @@ class _Pipeline:
 
   def _collect(self) -> None:
     """Waits for the running batch and submits its rows to threads."""
-    if self._running is None:
-      return
-    batch, outputs = self._running
+    batch, outputs = self._running or ([], {})
     self._running = None
     # Bounds the number of pending labels.
     futures.wait(self._finishing)
-    fetched = {name: np.asarray(value) for name, value in outputs.items()}
     self._finishing = []
+    fetched = {name: np.asarray(value) for name, value in outputs.items()}
     for row, (position, prepared) in enumerate(batch):
       item = self._items[position]
       # With the ellipsis a scalar stays an array.
@@ -231,12 +217,12 @@ class _Pipeline:
   def _pop_finished(self) -> Iterator[Entry]:
     while item := self._items.get(self._yielded):
       outcome = item.outcome
+      if outcome is None:
+        return
       if isinstance(outcome, futures.Future):
         if not outcome.done():
           return
         outcome = outcome.result()
-      if outcome is None:
-        return
       del self._items[self._yielded]
       self._yielded += 1
       yield Entry(item.key, outcome, item.image)

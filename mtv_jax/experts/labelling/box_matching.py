@@ -10,8 +10,6 @@ at the score threshold of the label set: one point of the curve that COCO's AP
 integrates. The true boxes may be human annotations (tools/make_labels.py).
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,10 +45,7 @@ def match(
 
 @dataclasses.dataclass
 class Tally:
-  """Counts of boxes, true boxes and matches, and the sum of the matches' IoU.
-
-  Of all images, or of one phrase.
-  """
+  """Counts of boxes, true boxes and matches, and the sum of matches' IoU."""
 
   boxes: int = 0
   truth: int = 0
@@ -71,17 +66,11 @@ class Tally:
 
 @dataclasses.dataclass
 class Agreement:
-  """Agreement of a label set with true boxes, in total and by phrase.
+  """Agreement of a label set with true boxes, in total and by phrase."""
 
-  Attributes:
-    iou: minimum of a match.
-    images: with a label of true boxes.
-    unlabelled: those of them without a label in the set.
-  """
-
-  iou: float | int
-  images: int = 0
-  unlabelled: int = 0
+  iou: float | int  # Minimum of a match.
+  images: int = 0  # With a label of true boxes.
+  unlabelled: int = 0  # Those of them without a label in the set.
   total: Tally = dataclasses.field(default_factory=Tally)
   phrases: dict[str, Tally] = dataclasses.field(
     default_factory=lambda: collections.defaultdict(Tally)
@@ -149,13 +138,12 @@ def compare(
   Args:
     labels: of an expert.
     truth: of the same records.
-    iou: minimum of a match, above 0.
+    iou: minimum of a match, in (0, 1].
     renamed: names in `truth` of phrases of `labels`, up to case and
       punctuation.
 
   Raises:
     LabelError: the sets are of other records, or no image is labelled.
-    InputError: `iou` is out of range.
   """
   if not 0 < iou <= 1:
     raise InputError(f"iou={iou}; expected more than 0 and at most 1.")
@@ -176,17 +164,15 @@ def _read_pairs(
   if (labels.names, labels.counts) != (truth.names, truth.counts):
     raise LabelError(
       f"{labels} and {truth} are of different shards: {labels.names[:3]} and"
-      f" {truth.names[:3]}, {len(labels.names)} and {len(truth.names)} in all."
-      " Label the same shards."
+      f" {truth.names[:3]}. Label the same shards."
     )
   for shard, count in enumerate(labels.counts):
     for at in range(count):
       label, true = labels.read(shard, at), truth.read(shard, at)
       if label.key != true.key:
         raise LabelError(
-          f"Record {at} of {labels.names[shard]} is {label.key!r} in"
-          f" {labels.folder} and {true.key!r} in {truth.folder}: label the same"
-          " shards."
+          f"Record {at} of {labels.names[shard]} is {label.key!r} in {labels}"
+          f" and {true.key!r} in {truth}: label the same shards."
         )
       yield label.label, true.label
 

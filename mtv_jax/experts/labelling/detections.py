@@ -1,7 +1,5 @@
 """Post-processing of detections: filters, non-maximum suppression, label."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
@@ -17,10 +15,7 @@ _MIN_INSIDE = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
-  """Raw detections: boxes (y0, x0, y1, x1) in units of the image.
-
-  They may exceed the image.
-  """
+  """Raw detections: boxes (y0, x0, y1, x1) in the unit square or beyond."""
 
   boxes: Float32[np.ndarray, "n 4"]
   scores: Float32[np.ndarray, "n"]
@@ -33,9 +28,7 @@ def suppress(
   *,
   iou: float,
 ) -> Int[np.ndarray, "k"]:
-  """Class-agnostic non-maximum suppression.
-
-  Of equal scores the earlier box wins.
+  """Class-agnostic non-maximum suppression; of equal scores the earlier wins.
 
   Args:
     boxes: (y0, x0, y1, x1), of positive area.

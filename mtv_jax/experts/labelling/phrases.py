@@ -13,15 +13,13 @@ A phrase source is named by a string:
                  its name only, so give a changed function a new name
 """
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import functools
 import importlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +69,10 @@ STOP_WORDS = frozenset(_STOP.split())
 
 
 class Phrases(abc.ABC):
-  """Phrases to look for in a record's image; subclasses are dataclasses.
+  """Phrases to look for in a record's image; subclasses are dataclasses."""
 
-  Attributes:
-    source: name of the kind, for the manifest.
-    vocabulary: the phrases of every record if they are the same, so that an
-      expert can encode them once.
-  """
-
-  source: str
+  source: str  # Name of the kind, for the manifest.
+  # Where all records have the same phrases, which are encoded once.
   vocabulary: tuple[str, ...] | None = None
 
   @property
@@ -89,27 +82,22 @@ class Phrases(abc.ABC):
 
   @abc.abstractmethod
   def __call__(self, record: Record) -> list[str]:
-    """Distinct phrases of a record, possibly none.
-
-    Raises:
-      BadRecord: a phrase is not a string.
-    """
+    """Distinct phrases of a record; a BadRecord if one is not a string."""
 
 
 def build_phrases(
   source: str, *, max_phrases: int = MAX_PHRASES, max_words: int = MAX_WORDS
 ) -> Phrases:
-  """The phrase source of a name.
+  """The phrase source of a name (see the top of the file).
 
   Args:
-    source: see the top of the file.
+    source: the name.
     max_phrases: of a record, except of a vocabulary.
     max_words: of an n-gram.
 
   Raises:
     ConfigError: a limit below 1.
     InputError: an unknown name, or a file without phrases.
-    ImportError: the module can't be imported.
   """
   check_value(max_phrases, PositiveInt, "max_phrases")
   check_value(max_words, PositiveInt, "max_words")
@@ -119,7 +107,7 @@ def build_phrases(
   if kind == "tags":
     return Tags(field or "tags", max_phrases)
   if Path(source).expanduser().is_file():
-    return read_vocabulary(source)
+    return _read_vocabulary(source)
   if _FUNCTION.fullmatch(source):
     return _Function(source, max_phrases)
   raise InputError(
@@ -145,17 +133,16 @@ class NGrams(Phrases):
   max_words: int = MAX_WORDS
 
   def __call__(self, record: Record) -> list[str]:
-    return _distinct(self._ngrams(record["captions"]), self.max_phrases)
-
-  def _ngrams(self, captions: Iterable[str]) -> Iterator[str]:
-    for caption in captions:
-      words = canonicalize(caption).split()
-      words = [word for word in words if word not in GENERIC_WORDS]
-      for start in range(len(words)):
-        for end in range(start, min(start + self.max_words, len(words))):
-          ngram = words[start : end + 1]
-          if not STOP_WORDS.issuperset(ngram):
-            yield " ".join(ngram)
+    captions = [canonicalize(caption).split() for caption in record["captions"]]
+    ngrams = (
+      words[start : end + 1]
+      for caption in captions
+      if (words := [word for word in caption if word not in GENERIC_WORDS])
+      for start in range(len(words))
+      for end in range(start, min(start + self.max_words, len(words)))
+    )
+    phrases = (" ".join(n) for n in ngrams if not STOP_WORDS.issuperset(n))
+    return _distinct(phrases, self.max_phrases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,37 +167,21 @@ class Tags(Phrases):
     return _distinct(tags, self.max_phrases)
 
 
-def read_vocabulary(file: str) -> Vocabulary:
-  """The phrases of a file, one a line.
-
-  Blank and repeated lines (up to case and punctuation) are dropped, and their
-  number is logged.
-
-  Raises:
-    InputError: the file is not UTF-8, or has no phrase.
-    OSError: it can't be read.
-  """
+def _read_vocabulary(file: str) -> "Vocabulary":
+  """The phrases of a file, without blank and repeated lines."""
   path = Path(file).expanduser()
   try:
     lines = path.read_text(encoding="utf-8-sig").splitlines()
   except UnicodeDecodeError as error:
-    raise InputError(
-      f"{file} is not UTF-8 ({error}); a vocabulary has one phrase a line."
-    ) from error
+    raise InputError(f"{file} is not UTF-8 ({error}).") from error
   filled = [line for line in lines if canonicalize(line)]
   phrases = _distinct(filled, len(filled))
   if not phrases:
-    raise InputError(
-      f"{file} has {len(lines)} lines and no phrase; a vocabulary has one a"
-      " line."
-    )
+    raise InputError(f"{file}: {len(lines)} lines and no phrase, one a line.")
   if len(phrases) < len(lines):
     logging.info(
-      "%s: %d phrases; dropped %d blank lines and %d repeated ones",
-      file,
-      len(phrases),
-      len(lines) - len(filled),
-      len(filled) - len(phrases),
+      f"{file}: {len(phrases)} phrases; dropped {len(lines) - len(filled)}"
+      f" blank lines and {len(filled) - len(phrases)} repeated ones"
     )
   return Vocabulary(tuple(phrases), path.name)
 
@@ -279,10 +250,7 @@ def require_phrases(phrases: Phrases, record: Record) -> tuple[str, ...]:
 
 
 def padded_count(count: int) -> int:
-  """The power of two, at least 8, to which a number of phrases is padded.
-
-  One program is compiled for each.
-  """
+  """A power of two, at least 8: one program is compiled for each."""
   return max(_MIN_PADDED, 1 << (count - 1).bit_length())
 
 

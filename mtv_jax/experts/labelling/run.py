@@ -5,13 +5,10 @@ turns its image into arrays; `Expert.run` runs the model on a batch
 (`batching.py`); `Expert.finish` turns the outputs into a `DepthLabel` or
 `BoxLabel` (`data/labels/label_values.py`), which `LabelWriter` writes.
 
-Each host labels whole shards on its own devices and leases them one by one
-(`shard_lease.py`); hosts communicate only through files in the label set's
-folder. Any number of hosts may join, leave or be killed: the label set is
-byte-identical.
+Each host labels whole shards and leases them one by one (`shard_lease.py`);
+hosts communicate only through files in the label set's folder. Any number of
+hosts may join, leave or be killed: the label set is byte-identical.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -55,19 +52,17 @@ def run(
     out: folder of the label set; created if missing.
     host: index and number of hosts that start together, so that each begins
       with another shard; 0 of 1 by default, also for hosts started by hand.
-    threads: decoding, preparing and finishing; one per core by default.
+    threads: for decoding and preparing; one per core by default.
     progress: called with the number of records done, by any host, and the
       total.
 
   Raises:
     FileExistsError: the folder has labels of other settings.
     LabelError: no record has a label.
-    InputError: fewer than one thread.
   """
   threads = count_threads(threads)
-  writer = LabelWriter(
-    out, kind=expert.kind, base=base, settings=expert.settings
-  )
+  options = {"kind": expert.kind, "settings": expert.settings}
+  writer = LabelWriter(out, base=base, **options)
   leases = ShardLeases(writer.out)
   job = _HostJob(expert, writer, leases, threads, progress)
   job.run(host or HostRows(0, 1))
@@ -128,8 +123,7 @@ class _HostJob:
         with contextlib.closing(self._entries(shard)) as entries:
           self.writer.write(shard, entries)
       except FileNotFoundError:
-        # After a long suspension of this process, another one took the shard
-        # over and removed its files; that one's labels are the same.
+        # Another process took the shard over while this one was suspended.
         holder = self.leases.holder(name)
         lost = holder is not None and holder.owner != atomic.current_process()
         if not (lost or self.writer.is_done(shard)):
@@ -137,12 +131,9 @@ class _HostJob:
       return self.writer.is_done(shard)
 
   def _entries(self, shard: int) -> Iterator[Entry]:
-    base = self.writer.base
+    base, numbers = self.writer.base, self.writer.numbers(shard)
     for entry in batching.label(
-      self.expert,
-      base.read_with_metadata,
-      self.writer.numbers(shard),
-      threads=self.threads,
+      self.expert, base, numbers, threads=self.threads
     ):
       self.done += 1
       self.progress(min(self.done, len(base)), len(base))
@@ -151,9 +142,10 @@ class _HostJob:
   def _log_waiting(self, shards: Sequence[int]) -> None:
     names = [self.writer.names[shard] for shard in shards]
     holders = [(name, self.leases.holder(name)) for name in names[:3]]
+    some = [f"{name} ({lease})" for name, lease in holders if lease]
+    some += ["..."] * (len(names) > 3)
     log.info(
-      "No shard is left to lease: waiting for %d shards of other hosts: %s%s.",
+      "No shard is left to lease: waiting for %d shards of other hosts: %s.",
       len(names),
-      ", ".join(f"{name} ({lease})" for name, lease in holders if lease),
-      ", ..." if len(names) > 3 else "",
+      ", ".join(some),
     )

@@ -13,12 +13,9 @@ processes the later one yields. This requires only exclusive creation of the
 file system; some shared file systems lack locks.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import glob
-import itertools
 import json
 import os
 import pathlib
@@ -51,17 +48,14 @@ class ShardLeases:
   def __init__(self, folder: pathlib.Path):
     self._folder = folder
 
-  def _file(self, name: str, number: int = 0) -> pathlib.Path:
-    return self._folder / f".{name}.claim{f'.{number}' if number else ''}"
-
   def _files(self, name: str) -> Iterator[pathlib.Path]:
     """Lease files of a shard; the first may not exist.
 
     It is tried before the rest, since listing a large folder is slow.
     """
-    first = self._file(name)
-    yield first
-    for file in sorted(self._folder.glob(f"{glob.escape(first.name)}.*")):
+    yield self._folder / f".{name}.claim"
+    pattern = f".{glob.escape(name)}.claim.*"
+    for file in sorted(self._folder.glob(pattern)):
       if file.suffix[1:].isdigit():
         yield file
 
@@ -81,13 +75,14 @@ class ShardLeases:
 
   def _try_acquire(self, name: str) -> tuple[pathlib.Path, int] | None:
     """The file and handle of a new lease; None if another process has one."""
-    file = self._file(name)
+    file = self._folder / f".{name}.claim"
     handle = _create(file)
     if handle is None:
       expired = self._expired(name)
       if expired is None:
         return None
-      file = self._file(name, 1 + max(map(_number, expired), default=0))
+      number = 1 + max(map(_number, expired), default=0)
+      file = file.with_name(f"{file.name}.{number}")
       handle = _create(file)
       if handle is None:
         return None
@@ -99,7 +94,12 @@ class ShardLeases:
       expired = self._expired(name, ignore=file)
       if expired is None:
         return None
-      self._remove(name, expired)
+      for old in expired:
+        # A process that has replaced it meanwhile sees the new lease and
+        # yields.
+        old.unlink(missing_ok=True)
+      for prefix in (f"{name}.", f"{name}_") if expired else ():
+        atomic.remove_abandoned(self._folder, name=prefix)
       on_failure.pop_all()
     return file, handle
 
@@ -119,15 +119,6 @@ class ShardLeases:
       expired.append(file)
     return expired
 
-  def _remove(self, name: str, expired: list[pathlib.Path]) -> None:
-    """Removes expired leases and the unfinished files of their processes."""
-    for file in expired:
-      # A process that has replaced it meanwhile sees the new lease and yields.
-      file.unlink(missing_ok=True)
-    if expired:
-      atomic.remove_abandoned(self._folder, name=f"{name}.")
-      atomic.remove_abandoned(self._folder, name=f"{name}_")
-
   def holder(self, name: str) -> Lease | None:
     """The latest lease on a shard."""
     for file in sorted(self._files(name), key=_number, reverse=True):
@@ -138,8 +129,8 @@ class ShardLeases:
   def sweep(self) -> None:
     """Removes leases and temporary files of dead processes, of any shard."""
     atomic.remove_abandoned(self._folder)
-    files = self._folder.glob(".*.claim"), self._folder.glob(".*.claim.[1-9]*")
-    for file in itertools.chain(*files):
+    find = self._folder.glob
+    for file in (*find(".*.claim"), *find(".*.claim.[1-9]*")):
       with contextlib.suppress(FileNotFoundError):
         if atomic.is_abandoned(file, _read(file).owner):
           file.unlink()

@@ -1,7 +1,5 @@
 """Verification of a label set: labels some records again and compares."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 
@@ -21,24 +19,16 @@ from mtv_jax.utils.errors import InputError
 
 @dataclasses.dataclass
 class Report:
-  """Differences between stored labels and new ones.
-
-  Attributes:
-    compared: records.
-    labelled: records with a stored and a new label.
-    boxes, new_boxes: stored and new boxes of these records.
-    different: by key, how a label differs.
-    max_difference, total_difference, pixels: of the stored maps, in 16-bit
-      steps.
-  """
+  """Differences between stored labels and new ones."""
 
   kind: str
-  compared: int = 0
-  labelled: int = 0
-  boxes: int = 0
+  compared: int = 0  # Records.
+  labelled: int = 0  # Those with a stored and a new label.
+  boxes: int = 0  # Stored boxes of these.
   new_boxes: int = 0
+  # How a label differs, by key.
   different: dict[str, str] = dataclasses.field(default_factory=dict)
-  max_difference: int = 0
+  max_difference: int = 0  # Of the maps, in 16-bit steps.
   total_difference: int = 0
   pixels: int = 0
 
@@ -55,7 +45,7 @@ class Report:
       )
     else:
       lines.append(
-        f"{self.boxes:,} boxes are stored, {self.new_boxes:,} made now."
+        f"{self.boxes:,} boxes are stored, {self.new_boxes:,} are new."
       )
     shown = list(self.different.items())[:10]
     lines += [f"  {key}: {difference}" for key, difference in shown]
@@ -122,14 +112,13 @@ def verify(
     expert: with the settings of the set.
     base: the source of the set, or some of its shards.
     out: folder of the set.
-    count: at most so many records.
+    count: maximum number of records.
     threads: one per core by default.
 
   Raises:
     FileNotFoundError: there is no finished set.
     FileExistsError: the set has other settings.
     LabelError: the set is of other shards.
-    InputError: a count, or threads, below one.
   """
   threads = count_threads(threads)
   if count < 1:
@@ -142,9 +131,7 @@ def verify(
   numbers = np.linspace(0, len(base) - 1, min(count, len(base)))
   numbers = np.unique(numbers.round().astype(int)).tolist()
   report = Report(expert.kind, compared=len(numbers))
-  entries = batching.label(
-    expert, base.read_with_metadata, numbers, threads=threads
-  )
+  entries = batching.label(expert, base, numbers, threads=threads)
   for number, entry in zip(numbers, entries, strict=True):
     key = entry.key
     # As the set stores it.

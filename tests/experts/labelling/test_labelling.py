@@ -33,6 +33,7 @@ from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.array_record import ArrayRecordSource
+from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert, Prepared
 from mtv_jax.experts.labelling import batching
 from mtv_jax.experts.labelling import run as labelling
@@ -255,18 +256,22 @@ class Slow:
     return Outcome(None, {f"{meta}": 1})
 
 
+class BlackImages(Source):
+  shards = np.array([100])
+
+  def __getitem__(self, i):
+    if i % 10 == 3:
+      raise BadRecord(f"{i}", "x")
+    png = cv2.imencode(".png", np.zeros((2, 2, 3), np.uint8))[1].tobytes()
+    return {"key": f"{i}", "image": png}
+
+
 def test_labels_come_in_order():
-  png = cv2.imencode(".png", np.zeros((2, 2, 3), np.uint8))[1].tobytes()
-
-  def read(number):
-    if number % 10 == 3:
-      raise BadRecord(f"{number}", "x")
-    return {"key": f"{number}", "image": png}
-
+  base = BlackImages()
   shapes = []
   for threads in (1, 5):
     expert = Slow()
-    entries = list(batching.label(expert, read, range(100), threads=threads))
+    entries = list(batching.label(expert, base, range(100), threads=threads))
     assert [entry.key for entry in entries] == [f"{i}" for i in range(100)]
     for i, entry in enumerate(entries):
       expected = "record: x" if i % 10 == 3 else f"{i}"
