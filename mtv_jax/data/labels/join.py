@@ -153,7 +153,7 @@ def open_labels(
     kind: "depth" or "boxes".
     path: folder of the set.
     join: by position ("aligned") or by key.
-    index_dir: folder of the index of a join by key; by default `path`.
+    index_dir: of a join by key; None for `path`.
   """
   labels = LabelSet(path, kind=kind)
   if join == "aligned":
@@ -244,12 +244,11 @@ class AlignedLabels(JoinedLabels):
     shard = int(np.searchsorted(self._starts, i, side="right")) - 1
     at = i - int(self._starts[shard])
     stored = self.label_set.read(self._shards[shard], at)
-    if stored.key != record["key"]:
+    if stored.key != (key := record["key"]):
+      file = self._files[shard]
       raise LabelError(
-        f"{self.label_set!r}: label {at} of"
-        f" {label_sets.stem(self._files[shard])} is of the record"
-        f" {stored.key!r}, record {at} of the source {record['key']!r}."
-        f" {_ADVICE}"
+        f"{self.label_set!r}: label {at} of {label_sets.stem(file)} is of the"
+        f" record {stored.key!r}, record {at} of {file} is {key!r}. {_ADVICE}"
       )
     return stored.label
 

@@ -27,7 +27,6 @@ class ArrayRecordSource(FileSource):
     path: brace ranges, globs, commas or a list; see `expand_path`.
 
   Raises:
-    FileNotFoundError: a file is missing or a glob matches none.
     InputError: a file is damaged, or was written in groups of records.
   """
 

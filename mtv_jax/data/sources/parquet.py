@@ -43,8 +43,6 @@ class ParquetSource(base.FileSource):
       of captions, which may be empty, and the column may be missing.
 
   Raises:
-    ImportError: pyarrow is not installed.
-    FileNotFoundError: a file is missing or a glob matches none.
     InputError: a file is damaged, lacks a column or has one of another type;
       two files have the same name; the files hold no row.
   """
@@ -62,9 +60,9 @@ class ParquetSource(base.FileSource):
     _pyarrow()  # Its absence is the first error.
     files = expand_path(path, suffix=self.suffix)
     self._stems = [file.name.removesuffix(self.suffix) for file in files]
-    by_stem: dict[str, Path] = {}
-    for stem, file in zip(self._stems, files, strict=True):
-      if (other := by_stem.setdefault(stem, file)) is not file:
+    by_name: dict[str, Path] = {}
+    for file in files:
+      if (other := by_name.setdefault(file.name, file)) is not file:
         raise InputError(
           f"{other} and {file} have the same name, so their records would have"
           " the same keys. Give each folder an entry of data.train."
@@ -216,17 +214,15 @@ def _check_column(
       f"{file} has no column {name!r}, or several, for the {role}."
       f" {did_you_mean(name, schema.names)}"
     )
-  kind = schema.field(name).type
-  if accepts(kind):
-    return
-  expected = "a string or a list of strings"
-  if role == "image":
-    expected = "binary or struct<bytes: binary, path: string>"
-    if _is_string(kind):
-      expected += "; URLs and paths are not fetched: store the bytes"
-  raise InputError(
-    f"{file}: column {name!r} is {kind}; the {role} must be {expected}."
-  )
+  if not accepts(kind := schema.field(name).type):
+    expected = "a string or a list of strings"
+    if role == "image":
+      expected = "binary or struct<bytes: binary, path: string>"
+      if _is_string(kind):
+        expected += "; URLs and paths are not fetched: store the bytes"
+    raise InputError(
+      f"{file}: column {name!r} is {kind}; the {role} must be {expected}."
+    )
 
 
 def _is_struct(kind: Any) -> bool:

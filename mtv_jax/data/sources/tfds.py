@@ -37,9 +37,8 @@ class TFDSSource(Source):
     data_dir: folder of prepared sets; None for TFDS's default.
 
   Raises:
-    ImportError: tensorflow_datasets is not installed.
     MissingFileError: the set was not prepared as ArrayRecord.
-    InputError: it has no such split or no image.
+    InputError: it lacks the split or an image.
   """
 
   def __init__(
@@ -84,9 +83,9 @@ class TFDSSource(Source):
         },
       )
     except NotImplementedError as error:
-      raise MissingFileError(
+      raise self._missing(
         f"{self._name} is prepared in {builder.data_dir}, but not in a format"
-        f" that allows random access. {self._build_hint()}"
+        " that allows random access."
       ) from error
 
   def _builder(self, tfds: Any) -> Any:
@@ -94,15 +93,13 @@ class TFDSSource(Source):
       builder = tfds.builder(self._name, data_dir=self._data_dir)
     except tfds.core.registered.DatasetNotFoundError as error:
       folder = self._data_dir or "its default folder"
-      raise MissingFileError(
-        f"TFDS has no data set {self._name!r}, and {folder} has none. "
-        + self._build_hint()
+      raise self._missing(
+        f"TFDS has no data set {self._name!r}, and {folder} has none."
       ) from error
     splits = builder.info.splits
     if not splits:
-      raise MissingFileError(
-        f"{self._name} is not prepared in {builder.data_dir}. "
-        + self._build_hint()
+      raise self._missing(
+        f"{self._name} is not prepared in {builder.data_dir}."
       )
     base = self._split.partition("[")[0]
     if base not in splits and "+" not in base and base != "all":
@@ -111,10 +108,10 @@ class TFDSSource(Source):
       )
     return builder
 
-  def _build_hint(self) -> str:
+  def _missing(self, problem: str) -> MissingFileError:
     folder = f" --data_dir={self._data_dir}" if self._data_dir else ""
-    return (
-      "Prepare it with `pip install 'mtv_jax[tfds]'` and `tfds build"
+    return MissingFileError(
+      f"{problem} Prepare it with `pip install 'mtv_jax[tfds]'` and `tfds build"
       f" {self._name} --file_format=array_record{folder}`."
     )
 

@@ -45,7 +45,6 @@ class WebDatasetSource(FileSource):
       missing, blank or unreadable.
 
   Raises:
-    FileNotFoundError: a tar is missing or a glob matches none.
     TarError: a tar is cut short, damaged, compressed or repeats a key.
     OSError: an index is missing or out of date and can't be written.
     InputError: the tars hold no record.
@@ -240,8 +239,8 @@ def _check_duplicates(tars: Sequence[TarIndex]) -> None:
   total = sum(t.header.count for t in suspects)
   if total > _MAX_COMPARED:
     log.warning(
-      f"The {total} keys of {len(suspects)} tars overlap ({suspects[0].tar},"
-      " ...) and are not compared; records may be duplicated."
+      f"The keys of {len(suspects)} tars overlap ({suspects[0].tar}, ...) and"
+      f" are not compared, as there are {total}; records may be duplicated."
     )
     return
   owner: dict[str, Path] = {}

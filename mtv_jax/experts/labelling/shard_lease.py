@@ -95,8 +95,7 @@ class ShardLeases:
       if expired is None:
         return None
       for old in expired:
-        # A process that has replaced it meanwhile sees the new lease and
-        # yields.
+        # A process that replaced it meanwhile sees the new lease and yields.
         old.unlink(missing_ok=True)
       for prefix in (f"{name}.", f"{name}_") if expired else ():
         atomic.remove_abandoned(self._folder, name=prefix)
