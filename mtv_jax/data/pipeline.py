@@ -217,7 +217,8 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
       raise CorruptDataError(
         f"{stats.corrupt} of {stats.read} records read can't be used,"
         f" {stats.corrupt / stats.read:.2%}; data.max_corrupt allows"
-        f" {self.max_corrupt:.2%}. Among them:\n  " + "\n  ".join(reasons[:10])
+        f" {self.max_corrupt:.2%}. Repair or remove them, or raise"
+        " data.max_corrupt. Among them:\n  " + "\n  ".join(reasons[:10])
       )
 
   def close(self) -> None:

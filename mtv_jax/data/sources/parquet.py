@@ -60,9 +60,9 @@ class ParquetSource(base.FileSource):
     _pyarrow()  # Its absence is the first error.
     files = expand_path(path, suffix=self.suffix)
     self._stems = [file.name.removesuffix(self.suffix) for file in files]
-    by_name: dict[str, Path] = {}
-    for file in files:
-      if (other := by_name.setdefault(file.name, file)) is not file:
+    by_stem: dict[str, Path] = {}
+    for stem, file in zip(self._stems, files, strict=True):
+      if (other := by_stem.setdefault(stem, file)) is not file:
         raise InputError(
           f"{other} and {file} have the same name, so their records would have"
           " the same keys. Give each folder an entry of data.train."
