@@ -80,8 +80,8 @@ class ScenePair:
 
   first: Scene  # Equals `render(index)`.
   second: Scene
-  # (y, x) in the second view, in unit coordinates, of the surface point of each
-  # pixel (i, j) of the first, centred at ((i + 0.5) / size, (j + 0.5) / size).
+  # (y, x) in the second view, in unit coordinates and perhaps outside, of the
+  # surface point at the centre of each pixel of the first.
   correspondence: Float32[np.ndarray, "s s 2"]
   # Whether the point is inside the second image and not hidden.
   visible: Bool[np.ndarray, "s s"]

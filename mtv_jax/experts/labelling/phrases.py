@@ -177,7 +177,9 @@ def _read_vocabulary(file: str) -> "Vocabulary":
   filled = [line for line in lines if canonicalize(line)]
   phrases = _distinct(filled, len(filled))
   if not phrases:
-    raise InputError(f"{file}: {len(lines)} lines and no phrase, one a line.")
+    raise InputError(
+      f"{file} has {len(lines)} lines and no phrase; expected one a line."
+    )
   if len(phrases) < len(lines):
     logging.info(
       f"{file}: {len(phrases)} phrases; dropped {len(lines) - len(filled)}"
