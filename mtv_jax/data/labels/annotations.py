@@ -68,12 +68,9 @@ def write(
   """Writes the labels of all unfinished shards.
 
   Args:
-    writer: for a base.
+    writer: of the label set.
     annotate: the label of a record; called by several threads.
     progress: called with the number of finished records and of all.
-
-  Raises:
-    LabelError: no record has a label; has the first record as a note.
   """
   todo, total = writer.todo(), len(writer.base)
   done = total - sum(len(writer.numbers(shard)) for shard in todo)

@@ -146,14 +146,9 @@ def open_labels(
   join: Literal["aligned", "key"] = "aligned",
   index_dir: str | os.PathLike | None = None,
 ) -> JoinedLabels:
-  """Opens a label set and joins it to a source.
+  """Opens the label set in `path` and joins it by position or by key.
 
-  Args:
-    source: see `join_labels`.
-    kind: "depth" or "boxes".
-    path: folder of the set.
-    join: by position ("aligned") or by key.
-    index_dir: of a join by key; None for `path`.
+  The index of a join by key is in `index_dir`, by default in `path`.
   """
   labels = LabelSet(path, kind=kind)
   if join == "aligned":
@@ -260,8 +255,8 @@ class KeyedLabels(JoinedLabels):
   """Labels joined by key.
 
   The index is a sorted table of the keys' hashes and the labels' positions, 16
-  bytes a label, in a memory-mapped file in `index_dir` (by default the set's
-  folder) that is written once. Hashes can collide; the stored key decides.
+  bytes a label, in a memory-mapped file that is written once. Hashes can
+  collide; the stored key decides.
 
   Raises:
     LabelError: none of the source's records has a label.

@@ -149,9 +149,6 @@ def make_boxes(
     boxes: (y0, x0, y1, x1) in units of the image; may exceed it.
     phrases: one per box.
     scores: one per box; None for 1.
-
-  Raises:
-    InputError: the numbers of boxes, phrases and scores differ.
   """
   boxes = boxes.astype(np.float32)
   ones = np.ones(len(boxes), np.float32)
@@ -232,13 +229,8 @@ def encode(key: str, label: Label | None) -> bytes:
 def decode(data: bytes, *, kind: str, where: str) -> Stored:
   """Deserializes a label.
 
-  Args:
-    data: from `encode`.
-    kind: "depth" or "boxes".
-    where: position of the label for errors, such as "00000.array_record:17".
-
   Raises:
-    BadRecord: the bytes are damaged, or a label of another kind.
+    BadRecord: at `where`, damaged bytes or a label of another kind.
   """
   unpack = {"depth": _unpack_depth, "boxes": _unpack_boxes}[kind]
   invalid = (ValueError, TypeError, KeyError, msgpack.UnpackException)

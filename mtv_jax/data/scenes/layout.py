@@ -1,8 +1,8 @@
 """Random layout of built-in scenes: objects, their poses, the cameras.
 
-Objects are placed so that each is mostly inside the image and mostly in front:
-what a caption mentions is visible at every image size. The first object is the
-main one; it appears larger than every other.
+Each object is mostly inside the image and mostly in front: what a caption
+mentions is visible at every image size. The first object is the main one; it
+appears larger than every other.
 """
 
 import dataclasses

@@ -91,7 +91,7 @@ def write(
 
   Raises:
     FileExistsError: `out` already holds shards.
-    InputError: no example can be used, or an option is invalid.
+    InputError: no example can be used.
   """
   check_choice("format", format, _SUFFIXES)
   suffix = _SUFFIXES[format]

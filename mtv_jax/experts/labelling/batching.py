@@ -42,15 +42,10 @@ def stack_arrays(batch: Batch, rows: int) -> dict[str, np.ndarray]:
 
 
 class Grouper:
-  """Collects records of the same group until they fill a batch.
+  """Collects records of the same group until they fill a batch of `rows`.
 
-  To bound memory and latency, the oldest batch is released incomplete when
-  too much waits, which depends on the records and their order alone.
-
-  Args:
-    rows: size of a full batch.
-    max_bytes: of all waiting arrays, if several groups wait.
-    max_age: number of records after a waiting one.
+  The oldest batch is released incomplete if the arrays of several groups
+  exceed `max_bytes`, or after `max_age` records.
   """
 
   def __init__(

@@ -61,7 +61,7 @@ def select(
   min_side: float,
   max_area: float,
 ) -> Outcome:
-  """The box label of an image.
+  """The box label of an image, best boxes first.
 
   Boxes mostly outside of the image, small ones and large ones are dropped
   before duplicates, so that none is suppressed by a dropped one. All measures
@@ -74,9 +74,6 @@ def select(
     min_side: minimum side, as a fraction of the image's.
     max_area: maximum area, as a fraction of the image's: a larger box adds
       nothing to the caption.
-
-  Returns:
-    The label, its boxes best first, and the dropped boxes by reason.
   """
   boxes, scores = detections.boxes, detections.scores
   inside = boxes.clip(0, 1)
