@@ -113,9 +113,8 @@ def read_coco(
     content = json.loads(path.read_bytes())
   except ValueError as error:
     raise InputError(f"{path} is not JSON: {error}") from error
-  is_dict = isinstance(content, dict)
-  given = sorted(content) if is_dict else [type(content).__name__]
-  if not fields.keys() <= {*given}:
+  given = sorted(content) if isinstance(content, dict) else type(content)
+  if not isinstance(content, dict) or not fields.keys() <= content.keys():
     needed = " and ".join(map(repr, fields))
     raise InputError(
       f"{path} is not a COCO file: it needs {needed}, it has {given}."
