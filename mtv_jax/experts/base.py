@@ -1,7 +1,5 @@
 """Contract of an expert: a model that labels images in batches."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os

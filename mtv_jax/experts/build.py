@@ -1,7 +1,5 @@
 """Selection of the expert that reads a folder or file of weights."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """Experts of depth, for any model that predicts inverse depth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ has this host's devices only. Each device runs the same program on the same
 number of rows: labels are bit-equal for any number of devices and hosts.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 

@@ -9,8 +9,6 @@ This is the probability of a pair among the pairs of a training batch, almost
 all false: thresholds don't carry over from other detectors.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence

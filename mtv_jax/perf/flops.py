@@ -238,10 +238,8 @@ def without_recomputation(spec: StepSpec) -> StepSpec:
     else objective
     for name, objective in spec.objectives.items()
   }
-  runtime = {**spec.runtime, "remat": "none"}
-  return dataclasses.replace(
-    spec, objectives=objectives, runtime=runtime, accumulate=1
-  )
+  changes = dict(runtime={**spec.runtime, "remat": "none"}, accumulate=1)
+  return dataclasses.replace(spec, objectives=objectives, **changes)
 
 
 def model_flops(

@@ -185,29 +185,14 @@ def devices(topology: Topology) -> list[jax.Device]:
     ConfigError: libtpu is not installed or refuses the topology, or this
       process has too few CPU devices.
   """
-  if topology.is_tpu:
-    return _tpu_devices(topology)
-  cpus = jax.devices("cpu")
-  if len(cpus) < topology.chips:
-    raise ConfigError(
-      f"topology {topology.name!r}: JAX has {len(cpus)} CPU devices; call "
-      "topologies.use_cpu() before it starts a backend."
-    )
-  return cpus[: topology.chips]
-
-
-def use_cpu(topology: Topology | None = None) -> None:
-  """Restricts JAX to CPU devices, as many as a CPU or GPU topology has.
-
-  Call this before JAX starts a backend: a process that starts a real TPU cannot
-  compile for another topology.
-  """
-  jax.config.update("jax_platforms", "cpu")
-  if topology and not topology.is_tpu and topology.chips > 1:
-    jax.config.update("jax_num_cpu_devices", topology.chips)
-
-
-def _tpu_devices(topology: Topology) -> list[jax.Device]:
+  if not topology.is_tpu:
+    cpus = jax.devices("cpu")
+    if len(cpus) < topology.chips:
+      raise ConfigError(
+        f"topology {topology.name!r}: JAX has {len(cpus)} CPU devices; call "
+        "topologies.use_cpu() before it starts a backend."
+      )
+    return cpus[: topology.chips]
   if importlib.util.find_spec("libtpu") is None:
     raise ConfigError(
       f"topology {topology.name!r}: the TPU compiler, libtpu, is not installed "
@@ -242,3 +227,14 @@ def _tpu_devices(topology: Topology) -> list[jax.Device]:
   finally:
     for name in added:
       del os.environ[name]
+
+
+def use_cpu(topology: Topology | None = None) -> None:
+  """Restricts JAX to CPU devices, as many as a CPU or GPU topology has.
+
+  Call this before JAX starts a backend: a process that starts a real TPU cannot
+  compile for another topology.
+  """
+  jax.config.update("jax_platforms", "cpu")
+  if topology and not topology.is_tpu and topology.chips > 1:
+    jax.config.update("jax_num_cpu_devices", topology.chips)

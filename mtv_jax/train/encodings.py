@@ -4,8 +4,6 @@ Objectives declare encodings (tower, view, weights) with the taps they read;
 `collect` takes the union and `encode` runs each once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """An experiment: a checked config and everything that is built from it."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

@@ -6,8 +6,6 @@ each part again to pull the cotangents back (Gao et al. 2021, GradCache). For
 one more forward pass the gradients are exactly those of the whole batch.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The training loop: build, restore, step, log, evaluate, save."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import dataclasses

@@ -4,8 +4,6 @@ It takes the kernels of the transformer blocks. Biases, norms, embeddings and
 heads don't map hidden states to hidden states, and get AdamW.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 A new schedule is one class in `SCHEDULES`; its fields are its options.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The train state: a tree of arrays without code."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxtyping import Array, Int, PyTree

@@ -1,7 +1,5 @@
 """The train step: gradients, optimizer, teacher, EMA; compiled for a mesh."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping

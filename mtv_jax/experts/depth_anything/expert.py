@@ -3,8 +3,6 @@
 `experts/depth_expert.py` turns the predictions into labels.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Preprocessing of Depth Anything V2, on the host."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

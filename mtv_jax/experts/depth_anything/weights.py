@@ -3,8 +3,6 @@
 A DINOv2 (`backbone.`), a DPT neck and its head, see `models/heads/dpt.py`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os

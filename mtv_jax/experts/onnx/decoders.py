@@ -6,8 +6,6 @@ An ONNX file does not define its images and boxes; a `Decoder` does. Names:
   MODULE:NAME    an object with the members of `Decoder`
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ thread, as in the detectors' own examples: labels do not depend on the number
 of threads, rows or devices.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import functools
 import hashlib

@@ -4,8 +4,6 @@ For older folders without a `tokenizer.json`: byte-level BPE whose words end in
 `</w>`, on lower-cased text.
 """
 
-from __future__ import annotations
-
 import os
 import pathlib
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ patch's best phrase and choose the best patches, so that a few kilobytes per
 image come back.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence

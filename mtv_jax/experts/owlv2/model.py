@@ -4,8 +4,6 @@ Each patch token, multiplied by the CLS token, predicts a box, an embedding to
 compare with those of phrases, and objectness.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """Preprocessing of OWLv2: padding to a grey square, resizing."""
 
-from __future__ import annotations
-
 import math
 
 import cv2

@@ -5,8 +5,6 @@ tower always runs on the same number of independent rows, however few phrases
 are new, so that a query does not depend on earlier requests.
 """
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Reader of Hugging Face's OWLv2 folders."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import os

@@ -43,10 +43,7 @@ class StepTimer:
 
 
 def matmul_peak(dtype: str) -> float:
-  """FLOP/s of large matrix products on all devices at once.
-
-  The best of some rounds: disturbances only slow a round down.
-  """
+  """FLOP/s of large matrix products on all devices, the best of some rounds."""
   side = 1536 if jax.default_backend() == "cpu" else 8192
   mesh = make_mesh({"data": -1})
   shape = (mesh.size, side, side)
@@ -61,8 +58,8 @@ def matmul_peak(dtype: str) -> float:
 def run(config: schema.Config, *, steps: int = 20) -> harness.Result:
   """Times the train step of a config with and without its input pipeline.
 
-  The step alone repeats one batch: the limit that the loop reaches if data
-  costs nothing. Every step is waited for. On several hosts, run it on all.
+  The step alone repeats one batch: the loop's limit. Every step is waited for.
+  On several hosts, run it on all.
 
   Args:
     config: as `train` takes it; nothing is saved or evaluated.
@@ -81,9 +78,8 @@ def run(config: schema.Config, *, steps: int = 20) -> harness.Result:
       waits.append(wait.wall)
       loop.append(wait.wall + timer.time_step(batch))
   images, dtype = experiment.config.batch_size, str(experiment.step_spec.dtype)
-  cost = flops.model_flops(
-    experiment.step_spec, experiment.optimizer.tx, timer.batch
-  )
+  spec, tx = experiment.step_spec, experiment.optimizer.tx
+  cost = flops.model_flops(spec, tx, timer.batch)
   peak = matmul_peak(dtype)
   result = harness.Result(
     batch_size=images,
@@ -134,13 +130,12 @@ def time_views(config: schema.Config, *, steps: int = 5) -> harness.Result:
   result = harness.Result(
     batch_size=rows, canvas=canvas, devices=harness.describe_devices()
   )
+  add, text = result.add, "{:.3f} ms an image"
   for name, ms in views.items():
-    result.add("views", views, f"view {name}", f"{ms:.3f} ms an image")
-  for name, ms, label in (
-    ("all_views", together, "all views, one program"),
-    ("step", step, "train step"),
-    ("decode", data.decode_cpu_ms(canvas), "decode and resize, a core"),
-  ):
-    result.add(name, ms, label, "{:.3f} ms an image")
+    add("views", views, f"view {name}", text.format(ms))
+  add("all_views", together, "all views, one program", text)
+  add("step", step, "train step", text)
+  decode = data.decode_cpu_ms(canvas)
+  add("decode", decode, "decode and resize, a core", text)
   result.add("share", together / step, "views / step", "{:.1%}")
   return result

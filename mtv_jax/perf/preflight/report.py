@@ -75,18 +75,14 @@ class Report:
   def large_gathers(self) -> list[hlo.Collective]:
     """All-gathers of more than the largest parameter: of an activation."""
     largest = max(math.prod(shape) * 4 for _, shape, _, _ in self.params)
-    return [
-      row
-      for row in self.compiled.collectives
-      if row.kind == "all-gather" and row.result > largest
-    ]
+    gathers = (r for r in self.compiled.collectives if r.kind == "all-gather")
+    return [row for row in gathers if row.result > largest]
 
   def to_dict(self) -> dict[str, Any]:
     """The whole report as plain values."""
     plan, compiled, topology = self.plan, self.compiled, self.plan.topology
     config, rate = plan.config, self.examples_per_second
-    hosts, values = topology.hosts, dataclasses.asdict(compiled)
-    norms = self.norms and dataclasses.asdict(self.norms)
+    hosts, norms = topology.hosts, self.norms and dataclasses.asdict(self.norms)
     return {
       "topology": topology.name,
       "chips": topology.chips,
@@ -107,7 +103,7 @@ class Report:
         for name, shape, spec, size in self.params
       ],
       "fits": self.fits,
-      "memory": values["memory"],
+      "memory": compiled.memory and dataclasses.asdict(compiled.memory),
       "norms": norms
       and {k: norms[k] for k in ("memory", "refusal", "seconds")},
       "refusal": compiled.refusal or None,

@@ -78,10 +78,9 @@ def embedding_bytes(plan: Plan) -> int:
 def gradient_sizes(plan: Plan) -> collections.Counter[int]:
   """Reductions of gradients that a step needs: `{elements: how many}`.
 
-  The gradient of a parameter is reduced once for each encoding that uses it,
-  block by block where blocks are stacked, chunk by chunk for prototypes, and
-  once for each part of an accumulated batch. With `fsdp` a chip may contribute
-  the whole gradient or its shard only; both sizes are allowed.
+  A parameter's gradient is reduced once for each encoding that uses it and each
+  part of an accumulated batch, by block and by chunk of prototypes. With `fsdp`
+  a chip may contribute the whole gradient or its shard; both sizes are allowed.
   """
   spec, sizes = plan.step_spec, collections.Counter()
   encodings = collections.Counter(
@@ -236,14 +235,12 @@ def compile_loss(
 
 
 def growth(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-  """Growth of peak, rest and steady memory over the first row, in percent."""
-
-  def percent(row, key):
-    first = rows[0][key]
-    return 100 * (row[key] / first - 1) if first else 0.0
-
-  keys = ("peak", "rest", "steady")
-  return {key: [percent(row, key) for row in rows[1:]] for key in keys}
+  """Growth of peak, rest and steady over the first row, in percent."""
+  first, *others = rows
+  return {
+    k: [100 * (row[k] / first[k] - 1) if first[k] else 0.0 for row in others]
+    for k in ("peak", "rest", "steady")
+  }
 
 
 def to_dict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
