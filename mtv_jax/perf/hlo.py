@@ -180,8 +180,8 @@ def _integers(text: str) -> tuple[int, ...]:
 def _trip_count(module: Module, caller: str, loop: Instruction) -> int:
   """The trip count that XLA noted, or the one that the condition implies.
 
-  Supports loops from a constant to a constant by a constant step, as `scan`,
-  `map` and `fori_loop` compile to; any other counts as 1.
+  Supports loops from a constant to a constant by a constant step; any other
+  counts as 1.
   """
   if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
     return int(known[1])
@@ -319,9 +319,7 @@ _ALIASES = (
 def largest_temporaries(
   program: Any, *, limit: int = 10
 ) -> list[dict[str, Any]]:
-  """The largest arrays that a program allocates in HBM.
-
-  They are not all live at the same time.
+  """The largest arrays that a program allocates in HBM, not all at a time.
 
   Returns:
     For each shape and scope, `bytes` of an array with padding, `shape`, `name`
@@ -405,11 +403,9 @@ def convolution_flops(
 
   The other taps read padding, or zeros that dilation inserts.
 
-  Args:
-    shapes: of the input, the kernel and the output.
-    specs: their axes, see `jax.lax.ConvDimensionNumbers`.
-    window: `window_strides`, `padding`, `lhs_dilation` and `rhs_dilation` of
-      `jax.lax.conv_general_dilated`.
+  `shapes` are of the input, the kernel and the output, `specs` their axes (see
+  `jax.lax.ConvDimensionNumbers`); `window` has `window_strides`, `padding`,
+  `lhs_dilation` and `rhs_dilation` of `jax.lax.conv_general_dilated`.
   """
   lhs, rhs, out = (
     [shape[axis] for axis in spec]

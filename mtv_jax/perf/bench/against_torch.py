@@ -69,10 +69,10 @@ def compare(
   steps: int = 1,
   **model: Any,
 ) -> harness.Result:
-  """Times a step of this project and of PyTorch in alternating rounds.
+  """Times a step of ours and of PyTorch in alternating rounds.
 
-  `threads` are those of PyTorch; JAX uses those of the process, see `pin`.
-  `model` replaces fields of the model, for a small one.
+  `threads` are PyTorch's; JAX uses those of the process, see `pin`. `model`
+  replaces fields of the model, for a small one.
   """
   check_choice("what", what, BENCHMARKS)
   import torch
@@ -144,8 +144,8 @@ def _make_config(
       chunk=None,
       freeze_last_layer_percent=0.0,
     )
-    # With DINOv2's layer scale of 1e-5 all CLS tokens start nearly equal: KoLeo
-    # would take the logarithm of rounding errors, which differ between sides.
+    # With DINOv2's layer scale of 1e-5 CLS tokens start nearly equal, and KoLeo
+    # would take the logarithm of rounding errors.
     config["model"] |= dict(pool="cls", layer_scale=0.1)
     config["views"] = {
       "global": dict(count=2, ops=crop),

@@ -13,8 +13,7 @@ from mtv_jax.config import schema
 from mtv_jax.perf.bench import harness
 from mtv_jax.perf.bench.step import StepTimer
 
-# Bytes written at once, and how often.
-_CHUNK, _CHUNKS = 1 << 24, 16
+_CHUNK, _CHUNKS = 1 << 24, 16  # Bytes written at once, and how often.
 
 
 def run(
@@ -62,12 +61,11 @@ def run(
   add("state_bytes", size, "state", "{:.0f} MB", 1e6)
   add("disk_bytes", disk_bytes, "  on disk", "{:.0f} MB", 1e6)
   add("disk", disk)
-  for name, watch, label, limit in (
-    ("save", saving, "save, until on disk", disk["write"]),
-    ("restore", restoring, "restore", disk["read"]),
-  ):
-    text = f"{{:.0f}} MB/s; disk alone {limit / 1e6:.0f} MB/s"
-    add(name, size / watch.wall, label, text, 1e6)
+  text = "{{:.0f}} MB/s; disk alone {:.0f} MB/s".format
+  label, limit = "save, until on disk", text(disk["write"] / 1e6)
+  add("save", size / saving.wall, label, limit, 1e6)
+  limit = text(disk["read"] / 1e6)
+  add("restore", size / restoring.wall, "restore", limit, 1e6)
   add("step", step, "a step", "{:.2f} s")
   add("blocked", blocked, "save() blocks the loop", "{:.2f} s")
   add("slowed", slowed, "and slows steps, in total", "{:.2f} s")

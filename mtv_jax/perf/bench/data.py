@@ -33,9 +33,9 @@ def run(
 ) -> harness.Result:
   """Times the input pipeline beside OpenCV decoding and resizing alone.
 
-  Both process the same images with the same number of threads, in alternating
-  rounds. Decoding starts from bytes in memory and drops its results; the
-  pipeline reads tars, decodes, makes canvases and token ids, and batches them.
+  Both process the same images with as many threads, in alternating rounds.
+  Decoding starts from bytes in memory; the pipeline reads tars, decodes, makes
+  canvases and token ids, and batches them.
 
   Args:
     data: path of tars, as in a config; None renders scenes to a temporary tar.
@@ -52,8 +52,7 @@ def run(
   images = batches * batch_size
   times = {"pipeline": [], "decode": []}
   with tempfile.TemporaryDirectory() as folder:
-    data = data or _write_scenes_tar(Path(folder), size)
-    source = open_files(data)
+    source = open_files(data or _write_scenes_tar(Path(folder), size))
     config = {
       "ops": f"decode|canvas({size})|caption({length})",
       "workers": workers,

@@ -37,8 +37,7 @@ MODELS = {
 }
 AGAINST = ("transformers", "none")
 
-# Runs one batch and returns its results, an array or a tensor.
-Side = Callable[[], Any]
+Side = Callable[[], Any]  # Runs one batch; returns an array or a tensor.
 
 
 class Program(NamedTuple):
@@ -101,7 +100,7 @@ def run(
         model_lib.ours(variant, path, batch_size),
         torch.inference_mode()(model_lib.theirs(model, batch_size)),
       ]
-  # Waits for the results.
+  # `asarray` waits for the results.
   sides = [lambda side=side: np.asarray(side()) for side in sides]
   with harness.Stopwatch() as compiling:
     results = [sides[0]()]

@@ -166,7 +166,7 @@ def _compile(
 def _largest_of_smaller_batch(
   plan: Plan, count: int
 ) -> tuple[Sequence[dict[str, Any]], int]:
-  """The largest arrays of the same step on fewer rows, and their number."""
+  """The largest arrays of the same step on fewer rows, and the rows."""
   least = num_batch_shards(plan.mesh) * plan.config.accumulate
   for divisor in (16, 256) if count else ():
     batch = max(plan.config.batch_size // divisor // least, 1) * least

@@ -63,9 +63,8 @@ class Report:
     if topology.chip.peak_bf16_flops is None:
       return None
     per_example = self.model_flops / self.plan.config.batch_size
-    return (
-      self.mfu * topology.chip.peak_bf16_flops * topology.chips / per_example
-    )
+    peak = topology.chip.peak_bf16_flops * topology.chips
+    return self.mfu * peak / per_example
 
   @functools.cached_property
   def params(self) -> list[tuple[str, tuple[int, ...], str, int]]:
@@ -146,11 +145,9 @@ class Report:
   def _machine(self) -> list[str]:
     plan, config = self.plan, self.plan.config
     mesh = " x ".join(f"{plan.mesh.shape[a]} {a}" for a in MESH_AXES)
-    lines = [
-      str(plan.topology),
-      f"mesh {mesh}; batch {config.batch_size:,}, "
-      f"accumulate {config.accumulate}, remat {config.model.remat}",
-    ]
+    step = f"accumulate {config.accumulate}, remat {config.model.remat}"
+    shape = f"mesh {mesh}; batch {config.batch_size:,}, {step}"
+    lines = [str(plan.topology), shape]
     if not plan.topology.is_tpu:
       lines.append(
         "Compiled for a CPU: memory is an estimate; the FLOPs of the "
@@ -159,17 +156,14 @@ class Report:
     sections = (config, config.schedule, config.log, config.checkpoint)
     durations = [item for section in sections for item in section.items()]
     if any("epochs" in k and v is not None for k, v in durations):
-      lines.append(
-        f"Assumes {plan.length.examples_per_epoch:,} examples per epoch"
-        " (--examples)."
-      )
+      examples = f"{plan.length.examples_per_epoch:,} examples per epoch"
+      lines.append(f"Assumes {examples} (--examples).")
     return lines
 
   def _batch(self) -> list[str]:
     rows = self.plan.config.batch_size // self.plan.topology.hosts
-    lines = [
-      f"batch: {rows:,} rows a host, {format_bytes(rows * self.row_bytes)}"
-    ]
+    size = format_bytes(rows * self.row_bytes)
+    lines = [f"batch: {rows:,} rows a host, {size}"]
     for name, field in self.plan.fields.items():
       dtype = np.dtype(field.dtype).name
       lines.append(f"  {name:14} {_format_shape(field.shape):14} {dtype}")
@@ -185,11 +179,9 @@ class Report:
     rows = sorted(self.params, key=lambda row: -row[3])
     rows = rows[: _NUM_SHORT if self.tables == "short" else None]
     width = max(len(row[0]) for row in rows)
-    lines += [
-      f"  {name:{width}} {_format_shape(shape):16} {format_bytes(size):>9}  "
-      f"{spec}"
-      for name, shape, spec, size in rows
-    ]
+    for name, shape, spec, size in rows:
+      cells = f"{_format_shape(shape):16} {format_bytes(size):>9}  {spec}"
+      lines.append(f"  {name:{width}} {cells}")
     if more := len(self.params) - len(rows):
       lines.append(f"  and {more} more (--tables)")
     return lines
@@ -259,11 +251,10 @@ class Report:
       lines.append(f"  {kind:20} {count:8,.0f} {format_bytes(size):>10}")
     if large := self.large_gathers():
       lines.append("  all-gathers larger than any parameter:")
-    return lines + [
-      f"    {format_bytes(g.result)} of {g.shape} from "
-      f"{g.scope or 'an unknown scope'}"
-      for g in large
-    ]
+    for g in large:
+      source = f"{g.shape} from {g.scope or 'an unknown scope'}"
+      lines.append(f"    {format_bytes(g.result)} of {source}")
+    return lines
 
   def _input(self) -> list[str]:
     rate = self.examples_per_second
