@@ -40,7 +40,7 @@ def build_expert(
       source, with the options of `build_phrases`.
 
   Raises:
-    MissingFileError: there are no weights.
+    MissingFileError: the weights do not exist.
     InputError: the expert makes other labels.
     ConfigError: an unknown or missing option, a wrong type or range.
     ImportError: a package that it needs is not installed (the extra `onnx`).

@@ -253,7 +253,7 @@ def load_expert(
 
   Raises:
     MissingFileError: the folder can't be opened.
-    InputError: the model lacks the heads, or there are no phrases for boxes.
+    InputError: the model lacks the heads, or `phrases` is missing for boxes.
     ConfigError: an option is out of its range.
   """
   if kind == "boxes" and phrases is None:

@@ -49,7 +49,7 @@ def load_expert(
     side: of the labels, in pixels.
 
   Raises:
-    MissingFileError: there is no such folder.
+    MissingFileError: the folder is missing.
     ConversionError: it holds another model, or not all of this one.
     ConfigError: an option is out of its range.
   """

@@ -82,7 +82,7 @@ def read(folder: str | os.PathLike) -> tuple[DepthSpec, dict[str, Any]]:
     The architecture, and the parameters `image` and `depth` as NumPy arrays.
 
   Raises:
-    MissingFileError: there is no folder.
+    MissingFileError: the folder is missing.
     ConversionError: another or an unsupported model, or tensors that are
       missing, unexpected or of another shape, each named.
   """

@@ -65,7 +65,7 @@ class Owlv2Expert:
       averaged, or "ensemble" for `ENSEMBLE`.
 
   Raises:
-    MissingFileError: no such folder, or no tokenizer in it.
+    MissingFileError: the folder or its tokenizer is missing.
     ConversionError: it holds another model, or not all of it.
     InputError: `prompts` or `size` can't be used.
   """

@@ -59,7 +59,7 @@ def read(folder: str | os.PathLike) -> Owlv2Files:
   optionally `processor_config.json` or `preprocessor_config.json`.
 
   Raises:
-    MissingFileError: there is no folder, or no tokenizer in it.
+    MissingFileError: the folder or its tokenizer is missing.
     ConversionError: another kind of model, or tensors that are missing,
       unexpected or of another shape, each named.
   """
