@@ -25,7 +25,7 @@ from mtv_jax.data import registry
 from mtv_jax.data.labels.label_values import make_boxes, make_depth
 from mtv_jax.data.records import BadRecord
 from mtv_jax.experts import local_mesh
-from mtv_jax.experts.base import Prepared
+from mtv_jax.experts.base import PreparedInput
 from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.parallel import distributed
 from mtv_jax.parallel.mesh import HostRows
@@ -55,7 +55,7 @@ class FakeDepth:
       reason = f"the number 7.5 ({b'x'!r}) of {image.shape}"
       raise BadRecord(record["key"], reason)
     pixels = image.astype(np.float32) / 255
-    return Prepared(image.shape, {"image": pixels}, record["key"])
+    return PreparedInput(image.shape, {"image": pixels}, record["key"])
 
   def run(self, arrays):
     self.groups.append(arrays["image"].shape)
@@ -87,7 +87,7 @@ class FakeBoxes(FakeDepth):
   def prepare(self, image, record):
     prepared = super().prepare(image, record)
     phrases = [*record["captions"], *record["meta"].get("tags", [])]
-    return Prepared(prepared.group, prepared.arrays, phrases)
+    return PreparedInput(prepared.group, prepared.arrays, phrases)
 
   def finish(self, outputs, meta):
     at = float(outputs["depth"][-1, -1]) % 0.5

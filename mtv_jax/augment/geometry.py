@@ -39,7 +39,7 @@ class BoxOp(ViewOp):
   """Base class of the ops that choose a view's box, of which it has one."""
 
   stage = "geometry"
-  size: PositiveInt  # Pixels a side of the view.
+  size: PositiveInt  # Pixels per side of the view.
 
   def box(
     self, image_size: Int[Array, "2"], u: Float[Array, "uniforms"]

@@ -139,8 +139,8 @@ def sample_masked_images(
   # Coarse, and off the integers, so that no sum is rounded to one.
   u = (jnp.floor(u * 2**16) + 0.5) / 2**16
   # Clipped, as rounding may push an end past an integer.
-  passed = jnp.minimum(jnp.floor(ends + u), max_masked_images(shares))
-  return passed[1:] > passed[:-1]
+  num_points = jnp.minimum(jnp.floor(ends + u), max_masked_images(shares))
+  return num_points[1:] > num_points[:-1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Pipeline:
 
   @property
   def size(self) -> int:
-    """Pixels a side."""
+    """Pixels per side."""
     return self.box_op.size
 
   @property
@@ -135,7 +135,7 @@ class View:
 
   @property
   def size(self) -> int:
-    """Pixels a side."""
+    """Pixels per side."""
     return self.pipelines[0].size
 
   @property

@@ -1,6 +1,6 @@
 """Orbax checkpoints of the train state: save, restore, and read a part.
 
-A checkpoint is one folder a step, committed by a rename:
+A checkpoint is one folder per step, committed by a rename:
 
   checkpoints/STEP/state    the train state's arrays, as nested dictionaries of
                             names: independent of the state's classes

@@ -14,7 +14,7 @@ compiles the configs of the table in that page and updates it.
 
   mtv-jax preflight --scaling=step --config=mtv_b16_224
 
-compiles one step for 16, 64 and 256 chips of v5e at 64 rows a chip and reports
+compiles one step for 16, 64 and 256 chips of v5e at 64 rows per chip, reporting
 the growth of memory and collectives; --scaling=loss compiles the sigmoid loss
 alone. Both write --json as well.
 """

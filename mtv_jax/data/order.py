@@ -25,7 +25,7 @@ BLOCK = 1024
 WINDOW = 16
 
 # Up to this size a source's order is a table. Grain's cipher is over at least
-# 2^16 numbers: 260 microseconds a record for 100 records, 4 for 100 thousand.
+# 2^16 numbers: 260 microseconds per record for 100 records, 4 for 100 thousand.
 _TABLE = 1 << 16
 
 

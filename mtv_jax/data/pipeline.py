@@ -47,7 +47,7 @@ _MAX_BAD_RUN = 256
 # Records, or an epoch, after which the share of bad ones is checked.
 _CHECKED_AFTER = 1000
 # Bad records that are logged: the first ones, then one of many.
-_LOGGED, _LOGGED_EVERY = 20, 100
+_MAX_LOGGED, _LOG_EVERY = 20, 100
 
 
 class CorruptDataError(UserError, RuntimeError):
@@ -192,7 +192,7 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
     stats.corrupt += 1
     if len(stats.reasons) < 1000:
       stats.reasons[f"{source}/{key}"] = reason
-    if stats.corrupt <= _LOGGED or stats.corrupt % _LOGGED_EVERY == 0:
+    if stats.corrupt <= _MAX_LOGGED or stats.corrupt % _LOG_EVERY == 0:
       log.warning(
         f"Bad record {stats.corrupt} of {stats.read} read:"
         f" {_describe(source, key, reason)}"

@@ -16,7 +16,7 @@ from mtv_jax.data.records import Record
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedInput:
   """An expert's input for one record."""
 
   group: Hashable  # Records of one group have equal shapes and share batches.
@@ -42,7 +42,7 @@ class Expert(Protocol):
 
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
-  ) -> Prepared:
+  ) -> PreparedInput:
     """Preprocesses a decoded image.
 
     Args:

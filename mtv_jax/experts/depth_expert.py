@@ -12,7 +12,7 @@ from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_values import Outcome
 from mtv_jax.data.records import Record
 from mtv_jax.experts import local_mesh
-from mtv_jax.experts.base import Prepared
+from mtv_jax.experts.base import PreparedInput
 
 
 class DepthExpert:
@@ -51,11 +51,11 @@ class DepthExpert:
 
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
-  ) -> Prepared:
+  ) -> PreparedInput:
     """The preprocessed image."""
     del record
     pixels = self._preprocess(image)
-    return Prepared(pixels.shape[:2], {"images": pixels})
+    return PreparedInput(pixels.shape[:2], {"images": pixels})
 
   def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """`depth` `[rows, h, w]`."""

@@ -27,7 +27,7 @@ from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns, loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.experts import local_mesh
-from mtv_jax.experts.base import Expert, Prepared, check_options
+from mtv_jax.experts.base import Expert, PreparedInput, check_options
 from mtv_jax.experts.depth_expert import DepthExpert
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling import phrases as phrases_lib
@@ -103,7 +103,7 @@ class MtvBoxExpert:
     }
     self._tokenizer, self._length = encoder.tokenizer, encoder.spec.text.length
     if phrases.vocabulary is not None:
-      # A row a device: products of other shapes may round differently.
+      # A row per device: products of other shapes may round differently.
       params["texts"] = encoder.text(
         list(phrases.vocabulary), batch_size=encoder.mesh.size
       )
@@ -113,7 +113,7 @@ class MtvBoxExpert:
 
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
-  ) -> Prepared:
+  ) -> PreparedInput:
     """The preprocessed image and the phrases' tokens.
 
     Raises:
@@ -122,12 +122,14 @@ class MtvBoxExpert:
     pixels = self._preprocess(image)
     vocabulary = self._phrases.vocabulary
     if vocabulary is not None:
-      return Prepared("vocabulary", {"images": pixels}, meta=vocabulary)
+      return PreparedInput("vocabulary", {"images": pixels}, meta=vocabulary)
     phrases = phrases_lib.require_phrases(self._phrases, record)
     count = phrases_lib.padded_count(len(phrases))
     tokens = np.zeros((count, self._length), np.int32)
     tokens[: len(phrases)] = self._tokenizer.encode(phrases, self._length)
-    return Prepared(count, {"images": pixels, "tokens": tokens}, meta=phrases)
+    return PreparedInput(
+      count, {"images": pixels, "tokens": tokens}, meta=phrases
+    )
 
   def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """`boxes` `[rows, m, 4]` and `scores` `[rows, m]`, of m phrases."""

@@ -220,10 +220,10 @@ def stacked_init(block: nn.Module, depth: int, width: int) -> Callable:
   `block` is a detached module (`parent=None`).
   """
 
-  def one(key):
+  def init_block(key):
     return block.init(key, jnp.zeros((1, 1, width)))["params"]
 
-  return lambda key: jax.vmap(one)(jax.random.split(key, depth))
+  return lambda key: jax.vmap(init_block)(jax.random.split(key, depth))
 
 
 def run_stack(

@@ -21,7 +21,7 @@ from mtv_jax.utils.tree import pytree_dataclass
 class ViTSpec:
   """Architecture of an image tower; InputError for inconsistent fields."""
 
-  # Pixels a side that positions are stored for, resampled for other sizes.
+  # Pixels per side that positions are stored for, resampled for other sizes.
   image_size: int = 224
   patch_size: int = 16
   width: int = 768  # Channels of a token (D).

@@ -142,7 +142,7 @@ def _device_loss(
 ):
   """One device's part: `(losses, diagnostics, grads)` of its rows."""
   send = _send(count)
-  # Per-device sums until the end, instead of one reduction a step.
+  # Per-device sums until the end, instead of one reduction per step.
   params = jax.lax.pcast(params, AXES, to="varying")
 
   def sum_losses(row, column, params, metadata):

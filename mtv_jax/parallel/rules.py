@@ -104,7 +104,7 @@ def check_sharding_rules(rules: ShardingRules, names: Iterable[str]) -> None:
 def sharding_table(
   abstract: PyTree,
 ) -> list[tuple[str, tuple[int, ...], str, int]]:
-  """Rows (name, shape, partition, bytes a device)."""
+  """Rows (name, shape, partition, bytes per device)."""
   rows = []
   for name, leaf in flatten_with_names(abstract):
     local = leaf.sharding.shard_shape(leaf.shape)

@@ -164,7 +164,7 @@ class StepFlops:
       end.append(f"compiled / sum of the parts: {over:+.2f} %")
     rows |= {f"alone: {k}": v for k, v in self.alone.items()}
     width = max(map(len, rows))
-    lines = [f"GFLOP an image, batch {self.batch_size}"]
+    lines = [f"GFLOP per image, batch {self.batch_size}"]
     for name, flops in rows.items():
       share = 100 * flops / self.total
       lines.append(f"{name:{width}}  {flops / 1e9:10.3f}  {share:6.1f} %")

@@ -406,12 +406,12 @@ def test_results_keep_units_and_pictures(colours):
         {},
         units={"rmse": "m"},
         lower=("rmse",),
-        pictures={"depth": picture},
+        sheets={"depth": picture},
       )
 
   got = run.evaluate(colours, {"depth": Metres()})["depth"]
   assert got.units == {"rmse": "m"} and got.lower == ("rmse",)
-  assert got.pictures["depth"] is picture
+  assert got.sheets["depth"] is picture
   assert got.protocol["seconds"] >= 0
 
 

@@ -39,7 +39,7 @@ FIELDS = {
 }
 JOINS = ("aligned", "key")
 # Records of the base that are checked before a run starts.
-_CHECKED = 1024
+_MAX_CHECKED = 1024
 
 
 class JoinedLabels(abc.ABC):
@@ -215,7 +215,7 @@ class AlignedLabels(JoinedLabels):
       for at, key, image in shards[shard]["samples"]
       if at < count
     ]
-    chosen = samples[:: -(-len(samples) // _CHECKED) or 1]
+    chosen = samples[:: -(-len(samples) // _MAX_CHECKED) or 1]
 
     def check(sample: tuple[int, Path, str, str]) -> None:
       i, file, *expected = sample
@@ -289,7 +289,7 @@ class KeyedLabels(JoinedLabels):
 
   def _log_coverage(self, source: Source) -> None:
     """Logs how many records have a label, from a sample of them."""
-    numbers = np.linspace(0, len(source) - 1, min(len(source), _CHECKED))
+    numbers = np.linspace(0, len(source) - 1, min(len(source), _MAX_CHECKED))
 
     def has_label(i: int) -> bool:
       try:

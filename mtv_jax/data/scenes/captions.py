@@ -110,7 +110,7 @@ def _surroundings(world: World, main: SceneObject) -> str:
   return f"{over} {world.ground} {before} {world.backdrop}"
 
 
-def _full(world: World, objects, rects, draw: Draw) -> str:
+def _full_caption(world: World, objects, rects, draw: Draw) -> str:
   """All objects, their relations to the first, ground and backdrop."""
   parts = [_described(objects[0], draw)]
   for i, obj in enumerate(objects[1:], 1):
@@ -147,7 +147,7 @@ def _relation(world: World, objects, rects, draw: Draw) -> str:
   return form.format(short[i], joint, short[j])
 
 
-def _listed(objects) -> str:
+def _count_caption(objects) -> str:
   """The count of each class."""
   names = collections.Counter(obj.name for obj in objects)
   parts = [
@@ -181,13 +181,13 @@ def captions(
       for obj in objects
     ]
   main = objects[0]
-  counted = _listed(objects)
+  count_caption = _count_caption(objects)
   if len(objects) > 1 and draw.uniform() < 0.4:
-    counted = f"{_COUNTS[len(objects)]} objects: {counted}"
+    count_caption = f"{_COUNTS[len(objects)]} objects: {count_caption}"
   return (
-    _full(world, objects, rects, draw),
+    _full_caption(world, objects, rects, draw),
     draw.choice(_TEMPLATES).format(article(appearance(main))),
     _relation(world, objects, rects, draw),
-    draw.choice(_TEMPLATES[:3]).format(counted),
+    draw.choice(_TEMPLATES[:3]).format(count_caption),
     f"{article(f'{main.colour} {main.name}')} {_surroundings(world, main)}",
   )

@@ -88,7 +88,7 @@ def _place_main(draw: Draw, camera: Camera, near: float) -> SceneObject:
   """The main object, large and whole in the image."""
   origin = _draw_object(draw)
   base = 0.0
-  if origin.shape.floats and draw.uniform() < 0.25:
+  if origin.shape.can_float and draw.uniform() < 0.25:
     base = draw.uniform(0.2, 0.45)
   near += (0.5 if origin.shape.flat else 0.8) * origin.radius
   for attempt in range(_TRIES):
@@ -115,7 +115,7 @@ def _place_other(
   carriers = [
     i
     for i, other in enumerate(objects)
-    if other.shape.carries and all(o.support != i for o in objects)
+    if other.shape.can_support and all(o.support != i for o in objects)
   ]
   if carriers and draw.uniform() < 0.5:
     i = draw.choice(carriers)
@@ -126,7 +126,7 @@ def _place_other(
   z = draw.uniform(min(near + obj.radius, far), far)
   x = (draw.uniform(0.07, 0.93) - 0.5) * z / camera.focal
   base = 0.0
-  if obj.shape.floats and draw.uniform() < 0.35:
+  if obj.shape.can_float and draw.uniform() < 0.35:
     base = draw.uniform(0.3, 1.1)
   return _move(obj, x, z, base)
 

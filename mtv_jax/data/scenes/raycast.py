@@ -316,7 +316,7 @@ class _ObjectRays:
         + (k * (a * ox + b * ou + c * oz) + shift)
         for (a, b, c), shift in axes
       ]
-      light, number = self.lambert(*normal), numbers[f in part.accented]
+      light, number = self.lambert(*normal), numbers[f in part.accent_faces]
       front = hit & (inverse <= entry)
       self.hits.write(self.box, front, inverse, *uv, light, number)
 

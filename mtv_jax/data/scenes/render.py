@@ -106,7 +106,7 @@ def check_arguments(index: int, size: int, seed: int) -> None:
 
 
 def render(index: int, *, size: int = 96, seed: int = 0) -> Scene:
-  """Renders scene `index` of the series `seed`, at `size` pixels a side."""
+  """Renders scene `index` of the series `seed`, at `size` pixels per side."""
   check_arguments(index, size, seed)
   world = layout.sample_world(index, seed)
   draw = layout.Draw(seed, index, stream=2)

@@ -28,7 +28,7 @@ class Polytope:
   """A convex solid: `normal . (x, u, z) <= offset` for each face."""
 
   faces: tuple[tuple[float, float, float, float], ...]  # (nx, nu, nz, offset)
-  accented: tuple[int, ...] = ()  # Faces of the colour `accent`.
+  accent_faces: tuple[int, ...] = ()  # Faces of the colour `accent`.
   accent: Colour | None = None
 
 
@@ -47,8 +47,8 @@ class Shape:
   parts: tuple[Revolved | Polytope | Cutout, ...]
   half: float  # Of the width (and depth, unless flat).
   top: float = 1.0  # Height of its highest point.
-  floats: bool = False  # Whether it may hang in the air.
-  carries: bool = False  # Whether an object may stand on it.
+  can_float: bool = False  # Whether it may hang in the air.
+  can_support: bool = False  # Whether an object may stand on it.
 
   @property
   def flat(self) -> bool:
@@ -97,8 +97,8 @@ _TRUNK, _STEM = (92, 62, 40), (238, 226, 200)
 _HAT, _SLATE = (30, 28, 32), (92, 48, 44)
 
 SHAPES = {
-  "ball": Shape((_ball(0.5, 0.5),), 0.5, floats=True),
-  "cylinder": Shape((_rod(0.34, 0.0, 1.0),), 0.34, carries=True),
+  "ball": Shape((_ball(0.5, 0.5),), 0.5, can_float=True),
+  "cylinder": Shape((_rod(0.34, 0.0, 1.0),), 0.34, can_support=True),
   "cone": Shape((_cone(0.45, 0.0, 1.0, 1.0),), 0.45),
   "bucket": Shape((Revolved(0.1024, 0.096, 0.0225, cap=0.4),), 0.47),
   "hourglass": Shape((Revolved(0.1892, -0.7, 0.7),), 0.44),
@@ -121,20 +121,20 @@ SHAPES = {
     0.32,
   ),
   "cube": Shape(
-    (Polytope((*_walls(0.5, 0.5), _TOP, _BOTTOM)),), 0.5, carries=True
+    (Polytope((*_walls(0.5, 0.5), _TOP, _BOTTOM)),), 0.5, can_support=True
   ),
   "pyramid": Shape((Polytope((*_walls(0.6, 0.6, 0.6), _BOTTOM)),), 0.6),
   "house": Shape(
     (Polytope((*_walls(0.42, 0.5), *_ROOF, _BOTTOM), (4, 5), _SLATE),), 0.5
   ),
-  "gem": Shape((Polytope(_OCTAHEDRON),), 0.42, floats=True),
-  "star": Shape((Cutout("star"),), 0.5, 0.94, floats=True),
-  "heart": Shape((Cutout("heart"),), 0.5, 0.92, floats=True),
-  "moon": Shape((Cutout("moon"),), 0.45, floats=True),
+  "gem": Shape((Polytope(_OCTAHEDRON),), 0.42, can_float=True),
+  "star": Shape((Cutout("star"),), 0.5, 0.94, can_float=True),
+  "heart": Shape((Cutout("heart"),), 0.5, 0.92, can_float=True),
+  "moon": Shape((Cutout("moon"),), 0.45, can_float=True),
   "cross": Shape((Cutout("cross"),), 0.5),
   "ring": Shape((Cutout("ring"),), 0.5),
-  "arrow": Shape((Cutout("arrow"),), 0.36, floats=True),
+  "arrow": Shape((Cutout("arrow"),), 0.36, can_float=True),
   "flower": Shape((Cutout("flower"),), 0.43),
-  "fish": Shape((Cutout("fish"),), 0.5, 0.52, floats=True),
+  "fish": Shape((Cutout("fish"),), 0.5, 0.52, can_float=True),
 }
 CLASS_NAMES = tuple(SHAPES)

@@ -16,7 +16,7 @@ class SceneSource(Source):
   """Random-access source of scenes: record i is scene `first + i`.
 
   Args:
-    size: pixels a side of the rendered images.
+    size: pixels per side of the rendered images.
     length: number of records; also the length of an epoch.
     first: number of the first scene. Training and evaluation take disjoint
       ranges, such as `first=1_000_000` for evaluation.

@@ -23,7 +23,7 @@ class Atlas:
   """All patterns at all levels, in one image.
 
   The tile of a pattern at level l starts at column `offset_x[l]` and row
-  `offset_y[name]`, and has `TILE >> l` texels a side. A border of one texel,
+  `offset_y[name]`, and has `TILE >> l` texels per side. A border of one texel,
   wrapped around, makes bilinear sampling seamless.
   """
 

@@ -13,7 +13,16 @@ from mtv_jax.data.sources.parquet import open_parquet
 from mtv_jax.data.sources.webdataset import parse_captions
 from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_IMAGE_SUFFIXES = (
+  ".jpg",
+  ".jpeg",
+  ".png",
+  ".webp",
+  ".bmp",
+  ".gif",
+  ".tif",
+  ".tiff",
+)
 
 
 @dataclasses.dataclass
@@ -206,7 +215,7 @@ def _read_folder(folder: Path) -> list[Example]:
     for name in sorted(names):
       file = Path(parent, name)
       kind = file.suffix.lower()
-      kind = "image" if kind in _IMAGES else kind
+      kind = "image" if kind in _IMAGE_SUFFIXES else kind
       if kind not in ("image", ".txt", ".json"):
         continue
       stem = str(file.relative_to(folder).with_suffix(""))

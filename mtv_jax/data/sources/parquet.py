@@ -15,11 +15,11 @@ from mtv_jax.utils.path import expand_path
 from mtv_jax.utils.process_cache import ProcessCache
 
 # Default columns, where exactly one of these exists.
-_IMAGES = ("image", "img", "jpg")
-_CAPTIONS = ("caption", "text", "captions")
+_IMAGE_COLUMNS = ("image", "img", "jpg")
+_CAPTION_COLUMNS = ("caption", "text", "captions")
 # A shuffle in blocks mixes 16 of them (`data.order.WINDOW`); the others are
 # for rows of the next window that are read ahead.
-_GROUPS = 24
+_MAX_CACHED_GROUPS = 24
 
 
 class ParquetSource(base.FileSource):
@@ -76,7 +76,7 @@ class ParquetSource(base.FileSource):
     self._image = image or _default_column(*first, "image")
     self._caption = caption if captions != "ignored" else None
     if captions == "required" or (
-      captions == "optional" and {*_CAPTIONS} & {*schemas[0].names}
+      captions == "optional" and {*_CAPTION_COLUMNS} & {*schemas[0].names}
     ):
       self._caption = caption or _default_column(*first, "caption")
     for file, schema in zip(files, schemas, strict=True):
@@ -86,7 +86,7 @@ class ParquetSource(base.FileSource):
     # First record of each row group, and first group of each file.
     self._starts = np.cumsum([0, *itertools.chain(*rows)], dtype=np.int64)
     self._first = np.cumsum([0, *map(len, rows)])
-    self._groups = ProcessCache(self._read_group, limit=_GROUPS)
+    self._groups = ProcessCache(self._read_group, limit=_MAX_CACHED_GROUPS)
 
   @property
   def blocks(self) -> Int64[np.ndarray, " groups"]:
@@ -187,13 +187,13 @@ def _read_footer(file: Path) -> tuple[Any, list[int]]:
 
 def _default_column(file: Path, schema: Any, role: str) -> str:
   if role == "caption":
-    columns = [name for name in _CAPTIONS if name in schema.names]
+    columns = [name for name in _CAPTION_COLUMNS if name in schema.names]
   else:
     columns = [
       field.name
       for field in schema
       if _is_image(field.type)
-      and (_is_struct(field.type) or field.name in _IMAGES)
+      and (_is_struct(field.type) or field.name in _IMAGE_COLUMNS)
     ]
     columns = ["image"] if "image" in columns else columns
   if len(columns) != 1:

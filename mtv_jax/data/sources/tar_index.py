@@ -1,6 +1,6 @@
 """Offset index of a tar, for random access to its records.
 
-An index file takes a few dozen bytes a record and is memory-mapped, so that
+An index file takes a few dozen bytes per record and is memory-mapped, so that
 100 million records cost address space and not memory. Each tar has its own.
 
 Layout, little-endian: a `HEADER`, then `count` times an `ENTRY`, then the

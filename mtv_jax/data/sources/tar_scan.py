@@ -1,6 +1,6 @@
 """Scan of a tar's headers: its members, grouped into records.
 
-The standard library's `tarfile` builds an object a member; a set of 100
+The standard library's `tarfile` builds an object per member; a set of 100
 million records has 300 million members. This reads the same headers (POSIX
 ustar and pax, GNU long names and sizes) into plain offsets.
 """

@@ -211,7 +211,7 @@ def split_for_selection(
     the protocol's description.
 
   Raises:
-    InputError: for `train_split` of a set with one image a class.
+    InputError: for `train_split` of a set with one image per class.
   """
   if select == "val":
     how = "the best on the test images themselves, as published"
@@ -219,8 +219,8 @@ def split_for_selection(
   train, held_out = hold_out(data.train.labels)
   if not held_out.size:
     raise InputError(
-      f"select='train_split': {data.train.name} has one image a class, so none "
-      "can be held out; use select='val'"
+      f"select='train_split': {data.train.name} has one image per class, so "
+      "none can be held out; use select='val'"
     )
   how = f"the best on {len(held_out)} training images, a tenth of each class"
   return train, held_out, how

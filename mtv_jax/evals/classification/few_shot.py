@@ -33,7 +33,7 @@ class FewShot(FeatureProbe):
   The default view is big_vision's, `squash_center`.
 
   Attributes:
-    shots: training images a class; by default those of 1, 5, 10 and 25 that
+    shots: training images per class; by default those of 1, 5, 10 and 25 that
       every class has.
     seeds: of the samples of shots, over which accuracies are averaged.
     l2: strength of the regularisation.

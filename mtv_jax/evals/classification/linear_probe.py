@@ -52,7 +52,7 @@ class LinearProbe(TrainedProbe):
       encoder's.
     average: `off`, `on` or both: heads without or with the mean patch.
     steps: of SGD; 12,500 by default, on scenes 300.
-    train_batch: images a step; 1,024 by default, on scenes 256.
+    train_batch: images per step; 1,024 by default, on scenes 256.
     select: the images that the best head is selected on, see
       `split_for_selection`.
   """

@@ -50,7 +50,7 @@ class MaeProbe(FeatureProbe, TrainedProbe):
     base_rate: learning rate at a batch of 256.
     epochs: 90; MAE has 50 for ViT-L and larger.
     warmup: epochs of these in which the rate rises.
-    train_batch: images a step, at most those of the training set; the rate is
+    train_batch: images per step, at most those of the training set; the rate is
       scaled by the actual number.
   """
 

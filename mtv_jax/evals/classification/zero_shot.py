@@ -112,7 +112,7 @@ def class_accuracies(
 def text_classifier(
   encoder: Encoder, named: prompts.Prompts, *, clean: str = "tokenizer"
 ) -> Float32[np.ndarray, "c e"]:
-  """One normalised vector a class.
+  """One normalised vector per class.
 
   Equal names are embedded once, so that their vectors are bit-identical and
   the lowest index wins (ImageNet has "missile" and "sunglasses" twice).

@@ -72,12 +72,12 @@ class Result:
   units: dict[str, str] = dataclasses.field(default_factory=dict)
   lower: tuple[str, ...] = ()  # metrics where lower is better
   # uint8 `[H, W, 3]` sheets of examples by name; not in the JSON.
-  pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  sheets: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def to_dict(self) -> dict[str, Any]:
     """For JSON."""
-    fields = dataclasses.asdict(dataclasses.replace(self, pictures={}))
-    del fields["pictures"]
+    fields = dataclasses.asdict(dataclasses.replace(self, sheets={}))
+    del fields["sheets"]
     return {**fields, "lower": list(self.lower)}
 
 

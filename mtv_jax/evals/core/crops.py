@@ -44,7 +44,7 @@ def box(
 def random_crop(
   image: UInt8[np.ndarray, "h w 3"], *, size: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "s s 3"]:
-  """A random crop of an image, `size` pixels a side, flipped half the time."""
+  """A random `size` x `size` crop of an image, flipped half the time."""
   height, width = image.shape[:2]
   crop = PIL.Image.fromarray(image).crop(box(height, width, rng))
   crop = np.asarray(crop.resize((size, size), PIL.Image.Resampling.BICUBIC))

@@ -40,7 +40,7 @@ def features(
     norm: `final` applies the encoder's last LayerNorm to the tokens of every
       block, `none` does not.
     cls: whether to append the block's CLS token to each of its patches.
-    batch_size: images a step.
+    batch_size: images per step.
 
   Raises:
     InputError: if the encoder lacks a final norm that is to be applied.

@@ -78,7 +78,7 @@ def embed(
   batch_size: int = 64,
   pixels: Pixels = "images",
 ) -> Float32[np.ndarray, "n d"]:
-  """One vector an image, not normalised.
+  """One vector per image, not normalised.
 
   Args:
     encoder: any.
@@ -86,7 +86,7 @@ def embed(
     feature: `pooled` is the encoder's embedding (attention pooling, projected
       CLS token, ...); `cls` the CLS token and `mean` the mean of the patch
       tokens, both after the final norm.
-    batch_size: images a step.
+    batch_size: images per step.
     pixels: `images` go through the encoder's preprocessing, and features but
       `mean` are cached; `crops` have its input size and are only normalised.
 
@@ -146,7 +146,7 @@ def last_blocks(
     encoder: any.
     images: any size.
     blocks: how many, of those the encoder has.
-    batch_size: images a step.
+    batch_size: images per step.
     pixels: as for `embed`.
   """
   depth = encoder.spec.image.depth

@@ -48,7 +48,7 @@ class Prompts:
       if not len(self.ids) == distinct == len(self.classes):
         raise InputError(
           f"{self.name}: {len(self.ids)} ids, {distinct} of them distinct, for "
-          f"{len(self.classes)} classes; expected one id a class"
+          f"{len(self.classes)} classes; expected one id per class"
         )
 
   @property
@@ -107,7 +107,7 @@ def read_prompts(
   if classes not in (None, len(prompts.classes)):
     raise InputError(
       f"{path} names {len(prompts.classes)} classes and the data has "
-      f"{classes}; expected one name a class, in that order"
+      f"{classes}; expected one name per class, in that order"
     )
   return prompts
 

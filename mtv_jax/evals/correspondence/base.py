@@ -27,7 +27,6 @@ class CorrespondenceEvaluator(Evaluator):
       same grid where the patch does not divide it.
     layer: block whose patch tokens are matched; -1 is the last.
     norm: `none` takes them before the final norm, `final` after it.
-    pictures: number of pairs on the sheet.
   """
 
   data: Data = "scenes"
@@ -35,7 +34,7 @@ class CorrespondenceEvaluator(Evaluator):
   layer: int = -1
   norm: Literal["none", "final"] = "none"
   batch_size: PositiveInt = 16
-  pictures: NonNegativeInt = 0
+  pictures: NonNegativeInt = 0  # Pairs on the sheet.
 
   def _input_size(self, encoder: Encoder, published: int) -> int:
     """Side of the input: `size`, or the published one for this patch size.

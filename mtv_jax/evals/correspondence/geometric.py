@@ -165,7 +165,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       metrics,
       self._protocol(encoder, options, scored),
       chance,
-      pictures={"matches": np.concatenate(rows)} if rows else {},
+      sheets={"matches": np.concatenate(rows)} if rows else {},
     )
 
   def _resolve(self, encoder: Encoder, layout: str) -> recall.Options:
@@ -232,7 +232,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       ),
       "data": frames.name,
       "data_hash": self._set.digest,
-      **frames.about,
+      **frames.metadata,
       "pairs": len(scored),
       "pairs_without_points": len(sample.pairs) - len(scored),
       "pairs_by_angle": {
@@ -242,7 +242,8 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       **pairs,
       "pair_list": self.pairs and pathlib.PurePath(self.pairs).name,
       "stored_size": frames.stored,
-      "upsampling": f"bicubic a=-0.75 to {options.size // posed.CELL} cells",
+      "upsampling": "bicubic a=-0.75 to "
+      f"{options.size // posed.CELL_SIZE} cells",
       "matches": options.keep,
       "matches_kept": int(sum(len(s.metres) for s in scored)),
       "weight": "1 - d1 / d2, distances at least 1e-9",
@@ -273,7 +274,7 @@ def _draw_pair(
   return plots.draw_matches(
     views[0].image,
     views[1].image,
-    matches.first[chosen] * posed.CELL,
-    matches.second[chosen] * posed.CELL,
+    matches.first[chosen] * posed.CELL_SIZE,
+    matches.second[chosen] * posed.CELL_SIZE,
     correct=errors.metres[chosen] < metres[len(metres) // 2],
   )

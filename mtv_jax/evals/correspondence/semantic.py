@@ -101,7 +101,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
       average(correct),
       self._protocol(encoder, data, sample, grid),
       average(chance),
-      pictures={"matches": np.concatenate(rows)} if rows else {},
+      sheets={"matches": np.concatenate(rows)} if rows else {},
     )
 
   def _grid(self, encoder: Encoder, layout: str) -> _Grid:
@@ -159,7 +159,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
       ),
       "data": data.name,
       "data_hash": data.digest,
-      **data.about,
+      **data.metadata,
       "pairs": counts,
       "classes": len({key[0] for key in sample}),
       "points": sum(len(data.pairs[i].first_points) for i in _pairs_in(sample)),

@@ -77,7 +77,7 @@ def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
     read_depth=read_depth,
     camera=lambda i, shape: cameras[i],
     overlaps=None,
-    about={
+    metadata={
       "dataset": "NAVI",
       "subset": subset,
       "objects": len({folder.parent for folder in folders}),

@@ -25,9 +25,9 @@ from mtv_jax.evals.datasets.files import LabelledFile
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import InputError, did_you_mean
 
-CELL = 4  # pixels of a view to a cell of its grid of points
+CELL_SIZE = 4  # pixels of a view to a cell of its grid of points
 # Shorter side of the offline copies that the protocol reads.
-STORED = 1024
+STORED_SHORT_SIDE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class PosedFrames:
     stored: shorter side in pixels of the protocol's offline copies, to which
       frames are resized first; None for no resizing.
     overlaps: whether two frames show enough common points; None for always.
-    about: further protocol entries.
+    metadata: further protocol entries.
   """
 
   name: str
@@ -91,7 +91,7 @@ class PosedFrames:
   fingerprint: Callable[[int], tuple[Any, ...]]
   stored: int | None
   overlaps: Callable[[int, int], bool] | None
-  about: Mapping[str, Any]
+  metadata: Mapping[str, Any]
 
 
 def open_frames(
@@ -131,7 +131,7 @@ def open_frames(
     groups=tuple(tuple(group) for group in groups),
     read=read,
     fingerprint=lambda i: tuple(path.stat().st_size for path in files[i]),
-    stored=STORED,
+    stored=STORED_SHORT_SIDE,
     **fields,
   )
 
@@ -182,7 +182,7 @@ def make_view(
   y0, x0 = (_corner(*x, side, size) for x in zip(low, extent, strict=True))
   take = resizing.indices(side, size)
   rows, columns = y0 + take, x0 + take
-  cell = slice(0, size // CELL * CELL, CELL)
+  cell = slice(0, size // CELL_SIZE * CELL_SIZE, CELL_SIZE)
   # Focal length and principal point follow the image's size.
   focal = frame.focal * size / short
   middle = size / 2 + np.asarray(frame.centre) * size / short

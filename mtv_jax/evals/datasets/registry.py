@@ -267,7 +267,7 @@ def open_depth(
     data: scenes; a folder of NYUv2 (see `nyu.py`) or KITTI (see `kitti.py`);
       NYUv2's .mat file; or `{type: "tfds", name: "nyu_depth_v2"}`.
     split, count: see the top of the file.
-    size: pixels a side of the scenes, if `data` does not give it.
+    size: pixels per side of the scenes, if `data` does not give it.
     truth, subset: of NYUv2 and of KITTI, see their `open_depth`.
   """
   check_choice("split", split, SPLITS)

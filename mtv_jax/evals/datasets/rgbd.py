@@ -89,7 +89,7 @@ def open_posed(root: str | pathlib.Path) -> PosedFrames:
     read_depth=read_depth,
     camera=camera,
     overlaps=_overlap_fn(frames, intrinsics, poses),
-    about={
+    metadata={
       "dataset": "RGB-D",
       "sequences": len(groups),
       "frames_without_pose": untracked,

@@ -34,7 +34,7 @@ PROBE_SCENES = 2_000_000
 MAX_DEPTH = 20.0
 
 _STUFF = render_lib.STUFF_COUNT  # classes below are background and ground
-_MAX_POSED_SIZE = 384  # pixels a side that scenes are rendered at for a view
+_MAX_POSED_SIZE = 384  # pixels per side that scenes are rendered at for a view
 _KEY_POINT_SIZE = 192  # of the scenes with key points
 # Key points (x, y) in the main object's bounding box.
 _KEY_POINTS = ((0.5, 0.5), (0.5, 0.15), (0.5, 0.85))
@@ -60,7 +60,7 @@ def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
 class SceneRange:
   """Scenes by their numbers in the series `seed`.
 
-  `size` is in pixels a side; None if neither data nor evaluation sets it.
+  `size` is in pixels per side; None if neither data nor evaluation sets it.
   """
 
   numbers: tuple[int, ...]
@@ -111,7 +111,7 @@ def open_range(
     default: number of scenes if neither `data` nor `count` gives it.
     needs: fields that the evaluation reads, for the error.
     count: number of scenes, evenly spaced in `length`; None for all.
-    size: pixels a side if `data` does not give it.
+    size: pixels per side if `data` does not give it.
   """
   given = dict(data) if isinstance(data, Mapping) else {"type": "scenes"}
   if not is_scenes(given):
@@ -261,7 +261,10 @@ def open_posed(data: examples.Data, *, count: int) -> PosedFrames:
     ),
     stored=None,
     overlaps=None,
-    about={"mask": "things, without ground and backdrop", **scenes.protocol()},
+    metadata={
+      "mask": "things, without ground and backdrop",
+      **scenes.protocol(),
+    },
   )
 
 
@@ -325,7 +328,7 @@ def open_key_points(
     images=examples.Images(lambda i: images[i], len(images)),
     pairs=tuple(pairs),
     digest=digest.hex(),
-    about={
+    metadata={
       "key_points": "in the main thing's bounding box: its middle, and 15 and "
       "85 % of its height",
       **scenes.protocol(),

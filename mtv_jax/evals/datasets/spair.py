@@ -75,7 +75,7 @@ def open_key_points(root: str | pathlib.Path, *, split: str) -> KeyPointPairs:
     images=open_images(images),
     pairs=tuple(pairs),
     digest=digest.hex(),
-    about={
+    metadata={
       "dataset": "SPair-71k",
       "split": split,
       "key_points": "those that both images show",

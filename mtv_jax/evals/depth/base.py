@@ -30,13 +30,12 @@ class DepthEvaluator(Evaluator):
     data: see `datasets/registry.py`.
     count: test images to use, evenly spaced; all by default.
     truth: NYUv2's `raw` or `filled` depth, where a layout has both.
-    pictures: number of test images on the sheet.
   """
 
   data: Data = "scenes"
   count: PositiveInt | None = None
   truth: str | None = None
-  pictures: NonNegativeInt = 0
+  pictures: NonNegativeInt = 0  # Test images on the sheet.
 
   @functools.cached_property
   def _splits(self) -> dict[tuple[str, int], DepthSet]:
@@ -94,7 +93,7 @@ class DepthEvaluator(Evaluator):
       metrics.average(chance),
       units=units,
       lower=tuple(units),
-      pictures={"depth": plots.vstack(rows)} if rows else {},
+      sheets={"depth": plots.vstack(rows)} if rows else {},
     )
 
 

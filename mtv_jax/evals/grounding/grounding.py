@@ -35,7 +35,7 @@ from mtv_jax.utils import plots
 
 _CHUNK = 256  # images whose phrases are located at a time
 _FIXED_BOXES = 256
-_IMAGE_SIZE = 320  # pixels a side on the sheet, so that names are legible
+_IMAGE_SIZE = 320  # pixels per side on the sheet, so that names are legible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,6 @@ class Grounding(Evaluator):
       other names for them, one a class in the data's order.
     locate: `auto` to locate phrases if the encoder has a locator, or `none`.
     count: images to use, evenly spaced; all by default (of the scenes 128).
-    pictures: images on the sheet.
   """
 
   data: Data = "scenes"
@@ -61,7 +60,7 @@ class Grounding(Evaluator):
   locate: Literal["auto", "none"] = "auto"
   count: PositiveInt | None = None
   batch_size: PositiveInt = 32
-  pictures: NonNegativeInt = 0
+  pictures: NonNegativeInt = 0  # Images on the sheet.
 
   @functools.cached_property
   def _set(self) -> tuple[BoxSet, prompts.Prompts | None]:
@@ -130,11 +129,11 @@ class Grounding(Evaluator):
         "located": "IoU >= 0.5 with any box of the phrase in the image",
         "located_chance": "the best single box to answer with always",
       }
-    pictures = {}
+    sheets = {}
     if self.pictures:
       sheet = _draw_sheet(data, region, text, phrases, count=self.pictures)
-      pictures["regions"] = sheet
-    return Result(metrics, protocol, chance, pictures=pictures)
+      sheets["regions"] = sheet
+    return Result(metrics, protocol, chance, sheets=sheets)
 
 
 def _locate(

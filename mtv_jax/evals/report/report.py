@@ -134,7 +134,7 @@ def _list_sheets(outcomes: Sequence[Outcome]) -> list[Sheet]:
   for evaluation in tables.evaluation_names(outcomes):
     for outcome in outcomes:
       result = outcome.results.get(evaluation)
-      for name, image in (result.pictures if result else {}).items():
+      for name, image in (result.sheets if result else {}).items():
         parts = [evaluation, name, outcome.name][: 2 + (len(outcomes) > 1)]
         parts = [re.sub(r"[^\w.-]+", "-", p).strip("-.") for p in parts]
         file = "_".join(part or "unnamed" for part in parts)

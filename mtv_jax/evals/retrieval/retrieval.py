@@ -89,11 +89,11 @@ class Retrieval(Evaluator):
       "similarity": "cosine, float32, highest matmul precision",
       "ties": ranking.TIE_RULE,
     }
-    pictures = {}
+    sheets = {}
     if self.pictures:
-      pictures = _draw_sheets(data, image, text, self.pictures)
+      sheets = _draw_sheets(data, image, text, self.pictures)
     metrics = recalls(image, text, owner=data.owner)
-    return Result(metrics, protocol, chance(data.owner), pictures=pictures)
+    return Result(metrics, protocol, chance(data.owner), sheets=sheets)
 
 
 def distinct_texts(

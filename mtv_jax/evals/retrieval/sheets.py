@@ -33,7 +33,7 @@ def ranked_captions(
     scores: of each image with each caption; ties keep the order of captions.
     captions: m distinct ones.
     correct: which captions belong to which image.
-    top: captions an image.
+    top: captions per image.
   """
   size = 144  # side of an image
   width = size + 4 * GAP + 460

@@ -42,7 +42,6 @@ class SegmentationEvaluator(Evaluator):
     stride: pixels between windows; by default a share of `size`.
     count: images to test on, evenly spaced; all by default.
     encode_batch: windows that are encoded at a time.
-    pictures: images on the sheet.
   """
 
   data: Data = "scenes"
@@ -50,7 +49,7 @@ class SegmentationEvaluator(Evaluator):
   stride: PositiveInt | None = None
   count: PositiveInt | None = None
   encode_batch: PositiveInt = 16
-  pictures: NonNegativeInt = 0
+  pictures: NonNegativeInt = 0  # Images on the sheet.
 
   def _window_size(self, encoder: Encoder, published: int) -> int:
     """Side of a window; raises InputError if the patch does not divide it."""

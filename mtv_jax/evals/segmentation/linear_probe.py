@@ -124,7 +124,7 @@ class Segmentation(SegmentationEvaluator):
       "final_loss": float(fitted.losses[-1]),
     }
     sheets = predictions.sheets("segmentation", head=best)
-    return Result(metrics, protocol, chance, pictures=sheets)
+    return Result(metrics, protocol, chance, sheets=sheets)
 
   def _plan(self, encoder: Encoder) -> _Plan:
     scenes = is_scenes(self.data)

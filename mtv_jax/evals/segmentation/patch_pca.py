@@ -43,7 +43,6 @@ class PatchPca(Evaluator):
     size: side of the squares that are encoded, for a finer grid than the
       encoder's own preprocessing gives.
     foreground: `all` patches, or those above a `threshold`.
-    pictures: images on the sheet.
   """
 
   data: Data = "scenes"
@@ -51,7 +50,7 @@ class PatchPca(Evaluator):
   layer: int | None = None
   size: PositiveInt | None = None
   foreground: Literal["all", "threshold"] = "all"
-  pictures: NonNegativeInt = 0
+  pictures: NonNegativeInt = 0  # Images on the sheet.
   batch_size: PositiveInt = 16
 
   @functools.cached_property
@@ -100,7 +99,7 @@ class PatchPca(Evaluator):
         ),
       }
     share = float(pca.share.sum())
-    return Result({"explained_by_3": share}, protocol, pictures=sheets)
+    return Result({"explained_by_3": share}, protocol, sheets=sheets)
 
   def _row(
     self, encoder: Encoder, image: np.ndarray, colours: np.ndarray

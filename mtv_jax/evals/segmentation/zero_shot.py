@@ -103,7 +103,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       metrics_lib.scores(counts),
       protocol,
       metrics_lib.chance(counts),
-      pictures=predictions.sheets("zero_shot_segmentation"),
+      sheets=predictions.sheets("zero_shot_segmentation"),
     )
 
   def _slide(self, encoder: Encoder) -> sliding_window.Slide:

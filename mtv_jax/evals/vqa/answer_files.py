@@ -1,6 +1,6 @@
 """Answer files and truth files of VQA benchmarks, and their scores.
 
-An answer file is JSON, a list or one object a line, of rows with a question
+An answer file is JSON, a list or one object per line, of rows with a question
 (`question_id`, `questionId` or `id`) and an answer (`answer`, `prediction` or
 `text`); or one object of answers by question. A truth file is one of
 
@@ -118,7 +118,7 @@ def _read_json(path: str | os.PathLike) -> Any:
       return [json.loads(line) for line in text.splitlines() if line.strip()]
     except ValueError:
       raise InputError(
-        f"{path} is neither JSON ({error}) nor one object a line"
+        f"{path} is neither JSON ({error}) nor one object per line"
       ) from None
 
 

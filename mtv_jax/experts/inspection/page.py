@@ -19,12 +19,12 @@ _VALUE = 500  # characters of a setting
 # Titles of the histograms.
 _HISTOGRAMS = {
   "boxes": {
-    "boxes_an_image": "boxes an image",
+    "boxes_an_image": "boxes per image",
     "scores": "scores",
     "sides": "square root of the area",
     "shorter_sides": "shorter side",
     "longer_sides": "longer side",
-    "words": "words a phrase",
+    "words": "words per phrase",
   },
   "depth": {
     "labelled_pixels": "labelled fraction of the pixels",

@@ -20,7 +20,7 @@ from mtv_jax.data.labels.label_values import Outcome, no_label
 from mtv_jax.data.labels.label_writer import Entry
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
-from mtv_jax.experts.base import Expert, Prepared
+from mtv_jax.experts.base import Expert, PreparedInput
 
 # Total size of prepared records that wait for others of their group.
 _MAX_BYTES = 2 << 30
@@ -32,7 +32,7 @@ _BYTES = re.compile(r"b'(?:[^'\\]|\\.)*'|b\"(?:[^\"\\]|\\.)*\"")
 _NUMBER = re.compile(r"\b0x[0-9a-f]+\b|\d+(?:\.\d+)?")
 
 # Prepared records of one group with their positions.
-Batch = list[tuple[int, Prepared]]
+Batch = list[tuple[int, PreparedInput]]
 
 
 def stack_arrays(batch: Batch, rows: int) -> dict[str, np.ndarray]:
@@ -58,7 +58,7 @@ class Grouper:
     self._waiting: dict[Hashable, Batch] = {}
     self._bytes = 0
 
-  def add(self, position: int, prepared: Prepared) -> Iterator[Batch]:
+  def add(self, position: int, prepared: PreparedInput) -> Iterator[Batch]:
     """Adds a record; yields the batches that are due."""
     waiting = self._waiting.setdefault(prepared.group, [])
     waiting.append((position, prepared))
@@ -83,7 +83,7 @@ class Grouper:
     return batch
 
 
-def _size(prepared: Prepared) -> int:
+def _size(prepared: PreparedInput) -> int:
   return sum(array.nbytes for array in prepared.arrays.values())
 
 
@@ -121,7 +121,7 @@ class _Item:
 
 def _prepare(
   expert: Expert, base: Source, number: int
-) -> tuple[_Item, Prepared | None]:
+) -> tuple[_Item, PreparedInput | None]:
   """The record of a number, and the expert's input unless it is bad."""
   item = None
   try:
@@ -158,7 +158,7 @@ class _Pipeline:
     self._items: dict[int, _Item] = {}
     self._added = self._yielded = 0
 
-  def add(self, item: _Item, prepared: Prepared | None) -> Iterator[Entry]:
+  def add(self, item: _Item, prepared: PreparedInput | None) -> Iterator[Entry]:
     """Adds a record; yields the finished entries, in order."""
     position, self._added = self._added, self._added + 1
     self._items[position] = item

@@ -8,7 +8,7 @@ A phrase source is named by a string:
 
   ngrams         n-grams of the record's captions, by OWLv2's rules
   tags           the field `tags` of the record's .json; `tags:FIELD` another
-  FILE           a vocabulary: one phrase a line, the same for every record
+  FILE           a vocabulary: one phrase per line, the same for every record
   MODULE:NAME    a function from a record to its phrases; a label set stores
                  its name only, so give a changed function a new name
 """
@@ -113,7 +113,7 @@ def build_phrases(
   raise InputError(
     f"phrases={source!r} is neither a phrase source nor a file."
     f" {did_you_mean(source, ['ngrams', 'tags', 'tags:FIELD'])} A file has one"
-    " phrase a line; MODULE:NAME is a function of a record."
+    " phrase per line; MODULE:NAME is a function of a record."
   )
 
 

@@ -21,7 +21,7 @@ from mtv_jax.config.options import Fraction, PositiveInt
 from mtv_jax.data.labels.label_values import Outcome
 from mtv_jax.data.records import Record
 from mtv_jax.experts import local_mesh
-from mtv_jax.experts.base import Prepared, check_options
+from mtv_jax.experts.base import PreparedInput, check_options
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling.phrases import hash_phrases
 from mtv_jax.experts.onnx.decoders import get_decoder
@@ -114,11 +114,11 @@ class OnnxDetector:
 
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
-  ) -> Prepared:
+  ) -> PreparedInput:
     """The image as the decoder preprocesses it."""
     del record
     pixels = self._decoder.prepare(image, *self._size)
-    return Prepared("image", {"image": pixels}, meta=image.shape[:2])
+    return PreparedInput("image", {"image": pixels}, meta=image.shape[:2])
 
   def run(
     self, arrays: Mapping[str, np.ndarray]

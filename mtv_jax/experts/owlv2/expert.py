@@ -21,7 +21,7 @@ from mtv_jax.data.labels.label_values import Outcome
 from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns
 from mtv_jax.experts import local_mesh
-from mtv_jax.experts.base import Prepared, check_options
+from mtv_jax.experts.base import PreparedInput, check_options
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling import phrases as phrases_lib
 from mtv_jax.experts.labelling.detections import Detections
@@ -139,7 +139,7 @@ class Owlv2Expert:
 
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record
-  ) -> Prepared:
+  ) -> PreparedInput:
     """The padded image, and its phrases' tokens unless they never change.
 
     Raises:
@@ -156,7 +156,7 @@ class Owlv2Expert:
       group = phrases_lib.padded_count(len(phrases))
       arrays["tokens"] = np.zeros((group, *tokens.shape[1:]), np.int32)
       arrays["tokens"][: len(phrases)] = tokens
-    return Prepared(group, arrays, meta=(image.shape[:2], phrases))
+    return PreparedInput(group, arrays, meta=(image.shape[:2], phrases))
 
   def _tokenize(self, phrases: Sequence[str]) -> np.ndarray:
     """Ids [n, prompts, length] of phrases in every prompt."""

@@ -80,10 +80,12 @@ class PromptLayer(nn.Module):
     # keys and values are read once.
     owner = np.arange(m * k) // k
     same = owner[:, None] == owner
-    seen = np.pad(same, ((0, 0), (0, patches.shape[1])), constant_values=True)
+    attention_mask = np.pad(
+      same, ((0, 0), (0, patches.shape[1])), constant_values=True
+    )
 
     def attend(q, keys, values):
-      mask = jnp.asarray(seen)[None, None]
+      mask = jnp.asarray(attention_mask)[None, None]
       y = jax.nn.dot_product_attention(q, keys, values, mask=mask)
       return y.reshape(b, m, k, *y.shape[2:])
 
@@ -116,7 +118,7 @@ class Prompter(nn.Module):
   ) -> Float[Array, "b m {features}"]:
     b, m, _ = boxes.shape
     width, dtype = patches.shape[-1], patches.dtype
-    # Two tokens a box, as in CLOC, which encodes one corner in each. With one
+    # Two tokens per box, as in CLOC, which encodes one corner in each. With one
     # layer a query needs both corners to attend to the box, so ours has both.
     corners = sinusoids(boxes, 2 * width).astype(dtype)
     x = nn.Dense(2 * width, dtype=dtype, name="embed")(corners)

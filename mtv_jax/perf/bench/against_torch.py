@@ -109,7 +109,7 @@ def compare(
   for i, (name, label) in enumerate((("ours", "ours"), ("torch", "PyTorch"))):
     text = f"first loss {losses[i]:.4f}, {parameters[i]:,} parameters"
     median = 1e3 * statistics.median(times[:, i])
-    result.add(name, median, label, f"{{:.0f}} ms a step, {text}")
+    result.add(name, median, label, f"{{:.0f}} ms per step, {text}")
   label = "our speed over PyTorch's"
   result.add_ratio("speed", times[:, 1], times[:, 0], label, ".2f")
   return result

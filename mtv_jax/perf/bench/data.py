@@ -92,7 +92,7 @@ def run(
     cpu = statistics.median(1e3 * w.cpu / images for w in times[name])
     text = f"{rate:.0f} images/s, {rate / threads:.0f} a thread"
     values = dict(images_per_second=rate, cpu_ms=cpu)
-    result.add(name, values, label, f"{text}, {cpu:.2f} CPU ms an image")
+    result.add(name, values, label, f"{text}, {cpu:.2f} CPU ms per image")
   walls = ([watch.wall for watch in times[k]] for k in ("decode", "pipeline"))
   result.add_ratio("ratio", *walls, "pipeline / decode", ".1%")
   return result

@@ -117,7 +117,7 @@ def run(
     versions=versions,
   )
   add = result.add
-  texts = [f"{{:.1f}} ms an image, {1e3 / ms:.2f} images/s" for ms in medians]
+  texts = [f"{{:.1f}} ms per image, {1e3 / ms:.2f} images/s" for ms in medians]
   add("ours", medians[0], "ours", texts[0])
   label = "  first batch, with compilation"
   add("compile_seconds", compiling.wall, label, "{:.1f} s")
@@ -216,6 +216,6 @@ def compile_expert(
   add("outputs", memory.output, "results", gigabytes, 1e9)
   text = gigabytes if limit else "unknown"
   add("memory", limit, "memory of the chip", text, 1e9)
-  add("flops", cost, "FLOPs an image", "{:.1f} GFLOP", 1e9)
+  add("flops", cost, "FLOPs per image", "{:.1f} GFLOP", 1e9)
   add("peak", peak, "at the chip's peak", rate)
   return result

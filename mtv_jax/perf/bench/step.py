@@ -97,7 +97,7 @@ def run(config: schema.Config, *, steps: int = 20) -> harness.Result:
   loop_ms, rate = 1e3 * statistics.median(loop), images * steps / sum(loop)
   add("loop_ms", loop_ms, "step in the loop, median", "{:.1f} ms")
   add("wait", sum(waits) / sum(loop), "  waiting for data", "{:.1%}")
-  add("images_per_second", rate, "  images a second", "{:.1f}")
+  add("images_per_second", rate, "  images per second", "{:.1f}")
   seconds = timer.compile_seconds
   add("compile_seconds", seconds, "first step, with compilation", "{:.1f} s")
   return result
@@ -130,7 +130,7 @@ def time_views(config: schema.Config, *, steps: int = 5) -> harness.Result:
   result = harness.Result(
     batch_size=rows, canvas=canvas, devices=harness.describe_devices()
   )
-  add, text = result.add, "{:.3f} ms an image"
+  add, text = result.add, "{:.3f} ms per image"
   for name, ms in views.items():
     add("views", views, f"view {name}", text.format(ms))
   add("all_views", together, "all views, one program", text)

@@ -163,7 +163,7 @@ class Report:
   def _batch(self) -> list[str]:
     rows = self.plan.config.batch_size // self.plan.topology.hosts
     size = format_bytes(rows * self.row_bytes)
-    lines = [f"batch: {rows:,} rows a host, {size}"]
+    lines = [f"batch: {rows:,} rows per host, {size}"]
     for name, field in self.plan.fields.items():
       dtype = np.dtype(field.dtype).name
       lines.append(f"  {name:14} {_format_shape(field.shape):14} {dtype}")

@@ -471,7 +471,7 @@ print([m for m in ("jax", "tensorflow", "flax") if m in sys.modules])
 
 @pytest.mark.slow
 def test_throughput():
-  """500 images a second a core: processor time, type checks not in the way."""
+  """500 images per core second: processor time, type checks not in the way."""
   code = """
 import statistics, time
 import cv2

@@ -217,7 +217,7 @@ def test_scenes(result):
     "interpolation": "nearest",
   }
   assert sum(protocol["pairs_by_angle"].values()) == 4
-  assert result.pictures["matches"].shape == (256, 256, 3)
+  assert result.sheets["matches"].shape == (256, 256, 3)
 
 
 def test_one_device_and_eight_agree(result):
@@ -301,7 +301,9 @@ def test_scenes_as_a_source(result):
     hashes.add(other.digest)
     side = other.frames.read(0, 48).image.shape[0]
     assert side == option.get("size", 96)
-    assert other.frames.about["scenes"]["first"] == option.get("first", first)
+    assert other.frames.metadata["scenes"]["first"] == option.get(
+      "first", first
+    )
   assert len(hashes) == 4
   with pytest.raises(NotApplicable, match="reads posed views"):
     GeometricCorrespondence(data={"type": "tfds", "name": "coco"}).prepare()

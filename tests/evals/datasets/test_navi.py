@@ -75,7 +75,7 @@ def test_photos_of_all_objects(root):
     for i in range(3)
   )
   assert frames.groups == ((0, 1, 2), (3, 4, 5))
-  assert frames.about["objects_left_out"] == ["c_wild"]
+  assert frames.metadata["objects_left_out"] == ["c_wild"]
   assert frames.stored == 1024
   captures = navi.open_posed(root, subset="multiview")
   assert captures.groups == ((0, 1, 2), (3, 4, 5), (6, 7, 8))
@@ -240,7 +240,7 @@ def test_lost_frames(sequences):
   folder = sequences / "fire" / "seq-01"
   (folder / "frame-000001.pose.txt").write_text("-inf " * 16)
   frames = rgbd.open_posed(sequences)
-  assert frames.about["frames_without_pose"] == 1
+  assert frames.metadata["frames_without_pose"] == 1
   assert len(frames.names) == 4
   (folder / "frame-000002.depth.png").unlink()
   with pytest.raises(FileNotFoundError, match="frame-000002.pose.txt has no"):

@@ -38,7 +38,7 @@ def frames_at(groups):
     fingerprint=lambda i: (i,),
     stored=None,
     overlaps=None,
-    about={},
+    metadata={},
   )
 
 

@@ -157,7 +157,7 @@ def test_a_perfect_encoder(coco):
   assert protocol["regions"] == "prompter"
   assert protocol["boxes"] == 5
   assert protocol["phrases_distinct"] == 3
-  assert result.pictures["regions"].shape[2] == 3
+  assert result.sheets["regions"].shape[2] == 3
 
 
 class Guesser(Painter):

@@ -40,7 +40,7 @@ def outcome(name, depth=0.5, **kwargs):
     DEPTH,
     metrics={"rmse": depth, "delta1": 0.75},
     protocol={**DEPTH.protocol, "encoder": name},
-    pictures={},
+    sheets={},
   )
   shot = dataclasses.replace(SHOT, protocol={**SHOT.protocol, "encoder": name})
   fields = {
@@ -137,7 +137,7 @@ def test_json_round_trip(tmp_path, count):
   broken = outcome("a", skipped={"text": "none"}, failed={"x": "boom"})
   broken.results["depth"].metrics["rmse"] = math.nan
   broken.results["depth"].protocol["threshold"] = np.float32(0.5)
-  broken.results["depth"].pictures["sheet"] = np.zeros((2, 2, 3), np.uint8)
+  broken.results["depth"].sheets["sheet"] = np.zeros((2, 2, 3), np.uint8)
   path = tmp_path / "deep" / "results.json"
   results.write(path, [broken, outcome("b")][:count])
 
@@ -151,7 +151,7 @@ def test_json_round_trip(tmp_path, count):
   assert math.isnan(back[0].results["depth"].metrics["rmse"])
   assert back[0].results["depth"].lower == ("rmse",)
   assert back[0].results["depth"].protocol["threshold"] == 0.5
-  assert back[0].results["depth"].pictures == {}
+  assert back[0].results["depth"].sheets == {}
   assert (back[0].skipped, back[0].failed) == ({"text": "none"}, {"x": "boom"})
   assert [p.name for p in path.parent.iterdir()] == ["results.json"]
   # A protocol read from JSON equals the original.
@@ -314,7 +314,7 @@ class Reader(html.parser.HTMLParser):
 def test_report_folder(tmp_path):
   first, second = outcome("a/b"), outcome("a:b", skipped={"text": "no <tower>"})
   for one in (first, second):
-    one.results["depth"].pictures["sheet"] = np.full((4, 6, 3), 99, np.uint8)
+    one.results["depth"].sheets["sheet"] = np.full((4, 6, 3), 99, np.uint8)
   folder = tmp_path / "out"
   files = suite.write(folder, [first, second], compared=[whole()])
   assert sorted(str(f.relative_to(folder)) for f in files) == [

@@ -128,18 +128,18 @@ def test_coco_captions(coco, colours):
 
 def test_sheets_of_captions_and_images(coco, colours):
   plain = Retrieval(data=str(coco)).run(colours)
-  assert plain.pictures == {}
+  assert plain.sheets == {}
   result = Retrieval(data=str(coco), pictures=2).run(colours)
   assert result.metrics == plain.metrics
   assert result.protocol == plain.protocol
-  assert set(result.pictures) == {"captions", "images"}
-  green = (result.pictures["captions"] == sheets.MATCH).all(axis=-1)
+  assert set(result.sheets) == {"captions", "images"}
+  green = (result.sheets["captions"] == sheets.MATCH).all(axis=-1)
   # All colours match: in both images' blocks the first line is their own.
   half = len(green) // 2
   for block in (green[:half], green[half:]):
     assert block[: plots.LINE_HEIGHT].any()
   # Only the images on the sheet are framed, once a caption.
-  framed = (result.pictures["images"] == sheets.MATCH).all(axis=-1)
+  framed = (result.sheets["images"] == sheets.MATCH).all(axis=-1)
   half = len(framed) // 2
   assert framed[:half].any() and framed[half:].any()
 

@@ -236,7 +236,7 @@ def test_colours_are_learned(striped, augment):
   assert protocol["best_step"] in (30, 60)
   assert protocol["preprocess"]["stride"] == 21
   assert protocol["data_hash"] != protocol["train_hash"]
-  sheet = result.pictures["segmentation"]
+  sheet = result.sheets["segmentation"]
   assert sheet.dtype == np.uint8
   # Rows of 48 x 72 pixels, shown 192 high: three panels and the names below.
   assert sheet.shape[1] == 3 * 288 + 16
@@ -308,7 +308,7 @@ def test_real_ade20k_training_images_are_fitted(
   assert result.metrics["aacc"] > aacc
   assert result.protocol["images"] == 3
   assert result.protocol["train_split"] == "test"
-  assert result.pictures["segmentation"].ndim == 3
+  assert result.sheets["segmentation"].ndim == 3
 
 
 @pytest.mark.slow
@@ -330,7 +330,7 @@ def test_real_nyu40(shared_data):
   assert result.metrics["aacc"] > 5 * result.chance["aacc"]
   assert result.protocol["images"] == 3
   assert result.protocol["train_split"] == "train"
-  assert result.pictures["segmentation"].ndim == 3
+  assert result.sheets["segmentation"].ndim == 3
 
 
 @pytest.mark.reference

@@ -95,14 +95,14 @@ class PatchEncoder(Encoder):
 
 def test_a_sheet_is_drawn_on_request():
   result = PatchPca(count=4).run(PatchEncoder())
-  assert result.pictures == {}
+  assert result.sheets == {}
   # Three components of three channels hold everything.
   assert result.metrics["explained_by_3"] == pytest.approx(1)
   assert result.protocol["final_norm"] is True
   assert result.protocol["grid"] == [4, 4] and result.protocol["images"] == 4
   result = PatchPca(count=4, layer=-2, pictures=3).run(PatchEncoder())
   assert result.protocol["layer"] == -2 and not result.protocol["final_norm"]
-  sheet = result.pictures["pca"]
+  sheet = result.sheets["pca"]
   assert sheet.dtype == np.uint8 and sheet.shape == (
     3 * 200 - 8,
     2 * 200 - 8,
@@ -117,7 +117,7 @@ def test_any_folder_of_photos(tmp_path, write_image):
   result = PatchPca(data=data, pictures=2).run(PatchEncoder())
   assert result.protocol["images"] == 2
   # Both photos are 12 x 8, and so are their colours.
-  sheet = result.pictures["pca"]
+  sheet = result.sheets["pca"]
   assert (sheet[:20, :192] == 255).all() and (sheet[:20, 200:392] == 255).all()
   assert not (sheet[96, 200:392] == 255).all()
   (tmp_path / "none").mkdir()
@@ -157,5 +157,5 @@ def test_one_device_and_eight_agree():
   }
   share = [result.metrics["explained_by_3"] for result in got]
   assert share[0] == pytest.approx(share[1], abs=1e-5)
-  sheet = [result.pictures["pca"].astype(int) for result in got]
+  sheet = [result.sheets["pca"].astype(int) for result in got]
   assert np.abs(sheet[0] - sheet[1]).max() <= 1

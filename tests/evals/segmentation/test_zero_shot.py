@@ -203,7 +203,7 @@ def test_colours_are_segmented(colour_blocks, average):
   assert protocol["preprocess"]["interpolation"].startswith("bicubic")
   assert protocol["templates"] == list(prompts.DEFAULT_TEMPLATES)
   assert protocol["last_block"] == "attention"
-  assert result.pictures["zero_shot_segmentation"].dtype == np.uint8
+  assert result.sheets["zero_shot_segmentation"].dtype == np.uint8
 
 
 def test_prompt_files_are_in_the_order_of_the_labels(colour_blocks, tmp_path):

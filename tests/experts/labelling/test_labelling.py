@@ -34,7 +34,7 @@ from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.array_record import ArrayRecordSource
 from mtv_jax.data.sources.base import Source
-from mtv_jax.experts.base import Expert, Prepared
+from mtv_jax.experts.base import Expert, PreparedInput
 from mtv_jax.experts.labelling import batching
 from mtv_jax.experts.labelling import run as labelling
 from mtv_jax.experts.labelling.batching import Grouper
@@ -181,7 +181,7 @@ def test_labels_join_sources_with_and_without_captions(finished, base):
 
 
 def prepared(group, size=1):
-  return Prepared(group, {"x": np.full(size, ord(group[0]), np.uint8)})
+  return PreparedInput(group, {"x": np.full(size, ord(group[0]), np.uint8)})
 
 
 def group_batches(groups, rows=3, size=1, **limits):
@@ -242,7 +242,7 @@ class Slow:
       self.max_pending = max(self.max_pending, self.pending)
     number = int(record["key"])
     time.sleep(0.001 * (number * 7 % 5))
-    return Prepared(number % 3, {"x": np.array(number)}, number)
+    return PreparedInput(number % 3, {"x": np.array(number)}, number)
 
   def run(self, arrays):
     self.shapes.append(arrays["x"].tolist())

@@ -58,5 +58,5 @@ def test_compiles_for_a_tpu(monkeypatch):
   assert result["flops"] > 1e6
   used = result["arguments"] + result["temporaries"]
   assert 0 < used < result["memory"]
-  assert "FLOPs an image" in str(result)
+  assert "FLOPs per image" in str(result)
   json.loads(result.to_json())
