@@ -155,6 +155,21 @@ def build(
     raise ConfigError(f"{where}: {error}") from error
 
 
+def check_fields(instance: Any) -> None:
+  """Checks and converts the fields of a frozen dataclass, as `build` does.
+
+  For a `__post_init__`: the instance may be built in Python, without `build`.
+
+  Raises:
+    ConfigError: a value of the wrong type or out of range.
+  """
+  name = type(instance).__name__
+  for field, hint in annotations(type(instance)).items():
+    if typing.get_origin(hint) is not typing.ClassVar:
+      value = check_value(getattr(instance, field), hint, f"{name}.{field}")
+      object.__setattr__(instance, field, value)
+
+
 def annotations(factory: Callable[..., Any]) -> dict[str, Any]:
   """The annotations of a factory's parameters, with their `Range`s."""
   while isinstance(factory, functools.partial):

@@ -318,6 +318,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
       raise ConfigError(f"argument {name!r} needs a value: {name}=...")
     key = f"argument {name}"
     out[name] = overrides.parse_value(text, default, key) if equals else True
+    if isinstance(default, tuple) and not isinstance(out[name], list | tuple):
+      raise ConfigError(f"{key}={text!r}; expected a list")
   return ConfigDict(out)
 
 

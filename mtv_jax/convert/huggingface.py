@@ -29,6 +29,7 @@ from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models.heads import contrastive_head
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.errors import did_you_mean
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -155,13 +156,14 @@ def _restore_export(
     with folders.TensorFiles(path / _HEADS) as store:
       leaves |= {name: store.read(name) for name in store.names}
   try:
-    return native.restore_model(path, description, leaves)
+    native.check_params(ModelSpec.from_dict(description["model"]), leaves)
   except ConversionError as error:
     raise ConversionError(
       f"{path / native.DESCRIPTION} and config.json describe different "
       f"models. {error}\nDelete {native.DESCRIPTION} to read the folder as any "
       "Hugging Face folder."
     ) from None
+  return native.restore_model(path, description, leaves)
 
 
 def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.Path:

@@ -52,10 +52,9 @@ class Preprocess:
   resize_size: int | None = None
 
   def __post_init__(self):
-    for name, annotation in options.annotations(Preprocess).items():
-      value = getattr(self, name)
-      value = options.check_value(value, annotation, f"Preprocess.{name}")
-      object.__setattr__(self, name, value)
+    for name in ("mean", "std"):
+      object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+    options.check_fields(self)
     if self.resize == "shortest" and self.crop == "none":
       raise ConfigError(
         "resize='shortest' gives images of different shapes, which can't be "

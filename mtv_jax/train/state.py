@@ -33,8 +33,9 @@ class TrainState:
     if self.teacher:
       weights["teacher"] = {**self.params, "image": self.teacher["image"]}
     if which not in weights:
+      hint = did_you_mean(str(which), weights)
       raise ConfigError(
-        f"this run has no {which!r} weights. {did_you_mean(which, weights)} "
-        "'ema' needs config.ema, 'teacher' an objective that reads one."
+        f"this run has no {which!r} weights. {hint} 'ema' needs config.ema, "
+        "'teacher' an objective that reads one."
       )
     return weights[which]

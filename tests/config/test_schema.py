@@ -197,6 +197,8 @@ def test_parse_arg():
     parse("tinny", **defaults)
   with pytest.raises(ConfigError, match="'batch' needs a value"):
     parse("batch", **defaults)
+  with pytest.raises(ConfigError, match="a='foo'; expected a list"):
+    parse("a=foo", a=(1, 2))
   for bad in ("batch=x", "batch=1.5", "batch=True", "tiny=1"):
     with pytest.raises(ConfigError, match="expected"):
       parse(bad, **defaults)

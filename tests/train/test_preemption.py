@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -92,12 +94,29 @@ def test_only_the_default_sigterm_handler_is_replaced():
 
   def in_thread():
     with preemption.catch_sigterm() as notice:
-      received.append(notice.is_set())
+      received.append(notice.received)
 
   thread = threading.Thread(target=in_thread)
   thread.start()
   thread.join()
   assert received == [False]
+
+
+def test_signals_during_the_handler_do_not_block():
+  code = """
+import os, subprocess, sys, time
+from mtv_jax.train import preemption
+kill = "import os\\nfor _ in range(100_000): os.kill(%d, 15)"
+with preemption.catch_sigterm() as notice:
+  child = subprocess.Popen([sys.executable, "-c", kill % os.getpid()])
+  while child.poll() is None:
+    time.sleep(0.01)
+print(notice.received)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+  )
+  assert done.stdout == "True\n", done.stderr
 
 
 def test_the_command_prints_one_line_and_exits_with_143(capsys):

@@ -57,6 +57,7 @@ class ClassificationProbe(Evaluator):
   published_view: ClassVar[str] = "center"
 
   def __post_init__(self):
+    super().__post_init__()
     for name, value in vars(self).items():
       if value == ():
         raise ConfigError(f"{name} is empty; expected at least one value")

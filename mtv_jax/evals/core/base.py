@@ -87,6 +87,9 @@ class Evaluator:
   # The open data: a `functools.cached_property` of most subclasses.
   _set = None
 
+  def __post_init__(self):
+    options_lib.check_fields(self)
+
   def prepare(self) -> None:
     """Opens the data, so that a mistake shows before anything is computed.
 

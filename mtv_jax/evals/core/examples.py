@@ -192,7 +192,7 @@ class KeyPointPairs(ImageSet):
 
   layout: str  # `spair` or `scenes`
   pairs: tuple[KeyPointPair, ...]
-  about: Mapping[str, Any]  # further protocol entries
+  metadata: Mapping[str, Any]  # further protocol entries
 
 
 def subsample(items: Sequence[Any], count: int | None) -> list[Any]:

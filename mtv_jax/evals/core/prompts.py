@@ -101,7 +101,7 @@ def read_prompts(
       isinstance(v, str) and v for v in values
     ):
       raise InputError(f"{path}: {key!r} must be a list of non-empty strings")
-    if values:
+    if values or key == "ids" and content.get(key) is not None:
       fields[key] = tuple(values)
   prompts = Prompts(**{"classes": (), **fields}, name=path.name)
   if classes not in (None, len(prompts.classes)):

@@ -107,6 +107,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
   seed: int = 8
 
   def __post_init__(self):
+    super().__post_init__()
     for name in ("metres", "pixels", "angles"):
       values = getattr(self, name)
       if values is not None and (

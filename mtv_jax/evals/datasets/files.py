@@ -163,7 +163,9 @@ def read_channel(path: pathlib.Path, *modes: str) -> np.ndarray:
   try:
     with PIL.Image.open(path) as image:
       mode, values = image.mode, np.asarray(image)
-  except OSError as error:
+  except (
+    OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError,
+  ) as error:  # fmt: skip
     raise InputError(f"{path} can't be read as an image: {error}") from None
   if mode not in modes:
     raise InputError(

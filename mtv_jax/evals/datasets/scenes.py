@@ -113,7 +113,7 @@ def open_range(
     count: number of scenes, evenly spaced in `length`; None for all.
     size: pixels per side if `data` does not give it.
   """
-  given = dict(data) if isinstance(data, Mapping) else {"type": "scenes"}
+  given = dict(data) if isinstance(data, Mapping) else {"type": data}
   if not is_scenes(given):
     raise NotApplicable(
       f"data={given}: this evaluation reads {needs}, which among the sources "

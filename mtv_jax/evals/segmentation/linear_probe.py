@@ -80,6 +80,7 @@ class Segmentation(SegmentationEvaluator):
   seed: int = 0
 
   def __post_init__(self):
+    super().__post_init__()
     if self.dropout >= 1:
       raise ConfigError(f"dropout is {self.dropout}, expected a number below 1")
 

@@ -4,6 +4,7 @@ For older folders without a `tokenizer.json`: byte-level BPE whose words end in
 `</w>`, on lower-cased text.
 """
 
+import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -42,7 +43,10 @@ class ClipTokenizer:
           f"{VOCABULARY} with a {MERGES}: copy those of the model's processor."
         )
     try:
-      vocabulary, merges = models.BPE.read_file(*map(str, files))
+      vocabulary = json.loads(files[0].read_text(encoding="utf-8"))
+      lines = files[1].read_text(encoding="utf-8").splitlines()
+      pairs = [tuple(s.split()) for s in lines if not s.startswith("#version")]
+      merges = [pair for pair in pairs if pair]
       special = [(token, vocabulary[token]) for token in (_START, _END)]
       model = models.BPE(
         vocabulary, merges, end_of_word_suffix="</w>", unk_token=_END

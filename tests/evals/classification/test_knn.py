@@ -244,3 +244,8 @@ def test_cifar_in_half_a_minute(shared_data):
   # Above chance, since an untrained tower encodes colours.
   assert max(result.metrics.values()) > 0.15
   assert seconds < 30
+
+
+def test_options_are_checked_without_a_config_too():
+  with pytest.raises(ConfigError, match=r"KNN.k is \(0,\), expected a list"):
+    knn.KNN(k=(0,))

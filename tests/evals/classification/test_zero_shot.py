@@ -223,6 +223,7 @@ def test_prompt_files(tmp_path):
     ('{"classes": [1]}', "list of non-empty strings"),
     ('{"classes": ["a"], "templates": ["no braces"]}', "exactly one"),
     ('{"classes": ["a", "b"], "ids": ["x", "x"]}', "1 of them distinct"),
+    ('{"classes": ["a", "b"], "ids": []}', "0 ids"),
   ):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
