@@ -236,7 +236,7 @@ def build_views(config: Mapping[str, Any]) -> dict[str, View]:
 
   Raises:
     ConfigError: for unknown options or ops, wrong arguments, ops in a wrong
-      order, and a list of another length than `count`.
+      order, and a list whose length differs from `count`.
   """
   return {
     name: options.build(

@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> None:
     )
     for request in suite.parse_requests(args.encoder, weights=args.weights)
   }
-  say = functools.partial(print, file=sys.stderr, flush=True)
-  outcomes = suite.evaluate(encoders, chosen, folder=args.output, say=say)
+  log_fn = functools.partial(print, file=sys.stderr, flush=True)
+  outcomes = suite.evaluate(encoders, chosen, folder=args.output, log_fn=log_fn)
   if jax.process_index() == 0:
     if any(outcome.results for outcome in outcomes):
       print(tables.format_results([*outcomes, *compared]))

@@ -30,11 +30,11 @@ from mtv_jax.utils.progress import Progress
 
 # Options of the experts, passed on where given.
 _OPTIONS = {
-  "phrases": (str, "ngrams, tags, tags:FIELD, or a file of one a line"),
+  "phrases": (str, "ngrams, tags, tags:FIELD, or a file of one per line"),
   "threshold": (float, "minimum score of a box"),
   "nms": (float, "IoU above which the lower-scoring box of two is dropped"),
   "max_boxes": (int, "of an image"),
-  "names": (str, "file of an .onnx detector's classes, one a line"),
+  "names": (str, "file of an .onnx detector's classes, one per line"),
   "preprocess": (str, "of the images, for depth: original, ..."),
   "size": (int, "of the expert's input images"),
   "side": (int, "side of a stored map, in pixels"),

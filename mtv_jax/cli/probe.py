@@ -9,9 +9,9 @@
       --set=augment=cached --set=select=train_split
 
 The data are scenes or a folder with train/CLASS/*.jpg and val/CLASS/*.jpg.
-Published figures of linear_probe train on random crops, encoded anew at every
-step; with augment=cached features are computed once. `mtv-jax evaluate` runs
-these and all other evaluations.
+The published protocol of linear_probe trains on random crops, encoded anew at
+every step; with augment=cached features are computed once. `mtv-jax evaluate`
+runs these and all other evaluations.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Runs the evaluation that the command is called after."""
+  """Runs the evaluation that the command is named after."""
   arguments.initialize_distributed(args)
   name = args.command_name
   entries = evals.plan(

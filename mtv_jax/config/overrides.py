@@ -99,9 +99,10 @@ def _set(node: Any, parts: list[str | int], text: str, key: str) -> None:
 
 
 def _value(text: str, old: Any, path: str) -> Any:
-  if text.lower() == "none" and (text == "None" or not isinstance(old, str)):
-    # 'none' is also a choice of many options, whose default may be None.
-    return text if text == "none" and old is None else None
+  if text == "none" and old is None:
+    return text  # Many options accept this string, and are None by default.
+  if text == "None" or text.lower() == "none" and not isinstance(old, str):
+    return None
   return parse_value(text, old, f"--{path}")
 
 
@@ -114,7 +115,7 @@ def parse_value(text: str, old: Any, key: str) -> Any:
     key: for the error.
 
   Raises:
-    ConfigError: another type than the number's or section's that it replaces.
+    ConfigError: a value of another type would replace a number or a section.
   """
   if isinstance(old, str):
     return text

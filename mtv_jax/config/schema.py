@@ -260,7 +260,9 @@ class RunLength:
     )
 
   def steps(self, name: str, section: Config, default: Any = REQUIRED) -> Any:
-    """The duration NAME of a section in steps, at least 1 unless it is 0.
+    """Converts the duration `name` of a section to steps.
+
+    A positive duration is at least one step.
 
     Returns `default` where the section lacks it.
 

@@ -144,13 +144,13 @@ def prepare_folder(
   present = sorted(p.name for p in folder.iterdir())
   if present and DESCRIPTION not in present:
     raise ConversionError(
-      f"{folder} is not empty and no earlier conversion (it holds "
+      f"{folder} is not empty and not an earlier conversion (it holds "
       f"{', '.join(present[:5])}): name an empty or a new folder."
     )
   others = {PARAMS, folders.WEIGHTS}.difference(names).intersection(present)
   if others:
     raise ConversionError(
-      f"{folder} holds a conversion of another form ({', '.join(others)}), "
+      f"{folder} holds a conversion in another format ({', '.join(others)}), "
       "which would be read instead of the new one: name another folder."
     )
   source = tokenizer and tokenizer.path

@@ -64,7 +64,7 @@ def read_preprocess(
     raise ConversionError(f"{path}: {error}") from None
   fields |= _read_normalization(processor, defaults)
   # transformers ignores pixels that fill no patch, at the right and the bottom
-  # (SigLIP So400m/14 at 384: 378 are read). Ours shrinks the whole image.
+  # (SigLIP So400m/14 at 384: 378 are read). We shrink the whole image instead.
   size = fields["size"] // patch_size * patch_size
   if not size:
     raise ConversionError(

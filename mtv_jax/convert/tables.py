@@ -70,7 +70,7 @@ class Rule:
 
 
 def nest(prefix: str, file_prefix: str, names: Names) -> Names:
-  """A part's table within a larger model: prefixes of our and their names."""
+  """A submodule's table with `prefix` on our names, `file_prefix` on theirs."""
 
   def add_prefix(name: str | tuple[str, ...] | None) -> Any:
     if isinstance(name, tuple):
@@ -83,7 +83,7 @@ def nest(prefix: str, file_prefix: str, names: Names) -> Names:
 def tower_rules(
   spec: ModelSpec, names: Names, *special: Rule, **options: Any
 ) -> list[Rule]:
-  """The rules of both towers; arguments as of `leaf_rules`."""
+  """The rules of both towers; for the arguments see `leaf_rules`."""
   rules = []
   for tower, params in two_tower.abstract_params(spec).items():
     heads = getattr(spec, tower).heads

@@ -38,9 +38,9 @@ def addresses(
 ) -> grain.MapDataset:
   """The endless sequence of (index of the source, index of the record).
 
-  Each source repeats by itself, in a new order every epoch. The mixture is
-  even: of any n rows, a source has n times its share, to within a row for each
-  source (shares are rounded to a hundredth of the smallest).
+  Each source repeats by itself, in a new order every epoch. In any window of n
+  rows, a source's count is within one row per source of n times its share
+  (shares are rounded to a hundredth of the smallest).
 
   Args:
     sources: at least one.

@@ -293,7 +293,7 @@ class Encoder:
 
     Raises:
       InputError: for an encoder without the head, or inputs that do not fit.
-      TypeError: for inputs that the head does not take, or other than strings.
+      TypeError: for inputs that the head does not take, or non-string text.
     """
     function = self.head_function(name)
     kinds = self.prediction_heads[name].inputs

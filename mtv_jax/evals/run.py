@@ -167,17 +167,16 @@ def evaluate(
 
 
 def prepare(
-  chosen: Plan, *, say: Callable[[str], None] = lambda line: None
+  plan: Plan, *, log_fn: Callable[[str], None] = lambda line: None
 ) -> tuple[dict[str, Evaluator], dict[str, str], dict[str, str]]:
   """Builds the evaluators of a plan and opens their data.
 
   Args:
-    chosen: from `plan`.
-    say: called with a line for each evaluation that won't run.
+    plan: from the function `plan`.
+    log_fn: called with a line for each evaluation that won't run.
 
   Returns:
-    By name: the evaluators; of those skipped, the reason that the data are not
-    for them; of those that failed, the error.
+    Three dictionaries by evaluation: evaluators, reasons for skipping, errors.
 
   Raises:
     ConfigError: for a bad option.
@@ -186,18 +185,18 @@ def prepare(
   """
   evaluators, skipped, failed = {}, {}, {}
   last = None
-  for name, evaluator in build(chosen.entries).items():
+  for name, evaluator in build(plan.entries).items():
     try:
       with _add_name(name):
         evaluator.prepare()
       evaluators[name] = evaluator
     except Exception as error:
-      if name in chosen.named:
+      if name in plan.named:
         raise
       last = error
       kind = skipped if isinstance(error, NotApplicable) else failed
       kind[name] = str(error)
-      say(f"{name} {'is skipped' if kind is skipped else 'FAILED'}: {error}")
+      log_fn(f"{name} {'is skipped' if kind is skipped else 'FAILED'}: {error}")
   if not evaluators and last is not None:
     raise last
   return evaluators, skipped, failed
@@ -208,14 +207,14 @@ def attempt(
   evaluators: Mapping[str, Evaluator],
   outcome: Outcome,
   *,
-  say: Callable[[str], None] = lambda line: None,
+  log_fn: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Outcome]:
   """Runs prepared evaluations one by one and records errors.
 
   Args:
     encoder, evaluators: from `load` and `prepare`.
     outcome: of the encoder, to which results and errors are added.
-    say: called with a line for each evaluation at its end.
+    log_fn: called with a line for each evaluation at its end.
 
   Yields:
     The outcome after each evaluation; at least one.
@@ -230,17 +229,17 @@ def attempt(
     try:
       result = _run(kind, evaluator, encoder)
       outcome.results[kind] = result
-      say(f"{kind} took {result.protocol['seconds']} s")
+      log_fn(f"{kind} took {result.protocol['seconds']} s")
     except NotApplicable as error:
       outcome.skipped[kind] = str(error)
-      say(f"{kind} is skipped: {error}")
+      log_fn(f"{kind} is skipped: {error}")
     except Exception as error:
       if jax.process_count() > 1:
         yield outcome
         raise
       reason = f"{type(error).__name__}: {error}"
       outcome.failed[kind] = reason[:_MAX_REASON]
-      say("".join(traceback.format_exception(error)) + f"{kind} FAILED")
+      log_fn("".join(traceback.format_exception(error)) + f"{kind} FAILED")
     yield outcome
 
 

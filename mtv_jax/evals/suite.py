@@ -78,18 +78,18 @@ def evaluate(
   chosen: run.Plan,
   *,
   folder: str | os.PathLike | None = None,
-  say: Callable[[str], None] = lambda line: None,
+  log_fn: Callable[[str], None] = lambda line: None,
 ) -> list[Outcome]:
   """Runs a plan on encoders by name, and records errors of single evaluations.
 
   Writes `results.json` to the folder after each evaluation, so that a killed
-  process loses one evaluation only. Raises as `run.prepare`; `say` is called
+  process loses one evaluation only. Raises as `run.prepare`; `log_fn` is called
   with lines of progress.
   """
-  evaluators, skipped, failed = run.prepare(chosen, say=say)
+  evaluators, skipped, failed = run.prepare(chosen, log_fn=log_fn)
   outcomes: list[Outcome] = []
   for name, encoder in encoders.items():
-    say(f"{name}:" if len(encoders) > 1 else f"{encoder!r}")
+    log_fn(f"{name}:" if len(encoders) > 1 else f"{encoder!r}")
     outcome = Outcome(
       name=name,
       encoder=encoder.source,
@@ -99,7 +99,7 @@ def evaluate(
       protocol=encoder.protocol(),
     )
     outcomes.append(outcome)
-    for _ in run.attempt(encoder, evaluators, outcome, say=say):
+    for _ in run.attempt(encoder, evaluators, outcome, log_fn=log_fn):
       if folder is not None and jax.process_index() == 0:
         results.write(pathlib.Path(folder) / "results.json", outcomes)
   return outcomes

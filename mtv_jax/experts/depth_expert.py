@@ -16,7 +16,7 @@ from mtv_jax.experts.base import PreparedInput
 
 
 class DepthExpert:
-  """Expert of depth.
+  """Depth expert (a pseudo-label teacher).
 
   Args:
     function: maps parameters and `images` `[n, h, w, 3]` to inverse `depth`

@@ -96,8 +96,8 @@ class Distillation(SelfDistillation):
 
   view_global: str = "global"
   view_local: str | None = "local"
-  # Of KoLeo over the student's global pooled vectors, summed over the crops;
-  # 0.1 is DINOv2's.
+  # Weight of KoLeo on the student's pooled vectors of global crops, summed over
+  # the crops; 0.1 is DINOv2's.
   koleo_weight: options.NonNegativeFloat = 0.1
   # Whether a global crop is compared with itself; DINO excludes it.
   same_crop: Literal["exclude", "include"] = "exclude"

@@ -217,7 +217,7 @@ def _trip_count(module: Module, caller: str, loop: Instruction) -> int:
 
 
 def _number(computation: Computation, name: str, opcode: str) -> int | None:
-  """A constant's value or a tuple element's index, behind copies."""
+  """A constant's value or a tuple element's index, looking through copies."""
   source = computation[name]
   while source.opcode in ("copy", "bitcast") and source.operands:
     source = computation[source.operands[0]]

@@ -86,9 +86,9 @@ def _labels(params: Any) -> Any:
 def _dimension_numbers(updates: Any) -> Any:
   """The axes of the matrix; `scale_by_muon` maps over the others.
 
-  A kernel of a stack is `[depth, in, out]`: one matrix a block. The fused QKV
-  is three projections. An orthogonal `[D, 3 D]` would tie their column spaces
-  together and share one norm, so each is orthogonalised by itself.
+  A kernel of a stack is `[depth, in, out]`: one matrix per block. The fused
+  QKV is three projections, each orthogonalised by itself: `[D, 3 D]` jointly
+  would couple them.
   """
 
   def numbers(name, update):

@@ -72,9 +72,13 @@ def test_a_source_is_never_written_over(native, tmp_path):
   # Nor is a conversion mixed with one of the other form, which hides it.
   out = tmp_path / "hf"
   main(["to_hf", str(native), str(out)])
-  with pytest.raises(SystemExit, match=r"another form \(model\.safetensors\)"):
+  with pytest.raises(
+    SystemExit, match=r"another format \(model\.safetensors\)"
+  ):
     main(["from_hf", str(native), str(out)])
-  with pytest.raises(SystemExit, match=r"another form \(params\.safetensors\)"):
+  with pytest.raises(
+    SystemExit, match=r"another format \(params\.safetensors\)"
+  ):
     main(["to_hf", str(out), str(native)])
   assert {p.name: p.read_bytes() for p in native.iterdir()} == before
   assert (out / "config.json").is_file()

@@ -256,7 +256,7 @@ def register(monkeypatch):
 
 def outcomes_of(plan, encoder, **kwargs):
   said = []
-  got = suite.evaluate({"colours": encoder}, plan, say=said.append, **kwargs)
+  got = suite.evaluate({"colours": encoder}, plan, log_fn=said.append, **kwargs)
   return got, said
 
 

@@ -90,8 +90,8 @@ def make_depth(
 ) -> Outcome:
   """The depth label of an image.
 
-  A stored pixel is the mean over the valid part of its area, and is labelled
-  if that is more than half of it.
+  A stored pixel is the mean over the valid part of its area. It is labelled if
+  more than half of its area is valid.
 
   Args:
     inverse: 1 / depth, or an expert's disparity, in any unit.

@@ -207,19 +207,25 @@ def second_camera(world: World, index: int, seed: int) -> Camera:
   """
   draw = Draw(seed, index, stream=1)
   first, main = world.camera, world.objects[0]
-  lift = float(first.position[1]) * draw.uniform(0.85, 1.2)
-  reach = math.hypot(main.x, main.z) * draw.uniform(0.88, 1.15)
+  camera_y = float(first.position[1]) * draw.uniform(0.85, 1.2)
+  distance = math.hypot(main.x, main.z) * draw.uniform(0.88, 1.15)
   bearing = math.atan2(main.x, main.z)
   middle = main.base + 0.5 * main.height
-  aside, below = draw.uniform(-0.15, 0.15), draw.uniform(-0.08, 0.12)
+  yaw_jitter, pitch_jitter = (
+    draw.uniform(-0.15, 0.15),
+    draw.uniform(-0.08, 0.12),
+  )
   for attempt in range(_TRIES):
     angle = draw.choice((-1, 1)) * math.radians(draw.uniform(8.0, 28.0))
     yaw = bearing + angle * 0.8**attempt
-    x, z = main.x - reach * math.sin(yaw), main.z - reach * math.cos(yaw)
-    position = (x, lift, z)
-    pitch = math.atan2(-lift - middle, reach)
+    x, z = main.x - distance * math.sin(yaw), main.z - distance * math.cos(yaw)
+    position = (x, camera_y, z)
+    pitch = math.atan2(-camera_y - middle, distance)
     camera = world_lib.make_camera(
-      position, yaw=yaw + aside, pitch=pitch + below, focal=first.focal
+      position,
+      yaw=yaw + yaw_jitter,
+      pitch=pitch + pitch_jitter,
+      focal=first.focal,
     )
     rects = [world_lib.bounding_rect(camera, obj) for obj in world.objects]
     if world_lib.hidden_share(rects, 0) <= _MAX_HIDDEN_MAIN + 0.1:

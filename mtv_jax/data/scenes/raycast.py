@@ -38,7 +38,7 @@ class Hits:
     camera: where the rays start.
     x, y: float32, unit coordinates minus one half: [1, w] and [h, 1] for a
       grid of pixels, or two arrays of one shape for rays anywhere.
-    pitch: distance of neighbouring rays in unit coordinates. It bounds the
+    ray_spacing: between neighbouring rays, in unit coordinates. It bounds the
       detail of textures (mipmaps) and locates objects on a grid.
 
   Attributes:
@@ -52,9 +52,9 @@ class Hits:
     boxes: rows and columns that bound each object.
   """
 
-  def __init__(self, world: World, camera: Camera, x, y, *, pitch: float):
+  def __init__(self, world: World, camera: Camera, x, y, *, ray_spacing: float):
     self.world, self.camera, self.x, self.y = world, camera, x, y
-    self.pitch = pitch
+    self.ray_spacing = ray_spacing
     self.is_grid = x.shape[0] == 1 and y.shape[1] == 1
     self.colours: list[list[float]] = []
     self.tiles: list[tuple[int, int, int]] = []
@@ -97,7 +97,9 @@ class Hits:
 
   def level(self, metres: float, depth: float) -> int:
     """The mipmap level whose texels are about one pixel at this depth."""
-    texels = textures.TILE * depth * self.pitch / (self.camera.focal * metres)
+    texels = (
+      textures.TILE * depth * self.ray_spacing / (self.camera.focal * metres)
+    )
     return round(math.log2(max(texels, 1)))
 
   def _bound(self, blocks: list[tuple]) -> list[Box]:
@@ -112,7 +114,7 @@ class Hits:
     points = (points - self.camera.position) @ self.camera.rotation.T
     depth = points[..., 2:]
     flat = points[..., :2] * (self.camera.focal / np.maximum(depth, 0.05))
-    flat = flat * (1 / self.pitch) + (shape / 2 - 0.5)
+    flat = flat * (1 / self.ray_spacing) + (shape / 2 - 0.5)
     low = np.ceil(flat.min(1)).clip(0, shape).astype(int)
     high = (np.floor(flat.max(1)) + 1).clip(0, shape).astype(int)
     if not self.is_grid or (depth < 0.05).any():
@@ -172,7 +174,7 @@ class Hits:
     # A pixel covers more of the ground in depth than across; the geometric
     # mean of the two picks the level.
     height = -float(self.camera.position[1])
-    scale = textures.TILE * self.pitch / (self.camera.focal * metres)
+    scale = textures.TILE * self.ray_spacing / (self.camera.focal * metres)
     scale /= math.sqrt(height)
     first = len(self.surface_owners)
     for level in range(textures.LEVELS):

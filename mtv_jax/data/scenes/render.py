@@ -135,7 +135,7 @@ def render_pair(index: int, *, size: int = 96, seed: int = 0) -> ScenePair:
   # Rays cast exactly to these points, rather than the second view's pixels, so
   # that visibility does not depend on the size.
   rays = np.clip(x, -1, 1), np.clip(y, -1, 1)
-  hits = Hits(world, camera, *rays, pitch=1 / size)
+  hits = Hits(world, camera, *rays, ray_spacing=1 / size)
   same_object = hits.owners == first.instances
   same_depth = abs(hits.inverse * depth - 1) < _DEPTH_TOLERANCE
   return ScenePair(
@@ -152,7 +152,7 @@ def _render_view(
   world: World, camera: Camera, size: int, draw: layout.Draw, noise: tuple
 ) -> Scene:
   """One view of a world with its labels; `draw` words the captions."""
-  hits = Hits(world, camera, *pixel_rays(size), pitch=1 / size)
+  hits = Hits(world, camera, *pixel_rays(size), ray_spacing=1 / size)
   instances = hits.owners
   boxes, box_objects = _visible_boxes(instances, hits)
   objects = world.objects

@@ -36,11 +36,12 @@ log = logging.getLogger(__name__)
 class ClassificationProbe(Evaluator):
   """Base class of the probes: data, views and the result.
 
-  Subclasses define `_evaluate`. An option of None has the published value, or a
-  small one on scenes.
+  Subclasses define `_evaluate`. None means the published value, or a smaller
+  one on scenes.
 
   Attributes:
-    data: with a training split, see `datasets/registry.py`; or the test images.
+    data: a data set with a training split (`datasets/registry.py`), or the test
+      images alone.
     train: the training images, if `data` has no training split.
     view: see `global_features.view`; on scenes `encoder`.
     count: test images, evenly spaced; all by default, 400 scenes.

@@ -129,9 +129,11 @@ def fit(
 
   Args:
     batches: by step, `x` `[b, width]` and `label` `[b]`.
-    width, classes: of the features, and their number.
-    rate: the highest learning rate.
-    steps, warmup: in all, and those in which the rate rises from zero.
+    width: feature dimension.
+    classes: number of classes.
+    rate: peak learning rate.
+    steps: total number of steps.
+    warmup: steps of linear warmup.
     seed: of the kernel.
     mesh: as for `probe.fit`.
   """

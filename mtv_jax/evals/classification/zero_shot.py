@@ -171,10 +171,10 @@ def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
       f"{data.name} has labels but no class names: give a prompt file "
       "(prompts=) with its classes in the order of the labels"
     )
-  numbered = [name for name in data.classes if _WNID.fullmatch(name)]
-  if numbered:
+  wordnet_ids = [name for name in data.classes if _WNID.fullmatch(name)]
+  if wordnet_ids:
     raise InputError(
-      f"{data.name}: folders such as {numbered[0]} are WordNet ids and not "
+      f"{data.name}: folders such as {wordnet_ids[0]} are WordNet ids and not "
       "names. Give a prompt file: tools/make_prompts.py writes ImageNet's"
     )
   _canonical_names(data)

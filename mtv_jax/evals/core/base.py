@@ -52,9 +52,8 @@ EVALUATORS = {
 class NotApplicable(InputError):
   """Raised when an encoder or a data set lacks what an evaluation needs.
 
-  The message is the reason, in a sentence that ends a table's row: what is
-  lacking and where it would come from. A mistake (a missing file, a bad
-  option) is another error.
+  The message says what is lacking and where it would come from; reports show it
+  in the last column. A mistake (a missing file, a bad option) is another error.
   """
 
 

@@ -1,7 +1,7 @@
 """Example types of the evaluations' data sets.
 
 Images have their original sizes and are decoded when indexed; labels,
-captions, boxes and key points are in memory.
+captions, boxes and keypoints are in memory.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class BoxSet(ImageSet):
 
 @dataclasses.dataclass(frozen=True)
 class KeyPointPair:
-  """Two images of one category and the key points that both show.
+  """Two images of one category and the keypoints that both show.
 
   Coordinates are (x, y) in pixels of the image as it is stored.
   """
@@ -188,7 +188,7 @@ class KeyPointPair:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyPointPairs(ImageSet):
-  """Images in pairs, with semantically corresponding key points."""
+  """Images in pairs, with semantically corresponding keypoints."""
 
   layout: str  # `spair` or `scenes`
   pairs: tuple[KeyPointPair, ...]

@@ -81,16 +81,16 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
 
   `data` is `scenes`, a folder in NAVI's layout or one of RGB-D sequences; the
   published `size` is 512. None means the published value for NAVI, and for
-  other data one that the result's protocol lists.
+  other data the value in the result's protocol.
 
   Attributes:
     pairs: a file with the list of pairs: read if it exists (NAVI's own lists
       too), else written with the pairs that are drawn.
     keep: matches per pair, those of the highest weight.
-    metres: thresholds of the 3D error. The middle one is used by angle.
+    metres: thresholds of the 3D error; recall by angle uses the middle one.
     pixels: thresholds of the 2D error, in pixels of a view of 512.
     angles: edges of the bins of the angle between the cameras, in degrees.
-    max_angle: of a pair.
+    max_angle: largest angle between the cameras of a pair.
     stride: step between the frames that begin a pair.
     count: pairs to use, evenly spaced; of the scenes, the number to render.
   """

@@ -73,7 +73,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
     sample = pck.sample_pairs(data.pairs, limit=self.per_class, seed=self.seed)
     if not any(len(data.pairs[i].first_points) for i in _pairs_in(sample)):
       raise InputError(
-        f"{data.name}: none of its {len(data.pairs)} pairs has a key point "
+        f"{data.name}: none of its {len(data.pairs)} pairs has a keypoint "
         "that both images show"
       )
     return data, sample
@@ -166,7 +166,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
       "pairs_per_class": self.per_class,
       "pair_seed": self.seed,
       "grid": [grid.patches, grid.patches],
-      "sampling": "bilinear, align_corners=True; key points rounded down to "
+      "sampling": "bilinear, align_corners=True; keypoints rounded down to "
       "pixels of the input",
       "found_at": "the patch's upper left corner",
       "ties": "first patch in the order of rows",
@@ -174,7 +174,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
       "threshold_of": "the longer side of the second image's box",
       "right_if": "<" if self.aggregate == "point" else "<=",
       "aggregate": self.aggregate,
-      "averaging": "over key points (aggregate=point) or pairs (image) of a "
+      "averaging": "over keypoints (aggregate=point) or pairs (image) of a "
       "class, then over classes with a point",
       "chance": "a uniform patch",
     }

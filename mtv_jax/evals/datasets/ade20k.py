@@ -107,13 +107,13 @@ def class_names(root: pathlib.Path) -> tuple[str, ...] | None:
       names.append(re.split("[;,]", cells[-1])[0].strip())
   if len(names) != CLASS_COUNT:
     raise InputError(
-      f"{path} lists {len(names)} classes; expected {CLASS_COUNT}, one a line"
+      f"{path} lists {len(names)} classes; expected {CLASS_COUNT}, one per line"
     )
   return tuple(names)
 
 
 def read_map(path: pathlib.Path) -> UInt8[np.ndarray, "h w"]:
-  """Classes 0..149 of an annotation; 0 (other) and 255 become `IGNORE`."""
+  """An annotation's 1..150 as classes 0..149; 0 and 255 become `IGNORE`."""
   values = files.read_class_map(
     path,
     largest=CLASS_COUNT,

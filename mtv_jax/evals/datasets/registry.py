@@ -330,7 +330,7 @@ def open_posed(data: examples.Data, *, subset: str, count: int) -> PosedFrames:
 def open_key_points(
   data: examples.Data, *, split: str, count: int
 ) -> examples.KeyPointPairs:
-  """Pairs of images with key points: scenes, or SPair-71k.
+  """Pairs of images with keypoints: scenes, or SPair-71k.
 
   `split` is of SPair-71k (`trn`, `val` or `test`), and `count` of the scenes.
   """

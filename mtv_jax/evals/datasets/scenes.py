@@ -35,8 +35,8 @@ MAX_DEPTH = 20.0
 
 _STUFF = render_lib.STUFF_COUNT  # classes below are background and ground
 _MAX_POSED_SIZE = 384  # pixels per side that scenes are rendered at for a view
-_KEY_POINT_SIZE = 192  # of the scenes with key points
-# Key points (x, y) in the main object's bounding box.
+_KEY_POINT_SIZE = 192  # of the scenes with keypoints
+# Keypoints (x, y) in the main object's bounding box.
 _KEY_POINTS = ((0.5, 0.5), (0.5, 0.15), (0.5, 0.85))
 
 
@@ -281,13 +281,13 @@ def open_key_points(
   """Main objects of scenes, paired within classes.
 
   A scene is paired with the next one whose main object is of its class, the
-  last one with the first. Key points are the middle of the main object's
+  last one with the first. Keypoints are the middle of the main object's
   bounding box, and the points at 15 and 85 % of its height.
 
   Raises:
     InputError: for too few scenes to have two of one class.
   """
-  scenes = open_range(data, default=count, count=count, needs="key points")
+  scenes = open_range(data, default=count, count=count, needs="keypoints")
   numbers, side = scenes.numbers, scenes.size or _KEY_POINT_SIZE
   sized = dataclasses.replace(scenes, size=side)
   rendered = [sized.render(i) for i in range(len(scenes))]

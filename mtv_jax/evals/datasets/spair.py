@@ -1,9 +1,9 @@
-"""Reader of SPair-71k: key points of objects of one class (Min et al. 2019).
+"""Reader of SPair-71k: keypoints of objects of one class (Min et al. 2019).
 
     ROOT/JPEGImages/CLASS/2008_006987.jpg
     ROOT/PairAnnotation/test/000001-2008_006987-2010_001367:sheep.json
 
-A pair's file lists the key points that both images show, as whole pixels.
+A pair's file lists the keypoints that both images show, as whole pixels.
 File names contain colons, which some archivers replace, so they are not parsed.
 """
 
@@ -95,7 +95,7 @@ def _read_row(path: pathlib.Path) -> dict[str, Any]:
   counts = [len(row[key]) for key in ("src_kps", "trg_kps")]
   if counts[0] != counts[1]:
     raise InputError(
-      f"{path}: {counts[0]} key points in the first image and {counts[1]} in "
+      f"{path}: {counts[0]} keypoints in the first image and {counts[1]} in "
       "the second; a pair lists the same points of both"
     )
   return row

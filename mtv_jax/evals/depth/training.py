@@ -86,7 +86,7 @@ class Setup:
     )
 
   def example(self, data: DepthSet, i: int) -> Example:
-    """An image and its depth, cropped to the protocol's frame."""
+    """An image and its depth, cropped as the protocol does."""
     image, depth = dense.read_pair(data.name, data.images, data.depths, i)
     if self.protocol.frame == "square":
       side = min(depth.shape)
@@ -101,9 +101,9 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
   Without augmentation, features are computed once if they fit in memory.
   """
   protocol, head, count = setup.protocol, setup.head(), len(data.images)
-  whole = setup.example(data, 0).depth.shape
-  size = augment.augmented_size(protocol.augment, whole)
-  view = setup.view(size, whole)
+  full_shape = setup.example(data, 0).depth.shape
+  size = augment.augmented_size(protocol.augment, full_shape)
+  view = setup.view(size, full_shape)
 
   def read(i, rng=None):
     example = augment.AUGMENTS[protocol.augment](setup.example(data, i), rng)
@@ -112,7 +112,7 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
   def loss_fn(params, state, batch, rng):
     del rng
     step, truth = state["step"], batch["targets"]  # truth: [B, H, W], metres
-    predicted, inner = head.apply(
+    predicted, head_state = head.apply(
       params, state["head"], batch["features"], train=True
     )
     valid = (truth > 0) & (truth <= setup.max_depth)
@@ -123,7 +123,7 @@ def train(setup: Setup, data: DepthSet) -> probe.FitResult:
     )
     if protocol.gradient_weight:
       loss += protocol.gradient_weight * losses.gradient_loss(*maps)
-    return loss, {"head": inner, "step": step + 1}
+    return loss, {"head": head_state, "step": step + 1}
 
   options = {"batch_size": protocol.batch_size, "seed": setup.seed}
   values = math.prod(view.grid) * head.channels + math.prod(size)

@@ -104,7 +104,7 @@ class Grounding(Evaluator):
       "ties": ranking.TIE_RULE,
       "phrases_distinct": len(phrases),
     }
-    # A distinct phrase and its regions are as an image and its captions.
+    # Image-caption retrieval, with a distinct phrase in the role of the image.
     names = ("region_to_phrase", "phrase_to_region")
     metrics = retrieval.recalls(text, region, owner=owner, names=names)
     chance = retrieval.chance(owner, names=names)
@@ -122,12 +122,12 @@ class Grounding(Evaluator):
         "mean_per_class": "over classes that have a box",
       }
     if self.locate == "auto" and encoder.can_predict("locator"):
-      located, fixed = _locate(encoder, data, self.batch_size)
+      located, located_chance = _locate(encoder, data, self.batch_size)
       metrics |= located
-      chance |= fixed
+      chance |= located_chance
       protocol |= {
         "located": "IoU >= 0.5 with any box of the phrase in the image",
-        "located_chance": "the best single box to answer with always",
+        "located_chance": "the best constant box",
       }
     sheets = {}
     if self.pictures:

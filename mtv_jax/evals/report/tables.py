@@ -14,7 +14,7 @@ from mtv_jax.utils.html import Bold, Link
 # Evaluations whose metrics are neither better nor worse.
 DESCRIPTIVE = ("patch_pca",)
 _EMPTY = "-"
-# Protocol keys that must be equal, beside the data, for one value to be best.
+# `Row.best` needs equal values of these protocol keys, and equal data.
 _COMPARED = ("protocol", "train_hash", "train_data_hash")
 _ABSENT = "(absent)"
 
@@ -27,8 +27,8 @@ class Row(NamedTuple):
   unit: str  # `%` of a fraction, else the metric's own ("m", or "")
   lower: bool  # whether lower is better
   chance: float | None  # expected of a random encoder
-  values: tuple[float | None, ...]  # None without a value on the same data
-  best: float | None  # of several values with one protocol and training set
+  values: tuple[float | None, ...]  # None for other data, or no value
+  best: float | None  # None where protocols differ
 
 
 def compare(outcomes: Sequence[Outcome]) -> list[Row]:

@@ -25,8 +25,8 @@ def ranked_captions(
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Images, each beside the captions of the highest scores.
 
-  Correct captions are green and marked. If none is at the top, the best of them
-  is below with its rank.
+  Correct captions are green and marked. If none is in the top, the best-ranked
+  one is appended with its rank.
 
   Args:
     images: n of them.

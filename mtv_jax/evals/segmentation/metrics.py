@@ -49,14 +49,14 @@ def class_ious(counts: Int64[np.ndarray, "k k"]) -> Float[np.ndarray, " k"]:
 def scores(counts: Int64[np.ndarray, "k k"]) -> dict[str, float]:
   """`miou`, `macc` and `aacc` of a confusion matrix whose rows are the truth.
 
-  A class that is predicted and never true counts as 0; the means leave out a
-  class that is neither. `aacc` is the share of correct pixels.
+  `miou` counts a class that is only predicted as 0; `macc` averages over the
+  classes of the ground truth; `aacc` is the share of correct pixels.
 
   Raises:
     InputError: if no pixel was counted.
   """
   if not counts.sum():
-    raise InputError("no pixel has a label that is not ignored")
+    raise InputError("every pixel is ignored")
   hit, true = np.diag(counts), counts.sum(axis=1)
   recall = hit[true > 0] / true[true > 0]
   return {

@@ -38,8 +38,8 @@ class PatchPca(Evaluator):
     data: see `datasets/registry.py`; labels and captions are not needed. Or any
       folder with JPEGs under it.
     count: images that share the components, evenly spaced.
-    layer: block before the final norm, -1 the last; by default the last after
-      the final norm.
+    layer: index of the block whose output is used, without the final norm; None
+      for the final output with it.
     size: side of the squares that are encoded, for a finer grid than the
       encoder's own preprocessing gives.
     foreground: `all` patches, or those above a `threshold`.

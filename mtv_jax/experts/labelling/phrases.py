@@ -178,7 +178,7 @@ def _read_vocabulary(file: str) -> "Vocabulary":
   phrases = _distinct(filled, len(filled))
   if not phrases:
     raise InputError(
-      f"{file} has {len(lines)} lines and no phrase; expected one a line."
+      f"{file} has {len(lines)} lines and no phrase; expected one per line."
     )
   if len(phrases) < len(lines):
     logging.info(

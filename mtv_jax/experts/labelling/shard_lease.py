@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from mtv_jax.utils import atomic
 from mtv_jax.utils.atomic import Owner
 
-_RENEWALS = 10  # Within the time after which a lease expires.
+_RENEWALS_PER_EXPIRY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _renewed(handle: int) -> Iterator[None]:
   released = threading.Event()
 
   def renew() -> None:
-    while not released.wait(atomic.STALE_SECONDS / _RENEWALS):
+    while not released.wait(atomic.STALE_SECONDS / _RENEWALS_PER_EXPIRY):
       # By its handle, so as not to renew the lease of another process. The
       # file system may recover from an error until the next renewal.
       with contextlib.suppress(OSError):

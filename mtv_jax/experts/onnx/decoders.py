@@ -25,12 +25,12 @@ _MODULE_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 class Decoder(Protocol):
   """Preprocessing and outputs of a kind of detector."""
 
-  name: str  # For the manifest; unique to the results.
+  name: str  # For the manifest; changes when results change.
   threshold: float  # Minimum score, the authors' default.
-  nms: float  # Overlap of duplicates, the authors' default.
+  nms: float  # IoU of duplicates, the authors' default.
 
   def check(self, outputs: Mapping[str, Sequence[Any]], classes: int) -> None:
-    """Raises ValueError for a file of another detector.
+    """Raises ValueError for a model of another detector.
 
     Args:
       outputs: shapes by name, in order, with the batch dimension; symbolic
@@ -42,7 +42,7 @@ class Decoder(Protocol):
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], height: int, width: int
   ) -> Float32[np.ndarray, "3 height width"]:
-    """An RGB image as the file's input."""
+    """An RGB image as the model's input."""
     ...
 
   def decode(

@@ -38,12 +38,12 @@ class StepTimer:
     return watch.wall
 
   def median_step(self, steps: int) -> float:
-    """Median seconds of some steps."""
+    """Median seconds of `steps` steps."""
     return statistics.median(self.time_step() for _ in range(steps))
 
 
 def matmul_peak(dtype: str) -> float:
-  """FLOP/s of large matrix products on all devices, the best of some rounds."""
+  """FLOP/s of large matrix products on all devices, the best of 5 rounds."""
   side = 1536 if jax.default_backend() == "cpu" else 8192
   mesh = make_mesh({"data": -1})
   shape = (mesh.size, side, side)
@@ -58,8 +58,8 @@ def matmul_peak(dtype: str) -> float:
 def run(config: schema.Config, *, steps: int = 20) -> harness.Result:
   """Times the train step of a config with and without its input pipeline.
 
-  The step alone repeats one batch: the loop's limit. Every step is waited for.
-  On several hosts, run it on all.
+  The step is first timed on one repeated batch, which bounds the loop's
+  throughput, and blocks after every step. On several hosts, run it on all.
 
   Args:
     config: as `train` takes it; nothing is saved or evaluated.

@@ -219,7 +219,7 @@ def test_nearer_objects_hide_farther_ones(rendered):
     for i, obj in enumerate(world.objects):
       free = dataclasses.replace(obj, support=-1)
       alone = dataclasses.replace(world, objects=(free,))
-      hits = raycast.Hits(alone, world.camera, x, y, pitch=1 / 96)
+      hits = raycast.Hits(alone, world.camera, x, y, ray_spacing=1 / 96)
       mask = hits.owners == 2
       assert (shown.depth[mask] <= 1 / hits.inverse[mask] + 1e-4).all()
       hidden = mask & (shown.instances != 2 + i)

@@ -434,7 +434,7 @@ def test_scenes_as_a_source(result, pixels):
   assert len(hashes) == 4
   with pytest.raises(ValueError, match="no option 'sizes'"):
     SemanticCorrespondence(data={**same, "sizes": 3}).prepare()
-  with pytest.raises(NotApplicable, match="reads key points"):
+  with pytest.raises(NotApplicable, match="reads keypoints"):
     SemanticCorrespondence(data={"type": "tfds", "name": "coco"}).prepare()
 
 
