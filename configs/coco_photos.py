@@ -2,7 +2,7 @@
 
 Write tars of the photos, then train on the first caption of each:
 
-  python tools/make_shards.py annotations/captions_train2017.json \
+  mtv-jax make_shards annotations/captions_train2017.json \
     --images=train2017 --output=data/coco
   python -m mtv_jax.main --workdir=runs/coco \
     --config=configs/coco_photos.py:path='data/coco/*.tar',tokenizer=X.model

@@ -1,7 +1,7 @@
 """MTV ViT-B/16 at 224 pixels: every objective in one step.
 
-Command, on every host of a TPU pod, with label sets of `tools/label.py` or
-`tools/make_labels.py`:
+Command, on every host of a TPU pod, with label sets of `mtv-jax label` or
+`mtv-jax make_labels`:
 
   python -m mtv_jax.main --workdir=/data/runs/mtv_b16 --distributed \
     --config=configs/mtv_b16_224.py:tokenizer=/data/c4_en.model \

@@ -9,7 +9,7 @@ Command, on every host of a TPU pod:
     --config.data.train[0].labels.boxes=/data/web_boxes
 
 Hardware and time: sized for 256 chips with sharded parameters and optimizer
-state (tools/preflight.py's figures: docs/pods.md). Not trained here; no time
+state (figures of `mtv-jax preflight`: docs/pods.md). Not trained here; no time
 given.
 
 Expected: no published model has this size.

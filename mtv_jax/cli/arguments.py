@@ -63,7 +63,7 @@ def add_encoder(parser: argparse.ArgumentParser, **options: Any) -> None:
 def add_shards(parser: argparse.ArgumentParser) -> None:
   """--data and --index_dir."""
   add = parser.add_argument
-  shards = "the shards: .tar or .array_record, ranges and globs"
+  shards = "the shards: .tar, .array_record or .parquet, ranges and globs"
   add("--data", nargs="+", required=True, help=shards)
   add("--index_dir", help="of the tars' indices (default: beside the tars)")
 

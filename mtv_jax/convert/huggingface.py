@@ -116,7 +116,7 @@ def _find_family(path: pathlib.Path, config: Mapping[str, Any]) -> ModuleType:
   if kind is None:
     raise ConversionError(
       f"{path / 'config.json'} has no model_type; its keys are "
-      f"{sorted(config)[:8]}. mtv_jax.load and `tools/convert.py to_hf` open "
+      f"{sorted(config)[:8]}. mtv_jax.load and `mtv-jax convert to_hf` open "
       "a training run."
     )
   if kind in _UNSUPPORTED:

@@ -85,7 +85,7 @@ def decode(data: bytes, *, where: str = "record") -> Record:
     raise BadRecord(
       where,
       f"starts with {data[:4]!r}, expected {_MAGIC!r}; was the file written by"
-      " tools/make_shards.py --format=array_record? TFDS data is read with"
+      " mtv-jax make_shards --format=array_record? TFDS data is read with"
       " type='tfds'.",
     )
   try:

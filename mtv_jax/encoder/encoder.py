@@ -200,7 +200,7 @@ class Encoder:
 
     Of the preprocessing only mean and standard deviation apply; nothing is
     resized or cropped, and the position embedding is resampled to the grid.
-    Arguments and errors as of `image`, but for
+    Other arguments and errors: see `image`.
 
     Args:
       images: a sequence, maybe lazy, of `[H, W, 3]` arrays of one size, uint8

@@ -35,7 +35,7 @@ def load(
 
   Args:
     path: a training run (`config.json` and `checkpoints/`), an export or
-      native folder of `tools/convert.py`, a Hugging Face folder (SigLIP, SigLIP
+      native folder of `mtv-jax convert`, a Hugging Face folder (SigLIP, SigLIP
       2 of fixed resolution, CLIP, DINOv2), or a baseline (`pixels:SIZE`,
       `random:VARIANT`, see `baselines.py`).
     weights: of a run: `student`, `teacher` (its image encoder, with the

@@ -31,7 +31,6 @@ class Expert(Protocol):
   `prepare` and `finish` run on the host in several threads; `run` is called
   from one thread and returns before the devices are done, which overlaps host
   and device.
-
   """
 
   kind: str  # Of the labels, "depth" or "boxes".

@@ -33,6 +33,7 @@ from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling import phrases as phrases_lib
 from mtv_jax.experts.labelling.detections import Detections
 from mtv_jax.experts.labelling.phrases import Phrases
+from mtv_jax.models.heads import HEADS
 from mtv_jax.models.heads.projection import unit
 from mtv_jax.utils.errors import InputError
 
@@ -186,10 +187,10 @@ def _check_encoder(encoder: Encoder, objectives: Mapping[str, str]) -> None:
   for head, objective in objectives.items():
     if not encoder.can_predict(head):
       heads = sorted(encoder.params.get("heads", {}))
-      name = "prompter" if head == "grounding" else head
       raise InputError(
-        f"{encoder!r} has no {name} (its heads are {heads}): load a run trained"
-        f" with the objective {objective}, or an export that has the head."
+        f"{encoder!r} has no {HEADS[head].params_key} (its heads are {heads}):"
+        f" load a run trained with the objective {objective}, or an export that"
+        " has the head."
       )
   if encoder.preprocess.crop != "none":
     raise InputError(

@@ -168,7 +168,7 @@ class Objective:
   A subclass is a frozen dataclass. Its fields are its hyper-parameters, and
   their annotations say which values a config entry may have
   (`config.options`). One that trains a head that predicts has a field `head`,
-  whose default is the head's configuration (`models.heads.base`).
+  an instance of its class without arguments (`models.heads.base`).
   """
 
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Objective:

@@ -222,7 +222,8 @@ class Depth(base.Objective):
     grid = math.isqrt(patches)  # Views are squares.
     # Not -1: a tower without CLS token and registers has a prefix of size 0.
     crops = jax.tree.map(lambda x: x.reshape(b * count, *x.shape[2:]), output)
-    predicted = self.head.predict(heads["depth"], crops, (grid, grid))["depth"]
+    head = heads[self.head.params_key]
+    predicted = self.head.predict(head, crops, (grid, grid))["depth"]
     label, valid = geometry.crop_depth(
       batch["depth"], batch["views"][self.view], predicted.shape[-1]
     )

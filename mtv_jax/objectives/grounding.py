@@ -279,10 +279,11 @@ class Grounding(base.Objective):
     boxes = take(boxes[:, 0])
     image = jax.tree.map(lambda x: x[:, 0], encodings[self.image])
     grid = (math.isqrt(image.patches.shape[1]),) * 2  # Views are squares.
-    region = self.head.predict(heads["prompter"], image, grid, boxes=boxes)
+    head = heads[self.head.params_key]
+    region = self.head.predict(head, image, grid, boxes=boxes)
     located = None
     if self.regression:
-      located = heads["locator"](image.patches, text)
+      located = heads[self._locator.params_key](image.patches, text)
     return LossInputs(
       region=region["embeddings"],
       text=text,

@@ -79,7 +79,7 @@ class Camera:
     return np.array([[f, 0, size / 2], [0, f, size / 2], [0, 0, 1]], "f4")
 
   def __post_init__(self):
-    # Plain can_float: the layout projects hundreds of points one at a time.
+    # Plain floats: the layout projects hundreds of points one at a time.
     object.__setattr__(self, "_rows", self.rotation.tolist())
     object.__setattr__(self, "_origin", self.position.tolist())
 

@@ -175,7 +175,7 @@ def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
   if wordnet_ids:
     raise InputError(
       f"{data.name}: folders such as {wordnet_ids[0]} are WordNet ids and not "
-      "names. Give a prompt file: tools/make_prompts.py writes ImageNet's"
+      "names. Give a prompt file: mtv-jax make_prompts writes ImageNet's"
     )
   _canonical_names(data)
   return prompts.Prompts(classes=data.classes)

@@ -71,7 +71,7 @@ def read_prompts(
 ) -> Prompts:
   """Reads `{"classes": [...], "templates": [...], "ids": [...]}`.
 
-  `templates` defaults to ours and `ids` to none; `tools/make_prompts.py` writes
+  `templates` defaults to ours and `ids` to none; `mtv-jax make_prompts` writes
   ImageNet's.
 
   Raises:
@@ -82,7 +82,7 @@ def read_prompts(
   path = pathlib.Path(path)
   if not path.is_file():
     raise MissingFileError(
-      f"no prompt file {path}; tools/make_prompts.py writes ImageNet's"
+      f"no prompt file {path}; mtv-jax make_prompts writes ImageNet's"
     )
   try:
     content = json.loads(path.read_text(encoding="utf-8"))

@@ -43,7 +43,6 @@ class Retrieval(Evaluator):
     max_captions: the first captions of an image to use; all by default. (Of
       COCO's 5,000 test images some have six or seven: 25,010 captions.)
     count: images to use, evenly spaced; all by default.
-    pictures: images on the sheet `captions`, captions on the sheet `images`.
   """
 
   data: Data = "scenes"
@@ -52,6 +51,7 @@ class Retrieval(Evaluator):
   max_captions: PositiveInt | None = None
   count: PositiveInt | None = None
   batch_size: PositiveInt = 64
+  # Images on the sheet `captions`, captions on the sheet `images`.
   pictures: NonNegativeInt = 0
 
   @functools.cached_property

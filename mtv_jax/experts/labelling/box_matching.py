@@ -7,7 +7,7 @@ least `iou`. With m matches in all images that have a label of true boxes,
     recall = m / true boxes        precision = m / boxes
 
 at the score threshold of the label set: one point of the curve that COCO's AP
-integrates. The true boxes may be human annotations (tools/make_labels.py).
+integrates. The true boxes may be human annotations (mtv-jax make_labels).
 """
 
 import collections
