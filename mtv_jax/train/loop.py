@@ -7,7 +7,6 @@ import functools
 import logging
 import math
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -158,7 +157,7 @@ class _Trainer:
   checkpoints: Checkpointer
   writer: MetricWriter
   chrono: Chrono
-  sigterm: threading.Event
+  sigterm: preemption.Notice
 
   def __post_init__(self):
     # Metrics of the last update, on the devices or fetched, and its objectives.
@@ -184,7 +183,7 @@ class _Trainer:
       norms = self.update(step, batch, norms_every)
       if step % log_every == 0 or norms or step in (self.first + 1, last):
         self.log(step, norms)
-      preempted = self.checkpoints.preempted(step) or self.sigterm.is_set()
+      preempted = self.checkpoints.preempted(step) or self.sigterm.received
       if preempted and step < last:
         # Before the evaluations, for which there may be no time.
         self.save_and_exit(step)
@@ -202,7 +201,7 @@ class _Trainer:
       except Exception as error:
         # A signal to a process group also ends the data workers. On several
         # hosts `sigterm` is not set: none may exit alone.
-        if not self.sigterm.is_set():
+        if not self.sigterm.received:
           raise
         log.warning("No further batch, after SIGTERM: %s", error)
         self.save_and_exit(step - 1)
