@@ -451,7 +451,7 @@ def test_no_keypoints(spair_root, monkeypatch):
   empty = tuple(p for p in data.pairs if not len(p.first_points))
   data = dataclasses.replace(data, pairs=empty)
   monkeypatch.setattr(spair, "open_key_points", lambda *_, **__: data)
-  with pytest.raises(ValueError, match="none of its 1 pairs has a key point"):
+  with pytest.raises(ValueError, match="none of its 1 pairs has a keypoint"):
     SemanticCorrespondence(data=str(spair_root)).prepare()
 
 

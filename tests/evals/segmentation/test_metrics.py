@@ -66,7 +66,7 @@ def test_confusion_and_invalid_classes():
   assert counts[0, 3] == 1
   with pytest.raises(ValueError, match="labels from 0 to 3"):
     confusion(TRUTH, PREDICTED, classes=3)
-  with pytest.raises(ValueError, match="no pixel"):
+  with pytest.raises(ValueError, match="every pixel is ignored"):
     scores(np.zeros((3, 3), np.int64))
 
 
