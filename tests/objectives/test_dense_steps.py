@@ -138,7 +138,10 @@ def test_sharded_equals_one_device(alone, shape):
   for path, expected in expected_grads.items():
     norm = np.linalg.norm(expected)
     error = np.linalg.norm(grads[path] - expected)
-    assert error <= 1e-5 * norm + 1e-8, path
+    # The loss ignores a shift of the depth, so that this gradient is zero: what
+    # is left is rounding, which depends on the CPU.
+    floor = 1e-7 if path == "heads/depth/conv3/bias" else 1e-8
+    assert error <= 1e-5 * norm + floor, path
     reached += norm > 1e-5
   assert reached > 0.8 * len(grads)
 
