@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float32, PyTree
 
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
+from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
 
 
@@ -52,7 +52,7 @@ def in_batches(
     for name, value in out.items():
       results[name].append(np.asarray(value)[: count - start])
 
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
 
     def submit(start: int) -> dict[int, tuple[int, concurrent.futures.Future]]:
       items = {row: start + row for row in rows if start + row < count}

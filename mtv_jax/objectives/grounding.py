@@ -209,7 +209,7 @@ class Grounding(base.Objective):
   # Prompter and locator; a config gives their options beside these.
   head: prompter.GroundingHead = prompter.GroundingHead()
   view: str = "image"  # Of several crops each image's first.
-  # At most so many of the regions visible in the view. CLOC: 4, and 2 do about
+  # Maximum number of the regions visible in the view. CLOC: 4, and 2 do about
   # as well.
   regions: options.PositiveInt = 4
   # The first regions (the host's order is random) or those of highest score.

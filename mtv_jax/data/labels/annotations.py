@@ -27,6 +27,7 @@ from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import listings
 from mtv_jax.data.sources.base import Source
+from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 MATCHES = ("name", "image_id", "key")
@@ -76,7 +77,7 @@ def write(
   done = total - sum(len(writer.numbers(shard)) for shard in todo)
   first = None
   progress(done, total)
-  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  with futures.ThreadPoolExecutor(available_cores()) as pool:
 
     def entries(shard: int) -> Iterator[Entry]:
       nonlocal done, first

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from jaxtyping import Float32, Int
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.core.global_features import final_norm
+from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
 
 Encode = Callable[[list[np.ndarray]], Float32[np.ndarray, "n h w c"]]
@@ -101,7 +101,7 @@ def threaded_map(
   Items are iterated in the caller's thread; `ahead` results are computed in
   advance, by default twice the threads.
   """
-  threads = os.cpu_count() or 1
+  threads = available_cores()
   pending: collections.deque = collections.deque()
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     for item in items:

@@ -24,6 +24,7 @@ from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets.posed import Frame, PosedFrames
+from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
 
 # Scenes are rendered from their number; training counts up from zero.
@@ -198,7 +199,7 @@ def open_boxes(
   numbers = tuple(source.first + i for i in indices)
   scenes = SceneRange(numbers, source.seed, source.size)
   digest, rows = examples.Digest(), []
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
     for i, scene in enumerate(pool.map(scenes.render, range(len(scenes)))):
       if len(scene.boxes):
         key = f"scene-{source.seed}-{numbers[i]}-{source.size}"

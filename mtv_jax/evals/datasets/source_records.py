@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import scenes
+from mtv_jax.utils.cores import available_cores
 
 # Records read ahead at a time; the bytes of their images are not retained.
 _CHUNK = 1024
@@ -146,7 +146,7 @@ def _read_labels(
 def _read_records(
   source: Any, indices: Sequence[int]
 ) -> Iterator[tuple[int, Any]]:
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
     for start in range(0, len(indices), _CHUNK):
       chunk = indices[start : start + _CHUNK]
       yield from zip(chunk, pool.map(source.__getitem__, chunk), strict=True)

@@ -19,6 +19,7 @@ from mtv_jax.data.labels import label_sets
 from mtv_jax.data.labels.join import JOINS, open_labels
 from mtv_jax.experts.inspection import cards, findings, page, statistics
 from mtv_jax.experts.inspection.findings import percent
+from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import ConfigError, check_choice
 from mtv_jax.utils.plots import one_line
 
@@ -97,8 +98,8 @@ def inspect(
     "sets": stats,
     "look_at": [
       finding
-      for of_kind in stats.values()
-      for finding in findings.find(of_kind)
+      for set_stats in stats.values()
+      for finding in findings.find(set_stats)
     ],
   }
   rng = np.random.default_rng(seed)
@@ -109,7 +110,7 @@ def inspect(
     draw_card = functools.partial(
       cards.draw_card, source, joined, size=size, min_score=min_score
     )
-    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with futures.ThreadPoolExecutor(available_cores()) as pool:
       return list(pool.map(draw_card, chosen))
 
   names = [f"{kind} from {s['folder']}" for kind, s in stats.items()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from mtv_jax.data.labels.label_sets import LabelSet
 from mtv_jax.data.labels.label_values import TOP, BoxLabel, DepthLabel
 from mtv_jax.data.records import BadRecord
 from mtv_jax.experts.inspection.counters import Histogram, PhraseCounts
+from mtv_jax.utils.cores import available_cores
 
 _CHUNK = 512  # labels that the threads read ahead
 _EXAMPLES = 3  # messages about damaged labels
@@ -83,7 +83,7 @@ def gather(
 
   read = {"every": step, "records": 0, "labelled": 0, "damaged": 0}
   examples: list[str] = []
-  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  with futures.ThreadPoolExecutor(available_cores()) as pool:
     while chunk := list(itertools.islice(positions, _CHUNK)):
       results = list(pool.map(measure, chunk))
       measured = [m for m in results if isinstance(m, Measurements)]

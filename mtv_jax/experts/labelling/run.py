@@ -24,6 +24,7 @@ from mtv_jax.experts.labelling import batching
 from mtv_jax.experts.labelling.shard_lease import ShardLeases
 from mtv_jax.parallel.mesh import HostRows
 from mtv_jax.utils import atomic
+from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def count_threads(threads: int | None) -> int:
   """`threads`, or one per core; an InputError below one."""
   if threads is not None and threads < 1:
     raise InputError(f"threads={threads}; expected at least 1.")
-  return threads or os.cpu_count() or 1
+  return threads or available_cores()
 
 
 @dataclasses.dataclass

@@ -25,6 +25,7 @@ from mtv_jax.experts.base import PreparedInput, check_options
 from mtv_jax.experts.labelling import detections
 from mtv_jax.experts.labelling.phrases import hash_phrases
 from mtv_jax.experts.onnx.decoders import get_decoder
+from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 
@@ -110,7 +111,7 @@ class OnnxDetector:
 
   @functools.cached_property
   def _pool(self) -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    return concurrent.futures.ThreadPoolExecutor(available_cores())
 
   def prepare(
     self, image: UInt8[np.ndarray, "h w 3"], record: Record

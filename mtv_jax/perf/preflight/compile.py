@@ -126,7 +126,7 @@ class Compiled:
 
 
 def compile_step(plan: Plan, *, largest: int = 8) -> Compiled:
-  """Compiles the train step of a plan; lists so many of the largest arrays."""
+  """Compiles the train step of a plan; lists the largest arrays."""
   result, program = _compile(plan.lower, plan)
   if program is None:
     arrays, batch = _largest_of_smaller_batch(plan, largest)

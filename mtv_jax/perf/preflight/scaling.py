@@ -184,7 +184,7 @@ def _infinite_ring_bytes(row: hlo.Collective) -> float:
 def compile_row(
   config: schema.Config, topology: str, *, rows: int = 64
 ) -> dict[str, Any]:
-  """Compiles a config's step for a topology, with so many `rows` a chip.
+  """Compiles a config's step for a topology, with `rows` per chip.
 
   Raises:
     ConfigError: the step does not fit.
@@ -203,7 +203,7 @@ def compile_loss(
 ) -> dict[str, Any]:
   """Compiles the sigmoid loss with its gradients alone.
 
-  Of a `method` of `contrastive`, with so many `rows` a chip: the logits of few
+  Of a `method` of `contrastive`, with `rows` per chip: the logits of few
   rows need no HBM. In the result `temporaries` and `received` are bytes per
   chip.
   """
