@@ -470,22 +470,35 @@ print([m for m in ("jax", "tensorflow", "flax") if m in sys.modules])
 
 
 @pytest.mark.slow
-def test_throughput():
-  """500 images per core second: processor time, type checks not in the way."""
+def test_cost_of_an_example():
+  """A scene costs little more than a photo decoded: 1.65 times 512 px of JPEG.
+
+  A ratio, since processors differ: a scene takes 2 ms where the photo takes
+  1.2 ms. Processor time, with type checks off.
+  """
   code = """
 import statistics, time
 import cv2
-cv2.setNumThreads(1)
+from mtv_jax.data.scenes.render import render
 from mtv_jax.data.scenes.source import SceneSource
+cv2.setNumThreads(1)
 source = SceneSource(96)
-for i in range(20):
-  source[i]
-rates = []
-for start in range(0, 3500, 500):
+photo = cv2.imencode(".jpg", render(0, size=512).image)[1]
+
+def cost(call, indices):
   begin = time.process_time()
-  for i in range(start, start + 500):
-    source[i]
-  rates.append(500 / (time.process_time() - begin))
-print(statistics.median(rates))
+  for i in indices:
+    call(i)
+  return (time.process_time() - begin) / len(indices)
+
+def decode(_):
+  cv2.imdecode(photo, cv2.IMREAD_COLOR)
+
+cost(source.__getitem__, range(20))
+ratios = []
+for start in range(0, 3600, 300):
+  indices = range(start, start + 300)
+  ratios.append(cost(source.__getitem__, indices) / cost(decode, indices))
+print(statistics.median(ratios))
 """
-  assert float(python(code)) >= 500
+  assert float(python(code)) <= 2.2
