@@ -55,4 +55,5 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv* build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv* build dist *.egg-info .pytest_cache .ruff_cache \
+	  .import_linter_cache

@@ -34,9 +34,13 @@ class ViewOp:
   def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any):
     """Registers the class under `name`; base classes of a stage have none."""
     super().__init_subclass__(**kwargs)
-    if name is not None:
-      cls.name = name
-      OPS[name] = cls
+    if name is None:
+      return
+    # A class of the same name may be defined again, as in a notebook.
+    if name in OPS and OPS[name].__qualname__ != cls.__qualname__:
+      raise TypeError(f"The view op {name!r} exists already: {OPS[name]}.")
+    cls.name = name
+    OPS[name] = cls
 
   def num_uniforms(self, size: int) -> int:
     """Uniform numbers that the op takes in a view of `size` pixels."""

@@ -208,3 +208,12 @@ def test_ops_are_applied_with_their_probability(op):
 def test_parameters_out_of_range_are_refused(op, message):
   with pytest.raises(ConfigError, match=message):
     build_op(parse_ops(op)[0], REGISTRY, "view op")
+
+
+def test_two_ops_of_a_name_are_refused():
+  with pytest.raises(TypeError, match="'blur' exists already"):
+
+    class Sharpen(photometrics.PhotometricOp, name="blur"):
+      pass
+
+  assert REGISTRY["blur"] is photometrics.Blur
