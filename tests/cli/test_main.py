@@ -127,7 +127,7 @@ def test_the_wheel_works_alone(tmp_path, repo_root):
       env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": ""},
     )  # fmt: skip
 
-  run("train", "--config=mtv_b16_224:tiny,batch=8", "--workdir=run",
+  run("train", "--config=siglip_b16_224:tiny,batch=8", "--workdir=run",
       "--config.total_steps=2")  # fmt: skip
   run("evaluate", "--encoder=run", "--evals=retrieval", "--count=8",
       "--json=figures.json")  # fmt: skip
