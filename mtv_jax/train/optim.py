@@ -245,7 +245,8 @@ def match_param_rules(
 ) -> tuple[ParamRule, ...]:
   """Matches each parameter with the first of the rules that fits.
 
-  Rules are pairs (regex, dict(lr=multiplier, weight_decay=multiplier)).
+  Rules are pairs (regex, dict(lr=multiplier, weight_decay=multiplier)); the
+  regex may match anywhere in the name.
 
   Raises:
     ConfigError: an unknown or negative multiplier.
