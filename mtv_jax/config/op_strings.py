@@ -27,7 +27,7 @@ class Op:
 def parse_ops(text: str, *, unique: bool = False) -> list[Op]:
   """Parses ops joined by `|`; arguments are Python literals.
 
-  `unique` refuses a repeated op.
+  `unique` rejects a repeated op.
 
   Raises:
     ConfigError: bad syntax, with the position; a repeated op.

@@ -70,7 +70,7 @@ def build_entry(
   """Builds a config entry whose key `type` names a registered factory.
 
   Raises:
-    ConfigError: an unknown type, or options that `build` refuses.
+    ConfigError: an unknown type, or options that `build` rejects.
   """
   factory = look_up(registry, entry.get("type"), where=where)
   return build(

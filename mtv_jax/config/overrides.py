@@ -1,7 +1,7 @@
 """Overrides of a config from a command line: --config.KEY=VALUE.
 
 Keys that the config's file leaves out can be given as well;
-`schema.check_config` refuses unknown ones.
+`schema.check_config` rejects unknown ones.
 """
 
 import ast

@@ -203,7 +203,7 @@ def write_tensors(
 ) -> None:
   """Writes a safetensors file atomically."""
   with atomic.replace_file(path) as temporary:
-    # transformers refuses a file without this field.
+    # transformers rejects a file without this field.
     safetensors.numpy.save_file(
       dict(tensors), str(temporary), metadata={"format": "pt"}
     )

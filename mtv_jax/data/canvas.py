@@ -10,7 +10,7 @@ On ordinary JPEGs both give the same pixels. For every format:
 * EXIF rotation is applied, and the original size is the rotated one.
 * Transparent pixels lie on white.
 * 16-bit grey is scaled (65535 -> 255), not clipped. Float pixels, and integers
-  beyond 16 bits, have no known white and are refused.
+  beyond 16 bits, have no known white and are rejected.
 * Of an animation, the first frame. Colour profiles are ignored.
 """
 
@@ -57,7 +57,7 @@ def decode(
   Args:
     data: a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file.
     key: of the record, for errors.
-    max_pixels: larger images are refused before they are decoded.
+    max_pixels: larger images are rejected before they are decoded.
 
   Raises:
     BadRecord: not an image, cut short, damaged, too large, or of a kind whose

@@ -321,7 +321,7 @@ def make_loader(
 
 
 def _check_labels(ops: Ops, sources: Sequence[Source]) -> None:
-  """Refuses an op whose fields would be all zeros."""
+  """Rejects an op whose fields would be all zeros."""
   given = frozenset().union(*(source.fields for source in sources))
   if sources and (missing := sorted(ops.labels - given)):
     raise InputError(

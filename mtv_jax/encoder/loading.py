@@ -15,7 +15,7 @@ from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.encoder import baselines
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.encoder.preprocess import Preprocess, preprocess_of
+from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
@@ -154,7 +154,7 @@ def read_run(
   return ConvertedModel(
     spec=spec,
     params=params,
-    preprocess=preprocess_of(config).to_dict(),
+    preprocess=preprocess_from_config(config).to_dict(),
     tokenizer=_tokenizer(folder, config),
     prediction_heads=heads_lib.heads_of_config(
       config.get("objectives", {}), spec

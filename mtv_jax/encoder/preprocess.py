@@ -113,11 +113,13 @@ class Preprocess:
     return options.build(cls, fields, where="Preprocess")
 
 
-def preprocess_of(config: Mapping[str, Any] | ConfigDict) -> Preprocess:
+def preprocess_from_config(
+  config: Mapping[str, Any] | ConfigDict,
+) -> Preprocess:
   """Preprocessing of a run's encoder, from its config.
 
-  The image squashed to a square and normalised to -1..1, as `views.py` does on
-  the device, of the size of the view `image` or else of the model.
+  Squashes to a square and normalises to -1..1, as `views.py` on the device. The
+  size is that of the view `image`, else the model's.
   """
   size = config["model"]["image_size"]
   view = config.get("views", {}).get("image")

@@ -174,7 +174,7 @@ class Objective:
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Objective:
     """The objective with open options filled in from the model.
 
-    The trainer refuses a missing view, for all objectives.
+    The trainer rejects a missing view, for all objectives.
 
     Args:
       spec: `two_tower.ModelSpec`.

@@ -49,7 +49,7 @@ def all_gather_params(
   """Gathers parameters over `fsdp` before their use.
 
   Over `tensor` they stay split by `SHARDING_RULES`, as a layer's matrix
-  products are; `check_param_rules` refuses other rules of the config.
+  products are; `check_param_rules` rejects other rules of the config.
 
   Args:
     params: by names that `SHARDING_RULES` match.

@@ -182,7 +182,7 @@ def devices(topology: Topology) -> list[jax.Device]:
   the memory is an estimate.
 
   Raises:
-    ConfigError: libtpu is not installed or refuses the topology, or this
+    ConfigError: libtpu is not installed or rejects the topology, or this
       process has too few CPU devices.
   """
   if not topology.is_tpu:
@@ -222,7 +222,7 @@ def devices(topology: Topology) -> list[jax.Device]:
     ).devices
   except (RuntimeError, ValueError) as error:
     raise ConfigError(
-      f"topology {topology.name!r}: the TPU compiler refuses it: {error}"
+      f"topology {topology.name!r}: the TPU compiler rejects it: {error}"
     ) from error
   finally:
     for name in added:

@@ -19,7 +19,7 @@ from mtv_jax.config import schema
 from mtv_jax.data import pipeline
 from mtv_jax.encoder import loading
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.encoder.preprocess import preprocess_of
+from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import results as results_lib
 from mtv_jax.models import heads as heads_lib
@@ -138,7 +138,7 @@ def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
       )
     )
     sigterm = stack.enter_context(preemption.catch_sigterm())
-    # Not before, so that a config that is refused replaces nothing.
+    # Not before, so that a config that is rejected replaces nothing.
     save_config(experiment)
     state = init_or_restore(experiment, saved)
     return _Trainer(
@@ -261,7 +261,7 @@ class _Trainer:
         encoder = Encoder(
           spec.model,
           self.state.weights(weights),
-          preprocess_of(config),
+          preprocess_from_config(config),
           experiment.tokenizer,
           experiment.mesh,
           dtype=str(spec.dtype),

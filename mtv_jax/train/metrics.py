@@ -269,7 +269,7 @@ def console_line(
 
     step 120/2000  6.0%  loss 3.412  lr 8.1e-04  812 img/s  wait 1%  eta 3m12s
 
-  Numbers that would make it longer than `WIDTH` are only counted.
+  Metrics that don't fit in `WIDTH` are collapsed to "+N more".
   """
   # Rounded down, so that only the last step is at 100 %.
   percent = 1000 * step // max(total_steps, 1) / 10

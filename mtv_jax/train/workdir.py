@@ -16,7 +16,7 @@ LOCK, OWNER = ".lock", ".lock.owner"
 
 @contextlib.contextmanager
 def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
-  """Locks a run's folder, created if missing, so that a second run is refused.
+  """Locks a run's folder, created if missing, so that a second run is rejected.
 
   Two runs would delete each other's unfinished checkpoints. One process locks
   it for all, until it exits. File systems that can't lock are trusted.
@@ -25,7 +25,7 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
     ConfigError: it is a file, holds a model that is not a run, or is locked.
   """
   if "://" in str(folder):
-    # `build_experiment` refuses it; no folder named `gs:` is created here.
+    # `build_experiment` rejects it; no folder named `gs:` is created here.
     yield
     return
   path = pathlib.Path(folder)
@@ -53,7 +53,7 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _require_run(folder: pathlib.Path) -> None:
-  """Refuses a folder whose config.json was not written by a run."""
+  """Rejects a folder whose config.json was not written by a run."""
   config = folder / "config.json"
   if not config.is_file():
     return

@@ -54,7 +54,7 @@ def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:
     return
   if choice == "auto":
     given = jax.config.jax_compilation_cache_dir
-    # `build_experiment` refuses a bucket as the run's folder.
+    # `build_experiment` rejects a bucket as the run's folder.
     if given or jax.default_backend() == "cpu" or "://" in str(workdir):
       return
     choice = os.path.join(workdir, "compiled")

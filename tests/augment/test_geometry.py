@@ -280,6 +280,6 @@ def test_ranks_are_a_permutation_with_ties():
     ("blur(sigma=(1, 2, 3))", r"sigma is \(1, 2, 3\)"),
   ],
 )
-def test_parameters_of_wrong_types_are_refused(op, message):
+def test_parameters_of_wrong_types_are_rejected(op, message):
   with pytest.raises(ConfigError, match=message):
     build_op(parse_ops(op)[0], OPS, "view op")

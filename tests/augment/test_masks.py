@@ -127,7 +127,7 @@ def test_the_visible_subset_is_unique_sorted_and_uniform():
     (masks.Blocks(patch=14), 240, "make the view 238"),
   ],
 )
-def test_masks_that_do_not_fit_the_view_are_refused(op, size, message):
+def test_masks_that_do_not_fit_the_view_are_rejected(op, size, message):
   with pytest.raises(ConfigError, match=message):
     op.count(size)
 
@@ -143,6 +143,6 @@ def test_masks_that_do_not_fit_the_view_are_refused(op, size, message):
     ("keep(patch=0)", "expected"),
   ],
 )
-def test_ratios_out_of_range_are_refused(op, message):
+def test_ratios_out_of_range_are_rejected(op, message):
   with pytest.raises(ConfigError, match=message):
     build_op(parse_ops(op)[0], OPS, "view op")

@@ -205,12 +205,12 @@ def test_ops_are_applied_with_their_probability(op):
     ("solarize(threshold=300)", "threshold is 300"),
   ],
 )
-def test_parameters_out_of_range_are_refused(op, message):
+def test_parameters_out_of_range_are_rejected(op, message):
   with pytest.raises(ConfigError, match=message):
     build_op(parse_ops(op)[0], REGISTRY, "view op")
 
 
-def test_two_ops_of_a_name_are_refused():
+def test_two_ops_of_a_name_are_rejected():
   with pytest.raises(TypeError, match="'blur' exists already"):
 
     class Sharpen(photometrics.PhotometricOp, name="blur"):

@@ -258,7 +258,7 @@ def test_static_properties():
   assert build("resize(224)").patch is None
 
 
-def test_a_canvas_of_another_shape_is_refused():
+def test_a_canvas_of_another_shape_is_rejected():
   keys = row_keys(jax.random.key(0), "v", 0, 2)
   shape = jax.ShapeDtypeStruct((2, 8, 6, 3), jnp.uint8)
   with pytest.raises(Exception, match=r"canvas|\[2, 8, 6, 3\]"):
@@ -310,7 +310,7 @@ def test_a_canvas_of_another_shape_is_refused():
     ("crop(4)|blur", "9 taps are too many"),
   ],
 )
-def test_bad_ops_are_refused_with_the_view_and_the_fix(ops, message):
+def test_bad_ops_are_rejected_with_the_view_and_the_fix(ops, message):
   with pytest.raises(ConfigError, match=message) as error:
     build(ops)
   assert str(error.value).startswith("config.views.v")
@@ -328,6 +328,6 @@ def test_bad_ops_are_refused_with_the_view_and_the_fix(ops, message):
     ({"ops": "resize(8)", "count": 0}, "count is 0"),
   ],
 )
-def test_bad_views_are_refused(entry, message):
+def test_bad_views_are_rejected(entry, message):
   with pytest.raises(ConfigError, match=message):
     views.build_views({"v": entry})

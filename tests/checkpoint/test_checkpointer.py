@@ -141,7 +141,7 @@ def test_a_new_run_has_nothing_to_restore(tmp_path):
       ckpt.restore(state, step=3)
 
 
-def test_saving_donates_safely_and_twice_is_once(tmp_path):
+def test_saved_state_may_be_donated_and_a_step_is_saved_once(tmp_path):
   state = make_state(mesh(8, 1, 1), seed=1)
   saved = jax.tree.map(np.asarray, state)
   with open_(tmp_path) as ckpt:

@@ -1,4 +1,4 @@
-"""What partial loading takes, leaves and refuses."""
+"""What partial loading takes, leaves and rejects."""
 
 import jax
 import numpy as np

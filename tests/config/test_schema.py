@@ -112,7 +112,7 @@ def test_op_arguments_are_checked_by_their_annotations():
     build_op(Op("crop", (0,)), registry, "view op")
 
 
-def test_repeated_ops_are_refused_where_names_are_unique():
+def test_repeated_ops_are_rejected_where_names_are_unique():
   assert len(parse_ops("flip|flip")) == 2
   with pytest.raises(ConfigError, match="repeat 'caption'"):
     parse_ops("decode|caption(8)|caption(16)", unique=True)

@@ -137,7 +137,7 @@ def test_16_bit_grey_is_scaled_not_clipped():
   assert image[-1, -1, 0] == 255
 
 
-def test_pixels_of_unknown_range_are_refused():
+def test_pixels_of_unknown_range_are_rejected():
   floats = Image.fromarray(np.ones((4, 4), np.float32))
   with pytest.raises(BadRecord, match=r"'k'.*float"):
     canvas.decode(encoded(floats, "TIFF"), key="k")
@@ -192,7 +192,7 @@ def huge_png(side: int) -> bytes:
   )
 
 
-def test_absurd_sizes_are_refused_from_the_header(pil_image, monkeypatch):
+def test_absurd_sizes_are_rejected_from_the_header(pil_image, monkeypatch):
   jpeg = bytearray(encoded(pil_image, "JPEG"))
   frame = jpeg.index(b"\xff\xc0")
   jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 60000, 50000)
@@ -209,7 +209,7 @@ def test_absurd_sizes_are_refused_from_the_header(pil_image, monkeypatch):
 def test_damaged_bytes_give_bad_records_only(pil_image):
   files = [encoded(pil_image, f) for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP")]
   rng = np.random.default_rng(0)
-  outcomes = {"decoded": 0, "refused": 0}
+  outcomes = {"decoded": 0, "rejected": 0}
   for i in range(400):
     data = bytearray(files[i % len(files)])
     for _ in range(rng.integers(1, 6)):
@@ -220,7 +220,7 @@ def test_damaged_bytes_give_bad_records_only(pil_image):
       assert image.shape[2] == 3
       outcomes["decoded"] += 1
     except BadRecord:
-      outcomes["refused"] += 1
+      outcomes["rejected"] += 1
   assert min(outcomes.values()) > 40, outcomes
 
 

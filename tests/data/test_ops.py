@@ -140,7 +140,7 @@ def test_bad_image_names_the_key(tokenizer):
     ("decode|canvas(", ConfigError, "character"),
   ],
 )
-def test_invalid_config_is_refused(ops, error, match, tokenizer):
+def test_invalid_config_is_rejected(ops, error, match, tokenizer):
   with pytest.raises(error, match=match):
     build_ops(ops, tokenizer=tokenizer)
 

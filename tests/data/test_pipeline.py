@@ -380,7 +380,7 @@ def test_other_errors_name_the_record():
     ({"seed": -1}, "seed=-1"),
   ],
 )
-def test_invalid_config_is_refused(options, match):
+def test_invalid_config_is_rejected(options, match):
   with pytest.raises(ValueError, match=match):
     loader(two_sources(), **options)
 

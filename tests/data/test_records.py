@@ -30,7 +30,7 @@ def test_truncated_and_oversized_bytes_are_bad_records():
     records.decode(data + b"\0")
 
 
-def test_absurd_counts_are_refused_before_anything_is_read():
+def test_absurd_counts_are_rejected_before_anything_is_read():
   data = bytearray(records.encode(RECORD))
   data[4:8] = b"\xff\xff\xff\xff"
   with pytest.raises(BadRecord, match="4294967295 captions don't fit"):

@@ -297,11 +297,11 @@ def test_invalid_arguments_raise(encoder, images, params):
   with pytest.raises(ValueError, match="params has no 'image'"):
     Encoder(SPEC, params["image"], Preprocess(size=32))
   vision = dataclasses.replace(SPEC, text=None)
-  blind = Encoder(vision, {"image": params["image"]}, Preprocess(size=32))
+  image_only = Encoder(vision, {"image": params["image"]}, Preprocess(size=32))
   with pytest.raises(ValueError, match="no text tower"):
-    blind.text(["a"])
+    image_only.text(["a"])
   with pytest.raises(ValueError, match=r"logit_scale\): \[\]; expected one"):
-    blind.similarity(np.ones((1, 32)), np.ones((1, 32)))
+    image_only.similarity(np.ones((1, 32)), np.ones((1, 32)))
 
 
 def test_tokenizer_larger_than_the_vocabulary_raises(params):

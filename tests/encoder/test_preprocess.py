@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 from ml_collections import ConfigDict
 
-from mtv_jax.encoder.preprocess import Preprocess, preprocess_of
+from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 
 CLIP = {
   "mean": (0.48145466, 0.4578275, 0.40821073),
@@ -79,9 +79,9 @@ def test_dict_round_trip_and_mistakes():
 
 def test_preprocess_of_a_config():
   config = ConfigDict({"model": {"image_size": 224}})
-  assert preprocess_of(config) == Preprocess(size=224)
+  assert preprocess_from_config(config) == Preprocess(size=224)
   config.views = {"image": {"count": 1, "ops": "resize(64)"}}
-  assert preprocess_of(config).size == 64
+  assert preprocess_from_config(config).size == 64
 
 
 @pytest.mark.reference

@@ -214,9 +214,9 @@ def test_a_record_without_phrases_is_a_bad_record(encoder, images):
 def test_models_without_the_heads(params):
   heads = dict(params["heads"])
   del heads["locator"]
-  blind = build({**params, "heads": heads})
+  no_locator = build({**params, "heads": heads})
   with pytest.raises(ValueError, match="no locator.*regression"):
-    mtv_expert.MtvBoxExpert(blind, NAMES, batch_size=1, **EVERYTHING)
+    mtv_expert.MtvBoxExpert(no_locator, NAMES, batch_size=1, **EVERYTHING)
   bare = build({**params, "heads": {"contrastive": heads["contrastive"]}})
   with pytest.raises(ValueError, match="no prompter"):
     mtv_expert.MtvBoxExpert(bare, NAMES, batch_size=1, **EVERYTHING)
@@ -229,7 +229,7 @@ def test_models_without_the_heads(params):
     mtv_expert.MtvBoxExpert(unscaled, NAMES, batch_size=1, **EVERYTHING)
 
 
-def test_encoders_of_a_crop_are_refused(params):
+def test_encoders_of_a_crop_are_rejected(params):
   cropped = Preprocess(size=32, resize="shortest", crop="center")
   encoder = build(params).with_preprocess(cropped)
   with pytest.raises(ValueError, match="crop"):

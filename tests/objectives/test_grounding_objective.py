@@ -180,8 +180,8 @@ def test_equal_phrases_are_one_answer():
     boxes=jnp.zeros((1, 4, 4)),
   )
   terms = terms_of(objective, params_of(objective), loss_inputs)
-  # Region 0 is a draw of phrases 7 and 2, which is no hit; region 1 is one,
-  # by either of its phrase's texts; region 2's logit is 2's; 3 is not there.
+  # Region 0: a tie of phrases 7 and 2, a miss. Region 1: a hit, by either copy
+  # of its phrase. Region 2: a hit. Region 3: padding.
   assert terms.report["accuracy"].count == 3
   assert terms.report["accuracy"].sum == 2
   assert terms.report["phrases"].value() == 2
@@ -206,9 +206,9 @@ def test_picked_regions(pick, expected):
 def test_boxes_are_cropped_and_flipped_like_the_view():
   batch = batch_of(images=1, count=3)
   batch["boxes"][0] = [
-    [0.5, 0.1, 0.75, 0.4],  # inside what is shown
+    [0.5, 0.1, 0.75, 0.4],  # inside the crop
     [0.0, 0.0, 0.4, 0.5],  # above it
-    [0.4, 0.0, 0.7, 0.6],  # five sixths of its height and width
+    [0.4, 0.0, 0.7, 0.6],  # 2/3 of its height and 5/6 of its width are inside
   ]
   batch["box_valid"][:] = True
   batch["shown"][:] = [0.5, 0.0, 1.0, 0.5]

@@ -34,7 +34,7 @@ def test_minus_one_takes_the_remaining_devices():
   "shape",
   [dict(data=3), dict(data=-1, fsdp=-1), dict(data=-1, fsdp=3), dict(data=0)],
 )
-def test_a_mesh_that_does_not_fill_the_devices_is_refused(shape):
+def test_a_mesh_that_does_not_fill_the_devices_is_rejected(shape):
   with pytest.raises(ValueError, match="8 devices"):
     make_mesh(shape)
 
@@ -44,7 +44,7 @@ def test_an_unknown_axis_is_named():
     make_mesh(dict(data=-1, tensors=2))
 
 
-def test_a_batch_that_the_mesh_does_not_divide_is_refused_with_a_size():
+def test_a_batch_that_the_mesh_does_not_divide_is_rejected_with_a_size():
   mesh = make_mesh(dict(data=4, fsdp=2))
   check_batch_size(16, mesh)
   with pytest.raises(ValueError, match="batch_size is 12.*Take 8 or 16"):
@@ -189,7 +189,7 @@ def test_without_slices_dcn_cuts_the_devices_in_order():
   assert (ids[:, 0] < 4).all() and (ids[:, 1] >= 4).all()
 
 
-def test_slices_that_do_not_divide_an_axis_are_refused():
+def test_slices_that_do_not_divide_an_axis_are_rejected():
   with pytest.raises(ValueError, match=r"data=1 can't lie on dcn.data=2"):
     make_mesh(dict(data=1, fsdp=8, dcn=dict(data=2)), fakes())
   with pytest.raises(ValueError, match="mesh.dcn: .*does not divide 2 slices"):

@@ -69,13 +69,13 @@ def test_a_finished_run_started_again_changes_nothing(trained):
   assert trainings.rows(workdir) == before
 
 
-def test_a_checkpoint_of_another_shape_is_refused_by_name(trained):
+def test_a_checkpoint_of_another_shape_is_rejected_by_name(trained):
   workdir, _ = trained
   other = smallest()
   other.model.width = 64
   with pytest.raises(ValueError, match="mlp/fc1/kernel"):
     train(other, workdir)
-  # What was refused left no trace.
+  # What was rejected left no trace.
   assert (
     json.loads((workdir / "config.json").read_text())["model"]["width"]
     == smallest().model.width
@@ -103,21 +103,21 @@ def test_init_loads_the_parameters_of_another_run(trained, tmp_path):
     (dict(mesh=dict(data=3)), "8 devices"),
   ],
 )
-def test_invalid_configs_are_refused(tmp_path, change, message):
+def test_invalid_configs_are_rejected(tmp_path, change, message):
   config = smallest().to_dict()
   config.update(change)
   with pytest.raises(ValueError, match=message):
     build_experiment(config, tmp_path)
 
 
-def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
+def test_a_vocabulary_larger_than_the_embedding_is_rejected(tmp_path):
   config = smallest()
   config.model.text.vocab_size = 100
   with pytest.raises(ValueError, match="vocab_size"):
     build_experiment(config, tmp_path)
 
 
-def test_a_missing_batch_field_is_refused(tmp_path):
+def test_a_missing_batch_field_is_rejected(tmp_path):
   config = smallest()
   config.data.ops = "decode|canvas(32)"
   with pytest.raises(ValueError, match="'caption'.*image"):
@@ -166,7 +166,7 @@ def test_a_non_finite_loss_or_gradient_stops_the_run():
     ({"captions": 5}, "Did you mean 'max_captions'"),
   ],
 )
-def test_invalid_evaluations_are_refused_at_the_start(
+def test_invalid_evaluations_are_rejected_at_the_start(
   tmp_path, change, message
 ):
   config = smallest().to_dict()
@@ -193,7 +193,7 @@ def test_a_weight_is_a_number_or_a_schedule(tmp_path):
     build_experiment(config, tmp_path)
 
 
-def test_a_bucket_as_workdir_is_refused():
+def test_a_bucket_as_workdir_is_rejected():
   with pytest.raises(ValueError, match="gcsfuse"):
     build_experiment(smallest(), "gs://bucket/run")
 

@@ -242,7 +242,7 @@ def test_the_teacher_exists_if_an_objective_reads_it():
   )
 
 
-def test_invalid_step_specs_are_refused():
+def test_invalid_step_specs_are_rejected():
   with pytest.raises(ValueError, match="view 'image'"):
     make_spec(views={})
   with pytest.raises(ValueError, match="model.text"):

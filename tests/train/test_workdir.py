@@ -24,7 +24,7 @@ def test_an_error_inside_is_raised_and_releases_the_lock(tmp_path):
     pass
 
 
-def test_a_second_run_is_refused_until_the_first_exits(tmp_path):
+def test_a_second_run_is_rejected_until_the_first_exits(tmp_path):
   code = (
     "import sys\nfrom mtv_jax.train import workdir\n"
     "with workdir.lock_workdir(sys.argv[1]):\n"
@@ -47,7 +47,7 @@ def test_a_second_run_is_refused_until_the_first_exits(tmp_path):
     pass
 
 
-def test_folders_of_other_content_are_refused(tmp_path):
+def test_folders_of_other_content_are_rejected(tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(ConfigError, match="file is a file; a folder"):  # noqa: SIM117
     with workdir.lock_workdir(tmp_path / "file"):

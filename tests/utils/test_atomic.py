@@ -17,10 +17,10 @@ def test_write_replaces_the_file_or_leaves_it_unchanged(tmp_path, monkeypatch):
   atomic.write(file, b"2")
   assert file.read_bytes() == b"2"
 
-  def refuse(source, target):
+  def reject(source, target):
     raise OSError(28, "No space left on device", str(target))
 
-  monkeypatch.setattr(os, "replace", refuse)
+  monkeypatch.setattr(os, "replace", reject)
   with pytest.raises(OSError, match="No space"):
     atomic.write(file, b"3")
   assert [f.name for f in tmp_path.iterdir()] == ["a"]
@@ -31,10 +31,10 @@ def test_write_replaces_the_file_or_leaves_it_unchanged(tmp_path, monkeypatch):
 def test_write_if_absent_has_one_winner(tmp_path, monkeypatch, links):
   if not links:
 
-    def refuse(source, target):
+    def reject(source, target):
       raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", reject)
   assert atomic.write_if_absent(tmp_path / "a", b"1") == b"1"
   assert atomic.write_if_absent(tmp_path / "a", b"2") == b"1"
   assert [f.name for f in tmp_path.iterdir()] == ["a"]

@@ -1,4 +1,4 @@
-"""Paths of configs to files."""
+"""Expansion of file patterns in configs."""
 
 import pytest
 

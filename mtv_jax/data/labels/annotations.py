@@ -31,9 +31,9 @@ from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
 MATCHES = ("name", "image_id", "key")
-_CHUNK = 256  # Records that the threads share.
-# Tolerance of the logarithm of two aspect ratios, beside rounding of sides.
-_SHAPE = 0.02
+_CHUNK = 256  # Records per chunk that is given to the thread pool.
+# On |log(aspect1 / aspect2)|, in addition to rounding of the sides.
+_ASPECT_TOLERANCE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Item:
   """A record of the base."""
 
   key: str
-  name: str  # Of the original file, with its known folders.
-  image_id: str  # Of the data set; "" if unknown.
-  height: int  # Of the stored image; 0 if unreadable.
+  name: str  # The original file's name, with parent folders if known.
+  image_id: str  # The data set's id of the image; "" if unknown.
+  height: int  # The stored image's height; 0 if unreadable.
   width: int
 
   @property
@@ -52,12 +52,12 @@ class Item:
     return Path(self.name).stem
 
   def has_shape(self, height: int, width: int) -> bool:
-    """Whether an image of this size is of the same shape, up to scale."""
+    """Whether an image of this size has the same aspect ratio."""
     sides = (self.height, self.width, height, width)
     if min(sides) < 1:
       return False
     ratio = math.log(self.height * width / (self.width * height))
-    return abs(ratio) <= _SHAPE + 1 / min(sides)
+    return abs(ratio) <= _ASPECT_TOLERANCE + 1 / min(sides)
 
 
 def write(
@@ -124,7 +124,7 @@ def _stored_size(base: Source, number: int) -> tuple[int, int]:
 
 
 def _check_unique(seen: dict[str, str], item: Item) -> None:
-  """Refuses a second file of the same stem; thread-safe by `setdefault`."""
+  """Rejects a second file of the same stem; thread-safe by `setdefault`."""
   other = seen.setdefault(item.stem, item.name)
   if other != item.name:
     raise InputError(

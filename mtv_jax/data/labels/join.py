@@ -301,8 +301,8 @@ class KeyedLabels(JoinedLabels):
     hits = sum(map_threads(has_label, numbers.astype(int).tolist()))
     if not hits and len(numbers) == len(source):
       raise LabelError(
-        f"No key of {source!r} is in {self.label_set!r}: the source's first is"
-        f" {source[0]['key']!r}, the set's {self.label_set.read(0, 0).key!r}."
+        f"No key of {source!r} is in {self.label_set!r}: the first keys are"
+        f" {source[0]['key']!r} and {self.label_set.read(0, 0).key!r}."
       )
     log.log(
       logging.INFO if hits else logging.WARNING,

@@ -126,8 +126,8 @@ class LabelSet:
     hashes = np.load(file, allow_pickle=False)
     if hashes.shape != (self.counts[shard],):
       raise LabelError(
-        f"{file} is of {hashes.shape}, expected {self.counts[shard]} hashes: it"
-        " is of another set. Write the set again."
+        f"{file} has shape {hashes.shape}, expected ({self.counts[shard]},): it"
+        " belongs to another label set. Write the set again."
       )
     return hashes.astype(np.uint64)
 

@@ -45,7 +45,7 @@ class Hits:
     inverse: float32 [h, w], inverse depth, 1 / m.
     u, v: float32 [h, w], texture coordinates in tiles.
     light: float32 [h, w], factor of colours.
-    number: uint8 [h, w], index of a surface in the following lists.
+    surface: uint8 [h, w], index of a surface in the following lists.
     colours: first colour, then second minus first; 0..255.
     tiles: texels, left, top of a texture in the atlas.
     surface_owners: see `owners`.
@@ -72,10 +72,10 @@ class Hits:
     """What each ray hits: 0 backdrop, 1 ground, 2 + i for object i."""
     table = np.zeros((1, 256), np.uint8)
     table[0, : len(self.surface_owners)] = self.surface_owners
-    return cv2.LUT(self.number, table)
+    return cv2.LUT(self.surface, table)
 
   def add_surface(self, texture: str, pair, level: int, owner: int) -> int:
-    """Adds a surface of two colours and a texture; returns its number."""
+    """Adds a surface of two colours and a texture; returns its index."""
     first, change = [], []
     for tint, a, b in zip(self.world.tint, *pair, strict=True):
       first.append(a * tint)
@@ -89,9 +89,9 @@ class Hits:
     return len(self.surface_owners) - 1
 
   def write(self, box: Box, hit, *values) -> None:
-    """Records hits (inverse, u, v, light, number) nearer than all before."""
+    """Records hits (inverse, u, v, light, surface) nearer than all before."""
     hit &= values[0] > self.inverse[box]
-    fields = (self.inverse, self.u, self.v, self.light, self.number)
+    fields = (self.inverse, self.u, self.v, self.light, self.surface)
     for field, value in zip(fields, values, strict=True):
       np.copyto(field[box], value, where=hit)
 
@@ -145,13 +145,13 @@ class Hits:
     u = px * (k * cos) - pz * (k * sin) + qu
     v = dy * depth * k + (cy * k + qv)
     level = self.level(metres, world.distance)
-    wall_number = self.add_surface(texture, pair, level, BACKDROP)
+    wall_surface = self.add_surface(texture, pair, level, BACKDROP)
     texture, metres, *pair = world_lib.GROUNDS[world.ground]
     k = 1 / metres
     self.u = np.where(ground, px * k + pu, u)
     self.v = np.where(ground, pz * k + pv, v)
     bands = self._ground_bands(texture, metres, pair, floor)
-    self.number = np.where(ground, bands, np.uint8(wall_number))
+    self.surface = np.where(ground, bands, np.uint8(wall_surface))
     lit = np.float32(_AMBIENT - _DIFFUSE * world.light[1])
     self.light = np.where(ground, lit, np.float32(0.98))
     shadows = [_shadow(o, world.light) for o in world.objects if o.support < 0]
@@ -170,7 +170,7 @@ class Hits:
       np.multiply(light, np.clip(q, 1 - dark, 1), light, where=ground[box])
 
   def _ground_bands(self, texture, metres, pair, floor) -> np.ndarray:
-    """Surface numbers of the ground: a mipmap level for each band of depth."""
+    """Surfaces of the ground: a mipmap level for each band of depth."""
     # A pixel covers more of the ground in depth than across; the geometric
     # mean of the two picks the level.
     height = -float(self.camera.position[1])
@@ -249,10 +249,10 @@ class _ObjectRays:
     cosine = (l[0] * x + l[1] * u + l[2] * z) / math.sqrt(x * x + u * u + z * z)
     return _AMBIENT + _DIFFUSE * max(cosine, 0.0)
 
-  def write(self, hit, inverse, u, v, light, number) -> None:
+  def write(self, hit, inverse, u, v, light, surface) -> None:
     """Records hits; texture coordinates come without their offsets."""
     pu, pv = self.offsets
-    self.hits.write(self.box, hit, inverse, u + pu, v + pv, light, number)
+    self.hits.write(self.box, hit, inverse, u + pu, v + pv, light, surface)
 
   def cast(self) -> None:
     """Records the hits of the object's parts."""
@@ -274,7 +274,7 @@ class _ObjectRays:
       else:
         self._cast_cutout(part, body)
 
-  def _cast_cutout(self, part: Cutout, number: int) -> None:
+  def _cast_cutout(self, part: Cutout, surface: int) -> None:
     inverse = self.directions[2] * (-1 / self.origin[2])
     hit = inverse > _MIN_INVERSE
     depth = 1 / np.maximum(inverse, _MIN_INVERSE)
@@ -292,9 +292,9 @@ class _ObjectRays:
     # Both sides are lit alike, so that views agree on a board's brightness.
     light = _AMBIENT + _DIFFUSE * abs(self.light[2])
     k = self.tiles
-    self.write(hit, inverse, across * k, up * -k, light, number)
+    self.write(hit, inverse, across * k, up * -k, light, surface)
 
-  def _cast_polytope(self, part: Polytope, numbers: tuple[int, int]) -> None:
+  def _cast_polytope(self, part: Polytope, surfaces: tuple[int, int]) -> None:
     ox, ou, oz = self.origin
     fronts, backs = [], []
     for f, (nx, nu, nz, offset) in enumerate(part.faces):
@@ -318,40 +318,40 @@ class _ObjectRays:
         + (k * (a * ox + b * ou + c * oz) + shift)
         for (a, b, c), shift in axes
       ]
-      light, number = self.lambert(*normal), numbers[f in part.accent_faces]
+      light, surface = self.lambert(*normal), surfaces[f in part.accent_faces]
       front = hit & (inverse <= entry)
-      self.hits.write(self.box, front, inverse, *uv, light, number)
+      self.hits.write(self.box, front, inverse, *uv, light, surface)
 
-  def _cast_revolved(self, part: Revolved, number: int) -> None:
+  def _cast_revolved(self, part: Revolved, surface: int) -> None:
     ox, ou, oz = self.origin
     dx, du, dz = self.directions
     a, b, c = part.a, part.b, part.c
     # On the surface x^2 + z^2 = a + b u + c u^2 with (x, u, z) = o + d / w:
-    # outside * w^2 + 2 half * w + square = 0; the greater root is the nearer.
-    outside = ox * ox + oz * oz - a - ou * (b + c * ou)
-    half = self.along(ox, -(0.5 * b + c * ou), oz)
-    square = dx * dx + dz * dz
+    # p * w^2 + 2 q * w + r = 0; the greater root is the nearer point.
+    p = ox * ox + oz * oz - a - ou * (b + c * ou)
+    q = self.along(ox, -(0.5 * b + c * ou), oz)
+    r = dx * dx + dz * dz
     if c:
-      square -= c * (du * du)
-    root = square * -outside + half * half
-    inverse = np.sqrt(np.maximum(root, 0)) - half
-    inverse *= 1 / max(outside, 1e-9)
-    hit = (root > 0) & (inverse > _MIN_INVERSE)
+      r -= c * (du * du)
+    discriminant = r * -p + q * q
+    inverse = np.sqrt(np.maximum(discriminant, 0)) - q
+    inverse *= 1 / max(p, 1e-9)
+    hit = (discriminant > 0) & (inverse > _MIN_INVERSE)
     depth = 1 / np.maximum(inverse, _MIN_INVERSE)
     x, up, z = (self.coordinate(axis, depth) for axis in range(3))
     hit &= (up >= part.low) & (up <= part.high)
     # The normal (x, -(b + 2 c u) / 2, z); its square is a polynomial in u.
     lx, lu, lz = self.light
     cosine = x * lx + z * lz - (up * (c * lu) + 0.5 * b * lu)
-    length = (up * (c + c * c) + (b + b * c)) * up + (a + 0.25 * b * b)
-    cosine /= np.sqrt(np.maximum(length, 1e-9))
+    squared_norm = (up * (c + c * c) + (b + b * c)) * up + (a + 0.25 * b * b)
+    cosine /= np.sqrt(np.maximum(squared_norm, 1e-9))
     light = np.maximum(cosine, 0) * _DIFFUSE + _AMBIENT
     # A whole number of tiles around, so that the pattern closes.
     tiles = max(round(2 * math.pi * self.obj.shape.half * self.tiles), 1)
     u = np.arctan2(x, z) * (tiles / (2 * math.pi))
-    self.write(hit, inverse, u, up * -self.tiles, light, number)
+    self.write(hit, inverse, u, up * -self.tiles, light, surface)
 
-  def _cast_end(self, part: Revolved, number: int) -> None:
+  def _cast_end(self, part: Revolved, surface: int) -> None:
     """The flat top, or for a camera below it the flat bottom."""
     ou = self.origin[1]
     if part.low <= ou <= part.high:
@@ -366,7 +366,7 @@ class _ObjectRays:
     hit = (x * x + z * z <= radius2) & (inverse > _MIN_INVERSE)
     k = self.tiles
     light = self.lambert(0.0, normal, 0.0) * part.cap
-    self.write(hit, inverse, x * k, z * k, light, number)
+    self.write(hit, inverse, x * k, z * k, light, surface)
 
 
 @functools.cache

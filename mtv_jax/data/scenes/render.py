@@ -199,8 +199,8 @@ def _visible_boxes(
 
 def _shade(hits: Hits, noise: tuple[float, float]) -> np.ndarray:
   """The sRGB image of a square grid of rays; `noise` is in [0, 1)^2."""
-  number = hits.number
-  texels, left, top = (cv2.LUT(number, t) for t in _tables(hits.tiles))
+  surface = hits.surface
+  texels, left, top = (cv2.LUT(surface, t) for t in _tables(hits.tiles))
   # Texel i of a tile is centred at i + 0.5 of it.
   x = (hits.u - np.floor(hits.u)) * texels + left - 0.5
   y = (hits.v - np.floor(hits.v)) * texels + top - 0.5
@@ -208,10 +208,10 @@ def _shade(hits: Hits, noise: tuple[float, float]) -> np.ndarray:
   mix = mix.astype(np.float32)
   first, change = np.split(_tables(hits.colours), 2)
   planes = [
-    (cv2.LUT(number, b * (1 / 255)) * mix + cv2.LUT(number, a)) * hits.light
+    (cv2.LUT(surface, b * (1 / 255)) * mix + cv2.LUT(surface, a)) * hits.light
     for a, b in zip(first, change, strict=True)
   ]
-  size = number.shape[0]
+  size = surface.shape[0]
   i, j = (int(n * _SHIFTS) for n in noise)
   noise = _sensor_noise(size)[i : i + size, j : j + size]
   image = cv2.add(cv2.merge(planes), noise, dtype=cv2.CV_8U)

@@ -82,7 +82,7 @@ def write(
     examples: see `listings.read`.
     out: folder, created if needed; it must hold no shards yet.
     format: "webdataset" or "array_record".
-    records_per_shard: rows of the listing for each shard.
+    records_per_shard: rows of the listing per shard, skipped ones included.
     max_side: limit of the longer side, in pixels; None for no limit.
     progress: is called every 64 examples.
 

@@ -243,13 +243,13 @@ def _load(
   return TarIndex(tar, file, header, smallest, largest), ""
 
 
-def _serialise(scan: Scan, state: os.stat_result, tar: Path) -> bytes:
+def _serialise(scan: Scan, stat: os.stat_result, tar: Path) -> bytes:
   missing = {"no image": scan.no_image}
   missing["neither .txt nor .json"] = scan.no_caption
-  for lacking, keys in missing.items():
+  for problem, keys in missing.items():
     if keys:
       some = ", ".join(keys[:5] + ["..."] * (len(keys) > 5))
-      log.warning("%s: %d records have %s: %s.", tar, len(keys), lacking, some)
+      log.warning("%s: %d records have %s: %s.", tar, len(keys), problem, some)
   uncaptioned = set(scan.no_caption)
   # A stable sort: both parts keep the tar's order.
   order = sorted(scan.records, key=uncaptioned.__contains__)
@@ -265,8 +265,8 @@ def _serialise(scan: Scan, state: os.stat_result, tar: Path) -> bytes:
   largest = max(order, default="").encode()
   header = Header(
     magic=_MAGIC,
-    tar_size=state.st_size,
-    tar_time=state.st_mtime_ns,
+    tar_size=stat.st_size,
+    tar_time=stat.st_mtime_ns,
     count=len(order),
     captioned=len(order) - len(uncaptioned),
     keys_size=sum(map(len, names)),
@@ -284,12 +284,12 @@ def _time(nanoseconds: int) -> str:
 
 
 def _run_worker() -> None:
-  """The main function of a worker process; standard input holds its job."""
+  """Main function of a worker process; reads its job from standard input."""
   tars, index_dir = json.load(sys.stdin)
   index_dir = Path(index_dir) if index_dir else None
   # The process that started it raises the same errors and reports them.
   with contextlib.suppress(OSError):
-    # Few threads: an index that two processes build costs twice.
+    # Few threads: if the parent builds the same index, the work is wasted.
     _build([Path(tar) for tar in tars], index_dir, threads=2)
 
 

@@ -88,8 +88,8 @@ class ClassificationSet(ImageSet):
   """Images with one class each."""
 
   labels: Int[np.ndarray, " n"]  # indices into `classes` and `ids`
-  classes: tuple[str, ...] | None  # readable names, or None without
-  ids: tuple[str, ...] | None  # by which a prompt file may know the classes
+  classes: tuple[str, ...] | None  # readable names, if known
+  ids: tuple[str, ...] | None  # class ids that a prompt file may use
 
   def select(self, indices: Int[np.ndarray, " m"]) -> ClassificationSet:
     """The images at `indices`, with a hash that depends on them."""
@@ -109,7 +109,7 @@ class CaptionSet(ImageSet):
 
   captions: tuple[str, ...]  # in the order of their images
   owner: Int[np.ndarray, " m"]  # the image of each caption
-  split: str | None = None  # of Karpathy's; None for other data
+  split: str | None = None  # Karpathy split; None for other data
 
   @classmethod
   def from_lists(
@@ -140,8 +140,8 @@ class SegmentationSet(ImageSet):
   """Images and the classes of their pixels."""
 
   kind: str  # `scenes`, `ade20k` or `nyu40`
-  maps: LabelMaps  # of their images' sizes: a class, or `IGNORE`
-  classes: tuple[str, ...] | None  # readable names, or None without
+  maps: LabelMaps  # class of each pixel, or `IGNORE`, in the image's size
+  classes: tuple[str, ...] | None  # readable names, if known
   class_count: int
 
 
@@ -150,18 +150,18 @@ class DepthSet(ImageSet):
   """Images and the true depth of their pixels."""
 
   kind: str  # `scenes`, `nyu` or `kitti`; published limits and crops differ
-  depths: DepthMaps  # of their images' sizes: metres, 0 where unknown
-  source: str  # of the depth, for the protocol
+  depths: DepthMaps  # in metres and in the image's size; 0 where unknown
+  source: str  # where the depth comes from, for the protocol
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BoxSet(ImageSet):
   """Images with named boxes, at least one each."""
 
-  # Of each image, (y0, x0, y1, x1) in the unit square.
+  # (y0, x0, y1, x1) in the unit square, one array per image.
   boxes: tuple[Float32[np.ndarray, "_ 4"], ...]
-  phrases: tuple[tuple[str, ...], ...]  # of each image's boxes
-  # Of each image's boxes, indices of `classes`; None for phrases only.
+  phrases: tuple[tuple[str, ...], ...]  # one tuple per image, one item per box
+  # Indices of `classes`, one array per image; None for phrases only.
   labels: tuple[Int[np.ndarray, " _"], ...] | None
   classes: tuple[str, ...] | None
   # Number of unused boxes, by reason.
@@ -175,7 +175,7 @@ class KeyPointPair:
   Coordinates are (x, y) in pixels of the image as it is stored.
   """
 
-  category: str  # of both objects
+  category: str  # both objects' category
   viewpoint: int | None  # difference: 0 easy, 1 medium, 2 hard, None unknown
   first: int  # index of the first image
   second: int

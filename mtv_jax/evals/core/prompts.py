@@ -27,7 +27,7 @@ class Prompts:
 
   classes: tuple[str, ...]  # in the order of the labels
   templates: tuple[str, ...] = DEFAULT_TEMPLATES  # each with one `{}`
-  # Of the classes in the data (ImageNet's WordNet ids); None for their names.
+  # Class ids of the data set (such as WordNet ids); None if it uses names.
   ids: tuple[str, ...] | None = None
   name: str = "built in"  # in protocols
 

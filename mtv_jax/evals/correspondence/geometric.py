@@ -214,7 +214,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
     frames, sample = self._set.frames, self._set.sample
     default = _DEFAULTS[frames.layout]
     angles = np.array([s.angle for s in scored])
-    # How the pairs of a file were drawn is unknown.
+    # Pairs read from a file: the sampling is unknown.
     pairs = {"pairs_are": "read from the list"}
     if self._set.drawn:
       pairs = {
@@ -252,7 +252,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       "metres": list(options.metres),
       "metres_are": default.why if self.metres is None else "given",
       "pixels": list(options.pixels),
-      "pixels_of": recall.PIXELS_OF,
+      "pixels_of": recall.REFERENCE_SIZE,
       "averaging": "over all matches of all pairs; by angle and per pair over "
       "pairs",
       "avg_recall": f"mean of {', '.join(options.metre_names)}",

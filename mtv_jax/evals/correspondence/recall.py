@@ -20,7 +20,7 @@ from mtv_jax.evals.core import examples
 from mtv_jax.evals.correspondence import matching
 from mtv_jax.evals.datasets import posed
 
-PIXELS_OF = 512  # side of the view that pixel errors refer to
+REFERENCE_SIZE = 512  # side of the view that pixel errors refer to
 CHANCE_POINTS = 256  # points of a pair that chance is computed from
 
 
@@ -78,14 +78,14 @@ def match_pair(
   motion = posed.motion(first.pose, second.pose)
   moved = first.points.astype(np.float64) @ motion[:3, :3].T + motion[:3, 3]
   target = second.points.astype(np.float64)
-  focal = second.focal * PIXELS_OF / options.size
+  focal = second.focal * REFERENCE_SIZE / options.size
   errors, chance = [], []
-  start, end = (tuple(cells.T) for cells in (matches.first, matches.second))
+  first_cells, second_cells = tuple(matches.first.T), tuple(matches.second.T)
   for a, b, thresholds in (
     (moved, target, options.metres),
     (project(moved, focal=focal), project(target, focal=focal), options.pixels),
   ):
-    errors.append(np.linalg.norm(a[start] - b[end], axis=-1))
+    errors.append(np.linalg.norm(a[first_cells] - b[second_cells], axis=-1))
     points = a[first.valid]
     chosen = examples.subsample(range(len(points)), CHANCE_POINTS)
     chance += _uniform_recall(points[chosen], b[second.valid], thresholds)
@@ -95,18 +95,18 @@ def match_pair(
 def project(
   points: Float64[np.ndarray, "*n 3"], *, focal: float
 ) -> Float64[np.ndarray, "*n 2"]:
-  """`focal (x, y) / max(z, 1e-9)`; differences need no principal point."""
+  """`focal (x, y) / max(z, 1e-9)`, without a principal point: it cancels."""
   return focal * points[..., :2] / np.maximum(points[..., 2:], 1e-9)
 
 
 def _uniform_recall(points, candidates, thresholds) -> list[float]:
   """The mean fraction of candidates near a point, for each threshold."""
-  square = (
+  squared_distance = (
     (points**2).sum(axis=1)[:, None]
     + (candidates**2).sum(axis=1)
     - 2 * points @ candidates.T
   )
-  return [float((square < t * t).mean()) for t in thresholds]
+  return [float((squared_distance < t * t).mean()) for t in thresholds]
 
 
 def average(

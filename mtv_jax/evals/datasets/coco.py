@@ -218,7 +218,7 @@ def _corners(
 def _checked_images(
   paths: Sequence[pathlib.Path], infos: Sequence[Mapping[str, Any]]
 ) -> examples.Images:
-  """Images whose size is that of their annotations."""
+  """Lazily decoded images; raises if a size differs from the annotated one."""
   decoded = examples.open_images(paths)
 
   def read(index: int) -> np.ndarray:

@@ -169,7 +169,7 @@ def make_view(
   of 512 and `stored` of 1024.
   """
   short = min(frame.depth.shape)
-  image, depth = _resize_stored(frame, stored)
+  image, depth = _resize_shorter_side(frame, stored)
   rows, columns = (_middle(n, min(depth.shape), size) for n in depth.shape)
   image, depth = image[np.ix_(rows, columns)], depth[np.ix_(rows, columns)]
   points = np.argwhere(depth > 0)
@@ -185,10 +185,10 @@ def make_view(
   cell = slice(0, size // CELL_SIZE * CELL_SIZE, CELL_SIZE)
   # Focal length and principal point follow the image's size.
   focal = frame.focal * size / short
-  middle = size / 2 + np.asarray(frame.centre) * size / short
+  principal_point = size / 2 + np.asarray(frame.centre) * size / short
   z = depth[np.ix_(rows[cell], columns[cell])]
-  x = (columns[cell] + 0.5 - middle[0])[None, :] / focal * z
-  y = (rows[cell] + 0.5 - middle[1])[:, None] / focal * z
+  x = (columns[cell] + 0.5 - principal_point[0])[None, :] / focal * z
+  y = (rows[cell] + 0.5 - principal_point[1])[:, None] / focal * z
   return View(
     image=image[np.ix_(rows, columns)],
     points=np.stack([x, y, z], axis=-1).astype(np.float32),
@@ -197,12 +197,12 @@ def make_view(
   )
 
 
-def _resize_stored(frame: Frame, stored: int | None):
-  """Image and depth with a shorter side of `stored` pixels."""
+def _resize_shorter_side(frame: Frame, size: int | None):
+  """Image and depth with a shorter side of `size` pixels."""
   height, width = frame.depth.shape
-  if stored is None or min(height, width) == stored:
+  if size is None or min(height, width) == size:
     return frame.image, frame.depth
-  tall, wide = (_scaled(n, min(height, width), stored) for n in (height, width))
+  tall, wide = (_scaled(n, min(height, width), size) for n in (height, width))
   image = PIL.Image.fromarray(frame.image)
   image = np.asarray(image.resize((wide, tall), PIL.Image.Resampling.BICUBIC))
   rows = resizing.indices(height, tall, "nearest_exact")
@@ -216,7 +216,7 @@ def _scaled(length: int, short: int, target: int) -> int:
 
 
 def _middle(length: int, short: int, size: int) -> Int[np.ndarray, " s"]:
-  """Pixels of a side that the middle `size` of the resized image show."""
+  """Source pixels along a side for the central `size` of the resized image."""
   long = _scaled(length, short, size)
   top = round((long - size) / 2)
   return resizing.indices(length, long)[top : top + size]

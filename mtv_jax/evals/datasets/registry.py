@@ -2,26 +2,26 @@
 
 `data` is one of
 
-  scenes              the built-in scenes, at numbers no training run reaches
+  scenes              the built-in scenes, at indices reserved for evaluation
   {type=..., ...}     any source of `mtv_jax.data`, as in `config.data.train`
   *.tar               WebDataset shards: brace ranges, globs
   *.json              captions or boxes, see `coco.py`
   FOLDER              a layout in `LAYOUTS`, or folders of classes, see
                       `class_folders.py`
 
-Annotations are read when a data set is opened, images one by one when used, in
+Annotations are read when a data set is opened; images are loaded lazily, in
 their original size. Common arguments of the functions:
 
   split   `train` or `test`
-  count   number of images, evenly spaced; all by default, of the endless scenes
-          a fixed number
+  count   number of images, evenly spaced; default: all, or a fixed number of
+          the endless scenes
 
 Each raises MissingFileError if `data` does not exist or lacks files,
 NotApplicable if it has no such labels, and InputError for an invalid option or
-annotations that don't fit the images.
+annotations that don't match the images.
 
-A new data set is a file with `matches(root)` and an `open_...` function for
-each kind of example that it has; `LAYOUTS` and the functions here name it.
+To add a data set, write a module with `matches(root)` and an `open_*` function
+per kind of example; register it in `LAYOUTS` and in the functions below.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from mtv_jax.evals.datasets.posed import PosedFrames
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.utils.errors import InputError, check_choice
 
-# By their name in errors, in the order in which folders are recognised.
+# Keyed by the name shown in errors; folders are recognised in this order.
 LAYOUTS: dict[str, ModuleType] = {
   "NYU depth": nyu,
   "KITTI": kitti,
@@ -86,7 +86,7 @@ def open_classification(
     return source_records.open_labelled(config, split=split, count=count)
   path = pathlib.Path(data)
   if path.is_dir():
-    _refuse_other_layouts(path)
+    _reject_other_layouts(path)
     return class_folders.open_folder(path, split=split, count=count)
   if path.suffix == ".json" and path.is_file():
     raise NotApplicable(
@@ -140,7 +140,7 @@ def open_splits(
     has_both = data.get("type") in ("scenes", "tfds")
   elif os.path.isdir(data):
     # First, as other data sets have a folder for training too.
-    _refuse_other_layouts(pathlib.Path(data))
+    _reject_other_layouts(pathlib.Path(data))
     has_both = class_folders.has_splits(data)
   else:
     has_both = is_scenes(data)
@@ -375,7 +375,7 @@ def _source_config(
   return None
 
 
-def _refuse_other_layouts(root: pathlib.Path) -> None:
+def _reject_other_layouts(root: pathlib.Path) -> None:
   """Raises NotApplicable for a data set whose folders are not classes."""
   for name, layout in LAYOUTS.items():
     if layout.matches(root):

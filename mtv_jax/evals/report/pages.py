@@ -60,7 +60,7 @@ def _render(report: Report, writer: ModuleType) -> Iterator[str]:
 
 
 def _published_table(report: Report) -> list[list[str]]:
-  """The published figures on the same data: a header, then an encoder a row."""
+  """Published figures on the same data: a header, then one row per encoder."""
   rows = [["published"]]
   rows += [[row.name] for row in references.REFERENCES]
   for name in report.quoted:

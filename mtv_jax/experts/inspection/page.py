@@ -89,12 +89,12 @@ def _render_statistics(stats: Mapping[str, Any]) -> Iterator[str]:
 
 def _render_findings(findings: Sequence[Mapping[str, str]]) -> str:
   if not findings:
-    return "<div class=calm>The statistics show nothing unusual.</div>"
+    return "<div class=ok>The statistics show nothing unusual.</div>"
   items = "".join(
     f"<li><b>{finding['kind']}</b>: {escape(finding['text'])}"
     for finding in findings
   )
-  return f"<div class=look><b>To look at</b><ul>{items}</ul></div>"
+  return f"<div class=warning><b>To look at</b><ul>{items}</ul></div>"
 
 
 def _render_card(card: Card) -> str:
@@ -205,18 +205,18 @@ def _render_phrases(stats: Mapping[str, Any]) -> str:
     f" {percent(count / stats['boxes'])}</span>"
     for phrase, count in frequent
   )
-  short = stats["phrases"]["counts_short_by"]
-  note = f" Counts may be too low by {short:,}." if short else ""
+  error = stats["phrases"]["counts_short_by"]
+  note = f" Counts may be too low by {error:,}." if error else ""
   return (
     f"<p class=note>The {len(frequent)} most frequent phrases, as fractions of"
     f" the boxes.{note}</p><ol class=phrases>{items}</ol>"
   )
 
 
-_STYLE = """.look, .calm { border-left: 4px solid #d98200; padding: .5em 1em;
+_STYLE = """.warning, .ok { border-left: 4px solid #d98200; padding: .5em 1em;
   background: #fff6e8; margin: 1em 0; }
-.calm { border-color: #2e8b57; background: #eef8f1; }
-.look ul { margin: .3em 0; padding-left: 1.2em; }
+.ok { border-color: #2e8b57; background: #eef8f1; }
+.warning ul { margin: .3em 0; padding-left: 1.2em; }
 .cards { display: grid; gap: 1.4em 1.2em;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
 .cards.several {

@@ -137,13 +137,13 @@ class _Statistics:
 
 
 class BoxStatistics(_Statistics):
-  """Statistics of box labels, of boxes with a score of at least `min_score`."""
+  """Statistics of box labels; ignores boxes that score below `min_score`."""
 
   def __init__(self, min_score: float | int = 0.0):
     super().__init__(
       boxes_an_image=Histogram.of_integers(MAX_COUNT),
       scores=Histogram.of_fractions(),
-      # Square roots of areas, which tell small boxes apart.
+      # Square roots of areas, which tell small boxes apart (a stored key).
       sides=Histogram.of_fractions(),
       shorter_sides=Histogram.of_fractions(),
       longer_sides=Histogram.of_fractions(),
@@ -184,14 +184,14 @@ class BoxStatistics(_Statistics):
     histograms = {name: h.to_dict() for name, h in self._histograms.items()}
     an_image = self._histograms["boxes_an_image"]
     boxes, images = self._histograms["scores"].count, an_image.count
-    sides = histograms["sides"].get("quantiles", {})
+    sqrt_areas = histograms["sides"].get("quantiles", {})
     words = histograms.pop("words")
     return {
       "boxes": boxes,
       "min_score": self._min_score,
       "below_min_score": int(self._counts["below_min_score"]),
       **histograms,
-      "areas": {"quantiles": {q: side**2 for q, side in sides.items()}},
+      "areas": {"quantiles": {q: s**2 for q, s in sqrt_areas.items()}},
       "images_without_boxes": an_image.fraction(0),
       "images_with_most_boxes": an_image.fraction(an_image.max),
       "images_with_one_less": an_image.fraction(an_image.max - 1),

@@ -268,7 +268,7 @@ def _check_strings(record: Record, value: Any, name: str) -> list[str]:
   items = list(value)
   for item in items:
     if not isinstance(item, str):
-      # The type, not the value: equal reasons are counted together.
+      # Reports the type alone, so that identical errors are counted together.
       raise BadRecord(
         str(record["key"]),
         f"phrases: {name} has a {type(item).__name__} where a string should be",
@@ -277,9 +277,9 @@ def _check_strings(record: Record, value: Any, name: str) -> list[str]:
 
 
 def _distinct(phrases: Iterable[str], limit: int) -> list[str]:
-  """The first `limit` phrases that differ up to case and punctuation.
+  """The first `limit` distinct phrases, ignoring case and punctuation.
 
-  Spaces are normalized, and lone surrogates, as of a cut JSON string, become
+  Spaces are normalized. Lone surrogates (from a truncated JSON string) become
   question marks.
   """
   distinct: dict[str, str] = {}

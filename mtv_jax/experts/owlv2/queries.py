@@ -64,10 +64,10 @@ class QueryCache:
   def look_up(
     self, tokens: Int32[np.ndarray, "*n k t"]
   ) -> Int32[np.ndarray, "*n"]:
-    """Slot of each phrase's query in `table`; -1 for one whose ids are 0.
+    """Slot of each phrase's query in `table`; -1 for padding (all ids are 0).
 
     Args:
-      tokens: of each phrase, in each of k prompts.
+      tokens: token ids of each phrase in each of the k prompts.
     """
     lead = tokens.shape[:-2]
     rows = tokens.reshape(-1, *tokens.shape[-2:])

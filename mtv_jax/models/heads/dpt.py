@@ -153,7 +153,7 @@ class Pointwise(nn.Module):
     return x @ kernel + bias
 
 
-class Enlarge(nn.Module):
+class Upsample(nn.Module):
   """Transposed convolution with stride = kernel size, as one matrix product.
 
   Every pixel becomes a square of pixels; the columns of the kernel `[C, f*f*C]`
@@ -193,7 +193,7 @@ class Reassemble(nn.Module):
       return conv(self.channels, 3, dtype, "resize", strides=stride)(x)
     if self.factor == 1:
       return x
-    return Enlarge(int(self.factor), name="resize")(x)
+    return Upsample(int(self.factor), name="resize")(x)
 
 
 class Residual(nn.Module):

@@ -58,10 +58,10 @@ def sinusoids(
 
 
 class PromptLayer(nn.Module):
-  """The prompt tokens' outputs of a pre-norm layer over [prompt; patches].
+  """Pre-norm block that updates the prompts, which attend to [prompt; patches].
 
-  Equal to a whole layer run for each prompt separately, see the module. It
-  computes in the dtype of `patches`, which the image tower has normalised.
+  Equivalent to running the whole layer per prompt, see the module. It computes
+  in the dtype of `patches`, which the image tower has normalised.
   """
 
   heads: int
@@ -74,7 +74,7 @@ class PromptLayer(nn.Module):
     dtype = patches.dtype
     if width % self.heads:
       raise InputError(
-        f"{self.heads} heads do not divide the width {width} of the patches."
+        f"The patches' width {width} is not divisible by {self.heads} heads."
       )
     # One call for all prompts of an image, masked from each other: the patches'
     # keys and values are read once.
@@ -103,8 +103,8 @@ class PromptLayer(nn.Module):
 class Prompter(nn.Module):
   """Prompter: embeddings of boxes, not normalised.
 
-  Boxes are `(y0, x0, y1, x1)` in the unit square of what the tower saw; the
-  text embeddings that they are compared with have `features` channels.
+  Boxes are `(y0, x0, y1, x1)` in 0..1 of the tower's input; the text embeddings
+  that they are compared with have `features` channels.
   """
 
   heads: int

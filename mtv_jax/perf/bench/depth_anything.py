@@ -67,7 +67,7 @@ def randomise(model: Any, generator: Any) -> None:
     model.head.conv3.bias.fill_(0.1)
 
 
-def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.Side:
+def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.RunFn:
   """One batch through our expert, on this host's devices."""
   del variant
   expert = expert_lib.load_expert(
@@ -77,7 +77,7 @@ def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.Side:
   return lambda: expert.run(arrays)["depth"]
 
 
-def theirs(model: Any, batch_size: int) -> experts.Side:
+def theirs(model: Any, batch_size: int) -> experts.RunFn:
   """The same batch through the `transformers` model."""
   pixels = experts.torch_pixels(batch_size, SIZE)
   return lambda: model(pixel_values=pixels).predicted_depth

@@ -4,8 +4,8 @@ A module of `MODELS` has the functions
 
   write(variant, folder)     a `transformers` folder with random weights;
                              returns the model
-  ours(variant, folder, batch_size)            a `Side` with these weights
-  theirs(model, batch_size)                    a `Side` with equal results
+  ours(variant, folder, batch_size)            a `RunFn` with these weights
+  theirs(model, batch_size)                    a `RunFn` with equal results
   program(variant, batch_size, mesh, dtype)    a `Program`
 """
 
@@ -37,7 +37,7 @@ MODELS = {
 }
 AGAINST = ("transformers", "none")
 
-Side = Callable[[], Any]  # Runs one batch; returns an array or a tensor.
+RunFn = Callable[[], Any]  # Runs one batch; returns an array or a tensor.
 
 
 class Program(NamedTuple):
@@ -81,7 +81,7 @@ def run(
     )
   versions = {"jax": jax.__version__}
   if against == "none":
-    sides = [_random_side(model_lib, variant, batch_size)]
+    fns = [_random_fn(model_lib, variant, batch_size)]
   else:
     if jax.local_device_count() > 1:
       raise InputError(
@@ -96,18 +96,18 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder)
       model = model_lib.write(variant, path)
-      sides = [
+      fns = [
         model_lib.ours(variant, path, batch_size),
         torch.inference_mode()(model_lib.theirs(model, batch_size)),
       ]
   # `asarray` waits for the results.
-  sides = [lambda side=side: np.asarray(side()) for side in sides]
+  fns = [lambda fn=fn: np.asarray(fn()) for fn in fns]
   with harness.Stopwatch() as compiling:
-    results = [sides[0]()]
-  results += [side() for side in sides[1:]]
-  times = harness.time_rounds(sides, rounds=rounds, warmup=0)
+    results = [fns[0]()]
+  results += [fn() for fn in fns[1:]]
+  times = harness.time_rounds(fns, rounds=rounds, warmup=0)
   images = len(results[0])
-  medians = [1e3 * statistics.median(side) / images for side in times.T]
+  medians = [1e3 * statistics.median(t) / images for t in times.T]
   result = harness.Result(
     kind=kind,
     variant=variant,
@@ -138,7 +138,7 @@ def _import_model(kind: str) -> ModuleType:
   return importlib.import_module(MODELS[kind])
 
 
-def _random_side(model_lib: ModuleType, variant: str, batch_size: int) -> Side:
+def _random_fn(model_lib: ModuleType, variant: str, batch_size: int) -> RunFn:
   """The program with random parameters and rows, on this host's devices."""
   mesh = local_mesh.local_mesh()
   program = model_lib.program(variant, batch_size, mesh, "float32")

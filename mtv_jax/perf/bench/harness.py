@@ -1,8 +1,8 @@
 """Benchmark harness: timing in alternating rounds, and result tables.
 
 A benchmark is a function that returns a `Result`; its parameters are the flags
-of its command. `mtv_jax.cli.bench` lists them. This module does not import JAX,
-which the input pipeline does not need.
+of its command. `mtv_jax.cli.bench` lists them. Does not import JAX, so that
+benchmarks of the input pipeline run without it.
 """
 
 from __future__ import annotations
@@ -49,16 +49,17 @@ class Result:
   def add_ratio(
     self,
     name: str,
-    over: Iterable[float],
-    under: Iterable[float],
+    numerators: Iterable[float],
+    denominators: Iterable[float],
     label: str,
     spec: str,
   ) -> None:
-    """Adds ratios of alternating rounds as `NAMEs`, and their median.
+    """Adds the median of the rounds' ratios as `name`, all as `f"{name}s"`.
 
     Prints the median and the range, such as '1.05 (0.98 to 1.12 in 5 rounds)'.
     """
-    ratios = [float(a) / float(b) for a, b in zip(over, under, strict=True)]
+    pairs = zip(numerators, denominators, strict=True)
+    ratios = [float(a) / float(b) for a, b in pairs]
     median, low, high = (f(ratios) for f in (statistics.median, min, max))
     text = f"{median:{spec}} ({low:{spec}} to {high:{spec}}"
     self.add(name, median, label, f"{text} in {len(ratios)} rounds)")

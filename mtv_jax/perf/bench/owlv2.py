@@ -65,7 +65,7 @@ def write(variant: str, folder: pathlib.Path) -> Any:
   return model
 
 
-def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.Side:
+def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.RunFn:
   """One batch through our expert; a vocabulary's phrases are encoded once."""
   options = dict(phrases=Vocabulary(PHRASES), batch_size=batch_size)
   expert = expert_lib.load_expert(folder, **options)
@@ -74,8 +74,8 @@ def ours(variant: str, folder: pathlib.Path, batch_size: int) -> experts.Side:
   return lambda: expert.run(arrays)["scores"]
 
 
-def theirs(model: Any, batch_size: int) -> experts.Side:
-  """The same batch through `transformers`, with the text tower (1 %)."""
+def theirs(model: Any, batch_size: int) -> experts.RunFn:
+  """The same batch through `transformers`, text tower included (1 %)."""
   import torch
 
   size = model.config.vision_config.image_size
@@ -95,7 +95,7 @@ def theirs(model: Any, batch_size: int) -> experts.Side:
 def program(
   variant: str, batch_size: int, mesh: Mesh, dtype: str
 ) -> experts.Program:
-  """The image tower and the scores of given queries, on every device."""
+  """The program to compile: image tower and scores, data-parallel."""
   spec = weights.read_spec(_CONFIGS[variant])
   model = Owlv2(spec, dtype=jnp.dtype(dtype), scan=False)
   programs = expert_lib.Programs(model, dtype)

@@ -307,10 +307,10 @@ def test_the_table_of_keys_is_written_once(labelled, copy):
 
 
 def test_an_unwritable_table(labelled, copy, monkeypatch):
-  def refuse(file):
+  def reject(file):
     raise PermissionError(13, "Permission denied")
 
-  monkeypatch.setattr(atomic, "temporary_path", refuse)
+  monkeypatch.setattr(atomic, "temporary_path", reject)
   with pytest.raises(OSError, match="can't be written.*index_dir"):
     build_source(entry(labelled, **keyed(copy)))
 
@@ -335,7 +335,7 @@ def test_a_set_without_matching_keys(labelled, tmp_path):
   make_set(tmp_path / "depth", open_base(folder), "depth")
   labels = {"path": str(tmp_path / "depth"), "join": "key"}
   with pytest.raises(
-    LabelError, match="No key of .* first is '000000', the set's 'other 0'"
+    LabelError, match="No key of .* first keys are '000000' and 'other 0'"
   ):
     build_source(entry(labelled, depth=labels))
 
@@ -343,7 +343,7 @@ def test_a_set_without_matching_keys(labelled, tmp_path):
 def test_missing_or_foreign_key_hashes(labelled, copy):
   file = copy / "depth" / "x-1.keys.npy"
   np.save(file, np.zeros(3, np.uint64))
-  with pytest.raises(LabelError, match=r"is of \(3,\), expected 1"):
+  with pytest.raises(LabelError, match=r"has shape \(3,\), expected \(1,\)"):
     build_source(entry(labelled, **keyed(copy)))
   file.unlink()
   with pytest.raises(FileNotFoundError, match="no x-1.keys.npy"):
@@ -481,7 +481,7 @@ def test_invalid_folders_kinds_and_sources(labelled, tmp_path):
     LabelWriter(tmp_path, kind="depth", base=scenes, settings={})
 
 
-def test_a_set_without_any_label_is_refused(labelled, tmp_path):
+def test_a_set_without_any_label_is_rejected(labelled, tmp_path):
   with pytest.raises(
     LabelError, match="None of the 10 records has a label: 10 times 'no file'"
   ):
@@ -492,7 +492,7 @@ def test_a_set_without_any_label_is_refused(labelled, tmp_path):
       of=lambda kind, i: no_label("no file"),
     )
   assert not (tmp_path / "manifest.json").exists()
-  # Nothing is lost by another attempt, so other settings are not refused.
+  # Nothing is lost by another attempt, so other settings are not rejected.
   writer = LabelWriter(
     tmp_path, kind="depth", base=open_base(labelled / "base"), settings={"b": 1}
   )

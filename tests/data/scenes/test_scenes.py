@@ -431,7 +431,7 @@ def test_source_is_a_source():
 
 
 @pytest.mark.parametrize("i", [-1, 7, 100])
-def test_source_refuses_records_outside(i):
+def test_source_rejects_records_outside(i):
   with pytest.raises(IndexError, match="expected 0 to 6"):
     SceneSource(size=32, length=7)[i]
 

@@ -405,7 +405,7 @@ def test_few_array_record_files_are_open_at_a_time(tmp_path):
   assert len(os.listdir("/proc/self/fd")) <= before + 3
 
 
-def test_array_records_in_groups_are_refused(tmp_path):
+def test_array_records_in_groups_are_rejected(tmp_path):
   from array_record.python import array_record_module
 
   path = tmp_path / "x.array_record"

@@ -339,10 +339,10 @@ def test_worker_processes_build_indices(tmp_path, monkeypatch):
 
   def only_look(*args):
     started[0].wait()  # so that the helper has done all of it
-    monkeypatch.setattr(tar_scan, "scan", refuse)
+    monkeypatch.setattr(tar_scan, "scan", reject)
     return build(*args)
 
-  def refuse(tar):
+  def reject(tar):
     raise TarError(f"this process had to scan {tar.name}")
 
   build = tar_index._build

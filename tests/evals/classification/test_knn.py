@@ -89,7 +89,7 @@ def test_equal_votes_go_to_the_lowest_class():
   assert list(got[2]) == [1]
 
 
-def test_invalid_options_and_features_are_refused():
+def test_invalid_options_and_features_are_rejected():
   rows = np.ones((3, 2), np.float32)
   with pytest.raises(ValueError, match="k=4 nearest of 3 rows"):
     knn.find_neighbours(rows, rows, k=4)

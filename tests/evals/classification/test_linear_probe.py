@@ -133,7 +133,7 @@ def test_scenes_whatever_the_batch_and_the_devices():
   assert results[0].metrics["top1"] == pytest.approx(best)
 
 
-def test_invalid_options_are_refused():
+def test_invalid_options_are_rejected():
   for options, match in (
     ({"augment": "crop"}, "Did you mean 'crops'"),
     ({"select": "test"}, "select is 'test'"),

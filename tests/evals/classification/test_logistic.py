@@ -91,7 +91,7 @@ def test_scenes(select):
   assert ends("as published") == (select == "val")
 
 
-def test_invalid_options_are_refused():
+def test_invalid_options_are_rejected():
   for options, match in (
     ({"strengths": (0.0,)}, "each a number > 0"),
     ({"normalize": "l1"}, "There are: l2, raw"),

@@ -163,7 +163,7 @@ def test_more_than_a_hundred_epochs_are_cached_by_default(folder, caplog):
   assert "101 times the 4 training images" in caplog.text
 
 
-def test_invalid_options_are_refused():
+def test_invalid_options_are_rejected():
   for options, match in (
     ({"warmup": 90}, "mae_probe: warmup=90"),
     ({"augment": "crop"}, "Did you mean 'crops'"),

@@ -180,7 +180,7 @@ def test_labels_of_a_source_are_indices_of_the_file(monkeypatch):
     match_classes(data, Prompts(("zero", "one")), keep="all")
 
 
-def test_classes_of_one_name_are_refused(folder, write_image):
+def test_classes_of_one_name_are_rejected(folder, write_image):
   write_image(folder / "Red!" / "a.png", "red")
   data = registry.open_classification(str(folder))
   message = "classes 'Red!' and 'red' are both 'red' in prompts"

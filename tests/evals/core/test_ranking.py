@@ -97,7 +97,7 @@ def test_not_a_number_is_not_a_hit():
     ranks(good, bad, query_ids=ids, candidate_ids=ids)
 
 
-def test_a_query_nobody_answers_is_refused():
+def test_a_query_nobody_answers_is_rejected():
   rows = np.ones((2, 3), np.float32)
   with pytest.raises(ValueError, match="1 query ids .* first is 7"):
     ranks(

@@ -44,10 +44,11 @@ def ball_view(pose, radius=0.2):
   """A view of a ball around the origin."""
   at = (np.arange(CELLS) * 4 + 0.5 - OPTIONS.size / 2) / FOCAL
   ray = np.stack([*np.meshgrid(at, at), np.ones((CELLS, CELLS))], axis=-1)
-  middle = pose[:3, 3]
-  along, square = ray @ middle, (ray**2).sum(axis=-1)
-  inside = along**2 - square * (middle @ middle - radius**2)
-  z = np.where(inside > 0, (along - np.sqrt(np.maximum(inside, 0))) / square, 0)
+  centre = pose[:3, 3]
+  # The nearer root of a z^2 - 2 b z + c = 0, where it exists.
+  a, b, c = (ray**2).sum(axis=-1), ray @ centre, centre @ centre - radius**2
+  discriminant = b**2 - a * c
+  z = (b - np.sqrt(np.maximum(discriminant, 0))) / a * (discriminant > 0)
   return posed.View(
     image=np.zeros((OPTIONS.size, OPTIONS.size, 3), np.uint8),
     points=(ray * z[..., None]).astype(np.float32),

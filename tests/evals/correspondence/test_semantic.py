@@ -165,7 +165,7 @@ def test_chance_is_the_pck_of_random_features():
   pair = pair_of(points, points)
   rule = pck.Rule("point", 0.3)
   chance = pck.uniform_pck(pair, grid=GRID, size=60, rule=rule)
-  # Exactly the corners of the 36 within 0.3 * 0.5 of the point.
+  # The fraction of the 36 cells whose corner is within 0.3 * 0.5 of the point.
   for point, share in zip(points, chance, strict=True):
     true = np.floor(point * 60 / 100) / 60
     near = [

@@ -144,7 +144,7 @@ def test_captions_have_no_classes(shared_data):
     ("ADE20K", "ADEChallengeData2016/images/training/1.jpg"),
   ],
 )
-def test_folders_of_another_layout_are_refused(
+def test_folders_of_another_layout_are_rejected(
   tmp_path, write_image, kind, images
 ):
   write_image(tmp_path / images, "red")
@@ -154,7 +154,7 @@ def test_folders_of_another_layout_are_refused(
       opener(tmp_path)
 
 
-def test_rgbd_sequences_are_refused(tmp_path, write_image):
+def test_rgbd_sequences_are_rejected(tmp_path, write_image):
   write_image(tmp_path / "seq-01" / "frame-000000.color.png", "red")
   assert registry.open_classification(tmp_path).classes == ("seq-01",)
   (tmp_path / "seq-01" / "frame-000000.pose.txt").write_text("")

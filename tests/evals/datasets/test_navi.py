@@ -158,7 +158,7 @@ def test_an_object_with_one_photo_is_named(tmp_path):
     posed.draw_pairs(frames, seed=8)
 
 
-def test_wrong_depth_is_refused(root):
+def test_wrong_depth_is_rejected(root):
   path = root / "b_cup" / "wild_set" / "depth" / "000.png"
   cv2.imwrite(str(path), DEPTH.astype(np.uint8))
   frames = navi.open_posed(root, subset="wild_set")
@@ -250,7 +250,7 @@ def test_lost_frames(sequences):
     rgbd.open_posed(sequences)
 
 
-def test_other_data_is_refused(root, sequences, tmp_path):
+def test_other_data_is_rejected(root, sequences, tmp_path):
   with pytest.raises(FileNotFoundError, match="does not exist"):
     geometric.GeometricCorrespondence(data=str(root / "nowhere")).prepare()
   empty = tmp_path / "photos"

@@ -83,7 +83,7 @@ def test_names_with_semicolons_or_none(ade):
   assert registry.open_segmentation(ade, split="test").classes is None
 
 
-def test_palettes_are_numbers_and_colours_are_refused(ade):
+def test_palettes_are_numbers_and_colours_are_rejected(ade):
   image = ade / "images" / "training" / "ADE_train_00000009.jpg"
   labels = ade / "annotations" / "training" / "ADE_train_00000009.png"
   write_pair(image, labels, [[3, 4]], mode="P")

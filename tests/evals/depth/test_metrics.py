@@ -46,7 +46,7 @@ def test_silog_is_scale_invariant():
   assert once["rmse_log"] != pytest.approx(twice["rmse_log"], rel=0.1)
 
 
-def test_negative_predictions_fail_delta_and_are_refused():
+def test_negative_predictions_fail_delta_and_are_rejected():
   g = np.array([1.0, 1.0])
   for p in ([-1.0, 1.0], [0.0, 1.0]):
     assert dm.image_metrics(np.array(p), g, ("delta1",)) == {"delta1": 0.5}

@@ -271,7 +271,7 @@ def test_options_are_checked():
   "part",
   ["training/velodyne/0.bin", "kitti_eigen_test_files_with_gt.txt"],
 )
-def test_kitti_is_refused(tmp_path, part):
+def test_kitti_is_rejected(tmp_path, part):
   path = tmp_path / part
   path.parent.mkdir(parents=True, exist_ok=True)
   path.touch()

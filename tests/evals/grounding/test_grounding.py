@@ -263,7 +263,7 @@ def test_chance_is_the_best_constant_answer(coco):
 # Mistakes, and real files.
 
 
-def test_invalid_data_and_options_are_refused(coco, tmp_path):
+def test_invalid_data_and_options_are_rejected(coco, tmp_path):
   with pytest.raises(FileNotFoundError, match="not exist. Grounding reads"):
     registry.open_boxes(str(tmp_path / "none"))
   with pytest.raises(NotApplicable, match="Grounding reads"):
@@ -286,7 +286,7 @@ def test_invalid_data_and_options_are_refused(coco, tmp_path):
     registry.open_boxes(str(coco))
 
 
-def test_images_of_another_size_are_refused(coco):
+def test_images_of_another_size_are_rejected(coco):
   other = coco / "val2017" / "2.png"
   PIL.Image.new("RGB", (40, 40)).save(other)
   data = registry.open_boxes(coco)

@@ -188,7 +188,7 @@ def test_scenes_on_one_device_and_eight(with_heads):
     assert data.classes[label] in phrase
 
 
-def test_an_encoder_without_a_text_tower_is_refused():
+def test_an_encoder_without_a_text_tower_is_rejected():
   image = models.ModelSpec.from_config({"variant": "mu/8", "image_size": 32})
   encoder = Encoder(image, {"image": {}}, Preprocess(size=32))
   with pytest.raises(NotApplicable, match="no text tower"):

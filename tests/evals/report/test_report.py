@@ -141,10 +141,10 @@ def test_json_round_trip(tmp_path, count):
   path = tmp_path / "deep" / "results.json"
   results.write(path, [broken, outcome("b")][:count])
 
-  def refuse(name):
+  def reject(name):
     raise AssertionError(f"{name} is not JSON")
 
-  content = json.loads(path.read_text(), parse_constant=refuse)
+  content = json.loads(path.read_text(), parse_constant=reject)
   assert ("encoders" in content) == (count == 2)
   back = results.read(path)
   assert [o.name for o in back] == ["a", "b"][:count]
@@ -158,7 +158,7 @@ def test_json_round_trip(tmp_path, count):
   assert tables.compare_protocols([broken, back[0]], "shot").differing == {}
 
 
-def test_json_without_results_is_refused(tmp_path):
+def test_json_without_results_is_rejected(tmp_path):
   path = tmp_path / "x.json"
   path.write_text('{"annotations": []}')
   with pytest.raises(ValueError, match=r"\['annotations'\]; expected the res"):

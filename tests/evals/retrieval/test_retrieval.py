@@ -144,7 +144,7 @@ def test_sheets_of_captions_and_images(coco, colours):
   assert framed[:half].any() and framed[half:].any()
 
 
-def test_an_encoder_without_a_text_tower_is_refused(coco):
+def test_an_encoder_without_a_text_tower_is_rejected(coco):
   encoder = load("pixels:16")
   with pytest.raises(NotApplicable, match="no text tower"):
     Retrieval(data=str(coco)).run(encoder)
@@ -225,7 +225,7 @@ def test_tar_shards(tmp_path, write_image, colours):
     registry.open_classification(str(tmp_path / "*.tar"))
 
 
-def test_data_without_captions_are_refused(tmp_path, coco, write_image):
+def test_data_without_captions_are_rejected(tmp_path, coco, write_image):
   write_image(tmp_path / "set" / "red" / "0.png", "red")
   with pytest.raises(
     ValueError, match="the folder holds red/. Retrieval reads"

@@ -251,7 +251,7 @@ def test_defaults_of_real_data_are_the_published_ones(striped):
   assert plan.augment == "official"
 
 
-def test_invalid_options_are_refused():
+def test_invalid_options_are_rejected():
   for options, message in (
     ({"layers": "FOUR_LATS"}, "Did you mean 'FOUR_LAST'"),
     ({"flips": "horizontal"}, "flips is 'horizontal'"),

@@ -141,7 +141,7 @@ def test_default_last_block():
     patch_text.check(shallow, "value")
 
 
-def test_towers_without_a_pool_are_refused():
+def test_towers_without_a_pool_are_rejected():
   encoder = build("map")
   image = {k: v for k, v in encoder.params["image"].items() if k != "pool"}
   encoder.params = {**encoder.params, "image": image}

@@ -103,7 +103,7 @@ def test_long_images_are_squeezed_and_shapes_are_few():
   assert all(not side % 14 for shape in shapes for side in shape)
 
 
-def test_invalid_options_are_refused():
+def test_invalid_options_are_rejected():
   with pytest.raises(ValueError, match="nearest is 504"):
     DepthPreprocess(size=500)
   with pytest.raises(ValueError, match="did you mean 'original'|original"):
@@ -210,7 +210,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG, ids=str)
-def test_unsupported_configs_are_refused(message, tmp_path):
+def test_unsupported_configs_are_rejected(message, tmp_path):
   folder = _write(tmp_path / "a")
   config = {**CONFIG, **WRONG[message]}
   (folder / "config.json").write_text(json.dumps(config))

@@ -419,7 +419,7 @@ def test_a_finished_set_is_not_modified(finished, base, tmp_path, experts):
   assert before == after
 
 
-def test_other_settings_are_refused_with_the_difference(
+def test_other_settings_are_rejected_with_the_difference(
   base, tmp_path, finished
 ):
   class Stops(FakeDepth):

@@ -97,7 +97,7 @@ def names(folder):
 def test_a_check_before_a_takeover_grants_nothing_after_it(
   tmp_path, monkeypatch
 ):
-  """A third process is refused at every line of the second one."""
+  """A third process is rejected at every line of the second one."""
   claim(tmp_path, "a", dead_owner())
   is_left = atomic.is_abandoned
   granted, tried = [], []

@@ -122,8 +122,7 @@ def test_images_are_padded_to_a_grey_square(shape):
   np.testing.assert_allclose(square, expected, atol=1e-6)
 
 
-def test_a_banner_is_resized_without_its_square():
-  # The padded square is not allocated.
+def test_extreme_aspect_ratio_is_resized_without_allocating_the_square():
   square = owlv2_pixels.pad_to_square(np.full((4, 1500, 3), 255, np.uint8), 50)
   assert square.shape == (50, 50, 3)
   assert square[0].min() > 0.5
@@ -147,14 +146,14 @@ def test_labels_do_not_depend_on_the_number_of_devices(folder):
   json.dumps(one.settings)
   for i in reversed(range(8)):
     (alone,) = label(one, images[i : i + 1], phrases[i : i + 1])
-    ours, theirs = together[i].label, alone.label
-    assert ours.phrases == theirs.phrases
-    np.testing.assert_array_equal(ours.boxes, theirs.boxes)
-    np.testing.assert_array_equal(ours.scores, theirs.scores)
-    assert len(ours.boxes)
-    assert set(ours.phrases) <= set(phrases[i])
-    assert (ours.boxes >= 0).all() and (ours.boxes <= 1).all()
-    assert (np.diff(ours.scores) <= 0).all()
+    batched, single = together[i].label, alone.label
+    assert batched.phrases == single.phrases
+    np.testing.assert_array_equal(batched.boxes, single.boxes)
+    np.testing.assert_array_equal(batched.scores, single.scores)
+    assert len(batched.boxes)
+    assert set(batched.phrases) <= set(phrases[i])
+    assert (batched.boxes >= 0).all() and (batched.boxes <= 1).all()
+    assert (np.diff(batched.scores) <= 0).all()
 
   with pytest.raises(BadRecord, match="no phrases"):
     one.prepare(images[0], {"key": "7", "phrases": []})

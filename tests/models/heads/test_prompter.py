@@ -145,7 +145,7 @@ def test_sinusoids_differ_between_the_ends_of_the_image():
 def test_invalid_channels_and_heads_raise():
   with pytest.raises(ValueError, match="multiple of 8"):
     prompter.sinusoids(jnp.zeros((1, 4)), 20)
-  with pytest.raises(ValueError, match="3 heads do not divide the width 16"):
+  with pytest.raises(ValueError, match="width 16 is not divisible by 3 heads"):
     random_params(prompter.Prompter(3), *sample(), FEATURES)
 
 
