@@ -80,7 +80,7 @@ def _ramps(scale, arrays):
 
 
 class FakeBoxes(FakeDepth):
-  """A box a phrase, at the brightness."""
+  """One box per phrase, at a position that depends on the brightness."""
 
   kind = "boxes"
 

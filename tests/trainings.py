@@ -36,7 +36,7 @@ def launch(
     f'--workdir={workdir}', *args,
   ]  # fmt: skip
   workdir.parent.mkdir(parents=True, exist_ok=True)
-  # The child keeps its own handle.
+  # The child process has its own handle.
   with open(f"{workdir}.log", "a") as log:
     return subprocess.Popen(
       command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT

@@ -72,7 +72,7 @@ class Crop(BoxOp, name="crop"):
   global crops; its local ones are `crop(96, 0.05, 0.32)`.
   """
 
-  min_area: PositiveFraction = 0.32  # Of the image's area.
+  min_area: PositiveFraction = 0.32  # As a fraction of the image's area.
   max_area: PositiveFraction = 1.0
   # Range of width over height, sampled log-uniformly.
   ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
@@ -232,8 +232,8 @@ def crop_boxes(
     boxes: `(y0, x0, y1, x1)` in the canvas's unit square, to which they are
       clipped; NaN, infinite, inverted and empty boxes are dropped.
     valid: which rows of `boxes` are boxes.
-    box: of `ViewBatch`.
-    flipped: of `ViewBatch`.
+    box: crop boxes, as in `ViewBatch`.
+    flipped: as in `ViewBatch`.
     min_visible: least share of a box's area in the view.
     min_size: least height and width of the visible part, in the view's unit
       square; the default is 4 pixels of 224.

@@ -31,7 +31,7 @@ MIN_ASPECT = 0.3
 
 
 def patch_grid(op: str, size: int, patch: int) -> int:
-  """Patches a side; raises ConfigError unless the patch divides the view."""
+  """Patches per side; raises ConfigError unless the patch divides the view."""
   if size % patch:
     raise ConfigError(
       f"{op}: patches of {patch} pixels don't divide a view of {size}; make "
@@ -185,7 +185,7 @@ def block_mask(
   number of patches left to mask, is added where it fits. After `PROPOSALS`
   rectangles, neighbours of masked patches fill the rest.
 
-  `u` has 4 numbers for each proposal and one for each patch of `grid` a side.
+  `u` has 4 numbers per proposal and one per patch of the `grid` x `grid` map.
   """
   rows, columns = jnp.arange(grid)[:, None], jnp.arange(grid)[None, :]
 

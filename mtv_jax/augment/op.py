@@ -47,10 +47,10 @@ class ViewOp:
     raise NotImplementedError(f"{type(self).__name__} lacks num_uniforms()")
 
   def check(self, size: int) -> None:
-    """Raises ConfigError where the op does not fit a view of `size` pixels."""
+    """Raises ConfigError if the op does not fit a view of `size` pixels."""
 
 
 def check_ascending(what: str, low: float, high: float) -> None:
-  """Raises ConfigError where a range is inverted."""
+  """Raises ConfigError if a range is inverted."""
   if low > high:
     raise ConfigError(f"{what} from {low} to {high} must ascend.")

@@ -241,7 +241,7 @@ class Blur(PhotometricOp, name="blur"):
 
   p: Fraction = 0.5
   sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)  # Range, in pixels.
-  kernel: Annotated[int, Range(min=3)] = 9  # Taps a side, odd.
+  kernel: Annotated[int, Range(min=3)] = 9  # Taps per side, odd.
 
   def __post_init__(self):
     check_ascending("sigma", *self.sigma)

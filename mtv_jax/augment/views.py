@@ -140,7 +140,7 @@ class View:
 
   @property
   def patch(self) -> int | None:
-    """Patch size of the masks; None without masks."""
+    """Patch size of the masks; None if no view has masks."""
     mask = self.pipelines[0].mask
     return None if mask is None else mask.patch
 
@@ -174,7 +174,7 @@ class View:
       canvas: stored images, each squashed to a square.
       image_size: height and width of the original images.
       keys: from `row_keys`.
-      dtype: of the resampling and of the images.
+      dtype: dtype of resampling and images.
     """
     shape = canvas.shape
     if canvas.dtype != jnp.uint8 or shape[1:] != (shape[1], shape[1], 3):
@@ -306,7 +306,7 @@ def build_pipeline(text: str) -> Pipeline:
 
 
 def _check_stackable(pipelines: Sequence[Pipeline]) -> None:
-  """Raises ConfigError where a view's images can't be stacked."""
+  """Raises ConfigError if a view's images can't be stacked."""
 
   def shapes(pipeline):
     mask = pipeline.mask

@@ -148,7 +148,7 @@ class Checkpointer:
       step: the latest by default.
 
     Returns:
-      None where the run has no checkpoint and no step is given.
+      None if the run has no checkpoint and no step is given.
 
     Raises:
       MissingFileError: no such step.
@@ -208,7 +208,7 @@ def _restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
 
 def _saved(item: epath.Path) -> dict[str, Any]:
   """Shape and dtype of a checkpoint's arrays by name."""
-  # Where the index is damaged, Orbax would raise from one of many concurrent
+  # Where the index is corrupt, Orbax would raise from one of many concurrent
   # reads, and the others would fail in a closed event loop.
   base = str(item) if "://" in str(item) else f"file://{item}"
   store = {"driver": "ocdbt", "base": f"{base}/"}
@@ -239,7 +239,7 @@ def _reading(
     if earlier:
       instead = f"Move it away to resume from step {max(earlier)}."
     raise DamagedCheckpointError(
-      f"{folder}/{step} can't be read: files in it are missing or damaged."
+      f"{folder}/{step} can't be read: files in it are missing or corrupt."
       f" {instead} Cause: {type(error).__name__}: {str(error)[:300]}"
     ) from error
 

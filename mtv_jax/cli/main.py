@@ -57,7 +57,7 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
   """Runs one of `COMMANDS`; user errors exit with their message.
 
   Args:
-    name: of the command.
+    name: the command's name.
     argv: by default those of the process. `--config.KEY=VALUE` is the same as
       `--set=KEY=VALUE`, and a hyphen in an option's name as an underscore.
 

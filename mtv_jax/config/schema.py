@@ -50,7 +50,7 @@ class Scheduled(dict):
 class Duration:
   """One of NAME_steps, NAME_epochs, NAME_examples and NAME_percent."""
 
-  default: Any  # In steps; None for none.
+  default: Any  # In steps; None if there is no default.
   number: Any = NonNegativeFloat  # Annotation of the value.
   units: tuple[str, ...] = UNITS
 
@@ -60,7 +60,7 @@ _MESH = dict(data=(int, -1), fsdp=(int, 1), tensor=(int, 1))
 
 SCHEMA = dict(
   seed=(Annotated[int, Range(0, 2**32 - 1)], 0),  # JAX drops higher bits.
-  batch_size=PositiveInt,  # Examples a step, over all hosts.
+  batch_size=PositiveInt,  # Examples per step, over all hosts.
   total=Duration(REQUIRED, PositiveFloat, UNITS[:3]),
   data=dict(
     # Sources: dict(type, weight=1.0, and what the source takes).

@@ -122,7 +122,7 @@ def read(path: str | os.PathLike) -> ConvertedModel:
   The archive has no tokenizer.
 
   Args:
-    path: of the `.npz`, with or without an optimizer's state.
+    path: the `.npz`, with or without an optimizer's state.
 
   Raises:
     MissingFileError: the file does not exist.
@@ -147,7 +147,7 @@ def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
       start = file.read(16)
     raise ConversionError(
-      f"{path} is not an .npz archive, or is cut short: it starts with"
+      f"{path} is not an .npz archive, or is truncated: it starts with"
       f" {start!r}. Expected a checkpoint of big_vision; from_hf converts"
       " Hugging Face folders."
     )

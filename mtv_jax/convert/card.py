@@ -73,7 +73,7 @@ def write_card(spec: ModelSpec, others: Sequence[str]) -> str:
   """A short README with runnable code.
 
   Args:
-    spec: of the model.
+    spec: the model's spec.
     others: names of the parameters in `heads.safetensors`.
   """
   task, usage = "image-feature-extraction", _IMAGES

@@ -100,7 +100,7 @@ def read_config(
 
 def read_processor(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
   """The image processor's file and its fields, {} if there is none."""
-  # From transformers 5 on, one file holds the processors of all modalities.
+  # From transformers 5 on, one file contains the processors of all modalities.
   path = folder / "processor_config.json"
   if fields := read_json(path).get("image_processor"):
     return path, fields
@@ -119,11 +119,11 @@ class TensorFiles:
   A context manager.
 
   Args:
-    path: of the file, or of the index of several ones.
+    path: the file, or the index of several files.
     files: all of them; only `path` by default.
 
   Raises:
-    ConversionError: a file is missing, cut short or only a pointer.
+    ConversionError: a file is missing, truncated or only a pointer.
   """
 
   def __init__(
@@ -186,7 +186,7 @@ def open_weights(folder: pathlib.Path) -> TensorFiles:
     return TensorFiles(index, [folder / n for n in sorted({*shards.values()})])
   lines = [f"{folder} lacks {WEIGHTS} and {WEIGHTS}.index.json."]
   if (folder / "adapter_config.json").is_file():
-    lines.append("It holds an adapter: merge it into its model first.")
+    lines.append("It contains an adapter: merge it into its model first.")
   for pattern, kind in _OTHERS.items():
     names = sorted(p.name for p in folder.glob(pattern))
     if names:

@@ -56,7 +56,7 @@ _UNSUPPORTED = {
   "siglip_text_model": _TEXT_ONLY,
   "clip_text_model": _TEXT_ONLY,
 }
-# Every file that an export may hold.
+# Every file that an export may contain.
 _EXPORTED = (
   folders.WEIGHTS,
   _HEADS,
@@ -109,7 +109,7 @@ def _find_family(path: pathlib.Path, config: Mapping[str, Any]) -> ModuleType:
   if not config:
     present = sorted(p.name for p in path.iterdir())[:8]
     raise ConversionError(
-      f"{path} has no config.json; it holds {present}. Expected: a Hugging "
+      f"{path} has no config.json; it contains {present}. Expected: a Hugging "
       f"Face folder, or a native one with {native.PARAMS}."
     )
   kind = config.get("model_type")

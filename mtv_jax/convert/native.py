@@ -1,6 +1,6 @@
 """Native folders: `params.safetensors`, `mtv_jax.json`, tokenizer files.
 
-They hold models that no `transformers` class can (a CLIP with its position
+They contain models that no `transformers` class can (a CLIP with its position
 folded into the CLS token) under our names. A Hugging Face export has the same
 `mtv_jax.json`, from which `huggingface.read` restores the model.
 """
@@ -36,7 +36,7 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.Path:
 
   Args:
     folder: new, empty, or of an earlier conversion, which it replaces.
-    model: of any kind.
+    model: any kind of model.
   """
   path = pathlib.Path(folder)
   leaves = numpy_leaves(model.params)
@@ -134,23 +134,23 @@ def prepare_folder(
 
   Args:
     folder: to write to.
-    names: of the files that a conversion of this form writes.
+    names: the files that a conversion of this form writes.
     tokenizer: to be copied, so its file must not be removed.
 
   Raises:
-    ConversionError: the folder holds other files, or the tokenizer's source.
+    ConversionError: the folder contains other files, or the tokenizer's source.
   """
   folder.mkdir(parents=True, exist_ok=True)
   present = sorted(p.name for p in folder.iterdir())
   if present and DESCRIPTION not in present:
     raise ConversionError(
-      f"{folder} is not empty and not an earlier conversion (it holds "
+      f"{folder} is not empty and not an earlier conversion (it contains "
       f"{', '.join(present[:5])}): name an empty or a new folder."
     )
   others = {PARAMS, folders.WEIGHTS}.difference(names).intersection(present)
   if others:
     raise ConversionError(
-      f"{folder} holds a conversion in another format ({', '.join(others)}), "
+      f"{folder} contains another format's conversion ({', '.join(others)}), "
       "which would be read instead of the new one: name another folder."
     )
   source = tokenizer and tokenizer.path

@@ -45,10 +45,10 @@ def read_preprocess(
   """Fields of `encoder.preprocess.Preprocess` from a folder's processor.
 
   Args:
-    folder: of the checkpoint.
+    folder: the checkpoint's folder.
     family: whose defaults apply where the folder has no processor.
-    image_size: of the model.
-    patch_size: of the model.
+    image_size: the model's image size.
+    patch_size: the model's patch size.
 
   Raises:
     ConversionError: the processor does something that `Preprocess` does not.
@@ -174,8 +174,8 @@ def write_processor(
   """`preprocessor_config.json` of a SigLIP.
 
   Args:
-    fields: of `Preprocess`.
-    image_size: of the model.
+    fields: values of `Preprocess`'s fields.
+    image_size: the model's image size.
 
   Raises:
     ConversionError: SigLIP's processor can't express it.
@@ -218,7 +218,7 @@ class TokenizerFiles:
   """A tokenizer's file and the cleaning of its texts.
 
   Attributes:
-    path: of the SentencePiece or `tokenizer.json` file; None for bytes.
+    path: the SentencePiece or `tokenizer.json` file; None for bytes.
     clean: 'none', 'lower' or 'canonicalize', see `data.tokenizers`.
   """
 

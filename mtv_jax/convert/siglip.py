@@ -137,8 +137,8 @@ def to_hf_config(
   """The `config.json` of a model.
 
   Args:
-    spec: of the model.
-    pad_id: of the tokenizer; the end of text if None.
+    spec: the model's spec.
+    pad_id: padding id of the tokenizer; the end of text if None.
 
   Raises:
     ConversionError: `SiglipModel` can't express the model; names every field.

@@ -51,7 +51,7 @@ class Rule:
       our leaves then have a leading [depth].
     shapes: the file's, one per tensor.
     read: from arrays in the order of `tensors` to those of `leaves`.
-    write: the inverse; None where export is not supported.
+    write: the inverse; None if export is not supported.
     depth: number of blocks, 0 outside of them.
   """
 
@@ -106,8 +106,8 @@ def leaf_rules(
     params: arrays or their shapes.
     names: the family's table.
     *special: rules of other leaves, which are skipped here.
-    heads: of attention.
-    layout: of the file.
+    heads: number of attention heads.
+    layout: the file's layout.
     unit_axes: number of leading axes of size 1 that a leaf has in the file.
   """
   skipped = {name for rule in special for name in rule.leaves}
@@ -165,9 +165,9 @@ def transpose_rule(
   Args:
     leaf: name of our leaf.
     tensors: name of its tensor, or of several of one shape.
-    shape: of our leaf.
+    shape: our leaf's shape.
     axes: sizes of the axes that our leaf is split into.
-    order: of these axes in the file; unchanged if None.
+    order: how the file orders these axes; unchanged if None.
   """
   tensors = (tensors,) if isinstance(tensors, str) else tuple(tensors)
   order = tuple(range(len(axes))) if order is None else order
@@ -266,7 +266,7 @@ def folded_positions(
     cls_token: name in the file.
     positions: name in the file, the CLS token's first.
     unit_axes: number of leading axes of size 1 of the two.
-    spec: of the model.
+    spec: the model's spec.
   """
   width, rows = spec.image.width, spec.image.grid**2 + 1
 

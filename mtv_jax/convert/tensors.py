@@ -32,7 +32,7 @@ def load(
   """Reads our parameter tree.
 
   Args:
-    rules: of the model.
+    rules: the model's rules.
     store: the file.
     ignore: a regular expression of names that may be present unused.
 
@@ -95,7 +95,7 @@ def check_tensors(rules: Sequence[Rule], store: Store, *, ignore: str) -> None:
   ]
   if not (missing or unexpected or mismatched):
     return
-  lines = [f"{store.path} does not hold the model that its config describes."]
+  lines = [f"{store.path} is not the model that its config describes."]
   for title, names in (
     ("missing", missing),
     ("unexpected", unexpected),
@@ -147,4 +147,4 @@ def _likely_cause(
     return f"Names differ: for {missing[0]!r}: {hint}"
   if missing:
     return "The file is not whole, or is of another kind than its config says."
-  return "The file holds more than the model, or its config is of another one."
+  return "The file has more arrays than the model, or another model's config."

@@ -34,7 +34,7 @@ MAX_PIXELS = 80_000_000
 # Others (PostScript, PSD, FITS, ...) start programs or are never photos.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-# Raised by Pillow's decoders on damaged bytes (measured).
+# Raised by Pillow's decoders on corrupt bytes (measured).
 _DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError)
 _DAMAGED += (OverflowError, struct.error, zlib.error)
 
@@ -56,11 +56,11 @@ def decode(
 
   Args:
     data: a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM file.
-    key: of the record, for errors.
+    key: key of the record, for errors.
     max_pixels: larger images are rejected before they are decoded.
 
   Raises:
-    BadRecord: not an image, cut short, damaged, too large, or of a kind whose
+    BadRecord: not an image, truncated, corrupt, too large, or of a kind whose
       white is unknown.
   """
   if not data:

@@ -126,7 +126,7 @@ def build_ops(
 
   Args:
     text: such as "decode|canvas(384)|caption(64, pick='first')".
-    tokenizer: of the text tower, for `caption` and `regions`.
+    tokenizer: the text tower's, for `caption` and `regions`.
     wanted: batch fields that the run reads, None for all; optional ops that
       add none of them are left out.
   """

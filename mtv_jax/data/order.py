@@ -44,10 +44,10 @@ def addresses(
 
   Args:
     sources: at least one.
-    weights: of each source, proportional to its rows.
+    weights: one per source, proportional to its rows.
     shuffle: "global" over a whole source, "block" by blocks of its shards and
       then within, "none".
-    seed: of all shuffles; >= 0.
+    seed: seed of all shuffles; >= 0.
   """
   check_choice("data.shuffle", shuffle, SHUFFLES)
   if seed < 0:

@@ -169,7 +169,7 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
   iterator: grain.DatasetIterator
   fields: dict[str, Field]  # Shape and dtype of the rows of each batch field.
   _: dataclasses.KW_ONLY
-  step: int  # Of the next batch.
+  step: int  # Step of the next batch.
   examples_per_epoch: int  # Records in all sources together.
   max_corrupt: float
   stats: Stats = dataclasses.field(default_factory=Stats)
@@ -235,8 +235,8 @@ class _Options:
   """Options of a config's `data` section, besides `train` and `ops`."""
 
   workers: NonNegativeInt = 0  # Processes.
-  threads: PositiveInt | None = None  # Of each process; None for one a core.
-  prefetch: PositiveInt = 2  # Batches ahead, of each process.
+  threads: PositiveInt | None = None  # Per process; None for one per core.
+  prefetch: PositiveInt = 2  # Batches ahead, per process.
   max_corrupt: Fraction = 0.01
   shuffle: str = "global"
 
@@ -258,11 +258,11 @@ def make_loader(
   Args:
     data_config: `train`, `ops`, and optionally those of `_Options`.
     batch_size: global, over all hosts.
-    seed: of the order and of all random choices.
-    start_step: of the first batch.
-    process_index: of this host.
+    seed: seed of the order and of all random choices.
+    start_step: step of the first batch.
+    process_index: index of this host.
     process_count: number of hosts.
-    tokenizer: of the text tower.
+    tokenizer: the text tower's.
     wanted: batch fields that the run reads; see `build_ops`.
     sources: instead of building those that `train` describes, one for each
       entry; without `train` all weigh the same.

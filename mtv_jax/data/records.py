@@ -32,7 +32,7 @@ _MAGIC = b"MTV1"
 class BadRecord(InputError):
   """A record that can't be used: its message names the key and the reason.
 
-  For what a long run survives (a damaged image, an empty caption): the pipeline
+  For what a long run survives (a corrupt image, an empty caption): the pipeline
   counts it, logs it and reads the next record.
   """
 
@@ -80,7 +80,7 @@ def encode(record: Mapping[str, Any]) -> bytes:
 
 
 def decode(data: bytes, *, where: str = "record") -> Record:
-  """The record that `encode` wrote; a BadRecord at `where` if damaged."""
+  """The record that `encode` wrote; a BadRecord at `where` if corrupt."""
   if data[:4] != _MAGIC:
     raise BadRecord(
       where,

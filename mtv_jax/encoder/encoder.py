@@ -282,7 +282,7 @@ class Encoder:
     """Predictions of a head of pretraining.
 
     Args:
-      name: of the head, a key of `heads.HEADS`.
+      name: name of the head, a key of `heads.HEADS`.
       images, batch_size: as for `image`.
       **inputs: of the head beside the images (`PredictionHead.inputs`): for
         each image `[m, C]` numbers or m strings; m may differ, and may be 0.

@@ -38,9 +38,9 @@ def load(
       native folder of `mtv-jax convert`, a Hugging Face folder (SigLIP, SigLIP
       2 of fixed resolution, CLIP, DINOv2), or a baseline (`pixels:SIZE`,
       `random:VARIANT`, see `baselines.py`).
-    weights: of a run: `student`, `teacher` (its image encoder, with the
+    weights: a run's `student`, `teacher` (its image encoder, with the
       student's text tower) or `ema`. Other folders have one set of weights.
-    step: of a run, which checkpoint; the latest by default.
+    step: a run's checkpoint; the latest by default.
     dtype: compute dtype.
     mesh: by default all devices, with the batch split over them.
 

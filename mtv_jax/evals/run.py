@@ -42,7 +42,7 @@ def plan(
   """Entries as in `config.evals`, from the arguments of a command line.
 
   Args:
-    names: of evaluations, or `all`.
+    names: evaluations, or `all`.
     data: one for every evaluation, or `NAME=DATA` for one of them.
     options: for the evaluations that have an option of that name; None is
       ignored.
@@ -213,7 +213,7 @@ def attempt(
 
   Args:
     encoder, evaluators: from `load` and `prepare`.
-    outcome: of the encoder, to which results and errors are added.
+    outcome: the encoder's outcome; results and errors are added to it.
     log_fn: called with a line for each evaluation at its end.
 
   Yields:

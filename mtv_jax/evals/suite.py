@@ -39,7 +39,7 @@ def parse_requests(encoders: Sequence[str], *, weights: str) -> list[Request]:
 
   Args:
     encoders: at least one.
-    weights: of those without @WEIGHTS.
+    weights: default for those without @WEIGHTS.
 
   Raises:
     ConfigError: for the same one twice.

@@ -36,7 +36,7 @@ def build_expert(
     kind: "depth" or "boxes".
     weights: a Hugging Face folder (Depth Anything V2, OWLv2), an .onnx file,
       or a run or export of this package.
-    options: of the module's `load_expert`; `phrases` by the name of their
+    options: for the module's `load_expert`; `phrases` by the name of their
       source, with the options of `build_phrases`.
 
   Raises:

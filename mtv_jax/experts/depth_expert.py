@@ -21,13 +21,13 @@ class DepthExpert:
   Args:
     function: maps parameters and `images` `[n, h, w, 3]` to inverse `depth`
       `[n, h, w]`, whose scale is arbitrary per image.
-    params: of the function.
+    params: the function's parameters.
     preprocess: maps an image to the model's input; inputs of one shape share a
       batch.
-    mesh: of this host.
+    mesh: this host's mesh.
     batch_size: images per device.
-    side: of the labels, in pixels.
-    settings: of the model and its preprocessing, for the manifest.
+    side: the labels' side, in pixels.
+    settings: settings of the model and its preprocessing, for the manifest.
   """
 
   kind = "depth"

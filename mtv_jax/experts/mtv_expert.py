@@ -245,12 +245,12 @@ def load_expert(
 
   Args:
     folder: see `loading.load`; of a run the latest checkpoint's student.
-    kind: of the labels, "depth" or "boxes".
+    kind: kind of the labels, "depth" or "boxes".
     phrases: queries, for boxes.
-    mesh: of this host; all its devices by default.
+    mesh: this host's mesh; all its devices by default.
     batch_size: images per device.
-    dtype: of the computation.
-    side: of depth labels, in pixels.
+    dtype: computation dtype.
+    side: side of depth labels, in pixels.
     threshold: boxes with a higher score are labelled.
     nms, max_boxes, min_side, max_area: see `detections.select`.
 

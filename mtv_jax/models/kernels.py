@@ -6,8 +6,8 @@ run that formula, CPUs one that XLA compiles to faster code, and long sequences
 are computed in blocks of queries.
 
 An image of 960 pixels in patches of 16 has 3601 tokens, whose logits take 0.6
-GB a layer and image in float32. Every query sees all keys at once, so blocks of
-queries need no online softmax; memory grows with the tokens instead of their
+GB per layer and image in float32. Every query sees all keys at once, so blocks
+of queries need no online softmax; memory grows with the tokens instead of their
 square, and the backward pass recomputes each block.
 """
 
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Sequence lengths from which attention runs in blocks, and queries a block. A
+# Sequence lengths from which attention runs in blocks; queries per block. A
 # CPU gains long before memory is short: a block's logits stay in its cache.
 CPU_BLOCKWISE_LENGTH = 512
 BLOCKWISE_LENGTH = 2048

@@ -94,7 +94,7 @@ class Dense(nn.Module):
   features: int
   kernel_init: Callable = kernel_init
   bias_init: Callable = nn.initializers.zeros
-  dtype: Any = jnp.float32  # Of the computation; parameters are float32.
+  dtype: Any = jnp.float32  # Computation dtype; parameters are float32.
   use_bias: bool = True
   linear_fn: Callable[..., Array] = kernels.linear  # (x, W, b) -> x W + b
 

@@ -35,7 +35,7 @@ class ViTSpec:
   registers: int = 0  # Darcet et al. 2024.
   layer_scale: float | None = None  # Initial value, or no layer scale.
   pre_norm: bool = False  # LayerNorm between embedding and blocks (CLIP).
-  patch_bias: bool = True  # Of the patch embedding; CLIP has none.
+  patch_bias: bool = True  # Bias of the patch embedding; CLIP has none.
   gelu: str = "tanh"  # SigLIP's; DINOv2's is 'exact', CLIP's 'quick'.
   mlp: str = "plain"  # Or 'swiglu' (DINOv2's giant), without GELU.
   norm_eps: float = 1e-6

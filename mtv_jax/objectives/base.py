@@ -51,7 +51,7 @@ class Needs:
   # Each with the blocks whose outputs are read ("taps"), from 0; `()` for the
   # final output alone.
   encodings: Mapping[Encoding, tuple[int, ...]]
-  fields: tuple[str, ...] = ()  # Of the batch: labels and masks.
+  fields: tuple[str, ...] = ()  # Batch fields: labels and masks.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Context:
 
 
 def check_visible(objective: str, name: str, views: Mapping[str, Any]) -> None:
-  """Raises ConfigError where the view `name` hides patches from the student."""
+  """Raises ConfigError if the view `name` hides patches from the student."""
   if name in views and views[name].patch is not None:
     raise ConfigError(
       f"{objective} reads the view {name!r}, which hides patches; it needs all "

@@ -130,7 +130,7 @@ class Contrastive(base.Objective):
   view: str = "image"  # Of several crops each image's first.
   init_scale: options.PositiveFloat = 10.0
   init_bias: float | None = None  # None: -10 for sigmoid, no bias for softmax.
-  method: ring.Method = "auto"  # Of the sigmoid loss.
+  method: ring.Method = "auto"  # How the sigmoid loss is computed.
 
   def __post_init__(self):
     if self.loss_type == "softmax" and self.method == "ring":

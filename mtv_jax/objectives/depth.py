@@ -192,8 +192,8 @@ class Depth(base.Objective):
   # A config gives the head's options beside these.
   head: dpt.DepthHead = dpt.DepthHead()
   view: str = "image"
-  gradient_weight: float = 2.0  # Of the gradient matching beside the SSI error.
-  scales: options.NonNegativeInt = 4  # Of the gradient matching.
+  gradient_weight: float = 2.0  # Weight of gradient matching beside SSI error.
+  scales: options.NonNegativeInt = 4  # Number of scales of gradient matching.
   # Share of the largest residuals that the SSI error trims.
   trim: Annotated[float, options.Range(min=0, max=0.99)] = 0.1
   # A crop with fewer labelled pixels counts as unlabelled.

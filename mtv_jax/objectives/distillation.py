@@ -80,9 +80,9 @@ def pair_weights(
 class LossInputs:
   """Per example, bottleneck vectors, and the student's pooled vectors."""
 
-  teacher: Float[Array, "b g d"]  # Of the global crops.
-  student: Float[Array, "b v d"]  # Of the global crops, then the local ones.
-  pooled: Float[Array, "b g e"]  # Of the global crops.
+  teacher: Float[Array, "b g d"]  # For the global crops.
+  student: Float[Array, "b v d"]  # For the global crops, then the local ones.
+  pooled: Float[Array, "b g e"]  # For the global crops.
 
 
 @dataclasses.dataclass(frozen=True)

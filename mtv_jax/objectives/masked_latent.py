@@ -25,9 +25,9 @@ from mtv_jax.utils.tree import pytree_dataclass
 class LossInputs:
   """Per example, bottleneck vectors at `p` patches of its `n` crops."""
 
-  teacher: Float[Array, "b p d"]  # Of the unmasked crops.
-  student: Float[Array, "b p d"]  # Of the masked crops.
-  weights: Float[Array, "b p"]  # Of the patches; 0 for the padding.
+  teacher: Float[Array, "b p d"]  # From the unmasked crops.
+  student: Float[Array, "b p d"]  # From the masked crops.
+  weights: Float[Array, "b p"]  # One weight per patch; 0 for padding.
   masked: Bool[Array, "b n"]  # Whether a crop has masked patches.
 
 

@@ -52,7 +52,7 @@ class Temperature(nn.Module):
   """The learnt scale and bias of the logits.
 
   The parameter is the logarithm of the scale, which starts at 10 in SigLIP, at
-  1/0.07 in CLIP. None is no bias. SigLIP's initial -10 makes almost all pairs
+  1/0.07 in CLIP. None omits the bias. SigLIP's -10 makes almost all pairs
   negative, as they are; log(1/B) balances the B pairs of a row.
   """
 

@@ -137,9 +137,9 @@ class CrossEntropies:
   Only the cross-entropy has a gradient, and only to the student.
   """
 
-  cross_entropy: Float[Array, "n g v"]  # Of each teacher and student view.
-  entropy: Float[Array, "n g"]  # Of each assignment, in nats.
-  mean_entropy: Float[Array, ""]  # Of the mean assignment of the valid rows.
+  cross_entropy: Float[Array, "n g v"]  # Per pair of teacher and student view.
+  entropy: Float[Array, "n g"]  # Per assignment, in nats.
+  mean_entropy: Float[Array, ""]  # Entropy of the valid rows' mean assignment.
   # Number of prototypes that are the largest assignment of some valid row, over
   # min(K, valid rows).
   used: Float[Array, ""]

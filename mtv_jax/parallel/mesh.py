@@ -77,7 +77,7 @@ def make_mesh(
     for part in slices
   ]
   grid = np.stack(blocks).reshape(*outer, *inner)
-  # Of each axis first the slice, then the index in it.
+  # Per axis, first the slice, then the index within it.
   grid = grid.transpose(0, 3, 1, 4, 2, 5).reshape(whole)
   return Mesh(grid, MESH_AXES, axis_types=types)
 
@@ -137,7 +137,7 @@ def num_batch_shards(mesh: Mesh) -> int:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-  """Raises ConfigError where the mesh does not divide the batch."""
+  """Raises ConfigError if the mesh does not divide the batch."""
   parts = num_batch_shards(mesh)
   if batch_size % parts:
     below = batch_size // parts * parts

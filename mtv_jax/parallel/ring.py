@@ -94,7 +94,7 @@ def ring_pairwise_loss(
   Args:
     rows: split over the devices as the batch is; they are not sent.
     columns: as many; their chunks are sent around the ring.
-    params: of the loss, such as temperature and bias.
+    params: the loss's parameters, such as temperature and bias.
     pair_loss_fn: losses and diagnostics of rows against a chunk of columns.
     merge_fn: merges the diagnostics of two chunks.
     mesh: splits the rows over `data` and `fsdp`.

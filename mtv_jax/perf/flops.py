@@ -36,7 +36,7 @@ from mtv_jax.utils.errors import check_choice
 class Cost(NamedTuple):
   """Cost of a traced function."""
 
-  flops: float  # Of its matrix products and convolutions.
+  flops: float  # FLOPs of its matrix products and convolutions.
   reads: list[bool]  # Which leaves of the arguments the results depend on.
 
 
@@ -133,7 +133,7 @@ class StepFlops:
   """FLOPs of a train step per image."""
 
   parts: dict[str, float]  # Forward and backward.
-  traced: float  # Of the whole step, counted like the parts.
+  traced: float  # FLOPs of the whole step, counted like the parts.
   compiled: float | None  # By XLA, with elementwise operations.
   alone: dict[str, float]  # Of steps of one group of objectives each.
   batch_size: int
@@ -180,7 +180,7 @@ def run(
 
   Args:
     config: as `train` takes it.
-    batch_size: of the counted step; the cost per image hardly depends on it.
+    batch_size: the counted step's; the cost per image hardly depends on it.
     compile: "no", or "whole" for XLA's count as well, see `step_flops`.
   """
   config = schema.check_config(config)

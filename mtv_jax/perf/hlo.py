@@ -51,7 +51,7 @@ class Instruction:
 
   name: str  # Unique in the module.
   opcode: str  # Such as 'fusion' or 'all-gather-start'.
-  shapes: tuple[Shape, ...]  # Of the result; several for a tuple.
+  shapes: tuple[Shape, ...]  # The result's shape; several for a tuple.
   arguments: str  # Text of the operands, or a constant's value.
   text: str  # The rest of the line after the operands.
 
@@ -86,7 +86,7 @@ class Module:
 
   computations: Mapping[str, Computation]  # By name.
   entry: str  # Name of the entry computation.
-  roots: Mapping[str, Instruction]  # Of each computation.
+  roots: Mapping[str, Instruction]  # Root of each computation.
   partitions: int  # Number of devices that run the module.
 
   @functools.cached_property
@@ -245,8 +245,8 @@ class Collective:
   """One collective of a compiled program."""
 
   kind: str  # 'all-gather', 'all-reduce', ...
-  name: str  # Of the instruction.
-  shape: str  # Of the operands on one chip.
+  name: str  # Name of the instruction.
+  shape: str  # Shapes of the operands on one chip.
   result: int  # Bytes of the result on one chip.
   group: int  # Number of chips in the replica group.
   count: float  # Executions per step.

@@ -20,7 +20,7 @@ class Chip:
   """One accelerator, which is one JAX device."""
 
   kind: str  # Such as 'v5e', 'cpu' or 'H100'.
-  hbm_bytes: int | None  # That a program may use; None where it is unknown.
+  hbm_bytes: int | None  # Limit for a program; None if unknown.
   peak_bf16_flops: float | None  # Dense FLOP/s; None if unknown.
   axes: int = 0  # Dimensions of the torus; 0 for no torus.
 
@@ -67,8 +67,8 @@ class Topology:
 
   name: str
   chip: Chip
-  chips: int  # Of all slices.
-  hosts: int  # Of all slices.
+  chips: int  # Total over all slices.
+  hosts: int  # Total over all slices.
   shape: str = ""  # Torus of a slice, such as '16x16'; '' for none.
   slices: int = 1  # Connected by the data-centre network.
   host_bounds: tuple[int, int, int] = (1, 1, 1)  # Chips of a host by axis.

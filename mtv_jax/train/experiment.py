@@ -53,20 +53,20 @@ class TrainStep:
 
   @property
   def mesh(self) -> Mesh:
-    """Of all devices of all processes."""
+    """Mesh of all devices of all processes."""
     return self.program.mesh
 
   @property
   def total_steps(self) -> int:
-    """Of the run."""
+    """Number of steps of the run."""
     return self.length.total_steps
 
   def every(self, name: str, section: ConfigDict) -> int | None:
-    """A duration of a section in steps, None where it has none."""
+    """A duration of a section in steps; None if it has none."""
     return self.length.steps(name, section, default=None)
 
   def require_fields(self, fields: Iterable[str]) -> None:
-    """Raises ConfigError where an objective reads another batch field."""
+    """Raises ConfigError if an objective reads another batch field."""
     for field, readers in self.step_spec.fields().items():
       if field not in fields:
         raise ConfigError(

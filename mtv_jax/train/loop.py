@@ -85,7 +85,7 @@ def prefetch_to_device(
 
 
 def check_finite(step: int, values: Mapping[str, Any]) -> None:
-  """Raises NonFiniteError where the loss or a gradient is not finite."""
+  """Raises NonFiniteError if the loss or a gradient is not finite."""
   watched = ("loss", "grad_norm", "update_norm")
   if not all(math.isfinite(values[name]) for name in watched):
     bad = [k for k, v in values.items() if not math.isfinite(v)]
@@ -163,7 +163,7 @@ class _Trainer:
     # Metrics of the last update, on the devices or fetched, and its objectives.
     self.values: dict[str, Any] = {}
     self.active: tuple[str, ...] = ()
-    self.losses = collections.deque()  # Of the updates in flight.
+    self.losses = collections.deque()  # Losses of the updates in flight.
 
   def run(self) -> TrainState:
     """Trains to the last step."""

@@ -82,7 +82,7 @@ def make_optimizer(
     optim_config: name, lr, weight_decay, clip_norm, rules, and the options of
       the class in `OPTIMIZERS`.
     schedule_config: see `make_schedule`.
-    length: of the run.
+    length: the run's length.
     params: the parameters, or their shapes.
     attention_heads: see `StepSpec.attention_heads`.
 

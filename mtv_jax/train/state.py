@@ -15,7 +15,7 @@ class TrainState:
   step: Int[Array, ""]  # Number of updates done.
   params: PyTree  # `image`, `text` and `heads/NAME`, float32.
   opt_state: Any  # Moments have the parameters' names and shapes.
-  teacher: PyTree  # EMA of `image` and heads; {} where no objective reads it.
+  teacher: PyTree  # EMA of `image` and heads; {} if no objective reads it.
   ema: PyTree  # EMA of all parameters, for evaluation and export, or {}.
   statistics: PyTree  # By objective, such as DINO's centre.
 

@@ -123,7 +123,7 @@ class Program:
 
   @functools.cached_property
   def shardings(self) -> TrainState:
-    """Of the state."""
+    """The sharding of each array of the state."""
     return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
   def _jit(self, function: Any, outputs: Any, **options: Any) -> Any:

@@ -48,7 +48,7 @@ class StepSpec:
   """Everything that the train step computes."""
 
   model: model_lib.ModelSpec
-  dtype: Any  # Of the computation; parameters and losses are float32.
+  dtype: Any  # Computation dtype; parameters and losses are float32.
   objectives: Mapping[str, base.Objective]
   weights: Mapping[str, ObjectiveWeight]
   views: Mapping[str, views_lib.View]
@@ -56,9 +56,9 @@ class StepSpec:
   total_steps: int
   # Options of the towers that change no value (`remat`, `scan`).
   runtime: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  teacher_momentum: float = 0.996  # Of the EMA, at the start.
+  teacher_momentum: float = 0.996  # EMA momentum at the start.
   teacher_end: float | None = None  # After half a cosine; None for constant.
-  ema_decay: float | None = None  # Of all parameters.
+  ema_decay: float | None = None  # EMA of all parameters.
   accumulate: int = 1  # Parts of a batch, encoded one after the other.
   # Names of parameters that are neither differentiated nor updated.
   frozen: frozenset[str] = frozenset()

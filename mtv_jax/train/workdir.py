@@ -22,7 +22,7 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
   it for all, until it exits. File systems that can't lock are trusted.
 
   Raises:
-    ConfigError: it is a file, holds a model that is not a run, or is locked.
+    ConfigError: it is a file, contains a model that is not a run, or is locked.
   """
   if "://" in str(folder):
     # `build_experiment` rejects it; no folder named `gs:` is created here.
@@ -64,6 +64,6 @@ def _require_run(folder: pathlib.Path) -> None:
     return
   if not isinstance(content, dict) or "objectives" not in content:
     raise ConfigError(
-      f"--workdir={folder} holds a config.json that is not a run's (an exported"
-      " model?) and would be replaced. Give another folder."
+      f"--workdir={folder} contains a config.json that is not a run's (an"
+      " exported model?) and would be replaced. Give another folder."
     )

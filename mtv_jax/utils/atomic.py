@@ -158,7 +158,7 @@ def remove_abandoned(folder: pathlib.Path, *, name: str = "") -> int:
   """Removes abandoned temporary files of a folder and returns their number.
 
   Args:
-    folder: of the files.
+    folder: the files' folder.
     name: how the names of the complete files start.
   """
   removed = 0

@@ -41,7 +41,7 @@ def table(rows: Sequence[Sequence[Any]], *, numbers: int | None = None) -> str:
   """A table of plain text: a header, then rows.
 
   Args:
-    rows: of cells, also `Bold` or `Link`.
+    rows: lists of cells: text, `Bold` or `Link`.
     numbers: the first column of numbers, which are aligned to the right.
   """
   lines = []

@@ -68,7 +68,7 @@ def expand_path(
       f" {_describe_folder(Path(missing[0]).parent, suffix)} Add the missing"
       " files, or leave them out of the path (with a glob)."
     )
-  # Not resolve(): one system call a file and component adds up on network
+  # Not resolve(): a system call per file and component adds up on network
   # disks, and the check of the keys detects two links to a file.
   names: set[str] = set()
   for file in files:

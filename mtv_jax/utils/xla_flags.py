@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
-  """Options for `jax.jit` of a program on a mesh; None where none are needed.
+  """Options for `jax.jit` of a program on a mesh; None if none are needed.
 
   With YNNPACK's matrix products, the default of newer releases, towers are 1.25
   times slower than with Eigen's, and several times on shared cores.
@@ -47,7 +47,7 @@ def enable_compilation_cache(choice: str, workdir: str | os.PathLike) -> None:
   Args:
     choice: "auto" for `workdir/compiled`, but no cache on CPUs, where
       compilation is short; "none" for no cache; else a folder.
-    workdir: of the run.
+    workdir: the run's folder.
   """
   if choice == "none":
     jax.config.update("jax_enable_compilation_cache", False)

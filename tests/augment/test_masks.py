@@ -40,7 +40,7 @@ def test_a_fixed_ratio_masks_that_share_exactly(size, ratio):
   patches = (size // 16) ** 2
   assert mask.shape == (256, patches)
   assert set(mask.sum(1)) == {round(ratio * patches)} == {op.count(size)}
-  # Every patch is masked at times; rectangles cover corners least.
+  # Every patch is masked sometimes; rectangles cover corners least.
   assert mask.mean(0).min() > 0.1 * ratio and mask.mean(0).max() < 1
 
 

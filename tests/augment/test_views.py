@@ -75,7 +75,7 @@ def test_crops_agree_with_pillow(shared_data, dtype):
   batch = run(view, canvas, sizes, dtype=dtype)
   assert batch.images.dtype == dtype
   assert 0.2 < np.asarray(batch.flipped).mean() < 0.8
-  # Of which 0.3 are Pillow's two roundings to bytes.
+  # Pillow's two roundings to bytes account for 0.3 of it.
   assert pillow_error(batch, canvas).max() < 0.5
 
 

@@ -69,7 +69,7 @@ def test_a_source_is_never_written_over(native, tmp_path):
   for direction in ("to_hf", "from_hf"):
     with pytest.raises(SystemExit, match="is the source: name"):
       main([direction, str(native), f"{native}/../native"])
-  # Nor is a conversion mixed with one of the other form, which hides it.
+  # A folder never has conversions in two formats: one would hide the other.
   out = tmp_path / "hf"
   main(["to_hf", str(native), str(out)])
   with pytest.raises(

@@ -80,7 +80,7 @@ def test_all_evaluations_beside_a_baseline(folder, tmp_path, capsys):
   out = tmp_path / "out"
   argv = [f"--encoder={folder}", "--encoder=pixels:16/8", "--evals=all"]
   argv += ["--count=6", "--pictures=2", f"--output={out}"]
-  # Of so few scenes no two show a thing of one class.
+  # Among so few scenes, no two show objects of one class.
   argv += ["--set=semantic_correspondence.count=60"]
   for name in ("segmentation", "depth_probe", "linear_probe"):
     argv.append(f"--set={name}.steps=4")
@@ -293,12 +293,12 @@ def test_skipped_is_an_error_only_by_name(register, colours):
     "c can't be run: this encoder has no text tower"
   ]
   assert suite.errors([got], run.plan(["all"])) == []
-  # One reason of several encoders appears once, different ones all.
+  # A reason that encoders share appears once; different reasons all appear.
   line = "c can't be run: this encoder has no text tower"
   assert suite.errors([got, got], plan) == [line]
   lacks = dataclasses.replace(got, skipped={"c": "no depth head"})
   assert suite.errors([got, lacks, got], plan) == [f"{line}; no depth head"]
-  # Another encoder can: the floor beside it just lacks it.
+  # Another encoder can run it: the baseline is merely skipped.
   other = dataclasses.replace(got, skipped={}, results={"c": got.results["a"]})
   assert suite.errors([got, other], plan) == []
 
@@ -311,7 +311,7 @@ def test_data_that_cannot_be_opened_are_errors(register, colours):
   assert got.failed == {"b": "no such folder"}
   assert "b FAILED: no such folder" in said
   assert got.skipped == {"c": "this encoder has no text tower"}
-  # By name, a mistake shows before anything is computed.
+  # If selected by name, a mistake is an error before anything is computed.
   with pytest.raises(FileNotFoundError):
     outcomes_of(run.plan(["a", "b"]), colours)
   with pytest.raises(FileNotFoundError):
@@ -439,7 +439,7 @@ def test_every_evaluation_can_run_in_training():
   for name in base.EVALUATORS:
     options = base.default_options(name)
     assert options["data"] == "scenes", name
-    # A picture costs time, and training shows none.
+    # Sheets cost time, and training draws none.
     assert options.get("pictures", 0) == 0, name
     entry = ConfigDict({"type": name, "every_steps": 5, "data": "scenes"})
     run.build({"mine": entry})

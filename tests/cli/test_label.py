@@ -253,7 +253,7 @@ def write_weights(path):
   with torch.no_grad():
     for parameter in model.parameters():
       parameter.normal_(0.0, 0.2)
-    # Positive, whatever else comes out.
+    # Makes the predicted depth positive.
     model.head.conv3.bias.fill_(9.0)
   model.save_pretrained(path)
   return path

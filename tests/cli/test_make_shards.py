@@ -106,7 +106,7 @@ def test_parquet_of_bytes_raises(tmp_path):
   parquet = pytest.importorskip("pyarrow.parquet")
   rows = pyarrow.table({"image": [b"\xff\xd8"], "caption": ["a"]})
   parquet.write_table(rows, tmp_path / "x.parquet")
-  with pytest.raises(ValueError, match="must hold paths, got bytes"):
+  with pytest.raises(ValueError, match="must contain paths, got bytes"):
     listings.read(tmp_path / "x.parquet")
 
 
@@ -319,7 +319,7 @@ def test_bad_images_leave_gaps_and_are_listed(photos, tmp_path):
   assert (stats["count"], stats["successes"]) == (3, 1)
   assert (stats["failed_to_download"], stats["failed_to_resize"]) == (1, 1)
   source = WebDatasetSource(f"{out}/*.tar")
-  # Rows keep their keys whatever happens to the others.
+  # A row's key does not depend on whether other rows are skipped.
   assert [source[i]["key"] for i in range(3)] == ["000000", "000003", "000012"]
 
 
@@ -351,7 +351,7 @@ def test_output_that_is_a_file_raises(photos, tmp_path):
 def test_a_folder_with_shards_raises(photos, tmp_path):
   shard_writer.write(examples_of(photos), tmp_path / "out")
   with pytest.raises(
-    FileExistsError, match=r"already holds 1 shards \(00000.tar"
+    FileExistsError, match=r"already contains 1 shards \(00000.tar"
   ):
     shard_writer.write(examples_of(photos), tmp_path / "out")
 
@@ -383,7 +383,7 @@ def test_max_side_shrinks_and_keeps_the_rest(photos, tmp_path):
   (photos / "0.jpg").write_bytes(encoded(0, ".png", (100, 40)))
   shard_writer.write(examples_of(photos, 2), tmp_path / "out", max_side=50)
   actual = members(tmp_path / "out" / "00000.tar")
-  # A PNG by its bytes, whatever its name; shrunk, it is a JPEG.
+  # A PNG by its bytes, despite its name; after resizing it is a JPEG.
   meta = json.loads(actual["000000000.json"])
   assert (meta["height"], meta["width"]) == (50, 20)
   assert (meta["original_height"], meta["original_width"]) == (100, 40)
@@ -495,7 +495,7 @@ def test_tool_reports_errors_in_a_line(tmp_path, capsys):
 
 
 def test_readers_of_tars_agree(photos, tmp_path):
-  # What tarfile finds is what the offset index finds.
+  # tarfile and the offset index find the same members.
   shard_writer.write(examples_of(photos), tmp_path / "out", records_per_shard=7)
   source = WebDatasetSource(tmp_path / "out" / "00000.tar")
   data = (tmp_path / "out" / "00000.tar").read_bytes()

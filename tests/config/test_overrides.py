@@ -136,7 +136,7 @@ def test_overrides_of_what_a_file_leaves_out_reach_the_checked_config():
 )
 def test_bad_overrides_name_the_key(assignment, match):
   if match is None:
-    # Nothing wrong in itself: `check` rejects what comes of it.
+    # The override itself is valid: `check` rejects the resulting config.
     with pytest.raises(ConfigError, match="config.seed|config.batch_size"):
       schema.check_config(apply(assignment))
     return

@@ -220,7 +220,7 @@ def test_check_fills_in_defaults_and_settles():
   assert config.evals.zero_shot.to_dict() == {"type": "zero_shot", "topk": 5}
   assert config.ema is None and config.model.text is None
   assert schema.check_config(config).to_dict() == config.to_dict()
-  # And as it comes back from config.json.
+  # The same after a round trip through config.json.
   again = schema.check_config(json.loads(json.dumps(config.to_dict())))
   assert json.dumps(again.to_dict()) == json.dumps(config.to_dict())
 

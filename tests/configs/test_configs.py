@@ -42,7 +42,7 @@ def test_recipes_are_read_by_name():
 @each_tiny
 def test_tiny_needs_nothing_but_the_scenes(file, tmp_path):
   config = schema.read_config(f"{file}:tiny")
-  # Of the whole run, what a laptop's CPU does in a minute.
+  # Few enough examples for a minute on a laptop's CPU.
   assert config.batch_size * config.total_steps <= 20_000
   assert all(source["type"] == "scenes" for source in config.data.train)
   built = build_experiment(config, tmp_path)
@@ -63,7 +63,7 @@ def test_the_whole_recipe_is_a_config(file):
     needs = build_objective(name, entry).resolve(spec, built_views).needs()
     for encoding in needs.encodings:
       assert encoding.tower == "text" or encoding.view in built_views
-  # What is evaluated has the size that the model was trained at.
+  # Evaluations use the image size that the model was trained at.
   if "image" in built_views:
     assert built_views["image"].size == spec.image.image_size
   length = schema.RunLength.from_config(config, examples_per_epoch=100_000)

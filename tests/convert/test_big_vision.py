@@ -180,7 +180,7 @@ def checkpoint():
 def test_every_form_has_equal_parameters(checkpoint, form, tmp_path):
   path = tmp_path / "siglip.npz"
   if form == "scanned":
-    # With an optimizer's state beside the parameters.
+    # The archive has an optimizer's state beside the parameters.
     more = {"opt/0/mu/img/pos_embedding": np.ones((1, 9, 12), np.float32)}
     _save(path, _scanned(checkpoint), **more)
   else:
@@ -223,7 +223,7 @@ def test_features_equal_the_forward_pass(checkpoint, tmp_path):
 
 def test_bfloat16_is_read_from_raw_bytes(checkpoint, tmp_path):
   half = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), checkpoint)
-  # As np.savez stores bfloat16: two raw bytes.
+  # np.savez stores bfloat16 as two raw bytes.
   raw = jax.tree.map(lambda x: x.view("V2"), half)
   ours = big_vision.read(_save(tmp_path / "half.npz", raw))
   want = half["txt"]["Embed_0"]["embedding"].astype(np.float32)

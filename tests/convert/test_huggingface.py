@@ -195,7 +195,7 @@ def test_text_towers_and_logits_equal_transformers(kind, tmp_path):
   rng = np.random.default_rng(2)
   pixels = rng.normal(size=(3, 64, 64, 3)).astype(np.float32)
   tokens = rng.integers(3, 90, (4, 12)).astype(np.int32)
-  # Ends at different places, and padding after them.
+  # The texts end at different positions, followed by padding.
   for row, end in enumerate((3, 6, 11, 8)):
     tokens[row, end:] = 98
   image = _image(ours, pixels)

@@ -129,7 +129,7 @@ def test_round_trip_is_identical(spec, params, tmp_path):
   assert back.tokenizer.build().clean == "canonicalize"
   _assert_same(back.params, params)
 
-  # And through a native folder and out again.
+  # The same after a round trip through a native folder.
   again = huggingface.read(native.write(tmp_path / "b", back))
   assert again == dataclasses.replace(back, params=again.params)
   _assert_same(again.params, params)
@@ -223,7 +223,7 @@ def _assert_equal_logits(folder, images, texts):
   np.testing.assert_array_equal(
     tokenizer.encode(texts, back.spec.text.length), ids
   )
-  # One device: on the tests' eight, a large model would be held eight times.
+  # One device: the tests' eight would each store a copy of a large model.
   mesh = make_mesh({"data": 1}, jax.devices()[:1])
   encoder = Encoder(back.spec, back.params, preprocess, tokenizer, mesh)
   pooled = encoder.image(images, outputs=("pooled",), batch_size=8).pooled
@@ -286,7 +286,7 @@ def test_torchvision_pixels_are_near(photos, export):
   preprocess = Preprocess.from_dict(PREPROCESS)
   ours = np.stack([preprocess(photo) for photo in photos])
   difference = np.abs(np.moveaxis(np.asarray(theirs), 1, -1) - ours)
-  # It rounds once where Pillow rounds twice: one grey level, here and there.
+  # It rounds once where Pillow rounds twice: a few pixels differ by one level.
   assert difference.max() <= 1.01 / 127.5
   assert (difference > 1e-4).mean() < 0.03
 

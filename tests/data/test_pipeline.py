@@ -100,7 +100,7 @@ def test_batch_has_shapes_and_dtypes_of_fields():
 
 @pytest.mark.parametrize("shuffle", ["global", "block", "none"])
 def test_every_epoch_has_every_record_once_in_a_new_order(shuffle):
-  # 37 is no multiple of 8: epochs end inside batches.
+  # 37 is not a multiple of 8: epochs end inside batches.
   batches = take(3 * 37 // 8 + 1, [Numbers("n", 37)], shuffle=shuffle)
   rows = [n for batch in batches for n in numbers(batch)]
   epochs = [rows[i : i + 37] for i in (0, 37, 74)]
@@ -226,7 +226,7 @@ def test_block_shuffle_keeps_neighbours_together():
   for epoch in range(3):
     rows = [shuffled[epoch * 445 + i] for i in range(445)]
     assert sorted(rows) == list(range(445))
-    # Of 16 blocks three are mixed at a time; 64 rows touch three such sets.
+    # Three of 16 blocks are mixed at a time; 64 rows touch three such sets.
     starts = sorted(
       {a for lo, hi in zip([0, *shards], shards, strict=False)
        for a in range(lo, hi, 32)}
@@ -272,7 +272,7 @@ def test_too_many_bad_records_stop_the_run():
       CorruptDataError, match=r"(?s)max_corrupt allows 1\.00%.*n/n-"
     ),
   ):
-    # One in 50; at 1000 records read, not before.
+    # One in 50 records is bad; checked once 1000 records are read.
     for _ in range(9):
       next(batches)
     for _ in range(20):
@@ -303,7 +303,7 @@ def test_no_good_record_at_all():
 
 
 class Broken(Numbers):
-  """Fails at record 3 with what is no fault of the record."""
+  """Raises an error at record 3 that is not the record's fault."""
 
   def __getitem__(self, i: int) -> dict:
     if i == 3:

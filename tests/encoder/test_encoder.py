@@ -55,7 +55,7 @@ SPEC = models.ModelSpec(
 
 @pytest.fixture(scope="module")
 def params():
-  # Drawn and not initialised: no leaf is zero, and nothing is compiled.
+  # Random instead of initialised: no leaf is zero, and nothing is compiled.
   rng = np.random.default_rng(1)
   params = jax.tree.map(
     lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32),
@@ -152,7 +152,7 @@ def test_text_on_one_device_and_eight(single, encoder, params):
 def test_sharded_parameters_give_the_same(params, features, images):
   mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   sharded = jax.device_put(params, tree_shardings(params, mesh))
-  # No mesh given: that of the parameters.
+  # Without a mesh, the parameters' mesh is used.
   live = Encoder(SPEC, sharded, Preprocess(size=32, mean=MEAN, std=STD))
   assert live.mesh == mesh
   leaves = zip(
@@ -215,7 +215,7 @@ def test_pil_files_equal_their_bytes(encoder, images, make):
     out = encoder.image([opened, file.getvalue()], outputs=("pooled",)).pooled
     plain = np.asarray(opened.convert("RGB"))
   np.testing.assert_array_equal(out[0], out[1])
-  # And not as Pillow alone would have it.
+  # Pillow alone would give another result.
   other = encoder.image([plain], outputs=("pooled",)).pooled
   assert np.abs(other[0] - out[0]).max() > 1e-3
 
@@ -370,7 +370,7 @@ def test_floats_and_lists_are_the_same_pixels(encoder, dense, tall):
   floats = [image.astype(np.float32) for image in tall]
   again = encoder.dense(floats)
   np.testing.assert_array_equal(again.patches, dense.patches)
-  # And are not rounded.
+  # Values are not rounded.
   other = encoder.dense([image + np.float32(0.4) for image in floats])
   assert np.abs(other.patches - dense.patches).max() > 1e-4
 

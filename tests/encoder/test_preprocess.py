@@ -49,7 +49,7 @@ def test_without_antialias_two_neighbours_are_read():
   preprocess = Preprocess(
     size=2, antialias=False, mean=(0.0,) * 3, std=(1.0,) * 3
   )
-  # Centres at 0.25 and 0.75 of 8 pixels: 1.5 and 5.5, half of two neighbours.
+  # Centres at 0.25 and 0.75 of 8 pixels (1.5 and 5.5): means of two neighbours.
   want = np.array([1.5, 5.5]) * 30 / 255
   np.testing.assert_allclose(preprocess(image)[0, :, 0], want, atol=1e-6)
 

@@ -118,7 +118,7 @@ def test_depth_is_the_encoders(encoder, images):
   for outcome, wanted in zip(outcomes, encoder.depth(images), strict=True):
     want = label_values.make_depth(wanted, side=16).label
     assert len(np.unique(want.values)) > 100
-    # One part in 65,535, and the rounding of another order of the same sums.
+    # One part in 65,535, and rounding from a different order of summation.
     np.testing.assert_allclose(
       outcome.label.values.astype(int), want.values.astype(int), atol=4
     )
@@ -153,7 +153,7 @@ def test_boxes_are_the_locators_and_scores_the_losses(
     texts = normalize(encoder.text(queries[i]))
     cosine = (regions[i, :count] * texts).sum(axis=1)
     scores = 1 / (1 + np.exp(-(scale * cosine + bias)))
-    # Near ties may be in another order.
+    # Near ties may be ordered differently.
     assert (np.diff(outcome.label.scores) <= 0).all()
     assert np.ptp(scores) > 1e-3
     order = [queries[i].index(phrase) for phrase in outcome.label.phrases]

@@ -27,6 +27,6 @@ def test_gathered_parameters_are_not_saved_for_the_backward_pass(remat, dtype):
   program = jax.jit(jax.grad(loss)).lower(stack, x.astype(dtype)).compile()
   text = program.as_text()
   for shape, part in (("32,96", "4,96"), ("32,64", "4,64"), ("64,32", "64,4")):
-    # A layer's is gathered, and all layers' are only there in parts.
+    # One layer's parameter is gathered; that of all layers stays sharded.
     assert f"[{shape}]" in text and f"[{depth},{part}]" in text
     assert f"[{depth},{shape}]" not in text

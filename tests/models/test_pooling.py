@@ -13,7 +13,7 @@ TOKENS = jax.random.normal(jax.random.key(0), (2, 5, 16))
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_map_pool_gradients_compile_with_the_step_options(dtype):
-  """One query's gradient in bfloat16 was a product that CPUs rejected."""
+  """One query's gradient in bfloat16 used a product that CPUs lack."""
   pool = MapPool(heads=2, mlp_dim=8, dtype=jnp.dtype(dtype))
   variables = pool.init(jax.random.key(1), TOKENS)
 

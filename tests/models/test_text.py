@@ -91,7 +91,7 @@ def test_pools(params_of):
     # Row 1 has no such token: argmax of nothing is the first, as in
     # transformers.
     ("eos", 39, [[2], [0], [8]]),
-    # The rule of CLIP's first configurations: the highest id.
+    # CLIP's first configurations pool at the highest id.
     ("eos", 2, [[2], [int(jnp.argmax(tokens[1]))], [8]]),
   ):
     spec = dataclasses.replace(SIGLIP, pool=pool, eos_id=eos_id)
@@ -115,7 +115,7 @@ def test_causal(params_of):
     two = encode(spec, params, other).tokens
     assert np.array_equal(one[:, :6], two[:, :6]) == same
     assert np.abs(one[:, 6:] - two[:, 6:]).max() > 1e-3
-  # So a causal tower of a shorter input is the longer one's beginning.
+  # A causal tower's outputs for a prefix are the first of the whole input's.
   short = encode(CLIP, params_of(CLIP), tokens[:, :7]).tokens
   long = encode(CLIP, params_of(CLIP), tokens).tokens
   np.testing.assert_allclose(short, long[:, :7], atol=1e-5)

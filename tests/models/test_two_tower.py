@@ -171,7 +171,7 @@ def test_variants_have_the_published_size(variant, fields, published):
   config = {"variant": variant, "pool": "cls", **fields}
   params = model_lib.abstract_params(ModelSpec.from_config(config))["image"]
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  # They give the CLS token a position of its own.
+  # They have a position embedding for the CLS token.
   assert count + params["cls_token"].size == published
 
 
@@ -196,7 +196,7 @@ def test_from_config():
     "remat": "dots",
     "scan": True,
   }
-  # What is given wins over the variant; a CLS pool brings its token.
+  # Given values override the variant's; a CLS pool adds a CLS token.
   spec = ModelSpec.from_config(
     {"variant": "mu/16", "depth": 5, "pool": "cls", "projection": 10}
     | {"text": {"variant": "Ti", "length": 7}}
@@ -303,7 +303,7 @@ def test_init(initialised):
     np.testing.assert_allclose(np.std(array), std, rtol=0.15)
   assert not np.any(blocks["attention"]["qkv"]["bias"])
   assert np.all(blocks["norm1"]["scale"] == 1)
-  # Layers differ, and so do the towers.
+  # Layers and towers have different parameters.
   kernel = blocks["mlp"]["fc1"]["kernel"]
   assert np.abs(kernel[0] - kernel[1]).max() > 0.01
   assert np.abs(kernel - text["blocks"]["mlp"]["fc1"]["kernel"]).max() > 0.01
@@ -314,7 +314,7 @@ def test_towers_of_a_config(initialised):
   spec, params = initialised
   options = model_lib.runtime(CONFIG)
 
-  # Compiled without much ado: it runs once.
+  # Compiled with few optimisations, as it runs once.
   @functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0}
   )

@@ -258,7 +258,7 @@ def test_keep_of_all_patches_equals_no_keep(params_of):
   full = encode(DINOV2, params, images)
   encoded = encode(DINOV2, params, images, keep=keep)
   np.testing.assert_allclose(encoded.patches, full.patches, atol=1e-6)
-  # Positions are of the patch: another order gives the same tokens.
+  # Positions follow the patches: another order gives the same tokens.
   order = np.random.default_rng(0).permutation(16)
   shuffled = encode(DINOV2, params, images, keep=keep[:, order])
   np.testing.assert_allclose(
@@ -277,7 +277,7 @@ def test_dropped_and_masked_patches_do_not_affect_the_output(params_of):
     pair = [encode(DINOV2, params, x, **kwargs) for x in (images, other)]
     return np.abs(pair[0].pooled - pair[1].pooled).max()
 
-  # As many patches each time, so that one program serves: 7 twice, no 6.
+  # The same count each time, so that it compiles once: 7 twice, no 6.
   assert change(keep=everything.at[:, 6].set(7)) == 0
   assert change(keep=everything) > 1e-3
   assert change(mask=nothing.at[:, 6].set(True)) == 0

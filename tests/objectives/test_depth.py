@@ -129,7 +129,7 @@ def test_losses_equal_numpy(case):
   # A batch of one.
   ssi, gradient = losses(*(jnp.asarray(x)[None] for x in CASES[case]))
   if case in ("one valid", "none valid", "flat label"):
-    # Nothing to learn from such a label: it counts as none.
+    # Such a label carries no information and is ignored.
     assert ssi == gradient == _errors(p[None], d[None], valid[None]).labelled
     assert ssi == 0
     return
@@ -176,7 +176,7 @@ def test_errors_are_invariant_to_scale_and_shift(a, b):
   p, d, valid = (x[None] for x in CASES["some valid"])
   expected = np.asarray(losses(p, d, valid))
   np.testing.assert_allclose(losses(a * p + b, d, valid), expected, rtol=1e-4)
-  # A loss of the same value at every scale has a slope of its inverse.
+  # If the loss is invariant to scale, its gradient is inverse to the scale.
   np.testing.assert_allclose(
     a * slope(a * p + b, d, valid), slope(p, d, valid), rtol=1e-2, atol=1e-4
   )
@@ -364,7 +364,7 @@ def test_labels_are_cropped_and_flipped_like_the_view():
   expected = (label[0, 4:, :4][:, ::-1].astype(float) - 1) / 65534
   assert valid.all()
   np.testing.assert_allclose(values[0], expected, atol=1e-6)
-  # 0 is no label and not the farthest.
+  # 0 means no label, not the farthest depth.
   values, valid = geometry.crop_depth(jnp.zeros((1, 8, 8), jnp.uint16), view, 4)
   assert not valid.any()
   assert not values.any()

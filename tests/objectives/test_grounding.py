@@ -14,7 +14,7 @@ from mtv_jax.objectives import base, grounding, pairwise
 
 def regions(n=7, seed=0, **changes):
   rng = np.random.default_rng(seed)
-  # What float32 holds exactly, so that both sides compute with the same.
+  # Exact in float32, so that both sides compute with the same values.
   region, text = np.float64(
     np.float32(samples.unit(rng.normal(size=(2, n, 5))))
   )

@@ -294,7 +294,7 @@ def test_regression_counts_one_region_per_phrase():
   batch["box_phrase_id"][:3] = [[1, 2, 1, 1, 2], [5, 5, 5, 6, 5], range(5)]
   (loss, (terms, loss_inputs)), _ = run(FULL, params_of(FULL), batch)
   assert loss_inputs.valid.sum() == 14
-  # Those that are left come first.
+  # The remaining regions come first.
   np.testing.assert_array_equal(loss_inputs.phrase_id[1], [5, 5, 6, 5, 5])
   sole = np.zeros((4, 5), bool)
   sole[0, [0, 1]] = sole[1, [0, 2]] = sole[2] = True
@@ -462,7 +462,7 @@ def test_train_step_with_the_contrastive_loss():
     error = np.linalg.norm(parts[name] - expected)
     assert error <= 1e-5 * np.linalg.norm(expected) + 1e-7, name
 
-  # Without a box it trains as contrast alone does.
+  # Without boxes it trains like contrast alone.
   blank = batch | {"box_valid": np.zeros_like(batch["box_valid"])}
   _, _, without = loss_and_gradients(both, params, blank)
   contrast = make_spec("contrastive")

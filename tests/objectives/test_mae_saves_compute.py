@@ -85,7 +85,7 @@ def test_a_masked_step_takes_less_than_half_the_time():
     "unmasked": make_step(Unmasked, crop, batch),
   }
   spent = {name: [] for name in runs}
-  # One after the other in turn, and in seconds of the processor: a busy machine
+  # In alternating order, and in processor seconds: a busy machine
   # then slows both alike, and stretches neither.
   for _ in range(ROUNDS):
     for name, (update, state) in list(runs.items()):

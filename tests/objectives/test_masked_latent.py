@@ -152,7 +152,7 @@ def test_a_crop_has_the_same_weight_at_any_mask_ratio():
 )
 def test_sharded_equals_single_device(target):
   objective = make(target=target, chunk=2)
-  # The first devices have no masked patch at all.
+  # The first devices have no masked patch.
   counts = np.random.default_rng(0).integers(0, 5, size=(16, 2))
   counts[:4] = 0
   samples.assert_same_on_meshes(
@@ -167,7 +167,7 @@ def test_sharded_equals_single_device(target):
 def masked_loss_inputs(objective, mask):
   """LossInputs of patches whose vectors identify their position."""
   rows, crops, patches = (1, 1, 4) if mask is None else mask.shape
-  # One direction a patch, so that the head keeps them apart.
+  # One direction per patch, so that the head separates them.
   x = jnp.broadcast_to(jnp.eye(patches, 5), (rows, crops, patches, 5))
   output = type("Output", (), {"patches": x})
   view_batch = views.ViewBatch(images=None, box=None, flipped=None, mask=mask)
@@ -212,7 +212,7 @@ def test_number_of_gathered_patches_is_the_views_maximum():
   ops = "crop(32, 0.4, 1.0)|blocks(0.1, 0.25, 0.5, patch=8)"
   seen = views.build_views({"global": dict(count=2, ops=ops)})
   objective = make().resolve(spec, seen)
-  # Of the two crops one is masked.
+  # One of the two crops is masked.
   assert objective.max_masked == 4
   mask = jnp.zeros((2, 2, 16), bool)
   mask = mask.at[0, 0, jnp.array([0, 7, 15])].set(True)

@@ -65,7 +65,7 @@ def test_targets_have_no_mean_and_unit_variance():
   rng = np.random.default_rng(1)
   pixels = rng.normal(size=(3, 48)) * [[1.0], [0.01], [0.0]] + 0.5
   result = masked_pixels.normalize_patches(jnp.asarray(pixels, jnp.float32))
-  # The last patch is flat: float32 leaves it nothing but zeros.
+  # The last patch is constant: normalised in float32, it is zero.
   np.testing.assert_allclose(
     result, numpy_normalised(pixels), rtol=1e-4, atol=1e-5
   )

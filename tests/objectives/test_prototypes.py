@@ -47,7 +47,7 @@ def test_sinkhorn_equals_numpy_on_the_valid_rows(iterations, chunk):
   )
   expected = masked_sinkhorn(logits, valid, iterations)
   np.testing.assert_allclose(actual[valid], expected[valid], rtol=1e-5)
-  # Rows that don't count still get one, in case something reads it.
+  # Invalid rows get an assignment too, in case something reads it.
   np.testing.assert_allclose(actual.sum(-1), 1.0, rtol=1e-5)
 
 
@@ -115,7 +115,7 @@ def test_edges_are_finite_in_value_and_gradient(case, target, chunk):
     np.testing.assert_allclose(result.entropy, np.log(6), rtol=1e-5)
     np.testing.assert_allclose(result.mean_entropy, np.log(6), rtol=1e-5)
   if case == "one row" and target == "sinkhorn":
-    # One row has to fill every prototype alike.
+    # A single row is assigned to all prototypes equally.
     np.testing.assert_allclose(result.entropy, np.log(6), rtol=1e-5)
 
 

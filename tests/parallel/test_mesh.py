@@ -132,7 +132,7 @@ def test_shard_batch_splits_over_data_and_fsdp():
   assert sharded.sharding.shard_shape(sharded.shape) == (2, 2)
 
 
-def test_sharding_table_counts_bytes_a_device():
+def test_sharding_table_counts_bytes_per_device():
   mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
   shapes = _abstract()
   sharded = tree_shardings(shapes, mesh)
@@ -158,7 +158,7 @@ class Fake:
 
 def fakes(count=8, slices=2):
   size = count // slices
-  # In another order, as none is guaranteed.
+  # In a different order, as no order is guaranteed.
   return [Fake(i, i // 2, i // size) for i in reversed(range(count))]
 
 

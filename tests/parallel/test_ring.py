@@ -41,7 +41,7 @@ def random_loss_inputs(name, rows=16, width=8):
   return grounding.LossInputs(
     region=unit(region),
     text=unit(text),
-    # Of five phrases, so that most come again on other devices.
+    # Five phrases, so that most repeat on other devices.
     phrase_id=jnp.asarray(rng.integers(0, 5, (rows, 2)), jnp.uint32),
     valid=jnp.asarray(valid),
     boxes=jnp.zeros((rows, 2, 4)),
@@ -130,7 +130,7 @@ def test_softmax_in_a_ring_or_an_unknown_method_raises():
 
 
 def temporaries(name, method, devices, rows=64):
-  """Bytes a device of the loss and its gradients, at `rows` a device."""
+  """Bytes per device of the loss and its gradients, at `rows` per device."""
   mesh = mesh_of((devices, 1, 1))
   split = NamedSharding(mesh, BATCH_SPEC)
   whole = NamedSharding(mesh, PartitionSpec())
@@ -151,6 +151,6 @@ def temporaries(name, method, devices, rows=64):
 def test_ring_memory_does_not_grow_with_the_devices(name):
   ring_bytes = [temporaries(name, "ring", n) for n in (2, 4, 8)]
   gathered = [temporaries(name, "gathered", n) for n in (2, 4, 8)]
-  # A chunk of 64 columns is 4 kB: of regions, two an image, 8 kB.
+  # A chunk of 64 columns is 4 kB; with two regions per image it is 8 kB.
   assert max(ring_bytes[1:]) <= ring_bytes[0] + 2 * 8192, ring_bytes
   assert gathered[2] > 2.5 * gathered[0], gathered

@@ -75,7 +75,7 @@ def test_a_checkpoint_of_another_shape_is_rejected_by_name(trained):
   other.model.width = 64
   with pytest.raises(ValueError, match="mlp/fc1/kernel"):
     train(other, workdir)
-  # What was rejected left no trace.
+  # The rejected config left no files.
   assert (
     json.loads((workdir / "config.json").read_text())["model"]["width"]
     == smallest().model.width
@@ -139,7 +139,7 @@ def test_caption_length_must_equal_the_text_length(tmp_path, length):
 def test_sources_smaller_than_their_share_of_a_batch_warn(
   tmp_path, caplog, size, warned
 ):
-  # Of 50 and 30 records, with weights 1 and 0.5.
+  # The sources have 50 and 30 records and weights 1 and 0.5.
   log_experiment(build_experiment(smallest(batch_size=size), tmp_path))
   actual = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
   assert len(actual) == len(warned)

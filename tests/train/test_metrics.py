@@ -67,7 +67,7 @@ def test_chrono_excludes_compilation_and_pauses():
     eta=89.0,
     core_hours=10 * 4 / 3600,
   )
-  # The next window is its own; the ETA follows the session's mean.
+  # The next window starts anew; the ETA uses the session's mean.
   take_steps(chrono, clock, 10, wait=0, compute=3)
   rates = chrono.rates(21)
   assert rates.images_per_second == pytest.approx(8 / 3)

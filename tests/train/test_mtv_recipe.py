@@ -65,7 +65,7 @@ def compiled(shape, names=None):
   spec = tiny_mtv.built() if names is None else tiny_mtv.built().only(names)
   sizes = dict(zip(MESH_AXES, shape, strict=True))
   mesh = make_mesh(sizes, jax.devices()[: math.prod(shape)])
-  # The state is the whole recipe's, whatever is computed of it.
+  # The state is the whole recipe's, even if only a part is computed.
   program = make_program(tiny_mtv.built(), optax.sgd(0.1), mesh)
   state = program.init(params())
 
@@ -217,7 +217,7 @@ def test_step_flops_are_the_sum_of_their_parts():
   assert cost.share < 0.95
   rest = tuple(n for n in tiny_mtv.built().objectives if n != "depth")
   less = flops.step_flops(tiny_mtv.built().only(rest), spec, optax.sgd(0.1))
-  # Its head goes, and nothing else: grounding reads the same encoding.
+  # Only its head disappears: grounding reads the same encoding.
   assert cost.traced - less.traced == pytest.approx(
     cost.parts["heads of depth"] + cost.parts["loss of depth"], rel=1e-3
   )
@@ -242,7 +242,7 @@ def test_prototypes_in_chunks_cost_more_flops_and_no_less():
     )
     return flops.step_flops(spec, batch, optax.sgd(0.1)).traced
 
-  # Logits of the student: twice; of the teacher: once more an iteration.
+  # The student's logits twice; the teacher's once more per iteration.
   assert traced(16) > traced(None)
 
 

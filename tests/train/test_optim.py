@@ -174,7 +174,7 @@ def test_adafactor_factors_and_keeps_momentum():
 
 
 def test_adafactor_second_moment_keeps_moving():
-  # With the cap at 0 the second moment is the last gradient's own square.
+  # With the cap at 0 the second moment is the last gradient squared.
   params = {"kernel": jnp.ones(3)}
   tx = build({"name": "adafactor", "b2": 0.0, "b1": 0.0}, params=params).tx
   grads = [{"kernel": jnp.array(g)} for g in ([1.0, 2, 3], [9.0, -8, 7])]
@@ -205,7 +205,7 @@ def test_frozen_parameters_stay_bit_equal_and_have_no_moments():
     assert moved == (not name.startswith("image/"))
   moments = [n for n, x in flatten_with_names(state) if x.ndim]
   assert moments and not [n for n in moments if "image" in n]
-  # Nor do their gradients share in the norm that clips the others'.
+  # Their gradients do not count in the norm for clipping, either.
   zeroed = [
     {**grad, "image": jax.tree.map(np.zeros_like, grad["image"])}
     for grad in GRADS

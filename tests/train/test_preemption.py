@@ -149,7 +149,7 @@ def test_all_processes_save_the_same_step_after_sigterm_to_one(tmp_path, count):
 def test_sigterm_to_the_data_workers_too_saves_a_checkpoint(
   tmp_path, monkeypatch, after, saved, message
 ):
-  """As where a scheduler signals a whole job: the data ends before a step."""
+  """A scheduler signals the whole job, so the data ends before a step."""
   original = prefetch_to_device
 
   def ended(*args):

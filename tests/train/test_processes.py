@@ -67,7 +67,7 @@ def test_four_processes_resume_a_run_of_two(single, tmp_path):
   workdir = tmp_path / "run"
   keep = "--config.checkpoint.keep=8"
   together(workdir, 2, keep, devices=2, arg="steps=8,save=1")
-  # As if the two had been stopped after four steps.
+  # As if the two processes had been stopped after four steps.
   for step in (5, 6, 7, 8):
     shutil.rmtree(workdir / "checkpoints" / str(step))
   together(workdir, 4, arg=ARG)
@@ -84,7 +84,7 @@ def test_compilation_cache_is_reused(tmp_path):
   for name in ("a", "b"):
     arg = "steps=2,save=2"
     trainings.train(tmp_path / name, f"--compile_cache={cache}", arg=arg)
-    # Found by the second run, which would add its own otherwise.
+    # The second run finds it; otherwise it would add its own.
     assert len(updates()) == 1
   seconds = [_timing(tmp_path / name)["compile"] for name in ("a", "b")]
   assert seconds[1] < seconds[0]

@@ -78,7 +78,7 @@ def test_resume_after_sigkill_during_a_save_is_bit_exact(
       if path.is_dir() and path.exists()
     )
 
-  # The second save: there is an older checkpoint to fall back to.
+  # At the second save an older checkpoint exists to fall back to.
   process = trainings.launch(workdir)
   kill_when(
     process, lambda: (folder / "4").exists() and _quietly(being_written)

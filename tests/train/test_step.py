@@ -64,7 +64,7 @@ def make_batch(rows=16):
     "image": rng.integers(0, 256, (rows, 24, 24, 3), dtype=np.uint8),
     "image_size": np.full((rows, 2), 24, np.int32),
     "caption": rng.integers(2, 32, (rows, 8), dtype=np.int32),
-    # Uneven over the devices: the last ones have nothing to contrast.
+    # Uneven over the devices: the last devices have no pairs.
     "caption_valid": np.arange(rows) < rows - 3,
   }
 
@@ -321,7 +321,7 @@ def test_accumulated_gradients_equal_the_whole_batch(parts):
   mesh = make_mesh(dict(data=2), jax.devices()[:2])
   program = make_program(spec, optax.sgd(0.1), mesh)
   params = init_params(spec, jax.random.key(1))
-  # Away from its teacher, where the gradient of PullToTeacher is not special.
+  # Away from the teacher, where the gradient of PullToTeacher is not zero.
   state = program.init(params)
   batch = shard_batch(make_batch(), mesh)
 
@@ -363,7 +363,7 @@ WHOLE = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", WHOLE, ids=str)
 def test_no_activation_is_all_gathered(shape):
-  """Of the compiled step: what the devices hand to all is small."""
+  """All-gathers of the compiled step are small."""
   mesh = mesh_of(shape)
   spec = tiny_mtv.built()
   program = make_program(spec, optax.sgd(0.1), mesh)

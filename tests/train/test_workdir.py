@@ -62,7 +62,7 @@ def test_folders_of_other_content_are_rejected(tmp_path):
   ):
     pass
   assert [p.name for p in model.iterdir()] == ["config.json"]
-  # One that a crash truncated is written again.
+  # A file that a crash truncated is written again.
   (model / "config.json").write_text('{"batch')
   with workdir.lock_workdir(model):
     pass

@@ -58,13 +58,13 @@ def test_owners():
   mine = atomic.current_process()
   assert Owner.parse(str(mine)) == mine and not mine.is_dead
   assert Owner.parse("x") is None and Owner.parse("a-b-c") is None
-  # Another machine's processes can't be seen.
+  # Another machine's processes are not visible.
   assert not Owner("00000000", 999_999_999, "0").is_dead
   assert not Owner(mine.machine, os.getppid(), "0").is_dead
   process = subprocess.Popen([sys.executable, "-c", ""])
   process.wait()
   assert Owner(mine.machine, process.pid, "0").is_dead
-  # A process of this number that was there before.
+  # An earlier process with the same id.
   assert Owner(mine.machine, mine.pid, "0").is_dead
 
 

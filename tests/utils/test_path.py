@@ -49,7 +49,7 @@ def test_braces_multiply_and_keep_zeros(tmp_path):
   assert names(expand_path(f"{tmp_path}/{{9..10}}.tar")) == ["9.tar", "10.tar"]
 
 
-def test_brackets_of_an_existing_name_are_no_glob(tmp_path):
+def test_brackets_of_an_existing_name_are_not_a_glob(tmp_path):
   (tmp_path / "a[1].tar").touch()
   assert names(expand_path(tmp_path / "a[1].tar")) == ["a[1].tar"]
 
@@ -88,7 +88,7 @@ def test_many_missing_shards_are_not_all_printed(folder):
 )
 def test_no_match(folder, pattern, message):
   with pytest.raises(FileNotFoundError, match=message):
-    # Not in the fixture, whose names are counted.
+    # Not in the fixture, since tests count its files.
     if pattern.startswith("empty"):
       (folder / "empty").mkdir()
     expand_path(f"{folder}/{pattern}")

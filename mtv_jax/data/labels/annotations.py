@@ -69,7 +69,7 @@ def write(
   """Writes the labels of all unfinished shards.
 
   Args:
-    writer: of the label set.
+    writer: writes the label set.
     annotate: the label of a record; called by several threads.
     progress: called with the number of finished records and of all.
   """
@@ -141,7 +141,7 @@ class Instances:
 
   Args:
     paths: instances_*.json files.
-    match: of records by "name" (of the file, without folder and suffix),
+    match: join records by "name" (the file's, without folder and suffix),
       "image_id" or "key" (equal to the name).
   """
 
@@ -246,7 +246,7 @@ class DepthImages:
   # Divisor of the values: 1000 for millimetres, 256 for KITTI.
   scale: Annotated[float | int, Range(above=0)] = 1.0
   invalid: Sequence[int] = (0,)  # Values that mark a missing measurement.
-  side: Annotated[int, Range(min=2)] = 128  # Of the label, in pixels.
+  side: Annotated[int, Range(min=2)] = 128  # The label's side, in pixels.
   min_valid: Annotated[int, Range(min=2)] = label_values.MIN_VALID
 
   def __post_init__(self):

@@ -53,7 +53,7 @@ class JoinedLabels(abc.ABC):
     """The label of record `i`.
 
     Raises:
-      BadRecord: the label is damaged.
+      BadRecord: the label is corrupt.
       LabelError: it is of another record.
     """
     try:
@@ -106,7 +106,7 @@ def join_labels(
   """The source with the label sets that an entry of `data.train` names.
 
   Args:
-    source: of any type for a join by key; otherwise of files.
+    source: any source for a join by key; otherwise a source of files.
     labels: by kind the folder of a set, or the options of `open_labels`.
     fields: the fields that are read; None for all. Sets of other fields are
       not opened; without any set the source is returned unchanged.

@@ -102,15 +102,15 @@ class LabelSet:
     for file, count, expected in zip(files, counts, self.counts, strict=True):
       if count != expected:
         raise LabelError(
-          f"{file} holds {count} labels, {MANIFEST} lists {expected}: they are"
-          " of different sets. Write the set again."
+          f"{file} contains {count} labels, {MANIFEST} lists {expected}: they"
+          " belong to different sets. Write the set again."
         )
 
   def __len__(self) -> int:
     return sum(self.counts)
 
   def read(self, shard: int, at: int) -> Stored:
-    """Label `at` of a shard; a BadRecord if its bytes are damaged."""
+    """Label `at` of a shard; a BadRecord if its bytes are corrupt."""
     where = f"{self.folder.name}/{self._files[shard].name}:{at}"
     data = array_record.read_bytes(self._readers.get(shard), at, where=where)
     return label_values.decode(data, kind=self.kind, where=where)
@@ -162,7 +162,7 @@ def _load_manifest(folder: Path, kind: str) -> tuple[Mapping[str, Any], str]:
     )
   if stored != kind:
     raise LabelError(
-      f"{folder} holds labels of kind {stored!r}, given as {kind!r}. Write"
+      f"{folder} contains labels of kind {stored!r}, given as {kind!r}. Write"
       f" labels=dict({stored}={str(folder)!r})."
     )
   return manifest, hash_bytes(data)

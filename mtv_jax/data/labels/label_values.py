@@ -230,7 +230,7 @@ def decode(data: bytes, *, kind: str, where: str) -> Stored:
   """Deserializes a label.
 
   Raises:
-    BadRecord: at `where`, damaged bytes or a label of another kind.
+    BadRecord: at `where`, corrupt bytes or a label of another kind.
   """
   unpack = {"depth": _unpack_depth, "boxes": _unpack_boxes}[kind]
   invalid = (ValueError, TypeError, KeyError, msgpack.UnpackException)

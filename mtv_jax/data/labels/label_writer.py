@@ -2,7 +2,7 @@
 
 A shard's statistics are its last file, and the manifest is the last file of
 the set: an interrupted run resumes with the unfinished shards, and several
-processes can write different ones. Files hold no time, host or order of
+processes can write different ones. Files contain no time, host or order of
 writing, so that the same labels are the same bytes.
 """
 
@@ -127,7 +127,7 @@ class LabelWriter:
       )
     if self.out.resolve() in {f.resolve().parent for f in self.base.files}:
       raise InputError(
-        f"{self.out} holds the shards themselves: give another folder."
+        f"{self.out} contains the shards themselves: give another folder."
       )
 
   def _check_samples(self, shard: int) -> None:
@@ -161,7 +161,7 @@ class LabelWriter:
     try:
       stats = dict(self._stats(shard))
     except (FileNotFoundError, ValueError, TypeError):
-      return False  # Missing or damaged.
+      return False  # Missing or corrupt.
     expected = self._settings_hash, len(self.numbers(shard))
     if (stats.get("made_by"), stats.get("records")) != expected:
       return False

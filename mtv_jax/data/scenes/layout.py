@@ -92,7 +92,7 @@ def _place_main(draw: Draw, camera: Camera, near: float) -> SceneObject:
     base = draw.uniform(0.2, 0.45)
   near += (0.5 if origin.shape.flat else 0.8) * origin.radius
   for attempt in range(_TRIES):
-    # Of the image's height; a tall object near a low camera needs less.
+    # A fraction of the image's height; less for tall objects near a low camera.
     share = draw.uniform(0.36, 0.58) * 0.93**attempt
     z = max(camera.focal * origin.shape.top * origin.height / share, near)
     x = (draw.uniform(0.25, 0.75) - 0.5) * z / camera.focal

@@ -227,7 +227,7 @@ class _ObjectRays:
     self.origin = (frame @ self.start / obj.height).tolist()
     self.light = (frame @ np.array(hits.world.light)).tolist()
     metres, *self.offsets = obj.texture_map
-    self.tiles = obj.height / metres  # of the texture, to the object's height
+    self.tiles = obj.height / metres  # texture tiles per object height
 
   @functools.cached_property
   def directions(self) -> list[np.ndarray]:

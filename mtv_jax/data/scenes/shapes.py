@@ -45,7 +45,7 @@ class Shape:
   """A class of objects: its parts and its bounds."""
 
   parts: tuple[Revolved | Polytope | Cutout, ...]
-  half: float  # Of the width (and depth, unless flat).
+  half: float  # Half of the width (and depth, unless flat).
   top: float = 1.0  # Height of its highest point.
   can_float: bool = False  # Whether it may hang in the air.
   can_support: bool = False  # Whether an object may stand on it.

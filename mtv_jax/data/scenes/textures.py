@@ -200,7 +200,7 @@ def silhouettes() -> dict[str, Float32[np.ndarray, "n n"]]:
   A map covers the square [-0.5, 0.5] x [0, 1] (x across, y up; row 0 is the
   top), in which the outline has height 1; distances are in samples.
   """
-  zoom = 8  # of the mask, so that distances are smooth
+  zoom = 8  # factor of the mask's resolution, so that distances are smooth
   side = SILHOUETTE * zoom
   maps = {}
   for name, polygons in _outlines().items():

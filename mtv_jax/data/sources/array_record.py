@@ -27,7 +27,7 @@ class ArrayRecordSource(FileSource):
     path: brace ranges, globs, commas or a list; see `expand_path`.
 
   Raises:
-    InputError: a file is damaged, or was written in groups of records.
+    InputError: a file is corrupt, or was written in groups of records.
   """
 
   suffix = ".array_record"
@@ -44,7 +44,7 @@ class ArrayRecordSource(FileSource):
     )
 
   def __getitem__(self, i: SupportsIndex) -> Record:
-    """Record `i`; a BadRecord if it is damaged or has no caption."""
+    """Record `i`; a BadRecord if it is corrupt or has no caption."""
     shard, at = self._locate(i)
     where = f"{self.files[shard].name}:{at}"
     data = read_bytes(self._readers.get(shard), at, where=where)
@@ -66,7 +66,7 @@ def _read_sidecar(
   """The lines of NAME_meta.jsonl beside a shard, by key."""
   name = files[shard].name.removesuffix(ArrayRecordSource.suffix)
   file = files[shard].with_name(name + "_meta.jsonl")
-  # Not splitlines, which also cuts where a caption holds U+2028.
+  # Not splitlines, which also cuts where a caption contains U+2028.
   lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
   by_key = {}
   for number, line in enumerate(lines, 1):
@@ -98,7 +98,7 @@ def _open_reader(files: Sequence[Path], shard: int) -> Any:
 
 
 def read_bytes(reader: Any, at: int, *, where: str) -> bytes:
-  """The bytes of a record; a BadRecord at `where` if they are damaged."""
+  """The bytes of a record; a BadRecord at `where` if they are corrupt."""
   try:
     return reader.read([at])[0]
   except (RuntimeError, IndexError, ValueError) as error:
@@ -136,7 +136,7 @@ def _call(path: Path, method: Callable[..., Any], *args: Any) -> None:
 
 
 def count_records(file: Path) -> int:
-  """The number of records; an InputError of a damaged or grouped file."""
+  """The number of records; an InputError of a corrupt or grouped file."""
   reader = _module().ArrayRecordReader(str(file))
   try:
     options = reader.writer_options_string()
@@ -146,7 +146,7 @@ def count_records(file: Path) -> int:
     reader.close()
   except RuntimeError as error:
     raise InputError(
-      f"{file} is not an ArrayRecord file, or is cut short ({error}). Fetch or"
+      f"{file} is not an ArrayRecord file, or is truncated ({error}). Fetch or"
       " write it again, or leave it out of the path."
     ) from error
   group = re.search(r"group_size:(\d+)", options)

@@ -32,13 +32,13 @@ class Source(abc.ABC):
   unpickle it, without open files.
   """
 
-  suffix: ClassVar[str] = ""  # Of its files; "" if no path opens it.
+  suffix: ClassVar[str] = ""  # Its files' suffix; "" if no path opens it.
   name: str  # Short, for logs and errors.
-  # Of its records (see `records`); one that a record lacks is a missing label.
+  # Its records' fields (see `records`); a missing one is a missing label.
   fields: frozenset[str]
   # Cumulative record counts; the last is the length.
   shards: Int64[np.ndarray, " shards"]
-  # Of each shard, to which label sets are aligned; empty without files.
+  # Shards that label sets are aligned to; empty if it has no files.
   files: tuple[Path, ...] = ()
 
   @property

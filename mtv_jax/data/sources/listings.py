@@ -55,8 +55,8 @@ def read(
       row for each image or for each caption, or a folder of images with a
       .txt or .json of the same name.
     images: folder of relative image names; None for the listing's folder.
-    image_column: of a table.
-    caption_column: of a table; captions may be lists.
+    image_column: a table's column of paths.
+    caption_column: column of a table; captions may be lists.
 
   Returns:
     One example for each image with all of its captions, in the order of the
@@ -114,7 +114,7 @@ def read_coco(
   """The content of a COCO annotation file.
 
   Args:
-    path: of the file.
+    path: the file.
     fields: required lists, and the keys that each of their entries must have.
     hint: ends the error about a missing key.
   """
@@ -197,7 +197,7 @@ def _group_rows(rows: Iterator[Sequence[Any]], root: Path) -> list[Example]:
   for number, (image, caption) in enumerate(rows):
     if image is not None and not isinstance(image, str):
       raise InputError(
-        f"Row {number}: the image column must hold paths, got"
+        f"Row {number}: the image column must contain paths, got"
         f" {type(image).__name__}."
       )
     # A row without an image is reported as an example of its number.

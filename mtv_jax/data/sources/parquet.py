@@ -23,7 +23,7 @@ _MAX_CACHED_GROUPS = 24
 
 
 class ParquetSource(base.FileSource):
-  """Records of Parquet files, one a row.
+  """Records of Parquet files, one per row.
 
   A read decodes the row group of the record, and a process caches the 24 most
   recent groups. `data.shuffle="block"` reads each group about once an epoch;
@@ -43,8 +43,8 @@ class ParquetSource(base.FileSource):
       of captions, which may be empty, and the column may be missing.
 
   Raises:
-    InputError: a file is damaged, lacks a column or has one of another type;
-      two files have the same name; the files hold no row.
+    InputError: a file is corrupt, lacks a column or has one of another type;
+      two files have the same name; the files have no rows.
   """
 
   suffix = ".parquet"
@@ -163,7 +163,7 @@ def _split_image(image: Any) -> tuple[bytes | None, str | None]:
 
 
 def open_parquet(file: Path) -> Any:
-  """Opens a `pyarrow.parquet.ParquetFile`; an InputError if it is damaged."""
+  """Opens a `pyarrow.parquet.ParquetFile`; an InputError if it is corrupt."""
   arrow = _pyarrow()
   try:
     return base.import_extra("pyarrow.parquet", "parquet").ParquetFile(file)
@@ -171,7 +171,7 @@ def open_parquet(file: Path) -> Any:
     if getattr(error, "errno", None):
       raise
     raise InputError(
-      f"{file} is not a Parquet file, or is cut short ({error}). Fetch or write"
+      f"{file} is not a Parquet file, or is truncated ({error}). Fetch or write"
       " it again, or leave it out of the path."
     ) from error
 

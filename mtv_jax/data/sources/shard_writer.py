@@ -74,13 +74,13 @@ def write(
 ) -> Report:
   """Writes all usable examples; each shard appears when complete.
 
-  Every image is decoded once to detect damage. Its bytes are copied unless it
-  is larger than `max_side` (then JPEG of quality 95) or neither JPEG, PNG nor
-  WebP (then PNG).
+  Every image is decoded once to detect corruption. Its bytes are copied unless
+  it is larger than `max_side` (then JPEG of quality 95) or neither JPEG, PNG
+  nor WebP (then PNG).
 
   Args:
     examples: see `listings.read`.
-    out: folder, created if needed; it must hold no shards yet.
+    out: folder, created if needed; it must contain no shards yet.
     format: "webdataset" or "array_record".
     records_per_shard: rows of the listing per shard, skipped ones included.
     max_side: limit of the longer side, in pixels; None for no limit.
@@ -90,7 +90,7 @@ def write(
     The report; `out/skipped.jsonl` lists the skipped examples too.
 
   Raises:
-    FileExistsError: `out` already holds shards.
+    FileExistsError: `out` already contains shards.
     InputError: no example can be used.
   """
   check_choice("format", format, _SUFFIXES)
@@ -104,8 +104,8 @@ def write(
   out.mkdir(parents=True, exist_ok=True)
   if existing := sorted(p.name for p in out.iterdir() if p.suffix == suffix):
     raise FileExistsError(
-      f"{out} already holds {len(existing)} shards ({existing[0]}, ...): remove"
-      " them or give another folder."
+      f"{out} already contains {len(existing)} shards ({existing[0]}, ...):"
+      " remove them or give another folder."
     )
   report = Report(total=len(examples))
   digits = len(str(records_per_shard - 1))

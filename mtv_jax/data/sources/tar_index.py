@@ -238,7 +238,7 @@ def _load(
     size = split + header.largest_size
     keys = stream.read(size + 1)
     if len(keys) != size:
-      return None, "it is cut short"
+      return None, "it is truncated"
   smallest, largest = keys[:split].decode(), keys[split:].decode()
   return TarIndex(tar, file, header, smallest, largest), ""
 

@@ -54,7 +54,7 @@ def scan(path: Path) -> Scan:
   in WebDataset; its role follows from its extension, in any case.
 
   Raises:
-    TarError: the file is cut short, compressed, not a tar, or has a key twice.
+    TarError: the file is truncated, compressed, not a tar, or has a key twice.
   """
   groups: dict[str, list[Span]] = {}
   absent = Span(0, 0)
@@ -102,14 +102,14 @@ def _members(path: Path) -> Iterator[tuple[str, Span]]:
     if total == 0:
       raise TarError(f"{path} is empty (0 bytes): fetch it again.")
     offset = 0
-    # Of the next member, from extended headers.
+    # Fields of the next member, from extended headers.
     name, size = "", -1
     # Beyond the end if the last padding is missing, which loses nothing.
     while offset < total:
       file.seek(offset)
       header = file.read(_BLOCK)
       if len(header) < _BLOCK:
-        raise _cut_short(path, offset, _BLOCK, total, "a header")
+        raise _truncated(path, offset, _BLOCK, total, "a header")
       if not header.strip(b"\0"):
         return
       _check_header(header, path, offset)
@@ -120,7 +120,7 @@ def _members(path: Path) -> Iterator[tuple[str, Span]]:
       start = offset + _BLOCK
       if start + length > total:
         member = repr(name or _header_name(header))
-        raise _cut_short(path, start, length, total, member)
+        raise _truncated(path, start, length, total, member)
       if kind in b"Lx" and length <= _MAX_NAME:
         extra = file.read(length)
         if kind == b"L":
@@ -147,7 +147,7 @@ def _check_header(header: bytes, path: Path, offset: int) -> None:
   except ValueError:
     pass
   if offset:
-    raise TarError(f"{path} is damaged: no header at offset {offset}. {_FIX}")
+    raise TarError(f"{path} is corrupt: no header at offset {offset}. {_FIX}")
   if header[:2] == b"\x1f\x8b":
     raise TarError(
       f"{path} is compressed, which prevents reads at an offset: gunzip it."
@@ -158,11 +158,11 @@ def _check_header(header: bytes, path: Path, offset: int) -> None:
   )
 
 
-def _cut_short(
+def _truncated(
   path: Path, offset: int, needed: int, total: int, part: str
 ) -> TarError:
   return TarError(
-    f"{path} is cut short: {part} at offset {offset} needs {needed} bytes, the"
+    f"{path} is truncated: {part} at offset {offset} needs {needed} bytes, the"
     f" file has {max(total - offset, 0)} there. {_FIX}"
   )
 
@@ -175,7 +175,7 @@ def _parse_number(field: bytes, path: Path, offset: int) -> int:
     return int(field.strip(b" \0") or b"0", 8)
   except ValueError:
     raise TarError(
-      f"{path} is damaged: size {field!r} at offset {offset}. {_FIX}"
+      f"{path} is corrupt: size {field!r} at offset {offset}. {_FIX}"
     ) from None
 
 
@@ -205,7 +205,7 @@ def _parse_pax(
       data = data[length:]
   except ValueError:
     raise TarError(
-      f"{path} is damaged: unreadable pax header at offset {offset}. {_FIX}"
+      f"{path} is corrupt: unreadable pax header at offset {offset}. {_FIX}"
     ) from None
   return name, size
 

@@ -45,9 +45,9 @@ class WebDatasetSource(FileSource):
       missing, blank or unreadable.
 
   Raises:
-    TarError: a tar is cut short, damaged, compressed or repeats a key.
+    TarError: a tar is truncated, corrupt, compressed or repeats a key.
     OSError: an index is missing or out of date and can't be written.
-    InputError: the tars hold no record.
+    InputError: the tars contain no record.
   """
 
   suffix = ".tar"
@@ -224,7 +224,7 @@ class _OpenTar:
 
 
 def _check_duplicates(tars: Sequence[TarIndex]) -> None:
-  """Raises TarError where two tars of overlapping key ranges share a key."""
+  """Raises TarError if two tars of overlapping key ranges share a key."""
   ranges = sorted(
     (t for t in tars if t.header.count), key=lambda t: (t.smallest, t.largest)
   )

@@ -55,7 +55,7 @@ class Tokenizer(abc.ABC):
   """Map of strings to ids, shared by threads.
 
   Args:
-    path: of the tokenizer's file; None for bytes.
+    path: the tokenizer's file; None for bytes.
     clean: cleaning of a text before it is tokenized: "none", "lower" or
       "canonicalize".
 

@@ -20,7 +20,7 @@ class HuggingFaceTokenizer(Tokenizer):
   """A `tokenizer.json`, whose post-processor adds the special tokens.
 
   Args:
-    path: of the file; a tokenizer_config.json beside it names those tokens.
+    path: the file; a tokenizer_config.json beside it names those tokens.
     clean: see `Tokenizer`.
 
   Raises:

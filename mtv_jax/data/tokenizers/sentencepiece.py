@@ -17,7 +17,7 @@ class SentencePieceTokenizer(Tokenizer):
   Equal to the `SiglipTokenizer` of `transformers` except for the cleaning.
 
   Args:
-    path: of the model file.
+    path: the model file.
     clean: see `Tokenizer`.
 
   Raises:

@@ -126,7 +126,7 @@ class TrainedProbe(ClassificationProbe):
       costs steps x batch forward passes; `cached` trains on features that are
       computed once. `crops` by default, but `cached` on scenes and where these
       passes are more than 100 times the training images.
-    seed: of batches, crops and heads.
+    seed: seed of batches, crops and heads.
   """
 
   # Not "none", which a command line parses as None.

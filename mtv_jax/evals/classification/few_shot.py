@@ -35,7 +35,7 @@ class FewShot(FeatureProbe):
   Attributes:
     shots: training images per class; by default those of 1, 5, 10 and 25 that
       every class has.
-    seeds: of the samples of shots, over which accuracies are averaged.
+    seeds: seeds of the samples of shots, over which accuracies are averaged.
     l2: strength of the regularisation.
   """
 
@@ -54,7 +54,7 @@ class FewShot(FeatureProbe):
       s: sample_shots(labels, shots=max(shots), seed=s) for s in self.seeds
     }
     used = np.unique(np.stack([*samples.values()]))
-    row = np.arange(len(labels))  # of each training image in x
+    row = np.arange(len(labels))  # row of each training image in x
     if 2 * len(used) >= len(labels):
       # All images, whose features the other probes share.
       x = self._features(encoder, data.train)

@@ -51,7 +51,7 @@ class LinearProbe(TrainedProbe):
     blocks: numbers of last blocks whose tokens a head reads, capped by the
       encoder's.
     average: `off`, `on` or both: heads without or with the mean patch.
-    steps: of SGD; 12,500 by default, on scenes 300.
+    steps: SGD steps; 12,500 by default, on scenes 300.
     train_batch: images per step; 1,024 by default, on scenes 256.
     select: the images that the best head is selected on, see
       `split_for_selection`.
@@ -194,10 +194,10 @@ def train_heads(
 
   Args:
     batches: by step, `x` `[batch_size, f]` of a table and `label`.
-    columns: of the table.
+    columns: the table's columns.
     rates: learning rates at a batch of 256.
     classes, steps, batch_size: numbers of them.
-    seed: of the initial heads.
+    seed: seed of the initial heads.
     mesh: as for `probe.fit`.
   """
   scale = np.asarray(rates, np.float32)[:, None] * (batch_size / 256)

@@ -35,7 +35,7 @@ from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.parallel import mesh as mesh_lib
 
 STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
-_LOGIT_BYTES = 2**26  # of a block of logits on a device
+_LOGIT_BYTES = 2**26  # size of a block of logits on a device
 # Steps without a smaller objective after which a fit has converged in float32.
 _PATIENCE = 5
 
@@ -48,7 +48,7 @@ class Logistic(FeatureProbe):
     strengths: values of C; 45 from 1e-6 to 1e5 by default, on scenes every
       fifth.
     max_iter: iterations of L-BFGS for each.
-    tolerance: of the largest entry of the gradient. (Published is 1e-12 in
+    tolerance: for the gradient's largest entry. (Published is 1e-12 in
       double precision; in float32 a fit also ends where the objective does
       not decrease.)
     normalize: `l2` divides features by their length, `raw` leaves them.

@@ -134,7 +134,7 @@ def fit(
     rate: peak learning rate.
     steps: total number of steps.
     warmup: steps of linear warmup.
-    seed: of the kernel.
+    seed: seed of the kernel.
     mesh: as for `probe.fit`.
   """
   rng = np.random.default_rng(seed)

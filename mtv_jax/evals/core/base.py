@@ -67,7 +67,7 @@ class Result:
   protocol: dict[str, Any]
   # For some of the metrics, the expectation of a random encoder.
   chance: dict[str, float] = dataclasses.field(default_factory=dict)
-  # Of the metrics that are not fractions: "m", or "" for a number.
+  # Units of the metrics that are not fractions: "m", or "" for a number.
   units: dict[str, str] = dataclasses.field(default_factory=dict)
   lower: tuple[str, ...] = ()  # metrics where lower is better
   # uint8 `[H, W, 3]` sheets of examples by name; not in the JSON.

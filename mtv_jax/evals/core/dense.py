@@ -35,7 +35,7 @@ def features(
 
   Args:
     encoder: any.
-    images: of one size that the patch divides, in 0..255.
+    images: in 0..255, all of one size that the patch divides.
     blocks: counted from 0.
     norm: `final` applies the encoder's last LayerNorm to the tokens of every
       block, `none` does not.

@@ -115,9 +115,9 @@ def embed(
 class LastBlocks:
   """Features of the last blocks for linear probes."""
 
-  # Of the last block, the one before it and so on: the CLS token after the
-  # final norm. Without CLS tokens, the embedding of the last block, and of the
-  # others the mean patch token after the final norm.
+  # One array per block, the last block first: the CLS token after the final
+  # norm. Without CLS tokens, the last block's is the embedding; the others' are
+  # the mean patch token after the final norm.
   tokens: tuple[Float32[np.ndarray, "n _"], ...]
   # Mean of the last block's patch tokens after the final norm.
   mean: Float32[np.ndarray, "n d"]

@@ -76,7 +76,7 @@ def fit(
       `[B, ...]`, all of one shape, the same on every host.
     optimizer, steps: the optimizer and the number of updates.
     state: arrays that `loss` carries from step to step, not trained.
-    seed: of the key, folded with the step.
+    seed: seed of the key, folded with the step.
     mesh: shards the batch over its data axes, if they divide it; one device by
       default.
     snapshot_steps: numbers of updates after which to copy params and state to

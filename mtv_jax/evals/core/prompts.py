@@ -35,8 +35,8 @@ class Prompts:
     for template in self.templates:
       if template.count("{}") != 1:
         raise InputError(
-          f"{self.name}: template {template!r} must hold exactly one '{{}}', "
-          "for the class name"
+          f"{self.name}: template {template!r} must contain '{{}}' exactly "
+          "once, for the class name"
         )
     if not self.classes or not self.templates:
       raise InputError(

@@ -81,7 +81,7 @@ def check_finite(**features: Float[np.ndarray, "..."]) -> None:
       raise InputError(
         f"{(~finite).sum()} of {finite.size} {name} are not finite (the first "
         f"is number {np.argmin(finite)}): the encoder diverged, or its weights "
-        "are damaged"
+        "are corrupt"
       )
 
 

@@ -1,7 +1,7 @@
 """Resizing of arrays with the interpolation of published evaluations.
 
 Every method is named after PyTorch's `interpolate` and equal to it. A linear
-method is one matrix an axis: host arrays gather the few non-zero entries of a
+method is a matrix per axis: host arrays gather the few non-zero entries of a
 row, device arrays are multiplied by the matrix, which suits accelerators.
 """
 

@@ -34,7 +34,7 @@ class Outcome:
   results: dict[str, Result] = dataclasses.field(default_factory=dict)
   skipped: dict[str, str] = dataclasses.field(default_factory=dict)
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
-  # Of the encoder alone; its results' protocols begin with it.
+  # The encoder's own protocol; its results' protocols begin with it.
   protocol: dict[str, Any] = dataclasses.field(default_factory=dict)
   version: str = mtv_jax.__version__
 

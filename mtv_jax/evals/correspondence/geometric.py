@@ -33,7 +33,7 @@ from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError, InputError
 
 _CHUNK = 32  # pairs in memory at a time
-_SHEET_MATCHES = 24  # of a pair
+_SHEET_MATCHES = 24  # matches drawn per pair
 
 
 @dataclasses.dataclass(frozen=True)

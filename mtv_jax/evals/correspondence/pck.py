@@ -31,7 +31,7 @@ class Rule:
   """
 
   aggregate: str
-  threshold: float  # of the error, as a fraction of the longer side of the box
+  threshold: float  # largest error, as a fraction of the box's longer side
 
   def correct(
     self, errors: Float[np.ndarray, "*k"]

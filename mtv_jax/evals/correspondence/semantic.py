@@ -48,13 +48,13 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
   coarser, one that the result's protocol lists.
 
   Attributes:
-    split: of SPair-71k.
-    threshold: of the error, a fraction of the longer side of the box.
+    split: split of SPair-71k.
+    threshold: largest error, as a fraction of the longer side of the box.
     aggregate: see `pck.Rule`.
     per_class: the most pairs of a class and a viewpoint.
-    seed: of their sample, see `pck.sample_pairs`.
+    seed: seed of their sample, see `pck.sample_pairs`.
     report: `means`, or `classes` for the recall of each class too.
-    count: of the scenes, the number to render.
+    count: number of scenes to render.
   """
 
   split: Literal["trn", "val", "test"] = "test"

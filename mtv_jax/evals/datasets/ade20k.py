@@ -91,8 +91,8 @@ def _list_files(
 def class_names(root: pathlib.Path) -> tuple[str, ...] | None:
   """The first name of each class; None without objectInfo150.txt.
 
-  Its last column holds synonyms, separated by commas in the official file and
-  by semicolons in others.
+  Its last column contains synonyms, separated by commas in the official file
+  and by semicolons in others.
 
   Raises:
     InputError: for a file that does not list 150 classes.

@@ -27,7 +27,7 @@ _FLAT = re.compile(r"(n\d{8})_(.+)\.\w+$")
 
 
 def has_splits(root: str | os.PathLike) -> bool:
-  """Whether a folder holds folders of classes for training or testing."""
+  """Whether a folder contains folders of classes for training or testing."""
   return any(_split_folder(pathlib.Path(root), split) for split in SPLITS)
 
 
@@ -81,7 +81,7 @@ def open_folder(
 
 
 def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path | None:
-  """The folder of a split, which holds folders: COCO has a class train."""
+  """The folder of a split, which contains folders: COCO has a class train."""
   for name in SPLITS[split]:
     if (root / name).is_dir() and list_folders(root / name):
       return root / name

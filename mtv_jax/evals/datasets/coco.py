@@ -24,7 +24,7 @@ from mtv_jax.evals.datasets import files
 from mtv_jax.utils.errors import InputError, MissingFileError
 
 _INSTANCES = "annotations/instances_val2017.json"
-_MIN_SIDE = 1.0  # of a box, in pixels
+_MIN_SIDE = 1.0  # smallest side of a box, in pixels
 
 Rows = Sequence[tuple[str, list[str]]]
 
@@ -39,7 +39,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   content = files.read_json(path)
   if not isinstance(content, dict):
     raise NotApplicable(
-      f"{path} holds a {type(content).__name__}, expected an object"
+      f"{path} contains a {type(content).__name__}, expected an object"
     )
   return content
 

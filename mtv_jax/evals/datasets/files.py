@@ -95,7 +95,7 @@ def require_layout(
     tree = "\n".join(f"  {state}  {p}" for p, state in states.items())
     raise MissingFileError(
       f"{root} is not {what}, or only a part of it. Expected under it:\n{tree}"
-      f"\nThe folder holds: {_list_folder(root)}"
+      f"\nThe folder contains: {_list_folder(root)}"
     )
   return root
 
@@ -116,7 +116,7 @@ def unknown_layout(
     return MissingFileError(f"data={text!r} does not exist. {expected}")
   content = "a file of another kind"
   if path.is_dir():
-    content = f"the folder holds {_list_folder(path)}"
+    content = f"the folder contains {_list_folder(path)}"
   return NotApplicable(f"data={text!r}: {content}. {expected}")
 
 

@@ -29,7 +29,7 @@ _MULTIVIEW = re.compile(r"multiview[_-]")
 
 
 def matches(root: pathlib.Path) -> bool:
-  """Whether a folder holds objects in NAVI's layout."""
+  """Whether a folder contains objects in NAVI's layout."""
   return any(root.glob("*/wild_set")) or any(root.glob("*/multiview*"))
 
 

@@ -69,9 +69,9 @@ class PosedFrames:
   """A data set of frames, in groups that show the same object.
 
   Attributes:
-    name: of the data set, for the protocol.
+    name: the data set's name, for the protocol.
     layout: `navi`, `rgbd` or `scenes`.
-    names: of the n frames; with their group, as paths are.
+    names: the n frames' names, with their groups, as in paths.
     groups: indices of the frames that may be paired with each other.
     poses: world to camera.
     read: reads a frame by its index and the side of its view (for scenes).
@@ -165,8 +165,8 @@ def make_view(
 
   "Nearest" in the last two is PyTorch's: the pixel at floor(i * old / new).
 
-  Returns None if no square holds two rows of depth. The protocol has a `size`
-  of 512 and `stored` of 1024.
+  Returns None if no square contains two rows of depth. The protocol has a
+  `size` of 512 and `stored` of 1024.
   """
   short = min(frame.depth.shape)
   image, depth = _resize_shorter_side(frame, stored)
@@ -274,8 +274,8 @@ def draw_pairs(
 
   Args:
     frames: the data set.
-    seed: of the partners.
-    stride: of the frames, group after group.
+    seed: seed for drawing the partners.
+    stride: stride over the frames, group after group.
     count: number of those frames, evenly spaced; all by default.
     max_angle: in degrees.
 
@@ -347,7 +347,7 @@ def digest_of(frames: PosedFrames, pairs: Sequence[Pair]) -> str:
 def write_pairs(
   path: str | os.PathLike, frames: PosedFrames, pairs: Sequence[Pair]
 ) -> None:
-  """Writes one `first second degrees` a line, as NAVI's own lists are."""
+  """Writes lines of `first second degrees`, the format of NAVI's own lists."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = [

@@ -314,7 +314,7 @@ def open_boxes(
 def open_posed(data: examples.Data, *, subset: str, count: int) -> PosedFrames:
   """Images with depth and camera pose: scenes, NAVI, or RGB-D sequences.
 
-  `subset` is of NAVI, see `navi.open_posed`, and `count` of the scenes.
+  `subset` applies to NAVI, see `navi.open_posed`, and `count` to the scenes.
   """
   if _is_source(data):
     return scenes.open_posed(data, count=count)
@@ -332,7 +332,7 @@ def open_key_points(
 ) -> examples.KeyPointPairs:
   """Pairs of images with keypoints: scenes, or SPair-71k.
 
-  `split` is of SPair-71k (`trn`, `val` or `test`), and `count` of the scenes.
+  `split` applies to SPair-71k (`trn`, `val`, `test`), `count` to the scenes.
   """
   if _is_source(data):
     return scenes.open_key_points(data, count=count)

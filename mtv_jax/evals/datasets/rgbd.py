@@ -37,14 +37,14 @@ _STEP = 16  # pixels between the points by which overlap is judged
 
 
 def matches(root: pathlib.Path) -> bool:
-  """Whether a folder, or the first one in it, holds frames with poses."""
-  # No deeper: ImageNet's folders hold 1.28 million files.
+  """Whether a folder, or the first one in it, contains frames with poses."""
+  # No deeper: ImageNet's folders contain 1.28 million files.
   folders = [root, *(root / name for name in list_folders(root)[:1])]
   return any(any(folder.glob(_POSES)) for folder in folders)
 
 
 def has_frames(root: pathlib.Path) -> bool:
-  """Whether a folder holds frames with poses, at any depth."""
+  """Whether a folder contains frames with poses, at any depth."""
   return next(root.rglob(_POSES), None) is not None
 
 
@@ -146,7 +146,7 @@ def read_depth(path: pathlib.Path) -> Float32[np.ndarray, "h w"]:
 
 
 def _read_intrinsics(folder: pathlib.Path, root: pathlib.Path) -> np.ndarray:
-  """Of the folder, or of the nearest one above it up to the root."""
+  """Intrinsics from the folder, or from its nearest parent up to the root."""
   for parent in (folder, *folder.parents):
     path = parent / "camera-intrinsics.txt"
     if path.is_file():

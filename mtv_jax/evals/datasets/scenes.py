@@ -36,7 +36,7 @@ MAX_DEPTH = 20.0
 
 _STUFF = render_lib.STUFF_COUNT  # classes below are background and ground
 _MAX_POSED_SIZE = 384  # pixels per side that scenes are rendered at for a view
-_KEY_POINT_SIZE = 192  # of the scenes with keypoints
+_KEY_POINT_SIZE = 192  # image size of the scenes with keypoints
 # Keypoints (x, y) in the main object's bounding box.
 _KEY_POINTS = ((0.5, 0.5), (0.5, 0.15), (0.5, 0.85))
 

@@ -128,7 +128,7 @@ def open_boxes(
 def _read_labels(
   source: Any, indices: Sequence[int]
 ) -> Iterator[tuple[str, str, int]]:
-  """Of each record its key, its image's size and its label."""
+  """Key, image size and label of each record."""
   if isinstance(source, SceneSource):
     # The label of a scene is known before it is rendered, which is slow.
     size = f"{source.size}x{source.size}x3"

@@ -66,7 +66,7 @@ class DepthEvaluator(Evaluator):
     """Means over images, their chance, and the sheet.
 
     Args:
-      predictions: of each image.
+      predictions: one per image.
       score: metrics from predicted (None for the best constant) and true values
         of the valid pixels.
       protocol: to which the number of images is added.

@@ -44,8 +44,8 @@ def expected_depth(
 class Head:
   """Base class of the heads."""
 
-  channels: int  # of the features
-  max_depth: float  # of the last bin, in metres
+  channels: int  # channels of the features
+  max_depth: float  # depth of the last bin, in metres
 
   def apply(
     self,
@@ -68,7 +68,7 @@ class LinearHead(Head):
   the features, which is equal, as the map is linear, and more expensive.
   """
 
-  batch_norm: bool = False  # of the features
+  batch_norm: bool = False  # normalises the features
   upsample: int = 1
 
   def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:

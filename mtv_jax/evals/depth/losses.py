@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 _EPS = 1e-3  # metres, added before the logarithm
-_MEAN_WEIGHT = 0.15  # of the squared mean beside the variance: 1 - 0.85
+_MEAN_WEIGHT = 0.15  # weight of the squared mean beside the variance: 1 - 0.85
 _STRIDES = (1, 2, 4, 6)
 
 

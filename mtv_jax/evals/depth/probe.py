@@ -56,11 +56,11 @@ class DepthProbe(DepthEvaluator):
     layers: blocks to read instead of the protocol's; without the final norm.
     train_count: training images to use, evenly spaced; all by default.
     lr: peak learning rate.
-    augment: of training images, see `augment.py`.
+    augment: training augmentation, see `augment.py`.
     input_size: rows and columns to which a whole image is resized before it is
       encoded; its own by default. Depth is compared at the image's size.
     tta: `flip` averages with the prediction of the mirrored image.
-    crop: of the evaluated pixels, see `metrics.crop_mask`.
+    crop: which pixels are evaluated, see `metrics.crop_mask`.
     max_depth: metres.
     dpt_features: channels of the DPT head.
   """

@@ -32,16 +32,16 @@ class Protocol:
     norm: `final` applies the final norm to the features, `none` does not.
     cls: `concat` appends the CLS token, if there is one, to every patch.
     head: `linear`, `upsampled` (x4, without batch norm) or `dpt`.
-    resize: of the prediction to the image, a method of `resizing`.
+    resize: method of `resizing` that restores the image's size.
     frame: `full` images or their central `square`.
     augment, schedule: names in `augment.AUGMENTS` and `SCHEDULES`.
     b1: of AdamW; constant here, upstream cycles it with the learning rate.
     clip: maximum global norm of the gradient; None for no limit.
     steps: updates; if None, `epochs` over the training images.
-    ddof: of the variance in the SIG loss, see `losses.sig_loss`.
+    ddof: for the variance in the SIG loss, see `losses.sig_loss`.
     warm_steps: first updates, without the variance in the SIG loss.
     tta: `flip` averages the predictions of the image and its mirror image.
-    crop: of the evaluated pixels on NYUv2, see `metrics.crop_mask`.
+    crop: which pixels are evaluated on NYUv2, see `metrics.crop_mask`.
   """
 
   layers: str = "last"

@@ -89,14 +89,14 @@ class RelativeDepth(DepthEvaluator):
 
   Attributes:
     alignment: see `ALIGNMENTS`.
-    resize: of predictions, see `resizing`.
+    resize: how predictions are resized, see `resizing`.
     cut: `kb` crops KITTI's images to their lower middle, 352 x 1216, before
       anything else.
-    crop: of the evaluated pixels, see `metrics.crop_mask`.
+    crop: which pixels are evaluated, see `metrics.crop_mask`.
     cap: largest depth of an aligned prediction, in metres, and of the
       evaluated pixels unless the protocol has no limit.
     min_pixels: images with fewer valid pixels are skipped.
-    subset: of KITTI's list, `all`, `train` or `val` (MiDaS: val).
+    subset: subset of KITTI's list, `all`, `train` or `val` (MiDaS: val).
   """
 
   protocol: Literal["midas", "depth_anything", "marigold"] = "midas"

@@ -35,7 +35,7 @@ class Setup:
   encoder: Encoder
   protocol: Protocol
   layers: tuple[int, ...]  # blocks that are read
-  max_depth: float  # of the last bin and of the evaluated pixels, in metres
+  max_depth: float  # limit of the bins and of the evaluated pixels, in metres
   dpt_features: int
   # Rows and columns of a whole image (or its central square) as the encoder
   # sees it, before padding; None for its own size.

@@ -28,7 +28,7 @@ class View:
   input_size: tuple[int, int]  # after resizing, before padding
   patch: int
   resize: str = "bilinear"  # of predictions, a method of `resizing`
-  # Of the encoder's normalisation, in 0..1; padding becomes zero.
+  # The encoder's normalisation, for values in 0..1; padding becomes zero.
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
   @property

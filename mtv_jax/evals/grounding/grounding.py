@@ -48,7 +48,7 @@ class Grounding(Evaluator):
     regions: how a box is embedded, see `region_features.py`; `auto` is the
       prompter of an encoder that has one, else `crop`.
     prompts: a file of templates for the classes (see `prompts.py`), and of
-      other names for them, one a class in the data's order.
+      other names for them, one per class in the data's order.
     locate: `auto` to locate phrases if the encoder has a locator, or `none`.
     count: images to use, evenly spaced; all by default (of the scenes 128).
   """

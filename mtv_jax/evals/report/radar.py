@@ -40,7 +40,7 @@ class Axis(NamedTuple):
 
 
 class Series(NamedTuple):
-  """The values of one encoder, one an axis, None where missing."""
+  """The values of one encoder, one per axis, None if missing."""
 
   name: str
   values: tuple[int | float | None, ...]

@@ -22,7 +22,7 @@ _HEADLINES = {
 
 
 class Sheet(NamedTuple):
-  """A uint8 image `[H, W, 3]` of an evaluation; `path` is of its file."""
+  """A uint8 image `[H, W, 3]` of an evaluation, with its file's `path`."""
 
   evaluation: str
   name: str
@@ -34,11 +34,11 @@ class Sheet(NamedTuple):
 class Report(NamedTuple):
   """Content of a report in any format."""
 
-  outcomes: Sequence[Outcome]  # of the evaluated encoders
+  outcomes: Sequence[Outcome]  # one per evaluated encoder
   columns: Sequence[Outcome]  # those, and earlier ones to compare with
   left_out: Sequence[str]  # names of earlier ones without the same data
   chart: Sheet | None  # the radar chart of three metrics or more
-  sheets: Sequence[Sheet]  # of all encoders
+  sheets: Sequence[Sheet]  # all encoders' sheets
   quoted: Sequence[str]  # columns of `references.COLUMNS` with the same data
 
 
@@ -51,9 +51,9 @@ def build_report(
   """Collects the content of a report.
 
   Args:
-    outcomes: of the encoders that were evaluated.
-    compared: earlier ones, shown where the data are the same.
-    size: of the published encoders in the chart, None for none.
+    outcomes: one per evaluated encoder.
+    compared: earlier outcomes, shown where the data are the same.
+    size: model size of the charted published encoders; None for none.
   """
   columns = _number_equal_names([*outcomes, *compared])
   rows = tables.compare(columns)

@@ -28,7 +28,7 @@ class Row(NamedTuple):
   lower: bool  # whether lower is better
   chance: float | None  # expected of a random encoder
   values: tuple[float | None, ...]  # None for other data, or no value
-  best: float | None  # None where protocols differ
+  best: float | None  # None if the protocols differ
 
 
 def compare(outcomes: Sequence[Outcome]) -> list[Row]:
@@ -165,7 +165,7 @@ class Protocols(NamedTuple):
   """The protocols of several encoders for one evaluation."""
 
   common: dict[str, Any]  # equal entries
-  differing: dict[str, list[Any]]  # a value an encoder, None where it lacks one
+  differing: dict[str, list[Any]]  # one value per encoder, None if it lacks it
   encoders: list[str]  # with a result
 
   def tables(self) -> list[list[list[str]]]:

@@ -39,7 +39,7 @@ class Retrieval(Evaluator):
   Attributes:
     data: see `datasets/registry.py`.
     images: the folder of images, if it is not beside the JSON.
-    split: of Karpathy's file.
+    split: Karpathy split.
     max_captions: the first captions of an image to use; all by default. (Of
       COCO's 5,000 test images some have six or seven: 25,010 captions.)
     count: images to use, evenly spaced; all by default.

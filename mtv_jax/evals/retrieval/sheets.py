@@ -30,7 +30,7 @@ def ranked_captions(
 
   Args:
     images: n of them.
-    scores: of each image with each caption; ties keep the order of captions.
+    scores: score of each image and caption; ties keep the order of captions.
     captions: m distinct ones.
     correct: which captions belong to which image.
     top: captions per image.
@@ -72,10 +72,10 @@ def ranked_images(
 
   Args:
     captions: n of them.
-    scores: of each caption with each image; ties keep the order of images.
+    scores: score of each caption and image; ties keep the order of images.
     images: m of them, decoded only where shown.
     owner: the image of each caption.
-    top: images a caption.
+    top: images per caption.
   """
   size = 120  # side of an image
   side = size + GAP

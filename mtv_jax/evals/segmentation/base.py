@@ -123,7 +123,7 @@ class Predictions:
   """Confusion matrices of several heads, and rows of their sheets."""
 
   counts: Int64[np.ndarray, "heads k k"]
-  rows: list[list[np.ndarray]]  # of each chosen image and head
+  rows: list[list[np.ndarray]]  # per chosen image, one row per head
 
   def sheets(
     self, name: str, *, head: int = 0

@@ -19,7 +19,7 @@ from mtv_jax.utils.errors import InputError
 
 # Share of the steps with a rising learning rate: 1,500 of 40,000.
 WARMUP = 1500 / 40000
-_START = 1e-6  # of the peak, at step 0
+_START = 1e-6  # learning rate at step 0, as a fraction of the peak
 _ROW_PARTS = 8
 
 

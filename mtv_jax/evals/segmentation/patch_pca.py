@@ -135,7 +135,7 @@ class Components:
   """Components of all patches, and the variance that each explains."""
 
   components: Float32[np.ndarray, "n h w c"]
-  share: Float32[np.ndarray, " c"]  # of the fitted patches, decreasing
+  share: Float32[np.ndarray, " c"]  # of the variance, decreasing
 
 
 def principal_components(
@@ -156,7 +156,7 @@ def principal_components(
   ranking.check_finite(patches=rows)
   mean = rows.mean(axis=0)
   centred = rows - mean
-  # Of the D x D covariance, which stays small however many patches there are.
+  # The D x D covariance stays small however many patches there are.
   values, vectors = np.linalg.eigh(centred.T @ centred / len(rows))
   values, vectors = values[::-1].clip(0), vectors[:, ::-1][:, :count]
   largest = np.argmax(np.abs(vectors), axis=0)

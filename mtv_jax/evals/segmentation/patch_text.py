@@ -80,7 +80,7 @@ def embed_patches(
 
 
 def check(encoder: Encoder, last_block: str) -> None:
-  """Raises ValueError where an encoder's patches can't be embedded."""
+  """Raises ValueError if an encoder's patches can't be embedded."""
   check_choice("last_block", last_block, ("attention", "values"))
   spec, params = encoder.spec.image, encoder.params["image"]
   required = ["pool"] if spec.pool == "map" else []

@@ -98,7 +98,7 @@ class View:
   """An image at one scale, maybe mirrored, cut into windows row by row."""
 
   windows: list[np.ndarray]
-  shape: tuple[int, int]  # of the resized image
+  shape: tuple[int, int]  # height and width of the resized image
   mirrored: bool
 
 

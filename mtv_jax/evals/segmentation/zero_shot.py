@@ -43,7 +43,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
     prompts: a file of class names, in the order of the labels, and templates
       (see `prompts.py`; TIPSv2 uses nine of TCL's); by default the data's own
       names and a few templates.
-    clean: of prompts, see `classification.zero_shot`.
+    clean: how prompts are cleaned, see `classification.zero_shot`.
     last_block: `attention` or `values`, see `patch_text`; by default
       `attention` for encoders that pool by attention, `values` for others.
     average: what is averaged where windows overlap, the `softmax` of the

@@ -41,7 +41,7 @@ class Question:
 
   truths: tuple[str, ...]  # correct answers, one from each annotator
   options: tuple[str, ...] = ()  # of multiple choice, by their letters
-  kind: str | None = None  # of the answer, if the file distinguishes kinds
+  kind: str | None = None  # the answer's kind, if the file distinguishes kinds
 
 
 @dataclasses.dataclass(frozen=True)

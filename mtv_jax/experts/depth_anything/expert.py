@@ -41,16 +41,16 @@ def load_expert(
   Args:
     path: folder with `config.json` and `model.safetensors`, such as
       Depth-Anything-V2-Small-hf.
-    mesh: of this host's devices; all of them by default.
+    mesh: mesh of this host's devices; all of them by default.
     batch_size: images per device.
-    dtype: of the computation.
+    dtype: computation dtype.
     preprocess, size, max_aspect: see `DepthPreprocess`; "square" compiles one
       program, the others one for each shape of image.
-    side: of the labels, in pixels.
+    side: the labels' side, in pixels.
 
   Raises:
     MissingFileError: the folder is missing.
-    ConversionError: it holds another model, or not all of this one.
+    ConversionError: it contains another model, or not all of this one.
     ConfigError: an option is out of its range.
   """
   spec, params = weights.read(path)

@@ -36,8 +36,8 @@ class DepthPreprocess:
   Attributes:
     preprocess: see above.
     size: in pixels.
-    multiple: of both sides; the patch.
-    max_aspect: of the result, longer side over shorter; longer images are
+    multiple: both sides are multiples of it; the patch.
+    max_aspect: largest ratio of longer side to shorter; longer images are
       squeezed, unlike in the references.
 
   Raises:

@@ -21,7 +21,7 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.utils.errors import did_you_mean
 
-# Of the reassembled maps' resolution.
+# Resolutions of the reassembled maps, relative to the patch grid.
 _FACTORS = (4, 2, 1, 0.5)
 _DEFAULTS = {
   "reassemble_hidden_size": 384,

@@ -14,7 +14,7 @@ from mtv_jax.experts.inspection.findings import percent
 from mtv_jax.utils import html
 from mtv_jax.utils.html import escape
 
-_NAMES = 8  # of a card, shown without a click
+_NAMES = 8  # names per card that are shown without a click
 _VALUE = 500  # characters of a setting
 # Titles of the histograms.
 _HISTOGRAMS = {
@@ -127,7 +127,7 @@ def describe(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   yield "with a label", f"{stats['labelled']:,} ({percent(labelled)})"
   yield "labels read", f"{read['records']:,}, {every}"
   if read["damaged"]:
-    yield "can't be read", f"{read['damaged']:,}"
+    yield "can't be read", f"{read['corrupt']:,}"
   if stats["kind"] == "boxes":
     yield from _describe_boxes(stats)
   else:

@@ -20,13 +20,13 @@ from mtv_jax.experts.inspection.counters import Histogram, PhraseCounts
 from mtv_jax.utils.cores import available_cores
 
 _CHUNK = 512  # labels that the threads read ahead
-_EXAMPLES = 3  # messages about damaged labels
+_EXAMPLES = 3  # messages about corrupt labels
 MAX_COUNT = 256  # largest number of boxes or words with a separate bin
 
 # Thresholds of the counts.
-LARGE_AREA = 0.9  # of a box, as a fraction of the image
-SMALL_SIDE = 16 / 384  # of a box: one patch of 16 pixels at 384
-CONSTANT_RANGE = 0.05  # of a depth map, as a fraction of its maximum
+LARGE_AREA = 0.9  # a large box's area, as a fraction of the image
+SMALL_SIDE = 16 / 384  # a small box's side: one patch of 16 pixels at 384
+CONSTANT_RANGE = 0.05  # a constant map's range, as a fraction of its maximum
 NARROW_RANGE = 0.05  # from the 5th to the 95th percentile, of the whole range
 
 _phrase_id = functools.lru_cache(maxsize=1 << 16)(label_values.phrase_id)

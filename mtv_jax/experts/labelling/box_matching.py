@@ -136,8 +136,8 @@ def compare(
   Images without a label in `truth` are skipped.
 
   Args:
-    labels: of an expert.
-    truth: of the same records.
+    labels: an expert's labels.
+    truth: true labels of the same records.
     iou: minimum of a match, in (0, 1].
     renamed: names in `truth` of phrases of `labels`, up to case and
       punctuation.

@@ -92,8 +92,8 @@ def build_phrases(
 
   Args:
     source: the name.
-    max_phrases: of a record, except of a vocabulary.
-    max_words: of an n-gram.
+    max_phrases: largest number per record, except for a vocabulary.
+    max_words: largest number of words per n-gram.
 
   Raises:
     ConfigError: a limit below 1.

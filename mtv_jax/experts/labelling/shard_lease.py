@@ -31,7 +31,7 @@ _RENEWALS_PER_EXPIRY = 10
 
 @dataclasses.dataclass(frozen=True)
 class Lease:
-  """The content of a lease's file; no owner if the file is damaged."""
+  """The content of a lease's file; no owner if the file is corrupt."""
 
   host: str
   owner: Owner | None

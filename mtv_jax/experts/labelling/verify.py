@@ -28,7 +28,7 @@ class Report:
   new_boxes: int = 0
   # How a label differs, by key.
   different: dict[str, str] = dataclasses.field(default_factory=dict)
-  max_difference: int = 0  # Of the maps, in 16-bit steps.
+  max_difference: int = 0  # Largest difference of the maps, in 16-bit steps.
   total_difference: int = 0
   pixels: int = 0
 

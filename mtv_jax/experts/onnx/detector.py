@@ -38,7 +38,7 @@ class OnnxDetector:
   Args:
     file: the `.onnx` file.
     names: text file of class names, one per line, in the model's order.
-    mesh: of this host; sets the batch only, which the CPU's cores compute.
+    mesh: this host's mesh; sets the batch only, which the CPU's cores compute.
     batch_size: images per device.
     dtype: the file determines the dtype of the computation.
     decoder: see `decoders.py`.

@@ -53,9 +53,9 @@ class Owlv2Expert:
   Args:
     folder: with `config.json`, `model.safetensors` and the processor's files.
     phrases: queries, cut to the text tower's 16 tokens.
-    mesh: of this host's devices; all of them by default.
+    mesh: mesh of this host's devices; all of them by default.
     batch_size: images per device.
-    dtype: of the computation.
+    dtype: computation dtype.
     size: side in pixels of the square that images are padded and resized to;
       the model's own by default. The patch divides it.
     threshold: patches whose best phrase scores higher are labelled. The
@@ -66,7 +66,7 @@ class Owlv2Expert:
 
   Raises:
     MissingFileError: the folder or its tokenizer is missing.
-    ConversionError: it holds another model, or not all of it.
+    ConversionError: it contains another model, or not all of it.
     InputError: `prompts` or `size` can't be used.
   """
 

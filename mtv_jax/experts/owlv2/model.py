@@ -18,8 +18,8 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViT
 from mtv_jax.utils.tree import pytree_dataclass
 
-_EPS = 1e-4  # Of a coordinate's logit, which is infinite at the border.
-_NORM_EPS = 1e-6  # Of the norm that embeddings are divided by.
+_EPS = 1e-4  # Keeps a coordinate's logit finite at the border.
+_NORM_EPS = 1e-6  # Added to the norm that embeddings are divided by.
 
 
 @pytree_dataclass
@@ -60,7 +60,7 @@ class Owlv2(nn.Module):
   """OWLv2 detector.
 
   Attributes:
-    spec: of its towers; patch tokens are not projected.
+    spec: its towers' spec; patch tokens are not projected.
     dtype: compute dtype of the towers and the heads' hidden layers; last layers
       are float32.
     scan: whether blocks run in a loop, see `layers.run_stack`.

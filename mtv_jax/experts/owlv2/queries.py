@@ -30,9 +30,9 @@ class QueryCache:
 
   Args:
     embed: parameters and tokens `[n, k, t]` to queries `[n, e]`, by row.
-    params: of `embed`, on the devices.
+    params: `embed`'s parameters, on the devices.
     width: e.
-    mesh: of this host.
+    mesh: this host's mesh.
     capacity: number of phrases; a larger request enlarges it.
   """
 

@@ -240,8 +240,8 @@ class DPT(nn.Module):
   `residual1`, which is not used.
   """
 
-  features: int  # Of the fused maps.
-  channels: tuple[int, int, int, int]  # Of the reassembled maps, shallow first.
+  features: int  # Channels of the fused maps.
+  channels: tuple[int, int, int, int]  # Per reassembled map, shallow first.
   head_features: int = 32  # Before the last layer.
   # 'layer' for a LayerNorm on each stage's tokens, for outputs of pre-norm
   # blocks, whose scale grows with the depth; 'none' for normalised tokens
@@ -249,7 +249,7 @@ class DPT(nn.Module):
   tap_norm: str = "layer"
   # Factor by which the last fusion enlarges its map, which has four times the
   # patch grid's size: 2 is Depth Anything's; 1 saves three quarters of the
-  # output convolutions where the prediction is no larger.
+  # output convolutions if the prediction is not larger.
   upsample: int = 2
   # 'relu' (Depth Anything's disparity is not negative), or 'none' for training:
   # a dead ReLU has no gradient.

@@ -40,7 +40,7 @@ class PrototypeHead(nn.Module):
   count: int  # Prototypes (K).
   hidden: int = 2048
   bottleneck: int = 256  # d.
-  layers: int = 3  # Of the MLP.
+  layers: int = 3  # Layers of the MLP.
 
   def setup(self):
     self.mlp = _Mlp(self.hidden, self.bottleneck, self.layers)
@@ -56,7 +56,7 @@ class PrototypeHead(nn.Module):
     return unit(self.mlp(x))
 
   def prototypes(self) -> Float[Array, "d k"]:
-    """The last layer: a prototype a column."""
+    """The last layer: one prototype per column."""
     return self.last_layer(self.bottleneck)
 
 

@@ -131,7 +131,7 @@ class Prompter(nn.Module):
 
 
 class Locator(nn.Module):
-  """Locator: boxes of text embeddings, `m` an image.
+  """Locator: predicts a box per text embedding, `m` per image.
 
   `(centre y, centre x, height, width)` in (0, 1), float32. Boxes may reach past
   the image.

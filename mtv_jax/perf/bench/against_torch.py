@@ -54,7 +54,7 @@ def run(
   Args:
     what: siglip or distillation (DINO and iBOT).
     batch_size: images per step.
-    rounds: of both sides.
+    rounds: rounds per side.
     steps: per round.
     threads: cores that the process is restricted to, and threads of PyTorch.
   """

@@ -40,12 +40,12 @@ def run(
   Args:
     data: path of tars, as in a config; None renders scenes to a temporary tar.
     size: side of the canvas.
-    length: of the captions, in tokens.
+    length: length of the captions, in tokens.
     tokenizer: "bytes" or a file's path.
-    batch_size: of the pipeline.
+    batch_size: the pipeline's batch size.
     batches: per round, after one that is not timed.
-    rounds: of both, after one that is not counted.
-    threads: of all processes together; None for one per core.
+    rounds: rounds of both, after one that is not counted.
+    threads: total over all processes; None for one per core.
     workers: processes of the pipeline.
   """
   threads = threads or available_cores()
@@ -90,7 +90,7 @@ def run(
   for name, label in labels.items():
     rate = statistics.median(images / w.wall for w in times[name])
     cpu = statistics.median(1e3 * w.cpu / images for w in times[name])
-    text = f"{rate:.0f} images/s, {rate / threads:.0f} a thread"
+    text = f"{rate:.0f} images/s, {rate / threads:.0f} per thread"
     values = dict(images_per_second=rate, cpu_ms=cpu)
     result.add(name, values, label, f"{text}, {cpu:.2f} CPU ms per image")
   walls = ([watch.wall for watch in times[k]] for k in ("decode", "pipeline"))

@@ -27,8 +27,8 @@ def run(
     encoder: a run, an export, a Hugging Face folder or a baseline.
     images: per round.
     batch_size: images per step on all devices.
-    rounds: of each, after one that does not count.
-    dtype: of the computation.
+    rounds: rounds of each, after one that does not count.
+    dtype: computation dtype.
   """
   loaded = loading.load(encoder, dtype=dtype)
   size = loaded.preprocess.size

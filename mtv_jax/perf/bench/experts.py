@@ -61,13 +61,13 @@ def run(
   """Times an expert in float32, from pixels to the model's results.
 
   Args:
-    kind: of `MODELS`.
+    kind: a key of `MODELS`.
     variant: size of the expert; its weights are random.
     batch_size: images per device.
-    rounds: of one batch each, after one that does not count.
+    rounds: rounds of one batch each, after one that does not count.
     against: "transformers", on the same weights and pixels in alternating
       rounds, or "none".
-    threads: of PyTorch; JAX uses those of the process, see `against_torch.pin`.
+    threads: for PyTorch; JAX uses the process's, see `against_torch.pin`.
     topology: compiles for it instead, see `compile_expert`.
 
   Raises:

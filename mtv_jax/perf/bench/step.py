@@ -136,6 +136,6 @@ def time_views(config: schema.Config, *, steps: int = 5) -> harness.Result:
   add("all_views", together, "all views, one program", text)
   add("step", step, "train step", text)
   decode = data.decode_cpu_ms(canvas)
-  add("decode", decode, "decode and resize, a core", text)
+  add("decode", decode, "decode and resize, per core", text)
   result.add("share", together / step, "views / step", "{:.1%}")
   return result

@@ -31,7 +31,7 @@ class Plan(TrainStep):
   """A config's train step on a topology, not yet compiled."""
 
   topology: topologies.Topology
-  fields: Mapping[str, ops.Field]  # Of the batch's rows.
+  fields: Mapping[str, ops.Field]  # Fields of the batch.
 
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the global batch, sharded over the mesh."""
@@ -87,7 +87,7 @@ class Memory:
   temporaries: int  # Live within a step.
   output: int  # Most of it aliases donated arguments.
   peak: int  # The most that is live at a time.
-  limit: int | None  # Of the chip; None where it is unknown.
+  limit: int | None  # The chip's limit; None if unknown.
 
   @property
   def fits(self) -> bool:
@@ -110,8 +110,8 @@ class Memory:
 class Compiled:
   """Result of compiling a program; sizes and FLOPs are per chip and step."""
 
-  memory: Memory | None  # None where the compiler ran out of it.
-  refusal: str = ""  # The compiler's message where it did.
+  memory: Memory | None  # None if the compiler ran out of memory.
+  refusal: str = ""  # The compiler's message in that case.
   seconds: float = 0.0  # Of lowering and compiling.
   collectives: tuple[hlo.Collective, ...] = ()  # Largest first.
   flops: float = 0.0  # With recomputation, see `hlo.count_flops`; 0: unknown.

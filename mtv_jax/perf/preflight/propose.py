@@ -15,7 +15,7 @@ class Proposal:
   """A change of the config and whether it fits."""
 
   changes: tuple[str, ...]  # 'KEY=VALUE', as `--config.KEY=VALUE` takes them.
-  peak: int | None  # Bytes per chip; None where the compiler did not say.
+  peak: int | None  # Bytes per chip; None if the compiler did not say.
   fits: bool
 
   def __str__(self) -> str:

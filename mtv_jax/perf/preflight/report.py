@@ -30,7 +30,7 @@ class Report:
 
   plan: compile_lib.Plan
   compiled: compile_lib.Compiled  # The train step.
-  model_flops: float  # Of a step on all chips, without recomputation.
+  model_flops: float  # Per step on all chips, without recomputation.
   # The program of the objectives' gradient norms, if it was compiled.
   norms: compile_lib.Compiled | None = None
   mfu: float = 0.4  # Assumed; what large ViTs reach on TPUs.
@@ -58,7 +58,7 @@ class Report:
 
   @property
   def examples_per_second(self) -> float | None:
-    """Of all chips at `mfu`; None where their peak is unknown."""
+    """Examples per second at `mfu`; None if the chips' peak is unknown."""
     topology = self.plan.topology
     if topology.chip.peak_bf16_flops is None:
       return None
@@ -175,7 +175,7 @@ class Report:
       format_bytes(sum(row[3] for row in rows))
       for rows in (self.params, sharding_table(self.plan.program.abstract))
     )
-    lines = [f"parameters: {count:,}; {size} a chip, the train state {state}"]
+    lines = [f"parameters: {count:,}; {size} per chip, the train state {state}"]
     rows = sorted(self.params, key=lambda row: -row[3])
     rows = rows[: _NUM_SHORT if self.tables == "short" else None]
     width = max(len(row[0]) for row in rows)
@@ -202,7 +202,7 @@ class Report:
     if memory.limit is None:
       verdict = f"the limit of {self.plan.topology.chip.kind} is unknown"
     lines = [
-      f"memory a chip: peak {format_bytes(memory.peak)}{limit}: {verdict}",
+      f"memory per chip: peak {format_bytes(memory.peak)}{limit}: {verdict}",
       f"  arguments {format_bytes(memory.arguments)}, temporaries "
       f"{format_bytes(memory.temporaries)}, output "
       f"{format_bytes(memory.output)}",
@@ -234,10 +234,10 @@ class Report:
 
   def _flops(self) -> list[str]:
     total, per_chip = self.model_flops, self.model_flops / self.plan.mesh.size
-    lines = [f"FLOPs: {total:.4g} a step analytically, {per_chip:.4g} a chip"]
+    lines = [f"model FLOPs per step: {total:.4g}, per chip: {per_chip:.4g}"]
     if self.useful is not None:
       lines.append(
-        f"  the program does {self.compiled.flops:.4g} a chip: "
+        f"  the program does {self.compiled.flops:.4g} per chip: "
         f"{self.useful:.1%} of it is useful, the rest is recomputation"
       )
     return lines

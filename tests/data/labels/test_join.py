@@ -247,7 +247,7 @@ def test_files_that_contradict_the_manifest(labelled, tmp_path):
   base = open_base(labelled / "base")
   out = make_set(tmp_path / "depth", base, "depth")
   array_record.write_bytes(out / "00001.array_record", [b"x"] * 3)
-  with pytest.raises(LabelError, match="00001.array_record holds 3 labels.* 4"):
+  with pytest.raises(LabelError, match="00001.array_record contains 3 .* 4"):
     LabelSet(out, kind="depth")
   array_record.write_bytes(out / "00001.array_record", [b"x"] * 4)
   source = build_source(entry(labelled, depth=str(out)))
@@ -286,7 +286,7 @@ def test_a_join_by_key(labelled, copy, caplog):
       }
       assert not {"depth", "boxes"} & record.keys()
   pickled = pickle.dumps(source)
-  # A worker maps the table again; pickled, it would be all of its bytes.
+  # A worker maps the table again: pickling would copy all of its bytes.
   assert b"_table" not in pickled
   check_record(pickle.loads(pickled)[7], 7)
 
@@ -424,9 +424,9 @@ def test_labels_of_other_settings_are_not_mixed(labelled, tmp_path, finished):
     )
   if finished:
     writer.finish()
-    # As sets were before there was a settings.json.
+    # Earlier versions wrote sets without a settings.json.
     (out / "settings.json").unlink()
-  # Tuples are lists in a file, and no difference.
+  # Tuples are lists in the file, which does not count as a difference.
   LabelWriter(out, kind="depth", base=base, settings=settings)
   other = {"model": {"name": "b", "layers": [1, 2]}, "nms": 0.5}
   with pytest.raises(FileExistsError) as error:
@@ -436,7 +436,7 @@ def test_labels_of_other_settings_are_not_mixed(labelled, tmp_path, finished):
     "  settings.threshold: 0.1 -> none",
     "  settings.nms: none -> 0.5",
   ]
-  # One shard has a record more, and one is not given.
+  # One shard has an additional record, and one shard is missing.
   more = WebDatasetSource([labelled / f"base/0000{i}.tar" for i in (0, 2)])
   with pytest.raises(FileExistsError) as error:
     LabelWriter(out, kind="depth", base=more, settings=settings)
@@ -472,7 +472,7 @@ def test_the_first_of_many_differences_are_listed():
 
 def test_invalid_folders_kinds_and_sources(labelled, tmp_path):
   base = open_base(labelled / "base")
-  with pytest.raises(ValueError, match="holds the shards themselves"):
+  with pytest.raises(ValueError, match="contains the shards themselves"):
     LabelWriter(labelled / "base", kind="depth", base=base, settings={})
   with pytest.raises(ValueError, match="kind is 'deep'. Did you mean 'depth'"):
     LabelWriter(tmp_path, kind="deep", base=base, settings={})
@@ -492,7 +492,7 @@ def test_a_set_without_any_label_is_rejected(labelled, tmp_path):
       of=lambda kind, i: no_label("no file"),
     )
   assert not (tmp_path / "manifest.json").exists()
-  # Nothing is lost by another attempt, so other settings are not rejected.
+  # The set has no labels to lose, so other settings are not rejected.
   writer = LabelWriter(
     tmp_path, kind="depth", base=open_base(labelled / "base"), settings={"b": 1}
   )

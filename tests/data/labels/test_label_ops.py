@@ -48,7 +48,7 @@ def test_depth_op():
   np.testing.assert_array_equal(same["depth"], label.values)
   raw = apply("depth(32)", {"depth": inverse})
   np.testing.assert_array_equal(raw["depth"], label.values)
-  # From a larger label and from the floats themselves: but for rounding.
+  # Resizing the stored label and the floats agree up to rounding.
   small = apply("depth(8)", {"depth": label.values})["depth"].astype(int)
   wanted = make_depth(inverse, side=8).label.values.astype(int)
   assert abs(small - wanted).max() <= 2
@@ -85,7 +85,7 @@ def boxes_record(n):
 def test_regions_pads_with_zeros():
   record = boxes_record(2)
   out = apply("regions(4, phrase_length=12)", dict(record))
-  # In an order that is drawn.
+  # The order is random.
   order = [0, 1] if out["boxes"][0, 3] < out["boxes"][1, 3] else [1, 0]
   np.testing.assert_array_equal(out["boxes"][order], record["boxes"])
   assert out["box_valid"].tolist() == [True, True, False, False]
@@ -296,7 +296,7 @@ def test_drops_are_counted_and_logged(caplog):
     "scenes: depth: a map that is the same everywhere": 56,
   }
   output = [r.getMessage() for r in caplog.records]
-  # At once, and at ten and a hundred.
+  # Warnings are logged at the first, tenth and hundredth drop.
   assert sum("boxes: inverted" in line for line in output) == 3
   assert "Labels of scenes: boxes: inverted (2 in 8 records read)" in output
 

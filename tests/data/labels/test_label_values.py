@@ -119,7 +119,7 @@ def test_boxes_are_clipped_to_the_image():
     outcome.label.boxes, [[0, 0.5, 0.5, 1], [0.1, 0, 0.2, 0.3]], rtol=1e-6
   )
   assert outcome.label.scores.tolist() == [1, 1]
-  # The second one is rounding.
+  # The second value is only rounding.
   assert outcome.counts == {"boxes: reached outside the image, cut": 1}
 
 

@@ -51,7 +51,7 @@ def test_correspondence_moves_the_second_view_onto_the_first(pairs):
     unmoved.append(
       np.mean(cv2.absdiff(pair.second.image, pair.first.image)[shown])
     )
-  # Of 255, sensor noise and resampled texture included.
+  # Grey levels of 255, including sensor noise and resampled texture.
   assert max(errors) < 12 and np.mean(errors) < 7
   assert np.mean(unmoved) > 4 * np.mean(errors)
 

@@ -342,7 +342,7 @@ def test_colour_words_match_the_pixels():
       continue
     scene = render(index)
     pixels = scene.image[scene.instances == 2]
-    # The lit side: shade is dark whatever the colour.
+    # Only the lit side: shaded pixels are dark in any colour.
     bright = pixels[pixels.sum(1) >= np.percentile(pixels.sum(1), 60)]
     colour = _hue(np.median(bright, 0))
     nearest = names[np.argmin(np.linalg.norm(table - colour, axis=1))]

@@ -166,7 +166,7 @@ def test_incomplete_groups_are_left_out_and_counted(tmp_path, caplog):
   source = one(tmp_path, members)
   assert len(source) == 4
   assert "left out 2 records without an image and 1 without a" in caplog.text
-  # Also when the index was there already.
+  # The same if the index existed already.
   caplog.clear()
   WebDatasetSource(tmp_path / "x.tar")
   assert "left out 2 records" in caplog.text
@@ -197,7 +197,7 @@ def test_captions_that_are_optional(tmp_path):
     {"url": "u", "key": "d"}, {"key": "f"},
   ]  # fmt: skip
   assert meta == records
-  # The key of one that can't be used is known.
+  # Unusable records have keys, too.
   with pytest.raises(BadRecord) as error:
     source.read_with_metadata(4)
   assert error.value.key == "e"
@@ -421,7 +421,7 @@ def test_an_array_record_file_cut_short(tmp_path, size):
   path = tmp_path / "x.array_record"
   array_record.write(path, [record(i) for i in range(9)])
   os.truncate(path, size if size >= 0 else path.stat().st_size + size)
-  with pytest.raises(ValueError, match=r"x\.array_record .*cut short"):
+  with pytest.raises(ValueError, match=r"x\.array_record .*truncated"):
     ArrayRecordSource(path)
 
 

@@ -142,10 +142,10 @@ def test_cut_short(tmp_path, what, caplog):
   }[what]
   os.truncate(path, at)
   if what in ("data", "header"):
-    with pytest.raises(TarError, match=r"cut\.tar is cut short.*offset \d+"):
+    with pytest.raises(TarError, match=r"cut\.tar is truncated.*offset \d+"):
       tar_scan.scan(path)
   else:
-    # All that is there is whole, but the end mark is not.
+    # All members are complete, but the end mark is truncated.
     assert list(tar_scan.scan(path).records) == ["0000", "0001", "0002"]
     assert "no end mark" in caplog.text
 
@@ -171,7 +171,7 @@ def test_damaged_in_the_middle(tmp_path):
   data = bytearray(path.read_bytes())
   data[at + 5] ^= 0xFF
   path.write_bytes(data)
-  with pytest.raises(TarError, match=rf"damaged: no header at offset {at}"):
+  with pytest.raises(TarError, match=rf"corrupt: no header at offset {at}"):
     tar_scan.scan(path)
 
 
@@ -195,7 +195,7 @@ def test_index_equals_the_scan(tmp_path):
   header = index.header
   assert (header.count, header.captioned, header.no_image) == (6, 5, 1)
   assert (index.smallest, index.largest) == ("0000", "0006")
-  # What has no caption comes last, and otherwise the order is the tar's.
+  # Records without captions come last; otherwise the order is the tar's.
   assert index.read_keys() == ["0000", "0002", "0004", "0005", "0006", "0001"]
   entries, keys = index.open()
   assert not entries.flags.writeable
@@ -251,7 +251,7 @@ def _foreign(path, index):
   [
     (_newer, "the tar has"),
     (_touched, "the tar was modified at"),
-    (_cut, "cut short"),
+    (_cut, "truncated"),
     (_foreign, "not an index of this version"),
   ],
 )
@@ -262,7 +262,7 @@ def test_stale_index_is_rebuilt(tmp_path, caplog, change, message):
   (new,) = tar_index.build_indices([path])
   assert message in caplog.text and str(old.file) in caplog.text
   assert new.header.count == (5 if change is _newer else 300)
-  # And it is written, not only used.
+  # The new index is also written.
   caplog.clear()
   assert tar_index.build_indices([path]) == [new]
   assert not caplog.text
@@ -395,7 +395,7 @@ def _log_everything(caplog):
 
 
 def test_offsets_beyond_four_gigabytes(tmp_path):
-  # Sparse: it takes no room on the disk.
+  # A sparse file, which takes no disk space.
   path = tmp_path / "a.tar"
   large = tarfile.TarInfo("video.mp4")
   large.size = 9 << 30

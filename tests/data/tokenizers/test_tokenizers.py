@@ -242,7 +242,7 @@ def test_exported_files_give_equal_ids(clean, small, words_json, tmp_path):
       "tokenizer.json",
       "tokenizer_config.json",
     ]
-    # Cleaning is inside now.
+    # The file now includes the cleaning.
     again = build_tokenizer(tmp_path / "tokenizer.json", clean="none")
     np.testing.assert_array_equal(
       again.encode([*ODD, "A Red dog_."], 12),
@@ -273,7 +273,7 @@ def test_sentencepiece_equals_siglip_tokenizer(spiece, captions):
   transformers = pytest.importorskip("transformers")
   theirs = transformers.SiglipTokenizer(spiece)
   ours = build_tokenizer(spiece, clean="canonicalize")
-  # They drop "_"; big_vision, and we, make it a space.
+  # transformers drops "_"; big_vision and we replace it by a space.
   texts = [text for text in captions if "_" not in text]
   assert len(texts) > 300
   expected = theirs(

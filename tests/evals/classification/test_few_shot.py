@@ -55,7 +55,7 @@ def test_sample_shots():
   assert items.shape == (2, 4)
   assert (labels[items] == [[0], [2]]).all()
   assert all(len(set(row)) == 4 for row in items)
-  # One generator, a permutation of each class in turn.
+  # One generator draws a permutation per class, in order.
   rng = np.random.default_rng(1)
   want = [rng.permutation(np.flatnonzero(labels == c))[:4] for c in (0, 2)]
   np.testing.assert_array_equal(items, want)
@@ -84,11 +84,11 @@ def test_only_the_shots_are_encoded(folder, colours):
   assert result.metrics == {"top1_1shot": 1.0}
   assert result.protocol["top1_of_seeds"] == {"top1_1shot": [1.0, 1.0]}
   assert encoded[0] <= 6 and encoded[1] == 6
-  # All images are encoded where most are used, to share the features.
+  # All images are encoded if most are used, to share the features.
   encoded.clear()
   result = few_shot.FewShot(**options).run(Counting())
   assert encoded == [18, 6]
-  # No class has ten.
+  # No class has ten images.
   assert list(result.metrics) == ["top1_1shot", "top1_5shot"]
   with pytest.raises(NotApplicable, match="class 0 of .* has 6 training"):
     few_shot.FewShot(**options, shots=(10,)).run(colours)

@@ -102,7 +102,7 @@ def test_invalid_options_and_features_are_rejected():
 
 
 def test_no_block_exceeds_its_bytes(mesh, monkeypatch):
-  """What a device holds at a time does not grow with the bank."""
+  """Memory per device does not grow with the size of the bank."""
   sizes = []
 
   def spy(mesh):
@@ -126,12 +126,12 @@ def test_a_folder(tmp_path, write_image, colours):
     for i in range(3):
       write_image(tmp_path / "train" / name / f"{i}.png", name)
     write_image(tmp_path / "test" / name / "0.png", name)
-  # A green image with the label red.
+  # A green image labelled red.
   write_image(tmp_path / "train" / "red" / "mislabelled.png", "green")
   evaluator = knn.KNN(data=str(tmp_path), view="encoder", k=(1, 3, 100))
   evaluator.prepare()
   result = evaluator.run(colours)
-  # Of equal neighbours the first decides, which is "green/0.png".
+  # Ties go to the first neighbour, "green/0.png".
   assert result.metrics == {"top1_k1": 1.0, "top1_k3": 1.0, "top1_k7": 1.0}
   assert result.chance["top1_k3"] == 0.5
   assert result.protocol["train_images"] == 7

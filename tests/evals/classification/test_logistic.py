@@ -52,7 +52,7 @@ def test_the_gradient_is_zero_at_each_optimum(data, models):
 
 @pytest.mark.slow
 def test_blocks_and_devices_change_nothing(data, models, monkeypatch):
-  # Seven rows a block, and the last one padded.
+  # Seven rows per block; the last block is padded.
   monkeypatch.setattr(logistic, "_LOGIT_BYTES", 7 * 4 * 3)
   (model,) = logistic.sweep(*data, (1.0,), classes=3)
   np.testing.assert_allclose(model.kernel, models[1].kernel, atol=1e-4)

@@ -131,7 +131,7 @@ def test_scenes():
   assert result.protocol["train_batch_asked"] == 80
   assert result.protocol["rate"] == pytest.approx(20.0 * 60 / 256)
   assert result.protocol["augment"] == "none"
-  # All 16 right; chance is one in twenty.
+  # All 16 are correct; chance is one in twenty.
   assert result.metrics["top1"] == 1.0
   assert result.chance["top1"] == 0.05
 

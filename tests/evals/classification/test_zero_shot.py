@@ -25,14 +25,14 @@ from mtv_jax.utils.errors import ConfigError
 @pytest.fixture
 def folder(tmp_path, write_classes, write_image):
   write_classes(tmp_path / "set", 2)
-  # A wrong label.
+  # One label is wrong.
   write_image(tmp_path / "set" / "blue" / "x.png", "red")
   return tmp_path / "set"
 
 
 def test_accuracies_of_a_folder(colours, folder):
   result = ZeroShot(data=str(folder)).run(colours)
-  # Six of seven; of blue's three images two are correct.
+  # Six of seven are correct, and two of the three blue images.
   assert result.metrics["top1"] == pytest.approx(6 / 7)
   assert result.metrics["mean_per_class"] == pytest.approx((1 + 1 + 2 / 3) / 3)
   assert result.metrics["top5"] == 1.0
@@ -59,7 +59,7 @@ def test_classifier_normalises_before_the_mean(colours):
   a = np.array([1.0, 0, 0])
   b = normalize(np.array([1.0, 3 / 4, 3 / 4]))
   np.testing.assert_allclose(got[0], normalize((a + b) / 2), atol=1e-6)
-  # The other order would give something else.
+  # The opposite order would give a different result.
   raw = colours.text([t.format("red") for t in named.templates]).mean(axis=0)
   assert np.abs(got[0] - normalize(raw)).max() > 0.01
 
@@ -186,11 +186,11 @@ def test_classes_of_one_name_are_rejected(folder, write_image):
   message = "classes 'Red!' and 'red' are both 'red' in prompts"
   with pytest.raises(ValueError, match=message):
     match_classes(data, None, keep="all")
-  # Also if the file has the name twice.
+  # The same if the file has the name twice.
   named = Prompts(("red", "green", "blue", "red"), ("{}",), name="f")
   with pytest.raises(ValueError, match=message):
     match_classes(data, named, keep="all")
-  # By ids they are told apart.
+  # Ids distinguish them.
   named = dataclasses.replace(named, ids=("red", "green", "blue", "Red!"))
   given, labels = match_classes(data, named, keep="all")
   assert sorted(set(labels.tolist())) == [0, 1, 2, 3]
@@ -221,7 +221,7 @@ def test_prompt_files(tmp_path):
     ("{", "not JSON"),
     ("[1]", "expected an object with 'classes'"),
     ('{"classes": [1]}', "list of non-empty strings"),
-    ('{"classes": ["a"], "templates": ["no braces"]}', "exactly one"),
+    ('{"classes": ["a"], "templates": ["no braces"]}', "exactly once"),
     ('{"classes": ["a", "b"], "ids": ["x", "x"]}', "1 of them distinct"),
     ('{"classes": ["a", "b"], "ids": []}', "0 ids"),
   ):

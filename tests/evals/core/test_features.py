@@ -147,7 +147,7 @@ def test_eviction_is_logged_once(encoder, images, monkeypatch, caplog):
       features.encode_images(encoder, images, digest=digest)
     assert len(caplog.records) == 1
     assert "(3, 192) of the data a is the first to be evicted" in caplog.text
-    # Also of an array larger than the cache, once an encoder.
+    # Once per encoder, even for an array larger than the cache.
     monkeypatch.setattr(features, "BUDGET", size - 1)
     features.encode_images(Counting(), images, digest="d")
   assert len(caplog.records) == 2

@@ -1,4 +1,4 @@
-"""What a probe reads of an encoder, and the views it takes of an image."""
+"""Encoder features that probes read, and probes' views of an image."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ def normed(x, encoder):
 
 def test_last_blocks_of_a_tower_with_a_class_token(cls, images, monkeypatch):
   want = cls.image(images, layers=(0, 1))
-  # A chunk for each image.
+  # One chunk per image.
   monkeypatch.setattr(global_features, "_CHUNK_BYTES", 1)
   got = global_features.last_blocks(cls, images, blocks=3, batch_size=1)
   assert len(got.tokens) == 3
@@ -98,7 +98,7 @@ def test_embed(cls, images, feature):
   }[feature]
   got = global_features.embed(cls, labelled(images), feature=feature)
   np.testing.assert_allclose(got, want, atol=1e-5)
-  # The same of pixels that are at their size already.
+  # The same for pixels that already have the target size.
   small = [np.asarray(PIL.Image.fromarray(i).resize((16, 16))) for i in images]
   got = global_features.embed(
     cls, labelled(small), feature=feature, pixels="crops"
@@ -114,7 +114,7 @@ def test_views(cls):
   centered = global_features.view(cls, "center")
   assert centered is global_features.view(cls, "center")
   assert centered.params is cls.params
-  # The middle of a wide image, and none of its ends.
+  # Only the centre of a wide image.
   image = np.zeros((18, 36, 3), np.uint8)
   image[:, :9] = image[:, -9:] = 255
   assert cls.preprocess(image).max() == 1
@@ -179,7 +179,7 @@ def test_crops():
   assert 0.075 < area.min() < 0.1 and 0.7 < area.max() <= 0.85
   assert 0.7 < ratio.min() < 0.78 and 1.3 < ratio.max() < 1.4
   assert abs(np.log(ratio[area < 0.4]).mean()) < 0.03
-  # No crop of this strip fits: the middle, at a ratio of 4 to 3.
+  # No crop of this strip fits: the fallback is the centre, at 4 : 3.
   assert crops.box(3, 300, np.random.default_rng(0)) == (148, 0, 152, 3)
   image = np.zeros((8, 8, 3), np.uint8)
   image[:, :4] = 200

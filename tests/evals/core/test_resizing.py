@@ -27,7 +27,7 @@ def test_matrices_by_hand():
   )
   corners = resizing.matrix(2, 3, "bilinear_corners")
   np.testing.assert_allclose(corners, [[1, 0], [0.5, 0.5], [0, 1]])
-  # Shrunk fourfold: two values are read, or all of them are averaged.
+  # Shrinking fourfold reads two values, or (antialiased) averages all.
   np.testing.assert_allclose(resizing.matrix(4, 1, "bilinear")[0, 1:3], 0.5)
   smooth = resizing.matrix(4, 1, "bilinear_antialiased")
   np.testing.assert_allclose(smooth, [np.array([5, 7, 7, 5]) / 24])

@@ -208,7 +208,7 @@ def test_scenes(result):
   assert protocol["layer"] == -1
   assert protocol["final_norm"] is False
   assert len(protocol["data_hash"]) == 16
-  # Not the encoder's own, which is 64 x 64 bilinear.
+  # The encoder's own preprocessing (64 x 64, bilinear) is not used.
   assert protocol["preprocess"] == {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
@@ -278,7 +278,7 @@ def test_pair_lists_are_written_and_read(tmp_path, pixels):
   again.prepare()
   assert again._set.sample.pairs == drawn._set.sample.pairs[:2]
   assert again._set.digest != drawn._set.digest
-  # How a list that was read had been drawn is unknown.
+  # For a list that was read, the sampling is unknown.
   first, second = (each.run(pixels).protocol for each in (drawn, again))
   how = {"pair_seed", "max_angle", "stride", "frames_without_partner"}
   assert how <= first.keys()

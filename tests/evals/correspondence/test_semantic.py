@@ -354,7 +354,7 @@ def test_equal_images_match(spair_root, pixels):
   assert protocol["pairs"] == {"all": 4, "0": 1, "1": 2, "2": 1}
   assert protocol["points"] == 8
   assert protocol["grid"] == [16, 16]
-  # Not the encoder's own, which is 64 x 64 bilinear.
+  # The encoder's own preprocessing (64 x 64, bilinear) is not used.
   assert protocol["preprocess"] == {
     "mean": list(pixels.preprocess.mean),
     "std": list(pixels.preprocess.std),

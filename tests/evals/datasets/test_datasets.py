@@ -79,11 +79,11 @@ def test_missing_split_is_an_error(tree):
   root = tree("d", train__red=1)
   with pytest.raises(FileNotFoundError, match="missing +val/") as error:
     registry.open_splits(root)
-  assert "The folder holds: train/" in str(error.value)
+  assert "The folder contains: train/" in str(error.value)
 
 
 def test_a_class_may_be_called_train(tree):
-  """COCO has such a class; a split holds folders and a class images."""
+  """COCO has a class `train`; splits contain folders, classes images."""
   root = tree("e", red=1, blue=1)
   (root / "red").rename(root / "train")
   data = registry.open_classification(root)
@@ -103,7 +103,7 @@ def test_scenes_are_labelled_without_rendering(monkeypatch):
   assert not rendered
   assert data.test.images[3].shape == data.train.images[0].shape == (96, 96, 3)
   assert rendered == [HELD_OUT_SCENES + 3, PROBE_SCENES]
-  # As a mapping too, neither split is what an encoder may have trained on.
+  # With data as a mapping too, both splits differ from the training scenes.
   rendered.clear()
   data = registry.open_splits({"type": "scenes", "length": 3})
   assert data.test.images[0].shape == data.train.images[0].shape

@@ -258,7 +258,7 @@ def test_missing_files_are_named(bts):
     open_depth(bts)
 
 
-def test_colour_is_no_depth(bts):
+def test_a_colour_image_is_not_a_depth_map(bts):
   write(bts / "kitchen" / "sync_depth_0.png", grey_image(3))
   with pytest.raises(ValueError, match="mode RGB; expected one channel"):
     _ = open_depth(bts).depths[0]
@@ -266,7 +266,7 @@ def test_colour_is_no_depth(bts):
 
 def test_nothing_of_the_kind(tmp_path):
   (tmp_path / "notes").mkdir()
-  with pytest.raises(NotApplicable, match="the folder holds notes/"):
+  with pytest.raises(NotApplicable, match="the folder contains notes/"):
     open_depth(tmp_path)
   (tmp_path / "captions.json").write_text("{}")
   with pytest.raises(NotApplicable, match="a file of another kind"):
@@ -335,7 +335,7 @@ def test_real_kitti_lidar_agrees_with_the_boxes(shared_data):
       x0, y0, x1, y1 = (round(float(v)) for v in words[4:8])
       inside = depth[y0:y1, x0:x1]
       surface = np.median(inside[inside > 0])
-      # What is labelled is the centre, half a length or less behind it.
+      # The label is the object's centre, at most half a length behind it.
       length, centre = float(words[10]), float(words[13])
       assert -0.5 < centre - surface < length / 2 + 0.5, words
       compared += 1

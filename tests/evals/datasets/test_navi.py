@@ -24,7 +24,7 @@ def write_object(root, name, *, folders, count=3, rotated=0):
     for part in ("images", "depth", "masks"):
       (path / part).mkdir(parents=True)
     rows = []
-    # Not in the order of the names.
+    # The order differs from that of the names.
     for i in reversed(range(count)):
       angle = np.radians(30 * i) / 2
       rows.append(
@@ -97,7 +97,7 @@ def test_a_photo_with_its_depth_and_pose(root):
   np.testing.assert_allclose(frame.pose[:3, :3], want, atol=1e-9)
   np.testing.assert_allclose(frame.pose[:3, 3], [0, 0, 0.502])
   np.testing.assert_array_equal(frames.poses[5], frame.pose)
-  # Rotated by its EXIF: its first rows are columns at the right.
+  # Rotated by EXIF: the first rows become the rightmost columns.
   turned = frames.read(0, 0)
   assert turned.image.shape == (8, 6, 3)
   assert turned.image[:, -1].min() > 250
@@ -115,7 +115,7 @@ def test_quaternions():
   r = navi.rotation_of(q)
   np.testing.assert_allclose(r @ r.T, np.eye(3), atol=1e-12)
   assert np.linalg.det(r) == pytest.approx(1)
-  # The axis is not turned.
+  # The axis is not rotated.
   np.testing.assert_allclose(r @ q[1:], q[1:], atol=1e-12)
 
 
@@ -125,7 +125,7 @@ def test_figures_on_photos(root):
     data=str(root), size=64, stride=2, keep=10
   )
   got = evaluator.run(encoder)
-  # Every second of six photos begins a pair; the toy's lie on their side.
+  # Every second of six photos starts a pair; the toy's photos are rotated.
   assert got.protocol["pairs"] == 3
   assert got.protocol["matches_kept"] == 30
   assert got.protocol["dataset"] == "NAVI"
@@ -211,7 +211,7 @@ def test_sequences(sequences):
   first, last = frames.read(1, 0), frames.read(4, 0)
   assert first.depth[0, :3].tolist() == [0, 0, 2]
   assert first.image[3, 3, 0] == 1
-  # By default the intrinsics of 7-Scenes.
+  # The default intrinsics are those of 7-Scenes.
   assert (first.focal, first.centre) == (585.0, (288.0, 216.0))
   assert (last.focal, last.centre) == (60.5, (-2.0, 2.0))
   # The camera is at the origin of its frame.

@@ -139,7 +139,7 @@ def test_middle_of_a_longer_side():
   np.testing.assert_array_equal(posed._middle(1024, 1024, 512)[:3], [0, 2, 4])
 
 
-def test_nothing_to_see_is_no_view():
+def test_frames_without_depth_have_no_view():
   frame = wall(np.eye(4))
   nothing = dataclasses.replace(frame, depth=np.zeros_like(frame.depth))
   assert posed.make_view(nothing, size=64) is None
@@ -160,7 +160,7 @@ def test_pairs_are_of_one_group_and_never_of_one_frame():
   degrees = [0, 10, 20, 170, 0, 60]
   frames = frames_at({"a": degrees[:4], "b": degrees[4:]})
   sample = posed.draw_pairs(frames, seed=8, max_angle=61)
-  # The fourth has no partner within 61 degrees.
+  # The fourth frame has no partner within 61 degrees.
   assert [p.first for p in sample.pairs] == [0, 1, 2, 4, 5]
   assert sample.unpaired == 1
   for pair in sample.pairs:

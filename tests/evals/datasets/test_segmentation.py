@@ -115,7 +115,7 @@ def test_parts_of_the_release_are_named(ade):
     with pytest.raises(FileNotFoundError, match="missing  images/training"):
       registry.open_segmentation(data, split="train")
   renamed = ade.rename(ade.parent / "ade")
-  with pytest.raises(NotApplicable, match="the folder holds annotations/"):
+  with pytest.raises(NotApplicable, match="the folder contains annotations/"):
     registry.open_segmentation(renamed, split="train")
   (ade.parent / "moved").rename(renamed / "images")
   assert len(registry.open_segmentation(renamed, split="train").images) == 3
@@ -123,13 +123,13 @@ def test_parts_of_the_release_are_named(ade):
 
 @pytest.mark.parametrize("images", ["val2017", "images"])
 def test_other_data_are_not_applicable(tmp_path, images):
-  """COCO has annotations/ too, and is no half of ADE20K."""
+  """COCO has annotations/ too, but is not an incomplete ADE20K."""
   (tmp_path / images).mkdir()
   (tmp_path / "annotations").mkdir()
   (tmp_path / "annotations" / "instances_val2017.json").write_text("{}")
   file = tmp_path / "captions.json"
   file.write_text("{}")
-  with pytest.raises(NotApplicable, match="the folder holds annotations/"):
+  with pytest.raises(NotApplicable, match="the folder contains annotations/"):
     registry.open_segmentation(tmp_path, split="test")
   for data in (file, "shards/{00..09}.tar"):
     with pytest.raises(NotApplicable, match=r"another kind.*nyu_labels40"):

@@ -46,7 +46,7 @@ def test_losses_without_a_valid_pixel_are_zero():
     value, grad = jax.jit(jax.value_and_grad(loss))(predicted, truth, none)
     assert float(value) == 0
     assert not np.any(grad)
-  # Nor does a perfect prediction give NaN.
+  # A perfect prediction does not give NaN, either.
   truth = jnp.full((1, 3, 3), 2.0)
   grad = jax.jit(jax.grad(losses.sig_loss))(truth, truth, truth > 0)
   assert np.all(np.isfinite(grad))
@@ -133,7 +133,7 @@ def test_layers_of_the_published_probes():
   assert (
     published["lin4"].taps(12) == published["dpt"].taps(12) == (2, 5, 8, 11)
   )
-  # Where the two differ.
+  # A case in which the two differ.
   assert published["lin4"].taps(24) == (4, 11, 17, 23)
   assert published["dpt"].taps(24) == (5, 11, 17, 23)
   assert published["dpt"].taps(2) == (0, 0, 1, 1)

@@ -106,7 +106,7 @@ def test_restoring_undoes_the_padding():
   got = view.restore(plane[None])[0]
   assert got.shape == (60, 90)
   y, x = (np.arange(n) + 0.5 for n in (60, 90))
-  # Half as large, 6 and 5 pixels in.
+  # Half the size, at an offset of 6 and 5 pixels.
   want = 2 * (y[:, None] / 2 + 6) + 3 * (x / 2 + 5)
   np.testing.assert_allclose(got[1:-1, 1:-1], want[1:-1, 1:-1], rtol=1e-5)
   on_device = view.restore(jax.numpy.asarray(plane[None]))[0]

@@ -65,7 +65,7 @@ def rows(*paintings):
   """COCO's instances of images, each [(colour, x, y, width, height), ...]."""
   names = sorted(COLOURS)
   return {
-    # Ids that are no positions, as COCO's are.
+    # Ids are not positions, as in COCO.
     "categories": [{"id": 7 + 3 * i, "name": n} for i, n in enumerate(names)],
     "images": [
       {"id": 40 - i, "file_name": f"{i}.png", "height": 20, "width": 40}
@@ -149,7 +149,7 @@ def test_a_perfect_encoder(coco):
     assert result.metrics[name] == pytest.approx(value, abs=1e-6), name
   assert result.chance["region_to_phrase_r1"] == pytest.approx(1 / 3)
   assert result.chance["box_top1"] == pytest.approx(1 / 3)
-  # Of five regions red has three, green and blue one each.
+  # Three of the five regions are red, one is green and one blue.
   assert result.chance["phrase_to_region_r1"] == pytest.approx(
     (3 / 5 + 1 / 5 + 1 / 5) / 3
   )
@@ -171,7 +171,7 @@ class Guesser(Painter):
     return np.asarray([table[s] for s in strings], np.float32) + 0.1
 
   def ground(self, images, boxes, *, batch_size=16):
-    # A function of the box alone.
+    # Depends on the box alone.
     keys = np.asarray(boxes)[..., 0] * 1000
     vectors = [
       [np.random.default_rng(int(k)).integers(-1, 2, 3) + 0.1 for k in row]
@@ -255,7 +255,7 @@ def test_chance_is_the_best_constant_answer(coco):
     constant = [np.tile(answer, (len(own), 1)) for own in queries]
     want = grounding.best_overlaps(constant, queries, data)
     np.testing.assert_allclose(got, want, atol=1e-12)
-  # Each of the set's boxes answers at least its own phrase.
+  # Each of the set's boxes is the answer to at least its own phrase.
   assert (floor[:5] >= 0.999).any(axis=1).all()
 
 

@@ -97,7 +97,7 @@ def test_crops_are_warped_for_every_preprocessing(images):
 
 
 def test_protocol_of_the_preprocessing():
-  """Of an encoder that crops, only mean and standard deviation apply."""
+  """For an encoder that crops, only mean and standard deviation apply."""
   cropping = Preprocess(
     size=32,
     resize="shortest",

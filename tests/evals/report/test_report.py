@@ -232,7 +232,7 @@ def test_published_figures_need_the_same_data():
   assert by_name["SigLIP 2 B/16"].style == "dashed"
   assert by_name["chance"].values == (0.1, None, None)
   assert "MTV L/16" not in by_name
-  # A subset of ImageNet is other data.
+  # A subset of ImageNet counts as different data.
   chart = report.build_chart([whole(images=500)], size="large")
   assert chart.quoted == ["coco_t2i", "coco_i2t"]
   assert chart.axes[0].label == "zero_shot\ntop1"

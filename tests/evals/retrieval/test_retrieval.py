@@ -138,7 +138,7 @@ def test_sheets_of_captions_and_images(coco, colours):
   half = len(green) // 2
   for block in (green[:half], green[half:]):
     assert block[: plots.LINE_HEIGHT].any()
-  # Only the images on the sheet are framed, once a caption.
+  # Only the images on the sheet are framed, once per caption.
   framed = (result.sheets["images"] == sheets.MATCH).all(axis=-1)
   half = len(framed) // 2
   assert framed[:half].any() and framed[half:].any()
@@ -228,7 +228,7 @@ def test_tar_shards(tmp_path, write_image, colours):
 def test_data_without_captions_are_rejected(tmp_path, coco, write_image):
   write_image(tmp_path / "set" / "red" / "0.png", "red")
   with pytest.raises(
-    ValueError, match="the folder holds red/. Retrieval reads"
+    ValueError, match="the folder contains red/. Retrieval reads"
   ):
     registry.open_captions(tmp_path / "set")
   with pytest.raises(ValueError, match="captions and no classes"):

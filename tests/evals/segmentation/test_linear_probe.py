@@ -193,7 +193,7 @@ def test_crops_of_one_class_are_resampled():
   labels[:, 60:] = 1
   rng = np.random.default_rng(0)
   lefts = [augment._corner(labels, rng, 16)[1] for _ in range(30)]
-  # Only from 49 on a crop holds two classes, and none holds 25 % of the
+  # Crops contain two classes from 49 on, and none contains 25 % of the
   # second before 48 + 4 = 52 columns: unreachable, so the last try stands.
   assert max(lefts) > 40
   labels[:, 50:] = 1

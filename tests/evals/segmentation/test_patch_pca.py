@@ -34,7 +34,7 @@ def test_components_against_svd():
   np.testing.assert_allclose(
     got.share, (values**2 / (values**2).sum())[:3], rtol=1e-5
   )
-  # The sign is a function of the features, whatever the solver gives.
+  # The sign depends on the features, not on the solver.
   again = patch_pca.principal_components(-patches, mask=mask)
   np.testing.assert_allclose(again.components, -got.components, atol=1e-4)
 
@@ -96,7 +96,7 @@ class PatchEncoder(Encoder):
 def test_a_sheet_is_drawn_on_request():
   result = PatchPca(count=4).run(PatchEncoder())
   assert result.sheets == {}
-  # Three components of three channels hold everything.
+  # Three components explain all of three channels.
   assert result.metrics["explained_by_3"] == pytest.approx(1)
   assert result.protocol["final_norm"] is True
   assert result.protocol["grid"] == [4, 4] and result.protocol["images"] == 4
@@ -145,7 +145,7 @@ def test_one_device_and_eight_agree():
     evaluator = PatchPca(count=5, size=24, pictures=2, batch_size=batch_size)
     got.append(evaluator.run(encoder))
   assert got[0].protocol["grid"] == [3, 3]
-  # Of the encoder's own, which is 16 x 16 bilinear, mean and std apply.
+  # Of the encoder's own preprocessing, only mean and std apply.
   assert got[0].protocol["input_size"] == [24, 24]
   assert got[0].protocol["preprocess"] == {
     "mean": [0.5, 0.5, 0.5],

@@ -113,7 +113,7 @@ def test_mosaics_equal_a_loop(images, variant):
       assert predicted.shape == image.shape[:2]
       assert predicted.dtype == np.uint8
       top = np.sort(expected, axis=-1)
-      # Equal wherever rounding can't decide.
+      # Equal except where rounding decides.
       sure = top[..., -1] - top[..., -2] > 1e-5
       assert sure.mean() > 0.99
       wrong = (predicted != expected.argmax(axis=-1)) & sure
@@ -154,7 +154,7 @@ def test_an_error_while_reading_is_raised(images):
   class Broken(list):
     def __getitem__(self, i):
       if i == 2:
-        raise OSError("image 2 is damaged")
+        raise OSError("image 2 is corrupt")
       return super().__getitem__(i)
 
   with pytest.raises(OSError, match="image 2"):

@@ -47,7 +47,7 @@ def _tensors(config=CONFIG):
     for name, shape in rule.expected_shapes():
       scale = max(1, int(np.prod(shape[1:]))) ** -0.5
       tensors[name] = (scale * rng.normal(size=shape)).astype(np.float32)
-  # For a positive, varied map.
+  # Makes the map positive and varied.
   tensors["head.conv3.weight"] = abs(tensors["head.conv3.weight"])
   return tensors
 
@@ -362,6 +362,6 @@ def test_huggingface_inputs_equal_its_processors(shared_data):
     wanted = pillow(images=image, return_tensors="np")["pixel_values"]
     np.testing.assert_allclose(pixels, wanted, atol=1e-5)
     wanted = torchvision(images=image, return_tensors="np")["pixel_values"]
-    # Its weights have other digits: a byte or two in one of 150 values.
+    # Its weights differ in a byte or two of one value in 150.
     steps = abs(pixels - wanted) * 255 * STD[:, None, None]
     assert steps.max() < 2.01 and (steps > 0.5).mean() < 0.01

@@ -188,7 +188,7 @@ def test_statistics_of_depth(labelled):
     np.mean([x.high for x in labels])
   )
   assert stats["sides"] == {16: 9}
-  # Record 6 is nearly constant; record 7 is, except for one pixel.
+  # Record 6 is nearly constant; so is record 7, except for one pixel.
   assert stats["constant_maps"] == stats["narrow_maps"] == pytest.approx(1 / 9)
 
 
@@ -460,7 +460,7 @@ def test_tool_errors(labelled, tmp_path):
   for options, expected in (
     ([data, out], "No label set is given"),
     ([data, out, "--boxes=nowhere"], "There is no folder of labels nowhere"),
-    ([data, out, f"--depth={labelled}/boxes"], "holds labels of kind 'boxes'"),
+    ([data, out, f"--depth={labelled}/boxes"], "labels of kind 'boxes'"),
     (
       [f"--data={other}/*.tar", boxes, out],
       "is of other images",

@@ -138,7 +138,7 @@ def test_the_manifest_identifies_the_base(finished, base, tmp_path):
   assert manifest["shards"][2]["base_hash"] == expected
   boxes = json.loads((finished / "boxes" / "manifest.json").read_text())
   assert boxes["base_hash"] == manifest["base_hash"]
-  # Other images of the same keys.
+  # Different images with the same keys.
   make_tars(tmp_path / "base", broken=False)
   labelling.run(
     FakeDepth(), open_base(tmp_path / "base"), tmp_path / "out", threads=2
@@ -200,12 +200,12 @@ def test_records_of_a_group_share_a_batch():
 
 
 def test_the_oldest_batch_is_released_incomplete():
-  # The third record is too much, whose group is not the oldest.
+  # The third record exceeds the limit; its group is not the oldest.
   assert group_batches("abbcc", rows=9, size=10, max_bytes=25) == (
     [[0], [1, 2], [3, 4]],
     2,
   )
-  # One group alone is never too much.
+  # One group alone never exceeds the limit.
   assert group_batches("aaaa", rows=9, size=10, max_bytes=25) == (
     [[0, 1, 2, 3]],
     0,
@@ -215,7 +215,7 @@ def test_the_oldest_batch_is_released_incomplete():
 def test_waiting_is_bounded():
   batches, before = group_batches("abbbbbbbbb", rows=2, max_age=5)
   assert [0] in batches[:before]
-  # Records that can't be used pass the time as well.
+  # Unusable records count towards the waiting time.
   batches, before = group_batches("a      b", rows=2, max_age=5)
   assert (batches, before) == ([[0], [7]], 1)
 
@@ -277,7 +277,7 @@ def test_labels_come_in_order():
       expected = "record: x" if i % 10 == 3 else f"{i}"
       assert entry.outcome.counts == {expected: 1}
     assert all(len(rows) == 4 for rows in expert.shapes)
-    # Ahead, in three groups that wait, on the device and before it.
+    # Records prefetched, in three waiting groups, and on the device.
     assert expert.max_pending <= 4 + 2 * threads + 3 * 3 + 3 * 4
     shapes.append(expert.shapes)
   assert shapes[0] == shapes[1]

@@ -79,7 +79,7 @@ def test_release_leaves_the_lease_of_another_process(tmp_path, monkeypatch):
 
   def slow(path, owner):
     result = is_left(path, owner)
-    # Another process is faster.
+    # Another process takes the lease first.
     claim(tmp_path, "a", ELSEWHERE)
     return result
 
@@ -97,7 +97,7 @@ def names(folder):
 def test_a_check_before_a_takeover_grants_nothing_after_it(
   tmp_path, monkeypatch
 ):
-  """A third process is rejected at every line of the second one."""
+  """A third process fails to lease at every line of the second one."""
   claim(tmp_path, "a", dead_owner())
   is_left = atomic.is_abandoned
   granted, tried = [], []
@@ -136,12 +136,12 @@ def test_a_check_before_a_takeover_grants_nothing_after_it(
 
 @pytest.mark.parametrize("owner", [dead_owner(), ELSEWHERE, "damaged"])
 def test_takeover_of_an_interrupted_takeover(tmp_path, owner):
-  # Of the three, the last one died before it could remove the others.
+  # The last of the three died before it could remove the others.
   old = 0 if isinstance(owner, atomic.Owner) and owner.is_dead else 400
   claim(tmp_path, "a", dead_owner())
   for end in ("claim.1", "claim.12"):
     os.replace(claim(tmp_path, "b", owner, age=old), tmp_path / f".a.{end}")
-  # Of another shard, whose name looks alike.
+  # A lease of another shard with a similar name.
   claim(tmp_path, "a.claim", ELSEWHERE)
   with ShardLeases(tmp_path).acquire("a") as taken:
     assert taken

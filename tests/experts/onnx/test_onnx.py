@@ -339,7 +339,7 @@ def test_detections_on_photos_are_the_published_ones(detector, shared_data):
     np.testing.assert_array_equal(prepared.arrays["image"], pixels[0])
     mine = detector.run({"image": prepared.arrays["image"][None]})
     row = {name: value[0] for name, value in mine.items()}
-    # One thread or several may add in another order.
+    # Several threads may sum in a different order.
     np.testing.assert_allclose(row["758"], output, rtol=1e-4, atol=1e-5)
     label = detector.finish(row, prepared.meta).label
     want = published(output, 0.65, height, width)
@@ -348,13 +348,13 @@ def test_detections_on_photos_are_the_published_ones(detector, shared_data):
     sides = np.array([height, width] * 2)
     got = np.trunc(label.boxes.astype(np.float64) * sides)
     if len(got) == len(want):
-      # A pixel: a coordinate on the border of two may fall to either.
+      # One pixel: a coordinate on the border of two may round to either.
       far = abs(got - inside.clip(0, sides)).max(initial=0)
       assert far <= 1, file.name
       np.testing.assert_allclose(label.scores, [w[4] for w in want], rtol=1e-4)
       continue
     differ += 1
-    # All that differs is how a box near 45 % was judged.
+    # Only boxes near an IoU of 45 % differ.
     for one in want:
       distance = abs(got - np.clip(one[:4], 0, sides)).max(axis=1)
       assert distance.min() <= 1 or near(one, want), file.name

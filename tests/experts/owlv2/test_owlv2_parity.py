@@ -145,7 +145,7 @@ def compare(model, folder, images):
     np.testing.assert_allclose(
       output["scores"][:count], expected["scores"].numpy()[order], atol=1e-5
     )
-    # Neighbours in rank may be closer than rounding: sets, not orders.
+    # Neighbours in rank may differ by rounding only: compares sets.
     scaled = output["boxes"][:count] * max(image.shape[:2])
     rows = np.column_stack([output["labels"][:count], scaled])
     wanted = np.column_stack(
@@ -188,7 +188,7 @@ def test_pixels(shared_data, size):
     ours = owlv2_pixels.pad_to_square(image, size)
     difference = np.abs(ours - expected)
     if size > side:
-      # Beyond the centres of the outermost pixels.
+      # Outside of the centres of the outermost pixels.
       difference = difference[1:-1, 1:-1]
     print(size, image.shape, difference.max())
     assert difference.max() < 1e-5

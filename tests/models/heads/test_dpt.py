@@ -176,7 +176,7 @@ def test_equals_transformers_depth_anything(grid):
     for parameter in model.parameters():
       fan_in = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 25
       parameter.normal_(0.0, fan_in**-0.5)
-    # Positive predictions: under a dead ReLU everything agrees.
+    # Positive predictions: with a dead ReLU any two models agree.
     model.head.conv3.bias.fill_(3.0)
   size = (14 * grid[0], 14 * grid[1])
   pixels = torch.randn(2, 3, *size)

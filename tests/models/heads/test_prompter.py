@@ -205,7 +205,7 @@ def test_prompter_learns_the_content_of_a_box():
     return jax.lax.scan(step, (params, tx.init(params)), keys)[1]
 
   history = np.asarray(train(jax.random.key(0)))
-  # Blind to the box, the best is the mix of four quarters: over one nat.
+  # Without the box, the best guess mixes four quarters: over one nat.
   assert history[:3].mean() > 1.2
   assert history[-5:].mean() < 0.3
 

@@ -153,9 +153,9 @@ def test_report_of_a_config_that_fits(repo_root, tmp_path):
   )
   assert completed.returncode == 0, completed.stderr
   for words in (
-    "4 chips, 1 host", "image          32x32x3", "parameters:", "memory a chip",
-    "of 15.75 GiB: fits", "FLOPs:", "collectives", "MB/s of rows",
-    "compiled in",
+    "4 chips, 1 host", "image          32x32x3", "parameters:",
+    "memory per chip", "of 15.75 GiB: fits", "model FLOPs", "MB/s of rows",
+    "collectives", "compiled in",
   ):  # fmt: skip
     assert words in completed.stdout, completed.stdout
   values = json.loads(out.read_text())

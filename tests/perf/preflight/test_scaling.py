@@ -60,7 +60,7 @@ def test_gradients_are_reduced_once_per_encoding(repo_root):
   depth, elements = fc1.shape[0], fc1.size // fc1.shape[0]
   # Encodings: image, global and local crops; captions and phrases.
   assert params["image"]["blocks"]["mlp"]["fc1"]["kernel"].shape == fc1.shape
-  fc2 = 1  # Of the same number of elements.
+  fc2 = 1  # It has the same number of elements.
   assert sizes[elements] >= (1 + fc2) * 5 * depth
   assert sizes[params["text"]["token_embedding"].size] == 2
   chunked = make_plan(
