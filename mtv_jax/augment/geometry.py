@@ -44,7 +44,7 @@ class BoxOp(ViewOp):
   def box(
     self, image_size: Int[Array, "2"], u: Float[Array, "uniforms"]
   ) -> Float[Array, "4"]:
-    """The box of the canvas in a view of an image of height and width."""
+    """Samples a view's box on the canvas, for an image's height and width."""
     raise NotImplementedError(f"{type(self).__name__} lacks box()")
 
 

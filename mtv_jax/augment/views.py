@@ -55,7 +55,7 @@ class ViewBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-  """The ops of one image of a view, a function of one canvas and one key."""
+  """One image's ops of a view, as a function of one canvas and one key."""
 
   box_op: geometry.BoxOp
   flip: geometry.Flip | None = None

@@ -140,7 +140,7 @@ class Checkpointer:
   def restore(
     self, abstract_state: Any, *, step: int | None = None
   ) -> Restored | None:
-    """Restores a checkpoint into the current mesh, also from another one.
+    """Restores a checkpoint into the current mesh, even from another mesh.
 
     Args:
       abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings (or of

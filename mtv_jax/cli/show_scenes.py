@@ -84,7 +84,7 @@ def scene_sheet(
 def scene_tiles(
   indices: Sequence[int], *, columns: int = 8, size: int = 96, seed: int = 0
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """A grid of the images alone, each below the name of its class."""
+  """A grid of the images alone, each below its class's name."""
   rows = -(-len(indices) // columns)
   width, height = size + plots.GAP, size + _LINE_HEIGHT + plots.GAP
   sheet = Image.new("RGB", (columns * width, rows * height), plots.PAPER)

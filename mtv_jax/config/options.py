@@ -187,7 +187,7 @@ def check_value(value: Any, annotation: Any, where: str) -> Any:
   the value's config key, for the error.
 
   Raises:
-    ConfigError: the value is of another type or out of range.
+    ConfigError: the value has another type or is out of range.
   """
   if hasattr(value, "to_dict"):  # A ConfigDict.
     value = value.to_dict()

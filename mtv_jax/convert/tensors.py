@@ -132,7 +132,7 @@ def _likely_cause(
   if mismatched and not missing and not unexpected:
     if all("position" in m or "pos_emb" in m for m in mismatched):
       return (
-        "The position embedding is of another resolution or text length than "
+        "The position embedding has another resolution or text length than "
         "the config's image_size, patch_size or max_position_embeddings."
       )
     return (
@@ -146,5 +146,5 @@ def _likely_cause(
     hint = did_you_mean(missing[0], unexpected, limit=3)
     return f"Names differ: for {missing[0]!r}: {hint}"
   if missing:
-    return "The file is not whole, or is of another kind than its config says."
+    return "The file is incomplete, or its config is of another model."
   return "The file has more arrays than the model, or another model's config."

@@ -36,7 +36,7 @@ class Field:
 
 
 class HostOp(abc.ABC):
-  """An op of `data.ops`: a frozen dataclass of its arguments."""
+  """An op in `data.ops`: a frozen dataclass, whose fields are its arguments."""
 
   # Whether it draws random numbers; others get no generator.
   random: ClassVar[bool] = False

@@ -426,7 +426,7 @@ class Encoder:
     )
 
   def _pad(self, key, kind, values) -> batched.Padded:
-    """The rows of an input of a head, `[n, k, C]`; strings are embedded."""
+    """One head input as rows, `[n, k, C]`; strings are embedded."""
     what = f"the {key} of image"
     if kind != TEXT:
       return batched.pad(values, channels=kind, what=what)

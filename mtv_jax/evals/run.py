@@ -90,7 +90,7 @@ def _expand_names(names: Sequence[str]) -> list[str]:
 
 
 def _split_data(data: Sequence[str]) -> tuple[str, dict[str, str]]:
-  """The data of all evaluations, and those of single ones by name."""
+  """Data for all evaluations, and for single evaluations by name."""
   common, by_name = "scenes", {}
   for entry in data:
     name, equals, value = entry.partition("=")

@@ -64,7 +64,7 @@ class Expert(Protocol):
     ...
 
   def finish(self, outputs: Mapping[str, np.ndarray], meta: Any) -> Outcome:
-    """The label of one record, from its row of each of `run`'s arrays."""
+    """Makes one record's label from its row in each of `run`'s arrays."""
     ...
 
 

@@ -81,7 +81,7 @@ class NearestText:
 
 
 def nearest_text(logits: Float[Array, "n c"], texts: ExampleIds) -> NearestText:
-  """The nearest of these texts; the first of equally near ones."""
+  """The nearest of these texts; ties go to the first."""
   logits = jax.lax.stop_gradient(logits)
   masked = jnp.where(texts.valid, logits, -jnp.inf)
   best = jnp.argmax(masked, axis=1)

@@ -71,7 +71,7 @@ def shard_region_losses(
 
 
 def merge_region_losses(a: RegionLosses, b: RegionLosses) -> RegionLosses:
-  """The losses of the same regions over the texts of both."""
+  """Adds up the same regions' losses over two sets of texts."""
   return RegionLosses(
     losses=a.losses + b.losses,
     same=jnp.maximum(a.same, b.same),
@@ -198,7 +198,7 @@ class LossInputs:
   phrase_id: UInt32[Array, "b m"]  # Equal for equal phrases.
   valid: Bool[Array, "b m"]
   boxes: Float[Array, "b m 4"]  # (y0, x0, y1, x1) in the view.
-  # (centre y, centre x, height, width) by the locator; None without regression.
+  # The locator's (centre y, centre x, height, width), with regression only.
   located: Float[Array, "b m 4"] | None = None
 
 

@@ -68,7 +68,7 @@ def partition_spec(
 def tree_shardings(
   tree: PyTree, mesh: Mesh, rules: ShardingRules = ()
 ) -> PyTree:
-  """Shardings for a tree of arrays or shapes, by the names of its leaves.
+  """Shardings for a tree of arrays or shapes, by its leaves' names.
 
   The names of optimizer moments, teacher and EMA end in the parameters' names,
   so that the same rules shard them. `rules` of the config precede the built-in

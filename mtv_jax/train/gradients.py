@@ -152,7 +152,7 @@ def total_loss(
   batch: Batch,
   mesh: Mesh | None = None,
 ) -> Loss:
-  """The loss of a whole batch, as a function of all parameters."""
+  """The whole batch's loss, as a function of all parameters."""
   keys = view_keys(spec, state.step, len(batch["image"]), mesh)
   loss_inputs = compute_loss_inputs(spec, params, state, batch, keys, mesh)
   return compute_losses(spec, params["heads"], state, loss_inputs, mesh)

@@ -72,7 +72,7 @@ def details(summary: str, parts: Sequence[str]) -> str:
 
 
 def images(figures: Sequence[Any]) -> str:
-  """Objects with a `title`, an `image` and the `path` of its file, in a row."""
+  """A row of images; each has a `title`, an `image` and its file's `path`."""
   several = " several" if len(figures) > 1 else ""
   inner = "".join(
     f"<figure>{image(f.image, f.title)}"

@@ -54,7 +54,7 @@ class JoinedLabels(abc.ABC):
 
     Raises:
       BadRecord: the label is corrupt.
-      LabelError: it is of another record.
+      LabelError: it belongs to another record.
     """
     try:
       return self._get(i, record)
@@ -163,7 +163,7 @@ class AlignedLabels(JoinedLabels):
   of a shard, as tars do with images without captions.
 
   Raises:
-    LabelError: the set is of other shards, or of fewer records.
+    LabelError: the set belongs to other shards or to fewer records.
   """
 
   def __init__(self, labels: LabelSet, source: Source):

@@ -210,7 +210,7 @@ def check_manifest(out: Path, described: Mapping[str, Any]) -> None:
 
 
 def to_json(content: Any) -> bytes:
-  """The form of all JSON files of a label set."""
+  """Formats JSON as in all files of a label set."""
   return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
 
 

@@ -47,7 +47,7 @@ class DepthLabel:
 
   @property
   def inverse(self) -> Float32[np.ndarray, "side side"]:
-    """Inverse depth in the original unit, NaN where there is no label."""
+    """Inverse depth in the original unit, NaN where unlabelled."""
     fraction = (self.values.astype(np.float32) - 1) / (TOP - 1)
     inverse = self.low + fraction * (self.high - self.low)
     return np.where(self.values > 0, inverse, np.nan).astype(np.float32)

@@ -29,7 +29,7 @@ from mtv_jax.utils.errors import InputError, check_choice
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """The label of one record of the base, or the reason why it has none."""
+  """A base record's label, or the reason why it has none."""
 
   key: str
   outcome: Outcome

@@ -136,7 +136,7 @@ def _call(path: Path, method: Callable[..., Any], *args: Any) -> None:
 
 
 def count_records(file: Path) -> int:
-  """The number of records; an InputError of a corrupt or grouped file."""
+  """The number of records; InputError if the file is corrupt or grouped."""
   reader = _module().ArrayRecordReader(str(file))
   try:
     options = reader.writer_options_string()

@@ -65,7 +65,7 @@ class Source(abc.ABC):
     """
 
   def read_metadata(self, i: SupportsIndex) -> Mapping[str, Any]:
-    """The `key` and metadata of record `i`, also of a bad one.
+    """The `key` and metadata of record `i`, even if it is unusable.
 
     Labelling uses `file_name` or `url`, `image_id`, `height` and `width`.
     """

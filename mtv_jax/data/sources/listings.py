@@ -64,7 +64,7 @@ def read(
 
   Raises:
     MissingFileError: the file or the folder of images does not exist.
-    InputError: it is of an unknown kind, lacks a column or lists no image.
+    InputError: its kind is unknown, it lacks a column or lists no image.
   """
   path = Path(path)
   if not path.exists():

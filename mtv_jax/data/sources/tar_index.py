@@ -104,7 +104,7 @@ def build_indices(
 ) -> list[TarIndex]:
   """The indices of `tars`, in their order; builds those that are missing.
 
-  Any number of processes may do so at once, also on several hosts: they share
+  Any number of processes may do so at once, even on several hosts: they share
   the work. Threads wait for the disk; where many indices are missing, worker
   processes parse the tars.
 

@@ -31,7 +31,7 @@ class TarError(InputError):
 
 
 class Span(NamedTuple):
-  """The bytes of a member of the tar; offset 0 where there is no member."""
+  """Byte range of a member in the tar; offset 0 if the member is missing."""
 
   offset: int
   size: int
@@ -39,7 +39,7 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass
 class Scan:
-  """The records of one tar, in the order of their first members."""
+  """One tar's records, in the order of their first members."""
 
   records: dict[str, list[Span]]  # Image, text and JSON by key.
   no_image: list[str]  # Keys with a caption file but no image.

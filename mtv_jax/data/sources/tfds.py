@@ -146,7 +146,7 @@ def _image_feature(tfds: Any, features: Mapping[str, Any], name: str) -> str:
 
 
 def caption_path(features: Mapping[str, Any]) -> tuple[str, ...]:
-  """The path of the captions in the tree of `features`; () for none."""
+  """Path to the captions in the tree `features`; () if there are none."""
   for path in _CAPTIONS:
     node: Any = features
     for name in path:

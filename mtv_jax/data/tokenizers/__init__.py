@@ -28,7 +28,7 @@ def build_tokenizer(
 
   Raises:
     MissingFileError: the file is missing.
-    InputError: the file is of another kind.
+    InputError: the file is not a tokenizer of a known kind.
     ConfigError: `clean` is unknown.
   """
   spec = os.fspath(spec)

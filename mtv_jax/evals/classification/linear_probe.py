@@ -204,7 +204,7 @@ def train_heads(
   optimizer = optax.chain(
     optax.trace(0.9),
     optax.scale_by_learning_rate(optax.cosine_decay_schedule(1.0, steps)),
-    # The axis of rates is the second to last one of kernels and biases.
+    # Rates are the second to last axis of kernels and biases.
     optax.stateless_with_tree_map(lambda update, _: update * scale),
   )
 
@@ -255,7 +255,7 @@ def scores(
   params: PyTree, data: Table, *, name: str, rate: int
 ) -> Float32[np.ndarray, "n c"]:
   """Logits of the head with the learning rate of index `rate`."""
-  # [d, 1, c] and [1, c]: the axis of rates is the second to last one.
+  # [d, 1, c] and [1, c]: rates are the second to last axis.
   head = jax.tree.map(
     lambda p: np.asarray(p)[..., rate : rate + 1, :], params[name]
   )

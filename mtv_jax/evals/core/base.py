@@ -129,7 +129,7 @@ def evaluator_class(kind: str, *, where: str = "--evals") -> type[Evaluator]:
 
 
 def default_options(kind: str) -> dict[str, Any]:
-  """The options of a type of evaluation with their defaults."""
+  """An evaluation type's options, with their defaults."""
   return {
     f.name: f.default
     if f.default_factory is dataclasses.MISSING

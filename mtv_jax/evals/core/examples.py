@@ -53,7 +53,7 @@ class DepthMaps(LazySequence):
 
 
 class LabelMaps(LazySequence):
-  """Maps of classes, uint8 `[h, w]`, each of its image's size."""
+  """Class maps, uint8 `[h, w]`, each in its image's size."""
 
 
 def open_images(paths: Sequence[str | os.PathLike]) -> Images:
@@ -121,7 +121,7 @@ class CaptionSet(ImageSet):
     *,
     split: str | None = None,
   ) -> CaptionSet:
-    """A set of images and the captions of each; InputError if empty."""
+    """Builds a set from each image's captions; InputError if empty."""
     if not captions:
       raise InputError(f"{name}: no image has a caption")
     owner = np.repeat(np.arange(len(captions)), [len(c) for c in captions])

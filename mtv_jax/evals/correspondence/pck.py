@@ -41,7 +41,7 @@ class Rule:
     return compare(errors, self.threshold).astype(np.float64)
 
   def mean(self, pairs: Sequence[np.ndarray]) -> float | None:
-    """The mean of `correct` over pairs; None without any keypoint."""
+    """The mean of `correct` over pairs; None if no pair has a keypoint."""
     pairs = [p for p in pairs if len(p)]
     if not pairs:
       return None

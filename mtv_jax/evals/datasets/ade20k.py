@@ -89,7 +89,7 @@ def _list_files(
 
 
 def class_names(root: pathlib.Path) -> tuple[str, ...] | None:
-  """The first name of each class; None without objectInfo150.txt.
+  """The first name of each class; None if objectInfo150.txt is missing.
 
   Its last column contains synonyms, separated by commas in the official file
   and by semicolons in others.

@@ -142,7 +142,7 @@ def _pose(
 
 
 def rotation_of(q: Float[np.ndarray, "4"]) -> Float64[np.ndarray, "3 3"]:
-  """The rotation of a quaternion (w, x, y, z) of any length."""
+  """Rotation matrix for a quaternion (w, x, y, z), of any length."""
   w, x, y, z = np.asarray(q, np.float64) / np.linalg.norm(q)
   return np.array(
     [

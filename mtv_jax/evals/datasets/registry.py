@@ -134,7 +134,7 @@ def open_splits(
   test images and `train` the training images.
 
   Raises:
-    InputError: also for classes that don't agree, or one set given twice.
+    InputError: also if the classes differ, or one set is given twice.
   """
   if isinstance(data, Mapping):
     has_both = data.get("type") in ("scenes", "tfds")

@@ -49,7 +49,7 @@ def is_scenes(data: examples.Data) -> bool:
 
 
 def split_config(config: Mapping[str, Any], split: str) -> dict[str, Any]:
-  """The config of a source of scenes with `first` set to that of a split."""
+  """A scene source's config, with `first` set to the split's first scene."""
   config = dict(config)
   if split == "train":
     config["first"] = PROBE_SCENES + config.get("first", 0)

@@ -265,7 +265,7 @@ def score(
   truth: Float[np.ndarray, " n"],
   protocol: Protocol,
 ) -> dict[str, float]:
-  """The metrics of one image; see `align`. RMSE only of depth."""
+  """One image's metrics; see `align`. RMSE is for depth only."""
   depth = align(
     predicted,
     truth,

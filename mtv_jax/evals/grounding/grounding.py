@@ -197,7 +197,7 @@ def fixed_answers(data: BoxSet) -> Float[np.ndarray, "c 4"]:
 def ious(
   a: Float[np.ndarray, "*n 4"], b: Float[np.ndarray, "m 4"]
 ) -> Float[np.ndarray, "*n m"]:
-  """Intersection over union of boxes (y0, x0, y1, x1); 0 without area."""
+  """Intersection over union of boxes (y0, x0, y1, x1); 0 if they lack area."""
   a, b = np.asarray(a, np.float64)[..., None, :], np.asarray(b, np.float64)
   low = np.maximum(a[..., :2], b[..., :2])
   high = np.minimum(a[..., 2:], b[..., 2:])

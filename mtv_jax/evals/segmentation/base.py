@@ -154,7 +154,7 @@ def _draw_row(
 def _legend(
   present: Sequence[int], width: int, names: Sequence[str]
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Names of classes, each beside a square of its colour."""
+  """Class names, each beside a square in its colour."""
   font, colours = plots.font(_TEXT_SIZE), plots.palette(len(names))
   corners, x, y = [], 0, 2
   for i in present:

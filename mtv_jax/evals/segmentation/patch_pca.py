@@ -189,7 +189,7 @@ def foreground(
 
 
 def _open_images(data: Data, count: int) -> ImageSet:
-  """The images of any data set, or of any folder of JPEGs."""
+  """The images in any data set or any folder of JPEGs."""
   errors = []
   for opener in (registry.open_classification, registry.open_captions):
     try:

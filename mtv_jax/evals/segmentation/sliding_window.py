@@ -285,7 +285,7 @@ def predict(
 
 @dataclasses.dataclass
 class _Job:
-  """The views of an image and the scores of its first windows."""
+  """An image's views, with the scores computed so far."""
 
   views: list[View]
   slide: Slide

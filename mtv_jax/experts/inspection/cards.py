@@ -54,7 +54,7 @@ def draw_card(
   `size` is the longer side of the images, `min_score` the minimum of a box.
 
   Raises:
-    LabelError: a label is of another record.
+    LabelError: a label belongs to another record.
   """
   notes: list[str] = []
   image = np.full((size * 3 // 4, size, 3), _BLANK, np.uint8)
@@ -159,7 +159,7 @@ def count_names(names: Mapping[str, int]) -> list[str]:
 def draw_sheet(
   cards: Sequence[Card], *, title: str, size: int
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """A sheet of one card or more, whose images have a longer side of `size`."""
+  """A sheet of cards; their images' longer side is `size`."""
   width = max(len(card.images) for card in cards) * (size + GAP) - GAP
   pitch = width + 2 * GAP
   columns = min(max(1, (_SHEET_WIDTH + 2 * GAP) // pitch), len(cards))

@@ -35,7 +35,7 @@ class Histogram:
     self.values = values
     self.count, self.total = 0, 0.0
     self.min, self.max = np.inf, -np.inf
-    # The first count is of values below the edges, the last of those above.
+    # The first bin counts values below the edges, the last those above.
     self._counts = np.zeros(len(edges) + 1, np.int64)
 
   @classmethod
@@ -68,12 +68,12 @@ class Histogram:
     self.max = float(values.max(initial=self.max))
 
   def fraction(self, value: float | int) -> float | None:
-    """The fraction of values in the bin of `value`; None without values."""
+    """Fraction of values in the bin of `value`; None if there are none."""
     index = int(np.searchsorted(self.edges, value, side="right"))
     return int(self._counts[index]) / self.count if self.count else None
 
   def quantile(self, q: float | int) -> float | None:
-    """The q-quantile, interpolated within its bin; None without values."""
+    """The q-quantile, interpolated within its bin; None without any values."""
     if not self.count:
       return None
     rank, ends = q * self.count, np.cumsum(self._counts)

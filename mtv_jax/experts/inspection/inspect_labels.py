@@ -64,7 +64,7 @@ def inspect(
   Raises:
     ConfigError: there is no label set, or a number is out of range.
     FileNotFoundError: a folder or a file is missing.
-    LabelError: a set is of another kind or of other records.
+    LabelError: a set has another kind or belongs to other records.
   """
   folders = {k: f for k, f in (("boxes", boxes), ("depth", depth)) if f}
   if not folders:

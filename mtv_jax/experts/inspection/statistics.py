@@ -208,7 +208,7 @@ class BoxStatistics(_Statistics):
 
 
 def filter_boxes(label: BoxLabel, min_score: float | int) -> BoxLabel:
-  """The boxes of a label with a score of at least `min_score`."""
+  """Drops a label's boxes that score below `min_score`."""
   rows = np.flatnonzero(label.scores >= min_score)
   phrases = tuple(label.phrases[i] for i in rows)
   return BoxLabel(label.boxes[rows], phrases, label.scores[rows])

@@ -118,7 +118,7 @@ def verify(
   Raises:
     FileNotFoundError: there is no finished set.
     FileExistsError: the set has other settings.
-    LabelError: the set is of other shards.
+    LabelError: the set belongs to other shards.
   """
   threads = count_threads(threads)
   if count < 1:

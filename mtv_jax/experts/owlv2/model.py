@@ -141,7 +141,7 @@ class _Head(nn.Module):
 
 
 class _Classes(nn.Module):
-  """Embedding of a patch, and shift and scale of its similarities."""
+  """Patch embeddings, with a shift and a scale for their similarities."""
 
   features: int
 

@@ -69,7 +69,7 @@ def read(folder: str | os.PathLike) -> Owlv2Files:
   spec = read_spec(config)
   with folders.open_weights(path) as store:
     params = tensors.load(rules(spec), store, ignore=_IGNORE)
-  # CLIP's temperature is of whole images.
+  # CLIP's temperature, which is for whole images, is unused.
   del params["heads"]
   _, processor = folders.read_processor(path)
   digest = hashlib.blake2b(digest_size=8)
