@@ -52,7 +52,7 @@ class MaskOp(ViewOp):
     """The most masked patches (`mask`), or the visible patches (`keep`).
 
     Raises:
-      ConfigError: where the op does not fit a view of `size` pixels.
+      ConfigError: the op does not fit a view of `size` pixels.
     """
     raise NotImplementedError(f"{type(self).__name__} lacks count()")
 

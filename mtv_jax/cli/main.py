@@ -58,7 +58,7 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
 
   Args:
     name: the command's name.
-    argv: by default those of the process. `--config.KEY=VALUE` is the same as
+    argv: arguments; default: the process's. `--config.KEY=VALUE` is the same as
       `--set=KEY=VALUE`, and a hyphen in an option's name as an underscore.
 
   Returns:

@@ -121,8 +121,8 @@ def build(
   express, gets the config key put in front.
 
   Args:
-    factory: what to call; its annotations are the contract.
-    options: by name.
+    factory: callable whose annotations declare the options.
+    options: values by name.
     where: the entry's config key for errors, "config.objectives.depth".
     reserved: further known keys of the entry, for errors.
 

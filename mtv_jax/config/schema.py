@@ -75,7 +75,7 @@ SCHEMA = dict(
   views=Entries(count=(int, 1), ops=str | list | tuple),
   model=Open(
     variant=(str, "B/16"),
-    image_size=(int, 224),  # What the position embedding is stored for.
+    image_size=(int, 224),  # Resolution of the stored position embedding.
     pool=(Literal["map", "cls", "mean"], "map"),
     dtype=(Literal["bfloat16", "float32"], "bfloat16"),
     remat=(str, "none"),
@@ -102,7 +102,7 @@ SCHEMA = dict(
       1.0,
     ),
   ),
-  # With the options of the optimizer, see `train/optim.py`.
+  # Includes the optimizer's options, see `train/optim.py`.
   optim=Open(
     name=(str, "adamw"),
     lr=NonNegativeFloat,
@@ -112,7 +112,7 @@ SCHEMA = dict(
     clip_norm=(NonNegativeFloat, 1.0),  # Global norm; 0 for no clipping.
     rules=(List, ()),  # (regex, dict(lr=multiplier, weight_decay=multiplier)).
   ),
-  # With the options of the schedule, see `train/schedules.py`.
+  # Includes the schedule's options, see `train/schedules.py`.
   schedule=Open(
     name=(str, "cosine"),
     warmup=Duration(0),
@@ -246,7 +246,7 @@ class RunLength:
   """Converts durations to steps."""
 
   batch_size: int
-  examples_per_epoch: int | None = None  # None for data without an end.
+  examples_per_epoch: int | None = None  # None if the data are endless.
   total_steps: int | None = None
 
   @classmethod

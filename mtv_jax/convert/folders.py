@@ -86,7 +86,7 @@ def read_config(
 
   Raises:
     MissingFileError: there is no folder.
-    ConversionError: it is of another model type; `example` names one of it.
+    ConversionError: it has another model type; `example` names a valid model.
   """
   path = require_folder(folder)
   config = read_json(path / "config.json")

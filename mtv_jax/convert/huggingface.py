@@ -175,7 +175,7 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.Path:
 
   Args:
     folder: new, empty, or of an earlier export, which it replaces.
-    model: with a contrastive head if it has a text tower.
+    model: needs a contrastive head if it has a text tower.
 
   Raises:
     ConversionError: `SiglipModel` can't express the model; names every field.

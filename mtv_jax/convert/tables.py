@@ -50,7 +50,7 @@ class Rule:
     tensors: names of the file's tensors; `{i}` is the index of a block, and
       our leaves then have a leading [depth].
     shapes: the file's, one per tensor.
-    read: from arrays in the order of `tensors` to those of `leaves`.
+    read: maps arrays in the order of `tensors` to those of `leaves`.
     write: the inverse; None if export is not supported.
     depth: number of blocks, 0 outside of them.
   """

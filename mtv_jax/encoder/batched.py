@@ -35,9 +35,9 @@ def in_batches(
   results of the last one.
 
   Args:
-    function: from a tree of `[B, ...]` to a dictionary of `[B, ...]`, each
+    function: maps a tree of `[B, ...]` to a dictionary of `[B, ...]`, each
       replicated over the mesh.
-    prepare: from an item's index to its row; called from several threads.
+    prepare: maps an item's index to its row; called from several threads.
     count: at least 1.
     blank: a padding row, of the structure, shapes and dtypes of every row.
     batch_size: rows per batch over the whole mesh, see `padded_batch`.

@@ -46,8 +46,8 @@ class ImageFeatures:
     pooled: the embedding, not normalised.
     patches: patch tokens after the final norm, on their grid.
     prefix: the CLS token and registers after the final norm.
-    layers: by requested block, its patch tokens before the final norm.
-    prefix_layers: by requested block, its CLS token and registers before the
+    layers: each requested block's patch tokens before the final norm.
+    prefix_layers: each requested block's CLS token and registers before the
       final norm.
   """
 

@@ -42,10 +42,10 @@ def load(
       student's text tower) or `ema`. Other folders have one set of weights.
     step: a run's checkpoint; the latest by default.
     dtype: compute dtype.
-    mesh: by default all devices, with the batch split over them.
+    mesh: default: all devices, with the batch split over them.
 
   Raises:
-    MissingFileError: for a path that is none of these.
+    MissingFileError: the path is none of these.
     InputError: for weights or a step that the folder lacks.
   """
   if baselines.is_baseline(os.fspath(path)):

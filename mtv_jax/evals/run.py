@@ -172,7 +172,7 @@ def prepare(
   """Builds the evaluators of a plan and opens their data.
 
   Args:
-    plan: from the function `plan`.
+    plan: result of the function `plan`.
     log_fn: called with a line for each evaluation that won't run.
 
   Returns:

@@ -52,7 +52,7 @@ def jit_per_device(
   """Compiles a function that each device applies to its own rows.
 
   Args:
-    function: from parameters and arrays `[n, ...]` to arrays `[n, ...]`, with
+    function: maps parameters and arrays `[n, ...]` to arrays `[n, ...]`, with
       independent rows. The result takes those of `replicate` and `shard`.
     mesh: a local mesh.
   """

@@ -27,7 +27,7 @@ class ViTSpec:
   width: int = 768  # Channels of a token (D).
   depth: int = 12
   heads: int = 12
-  mlp_dim: int = 3072  # For SwiGLU: of each of its halves.
+  mlp_dim: int = 3072  # For SwiGLU, the width of each half.
   # How `pooled` is computed: 'map' (attention pooling of the patches), 'cls'
   # (the CLS token after the final norm) or 'mean' (of the patches after it).
   pool: str = "map"

@@ -210,7 +210,7 @@ class Objective:
 
     Args:
       encodings: the outputs of `needs().encodings`.
-      heads: with their parameters.
+      heads: heads with their parameters.
       batch: the batch's fields, and `views`: `views.ViewBatch` by name.
     """
     raise NotImplementedError

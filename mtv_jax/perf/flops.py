@@ -37,7 +37,7 @@ class Cost(NamedTuple):
   """Cost of a traced function."""
 
   flops: float  # FLOPs of its matrix products and convolutions.
-  reads: list[bool]  # Which leaves of the arguments the results depend on.
+  reads: list[bool]  # Whether the results depend on each argument leaf.
 
 
 def count(

@@ -403,7 +403,7 @@ def convolution_flops(
 
   The other taps read padding, or zeros that dilation inserts.
 
-  `shapes` are of the input, the kernel and the output, `specs` their axes (see
+  `shapes` has those of input, kernel and output, `specs` their axes (see
   `jax.lax.ConvDimensionNumbers`); `window` has `window_strides`, `padding`,
   `lhs_dilation` and `rhs_dilation` of `jax.lax.conv_general_dilated`.
   """

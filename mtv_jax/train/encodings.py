@@ -38,7 +38,7 @@ def encode(
   """Runs every encoding of the plan.
 
   Args:
-    plan: from `collect`.
+    plan: result of `collect`.
     towers: the linen modules, `image` and `text`.
     params: the student's parameters by tower.
     teacher: the teacher's, which get no gradient.

@@ -107,7 +107,7 @@ def join_labels(
 
   Args:
     source: any source for a join by key; otherwise a source of files.
-    labels: by kind the folder of a set, or the options of `open_labels`.
+    labels: for each kind a set's folder, or options of `open_labels`.
     fields: the fields that are read; None for all. Sets of other fields are
       not opened; without any set the source is returned unchanged.
 

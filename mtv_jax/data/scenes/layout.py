@@ -20,7 +20,7 @@ _LIGHT_FRONT = 0.8  # how far the light is in front of the scene, by its height
 _BOARD_YAW = 0.6  # how far a board may turn from facing the camera, rad
 _MAX_HIDDEN_MAIN = 0.25  # largest hidden share of the main object
 _MAX_HIDDEN = 0.4  # and of any other
-_MAX_AREA = 0.6  # of others, as a share of the main object's
+_MAX_AREA = 0.6  # other objects' largest area, as a share of the main one's
 
 
 class Draw:

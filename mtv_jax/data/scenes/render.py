@@ -28,7 +28,7 @@ from mtv_jax.data.scenes.world import (
 from mtv_jax.utils.errors import InputError
 
 SEGMENT_NAMES = ("background", "ground", *CLASS_NAMES)
-STUFF_COUNT = 2  # of SEGMENT_NAMES: background and ground
+STUFF_COUNT = 2  # the first SEGMENT_NAMES: background and ground
 MIN_SIZE = 16
 
 _MIN_BOX_SHARE = 0.001  # a box needs this share of the image, and 4 pixels
@@ -215,7 +215,7 @@ def _shade(hits: Hits, noise: tuple[float, float]) -> np.ndarray:
   i, j = (int(n * _SHIFTS) for n in noise)
   noise = _sensor_noise(size)[i : i + size, j : j + size]
   image = cv2.add(cv2.merge(planes), noise, dtype=cv2.CV_8U)
-  # One ray a pixel leaves stairs along every outline; a blur of just these
+  # One ray per pixel leaves stairs along every outline; a blur of just these
   # pixels hides them at a fraction of the cost of more rays.
   cross = np.ones((3, 3), np.uint8)
   edges = cv2.morphologyEx(hits.owners, cv2.MORPH_GRADIENT, cross)

@@ -37,7 +37,7 @@ TEXTURES = MATERIALS + PATTERNS
 SIZES = {"small": 0.5, "medium": 0.85, "large": 1.3}  # height in metres
 
 
-# By the name in captions: (texture, metres a tile, the two colours).
+# By the name in captions: (texture, metres per tile, the two colours).
 GROUNDS = {
   "grass": ("grass", 1.4, (52, 96, 38), (128, 160, 72)),
   "sand": ("sand", 1.6, (188, 158, 108), (232, 208, 158)),

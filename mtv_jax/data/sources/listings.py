@@ -31,7 +31,7 @@ class Example:
 
   name: str  # The listing's, for the record and for reports.
   path: Path  # The image file, which may be missing.
-  captions: list[str]  # Those that are not blank.
+  captions: list[str]  # Without blank ones.
   extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # For JSON.
   problem: str = ""  # Why it can't be used, if that is known.
 

@@ -43,8 +43,8 @@ class Report:
   """Progress of `write`."""
 
   total: int  # Examples of the listing.
-  done: int = 0  # Those written or skipped.
-  # Those in no shard; their `problem` is the reason.
+  done: int = 0  # Examples written or skipped.
+  # Examples in no shard; their `problem` is the reason.
   skipped: list[Example] = dataclasses.field(default_factory=list)
   shards: list[Path] = dataclasses.field(default_factory=list)  # Finished.
 

@@ -57,7 +57,7 @@ class Header(NamedTuple):
   tar_size: int  # Bytes.
   tar_time: int  # Nanoseconds.
   count: int  # Records with an image.
-  captioned: int  # Those of them with a .txt or .json; they come first.
+  captioned: int  # Records with a .txt or .json; they come first.
   keys_size: int  # Bytes of all keys.
   smallest_size: int  # Bytes of the least key.
   largest_size: int

@@ -193,7 +193,7 @@ def train_heads(
   """Trains all heads; the loss is the mean of their cross-entropies.
 
   Args:
-    batches: by step, `x` `[batch_size, f]` of a table and `label`.
+    batches: for each step, `x` `[batch_size, f]` of a table and `label`.
     columns: the table's columns.
     rates: learning rates at a batch of 256.
     classes, steps, batch_size: numbers of them.

@@ -128,7 +128,7 @@ def fit(
   """Trains the batch norm and the linear layer.
 
   Args:
-    batches: by step, `x` `[b, width]` and `label` `[b]`.
+    batches: for each step, `x` `[b, width]` and `label` `[b]`.
     width: feature dimension.
     classes: number of classes.
     rate: peak learning rate.

@@ -65,7 +65,7 @@ class Result:
   # Everything the metrics depend on, JSON-able: input size, preprocessing,
   # weights, tie rule, data and its hash.
   protocol: dict[str, Any]
-  # For some of the metrics, the expectation of a random encoder.
+  # Expected values of some metrics for a random encoder.
   chance: dict[str, float] = dataclasses.field(default_factory=dict)
   # Units of the metrics that are not fractions: "m", or "" for a number.
   units: dict[str, str] = dataclasses.field(default_factory=dict)

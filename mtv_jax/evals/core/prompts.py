@@ -128,7 +128,7 @@ def imagenet_prompts() -> Prompts:
   is in their order but leaves them out.
 
   Raises:
-    ImportError: where open_clip is not installed.
+    ImportError: open_clip is not installed.
   """
   try:
     import open_clip

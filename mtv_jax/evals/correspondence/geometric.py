@@ -235,6 +235,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       "data_hash": self._set.digest,
       **frames.metadata,
       "pairs": len(scored),
+      # Those in which a view has fewer than two points.
       "pairs_without_points": len(sample.pairs) - len(scored),
       "pairs_by_angle": {
         f"{low:g}-{high:g}": int(((angles >= low) & (angles < high)).sum())

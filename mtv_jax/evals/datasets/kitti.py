@@ -54,8 +54,8 @@ def open_depth(
 ) -> DepthSet:
   """One split, see `registry.open_depth`.
 
-  `subset` is of a list: all images, or those whose map is in the `train` or the
-  `val` part of the annotated depth. MiDaS tests on `val`: 161 images.
+  `subset` selects from a list: all images, or those whose map is in `train` or
+  `val` of the annotated depth. MiDaS tests on `val`: 161 images.
   """
   listing = files.find_list(root, _LISTS, split)
   if listing is not None:

@@ -29,7 +29,7 @@ from mtv_jax.utils.errors import InputError
 
 # Scenes are rendered from their number; training counts up from zero.
 HELD_OUT_SCENES = 1_000_000
-# Those that probes train on: neither the encoder's nor the held-out ones.
+# Scenes that probes train on: neither the encoder's nor the held-out ones.
 PROBE_SCENES = 2_000_000
 # The farthest backdrop is nearer than this.
 MAX_DEPTH = 20.0

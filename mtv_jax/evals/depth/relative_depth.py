@@ -43,7 +43,7 @@ ALIGNMENTS = {
   "disparity_space": "least squares in inverse depth, and scored there",
 }
 _CAP = {"nyu": 10.0, "kitti": 80.0, "scenes": scenes.MAX_DEPTH}
-_MIN_DEPTH = {"nyu": 1e-3, "kitti": 1e-5, "scenes": 1e-3}  # of Marigold's clip
+_MIN_DEPTH = {"nyu": 1e-3, "kitti": 1e-5, "scenes": 1e-3}  # Marigold's clip
 _KB_SIZE = (352, 1216)  # the crop of KITTI's depth benchmark
 _CROPS = {
   "midas": {},

@@ -27,7 +27,7 @@ class View:
   size: tuple[int, int]  # rows and columns of the image
   input_size: tuple[int, int]  # after resizing, before padding
   patch: int
-  resize: str = "bilinear"  # of predictions, a method of `resizing`
+  resize: str = "bilinear"  # how predictions are resized, see `resizing`
   # The encoder's normalisation, for values in 0..1; padding becomes zero.
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
 

@@ -27,7 +27,7 @@ class Row(NamedTuple):
   unit: str  # `%` of a fraction, else the metric's own ("m", or "")
   lower: bool  # whether lower is better
   chance: float | None  # expected of a random encoder
-  values: tuple[float | None, ...]  # None for other data, or no value
+  values: tuple[float | None, ...]  # None if missing or from other data
   best: float | None  # None if the protocols differ
 
 

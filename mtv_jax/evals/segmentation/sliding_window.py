@@ -256,7 +256,7 @@ def predict(
 
   Args:
     images: of any sizes, read when they are needed.
-    score: from windows to the scores of every head on the patch grid.
+    score: maps windows to the scores of every head on the patch grid.
     slide: windows, scales and flips.
     fill: colour of the padding, in 0..255.
     batch_size: windows to score at a time.

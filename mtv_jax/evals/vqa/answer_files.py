@@ -40,7 +40,7 @@ class Question:
   """The truths of a question."""
 
   truths: tuple[str, ...]  # correct answers, one from each annotator
-  options: tuple[str, ...] = ()  # of multiple choice, by their letters
+  options: tuple[str, ...] = ()  # multiple-choice options, by their letters
   kind: str | None = None  # the answer's kind, if the file distinguishes kinds
 
 

@@ -27,7 +27,7 @@ MAX_COUNT = 256  # largest number of boxes or words with a separate bin
 LARGE_AREA = 0.9  # a large box's area, as a fraction of the image
 SMALL_SIDE = 16 / 384  # a small box's side: one patch of 16 pixels at 384
 CONSTANT_RANGE = 0.05  # a constant map's range, as a fraction of its maximum
-NARROW_RANGE = 0.05  # from the 5th to the 95th percentile, of the whole range
+NARROW_RANGE = 0.05  # 5th to 95th percentile, as a fraction of the whole range
 
 _phrase_id = functools.lru_cache(maxsize=1 << 16)(label_values.phrase_id)
 
@@ -180,7 +180,7 @@ class BoxStatistics(_Statistics):
     )
 
   def to_dict(self) -> dict[str, Any]:
-    """For JSON; fractions are of the boxes, or of the labelled images."""
+    """For JSON; fractions relate to the boxes or the labelled images."""
     histograms = {name: h.to_dict() for name, h in self._histograms.items()}
     an_image = self._histograms["boxes_an_image"]
     boxes, images = self._histograms["scores"].count, an_image.count
@@ -249,7 +249,7 @@ class DepthStatistics(_Statistics):
     )
 
   def to_dict(self) -> dict[str, Any]:
-    """For JSON; fractions are of the maps."""
+    """For JSON; fractions relate to the number of maps."""
     maps = self._histograms["labelled_pixels"].count
     sides = {
       int(name.removeprefix("side ")): count

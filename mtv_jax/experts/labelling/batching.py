@@ -54,7 +54,7 @@ class Grouper:
     self._rows = rows
     self._max_bytes = max_bytes
     self._max_age = max_age
-    # By group, in the order of their first records.
+    # By group, in the order of the groups' first records.
     self._waiting: dict[Hashable, Batch] = {}
     self._bytes = 0
 

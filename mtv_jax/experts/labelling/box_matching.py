@@ -69,8 +69,8 @@ class Agreement:
   """Agreement of a label set with true boxes, in total and by phrase."""
 
   iou: float | int  # Minimum of a match.
-  images: int = 0  # With a label of true boxes.
-  unlabelled: int = 0  # Those of them without a label in the set.
+  images: int = 0  # Images with true boxes.
+  unlabelled: int = 0  # Images with true boxes but without a label.
   total: Tally = dataclasses.field(default_factory=Tally)
   phrases: dict[str, Tally] = dataclasses.field(
     default_factory=lambda: collections.defaultdict(Tally)

@@ -23,7 +23,7 @@ class Report:
 
   kind: str
   compared: int = 0  # Records.
-  labelled: int = 0  # Those with a stored and a new label.
+  labelled: int = 0  # Records with both a stored and a new label.
   boxes: int = 0  # Stored boxes of these.
   new_boxes: int = 0
   # How a label differs, by key.
@@ -109,7 +109,7 @@ def verify(
   """Compares the labels of evenly spaced records with new ones.
 
   Args:
-    expert: with the settings of the set.
+    expert: must have the set's settings.
     base: the source of the set, or some of its shards.
     out: folder of the set.
     count: maximum number of records.

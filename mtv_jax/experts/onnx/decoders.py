@@ -55,8 +55,8 @@ class Decoder(Protocol):
   ) -> Detections:
     """The boxes with scores above a threshold, before suppression.
 
-    `outputs` are of one image, without the batch dimension; `names` are those
-    of the classes, and `image_size` is (height, width) before `prepare`.
+    `outputs` belong to one image and have no batch dimension; `names` are the
+    classes', and `image_size` is (height, width) before `prepare`.
     """
     ...
 

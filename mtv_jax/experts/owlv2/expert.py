@@ -51,7 +51,7 @@ class Owlv2Expert:
   """OWLv2 of `transformers` as an expert of boxes.
 
   Args:
-    folder: with `config.json`, `model.safetensors` and the processor's files.
+    folder: has `config.json`, `model.safetensors` and the processor's files.
     phrases: queries, cut to the text tower's 16 tokens.
     mesh: mesh of this host's devices; all of them by default.
     batch_size: images per device.
