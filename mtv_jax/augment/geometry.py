@@ -36,7 +36,7 @@ CANDIDATES = 10
 
 @dataclasses.dataclass(frozen=True)
 class BoxOp(ViewOp):
-  """Base class of the ops that choose a view's box, of which it has one."""
+  """Base class of the ops that choose a view's box; a view has exactly one."""
 
   stage = "geometry"
   size: PositiveInt  # Pixels per side of the view.

@@ -146,7 +146,7 @@ class View:
 
   @property
   def max_masked(self) -> int:
-    """The most patches that `blocks` masks in a row's images; 0 without it.
+    """The most patches that `blocks` masks per row; 0 if there is no `blocks`.
 
     With a probability of 0 it is that of one image.
     """

@@ -65,7 +65,7 @@ def add_shards(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   shards = "the shards: .tar, .array_record or .parquet, ranges and globs"
   add("--data", nargs="+", required=True, help=shards)
-  add("--index_dir", help="of the tars' indices (default: beside the tars)")
+  add("--index_dir", help="folder of tar indices (default: beside the tars)")
 
 
 def add_distributed(parser: argparse.ArgumentParser) -> None:

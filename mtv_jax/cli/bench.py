@@ -1,4 +1,4 @@
-"""Benchmarks of this machine, each beside a limit that the same run measures.
+"""Benchmarks of this machine, each with a limit measured in the same run.
 
   mtv-jax bench data --data='cc3m/*.tar' --tokenizer=spiece.model
   mtv-jax bench step --config=siglip_b16_224:tiny
@@ -24,14 +24,14 @@ from mtv_jax.cli import arguments
 
 # By name: the function, and the help.
 COMMANDS = {
-  "data": ("bench.data:run", "input pipeline, beside decoding alone"),
-  "step": ("bench.step:run", "train step, beside matrix products"),
-  "views": ("bench.step:time_views", "views, beside the step and decoding"),
-  "eval": ("bench.evals:run", "images to features, beside the forward pass"),
-  "checkpoint": ("bench.checkpoints:run", "saving, restoring, beside the disk"),
+  "data": ("bench.data:run", "input pipeline against decoding alone"),
+  "step": ("bench.step:run", "train step against matrix products"),
+  "views": ("bench.step:time_views", "views against the step and decoding"),
+  "eval": ("bench.evals:run", "images to features against the forward pass"),
+  "checkpoint": ("bench.checkpoints:run", "saving, restoring against the disk"),
   "flops": ("flops:run", "FLOPs of each part of a train step; runs nothing"),
-  "against": ("bench.against_torch:run", "train step, beside PyTorch's"),
-  "experts": ("bench.experts:run", "labelling, beside transformers"),
+  "against": ("bench.against_torch:run", "train step against PyTorch's"),
+  "experts": ("bench.experts:run", "labelling against transformers"),
 }
 
 

@@ -27,7 +27,7 @@ from mtv_jax.evals.core import base, results
 from mtv_jax.evals.report import references, tables
 
 _OPTIONS = {
-  "images": (str, "folder of images, where it is not beside the JSON"),
+  "images": (str, "folder of images, if it is not beside the JSON"),
   "prompts": (str, "JSON of class names and templates"),
   "classes": (str, "all (of the prompts), or present (in the data)"),
   "split": (str, "of Karpathy's JSON; test by default"),
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--reference",
     default="base",
     choices=(*references.SIZES, "none"),
-    help="published encoders in the chart, where the data are theirs",
+    help="published encoders in the chart, for the same data sets",
   )
   add("--json", help="file to write")
   arguments.add_distributed(parser)

@@ -28,7 +28,7 @@ COMMANDS = {
   "score_vqa": "score answers to questions about images",
   "convert": "convert to and from Hugging Face and big_vision",
   "preflight": "compile a config for a topology without one",
-  "bench": "benchmarks beside limits of this machine",
+  "bench": "benchmarks against limits of this machine",
   "plot_run": "plot a run's metrics",
   "show_scenes": "draw built-in scenes with their labels",
 }

@@ -2,7 +2,7 @@
 
 `read` opens SigLIP (and SigLIP 2 of fixed resolution, and MTV), CLIP and
 DINOv2 folders, our exports and native folders; `write` makes a folder that
-`AutoModel` and `AutoProcessor` of `transformers` open with no code of ours.
+`AutoModel` and `AutoProcessor` of `transformers` open without custom code.
 """
 
 import dataclasses

@@ -284,7 +284,7 @@ class Encoder:
     Args:
       name: name of the head, a key of `heads.HEADS`.
       images, batch_size: as for `image`.
-      **inputs: of the head beside the images (`PredictionHead.inputs`): for
+      **inputs: head inputs other than images (`PredictionHead.inputs`): for
         each image `[m, C]` numbers or m strings; m may differ, and may be 0.
 
     Returns:

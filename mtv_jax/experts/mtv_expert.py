@@ -241,7 +241,7 @@ def load_expert(
   min_side: Fraction = 0.015,
   max_area: Fraction = 0.95,
 ) -> Expert:
-  """Opens a training run, or an export of ours, as an expert.
+  """Opens a training run or its export as an expert.
 
   Args:
     folder: see `loading.load`; of a run the latest checkpoint's student.

@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, int]] = {
   for name, shape in _SHAPES.items()
 }
 
-# Keys of a config's `model` beside the architecture.
+# Keys of a config's `model` other than the architecture.
 RUNTIME = ("dtype", "remat", "scan")
 _TEXT_INPUT = ("tokenizer", "clean")
 

@@ -34,7 +34,7 @@ class RegionLosses:
 
   losses: Float[Array, " n"]  # Sums over the region's pairs.
   same: Float[Array, " n"]  # Greatest logit with a text of its own phrase.
-  other: Float[Array, " n"]  # The same of other phrases; -inf without any.
+  other: Float[Array, " n"]  # The same for other phrases; -inf if none.
   peers: Float[Array, " n"]  # Texts of its phrase, its own included.
 
 

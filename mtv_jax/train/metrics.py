@@ -280,11 +280,11 @@ def console_line(
     tail.append(f"{rates.images_per_second:,.0f} img/s")
     tail.append(f"wait {100 * rates.wait:.0f}%")
     tail.append(f"eta {format_duration(rates.eta)}")
-  parts, room = [], WIDTH - len("  ".join([head, *tail])) - len("  +00 more")
+  parts, space = [], WIDTH - len("  ".join([head, *tail])) - len("  +00 more")
   for name, value in numbers.items():
     part = f"{name} {format_number(value)}"
-    room -= len(part) + 2
-    if room < 0:
+    space -= len(part) + 2
+    if space < 0:
       parts.append(f"+{len(numbers) - len(parts)} more")
       break
     parts.append(part)

@@ -298,11 +298,11 @@ class _ObjectRays:
     ox, ou, oz = self.origin
     fronts, backs = [], []
     for f, (nx, nu, nz, offset) in enumerate(part.faces):
-      room = offset - (nx * ox + nu * ou + nz * oz)
-      k = 1 / (room if abs(room) > 1e-9 else 1e-9)
+      distance = offset - (nx * ox + nu * ou + nz * oz)
+      k = 1 / (distance if abs(distance) > 1e-9 else 1e-9)
       inverse = self.along(nx * k, nu * k, nz * k)
       # Rays enter where the camera is on the outer side of a face.
-      (fronts if room < 0 else backs).append((f, inverse))
+      (fronts if distance < 0 else backs).append((f, inverse))
     if not fronts:
       return
     entry = functools.reduce(np.minimum, [inverse for _, inverse in fronts])

@@ -38,7 +38,7 @@ class WebDatasetSource(FileSource):
 
   Args:
     path: brace ranges, globs, commas or a list; see `expand_path`.
-    index_dir: folder of the indices; None for beside the tars.
+    index_dir: folder of the indices; default: the tars' folders.
     captions: "required" leaves out records that have neither .txt nor .json;
       "ignored" takes every image, and its records have no captions;
       "optional" takes every image and those of its captions that are not

@@ -233,7 +233,7 @@ def hold_out(
 ) -> tuple[Int[np.ndarray, " t"], Int[np.ndarray, " h"]]:
   """Sorted indices of a training set to train on, and to hold out.
 
-  One of each ten images of a class is held out, none of a class with one.
+  Holds out one in ten images per class, and none if the class has one.
   """
   order = np.argsort(labels, kind="stable")
   counts = np.bincount(labels)

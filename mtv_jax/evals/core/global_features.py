@@ -91,7 +91,7 @@ def embed(
       `mean` are cached; `crops` have its input size and are only normalised.
 
   Raises:
-    InputError: for `cls` of an encoder without one.
+    InputError: for `cls`, if the encoder lacks a CLS token.
   """
   if feature == "cls" and not encoder.spec.image.cls_token:
     raise InputError(

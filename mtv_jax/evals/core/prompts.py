@@ -71,7 +71,7 @@ def read_prompts(
 ) -> Prompts:
   """Reads `{"classes": [...], "templates": [...], "ids": [...]}`.
 
-  `templates` defaults to ours and `ids` to none; `mtv-jax make_prompts` writes
+  `templates` and `ids` have defaults (no ids); `mtv-jax make_prompts` writes
   ImageNet's.
 
   Raises:

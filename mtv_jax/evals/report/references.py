@@ -24,7 +24,7 @@ class Reference(NamedTuple):
 
 
 class Column(NamedTuple):
-  """The metric of ours that a column of the table compares with.
+  """Our metric that a column of the published table is compared with.
 
   `required` are protocol entries that identify the data; tuples and ranges list
   alternatives, None among them for a protocol without the entry.

@@ -34,7 +34,7 @@ _DEFAULTS = {
   "depth_estimation_type": "relative",
   "max_depth": 1,
 }
-# The backbone of a config without one.
+# The default backbone.
 _BACKBONE = {
   "model_type": "dinov2",
   "image_size": 518,

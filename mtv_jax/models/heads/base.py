@@ -28,7 +28,7 @@ class PredictionHead:
 
   objective: ClassVar[str]  # Its type, by which exports describe the head.
   params_key: ClassVar[str]  # The head's parameters are `heads/PARAMS_KEY`.
-  # What it reads beside the image, by keyword of `Encoder.predict`: for each
+  # Inputs other than the image, by keyword of `Encoder.predict`: for each
   # image any number of rows, of so many channels, or of strings (`TEXT`) of
   # which it gets the text tower's embeddings.
   inputs: ClassVar[Mapping[str, int | str]] = {}

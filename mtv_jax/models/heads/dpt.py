@@ -110,7 +110,7 @@ def resize_corners(
 
 
 def _by_products(x: jax.Array, axis: int, size: int) -> jax.Array:
-  # A TPU multiplies float32 in bfloat16 unless told otherwise.
+  # By default a TPU multiplies float32 in bfloat16.
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   matrix = jnp.asarray(corner_matrix(x.shape[axis], size), x.dtype)
   equation = {1: "yh,bhwc->bywc", 2: "xw,bhwc->bhxc"}[axis]

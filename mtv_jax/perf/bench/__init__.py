@@ -1,1 +1,1 @@
-"""Benchmarks, each beside a limit that the same run measures."""
+"""Benchmarks, each with a limit measured in the same run."""

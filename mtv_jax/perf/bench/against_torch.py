@@ -54,7 +54,7 @@ def run(
   Args:
     what: siglip or distillation (DINO and iBOT).
     batch_size: images per step.
-    rounds: rounds per side.
+    rounds: rounds per framework.
     steps: per round.
     threads: cores that the process is restricted to, and threads of PyTorch.
   """
@@ -69,7 +69,7 @@ def compare(
   steps: int = 1,
   **model: Any,
 ) -> harness.Result:
-  """Times a step of ours and of PyTorch in alternating rounds.
+  """Times our step and PyTorch's in alternating rounds.
 
   `threads` are PyTorch's; JAX uses those of the process, see `pin`. `model`
   replaces fields of the model, for a small one.

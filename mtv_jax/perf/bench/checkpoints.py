@@ -1,4 +1,4 @@
-"""Checkpoint benchmark: saving and restoring, beside the disk and the steps."""
+"""Checkpoint benchmark: saving and restoring against disk and train steps."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Input pipeline benchmark: shards to batches, beside decoding alone."""
+"""Input pipeline benchmark: shards to batches against decoding alone."""
 
 import concurrent.futures
 import statistics
@@ -31,7 +31,7 @@ def run(
   threads: int | None = None,
   workers: int = 0,
 ) -> harness.Result:
-  """Times the input pipeline beside OpenCV decoding and resizing alone.
+  """Times the input pipeline against OpenCV decoding and resizing alone.
 
   Both process the same images with as many threads, in alternating rounds.
   Decoding starts from bytes in memory; the pipeline reads tars, decodes, makes

@@ -1,4 +1,4 @@
-"""Labelling benchmark: an expert beside `transformers`, or compiled for a TPU.
+"""Labelling benchmark: an expert against `transformers`, or AOT for a TPU.
 
 A module of `MODELS` has the functions
 
