@@ -267,7 +267,7 @@ def crop_depth(
 ) -> tuple[Float[Array, "m h w"], Bool[Array, "m h w"]]:
   """Depth labels of all crops of a view (`views.ViewBatch`).
 
-  Depth is 0 without a label, else 1 to 65535 (inverse depth).
+  Depth is inverse depth, 1 to 65535, and 0 where unlabelled.
 
   Returns:
     Maps in [0, 1] and which pixels are valid, `[b * count, size, size]`.

@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 import PIL.Image
 from jaxtyping import Float32, UInt8
-from ml_collections import ConfigDict
 
 from mtv_jax.config import options
 from mtv_jax.config.op_strings import parse_ops
 from mtv_jax.config.options import PositiveInt
+from mtv_jax.config.schema import Config
 from mtv_jax.data import canvas
 from mtv_jax.utils.errors import ConfigError, InputError
 
@@ -113,9 +113,7 @@ class Preprocess:
     return options.build(cls, fields, where="Preprocess")
 
 
-def preprocess_from_config(
-  config: Mapping[str, Any] | ConfigDict,
-) -> Preprocess:
+def preprocess_from_config(config: Config) -> Preprocess:
   """Preprocessing of a run's encoder, from its config.
 
   Squashes to a square and normalises to -1..1, as `views.py` on the device. The

@@ -193,7 +193,7 @@ def project_points(
   points in one, the nearest counts, as the others may be hidden behind it.
 
   Points are in the laser's frame, depth is along the optical axis, both in
-  metres; depth is 0 without a point. `size` is the image's.
+  metres; depth is 0 where no point is. `size` is the image's.
   """
   ones = np.ones((len(points), 1))
   homogeneous = np.concatenate([np.asarray(points, np.float64), ones], axis=1)

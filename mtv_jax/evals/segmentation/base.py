@@ -128,7 +128,7 @@ class Predictions:
   def sheets(
     self, name: str, *, head: int = 0
   ) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
-    """The sheet of a head by name; empty without chosen images.
+    """A head's sheet by name; empty if no images were chosen.
 
     Rows of image, truth and prediction above the names of their classes.
     """

@@ -73,7 +73,7 @@ class Histogram:
     return int(self._counts[index]) / self.count if self.count else None
 
   def quantile(self, q: float | int) -> float | None:
-    """The q-quantile, interpolated within its bin; None without any values."""
+    """The q-quantile, interpolated within its bin; None if it has no values."""
     if not self.count:
       return None
     rank, ends = q * self.count, np.cumsum(self._counts)

@@ -58,8 +58,8 @@ class Result:
 
     Prints the median and the range, such as '1.05 (0.98 to 1.12 in 5 rounds)'.
     """
-    pairs = zip(numerators, denominators, strict=True)
-    ratios = [float(a) / float(b) for a, b in pairs]
+    rounds = zip(numerators, denominators, strict=True)
+    ratios = [float(a) / float(b) for a, b in rounds]
     median, low, high = (f(ratios) for f in (statistics.median, min, max))
     text = f"{median:{spec}} ({low:{spec}} to {high:{spec}}"
     self.add(name, median, label, f"{text} in {len(ratios)} rounds)")
