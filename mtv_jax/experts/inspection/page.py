@@ -127,7 +127,7 @@ def describe(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   yield "with a label", f"{stats['labelled']:,} ({percent(labelled)})"
   yield "labels read", f"{read['records']:,}, {every}"
   if read["damaged"]:
-    yield "can't be read", f"{read['corrupt']:,}"
+    yield "can't be read", f"{read['damaged']:,}"
   if stats["kind"] == "boxes":
     yield from _describe_boxes(stats)
   else:
