@@ -247,7 +247,7 @@ def _reading(
 def _require_same(
   saved: Mapping[str, Any], wanted: Mapping[str, Any], path: str
 ) -> None:
-  """Raises with a diff of names, shapes and types where the trees differ."""
+  """Raises with a diff of names, shapes and types if the trees differ."""
   lines = []
   for name in sorted({*saved, *wanted}):
     old, new = (
@@ -287,7 +287,7 @@ def load_tree(
       the state.
 
   Returns:
-    Nested dictionaries of numpy arrays (or one, where the part is an array).
+    Nested dictionaries of numpy arrays (or one array, if the part is one).
 
   Raises:
     MissingFileError: no such checkpoint.

@@ -33,7 +33,7 @@ class MergeReport:
   loaded: tuple[str, ...]
   missing: tuple[str, ...]  # Wanted (included), but not in the source.
   unexpected: tuple[str, ...]  # In the source, but not in the target.
-  # Shapes in the source and in the target, where they differ.
+  # Shapes in the source and in the target, if they differ.
   mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
   coverage: float  # Loaded / wanted, counted in elements.
 

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-  """Trains, resuming where the workdir has a checkpoint."""
+  """Trains; resumes if the workdir has a checkpoint."""
   config = schema.check_config(arguments.read_config(args))
   arguments.initialize_distributed(args)
   process = jax.process_index()

@@ -202,7 +202,7 @@ def check_value(value: Any, annotation: Any, where: str) -> Any:
 
 
 def _convert(value: Any, annotation: Any) -> Any:
-  """The converted value; raises ValueError where it does not fit."""
+  """The converted value; raises ValueError if it does not fit."""
   origin = typing.get_origin(annotation)
   args = typing.get_args(annotation)
   if annotation is Any:

@@ -230,7 +230,7 @@ def _value(path: str, kind: Any, value: Any, default: Any) -> Any:
 def _read_duration(
   path: str, name: str, kind: Duration, section: Config
 ) -> dict[str, Any]:
-  """The key of a duration that a section gives, with its value; {} for none."""
+  """A section's duration as {key: value}; {} if it gives none."""
   keys = [f"{name}_{unit}" for unit in kind.units]
   durations = {k: section[k] for k in keys if section.get(k) is not None}
   if len(durations) > 1 or (kind.default is REQUIRED and not durations):
@@ -264,7 +264,7 @@ class RunLength:
 
     A positive duration is at least one step.
 
-    Returns `default` where the section lacks it.
+    Returns `default` if the section lacks it.
 
     Raises:
       ConfigError: no key or several are given, or one that can't be converted.

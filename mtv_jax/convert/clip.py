@@ -89,7 +89,7 @@ def read_spec(config: Mapping[str, Any], names: Collection[str]) -> ModelSpec:
 
 
 def rules(spec: ModelSpec, *, prefix: str = "vision_model.") -> list[Rule]:
-  """The rules of a CLIP; `prefix` is the vision tower's."""
+  """Conversion rules for CLIP; `prefix` is the vision tower's."""
   special = [
     tables.folded_positions(
       f"{prefix}embeddings.class_embedding",

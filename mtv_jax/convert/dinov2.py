@@ -51,7 +51,7 @@ IGNORE = r"^classifier\."
 
 
 def read_spec(config: Mapping[str, Any], names: Collection[str]) -> ModelSpec:
-  """The model of a `config.json` of type dinov2(_with_registers)."""
+  """Model spec from a `config.json` of type dinov2(_with_registers)."""
   config = folders.with_defaults(config, _DEFAULTS)
   if not config["qkv_bias"]:
     raise ConversionError(
@@ -80,7 +80,7 @@ def read_spec(config: Mapping[str, Any], names: Collection[str]) -> ModelSpec:
 
 
 def rules(spec: ModelSpec, *, prefix: str = "") -> list[Rule]:
-  """The rules of a DINOv2; `prefix` is a classifier's or a detector's."""
+  """Conversion rules for DINOv2; `prefix`: a classifier's or a detector's."""
   special = [
     tables.folded_positions(
       f"{prefix}embeddings.cls_token",

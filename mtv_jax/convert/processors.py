@@ -46,7 +46,7 @@ def read_preprocess(
 
   Args:
     folder: the checkpoint's folder.
-    family: whose defaults apply where the folder has no processor.
+    family: whose defaults apply if the folder has no processor.
     image_size: the model's image size.
     patch_size: the model's patch size.
 

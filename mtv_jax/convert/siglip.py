@@ -110,7 +110,7 @@ def read_spec(config: Mapping[str, Any], names: Collection[str]) -> ModelSpec:
 
 
 def rules(spec: ModelSpec, *, prefix: str = "vision_model.") -> list[Rule]:
-  """The rules of a SigLIP; `prefix` is the vision tower's."""
+  """Conversion rules for SigLIP; `prefix` is the vision tower's."""
   special = []
   if spec.image.pool == "map":
     special += tables.in_projection(

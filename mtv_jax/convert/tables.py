@@ -83,7 +83,7 @@ def nest(prefix: str, file_prefix: str, names: Names) -> Names:
 def tower_rules(
   spec: ModelSpec, names: Names, *special: Rule, **options: Any
 ) -> list[Rule]:
-  """The rules of both towers; for the arguments see `leaf_rules`."""
+  """Conversion rules for both towers; for the arguments see `leaf_rules`."""
   rules = []
   for tower, params in two_tower.abstract_params(spec).items():
     heads = getattr(spec, tower).heads
@@ -186,7 +186,7 @@ def transpose_rule(
 
 
 def _fuse_rule(rule: Rule, heads: int) -> Rule:
-  """The rule of a leaf that fuses the file's q, k and v, or k and v."""
+  """Conversion rule for a leaf that fuses the file's q, k and v, or k and v."""
   n = len(rule.tensors)
   return dataclasses.replace(
     rule,
@@ -240,7 +240,7 @@ def in_projection(
 
 
 def scale_without_bias(scale: str, shape: tuple[int, ...]) -> Rule:
-  """The temperature of a softmax loss; our similarity's bias is then 0."""
+  """Temperature rule for a softmax loss; our similarity's bias is then 0."""
   return Rule(
     ("heads/contrastive/logit_scale", "heads/contrastive/logit_bias"),
     (scale,),

@@ -133,7 +133,7 @@ class BlockShuffle:
     return int(records[at - first])
 
   def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The blocks of an epoch in order, and the positions of windows' ends."""
+    """An epoch's blocks in order, and the positions where windows end."""
     rng = np.random.default_rng((self._seed, epoch))
     order = rng.permutation(len(self._starts))
     ends = np.cumsum(self._sizes[order])
@@ -141,7 +141,7 @@ class BlockShuffle:
     return order, ends[np.minimum(last[:: self._window], len(ends) - 1)]
 
   def _shuffle_window(self, number: int) -> np.ndarray:
-    """The records of a window in order; windows are numbered over epochs."""
+    """A window's records in order; windows are numbered across epochs."""
     epoch, window = divmod(number, self._windows_per_epoch)
     order, _ = self._epochs.get(epoch)
     blocks = order[window * self._window : (window + 1) * self._window]

@@ -4,7 +4,7 @@ A record is a plain dict:
 
   key         str, unique within its source
   image       bytes (an encoded image file) or uint8 [H, W, 3]
-  captions    list of str, at least one where the source has captions
+  captions    list of str, at least one if the source has captions
 
 and, where a source has labels, `depth` (float32 [H, W], inverse depth, or
 uint16, see `label_values.DepthLabel`), `boxes` (float32 [n, 4], y0, x0, y1, x1

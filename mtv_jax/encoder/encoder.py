@@ -501,7 +501,7 @@ def check_images(images: Any, method: str) -> None:
 
 
 def _mesh_of(leaf: Any) -> Mesh | None:
-  """The mesh of an array that is on one."""
+  """The mesh that an array is on, if any."""
   sharding = getattr(leaf, "sharding", None)
   return sharding.mesh if isinstance(sharding, NamedSharding) else None
 

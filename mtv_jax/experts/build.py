@@ -30,7 +30,7 @@ def build_expert(
   *,
   options: Mapping[str, Any] | None = None,
 ) -> Expert:
-  """The expert of a folder or file of weights, for labels of a kind.
+  """Opens the expert for a folder or file of weights and a kind of labels.
 
   Args:
     kind: "depth" or "boxes".

@@ -219,5 +219,5 @@ def _map_chunks(
 
 
 def _join_chunks(chunks: Float[Array, "parts chunk"]) -> Float[Array, " k"]:
-  """The vector of chunks that `_map_chunks` stacked."""
+  """Joins the chunks that `_map_chunks` stacked."""
   return chunks.T.reshape(-1)

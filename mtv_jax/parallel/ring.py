@@ -21,7 +21,7 @@ from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.utils.tree import pytree_dataclass
 
 # How a loss compares all pairs: with gathered columns, around the ring, or
-# 'auto', a ring where the batch is split. The result is the same.
+# 'auto', a ring if the batch is split. The result is the same.
 Method = Literal["auto", "gathered", "ring"]
 AXES = BATCH_SPEC[0]
 
@@ -52,7 +52,7 @@ class PairwiseLoss:
 
 
 def should_use_ring(method: Method, mesh: Mesh | None) -> bool:
-  """Whether to use the ring; `'auto'` uses it where the batch is split."""
+  """Whether to use the ring; `'auto'` uses it if the batch is split."""
   if mesh is None or method == "gathered":
     return False
   return method == "ring" or num_batch_shards(mesh) > 1

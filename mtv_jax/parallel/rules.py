@@ -45,7 +45,7 @@ SHARDING_RULES: ShardingRules = (
 def partition_spec(
   axes: Sequence[Axes], shape: Sequence[int], mesh: Mesh
 ) -> PartitionSpec:
-  """The partition of one array by a rule for its trailing dimensions.
+  """Partition of one array, from a rule for its trailing dimensions.
 
   Axes that don't divide a dimension, such as a vocabulary of 258, are dropped,
   the first ones first.

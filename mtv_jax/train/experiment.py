@@ -257,7 +257,7 @@ def _evaluators(
 
 
 def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
-  """The loader of this process's rows of every batch, from a step on.
+  """Builds the loader of this process's batch rows, from a step on.
 
   Raises:
     ConfigError: an objective reads a field that the batches lack, or captions

@@ -194,7 +194,7 @@ class _Trainer:
     return self.state
 
   def next_batch(self, step: int, batches: Iterator[Any]) -> Any:
-    """The batch of a step; exits after SIGTERM where there is none."""
+    """Returns a step's batch; exits after SIGTERM if there is none."""
     with self.chrono.waiting():
       try:
         return next(batches)
@@ -209,7 +209,7 @@ class _Trainer:
   def update(
     self, step: int, batch: Any, norms_every: int | None
   ) -> dict[str, Any]:
-    """One update; returns gradient norms by objective where they are due."""
+    """One update; returns gradient norms by objective if they are due."""
     spec, program = self.experiment.step_spec, self.experiment.program
     if spec.active(step - 1) != self.active:
       self.active = spec.active(step - 1)

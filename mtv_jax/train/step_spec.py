@@ -38,7 +38,7 @@ class ObjectiveWeight:
     return step >= self.start
 
   def __call__(self, step: Any) -> Float[Array, ""]:
-    """The weight, where it is active."""
+    """The weight at steps where the objective is active."""
     since = jnp.asarray(step, jnp.float32) - self.start + 1.0
     return self.value * jnp.clip(since / max(self.ramp, 1), 0.0, 1.0)
 

@@ -72,7 +72,7 @@ def track(
   total: int | None = None,
   unit: str = "batches",
 ) -> Iterator[T]:
-  """Yields items with a progress bar; `total` where they have no length."""
+  """Yields items with a progress bar; `total` is for items without a length."""
   if total is None:
     total = len(items) if isinstance(items, Sized) else 0
   report = Progress(unit=unit, description=description)

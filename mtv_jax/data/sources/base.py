@@ -121,7 +121,7 @@ class FileSource(Source):
 
 
 def map_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list:
-  """The function of each item, by threads that wait for the disk."""
+  """Maps a function over items, in threads that wait for the disk."""
   with futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
     return list(pool.map(function, items))
 

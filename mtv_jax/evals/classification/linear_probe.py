@@ -144,7 +144,7 @@ def make_table(
   blocks: Sequence[int],
   average: Sequence[str],
 ) -> Table:
-  """The table of an image set, for heads of `blocks` x `average`.
+  """Feature table for an image set, for heads of `blocks` x `average`.
 
   `features` have at least as many blocks as the largest of `blocks`.
   """

@@ -182,7 +182,7 @@ def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
 
 
 def _canonical_names(data: ClassificationSet) -> list[str]:
-  """The names of the data's classes in prompts; InputError if two are equal."""
+  """Class names for the prompts; InputError if two classes share one."""
   first: dict[str, int] = {}
   names = [tokenizers.canonicalize(name) for name in data.classes or ()]
   for i, name in enumerate(names):

@@ -120,7 +120,7 @@ def preprocess_protocol(encoder: Encoder, **steps: Any) -> dict[str, Any]:
 
 
 def evaluator_class(kind: str, *, where: str = "--evals") -> type[Evaluator]:
-  """The class of a name in `EVALUATORS`.
+  """Looks up a name in `EVALUATORS`.
 
   Raises:
     ConfigError: for an unknown name; `where` is the config key of its entry.
@@ -141,7 +141,7 @@ def default_options(kind: str) -> dict[str, Any]:
 def build_evaluator(
   name: str, config: Mapping[str, Any] | ConfigDict
 ) -> Evaluator:
-  """The evaluator of an entry of `config.evals`.
+  """Builds an evaluator from an entry of `config.evals`.
 
   Args:
     name: the entry's name, and its type where `config` lacks one.

@@ -36,7 +36,7 @@ class Rule:
   def correct(
     self, errors: Float[np.ndarray, "*k"]
   ) -> Float64[np.ndarray, "*k"]:
-    """1 where the error is small enough, else 0."""
+    """1 if the error is small enough, else 0."""
     compare = np.less if self.aggregate == "point" else np.less_equal
     return compare(errors, self.threshold).astype(np.float64)
 

@@ -154,7 +154,7 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def read_channel(path: pathlib.Path, *modes: str) -> np.ndarray:
-  """The values of an image of one channel, `[h, w]`.
+  """Reads a single-channel image, `[h, w]`.
 
   `modes` are the accepted ones by Pillow's names, by default "L" (8 bits) and
   "I;16" (16 bits); "P" has indices of a palette. Raises InputError for others.

@@ -115,7 +115,7 @@ def _read_map(pair: LabelledFile) -> np.ndarray:
 
 
 def _image_path(root: pathlib.Path, name: str) -> pathlib.Path:
-  """The image of a line, which often is stored as JPEG."""
+  """Path of a line's image, which is often stored as JPEG."""
   paths = [
     (root / folder / name).with_suffix(suffix)
     for folder in ("raw_data", "")

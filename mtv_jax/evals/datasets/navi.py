@@ -34,7 +34,7 @@ def matches(root: pathlib.Path) -> bool:
 
 
 def open_posed(root: str | pathlib.Path, *, subset: str) -> PosedFrames:
-  """The images of one kind of all objects, sorted by name.
+  """All objects' images of one kind, sorted by name.
 
   Objects without a multiview folder are left out, as in the published protocol,
   unless none has one. Images are rotated by their EXIF. `subset` is `wild_set`

@@ -122,7 +122,7 @@ def _embed_fn(
 
 
 class _TokenTower(nn.Module):
-  """The end of an image tower on images of a single token.
+  """Runs an image tower's last layers on images of a single token.
 
   The parameters have the names of the tower.
   """

@@ -181,7 +181,7 @@ def _read_taps(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
 
 
 def rules(spec: DepthSpec) -> list[Rule]:
-  """The rules of a Depth Anything V2."""
+  """Conversion rules for Depth Anything V2."""
   params = {"depth": abstract_params(spec)["depth"]}
   # Transposed convolutions are [in, out, y, x]; our columns are (y, x, out).
   resize = [

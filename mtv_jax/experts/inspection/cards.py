@@ -152,7 +152,7 @@ def _draw_depth(
 
 
 def count_names(names: Mapping[str, int]) -> list[str]:
-  """Names, with their number where it is more than one."""
+  """Names, with their count if it is more than one."""
   return [name if n == 1 else f"{name} ×{n}" for name, n in names.items()]
 
 

@@ -122,7 +122,7 @@ class _Item:
 def _prepare(
   expert: Expert, base: Source, number: int
 ) -> tuple[_Item, PreparedInput | None]:
-  """The record of a number, and the expert's input unless it is bad."""
+  """Reads a record by number; adds the expert's input unless it is bad."""
   item = None
   try:
     record = base.read_with_metadata(number)
@@ -140,7 +140,7 @@ def _prepare(
 
 
 def reason(error: BadRecord) -> str:
-  """The reason of an error without the parts that differ between records."""
+  """An error's reason, without the parts that differ between records."""
   text = _BYTES.sub("...", error.reason)
   return f"record: {_NUMBER.sub('N', text)}"
 

@@ -119,7 +119,7 @@ def abstract_params(spec: ModelSpec) -> dict[str, PyTree]:
 
 
 def rules(spec: ModelSpec) -> list[Rule]:
-  """The rules of an OWLv2."""
+  """Conversion rules for OWLv2."""
   params = abstract_params(spec)
   heads = {k: v for k, v in params.items() if k not in ("image", "text")}
 
@@ -137,7 +137,7 @@ def rules(spec: ModelSpec) -> list[Rule]:
 def read_tokenizer(
   folder: pathlib.Path,
 ) -> tokenizers.Tokenizer | ClipTokenizer:
-  """The tokenizer of a folder, in either kind of files.
+  """Reads a folder's tokenizer, in either file format.
 
   Raises:
     MissingFileError: there is none.

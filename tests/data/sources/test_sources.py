@@ -417,7 +417,7 @@ def test_array_records_in_groups_are_rejected(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 100, 1 << 16, -9])
-def test_an_array_record_file_cut_short(tmp_path, size):
+def test_a_truncated_array_record_file(tmp_path, size):
   path = tmp_path / "x.array_record"
   array_record.write(path, [record(i) for i in range(9)])
   os.truncate(path, size if size >= 0 else path.stat().st_size + size)

@@ -131,7 +131,7 @@ def test_gnu_binary_size(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["data", "header", "padding", "boundary"])
-def test_cut_short(tmp_path, what, caplog):
+def test_truncated(tmp_path, what, caplog):
   path = write_tar(tmp_path / "cut.tar", plain(4))
   spans = tar_scan.scan(path).records["0002"]
   at = {
