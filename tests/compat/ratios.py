@@ -1,15 +1,16 @@
 """Size and speed of two checkouts, as ratios measured in one run.
 
   python ratios.py size --old OLD --new NEW
-  python ratios.py speed --old OLD --new NEW --python PYTHON [--rounds=5]
+  python ratios.py speed --old OLD --new NEW --cache CACHE [--only step]
 
 `size` counts lines, docstring lines and AST nodes of each package; recipes
 (`configs/`) are not counted. `speed` runs both checkouts in turn, in processes
-of one environment and without a compile cache, and reports medians:
+of one environment, and reports medians:
 
   import    seconds of a Python process that runs `from mtv_jax import load`
   first     seconds of a run of `mtv_tiny` of one step: import, build, compile
-  step      seconds of a step of `mtv_tiny`: `speed/step_seconds`
+  step      seconds of a step of `mtv_tiny`: `speed/step_seconds`; compiled
+            programs are kept in CACHE for the next round
 """
 
 import argparse
@@ -18,7 +19,6 @@ import collections
 import json
 import os
 import pathlib
-import shutil
 import statistics
 import subprocess
 import sys
@@ -26,8 +26,8 @@ import tempfile
 import time
 
 TRAIN = (
-  "-m", "mtv_jax.main", "--config=configs/mtv_tiny.py", "--compile_cache=none",
-  "--config.evals=none", "--config.log.every_steps=10",
+  "-m", "mtv_jax.main", "--config=configs/mtv_tiny.py", "--config.evals=none",
+  "--config.log.every_steps=10",
 )  # fmt: skip
 DEFINITIONS = (
   ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef,
@@ -89,49 +89,50 @@ def run(python: str, checkout: pathlib.Path, *arguments: str) -> float:
   return time.perf_counter() - start
 
 
+FIGURES = ("import", "first", "step")
+
+
 def measure(
-  python: str, checkout: pathlib.Path, steps: int
-) -> dict[str, float]:
-  """The figures of one round of one checkout."""
-  seconds = {"import": run(python, checkout, "-c", "from mtv_jax import load")}
-  folder = pathlib.Path(tempfile.mkdtemp())
-  try:
-    for name, total in (("first", 1), ("step", steps)):
-      workdir = folder / name
-      arguments = (f"--workdir={workdir}", f"--config.total_steps={total}")
-      seconds[name] = run(python, checkout, *TRAIN, *arguments)
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    key = "speed/step_seconds"
-    logged = [json.loads(line) for line in lines]
-    seconds["step"] = statistics.median(
-      [row[key] for row in logged if key in row][1:]
+  figure: str, args: argparse.Namespace, checkout: pathlib.Path
+) -> float:
+  """Seconds of one of `FIGURES` of a checkout."""
+  if figure == "import":
+    return run(args.python, checkout, "-c", "from mtv_jax import load")
+  with tempfile.TemporaryDirectory() as folder:
+    steps, cache = (
+      (1, "none") if figure == "first" else (args.steps, args.cache)
     )
-  finally:
-    shutil.rmtree(folder)
-  return seconds
+    seconds = run(
+      args.python,
+      checkout,
+      *TRAIN,
+      f"--workdir={folder}/run",
+      f"--config.total_steps={steps}",
+      f"--compile_cache={cache}",
+    )
+    if figure == "first":
+      return seconds
+    lines = pathlib.Path(folder, "run/metrics.jsonl").read_text().splitlines()
+  key = "speed/step_seconds"
+  logged = [json.loads(line) for line in lines]
+  return statistics.median([row[key] for row in logged if key in row][1:])
 
 
-def report_speed(
-  python: str, old: pathlib.Path, new: pathlib.Path, rounds: int, steps: int
-) -> None:
-  """Prints medians of both checkouts and their ratios."""
-  figures = {"old": collections.defaultdict(list), "new": None}
-  figures["new"] = collections.defaultdict(list)
-  for i in range(rounds):
-    order = [("old", old), ("new", new)]
-    for name, checkout in order if i % 2 else reversed(order):
-      for key, value in measure(python, checkout, steps).items():
-        figures[name][key].append(value)
-  for key in figures["old"]:
-    a, b = (statistics.median(figures[name][key]) for name in ("old", "new"))
-    ratios = [
-      y / x
-      for x, y in zip(figures["old"][key], figures["new"][key], strict=True)
-    ]
+def report_speed(args: argparse.Namespace) -> None:
+  """Prints medians of both checkouts and of the ratios of the rounds."""
+  for figure in args.only:
+    rounds = []
+    for i in range(args.rounds):
+      order = (args.old, args.new) if i % 2 else (args.new, args.old)
+      seconds = {path: measure(figure, args, path) for path in order}
+      rounds.append((seconds[args.old], seconds[args.new]))
+    old, new = (statistics.median(x) for x in zip(*rounds, strict=True))
+    ratios = [b / a for a, b in rounds]
     print(
-      f"{key:8s} old {a:.3f} s, new {b:.3f} s, new/old"
+      f"{figure:8s} old {old:.3f} s, new {new:.3f} s, new/old"
       f" {statistics.median(ratios):.3f}"
-      f" ({min(ratios):.3f} to {max(ratios):.3f})"
+      f" ({min(ratios):.3f} to {max(ratios):.3f})",
+      flush=True,
     )
 
 
@@ -141,14 +142,16 @@ def main() -> None:
   parser.add_argument("--old", type=pathlib.Path, required=True)
   parser.add_argument("--new", type=pathlib.Path, required=True)
   parser.add_argument("--python", default=sys.executable)
+  parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES)
+  parser.add_argument("--cache", default="none")
   parser.add_argument("--rounds", type=int, default=5)
-  parser.add_argument("--steps", type=int, default=80)
+  parser.add_argument("--steps", type=int, default=60)
   args = parser.parse_args()
-  old, new = args.old.resolve(), args.new.resolve()
+  args.old, args.new = args.old.resolve(), args.new.resolve()
   if args.what == "size":
-    report_size(old, new)
+    report_size(args.old, args.new)
   else:
-    report_speed(args.python, old, new, args.rounds, args.steps)
+    report_speed(args)
 
 
 if __name__ == "__main__":
