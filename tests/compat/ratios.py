@@ -2,6 +2,7 @@
 
   python ratios.py size --old OLD --new NEW
   python ratios.py speed --old OLD --new NEW --cache CACHE [--only step]
+  python ratios.py program --old OLD --new NEW
 
 `size` counts lines, docstring lines and AST nodes of each package; recipes
 (`configs/`) are not counted. `speed` runs both checkouts in turn, in processes
@@ -11,6 +12,9 @@ of one environment, and reports medians:
   first     seconds of a run of `mtv_tiny` of one step: import, build, compile
   step      seconds of a step of `mtv_tiny`: `speed/step_seconds`; compiled
             programs are kept in CACHE for the next round
+
+`program` counts the operations of the step's optimised program, by opcode: if
+they are equal, so is the time of a step, however noisy the machine.
 """
 
 import argparse
@@ -19,6 +23,7 @@ import collections
 import json
 import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -76,9 +81,11 @@ def report_size(old: pathlib.Path, new: pathlib.Path) -> None:
   print(f"AST nodes: {after['total'][2] / before['total'][2]:.3f}")
 
 
-def run(python: str, checkout: pathlib.Path, *arguments: str) -> float:
+def run(
+  python: str, checkout: pathlib.Path, *arguments: str, **variables: str
+) -> float:
   """Seconds of a Python process in a checkout."""
-  env = {**os.environ, "PYTHONPATH": str(checkout)}
+  env = {**os.environ, "PYTHONPATH": str(checkout), **variables}
   env.pop("JAX_COMPILATION_CACHE_DIR", None)
   start = time.perf_counter()
   done = subprocess.run(
@@ -136,9 +143,39 @@ def report_speed(args: argparse.Namespace) -> None:
     )
 
 
+def count_opcodes(
+  python: str, checkout: pathlib.Path
+) -> collections.Counter[str]:
+  """Operations of the optimised program of a step of `mtv_tiny`."""
+  with tempfile.TemporaryDirectory() as folder:
+    run(
+      python,
+      checkout,
+      *TRAIN,
+      f"--workdir={folder}/run",
+      "--config.total_steps=1",
+      "--compile_cache=none",
+      XLA_FLAGS=f"--xla_dump_to={folder}/hlo --xla_dump_hlo_as_text"
+      " --xla_dump_hlo_module_re=jit_update",
+    )
+    (file,) = pathlib.Path(folder, "hlo").glob("*after_optimizations.txt")
+    text = file.read_text()
+  return collections.Counter(re.findall(r"= \w+\[[\d,]*\]\S* ([\w-]+)\(", text))
+
+
+def report_program(args: argparse.Namespace) -> None:
+  """Prints the counts of both checkouts and the opcodes that differ."""
+  old, new = (count_opcodes(args.python, d) for d in (args.old, args.new))
+  for name, counts in (("old", old), ("new", new)):
+    parts = [f"{counts[k]:,} {k}" for k in ("fusion", "dot", "reduce", "copy")]
+    print(f"{name}: {counts.total():,} operations, {', '.join(parts)}")
+  differing = [k for k in sorted({*old, *new}) if old[k] != new[k]]
+  print("opcodes that differ:", ", ".join(differing) or "none")
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("what", choices=("size", "speed"))
+  parser.add_argument("what", choices=("size", "speed", "program"))
   parser.add_argument("--old", type=pathlib.Path, required=True)
   parser.add_argument("--new", type=pathlib.Path, required=True)
   parser.add_argument("--python", default=sys.executable)
@@ -150,8 +187,10 @@ def main() -> None:
   args.old, args.new = args.old.resolve(), args.new.resolve()
   if args.what == "size":
     report_size(args.old, args.new)
-  else:
+  elif args.what == "speed":
     report_speed(args)
+  else:
+    report_program(args)
 
 
 if __name__ == "__main__":
