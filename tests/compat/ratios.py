@@ -1,7 +1,7 @@
 """Size and speed of two checkouts, as ratios measured in one run.
 
   python ratios.py size --old OLD --new NEW
-  python ratios.py speed --old OLD --new NEW --cache CACHE [--only step]
+  python ratios.py speed --old OLD --new NEW --cache CACHE --rounds=3
   python ratios.py program --old OLD --new NEW
 
 `size` counts lines, docstring lines and AST nodes of each package; recipes
@@ -23,12 +23,13 @@ import collections
 import json
 import os
 import pathlib
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+
+from mtv_jax.perf import hlo
 
 TRAIN = (
   "-m", "mtv_jax.main", "--config=configs/mtv_tiny.py", "--config.evals=none",
@@ -160,7 +161,11 @@ def count_opcodes(
     )
     (file,) = pathlib.Path(folder, "hlo").glob("*after_optimizations.txt")
     text = file.read_text()
-  return collections.Counter(re.findall(r"= \w+\[[\d,]*\]\S* ([\w-]+)\(", text))
+  return collections.Counter(
+    instruction.opcode
+    for computation in hlo.parse(text).computations.values()
+    for instruction in computation.values()
+  )
 
 
 def report_program(args: argparse.Namespace) -> None:
