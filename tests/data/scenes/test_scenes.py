@@ -471,10 +471,9 @@ print([m for m in ("jax", "tensorflow", "flax") if m in sys.modules])
 
 @pytest.mark.slow
 def test_cost_of_an_example():
-  """A scene costs little more than a photo decoded: 1.65 times 512 px of JPEG.
+  """A scene costs at most 2.2 times the decoding of a JPEG of 512 pixels.
 
-  A ratio, since processors differ: a scene takes 2 ms where the photo takes
-  1.2 ms. Processor time, with type checks off.
+  A ratio of processor times, since processors differ; type checks are off.
   """
   code = """
 import statistics, time
