@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .PHONY: quickstart test test-slow test-reference lint format clean
 
@@ -37,13 +38,13 @@ quickstart: $(VENV)/.base
 	@echo "  $(RUN)/huggingface      for transformers' AutoModel"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 -m 'not slow and not reference'
+	$(PYTEST) -m 'not slow and not reference'
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 -m 'slow and not reference'
+	$(PYTEST) -m 'slow and not reference'
 
 test-reference: $(VENV)/.reference
-	$(BIN)/python -m pytest -q -n 2 -m 'reference'
+	$(PYTEST) -m 'reference'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
