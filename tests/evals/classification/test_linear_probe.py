@@ -276,8 +276,8 @@ def test_thirteen_rates_cost_at_most_twice_one():
     pairs = [(cost(RATES[:1]), cost(RATES)) for _ in range(5)]
     print(*(statistics.median(x) for x in zip(*pairs)))
   """
-  # A shared compilation cache holds programs that took over a second: often
-  # that of thirteen rates and not that of one.
+  # A shared compilation cache keeps programs that compile for over a second,
+  # which may be that of thirteen rates alone.
   environment = {
     k: v
     for k, v in os.environ.items()
