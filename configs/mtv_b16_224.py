@@ -45,7 +45,10 @@ def get_config(arg=None):
     # The prior of a pod's batch; see configs/siglip_b16_224.py.
     contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=-10.0),
     # The student's global crop is masked, so it is not the teacher's input.
-    distillation=dict(weight=1.0, same_crop="include", prototypes=65_536),
+    # KoLeo is DINOv2's; that MTV has it is our choice.
+    distillation=dict(
+      weight=1.0, koleo_weight=0.1, same_crop="include", prototypes=65_536
+    ),
     masked_latent=dict(weight=1.0, prototypes=65_536),
     depth=dict(weight=1.0),
     grounding=dict(weight=1.0, regions=4, init_bias=-10.0),

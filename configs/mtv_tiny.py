@@ -57,7 +57,7 @@ def get_config(arg=None):
   config.objectives = dict(
     # Near log(1/64), which balances the pairs of a batch.
     contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=-4.0),
-    distillation=dict(weight=0.5, **prototypes),
+    distillation=dict(weight=0.5, koleo_weight=0.1, **prototypes),
     masked_latent=dict(weight=0.5, **prototypes),
     masked_pixels=dict(
       weight=0.5, decoder_width=64, decoder_depth=1, decoder_heads=4

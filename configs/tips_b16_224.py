@@ -40,6 +40,8 @@ def get_config(arg=None):
   objectives.distillation.view_global = "image"
   objectives.distillation.same_crop = "exclude"
   objectives.masked_latent.view = "masked"
+  # On the vector that contrast uses too; our choice.
+  objectives.distillation.koleo_weight = 0.1
   # Our choice.
   objectives.distillation.weight, objectives.masked_latent.weight = 1.0, 2.0
   return config

@@ -1,4 +1,4 @@
-"""Pairwise losses and nearest neighbours around a ring of devices.
+"""Pairwise losses around a ring of devices.
 
 In the chunked loss of SigLIP (Zhai et al. 2023) a device has the columns of one
 device at a time and sends them to its neighbour in the ring: its logits don't
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.utils.tree import pytree_dataclass
@@ -193,92 +193,7 @@ def _device_loss(
   return total.losses, total.diagnostics, grads
 
 
-@pytree_dataclass
-class _Nearest:
-  """Each row's nearest row so far: cosine, global index and vector."""
-
-  cosine: Any
-  index: Any
-  vector: Any
-
-
-def ring_nearest(
-  vectors: Float[Array, "n d"], valid: Bool[Array, " n"], *, mesh: Mesh
-) -> Float[Array, "n d"]:
-  """Each row's nearest other row by cosine, searched around the ring.
-
-  All rows are sent around once, and their gradients once more. With gathered
-  rows, XLA for TPUs would send all rows to all devices three times.
-
-  `vectors` have unit length and are split over `data` and `fsdp`. The result is
-  the first of equally near valid rows, and any row where none is valid.
-  """
-  split, count = PartitionSpec(AXES), num_batch_shards(mesh)
-  mapped = functools.partial(
-    jax.shard_map, mesh=mesh, in_specs=(split, split), out_specs=split
-  )
-  search = functools.partial(_search_nearest, count=count)
-
-  @jax.custom_vjp
-  def nearest(x, valid):
-    return mapped(search)(x, valid).vector
-
-  def forward(x, valid):
-    best = mapped(search)(x, valid)
-    return best.vector, best.index
-
-  def backward(index, grads):
-    scatter = functools.partial(_scatter_grads, count=count)
-    return mapped(scatter)(grads, index), None
-
-  nearest.defvjp(forward, backward)
-  return nearest(vectors, valid)
-
-
 def _send(count: int) -> Callable[[PyTree], PyTree]:
   """Sends a tree to the next device of the ring."""
   pairs = [(i, (i + 1) % count) for i in range(count)]
   return functools.partial(jax.lax.ppermute, axis_name=AXES, perm=pairs)
-
-
-def _search_nearest(x, valid, *, count):
-  """One device's part of `ring_nearest`."""
-  size, device = len(x), jax.lax.axis_index(AXES)
-
-  def compare(columns, column_valid, step):
-    owner = (device - step) % count
-    cosines = jnp.matmul(x, columns.T, precision="highest")  # [n, n]
-    itself = (owner == device) & jnp.eye(size, dtype=bool)
-    others = valid[:, None] & column_valid & ~itself
-    cosines = jnp.where(others, cosines, -2.0)
-    at = jnp.argmax(cosines, axis=1)
-    return _Nearest(jnp.max(cosines, axis=1), owner * size + at, columns[at])
-
-  def step(carry, i):
-    chunk, best = carry
-    columns, column_valid = _send(count)(chunk)
-    new = compare(columns, column_valid, i)
-    first = (new.cosine == best.cosine) & (new.index < best.index)
-    nearer = (new.cosine > best.cosine) | first
-    best = _Nearest(
-      jnp.where(nearer, new.cosine, best.cosine),
-      jnp.where(nearer, new.index, best.index),
-      jnp.where(nearer[:, None], new.vector, best.vector),
-    )
-    return ((columns, column_valid), best), None
-
-  start = ((x, valid), compare(x, valid, 0))
-  (_, best), _ = jax.lax.scan(step, start, jnp.arange(1, count))
-  return best
-
-
-def _scatter_grads(grads, index, *, count):
-  """Gradients of neighbours, summed on the device that has the rows."""
-  size, device = len(grads), jax.lax.axis_index(AXES)
-
-  def step(total, i):
-    on_owner = index // size == (device - i) % count
-    part = jnp.where(on_owner[:, None], grads, 0.0)
-    return _send(count)(total.at[index % size].add(part)), None
-
-  return jax.lax.scan(step, jnp.zeros_like(grads), jnp.arange(count))[0]

@@ -143,22 +143,42 @@ def test_sharded_equals_single_device(target):
 # KoLeo.
 
 
-def koleo_of(vectors, valid):
+def koleo_of(vectors, valid, group=64):
   def loss(x):
-    return distillation.koleo(x, jnp.asarray(valid)).value()
+    return distillation.koleo(x, jnp.asarray(valid), group=group).value()
 
   return jax.jit(jax.value_and_grad(loss))(jnp.asarray(vectors, jnp.float32))
 
 
-@pytest.mark.parametrize("count", [6, 2])
-def test_koleo_and_gradient_equal_numpy_on_the_valid_rows(count):
+def grouped_koleo(vectors, valid, group):
+  """The mean over the valid rows whose group has another one."""
+  parts = [slice(i, i + group) for i in range(0, len(vectors), group)]
+  parts = [vectors[p][valid[p]] for p in parts if valid[p].sum() > 1]
+  total = sum(len(x) * samples.koleo(x) for x in parts)
+  return total / sum(map(len, parts))
+
+
+@pytest.mark.parametrize(
+  ("rows", "group", "valid"),
+  [
+    (6, 64, [0, 1, 2, 3, 4, 5]),
+    (6, 64, [1, 4]),
+    (9, 3, range(9)),
+    (9, 4, [0, 2, 3, 4, 5, 7, 8]),  # The last group has one row.
+    (8, 4, [0, 1, 3, 6]),  # The second group has one valid row.
+  ],
+)
+def test_koleo_and_gradient_equal_numpy_in_each_group(rows, group, valid):
   rng = np.random.default_rng(0)
-  vectors = rng.normal(size=(6, 4)) * 3
-  valid = np.isin(np.arange(6), rng.permutation(6)[:count])
-  value, gradient = koleo_of(vectors, valid)
-  np.testing.assert_allclose(value, samples.koleo(vectors[valid]), rtol=1e-5)
-  expected = samples.numeric_gradient(samples.koleo, vectors[valid])
-  np.testing.assert_allclose(gradient[valid], expected, rtol=1e-4, atol=1e-6)
+  vectors = rng.normal(size=(rows, 4)) * 3
+  valid = np.isin(np.arange(rows), valid)
+  value, gradient = koleo_of(vectors, valid, group)
+  expected = grouped_koleo(vectors, valid, group)
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  expected = samples.numeric_gradient(
+    lambda x: grouped_koleo(x, valid, group), vectors
+  )
+  np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
   np.testing.assert_array_equal(gradient[~valid], 0.0)
 
 
@@ -182,17 +202,21 @@ def test_koleo_of_equal_vectors_is_finite(vectors, valid):
     np.testing.assert_allclose(value, -np.log(2e-8), rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_koleo_on_a_mesh_uses_the_ring_and_equals_one_device():
+@pytest.mark.parametrize("group", [4, 16], ids=["aligned", "across devices"])
+def test_koleo_on_a_mesh_equals_one_device(group):
   mesh = make_mesh(dict(data=4, fsdp=2))
   rng = np.random.default_rng(0)
-  vectors = rng.normal(size=(16, 4)).astype(np.float32)
-  valid = np.arange(16) % 5 > 0
+  vectors = rng.normal(size=(64, 4)).astype(np.float32)
+  valid = np.arange(64) % 5 > 0
 
   def loss(x, mesh=None):
-    return distillation.koleo(x, jnp.asarray(valid), mesh=mesh).value()
+    mean = distillation.koleo(x, jnp.asarray(valid), group=group, mesh=mesh)
+    return mean.value()
 
   expected = jax.jit(jax.value_and_grad(loss))(vectors)
+  np.testing.assert_allclose(
+    expected[0], grouped_koleo(vectors, valid, group), rtol=1e-5
+  )
   sharding = NamedSharding(mesh, BATCH_SPEC)
   sharded = jax.device_put(vectors, sharding)
   graded = jax.jit(
@@ -202,11 +226,50 @@ def test_koleo_on_a_mesh_uses_the_ring_and_equals_one_device():
   result = graded(sharded)
   np.testing.assert_allclose(result[0], expected[0], rtol=1e-6)
   np.testing.assert_allclose(result[1], expected[1], rtol=1e-5, atol=1e-7)
-  rows = hlo.collectives(graded.lower(sharded).compile())
-  assert {row.kind for row in rows} == {"collective-permute", "all-reduce"}
-  sent = sum(row.bytes for row in rows if row.kind == "collective-permute")
-  # Two rows of four channels with a mark seven times, gradients eight times.
-  assert sent == 7 * 2 * (4 * 4 + 1) + 8 * 2 * 4 * 4, rows
+  if group == 4:  # Eight rows a device: no vector leaves it.
+    rows = hlo.collectives(graded.lower(sharded).compile())
+    assert sum(row.bytes for row in rows) <= 16, rows
+
+
+def test_koleo_groups_are_rows_of_the_data_on_a_permuted_mesh(monkeypatch):
+  """As on a pod whose hosts' devices are not consecutive on the mesh."""
+  mesh = make_mesh(dict(data=8))
+  order = np.arange(16).reshape(8, 2)[[0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1)
+  monkeypatch.setattr(distillation, "data_rows", lambda rows, mesh: order)
+  groups = distillation.group_rows(jnp.asarray(order), 8, mesh)
+  np.testing.assert_array_equal(groups, np.arange(16).reshape(2, 8))
+
+
+def same_class_share(features, labels, group, mesh):
+  """Share of images whose nearest neighbour in the group has their class."""
+
+  @jax.jit
+  def nearest(x):
+    x = distillation.group_rows(x, group, mesh)
+    return distillation.nearest_neighbours(x, jnp.ones(x.shape[:2], bool))
+
+  index = nearest(jax.device_put(features, NamedSharding(mesh, BATCH_SPEC)))
+  classes = labels.reshape(index.shape[0], -1)
+  return (np.take_along_axis(classes, np.asarray(index), 1) == classes).mean()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_koleo_seldom_repels_images_of_one_class_in_groups_of_64(devices):
+  """The table of docs/results.md: 1,000 clusters, 8,192 images."""
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 1000, 8192)
+  centers = rng.normal(size=(1000, 64))
+  noise = rng.normal(size=(8192, 64))
+  features = np.float32(samples.unit(centers[labels] + noise))
+  mesh = make_mesh(dict(data=devices), jax.devices()[:devices])
+  shares = {
+    group: same_class_share(features, labels, group, mesh)
+    for group in (64, 1024, 8192)
+  }
+  print(f"{devices} devices: {shares}")
+  expected = {64: 0.062, 1024: 0.578, 8192: 0.965}
+  for group, share in shares.items():
+    np.testing.assert_allclose(share, expected[group], atol=0.001)
 
 
 def test_koleo_of_a_batch_of_one_raises():

@@ -44,9 +44,10 @@ TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
 def embedding_bytes(plan: Plan) -> int:
   """Bytes that a chip receives for losses that compare all rows of a batch.
 
-  Of n chips, in a ring (sigmoid losses, KoLeo), rows with their metadata come
-  n - 1 times and their gradients n times; all-gathered, both come n - 1 times,
-  without metadata.
+  Of n chips, in a ring (sigmoid losses), rows with their metadata come n - 1
+  times and their gradients n times; all-gathered, both come n - 1 times,
+  without metadata. KoLeo gathers the rows of a group that lies on several
+  chips.
   """
   chips, spec, total = num_batch_shards(plan.mesh), plan.step_spec, 0
   for objective in spec.objectives.values():
@@ -54,12 +55,12 @@ def embedding_bytes(plan: Plan) -> int:
     method = getattr(objective, "method", "ring")
     use_ring = ring.should_use_ring(method, plan.mesh)
     if isinstance(objective, distillation.Distillation):
-      if not objective.koleo_weight:
-        continue
-      rows *= spec.views[objective.view_global].count
-      width, use_ring = spec.model.image.embed_dim, True
-      metadata = 1  # A flag.
-    elif isinstance(objective, contrastive.Contrastive):
+      if objective.koleo_weight and rows % objective.koleo_group:
+        others = min(math.ceil(objective.koleo_group / rows), chips - 1)
+        views = spec.views[objective.view_global].count
+        total += 2 * others * views * 4 * rows * spec.model.image.embed_dim
+      continue
+    if isinstance(objective, contrastive.Contrastive):
       use_ring = use_ring and objective.loss_type == "sigmoid"
       metadata = 4 + 1  # An index and a flag.
     elif isinstance(objective, grounding.Grounding):

@@ -40,8 +40,11 @@ def test_embedding_bytes_equal_the_formula(repo_root):
   contrast = 7 * ROWS * (4 * width + 5) + 8 * ROWS * 4 * width
   regions = 4 * ROWS
   grounding = 7 * regions * (4 * width + 9) + 8 * regions * 4 * width
-  koleo = 7 * ROWS * (4 * width + 1) + 8 * ROWS * 4 * width
+  # A group of 64 is all 32 images; groups of 4 are those of a chip.
+  koleo = 2 * 7 * ROWS * 4 * width
   assert scaling.embedding_bytes(plan) == contrast + grounding + koleo
+  local = make_plan(repo_root, "objectives.distillation.koleo_group=4")
+  assert scaling.embedding_bytes(local) == contrast + grounding
   gathered = make_plan(
     repo_root,
     "objectives.contrastive.method=gathered",
