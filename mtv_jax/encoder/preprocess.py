@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -36,6 +37,8 @@ class Preprocess:
     resize: `squash` resizes to a square, `shortest` resizes the shorter side to
       `resize_size` at constant aspect ratio (the longer side is rounded down).
     crop: `center` takes the middle `size` x `size`; `none` needs `squash`.
+    crop_rounding: of an odd margin's half, `down` as transformers and
+      big_vision, or to the `nearest` even number as torchvision.
     antialias: whether shrinking averages over all pixels.
     mean, std: of the three channels, in 0..1.
     resize_size: the size before a smaller crop (DINOv2: 256, then 224); `size`
@@ -50,6 +53,7 @@ class Preprocess:
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
   resize_size: int | None = None
+  crop_rounding: Literal["down", "nearest"] = "down"
 
   def __post_init__(self):
     for name in ("mean", "std"):
@@ -89,7 +93,8 @@ class Preprocess:
       pixels = image.astype(np.float32)
       pixels = cv2.resize(pixels, (width, height), interpolation=method)
     if self.crop == "center":
-      top, left = (height - self.size) // 2, (width - self.size) // 2
+      half = {"down": math.floor, "nearest": round}[self.crop_rounding]
+      top, left = (half((s - self.size) / 2) for s in (height, width))
       pixels = pixels[top : top + self.size, left : left + self.size]
     return self.normalize(pixels)
 

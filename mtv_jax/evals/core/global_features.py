@@ -23,7 +23,11 @@ Pixels = Literal["images", "crops"]
 
 # Resizing of the views, beside "encoder".
 _RESIZES = {
-  "center": {"resize": "shortest", "interpolation": "bicubic"},
+  "center": {
+    "resize": "shortest",
+    "interpolation": "bicubic",
+    "crop_rounding": "nearest",
+  },
   "squash_center": {
     "resize": "squash",
     "interpolation": "bilinear",
@@ -48,7 +52,7 @@ def view(encoder: Encoder, name: View) -> Encoder:
     encoder: any.
     name: `encoder` is its own preprocessing. `center` is that of DINOv2 and
       MAE: the shorter side to 256/224 of the input size (bicubic,
-      antialiased), then the middle square. `squash_center` is that of
+      antialiased), then torchvision's middle square. `squash_center` is that of
       big_vision's few-shot evaluation, `resize(256)|central_crop(224)`: both
       sides to 256/224 of the input size (bilinear, not antialiased, as
       `tf.image.resize`), then the middle square.

@@ -128,6 +128,52 @@ def test_views(cls):
     )
 
 
+def test_the_centre_is_torchvisions():
+  """Half of an odd margin is rounded to even; of 3, 7, ... a pixel further."""
+  encoder = mtv_jax.load("pixels:224/16")
+  center = global_features.view(encoder, "center").preprocess
+  off_by_one = []
+  for margin in range(32, 64):
+    width = 224 + margin
+    image = np.zeros((256, width, 3), np.uint8)
+    image[:, :, :2] = np.stack(np.divmod(np.arange(width), 256), axis=-1)
+    got = np.rint((center(image)[0, 0, :2] + 1) * 127.5)
+    left = int(256 * got[0] + got[1])
+    assert left == int(round((width - 224) / 2.0))
+    if left != margin // 2:
+      off_by_one.append(margin)
+  assert off_by_one == [35, 39, 43, 47, 51, 55, 59, 63]
+  # Processors of transformers and big_vision's central_crop round down.
+  down = dataclasses.replace(center, crop_rounding="down")
+  pixels = down(np.pad(np.zeros((256, 258, 3), np.uint8), ((0,), (1,), (0,))))
+  assert pixels.shape == (224, 224, 3)
+
+
+@pytest.mark.reference
+def test_the_centre_equals_torchvision():
+  from torchvision import transforms
+
+  rng = np.random.default_rng(0)
+  reference = transforms.Compose(
+    [
+      transforms.Resize(32, interpolation=transforms.InterpolationMode.BICUBIC),
+      transforms.CenterCrop(28),
+    ]
+  )
+  encoder = mtv_jax.load("pixels:28/4")
+  center = global_features.view(encoder, "center").preprocess
+  moved = 0
+  for _ in range(40):
+    height, width = rng.integers(30, 120, 2)
+    image = rng.integers(0, 256, (height, width, 3), np.uint8)
+    want = np.asarray(reference(PIL.Image.fromarray(image)))
+    got = np.rint((center(image) + 1) * 127.5)
+    np.testing.assert_array_equal(got, want)
+    down = dataclasses.replace(center, crop_rounding="down")
+    moved += not np.array_equal(down(image), center(image))
+  assert 2 < moved < 20  # The review: 64 of 500 photos.
+
+
 def test_views_follow_the_encoders_preprocess_protocoling():
   encoder = mtv_jax.load("pixels:16/8")
   first = global_features.view(encoder, "center")
