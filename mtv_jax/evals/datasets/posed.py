@@ -156,8 +156,9 @@ def make_view(
 ) -> View | None:
   """The square around the pixels with depth, `size` x `size` pixels.
 
-  1. The shorter side is resized to `stored` (image bicubic, antialiased; depth
-     nearest), then to `size` (both nearest), and the middle square is cropped.
+  1. The shorter side is resized to `stored` (image bilinear, antialiased: what
+     Probe3D's interpolation of 2 is in Pillow; depth nearest), then to `size`
+     (both nearest), and the middle square is cropped.
   2. Depth becomes points.
   3. The square around the pixels with depth (its last row and column excluded,
      moved inside the image) is cropped and resized to `size`, nearest. Points
@@ -204,7 +205,7 @@ def _resize_shorter_side(frame: Frame, size: int | None):
     return frame.image, frame.depth
   tall, wide = (_scaled(n, min(height, width), size) for n in (height, width))
   image = PIL.Image.fromarray(frame.image)
-  image = np.asarray(image.resize((wide, tall), PIL.Image.Resampling.BICUBIC))
+  image = np.asarray(image.resize((wide, tall), PIL.Image.Resampling.BILINEAR))
   rows = resizing.indices(height, tall, "nearest_exact")
   columns = resizing.indices(width, wide, "nearest_exact")
   return image, frame.depth[np.ix_(rows, columns)]
