@@ -11,9 +11,11 @@ Results of different protocols are not comparable.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
@@ -54,6 +56,8 @@ class DepthProbe(DepthEvaluator):
   Attributes:
     protocol: see `protocols.py`.
     layers: blocks to read instead of the protocol's; without the final norm.
+    cls: `concat` appends the CLS token, if there is one, to every patch. By
+      default `lin1` and `lin4` do so, and `dpt` for the DINO family.
     train_count: training images to use, evenly spaced; all by default.
     lr: peak learning rate.
     augment: training augmentation, see `augment.py`.
@@ -67,6 +71,7 @@ class DepthProbe(DepthEvaluator):
 
   protocol: Literal["linear", "lin1", "lin4", "dpt"] = "linear"
   layers: tuple[int, ...] | None = None
+  cls: Literal["concat", "off"] | None = None
   train_count: PositiveInt | None = None
   steps: PositiveInt | None = None
   lr: PositiveFloat | None = None
@@ -104,20 +109,11 @@ class DepthProbe(DepthEvaluator):
     fitted = training.train(setup, train)
     mean = _mean_depth(train, setup)
 
-    def score(predicted, truth):
-      if predicted is None:
-        predicted = np.full(len(truth), mean)
-      scores = metrics.image_metrics(predicted, truth)
-      if self.protocol == "dpt":
-        aligned = metrics.fit_affine(predicted, truth)(predicted)
-        names = ("rmse", *metrics.DELTAS)
-        for name, value in metrics.image_metrics(aligned, truth, names).items():
-          scores[f"si_{name}"] = value
-      return scores
-
     result = self._score_images(
       training.predict(setup, test, fitted),
-      score,
+      functools.partial(
+        score, mean=mean, scale_invariant=self.protocol == "dpt"
+      ),
       self._protocol(setup, train, test),
       high=setup.max_depth,
       crop=setup.protocol.crop,
@@ -131,7 +127,7 @@ class DepthProbe(DepthEvaluator):
     if train.kind == "scenes":
       options = {"augment": "none", "crop": "none", **_SCENES[self.protocol]}
       dpt_features = 16
-    for name in _OPTIONS:
+    for name in (*_OPTIONS, "cls"):
       if (value := getattr(self, name)) is not None:
         options[name] = value
     if self.layers is not None:
@@ -202,6 +198,35 @@ class DepthProbe(DepthEvaluator):
       "averaging": metrics.AVERAGING,
       "chance": "the mean depth of training images, everywhere",
     }
+
+
+def score(
+  predicted: Float[np.ndarray, " n"] | None,
+  truth: Float[np.ndarray, " n"],
+  *,
+  mean: float,
+  scale_invariant: bool,
+) -> dict[str, float]:
+  """Metrics of the valid pixels of one image.
+
+  Args:
+    predicted: metres; None for the chance level.
+    truth: metres.
+    mean: depth that the chance level predicts everywhere.
+    scale_invariant: adds `si_*`, after the best scale and shift. The best
+      constant is the image's mean depth.
+  """
+  is_chance = predicted is None
+  predicted = np.full(len(truth), mean) if is_chance else predicted
+  scores = metrics.image_metrics(predicted, truth)
+  if scale_invariant:
+    affine = metrics.fit_affine(predicted, truth)
+    if is_chance:
+      affine = metrics.Affine(0.0, float(np.mean(truth, dtype=np.float64)))
+    names = ("rmse", *metrics.DELTAS)
+    aligned = metrics.image_metrics(affine(predicted), truth, names)
+    scores |= {f"si_{name}": value for name, value in aligned.items()}
+  return scores
 
 
 def _mean_depth(data: DepthSet, setup: Setup) -> float:

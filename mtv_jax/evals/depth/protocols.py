@@ -30,7 +30,8 @@ class Protocol:
     layers: the `last` block, or the end of each quarter: `quarters` as DINOv2
       counts 24 blocks, `even_quarters` as Probe3D does.
     norm: `final` applies the final norm to the features, `none` does not.
-    cls: `concat` appends the CLS token, if there is one, to every patch.
+    cls: `concat` appends the CLS token, if there is one, to every patch,
+      `dino_concat` that of the DINO family alone, `off` none.
     head: `linear`, `upsampled` (x4, without batch norm) or `dpt`.
     resize: method of `resizing` that restores the image's size.
     frame: `full` images or their central `square`.
@@ -46,7 +47,7 @@ class Protocol:
 
   layers: str = "last"
   norm: str = "final"
-  cls: str = "none"
+  cls: str = "off"
   head: str = "linear"
   resize: str = "bilinear"
   frame: str = "full"
@@ -106,7 +107,7 @@ PROTOCOLS = {
   "dpt": Protocol(
     layers="even_quarters",
     norm="none",
-    cls="concat",
+    cls="dino_concat",
     head="dpt",
     resize="bilinear_corners",
     frame="square",

@@ -36,8 +36,9 @@ ALIGNMENTS = {
     "least squares in inverse depth, inverse depth at least 1 / cap, inverted"
   ),
   "disparity_positive": (
-    "least squares in inverse depth over pixels with a positive prediction, "
-    "at least 0.001 / m, inverted, clipped to [low, cap]"
+    "least squares in inverse depth (over positive pixels of a prediction "
+    "without negative ones), at least 0.001 / m, inverted, clipped to "
+    "[low, cap]"
   ),
   "depth": "least squares in depth, clipped to [low, cap]",
   "disparity_space": "least squares in inverse depth, and scored there",
@@ -249,7 +250,10 @@ def align(
   if predicted is None:
     fitted = np.full_like(g, target.mean())
   else:
-    fit = predicted > 0 if alignment == "disparity_positive" else slice(None)
+    # Marigold's maps are in 0..1, where 0 is no prediction. A head without a
+    # ReLU has an arbitrary zero, and all of its pixels are predictions.
+    positive = alignment == "disparity_positive" and predicted.min() >= 0
+    fit = predicted > 0 if positive else slice(None)
     fitted = metrics.fit_affine(predicted[fit], target[fit])(predicted)
   if alignment == "disparity_space":
     return fitted

@@ -44,9 +44,16 @@ class Setup:
 
   @property
   def has_cls(self) -> bool:
-    """Whether the CLS token is beside every patch."""
-    cls_token = self.encoder.spec.image.cls_token
-    return self.protocol.cls == "concat" and cls_token
+    """Whether the CLS token is beside every patch.
+
+    Probe3D reads it of DINO and DINOv2, and patches alone of CLIP, MAE and
+    others. The DINO family is told by what only DINOv2 and its successors have
+    here: the CLS token as the image's feature, and layer scale.
+    """
+    image = self.encoder.spec.image
+    if self.protocol.cls == "dino_concat":
+      return image.pool == "cls" and image.layer_scale is not None
+    return self.protocol.cls == "concat" and image.cls_token
 
   def head(self) -> heads.Head:
     """The head for the encoder's features."""

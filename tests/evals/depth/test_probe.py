@@ -15,7 +15,7 @@ from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import Images
 from mtv_jax.evals.depth import augment, metrics, training
 from mtv_jax.evals.depth.augment import Example
-from mtv_jax.evals.depth.probe import DepthProbe
+from mtv_jax.evals.depth.probe import DepthProbe, score
 from mtv_jax.evals.depth.protocols import PROTOCOLS
 from mtv_jax.evals.depth.views import View
 from mtv_jax.parallel.mesh import make_mesh
@@ -121,12 +121,32 @@ def test_restoring_without_padding_is_resizing(method):
   np.testing.assert_allclose(view.restore(maps), want, atol=1e-6)
 
 
+def test_chance_of_scale_invariant_metrics_is_the_best_constant():
+  """An image whose depth has a root mean square of 3.272 and deviates 1.138.
+
+  A constant that is aligned to 0 would have an error of 3.272.
+  """
+  mean = np.sqrt(3.272**2 - 1.138**2)
+  truth = np.float32([mean - 1.138, mean + 1.138] * 50)
+  chance = score(None, truth, mean=2.0, scale_invariant=True)
+  assert chance["si_rmse"] == pytest.approx(1.138, abs=1e-6)
+  ratio = np.maximum(mean / truth, truth / mean)
+  assert chance["si_delta1"] == np.mean(ratio < 1.25)
+  assert chance["si_delta3"] == np.mean(ratio < 1.25**3) > 0
+  want = np.sqrt(np.mean((truth.astype(float) - 2) ** 2))
+  assert chance["rmse"] == pytest.approx(want, rel=1e-6)
+  # A prediction that doesn't vary has no scale, as in MiDaS's closed form.
+  flat = score(np.full(100, 3.0), truth, mean=2.0, scale_invariant=True)
+  assert flat["si_rmse"] == pytest.approx(3.272, abs=1e-6)
+  assert "si_rmse" not in score(None, truth, mean=2.0, scale_invariant=False)
+
+
 @pytest.mark.parametrize(
   ("protocol", "cls_token", "width"),
   [
     ("linear", True, 2),
     ("lin1", True, 4),
-    ("dpt", True, 16),
+    ("dpt", True, 8),  # CLIP, MAE
     ("dpt", False, 8),
   ],
 )
@@ -134,7 +154,7 @@ def test_features_of_the_protocols(protocol, cls_token, width):
   """Blocks and CLS tokens that a head reads."""
   encoder = tower_of(cls_token)
   setup = DepthProbe(protocol=protocol)._resolve(encoder, scenes())
-  assert setup.has_cls == (cls_token and protocol != "linear")
+  assert setup.has_cls == (cls_token and protocol == "lin1")
   assert setup.head().channels == width
   last = {"linear": (11,), "lin1": (11,), "dpt": (2, 5, 8, 11)}
   assert setup.layers == last[protocol]
@@ -147,6 +167,24 @@ def tower_of(cls_token=True):
   image = dataclasses.replace(spec, cls_token=cls_token, width=2, depth=12)
   encoder.spec = dataclasses.replace(encoder.spec, image=image)
   return encoder
+
+
+def test_dpt_reads_the_class_token_of_the_dino_family():
+  """Of B/16 Probe3D's DPT reads 4 x 1536 channels of DINO, 4 x 768 of CLIP."""
+  encoder, data = tower_of(), scenes()
+
+  def channels(cls=None, **fields):
+    image = dataclasses.replace(encoder.spec.image, **fields)
+    encoder.spec = dataclasses.replace(encoder.spec, image=image)
+    setup = DepthProbe(protocol="dpt", cls=cls)._resolve(encoder, data)
+    assert setup.has_cls == (setup.head().channels == 2 * 4 * 768)
+    return setup.head().channels
+
+  dino = {"pool": "cls", "layer_scale": 1e-5, "width": 768, "heads": 12}
+  assert channels(**dino) == 4 * 1536
+  assert channels(layer_scale=None) == 4 * 768
+  assert channels("concat") == 4 * 1536
+  assert channels("off", layer_scale=1e-5) == 4 * 768
 
 
 def scenes():

@@ -44,12 +44,36 @@ def test_other_alignments_golden():
 
 
 def test_disparity_positive_fits_positive_predictions():
-  got = align(PREDICTED, GT, alignment="disparity_positive", cap=10)
-  rows = np.stack([PREDICTED[:4], np.ones(4)], axis=1)
+  """As of Marigold's maps in 0..1, where 0 is no prediction."""
+  predicted = np.maximum(PREDICTED, 0)
+  got = align(predicted, GT, alignment="disparity_positive", cap=10)
+  rows = np.stack([predicted[:4], np.ones(4)], axis=1)
   (s, t), *_ = np.linalg.lstsq(rows, 1 / GT[:4], rcond=None)
-  want = 1 / np.maximum(s * PREDICTED + t, 1e-3)
+  want = 1 / np.maximum(s * predicted + t, 1e-3)
   assert want[-1] == 1000
   np.testing.assert_allclose(got, np.clip(want, 1e-3, 10), rtol=1e-9)
+
+
+def test_disparity_positive_of_a_head_without_relu_fits_all_pixels():
+  """Where a third of the pixels is positive; by that third: AbsRel > 1."""
+  rng = np.random.default_rng(0)
+  truth = rng.uniform(1, 10, 3000)
+  inverse = 1 / truth + rng.normal(0, 0.05, len(truth))
+  predicted = 3 * (inverse - np.quantile(inverse, 2 / 3))
+  assert np.mean(predicted > 0) == pytest.approx(1 / 3, abs=1e-3)
+  options = {"alignment": "disparity_positive", "cap": 10}
+  scores = [
+    metrics.image_metrics(align(x, truth, **options), truth, ("abs_rel",))
+    for x in (predicted, 5 * predicted + 100)
+  ]
+  all_pixels = align(predicted, truth, cap=10)
+  want = metrics.image_metrics(all_pixels, truth, ("abs_rel",))
+  assert scores[0] == pytest.approx(want, abs=0.01)
+  # The zero of an affine-invariant prediction is arbitrary.
+  assert scores[1] == pytest.approx(scores[0], abs=1e-9)
+  golden = align(PREDICTED, GT, alignment="disparity_positive", cap=10)
+  got = metrics.image_metrics(golden, GT, ("abs_rel",))["abs_rel"]
+  assert got == pytest.approx(0.182261, abs=1e-6)
 
 
 def test_constant_predictions_align_to_the_cap():
