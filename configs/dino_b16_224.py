@@ -58,10 +58,11 @@ def get_config(arg=None):
   )
   config.teacher = dict(momentum=0.992, end=1.0)
 
-  # 4e-3 at batch 1,024, scaled by the square root of the batch.
   config.optim = dict(
     name="adamw",
-    lr=4e-3 * (config.batch_size / 1024) ** 0.5,
+    lr=4e-3,
+    lr_per_examples=1024,
+    lr_scaling="sqrt",
     weight_decay=0.04,
     clip_norm=3.0,
     # DINOv2's multiplier of the patch embedding.

@@ -65,7 +65,8 @@ def get_config(arg=None):
 
   config.optim = dict(
     name="adamw",
-    lr=1.5e-4 * config.batch_size / 256,
+    lr=1.5e-4,
+    lr_per_examples=256,
     weight_decay=0.05,
     b2=0.95,
     clip_norm=0.0,

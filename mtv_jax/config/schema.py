@@ -106,7 +106,12 @@ SCHEMA = dict(
   optim=Open(
     name=(str, "adamw"),
     lr=NonNegativeFloat,
-    weight_decay=(NonNegativeFloat, 0.0),  # Times lr, as in optax.
+    # Where given, lr is the rate at so many examples per step, and is scaled to
+    # `batch_size`.
+    lr_per_examples=(PositiveInt, None),
+    lr_scaling=(Literal["linear", "sqrt"], "linear"),
+    weight_decay=(NonNegativeFloat, 0.0),  # Times the rate, as in optax.
+    weight_decay_end=(NonNegativeFloat, None),  # Of a cosine; None: constant.
     eps=(float, 1e-8),
     mu_dtype=(Literal["float32", "bfloat16"], "float32"),
     clip_norm=(NonNegativeFloat, 1.0),  # Global norm; 0 for no clipping.
@@ -118,7 +123,8 @@ SCHEMA = dict(
     warmup=Duration(0),
     cooldown=Duration(0),
     timescale=Duration(10_000),  # Of rsqrt.
-    end=(Fraction, 0.0),  # Of cosine, as a share of optim.lr.
+    end=(Fraction, 0.0),  # Of cosine, as a share of the peak rate.
+    end_lr=(NonNegativeFloat, None),  # Or as a rate, at any batch size.
   ),
   ema=(dict(decay=(Fraction, 0.9999)), None),
   # Constant as in SILC, where a rising momentum hurts the text tower; `end`

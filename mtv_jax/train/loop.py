@@ -236,7 +236,7 @@ class _Trainer:
     check_finite(step, self.values)
     stats = self.loader.stats
     values = self.values | {
-      "lr": self.experiment.optimizer.schedule(step - 1),
+      **self.experiment.optimizer.hyperparameters(step - 1),
       "data/corrupt": stats.corrupt,
       "data/dropped": sum(stats.dropped.values()),
       **{f"{name}/encoder_grad_norm": v for name, v in norms.items()},

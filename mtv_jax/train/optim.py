@@ -4,11 +4,11 @@ One update, for a parameter p with gradient g:
 
   g <- g * min(1, clip_norm / |g|)           (norm over all trained parameters)
   u <- adam(g) | adafactor(g) | lion(g) | momentum(g) | muon(g)
-  p <- p - lr(t) * m_lr * (u + weight_decay * m_wd * p)
+  p <- p - lr(t) * m_lr * (u + weight_decay(t) * m_wd * p)
 
 m_lr and m_wd are the multipliers of the first rule that matches p's name. The
-decay follows the learning rate, as in optax and torch; big_vision's `wd=1e-4`
-at `lr=1e-3` is `weight_decay=0.1` here.
+decay is multiplied by the learning rate, as in optax and torch; big_vision's
+`wd=1e-4` at `lr=1e-3` is `weight_decay=0.1` here.
 """
 
 import dataclasses
@@ -25,7 +25,12 @@ import optax
 from mtv_jax.config import options, schema
 from mtv_jax.config.options import Fraction, NonNegativeFloat
 from mtv_jax.train.muon import Muon
-from mtv_jax.train.schedules import Schedule, make_schedule
+from mtv_jax.train.schedules import (
+  Schedule,
+  make_decay,
+  make_schedule,
+  scale_lr,
+)
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names, match_rules
 
@@ -60,12 +65,20 @@ class ParamRule:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """An optax transformation, its schedule and the rules of its parameters."""
+  """An optax transformation, its schedules and the rules of its parameters."""
 
   tx: optax.GradientTransformation
-  schedule: Schedule
+  schedule: Schedule  # Of the learning rate.
+  weight_decay: float | Schedule
   table: tuple[ParamRule, ...]
   note: str = ""  # For the log.
+
+  def hyperparameters(self, step: int) -> dict[str, Any]:
+    """Scheduled values of the update after `step` others, for the metrics."""
+    values = {"lr": self.schedule(step)}
+    if callable(self.weight_decay):
+      values["weight_decay"] = self.weight_decay(step)
+    return values
 
 
 def make_optimizer(
@@ -79,8 +92,8 @@ def make_optimizer(
   """Builds the optimizer of a config.
 
   Args:
-    optim_config: name, lr, weight_decay, clip_norm, rules, and the options of
-      the class in `OPTIMIZERS`.
+    optim_config: the keys of `_COMMON`, and the options of the class in
+      `OPTIMIZERS`.
     schedule_config: see `make_schedule`.
     length: the run's length.
     params: the parameters, or their shapes.
@@ -95,20 +108,29 @@ def make_optimizer(
     InputError: a rule that matches no parameter.
   """
   schedule = make_schedule(
-    schedule_config, lr=float(optim_config["lr"]), length=length
+    schedule_config,
+    lr=scale_lr(optim_config, length.batch_size),
+    length=length,
   )
   optimizer = _build_optimizer(optim_config)
   table = match_param_rules(params, optim_config.get("rules") or ())
   rows = {row.name: row for row in table}
   if all(row.frozen for row in table):
     raise ConfigError("config.optim.rules freeze every parameter.")
-  weight_decay = optim_config.get("weight_decay") or 0.0
+  weight_decay = make_decay(optim_config, length.total_steps)
+  if callable(weight_decay) and not any(
+    row.weight_decay for row in table if not row.frozen
+  ):
+    raise ConfigError(
+      "config.optim.weight_decay_end has no effect: the decay multiplier of"
+      " every trained parameter is 0. Change config.optim.rules, or drop it."
+    )
   clip_norm = optim_config.get("clip_norm") or 0.0
   trained = optax.chain(
     *([optax.clip_by_global_norm(clip_norm)] if clip_norm else []),
     optimizer.scale(attention_heads),
-    _decay_and_multiply(rows, weight_decay),
-    optax.scale_by_learning_rate(schedule),
+    optax.identity(),  # Earlier checkpoints have an empty state here.
+    _apply_rules(rows, schedule, weight_decay),
   )
   if any(row.frozen for row in table):
     frozen = map_with_names(lambda name, _: rows[name].frozen, params)
@@ -121,7 +143,7 @@ def make_optimizer(
   note = ""
   if hasattr(optimizer, "describe"):
     note = optimizer.describe([row.name for row in table if not row.frozen])
-  return Optimizer(trained, schedule, table, note)
+  return Optimizer(trained, schedule, weight_decay, table, note)
 
 
 Scale = optax.GradientTransformation
@@ -206,7 +228,16 @@ OPTIMIZERS: dict[str, Any] = {
   "muon": Muon,
 }
 # Keys of `config.optim` that belong to every optimizer.
-_COMMON = ("name", "lr", "weight_decay", "clip_norm", "rules")
+_COMMON = (
+  "name",
+  "lr",
+  "lr_per_examples",
+  "lr_scaling",
+  "weight_decay",
+  "weight_decay_end",
+  "clip_norm",
+  "rules",
+)
 # Options that optimizers without them ignore, so that a recipe's optimizer can
 # be changed by its name alone.
 _SHARED = ("b1", "b2", "eps", "momentum", "mu_dtype")
@@ -223,21 +254,38 @@ def _build_optimizer(config: schema.Config) -> Any:
   return options.build(cls, given, where=where, reserved=_COMMON)
 
 
-def _decay_and_multiply(
-  rows: Mapping[str, ParamRule], weight_decay: float
+def _apply_rules(
+  rows: Mapping[str, ParamRule],
+  schedule: Schedule,
+  weight_decay: float | Schedule,
 ) -> optax.GradientTransformation:
-  """Maps u to m_lr * (u + weight_decay * m_wd * p)."""
+  """Maps u to -lr(t) * m_lr * (u + weight_decay(t) * m_wd * p).
 
-  def apply(name: str, update: Any, param: Any) -> Any:
-    row = rows[name]
-    decay = weight_decay * row.weight_decay
-    if decay:
-      update = update + decay * param
-    return update if row.lr == 1 else row.lr * update
+  Its state is that of `optax.scale_by_learning_rate`.
+  """
 
-  return optax.stateless(
-    lambda updates, params: map_with_names(apply, updates, params)
-  )
+  def init(params: Any) -> optax.ScaleByScheduleState:
+    del params
+    return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+  def update(updates: Any, state: Any, params: Any = None) -> Any:
+    step_size = -schedule(state.count)
+    scheduled = callable(weight_decay)
+    decay = weight_decay(state.count) if scheduled else weight_decay
+
+    def apply(name: str, update: Any, param: Any) -> Any:
+      row = rows[name]
+      if row.weight_decay and (scheduled or decay):
+        update = update + decay * row.weight_decay * param
+      if row.lr != 1:
+        update = row.lr * update
+      return jnp.asarray(step_size, update.dtype) * update
+
+    count = optax.safe_increment(state.count)
+    updates = map_with_names(apply, updates, params)
+    return updates, optax.ScaleByScheduleState(count=count)
+
+  return optax.GradientTransformation(init, update)
 
 
 def match_param_rules(

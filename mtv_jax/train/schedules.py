@@ -1,4 +1,6 @@
-"""Learning-rate schedules: a shape between a warm-up and a cool-down.
+"""Schedules of the learning rate and of the weight decay.
+
+A learning rate has a shape between a warm-up and a cool-down.
 
 A new schedule is one class in `SCHEDULES`; its fields are its options.
 """
@@ -24,8 +26,7 @@ class Cosine:
   end: Fraction = 0.0
 
   def __call__(self, step: Array, decay_steps: int) -> Array:
-    progress = jnp.clip(step / max(decay_steps, 1), 0.0, 1.0)
-    return self.end + (1 - self.end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return _cosine(step, 1.0, self.end, decay_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,53 @@ SCHEDULES: dict[str, type[Callable[[Array, int], Array]]] = {
 _SHARED = ("end", "timescale_steps")
 
 
+def _cosine(step: Array, start: float, end: float, steps: int) -> Array:
+  """Half a cosine from `start` at step 0 to `end` at `steps` and after."""
+  progress = jnp.clip(step / max(steps, 1), 0.0, 1.0)
+  return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+
+def scale_lr(config: schema.Config, batch_size: int) -> float:
+  """The peak rate of `config.optim` at a batch size.
+
+  `lr` itself, or with `lr_per_examples` it times batch_size / lr_per_examples
+  (Goyal et al. 2017, arXiv 1706.02677), or times the square root of that ratio,
+  as in DINOv2.
+
+  Raises:
+    ConfigError: a scaling without `lr_per_examples`.
+  """
+  lr, examples = float(config["lr"]), config.get("lr_per_examples")
+  scaling = config.get("lr_scaling") or "linear"
+  if examples is None:
+    if scaling != "linear":
+      raise ConfigError(
+        f"config.optim.lr_scaling={scaling!r} has no effect without"
+        " config.optim.lr_per_examples, the batch size at which lr is the rate."
+      )
+    return lr
+  ratio = batch_size / examples
+  return lr * (ratio if scaling == "linear" else ratio**0.5)
+
+
+def make_decay(config: schema.Config, total_steps: int) -> float | Schedule:
+  """The weight decay of `config.optim`: a number, or a function of the step.
+
+  With `weight_decay_end` half a cosine over the whole run, as in DINOv2.
+  """
+  start = float(config.get("weight_decay") or 0.0)
+  end = config.get("weight_decay_end")
+  if end is None or end == start:
+    return start
+
+  def decay(step: Any) -> Float[Array, ""]:
+    return _cosine(
+      jnp.asarray(step, jnp.float32), start, float(end), total_steps
+    )
+
+  return decay
+
+
 def make_schedule(
   config: schema.Config, *, lr: float, length: schema.RunLength
 ) -> Schedule:
@@ -71,11 +119,12 @@ def make_schedule(
   and the three are multiplied with `lr`.
 
   `config` has the name, the durations warmup and cooldown, and options of the
-  schedule.
+  schedule. `end_lr` is the end of a cosine as a rate, which does not scale with
+  `lr` (DINOv2's min_lr); `end` as a share of `lr`.
 
   Raises:
-    ConfigError: an unknown name or option, or a warm-up and cool-down that
-      exceed T.
+    ConfigError: an unknown name or option, a warm-up and cool-down that exceed
+      T, or an `end_lr` that the schedule can't end at.
   """
   total_steps = length.total_steps
   warmup = length.steps("warmup", config, default=0)
@@ -87,7 +136,7 @@ def make_schedule(
     )
   name = config.get("name") or "cosine"
   cls = options.look_up(SCHEDULES, name, where="config.schedule", key="name")
-  reserved = ["name"]
+  reserved = ["name", "end_lr"]
   reserved += [f"{d}_{u}" for d in ("warmup", "cooldown") for u in schema.UNITS]
   fields = {field.name: field.default for field in dataclasses.fields(cls)}
   taken = {*reserved, *(k for k in _SHARED if k not in fields)}
@@ -98,6 +147,8 @@ def make_schedule(
       durations[field] = length.steps(name, config, default)
       taken |= {f"{name}_{unit}" for unit in schema.UNITS}
   given = {k: v for k, v in config.items() if v is not None and k not in taken}
+  if (end_lr := config.get("end_lr")) is not None:
+    given["end"] = _end_share(end_lr, lr, cls, given.get("end"), cooldown)
   shape = options.build(
     cls, given | durations, where="config.schedule", reserved=reserved
   )
@@ -112,3 +163,21 @@ def make_schedule(
     return rate
 
   return schedule
+
+
+def _end_share(
+  end_lr: float, lr: float, cls: type, end: float | None, cooldown: int
+) -> float:
+  """An absolute end of a cosine as a share of the peak rate."""
+  problem = None
+  if cls is not Cosine:
+    problem = "is an option of the cosine alone"
+  elif end:
+    problem = f"and end={end} are two ends; give one of them"
+  elif cooldown:
+    problem = "contradicts a cool-down, which ends at a rate of 0"
+  elif end_lr > lr:
+    problem = f"exceeds the peak rate, {lr:g} at this batch size"
+  if problem:
+    raise ConfigError(f"config.schedule.end_lr={end_lr:g} {problem}.")
+  return end_lr / lr if lr else 0.0

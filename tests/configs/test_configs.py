@@ -7,9 +7,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from mtv_jax.augment import views
-from mtv_jax.config import schema
+from mtv_jax.config import overrides, schema
 from mtv_jax.models import two_tower as models
 from mtv_jax.objectives import build_objective
+from mtv_jax.train import schedules
 from mtv_jax.train.experiment import build_experiment, make_loader
 from mtv_jax.utils.errors import ConfigError
 
@@ -78,6 +79,29 @@ def test_it_reads_as_a_recipe(file):
   assert f"--config=configs/{file.name}" in docstring
   assert "python -m mtv_jax.main" in docstring
   assert "Hardware" in docstring
+
+
+@pytest.mark.parametrize(
+  ("name", "rate"),
+  [
+    ("dino_b16_224", lambda batch: 4e-3 * (batch / 1024) ** 0.5),
+    ("mae_b16_224", lambda batch: 1.5e-4 * batch / 256),
+  ],
+)
+def test_the_rate_follows_the_batch_size_whatever_way_it_is_set(name, rate):
+  path = str(ROOT / "configs" / f"{name}.py")
+  default = schema.read_config(path).batch_size
+  for batch in (default, 96):
+    argument = schema.read_config(path, batch=batch)
+    override = overrides.override(
+      schema.read_config(path), [f"batch_size={batch}"]
+    )
+    resolved = schema.check_config(argument)
+    assert resolved.to_json() == schema.check_config(override).to_json()
+    assert schema.check_config(resolved).to_json() == resolved.to_json()
+    assert schedules.scale_lr(resolved.optim, resolved.batch_size) == rate(
+      batch
+    )
 
 
 @pytest.mark.parametrize(

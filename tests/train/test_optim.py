@@ -22,6 +22,7 @@ SHAPES = {
   "text/token_embedding": (7, 4),
   "heads/contrastive/logit_scale": (),
 }
+BIAS = "image/blocks/mlp/fc1/bias"
 STEPS = 6
 
 
@@ -119,6 +120,47 @@ def test_adamw_with_schedule_decay_clipping_and_multipliers():
   assert {n: (r.lr, r.weight_decay) for n, r in rows.items()} == multipliers
   assert rows["text/token_embedding"].rule == "token_embedding"
   assert rows["image/position_embedding"].rule is None
+
+
+def test_weight_decay_follows_a_cosine_over_the_run():
+  optimizer = build(
+    {"weight_decay": 0.1, "weight_decay_end": 0.9, "b2": 0.95},
+    {"name": "constant", "warmup_steps": 3},
+  )
+  decays = [0.9 - 0.4 * (1 + math.cos(math.pi * t / STEPS)) for t in range(8)]
+  decays[7] = 0.9  # After the run.
+  for t, decay in enumerate(decays):
+    values = optimizer.hyperparameters(t)
+    assert float(values["weight_decay"]) == pytest.approx(decay, rel=1e-6)
+    rate = 1e-2 * min(1, (t + 1) / 3)
+    assert float(values["lr"]) == pytest.approx(rate, rel=1e-6)
+  ours, _ = run(optimizer.tx)
+  kernel = "image/blocks/mlp/fc1/kernel"
+  plain, _ = run(
+    build({"b2": 0.95}, {"name": "constant", "warmup_steps": 3}).tx
+  )
+  # What the decay alone took off, as the updates don't depend on it.
+  apart = 0.0
+  before = dict(flatten_with_names(PARAMS))[kernel]
+  for t in range(STEPS):
+    rate = 1e-2 * min(1, (t + 1) / 3)
+    apart = apart - rate * decays[t] * before
+    got = ours[t][kernel] - plain[t][kernel]
+    np.testing.assert_allclose(got, apart, rtol=1e-4, atol=1e-6)
+    before = ours[t][kernel]
+    np.testing.assert_array_equal(ours[t][BIAS], plain[t][BIAS])
+  constant = build({"weight_decay": 0.1, "weight_decay_end": 0.1})
+  assert set(constant.hyperparameters(0)) == {"lr"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
+def test_a_decay_schedule_keeps_the_tree_of_the_state(name):
+  config = {"name": name, "weight_decay": 0.1, "clip_norm": 1.0}
+  init = build(config).tx.init
+  scheduled = build({**config, "weight_decay_end": 0.2}).tx.init
+  old, new = (jax.eval_shape(f, PARAMS) for f in (init, scheduled))
+  assert jax.tree.structure(old) == jax.tree.structure(new)
+  assert [n for n, _ in flatten_with_names(old)][-1] == "3/count"
 
 
 KERNELS = jax.tree.map(lambda x: x.ndim == 3, PARAMS)
@@ -277,6 +319,34 @@ def test_schedule_errors():
     make({"end": 2})
   with pytest.raises(ConfigError, match="no option 'warmup'. .*warmup_steps"):
     make({"warmup": 3})
+  for config, message in [
+    ({"name": "rsqrt"}, "end_lr=1e-06 is an option of the cosine alone"),
+    ({"end": 0.1}, "end_lr=1e-06 and end=0.1 are two ends; give one of them"),
+    ({"cooldown_steps": 5}, "end_lr=1e-06 contradicts a cool-down"),
+    ({"end_lr": 2.0}, "end_lr=2 exceeds the peak rate, 1 at this batch size"),
+  ]:
+    with pytest.raises(ConfigError, match=message):
+      make({"end_lr": 1e-6, **config})
+
+
+@pytest.mark.parametrize(
+  ("scaling", "factor"), [("linear", 4.0), ("sqrt", 2.0), (None, 4.0)]
+)
+def test_the_rate_follows_the_batch_and_its_end_does_not(scaling, factor):
+  config = {"lr": 2e-3, "lr_per_examples": 256, "lr_scaling": scaling}
+  for batch_size, ratio in [(1024, factor), (256, 1.0), (64, 1 / factor)]:
+    schedule = optim.make_optimizer(
+      config,
+      {"name": "cosine", "end_lr": 1e-6},
+      length=schema.RunLength(batch_size, None, 100),
+      params=PARAMS,
+    ).schedule
+    assert float(schedule(0)) == pytest.approx(2e-3 * ratio, rel=1e-6)
+    middle = (2e-3 * ratio + 1e-6) / 2
+    assert float(schedule(50)) == pytest.approx(middle, rel=1e-6)
+    assert float(schedule(100)) == pytest.approx(1e-6, rel=1e-5)
+  with pytest.raises(ConfigError, match="'sqrt' has no effect without"):
+    build({"lr_scaling": "sqrt"})
 
 
 # --- rules -------------------------------------------------------------------
@@ -302,6 +372,8 @@ def test_rule_errors():
     build({"name": "adam"})
   with pytest.raises(ConfigError, match="'weight_decy'. .*'weight_decay'"):
     build({"weight_decy": 1.0})
+  with pytest.raises(ConfigError, match="weight_decay_end has no effect"):
+    build({"weight_decay_end": 1.0, "rules": [(".", {"weight_decay": 0})]})
   with pytest.raises(
     ConfigError, match="optim.b2 is 2, expected a number >= 0"
   ):
