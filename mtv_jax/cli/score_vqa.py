@@ -14,6 +14,7 @@ import dataclasses
 import json
 import pathlib
 
+from mtv_jax.evals.report import tables
 from mtv_jax.evals.vqa import answer_files
 
 
@@ -41,7 +42,9 @@ def run(args: argparse.Namespace) -> None:
     missing=args.missing,
   )
   for name, value in scores.metrics.items():
-    print(f"{name:<24}{100 * value:8.2f} %")
+    error = scores.errors.get(name)
+    error = None if error is None else 100 * error
+    print(f"{name:<24}{tables.format_value(100 * value, '%', error):>16}")
   for name, value in scores.protocol.items():
     print(f"  {name}: {value}")
   if args.json:

@@ -13,8 +13,15 @@ from jaxtyping import Float, Float32, Int
 
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import crops, global_features, probe, ranking
+from mtv_jax.evals.core import (
+  bootstrap,
+  crops,
+  global_features,
+  probe,
+  ranking,
+)
 from mtv_jax.evals.core.base import Evaluator, Result
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import ClassificationSet, Data, Images
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.registry import Splits
@@ -77,12 +84,13 @@ class ClassificationProbe(Evaluator):
     view = self._view_name()
     encoder = global_features.view(encoder, view)
     data = self._set
-    metrics, protocol = self._evaluate(encoder, data)
+    estimate, protocol = self._evaluate(encoder, data)
     described = {**encoder.protocol(), **data.protocol(), "view": view}
     return Result(
-      metrics,
+      estimate.metrics,
       described | protocol,
-      chance_accuracies(metrics, data.classes),
+      chance_accuracies(estimate.metrics, data.classes),
+      errors=estimate.errors,
     )
 
   def _view_name(self) -> str:
@@ -90,7 +98,7 @@ class ClassificationProbe(Evaluator):
 
   def _evaluate(
     self, encoder: Encoder, data: Splits
-  ) -> tuple[dict[str, float], dict[str, Any]]:
+  ) -> tuple[Estimate, dict[str, Any]]:
     """Metrics, and protocol entries besides data, encoder and view."""
     raise NotImplementedError(f"{type(self).__name__} lacks _evaluate()")
 
@@ -246,25 +254,34 @@ def hold_out(
 
 
 def rank_accuracies(
-  ranks: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]
-) -> dict[str, float]:
+  ranks: Int[np.ndarray, " n"],
+  labels: Int[np.ndarray, " n"],
+  *,
+  groups: Int[np.ndarray, " n"] | None = None,
+) -> Estimate:
   """Top-1, top-5 and mean-per-class accuracy of the true classes' ranks.
 
-  The mean is over the classes that occur in `labels`.
+  The mean is over the classes that occur in `labels`. `groups` are the images
+  of boxes, from 0; each rank is an item by default, see `bootstrap`.
   """
-  hits = ranking.hit_rates(ranks, (1, 5))
   correct = ranks < 1
-  present = [np.mean(correct[labels == c]) for c in np.unique(labels)]
-  return {
-    "top1": hits[1],
-    "top5": hits[5],
-    "mean_per_class": float(np.mean(present)),
-  }
+  items = np.arange(len(labels)) if groups is None else groups
+
+  def mean_per_class(weights):
+    counts = np.bincount(labels, weights[items])
+    hits = np.bincount(labels, weights[items] * correct)
+    present = counts > 0
+    return {"mean_per_class": np.mean(hits[present] / counts[present])}
+
+  hits = {"top1": correct, "top5": ranks < 5}
+  return bootstrap.means(hits, groups=groups) | bootstrap.estimate(
+    mean_per_class, int(items.max()) + 1
+  )
 
 
 def score_accuracies(
   scores: Float32[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
-) -> dict[str, float]:
+) -> Estimate:
   """`rank_accuracies` of scores of each class."""
   is_correct = labels[:, None] == np.arange(scores.shape[1])
   ranks = map_rows(ranking.ranks_of_scores, scores, is_correct)

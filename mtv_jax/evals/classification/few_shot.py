@@ -19,7 +19,9 @@ from jaxtyping import Float, Int
 from mtv_jax.config.options import NonNegativeFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.classification.base import FeatureProbe
+from mtv_jax.evals.core import bootstrap
 from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.datasets.registry import Splits
 
 SHOTS = (1, 5, 10, 25)
@@ -47,7 +49,7 @@ class FewShot(FeatureProbe):
 
   def _evaluate(
     self, encoder: Encoder, data: Splits
-  ) -> tuple[dict[str, float], dict[str, Any]]:
+  ) -> tuple[Estimate, dict[str, Any]]:
     labels = data.train.labels
     shots = self._shots(data)
     samples = {
@@ -62,17 +64,18 @@ class FewShot(FeatureProbe):
       x = self._features(encoder, data.train.select(used))
       row[used] = np.arange(len(used))
     test = self._features(encoder, data.test)
-    each = {f"top1_{k}shot": [] for k in shots}
+    hits = {f"top1_{k}shot": [] for k in shots}
     for seed in self.seeds:
       for k in shots:
         items = samples[seed][:, :k].ravel()
         model = fit(
           x[row[items]], labels[items], classes=data.classes, l2=self.l2
         )
-        hits = np.argmax(model.scores(test), axis=1) == data.test.labels
-        each[f"top1_{k}shot"].append(float(np.mean(hits)))
-    metrics = {name: float(np.mean(values)) for name, values in each.items()}
-    return metrics, {
+        predicted = np.argmax(model.scores(test), axis=1)
+        hits[f"top1_{k}shot"].append(predicted == data.test.labels)
+    # The share of seeds with a hit, for each test image.
+    shares = {name: np.mean(x, axis=0) for name, x in hits.items()}
+    return bootstrap.means(shares), {
       "feature": self.feature,
       "head": "least squares, features standardised by the shots, constant 100",
       "l2": self.l2,
@@ -80,7 +83,9 @@ class FewShot(FeatureProbe):
       "seeds": list(self.seeds),
       "draw": "numpy default_rng(seed), a permutation of each class in turn",
       "averaging": "mean over seeds",
-      "top1_of_seeds": each,
+      "top1_of_seeds": {
+        name: np.mean(x, axis=1).tolist() for name, x in hits.items()
+      },
       "ties": "the lowest class of equal ones",
     }
 

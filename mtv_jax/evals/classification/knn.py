@@ -24,7 +24,8 @@ from jaxtyping import Float32, Int
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.classification.base import FeatureProbe, map_rows
-from mtv_jax.evals.core import probe, ranking
+from mtv_jax.evals.core import bootstrap, probe, ranking
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.parallel import mesh as mesh_lib
 from mtv_jax.utils.errors import InputError
@@ -42,7 +43,7 @@ class KNN(FeatureProbe):
 
   def _evaluate(
     self, encoder: Encoder, data: Splits
-  ) -> tuple[dict[str, float], dict[str, Any]]:
+  ) -> tuple[Estimate, dict[str, Any]]:
     bank = normalize(self._features(encoder, data.train))
     queries = normalize(self._features(encoder, data.test))
     ks = sorted({min(k, len(bank)) for k in self.k})
@@ -54,11 +55,8 @@ class KNN(FeatureProbe):
       classes=data.classes,
       temperature=self.temperature,
     )
-    metrics = {
-      f"top1_k{k}": float(np.mean(p == data.test.labels))
-      for k, p in predicted.items()
-    }
-    return metrics, {
+    hits = {f"top1_k{k}": p == data.test.labels for k, p in predicted.items()}
+    return bootstrap.means(hits), {
       "feature": self.feature,
       "k": list(ks),
       "temperature": self.temperature,

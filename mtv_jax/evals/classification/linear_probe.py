@@ -34,6 +34,7 @@ from mtv_jax.evals.classification.base import (
   split_for_selection,
 )
 from mtv_jax.evals.core import global_features, probe
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import ClassificationSet
 from mtv_jax.evals.core.global_features import LastBlocks
 from mtv_jax.evals.datasets.registry import Splits
@@ -66,7 +67,7 @@ class LinearProbe(TrainedProbe):
 
   def _evaluate(
     self, encoder: Encoder, data: Splits
-  ) -> tuple[dict[str, float], dict[str, Any]]:
+  ) -> tuple[Estimate, dict[str, Any]]:
     train, held_out, selection = split_for_selection(data, self.select)
     steps = self._default(self.steps, 12_500, 300)
     size = self._default(self.train_batch, 1024, 256)

@@ -31,6 +31,7 @@ from mtv_jax.evals.classification.base import (
   split_for_selection,
 )
 from mtv_jax.evals.core import probe
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.parallel import mesh as mesh_lib
 
@@ -64,7 +65,7 @@ class Logistic(FeatureProbe):
 
   def _evaluate(
     self, encoder: Encoder, data: Splits
-  ) -> tuple[dict[str, float], dict[str, Any]]:
+  ) -> tuple[Estimate, dict[str, Any]]:
     values = sorted(self._default(self.strengths, STRENGTHS, STRENGTHS[::5]))
     scale = normalize if self.normalize == "l2" else np.asarray
     x = scale(self._features(encoder, data.train))

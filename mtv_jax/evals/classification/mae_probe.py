@@ -36,6 +36,7 @@ from mtv_jax.evals.classification.base import (
   score_accuracies,
 )
 from mtv_jax.evals.core import probe
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.datasets.registry import Splits
 from mtv_jax.utils.errors import ConfigError
 
@@ -68,7 +69,7 @@ class MaeProbe(FeatureProbe, TrainedProbe):
 
   def _evaluate(
     self, encoder: Encoder, data: Splits
-  ) -> tuple[dict[str, float], dict[str, Any]]:
+  ) -> tuple[Estimate, dict[str, Any]]:
     images = len(data.train.labels)
     size = min(self.train_batch, images)
     epoch_steps = images // size

@@ -29,6 +29,7 @@ from mtv_jax.evals.classification.base import (
 )
 from mtv_jax.evals.core import prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import ClassificationSet, Data
 from mtv_jax.evals.datasets import registry
 from mtv_jax.utils.errors import InputError, did_you_mean
@@ -76,7 +77,7 @@ class ZeroShot(Evaluator):
     features = encoder.image(
       data.images, outputs=("pooled",), batch_size=self.batch_size
     )
-    metrics, chance = class_accuracies(
+    accuracies, chance = class_accuracies(
       normalize(features.pooled), classifier, labels
     )
     protocol = {
@@ -92,21 +93,28 @@ class ZeroShot(Evaluator):
       "ties": ranking.TIE_RULE,
       "mean_per_class": "over classes that have an image",
     }
-    return Result(metrics, protocol, chance)
+    return Result(
+      accuracies.metrics, protocol, chance, errors=accuracies.errors
+    )
 
 
 def class_accuracies(
   embeddings: Float32[np.ndarray, "n e"],
   classifier: Float32[np.ndarray, "c e"],
   labels: Int[np.ndarray, " n"],
-) -> tuple[dict[str, float], dict[str, float]]:
-  """Accuracies of normalised embeddings among class vectors, and chance."""
+  *,
+  groups: Int[np.ndarray, " n"] | None = None,
+) -> tuple[Estimate, dict[str, float]]:
+  """Accuracies of normalised embeddings among class vectors, and chance.
+
+  `groups` are as for `rank_accuracies`.
+  """
   count = len(classifier)
   ranks = ranking.ranks(
     embeddings, classifier, query_ids=labels, candidate_ids=np.arange(count)
   )
-  metrics = rank_accuracies(ranks, labels)
-  return metrics, chance_accuracies(metrics, count)
+  accuracies = rank_accuracies(ranks, labels, groups=groups)
+  return accuracies, chance_accuracies(accuracies.metrics, count)
 
 
 def text_classifier(

@@ -70,6 +70,8 @@ class Result:
   # Units of the metrics that are not fractions: "m", or "" for a number.
   units: dict[str, str] = dataclasses.field(default_factory=dict)
   lower: tuple[str, ...] = ()  # metrics where lower is better
+  # Standard errors of metrics over the items of the set, see `bootstrap.py`.
+  errors: dict[str, float] = dataclasses.field(default_factory=dict)
   # uint8 `[H, W, 3]` sheets of examples by name; not in the JSON.
   sheets: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 

@@ -8,8 +8,6 @@ classification (candidates are classes) and retrieval both use it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,13 +95,6 @@ def ranks_of_scores(
   before = jnp.arange(scores.shape[1])[None] < best
   ahead = (scores > score) | ((scores == score) & before)
   return jnp.sum(ahead, axis=1)
-
-
-def hit_rates(
-  ranks: Int[np.ndarray, " q"], at: Sequence[int]
-) -> dict[int, float]:
-  """By k, the share of queries whose rank is below k."""
-  return {k: float(np.mean(ranks < k)) for k in at}
 
 
 @jax.jit

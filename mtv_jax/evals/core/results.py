@@ -119,6 +119,7 @@ def _result(fields: Mapping[str, Any]) -> Result:
     chance=read_values("chance"),
     units=fields.get("units", {}),
     lower=tuple(fields.get("lower", ())),
+    errors=read_values("errors"),
   )
 
 

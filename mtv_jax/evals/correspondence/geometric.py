@@ -161,11 +161,12 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       raise InputError(
         f"{frames.name}: none of {len(pairs)} pairs has depth in both views"
       )
-    metrics, chance = recall.average(scored, options=options)
+    estimate, chance = recall.average(scored, options=options)
     return Result(
-      metrics,
+      estimate.metrics,
       self._protocol(encoder, options, scored),
       chance,
+      errors=estimate.errors,
       sheets={"matches": np.concatenate(rows)} if rows else {},
     )
 

@@ -13,6 +13,8 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Array, Float, Float32, Float64, Int, UInt8
 
+from mtv_jax.evals.core import bootstrap
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import KeyPointPair
 
 VIEWPOINTS = (0, 1, 2)
@@ -40,14 +42,11 @@ class Rule:
     compare = np.less if self.aggregate == "point" else np.less_equal
     return compare(errors, self.threshold).astype(np.float64)
 
-  def mean(self, pairs: Sequence[np.ndarray]) -> float | None:
-    """The mean of `correct` over pairs; None if no pair has a keypoint."""
-    pairs = [p for p in pairs if len(p)]
-    if not pairs:
-      return None
-    if self.aggregate == "point":
-      return float(np.concatenate(pairs).mean())
-    return float(np.mean([p.mean() for p in pairs]))
+  def terms(self, correct: Float[np.ndarray, " k"]) -> tuple[float, float]:
+    """A pair's terms of the numerator and the denominator of the mean."""
+    if self.aggregate == "point" or not len(correct):
+      return float(correct.sum()), float(len(correct))
+    return float(correct.mean()), 1.0
 
 
 def pad_to_square(
@@ -172,17 +171,27 @@ def average(
   *,
   rule: Rule,
   report: str = "means",
-) -> dict[str, float]:
-  """Means over categories, of all pairs and by viewpoint.
+) -> Estimate:
+  """Means over categories, of all pairs and by viewpoint; pairs are resampled.
 
   `correct` is for each pair, from `Rule.correct` or `uniform_pck`; `report` of
   `classes` adds the recall of each category.
   """
-  means = {
-    key: rule.mean([correct[i] for i in members])
-    for key, members in sample.items()
-  }
-  means = {key: value for key, value in means.items() if value is not None}
+  pairs = sorted(set().union(*sample.values()))
+  terms = np.array([rule.terms(correct[i]) for i in pairs])
+  rows = {key: np.searchsorted(pairs, m) for key, m in sample.items()}
+
+  def metrics(weights):
+    sums = {key: weights[row] @ terms[row] for key, row in rows.items()}
+    means = {key: s / count for key, (s, count) in sums.items() if count}
+    return _average_categories(means, report)
+
+  return bootstrap.estimate(metrics, len(pairs))
+
+
+def _average_categories(
+  means: Mapping[tuple[str, int | None], float], report: str
+) -> dict[str, float]:
   metrics = {}
   for view in (None, *VIEWPOINTS):
     values = [value for key, value in means.items() if key[1] == view]

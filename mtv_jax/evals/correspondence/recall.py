@@ -10,13 +10,15 @@ Recall at t is the fraction of matches with an error below t (El Banani et al.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Float64, Int64
 
-from mtv_jax.evals.core import examples
+from mtv_jax.evals.core import bootstrap, examples
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.correspondence import matching
 from mtv_jax.evals.datasets import posed
 
@@ -111,8 +113,8 @@ def _uniform_recall(points, candidates, thresholds) -> list[float]:
 
 def average(
   pairs: Sequence[PairErrors], *, options: Options
-) -> tuple[dict[str, float], dict[str, float]]:
-  """Metrics of the pairs, and their chance.
+) -> tuple[Estimate, dict[str, float]]:
+  """Metrics of the pairs with their errors over the pairs, and chance.
 
   Bins of angles, `[low, high)`, without pairs are left out.
   """
@@ -121,26 +123,34 @@ def average(
     + [float((p.pixels < t).mean()) for t in options.pixels]
     for p in pairs
   ]
-  chance = np.array([p.chance for p in pairs])
-  return tuple(_metrics(x, pairs, options) for x in (np.array(recalls), chance))
+  counts = np.array([len(p.metres) for p in pairs])
+  angles = np.array([p.angle for p in pairs])
+  metrics, chance = (
+    functools.partial(_metrics, x, counts, angles, options)
+    for x in (np.array(recalls), np.array([p.chance for p in pairs]))
+  )
+  return bootstrap.estimate(metrics, len(pairs)), chance(np.ones(len(pairs)))
 
 
 def _metrics(
   recalls: Float64[np.ndarray, "n t"],
-  pairs: Sequence[PairErrors],
+  counts: Int64[np.ndarray, " n"],
+  angles: Float64[np.ndarray, " n"],
   options: Options,
+  weights: Float64[np.ndarray, " n"],
 ) -> dict[str, float]:
-  counts = np.array([len(p.metres) for p in pairs])
-  angles = np.array([p.angle for p in pairs])
+  """Means over n pairs, of which each occurs `weights` times."""
+  counts = weights * counts
   pooled = counts @ recalls / counts.sum()
   split = len(options.metres)
   # By angle and per pair at the middle threshold.
   middle, by_pair = options.metre_names[split // 2], recalls[:, split // 2]
   bins = {}
   for low, high in itertools.pairwise(options.angles):
-    inside = (angles >= low) & (angles < high)
+    inside = weights * ((angles >= low) & (angles < high))
     if inside.any():
-      bins[f"{middle}_{low:g}_{high:g}deg"] = by_pair[inside].mean()
+      name = f"{middle}_{low:g}_{high:g}deg"
+      bins[name] = inside @ by_pair / inside.sum()
   names = options.metre_names + options.pixel_names
   metrics = {
     "avg_recall": pooled[:split].mean(),
@@ -148,7 +158,7 @@ def _metrics(
     "avg_recall_all": pooled.mean(),
     **({"avg_recall_angle": np.mean(list(bins.values()))} if bins else {}),
     **dict(zip(names, pooled, strict=True)),
-    f"{middle}_per_pair": by_pair.mean(),
+    f"{middle}_per_pair": weights @ by_pair / weights.sum(),
     **bins,
   }
   return {name: float(value) for name, value in metrics.items()}

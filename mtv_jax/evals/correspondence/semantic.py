@@ -97,10 +97,12 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
     average = functools.partial(
       pck.average, sample, rule=grid.rule, report=self.report
     )
+    estimate = average(correct)
     return Result(
-      average(correct),
+      estimate.metrics,
       self._protocol(encoder, data, sample, grid),
-      average(chance),
+      average(chance).metrics,
+      errors=estimate.errors,
       sheets={"matches": np.concatenate(rows)} if rows else {},
     )
 

@@ -86,13 +86,14 @@ class DepthEvaluator(Evaluator):
         depth = to_metres(predicted, truth, valid)
         rows.append(depth_row(image, truth, depth, valid))
     means = metrics.average(scores, skipped=skipped)
-    units = {k: u for k, u in metrics.UNITS.items() if k in means}
+    units = {k: u for k, u in metrics.UNITS.items() if k in means.metrics}
     return Result(
-      means,
+      means.metrics,
       protocol | {"images": len(scores), "images_skipped": skipped},
-      metrics.average(chance),
+      metrics.average(chance).metrics,
       units=units,
       lower=tuple(units),
+      errors=means.errors,
       sheets={"depth": plots.vstack(rows)} if rows else {},
     )
 

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float64
 
+from mtv_jax.evals.core import bootstrap
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.utils.errors import ConfigError, InputError
 
 AVERAGING = "per image over valid pixels, then mean over images"
@@ -133,14 +135,16 @@ def image_metrics(
 
 def average(
   rows: Sequence[Mapping[str, float]], *, skipped: int = 0
-) -> dict[str, float]:
+) -> Estimate:
   """The mean of each metric over images; InputError if all were skipped."""
   if not rows:
     raise InputError(
       f"none of {skipped} images has enough pixels with a valid depth; check "
       "the unit of the depth files, the limits and the crop"
     )
-  return {k: float(np.mean([row[k] for row in rows])) for k in rows[0]}
+  return bootstrap.means(
+    {k: np.asarray([row[k] for row in rows]) for k in rows[0]}
+  )
 
 
 class Affine(NamedTuple):

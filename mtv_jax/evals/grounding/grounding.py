@@ -25,8 +25,9 @@ from jaxtyping import Float, Float32
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder, normalize
 from mtv_jax.evals.classification import zero_shot
-from mtv_jax.evals.core import base, examples, prompts, ranking
+from mtv_jax.evals.core import base, bootstrap, examples, prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, Result
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import BoxSet, Data
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.grounding import region_features
@@ -106,16 +107,20 @@ class Grounding(Evaluator):
     }
     # Image-caption retrieval, with a distinct phrase in the role of the image.
     names = ("region_to_phrase", "phrase_to_region")
-    metrics = retrieval.recalls(text, region, owner=owner, names=names)
+    image = np.repeat(np.arange(len(data.boxes)), [*map(len, data.boxes)])
+    estimate = retrieval.recalls(
+      text, region, owner=owner, names=names, groups=image
+    )
     chance = retrieval.chance(owner, names=names)
     if named is not None:
-      accuracies = zero_shot.class_accuracies(
+      accuracies, uniform = zero_shot.class_accuracies(
         region,
         zero_shot.text_classifier(encoder, named),
         np.concatenate(data.labels),
+        groups=image,
       )
-      for total, part in zip((metrics, chance), accuracies, strict=True):
-        total |= {f"box_{name}": value for name, value in part.items()}
+      estimate |= accuracies.rename("box_{}")
+      chance |= {f"box_{name}": value for name, value in uniform.items()}
       protocol |= {
         "classes": len(named.classes),
         **named.protocol(),
@@ -123,7 +128,7 @@ class Grounding(Evaluator):
       }
     if self.locate == "auto" and encoder.can_predict("locator"):
       located, located_chance = _locate(encoder, data, self.batch_size)
-      metrics |= located
+      estimate |= located
       chance |= located_chance
       protocol |= {
         "located": "IoU >= 0.5 with any box of the phrase in the image",
@@ -133,12 +138,18 @@ class Grounding(Evaluator):
     if self.pictures:
       sheet = _draw_sheet(data, region, text, phrases, count=self.pictures)
       sheets["regions"] = sheet
-    return Result(metrics, protocol, chance, sheets=sheets)
+    return Result(
+      estimate.metrics,
+      protocol,
+      chance,
+      errors=estimate.errors,
+      sheets=sheets,
+    )
 
 
 def _locate(
   encoder: Encoder, data: BoxSet, batch_size: int
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> tuple[Estimate, dict[str, float]]:
   """IoU of the predicted boxes of phrases, and of the best constant answer."""
   queries = [tuple(dict.fromkeys(names)) for names in data.phrases]
   boxes = []
@@ -151,14 +162,15 @@ def _locate(
     )
     boxes += [out.boxes[k, : len(queries[i])] for k, i in enumerate(chosen)]
   answers = fixed_answers(data)[:, None]
-  scores = []
-  for predicted in (boxes, [answers] * len(queries)):
-    best = np.atleast_2d(best_overlaps(predicted, queries, data))
-    means = {"iou50": best >= 0.5, "mean_iou": best}
-    scores.append(
-      {f"located_{k}": float(v.mean(axis=1).max()) for k, v in means.items()}
-    )
-  return scores[0], scores[1]
+
+  def score(predicted):
+    best = best_overlaps(predicted, queries, data)
+    return {"located_iou50": best >= 0.5, "located_mean_iou": best}
+
+  image = np.repeat(np.arange(len(queries)), [*map(len, queries)])
+  constant = score([answers] * len(queries))
+  chance = {k: float(v.mean(axis=1).max()) for k, v in constant.items()}
+  return bootstrap.means(score(boxes), groups=image), chance
 
 
 def best_overlaps(

@@ -11,7 +11,8 @@ from mtv_jax.utils import html, markdown
 
 _NOTE = (
   "Chance is what random embeddings or guesses would give. A dash is a missing "
-  "value, or one on other data than the first column's. ↓: lower is better."
+  "value, or one on other data than the first column's. ↓: lower is better. "
+  f"±: standard error over the items of the set. Bold: {tables.BEST_NOTE}."
 )
 _PUBLISHED_NOTE = (
   "Dashed: Table 5 of arXiv 2601.13886. Its protocols are published in part, "

@@ -17,6 +17,13 @@ _EMPTY = "-"
 # `Row.best` needs equal values of these protocol keys, and equal data.
 _COMPARED = ("protocol", "train_hash", "train_data_hash")
 _ABSENT = "(absent)"
+# A difference of fewer standard errors marks nothing.
+_DISTINCT = 2.0
+
+BEST_NOTE = (
+  "is better than every other value by more than 2 standard errors of the "
+  "difference, sqrt(e1² + e2²), and than chance by more than 2 of its own"
+)
 
 
 class Row(NamedTuple):
@@ -28,7 +35,8 @@ class Row(NamedTuple):
   lower: bool  # whether lower is better
   chance: float | None  # expected of a random encoder
   values: tuple[float | None, ...]  # None if missing or from other data
-  best: float | None  # None if the protocols differ
+  errors: tuple[float | None, ...]  # standard errors; None if unknown
+  best: int | None  # index of the value that `_find_best` selects
 
 
 def compare(outcomes: Sequence[Outcome]) -> list[Row]:
@@ -66,29 +74,63 @@ def _row(name: str, metric: str, results: Sequence[Result | None]) -> Row:
     return (100.0 if unit == "%" else 1.0) * value if known else None
 
   values = tuple(scaled(r and r.metrics.get(metric)) for r in results)
-  known = [v for v in values if v is not None]
+  errors = tuple(scaled(r and r.errors.get(metric)) for r in results)
+  chance = scaled(example.chance.get(metric))
   protocols = [[r.protocol.get(key) for key in _COMPARED] for r in present]
   best = None
-  is_comparable = len(known) > 1 and name not in DESCRIPTIVE
-  if is_comparable and all(protocol == protocols[0] for protocol in protocols):
-    best = min(known) if lower else max(known)
-  chance = scaled(example.chance.get(metric))
-  return Row(name, metric, unit, lower, chance, values, best)
+  if name not in DESCRIPTIVE and all(p == protocols[0] for p in protocols):
+    best = _find_best(values, errors, chance, sign=-1 if lower else 1)
+  return Row(name, metric, unit, lower, chance, values, errors, best)
 
 
-def format_number(value: float | None, unit: str) -> str:
-  """Two decimals of a percentage, three of other numbers of common size."""
+def _find_best(
+  values: Sequence[float | None],
+  errors: Sequence[float | None],
+  chance: float | None,
+  *,
+  sign: int,
+) -> int | None:
+  """Index of the one value that is distinctly better than all others.
+
+  None unless it differs by 2 standard errors of the difference from each of
+  them, and by 2 of its own from chance, where that is known. An unknown error
+  is not zero: a value without one is not the best, nor is one beside it. Errors
+  of two encoders on the same items are correlated, so that the rule is strict.
+  """
+  known = [i for i, value in enumerate(values) if value is not None]
+  if len(known) < 2 or any(errors[i] is None for i in known):
+    return None
+  best = max(known, key=lambda i: sign * values[i])
+  others = [(values[i], errors[i]) for i in known if i != best]
+  others += [] if chance is None else [(chance, 0.0)]
+  is_distinct = all(
+    sign * (values[best] - value) > _DISTINCT * math.hypot(errors[best], error)
+    for value, error in others
+  )
+  return best if is_distinct else None
+
+
+def format_number(
+  value: float | None, unit: str, error: float | None = None
+) -> str:
+  """Two decimals of a percentage, three of other numbers of common size.
+
+  A known standard error follows: `71.30 ± 0.92`.
+  """
   if value is None:
     return _EMPTY
   if unit == "%":
-    return f"{value:.2f}"
+    return f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}")
   common = value == 0 or 0.01 <= abs(value) < 1000
-  return f"{value:.3f}" if common else f"{value:.4g}"
+  text = f"{value:.3f}" if common else f"{value:.4g}"
+  return text if error is None else f"{text} ± {error:.2g}"
 
 
-def format_value(value: float | None, unit: str) -> str:
-  """A number with its unit: `50.00 %`, `0.469 m`."""
-  text = format_number(value, unit)
+def format_value(
+  value: float | None, unit: str, error: float | None = None
+) -> str:
+  """A number with its unit: `50.00 %`, `0.469 ± 0.012 m`."""
+  text = format_number(value, unit, error)
   return text if value is None or not unit else f"{text} {unit}"
 
 
@@ -117,34 +159,48 @@ def format_encoder(results: Mapping[str, Result]) -> str:
 
 
 def format_metrics(outcomes: Sequence[Outcome]) -> str:
-  """The metrics as a text table with a column for each encoder."""
+  """The metrics as a text table with a column for each encoder.
+
+  Values are followed by their standard errors; the best of several has a star.
+  """
   names = [outcome.name for outcome in outcomes]
   cells = [("evaluation", "metric", "unit", *names, "chance")]
-  for row in compare(outcomes):
+  rows = compare(outcomes)
+  for row in rows:
     unit = f"{row.unit} (lower)".strip() if row.lower else row.unit
-    values = [format_number(v, row.unit) for v in row.values]
+    values = [
+      format_number(value, row.unit, error) + " *" * (i == row.best)
+      for i, (value, error) in enumerate(
+        zip(row.values, row.errors, strict=True)
+      )
+    ]
     chance = "" if row.chance is None else format_number(row.chance, row.unit)
     cells.append((row.evaluation, row.metric, unit, *values, chance))
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   aligned = [f"{{:{'<' if i < 3 else '>'}{w}}}" for i, w in enumerate(widths)]
   lines = ["  ".join(aligned).format(*line).rstrip() for line in cells]
   lines.insert(1, "-" * max(map(len, lines)))
+  if any(row.errors.count(None) < len(row.errors) for row in rows):
+    lines.append("±: standard error over the items of the set")
+  if any(row.best is not None for row in rows):
+    lines.append(f"*: {BEST_NOTE}")
   return "\n".join(lines)
 
 
 def metrics_table(outcomes: Sequence[Outcome]) -> list[list[str]]:
-  """The metrics: a header, then rows; the best of several values is bold."""
+  """The metrics with errors: a header, then rows; bold is `Row.best`."""
   names = [outcome.name for outcome in outcomes]
   lines = [["evaluation", "metric", *names, "chance"]]
   for row in compare(outcomes):
-    texts = [format_value(v, row.unit) for v in row.values]
+    texts = [
+      format_value(value, row.unit, error)
+      for value, error in zip(row.values, row.errors, strict=True)
+    ]
     line = [
       Link(row.evaluation),
       f"{row.metric} ↓" if row.lower else row.metric,
     ]
-    for value, text in zip(row.values, texts, strict=True):
-      is_best = value is not None and value == row.best
-      line.append(Bold(text) if is_best else text)
+    line += [Bold(t) if i == row.best else t for i, t in enumerate(texts)]
     chance = "" if row.chance is None else format_value(row.chance, row.unit)
     lines.append([*line, chance])
   return lines

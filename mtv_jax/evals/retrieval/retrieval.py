@@ -21,8 +21,9 @@ from jaxtyping import Float32, Int
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder, normalize
-from mtv_jax.evals.core import ranking
+from mtv_jax.evals.core import bootstrap, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import CaptionSet, Data, subsample
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.retrieval import sheets
@@ -92,8 +93,14 @@ class Retrieval(Evaluator):
     sheets = {}
     if self.pictures:
       sheets = _draw_sheets(data, image, text, self.pictures)
-    metrics = recalls(image, text, owner=data.owner)
-    return Result(metrics, protocol, chance(data.owner), sheets=sheets)
+    estimate = recalls(image, text, owner=data.owner)
+    return Result(
+      estimate.metrics,
+      protocol,
+      chance(data.owner),
+      errors=estimate.errors,
+      sheets=sheets,
+    )
 
 
 def distinct_texts(
@@ -110,11 +117,13 @@ def recalls(
   *,
   owner: Int[np.ndarray, " m"],
   names: tuple[str, str] = DIRECTIONS,
+  groups: Int[np.ndarray, " m"] | None = None,
   block_bytes: int = 2**26,
-) -> dict[str, float]:
+) -> Estimate:
   """R@1, 5 and 10 of normalised embeddings, in both directions.
 
   `owner` is the image of each caption, `names` are prefixes of the metrics.
+  For their errors, captions are resampled with their image, or by `groups`.
   """
   ids = np.arange(len(image))
   to_image = ranking.ranks(
@@ -123,11 +132,12 @@ def recalls(
   to_text = ranking.ranks(
     image, text, query_ids=ids, candidate_ids=owner, block_bytes=block_bytes
   )
-  return {
-    f"{name}_r{k}": rate
+  first, second = (
+    {f"{name}_r{k}": ranks < k for k in AT}
     for name, ranks in zip(names, (to_image, to_text), strict=True)
-    for k, rate in ranking.hit_rates(ranks, AT).items()
-  }
+  )
+  groups = owner if groups is None else groups
+  return bootstrap.means(first, groups=groups) | bootstrap.means(second)
 
 
 def _draw_sheets(

@@ -68,10 +68,10 @@ class SegmentationEvaluator(Evaluator):
     data: SegmentationSet,
     slide: sliding_window.Slide,
   ) -> Predictions:
-    """The confusion matrices of all heads on a set, and chosen images."""
+    """Sums of all heads for each image of a set, and chosen images."""
     indices = range(len(data.images))
     chosen = subsample(indices, self.pictures) if self.pictures else ()
-    total, rows = 0, []
+    sums, rows = [], []
     names = data.classes or [str(i) for i in range(data.class_count)]
     predictions = sliding_window.predict(
       data.images,
@@ -83,16 +83,15 @@ class SegmentationEvaluator(Evaluator):
     for i, predicted in enumerate(predictions):
       truth = data.maps[i]
       dense.check_same_size(data.name, i, predicted[0], truth)
-      total += np.stack(
-        [
-          metrics_lib.confusion(truth, p, classes=data.class_count)
-          for p in predicted
-        ]
-      )
+      counts = [
+        metrics_lib.confusion(truth, p, classes=data.class_count)
+        for p in predicted
+      ]
+      sums.append(metrics_lib.class_sums(np.stack(counts)))
       if i in chosen:
         image = data.images[i]
         rows.append([_draw_row(image, (truth, p), names) for p in predicted])
-    return Predictions(total, rows)
+    return Predictions(np.stack(sums), rows)
 
   def _common_protocol(
     self,
@@ -120,9 +119,9 @@ def padding_colour(encoder: Encoder) -> Float32[np.ndarray, "3"]:
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-  """Confusion matrices of several heads, and rows of their sheets."""
+  """Sums of pixels of several heads, and rows of their sheets."""
 
-  counts: Int64[np.ndarray, "heads k k"]
+  sums: Int64[np.ndarray, "n heads 3 k"]  # of each image, `metrics.class_sums`
   rows: list[list[np.ndarray]]  # per chosen image, one row per head
 
   def sheets(

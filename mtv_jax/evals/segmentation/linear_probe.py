@@ -109,14 +109,14 @@ class Segmentation(SegmentationEvaluator):
     predictions = self._predict(
       encoder, lambda windows: heads(features(windows)), test, plan.slide
     )
-    scores = [metrics_lib.scores(c) for c in predictions.counts]
-    best = max(range(len(scores)), key=lambda i: scores[i]["miou"])
-    metrics = {
-      name + suffix: value
-      for suffix, i in (("", best), ("_last", -1))
-      for name, value in scores[i].items()
-    }
-    chance = metrics_lib.chance(predictions.counts[best])
+    totals = predictions.sums.sum(axis=0)  # [heads, 3, K]
+    mious = [metrics_lib.scores(total)["miou"] for total in totals]
+    best = int(np.argmax(mious))
+    estimate, last = (
+      metrics_lib.estimate(predictions.sums[:, head]) for head in (best, -1)
+    )
+    estimate |= last.rename("{}_last")
+    chance = metrics_lib.chance(totals[best])
     chance |= {f"{name}_last": value for name, value in chance.items()}
     protocol = {
       **self._protocol(encoder, plan),
@@ -125,7 +125,13 @@ class Segmentation(SegmentationEvaluator):
       "final_loss": float(fitted.losses[-1]),
     }
     sheets = predictions.sheets("segmentation", head=best)
-    return Result(metrics, protocol, chance, sheets=sheets)
+    return Result(
+      estimate.metrics,
+      protocol,
+      chance,
+      errors=estimate.errors,
+      sheets=sheets,
+    )
 
   def _plan(self, encoder: Encoder) -> _Plan:
     scenes = is_scenes(self.data)

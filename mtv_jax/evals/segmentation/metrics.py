@@ -1,10 +1,12 @@
-"""Segmentation metrics of a whole set, from one confusion matrix."""
+"""Segmentation metrics of a whole set, from confusion matrices."""
 
 from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
 
+from mtv_jax.evals.core import bootstrap
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import IGNORE
 from mtv_jax.utils.errors import InputError
 
@@ -39,15 +41,31 @@ def confusion(
   return counts.astype(np.int64).reshape(classes, classes)
 
 
-def class_ious(counts: Int64[np.ndarray, "k k"]) -> Float[np.ndarray, " k"]:
-  """IoU of each class; NaN where neither truth (rows) nor prediction has it."""
-  hit = np.diag(counts)
-  union = counts.sum(axis=1) + counts.sum(axis=0) - hit
+def class_sums(
+  counts: Int64[np.ndarray, "*n k k"],
+) -> Int64[np.ndarray, "*n 3 k"]:
+  """Correct, true and predicted pixels of each class.
+
+  All metrics are functions of these sums, which for every image of a set are
+  small where its confusion matrices (rows are the truth) are not.
+  """
+  hit = np.diagonal(counts, axis1=-2, axis2=-1)
+  return np.stack([hit, counts.sum(axis=-1), counts.sum(axis=-2)], axis=-2)
+
+
+def class_ious(
+  sums: Int64[np.ndarray, "3 k"] | Float[np.ndarray, "3 k"],
+) -> Float[np.ndarray, " k"]:
+  """IoU of each class; NaN where neither truth nor prediction has it."""
+  hit, true, predicted = sums
+  union = true + predicted - hit
   return np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
 
 
-def scores(counts: Int64[np.ndarray, "k k"]) -> dict[str, float]:
-  """`miou`, `macc` and `aacc` of a confusion matrix whose rows are the truth.
+def scores(
+  sums: Int64[np.ndarray, "3 k"] | Float[np.ndarray, "3 k"],
+) -> dict[str, float]:
+  """`miou`, `macc` and `aacc` from the `class_sums` of a set.
 
   `miou` counts a class that is only predicted as 0; `macc` averages over the
   classes of the ground truth; `aacc` is the share of correct pixels.
@@ -55,24 +73,38 @@ def scores(counts: Int64[np.ndarray, "k k"]) -> dict[str, float]:
   Raises:
     InputError: if no pixel was counted.
   """
-  if not counts.sum():
+  hit, true, _ = sums
+  if not true.sum():
     raise InputError("every pixel is ignored")
-  hit, true = np.diag(counts), counts.sum(axis=1)
   recall = hit[true > 0] / true[true > 0]
   return {
-    "miou": float(np.nanmean(class_ious(counts))),
+    "miou": float(np.nanmean(class_ious(sums))),
     "macc": float(recall.mean()),
-    "aacc": float(hit.sum() / counts.sum()),
+    "aacc": float(hit.sum() / true.sum()),
   }
 
 
-def chance(counts: Int64[np.ndarray, "k k"]) -> dict[str, float]:
+def estimate(sums: Int64[np.ndarray, "n 3 k"]) -> Estimate:
+  """`scores` of n images, and their errors over the images.
+
+  Raises InputError if no pixel was counted.
+  """
+  flat = sums[sums[:, 1].any(axis=-1)].reshape(-1, 3 * sums.shape[-1])
+  if not len(flat):
+    raise InputError("every pixel is ignored")
+  flat = flat.astype(np.float64)  # exact below 2**53
+  return bootstrap.estimate(
+    lambda weights: scores((weights @ flat).reshape(3, -1)), len(flat)
+  )
+
+
+def chance(sums: Int64[np.ndarray, "3 k"]) -> dict[str, float]:
   """The expected metrics of a uniform guess at every pixel.
 
   With a share g of the pixels in a class and K classes, the intersection is
   g / K and the union g + 1 / K - g / K.
   """
-  classes = len(counts)
-  share = counts.sum(axis=1) / counts.sum()
+  classes = sums.shape[1]
+  share = sums[1] / sums[1].sum()
   iou = share / (1 + (classes - 1) * share)
   return {"miou": float(iou.mean()), "macc": 1 / classes, "aacc": 1 / classes}

@@ -85,7 +85,8 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       return (normalize(patches) @ classifier.T)[..., None, :]
 
     predictions = self._predict(encoder, score, data, slide)
-    counts = predictions.counts[0]
+    sums = predictions.sums[:, 0]
+    estimate = metrics_lib.estimate(sums)
     pooled = encoder.spec.image.pool == "map"
     protocol = {
       **self._common_protocol(encoder, data, slide),
@@ -100,9 +101,10 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       "similarity": "cosine, float32",
     }
     return Result(
-      metrics_lib.scores(counts),
+      estimate.metrics,
       protocol,
-      metrics_lib.chance(counts),
+      metrics_lib.chance(sums.sum(axis=0)),
+      errors=estimate.errors,
       sheets=predictions.sheets("zero_shot_segmentation"),
     )
 

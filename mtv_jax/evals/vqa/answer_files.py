@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.evals.core import bootstrap
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.vqa import metrics as metrics_lib
 from mtv_jax.utils.errors import InputError, check_choice
 
@@ -49,6 +51,7 @@ class Scores:
   """Scores of an answer file, and everything that they depend on."""
 
   metrics: dict[str, float]  # fractions, the benchmark's main metric first
+  errors: dict[str, float]  # their standard errors over the questions
   protocol: dict[str, Any]
 
 
@@ -184,8 +187,12 @@ def score(
   digest = hashlib.sha256(
     json.dumps([[k, *q.truths] for k, q in questions.items()]).encode()
   )
+  estimate = _score_rule(
+    rule, list(map(answers.get, questions)), questions.values()
+  )
   return Scores(
-    _score_rule(rule, list(map(answers.get, questions)), questions.values()),
+    estimate.metrics,
+    estimate.errors,
     {
       "rule": rule,
       "questions": len(questions),
@@ -198,7 +205,7 @@ def score(
 
 def _score_rule(
   rule: str, answers: Sequence[str | None], questions: Collection[Question]
-) -> dict[str, float]:
+) -> Estimate:
   """The metrics of a rule; a missing answer is wrong."""
   if rule == "pope":
     truths = [q.truths[0] for q in questions]
@@ -210,7 +217,5 @@ def _score_rule(
     scores.append(0.0 if answer is None else RULES[rule](answer, question))
     if question.kind:
       kinds[f"accuracy_{question.kind}"].append(scores[-1])
-  if rule == "anls":
-    return {"anls": float(np.mean(scores))}
-  kinds = {"accuracy": scores, **kinds}
-  return {name: float(np.mean(values)) for name, values in kinds.items()}
+  kinds = {"accuracy": scores, **kinds} if rule != "anls" else {rule: scores}
+  return bootstrap.means({name: np.array(x) for name, x in kinds.items()})

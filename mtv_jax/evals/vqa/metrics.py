@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mtv_jax.evals.core import bootstrap
+from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.utils.errors import InputError, check_choice
 
 # VQA's official evaluation, its quirks included: periods are deleted except
@@ -179,9 +181,7 @@ def says_yes(answer: str) -> bool:
   return not {"no", "not"} & set(sentence.lower().split())
 
 
-def pope_scores(
-  answers: Sequence[str], truths: Sequence[str]
-) -> dict[str, float]:
+def pope_scores(answers: Sequence[str], truths: Sequence[str]) -> Estimate:
   """Scores of yes-or-no questions (POPE, Li et al. 2023); "yes" is positive.
 
   Returns:
@@ -199,17 +199,21 @@ def pope_scores(
     raise InputError(f"truths are 'yes' or 'no'; got {unknown[0]!r}")
   said = np.array([says_yes(answer) for answer in answers])
   true = np.array([truth == "yes" for truth in plain])
-  hits = float(np.sum(said & true))
-  precision, recall = hits / max(said.sum(), 1), hits / max(true.sum(), 1)
-  total = precision + recall
-  scores = {
-    "accuracy": np.mean(said == true),
-    "precision": precision,
-    "recall": recall,
-    "f1": 2 * precision * recall / total if total else 0,
-    "yes_rate": np.mean(said),
-  }
-  return {name: float(value) for name, value in scores.items()}
+
+  def scores(weights):
+    hits = weights @ (said & true)
+    precision = hits / max(weights @ said, 1)
+    recall = hits / max(weights @ true, 1)
+    total = precision + recall
+    return {
+      "accuracy": weights @ (said == true) / len(said),
+      "precision": precision,
+      "recall": recall,
+      "f1": 2 * precision * recall / total if total else 0,
+      "yes_rate": weights @ said / len(said),
+    }
+
+  return bootstrap.estimate(scores, len(said))
 
 
 def anls(answer: str, truths: Sequence[str]) -> float:

@@ -104,7 +104,7 @@ def test_accuracies_golden():
   ranks = np.array([0, 0, 4, 5, 0])
   labels = np.array([2, 2, 2, 7, 9])
   got = rank_accuracies(ranks, labels)
-  assert got == {
+  assert got.metrics == {
     "top1": pytest.approx(3 / 5),
     "top5": pytest.approx(4 / 5),
     "mean_per_class": pytest.approx((2 / 3 + 0 + 1) / 3),
@@ -121,7 +121,8 @@ def test_mean_per_class_is_balanced_accuracy():
   ranks = np.sum(scores > own, axis=1)
   with pytest.warns(UserWarning, match="classes not in y_true"):
     want = metrics.balanced_accuracy_score(labels, scores.argmax(axis=1))
-  assert rank_accuracies(ranks, labels)["mean_per_class"] == pytest.approx(want)
+  got = rank_accuracies(ranks, labels).metrics
+  assert got["mean_per_class"] == pytest.approx(want)
 
 
 def test_flat_wnid_folder(tmp_path, write_image):
@@ -268,6 +269,7 @@ class SceneEncoder(Encoder):
 
 def test_scenes():
   result = ZeroShot(count=6).run(SceneEncoder())
+  assert result.errors.keys() == result.metrics.keys()
   assert result.protocol["data"] == "scenes"
   assert result.protocol["images"] == 6
   assert result.metrics["top1"] == pytest.approx(5 / 6)

@@ -158,7 +158,7 @@ def test_hit_rates_are_those_of_torchmetrics():
       retrieval_hit_rate(torch.tensor(s), torch.tensor(o), top_k=k).item()
       for s, o in zip(scores, own, strict=True)
     ]
-    got = ranking.hit_rates(got_ranks, (k,))[k]
+    got = np.mean(got_ranks < k)
     assert got == pytest.approx(np.mean(want), abs=1e-6)
     assert 0 < got < 1
 
@@ -178,7 +178,8 @@ def test_top_k_accuracy_is_that_of_the_libraries():
   own = labels[:, None] == np.arange(7)
   for scores, ks in ((distinct, (1, 2, 5)), (tied, (1,))):
     got_ranks = np.asarray(ranks_of_scores(scores, own))
-    for k, got in ranking.hit_rates(got_ranks, ks).items():
+    for k in ks:
+      got = np.mean(got_ranks < k)
       want = multiclass_accuracy(
         torch.tensor(scores),
         torch.tensor(labels),

@@ -85,7 +85,8 @@ def test_unique_features_match_identical_views(views):
   np.testing.assert_array_equal(errors.matches.first, errors.matches.second)
   assert errors.metres.max() < 1e-9
   assert errors.pixels.max() < 1e-6
-  metrics, _ = recall.average([errors], options=OPTIONS)
+  estimate, _ = recall.average([errors], options=OPTIONS)
+  metrics = estimate.metrics
   assert metrics["avg_recall_all"] == 1.0
   # At an angle of 0, the pair is in the first bin.
   assert metrics["recall_2cm_0_30deg"] == 1.0
@@ -126,7 +127,8 @@ def test_random_features_are_at_chance(views):
     )
     for _ in range(12)
   ]
-  metrics, chance = recall.average(scored, options=OPTIONS)
+  estimate, chance = recall.average(scored, options=OPTIONS)
+  metrics = estimate.metrics
   # 720 matches: five standard deviations.
   for name in ("recall_5cm", "recall_50px"):
     p = chance[name]
@@ -162,7 +164,8 @@ def test_averages():
     pair_errors([0.019, 0.9], 59.0),
     pair_errors([0.9, 0.9], 120.0),
   ]
-  metrics, chance = recall.average(pairs, options=OPTIONS)
+  estimate, chance = recall.average(pairs, options=OPTIONS)
+  metrics = estimate.metrics
   # Strictly below, over all ten matches.
   assert metrics["recall_1cm"] == pytest.approx(1 / 10)
   assert metrics["recall_2cm"] == pytest.approx(4 / 10)
@@ -183,6 +186,12 @@ def test_averages():
   assert chance.keys() == metrics.keys()
   assert chance["recall_2cm"] == pytest.approx(0.1)
   assert chance["recall_50px"] == pytest.approx(0.5)
+  # By the linear approximation: over pairs, the residuals of the ratio.
+  hits, counts = np.array([2, 1, 1, 0]), np.array([4, 2, 2, 2])
+  residuals = hits - 0.4 * counts
+  want = np.sqrt(np.sum(residuals**2)) / 10
+  assert estimate.errors["recall_2cm"] == pytest.approx(want, rel=0.15)
+  assert estimate.errors.keys() == metrics.keys()
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +241,7 @@ def test_one_device_and_eight_agree(result):
 
 def test_features_after_the_final_norm(result, pixels):
   got = GeometricCorrespondence(count=4, norm="final").run(pixels)
+  assert got.errors.keys() == got.metrics.keys()
   assert got.protocol["final_norm"] is True
   # Raw pixels have no norm, so the results are equal.
   assert got.metrics == result.metrics

@@ -377,6 +377,7 @@ def test_every_protocol_on_files(tmp_path, pixels, protocol):
 def test_scenes_through_a_vit(protocol):
   encoder = baselines.random("mu/8", 64)
   result = DepthProbe(protocol=protocol).run(encoder)
+  assert result.errors.keys() == result.metrics.keys()
   assert result.metrics["rmse"] < 0.95 * result.chance["rmse"]
 
 

@@ -114,6 +114,7 @@ class OracleEncoder(Encoder):
 def test_affine_predictions_are_perfect():
   """With a negative scale, over several blocks of images."""
   result = RelativeDepth(count=6, batch_size=1).run(OracleEncoder())
+  assert result.errors.keys() == result.metrics.keys()
   assert result.metrics["abs_rel"] < 1e-4
   assert result.metrics["rmse"] < 1e-3
   assert result.metrics["delta1"] == 1

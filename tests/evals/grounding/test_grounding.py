@@ -136,6 +136,7 @@ def test_scenes_as_a_source_are_held_out():
 
 def test_a_perfect_encoder(coco):
   result = Grounding(data=str(coco), pictures=2).run(Painter())
+  assert result.errors.keys() == result.metrics.keys()
   # Red has three boxes; in the second image the union of two is predicted.
   expected = {
     "region_to_phrase_r1": 1.0,
@@ -200,6 +201,7 @@ def test_retrieval_equals_a_loop(monkeypatch):
   )
   monkeypatch.setattr(registry, "open_boxes", lambda *args, **kwargs: data)
   result = Grounding().run(Guesser())
+  assert result.errors.keys() == result.metrics.keys()
   assert not [name for name in result.metrics if name.startswith("box")]
 
   region = Guesser().ground(None, boxes).embeddings.reshape(36, 3)

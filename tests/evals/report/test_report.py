@@ -27,6 +27,7 @@ DEPTH = Result(
   {"rmse": 1.5},
   units={"rmse": "m"},
   lower=("rmse",),
+  errors={"rmse": 0.03, "delta1": 0.02},
 )
 SHOT = Result(
   {"top1": 0.25},
@@ -63,9 +64,11 @@ def markdown_metrics(outcomes):
 def test_units_and_direction():
   lines = tables.format_metrics([outcome("a")]).splitlines()
   assert lines[0].split() == ["evaluation", "metric", "unit", "a", "chance"]
-  assert lines[2].split() == ["depth", "rmse", "m", "(lower)", "0.500", "1.500"]
-  assert lines[3].split() == ["depth", "delta1", "%", "75.00"]
+  want = "depth rmse m (lower) 0.500 ± 0.03 1.500"
+  assert " ".join(lines[2].split()) == want
+  assert lines[3].split() == ["depth", "delta1", "%", "75.00", "±", "2.00"]
   assert lines[4].split() == ["shot", "top1", "%", "25.00", "10.00"]
+  assert lines[5:] == ["±: standard error over the items of the set"]
 
 
 @pytest.mark.parametrize(
@@ -90,9 +93,51 @@ def test_markdown_marks_best_and_missing_values():
   lines = markdown_metrics([outcome("a"), other]).splitlines()
   assert lines[0] == "| evaluation | metric | a | b\\|c | chance |"
   rmse, delta, top1 = map(cells, lines[2:])
-  assert rmse == ["depth", "rmse ↓", "0.500 m", "**0.250 m**", "1.500 m"]
-  assert delta == ["depth", "delta1", "**75.00 %**", "**75.00 %**", ""]
+  both = ["0.500 ± 0.03 m", "**0.250 ± 0.03 m**"]
+  assert rmse == ["depth", "rmse ↓", *both, "1.500 m"]
+  assert delta == ["depth", "delta1", *["75.00 ± 2.00 %"] * 2, ""]
   assert top1 == ["shot", "top1", "25.00 %", "-", "10.00 %"]
+
+
+@pytest.mark.parametrize(
+  ("values", "errors", "chance", "best"),
+  [
+    # sqrt(3² + 4²) = 5: a difference of 10 is not beyond 2 errors.
+    ((60.0, 70.0), (3, 4), 10, None),
+    ((60.0, 70.1), (3, 4), 10, 1),
+    ((60.0, 70.1, 61.0), (3, 4, 3), 10, None),
+    # Chance + 2 errors is 10.2.
+    ((8.0, 10.1), (0.1, 0.1), 10, None),
+    ((8.0, 10.3), (0.1, 0.1), 10, 1),
+    ((8.0, 10.3), (0.1, 0.1), None, 1),
+    # Unknown errors, also of the others; missing values don't matter.
+    ((10.0, 90.0), (1, None), 5, None),
+    ((10.0, 90.0), (None, 1), 5, None),
+    ((10.0, 90.0, None), (1, 1, None), 5, 1),
+    ((90.0, None), (1, None), 5, None),
+  ],
+)
+def test_best_is_beyond_errors_and_chance(values, errors, chance, best):
+  def outcome_of(value, error):
+    result = Result(
+      {} if value is None else {"x": value / 100},
+      {"data_hash": "1"},
+      {} if chance is None else {"x": chance / 100},
+      errors={} if error is None else {"x": error / 100},
+    )
+    return Outcome("a", "a", "student", {"e": result})
+
+  columns = [outcome_of(*v) for v in zip(values, errors, strict=True)]
+  (row,) = tables.compare(columns)
+  assert row.best == best
+  text = tables.format_metrics(columns)
+  assert text.count(" *") == (best is not None)
+  assert ("*: is better than" in text) == (best is not None)
+  bold = [
+    cell.startswith("**")
+    for cell in cells(markdown_metrics(columns).splitlines()[2])
+  ]
+  assert bold[2:-1] == [i == best for i in range(len(values))]
 
 
 def test_results_on_other_data_are_not_compared():
@@ -111,7 +156,7 @@ def test_best_needs_equal_protocols(key):
     mine = outcome("a")
     mine.results["depth"].protocol[key] = "linear"
     assert tables.compare([mine, other])[0].values == (0.5, 0.25)
-    return "**0.250 m**" in markdown_metrics([mine, other])
+    return "**0.250 ± 0.03 m**" in markdown_metrics([mine, other])
 
   assert marked("linear")
   assert not marked("dpt")
@@ -150,6 +195,7 @@ def test_json_round_trip(tmp_path, count):
   assert [o.name for o in back] == ["a", "b"][:count]
   assert math.isnan(back[0].results["depth"].metrics["rmse"])
   assert back[0].results["depth"].lower == ("rmse",)
+  assert back[0].results["depth"].errors == DEPTH.errors
   assert back[0].results["depth"].protocol["threshold"] == 0.5
   assert back[0].results["depth"].sheets == {}
   assert (back[0].skipped, back[0].failed) == ({"text": "none"}, {"x": "boom"})
@@ -334,7 +380,7 @@ def test_report_folder(tmp_path):
   assert page.external == []
   assert page.tags.count("img") == 3
   assert "text (a:b): no <tower>" in page.text
-  for word in ("0.500 m", "ours", "Protocol", "data_hash"):
+  for word in ("0.500 ± 0.03 m", "ours", "Protocol", "data_hash"):
     assert word in page.text
   text = (folder / "results.md").read_text(encoding="utf-8")
   for link in ("radar.png", "sheets/depth_sheet_a-b.png"):

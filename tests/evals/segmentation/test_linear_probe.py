@@ -228,6 +228,7 @@ def test_colours_are_learned(striped, augment):
     pictures=2,
   )
   result = evaluator.run(PatchColours())
+  assert result.errors.keys() == result.metrics.keys()
   assert result.metrics["miou"] > 0.7
   assert result.metrics["miou"] >= result.metrics["miou_last"]
   assert result.chance["miou"] == pytest.approx(1 / 5, abs=0.02)

@@ -6,7 +6,9 @@ import pytest
 from mtv_jax.evals.segmentation.metrics import (
   chance,
   class_ious,
+  class_sums,
   confusion,
+  estimate,
   scores,
 )
 
@@ -41,9 +43,10 @@ def test_golden():
   counts = sum(
     confusion(t, p, classes=5) for t, p in zip(TRUTH, PREDICTED, strict=True)
   )
-  got = scores(counts)
+  sums = class_sums(counts)
+  got = scores(sums)
   np.testing.assert_allclose(
-    class_ious(counts), [0.555556, 0.75, 0.666667, 0.4, np.nan], atol=1e-6
+    class_ious(sums), [0.555556, 0.75, 0.666667, 0.4, np.nan], atol=1e-6
   )
   assert got["miou"] == pytest.approx(0.593056, abs=1e-6)
   assert got["macc"] == pytest.approx(0.726190, abs=1e-6)
@@ -53,9 +56,9 @@ def test_golden():
 def test_a_class_that_is_only_predicted_counts_as_zero():
   predicted = PREDICTED.copy()
   predicted[0, 0, 0] = 4
-  counts = confusion(TRUTH, predicted, classes=5)
-  assert scores(counts)["miou"] == pytest.approx(0.452222, abs=1e-6)
-  assert class_ious(counts)[4] == 0
+  sums = class_sums(confusion(TRUTH, predicted, classes=5))
+  assert scores(sums)["miou"] == pytest.approx(0.452222, abs=1e-6)
+  assert class_ious(sums)[4] == 0
 
 
 def test_confusion_and_invalid_classes():
@@ -68,16 +71,37 @@ def test_confusion_and_invalid_classes():
     confusion(TRUTH, PREDICTED, classes=3)
   with pytest.raises(ValueError, match="every pixel is ignored"):
     scores(np.zeros((3, 3), np.int64))
+  with pytest.raises(ValueError, match="every pixel is ignored"):
+    estimate(np.zeros((2, 3, 3), np.int64))
 
 
 def test_chance_equals_a_uniform_guess():
   truth = np.repeat(np.arange(4), [50_000, 30_000, 20_000, 0])
   guessed = np.random.default_rng(0).integers(0, 4, len(truth))
-  counts = confusion(truth, guessed, classes=4)
-  got, expected = scores(counts), chance(counts)
+  sums = class_sums(confusion(truth, guessed, classes=4))
+  got, expected = scores(sums), chance(sums)
   assert got["miou"] == pytest.approx(expected["miou"], abs=2e-3)
   assert got["aacc"] == pytest.approx(expected["aacc"], abs=5e-3)
   assert expected["macc"] == 0.25
+
+
+def test_errors_are_those_of_fresh_images():
+  rng = np.random.default_rng(0)
+
+  def sample(images=30):
+    sums = []
+    for right in rng.beta(2, 2, images):  # images differ in difficulty
+      truth = rng.integers(0, 3, 60)
+      wrong = rng.random(60) > right
+      sums.append(class_sums(confusion(truth, (truth + wrong) % 3, classes=3)))
+    return np.stack(sums)
+
+  sets = [sample() for _ in range(300)]
+  spread = np.std([scores(s.sum(axis=0))["miou"] for s in sets])
+  got = [estimate(s) for s in sets[:10]]
+  assert got[0].metrics == scores(sets[0].sum(axis=0))
+  mean = np.mean([g.errors["miou"] for g in got])
+  assert mean == pytest.approx(spread, rel=0.15)
 
 
 @pytest.mark.reference
@@ -89,8 +113,8 @@ def test_metrics_equal_torchmetrics_and_sklearn(seed):
 
   classes = 7
   truth, predicted = random_maps(seed, classes)
-  counts = confusion(truth, predicted, classes=classes)
-  ours = scores(counts)
+  sums = class_sums(confusion(truth, predicted, classes=classes))
+  ours = scores(sums)
   theirs = multiclass_jaccard_index(
     torch.from_numpy(predicted.astype(np.int64)),
     torch.from_numpy(truth.astype(np.int64)),
@@ -108,7 +132,7 @@ def test_metrics_equal_torchmetrics_and_sklearn(seed):
   )
   assert ours["miou"] == pytest.approx(sklearns, abs=1e-9)
   np.testing.assert_allclose(
-    class_ious(counts)[present],
+    class_ious(sums)[present],
     sklearn.metrics.jaccard_score(
       truth[known], predicted[known], labels=present, average=None
     ),

@@ -123,7 +123,7 @@ def test_pope_scores():
   ]
   assert metrics.says_yes("nothing") and not metrics.says_yes("No, it is a dog")
   scores = metrics.pope_scores(answers, ["yes", "no", "yes", "no", "yes"])
-  assert scores == pytest.approx(
+  assert scores.metrics == pytest.approx(
     {
       "accuracy": 3 / 5,
       "precision": 2 / 3,
@@ -132,7 +132,7 @@ def test_pope_scores():
       "yes_rate": 3 / 5,
     }
   )
-  none = metrics.pope_scores(["no"], ["yes"])
+  none = metrics.pope_scores(["no"], ["yes"]).metrics
   assert none["accuracy"] == none["f1"] == none["precision"] == 0
   with pytest.raises(ValueError, match="got 'maybe'"):
     metrics.pope_scores(["no"], ["maybe"])
@@ -145,7 +145,7 @@ def test_pope_scores_against_scikit_learn():
   rng = np.random.default_rng(0)
   true = rng.choice(["yes", "no"], 200)
   answers = np.where(rng.random(200) < 0.7, true, "yes")
-  scores = metrics.pope_scores(list(answers), list(true))
+  scores = metrics.pope_scores(list(answers), list(true)).metrics
   assert scores["accuracy"] == sklearn_metrics.accuracy_score(true, answers)
   for name, function in (
     ("f1", sklearn_metrics.f1_score),
@@ -235,7 +235,7 @@ def test_vqa_files(tmp_path, capsys):
   assert scores["accuracy_number"] == pytest.approx(0.6)
   assert scores["accuracy_other"] == pytest.approx(0.65)
   printed = capsys.readouterr().out
-  assert "63.33 %" in printed and "data_hash" in printed
+  assert "63.33 ± 20.28 %" in printed and "data_hash" in printed
   answers.write_text('{"question_id": 0, "answer": "cat"}\n')
   with pytest.raises(SystemExit, match=r"2 of 3 questions .*such as 1"):
     run_command(
