@@ -63,6 +63,10 @@ class Head:
   # `jax.ShapeDtypeStruct`s become zeros.
   example: Callable[[Any], tuple] = lambda spec: ()
   teacher: bool = False  # Whether the teacher has an EMA copy of it.
+  # (lowest, highest) value by parameter, to which each update is clipped.
+  bounds: Mapping[str, tuple[float, float]] = dataclasses.field(
+    default_factory=dict
+  )
 
   @classmethod
   def of(cls, head: PredictionHead) -> dict[str, Head]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,11 @@ class Contrastive(base.Objective):
 
   loss_type: Literal["sigmoid", "softmax"] = "sigmoid"  # SigLIP's or CLIP's.
   view: str = "image"  # Of several crops each image's first.
-  init_scale: options.PositiveFloat = 10.0
+  # None: SigLIP's 10 for sigmoid, CLIP's 1 / 0.07 for softmax.
+  init_scale: options.PositiveFloat | None = None
+  # The scale is clipped to [1, max_scale] after each update, as CLIP's to 100
+  # (Radford et al. 2021, 2.5); None for no bound.
+  max_scale: Annotated[float, options.Range(min=1)] | None = None
   init_bias: float | None = None  # None: -10 for sigmoid, no bias for softmax.
   method: ring.Method = "auto"  # How the sigmoid loss is computed.
 
@@ -138,6 +143,18 @@ class Contrastive(base.Objective):
         "method='ring' needs loss_type='sigmoid': a softmax needs all columns "
         "at once. Leave method out, or take the sigmoid loss."
       )
+    scale, highest = self._init_scale, self.max_scale
+    if highest is not None and not 1 <= scale <= highest:
+      raise ConfigError(
+        f"init_scale is {scale:g}, expected 1 <= init_scale <= max_scale="
+        f"{highest:g}."
+      )
+
+  @property
+  def _init_scale(self) -> float:
+    if self.init_scale is not None:
+      return self.init_scale
+    return 10.0 if self.loss_type == "sigmoid" else 1 / 0.07
 
   def needs(self) -> base.Needs:
     return base.Needs(
@@ -149,8 +166,11 @@ class Contrastive(base.Objective):
     bias = self.init_bias
     if bias is None and self.loss_type == "sigmoid":
       bias = -10.0
-    module = pairwise.Temperature(init_scale=self.init_scale, init_bias=bias)
-    return {"contrastive": base.Head(module)}
+    module = pairwise.Temperature(init_scale=self._init_scale, init_bias=bias)
+    bounds = {}
+    if self.max_scale is not None:
+      bounds["logit_scale"] = (0.0, math.log(self.max_scale))
+    return {"contrastive": base.Head(module, bounds=bounds)}
 
   def loss_inputs(
     self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch

@@ -44,6 +44,18 @@ def zero_inactive_updates(
   return {**updates, **towers, "heads": heads}
 
 
+def clip_to_bounds(spec: StepSpec, params: PyTree) -> PyTree:
+  """Clips the heads' parameters to their bounds, as CLIP its temperature.
+
+  A projection after the optimizer's step: gradients are not clipped.
+  """
+  heads = dict(params["heads"])
+  for name, head in spec.heads.items():
+    clipped = {k: jnp.clip(heads[name][k], *b) for k, b in head.bounds.items()}
+    heads[name] = {**heads[name], **clipped}
+  return {**params, "heads": heads}
+
+
 def update_teacher(
   active_spec: StepSpec, teacher: PyTree, params: PyTree, step: Array
 ) -> PyTree:
@@ -78,6 +90,7 @@ def make_update_fn(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     updates = zero_inactive_updates(active_spec, spec, updates)
     params = optax.apply_updates(state.params, updates)
+    params = clip_to_bounds(active_spec, params)
     ema = state.ema
     if spec.ema_decay is not None:
       ema = optim.ema_update(ema, params, spec.ema_decay, step=state.step)

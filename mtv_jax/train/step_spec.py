@@ -158,13 +158,14 @@ class StepSpec:
 
 
 def _alike(a: base.Head, b: base.Head, spec: model_lib.ModelSpec) -> bool:
-  """Whether modules and input widths of two heads are equal."""
+  """Whether modules, bounds and input widths of two heads are equal."""
 
   def shapes(head):
     leaves = jax.tree.leaves(head.example(spec))
     return [getattr(leaf, "shape", leaf)[-1:] for leaf in leaves]
 
-  return a.module == b.module and shapes(a) == shapes(b)
+  same = a.module == b.module and a.bounds == b.bounds
+  return same and shapes(a) == shapes(b)
 
 
 def teacher_params(spec: StepSpec, params: Mapping[str, PyTree]) -> PyTree:

@@ -121,6 +121,8 @@ def test_softmax_has_no_bias():
     ones, ones, np.ones(2, bool),
   )  # fmt: skip
   assert set(params["contrastive"]) == {"logit_scale"}
+  # CLIP's.
+  np.testing.assert_allclose(params["contrastive"]["logit_scale"], 2.6592600)
 
 
 def test_accuracy_counts_valid_rows_only():
@@ -141,6 +143,8 @@ def test_unknown_types_and_options_suggest_a_name():
     build_objective("contrastive", dict(init_scal=1.0))
   with pytest.raises(ValueError, match="There are.*sigmoid"):
     build_objective("contrastive", dict(loss_type="siglip"))
+  with pytest.raises(ValueError, match="1 <= init_scale <= max_scale=5"):
+    build_objective("contrastive", dict(max_scale=5.0))
 
 
 def test_encoding_of_an_unknown_tower_raises():

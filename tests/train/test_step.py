@@ -78,6 +78,10 @@ def params_of():
   return jax.jit(functools.partial(init_params, make_spec()))(jax.random.key(1))
 
 
+def init_heads(spec):
+  return init_params(spec, jax.random.key(1))["heads"]
+
+
 def gradients_on(mesh, rules=()):
   spec, params = make_spec(), params_of()
   program = make_program(spec, optax.sgd(0.1), mesh, rules)
@@ -430,3 +434,54 @@ def parameter_shapes(params):
 def no_ones(dims):
   """Sizes, sorted, as the compiler transposes; without those of 1."""
   return tuple(sorted(size for size in dims if size > 1))
+
+
+# ---------------------------------------------------------------------------
+# Bounds of parameters.
+
+
+def numpy_softmax_loss(log_scale, loss_inputs):
+  """CLIP's loss in float64."""
+  valid = np.asarray(loss_inputs.valid)
+  image, text = (
+    np.float64(x)[valid] for x in (loss_inputs.image, loss_inputs.text)
+  )
+  logits = np.exp(log_scale) * image @ text.T
+  rows = np.log(np.exp(logits).sum(1)) - np.diagonal(logits)
+  columns = np.log(np.exp(logits).sum(0)) - np.diagonal(logits)
+  return (rows + columns).mean() / 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_temperature_is_clipped_after_each_update(shape):
+  """CLIP's projection against NumPy: it reaches both bounds, and leaves one."""
+  options = dict(loss_type="softmax", init_scale=1.3, max_scale=1.5)
+  spec = make_spec(
+    objectives={"contrastive": build_objective("contrastive", options)}
+  )
+  params = {**params_of(), "heads": init_heads(spec)}
+  others = dict_of(params).keys() - {"heads/contrastive/logit_scale"}
+  spec = dataclasses.replace(spec, frozen=frozenset(others))
+  mesh = make_mesh(
+    dict(zip(MESH_AXES, shape, strict=True)), jax.devices()[: math.prod(shape)]
+  )
+  rates = [1.0, 1e4, -1e4, 1.0]
+  tx = optax.sgd(lambda count: jnp.asarray(rates)[count])
+  program = make_program(spec, tx, mesh)
+  state, batch = program.init(params), shard_batch(make_batch(), mesh)
+  keys = gradients.view_keys(spec, jnp.int32(0), 16, None)
+  loss_inputs = jax.jit(functools.partial(gradients.compute_loss_inputs, spec))(
+    params, state, make_batch(), keys
+  )["contrastive"]
+  expected, values = np.log(1.3), []
+  for rate in rates:
+    state, _ = program.update(state, batch)
+    values.append(float(state.params["heads"]["contrastive"]["logit_scale"]))
+    up, down = (
+      numpy_softmax_loss(expected + step, loss_inputs) for step in (1e-5, -1e-5)
+    )
+    expected -= rate * (up - down) / 2e-5
+    expected = np.clip(expected, 0, np.log(1.5))
+    np.testing.assert_allclose(values[-1], expected, rtol=1e-4, atol=1e-7)
+  assert {np.float32(0), np.float32(np.log(1.5))} <= set(np.float32(values))
+  assert len({round(v, 6) for v in values}) == 4
