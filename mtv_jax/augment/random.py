@@ -21,6 +21,22 @@ def row_keys(
   return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(rows))
 
 
+def image_keys(
+  keys: Key[Array, "b"], name: str, count: int
+) -> Key[Array, "b*{count}"]:
+  """Keys of the `count` images of each row for the use `name`.
+
+  In the order of the images of a view, `[b, count]` flattened.
+  """
+  use = zlib.crc32(name.encode())
+
+  def row(key):
+    key = jax.random.fold_in(key, use)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+
+  return jax.vmap(row)(keys).reshape(-1)
+
+
 def bernoulli(u: Float[Array, ""], p: float | int) -> Bool[Array, ""]:
   """True with probability `p`, exactly so for 0 and 1."""
   return u < p

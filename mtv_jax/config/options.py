@@ -37,18 +37,20 @@ _SEQUENCES = (tuple, list, set, frozenset, Sequence)
 class Range:
   """Bounds of a number: `Annotated[float, Range(min=0, max=1)]`.
 
-  `above` is for open intervals: a value that the number must exceed.
+  `above` and `below` are the bounds of open intervals.
   """
 
   min: float | int = -math.inf
   max: float | int = math.inf
   above: float | int = -math.inf
+  below: float | int = math.inf
 
   def __contains__(self, value: float | int) -> bool:
-    return self.min <= value <= self.max and value > self.above
+    return self.min <= value <= self.max and self.above < value < self.below
 
   def __str__(self) -> str:
-    bounds = (">", self.above), (">=", self.min), ("<=", self.max)
+    lower = (">", self.above), (">=", self.min)
+    bounds = *lower, ("<", self.below), ("<=", self.max)
     return " and ".join(f"{op} {x}" for op, x in bounds if math.isfinite(x))
 
 

@@ -80,6 +80,9 @@ SCHEMA = dict(
     dtype=(Literal["bfloat16", "float32"], "bfloat16"),
     remat=(str, "none"),
     scan=(bool, True),
+    # Of the image tower in training: see `layers.drop_path_scales`.
+    drop_path=(Annotated[float, Range(min=0, below=1)], 0.0),
+    drop_path_uniform=(bool, True),
     text=(
       Open(
         variant=(str, "B"),

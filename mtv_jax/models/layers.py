@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key, PyTree
 
 from mtv_jax.models import kernels
 from mtv_jax.parallel.constraints import all_gather_params, constrain_batch
@@ -185,7 +185,8 @@ class Block(nn.Module):
   """Pre-norm transformer block, with optional layer scale.
 
   x + scale1 * attention(norm1(x)), then x + scale2 * mlp(norm2(x)); layer scale
-  as in CaiT (Touvron et al. 2021).
+  as in CaiT (Touvron et al. 2021). Drop path multiplies each branch of each
+  example by a number, see `drop_path_scales`.
   """
 
   heads: int
@@ -198,20 +199,54 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    def scaled(y, name):
-      if self.layer_scale is None:
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    *,
+    drop_path: Float[Array, "b 2"] | None = None,
+  ) -> Float[Array, "b n d"]:
+    def scaled(y, branch):
+      if self.layer_scale is not None:
+        init = nn.initializers.constant(self.layer_scale)
+        scale = self.param(f"scale{branch}", init, (x.shape[-1],))
+        y = y * scale.astype(y.dtype)
+      if drop_path is None:
         return y
-      init = nn.initializers.constant(self.layer_scale)
-      scale = self.param(name, init, (x.shape[-1],))
-      return y * scale.astype(y.dtype)
+      # In float32: 1 / keep rounded to bfloat16 would bias the expectation.
+      return (y * drop_path[:, branch - 1, None, None]).astype(y.dtype)
 
     attention = Attention(self.heads, self.causal, self.dtype, name="attention")
     mlp = Mlp(self.mlp_dim, self.gelu, self.mlp, self.dtype, name="mlp")
     y = norm(self.norm_eps, self.dtype, "norm1")(x)
-    x = x + scaled(attention(y), "scale1")
+    x = x + scaled(attention(y), 1)
     y = norm(self.norm_eps, self.dtype, "norm2")(x)
-    return x + scaled(mlp(y), "scale2")
+    return x + scaled(mlp(y), 2)
+
+
+def drop_path_scales(
+  keys: Key[Array, "b"], rate: float, depth: int, *, uniform: bool = True
+) -> Float[Array, "b {depth} 2"]:
+  """Multipliers of the two branches of each block and example (drop path).
+
+  Stochastic depth (Huang et al. 2016): 0 with the probability `p` of the layer,
+  else 1 / (1 - p), so that the expectation is the block without it. Each number
+  is a function of the example's key, the layer and the branch alone.
+
+  DINOv2 drops `p * b` random examples of a batch at rates above 0.1, and does
+  not compute them: the same marginals, with a fixed number of examples.
+
+  Args:
+    keys: one for each example.
+    rate: the probability, below 1.
+    depth: number of blocks.
+    uniform: whether all layers have this rate (DINOv2, DINOv3); else it rises
+      linearly from 0 at the first one to `rate` at the last one (Huang et al.,
+      DeiT).
+  """
+  rates = np.full(depth, rate) if uniform else np.linspace(0, rate, depth)
+  keep = jnp.asarray(1 - rates, jnp.float32)[:, None]  # [depth, 1]
+  u = jax.vmap(lambda key: jax.random.uniform(key, (depth, 2)))(keys)
+  return jnp.where(u < keep, 1 / keep, 0.0)  # [B, depth, 2]
 
 
 def stacked_init(block: nn.Module, depth: int, width: int) -> Callable:
@@ -235,6 +270,7 @@ def run_stack(
   remat: str = "none",
   scan: bool = True,
   mesh: Mesh | None = None,
+  layer_inputs: Mapping[str, PyTree] | None = None,
 ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
   """Runs a stack of blocks.
 
@@ -254,6 +290,8 @@ def run_stack(
       devices, and each block's parameters are gathered over `fsdp` for the
       block, and again in the backward pass. Without this constraint the
       compiler may split channels over an axis of the batch.
+    layer_inputs: further arguments of the block by name, whose leaves have a
+      leading `[depth]`.
 
   Returns:
     The last block's output, and {layer: output} for the taps.
@@ -266,9 +304,10 @@ def run_stack(
   check_choice("remat", remat, REMAT)
 
   def step(x, layer):
+    params, inputs = layer
     x = constrain_batch(x, mesh)
-    layer = all_gather_params(layer, mesh, dtype=block.dtype)
-    return block.apply({"params": layer}, x), None
+    params = all_gather_params(params, mesh, dtype=block.dtype)
+    return block.apply({"params": params}, x, **inputs), None
 
   policy = REMAT[remat]
   if policy is None and mesh is not None and mesh.shape["fsdp"] > 1:
@@ -278,10 +317,11 @@ def run_stack(
     # forward pass; unrolled blocks need a barrier.
     step = jax.checkpoint(step, policy=policy, prevent_cse=not scan)
 
+  layers = (stack, dict(layer_inputs or {}))
   tapped = {}
   start = 0
   for end in sorted({*taps, depth - 1}):
-    piece = jax.tree.map(lambda p, a=start, b=end + 1: p[a:b], stack)
+    piece = jax.tree.map(lambda p, a=start, b=end + 1: p[a:b], layers)
     if scan:
       x, _ = jax.lax.scan(step, x, piece)
     else:
@@ -300,6 +340,7 @@ def run_blocks(
   *,
   depth: int,
   taps: Sequence[int] = (),
+  layer_inputs: Mapping[str, PyTree] | None = None,
 ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
   """`run_stack` of `depth` blocks, the parameter `blocks` of the module.
 
@@ -314,6 +355,7 @@ def run_blocks(
     remat=module.remat,
     scan=module.scan,
     mesh=module.mesh,
+    layer_inputs=layer_inputs,
   )
 
 
@@ -327,7 +369,12 @@ class Tower(nn.Module):
   mesh: Mesh | None = None
 
   def run_blocks(
-    self, x: Float[Array, "b n d"], *, taps: Sequence[int] = (), **options: Any
+    self,
+    x: Float[Array, "b n d"],
+    *,
+    taps: Sequence[int] = (),
+    layer_inputs: Mapping[str, PyTree] | None = None,
+    **options: Any,
   ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
     """Runs the tower's blocks, see `run_stack`, and its final norm.
 
@@ -344,7 +391,12 @@ class Tower(nn.Module):
       **options,
     )
     x, tapped = run_blocks(
-      self, block, x.astype(self.dtype), depth=spec.depth, taps=taps
+      self,
+      block,
+      x.astype(self.dtype),
+      depth=spec.depth,
+      taps=taps,
+      layer_inputs=layer_inputs,
     )
     return norm(spec.norm_eps, self.dtype, "norm")(x), tapped
 

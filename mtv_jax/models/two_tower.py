@@ -38,7 +38,8 @@ VARIANTS: dict[str, dict[str, int]] = {
 }
 
 # Keys of a config's `model` other than the architecture.
-RUNTIME = ("dtype", "remat", "scan")
+_DROP_PATH = ("drop_path", "drop_path_uniform")  # Of the image tower.
+RUNTIME = ("dtype", "remat", "scan", *_DROP_PATH)
 _TEXT_INPUT = ("tokenizer", "clean")
 
 
@@ -75,8 +76,8 @@ class ModelSpec:
     `text.variant` ('B') those of the text tower, whose embeddings have the
     image tower's width by default. Other fields of `ViTSpec` and `TextSpec`
     override the variant. `cls_token` is true by default where `pool` is 'cls'.
-    Keys of the runtime (dtype, remat, scan) and of the text input (tokenizer,
-    clean) are ignored.
+    Keys of the runtime (`RUNTIME`) and of the text input (tokenizer, clean) are
+    ignored.
 
     Raises:
       InputError: for an unknown variant or key, or inconsistent fields.
@@ -140,11 +141,12 @@ def variant(name: str) -> dict[str, int]:
 
 def image_tower(spec: ModelSpec, **options: Any) -> ViT:
   """The image tower as a module, with options `RUNTIME`."""
-  return ViT(spec.image, **_tower_options(**options))
+  drop_path = {n: options.pop(n) for n in _DROP_PATH if n in options}
+  return ViT(spec.image, **drop_path, **_tower_options(**options))
 
 
 def text_tower(spec: ModelSpec, **options: Any) -> TextTower:
-  """The text tower as a module, with options `RUNTIME`.
+  """The text tower as a module, with options `RUNTIME`; it drops no path.
 
   Raises:
     InputError: if the model has none.
@@ -154,6 +156,7 @@ def text_tower(spec: ModelSpec, **options: Any) -> TextTower:
       "This model has no text tower: its config has no model.text, or it was "
       "loaded from a vision-only folder."
     )
+  options = {n: v for n, v in options.items() if n not in _DROP_PATH}
   return TextTower(spec.text, **_tower_options(**options))
 
 

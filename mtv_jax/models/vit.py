@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mtv_jax.models import layers, pooling, positions
+from mtv_jax.parallel.constraints import constrain_batch
 from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.tree import pytree_dataclass
 
@@ -118,6 +119,8 @@ class ViT(layers.Tower):
   """The image tower."""
 
   spec: ViTSpec
+  drop_path: float = 0.0  # See `layers.drop_path_scales`, as of the other one.
+  drop_path_uniform: bool = True
 
   @nn.compact
   def __call__(
@@ -127,6 +130,7 @@ class ViT(layers.Tower):
     taps: Sequence[int] = (),
     mask: Bool[Array, "b n"] | None = None,
     keep: Int[Array, "b k"] | None = None,
+    drop_path_keys: Key[Array, "b"] | None = None,
   ) -> ImageOutput:
     """Encodes images.
 
@@ -136,6 +140,7 @@ class ViT(layers.Tower):
       mask: True where the mask token replaces a patch.
       keep: indices of the patches to encode, in this order; the others are not
         computed. A mask, if given too, refers to all N patches.
+      drop_path_keys: of each image; without them no path is dropped.
 
     Raises:
       InputError: for a size, channel count, tap or mask that does not fit.
@@ -148,7 +153,11 @@ class ViT(layers.Tower):
     if spec.pre_norm:
       x = layers.norm(spec.norm_eps, self.dtype, "pre_norm")(x)
     x, tapped = self.run_blocks(
-      x, taps=taps, mlp=spec.mlp, layer_scale=spec.layer_scale
+      x,
+      taps=taps,
+      layer_inputs=self._layer_inputs(drop_path_keys),
+      mlp=spec.mlp,
+      layer_scale=spec.layer_scale,
     )
     prefix, patches = x[:, : spec.prefix], x[:, spec.prefix :]
     return ImageOutput(
@@ -222,6 +231,20 @@ class ViT(layers.Tower):
     return [
       jnp.broadcast_to(t.astype(self.dtype), (batch, *t.shape)) for t in tokens
     ]
+
+  def _layer_inputs(self, drop_path_keys):
+    """What each block takes besides the tokens, with a leading [depth]."""
+    inputs = {}
+    if self.drop_path and drop_path_keys is not None:
+      scales = layers.drop_path_scales(
+        drop_path_keys,
+        self.drop_path,
+        self.spec.depth,
+        uniform=self.drop_path_uniform,
+      )
+      scales = constrain_batch(scales, self.mesh)
+      inputs["drop_path"] = jnp.swapaxes(scales, 0, 1)  # [depth, B, 2]
+    return inputs
 
   def _pool(self, prefix, patches):
     """Pooled embeddings, float32 [B, E]."""

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Key, PyTree
 
+from mtv_jax.augment.random import image_keys
 from mtv_jax.objectives import base
 from mtv_jax.parallel.constraints import constrain_batch
 
@@ -34,6 +35,7 @@ def encode(
   views: Mapping[str, Any],
   batch: Mapping[str, Array],
   mesh: Mesh | None = None,
+  keys: Mapping[str, Key[Array, "b"]] | None = None,
 ) -> dict[base.Encoding, Any]:
   """Runs every encoding of the plan.
 
@@ -46,6 +48,8 @@ def encode(
       only, its `keep` from both.
     batch: token ids of text encodings: captions `[B, T]`, phrases `[B, M, T]`.
     mesh: over which the rows are sharded; None on one device.
+    keys: the random keys of each view's rows, for the student's drop path;
+      None for no drop path.
 
   Returns:
     Each encoding's output, a `models.vit.ImageOutput` whose arrays are
@@ -68,14 +72,26 @@ def encode(
       else:
         view = views[encoding.view]
         lead = view.images.shape[:2]
-        mask = view.mask if encoding.weights == base.STUDENT else None
+        mask, drop_path_keys = None, None
+        if encoding.weights == base.STUDENT:
+          mask = view.mask
+          if tower.drop_path and keys is not None:
+            rows = keys[encoding.view]
+            drop_path_keys = image_keys(rows, "drop_path", lead[1])
         # [B, count, ...] -> [B count, ...]
         crops = jax.tree.map(
           lambda x: x.reshape(-1, *x.shape[2:]),
           (view.images, mask, view.keep),
         )
         images, mask, keep = constrain_batch(crops, mesh)
-        output = tower.apply(variables, images, taps=taps, mask=mask, keep=keep)
+        output = tower.apply(
+          variables,
+          images,
+          taps=taps,
+          mask=mask,
+          keep=keep,
+          drop_path_keys=drop_path_keys,
+        )
       outputs[encoding] = jax.tree.map(
         lambda x, lead=lead: x.reshape(*lead, *x.shape[1:]), output
       )

@@ -103,7 +103,7 @@ def compute_loss_inputs(
       )
   views = constrain_batch(views, mesh)
   encoded = encodings.encode(
-    spec.plan, spec.towers, params, state.teacher, views, batch, mesh
+    spec.plan, spec.towers, params, state.teacher, views, batch, mesh, keys
   )
   encoded = constrain_batch(encoded, mesh)
   heads = bind_heads(spec, params["heads"], state)

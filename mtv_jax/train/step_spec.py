@@ -54,7 +54,7 @@ class StepSpec:
   views: Mapping[str, views_lib.View]
   seed: int
   total_steps: int
-  # Options of the towers that change no value (`remat`, `scan`).
+  # Options of the towers that are not architecture (remat, scan, drop_path).
   runtime: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   teacher_momentum: float = 0.996  # EMA momentum at the start.
   teacher_end: float | None = None  # After half a cosine; None for constant.

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mtv_jax.models import layers
@@ -30,3 +31,46 @@ def test_gathered_parameters_are_not_saved_for_the_backward_pass(remat, dtype):
     # One layer's parameter is gathered; that of all layers stays sharded.
     assert f"[{shape}]" in text and f"[{depth},{part}]" in text
     assert f"[{depth},{shape}]" not in text
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_drop_path_rates(uniform):
+  """Each layer and branch drops its share; the mean of a scale is 1."""
+  rows, depth, rate = 20_000, 4, 0.4
+  keys = jax.random.split(jax.random.key(0), rows)
+  scales = jax.device_get(
+    jax.jit(
+      lambda keys: layers.drop_path_scales(keys, rate, depth, uniform=uniform)
+    )(keys)
+  )
+  assert scales.shape == (rows, depth, 2)
+  rates = [rate] * depth if uniform else [0, 0.4 / 3, 0.8 / 3, 0.4]
+  rates = np.asarray(rates)[:, None]
+  error = 4 * np.sqrt(rates * (1 - rates) / rows)
+  assert (np.abs((scales == 0).mean(0) - rates) <= error).all()
+  assert (np.abs(scales.mean(0) - 1) <= error / (1 - rates) + 1e-6).all()
+  kept = scales.max(0)
+  np.testing.assert_allclose(kept, np.broadcast_to(1 / (1 - rates), (depth, 2)))
+  # Layers and branches are independent of each other.
+  dropped = (scales == 0).reshape(rows, -1)[:, 0 if uniform else 2 :]
+  correlation = np.corrcoef(dropped.T) - np.eye(dropped.shape[1])
+  assert np.abs(correlation).max() < 4 / np.sqrt(rows)
+
+
+def test_drop_path_of_a_block_is_its_formula():
+  block = layers.Block(heads=2, mlp_dim=16, layer_scale=0.5)
+  x = jax.random.normal(jax.random.key(1), (4, 3, 8))
+  params = block.init(jax.random.key(0), x)["params"]
+  scales = jnp.array([[0, 0], [0, 2], [2, 0], [1, 1]], jnp.float32)
+  apply = jax.jit(lambda x, s: block.apply({"params": params}, x, drop_path=s))
+  out, plain = apply(x, scales), block.apply({"params": params}, x)
+  np.testing.assert_array_equal(out[0], x[0])
+  np.testing.assert_allclose(out[3], plain[3], rtol=1e-5, atol=1e-6)
+  # One branch alone, twice: of the other parameters at zero.
+  zero = jnp.zeros_like(params["scale1"])
+  attention = block.apply({"params": {**params, "scale2": zero}}, x)
+  mlp = block.apply({"params": {**params, "scale1": zero}}, x)
+  np.testing.assert_allclose(out[1], (2 * mlp - x)[1], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    out[2], (2 * attention - x)[2], rtol=1e-5, atol=1e-6
+  )

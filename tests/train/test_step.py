@@ -344,6 +344,39 @@ def test_accumulated_gradients_equal_the_whole_batch(parts):
     assert error <= 1e-5 * np.linalg.norm(value) + 1e-8, name
 
 
+def test_drop_path_follows_rows_on_meshes_and_in_parts():
+  """Which paths are dropped depends on the global row alone."""
+  plain = make_spec()
+  dropping = make_spec(runtime=dict(drop_path=0.5))
+  params = params_of()
+
+  def compute(spec, shape, parts=1):
+    mesh = make_mesh(
+      dict(zip(MESH_AXES, shape, strict=True)),
+      jax.devices()[: math.prod(shape)],
+    )
+    program = make_program(spec, optax.sgd(0.1), mesh)
+    part = dataclasses.replace(spec, accumulate=parts)
+    gradient = jax.jit(
+      lambda state, batch: gradients.compute_gradients(part, state, batch, mesh)
+    )
+    batch = shard_batch(make_batch(), mesh)
+    _, grads = gradient(program.init(params), batch)
+    return dict_of(jax.device_get(grads))
+
+  expected = compute(dropping, (1, 1, 1))
+  without = compute(plain, (1, 1, 1))
+  for shape, parts in (((1, 1, 1), 2), ((2, 2, 2), 1)):
+    actual = compute(dropping, shape, parts)
+    for name, value in expected.items():
+      norm = np.linalg.norm(value)
+      assert np.linalg.norm(actual[name] - value) <= 1e-5 * norm + 1e-8, name
+  for name, value in expected.items():
+    if name.startswith("image/blocks"):
+      norm = np.linalg.norm(without[name])
+      assert np.linalg.norm(value - without[name]) > 0.05 * norm, name
+
+
 @pytest.mark.slow
 def test_encoder_grad_norms_by_objective():
   spec = two_objectives()
