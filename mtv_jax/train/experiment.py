@@ -31,7 +31,7 @@ from mtv_jax.parallel.mesh import (
   make_mesh,
 )
 from mtv_jax.parallel.rules import check_sharding_rules, sharding_table
-from mtv_jax.train import optim
+from mtv_jax.train import optim, param_rules
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.step import Program, make_program
 from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, abstract_params
@@ -133,7 +133,8 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
   )
   if not config.optim.rules:
     return spec
-  table = optim.match_param_rules(abstract_params(spec), config.optim.rules)
+  params = abstract_params(spec)
+  table = param_rules.match_param_rules(params, config.optim.rules)
   frozen = frozenset(row.name for row in table if row.frozen)
   return dataclasses.replace(spec, frozen=frozen)
 
@@ -317,7 +318,7 @@ def log_experiment(experiment: Experiment) -> None:
     state.params, include_stats="sharding"
   )
   log.info("\n%s", overview)
-  log.info("\n%s\n", optim.describe_rules(experiment.optimizer.table))
+  log.info("\n%s\n", param_rules.describe_rules(experiment.optimizer.table))
   if experiment.optimizer.note:
     log.info(experiment.optimizer.note)
   megabytes = sum(row[3] for row in sharding_table(state)) / 1e6

@@ -6,16 +6,16 @@ One update, for a parameter p with gradient g:
   u <- adam(g) | adafactor(g) | lion(g) | momentum(g) | muon(g)
   p <- p - lr(t) * m_lr * (u + weight_decay(t) * m_wd * p)
 
-m_lr and m_wd are the multipliers of the first rule that matches p's name. The
-decay is multiplied by the learning rate, as in optax and torch; big_vision's
-`wd=1e-4` at `lr=1e-3` is `weight_decay=0.1` here.
+m_lr and m_wd are the multipliers of `param_rules`; m_lr is a vector over the
+layers of a stack if its rate decays by layer. The weight decay is multiplied by
+the learning rate, as in optax and torch; big_vision's `wd=1e-4` at `lr=1e-3` is
+`weight_decay=0.1` here.
 """
 
 import dataclasses
-import math
 import operator
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -25,6 +25,7 @@ import optax
 from mtv_jax.config import options, schema
 from mtv_jax.config.options import Fraction, NonNegativeFloat
 from mtv_jax.train.muon import Muon
+from mtv_jax.train.param_rules import ParamRule, match_param_rules
 from mtv_jax.train.schedules import (
   Schedule,
   make_decay,
@@ -32,35 +33,7 @@ from mtv_jax.train.schedules import (
   scale_lr,
 )
 from mtv_jax.utils.errors import ConfigError
-from mtv_jax.utils.tree import flatten_with_names, map_with_names, match_rules
-
-
-@dataclasses.dataclass(frozen=True)
-class _Multipliers:
-  """The options of a rule.
-
-  A decay of None is 1 for kernels and 0 for biases, norms, scalars, embeddings,
-  tokens and probes, as in big_vision.
-  """
-
-  lr: NonNegativeFloat = 1.0
-  weight_decay: NonNegativeFloat | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ParamRule:
-  """Learning-rate and decay multipliers of one parameter."""
-
-  name: str
-  shape: tuple[int, ...]
-  rule: str | None  # The pattern that matches it.
-  lr: float
-  weight_decay: float
-
-  @property
-  def frozen(self) -> bool:
-    """Whether the parameter is frozen."""
-    return self.lr == 0
+from mtv_jax.utils.tree import map_with_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +77,7 @@ def make_optimizer(
     none for frozen ones, which are unchanged.
 
   Raises:
-    ConfigError: an unknown name or multiplier.
+    ConfigError: an unknown name or multiplier, or settings without an effect.
     InputError: a rule that matches no parameter.
   """
   schedule = make_schedule(
@@ -277,8 +250,8 @@ def _apply_rules(
       row = rows[name]
       if row.weight_decay and (scheduled or decay):
         update = update + decay * row.weight_decay * param
-      if row.lr != 1:
-        update = row.lr * update
+      if row.rates != (1,):
+        update = row.multiplier * update
       return jnp.asarray(step_size, update.dtype) * update
 
     count = optax.safe_increment(state.count)
@@ -286,56 +259,6 @@ def _apply_rules(
     return updates, optax.ScaleByScheduleState(count=count)
 
   return optax.GradientTransformation(init, update)
-
-
-def match_param_rules(
-  params: Any, rules: Sequence[Sequence[Any]]
-) -> tuple[ParamRule, ...]:
-  """Matches each parameter with the first of the rules that fits.
-
-  Rules are pairs (regex, dict(lr=multiplier, weight_decay=multiplier)); the
-  regex may match anywhere in the name.
-
-  Raises:
-    ConfigError: an unknown or negative multiplier.
-    InputError: a rule that matches no parameter.
-  """
-  multipliers = []
-  for rule in rules:
-    if len(rule) != 2 or not isinstance(rule[1], Mapping):
-      raise ConfigError(
-        "config.optim.rules: a rule is (regex, dict(lr=...,"
-        f" weight_decay=...)), got {rule!r}."
-      )
-    where = f"config.optim.rules: {rule[0]!r}"
-    value = options.build(_Multipliers, rule[1], where=where)
-    multipliers.append((rule[0], value))
-  shapes = {name: tuple(x.shape) for name, x in flatten_with_names(params)}
-  table = []
-  for match in match_rules(shapes, multipliers, what="config.optim.rules"):
-    name, given = match.name, match.value or _Multipliers()
-    decay = given.weight_decay
-    if decay is None:
-      # By name rather than by rank: stacked blocks have a leading depth.
-      decay = float(name.split("/")[-1] == "kernel")
-    row = ParamRule(name, shapes[name], match.pattern, given.lr, decay)
-    table.append(row)
-  return tuple(table)
-
-
-def describe_rules(table: Sequence[ParamRule]) -> str:
-  """The rules as a table for the log, a line for each pair of multipliers."""
-  groups: dict[Any, list[ParamRule]] = {}
-  for row in table:
-    key = row.rule or "(no rule)", row.lr, row.weight_decay
-    groups.setdefault(key, []).append(row)
-  line = "{:<32} {:>7} {:>7} {:>7} {:>13}  {}".format
-  lines = [line("rule", "lr x", "decay x", "arrays", "numbers", "for example")]
-  for (rule, lr, decay), rows in groups.items():
-    size = f"{sum(math.prod(row.shape) for row in rows):,}"
-    lr = "frozen" if lr == 0 else f"{lr:g}"
-    lines.append(line(rule, lr, f"{decay:g}", len(rows), size, rows[0].name))
-  return "\n".join(lines)
 
 
 def ema_update(

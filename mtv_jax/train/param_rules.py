@@ -1,0 +1,156 @@
+"""Learning-rate and decay multipliers of parameters, by rules over their names.
+
+Rules are pairs (regex, dict(lr=, weight_decay=, layer_decay=)); the regex may
+match anywhere in the name, and the first rule that matches holds alone.
+
+`layer_decay` multiplies the rate of a tower's layer by a power that falls
+towards the output (Clark et al. 2020, ELECTRA; BEiT), with the exponents of
+DINOv2's parameter groups. In a tower of n blocks they are
+
+  n + 1    embeddings of patches, positions and text tokens; CLS, register and
+           mask tokens; a norm before the blocks
+  n - i    block i, from 0
+  0        all after the blocks, and heads
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mtv_jax.config import options
+from mtv_jax.config.options import NonNegativeFloat, PositiveFraction
+from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.tree import flatten_with_names, match_rules
+
+_BLOCKS = re.compile(r"^(image|text)/blocks/")
+_EMBEDDING = re.compile(
+  r"^(image|text)/(patch_embed|position_embedding|token_embedding|cls_token|"
+  r"registers|mask_token|pre_norm)\b"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Multipliers:
+  """The options of a rule.
+
+  A decay of None is 1 for kernels and 0 for biases, norms, scalars, embeddings,
+  tokens and probes, as in big_vision.
+  """
+
+  lr: NonNegativeFloat = 1.0
+  weight_decay: NonNegativeFloat | None = None
+  layer_decay: PositiveFraction = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamRule:
+  """Learning-rate and decay multipliers of one parameter."""
+
+  name: str
+  shape: tuple[int, ...]
+  rule: str | None  # The pattern that matches it.
+  lr: float
+  weight_decay: float
+  # A further factor of the rate: one, or one for each layer of a stack.
+  layers: tuple[float, ...] = (1.0,)
+
+  @property
+  def frozen(self) -> bool:
+    """Whether the parameter is frozen."""
+    return self.lr == 0
+
+  @property
+  def rates(self) -> tuple[float, ...]:
+    """The rate's multipliers: one, or one for each layer of a stack."""
+    return tuple(self.lr * factor for factor in self.layers)
+
+  @property
+  def multiplier(self) -> float | np.ndarray:
+    """The rate's multiplier; of a stack `[depth, 1, ...]`, float32."""
+    if len(self.rates) == 1:
+      return self.rates[0]
+    shape = (len(self.rates),) + (1,) * (len(self.shape) - 1)
+    return np.asarray(self.rates, np.float32).reshape(shape)
+
+
+def match_param_rules(
+  params: Any, rules: Sequence[Sequence[Any]]
+) -> tuple[ParamRule, ...]:
+  """Matches each parameter with the first of the rules that fits.
+
+  Raises:
+    ConfigError: an unknown or negative multiplier, or a layer decay that
+      applies to no parameter.
+    InputError: a rule that matches no parameter.
+  """
+  multipliers = []
+  for rule in rules:
+    if len(rule) != 2 or not isinstance(rule[1], Mapping):
+      raise ConfigError(
+        "config.optim.rules: a rule is (regex, dict(lr=...,"
+        f" weight_decay=...)), got {rule!r}."
+      )
+    where = f"config.optim.rules: {rule[0]!r}"
+    value = options.build(_Multipliers, rule[1], where=where)
+    multipliers.append((rule[0], value))
+  shapes = {name: tuple(x.shape) for name, x in flatten_with_names(params)}
+  depths = {m[1]: s[0] for n, s in shapes.items() if (m := _BLOCKS.match(n))}
+  table = []
+  for match in match_rules(shapes, multipliers, what="config.optim.rules"):
+    name, given = match.name, match.value or _Multipliers()
+    decay = given.weight_decay
+    if decay is None:
+      # By name rather than by rank: stacked blocks have a leading depth.
+      decay = float(name.split("/")[-1] == "kernel")
+    exponents = (0,)
+    if given.layer_decay != 1:
+      exponents = _layer_exponents(name, depths)
+    row = ParamRule(
+      name,
+      shapes[name],
+      match.pattern,
+      given.lr,
+      decay,
+      tuple(given.layer_decay**e for e in exponents),
+    )
+    table.append(row)
+  for pattern, given in multipliers:
+    rows = [row for row in table if row.rule == pattern]
+    if rows and given.layer_decay != 1 and all(r.layers == (1,) for r in rows):
+      raise ConfigError(
+        f"config.optim.rules: {pattern!r} has a layer_decay, but matches no"
+        " block or embedding of the image or text tower, for example"
+        f" {rows[0].name}. Use lr for parameters after the blocks."
+      )
+  return tuple(table)
+
+
+def _layer_exponents(name: str, depths: Mapping[str, int]) -> tuple[int, ...]:
+  """The exponents of the layer decay: one, or one for each block."""
+  if match := _BLOCKS.match(name):
+    return tuple(range(depths[match[1]], 0, -1))
+  match = _EMBEDDING.match(name)
+  if match and match[1] in depths:
+    return (depths[match[1]] + 1,)
+  return (0,)
+
+
+def describe_rules(table: Sequence[ParamRule]) -> str:
+  """The rules as a table for the log, a line for each pair of multipliers."""
+  groups: dict[Any, list[ParamRule]] = {}
+  for row in table:
+    key = row.rule or "(no rule)", row.lr, row.weight_decay
+    groups.setdefault(key, []).append(row)
+  line = "{:<32} {:>13} {:>7} {:>7} {:>13}  {}".format
+  lines = [line("rule", "lr x", "decay x", "arrays", "numbers", "for example")]
+  for (rule, _, decay), rows in groups.items():
+    size = f"{sum(math.prod(row.shape) for row in rows):,}"
+    rates = [rate for row in rows for rate in row.rates]
+    ends = [f"{rate:.4g}" for rate in sorted({min(rates), max(rates)})]
+    lr = "frozen" if rows[0].frozen else "-".join(ends)
+    lines.append(line(rule, lr, f"{decay:g}", len(rows), size, rows[0].name))
+  return "\n".join(lines)
