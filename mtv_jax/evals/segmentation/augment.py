@@ -52,8 +52,23 @@ def augment(
   image, labels = image[box], labels[box]
   if rng.random() < 0.5:
     image, labels = image[:, ::-1], labels[:, ::-1]
-  padded = sliding_window.pad(distort(image, rng), size, fill)
-  return padded, sliding_window.pad(labels, size, IGNORE)
+  return pad(distort(image, rng), size, fill), pad(labels, size, IGNORE)
+
+
+def pad(pixels: np.ndarray, size: int, fill: np.ndarray | int) -> np.ndarray:
+  """Pads to `size` x `size`, on the right and below.
+
+  A padded image is float32, which represents the encoder's mean exactly: after
+  normalisation the padding is zero.
+  """
+  height, width = pixels.shape[:2]
+  if (height, width) == (size, size):
+    return pixels
+  kind = np.float32 if pixels.ndim == 3 else pixels.dtype
+  out = np.empty((size, size, *pixels.shape[2:]), kind)
+  out[:] = fill
+  out[:height, :width] = pixels
+  return out
 
 
 def _corner(

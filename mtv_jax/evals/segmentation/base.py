@@ -77,7 +77,6 @@ class SegmentationEvaluator(Evaluator):
       data.images,
       score,
       slide,
-      fill=padding_colour(encoder),
       batch_size=self.encode_batch,
     )
     for i, predicted in enumerate(predictions):

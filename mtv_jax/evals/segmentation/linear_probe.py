@@ -18,14 +18,13 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import numpy as np
 import optax
 
 from mtv_jax.config.options import NonNegativeFloat, PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import dense, probe, resizing
 from mtv_jax.evals.core.base import Result
-from mtv_jax.evals.core.examples import IGNORE, SegmentationSet
+from mtv_jax.evals.core.examples import SegmentationSet
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.segmentation import augment, linear_head, sliding_window
@@ -134,7 +133,7 @@ class Segmentation(SegmentationEvaluator):
     )
 
   def _plan(self, encoder: Encoder) -> _Plan:
-    scenes = is_scenes(self.data)
+    scenes, patch = is_scenes(self.data), encoder.spec.image.patch_size
     size = self._window_size(encoder, 512)
     steps = self.steps or (300 if scenes else 40_000)
     every = self.eval_every or (steps if scenes else max(1, steps // 8))
@@ -144,6 +143,7 @@ class Segmentation(SegmentationEvaluator):
         stride=self.stride or max(1, size * 2 // 3),
         short=size,
         scales=self.scales,
+        multiple=32 if 32 % patch == 0 else patch,
         flips=self.flips,
       ),
       augment=self.augment or ("none" if scenes else "official"),
@@ -158,11 +158,10 @@ class Segmentation(SegmentationEvaluator):
   ) -> tuple[probe.FitResult, int | str]:
     """The head with its snapshots, and how many windows it was trained on."""
     train, _ = self._set
-    fill = padding_colour(encoder)
     windows: int | str = "crops, drawn at every step"
     options = {"batch_size": self.batch_size, "seed": self.seed}
     if plan.augment == "none":
-      cache = list(self._encode_windows(features, plan.slide, fill))
+      cache = list(self._encode_windows(features, plan.slide))
       windows = sum(len(part["targets"]) for part in cache)
       batches = dense.cached_batches(cache, **options)
     else:
@@ -172,7 +171,7 @@ class Segmentation(SegmentationEvaluator):
           *dense.read_pair(train.name, train.images, train.maps, i),
           rng,
           size=plan.slide.size,
-          fill=fill,
+          fill=padding_colour(encoder),
           interpolation=plan.slide.interpolation,
         ),
         len(train.images),
@@ -200,20 +199,18 @@ class Segmentation(SegmentationEvaluator):
     return fitted, windows
 
   def _encode_windows(
-    self, features: dense.Encode, slide: sliding_window.Slide, fill: np.ndarray
+    self, features: dense.Encode, slide: sliding_window.Slide
   ) -> Iterator[probe.Batch]:
     """Features of all windows; raises InputError if they exceed the cache."""
     train, _ = self._set
 
     def cut_windows(i: int) -> Iterator[dense.Example]:
       image, labels = dense.read_pair(train.name, train.images, train.maps, i)
-      shape = sliding_window.resized(*image.shape[:2], short=slide.short)
+      shape = slide.shape(*image.shape[:2])
       labels = resizing.resize_maps(labels, shape, method="nearest")
       pixels = sliding_window.resize_image(image, shape, slide.interpolation)
-      pairs = (pixels, fill), (labels, IGNORE)
-      return zip(
-        *(sliding_window.cut(x, slide, c) for x, c in pairs), strict=True
-      )
+      windows = (sliding_window.cut(x, slide) for x in (pixels, labels))
+      return zip(*windows, strict=True)
 
     windows = map(cut_windows, range(len(train.images)))
     windows = itertools.chain.from_iterable(windows)

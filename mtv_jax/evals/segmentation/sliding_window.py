@@ -12,9 +12,10 @@ image in one step: the same sums, in another order.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
-import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,17 +28,26 @@ from mtv_jax.utils.errors import ConfigError
 
 # Bytes of full-size scores at a time, of each thread.
 _BLOCK = 2**25
+# Images that may wait for windows of one shape to fill a batch.
+_MAX_PENDING = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Slide:
-  """The windows, scales and flips of an image."""
+  """The windows, scales and flips of an image.
+
+  As in DINOv3's evaluation, a factor below 1 rounds the shorter side up to a
+  multiple, and windows shrink to an image that is smaller, without padding.
+  """
 
   size: int  # side of the windows in pixels
   stride: int  # pixels from window to window; the last ends with the image
   short: int  # shorter side of the resized image
   # Factors of `short`; with several, the softmax of each is averaged.
   scales: tuple[float, ...] = (1.0,)
+  multiple: int = 32  # of a shorter side by a factor below 1
+  # Of the longer side: `nearest` (DINOv3), or `down` (TIPS).
+  rounding: str = "nearest"
   flips: str = "none"  # `both` also averages with the mirrored image
   interpolation: str = "bilinear"  # or `bicubic`, Pillow's, antialiased
   # What is averaged where windows overlap, `scores` or their `softmax`.
@@ -51,6 +61,26 @@ class Slide:
         f"stride={self.stride} leaves gaps between windows of {self.size}"
       )
 
+  def shape(
+    self, height: int, width: int, *, scale: float = 1.0
+  ) -> tuple[int, int]:
+    """Height and width of a resized image."""
+    short = int(self.short * scale)
+    if scale < 1:
+      short = math.ceil(short / self.multiple) * self.multiple
+    return resized(height, width, short=short, rounding=self.rounding)
+
+  def window(self, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the windows of a resized image.
+
+    The square of its shorter side if both sides are smaller than a window, so
+    that the patch divides it; else its own side where that is smaller.
+    """
+    side = self.size
+    if max(height, width) < side:
+      side = min(height, width)
+    return min(side, height), min(side, width)
+
   def protocol(self) -> dict[str, Any]:
     """For JSON."""
     return {
@@ -58,6 +88,9 @@ class Slide:
       "stride": self.stride,
       "short_side": self.short,
       "scales": list(self.scales),
+      "scales_below_1": f"shorter side rounded up to {self.multiple}, windows "
+      "of at most the image",
+      "longer_side": f"rounded {self.rounding}",
       "flips": self.flips,
       "interpolation": f"{self.interpolation}, antialiased (Pillow)",
       "overlaps": f"mean of the {self.average} of windows",
@@ -70,17 +103,25 @@ class Slide:
 def starts(length: int, *, window: int, stride: int) -> list[int]:
   """The first pixels of the windows on one axis.
 
-  The grid of mmsegmentation, with the last window shifted inside the image.
+  The grid of mmsegmentation, with the last window shifted inside the image. A
+  window smaller than the stride is moved by its own length.
   """
+  stride = min(stride, window)
   count = max(length - window + stride - 1, 0) // stride + 1
   return [min(i * stride, max(length - window, 0)) for i in range(count)]
 
 
-def resized(height: int, width: int, *, short: int) -> tuple[int, int]:
-  """Height and width with the shorter side `short`, the longer rounded down."""
+def resized(
+  height: int, width: int, *, short: int, rounding: str = "nearest"
+) -> tuple[int, int]:
+  """Height and width with the shorter side `short`.
+
+  The longer side is rounded `down` or to the `nearest` pixel, halves up.
+  """
+  half = {"down": 0.0, "nearest": 0.5}[rounding]
   if height <= width:
-    return short, width * short // height
-  return height * short // width, short
+    return short, int(short * width / height + half)
+  return int(short * height / width + half), short
 
 
 def resize_image(
@@ -102,54 +143,27 @@ class View:
   mirrored: bool
 
 
-def cut_views(
-  image: UInt8[np.ndarray, "h w 3"],
-  slide: Slide,
-  *,
-  fill: Float32[np.ndarray, "3"],
-) -> list[View]:
-  """Views of an image at all scales and flips; `fill` in 0..255 pads them."""
+def cut_views(image: UInt8[np.ndarray, "h w 3"], slide: Slide) -> list[View]:
+  """Views of an image at all scales and flips."""
   views = []
   for scale in slide.scales:
-    short = int(slide.short * scale + 0.5)
-    shape = resized(*image.shape[:2], short=short)
+    shape = slide.shape(*image.shape[:2], scale=scale)
     pixels = resize_image(image, shape, slide.interpolation)
-    views.append(View(cut(pixels, slide, fill), shape, mirrored=False))
+    views.append(View(cut(pixels, slide), shape, mirrored=False))
     if slide.flips == "both":
-      flipped = cut(pixels[:, ::-1], slide, fill)
+      flipped = cut(pixels[:, ::-1], slide)
       views.append(View(flipped, shape, mirrored=True))
   return views
 
 
-def cut(
-  pixels: np.ndarray, slide: Slide, fill: np.ndarray | int
-) -> list[np.ndarray]:
-  """The windows of an image or map, row by row, padded where necessary."""
+def cut(pixels: np.ndarray, slide: Slide) -> list[np.ndarray]:
+  """The windows of an image or map, row by row."""
+  height, width = slide.window(*pixels.shape[:2])
   rows, columns = (
-    starts(side, window=slide.size, stride=slide.stride)
-    for side in pixels.shape[:2]
+    starts(side, window=window, stride=slide.stride)
+    for side, window in zip(pixels.shape, (height, width), strict=False)
   )
-  return [
-    pad(pixels[y : y + slide.size, x : x + slide.size], slide.size, fill)
-    for y in rows
-    for x in columns
-  ]
-
-
-def pad(pixels: np.ndarray, size: int, fill: np.ndarray | int) -> np.ndarray:
-  """Pads to `size` x `size`, on the right and below.
-
-  A padded image is float32, which represents the encoder's mean exactly: after
-  normalisation the padding is zero.
-  """
-  height, width = pixels.shape[:2]
-  if (height, width) == (size, size):
-    return pixels
-  kind = np.float32 if pixels.ndim == 3 else pixels.dtype
-  out = np.empty((size, size, *pixels.shape[2:]), kind)
-  out[:] = fill
-  out[:height, :width] = pixels
-  return out
+  return [pixels[y : y + height, x : x + width] for y in rows for x in columns]
 
 
 @functools.lru_cache(maxsize=64)
@@ -177,7 +191,7 @@ def axis_matrix(
 
 
 def class_map(
-  scores: Sequence[Float32[np.ndarray, "_ h w k"]],
+  scores: Sequence[Float32[np.ndarray, "_ _ _ k"]],
   views: Sequence[View],
   slide: Slide,
   *,
@@ -188,8 +202,10 @@ def class_map(
   `scores` are those of the windows of each view, on the patch grid.
   """
   if slide.average == "softmax":
-    window = (slide.size, slide.size)
-    scores = [_softmax(resizing.resize(s, window)) for s in scores]
+    scores = [
+      _softmax(resizing.resize(s, slide.window(*view.shape)))
+      for s, view in zip(scores, views, strict=True)
+    ]
   resamplers = [
     _resampler(*pair, slide, size) for pair in zip(scores, views, strict=True)
   ]
@@ -214,10 +230,10 @@ def _resampler(
   """The function from a range of rows to full-size scores `[rows, W, K]`."""
   _, h, w, classes = scores.shape
   rows, columns = (
-    axis_matrix(
-      length, target, window=slide.size, stride=slide.stride, grid=grid
+    axis_matrix(length, target, window=window, stride=slide.stride, grid=grid)
+    for length, target, window, grid in zip(
+      view.shape, size, slide.window(*view.shape), (h, w), strict=True
     )
-    for length, target, grid in zip(view.shape, size, (h, w), strict=True)
   )
   tiles = scores.reshape(rows.shape[1] // h, -1, h, w, classes)
   cells = np.ascontiguousarray(tiles.transpose(0, 2, 1, 3, 4))
@@ -246,56 +262,71 @@ def predict(
   score: Score,
   slide: Slide,
   *,
-  fill: Float32[np.ndarray, "3"],
   batch_size: int,
 ) -> Iterator[list[UInt8[np.ndarray, "h w"]]]:
   """The class maps of images, in their order, one per head.
 
   Threads read images ahead and compute maps, while the caller's thread scores
-  batches of windows across images, so that one shape is compiled.
+  batches of windows of one shape across images, so that few shapes are
+  compiled.
 
   Args:
     images: of any sizes, read when they are needed.
     score: maps windows to the scores of every head on the patch grid.
     slide: windows, scales and flips.
-    fill: colour of the padding, in 0..255.
     batch_size: windows to score at a time.
   """
 
   def read(i: int) -> _Job:
     image = images[i]
-    return _Job(cut_views(image, slide, fill=fill), slide, image.shape[:2])
+    return _Job(cut_views(image, slide), slide, image.shape[:2])
+
+  def score_batch(batch: list[tuple[list[np.ndarray], np.ndarray]]) -> None:
+    scores = score([window for _, window in batch])
+    for (target, _), window_scores in zip(batch, scores, strict=True):
+      target.append(window_scores)
+    batch.clear()
 
   def score_windows() -> Iterator[_Job]:
-    windows = (
-      (job, window)
-      for job in dense.threaded_map(read, range(len(images)))
-      for view in job.views
-      for window in view.windows
-    )
-    while batch := list(itertools.islice(windows, batch_size)):
-      scores = score([window for _, window in batch])
-      for (job, _), window_scores in zip(batch, scores, strict=True):
-        job.scores.append(window_scores)
-        if len(job.scores) == sum(len(view.windows) for view in job.views):
-          yield job
+    # Windows by their shape, each with its view's list of scores.
+    batches = collections.defaultdict(list)
+    jobs: collections.deque[_Job] = collections.deque()
+    for job in dense.threaded_map(read, range(len(images))):
+      jobs.append(job)
+      for view, target in zip(job.views, job.scores, strict=True):
+        for window in view.windows:
+          batch = batches[window.shape]
+          batch.append((target, window))
+          if len(batch) == batch_size:
+            score_batch(batch)
+      if len(jobs) > _MAX_PENDING:
+        for batch in filter(None, batches.values()):
+          score_batch(batch)
+      while jobs and jobs[0].is_scored:
+        yield jobs.popleft()
+    for batch in filter(None, batches.values()):
+      score_batch(batch)
+    yield from jobs
 
   return dense.threaded_map(_Job.class_maps, score_windows())
 
 
-@dataclasses.dataclass
 class _Job:
-  """An image's views, with the scores computed so far."""
+  """An image's views, with the scores of their windows computed so far."""
 
-  views: list[View]
-  slide: Slide
-  size: tuple[int, int]
-  scores: list[np.ndarray] = dataclasses.field(default_factory=list)
+  def __init__(self, views: list[View], slide: Slide, size: tuple[int, int]):
+    self.views, self.slide, self.size = views, slide, size
+    self.scores: list[list[np.ndarray]] = [[] for _ in views]
+
+  @property
+  def is_scored(self) -> bool:
+    """Whether all windows have scores."""
+    pairs = zip(self.views, self.scores, strict=True)
+    return all(len(view.windows) == len(scores) for view, scores in pairs)
 
   def class_maps(self) -> list[np.ndarray]:
     """The class map of each head."""
-    edges = np.cumsum([len(view.windows) for view in self.views])[:-1]
-    parts = np.split(np.stack(self.scores), edges)
+    parts = [np.stack(scores) for scores in self.scores]
     return [
       class_map(
         [part[..., head, :] for part in parts],

@@ -114,6 +114,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       size=size,
       stride=self.stride or max(1, size * _STRIDE // _SIZE),
       short=size,
+      rounding="down",
       interpolation="bicubic",
       average=self.average,
     )

@@ -188,6 +188,17 @@ def test_crops_of_pixels_and_labels_are_aligned(monkeypatch):
   assert max(shapes) > 0
 
 
+def test_padding():
+  image = np.full((10, 16, 3), 200, np.uint8)
+  padded = augment.pad(image, 16, FILL)
+  assert padded.dtype == np.float32
+  np.testing.assert_array_equal(padded[10:], np.broadcast_to(FILL, (6, 16, 3)))
+  labels = padded[:, :, 0].astype(np.uint8)
+  assert augment.pad(labels, 16, 255).dtype == np.uint8
+  square = np.zeros((16, 16, 3), np.uint8)
+  assert augment.pad(square, 16, FILL) is square
+
+
 def test_crops_of_one_class_are_resampled():
   labels = np.zeros((64, 64), np.uint8)
   labels[:, 60:] = 1
@@ -414,7 +425,6 @@ def test_predictions_equal_torch():
     data.images,
     lambda windows: heads(encoder.dense(windows).patches),
     slide,
-    fill=FILL,
     batch_size=4,
   )
   for image, (ours,) in zip(data.images, predictions, strict=True):

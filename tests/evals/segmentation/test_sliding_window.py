@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -10,45 +11,52 @@ from mtv_jax.evals.core import resizing
 from mtv_jax.evals.segmentation import sliding_window
 from mtv_jax.evals.segmentation.sliding_window import (
   Slide,
-  pad,
   predict,
   starts,
 )
 
-GRID, CLASSES, HEADS = 4, 5, 2
-FILL = np.array([10.5, 20.25, 30.0], np.float32)
-SLIDE = Slide(size=16, stride=10, short=20)
+PATCH, CLASSES, HEADS = 4, 5, 2
+SLIDE = Slide(size=16, stride=10, short=20, multiple=4)
 WEIGHTS = np.random.default_rng(3).normal(0, 3, (HEADS, 3, CLASSES))
 
 
 def score(windows):
   """Scores of every head on a grid: a linear function of mean colours."""
   x = np.stack([w.astype(np.float32) / 255 for w in windows])
-  side = x.shape[1] // GRID
-  x = x.reshape(len(x), GRID, side, GRID, side, 3).mean(axis=(2, 4)) - 0.5
+  n, rows, columns = (len(x), *(side // PATCH for side in x.shape[1:3]))
+  x = x.reshape(n, rows, PATCH, columns, PATCH, 3).mean(axis=(2, 4)) - 0.5
   return np.einsum("nhwc,gck->nhwgk", x, WEIGHTS).astype(np.float32)
 
 
 def naive(image, slide, head):
-  """Full-size scores window by window, without mosaics."""
+  """Full-size scores window by window, without mosaics, as in DINOv3."""
   total = 0
   for scale in slide.scales:
-    short = int(slide.short * scale + 0.5)
-    shape = sliding_window.resized(*image.shape[:2], short=short)
+    short = int(slide.short * scale)
+    if scale < 1:
+      short += -short % PATCH
+    long = int(short * max(image.shape[:2]) / min(image.shape[:2]) + 0.5)
+    shape = (short, long) if image.shape[0] <= image.shape[1] else (long, short)
     small = sliding_window.resize_image(image, shape, slide.interpolation)
+    size = short if long < 16 else 16
     for mirrored in (False, True)[: 1 + (slide.flips == "both")]:
       pixels = small[:, ::-1] if mirrored else small
       sums, count = np.zeros((*shape, CLASSES)), np.zeros((*shape, 1))
-      for y in starts(shape[0], window=16, stride=slide.stride):
-        for x in starts(shape[1], window=16, stride=slide.stride):
-          window = pad(pixels[y : y + 16, x : x + 16], 16, FILL)
-          scores = score([window])[0, :, :, head].astype(np.float64)
-          scores = resizing.resize(scores, (16, 16))
-          if slide.average == "softmax":
-            scores = softmax(scores)
-          part = sums[y : y + 16, x : x + 16]
-          part += scores[: part.shape[0], : part.shape[1]]
-          count[y : y + 16, x : x + 16] += 1
+      counts = [max(s - size + 9, 0) // 10 + 1 for s in shape]
+      for y, x in itertools.product(*map(range, counts)):
+        bottom, right = min(10 * y + size, short), min(10 * x + size, long)
+        if shape[0] != short:
+          bottom, right = min(10 * y + size, long), min(10 * x + size, short)
+        box = np.s_[
+          max(bottom - size, 0) : bottom, max(right - size, 0) : right
+        ]
+        window = pixels[box]
+        scores = score([window])[0, :, :, head].astype(np.float64)
+        scores = resizing.resize(scores, window.shape[:2])
+        if slide.average == "softmax":
+          scores = softmax(scores)
+        sums[box] += scores
+        count[box] += 1
       full = resizing.resize(sums / count, image.shape[:2])
       full = full[:, ::-1] if mirrored else full
       several = len(slide.scales) > 1 or slide.flips == "both"
@@ -89,14 +97,50 @@ def test_window_grid():
 
 
 def test_resized_shapes():
-  assert sliding_window.resized(480, 640, short=512) == (512, 682)
-  assert sliding_window.resized(640, 480, short=512) == (682, 512)
-  assert sliding_window.resized(512, 683, short=448) == (448, 597)
+  """DINOv3's: an image of 300 x 400 becomes 512 x 683."""
+  assert sliding_window.resized(300, 400, short=512) == (512, 683)
+  assert sliding_window.resized(640, 480, short=512) == (683, 512)
+  # TIPS rounds down.
+  down = functools.partial(sliding_window.resized, rounding="down")
+  assert down(300, 400, short=512) == (512, 682)
+  assert down(512, 683, short=448) == (448, 597)
+
+
+def test_scales_below_1_have_sides_of_32_and_smaller_windows():
+  """DINOv3's: 0.9 x 512 is 480, of which a window has 480 x 512."""
+  slide = Slide(size=512, stride=341, short=512, scales=(0.9, 1.0, 1.1))
+  shapes = [slide.shape(300, 400, scale=s) for s in slide.scales]
+  assert shapes == [(480, 640), (512, 683), (563, 751)]
+  windows = [slide.window(*shape) for shape in shapes]
+  assert windows == [(480, 512), (512, 512), (512, 512)]
+  assert slide.window(640, 480) == (512, 480)
+  # Both sides are smaller: the square of the shorter one.
+  assert slide.shape(300, 400, scale=0.5) == (256, 341)
+  assert slide.window(256, 341) == (256, 256)
+  assert starts(341, window=256, stride=341) == [0, 85]
+  patch_14 = dataclasses.replace(slide, size=518, short=518, multiple=14)
+  assert patch_14.shape(300, 400, scale=0.9) == (476, 635)
+
+
+def test_windows_are_not_padded(images):
+  slide = dataclasses.replace(SLIDE, scales=(0.55, 1.0))
+  shapes = []
+
+  def record(windows):
+    shapes.extend(window.shape[:2] for window in windows)
+    assert {w.shape for w in windows} == {windows[0].shape}
+    assert all(w.dtype == np.uint8 for w in windows)
+    return score(windows)
+
+  list(predict(images, record, slide, batch_size=3))
+  # 16 x 16 pixels at 0.55 of 20: 11 pixels, rounded up to 12.
+  assert set(shapes) == {(16, 16), (12, 16), (16, 12), (12, 12)}
 
 
 VARIANTS = {
   "plain": {},
-  "views": {"scales": (0.7, 1.0, 1.45), "flips": "both"},
+  "views": {"scales": (0.55, 1.0, 1.45), "flips": "both"},
+  "small": {"scales": (0.55,), "average": "softmax"},
   "flips": {"flips": "both"},
   "softmax": {"average": "softmax", "interpolation": "bicubic"},
 }
@@ -105,7 +149,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mosaics_equal_a_loop(images, variant):
   slide = dataclasses.replace(SLIDE, **VARIANTS[variant])
-  predictions = list(predict(images, score, slide, fill=FILL, batch_size=3))
+  predictions = list(predict(images, score, slide, batch_size=3))
   assert [len(p) for p in predictions] == [HEADS] * len(images)
   for image, maps in zip(images, predictions, strict=True):
     for head, predicted in enumerate(maps):
@@ -124,8 +168,7 @@ def test_mosaics_equal_a_loop(images, variant):
 
 def test_maps_do_not_depend_on_the_batch_size(images):
   maps = [
-    list(predict(images, score, SLIDE, fill=FILL, batch_size=b))
-    for b in (1, 7, 100)
+    list(predict(images, score, SLIDE, batch_size=b)) for b in (1, 7, 100)
   ]
   for other in maps[1:]:
     for a, b in zip(maps[0], other, strict=True):
@@ -133,21 +176,11 @@ def test_maps_do_not_depend_on_the_batch_size(images):
 
 
 def test_memory_is_bounded_by_blocks(images, monkeypatch):
-  whole = list(predict(images, score, SLIDE, fill=FILL, batch_size=4))
+  whole = list(predict(images, score, SLIDE, batch_size=4))
   monkeypatch.setattr(sliding_window, "_BLOCK", 4 * 60 * CLASSES * 7)
-  parts = list(predict(images, score, SLIDE, fill=FILL, batch_size=4))
+  parts = list(predict(images, score, SLIDE, batch_size=4))
   for a, b in zip(whole, parts, strict=True):
     np.testing.assert_array_equal(np.stack(a), np.stack(b))
-
-
-def test_padding():
-  image = np.full((10, 16, 3), 200, np.uint8)
-  padded = pad(image, 16, FILL)
-  assert padded.dtype == np.float32
-  np.testing.assert_array_equal(padded[10:], np.broadcast_to(FILL, (6, 16, 3)))
-  assert pad(padded[:, :, 0].astype(np.uint8), 16, 255).dtype == np.uint8
-  square = np.zeros((16, 16, 3), np.uint8)
-  assert pad(square, 16, FILL) is square
 
 
 def test_an_error_while_reading_is_raised(images):
@@ -158,7 +191,7 @@ def test_an_error_while_reading_is_raised(images):
       return super().__getitem__(i)
 
   with pytest.raises(OSError, match="image 2"):
-    list(predict(Broken(images), score, SLIDE, fill=FILL, batch_size=4))
+    list(predict(Broken(images), score, SLIDE, batch_size=4))
 
 
 def test_options_are_checked():
@@ -193,7 +226,7 @@ def test_maps_equal_torch(images):
   logits = F.interpolate((logits / count)[None], size=(40, 60), mode="bilinear")
   top = logits[0].softmax(dim=0).sort(dim=0).values
   theirs = logits[0].argmax(dim=0).numpy()
-  (ours,) = predict([image], score, SLIDE, fill=FILL, batch_size=4)
+  (ours,) = predict([image], score, SLIDE, batch_size=4)
   sure = (top[-1] - top[-2]).numpy() > 1e-6
   assert sure.mean() > 0.999
   np.testing.assert_array_equal(ours[0][sure], theirs[sure])
