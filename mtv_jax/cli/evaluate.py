@@ -28,8 +28,9 @@ from mtv_jax.evals.report import references, tables
 
 _OPTIONS = {
   "images": (str, "folder of images, if it is not beside the JSON"),
-  "prompts": (str, "JSON of class names and templates"),
-  "classes": (str, "all (of the prompts), or present (in the data)"),
+  "prompts": (str, "class names and templates: JSON, text or a folder"),
+  "templates": (str, "text file with a prompt template per line"),
+  "classes": (str, "all (of the prompts), dataset, or present (in the data)"),
   "split": (str, "of Karpathy's JSON; test by default"),
   "count": (int, "images to use, evenly spaced; default all"),
   "batch_size": (int, "images per step, over all devices"),

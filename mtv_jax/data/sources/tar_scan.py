@@ -59,8 +59,8 @@ def scan(path: Path) -> Scan:
   groups: dict[str, list[Span]] = {}
   absent = Span(0, 0)
   others = 0
-  for name, span in _members(path):
-    key, extension = _split(name)
+  for name, span in members(path):
+    key, extension = split_name(name)
     role = EXTENSIONS.get(extension)
     if not key or role is None:
       others += 1
@@ -87,14 +87,14 @@ def scan(path: Path) -> Scan:
   return Scan(groups, no_image, no_caption, others)
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
   """`a/b.jpg` -> `a/b`, `jpg`; an empty key if the name has none."""
   folder, slash, base = name.removeprefix("./").rpartition("/")
   stem, _, extension = base.partition(".")
   return (folder + slash + stem if stem else ""), extension.lower()
 
 
-def _members(path: Path) -> Iterator[tuple[str, Span]]:
+def members(path: Path) -> Iterator[tuple[str, Span]]:
   """Name and span of each regular file in the tar."""
   # One read covers the caption files between two images and the next header.
   with path.open("rb", buffering=_BUFFER) as file:

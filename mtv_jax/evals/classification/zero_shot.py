@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -27,16 +27,15 @@ from mtv_jax.evals.classification.base import (
   chance_accuracies,
   rank_accuracies,
 )
-from mtv_jax.evals.core import prompts, ranking
+from mtv_jax.evals.core import bootstrap, prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import ClassificationSet, Data
-from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets import class_folders, imagenet, registry
 from mtv_jax.utils.errors import InputError, did_you_mean
 
 # Classes embedded at a time: 64 x 80 prompts are 16 MB of embeddings.
 _CLASSES = 64
-_WNID = re.compile(r"n\d{8}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +44,15 @@ class ZeroShot(Evaluator):
 
   Attributes:
     data: see `datasets/registry.py`.
-    prompts: a file of class names and templates (see `prompts.py`); by
-      default the data's own names and a few templates.
-    classes: `all` scores every class of the prompt file, `present` those that
-      have an image, which makes a subset easier.
+    prompts: a file or folder of class names and templates (see `prompts.py`);
+      by default the data's own names, and its templates or a few of ours.
+    templates: a text file with a template per line, instead of those.
+    classes: `all` scores every class of the prompt file, `dataset` those of
+      the data set and `present` those that have an image, which is easier. By
+      default `all`, but `dataset` for 200 WordNet ids (ImageNet-A, -R) and for
+      ObjectNet, as published.
+    real: ReaL's real.json; adds the accuracy by its labels of ImageNet's
+      validation images, without the images that have none.
     clean: `tokenizer` leaves prompts to the tokenizer's cleaning (SigLIP's
       canonicalises, CLIP's does not); `canonicalize` canonicalises them first,
       as big_vision does.
@@ -57,28 +61,38 @@ class ZeroShot(Evaluator):
 
   data: Data = "scenes"
   prompts: str | None = None
-  classes: Literal["all", "present"] = "all"
+  templates: str | None = None
+  classes: Literal["all", "dataset", "present"] | None = None
+  real: str | None = None
   clean: Literal["tokenizer", "canonicalize"] = "tokenizer"
   count: PositiveInt | None = None
   batch_size: PositiveInt = 64
 
   @functools.cached_property
-  def _set(self) -> tuple[ClassificationSet, prompts.Prompts, np.ndarray]:
-    """Images, prompts, and each image's label among the prompts' classes."""
-    data = registry.open_classification(self.data, count=self.count)
+  def _set(self) -> tuple[ClassificationSet, Candidates]:
+    """Images, and the classes that they are scored against."""
+    data = registry.open_classification(
+      self.data, count=self.count, real=self.real
+    )
     given = prompts.read_prompts(self.prompts) if self.prompts else None
-    return data, *match_classes(data, given, keep=self.classes)
+    candidates = match_candidates(data, given, keep=self.classes)
+    if self.templates:
+      named = prompts.replace_templates(candidates.named, self.templates)
+      candidates = dataclasses.replace(candidates, named=named)
+    return data, candidates
 
   def run(self, encoder: Encoder) -> Result:
     """Accuracies among the prompts' classes."""
     require_text(encoder)
-    data, named, labels = self._set
+    data, candidates = self._set
+    named, labels = candidates.named, candidates.labels
     classifier = text_classifier(encoder, named, clean=self.clean)
     features = encoder.image(
       data.images, outputs=("pooled",), batch_size=self.batch_size
     )
+    embeddings = normalize(features.pooled)
     accuracies, chance = class_accuracies(
-      normalize(features.pooled), classifier, labels
+      embeddings, classifier, labels, candidate_ids=candidates.ids
     )
     protocol = {
       **encoder.protocol(),
@@ -86,13 +100,22 @@ class ZeroShot(Evaluator):
       "data_hash": data.digest,
       "images": len(data.images),
       "classes": len(named.classes),
-      "classes_scored": self.classes,
+      "classes_scored": candidates.keep,
       **named.protocol(),
       "clean": self.clean,
       "similarity": "cosine, float32, highest matmul precision",
       "ties": ranking.TIE_RULE,
       "mean_per_class": "over classes that have an image",
     }
+    if data.groups is not None:
+      protocol["border"] = "2 pixels removed on each side"
+    if candidates.accepted is not None:
+      real, real_chance = real_accuracy(
+        embeddings, classifier, candidates.accepted
+      )
+      accuracies, chance = accuracies | real, chance | real_chance
+      protocol["real"] = "right if among the image's labels"
+      protocol["real_images"] = sum(map(bool, candidates.accepted))
     return Result(
       accuracies.metrics, protocol, chance, errors=accuracies.errors
     )
@@ -104,17 +127,60 @@ def class_accuracies(
   labels: Int[np.ndarray, " n"],
   *,
   groups: Int[np.ndarray, " n"] | None = None,
+  candidate_ids: Int[np.ndarray, " c"] | None = None,
 ) -> tuple[Estimate, dict[str, float]]:
   """Accuracies of normalised embeddings among class vectors, and chance.
 
-  `groups` are as for `rank_accuracies`.
+  `groups` are as for `rank_accuracies`. `candidate_ids` is the label of each
+  class vector, by default its index. Several vectors may have one label; the
+  best of them counts.
   """
   count = len(classifier)
+  ids = np.arange(count) if candidate_ids is None else candidate_ids
   ranks = ranking.ranks(
-    embeddings, classifier, query_ids=labels, candidate_ids=np.arange(count)
+    embeddings, classifier, query_ids=labels, candidate_ids=ids
   )
   accuracies = rank_accuracies(ranks, labels, groups=groups)
-  return accuracies, chance_accuracies(accuracies.metrics, count)
+  chance = chance_accuracies(accuracies.metrics, count)
+  if candidate_ids is not None:
+    # A random ranking has one of m right vectors among the first k of n unless
+    # all k are of the other n - m.
+    right = np.bincount(ids[ids >= 0], minlength=1 + int(labels.max()))
+    for name in chance:
+      k = min(5 if name == "top5" else 1, count)
+      chosen = np.unique(labels) if name == "mean_per_class" else labels
+      miss = [math.comb(count - int(m), k) for m in right[chosen]]
+      chance[name] = 1 - float(np.mean(miss)) / math.comb(count, k)
+  return accuracies, chance
+
+
+def real_accuracy(
+  embeddings: Float32[np.ndarray, "n e"],
+  classifier: Float32[np.ndarray, "c e"],
+  accepted: Sequence[Sequence[int]],
+) -> tuple[Estimate, dict[str, float]]:
+  """ReaL accuracy (Beyer et al. 2020, section 3), and its chance.
+
+  The share of images whose best class is in `accepted`, without those that
+  have none there.
+  """
+  accepted = [sorted({*labels}) for labels in accepted]
+  counts = np.array([len(labels) for labels in accepted])
+  owner = np.repeat(np.arange(len(accepted)), counts)
+  ranks = ranking.ranks(
+    embeddings[owner],
+    classifier,
+    query_ids=np.concatenate([np.asarray(a, np.int32) for a in accepted]),
+    candidate_ids=np.arange(len(classifier)),
+  )
+  correct = np.zeros(len(accepted), bool)
+  correct[owner[ranks == 0]] = True
+  labelled = counts > 0
+  chance = float(np.mean(counts[labelled])) / len(classifier)
+  return (
+    bootstrap.means({"real_top1": correct[labelled]}),
+    {"real_top1": chance},
+  )
 
 
 def text_classifier(
@@ -138,6 +204,79 @@ def text_classifier(
   return np.stack([vectors[name] for name in named.classes])
 
 
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+  """The classes that images are scored against."""
+
+  named: prompts.Prompts
+  labels: Int[np.ndarray, " n"]  # of the images
+  # The label of each class; -1 if it is that of no image. None: its index.
+  ids: Int[np.ndarray, " c"] | None
+  keep: str  # for the protocol
+  # Per image, the indices of all its right classes (ReaL).
+  accepted: tuple[tuple[int, ...], ...] | None = None
+
+
+def match_candidates(
+  data: ClassificationSet, given: prompts.Prompts | None, *, keep: str | None
+) -> Candidates:
+  """The classes to score, see `match_classes`, for any labels of the data.
+
+  ObjectNet's images are scored against ImageNet's classes if the prompt file
+  has 1000, and against ObjectNet's own otherwise.
+
+  Raises:
+    InputError: also if ReaL's labels are given and ImageNet's prompts are not.
+  """
+  full = given is not None and len(given.classes) == imagenet.CLASS_COUNT
+  if data.groups is not None and full:
+    return _match_groups(data, given, keep=keep or "dataset")
+  keep = keep or ("dataset" if data.subset else "all")
+  named, labels = match_classes(data, given, keep=keep)
+  accepted = data.accepted
+  if accepted is not None:
+    if not full or keep != "all":
+      raise InputError(
+        f"ReaL's labels are among ImageNet's {imagenet.CLASS_COUNT} classes; "
+        "give their prompt file (mtv-jax make_prompts) and classes='all'"
+      )
+    order = _imagenet_order(given)
+    accepted = tuple(tuple(order[i] for i in labels) for labels in accepted)
+  return Candidates(named, labels, None, keep, accepted)
+
+
+def _match_groups(
+  data: ClassificationSet, given: prompts.Prompts, *, keep: str
+) -> Candidates:
+  """ImageNet's prompts for ObjectNet's classes."""
+  order = _imagenet_order(given)
+  ids = np.full(len(given.classes), -1, np.int32)
+  for label, group in enumerate(data.groups):
+    ids[[order[i] for i in group]] = label
+  if keep == "present":
+    ids[~np.isin(ids, data.labels)] = -1
+  if keep != "all":
+    given = _select_classes(given, np.flatnonzero(ids >= 0))
+    ids = ids[ids >= 0]
+  return Candidates(given, data.labels, ids, keep)
+
+
+def _imagenet_order(given: prompts.Prompts) -> list[int]:
+  """The index in the prompt file of each of ImageNet's labels."""
+  indices = range(len(given.classes))
+  return sorted(indices, key=given.ids.__getitem__) if given.ids else [*indices]
+
+
+def _select_classes(
+  given: prompts.Prompts, indices: Int[np.ndarray, " c"]
+) -> prompts.Prompts:
+  return dataclasses.replace(
+    given,
+    classes=tuple(given.classes[i] for i in indices),
+    ids=given.ids and tuple(given.ids[i] for i in indices),
+  )
+
+
 def match_classes(
   data: ClassificationSet, given: prompts.Prompts | None, *, keep: str
 ) -> tuple[prompts.Prompts, Int[np.ndarray, " n"]]:
@@ -150,7 +289,7 @@ def match_classes(
   Args:
     data: images and classes.
     given: a prompt file's content; None for prompts from the data's names.
-    keep: `all` classes or those `present` in the data.
+    keep: `all` classes, those of the `dataset`, or those `present` in it.
 
   Raises:
     InputError: a class of the data is not in the file, or two classes have one
@@ -163,13 +302,9 @@ def match_classes(
   else:
     index = np.asarray(_match_to_file(data, given))
   labels = index[data.labels]
-  if keep == "present":
-    present, labels = np.unique(labels, return_inverse=True)
-    given = dataclasses.replace(
-      given,
-      classes=tuple(given.classes[i] for i in present),
-      ids=given.ids and tuple(given.ids[i] for i in present),
-    )
+  if keep != "all":
+    kept = np.unique(labels if keep == "present" else index)
+    given, labels = _select_classes(given, kept), np.searchsorted(kept, labels)
   return given, labels.astype(np.int32)
 
 
@@ -179,14 +314,19 @@ def _prompts_from_names(data: ClassificationSet) -> prompts.Prompts:
       f"{data.name} has labels but no class names: give a prompt file "
       "(prompts=) with its classes in the order of the labels"
     )
-  wordnet_ids = [name for name in data.classes if _WNID.fullmatch(name)]
-  if wordnet_ids:
+  named, ids = data.classes, class_folders.WORDNET_ID
+  # Up to ten numbers may be digits.
+  numbers = named if class_folders.are_numbers(named) and named[10:] else ()
+  if not_names := [*filter(ids.fullmatch, named), *numbers]:
     raise InputError(
-      f"{data.name}: folders such as {wordnet_ids[0]} are WordNet ids and not "
-      "names. Give a prompt file: mtv-jax make_prompts writes ImageNet's"
+      f"{data.name}: folders such as {not_names[0]} are WordNet ids or numbers "
+      "and not names. Give a prompt file: mtv-jax make_prompts writes "
+      "ImageNet's"
     )
-  _canonical_names(data)
-  return prompts.Prompts(classes=data.classes)
+  if data.templates is None:
+    _canonical_names(data)
+    return prompts.Prompts(classes=named)
+  return prompts.Prompts(named, data.templates, name=data.name)
 
 
 def _canonical_names(data: ClassificationSet) -> list[str]:
@@ -208,18 +348,26 @@ def _match_to_file(
   data: ClassificationSet, given: prompts.Prompts
 ) -> Sequence[int]:
   """For each class of the data, its index in the prompt file."""
-  total = len(given.classes)
-  if data.ids is None and data.classes is None:
-    largest = int(data.labels.max())
+  total, ids = len(given.classes), data.ids or ()
+  unnamed = data.ids is None and data.classes is None
+  # Numbers that are no names of the file: ImageNet-V2's folders.
+  numbers = class_folders.are_numbers(ids) and not (
+    {*ids} <= {*(given.ids or given.classes)}
+  )
+  if unnamed or numbers:
+    largest = int(data.labels.max() if unnamed else ids[-1])
     if largest >= total:
       raise InputError(
         f"{data.name} has labels up to {largest} and {given.name} has {total} "
         "classes"
       )
+    return range(total) if unnamed else [*map(int, ids)]
+  if data.templates is not None and len(data.classes) == total:
+    # CLIP_benchmark's lists, whose order is that of the labels.
     return range(total)
   if given.ids is not None and data.ids is not None:
     known, wanted = given.ids, data.ids
-  elif len(data.ids or ()) == total and all(map(_WNID.fullmatch, data.ids)):
+  elif len(ids) == total and all(map(class_folders.WORDNET_ID.fullmatch, ids)):
     return range(total)
   else:
     known = [tokenizers.canonicalize(name) for name in given.classes]

@@ -90,6 +90,13 @@ class ClassificationSet(ImageSet):
   labels: Int[np.ndarray, " n"]  # indices into `classes` and `ids`
   classes: tuple[str, ...] | None  # readable names, if known
   ids: tuple[str, ...] | None  # class ids that a prompt file may use
+  templates: tuple[str, ...] | None = None  # the data set's own prompts
+  # Whether a prompt file's other classes are no candidates (ImageNet-A).
+  subset: bool = False
+  # Per class, the labels of ImageNet that it stands for (ObjectNet).
+  groups: tuple[tuple[int, ...], ...] | None = None
+  # Per image, all its labels among ImageNet's (ReaL); empty if none is right.
+  accepted: tuple[tuple[int, ...], ...] | None = None
 
   def select(self, indices: Int[np.ndarray, " m"]) -> ClassificationSet:
     """The images at `indices`, with a hash that depends on them."""
@@ -99,6 +106,8 @@ class ClassificationSet(ImageSet):
       self,
       images=select_images(self.images, indices),
       labels=self.labels[indices],
+      accepted=self.accepted
+      and tuple(self.accepted[i] for i in indices.tolist()),
       digest=digest.hex(),
     )
 

@@ -20,6 +20,10 @@ DEFAULT_TEMPLATES = (
   "a view of the {}",
 )
 
+# CLIP_benchmark's files in the folder of a data set.
+CLASS_NAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
@@ -69,21 +73,65 @@ class Prompts:
 def read_prompts(
   path: str | os.PathLike, *, classes: int | None = None
 ) -> Prompts:
-  """Reads `{"classes": [...], "templates": [...], "ids": [...]}`.
+  """Reads class names and templates.
 
-  `templates` and `ids` have defaults (no ids); `mtv-jax make_prompts` writes
-  ImageNet's.
+  Args:
+    path: JSON, `{"classes": [...], "templates": [...], "ids": [...]}`, as
+      `mtv-jax make_prompts` writes for ImageNet; a text file of a name per
+      line; or a folder of CLIP_benchmark's two text files. `templates` and
+      `ids` are optional.
+    classes: the number of names that the data need.
 
   Raises:
     MissingFileError: if there is no such file.
-    InputError: if it is not JSON of this form, or lacks one name for each of
-      the data's `classes`.
+    InputError: if it is not of this form, or lacks one name for each of the
+      data's `classes`.
   """
   path = pathlib.Path(path)
-  if not path.is_file():
+  if path.is_dir():
+    prompts = Prompts(_read_lines(path / CLASS_NAMES), name=CLASS_NAMES)
+    if (path / TEMPLATES).is_file():
+      prompts = replace_templates(prompts, path / TEMPLATES)
+  elif not path.is_file():
     raise MissingFileError(
       f"no prompt file {path}; mtv-jax make_prompts writes ImageNet's"
     )
+  elif path.suffix == ".txt":
+    prompts = Prompts(_read_lines(path), name=path.name)
+  else:
+    prompts = _read_object(path)
+  if classes not in (None, len(prompts.classes)):
+    raise InputError(
+      f"{path} names {len(prompts.classes)} classes and the data has "
+      f"{classes}; expected one name per class, in that order"
+    )
+  return prompts
+
+
+def replace_templates(prompts: Prompts, path: str | os.PathLike) -> Prompts:
+  """The classes of `prompts` in the templates of a text file.
+
+  A template per line, with `{}` or CLIP_benchmark's `{c}` for the name.
+  """
+  lines = _read_lines(pathlib.Path(path))
+  return dataclasses.replace(
+    prompts,
+    templates=tuple(line.replace("{c}", "{}") for line in lines),
+    name=f"{prompts.name}, {pathlib.Path(path).name}",
+  )
+
+
+def _read_lines(path: pathlib.Path) -> tuple[str, ...]:
+  if not path.is_file():
+    raise MissingFileError(
+      f"no file {path}; expected a name or a prompt a line"
+    )
+  lines = path.read_text(encoding="utf-8").splitlines()
+  return tuple(line.strip() for line in lines if line.strip())
+
+
+def _read_object(path: pathlib.Path) -> Prompts:
+  """Prompts of a JSON file."""
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except json.JSONDecodeError as error:
@@ -103,13 +151,7 @@ def read_prompts(
       raise InputError(f"{path}: {key!r} must be a list of non-empty strings")
     if values or key == "ids" and content.get(key) is not None:
       fields[key] = tuple(values)
-  prompts = Prompts(**{"classes": (), **fields}, name=path.name)
-  if classes not in (None, len(prompts.classes)):
-    raise InputError(
-      f"{path} names {len(prompts.classes)} classes and the data has "
-      f"{classes}; expected one name per class, in that order"
-    )
-  return prompts
+  return Prompts(**{"classes": (), **fields}, name=path.name)
 
 
 def write_prompts(path: str | os.PathLike, prompts: Prompts) -> None:

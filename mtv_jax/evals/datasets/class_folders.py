@@ -4,6 +4,12 @@ ROOT/CLASS/*.jpg                   one set
 ROOT/wnid_name.JPEG                the same, flat
 ROOT/train/CLASS/*.jpg             with a training set; the other one is
 ROOT/{test,val}/CLASS/*.jpg        called test, val or validation
+ROOT/FOLDER/CLASS/*.jpg            as archives are unpacked, with nothing else
+
+Classes are sorted by name, but numbers by value: ImageNet-V2's folders 0 to
+999 are ImageNet's labels (Recht et al. 2019). Folders of 200 WordNet ids, such
+as ImageNet-A's and -R's (Hendrycks et al. 2021), are a task of their own: by
+default zero-shot classification scores those classes alone.
 """
 
 from __future__ import annotations
@@ -11,11 +17,13 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.datasets import imagenet
 from mtv_jax.evals.datasets.files import require_layout
 
 # Names of the folder of a split, in order of preference.
@@ -23,7 +31,9 @@ SPLITS = {
   "train": ("train", "training"),
   "test": ("test", "val", "validation"),
 }
+WORDNET_ID = re.compile(r"n\d{8}")
 _FLAT = re.compile(r"(n\d{8})_(.+)\.\w+$")
+_SUBSET_COUNT = 200  # classes of ImageNet-A, ImageNet-R and Tiny ImageNet
 
 
 def has_splits(root: str | os.PathLike) -> bool:
@@ -31,8 +41,17 @@ def has_splits(root: str | os.PathLike) -> bool:
   return any(_split_folder(pathlib.Path(root), split) for split in SPLITS)
 
 
+def are_numbers(names: Sequence[str]) -> bool:
+  """Whether all class names are decimal numbers."""
+  return all(map(str.isdecimal, names))
+
+
 def open_folder(
-  root: pathlib.Path, *, split: str = "test", count: int | None = None
+  root: pathlib.Path,
+  *,
+  split: str = "test",
+  count: int | None = None,
+  real: str | os.PathLike | None = None,
 ) -> examples.ClassificationSet:
   """The images of a folder of classes, see `registry.open_classification`.
 
@@ -49,7 +68,9 @@ def open_folder(
         what="a folder of classes with a training and a test split",
       )
     root = folder or root
-  rows = [(c, c, p) for c in list_folders(root) for p in _list_images(root / c)]
+  rows = _list_classes(root)
+  if not rows and len(folders := list_folders(root)) == 1:
+    rows = _list_classes(root / folders[0])
   if not rows:
     flat = [(p, _FLAT.match(os.path.basename(p))) for p in _list_images(root)]
     rows = [(match[1], match[2], path) for path, match in flat if match]
@@ -61,7 +82,7 @@ def open_folder(
       f"{content or 'an empty folder'}"
     )
   names = {key: name.replace("_", " ") for key, name, _ in rows}
-  ids = tuple(sorted(names))
+  ids = tuple(sorted(names, key=int if are_numbers([*names]) else None))
   index = {key: i for i, key in enumerate(ids)}
   rows = examples.subsample(rows, count)
   digest = examples.Digest()
@@ -70,14 +91,23 @@ def open_folder(
     digest.add(split)
   for key, _, path in rows:
     digest.add(os.path.basename(path), os.stat(path).st_size, key)
+  paths = [path for _, _, path in rows]
   return examples.ClassificationSet(
     name=str(root),
-    images=examples.open_images([path for _, _, path in rows]),
+    images=examples.open_images(paths),
     labels=np.asarray([index[key] for key, _, _ in rows], np.int32),
     classes=tuple(names[key] for key in ids),
     ids=ids,
+    subset=len(ids) == _SUBSET_COUNT and all(map(WORDNET_ID.fullmatch, ids)),
+    accepted=None if real is None else imagenet.read_real(real, paths),
     digest=digest.hex(),
   )
+
+
+def _list_classes(root: pathlib.Path) -> list[tuple[str, str, str]]:
+  """Id, name and path of each image in a folder of classes."""
+  folders = list_folders(root)
+  return [(c, c, p) for c in folders for p in _list_images(root / c)]
 
 
 def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path | None:

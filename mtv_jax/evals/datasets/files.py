@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
+from mtv_jax.data.sources import tar_scan
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.utils.errors import InputError, MissingFileError
@@ -143,6 +144,13 @@ def read_file_list(path: pathlib.Path) -> list[tuple[str, str]]:
     got = f"the line {' '.join(bad[0])!r}" if bad else "an empty file"
     raise InputError(f"{path}: expected lines 'rgb depth focal', got {got}")
   return [(row[0].lstrip("/"), row[1].lstrip("/")) for row in rows]
+
+
+def read_span(path: pathlib.Path, span: tar_scan.Span) -> bytes:
+  """The bytes of a member of a tar."""
+  with path.open("rb") as file:
+    file.seek(span.offset)
+    return file.read(span.size)
 
 
 def read_json(path: pathlib.Path) -> Any:

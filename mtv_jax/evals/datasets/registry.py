@@ -6,8 +6,10 @@
   {type=..., ...}     any source of `mtv_jax.data`, as in `config.data.train`
   *.tar               WebDataset shards: brace ranges, globs
   *.json              captions or boxes, see `coco.py`
-  FOLDER              a layout in `LAYOUTS`, or folders of classes, see
-                      `class_folders.py`
+  FOLDER              a layout in `LAYOUTS`, ImageNet's validation images or
+                      ObjectNet (`imagenet.py`), tars of CLIP_benchmark
+                      (`clip_benchmark.py`), or folders of classes
+                      (`class_folders.py`)
 
 Annotations are read when a data set is opened; images are loaded lazily, in
 their original size. Common arguments of the functions:
@@ -40,7 +42,9 @@ from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import (
   ade20k,
   class_folders,
+  clip_benchmark,
   coco,
+  imagenet,
   kitti,
   navi,
   nyu,
@@ -73,21 +77,39 @@ _BOX_SCENES = 128
 
 
 def open_classification(
-  data: examples.Data, *, split: str = "test", count: int | None = None
+  data: examples.Data,
+  *,
+  split: str = "test",
+  count: int | None = None,
+  real: str | os.PathLike | None = None,
 ) -> examples.ClassificationSet:
   """Labelled images: scenes, a folder, or a source with labels.
 
   Folders of splits, scenes (whose training numbers start at
-  `scenes.PROBE_SCENES`) and TFDS sets have splits; other data have one.
+  `scenes.PROBE_SCENES`) and TFDS sets have splits; other data have one. `real`
+  is ReaL's file of labels for ImageNet's validation images.
   """
   check_choice("split", split, SPLITS)
+  chosen: dict[str, Any] = {"count": count}
+  # Before the sources, as it may be a tar.
+  if _is_flat_imagenet(data) and split == "test":
+    return imagenet.open_validation(pathlib.Path(data), real=real, **chosen)
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
+  if real is not None and (config is not None or not os.path.isdir(data)):
+    raise InputError(
+      f"real={os.fspath(real)!r} relabels the files of ImageNet's validation "
+      f"set, and data={data!r} is no folder of them"
+    )
   if config is not None:
-    return source_records.open_labelled(config, split=split, count=count)
+    return source_records.open_labelled(config, split=split, **chosen)
   path = pathlib.Path(data)
   if path.is_dir():
     _reject_other_layouts(path)
-    return class_folders.open_folder(path, split=split, count=count)
+    if clip_benchmark.matches(path):
+      return clip_benchmark.open_classification(path, split=split, **chosen)
+    if imagenet.find_objectnet(path):
+      return imagenet.open_objectnet(path, **chosen)
+    return class_folders.open_folder(path, split=split, real=real, **chosen)
   if path.suffix == ".json" and path.is_file():
     raise NotApplicable(
       f"{data} is JSON, which has captions and no classes; expected scenes, a "
@@ -97,6 +119,12 @@ def open_classification(
     data,
     "Expected 'scenes', a folder of classes, or tars with labels "
     "(shards/{00000..00009}.tar)",
+  )
+
+
+def _is_flat_imagenet(data: examples.Data) -> bool:
+  return not _is_source(data) and imagenet.matches_validation(
+    pathlib.Path(data)
   )
 
 
@@ -141,7 +169,10 @@ def open_splits(
   elif os.path.isdir(data):
     # First, as other data sets have a folder for training too.
     _reject_other_layouts(pathlib.Path(data))
-    has_both = class_folders.has_splits(data)
+    path = pathlib.Path(data)
+    has_both = class_folders.has_splits(path) or clip_benchmark.has_split(
+      path, "train"
+    )
   else:
     has_both = is_scenes(data)
   if train is None and not has_both:
@@ -172,6 +203,9 @@ def _match_splits(
     classes = 1 + int(max(train.labels.max(), test.labels.max()))
     return Splits(train, test, max(classes, len(train.classes or ())))
   index = {key: i for i, key in enumerate(train.ids)}
+  if len(train.ids) == imagenet.CLASS_COUNT and not {*test.ids} & {*index}:
+    # ImageNet-V2's folders are numbers of the sorted WordNet ids.
+    index = {str(i): i for i in range(len(train.ids))}
   missing = [key for key in test.ids if key not in index]
   if missing:
     raise InputError(

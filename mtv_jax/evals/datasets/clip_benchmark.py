@@ -1,0 +1,170 @@
+"""Reader of CLIP_benchmark's folders of tars (github.com/LAION-AI).
+
+ROOT/{train,test}/0.tar ...                  KEY.webp (jpg, png) with KEY.cls,
+                                             or with KEY.txt for retrieval
+ROOT/{train,test}/nshards.txt                the number of tars
+ROOT/classnames.txt                          a name per line
+ROOT/zeroshot_classification_templates.txt   a template per line, {c} the name
+ROOT/dataset_type.txt                        `retrieval`; or missing
+
+KEY.cls is the number of the class, KEY.txt has a caption per line.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from mtv_jax.data import canvas
+from mtv_jax.data.sources import tar_scan
+from mtv_jax.evals.core import examples, prompts
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.datasets import files
+from mtv_jax.utils.errors import InputError, MissingFileError
+
+
+class _Record(NamedTuple):
+  """An image of a tar, and its .cls or .txt."""
+
+  key: str
+  tar: pathlib.Path
+  image: tar_scan.Span
+  label: str
+
+
+def matches(root: pathlib.Path) -> bool:
+  """Whether a folder has tars in a folder of a split."""
+  return any(has_split(root, split) for split in ("train", "test"))
+
+
+def has_split(root: pathlib.Path, split: str) -> bool:
+  """Whether a folder has the tars of a split."""
+  return any((root / split).glob("*.tar"))
+
+
+def is_retrieval(root: pathlib.Path) -> bool:
+  """Whether the images have captions instead of classes."""
+  path = root / "dataset_type.txt"
+  return path.is_file() and path.read_text().strip() == "retrieval"
+
+
+def open_classification(
+  root: pathlib.Path, *, split: str, count: int | None = None
+) -> examples.ClassificationSet:
+  """The images of a split, with the names and templates of the folder.
+
+  Arguments and errors are those of `registry.open_classification`.
+
+  Raises:
+    InputError: if a .cls is not the number of a name.
+  """
+  if is_retrieval(root):
+    raise NotApplicable(
+      f"{root}: dataset_type.txt is 'retrieval', whose images have captions "
+      "and no classes"
+    )
+  given = prompts.read_prompts(root)
+  rows = examples.subsample(_read_records(root, split, "cls"), count)
+  labels, digest = [], examples.Digest()
+  for row in rows:
+    number = row.label.strip()
+    if not number.isdecimal() or int(number) >= len(given.classes):
+      raise InputError(
+        f"{row.tar}: {row.key}.cls is {number!r}; expected the number of a "
+        f"line of classnames.txt, 0 to {len(given.classes) - 1}"
+      )
+    labels.append(int(number))
+    digest.add(row.key, row.image.size, number)
+  return examples.ClassificationSet(
+    name=str(root / split),
+    images=_images(rows),
+    labels=np.asarray(labels, np.int32),
+    classes=given.classes,
+    ids=None,
+    templates=given.templates,
+    digest=digest.hex(),
+  )
+
+
+def open_captions(
+  root: pathlib.Path,
+  *,
+  split: str,
+  count: int | None = None,
+  max_captions: int | None = None,
+) -> examples.CaptionSet:
+  """The images of a split with their captions.
+
+  Arguments and errors are those of `registry.open_captions`.
+  """
+  rows = examples.subsample(_read_records(root, split, "txt"), count)
+  captions, digest = [], examples.Digest()
+  for row in rows:
+    lines = [line.strip() for line in row.label.splitlines()]
+    texts = tuple(line for line in lines if line)[:max_captions]
+    if not texts:
+      raise InputError(f"{row.tar}: {row.key}.txt has no caption")
+    captions.append(texts)
+    digest.add(row.key, row.image.size, *texts)
+  name = str(root / split)
+  return examples.CaptionSet.from_lists(
+    name, _images(rows), captions, digest, split=split
+  )
+
+
+def _images(rows: list[_Record]) -> examples.Images:
+  def read(i: int) -> np.ndarray:
+    return canvas.decode(
+      files.read_span(rows[i].tar, rows[i].image), key=rows[i].key
+    )
+
+  return examples.Images(read, len(rows))
+
+
+def _read_records(root: pathlib.Path, split: str, suffix: str) -> list[_Record]:
+  """The records of a split that have an image and a file with `suffix`."""
+  records = [
+    row for tar in _list_tars(root, split) for row in _scan(tar, suffix)
+  ]
+  if not records:
+    raise InputError(
+      f"{root / split}: its tars have no KEY.webp (jpg, png) with KEY.{suffix}"
+    )
+  return records
+
+
+def _list_tars(root: pathlib.Path, split: str) -> list[pathlib.Path]:
+  """The tars 0.tar to N.tar of a split, N from nshards.txt where it exists."""
+  folder = root / split
+  if not has_split(root, split):
+    files.require_layout(root, [f"{split}/*.tar"], what="CLIP_benchmark's data")
+  listing = folder / "nshards.txt"
+  if not listing.is_file():
+    return sorted(folder.glob("*.tar"), key=lambda p: (len(p.name), p.name))
+  number = listing.read_text().strip()
+  if not number.isdecimal():
+    raise InputError(f"{listing}: expected a number of tars, got {number!r}")
+  tars = [folder / f"{i}.tar" for i in range(int(number))]
+  missing = [tar.name for tar in tars if not tar.is_file()]
+  if missing:
+    raise MissingFileError(
+      f"{folder}: nshards.txt is {number}, and {len(missing)} tars are "
+      f"missing, such as {missing[0]}"
+    )
+  return tars
+
+
+def _scan(tar: pathlib.Path, suffix: str) -> Iterator[_Record]:
+  """The records of a tar, in the order of their first members."""
+  groups: dict[str, dict[str, tar_scan.Span]] = {}
+  for name, span in tar_scan.members(tar):
+    key, extension = tar_scan.split_name(name)
+    groups.setdefault(key, {})[extension] = span
+  for key, members in groups.items():
+    images = [e for e in members if f".{e}" in examples.SUFFIXES]
+    if images and suffix in members:
+      label = files.read_span(tar, members[suffix])
+      yield _Record(key, tar, members[images[0]], label.decode("utf-8"))

@@ -1,0 +1,331 @@
+"""Readers of ImageNet's official validation set, of ReaL and of ObjectNet.
+
+ROOT/ILSVRC2012_val_00000001.JPEG ...  flat, also in ROOT/val/, or unpacked not
+ROOT/ILSVRC2012_img_val.tar            at all; beside the devkit, as a folder
+ROOT/ILSVRC2012_devkit_t12.tar.gz      or as its archive
+
+ROOT/images/FOLDER/*.png               ObjectNet (Barbu et al. 2019): with
+ROOT/mappings/*                        folders of images and four mappings
+
+real.json                              ReaL (Beyer et al. 2020): a list of
+                                       labels for each validation image
+
+Labels are positions in the sorted list of the 1000 WordNet ids, the order of
+the prompts and of PyTorch, and not the devkit's `ILSVRC2012_ID`. ImageNet-V2,
+-A, -R and -Sketch are folders of classes, see `class_folders.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import pathlib
+import re
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mtv_jax.data import canvas
+from mtv_jax.data.sources import tar_scan
+from mtv_jax.evals.core import examples
+from mtv_jax.evals.datasets import files
+from mtv_jax.utils.errors import InputError, MissingFileError
+
+CLASS_COUNT = 1000
+
+_TAR = "ILSVRC2012_img_val.tar"
+_DEVKIT = "ILSVRC2012_devkit_t12"
+_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG$")
+_EXPECTED = (
+  f"expected ILSVRC2012_val_*.JPEG or {_TAR} beside {_DEVKIT}/data/{{meta.mat,"
+  f"{_TRUTH}}} or {_DEVKIT}.tar.gz"
+)
+
+
+def matches_validation(path: pathlib.Path) -> bool:
+  """Whether a path is, or contains, the flat validation images or their tar."""
+  return _find_images(path) is not None
+
+
+def _find_images(path: pathlib.Path) -> pathlib.Path | None:
+  """The tar or the folder of the flat images."""
+  if path.is_file():
+    return path if path.name == _TAR else None
+  for folder in (path, path / "val"):
+    if folder.is_dir() and any(folder.glob("ILSVRC2012_val_*.JPEG")):
+      return folder
+  return path / _TAR if (path / _TAR).is_file() else None
+
+
+def open_validation(
+  path: pathlib.Path,
+  *,
+  count: int | None = None,
+  real: str | os.PathLike | None = None,
+) -> examples.ClassificationSet:
+  """The flat validation images with the devkit's labels.
+
+  Arguments and errors are those of `registry.open_classification`.
+
+  Raises:
+    MissingFileError: without the devkit, or if images are missing.
+    InputError: if the devkit is not as released.
+  """
+  source = _find_images(path)
+  ids, names, truth = _read_devkit(source)
+  if source.is_file():
+    members = tar_scan.members(source)
+    images = {name.rpartition("/")[2]: span for name, span in members}
+    read = functools.partial(files.read_span, source)
+  else:
+    images = {p.name: p for p in source.iterdir()}
+    read = pathlib.Path.read_bytes
+  wanted = [f"ILSVRC2012_val_{i + 1:08}.JPEG" for i in range(len(truth))]
+  missing = [name for name in wanted if name not in images]
+  if missing:
+    raise MissingFileError(
+      f"{source}: {len(missing)} of {len(wanted)} validation images are "
+      f"missing, such as {missing[0]}. Is it unpacked in full?"
+    )
+  rows = examples.subsample([*zip(wanted, truth, strict=True)], count)
+  digest = examples.Digest()
+  for name, label in rows:
+    image = images[name]
+    size = image.size if source.is_file() else image.stat().st_size
+    digest.add(name, size, ids[label])
+  wanted = [name for name, _ in rows]
+  return examples.ClassificationSet(
+    name=str(source),
+    images=examples.Images(
+      lambda i: canvas.decode(read(images[wanted[i]]), key=wanted[i]),
+      len(rows),
+    ),
+    labels=np.asarray([label for _, label in rows], np.int32),
+    classes=names,
+    ids=ids,
+    accepted=None if real is None else read_real(real, wanted),
+    digest=digest.hex(),
+  )
+
+
+def _read_devkit(
+  images: pathlib.Path,
+) -> tuple[tuple[str, ...], tuple[str, ...], list[int]]:
+  """Sorted WordNet ids, their first names, and the label of each image."""
+  reader = _find_devkit(images)
+  meta, truth = reader("meta.mat"), reader(_TRUTH)
+  synsets = _read_synsets(meta, f"{_DEVKIT}/data/meta.mat")
+  order = sorted(synsets.values())
+  label_of = {number: order.index(row) for number, row in synsets.items()}
+  try:
+    labels = [label_of[int(line)] for line in truth.split()]
+  except (KeyError, ValueError) as error:
+    raise InputError(
+      f"{_DEVKIT}/data/{_TRUTH}: {error} is not an ILSVRC2012_ID of meta.mat; "
+      "expected one number per line"
+    ) from None
+  return *zip(*order, strict=True), labels
+
+
+def _find_devkit(images: pathlib.Path) -> Callable[[str], bytes]:
+  """A function that reads a file of the devkit's data/."""
+  for folder in (images, *images.parents[:2]):
+    data = folder / _DEVKIT / "data"
+    if data.is_dir():
+      files.require_layout(data, ["meta.mat", _TRUTH], what="ImageNet's devkit")
+      return lambda name, data=data: (data / name).read_bytes()
+    archive = folder / f"{_DEVKIT}.tar.gz"
+    if archive.is_file():
+      return lambda name, archive=archive: _read_archived(archive, name)
+  raise MissingFileError(
+    f"{images} has ImageNet's validation images and no devkit with their "
+    f"labels; {_EXPECTED} (image-net.org)"
+  )
+
+
+def _read_archived(archive: pathlib.Path, name: str) -> bytes:
+  try:
+    with tarfile.open(archive) as tar:
+      return tar.extractfile(f"{_DEVKIT}/data/{name}").read()
+  except (KeyError, tarfile.TarError, OSError, EOFError) as error:
+    raise InputError(
+      f"{archive} can't be read as ImageNet's devkit: {error}"
+    ) from None
+
+
+def _read_synsets(meta: bytes, name: str) -> dict[int, tuple[str, str]]:
+  """By ILSVRC2012_ID, WordNet id and first name of synsets without children."""
+  import scipy.io
+
+  try:
+    rows = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+    leaves = np.atleast_1d(rows)
+    leaves = leaves[leaves["num_children"] == 0]
+    return {
+      int(row["ILSVRC2012_ID"]): (str(row["WNID"]), _first_name(row["words"]))
+      for row in leaves
+    }
+  # SciPy's reader raises errors of many types for a corrupt file.
+  except Exception as error:
+    raise InputError(
+      f"{name} is not ImageNet's: {error}; expected a struct array `synsets` "
+      "with ILSVRC2012_ID, WNID, words and num_children"
+    ) from None
+
+
+def _first_name(words: Any) -> str:
+  return str(words).partition(",")[0].strip()
+
+
+def read_real(
+  path: str | os.PathLike, names: Sequence[str | os.PathLike]
+) -> tuple[tuple[int, ...], ...]:
+  """ReaL's labels of validation images, by their file names.
+
+  Raises:
+    InputError: if the file is not a list of lists of labels, or a name is not
+      that of a validation image.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise MissingFileError(
+      f"no file {path}; ReaL's labels are real.json of "
+      "github.com/google-research/reassessed-imagenet"
+    )
+  lists = files.read_json(path)
+  if not isinstance(lists, list) or not all(map(_is_labels, lists)):
+    raise InputError(
+      f"{path}: expected ReaL's list with a list of labels (0 to "
+      f"{CLASS_COUNT - 1}) for each validation image"
+    )
+  accepted = []
+  for name in names:
+    match = _IMAGE.search(os.path.basename(name))
+    number = int(match[1]) if match else 0
+    if not 1 <= number <= len(lists):
+      raise InputError(
+        f"{name} is not one of the {len(lists)} images of {path}; ReaL "
+        "relabels ImageNet's ILSVRC2012_val_*.JPEG"
+      )
+    accepted.append(tuple(lists[number - 1]))
+  return tuple(accepted)
+
+
+def _is_labels(row: Any) -> bool:
+  return isinstance(row, list) and all(
+    type(label) is int and 0 <= label < CLASS_COUNT for label in row
+  )
+
+
+_FOLDERS = "folder_to_objectnet_label.json"
+_OVERLAP = "objectnet_to_imagenet_1k.json"
+_ORDER = "pytorch_to_imagenet_2012_id.json"
+_NAMES = "imagenet_to_label_2012_v2"
+_MAPPINGS = (_FOLDERS, _OVERLAP, _ORDER, _NAMES)
+_BORDER = 2  # red pixels around ObjectNet's images
+
+
+def find_objectnet(path: pathlib.Path) -> pathlib.Path | None:
+  """The folder of images/ and mappings/: `path`, or objectnet-1.0 in it."""
+  for root in (path, path / "objectnet-1.0"):
+    if any((root / "mappings" / name).is_file() for name in _MAPPINGS):
+      return root
+  return None
+
+
+def open_objectnet(
+  path: pathlib.Path, *, count: int | None = None
+) -> examples.ClassificationSet:
+  """ObjectNet's images of the classes that ImageNet has too.
+
+  The classes are ObjectNet's, in the order of their folders. `groups` has the
+  labels of ImageNet that each stands for.
+
+  Raises:
+    MissingFileError: if a mapping or all images are missing.
+    InputError: if the mappings contradict each other.
+  """
+  root = find_objectnet(path)
+  expected = [f"mappings/{name}" for name in _MAPPINGS]
+  files.require_layout(root, ["images/*/*", *expected], what="ObjectNet 1.0")
+  names, groups = _read_mappings(root / "mappings")
+  folders = sorted(names)
+  rows = [
+    (label, image)
+    for label, folder in enumerate(folders)
+    for image in sorted((root / "images" / folder).glob("*"))
+    if image.name.lower().endswith(examples.SUFFIXES)
+  ]
+  if not rows:
+    raise InputError(
+      f"{root}/images has none of the {len(folders)} folders that {_FOLDERS} "
+      f"and {_OVERLAP} name, such as {folders[0]!r}"
+    )
+  rows = examples.subsample(rows, count)
+  digest = examples.Digest()
+  for label, image in rows:
+    digest.add(image.name, image.stat().st_size, folders[label])
+  images = examples.open_images([image for _, image in rows])
+  return examples.ClassificationSet(
+    name=str(root),
+    images=examples.Images(
+      lambda i: images[i][_BORDER:-_BORDER, _BORDER:-_BORDER], len(rows)
+    ),
+    labels=np.asarray([label for label, _ in rows], np.int32),
+    classes=tuple(names[folder].lower() for folder in folders),
+    ids=tuple(folders),
+    groups=tuple(groups[folder] for folder in folders),
+    digest=digest.hex(),
+  )
+
+
+def _read_mappings(
+  root: pathlib.Path,
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+  """ObjectNet's name and ImageNet's labels of each overlapping folder."""
+  folder_names = _read_object(root / _FOLDERS, str)
+  overlap = _read_object(root / _OVERLAP, str)
+  order = _read_object(root / _ORDER, int)
+  lines = (root / _NAMES).read_text(encoding="utf-8").splitlines()
+  lines = [line.strip() for line in lines if line.strip()]
+  labels = {number: label for label, number in order.items()}
+  if sorted(labels) != [*range(len(lines))] or not all(
+    label.isdecimal() for label in order
+  ):
+    raise InputError(
+      f"{root / _ORDER} has {len(order)} labels and {_NAMES} {len(lines)} "
+      f"lines; expected each label once, with its line from 0 to "
+      f"{len(lines) - 1}"
+    )
+  label_of = {line: int(labels[i]) for i, line in enumerate(lines)}
+  folder_of = {name: folder for folder, name in folder_names.items()}
+  names, groups = {}, {}
+  for name, classes in overlap.items():
+    unknown = [c for c in classes.split("; ") if c not in label_of]
+    if name not in folder_of or unknown:
+      where = f"{unknown[0]!r} is not in {_NAMES}" if unknown else ""
+      raise InputError(
+        f"{root / _OVERLAP}: {name!r}: {classes!r}, but "
+        f"{where or f'{_FOLDERS} has no folder of that name'}"
+      )
+    names[folder_of[name]] = name
+    groups[folder_of[name]] = tuple(label_of[c] for c in classes.split("; "))
+  return names, groups
+
+
+def _read_object(path: pathlib.Path, kind: type) -> Mapping[str, Any]:
+  """A JSON object whose values are of `kind`."""
+  content = files.read_json(path)
+  if (
+    not isinstance(content, dict)
+    or not content
+    or not all(type(value) is kind for value in content.values())
+  ):
+    raise InputError(
+      f"{path}: expected an object of {kind.__name__} values, as ObjectNet has"
+    )
+  return content

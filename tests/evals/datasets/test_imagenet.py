@@ -1,0 +1,430 @@
+"""ImageNet's official files, its test sets, and CLIP_benchmark's folders."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import PIL.Image
+import pytest
+import scipy.io
+
+from mtv_jax.evals.classification.zero_shot import ZeroShot, match_candidates
+from mtv_jax.evals.core import prompts
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.core.prompts import Prompts
+from mtv_jax.evals.datasets import registry
+from mtv_jax.utils.errors import InputError, MissingFileError
+
+# By ILSVRC2012_ID: their order is not that of the WordNet ids.
+SYNSETS = [
+  (1, "n02000000", "green, verdant", 0),
+  (2, "n03000000", "blue", 0),
+  (3, "n01000000", "red", 0),
+  (4, "n00000001", "colour", 3),  # with children, so no class
+]
+TRUTH = [3, 1, 2, 3]  # by validation image
+COLOURS = ["red", "green", "blue", "red"]
+# 1000 names of which the first three are colours, in the order of their ids.
+NAMES = ("red", "green", "blue", *(f"class {i}" for i in range(997)))
+IDS = ("n01000000", "n02000000", "n03000000") + tuple(
+  f"n{4000000 + i:08}" for i in range(997)
+)
+IMAGENET = Prompts(NAMES, ("{}",), ids=IDS, name="imagenet")
+
+
+@pytest.fixture
+def devkit(tmp_path):
+  """The devkit's folder, in the layout of ILSVRC2012_devkit_t12."""
+  data = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+  data.mkdir(parents=True)
+  kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
+  rows = np.array(SYNSETS, [*kinds, ("num_children", "O")])
+  scipy.io.savemat(data / "meta.mat", {"synsets": rows[:, None]})
+  truth = data / "ILSVRC2012_validation_ground_truth.txt"
+  truth.write_text("".join(f"{number}\n" for number in TRUTH))
+  return data
+
+
+def write_flat(root, write_image):
+  for i, colour in enumerate(COLOURS):
+    name = f"ILSVRC2012_val_{i + 1:08}"
+    write_image(root / f"{name}.png", colour)
+    (root / f"{name}.png").rename(root / f"{name}.JPEG")
+
+
+def pack(archive, root, mode="w"):
+  """A tar of a folder's files, by their paths in its parent."""
+  with tarfile.open(archive, mode) as tar:
+    for path in sorted(root.rglob("*")):
+      if path.is_file():
+        tar.add(path, path.relative_to(root.parent))
+
+
+def test_flat_validation_set(tmp_path, devkit, write_image, colours):
+  write_flat(tmp_path / "val", write_image)
+  data = registry.open_classification(tmp_path)
+  # Positions in the sorted WordNet ids, and not ILSVRC2012_ID.
+  assert data.ids == ("n01000000", "n02000000", "n03000000")
+  assert data.classes == ("red", "green", "blue")
+  assert list(data.labels) == [0, 1, 2, 0]
+  assert data.images[2][0, 0].tolist() == [0, 0, 255]
+  assert registry.open_classification(tmp_path / "val").digest == data.digest
+  assert len(registry.open_classification(tmp_path, count=2).images) == 2
+  result = ZeroShot(data=str(tmp_path)).run(colours)
+  assert result.metrics["top1"] == 1.0
+  # A missing image is not a smaller set.
+  (tmp_path / "val" / "ILSVRC2012_val_00000003.JPEG").unlink()
+  with pytest.raises(MissingFileError, match="1 of 4 .*_00000003.JPEG"):
+    registry.open_classification(tmp_path)
+
+
+def test_validation_tar_and_devkit_archive(tmp_path, devkit, write_image):
+  write_flat(tmp_path / "images", write_image)
+  folder = tmp_path / "official"
+  folder.mkdir()
+  tar = folder / "ILSVRC2012_img_val.tar"
+  with tarfile.open(tar, "w") as file:
+    for path in sorted((tmp_path / "images").iterdir()):
+      file.add(path, path.name)
+  pack(folder / "ILSVRC2012_devkit_t12.tar.gz", devkit.parent, "w:gz")
+  for path in (folder, tar, str(tar)):
+    data = registry.open_classification(path)
+    assert list(data.labels) == [0, 1, 2, 0]
+    assert data.images[1][0, 0].tolist() == [0, 255, 0]
+  # With the training images, a set for probes.
+  for key, colour in zip(data.ids, COLOURS, strict=False):
+    write_image(folder / "train" / key / "1.png", colour)
+  splits = registry.open_splits(folder)
+  assert list(splits.test.labels) == [0, 1, 2, 0]
+  assert list(splits.train.labels) == [0, 1, 2]
+
+
+def test_devkit_is_checked(tmp_path, devkit, write_image):
+  write_flat(tmp_path, write_image)
+  truth = devkit / "ILSVRC2012_validation_ground_truth.txt"
+  truth.write_text("1\n4\n")  # 4 has children
+  with pytest.raises(InputError, match="4 is not an ILSVRC2012_ID"):
+    registry.open_classification(tmp_path)
+  (devkit / "meta.mat").write_bytes(b"no matrix")
+  with pytest.raises(InputError, match="meta.mat is not ImageNet's"):
+    registry.open_classification(tmp_path)
+  truth.unlink()
+  with pytest.raises(MissingFileError, match="missing .*ground_truth.txt"):
+    registry.open_classification(tmp_path)
+  devkit.parent.rename(tmp_path / "devkit")
+  with pytest.raises(MissingFileError, match="no devkit .*image-net.org"):
+    registry.open_classification(tmp_path)
+  (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"no archive")
+  with pytest.raises(InputError, match="can't be read as ImageNet's devkit"):
+    registry.open_classification(tmp_path)
+
+
+def write_folders(root, names, write_image):
+  """One red image per class, linked."""
+  write_image(root / "red.png", "red")
+  for name in names:
+    (root / "set" / name).mkdir(parents=True)
+    (root / "set" / name / "1.png").hardlink_to(root / "red.png")
+  return root / "set"
+
+
+def test_imagenet_v2_folders_are_numbers(tmp_path, write_image):
+  names = [str(i) for i in range(1000)]
+  root = write_folders(tmp_path, names, write_image)
+  data = registry.open_classification(root)
+  assert data.ids == tuple(names)  # and not 0, 1, 10, 100, 101
+  assert list(data.labels) == sorted(data.labels, key=lambda i: str(i))
+  # By position, also in a file that knows WordNet ids, and with folders left
+  # out.
+  for given in (IMAGENET, Prompts(NAMES)):
+    got = match_candidates(data, given, keep=None)
+    np.testing.assert_array_equal(got.labels, data.labels)
+  (root / "17" / "1.png").unlink()
+  data = registry.open_classification(root)
+  labels = match_candidates(data, IMAGENET, keep=None).labels
+  assert sorted(labels.tolist()) == [i for i in range(1000) if i != 17]
+  with pytest.raises(InputError, match="up to 999 and short has 3"):
+    match_candidates(data, Prompts(NAMES[:3], name="short"), keep=None)
+  with pytest.raises(InputError, match="WordNet ids or numbers"):
+    match_candidates(data, None, keep=None)
+
+
+def test_imagenet_v2_as_test_set_of_a_probe(tmp_path, write_image):
+  train = write_folders(tmp_path / "train", IDS, write_image)
+  for number, colour in (("10", "red"), ("2", "blue")):
+    write_image(tmp_path / "v2" / number / "1.png", colour)
+  data = registry.open_splits(tmp_path / "v2", train=train)
+  assert list(data.test.labels) == [10, 2]
+  assert data.test.ids == IDS
+
+
+def test_ten_numbers_are_digits(tmp_path, write_image):
+  for digit in range(10):
+    write_image(tmp_path / str(digit) / "1.png", "red")
+  data = registry.open_classification(tmp_path)
+  assert match_candidates(data, None, keep=None).named.classes[3] == "3"
+  words = Prompts(("zero", "one", "two", "three"))
+  with pytest.raises(InputError, match="labels up to 9"):
+    match_candidates(data, words, keep=None)
+
+
+def test_200_wordnet_ids_are_scored_alone(tmp_path, write_image, colours):
+  """ImageNet-A and -R."""
+  chosen = [IDS[0], *IDS[3::5]]
+  assert len(chosen) == 201
+  root = write_folders(tmp_path, chosen[:200], write_image)
+  path = tmp_path / "imagenet.json"
+  prompts.write_prompts(path, IMAGENET)
+  options = {"data": str(root), "prompts": str(path), "count": 7}
+  result = ZeroShot(**options).run(colours)
+  # Of all classes of the folder, and not only of those that were drawn.
+  assert result.protocol["classes"] == 200
+  assert result.protocol["classes_scored"] == "dataset"
+  assert result.chance["top1"] == 1 / 200
+  assert ZeroShot(**options, classes="all").run(colours).protocol[
+    "classes"
+  ] == 1000  # fmt: skip
+  present = ZeroShot(**options, classes="present").run(colours)
+  assert present.protocol["classes"] == 7
+  (root / chosen[1] / "1.png").unlink()
+  other = ZeroShot(**options).run(colours)
+  assert other.protocol["classes_scored"] == "all"
+
+
+def test_an_archive_with_one_folder_in_it(tmp_path, write_image):
+  """ImageNet-Sketch's archive has the folder `sketch`."""
+  for key in IDS[:3]:
+    write_image(tmp_path / "sketch" / key / "1.png", "red")
+  (tmp_path / "README.txt").write_text("")
+  data = registry.open_classification(tmp_path)
+  assert data.ids == IDS[:3]
+
+
+def test_real_labels(tmp_path, devkit, write_image, colours):
+  """An image is right by any of its labels, and left out without one."""
+  write_flat(tmp_path / "val", write_image)
+  # Red as green or red; green as blue; none; red as class 5.
+  real = tmp_path / "real.json"
+  real.write_text(json.dumps([[1, 0], [2], [], [7, 0, 7]]))
+  path = tmp_path / "imagenet.json"
+  # The file's order is another one than that of the sorted ids.
+  order = np.random.default_rng(0).permutation(1000)
+  shuffled = Prompts(
+    tuple(NAMES[i] for i in order), ("{}",), tuple(IDS[i] for i in order)
+  )
+  prompts.write_prompts(path, shuffled)
+  options = {"data": str(tmp_path), "real": str(real)}
+  result = ZeroShot(**options, prompts=str(path)).run(colours)
+  assert result.metrics["top1"] == 1.0
+  assert result.metrics["real_top1"] == pytest.approx(2 / 3)
+  assert result.protocol["real_images"] == 3
+  # Two labels, one and two of 1000.
+  assert result.chance["real_top1"] == pytest.approx(5 / 3 / 1000)
+  with pytest.raises(InputError, match="among ImageNet's 1000 classes"):
+    ZeroShot(**options).prepare()
+  with pytest.raises(InputError, match="relabels the files of ImageNet"):
+    ZeroShot(real=str(real)).prepare()
+  # The same images in folders of classes.
+  write_image(tmp_path / "f" / IDS[0] / "ILSVRC2012_val_00000001.png", "red")
+  jpeg = tmp_path / "f" / IDS[0] / "ILSVRC2012_val_00000001.JPEG"
+  jpeg.with_suffix(".png").rename(jpeg)
+  data = registry.open_classification(tmp_path / "f", real=real)
+  assert data.accepted == ((1, 0),)
+  jpeg.rename(jpeg.with_name("other.JPEG"))
+  with pytest.raises(InputError, match="other.JPEG is not one of the 4"):
+    registry.open_classification(tmp_path / "f", real=real)
+  real.write_text('[[1], "2"]')
+  with pytest.raises(InputError, match="list of labels"):
+    registry.open_classification(tmp_path, real=real)
+  with pytest.raises(MissingFileError, match="reassessed-imagenet"):
+    registry.open_classification(tmp_path, real=tmp_path / "none.json")
+
+
+@pytest.fixture
+def objectnet(tmp_path):
+  """Three folders, of which two overlap; a red border of two pixels."""
+  root = tmp_path / "objectnet-1.0"
+  inner = {"a_tie": (0, 0, 255), "b_chair": (0, 255, 0), "c_other": (9, 9, 9)}
+  for folder, colour in inner.items():
+    pixels = np.full((10, 14, 3), (255, 0, 0), np.uint8)
+    pixels[2:-2, 2:-2] = colour
+    (root / "images" / folder).mkdir(parents=True)
+    PIL.Image.fromarray(pixels).save(root / "images" / folder / "1.png")
+  mappings = root / "mappings"
+  mappings.mkdir()
+
+  def write(name, content):
+    (mappings / name).write_text(json.dumps(content))
+
+  write(
+    "folder_to_objectnet_label.json",
+    {"a_tie": "Tie", "b_chair": "Chair", "c_other": "Other"},
+  )
+  write(
+    "objectnet_to_imagenet_1k.json",
+    {"Tie": "bow tie, bowtie; Windsor tie", "Chair": "chair"},
+  )
+  # Lines are in the order of ILSVRC2012_ID, labels are not.
+  lines = ["chair", "Windsor tie", "bow tie, bowtie"]
+  lines += [f"other {i}" for i in range(997)]
+  (mappings / "imagenet_to_label_2012_v2").write_text("\n".join(lines) + "\n")
+  line_of = {0: 1, 1: 0, 2: 2} | {i: i for i in range(3, 1000)}
+  write(
+    "pytorch_to_imagenet_2012_id.json", {str(k): v for k, v in line_of.items()}
+  )
+  return root
+
+
+def test_objectnet(objectnet, colours, tmp_path):
+  data = registry.open_classification(objectnet.parent)
+  assert data.ids == ("a_tie", "b_chair")
+  assert data.classes == ("tie", "chair")
+  assert list(data.labels) == [0, 1]
+  assert data.groups == ((2, 0), (1,))
+  # Without the border.
+  assert data.images[0].shape == (6, 10, 3)
+  assert np.unique(data.images[0].reshape(-1, 3), axis=0).tolist() == [
+    [0, 0, 255]
+  ]
+  # ObjectNet's own names.
+  own = Prompts(("chair", "tie"), name="own")
+  assert list(match_candidates(data, own, keep=None).labels) == [1, 0]
+  # ImageNet's: red, blue stand for a tie, green for a chair.
+  path = tmp_path / "imagenet.json"
+  names = ("red", "green", "blue", *NAMES[3:])
+  prompts.write_prompts(path, Prompts(names, ("{}",), IDS))
+  options = {"data": str(objectnet), "prompts": str(path)}
+  result = ZeroShot(**options).run(colours)
+  assert result.protocol["classes"] == 3
+  assert result.metrics["top1"] == 1.0
+  # Two of three candidates are right for the tie, one for the chair.
+  assert result.chance["top1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+  assert result.chance["top5"] == 1.0
+  every = ZeroShot(**options, classes="all").run(colours)
+  assert every.protocol["classes"] == 1000
+  assert every.chance["top1"] == pytest.approx(3 / 2 / 1000)
+  got = every.chance["top5"]
+  miss = (998 * 997 * 996 * 995 * 994) / (1000 * 999 * 998 * 997 * 996)
+  assert got == pytest.approx((1 - miss + 5 / 1000) / 2)
+
+
+@pytest.mark.parametrize(
+  "name, content, message",
+  [
+    ("folder_to_objectnet_label.json", "[]", "expected an object of str"),
+    ("folder_to_objectnet_label.json", "{", "is not JSON"),
+    ("folder_to_objectnet_label.json", '{"a": 1}', "expected an object of str"),
+    ("folder_to_objectnet_label.json", '{"a": "b"}', "no folder of that name"),
+    ("objectnet_to_imagenet_1k.json", '{"Tie": "cap"}', "'cap' is not in"),
+    ("objectnet_to_imagenet_1k.json", '{"Tie": null}', "an object of str"),
+    ("pytorch_to_imagenet_2012_id.json", '{"0": 5}', "each label once"),
+    ("pytorch_to_imagenet_2012_id.json", '{"0": "5"}', "an object of int"),
+    ("imagenet_to_label_2012_v2", "chair", "1000 labels and .* 1 lines"),
+    ("imagenet_to_label_2012_v2", None, "missing .*2012_v2"),
+  ],
+)
+def test_malformed_mappings_are_explained(objectnet, name, content, message):
+  path = objectnet / "mappings" / name
+  path.unlink()
+  if content is not None:
+    path.write_text(content)
+  with pytest.raises((InputError, MissingFileError), match=message):
+    registry.open_classification(objectnet)
+
+
+def write_tar(path, records):
+  """Members of records, as webdataset's ShardWriter names them."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tarfile.open(path, "w") as tar:
+    for key, members in records.items():
+      for suffix, content in members.items():
+        info = tarfile.TarInfo(f"{key}.{suffix}")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
+def image_bytes(colour, kind="webp"):
+  out = io.BytesIO()
+  lossless = {"lossless": True} if kind == "webp" else {}
+  PIL.Image.new("RGB", (8, 8), colour).save(out, kind, **lossless)
+  return out.getvalue()
+
+
+@pytest.fixture
+def clip_benchmark(tmp_path):
+  colours = ["blue", "red", "green"]
+  for split, numbers in (("train", [0, 1, 2]), ("test", [2, 1, 1])):
+    for shard, number in enumerate(numbers):
+      kind = ("webp", "png", "jpg")[shard]
+      image = image_bytes(colours[number], {"jpg": "jpeg"}.get(kind, kind))
+      label = {kind: image, "cls": str(number).encode()}
+      write_tar(tmp_path / split / f"{shard}.tar", {f"s{shard:07}": label})
+    (tmp_path / split / "nshards.txt").write_text("3\n")
+  (tmp_path / "classnames.txt").write_text("blue\nred\nblue\n")
+  (tmp_path / "zeroshot_classification_templates.txt").write_text(
+    "a photo of a {c}.\n{c}\n"
+  )
+  return tmp_path
+
+
+def test_clip_benchmark_classification(clip_benchmark, colours):
+  data = registry.open_classification(clip_benchmark)
+  assert list(data.labels) == [2, 1, 1]
+  assert data.classes == ("blue", "red", "blue")
+  assert data.templates == ("a photo of a {}.", "{}")
+  assert data.images[1][0, 0].tolist() == [255, 0, 0]
+  result = ZeroShot(data=str(clip_benchmark)).run(colours)
+  assert result.protocol["templates"] == ["a photo of a {}.", "{}"]
+  # Green is as far from all names, and the first wins. Equal names are no
+  # error, as the labels are the numbers of the lines.
+  assert result.metrics["top1"] == pytest.approx(2 / 3)
+  splits = registry.open_splits(clip_benchmark)
+  assert list(splits.train.labels) == [0, 1, 2]
+  assert splits.classes == 3
+
+
+def test_prompt_files_of_the_users(clip_benchmark, colours, tmp_path):
+  names = tmp_path / "mine.txt"
+  names.write_text("blue\n\nred\ngreen\n")
+  templates = tmp_path / "templates.txt"
+  templates.write_text("{c} and {}\n")
+  options = {"data": str(clip_benchmark), "prompts": str(names)}
+  result = ZeroShot(**options).run(colours)
+  # By position, as the folder's own list.
+  assert result.metrics["top1"] == 1.0
+  assert result.protocol["templates"] == list(prompts.DEFAULT_TEMPLATES)
+  with pytest.raises(InputError, match="exactly once"):
+    ZeroShot(**options, templates=str(templates)).prepare()
+  templates.write_text("my {c}\n")
+  result = ZeroShot(**options, templates=str(templates)).run(colours)
+  assert result.protocol["templates"] == ["my {}"]
+  assert result.protocol["prompts"] == "mine.txt, templates.txt"
+  own = ZeroShot(data=str(clip_benchmark), templates=str(templates))
+  assert own.run(colours).protocol["templates"] == ["my {}"]
+  # A folder of another data set is a prompt file too.
+  read = prompts.read_prompts(clip_benchmark)
+  assert read.classes == ("blue", "red", "blue")
+  assert read.templates == ("a photo of a {}.", "{}")
+
+
+def test_clip_benchmark_is_checked(clip_benchmark):
+  image = {"png": image_bytes("red", "png")}
+  tar = clip_benchmark / "test" / "1.tar"
+  write_tar(tar, {"a": image | {"cls": b"3"}})
+  with pytest.raises(InputError, match="a.cls is '3'.*0 to 2"):
+    registry.open_classification(clip_benchmark)
+  tar.unlink()
+  with pytest.raises(MissingFileError, match="nshards.txt is 3.*1.tar"):
+    registry.open_classification(clip_benchmark)
+  (clip_benchmark / "test" / "nshards.txt").write_text("1")
+  write_tar(clip_benchmark / "test" / "0.tar", {"a": image})
+  with pytest.raises(InputError, match="with KEY.cls"):
+    registry.open_classification(clip_benchmark)
+  (clip_benchmark / "dataset_type.txt").write_text("retrieval\n")
+  with pytest.raises(NotApplicable, match="captions and no classes"):
+    registry.open_classification(clip_benchmark)
+  (clip_benchmark / "dataset_type.txt").unlink()
+  (clip_benchmark / "classnames.txt").unlink()
+  with pytest.raises(MissingFileError, match="classnames.txt"):
+    registry.open_classification(clip_benchmark)
