@@ -22,11 +22,12 @@ def get_config(arg=None):
     arg,
     tiny=False,
     path="data/coco/*.tar",
-    tokenizer="bytes",
+    tokenizer="",
     batch=128,
     steps=200,
     size=96,
   )
+  tokenizer = arg.tokenizer or ("bytes" if arg.tiny else "")
 
   config = ConfigDict()
   config.seed = 0
@@ -47,9 +48,9 @@ def get_config(arg=None):
     text=dict(
       variant="Ti",
       length=32,
-      tokenizer=arg.tokenizer,
+      tokenizer=tokenizer,
       clean="lower",
-      vocab_size=258 if arg.tokenizer == "bytes" else 32_000,
+      vocab_size=258 if tokenizer == "bytes" else 32_000,
       **shape,
     ),
   )

@@ -26,9 +26,7 @@ from mtv_jax.config.schema import parse_arg, read_config
 
 
 def get_config(arg=None):
-  arg = parse_arg(
-    arg, tiny=False, batch=0, res=224, variant="B", tokenizer="bytes"
-  )
+  arg = parse_arg(arg, tiny=False, batch=0, res=224, variant="B", tokenizer="")
   # Towers, optimizer, evaluations and mesh of SigLIP. The released model uses
   # its 32k SentencePiece model too: tokenizer=PATH.model.
   config = read_config("siglip_b16_224", **arg)

@@ -24,7 +24,7 @@ from mtv_jax.config.schema import parse_arg, read_config
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, tiny=False, batch=0, init="", tokenizer="bytes")
+  arg = parse_arg(arg, tiny=False, batch=0, init="", tokenizer="")
   init = arg.init
   del arg["init"]
   config = read_config("mtv_b16_224", res=512, **arg)

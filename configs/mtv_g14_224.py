@@ -21,7 +21,7 @@ from mtv_jax.config.schema import parse_arg, read_config
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, tiny=False, batch=0, tokenizer="bytes")
+  arg = parse_arg(arg, tiny=False, batch=0, tokenizer="")
   config = read_config("mtv_b16_224", variant="g", **arg)
   if arg.tiny:
     return config

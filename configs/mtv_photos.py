@@ -26,10 +26,11 @@ def get_config(arg=None):
     nyu="data/nyu",
     boxes="",
     rooms="",
-    tokenizer="bytes",
+    tokenizer="",
     batch=48,
     steps=300,
   )
+  tokenizer = arg.tokenizer or ("bytes" if arg.tiny else "")
   config = read_config("mtv_tiny", batch=arg.batch, steps=arg.steps)
   # Neither source has all labels: captions and boxes here, depth there.
   config.data.train = [
@@ -58,9 +59,9 @@ def get_config(arg=None):
     text=dict(
       variant="Ti",
       length=32,
-      tokenizer=arg.tokenizer,
+      tokenizer=tokenizer,
       clean="lower",
-      vocab_size=258 if arg.tokenizer == "bytes" else 32_000,
+      vocab_size=258 if tokenizer == "bytes" else 32_000,
       **shape,
     ),
   )

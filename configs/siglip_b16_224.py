@@ -22,9 +22,8 @@ from mtv_jax.config.schema import parse_arg
 
 
 def get_config(arg=None):
-  arg = parse_arg(
-    arg, tiny=False, batch=0, res=224, variant="B", tokenizer="bytes"
-  )
+  arg = parse_arg(arg, tiny=False, batch=0, res=224, variant="B", tokenizer="")
+  tokenizer = arg.tokenizer or ("bytes" if arg.tiny else "")
 
   config = ConfigDict()
   config.seed = 0
@@ -47,9 +46,9 @@ def get_config(arg=None):
       length=64,
       # The published runs use a 32k SentencePiece model of C4 on lower-cased
       # text without punctuation: tokenizer=PATH.model.
-      tokenizer=arg.tokenizer,
+      tokenizer=tokenizer,
       clean="canonicalize",
-      vocab_size=258 if arg.tokenizer == "bytes" else 32_000,
+      vocab_size=258 if tokenizer == "bytes" else 32_000,
     ),
   )
   # The prior of 32,768 rows, where almost all pairs are negative.

@@ -32,7 +32,7 @@ def get_config(arg=None):
     res=224,
     variant="B",
     init="/data/runs/mtv_b16",
-    tokenizer="bytes",
+    tokenizer="",
   )
   init = arg.init
   del arg["init"]

@@ -19,9 +19,7 @@ from mtv_jax.config.schema import parse_arg, read_config
 
 
 def get_config(arg=None):
-  arg = parse_arg(
-    arg, tiny=False, batch=0, res=224, variant="B", tokenizer="bytes"
-  )
+  arg = parse_arg(arg, tiny=False, batch=0, res=224, variant="B", tokenizer="")
   config = read_config("mtv_b16_224", **arg)
   config.data.ops = config.data.ops.replace("|depth(128)|regions(4)", "")
   if not arg.tiny:

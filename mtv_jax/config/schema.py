@@ -88,7 +88,8 @@ SCHEMA = dict(
         variant=(str, "B"),
         length=(int, 64),
         vocab_size=(int, 32_000),
-        tokenizer=(str, "bytes"),  # Or a path: *.model, *.json.
+        # Or a path: *.model, *.json. "" has to be set for training.
+        tokenizer=(str, "bytes"),
         clean=(Literal["lower", "none", "canonicalize"], "lower"),
       ),
       None,

@@ -5,7 +5,7 @@ new op is a `HostOp` here and a line of `OPS`.
 
 A record without a label gives zeros, so that one batch mixes sources with
 different labels. Parts of a label that an op leaves out are counted in the
-record's `dropped`.
+record's `dropped`, and `caption_cut` tells whether a caption was cut.
 """
 
 import abc
@@ -218,7 +218,9 @@ class Caption(TextOp):
     for text in [*captions[start:], *captions[:start]]:
       if self.tokenizer.clean_text(text).strip():
         ids = self._token_ids(text, self.length, record["key"])
-        return record | {"caption": ids, "caption_valid": np.bool_(True)}
+        cut = self.tokenizer.is_cut(text, self.length)
+        fields = {"caption": ids, "caption_valid": np.bool_(True)}
+        return record | fields | {"caption_cut": cut}
     if captions:
       reason = f"all of its captions are empty: {captions[:3]!r}"
       raise BadRecord(record["key"], reason)

@@ -44,8 +44,11 @@ Batch = dict[str, np.ndarray]
 
 # More bad records in a row are not accidental.
 _MAX_BAD_RUN = 256
-# Records, or an epoch, after which the share of bad ones is checked.
+# Records, or an epoch, after which the shares of bad ones and of cut captions
+# are checked.
 _CHECKED_AFTER = 1000
+# The share of captions cut by their length from which on it is warned of.
+_MAX_CUT = 0.2
 # Bad records that are logged: the first ones, then one of many.
 _MAX_LOGGED, _LOG_EVERY = 20, 100
 
@@ -66,6 +69,13 @@ class Stats:
   dropped: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
+  captions: int = 0  # Rows with a caption.
+  captions_cut: int = 0  # Those whose caption has too many tokens.
+
+  @property
+  def cut_share(self) -> float | None:
+    """The share of captions that were cut; None without captions."""
+    return self.captions_cut / self.captions if self.captions else None
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -73,8 +83,8 @@ class HostBatches:
   """This host's rows of each step's batch, a random-access source for Grain.
 
   An element is `rows` (the batch), `bad`, (source, key, reason) of each bad
-  record, and `dropped`, (source, reason, count) of label parts left out, so
-  that worker processes report them too.
+  record, `dropped`, (source, reason, count) of label parts left out, and `cut`,
+  whether each caption was cut, so that worker processes report them too.
   """
 
   sources: Sequence[Source]
@@ -114,13 +124,16 @@ class HostBatches:
       for name, field in self.ops.fields.items()
     }
     jobs = [batch] * self.rows, positions, addresses
-    bad, dropped = zip(*pool.map(self._fill_row, *jobs), strict=True)
-    return {"rows": batch, "bad": sum(bad, []), "dropped": sum(dropped, [])}
+    lists = zip(*pool.map(self._fill_row, *jobs), strict=True)
+    bad, dropped, cut = (sum(parts, []) for parts in lists)
+    return {"rows": batch, "bad": bad, "dropped": dropped, "cut": cut}
 
   def _fill_row(
     self, batch: Batch, position: int, address: tuple[int, int]
-  ) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, int]]]:
-    """Writes the row of `position`; returns bad records and dropped labels."""
+  ) -> tuple[
+    list[tuple[str, str, str]], list[tuple[str, str, int]], list[bool]
+  ]:
+    """Writes the row of `position`; returns the other parts of an element."""
     source, first = self.sources[address[0]], address[1]
     tries = min(len(source), _MAX_BAD_RUN)
     bad: list[tuple[str, str, str]] = []
@@ -133,7 +146,9 @@ class HostBatches:
         for name, values in batch.items():
           values[row] = record[name]
         dropped = record.get("dropped", {}).items()
-        return bad, [(source.name, reason, n) for reason, n in dropped]
+        dropped = [(source.name, reason, n) for reason, n in dropped]
+        cut = [record["caption_cut"]] if "caption_cut" in record else []
+        return bad, dropped, cut
       except BadRecord as error:
         bad.append((source.name, error.key, error.reason))
       except Exception as error:
@@ -184,6 +199,7 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
       self._count_bad(*entry)
     for entry in element["dropped"]:
       self._count_dropped(*entry)
+    self._count_cut(element["cut"])
     self._check_corrupt()
     return {name: rows[name] for name in self.fields}
 
@@ -206,6 +222,20 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
     if not before or len(str(after)) > len(str(before)):
       log.warning(
         "Labels of %s (%d in %d records read)", name, after, self.stats.read
+      )
+
+  def _count_cut(self, cut: Sequence[bool]) -> None:
+    stats, before = self.stats, self.stats.captions
+    stats.captions += len(cut)
+    stats.captions_cut += sum(cut)
+    first = min(_CHECKED_AFTER, self.examples_per_epoch)
+    # Once, when there are enough of them.
+    if before < first <= stats.captions and stats.cut_share > _MAX_CUT:
+      log.warning(
+        "%.0f %% of %d captions are longer than %r gives them tokens, and were"
+        " cut. Raise the length of `caption` with model.text.length, or use a"
+        " tokenizer of longer pieces (`bytes` has an id for each byte).",
+        *(100 * stats.cut_share, stats.captions, self.batches.ops),
       )
 
   def _check_corrupt(self) -> None:

@@ -239,6 +239,7 @@ class _Trainer:
       **self.experiment.optimizer.hyperparameters(step - 1),
       "data/corrupt": stats.corrupt,
       "data/dropped": sum(stats.dropped.values()),
+      **({"data/captions_cut": stats.cut_share} if stats.captions else {}),
       **{f"{name}/encoder_grad_norm": v for name, v in norms.items()},
     }
     losses = [name for name in values if name.endswith("/loss")]

@@ -72,6 +72,25 @@ def test_the_whole_recipe_is_a_config(file):
 
 
 @every
+def test_real_data_demand_a_tokenizer(file, tmp_path):
+  config = schema.read_config(str(file))
+  sources = {source["type"] for source in config.data.train}
+  if not config.model.get("text") or sources == {"scenes"}:
+    return
+  assert config.model.text.tokenizer == ""
+  config.mesh = dict(data=-1)
+  with pytest.raises(ConfigError, match=":tokenizer=PATH"):
+    build_experiment(config, tmp_path)
+  # As published: a SentencePiece or BPE vocabulary, whatever the file.
+  given = schema.read_config(f"{file}:tokenizer=x.model")
+  assert given.model.text.tokenizer == "x.model"
+  assert given.model.text.vocab_size == config.model.text.vocab_size > 30_000
+  assert schema.read_config(f"{file}:tokenizer=bytes").model.text.vocab_size < (
+    30_000
+  )
+
+
+@every
 def test_it_reads_as_a_recipe(file):
   text = file.read_text(encoding="utf-8")
   assert len(text.splitlines()) <= 150

@@ -285,6 +285,41 @@ def test_too_many_bad_records_stop_the_run():
     assert batches.stats.corrupt == 25
 
 
+class Texts(Numbers):
+  """Of ten records three have a caption of nine bytes, six of four bytes."""
+
+  def __getitem__(self, i: int) -> dict:
+    text = "a" * (9 if i % 10 < 3 else 4)
+    captions = [] if i % 10 == 9 else [text]
+    return super().__getitem__(i) | {"captions": captions}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_cut_captions_are_counted_and_warned_of_once(caplog, workers):
+  source = Texts("n", 40)
+  # Room for five bytes and the end.
+  config = "decode|canvas(2)|caption(6)"
+  options = {"batch_size": 8, "seed": 0, "sources": [source]}
+  data = {"ops": config, "workers": workers}
+  tokenizer = build_tokenizer("bytes")
+  with make_loader(data, tokenizer=tokenizer, **options) as batches:
+    for _ in range(10):
+      next(batches)
+    stats = batches.stats
+    assert (stats.captions, stats.captions_cut) == (72, 24)
+    assert stats.cut_share == 1 / 3
+  (message,) = [r.getMessage() for r in caplog.records if "cut" in r.msg]
+  # After as many captions as there are records.
+  assert message.startswith("33 % of 42 captions") and "caption(6)" in message
+  caplog.clear()
+  data = {"ops": "decode|canvas(2)|caption(10)"}
+  with make_loader(data, tokenizer=tokenizer, **options) as batches:
+    for _ in range(10):
+      next(batches)
+    assert batches.stats.cut_share == 0
+  assert not caplog.records
+
+
 def test_small_data_are_checked_after_an_epoch():
   with loader([Numbers("n", 40, bad=[1, 2])]) as batches:
     for _ in range(4):

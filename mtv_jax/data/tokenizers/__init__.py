@@ -10,7 +10,12 @@ from mtv_jax.data.tokenizers.base import export_files as export_files
 from mtv_jax.data.tokenizers.byte import ByteTokenizer
 from mtv_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from mtv_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from mtv_jax.utils.errors import InputError, MissingFileError, did_you_mean
+from mtv_jax.utils.errors import (
+  ConfigError,
+  InputError,
+  MissingFileError,
+  did_you_mean,
+)
 
 # By the suffix of the tokenizer's file.
 _TYPES = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
@@ -29,9 +34,16 @@ def build_tokenizer(
   Raises:
     MissingFileError: the file is missing.
     InputError: the file is not a tokenizer of a known kind.
-    ConfigError: `clean` is unknown.
+    ConfigError: `spec` is empty, or `clean` is unknown.
   """
   spec = os.fspath(spec)
+  if not spec:
+    raise ConfigError(
+      "model.text.tokenizer is not set, as a recipe for real data has no"
+      " default. Add `:tokenizer=PATH` to --config (after a comma, if it has"
+      " arguments), a SentencePiece file '*.model' or a 'tokenizer.json'."
+      " tokenizer=bytes is for smoke tests: it cuts most captions."
+    )
   if spec == "bytes":
     return ByteTokenizer(None, clean)
   suffix = Path(spec).suffix

@@ -94,6 +94,13 @@ class Tokenizer(abc.ABC):
       row[: len(tokens)] = tokens
     return ids
 
+  def is_cut(self, text: str, length: int) -> bool:
+    """Whether a text has more than `length` ids, the end of sequence included.
+
+    Raises UnicodeError for a string that is not valid Unicode.
+    """
+    return len(self._ids(self.clean_text(text), length + 1)) > length
+
   def clean_text(self, text: str) -> str:
     """The text after cleaning."""
     return _CLEANERS[self.clean][0](text)

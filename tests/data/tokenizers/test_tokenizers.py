@@ -15,6 +15,7 @@ from mtv_jax.data.tokenizers import (
   canonicalize,
   export_files,
 )
+from mtv_jax.utils.errors import ConfigError
 
 CLEAN = ("none", "lower", "canonicalize")
 ODD = [
@@ -118,6 +119,27 @@ def test_bytes():
   assert tokenizer.vocab_size == 258
   assert tokenizer.encode(["\u00ff"], 9).max() < 258
   assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
+
+
+def test_texts_that_are_cut(small, words_json):
+  text = "a dog cat red"
+  for spec in ("bytes", small, words_json):
+    tokenizer = build_tokenizer(spec)
+    # Padding, which is the end of sequence for SentencePiece, is no text.
+    long = tokenizer.encode([text], 64)[0]
+    other = tokenizer.pad_id
+    count = int(np.flatnonzero(long != other)[-1]) + 1
+    count += tokenizer.pad_id == tokenizer.eos_id
+    cut = [tokenizer.is_cut(text, n) for n in (count - 1, count, count + 1)]
+    assert cut == [True, False, False], spec
+    assert not tokenizer.is_cut("", 64)
+  assert build_tokenizer("bytes").is_cut("abc", 3)
+  assert not build_tokenizer("bytes").is_cut("abc", 4)
+
+
+def test_a_missing_tokenizer_names_the_argument():
+  with pytest.raises(ConfigError, match=":tokenizer=PATH"):
+    build_tokenizer("")
 
 
 @pytest.mark.parametrize("length", [1, 2, 4])
