@@ -127,6 +127,8 @@ class View:
 
   name: str
   pipelines: tuple[Pipeline, ...]  # Equal ones are computed together.
+  # The view whose random numbers it takes, so that boxes and flips are equal.
+  crops_of: str | None = None
 
   @property
   def count(self) -> int:
@@ -230,24 +232,53 @@ def _run_pipeline(
 
 
 def build_views(config: Mapping[str, Any]) -> dict[str, View]:
-  """The views of `config.views`: `NAME: dict(count, ops)`.
+  """The views of `config.views`: `NAME: dict(count, ops, crops_of)`.
 
   `ops` is one string for all, or a list with one string for each of `count`.
+  `crops_of` names a view whose crops and flips this one repeats, at its own
+  size: both start with the same crop and flip but for the size.
 
   Raises:
     ConfigError: for unknown options or ops, wrong arguments, ops in a wrong
-      order, and a list whose length differs from `count`.
+      order, a list whose length differs from `count`, and `crops_of` a view
+      with other crops.
   """
-  return {
+  views = {
     name: options.build(
       functools.partial(_build_view, name), entry, where=f"config.views.{name}"
     )
     for name, entry in config.items()
   }
+  for view in views.values():
+    if view.crops_of is not None:
+      _check_crops_of(view, views)
+  return views
+
+
+def _check_crops_of(view: View, views: Mapping[str, View]) -> None:
+  where = f"config.views.{view.name}.crops_of"
+  other = views.get(view.crops_of)
+  if other is None or other.crops_of is not None:
+    known = sorted(n for n, v in views.items() if v.crops_of is None)
+    raise ConfigError(f"{where}={view.crops_of!r}, expected one of {known}.")
+
+  def crops(v):
+    boxes = [dataclasses.replace(p.box_op, size=1) for p in v.pipelines]
+    return [(box, p.flip) for box, p in zip(boxes, v.pipelines, strict=True)]
+
+  if crops(view) != crops(other):
+    raise ConfigError(
+      f"{where}={view.crops_of!r}: count, crop and flip of the two views "
+      "differ. Write the same ones, but for the size."
+    )
 
 
 def _build_view(
-  name: str, *, ops: str | Sequence[str], count: PositiveInt | None = None
+  name: str,
+  *,
+  ops: str | Sequence[str],
+  count: PositiveInt | None = None,
+  crops_of: str | None = None,
 ) -> View:
   texts = [ops] * (count or 1) if isinstance(ops, str) else ops
   if count not in (None, len(texts)):
@@ -264,7 +295,7 @@ def _build_view(
   if not pipelines:
     raise ConfigError("ops is empty.")
   _check_stackable(pipelines)
-  return View(name, tuple(pipelines))
+  return View(name, tuple(pipelines), crops_of)
 
 
 def build_pipeline(text: str) -> Pipeline:

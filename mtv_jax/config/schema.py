@@ -42,6 +42,10 @@ class Entries(dict):
   """Named open sections {NAME: section}; `type` defaults to the name."""
 
 
+class ClosedEntries(Entries):
+  """Named sections without further options."""
+
+
 class Scheduled(dict):
   """A section that may be given as its `value` alone."""
 
@@ -134,6 +138,17 @@ SCHEMA = dict(
   # Constant as in SILC, where a rising momentum hurts the text tower; `end`
   # gives DINOv2's cosine.
   teacher=dict(momentum=(Fraction, 0.996), end=(Fraction, None)),
+  # Frozen image encoders that objectives read by name: of a path, or a copy of
+  # the EMA teacher, refreshed as `train.step_spec.FrozenTeacher` says.
+  teachers=ClosedEntries(
+    path=(str, None),
+    step=(int, None),
+    weights=(Literal["student", "teacher", "ema"], "student"),
+    update_every=Duration(None),
+    max_updates=(PositiveInt, None),
+    # Filled in from the path. None: the student's.
+    model=(Open(), None),
+  ),
   # dcn: how many parts of an axis lie on different slices, see `make_mesh`.
   mesh=dict(**_MESH, dcn=_MESH),
   sharding=(List, ()),  # (regex, axis or axes of each trailing dimension).
@@ -199,7 +214,7 @@ def _section(path: str, keys: Mapping[str, Any], entry: Any) -> dict[str, Any]:
       kind, default = kind if isinstance(kind, tuple) else (kind, REQUIRED)
       out[name] = _value(f"{path}.{name}", kind, entry.get(name), default)
   unknown = {k: v for k, v in entry.items() if k not in (*out, *units)}
-  if unknown and not isinstance(keys, Open | Entries):
+  if unknown and type(keys) not in (Open, Entries):
     key = next(iter(unknown))
     raise ConfigError(
       f"{path}.{key} is an unknown key. {did_you_mean(key, [*out, *units])}"

@@ -11,6 +11,7 @@ from mtv_jax.objectives import base
 from mtv_jax.objectives.contrastive import Contrastive
 from mtv_jax.objectives.depth import Depth
 from mtv_jax.objectives.distillation import Distillation
+from mtv_jax.objectives.gram import Gram
 from mtv_jax.objectives.grounding import Grounding
 from mtv_jax.objectives.masked_latent import MaskedLatent
 from mtv_jax.objectives.masked_pixels import MaskedPixels
@@ -24,6 +25,7 @@ REGISTRY: dict[str, type[base.Objective]] = {
   "masked_pixels": MaskedPixels,
   "distillation": Distillation,
   "masked_latent": MaskedLatent,
+  "gram": Gram,
 }
 
 

@@ -29,16 +29,16 @@ TEACHER = "teacher"
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Encoding:
-  """One forward pass: a tower on a view, by student or teacher."""
+  """One forward pass: a tower on a view, by student or a teacher."""
 
   tower: str  # 'image' or 'text'.
   # A key of `config.views`; for the text tower a batch field of token ids.
   view: str
+  # The student's, its EMA teacher's, or a name in `config.teachers`.
   weights: str = STUDENT
 
   def __post_init__(self):
     check_choice("Encoding.tower", self.tower, ("image", "text"))
-    check_choice("Encoding.weights", self.weights, (STUDENT, TEACHER))
 
   def __str__(self):
     return f"{self.tower}({self.view}, {self.weights})"

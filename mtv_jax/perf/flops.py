@@ -310,9 +310,9 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
 
   def encode(plan, params, *rest):
     params = gradients.stop_gradient_frozen(spec, params)
-    return encodings_lib.encode(plan, spec.towers, params, *rest)
+    return encodings_lib.encode(plan, spec.tower_of, params, *rest)
 
-  args = (state.params, state.teacher, views, batch)
+  args = (state.params, state.fixed_params, views, batch)
   encoded = jax.eval_shape(functools.partial(encode, spec.plan), *args)
   loss_inputs = functools.partial(_loss_inputs, spec)
   heads = state.params["heads"]
@@ -322,7 +322,7 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
   for encoding, taps in spec.plan.items():
     keep = jax.tree.leaves(read[encoding])
     forward = functools.partial(encode, {encoding: taps})
-    if encoding.weights == base.TEACHER:
+    if encoding.weights != base.STUDENT:
       flops = count(forward, *args, keep=keep).flops
     else:
       flops = _count_with_gradient(forward, args, encoded[encoding], keep)
@@ -370,7 +370,7 @@ def _count_objective(spec, state, encoded, batch, views) -> dict[str, float]:
   """Heads and loss of a step with one objective, forward and backward."""
   (name,) = spec.objectives
   students, teachers = (
-    {e: encoded[e] for e in spec.plan if (e.weights == base.TEACHER) == teacher}
+    {e: encoded[e] for e in spec.plan if (e.weights != base.STUDENT) == teacher}
     for teacher in (False, True)
   )
   params = {key: state.params["heads"][key] for key in spec.heads}

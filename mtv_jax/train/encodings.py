@@ -4,7 +4,7 @@ Objectives declare encodings (tower, view, weights) with the taps they read;
 `collect` takes the union and `encode` runs each once.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -29,9 +29,9 @@ def collect(
 
 def encode(
   plan: Mapping[base.Encoding, tuple[int, ...]],
-  towers: Mapping[str, Any],
+  tower_of: Callable[[base.Encoding], Any],
   params: Mapping[str, PyTree],
-  teacher: Mapping[str, PyTree],
+  fixed: Mapping[str, Mapping[str, PyTree]],
   views: Mapping[str, Any],
   batch: Mapping[str, Array],
   mesh: Mesh | None = None,
@@ -41,9 +41,10 @@ def encode(
 
   Args:
     plan: result of `collect`.
-    towers: the linen modules, `image` and `text`.
+    tower_of: the linen module of an encoding.
     params: the student's parameters by tower.
-    teacher: the teacher's, which get no gradient.
+    fixed: those of teachers, by `Encoding.weights` and tower, which get no
+      gradient.
     views: `ViewBatch`es by name. A view's `mask` hides patches from the student
       only, its `keep` from both.
     batch: token ids of text encodings: captions `[B, T]`, phrases `[B, M, T]`.
@@ -58,11 +59,13 @@ def encode(
   """
   outputs = {}
   for encoding, taps in plan.items():
-    weights = params
-    if encoding.weights == base.TEACHER:
-      weights = jax.lax.stop_gradient(teacher)
-    tower = towers[encoding.tower].clone(mesh=mesh)
-    variables = {"params": weights[encoding.tower]}
+    if encoding.weights == base.STUDENT:
+      weights = params[encoding.tower]
+    else:
+      weights = fixed[encoding.weights][encoding.tower]
+      weights = jax.lax.stop_gradient(weights)
+    tower = tower_of(encoding).clone(mesh=mesh)
+    variables = {"params": weights}
     with jax.named_scope(str(encoding)):
       if encoding.tower == "text":
         tokens = batch[encoding.view]  # [B, T] or [B, M, T]

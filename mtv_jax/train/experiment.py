@@ -20,10 +20,12 @@ from mtv_jax.config import schema
 from mtv_jax.data import ops, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
 from mtv_jax.data.labels.join import join_labels
+from mtv_jax.encoder import loading
+from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.models import two_tower as model_lib
-from mtv_jax.objectives import build_objective
+from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import (
   MESH_AXES,
   check_batch_size,
@@ -34,7 +36,12 @@ from mtv_jax.parallel.rules import check_sharding_rules, sharding_table
 from mtv_jax.train import optim, param_rules
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.step import Program, make_program
-from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, abstract_params
+from mtv_jax.train.step_spec import (
+  FrozenTeacher,
+  ObjectiveWeight,
+  StepSpec,
+  abstract_params,
+)
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -117,8 +124,9 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
     log.warning("No objective reads text: config.model.text is left out.")
     config.model.text = None
   runtime = model_lib.runtime(config.model)
+  model = model_lib.ModelSpec.from_config(config.model)
   spec = StepSpec(
-    model=model_lib.ModelSpec.from_config(config.model),
+    model=model,
     dtype=jnp.dtype(runtime.pop("dtype", "float32")),
     runtime=runtime,
     objectives=objectives,
@@ -130,6 +138,7 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
     teacher_end=config.teacher.end,
     ema_decay=config.ema.decay if config.ema else None,
     accumulate=config.accumulate,
+    teachers=_frozen_teachers(config, model, {e.weights for e in read}, length),
   )
   if not config.optim.rules:
     return spec
@@ -137,6 +146,69 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
   table = param_rules.match_param_rules(params, config.optim.rules)
   frozen = frozenset(row.name for row in table if row.frozen)
   return dataclasses.replace(spec, frozen=frozen)
+
+
+def _frozen_teachers(
+  config: ConfigDict,
+  model: model_lib.ModelSpec,
+  read: set[str],
+  length: schema.RunLength,
+) -> dict[str, FrozenTeacher]:
+  """The frozen teachers of a config that objectives read."""
+  teachers = {}
+  for name, entry in config.teachers.items():
+    where = f"config.teachers.{name}"
+    if name in (base.STUDENT, base.TEACHER):
+      raise ConfigError(f"{where}: the name is taken; choose another.")
+    if name not in read:
+      log.warning("No objective reads %s: it is not loaded.", where)
+      continue
+    own = model_lib.ModelSpec(image=model.image)
+    if entry.model is not None:
+      own = model_lib.ModelSpec.from_dict({"image": entry.model.to_dict()})
+    teacher = FrozenTeacher(
+      model=own,
+      snapshot=entry.path is None,
+      update_every=length.steps("update_every", entry, default=None),
+      max_updates=entry.max_updates,
+    )
+    if teacher.copies and base.TEACHER not in read:
+      raise ConfigError(
+        f"{where} is copied from the EMA teacher, which no objective reads. "
+        "Give a path without update_every, or add a self-distillation."
+      )
+    if teacher.copies and own.image != model.image:
+      raise ConfigError(
+        f"{where} is copied from the EMA teacher and must have the student's "
+        "architecture: leave its `model` out."
+      )
+    teachers[name] = teacher
+  return teachers
+
+
+def read_teacher_models(config: ConfigDict) -> None:
+  """Records the architectures of teachers with a path in a resolved config.
+
+  Raises:
+    ConfigError: one was trained with other pixel statistics than this run's.
+  """
+  ours = preprocess_from_config(config)
+  for name, entry in config.teachers.items():
+    # Refreshed from the EMA teacher, it has the student's.
+    refreshed = any(entry.get(f"update_every_{u}") for u in schema.UNITS)
+    if entry.path is None or entry.model is not None or refreshed:
+      continue
+    model = loading.read_model(
+      entry.path, weights=entry.weights, step=entry.step
+    )
+    theirs = Preprocess.from_dict(model.preprocess)
+    if (theirs.mean, theirs.std) != (ours.mean, ours.std):
+      raise ConfigError(
+        f"config.teachers.{name}: {entry.path} takes pixels of mean "
+        f"{theirs.mean} and deviation {theirs.std}, this run's views have "
+        f"{ours.mean} and {ours.std}. Train with the teacher's."
+      )
+    entry.model = model.spec.to_dict()["image"]
 
 
 def _weight(
@@ -211,6 +283,7 @@ def build_experiment(
       "it, for example with gcsfuse, and give the folder's path."
     )
   mesh = make_config_mesh(config)
+  read_teacher_models(config)
   tokenizer = None
   if text := config.model.text:
     # Before the data, which may take long to open.

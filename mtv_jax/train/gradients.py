@@ -40,7 +40,10 @@ def view_keys(
   """Random keys `[size]` for each view that is read."""
   seed = jax.random.key(spec.seed)
   names = {e.view for e in spec.plan if e.tower == "image"}
-  keys = {n: row_keys(seed, n, step, size) for n in sorted(names)}
+  keys = {
+    n: row_keys(seed, spec.views[n].crops_of or n, step, size)
+    for n in sorted(names)
+  }
   if mesh is None:
     return keys
   # An example gets the same crops wherever it is on the mesh.
@@ -68,10 +71,11 @@ def stop_gradient_frozen(spec: StepSpec, params: PyTree) -> PyTree:
 def _gather(
   spec: StepSpec, params: PyTree, state: TrainState, mesh: Mesh | None
 ) -> tuple[PyTree, TrainState]:
-  """Parameters and teacher as the layers read them."""
+  """Parameters and teachers as the layers read them."""
   gather = functools.partial(all_gather_params, mesh=mesh, keep=_NOT_GATHERED)
   params = gather(stop_gradient_frozen(spec, params))
-  return params, state.replace(teacher=gather(state.teacher))
+  teachers = {name: gather(tree) for name, tree in state.teachers.items()}
+  return params, state.replace(teacher=gather(state.teacher), teachers=teachers)
 
 
 def bind_heads(
@@ -103,7 +107,14 @@ def compute_loss_inputs(
       )
   views = constrain_batch(views, mesh)
   encoded = encodings.encode(
-    spec.plan, spec.towers, params, state.teacher, views, batch, mesh, keys
+    spec.plan,
+    spec.tower_of,
+    params,
+    state.fixed_params,
+    views,
+    batch,
+    mesh,
+    keys,
   )
   encoded = constrain_batch(encoded, mesh)
   heads = bind_heads(spec, params["heads"], state)

@@ -70,7 +70,27 @@ def init_or_restore(
       min_coverage=init.min_coverage,
     )
     log.info("Initialised from %s:\n%s", init.path, report)
-  return experiment.program.init(params)
+  return experiment.program.init(params, read_teachers(experiment))
+
+
+def read_teachers(experiment: Experiment) -> dict[str, Any]:
+  """Parameters of the frozen teachers that have a path, as `{image: ...}`."""
+  abstract, loaded = experiment.program.abstract.teachers, {}
+  for name in abstract:
+    entry = experiment.config.teachers[name]
+    if entry.path is None:
+      continue
+    source = loading.read_params(
+      entry.path,
+      weights=entry.weights,
+      step=entry.step,
+      spec=experiment.step_spec.teachers[name].model,
+    )
+    loaded[name], report = merge_params(
+      abstract[name], {"image": source["image"]}, min_coverage=1.0
+    )
+    log.info("Teacher %s, from %s: %s", name, entry.path, report)
+  return loaded
 
 
 def prefetch_to_device(
@@ -217,6 +237,9 @@ class _Trainer:
       self.chrono.compiles()
     if spec.teacher_starts(step - 1):
       self.state = program.restart_teacher(self.state)
+    if due := spec.teachers_due(step - 1):
+      log.info("Step %d copies the EMA teacher to %s.", step, ", ".join(due))
+      self.state = program.update_teachers(self.state, due)
     norms = {}
     if norms_every and step % norms_every == 0:
       with self.chrono.pause():

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.struct
 from jaxtyping import Array, Int, PyTree
 
 from mtv_jax.utils.errors import ConfigError, did_you_mean
@@ -18,6 +19,13 @@ class TrainState:
   teacher: PyTree  # EMA of `image` and heads; {} if no objective reads it.
   ema: PyTree  # EMA of all parameters, for evaluation and export, or {}.
   statistics: PyTree  # By objective, such as DINO's centre.
+  # Frozen encoders of `config.teachers` by name, each `{image: ...}`, or {}.
+  teachers: PyTree = flax.struct.field(default_factory=dict)
+
+  @property
+  def fixed_params(self) -> dict[str, PyTree]:
+    """The parameters without gradient, by `Encoding.weights`."""
+    return {"teacher": self.teacher, **self.teachers}
 
   def weights(self, which: str) -> PyTree:
     """The parameters to evaluate: `'student'`, `'teacher'` or `'ema'`.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -113,6 +114,7 @@ def make_update_fn(
       teacher=update_teacher(active_spec, state.teacher, params, state.step),
       ema=ema,
       statistics=statistics,
+      teachers=state.teachers,
     ), metrics
 
   return update
@@ -149,10 +151,15 @@ class Program:
       **options,
     )
 
-  def init(self, params: PyTree) -> TrainState:
-    """The sharded state at step 0."""
+  def init(
+    self,
+    params: PyTree,
+    teachers: Mapping[str, PyTree] = types.MappingProxyType({}),
+  ) -> TrainState:
+    """The sharded state at step 0; arguments as of `init_state`."""
     init = functools.partial(init_state, self.spec, self.tx)
-    return jax.jit(init, out_shardings=self.shardings)(params)
+    jitted = jax.jit(init, out_shardings=self.shardings)
+    return jitted(params, dict(teachers))
 
   def update(
     self,
@@ -193,6 +200,18 @@ class Program:
     def copy(state):
       teacher = teacher_params(self.spec, state.params)
       return state.replace(teacher=jax.tree.map(jnp.copy, teacher))
+
+    return jax.jit(copy, out_shardings=self.shardings, donate_argnums=0)(state)
+
+  def update_teachers(
+    self, state: TrainState, names: tuple[str, ...]
+  ) -> TrainState:
+    """Copies the EMA teacher's image encoder to frozen teachers, in place."""
+
+    def copy(state):
+      image = state.teacher["image"]
+      new = {name: {"image": jax.tree.map(jnp.copy, image)} for name in names}
+      return state.replace(teachers={**state.teachers, **new})
 
     return jax.jit(copy, out_shardings=self.shardings, donate_argnums=0)(state)
 

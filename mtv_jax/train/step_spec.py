@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +45,33 @@ class ObjectiveWeight:
 
 
 @dataclasses.dataclass(frozen=True)
+class FrozenTeacher:
+  """A frozen image encoder, or a snapshot of the EMA teacher.
+
+  A snapshot is copied before the first update that reads it. With
+  `update_every` it is copied again after as many updates, `max_updates` times
+  at most, as DINOv3's Gram teacher (arXiv 2508.10104, section 4.2).
+  """
+
+  model: model_lib.ModelSpec
+  snapshot: bool = False  # Whether it starts as a copy of the EMA teacher.
+  update_every: int | None = None
+  max_updates: int | None = None
+
+  @property
+  def copies(self) -> bool:
+    """Whether it is ever copied from the EMA teacher."""
+    return self.snapshot or self.update_every is not None
+
+  def due(self, since: int) -> bool:
+    """Whether to copy it `since` updates after the first that reads it."""
+    if since <= 0 or not self.update_every:
+      return since == 0 and self.snapshot
+    count, rest = divmod(since, self.update_every)
+    return rest == 0 and (self.max_updates is None or count <= self.max_updates)
+
+
+@dataclasses.dataclass(frozen=True)
 class StepSpec:
   """Everything that the train step computes."""
 
@@ -62,11 +90,20 @@ class StepSpec:
   accumulate: int = 1  # Parts of a batch, encoded one after the other.
   # Names of parameters that are neither differentiated nor updated.
   frozen: frozenset[str] = frozenset()
+  # Of `config.teachers`, those that an objective reads.
+  teachers: Mapping[str, FrozenTeacher] = dataclasses.field(
+    default_factory=dict
+  )
 
   def __post_init__(self):
     if not self.objectives:
       raise ConfigError("config.objectives is empty.")
     for encoding in self.plan:
+      if encoding.weights not in (base.STUDENT, base.TEACHER, *self.teachers):
+        raise ConfigError(
+          f"an objective reads the teacher {encoding.weights!r}, which "
+          f"config.teachers lacks; there are: {sorted(self.teachers)}."
+        )
       if encoding.tower == "image" and encoding.view not in self.views:
         raise ConfigError(
           f"an objective reads the view {encoding.view!r}, which config.views "
@@ -105,6 +142,19 @@ class StepSpec:
       towers["text"] = model_lib.text_tower(self.model, **options)
     return towers
 
+  @functools.cached_property
+  def _teacher_towers(self) -> dict[str, Any]:
+    options = dict(dtype=self.dtype, **self.runtime)
+    return {
+      name: model_lib.image_tower(teacher.model, **options)
+      for name, teacher in self.teachers.items()
+    }
+
+  def tower_of(self, encoding: base.Encoding) -> Any:
+    """The linen module of an encoding."""
+    frozen = self._teacher_towers.get(encoding.weights)
+    return self.towers[encoding.tower] if frozen is None else frozen
+
   @property
   def attention_heads(self) -> dict[str, int]:
     """Attention heads of each stack of blocks, by its parameters' prefix."""
@@ -132,6 +182,23 @@ class StepSpec:
       return bool(names) and self.only(names).has_teacher
 
     return step > 0 and reads(step) and not reads(step - 1)
+
+  def teachers_due(self, step: int) -> tuple[str, ...]:
+    """The frozen teachers to copy from the EMA teacher before an update.
+
+    `step` is the number of updates done.
+    """
+
+    def start(name):
+      return min(
+        weight.start
+        for key, weight in self.weights.items()
+        if any(
+          e.weights == name for e in self.objectives[key].needs().encodings
+        )
+      )
+
+    return tuple(n for n, t in self.teachers.items() if t.due(step - start(n)))
 
   def momentum(self, step: Any) -> Float[Array, ""]:
     """The teacher's momentum in the update after `step` others."""
@@ -196,10 +263,28 @@ def init_params(spec: StepSpec, rng: jax.Array) -> PyTree:
 
 
 def init_state(
-  spec: StepSpec, tx: optax.GradientTransformation, params: PyTree
+  spec: StepSpec,
+  tx: optax.GradientTransformation,
+  params: PyTree,
+  teachers: Mapping[str, PyTree] = types.MappingProxyType({}),
 ) -> TrainState:
-  """The state at step 0: the teacher and the EMA start as copies."""
+  """The state at step 0: the teacher and the EMA start as copies.
+
+  So do frozen teachers that are not given; those of another architecture start
+  with random parameters.
+  """
   copy = functools.partial(jax.tree.map, jnp.copy)
+
+  def frozen(name, teacher):
+    if name in teachers:
+      return teachers[name]
+    if teacher.model.image == spec.model.image:
+      return {"image": copy(params["image"])}
+    rng = jax.random.fold_in(
+      jax.random.key(spec.seed), zlib.crc32(name.encode())
+    )
+    return {"image": model_lib.init_params(teacher.model, rng)["image"]}
+
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -207,6 +292,7 @@ def init_state(
     teacher=copy(teacher_params(spec, params)),
     ema=copy(params) if spec.ema_decay is not None else {},
     statistics={n: o.initial_statistics() for n, o in spec.objectives.items()},
+    teachers={n: frozen(n, t) for n, t in spec.teachers.items()},
   )
 
 

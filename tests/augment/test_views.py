@@ -323,7 +323,10 @@ def test_bad_ops_are_rejected_with_the_view_and_the_fix(ops, message):
     ({"ops": ["resize(8)", "resize(16)"]}, "different sizes, 8 and 16"),
     ({"ops": ["resize(16)|blocks(0.5, 0.5, patch=8)", "resize(16)"]}, "kinds"),
     ({"ops": [f"resize(64)|keep({r})" for r in (0.25, 0.5)]}, "4 and 8"),
-    ({"ops": "resize(8)", "number": 2}, "no option 'number'.*count, ops"),
+    (
+      {"ops": "resize(8)", "number": 2},
+      "no option 'number'.*count, crops_of, ops",
+    ),
     ({"count": 2}, "v.ops is missing"),
     ({"ops": "resize(8)", "count": 0}, "count is 0"),
   ],

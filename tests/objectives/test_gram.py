@@ -1,0 +1,203 @@
+"""Gram anchoring: against NumPy in float64, in the step, on meshes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtv_jax.augment import views
+from mtv_jax.models.two_tower import ModelSpec, init_params
+from mtv_jax.objectives import base, build_objective, gram
+from mtv_jax.parallel.mesh import MESH_AXES, make_mesh, shard_batch
+from mtv_jax.perf import flops
+from mtv_jax.train import step_spec
+from mtv_jax.train.step import make_program
+from mtv_jax.utils.errors import ConfigError
+
+
+def numpy_loss_and_gradient(student, teacher):
+  """The mean over the matrix of squared differences, and its gradient."""
+  losses, slopes = [], []
+  for s, t in zip(student, teacher, strict=True):
+    length = np.linalg.norm(s, axis=1, keepdims=True)
+    x, y = s / length, t / np.linalg.norm(t, axis=1, keepdims=True)
+    difference = x @ x.T - y @ y.T
+    losses.append((difference**2).mean())
+    of_x = 4 * difference @ x / difference.size
+    slopes.append((of_x - x * (x * of_x).sum(1, keepdims=True)) / length)
+  return np.array(losses), np.stack(slopes)
+
+
+@pytest.mark.parametrize("chunk", [256, 4, 1])
+def test_loss_and_gradient_equal_numpy(chunk, monkeypatch):
+  monkeypatch.setattr(gram, "_CHUNK", chunk)
+  rng = np.random.default_rng(0)
+  student = rng.normal(size=(3, 9, 16)) * rng.uniform(0.1, 5, (3, 9, 1))
+  teacher = rng.normal(size=(3, 9, 24))  # Of another width.
+  values, slopes = numpy_loss_and_gradient(student, teacher)
+
+  def total(s):
+    losses = gram.gram_losses(s, jnp.asarray(teacher, jnp.float32))
+    return losses.sum(), losses
+
+  grad, got = jax.grad(total, has_aux=True)(jnp.asarray(student, jnp.float32))
+  np.testing.assert_allclose(got, values, rtol=1e-5)
+  np.testing.assert_allclose(grad, slopes, rtol=1e-4, atol=1e-5 * slopes.std())
+
+
+def test_features_of_twice_the_resolution_are_resampled_by_keys_cubic():
+  """Halfway between pixels, a = -0.75 weights -3/32, 19/32, 19/32, -3/32."""
+  rng = np.random.default_rng(1)
+  grid = rng.normal(size=(2, 8, 8, 5))
+  weights = np.array([-3, 19, 19, -3]) / 32
+  padded = np.pad(grid, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
+  want = np.zeros((2, 4, 4, 5))
+  for i, j in np.ndindex(4, 4):
+    part = padded[:, i : i + 7 : 2, j : j + 7 : 2]
+    want += weights[i] * weights[j] * part
+  patches = jnp.asarray(grid.reshape(2, 64, 5), jnp.float32)
+  got = gram.resize_patches(patches, 16)
+  np.testing.assert_allclose(got, want.reshape(2, 16, 5), atol=1e-6)
+  assert gram.resize_patches(patches, 64) is patches
+
+
+# ---------------------------------------------------------------------------
+# In the train step.
+
+VIEWS = {
+  "global": dict(
+    count=2,
+    ops="crop(16, 0.4, 1.0)|flip|solarize(1.0)|blocks(0.2, 0.5, patch=8)",
+  ),
+  "gram": dict(count=2, ops="crop(32, 0.4, 1.0)|flip", crops_of="global"),
+}
+SHAPE = dict(variant="mu/8", image_size=16, width=32, heads=2, mlp_dim=64)
+
+
+@functools.cache
+def make_spec(accumulate=1):
+  built = views.build_views(VIEWS)
+  model = ModelSpec.from_config(dict(SHAPE, mask_token=True))
+  entry = dict(view_teacher="gram")
+  return step_spec.StepSpec(
+    model=model,
+    dtype="float32",
+    objectives={"gram": build_objective("gram", entry).resolve(model, built)},
+    weights={"gram": step_spec.ObjectiveWeight(1.0)},
+    views=built,
+    seed=0,
+    total_steps=100,
+    accumulate=accumulate,
+    # Wider and deeper than the student.
+    teachers={
+      "gram": step_spec.FrozenTeacher(
+        ModelSpec.from_config(dict(SHAPE, width=48, depth=3))
+      )
+    },
+  )
+
+
+def make_batch(rows=16):
+  rng = np.random.default_rng(0)
+  return {
+    "image": rng.integers(0, 256, (rows, 40, 40, 3), dtype=np.uint8),
+    "image_size": np.tile([[40, 60]], (rows, 1)).astype(np.int32),
+  }
+
+
+def two_steps(mesh, accumulate=1):
+  spec = make_spec(accumulate)
+  program = make_program(spec, optax.sgd(0.5), mesh)
+  params = jax.jit(functools.partial(step_spec.init_params, spec))
+  frozen = init_params(spec.teachers["gram"].model, jax.random.key(7))
+  state = program.init(params(jax.random.key(1)), {"gram": frozen})
+  losses = []
+  for _ in range(2):
+    state, metrics = program.update(state, shard_batch(make_batch(), mesh))
+    losses.append(float(metrics["gram/loss"]))
+  np.testing.assert_array_equal(
+    state.teachers["gram"]["image"]["patch_embed"]["kernel"],
+    frozen["image"]["patch_embed"]["kernel"],
+  )
+  return losses, jax.device_get(state.params)
+
+
+@functools.cache
+def on_one_device():
+  return two_steps(make_mesh(dict(data=1), jax.devices()[:1]))
+
+
+def test_the_step_trains_the_student_alone():
+  (first, second), _ = on_one_device()
+  assert 0 < second < first
+  abstract = step_spec.abstract_state(make_spec(), optax.adam(1e-3))
+  student, teacher = (
+    sum(x.size for x in jax.tree.leaves(tree))
+    for tree in (abstract.params, abstract.teachers)
+  )
+  moments = sum(x.size for x in jax.tree.leaves(abstract.opt_state))
+  assert moments == 2 * student + 1 and teacher > student
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sharded_and_accumulated_equal_single(accumulate):
+  mesh = make_mesh(dict(zip(MESH_AXES, (2, 2, 2), strict=True)))
+  losses, params = two_steps(mesh, accumulate)
+  assert losses == pytest.approx(on_one_device()[0], rel=1e-5)
+  for a, b in zip(
+    jax.tree.leaves(params), jax.tree.leaves(on_one_device()[1]), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_the_teacher_sees_the_same_crops_undistorted():
+  spec, batch = make_spec(), make_batch(4)
+  batch["image"][:] = 240
+  made = flops.make_views(spec, jax.tree.map(jnp.asarray, batch))
+  student, teacher = made["global"], made["gram"]
+  np.testing.assert_array_equal(student.box, teacher.box)
+  np.testing.assert_array_equal(student.flipped, teacher.flipped)
+  assert len(np.unique(student.box)) > 8
+  assert teacher.images.shape[2] == 2 * student.images.shape[2]
+  assert teacher.mask is None and student.mask.any()
+  # The student's are solarised.
+  np.testing.assert_allclose(teacher.images, 240 / 127.5 - 1, atol=1e-5)
+  np.testing.assert_allclose(student.images, 1 - 240 / 127.5, atol=1e-5)
+
+
+def test_the_cost_of_a_teacher_is_a_forward_pass():
+  batch = {
+    k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in make_batch(4).items()
+  }
+  costs = flops.step_flops(make_spec(), batch, optax.adam(1e-3))
+  assert costs.traced == pytest.approx(costs.total, rel=0.01)
+  assert (
+    costs.parts["image(gram, gram)"] > costs.parts["image(global, student)"]
+  )
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(count=1), "count, crop and flip"),
+    (dict(ops="crop(32, 0.3, 1.0)|flip"), "count, crop and flip"),
+    (dict(crops_of="globl"), "expected one of \\['global'\\]"),
+    (dict(crops_of=None), "are not those of 'global'"),
+    (dict(ops="crop(32, 0.4, 1.0)|flip|keep(0.25)"), "drops patches"),
+  ],
+  ids=["count", "area", "name", "none", "keep"],
+)
+def test_views_that_do_not_fit_are_rejected(changes, message):
+  with pytest.raises(ConfigError, match=message):
+    built = views.build_views({**VIEWS, "gram": {**VIEWS["gram"], **changes}})
+    gram.Gram(view_teacher="gram").resolve(make_spec().model, built)
+
+
+def test_an_unknown_teacher_is_rejected():
+  with pytest.raises(ConfigError, match="the teacher 'gram', which"):
+    dataclasses.replace(make_spec(), teachers={})
+  assert str(base.Encoding("image", "v", "gram")) == "image(v, gram)"
