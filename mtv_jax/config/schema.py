@@ -122,7 +122,9 @@ SCHEMA = dict(
     weight_decay_end=(NonNegativeFloat, None),  # Of a cosine; None: constant.
     eps=(float, 1e-8),
     mu_dtype=(Literal["float32", "bfloat16"], "float32"),
-    clip_norm=(NonNegativeFloat, 1.0),  # Global norm; 0 for no clipping.
+    clip_norm=(NonNegativeFloat, 1.0),  # 0 for no clipping.
+    # The norm of all gradients, or of each tower and each head by itself.
+    clip_by=(Literal["global", "module"], "global"),
     rules=(List, ()),  # (regex, dict(lr=multiplier, weight_decay=multiplier)).
   ),
   # Includes the schedule's options, see `train/schedules.py`.

@@ -63,6 +63,9 @@ class Head:
   # `jax.ShapeDtypeStruct`s become zeros.
   example: Callable[[Any], tuple] = lambda spec: ()
   teacher: bool = False  # Whether the teacher has an EMA copy of it.
+  # Percentage of the run after the objective's start, by submodule, in which
+  # the submodule is not updated. Its moments advance.
+  frozen_percent: Mapping[str, float] = dataclasses.field(default_factory=dict)
   # (lowest, highest) value by parameter, to which each update is clipped.
   bounds: Mapping[str, tuple[float, float]] = dataclasses.field(
     default_factory=dict

@@ -50,8 +50,8 @@ class SelfDistillation(base.Objective):
   teacher_temp: options.PositiveFloat = 0.07
   teacher_temp_start: options.PositiveFloat = 0.04
   teacher_temp_warmup_percent: Annotated[float, Range(min=0, max=100)] = 30.0
-  # Part of the run in which the student's prototypes get no gradient: 1 of
-  # DINOv2's 100 epochs.
+  # Part of the run in which the student's prototypes are not updated: 1 of
+  # DINOv2's 100 epochs. As there, Adam's moments advance (`base.Head`).
   freeze_last_layer_percent: Annotated[float, Range(min=0, max=100)] = 1.0
   # Sinkhorn: DINOv2's large models, DINOv3. Centring: DINO, DINOv2's default.
   target: Literal["sinkhorn", "centering"] = "sinkhorn"
@@ -78,7 +78,13 @@ class SelfDistillation(base.Objective):
     def example(spec):
       return (jax.ShapeDtypeStruct((1, self._channels(spec)), "float32"),)
 
-    return {self.head: base.Head(module, example=example, teacher=True)}
+    head = base.Head(
+      module,
+      example=example,
+      teacher=True,
+      frozen_percent={"last_layer": self.freeze_last_layer_percent},
+    )
+    return {self.head: head}
 
   def _channels(self, spec) -> int:
     """Channels of the head's input."""
@@ -106,9 +112,6 @@ class SelfDistillation(base.Objective):
     the pairs in the sum, 0 for all pairs of an invalid vector.
     """
     matrix = heads[self.head](method="prototypes")
-    if self.freeze_last_layer_percent:
-      frozen = _progress(context, self.freeze_last_layer_percent) < 1
-      matrix = jnp.where(frozen, jax.lax.stop_gradient(matrix), matrix)
     temperature = self._teacher_temp(context)
     teacher_matrix = heads[self.head, base.TEACHER](method="prototypes")
     targets = prototypes.PrototypeLogits(teacher, teacher_matrix, temperature)
@@ -156,12 +159,7 @@ class SelfDistillation(base.Objective):
   def _teacher_temp(self, context: base.Context) -> Float[Array, ""]:
     share = jnp.ones(())
     if self.teacher_temp_warmup_percent:
-      share = _progress(context, self.teacher_temp_warmup_percent)
+      steps = self.teacher_temp_warmup_percent / 100 * context.total_steps
+      share = jnp.clip(context.step / steps, 0.0, 1.0)
     start = self.teacher_temp_start
     return start + share * (self.teacher_temp - start)
-
-
-def _progress(context: base.Context, percent: float) -> Float[Array, ""]:
-  """Progress within the first `percent` of the run, 0 to 1."""
-  steps = percent / 100 * context.total_steps
-  return jnp.clip(context.step / steps, 0.0, 1.0)

@@ -261,6 +261,7 @@ def build_train_step(
     length=length,
     params=params,
     attention_heads=spec.attention_heads,
+    start_steps=spec.start_steps,
   )
   names = [name for name, _ in flatten_with_names(params)]
   check_sharding_rules(config.sharding, names)

@@ -2,12 +2,14 @@
 
 One update, for a parameter p with gradient g:
 
-  g <- g * min(1, clip_norm / |g|)           (norm over all trained parameters)
+  g <- g * min(1, clip_norm / |g|)      (norm over all trained parameters, or
+                                         those of its tower or head)
   u <- adam(g) | adafactor(g) | lion(g) | momentum(g) | muon(g)
   p <- p - lr(t) * m_lr * (u + weight_decay(t) * m_wd * p)
 
 m_lr and m_wd are the multipliers of `param_rules`; m_lr is a vector over the
-layers of a stack if its rate decays by layer. The weight decay is multiplied by
+layers of a stack if its rate decays by layer, and 0 before the parameter's
+start, while the optimizer's moments advance. The weight decay is multiplied by
 the learning rate, as in optax and torch; big_vision's `wd=1e-4` at `lr=1e-3` is
 `weight_decay=0.1` here.
 """
@@ -33,7 +35,7 @@ from mtv_jax.train.schedules import (
   scale_lr,
 )
 from mtv_jax.utils.errors import ConfigError
-from mtv_jax.utils.tree import map_with_names
+from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ def make_optimizer(
   length: schema.RunLength,
   params: Any,
   attention_heads: Mapping[str, int] = types.MappingProxyType({}),
+  start_steps: Mapping[str, int] = types.MappingProxyType({}),
 ) -> Optimizer:
   """Builds the optimizer of a config.
 
@@ -71,6 +74,7 @@ def make_optimizer(
     length: the run's length.
     params: the parameters, or their shapes.
     attention_heads: see `StepSpec.attention_heads`.
+    start_steps: see `StepSpec.start_steps`.
 
   Returns:
     The state of its `tx` has moments of the parameters' names and shapes, and
@@ -86,7 +90,12 @@ def make_optimizer(
     length=length,
   )
   optimizer = _build_optimizer(optim_config)
-  table = match_param_rules(params, optim_config.get("rules") or ())
+  table = match_param_rules(
+    params,
+    optim_config.get("rules") or (),
+    length=length,
+    start_steps=start_steps,
+  )
   rows = {row.name: row for row in table}
   if all(row.frozen for row in table):
     raise ConfigError("config.optim.rules freeze every parameter.")
@@ -98,9 +107,8 @@ def make_optimizer(
       "config.optim.weight_decay_end has no effect: the decay multiplier of"
       " every trained parameter is 0. Change config.optim.rules, or drop it."
     )
-  clip_norm = optim_config.get("clip_norm") or 0.0
   trained = optax.chain(
-    *([optax.clip_by_global_norm(clip_norm)] if clip_norm else []),
+    *_clipping(optim_config),
     optimizer.scale(attention_heads),
     optax.identity(),  # Earlier checkpoints have an empty state here.
     _apply_rules(rows, schedule, weight_decay),
@@ -209,6 +217,7 @@ _COMMON = (
   "weight_decay",
   "weight_decay_end",
   "clip_norm",
+  "clip_by",
   "rules",
 )
 # Options that optimizers without them ignore, so that a recipe's optimizer can
@@ -225,6 +234,48 @@ def _build_optimizer(config: schema.Config) -> Any:
     k: v for k, v in config.items() if v is not None and k not in ignored
   }
   return options.build(cls, given, where=where, reserved=_COMMON)
+
+
+def _clipping(config: schema.Config) -> list[optax.GradientTransformation]:
+  clip_norm = config.get("clip_norm") or 0.0
+  clip_by = config.get("clip_by") or "global"
+  options.check_value(
+    clip_by, Literal["global", "module"], "config.optim.clip_by"
+  )
+  if not clip_norm and clip_by != "global":
+    raise ConfigError(
+      f"config.optim.clip_by={clip_by!r} has no effect, as clip_norm=0 switches"
+      " clipping off. Give a clip_norm, such as DINOv2's 3.0, or drop clip_by."
+    )
+  if not clip_norm:
+    return []
+  if clip_by == "module":
+    return [_clip_by_module_norm(clip_norm)]
+  return [optax.clip_by_global_norm(clip_norm)]
+
+
+def _clip_by_module_norm(max_norm: float) -> optax.GradientTransformation:
+  """Clips the norm of each tower and each head, as DINOv2 its modules."""
+
+  def module(name: str) -> str:
+    first, second, *_ = f"{name}/".split("/")
+    return f"heads/{second}" if first == "heads" else first
+
+  def clip(updates: Any, params: Any) -> Any:
+    del params
+    modules: dict[str, list[Any]] = {}
+    for name, leaf in flatten_with_names(updates):
+      modules.setdefault(module(name), []).append(leaf)
+    norms = {name: optax.tree.norm(leaves) for name, leaves in modules.items()}
+
+    def scale(name: str, leaf: Any) -> Any:
+      norm = norms[module(name)]
+      # As optax, which leaves gradients below the norm bit-equal.
+      return jnp.where(norm < max_norm, leaf, leaf / norm * max_norm)
+
+    return map_with_names(scale, updates)
+
+  return optax.stateless(clip)
 
 
 def _apply_rules(
@@ -252,6 +303,8 @@ def _apply_rules(
         update = update + decay * row.weight_decay * param
       if row.rates != (1,):
         update = row.multiplier * update
+      if row.start:
+        update = jnp.where(state.count >= row.start, update, 0.0)
       return jnp.asarray(step_size, update.dtype) * update
 
     count = optax.safe_increment(state.count)

@@ -1,7 +1,8 @@
 """Learning-rate and decay multipliers of parameters, by rules over their names.
 
-Rules are pairs (regex, dict(lr=, weight_decay=, layer_decay=)); the regex may
-match anywhere in the name, and the first rule that matches holds alone.
+Rules are pairs (regex, dict(lr=, weight_decay=, layer_decay=, start_steps=)).
+The regex may match anywhere in the name; only the first rule that matches
+applies. Before its start, a duration, a parameter is not updated.
 
 `layer_decay` multiplies the rate of a tower's layer by a power that falls
 towards the output (Clark et al. 2020, ELECTRA; BEiT), with the exponents of
@@ -16,12 +17,13 @@ DINOv2's parameter groups. In a tower of n blocks they are
 import dataclasses
 import math
 import re
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mtv_jax.config import options
+from mtv_jax.config import options, schema
 from mtv_jax.config.options import NonNegativeFloat, PositiveFraction
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, match_rules
@@ -57,6 +59,7 @@ class ParamRule:
   weight_decay: float
   # A further factor of the rate: one, or one for each layer of a stack.
   layers: tuple[float, ...] = (1.0,)
+  start: int = 0  # Updates before it are 0; moments advance.
 
   @property
   def frozen(self) -> bool:
@@ -78,34 +81,37 @@ class ParamRule:
 
 
 def match_param_rules(
-  params: Any, rules: Sequence[Sequence[Any]]
+  params: Any,
+  rules: Sequence[Sequence[Any]],
+  *,
+  length: schema.RunLength | None = None,
+  start_steps: Mapping[str, int] = types.MappingProxyType({}),
 ) -> tuple[ParamRule, ...]:
   """Matches each parameter with the first of the rules that fits.
 
+  Args:
+    params: the parameters, or their shapes.
+    rules: of a config.
+    length: the run's length; without it, the rules' starts are not read.
+    start_steps: starts by prefix of the name; the later of these and the rule's
+      holds.
+
   Raises:
-    ConfigError: an unknown or negative multiplier, or a layer decay that
-      applies to no parameter.
+    ConfigError: an unknown or negative multiplier, a layer decay that applies
+      to no parameter, or a start after the run.
     InputError: a rule that matches no parameter.
   """
-  multipliers = []
-  for rule in rules:
-    if len(rule) != 2 or not isinstance(rule[1], Mapping):
-      raise ConfigError(
-        "config.optim.rules: a rule is (regex, dict(lr=...,"
-        f" weight_decay=...)), got {rule!r}."
-      )
-    where = f"config.optim.rules: {rule[0]!r}"
-    value = options.build(_Multipliers, rule[1], where=where)
-    multipliers.append((rule[0], value))
+  values = [_read_rule(rule, length) for rule in rules]
   shapes = {name: tuple(x.shape) for name, x in flatten_with_names(params)}
   depths = {m[1]: s[0] for n, s in shapes.items() if (m := _BLOCKS.match(n))}
   table = []
-  for match in match_rules(shapes, multipliers, what="config.optim.rules"):
-    name, given = match.name, match.value or _Multipliers()
+  for match in match_rules(shapes, values, what="config.optim.rules"):
+    name, (given, start) = match.name, match.value or (_Multipliers(), 0)
     decay = given.weight_decay
     if decay is None:
       # By name rather than by rank: stacked blocks have a leading depth.
       decay = float(name.split("/")[-1] == "kernel")
+    starts = [s for prefix, s in start_steps.items() if name.startswith(prefix)]
     exponents = (0,)
     if given.layer_decay != 1:
       exponents = _layer_exponents(name, depths)
@@ -116,9 +122,10 @@ def match_param_rules(
       given.lr,
       decay,
       tuple(given.layer_decay**e for e in exponents),
+      max([start, *starts]),
     )
     table.append(row)
-  for pattern, given in multipliers:
+  for pattern, (given, _) in values:
     rows = [row for row in table if row.rule == pattern]
     if rows and given.layer_decay != 1 and all(r.layers == (1,) for r in rows):
       raise ConfigError(
@@ -127,6 +134,32 @@ def match_param_rules(
         f" {rows[0].name}. Use lr for parameters after the blocks."
       )
   return tuple(table)
+
+
+def _read_rule(
+  rule: Sequence[Any], length: schema.RunLength | None
+) -> tuple[str, tuple[_Multipliers, int]]:
+  """The pattern of a rule, its multipliers and its start in steps."""
+  if len(rule) != 2 or not isinstance(rule[1], Mapping):
+    raise ConfigError(
+      "config.optim.rules: a rule is (regex, dict(lr=...,"
+      f" weight_decay=...)), got {rule!r}."
+    )
+  where, entry = f"config.optim.rules: {rule[0]!r}", rule[1]
+  durations = [f"start_{unit}" for unit in schema.UNITS]
+  values = {k: v for k, v in entry.items() if k not in durations}
+  given = options.build(_Multipliers, values, where=where, reserved=durations)
+  start = length.steps("start", entry, default=0) if length else 0
+  if start and given.lr == 0:
+    raise ConfigError(
+      f"{where} has a start, but lr=0 freezes for the whole run."
+    )
+  if start and start >= length.total_steps:
+    raise ConfigError(
+      f"{where} starts at step {start} of a run of {length.total_steps} steps"
+      " and would never be updated. To freeze it, use lr=0."
+    )
+  return rule[0], (given, start)
 
 
 def _layer_exponents(name: str, depths: Mapping[str, int]) -> tuple[int, ...]:
@@ -143,14 +176,15 @@ def describe_rules(table: Sequence[ParamRule]) -> str:
   """The rules as a table for the log, a line for each pair of multipliers."""
   groups: dict[Any, list[ParamRule]] = {}
   for row in table:
-    key = row.rule or "(no rule)", row.lr, row.weight_decay
+    key = row.rule or "(no rule)", row.lr, row.weight_decay, row.start
     groups.setdefault(key, []).append(row)
   line = "{:<32} {:>13} {:>7} {:>7} {:>13}  {}".format
   lines = [line("rule", "lr x", "decay x", "arrays", "numbers", "for example")]
-  for (rule, _, decay), rows in groups.items():
+  for (rule, _, decay, start), rows in groups.items():
     size = f"{sum(math.prod(row.shape) for row in rows):,}"
     rates = [rate for row in rows for rate in row.rates]
     ends = [f"{rate:.4g}" for rate in sorted({min(rates), max(rates)})]
     lr = "frozen" if rows[0].frozen else "-".join(ends)
-    lines.append(line(rule, lr, f"{decay:g}", len(rows), size, rows[0].name))
+    example = rows[0].name + (f" (from step {start})" if start else "")
+    lines.append(line(rule, lr, f"{decay:g}", len(rows), size, example))
   return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import zlib
 from collections.abc import Mapping
@@ -132,6 +133,25 @@ class StepSpec:
           )
         heads[key] = head
     return heads
+
+  @property
+  def start_steps(self) -> dict[str, int]:
+    """The step of their first update, by prefix of parameters.
+
+    Of heads that objectives share, the earliest.
+    """
+    starts: dict[str, int] = {}
+    for objective, weight in zip(
+      self.objectives.values(), self.weights.values(), strict=True
+    ):
+      rest = self.total_steps - weight.start
+      for key, head in objective.heads().items():
+        for part, percent in head.frozen_percent.items():
+          # Rounded, as 7 / 100 * 100 is above 7.
+          step = weight.start + math.ceil(round(percent / 100 * rest, 6))
+          name = f"heads/{key}/{part}/"
+          starts[name] = min(step, starts.get(name, step))
+    return starts
 
   @functools.cached_property
   def towers(self) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import prototype_samples as samples
 import pytest
 
 from mtv_jax.augment import views
+from mtv_jax.config import schema
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective, masked_latent
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
-from mtv_jax.train import gradients
+from mtv_jax.train import gradients, optim
 from mtv_jax.train.step import make_program
 from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
 from mtv_jax.utils.tree import flatten_with_names
@@ -308,6 +309,50 @@ def by_name(tree):
   return dict(flatten_with_names(jax.device_get(tree)))
 
 
+def make_tx(spec, **options):
+  return optim.make_optimizer(
+    {"lr": 1e-3, **options},
+    {"name": "constant"},
+    length=schema.RunLength(8, None, spec.total_steps),
+    params=make_params(),
+    start_steps=spec.start_steps,
+  ).tx
+
+
+@pytest.mark.reference
+def test_the_first_updates_of_the_last_layer_are_those_of_torch():
+  """DINOv2 freezes it by a rate of 0, under which Adam's moments advance."""
+  torch = pytest.importorskip("torch")
+
+  spec = dataclasses.replace(make_spec(), total_steps=600)
+  tx = make_tx(spec, weight_decay=0.04)
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  program = make_program(spec, tx, mesh)
+  state = program.init(make_params())
+  compute = jax.jit(lambda *args: gradients.compute_gradients(spec, *args)[1])
+  name = "heads/dino/last_layer/kernel"
+  weight = torch.nn.Parameter(torch.tensor(by_name(state.params)[name]))
+  group = dict(params=[weight], weight_decay=0.04)
+  adamw = torch.optim.AdamW([group], lr=0.0)
+  moved = []
+  for step in range(10):
+    batch = shard_batch(make_batch(), mesh)
+    weight.grad = torch.tensor(by_name(compute(state, batch))[name])
+    adamw.param_groups[0]["lr"] = 0.0 if step < 6 else 1e-3
+    before, theirs = by_name(state.params)[name], weight.detach().clone()
+    adamw.step()
+    state, _ = program.update(state, batch)
+    ours = by_name(state.params)[name] - before
+    theirs = (weight.detach() - theirs).numpy()
+    if step < 6:
+      assert not ours.any() and not theirs.any()
+    else:
+      assert np.linalg.norm(ours - theirs) < 0.01 * np.linalg.norm(theirs)
+      moved.append(np.sqrt(np.mean(ours**2)) / 1e-3)
+  # Without moments the first one would be sqrt(1 / (1 - b2)) times as large.
+  assert max(moved) < 1.1
+
+
 @pytest.mark.slow
 def test_dino_and_ibot_share_encodings_and_the_teacher_is_updated():
   spec = make_spec()
@@ -317,7 +362,7 @@ def test_dino_and_ibot_share_encodings_and_the_teacher_is_updated():
     "image(local, student)",
   ]
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
-  program = make_program(spec, optax.adam(1e-3), mesh)
+  program = make_program(spec, make_tx(spec), mesh)
   state = program.init(make_params())
   batch = shard_batch(make_batch(), mesh)
   start = by_name(state.params)

@@ -36,12 +36,15 @@ PARAMS = random_tree()
 GRADS = [random_tree() for _ in range(STEPS)]
 
 
-def build(optim_config, schedule_config=None, params=PARAMS, total_steps=STEPS):
+def build(
+  optim_config, schedule_config=None, params=PARAMS, total_steps=STEPS, **starts
+):
   return optim.make_optimizer(
     {"lr": 1e-2, "clip_norm": 0.0, **optim_config},
     schedule_config or {"name": "constant"},
     length=schema.RunLength(8, None, total_steps),
     params=params,
+    **starts,
   )
 
 
@@ -63,7 +66,7 @@ def run(tx, params=PARAMS, grads=GRADS):
 
 
 def numpy_adamw(lr, multipliers, *, decay, clip, b1=0.9, b2=0.95, eps=1e-8):
-  """AdamW as its paper writes it, in float64."""
+  """AdamW as its paper writes it, in float64; lr is a function of the step."""
   p = {n: x.astype(np.float64) for n, x in flatten_with_names(PARAMS)}
   m = {n: np.zeros_like(x) for n, x in p.items()}
   v = {n: np.zeros_like(x) for n, x in p.items()}
@@ -78,6 +81,7 @@ def numpy_adamw(lr, multipliers, *, decay, clip, b1=0.9, b2=0.95, eps=1e-8):
       mhat, vhat = m[n] / (1 - b1 ** (t + 1)), v[n] / (1 - b2 ** (t + 1))
       u = mhat / (np.sqrt(vhat) + eps)
       lr_mult, decay_mult = multipliers[n]
+      lr_mult = lr_mult(t) if callable(lr_mult) else lr_mult
       p[n] = p[n] - lr(t) * lr_mult * (u + decay * decay_mult * p[n])
     history.append(dict(p))
   return history
@@ -270,6 +274,33 @@ def test_clipping():
     assert norm(updates) == pytest.approx(expected, rel=1e-5)
 
 
+def test_clipping_by_module():
+  config = {"name": "sgd", "lr": 1.0, "clip_norm": 2.0, "clip_by": "module"}
+  grad = jax.tree.map(lambda x: x, GRADS[0])
+  grad["heads"]["contrastive"]["logit_scale"] = np.float32(-7)
+  for rules in ((), [("bias$", {"lr": 0})]):
+    tx = build({**config, "rules": rules}).tx
+    updates, _ = tx.update(grad, tx.init(PARAMS), PARAMS)
+    got, given = (dict(flatten_with_names(t)) for t in (updates, grad))
+    for module in ("image", "text", "heads/contrastive"):
+      # A frozen parameter does not count.
+      names = [n for n in SHAPES if n.startswith(module)]
+      names = [n for n in names if not rules or n != BIAS]
+      length = norm([given[n] for n in names])
+      for name in names:
+        expected = -given[name] * min(1, 2.0 / length)
+        np.testing.assert_allclose(got[name], expected, rtol=1e-5)
+    assert np.abs(got[BIAS]).max() == 0 if rules else norm([got[BIAS]]) > 0.1
+  with pytest.raises(
+    ConfigError, match="'module' has no effect, as clip_norm=0"
+  ):
+    build({"clip_by": "module"})
+  with pytest.raises(
+    ConfigError, match="clip_by is 'head'. There are: global, module"
+  ):
+    build({"clip_norm": 1.0, "clip_by": "head"})
+
+
 # --- schedules ---------------------------------------------------------------
 
 
@@ -359,7 +390,8 @@ def test_rule_errors():
   with pytest.raises(ValueError, match="names are: image/position_embedding"):
     table(("image/pos_embedding", {"lr": 0}))
   with pytest.raises(
-    ConfigError, match="no option 'wd'. There are: layer_decay, lr, w"
+    ConfigError,
+    match="no option 'wd'. There are: layer_decay, lr, start_epochs",
   ):
     table((".", {"wd": 0}))
   with pytest.raises(ConfigError, match="lr is -1, expected a number >= 0"):
@@ -470,6 +502,51 @@ def test_layer_decay_scales_the_updates_of_each_layer(name):
       one = slice(None) if len(rates) == 1 else i
       expected = rate * np.asarray(plain[leaf][one])
       np.testing.assert_allclose(decayed[leaf][one], expected, rtol=1e-5)
+
+
+# --- parameters that start late ----------------------------------------------
+
+
+def test_before_its_start_a_parameter_stays_and_its_moments_advance():
+  head = "heads/contrastive/logit_scale"
+  optimizer = build(
+    {
+      "weight_decay": 0.3,
+      "b2": 0.95,
+      "clip_norm": 2.0,
+      "rules": [
+        ("token_embedding", {"start_percent": 50, "weight_decay": 1.0}),
+        ("logit_scale", {"start_steps": 2, "lr": 0.5}),
+      ],
+    },
+    start_steps={"heads/contrastive/": 4, "text/token": 1, "hea": 0},
+  )
+  starts = {"text/token_embedding": 3, head: 4}
+  assert {r.name: r.start for r in optimizer.table if r.start} == starts
+  multipliers = {n: (1, float(n.endswith("kernel"))) for n in SHAPES}
+  multipliers["text/token_embedding"] = (lambda t: t >= 3, 1)
+  multipliers[head] = (lambda t: 0.5 * (t >= 4), 0)
+  ours, _ = run(optimizer.tx)
+  # Gradients of all parameters count in the norm, as torch counts them.
+  theirs = numpy_adamw(lambda t: 1e-2, multipliers, decay=0.3, clip=2.0)
+  start = dict(flatten_with_names(PARAMS))
+  for t in range(STEPS):
+    for name, expected in theirs[t].items():
+      np.testing.assert_allclose(ours[t][name], expected, rtol=2e-5, atol=2e-6)
+    for name, first in starts.items():
+      assert np.array_equal(ours[t][name], start[name]) == (t < first)
+  text = param_rules.describe_rules(optimizer.table)
+  assert "text/token_embedding (from step 3)" in text
+  for options, message in [
+    ({"start": 3}, "no option 'start'. Did you mean 'start_"),
+    (
+      {"start_steps": 6},
+      "starts at step 6 of a run of 6 steps and would never",
+    ),
+    ({"start_steps": 3, "lr": 0}, "has a start, but lr=0 freezes"),
+  ]:
+    with pytest.raises(ConfigError, match=message):
+      build({"rules": [("token", options)]})
 
 
 # --- the moving average ------------------------------------------------------
