@@ -139,7 +139,12 @@ SCHEMA = dict(
   ema=(dict(decay=(Fraction, 0.9999)), None),
   # Constant as in SILC, where a rising momentum hurts the text tower; `end`
   # gives DINOv2's cosine.
-  teacher=dict(momentum=(Fraction, 0.996), end=(Fraction, None)),
+  teacher=dict(
+    momentum=(Fraction, 0.996),
+    end=(Fraction, None),
+    # heads: the teacher's encoder is the student's of the same step (TIPSv2).
+    ema=(Literal["all", "heads"], "all"),
+  ),
   # Frozen image encoders that objectives read by name: of a path, or a copy of
   # the EMA teacher, refreshed as `train.step_spec.FrozenTeacher` says.
   teachers=ClosedEntries(

@@ -118,7 +118,7 @@ def shard_sigmoid_loss(
 class LossInputs:
   """Per example: unit embeddings of image and text, and which have both."""
 
-  image: Float[Array, "b d"]
+  image: Float[Array, "b n d"]  # Of its crops.
   text: Float[Array, "b d"]
   valid: Bool[Array, " b"]
 
@@ -128,7 +128,10 @@ class Contrastive(base.Objective):
   """Contrastive loss between images and captions."""
 
   loss_type: Literal["sigmoid", "softmax"] = "sigmoid"  # SigLIP's or CLIP's.
-  view: str = "image"  # Of several crops each image's first.
+  view: str = "image"
+  # Of several crops of an image: its first, or the mean loss of all, each with
+  # the captions of the batch (SILC, Naeem et al. 2023).
+  crops: Literal["first", "all"] = "first"
   # None: SigLIP's 10 for sigmoid, CLIP's 1 / 0.07 for softmax.
   init_scale: options.PositiveFloat | None = None
   # The scale is clipped to [1, max_scale] after each update, as CLIP's to 100
@@ -175,8 +178,9 @@ class Contrastive(base.Objective):
   def loss_inputs(
     self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> LossInputs:
+    image = encodings[self.image].pooled  # [b, n, d]
     return LossInputs(
-      image=unit(encodings[self.image].pooled[:, 0]),
+      image=unit(image if self.crops == "all" else image[:, :1]),
       text=unit(encodings[CAPTION].pooled),
       valid=batch["caption_valid"].astype(bool),
     )
@@ -188,20 +192,26 @@ class Contrastive(base.Objective):
     valid = loss_inputs.valid
     ids = ExampleIds(jnp.arange(valid.shape[0]), valid)
     count = jnp.sum(valid.astype(jnp.float32))
-    loss, nearest = self._loss_and_nearest(loss_inputs, ids, affine, context)
-    hit = (nearest.index == ids.index) & valid
+    crops = loss_inputs.image.shape[1]
+    loss, hits = jnp.zeros(()), jnp.zeros(())
+    for i in range(crops):
+      crop_loss, nearest = self._loss_and_nearest(
+        loss_inputs.image[:, i], loss_inputs.text, ids, affine, context
+      )
+      hit = (nearest.index == ids.index) & valid
+      loss += crop_loss / crops
+      hits += jnp.sum(hit.astype(jnp.float32)) / crops
     return base.Terms(
       loss=base.WeightedMean(loss, count),
       report={
-        "accuracy": base.WeightedMean(jnp.sum(hit.astype(jnp.float32)), count),
+        "accuracy": base.WeightedMean(hits, count),
         "labelled": base.WeightedMean(count, jnp.float32(valid.shape[0])),
         **pairwise.affine_report(affine),
       },
     )
 
-  def _loss_and_nearest(self, loss_inputs, ids, affine, context):
+  def _loss_and_nearest(self, image, text, ids, affine, context):
     """Sum of the losses, and each image's nearest text."""
-    image, text = loss_inputs.image, loss_inputs.text
     if self.loss_type == "sigmoid" and ring.should_use_ring(
       self.method, context.mesh
     ):

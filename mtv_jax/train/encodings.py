@@ -44,7 +44,7 @@ def encode(
     tower_of: the linen module of an encoding.
     params: the student's parameters by tower.
     fixed: those of teachers, by `Encoding.weights` and tower, which get no
-      gradient.
+      gradient; the student's for a tower that the EMA teacher lacks.
     views: `ViewBatch`es by name. A view's `mask` hides patches from the student
       only, its `keep` from both.
     batch: token ids of text encodings: captions `[B, T]`, phrases `[B, M, T]`.
@@ -62,7 +62,9 @@ def encode(
     if encoding.weights == base.STUDENT:
       weights = params[encoding.tower]
     else:
-      weights = fixed[encoding.weights][encoding.tower]
+      weights = fixed[encoding.weights].get(encoding.tower)
+      if weights is None and encoding.weights == base.TEACHER:
+        weights = params[encoding.tower]  # A teacher of heads alone.
       weights = jax.lax.stop_gradient(weights)
     tower = tower_of(encoding).clone(mesh=mesh)
     variables = {"params": weights}

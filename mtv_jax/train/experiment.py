@@ -136,6 +136,7 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
     total_steps=total_steps,
     teacher_momentum=config.teacher.momentum,
     teacher_end=config.teacher.end,
+    teacher_ema=config.teacher.ema,
     ema_decay=config.ema.decay if config.ema else None,
     accumulate=config.accumulate,
     teachers=_frozen_teachers(config, model, {e.weights for e in read}, length),

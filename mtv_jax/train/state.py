@@ -16,7 +16,8 @@ class TrainState:
   step: Int[Array, ""]  # Number of updates done.
   params: PyTree  # `image`, `text` and `heads/NAME`, float32.
   opt_state: Any  # Moments have the parameters' names and shapes.
-  teacher: PyTree  # EMA of `image` and heads; {} if no objective reads it.
+  # EMA of `image` and heads, or of heads; {} if no objective reads it.
+  teacher: PyTree
   ema: PyTree  # EMA of all parameters, for evaluation and export, or {}.
   statistics: PyTree  # By objective, such as DINO's centre.
   # Frozen encoders of `config.teachers` by name, each `{image: ...}`, or {}.
@@ -38,12 +39,12 @@ class TrainState:
     weights = {"student": self.params}
     if self.ema:
       weights["ema"] = self.ema
-    if self.teacher:
+    if "image" in self.teacher:
       weights["teacher"] = {**self.params, "image": self.teacher["image"]}
     if which not in weights:
       hint = did_you_mean(str(which), weights)
       raise ConfigError(
         f"this run has no {which!r} weights. {hint} 'ema' needs config.ema, "
-        "'teacher' an objective that reads one."
+        "'teacher' an objective that reads one and teacher.ema='all'."
       )
     return weights[which]

@@ -87,6 +87,8 @@ class StepSpec:
   runtime: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   teacher_momentum: float = 0.996  # EMA momentum at the start.
   teacher_end: float | None = None  # After half a cosine; None for constant.
+  # What the teacher is an EMA of: `all`, or `heads` on the student's encoder.
+  teacher_ema: str = "all"
   ema_decay: float | None = None  # EMA of all parameters.
   accumulate: int = 1  # Parts of a batch, encoded one after the other.
   # Names of parameters that are neither differentiated nor updated.
@@ -256,14 +258,18 @@ def _alike(a: base.Head, b: base.Head, spec: model_lib.ModelSpec) -> bool:
 
 
 def teacher_params(spec: StepSpec, params: Mapping[str, PyTree]) -> PyTree:
-  """The student's parameters of which the teacher is an EMA."""
+  """The student's parameters of which the teacher is an EMA.
+
+  With `teacher_ema="heads"` those of heads alone: the teacher's encoder is the
+  student's of the same step, without gradient (TIPSv2, arXiv 2604.12012).
+  """
   if not spec.has_teacher:
     return {}
   names = [name for name, head in spec.heads.items() if head.teacher]
-  return {
-    "image": params["image"],
-    "heads": {name: params["heads"][name] for name in names},
-  }
+  heads = {name: params["heads"][name] for name in names}
+  if spec.teacher_ema == "heads":
+    return {"heads": heads}
+  return {"image": params["image"], "heads": heads}
 
 
 def init_params(spec: StepSpec, rng: jax.Array) -> PyTree:

@@ -80,7 +80,7 @@ def _terms(objective, image, text, valid):
   params = {"contrastive": head.module.init(jax.random.key(0))["params"]}
   heads = base.BoundHeads(objective.heads(), params)
   loss_inputs = contrastive.LossInputs(
-    image=unit(image),
+    image=unit(image.reshape(len(text), -1, text.shape[1])),
     text=unit(text),
     valid=jnp.asarray(valid),
   )
@@ -103,6 +103,27 @@ def test_the_objective_scales_and_shifts_the_cosine():
   expected = numpy_sigmoid_loss(7.0 * cosine - 2.0, np.ones(4, bool))
   np.testing.assert_allclose(terms.loss.value(), expected, rtol=1e-5)
   np.testing.assert_allclose(params["contrastive"]["logit_scale"], np.log(7.0))
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "softmax"])
+def test_every_crop_is_compared_with_the_captions_of_the_batch(loss_type):
+  """SILC: the mean of the losses and accuracies of the crops."""
+  rng = np.random.default_rng(2)
+  images = jnp.asarray(rng.normal(size=(5, 2, 8)), jnp.float32)
+  text = jnp.asarray(rng.normal(size=(5, 8)), jnp.float32)
+  valid = np.array([True, True, False, True, True])
+  objective = build_objective(
+    "contrastive", dict(loss_type=loss_type, crops="all")
+  )
+  terms, _ = _terms(objective, images, text, valid)
+  each = [_terms(objective, images[:, i], text, valid)[0] for i in range(2)]
+  for name in ("loss", "accuracy"):
+    mean, *of_crops = (
+      (t.loss if name == "loss" else t.report[name]).value()
+      for t in (terms, *each)
+    )
+    np.testing.assert_allclose(mean, np.mean(of_crops), rtol=1e-6)
+  assert each[0].loss.value() != each[1].loss.value()
 
 
 def test_siglip_starts_at_its_published_temperature_and_bias():

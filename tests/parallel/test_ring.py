@@ -34,7 +34,9 @@ def random_loss_inputs(name, rows=16, width=8):
     image, text = jnp.asarray(rng.normal(size=(2, rows, width)))
     valid = rng.random(rows) < 0.7
     valid[2:4] = False
-    return contrastive.LossInputs(unit(image), unit(text), jnp.asarray(valid))
+    return contrastive.LossInputs(
+      unit(image)[:, None], unit(text), jnp.asarray(valid)
+    )
   region, text = jnp.asarray(rng.normal(size=(2, rows, 2, width)))
   valid = rng.random((rows, 2)) < 0.7
   valid[2:4] = False

@@ -246,6 +246,50 @@ def test_the_teacher_exists_if_an_objective_reads_it():
   )
 
 
+def test_a_head_only_teacher_reads_the_encoder_of_the_same_step():
+  """TIPSv2: equal to a teacher whose encoder is the student's copy."""
+  options = dict(
+    view_global="image", view_local=None, same_crop="include", prototypes=8
+  )
+  spec = make_spec(
+    objectives={"distillation": build_objective("distillation", options)},
+    weights={"distillation": ObjectiveWeight(1.0)},
+    teacher_momentum=0.5,
+    teacher_ema="heads",
+  )
+  tx, mesh = optax.sgd(0.1), make_mesh(dict(data=1), jax.devices()[:1])
+  params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
+  program, batch = make_program(spec, tx, mesh), make_batch()
+  state, _ = program.update(program.init(params), shard_batch(batch, mesh))
+  old, new, teacher = (
+    dict_of(tree["heads"]) for tree in (params, state.params, state.teacher)
+  )
+  assert set(state.teacher) == {"heads"}
+  for name, value in teacher.items():
+    mean = (np.asarray(old[name]) + np.asarray(new[name])) / 2
+    np.testing.assert_allclose(value, mean, rtol=1e-5, atol=1e-7)
+  with pytest.raises(ValueError, match="teacher.ema='all'"):
+    state.weights("teacher")
+
+  @jax.jit
+  def gradients_of(state, batch):
+    (loss, _), grads = gradients.compute_gradients(spec, state, batch)
+    return loss, grads
+
+  def compute(state):
+    return gradients_of(state, batch)
+
+  copy = {**state.teacher, "image": state.params["image"]}
+  other = {**state.teacher, "image": params["image"]}
+  loss, grads = compute(state)
+  expected, expected_grads = compute(state.replace(teacher=copy))
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  for name, value in dict_of(expected_grads).items():
+    error = np.linalg.norm(dict_of(grads)[name] - value)
+    assert error <= 1e-5 * np.linalg.norm(value) + 1e-8, name
+  assert abs(compute(state.replace(teacher=other))[0] - loss) > 1e-4
+
+
 def test_invalid_step_specs_are_rejected():
   with pytest.raises(ValueError, match="view 'image'"):
     make_spec(views={})

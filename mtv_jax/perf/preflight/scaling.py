@@ -63,6 +63,8 @@ def embedding_bytes(plan: Plan) -> int:
     if isinstance(objective, contrastive.Contrastive):
       use_ring = use_ring and objective.loss_type == "sigmoid"
       metadata = 4 + 1  # An index and a flag.
+      if objective.crops == "all":
+        rows *= spec.views[objective.view].count
     elif isinstance(objective, grounding.Grounding):
       rows *= min(objective.regions, plan.fields["boxes"].shape[0])
       metadata = 4 + 4 + 1  # The phrase's id as well.
@@ -214,7 +216,9 @@ def compile_loss(
 
   def loss(image, text, valid, params):
     heads = base.BoundHeads(objective.heads(), {"contrastive": params})
-    loss_inputs = contrastive.LossInputs(image=image, text=text, valid=valid)
+    loss_inputs = contrastive.LossInputs(
+      image=image[:, None], text=text, valid=valid
+    )
     context = base.Context(jnp.zeros(()), 1, {}, mesh=mesh)
     return objective.loss(loss_inputs, heads, context).loss.value()
 
