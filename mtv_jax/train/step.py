@@ -209,7 +209,8 @@ class Program:
     """Copies the EMA teacher's image encoder to frozen teachers, in place."""
 
     def copy(state):
-      image = state.teacher["image"]
+      # A teacher of heads alone has the student's encoder.
+      image = {**state.params, **state.teacher}["image"]
       new = {name: {"image": jax.tree.map(jnp.copy, image)} for name in names}
       return state.replace(teachers={**state.teachers, **new})
 
