@@ -1,11 +1,17 @@
-"""Readers of COCO's JSON: captions, Karpathy's splits, instances.
+"""Readers of COCO and Flickr30k: captions, Karpathy's splits, instances.
 
 captions_*.json      COCO's captions (Chen et al. 2015)
+*_karpathy.json      Karpathy's test split of COCO in that form, as
+                     CLIP_benchmark has it
 dataset_*.json       Karpathy's splits of COCO or Flickr30k
+*.token, *.csv, *.txt    Flickr30k's captions (Young et al. 2014) as released,
+                     Kaggle's results.csv, or CLIP_benchmark's "image,caption"
 instances_*.json     COCO's boxes (Lin et al. 2014)
-FOLDER               COCO's folder, of which instances_val2017.json is read
+FOLDER               the first of `CAPTION_FILES` in it, for captions, and
+                     annotations/instances_val2017.json for boxes
 
-The folder of images is beside the JSON, or given.
+The folder of images (val2017/, val2014/, flickr30k-images/, ...) is beside the
+file or above its folder, or given.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ from __future__ import annotations
 import collections
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +30,35 @@ from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import files
 from mtv_jax.utils.errors import InputError, MissingFileError
 
+# Files of captions in a folder, in order of preference: Karpathy's test split,
+# on which retrieval is published, first.
+CAPTION_FILES = (
+  "coco_test_karpathy.json",
+  "dataset_coco.json",
+  "annotations/coco_test_karpathy.json",
+  "annotations/dataset_coco.json",
+  "annotations/captions_val2017.json",
+  "annotations/captions_val2014.json",
+  "dataset_flickr30k.json",
+  "flickr30k_test_karpathy.txt",
+  "results_20130124.token",
+  "results.csv",
+)
+_IMAGE_FOLDERS = (
+  "val2014",
+  "val2017",
+  "train2014",
+  "train2017",
+  "images",
+  "Images",
+  "flickr30k-images",
+  "flickr30k_images",
+  "flickr30k_images/flickr30k_images",
+)
 _INSTANCES = "annotations/instances_val2017.json"
 _MIN_SIDE = 1.0  # smallest side of a box, in pixels
+
+_JPEG = re.compile(r"\.jpe?g\b")
 
 Rows = Sequence[tuple[str, list[str]]]
 
@@ -32,6 +66,15 @@ Rows = Sequence[tuple[str, list[str]]]
 def matches(root: pathlib.Path) -> bool:
   """Whether a folder has a folder of annotations."""
   return (root / "annotations").is_dir()
+
+
+def find_captions(path: pathlib.Path) -> pathlib.Path | None:
+  """A file of captions: `path` itself, or the first of a folder."""
+  if path.is_dir():
+    files_of = (path / name for name in CAPTION_FILES)
+    return next((file for file in files_of if file.is_file()), None)
+  suffixes = (".json", ".token", ".csv", ".txt")
+  return path if path.is_file() and path.suffix in suffixes else None
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -52,25 +95,27 @@ def open_captions(
   count: int | None = None,
   max_captions: int | None = None,
 ) -> examples.CaptionSet:
-  """Captioned images of COCO's or Karpathy's JSON.
+  """Captioned images of a file of captions.
 
   Arguments and errors are those of `registry.open_captions`.
   """
-  content = read_json(path)
-  first = (content.get("images") or [{}])[0]
-  if "sentences" in first:
-    rows = _karpathy_rows(path, content, split)
-    folders = [path.parent, path.parent / "images"]
-  elif "annotations" in content:
-    rows, split = _caption_rows(path, content), None
-    folders = _coco_folders(path, "captions_")
+  stem = path.stem.removeprefix("captions_")
+  if path.suffix == ".json":
+    content = read_json(path)
+    first = (content.get("images") or [{}])[0]
+    if "sentences" in first:
+      rows = _karpathy_rows(path, content, split)
+    elif "annotations" in content:
+      rows, split = _caption_rows(path, content), None
+    else:
+      raise NotApplicable(
+        f"{path} has keys {sorted(content)}; expected COCO's captions (images, "
+        "annotations) or Karpathy's splits (images with sentences)"
+      )
   else:
-    raise NotApplicable(
-      f"{path} has keys {sorted(content)}; expected COCO's captions (images, "
-      "annotations) or Karpathy's splits (images with sentences)"
-    )
+    rows, split = _flickr_rows(path), None
   rows = examples.subsample(rows, count)
-  paths = _find_images(path, images, folders, [name for name, _ in rows])
+  paths = _find_images(path, images, stem, [name for name, _ in rows])
   digest, captions = examples.Digest(), []
   for (name, texts), file in zip(rows, paths, strict=True):
     captions.append(tuple(texts)[:max_captions])
@@ -82,7 +127,7 @@ def open_captions(
 
 def _caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:
   """File name and captions of each image of a captions_*.json."""
-  names = {row["id"]: row["file_name"] for row in content["images"]}
+  names = {i: row["file_name"] for i, row in _index_images(path, content)}
   captions = collections.defaultdict(list)
   for row in content["annotations"]:
     if "caption" not in row:
@@ -109,6 +154,48 @@ def _karpathy_rows(
   return rows
 
 
+def _flickr_rows(path: pathlib.Path) -> Rows:
+  """File name and captions of each image of a text file of captions."""
+  lines = path.read_text(encoding="utf-8-sig").splitlines() or [""]
+  header = "" if _JPEG.search(lines[0]) else lines.pop(0)
+  if "|" in header:
+    # One line of Kaggle's file lacks the second bar.
+    separator = r"\s*\|\s*\d+\s*\|?\s*"
+  elif header:
+    separator = r",\s*\d+,\s*" if header.count(",") == 2 else r",\s*"
+  else:
+    separator = r"#\d+\t"
+  pattern = re.compile(rf"([^|,#]+?\.jpe?g){separator}(.*\S)\s*$")
+  captions = collections.defaultdict(list)
+  for number, line in enumerate(lines, start=2 if header else 1):
+    match = pattern.match(line)
+    if match:
+      name, text = match.groups()
+      quoted = len(text) > 1 and text[0] == text[-1] == '"'
+      captions[name].append(text[1:-1].replace('""', '"') if quoted else text)
+    elif line.strip():
+      raise InputError(
+        f"{path}, line {number}: {line[:60]!r} is no image with a caption; "
+        "expected 'NAME.jpg#0<tab>caption' (Flickr30k's results.token), "
+        "'NAME.jpg| 0| caption' or 'NAME.jpg,caption' below a header"
+      )
+  return list(captions.items())
+
+
+def _index_images(
+  path: pathlib.Path, content: Mapping[str, Any], *keys: str
+) -> list[tuple[int, Mapping[str, Any]]]:
+  """Id and entry of each image; InputError if it lacks a field."""
+  wanted = {"id", "file_name", *keys}
+  for row in content["images"]:
+    if lacking := sorted(wanted - {*row}):
+      raise InputError(
+        f"{path}: an image has {sorted(row)} and no {lacking[0]!r}; expected "
+        "COCO's JSON, where each image has a file name and a size"
+      )
+  return [(row["id"], row) for row in content["images"]]
+
+
 def _require_images(
   path: pathlib.Path, ids: Iterable[int], known: Iterable[int]
 ) -> None:
@@ -120,22 +207,24 @@ def _require_images(
     )
 
 
-def _coco_folders(path: pathlib.Path, prefix: str) -> list[pathlib.Path]:
-  """Candidates: instances_val2017.json is in annotations/ beside val2017/."""
-  stem = path.stem.removeprefix(prefix)
-  return [path.parent.parent / stem, path.parent / stem, path.parent]
-
-
 def _find_images(
   path: pathlib.Path,
   given: str | os.PathLike | None,
-  folders: Sequence[pathlib.Path],
+  stem: str,
   names: Sequence[str],
 ) -> list[pathlib.Path]:
-  """Paths in the given folder, or in the first of `folders` that has one."""
+  """Paths in the given folder, or in the first usual one that has an image.
+
+  `stem` is the name of the usual one, such as val2017.
+  """
   if given is not None:
     folders = [pathlib.Path(given)]
   else:
+    above = (path.parent, path.parent.parent)
+    usual = (stem, "", f"images/{stem}")
+    if stem not in _IMAGE_FOLDERS:
+      usual += _IMAGE_FOLDERS
+    folders = [root / folder for folder in usual for root in above]
     folders = [f for f in folders if any((f / n).is_file() for n in names)]
   if not folders:
     raise MissingFileError(
@@ -168,7 +257,7 @@ def open_boxes(
     raise NotApplicable(
       f"{path} has no named boxes; expected COCO's instances_*.json"
     )
-  infos = {row["id"]: row for row in content["images"]}
+  infos = dict(_index_images(path, content, "height", "width"))
   _require_images(path, (r["image_id"] for r in content["annotations"]), infos)
   index = {row["id"]: i for i, row in enumerate(content["categories"])}
   left_out = {"crowds": 0, "thinner than a pixel": 0}
@@ -185,8 +274,8 @@ def open_boxes(
       annotated[row["image_id"]].append((box, index[row["category_id"]]))
   ids = examples.subsample([i for i in infos if i in annotated], count)
   names = [infos[i]["file_name"] for i in ids]
-  folders = _coco_folders(path, "instances_")
-  paths = _find_images(path, images, folders, names)
+  stem = path.stem.removeprefix("instances_")
+  paths = _find_images(path, images, stem, names)
   classes = tuple(row["name"] for row in content["categories"])
   boxes = [np.asarray([b for b, _ in annotated[i]], np.float32) for i in ids]
   labels = [np.asarray([c for _, c in annotated[i]], np.int32) for i in ids]

@@ -228,22 +228,26 @@ def open_captions(
   count: int | None = None,
   max_captions: int | None = None,
 ) -> examples.CaptionSet:
-  """Captioned images: scenes, COCO, Karpathy, or tars.
+  """Captioned images: scenes, COCO, Flickr30k, or tars.
 
   `images` is their folder, if it is not beside the JSON, `split` one of
-  Karpathy's. An image has its first `max_captions`, all by default.
+  Karpathy's or CLIP_benchmark's. An image has its first `max_captions`, all by
+  default.
   """
   chosen = {"count": count, "max_captions": max_captions}
   config = _source_config(data, length=count or _CLASSIFICATION_SCENES)
   if config is not None:
     return source_records.open_captions(config, **chosen)
   path = pathlib.Path(data)
-  if path.suffix == ".json" and path.is_file():
-    return coco.open_captions(path, images=images, split=split, **chosen)
+  if path.is_dir() and clip_benchmark.is_retrieval(path):
+    return clip_benchmark.open_captions(path, split=split, **chosen)
+  if file := coco.find_captions(path):
+    return coco.open_captions(file, images=images, split=split, **chosen)
   raise unknown_layout(
     data,
-    "Retrieval reads scenes, COCO's captions_*.json, Karpathy's "
-    "dataset_*.json or tars.",
+    "Retrieval reads scenes, COCO's folder or captions_*.json, Karpathy's "
+    "dataset_*.json beside val2014/ or flickr30k-images/, Flickr30k's results "
+    "(.token, .csv), tars, or CLIP_benchmark's tars with dataset_type.txt.",
   )
 
 

@@ -1,0 +1,207 @@
+"""Captions in the official layouts of COCO, Flickr30k and CLIP_benchmark."""
+
+import io
+import json
+import tarfile
+
+import PIL.Image
+import pytest
+
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.retrieval.retrieval import Retrieval
+from mtv_jax.utils.errors import InputError, MissingFileError
+
+COLOURS = ("red", "green", "blue")
+
+
+def write_coco(path, name, captions):
+  """COCO's form of captions; `name` is a format of the file names."""
+  content = {
+    "images": [
+      {"id": i, "file_name": name.format(i)} for i in range(len(captions))
+    ],
+    "annotations": [
+      {"id": n, "image_id": i, "caption": text}
+      for n, (i, text) in enumerate(
+        (i, text) for i, texts in enumerate(captions) for text in texts
+      )
+    ],
+  }
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(content))
+  return content
+
+
+def write_images(folder, name, write_image):
+  for i, colour in enumerate(COLOURS):
+    path = folder / name.format(i)
+    write_image(path.with_suffix(".png"), colour)
+    path.with_suffix(".png").rename(path)
+
+
+COCO_NAME = "COCO_val2014_{:012}.jpg"
+CAPTIONS = [["red", "a red one"], ["green"], ["blue"]]
+
+
+@pytest.mark.parametrize("folder", ["", "annotations"])
+def test_coco_test_karpathy_beside_val2014(
+  tmp_path, write_image, colours, folder
+):
+  write_images(tmp_path / "val2014", COCO_NAME, write_image)
+  path = tmp_path / folder / "coco_test_karpathy.json"
+  write_coco(path, COCO_NAME, CAPTIONS)
+  # The folder's other captions are not the published test set.
+  other = tmp_path / "annotations" / "captions_val2017.json"
+  write_coco(other, "{}.jpg", [["x"]])
+  for data in (path, tmp_path):
+    got = registry.open_captions(data)
+    assert got.captions == ("red", "a red one", "green", "blue")
+    assert list(got.owner) == [0, 0, 1, 2]
+    assert got.images[2][0, 0].tolist() == [0, 0, 255]
+  result = Retrieval(data=str(tmp_path)).run(colours)
+  assert result.metrics["text_to_image_r1"] == 1.0
+
+
+def test_a_plain_coco_folder(tmp_path, write_image):
+  write_images(tmp_path / "val2017", "{:012}.jpg", write_image)
+  path = tmp_path / "annotations" / "captions_val2017.json"
+  write_coco(path, "{:012}.jpg", CAPTIONS)
+  got = registry.open_captions(tmp_path)
+  assert got.digest == registry.open_captions(path).digest
+  path.rename(path.with_name("instances_val2017.json"))
+  with pytest.raises(NotApplicable, match="COCO's folder or captions_"):
+    registry.open_captions(tmp_path)
+
+
+def karpathy(names, splits, folder=None):
+  rows = []
+  for i, (name, split) in enumerate(zip(names, splits, strict=True)):
+    sentences = [{"raw": text} for text in CAPTIONS[i]]
+    row = {"filename": name, "split": split, "sentences": sentences}
+    rows.append(row | ({"filepath": folder} if folder else {}))
+  return json.dumps({"images": rows, "dataset": "d"})
+
+
+def test_karpathy_in_the_folder(tmp_path, write_image):
+  write_images(tmp_path / "val2014", COCO_NAME, write_image)
+  names = [COCO_NAME.format(i) for i in range(3)]
+  text = karpathy(names, ["test", "restval", "test"], "val2014")
+  (tmp_path / "dataset_coco.json").write_text(text)
+  got = registry.open_captions(tmp_path)
+  assert got.captions == ("red", "a red one", "blue")
+  assert registry.open_captions(tmp_path, split="restval").split == "restval"
+
+
+@pytest.mark.parametrize("folder", ["flickr30k-images", "flickr30k_images"])
+def test_flickr30k_by_karpathy(tmp_path, write_image, folder):
+  write_images(tmp_path / folder, "{}.jpg", write_image)
+  names = [f"{i}.jpg" for i in range(3)]
+  path = tmp_path / "dataset_flickr30k.json"
+  path.write_text(karpathy(names, ["train", "test", "test"]))
+  # Beside it, the captions of all images.
+  (tmp_path / "results.csv").write_text("image_name| comment_number| comment\n")
+  for data in (path, tmp_path):
+    got = registry.open_captions(data)
+    assert got.captions == ("green", "blue")
+    assert got.split == "test"
+    assert got.images[0][0, 0].tolist() == [0, 255, 0]
+
+
+TOKEN = (
+  "0.jpg#0\tRed , it is .\n0.jpg#1\ta | red one\n1.jpg#0\tgreen\n"
+  '2.jpg#0\t"blue"\n'
+)
+KAGGLE = (
+  "image_name| comment_number| comment\n"
+  "0.jpg| 0| Red , it is .\n0.jpg| 1| a | red one\n"
+  "1.jpg| 4   green\n"  # as one line of the file is
+  '2.jpg| 0| "blue"\n'
+)
+KARPATHY = (
+  'image,caption\n0.jpg,"Red , it is ."\n0.jpg,a | red one\n\n'
+  '1.jpg,green\n2.jpg,"""blue"""\n'
+)
+NUMBERED = (
+  "image_name,comment_number,comment\n0.jpg,0,Red , it is .\n"
+  '0.jpg,1,a | red one\n1.jpg,0,green\n2.jpg,0,"""blue"""\n'
+)
+
+
+@pytest.mark.parametrize(
+  "name, text, blue",
+  [
+    ("results_20130124.token", TOKEN, "blue"),
+    ("results.csv", KAGGLE, "blue"),
+    ("flickr30k_test_karpathy.txt", KARPATHY, '"blue"'),
+    ("results.csv", NUMBERED, '"blue"'),
+  ],
+)
+def test_flickr30k_results(tmp_path, write_image, name, text, blue):
+  write_images(tmp_path / "flickr30k-images", "{}.jpg", write_image)
+  (tmp_path / name).write_text(text)
+  for data in (tmp_path / name, tmp_path):
+    got = registry.open_captions(data)
+    assert got.captions == ("Red , it is .", "a | red one", "green", blue)
+    assert list(got.owner) == [0, 0, 1, 2]
+    assert got.split is None
+  (tmp_path / name).write_text(text + "not a line\n")
+  number = 1 + text.count("\n")
+  with pytest.raises(InputError, match=f"line {number}: 'not a line'"):
+    registry.open_captions(tmp_path)
+
+
+def test_missing_images_are_named(tmp_path, write_image):
+  (tmp_path / "results.csv").write_text(KAGGLE)
+  with pytest.raises(MissingFileError, match="images="):
+    registry.open_captions(tmp_path)
+  write_images(tmp_path / "elsewhere", "{}.jpg", write_image)
+  got = registry.open_captions(tmp_path, images=tmp_path / "elsewhere")
+  assert len(got.images) == 3
+  (tmp_path / "results.csv").write_text("")
+  with pytest.raises(InputError, match="no image has a caption"):
+    registry.open_captions(tmp_path, images=tmp_path)
+
+
+def test_coco_without_file_names(tmp_path, write_image):
+  path = tmp_path / "annotations" / "captions_val2017.json"
+  content = write_coco(path, "{}.jpg", CAPTIONS)
+  for row in content["images"]:
+    row["coco_url"] = row.pop("file_name")
+  path.write_text(json.dumps(content))
+  with pytest.raises(InputError, match="'coco_url'.* and no 'file_name'"):
+    registry.open_captions(path)
+  content["categories"] = [{"id": 1, "name": "cat"}]
+  content["annotations"] = [{"image_id": 0, "bbox": [0, 0, 1, 1]}]
+  path = path.with_name("instances_val2017.json")
+  path.write_text(json.dumps(content))
+  with pytest.raises(InputError, match="and no 'file_name'"):
+    registry.open_boxes(tmp_path)
+  for row in content["images"]:
+    row["file_name"] = row.pop("coco_url")
+  path.write_text(json.dumps(content))
+  with pytest.raises(InputError, match="and no 'height'"):
+    registry.open_boxes(tmp_path)
+
+
+def test_clip_benchmark_retrieval(tmp_path, colours):
+  (tmp_path / "test").mkdir()
+  with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:
+    for i, (colour, texts) in enumerate(zip(COLOURS, CAPTIONS, strict=True)):
+      image = io.BytesIO()
+      PIL.Image.new("RGB", (8, 8), colour).save(image, "webp", lossless=True)
+      text = "\n".join(texts).encode()
+      for suffix, data in (("webp", image.getvalue()), ("txt", text)):
+        info = tarfile.TarInfo(f"s{i:07}.{suffix}")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+  with pytest.raises(NotApplicable, match="dataset_type.txt"):
+    registry.open_captions(tmp_path)
+  (tmp_path / "dataset_type.txt").write_text("retrieval")
+  got = registry.open_captions(tmp_path)
+  assert got.captions == ("red", "a red one", "green", "blue")
+  assert list(got.owner) == [0, 0, 1, 2]
+  one = registry.open_captions(tmp_path, max_captions=1)
+  assert one.captions == ("red", "green", "blue")
+  with pytest.raises(MissingFileError, match="missing .*train"):
+    registry.open_captions(tmp_path, split="train")
