@@ -87,7 +87,10 @@ def get_config(arg=None):
 
 
 def views(size, local, patch):
-  """Two global crops, unequal in blur and solarisation; eight local."""
+  """Two global crops, unequal in blur and solarisation; eight local.
+
+  Blur with the probabilities that DINOv2 was trained with, see `blur`.
+  """
   colours = "flip|jitter(0.8)|grey(0.2)"
   crop = f"crop({size}, 0.32, 1.0)|{colours}"
   blocks = f"blocks(0.1, 0.5, p=0.5, patch={patch})"
@@ -95,8 +98,8 @@ def views(size, local, patch):
     "global": dict(
       count=2,
       ops=[
-        f"{crop}|blur(1.0)|{blocks}",
-        f"{crop}|blur(0.1)|solarize(0.2)|{blocks}",
+        f"{crop}|{blocks}",
+        f"{crop}|blur(0.9)|solarize(0.2)|{blocks}",
       ],
     ),
     "local": dict(

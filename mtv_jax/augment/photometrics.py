@@ -235,8 +235,10 @@ class Grey(PhotometricOp, name="grey"):
 class Blur(PhotometricOp, name="blur"):
   """`blur(p)`: a Gaussian of random width, with probability `p`.
 
-  DINOv2 blurs its first global crop always, the second with probability 0.1
-  and local crops with 0.5.
+  DINOv2 and DINOv3 were trained without blur on the first global crop, with
+  probability 0.9 on the second and 0.5 on local crops. Their code asks for 1.0,
+  0.1 and 0.5 (the values of DINO and of the papers), but its blur passes 1 - p
+  on as the probability; a maintainer confirms it (dinov3 issue 286).
   """
 
   p: Fraction = 0.5

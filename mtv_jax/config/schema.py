@@ -84,6 +84,7 @@ SCHEMA = dict(
     dtype=(Literal["bfloat16", "float32"], "bfloat16"),
     remat=(str, "none"),
     scan=(bool, True),
+    init=(str, "big_vision"),  # See `models/init.py`.
     # Of the image tower in training: see `layers.drop_path_scales`.
     drop_path=(Annotated[float, Range(min=0, below=1)], 0.0),
     drop_path_uniform=(bool, True),

@@ -171,7 +171,8 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.Path:
 
   Beside SigLIP's files, `heads.safetensors` has the other objectives' heads and
   a mask token under our names, and `mtv_jax.json` our spec, from which `read`
-  restores the model. Without a text tower it is a `SiglipVisionModel`.
+  restores the model. Without a text tower it is a `SiglipVisionModel`. Fixed
+  positions become stored ones.
 
   Args:
     folder: new, empty, or of an earlier export, which it replaces.
@@ -180,6 +181,7 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.Path:
   Raises:
     ConversionError: `SiglipModel` can't express the model; names every field.
   """
+  model = model.store_positions()
   path, spec = pathlib.Path(folder), model.spec
   tokenizer = model.tokenizer and model.tokenizer.build()
   config = siglip.to_hf_config(spec, pad_id=tokenizer and tokenizer.pad_id)

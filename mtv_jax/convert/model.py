@@ -34,16 +34,33 @@ class ConvertedModel:
     default_factory=dict
   )
 
+  def store_positions(self) -> ConvertedModel:
+    """The same model with fixed position embeddings stored as parameters."""
+    tower = self.spec.image
+    if tower.positions != "sincos":
+      return self
+    table = positions.sincos_positions((tower.grid, tower.grid), tower.width)
+    tower = dataclasses.replace(tower, positions="learned")
+    image = {**self.params["image"], "position_embedding": table}
+    return dataclasses.replace(
+      self,
+      spec=dataclasses.replace(self.spec, image=tower),
+      params={**self.params, "image": image},
+    )
+
   def resize(self, image_size: int) -> ConvertedModel:
     """The model for images of another size in pixels.
 
-    The position embedding is resampled as the tower does it on the fly.
+    The position embedding is resampled as the tower does it on the fly, and
+    then stored.
 
     Raises:
       InputError: the patch doesn't divide the size.
     """
     tower = self.spec.image
     rows, columns = tower.grid_of(image_size, image_size)
+    if rows != tower.grid and tower.positions == "sincos":
+      return self.store_positions().resize(image_size)
     params = dict(self.params)
     if rows != tower.grid:
       old = tower.grid

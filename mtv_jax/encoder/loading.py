@@ -70,11 +70,14 @@ def read_params(
 ) -> dict[str, Any]:
   """Parameters of a folder as NumPy arrays, to initialise a run.
 
-  The position embedding is resampled to the grid of `spec`, the new model; the
-  caller checks all other differences. Other arguments as of `load`.
+  The position embedding is resampled to the grid of `spec`, the new model, and
+  stored if it was fixed and is now learnt; the caller checks all other
+  differences. Other arguments as of `load`.
   """
   model = read_model(path, **options)
   if spec is not None and spec.image.patch_size == model.spec.image.patch_size:
+    if spec.image.positions == "learned":
+      model = model.store_positions()
     model = model.resize(spec.image.image_size)
   return model.params
 

@@ -1,7 +1,7 @@
-"""Resampling of position embeddings to another grid.
+"""Position embeddings: fixed ones, and their resampling to another grid.
 
-Along each axis it is a product with a small matrix, computed on the host from
-the two sizes.
+Resampling is along each axis a product with a small matrix, computed on the
+host from the two sizes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,38 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64
+from jaxtyping import Array, Float, Float32, Float64
+
+from mtv_jax.utils.errors import InputError
 
 RESIZES = ("bicubic", "antialiased")
+
+
+@functools.lru_cache(maxsize=32)
+def sincos_positions(
+  grid: tuple[int, int], width: int
+) -> Float32[np.ndarray, "n {width}"]:
+  """Fixed 2-D sine-cosine position embeddings of a grid, row by row.
+
+  Each axis has half of the channels, rows first: sines, then cosines, of
+  `position / 10000^(i / m)` for `m` frequencies `i` (Vaswani et al. 2017). MAE
+  (He et al. 2022) has the same with columns first.
+
+  Raises:
+    InputError: for a width that four does not divide.
+  """
+  if width % 4:
+    raise InputError(
+      f"2-D sine-cosine positions need a width that 4 divides, not {width}."
+    )
+  rates = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
+  parts = []
+  for axis in np.indices(grid).reshape(2, -1):
+    angle = axis[:, None] * rates
+    parts += [np.sin(angle), np.cos(angle)]
+  table = np.concatenate(parts, axis=1).astype(np.float32)
+  table.setflags(write=False)  # cached, so shared by every caller
+  return table
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:

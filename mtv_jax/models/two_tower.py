@@ -13,7 +13,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from mtv_jax.config import options
-from mtv_jax.models import layers
+from mtv_jax.models import init, layers
 from mtv_jax.models.text import TextSpec, TextTower
 from mtv_jax.models.vit import ViT, ViTSpec
 from mtv_jax.utils.errors import InputError, check_choice, did_you_mean
@@ -40,7 +40,10 @@ VARIANTS: dict[str, dict[str, int]] = {
 # Keys of a config's `model` other than the architecture.
 _DROP_PATH = ("drop_path", "drop_path_uniform")  # Of the image tower.
 RUNTIME = ("dtype", "remat", "scan", *_DROP_PATH)
+_TRAINING = (*RUNTIME, "init")
 _TEXT_INPUT = ("tokenizer", "clean")
+# Fields of `ViTSpec` that the first `mtv_jax.json` lacked.
+_LATER = ("positions",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,17 +79,17 @@ class ModelSpec:
     `text.variant` ('B') those of the text tower, whose embeddings have the
     image tower's width by default. Other fields of `ViTSpec` and `TextSpec`
     override the variant. `cls_token` is true by default where `pool` is 'cls'.
-    Keys of the runtime (`RUNTIME`) and of the text input (tokenizer, clean) are
-    ignored.
+    Keys of the runtime (`RUNTIME`), of the initialisation and of the text input
+    (tokenizer, clean) are ignored.
 
     Raises:
       InputError: for an unknown variant or key, or inconsistent fields.
     """
     fields = model.to_dict() if isinstance(model, ConfigDict) else dict(model)
     text = fields.pop("text", None)
-    fields = _expand(fields, "model", ignored=RUNTIME, patch=True)
+    fields = _expand(fields, "model", ignored=_TRAINING, patch=True)
     fields.setdefault("cls_token", fields.get("pool") == "cls")
-    reserved = ("variant", "text", *RUNTIME)
+    reserved = ("variant", "text", *_TRAINING)
     image = options.build(
       ViTSpec, fields, where="config.model", reserved=reserved
     )
@@ -101,8 +104,16 @@ class ModelSpec:
     return cls(image=image, text=text)
 
   def to_dict(self) -> dict[str, Any]:
-    """The spec as plain dicts, for JSON."""
-    return dataclasses.asdict(self)
+    """The spec as plain dicts, for JSON.
+
+    Later fields of the image tower are left out at their defaults: files stay
+    as they were, and readable by earlier versions.
+    """
+    fields = dataclasses.asdict(self)
+    for field in dataclasses.fields(ViTSpec):
+      if field.name in _LATER and fields["image"][field.name] == field.default:
+        del fields["image"][field.name]
+    return fields
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> ModelSpec:
@@ -172,13 +183,18 @@ def runtime(model: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   return {name: model[name] for name in RUNTIME if name in model}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def init_params(spec: ModelSpec, rng: Array) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def init_params(
+  spec: ModelSpec, rng: Array, scheme: str = "big_vision"
+) -> dict[str, Any]:
   """Fresh float32 parameters, {'image': ..., 'text': ...}.
 
   Jitted, so that the forward pass that Flax traces is not computed; inside
   another jit with output shardings each device computes its own part. Without a
   text tower 'text' is absent.
+
+  Raises:
+    InputError: for a scheme that is not in `init.SCHEMES`.
   """
   image_rng, text_rng = jax.random.split(rng)
   size = spec.image.image_size
@@ -187,13 +203,12 @@ def init_params(spec: ModelSpec, rng: Array) -> dict[str, Any]:
   if spec.text:
     tokens = jnp.zeros((1, spec.text.length), jnp.int32)
     params["text"] = text_tower(spec).init(text_rng, tokens)["params"]
-  return params
+  return init.reinitialize(params, spec, rng, scheme)
 
 
 def abstract_params(spec: ModelSpec) -> dict[str, Any]:
   """Shapes and dtypes of `init_params`; computes nothing."""
-  init = functools.partial(init_params, spec)
-  return jax.eval_shape(init, jax.random.key(0))
+  return jax.eval_shape(functools.partial(init_params, spec), jax.random.key(0))
 
 
 def _expand(

@@ -32,6 +32,9 @@ class ViTSpec:
   # How `pooled` is computed: 'map' (attention pooling of the patches), 'cls'
   # (the CLS token after the final norm) or 'mean' (of the patches after it).
   pool: str = "map"
+  # 'learned', or 'sincos': fixed ones, which are no parameters (MAE). Both are
+  # stored for `image_size`.
+  positions: str = "learned"
   cls_token: bool = False  # It has no position embedding.
   registers: int = 0  # Darcet et al. 2024.
   layer_scale: float | None = None  # Initial value, or no layer scale.
@@ -48,6 +51,7 @@ class ViTSpec:
     layers.check_tower(self)
     check_choice("ViTSpec.pool", self.pool, ("map", "cls", "mean"))
     check_choice("ViTSpec.mlp", self.mlp, ("plain", "swiglu"))
+    check_choice("ViTSpec.positions", self.positions, ("learned", "sincos"))
     check_choice(
       "ViTSpec.position_resize", self.position_resize, positions.RESIZES
     )
@@ -207,11 +211,15 @@ class ViT(layers.Tower):
   def _positions(self, grid):
     """The position embedding of a grid, float32 [N, D]."""
     spec = self.spec
-    table = self.param(
-      "position_embedding",
-      nn.initializers.normal(spec.width**-0.5),  # big_vision's
-      (spec.grid**2, spec.width),
-    )
+    if spec.positions == "sincos":
+      size = (spec.grid, spec.grid)
+      table = jnp.asarray(positions.sincos_positions(size, spec.width))
+    else:
+      table = self.param(
+        "position_embedding",
+        nn.initializers.normal(spec.width**-0.5),  # big_vision's
+        (spec.grid**2, spec.width),
+      )
     stored = table.reshape(spec.grid, spec.grid, spec.width)
     resized = positions.resize_grid(stored, grid, spec.position_resize)
     return resized.reshape(-1, spec.width)

@@ -134,6 +134,7 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
     views=built_views,
     seed=config.seed,
     total_steps=total_steps,
+    init=config.model.init,
     teacher_momentum=config.teacher.momentum,
     teacher_end=config.teacher.end,
     teacher_ema=config.teacher.ema,

@@ -83,6 +83,7 @@ class StepSpec:
   views: Mapping[str, views_lib.View]
   seed: int
   total_steps: int
+  init: str = "big_vision"  # Of the towers, see `models/init.py`.
   # Options of the towers that are not architecture (remat, scan, drop_path).
   runtime: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   teacher_momentum: float = 0.996  # EMA momentum at the start.
@@ -279,7 +280,7 @@ def init_params(spec: StepSpec, rng: jax.Array) -> PyTree:
   change no other parameter.
   """
   tower_rng, head_rng = jax.random.split(rng)
-  params = dict(model_lib.init_params(spec.model, tower_rng))
+  params = dict(model_lib.init_params(spec.model, tower_rng, spec.init))
   params["heads"] = {}
   for name, head in spec.heads.items():
     # crc32 and not hash(), which differs from one process to the next.

@@ -107,6 +107,31 @@ def _assert_same(got, want):
 # Round trips.
 
 
+def test_fixed_positions_are_exported_as_stored_ones(tmp_path):
+  fixed = ModelSpec.from_config({**SMALL, "positions": "sincos", "text": None})
+  params = _params(fixed)
+  preprocess = {**PREPROCESS, "size": 64}
+  model = ConvertedModel(fixed, params, preprocess)
+  restored = huggingface.read(huggingface.write(tmp_path / "export", model))
+  assert restored.spec.image.positions == "learned"
+  native.write(tmp_path / "native", model)
+  assert huggingface.read(tmp_path / "native").spec == fixed
+  images = np.random.default_rng(0).normal(size=(1, 64, 64, 3))
+
+  def run(model, images):
+    run = jax.jit(models.image_tower(model.spec).apply)
+    return run({"params": model.params["image"]}, images).pooled
+
+  images = jax.numpy.asarray(images, np.float32)
+  np.testing.assert_array_equal(run(restored, images), run(model, images))
+  # Another resolution: resampled as the tower does it.
+  small = model.resize(32)
+  assert small.spec.image.positions == "learned"
+  np.testing.assert_allclose(
+    run(small, images[:, :32, :32]), run(model, images[:, :32, :32]), atol=1e-5
+  )
+
+
 def test_round_trip_is_identical(spec, params, tmp_path):
   heads = {
     **params["heads"],

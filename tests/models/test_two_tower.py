@@ -14,6 +14,7 @@ from mtv_jax.models import two_tower as model_lib
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
+from mtv_jax.utils.tree import flatten_with_names
 
 CONFIG = {
   "variant": "mu/8",
@@ -307,6 +308,83 @@ def test_init(initialised):
   kernel = blocks["mlp"]["fc1"]["kernel"]
   assert np.abs(kernel[0] - kernel[1]).max() > 0.01
   assert np.abs(kernel - text["blocks"]["mlp"]["fc1"]["kernel"]).max() > 0.01
+
+
+# Standard deviations by parameter; a limit of a uniform is over sqrt(3).
+D, PATCH, MLP = 64, 192, 256
+TORCH = {n: (3 * n) ** -0.5 for n in (D, PATCH, MLP)}
+SCHEMES = {
+  "siglip": {
+    "text/token_embedding": 1 / 8,
+    "text/position_embedding": 1 / 8,
+    "image/position_embedding": 1 / 8,
+  },
+  "dinov2": {
+    "image/patch_embed/kernel": TORCH[PATCH],
+    "image/patch_embed/bias": TORCH[PATCH],
+    "image/position_embedding": 0.02,
+    "image/cls_token": 0.02,
+    "image/registers": 1e-6,
+    "image/blocks/attention/qkv/kernel": 0.02,
+    "image/blocks/mlp/fc2/kernel": 0.02,
+    "image/blocks/mlp/fc1/bias": 0,
+    "text/token_embedding": 0.02,
+  },
+  "dinov3": {"image/registers": 0.02, "image/blocks/mlp/fc1/kernel": 0.02},
+  "mae": {
+    "image/patch_embed/kernel": (2 / (PATCH + D)) ** 0.5,
+    "image/patch_embed/bias": TORCH[PATCH],
+    "image/cls_token": 0.02,
+    "image/blocks/attention/qkv/kernel": (2 / (4 * D)) ** 0.5,
+    "image/blocks/mlp/fc1/kernel": (2 / (D + MLP)) ** 0.5,
+    "image/blocks/mlp/fc1/bias": 0,
+  },
+  "clip": {
+    "image/patch_embed/kernel": TORCH[PATCH],
+    "image/cls_token": 2**0.5 / 8,
+    "image/position_embedding": 1 / 8,
+    "image/blocks/attention/qkv/kernel": (2 / (4 * D)) ** 0.5,
+    "image/blocks/attention/qkv/bias": 0,
+    "image/blocks/attention/out/kernel": TORCH[D],
+    "image/blocks/attention/out/bias": 0,
+    "image/blocks/mlp/fc1/kernel": TORCH[D],
+    "image/blocks/mlp/fc2/kernel": TORCH[MLP],
+    "image/blocks/mlp/fc2/bias": TORCH[MLP],
+    "text/token_embedding": 0.02,
+    "text/position_embedding": 0.01,
+    "text/blocks/attention/qkv/kernel": 1 / 8,
+    "text/blocks/attention/out/kernel": 1 / 16,
+    "text/blocks/mlp/fc1/kernel": 128**-0.5,
+    "text/blocks/mlp/fc2/kernel": 1 / 16,
+    "text/projection/kernel": 1 / 8,
+  },
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_init_schemes(scheme):
+  """Deviations of the references, for a text tower of two layers."""
+  fields = dict(CONFIG, cls_token=True, registers=4)
+  spec = ModelSpec.from_config(fields)
+  assert spec.text.depth == 2
+  rng = jax.random.key(0)
+  params = dict(flatten_with_names(model_lib.init_params(spec, rng, scheme)))
+  default = dict(flatten_with_names(model_lib.init_params(spec, rng)))
+  assert params.keys() == default.keys()
+  for name, std in SCHEMES[scheme].items():
+    rtol = 0.25 if params[name].size < 500 else 0.1
+    np.testing.assert_allclose(
+      np.sqrt(np.mean(np.square(params[name]))), std, rtol=rtol, err_msg=name
+    )
+  for name in ("image/norm/scale", "text/blocks/norm1/scale"):
+    np.testing.assert_array_equal(params[name], default[name])
+
+
+def test_an_unknown_init_is_refused():
+  with pytest.raises(ValueError, match="Did you mean 'dinov2'"):
+    model_lib.init_params(
+      ModelSpec.from_config(CONFIG), jax.random.key(0), "dino2"
+    )
 
 
 def test_towers_of_a_config(initialised):

@@ -36,6 +36,9 @@ DINOV2 = dataclasses.replace(
   mask_token=True,
 )
 GIANT = dataclasses.replace(DINOV2, mlp="swiglu", registers=0)
+MAE = dataclasses.replace(
+  BASE, pool="mean", cls_token=True, gelu="exact", positions="sincos"
+)
 MEAN = dataclasses.replace(BASE, pool="mean", registers=1, mask_token=True)
 # These tests compile more than they compute.
 FAST = {"xla_backend_optimization_level": 0}
@@ -44,6 +47,7 @@ KINDS = {
   "clip": CLIP,
   "dinov2": DINOV2,
   "giant": GIANT,
+  "mae": MAE,
   "mean": MEAN,
 }
 
@@ -82,6 +86,19 @@ def encode(spec, params, images, *, taps=(), mask=None, keep=None, **runtime):
   return run(params, images, mask, keep)
 
 
+def numpy_sincos(side, width):
+  """Rows, then columns: sines and cosines of p / 10000^(i / m)."""
+  table, m = np.zeros((side * side, width)), width // 4
+  for y in range(side):
+    for x in range(side):
+      for first, p in ((0, y), (2 * m, x)):
+        for i in range(m):
+          angle = p / 10_000 ** (i / m)
+          table[y * side + x, first + i] = np.sin(angle)
+          table[y * side + x, first + m + i] = np.cos(angle)
+  return table
+
+
 def numpy_vit(transformer, params, image, *, mask=None, keep=None):
   """(prefix, patches, pooled, block outputs) of one image, in float64."""
   spec = transformer.spec
@@ -97,7 +114,10 @@ def numpy_vit(transformer, params, image, *, mask=None, keep=None):
   x = transformer.dense(params["patch_embed"], flat)
   if mask is not None:
     x[np.asarray(mask)] = params["mask_token"]
-  x = x + np.float64(params["position_embedding"])
+  if spec.positions == "learned":
+    x = x + np.float64(params["position_embedding"])
+  else:
+    x = x + numpy_sincos(g, spec.width)
   if keep is not None:
     x = x[np.asarray(keep)]
   prefix = np.zeros((0, spec.width))
@@ -127,7 +147,7 @@ def test_equals_numpy(kind, params_of, numpy_transformer):
   rng = np.random.default_rng(1)
   mask = jnp.asarray(rng.random((BATCH, 16)) < 0.4) if spec.mask_token else None
   keep = None
-  if kind == "mean":
+  if kind in ("mean", "mae"):
     keep = jnp.asarray([rng.permutation(16)[:5] for _ in range(BATCH)])
   out = encode(spec, params, images, taps=(0, 2), mask=mask, keep=keep)
   for i in range(BATCH):
@@ -301,6 +321,18 @@ def test_other_sizes_resample_the_positions(params_of):
   want = apply({"params": first}, jnp.asarray(x, jnp.float32))
   out = encode(SIGLIP, params, images, taps=(0,))
   np.testing.assert_allclose(out.taps[0], want, atol=1e-5)
+
+
+def test_fixed_positions_are_no_parameters(params_of):
+  assert "position_embedding" not in params_of(MAE)
+  table = positions.sincos_positions((2, 3), 16)
+  np.testing.assert_allclose(
+    table, numpy_sincos(3, 16)[[0, 1, 2, 3, 4, 5]], atol=1e-6
+  )
+  with pytest.raises(ValueError, match="4 divides, not 6"):
+    positions.sincos_positions((2, 2), 6)
+  with pytest.raises(ValueError, match="Did you mean 'sincos'"):
+    dataclasses.replace(BASE, positions="sincoss")
 
 
 @pytest.mark.parametrize("method", positions.RESIZES)

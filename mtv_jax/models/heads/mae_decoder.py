@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mtv_jax.models import layers
-from mtv_jax.utils.errors import InputError
-
-
-@functools.lru_cache(maxsize=32)
-def sincos_positions(
-  grid: tuple[int, int], width: int
-) -> Float32[np.ndarray, "n {width}"]:
-  """Fixed 2-D sine-cosine position embeddings of a grid, row by row.
-
-  Each axis has half of the channels, rows first: sines, then cosines, of
-  `position / 10000^(i / m)` for `m` frequencies `i` (Vaswani et al. 2017).
-
-  Raises:
-    InputError: for a width that four does not divide.
-  """
-  if width % 4:
-    raise InputError(
-      f"2-D sine-cosine positions need a width that 4 divides, not {width}."
-    )
-  rates = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
-  parts = []
-  for axis in np.indices(grid).reshape(2, -1):
-    angle = axis[:, None] * rates
-    parts += [np.sin(angle), np.cos(angle)]
-  table = np.concatenate(parts, axis=1).astype(np.float32)
-  table.setflags(write=False)  # cached, so shared by every caller
-  return table
+from mtv_jax.models.positions import sincos_positions
 
 
 def visible_slots(

@@ -8,20 +8,6 @@ import pytest
 from mtv_jax.models.heads import mae_decoder
 
 
-def test_positions_are_sines_and_cosines_of_row_and_column():
-  table = mae_decoder.sincos_positions((2, 3), 16)
-  assert table.shape == (6, 16)
-  for y in range(2):
-    for x in range(3):
-      expected = []
-      for p in (y, x):
-        angles = [p / 10_000 ** (i / 4) for i in range(4)]
-        expected += [np.sin(a) for a in angles] + [np.cos(a) for a in angles]
-      np.testing.assert_allclose(table[3 * y + x], expected, atol=1e-6)
-  with pytest.raises(ValueError, match="4 divides, not 6"):
-    mae_decoder.sincos_positions((2, 2), 6)
-
-
 def test_slots_invert_keep():
   keep = jnp.array([[4, 0, 2], [1, 2, 3]])
   slots, visible = mae_decoder.visible_slots(keep, 5)

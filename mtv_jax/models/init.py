@@ -1,0 +1,158 @@
+"""Initialisations of the towers, as published codebases have them.
+
+The modules themselves declare that of `big_vision`; other schemes replace the
+values of some parameters by regular expressions over their names. A scheme that
+says nothing of a tower leaves it. CLIP's and DINOv2's CLS token has a position
+embedding of its own, which ours includes: its variance is the sum of both.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax.linen import initializers
+from jaxtyping import Array
+
+from mtv_jax.utils.errors import check_choice
+from mtv_jax.utils.tree import first_match, map_with_names
+
+Initializer = Callable[[Array, Sequence[int]], Array]
+Rules = list[tuple[str, Initializer]]  # The first match wins.
+
+_zeros = initializers.zeros
+
+
+def _normal(std: float) -> Initializer:
+  # References that truncate do so at 2, a hundred standard deviations away.
+  return initializers.normal(std)
+
+
+def _uniform(limit: float) -> Initializer:
+  def init(key, shape):
+    return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+
+  return init
+
+
+def _torch(fan_in: int) -> Initializer:
+  """Default of torch's linear and convolutional layers, biases too."""
+  return _uniform(fan_in**-0.5)
+
+
+def _xavier(key: Array, shape: Sequence[int]) -> Array:
+  """Glorot and Bengio 2010, of the last two dimensions."""
+  return _uniform((6 / (shape[-2] + shape[-1])) ** 0.5)(key, shape)
+
+
+def _patch_values(spec: Any) -> int:
+  return 3 * spec.image.patch_size**2
+
+
+def _dino(spec: Any, registers: float) -> Rules:
+  return [
+    ("^image/patch_embed/", _torch(_patch_values(spec))),
+    ("^image/(position_embedding|cls_token)$", _normal(0.02)),
+    ("^image/registers$", _normal(registers)),
+    ("^image/.*/kernel$", _normal(0.02)),
+    ("^image/.*/bias$", _zeros),
+  ]
+
+
+def _dinov2(spec: Any) -> Rules:
+  """DINOv2's; registers as in DINOv2 with registers."""
+  return _dino(spec, registers=1e-6)
+
+
+def _dinov3(spec: Any) -> Rules:
+  return _dino(spec, registers=0.02)
+
+
+def _mae(spec: Any) -> Rules:
+  """MAE's: Xavier-uniform, also of the fused query, key and value."""
+  return [
+    ("^image/patch_embed/bias$", _torch(_patch_values(spec))),
+    ("^image/(cls_token|mask_token)$", _normal(0.02)),
+    ("^image/.*kernel$", _xavier),
+    ("^image/.*bias$", _zeros),
+  ]
+
+
+def _clip(spec: Any) -> Rules:
+  """CLIP's of a ViT, which is torch's default, and of the text transformer."""
+  image, text = spec.image, spec.text
+  scale = image.width**-0.5
+  rules = [
+    ("^image/patch_embed/", _torch(_patch_values(spec))),
+    ("^image/cls_token$", _normal(2**0.5 * scale)),
+    ("^image/(position_embedding|projection/kernel)$", _normal(scale)),
+    ("^image/blocks/attention/qkv/kernel$", _xavier),
+    ("^image/blocks/attention/.*bias$", _zeros),
+    ("^image/blocks/(attention/out|mlp/fc1)/", _torch(image.width)),
+    ("^image/blocks/mlp/fc2/", _torch(image.mlp_dim)),
+  ]
+  if text is None:
+    return rules
+  scale = text.width**-0.5
+  residual = _normal(scale * (2 * text.depth) ** -0.5)
+  return [
+    *rules,
+    ("^text/token_embedding$", _normal(0.02)),
+    ("^text/position_embedding$", _normal(0.01)),
+    ("^text/blocks/attention/qkv/kernel$", _normal(scale)),
+    ("^text/blocks/(attention/out|mlp/fc2)/kernel$", residual),
+    ("^text/blocks/attention/.*bias$", _zeros),
+    ("^text/blocks/mlp/fc1/kernel$", _normal((2 * text.width) ** -0.5)),
+    ("^text/blocks/mlp/fc1/bias$", _torch(text.width)),
+    ("^text/blocks/mlp/fc2/bias$", _torch(text.mlp_dim)),
+    ("^text/projection/kernel$", _normal(scale)),
+  ]
+
+
+def _siglip(spec: Any) -> Rules:
+  """big_vision's text tower: Flax's default of `nn.Embed`, and positions."""
+  if spec.text is None:
+    return []
+  scale = spec.text.width**-0.5
+  return [("^text/(token|position)_embedding$", _normal(scale))]
+
+
+SCHEMES: dict[str, Callable[[Any], Rules]] = {
+  # The ViT of big_vision; the embeddings of the text tower are CLIP's.
+  "big_vision": lambda spec: [],
+  "siglip": _siglip,
+  "clip": _clip,
+  "dinov2": _dinov2,
+  "dinov3": _dinov3,
+  "mae": _mae,
+}
+
+
+def reinitialize(
+  params: Mapping[str, Any], spec: Any, rng: Array, scheme: str
+) -> dict[str, Any]:
+  """Replaces the parameters for which a scheme has a rule.
+
+  Args:
+    params: of both towers, `{'image': ..., 'text': ...}`.
+    spec: their `ModelSpec`.
+    rng: a parameter's key depends on it and on the parameter's name.
+    scheme: name in `SCHEMES`.
+
+  Raises:
+    InputError: for an unknown scheme.
+  """
+  check_choice("config.model.init", scheme, SCHEMES)
+  rules = [*SCHEMES[scheme](spec), (".", None)]
+
+  def replace(name, leaf):
+    rule = first_match(name, rules)
+    if rule is None:
+      return leaf
+    # crc32 and not hash(), which differs from one process to the next.
+    key = jax.random.fold_in(rng, zlib.crc32(name.encode()))
+    return rule(key, leaf.shape).astype(leaf.dtype)
+
+  return map_with_names(replace, dict(params))
