@@ -108,9 +108,16 @@ class Preprocess:
     return (scaled - mean) / std
 
   def to_dict(self) -> dict[str, Any]:
-    """The fields as a dictionary for JSON."""
+    """The fields as a dictionary for JSON.
+
+    The later field `crop_rounding` is left out at its default, so that earlier
+    versions read the file.
+    """
     lists = {"mean": list(self.mean), "std": list(self.std)}
-    return dataclasses.asdict(self) | lists
+    fields = dataclasses.asdict(self) | lists
+    if self.crop_rounding == "down":
+      del fields["crop_rounding"]
+    return fields
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> Preprocess:
