@@ -90,12 +90,16 @@ def head_function(
 
 
 def _compile(function: Callable, dtype: str, mesh: Mesh) -> Function:
-  """Jits a function at the precision of `dtype`, with float32 results."""
+  """Jits a function at the precision of `dtype`; floats come as float32."""
+
+  def cast(x):
+    is_float = jnp.issubdtype(x.dtype, jnp.inexact)
+    return x.astype(jnp.float32) if is_float else x
 
   def run(params, batch):
     with precision(dtype):
       out = function(params, batch)
-    return jax.tree.map(lambda x: x.astype(jnp.float32), out)
+    return jax.tree.map(cast, out)
 
   return jax.jit(
     run,

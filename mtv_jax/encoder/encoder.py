@@ -30,7 +30,7 @@ from mtv_jax.encoder import apply_fns, batched
 from mtv_jax.encoder.preprocess import Preprocess, as_image, as_pixels
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads import contrastive_head
-from mtv_jax.models.heads.base import TEXT, PredictionHead
+from mtv_jax.models.heads.base import TEXT, TOKENS, PredictionHead
 from mtv_jax.parallel.mesh import MESH_AXES, make_mesh
 from mtv_jax.parallel.rules import tree_shardings
 from mtv_jax.utils.errors import InputError, check_choice
@@ -225,18 +225,11 @@ class Encoder:
         f"{self!r} has no text tower, so it can't embed text; SigLIP, CLIP and "
         "contrastive runs have one"
       )
-    if self.tokenizer is None:
-      raise InputError(
-        f"{self!r} has no tokenizer; put its tokenizer file into the folder, "
-        "or pass tokenizer=build_tokenizer(...)"
-      )
     if isinstance(strings, str):
       raise TypeError("Encoder.text takes a list of strings: pass [string]")
     if not len(strings):
       raise InputError("Encoder.text got no strings")
-    tokens = np.asarray(
-      self.tokenizer.encode(list(strings), self.spec.text.length), np.int32
-    )
+    tokens = self._tokenize(strings)
     function = apply_fns.text_function(self.spec, self.dtype, self.mesh)
     run = functools.partial(function, self.params["text"])
     blank = np.zeros_like(tokens[0])
@@ -313,6 +306,7 @@ class Encoder:
         f"Encoder.{method} needs an encoder that sees whole images, to which "
         f"{sorted(inputs)} refer; this one has crop={self.preprocess.crop!r}"
       )
+    head = self.prediction_heads[name]
     padded = {k: self._pad(k, kinds[k], rows) for k, rows in inputs.items()}
 
     def prepare(i):
@@ -322,8 +316,7 @@ class Encoder:
     size = (self.preprocess.size,) * 2
     blank = {"images": np.zeros((*size, 3), np.float32)}
     blank |= {k: np.zeros_like(p.values[0]) for k, p in padded.items()}
-    key = self.prediction_heads[name].params_key
-    heads = {key: self.params["heads"][key]}
+    heads = {head.params_key: self.params["heads"][head.params_key]}
     params = {"image": self.params["image"], "heads": heads}
     run = functools.partial(function, params)
     out = self._run(run, prepare, len(images), blank, batch_size)
@@ -333,7 +326,7 @@ class Encoder:
         mask = rows.valid.reshape(n, m, *[1] * (values.ndim - 2))
         out[key] = values[:, :m] * mask
       out["valid"] = rows.valid
-    return out
+    return head.decode(out, self.tokenizer)
 
   def depth(
     self, images: Sequence[Any] | np.ndarray, *, batch_size: int = 16
@@ -425,10 +418,20 @@ class Encoder:
       mesh=self.mesh,
     )
 
+  def _tokenize(self, strings: Sequence[str]) -> np.ndarray:
+    """Token ids `[n, T]`."""
+    if self.tokenizer is None:
+      raise InputError(
+        f"{self!r} has no tokenizer; put its tokenizer file into the folder, "
+        "or pass tokenizer=build_tokenizer(...)"
+      )
+    tokens = self.tokenizer.encode(list(strings), self.spec.text.length)
+    return np.asarray(tokens, np.int32)
+
   def _pad(self, key, kind, values) -> batched.Padded:
     """One head input as rows, `[n, k, C]`; strings are embedded."""
     what = f"the {key} of image"
-    if kind != TEXT:
+    if kind not in (TEXT, TOKENS):
       return batched.pad(values, channels=kind, what=what)
     for strings in [values, *values]:
       if not isinstance(strings, list | tuple):
@@ -437,9 +440,13 @@ class Encoder:
           f"[[string, ...], ...]; got {strings!r:.40}"
         )
     distinct = list(dict.fromkeys(s for strings in values for s in strings))
-    table = dict(zip(distinct, self.text(distinct), strict=True))
+    if kind == TOKENS:
+      vectors = self._tokenize(distinct)
+    else:
+      vectors = self.text(distinct)
+    table = dict(zip(distinct, vectors, strict=True))
     rows = [[table[s] for s in strings] for strings in values]
-    return batched.pad(rows, channels=self.spec.embed_dim, what=what)
+    return batched.pad(rows, channels=vectors.shape[1], what=what)
 
   def _features(self, images, prepare, size, layers, outputs, batch_size):
     check_outputs(outputs)

@@ -131,7 +131,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-  """Multi-head attention of queries to tokens.
+  """Multi-head attention of queries to tokens, maybe of another width.
 
   The columns of `kv` are ordered (head, k|v, dim), see `Attention`.
   """
@@ -143,9 +143,10 @@ class CrossAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, queries: Float[Array, "*q d"], tokens: Float[Array, "b n d"]
+    self, queries: Float[Array, "*q d"], tokens: Float[Array, "b n e"]
   ) -> Float[Array, "b *y d"]:
-    b, n, d = tokens.shape
+    b, n, _ = tokens.shape
+    d = queries.shape[-1]
     q = Dense(d, dtype=self.dtype, name="q")(queries)
     kv = Dense(2 * d, fused_init, dtype=self.dtype, name="kv")(tokens)
     q = q.reshape(*q.shape[:-1], self.heads, -1)  # [..., H, d]
@@ -249,14 +250,20 @@ def drop_path_scales(
   return jnp.where(u < keep, 1 / keep, 0.0)  # [B, depth, 2]
 
 
-def stacked_init(block: nn.Module, depth: int, width: int) -> Callable:
+def stacked_init(
+  block: nn.Module, depth: int, width: int, context: Sequence[Array] = ()
+) -> Callable:
   """Initialiser of the stacked parameters of `depth` blocks `[b, n, width]`.
 
-  `block` is a detached module (`parent=None`).
+  `block` is a detached module (`parent=None`), `context` as of `run_stack`.
   """
 
+  def example(x):
+    return jnp.zeros((*[1] * (x.ndim - 1), x.shape[-1]), x.dtype)
+
   def init_block(key):
-    return block.init(key, jnp.zeros((1, 1, width)))["params"]
+    x = jnp.zeros((1, 1, width))
+    return block.init(key, x, *map(example, context))["params"]
 
   return lambda key: jax.vmap(init_block)(jax.random.split(key, depth))
 
@@ -266,6 +273,7 @@ def run_stack(
   stack: Mapping[str, Any],
   x: Float[Array, "b n d"],
   *,
+  context: Sequence[Array] = (),
   taps: Sequence[int] = (),
   remat: str = "none",
   scan: bool = True,
@@ -278,6 +286,8 @@ def run_stack(
     block: the detached module that `stacked_init` took.
     stack: its stacked parameters.
     x: in the block's compute dtype.
+    context: further arguments of every block, such as the tokens that a
+      decoder attends to.
     taps: layers whose output to return, from 0. The scan runs over static
       slices of the stack that end at these layers, so that a tap costs only
       the array it returns.
@@ -307,7 +317,7 @@ def run_stack(
     params, inputs = layer
     x = constrain_batch(x, mesh)
     params = all_gather_params(params, mesh, dtype=block.dtype)
-    return block.apply({"params": params}, x, **inputs), None
+    return block.apply({"params": params}, x, *context, **inputs), None
 
   policy = REMAT[remat]
   if policy is None and mesh is not None and mesh.shape["fsdp"] > 1:
@@ -339,6 +349,7 @@ def run_blocks(
   x: Float[Array, "b n d"],
   *,
   depth: int,
+  context: Sequence[Array] = (),
   taps: Sequence[int] = (),
   layer_inputs: Mapping[str, PyTree] | None = None,
 ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
@@ -346,11 +357,12 @@ def run_blocks(
 
   `remat`, `scan` and `mesh` are attributes of the module.
   """
-  init = stacked_init(block, depth, x.shape[-1])
+  init = stacked_init(block, depth, x.shape[-1], context)
   return run_stack(
     block,
     module.param("blocks", init),
     x,
+    context=context,
     taps=taps,
     remat=module.remat,
     scan=module.scan,

@@ -8,6 +8,7 @@ from mtv_jax.config import options as options_lib
 from mtv_jax.config import schema
 from mtv_jax.models.heads.base import PredictionHead
 from mtv_jax.objectives import base
+from mtv_jax.objectives.captioning import Captioning
 from mtv_jax.objectives.contrastive import Contrastive
 from mtv_jax.objectives.depth import Depth
 from mtv_jax.objectives.distillation import Distillation
@@ -26,6 +27,7 @@ REGISTRY: dict[str, type[base.Objective]] = {
   "distillation": Distillation,
   "masked_latent": MaskedLatent,
   "gram": Gram,
+  "captioning": Captioning,
 }
 
 

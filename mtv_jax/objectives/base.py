@@ -218,7 +218,8 @@ class Objective:
     Args:
       encodings: the outputs of `needs().encodings`.
       heads: heads with their parameters.
-      batch: the batch's fields, and `views`: `views.ViewBatch` by name.
+      batch: the batch's fields, `views`: `views.ViewBatch` by name, and `keys`:
+        random keys `[b]` of the rows by view, for draws beside the view's own.
     """
     raise NotImplementedError
 

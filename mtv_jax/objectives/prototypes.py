@@ -80,7 +80,7 @@ def sinkhorn(
       columns = jnp.where(some, columns, 0.0)
       return columns, jax.nn.logsumexp(logits + columns, axis=-1)
 
-    columns, sums = _map_chunks(scale, chunk, teacher.prototypes)
+    columns, sums = map_chunks(scale, chunk, teacher.prototypes)
     rows = -jax.nn.logsumexp(sums, axis=0)
     columns = _join_chunks(columns)
   return Scalings(rows=rows, columns=columns)
@@ -99,7 +99,7 @@ def centered_softmax(
   """
   teacher = jax.lax.stop_gradient(teacher)
   columns = -center / teacher.temperature
-  sums = _map_chunks(
+  sums = map_chunks(
     lambda prototypes, columns: jax.nn.logsumexp(
       teacher.chunk(prototypes) + columns, axis=-1
     ),
@@ -173,7 +173,7 @@ def cross_entropies(
       "top": jnp.max(log_q, axis=-1),
     }
 
-  parts = _map_chunks(
+  parts = map_chunks(
     part, chunk, teacher.prototypes, student.prototypes, scalings.columns
   )
   # An assignment sums to 1, so the normaliser is outside of the sum.
@@ -193,13 +193,13 @@ def _used_fraction(top, best, valid, prototypes):
   chunks = top.shape[0]
   which = jnp.argmax(top, axis=0)
   within = jnp.take_along_axis(best, which[None], axis=0)[0]
-  index = within * chunks + which  # Chunks are strided, see `_map_chunks`.
+  index = within * chunks + which  # Chunks are strided, see `map_chunks`.
   hits = jnp.zeros(prototypes).at[index].max(valid.astype(jnp.float32))
   most = jnp.minimum(jnp.sum(valid), prototypes)
   return jnp.sum(hits) / jnp.maximum(most, 1)
 
 
-def _map_chunks(
+def map_chunks(
   function: Callable[..., Any], chunk: int | None, *arrays: Array
 ) -> Any:
   """Maps `function` over chunks of the last axis; results are stacked."""
@@ -219,5 +219,5 @@ def _map_chunks(
 
 
 def _join_chunks(chunks: Float[Array, "parts chunk"]) -> Float[Array, " k"]:
-  """Joins the chunks that `_map_chunks` stacked."""
+  """Joins the chunks that `map_chunks` stacked."""
   return chunks.T.reshape(-1)

@@ -342,8 +342,10 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
 
 def _loss_inputs(spec, encoded, params, state, batch, views):
   heads = gradients.bind_heads(spec, params, state)
+  keys = gradients.view_keys(spec, state.step, len(batch["image"]), None)
+  batch = {**batch, "views": views, "keys": keys}
   return {
-    name: objective.loss_inputs(encoded, heads, {**batch, "views": views})
+    name: objective.loss_inputs(encoded, heads, batch)
     for name, objective in spec.objectives.items()
   }
 

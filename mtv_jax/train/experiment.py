@@ -24,6 +24,7 @@ from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import base as evals_base
+from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as model_lib
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import (
@@ -120,7 +121,11 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
   # Recorded in the resolved config, from which the run's model is opened.
   if any(built_views[e.view].max_masked for e in read if e.view in built_views):
     config.model.mask_token = True
-  if config.model.text and all(e.tower != "text" for e in read):
+  # A captioning decoder has the tokens, and by default the shape, of the tower.
+  tokens = {"caption", "box_phrase"}
+  reads_text = any(tokens & {*o.needs().fields} for o in objectives.values())
+  reads_text = reads_text or any(e.tower == "text" for e in read)
+  if config.model.text and not reads_text:
     log.warning("No objective reads text: config.model.text is left out.")
     config.model.text = None
   runtime = model_lib.runtime(config.model)
@@ -299,6 +304,9 @@ def build_experiment(
     sources_lib.build_source({**entry, "labels": None}) for entry in entries
   ]
   step = build_train_step(config, mesh, sum(map(len, sources)))
+  heads = heads_lib.heads_of_config(config.objectives, step.step_spec.model)
+  for head in heads.values():
+    head.check_tokenizer(tokenizer)
   # Labels that no objective reads are not opened.
   read = ops.build_ops(
     config.data.ops, tokenizer=tokenizer, wanted=step.step_spec.fields()

@@ -122,7 +122,7 @@ def compute_loss_inputs(
   for name, objective in spec.objectives.items():
     with jax.named_scope(name):
       loss_inputs[name] = objective.loss_inputs(
-        encoded, heads, {**batch, "views": views}
+        encoded, heads, {**batch, "views": views, "keys": keys}
       )
   return constrain_batch(loss_inputs, mesh)
 

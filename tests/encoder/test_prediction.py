@@ -29,6 +29,7 @@ MODEL = {
   "text": {"length": 12, "vocab_size": 258, "tokenizer": "bytes", **TOWER},
 }
 OBJECTIVES = {
+  "captioning": {"bins": 50, "depth": 1},
   "contrastive": {"weight": 1.0},
   "deep": {"type": "depth", "taps": [0, 1, 1, 2], "features": 8, "size": 12},
   "grounding": {"attention_heads": 2, "regression": 1.0},
@@ -162,14 +163,15 @@ def test_one_device_and_eight_agree(encoder, params, images):
 
 
 @pytest.mark.parametrize("open_", [True, False])
-@pytest.mark.parametrize("name", ["deep", "grounding"])
+@pytest.mark.parametrize("name", ["deep", "grounding", "captioning"])
 def test_heads_of_a_config_equal_those_of_its_objectives(name, open_):
   entry = dict(OBJECTIVES[name])
   if open_:  # What a config leaves open has the objective's defaults.
     entry = {k: v for k, v in entry.items() if k == "type"}
   resolved = build_objective(name, entry).resolve(SPEC, {})
   heads = heads_lib.heads_of_config({name: entry}, SPEC)
-  assert heads["depth" if name == "deep" else name] == resolved.head
+  key = {"deep": "depth", "captioning": "caption"}.get(name, name)
+  assert heads[key] == resolved.head
   described = json.loads(json.dumps(heads_lib.describe_heads(heads)))
   assert heads_lib.described_heads(described) == heads
 
@@ -200,6 +202,26 @@ def test_loaded_heads_predict(form, run, encoder, images, tmp_path):
     loaded.ground(images, BOXES).embeddings,
     encoder.ground(images, BOXES).embeddings,
   )
+  inputs = {"phrases": PHRASES}, {"boxes": BOXES}
+  for name, given in zip(("referring", "region_caption"), inputs, strict=True):
+    got = loaded.predict(name, images, **given)
+    want = encoder.predict(name, images, **given)
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+      np.testing.assert_array_equal(got[key], value)
+
+
+def test_captions_have_tokens_and_text(encoder, params, images):
+  out = encoder.predict("caption", images)
+  assert out["tokens"].shape == (3, 12) and out["tokens"].dtype == np.int32
+  rows = [row[: [*row, 1].index(1)] for row in out["tokens"].tolist()]
+  texts = [bytes(max(i - 2, 0) for i in row if i > 1) for row in rows]
+  assert out["text"].tolist() == [t.decode(errors="replace") for t in texts]
+  assert len(set(map(tuple, rows))) > 1  # They depend on the image.
+  regions = encoder.predict("region_caption", images, boxes=BOXES)
+  assert regions["text"].shape == regions["valid"].shape == (3, 3)
+  boxes = encoder.predict("referring", images, phrases=PHRASES)["boxes"]
+  np.testing.assert_allclose(boxes, np.round(boxes * 49) / 49, atol=1e-6)
 
 
 class MeanColour(nn.Module):

@@ -6,6 +6,7 @@ and pads on the right. The text towers attend to the padding, in training too
 """
 
 import abc
+import functools
 import json
 import os
 import re
@@ -100,6 +101,15 @@ class Tokenizer(abc.ABC):
     Raises UnicodeError for a string that is not valid Unicode.
     """
     return len(self._ids(self.clean_text(text), length + 1)) > length
+
+  def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The text of each row of ids, without special tokens."""
+    model = self._decoder
+    return [model.decode(list(row)) for row in rows]
+
+  @functools.cached_property
+  def _decoder(self) -> tokenizers.Tokenizer:
+    return self.to_model()
 
   def clean_text(self, text: str) -> str:
     """The text after cleaning."""

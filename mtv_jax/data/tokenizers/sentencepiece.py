@@ -45,6 +45,10 @@ class SentencePieceTokenizer(Tokenizer):
   def _ids(self, text: str, length: int) -> Sequence[int]:
     return [*self._model.encode(text)[: length - 1], self.eos_id]
 
+  def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    # Also of models that have no `to_model`.
+    return [self._model.decode(list(row)) for row in rows]
+
   def to_model(self) -> tokenizers.Tokenizer:
     """A unigram model; raises InputError for other kinds."""
     proto = sentencepiece_model_pb2.ModelProto()

@@ -44,6 +44,7 @@ EVALUATORS = {
     ),
     "semantic_correspondence": "correspondence.semantic:SemanticCorrespondence",
     "grounding": "grounding.grounding:Grounding",
+    "captioning": "captioning.captioning:Captioning",
     "patch_pca": "segmentation.patch_pca:PatchPca",
   }.items()
 }

@@ -8,6 +8,11 @@ from typing import Any
 
 from mtv_jax.config import options, schema
 from mtv_jax.models.heads.base import PredictionHead
+from mtv_jax.models.heads.caption_decoder import (
+  CaptionHead,
+  ReferringHead,
+  RegionCaptionHead,
+)
 from mtv_jax.models.heads.dpt import DepthHead
 from mtv_jax.models.heads.prompter import GroundingHead, LocatorHead
 from mtv_jax.utils.errors import InputError, did_you_mean
@@ -17,6 +22,9 @@ HEADS: dict[str, type[PredictionHead]] = {
   "depth": DepthHead,
   "grounding": GroundingHead,
   "locator": LocatorHead,
+  "caption": CaptionHead,
+  "referring": ReferringHead,
+  "region_caption": RegionCaptionHead,
 }
 
 

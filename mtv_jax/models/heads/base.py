@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 import flax.linen as nn
 from jaxtyping import Array
 
-# The kind of input that the text tower embeds, see `PredictionHead.inputs`.
+# Kinds of inputs that are strings, see `PredictionHead.inputs`: the head gets
+# the text tower's embeddings, or the token ids.
 TEXT = "text"
+TOKENS = "tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +31,8 @@ class PredictionHead:
   objective: ClassVar[str]  # Its type, by which exports describe the head.
   params_key: ClassVar[str]  # The head's parameters are `heads/PARAMS_KEY`.
   # Inputs other than the image, by keyword of `Encoder.predict`: for each
-  # image any number of rows, of so many channels, or of strings (`TEXT`) of
-  # which it gets the text tower's embeddings.
+  # image any number of rows, of so many channels, or of strings (`TEXT`,
+  # `TOKENS`).
   inputs: ClassVar[Mapping[str, int | str]] = {}
   taps: ClassVar[tuple[int, ...]] = ()  # Image-tower blocks it reads, from 0.
 
@@ -38,6 +40,10 @@ class PredictionHead:
     """The head with open options filled in from a `two_tower.ModelSpec`."""
     del spec
     return self
+
+  def check_tokenizer(self, tokenizer: Any) -> None:
+    """Raises ConfigError for a tokenizer that it can't be trained with."""
+    del tokenizer
 
   def module(self) -> nn.Module:
     """The linen module."""
@@ -60,6 +66,16 @@ class PredictionHead:
       head: the module with its parameters.
       image: `vit.ImageOutput` of B images, with `taps`.
       grid: rows and columns of its patches.
-      **inputs: `[B, m, C]`, as `inputs` names them.
+      **inputs: float32 `[B, m, C]`, as `inputs` names them.
     """
     raise NotImplementedError
+
+  def decode(self, out: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Adds to predictions, as NumPy arrays, what the tokenizer says of them.
+
+    Args:
+      out: by name, `[n, ...]`.
+      tokenizer: None for an encoder without one.
+    """
+    del tokenizer
+    return out

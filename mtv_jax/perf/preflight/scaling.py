@@ -19,6 +19,7 @@ from mtv_jax.config import schema
 from mtv_jax.objectives import (
   base,
   build_objective,
+  captioning,
   contrastive,
   distillation,
   grounding,
@@ -94,30 +95,37 @@ def gradient_sizes(plan: Plan) -> collections.Counter[int]:
       continue
     tower, kind = name.split("/")[:2]
     if tower == "heads":
-      parts, times = _head_reductions(spec.objectives, kind, name, leaf)
+      chunk, whole, times = _head_reductions(spec.objectives, kind, name, leaf)
     else:
-      parts = leaf.shape[0] if kind == "blocks" else 1
+      chunk, whole = 1, leaf.shape[0] if kind == "blocks" else 1
       times = encodings[tower]
     shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
     axes = axis_names(tuple(leaf.sharding.spec))
     # After the all-gather over `fsdp`.
     gathered = shard * (plan.mesh.shape["fsdp"] if "fsdp" in axes else 1)
+    parts = -(-whole // chunk)
     for size in {shard, gathered}:
-      sizes[size // parts] += parts * times * plan.config.accumulate
+      sizes[size * chunk // whole] += parts * times * plan.config.accumulate
   return sizes
 
 
-def _head_reductions(objectives, head, name, leaf) -> tuple[int, int]:
-  """In how many parts, and how often, a head's parameter is reduced."""
+def _head_reductions(objectives, head, name, leaf) -> tuple[int, int, int]:
+  """By how many of its columns, and how often, a head's parameter is reduced.
+
+  Returns:
+    Columns of a reduction, all columns, and reductions of each column.
+  """
   users = [o for o in objectives.values() if head in o.heads()]
-  if "/last_layer/" not in name:
-    return 1, len(users)
-  if not name.endswith("kernel"):
+  decoders = [o for o in users if isinstance(o, captioning.Captioning)]
+  times = len(users) + sum(o.decoder_calls - 1 for o in decoders)
+  if "/last_layer/" in name and not name.endswith("kernel"):
     # The scale's gradient follows from that of the kernel.
-    return 1, 0
+    return 1, 1, 0
+  if "/last_layer/" not in name and not (decoders and "/projection/" in name):
+    return 1, 1, times
   columns = leaf.shape[-1]
   chunks = [getattr(user, "chunk", None) or columns for user in users]
-  return columns // min([*chunks, columns]), len(users)
+  return min([*chunks, columns]), columns, times
 
 
 def gradient_reductions(

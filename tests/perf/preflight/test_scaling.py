@@ -77,6 +77,20 @@ def test_gradients_are_reduced_once_per_encoding(repo_root):
   assert (actual[matrix.size], actual[matrix.size // 6]) == (0, 6)
 
 
+def test_a_caption_decoder_is_reduced_once_per_call_and_chunk(repo_root):
+  config = schema.read_config("mtv_tiny:tiny")
+  config.objectives = dict(captioning=dict(bins=42, chunk=125))
+  config.evals = {}
+  plan = compile_lib.make_plan(config, topologies.parse(f"cpu:{CHIPS}"))
+  decoder = plan.program.abstract.params["heads"]["caption_decoder"]
+  width, columns = decoder["projection"]["kernel"].shape
+  assert columns == 258 + 42
+  sizes = scaling.gradient_sizes(plan)
+  # 300 columns in three chunks, for captions and for regions.
+  assert sizes[width * 125] == 2 * 3
+  assert sizes[decoder["position_embedding"].size] == 2
+
+
 def test_frozen_parameters_have_no_reduction(repo_root):
   plan = make_plan(repo_root, name="siglip_lit_b16_224")
   params = plan.program.abstract.params

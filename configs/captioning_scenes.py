@@ -1,0 +1,65 @@
+"""Captions, boxes and region captions of the built-in scenes, by a decoder.
+
+Command (the tokenizer is a `tokenizer.json`; words learn faster than bytes, and
+docs/results.md has the lines that write one):
+
+  python -m mtv_jax.main --workdir=runs/captions \
+    --config=configs/captioning_scenes.py:tokenizer=words.json,vocab=120
+
+Hardware, time and result: docs/results.md. Small batches and many steps: the
+decoder first learns what captions are like, and attends to the image only
+after thousands of updates.
+"""
+
+from ml_collections import ConfigDict
+
+from mtv_jax.config.schema import parse_arg
+
+
+def get_config(arg=None):
+  arg = parse_arg(
+    arg, tiny=False, tokenizer="bytes", vocab=258, batch=16, steps=12_000
+  )
+
+  config = ConfigDict()
+  config.seed = 0
+  config.batch_size = arg.batch
+  config.total_steps = arg.steps
+
+  length = 64 if arg.tokenizer == "bytes" else 24
+  config.data = dict(
+    train=[dict(type="scenes", size=64, length=200_000)],
+    ops=f"decode|canvas(64)|caption({length})|regions(2, phrase_length=16)",
+  )
+  config.views = dict(image=dict(count=1, ops="resize(64)"))
+  shape = dict(width=64, depth=3, heads=4, mlp_dim=256)
+  config.model = dict(
+    variant="mu/8",
+    image_size=64,
+    pool="map",
+    dtype="float32",
+    **shape,
+    text=dict(
+      variant="mu",
+      length=length,
+      tokenizer=arg.tokenizer,
+      clean="lower",
+      vocab_size=arg.vocab,
+    ),
+  )
+  # Coordinates of 64 pixels need no 500 bins.
+  config.objectives = dict(
+    captioning=dict(depth=2, regions=2, bins=64, chunk=None)
+  )
+  config.optim = dict(
+    name="adamw", lr=1e-3, weight_decay=1e-4, b2=0.95, clip_norm=1.0
+  )
+  config.schedule = dict(name="cosine", warmup_percent=5)
+  config.evals = dict(captioning=dict(type="captioning"))
+  config.checkpoint = dict(every_steps=2000, keep=1)
+  config.log = dict(every_steps=100)
+
+  if arg.tiny:
+    config.update(total_steps=30, batch_size=16, log=dict(every_steps=10))
+    config.evals = dict(captioning=dict(type="captioning", count=8))
+  return config

@@ -1,0 +1,1 @@
+"""Generated captions, region captions and referred boxes."""

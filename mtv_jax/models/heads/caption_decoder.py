@@ -1,0 +1,495 @@
+"""Captioning decoder of CapPa and LocCa, and the heads that decode with it.
+
+A transformer decoder attends to the image's patch tokens and predicts, token
+by token (Wan et al. 2024, LocCa; Tschannen et al. 2025, SigLIP 2):
+
+    caption          [caption]                     -> caption
+    referring        [referring] phrase            -> y0 x0 y1 x1   (AREF)
+    region_caption   [region_caption] y0 x0 y1 x1  -> phrase        (GCAP)
+
+Its vocabulary is that of the tokenizer, then one token for each bin of a
+coordinate, then, as inputs only, a token that begins each task, and a mask
+token. LocCa begins tasks with words ("ARef:"); tokens are our choice, as they
+need no tokenizer. Captions and phrases end with the tokenizer's end of text.
+
+CapPa's parallel prediction (Tschannen et al. 2023) has mask tokens as inputs,
+which attend to each other without a causal mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from mtv_jax.config import options
+from mtv_jax.models import kernels, layers
+from mtv_jax.models.heads import base
+from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.tree import pytree_dataclass
+
+TASKS = ("caption", "referring", "region_caption")
+CORNERS = 4  # Coordinates of a box: y0, x0, y1, x1.
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+  """Ids of the decoder: texts, bins of coordinates, tasks, the mask."""
+
+  text: int  # Ids of the tokenizer.
+  bins: int
+
+  @property
+  def outputs(self) -> int:
+    """Ids that are predicted: texts and bins."""
+    return self.text + self.bins
+
+  @property
+  def inputs(self) -> int:
+    """All ids."""
+    return self.outputs + len(TASKS) + 1
+
+  @property
+  def mask(self) -> int:
+    """The mask token of parallel prediction."""
+    return self.inputs - 1
+
+  def begin(self, task: str) -> int:
+    """The token that begins a task."""
+    return self.outputs + TASKS.index(task)
+
+  def quantize(self, boxes: Float[Array, "*b 4"]) -> Int[Array, "*b 4"]:
+    """Ids of the bins nearest to coordinates in 0..1.
+
+    The first bin is 0 and the last one 1. LocCa has 500 bins, and does not say
+    where they are; this is our choice.
+    """
+    last = self.bins - 1
+    index = jnp.round(jnp.clip(boxes, 0.0, 1.0) * last)
+    return self.text + index.astype(jnp.int32)
+
+  def dequantize(self, ids: Int[Array, "*b 4"]) -> Float[Array, "*b 4"]:
+    """Coordinates of ids of bins."""
+    return (ids - self.text).astype(jnp.float32) / (self.bins - 1)
+
+
+@pytree_dataclass
+class Sequences:
+  """Rows of a prompt, given, and an answer, predicted.
+
+  An answer starts right after its prompt, so that nothing depends on padding.
+  """
+
+  inputs: Int[Array, "b s l"]
+  targets: Int[Array, "b s l"]  # The token that follows each input.
+  is_answer: Bool[Array, "b s l"]  # Which targets belong to the answer.
+
+
+def make_sequences(
+  begin: int,
+  prompt: Int[Array, "b s p"],
+  prompt_length: Int[Array, "b s"],
+  answer: Int[Array, "b s a"],
+  answer_length: Int[Array, "b s"],
+) -> Sequences:
+  """Sequences `[begin, prompt, answer]` of prompts and answers of any length.
+
+  Both are padded on the right; l = p + a.
+  """
+  both = jnp.concatenate([prompt, answer], axis=-1)
+  p, index = prompt.shape[-1], np.arange(both.shape[-1])
+  start, end = prompt_length[..., None], answer_length[..., None]
+  order = jnp.where(index < start, index, index + p - start)
+  order = jnp.minimum(order, len(index) - 1)
+  targets = jnp.take_along_axis(both, order, axis=-1)
+  first = jnp.full_like(targets[..., :1], begin)
+  return Sequences(
+    inputs=jnp.concatenate([first, targets[..., :-1]], axis=-1),
+    targets=targets,
+    is_answer=(index >= start) & (index < start + end),
+  )
+
+
+def text_length(tokens: Int[Array, "*b t"], eos_id: int) -> Int[Array, "*b"]:
+  """Number of tokens up to the first end of text, it included."""
+  ends = tokens == eos_id
+  before = jnp.cumsum(ends, axis=-1) - ends
+  return jnp.sum(before == 0, axis=-1)
+
+
+@pytree_dataclass
+class TokenLogits:
+  """`vectors @ kernel + bias`, the largest array of a step if computed whole.
+
+  Everything is float32.
+  """
+
+  vectors: Float[Array, "b s l d"]
+  kernel: Float[Array, "d v"]
+  bias: Float[Array, " v"]
+
+  def __call__(self) -> Float[Array, "b s l v"]:
+    """All logits."""
+    return self.chunk(self.kernel, self.bias)
+
+  def chunk(
+    self, kernel: Float[Array, "d c"], bias: Float[Array, " c"]
+  ) -> Float[Array, "b s l c"]:
+    """The logits of some columns."""
+    return kernels.linear(self.vectors, kernel, bias)
+
+
+class DecoderBlock(nn.Module):
+  """Pre-norm block: self-attention, cross-attention to an image, MLP."""
+
+  heads: int
+  mlp_dim: int
+  gelu: str
+  norm_eps: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "r l d"],
+    patches: Float[Array, "b n e"],
+    parallel: Bool[Array, "r 1"],
+  ) -> Float[Array, "r l d"]:
+    """`r / b` rows of each image; `parallel` ones have no causal mask."""
+    length = x.shape[1]
+    causal = np.tri(length, dtype=bool)
+    mask = (causal | parallel[:, :, None])[:, None]  # [r, 1, l, l]
+
+    def attend(q, k, v, causal=False):
+      del causal
+      return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+    def norm(i):
+      return layers.norm(self.norm_eps, self.dtype, f"norm{i}")
+
+    attention = layers.Attention(
+      self.heads, dtype=self.dtype, attention_fn=attend, name="attention"
+    )
+    x = x + attention(norm(1)(x))
+    cross = layers.CrossAttention(
+      self.heads, self.dtype, jax.nn.dot_product_attention,
+      name="cross_attention",
+    )  # fmt: skip
+    # All rows of an image at once, for which its keys and values are read once.
+    queries = norm(2)(x).reshape(len(patches), -1, x.shape[-1])
+    x = x + cross(queries, patches).reshape(x.shape)
+    mlp = layers.Mlp(self.mlp_dim, self.gelu, dtype=self.dtype, name="mlp")
+    return x + mlp(norm(3)(x))
+
+
+class CaptionDecoder(nn.Module):
+  """The decoder: logits of the token after each input.
+
+  It computes in the dtype of the patches. Embeddings and last layer start as in
+  CapPa's code (normal(1), zero); unlike there, its layers have biases, as our
+  text tower's.
+  """
+
+  vocabulary: Vocabulary
+  length: int  # Most tokens of a sequence.
+  width: int
+  depth: int
+  heads: int
+  mlp_dim: int
+  gelu: str
+  norm_eps: float
+  remat: str = "none"  # And scan and mesh: see `layers.run_stack`.
+  scan: bool = True
+  mesh: Mesh | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Int[Array, "b s l"],
+    parallel: Bool[Array, "b s"],
+    patches: Float[Array, "b n e"],
+  ) -> TokenLogits:
+    """Logits of `s` sequences of each image, see `DecoderBlock`."""
+    *rows, length = tokens.shape
+    if length > self.length:
+      raise InputError(
+        f"Sequences of {length} tokens for a captioning decoder of "
+        f"{self.length}: shorten captions and phrases to "
+        f"{self.length - CORNERS} tokens, or set the length to "
+        f"{length - CORNERS}."
+      )
+    dtype = patches.dtype
+    table = self.param(
+      "token_embedding",
+      nn.initializers.normal(1.0),
+      (self.vocabulary.inputs, self.width),
+    )
+    positions = self.param(
+      "position_embedding",
+      nn.initializers.normal(self.width**-0.5),
+      (self.length, self.width),
+    )
+    x = jnp.take(table, tokens.reshape(-1, length), axis=0)
+    x = (x + positions[:length]).astype(dtype)  # [B * s, l, D]
+    block = DecoderBlock(
+      heads=self.heads,
+      mlp_dim=self.mlp_dim,
+      gelu=self.gelu,
+      norm_eps=self.norm_eps,
+      dtype=dtype,
+      parent=None,
+    )
+    x, _ = layers.run_blocks(
+      self,
+      block,
+      x,
+      depth=self.depth,
+      context=(patches, parallel.reshape(-1, 1)),
+    )
+    x = layers.norm(self.norm_eps, jnp.float32, "norm")(x)
+    kernel, bias = _Output(self.vocabulary.outputs, name="projection")(
+      self.width
+    )
+    return TokenLogits(x.reshape(*rows, length, self.width), kernel, bias)
+
+
+class _Output(nn.Module):
+  """The last layer's parameters."""
+
+  outputs: int
+
+  @nn.compact
+  def __call__(self, width):
+    zeros = nn.initializers.zeros
+    return (
+      self.param("kernel", zeros, (width, self.outputs)),
+      self.param("bias", zeros, (self.outputs,)),
+    )
+
+
+# (tokens, parallel, patches) -> TokenLogits: the module with its parameters.
+Decoder = Callable[..., TokenLogits]
+
+
+def greedy_decode(
+  decoder: Decoder,
+  patches: Float[Array, "b n e"],
+  begin: int,
+  prompt: Int[Array, "b s p"],
+  prompt_length: Int[Array, "b s"],
+  *,
+  count: int,
+  ids: tuple[int, int],
+  stop: int | None = None,
+) -> Int[Array, "b s {count}"]:
+  """The likeliest next token, `count` times, after `[begin, prompt]`.
+
+  The decoder runs over the whole sequence for each token: its cost grows with
+  the square of the length, and there is no cache to keep equal to the forward
+  pass.
+
+  Args:
+    ids: first and one past the last id that is allowed.
+    stop: an id after which the answer has only that id; decoding ends when all
+      rows have it.
+  """
+  low, high = ids
+  shape = prompt.shape[:2]
+  parallel = jnp.zeros(shape, bool)
+  full = jnp.full(shape, count)
+
+  def unfinished(state):
+    i, _, done = state
+    return (i < count) & ~done.all()
+
+  def step(state):
+    i, answer, done = state
+    rows = make_sequences(begin, prompt, prompt_length, answer, full)
+    logits = decoder(rows.inputs, parallel, patches)
+    at = (prompt_length + i)[..., None, None]
+    vectors = jnp.take_along_axis(logits.vectors, at, axis=2)  # [B, s, 1, D]
+    scores = dataclasses.replace(logits, vectors=vectors).chunk(
+      logits.kernel[:, low:high], logits.bias[low:high]
+    )
+    token = low + jnp.argmax(scores[:, :, 0], axis=-1).astype(jnp.int32)
+    if stop is not None:
+      token = jnp.where(done, stop, token)
+      done |= token == stop
+    return i + 1, answer.at[..., i].set(token), done
+
+  answer = jnp.full((*shape, count), low if stop is None else stop, jnp.int32)
+  done = jnp.zeros(shape, bool)
+  return jax.lax.while_loop(unfinished, step, (0, answer, done))[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionHead(base.PredictionHead):
+  """Caption head: the caption of an image.
+
+  The decoder has the text tower's shape with half of its layers (SigLIP 2),
+  unless given.
+  """
+
+  objective = "captioning"
+  params_key = "caption_decoder"
+
+  width: options.PositiveInt | None = None
+  depth: options.PositiveInt | None = None
+  attention_heads: options.PositiveInt | None = None
+  mlp_dim: options.PositiveInt | None = None
+  bins: options.PositiveInt = 500  # Of a coordinate; LocCa's.
+  gelu: str | None = None
+  norm_eps: float | None = None
+  # Of the text tower, from which `resolve` takes them.
+  vocab_size: options.PositiveInt | None = None
+  length: options.PositiveInt | None = None  # Most tokens of a text.
+  eos_id: options.NonNegativeInt | None = None  # The tokenizer's end of text.
+
+  def resolve(self, spec: Any) -> CaptionHead:
+    text = spec.text
+    if text is None:
+      raise ConfigError(
+        "captioning reads captions, whose tokens the text tower's options give "
+        "(tokenizer, length, vocab_size): set config.model.text."
+      )
+    defaults = dict(
+      width=text.width,
+      depth=max(text.depth // 2, 1),
+      attention_heads=text.heads,
+      mlp_dim=text.mlp_dim,
+      gelu=text.gelu,
+      norm_eps=text.norm_eps,
+      vocab_size=text.vocab_size,
+      length=text.length,
+      eos_id=text.eos_id,
+    )
+    given = {k: v for k, v in vars(self).items() if v is not None}
+    head = dataclasses.replace(self, **(defaults | given))
+    if head.width % head.attention_heads or head.bins < 2:
+      raise ConfigError(
+        f"captioning: width {head.width} is not divisible by attention_heads "
+        f"{head.attention_heads}, or bins {head.bins} is less than 2."
+      )
+    return head
+
+  @property
+  def vocabulary(self) -> Vocabulary:
+    """Ids of the decoder; the head is resolved."""
+    return Vocabulary(self.vocab_size, self.bins)
+
+  def module(self, **runtime: Any) -> CaptionDecoder:
+    """The decoder; `runtime` are `remat` and `scan`."""
+    return CaptionDecoder(
+      vocabulary=self.vocabulary,
+      length=self.length + CORNERS,
+      width=self.width,
+      depth=self.depth,
+      heads=self.attention_heads,
+      mlp_dim=self.mlp_dim,
+      gelu=self.gelu,
+      norm_eps=self.norm_eps,
+      **runtime,
+    )
+
+  def example(self, spec: Any) -> tuple:
+    return (
+      jax.ShapeDtypeStruct((1, 1, 1), "int32"),
+      jax.ShapeDtypeStruct((1, 1), "bool"),
+      jax.ShapeDtypeStruct((1, 1, spec.image.width), "float32"),
+    )
+
+  def check_tokenizer(self, tokenizer: Any) -> None:
+    if tokenizer.eos_id != self.eos_id:
+      raise ConfigError(
+        f"captioning ends texts with the id {self.eos_id}, but {tokenizer!r} "
+        f"ends them with {tokenizer.eos_id}: set config.objectives.captioning."
+        f"eos_id to that, or use a tokenizer with an end of text."
+      )
+
+  def predict(
+    self, head: Decoder, image: Any, grid: tuple[int, int]
+  ) -> dict[str, Array]:
+    """`tokens` `[B, length]`; the end of text is also the padding."""
+    del grid
+    prompt = jnp.zeros((len(image.patches), 1, 0), jnp.int32)
+    return {"tokens": self._text(head, image, "caption", prompt)[:, 0]}
+
+  def _text(self, head, image, task, prompt):
+    return greedy_decode(
+      head,
+      image.patches,
+      self.vocabulary.begin(task),
+      prompt,
+      jnp.full(prompt.shape[:2], prompt.shape[2]),
+      count=self.length,
+      ids=(0, self.vocab_size),
+      stop=self.eos_id,
+    )
+
+  def decode(self, out: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Adds `text`, an array of strings, to `tokens`."""
+    tokens = out.get("tokens")
+    if tokens is None or tokenizer is None:
+      return out
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    ends = np.cumsum(flat == self.eos_id, axis=1) > 0
+    rows = [row[~end].tolist() for row, end in zip(flat, ends, strict=True)]
+    text = np.empty(len(rows), object)
+    text[:] = tokenizer.decode(rows)
+    return {**out, "text": text.reshape(tokens.shape[:-1])}
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferringHead(CaptionHead):
+  """Referring head: a box for each phrase."""
+
+  inputs = {"phrases": base.TOKENS}
+
+  def predict(
+    self,
+    head: Decoder,
+    image: Any,
+    grid: tuple[int, int],
+    *,
+    phrases: Float[Array, "b m p"],
+  ) -> dict[str, Array]:
+    """`boxes` `[B, m, 4]`, `(y0, x0, y1, x1)`, of the phrases' tokens."""
+    del grid
+    prompt = phrases.astype(jnp.int32)
+    ids = greedy_decode(
+      head,
+      image.patches,
+      self.vocabulary.begin("referring"),
+      prompt,
+      text_length(prompt, self.eos_id),
+      count=CORNERS,
+      ids=(self.vocab_size, self.vocabulary.outputs),
+    )
+    return {"boxes": self.vocabulary.dequantize(ids)}
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionCaptionHead(CaptionHead):
+  """Region caption head: a phrase for each box."""
+
+  inputs = {"boxes": CORNERS}
+
+  def predict(
+    self,
+    head: Decoder,
+    image: Any,
+    grid: tuple[int, int],
+    *,
+    boxes: Float[Array, "b m 4"],
+  ) -> dict[str, Array]:
+    """`tokens` `[B, m, length]`, of `(y0, x0, y1, x1)`."""
+    del grid
+    prompt = self.vocabulary.quantize(boxes)
+    return {"tokens": self._text(head, image, "region_caption", prompt)}

@@ -1,0 +1,256 @@
+"""Captioning loss of LocCa (Wan et al. 2024) and CapPa (Tschannen et al. 2023).
+
+The cross-entropy of the tokens of captions, of boxes given their phrases, and
+of phrases given their boxes, as SigLIP 2 trains its decoder:
+
+    L = -(1/n) sum log softmax_v(logits)[token],  over the n tokens of answers
+
+Prompts (a task's token, a phrase or a box) have no loss. For a share of the
+examples the caption is predicted in parallel, from mask tokens alone. That a
+token of any task has the same weight is our choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mtv_jax.augment import geometry
+from mtv_jax.augment import random as random_lib
+from mtv_jax.config import options
+from mtv_jax.models import layers
+from mtv_jax.models.heads import caption_decoder as decoders
+from mtv_jax.objectives import base, prototypes
+from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.tree import pytree_dataclass
+
+_REGION_TASKS = ("referring", "region_caption")
+
+
+@pytree_dataclass
+class TokenSums:
+  """Sums over the answers' tokens of each example."""
+
+  loss: Float[Array, " b"]
+  correct: Float[Array, " b"]  # Tokens whose logit is the largest.
+  count: Float[Array, " b"]
+
+
+def cross_entropies(
+  logits: decoders.TokenLogits,
+  targets: Int[Array, "b s l"],
+  *,
+  chunk: int | None = None,
+) -> tuple[Float[Array, "b s l"], Bool[Array, "b s l"]]:
+  """-log softmax(logits)[target], and whether that logit is the largest.
+
+  With a `chunk`, so many columns are computed at a time, and again in the
+  backward pass: of `[b, s, l, V]` logits only a chunk exists.
+  """
+  size = logits.bias.shape[0]
+  columns = jnp.arange(size)
+  kernel, bias = logits.kernel, logits.bias
+  if chunk is not None and size > chunk and size % chunk:
+    # Columns without a token, of probability 0.
+    missing = -size % chunk
+    kernel = jnp.pad(kernel, ((0, 0), (0, missing)))
+    bias = jnp.pad(bias, (0, missing), constant_values=-1e9)
+    columns = jnp.pad(columns, (0, missing), constant_values=-1)
+
+  def part(kernel, bias, columns):
+    scores = logits.chunk(kernel, bias)  # [b, s, l, c]
+    hit = columns == targets[..., None]
+    return {
+      "sum": jax.nn.logsumexp(scores, axis=-1),
+      "target": jnp.sum(jnp.where(hit, scores, 0.0), axis=-1),
+      "other": jnp.max(jnp.where(hit, -jnp.inf, scores), axis=-1),
+    }
+
+  parts = prototypes.map_chunks(part, chunk, kernel, bias, columns)
+  target = parts["target"].sum(axis=0)
+  losses = jax.nn.logsumexp(parts["sum"], axis=0) - target
+  return losses, target > parts["other"].max(axis=0)
+
+
+@pytree_dataclass
+class LossInputs:
+  """Sums of each example by task, of which `parallel` captions are one."""
+
+  sums: dict[str, TokenSums]
+  labelled: Float[Array, " b"]  # Whether the example has an answer.
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioning(base.Objective):
+  """Captions, referred boxes and region captions by a decoder."""
+
+  # The decoder; a config gives its options beside these.
+  head: decoders.CaptionHead = decoders.CaptionHead()
+  view: str = "image"  # Of several crops each image's first.
+  tasks: tuple[Literal[decoders.TASKS], ...] = decoders.TASKS
+  # Share of the captions that are predicted in parallel. SigLIP 2's; CapPa has
+  # 0.75.
+  parallel: options.Fraction = 0.5
+  # Maximum number of regions of an image, the first of those visible in the
+  # view; the host's order is random.
+  regions: options.PositiveInt = 4
+  min_visible: float = 0.4  # See `geometry.crop_boxes`.
+  min_size: float = 1 / 56
+  # Columns of the vocabulary at a time, to bound memory; None for all.
+  chunk: options.PositiveInt | None = 8192
+  remat: layers.Remat = "none"  # See `layers.run_stack`.
+  scan: bool = True
+
+  def __post_init__(self):
+    if not self.tasks:
+      raise ConfigError(f"tasks is empty; expected some of {decoders.TASKS}.")
+
+  def resolve(self, spec: Any, views: Mapping[str, Any]) -> Captioning:
+    base.check_visible("captioning", self.view, views)
+    return dataclasses.replace(self, head=self.head.resolve(spec))
+
+  @property
+  def _region_tasks(self) -> tuple[str, ...]:
+    return tuple(t for t in _REGION_TASKS if t in self.tasks)
+
+  @property
+  def decoder_calls(self) -> int:
+    """How often a step runs the decoder: on captions, and on regions."""
+    return ("caption" in self.tasks) + bool(self._region_tasks)
+
+  def needs(self) -> base.Needs:
+    fields = ("caption", "caption_valid") if "caption" in self.tasks else ()
+    if self._region_tasks:
+      fields += ("boxes", "box_phrase", "box_valid")
+    return base.Needs(encodings={self.image: ()}, fields=fields)
+
+  def heads(self) -> dict[str, base.Head]:
+    module = self.head.module(remat=self.remat, scan=self.scan)
+    return {self.head.params_key: base.Head(module, self.head.example)}
+
+  def loss_inputs(
+    self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
+  ) -> LossInputs:
+    patches = encodings[self.image].patches[:, 0]
+    decoder = heads[self.head.params_key]
+    sums = {}
+    if "caption" in self.tasks:
+      sums |= self._caption_sums(decoder, patches, batch)
+    if self._region_tasks:
+      sums |= self._region_sums(decoder, patches, batch)
+    count = sum(part.count for part in sums.values())
+    return LossInputs(sums=sums, labelled=(count > 0).astype(jnp.float32))
+
+  def _caption_sums(self, decoder, patches, batch) -> dict[str, TokenSums]:
+    """Sums of captions one token after the other, and in parallel."""
+    vocabulary, caption = self.head.vocabulary, batch["caption"][:, None]
+    valid = batch["caption_valid"].astype(bool)[:, None]
+    rows = decoders.make_sequences(
+      vocabulary.begin("caption"),
+      caption[..., :0],
+      jnp.zeros_like(caption[..., 0]),
+      caption,
+      jnp.where(valid, decoders.text_length(caption, self.head.eos_id), 0),
+    )
+    parallel = jax.vmap(_is_parallel, (0, None))(
+      batch["keys"][self.view], self.parallel
+    )[:, None]  # [b, 1]
+    # All inputs are masks, also those of the padding: as in CapPa, the decoder
+    # isn't told the length.
+    inputs = jnp.where(parallel[..., None], vocabulary.mask, rows.inputs)
+    of = {"caption": ~parallel, "parallel": parallel}
+    return self._sums(decoder(inputs, parallel, patches), rows, of)
+
+  def _region_sums(self, decoder, patches, batch) -> dict[str, TokenSums]:
+    """Sums of boxes given phrases, and of phrases given boxes."""
+    view = batch["views"][self.view]
+    boxes, visible = geometry.crop_boxes(
+      batch["boxes"],
+      batch["box_valid"].astype(bool),
+      view.box[:, :1],
+      view.flipped[:, :1],
+      min_visible=self.min_visible,
+      min_size=self.min_size,
+    )
+    boxes, visible = boxes[:, 0], visible[:, 0]
+    # Stable: the first ones. Not top_k, for which XLA gathers all rows.
+    chosen = jnp.argsort(~visible, axis=1, stable=True)[:, : self.regions]
+
+    def take(x):
+      index = chosen.reshape(*chosen.shape, *[1] * (x.ndim - 2))
+      return jnp.take_along_axis(x, index, axis=1)
+
+    valid, phrase = take(visible), take(batch["box_phrase"])
+    corners = self.head.vocabulary.quantize(take(boxes))
+    length = decoders.text_length(phrase, self.head.eos_id)
+    four = jnp.full_like(length, decoders.CORNERS)
+    pairs = {
+      "referring": (phrase, length, corners, four),
+      "region_caption": (corners, four, phrase, length),
+    }
+    every = [
+      decoders.make_sequences(
+        self.head.vocabulary.begin(task),
+        *prompt,
+        answer,
+        jnp.where(valid, answer_length, 0),
+      )
+      for task in self._region_tasks
+      for *prompt, answer, answer_length in [pairs[task]]
+    ]
+    # Sequences of both tasks have one length.
+    rows = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *every)
+    causal = jnp.zeros(rows.inputs.shape[:2], bool)
+    task = jnp.arange(causal.shape[1]) // valid.shape[1]
+    of = {name: task == i for i, name in enumerate(self._region_tasks)}
+    return self._sums(decoder(rows.inputs, causal, patches), rows, of)
+
+  def _sums(
+    self,
+    logits: decoders.TokenLogits,
+    rows: decoders.Sequences,
+    of: Mapping[str, Bool[Array, "..."]],
+  ) -> dict[str, TokenSums]:
+    """Sums over each example's answers; `of` says which rows count, by name."""
+    losses, correct = cross_entropies(logits, rows.targets, chunk=self.chunk)
+    sums = {}
+    for name, which in of.items():
+      weights = rows.is_answer & which[..., None]
+      sums[name] = TokenSums(
+        *(
+          jnp.sum(jnp.where(weights, x, 0.0), axis=(1, 2))
+          for x in (losses, correct.astype(jnp.float32), 1.0)
+        )
+      )
+    return sums
+
+  def loss(
+    self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context
+  ) -> base.Terms:
+    totals = jax.tree.map(jnp.sum, loss_inputs.sums)
+    loss, correct, count = (
+      sum(getattr(part, name) for part in totals.values())
+      for name in ("loss", "correct", "count")
+    )
+    report = {
+      name: base.WeightedMean(part.loss, part.count)
+      for name, part in totals.items()
+    }
+    labelled = loss_inputs.labelled
+    report |= {
+      "accuracy": base.WeightedMean(correct, count),
+      "labelled": base.WeightedMean(labelled.sum(), jnp.float32(labelled.size)),
+    }
+    return base.Terms(loss=base.WeightedMean(loss, count), report=report)
+
+
+def _is_parallel(key: Array, share: float) -> Bool[Array, ""]:
+  """Whether a row's caption is predicted in parallel, from its view's key."""
+  key = jax.random.fold_in(key, zlib.crc32(b"captioning"))
+  return random_lib.bernoulli(jax.random.uniform(key), share)

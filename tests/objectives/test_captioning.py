@@ -1,0 +1,498 @@
+"""Captioning losses against NumPy, one unpadded sequence at a time; steps."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import PIL.Image
+import pytest
+
+from mtv_jax.augment import views
+from mtv_jax.data import ops, tokenizers
+from mtv_jax.data.scenes.source import SceneSource
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.preprocess import Preprocess
+from mtv_jax.models import text as text_lib
+from mtv_jax.models import vit
+from mtv_jax.models.heads import caption_decoder as decoders
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.objectives import base, build_objective, captioning
+from mtv_jax.parallel.mesh import make_mesh, shard_batch
+from mtv_jax.perf import flops
+from mtv_jax.train.step import make_program
+from mtv_jax.train.step_spec import (
+  ObjectiveWeight,
+  StepSpec,
+  init_params,
+)
+from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.tree import flatten_with_names
+
+IMAGE = base.Encoding("image", "image")
+VOCAB, BINS, EOS, WIDTH, HEADS = 9, 5, 1, 8, 2
+SPEC = ModelSpec(
+  image=vit.ViTSpec(
+    image_size=64, width=12, depth=1, heads=2, mlp_dim=16, projection=6
+  ),
+  text=text_lib.TextSpec(
+    vocab_size=VOCAB, width=WIDTH, depth=4, heads=HEADS, mlp_dim=10, length=6,
+    projection=6,
+  ),
+)  # fmt: skip
+
+
+def build(**options):
+  entry = dict(bins=BINS, regions=2, chunk=None) | options
+  return build_objective("captioning", entry).resolve(SPEC, {})
+
+
+OBJECTIVE = build()
+
+
+@functools.cache
+def params_of(seed=0):
+  """The decoder's parameters, none of them zero."""
+  head = OBJECTIVE.heads()["caption_decoder"]
+  shapes = jax.eval_shape(lambda: head.init(jax.random.key(0), SPEC))
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32), shapes
+  )
+
+
+def batch_of(rows=6, seed=0):
+  rng = np.random.default_rng(seed)
+
+  def texts(*shape):
+    tokens = rng.integers(2, VOCAB, shape)
+    tokens[..., -1] = EOS
+    ends = rng.integers(0, shape[-1], shape[:-1])[..., None]
+    return np.where(np.arange(shape[-1]) >= ends, EOS, tokens).astype(np.int32)
+
+  corners = np.sort(rng.uniform(size=(rows, 3, 2, 2)), axis=2)
+  valid = rng.uniform(size=(rows, 3)) < 0.7
+  valid[-1] = False
+  return {
+    "caption": texts(rows, 6),
+    "caption_valid": np.arange(rows) != rows - 1,
+    "boxes": corners.reshape(rows, 3, 4).astype(np.float32),
+    "box_phrase": texts(rows, 3, 4),
+    "box_valid": valid,
+    "patches": rng.normal(size=(rows, 4, 12)).astype(np.float32),
+  }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(objective, params, batch, seed=0):
+  """The loss, (terms, loss inputs), gradients to parameters and patches."""
+  rows = len(batch["patches"])
+
+  def loss(params, patches):
+    encodings = {
+      IMAGE: vit.ImageOutput(
+        patches=patches[:, None],
+        prefix=patches[:, None, :0],
+        pooled=jnp.zeros((rows, 1, 6)),
+        taps={},
+      )
+    }
+    view = views.ViewBatch(
+      images=None,
+      box=jnp.tile(jnp.array([0.0, 0, 1, 1]), (rows, 1, 1)),
+      flipped=jnp.zeros((rows, 1), bool),
+    )
+    keys = jax.random.split(jax.random.key(seed), rows)
+    heads = base.BoundHeads(objective.heads(), {"caption_decoder": params})
+    inputs = objective.loss_inputs(
+      encodings,
+      heads,
+      {**batch, "views": {"image": view}, "keys": {"image": keys}},
+    )
+    terms = objective.loss(inputs, heads, base.Context(0, 1, {}))
+    return terms.loss.value(), (terms, inputs)
+
+  compute = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+  return compute(params, batch["patches"])
+
+
+# The same in NumPy: one sequence at a time, without padding, in float64.
+
+
+def np_norm(x, p):
+  x = x - x.mean(-1, keepdims=True)
+  x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+  return x * p["scale"] + p["bias"]
+
+
+def np_attention(q, k, v, mask=None):
+  q, k, v = (x.reshape(len(x), HEADS, -1).swapaxes(0, 1) for x in (q, k, v))
+  logits = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
+  if mask is not None:
+    logits = np.where(mask, logits, -np.inf)
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  weights /= weights.sum(-1, keepdims=True)
+  return (weights @ v).swapaxes(0, 1).reshape(q.shape[1], -1)
+
+
+def np_dense(x, p):
+  return x @ p["kernel"] + p["bias"]
+
+
+def np_split(x, parts):
+  """Columns ordered (head, part, dim) as `parts` arrays."""
+  x = x.reshape(len(x), HEADS, parts, -1)
+  return [x[:, :, i].reshape(len(x), -1) for i in range(parts)]
+
+
+def np_log_probabilities(p, tokens, patches, *, causal):
+  length = len(tokens)
+  x = p["token_embedding"][tokens] + p["position_embedding"][:length]
+  for i in range(len(p["blocks"]["norm1"]["scale"])):
+    block = jax.tree.map(lambda a, i=i: a[i], p["blocks"])
+    y = np_norm(x, block["norm1"])
+    q, k, v = np_split(np_dense(y, block["attention"]["qkv"]), 3)
+    mask = np.tri(length, dtype=bool) if causal else None
+    x = x + np_dense(np_attention(q, k, v, mask), block["attention"]["out"])
+    cross = block["cross_attention"]
+    q = np_dense(np_norm(x, block["norm2"]), cross["q"])
+    k, v = np_split(np_dense(patches, cross["kv"]), 2)
+    x = x + np_dense(np_attention(q, k, v), cross["out"])
+    y = np_dense(np_norm(x, block["norm3"]), block["mlp"]["fc1"])
+    y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    x = x + np_dense(y, block["mlp"]["fc2"])
+  logits = np_dense(np_norm(x, p["norm"]), p["projection"])
+  top = logits.max(-1, keepdims=True)
+  return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+
+def until_end(tokens):
+  tokens = list(tokens)
+  return tokens[: tokens.index(EOS) + 1]
+
+
+def np_losses(p, batch, parallel):
+  """Losses of all answers' tokens by task, and those of all tasks."""
+  caption, referring, region, mask = range(VOCAB + BINS, VOCAB + BINS + 4)
+  losses = {k: [] for k in ("caption", "parallel", "referring")}
+  losses["region_caption"] = []
+
+  def add(name, begin, prompt, answer, patches):
+    row = [begin, *prompt, *answer]
+    log_p = np_log_probabilities(p, row[:-1], patches, causal=True)
+    for i in range(len(prompt), len(row) - 1):
+      losses[name].append(-log_p[i, row[i + 1]])
+
+  for i, patches in enumerate(batch["patches"]):
+    tokens = until_end(batch["caption"][i])
+    if batch["caption_valid"][i] and parallel[i]:
+      masks = [mask] * batch["caption"].shape[1]
+      log_p = np_log_probabilities(p, masks, patches, causal=False)
+      losses["parallel"] += [-log_p[j, t] for j, t in enumerate(tokens)]
+    elif batch["caption_valid"][i]:
+      add("caption", caption, [], tokens, patches)
+    for j in np.flatnonzero(batch["box_valid"][i])[:2]:
+      phrase = until_end(batch["box_phrase"][i, j])
+      box = VOCAB + np.round(batch["boxes"][i, j] * (BINS - 1)).astype(int)
+      add("referring", referring, phrase, box, patches)
+      add("region_caption", region, box, phrase, patches)
+  return losses
+
+
+@pytest.fixture(scope="module")
+def example():
+  """Arguments, results, and which captions are parallel."""
+  batch, params = batch_of(), params_of()
+  # Small boxes would be dropped.
+  size = batch["boxes"][..., 2:] - batch["boxes"][..., :2]
+  batch["box_valid"] &= (size > 1 / 50).all(-1)
+  result = jax.device_get(run(OBJECTIVE, params, batch))
+  parallel = result[0][1][1].sums["parallel"].count > 0
+  # Both kinds occur, among those with a caption.
+  assert 0 < parallel.sum() < 5 and not parallel[-1]
+  return batch, params, result, parallel
+
+
+def test_losses_equal_numpy(example):
+  batch, params, ((loss, (terms, inputs)), _), parallel = example
+  p = jax.tree.map(np.float64, params)
+  losses = np_losses(p, batch, parallel)
+  for name, values in losses.items():
+    assert len(values) > 3, name
+    got = terms.report[name]
+    assert got.count == len(values)
+    np.testing.assert_allclose(got.value(), np.mean(values), rtol=1e-5)
+  every = [x for values in losses.values() for x in values]
+  np.testing.assert_allclose(loss, np.mean(every), rtol=1e-5)
+  np.testing.assert_array_equal(inputs.labelled, [1, 1, 1, 1, 1, 0])
+  assert terms.report["labelled"].value() == 5 / 6
+
+
+def test_gradients_equal_finite_differences(example):
+  batch, params, (_, (grads, to_patches)), parallel = example
+  rng = np.random.default_rng(1)
+  p = jax.tree.map(np.float64, params)
+
+  def loss(p, patches):
+    losses = np_losses(p, {**batch, "patches": patches}, parallel)
+    return np.mean([x for values in losses.values() for x in values])
+
+  def check(name, grad, moved):
+    step = 1e-5 * rng.normal(size=grad.shape)
+    slope = (loss(*moved(step)) - loss(*moved(-step))) / 2
+    assert np.linalg.norm(grad) > 1e-4, name
+    scale = np.linalg.norm(grad) * np.linalg.norm(step)
+    assert abs(slope - np.sum(grad * step)) <= 1e-5 * scale, name
+
+  leaves, tree = jax.tree.flatten(p)
+  named = flatten_with_names(grads)
+  for i, (name, grad) in enumerate(named):
+
+    def moved(step, i=i):
+      new = [*leaves[:i], leaves[i] + step, *leaves[i + 1 :]]
+      return jax.tree.unflatten(tree, new), batch["patches"]
+
+    check(name, grad, moved)
+  check("patches", to_patches, lambda step: (p, batch["patches"] + step))
+
+
+@pytest.mark.parametrize("chunk", [4, 7, 14, 20])
+def test_chunks_of_the_vocabulary_change_nothing(chunk):
+  """14 columns, in chunks that divide them or don't."""
+  rng = np.random.default_rng(2)
+  logits = decoders.TokenLogits(
+    *(jnp.asarray(rng.normal(size=s), jnp.float32)
+      for s in ((3, 2, 5, 4), (4, 14), (14,)))
+  )  # fmt: skip
+  targets = jnp.asarray(rng.integers(0, 14, (3, 2, 5)))
+
+  def loss(logits, chunk):
+    losses, correct = captioning.cross_entropies(logits, targets, chunk=chunk)
+    return jnp.sum(losses * jnp.arange(5)), (losses, correct)
+
+  compute = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+  (_, whole), expected = compute(logits, None)
+  (_, parts), grads = compute(logits, chunk)
+  assert 0 < whole[1].sum() < whole[1].size
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+    (parts, grads),
+    (whole, expected),
+  )
+  np.testing.assert_array_equal(whole[1], logits().argmax(-1) == targets)
+
+
+def test_without_labels_the_loss_is_zero(example):
+  batch, params = example[:2]
+  none = {k: np.zeros_like(batch[k]) for k in ("caption_valid", "box_valid")}
+  (loss, (terms, _)), grads = jax.device_get(
+    run(OBJECTIVE, params, {**batch, **none})
+  )
+  assert loss == 0 and terms.loss.count == 0
+  assert all(mean.value() == 0 for mean in terms.report.values())
+  assert not any(np.any(x) for x in jax.tree.leaves(grads))
+
+
+def test_the_share_of_parallel_captions():
+  keys = jax.random.split(jax.random.key(0), 4000)
+  for share in (0.0, 0.5, 0.75, 1.0):
+    drawn = jax.vmap(lambda k, s=share: captioning._is_parallel(k, s))(keys)
+    bound = 4 * np.sqrt(share * (1 - share) / 4000)
+    assert abs(np.mean(drawn) - share) <= bound
+
+
+def test_needs_follow_the_tasks():
+  assert set(build(tasks=["caption"]).needs().fields) == {
+    "caption", "caption_valid",
+  }  # fmt: skip
+  assert set(build(tasks=["referring"]).needs().fields) == {
+    "boxes", "box_phrase", "box_valid",
+  }  # fmt: skip
+  head = OBJECTIVE.head
+  assert (head.width, head.depth, head.mlp_dim, head.length) == (8, 2, 10, 6)
+
+
+def test_invalid_options_raise():
+  with pytest.raises(ConfigError, match="set config.model.text"):
+    build_objective("captioning", {}).resolve(ModelSpec(image=SPEC.image), {})
+  with pytest.raises(ConfigError, match="tasks"):
+    build(tasks=["captions"])
+  with pytest.raises(ConfigError, match="tasks is empty"):
+    build(tasks=[])
+  with pytest.raises(ConfigError, match="not divisible by attention_heads 3"):
+    build(attention_heads=3)
+  tokenizer = tokenizers.build_tokenizer("bytes")
+  OBJECTIVE.head.check_tokenizer(tokenizer)
+  with pytest.raises(ConfigError, match=r"ends them with 1: set .*eos_id"):
+    build(eos_id=0).head.check_tokenizer(tokenizer)
+  built = views.build_views({"image": dict(ops="resize(64)|keep(0.25)")})
+  with pytest.raises(ConfigError, match="'image'.*hides patches"):
+    build_objective("captioning", {}).resolve(SPEC, built)
+
+
+STEP_SPEC = ModelSpec.from_config(
+  dict(
+    variant="mu/8", width=32, image_size=16, depth=1,
+    text=dict(variant="mu", width=32, length=8, vocab_size=258),
+  )
+)  # fmt: skip
+
+
+@functools.cache
+def make_spec(**options):
+  built = views.build_views({"image": dict(ops="crop(16, 0.6, 1.0)|flip")})
+  objective = build_objective("captioning", dict(bins=16, chunk=100))
+  return StepSpec(
+    model=STEP_SPEC,
+    dtype="float32",
+    objectives={"captioning": objective.resolve(STEP_SPEC, built)},
+    weights={"captioning": ObjectiveWeight(1.0)},
+    views=built,
+    seed=0,
+    total_steps=100,
+    **options,
+  )
+
+
+@functools.cache
+def make_batch(rows=16):
+  """Rendered scenes as the host gives them; some have no boxes."""
+  pipeline = ops.build_ops(
+    "canvas(16)|caption(8)|regions(3, 8)",
+    tokenizer=tokenizers.build_tokenizer("bytes"),
+  )
+  source = SceneSource(size=16, length=rows)
+  records = [pipeline(source[i], np.random.default_rng(i)) for i in range(rows)]
+  batch = {k: np.stack([r[k] for r in records]) for k in pipeline.fields}
+  batch["box_valid"][4:8] = False
+  return batch
+
+
+@functools.cache
+def step_params():
+  init = jax.jit(functools.partial(init_params, make_spec()))
+  params = init(jax.random.key(0))
+  kernel = params["heads"]["caption_decoder"]["projection"]["kernel"]
+  noise = 0.1 * jax.random.normal(jax.random.key(1), kernel.shape)
+  params["heads"]["caption_decoder"]["projection"]["kernel"] = noise
+  return params
+
+
+def step_on(shape, accumulate=1):
+  """Loss, counts and the SGD update on a mesh."""
+  devices = jax.devices()[: int(np.prod(shape))]
+  mesh = make_mesh(
+    dict(zip(("data", "fsdp", "tensor"), shape, strict=True)), devices
+  )
+  spec = dataclasses.replace(make_spec(), accumulate=accumulate)
+  program = make_program(spec, optax.sgd(1.0), mesh)
+  params = jax.tree.map(jnp.copy, step_params())
+  state, metrics = program.update(
+    program.init(params), shard_batch(make_batch(), mesh)
+  )
+  return jax.device_get((metrics, dict(flatten_with_names(state.params))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("shape", "accumulate"), [((2, 2, 2), 1), ((1, 1, 1), 4)], ids=str
+)
+def test_sharded_and_accumulated_equal_one_step(shape, accumulate):
+  expected, params = step_on((1, 1, 1))
+  metrics, moved = step_on(shape, accumulate)
+  for name in ("caption", "parallel", "referring", "region_caption", "loss"):
+    key = f"captioning/{name}"
+    assert expected[key] > 0
+    np.testing.assert_allclose(metrics[key], expected[key], rtol=1e-5)
+  start = dict(flatten_with_names(jax.device_get(step_params())))
+  for name, leaf in params.items():
+    change = np.linalg.norm(leaf - start[name])
+    assert np.linalg.norm(moved[name] - leaf) <= 1e-5 * change + 1e-6, name
+
+
+def test_flops_of_the_decoder_equal_the_formula():
+  """Products of the forward pass times 3, for one caption and 2 x 3 regions."""
+  spec, batch = flops.without_recomputation(make_spec()), make_batch()
+  got = flops.step_flops(
+    spec,
+    {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()},
+    optax.sgd(1.0),
+  ).parts["heads of captioning"]
+  d, mlp, outputs, patches = 32, 256, 258 + 16, 4
+
+  def forward(rows, length):
+    tokens = rows * length
+    own = 4 * d * d * tokens + 2 * d * rows * length**2
+    cross = 2 * d * d * (tokens + patches) + 2 * d * tokens * patches
+    return own + cross + 2 * d * mlp * tokens + d * outputs * tokens
+
+  # The decoder has one layer. Gradients of biases are products with ones.
+  want = 3 * 2 * (forward(1, 8) + forward(6, 12))
+  outs = 3 * d + d + 2 * d + mlp + d + outputs
+  want += 2 * (8 + 6 * 12) * outs + 2 * 2 * patches * 2 * d
+  assert got == want
+
+
+@pytest.mark.slow
+def test_captions_of_photos_are_learnt_by_heart(shared_data):
+  """Eight COCO photos: generated captions equal those of training."""
+  folder = shared_data / "coco"
+  truth = json.loads(
+    (folder / "annotations" / "captions_val2017.json").read_text()
+  )
+  names = {x["id"]: x["file_name"] for x in truth["images"]}
+  captions = {}
+  for x in truth["annotations"]:
+    file = folder / "val2017" / names[x["image_id"]]
+    if len(x["caption"]) < 60 and file.is_file():
+      captions.setdefault(file, x["caption"].strip().lower())
+  files = sorted(captions)[:8]
+  texts = [captions[file] for file in files]
+  assert len(set(texts)) == 8
+  images = [
+    np.asarray(PIL.Image.open(file).convert("RGB").resize((32, 32)))
+    for file in files
+  ]
+  tokenizer = tokenizers.build_tokenizer("bytes")
+  model = ModelSpec.from_config(
+    dict(
+      variant="mu/8", image_size=32,
+      text=dict(variant="mu", length=64, vocab_size=258),
+    )
+  )  # fmt: skip
+  built = views.build_views({"image": dict(ops="resize(32)")})
+  options = dict(tasks=["caption"], bins=2)
+  objective = build_objective("captioning", options).resolve(model, built)
+  spec = StepSpec(
+    model=model,
+    dtype="float32",
+    objectives={"captioning": objective},
+    weights={"captioning": ObjectiveWeight(1.0)},
+    views=built,
+    seed=0,
+    total_steps=400,
+  )
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  program = make_program(spec, optax.adam(2e-3), mesh)
+  params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
+  batch = {
+    "image": np.stack(images),
+    "image_size": np.full((8, 2), 32, np.int32),
+    "caption": tokenizer.encode(texts, 64),
+    "caption_valid": np.ones(8, bool),
+  }
+  state, placed = program.init(params), shard_batch(batch, mesh)
+  for _ in range(400):
+    state, _ = program.update(state, placed)
+  encoder = Encoder(
+    model,
+    state.params,
+    Preprocess(size=32),
+    tokenizer,
+    mesh,
+    prediction_heads={"caption": objective.head},
+  )
+  assert encoder.predict("caption", images)["text"].tolist() == texts
