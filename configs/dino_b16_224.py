@@ -57,6 +57,7 @@ def get_config(arg=None):
     masked_latent=dict(weight=1.0, prototypes=65_536),
   )
   config.teacher = dict(momentum=0.992, end=1.0)
+  config.weights = "teacher"  # DINOv2 evaluates and releases it.
 
   config.optim = dict(
     name="adamw",

@@ -29,8 +29,9 @@ def get_config(arg=None):
   del arg["init"]
   config = read_config("mtv_b16_224", res=512, **arg)
   if init or not arg.tiny:
-    # All parameters, heads included; position embeddings are resampled.
-    config.init = dict(path=init or "/data/runs/mtv_b16")
+    # All parameters, heads included; position embeddings are resampled. The
+    # teacher continues from stage 1's.
+    config.init = dict(path=init or "/data/runs/mtv_b16", teacher=True)
   if arg.tiny:
     return config
 

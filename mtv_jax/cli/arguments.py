@@ -55,7 +55,8 @@ def add_encoder(parser: argparse.ArgumentParser, **options: Any) -> None:
   """--encoder, --weights and --dtype."""
   add = parser.add_argument
   add("--encoder", required=True, **options)
-  add("--weights", default="student", help="student, teacher or ema")
+  text = "student, teacher or ema; default: the run's config.weights"
+  add("--weights", help=text)
   dtypes = ("float32", "bfloat16")
   add("--dtype", default=dtypes[0], choices=dtypes, help="of the computation")
 

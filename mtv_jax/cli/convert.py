@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clean", default=choices[0], choices=choices, help=text)
     if name == "to_hf":
       choices = ("student", "teacher", "ema")
-      text = "which weights of a run (default: %(default)s)"
-      add("--weights", default=choices[0], choices=choices, help=text)
+      text = "which weights of a run (default: its config.weights)"
+      add("--weights", choices=choices, help=text)
       text = "which checkpoint of a run (default: latest)"
       add("--step", type=int, help=text)
 

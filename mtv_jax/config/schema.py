@@ -157,6 +157,9 @@ SCHEMA = dict(
     # Filled in from the path. None: the student's.
     model=(Open(), None),
   ),
+  # What evaluation and export take unless told otherwise; self-distillation on
+  # images alone publishes the teacher.
+  weights=(Literal["student", "teacher", "ema"], "student"),
   # dcn: how many parts of an axis lie on different slices, see `make_mesh`.
   mesh=dict(**_MESH, dcn=_MESH),
   sharding=(List, ()),  # (regex, axis or axes of each trailing dimension).
@@ -165,6 +168,9 @@ SCHEMA = dict(
       path=str,
       step=(int, None),
       weights=(Literal["student", "teacher", "ema"], "student"),
+      # Whether the EMA teacher starts as the source run's, and not as a copy of
+      # the student.
+      teacher=(bool, False),
       include=(List, None),
       rename=(List, ()),
       min_coverage=(Fraction, 0.99),

@@ -24,6 +24,7 @@ class ConvertedModel:
     preprocess: fields of `mtv_jax.encoder.preprocess.Preprocess`.
     tokenizer: None if there is none.
     prediction_heads: configuration of the heads that predict, by name.
+    weights: which weights of a run they are: student, teacher or ema.
   """
 
   spec: ModelSpec
@@ -33,6 +34,7 @@ class ConvertedModel:
   prediction_heads: Mapping[str, PredictionHead] = dataclasses.field(
     default_factory=dict
   )
+  weights: str = "student"
 
   def store_positions(self) -> ConvertedModel:
     """The same model with fixed position embeddings stored as parameters."""

@@ -72,6 +72,8 @@ def write_description(
       "file": path and path.name,
       "clean": model.tokenizer.clean,
     }
+  if model.weights != "student":
+    description["weights"] = model.weights
   if model.prediction_heads:
     heads = heads_lib.describe_heads(model.prediction_heads)
     description["predictors"] = heads
@@ -119,6 +121,7 @@ def restore_model(
     prediction_heads=heads_lib.described_heads(
       description.get("predictors", {})
     ),
+    weights=description.get("weights", "student"),
   )
 
 

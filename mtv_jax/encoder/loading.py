@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 from typing import Any
@@ -20,13 +21,14 @@ from mtv_jax.models import heads as heads_lib
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
+log = logging.getLogger(__name__)
 WEIGHTS = ("student", "teacher", "ema")
 
 
 def load(
   path: str | os.PathLike,
   *,
-  weights: str = "student",
+  weights: str | None = None,
   step: int | None = None,
   dtype: str = "float32",
   mesh: Mesh | None = None,
@@ -39,7 +41,8 @@ def load(
       2 of fixed resolution, CLIP, DINOv2), or a baseline (`pixels:SIZE`,
       `random:VARIANT`, see `baselines.py`).
     weights: a run's `student`, `teacher` (its image encoder, with the
-      student's text tower) or `ema`. Other folders have one set of weights.
+      student's text tower) or `ema`; by default the run's `config.weights`.
+      Other folders have one set of weights.
     step: a run's checkpoint; the latest by default.
     dtype: compute dtype.
     mesh: default: all devices, with the batch split over them.
@@ -59,7 +62,7 @@ def load(
     model.tokenizer.build() if model.tokenizer else None,
     mesh,
     dtype=dtype,
-    weights=weights,
+    weights=model.weights,
     source=str(path),
     prediction_heads=model.prediction_heads,
   )
@@ -82,11 +85,41 @@ def read_params(
   return model.params
 
 
+def read_teacher(
+  path: str | os.PathLike,
+  *,
+  step: int | None = None,
+  spec: ModelSpec | None = None,
+  image: bool = True,
+) -> dict[str, Any]:
+  """A run's EMA teacher, to initialise another's: `image` and `heads`.
+
+  Arguments as of `read_params`; `image`: whether to read the encoder.
+
+  Raises:
+    InputError: the folder is not a run, or has no such teacher.
+  """
+  if not is_run(path):
+    raise InputError(
+      f"init.teacher: {path} is not a training run and has no teacher. Set "
+      "init.teacher=False to start the teacher as a copy of the student."
+    )
+  teacher = {"heads": load_tree(path, step=step, part="teacher/heads")}
+  if image:
+    params = read_params(path, spec=spec, weights="teacher", step=step)
+    teacher["image"] = params["image"]
+  return teacher
+
+
 def read_model(
-  path: str | os.PathLike, *, weights: str = "student", step: int | None = None
+  path: str | os.PathLike,
+  *,
+  weights: str | None = None,
+  step: int | None = None,
 ) -> ConvertedModel:
   """A folder's model as NumPy arrays; arguments and errors as of `load`."""
-  check_choice("weights", weights, WEIGHTS)
+  if weights is not None:
+    check_choice("weights", weights, WEIGHTS)
   folder = pathlib.Path(path)
   if is_run(folder):
     return read_run(folder, weights=weights, step=step)
@@ -133,12 +166,28 @@ def _suggestion(folder: pathlib.Path) -> str:
   return ""
 
 
+def default_weights(path: str | os.PathLike) -> str:
+  """The weights that are read unless told otherwise.
+
+  Those that a run's `config.weights` names; runs before that key, and folders
+  with one set of weights, have "student".
+  """
+  config = folders.read_json(pathlib.Path(path) / "config.json")
+  is_run_config = "model" in config and "model_type" not in config
+  return config.get("weights", "student") if is_run_config else "student"
+
+
 def read_run(
-  path: str | os.PathLike, *, weights: str = "student", step: int | None = None
+  path: str | os.PathLike,
+  *,
+  weights: str | None = None,
+  step: int | None = None,
 ) -> ConvertedModel:
   """A training run's model as NumPy arrays; arguments as of `load`."""
   folder = pathlib.Path(path)
   config = ConfigDict(folders.read_json(folder / "config.json"))
+  weights = weights or default_weights(folder)
+  log.info("%s: reads the %s weights.", folder, weights)
   spec = ModelSpec.from_config(config.model)
   part = "ema" if weights == "ema" else "params"
   params = load_tree(folder, step=step, part=part)
@@ -162,6 +211,7 @@ def read_run(
     prediction_heads=heads_lib.heads_of_config(
       config.get("objectives", {}), spec
     ),
+    weights=weights,
   )
 
 
@@ -186,9 +236,9 @@ def _tokenizer(
 
 
 def _require_one_set(
-  folder: str | os.PathLike, weights: str, step: int | None
+  folder: str | os.PathLike, weights: str | None, step: int | None
 ) -> None:
-  if weights == "student" and step is None:
+  if weights in (None, "student") and step is None:
     return
   raise InputError(
     f"{folder} is not a training run, and has one set of weights; got "

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 from PIL import Image
 
-from mtv_jax.encoder import baselines
+from mtv_jax.encoder import baselines, loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals import run
 from mtv_jax.evals.core import results
@@ -27,11 +27,13 @@ class Request(NamedTuple):
   """An encoder that a command line requests."""
 
   path: str
-  weights: str  # `student`, `teacher` or `ema`
+  weights: str  # `student`, `teacher` or `ema`.
   name: str  # in tables
 
 
-def parse_requests(encoders: Sequence[str], *, weights: str) -> list[Request]:
+def parse_requests(
+  encoders: Sequence[str], *, weights: str | None
+) -> list[Request]:
   """Parses the values of `--encoder`: PATH or PATH@WEIGHTS, in order.
 
   The name of an encoder in tables is the last part of its path, or as many of
@@ -39,7 +41,7 @@ def parse_requests(encoders: Sequence[str], *, weights: str) -> list[Request]:
 
   Args:
     encoders: at least one.
-    weights: default for those without @WEIGHTS.
+    weights: for those without @WEIGHTS; None for each one's default.
 
   Raises:
     ConfigError: for the same one twice.
@@ -49,6 +51,7 @@ def parse_requests(encoders: Sequence[str], *, weights: str) -> list[Request]:
     match = _WEIGHTS.fullmatch(given)
     # A baseline has one set of weights.
     default = "student" if baselines.is_baseline(given) else weights
+    default = default or loading.default_weights(given)
     split.append(match.groups() if match else (given, default))
   if len(set(split)) < len(split):
     twice = next(s for s in split if split.count(s) > 1)

@@ -327,12 +327,16 @@ def _evaluators(
   config: ConfigDict, state: TrainState
 ) -> dict[str, evals_base.Evaluator]:
   """Builds the evaluators and opens their data, so that errors show early."""
+  try:
+    state.weights(config.weights)
+  except ConfigError as error:
+    raise ConfigError(f"config.weights: {error}") from None
   entries = {}
   for name, entry in config.evals.items():
     entries[name] = entry.to_dict()
     entries[name].pop("at_start", None)
     try:
-      state.weights(entries[name].pop("weights", "student"))
+      state.weights(entries[name].pop("weights", config.weights))
     except ConfigError as error:
       raise ConfigError(f"config.evals.{name}: {error}") from None
   evaluators = evals_lib.build(entries)
@@ -408,6 +412,11 @@ def log_experiment(experiment: Experiment) -> None:
   megabytes = sum(row[3] for row in sharding_table(state)) / 1e6
   axes = " x ".join(f"{mesh.shape[axis]} {axis}" for axis in MESH_AXES)
   log.info(f"The state takes {megabytes:.1f} MB a device on a mesh of {axes}.")
+  if state.teacher or state.ema:
+    log.info(
+      f"Evaluations and exports take the {experiment.config.weights} weights "
+      "(config.weights) unless told otherwise."
+    )
   log.info("Encodings: %s.", ", ".join(map(str, experiment.step_spec.plan)))
   size = experiment.config.batch_size
   epoch = experiment.length.examples_per_epoch

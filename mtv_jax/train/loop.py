@@ -7,11 +7,13 @@ import functools
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer, Restored
 from mtv_jax.checkpoint.partial_restore import merge_params
@@ -34,8 +36,9 @@ from mtv_jax.train.experiment import (
 )
 from mtv_jax.train.metrics import Chrono, MetricWriter
 from mtv_jax.train.state import TrainState
-from mtv_jax.train.step_spec import init_params
-from mtv_jax.utils.errors import UserError
+from mtv_jax.train.step_spec import init_params, teacher_params
+from mtv_jax.utils.errors import ConfigError, UserError
+from mtv_jax.utils.tree import flatten_with_names
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ def init_or_restore(
     functools.partial(init_params, experiment.step_spec),
     out_shardings=experiment.program.shardings.params,
   )(jax.random.key(experiment.config.seed))
+  teacher = None
   if init := experiment.config.init:
     source = loading.read_params(
       init.path,
@@ -70,7 +74,42 @@ def init_or_restore(
       min_coverage=init.min_coverage,
     )
     log.info("Initialised from %s:\n%s", init.path, report)
-  return experiment.program.init(params, read_teachers(experiment))
+    if init.teacher:
+      teacher = init_teacher(experiment, params)
+  return experiment.program.init(params, read_teachers(experiment), teacher)
+
+
+def init_teacher(experiment: Experiment, params: PyTree) -> PyTree:
+  """The EMA teacher of the run that `config.init` names.
+
+  Parameters that `init.include` leaves out, such as those of new heads, are
+  copies of the student's.
+  """
+  init, spec = experiment.config.init, experiment.step_spec
+  student = teacher_params(spec, params)
+  names = [name for name, _ in flatten_with_names(student)]
+  include = [
+    regex
+    for regex in init.include or ("",)
+    if any(re.search(regex, name) for name in names)
+  ]
+  if not include:
+    raise ConfigError(
+      "config.init.teacher: init.include selects no parameter of a teacher "
+      "that this run trains. Leave init.teacher out."
+    )
+  source = loading.read_teacher(
+    init.path, step=init.step, spec=spec.model, image="image" in student
+  )
+  teacher, report = merge_params(
+    student,
+    source,
+    include=include,
+    rename=init.rename,
+    min_coverage=init.min_coverage,
+  )
+  log.info("Teacher initialised from %s:\n%s", init.path, report)
+  return teacher
 
 
 def read_teachers(experiment: Experiment) -> dict[str, Any]:
@@ -281,7 +320,7 @@ class _Trainer:
     for name in names:
       with self.chrono.pause():
         heads = heads_lib.heads_of_config(config.objectives, spec.model)
-        weights = config.evals[name].get("weights", "student")
+        weights = config.evals[name].get("weights", config.weights)
         encoder = Encoder(
           spec.model,
           self.state.weights(weights),

@@ -155,11 +155,12 @@ class Program:
     self,
     params: PyTree,
     teachers: Mapping[str, PyTree] = types.MappingProxyType({}),
+    teacher: PyTree | None = None,
   ) -> TrainState:
     """The sharded state at step 0; arguments as of `init_state`."""
     init = functools.partial(init_state, self.spec, self.tx)
     jitted = jax.jit(init, out_shardings=self.shardings)
-    return jitted(params, dict(teachers))
+    return jitted(params, dict(teachers), teacher)
 
   def update(
     self,

@@ -294,11 +294,12 @@ def init_state(
   tx: optax.GradientTransformation,
   params: PyTree,
   teachers: Mapping[str, PyTree] = types.MappingProxyType({}),
+  teacher: PyTree | None = None,
 ) -> TrainState:
   """The state at step 0: the teacher and the EMA start as copies.
 
   So do frozen teachers that are not given; those of another architecture start
-  with random parameters.
+  with random parameters. `teacher`: the EMA teacher, if it is not a copy.
   """
   copy = functools.partial(jax.tree.map, jnp.copy)
 
@@ -316,7 +317,7 @@ def init_state(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=tx.init(params),
-    teacher=copy(teacher_params(spec, params)),
+    teacher=copy(teacher_params(spec, params)) if teacher is None else teacher,
     ema=copy(params) if spec.ema_decay is not None else {},
     statistics={n: o.initial_statistics() for n, o in spec.objectives.items()},
     teachers={n: frozen(n, t) for n, t in spec.teachers.items()},

@@ -101,9 +101,11 @@ def test_a_native_folder(tmp_path, images, run):
     init(2),
     encoder.preprocess.to_dict(),
     TokenizerFiles(None, "lower"),
+    weights="teacher",
   )
   native.write(tmp_path / "native", model)
   again = mtv_jax.load(tmp_path / "native")
+  assert again.weights == "teacher"
   np.testing.assert_array_equal(
     again.image(images).patches, encoder.image(images).patches
   )

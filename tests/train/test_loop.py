@@ -2,18 +2,22 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import trainings
 
+from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.config import schema
+from mtv_jax.encoder import loading
 from mtv_jax.perf.bench import step as step_bench
 from mtv_jax.train.experiment import (
   build_experiment,
   log_experiment,
   make_loader,
+  save_config,
 )
-from mtv_jax.train.loop import check_finite, train
+from mtv_jax.train.loop import check_finite, init_or_restore, train
 from mtv_jax.train.step_spec import ObjectiveWeight
 
 
@@ -93,6 +97,63 @@ def test_init_loads_the_parameters_of_another_run(trained, tmp_path):
     np.asarray(s.params["text"]["token_embedding"]) for s in (begun, state)
   )
   np.testing.assert_array_equal(actual, expected)
+
+
+def with_teacher(**changes):
+  config = smallest(**changes)
+  config.objectives.distillation = dict(
+    view_global="image",
+    view_local=None,
+    same_crop="include",
+    prototypes=8,
+    hidden=8,
+    bottleneck=4,
+  )
+  return config
+
+
+def test_init_continues_the_teacher_of_another_run(tmp_path):
+  source = build_experiment(with_teacher(weights="teacher"), tmp_path / "a")
+  state = init_or_restore(source, None)
+  rng = np.random.default_rng(0)
+  teacher = jax.tree.map(
+    lambda x: np.float32(x + rng.normal(size=x.shape)), state.teacher
+  )
+  save_config(source)
+  with Checkpointer(tmp_path / "a" / "checkpoints", every_steps=1) as saver:
+    saver.save(1, {"params": state.params, "teacher": teacher})
+  init = dict(path=str(tmp_path / "a"))
+
+  def begin(**options):
+    config = with_teacher(seed=1, init={**init, **options})
+    return init_or_restore(build_experiment(config, tmp_path / "b"), None)
+
+  def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+  begun = begin(teacher=True)
+  assert_equal(begun.params, state.params)
+  assert_equal(begun.teacher, teacher)
+  begun = begin()
+  assert_equal(begun.teacher["image"], state.params["image"])
+  # New heads are copies of the student's.
+  begun = begin(teacher=True, include=("^image/",))
+  assert_equal(begun.teacher["image"], teacher["image"])
+  assert_equal(begun.teacher["heads"]["dino"], begun.params["heads"]["dino"])
+  with pytest.raises(ValueError, match="selects no parameter of a teacher"):
+    begin(teacher=True, include=("^text/",))
+  # What the run's config names is what is read by default.
+  read = loading.read_model(tmp_path / "a")
+  assert read.weights == "teacher"
+  assert_equal(read.params["image"], teacher["image"])
+  assert (
+    loading.read_model(tmp_path / "a", weights="student").weights != "teacher"
+  )
+
+
+def test_weights_that_a_run_lacks_are_rejected(tmp_path):
+  with pytest.raises(ValueError, match="config.weights: .*no 'teacher'"):
+    build_experiment(smallest(weights="teacher"), tmp_path)
 
 
 @pytest.mark.parametrize(
