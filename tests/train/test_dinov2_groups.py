@@ -1,0 +1,224 @@
+"""Rates and decays of a ViT-L over DINOv2 runs, against DINOv2's groups.
+
+`dinov2_groups.json` has what dinov2's `get_params_groups_with_decay` and
+`CosineScheduler` (commit b8931f7) give for three of its configs, at the batch
+sizes 1,024, 2,048 and 3,072: the rates' multipliers by block, and the schedules
+at some steps. This file run as a command prints our side:
+
+  python tests/train/test_dinov2_groups.py vitl16_short
+"""
+
+import functools
+import json
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtv_jax.config import schema
+from mtv_jax.train import experiment, optim, step_spec
+from mtv_jax.utils.tree import flatten_with_names, map_with_names
+
+GROUPS = json.loads(
+  pathlib.Path(__file__).with_name("dinov2_groups.json").read_text()
+)
+
+
+def rules(layer_decay):
+  """DINOv2 decays everything but biases, norms and layer scales."""
+  layers = dict(layer_decay=layer_decay)
+  undecayed = r"(/bias|norm\d?/scale|/scale\d)$"
+  return [
+    ("patch_embed/bias", dict(layers, weight_decay=0.0, lr=0.2)),
+    ("patch_embed", dict(layers, weight_decay=1.0, lr=0.2)),
+    (undecayed, dict(layers, weight_decay=0.0)),
+    (".", dict(layers, weight_decay=1.0)),
+  ]
+
+
+RUNS = {
+  "ssl_default_config": dict(batch=1024),
+  "vitl16_short": dict(batch=2048),
+  "vitl14": dict(
+    batch=3072, lr=2e-4, end=0.2, epochs=500, warmup=80, layer_decay=1.0
+  ),
+}
+
+
+EPOCH = 1250  # Steps, whatever the data.
+
+
+def get_config(
+  name, batch, lr=4e-3, end=0.4, epochs=100, warmup=10, layer_decay=0.9
+):
+  """Our config of a run, which differs from dino_b16_224 by size and rates."""
+  config = schema.read_config("dino_b16_224", variant="L", batch=batch)
+  config.total_steps = epochs * EPOCH
+  if name == "vitl14":
+    # An epoch is 0.2 % of the run.
+    freeze = dict(freeze_last_layer_percent=0.2)
+    head = dict(freeze, prototypes=131_072, bottleneck=384)
+    config.objectives.distillation.update(head)
+    config.objectives.masked_latent.update(head)
+    config.model.update(mlp="swiglu", mlp_dim=2736)
+  else:
+    config.objectives.masked_latent.head = "dino"
+  config.optim.update(
+    # Updates of size 1, to read rates and decays off them.
+    name="sgd",
+    lr=lr,
+    weight_decay_end=end,
+    clip_norm=0.0,
+    rules=rules(layer_decay),
+  )
+  config.schedule = dict(
+    name="cosine", end_lr=1e-6, warmup_percent=None, warmup_steps=warmup * EPOCH
+  )
+  return schema.check_config(config)
+
+
+@functools.cache
+def build(name):
+  """The optimizer, and parameters of one number for each layer."""
+  config = get_config(name, **RUNS[name])
+  spec = experiment.build_step_spec(config, config.total_steps)
+  shapes = step_spec.abstract_params(spec)
+  numbers = {n: x.size for n, x in flatten_with_names(shapes)}
+
+  def shrink(name, x):
+    depth = x.shape[0] if "/blocks/" in name else 1
+    return jnp.ones((depth, *[1] * max(len(x.shape) - 1, 0)))
+
+  params = map_with_names(shrink, shapes)
+  optimizer = optim.make_optimizer(
+    config.optim,
+    config.schedule,
+    length=schema.RunLength.from_config(config),
+    params=params,
+    start_steps=spec.start_steps,
+  )
+  return optimizer, params, numbers
+
+
+def measure(name, steps):
+  """By step, the rates and the decays of all layers by parameter."""
+  optimizer, params, _ = build(name)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  init = optimizer.tx.init(params)
+
+  @jax.jit
+  def update(step):
+    state = jax.tree.map(lambda x: jnp.full_like(x, step), init)
+    rate, _ = optimizer.tx.update(params, state, zeros)
+    decay, _ = optimizer.tx.update(zeros, state, params)
+    return rate, decay
+
+  for step in steps:
+    yield [
+      {n: -np.ravel(x) for n, x in flatten_with_names(tree)}
+      for tree in jax.device_get(update(step))
+    ]
+
+
+# DINOv2's names and ours: regexes and their replacements.
+NAMES = (
+  (r"^backbone\.", "image/"),
+  (r"^(dino|ibot)_head\.", r"heads/\1/"),
+  (r"\.", "/"),
+  (r"pos_embed", "position_embedding"),
+  (r"patch_embed/proj", "patch_embed"),
+  (r"attn/proj", "attention/out"),
+  (r"attn/qkv", "attention/qkv"),
+  (r"ls(\d)/gamma", r"scale\1"),
+  (r"mlp/w12", "mlp/gate+fc1"),
+  (r"mlp/w3", "mlp/fc2"),
+  (r"mlp/0", "mlp/fc1"),
+  (r"mlp/2", "mlp/fc2"),
+  (r"mlp/4", "mlp/fc3"),
+  (r"norm(\d?)/weight", r"norm\1/scale"),
+  (r"last_layer/weight_g", "last_layer/scale"),
+  (r"weight(_v)?$", "kernel"),
+)
+
+
+def our_name(name):
+  for pattern, replacement in NAMES:
+    name = re.sub(pattern, replacement, name)
+  return name
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_parameter_has_the_rate_and_decay_of_dinov2(name):
+  theirs = GROUPS[name]
+  parameters = {our_name(n): p for n, p in theirs["parameters"].items()}
+  _, _, numbers = build(name)
+  for parameter in [n for n in parameters if "/gate+fc1/" in n]:
+    row = parameters.pop(parameter)
+    row = {**row, "numbers": row["numbers"] // 2}
+    for half in ("gate", "fc1"):
+      parameters[parameter.replace("gate+fc1", half)] = row
+  assert parameters.keys() == numbers.keys()
+  for parameter, row in parameters.items():
+    # Theirs has a position of CLS, and patches of 14 pixels.
+    if not re.search("position_embedding|patch_embed/kernel", parameter):
+      assert row["numbers"] == numbers[parameter], parameter
+  peak = max(theirs["rate"])
+  warmup = theirs["steps"][theirs["rate"].index(peak)] + 1
+  for i, (step, (rates, decays)) in enumerate(
+    zip(theirs["steps"], measure(name, theirs["steps"]), strict=True)
+  ):
+    # Their warm-up starts at 0, ours one step later.
+    late = peak / warmup if step < warmup else 0.0
+    for parameter, row in parameters.items():
+      key = "last_layer_rate" if row["last_layer"] else "rate"
+      expected = theirs[key][i]
+      if row["last_layer"] and not theirs[key][i]:
+        assert not rates[parameter].any() and not decays[parameter].any()
+        continue
+      tolerance = dict(rtol=2e-6, atol=late + 1e-7 * peak)
+      message = f"{parameter} at step {step}"
+      np.testing.assert_allclose(
+        rates[parameter] / row["rate"], expected, err_msg=message, **tolerance
+      )
+      wanted = rates[parameter] * theirs["weight_decay"][i] * row["decay"]
+      np.testing.assert_allclose(
+        decays[parameter], wanted, rtol=1e-5, err_msg=message
+      )
+
+
+@pytest.mark.parametrize(
+  ("name", "total"),
+  [("ssl_default_config", 36.2), ("vitl16_short", 51.2), ("vitl14", 9.88)],
+)
+def test_the_decay_of_a_whole_run_is_that_of_dinov2(name, total):
+  optimizer, _, _ = build(name)
+  steps = jnp.arange(RUNS[name].get("epochs", 100) * EPOCH)
+  rates = np.float64(jax.vmap(optimizer.schedule)(steps))
+  decays = np.float64(jax.vmap(optimizer.weight_decay)(steps))
+  ours = (rates * decays).sum()
+  assert ours == pytest.approx(total, rel=2e-3)
+  theirs = GROUPS[name]["sum_of_rate_times_decay"]
+  assert ours == pytest.approx(theirs, rel=1e-4)
+  (start,) = {r.start for r in optimizer.table if "last_layer" in r.name}
+  theirs = GROUPS[name]["sum_of_last_layer_rate_times_decay"]
+  assert (rates * decays)[start:].sum() == pytest.approx(theirs, rel=1e-4)
+
+
+def main(name):
+  steps = GROUPS[name]["steps"]
+  print("parameter, rate and decay at", *steps, sep="\t")
+  found = list(measure(name, steps))
+  for parameter in found[0][0]:
+    for part, label in enumerate(("rate", "rate x decay")):
+      rows = [step[part][parameter] for step in found]
+      for layer, values in enumerate(np.stack(rows, 1)):
+        row = "\t".join(f"{x:.6g}" for x in values)
+        print(f"{parameter}[{layer}] {label}", row, sep="\t")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])
