@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 _DEFAULT_MEAN_STD = (0.5, 0.5, 0.5)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 # Pillow's numbers.
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
@@ -35,7 +35,7 @@ def _default_preprocess(family: str, image_size: int) -> dict[str, Any]:
     return {**fields, "mean": CLIP_MEAN, "std": CLIP_STD}
   # DINOv2 crops 224 from 256, whatever its position embedding's size.
   resize = round(image_size * 256 / 224)
-  normal = {"mean": _IMAGENET_MEAN, "std": _IMAGENET_STD}
+  normal = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
   return {**fields, "resize_size": resize, **normal}
 
 

@@ -57,7 +57,7 @@ class ClassificationProbe(Evaluator):
 
   data: Data = "scenes"
   train: Data | None = None
-  view: Literal["center", "squash_center", "encoder"] | None = None
+  view: global_features.View | None = None
   count: PositiveInt | None = None
   train_count: PositiveInt | None = None
   batch_size: PositiveInt = 64

@@ -27,7 +27,7 @@ from mtv_jax.evals.classification.base import (
   chance_accuracies,
   rank_accuracies,
 )
-from mtv_jax.evals.core import bootstrap, prompts, ranking
+from mtv_jax.evals.core import bootstrap, global_features, prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import ClassificationSet, Data
@@ -56,6 +56,8 @@ class ZeroShot(Evaluator):
     clean: `tokenizer` leaves prompts to the tokenizer's cleaning (SigLIP's
       canonicalises, CLIP's does not); `canonicalize` canonicalises them first,
       as big_vision does.
+    view: the encoder's own preprocessing, or big_vision's `squash_center`; see
+      `global_features.view`.
     count: images to use, evenly spaced; all by default.
   """
 
@@ -65,6 +67,7 @@ class ZeroShot(Evaluator):
   classes: Literal["all", "dataset", "present"] | None = None
   real: str | None = None
   clean: Literal["tokenizer", "canonicalize"] = "tokenizer"
+  view: global_features.View = "encoder"
   count: PositiveInt | None = None
   batch_size: PositiveInt = 64
 
@@ -86,6 +89,7 @@ class ZeroShot(Evaluator):
     require_text(encoder)
     data, candidates = self._set
     named, labels = candidates.named, candidates.labels
+    encoder = global_features.view(encoder, self.view)
     classifier = text_classifier(encoder, named, clean=self.clean)
     features = encoder.image(
       data.images, outputs=("pooled",), batch_size=self.batch_size
@@ -96,6 +100,7 @@ class ZeroShot(Evaluator):
     )
     protocol = {
       **encoder.protocol(),
+      "view": self.view,
       "data": data.name,
       "data_hash": data.digest,
       "images": len(data.images),

@@ -17,22 +17,24 @@ from mtv_jax.evals.core import features
 from mtv_jax.evals.core.examples import ClassificationSet, select_images
 from mtv_jax.utils.errors import InputError
 
-View = Literal["center", "squash_center", "encoder"]
+View = Literal["center", "squash_center", "squash", "encoder"]
 Feature = Literal["pooled", "cls", "mean"]
 Pixels = Literal["images", "crops"]
 
-# Resizing of the views, beside "encoder".
-_RESIZES = {
-  "center": {
-    "resize": "shortest",
-    "interpolation": "bicubic",
-    "crop_rounding": "nearest",
-  },
-  "squash_center": {
-    "resize": "squash",
-    "interpolation": "bilinear",
-    "antialias": False,
-  },
+# Of the views beside "encoder": the size before the crop, relative to the input
+# size, and other fields of `Preprocess`.
+_VIEWS = {
+  "center": (
+    256 / 224,
+    {
+      "resize": "shortest",
+      "interpolation": "bicubic",
+      "crop": "center",
+      "crop_rounding": "nearest",
+    },
+  ),
+  "squash_center": (256 / 224, {"crop": "center", "antialias": False}),
+  "squash": (1, {"antialias": False}),
 }
 
 # Size of the patches of a chunk of images, of which the mean is computed.
@@ -53,20 +55,21 @@ def view(encoder: Encoder, name: View) -> Encoder:
     name: `encoder` is its own preprocessing. `center` is that of DINOv2 and
       MAE: the shorter side to 256/224 of the input size (bicubic,
       antialiased), then torchvision's middle square. `squash_center` is that of
-      big_vision's few-shot evaluation, `resize(256)|central_crop(224)`: both
-      sides to 256/224 of the input size (bilinear, not antialiased, as
-      `tf.image.resize`), then the middle square.
+      big_vision's zero-shot and few-shot evaluations,
+      `resize(256)|central_crop(224)`: both sides to 256/224 of the input size
+      (bilinear, not antialiased, as `tf.image.resize`), then the middle square.
+      `squash` is that of its retrieval, `resize(224)`, without a crop.
   """
   if name == "encoder":
     return encoder
   base = encoder.preprocess
+  scale, fields = _VIEWS[name]
   preprocess = Preprocess(
     size=base.size,
-    crop="center",
     mean=base.mean,
     std=base.std,
-    resize_size=base.size * 256 // 224,
-    **_RESIZES[name],
+    resize_size=int(base.size * scale),
+    **fields,
   )
   copies = _views.setdefault(encoder, {})
   if preprocess not in copies:

@@ -147,6 +147,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       InputError: if no pair has points in both views.
     """
     frames, pairs = self._set.frames, self._set.sample.pairs
+    encoder = self._with_mean(encoder)
     options = self._resolve(encoder, frames.layout)
     chosen = examples.subsample(range(len(pairs)), self.pictures or 1)
     scored, rows = [], []

@@ -81,6 +81,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
   def run(self, encoder: Encoder) -> Result:
     """Means over the classes, of all pairs and by viewpoint, and chance."""
     data, sample = self._set
+    encoder = self._with_mean(encoder)
     grid = self._grid(encoder, data.layout)
     pairs = _pairs_in(sample)
     chosen = examples.subsample(pairs, self.pictures) if self.pictures else []
@@ -113,7 +114,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
     if threshold is None:
       # A patch is 1/16 of a scene's side, and an object about 0.4.
       threshold = 0.25 if scenes else 0.1
-    return _Grid(size, size // patch, pck.Rule(self.aggregate, threshold))
+    return _Grid(size, -(-size // patch), pck.Rule(self.aggregate, threshold))
 
   def _transfer(
     self,

@@ -17,11 +17,11 @@ from jaxtyping import Float32, PyTree
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import dense, probe
 from mtv_jax.evals.core.examples import DepthSet
+from mtv_jax.evals.core.padded_views import PaddedView
 from mtv_jax.evals.depth import augment, heads, losses
 from mtv_jax.evals.depth.augment import Example
 from mtv_jax.evals.depth.base import Prediction
 from mtv_jax.evals.depth.protocols import Protocol
-from mtv_jax.evals.depth.views import View
 from mtv_jax.parallel.mesh import replicated_sharding
 
 # Features and depth that are cached if nothing changes between steps.
@@ -78,13 +78,13 @@ class Setup:
       batch_size=self.protocol.batch_size,
     )
 
-  def view(self, size: tuple[int, int], whole: tuple[int, int]) -> View:
+  def view(self, size: tuple[int, int], whole: tuple[int, int]) -> PaddedView:
     """The encoder's view of crops of `size` from images of size `whole`."""
     input_size = tuple(
       round(s * w / full)
       for s, w, full in zip(size, self.input_size or whole, whole, strict=True)
     )
-    return View(
+    return PaddedView(
       size,
       input_size,
       patch=self.encoder.spec.image.patch_size,
@@ -180,7 +180,7 @@ def predict(
 
 def _predict_maps(
   setup: Setup,
-  view: View,
+  view: PaddedView,
   fitted: probe.FitResult,
   images: list[np.ndarray],
 ) -> Float32[np.ndarray, "n h w"]:

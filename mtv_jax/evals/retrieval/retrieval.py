@@ -21,7 +21,7 @@ from jaxtyping import Float32, Int
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder, normalize
-from mtv_jax.evals.core import bootstrap, ranking
+from mtv_jax.evals.core import bootstrap, global_features, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import CaptionSet, Data, subsample
@@ -43,6 +43,8 @@ class Retrieval(Evaluator):
     split: Karpathy split.
     max_captions: the first captions of an image to use; all by default. (Of
       COCO's 5,000 test images some have six or seven: 25,010 captions.)
+    view: the encoder's own preprocessing, or big_vision's `squash`; see
+      `global_features.view`.
     count: images to use, evenly spaced; all by default.
   """
 
@@ -50,6 +52,7 @@ class Retrieval(Evaluator):
   images: str | None = None
   split: str = "test"
   max_captions: PositiveInt | None = None
+  view: global_features.View = "encoder"
   count: PositiveInt | None = None
   batch_size: PositiveInt = 64
   # Images on the sheet `captions`, captions on the sheet `images`.
@@ -69,6 +72,7 @@ class Retrieval(Evaluator):
     """Metrics, and the sheets `captions` and `images`."""
     require_text(encoder)
     data = self._set
+    encoder = global_features.view(encoder, self.view)
     image = encoder.image(
       data.images, outputs=("pooled",), batch_size=self.batch_size
     ).pooled
@@ -78,6 +82,7 @@ class Retrieval(Evaluator):
     image, text = normalize(image), normalize(text)
     protocol = {
       **encoder.protocol(),
+      "view": self.view,
       "data": data.name,
       "data_hash": data.digest,
       **({"split": data.split} if data.split else {}),

@@ -9,6 +9,7 @@ import pytest
 from mtv_jax.data import registry as sources
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder.encoder import Encoder, ImageFeatures, normalize
+from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.classification.base import rank_accuracies
 from mtv_jax.evals.classification.zero_shot import (
@@ -44,6 +45,22 @@ def test_accuracies_of_a_folder(colours, folder):
   assert protocol["templates"] == list(prompts.DEFAULT_TEMPLATES)
   assert "lower index" in protocol["ties"]
   assert len(protocol["data_hash"]) == 16
+
+
+def test_big_vision_view(colours, folder, monkeypatch):
+  colours.preprocess = Preprocess(size=24)
+  seen, image = [], type(colours).image
+
+  def record(self, images, **options):
+    seen.append(self.preprocess)
+    return image(self, images, **options)
+
+  monkeypatch.setattr(type(colours), "image", record)
+  result = ZeroShot(data=str(folder), view="squash_center").run(colours)
+  assert result.protocol["view"] == "squash_center"
+  (preprocess,) = seen
+  assert (preprocess.resize_size, preprocess.crop) == (27, "center")
+  assert not preprocess.antialias and preprocess.resize == "squash"
 
 
 def test_the_hash_depends_on_the_data(folder, write_image):

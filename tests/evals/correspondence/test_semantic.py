@@ -17,6 +17,7 @@ from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import KeyPointPair
 from mtv_jax.evals.correspondence import pck
+from mtv_jax.evals.correspondence.geometric import GeometricCorrespondence
 from mtv_jax.evals.correspondence.semantic import SemanticCorrespondence
 from mtv_jax.evals.datasets import registry, spair
 from mtv_jax.parallel.mesh import make_mesh
@@ -369,6 +370,42 @@ def test_equal_images_match(spair_root, pixels):
   options["threshold"] = 0.05
   close = build_evaluator("semantic_correspondence", options).run(pixels)
   assert 0 < close.metrics["recall"] < 1
+
+
+MEAN, STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+
+
+def test_probe3d_pads_patches_of_14_and_normalises_by_imagenet(spair_root):
+  """800 to 812, of which 58 x 58 patches; 512 to 518 in NAVI's protocol."""
+  encoder = baselines.PixelEncoder(56, 14)
+  options = {"fit": "pad", "image_mean": "imagenet"}
+  evaluator = SemanticCorrespondence(data=str(spair_root), **options)
+  got = evaluator.run(encoder)
+  preprocess = got.protocol["preprocess"]
+  assert got.protocol["input_size"] == [800, 800]
+  assert preprocess["padded"] == [812, 812]
+  assert got.protocol["grid"] == [58, 58]
+  np.testing.assert_array_equal(
+    [preprocess["mean"], preprocess["std"]], [MEAN, STD]
+  )
+  # Equal images: the source's nearest patch by its normalised position.
+  data = evaluator._set[0]
+  pair = data.pairs[3]
+  points = np.floor(pair.first_points * 800 / 128) / 800
+  grid = evaluator._grid(encoder, data.layout)
+  for i, predicted in evaluator._transfer(encoder, data, [3], grid):
+    assert i == 3
+    assert abs(predicted - np.rint(points * 57) / 58).max() < 2 / 58
+  navi = GeometricCorrespondence(**options)
+  assert navi._input_size(encoder, 512) == 512
+  assert GeometricCorrespondence()._input_size(encoder, 512) == 448
+  # Three pixels before and after, zero after normalisation.
+  image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+  padded = np.zeros((70, 70, 3))
+  padded[3:67, 3:67] = (image / 255 - MEAN) / STD
+  want = padded.reshape(5, 14, 5, 14, 3).swapaxes(1, 2).reshape(5, 5, -1)
+  features = navi._features(navi._with_mean(encoder), [image])[0]
+  np.testing.assert_allclose(features, want, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core import probe, resizing
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import Images
+from mtv_jax.evals.core.padded_views import PaddedView
 from mtv_jax.evals.depth import augment, metrics, training
 from mtv_jax.evals.depth.augment import Example
 from mtv_jax.evals.depth.probe import DepthProbe, score
 from mtv_jax.evals.depth.protocols import PROTOCOLS
-from mtv_jax.evals.depth.views import View
 from mtv_jax.parallel.mesh import make_mesh
 
 
@@ -85,7 +85,7 @@ def test_rotation_is_clockwise_and_interpolates_no_depth(nyu_like):
 
 def test_inputs_are_padded_with_the_mean_on_all_sides():
   mean = (0.5, 0.25, 0.75)
-  view = View((30, 45), (30, 45), 14, mean=mean)
+  view = PaddedView((30, 45), (30, 45), 14, mean=mean)
   assert view.padded == (42, 56)
   assert view.grid == (3, 4)
   image = np.zeros((30, 45, 3), np.float32)
@@ -100,7 +100,7 @@ def test_inputs_are_padded_with_the_mean_on_all_sides():
 
 def test_restoring_undoes_the_padding():
   """A plane over the padded input becomes the same plane over the image."""
-  view = View((60, 90), (30, 45), 14, "bilinear")
+  view = PaddedView((60, 90), (30, 45), 14, "bilinear")
   rows, columns = (np.arange(14 * n) + 0.5 for n in view.grid)
   plane = (2 * rows[:, None] + 3 * columns).astype(np.float32)
   got = view.restore(plane[None])[0]
@@ -115,7 +115,7 @@ def test_restoring_undoes_the_padding():
 
 @pytest.mark.parametrize("method", ["bilinear", "bilinear_corners"])
 def test_restoring_without_padding_is_resizing(method):
-  view = View((24, 40), (12, 20), 4, method)
+  view = PaddedView((24, 40), (12, 20), 4, method)
   maps = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
   want = resizing.resize_maps(maps, (24, 40), method=method)
   np.testing.assert_allclose(view.restore(maps), want, atol=1e-6)

@@ -8,6 +8,7 @@ import pytest
 
 from mtv_jax import load
 from mtv_jax.data.records import BadRecord
+from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core import ranking
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import registry
@@ -142,6 +143,22 @@ def test_sheets_of_captions_and_images(coco, colours):
   framed = (result.sheets["images"] == sheets.MATCH).all(axis=-1)
   half = len(framed) // 2
   assert framed[:half].any() and framed[half:].any()
+
+
+def test_big_vision_view(colours, coco, monkeypatch):
+  colours.preprocess = Preprocess(size=24)
+  seen, image = [], type(colours).image
+
+  def record(self, images, **options):
+    seen.append(self.preprocess)
+    return image(self, images, **options)
+
+  monkeypatch.setattr(type(colours), "image", record)
+  result = Retrieval(data=str(coco), view="squash").run(colours)
+  assert result.protocol["view"] == "squash"
+  (preprocess,) = seen
+  assert (preprocess.resize_size, preprocess.crop) == (24, "none")
+  assert not preprocess.antialias and preprocess.resize == "squash"
 
 
 def test_an_encoder_without_a_text_tower_is_rejected(coco):

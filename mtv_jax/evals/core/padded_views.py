@@ -21,7 +21,7 @@ from mtv_jax.utils.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class PaddedView:
   """The encoder's view of images of one size."""
 
   size: tuple[int, int]  # rows and columns of the image
