@@ -1,8 +1,9 @@
 """Hugging Face folders: reading and export, without PyTorch.
 
-`read` opens SigLIP (and SigLIP 2 of fixed resolution, and MTV), CLIP and
-DINOv2 folders, our exports and native folders; `write` makes a folder that
-`AutoModel` and `AutoProcessor` of `transformers` open without custom code.
+`read` opens SigLIP (and SigLIP 2 of fixed resolution, and MTV), CLIP, DINOv2
+and Depth Anything V2 folders, our exports and native folders; `write` makes a
+folder that `AutoModel` and `AutoProcessor` of `transformers` open without
+custom code.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import numpy as np
 from mtv_jax.convert import (
   card,
   clip,
+  depth_anything,
   dinov2,
   folders,
   native,
@@ -77,8 +79,9 @@ def read(folder: str | os.PathLike) -> ConvertedModel:
 
   Args:
     folder: a Hugging Face folder of model_type siglip, siglip_vision_model,
-      clip, clip_vision_model, dinov2 or dinov2_with_registers; an export of
-      ours (restored with its heads and spec); or a native folder.
+      clip, clip_vision_model, dinov2, dinov2_with_registers or
+      depth_anything; an export of ours (restored with its heads and spec); or
+      a native folder.
 
   Raises:
     ConversionError: another kind of model or weights, or tensors that are
@@ -88,6 +91,8 @@ def read(folder: str | os.PathLike) -> ConvertedModel:
   if (path / native.PARAMS).is_file():
     return native.read(path)
   config = folders.read_json(path / "config.json")
+  if config.get("model_type") == "depth_anything":
+    return depth_anything.read_model(path)
   module = _find_family(path, config)
   description = native.read_description(path)
   with folders.open_weights(path) as store:

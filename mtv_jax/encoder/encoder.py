@@ -270,6 +270,7 @@ class Encoder:
     images: Sequence[Any] | np.ndarray,
     *,
     batch_size: int = 16,
+    resize: bool = True,
     **inputs: Sequence[Any] | np.ndarray,
   ) -> dict[str, np.ndarray]:
     """Predictions of a head of pretraining.
@@ -277,6 +278,7 @@ class Encoder:
     Args:
       name: name of the head, a key of `heads.HEADS`.
       images, batch_size: as for `image`.
+      resize: False takes images of one size as they are, see `dense`.
       **inputs: head inputs other than images (`PredictionHead.inputs`): for
         each image `[m, C]` numbers or m strings; m may differ, and may be 0.
 
@@ -301,7 +303,7 @@ class Encoder:
       if len(values) != len(images):
         counts = f"{len(images)} images, and {key} of {len(values)}"
         raise InputError(f"Encoder.{method} got {counts}")
-    if inputs and self.preprocess.crop != "none":
+    if inputs and resize and self.preprocess.crop != "none":
       raise InputError(
         f"Encoder.{method} needs an encoder that sees whole images, to which "
         f"{sorted(inputs)} refer; this one has crop={self.preprocess.crop!r}"
@@ -309,11 +311,19 @@ class Encoder:
     head = self.prediction_heads[name]
     padded = {k: self._pad(k, kinds[k], rows) for k, rows in inputs.items()}
 
+    size = (self.preprocess.size,) * 2
+    if not resize:
+      size = as_pixels(images[0], "image 0").shape[:2]
+      self.spec.image.grid_of(*size)
+
     def prepare(i):
-      pixels = self.preprocess(as_image(images[i], f"image {i}"))
+      if resize:
+        pixels = self.preprocess(as_image(images[i], f"image {i}"))
+      else:
+        pixels = as_pixels(images[i], f"image {i}", size=size)
+        pixels = self.preprocess.normalize(pixels)
       return {"images": pixels, **{k: p.values[i] for k, p in padded.items()}}
 
-    size = (self.preprocess.size,) * 2
     blank = {"images": np.zeros((*size, 3), np.float32)}
     blank |= {k: np.zeros_like(p.values[0]) for k, p in padded.items()}
     heads = {head.params_key: self.params["heads"][head.params_key]}
@@ -329,13 +339,14 @@ class Encoder:
     return head.decode(out, self.tokenizer)
 
   def depth(
-    self, images: Sequence[Any] | np.ndarray, *, batch_size: int = 16
+    self, images: Sequence[Any] | np.ndarray, **options: Any
   ) -> Float32[np.ndarray, "n h w"]:
     """Relative inverse depth `[n, h, w]`, see `dpt.DepthHead` and `predict`.
 
     The map covers the encoder's input: the whole image if that is squashed.
+    Options are `batch_size` and `resize` of `predict`.
     """
-    return self.predict("depth", images, batch_size=batch_size)["depth"]
+    return self.predict("depth", images, **options)["depth"]
 
   def ground(
     self,

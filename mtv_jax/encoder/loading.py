@@ -38,8 +38,8 @@ def load(
   Args:
     path: a training run (`config.json` and `checkpoints/`), an export or
       native folder of `mtv-jax convert`, a Hugging Face folder (SigLIP, SigLIP
-      2 of fixed resolution, CLIP, DINOv2), or a baseline (`pixels:SIZE`,
-      `random:VARIANT`, see `baselines.py`).
+      2 of fixed resolution, CLIP, DINOv2, Depth Anything V2), or a baseline
+      (`pixels:SIZE`, `random:VARIANT`, see `baselines.py`).
     weights: a run's `student`, `teacher` (its image encoder, with the
       student's text tower) or `ema`; by default the run's `config.weights`.
       Other folders have one set of weights.

@@ -29,8 +29,8 @@ class Preprocess:
 
   With `antialias` the resize is Pillow's on uint8, bit-identical to the PIL
   image processors of `transformers`. Without it, four (bilinear) or sixteen
-  (bicubic, a = -0.75) neighbours are interpolated in float at any scale: the
-  default of `tf.image.resize` and torch, used by big_vision on ImageNet.
+  (bicubic, a = -0.75) neighbours are interpolated at any scale: the default of
+  `tf.image.resize`, whose result big_vision casts to bytes, cutting fractions.
 
   Attributes:
     size: side of the resulting square in pixels.
@@ -92,6 +92,8 @@ class Preprocess:
       method = _OPENCV[self.interpolation]
       pixels = image.astype(np.float32)
       pixels = cv2.resize(pixels, (width, height), interpolation=method)
+      # 1e-3: rounding must not make 199.99998 of a uniform 200 a 199.
+      pixels = np.floor(np.clip(pixels, 0, 255) + np.float32(1e-3))
     if self.crop == "center":
       half = {"down": math.floor, "nearest": round}[self.crop_rounding]
       top, left = (half((s - self.size) / 2) for s in (height, width))
@@ -123,6 +125,29 @@ class Preprocess:
   def from_dict(cls, fields: Mapping[str, Any]) -> Preprocess:
     """The inverse of `to_dict`; an unknown field is an error."""
     return options.build(cls, fields, where="Preprocess")
+
+
+def nearest_multiple(side: float, multiple: int, *, least: int = 0) -> int:
+  """The multiple of `multiple` nearest to `side`, or above it below `least`."""
+  nearest = round(side / multiple) * multiple
+  if nearest < least:
+    nearest = math.ceil(side / multiple) * multiple
+  return max(nearest, multiple)
+
+
+def lower_bound_shape(
+  height: int, width: int, *, size: int, multiple: int
+) -> tuple[int, int]:
+  """Rows and columns of an image at its aspect ratio, as Depth Anything has it.
+
+  The shorter side is at least `size`, and both are multiples of the patch.
+  """
+  scale = max(size / height, size / width)
+  rows, columns = (
+    nearest_multiple(scale * side, multiple, least=size)
+    for side in (height, width)
+  )
+  return rows, columns
 
 
 def preprocess_from_config(config: Config) -> Preprocess:

@@ -52,6 +52,11 @@ def test_without_antialias_two_neighbours_are_read():
   # Centres at 0.25 and 0.75 of 8 pixels (1.5 and 5.5): means of two neighbours.
   want = np.array([1.5, 5.5]) * 30 / 255
   np.testing.assert_allclose(preprocess(image)[0, :, 0], want, atol=1e-6)
+  # Fractions are cut: 0.5 of 255 is 127.
+  halves = np.tile(np.uint8([0, 255])[:, None], (4, 4, 3))
+  np.testing.assert_allclose(preprocess(halves), 127 / 255, atol=1e-6)
+  white = np.full((9, 9, 3), 255, np.uint8)
+  assert (Preprocess(size=7, antialias=False)(white) == 1).all()
 
 
 def test_center_crop_of_the_shorter_side():

@@ -15,16 +15,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import cv2
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float32, Float64, UInt8
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.preprocess import lower_bound_shape
 from mtv_jax.evals.core import dense, resizing
-from mtv_jax.evals.core.base import NotApplicable, Result
+from mtv_jax.evals.core.base import (
+  NotApplicable,
+  Result,
+  preprocess_protocol,
+)
 from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.datasets import scenes
 from mtv_jax.evals.depth import metrics
@@ -45,6 +51,10 @@ ALIGNMENTS = {
 }
 _CAP = {"nyu": 10.0, "kitti": 80.0, "scenes": scenes.MAX_DEPTH}
 _MIN_DEPTH = {"nyu": 1e-3, "kitti": 1e-5, "scenes": 1e-3}  # Marigold's clip
+_KEEP = (
+  "shorter side at least input_size, aspect ratio kept to a multiple of the "
+  "patch"
+)
 _KB_SIZE = (352, 1216)  # the crop of KITTI's depth benchmark
 _CROPS = {
   "midas": {},
@@ -89,6 +99,13 @@ class RelativeDepth(DepthEvaluator):
   None means the protocol's value.
 
   Attributes:
+    aspect: input of the encoder. `squash` is the image squashed to a square, as
+      our heads are trained; `keep` the image at its aspect ratio, both sides
+      multiples of the patch, bicubic without antialiasing, as Depth Anything
+      has it. By default `keep` for its heads, which predict every pixel of
+      their input, and `squash` for ours.
+    input_size: side of the square or least shorter side, in pixels; by default
+      the encoder's own.
     alignment: see `ALIGNMENTS`.
     resize: how predictions are resized, see `resizing`.
     cut: `kb` crops KITTI's images to their lower middle, 352 x 1216, before
@@ -101,6 +118,8 @@ class RelativeDepth(DepthEvaluator):
   """
 
   protocol: Literal["midas", "depth_anything", "marigold"] = "midas"
+  aspect: Literal["squash", "keep"] | None = None
+  input_size: PositiveInt | None = None
   alignment: (
     Literal["disparity", "disparity_positive", "depth", "disparity_space"]
     | None
@@ -127,17 +146,17 @@ class RelativeDepth(DepthEvaluator):
         "this encoder has no depth head; use a run that was trained with "
         "objectives.depth, or depth_probe"
       )
-    if encoder.preprocess.crop != "none":
-      raise NotApplicable(
-        "this encoder sees a central crop only, and depth is scored over the "
-        "whole image: set preprocess.resize='squash', crop='none'."
-      )
     data = self._set(encoder.preprocess.size)
     protocol = self._resolve(data.kind)
+    head = encoder.prediction_heads.get("depth")
+    is_dense = getattr(head, "scale", None) is not None
+    aspect = self.aspect or ("keep" if is_dense else "squash")
+    if aspect == "squash":
+      encoder = self._squashing(encoder)
     return self._score_images(
-      self._predictions(encoder, data, protocol),
+      self._predictions(encoder, data, protocol, aspect),
       lambda predicted, truth: score(predicted, truth, protocol),
-      self._protocol(encoder, data, protocol),
+      self._protocol(encoder, data, protocol, aspect),
       to_metres=_align_map,
       min_pixels=self.min_pixels,
       low=protocol.low,
@@ -156,8 +175,25 @@ class RelativeDepth(DepthEvaluator):
       options["high"] = self.cap
     return dataclasses.replace(protocol, **options)
 
+  def _squashing(self, encoder: Encoder) -> Encoder:
+    """The encoder with an input of `input_size`."""
+    preprocess = encoder.preprocess
+    if preprocess.crop != "none":
+      raise NotApplicable(
+        "this encoder sees a central crop only, and depth is scored over the "
+        "whole image: set preprocess.resize='squash', crop='none', or "
+        "aspect='keep' here"
+      )
+    if self.input_size is None:
+      return encoder
+    side = self.input_size
+    encoder.spec.image.grid_of(side, side)
+    return encoder.with_preprocess(
+      dataclasses.replace(preprocess, size=side, resize_size=None)
+    )
+
   def _predictions(
-    self, encoder: Encoder, data: DepthSet, protocol: Protocol
+    self, encoder: Encoder, data: DepthSet, protocol: Protocol, aspect: str
   ) -> Iterator[Prediction]:
     """Predictions at the image's size, in order."""
 
@@ -168,7 +204,13 @@ class RelativeDepth(DepthEvaluator):
     pairs = map(read, range(len(data.images)))
     while block := list(itertools.islice(pairs, 4 * self.batch_size)):
       images = [image for image, _ in block]
-      maps = encoder.depth(images, batch_size=self.batch_size)
+      if aspect == "keep":
+        size = self.input_size or encoder.preprocess.size
+        maps = predict_at_aspect(
+          encoder, images, size=size, batch_size=self.batch_size
+        )
+      else:
+        maps = encoder.depth(images, batch_size=self.batch_size)
       for (image, truth), inverse in zip(block, maps, strict=True):
         yield (
           image,
@@ -177,18 +219,29 @@ class RelativeDepth(DepthEvaluator):
         )
 
   def _protocol(
-    self, encoder: Encoder, data: DepthSet, protocol: Protocol
+    self, encoder: Encoder, data: DepthSet, protocol: Protocol, aspect: str
   ) -> dict[str, Any]:
+    squashed = aspect == "squash"
+    size = self.input_size or encoder.preprocess.size
+    inputs = {
+      "input_size": size,
+      "preprocess": preprocess_protocol(
+        encoder, resize=_KEEP, interpolation="bicubic a=-0.75"
+      ),
+    }
     high = "no limit" if protocol.high is None else f"{protocol.high:g} m"
     return {
       **encoder.protocol(),
+      **({} if squashed else inputs),
+      "aspect": aspect,
       "data": data.name,
       "data_hash": data.digest,
       "subset": self.subset if data.kind == "kitti" else "all",
       "depth": data.source,
       "protocol": self.protocol,
       "image_cut": protocol.cut,
-      "head": "pretraining's, inverse depth of the squashed image",
+      "head": "pretraining's, inverse depth of the "
+      + ("squashed image" if squashed else "image at its aspect ratio"),
       "prediction_resize": protocol.resize,
       "alignment": ALIGNMENTS[protocol.alignment],
       "cap": protocol.cap,
@@ -199,6 +252,37 @@ class RelativeDepth(DepthEvaluator):
       "averaging": metrics.AVERAGING,
       "chance": "the best constant of each image",
     }
+
+
+def predict_at_aspect(
+  encoder: Encoder,
+  images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+  *,
+  size: int,
+  batch_size: int,
+) -> list[Float32[np.ndarray, "_ _"]]:
+  """Inverse depth of images at their aspect ratio, as Depth Anything resizes.
+
+  Args:
+    encoder: has a depth head.
+    images: of any sizes; those with inputs of one shape share batches.
+    size: the least shorter side of an input.
+    batch_size: images per step.
+  """
+  multiple = encoder.spec.image.patch_size
+  inputs: dict[tuple[int, int], dict[int, np.ndarray]] = {}
+  for i, image in enumerate(images):
+    shape = lower_bound_shape(*image.shape[:2], size=size, multiple=multiple)
+    inputs.setdefault(shape, {})[i] = cv2.resize(
+      image.astype(np.float32), shape[::-1], interpolation=cv2.INTER_CUBIC
+    )
+  maps: dict[int, np.ndarray] = {}
+  for group in inputs.values():
+    predicted = encoder.depth(
+      list(group.values()), batch_size=batch_size, resize=False
+    )
+    maps |= dict(zip(group, predicted, strict=True))
+  return [maps[i] for i in range(len(images))]
 
 
 def _align_map(

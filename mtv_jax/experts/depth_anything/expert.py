@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from mtv_jax.config.options import PositiveInt, Range
+from mtv_jax.convert import depth_anything
+from mtv_jax.convert.depth_anything import DepthSpec
 from mtv_jax.data.labels import label_values
 from mtv_jax.encoder import apply_fns
 from mtv_jax.experts import local_mesh
 from mtv_jax.experts.base import check_options
-from mtv_jax.experts.depth_anything import weights
 from mtv_jax.experts.depth_anything.preprocess import DepthPreprocess
-from mtv_jax.experts.depth_anything.weights import DepthSpec
 from mtv_jax.experts.depth_expert import DepthExpert
 from mtv_jax.models import layers, vit
 
@@ -53,7 +53,7 @@ def load_expert(
     ConversionError: it contains another model, or not all of this one.
     ConfigError: an option is out of its range.
   """
-  spec, params = weights.read(path)
+  spec, params = depth_anything.read(path)
   inputs = DepthPreprocess(preprocess, size, spec.image.patch_size, max_aspect)
   mesh = local_mesh.local_mesh() if mesh is None else mesh
   return DepthExpert(

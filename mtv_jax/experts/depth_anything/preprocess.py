@@ -1,20 +1,20 @@
 """Preprocessing of Depth Anything V2, on the host."""
 
 import dataclasses
-import math
 
 import cv2
 import numpy as np
 import PIL.Image
 from jaxtyping import Float32, UInt8
 
+from mtv_jax.convert import processors
 from mtv_jax.data import canvas
+from mtv_jax.encoder.preprocess import lower_bound_shape, nearest_multiple
 from mtv_jax.utils.errors import InputError, check_choice
 
 _PREPROCESSES = ("original", "huggingface", "square")
-# ImageNet's.
-MEAN = np.float32([0.485, 0.456, 0.406])
-STD = np.float32([0.229, 0.224, 0.225])
+MEAN = np.float32(processors.IMAGENET_MEAN)
+STD = np.float32(processors.IMAGENET_STD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,23 +85,19 @@ class DepthPreprocess:
     """Rows and columns of a preprocessed image."""
     if self.preprocess == "square":
       return self.size, self.size
-    scales = self.size / height, self.size / width
     if self.preprocess == "original":
-      scale, least = max(scales), self.size
+      rows, columns = lower_bound_shape(
+        height, width, size=self.size, multiple=self.multiple
+      )
     else:
+      scales = self.size / height, self.size / width
       # Ties go to the height, as in transformers.
       by_width = abs(1 - scales[1]) < abs(1 - scales[0])
-      scale, least = scales[by_width], self.multiple
-    rows, columns = (self._fit(scale * side, least) for side in (height, width))
+      rows, columns = (
+        nearest_multiple(scales[by_width] * side, self.multiple)
+        for side in (height, width)
+      )
     return self._bound(rows, columns), self._bound(columns, rows)
-
-  def _fit(self, side: float, least: int) -> int:
-    """The nearest multiple, rounded up below `least`."""
-    multiples = side / self.multiple
-    nearest = round(multiples) * self.multiple
-    if nearest < least:
-      nearest = math.ceil(multiples) * self.multiple
-    return max(nearest, self.multiple)
 
   def _bound(self, side: int, other: int) -> int:
     most = int(self.max_aspect * other) // self.multiple * self.multiple

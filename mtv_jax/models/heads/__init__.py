@@ -47,9 +47,21 @@ def heads_of_config(
   return heads
 
 
+# Later options, which exports leave out at their defaults: files stay as they
+# were, and readable by earlier versions.
+_LATER = ("scale", "head_features", "upsample", "activation")
+
+
 def describe_heads(heads: Mapping[str, PredictionHead]) -> dict[str, Any]:
   """Options by objective, for an export's `mtv_jax.json`."""
-  return {head.objective: dataclasses.asdict(head) for head in heads.values()}
+  described = {}
+  for head in heads.values():
+    fields = dataclasses.asdict(head)
+    for field in dataclasses.fields(head):
+      if field.name in _LATER and fields[field.name] == field.default:
+        del fields[field.name]
+    described[head.objective] = fields
+  return described
 
 
 def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:

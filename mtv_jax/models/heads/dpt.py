@@ -317,6 +317,13 @@ class DepthHead(base.PredictionHead):
   # Side of the map; None for four times the patch grid (a stride of 4 pixels at
   # patch 16), at most `MAX_SIDE`.
   size: options.PositiveInt | None = None
+  # Instead of `size`, the map's sides relative to the patch grid's: the patch
+  # gives a value per pixel, as Depth Anything has it.
+  scale: options.PositiveInt | None = None
+  head_features: options.PositiveInt = DPT.head_features
+  # 1 suffices for a map that is at most as large as the last fusion's.
+  upsample: Literal[1, 2] = 1
+  activation: Literal["none", "relu"] = DPT.activation
 
   def resolve(self, spec: Any) -> DepthHead:
     """The head with taps and channels of the model.
@@ -343,8 +350,10 @@ class DepthHead(base.PredictionHead):
     return DPT(
       features=self.features,
       channels=self.channels,
+      head_features=self.head_features,
       tap_norm=self.tap_norm,
-      upsample=1,  # The map is at most as large as the last fusion's.
+      upsample=self.upsample,
+      activation=self.activation,
     )
 
   def example(self, spec: Any) -> tuple:
@@ -354,11 +363,14 @@ class DepthHead(base.PredictionHead):
   def predict(
     self, head: Callable[..., Any], image: Any, grid: tuple[int, int]
   ) -> dict[str, Array]:
-    """`depth`, `[B, size, size]`."""
+    """`depth`, `[B, H, W]`."""
     count = math.prod(grid)
     stages = [
       image.taps[i][:, -count:].reshape(-1, *grid, image.patches.shape[-1])
       for i in self.taps
     ]  # [B, h, w, D]
-    size = self.size or min(4 * grid[0], MAX_SIDE)
-    return {"depth": head(stages, (size, size))}
+    if self.scale is not None:
+      rows, columns = (self.scale * side for side in grid)
+    else:
+      rows, columns = (self.size or min(4 * side, MAX_SIDE) for side in grid)
+    return {"depth": head(stages, (rows, columns))}

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+import mtv_jax
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
@@ -297,3 +298,103 @@ def test_real_files_through_a_head(shared_data):
     result = RelativeDepth(data=str(shared_data / name)).run(encoder)
     assert np.isfinite(list(result.metrics.values())).all()
     assert result.metrics["abs_rel"] < 1.5 * result.chance["abs_rel"]
+
+
+class Shapes(OracleEncoder):
+  """Predicts rows of its input, and records the inputs' shapes."""
+
+  prediction_heads = {"depth": DepthHead(scale=8)}
+
+  def __init__(self):
+    super().__init__(size=32)
+    self.spec = models.ModelSpec.from_config({"variant": "mu/8"})
+
+  def with_preprocess(self, preprocess):
+    self.preprocess = preprocess
+    return self
+
+  def depth(self, images, *, batch_size=16, resize=True):
+    if not resize:
+      assert len({image.shape for image in images}) == 1
+      self.shapes += [image.shape for image in images]
+      return np.stack([image[..., 0] for image in images])
+    size = self.preprocess.size
+    self.shapes += [(size, size, 3) for _ in images]
+    return np.zeros((len(images), size, size), np.float32)
+
+
+def test_inputs_have_the_images_aspect_ratio(shared_data):
+  """Depth Anything's: the shorter side at least the size, by the patch."""
+  encoder, data = Shapes(), str(shared_data / "kitti_object")
+  result = RelativeDepth(data=data, protocol="depth_anything").run(encoder)
+  # 352 x 1216 of KITTI: 32 x 110.5.
+  assert set(encoder.shapes) == {(32, 112, 3)}
+  assert result.protocol["aspect"] == "keep"
+  assert result.protocol["input_size"] == 32
+  encoder.shapes.clear()
+  options = {"aspect": "squash", "input_size": 40}
+  result = RelativeDepth(count=3, **options).run(encoder)
+  assert encoder.shapes == [(40, 40, 3)] * 3
+  assert result.protocol["aspect"] == "squash"
+  encoder.prediction_heads = {}
+  assert RelativeDepth(count=1).run(encoder).protocol["aspect"] == "squash"
+  # Shapes of a block are mixed, and maps come back in the images' order.
+  images = [
+    np.full((height, width, 3), 10 * i, np.uint8)
+    for i, (height, width) in enumerate([(30, 60), (60, 30), (30, 60)])
+  ]
+  maps = relative_depth.predict_at_aspect(
+    encoder, images, size=16, batch_size=2
+  )
+  assert [m.shape for m in maps] == [(16, 32), (32, 16), (16, 32)]
+  assert [m.mean() for m in maps] == pytest.approx([0, 10, 20], abs=1e-4)
+  with pytest.raises(ValueError, match="nearest size that is: 40x40"):
+    RelativeDepth(count=1, aspect="squash", input_size=41).run(encoder)
+
+
+@pytest.mark.reference
+def test_depth_anything_equals_the_original_steps(tmp_path, shared_data):
+  """A ViT-S of random weights on NYUv2: resize, network, upsampling, fit."""
+  torch = pytest.importorskip("torch")
+  pytest.importorskip("transformers")
+  from mtv_jax.perf.bench import depth_anything as bench
+
+  model = bench.write("S", tmp_path)
+  mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+
+  def infer(image):
+    height, width = image.shape[:2]
+    scale = max(518 / height, 518 / width)
+    rows, columns = (
+      int(np.round(scale * side / 14) * 14) for side in (height, width)
+    )
+    pixels = cv2.resize(
+      image / 255, (columns, rows), interpolation=cv2.INTER_CUBIC
+    )
+    pixels = np.float32((pixels - mean) / std).transpose(2, 0, 1)
+    with torch.no_grad():
+      depth = model(torch.from_numpy(pixels[None].copy())).predicted_depth
+      depth = torch.nn.functional.interpolate(
+        depth[None], (height, width), mode="bilinear", align_corners=True
+      )
+    return depth[0, 0].numpy().astype(np.float64)
+
+  evaluator = RelativeDepth(
+    data=str(shared_data / "nyuv2"), protocol="depth_anything", count=2
+  )
+  data, want = evaluator._set(518), []
+  for i in range(2):
+    image, truth = data.images[i], data.depths[i].astype(np.float64)
+    assert image.shape == (480, 640, 3)
+    predicted = infer(image)
+    valid = np.zeros(truth.shape, bool)
+    valid[45:471, 41:601] = True
+    valid &= (truth > 1e-3) & (truth < 10)
+    rows = np.stack([predicted[valid], np.ones(valid.sum())], axis=1)
+    fit, *_ = np.linalg.lstsq(rows, 1 / truth[valid], rcond=None)
+    depth = 1 / np.maximum(rows @ fit, 1 / 10)
+    want.append(np.mean(abs(depth - truth[valid]) / truth[valid]))
+  encoder = mtv_jax.load(tmp_path)
+  result = evaluator.run(encoder)
+  assert result.protocol["aspect"] == "keep"
+  assert result.metrics["abs_rel"] == pytest.approx(np.mean(want), rel=1e-4)

@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+import mtv_jax
+from mtv_jax.convert import depth_anything as weights
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.data import canvas
 from mtv_jax.data.labels.label_values import DepthLabel
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.depth_anything import expert as depth_anything
-from mtv_jax.experts.depth_anything import weights
 from mtv_jax.experts.depth_anything.preprocess import (
   MEAN,
   STD,
@@ -227,6 +228,30 @@ def test_stages_may_be_given_by_name():
   backbone["out_features"][0] = "stage9"
   with pytest.raises(ConversionError, match="stage9"):
     weights.read_spec(config, [])
+
+
+def test_a_folder_is_an_encoder_with_a_depth_head(folder):
+  """Its maps are the expert's, of inputs of any shape."""
+  mesh = make_mesh({"data": 1}, jax.devices()[:1])
+  encoder = mtv_jax.load(folder, mesh=mesh)
+  preprocess = encoder.preprocess
+  assert (preprocess.size, preprocess.resize) == (42, "squash")
+  normal = np.float32([preprocess.mean, preprocess.std])
+  np.testing.assert_array_equal(normal, [MEAN, STD])
+  assert encoder.can_predict("depth")
+  assert encoder.image(np.zeros((1, 9, 9, 3), np.uint8)).pooled.shape == (1, 16)
+  expert = depth_anything.load_expert(folder, mesh=mesh, size=28)
+  image = np.random.default_rng(1).integers(0, 256, (40, 60, 3), np.uint8)
+  pixels = expert.prepare(image, {}).arrays["images"]
+  assert pixels.shape == (28, 42, 3)
+  want = np.asarray(expert.run({"images": pixels[None]})["depth"])
+  got = encoder.depth([(pixels * STD + MEAN) * 255], resize=False)
+  assert got.shape == (1, 28, 42)
+  assert want.min() > 0 and want.std() > 0.05 * want.mean()
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+  with pytest.raises(ValueError, match="nearest size that is: 28x42"):
+    encoder.depth([pixels[:-1]], resize=False)
+  assert encoder.depth([image]).shape == (1, 42, 42)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Reader of transformers' Depth Anything V2 folders.
 
 A DINOv2 (`backbone.`), a DPT neck and its head, see `models/heads/dpt.py`.
+`read` is for the expert that labels, `read_model` for an `Encoder` with a depth
+head.
 """
 
 import dataclasses
@@ -13,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from mtv_jax.convert import dinov2, folders, tables, tensors
+from mtv_jax.convert import dinov2, folders, processors, tables, tensors
+from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError, Rule
 from mtv_jax.models import two_tower
 from mtv_jax.models.heads import dpt
@@ -42,6 +45,7 @@ _BACKBONE = {
   "num_attention_heads": 6,
   "out_indices": (9, 10, 11, 12),
 }
+_NORM_EPS = 1e-6  # of the norms of `dpt.DPT`
 _BACKBONE_DEFAULTS = {"patch_size": 14, "apply_layernorm": True}
 # The deepest fusion has nothing to join; its first unit is unused.
 _IGNORE = r"^neck\.fusion_stage\.layers\.0\.residual_layer1\."
@@ -92,6 +96,47 @@ def read(folder: str | os.PathLike) -> tuple[DepthSpec, dict[str, Any]]:
   with folders.open_weights(path) as store:
     spec = read_spec(config, store.names)
     return spec, tensors.load(rules(spec), store, ignore=_IGNORE)
+
+
+def read_model(folder: str | os.PathLike) -> ConvertedModel:
+  """A folder as an encoder with the head `depth`; errors as of `read`.
+
+  The head normalises each stage by the encoder's last norm, which becomes its
+  own norm of every stage. By default the encoder sees the image squashed to the
+  size of pretraining; `relative_depth` gives it the published input.
+  """
+  spec, params = read(folder)
+  if spec.image.norm_eps != _NORM_EPS:
+    raise ConversionError(
+      f"backbone_config.layer_norm_eps={spec.image.norm_eps} is not supported; "
+      f"expected {_NORM_EPS}."
+    )
+  norm = params["image"]["norm"]
+  norms = {f"norm{i + 1}": norm for i in range(dpt.STAGES)}
+  head = dpt.DepthHead(
+    taps=spec.taps,
+    features=spec.head.features,
+    channels=spec.head.channels,
+    tap_norm="layer",
+    scale=spec.image.patch_size,
+    head_features=spec.head.head_features,
+    upsample=2,
+    activation=spec.head.activation,
+  )
+  return ConvertedModel(
+    ModelSpec(image=spec.image),
+    {
+      "image": params["image"],
+      "heads": {head.params_key: {**params["depth"], **norms}},
+    },
+    {
+      "size": spec.image.image_size,
+      "interpolation": "bicubic",
+      "mean": processors.IMAGENET_MEAN,
+      "std": processors.IMAGENET_STD,
+    },
+    prediction_heads={"depth": head},
+  )
 
 
 def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:
