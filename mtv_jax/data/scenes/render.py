@@ -24,6 +24,7 @@ from mtv_jax.data.scenes.world import (
   World,
   bounding_rect,
   hidden_share,
+  make_camera,
 )
 from mtv_jax.utils.errors import InputError
 
@@ -146,6 +147,32 @@ def render_pair(index: int, *, size: int = 96, seed: int = 0) -> ScenePair:
     rotation=rotation,
     translation=translation,
   )
+
+
+def render_video(
+  index: int, *, frames: int, size: int = 96, seed: int = 0
+) -> tuple[Scene, ...]:
+  """Renders scene `index` from a camera that moves between two views.
+
+  The first and the last frame have the cameras of `render_pair`; position, yaw
+  and pitch change by equal steps. Objects keep their numbers in `instances`.
+  Arguments and errors are those of `render`.
+  """
+  check_arguments(index, size, seed)
+  world = layout.sample_world(index, seed)
+  ends = world.camera, layout.second_camera(world, index, seed)
+  angles = [camera.angles() for camera in ends]
+  scenes = []
+  for frame, share in enumerate(np.linspace(0, 1, frames)):
+    position = (1 - share) * ends[0].position + share * ends[1].position
+    # Yaws of the two differ by less than half a turn.
+    turn = np.remainder(np.subtract(*angles[::-1]) + np.pi, 2 * np.pi) - np.pi
+    yaw, pitch = np.add(angles[0], share * turn)
+    camera = make_camera(tuple(position), yaw, pitch, ends[0].focal)
+    draw = layout.Draw(seed, index, stream=4 + frame)
+    noise = (draw.uniform(), draw.uniform())
+    scenes.append(_render_view(world, camera, size, draw, noise))
+  return tuple(scenes)
 
 
 def _render_view(

@@ -83,6 +83,11 @@ class Camera:
     object.__setattr__(self, "_rows", self.rotation.tolist())
     object.__setattr__(self, "_origin", self.position.tolist())
 
+  def angles(self) -> tuple[float, float]:
+    """Yaw and pitch in radians, as `make_camera` takes them."""
+    (cos, _, sin), _, (_, pitch, _) = self._rows
+    return math.atan2(-sin, cos), math.asin(pitch)
+
   def project(self, x: float, y: float, z: float) -> tuple[float, float, float]:
     """World point -> (across, down) in unit coordinates and its depth."""
     x -= self._origin[0]

@@ -43,6 +43,7 @@ EVALUATORS = {
       "correspondence.geometric:GeometricCorrespondence"
     ),
     "semantic_correspondence": "correspondence.semantic:SemanticCorrespondence",
+    "video_segmentation": "video.label_propagation:VideoSegmentation",
     "grounding": "grounding.grounding:Grounding",
     "captioning": "captioning.captioning:Captioning",
     "patch_pca": "segmentation.patch_pca:PatchPca",

@@ -204,6 +204,26 @@ class KeyPointPairs(ImageSet):
   metadata: Mapping[str, Any]  # further protocol entries
 
 
+@dataclasses.dataclass(frozen=True)
+class Video:
+  """Frames of one size with the objects of their pixels."""
+
+  name: str
+  frames: Images
+  masks: LabelMaps  # 0 background, 1 to `objects` those of the first frame
+  objects: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoSet:
+  """Videos with masks of the objects that their first frame shows."""
+
+  kind: str  # `scenes` or `davis`
+  name: str
+  videos: tuple[Video, ...]
+  digest: str  # hash of names and file sizes
+
+
 def subsample(items: Sequence[Any], count: int | None) -> list[Any]:
   """`count` of the items, evenly spaced, so that every class has its share."""
   if count is None or count >= len(items):

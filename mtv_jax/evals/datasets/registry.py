@@ -44,6 +44,7 @@ from mtv_jax.evals.datasets import (
   class_folders,
   clip_benchmark,
   coco,
+  davis,
   imagenet,
   kitti,
   navi,
@@ -65,6 +66,7 @@ LAYOUTS: dict[str, ModuleType] = {
   "SPair-71k": spair,
   "NAVI": navi,
   "ADE20K": ade20k,
+  "DAVIS": davis,
   "RGB-D sequences (7-Scenes)": rgbd,
   "a data set with annotations/, such as COCO": coco,
 }
@@ -379,6 +381,23 @@ def open_key_points(
     "Semantic correspondence reads scenes or SPair-71k "
     f"(PairAnnotation/{split}/*.json, JPEGImages/).",
     (spair.matches, lambda p: spair.open_key_points(p, split=split)),
+  )
+
+
+def open_videos(
+  data: examples.Data, *, count: int | None = None
+) -> examples.VideoSet:
+  """Videos with masks of objects: scenes with a moving camera, or DAVIS 2017.
+
+  `count` is the number of videos.
+  """
+  if _is_source(data):
+    return scenes.open_videos(data, count=count)
+  return _open_layout(
+    data,
+    "Video segmentation reads scenes or DAVIS 2017 (JPEGImages/480p/, "
+    "Annotations/480p/, ImageSets/2017/val.txt).",
+    (davis.matches, lambda p: davis.open_videos(p, count=count)),
   )
 
 

@@ -35,6 +35,10 @@ PROBE_SCENES = 2_000_000
 MAX_DEPTH = 20.0
 
 _STUFF = render_lib.STUFF_COUNT  # classes below are background and ground
+_VIDEO_FRAMES = 8
+_VIDEO_SIZE = 96
+_VIDEO_SCENES = 16
+_MIN_OBJECT = 0.02  # share of the first frame of an object that is propagated
 _MAX_POSED_SIZE = 384  # pixels per side that scenes are rendered at for a view
 _KEY_POINT_SIZE = 192  # image size of the scenes with keypoints
 # Keypoints (x, y) in the main object's bounding box.
@@ -266,6 +270,47 @@ def open_posed(data: examples.Data, *, count: int) -> PosedFrames:
       "mask": "things, without ground and backdrop",
       **scenes.protocol(),
     },
+  )
+
+
+def open_videos(data: examples.Data, *, count: int | None) -> examples.VideoSet:
+  """Scenes from a camera that moves around the main object, 16 by default.
+
+  The objects are those that cover 2 % of the first frame (our choice).
+  """
+  options = {"default": _VIDEO_SCENES, "needs": "videos", "size": _VIDEO_SIZE}
+  scenes = open_range(data, count=count, **options)
+  digest = examples.Digest()
+  digest.add("videos", scenes.digest(), _VIDEO_FRAMES)
+  videos = tuple(_open_video(scenes, number) for number in scenes.numbers)
+  return examples.VideoSet(
+    kind="scenes", name="scenes", videos=videos, digest=digest.hex()
+  )
+
+
+def _open_video(scenes: SceneRange, number: int) -> examples.Video:
+  render = functools.partial(
+    render_lib.render_video,
+    number,
+    frames=_VIDEO_FRAMES,
+    size=scenes.size,
+    seed=scenes.seed,
+  )
+  first = scenes.render(scenes.numbers.index(number)).instances
+  pixels = np.bincount(first.ravel(), minlength=256)
+  large = np.flatnonzero(pixels >= _MIN_OBJECT * first.size)
+  things = large[large >= _STUFF]
+  table = np.zeros(256, np.uint8)
+  table[things] = 1 + np.arange(len(things))
+  # Frames and masks are read in turn.
+  frames = functools.cache(render)
+  return examples.Video(
+    name=f"scene-{number}",
+    frames=examples.Images(lambda i: frames()[i].image, _VIDEO_FRAMES),
+    masks=examples.LabelMaps(
+      lambda i: table[frames()[i].instances], _VIDEO_FRAMES
+    ),
+    objects=len(things),
   )
 
 
