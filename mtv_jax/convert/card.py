@@ -49,7 +49,7 @@ pipeline_tag: {task}
 # A vision encoder trained with mtv_jax
 
 ViT of width {width} and depth {depth}, patches of {patch} pixels, images of
-{size} x {size} pixels, pooled by attention; the architecture of SigLIP.
+{size} x {size} pixels, pooled by {pooled}.
 
 ## With transformers
 
@@ -67,6 +67,11 @@ encoder = mtv_jax.load(folder)
 features = encoder.image([image])  # uint8 [H, W, 3]; pooled and patches
 ```
 {heads}"""
+
+_POOLED = {
+  "map": "attention; the architecture of SigLIP",
+  "cls": "its CLS token; the architecture of CLIP",
+}
 
 
 def write_card(spec: ModelSpec, others: Sequence[str]) -> str:
@@ -91,6 +96,7 @@ def write_card(spec: ModelSpec, others: Sequence[str]) -> str:
     depth=spec.image.depth,
     patch=spec.image.patch_size,
     size=spec.image.image_size,
+    pooled=_POOLED[spec.image.pool],
     usage=usage,
     heads=note if others else "",
   )

@@ -1,4 +1,7 @@
-"""Reader of Hugging Face's CLIP."""
+"""Hugging Face's CLIP: read and export.
+
+Our own models of this architecture are exported as CLIP.
+"""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -36,8 +39,23 @@ _VISION = {
   "patch_embed": "embeddings.patch_embedding",
   # Misspelt in every checkpoint.
   "pre_norm": "pre_layrnorm",
+  # Not in CLIP: only training uses it.
+  "mask_token": None,
   **tables.nest("blocks/", "encoder.layers.{i}.", siglip.BLOCKS),
   "norm": "post_layernorm",
+}
+# What `CLIPModel` can express.
+_REQUIRED = {
+  "image": {
+    "pool": "cls",
+    "cls_token": True,
+    "registers": 0,
+    "layer_scale": None,
+    "mlp": "plain",
+    "pre_norm": True,
+    "patch_bias": False,
+  },
+  "text": {"pool": "eos", "causal": True, "projection_bias": False},
 }
 IGNORE = r"position_ids$|^classifier\."
 
@@ -107,3 +125,44 @@ def rules(spec: ModelSpec, *, prefix: str = "vision_model.") -> list[Rule]:
     "text/projection": "text_projection",
   }
   return tables.tower_rules(spec, names, *special)
+
+
+def to_hf_config(
+  spec: ModelSpec, *, pad_id: int | None = None
+) -> dict[str, Any]:
+  """The `config.json` of a model.
+
+  Args:
+    spec: the model's spec, without `mismatches`.
+    pad_id: padding id of the tokenizer; the end of text if None.
+  """
+  width = {"projection_dim": spec.embed_dim}
+  return {
+    "dtype": "float32",
+    "torch_dtype": "float32",
+    "architectures": ["CLIPModel"],
+    "model_type": "clip",
+    "initializer_factor": 1.0,
+    **width,
+    "vision_config": {
+      "model_type": "clip_vision_model",
+      **folders.tower_config(spec.image),
+      **width,
+      "num_channels": 3,
+    },
+    "text_config": {
+      "model_type": "clip_text_model",
+      **folders.tower_config(spec.text),
+      **width,
+      **folders.text_ids(spec.text, pad_id),
+    },
+  }
+
+
+def mismatches(spec: ModelSpec) -> list[str]:
+  """What `CLIPModel` can't express, a line for each field."""
+  if spec.text is None:
+    return ["  there is no text tower\n"]
+  # CLIP has both projections.
+  image = {**_REQUIRED["image"], "projection": spec.embed_dim}
+  return folders.list_mismatches(spec, {**_REQUIRED, "image": image})

@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from mtv_jax.convert.tables import ConversionError
 from mtv_jax.models.text import TextSpec
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import MissingFileError
@@ -269,6 +270,28 @@ def tower_config(spec: ViTSpec | TextSpec) -> dict[str, Any]:
     "hidden_act": _ACTIVATIONS[spec.gelu][0],
     "attention_dropout": 0.0,
   }
+
+
+def text_ids(spec: TextSpec, pad_id: int | None) -> dict[str, int | None]:
+  """Special tokens of a text section; the defaults would be CLIP's ids."""
+  pad_id = spec.eos_id if pad_id is None else pad_id
+  return {
+    "bos_token_id": None,
+    "eos_token_id": spec.eos_id,
+    "pad_token_id": pad_id,
+  }
+
+
+def list_mismatches(
+  spec: ModelSpec, required: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+  """A line for each field of a tower, by its name, with another value."""
+  return [
+    f"  {tower}.{field} is {value!r} and would have to be {expected!r}\n"
+    for tower, fields in required.items()
+    for field, expected in fields.items()
+    if (value := getattr(getattr(spec, tower), field)) != expected
+  ]
 
 
 def read_side(value: Any, field: str) -> int:

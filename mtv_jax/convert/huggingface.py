@@ -172,10 +172,10 @@ def _restore_export(
 
 
 def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.Path:
-  """Writes a folder that `transformers` opens as a SigLIP.
+  """Writes a folder that `transformers` opens as a SigLIP or a CLIP.
 
-  Beside SigLIP's files, `heads.safetensors` has the other objectives' heads and
-  a mask token under our names, and `mtv_jax.json` our spec, from which `read`
+  Beside their files, `heads.safetensors` has the other objectives' heads and a
+  mask token under our names, and `mtv_jax.json` our spec, from which `read`
   restores the model. Without a text tower it is a `SiglipVisionModel`. Fixed
   positions become stored ones.
 
@@ -184,21 +184,31 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.Path:
     model: needs a contrastive head if it has a text tower.
 
   Raises:
-    ConversionError: `SiglipModel` can't express the model; names every field.
+    ConversionError: neither model can express this one; names every field of
+      the nearer one.
   """
   model = model.store_positions()
   path, spec = pathlib.Path(folder), model.spec
   tokenizer = model.tokenizer and model.tokenizer.build()
-  config = siglip.to_hf_config(spec, pad_id=tokenizer and tokenizer.pad_id)
+  module = _find_exporter(spec)
+  config = module.to_hf_config(spec, pad_id=tokenizer and tokenizer.pad_id)
   processor = processors.write_processor(
-    model.preprocess, spec.image.image_size
+    model.preprocess,
+    spec.image.image_size,
+    family="clip" if module is clip else "siglip",
   )
   if spec.text is None:
     del processor["processor_class"]
   leaves = native.numpy_leaves(model.params)
   native.check_params(spec, leaves)
   leaves, others, contrastive = _split_leaves(model, leaves)
-  weights = tensors.save(siglip.rules(spec), leaves)
+  bias = leaves.get("heads/contrastive/logit_bias", 0)
+  if module is clip and bias != 0:
+    raise ConversionError(
+      f"transformers' CLIPModel has no bias of the similarity, which is "
+      f"{float(bias):g} in this model: only the softmax loss has none."
+    )
+  weights = tensors.save(module.rules(spec), leaves)
 
   native.prepare_folder(path, _EXPORTED, tokenizer=model.tokenizer)
   folders.write_tensors(path / folders.WEIGHTS, weights)
@@ -217,12 +227,29 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.Path:
   return path
 
 
+def _find_exporter(spec: ModelSpec) -> ModuleType:
+  """The family of an export; ConversionError if none can express the model."""
+  lines, module = min(
+    ((module.mismatches(spec), module) for module in (siglip, clip)),
+    key=lambda pair: len(pair[0]),
+  )
+  if lines:
+    name = {siglip: "SiglipModel", clip: "CLIPModel"}[module]
+    raise ConversionError(
+      f"transformers' {name} can't express this model:\n"
+      + "".join(lines)
+      + "Train with these settings to export it, or keep a native folder "
+      "(from_hf), which mtv_jax.load opens."
+    )
+  return module
+
+
 def _split_leaves(
   model: ConvertedModel, leaves: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-  """Splits parameters into SigLIP's and those that only we read.
+  """Splits parameters into those of `transformers` and those only we read.
 
-  Also returns which head became SigLIP's temperature and bias, and which of its
+  Also returns which head became the temperature and bias, and which of its
   leaves exist.
   """
   exported, others = {}, {}
@@ -234,7 +261,7 @@ def _split_leaves(
   try:
     head = contrastive_head(model.params.get("heads", {}))
   except ValueError as error:
-    raise ConversionError(f"A SigLIP has one temperature. {error}") from None
+    raise ConversionError(f"An export has one temperature. {error}") from None
   scale = {
     leaf: others.pop(f"heads/{head}/{leaf}")
     for leaf in ("logit_scale", "logit_bias")
@@ -261,6 +288,6 @@ def _export_tokenizer(
 
   tokenizers.export_files(tokenizer, path, length=model.spec.text.length)
   if tokenizer.kind == "json":
-    # The cleaning is now a part of the file.
-    return TokenizerFiles(path / "tokenizer.json", "none")
+    # The cleaning, now a part of the file too, changes a clean text no more.
+    return TokenizerFiles(path / "tokenizer.json", tokenizer.clean)
   return native.copy_tokenizer(path, model.tokenizer)

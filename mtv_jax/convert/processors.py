@@ -169,27 +169,30 @@ def resize(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 
 def write_processor(
-  fields: Mapping[str, Any], image_size: int
+  fields: Mapping[str, Any], image_size: int, *, family: str = "siglip"
 ) -> dict[str, Any]:
-  """`preprocessor_config.json` of a SigLIP.
+  """`preprocessor_config.json` of a SigLIP or a CLIP.
 
   Args:
     fields: values of `Preprocess`'s fields.
     image_size: the model's image size.
+    family: `siglip`, or `clip`, which can crop.
 
   Raises:
-    ConversionError: SigLIP's processor can't express it.
+    ConversionError: the family's processor can't express it.
   """
+  is_cropped = family == "clip" and fields.get("crop") == "center"
   squash = "Export with the images squashed to a square."
+  name = {"siglip": "SigLIP", "clip": "CLIP"}[family]
   for field, expected, fix in (
-    ("resize", "squash", squash),
-    ("crop", "none", squash),
+    ("resize", "shortest" if is_cropped else "squash", squash),
+    ("crop", "center" if is_cropped else "none", squash),
     ("size", image_size, "Resize the position embedding (--image_size)."),
   ):
     value = fields.get(field, expected)
     if value != expected:
       raise ConversionError(
-        f"preprocess.{field} is {value!r}; transformers' SigLIP needs "
+        f"preprocess.{field} is {value!r}; transformers' {name} needs "
         f"{expected!r}. {fix}"
       )
   if not fields.get("antialias", True):
@@ -198,12 +201,20 @@ def write_processor(
       "preprocessing does not: its pixels will differ a little."
     )
   interpolation = fields.get("interpolation", "bilinear")
+  square = {"height": image_size, "width": image_size}
+  size, crop = square, {}
+  if family == "clip":
+    crop = {"do_center_crop": is_cropped, "crop_size": square}
+  if is_cropped:
+    size = {"shortest_edge": fields.get("resize_size") or image_size}
+  name = {"siglip": "Siglip", "clip": "CLIP"}[family]
   return {
-    "image_processor_type": "SiglipImageProcessor",
-    "processor_class": "SiglipProcessor",
+    "image_processor_type": f"{name}ImageProcessor",
+    "processor_class": f"{name}Processor",
     "do_convert_rgb": True,
     "do_resize": True,
-    "size": {"height": image_size, "width": image_size},
+    "size": size,
+    **crop,
     "resample": {name: n for n, name in _RESAMPLE.items()}[interpolation],
     "do_rescale": True,
     "rescale_factor": 1 / 255,
@@ -238,6 +249,10 @@ def read_tokenizer(folder: pathlib.Path, family: str) -> TokenizerFiles | None:
   """The tokenizer of a Hugging Face folder, None if it has none."""
   config = folders.read_json(folder / "tokenizer_config.json")
   spiece_path, json_path = folder / "spiece.model", folder / "tokenizer.json"
+  if clean := config.get("clean"):
+    # An export of ours without its mtv_jax.json.
+    is_spiece = spiece_path.is_file()
+    return TokenizerFiles(spiece_path if is_spiece else json_path, clean)
   if family == "siglip" and spiece_path.is_file():
     # SiglipTokenizer removes punctuation first, then lower-cases.
     if not config.get("do_lower_case", True):

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mtv_jax.convert import folders, tables
-from mtv_jax.convert.tables import ConversionError, Rule
+from mtv_jax.convert.tables import Rule
 from mtv_jax.models.text import TextSpec
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViTSpec
@@ -137,13 +137,9 @@ def to_hf_config(
   """The `config.json` of a model.
 
   Args:
-    spec: the model's spec.
+    spec: the model's spec, without `mismatches`.
     pad_id: padding id of the tokenizer; the end of text if None.
-
-  Raises:
-    ConversionError: `SiglipModel` can't express the model; names every field.
   """
-  _check_expressible(spec)
   common = {"dtype": "float32", "torch_dtype": "float32"}
   vision = {
     "model_type": "siglip_vision_model",
@@ -153,7 +149,6 @@ def to_hf_config(
   }
   if spec.text is None:
     return {**vision, **common, "architectures": ["SiglipVisionModel"]}
-  eos_id = spec.text.eos_id
   return {
     **common,
     "architectures": ["SiglipModel"],
@@ -164,29 +159,15 @@ def to_hf_config(
       "model_type": "siglip_text_model",
       **folders.tower_config(spec.text),
       "projection_size": spec.text.projection,
-      # The defaults are CLIP's ids, which are out of range.
-      "bos_token_id": None,
-      "eos_token_id": eos_id,
-      "pad_token_id": eos_id if pad_id is None else pad_id,
+      **folders.text_ids(spec.text, pad_id),
     },
   }
 
 
-def _check_expressible(spec: ModelSpec) -> None:
+def mismatches(spec: ModelSpec) -> list[str]:
+  """What `SiglipModel` can't express, a line for each field."""
   required = {"image": _REQUIRED["image"]}
   if spec.text is not None:
     # SigLIP projects the text to the image's width.
     required["text"] = {**_REQUIRED["text"], "projection": spec.image.width}
-  lines = [
-    f"  {tower}.{field} is {value!r} and would have to be {expected!r}\n"
-    for tower, fields in required.items()
-    for field, expected in fields.items()
-    if (value := getattr(getattr(spec, tower), field)) != expected
-  ]
-  if lines:
-    raise ConversionError(
-      "transformers' SiglipModel can't express this model:\n"
-      + "".join(lines)
-      + "Train with these settings to export it, or keep a native folder "
-      "(from_hf), which mtv_jax.load opens."
-    )
+  return folders.list_mismatches(spec, required)

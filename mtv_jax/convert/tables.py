@@ -246,6 +246,7 @@ def scale_without_bias(scale: str, shape: tuple[int, ...]) -> Rule:
     (scale,),
     (shape,),
     read=lambda a: (a.reshape(()), np.zeros((), np.float32)),
+    write=lambda a, _: (a.reshape(shape),),
   )
 
 
@@ -274,10 +275,17 @@ def folded_positions(
     table = table.reshape(rows, width)
     return token.reshape(width) + table[0], table[1:]
 
+  def write(token: np.ndarray, table: np.ndarray) -> Arrays:
+    # Ours has no position of the CLS token: it stays in the token.
+    table = np.concatenate([np.zeros_like(table[:1]), table])
+    return token.reshape(shapes[0]), table.reshape(shapes[1])
+
   token_ones, table_ones = ((1,) * n for n in unit_axes)
+  shapes = ((*token_ones, width), (*table_ones, rows, width))
   return Rule(
     ("image/cls_token", "image/position_embedding"),
     (cls_token, positions),
-    ((*token_ones, width), (*table_ones, rows, width)),
+    shapes,
     read,
+    write,
   )

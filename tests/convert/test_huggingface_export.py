@@ -1,12 +1,16 @@
 """Exports: transformers opens them, and reading restores the model."""
 
 import dataclasses
+import logging
 import re
+import warnings
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
+import sentencepiece
+import tokenizers
 from safetensors.numpy import load_file
 
 from mtv_jax.convert import huggingface, native
@@ -219,7 +223,7 @@ def _theirs(folder, images, texts):
   model, info = transformers.AutoModel.from_pretrained(
     folder, output_loading_info=True
   )
-  assert type(model).__name__ == "SiglipModel"
+  assert type(model).__name__ in ("SiglipModel", "CLIPModel")
   assert not any(info.values()), info
   processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
   inputs = processor(
@@ -264,6 +268,177 @@ def _assert_equal_logits(folder, images, texts):
 @quiet
 def test_transformers_opens_the_export(export):
   _assert_equal_logits(export, _images(3), TEXTS)
+
+
+# CLIP's architecture, shrunk.
+CLIP = {
+  **SMALL,
+  "pool": "cls",
+  "pre_norm": True,
+  "patch_bias": False,
+  "gelu": "quick",
+  "norm_eps": 1e-5,
+  "projection": 48,
+  "text": {
+    **SMALL["text"],
+    "pool": "eos",
+    "eos_id": 1,
+    "causal": True,
+    "gelu": "quick",
+    "norm_eps": 1e-5,
+    "projection_bias": False,
+  },
+}
+CROP = {
+  "size": 64,
+  "resize": "shortest",
+  "resize_size": 72,
+  "crop": "center",
+  "interpolation": "bicubic",
+  "mean": [0.48, 0.46, 0.41],
+  "std": [0.27, 0.26, 0.28],
+}
+
+
+@pytest.mark.parametrize("clean", ["none", "lower", "canonicalize"])
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "json"])
+def test_an_export_keeps_the_cleaning(
+  spec, params, small_tokenizers, tmp_path, kind, clean
+):
+  files = TokenizerFiles(small_tokenizers[kind], clean)
+  model = ConvertedModel(spec, params, PREPROCESS, files)
+  folder = huggingface.write(tmp_path / "a", model)
+  want = files.build().encode([*TEXTS, "A Red dog_."], 16)
+  back = huggingface.read(folder).tokenizer
+  assert back.clean == clean
+  np.testing.assert_array_equal(
+    back.build().encode([*TEXTS, "A Red dog_."], 16), want
+  )
+  # Also of an export of the export, and without the file that is only ours.
+  again = huggingface.write(tmp_path / "b", huggingface.read(folder))
+  for path in (folder, again):
+    (path / "mtv_jax.json").unlink()
+    back = huggingface.read(path).tokenizer
+    assert back.clean == clean
+    np.testing.assert_array_equal(
+      back.build().encode([*TEXTS, "A Red dog_."], 16), want
+    )
+
+
+@pytest.fixture(scope="module")
+def small_tokenizers(tmp_path_factory):
+  """Files of tokenizers whose vocabularies fit the model, by kind."""
+  folder = tmp_path_factory.mktemp("tokenizers")
+  text = "a photo of cat two dogs playing in the park Red dog quick"
+  (folder / "text").write_text("\n".join([text] * 20))
+  sentencepiece.SentencePieceTrainer.train(
+    input=str(folder / "text"),
+    model_prefix=str(folder / "small"),
+    vocab_size=40,
+    hard_vocab_limit=False,
+    minloglevel=2,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+  )
+  names = ["<pad>", "</s>", "<unk>", *text.split()]
+  model = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({n: i for i, n in enumerate(names)}, "<unk>")
+  )
+  model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  model.post_processor = tokenizers.processors.TemplateProcessing(
+    single="$A </s>", special_tokens=[("</s>", 1)]
+  )
+  model.save(str(folder / "tokenizer.json"))
+  return {
+    "bytes": None,
+    "sentencepiece": folder / "small.model",
+    "json": folder / "tokenizer.json",
+  }
+
+
+@reference
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "json"])
+@pytest.mark.parametrize("config", [SMALL, CLIP], ids=["siglip", "clip"])
+def test_transformers_opens_the_export_without_a_warning(
+  small_tokenizers, tmp_path, caplog, config, kind
+):
+  transformers = pytest.importorskip("transformers")
+  files = TokenizerFiles(small_tokenizers[kind], "canonicalize")
+  spec = ModelSpec.from_config(config)
+  params = _params(spec, bias=0.0)
+  model = ConvertedModel(spec, params, PREPROCESS, files)
+  folder = huggingface.write(tmp_path / "a", model)
+  # The defaults of this class itself are outside of its vocabulary, of which
+  # transformers 5 warns once, whatever SigLIP is opened.
+  transformers.SiglipTextConfig()
+  root = logging.getLogger("transformers")
+  root.addHandler(caplog.handler)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("error")
+      # Deprecations inside transformers.
+      warnings.simplefilter("ignore", DeprecationWarning)
+      opened = transformers.AutoModel.from_pretrained(folder)
+      processor = transformers.AutoProcessor.from_pretrained(
+        folder, backend="pil"
+      )
+  finally:
+    root.removeHandler(caplog.handler)
+  assert [r.getMessage() for r in caplog.records] == []
+  tokenizer, text = processor.tokenizer, opened.config.text_config
+  for name in ("bos", "eos", "pad"):
+    value = getattr(text, f"{name}_token_id")
+    assert value is None or 0 <= value < text.vocab_size, name
+  assert text.eos_token_id == tokenizer.eos_token_id == files.build().eos_id
+  ids = processor(text=TEXTS, padding="max_length", truncation=True)
+  np.testing.assert_array_equal(
+    ids["input_ids"], files.build().encode(TEXTS, 16)
+  )
+
+
+@reference
+@quiet
+@pytest.mark.parametrize(
+  "preprocess", [PREPROCESS, CROP], ids=["squash", "crop"]
+)
+@pytest.mark.parametrize("gelu", ["quick", "tanh"])
+def test_transformers_opens_a_clip(tmp_path, preprocess, gelu):
+  """Logits, pixels and ids of a `CLIPModel` are ours."""
+  config = {**CLIP, "gelu": gelu, "text": {**CLIP["text"], "gelu": gelu}}
+  spec = ModelSpec.from_config(config)
+  params = _params(spec, bias=0.0)
+  files = TokenizerFiles(None, "lower")
+  model = ConvertedModel(spec, params, preprocess, files)
+  folder = huggingface.write(tmp_path / "a", model)
+  assert _assert_equal_logits(folder, _images(3), TEXTS) <= TOLERANCE
+  back = huggingface.read(folder)
+  assert back.spec == spec and back.preprocess == preprocess
+  _assert_same(back.params, params)
+  # As any CLIP, without our description.
+  (folder / "mtv_jax.json").unlink()
+  plain = huggingface.read(folder)
+  assert plain.spec == dataclasses.replace(
+    spec, image=dataclasses.replace(spec.image, mask_token=False)
+  )
+  got, want = _flat(plain.params), _flat(params)
+  for name, value in got.items():
+    np.testing.assert_array_equal(value, want[name], err_msg=name)
+
+
+def test_a_clip_with_a_bias_is_not_exported(tmp_path):
+  spec = ModelSpec.from_config(CLIP)
+  model = ConvertedModel(spec, _params(spec, bias=-10.0), PREPROCESS)
+  with pytest.raises(ConversionError, match="CLIPModel has no bias.*-10"):
+    huggingface.write(tmp_path / "a", model)
+  assert not (tmp_path / "a").exists()
+  text = dataclasses.replace(spec.text, causal=False)
+  model = dataclasses.replace(model, spec=dataclasses.replace(spec, text=text))
+  with pytest.raises(
+    ConversionError, match=r"(?s)CLIPModel can't.*text\.causal"
+  ):
+    huggingface.write(tmp_path / "a", model)
 
 
 @reference

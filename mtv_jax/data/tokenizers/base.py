@@ -199,6 +199,8 @@ def export_files(
     "padding_side": "right",
     "truncation_side": "right",
     "clean_up_tokenization_spaces": False,
+    # For our own reader; a part of tokenizer.json.
+    "clean": tokenizer.clean,
     "pad_token": model.id_to_token(tokenizer.pad_id),
   }
   if tokenizer.eos_id is not None:
