@@ -6,10 +6,29 @@ Command, on every host:
     --config.data.train[0].path='/data/imagenet/{0000..1023}.tar' \
     --workdir=/data/runs/mae_b16 --distributed
 
-Hardware and time: batch 4,096 is sized for 32 chips. Not trained to completion
-here; no time given.
+Published values: facebookresearch/mae at efb2a80, PRETRAIN.md, main_pretrain.py,
+models_mae.py.
 
-Deviation from MAE: position embeddings are learnt (theirs are fixed sines).
+  hyper-parameter         published                      ours
+  data                    ImageNet-1k                    path of the user's
+  batch                   4096                           =
+  epochs, warm-up         800 or 1,600; 40               =
+  rate at batch 256       1.5e-4, linear                 =
+  end of the cosine       0                              =
+  weight decay            0.05, not of biases and norms  =
+  Adam, clipping          0.9, 0.95, 1e-8; none          =
+  crops                   0.2 to 1.0, bicubic, flips     bilinear
+  pixels                  ImageNet's mean, deviation     -1 to 1
+  patches kept            25 %                           =
+  target                  pixels normalised by patch     =
+  decoder                 8 blocks of 512, 16 heads      =
+  GELU                    exact                          =
+  positions               fixed sines                    learned
+  initialisation          Xavier, tokens 0.02            big_vision's
+  precision               float16                        bfloat16
+
+Hardware and time: batch 4,096 is sized for 64 chips of v5e. Not trained to
+completion here; no time given.
 
 Expected: the paper's ViT-B, after 1,600 epochs of ImageNet (`:epochs=1600`),
 reaches 68.0 % in a linear probe and 83.6 % fine-tuned.
@@ -50,6 +69,7 @@ def get_config(arg=None):
     variant=f"{arg.variant}/16",
     image_size=arg.res,
     pool="cls",
+    gelu="exact",
     dtype="bfloat16",
     remat="none",
   )
@@ -70,6 +90,7 @@ def get_config(arg=None):
     weight_decay=0.05,
     b2=0.95,
     clip_norm=0.0,
+    rules=[("(cls|mask)_token$", dict(weight_decay=1.0))],
   )
   config.schedule = dict(name="cosine", warmup_epochs=40)
   config.mesh = dict(data=-1, fsdp=1, tensor=1)

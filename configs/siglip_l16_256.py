@@ -9,8 +9,8 @@ Command, on every host of a TPU pod:
 Hardware and time: batch 32,768 is sized for 128 or more chips. Not trained to
 completion here; no time given.
 
-Expected: the published SigLIP L/16-256, trained on 10 billion pairs, reaches
-80.5 % zero-shot on ImageNet (MTV, Table 5).
+Expected: the published SigLIP L/16-256 reaches 80.5 % zero-shot on ImageNet
+(MTV, Table 5).
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """

@@ -40,7 +40,9 @@ def get_config(arg=None):
   if not arg.tiny:
     config.batch_size = arg.batch or 16_384
     config.init = dict(path=init, include=("^image/",))
-    config.total_examples = 1_000_000_000  # Our choice.
+    # Our choice.
+    config.total_examples = 1_000_000_000
+    config.schedule = dict(name="cosine", warmup_percent=6.5)
   # Locked throughout: no gradient, no optimizer state.
   config.optim.rules = [("^image/", dict(lr=0.0))]
   return config

@@ -1,0 +1,106 @@
+"""DINOv3 (Siméoni et al. 2025), ViT-L/16: images alone, without distillation.
+
+Command, on every host:
+
+  python -m mtv_jax.main --config=configs/dinov3_l16.py \
+    --config.data.train[0].path='/data/imagenet/{0000..1023}.tar' \
+    --workdir=/data/runs/dinov3_l16 --distributed
+
+and after it, into a new folder each, `:gram,init=/data/runs/dinov3_l16` (Gram
+anchoring) and `:highres,init=/data/runs/dinov3_l16_gram` (high resolution).
+
+Published values: facebookresearch/dinov3 at 6876159, configs/train of
+vitl_im1k_lin834.yaml. The released L is another model: distilled from the 7B.
+The two stages are published for the 7B alone (dinov3_vit7b16_gram_anchor.yaml,
+dinov3_vit7b16_high_res_adapt.yaml). Hyper-parameters that are not listed are
+those of the table in configs/dinov2_l16.py (vitl16_short).
+
+  hyper-parameter             vitl_im1k_lin834     ours
+  positions                   RoPE, base 100       learned
+  heads of DINO and iBOT      two, 65,536          =
+  targets                     Sinkhorn             =
+  rate at batch 1024          4 x 1e-3, sqrt       =
+  batch, steps                2048, 125,000        =
+  KoLeo                       0.1 in 64 rows       =
+
+                              7B, gram             ours, `gram`
+  steps                       200,000 of 1.2M      25,000 (a fifth, as there)
+  batch                       4096                 2048
+  rate at batch 1024          4 x 3e-5, constant   = (warm-up: 1,000 steps)
+  weight decay, momentum      0.04, 0.999          =
+  Gram loss                   0 to 2 in 1000 steps =
+  Gram teacher                early checkpoint; 3  the run of `init`; 3 updates
+                              updates of 10,000    of 10,000 steps
+                              steps
+  crops; of the Gram teacher  256; 512             224; 448
+  last layer frozen           no, by then          no
+  local crops' share of DINO  falls to 0.5         unchanged
+
+                              7B, high_res_adapt   ours, `highres`
+  steps, batch                30,000, 2048         10,000, 2048
+  rate at batch 1024          0 to 4 x 1.25e-5     4 x 1.25e-5, warm-up 33 %
+  Gram loss                   1.5, not updated     =
+  global, local, Gram crops   512, 112, 768 (0.3 of the images) and 768, 112 to
+                              336, 1152 (0.7); ours: the first of these
+  KoLeo                       in 16 rows           =
+
+Hardware and time: batch 2,048 is sized for 32 chips of v5e. Not trained to
+completion here; no time given.
+
+Expected: 82.2 % k-NN and 83.3 % linear on ImageNet for the first stage (the
+yaml's header). For the stages at size L: no published figure.
+
+`:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
+"""
+
+from mtv_jax.config.schema import parse_arg, read_config
+
+
+def get_config(arg=None):
+  arg = parse_arg(
+    arg, tiny=False, batch=0, variant="L", gram=False, highres=False, init=""
+  )
+  size = 512 if arg.highres else 224
+  base = dict(tiny=arg.tiny, batch=arg.batch, variant=arg.variant)
+  config = read_config("dinov2_l16", res=size, **base)
+  config.objectives.masked_latent.head = "ibot"
+  for objective in config.objectives.values():
+    objective.target = "sinkhorn"
+  if arg.gram or arg.highres:
+    refine(config, arg, 32 if arg.tiny else size)
+  return config
+
+
+def refine(config, arg, size):
+  """Changes the config to the stage `gram` or `highres`."""
+  init = arg.init or "/data/runs/dinov3_l16"
+  if arg.init or not arg.tiny:
+    config.init = dict(path=init, weights="teacher")
+  teacher = dict(path=init, weights="teacher", update_every_steps=10_000)
+  teacher["max_updates"] = 3
+  weight = dict(value=2.0, ramp_steps=1000)
+  ratio, length, rate = 2.0, 25_000, 3e-5
+  if arg.highres:
+    teacher = dict(path=init, weights="teacher")
+    weight, ratio, length, rate = 1.5, 1.5, 10_000, 1.25e-5
+    config.objectives.distillation.koleo_group = 16
+  if arg.tiny:
+    # The EMA teacher, as there is no run to read.
+    weight, ratio, teacher = 1.0, 2.0, dict(update_every_steps=10)
+  else:
+    config.total_steps = length
+    config.optim.lr = 4 * rate
+    config.data.ops = f"decode|canvas({round(1.25 * ratio * size)})"
+    config.views["local"].ops = config.views["local"].ops.replace("96", "112")
+    config.schedule = dict(name="constant", warmup_steps=1000)
+    if arg.highres:
+      config.schedule.warmup_steps = length // 3
+  crop = f"crop({round(ratio * size)}, 0.32, 1.0)|flip"
+  config.views.gram = dict(count=2, ops=crop, crops_of="global")
+  config.teachers = dict(gram=teacher)
+  config.objectives.gram = dict(weight=weight, view_teacher="gram")
+  config.optim.weight_decay_end = None
+  config.teacher = dict(momentum=0.999)
+  for name in ("distillation", "masked_latent"):
+    config.objectives[name].freeze_last_layer_percent = 0.0
+    config.objectives[name].teacher_temp_start = 0.07
