@@ -6,8 +6,8 @@ Command, on every host:
     --config.data.train[0].path='/data/imagenet/{0000..1023}.tar' \
     --workdir=/data/runs/mae_b16 --distributed
 
-Published values: facebookresearch/mae at efb2a80, PRETRAIN.md, main_pretrain.py,
-models_mae.py.
+Published values: facebookresearch/mae at efb2a80: PRETRAIN.md,
+main_pretrain.py, models_mae.py.
 
   hyper-parameter         published                      ours
   data                    ImageNet-1k                    path of the user's

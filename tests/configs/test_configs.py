@@ -103,6 +103,7 @@ def test_it_reads_as_a_recipe(file):
 @pytest.mark.parametrize(
   ("name", "rate"),
   [
+    ("dinov2_l16", lambda batch: 4e-3 * (batch / 1024) ** 0.5),
     ("dino_b16_224", lambda batch: 4e-3 * (batch / 1024) ** 0.5),
     ("mae_b16_224", lambda batch: 1.5e-4 * batch / 256),
   ],

@@ -328,6 +328,12 @@ ROWS = (
   ("configs/mtv_l16_256.py", "v4:4x4x8"),
   ("configs/mtv_l16_256.py", "v5p:4x4x8"),
   ("configs/mtv_g14_224.py", "v5e:16x16"),
+  ("configs/dinov2_l16.py", "v5e:4x8"),
+  ("configs/dinov3_l16.py", "v5e:4x8"),
+  ("configs/dinov2_l16.py:long", "v5e:8x16"),
+  ("configs/mae_b16_224.py", "v5e:8x8"),
+  ("configs/siglip_b16_224.py", "v5e:8x8"),
+  ("configs/clip_b16_224.py", "v5e:8x8"),
 )
 BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
 
@@ -336,8 +342,9 @@ def table_row(config: str, report: Report) -> str:
   """A report as a row of the table."""
   memory, topology = report.compiled.memory, report.plan.topology
   received = sum(row.bytes for row in report.compiled.collectives) / 1e9
+  file, colon, arguments = config.partition(":")
   cells = [
-    pathlib.Path(config).stem,
+    f"{pathlib.Path(file).stem}{colon}{arguments}",
     topology.name,
     f"{report.plan.config.batch_size:,}",
     f"{memory.peak / 2**30:.1f} GiB" if memory else "does not fit",
