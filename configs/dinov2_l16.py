@@ -36,6 +36,7 @@ ssl_default_config.yaml. Ours are equal but for the lines with "ours".
                                   bilinear, -1 to 1
   initialisation                  normal of 0.02; ours: big_vision's
   blur, as their code ran         0 and 0.9 on global crops, 0.5 on local ones
+  evaluated and released          the teacher
   precision                       float16; ours: bfloat16
 
 Hardware and time: theirs, a day on 32 A100 (vitl16_short). Batch 2,048 is sized
@@ -92,6 +93,7 @@ def get_config(arg=None):
   )
   config.objectives.masked_latent.head = "ibot" if long else "dino"
   config.teacher = dict(momentum=0.994 if long else 0.992, end=1.0)
+  config.weights = "teacher"
 
   layers = dict(layer_decay=1.0 if long else 0.9)
   tokens = "^image/(position_embedding|cls_token|mask_token)$"

@@ -75,7 +75,7 @@ def refine(config, arg, size):
   """Changes the config to the stage `gram` or `highres`."""
   init = arg.init or "/data/runs/dinov3_l16"
   if arg.init or not arg.tiny:
-    config.init = dict(path=init, weights="teacher")
+    config.init = dict(path=init, teacher=True)
   teacher = dict(path=init, weights="teacher", update_every_steps=10_000)
   teacher["max_updates"] = 3
   weight = dict(value=2.0, ramp_steps=1000)

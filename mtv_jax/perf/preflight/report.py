@@ -334,6 +334,8 @@ ROWS = (
   ("configs/mae_b16_224.py", "v5e:8x8"),
   ("configs/siglip_b16_224.py", "v5e:8x8"),
   ("configs/clip_b16_224.py", "v5e:8x8"),
+  ("configs/siglip2_b16_256.py", "v5e:16x16"),
+  ("configs/tips_b14.py", "v5e:16x16"),
 )
 BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
 

@@ -1,0 +1,91 @@
+"""TIPS (Maninis et al. 2025, arXiv 2410.16512), ViT-B/14 at 224 pixels.
+
+Command, on every host of a TPU pod:
+
+  python -m mtv_jax.main --workdir=/data/runs/tips_b14 --distributed \
+    --config=configs/tips_b14.py:tokenizer=/data/c4_en.model \
+    --config.data.train[0].path='/data/web/{00000..09999}.tar'
+
+Published values: google-deepmind/tips at 4db271d, which has no training code
+(C), and the paper, second-hand (P). The released B is distilled from g: no
+recipe of this size is published.
+
+  hyper-parameter      published                           ours
+  data (P)             116M images of WebLI, each with a   path of the user's
+                       web and a synthetic caption
+  CLS tokens (C)       2, one for each kind of caption     1
+  batch (P)            16,384                              =
+  contrast (C)         softmax, one temperature, no bias   =
+  weights (P)          contrast 1, DINO 1, iBOT 2          =
+  crops (P)            1 global, shared with contrast;     1; 8 local ones
+                       local ones for the student
+  masks                of the global crop, share unknown   half
+  KoLeo                none known                          none
+  image tower (C)      CLS, layer scale, GELU tanh         =
+  pixels (C)           0 to 1                              -1 to 1
+  text tower (C)       12 layers, ReLU, fixed sines, mean  GELU, learned
+                       over the tokens, no projection      positions, last token
+  vocabulary (C)       32k SentencePiece, lower case, 64   =
+  rates, schedules     not seen                            SigLIP's
+  teacher momentum     not seen                            0.994
+  temperature          not seen                            CLIP's start, bound
+
+`:v2` has two changes of TIPSv2 (arXiv 2604.12012, second-hand): targets on the
+visible patches too (iBOT++), and an EMA of the heads alone.
+
+Hardware and time: batch 16,384 is sized for 256 chips of v5e. Not trained to
+completion here; no time given.
+
+Expected: no published figure applies.
+
+`:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
+"""
+
+from mtv_jax.config.schema import parse_arg, read_config
+
+
+def get_config(arg=None):
+  arg = parse_arg(
+    arg,
+    tiny=False,
+    batch=0,
+    res=224,
+    variant="B",
+    patch=14,
+    tokenizer="",
+    v2=False,
+  )
+  base = {k: v for k, v in arg.items() if k not in ("patch", "v2")}
+  config = read_config("mtv_b16_224", **base)
+  size, patch = (32, 8) if arg.tiny else (arg.res, arg.patch)
+  config.data.ops = config.data.ops.replace("|depth(128)|regions(4)", "")
+  if not arg.tiny:
+    del config.data.train[0]["labels"]
+    config.model.variant = f"{arg.variant}/{patch}"
+    # A multiple of the patch.
+    local = config.views.local.ops.replace("crop(96,", f"crop({7 * patch},")
+    config.views.local.ops = local
+  config.model.update(pool="cls", layer_scale=1e-5)
+  config.model.text.clean = "lower"
+
+  # The caption and DINO's teacher share one crop and its encoding. No caption
+  # should see masks: for iBOT the same crop is encoded again, masked.
+  crop = f"crop({size}, 0.32, 1.0)|flip"
+  masks = f"blocks(0.5, 0.5, p=1.0, patch={patch})"
+  config.views.image.ops = crop
+  config.views.masked = dict(count=1, ops=f"{crop}|{masks}", crops_of="image")
+  del config.views["global"]
+
+  objectives = config.objectives
+  del objectives["depth"], objectives["grounding"]
+  objectives.contrastive = dict(
+    weight=1.0, loss_type="softmax", max_scale=100.0
+  )
+  objectives.distillation.update(
+    weight=1.0, koleo_weight=0.0, view_global="image", same_crop="exclude"
+  )
+  objectives.masked_latent.update(weight=2.0, view="masked")
+  if arg.v2:
+    objectives.masked_latent.patches = "all"
+    config.teacher.ema = "heads"
+  return config
