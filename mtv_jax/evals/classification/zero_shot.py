@@ -245,6 +245,11 @@ def match_candidates(
         f"ReaL's labels are among ImageNet's {imagenet.CLASS_COUNT} classes; "
         "give their prompt file (mtv-jax make_prompts) and classes='all'"
       )
+    if not any(accepted):
+      raise InputError(
+        f"none of the {len(accepted)} images of {data.name} has a label of "
+        "ReaL's; use more (count=)"
+      )
     order = _imagenet_order(given)
     accepted = tuple(tuple(order[i] for i in labels) for labels in accepted)
   return Candidates(named, labels, None, keep, accepted)

@@ -221,6 +221,9 @@ def test_real_labels(tmp_path, devkit, write_image, colours):
   assert result.protocol["real_images"] == 3
   # Two labels, one and two of 1000.
   assert result.chance["real_top1"] == pytest.approx(5 / 3 / 1000)
+  only = dict(options, prompts=str(path), count=1)  # the third image
+  with pytest.raises(InputError, match="none of the 1 images"):
+    ZeroShot(**only).prepare()
   with pytest.raises(InputError, match="among ImageNet's 1000 classes"):
     ZeroShot(**options).prepare()
   with pytest.raises(InputError, match="relabels the files of ImageNet"):
