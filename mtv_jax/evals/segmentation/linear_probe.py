@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import numpy as np
 import optax
 
 from mtv_jax.config.options import NonNegativeFloat, PositiveFloat, PositiveInt

@@ -196,7 +196,7 @@ _READY = {
   "SPair-71k": {"semantic_correspondence", "patch_pca"},
   "ade20k": {"zero_shot_segmentation", "patch_pca"},
   "cifar10_jpg": {"zero_shot", "patch_pca", *_PROBES},
-  "coco": {"retrieval", "grounding", "patch_pca"},
+  "coco": {"retrieval", "grounding", "captioning", "patch_pca"},
   "imagenet_samples": {"zero_shot", "patch_pca"},
   "kitti_object": {"relative_depth"},
   "nyuv2": {
