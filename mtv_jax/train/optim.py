@@ -171,6 +171,9 @@ class Adafactor:
   b1: Fraction = 0.9  # Momentum; 0 for none.
   b2: Fraction = 0.999  # The cap.
   mu_dtype: MomentDtype = "float32"
+  # Of what the RMS of the update is clipped: a parameter, or each layer of
+  # stacked blocks, as if each had its own parameters.
+  clip_rms_by: Literal["parameter", "layer"] = "parameter"
 
   def scale(self, attention_heads: Mapping[str, int]) -> Scale:
     """As `AdamW.scale`."""
@@ -179,11 +182,21 @@ class Adafactor:
       return jnp.minimum(self.b2, 1.0 - (step + 1.0) ** -exponent)
 
     ema = optax.ema(self.b1, debias=False, accumulator_dtype=self.mu_dtype)
+    by_layer = optax.stateless(
+      lambda updates, _: map_with_names(_clip_layer_rms, updates)
+    )
     return optax.chain(
       optax.scale_by_factored_rms(decay_rate_fn=decay_rate),
-      optax.clip_by_block_rms(1.0),
+      by_layer if self.clip_rms_by == "layer" else optax.clip_by_block_rms(1.0),
       *([ema] if self.b1 else []),
     )
+
+
+def _clip_layer_rms(name: str, update: Any) -> Any:
+  """Clips the RMS to 1, of each layer of stacked blocks by itself."""
+  axes = range(1 if "/blocks/" in name else 0, update.ndim)
+  squares = jnp.mean(jnp.square(update), axis=tuple(axes), keepdims=True)
+  return update / jnp.maximum(jnp.sqrt(squares), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

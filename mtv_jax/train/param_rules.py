@@ -154,6 +154,10 @@ def _read_rule(
     raise ConfigError(
       f"{where} has a start, but lr=0 freezes for the whole run."
     )
+  if given.lr == 0 and given.layer_decay != 1:
+    raise ConfigError(
+      f"{where} has a layer_decay, but lr=0 freezes all layers."
+    )
   if start and start >= length.total_steps:
     raise ConfigError(
       f"{where} starts at step {start} of a run of {length.total_steps} steps"
