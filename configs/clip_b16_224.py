@@ -26,7 +26,7 @@ mlfoundations/open_clip at 89fb801 for what the paper leaves open.
   image                 random square crop                 0.9 to 1.0 of the
                                                            area, as open_clip
   pixels                CLIP's mean and deviation          -1 to 1
-  initialisation        CLIP's                             big_vision's
+  initialisation        CLIP's                             =
   precision             float16                            bfloat16
 
 The released B/16 adds no further epoch at a higher resolution.
@@ -59,6 +59,7 @@ def get_config(arg=None):
     gelu="quick",
     norm_eps=1e-5,
     projection=512,
+    init="clip",
   )
   config.model.text = dict(
     variant="mu" if arg.tiny else arg.variant,

@@ -34,7 +34,7 @@ ssl_default_config.yaml. Ours are equal but for the lines with "ours".
                                   0.32 at 96 (98 with patches of 14)
   resampling, pixels              bicubic, ImageNet's mean and deviation; ours:
                                   bilinear, -1 to 1
-  initialisation                  normal of 0.02; ours: big_vision's
+  initialisation                  normal of 0.02
   blur, as their code ran         0 and 0.9 on global crops, 0.5 on local ones
   evaluated and released          the teacher
   precision                       float16; ours: bfloat16
@@ -72,6 +72,7 @@ def get_config(arg=None):
     image_size=arg.res,
     pool="cls",
     gelu="exact",
+    init="dinov2",
     layer_scale=1e-5,
     drop_path=0.4 if long else 0.3,
     dtype="bfloat16",
@@ -119,7 +120,9 @@ def get_config(arg=None):
   config.log = dict(every_steps=100)
 
   if arg.tiny:
+    # A centre of batches of 16 would take longer than the run.
     head = dict(prototypes=64, hidden=64, bottleneck=32, chunk=None)
+    head["target"] = "sinkhorn"
     model = dict(variant="mu/8", mlp_dim=256, image_size=32)
     config.update(
       total_steps=40,

@@ -63,6 +63,7 @@ def get_config(arg=None):
   size = 512 if arg.highres else 224
   base = dict(tiny=arg.tiny, batch=arg.batch, variant=arg.variant)
   config = read_config("dinov2_l16", res=size, **base)
+  config.model.init = "dinov3"
   config.objectives.masked_latent.head = "ibot"
   for objective in config.objectives.values():
     objective.target = "sinkhorn"

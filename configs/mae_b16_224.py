@@ -23,8 +23,8 @@ main_pretrain.py, models_mae.py.
   target                  pixels normalised by patch     =
   decoder                 8 blocks of 512, 16 heads      =
   GELU                    exact                          =
-  positions               fixed sines                    learned
-  initialisation          Xavier, tokens 0.02            big_vision's
+  positions               fixed sines                    =
+  initialisation          Xavier, tokens 0.02            =
   precision               float16                        bfloat16
 
 Hardware and time: batch 4,096 is sized for 64 chips of v5e. Not trained to
@@ -70,6 +70,8 @@ def get_config(arg=None):
     image_size=arg.res,
     pool="cls",
     gelu="exact",
+    positions="sincos",
+    init="mae",
     dtype="bfloat16",
     remat="none",
   )

@@ -23,6 +23,7 @@ repeats the optimizer.
                       without punctuation
   image               squashed to 224, pixels in -1 to 1    =
   GELU                tanh                                  =
+  initialisation      big_vision's                          =
   precision           bfloat16, first moment too            bfloat16, float32
 
 Their decay follows the schedule as the rate does, so that 0.1 times the rate is
@@ -61,6 +62,7 @@ def get_config(arg=None):
     variant=f"{arg.variant}/16",
     image_size=arg.res,
     pool="map",
+    init="siglip",
     dtype="bfloat16",
     remat="full",
     text=dict(
