@@ -111,6 +111,7 @@ def get_config(arg=None):
       ("^image/patch_embed/", dict(lr=0.2, **layers)),
       (tokens, dict(weight_decay=1.0, **layers)),
       ("^image/", layers),
+      ("last_layer/scale$", dict(weight_decay=1.0)),
     ],
   )
   warmup = 16 if long else 10

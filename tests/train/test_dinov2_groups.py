@@ -1,4 +1,4 @@
-"""Rates and decays of a ViT-L over DINOv2 runs, against DINOv2's groups.
+"""Rates and decays of the recipe dinov2_l16 over a run, against DINOv2's.
 
 `dinov2_groups.json` has what dinov2's `get_params_groups_with_decay` and
 `CosineScheduler` (commit b8931f7) give for three of its configs, at the batch
@@ -28,63 +28,21 @@ GROUPS = json.loads(
 )
 
 
-def rules(layer_decay):
-  """DINOv2 decays everything but biases, norms and layer scales."""
-  layers = dict(layer_decay=layer_decay)
-  undecayed = r"(/bias|norm\d?/scale|/scale\d)$"
-  return [
-    ("patch_embed/bias", dict(layers, weight_decay=0.0, lr=0.2)),
-    ("patch_embed", dict(layers, weight_decay=1.0, lr=0.2)),
-    (undecayed, dict(layers, weight_decay=0.0)),
-    (".", dict(layers, weight_decay=1.0)),
-  ]
-
-
+# The arguments of our recipe.
 RUNS = {
   "ssl_default_config": dict(batch=1024),
-  "vitl16_short": dict(batch=2048),
-  "vitl14": dict(
-    batch=3072, lr=2e-4, end=0.2, epochs=500, warmup=80, layer_decay=1.0
-  ),
+  "vitl16_short": dict(),
+  "vitl14": dict(long=True),
 }
-
-
-EPOCH = 1250  # Steps, whatever the data.
-
-
-def get_config(
-  name, batch, lr=4e-3, end=0.4, epochs=100, warmup=10, layer_decay=0.9
-):
-  """Our config of a run, which differs from dino_b16_224 by size and rates."""
-  config = schema.read_config("dino_b16_224", variant="L", batch=batch)
-  config.total_steps = epochs * EPOCH
-  if name == "vitl14":
-    # An epoch is 0.2 % of the run.
-    freeze = dict(freeze_last_layer_percent=0.2)
-    head = dict(freeze, prototypes=131_072, bottleneck=384)
-    config.objectives.distillation.update(head)
-    config.objectives.masked_latent.update(head)
-    config.model.update(mlp="swiglu", mlp_dim=2736)
-  else:
-    config.objectives.masked_latent.head = "dino"
-  config.optim.update(
-    # Updates of size 1, to read rates and decays off them.
-    name="sgd",
-    lr=lr,
-    weight_decay_end=end,
-    clip_norm=0.0,
-    rules=rules(layer_decay),
-  )
-  config.schedule = dict(
-    name="cosine", end_lr=1e-6, warmup_percent=None, warmup_steps=warmup * EPOCH
-  )
-  return schema.check_config(config)
 
 
 @functools.cache
 def build(name):
-  """The optimizer, and parameters of one number for each layer."""
-  config = get_config(name, **RUNS[name])
+  """The optimizer, parameters of one number a layer, and their true sizes."""
+  config = schema.read_config("dinov2_l16", **RUNS[name])
+  # Updates of size 1, to read rates and decays off them.
+  config.optim.update(name="sgd", clip_by="global", clip_norm=0.0)
+  config = schema.check_config(config)
   spec = experiment.build_step_spec(config, config.total_steps)
   shapes = step_spec.abstract_params(spec)
   numbers = {n: x.size for n, x in flatten_with_names(shapes)}
@@ -196,7 +154,7 @@ def test_every_parameter_has_the_rate_and_decay_of_dinov2(name):
 )
 def test_the_decay_of_a_whole_run_is_that_of_dinov2(name, total):
   optimizer, _, _ = build(name)
-  steps = jnp.arange(RUNS[name].get("epochs", 100) * EPOCH)
+  steps = jnp.arange(625_000 if name == "vitl14" else 125_000)
   rates = np.float64(jax.vmap(optimizer.schedule)(steps))
   decays = np.float64(jax.vmap(optimizer.weight_decay)(steps))
   ours = (rates * decays).sum()
