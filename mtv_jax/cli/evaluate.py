@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "NAME.OPTION=VALUE",
     "any option of an evaluation, as --set=retrieval.max_captions=5",
   )
+  add(
+    "--published",
+    action="store_true",
+    help="train probes for the whole published schedule; by default on few "
+    "images for at most 100 passes over them, and on scenes for less",
+  )
   add("--output", help="folder for tables, sheets and the page")
   add("--compare", help="earlier results.json files, separated by commas")
   add(
@@ -79,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
   chosen = evals.plan(
     args.evals.split(","),
     data=args.data or ["scenes"],
-    options={name: getattr(args, name) for name in _OPTIONS},
+    options={name: getattr(args, name) for name in _OPTIONS}
+    | {"published": args.published or None},
     preferences={"pictures": 8} if args.output else {},
     assignments=args.set,
   )

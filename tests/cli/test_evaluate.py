@@ -1,5 +1,6 @@
 """The command `evaluate`: from a folder to a table, JSON and a report."""
 
+import argparse
 import dataclasses
 import json
 import re
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from mtv_jax.cli import evaluate
 from mtv_jax.cli.main import command, run_command
 from mtv_jax.convert import native
 from mtv_jax.convert.model import ConvertedModel
@@ -159,6 +161,24 @@ def test_plan_passes_only_options_that_an_evaluation_has():
     },
   }
   assert got.named == {"zero_shot", "retrieval"}
+
+
+def test_published_schedules_are_an_option_of_trained_probes():
+  got = run.plan(["all"], options={"published": True})
+  trained = {
+    name for name, entry in got.entries.items() if "published" in entry
+  }
+  assert trained == {
+    "linear_probe",
+    "mae_probe",
+    "segmentation",
+    "depth_probe",
+  }
+  parser = argparse.ArgumentParser()
+  evaluate.add_arguments(parser)
+  for flags, published in (([], False), (["--published"], True)):
+    args = parser.parse_args(["--encoder=pixels:64", *flags])
+    assert args.published is published
 
 
 def test_evaluations_named_besides_all():

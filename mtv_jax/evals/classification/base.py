@@ -32,10 +32,6 @@ from mtv_jax.utils.errors import ConfigError, InputError
 Select = Literal["val", "train_split"]
 _TRAIN_SCENES, _TEST_SCENES = 800, 400
 
-# By default crops are encoded for at most as many passes over the training
-# images. The published schedules have 10 (DINOv2) and 90 (MAE) of ImageNet's.
-_MAX_PASSES = 100
-
 log = logging.getLogger(__name__)
 
 
@@ -132,27 +128,38 @@ class TrainedProbe(ClassificationProbe):
   Attributes:
     augment: `crops` encodes a random crop of every image of every step, which
       costs steps x batch forward passes; `cached` trains on features that are
-      computed once. `crops` by default, but `cached` on scenes and where these
-      passes are more than 100 times the training images.
+      computed once. `crops` by default, but `cached` on scenes and where the
+      published schedule has more than 100 passes over the training images.
+    published: trains as published, also on scenes and on few images, of which a
+      schedule has at most 100 passes otherwise (`probe.resolve_schedule`).
     seed: seed of batches, crops and heads.
   """
 
   # Not "none", which a command line parses as None.
   augment: Literal["cached", "crops"] | None = None
+  published: bool = False
   seed: int = 0
 
-  def _augmentation(self, *, steps: int, batch: int, images: int) -> str:
-    """`cached` or `crops`: the option, or the default for this cost."""
+  def _augmentation(
+    self, *, steps: int, batch: int, images: int, is_capped: bool = False
+  ) -> str:
+    """`cached` or `crops`: the option, or the default for this cost.
+
+    `is_capped` if the published schedule would exceed the passes.
+    """
     name = type(self).__name__
     encoded = steps * batch
-    costly = encoded > _MAX_PASSES * images
-    published = "cached" if costly else "crops"
-    augment = self._default(self.augment, published, "cached")
+    costly = is_capped or encoded > probe.MAX_PASSES * images
+    costly &= not self.published
+    cached = costly or (is_scenes(self.data) and not self.published)
+    augment = self.augment or ("cached" if cached else "crops")
     if self.augment is None and costly and not is_scenes(self.data):
       log.warning(
-        "%s: %d steps of %d crops are %d times the %d training images, so "
-        "features are computed once; set augment='crops' to encode crops",
+        "%s: %d steps of %d crops are %d times the %d training images%s, so "
+        "features are computed once; set augment='crops' to encode crops, or "
+        "published=True to train in full as published",
         *(name, steps, batch, encoded // images, images),
+        ", as many as a shortened schedule has" if is_capped else "",
       )
     if augment == "crops":
       log.info(

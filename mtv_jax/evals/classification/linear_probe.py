@@ -38,8 +38,10 @@ from mtv_jax.evals.core.bootstrap import Estimate
 from mtv_jax.evals.core.examples import ClassificationSet
 from mtv_jax.evals.core.global_features import LastBlocks
 from mtv_jax.evals.datasets.registry import Splits
+from mtv_jax.evals.datasets.scenes import is_scenes
 
 _ROWS = 1024  # scored at a time
+_PUBLISHED = (12_500, 1024)  # steps, images per step
 RATES = tuple(m * 10.0**e for e in range(-5, -1) for m in (1, 2, 5)) + (0.1,)
 
 
@@ -52,7 +54,8 @@ class LinearProbe(TrainedProbe):
     blocks: numbers of last blocks whose tokens a head reads, capped by the
       encoder's.
     average: `off`, `on` or both: heads without or with the mean patch.
-    steps: SGD steps; 12,500 by default, on scenes 300.
+    steps: SGD steps; 12,500 by default, fewer for less than 128,000 training
+      images, on scenes 300.
     train_batch: images per step; 1,024 by default, on scenes 256.
     select: the images that the best head is selected on, see
       `split_for_selection`.
@@ -69,9 +72,14 @@ class LinearProbe(TrainedProbe):
     self, encoder: Encoder, data: Splits
   ) -> tuple[Estimate, dict[str, Any]]:
     train, held_out, selection = split_for_selection(data, self.select)
-    steps = self._default(self.steps, 12_500, 300)
-    size = self._default(self.train_batch, 1024, 256)
-    augment = self._augmentation(steps=steps, batch=size, images=len(train))
+    schedule = self._schedule(len(train))
+    steps, size = schedule.steps, schedule.batch_size
+    augment = self._augmentation(
+      steps=steps,
+      batch=size,
+      images=len(train),
+      is_capped=schedule.is_capped,
+    )
     batches = self._batches(
       encoder, data.train.select(train), augment=augment, batch_size=size
     )
@@ -101,12 +109,27 @@ class LinearProbe(TrainedProbe):
       "rates": list(self.rates),
       "optimizer": "SGD, momentum 0.9, rate x batch / 256, cosine to 0",
       **self._training_protocol(fitted, augment=augment, batch_size=size),
+      "schedule_length": schedule.why,
       "trained_on": len(train),
       "selection": selection,
       "selected": {"head": name, "rate": self.rates[rate]},
       "top1_where_selected": {k: v.tolist() for k, v in accuracies.items()},
       "ties": "the lowest class, rate and number of blocks of equal ones",
     }
+
+  def _schedule(self, images: int) -> probe.Schedule:
+    """Steps and images per step, for so many training images."""
+    if is_scenes(self.data) and not self.published:
+      return probe.Schedule(
+        self.steps or 300, self.train_batch or 256, "scenes"
+      )
+    return probe.resolve_schedule(
+      _PUBLISHED,
+      images=images,
+      steps=self.steps,
+      batch_size=self.train_batch,
+      in_full=self.published,
+    )
 
   def _table(
     self, encoder: Encoder, data: ClassificationSet, *, pixels: str = "images"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +37,56 @@ Arrays = Mapping[str, jax.Array | np.ndarray]
 Batches = Callable[[int], Batch] | Iterable[Batch]
 Loss = Callable[[PyTree, PyTree, dict[str, jax.Array], jax.Array], tuple]
 
+# Passes over the training images that a schedule has at most by default, and
+# the steps that a shortened one has at least, by smaller batches: our choice.
+# The published schedules have 10 passes (DINOv2 on ImageNet) to 32 (DINOv3 on
+# ADE20K).
+MAX_PASSES, MIN_STEPS = 100, 300
+
 # Steps in flight: the host prepares batches while the device works, and every
 # step in flight holds its batch.
 _MAX_IN_FLIGHT = 2
+
+
+class Schedule(NamedTuple):
+  """Length of a training, and why it has it, for the protocol."""
+
+  steps: int
+  batch_size: int
+  why: str
+  is_capped: bool = False
+
+
+def resolve_schedule(
+  published: tuple[int, int],
+  *,
+  images: int,
+  steps: int | None = None,
+  batch_size: int | None = None,
+  in_full: bool = False,
+) -> Schedule:
+  """The given steps, or the published ones in at most `MAX_PASSES`.
+
+  Args:
+    published: steps and batch size of the published schedule.
+    images: training images.
+    steps, batch_size: those that a user gives; a given batch size stays.
+    in_full: runs the published steps, however few images there are.
+  """
+  size = batch_size or published[1]
+  if steps is not None:
+    return Schedule(steps, size, "given")
+  examples = MAX_PASSES * images
+  if in_full or published[0] * size <= examples:
+    return Schedule(published[0], size, "published")
+  size = batch_size or min(size, max(1, examples // MIN_STEPS))
+  return Schedule(
+    min(published[0], -(-examples // size)),
+    size,
+    f"{MAX_PASSES} passes over {images} images, instead of {published[0]} "
+    f"steps of {published[1]} (published=True)",
+    is_capped=True,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

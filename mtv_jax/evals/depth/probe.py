@@ -19,13 +19,13 @@ from jaxtyping import Float
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import examples
+from mtv_jax.evals.core import examples, probe
 from mtv_jax.evals.core.base import NotApplicable, Result
 from mtv_jax.evals.core.examples import DepthSet
 from mtv_jax.evals.datasets import registry, scenes
 from mtv_jax.evals.depth import augment, heads, metrics, training
 from mtv_jax.evals.depth.base import DepthEvaluator
-from mtv_jax.evals.depth.protocols import PROTOCOLS
+from mtv_jax.evals.depth.protocols import PROTOCOLS, Protocol
 from mtv_jax.evals.depth.training import Setup
 from mtv_jax.utils.errors import InputError
 
@@ -59,6 +59,9 @@ class DepthProbe(DepthEvaluator):
     cls: `concat` appends the CLS token, if there is one, to every patch. By
       default `lin1` and `lin4` do so, and `dpt` for the DINO family.
     train_count: training images to use, evenly spaced; all by default.
+    published: trains as long as published, also on scenes and on few images, of
+      which a schedule has at most 100 passes otherwise
+      (`core.probe.resolve_schedule`).
     lr: peak learning rate.
     augment: training augmentation, see `augment.py`.
     input_size: rows and columns to which a whole image is resized before it is
@@ -73,6 +76,7 @@ class DepthProbe(DepthEvaluator):
   layers: tuple[int, ...] | None = None
   cls: Literal["concat", "off"] | None = None
   train_count: PositiveInt | None = None
+  published: bool = False
   steps: PositiveInt | None = None
   lr: PositiveFloat | None = None
   batch_size: PositiveInt | None = None
@@ -125,7 +129,8 @@ class DepthProbe(DepthEvaluator):
     """The published values, then those for scenes, then the options."""
     options, dpt_features = {}, 512
     if train.kind == "scenes":
-      options = {"augment": "none", "crop": "none", **_SCENES[self.protocol]}
+      options = {"augment": "none", "crop": "none"}
+      options |= {} if self.published else _SCENES[self.protocol]
       dpt_features = 16
     for name in (*_OPTIONS, "cls"):
       if (value := getattr(self, name)) is not None:
@@ -133,13 +138,14 @@ class DepthProbe(DepthEvaluator):
     if self.layers is not None:
       options["norm"] = "none"
     protocol = dataclasses.replace(PROTOCOLS[self.protocol], **options)
-    steps = protocol.steps
-    if steps is None:
-      batches = max(1, len(train.images) // protocol.batch_size)
-      steps = protocol.epochs * batches
-    # A tenth at most, so that a short run is not all warm-up.
-    warm_steps = min(protocol.warm_steps, steps // 10)
-    protocol = dataclasses.replace(protocol, steps=steps, warm_steps=warm_steps)
+    schedule = self._schedule(protocol, train)
+    protocol = dataclasses.replace(
+      protocol,
+      steps=schedule.steps,
+      batch_size=schedule.batch_size,
+      # A tenth at most, so that a short run is not all warm-up.
+      warm_steps=min(protocol.warm_steps, schedule.steps // 10),
+    )
     size = self.input_size
     return Setup(
       encoder=encoder,
@@ -149,6 +155,23 @@ class DepthProbe(DepthEvaluator):
       dpt_features=self.dpt_features or dpt_features,
       input_size=(size, size) if isinstance(size, int) else size,
       seed=self.seed,
+      schedule=schedule,
+    )
+
+  def _schedule(self, protocol: Protocol, train: DepthSet) -> probe.Schedule:
+    """Steps and images per step, on this data."""
+    size, images = protocol.batch_size, len(train.images)
+    if protocol.steps is None:
+      steps = protocol.epochs * max(1, images // size)
+      return probe.Schedule(steps, size, f"{protocol.epochs} epochs")
+    if train.kind == "scenes" and not self.published:
+      return probe.Schedule(protocol.steps, size, "scenes")
+    return probe.resolve_schedule(
+      (protocol.steps, size),
+      images=images,
+      steps=self.steps,
+      batch_size=self.batch_size,
+      in_full=self.published,
     )
 
   def _protocol(
@@ -167,6 +190,7 @@ class DepthProbe(DepthEvaluator):
       "protocol": self.protocol,
       "frame": protocol.frame,
       "schedule": protocol.schedule,
+      "schedule_length": setup.schedule.why,
       **{name: getattr(protocol, name) for name in _OPTIONS},
       "image_size": list(size),
       "input_size": list(view.input_size),

@@ -41,6 +41,7 @@ class Setup:
   # sees it, before padding; None for its own size.
   input_size: tuple[int, int] | None
   seed: int
+  schedule: probe.Schedule  # steps and batch size of the protocol, and why
 
   @property
   def has_cls(self) -> bool:

@@ -86,16 +86,23 @@ def make_loss(dropout: float) -> probe.Loss:
   """
 
   def loss(params, state, batch, rng):
-    x = batch["features"]  # [B, h, w, C]
-    if dropout:
-      shape = (x.shape[0], 1, 1, x.shape[3])
-      keep = jax.random.bernoulli(rng, 1 - dropout, shape)
-      x = jnp.where(keep, x / (1 - dropout), 0.0)
+    x = channel_dropout(batch["features"], dropout, rng)  # [B, h, w, C]
     x, state = probe.batch_norm_train(x, state, affine=params["norm"])
     logits = x @ params["kernel"] + params["bias"]
     return pixel_loss(logits, batch["targets"]), state
 
   return loss
+
+
+def channel_dropout(
+  x: Float[Array, "b h w c"], dropout: float, rng: jax.Array
+) -> Float[Array, "b h w c"]:
+  """Zeroes whole channels of each image with the probability `dropout`."""
+  if not dropout:
+    return x
+  shape = (x.shape[0], 1, 1, x.shape[3])
+  keep = jax.random.bernoulli(rng, 1 - dropout, shape)
+  return jnp.where(keep, x / (1 - dropout), 0.0)
 
 
 def pixel_loss(

@@ -7,7 +7,13 @@ windows of 512 every 341 pixels on images of short side 512; mIoU of the whole
 validation set, of the best of the heads saved every 5,000 steps.
 
 Protocol B, DINOv2's, is options: `dropout=0`, and for its "+ms" metrics
-`layers="FOUR_LAST"`, `size=640`, several `scales` and `flips="both"`.
+`head="multilayer"`, `size=640`, several `scales` and `flips="both"`.
+
+`head` selects the decoder: `linear` is DINOv3's on the last block; `multilayer`
+that of DINOv2's "+ms", the same on the last four blocks without dropout; `conv`
+has two 3x3 convolutions before it (see `conv_head.py`), on four blocks, one of
+each quarter. `conv` is no published protocol of frozen encoders but our choice,
+as a decoder stronger than a linear one.
 """
 
 from __future__ import annotations
@@ -28,7 +34,12 @@ from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.examples import SegmentationSet
 from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.datasets.scenes import is_scenes
-from mtv_jax.evals.segmentation import augment, linear_head, sliding_window
+from mtv_jax.evals.segmentation import (
+  augment,
+  conv_head,
+  linear_head,
+  sliding_window,
+)
 from mtv_jax.evals.segmentation import metrics as metrics_lib
 from mtv_jax.evals.segmentation.base import (
   SegmentationEvaluator,
@@ -36,6 +47,16 @@ from mtv_jax.evals.segmentation.base import (
 )
 from mtv_jax.utils.errors import ConfigError, InputError
 
+_PUBLISHED = (40_000, 16)  # steps, images per step
+_LAYERS = {"linear": "LAST", "multilayer": "FOUR_LAST", "conv": "FOUR_EVEN"}
+_DROPOUTS = {"linear": 0.1, "multilayer": 0.0, "conv": 0.1}
+_LINEAR = "channel dropout {0.dropout}, batch norm, 1x1 convolution"
+_HEADS = {
+  "linear": _LINEAR,
+  "multilayer": _LINEAR,
+  "conv": "batch norm, two 3x3 convolutions of {0.conv_features} channels with "
+  "batch norm and ReLU, channel dropout {0.dropout}, 1x1 convolution",
+}
 # Features of the training windows that are cached without augmentation.
 _CACHE_BYTES = 16 * 2**30
 
@@ -48,15 +69,22 @@ class Segmentation(SegmentationEvaluator):
   published `size` is 512 and the default `stride` two thirds of it.
 
   Attributes:
-    layers: blocks whose tokens are concatenated, see `linear_head.taps`.
+    head: the decoder, see above.
+    layers: blocks whose tokens are concatenated, see `linear_head.taps`: `LAST`
+      for `linear`, `FOUR_LAST` for `multilayer`, `FOUR_EVEN` for `conv`.
     norm: `final` applies the encoder's last norm to every layer, `none` does
       not.
     scales, flips: views whose softmax is averaged, see `Slide`.
     augment: `official` computes features of augmented crops at every step;
       `none` those of evaluation's windows, once.
-    steps: updates of the head: 40,000, or 300 on scenes.
+    steps: updates of the head: 40,000, fewer for less than 6,400 training
+      images, or 300 on scenes.
+    batch_size: images of an update: 16.
+    published: trains as published, also on scenes and on few images, of which a
+      schedule has at most 100 passes otherwise (`probe.resolve_schedule`).
     learning_rate: peak of the schedule: 1e-3, or 1e-2 on scenes.
-    dropout: probability that a channel is dropped.
+    dropout: probability that a channel is dropped: 0.1, or 0 of `multilayer`.
+    conv_features: channels of the convolutions: 256, or 64 on scenes.
     eval_every: updates between two saved heads: an eighth of the steps, or
       all of them on scenes. The best and the last are reported.
     train_split: `test` trains on the test images, which checks that everything
@@ -64,24 +92,27 @@ class Segmentation(SegmentationEvaluator):
     train_count: images to train on, evenly spaced.
   """
 
-  layers: Literal["LAST", "FOUR_LAST", "FOUR_EVEN"] = "LAST"
+  head: Literal["linear", "multilayer", "conv"] = "linear"
+  layers: Literal["LAST", "FOUR_LAST", "FOUR_EVEN"] | None = None
   norm: Literal["final", "none"] = "final"
   scales: tuple[float, ...] = (1.0,)
   flips: Literal["none", "both"] = "none"
   augment: Literal["official", "none"] | None = None
   steps: PositiveInt | None = None
-  batch_size: PositiveInt = 16
+  batch_size: PositiveInt | None = None
   learning_rate: PositiveFloat | None = None
   weight_decay: NonNegativeFloat = 1e-3
-  dropout: NonNegativeFloat = 0.1
+  dropout: NonNegativeFloat | None = None
+  conv_features: PositiveInt | None = None
   eval_every: PositiveInt | None = None
   train_split: Literal["train", "test"] = "train"
   train_count: PositiveInt | None = None
+  published: bool = False
   seed: int = 0
 
   def __post_init__(self):
     super().__post_init__()
-    if self.dropout >= 1:
+    if self.dropout is not None and self.dropout >= 1:
       raise ConfigError(f"dropout is {self.dropout}, expected a number below 1")
 
   @functools.cached_property
@@ -100,12 +131,18 @@ class Segmentation(SegmentationEvaluator):
     features = functools.partial(
       dense.features,
       encoder,
-      blocks=linear_head.taps(self.layers, encoder.spec.image.depth),
+      blocks=plan.blocks,
       norm=self.norm,
       batch_size=self.encode_batch,
     )
     fitted, windows = self._fit(encoder, plan, features)
-    heads = linear_head.fold(list(fitted.snapshots.values()))
+    trained = list(fitted.snapshots.values())
+    if self.head == "conv":
+      heads = conv_head.predict_fn(
+        trained, mesh=encoder.mesh, batch_size=self.encode_batch
+      )
+    else:
+      heads = linear_head.fold(trained)
     predictions = self._predict(
       encoder, lambda windows: heads(features(windows)), test, plan.slide
     )
@@ -136,8 +173,22 @@ class Segmentation(SegmentationEvaluator):
   def _plan(self, encoder: Encoder) -> _Plan:
     scenes, patch = is_scenes(self.data), encoder.spec.image.patch_size
     size = self._window_size(encoder, 512)
-    steps = self.steps or (300 if scenes else 40_000)
-    every = self.eval_every or (steps if scenes else max(1, steps // 8))
+    layers = self.layers or _LAYERS[self.head]
+    small = scenes and not self.published
+    if small:
+      schedule = probe.Schedule(
+        self.steps or 300, self.batch_size or _PUBLISHED[1], "scenes"
+      )
+    else:
+      schedule = probe.resolve_schedule(
+        _PUBLISHED,
+        images=len(self._set[0].images),
+        steps=self.steps,
+        batch_size=self.batch_size,
+        in_full=self.published,
+      )
+    steps = schedule.steps
+    every = self.eval_every or (steps if small else max(1, steps // 8))
     return _Plan(
       slide=sliding_window.Slide(
         size=size,
@@ -147,11 +198,15 @@ class Segmentation(SegmentationEvaluator):
         multiple=32 if 32 % patch == 0 else patch,
         flips=self.flips,
       ),
-      augment=self.augment or ("none" if scenes else "official"),
-      steps=steps,
+      augment=self.augment or ("none" if small else "official"),
+      schedule=schedule,
       warmup=round(steps * linear_head.WARMUP),
-      rate=self.learning_rate or (1e-2 if scenes else 1e-3),
+      rate=self.learning_rate or (1e-2 if small else 1e-3),
       saved_steps=(*range(every, steps, every), steps),
+      layers=layers,
+      blocks=linear_head.taps(layers, encoder.spec.image.depth),
+      dropout=_DROPOUTS[self.head] if self.dropout is None else self.dropout,
+      conv_features=self.conv_features or (64 if small else conv_head.FEATURES),
     )
 
   def _fit(
@@ -160,7 +215,7 @@ class Segmentation(SegmentationEvaluator):
     """The head with its snapshots, and how many windows it was trained on."""
     train, _ = self._set
     windows: int | str = "crops, drawn at every step"
-    options = {"batch_size": self.batch_size, "seed": self.seed}
+    options = {"batch_size": plan.schedule.batch_size, "seed": self.seed}
     if plan.augment == "none":
       cache = list(self._encode_windows(features, plan.slide))
       windows = sum(len(part["targets"]) for part in cache)
@@ -176,22 +231,24 @@ class Segmentation(SegmentationEvaluator):
           interpolation=plan.slide.interpolation,
         ),
         len(train.images),
-        steps=plan.steps,
+        steps=plan.schedule.steps,
         **options,
       )
-    spec = encoder.spec.image
-    params, state = linear_head.init(
-      spec.width * len(linear_head.taps(self.layers, spec.depth)),
-      train.class_count,
-      seed=self.seed,
+    channels = encoder.spec.image.width * len(plan.blocks)
+    shape = {"seed": self.seed}
+    module = linear_head
+    if self.head == "conv":
+      module, shape["features"] = conv_head, plan.conv_features
+    params, state = module.init(channels, train.class_count, **shape)
+    rate = linear_head.schedule(
+      plan.rate, steps=plan.schedule.steps, warmup=plan.warmup
     )
-    rate = linear_head.schedule(plan.rate, steps=plan.steps, warmup=plan.warmup)
     fitted = probe.fit(
-      linear_head.make_loss(self.dropout),
+      module.make_loss(plan.dropout),
       params,
       batches,
       optimizer=optax.adamw(rate, weight_decay=self.weight_decay),
-      steps=plan.steps,
+      steps=plan.schedule.steps,
       state=state,
       seed=self.seed,
       mesh=encoder.mesh,
@@ -238,18 +295,19 @@ class Segmentation(SegmentationEvaluator):
       "train_hash": train.digest,
       "train_images": len(train.images),
       "augment": augment.PROTOCOL if official else "none",
-      "layers": self.layers,
-      "blocks": list(linear_head.taps(self.layers, encoder.spec.image.depth)),
+      "layers": plan.layers,
+      "blocks": list(plan.blocks),
       "layer_norm": self.norm,
       "tokens": "patches",
-      "head": f"channel dropout {self.dropout}, batch norm, 1x1 convolution",
+      "head": _HEADS[self.head].format(plan),
       "loss": "cross-entropy at crop size, mean over all pixels",
       "optimizer": "AdamW 0.9, 0.999",
       "learning_rate": plan.rate,
       "weight_decay": self.weight_decay,
       "schedule": f"warm-up {plan.warmup}, cosine to 0",
-      "steps": plan.steps,
-      "batch_size": self.batch_size,
+      "steps": plan.schedule.steps,
+      "batch_size": plan.schedule.batch_size,
+      "schedule_length": plan.schedule.why,
       "seed": self.seed,
       "kept_steps": list(plan.saved_steps),
       "selection": "miou: the saved head that is best on the test images; "
@@ -263,7 +321,11 @@ class _Plan:
 
   slide: sliding_window.Slide
   augment: str
-  steps: int
+  schedule: probe.Schedule
   warmup: int
   rate: float
   saved_steps: tuple[int, ...]
+  layers: str
+  blocks: tuple[int, ...]
+  dropout: float
+  conv_features: int

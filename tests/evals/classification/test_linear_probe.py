@@ -177,6 +177,26 @@ def test_too_many_crops_are_cached_by_default(folder, caplog):
   assert probe._augmentation(**(args | {"steps": 100})) == "crops"
 
 
+def test_few_images_are_seen_a_hundred_times(folder):
+  """12 images in 300 steps of 4, instead of 12,500 of 1,024."""
+  options = dict(data=str(folder), rates=(1.0,), blocks=(1,), average=("off",))
+  probe = linear_probe.LinearProbe(**options)
+  result = probe.run(mtv_jax.load("pixels:16/8"))
+  protocol = result.protocol
+  assert (protocol["steps"], protocol["train_batch"]) == (300, 4)
+  assert protocol["augment"] == "none"
+  assert (
+    "100 passes over 12 images, instead of 12500"
+    in (protocol["schedule_length"])
+  )
+  assert result.metrics["top1"] == 1.0
+  published = linear_probe.LinearProbe(**options, published=True)
+  assert published._schedule(12) == (12_500, 1024, "published", False)
+  length = dict(steps=12_500, batch=1024, images=12)
+  assert published._augmentation(**length) == "crops"
+  assert linear_probe.LinearProbe()._schedule(12)[:2] == (300, 256)
+
+
 def test_held_out():
   labels = np.array([0] * 25 + [1] * 10 + [2] * 6 + [3] * 2 + [5])
   rng = np.random.default_rng(0)

@@ -1,5 +1,7 @@
 """Training loop of probes, against NumPy, torch and other meshes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,3 +164,21 @@ def test_batch_norm_is_torchs(affine):
   got = probe.batch_norm_eval(jnp.asarray(x), stats, affine=given, eps=1e-6)
   want = norm(torch.from_numpy(x)).detach()
   np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_schedules_have_at_most_100_passes():
+  resolve = functools.partial(probe.resolve_schedule, (12_500, 1024))
+  # The review's 1,500 photos; 12,500 steps of 1,024 were 8,533 passes.
+  small = resolve(images=1500)
+  assert small[:2] == (300, 500) and small.is_capped
+  assert small.steps * small.batch_size == 100 * 1500
+  assert "instead of 12500 steps of 1024" in small.why
+  assert resolve(images=1500, in_full=True)[:3] == (12_500, 1024, "published")
+  # ImageNet has 10 passes; a tenth of it is the limit.
+  assert resolve(images=1_281_167)[:3] == (12_500, 1024, "published")
+  assert resolve(images=128_000)[:3] == (12_500, 1024, "published")
+  assert resolve(images=127_000)[:2] == (12_403, 1024)
+  # What is given stays.
+  assert resolve(images=1500, steps=7)[:3] == (7, 1024, "given")
+  assert resolve(images=1500, batch_size=1000)[:2] == (150, 1000)
+  assert resolve(images=1)[:2] == (100, 1)

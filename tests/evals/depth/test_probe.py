@@ -334,10 +334,16 @@ def write_nyu(root, train=3, test=2):
 
 
 def test_published_values_for_real_data(tmp_path):
-  evaluator = DepthProbe(data=str(write_nyu(tmp_path, 1, 1)))
+  evaluator = DepthProbe(data=str(write_nyu(tmp_path, 1, 1)), published=True)
   train = evaluator._set("train", 0)
   setup = evaluator._resolve(tower_of(), train)
   assert setup.protocol == PROTOCOLS["linear"]
+  # By default at most 100 passes: of NYUv2's 795 images, not of its 24,231.
+  for images, length in ((24_231, (38_400, 16)), (795, (4969, 16))):
+    some = dataclasses.replace(train, images=Images(len, images))
+    capped = DepthProbe(data="nyu")._resolve(tower_of(), some)
+    assert (capped.protocol.steps, capped.protocol.batch_size) == length
+    assert ("instead of 38400" in capped.schedule.why) == (images == 795)
   assert (setup.protocol.steps, setup.protocol.lr) == (38_400, 3e-4)
   assert (setup.layers, setup.max_depth) == ((11,), 10)
   many = dataclasses.replace(train, images=Images(len, 795))

@@ -16,7 +16,12 @@ from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core import probe, resizing
 from mtv_jax.evals.core.examples import Images, LabelMaps, SegmentationSet
 from mtv_jax.evals.datasets import registry
-from mtv_jax.evals.segmentation import augment, linear_head, sliding_window
+from mtv_jax.evals.segmentation import (
+  augment,
+  conv_head,
+  linear_head,
+  sliding_window,
+)
 from mtv_jax.evals.segmentation.linear_probe import Segmentation
 from mtv_jax.parallel.mesh import make_mesh
 
@@ -166,6 +171,129 @@ def test_folded_heads_equal_batch_norm_and_convolution():
     np.testing.assert_allclose(got[..., i, :], expected, atol=2e-4)
 
 
+def test_heads_read_their_blocks():
+  encoder = PatchColours()
+  image = dataclasses.replace(encoder.spec.image, depth=12)
+  encoder.spec = dataclasses.replace(encoder.spec, image=image)
+  for head, blocks, dropout in (
+    ("linear", (11,), 0.1),
+    ("multilayer", (8, 9, 10, 11), 0.0),
+    ("conv", (2, 5, 8, 11), 0.1),
+  ):
+    plan = Segmentation(head=head)._plan(encoder)
+    assert (plan.blocks, plan.dropout) == (blocks, dropout)
+    plan = Segmentation(head=head, layers="LAST", dropout=0.5)._plan(encoder)
+    assert (plan.blocks, plan.dropout) == ((11,), 0.5)
+  assert Segmentation(head="conv")._plan(encoder).conv_features == 64
+
+
+def shifted(count, *, seed):
+  """Patches of three colours, whose class is the colour of the left one."""
+  rng = np.random.default_rng(seed)
+  cells = rng.integers(0, 3, (count, 4, 5)).astype(np.uint8)
+  big = np.kron(cells, np.ones((1, 8, 8), np.uint8))
+  maps, shown = big[:, :, :-8], big[:, :, 8:]
+  colours = np.uint8([[220, 30, 30], [30, 220, 30], [30, 30, 220]])
+  return dataclasses.replace(
+    stripes(1, seed=0),
+    images=Images(lambda i: colours[shown[i]], count),
+    maps=LabelMaps(lambda i: maps[i], count),
+    digest=f"shifted{seed}",
+  )
+
+
+def test_convolutions_read_neighbours(monkeypatch):
+  """A patch's class is its neighbour's colour: chance for a linear head."""
+  monkeypatch.setattr(
+    registry,
+    "open_segmentation",
+    lambda data, split, count: shifted(60, seed=split == "train"),
+  )
+  options = dict(
+    data="shifted",
+    size=32,
+    layers="LAST",
+    augment="none",
+    steps=80,
+    learning_rate=1e-2,
+    dropout=0.0,
+    conv_features=16,
+  )
+  encoder = PatchColours()
+  linear = Segmentation(**options).run(encoder)
+  conv = Segmentation(head="conv", eval_every=50, **options).run(encoder)
+  assert linear.metrics["aacc"] < 0.45
+  # The first of four columns has no left neighbour.
+  assert 0.75 < conv.metrics["aacc"] < 0.95
+  assert conv.protocol["kept_steps"] == [50, 80]
+  assert "two 3x3 convolutions of 16 channels" in conv.protocol["head"]
+
+
+_STATS = ("mean", "var")
+
+
+@pytest.mark.reference
+def test_convolutional_head_equals_torch():
+  import torch
+
+  rng = np.random.default_rng(0)
+  params, stats = conv_head.init(6, 5, features=8, seed=1)
+  params, stats = jax.tree.map(
+    lambda x: (np.asarray(x) + rng.uniform(0, 0.3, x.shape)).astype(np.float32),
+    (params, stats),
+  )
+
+  def norm(name, affine):
+    layer = torch.nn.BatchNorm2d(len(stats[name]["mean"]))
+    values = (affine["scale"], affine["bias"], *map(stats[name].get, _STATS))
+    targets = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+    for target, value in zip(targets, values, strict=True):
+      target.data.copy_(torch.from_numpy(value))
+    return layer
+
+  layers = [norm("norm", params["norm"])]
+  for name in ("conv1", "conv2"):
+    kernel = params[name]["kernel"]
+    layer = torch.nn.Conv2d(*kernel.shape[2:], 3, padding=1, bias=False)
+    layer.weight.data.copy_(torch.from_numpy(kernel.transpose(3, 2, 0, 1)))
+    layers += [layer, norm(name, params[name]["norm"]), torch.nn.ReLU()]
+  last = torch.nn.Conv2d(8, 5, 1)
+  last.weight.data.copy_(torch.from_numpy(params["kernel"].T[..., None, None]))
+  last.bias.data.copy_(torch.from_numpy(params["bias"]))
+  model = torch.nn.Sequential(*layers, last).eval()
+  x = rng.normal(size=(3, 4, 7, 6)).astype(np.float32)
+  with torch.no_grad():
+    want = model(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+  mesh = make_mesh({"data": 1}, jax.devices()[:1])
+  scores = conv_head.predict_fn([(params, stats)] * 2, mesh=mesh, batch_size=4)
+  got = scores(x)
+  assert got.shape == (3, 4, 7, 2, 5)
+  np.testing.assert_allclose(got[..., 0, :], want.numpy(), atol=1e-5)
+  np.testing.assert_array_equal(got[..., 1, :], got[..., 0, :])
+  # In training: batch statistics, and their running means.
+  model.train()
+  labels = rng.integers(0, 5, (3, 4, 7)).astype(np.uint8)
+  logits = model(torch.from_numpy(x).permute(0, 3, 1, 2))
+  loss = torch.nn.functional.cross_entropy(
+    logits, torch.from_numpy(labels).long()
+  )
+  loss.backward()
+  function = jax.value_and_grad(conv_head.make_loss(0.0), has_aux=True)
+  (value, new), grads = function(
+    params, stats, {"features": x, "targets": labels}, jax.random.key(0)
+  )
+  assert value == pytest.approx(loss.item(), rel=1e-5)
+  np.testing.assert_allclose(
+    grads["conv1"]["kernel"].transpose(3, 2, 0, 1),
+    layers[1].weight.grad.numpy(),
+    atol=1e-5,
+  )
+  for name, layer in (("norm", layers[0]), ("conv2", layers[5])):
+    np.testing.assert_allclose(
+      new[name]["var"], layer.running_var.numpy(), rtol=1e-4
+    )
+
+
 def test_crops_of_pixels_and_labels_are_aligned(monkeypatch):
   monkeypatch.setattr(augment, "distort", lambda image, rng: image)
   data = stripes(1, seed=5)
@@ -256,11 +384,17 @@ def test_colours_are_learned(striped, augment):
 
 
 def test_defaults_of_real_data_are_the_published_ones(striped):
-  plan = Segmentation(data="stripes")._plan(PatchColours())
+  """But for the steps: 8 images are seen 100 times, in batches of 2."""
+  plan = Segmentation(data="stripes", published=True)._plan(PatchColours())
   assert plan.slide == sliding_window.Slide(size=512, stride=341, short=512)
-  assert (plan.steps, plan.warmup, plan.rate) == (40_000, 1500, 1e-3)
+  assert plan.schedule == (40_000, 16, "published", False)
+  assert (plan.warmup, plan.rate) == (1500, 1e-3)
   assert plan.saved_steps == tuple(range(5000, 40_001, 5000))
   assert plan.augment == "official"
+  short = Segmentation(data="stripes")._plan(PatchColours())
+  assert short.schedule[:2] == (400, 2)
+  assert short.warmup == 15 and short.saved_steps == tuple(range(50, 401, 50))
+  assert (short.augment, short.rate) == (plan.augment, plan.rate)
 
 
 def test_invalid_options_are_rejected():
