@@ -13,13 +13,12 @@ token of any task has the same weight is our choice.
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mtv_jax.augment import geometry
 from mtv_jax.augment import random as random_lib
@@ -158,9 +157,8 @@ class Captioning(base.Objective):
       caption,
       jnp.where(valid, decoders.text_length(caption, self.head.eos_id), 0),
     )
-    parallel = jax.vmap(_is_parallel, (0, None))(
-      batch["keys"][self.view], self.parallel
-    )[:, None]  # [b, 1]
+    keys = batch["keys"][self.view]
+    parallel = _draw_parallel(keys, self.parallel)[:, None]  # [b, 1]
     # All inputs are masks, also those of the padding: as in CapPa, the decoder
     # isn't told the length.
     inputs = jnp.where(parallel[..., None], vocabulary.mask, rows.inputs)
@@ -250,7 +248,11 @@ class Captioning(base.Objective):
     return base.Terms(loss=base.WeightedMean(loss, count), report=report)
 
 
-def _is_parallel(key: Array, share: float) -> Bool[Array, ""]:
-  """Whether a row's caption is predicted in parallel, from its view's key."""
-  key = jax.random.fold_in(key, zlib.crc32(b"captioning"))
-  return random_lib.bernoulli(jax.random.uniform(key), share)
+def _draw_parallel(keys: Key[Array, "b"], share: float) -> Bool[Array, " b"]:
+  """Whether each row's caption is predicted in parallel."""
+  keys = random_lib.image_keys(keys, "captioning", 1)
+
+  def draw(key):
+    return random_lib.bernoulli(jax.random.uniform(key), share)
+
+  return jax.vmap(draw)(keys)

@@ -202,8 +202,11 @@ def test_loaded_heads_predict(form, run, encoder, images, tmp_path):
     loaded.ground(images, BOXES).embeddings,
     encoder.ground(images, BOXES).embeddings,
   )
-  inputs = {"phrases": PHRASES}, {"boxes": BOXES}
-  for name, given in zip(("referring", "region_caption"), inputs, strict=True):
+  for name, given in {
+    "caption": {},
+    "referring": {"phrases": PHRASES},
+    "region_caption": {"boxes": BOXES},
+  }.items():
     got = loaded.predict(name, images, **given)
     want = encoder.predict(name, images, **given)
     assert got.keys() == want.keys()

@@ -299,7 +299,7 @@ def test_without_labels_the_loss_is_zero(example):
 def test_the_share_of_parallel_captions():
   keys = jax.random.split(jax.random.key(0), 4000)
   for share in (0.0, 0.5, 0.75, 1.0):
-    drawn = jax.vmap(lambda k, s=share: captioning._is_parallel(k, s))(keys)
+    drawn = captioning._draw_parallel(keys, share)
     bound = 4 * np.sqrt(share * (1 - share) / 4000)
     assert abs(np.mean(drawn) - share) <= bound
 
