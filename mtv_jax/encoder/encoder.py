@@ -146,8 +146,8 @@ class Encoder:
   def __repr__(self) -> str:
     image = self.spec.image
     return (
-      f"Encoder({self.source or 'live'}, {self.weights}, width {image.width}, "
-      f"depth {image.depth}, patch {image.patch_size}, "
+      f"Encoder({self.source or 'live'}, {self.weights} weights, "
+      f"width {image.width}, depth {image.depth}, patch {image.patch_size}, "
       f"input {self.preprocess.size})"
     )
 

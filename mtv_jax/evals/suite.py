@@ -92,7 +92,8 @@ def evaluate(
   evaluators, skipped, failed = run.prepare(chosen, log_fn=log_fn)
   outcomes: list[Outcome] = []
   for name, encoder in encoders.items():
-    log_fn(f"{name}:" if len(encoders) > 1 else f"{encoder!r}")
+    # Which weights: the student's, the teacher's or their average.
+    log_fn(f"{name}: {encoder!r}")
     outcome = Outcome(
       name=name,
       encoder=encoder.source,

@@ -63,9 +63,9 @@ def test_two_evaluations_of_scenes(folder, tmp_path, capsys):
       f"--json={out}",
     ],
   )
-  printed = capsys.readouterr().out
+  printed, said = capsys.readouterr()
   content = json.loads(out.read_text())
-  assert content["weights"] == "student"
+  assert content["weights"] == "student" and "student weights" in said
   assert list(content["evals"]) == ["zero_shot", "retrieval"]
   zero_shot = content["evals"]["zero_shot"]
   assert zero_shot["protocol"]["images"] == 12
@@ -100,6 +100,7 @@ def test_all_evaluations_beside_a_baseline(folder, tmp_path, capsys):
   assert "pixels:16/8" in capsys.readouterr().out
   for outcome in (first, floor):
     for name, result in outcome.results.items():
+      assert result.errors.keys() == result.metrics.keys(), name
       for key in ("data", "data_hash", "encoder", "seconds"):
         assert key in result.protocol, (name, key)
 
@@ -284,6 +285,7 @@ def test_a_failure_does_not_stop_other_evaluations(register, colours, tmp_path):
   register(a={}, b={"runs": "broken"}, c={"runs": "no text"}, d={})
   plan = run.plan(["all"])
   (got,), said = outcomes_of(plan, colours, folder=tmp_path)
+  assert said[0].startswith("colours: ")
   assert list(got.results) == ["a", "d"]
   assert got.skipped == {"c": "this encoder has no text tower"}
   assert got.failed["b"].startswith("RuntimeError: out of memory")

@@ -19,11 +19,11 @@ from typing import Literal
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float32, Float64, UInt8
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.encoder.encoder import Encoder
-from mtv_jax.evals.core import base, examples, ranking
+from mtv_jax.evals.core import base, bootstrap, examples, ranking
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.examples import Data, ImageSet
 from mtv_jax.evals.datasets import registry
@@ -98,8 +98,13 @@ class PatchPca(Evaluator):
           interpolation="bicubic, antialiased (Pillow)",
         ),
       }
-    share = float(pca.share.sum())
-    return Result({"explained_by_3": share}, protocol, sheets=sheets)
+    name, error = "explained_by_3", share_error(patches, mask=mask)
+    return Result(
+      {name: float(pca.share.sum())},
+      protocol,
+      errors={} if error is None else {name: error},
+      sheets=sheets,
+    )
 
   def _row(
     self, encoder: Encoder, image: np.ndarray, colours: np.ndarray
@@ -155,9 +160,7 @@ def principal_components(
   rows = patches[mask].astype(np.float64)
   ranking.check_finite(patches=rows)
   mean = rows.mean(axis=0)
-  centred = rows - mean
-  # The D x D covariance stays small however many patches there are.
-  values, vectors = np.linalg.eigh(centred.T @ centred / len(rows))
+  values, vectors = np.linalg.eigh(_covariance(rows))
   values, vectors = values[::-1].clip(0), vectors[:, ::-1][:, :count]
   largest = np.argmax(np.abs(vectors), axis=0)
   vectors *= np.sign(vectors[largest, np.arange(vectors.shape[1])])
@@ -168,6 +171,36 @@ def principal_components(
     np.pad(components, [(0, 0)] * 3 + [(0, missing)]).astype(np.float32),
     np.pad(share, (0, missing)).astype(np.float32),
   )
+
+
+def _covariance(
+  rows: Float64[np.ndarray, "m d"],
+) -> Float64[np.ndarray, "d d"]:
+  """Covariance of features, small however many patches there are."""
+  centred = rows - rows.mean(axis=0)
+  return centred.T @ centred / len(rows)
+
+
+def share_error(
+  patches: Float32[np.ndarray, "n h w d"],
+  *,
+  mask: Bool[np.ndarray, "n h w"],
+  count: int = 3,
+) -> float | None:
+  """Jackknife error, over the images, of the variance that `count` explain.
+
+  None if fewer than two images have a patch in `mask`.
+  """
+  images = np.flatnonzero(mask.any(axis=(1, 2)))
+  if len(images) < 2:
+    return None
+  shares = []
+  for left_out in images:
+    others = images[images != left_out]
+    rows = patches[others][mask[others]].astype(np.float64)
+    values = np.linalg.eigvalsh(_covariance(rows)).clip(0)
+    shares.append(values[-count:].sum() / max(values.sum(), 1e-300))
+  return bootstrap.jackknife_error(np.array(shares))
 
 
 def foreground(

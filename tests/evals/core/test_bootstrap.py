@@ -47,6 +47,13 @@ def test_error_of_a_ratio_is_that_of_fresh_samples():
   assert got[0] / alone == pytest.approx(np.sqrt(5), rel=0.15)
 
 
+def test_jackknife_of_a_mean_equals_the_closed_form():
+  x = np.random.default_rng(3).normal(size=9)
+  without = np.array([np.delete(x, i).mean() for i in range(9)])
+  want = bootstrap.means({"x": x}).errors["x"]
+  assert bootstrap.jackknife_error(without) == pytest.approx(want)
+
+
 def test_errors_where_nothing_varies():
   right = bootstrap.means({"all": np.ones(8), "none": np.zeros(8)})
   assert right.errors == {"all": 1 / 8, "none": 1 / 8}

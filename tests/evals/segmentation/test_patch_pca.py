@@ -98,6 +98,7 @@ def test_a_sheet_is_drawn_on_request():
   assert result.sheets == {}
   # Three components explain all of three channels.
   assert result.metrics["explained_by_3"] == pytest.approx(1)
+  assert result.errors["explained_by_3"] == pytest.approx(0, abs=1e-6)
   assert result.protocol["final_norm"] is True
   assert result.protocol["grid"] == [4, 4] and result.protocol["images"] == 4
   result = PatchPca(count=4, layer=-2, pictures=3).run(PatchEncoder())
@@ -108,6 +109,24 @@ def test_a_sheet_is_drawn_on_request():
     2 * 200 - 8,
     3,
   )
+
+
+def test_error_of_the_share_is_that_of_fresh_images():
+  rng = np.random.default_rng(0)
+
+  def sample(images=12):
+    scale = np.linspace(2, 1, 6) * rng.lognormal(0, 0.4, (images, 1, 1, 6))
+    x = rng.normal(size=(images, 4, 4, 6)) * scale
+    return x.astype(np.float32)
+
+  mask = np.ones((12, 4, 4), bool)
+  shares = [
+    patch_pca.principal_components(sample(), mask=mask).share.sum()
+    for _ in range(300)
+  ]
+  errors = [patch_pca.share_error(sample(), mask=mask) for _ in range(60)]
+  assert np.mean(errors) == pytest.approx(np.std(shares), rel=0.2)
+  assert patch_pca.share_error(sample(1), mask=mask[:1]) is None
 
 
 def test_any_folder_of_photos(tmp_path, write_image):
