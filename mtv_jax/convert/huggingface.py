@@ -288,6 +288,6 @@ def _export_tokenizer(
 
   tokenizers.export_files(tokenizer, path, length=model.spec.text.length)
   if tokenizer.kind == "json":
-    # The cleaning, now a part of the file too, changes a clean text no more.
+    # The file cleans texts itself now; cleaning twice changes nothing.
     return TokenizerFiles(path / "tokenizer.json", tokenizer.clean)
   return native.copy_tokenizer(path, model.tokenizer)
