@@ -69,7 +69,8 @@ def open_folder(
       )
     root = folder or root
   rows = _list_classes(root)
-  if not rows and len(folders := list_folders(root)) == 1:
+  folders = list_folders(root)
+  if not rows and len(folders) == 1 and not _list_images(root):
     rows = _list_classes(root / folders[0])
   if not rows:
     flat = [(p, _FLAT.match(os.path.basename(p))) for p in _list_images(root)]
