@@ -38,7 +38,8 @@ def get_config(arg=None):
   )
   config.views = views(arg.res, local=96, patch=16)
 
-  # Constant weights, as MTV describes; equal values are our choice.
+  # Constant weights, as MTV describes; equal values are our choice. With the
+  # balance below, each objective has an equal gradient on the encoder.
   config.objectives = dict(
     # The prior of a pod's batch; see configs/siglip_b16_224.py.
     contrastive=dict(weight=1.0, loss_type="sigmoid", init_bias=-10.0),
@@ -77,6 +78,7 @@ def get_config(arg=None):
     )
     config.log.gradients_steps = None
   else:
+    config.balance = dict(every_steps=100)
     config.total_examples = 1_000_000_000
     config.log.gradients_steps = 2000
   return config

@@ -88,4 +88,5 @@ def get_config(arg=None):
   if arg.v2:
     objectives.masked_latent.patches = "all"
     config.teacher.ema = "heads"
+  config.balance = None
   return config

@@ -111,6 +111,15 @@ SCHEMA = dict(
       1.0,
     ),
   ),
+  # Balance of the objectives' gradients on the encoder, see `train/balance.py`.
+  balance=(
+    dict(
+      every=Duration(100, PositiveFloat),
+      decay=(Fraction, 0.8),
+      max_factor=(Annotated[float, Range(min=1)], 100.0),
+    ),
+    None,
+  ),
   # Includes the optimizer's options, see `train/optim.py`.
   optim=Open(
     name=(str, "adamw"),

@@ -34,6 +34,7 @@ from mtv_jax.parallel.mesh import (
   make_mesh,
 )
 from mtv_jax.parallel.rules import check_sharding_rules, sharding_table
+from mtv_jax.train import balance as balance_lib
 from mtv_jax.train import optim, param_rules
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.step import Program, make_program
@@ -140,6 +141,7 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
     seed=config.seed,
     total_steps=total_steps,
     init=config.model.init,
+    balance=_balance(config.balance, length),
     teacher_momentum=config.teacher.momentum,
     teacher_end=config.teacher.end,
     teacher_ema=config.teacher.ema,
@@ -216,6 +218,15 @@ def read_teacher_models(config: ConfigDict) -> None:
         f"{ours.mean} and {ours.std}. Train with the teacher's."
       )
     entry.model = model.spec.to_dict()["image"]
+
+
+def _balance(
+  section: ConfigDict | None, length: schema.RunLength
+) -> balance_lib.Balance | None:
+  if section is None:
+    return None
+  every = length.steps("every", section)
+  return balance_lib.Balance(every, section.decay, section.max_factor)
 
 
 def _weight(

@@ -141,6 +141,7 @@ def compute_losses(
   params, state = _gather(spec, {"heads": params}, state, mesh)
   heads = bind_heads(spec, params["heads"], state)
   total, terms = jnp.zeros(()), {}
+  weights = spec.loss_weights(state.step, state.balance)
   for name, objective in spec.objectives.items():
     start = spec.weights[name].start
     context = base.Context(
@@ -151,8 +152,7 @@ def compute_losses(
     )
     with jax.named_scope(name):
       terms[name] = objective.loss(loss_inputs[name], heads, context)
-    weight = spec.weights[name](state.step)
-    total = total + weight * terms[name].loss.value()
+    total = total + weights[name] * terms[name].loss.value()
   return total, terms
 
 

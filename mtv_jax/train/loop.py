@@ -16,7 +16,10 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer, Restored
-from mtv_jax.checkpoint.partial_restore import merge_params
+from mtv_jax.checkpoint.partial_restore import (
+  CheckpointMismatchError,
+  merge_params,
+)
 from mtv_jax.config import schema
 from mtv_jax.data import pipeline
 from mtv_jax.encoder import loading
@@ -183,7 +186,17 @@ def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
         keep_every=config.checkpoint.keep_every,
       )
     )
-    saved = checkpoints.restore(experiment.program.abstract)
+    try:
+      saved = checkpoints.restore(experiment.program.abstract)
+    except CheckpointMismatchError as error:
+      if not re.search(r"[+-] balance/", str(error)):
+        raise
+      state = "set" if config.balance else "not set"
+      raise ConfigError(
+        f"config.balance is {state}, unlike in the training of {workdir} so "
+        "far. Resume with its own config.balance (--config.balance=None for "
+        "none), or take another workdir."
+      ) from error
     if saved is not None:
       chrono.from_dict(saved.timing)
     first = saved.step if saved is not None else 0
@@ -280,9 +293,13 @@ class _Trainer:
       log.info("Step %d copies the EMA teacher to %s.", step, ", ".join(due))
       self.state = program.update_teachers(self.state, due)
     norms = {}
-    if norms_every and step % norms_every == 0:
+    logged = norms_every is not None and step % norms_every == 0
+    measured = spec.measures_balance(step - 1)
+    if logged or measured:
       with self.chrono.pause():
         norms = program.encoder_norms(self.state, batch, self.active)
+        if measured:
+          self.state = program.rebalance(self.state, norms)
         norms = jax.device_get(norms)
     self.state, self.values = program.update(self.state, batch, self.active)
     # Two steps in flight keep the devices busy; more would only take memory.

@@ -100,11 +100,12 @@ def make_update_fn(
       "grad_norm": optax.tree.norm(grads),
       "update_norm": optax.tree.norm(updates),
     }
+    weights = active_spec.loss_weights(state.step, state.balance)
     statistics = dict(state.statistics)
     for name, term in terms.items():
       statistics[name] = {**statistics[name], **term.statistics}
       metrics[f"{name}/loss"] = term.loss.value()
-      metrics[f"{name}/weight"] = active_spec.weights[name](state.step)
+      metrics[f"{name}/weight"] = weights[name]
       for key, mean in term.report.items():
         metrics[f"{name}/{key}"] = mean.value()
     return TrainState(
@@ -115,6 +116,7 @@ def make_update_fn(
       ema=ema,
       statistics=statistics,
       teachers=state.teachers,
+      balance=state.balance,
     ), metrics
 
   return update
@@ -194,6 +196,21 @@ class Program:
       return gradients.encoder_grad_norms(spec, state, batch, self.mesh)
 
     return self._jit(norms, replicated_sharding(self.mesh), static_argnums=2)
+
+  @functools.cached_property
+  def _balance_update(self) -> Any:
+    def update(balance, norms, step):
+      weights = {name: self.spec.weights[name](step) for name in norms}
+      return self.spec.balance.update(balance, norms, weights)
+
+    return jax.jit(update, out_shardings=self.shardings.balance)
+
+  def rebalance(
+    self, state: TrainState, norms: Mapping[str, Array]
+  ) -> TrainState:
+    """Updates the running gradient norms with those of `encoder_norms`."""
+    balance = self._balance_update(state.balance, norms, state.step)
+    return state.replace(balance=balance)
 
   def restart_teacher(self, state: TrainState) -> TrainState:
     """Copies the student to the teacher before its first use, in place."""

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from mtv_jax.augment import views as views_lib
 from mtv_jax.models import two_tower as model_lib
 from mtv_jax.objectives import base
+from mtv_jax.train import balance as balance_lib
 from mtv_jax.train import encodings
 from mtv_jax.train.state import TrainState
 from mtv_jax.utils.errors import ConfigError
@@ -98,6 +99,8 @@ class StepSpec:
   teachers: Mapping[str, FrozenTeacher] = dataclasses.field(
     default_factory=dict
   )
+
+  balance: balance_lib.Balance | None = None
 
   def __post_init__(self):
     if not self.objectives:
@@ -196,6 +199,21 @@ class StepSpec:
       objectives={name: self.objectives[name] for name in names},
       weights={name: self.weights[name] for name in names},
     )
+
+  def measures_balance(self, step: int) -> bool:
+    """Whether to measure norms before the update after `step` others."""
+    if self.balance is None:
+      return False
+    starts = step > 0 and self.active(step) != self.active(step - 1)
+    return starts or step % self.balance.every == 0
+
+  def loss_weights(self, step: Any, norms: PyTree) -> dict[str, Array]:
+    """Each objective's weight in the total loss; `norms`: `state.balance`."""
+    weights = {name: weight(step) for name, weight in self.weights.items()}
+    if self.balance is None:
+      return weights
+    factors = self.balance.factors(norms)
+    return {name: factors[name] * w for name, w in weights.items()}
 
   def teacher_starts(self, step: int) -> bool:
     """Whether a teacher is first read in the update after `step` others."""
@@ -321,6 +339,7 @@ def init_state(
     ema=copy(params) if spec.ema_decay is not None else {},
     statistics={n: o.initial_statistics() for n, o in spec.objectives.items()},
     teachers={n: frozen(n, t) for n, t in spec.teachers.items()},
+    balance={n: jnp.zeros(()) for n in spec.objectives if spec.balance},
   )
 
 

@@ -1,0 +1,198 @@
+"""Balance of gradients against NumPy, on meshes, resumed, and its bound."""
+
+import dataclasses
+import functools
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import trainings
+
+from mtv_jax.augment import views
+from mtv_jax.config import schema
+from mtv_jax.models.two_tower import ModelSpec
+from mtv_jax.objectives import build_objective
+from mtv_jax.parallel.mesh import MESH_AXES, make_mesh, shard_batch
+from mtv_jax.train.balance import Balance
+from mtv_jax.train.loop import train
+from mtv_jax.train.step import make_program
+from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
+
+NAMES = ("contrastive", "distillation", "late")
+
+
+def scalars(values):
+  return {n: jnp.float32(v) for n, v in zip(NAMES, values, strict=False)}
+
+
+def test_factors_are_the_geometric_mean_over_the_norm():
+  factors = Balance(max_factor=10.0).factors(scalars([4.0, 1.0, 0.0]))
+  np.testing.assert_allclose(list(factors.values()), [0.5, 2.0, 1.0])
+  # Bounded, and 1 before any measurement.
+  factors = Balance(max_factor=10.0).factors(scalars([1e6, 1e-6]))
+  np.testing.assert_allclose(list(factors.values()), [0.1, 10], rtol=1e-6)
+  assert set(map(float, Balance().factors(scalars([0, 0])).values())) == {1.0}
+
+
+def test_measurements_enter_a_geometric_mean_without_weight_and_factor():
+  balance, weights = Balance(decay=0.25), scalars([0.5, 2.0])
+  norms = balance.update(
+    scalars([0, 0, 0]), scalars([8.0, 2.0]), weights
+  )  # Factors are 1.
+  np.testing.assert_allclose(list(norms.values()), [16.0, 1.0, 0.0])
+  # Factors 1/4 and 4: raw norms of 4 and 1/2.
+  norms = balance.update(norms, scalars([0.5, 4.0]), weights)
+  expected = [16**0.25 * 4**0.75, 0.5**0.75, 0.0]
+  np.testing.assert_allclose(list(norms.values()), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_a_batch_without_labels_changes_no_running_norm(value):
+  old = scalars([4.0, 1.0, 0.0])
+  new = Balance().update(old, scalars([value, 1.0, value]), scalars([1] * 3))
+  assert new["contrastive"] == 4 and new["late"] == 0
+  assert new["distillation"] != 1  # 1 / factor 2.
+  assert Balance().update(old, scalars([1.0]), scalars([0]))["contrastive"] == 4
+
+
+def make_spec(**changes):
+  """Contrast and DINO on one view."""
+  model = ModelSpec.from_config(
+    dict(
+      variant="mu/8",
+      image_size=16,
+      text=dict(variant="mu", length=8, vocab_size=32),
+    )
+  )
+  dino = dict(
+    view_global="image", view_local=None, same_crop="include", prototypes=8
+  )
+  spec = StepSpec(
+    model=model,
+    dtype="float32",
+    objectives={
+      "contrastive": build_objective("contrastive", dict(init_bias=-2.0)),
+      "distillation": build_objective("distillation", dino),
+    },
+    weights={
+      "contrastive": ObjectiveWeight(1.0),
+      "distillation": ObjectiveWeight(0.5),
+    },
+    views=views.build_views({"image": dict(count=1, ops="resize(16)")}),
+    seed=0,
+    total_steps=100,
+    balance=Balance(every=10),
+  )
+  return dataclasses.replace(spec, **changes)
+
+
+def make_batch(rows=16):
+  rng = np.random.default_rng(0)
+  return {
+    "image": rng.integers(0, 256, (rows, 24, 24, 3), dtype=np.uint8),
+    "image_size": np.full((rows, 2), 24, np.int32),
+    "caption": rng.integers(2, 32, (rows, 8), dtype=np.int32),
+    "caption_valid": np.arange(rows) < rows - 3,
+  }
+
+
+def balanced_step(spec, shape):
+  """Norms before and after the balance, running norms, and metrics."""
+  mesh = make_mesh(
+    dict(zip(MESH_AXES, shape, strict=True)), jax.devices()[: math.prod(shape)]
+  )
+  program = make_program(spec, optax.sgd(0.1), mesh)
+  params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
+  state, batch = program.init(params), shard_batch(make_batch(), mesh)
+  active = tuple(spec.objectives)
+  before = program.encoder_norms(state, batch, active)
+  state = program.rebalance(state, before)
+  after = program.encoder_norms(state, batch, active)
+  running = jax.device_get(state.balance)  # The update donates it.
+  state, metrics = program.update(state, batch, active)
+  return jax.device_get((before, after, running, metrics))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  return balanced_step(make_spec(), (1, 1, 1))
+
+
+def test_balanced_norms_have_the_ratio_of_the_weights(one_device):
+  before, after, running, metrics = one_device
+  raw = before["contrastive"], before["distillation"] / 0.5
+  mean = math.sqrt(raw[0] * raw[1])
+  np.testing.assert_allclose(list(running.values()), raw, rtol=1e-5)
+  np.testing.assert_allclose(after["contrastive"], mean, rtol=1e-4)
+  np.testing.assert_allclose(after["distillation"], 0.5 * mean, rtol=1e-4)
+  weights = [metrics[f"{name}/weight"] for name in running]
+  expected = [mean / raw[0], 0.5 * mean / raw[1]]
+  np.testing.assert_allclose(weights, expected, rtol=1e-5)
+  total = sum(
+    w * metrics[f"{n}/loss"] for n, w in zip(running, weights, strict=True)
+  )
+  np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "case", [pytest.param("mesh", marks=pytest.mark.slow), "accumulated"]
+)
+def test_meshes_and_accumulation_balance_as_one_device(one_device, case):
+  accumulate = 2 if case == "accumulated" else 1
+  shape = (2, 2, 2) if case == "mesh" else (1, 1, 1)
+  actual = balanced_step(make_spec(accumulate=accumulate), shape)
+  for tree, expected in zip(actual, one_device, strict=True):
+    for name, value in expected.items():
+      np.testing.assert_allclose(
+        tree[name], value, rtol=2e-4, atol=1e-6, err_msg=name
+      )
+
+
+def test_norms_are_measured_as_a_function_of_the_step():
+  late = {
+    "contrastive": ObjectiveWeight(1.0),
+    "distillation": ObjectiveWeight(1.0, start=13),
+  }
+  spec = make_spec(weights=late)
+  steps = [s for s in range(30) if spec.measures_balance(s)]
+  assert steps == [0, 10, 13, 20]
+  assert not make_spec(balance=None).measures_balance(0)
+
+
+def config_of(**changes):
+  config = schema.read_config(str(trainings.CONFIG))
+  config.update(
+    total_steps=4,
+    evals={},
+    balance=dict(every_steps=2, decay=0.5),
+    checkpoint=dict(every_steps=3, keep=5),
+    **changes,
+  )
+  config.objectives.distillation = dict(
+    view_global="image",
+    view_local=None,
+    same_crop="include",
+    prototypes=8,
+    hidden=8,
+    bottleneck=4,
+  )
+  return config
+
+
+def test_a_resumed_run_is_bit_equal_and_an_unbalanced_one_is_told_apart(
+  tmp_path,
+):
+  state = train(config_of(), tmp_path / "run")
+  assert set(state.balance) == {"contrastive", "distillation"}
+  assert all(value > 0 for value in state.balance.values())
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+  resumed = train(config_of(), tmp_path / "run")
+  jax.tree.map(np.testing.assert_array_equal, resumed, state)
+  config = config_of()
+  config.balance = None
+  with pytest.raises(ValueError, match="config.balance is not set, unlike"):
+    train(config, tmp_path / "run")
