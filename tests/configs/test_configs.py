@@ -54,9 +54,18 @@ def test_tiny_needs_nothing_but_the_scenes(file, tmp_path):
     assert set(built.step_spec.fields()) <= set(loader.fields)
 
 
-@every
-def test_the_whole_recipe_is_a_config(file):
-  config = schema.check_config(schema.read_config(str(file)))
+@pytest.mark.parametrize(
+  "name",
+  [
+    *(file.stem for file in FILES),
+    "dinov2_l16:long",
+    "dinov3_l16:gram",
+    "dinov3_l16:highres",
+    "tips_b14:v2",
+  ],
+)
+def test_the_whole_recipe_is_a_config(name):
+  config = schema.check_config(schema.read_config(name))
   assert schema.check_config(config) == config
   spec = models.ModelSpec.from_config(config.model)
   built_views = views.build_views(config.views.to_dict())
@@ -135,6 +144,7 @@ def test_siglip_is_trained_as_published(name, shape, size):
   assert (image.width, image.depth) == {"B": (768, 12), "L": (1024, 24)}[shape]
   assert (image.patch_size, image.image_size) == (16, size)
   assert config.batch_size == 32_768 and config.optim.lr == 1e-3
+  assert config.total_examples == 40e9
   assert config.optim.weight_decay * config.optim.lr == pytest.approx(1e-4)
   length = schema.RunLength.from_config(config)
   warmup = length.steps("warmup", config.schedule)
