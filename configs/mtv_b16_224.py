@@ -9,14 +9,37 @@ Command, on every host of a TPU pod, with label sets of `mtv-jax label` or
     --config.data.train[0].labels.depth=/data/web_depth \
     --config.data.train[0].labels.boxes=/data/web_boxes
 
+Published values: the abstract, the repository Becomebright/MTV at 39af761 and
+its model card; rows marked * are second-hand, of readers' notes.
+
+  hyper-parameter     published                    ours
+  towers              SigLIP's B/16, MAP, 224;     =
+                      32k SentencePiece
+  data                100M images, not released    path of the user's
+  contrast*           sigmoid, weight not stated   weight 1
+  self-supervision*   self-distillation and        DINO and iBOT, weights 1
+                      masked prediction
+    heads, targets    not stated                   65,536 prototypes, Sinkhorn
+    KoLeo             not stated                   0.1 in 64 rows, DINOv2's
+    masks, crops      not stated                   half of the patches; 1 global
+                                                   crop, 8 local, as SigLIP 2
+    momentum          not stated                   0.994, constant as in SILC
+  depth               of Depth Anything V2; DPT*   =, weight 1
+    loss              not stated                   see objectives/depth.py
+  grounding           of OWLv2; prompter of boxes  =, weight 1
+                      and the sigmoid loss*
+  weights*            constant                     equal shares of the encoder's
+                                                   gradient (config.balance)
+  optimizer, batch    not stated                   SigLIP's, 16,384
+  examples seen       not stated                   1B
+
 Hardware and time: batch 16,384 fits 256 chips of v5e, 64 images per chip, with
 full rematerialisation (margins in docs/pods.md; set `accumulate` on fewer
 chips). Not trained to completion here; no time given.
 
 Expected: the released MTV B/16, trained on 100 million images (epochs are not
 published), reaches 69.5 % zero-shot on ImageNet and an RMSE of 0.469 m on
-NYUv2 (MTV, Table 5). Weights, views, rates and schedule are not published:
-values below that are not SigLIP's or DINOv2's are our choice.
+NYUv2 (MTV, Table 5).
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes;
 configs/mtv_tiny.py is the recipe for a CPU.
