@@ -278,9 +278,10 @@ def test_convolutional_head_equals_torch():
     logits, torch.from_numpy(labels).long()
   )
   loss.backward()
+  batch = {"features": x, "targets": labels}
   function = jax.value_and_grad(conv_head.make_loss(0.0), has_aux=True)
   (value, new), grads = function(
-    params, stats, {"features": x, "targets": labels}, jax.random.key(0)
+    params, stats, jax.tree.map(jnp.asarray, batch), jax.random.key(0)
   )
   assert value == pytest.approx(loss.item(), rel=1e-5)
   np.testing.assert_allclose(
