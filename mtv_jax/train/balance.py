@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Balance:
     norms: Mapping[str, Float[Array, ""]],
     measured: Mapping[str, Float[Array, ""]],
     weights: Mapping[str, Float[Array, ""]],
+    count: Int[Array, ""] | int,
   ) -> dict[str, Float[Array, ""]]:
     """The running means after a measurement.
 
@@ -52,7 +53,11 @@ class Balance:
         One of 0, as of a batch without its labels, or one that is not finite
         changes nothing.
       weights: the weights of these objectives.
+      count: the number of earlier measurements. The decay is at most
+        (1 + count) / (10 + count), as the norms at the start are far from
+        later ones.
     """
+    decay = jnp.minimum(self.decay, (1.0 + count) / (10.0 + count))
     factors, new = self.factors(norms), dict(norms)
     for name, value in measured.items():
       scale = weights[name] * factors[name]
@@ -62,6 +67,6 @@ class Balance:
       valid = jnp.isfinite(value) & (value > 0)
       value = jnp.where(valid, value, 1.0)
       old = norms[name]
-      mean = old**self.decay * value ** (1.0 - self.decay)
+      mean = old**decay * value ** (1.0 - decay)
       new[name] = jnp.where(valid, jnp.where(old > 0, mean, value), old)
     return new

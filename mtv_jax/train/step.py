@@ -201,7 +201,8 @@ class Program:
   def _balance_update(self) -> Any:
     def update(balance, norms, step):
       weights = {name: self.spec.weights[name](step) for name in norms}
-      return self.spec.balance.update(balance, norms, weights)
+      count = step // self.spec.balance.every
+      return self.spec.balance.update(balance, norms, weights, count)
 
     return jax.jit(update, out_shardings=self.shardings.balance)
 

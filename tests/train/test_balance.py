@@ -2,8 +2,12 @@
 
 import dataclasses
 import functools
+import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +45,13 @@ def test_factors_are_the_geometric_mean_over_the_norm():
 def test_measurements_enter_a_geometric_mean_without_weight_and_factor():
   balance, weights = Balance(decay=0.25), scalars([0.5, 2.0])
   norms = balance.update(
-    scalars([0, 0, 0]), scalars([8.0, 2.0]), weights
+    scalars([0, 0, 0]), scalars([8.0, 2.0]), weights, 0
   )  # Factors are 1.
   np.testing.assert_allclose(list(norms.values()), [16.0, 1.0, 0.0])
   # Factors 1/4 and 4: raw norms of 4 and 1/2.
-  norms = balance.update(norms, scalars([0.5, 4.0]), weights)
+  early = balance.update(norms, scalars([0.5, 4.0]), weights, 0)
+  np.testing.assert_allclose(early["distillation"], 0.5**0.9, rtol=1e-6)
+  norms = balance.update(norms, scalars([0.5, 4.0]), weights, 50)
   expected = [16**0.25 * 4**0.75, 0.5**0.75, 0.0]
   np.testing.assert_allclose(list(norms.values()), expected, rtol=1e-6)
 
@@ -53,10 +59,12 @@ def test_measurements_enter_a_geometric_mean_without_weight_and_factor():
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_a_batch_without_labels_changes_no_running_norm(value):
   old = scalars([4.0, 1.0, 0.0])
-  new = Balance().update(old, scalars([value, 1.0, value]), scalars([1] * 3))
+  weights = scalars([1, 1, 1])
+  new = Balance().update(old, scalars([value, 1.0, value]), weights, 3)
   assert new["contrastive"] == 4 and new["late"] == 0
   assert new["distillation"] != 1  # 1 / factor 2.
-  assert Balance().update(old, scalars([1.0]), scalars([0]))["contrastive"] == 4
+  unweighted = Balance().update(old, scalars([1.0]), scalars([0]), 3)
+  assert unweighted["contrastive"] == 4
 
 
 def make_spec(**changes):
@@ -196,3 +204,50 @@ def test_a_resumed_run_is_bit_equal_and_an_unbalanced_one_is_told_apart(
   config.balance = None
   with pytest.raises(ValueError, match="config.balance is not set, unlike"):
     train(config, tmp_path / "run")
+
+
+def mean_norms(workdir, after):
+  """Geometric means of the logged norms, and those without the factors."""
+  rows = trainings.rows(workdir)
+  config = json.loads((workdir / "config.json").read_text())["objectives"]
+  weights = {name: entry["weight"] for name, entry in config.items()}
+  balanced, plain = {n: [] for n in weights}, {n: [] for n in weights}
+  used = dict(weights)  # In the update before: config weights at the start.
+  for row in rows:
+    if "contrastive/weight" not in row:
+      continue
+    for name in weights:
+      norm = row.get(f"{name}/encoder_grad_norm")
+      if norm and row["step"] > after:
+        balanced[name].append(norm)
+        plain[name].append(norm * weights[name] / used[name])
+      used[name] = row[f"{name}/weight"]
+  return [
+    {name: float(np.exp(np.mean(np.log(v)))) for name, v in norms.items()}
+    for norms in (balanced, plain)
+  ]
+
+
+@pytest.mark.slow
+def test_no_gradient_is_ten_times_another_in_mtv_tiny(tmp_path):
+  """The table of docs/results.md; means, as a batch of 16 scatters."""
+  command = [
+    sys.executable,
+    "-m",
+    "mtv_jax.main",
+    "--config=configs/mtv_tiny.py:steps=100,batch=16",
+    f"--workdir={tmp_path}",
+    "--config.evals=None",
+    "--config.objectives.masked_pixels=None",
+    "--config.log.gradients_steps=10",
+    "--config.balance=dict(every_steps=10)",
+  ]
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  subprocess.run(command, cwd=trainings.ROOT, env=env, check=True)
+  balanced, plain = mean_norms(tmp_path, after=30)
+  print(f"balanced: {balanced}\nwithout factors: {plain}")
+  for row in trainings.rows(tmp_path):
+    norms = [v for k, v in row.items() if k.endswith("encoder_grad_norm")]
+    if norms:
+      print(f"step {row['step']}: ratio {max(norms) / min(norms):.1f}")
+  assert max(balanced.values()) <= 10 * min(balanced.values())
