@@ -5,9 +5,9 @@ image squashed to a square. Pixels, dense maps and boxes of a view are computed
 from one box and one bit (flipped), so that they are aligned.
 
 Resampling is two small matrix products: rows, then columns. The weights are
-those of Pillow's `resize(size, BILINEAR, box=...)`: a triangle as wide as an
-output pixel where the image shrinks, which may extend past the box into the
-canvas.
+those of Pillow's `resize(size, method, box=...)`: a kernel that is stretched to
+an output pixel where the image shrinks, which may extend past the box into the
+canvas (torchvision cuts the crop out first, and the kernel at its border).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,10 @@ from mtv_jax.config.options import (
   PositiveFraction,
   PositiveInt,
 )
+
+# Kernels: a triangle, and Keys' cubic convolution (1981) with a = -0.5, as
+# Pillow's. torchvision's default is bilinear; DINOv2 and MAE crop bicubic.
+Method = Literal["bilinear", "bicubic"]
 
 # torchvision's RandomResizedCrop tries as many boxes before it gives up.
 CANDIDATES = 10
@@ -47,10 +51,15 @@ class BoxOp(ViewOp):
     """Samples a view's box on the canvas, for an image's height and width."""
     raise NotImplementedError(f"{type(self).__name__} lacks box()")
 
+  # Of resampling. Not annotated, as a field it would precede those of the ops.
+  method = "bilinear"
+
 
 @dataclasses.dataclass(frozen=True)
 class Resize(BoxOp, name="resize"):
-  """`resize(S)`: the whole canvas, `S` x `S` pixels."""
+  """`resize(S, method)`: the whole canvas, `S` x `S` pixels."""
+
+  method: Method = "bilinear"
 
   def num_uniforms(self, size: int) -> int:
     return 0
@@ -64,7 +73,7 @@ class Resize(BoxOp, name="resize"):
 
 @dataclasses.dataclass(frozen=True)
 class Crop(BoxOp, name="crop"):
-  """`crop(S, min_area, max_area, ratio)`: a random crop, `S` x `S` pixels.
+  """`crop(S, min_area, max_area, ratio, method)`: a random crop, `S` x `S`.
 
   Area and aspect ratio have the distribution of torchvision's
   RandomResizedCrop, in the geometry of the original image (a square of the
@@ -76,6 +85,7 @@ class Crop(BoxOp, name="crop"):
   max_area: PositiveFraction = 1.0
   # Range of width over height, sampled log-uniformly.
   ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+  method: Method = "bilinear"
 
   def __post_init__(self):
     check_ascending("areas", self.min_area, self.max_area)
@@ -128,8 +138,9 @@ def resample_matrix(
   *,
   source: int,
   target: int,
+  method: str = "bilinear",
 ) -> Float[Array, "target source"]:
-  """Antialiased linear resampling of one axis, as a matrix.
+  """Antialiased resampling of one axis, as a matrix.
 
   The output pixels lie from `start` to `stop` in the unit interval; the axis is
   mirrored where `stop` is below `start`. Rows sum to one, in float32; no
@@ -141,8 +152,14 @@ def resample_matrix(
   # In source pixels: an output pixel is never narrower than one of them.
   radius = jnp.maximum(jnp.abs(step) * source, 1.0)
   distance = jnp.abs(centres[:, None] - pixels[None, :]) * source
-  triangle = jnp.maximum(1.0 - distance / radius, 0.0)
-  return triangle / triangle.sum(axis=1, keepdims=True)
+  if method == "bicubic":
+    x = distance / radius
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = ((2.5 - 0.5 * x) * x - 4.0) * x + 2.0
+    weights = jnp.where(x <= 1.0, near, jnp.where(x < 2.0, far, 0.0))
+  else:
+    weights = jnp.maximum(1.0 - distance / radius, 0.0)
+  return weights / weights.sum(axis=1, keepdims=True)
 
 
 def separable_product(
@@ -167,6 +184,7 @@ def resample(
   flipped: Bool[Array, ""],
   *,
   size: int,
+  method: str = "bilinear",
 ) -> Float[Array, "c {size} {size}"]:
   """The box of `planes` as `size` x `size` pixels, antialiased.
 
@@ -178,9 +196,9 @@ def resample(
   right = jnp.where(flipped, x0, x1)
   height, width = planes.shape[1:]
   return separable_product(
-    resample_matrix(y0, y1, source=height, target=size),
+    resample_matrix(y0, y1, source=height, target=size, method=method),
     planes,
-    resample_matrix(left, right, source=width, target=size),
+    resample_matrix(left, right, source=width, target=size, method=method),
   )
 
 

@@ -9,7 +9,8 @@ A view is a named transform of the stored canvas, written as an op string
   blocks(min, max, p) | keep(ratio)         masked or visible patches
 
 Labels are transformed by `geometry.crop_maps` and `geometry.crop_boxes`. Values
-are in [-1, 1], as SigLIP and big_vision normalise: `x / 127.5 - 1`.
+are in [-1, 1], as SigLIP and big_vision normalise, `x / 127.5 - 1`, or have
+another mean and deviation, `config.model.image_mean` and `image_std`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class ViewBatch:
   Its types are not checked: transforms rebuild it with shapes and shardings.
   """
 
-  images: Any  # [b, n, size, size, 3] in [-1, 1], in the compute dtype.
+  images: Any  # [b, n, size, size, 3], normalised, in the compute dtype.
   box: Any  # float32 [b, n, 4], (y0, x0, y1, x1) in the canvas's unit square.
   flipped: Any  # bool [b, n], whether the box is then mirrored.
   mask: Any = None  # bool [b, n, patches], True where `blocks` masks a patch.
@@ -61,6 +62,9 @@ class Pipeline:
   flip: geometry.Flip | None = None
   photometrics: tuple[PhotometricOp, ...] = ()
   mask: MaskOp | None = None
+  # Of the channels in 0..1, to normalise with; these give [-1, 1].
+  mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+  std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
   @property
   def size(self) -> int:
@@ -108,7 +112,7 @@ class Pipeline:
     if self.mask is not None:
       patches[self.mask.field] = self.mask(of_mask, masked, size=self.size)
     return ViewBatch(
-      images=jnp.moveaxis(image, 0, -1).astype(planes.dtype),
+      images=self._normalize(jnp.moveaxis(image, 0, -1)).astype(planes.dtype),
       box=box,
       flipped=flipped,
       **patches,
@@ -118,7 +122,20 @@ class Pipeline:
     resize = isinstance(self.box_op, geometry.Resize)
     if resize and planes.shape[1] == self.size:
       return jnp.where(flipped, planes[..., ::-1], planes).astype(jnp.float32)
-    return geometry.resample(planes, box, flipped, size=self.size)
+    method = self.box_op.method
+    image = geometry.resample(
+      planes, box, flipped, size=self.size, method=method
+    )
+    # A cubic kernel overshoots.
+    return jnp.clip(image, -127.5, 127.5) if method == "bicubic" else image
+
+  def _normalize(self, image):
+    """Normalises values in [-1, 1], float32 [size, size, 3]."""
+    if {*self.mean, *self.std} == {0.5}:
+      return image
+    mean, std = np.asarray(self.mean), np.asarray(self.std)
+    scale, offset = (0.5 / std, (0.5 - mean) / std)
+    return image * np.float32(scale) + np.float32(offset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,12 +248,18 @@ def _run_pipeline(
   return jax.vmap(row)(planes, image_size, keys, masked)
 
 
-def build_views(config: Mapping[str, Any]) -> dict[str, View]:
+def build_views(
+  config: Mapping[str, Any],
+  *,
+  mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+  std: tuple[float, ...] = (0.5, 0.5, 0.5),
+) -> dict[str, View]:
   """The views of `config.views`: `NAME: dict(count, ops, crops_of)`.
 
   `ops` is one string for all, or a list with one string for each of `count`.
   `crops_of` names a view whose crops and flips this one repeats, at its own
-  size: both start with the same crop and flip but for the size.
+  size: both start with the same crop and flip but for the size. `mean` and
+  `std` are those of the channels in 0..1.
 
   Raises:
     ConfigError: for unknown options or ops, wrong arguments, ops in a wrong
@@ -245,7 +268,9 @@ def build_views(config: Mapping[str, Any]) -> dict[str, View]:
   """
   views = {
     name: options.build(
-      functools.partial(_build_view, name), entry, where=f"config.views.{name}"
+      functools.partial(_build_view, name, mean, std),
+      entry,
+      where=f"config.views.{name}",
     )
     for name, entry in config.items()
   }
@@ -275,6 +300,8 @@ def _check_crops_of(view: View, views: Mapping[str, View]) -> None:
 
 def _build_view(
   name: str,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
   *,
   ops: str | Sequence[str],
   count: PositiveInt | None = None,
@@ -289,9 +316,10 @@ def _build_view(
   pipelines = []
   for text in texts:
     try:
-      pipelines.append(build_pipeline(text))
+      pipeline = build_pipeline(text)
     except ConfigError as e:
       raise ConfigError(f"ops {text!r}: {e}") from None
+    pipelines.append(dataclasses.replace(pipeline, mean=mean, std=std))
   if not pipelines:
     raise ConfigError("ops is empty.")
   _check_stackable(pipelines)

@@ -85,6 +85,9 @@ SCHEMA = dict(
     remat=(str, "none"),
     scan=(bool, True),
     init=(str, "big_vision"),  # See `models/init.py`.
+    # Of the channels in 0..1, or one number for all three.
+    image_mean=(float | tuple[float, float, float], 0.5),
+    image_std=(float | tuple[float, float, float], 0.5),
     # Of the image tower in training: see `layers.drop_path_scales`.
     drop_path=(Annotated[float, Range(min=0, below=1)], 0.0),
     drop_path_uniform=(bool, True),
@@ -208,6 +211,7 @@ def check_config(config: Config) -> ConfigDict:
       of range; names the full key.
   """
   resolved = _section("config", SCHEMA, overrides.to_plain(config))
+  pixel_statistics(resolved["model"])
   train = resolved["data"]["train"]
   for i, source in enumerate(train):
     if not isinstance(source, Mapping) or "type" not in source:
@@ -218,6 +222,27 @@ def check_config(config: Config) -> ConfigDict:
   if not train:
     raise ConfigError("config.data.train is empty: no data to train on.")
   return ConfigDict(resolved)
+
+
+def pixel_statistics(
+  model: Config,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Mean and standard deviation of each channel, of a config's `model`.
+
+  Raises:
+    ConfigError: values that can't be those of channels in 0..1.
+  """
+  both = []
+  for name, least in (("image_mean", 0.0), ("image_std", 1e-3)):
+    value = model.get(name, 0.5)
+    channels = tuple(value) if isinstance(value, List) else (value,) * 3
+    if not all(least <= x <= 1 for x in channels):
+      raise ConfigError(
+        f"config.model.{name} is {value}, expected values of pixels in 0..1, "
+        f"at least {least}: divide those of pixels in 0..255 by 255."
+      )
+    both.append(tuple(map(float, channels)))
+  return both[0], both[1]
 
 
 def _section(path: str, keys: Mapping[str, Any], entry: Any) -> dict[str, Any]:

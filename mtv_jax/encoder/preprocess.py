@@ -16,7 +16,7 @@ from jaxtyping import Float32, UInt8
 from mtv_jax.config import options
 from mtv_jax.config.op_strings import parse_ops
 from mtv_jax.config.options import PositiveInt
-from mtv_jax.config.schema import Config
+from mtv_jax.config.schema import Config, pixel_statistics
 from mtv_jax.data import canvas
 from mtv_jax.utils.errors import ConfigError, InputError
 
@@ -153,17 +153,21 @@ def lower_bound_shape(
 def preprocess_from_config(config: Config) -> Preprocess:
   """Preprocessing of a run's encoder, from its config.
 
-  Squashes to a square and normalises to -1..1, as `views.py` on the device. The
-  size is that of the view `image`, else the model's.
+  Squashes to a square and normalises as `views.py` on the device. Size and
+  interpolation are those of the view `image`, else the model's and bilinear.
   """
-  size = config["model"]["image_size"]
+  size, interpolation = config["model"]["image_size"], "bilinear"
   view = config.get("views", {}).get("image")
   if view is not None:
     ops = view["ops"] if isinstance(view["ops"], str) else view["ops"][0]
     for op in parse_ops(ops):
       if op.name in ("resize", "crop"):
         size = op.args[0] if op.args else op.kwargs["size"]
-  return Preprocess(size=int(size))
+        interpolation = op.kwargs.get("method", interpolation)
+  mean, std = pixel_statistics(config["model"])
+  return Preprocess(
+    size=int(size), interpolation=interpolation, mean=mean, std=std
+  )
 
 
 def as_image(item: Any, key: str) -> Any:

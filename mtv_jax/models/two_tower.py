@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, int]] = {
 # Keys of a config's `model` other than the architecture.
 _DROP_PATH = ("drop_path", "drop_path_uniform")  # Of the image tower.
 RUNTIME = ("dtype", "remat", "scan", *_DROP_PATH)
-_TRAINING = (*RUNTIME, "init")
+_TRAINING = (*RUNTIME, "init", "image_mean", "image_std")
 _TEXT_INPUT = ("tokenizer", "clean")
 # Fields of `ViTSpec` that the first `mtv_jax.json` lacked.
 _LATER = ("positions",)
@@ -79,8 +79,8 @@ class ModelSpec:
     `text.variant` ('B') those of the text tower, whose embeddings have the
     image tower's width by default. Other fields of `ViTSpec` and `TextSpec`
     override the variant. `cls_token` is true by default where `pool` is 'cls'.
-    Keys of the runtime (`RUNTIME`), of the initialisation and of the text input
-    (tokenizer, clean) are ignored.
+    Keys of the runtime (`RUNTIME`), of the initialisation, of the pixels and of
+    the text input (tokenizer, clean) are ignored.
 
     Raises:
       InputError: for an unknown variant or key, or inconsistent fields.

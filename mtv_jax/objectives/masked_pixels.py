@@ -59,7 +59,7 @@ class MaskedPixels(base.Objective):
 
   view: str = "mae"  # Its ops end in `keep(ratio)`.
   patch: options.PositiveInt | None = None  # None to take it from the model.
-  norm_pixels: bool = True  # See `normalize_patches`; raw ones are in [-1, 1].
+  norm_pixels: bool = True  # See `normalize_patches`; else as the encoder's.
   decoder_width: options.PositiveInt = 512
   decoder_depth: options.PositiveInt = 8
   decoder_heads: options.PositiveInt = 16

@@ -112,7 +112,8 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
       f"config.objectives: the first one starts at step {first}; at least one "
       "must start at step 0."
     )
-  built_views = views.build_views(config.views.to_dict())
+  mean, std = schema.pixel_statistics(config.model)
+  built_views = views.build_views(config.views.to_dict(), mean=mean, std=std)
   model = model_lib.ModelSpec.from_config(config.model)
   objectives = {
     name: build_objective(name, entry).resolve(model, built_views)

@@ -23,7 +23,7 @@ def array(*values):
 
 @pytest.fixture(scope="module")
 def resample():
-  return jax.jit(geometry.resample, static_argnames="size")
+  return jax.jit(geometry.resample, static_argnames=("size", "method"))
 
 
 @pytest.mark.parametrize(
@@ -35,16 +35,21 @@ def resample():
     (48, 32, (0.5, 0.5, 0.51, 0.52)),
   ],
 )
-def test_resample_agrees_with_pillow(resample, source, target, box):
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
+def test_resample_agrees_with_pillow(resample, source, target, box, method):
   # Pillow's float mode rounds nothing, so that only arithmetic differs.
   plane = np.random.default_rng(source).random((source, source), np.float32)
   y0, x0, y1, x1 = np.asarray(box) * source
   expected = Image.fromarray(plane).resize(
-    (target, target), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1)
+    (target, target), Image.Resampling[method.upper()], box=(x0, y0, x1, y1)
   )
   for flipped in (False, True):
     got = resample(
-      jnp.asarray(plane)[None], array(*box), jnp.asarray(flipped), size=target
+      jnp.asarray(plane)[None],
+      array(*box),
+      jnp.asarray(flipped),
+      size=target,
+      method=method,
     )[0]
     want = np.asarray(expected)[:, ::-1] if flipped else np.asarray(expected)
     np.testing.assert_allclose(got, want, atol=2e-5)

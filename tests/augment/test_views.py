@@ -11,6 +11,7 @@ from PIL import Image
 
 from mtv_jax.augment import geometry, views
 from mtv_jax.augment.random import row_keys
+from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.utils.errors import ConfigError
 
 GLOBAL = "crop(32, 0.32, 1.0)|flip|jitter|grey|blur(1.0)|blocks(0.2, 0.5, p=1)"
@@ -51,14 +52,14 @@ def read_images(folder, canvas, every=1):
   return np.stack(squashed), np.array(sizes, np.int32)
 
 
-def pillow_error(batch, canvas):
+def pillow_error(batch, canvas, method="bilinear"):
   """Mean absolute difference to Pillow, in levels, for every image."""
   side, size = canvas.shape[1], batch.images.shape[2]
   errors = []
   for row, n in np.ndindex(*batch.images.shape[:2]):
     y0, x0, y1, x1 = np.asarray(batch.box[row, n], float) * side
     want = Image.fromarray(canvas[row]).resize(
-      (size, size), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1)
+      (size, size), Image.Resampling[method.upper()], box=(x0, y0, x1, y1)
     )
     want = np.asarray(want, np.float32)
     if batch.flipped[row, n]:
@@ -68,15 +69,37 @@ def pillow_error(batch, canvas):
   return np.array(errors)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_crops_agree_with_pillow(shared_data, dtype):
+@pytest.mark.parametrize(
+  "dtype, method",
+  [
+    (jnp.float32, "bilinear"),
+    (jnp.bfloat16, "bilinear"),
+    (jnp.float32, "bicubic"),
+  ],
+)
+def test_crops_agree_with_pillow(shared_data, dtype, method):
   canvas, sizes = read_images(shared_data, 96, every=13)
-  view = build("crop(56, 0.05, 1.0)|flip", count=2)
+  view = build(f"crop(56, 0.05, 1.0, method='{method}')|flip", count=2)
   batch = run(view, canvas, sizes, dtype=dtype)
   assert batch.images.dtype == dtype
   assert 0.2 < np.asarray(batch.flipped).mean() < 0.8
   # Pillow's two roundings to bytes account for 0.3 of it.
-  assert pillow_error(batch, canvas).max() < 0.5
+  assert pillow_error(batch, canvas, method).max() < 0.5
+  if method == "bicubic":
+    assert np.abs(batch.images).max() <= 1  # It overshoots, and Pillow clips.
+
+
+@pytest.mark.parametrize("ops", ["resize(48)", "resize(48)|solarize(0.0)"])
+def test_pixels_are_normalised_as_for_evaluation(noise, ops):
+  mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+  entry = {"v": {"ops": ops}}
+  view = views.build_views(entry, mean=mean, std=std)["v"]
+  batch = run(view, *noise)
+  preprocess = Preprocess(size=48, mean=mean, std=std)
+  for row, canvas in enumerate(noise[0]):
+    np.testing.assert_allclose(
+      batch.images[row, 0], preprocess.normalize(canvas), atol=2e-5
+    )
 
 
 @pytest.mark.slow

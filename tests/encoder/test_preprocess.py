@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 from ml_collections import ConfigDict
 
+from mtv_jax.convert.processors import write_processor
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 
 CLIP = {
@@ -87,6 +88,22 @@ def test_preprocess_of_a_config():
   assert preprocess_from_config(config) == Preprocess(size=224)
   config.views = {"image": {"count": 1, "ops": "resize(64)"}}
   assert preprocess_from_config(config).size == 64
+  # The pixel statistics reach the encoder and the exports' processor.
+  config.model.update(image_mean=list(IMAGENET["mean"]), image_std=0.25)
+  preprocess = preprocess_from_config(config)
+  assert preprocess.mean == IMAGENET["mean"]
+  assert preprocess.std == (0.25, 0.25, 0.25)
+  written = write_processor(preprocess.to_dict(), 64)
+  assert written["image_mean"] == list(IMAGENET["mean"])
+  assert written["image_std"] == [0.25, 0.25, 0.25]
+  # The view's kernel too.
+  config.views.image.ops = "crop(64, 0.32, 1.0, method='bicubic')"
+  assert preprocess_from_config(config).interpolation == "bicubic"
+  for key, value in (("image_mean", 123.7), ("image_std", [58.4, 57.1, 57.4])):
+    config.model[key] = value
+    with pytest.raises(ValueError, match=f"{key} is .*in 0..255 by 255"):
+      preprocess_from_config(config)
+    config.model[key] = 0.5
 
 
 @pytest.mark.reference
