@@ -7,6 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 
+def step_key(
+  seed_key: Key[Array, ""], name: str, step: Int[Array, ""] | int
+) -> Key[Array, ""]:
+  """A key of a step, from seed, step and name."""
+  # crc32 and not hash(), which differs from one process to the next.
+  key = jax.random.fold_in(seed_key, zlib.crc32(name.encode()))
+  return jax.random.fold_in(key, step)
+
+
 def row_keys(
   seed_key: Key[Array, ""], name: str, step: Int[Array, ""] | int, rows: int
 ) -> Key[Array, "{rows}"]:
@@ -15,9 +24,7 @@ def row_keys(
   Independent of the mesh and of the number of hosts, so that a run resumed on
   another pod sees the same crops. `name` is the view's.
   """
-  # crc32 and not hash(), which differs from one process to the next.
-  key = jax.random.fold_in(seed_key, zlib.crc32(name.encode()))
-  key = jax.random.fold_in(key, step)
+  key = step_key(seed_key, name, step)
   return jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(rows))
 
 

@@ -64,7 +64,8 @@ class ConvertedModel:
     if rows != tower.grid and tower.positions == "sincos":
       return self.store_positions().resize(image_size)
     params = dict(self.params)
-    if rows != tower.grid:
+    # Rotary positions have no parameters.
+    if rows != tower.grid and tower.positions == "learned":
       old = tower.grid
       table = np.asarray(params["image"]["position_embedding"], np.float64)
       matrix = positions.resize_matrix(old, rows, tower.position_resize)

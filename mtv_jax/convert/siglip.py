@@ -77,6 +77,7 @@ _REQUIRED = {
     "mlp": "plain",
     "pre_norm": False,
     "patch_bias": True,
+    "positions": "learned",
     "projection": None,
   },
   "text": {"pool": "last", "causal": False, "projection_bias": True},

@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
-from mtv_jax.models import kernels
+from mtv_jax.models import kernels, positions
 from mtv_jax.parallel.constraints import all_gather_params, constrain_batch
 from mtv_jax.utils.errors import InputError, check_choice
 
@@ -121,11 +121,18 @@ class Attention(nn.Module):
   attention_fn: Callable[..., Array] = kernels.attention
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    angles: Float[Array, "#b n a"] | None = None,
+  ) -> Float[Array, "b n d"]:
+    """Attends; `angles` rotate queries and keys, see `positions.rotate`."""
     b, n, d = x.shape
     qkv = Dense(3 * d, fused_init, dtype=self.dtype, name="qkv")(x)
     qkv = qkv.reshape(b, n, self.heads, 3, d // self.heads)  # [B, N, H, 3, d]
     q, k, v = (qkv[:, :, :, i] for i in range(3))
+    if angles is not None:
+      q, k = positions.rotate(q, angles), positions.rotate(k, angles)
     y = self.attention_fn(q, k, v, causal=self.causal)  # [B, N, H, d]
     return Dense(d, dtype=self.dtype, name="out")(y.reshape(b, n, d))
 
@@ -197,15 +204,27 @@ class Block(nn.Module):
   mlp: str = "plain"
   layer_scale: float | None = None
   norm_eps: float = 1e-6
+  rope: positions.Rope | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(
     self,
     x: Float[Array, "b n d"],
+    coordinates: Float[Array, "#b k 2"] | None = None,
     *,
     drop_path: Float[Array, "b 2"] | None = None,
+    rope_draw: Float[Array, "2 2"] | None = None,
   ) -> Float[Array, "b n d"]:
+    """Runs the block.
+
+    Args:
+      x: tokens.
+      coordinates: of the last k tokens, which `rope` rotates.
+      drop_path: multipliers of the branches of each example.
+      rope_draw: their augmentation, of `Rope.draw`.
+    """
+
     def scaled(y, branch):
       if self.layer_scale is not None:
         init = nn.initializers.constant(self.layer_scale)
@@ -219,9 +238,19 @@ class Block(nn.Module):
     attention = Attention(self.heads, self.causal, self.dtype, name="attention")
     mlp = Mlp(self.mlp_dim, self.gelu, self.mlp, self.dtype, name="mlp")
     y = norm(self.norm_eps, self.dtype, "norm1")(x)
-    x = x + scaled(attention(y), 1)
+    x = x + scaled(attention(y, self._angles(x, coordinates, rope_draw)), 1)
     y = norm(self.norm_eps, self.dtype, "norm2")(x)
     return x + scaled(mlp(y), 2)
+
+  def _angles(self, x, coordinates, draw):
+    """Angles of all tokens, zero for those without coordinates."""
+    if self.rope is None or coordinates is None:
+      return None
+    if draw is not None:
+      coordinates = coordinates * draw[0] + draw[1]
+    angles = self.rope.angles(coordinates, x.shape[-1] // self.heads)
+    prefix = x.shape[1] - angles.shape[1]
+    return jnp.pad(angles, ((0, 0), (prefix, 0), (0, 0)))
 
 
 def drop_path_scales(
@@ -351,7 +380,7 @@ def run_blocks(
   depth: int,
   context: Sequence[Array] = (),
   taps: Sequence[int] = (),
-  layer_inputs: Mapping[str, PyTree] | None = None,
+  **inputs: Any,
 ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
   """`run_stack` of `depth` blocks, the parameter `blocks` of the module.
 
@@ -367,7 +396,7 @@ def run_blocks(
     remat=module.remat,
     scan=module.scan,
     mesh=module.mesh,
-    layer_inputs=layer_inputs,
+    **inputs,
   )
 
 
@@ -386,6 +415,7 @@ class Tower(nn.Module):
     *,
     taps: Sequence[int] = (),
     layer_inputs: Mapping[str, PyTree] | None = None,
+    context: Sequence[Array] = (),
     **options: Any,
   ) -> tuple[Float[Array, "b n d"], dict[int, Float[Array, "b n d"]]]:
     """Runs the tower's blocks, see `run_stack`, and its final norm.
@@ -409,6 +439,7 @@ class Tower(nn.Module):
       depth=spec.depth,
       taps=taps,
       layer_inputs=layer_inputs,
+      context=context,
     )
     return norm(spec.norm_eps, self.dtype, "norm")(x), tapped
 

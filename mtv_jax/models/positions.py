@@ -1,18 +1,22 @@
-"""Position embeddings: fixed ones, and their resampling to another grid.
+"""Position embeddings: resampled, fixed, and rotary ones.
 
-Resampling is along each axis a product with a small matrix, computed on the
-host from the two sizes.
+Resampling to another grid is along each axis a product with a small matrix,
+computed on the host from the two sizes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Float64
+from jaxtyping import Array, Float, Float32, Float64, Key
 
+from mtv_jax.config import options
+from mtv_jax.config.options import PositiveFloat
 from mtv_jax.utils.errors import InputError
 
 RESIZES = ("bicubic", "antialiased")
@@ -101,3 +105,81 @@ def resize_grid(
     grid,
     precision=jax.lax.Precision.HIGHEST,
   )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+  """Axial rotary position embedding (DINOv3: arXiv 2508.10104, section 3.2).
+
+  A patch's centre has coordinates (y, x) in [-1, 1]. Queries and keys of a head
+  of d channels are rotated by angles 2 pi y / p_k, then 2 pi x / p_k, with the
+  periods p_k = base^(4 k / d), k = 0 .. d / 4 - 1: channel i of the first half
+  together with channel i of the second.
+
+  In training the coordinates c become (c + shift) * jitter * rescale. DINOv3
+  draws these anew in every block of every forward pass, for all images of a
+  device; here for all images of a view, whatever the mesh. Its teacher and
+  evaluations take c.
+  """
+
+  base: PositiveFloat = 100.0
+  # Whether an axis is divided by its own length, or both by the lesser or
+  # greater one.
+  normalize: Literal["separate", "min", "max"] = "separate"
+  shift: PositiveFloat | None = None  # Of an axis, uniform in +-shift.
+  # Factors, log-uniform in 1 / value .. value: of each axis, and of both.
+  jitter: PositiveFloat | None = None
+  rescale: PositiveFloat | None = None
+
+  def __post_init__(self):
+    options.check_fields(self)
+
+  @property
+  def is_random(self) -> bool:
+    """Whether coordinates are augmented in training."""
+    return bool(self.shift or self.jitter or self.rescale)
+
+  def coordinates(self, grid: tuple[int, int]) -> Float32[np.ndarray, "n 2"]:
+    """Coordinates (y, x) of a grid's patches, row by row."""
+    lengths = {
+      "separate": grid,
+      "min": (min(grid),) * 2,
+      "max": (max(grid),) * 2,
+    }[self.normalize]
+    axes = (np.indices(grid).reshape(2, -1).T + 0.5) / np.array(lengths)
+    return (2 * axes - 1).astype(np.float32)
+
+  def draw(
+    self, key: Key[Array, ""], depth: int
+  ) -> Float[Array, "{depth} 2 2"]:
+    """Augmentations of each layer: factors of (y, x), then terms."""
+
+    def uniform(name, axes):
+      u = jax.random.uniform(jax.random.fold_in(key, name), (depth, axes))
+      return 2 * u - 1
+
+    def factor(name, axes, limit):
+      return jnp.exp(uniform(name, axes) * np.log(limit or 1.0))
+
+    factors = factor(1, 2, self.jitter) * factor(2, 1, self.rescale)
+    terms = factors * uniform(0, 2) * (self.shift or 0.0)
+    return jnp.stack([factors, terms], axis=1)
+
+  def angles(
+    self, coordinates: Float[Array, "*n 2"], channels: int
+  ) -> Float[Array, "*n {channels//2}"]:
+    """Angles of the rotations of a head of `channels`."""
+    quarter = channels // 4
+    rates = 2 * np.pi * self.base ** -(np.arange(quarter) / quarter)
+    angles = coordinates[..., None] * jnp.asarray(rates, jnp.float32)
+    return angles.reshape(*angles.shape[:-2], 2 * quarter)
+
+
+def rotate(
+  x: Float[Array, "b n h d"], angles: Float[Array, "#b n d//2"]
+) -> Float[Array, "b n h d"]:
+  """Rotates pairs of channels (i, i + d / 2), in float32."""
+  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return rotated.astype(x.dtype)

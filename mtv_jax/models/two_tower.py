@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mtv_jax.config import options
 from mtv_jax.models import init, layers
+from mtv_jax.models.positions import Rope
 from mtv_jax.models.text import TextSpec, TextTower
 from mtv_jax.models.vit import ViT, ViTSpec
 from mtv_jax.utils.errors import InputError, check_choice, did_you_mean
@@ -43,7 +44,7 @@ RUNTIME = ("dtype", "remat", "scan", *_DROP_PATH)
 _TRAINING = (*RUNTIME, "init", "image_mean", "image_std")
 _TEXT_INPUT = ("tokenizer", "clean")
 # Fields of `ViTSpec` that the first `mtv_jax.json` lacked.
-_LATER = ("positions",)
+_LATER = ("positions", "rope")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,7 @@ class ModelSpec:
     text = fields.pop("text", None)
     fields = _expand(fields, "model", ignored=_TRAINING, patch=True)
     fields.setdefault("cls_token", fields.get("pool") == "cls")
+    fields = _build_rope(fields, "config.model")
     reserved = ("variant", "text", *_TRAINING)
     image = options.build(
       ViTSpec, fields, where="config.model", reserved=reserved
@@ -123,11 +125,13 @@ class ModelSpec:
       ConfigError: for unknown or missing keys, or values of another type.
     """
     kinds = {"image": ViTSpec, "text": TextSpec}
-    specs = {
-      name: options.build(kind, fields[name], where=f"the model's {name}")
-      for name, kind in kinds.items()
-      if fields.get(name) is not None
-    }
+    specs = {}
+    for name, kind in kinds.items():
+      if fields.get(name) is not None:
+        where = f"the model's {name}"
+        specs[name] = options.build(
+          kind, _build_rope(fields[name], where), where=where
+        )
     return options.build(cls, {**fields, **specs}, where="the model's spec")
 
 
@@ -209,6 +213,14 @@ def init_params(
 def abstract_params(spec: ModelSpec) -> dict[str, Any]:
   """Shapes and dtypes of `init_params`; computes nothing."""
   return jax.eval_shape(functools.partial(init_params, spec), jax.random.key(0))
+
+
+def _build_rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """Builds `rope`, an entry of its own."""
+  fields = dict(fields)
+  if isinstance(fields.get("rope"), Mapping):
+    fields["rope"] = options.build(Rope, fields["rope"], where=f"{where}.rope")
+  return fields
 
 
 def _expand(

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mtv_jax.models import layers, pooling, positions
+from mtv_jax.models import layers, pooling
+from mtv_jax.models import positions as positions_lib
 from mtv_jax.parallel.constraints import constrain_batch
 from mtv_jax.utils.errors import InputError, check_choice
 from mtv_jax.utils.tree import pytree_dataclass
+
+POSITIONS = ("learned", "sincos", "rope")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,9 +35,10 @@ class ViTSpec:
   # How `pooled` is computed: 'map' (attention pooling of the patches), 'cls'
   # (the CLS token after the final norm) or 'mean' (of the patches after it).
   pool: str = "map"
-  # 'learned', or 'sincos': fixed ones, which are no parameters (MAE). Both are
-  # stored for `image_size`.
+  # 'learned'; 'sincos': fixed ones, which are no parameters (MAE); both are
+  # stored for `image_size`. 'rope': rotations of queries and keys (DINOv3).
   positions: str = "learned"
+  rope: positions_lib.Rope | None = None  # Defaults to `Rope()` for 'rope'.
   cls_token: bool = False  # It has no position embedding.
   registers: int = 0  # Darcet et al. 2024.
   layer_scale: float | None = None  # Initial value, or no layer scale.
@@ -51,10 +55,11 @@ class ViTSpec:
     layers.check_tower(self)
     check_choice("ViTSpec.pool", self.pool, ("map", "cls", "mean"))
     check_choice("ViTSpec.mlp", self.mlp, ("plain", "swiglu"))
-    check_choice("ViTSpec.positions", self.positions, ("learned", "sincos"))
+    check_choice("ViTSpec.positions", self.positions, POSITIONS)
     check_choice(
-      "ViTSpec.position_resize", self.position_resize, positions.RESIZES
+      "ViTSpec.position_resize", self.position_resize, positions_lib.RESIZES
     )
+    self._check_rope()
     if self.pool == "cls" and not self.cls_token:
       raise InputError(
         "ViTSpec.pool 'cls' needs a CLS token: set cls_token=True, or pool "
@@ -66,6 +71,23 @@ class ViTSpec:
         f"registers {self.registers} at least 0."
       )
     self.grid_of(self.image_size, self.image_size)
+
+  def _check_rope(self):
+    if self.positions != "rope":
+      if self.rope is not None:
+        raise InputError(
+          f"ViTSpec.rope is set, and positions is {self.positions!r}: make it "
+          "'rope', or leave rope out."
+        )
+      return
+    if self.width // self.heads % 4:
+      raise InputError(
+        f"ViTSpec.positions 'rope' needs heads of channels that 4 divides; "
+        f"width {self.width} has {self.width // self.heads} for each of "
+        f"{self.heads} heads."
+      )
+    if self.rope is None:
+      object.__setattr__(self, "rope", positions_lib.Rope())
 
   @property
   def grid(self) -> int:
@@ -135,6 +157,7 @@ class ViT(layers.Tower):
     mask: Bool[Array, "b n"] | None = None,
     keep: Int[Array, "b k"] | None = None,
     drop_path_keys: Key[Array, "b"] | None = None,
+    rope_key: Key[Array, ""] | None = None,
   ) -> ImageOutput:
     """Encodes images.
 
@@ -145,6 +168,7 @@ class ViT(layers.Tower):
       keep: indices of the patches to encode, in this order; the others are not
         computed. A mask, if given too, refers to all N patches.
       drop_path_keys: of each image; without them no path is dropped.
+      rope_key: of the augmentation of rotary positions; none without it.
 
     Raises:
       InputError: for a size, channel count, tap or mask that does not fit.
@@ -159,7 +183,9 @@ class ViT(layers.Tower):
     x, tapped = self.run_blocks(
       x,
       taps=taps,
-      layer_inputs=self._layer_inputs(drop_path_keys),
+      layer_inputs=self._layer_inputs(drop_path_keys, rope_key),
+      context=self._coordinates(images, keep),
+      rope=spec.rope,
       mlp=spec.mlp,
       layer_scale=spec.layer_scale,
     )
@@ -206,6 +232,8 @@ class ViT(layers.Tower):
           f"patches need {x.shape[:2]}."
         )
       x = jnp.where(mask[:, :, None], token.astype(x.dtype), x)
+    if spec.positions == "rope":
+      return x
     return x + self._positions(grid).astype(x.dtype)
 
   def _positions(self, grid):
@@ -213,7 +241,7 @@ class ViT(layers.Tower):
     spec = self.spec
     if spec.positions == "sincos":
       size = (spec.grid, spec.grid)
-      table = jnp.asarray(positions.sincos_positions(size, spec.width))
+      table = jnp.asarray(positions_lib.sincos_positions(size, spec.width))
     else:
       table = self.param(
         "position_embedding",
@@ -221,7 +249,7 @@ class ViT(layers.Tower):
         (spec.grid**2, spec.width),
       )
     stored = table.reshape(spec.grid, spec.grid, spec.width)
-    resized = positions.resize_grid(stored, grid, spec.position_resize)
+    resized = positions_lib.resize_grid(stored, grid, spec.position_resize)
     return resized.reshape(-1, spec.width)
 
   def _prefix(self, batch):
@@ -240,9 +268,23 @@ class ViT(layers.Tower):
       jnp.broadcast_to(t.astype(self.dtype), (batch, *t.shape)) for t in tokens
     ]
 
-  def _layer_inputs(self, drop_path_keys):
+  def _coordinates(self, images, keep):
+    """The coordinates of the patches, which the blocks rotate by."""
+    spec = self.spec
+    if spec.rope is None:
+      return ()
+    grid = spec.grid_of(*images.shape[1:3])
+    xy = jnp.asarray(spec.rope.coordinates(grid))[None]  # [1, N, 2]
+    if keep is not None:
+      xy = xy[0][keep]  # [B, K, 2]
+    return (xy,)
+
+  def _layer_inputs(self, drop_path_keys, rope_key):
     """What each block takes besides the tokens, with a leading [depth]."""
     inputs = {}
+    rope = self.spec.rope
+    if rope is not None and rope.is_random and rope_key is not None:
+      inputs["rope_draw"] = rope.draw(rope_key, self.spec.depth)
     if self.drop_path and drop_path_keys is not None:
       scales = layers.drop_path_scales(
         drop_path_keys,

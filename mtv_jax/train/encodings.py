@@ -36,6 +36,7 @@ def encode(
   batch: Mapping[str, Array],
   mesh: Mesh | None = None,
   keys: Mapping[str, Key[Array, "b"]] | None = None,
+  rope_keys: Mapping[str, Key[Array, ""]] | None = None,
 ) -> dict[base.Encoding, Any]:
   """Runs every encoding of the plan.
 
@@ -51,6 +52,8 @@ def encode(
     mesh: over which the rows are sharded; None on one device.
     keys: the random keys of each view's rows, for the student's drop path;
       None for no drop path.
+    rope_keys: a random key for each view, for the student's rotary positions;
+      None for no augmentation.
 
   Returns:
     Each encoding's output, a `models.vit.ImageOutput` whose arrays are
@@ -77,9 +80,10 @@ def encode(
       else:
         view = views[encoding.view]
         lead = view.images.shape[:2]
-        mask, drop_path_keys = None, None
+        mask, drop_path_keys, rope_key = None, None, None
         if encoding.weights == base.STUDENT:
           mask = view.mask
+          rope_key = rope_keys and rope_keys[encoding.view]
           if tower.drop_path and keys is not None:
             rows = keys[encoding.view]
             drop_path_keys = image_keys(rows, "drop_path", lead[1])
@@ -96,6 +100,7 @@ def encode(
           mask=mask,
           keep=keep,
           drop_path_keys=drop_path_keys,
+          rope_key=rope_key,
         )
       outputs[encoding] = jax.tree.map(
         lambda x, lead=lead: x.reshape(*lead, *x.shape[1:]), output

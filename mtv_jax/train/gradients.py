@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from mtv_jax.augment.random import row_keys
+from mtv_jax.augment.random import row_keys, step_key
 from mtv_jax.objectives import base
 from mtv_jax.parallel.constraints import all_gather_params, constrain_batch
 from mtv_jax.parallel.mesh import data_rows
@@ -51,6 +51,13 @@ def view_keys(
   if (order != np.arange(size)).any():
     keys = jax.tree.map(lambda k: k[order], keys)
   return keys
+
+
+def rope_keys(spec: StepSpec, step: Array) -> dict[str, jax.Array]:
+  """A random key for each view that is read, the same for all rows."""
+  seed = jax.random.key(spec.seed)
+  names = {e.view for e in spec.plan if e.tower == "image"}
+  return {n: step_key(seed, f"rope/{n}", step) for n in sorted(names)}
 
 
 def stop_gradient_frozen(spec: StepSpec, params: PyTree) -> PyTree:
@@ -115,6 +122,7 @@ def compute_loss_inputs(
     batch,
     mesh,
     keys,
+    rope_keys(spec, state.step),
   )
   encoded = constrain_batch(encoded, mesh)
   heads = bind_heads(spec, params["heads"], state)

@@ -31,8 +31,9 @@ def fill():
 class NumpyTransformer:
   """Towers in float64 loops, from the papers and the parameter layout."""
 
-  def __init__(self, spec):
+  def __init__(self, spec, rotate=lambda x: x):
     self.spec = spec
+    self.rotate = rotate  # Of queries and keys [T, D], by rotary positions.
 
   def dense(self, p, x):
     y = x @ np.asarray(p["kernel"], np.float64)
@@ -86,7 +87,8 @@ class NumpyTransformer:
       p = jax.tree.map(lambda a, i=i: np.asarray(a[i], np.float64), stack)
       qkv = self.dense(p["attention"]["qkv"], self.norm(p["norm1"], x))
       causal = getattr(self.spec, "causal", False)
-      y = self.heads(*self.split(qkv, 3), causal=causal)
+      q, k, v = self.split(qkv, 3)
+      y = self.heads(self.rotate(q), self.rotate(k), v, causal=causal)
       y = self.dense(p["attention"]["out"], y)
       x = x + y * p.get("scale1", 1.0)
       y = self.mlp(p["mlp"], self.norm(p["norm2"], x))

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtv_jax.models import layers, positions
+from mtv_jax.convert.model import ConvertedModel
+from mtv_jax.models import kernels, layers, positions
+from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.models.vit import ViT, ViTSpec, patchify
 
 SIZE, BATCH = 16, 2
@@ -39,6 +41,9 @@ GIANT = dataclasses.replace(DINOV2, mlp="swiglu", registers=0)
 MAE = dataclasses.replace(
   BASE, pool="mean", cls_token=True, gelu="exact", positions="sincos"
 )
+DINOV3 = dataclasses.replace(
+  DINOV2, positions="rope", rope=positions.Rope(base=20.0, rescale=2.0)
+)
 MEAN = dataclasses.replace(BASE, pool="mean", registers=1, mask_token=True)
 # These tests compile more than they compute.
 FAST = {"xla_backend_optimization_level": 0}
@@ -48,6 +53,7 @@ KINDS = {
   "dinov2": DINOV2,
   "giant": GIANT,
   "mae": MAE,
+  "dinov3": DINOV3,
   "mean": MEAN,
 }
 
@@ -99,6 +105,21 @@ def numpy_sincos(side, width):
   return table
 
 
+def numpy_rope(spec, coordinates, x):
+  """Columns (head, dim) of the last tokens x [T, D] as complex numbers."""
+  d, out = spec.width // spec.heads, x.copy()
+  first = len(x) - len(coordinates)
+  for head in range(spec.heads):
+    for axis in range(2):
+      for k in range(d // 4):
+        period = spec.rope.base ** (k / (d / 4))
+        i = head * d + axis * (d // 4) + k
+        turn = np.exp(2j * np.pi * coordinates[:, axis] / period)
+        z = (x[first:, i] + 1j * x[first:, i + d // 2]) * turn
+        out[first:, i], out[first:, i + d // 2] = z.real, z.imag
+  return out
+
+
 def numpy_vit(transformer, params, image, *, mask=None, keep=None):
   """(prefix, patches, pooled, block outputs) of one image, in float64."""
   spec = transformer.spec
@@ -116,8 +137,14 @@ def numpy_vit(transformer, params, image, *, mask=None, keep=None):
     x[np.asarray(mask)] = params["mask_token"]
   if spec.positions == "learned":
     x = x + np.float64(params["position_embedding"])
-  else:
+  if spec.positions == "sincos":
     x = x + numpy_sincos(g, spec.width)
+  if spec.positions == "rope":
+    order = range(len(x)) if keep is None else np.asarray(keep)
+    centres = [((i // g + 0.5) / g, (i % g + 0.5) / g) for i in order]
+    transformer.rotate = lambda x: numpy_rope(
+      spec, 2 * np.array(centres) - 1, x
+    )
   if keep is not None:
     x = x[np.asarray(keep)]
   prefix = np.zeros((0, spec.width))
@@ -147,7 +174,7 @@ def test_equals_numpy(kind, params_of, numpy_transformer):
   rng = np.random.default_rng(1)
   mask = jnp.asarray(rng.random((BATCH, 16)) < 0.4) if spec.mask_token else None
   keep = None
-  if kind in ("mean", "mae"):
+  if kind in ("mean", "mae", "dinov3"):
     keep = jnp.asarray([rng.permutation(16)[:5] for _ in range(BATCH)])
   out = encode(spec, params, images, taps=(0, 2), mask=mask, keep=keep)
   for i in range(BATCH):
@@ -483,3 +510,139 @@ def test_mask_of_another_grid(params_of):
       images_of(),
       mask=jnp.zeros((BATCH, 9), bool),
     )
+
+
+def test_rope_draws():
+  """Ranges, means, and which draws are common to the axes."""
+  rope = positions.Rope(shift=0.25, jitter=1.5, rescale=2.0)
+  count = 8000
+  factors, terms = np.moveaxis(rope.draw(jax.random.key(0), count), 1, 0)
+  logs = np.log(factors)
+  # log-uniform in +-l has the variance l^2 / 3; the rescale is common.
+  jitter, rescale = np.log(1.5) ** 2 / 3, np.log(2.0) ** 2 / 3
+  np.testing.assert_allclose(logs.mean(0), 0, atol=0.03)
+  covariance = np.cov(logs.T)
+  np.testing.assert_allclose(np.diag(covariance), jitter + rescale, rtol=0.06)
+  np.testing.assert_allclose(covariance[0, 1], rescale, rtol=0.08)
+  assert 2.9 < factors.max() <= 3.0 + 1e-5
+  shift = terms / factors
+  assert 0.24 < shift.max() <= 0.25 and -0.25 <= shift.min() < -0.24
+  np.testing.assert_allclose(np.cov(shift.T)[0, 1], 0, atol=1e-3)
+  # Only what is asked for.
+  factors, terms = np.moveaxis(
+    positions.Rope(rescale=2.0).draw(jax.random.key(0), 5), 1, 0
+  )
+  np.testing.assert_array_equal(factors[:, 0], factors[:, 1])
+  np.testing.assert_array_equal(terms, 0)
+  assert len(np.unique(factors)) == 5
+
+
+def test_rope_draws_move_the_coordinates_of_each_layer(params_of):
+  spec = dataclasses.replace(DINOV3, depth=1)
+  params = jax.tree.map(lambda x: x, params_of(DINOV3))
+  params["blocks"] = jax.tree.map(lambda p: p[:1], params["blocks"])
+  images, key = images_of(), jax.random.key(3)
+  apply = jax.jit(ViT(spec).apply, compiler_options=FAST)
+  drawn = apply({"params": params}, images, rope_key=key)
+  plain = apply({"params": params}, images)
+  (factors, _) = spec.rope.draw(key, 1)[0]
+  assert np.abs(drawn.pooled - plain.pooled).max() > 1e-3
+
+  class Scaled(positions.Rope):
+    def coordinates(self, grid):
+      return super().coordinates(grid) * np.asarray(factors)
+
+  scaled = dataclasses.replace(spec, rope=Scaled(base=20.0))
+  want = jax.jit(ViT(scaled).apply, compiler_options=FAST)(
+    {"params": params}, images
+  )
+  np.testing.assert_allclose(drawn.patches, want.patches, atol=1e-5)
+
+
+def test_rope_of_other_sizes(params_of):
+  """No parameter: another size continues, and only proportions count."""
+  assert "position_embedding" not in params_of(DINOV3)
+  rope = positions.Rope()
+  np.testing.assert_allclose(
+    rope.coordinates((2, 4)),
+    [[y, x] for y in (-0.5, 0.5) for x in (-0.75, -0.25, 0.25, 0.75)],
+  )
+  for normalize, width in (("min", 2), ("max", 4)):
+    got = positions.Rope(normalize=normalize).coordinates((2, 4))
+    np.testing.assert_allclose(got[0], [1 / width - 1] * 2)
+    np.testing.assert_allclose(got[-1], [3 / width - 1, 7 / width - 1])
+  model = ConvertedModel(
+    ModelSpec(image=DINOV3), {"image": params_of(DINOV3)}, {"size": SIZE}
+  )
+  larger = model.resize(2 * SIZE)
+  assert larger.spec.image.image_size == 2 * SIZE
+  assert larger.params["image"] is model.params["image"]
+  assert ModelSpec.from_dict(larger.spec.to_dict()) == larger.spec
+  images = images_of(2 * SIZE, 2 * SIZE)
+  np.testing.assert_array_equal(
+    encode(larger.spec.image, params_of(DINOV3), images).pooled,
+    encode(DINOV3, params_of(DINOV3), images).pooled,
+  )
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"positions": "learned", "rope": positions.Rope()}, "make it 'rope'"),
+    ({"heads": 16, "rope": None}, "heads of channels that 4 divides"),
+  ],
+)
+def test_bad_rope(fields, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(DINOV3, **fields)
+
+
+@pytest.mark.reference
+def test_rope_attention_equals_torch_in_value_and_gradient():
+  """Against complex rotations in float64, and transformers' DINOv3."""
+  torch = pytest.importorskip("torch")
+  heads, d, grid = 2, 16, (3, 5)
+  rope = positions.Rope(base=100.0)
+  rng = np.random.default_rng(0)
+  arrays = rng.normal(size=(4, 2, 17, heads, d))  # q, k, v, cotangent
+
+  def attend(q, k, v):
+    angles = rope.angles(jnp.asarray(rope.coordinates(grid))[None], d)
+    angles = jnp.pad(angles, ((0, 0), (2, 0), (0, 0)))
+    rotate = positions.rotate
+    return kernels.attention(rotate(q, angles), rotate(k, angles), v)
+
+  inputs = [jnp.asarray(a, jnp.float32) for a in arrays]
+  out, pull = jax.vjp(attend, *inputs[:3])
+  grads = pull(inputs[3])
+
+  y, x = np.meshgrid(*((np.arange(n) + 0.5) / n for n in grid), indexing="ij")
+  centres = 2 * np.stack([y.ravel(), x.ravel()], 1) - 1
+  periods = 100.0 ** (2 * np.arange(d // 4) / (d // 2))
+  angles = 2 * np.pi * centres[:, :, None] / periods
+  angles = np.concatenate([np.zeros((2, d // 2)), angles.reshape(15, -1)])
+  turn = torch.polar(
+    torch.ones(17, 1, d // 2).double(), torch.tensor(angles)[:, None]
+  )
+
+  def rotated(x):
+    z = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * turn
+    return torch.cat([z.real, z.imag], -1)
+
+  q, k, v = (torch.tensor(a, requires_grad=True) for a in arrays[:3])
+  logits = torch.einsum("bnhd,bmhd->bhnm", rotated(q), rotated(k)) / d**0.5
+  want = torch.einsum("bhnm,bmhd->bnhd", logits.softmax(-1), v)
+  want.backward(torch.tensor(arrays[3]))
+  np.testing.assert_allclose(out, want.detach(), atol=1e-5)
+  for got, leaf in zip(grads, (q, k, v), strict=True):
+    np.testing.assert_allclose(got, leaf.grad, atol=1e-5)
+
+  dinov3 = pytest.importorskip("transformers.models.dinov3_vit")
+  config = dinov3.DINOv3ViTConfig(
+    hidden_size=heads * d, num_attention_heads=heads, patch_size=4
+  )
+  module = dinov3.modeling_dinov3_vit.DINOv3ViTRopePositionEmbedding(config)
+  cos, sin = module.eval()(torch.zeros(1, 3, 12, 20))
+  ours = rope.angles(jnp.asarray(rope.coordinates(grid)), d)
+  np.testing.assert_allclose(np.tile(np.cos(ours), 2), cos, atol=1e-5)
+  np.testing.assert_allclose(np.tile(np.sin(ours), 2), sin, atol=1e-5)

@@ -13,6 +13,7 @@ import pytest
 import tiny_mtv
 
 from mtv_jax.augment import views
+from mtv_jax.models.positions import Rope
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import (
@@ -389,10 +390,18 @@ def test_accumulated_gradients_equal_the_whole_batch(parts):
 
 
 def test_drop_path_follows_rows_on_meshes_and_in_parts():
-  """Which paths are dropped depends on the global row alone."""
-  plain = make_spec()
-  dropping = make_spec(runtime=dict(drop_path=0.5))
-  params = params_of()
+  """Dropped paths depend on the global row, rotary draws on the view alone."""
+
+  def model(**rope):
+    fields = dict(positions="rope", rope=Rope(**rope))
+    spec = make_spec().model
+    return dataclasses.replace(
+      spec, image=dataclasses.replace(spec.image, **fields)
+    )
+
+  plain = make_spec(model=model())
+  dropping = make_spec(model=model(rescale=2.0), runtime=dict(drop_path=0.5))
+  params = init_params(plain, jax.random.key(1))
 
   def compute(spec, shape, parts=1):
     mesh = make_mesh(
