@@ -54,6 +54,7 @@ _REQUIRED = {
     "mlp": "plain",
     "pre_norm": True,
     "patch_bias": False,
+    "positions": "learned",
   },
   "text": {"pool": "eos", "causal": True, "projection_bias": False},
 }

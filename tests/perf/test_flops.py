@@ -51,22 +51,32 @@ def test_custom_gradients_count_like_derived_ones():
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_tower_flops_equal_the_formula(scan):
-  """Patch embedding, and 12 N D^2 + 2 N^2 D products in each block."""
+@pytest.mark.parametrize("positions", ["learned", "sincos", "rope"])
+def test_tower_flops_equal_the_formula(positions, scan):
+  """Patch embedding, and 12 N D^2 + 2 N^2 D products in each block.
+
+  Positions and drop path multiply no matrices.
+  """
   width, depth, mlp, patch, side = 32, 3, 96, 8, 6
   spec = ModelSpec.from_config(
     dict(
       variant=f"mu/{patch}", width=width, depth=depth, heads=4, mlp_dim=mlp,
-      image_size=side * patch, pool="mean",
+      image_size=side * patch, pool="mean", positions=positions,
     )
   )  # fmt: skip
-  tower = image_tower(spec, scan=scan)
+  tower = image_tower(spec, scan=scan, drop_path=0.3)
   images = shape(2, side * patch, side * patch, 3)
   params = jax.eval_shape(tower.init, jax.random.key(0), images)
   n = side**2
   block = 4 * n * width**2 + 2 * n * width * mlp + 2 * n**2 * width
   products = n * 3 * patch**2 * width + depth * block
-  cost = flops.count(lambda p, x: tower.apply(p, x).patches, params, images)
+
+  def apply(params, images):
+    keys = jax.random.split(jax.random.key(0), len(images))
+    draws = dict(drop_path_keys=keys, rope_key=jax.random.key(1))
+    return tower.apply(params, images, **draws).patches
+
+  cost = flops.count(apply, params, images)
   assert cost.flops == 2 * 2 * products
 
 
