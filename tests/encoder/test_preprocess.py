@@ -100,10 +100,9 @@ def test_preprocess_of_a_config():
   config.views.image.ops = "crop(64, 0.32, 1.0, method='bicubic')"
   assert preprocess_from_config(config).interpolation == "bicubic"
   for key, value in (("image_mean", 123.7), ("image_std", [58.4, 57.1, 57.4])):
-    config.model[key] = value
+    model = {"image_size": 64, key: value}
     with pytest.raises(ValueError, match=f"{key} is .*in 0..255 by 255"):
-      preprocess_from_config(config)
-    config.model[key] = 0.5
+      preprocess_from_config({"model": model})
 
 
 @pytest.mark.reference
