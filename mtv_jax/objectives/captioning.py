@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ from mtv_jax.config import options
 from mtv_jax.models import layers
 from mtv_jax.models.heads import caption_decoder as decoders
 from mtv_jax.objectives import base, prototypes
-from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import pytree_dataclass
 
 _REGION_TASKS = ("referring", "region_caption")
@@ -92,7 +91,6 @@ class Captioning(base.Objective):
   # The decoder; a config gives its options beside these.
   head: decoders.CaptionHead = decoders.CaptionHead()
   view: str = "image"  # Of several crops each image's first.
-  tasks: tuple[Literal[decoders.TASKS], ...] = decoders.TASKS
   # Share of the captions that are predicted in parallel. SigLIP 2's; CapPa has
   # 0.75.
   parallel: options.Fraction = 0.5
@@ -106,25 +104,23 @@ class Captioning(base.Objective):
   remat: layers.Remat = "none"  # See `layers.run_stack`.
   scan: bool = True
 
-  def __post_init__(self):
-    if not self.tasks:
-      raise ConfigError(f"tasks is empty; expected some of {decoders.TASKS}.")
-
   def resolve(self, spec: Any, views: Mapping[str, Any]) -> Captioning:
     base.check_visible("captioning", self.view, views)
     return dataclasses.replace(self, head=self.head.resolve(spec))
 
   @property
   def _region_tasks(self) -> tuple[str, ...]:
-    return tuple(t for t in _REGION_TASKS if t in self.tasks)
+    return tuple(t for t in _REGION_TASKS if t in self.head.tasks)
 
   @property
   def decoder_calls(self) -> int:
     """How often a step runs the decoder: on captions, and on regions."""
-    return ("caption" in self.tasks) + bool(self._region_tasks)
+    return ("caption" in self.head.tasks) + bool(self._region_tasks)
 
   def needs(self) -> base.Needs:
-    fields = ("caption", "caption_valid") if "caption" in self.tasks else ()
+    fields = (
+      ("caption", "caption_valid") if "caption" in self.head.tasks else ()
+    )
     if self._region_tasks:
       fields += ("boxes", "box_phrase", "box_valid")
     return base.Needs(encodings={self.image: ()}, fields=fields)
@@ -139,7 +135,7 @@ class Captioning(base.Objective):
     patches = encodings[self.image].patches[:, 0]
     decoder = heads[self.head.params_key]
     sums = {}
-    if "caption" in self.tasks:
+    if "caption" in self.head.tasks:
       sums |= self._caption_sums(decoder, patches, batch)
     if self._region_tasks:
       sums |= self._region_sums(decoder, patches, batch)

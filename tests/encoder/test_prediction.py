@@ -176,6 +176,14 @@ def test_heads_of_a_config_equal_those_of_its_objectives(name, open_):
   assert heads_lib.described_heads(described) == heads
 
 
+def test_only_trained_tasks_predict():
+  entry = {"captioning": {"tasks": ["caption", "referring"]}}
+  heads = heads_lib.heads_of_config(entry, SPEC)
+  assert set(heads) == {"caption", "referring"}
+  described = json.loads(json.dumps(heads_lib.describe_heads(heads)))
+  assert heads_lib.described_heads(described) == heads
+
+
 @pytest.fixture(scope="module")
 def run(params, tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")

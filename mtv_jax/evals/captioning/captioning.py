@@ -52,13 +52,13 @@ class Captioning(Evaluator):
   Attributes:
     data: named boxes, see `datasets/registry.py`.
     images: the folder of COCO's images, if it is not beside the JSON.
-    tasks: what the decoder was trained for.
+    tasks: by default those that the decoder was trained for.
     count: images to use, evenly spaced; all by default (of the scenes 128).
   """
 
   data: Data = "scenes"
   images: str | None = None
-  tasks: tuple[Literal[_TASKS], ...] = _TASKS
+  tasks: tuple[Literal[_TASKS], ...] | None = None
   count: PositiveInt | None = None
   batch_size: PositiveInt = 32
 
@@ -68,7 +68,8 @@ class Captioning(Evaluator):
 
   def run(self, encoder: Encoder) -> Result:
     """Metrics of each task, each with its chance and sampling error."""
-    if not encoder.can_predict("caption") or encoder.tokenizer is None:
+    tasks = self.tasks or [t for t in _TASKS if encoder.can_predict(t)]
+    if not tasks or encoder.tokenizer is None:
       raise NotApplicable(
         "this encoder has no captioning decoder with a tokenizer; a run with "
         "the objective captioning has"
@@ -83,7 +84,7 @@ class Captioning(Evaluator):
       "referring": _score_referring,
     }
     estimate, chance = Estimate({}, {}), {}
-    for task in self.tasks:
+    for task in tasks:
       part, part_chance = score[task](encoder, data, parser, self.batch_size)
       estimate |= part
       chance |= part_chance

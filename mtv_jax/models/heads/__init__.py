@@ -43,7 +43,9 @@ def heads_of_config(
     where, entry = entries[kind.objective]
     fields = [field.name for field in dataclasses.fields(kind)]
     given = {k: v for k, v in entry.items() if k in fields}
-    heads[name] = options.build(kind, given, where=where).resolve(spec)
+    head = options.build(kind, given, where=where)
+    if head.is_trained(name):
+      heads[name] = head.resolve(spec)
   return heads
 
 
@@ -76,7 +78,7 @@ def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
       raise InputError(
         f"The heads' description has {name!r}. {did_you_mean(name, known)}"
       )
-  return {
+  heads = {
     name: options.build(
       kind,
       described[kind.objective],
@@ -85,6 +87,7 @@ def described_heads(described: Mapping[str, Any]) -> dict[str, PredictionHead]:
     for name, kind in HEADS.items()
     if kind.objective in described
   }
+  return {name: head for name, head in heads.items() if head.is_trained(name)}
 
 
 def contrastive_head(heads: Mapping[str, Any]) -> str:

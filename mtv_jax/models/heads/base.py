@@ -41,6 +41,11 @@ class PredictionHead:
     del spec
     return self
 
+  def is_trained(self, name: str) -> bool:
+    """Whether its objective trains what `Encoder.predict(name)` runs."""
+    del name
+    return True
+
   def check_tokenizer(self, tokenizer: Any) -> None:
     """Raises ConfigError for a tokenizer that it can't be trained with."""
     del tokenizer

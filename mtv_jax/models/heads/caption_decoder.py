@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -340,6 +340,7 @@ class CaptionHead(base.PredictionHead):
   objective = "captioning"
   params_key = "caption_decoder"
 
+  tasks: tuple[Literal[TASKS], ...] = TASKS  # What it is trained for.
   width: options.PositiveInt | None = None
   depth: options.PositiveInt | None = None
   attention_heads: options.PositiveInt | None = None
@@ -351,6 +352,13 @@ class CaptionHead(base.PredictionHead):
   vocab_size: options.PositiveInt | None = None
   length: options.PositiveInt | None = None  # Most tokens of a text.
   eos_id: options.NonNegativeInt | None = None  # The tokenizer's end of text.
+
+  def __post_init__(self):
+    if not self.tasks:
+      raise ConfigError(f"tasks is empty; expected some of {TASKS}.")
+
+  def is_trained(self, name: str) -> bool:
+    return name in self.tasks
 
   def resolve(self, spec: Any) -> CaptionHead:
     text = spec.text
