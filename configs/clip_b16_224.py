@@ -25,7 +25,7 @@ mlfoundations/open_clip at 89fb801 for what the paper leaves open.
   vocabulary            49,408 byte pairs, lower case      =
   image                 random square crop                 0.9 to 1.0 of the
                                                            area, as open_clip
-  pixels                CLIP's mean and deviation          -1 to 1
+  pixels                CLIP's mean and deviation          =
   initialisation        CLIP's                             =
   precision             float16                            bfloat16
 
@@ -60,6 +60,8 @@ def get_config(arg=None):
     norm_eps=1e-5,
     projection=512,
     init="clip",
+    image_mean=(0.48145466, 0.4578275, 0.40821073),
+    image_std=(0.26862954, 0.26130258, 0.27577711),
   )
   config.model.text = dict(
     variant="mu" if arg.tiny else arg.variant,
@@ -92,7 +94,7 @@ def get_config(arg=None):
 
   config.model.text.update(width=512, heads=8, mlp_dim=2048)
   config.data.ops = f"decode|canvas({arg.res * 8 // 7})|caption(77)"
-  config.views.image.ops = f"crop({arg.res}, 0.9, 1.0)"
+  config.views.image.ops = f"crop({arg.res}, 0.9, 1.0, method='bicubic')"
   config.total_examples = 32 * 400_000_000
   config.schedule = dict(name="cosine", warmup_steps=2000)
   return config

@@ -32,8 +32,7 @@ ssl_default_config.yaml. Ours are equal but for the lines with "ours".
                                   spread evenly; ours: drawn
   crops                           2 of 0.32 to 1.0 at 224 pixels, 8 of 0.05 to
                                   0.32 at 96 (98 with patches of 14)
-  resampling, pixels              bicubic, ImageNet's mean and deviation; ours:
-                                  bilinear, -1 to 1
+  resampling, pixels              bicubic, ImageNet's mean and deviation
   initialisation                  normal of 0.02
   blur, as their code ran         0 and 0.9 on global crops, 0.5 on local ones
   evaluated and released          the teacher
@@ -73,6 +72,8 @@ def get_config(arg=None):
     pool="cls",
     gelu="exact",
     init="dinov2",
+    image_mean=(0.485, 0.456, 0.406),
+    image_std=(0.229, 0.224, 0.225),
     layer_scale=1e-5,
     drop_path=0.4 if long else 0.3,
     dtype="bfloat16",
@@ -139,8 +140,8 @@ def get_config(arg=None):
 def views(size, local, patch):
   """Two global crops, unequal in blur and solarisation; eight local."""
   colours = "flip|jitter(0.8)|grey(0.2)"
-  crop = f"crop({size}, 0.32, 1.0)|{colours}"
+  crop = f"crop({size}, 0.32, 1.0, method='bicubic')|{colours}"
   masks = f"blocks(0.1, 0.5, p=0.5, patch={patch})"
   ops = [f"{crop}|{masks}", f"{crop}|blur(0.9)|solarize(0.2)|{masks}"]
-  local = f"crop({local}, 0.05, 0.32)|{colours}|blur(0.5)"
+  local = f"crop({local}, 0.05, 0.32, method='bicubic')|{colours}|blur(0.5)"
   return {"global": dict(count=2, ops=ops), "local": dict(count=8, ops=local)}

@@ -16,7 +16,7 @@ dinov3_vit7b16_high_res_adapt.yaml). Hyper-parameters that are not listed are
 those of the table in configs/dinov2_l16.py (vitl16_short).
 
   hyper-parameter             vitl_im1k_lin834     ours
-  positions                   RoPE, base 100       learned
+  positions                   RoPE, base 100       =
   heads of DINO and iBOT      two, 65,536          =
   targets                     Sinkhorn             =
   rate at batch 1024          4 x 1e-3, sqrt       =
@@ -35,6 +35,7 @@ those of the table in configs/dinov2_l16.py (vitl16_short).
   crops; of the Gram teacher  256; 512             224; 448
   last layer frozen           no, by then          no
   local crops' share of DINO  falls to 0.5         unchanged
+  RoPE's coordinates          scaled by 1/2 to 2   unchanged
 
                               7B, high_res_adapt   ours, `highres`
   steps, batch                30,000, 2048         10,000, 2048
@@ -64,6 +65,8 @@ def get_config(arg=None):
   base = dict(tiny=arg.tiny, batch=arg.batch, variant=arg.variant)
   config = read_config("dinov2_l16", res=size, **base)
   config.model.init = "dinov3"
+  config.model.positions = "rope"
+  config.model.rope = dict(base=100.0, rescale=None)
   config.objectives.masked_latent.head = "ibot"
   for objective in config.objectives.values():
     objective.target = "sinkhorn"
@@ -96,7 +99,7 @@ def refine(config, arg, size):
     config.schedule = dict(name="constant", warmup_steps=1000)
     if arg.highres:
       config.schedule.warmup_steps = length // 3
-  crop = f"crop({round(ratio * size)}, 0.32, 1.0)|flip"
+  crop = f"crop({round(ratio * size)}, 0.32, 1.0, method='bicubic')|flip"
   config.views.gram = dict(count=2, ops=crop, crops_of="global")
   config.teachers = dict(gram=teacher)
   config.objectives.gram = dict(weight=weight, view_teacher="gram")

@@ -17,8 +17,8 @@ main_pretrain.py, models_mae.py.
   end of the cosine       0                              =
   weight decay            0.05, not of biases and norms  =
   Adam, clipping          0.9, 0.95, 1e-8; none          =
-  crops                   0.2 to 1.0, bicubic, flips     bilinear
-  pixels                  ImageNet's mean, deviation     -1 to 1
+  crops                   0.2 to 1.0, bicubic, flips     =
+  pixels                  ImageNet's mean, deviation     =
   patches kept            25 %                           =
   target                  pixels normalised by patch     =
   decoder                 8 blocks of 512, 16 heads      =
@@ -60,11 +60,7 @@ def get_config(arg=None):
     ops="decode|canvas(448)",
   )
   # The encoder computes the visible quarter of the patches alone.
-  config.views = dict(
-    mae=dict(
-      count=1, ops=f"crop({arg.res}, 0.2, 1.0)|flip|keep(0.25, patch=16)"
-    )
-  )
+  config.views = dict(mae=dict(count=1, ops=ops(arg.res, 16)))
   config.model = dict(
     variant=f"{arg.variant}/16",
     image_size=arg.res,
@@ -72,6 +68,8 @@ def get_config(arg=None):
     gelu="exact",
     positions="sincos",
     init="mae",
+    image_mean=(0.485, 0.456, 0.406),
+    image_std=(0.229, 0.224, 0.225),
     dtype="bfloat16",
     remat="none",
   )
@@ -104,7 +102,7 @@ def get_config(arg=None):
       total_epochs=None,
       total_steps=100,
       data=dict(train=[dict(type="scenes", size=40)], ops="decode|canvas(40)"),
-      views=dict(mae=dict(ops="crop(32, 0.2, 1.0)|flip|keep(0.25, patch=8)")),
+      views=dict(mae=dict(ops=ops(32, 8))),
       model=dict(variant="mu/8", image_size=32, dtype="float32"),
       objectives=dict(
         masked_pixels=dict(decoder_width=64, decoder_depth=2, decoder_heads=4)
@@ -113,3 +111,9 @@ def get_config(arg=None):
       log=dict(every_steps=10),
     )
   return config
+
+
+def ops(size, patch):
+  return (
+    f"crop({size}, 0.2, 1.0, method='bicubic')|flip|keep(0.25, patch={patch})"
+  )

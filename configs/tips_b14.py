@@ -22,7 +22,7 @@ recipe of this size is published.
   masks                of the global crop, share unknown   half
   KoLeo                none known                          none
   image tower (C)      CLS, layer scale, GELU tanh         =
-  pixels (C)           0 to 1                              -1 to 1
+  pixels (C)           0 to 1                              =
   text tower (C)       12 layers, ReLU, fixed sines, mean  GELU, learned
                        over the tokens, no projection      positions, last token
   vocabulary (C)       32k SentencePiece, lower case, 64   =
@@ -65,7 +65,9 @@ def get_config(arg=None):
     # A multiple of the patch.
     local = config.views.local.ops.replace("crop(96,", f"crop({7 * patch},")
     config.views.local.ops = local
-  config.model.update(pool="cls", layer_scale=1e-5)
+  config.model.update(
+    pool="cls", layer_scale=1e-5, image_mean=0.0, image_std=1.0
+  )
   config.model.text.clean = "lower"
 
   # The caption and DINO's teacher share one crop and its encoding. No caption
