@@ -1,0 +1,75 @@
+"""Every recipe, shrunk, trains to a falling loss."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from mtv_jax.config import schema
+from mtv_jax.parallel.mesh import make_mesh, shard_batch
+from mtv_jax.train.experiment import build_experiment, make_loader
+from mtv_jax.train.loop import init_or_restore
+from mtv_jax.train.step import make_program
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+NAMES = sorted(p.stem for p in (ROOT / "configs").glob("[!_]*.py"))
+# Shrunk, these are another recipe but for a line.
+SAME = {
+  "dino_b16_224",
+  "mtv_b16_512",
+  "mtv_g14_224",
+  "mtv_l16_256",
+  "siglip_l16_256",
+  "tips_b16_224",
+}
+ARGUMENTS = {"dinov3_l16": ",gram"}
+RUNS = [
+  f"{name}:tiny{ARGUMENTS.get(name, '')}" for name in NAMES if name not in SAME
+]
+MOST_STEPS = 60  # Of the longer ones, such as mtv_tiny.
+
+
+def train(run, workdir):
+  """The losses of each update on one device, by name."""
+  config = schema.read_config(run)
+  config.evals, config.init = {}, None
+  experiment = build_experiment(config, workdir)
+  spec, tx = experiment.step_spec, experiment.optimizer.tx
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  program = make_program(spec, tx, mesh)
+  experiment = dataclasses.replace(experiment, program=program)
+  state, losses = init_or_restore(experiment, None), []
+  with make_loader(experiment, 0) as loader:
+    steps = min(experiment.total_steps, MOST_STEPS)
+    for step, batch in zip(range(steps), loader, strict=False):
+      if spec.teacher_starts(step):
+        state = program.restart_teacher(state)
+      if due := spec.teachers_due(step):
+        state = program.update_teachers(state, due)
+      batch = shard_batch(dict(batch), mesh)
+      state, metrics = program.update(state, batch, spec.active(step))
+      metrics = jax.device_get(metrics)
+      losses.append({k: v for k, v in metrics.items() if k.endswith("loss")})
+  return losses
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+  """A compilation takes longer than these runs."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_the_loss_falls(run, tmp_path):
+  losses = train(run, tmp_path)
+  assert len(losses) >= 20
+  assert all(np.isfinite(list(row.values())).all() for row in losses)
+  # The weighted sum, while the objectives of the first update are computed.
+  sums = [row["loss"] for row in losses if row.keys() == losses[0].keys()]
+  fifth = len(sums) // 5
+  assert np.mean(sums[-fifth:]) < np.mean(sums[:fifth]), sums
