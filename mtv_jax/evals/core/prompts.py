@@ -126,15 +126,18 @@ def _read_lines(path: pathlib.Path) -> tuple[str, ...]:
     raise MissingFileError(
       f"no file {path}; expected a name or a prompt a line"
     )
-  lines = path.read_text(encoding="utf-8").splitlines()
+  try:
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+  except UnicodeDecodeError as error:
+    raise InputError(f"{path} is not UTF-8 text: {error}") from None
   return tuple(line.strip() for line in lines if line.strip())
 
 
 def _read_object(path: pathlib.Path) -> Prompts:
   """Prompts of a JSON file."""
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
+    content = json.loads(path.read_bytes())
+  except ValueError as error:
     raise InputError(f"{path} is not JSON: {error}") from None
   if not isinstance(content, dict) or "classes" not in content:
     got = sorted(content) if isinstance(content, dict) else type(content)

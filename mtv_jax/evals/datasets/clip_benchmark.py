@@ -48,7 +48,7 @@ def has_split(root: pathlib.Path, split: str) -> bool:
 def is_retrieval(root: pathlib.Path) -> bool:
   """Whether the images have captions instead of classes."""
   path = root / "dataset_type.txt"
-  return path.is_file() and path.read_text().strip() == "retrieval"
+  return path.is_file() and files.read_text(path).strip() == "retrieval"
 
 
 def open_classification(
@@ -144,7 +144,7 @@ def _list_tars(root: pathlib.Path, split: str) -> list[pathlib.Path]:
   listing = folder / "nshards.txt"
   if not listing.is_file():
     return sorted(folder.glob("*.tar"), key=lambda p: (len(p.name), p.name))
-  number = listing.read_text().strip()
+  number = files.read_text(listing).strip()
   if not number.isdecimal():
     raise InputError(f"{listing}: expected a number of tars, got {number!r}")
   tars = [folder / f"{i}.tar" for i in range(int(number))]
@@ -166,5 +166,10 @@ def _scan(tar: pathlib.Path, suffix: str) -> Iterator[_Record]:
   for key, members in groups.items():
     images = [e for e in members if f".{e}" in examples.SUFFIXES]
     if images and suffix in members:
-      label = files.read_span(tar, members[suffix])
-      yield _Record(key, tar, members[images[0]], label.decode("utf-8"))
+      try:
+        label = files.read_span(tar, members[suffix]).decode("utf-8")
+      except UnicodeDecodeError as error:
+        raise InputError(
+          f"{tar}: {key}.{suffix} is not UTF-8 text: {error}"
+        ) from None
+      yield _Record(key, tar, members[images[0]], label)

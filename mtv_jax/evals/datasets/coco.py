@@ -17,6 +17,7 @@ file or above its folder, or given.
 from __future__ import annotations
 
 import collections
+import math
 import os
 import pathlib
 import re
@@ -57,6 +58,7 @@ _IMAGE_FOLDERS = (
 )
 _INSTANCES = "annotations/instances_val2017.json"
 _MIN_SIDE = 1.0  # smallest side of a box, in pixels
+_ID = (int, str)
 
 _JPEG = re.compile(r"\.jpe?g\b")
 
@@ -102,8 +104,7 @@ def open_captions(
   stem = path.stem.removeprefix("captions_")
   if path.suffix == ".json":
     content = read_json(path)
-    first = (content.get("images") or [{}])[0]
-    if "sentences" in first:
+    if "sentences" in _first(content, "images"):
       rows = _karpathy_rows(path, content, split)
     elif "annotations" in content:
       rows, split = _caption_rows(path, content), None
@@ -129,12 +130,14 @@ def _caption_rows(path: pathlib.Path, content: Mapping[str, Any]) -> Rows:
   """File name and captions of each image of a captions_*.json."""
   names = {i: row["file_name"] for i, row in _index_images(path, content)}
   captions = collections.defaultdict(list)
-  for row in content["annotations"]:
-    if "caption" not in row:
-      raise NotApplicable(
-        f"{path}: annotations have {sorted(row)} and no 'caption'; expected "
-        "COCO's captions_*.json"
-      )
+  first = _first(content, "annotations")
+  if first and "caption" not in first:
+    raise NotApplicable(
+      f"{path}: annotations have {sorted(first)} and no 'caption'; expected "
+      "COCO's captions_*.json"
+    )
+  fields = {"image_id": _ID, "caption": str}
+  for row in files.read_rows(path, content, "annotations", fields):
     captions[row["image_id"]].append(row["caption"])
   _require_images(path, captions, names)
   return [(names[i], captions[i]) for i in names if captions[i]]
@@ -144,19 +147,23 @@ def _karpathy_rows(
   path: pathlib.Path, content: Mapping[str, Any], split: str
 ) -> Rows:
   rows = []
-  for row in content["images"]:
+  fields = {"split": str, "filename": str, "sentences": list}
+  images = files.read_rows(path, content, "images", fields)
+  for row in images:
     if row["split"] == split:
-      name = pathlib.PurePosixPath(row.get("filepath", ""), row["filename"])
-      rows.append((str(name), [s["raw"] for s in row["sentences"]]))
+      folder = str(row.get("filepath") or "")  # Flickr30k has none.
+      name = pathlib.PurePosixPath(folder, row["filename"])
+      texts = files.read_rows(path, row, "sentences", {"raw": str})
+      rows.append((str(name), [text["raw"] for text in texts]))
   if not rows:
-    splits = sorted({row["split"] for row in content["images"]})
+    splits = sorted({row["split"] for row in images})
     raise InputError(f"{path} has no split {split!r}; it has {splits}")
   return rows
 
 
 def _flickr_rows(path: pathlib.Path) -> Rows:
   """File name and captions of each image of a text file of captions."""
-  lines = path.read_text(encoding="utf-8-sig").splitlines() or [""]
+  lines = files.read_text(path).splitlines() or [""]
   header = "" if _JPEG.search(lines[0]) else lines.pop(0)
   if "|" in header:
     # One line of Kaggle's file lacks the second bar.
@@ -182,18 +189,26 @@ def _flickr_rows(path: pathlib.Path) -> Rows:
   return list(captions.items())
 
 
+def _first(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+  """The first object of a list in a JSON; empty if there is none."""
+  rows = content.get(key)
+  row = rows[0] if isinstance(rows, list) and rows else None
+  return row if isinstance(row, dict) else {}
+
+
 def _index_images(
-  path: pathlib.Path, content: Mapping[str, Any], *keys: str
+  path: pathlib.Path, content: Mapping[str, Any], *sides: str
 ) -> list[tuple[int, Mapping[str, Any]]]:
   """Id and entry of each image; InputError if it lacks a field."""
-  wanted = {"id", "file_name", *keys}
-  for row in content["images"]:
-    if lacking := sorted(wanted - {*row}):
+  fields = {"id": _ID, "file_name": str, **dict.fromkeys(sides, int)}
+  rows = files.read_rows(path, content, "images", fields)
+  for row in rows:
+    if any(row[side] < 1 for side in sides):
       raise InputError(
-        f"{path}: an image has {sorted(row)} and no {lacking[0]!r}; expected "
-        "COCO's JSON, where each image has a file name and a size"
+        f"{path}: the image {row['file_name']} has sides of "
+        f"{[row[side] for side in sides]} pixels"
       )
-  return [(row["id"], row) for row in content["images"]]
+  return [(row["id"], row) for row in rows]
 
 
 def _require_images(
@@ -203,7 +218,7 @@ def _require_images(
   if unknown:
     raise InputError(
       f"{path}: {len(unknown)} annotated image ids are not among its images, "
-      f"such as {min(unknown)}"
+      f"such as {min(unknown, key=str)}"
     )
 
 
@@ -252,18 +267,29 @@ def open_boxes(
     files.require_layout(path, [_INSTANCES], what="COCO 2017's instances")
     path = path / _INSTANCES
   content = read_json(path)
-  first = (content.get("annotations") or [{}])[0]
-  if "bbox" not in first or "categories" not in content:
+  if (
+    "bbox" not in _first(content, "annotations") or "categories" not in content
+  ):
     raise NotApplicable(
       f"{path} has no named boxes; expected COCO's instances_*.json"
     )
   infos = dict(_index_images(path, content, "height", "width"))
-  _require_images(path, (r["image_id"] for r in content["annotations"]), infos)
-  index = {row["id"]: i for i, row in enumerate(content["categories"])}
+  fields = {"image_id": _ID, "category_id": _ID, "bbox": list}
+  rows = files.read_rows(path, content, "annotations", fields)
+  _require_images(path, (row["image_id"] for row in rows), infos)
+  fields = {"id": _ID, "name": str}
+  categories = files.read_rows(path, content, "categories", fields)
+  index = {row["id"]: i for i, row in enumerate(categories)}
   left_out = {"crowds": 0, "thinner than a pixel": 0}
   annotated = collections.defaultdict(list)
-  for row in content["annotations"]:
+  for row in rows:
     info = infos[row["image_id"]]
+    if row["category_id"] not in index or not _is_box(row["bbox"]):
+      raise InputError(
+        f"{path}: an annotation has category_id {row['category_id']!r} and "
+        f"bbox {row['bbox']!r}; expected the id of a category and [x, y, "
+        "width, height] in pixels"
+      )
     box = _corners(row["bbox"], info)
     sides = box[2:] - box[:2]
     if row.get("iscrowd"):
@@ -276,7 +302,7 @@ def open_boxes(
   names = [infos[i]["file_name"] for i in ids]
   stem = path.stem.removeprefix("instances_")
   paths = _find_images(path, images, stem, names)
-  classes = tuple(row["name"] for row in content["categories"])
+  classes = tuple(row["name"] for row in categories)
   boxes = [np.asarray([b for b, _ in annotated[i]], np.float32) for i in ids]
   labels = [np.asarray([c for _, c in annotated[i]], np.int32) for i in ids]
   digest = examples.Digest()
@@ -292,6 +318,12 @@ def open_boxes(
     classes=classes,
     digest=digest.hex(),
     left_out=left_out,
+  )
+
+
+def _is_box(values: Sequence[Any]) -> bool:
+  return len(values) == 4 and all(
+    isinstance(v, int | float) and math.isfinite(v) for v in values
   )
 
 

@@ -48,7 +48,9 @@ def open_videos(
     [_LIST, f"{_IMAGES}/*/*.jpg", f"{_MASKS}/*/*.png"],
     what="DAVIS 2017's TrainVal at 480p (davischallenge.org)",
   )
-  names = (folder / _LIST).read_text(encoding="utf-8").split()
+  names = files.read_text(folder / _LIST).split()
+  if not names:
+    raise InputError(f"{folder / _LIST} names no video; expected one a line")
   digest, videos = examples.Digest(), []
   for name in examples.subsample(names, count):
     frames = sorted((folder / _IMAGES / name).glob("*.jpg"))

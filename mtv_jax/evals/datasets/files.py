@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -151,6 +151,52 @@ def read_span(path: pathlib.Path, span: tar_scan.Span) -> bytes:
   with path.open("rb") as file:
     file.seek(span.offset)
     return file.read(span.size)
+
+
+def read_text(path: pathlib.Path) -> str:
+  """A text file without its byte order mark; InputError if not UTF-8."""
+  try:
+    return path.read_text(encoding="utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise InputError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def read_rows(
+  path: pathlib.Path,
+  content: Mapping[str, Any],
+  key: str,
+  fields: Mapping[str, type | tuple[type, ...]],
+) -> list[Mapping[str, Any]]:
+  """The objects in the list `content[key]` of a JSON file.
+
+  Raises InputError for one that lacks a field or has another type there.
+  """
+  rows = content.get(key)
+  if not isinstance(rows, list):
+    raise InputError(
+      f"{path}: {key!r} is {_type_name(rows)}; expected a list of objects"
+    )
+  for row in rows:
+    if not isinstance(row, dict):
+      raise InputError(
+        f"{path}: {key!r} has {_type_name(row)} in it; expected objects"
+      )
+    if lacking := sorted({*fields} - {*row}):
+      raise InputError(
+        f"{path}: an object of {key!r} has {sorted(row)} and no "
+        f"{lacking[0]!r}; expected {sorted(fields)}"
+      )
+    for name, kind in fields.items():
+      if not isinstance(row[name], kind):
+        raise InputError(
+          f"{path}: {name!r} of an object of {key!r} is {row[name]!r}, "
+          f"{_type_name(row[name])}"
+        )
+  return rows
+
+
+def _type_name(value: Any) -> str:
+  return "missing" if value is None else f"of type {type(value).__name__}"
 
 
 def read_json(path: pathlib.Path) -> Any:

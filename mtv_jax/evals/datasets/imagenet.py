@@ -119,6 +119,11 @@ def _read_devkit(
   reader = _find_devkit(images)
   meta, truth = reader("meta.mat"), reader(_TRUTH)
   synsets = _read_synsets(meta, f"{_DEVKIT}/data/meta.mat")
+  if not synsets or not truth.split():
+    raise InputError(
+      f"{_DEVKIT}/data: meta.mat has {len(synsets)} classes and {_TRUTH} "
+      f"{len(truth.split())} numbers; expected both as released"
+    )
   order = sorted(synsets.values())
   label_of = {number: order.index(row) for number, row in synsets.items()}
   try:
@@ -151,7 +156,10 @@ def _read_archived(archive: pathlib.Path, name: str) -> bytes:
   try:
     with tarfile.open(archive) as tar:
       return tar.extractfile(f"{_DEVKIT}/data/{name}").read()
-  except (KeyError, tarfile.TarError, OSError, EOFError) as error:
+  # Of a folder instead of a file: AttributeError.
+  except (
+    KeyError, AttributeError, tarfile.TarError, OSError, EOFError,
+  ) as error:  # fmt: skip
     raise InputError(
       f"{archive} can't be read as ImageNet's devkit: {error}"
     ) from None
@@ -270,11 +278,19 @@ def open_objectnet(
   for label, image in rows:
     digest.add(image.name, image.stat().st_size, folders[label])
   images = examples.open_images([image for _, image in rows])
+
+  def read(i: int) -> np.ndarray:
+    image = images[i]
+    if min(image.shape[:2]) <= 2 * _BORDER:
+      raise InputError(
+        f"{rows[i][1]} is {image.shape[0]}x{image.shape[1]} pixels: its border "
+        f"alone is {_BORDER} on each side"
+      )
+    return image[_BORDER:-_BORDER, _BORDER:-_BORDER]
+
   return examples.ClassificationSet(
     name=str(root),
-    images=examples.Images(
-      lambda i: images[i][_BORDER:-_BORDER, _BORDER:-_BORDER], len(rows)
-    ),
+    images=examples.Images(read, len(rows)),
     labels=np.asarray([label for label, _ in rows], np.int32),
     classes=tuple(names[folder].lower() for folder in folders),
     ids=tuple(folders),
@@ -290,12 +306,12 @@ def _read_mappings(
   folder_names = _read_object(root / _FOLDERS, str)
   overlap = _read_object(root / _OVERLAP, str)
   order = _read_object(root / _ORDER, int)
-  lines = (root / _NAMES).read_text(encoding="utf-8").splitlines()
+  lines = files.read_text(root / _NAMES).splitlines()
   lines = [line.strip() for line in lines if line.strip()]
   labels = {number: label for label, number in order.items()}
-  if sorted(labels) != [*range(len(lines))] or not all(
-    label.isdecimal() for label in order
-  ):
+  # Both the labels and their lines are 0 to 999.
+  numbers = [*range(len(lines))]
+  if sorted(labels) != numbers or sorted(order) != sorted(map(str, numbers)):
     raise InputError(
       f"{root / _ORDER} has {len(order)} labels and {_NAMES} {len(lines)} "
       f"lines; expected each label once, with its line from 0 to "

@@ -105,10 +105,10 @@ class VideoSegmentation(Evaluator):
     for i, video in enumerate(data.videos):
       size = self._input_size(encoder, video.frames[0].shape[:2])
       sizes.add(size)
-      predicted = list(self._predict(encoder, video, size, block, channels))
       truth = [video.masks[t] for t in range(1, len(video.masks) - 1)]
       copied = [video.masks[0]] * len(truth)
       _check_sizes(video, truth)
+      predicted = list(self._predict(encoder, video, size, block, channels))
       for total, maps in ((scores, predicted), (copies, copied)):
         total.append(
           metrics_lib.score_video(truth, maps, objects=video.objects)

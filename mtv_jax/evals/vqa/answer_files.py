@@ -101,8 +101,19 @@ def _make_question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
   options = next((row[name] for name in _OPTIONS if name in row), ())
   truths = _get(path, row, _TRUTHS)
   truths = truths if isinstance(truths, list) else [truths]
-  plain = [t["answer"] if isinstance(t, Mapping) else t for t in truths]
+  plain = [
+    _get(path, t, ("answer",)) if isinstance(t, Mapping) else t for t in truths
+  ]
   if options:
+    if isinstance(options, str):
+      raise InputError(f"{path}: expected a list of options, got {options!r}")
+    beyond = [
+      t for t in plain if type(t) is int and t not in range(len(options))
+    ]
+    if beyond:
+      raise InputError(
+        f"{path}: {beyond[0]} is no index of the options of {row}"
+      )
     plain = [chr(ord("A") + t) if isinstance(t, int) else t for t in plain]
   if not plain:
     raise InputError(f"{path}: a question without an answer: {row}")
@@ -113,7 +124,10 @@ def _make_question(path: str | os.PathLike, row: Mapping[str, Any]) -> Question:
 
 
 def _read_json(path: str | os.PathLike) -> Any:
-  text = pathlib.Path(path).read_text(encoding="utf-8")
+  try:
+    text = pathlib.Path(path).read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise InputError(f"{path} is not UTF-8 text: {error}") from None
   try:
     return json.loads(text)
   except ValueError as error:

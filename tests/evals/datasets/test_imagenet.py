@@ -323,6 +323,11 @@ def test_objectnet(objectnet, colours, tmp_path):
     ("objectnet_to_imagenet_1k.json", '{"Tie": null}', "an object of str"),
     ("pytorch_to_imagenet_2012_id.json", '{"0": 5}', "each label once"),
     ("pytorch_to_imagenet_2012_id.json", '{"0": "5"}', "an object of int"),
+    (
+      "pytorch_to_imagenet_2012_id.json",
+      json.dumps({str(i + 1): i for i in range(1000)}),
+      "each label once",
+    ),
     ("imagenet_to_label_2012_v2", "chair", "1000 labels and .* 1 lines"),
     ("imagenet_to_label_2012_v2", None, "missing .*2012_v2"),
   ],

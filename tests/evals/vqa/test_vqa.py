@@ -7,6 +7,7 @@ import pytest
 
 from mtv_jax.cli.main import run_command
 from mtv_jax.evals.vqa import answer_files, metrics
+from mtv_jax.utils.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -332,3 +333,24 @@ def test_invalid_files_and_answers(tmp_path):
     )
   with pytest.raises(ValueError, match="Did you mean 'exact'"):
     answer_files.score({}, {}, rule="exakt")
+
+
+@pytest.mark.parametrize(
+  "row, message",
+  [
+    ({"answer": 2, "options": ["x", "y"]}, "2 is no index of the options"),
+    ({"answer": "A", "options": "['x', 'y']"}, "expected a list of options"),
+    ({"answers": [{"text": "x"}]}, r"\['text'\], and none of \['answer'\]"),
+  ],
+)
+def test_malformed_truths(tmp_path, row, message):
+  path = write(tmp_path / "truths.json", [{"id": 1, **row}])
+  with pytest.raises(InputError, match=message):
+    answer_files.read_questions(path)
+
+
+def test_answers_that_are_not_utf8(tmp_path):
+  path = tmp_path / "answers.json"
+  path.write_bytes(b'{"1": "caf\xe9"}')
+  with pytest.raises(InputError, match="not UTF-8"):
+    answer_files.read_answers(path)

@@ -1,0 +1,196 @@
+"""Malformed data sets of others: each is explained, none is a traceback."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import scipy.io
+
+from mtv_jax.evals.core import prompts
+from mtv_jax.evals.core.base import NotApplicable
+from mtv_jax.evals.datasets import registry
+from mtv_jax.utils.errors import InputError, UserError
+
+IMAGE = {"id": 1, "file_name": "1.png", "height": 8, "width": 8}
+CAPTION = {"image_id": 1, "caption": "red"}
+BOX = {"image_id": 1, "category_id": 3, "bbox": [1, 1, 4, 4]}
+CATEGORY = {"id": 3, "name": "cat"}
+KARPATHY = {"split": "test", "filename": "1.png", "sentences": [{"raw": "red"}]}
+
+
+@pytest.fixture
+def write(tmp_path, write_image):
+  write_image(tmp_path / "images" / "1.png", "red")
+
+  def write(name, **content):
+    path = tmp_path / name
+    path.write_text(json.dumps(content))
+    return path
+
+  return write
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    ({"annotations": [CAPTION]}, "'images' is missing"),
+    ({"images": {"1": IMAGE}, "annotations": [CAPTION]}, "of type dict"),
+    ({"images": [1], "annotations": [CAPTION]}, "of type int in it"),
+    ({"images": [IMAGE], "annotations": [{"caption": "a"}]}, "no 'image_id'"),
+    ({"images": [IMAGE], "annotations": {}}, "'annotations' is of type dict"),
+    ({"images": [IMAGE], "annotations": [CAPTION, 1]}, "of type int in it"),
+    (
+      {"images": [IMAGE], "annotations": [{**CAPTION, "caption": 1}]},
+      "'caption' of .* is 1, of type int",
+    ),
+    (
+      {
+        "images": [IMAGE],
+        "annotations": [{**CAPTION, "image_id": i} for i in (2, "a")],
+      },
+      "2 annotated image ids",
+    ),
+    ({"images": [{**KARPATHY, "sentences": None}]}, "'sentences' of .* None"),
+    ({"images": [{**KARPATHY, "sentences": ["red"]}]}, "of type str in it"),
+    ({"images": [{**KARPATHY, "sentences": [{}]}]}, "no 'raw'"),
+    ({"images": [KARPATHY, {**KARPATHY, "split": 1}]}, "'split' of"),
+    ({"images": [{"sentences": []}]}, "no 'filename'"),
+    ({"images": [{**KARPATHY, "filepath": None}]}, None),
+    ({"images": [IMAGE], "annotations": [CAPTION]}, None),
+  ],
+)
+def test_captions(write, content, message):
+  path = write("captions_test.json", **content)
+  if message is None:
+    assert registry.open_captions(path).captions == ("red",)
+    return
+  with pytest.raises(InputError, match=message):
+    registry.open_captions(path)
+
+
+@pytest.mark.parametrize(
+  "box, image, category, message",
+  [
+    ({"bbox": [1, 1, 4]}, {}, {}, r"bbox \[1, 1, 4\]"),
+    ({"bbox": [1, 1, 4, None]}, {}, {}, "bbox .*None"),
+    ({"bbox": [1, 1, 4, float("nan")]}, {}, {}, "bbox .*nan"),
+    ({"bbox": "1 1 4 4"}, {}, {}, "'bbox' of .* of type str"),
+    ({"category_id": 4}, {}, {}, "category_id 4"),
+    ({"image_id": 9}, {}, {}, "such as 9"),
+    ({}, {"height": 0}, {}, r"sides of \[0, 8\]"),
+    ({}, {"width": "8"}, {}, "'width' of .* of type str"),
+    ({}, {}, {"name": None}, "'name' of .* None"),
+    ({}, {}, {}, None),
+  ],
+)
+def test_boxes(write, box, image, category, message):
+  path = write(
+    "instances_test.json",
+    images=[IMAGE | image],
+    annotations=[BOX | box],
+    categories=[CATEGORY | category],
+  )
+  if message is None:
+    assert registry.open_boxes(path).phrases == (("cat",),)
+    return
+  with pytest.raises(InputError, match=message):
+    registry.open_boxes(path)
+
+
+LATIN = "café".encode("latin-1")
+
+
+def test_texts_that_are_not_utf8(tmp_path):
+  for name in ("results.csv", "prompts.json", "names.txt"):
+    (tmp_path / name).write_bytes(b"image,caption\n1.jpg," + LATIN)
+  with pytest.raises(InputError, match="results.csv is not UTF-8"):
+    registry.open_captions(tmp_path / "results.csv")
+  with pytest.raises(InputError, match="prompts.json is not JSON"):
+    prompts.read_prompts(tmp_path / "prompts.json")
+  with pytest.raises(InputError, match="names.txt is not UTF-8"):
+    prompts.read_prompts(tmp_path / "names.txt")
+
+
+@pytest.mark.parametrize(
+  "content", ['{"classes": [1]}', '{"classes": "cat"}', "[]", '{"ids": []}']
+)
+def test_prompt_files_of_wrong_types(tmp_path, content):
+  path = tmp_path / "prompts.json"
+  path.write_text(content)
+  with pytest.raises(InputError, match="prompts.json"):
+    prompts.read_prompts(path)
+
+
+OPENERS = {
+  "classification": registry.open_classification,
+  "splits": registry.open_splits,
+  "captions": registry.open_captions,
+  "boxes": registry.open_boxes,
+  "videos": registry.open_videos,
+  "segmentation": lambda data: registry.open_segmentation(data, split="test"),
+  "depth": lambda data: registry.open_depth(data, split="test", size=8),
+  "posed": lambda data: registry.open_posed(data, subset="wild_set", count=2),
+  "key points": lambda data: registry.open_key_points(
+    data, split="test", count=2
+  ),
+}
+SKELETONS = (
+  "", "images", "images/a", "mappings", "test", "test/a", "train/a", "val/a",
+  "annotations", "ILSVRC2012_devkit_t12/data", "JPEGImages/480p/a",
+  "Annotations/480p/a", "objectnet-1.0/mappings", "PairAnnotation/test",
+  "images/training", "annotations/training", "nyu_images", "DAVIS",
+  "training/image_2", "a/wild_set", "seq-01",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OPENERS)
+def test_empty_folders(tmp_path, kind):
+  for i, folders in enumerate([*zip(SKELETONS), SKELETONS]):
+    for folder in folders:
+      (tmp_path / str(i) / folder).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UserError):
+      OPENERS[kind](tmp_path / str(i))
+
+
+@pytest.mark.parametrize(
+  "rows, truth, message",
+  [
+    ([], "1\n", "has 0 classes"),
+    ([(1, "n01", "red", 0)], "", "0 numbers"),
+    ([(1, "n01", "red", 0)], "1\nred\n", "not an ILSVRC2012_ID"),
+    ([(1, "n01", "red", 0)], "1\n2\n", "2 is not an ILSVRC2012_ID"),
+  ],
+)
+def test_devkit(tmp_path, write_image, rows, truth, message):
+  data = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+  data.mkdir(parents=True)
+  kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
+  rows = np.array([*rows, (9, "n09", "a", 2)], [*kinds, ("num_children", "O")])
+  scipy.io.savemat(data / "meta.mat", {"synsets": rows[:, None]})
+  (data / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
+  write_image(tmp_path / "1.png", "red")
+  (tmp_path / "1.png").rename(tmp_path / "ILSVRC2012_val_00000001.JPEG")
+  with pytest.raises(InputError, match=message):
+    registry.open_classification(tmp_path)
+
+
+def test_davis_without_videos(tmp_path):
+  folder = tmp_path / "ImageSets" / "2017"
+  folder.mkdir(parents=True)
+  (folder / "val.txt").write_text("\n")
+  for part, suffix in (("JPEGImages", "jpg"), ("Annotations", "png")):
+    path = tmp_path / part / "480p" / "a" / f"00000.{suffix}"
+    path.parent.mkdir(parents=True)
+    PIL.Image.new("L", (8, 8), 1).save(path)
+  with pytest.raises(InputError, match="names no video"):
+    registry.open_videos(tmp_path)
+  (folder / "val.txt").write_text("b\n")
+  with pytest.raises(InputError, match="b has 0 frames"):
+    registry.open_videos(tmp_path)
+
+
+def test_captions_of_another_kind_are_not_applicable(write):
+  path = write("x.json", images=[IMAGE], annotations=[BOX], categories=[])
+  with pytest.raises(NotApplicable, match="no 'caption'"):
+    registry.open_captions(path)
