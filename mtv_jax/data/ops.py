@@ -5,14 +5,14 @@ new op is a `HostOp` here and a line of `OPS`.
 
 A record without a label gives zeros, so that one batch mixes sources with
 different labels. Parts of a label that an op leaves out are counted in the
-record's `dropped`, and `caption_cut` tells whether a caption was cut.
+record's `dropped`, and `cut` tells which of its texts lost their ends.
 """
 
 import abc
 import dataclasses
 import functools
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -220,7 +220,7 @@ class Caption(TextOp):
         ids = self._token_ids(text, self.length, record["key"])
         cut = self.tokenizer.is_cut(text, self.length)
         fields = {"caption": ids, "caption_valid": np.bool_(True)}
-        return record | fields | {"caption_cut": cut}
+        return _add_cut(record | fields, "captions", [cut])
     if captions:
       reason = f"all of its captions are empty: {captions[:3]!r}"
       raise BadRecord(record["key"], reason)
@@ -300,7 +300,7 @@ class Regions(TextOp):
       # Also where all fit: an objective may take only the first of them.
       order = np.random.default_rng(seed).permutation(len(label.scores))
     row = {k: np.zeros(f.shape, f.dtype) for k, f in self.fields.items()}
-    at = 0
+    at, cut = 0, []
     for box in order:
       if at == self.count:
         break
@@ -309,13 +309,14 @@ class Regions(TextOp):
       if (ids == self._blank).all():
         count_dropped(record, {"boxes: a phrase of no tokens": 1})
         continue
+      cut.append(self.tokenizer.is_cut(phrase, self.phrase_length))
       row["boxes"][at] = label.boxes[box]
       row["box_phrase"][at] = ids
       row["box_phrase_id"][at] = label_values.phrase_id(phrase)
       row["box_score"][at] = label.scores[box]
       row["box_valid"][at] = True
       at += 1
-    return record | row
+    return _add_cut(record | row, "phrases", cut)
 
 
 OPS: dict[str, type[HostOp]] = {
@@ -325,6 +326,11 @@ OPS: dict[str, type[HostOp]] = {
   "depth": Depth,
   "regions": Regions,
 }
+
+
+def _add_cut(record: Record, kind: str, cut: Sequence[bool]) -> Record:
+  """The record with `cut` of the texts of a kind."""
+  return record | {"cut": {**record.get("cut", {}), kind: cut}}
 
 
 def _box_label(record: Record) -> label_values.BoxLabel:

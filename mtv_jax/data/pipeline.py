@@ -44,11 +44,15 @@ Batch = dict[str, np.ndarray]
 
 # More bad records in a row are not accidental.
 _MAX_BAD_RUN = 256
-# Records, or an epoch, after which the shares of bad ones and of cut captions
-# are checked.
+# Records, or an epoch, after which the shares of bad ones and of cut texts are
+# checked.
 _CHECKED_AFTER = 1000
-# The share of captions cut by their length from which on it is warned of.
+# The share of texts cut by their length from which on it is warned of.
 _MAX_CUT = 0.2
+_LENGTHENED_BY = {
+  "captions": "the length of `caption` with model.text.length",
+  "phrases": "phrase_length of `regions`",
+}
 # Bad records that are logged: the first ones, then one of many.
 _MAX_LOGGED, _LOG_EVERY = 20, 100
 
@@ -69,13 +73,18 @@ class Stats:
   dropped: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
-  captions: int = 0  # Rows with a caption.
-  captions_cut: int = 0  # Those whose caption has too many tokens.
+  # Texts in batches, `captions` and `phrases`, and those with too many tokens.
+  texts: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+  texts_cut: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter
+  )
 
   @property
-  def cut_share(self) -> float | None:
-    """The share of captions that were cut; None without captions."""
-    return self.captions_cut / self.captions if self.captions else None
+  def cut_shares(self) -> dict[str, float]:
+    """The share of the texts of each kind that were cut."""
+    return {k: self.texts_cut[k] / count for k, count in self.texts.items()}
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -84,7 +93,8 @@ class HostBatches:
 
   An element is `rows` (the batch), `bad`, (source, key, reason) of each bad
   record, `dropped`, (source, reason, count) of label parts left out, and `cut`,
-  whether each caption was cut, so that worker processes report them too.
+  (kind, whether it was cut) of each text, so that worker processes report them
+  too.
   """
 
   sources: Sequence[Source]
@@ -131,7 +141,9 @@ class HostBatches:
   def _fill_row(
     self, batch: Batch, position: int, address: tuple[int, int]
   ) -> tuple[
-    list[tuple[str, str, str]], list[tuple[str, str, int]], list[bool]
+    list[tuple[str, str, str]],
+    list[tuple[str, str, int]],
+    list[tuple[str, bool]],
   ]:
     """Writes the row of `position`; returns the other parts of an element."""
     source, first = self.sources[address[0]], address[1]
@@ -147,8 +159,8 @@ class HostBatches:
           values[row] = record[name]
         dropped = record.get("dropped", {}).items()
         dropped = [(source.name, reason, n) for reason, n in dropped]
-        cut = [record["caption_cut"]] if "caption_cut" in record else []
-        return bad, dropped, cut
+        cut = record.get("cut", {}).items()
+        return bad, dropped, [(kind, c) for kind, cs in cut for c in cs]
       except BadRecord as error:
         bad.append((source.name, error.key, error.reason))
       except Exception as error:
@@ -224,19 +236,21 @@ class Loader(Iterator[Batch], contextlib.AbstractContextManager):
         "Labels of %s (%d in %d records read)", name, after, self.stats.read
       )
 
-  def _count_cut(self, cut: Sequence[bool]) -> None:
-    stats, before = self.stats, self.stats.captions
-    stats.captions += len(cut)
-    stats.captions_cut += sum(cut)
+  def _count_cut(self, cut: Sequence[tuple[str, bool]]) -> None:
+    stats, before = self.stats, self.stats.texts.copy()
+    stats.texts.update(kind for kind, _ in cut)
+    stats.texts_cut.update(kind for kind, is_cut in cut if is_cut)
     first = min(_CHECKED_AFTER, self.examples_per_epoch)
-    # Once, when there are enough of them.
-    if before < first <= stats.captions and stats.cut_share > _MAX_CUT:
-      log.warning(
-        "%.0f %% of %d captions are longer than %r gives them tokens, and were"
-        " cut. Raise the length of `caption` with model.text.length, or use a"
-        " tokenizer of longer pieces (`bytes` has an id for each byte).",
-        *(100 * stats.cut_share, stats.captions, self.batches.ops),
-      )
+    for kind, share in stats.cut_shares.items():
+      # Once, when there are enough of them.
+      if before[kind] < first <= stats.texts[kind] and share > _MAX_CUT:
+        log.warning(
+          "%.0f %% of %d %s are longer than %r gives them tokens, and were cut."
+          " Raise %s, or use a tokenizer of longer pieces (`bytes` has an id"
+          " for each byte).",
+          *(100 * share, stats.texts[kind], kind, self.batches.ops),
+          _LENGTHENED_BY[kind],
+        )
 
   def _check_corrupt(self) -> None:
     stats = self.stats

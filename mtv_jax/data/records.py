@@ -11,7 +11,8 @@ uint16, see `label_values.DepthLabel`), `boxes` (float32 [n, 4], y0, x0, y1, x1
 in the unit square), `phrases` (list of n str), `box_scores` (float32 [n]) and
 `label` (int, the class). A field that a record lacks is a missing label.
 `dropped` (dict of str: int) counts by reason what was left out of its labels;
-`caption_cut` (bool) tells whether the op `caption` cut off the end of the text.
+`cut` (dict of str: list of bool) tells of `captions` and `phrases` whether the
+op that tokenized them cut off their ends.
 
 The format of ArrayRecord files (`encode`, `decode`) is a fixed header and
 length-prefixed byte strings: a reader needs only `struct`, and unlike a pickle

@@ -145,8 +145,9 @@ class Encoder:
 
   def __repr__(self) -> str:
     image = self.spec.image
+    weights = "no" if self.weights == "none" else self.weights
     return (
-      f"Encoder({self.source or 'live'}, {self.weights} weights, "
+      f"Encoder({self.source or 'live'}, {weights} weights, "
       f"width {image.width}, depth {image.depth}, patch {image.patch_size}, "
       f"input {self.preprocess.size})"
     )

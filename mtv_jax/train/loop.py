@@ -318,7 +318,7 @@ class _Trainer:
       **self.experiment.optimizer.hyperparameters(step - 1),
       "data/corrupt": stats.corrupt,
       "data/dropped": sum(stats.dropped.values()),
-      **({"data/captions_cut": stats.cut_share} if stats.captions else {}),
+      **{f"data/{kind}_cut": v for kind, v in stats.cut_shares.items()},
       **{f"{name}/encoder_grad_norm": v for name, v in norms.items()},
     }
     losses = [name for name in values if name.endswith("/loss")]

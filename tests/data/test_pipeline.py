@@ -306,8 +306,11 @@ def test_cut_captions_are_counted_and_warned_of_once(caplog, workers):
     for _ in range(10):
       next(batches)
     stats = batches.stats
-    assert (stats.captions, stats.captions_cut) == (72, 24)
-    assert stats.cut_share == 1 / 3
+    assert (stats.texts, stats.texts_cut) == (
+      {"captions": 72},
+      {"captions": 24},
+    )
+    assert stats.cut_shares == {"captions": 1 / 3}
   (message,) = [r.getMessage() for r in caplog.records if "cut" in r.msg]
   # After as many captions as there are records.
   assert message.startswith("33 % of 42 captions") and "caption(6)" in message
@@ -316,8 +319,33 @@ def test_cut_captions_are_counted_and_warned_of_once(caplog, workers):
   with make_loader(data, tokenizer=tokenizer, **options) as batches:
     for _ in range(10):
       next(batches)
-    assert batches.stats.cut_share == 0
+    assert batches.stats.cut_shares == {"captions": 0}
   assert not caplog.records
+
+
+class Phrases(Numbers):
+  """Two boxes, whose phrases have three and nine bytes; a caption of nine."""
+
+  fields = Numbers.fields | {"boxes", "phrases"}
+
+  def __getitem__(self, i: int) -> dict:
+    boxes = np.array([[0, 0, 0.5, 0.5], [0.2, 0.2, 1, 1]], np.float32)
+    fields = {"boxes": boxes, "phrases": ["a" * 3, "a" * 9]}
+    return super().__getitem__(i) | fields | {"captions": ["a" * 9]}
+
+
+def test_cut_phrases_are_counted_beside_captions(caplog):
+  data = {"ops": "decode|canvas(2)|caption(10)|regions(2, 6)"}
+  options = {"batch_size": 8, "seed": 0, "sources": [Phrases("n", 40)]}
+  tokenizer = build_tokenizer("bytes")
+  with make_loader(data, tokenizer=tokenizer, **options) as batches:
+    for _ in range(5):
+      next(batches)
+    assert batches.stats.texts == {"captions": 40, "phrases": 80}
+    assert batches.stats.cut_shares == {"captions": 0, "phrases": 0.5}
+  (message,) = [r.getMessage() for r in caplog.records if "cut" in r.msg]
+  assert message.startswith("50 % of 48 phrases")
+  assert "phrase_length of `regions`" in message
 
 
 def test_small_data_are_checked_after_an_epoch():
