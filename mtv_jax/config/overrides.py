@@ -48,7 +48,8 @@ def override(config: ConfigDict, assignments: Iterable[str]) -> ConfigDict:
 
   Raises:
     ConfigError: an invalid path, or a value whose type differs from that of the
-      number or section it replaces.
+      number or section it replaces; only a fraction may replace an integer, and
+      `schema.check_config` rejects it where the key takes integers alone.
   """
   tree = to_plain(config, tuples_as_lists=True)
   for assignment in assignments:
@@ -103,6 +104,9 @@ def _value(text: str, old: Any, path: str) -> Any:
     return text  # Many options accept this string, and are None by default.
   if text == "None" or text.lower() == "none" and not isinstance(old, str):
     return None
+  # A file may write 5 where a duration or a weight may be 2.5.
+  if type(old) is int and isinstance(fraction := _literal(text), float):
+    return fraction
   return parse_value(text, old, f"--{path}")
 
 
@@ -119,12 +123,7 @@ def parse_value(text: str, old: Any, key: str) -> Any:
   """
   if isinstance(old, str):
     return text
-  if text.lower() in ("true", "false"):
-    text = text.capitalize()
-  try:
-    value = _evaluate(ast.parse(text.strip(), mode="eval").body)
-  except (ValueError, SyntaxError):
-    value = text
+  value = _literal(text)
   if isinstance(old, float) and type(value) is int:
     return float(value)
   if isinstance(value, dict) or type(value) is type(old):
@@ -140,6 +139,16 @@ def parse_value(text: str, old: Any, key: str) -> Any:
       f"{key}={text}: expected {type(old).__name__}, such as {old!r}."
     )
   return value
+
+
+def _literal(text: str) -> Any:
+  """The Python literal that a text is, or the text itself."""
+  if text.lower() in ("true", "false"):
+    text = text.capitalize()
+  try:
+    return _evaluate(ast.parse(text.strip(), mode="eval").body)
+  except (ValueError, SyntaxError):
+    return text
 
 
 def _evaluate(node: ast.expr) -> Any:
