@@ -105,6 +105,8 @@ class StepSpec:
   def __post_init__(self):
     if not self.objectives:
       raise ConfigError("config.objectives is empty.")
+    if self.teacher_ema == "heads":
+      self._check_head_only_teacher()
     for encoding in self.plan:
       if encoding.weights not in (base.STUDENT, base.TEACHER, *self.teachers):
         raise ConfigError(
@@ -119,6 +121,19 @@ class StepSpec:
       if encoding.tower == "text" and self.model.text is None:
         raise ConfigError(
           "an objective reads text, but config.model.text is not set."
+        )
+
+  def _check_head_only_teacher(self):
+    for name, objective in self.objectives.items():
+      read = {e.weights for e in objective.needs().encodings}
+      if base.TEACHER in read and not any(
+        head.teacher for head in objective.heads().values()
+      ):
+        raise ConfigError(
+          f"config.objectives.{name} would compare the student with itself: "
+          "with config.teacher.ema='heads' the EMA teacher has the student's "
+          "encoder. Set teacher.ema='all', or name a teacher of "
+          "config.teachers."
         )
 
   @functools.cached_property

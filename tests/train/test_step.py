@@ -298,6 +298,12 @@ def test_invalid_step_specs_are_rejected():
     make_spec(model=dataclasses.replace(make_spec().model, text=None))
   with pytest.raises(ValueError, match="objectives is empty"):
     make_spec(objectives={}, weights={})
+  gram = {
+    "gram": build_objective("gram", dict(view="image", teacher="teacher"))
+  }
+  weights = {"gram": ObjectiveWeight(1.0)}
+  with pytest.raises(ValueError, match="gram would compare the student with"):
+    make_spec(objectives=gram, weights=weights, teacher_ema="heads")
 
 
 def test_objective_weight_start_and_ramp():
