@@ -48,6 +48,7 @@ from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
 log = logging.getLogger(__name__)
+_FROZEN_TEXT = ["^text/", {"lr": 0.0}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,13 @@ def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
   if config.model.text and not reads_text:
     log.warning("No objective reads text: config.model.text is left out.")
     config.model.text = None
+  elif config.model.text and not any(e.tower == "text" for e in read):
+    log.warning(
+      "No objective trains the text tower, which has the tokens of captions: "
+      "it is frozen, at random values unless config.init gives others."
+    )
+    if _FROZEN_TEXT not in map(list, config.optim.rules):
+      config.optim.rules = [_FROZEN_TEXT, *config.optim.rules]
   runtime = model_lib.runtime(config.model)
   model = model_lib.ModelSpec.from_config(config.model)
   spec = StepSpec(

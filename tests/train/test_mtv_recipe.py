@@ -153,6 +153,26 @@ def test_without_text_there_is_no_text_tower(tmp_path):
     assert set(next(loader)) == {"image", "image_size", "depth"}
 
 
+def test_a_text_tower_that_no_objective_trains_is_frozen(tmp_path, caplog):
+  config = schema.read_config("captioning_scenes:tiny")
+  experiment = build_experiment(config, tmp_path)
+  assert "it is frozen, at random values" in caplog.text
+  text = [row for row in experiment.optimizer.table if "text/" in row.name]
+  assert len(text) > 9 and all(row.frozen for row in text)
+  moments = [
+    name
+    for name, _ in flatten_with_names(experiment.program.abstract.opt_state)
+    if "/text/" in name
+  ]
+  assert not moments
+  # The resolved config builds the same.
+  again = build_experiment(experiment.config, tmp_path)
+  assert again.config == experiment.config
+  config.objectives.contrastive = dict(weight=1.0)
+  both = build_experiment(config, tmp_path)
+  assert not any(row.frozen for row in both.optimizer.table)
+
+
 @pytest.mark.slow
 def test_gradient_accumulation_equals_the_whole_batch():
   """KoLeo, Sinkhorn and the negatives of contrast included."""
