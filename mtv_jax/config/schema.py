@@ -163,7 +163,8 @@ SCHEMA = dict(
   teachers=ClosedEntries(
     path=(str, None),
     step=(int, None),
-    weights=(Literal["student", "teacher", "ema"], "student"),
+    # None: those that the run's `weights` names.
+    weights=(Literal["student", "teacher", "ema"], None),
     update_every=Duration(None),
     max_updates=(PositiveInt, None),
     # Filled in from the path. None: the student's.

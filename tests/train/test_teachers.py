@@ -55,8 +55,9 @@ def test_teachers_of_a_run(tmp_path):
   name = "patch_embed/kernel"
   assert np.abs(ema[3][name] - ema[1][name]).max() > 0
 
-  # The next stage reads it, of another size.
-  config = recipe(path=str(first), step=4, weights="teacher")
+  # The next stage reads what the run's config names, of another size.
+  config = recipe(path=str(first), step=4)
+  assert config.weights == "teacher"
   config.model.update(width=32)
   experiment = build_experiment(config, tmp_path / "second")
   assert experiment.step_spec.teachers["gram"].model.image.width == 16
