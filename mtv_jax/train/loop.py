@@ -89,6 +89,12 @@ def init_teacher(experiment: Experiment, params: PyTree) -> PyTree:
   copies of the student's.
   """
   init, spec = experiment.config.init, experiment.step_spec
+  if spec.has_teacher and not spec.only(spec.active(0)).has_teacher:
+    raise ConfigError(
+      "config.init.teacher has no effect: no objective reads the teacher at "
+      "step 0, and at the start of the first that does it is a copy of the "
+      "student. Leave init.teacher out, or start the objective at step 0."
+    )
   student = teacher_params(spec, params)
   names = [name for name, _ in flatten_with_names(student)]
   include = [

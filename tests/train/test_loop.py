@@ -142,6 +142,10 @@ def test_init_continues_the_teacher_of_another_run(tmp_path):
   assert_equal(begun.teacher["heads"]["dino"], begun.params["heads"]["dino"])
   with pytest.raises(ValueError, match="selects no parameter of a teacher"):
     begin(teacher=True, include=("^text/",))
+  late = with_teacher(init={**init, "teacher": True})
+  late.objectives.distillation.weight = dict(value=1.0, start_steps=1)
+  with pytest.raises(ValueError, match="init.teacher has no effect"):
+    init_or_restore(build_experiment(late, tmp_path / "b"), None)
   # What the run's config names is what is read by default.
   read = loading.read_model(tmp_path / "a")
   assert read.weights == "teacher"
