@@ -171,8 +171,6 @@ def test_unknown_types_and_options_suggest_a_name():
 def test_encoding_of_an_unknown_tower_raises():
   with pytest.raises(ValueError, match="audio"):
     base.Encoding("audio", "image")
-  with pytest.raises(ValueError, match="momentum"):
-    base.Encoding("image", "image", "momentum")
 
 
 def test_mean_of_a_zero_count_is_zero_with_a_zero_gradient():

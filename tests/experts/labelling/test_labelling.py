@@ -376,6 +376,8 @@ def test_hosts_begin_with_different_shards(tmp_path):
   class Observed(FakeDepth):
     def prepare(self, image, record):
       order.append(record["key"][:5])
+      if order.count("00001") == 1:
+        timer.start()
       return super().prepare(image, record)
 
   # Another host leases the last shard, and dies while this one waits.
@@ -383,7 +385,6 @@ def test_hosts_begin_with_different_shards(tmp_path):
   out.mkdir()
   claim(out, "00003", ELSEWHERE)
   timer = threading.Timer(0.5, lambda: claim(out, "00003", ELSEWHERE, age=999))
-  timer.start()
   labelling.run(
     Observed(), open_base(base), out, host=HostRows(1, 2), threads=1
   )
