@@ -17,7 +17,7 @@ from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals.core import base
 from mtv_jax.evals.core.base import Evaluator, NotApplicable, Result
 from mtv_jax.evals.core.results import Outcome
-from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils.errors import ConfigError, UserError, did_you_mean
 
 # Longest text of an error in the results: XLA can write pages.
 _MAX_REASON = 1000
@@ -239,7 +239,10 @@ def attempt(
         raise
       reason = f"{type(error).__name__}: {error}"
       outcome.failed[kind] = reason[:_MAX_REASON]
-      log_fn("".join(traceback.format_exception(error)) + f"{kind} FAILED")
+      if isinstance(error, UserError):
+        log_fn(f"{kind} FAILED: {error}")
+      else:
+        log_fn("".join(traceback.format_exception(error)) + f"{kind} FAILED")
     yield outcome
 
 

@@ -23,7 +23,7 @@ from mtv_jax.evals.datasets import registry
 from mtv_jax.evals.report import tables
 from mtv_jax.evals.retrieval import retrieval
 from mtv_jax.models import two_tower as models
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.errors import ConfigError, InputError
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +244,8 @@ class Made(base.Evaluator):
       raise base.NotApplicable("this encoder has no text tower")
     if what == "missing":
       raise FileNotFoundError("no such folder")
+    if what == "corrupt":
+      raise InputError("1.png can't be read")
     if what == "broken":
       raise RuntimeError("out of memory " + 5000 * "x")
 
@@ -294,6 +296,15 @@ def test_a_failure_does_not_stop_other_evaluations(register, colours, tmp_path):
   assert list(results.read(tmp_path / "results.json")[0].results) == ["a", "d"]
   (line,) = suite.errors([got], plan)
   assert line.startswith("b failed: RuntimeError")
+
+
+def test_a_user_error_while_running_has_no_traceback(register, colours):
+  register(a={"runs": "corrupt"}, b={})
+  (got,), said = outcomes_of(run.plan(["all"]), colours)
+  assert list(got.results) == ["b"]
+  assert got.failed == {"a": "InputError: 1.png can't be read"}
+  assert "a FAILED: 1.png can't be read" in said
+  assert not any("Traceback" in line for line in said)
 
 
 def test_results_of_finished_evaluations_survive_a_crash(

@@ -341,6 +341,14 @@ def test_malformed_mappings_are_explained(objectnet, name, content, message):
     registry.open_classification(objectnet)
 
 
+def test_an_image_smaller_than_its_border_is_named(objectnet):
+  path = objectnet / "images" / "a_tie" / "1.png"
+  PIL.Image.new("RGB", (9, 4)).save(path)
+  data = registry.open_classification(objectnet)
+  with pytest.raises(InputError, match="a_tie/1.png is 4x9 pixels"):
+    data.images[0]
+
+
 def write_tar(path, records):
   """Members of records, as webdataset's ShardWriter names them."""
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -421,6 +429,9 @@ def test_clip_benchmark_is_checked(clip_benchmark):
   tar = clip_benchmark / "test" / "1.tar"
   write_tar(tar, {"a": image | {"cls": b"3"}})
   with pytest.raises(InputError, match="a.cls is '3'.*0 to 2"):
+    registry.open_classification(clip_benchmark)
+  write_tar(tar, {"a": image | {"cls": b"\xff\xfe1"}})
+  with pytest.raises(InputError, match="a.cls is not UTF-8"):
     registry.open_classification(clip_benchmark)
   tar.unlink()
   with pytest.raises(MissingFileError, match="nshards.txt is 3.*1.tar"):

@@ -179,6 +179,16 @@ def test_squares_are_followed(davis):
     VideoSegmentation(data=str(davis), layer=0).run(load("random:mu/8@16"))
 
 
+def test_masks_of_another_size_are_named_before_encoding(davis, monkeypatch):
+  mask = sorted((davis / "Annotations" / "480p").glob("*/00001.png"))[0]
+  with PIL.Image.open(mask) as image:
+    smaller = image.resize((image.width // 2, image.height))
+  smaller.save(mask)
+  monkeypatch.setattr(VideoSegmentation, "_predict", None)
+  with pytest.raises(InputError, match="the mask of frame 1 is .* one size"):
+    VideoSegmentation(data=str(davis), size=96).run(load("pixels:16/8"))
+
+
 def test_videos_of_scenes_have_the_views_of_a_pair():
   first, *_, last = scenes.render_video(5, frames=4, size=32)
   pair = scenes.render_pair(5, size=32)
