@@ -161,9 +161,7 @@ def to_hf_config(
 
 
 def mismatches(spec: ModelSpec) -> list[str]:
-  """What `CLIPModel` can't express, a line for each field."""
-  if spec.text is None:
-    return ["  there is no text tower\n"]
+  """What `CLIPModel` can't express of two towers, a line for each field."""
   # CLIP has both projections.
   image = {**_REQUIRED["image"], "projection": spec.embed_dim}
   return folders.list_mismatches(spec, {**_REQUIRED, "image": image})

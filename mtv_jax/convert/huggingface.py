@@ -229,8 +229,10 @@ def write(folder: str | os.PathLike, model: ConvertedModel) -> pathlib.Path:
 
 def _find_exporter(spec: ModelSpec) -> ModuleType:
   """The family of an export; ConversionError if none can express the model."""
+  # A CLIPModel has two towers.
+  modules = (siglip,) if spec.text is None else (siglip, clip)
   lines, module = min(
-    ((module.mismatches(spec), module) for module in (siglip, clip)),
+    ((module.mismatches(spec), module) for module in modules),
     key=lambda pair: len(pair[0]),
   )
   if lines:

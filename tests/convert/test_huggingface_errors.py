@@ -71,6 +71,18 @@ def test_models_that_siglip_cannot_express(
   assert not (tmp_path / "a").exists()
 
 
+def test_an_image_tower_alone_is_compared_with_siglip(spec, params, tmp_path):
+  """A CLIPModel has two towers, so its fields would be misleading."""
+  image = dataclasses.replace(
+    spec.image, pool="cls", cls_token=True, registers=2
+  )
+  odd = ModelSpec(image=image)
+  with pytest.raises(ConversionError, match=r"registers is 2") as error:
+    huggingface.write(tmp_path / "a", ConvertedModel(odd, params, PREPROCESS))
+  assert "image.pool is 'cls'" in str(error.value)
+  assert "CLIPModel" not in str(error.value)
+
+
 @pytest.mark.parametrize(
   ("field", "value", "hint"),
   [("size", 96, "--image_size"), ("crop", "center", "squashed")],
