@@ -258,8 +258,8 @@ def build_views(
 
   `ops` is one string for all, or a list with one string for each of `count`.
   `crops_of` names a view whose crops and flips this one repeats, at its own
-  size: both start with the same crop and flip but for the size. `mean` and
-  `std` are those of the channels in 0..1.
+  size: both start with the same crop and flip, but for size and method. `mean`
+  and `std` are those of the channels in 0..1.
 
   Raises:
     ConfigError: for unknown options or ops, wrong arguments, ops in a wrong
@@ -288,13 +288,16 @@ def _check_crops_of(view: View, views: Mapping[str, View]) -> None:
     raise ConfigError(f"{where}={view.crops_of!r}, expected one of {known}.")
 
   def crops(v):
-    boxes = [dataclasses.replace(p.box_op, size=1) for p in v.pipelines]
+    boxes = [
+      dataclasses.replace(p.box_op, size=1, method="bilinear")
+      for p in v.pipelines
+    ]
     return [(box, p.flip) for box, p in zip(boxes, v.pipelines, strict=True)]
 
   if crops(view) != crops(other):
     raise ConfigError(
       f"{where}={view.crops_of!r}: count, crop and flip of the two views "
-      "differ. Write the same ones, but for the size."
+      "differ. Write the same ones, but for size and method."
     )
 
 

@@ -192,6 +192,10 @@ def test_the_cost_of_a_teacher_is_a_forward_pass():
   ids=["count", "area", "name", "none", "keep"],
 )
 def test_views_that_do_not_fit_are_rejected(changes, message):
+  resampled = VIEWS["gram"]["ops"].replace("1.0)", "1.0, method='bicubic')")
+  assert views.build_views(
+    VIEWS | {"gram": VIEWS["gram"] | dict(ops=resampled)}
+  )
   with pytest.raises(ConfigError, match=message):
     built = views.build_views({**VIEWS, "gram": {**VIEWS["gram"], **changes}})
     gram.Gram(view_teacher="gram").resolve(make_spec().model, built)
