@@ -153,7 +153,12 @@ def _read_sweep(pair: LabelledFile) -> np.ndarray:
   # Only the header is read for the size.
   with PIL.Image.open(pair.image) as image:
     width, height = image.size
-  points = np.fromfile(pair.label, np.float32).reshape(-1, 4)[:, :3]
+  values = np.fromfile(pair.label, np.float32)
+  if values.size % 4:
+    raise InputError(
+      f"{pair.label} has {values.size} numbers; expected 4 for each point"
+    )
+  points = values.reshape(-1, 4)[:, :3]
   folder = pair.label.parents[1] / "calib"
   calibration = read_calibration(folder / f"{pair.label.stem}.txt")
   return project_points(points, calibration, size=(height, width))
@@ -166,9 +171,12 @@ def read_calibration(
   if not path.is_file():
     raise MissingFileError(f"{path}: this frame has no calibration")
   matrices = {}
-  for line in path.read_text().splitlines():
+  for line in files.read_text(path).splitlines():
     name, _, numbers = line.partition(":")
-    values = np.array(numbers.split(), np.float64)
+    try:
+      values = np.array(numbers.split(), np.float64)
+    except ValueError as error:
+      raise InputError(f"{path}: {name}: {error}") from None
     if values.size in (9, 12):
       matrices[name] = values.reshape(3, -1)
   missing = {"P2", "R0_rect", "Tr_velo_to_cam"} - matrices.keys()

@@ -102,12 +102,15 @@ def _read_annotations(folder: pathlib.Path) -> list[dict[str, Any]]:
     raise MissingFileError(
       f"{folder} has no annotations.json. Is the object unpacked in full?"
     )
+  content = files.read_json(path)
   try:
-    rows = sorted(files.read_json(path), key=lambda r: r["filename"])
+    rows = sorted(content, key=lambda r: r["filename"])
     for row in rows:
       camera = row["camera"]
-      _ = camera["q"], camera["t"], camera["focal_length"]
-  except (KeyError, TypeError) as error:
+      for name in ("q", "t", "focal_length"):
+        np.asarray(camera[name], np.float64)
+      float(camera["focal_length"])
+  except (KeyError, TypeError, ValueError) as error:
     raise InputError(
       f"{path}: expected a list of {{filename, camera: {{q, t, focal_length}}}}"
       f"; {type(error).__name__}: {error}"

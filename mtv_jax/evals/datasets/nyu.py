@@ -157,8 +157,13 @@ def _numbered_files(
 
 def _read_ids(path: pathlib.Path) -> list[int]:
   """0-based numbers in the .mat file: the first word of each line."""
-  lines = path.read_text(encoding="utf-8").splitlines()
-  return [int(line.split()[0]) for line in lines if line.strip()]
+  lines = [line for line in files.read_text(path).splitlines() if line.strip()]
+  words = [line.split()[0] for line in lines]
+  wrong = [word for word in words if not word.isdecimal()]
+  if wrong or not words:
+    got = repr(wrong[0]) if wrong else "an empty file"
+    raise InputError(f"{path}: expected an image's number a line, got {got}")
+  return [int(word) for word in words]
 
 
 def _open_mat(
@@ -220,8 +225,14 @@ def _mat_split(root: pathlib.Path, split: str) -> list[int]:
   if (root / "splits.mat").is_file():
     import scipy.io
 
-    splits = scipy.io.loadmat(root / "splits.mat")
-    return [int(i) - 1 for i in np.ravel(splits[f"{split}Ndxs"])]
+    path, name = root / "splits.mat", f"{split}Ndxs"
+    try:
+      return [int(i) - 1 for i in np.ravel(scipy.io.loadmat(path)[name])]
+    # SciPy's reader raises errors of many types for a corrupt file.
+    except Exception as error:
+      raise InputError(
+        f"{path}: {type(error).__name__}: {error}; expected the numbers {name}"
+      ) from None
   files.require_layout(
     root, (f"{split}.txt",), what="a folder with splits.mat, or ids in a text"
   )

@@ -92,7 +92,16 @@ def _read_row(path: pathlib.Path) -> dict[str, Any]:
       f"{path} has no {missing[0]!r}; expected the keys {', '.join(_KEYS)}"
     )
   row = {key: content[key] for key in _KEYS}
-  counts = [len(row[key]) for key in ("src_kps", "trg_kps")]
+  try:
+    counts = [len(row[key]) for key in ("src_kps", "trg_kps")]
+    pathlib.Path(row["category"], row["src_imname"], row["trg_imname"])
+    int(row["pair_id"])
+    box = np.array(row["trg_bndbox"], np.float64)
+    if box.shape != (4,) or not np.isfinite(box).all():
+      raise ValueError(f"trg_bndbox is {row['trg_bndbox']}, not 4 numbers")
+    _make_pair(row, 0, 0)
+  except (TypeError, ValueError) as error:
+    raise InputError(f"{path}: {type(error).__name__}: {error}") from None
   if counts[0] != counts[1]:
     raise InputError(
       f"{path}: {counts[0]} keypoints in the first image and {counts[1]} in "

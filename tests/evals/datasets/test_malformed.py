@@ -9,7 +9,7 @@ import scipy.io
 
 from mtv_jax.evals.core import prompts
 from mtv_jax.evals.core.base import NotApplicable
-from mtv_jax.evals.datasets import registry
+from mtv_jax.evals.datasets import kitti, registry
 from mtv_jax.utils.errors import InputError, UserError
 
 IMAGE = {"id": 1, "file_name": "1.png", "height": 8, "width": 8}
@@ -194,3 +194,69 @@ def test_captions_of_another_kind_are_not_applicable(write):
   path = write("x.json", images=[IMAGE], annotations=[BOX], categories=[])
   with pytest.raises(NotApplicable, match="no 'caption'"):
     registry.open_captions(path)
+
+
+@pytest.mark.parametrize("text", ["", "a.jpg\n", "1\n2.5\n", "café\n"])
+def test_nyu_lists_of_no_numbers(tmp_path, write_image, text):
+  for folder in ("nyu_images", "nyu_labels40"):
+    write_image(tmp_path / folder / "1.png", "red")
+  write_image(tmp_path / "nyu_images" / "1.jpg", "red")
+  for name in ("train.txt", "test.txt"):
+    (tmp_path / name).write_text(text, encoding="latin-1")
+  with pytest.raises(InputError, match="test.txt"):
+    registry.open_segmentation(tmp_path, split="test")
+
+
+def test_kitti_calibration_of_no_numbers(tmp_path):
+  path = tmp_path / "000000.txt"
+  path.write_text("P2: " + 11 * "0 " + "x\n")
+  with pytest.raises(InputError, match="000000.txt: P2: .*'x'"):
+    kitti.read_calibration(path)
+
+
+PAIR = {
+  "pair_id": 1,
+  "category": "cat",
+  "src_imname": "1.jpg",
+  "trg_imname": "2.jpg",
+  "src_imsize": [8, 8, 3],
+  "trg_imsize": [8, 8, 3],
+  "trg_bndbox": [0, 0, 4, 4],
+  "src_kps": [[1, 1]],
+  "trg_kps": [[2, 2]],
+  "viewpoint_variation": 0,
+}
+
+
+@pytest.mark.parametrize(
+  "name, value",
+  [
+    ("src_kps", None), ("trg_kps", [["a", 1]]), ("category", 3),
+    ("viewpoint_variation", None), ("src_imsize", None), ("pair_id", None),
+    ("src_kps", [[1, 2, 3]]), ("trg_bndbox", [None]), ("src_imname", None),
+  ],
+)  # fmt: skip
+def test_pairs_of_wrong_types(tmp_path, write_image, name, value):
+  for image in ("1", "2"):
+    write_image(tmp_path / "JPEGImages" / "cat" / f"{image}.jpg", "red")
+  path = tmp_path / "PairAnnotation" / "test" / "1.json"
+  path.parent.mkdir(parents=True)
+  path.write_text(json.dumps(PAIR))
+  assert len(registry.open_key_points(tmp_path, split="test", count=1).pairs)
+  path.write_text(json.dumps({**PAIR, name: value}))
+  with pytest.raises(InputError, match="1.json"):
+    registry.open_key_points(tmp_path, split="test", count=1)
+
+
+@pytest.mark.parametrize(
+  "camera", [{"q": ["a", 0, 0, 1]}, {"focal_length": [1, 2]}, {"t": None}]
+)
+def test_cameras_of_wrong_types(tmp_path, write_image, camera):
+  folder = tmp_path / "duck" / "wild_set"
+  write_image(folder / "images" / "000.jpg", "red")
+  write_image(folder / "depth" / "000.png", "red")
+  camera = {"q": [1, 0, 0, 0], "t": [0, 0, 0], "focal_length": 9, **camera}
+  row = {"filename": "000.jpg", "camera": camera}
+  (folder / "annotations.json").write_text(json.dumps([row]))
+  with pytest.raises(InputError, match="annotations.json|translation"):
+    registry.open_posed(tmp_path, subset="wild_set", count=2)
