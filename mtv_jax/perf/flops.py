@@ -185,7 +185,9 @@ def run(
   """
   config = schema.check_config(config)
   # So long that every objective has started at its end.
-  spec = build_step_spec(config, total_steps=10**9)
+  spec = build_step_spec(
+    config, total_steps=10**9, examples_per_epoch=config.batch_size
+  )
   batch = abstract_batch(batch_size, batch_fields(config, spec))
   return step_flops(
     without_recomputation(spec), batch, optax.adam(1e-3), compile=compile

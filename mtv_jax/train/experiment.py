@@ -96,13 +96,17 @@ class Experiment(TrainStep):
   evaluators: dict[str, evals_base.Evaluator]
 
 
-def build_step_spec(config: ConfigDict, total_steps: int) -> StepSpec:
+def build_step_spec(
+  config: ConfigDict, total_steps: int, examples_per_epoch: int | None = None
+) -> StepSpec:
   """The train step of a resolved config.
+
+  Durations in epochs need `examples_per_epoch`.
 
   Raises:
     ConfigError: for views, objectives, weights or rules that don't fit.
   """
-  length = schema.RunLength(config.batch_size, None, total_steps)
+  length = schema.RunLength(config.batch_size, examples_per_epoch, total_steps)
   weights = {
     name: _weight(name, entry.weight, length)
     for name, entry in config.objectives.items()
@@ -280,7 +284,7 @@ def build_train_step(
       no parameter.
   """
   length = schema.RunLength.from_config(config, examples_per_epoch)
-  spec = build_step_spec(config, length.total_steps)
+  spec = build_step_spec(config, length.total_steps, examples_per_epoch)
   params = abstract_params(spec)
   optimizer = optim.make_optimizer(
     config.optim,

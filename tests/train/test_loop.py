@@ -250,8 +250,13 @@ def test_a_weight_is_a_number_or_a_schedule(tmp_path):
   weights = build_experiment(config, tmp_path).step_spec.weights
   assert weights["delayed"] == ObjectiveWeight(0.5, start=6, ramp=3)
   assert weights["contrastive"] == ObjectiveWeight(1.0)
+  # 80 records in batches of 16.
+  config["objectives"]["delayed"]["weight"] = dict(start_epochs=0.6)
+  experiment = build_experiment(config, tmp_path)
+  weights = experiment.step_spec.weights
+  assert weights["delayed"] == ObjectiveWeight(1.0, start=3)
   del config["objectives"]["contrastive"]
-  with pytest.raises(ValueError, match="the first one starts at step 6"):
+  with pytest.raises(ValueError, match="the first one starts at step 3"):
     build_experiment(config, tmp_path)
   config["objectives"]["delayed"]["weight"] = dict(valu=1.0)
   with pytest.raises(ValueError, match="Did you mean 'value'"):
