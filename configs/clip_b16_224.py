@@ -64,7 +64,7 @@ def get_config(arg=None):
     image_std=(0.26862954, 0.26130258, 0.27577711),
   )
   config.model.text = dict(
-    variant="mu" if arg.tiny else arg.variant,
+    variant="mu" if arg.tiny else "B",
     length=77,
     tokenizer=tokenizer,
     clean="lower",

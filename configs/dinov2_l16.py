@@ -15,6 +15,7 @@ ssl_default_config.yaml. Ours are equal but for the lines with "ours".
   batch, steps                    2048, 125,000          3072, 625,000
   patch, feed-forward             16, MLP                14, SwiGLU
   drop path, layer scale          0.3, 1e-5              0.4, 1e-5
+    drops                         this share of a GPU's rows; ours: drawn by row
   rate at batch 1024, square root 4e-3                   2e-4
   warm-up; end of the cosine      12,500; 1e-6           100,000; 1e-6
   layer decay; patch embedding    0.9; rate x 0.2        1.0; rate x 0.2
@@ -33,6 +34,7 @@ ssl_default_config.yaml. Ours are equal but for the lines with "ours".
   crops                           2 of 0.32 to 1.0 at 224 pixels, 8 of 0.05 to
                                   0.32 at 96 (98 with patches of 14)
   resampling, pixels              bicubic, ImageNet's mean and deviation
+    positions of n local patches  scaled by (n + 0.1) / 14; ours: by n / 14
   initialisation                  normal of 0.02
   blur, as their code ran         0 and 0.9 on global crops, 0.5 on local ones
   evaluated and released          the teacher

@@ -16,12 +16,15 @@ dinov3_vit7b16_high_res_adapt.yaml). Hyper-parameters that are not listed are
 those of the table in configs/dinov2_l16.py (vitl16_short).
 
   hyper-parameter             vitl_im1k_lin834     ours
-  positions                   RoPE, base 100       =
+  positions                   RoPE, base 100,      =, in float32
+                              in bfloat16
   heads of DINO and iBOT      two, 65,536          =
   targets                     Sinkhorn             =
   rate at batch 1024          4 x 1e-3, sqrt       =
   batch, steps                2048, 125,000        =
   KoLeo                       0.1 in 64 rows       =
+  prototypes                  a linear layer       unit length times a scale,
+                                                   as in DINOv2
 
                               7B, gram             ours, `gram`
   steps                       200,000 of 1.2M      25,000 (a fifth, as there)
@@ -33,9 +36,15 @@ those of the table in configs/dinov2_l16.py (vitl16_short).
                               updates of 10,000    of 10,000 steps
                               steps
   crops; of the Gram teacher  256; 512             224; 448
+  KoLeo                       in 16 rows           =
   last layer frozen           no, by then          no
   local crops' share of DINO  falls to 0.5         unchanged
   RoPE's coordinates          scaled by 1/2 to 2   unchanged
+  local crops                 112                  =
+  flips                       none                 half of the crops
+  b2, clipping                0.99, 30             0.999, 3
+  layer decay, drop path      0.98, 0.4            0.9, 0.3
+  heads of DINO and iBOT      262,144 and 98,304   65,536
 
                               7B, high_res_adapt   ours, `highres`
   steps, batch                30,000, 2048         10,000, 2048
@@ -43,7 +52,7 @@ those of the table in configs/dinov2_l16.py (vitl16_short).
   Gram loss                   1.5, not updated     =
   global, local, Gram crops   512, 112, 768 (0.3 of the images) and 768, 112 to
                               336, 1152 (0.7); ours: the first of these
-  KoLeo                       in 16 rows           =
+  others                      as 7B, gram          as `gram`
 
 Hardware and time: batch 2,048 is sized for 32 chips of v5e. Not trained to
 completion here; no time given.
@@ -55,12 +64,23 @@ yaml's header). For the stages at size L: no published figure.
 """
 
 from mtv_jax.config.schema import parse_arg, read_config
+from mtv_jax.utils.errors import ConfigError
 
 
 def get_config(arg=None):
   arg = parse_arg(
     arg, tiny=False, batch=0, variant="L", gram=False, highres=False, init=""
   )
+  if arg.gram and arg.highres:
+    raise ConfigError(
+      "dinov3_l16: gram and highres are two runs, one after the other; give "
+      "one of them."
+    )
+  if arg.init and not (arg.gram or arg.highres):
+    raise ConfigError(
+      f"dinov3_l16: init={arg.init} is the run that the stages `gram` and "
+      "`highres` start from; give one of them, or set --config.init.path."
+    )
   size = 512 if arg.highres else 224
   base = dict(tiny=arg.tiny, batch=arg.batch, variant=arg.variant)
   config = read_config("dinov2_l16", res=size, **base)
@@ -77,7 +97,8 @@ def get_config(arg=None):
 
 def refine(config, arg, size):
   """Changes the config to the stage `gram` or `highres`."""
-  init = arg.init or "/data/runs/dinov3_l16"
+  earlier = "dinov3_l16_gram" if arg.highres else "dinov3_l16"
+  init = arg.init or f"/data/runs/{earlier}"
   if arg.init or not arg.tiny:
     config.init = dict(path=init, teacher=True)
   teacher = dict(path=init, weights="teacher", update_every_steps=10_000)
@@ -87,7 +108,6 @@ def refine(config, arg, size):
   if arg.highres:
     teacher = dict(path=init, weights="teacher")
     weight, ratio, length, rate = 1.5, 1.5, 10_000, 1.25e-5
-    config.objectives.distillation.koleo_group = 16
   if arg.tiny:
     # The EMA teacher, as there is no run to read.
     weight, ratio, teacher = 1.0, 2.0, dict(update_every_steps=10)
@@ -105,6 +125,7 @@ def refine(config, arg, size):
   config.objectives.gram = dict(weight=weight, view_teacher="gram")
   config.optim.weight_decay_end = None
   config.teacher = dict(momentum=0.999)
+  config.objectives.distillation.koleo_group = 16
   for name in ("distillation", "masked_latent"):
     config.objectives[name].freeze_last_layer_percent = 0.0
     config.objectives[name].teacher_temp_start = 0.07

@@ -66,7 +66,7 @@ def get_config(arg=None):
   late = dict(start_percent=80)
   config.objectives.captioning = dict(weight=1.0, depth=6, regions=4)
   config.objectives.distillation = dict(
-    weight=dict(value=0.25, **late), koleo_weight=0.0, same_crop="include"
+    weight=dict(value=0.25, **late), koleo_weight=0.0, same_crop="exclude"
   )
   config.objectives.masked_latent = dict(weight=dict(value=0.0625, **late))
   config.teacher = dict(momentum=0.994)

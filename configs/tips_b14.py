@@ -26,7 +26,7 @@ recipe of this size is published.
   text tower (C)       12 layers, ReLU, fixed sines, mean  GELU, learned
                        over the tokens, no projection      positions, last token
   vocabulary (C)       32k SentencePiece, lower case, 64   =
-  rates, schedules     not seen                            SigLIP's
+  rates, examples      not seen                            SigLIP's; 1B
   teacher momentum     not seen                            0.994
   temperature          not seen                            CLIP's start, bound
 

@@ -80,6 +80,18 @@ def test_the_whole_recipe_is_a_config(name):
   assert length.total_steps > 100
 
 
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ("gram,highres", "two runs, one after the other"),
+    ("init=runs/a", "init=runs/a is the run that the stages"),
+  ],
+)
+def test_stages_that_do_not_fit_are_rejected(arguments, message):
+  with pytest.raises(ConfigError, match=message):
+    schema.read_config(f"dinov3_l16:{arguments}")
+
+
 @every
 def test_real_data_demand_a_tokenizer(file, tmp_path):
   config = schema.read_config(str(file))
