@@ -140,7 +140,8 @@ def _read_rule(
   rule: Sequence[Any], length: schema.RunLength | None
 ) -> tuple[str, tuple[_Multipliers, int]]:
   """The pattern of a rule, its multipliers and its start in steps."""
-  if len(rule) != 2 or not isinstance(rule[1], Mapping):
+  pair = isinstance(rule, list | tuple) and len(rule) == 2
+  if not pair or not isinstance(rule[1], Mapping):
     raise ConfigError(
       "config.optim.rules: a rule is (regex, dict(lr=...,"
       f" weight_decay=...)), got {rule!r}."

@@ -23,6 +23,8 @@ def test_rule_errors():
     table((".", {"wd": 0}))
   with pytest.raises(ConfigError, match="lr is -1, expected a number >= 0"):
     table((".", {"lr": -1}))
+  with pytest.raises(ConfigError, match="a rule is .* got None"):
+    table(None)
   with pytest.raises(ConfigError, match="a rule is"):
     table((".", 0.1))
   with pytest.raises(ConfigError, match="layer_decay, but lr=0 freezes all"):
