@@ -153,12 +153,12 @@ def read_spec(config: Mapping[str, Any], names: Collection[str]) -> DepthSpec:
       f"backbone={config['backbone']!r}: only a backbone_config of model_type "
       "'dinov2' is supported."
     )
+  backbone = folders.with_defaults(backbone, _BACKBONE_DEFAULTS)
   if backbone.get("model_type") != "dinov2":
     raise ConversionError(
       f"backbone_config.model_type={backbone.get('model_type')!r}: only "
       "'dinov2' is supported."
     )
-  backbone = folders.with_defaults(backbone, _BACKBONE_DEFAULTS)
   config = folders.with_defaults(config, _DEFAULTS)
   prefixed = [n for n in names if n.startswith("backbone.")]
   image = dinov2.read_spec(backbone, prefixed).image
@@ -206,8 +206,16 @@ def _read_taps(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
   """
   stages = ["stem", *(f"stage{i + 1}" for i in range(depth))]
   indices = backbone.get("out_indices")
+  names = backbone.get("out_features") or []
+  for field, values in (
+    ("out_indices", indices or []),
+    ("out_features", names),
+  ):
+    if not isinstance(values, list | tuple):
+      raise ConversionError(
+        f"backbone_config.{field}={values!r}: expected a list."
+      )
   if indices is None:
-    names = backbone.get("out_features") or []
     for name in names:
       if name not in stages:
         raise ConversionError(
@@ -215,9 +223,10 @@ def _read_taps(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
           f"{did_you_mean(name, stages)}"
         )
     indices = [stages.index(name) for name in names]
-  taps = sorted(i % len(stages) - 1 for i in indices)
-  is_beyond = any(not -len(stages) <= i < len(stages) for i in indices)
-  if is_beyond or len(taps) != dpt.STAGES or min(taps) < 0:
+  count = len(stages)
+  known = [i for i in indices if type(i) is int and -count <= i < count]
+  taps = sorted({i % count - 1 for i in known})
+  if not len(indices) == len(taps) == dpt.STAGES or min(taps) < 0:
     raise ConversionError(
       f"backbone_config.out_indices={list(indices)}: expected {dpt.STAGES} of "
       f"1..{depth}, such as {[t + 1 for t in dpt.quarter_taps(depth)]}."

@@ -210,11 +210,27 @@ def write_tensors(
     )
 
 
-def with_defaults(
-  config: Mapping[str, Any] | None, defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-  """A config completed with transformers' defaults, which files leave out."""
+def with_defaults(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+  """A config's section with transformers' defaults, which files leave out.
+
+  Raises:
+    ConversionError: the section is no object, or a value no number or list
+      where the default is one.
+  """
+  if not isinstance(config, Mapping | None):
+    raise ConversionError(
+      f"config.json has {config!r} for a section; expected an object."
+    )
   given = {k: v for k, v in (config or {}).items() if v is not None}
+  for name in defaults.keys() & given:
+    default, value = defaults[name], given[name]
+    number = isinstance(default, int | float)
+    if (number and isinstance(value, str | Mapping)) or (
+      isinstance(default, tuple) and not isinstance(value, list | tuple)
+    ):
+      raise ConversionError(
+        f"config.json: {name}={value!r}; expected a value such as {default}."
+      )
   return {**defaults, **given}
 
 

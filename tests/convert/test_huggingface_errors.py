@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mtv_jax.convert import huggingface
+from mtv_jax.convert import depth_anything, huggingface
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.processors import TokenizerFiles
 from mtv_jax.convert.tables import ConversionError
@@ -93,6 +93,46 @@ def test_preprocessing_that_siglip_cannot_express(
   preprocess = {**PREPROCESS, field: value}
   with pytest.raises(ConversionError, match=f"preprocess.{field}.*{hint}"):
     huggingface.write(tmp_path / "a", ConvertedModel(spec, params, preprocess))
+
+
+BACKBONE = {
+  "model_type": "dinov2",
+  "hidden_size": 32,
+  "num_attention_heads": 2,
+  "num_hidden_layers": 4,
+  "image_size": 28,
+  "patch_size": 14,
+  "out_indices": [1, 2, -2, 4],
+}
+DEPTH = {"backbone_config": BACKBONE, "reassemble_hidden_size": 32}
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("neck_hidden_sizes", 4),
+    ("reassemble_factors", 3),
+    ("patch_size", "a"),
+    ("fusion_hidden_size", "x"),
+    ("backbone_config", "x"),
+    ("out_indices", 3),
+    ("out_indices", ["a"] * 4),
+    ("out_indices", [1, 1, 2, 3]),
+    ("out_indices", [1, 2, 3, 9]),
+    ("out_indices", [0, 1, 2, 3]),
+    ("hidden_size", "x"),
+    ("num_hidden_layers", "x"),
+  ],
+)
+def test_depth_anything_configs_of_wrong_types(field, value):
+  names = ["backbone.embeddings.cls_token"]
+  assert depth_anything.read_spec(DEPTH, names).taps == (0, 1, 2, 3)
+  change = {field: value}
+  config = DEPTH | change
+  if field in BACKBONE and field != "patch_size":
+    config = DEPTH | {"backbone_config": BACKBONE | change}
+  with pytest.raises(ConversionError):
+    depth_anything.read_spec(config, names)
 
 
 def test_params_of_another_model(spec, params, tmp_path):
