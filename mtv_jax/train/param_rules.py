@@ -82,7 +82,7 @@ class ParamRule:
 
 def match_param_rules(
   params: Any,
-  rules: Sequence[Sequence[Any]],
+  rules: Sequence[Any],
   *,
   length: schema.RunLength | None = None,
   start_steps: Mapping[str, int] = types.MappingProxyType({}),
@@ -137,7 +137,7 @@ def match_param_rules(
 
 
 def _read_rule(
-  rule: Sequence[Any], length: schema.RunLength | None
+  rule: Any, length: schema.RunLength | None
 ) -> tuple[str, tuple[_Multipliers, int]]:
   """The pattern of a rule, its multipliers and its start in steps."""
   pair = isinstance(rule, list | tuple) and len(rule) == 2
