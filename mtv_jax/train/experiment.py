@@ -6,7 +6,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -160,7 +160,9 @@ def build_step_spec(
     teacher_ema=config.teacher.ema,
     ema_decay=config.ema.decay if config.ema else None,
     accumulate=config.accumulate,
-    teachers=_frozen_teachers(config, model, {e.weights for e in read}, length),
+    teachers=_frozen_teachers(
+      config, model, _first_reads(objectives, weights), length
+    ),
   )
   if not config.optim.rules:
     return spec
@@ -170,10 +172,23 @@ def build_step_spec(
   return dataclasses.replace(spec, frozen=frozen)
 
 
+def _first_reads(
+  objectives: Mapping[str, base.Objective],
+  weights: Mapping[str, ObjectiveWeight],
+) -> dict[str, int]:
+  """The first step that reads the student and each teacher, by name."""
+  first: dict[str, int] = {}
+  for name, objective in objectives.items():
+    start = weights[name].start
+    for encoding in objective.needs().encodings:
+      first[encoding.weights] = min(start, first.get(encoding.weights, start))
+  return first
+
+
 def _frozen_teachers(
   config: ConfigDict,
   model: model_lib.ModelSpec,
-  read: set[str],
+  first_reads: Mapping[str, int],
   length: schema.RunLength,
 ) -> dict[str, FrozenTeacher]:
   """The frozen teachers of a config that objectives read."""
@@ -182,7 +197,7 @@ def _frozen_teachers(
     where = f"config.teachers.{name}"
     if name in (base.STUDENT, base.TEACHER):
       raise ConfigError(f"{where}: the name is taken; choose another.")
-    if name not in read:
+    if name not in first_reads:
       log.warning("No objective reads %s: it is not loaded.", where)
       continue
     own = model_lib.ModelSpec(image=model.image)
@@ -194,10 +209,19 @@ def _frozen_teachers(
       update_every=length.steps("update_every", entry, default=None),
       max_updates=entry.max_updates,
     )
-    if teacher.copies and base.TEACHER not in read:
+    if teacher.copies and base.TEACHER not in first_reads:
       raise ConfigError(
         f"{where} is copied from the EMA teacher, which no objective reads. "
         "Give a path without update_every, or add a self-distillation."
+      )
+    copied = first_reads[name]
+    if not teacher.snapshot:
+      copied += teacher.update_every or 0
+    if teacher.copies and copied < first_reads[base.TEACHER]:
+      raise ConfigError(
+        f"{where} is copied from the EMA teacher at step {copied}, which "
+        f"starts at step {first_reads[base.TEACHER]}. Start the objective that "
+        f"reads {name} later, or self-distillation earlier."
       )
     if teacher.copies and own.image != model.image:
       raise ConfigError(

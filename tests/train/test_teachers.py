@@ -107,3 +107,8 @@ def test_a_snapshot_needs_an_ema_teacher(tmp_path):
   config.model.mask_token = True
   with pytest.raises(ConfigError, match="EMA teacher, which no objective"):
     build_experiment(config, tmp_path)
+  config = recipe().to_dict()
+  config["objectives"]["gram"]["weight"] = 1.0
+  config["objectives"]["distillation"]["weight"] = dict(start_steps=2)
+  with pytest.raises(ConfigError, match="at step 0, which starts at step 2"):
+    build_experiment(config, tmp_path)
