@@ -425,6 +425,8 @@ def _source_config(
   if isinstance(data, Mapping):
     return dict(data)
   text = os.fspath(data)
+  if not text:  # pathlib would take the working directory.
+    raise InputError("data is empty; expected 'scenes', a file or a folder")
   if text == "scenes":
     return {"type": "scenes", "length": length}
   if ".tar" in text:

@@ -135,6 +135,14 @@ OPENERS = {
     data, split="test", count=2
   ),
 }
+
+
+@pytest.mark.parametrize("kind", ["classification", "captions"])
+def test_empty_paths_are_not_the_working_directory(kind):
+  with pytest.raises(InputError, match="data is empty"):
+    OPENERS[kind]("")
+
+
 SKELETONS = (
   "", "images", "images/a", "mappings", "test", "test/a", "train/a", "val/a",
   "annotations", "ILSVRC2012_devkit_t12/data", "JPEGImages/480p/a",
