@@ -25,6 +25,7 @@ main_pretrain.py, models_mae.py.
   GELU                    exact                          =
   positions               fixed sines                    =
   initialisation          Xavier, tokens 0.02            =
+    decoder's q, k, v     as one matrix                  one by one
   precision               float16                        bfloat16
 
 Hardware and time: batch 4,096 is sized for 64 chips of v5e. Not trained to
