@@ -97,7 +97,7 @@ def _update_table(page: pathlib.Path, words: Sequence[str]) -> int:
   selected = [
     (config, topology)
     for config, topology in report.ROWS
-    if all(w in f"{pathlib.Path(config).stem} {topology}" for w in words)
+    if all(w in f"{config} {topology}" for w in words)
   ]
   for config, topology in track(selected, "table", unit="configs"):
     result = report.preflight(
