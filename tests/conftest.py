@@ -1,21 +1,15 @@
 """Settings and fixtures that every test shares."""
 
 import os
-
-# Before JAX starts: eight CPU devices, so that meshes can be tested anywhere,
-# and LLVM's cheapest code, since tests compile far longer than they compute.
-os.environ["XLA_FLAGS"] = " ".join(
-  [
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-  ]
-)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import pathlib
 
 import pytest
+from xla_options import xla_flags
+
+# Before JAX starts: eight CPU devices, so that meshes can be tested anywhere.
+given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{given} {xla_flags(devices=8)}"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

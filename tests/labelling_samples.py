@@ -19,6 +19,7 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+from xla_options import xla_flags
 
 from mtv_jax.cli import errors
 from mtv_jax.data import registry
@@ -141,8 +142,7 @@ def launch(kind, base, out, *, delay=0.0, devices=1, join=()):
   root = pathlib.Path(__file__).resolve().parents[1]
   env = {
     **os.environ,
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-    " --xla_backend_optimization_level=0",
+    "XLA_FLAGS": xla_flags(devices),
     "PYTHONPATH": str(root),
   }
   return subprocess.Popen(

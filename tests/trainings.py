@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
+from xla_options import xla_flags
 
 from mtv_jax.checkpoint.checkpointer import load_tree
 from mtv_jax.utils.tree import flatten_with_names
@@ -26,7 +27,7 @@ def launch(
   env = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "XLA_FLAGS": xla_flags(devices),
     "PYTHONUNBUFFERED": "1",
     "PYTHONWARNINGS": "default",
   }

@@ -17,6 +17,7 @@ import tarfile
 import numpy as np
 import pytest
 from compat import reference
+from xla_options import xla_flags
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -140,7 +141,7 @@ def test_a_run_resumes_to_the_same_losses(fixtures, name):
       **os.environ,
       "PYTHONPATH": str(ROOT),
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      "XLA_FLAGS": xla_flags(devices=1),
     },
     capture_output=True,
     text=True,

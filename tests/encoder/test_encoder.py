@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from xla_options import xla_flags
 
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder import apply_fns, batched
@@ -441,8 +442,11 @@ def test_two_processes(tmp_path, repo_root):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
-  flags = "--xla_force_host_platform_device_count=2"
-  env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(repo_root)}
+  env = {
+    **os.environ,
+    "XLA_FLAGS": xla_flags(devices=2),
+    "PYTHONPATH": str(repo_root),
+  }
   code = [sys.executable, "-c", PROCESS, address]
   processes = [
     subprocess.Popen([*code, str(i), str(tmp_path / f"{i}.npz")], env=env)
