@@ -146,6 +146,7 @@ def test_balanced_norms_have_the_ratio_of_the_weights(one_device):
   np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "case", [pytest.param("mesh", marks=pytest.mark.slow), "accumulated"]
 )
@@ -191,6 +192,7 @@ def config_of(**changes):
   return config
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_equal_and_an_unbalanced_one_is_told_apart(
   tmp_path,
 ):

@@ -247,6 +247,7 @@ def test_the_teacher_exists_if_an_objective_reads_it():
   )
 
 
+@pytest.mark.slow
 def test_a_head_only_teacher_reads_the_encoder_of_the_same_step():
   """TIPSv2: equal to a teacher whose encoder is the student's copy."""
   options = dict(
@@ -395,6 +396,7 @@ def test_accumulated_gradients_equal_the_whole_batch(parts):
     assert error <= 1e-5 * np.linalg.norm(value) + 1e-8, name
 
 
+@pytest.mark.slow
 def test_drop_path_follows_rows_on_meshes_and_in_parts():
   """Dropped paths depend on the global row, rotary draws on the view alone."""
 

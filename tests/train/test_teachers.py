@@ -40,6 +40,7 @@ def assert_equal(a, b):
     np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_teachers_of_a_run(tmp_path):
   """A snapshot after one step and after two more, then of that run's folder."""
   first = tmp_path / "first"

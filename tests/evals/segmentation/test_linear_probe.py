@@ -202,6 +202,7 @@ def shifted(count, *, seed):
   )
 
 
+@pytest.mark.slow
 def test_convolutions_read_neighbours(monkeypatch):
   """A patch's class is its neighbour's colour: chance for a linear head."""
   monkeypatch.setattr(

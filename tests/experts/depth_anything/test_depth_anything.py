@@ -230,6 +230,7 @@ def test_stages_may_be_given_by_name():
     weights.read_spec(config, [])
 
 
+@pytest.mark.slow
 def test_a_folder_is_an_encoder_with_a_depth_head(folder):
   """Its maps are the expert's, of inputs of any shape."""
   mesh = make_mesh({"data": 1}, jax.devices()[:1])
