@@ -225,7 +225,7 @@ def _read_taps(backbone: Mapping[str, Any], depth: int) -> tuple[int, ...]:
     indices = [stages.index(name) for name in names]
   count = len(stages)
   known = [i for i in indices if type(i) is int and -count <= i < count]
-  taps = sorted({i % count - 1 for i in known})
+  taps = sorted(i % count - 1 for i in known)
   if not len(indices) == len(taps) == dpt.STAGES or min(taps) < 0:
     raise ConversionError(
       f"backbone_config.out_indices={list(indices)}: expected {dpt.STAGES} of "

@@ -117,7 +117,6 @@ DEPTH = {"backbone_config": BACKBONE, "reassemble_hidden_size": 32}
     ("backbone_config", "x"),
     ("out_indices", 3),
     ("out_indices", ["a"] * 4),
-    ("out_indices", [1, 1, 2, 3]),
     ("out_indices", [1, 2, 3, 9]),
     ("out_indices", [0, 1, 2, 3]),
     ("hidden_size", "x"),
