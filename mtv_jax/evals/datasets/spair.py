@@ -99,7 +99,8 @@ def _read_row(path: pathlib.Path) -> dict[str, Any]:
     box = np.array(row["trg_bndbox"], np.float64)
     if box.shape != (4,) or not np.isfinite(box).all():
       raise ValueError(f"trg_bndbox is {row['trg_bndbox']}, not 4 numbers")
-    _make_pair(row, 0, 0)
+    if counts[0] == counts[1]:
+      _make_pair(row, 0, 0)
   except (TypeError, ValueError) as error:
     raise InputError(f"{path}: {type(error).__name__}: {error}") from None
   if counts[0] != counts[1]:
