@@ -99,7 +99,6 @@ class StepSpec:
   teachers: Mapping[str, FrozenTeacher] = dataclasses.field(
     default_factory=dict
   )
-
   balance: balance_lib.Balance | None = None
 
   def __post_init__(self):

@@ -1,1 +1,0 @@
-"""Generated captions, region captions and referred boxes."""
