@@ -26,7 +26,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from mtv_jax.utils.errors import ConfigError, did_you_mean
+from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
 T = TypeVar("T")
 _UNIONS = (typing.Union, types.UnionType)
@@ -120,7 +120,8 @@ def build(
   """Calls a dataclass, a class or a function with checked options.
 
   A ConfigError that the factory raises itself, for what annotations can't
-  express, gets the config key put in front.
+  express, gets the config key put in front; one that names a field by the
+  factory, as "ViTSpec.gelu", names it by its config key instead.
 
   Args:
     factory: callable whose annotations declare the options.
@@ -151,10 +152,17 @@ def build(
   }
   try:
     return factory(**checked)
-  except ConfigError as error:
-    if str(error).startswith("config."):
+  except (ConfigError, InputError) as error:
+    message = str(error)
+    # Dataclasses name their own fields: "ViTSpec.gelu".
+    own = f"{getattr(factory, '__name__', '')}."
+    if message.startswith(own):
+      message = f"{where}.{message.removeprefix(own)}"
+    elif isinstance(error, InputError) or message.startswith("config."):
       raise
-    raise ConfigError(f"{where}: {error}") from error
+    else:
+      message = f"{where}: {message}"
+    raise type(error)(message) from error
 
 
 def check_fields(instance: Any) -> None:

@@ -239,6 +239,12 @@ def test_json_round_trip():
       "model.text has no option 'lenght'.*'length'",
     ),
     ({"variant": "B/16", "depth": "deep"}, "model.depth is 'deep'"),
+    ({"variant": "B/16", "gelu": "x"}, "^config.model.gelu is 'x'"),
+    ({"variant": "B/16", "width": 100}, "^config.model.width 100 is not div"),
+    (
+      {"variant": "B/16", "text": {"variant": "B", "pool": "map"}},
+      "^config.model.text.pool is 'map'",
+    ),
     ({"variant": "B/16", "image_size": 225}, "225x225.*224x224"),
     (
       {"variant": "B/16", "text": {"variant": "B", "projection": 512}},
