@@ -273,6 +273,12 @@ def _require_same(
 # Reading a part, for evaluation, export and initialisation.
 
 
+def saved_steps(folder: Path) -> list[int]:
+  """Steps of the complete checkpoints of a run, of its folder's names alone."""
+  folder = epath.Path(folder).absolute() / "checkpoints"
+  return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+
+
 def load_tree(
   folder: Path, *, step: int | None = None, part: str = "params"
 ) -> Any:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mtv_jax.augment import views
+from mtv_jax.checkpoint.checkpointer import saved_steps
 from mtv_jax.config import schema
 from mtv_jax.data import ops, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
@@ -232,17 +233,29 @@ def _frozen_teachers(
   return teachers
 
 
-def read_teacher_models(config: ConfigDict) -> None:
+def read_teacher_models(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Records the architectures of teachers with a path in a resolved config.
+
+  A run that resumes has recorded them, and their parameters are in its
+  checkpoints: the teachers' own folders are not read.
 
   Raises:
     ConfigError: one was trained with other pixel statistics than this run's.
   """
   ours = preprocess_from_config(config)
+  recorded = {}
+  if saved_steps(workdir):
+    run = json.loads((workdir / "config.json").read_text("utf-8"))
+    recorded = run.get("teachers") or {}
   for name, entry in config.teachers.items():
     # Refreshed from the EMA teacher, it has the student's.
     refreshed = any(entry.get(f"update_every_{u}") for u in schema.UNITS)
     if entry.path is None or entry.model is not None or refreshed:
+      continue
+    same = recorded.get(name) or {}
+    named = all(same.get(k) == entry[k] for k in ("path", "weights", "step"))
+    if named and same.get("model"):
+      entry.model = same["model"]
       continue
     model = loading.read_model(
       entry.path, weights=entry.weights, step=entry.step
@@ -339,7 +352,7 @@ def build_experiment(
       "it, for example with gcsfuse, and give the folder's path."
     )
   mesh = make_config_mesh(config)
-  read_teacher_models(config)
+  read_teacher_models(config, pathlib.Path(workdir))
   tokenizer = None
   if text := config.model.text:
     # Before the data, which may take long to open.

@@ -71,6 +71,17 @@ def test_teachers_of_a_run(tmp_path):
   assert_equal(jax.device_get(got), ema[4])
   assert state.params["image"]["patch_embed"]["kernel"].shape[1] == 32
 
+  # Once it has a checkpoint, the second run needs the first no more.
+  config.total_steps = 2
+  config.checkpoint = dict(every_steps=1)
+  train(config, tmp_path / "second")
+  first.rename(tmp_path / "moved")
+  config.total_steps = 3
+  train(config, tmp_path / "second")
+  assert_equal(leaves(tmp_path / "second", "teachers/gram/image", 3), ema[4])
+  with pytest.raises(FileNotFoundError, match="first does not exist"):
+    build_experiment(config, tmp_path / "third")
+
 
 def test_when_a_teacher_is_copied():
   model = ModelSpec.from_config(dict(variant="mu/8", image_size=16))
