@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mtv_jax.convert import big_vision, huggingface, native
 from mtv_jax.convert.model import ConvertedModel
-from mtv_jax.convert.processors import TokenizerFiles
+from mtv_jax.convert.processors import BUILT_IN_TOKENIZERS, TokenizerFiles
 from mtv_jax.encoder import loading
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.utils.errors import InputError
@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "resample the position embedding for images of this size in pixels"
     add("--image_size", type=int, help=text)
     text = (
-      "SentencePiece model, tokenizer.json or 'bytes'; default: the source's"
+      "SentencePiece model, tokenizer.json, 'bytes' or 'words'; default: the "
+      "source's"
     )
     add("--tokenizer", help=text)
     choices = ("canonicalize", "lower", "none")
@@ -61,8 +62,9 @@ def run(args: argparse.Namespace) -> None:
     )
   model = read_source(args)
   if args.tokenizer:
-    path = None if args.tokenizer == "bytes" else Path(args.tokenizer)
-    files = TokenizerFiles(path, args.clean)
+    files = TokenizerFiles(Path(args.tokenizer), args.clean)
+    if args.tokenizer in BUILT_IN_TOKENIZERS:
+      files = TokenizerFiles(None, args.clean, args.tokenizer)
     model = dataclasses.replace(model, tokenizer=files)
   if args.image_size:
     model = model.resize(args.image_size)

@@ -6,12 +6,14 @@ mtv-jax show_scenes --output=tiles.png --count=64 --view=images --size=96
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from mtv_jax.data.scenes import render as scenes
+from mtv_jax.data.scenes.difficulty import DIFFICULTIES
 from mtv_jax.utils import plots
 from mtv_jax.utils.errors import InputError
 
@@ -38,14 +40,14 @@ def draw_pair(
 
 
 def scene_row(
-  index: int, *, size: int = 192, seed: int = 0
+  index: int, *, size: int = 192, **options: Any
 ) -> UInt8[np.ndarray, "h w 3"]:
   """One built-in scene with all its labels.
 
   Image, inverse depth, segmentation, named boxes, and the two views with
-  matches, above the captions.
+  matches, above the captions. `options` are those of `render`.
   """
-  pair = scenes.render_pair(index, size=size, seed=seed)
+  pair = scenes.render_pair(index, size=size, **options)
   scene = pair.first
   images = plots.hstack(
     [
@@ -73,16 +75,16 @@ def scene_row(
 
 
 def scene_sheet(
-  indices: Sequence[int], *, size: int = 192, seed: int = 0
+  indices: Sequence[int], *, size: int = 192, **options: Any
 ) -> UInt8[np.ndarray, "h w 3"]:
   """Rows of `scene_row`, one below the other."""
   if not indices:
     raise InputError("indices is empty; name at least one scene.")
-  return np.concatenate([scene_row(i, size=size, seed=seed) for i in indices])
+  return np.concatenate([scene_row(i, size=size, **options) for i in indices])
 
 
 def scene_tiles(
-  indices: Sequence[int], *, columns: int = 8, size: int = 96, seed: int = 0
+  indices: Sequence[int], *, columns: int = 8, size: int = 96, **options: Any
 ) -> UInt8[np.ndarray, "h w 3"]:
   """A grid of the images alone, each below its class's name."""
   rows = -(-len(indices) // columns)
@@ -90,7 +92,7 @@ def scene_tiles(
   sheet = Image.new("RGB", (columns * width, rows * height), plots.PAPER)
   draw, font = ImageDraw.Draw(sheet), plots.font(_TEXT_SIZE)
   for k, index in enumerate(indices):
-    scene = scenes.render(index, size=size, seed=seed)
+    scene = scenes.render(index, size=size, **options)
     x, y = k % columns * width, k // columns * height
     draw.text((x, y), scenes.CLASS_NAMES[scene.label], plots.INK, font)
     sheet.paste(Image.fromarray(scene.image), (x, y + _LINE_HEIGHT))
@@ -105,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--count", type=int, default=6, help="number of scenes")
   add("--size", type=int, default=192, help="side of a scene, in pixels")
   add("--seed", type=int, default=0, help="of the scenes")
+  add("--difficulty", choices=[*DIFFICULTIES], default="hard")
   add(
     "--view",
     choices=("labels", "images"),
@@ -117,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
   """Writes the sheet."""
   indices = range(args.first, args.first + args.count)
   draw = scene_sheet if args.view == "labels" else scene_tiles
-  sheet = Image.fromarray(draw(indices, size=args.size, seed=args.seed))
-  sheet.save(args.output)
+  options = {"size": args.size, "difficulty": args.difficulty}
+  sheet = draw(indices, seed=args.seed, **options)
+  Image.fromarray(sheet).save(args.output)
   print(f"wrote {args.count} scenes from {args.first} on to {args.output}")

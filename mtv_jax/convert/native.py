@@ -72,6 +72,8 @@ def write_description(
       "file": path and path.name,
       "clean": model.tokenizer.clean,
     }
+    if path is None and model.tokenizer.built_in != "bytes":
+      description["tokenizer"]["built_in"] = model.tokenizer.built_in
   if model.weights != "student":
     description["weights"] = model.weights
   if model.prediction_heads:
@@ -112,7 +114,8 @@ def restore_model(
     path = folder / fields["file"] if fields["file"] else None
     if path and not path.is_file():
       raise ConversionError(f"{folder / DESCRIPTION} names {path}: missing.")
-    tokenizer = TokenizerFiles(path, fields["clean"])
+    built_in = fields.get("built_in", "bytes")
+    tokenizer = TokenizerFiles(path, fields["clean"], built_in)
   return ConvertedModel(
     spec=spec,
     params=unflatten_names(leaves),

@@ -224,24 +224,30 @@ def write_processor(
   }
 
 
+# Tokenizers that need no file: keys of `data.tokenizers.BUILT_IN`.
+BUILT_IN_TOKENIZERS = ("bytes", "words")
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
   """A tokenizer's file and the cleaning of its texts.
 
   Attributes:
-    path: the SentencePiece or `tokenizer.json` file; None for bytes.
+    path: the SentencePiece or `tokenizer.json` file; None for a built-in one.
     clean: 'none', 'lower' or 'canonicalize', see `data.tokenizers`.
+    built_in: the tokenizer without a file, where `path` is None.
   """
 
   path: pathlib.Path | None
   clean: str = "none"
+  built_in: str = "bytes"
 
   def build(self) -> Any:
     """The tokenizer."""
     # Imported late: reading a model needs no tokenizer library.
     from mtv_jax.data import tokenizers
 
-    spec = "bytes" if self.path is None else str(self.path)
+    spec = self.built_in if self.path is None else str(self.path)
     return tokenizers.build_tokenizer(spec, clean=self.clean)
 
 

@@ -223,8 +223,8 @@ def _tokenizer(
   if not text:
     return None
   spec, clean = text.get("tokenizer", "bytes"), text.get("clean", "lower")
-  if spec == "bytes":
-    return processors.TokenizerFiles(None, clean)
+  if spec in processors.BUILT_IN_TOKENIZERS:
+    return processors.TokenizerFiles(None, clean, spec)
   copy = folder / "tokenizer" / pathlib.PurePath(spec).name
   for file in (copy, pathlib.Path(spec)):
     if file.is_file():

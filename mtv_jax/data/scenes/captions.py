@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+from mtv_jax.data.scenes.difficulty import CAPTIONS
 from mtv_jax.data.scenes.layout import Draw
 from mtv_jax.data.scenes.world import Rect, SceneObject, World
 
@@ -161,7 +162,7 @@ def _count_caption(objects) -> str:
 def captions(
   world: World, rects: list[Rect], visible: list[int], draw: Draw
 ) -> tuple[str, ...]:
-  """Five captions of one view of a scene.
+  """Captions of one view of a scene, those of `world.caption_kinds`.
 
   A full description; the first object alone; a relation of two objects; the
   count of each class; the first object and its surroundings.
@@ -184,10 +185,12 @@ def captions(
   count_caption = _count_caption(objects)
   if len(objects) > 1 and draw.uniform() < 0.4:
     count_caption = f"{_COUNTS[len(objects)]} objects: {count_caption}"
-  return (
+  texts = (
     _full_caption(world, objects, rects, draw),
     draw.choice(_TEMPLATES).format(article(appearance(main))),
     _relation(world, objects, rects, draw),
     draw.choice(_TEMPLATES[:3]).format(count_caption),
     f"{article(f'{main.colour} {main.name}')} {_surroundings(world, main)}",
   )
+  named = zip(CAPTIONS, texts, strict=True)
+  return tuple(text for kind, text in named if kind in world.caption_kinds)

@@ -12,12 +12,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from mtv_jax.data.scenes import world as world_lib
+from mtv_jax.data.scenes.difficulty import DIFFICULTIES, Difficulty, Level
 from mtv_jax.data.scenes.shapes import SHAPES
 from mtv_jax.data.scenes.world import Camera, Rect, SceneObject, World
 
 _TRIES = 10
 _LIGHT_FRONT = 0.8  # how far the light is in front of the scene, by its height
-_BOARD_YAW = 0.6  # how far a board may turn from facing the camera, rad
 _MAX_HIDDEN_MAIN = 0.25  # largest hidden share of the main object
 _MAX_HIDDEN = 0.4  # and of any other
 _MAX_AREA = 0.6  # other objects' largest area, as a share of the main one's
@@ -52,22 +52,20 @@ def _contrasts(colour: tuple[int, int, int]) -> list[str]:
 
 
 _CONTRASTS = {name: _contrasts(c) for name, c in world_lib.COLOURS.items()}
-_COUNTS = (0, 1, 1, 2, 2, 2, 3, 3, 4)  # objects beside the main one
 
 
-def _draw_object(draw: Draw) -> SceneObject:
+def _draw_object(draw: Draw, limits: Difficulty) -> SceneObject:
   """An object at the origin."""
   name = draw.choice(SHAPES)
   colour = draw.choice(world_lib.COLOURS)
-  texture = draw.choice(world_lib.TEXTURES)
+  texture = draw.choice(limits.textures)
   second = ""
   if texture in world_lib.PATTERNS:
     second = draw.choice(_CONTRASTS[colour])
-  size = draw.choice(world_lib.SIZES)
+  size = draw.choice(limits.sizes)
   height = world_lib.SIZES[size] * draw.uniform(0.93, 1.07)
-  is_flat = SHAPES[name].flat
-  turn = (-_BOARD_YAW, _BOARD_YAW) if is_flat else (0.0, 2 * math.pi)
-  yaw = draw.uniform(*turn)
+  board = limits.board_yaw
+  yaw = draw.uniform(*((-board, board) if SHAPES[name].flat else limits.yaw))
   # A tile is about as large as the object, so that small ones show a pattern.
   tile = height * draw.uniform(0.8, 1.2)
   texture_map = (tile, draw.uniform(), draw.uniform())
@@ -84,18 +82,20 @@ def _move(
   return dataclasses.replace(obj, x=x, z=z, base=base, yaw=yaw, support=support)
 
 
-def _place_main(draw: Draw, camera: Camera, near: float) -> SceneObject:
+def _place_main(
+  draw: Draw, limits: Difficulty, camera: Camera, near: float
+) -> SceneObject:
   """The main object, large and whole in the image."""
-  origin = _draw_object(draw)
+  origin = _draw_object(draw, limits)
   base = 0.0
-  if origin.shape.can_float and draw.uniform() < 0.25:
+  if origin.shape.can_float and draw.uniform() < limits.floats[0]:
     base = draw.uniform(0.2, 0.45)
   near += (0.5 if origin.shape.flat else 0.8) * origin.radius
   for attempt in range(_TRIES):
     # A fraction of the image's height; less for tall objects near a low camera.
-    share = draw.uniform(0.36, 0.58) * 0.93**attempt
+    share = draw.uniform(*limits.main_height) * 0.93**attempt
     z = max(camera.focal * origin.shape.top * origin.height / share, near)
-    x = (draw.uniform(0.25, 0.75) - 0.5) * z / camera.focal
+    x = (draw.uniform(*limits.main_column) - 0.5) * z / camera.focal
     obj = _move(origin, x, z, base)
     if world_lib.hidden_share([world_lib.bounding_rect(camera, obj)], 0) < 0.06:
       break
@@ -103,13 +103,18 @@ def _place_main(draw: Draw, camera: Camera, near: float) -> SceneObject:
 
 
 def _place_other(
-  draw: Draw, camera: Camera, objects: list, near: float, far: float
+  draw: Draw,
+  limits: Difficulty,
+  camera: Camera,
+  objects: list,
+  near: float,
+  far: float,
 ) -> SceneObject:
   """Another object: beside, before, behind, above or on top of the others."""
-  obj = _draw_object(draw)
-  if draw.uniform() < 0.12:  # a copy of the main object
+  obj = _draw_object(draw, limits)
+  if draw.uniform() < limits.copies:  # a copy of the main object
     texture_map = (objects[0].texture_map[0], *obj.texture_map[1:])
-    yaw = draw.uniform(-_BOARD_YAW, _BOARD_YAW)
+    yaw = draw.uniform(-limits.board_yaw, limits.board_yaw)
     pose = {"x": 0.0, "z": 0.0, "yaw": yaw}
     obj = dataclasses.replace(objects[0], **pose, texture_map=texture_map)
   carriers = [
@@ -117,16 +122,16 @@ def _place_other(
     for i, other in enumerate(objects)
     if other.shape.can_support and all(o.support != i for o in objects)
   ]
-  if carriers and draw.uniform() < 0.5:
+  if carriers and draw.uniform() < limits.stacks:
     i = draw.choice(carriers)
     below = objects[i]
     if obj.radius < 1.1 * below.radius and obj.height < 1.2 * below.height:
       return _move(obj, below.x, below.z, below.base + below.height, support=i)
-  far = min(far, camera.focal * obj.height / 0.13)
+  far = min(far, camera.focal * obj.height / limits.other_height)
   z = draw.uniform(min(near + obj.radius, far), far)
   x = (draw.uniform(0.07, 0.93) - 0.5) * z / camera.focal
   base = 0.0
-  if obj.shape.can_float and draw.uniform() < 0.35:
+  if obj.shape.can_float and draw.uniform() < limits.floats[1]:
     base = draw.uniform(0.3, 1.1)
   return _move(obj, x, z, base)
 
@@ -153,12 +158,12 @@ def _is_visible(rects: list[Rect]) -> bool:
   )
 
 
-def sample_world(index: int, seed: int) -> World:
+def sample_world(index: int, seed: int, difficulty: Level = "hard") -> World:
   """Scene `index` of the endless series `seed`."""
-  draw = Draw(seed, index)
-  pitch = draw.uniform(0.12, 0.3)
+  draw, limits = Draw(seed, index), DIFFICULTIES[difficulty]
+  pitch = draw.uniform(*limits.camera_pitch)
   camera = world_lib.make_camera(
-    (0.0, -draw.uniform(0.65, 1.15), 0.0),
+    (0.0, -draw.uniform(*limits.camera_height), 0.0),
     yaw=0.0,
     pitch=pitch,
     focal=draw.uniform(0.95, 1.25),
@@ -166,15 +171,15 @@ def sample_world(index: int, seed: int) -> World:
   # Distance of the ground seen just above the lower edge of the image.
   k, cp, sp = 0.44 / camera.focal, math.cos(pitch), math.sin(pitch)
   near = -float(camera.position[1]) * (cp - k * sp) / (sp + k * cp)
-  main = _place_main(draw, camera, near)
+  main = _place_main(draw, limits, camera, near)
   objects = [main]
-  turn = draw.uniform(-0.35, 0.35)
+  turn = draw.uniform(-limits.turn, limits.turn)
   ahead = math.sin(turn) * main.x + math.cos(turn) * main.z
-  distance = max(draw.uniform(6.0, 11.0), ahead + 2 * main.radius)
+  distance = max(draw.uniform(*limits.distance), ahead + 2 * main.radius)
   rects = [world_lib.bounding_rect(camera, objects[0])]
-  for _ in range(draw.choice(_COUNTS)):
+  for _ in range(draw.choice(limits.others)):
     for _ in range(_TRIES):
-      obj = _place_other(draw, camera, objects, near, 0.85 * distance)
+      obj = _place_other(draw, limits, camera, objects, near, 0.85 * distance)
       if not _is_free(obj, objects, turn, distance):
         continue
       rect = world_lib.bounding_rect(camera, obj)
@@ -188,8 +193,8 @@ def sample_world(index: int, seed: int) -> World:
   bright = draw.uniform(0.88, 1.08)
   return World(
     objects=tuple(objects),
-    ground=draw.choice(world_lib.GROUNDS),
-    backdrop=draw.choice(world_lib.BACKDROPS),
+    ground=draw.choice(limits.grounds),
+    backdrop=draw.choice(limits.backdrops),
     turn=turn,
     distance=distance,
     light=(side / length, -height / length, -_LIGHT_FRONT / length),
@@ -197,6 +202,7 @@ def sample_world(index: int, seed: int) -> World:
     offsets=(draw.uniform(), draw.uniform(), draw.uniform(), draw.uniform()),
     camera=camera,
     noise=(draw.uniform(), draw.uniform()),
+    caption_kinds=limits.captions,
   )
 
 

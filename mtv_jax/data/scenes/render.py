@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Float32, UInt8
 
 from mtv_jax.data.scenes import captions as captions_lib
 from mtv_jax.data.scenes import layout, textures
+from mtv_jax.data.scenes.difficulty import Level
 from mtv_jax.data.scenes.raycast import OBJECTS, Hits
 from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.scenes.world import (
@@ -53,7 +54,7 @@ class Scene:
   boxes: Float32[np.ndarray, "n 4"]
   phrases: tuple[str, ...]  # Of boxes: 'large red ball with white dots'.
   box_objects: tuple[int, ...]  # Indices into `objects`.
-  captions: tuple[str, ...]  # Five, see `captions.captions`.
+  captions: tuple[str, ...]  # See `captions.captions`; five of hard scenes.
   label: int  # Index into `CLASS_NAMES` of the main object.
   objects: tuple[SceneObject, ...]  # The main one, which is the largest, first.
   camera: Camera
@@ -106,22 +107,26 @@ def check_arguments(index: int, size: int, seed: int) -> None:
     raise InputError(f"Scene seed {seed}: expected 0 or more, below 2**63.")
 
 
-def render(index: int, *, size: int = 96, seed: int = 0) -> Scene:
+def render(
+  index: int, *, size: int = 96, seed: int = 0, difficulty: Level = "hard"
+) -> Scene:
   """Renders scene `index` of the series `seed`, at `size` pixels per side."""
   check_arguments(index, size, seed)
-  world = layout.sample_world(index, seed)
+  world = layout.sample_world(index, seed, difficulty)
   draw = layout.Draw(seed, index, stream=2)
   return _render_view(world, world.camera, size, draw, world.noise)
 
 
-def render_pair(index: int, *, size: int = 96, seed: int = 0) -> ScenePair:
+def render_pair(
+  index: int, *, size: int = 96, seed: int = 0, difficulty: Level = "hard"
+) -> ScenePair:
   """Renders scene `index` from two cameras, with dense correspondences.
 
   The second camera is 8 to 28 degrees around the main object, at another
   distance and height. Arguments and errors are those of `render`.
   """
-  first = render(index, size=size, seed=seed)
-  world = layout.sample_world(index, seed)
+  first = render(index, size=size, seed=seed, difficulty=difficulty)
+  world = layout.sample_world(index, seed, difficulty)
   camera = layout.second_camera(world, index, seed)
   draw = layout.Draw(seed, index, stream=3)
   noise = (draw.uniform(), draw.uniform())
@@ -150,7 +155,12 @@ def render_pair(index: int, *, size: int = 96, seed: int = 0) -> ScenePair:
 
 
 def render_video(
-  index: int, *, frames: int, size: int = 96, seed: int = 0
+  index: int,
+  *,
+  frames: int,
+  size: int = 96,
+  seed: int = 0,
+  difficulty: Level = "hard",
 ) -> tuple[Scene, ...]:
   """Renders scene `index` from a camera that moves between two views.
 
@@ -159,7 +169,7 @@ def render_video(
   Arguments and errors are those of `render`.
   """
   check_arguments(index, size, seed)
-  world = layout.sample_world(index, seed)
+  world = layout.sample_world(index, seed, difficulty)
   ends = world.camera, layout.second_camera(world, index, seed)
   angles = [camera.angles() for camera in ends]
   scenes = []

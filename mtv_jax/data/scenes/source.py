@@ -1,14 +1,20 @@
 """Built-in scenes as a data source."""
 
 import dataclasses
+import pathlib
 from typing import SupportsIndex
 
 import numpy as np
 
 from mtv_jax.data.records import Record
+from mtv_jax.data.scenes import cache as cache_lib
+from mtv_jax.data.scenes import layout
 from mtv_jax.data.scenes import render as render_lib
+from mtv_jax.data.scenes.difficulty import DIFFICULTIES, Level
+from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.sources.base import Source
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.process_cache import ProcessCache
 
 
 @dataclasses.dataclass(eq=False)
@@ -21,6 +27,9 @@ class SceneSource(Source):
     first: number of the first scene. Training and evaluation take disjoint
       ranges, such as `first=1_000_000` for evaluation.
     seed: the series of scenes.
+    difficulty: see `difficulty.Difficulty`.
+    cache: a folder for the rendered records, which all runs of these settings
+      share; written at the first read. Records are equal with and without it.
   """
 
   size: int = 96
@@ -28,6 +37,8 @@ class SceneSource(Source):
   length: int = 10_000
   first: int = 0
   seed: int = 0
+  difficulty: Level = "hard"
+  cache: str | None = None
 
   name = "scenes"
   fields = frozenset(
@@ -41,13 +52,33 @@ class SceneSource(Source):
       raise InputError(f"Scenes length {self.length}: expected 1 or more.")
     # Rendered records are in no file: one shard for a shuffle by blocks.
     self.shards = np.array([self.length], np.int64)
+    # Its one entry is the memory-mapped arrays, of each process its own.
+    self._arrays = ProcessCache(self._open_cache, limit=1)
 
   def __getitem__(self, i: SupportsIndex) -> Record:
     """Record i: see `Scene`; depth is inverse, the boxes' scores are 1."""
     _, i = self._locate(i)
-    scene = render_lib.render(self.first + i, size=self.size, seed=self.seed)
+    if self.cache is None:
+      return self._render(i)
+    record = cache_lib.read_record(self._arrays.get(0), i)
+    return {"key": self.key(i), **record}
+
+  def key(self, i: int) -> str:
+    """The key of record i."""
+    level = "" if self.difficulty == "hard" else f"{self.difficulty}-"
+    return f"scene-{level}{self.seed}-{self.first + i}"
+
+  def label(self, i: int) -> int:
+    """The label of record i, without rendering it."""
+    number = self.first + i
+    world = layout.sample_world(number, self.seed, self.difficulty)
+    return CLASS_NAMES.index(world.objects[0].name)
+
+  def _render(self, i: int) -> Record:
+    options = {"size": self.size, "difficulty": self.difficulty}
+    scene = render_lib.render(self.first + i, seed=self.seed, **options)
     return {
-      "key": f"scene-{self.seed}-{self.first + i}",
+      "key": self.key(i),
       "image": scene.image,
       "captions": list(scene.captions),
       "depth": scene.inverse_depth,
@@ -57,3 +88,11 @@ class SceneSource(Source):
       "box_scores": np.ones(len(scene.boxes), np.float32),
       "label": scene.label,
     }
+
+  def _open_cache(self, _: int) -> cache_lib.Arrays:
+    names = ("size", "length", "first", "seed", "difficulty")
+    settings = {name: getattr(self, name) for name in names}
+    # Also the ranges, which may change with the version.
+    settings["ranges"] = dataclasses.asdict(DIFFICULTIES[self.difficulty])
+    folder = pathlib.Path(self.cache)
+    return cache_lib.open_cache(folder, settings, self._render, self.length)

@@ -233,3 +233,4 @@ class World:
   offsets: tuple[float, float, float, float]  # Of ground's, backdrop's texture.
   camera: Camera
   noise: tuple[float, float]  # Offsets of the sensor noise.
+  caption_kinds: tuple[str, ...]  # See `difficulty.CAPTIONS`.

@@ -1,4 +1,4 @@
-"""Tokenizers: UTF-8 bytes, SentencePiece files, Hugging Face tokenizer.json."""
+"""Tokenizers: bytes, words of scenes, SentencePiece, Hugging Face files."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,7 @@ from mtv_jax.data.tokenizers.base import export_files as export_files
 from mtv_jax.data.tokenizers.byte import ByteTokenizer
 from mtv_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from mtv_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from mtv_jax.data.tokenizers.words import SceneWordTokenizer
 from mtv_jax.utils.errors import (
   ConfigError,
   InputError,
@@ -17,6 +18,11 @@ from mtv_jax.utils.errors import (
   did_you_mean,
 )
 
+# Those that need no file, by name.
+BUILT_IN: dict[str, type[Tokenizer]] = {
+  "bytes": ByteTokenizer,
+  "words": SceneWordTokenizer,
+}
 # By the suffix of the tokenizer's file.
 _TYPES = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
 
@@ -27,8 +33,8 @@ def build_tokenizer(
   """The tokenizer that a config names.
 
   Args:
-    spec: "bytes", or the path of a SentencePiece model ("*.model") or of a
-      Hugging Face tokenizer ("*.json").
+    spec: "bytes", "words" (of the built-in scenes), or the path of a
+      SentencePiece model ("*.model") or of a Hugging Face tokenizer ("*.json").
     clean: "none", "lower" or "canonicalize".
 
   Raises:
@@ -44,13 +50,14 @@ def build_tokenizer(
       " arguments), a SentencePiece file '*.model' or a 'tokenizer.json'."
       " tokenizer=bytes is for smoke tests: it cuts most captions."
     )
-  if spec == "bytes":
-    return ByteTokenizer(None, clean)
+  if spec in BUILT_IN:
+    return BUILT_IN[spec](None, clean)
   suffix = Path(spec).suffix
   if suffix not in _TYPES:
     raise InputError(
-      f"tokenizer={spec!r}: expected 'bytes' (built in, 258 ids), a"
-      " SentencePiece file '*.model' or a Hugging Face 'tokenizer.json'."
+      f"tokenizer={spec!r}: expected 'bytes' (258 ids), 'words' (of the"
+      " built-in scenes), a SentencePiece file '*.model' or a Hugging Face"
+      " 'tokenizer.json'."
     )
   if not Path(spec).is_file():
     folder = Path(spec).absolute().parent
@@ -60,6 +67,7 @@ def build_tokenizer(
       hint = did_you_mean(Path(spec).name, names, limit=8)
     raise MissingFileError(
       f"tokenizer={spec!r}: there is no such file. {hint} Expected a"
-      " SentencePiece model or a tokenizer.json; 'bytes' needs no file."
+      " SentencePiece model or a tokenizer.json; 'bytes' and 'words' need no"
+      " file."
     )
   return _TYPES[suffix](spec, clean)

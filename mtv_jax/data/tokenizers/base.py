@@ -56,7 +56,7 @@ class Tokenizer(abc.ABC):
   """Map of strings to ids, shared by threads.
 
   Args:
-    path: the tokenizer's file; None for bytes.
+    path: the tokenizer's file; None for those that need none.
     clean: cleaning of a text before it is tokenized: "none", "lower" or
       "canonicalize".
 
@@ -64,7 +64,7 @@ class Tokenizer(abc.ABC):
     ConfigError: an unknown `clean`.
   """
 
-  kind: str  # "bytes", "sentencepiece" or "json".
+  kind: str  # "bytes", "words", "sentencepiece" or "json".
   vocab_size: int  # The largest id plus one.
   pad_id: int
   eos_id: int | None  # None if the file does not name one.

@@ -1,9 +1,9 @@
 """Built-in scenes as data for every kind of evaluation.
 
 `data` is `scenes`, or `{type="scenes", first=..., length=..., size=...,
-seed=...}`, the config of a source of `mtv_jax.data`. By default `first` is
-`HELD_OUT_SCENES`; the scenes to train a probe on start at `PROBE_SCENES` plus
-the given `first`.
+seed=..., difficulty=...}`, the config of a source of `mtv_jax.data`. By default
+`first` is `HELD_OUT_SCENES`; the scenes to train a probe on start at
+`PROBE_SCENES` plus the given `first`.
 """
 
 from __future__ import annotations
@@ -71,19 +71,28 @@ class SceneRange:
   numbers: tuple[int, ...]
   seed: int = 0
   size: int | None = None
+  difficulty: str = "hard"
 
   def __len__(self) -> int:
     return len(self.numbers)
 
   def render(self, i: int) -> render_lib.Scene:
     """Scene i of the range."""
-    return render_lib.render(self.numbers[i], size=self.size, seed=self.seed)
+    return render_lib.render(self.numbers[i], **self.options)
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """Arguments of `render`, besides the number."""
+    names = ("size", "seed", "difficulty")
+    return {name: getattr(self, name) for name in names}
 
   def digest(self) -> str:
-    """A hash of numbers, size and seed."""
+    """A hash of numbers, size, seed and difficulty."""
     digest = examples.Digest()
     first, count = self.numbers[0], len(self)
     digest.add("scenes", first, count, self.size, self.seed)
+    if self.difficulty != "hard":
+      digest.add(self.difficulty)
     if self.numbers != tuple(range(first, first + count)):
       digest.add(*self.numbers)
     return digest.hex()
@@ -91,14 +100,15 @@ class SceneRange:
   def protocol(self) -> dict[str, Any]:
     """For JSON."""
     first = self.numbers[0]
-    scenes = {"first": first, "seed": self.seed, "size": self.size}
-    return {"dataset": "scenes", "scenes": scenes}
+    return {"dataset": "scenes", "scenes": {"first": first, **self.options}}
 
   @property
-  def non_defaults(self) -> tuple[int | None, ...]:
-    """Seed and size where they are given, for the digest of pairs."""
-    given = (self.seed, self.size)
-    return given if given != (0, None) else ()
+  def non_defaults(self) -> tuple[int | str | None, ...]:
+    """Seed, size, difficulty where they are given, for the digest of pairs."""
+    given = (
+      (self.seed, self.size) if (self.seed, self.size) != (0, None) else ()
+    )
+    return given + (() if self.difficulty == "hard" else (self.difficulty,))
 
 
 def open_range(
@@ -130,7 +140,10 @@ def open_range(
   source = sources.build_source(config)
   numbers = range(source.first, source.first + source.length)
   return SceneRange(
-    tuple(examples.subsample(numbers, count)), source.seed, given.get("size")
+    tuple(examples.subsample(numbers, count)),
+    source.seed,
+    given.get("size"),
+    source.difficulty,
   )
 
 
@@ -201,12 +214,12 @@ def open_boxes(
 ) -> examples.BoxSet:
   """Scenes whose boxes have phrases and the classes of their objects."""
   numbers = tuple(source.first + i for i in indices)
-  scenes = SceneRange(numbers, source.seed, source.size)
+  scenes = SceneRange(numbers, source.seed, source.size, source.difficulty)
   digest, rows = examples.Digest(), []
   with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
     for i, scene in enumerate(pool.map(scenes.render, range(len(scenes)))):
       if len(scene.boxes):
-        key = f"scene-{source.seed}-{numbers[i]}-{source.size}"
+        key = f"{source.key(indices[i])}-{source.size}"
         digest.add(key, *scene.boxes.ravel().tolist(), *scene.phrases)
         names = [scene.objects[j].name for j in scene.box_objects]
         labels = [render_lib.CLASS_NAMES.index(name) for name in names]
@@ -229,12 +242,13 @@ def open_boxes(
 def open_posed(data: examples.Data, *, count: int) -> PosedFrames:
   """Objects of scenes from two cameras; a scene is a group."""
   scenes = open_range(data, default=count, count=count, needs="posed views")
-  numbers, seed = scenes.numbers, scenes.seed
+  numbers = scenes.numbers
 
   # Both frames of a pair are read one after the other.
   @functools.lru_cache(maxsize=32)
   def render(index: int, size: int) -> render_lib.ScenePair:
-    return render_lib.render_pair(numbers[index], size=size, seed=seed)
+    options = {**scenes.options, "size": size}
+    return render_lib.render_pair(numbers[index], **options)
 
   def read(index: int, size: int) -> Frame:
     size = scenes.size or min(2 * size, _MAX_POSED_SIZE)
@@ -251,7 +265,8 @@ def open_posed(data: examples.Data, *, count: int) -> PosedFrames:
   cameras = []
   for number in numbers:
     # The camera does not depend on the size.
-    pair = render_lib.render_pair(number, size=render_lib.MIN_SIZE, seed=seed)
+    options = {**scenes.options, "size": render_lib.MIN_SIZE}
+    pair = render_lib.render_pair(number, **options)
     cameras += [pair.first.camera, pair.second.camera]
   return PosedFrames(
     name="scenes",
@@ -293,8 +308,7 @@ def _open_video(scenes: SceneRange, number: int) -> examples.Video:
     render_lib.render_video,
     number,
     frames=_VIDEO_FRAMES,
-    size=scenes.size,
-    seed=scenes.seed,
+    **scenes.options,
   )
   first = scenes.render(scenes.numbers.index(number)).instances
   pixels = np.bincount(first.ravel(), minlength=256)

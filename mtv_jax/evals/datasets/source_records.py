@@ -10,7 +10,6 @@ import numpy as np
 
 from mtv_jax.data import canvas
 from mtv_jax.data import registry as sources
-from mtv_jax.data.scenes import layout
 from mtv_jax.data.scenes.shapes import CLASS_NAMES
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.evals.core import examples
@@ -133,10 +132,7 @@ def _read_labels(
     # The label of a scene is known before it is rendered, which is slow.
     size = f"{source.size}x{source.size}x3"
     for i in indices:
-      number = source.first + i
-      world = layout.sample_world(number, source.seed)
-      label = CLASS_NAMES.index(world.objects[0].name)
-      yield f"scene-{source.seed}-{number}", size, label
+      yield source.key(i), size, source.label(i)
     return
   for _, record in _read_records(source, indices):
     size = _describe_size(record["image"])

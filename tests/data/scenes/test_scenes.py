@@ -409,10 +409,63 @@ def test_the_vocabulary_is_large_enough():
   assert counts == {1, 2, 3, 4, 5}
 
 
+def test_hard_scenes_are_the_default():
+  hard = render(11, size=24, seed=1, difficulty="hard")
+  default = render(11, size=24, seed=1)
+  assert hard.captions == default.captions
+  np.testing.assert_array_equal(hard.image, default.image)
+
+
+def test_easier_scenes_have_less_of_everything():
+  """Objects, words of a caption and textures; a larger main object."""
+  rows = []
+  for level in ("easy", "medium", "hard"):
+    scenes_ = [render(i, size=32, difficulty=level) for i in range(150)]
+    texts = [text for scene in scenes_ for text in scene.captions]
+    rows.append(
+      (
+        np.mean([len(scene.objects) for scene in scenes_]),
+        np.mean([len(text.split()) for text in texts]),
+        len({obj.texture for scene in scenes_ for obj in scene.objects}),
+        -np.mean([np.mean(scene.instances == 2) for scene in scenes_]),
+      )
+    )
+  easy, medium, hard = np.array(rows)
+  assert (easy < medium).all() and (medium < hard).all(), rows
+  world = [layout.sample_world(i, 0, "easy") for i in range(200)]
+  assert len({(w.ground, w.backdrop) for w in world}) == 16
+  # All classes and colours are there.
+  assert {w.objects[0].name for w in world} == {*scenes.CLASS_NAMES}
+  assert {w.objects[0].colour for w in world} == {*world_lib.COLOURS}
+
+
+@pytest.mark.parametrize("level", ["easy", "medium"])
+def test_labels_of_easier_scenes(level):
+  """As of the hard ones: two views of one scene, tight and named boxes."""
+  for index in range(30):
+    pair = render_pair(index, size=64, difficulty=level)
+    scene = pair.first
+    assert scene.captions == render(index, size=64, difficulty=level).captions
+    assert scene.box_objects == tuple(range(len(scene.objects)))
+    main = scene.objects[0]
+    for text in (scene.captions[0], scene.captions[1], scene.phrases[0]):
+      assert main.colour in text and main.name in text
+    assert np.mean(pair.visible) > 0.1
+    points = pair.first.points @ pair.rotation.T + pair.translation
+    y, x = np.argwhere(pair.visible)[0]
+    focal, (u, v, z) = pair.second.camera.focal, points[y, x]
+    want = [0.5 + focal * v / z, 0.5 + focal * u / z]
+    np.testing.assert_allclose(pair.correspondence[y, x], want, atol=1e-5)
+  videos = scenes.render_video(3, frames=2, size=24, difficulty=level)
+  first = render(3, size=24, difficulty=level)
+  assert videos[0].objects == first.objects
+
+
 def test_source_is_a_source():
   source = SceneSource(size=32, length=7, first=100, seed=3)
   assert len(source) == 7 and source.name == "scenes"
-  assert repr(source) == "SceneSource(size=32, length=7, first=100, seed=3)"
+  options = "size=32, length=7, first=100, seed=3, difficulty='hard'"
+  assert repr(source) == f"SceneSource({options}, cache=None)"
   np.testing.assert_array_equal(source.shards, [7])
   record = source[2]
   assert set(record) == source.fields
@@ -428,6 +481,13 @@ def test_source_is_a_source():
   np.testing.assert_array_equal(again[2]["image"], record["image"])
   np.testing.assert_array_equal(source[np.int64(2)]["image"], record["image"])
   assert len({source[i]["key"] for i in range(7)}) == 7
+  assert [source.label(i) for i in range(7)] == [
+    source[i]["label"] for i in range(7)
+  ]
+  easy = SceneSource(size=32, length=7, first=100, seed=3, difficulty="easy")
+  assert easy[2]["key"] == "scene-easy-3-102"
+  scene = render(102, size=32, seed=3, difficulty="easy")
+  np.testing.assert_array_equal(easy[2]["image"], scene.image)
 
 
 @pytest.mark.parametrize("i", [-1, 7, 100])

@@ -10,11 +10,14 @@ import sentencepiece
 import tokenizers as hf
 
 from mtv_jax.data import tokenizers
+from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.tokenizers import (
   build_tokenizer,
   canonicalize,
   export_files,
+  words,
 )
+from mtv_jax.evals.core import prompts
 from mtv_jax.utils.errors import ConfigError
 
 CLEAN = ("none", "lower", "canonicalize")
@@ -121,9 +124,37 @@ def test_bytes():
   assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
 
 
+def test_words_of_scenes():
+  tokenizer = build_tokenizer("words")
+  ids = tokenizer.encode(["A red ball, on grass", "a zebra: a red ball"], 8)
+  a, red, ball, on, grass, zebra = (
+    tokenizer._ids(word, 2)[0]
+    for word in ("a", "red", "ball", "on", "grass", "zebra")
+  )
+  assert zebra == 2 and len({0, 1, zebra, a, red, ball, on, grass}) == 8
+  assert ids.tolist() == [
+    [a, red, ball, on, grass, 1, 0, 0],
+    [a, zebra, a, red, ball, 1, 0, 0],
+  ]
+  assert tokenizer.decode(ids.tolist())[0] == "a red ball on grass"
+
+
+def test_words_include_those_of_all_scenes():
+  tokenizer, texts = build_tokenizer("words"), [*prompts.DEFAULT_TEMPLATES]
+  for difficulty in ("easy", "medium", "hard"):
+    source = SceneSource(16, length=600, difficulty=difficulty)
+    for i in range(600):
+      texts += [*source[i]["captions"], *source[i]["phrases"]]
+  # A blank for the class's name.
+  texts = [text.replace("{}", "") for text in texts]
+  ids = tokenizer.encode(texts, 64)
+  assert 2 not in ids
+  assert tokenizer.vocab_size == 3 + len({*words._WORDS}) == 129
+
+
 def test_texts_that_are_cut(small, words_json):
   text = "a dog cat red"
-  for spec in ("bytes", small, words_json):
+  for spec in ("bytes", "words", small, words_json):
     tokenizer = build_tokenizer(spec)
     # Padding, which is the end of sequence for SentencePiece, is no text.
     long = tokenizer.encode([text], 64)[0]
@@ -197,7 +228,7 @@ def test_canonicalize():
 
 def test_threads_share_a_tokenizer(words_json, small):
   texts = ["a red dog", "a cat", "dog"] * 20
-  for spec in ("bytes", words_json, small):
+  for spec in ("bytes", "words", words_json, small):
     tokenizer = build_tokenizer(spec)
     expected = {n: tokenizer.encode(texts, n) for n in (4, 8)}
     wrong = []
@@ -216,7 +247,7 @@ def test_threads_share_a_tokenizer(words_json, small):
 
 
 def test_pickle_round_trip(words_json, small):
-  for spec in ("bytes", words_json, small):
+  for spec in ("bytes", "words", words_json, small):
     tokenizer = build_tokenizer(spec, clean="canonicalize")
     again = pickle.loads(pickle.dumps(tokenizer))
     assert repr(again) == repr(tokenizer)
@@ -257,7 +288,7 @@ def test_vocabulary_larger_than_the_embedding():
 @pytest.mark.parametrize("clean", CLEAN)
 def test_exported_files_give_equal_ids(clean, small, words_json, tmp_path):
   """As read by `tokenizers` itself; by `transformers` below."""
-  for spec in ("bytes", small, words_json):
+  for spec in ("bytes", "words", small, words_json):
     tokenizer = build_tokenizer(spec, clean=clean)
     export_files(tokenizer, tmp_path, length=12)
     assert sorted(f.name for f in tmp_path.iterdir()) == [

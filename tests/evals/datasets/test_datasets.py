@@ -103,6 +103,12 @@ def test_scenes_are_labelled_without_rendering(monkeypatch):
   assert not rendered
   assert data.test.images[3].shape == data.train.images[0].shape == (96, 96, 3)
   assert rendered == [HELD_OUT_SCENES + 3, PROBE_SCENES]
+  easy = {"type": "scenes", "length": 5, "difficulty": "easy"}
+  data = registry.open_splits(easy)
+  want = [
+    render(HELD_OUT_SCENES + i, difficulty="easy").label for i in range(5)
+  ]
+  assert list(data.test.labels) == want
   # With data as a mapping too, both splits differ from the training scenes.
   rendered.clear()
   data = registry.open_splits({"type": "scenes", "length": 3})
@@ -232,3 +238,46 @@ def test_every_evaluation_on_every_real_folder(shared_data):
       if got is not want:
         wrong[folder, name] = got, want
   assert not wrong
+
+
+def test_every_kind_of_scenes_has_the_difficulty():
+  """Images, labels and digests of easy scenes are not those of hard ones."""
+  easy = {"type": "scenes", "length": 2, "size": 32, "difficulty": "easy"}
+  hard = {**easy, "difficulty": "hard"}
+  number = HELD_OUT_SCENES + 1
+  want = scenes.render(number, size=32, difficulty="easy")
+  pair = scenes.render_pair(number, size=32, difficulty="easy")
+  opens = {
+    "captions": registry.open_captions,
+    "segmentation": lambda data: registry.open_segmentation(data, split="test"),
+    "depth": lambda data: registry.open_depth(data, split="test", size=32),
+    "boxes": registry.open_boxes,
+    "posed": lambda data: registry.open_posed(data, subset="", count=2),
+    "videos": registry.open_videos,
+  }
+  sets = {name: open_set(easy) for name, open_set in opens.items()}
+  np.testing.assert_array_equal(sets["captions"].images[1], want.image)
+  assert {*want.captions} <= {*sets["captions"].captions}
+  np.testing.assert_array_equal(sets["segmentation"].maps[1], want.segmentation)
+  np.testing.assert_array_equal(sets["depth"].depths[1], want.depth)
+  np.testing.assert_array_equal(sets["boxes"].boxes[1], want.boxes)
+  frame = sets["posed"].read(3, 32)
+  np.testing.assert_array_equal(frame.image, pair.second.image)
+  video = scenes.render_video(number, frames=8, size=32, difficulty="easy")
+  np.testing.assert_array_equal(
+    sets["videos"].videos[1].frames[4], video[4].image
+  )
+  for name, data in sets.items():
+    if name != "posed":
+      assert data.digest != opens[name](hard).digest, name
+  prints = [
+    registry.open_posed(data, subset="", count=2).fingerprint(1)
+    for data in (easy, hard)
+  ]
+  assert prints[0] != prints[1] and prints[0][-1] == "easy"
+  points = [
+    registry.open_key_points({**data, "length": 21}, split="test", count=21)
+    for data in (easy, hard)
+  ]
+  assert points[0].digest != points[1].digest
+  assert points[0].metadata["scenes"]["difficulty"] == "easy"

@@ -1,0 +1,162 @@
+"""Memory-mapped cache of rendered records, shared by processes.
+
+A folder with an array file for each field, and `manifest.json`, which is
+written last and names the settings of the records. Texts are UTF-8, joined by
+line feeds within a record; `NAME_ends.npy` has the ends of the records in a
+field whose length varies.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import filelock
+import numpy as np
+
+from mtv_jax.data.records import Record
+from mtv_jax.utils import atomic
+from mtv_jax.utils.cores import available_cores
+from mtv_jax.utils.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_FIXED = ("image", "depth", "segmentation", "label")  # one shape for all
+_BOXES = ("boxes", "box_scores")
+_TEXTS = ("captions", "phrases")
+_CHUNK = 1024  # records rendered at a time
+
+Arrays = dict[str, np.ndarray]
+
+
+def open_cache(
+  folder: pathlib.Path,
+  settings: Mapping[str, Any],
+  render: Callable[[int], Record],
+  length: int,
+) -> Arrays:
+  """The memory-mapped arrays of a folder, rendered if they do not exist.
+
+  Of several processes one renders and the others wait.
+
+  Args:
+    folder: created if missing.
+    settings: whatever the records depend on, for JSON.
+    render: returns record i; called by threads.
+    length: number of records.
+
+  Raises:
+    ConfigError: the folder has records of other settings.
+  """
+  settings = json.loads(json.dumps(settings))  # Tuples become lists.
+  if not _is_complete(folder, settings):
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+      lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
+      # Without locks several processes render equal files.
+      with contextlib.suppress(NotImplementedError, OSError):
+        stack.enter_context(lock)
+      if not _is_complete(folder, settings):
+        atomic.remove_abandoned(folder)
+        _write(folder, settings, render, length)
+  names = json.loads((folder / MANIFEST).read_bytes())["arrays"]
+  return {
+    name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names
+  }
+
+
+def read_record(arrays: Arrays, i: int) -> Record:
+  """Record i, without its key; its arrays are views of the files."""
+  record: Record = {name: arrays[name][i] for name in _FIXED}
+  record["label"] = int(record["label"])
+  for name in (*_BOXES, *_TEXTS):
+    ends = arrays["boxes_ends" if name in _BOXES else f"{name}_ends"]
+    values = arrays[name][ends[i - 1] if i else 0 : ends[i]]
+    if name in _TEXTS:
+      values = values.tobytes().decode().split("\n") if len(values) else []
+    record[name] = values
+  return record
+
+
+def _is_complete(folder: pathlib.Path, settings: Mapping[str, Any]) -> bool:
+  """Whether a folder has all files; ConfigError for those of other settings."""
+  try:
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+  except FileNotFoundError:
+    return False
+  except ValueError:
+    manifest = {}
+  expected = {"format": _FORMAT, "settings": dict(settings)}
+  if {k: manifest.get(k) for k in expected} != expected:
+    raise ConfigError(
+      f"cache={folder} has records of {manifest.get('settings')}, expected"
+      f" {dict(settings)}. Give another folder, or remove this one."
+    )
+  return True
+
+
+def _write(
+  folder: pathlib.Path,
+  settings: Mapping[str, Any],
+  render: Callable[[int], Record],
+  length: int,
+) -> None:
+  """Renders all records and writes the files, the manifest last."""
+  log.info("Rendering %d scenes to %s, once.", length, folder)
+  start = time.perf_counter()
+  first = render(0)
+  parts = {name: [] for name in (*_BOXES, *_TEXTS)}
+  arrays = {}
+  with contextlib.ExitStack() as stack:
+    for name in _FIXED:
+      value = np.asarray(first[name])
+      path = folder / f"{name}.npy"
+      temporary = stack.enter_context(atomic.replace_file(path))
+      shape = (length, *value.shape)
+      arrays[name] = np.lib.format.open_memmap(
+        temporary, "w+", value.dtype, shape
+      )
+    pool = stack.enter_context(
+      concurrent.futures.ThreadPoolExecutor(available_cores())
+    )
+    for at in range(0, length, _CHUNK):
+      numbers = range(at, min(at + _CHUNK, length))
+      for i, record in zip(numbers, pool.map(render, numbers), strict=True):
+        for name in _FIXED:
+          arrays[name][i] = record[name]
+        for name in _BOXES:
+          parts[name].append(record[name])
+        for name in _TEXTS:
+          text = "\n".join(record[name]).encode()
+          parts[name].append(np.frombuffer(text, np.uint8))
+    for array in arrays.values():
+      array.flush()
+  for name, values in parts.items():
+    arrays[name] = np.concatenate(values)
+    _save(folder, name, arrays[name])
+  for name in ("boxes", *_TEXTS):
+    arrays[f"{name}_ends"] = np.cumsum([len(values) for values in parts[name]])
+    _save(folder, f"{name}_ends", arrays[f"{name}_ends"])
+  manifest = {
+    "format": _FORMAT,
+    "settings": dict(settings),
+    "arrays": {
+      name: [str(array.dtype), *array.shape] for name, array in arrays.items()
+    },
+  }
+  atomic.write(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+  log.info("Rendered in %.0f s.", time.perf_counter() - start)
+
+
+def _save(folder: pathlib.Path, name: str, array: np.ndarray) -> None:
+  with (
+    atomic.replace_file(folder / f"{name}.npy") as temporary,
+    temporary.open("wb") as stream,
+  ):
+    np.save(stream, array)
