@@ -114,12 +114,12 @@ SCHEMA = dict(
       1.0,
     ),
   ),
-  # Balance of the objectives' gradients on the encoder, see `train/balance.py`.
+  # Includes the method's options, see `train/balance.py`. None: fixed weights.
   balance=(
-    dict(
-      every=Duration(100, PositiveFloat),
-      decay=(Fraction, 0.8),
-      max_factor=(Annotated[float, Range(min=1)], 100.0),
+    Open(
+      method=(str, "grad_norm_mean"),
+      # Between measurements of gradient norms, of methods that take them.
+      every=Duration(None, PositiveFloat),
     ),
     None,
   ),

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from mtv_jax.augment import views
 from mtv_jax.checkpoint.checkpointer import saved_steps
-from mtv_jax.config import schema
+from mtv_jax.config import options, schema
 from mtv_jax.data import ops, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
 from mtv_jax.data.labels.join import join_labels
@@ -272,11 +272,23 @@ def read_teacher_models(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 def _balance(
   section: ConfigDict | None, length: schema.RunLength
-) -> balance_lib.Balance | None:
+) -> balance_lib.Balance:
+  """The balancing method; fixed weights if the config has none."""
   if section is None:
-    return None
-  every = length.steps("every", section)
-  return balance_lib.Balance(every, section.decay, section.max_factor)
+    return balance_lib.Balance()
+  where, key = "config.balance", "method"
+  method = options.look_up(
+    balance_lib.METHODS, section.method, where=where, key=key
+  )
+  durations = [f"every_{unit}" for unit in schema.UNITS]
+  given = {
+    k: v for k, v in section.items() if v is not None and k not in durations
+  }
+  del given[key]
+  every = length.steps("every", section, default=None)
+  if every is not None:
+    given["every_steps"] = every
+  return options.build(method, given, where=where, reserved=(key,))
 
 
 def _weight(

@@ -142,14 +142,14 @@ def compute_losses(
   loss_inputs: Mapping[str, Any],
   mesh: Mesh | None = None,
 ) -> Loss:
-  """The weighted sum of the losses over all inputs, and each one's terms.
+  """The total loss over all inputs, and each objective's terms.
 
   `params` are those of the heads.
   """
   params, state = _gather(spec, {"heads": params}, state, mesh)
   heads = bind_heads(spec, params["heads"], state)
-  total, terms = jnp.zeros(()), {}
-  weights = spec.loss_weights(state.step, state.balance)
+  total = spec.balance.penalty(spec.config_weights(state.step), state.balance)
+  weights, terms = spec.loss_weights(state), {}
   for name, objective in spec.objectives.items():
     start = spec.weights[name].start
     context = base.Context(
@@ -181,11 +181,29 @@ def compute_gradients(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Loss, PyTree]:
   """`((loss, terms), gradients)` of a batch that is sharded over the mesh."""
+  if spec.balance.combines and len(spec.objectives) > 1:
+    return combine_gradients(spec, state, batch, mesh)
   if spec.accumulate > 1:
     return accumulate_gradients(spec, state, batch, mesh)
   return jax.value_and_grad(
     lambda params: total_loss(spec, params, state, batch, mesh), has_aux=True
   )(state.params)
+
+
+def combine_gradients(
+  spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
+) -> tuple[Loss, PyTree]:
+  """`compute_gradients`, combined from those of each objective by itself."""
+  total, terms, grads, keys = 0.0, {}, {}, {}
+  seed = jax.random.key(spec.seed)
+  for name in spec.objectives:
+    (loss, term), grads[name] = compute_gradients(
+      spec.only((name,)), state, batch, mesh
+    )
+    total, terms = total + loss, {**terms, **term}
+    keys[name] = step_key(seed, f"balance/{name}", state.step)
+  combined = spec.balance.combine_gradients(grads, spec.shared_modules, keys)
+  return (total, terms), combined
 
 
 def accumulate_gradients(

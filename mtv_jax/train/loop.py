@@ -197,11 +197,11 @@ def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
     except CheckpointMismatchError as error:
       if not re.search(r"[+-] balance/", str(error)):
         raise
-      state = "set" if config.balance else "not set"
+      method = config.balance and f"by {config.balance.method!r}"
       raise ConfigError(
-        f"config.balance is {state}, unlike in the training of {workdir} so "
-        "far. Resume with its own config.balance (--config.balance=None for "
-        "none), or take another workdir."
+        f"config.balance is {method or 'not set'}, unlike in the training of "
+        f"{workdir} so far. Resume with its own config.balance "
+        "(--config.balance=None for none), or take another workdir."
       ) from error
     if saved is not None:
       chrono.from_dict(saved.timing)

@@ -100,7 +100,7 @@ def make_update_fn(
       "grad_norm": optax.tree.norm(grads),
       "update_norm": optax.tree.norm(updates),
     }
-    weights = active_spec.loss_weights(state.step, state.balance)
+    weights = active_spec.loss_weights(state)
     statistics = dict(state.statistics)
     for name, term in terms.items():
       statistics[name] = {**statistics[name], **term.statistics}
@@ -116,7 +116,11 @@ def make_update_fn(
       ema=ema,
       statistics=statistics,
       teachers=state.teachers,
-      balance=state.balance,
+      balance=spec.balance.update(
+        state.balance,
+        {name: term.loss for name, term in terms.items()},
+        active_spec.config_weights(state.step),
+      ),
     ), metrics
 
   return update
@@ -200,16 +204,15 @@ class Program:
   @functools.cached_property
   def _balance_update(self) -> Any:
     def update(balance, norms, step):
-      weights = {name: self.spec.weights[name](step) for name in norms}
-      count = step // self.spec.balance.every
-      return self.spec.balance.update(balance, norms, weights, count)
+      weights = self.spec.config_weights(step)
+      return self.spec.balance.observe(balance, norms, weights, step)
 
     return jax.jit(update, out_shardings=self.shardings.balance)
 
   def rebalance(
     self, state: TrainState, norms: Mapping[str, Array]
   ) -> TrainState:
-    """Updates the running gradient norms with those of `encoder_norms`."""
+    """The state after a measurement of `encoder_norms`."""
     balance = self._balance_update(state.balance, norms, state.step)
     return state.replace(balance=balance)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -99,7 +100,7 @@ class StepSpec:
   teachers: Mapping[str, FrozenTeacher] = dataclasses.field(
     default_factory=dict
   )
-  balance: balance_lib.Balance | None = None
+  balance: balance_lib.Balance = balance_lib.Balance()  # Fixed weights.
 
   def __post_init__(self):
     if not self.objectives:
@@ -153,6 +154,16 @@ class StepSpec:
           )
         heads[key] = head
     return heads
+
+  @functools.cached_property
+  def shared_modules(self) -> frozenset[str]:
+    """`image`, `text` and `heads/NAME` that several objectives train."""
+    readers = collections.Counter()
+    for objective in self.objectives.values():
+      encodings = objective.needs().encodings
+      readers.update({e.tower for e in encodings if e.weights == base.STUDENT})
+      readers.update(f"heads/{name}" for name in objective.heads())
+    return frozenset(name for name, count in readers.items() if count > 1)
 
   @property
   def start_steps(self) -> dict[str, int]:
@@ -216,18 +227,20 @@ class StepSpec:
 
   def measures_balance(self, step: int) -> bool:
     """Whether to measure norms before the update after `step` others."""
-    if self.balance is None:
+    every = self.balance.every_steps
+    if every is None:
       return False
     starts = step > 0 and self.active(step) != self.active(step - 1)
-    return starts or step % self.balance.every == 0
+    return starts or step % every == 0
 
-  def loss_weights(self, step: Any, norms: PyTree) -> dict[str, Array]:
-    """Each objective's weight in the total loss; `norms`: `state.balance`."""
-    weights = {name: weight(step) for name, weight in self.weights.items()}
-    if self.balance is None:
-      return weights
-    factors = self.balance.factors(norms)
-    return {name: factors[name] * w for name, w in weights.items()}
+  def config_weights(self, step: Any) -> dict[str, Array]:
+    """Each objective's weight of the config, with its ramp."""
+    return {name: weight(step) for name, weight in self.weights.items()}
+
+  def loss_weights(self, state: TrainState) -> Mapping[str, Array]:
+    """Each objective's weight in the total loss."""
+    weights = self.config_weights(state.step)
+    return self.balance.loss_weights(weights, state.balance)
 
   def teacher_starts(self, step: int) -> bool:
     """Whether a teacher is first read in the update after `step` others."""
@@ -353,7 +366,7 @@ def init_state(
     ema=copy(params) if spec.ema_decay is not None else {},
     statistics={n: o.initial_statistics() for n, o in spec.objectives.items()},
     teachers={n: frozen(n, t) for n, t in spec.teachers.items()},
-    balance={n: jnp.zeros(()) for n in spec.objectives if spec.balance},
+    balance=spec.balance.init(spec.objectives),
   )
 
 

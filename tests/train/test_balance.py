@@ -21,10 +21,18 @@ from mtv_jax.config import schema
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import MESH_AXES, make_mesh, shard_batch
-from mtv_jax.train.balance import Balance
+from mtv_jax.train import gradients
+from mtv_jax.train.balance import (
+  Balance,
+  GradNorm,
+  GradNormMean,
+  PCGrad,
+  Uncertainty,
+)
 from mtv_jax.train.loop import train
 from mtv_jax.train.step import make_program
 from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
+from mtv_jax.utils.tree import flatten_with_names
 
 NAMES = ("contrastive", "distillation", "late")
 
@@ -34,24 +42,26 @@ def scalars(values):
 
 
 def test_factors_are_the_geometric_mean_over_the_norm():
-  factors = Balance(max_factor=10.0).factors(scalars([4.0, 1.0, 0.0]))
+  factors = GradNormMean(max_factor=10.0).factors(scalars([4.0, 1.0, 0.0]))
   np.testing.assert_allclose(list(factors.values()), [0.5, 2.0, 1.0])
   # Bounded, and 1 before any measurement.
-  factors = Balance(max_factor=10.0).factors(scalars([1e6, 1e-6]))
+  factors = GradNormMean(max_factor=10.0).factors(scalars([1e6, 1e-6]))
   np.testing.assert_allclose(list(factors.values()), [0.1, 10], rtol=1e-6)
-  assert set(map(float, Balance().factors(scalars([0, 0])).values())) == {1.0}
+  factors = GradNormMean().factors(scalars([0, 0]))
+  assert set(map(float, factors.values())) == {1.0}
 
 
 def test_measurements_enter_a_geometric_mean_without_weight_and_factor():
-  balance, weights = Balance(decay=0.25), scalars([0.5, 2.0])
-  norms = balance.update(
+  balance = GradNormMean(decay=0.25, every_steps=10)
+  weights = scalars([0.5, 2.0])
+  norms = balance.observe(
     scalars([0, 0, 0]), scalars([8.0, 2.0]), weights, 0
   )  # Factors are 1.
   np.testing.assert_allclose(list(norms.values()), [16.0, 1.0, 0.0])
   # Factors 1/4 and 4: raw norms of 4 and 1/2.
-  early = balance.update(norms, scalars([0.5, 4.0]), weights, 0)
+  early = balance.observe(norms, scalars([0.5, 4.0]), weights, 9)
   np.testing.assert_allclose(early["distillation"], 0.5**0.9, rtol=1e-6)
-  norms = balance.update(norms, scalars([0.5, 4.0]), weights, 50)
+  norms = balance.observe(norms, scalars([0.5, 4.0]), weights, 500)
   expected = [16**0.25 * 4**0.75, 0.5**0.75, 0.0]
   np.testing.assert_allclose(list(norms.values()), expected, rtol=1e-6)
 
@@ -60,11 +70,14 @@ def test_measurements_enter_a_geometric_mean_without_weight_and_factor():
 def test_a_batch_without_labels_changes_no_running_norm(value):
   old = scalars([4.0, 1.0, 0.0])
   weights = scalars([1, 1, 1])
-  new = Balance().update(old, scalars([value, 1.0, value]), weights, 3)
+  new = GradNormMean(1).observe(old, scalars([value, 1.0, value]), weights, 3)
   assert new["contrastive"] == 4 and new["late"] == 0
   assert new["distillation"] != 1  # 1 / factor 2.
-  unweighted = Balance().update(old, scalars([1.0]), scalars([0]), 3)
+  unweighted = GradNormMean(1).observe(old, scalars([1.0]), scalars([0]), 3)
   assert unweighted["contrastive"] == 4
+
+
+WEIGHTS = {"contrastive": 1.0, "distillation": 0.5}
 
 
 def make_spec(**changes):
@@ -86,14 +99,11 @@ def make_spec(**changes):
       "contrastive": build_objective("contrastive", dict(init_bias=-2.0)),
       "distillation": build_objective("distillation", dino),
     },
-    weights={
-      "contrastive": ObjectiveWeight(1.0),
-      "distillation": ObjectiveWeight(0.5),
-    },
+    weights={name: ObjectiveWeight(w) for name, w in WEIGHTS.items()},
     views=views.build_views({"image": dict(count=1, ops="resize(16)")}),
     seed=0,
     total_steps=100,
-    balance=Balance(every=10),
+    balance=GradNormMean(every_steps=10),
   )
   return dataclasses.replace(spec, **changes)
 
@@ -161,6 +171,109 @@ def test_meshes_and_accumulation_balance_as_one_device(one_device, case):
       )
 
 
+METHODS = {
+  "uncertainty": Uncertainty(lr=0.1),
+  "gradnorm": GradNorm(every_steps=1, lr=0.1),
+  "pcgrad": PCGrad("shared"),
+}
+
+
+@functools.cache
+def two_updates(method, shape=(1, 1, 1), accumulate=1):
+  """Parameters and state of the method after two updates, and metrics."""
+  spec = make_spec(balance=METHODS[method], accumulate=accumulate)
+  mesh = make_mesh(
+    dict(zip(MESH_AXES, shape, strict=True)), jax.devices()[: math.prod(shape)]
+  )
+  program = make_program(spec, optax.sgd(0.1), mesh)
+  params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
+  state, rows = program.init(params), []
+  for step in range(2):
+    batch, row = shard_batch(make_batch(), mesh), {}
+    if spec.measures_balance(step):
+      row["norms"] = program.encoder_norms(state, batch, tuple(spec.objectives))
+      state = program.rebalance(state, row["norms"])
+    state, metrics = program.update(state, batch)
+    rows.append(jax.device_get(row | metrics))
+  return jax.device_get((state.params, state.balance)), rows
+
+
+def test_uncertainty_in_the_step():
+  (_, state), (first, second) = two_updates("uncertainty")
+  losses = [first[f"{n}/loss"] for n in WEIGHTS]
+  assert [first[f"{n}/weight"] for n in WEIGHTS] == [1.0, 0.5]
+  np.testing.assert_allclose(first["loss"], losses[0] + losses[1] / 2, 1e-6)
+  # Adam's first step is the rate: up for losses above 1/2.
+  assert min(losses) > 0.5
+  weights = np.exp(-0.1) * np.array([1.0, 0.5])
+  actual = [second[f"{n}/weight"] for n in WEIGHTS]
+  np.testing.assert_allclose(actual, weights, rtol=1e-5)
+  losses = [second[f"{n}/loss"] for n in WEIGHTS]
+  total = weights @ losses + 0.1 / 2 * 1.5
+  np.testing.assert_allclose(second["loss"], total, rtol=1e-5)
+  assert all(state[n]["log_variance"] > 0.15 for n in WEIGHTS)
+
+
+def test_gradnorm_in_the_step():
+  _, (first, second) = two_updates("gradnorm")
+  norms = [first["norms"][n] / w for n, w in WEIGHTS.items()]
+  # All L_i / L_i(0) are 1: the first step lowers the larger gradient.
+  smaller = int(norms[0] > norms[1])
+  factors = np.array([0.9, 0.9])
+  factors[smaller] = 1.1
+  actual = [second[f"{n}/weight"] / w for n, w in WEIGHTS.items()]
+  np.testing.assert_allclose(actual, factors, rtol=1e-5)
+
+
+def flat_gradients(spec, state, names):
+  """The gradient of some objectives by parameter."""
+
+  def compute(state, batch):
+    return gradients.compute_gradients(spec.only(names), state, batch)[1]
+
+  tree = jax.device_get(jax.jit(compute)(state, make_batch()))
+  return dict(flatten_with_names(tree))
+
+
+def test_pcgrad_in_the_step():
+  """Against the projections, in NumPy, of each objective's own gradient."""
+  spec = make_spec(balance=METHODS["pcgrad"])
+  # Only the image encoder is shared.
+  assert spec.shared_modules == {"image"}
+  program = make_program(
+    spec, optax.sgd(0.1), make_mesh(dict(data=1), jax.devices()[:1])
+  )
+  params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
+  state = program.init(params)
+  flat = [flat_gradients(spec, state, (name,)) for name in spec.objectives]
+  image = sorted(n for n in flat[0] if n.startswith("image/"))
+  a, b = (np.concatenate([g[n].ravel() for n in image]) for g in flat)
+  product = a @ b
+  assert product < -0.02 * np.linalg.norm(a) * np.linalg.norm(b)
+  shares = 1 - product / (a @ a), 1 - product / (b @ b)
+  for name, leaf in flat_gradients(spec, state, tuple(spec.objectives)).items():
+    scales = shares if name in image else (1, 1)
+    expected = scales[0] * flat[0][name] + scales[1] * flat[1][name]
+    np.testing.assert_allclose(
+      leaf, expected, rtol=1e-4, atol=1e-5, err_msg=name
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_are_the_same_on_a_mesh(method):
+  trees, rows = two_updates(method, shape=(2, 2, 2))
+  expected_trees, expected_rows = two_updates(method)
+  for (name, actual), (_, expected) in zip(
+    flatten_with_names((trees, rows)),
+    flatten_with_names((expected_trees, expected_rows)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(
+      actual, expected, rtol=1e-3, atol=2e-5, err_msg=name
+    )
+
+
 def test_norms_are_measured_as_a_function_of_the_step():
   late = {
     "contrastive": ObjectiveWeight(1.0),
@@ -169,7 +282,7 @@ def test_norms_are_measured_as_a_function_of_the_step():
   spec = make_spec(weights=late)
   steps = [s for s in range(30) if spec.measures_balance(s)]
   assert steps == [0, 10, 13, 20]
-  assert not make_spec(balance=None).measures_balance(0)
+  assert not make_spec(balance=Balance()).measures_balance(0)
 
 
 def config_of(**changes):

@@ -1,0 +1,290 @@
+"""Balancing methods against NumPy, their options, and late objectives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trainings
+
+from mtv_jax.augment.random import step_key
+from mtv_jax.config import schema
+from mtv_jax.objectives.base import WeightedMean
+from mtv_jax.train.balance import (
+  Balance,
+  GradNorm,
+  GradNormMean,
+  PCGrad,
+  Uncertainty,
+  projection_coefficients,
+)
+from mtv_jax.train.experiment import build_step_spec
+
+NAMES = ("a", "b", "late")
+
+
+def mean(value, count=4.0):
+  return WeightedMean(jnp.float32(value * count), jnp.float32(count))
+
+
+def scalars(**values):
+  return {name: jnp.float32(value) for name, value in values.items()}
+
+
+class Adam:
+  """Adam of one number, as Kingma and Ba (2015) give it."""
+
+  def __init__(self, value, lr):
+    self.value, self.lr = value, lr
+    self.m = self.v = self.count = 0
+
+  def step(self, gradient):
+    self.count += 1
+    self.m = 0.9 * self.m + 0.1 * gradient
+    self.v = 0.999 * self.v + 0.001 * gradient**2
+    m = self.m / (1 - 0.9**self.count)
+    v = self.v / (1 - 0.999**self.count)
+    self.value -= self.lr * m / (np.sqrt(v) + 1e-8)
+
+
+def test_uncertainty_follows_equation_10():
+  balance, weights = Uncertainty(lr=0.1), scalars(a=1.0, b=0.5)
+  state = balance.init(NAMES)
+  assert balance.loss_weights(weights, state) == weights
+  assert balance.penalty(weights, state) == 0
+  expected = {name: Adam(0.0, 0.1) for name in weights}
+  update = jax.jit(balance.update)
+  for losses in ({"a": 4.0, "b": 0.1}, {"a": 3.0, "b": 0.2}, {"a": 0.4}):
+    terms = {name: mean(losses.get(name, 0), name in losses) for name in "ab"}
+    state = update(state, terms, weights)
+    for name, loss in losses.items():
+      s = expected[name].value
+      expected[name].step(float(weights[name]) * (0.5 - np.exp(-s) * loss))
+    for name, adam in expected.items():
+      actual = state[name]["log_variance"]
+      np.testing.assert_allclose(actual, adam.value, rtol=1e-5)
+  # The objective that has not started is as it was.
+  jax.tree.map(
+    np.testing.assert_array_equal, state["late"], balance.init("x")["x"]
+  )
+  s = {name: adam.value for name, adam in expected.items()}
+  actual = balance.loss_weights(weights, state)
+  np.testing.assert_allclose(
+    [actual["a"], actual["b"]],
+    [np.exp(-s["a"]), 0.5 * np.exp(-s["b"])],
+    rtol=1e-5,
+  )
+  penalty = s["a"] / 2 + 0.5 * s["b"] / 2
+  np.testing.assert_allclose(
+    balance.penalty(weights, state), penalty, rtol=1e-5
+  )
+
+
+def test_uncertainty_descends_the_total_loss():
+  """Its gradient is that of the total, by automatic differentiation."""
+  balance, weights = Uncertainty(lr=0.1), scalars(a=1.0, b=0.5)
+  losses = {"a": 4.0, "b": 0.1}
+  state = balance.init("ab")
+  state = balance.update(
+    state, {n: mean(x) for n, x in losses.items()}, weights
+  )
+
+  def total(s):
+    entries = {name: {"log_variance": s[name]} for name in s}
+    scaled = balance.loss_weights(weights, entries)
+    sum_of_losses = sum(scaled[name] * losses[name] for name in losses)
+    return sum_of_losses + balance.penalty(weights, entries)
+
+  gradient = jax.grad(total)(scalars(a=0.0, b=0.0))
+  for name, entry in state.items():
+    first_moment = entry["opt_state"][0].mu
+    np.testing.assert_allclose(first_moment, 0.1 * gradient[name], rtol=1e-5)
+
+
+def test_uncertainty_is_bounded():
+  balance, state = Uncertainty(lr=1.0, max_factor=10.0), None
+  state = balance.init("ab")
+  for _ in range(4):
+    losses = {"a": mean(1e4), "b": mean(-1.0)}
+    state = balance.update(state, losses, scalars(a=1, b=1))
+  weights = balance.loss_weights(scalars(a=1, b=1), state)
+  np.testing.assert_allclose(list(weights.values()), [0.1, 10.0], rtol=1e-5)
+  old = state
+  state = balance.update(state, {"a": mean(np.nan)}, scalars(a=1))
+  jax.tree.map(np.testing.assert_array_equal, state, old)
+
+
+def gradnorm_step(adams, first, norms, losses, alpha):
+  """A step of GradNorm in NumPy; factors after the renormalisation."""
+  f = np.array([adam.value for adam in adams])
+  ratio = losses / first
+  target = (f * norms).mean() * (ratio / ratio.mean()) ** alpha
+  for adam, gradient in zip(
+    adams, np.sign(f * norms - target) * norms, strict=True
+  ):
+    adam.step(gradient)
+  scale = f.sum() / sum(adam.value for adam in adams)
+  for adam in adams:
+    adam.value *= scale
+
+
+def test_gradnorm_follows_equation_2():
+  balance = GradNorm(lr=0.1, alpha=1.5)
+  state, weights = balance.init(NAMES), scalars(a=1.0, b=0.5)
+  adams = [Adam(1.0, 0.1), Adam(1.0, 0.1)]
+  rng, first = np.random.default_rng(0), np.array([4.0, 2.0])
+  for step in range(4):
+    losses = first * rng.uniform(0.5, 1.0, 2) if step else first
+    norms = rng.uniform(0.1, 5.0, 2)
+    # Measured on w_i f_i L_i.
+    f = np.array([adam.value for adam in adams])
+    measured = scalars(**dict(zip("ab", [1, 0.5] * f * norms, strict=True)))
+    state = balance.observe(state, measured, weights, step)
+    terms = dict(zip("ab", map(mean, losses), strict=True))
+    state = jax.jit(balance.update)(state, terms, weights)
+    gradnorm_step(adams, first, norms, losses, 1.5)
+    actual = [state[name]["factor"] for name in "ab"]
+    np.testing.assert_allclose(
+      actual, [adam.value for adam in adams], rtol=1e-4
+    )
+    np.testing.assert_allclose(sum(actual), 2.0, rtol=1e-6)
+    # Updates without a measurement change nothing.
+    same = balance.update(state, terms, weights)
+    jax.tree.map(np.testing.assert_array_equal, same, state)
+  actual = balance.loss_weights(weights, state)
+  assert actual["b"] == 0.5 * state["b"]["factor"]
+
+
+def test_gradnorm_with_late_objectives_and_missing_labels():
+  balance = GradNorm(lr=0.1, alpha=0.0)
+  weights, state = scalars(a=1, b=1, late=1), balance.init(NAMES)
+
+  def step(state, norms, losses):
+    state = balance.observe(state, scalars(**norms), weights, 0)
+    terms = {n: mean(x, count=4.0 if x else 0.0) for n, x in losses.items()}
+    return balance.update(state, terms, weights)
+
+  state = step(state, dict(a=4.0, b=1.0), dict(a=4.0, b=2.0))
+  factors = {name: float(entry["factor"]) for name, entry in state.items()}
+  # alpha = 0: the larger gradient is lowered. Their sum stays.
+  assert factors["a"] < 1 < factors["b"] and factors["late"] == 1
+  assert factors["a"] + factors["b"] == pytest.approx(2)
+  old = state["b"]
+  state = step(
+    state, dict(a=1.0, b=0.0, late=9.0), dict(a=3.0, b=0.0, late=5.0)
+  )
+  # b has no labels: no part in the step. late starts at this loss.
+  jax.tree.map(np.testing.assert_array_equal, state["b"], old)
+  first = [float(state[name]["initial_loss"]) for name in NAMES]
+  assert first == [4.0, 2.0, 5.0]
+  assert sum(float(state[n]["factor"]) for n in NAMES) == pytest.approx(3)
+  assert state["late"]["factor"] < 1
+  # One that is not finite, and no labels at all.
+  old = state
+  state = step(state, dict(a=np.nan, b=0.0), dict(a=1.0, b=0.0))
+  jax.tree.map(np.testing.assert_array_equal, state, old)
+
+
+def project(gradients, orders):
+  """Algorithm 1 of Yu et al. (2020) on the rows of `gradients`."""
+  projected = gradients.copy()
+  for i, order in enumerate(orders):
+    for j in order:
+      if j != i and (product := projected[i] @ gradients[j]) < 0:
+        norm = gradients[j] @ gradients[j]
+        projected[i] -= product / norm * gradients[j]
+  return projected
+
+
+def test_pcgrad_projects_as_algorithm_1():
+  rng, count = np.random.default_rng(0), 5
+  gradients = rng.normal(size=(count, 7)).astype(np.float32)
+  gradients[3] = 0  # No labels.
+  assert (np.triu(gradients @ gradients.T) < 0).sum() > 2
+  keys = jax.random.split(jax.random.key(3), count)
+  orders = np.stack([jax.random.permutation(key, count) for key in keys])
+  assert len({tuple(order) for order in orders}) > 1
+  coefficients = projection_coefficients(
+    jnp.asarray(gradients @ gradients.T), keys
+  )
+  expected = project(gradients, orders)
+  np.testing.assert_allclose(coefficients @ gradients, expected, atol=1e-5)
+  # The order matters here, so that a wrong one would be seen.
+  assert not np.allclose(project(gradients, orders[::-1]), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("parameters", ["image", "shared"])
+def test_pcgrad_combines_the_parameters_that_are_shared(parameters):
+  rng = np.random.default_rng(1)
+
+  def tree():
+    def leaf(*shape):
+      return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return {
+      "image": {"kernel": leaf(3, 2), "bias": leaf(2)},
+      "text": {"kernel": leaf(4)},
+      "heads": {"own": {"x": leaf(3)}, "own_too": {"x": leaf(3)}},
+    }
+
+  gradients = {"a": tree(), "b": tree(), "c": tree()}
+  modules = (
+    ("image",) if parameters == "image" else ("image", "text", "heads/own")
+  )
+  keys = {name: step_key(jax.random.key(0), name, 5) for name in gradients}
+  combine = jax.jit(PCGrad(parameters).combine_gradients, static_argnums=1)
+  actual = combine(gradients, frozenset(modules), keys)
+
+  def vector(tree):
+    leaves = [tree["image"]["bias"], tree["image"]["kernel"].ravel()]
+    if parameters == "shared":
+      leaves += [tree["text"]["kernel"], tree["heads"]["own"]["x"]]
+    return np.concatenate(leaves)
+
+  vectors = np.stack([vector(g) for g in gradients.values()])
+  assert (vectors @ vectors.T < 0).any()
+  orders = [jax.random.permutation(key, 3) for key in keys.values()]
+  total = project(vectors, np.stack(orders)).sum(0)
+  np.testing.assert_allclose(vector(actual), total, atol=1e-5)
+  rest = sum(g["heads"]["own_too"]["x"] for g in gradients.values())
+  np.testing.assert_allclose(actual["heads"]["own_too"]["x"], rest, atol=1e-6)
+
+
+def balance_of(section):
+  config = schema.read_config(str(trainings.CONFIG))
+  config.balance = section
+  return build_step_spec(schema.check_config(config), 100).balance
+
+
+def test_methods_are_named_in_the_config():
+  assert balance_of(None) == balance_of(dict(method="fixed")) == Balance()
+  assert balance_of(dict(every_percent=5)) == GradNormMean(every_steps=5)
+  assert balance_of({}) == GradNormMean()
+  actual = balance_of(dict(method="gradnorm", alpha=0.5, every_steps=1))
+  assert actual == GradNorm(every_steps=1, alpha=0.5)
+  assert balance_of(dict(method="uncertainty", lr=0.1)) == Uncertainty(lr=0.1)
+  actual = balance_of(dict(method="pcgrad", parameters="shared"))
+  assert actual == PCGrad("shared")
+  # As a run's config.json gives it.
+  resolved = dict(every_steps=20, decay=0.5, max_factor=10.0)
+  assert balance_of(resolved) == GradNormMean(20, 0.5, 10.0)
+
+
+@pytest.mark.parametrize(
+  ("section", "message"),
+  [
+    (dict(method="grad_norm"), "config.balance.method is 'grad_norm'. Did you"),
+    (
+      dict(deacy=0.5),
+      "config.balance has no option 'deacy'. Did you mean 'dec",
+    ),
+    (dict(method="pcgrad", every_steps=5), "no option 'every_steps'"),
+    (dict(method="uncertainty", alpha=1.0), "no option 'alpha'"),
+    (dict(method="gradnorm", alpha=-1), "config.balance.alpha is -1, expected"),
+    (dict(method="pcgrad", parameters="text"), "There are: image, shared"),
+    (dict(every_steps=0), "config.balance.every_steps is 0, expected"),
+  ],
+)
+def test_errors_name_the_option(section, message):
+  with pytest.raises(ValueError) as error:
+    balance_of(section)
+  assert message in str(error.value)
