@@ -315,10 +315,34 @@ def test_a_resumed_run_is_bit_equal_and_an_unbalanced_one_is_told_apart(
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
   resumed = train(config_of(), tmp_path / "run")
   jax.tree.map(np.testing.assert_array_equal, resumed, state)
+  for balance, name in (
+    (None, "not set"),
+    (dict(method="uncertainty"), "by 'uncertainty'"),
+  ):
+    config = config_of()
+    config.balance = balance
+    with pytest.raises(ValueError, match=f"balance is {name}, unlike"):
+      train(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_resume_bit_equal_with_a_late_objective(tmp_path, method):
   config = config_of()
-  config.balance = None
-  with pytest.raises(ValueError, match="config.balance is not set, unlike"):
-    train(config, tmp_path / "run")
+  config.balance = dict(method=method)
+  if method == "gradnorm":
+    config.balance.every_steps = 1
+  config.objectives.distillation.weight = dict(value=1.0, start_steps=1)
+  state = train(config, tmp_path / "run")
+  if method == "gradnorm":
+    # Both have a first loss, and their factors a sum of 2.
+    entries = state.balance.values()
+    assert min(entry["initial_loss"] for entry in entries) > 0
+    total = sum(entry["factor"] for entry in entries)
+    np.testing.assert_allclose(total, 2.0, rtol=1e-6)
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+  resumed = train(config, tmp_path / "run")
+  jax.tree.map(np.testing.assert_array_equal, resumed, state)
 
 
 def mean_norms(workdir, after):
