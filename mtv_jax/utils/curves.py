@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import re
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -29,14 +30,26 @@ def read_metrics(run: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
       "has logged nothing yet."
     )
   series = collections.defaultdict(dict)
-  for line in path.read_text(encoding="utf-8").splitlines():
-    row = json.loads(line)
+  for row in read_rows(path):
     step = row.pop("step")
     for name, value in row.items():
       if isinstance(value, int | float):
         # A resumed run logs some steps twice: the last value counts.
         series[name][step] = float(value)
   return {name: sorted(points.items()) for name, points in series.items()}
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Rows of a JSON Lines file, without a last one that a crash truncated."""
+  lines = path.read_text(encoding="utf-8").splitlines()
+  rows = []
+  for i, line in enumerate(lines):
+    try:
+      rows.append(json.loads(line))
+    except ValueError:
+      if i < len(lines) - 1:
+        raise InputError(f"{path}: line {i + 1} is not JSON") from None
+  return rows
 
 
 def plot_metrics(

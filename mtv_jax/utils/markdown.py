@@ -44,3 +44,13 @@ def details(summary: str, parts: Sequence[str]) -> str:
 def images(figures: Sequence[Any]) -> str:
   """Links to the files of images."""
   return "\n\n".join(f"![{f.title}]({f.path})" for f in figures)
+
+
+def charts(drawn: Sequence[Any]) -> str:
+  """Links to the files of charts; each has a `title` and a `name`."""
+  return "\n".join(f"![{c.title}](charts/{c.name}.svg)" for c in drawn)
+
+
+def code(text: str) -> str:
+  """A block of code."""
+  return f"```\n{text}\n```"

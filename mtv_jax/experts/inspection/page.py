@@ -214,8 +214,8 @@ def _render_phrases(stats: Mapping[str, Any]) -> str:
 
 
 _STYLE = """.warning, .ok { border-left: 4px solid #d98200; padding: .5em 1em;
-  background: #fff6e8; margin: 1em 0; }
-.ok { border-color: #2e8b57; background: #eef8f1; }
+  background: var(--raised); margin: 1em 0; }
+.ok { border-color: #2e8b57; background: var(--raised); }
 .warning ul { margin: .3em 0; padding-left: 1.2em; }
 .cards { display: grid; gap: 1.4em 1.2em;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
@@ -226,7 +226,7 @@ _STYLE = """.warning, .ok { border-left: 4px solid #d98200; padding: .5em 1em;
 .images img { flex: 1 1 220px; min-width: 0; height: auto; max-height: 400px;
   object-fit: contain; object-position: left top; }
 .names { margin: .25em 0; }
-.names i { font-style: normal; background: #eef1f5; border-radius: 3px;
+.names i { font-style: normal; background: var(--raised); border-radius: 3px;
   padding: 0 .35em; margin: 0 .15em .15em 0; display: inline-block; }
 details ul { margin: .2em 0; padding-left: 1.2em; }
 .charts { display: grid; gap: 1em;
@@ -235,14 +235,14 @@ details ul { margin: .2em 0; padding-left: 1.2em; }
   font-size: .8em; }
 .chart b, .bars { width: 100%; }
 .bars { display: flex; align-items: end; gap: 1px; height: 6em;
-  border-bottom: 1px solid #18181c; }
-.bars i { flex: 1; background: #4a7ebb; }
+  border-bottom: 1px solid var(--muted); }
+.bars i { flex: 1; background: var(--c0); }
 .phrases { columns: 260px; column-gap: 2em; padding-left: 2em; }
 .phrases li { position: relative; break-inside: avoid; padding: .05em 0;
   overflow-wrap: anywhere; }
 .phrases span { position: relative; }
 .phrases .bar { position: absolute; left: 0; top: 0; bottom: 1px;
-  background: #dbe7f4; }
+  background: var(--line); }
 .ramp, .stripes { display: inline-block; width: 90px; height: .7em; }
 .ramp { background: linear-gradient(90deg, #30123b, #4662d7, #36aaf9,
   #1ae4b6, #72fe5e, #c7ef34, #faba39, #f66b19, #cb2a04, #7a0403); }
