@@ -30,6 +30,7 @@ quickstart: $(VENV)/.base
 	$(BIN)/mtv-jax convert to_hf $(RUN) $(RUN)/huggingface
 	@echo
 	@echo "Trained, evaluated and exported:"
+	@echo "  $(RUN)/report.html      metrics with chance, curves, images"
 	@echo "  $(RUN)/config.json      the resolved config"
 	@echo "  $(RUN)/metrics.jsonl    losses and evaluations by step, with"
 	@echo "                          TensorBoard files beside it"

@@ -29,6 +29,7 @@ COMMANDS = {
   "convert": "convert to and from Hugging Face and big_vision",
   "preflight": "compile a config for a topology without one",
   "bench": "benchmarks against limits of this machine",
+  "report": "put runs on one page",
   "plot_run": "plot a run's metrics",
   "show_scenes": "draw built-in scenes with their labels",
 }

@@ -6,21 +6,27 @@ A recipe takes arguments after a colon, and any key can be overridden:
 
   --config=siglip_b16_224:tiny,batch=64 --config.total_steps=100
 
-The same command with the same workdir resumes from the last checkpoint. On a
+The same command with the same workdir resumes from the last checkpoint. At the
+end the folder has a report.html with curves, metrics and images. On a
 pod, every host runs the same command with --distributed.
 """
 
 import argparse
 import contextlib
+import logging
+import shlex
 
 import jax
 
 from mtv_jax.cli import arguments
 from mtv_jax.config import schema
+from mtv_jax.studies import report
 from mtv_jax.train import workdir
 from mtv_jax.train.loop import train
 from mtv_jax.train.metrics import setup_logging
 from mtv_jax.utils import xla_flags
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,4 +54,27 @@ def run(args: argparse.Namespace) -> None:
     if process == 0:
       stack.enter_context(workdir.lock_workdir(args.workdir))
     xla_flags.enable_compilation_cache(args.compile_cache, args.workdir)
-    train(config, args.workdir)
+    train(config, args.workdir, command=_format_command(args))
+    if process == 0:
+      write_report(args.workdir)
+
+
+def write_report(folder: str) -> None:
+  """Prints the last metrics with chance, and writes the run's report.
+
+  An error is logged: the run is complete without a report.
+  """
+  try:
+    if text := report.format_run(folder):
+      print(f"\n{text}\n", flush=True)
+    pages = report.write_runs([folder], folder)
+    log.info("Wrote %s", ", ".join(map(str, pages)))
+  except Exception as error:
+    log.warning("No report of %s: %r", folder, error)
+
+
+def _format_command(args: argparse.Namespace) -> str:
+  """The command without the options of this machine."""
+  words = [f"--config={args.config}", *(f"--config.{s}" for s in args.set)]
+  words.append(f"--workdir={args.workdir}")
+  return shlex.join(["mtv-jax", "train", *words])

@@ -60,12 +60,22 @@ def parse_requests(
     )
   paths = [path for path, _ in split]
   requests = []
-  for path, which in split:
-    others = {n for p in paths if p != path for n in _short_names(p)}
-    name = next((n for n in _short_names(path) if n not in others), path)
+  for (path, which), name in zip(split, distinct_names(paths), strict=True):
     name += f"@{which}" if paths.count(path) > 1 else ""
     requests.append(Request(path, which, name))
   return requests
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+  """The last part of each path, or as many as distinguish it from the others.
+
+  A path that is there twice has the same name twice.
+  """
+  names = []
+  for path in paths:
+    others = {n for p in paths if p != path for n in _short_names(p)}
+    names.append(next((n for n in _short_names(path) if n not in others), path))
+  return names
 
 
 def _short_names(path: str) -> list[str]:

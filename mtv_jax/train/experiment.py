@@ -450,8 +450,11 @@ def make_loader(experiment: Experiment, start_step: int) -> pipeline.Loader:
   return loader
 
 
-def save_config(experiment: Experiment) -> None:
-  """Writes the resolved config and the tokenizer file to the run's folder."""
+def save_config(experiment: Experiment, command: str = "") -> None:
+  """Writes config, command and tokenizer file to the run's folder.
+
+  The config is resolved; a command that is not known replaces none.
+  """
   if jax.process_index() != 0:
     return
   experiment.workdir.mkdir(parents=True, exist_ok=True)
@@ -464,6 +467,8 @@ def save_config(experiment: Experiment) -> None:
     )
     path.replace(path.with_name("config.json.old"))
   path.write_text(text)
+  if command:
+    path.with_name("command.txt").write_text(command + "\n", encoding="utf-8")
   if experiment.tokenizer is not None and experiment.tokenizer.path is not None:
     folder = experiment.workdir / "tokenizer"
     folder.mkdir(exist_ok=True)

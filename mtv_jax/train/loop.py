@@ -164,10 +164,13 @@ def check_finite(step: int, values: Mapping[str, Any]) -> None:
     )
 
 
-def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
+def train(
+  config: schema.Config, workdir: str | os.PathLike, *, command: str = ""
+) -> TrainState:
   """Trains a config in a folder, from the start or the last checkpoint.
 
-  The folder is the same on every host. Returns the state after the last step.
+  The folder is the same on every host, and keeps the `command` for reports.
+  Returns the state after the last step.
 
   Raises:
     ConfigError: for anything in the config that can't be used.
@@ -217,7 +220,7 @@ def train(config: schema.Config, workdir: str | os.PathLike) -> TrainState:
     )
     sigterm = stack.enter_context(preemption.catch_sigterm())
     # Not before, so that a config that is rejected replaces nothing.
-    save_config(experiment)
+    save_config(experiment, command)
     state = init_or_restore(experiment, saved)
     return _Trainer(
       experiment, state, first, loader, checkpoints, writer, chrono, sigterm

@@ -1,0 +1,233 @@
+"""Report of runs: one HTML page that needs no other file, and Markdown.
+
+`write_runs` compares any runs, and with one run is that run's report.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mtv_jax.evals import suite
+from mtv_jax.evals.report import tables
+from mtv_jax.studies import figures
+from mtv_jax.studies.folders import Run, read_run
+from mtv_jax.utils import atomic, charts, html, markdown
+from mtv_jax.utils.errors import ConfigError
+
+_VALUES_NOTE = (
+  "Chance is what random embeddings or guesses would give. ±: standard error "
+  "over the items of the test set; bars of charts are 1.96 of them to both "
+  "sides. ↓: lower is better. A dash is a missing value, or one on other data."
+)
+_CURVES_NOTE = (
+  "Of more than 160 logged steps, neighbours are averaged. A curve of several "
+  "seeds is their mean, in an area from the least to the largest."
+)
+_GRADIENTS_NOTE = (
+  "Means over the measurements of a run. Where the cosine is negative, a step "
+  "along one gradient raises the other loss, to first order. In the fall of "
+  "losses, rows are the objectives whose gradient is followed."
+)
+_MAX_WIDTH = 1200  # Pixels of a sheet on the page.
+
+
+class Sheet(NamedTuple):
+  """An image of an evaluation, as `writer.images` takes it."""
+
+  title: str
+  image: np.ndarray
+  path: str  # relative to the report
+  source: pathlib.Path
+
+
+class Block(NamedTuple):
+  """A call of a function that `utils.html` and `utils.markdown` have."""
+
+  function: str
+  content: Any
+  options: dict[str, Any] = {}  # noqa: RUF012
+  inner: tuple[Block, ...] = ()  # of `details`
+
+
+def write_runs(
+  runs: Sequence[str | os.PathLike], output: str | os.PathLike
+) -> list[pathlib.Path]:
+  """Writes the report of one run, or of several over each other.
+
+  Args:
+    runs: folders of runs, finished or not.
+    output: folder of `report.html`, `report.md` and the images of the latter.
+
+  Returns:
+    The two pages.
+
+  Raises:
+    ConfigError: for the same folder twice.
+    MissingFileError: for a folder that is not a run's.
+  """
+  paths = [str(pathlib.Path(run)) for run in runs]
+  if len({*map(os.path.realpath, paths)}) < len(paths):
+    raise ConfigError(f"a run is given twice: {', '.join(paths)}")
+  paths = [os.path.realpath(path) for path in paths]
+  names = suite.distinct_names(paths)
+  read = [read_run(p, name=n) for p, n in zip(paths, names, strict=True)]
+  title = ("Run " if len(read) == 1 else "Runs ") + ", ".join(names)
+  return write_pages(title, [*_describe_runs(read, output)], output)
+
+
+def format_run(folder: str | os.PathLike) -> str:
+  """The last metrics of a run with chance, as a text table; "" if none."""
+  outcome = read_run(folder).outcome
+  return tables.format_metrics([outcome]) if outcome.results else ""
+
+
+def write_pages(
+  title: str, blocks: Sequence[Block], output: str | os.PathLike
+) -> list[pathlib.Path]:
+  """Writes blocks as `report.html` and as `report.md` with its images."""
+  output = pathlib.Path(output)
+  output.mkdir(parents=True, exist_ok=True)
+  blocks = [Block("heading", title, {"level": 1}), *blocks]
+  for block in _flatten(blocks):
+    if block.function == "charts":
+      (output / "charts").mkdir(exist_ok=True)
+      for chart in block.content:
+        path = output / "charts" / f"{chart.name}.svg"
+        path.write_text(charts.to_file(chart), encoding="utf-8")
+    elif block.function == "images":
+      for sheet in block.content:
+        path = output / sheet.path
+        if not path.exists() or not path.samefile(sheet.source):
+          path.parent.mkdir(parents=True, exist_ok=True)
+          shutil.copyfile(sheet.source, path)
+  page = html.page(title, _render(blocks, html))
+  text = "\n\n".join(_render(blocks, markdown)) + "\n"
+  pages = {"report.html": page, "report.md": text}
+  for name, content in pages.items():
+    # Lone surrogates of file names have no encoding.
+    atomic.write(output / name, content.encode("utf-8", "replace"))
+  return [output / name for name in pages]
+
+
+def _flatten(blocks: Sequence[Block]) -> Iterator[Block]:
+  for block in blocks:
+    yield block
+    yield from _flatten(block.inner)
+
+
+def _render(blocks: Sequence[Block], writer: ModuleType) -> list[str]:
+  parts = []
+  for block in blocks:
+    write, options = getattr(writer, block.function), dict(block.options)
+    if block.inner:
+      parts.append(write(block.content, _render(block.inner, writer)))
+    else:
+      parts.append(write(block.content, **options))
+  return parts
+
+
+def _describe_runs(
+  runs: Sequence[Run], output: str | os.PathLike
+) -> Iterator[Block]:
+  """The report's sections on runs, each of which is an arm of its own."""
+  yield Block("table", figures.runs_table(runs), {"numbers": 1})
+  evaluated = [run for run in runs if run.outcome.results]
+  if evaluated:
+    yield Block("heading", "Metrics")
+    yield Block("table", figures.metrics_table(evaluated), {"numbers": 2})
+    yield Block("note", _VALUES_NOTE)
+    if len(runs) > 1:
+      yield Block("note", f"Bold: {tables.BEST_NOTE}.")
+      yield Block("charts", figures.draw_metrics(runs))
+    else:
+      yield Block("charts", figures.draw_run_metrics(runs[0]))
+  yield from describe_training(runs)
+  yield from describe_gradients(runs)
+  yield from describe_sheets(runs, output)
+  yield from describe_configs(runs)
+
+
+def describe_training(runs: Sequence[Run]) -> Iterator[Block]:
+  """Training curves of arms over each other."""
+  curves, further = figures.draw_training_curves(runs)
+  if not curves and not further:
+    return
+  yield Block("heading", "Training")
+  yield Block("note", _CURVES_NOTE)
+  yield Block("charts", curves)
+  if further:
+    inner = (Block("charts", further),)
+    yield Block("details", "Gradient norms, weights, speed", inner=inner)
+
+
+def describe_gradients(runs: Sequence[Run]) -> Iterator[Block]:
+  """Conflicts between the gradients of objectives, where they are measured."""
+  arms = figures.group_by_arm(runs).items()
+  drawn = {arm: figures.draw_interference(runs) for arm, runs in arms}
+  drawn = {arm: maps for arm, maps in drawn.items() if maps}
+  if not drawn:
+    return
+  yield Block("heading", "Gradients of objectives")
+  yield Block("note", _GRADIENTS_NOTE)
+  for arm, maps in drawn.items():
+    yield Block("heading", arm, {"level": 3})
+    yield Block("charts", maps)
+
+
+def describe_sheets(
+  runs: Sequence[Run], output: str | os.PathLike
+) -> Iterator[Block]:
+  """Images of evaluations, those of the runs side by side."""
+  keys = dict.fromkeys(key for run in runs for key in run.sheets)
+  if keys:
+    yield Block("heading", "Images")
+  for evaluation, name in keys:
+    sheets = [
+      _read_sheet(run, evaluation, name, pathlib.Path(output))
+      for run in runs
+      if (evaluation, name) in run.sheets
+    ]
+    yield Block("heading", f"{evaluation}: {name}", {"level": 3})
+    yield Block("images", sheets)
+
+
+def _read_sheet(
+  run: Run, evaluation: str, name: str, output: pathlib.Path
+) -> Sheet:
+  source = run.sheets[evaluation, name].resolve()
+  with Image.open(source) as file:
+    image = file.convert("RGB")
+  if image.width > _MAX_WIDTH:
+    height = round(image.height * _MAX_WIDTH / image.width)
+    image = image.resize((_MAX_WIDTH, height), Image.Resampling.LANCZOS)
+  if source.is_relative_to(output.resolve()):
+    path = source.relative_to(output.resolve()).as_posix()
+  else:
+    path = f"sheets/{figures.file_name(run.name, evaluation, name)}.png"
+  return Sheet(run.name, np.asarray(image), path, source)
+
+
+def describe_configs(runs: Sequence[Run]) -> Iterator[Block]:
+  """Commands, configs, and what differs between them."""
+  commands = [run.command for run in runs if run.command]
+  if commands:
+    yield Block("heading", "Commands")
+    yield Block("code", "\n".join(commands))
+  yield Block("heading", "Configs")
+  if len(runs) > 1:
+    table = figures.config_table(runs)
+    if len(table) > 1:
+      yield Block("table", table)
+    else:
+      yield Block("note", "The configs are equal.")
+  for run in runs:
+    inner = (Block("code", figures.format_config(run.config)),)
+    yield Block("details", f"Config of {run.name}", inner=inner)

@@ -1,0 +1,190 @@
+"""Pages of runs: their parts, files, and how a browser shows them."""
+
+import dataclasses
+import html
+import html.parser
+import json
+import re
+
+import chromium
+import pytest
+import study_samples
+from PIL import Image
+
+from mtv_jax.cli.main import run_command
+from mtv_jax.studies import figures, folders, report
+from mtv_jax.utils.errors import ConfigError, MissingFileError
+
+HOSTILE = "a<b>&'\"|c"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("runs")
+  first = study_samples.write_run(
+    folder / "first", objectives=("contrastive",), interference=False
+  )
+  return [first, study_samples.write_run(folder / HOSTILE, gain=0.2)]
+
+
+class Outline(html.parser.HTMLParser):
+  """Headings, texts and addresses of a page; checks that tags are closed."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.open, self.headings, self.addresses = [], [], []
+    self.tags = []
+    self.feed(text)
+
+  def handle_starttag(self, tag, attributes):
+    self.tags.append(tag)
+    self.open.append(tag)
+    self.addresses += [v for k, v in attributes if k in ("src", "href")]
+
+  def handle_endtag(self, tag):
+    if tag in self.open:
+      while self.open.pop() != tag:
+        pass
+
+  def handle_data(self, data):
+    if self.open and self.open[-1] in ("h1", "h2", "h3"):
+      self.headings.append(data)
+
+
+def test_page_of_two_runs(runs, tmp_path):
+  assert run_command("report", [*map(str, runs), f"--output={tmp_path}"]) == 0
+  page = Outline((tmp_path / "report.html").read_text())
+  assert page.headings == [
+    f"Runs first, {HOSTILE}",
+    "Metrics",
+    "Training",
+    "Gradients of objectives",
+    HOSTILE,
+    "Images",
+    "depth_probe: examples",
+    "Configs",
+  ]
+  assert "script" not in page.tags and "b" in page.tags
+  assert page.tags.count("img") == 2
+  assert all(a.startswith(("data:image/", "#")) for a in page.addresses)
+
+  text = (tmp_path / "report.md").read_text()
+  links = re.findall(r"!\[.*\]\((.*)\)", text)
+  assert len(links) == page.tags.count("svg") + 2
+  for link in links:
+    assert (tmp_path / link).stat().st_size > 0
+  with Image.open(tmp_path / "sheets/first_depth_probe_examples.png") as sheet:
+    assert sheet.size == (420, 180)
+
+
+def test_page_of_one_run_in_its_folder(runs, tmp_path):
+  run = study_samples.write_run(tmp_path / "run")
+  (run / "command.txt").write_text("mtv-jax train --config=a\n")
+  report.write_runs([run], run)
+  text = (run / "report.md").read_text()
+  # Its sheets stay where they are.
+  assert "](evals/depth_probe_400/examples.png)" in text
+  assert not (run / "sheets").exists()
+  assert "```\nmtv-jax train --config=a\n```" in text
+  page = (run / "report.html").read_text()
+  assert "<pre>mtv-jax train --config=a</pre>" in page
+  lines = report.format_run(run).splitlines()
+  assert lines[0].split()[-1] == "chance"
+  row = next(line.split() for line in lines if " top5 " in line)
+  assert row[-1] == "25.00"
+
+
+def test_missing_parts_leave_no_section(tmp_path):
+  run = tmp_path / "bare"
+  run.mkdir()
+  (run / "config.json").write_text('{"seed": 3}')
+  report.write_runs([run], tmp_path)
+  page = Outline((tmp_path / "report.html").read_text())
+  assert page.headings == ["Run bare", "Configs"]
+  assert report.format_run(run) == ""
+
+
+def test_bad_runs(runs, tmp_path):
+  with pytest.raises(ConfigError, match="given twice"):
+    report.write_runs([runs[0], runs[0] / "."], tmp_path)
+  with pytest.raises(MissingFileError, match="expected the folder of a run"):
+    report.write_runs([tmp_path], tmp_path)
+
+
+def test_last_evaluations_and_truncated_lines(runs, tmp_path):
+  run = study_samples.write_run(tmp_path / "run", steps=400)
+  for name in ("metrics", "interference"):
+    with (run / f"{name}.jsonl").open("a") as file:
+      file.write('{"step": 400, "loss"')
+  read = folders.read_run(run)
+  assert read.step == 400 and len(read.interference) == 4
+  files = folders.last_evaluations(run)
+  assert {path.name for path in files.values()} == {
+    f"{name}_400.json" for name in study_samples.METRICS
+  }
+  content = json.loads(files["zero_shot"].read_text())
+  want = content["evals"]["zero_shot"]["metrics"]
+  assert read.outcome.results["zero_shot"].metrics == want
+
+
+def test_curves_of_several_seeds_are_their_mean(runs):
+  run = dataclasses.replace(
+    folders.read_run(runs[1]),
+    series={"depth/loss": [(1, 1.0), (2, 3.0), (3, 9.0)]},
+  )
+  other = dataclasses.replace(run, series={"depth/loss": [(1, 3.0), (2, 5.0)]})
+  (chart,), _ = figures.draw_training_curves([run, other])
+  assert chart.title == "depth/loss"
+  # Of common steps, one curve and one area.
+  assert chart.svg.count("class='line'") == chart.svg.count("class='band'") == 1
+  ends = re.findall(r"<title>([^<]*) at ", chart.svg)
+  assert ends == [f"{html.escape(HOSTILE)}: {v}" for v in (2, 4)]
+
+
+def test_differences_of_configs(runs):
+  read = [folders.read_run(run) for run in runs]
+  rows = figures.config_table(read)
+  assert rows[0] == ["key", "first", HOSTILE]
+  # An objective that one of them lacks is one row.
+  assert rows[1:] == [
+    [f"objectives.{name}", "–", '{"weight": 1.0}']
+    for name in study_samples.OBJECTIVES[1:]
+  ]
+  assert figures.config_table([read[0], read[0]])[1:] == []
+
+
+@pytest.fixture(scope="module")
+def browser():
+  path = chromium.find_browser()
+  if path is None:
+    pytest.skip(f"needs one of {', '.join(chromium.NAMES)}")
+  with chromium.launch(path) as browser:
+    yield browser
+
+
+def check_layout(browser, path, width, *, dark=False):
+  """The page logs nothing, fits the window, and draws every chart."""
+  browser.open(path, width=width, dark=dark)
+  browser.evaluate(
+    "document.querySelectorAll('details').forEach(d => d.open = true)"
+  )
+  overflow, boxes, colour = browser.evaluate(
+    """[document.documentElement.scrollWidth - window.innerWidth,
+      [...document.querySelectorAll('svg')].map(svg => {
+        const box = svg.getBoundingClientRect();
+        return Math.min(box.width, box.height);
+      }),
+      getComputedStyle(document.body).backgroundColor]"""
+  )
+  assert browser.messages == []
+  assert overflow <= 0
+  assert boxes and min(boxes) > 50
+  red = int(re.search(r"\d+", colour)[0])
+  assert red < 60 if dark else red > 240
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_browser_shows_runs(runs, tmp_path, browser, width):
+  report.write_runs(runs, tmp_path)
+  for dark in (False, True):
+    check_layout(browser, tmp_path / "report.html", width, dark=dark)

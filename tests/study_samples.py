@@ -1,0 +1,112 @@
+"""Folders of runs and studies with made-up numbers, for tests of reports."""
+
+import json
+import math
+
+import numpy as np
+from PIL import Image
+
+OBJECTIVES = ("contrastive", "distillation", "grounding", "depth")
+BLOCKS = ("embedding", "0", "1", "2", "3", "pool")
+METRICS = {
+  "zero_shot": {"top1": 0.05, "top5": 0.25},
+  "retrieval": {"text_to_image_r1": 0.001},
+  "depth_probe": {"rmse": 3.15, "delta1": None},
+}
+
+
+def write_run(
+  folder,
+  *,
+  seed=0,
+  objectives=OBJECTIVES,
+  gain=0.0,
+  steps=400,
+  sheets=("examples",),
+  interference=True,
+):
+  """Writes a run's folder; `gain` raises its metrics."""
+  rng = np.random.default_rng([seed, len(objectives)])
+  (folder / "evals").mkdir(parents=True)
+  config = {
+    "seed": seed,
+    "batch_size": 64,
+    "total_steps": steps,
+    "model": {"variant": "mu/8"},
+    "objectives": {name: {"weight": 1.0} for name in objectives},
+  }
+  (folder / "config.json").write_text(json.dumps(config))
+  rows = []
+  for step in range(20, steps + 1, 20):
+    row = {"step": step, "grad_norm": 1 + 1 / step}
+    for k, name in enumerate(objectives):
+      noise = 0.05 * rng.normal()
+      row[f"{name}/loss"] = (k + 1) * (0.5 + math.exp(-step / 90)) + noise
+    row["loss"] = sum(row[f"{name}/loss"] for name in objectives)
+    speed = {"images_per_second": 210.0, "wait": 0.0, "core_hours": step / 9e3}
+    rows.append(row | {f"speed/{k}": v for k, v in speed.items()})
+  for step in (steps // 2, steps):
+    for evaluation, chances in METRICS.items():
+      result = _write_evaluation(
+        folder / "evals" / f"{evaluation}_{step}.json",
+        chances,
+        (gain + 0.02 * rng.normal()) * step / steps,
+      )
+      values = {f"{evaluation}/{k}": v for k, v in result["metrics"].items()}
+      rows.append({"step": step} | values)
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  (folder / "metrics.jsonl").write_text(text)
+  for name in sheets:
+    path = folder / "evals" / f"depth_probe_{steps}" / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    ramp = np.add.outer(np.arange(180), np.arange(420)) % 256
+    Image.fromarray(np.stack([ramp, ramp[::-1], ramp], -1).astype("u1")).save(
+      path
+    )
+  if interference:
+    lines = [
+      json.dumps(_measure(rng, step, objectives))
+      for step in range(100, steps + 1, 100)
+    ]
+    (folder / "interference.jsonl").write_text("\n".join(lines) + "\n")
+  return folder
+
+
+def _write_evaluation(path, chances, gain):
+  is_depth = "rmse" in chances
+  metrics, errors = {}, {}
+  for k, (name, chance) in enumerate(chances.items()):
+    if name == "rmse":
+      metrics[name] = chance * (0.6 - gain)
+    else:
+      metrics[name] = min(0.95, 0.3 * (k + 1) + gain)
+    errors[name] = 0.01
+  result = {
+    "metrics": metrics,
+    "protocol": {"data_hash": path.stem.rpartition("_")[0]},
+    "chance": {k: v for k, v in chances.items() if v is not None},
+    "units": {"rmse": "m"} if is_depth else {},
+    "lower": ["rmse"] if is_depth else [],
+    "errors": errors,
+  }
+  evaluation = path.stem.rpartition("_")[0]
+  content = {"encoder": "a", "weights": "student", "mtv_jax": "0"}
+  path.write_text(json.dumps(content | {"evals": {evaluation: result}}))
+  return result
+
+
+def _measure(rng, step, objectives):
+  size, blocks = len(objectives), len(BLOCKS)
+  cosines = rng.uniform(-0.6, 0.9, (size, size, blocks))
+  cosines = (cosines + cosines.swapaxes(0, 1)) / 2
+  cosines[np.arange(size), np.arange(size)] = 1
+  upper = cosines[np.triu_indices(size, 1)]
+  return {
+    "step": step,
+    "objectives": list(objectives),
+    "blocks": list(BLOCKS),
+    "norms": rng.uniform(0.1, 2, (size, blocks)).tolist(),
+    "cosines": cosines.tolist(),
+    "conflicts": float((upper < 0).mean()) if upper.size else 0.0,
+    "transfer": rng.uniform(-0.01, 0.03, (size, size)).tolist(),
+  }
