@@ -3,6 +3,7 @@
   mtv-jax bench data --data='cc3m/*.tar' --tokenizer=spiece.model
   mtv-jax bench step --config=siglip_b16_224:tiny
   mtv-jax bench views --config=mtv_b16_224:tiny
+  mtv-jax bench interference --config=mtv_tiny
   mtv-jax bench eval --encoder=random:S/16
   mtv-jax bench checkpoint --config=siglip_b16_224:tiny
   mtv-jax bench flops --config=mtv_b16_224 --compile=whole
@@ -27,6 +28,10 @@ COMMANDS = {
   "data": ("bench.data:run", "input pipeline against decoding alone"),
   "step": ("bench.step:run", "train step against matrix products"),
   "views": ("bench.step:time_views", "views against the step and decoding"),
+  "interference": (
+    "bench.step:time_interference",
+    "interference meter against the train step",
+  ),
   "eval": ("bench.evals:run", "images to features against the forward pass"),
   "checkpoint": ("bench.checkpoints:run", "saving, restoring against the disk"),
   "flops": ("flops:run", "FLOPs of each part of a train step; runs nothing"),

@@ -123,6 +123,12 @@ SCHEMA = dict(
     ),
     None,
   ),
+  # How the objectives' gradients on the encoder agree, see
+  # `train/interference.py`.
+  interference=(
+    dict(every=Duration(100, PositiveFloat), transfer=(bool, True)),
+    None,
+  ),
   # Includes the optimizer's options, see `train/optim.py`.
   optim=Open(
     name=(str, "adamw"),

@@ -7,8 +7,7 @@ one more forward pass the gradients are exactly those of the whole batch.
 """
 
 import functools
-import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -75,12 +74,18 @@ def stop_gradient_frozen(spec: StepSpec, params: PyTree) -> PyTree:
   )
 
 
+def _gather_params(spec: StepSpec, params: PyTree, mesh: Mesh | None) -> PyTree:
+  """The student's parameters as the layers read them."""
+  params = stop_gradient_frozen(spec, params)
+  return all_gather_params(params, mesh, keep=_NOT_GATHERED)
+
+
 def _gather(
   spec: StepSpec, params: PyTree, state: TrainState, mesh: Mesh | None
 ) -> tuple[PyTree, TrainState]:
   """Parameters and teachers as the layers read them."""
   gather = functools.partial(all_gather_params, mesh=mesh, keep=_NOT_GATHERED)
-  params = gather(stop_gradient_frozen(spec, params))
+  params = _gather_params(spec, params, mesh)
   teachers = {name: gather(tree) for name, tree in state.teachers.items()}
   return params, state.replace(teacher=gather(state.teacher), teachers=teachers)
 
@@ -91,6 +96,22 @@ def bind_heads(
   """Heads with the student's parameters, and with the teacher's fixed ones."""
   teacher = jax.lax.stop_gradient(state.teacher.get("heads", {}))
   return base.BoundHeads(spec.heads, params, teacher)
+
+
+def _make_views(
+  spec: StepSpec,
+  batch: Batch,
+  keys: Mapping[str, jax.Array],
+  mesh: Mesh | None,
+) -> dict[str, Any]:
+  """The views that the objectives read, by name."""
+  views = {}
+  for name, rngs in keys.items():
+    with jax.named_scope(f"view({name})"):
+      views[name] = spec.views[name](
+        batch["image"], batch["image_size"], rngs, spec.dtype
+      )
+  return constrain_batch(views, mesh)
 
 
 def compute_loss_inputs(
@@ -106,33 +127,50 @@ def compute_loss_inputs(
   `params` are the student's, `keys` the random keys of the rows' views.
   """
   params, state = _gather(spec, params, state, mesh)
-  views = {}
-  for name, rngs in keys.items():
-    with jax.named_scope(f"view({name})"):
-      views[name] = spec.views[name](
-        batch["image"], batch["image_size"], rngs, spec.dtype
-      )
-  views = constrain_batch(views, mesh)
+  batch = {**batch, "views": _make_views(spec, batch, keys, mesh), "keys": keys}
+  encoded = _encode(spec, spec.plan, params, state, batch, mesh)
+  heads = bind_heads(spec, params["heads"], state)
+  return {
+    name: _loss_inputs_of(spec, name, encoded, heads, batch, mesh)
+    for name in spec.objectives
+  }
+
+
+def _encode(
+  spec: StepSpec,
+  plan: Mapping[base.Encoding, tuple[int, ...]],
+  params: PyTree,
+  state: TrainState,
+  batch: Batch,
+  mesh: Mesh | None,
+) -> dict[base.Encoding, Any]:
+  """The encodings of a plan; the batch has `views` and their `keys`."""
   encoded = encodings.encode(
-    spec.plan,
+    plan,
     spec.tower_of,
     params,
     state.fixed_params,
-    views,
+    batch["views"],
     batch,
     mesh,
-    keys,
+    batch["keys"],
     rope_keys(spec, state.step),
   )
-  encoded = constrain_batch(encoded, mesh)
-  heads = bind_heads(spec, params["heads"], state)
-  loss_inputs = {}
-  for name, objective in spec.objectives.items():
-    with jax.named_scope(name):
-      loss_inputs[name] = objective.loss_inputs(
-        encoded, heads, {**batch, "views": views, "keys": keys}
-      )
-  return constrain_batch(loss_inputs, mesh)
+  return constrain_batch(encoded, mesh)
+
+
+def _loss_inputs_of(
+  spec: StepSpec,
+  name: str,
+  encoded: base.Encodings,
+  heads: base.BoundHeads,
+  batch: Batch,
+  mesh: Mesh | None,
+) -> Any:
+  """The loss inputs of one objective."""
+  with jax.named_scope(name):
+    inputs = spec.objectives[name].loss_inputs(encoded, heads, batch)
+  return constrain_batch(inputs, mesh)
 
 
 def compute_losses(
@@ -206,66 +244,220 @@ def combine_gradients(
   return (total, terms), combined
 
 
+def _split(x: Array, count: int) -> Array:
+  """[B, ...] -> [count, B / count, ...].
+
+  Part i has rows i, i + count, ...: each device has its share of every part,
+  and no rows move.
+  """
+  return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+
+
+def _join(x: Array) -> Array:
+  """The inverse of `_split`."""
+  return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
+def _split_batch(
+  spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None
+) -> PyTree:
+  """The batch and the keys of its views, in `spec.accumulate` parts."""
+  keys = view_keys(spec, state.step, len(batch["image"]), mesh)
+  split = functools.partial(_split, count=spec.accumulate)
+  return jax.tree.map(split, (dict(batch), keys))  # [count, B / count, ...]
+
+
+def _join_loss_inputs(
+  spec: StepSpec,
+  params: PyTree,
+  state: TrainState,
+  parts: PyTree,
+  mesh: Mesh | None,
+) -> dict[str, Any]:
+  """The loss inputs of all parts of a batch, one part after the other."""
+  inputs = jax.lax.map(
+    lambda part: compute_loss_inputs(spec, params, state, *part, mesh), parts
+  )
+  return jax.tree.map(_join, inputs)  # [B, ...]
+
+
+def _floats(tree: PyTree) -> list[Array]:
+  """The leaves that have a gradient."""
+  leaves = jax.tree.leaves(tree)
+  return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
+def _replace_floats(tree: PyTree, floats: list[Array]) -> PyTree:
+  """A tree with other values of `_floats`."""
+  new = iter(floats)
+  return jax.tree.map(
+    lambda x: next(new) if jnp.issubdtype(x.dtype, jnp.inexact) else x, tree
+  )
+
+
 def accumulate_gradients(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Loss, PyTree]:
   """`compute_gradients` in `spec.accumulate` parts, one after the other."""
-  params, count = state.params, spec.accumulate
-
-  def split(x):
-    # [B, ...] -> [count, B / count, ...]. Part i takes rows i, i + count, ...:
-    # each device has its share of every part, and no rows move.
-    return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
-
-  def join(x):
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
-
-  def encode(params, part):
-    return compute_loss_inputs(spec, params, state, *part, mesh)
-
+  params = state.params
   # 1. The loss inputs of all parts.
-  keys = view_keys(spec, state.step, len(batch["image"]), mesh)
-  parts = jax.tree.map(split, (dict(batch), keys))  # [count, B / count, ...]
-  inputs = jax.lax.map(lambda part: encode(params, part), parts)
-  leaves, treedef = jax.tree.flatten(jax.tree.map(join, inputs))  # [B, ...]
-  is_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-
-  def floats(leaves):
-    return list(itertools.compress(leaves, is_float))
+  parts = _split_batch(spec, state, batch, mesh)
+  inputs = _join_loss_inputs(spec, params, state, parts, mesh)
 
   # 2. The losses of the whole batch, and their gradients for the inputs.
-  def loss(heads, float_leaves):
-    new, merged = iter(float_leaves), zip(leaves, is_float, strict=True)
-    loss_inputs = jax.tree.unflatten(
-      treedef, [next(new) if f else leaf for leaf, f in merged]
-    )
+  def loss(heads, floats):
+    loss_inputs = _replace_floats(inputs, floats)
     return compute_losses(spec, heads, state, loss_inputs, mesh)
 
   result, (head_grads, cotangents) = jax.value_and_grad(
     loss, argnums=(0, 1), has_aux=True
-  )(params["heads"], floats(leaves))
+  )(params["heads"], _floats(inputs))
 
   # 3. Each part again, to pull these gradients back to the parameters.
   def add_part(grads, part_and_cotangents):
     part, cotangents = part_and_cotangents
-    _, vjp = jax.vjp(lambda p: floats(jax.tree.leaves(encode(p, part))), params)
+    _, vjp = jax.vjp(
+      lambda p: _floats(compute_loss_inputs(spec, p, state, *part, mesh)),
+      params,
+    )
     return jax.tree.map(jnp.add, grads, vjp(cotangents)[0]), None
 
   grads, _ = jax.lax.scan(
     add_part,
     jax.tree.map(jnp.zeros_like, params),
-    (parts, [split(c) for c in cotangents]),
+    (parts, [_split(c, spec.accumulate) for c in cotangents]),
   )
   heads = jax.tree.map(jnp.add, grads["heads"], head_grads)
   return result, {**grads, "heads": heads}
+
+
+# ---------------------------------------------------------------------------
+# Each objective by itself, on the image encoder.
+
+
+def objective_losses(
+  spec: StepSpec,
+  params: PyTree,
+  state: TrainState,
+  batch: Batch,
+  mesh: Mesh | None = None,
+) -> dict[str, Float[Array, ""]]:
+  """Each objective's loss, without its weight; a forward pass in parts."""
+  parts = _split_batch(spec, state, batch, mesh)
+  inputs = _join_loss_inputs(spec, params, state, parts, mesh)
+  _, terms = compute_losses(spec, params["heads"], state, inputs, mesh)
+  return {name: term.loss.value() for name, term in terms.items()}
+
+
+def encoder_gradients(
+  spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
+) -> tuple[dict[str, Float[Array, ""]], dict[str, PyTree]]:
+  """Each objective's loss and its gradient on the image encoder, unweighted.
+
+  Encodings are computed once for all objectives, and each objective's gradient
+  is pulled back through those that it reads. Takes the memory of a step and a
+  copy of the encoder for each objective.
+  """
+  parts = _split_batch(spec, state, batch, mesh)
+  if spec.accumulate == 1:
+    part = jax.tree.map(_join, parts)
+    inputs, pullbacks = _linearize_encoder(spec, state, *part, mesh)
+  else:
+    inputs = _join_loss_inputs(spec, state.params, state, parts, mesh)
+  losses, cotangents = {}, {}
+  for name in spec.objectives:
+
+    def loss(floats, name=name):
+      loss_inputs = {name: _replace_floats(inputs[name], floats)}
+      heads, alone = state.params["heads"], spec.only((name,))
+      _, terms = compute_losses(alone, heads, state, loss_inputs, mesh)
+      return terms[name].loss.value()
+
+    losses[name], cotangents[name] = jax.value_and_grad(loss)(
+      _floats(inputs[name])
+    )
+  if spec.accumulate == 1:
+    return losses, {n: pullbacks[n](c) for n, c in cotangents.items()}
+
+  def add_part(grads, part_and_cotangents):
+    part, cotangents = part_and_cotangents
+    _, pullbacks = _linearize_encoder(spec, state, *part, mesh)
+    new = {name: pullbacks[name](c) for name, c in cotangents.items()}
+    return jax.tree.map(jnp.add, grads, new), None
+
+  zeros = jax.tree.map(jnp.zeros_like, state.params["image"])
+  split = functools.partial(_split, count=spec.accumulate)
+  grads, _ = jax.lax.scan(
+    add_part,
+    dict.fromkeys(spec.objectives, zeros),
+    (parts, jax.tree.map(split, cotangents)),
+  )
+  return losses, grads
+
+
+def _linearize_encoder(
+  spec: StepSpec,
+  state: TrainState,
+  batch: Batch,
+  keys: Mapping[str, jax.Array],
+  mesh: Mesh | None,
+) -> tuple[dict[str, Any], dict[str, Callable[[list[Array]], PyTree]]]:
+  """`compute_loss_inputs`, and its derivative for the image encoder.
+
+  The second result maps, for each objective, cotangents of the `_floats` of
+  its loss inputs to a gradient on the image encoder.
+  """
+  params, fixed = _gather(spec, state.params, state, mesh)
+  batch = {**batch, "views": _make_views(spec, batch, keys, mesh), "keys": keys}
+  encoded, encoder_vjps = {}, {}
+  for encoding, taps in spec.plan.items():
+
+    def encode(image, encoding=encoding, taps=taps):
+      tower = _gather_params(spec, {"image": image}, mesh)
+      own = {**params, **tower}
+      return _encode(spec, {encoding: taps}, own, fixed, batch, mesh)[encoding]
+
+    if encoding.tower == "image" and encoding.weights == base.STUDENT:
+      encoded[encoding], encoder_vjps[encoding] = jax.vjp(
+        encode, state.params["image"]
+      )
+    else:
+      encoded[encoding] = encode(state.params["image"])
+  heads = bind_heads(spec, params["heads"], state)
+
+  def linearize(name):
+    needs = spec.objectives[name].needs().encodings
+    read = {e: encoded[e] for e in encoder_vjps if e in needs}
+
+    def loss_inputs(read):
+      inputs = _loss_inputs_of(
+        spec, name, {**encoded, **read}, heads, batch, mesh
+      )
+      return _floats(inputs), inputs
+
+    _, vjp, inputs = jax.vjp(loss_inputs, read, has_aux=True)
+
+    def pull_back(cotangents):
+      (encoding_cotangents,) = vjp(cotangents)
+      grads = jax.tree.map(jnp.zeros_like, state.params["image"])
+      for encoding, cotangent in encoding_cotangents.items():
+        (grad,) = encoder_vjps[encoding](cotangent)
+        grads = jax.tree.map(jnp.add, grads, grad)
+      return grads
+
+    return inputs, pull_back
+
+  pairs = {name: linearize(name) for name in spec.objectives}
+  inputs, pullbacks = (
+    {n: pair[i] for n, pair in pairs.items()} for i in (0, 1)
+  )
+  return inputs, pullbacks
 
 
 def encoder_grad_norms(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> dict[str, Array]:
   """The gradient norm of each weighted objective on the image encoder."""
-  norms = {}
-  for name in spec.objectives:
-    _, grads = compute_gradients(spec.only((name,)), state, batch, mesh)
-    norms[name] = optax.tree.norm(grads["image"])
-  return norms
+  _, grads = encoder_gradients(spec, state, batch, mesh)
+  weights = spec.loss_weights(state)
+  return {n: weights[n] * optax.tree.norm(g) for n, g in grads.items()}

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -29,7 +30,7 @@ from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import results as results_lib
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.parallel.mesh import shard_batch
-from mtv_jax.train import preemption
+from mtv_jax.train import interference, preemption
 from mtv_jax.train.experiment import (
   Experiment,
   build_experiment,
@@ -251,7 +252,6 @@ class _Trainer:
     config, last = self.experiment.config, self.experiment.total_steps
     every = self.experiment.every
     log_every = every("every", config.log)
-    norms_every = every("gradients", config.log)
     evals_every = {n: every("every", e) for n, e in config.evals.items()}
     batches = prefetch_to_device(self.loader, self.experiment.mesh)
     if self.first >= last:
@@ -261,9 +261,9 @@ class _Trainer:
       self.evaluate(0, at_start)
     for step in range(self.first + 1, last + 1):
       batch = self.next_batch(step, batches)
-      norms = self.update(step, batch, norms_every)
-      if step % log_every == 0 or norms or step in (self.first + 1, last):
-        self.log(step, norms)
+      measured = self.update(step, batch)
+      if step % log_every == 0 or measured or step in (self.first + 1, last):
+        self.log(step, measured)
       preempted = self.checkpoints.preempted(step) or self.sigterm.received
       if preempted and step < last:
         # Before the evaluations, for which there may be no time.
@@ -287,10 +287,8 @@ class _Trainer:
         log.warning("No further batch, after SIGTERM: %s", error)
         self.save_and_exit(step - 1)
 
-  def update(
-    self, step: int, batch: Any, norms_every: int | None
-  ) -> dict[str, Any]:
-    """One update; returns gradient norms by objective if they are due."""
+  def update(self, step: int, batch: Any) -> dict[str, Any]:
+    """One update; returns what `measure_gradients` does."""
     spec, program = self.experiment.step_spec, self.experiment.program
     if spec.active(step - 1) != self.active:
       self.active = spec.active(step - 1)
@@ -301,24 +299,53 @@ class _Trainer:
     if due := spec.teachers_due(step - 1):
       log.info("Step %d copies the EMA teacher to %s.", step, ", ".join(due))
       self.state = program.update_teachers(self.state, due)
-    norms = {}
-    logged = norms_every is not None and step % norms_every == 0
-    measured = spec.measures_balance(step - 1)
-    if logged or measured:
-      with self.chrono.pause():
-        norms = program.encoder_norms(self.state, batch, self.active)
-        if measured:
-          self.state = program.rebalance(self.state, norms)
-        norms = jax.device_get(norms)
+    measured = self.measure_gradients(step, batch)
     self.state, self.values = program.update(self.state, batch, self.active)
     # Two steps in flight keep the devices busy; more would only take memory.
     self.losses.append(self.values["loss"])
     if self.chrono.compiling or len(self.losses) > 2:
       jax.block_until_ready(self.losses.popleft())
     self.chrono.step()
-    return norms
+    return measured
 
-  def log(self, step: int, norms: Mapping[str, Any]) -> None:
+  def measure_gradients(self, step: int, batch: Any) -> dict[str, Any]:
+    """Gradient norms and interference, as metrics, if they are due.
+
+    Updates the balance, and writes the interference of each pair.
+    """
+    experiment, program = self.experiment, self.experiment.program
+
+    def is_due(section, name):
+      every = section and experiment.every(name, section)
+      return bool(every) and step % every == 0
+
+    config, active = experiment.config, self.active
+    balances = experiment.step_spec.measures_balance(step - 1)
+    compares = is_due(config.interference, "every")
+    if not (balances or compares or is_due(config.log, "gradients")):
+      return {}
+    values = {}
+    with self.chrono.pause():
+      if compares:
+        lr = None
+        if config.interference.transfer:
+          lr = np.float32(experiment.optimizer.schedule(step - 1))
+        measured = jax.device_get(
+          program.interference(self.state, batch, active, lr)
+        )
+        row = interference.interference_row(active, measured)
+        self.writer.row("interference", step, row)
+        values = interference.interference_scalars(measured)
+        norms = np.linalg.norm(measured["norms"], axis=1)
+        norms = dict(zip(active, norms, strict=True))
+      else:
+        norms = program.encoder_norms(self.state, batch, active)
+      if balances:
+        self.state = program.rebalance(self.state, norms)
+      norms = jax.device_get(norms)
+    return {**{f"{n}/encoder_grad_norm": v for n, v in norms.items()}, **values}
+
+  def log(self, step: int, measured: Mapping[str, Any]) -> None:
     """Writes the metrics of a step."""
     self.values = jax.device_get(self.values)
     check_finite(step, self.values)
@@ -328,7 +355,7 @@ class _Trainer:
       "data/corrupt": stats.corrupt,
       "data/dropped": sum(stats.dropped.values()),
       **{f"data/{kind}_cut": v for kind, v in stats.cut_shares.items()},
-      **{f"{name}/encoder_grad_norm": v for name, v in norms.items()},
+      **measured,
     }
     losses = [name for name in values if name.endswith("/loss")]
     names = ("loss", *losses, "lr", "grad_norm", *values)

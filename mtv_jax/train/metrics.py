@@ -171,9 +171,12 @@ class Chrono:
 class MetricWriter(contextlib.AbstractContextManager):
   """Writes scalars of a run to metrics.jsonl, TensorBoard and the console.
 
+  Measurements that are not scalars go to a file of their own, TABLE.jsonl.
   Creates the run's folder if it is missing. Drops the rows after `start_step`,
   from which the run resumes; 0 drops all. Only process 0 writes.
   """
+
+  TABLES = ("interference",)
 
   def __init__(
     self,
@@ -192,6 +195,9 @@ class MetricWriter(contextlib.AbstractContextManager):
     path = folder / "metrics.jsonl"
     _drop_after(path, start_step)
     self._jsonl = path.open("a", encoding="utf-8")
+    self._tables = {name: folder / f"{name}.jsonl" for name in self.TABLES}
+    for table in self._tables.values():
+      _drop_after(table, start_step)
     self._board = tensorboardX.SummaryWriter(
       str(folder),
       # TensorBoard hides what an earlier session wrote from here on.
@@ -230,6 +236,17 @@ class MetricWriter(contextlib.AbstractContextManager):
       if math.isfinite(value):
         self._board.add_scalar(name, value, step)
 
+  def row(self, table: str, step: int, values: Mapping[str, Any]) -> None:
+    """Appends a line of numbers, arrays and strings to TABLE.jsonl.
+
+    Numbers have seven digits; one that is not finite is null.
+    """
+    if not self._active:
+      return
+    row = {"step": step, **{k: _to_json(v) for k, v in values.items()}}
+    with self._tables[table].open("a", encoding="utf-8") as file:
+      file.write(json.dumps(row) + "\n")
+
   def close(self) -> None:
     """Flushes and closes the files."""
     if self._active:
@@ -238,6 +255,17 @@ class MetricWriter(contextlib.AbstractContextManager):
 
   def __exit__(self, *error: Any) -> None:
     self.close()
+
+
+def _to_json(value: Any) -> Any:
+  """Strings, numbers and arrays as JSON's types."""
+  if isinstance(value, list | tuple):
+    return [_to_json(v) for v in value]
+  if isinstance(value, str):
+    return value
+  if np.ndim(value):
+    return [_to_json(v) for v in value]
+  return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from mtv_jax.parallel.constraints import check_param_rules
 from mtv_jax.parallel.mesh import BATCH_SPEC, replicated_sharding
 from mtv_jax.parallel.rules import ShardingRules, tree_shardings
-from mtv_jax.train import gradients, optim
+from mtv_jax.train import gradients, interference, optim
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.step_spec import (
   StepSpec,
@@ -147,11 +147,14 @@ class Program:
     """The sharding of each array of the state."""
     return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
-  def _jit(self, function: Any, outputs: Any, **options: Any) -> Any:
-    """Jits a function of the state and a batch."""
+  def _jit(
+    self, function: Any, outputs: Any, *inputs: Any, **options: Any
+  ) -> Any:
+    """Jits a function of the state, a batch and arrays sharded as `inputs`."""
+    split = NamedSharding(self.mesh, BATCH_SPEC)
     return jax.jit(
       function,
-      in_shardings=(self.shardings, NamedSharding(self.mesh, BATCH_SPEC)),
+      in_shardings=(self.shardings, split, *inputs),
       out_shardings=outputs,
       compiler_options=xla_flags.compiler_options(self.mesh),
       **options,
@@ -200,6 +203,22 @@ class Program:
       return gradients.encoder_grad_norms(spec, state, batch, self.mesh)
 
     return self._jit(norms, replicated_sharding(self.mesh), static_argnums=2)
+
+  @functools.cached_property
+  def interference(self) -> Any:
+    """`(state, batch, active, lr) -> arrays`, see `measure_interference`.
+
+    A learning rate of None leaves out the transfer.
+    """
+
+    def measure(state, batch, active, lr=None):
+      spec = self.spec.only(active)
+      return interference.measure_interference(
+        spec, state, batch, lr, self.mesh
+      )
+
+    replicated = replicated_sharding(self.mesh)
+    return self._jit(measure, replicated, replicated, static_argnums=2)
 
   @functools.cached_property
   def _balance_update(self) -> Any:

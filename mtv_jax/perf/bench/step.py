@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from mtv_jax.config import schema
@@ -138,4 +139,51 @@ def time_views(config: schema.Config, *, steps: int = 5) -> harness.Result:
   decode = data.decode_cpu_ms(canvas)
   add("decode", decode, "decode and resize, per core", text)
   result.add("share", together / step, "views / step", "{:.1%}")
+  return result
+
+
+def time_interference(
+  config: schema.Config, *, rounds: int = 10
+) -> harness.Result:
+  """Times the interference meter of a config against its train step.
+
+  Args:
+    config: as `train` takes it; without `interference`, that of the defaults.
+    rounds: in which the step and the meter, with and without the transfer,
+      take turns.
+  """
+  config = schema.check_config(config)
+  if config.interference is None:
+    config = schema.check_config({**config.to_dict(), "interference": {}})
+  timer = StepTimer(config)
+  experiment = timer.experiment
+  program, active = experiment.program, tuple(experiment.step_spec.objectives)
+
+  def measure(lr):
+    arrays = program.interference(timer.state, timer.batch, active, lr)
+    jax.block_until_ready(arrays)
+
+  lr = np.float32(experiment.optimizer.schedule(experiment.total_steps // 2))
+  times = harness.time_rounds(
+    [timer.time_step, lambda: measure(None), lambda: measure(lr)], rounds=rounds
+  )
+  step, gradients, transfer = np.median(times, axis=0).tolist()
+  section = experiment.config.interference
+  every = experiment.every("every", section)
+  result = harness.Result(
+    batch_size=experiment.config.batch_size,
+    objectives=len(active),
+    every=every,
+    devices=harness.describe_devices(),
+  )
+  add, text = result.add, "{:.0f} ms, {:.2f} steps"
+  add("step_ms", 1e3 * step, "a step, median", "{:.0f} ms")
+  for name, label, seconds in (
+    ("norms_and_cosines", "norms and cosines", gradients),
+    ("with_transfer", "with the transfer", transfer),
+  ):
+    ms, steps = 1e3 * seconds, seconds / step
+    add(name, ms, label, text.format(ms, steps))
+    share = seconds / (every * step + seconds)
+    add(f"{name}_share", share, f"  every {every} steps", "{:.1%} of the time")
   return result

@@ -46,14 +46,17 @@ class Plan(TrainStep):
   @property
   def measures_norms(self) -> bool:
     """Whether the run measures each objective's gradient on the encoder."""
-    return bool(self.every("gradients", self.config.log))
+    config = self.config
+    return bool(config.interference or self.every("gradients", config.log))
 
   def lower_norms(self) -> jax.stages.Lowered:
-    """Lowers the program of those norms."""
+    """Lowers the program of those norms, or of the interference meter."""
+    inputs = (self.program.abstract, self.abstract_batch())
     objectives = tuple(self.step_spec.objectives)
-    return self.program.encoder_norms.lower(
-      self.program.abstract, self.abstract_batch(), objectives
-    )
+    if section := self.config.interference:
+      lr = jax.ShapeDtypeStruct((), "float32") if section.transfer else None
+      return self.program.interference.lower(*inputs, objectives, lr)
+    return self.program.encoder_norms.lower(*inputs, objectives)
 
 
 def make_plan(
@@ -143,7 +146,7 @@ def compile_step(plan: Plan, *, largest: int = 8) -> Compiled:
 
 
 def compile_norms(plan: Plan) -> Compiled:
-  """Compiles the program that a run with `log.gradients_steps` runs as well."""
+  """Compiles the program that a run which measures gradients runs as well."""
   return _compile(plan.lower_norms, plan)[0]
 
 

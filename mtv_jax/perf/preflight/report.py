@@ -217,8 +217,8 @@ class Report:
       if not self.plan.measures_norms:
         return []
       return [
-        f"{title} (config.log.gradients_...), a separate program: not compiled "
-        "(--norms)"
+        f"{title} (config.log.gradients_..., config.interference), a separate "
+        "program: not compiled (--norms)"
       ]
     verdict, memory = "fits" if norms.fits else "DOES NOT FIT", norms.memory
     lines = [f"{title}: {verdict}", *_indent(norms.refusal)]
@@ -227,8 +227,8 @@ class Report:
       lines = [f"{title}: {peak}; compiled in {norms.seconds:.0f} s"]
     if not norms.fits:
       lines.append(
-        "  Set --config.log.gradients_steps=None to train without these norms "
-        "and this memory."
+        "  Set --config.log.gradients_steps=None and --config.interference="
+        "None to train without these norms and this memory."
       )
     return lines
 

@@ -1,0 +1,187 @@
+"""Interference of the objectives' gradients on the image encoder.
+
+For each pair of objectives, the cosine of their gradients by block of the
+encoder, and the transfer from one to the other: with theta_i the encoder after
+a step along the gradient of objective i,
+
+  transfer[i][j] = 1 - L_j(theta_i) / L_j(theta)
+
+(Fifty et al. 2021, equation 1, on the batch and the crops of the step). Fifty
+et al. step by `lr * g_i`, the update of their optimizer. Ours are scale free,
+so the step here has the length `lr * |theta|`, the trust ratio of LARS (You et
+al. 2017); our choice.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PyTree
+
+from mtv_jax.train import gradients
+from mtv_jax.train.state import TrainState
+from mtv_jax.train.step_spec import StepSpec
+from mtv_jax.utils.tree import flatten_with_names
+
+# Parameters of the image encoder after its blocks; all others are before.
+_AFTER_BLOCKS = r"^(norm|pool|projection)/"
+
+
+def block_names(depth: int) -> list[str]:
+  """Names of the encoder's blocks, in the order of `block_products`."""
+  return ["embedding", *map(str, range(depth)), "pool"]
+
+
+def block_products(grads: Sequence[PyTree]) -> Float[Array, "o o b"]:
+  """Inner products of O gradients on an image encoder, by block.
+
+  Blocks are the embedding with prefix tokens, each of the stacked blocks, and
+  the final norm with the pooling.
+  """
+  sums: dict[str, Any] = dict(embedding=0.0, blocks=0.0, pool=0.0)
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)  # [O, ...]
+  for name, leaf in flatten_with_names(stacked):
+    if name.startswith("blocks/"):
+      block, batch = "blocks", (1,)
+    else:
+      block = "pool" if re.search(_AFTER_BLOCKS, name) else "embedding"
+      batch = ()
+    contracted = tuple(range(1 + len(batch), leaf.ndim))
+    sums[block] += jax.lax.dot_general(
+      leaf,
+      leaf,
+      ((contracted, contracted), (batch, batch)),
+      precision="highest",
+    )  # [depth, O, O] or [O, O]
+  return jnp.concatenate(
+    [
+      sums["embedding"][:, :, None],
+      jnp.moveaxis(sums["blocks"], 0, -1),
+      sums["pool"][:, :, None],
+    ],
+    axis=-1,
+  )
+
+
+def measure_interference(
+  spec: StepSpec,
+  state: TrainState,
+  batch: gradients.Batch,
+  lr: Float[Array, ""] | None = None,
+  mesh: Mesh | None = None,
+) -> dict[str, Array]:
+  """Compares the gradients of the spec's O objectives on B blocks.
+
+  Returns:
+    `norms` `[O, B]` of the weighted gradients, `cosines` `[O, O, B]`, which are
+    0 where a gradient is, `weights` `[O]` and unweighted `losses` `[O]`; with a
+    learning rate `transfer` `[O, O]` of the unweighted losses, for O + 1 more
+    forward passes. It is 0 where the gradient or the loss is.
+  """
+  losses, grads = gradients.encoder_gradients(spec, state, batch, mesh)
+  weights = spec.loss_weights(state)
+  weights = jnp.stack([weights[name] for name in spec.objectives])  # [O]
+  products = block_products([grads[name] for name in spec.objectives])
+  norms = jnp.sqrt(jnp.einsum("iib->ib", products))
+  scale = norms[:, None] * norms[None]  # [O, O, B]
+  cosines = jnp.where(
+    scale > 0, products / jnp.where(scale > 0, scale, 1.0), 0.0
+  )
+  result = dict(
+    norms=weights[:, None] * norms,
+    cosines=jnp.clip(cosines, -1.0, 1.0),
+    weights=weights,
+    losses=jnp.stack([losses[name] for name in spec.objectives]),
+  )
+  if lr is not None:
+    result["transfer"] = _transfer(spec, state, batch, grads, lr, mesh)
+  return result
+
+
+def _transfer(
+  spec: StepSpec,
+  state: TrainState,
+  batch: gradients.Batch,
+  grads: Mapping[str, PyTree],
+  lr: Float[Array, ""],
+  mesh: Mesh | None,
+) -> Float[Array, "o o"]:
+  """What a step along each gradient lowers the losses by, relative to them."""
+  image = state.params["image"]
+  length = lr * optax.tree.norm(image)
+
+  def step(grad):
+    norm = optax.tree.norm(grad)
+    scale = jnp.where(norm > 0, length / jnp.where(norm > 0, norm, 1.0), 0.0)
+    return jax.tree.map(lambda p, g: p - scale * g, image, grad)
+
+  def losses_of(image):
+    params = {**state.params, "image": image}
+    losses = gradients.objective_losses(spec, params, state, batch, mesh)
+    return jnp.stack([losses[name] for name in spec.objectives])
+
+  # With the encoder before the step, so that rounding is the same.
+  encoders = [image, *(step(grads[name]) for name in spec.objectives)]
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *encoders)
+  losses = jax.lax.map(losses_of, stacked)  # [1 + O, O]
+  before, after = losses[0], losses[1:]
+  has_loss = before != 0
+  ratio = after / jnp.where(has_loss, before, 1.0)
+  return jnp.where(has_loss, 1.0 - ratio, 0.0)
+
+
+def conflict_share(
+  cosines: Float[np.ndarray, "o o b"], norms: Float[np.ndarray, "o b"]
+) -> float:
+  """The share of pairs x blocks whose cosine is negative.
+
+  Of those where both gradients have a norm; 0 if there are none.
+  """
+  first, second = np.triu_indices(len(norms), k=1)
+  counted = (norms[first] > 0) & (norms[second] > 0)  # [pairs, B]
+  negative = cosines[first, second] < 0
+  return float((negative & counted).sum() / max(counted.sum(), 1))
+
+
+def interference_row(
+  names: Sequence[str], measured: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+  """A measurement as a line of `interference.jsonl`, without the step."""
+  cosines, norms = measured["cosines"], measured["norms"]
+  return {
+    "objectives": list(names),
+    "blocks": block_names(norms.shape[1] - 2),
+    "conflicts": conflict_share(cosines, norms),
+    **measured,
+  }
+
+
+def interference_scalars(
+  measured: Mapping[str, np.ndarray],
+) -> dict[str, float]:
+  """The summary of a measurement for the metrics.
+
+  Conflicts, the mean and the smallest cosine of two gradients on the whole
+  encoder, and the mean transfer between two objectives.
+  """
+  cosines, norms = measured["cosines"], measured["norms"]
+  scalars = {"interference/conflicts": conflict_share(cosines, norms)}
+  pairs = np.triu_indices(len(norms), k=1)
+  products = np.einsum("ijb,ib,jb->ij", cosines, norms, norms)[pairs]
+  lengths = np.sqrt(np.square(norms).sum(axis=1))  # [O]
+  scale = np.outer(lengths, lengths)[pairs]
+  whole = products[scale > 0] / scale[scale > 0]
+  if whole.size:
+    scalars["interference/cosine_mean"] = float(whole.mean())
+    scalars["interference/cosine_min"] = float(whole.min())
+  if "transfer" in measured and len(norms) > 1:
+    others = ~np.eye(len(norms), dtype=bool)
+    scalars["interference/transfer_mean"] = float(
+      measured["transfer"][others].mean()
+    )
+  return scalars
