@@ -10,23 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import step_samples
 import tiny_mtv
+from step_samples import dino, make_batch, make_spec, mesh_of
 
-from mtv_jax.augment import views
 from mtv_jax.models.positions import Rope
-from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.parallel.mesh import (
   BATCH_SPEC,
-  MESH_AXES,
-  make_mesh,
   replicated_sharding,
   shard_batch,
 )
 from mtv_jax.perf import hlo
 from mtv_jax.train import gradients
 from mtv_jax.train.step import make_program
-from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
+from mtv_jax.train.step_spec import ObjectiveWeight, init_params
 from mtv_jax.utils.tree import flatten_with_names
 
 
@@ -37,46 +35,9 @@ def dict_of(tree):
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
 
 
-def make_spec(**changes):
-  spec = ModelSpec.from_config(
-    dict(
-      variant="mu/8",
-      image_size=16,
-      text=dict(variant="mu", length=8, vocab_size=32),
-    )
-  )
-  spec = StepSpec(
-    model=spec,
-    dtype="float32",
-    objectives={
-      "contrastive": build_objective("contrastive", dict(init_bias=-2.0))
-    },
-    weights={"contrastive": ObjectiveWeight(1.0)},
-    views=views.build_views({"image": dict(count=1, ops="resize(16)")}),
-    seed=0,
-    total_steps=100,
-  )
-  return dataclasses.replace(spec, **changes)
-
-
-def make_batch(rows=16):
-  rng = np.random.default_rng(0)
-  return {
-    "image": rng.integers(0, 256, (rows, 24, 24, 3), dtype=np.uint8),
-    "image_size": np.full((rows, 2), 24, np.int32),
-    "caption": rng.integers(2, 32, (rows, 8), dtype=np.int32),
-    # Uneven over the devices: the last devices have no pairs.
-    "caption_valid": np.arange(rows) < rows - 3,
-  }
-
-
-def mesh_of(shape):
-  return make_mesh(dict(zip(MESH_AXES, shape, strict=True)))
-
-
 @functools.cache
 def params_of():
-  return jax.jit(functools.partial(init_params, make_spec()))(jax.random.key(1))
+  return step_samples.params_of(make_spec())
 
 
 def init_heads(spec):
@@ -108,7 +69,7 @@ def three_steps(mesh):
 
 @pytest.fixture(scope="module")
 def single_device():
-  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  mesh = mesh_of((1, 1, 1))
   return jax.device_get(gradients_on(mesh)), *three_steps(mesh)
 
 
@@ -157,7 +118,7 @@ def test_fsdp_is_gathered_under_rules_of_the_config(single_device):
 
 def test_the_first_loss_equals_its_formula():
   spec, params, batch = make_spec(), params_of(), make_batch()
-  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  mesh = mesh_of((1, 1, 1))
   program = make_program(spec, optax.sgd(0.0), mesh)
   _, metrics = program.update(program.init(params), shard_batch(batch, mesh))
 
@@ -182,7 +143,7 @@ def test_the_first_loss_equals_its_formula():
 
 def test_ema_and_step_are_updated():
   spec, params = make_spec(ema_decay=0.9), params_of()
-  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  mesh = mesh_of((1, 1, 1))
   program = make_program(spec, optax.sgd(0.5), mesh)
   state, _ = program.update(
     program.init(params), shard_batch(make_batch(), mesh)
@@ -231,7 +192,7 @@ def test_the_teacher_exists_if_an_objective_reads_it():
     teacher_momentum=0.5,
   )
   params = init_params(spec, jax.random.key(0))
-  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  mesh = mesh_of((1, 1, 1))
   program = make_program(spec, optax.sgd(0.1), mesh)
   state, metrics = program.update(
     program.init(params), shard_batch(make_batch(), mesh)
@@ -250,16 +211,13 @@ def test_the_teacher_exists_if_an_objective_reads_it():
 @pytest.mark.slow
 def test_a_head_only_teacher_reads_the_encoder_of_the_same_step():
   """TIPSv2: equal to a teacher whose encoder is the student's copy."""
-  options = dict(
-    view_global="image", view_local=None, same_crop="include", prototypes=8
-  )
   spec = make_spec(
-    objectives={"distillation": build_objective("distillation", options)},
+    objectives={"distillation": dino()},
     weights={"distillation": ObjectiveWeight(1.0)},
     teacher_momentum=0.5,
     teacher_ema="heads",
   )
-  tx, mesh = optax.sgd(0.1), make_mesh(dict(data=1), jax.devices()[:1])
+  tx, mesh = optax.sgd(0.1), mesh_of((1, 1, 1))
   params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
   program, batch = make_program(spec, tx, mesh), make_batch()
   state, _ = program.update(program.init(params), shard_batch(batch, mesh))
@@ -336,7 +294,7 @@ def test_a_later_objective_starts_with_the_student_as_teacher():
   assert spec.active(1) == ("contrastive",)
   assert spec.active(2) == ("contrastive", "pull")
   assert [spec.teacher_starts(s) for s in range(4)] == [0, 0, 1, 0]
-  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  mesh = mesh_of((1, 1, 1))
   program = make_program(spec, optax.sgd(0.1), mesh)
   state = program.init(init_params(spec, jax.random.key(0)))
   batch = shard_batch(make_batch(), mesh)
@@ -356,7 +314,7 @@ def test_a_later_objective_starts_with_the_student_as_teacher():
 
 def test_parameters_of_inactive_objectives_are_unchanged():
   spec = two_objectives()
-  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  mesh = mesh_of((1, 1, 1))
   program = make_program(spec, optax.adamw(0.1), mesh)
   params = init_params(spec, jax.random.key(0))
   state, _ = program.update(
@@ -374,7 +332,7 @@ def test_parameters_of_inactive_objectives_are_unchanged():
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulated_gradients_equal_the_whole_batch(parts):
   spec = two_objectives()
-  mesh = make_mesh(dict(data=2), jax.devices()[:2])
+  mesh = mesh_of((2, 1, 1))
   program = make_program(spec, optax.sgd(0.1), mesh)
   params = init_params(spec, jax.random.key(1))
   # Away from the teacher, where the gradient of PullToTeacher is not zero.
@@ -412,10 +370,7 @@ def test_drop_path_follows_rows_on_meshes_and_in_parts():
   params = init_params(plain, jax.random.key(1))
 
   def compute(spec, shape, parts=1):
-    mesh = make_mesh(
-      dict(zip(MESH_AXES, shape, strict=True)),
-      jax.devices()[: math.prod(shape)],
-    )
+    mesh = mesh_of(shape)
     program = make_program(spec, optax.sgd(0.1), mesh)
     part = dataclasses.replace(spec, accumulate=parts)
     gradient = jax.jit(
@@ -441,7 +396,7 @@ def test_drop_path_follows_rows_on_meshes_and_in_parts():
 @pytest.mark.slow
 def test_encoder_grad_norms_by_objective():
   spec = two_objectives()
-  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  mesh = mesh_of((1, 1, 1))
   program = make_program(spec, optax.sgd(0.1), mesh)
   state = program.init(init_params(spec, jax.random.key(1)))
   batch = shard_batch(make_batch(), mesh)
@@ -562,9 +517,7 @@ def test_temperature_is_clipped_after_each_update(shape):
   params = {**params_of(), "heads": init_heads(spec)}
   others = dict_of(params).keys() - {"heads/contrastive/logit_scale"}
   spec = dataclasses.replace(spec, frozen=frozenset(others))
-  mesh = make_mesh(
-    dict(zip(MESH_AXES, shape, strict=True)), jax.devices()[: math.prod(shape)]
-  )
+  mesh = mesh_of(shape)
   rates = [1.0, 1e4, -1e4, 1.0]
   tx = optax.sgd(lambda count: jnp.asarray(rates)[count])
   program = make_program(spec, tx, mesh)
