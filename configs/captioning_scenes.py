@@ -1,10 +1,9 @@
 """Captions, boxes and region captions of the built-in scenes, by a decoder.
 
-Command (the tokenizer is a `tokenizer.json`; words learn faster than bytes, and
-docs/results.md has the lines that write one):
+Command; `difficulty` is that of the scenes (docs/data.md):
 
   python -m mtv_jax.main --workdir=runs/captions \
-    --config=configs/captioning_scenes.py:tokenizer=words.json,vocab=120
+    --config=configs/captioning_scenes.py:difficulty=easy,steps=3000
 
 Hardware, time and result: docs/results.md. Small batches and many steps: the
 decoder first learns what captions are like, and attends to the image only
@@ -15,10 +14,19 @@ from ml_collections import ConfigDict
 
 from mtv_jax.config.schema import parse_arg
 
+# Ids of the built-in tokenizers; there is room for further words.
+VOCABULARIES = {"bytes": 258, "words": 144}
+
 
 def get_config(arg=None):
   arg = parse_arg(
-    arg, tiny=False, tokenizer="bytes", vocab=258, batch=16, steps=12_000
+    arg,
+    tiny=False,
+    tokenizer="words",  # Learnt sooner than bytes.
+    vocab=0,  # Of a tokenizer's file.
+    batch=16,
+    steps=12_000,
+    difficulty="hard",
   )
 
   config = ConfigDict()
@@ -27,8 +35,9 @@ def get_config(arg=None):
   config.total_steps = arg.steps
 
   length = 64 if arg.tokenizer == "bytes" else 24
+  scenes = dict(type="scenes", difficulty=arg.difficulty)
   config.data = dict(
-    train=[dict(type="scenes", size=64, length=200_000)],
+    train=[dict(size=64, length=200_000, **scenes)],
     ops=f"decode|canvas(64)|caption({length})|regions(2, phrase_length=16)",
   )
   config.views = dict(image=dict(count=1, ops="resize(64)"))
@@ -44,7 +53,7 @@ def get_config(arg=None):
       length=length,
       tokenizer=arg.tokenizer,
       clean="lower",
-      vocab_size=arg.vocab,
+      vocab_size=arg.vocab or VOCABULARIES[arg.tokenizer],
     ),
   )
   # Coordinates of 64 pixels need no 500 bins.
@@ -55,11 +64,11 @@ def get_config(arg=None):
     name="adamw", lr=1e-3, weight_decay=1e-4, b2=0.95, clip_norm=1.0
   )
   config.schedule = dict(name="cosine", warmup_percent=5)
-  config.evals = dict(captioning=dict(type="captioning"))
+  config.evals = dict(captioning=dict(type="captioning", data=scenes))
   config.checkpoint = dict(every_steps=2000, keep=1)
   config.log = dict(every_steps=100)
 
   if arg.tiny:
     config.update(total_steps=30, batch_size=16, log=dict(every_steps=10))
-    config.evals = dict(captioning=dict(type="captioning", count=8))
+    config.evals.captioning.count = 8
   return config

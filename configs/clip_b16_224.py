@@ -6,8 +6,9 @@ Command, on every host of a TPU pod; the tokenizer is CLIP's tokenizer.json:
     --config=configs/clip_b16_224.py:tokenizer=/data/clip/tokenizer.json \
     --config.data.train[0].path='/data/web/{00000..09999}.tar'
 
-Published values: the paper, second-hand (tables 18 to 20), openai/CLIP and
-mlfoundations/open_clip at 89fb801 for what the paper leaves open.
+Published values: arXiv 2103.00020, sections 2.4 and 2.5, tables 18 and 20 (as
+transcribed by others), openai/CLIP and mlfoundations/open_clip at 89fb801 for
+what the paper leaves open.
 
   hyper-parameter       published                          ours
   data                  400M pairs (not released)          path of the user's

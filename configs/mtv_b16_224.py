@@ -10,7 +10,7 @@ Command, on every host of a TPU pod, with label sets of `mtv-jax label` or
     --config.data.train[0].labels.boxes=/data/web_boxes
 
 Published values: the abstract, the repository Becomebright/MTV at 39af761 and
-its model card; rows marked * are second-hand, of readers' notes.
+its model card; rows marked * are from readers' notes of the paper.
 
   hyper-parameter     published                    ours
   towers              SigLIP's B/16, MAP, 224;     =

@@ -8,16 +8,17 @@ tokenizer is Gemma's:
     --config.data.train[0].path='/data/web/{00000..09999}.tar' \
     --config.data.train[0].labels.boxes=/data/web_boxes
 
-Published values: the paper; rows marked * are second-hand. Its training code is
-not public beside the sigmoid loss.
+Published values: the paper, sections 2.1 to 2.5; values marked * are SigLIP's.
+Its training code is not public beside the sigmoid loss.
 
   hyper-parameter       published                         ours
-  data                  WebLI, 12B texts, 109 languages   path of the user's
+  data                  WebLI, 10B images, 109 languages, path of the user's
+                        90 % of the pairs English
   examples seen         40B                               =
   batch                 32,768                            =
   rate, warm-up         1e-3, 20,000 steps, cosine to 0   =
   weight decay          1e-4, not multiplied by the rate  0.1 x rate
-  Adam*, clipping       0.9, 0.95; 1.0                    =
+  Adam, clipping        0.9 and 0.95*; 1.0                =
   towers                B and B, MAP; 64 tokens           =
   vocabulary            256k of Gemma, lower case         =
   captioning (LocCa)    from the start, weight 1          =
@@ -26,7 +27,8 @@ not public beside the sigmoid loss.
     tasks               captions (half in parallel),      =
                         boxes of phrases, phrases of
                         boxes
-    regions             n-grams, open-vocabulary boxes    a label set
+    regions             n-grams and fixed classes, boxes  a label set
+                        of a detector
   self-distillation     the last 20 %: 1 global crop for  =
                         the teacher, 8 local ones
     weight              1 x 0.25 (B)                      =
@@ -34,16 +36,16 @@ not public beside the sigmoid loss.
     weight              0.25 x 0.25 (B)                   =
     prototypes, heads   not stated                        65,536, DINOv2's
     KoLeo               not stated                        none
-    teacher momentum    not stated                        0.994, as MTV's recipe
-    crops, colours      not stated                        DINOv2's local ones
-  curation (B)          a last stage of distillation      none
-                        through data (ACID)
+    teacher momentum    SILC's                            0.994, as MTV's recipe
+    crops, colours      SILC's                            DINOv2's local ones
+  curation (B)          4B more examples at 1e-5, without none
+                        decay, chosen by a teacher (ACID)
 
 Hardware and time: batch 32,768 is sized for 256 chips of v5e. Not trained to
 completion here; no time given.
 
-Expected: the released model reaches 79.1 % zero-shot on ImageNet, after the
-stage of curation (big_vision's README_siglip2.md). Other data give less.
+Expected: the released model reaches 79.1 % zero-shot on ImageNet (table 1),
+after the stage of curation. Other data give less.
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """

@@ -6,34 +6,40 @@ Command, on every host of a TPU pod:
     --config=configs/siglip_b16_224.py:tokenizer=/data/c4_en.model \
     --config.data.train[0].path='/data/web/{00000..09999}.tar'
 
-Published values: Zhai et al. 2023, second-hand but for big_vision at 0127fb6
-(trainers and configs of proj/image_text, models), and SigLIP 2's text, which
-repeats the optimizer.
+Published values: arXiv 2303.15343v4, by section; big_vision at 0127fb6 (bv:
+trainers and configs of proj/image_text, models); SigLIP 2, section 2.1 (S2),
+for what the paper leaves open.
 
   hyper-parameter     published                             ours
-  data                WebLI, 10B images (not released)      path of the user's
-  examples seen       40B                                   =
-  batch               32,768                                =
-  rate, warm-up       1e-3, 20,000 steps, cosine to 0       =
-  weight decay        1e-4, not multiplied by the rate      0.1 x rate
-  Adam, clipping      0.9, 0.95; 1.0                        =
-  scale, bias         10, -10                               =
-  towers              B and B, MAP; last token, 64 tokens   =
-  vocabulary          32k SentencePiece of C4, lower case   =
-                      without punctuation
-  image               squashed to 224, pixels in -1 to 1    =
-  GELU                tanh                                  =
-  initialisation      big_vision's                          =
-  precision           bfloat16, first moment too            bfloat16, float32
+  data                WebLI, English pairs (4.2)            path of the user's
+  examples seen       40B at 256 pixels, then 5B at 224     40B at 224
+                      with 1/100 of the rate and no decay
+                      (4.6)
+  batch               32,768 (4.6)                          =
+  rate, weight decay  1e-3; 1e-4, not multiplied by the     1e-3; 0.1 x rate
+                      rate (C)
+  schedule            20,000 steps of warm-up, cosine (S2)  =
+  optimizer           Adafactor of Zhai et al. 2022 (4);    AdamW
+                      AdamW: 70.3 % for 70.1 % (table 7)
+  b2, clipping        0.95 (4.7); 1.0 (S2)                  =
+  scale, bias         10, -10 (4.9)                         =
+  towers              B and B, 64 tokens (4.6); MAP, last   =
+                      token (bv)
+  vocabulary          32k SentencePiece of C4 (4.2), lower  =
+                      case without punctuation (bv)
+  image               squashed, pixels in -1 to 1 (bv)      =
+  GELU, init.         tanh, big_vision's (bv)               =
+  precision           bfloat16, first moment too (bv)       bfloat16, float32
 
 Their decay follows the schedule as the rate does, so that 0.1 times the rate is
-the same. The rate is published for one batch size: it does not follow `batch`.
+the same. The rate is the same at every batch size (C): it does not follow
+`batch`. --config.optim.name=adafactor gives their optimizer.
 
 Hardware and time: batch 32,768 is sized for 64 or more chips, 512 images per
 chip, with full rematerialisation. Not trained to completion here.
 
 Expected: the published SigLIP B/16-224 reaches 76.2 % zero-shot on ImageNet
-(MTV, Table 5). Other data or fewer examples give less. tokenizer=bytes is for
+(table 3). Other data or fewer examples give less. tokenizer=bytes is for
 smoke tests only: it cuts captions to 64 bytes.
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
@@ -81,7 +87,7 @@ def get_config(arg=None):
   )
 
   # b2=0.95 keeps the sigmoid loss stable at large batches (Zhai et al. 2023,
-  # section 4.6).
+  # section 4.7).
   config.optim = dict(
     name="adamw", lr=1e-3, weight_decay=0.1, b2=0.95, clip_norm=1.0
   )

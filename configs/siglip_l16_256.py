@@ -10,7 +10,7 @@ Hardware and time: batch 32,768 is sized for 128 or more chips. Not trained to
 completion here; no time given.
 
 Expected: the published SigLIP L/16-256 reaches 80.5 % zero-shot on ImageNet
-(MTV, Table 5).
+(Zhai et al. 2023, table 3).
 
 `:tiny` shrinks the recipe to a minute on a laptop CPU, on the built-in scenes.
 """

@@ -7,31 +7,36 @@ Command, on every host of a TPU pod:
     --config.data.train[0].path='/data/web/{00000..09999}.tar'
 
 Published values: google-deepmind/tips at 4db271d, which has no training code
-(C), and the paper, second-hand (P). The released B is distilled from g: no
-recipe of this size is published.
+(C); the paper, appendix A.2 and tables 1 and 11, by readers' notes (P). The
+released B is distilled from g; these are the values of the paper's ablations,
+which train a B.
 
   hyper-parameter      published                           ours
   data (P)             116M images of WebLI, each with a   path of the user's
                        web and a synthetic caption
   CLS tokens (C)       2, one for each kind of caption     1
-  batch (P)            16,384                              =
+  batch, epochs (P)    16k, 70                             16,384; 8.1B examples
   contrast (C)         softmax, one temperature, no bias   =
   weights (P)          contrast 1, DINO 1, iBOT 2          =
   crops (P)            1 global, shared with contrast;     1; 8 local ones
                        local ones for the student
-  masks                of the global crop, share unknown   half
+  masks (P)            75 % of the global crop, random;    blocks of 75 %
+                       blocks are as good (table 11)
+  prototypes (P)       32k                                 32,768
   KoLeo                none known                          none
   image tower (C)      CLS, layer scale, GELU tanh         =
   pixels (C)           0 to 1                              =
   text tower (C)       12 layers, ReLU, fixed sines, mean  GELU, learned
                        over the tokens, no projection      positions, last token
   vocabulary (C)       32k SentencePiece, lower case, 64   =
-  rates, examples      not seen                            SigLIP's; 1B
+  optimizer, rates     not seen                            SigLIP's
   teacher momentum     not seen                            0.994
   temperature          not seen                            CLIP's start, bound
 
-`:v2` has two changes of TIPSv2 (arXiv 2604.12012, second-hand): targets on the
-visible patches too (iBOT++), and an EMA of the heads alone.
+`:v2` has changes of TIPSv2 (arXiv 2604.12012, sections 3 and 4.1, by readers'
+notes): targets on the visible patches too (iBOT++), an EMA of the heads alone,
+6 local crops of 98 pixels without changes of colour, 90,000 steps at batch
+8,192. Not here: Adafactor, a third kind of captions, 9,000 steps at 448 pixels.
 
 Hardware and time: batch 16,384 is sized for 256 chips of v5e. Not trained to
 completion here; no time given.
@@ -73,7 +78,7 @@ def get_config(arg=None):
   # The caption and DINO's teacher share one crop and its encoding. No caption
   # should see masks: for iBOT the same crop is encoded again, masked.
   crop = f"crop({size}, 0.32, 1.0)|flip"
-  masks = f"blocks(0.5, 0.5, p=1.0, patch={patch})"
+  masks = f"blocks(0.75, 0.75, p=1.0, patch={patch})"
   config.views.image.ops = crop
   config.views.masked = dict(count=1, ops=f"{crop}|{masks}", crops_of="image")
   del config.views["global"]
@@ -87,8 +92,17 @@ def get_config(arg=None):
     weight=1.0, koleo_weight=0.0, view_global="image", same_crop="exclude"
   )
   objectives.masked_latent.update(weight=2.0, view="masked")
+  if not arg.tiny:
+    objectives.distillation.prototypes = 32_768
+    objectives.masked_latent.prototypes = 32_768
+    config.total_examples = 70 * 116_000_000
   if arg.v2:
     objectives.masked_latent.patches = "all"
     config.teacher.ema = "heads"
+  if arg.v2 and not arg.tiny:
+    config.batch_size = arg.batch or 8192
+    config.total_examples = 90_000 * 8192
+    local = config.views.local.ops.partition("|")[0]
+    config.views.local = dict(count=6, ops=f"{local}|flip")
   config.balance = None
   return config

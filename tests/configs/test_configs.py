@@ -161,3 +161,33 @@ def test_siglip_is_trained_as_published(name, shape, size):
   length = schema.RunLength.from_config(config)
   warmup = length.steps("warmup", config.schedule)
   assert warmup == pytest.approx(20_000, rel=0.02)
+
+
+def test_siglip_takes_the_optimizer_of_its_paper(tmp_path):
+  """Adafactor (section 4), whose second moments are factored."""
+  config = overrides.override(
+    schema.read_config("siglip_b16_224:tiny"), ["optim.name=adafactor"]
+  )
+  state = build_experiment(config, tmp_path).program.abstract
+  paths = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
+  assert any("v_row" in jax.tree_util.keystr(path) for path, _ in paths)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "batch", "steps", "crops"),
+  [("", 16_384, 495_605, 8), (":v2", 8192, 90_000, 6)],
+)
+def test_tips_is_trained_as_published(arguments, batch, steps, crops):
+  """70 epochs of 116M images at 16k; TIPSv2: 90,000 steps, 6 local crops."""
+  config = schema.check_config(schema.read_config(f"tips_b14{arguments}"))
+  length = schema.RunLength.from_config(config)
+  assert (config.batch_size, length.total_steps) == (batch, steps)
+  built = views.build_views(config.views.to_dict())
+  assert (built["local"].count, built["local"].size) == (crops, 98)
+  assert built["masked"].max_masked == round(0.75 * 256)
+  weights = [
+    config.objectives[name].weight
+    for name in ("contrastive", "distillation", "masked_latent")
+  ]
+  assert weights == [1.0, 1.0, 2.0]
+  assert config.objectives.masked_latent.prototypes == 32_768
