@@ -26,7 +26,7 @@ from mtv_jax.objectives import base
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.perf import hlo
 from mtv_jax.train import encodings as encodings_lib
-from mtv_jax.train import gradients
+from mtv_jax.train import losses
 from mtv_jax.train.experiment import build_step_spec
 from mtv_jax.train.step import make_program, make_update_fn, update_teacher
 from mtv_jax.train.step_spec import StepSpec, abstract_state
@@ -225,7 +225,7 @@ def make_views(
   """Views of a batch at step 0 by name, all of the config's or some."""
   images, sizes = batch["image"], batch["image_size"]
   step = jnp.zeros((), jnp.int32)
-  keys = gradients.view_keys(spec, step, len(images), mesh)
+  keys = losses.view_keys(spec, step, len(images), mesh)
   return {
     name: spec.views[name](images, sizes, keys[name], spec.dtype)
     for name in names or keys
@@ -311,7 +311,7 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
     parts[f"view {name}"] = count(make_view, batch).flops
 
   def encode(plan, params, *rest):
-    params = gradients.stop_gradient_frozen(spec, params)
+    params = losses.stop_gradient_frozen(spec, params)
     return encodings_lib.encode(plan, spec.tower_of, params, *rest)
 
   args = (state.params, state.fixed_params, views, batch)
@@ -343,8 +343,8 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
 
 
 def _loss_inputs(spec, encoded, params, state, batch, views):
-  heads = gradients.bind_heads(spec, params, state)
-  keys = gradients.view_keys(spec, state.step, len(batch["image"]), None)
+  heads = losses.bind_heads(spec, params, state)
+  keys = losses.view_keys(spec, state.step, len(batch["image"]), None)
   batch = {**batch, "views": views, "keys": keys}
   return {
     name: objective.loss_inputs(encoded, heads, batch)
@@ -388,7 +388,7 @@ def _count_objective(spec, state, encoded, batch, views) -> dict[str, float]:
   real = [jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(shapes)]
 
   def loss(heads, loss_inputs, state):
-    return gradients.compute_losses(spec, heads, state, loss_inputs)[0]
+    return losses.compute_losses(spec, heads, state, loss_inputs)[0]
 
   grad = jax.value_and_grad(loss, argnums=(0, 1), allow_int=True)
   return {

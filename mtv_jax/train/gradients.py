@@ -1,4 +1,4 @@
-"""Losses and gradients, with exact gradient accumulation.
+"""Gradients of the losses, with exact gradient accumulation.
 
 `accumulate_gradients` encodes the parts of a batch one by one to loss inputs,
 which are small, differentiates the losses on all inputs at once, and encodes
@@ -7,212 +7,28 @@ one more forward pass the gradients are exactly those of the whole batch.
 """
 
 import functools
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from mtv_jax.augment.random import row_keys, step_key
-from mtv_jax.objectives import base
-from mtv_jax.parallel.constraints import all_gather_params, constrain_batch
-from mtv_jax.parallel.mesh import data_rows
-from mtv_jax.train import encodings
+from mtv_jax.augment.random import step_key
+from mtv_jax.train.losses import (
+  Batch,
+  Loss,
+  compute_loss_inputs,
+  compute_losses,
+  float_leaves,
+  linearize_encoder,
+  replace_float_leaves,
+  total_loss,
+  view_keys,
+)
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.step_spec import StepSpec
-from mtv_jax.utils.tree import map_with_names
-
-Batch = Mapping[str, Array]
-# Not gathered whole: vocabularies by row, blocks one by one in their loop.
-EMBEDDING_TABLES = r"token_embedding$"
-_NOT_GATHERED = rf"^(image|text)/blocks/|{EMBEDDING_TABLES}"
-Loss = tuple[Float[Array, ""], dict[str, base.Terms]]
-
-
-def view_keys(
-  spec: StepSpec, step: Array, size: int, mesh: Mesh | None
-) -> dict[str, jax.Array]:
-  """Random keys `[size]` for each view that is read."""
-  seed = jax.random.key(spec.seed)
-  names = {e.view for e in spec.plan if e.tower == "image"}
-  keys = {
-    n: row_keys(seed, spec.views[n].crops_of or n, step, size)
-    for n in sorted(names)
-  }
-  if mesh is None:
-    return keys
-  # An example gets the same crops wherever it is on the mesh.
-  order = data_rows(size, mesh)
-  if (order != np.arange(size)).any():
-    keys = jax.tree.map(lambda k: k[order], keys)
-  return keys
-
-
-def rope_keys(spec: StepSpec, step: Array) -> dict[str, jax.Array]:
-  """A random key for each view that is read, the same for all rows."""
-  seed = jax.random.key(spec.seed)
-  names = {e.view for e in spec.plan if e.tower == "image"}
-  return {n: step_key(seed, f"rope/{n}", step) for n in sorted(names)}
-
-
-def stop_gradient_frozen(spec: StepSpec, params: PyTree) -> PyTree:
-  """Stops the gradient of frozen parameters, given under their full names.
-
-  A tower that is frozen whole then has no backward pass.
-  """
-  if not spec.frozen:
-    return params
-  return map_with_names(
-    lambda name, leaf: (
-      jax.lax.stop_gradient(leaf) if name in spec.frozen else leaf
-    ),
-    params,
-  )
-
-
-def _gather_params(spec: StepSpec, params: PyTree, mesh: Mesh | None) -> PyTree:
-  """The student's parameters as the layers read them."""
-  params = stop_gradient_frozen(spec, params)
-  return all_gather_params(params, mesh, keep=_NOT_GATHERED)
-
-
-def _gather(
-  spec: StepSpec, params: PyTree, state: TrainState, mesh: Mesh | None
-) -> tuple[PyTree, TrainState]:
-  """Parameters and teachers as the layers read them."""
-  gather = functools.partial(all_gather_params, mesh=mesh, keep=_NOT_GATHERED)
-  params = _gather_params(spec, params, mesh)
-  teachers = {name: gather(tree) for name, tree in state.teachers.items()}
-  return params, state.replace(teacher=gather(state.teacher), teachers=teachers)
-
-
-def bind_heads(
-  spec: StepSpec, params: PyTree, state: TrainState
-) -> base.BoundHeads:
-  """Heads with the student's parameters, and with the teacher's fixed ones."""
-  teacher = jax.lax.stop_gradient(state.teacher.get("heads", {}))
-  return base.BoundHeads(spec.heads, params, teacher)
-
-
-def _make_views(
-  spec: StepSpec,
-  batch: Batch,
-  keys: Mapping[str, jax.Array],
-  mesh: Mesh | None,
-) -> dict[str, Any]:
-  """The views that the objectives read, by name."""
-  views = {}
-  for name, rngs in keys.items():
-    with jax.named_scope(f"view({name})"):
-      views[name] = spec.views[name](
-        batch["image"], batch["image_size"], rngs, spec.dtype
-      )
-  return constrain_batch(views, mesh)
-
-
-def compute_loss_inputs(
-  spec: StepSpec,
-  params: PyTree,
-  state: TrainState,
-  batch: Batch,
-  keys: Mapping[str, jax.Array],
-  mesh: Mesh | None = None,
-) -> dict[str, Any]:
-  """The loss inputs of each objective for some rows of a batch.
-
-  `params` are the student's, `keys` the random keys of the rows' views.
-  """
-  params, state = _gather(spec, params, state, mesh)
-  batch = {**batch, "views": _make_views(spec, batch, keys, mesh), "keys": keys}
-  encoded = _encode(spec, spec.plan, params, state, batch, mesh)
-  heads = bind_heads(spec, params["heads"], state)
-  return {
-    name: _loss_inputs_of(spec, name, encoded, heads, batch, mesh)
-    for name in spec.objectives
-  }
-
-
-def _encode(
-  spec: StepSpec,
-  plan: Mapping[base.Encoding, tuple[int, ...]],
-  params: PyTree,
-  state: TrainState,
-  batch: Batch,
-  mesh: Mesh | None,
-) -> dict[base.Encoding, Any]:
-  """The encodings of a plan; the batch has `views` and their `keys`."""
-  encoded = encodings.encode(
-    plan,
-    spec.tower_of,
-    params,
-    state.fixed_params,
-    batch["views"],
-    batch,
-    mesh,
-    batch["keys"],
-    rope_keys(spec, state.step),
-  )
-  return constrain_batch(encoded, mesh)
-
-
-def _loss_inputs_of(
-  spec: StepSpec,
-  name: str,
-  encoded: base.Encodings,
-  heads: base.BoundHeads,
-  batch: Batch,
-  mesh: Mesh | None,
-) -> Any:
-  """The loss inputs of one objective."""
-  with jax.named_scope(name):
-    inputs = spec.objectives[name].loss_inputs(encoded, heads, batch)
-  return constrain_batch(inputs, mesh)
-
-
-def compute_losses(
-  spec: StepSpec,
-  params: PyTree,
-  state: TrainState,
-  loss_inputs: Mapping[str, Any],
-  mesh: Mesh | None = None,
-) -> Loss:
-  """The total loss over all inputs, and each objective's terms.
-
-  `params` are those of the heads.
-  """
-  params, state = _gather(spec, {"heads": params}, state, mesh)
-  heads = bind_heads(spec, params["heads"], state)
-  total = spec.balance.penalty(spec.config_weights(state.step), state.balance)
-  weights, terms = spec.loss_weights(state), {}
-  for name, objective in spec.objectives.items():
-    start = spec.weights[name].start
-    context = base.Context(
-      state.step - start,
-      spec.total_steps - start,
-      state.statistics[name],
-      mesh,
-    )
-    with jax.named_scope(name):
-      terms[name] = objective.loss(loss_inputs[name], heads, context)
-    total = total + weights[name] * terms[name].loss.value()
-  return total, terms
-
-
-def total_loss(
-  spec: StepSpec,
-  params: PyTree,
-  state: TrainState,
-  batch: Batch,
-  mesh: Mesh | None = None,
-) -> Loss:
-  """The whole batch's loss, as a function of all parameters."""
-  keys = view_keys(spec, state.step, len(batch["image"]), mesh)
-  loss_inputs = compute_loss_inputs(spec, params, state, batch, keys, mesh)
-  return compute_losses(spec, params["heads"], state, loss_inputs, mesh)
 
 
 def compute_gradients(
@@ -281,20 +97,6 @@ def _join_loss_inputs(
   return jax.tree.map(_join, inputs)  # [B, ...]
 
 
-def _floats(tree: PyTree) -> list[Array]:
-  """The leaves that have a gradient."""
-  leaves = jax.tree.leaves(tree)
-  return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
-
-
-def _replace_floats(tree: PyTree, floats: list[Array]) -> PyTree:
-  """A tree with other values of `_floats`."""
-  new = iter(floats)
-  return jax.tree.map(
-    lambda x: next(new) if jnp.issubdtype(x.dtype, jnp.inexact) else x, tree
-  )
-
-
 def accumulate_gradients(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[Loss, PyTree]:
@@ -306,18 +108,18 @@ def accumulate_gradients(
 
   # 2. The losses of the whole batch, and their gradients for the inputs.
   def loss(heads, floats):
-    loss_inputs = _replace_floats(inputs, floats)
+    loss_inputs = replace_float_leaves(inputs, floats)
     return compute_losses(spec, heads, state, loss_inputs, mesh)
 
   result, (head_grads, cotangents) = jax.value_and_grad(
     loss, argnums=(0, 1), has_aux=True
-  )(params["heads"], _floats(inputs))
+  )(params["heads"], float_leaves(inputs))
 
   # 3. Each part again, to pull these gradients back to the parameters.
   def add_part(grads, part_and_cotangents):
     part, cotangents = part_and_cotangents
     _, vjp = jax.vjp(
-      lambda p: _floats(compute_loss_inputs(spec, p, state, *part, mesh)),
+      lambda p: float_leaves(compute_loss_inputs(spec, p, state, *part, mesh)),
       params,
     )
     return jax.tree.map(jnp.add, grads, vjp(cotangents)[0]), None
@@ -361,27 +163,27 @@ def encoder_gradients(
   parts = _split_batch(spec, state, batch, mesh)
   if spec.accumulate == 1:
     part = jax.tree.map(_join, parts)
-    inputs, pullbacks = _linearize_encoder(spec, state, *part, mesh)
+    inputs, pullbacks = linearize_encoder(spec, state, *part, mesh)
   else:
     inputs = _join_loss_inputs(spec, state.params, state, parts, mesh)
   losses, cotangents = {}, {}
   for name in spec.objectives:
 
     def loss(floats, name=name):
-      loss_inputs = {name: _replace_floats(inputs[name], floats)}
+      loss_inputs = {name: replace_float_leaves(inputs[name], floats)}
       heads, alone = state.params["heads"], spec.only((name,))
       _, terms = compute_losses(alone, heads, state, loss_inputs, mesh)
       return terms[name].loss.value()
 
     losses[name], cotangents[name] = jax.value_and_grad(loss)(
-      _floats(inputs[name])
+      float_leaves(inputs[name])
     )
   if spec.accumulate == 1:
     return losses, {n: pullbacks[n](c) for n, c in cotangents.items()}
 
   def add_part(grads, part_and_cotangents):
     part, cotangents = part_and_cotangents
-    _, pullbacks = _linearize_encoder(spec, state, *part, mesh)
+    _, pullbacks = linearize_encoder(spec, state, *part, mesh)
     new = {name: pullbacks[name](c) for name, c in cotangents.items()}
     return jax.tree.map(jnp.add, grads, new), None
 
@@ -393,65 +195,6 @@ def encoder_gradients(
     (parts, jax.tree.map(split, cotangents)),
   )
   return losses, grads
-
-
-def _linearize_encoder(
-  spec: StepSpec,
-  state: TrainState,
-  batch: Batch,
-  keys: Mapping[str, jax.Array],
-  mesh: Mesh | None,
-) -> tuple[dict[str, Any], dict[str, Callable[[list[Array]], PyTree]]]:
-  """`compute_loss_inputs`, and its derivative for the image encoder.
-
-  The second result maps, for each objective, cotangents of the `_floats` of
-  its loss inputs to a gradient on the image encoder.
-  """
-  params, fixed = _gather(spec, state.params, state, mesh)
-  batch = {**batch, "views": _make_views(spec, batch, keys, mesh), "keys": keys}
-  encoded, encoder_vjps = {}, {}
-  for encoding, taps in spec.plan.items():
-
-    def encode(image, encoding=encoding, taps=taps):
-      tower = _gather_params(spec, {"image": image}, mesh)
-      own = {**params, **tower}
-      return _encode(spec, {encoding: taps}, own, fixed, batch, mesh)[encoding]
-
-    if encoding.tower == "image" and encoding.weights == base.STUDENT:
-      encoded[encoding], encoder_vjps[encoding] = jax.vjp(
-        encode, state.params["image"]
-      )
-    else:
-      encoded[encoding] = encode(state.params["image"])
-  heads = bind_heads(spec, params["heads"], state)
-
-  def linearize(name):
-    needs = spec.objectives[name].needs().encodings
-    read = {e: encoded[e] for e in encoder_vjps if e in needs}
-
-    def loss_inputs(read):
-      inputs = _loss_inputs_of(
-        spec, name, {**encoded, **read}, heads, batch, mesh
-      )
-      return _floats(inputs), inputs
-
-    _, vjp, inputs = jax.vjp(loss_inputs, read, has_aux=True)
-
-    def pull_back(cotangents):
-      (encoding_cotangents,) = vjp(cotangents)
-      grads = jax.tree.map(jnp.zeros_like, state.params["image"])
-      for encoding, cotangent in encoding_cotangents.items():
-        (grad,) = encoder_vjps[encoding](cotangent)
-        grads = jax.tree.map(jnp.add, grads, grad)
-      return grads
-
-    return inputs, pull_back
-
-  pairs = {name: linearize(name) for name in spec.objectives}
-  inputs, pullbacks = (
-    {n: pair[i] for n, pair in pairs.items()} for i in (0, 1)
-  )
-  return inputs, pullbacks
 
 
 def encoder_grad_norms(

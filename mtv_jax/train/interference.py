@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from mtv_jax.train import gradients
+from mtv_jax.train.losses import Batch
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.step_spec import StepSpec
 from mtv_jax.utils.tree import flatten_with_names
@@ -71,7 +72,7 @@ def block_products(grads: Sequence[PyTree]) -> Float[Array, "o o b"]:
 def measure_interference(
   spec: StepSpec,
   state: TrainState,
-  batch: gradients.Batch,
+  batch: Batch,
   lr: Float[Array, ""] | None = None,
   mesh: Mesh | None = None,
 ) -> dict[str, Array]:
@@ -106,7 +107,7 @@ def measure_interference(
 def _transfer(
   spec: StepSpec,
   state: TrainState,
-  batch: gradients.Batch,
+  batch: Batch,
   grads: Mapping[str, PyTree],
   lr: Float[Array, ""],
   mesh: Mesh | None,

@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from mtv_jax.parallel.constraints import check_param_rules
 from mtv_jax.parallel.mesh import BATCH_SPEC, replicated_sharding
 from mtv_jax.parallel.rules import ShardingRules, tree_shardings
-from mtv_jax.train import gradients, interference, optim
+from mtv_jax.train import gradients, interference, losses, optim
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.step_spec import (
   StepSpec,
@@ -272,7 +272,7 @@ def make_program(
     ConfigError: for sharding rules that the layers can't follow.
   """
   shapes = abstract_state(spec, tx)
-  check_param_rules(shapes.params, mesh, rules, keep=gradients.EMBEDDING_TABLES)
+  check_param_rules(shapes.params, mesh, rules, keep=losses.EMBEDDING_TABLES)
   abstract = jax.tree.map(
     lambda leaf, sharding: leaf.update(sharding=sharding),
     shapes,

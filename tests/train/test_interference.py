@@ -17,8 +17,9 @@ from mtv_jax.config import schema
 from mtv_jax.objectives import base, build_objective
 from mtv_jax.objectives.contrastive import Contrastive
 from mtv_jax.parallel.mesh import shard_batch
-from mtv_jax.train import gradients, interference
+from mtv_jax.train import interference
 from mtv_jax.train.loop import train
+from mtv_jax.train.losses import total_loss
 from mtv_jax.train.step import make_program
 from mtv_jax.train.step_spec import ObjectiveWeight
 from mtv_jax.utils.tree import flatten_with_names
@@ -95,7 +96,7 @@ def brute_force(params):
     alone = dataclasses.replace(
       spec.only((name,)), weights={name: ObjectiveWeight(1.0)}
     )
-    return gradients.total_loss(alone, own, state, batch)[0]
+    return total_loss(alone, own, state, batch)[0]
 
   @jax.jit
   def losses(image, batch):

@@ -22,7 +22,7 @@ from mtv_jax.parallel.mesh import (
   shard_batch,
 )
 from mtv_jax.perf import hlo
-from mtv_jax.train import gradients
+from mtv_jax.train import gradients, losses
 from mtv_jax.train.step import make_program
 from mtv_jax.train.step_spec import ObjectiveWeight, init_params
 from mtv_jax.utils.tree import flatten_with_names
@@ -51,7 +51,7 @@ def gradients_on(mesh, rules=()):
 
   @functools.partial(jax.jit, out_shardings=replicated_sharding(mesh))
   def compute(state, batch):
-    return jax.grad(lambda p: gradients.total_loss(spec, p, state, batch)[0])(
+    return jax.grad(lambda p: losses.total_loss(spec, p, state, batch)[0])(
       state.params
     )
 
@@ -522,8 +522,8 @@ def test_temperature_is_clipped_after_each_update(shape):
   tx = optax.sgd(lambda count: jnp.asarray(rates)[count])
   program = make_program(spec, tx, mesh)
   state, batch = program.init(params), shard_batch(make_batch(), mesh)
-  keys = gradients.view_keys(spec, jnp.int32(0), 16, None)
-  loss_inputs = jax.jit(functools.partial(gradients.compute_loss_inputs, spec))(
+  keys = losses.view_keys(spec, jnp.int32(0), 16, None)
+  loss_inputs = jax.jit(functools.partial(losses.compute_loss_inputs, spec))(
     params, state, make_batch(), keys
   )["contrastive"]
   expected, values = np.log(1.3), []
