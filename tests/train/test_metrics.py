@@ -179,6 +179,22 @@ def test_resume_leaves_a_complete_file_alone(tmp_path):
   assert (before.st_ino, before.st_size) == (after.st_ino, after.st_size)
 
 
+def test_rows_of_a_table_are_repeated_by_no_resume(tmp_path):
+  values = dict(names=["a", "b"], share=1 / 3, norms=np.float32([0.1, np.nan]))
+  with MetricWriter(tmp_path, total_steps=10) as writers:
+    for step in (2, 4, 6):
+      writers.row("interference", step, values)
+  with MetricWriter(tmp_path, total_steps=10, start_step=5) as writers:
+    writers.row("interference", 6, values)
+  lines = (tmp_path / "interference.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  assert [row.pop("step") for row in rows] == [2, 4, 6]
+  expected = dict(names=["a", "b"], share=0.3333333, norms=[0.1, None])
+  assert rows == [expected] * 3
+  MetricWriter(tmp_path, total_steps=10).close()
+  assert not (tmp_path / "interference.jsonl").read_text()
+
+
 def test_only_process_0_writes(tmp_path, caplog):
   with (
     caplog.at_level(logging.INFO),
