@@ -335,7 +335,9 @@ def interval_plot(
 def _value_text(value: Number | None) -> str:
   if value is None or not math.isfinite(value):
     return "–"
-  return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+  if abs(value) >= 10:
+    return f"{value:.1f}"
+  return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
 def _draw_interval(

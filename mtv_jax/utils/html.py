@@ -52,7 +52,7 @@ def table(rows: Sequence[Sequence[Any]], *, numbers: int | None = None) -> str:
   """A table of plain text: a header, then rows.
 
   Args:
-    rows: lists of cells: text, `Bold` or `Link`.
+    rows: lists of cells: text of one or more lines, `Bold`, `Link`, `Swatch`.
     numbers: the first column of numbers, which are aligned to the right.
   """
   lines = []
@@ -66,6 +66,8 @@ def table(rows: Sequence[Sequence[Any]], *, numbers: int | None = None) -> str:
 
 def _cell(cell: Any) -> str:
   text = escape(cell)
+  if "\n" in text:
+    text = f"<span class=lines>{text.replace(chr(10), '<br>')}</span>"
   if isinstance(cell, Link):
     return f"<a href='#{text}'>{text}</a>"
   if isinstance(cell, Swatch):
@@ -196,7 +198,7 @@ th, td:first-child { white-space: nowrap; }
 .n { text-align: right; padding-left: .5em; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 .note { color: var(--muted); max-width: 56em; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; } .lines { white-space: nowrap; }
 img { max-width: 100%; height: auto; }
 figure { margin: .6em 0; max-width: 100%; }
 figcaption { color: var(--muted); }

@@ -134,4 +134,10 @@ def test_the_wheel_works_alone(tmp_path, repo_root):
   run("convert", "to_hf", "run", "export")
   names = {path.name for path in pathlib.Path(elsewhere).iterdir()}
   assert names == {"run", "figures.json", "export"}
+  assert "<svg" in (elsewhere / "run" / "report.html").read_text()
+  command = (elsewhere / "run" / "command.txt").read_text()
+  assert command == (
+    "mtv-jax train --config=siglip_b16_224:tiny,batch=8 "
+    "--config.total_steps=2 --workdir=run\n"
+  )
   assert (elsewhere / "export" / "model.safetensors").is_file()
