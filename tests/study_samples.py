@@ -24,18 +24,21 @@ def write_run(
   steps=400,
   sheets=("examples",),
   interference=True,
+  variant="mu/8",
 ):
-  """Writes a run's folder; `gain` raises its metrics."""
+  """Writes a finished run's folder; `gain` raises its metrics."""
   rng = np.random.default_rng([seed, len(objectives)])
   (folder / "evals").mkdir(parents=True)
   config = {
     "seed": seed,
     "batch_size": 64,
     "total_steps": steps,
-    "model": {"variant": "mu/8"},
+    "model": {"variant": variant},
     "objectives": {name: {"weight": 1.0} for name in objectives},
+    "evals": {name: {} for name in METRICS},
   }
   (folder / "config.json").write_text(json.dumps(config))
+  (folder / "checkpoints" / str(steps)).mkdir(parents=True)
   rows = []
   for step in range(20, steps + 1, 20):
     row = {"step": step, "grad_norm": 1 + 1 / step}
@@ -69,6 +72,44 @@ def write_run(
       for step in range(100, steps + 1, 100)
     ]
     (folder / "interference.jsonl").write_text("\n".join(lines) + "\n")
+  return folder
+
+
+def write_study(folder, kind, arms, *, baseline=None, seeds=3, **options):
+  """Writes a study; `arms` are each a name, objectives and a gain."""
+  runs = []
+  for name, objectives, gain in arms:
+    for seed in range(seeds):
+      run = write_run(
+        folder / "runs" / f"{name}-s{seed}",
+        seed=seed,
+        objectives=objectives,
+        gain=gain,
+        **options,
+      )
+      runs.append(
+        {
+          "name": run.name,
+          "arm": name,
+          "seed": seed,
+          "overrides": [f"seed={seed}"],
+          "steps": 400,
+          "settings": json.loads((run / "config.json").read_text()),
+          "flops": None,
+        }
+      )
+  study = {
+    "format": 1,
+    "fingerprint": "0123",
+    "kind": kind,
+    "config": "study",
+    "baseline": baseline or arms[0][0],
+    "match": "images",
+    "budget": 1.0,
+    "costs": {},
+    "runs": runs,
+  }
+  (folder / "study.json").write_text(json.dumps(study))
   return folder
 
 

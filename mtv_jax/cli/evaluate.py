@@ -8,7 +8,7 @@
       --data=retrieval=coco/dataset_coco.json --set=retrieval.max_captions=5 \\
       --output=results/siglip --compare=results/a/results.json
 
-With --output: results.json, results.md, radar.png, sheets of images, and a
+With --output: results.json, results.md, charts, sheets of images, and a
 self-contained report.html. --evals=all lists evaluations that an encoder does
 not support as skipped.
 """

@@ -18,6 +18,7 @@ from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.report import pages
 from mtv_jax.evals.report import report as report_lib
+from mtv_jax.utils import charts
 from mtv_jax.utils.errors import ConfigError
 
 _WEIGHTS = re.compile(r"(.+)@(student|teacher|ema)")
@@ -146,8 +147,8 @@ def write(
 ) -> list[pathlib.Path]:
   """Writes a folder of results; returns its files.
 
-  `results.json`, `results.md`, `report.html`, `sheets/*.png`, and `radar.png`
-  for three metrics or more. Files of the same names are replaced. The other
+  `results.json`, `results.md`, `report.html`, `sheets/*.png`, `charts/*.svg`.
+  Files of the same names are replaced. The other
   arguments are those of `build_report`.
   """
   folder = pathlib.Path(folder)
@@ -157,11 +158,9 @@ def write(
   markdown, html = pages.render_markdown(report), pages.render_html(report)
   (folder / "results.md").write_text(markdown, encoding="utf-8")
   (folder / "report.html").write_text(html, encoding="utf-8")
-  # The chart of an earlier run would show other metrics.
-  (folder / "radar.png").unlink(missing_ok=True)
-  sheets = [*report.sheets, *([report.chart] if report.chart else [])]
-  images = {sheet.path: sheet.image for sheet in sheets}
-  for path, image in images.items():
-    Image.fromarray(image).save(folder / path)
-  names = ("report.html", "results.md", "results.json", *images)
+  for sheet in report.sheets:
+    Image.fromarray(sheet.image).save(folder / sheet.path)
+  names = ["report.html", "results.md", "results.json"]
+  names += [sheet.path for sheet in report.sheets]
+  names += charts.write_files(report.charts, folder)
   return [folder / name for name in names]

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from mtv_jax.evals.report import tables
+from mtv_jax.evals.report.report import file_name, interval_row
 from mtv_jax.studies.folders import Run
 from mtv_jax.utils import charts
-from mtv_jax.utils.charts import Chart, Row, Series
+from mtv_jax.utils.charts import Chart, Series
 from mtv_jax.utils.html import Swatch
 
-# Standard errors to both sides of a value with its 95 % interval.
-_Z = 1.96
 # Metrics that are drawn below the losses and the evaluations.
 _FURTHER = (
   r"grad_norm$|/weight$|^speed/(images_per_second|wait)$|^interference/"
@@ -32,12 +31,6 @@ def group_by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
   for run in runs:
     arms[run.arm].append(run)
   return dict(arms)
-
-
-def file_name(*parts: str) -> str:
-  """A name for a file, of letters, digits, dots and hyphens."""
-  parts = [re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in parts]
-  return "_".join(part or "unnamed" for part in parts)
 
 
 def draw_training_curves(
@@ -120,9 +113,7 @@ def draw_run_metrics(run: Run) -> list[Chart]:
   for row in tables.compare([run.outcome]):
     if row.evaluation in tables.DESCRIPTIVE or row.values[0] is None:
       continue
-    groups[row.evaluation, row.unit].append(
-      _interval_row(row, 0, row.metric, 0)
-    )
+    groups[row.evaluation, row.unit].append(interval_row(row, 0, row.metric, 0))
   return [
     charts.interval_plot(
       evaluation, rows, name=file_name("metrics", evaluation, unit), unit=unit
@@ -137,7 +128,7 @@ def draw_metrics(runs: Sequence[Run]) -> list[Chart]:
   for row in tables.compare([run.outcome for run in runs]):
     if row.evaluation in tables.DESCRIPTIVE:
       continue
-    rows = [_interval_row(row, i, run.name, i) for i, run in enumerate(runs)]
+    rows = [interval_row(row, i, run.name, i) for i, run in enumerate(runs)]
     drawn.append(
       charts.interval_plot(
         f"{row.evaluation} {row.metric}",
@@ -148,19 +139,6 @@ def draw_metrics(runs: Sequence[Run]) -> list[Chart]:
       )
     )
   return drawn
-
-
-def _interval_row(row: tables.Row, i: int, name: str, colour: int) -> Row:
-  value, error = row.values[i], row.errors[i]
-  known = value is not None and error is not None
-  return Row(
-    name,
-    value,
-    value - _Z * error if known else None,
-    value + _Z * error if known else None,
-    chance=row.chance,
-    colour=colour,
-  )
 
 
 def draw_interference(runs: Sequence[Run]) -> list[Chart]:

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from mtv_jax.evals import suite
 from mtv_jax.evals.report import tables
+from mtv_jax.evals.report.report import file_name
 from mtv_jax.studies import figures
 from mtv_jax.studies.folders import Run, read_run
-from mtv_jax.utils import atomic, charts, html, markdown
+from mtv_jax.studies.pages import Block, Sheet, write_pages
 from mtv_jax.utils.errors import ConfigError
 
 _VALUES_NOTE = (
@@ -37,24 +35,6 @@ _GRADIENTS_NOTE = (
   "losses, rows are the objectives whose gradient is followed."
 )
 _MAX_WIDTH = 1200  # Pixels of a sheet on the page.
-
-
-class Sheet(NamedTuple):
-  """An image of an evaluation, as `writer.images` takes it."""
-
-  title: str
-  image: np.ndarray
-  path: str  # relative to the report
-  source: pathlib.Path
-
-
-class Block(NamedTuple):
-  """A call of a function that `utils.html` and `utils.markdown` have."""
-
-  function: str
-  content: Any
-  options: dict[str, Any] = {}  # noqa: RUF012
-  inner: tuple[Block, ...] = ()  # of `details`
 
 
 def write_runs(
@@ -87,51 +67,6 @@ def format_run(folder: str | os.PathLike) -> str:
   """The last metrics of a run with chance, as a text table; "" if none."""
   outcome = read_run(folder).outcome
   return tables.format_metrics([outcome]) if outcome.results else ""
-
-
-def write_pages(
-  title: str, blocks: Sequence[Block], output: str | os.PathLike
-) -> list[pathlib.Path]:
-  """Writes blocks as `report.html` and as `report.md` with its images."""
-  output = pathlib.Path(output)
-  output.mkdir(parents=True, exist_ok=True)
-  blocks = [Block("heading", title, {"level": 1}), *blocks]
-  for block in _flatten(blocks):
-    if block.function == "charts":
-      (output / "charts").mkdir(exist_ok=True)
-      for chart in block.content:
-        path = output / "charts" / f"{chart.name}.svg"
-        path.write_text(charts.to_file(chart), encoding="utf-8")
-    elif block.function == "images":
-      for sheet in block.content:
-        path = output / sheet.path
-        if not path.exists() or not path.samefile(sheet.source):
-          path.parent.mkdir(parents=True, exist_ok=True)
-          shutil.copyfile(sheet.source, path)
-  page = html.page(title, _render(blocks, html))
-  text = "\n\n".join(_render(blocks, markdown)) + "\n"
-  pages = {"report.html": page, "report.md": text}
-  for name, content in pages.items():
-    # Lone surrogates of file names have no encoding.
-    atomic.write(output / name, content.encode("utf-8", "replace"))
-  return [output / name for name in pages]
-
-
-def _flatten(blocks: Sequence[Block]) -> Iterator[Block]:
-  for block in blocks:
-    yield block
-    yield from _flatten(block.inner)
-
-
-def _render(blocks: Sequence[Block], writer: ModuleType) -> list[str]:
-  parts = []
-  for block in blocks:
-    write, options = getattr(writer, block.function), dict(block.options)
-    if block.inner:
-      parts.append(write(block.content, _render(block.inner, writer)))
-    else:
-      parts.append(write(block.content, **options))
-  return parts
 
 
 def _describe_runs(
@@ -211,7 +146,7 @@ def _read_sheet(
   if source.is_relative_to(output.resolve()):
     path = source.relative_to(output.resolve()).as_posix()
   else:
-    path = f"sheets/{figures.file_name(run.name, evaluation, name)}.png"
+    path = f"sheets/{file_name(run.name, evaluation, name)}.png"
   return Sheet(run.name, np.asarray(image), path, source)
 
 

@@ -8,6 +8,7 @@ or dark. Marks have titles, which a browser shows under the pointer.
 from __future__ import annotations
 
 import math
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -481,6 +482,15 @@ def to_file(chart: Chart) -> str:
   return chart.svg.replace(
     "<svg ", "<svg xmlns='http://www.w3.org/2000/svg' ", 1
   ).replace(">", f"><style>{THEME}{SVG_STYLE}</style>", 1)
+
+
+def write_files(drawn: Sequence[Chart], folder: pathlib.Path) -> list[str]:
+  """Writes `charts/NAME.svg`, which Markdown links to; returns the paths."""
+  paths = [f"charts/{chart.name}.svg" for chart in drawn]
+  (folder / "charts").mkdir(parents=True, exist_ok=True)
+  for path, chart in zip(paths, drawn, strict=True):
+    (folder / path).write_text(to_file(chart), encoding="utf-8")
+  return paths
 
 
 def thin_out(

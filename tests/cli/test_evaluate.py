@@ -93,7 +93,7 @@ def test_all_evaluations_beside_a_baseline(folder, tmp_path, capsys):
   assert ran == set(base.EVALUATORS) == {*floor.results, *floor.skipped}
   assert not first.failed and not floor.failed
   assert {"retrieval", "zero_shot"} <= {*first.results} & {*floor.skipped}
-  for name in ("report.html", "results.md", "radar.png"):
+  for name in ("report.html", "results.md", "charts"):
     assert (out / name).stat().st_size
   assert (out / "sheets" / "retrieval_captions_untrained.png").is_file()
   assert "text tower" in (out / "results.md").read_text()

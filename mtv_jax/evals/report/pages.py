@@ -14,8 +14,12 @@ _NOTE = (
   "value, or one on other data than the first column's. ↓: lower is better. "
   f"±: standard error over the items of the set. Bold: {tables.BEST_NOTE}."
 )
+_CHARTS_NOTE = (
+  "Charts: axes span chance and the best known values; bars are 1.96 standard "
+  "errors to both sides."
+)
 _PUBLISHED_NOTE = (
-  "Dashed: Table 5 of arXiv 2601.13886. Its protocols are published in part, "
+  "Hollow: Table 5 of arXiv 2601.13886. Its protocols are published in part, "
   "so those figures are for orientation."
 )
 
@@ -39,10 +43,8 @@ def _render(report: Report, writer: ModuleType) -> Iterator[str]:
   if report.left_out:
     names = ", ".join(report.left_out)
     yield writer.note(f"Not shown, for lack of the same data: {names}.")
-  if report.chart is None:
-    yield writer.note("No radar chart: it needs 3 metrics or more.")
-  else:
-    yield writer.images([report.chart])
+  yield writer.note(_CHARTS_NOTE)
+  yield writer.charts(report.charts)
   if report.quoted:
     yield writer.note(_PUBLISHED_NOTE)
     yield writer.table(_published_table(report))

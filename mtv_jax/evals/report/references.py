@@ -1,4 +1,4 @@
-"""Published figures of other encoders, for the radar chart.
+"""Published figures of other encoders, for the charts.
 
 Table 5 of "Revisiting Multi-Task Visual Representation Learning" (arXiv
 2601.13886), in percent and metres, beside our results on the same whole data

@@ -1,4 +1,4 @@
-"""Content of an evaluation report: columns, radar chart, sheets."""
+"""Content of an evaluation report: columns, charts, sheets."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from typing import NamedTuple
 import numpy as np
 
 from mtv_jax.evals.core.results import Outcome
-from mtv_jax.evals.report import radar, references, tables
+from mtv_jax.evals.report import references, tables
+from mtv_jax.utils import charts
+from mtv_jax.utils.charts import Chart, Row
 
-# Metrics in the chart; of other evaluations the first one.
-_HEADLINES = {
+# Metrics with a chart; of other evaluations the first one.
+HEADLINES = {
   "geometric_correspondence": ("avg_recall",),
   "retrieval": ("text_to_image_r1", "image_to_text_r1"),
   **dict.fromkeys(tables.DESCRIPTIVE, ()),
 }
+_Z = 1.96  # Standard errors to both sides of a value: its 95 % interval.
+_PUBLISHED_COLOUR = 7  # Grey.
 
 
 class Sheet(NamedTuple):
@@ -37,7 +41,7 @@ class Report(NamedTuple):
   outcomes: Sequence[Outcome]  # one per evaluated encoder
   columns: Sequence[Outcome]  # those, and earlier ones to compare with
   left_out: Sequence[str]  # names of earlier ones without the same data
-  chart: Sheet | None  # the radar chart of three metrics or more
+  charts: Sequence[Chart]  # one for each main metric
   sheets: Sequence[Sheet]  # all encoders' sheets
   quoted: Sequence[str]  # columns of `references.COLUMNS` with the same data
 
@@ -63,17 +67,14 @@ def build_report(
       shown.append(outcome)
     else:
       left_out.append(outcome.name)
-  chart, drawn = build_chart(shown, size=size), None
-  if len(chart.axes) > 2:
-    image = radar.draw(chart.axes, chart.series)
-    drawn = Sheet("", "", "Radar chart", "radar.png", image)
+  drawn, quoted = draw_charts(shown, size=size)
   return Report(
     outcomes=shown[: len(outcomes)],
     columns=shown,
     left_out=left_out,
-    chart=drawn,
+    charts=drawn,
     sheets=_list_sheets(shown[: len(outcomes)]),
-    quoted=chart.quoted if size else [],
+    quoted=quoted,
   )
 
 
@@ -87,46 +88,73 @@ def _number_equal_names(outcomes: Sequence[Outcome]) -> list[Outcome]:
   return renamed
 
 
-class Chart(NamedTuple):
-  """Content of the radar chart: metrics, encoders and chance."""
+def draw_charts(
+  columns: Sequence[Outcome], *, size: str | None
+) -> tuple[list[Chart], list[str]]:
+  """Charts of the main metrics, from chance to the best known value.
 
-  axes: list[radar.Axis]
-  series: list[radar.Series]
-  quoted: list[str]  # columns of `references.COLUMNS` among the axes
+  Bars are 1.96 standard errors to both sides. Published values of encoders of
+  a size are hollow, where the data are the same.
 
-
-def build_chart(columns: Sequence[Outcome], *, size: str | None) -> Chart:
-  """The main metrics of distinctly named encoders beside the published ones."""
+  Returns:
+    The charts, and the columns of `references.COLUMNS` among them.
+  """
   published = [r for r in references.REFERENCES if r.size == size]
-  axes, quoted, by_axis = [], [], []
+  drawn, quoted = [], []
   for row in tables.compare(columns):
     first = next(o for o in columns if row.evaluation in o.results)
     result = first.results[row.evaluation]
-    headlines = _HEADLINES.get(row.evaluation, tuple(result.metrics)[:1])
+    headlines = HEADLINES.get(row.evaluation, tuple(result.metrics)[:1])
     if row.metric not in headlines or row.values.count(None) == len(columns):
       continue
-    values = dict(zip([o.name for o in columns], row.values, strict=True))
-    label = f"{row.evaluation}\n{row.metric}"
+    rows = [interval_row(row, i, o.name, i) for i, o in enumerate(columns)]
+    title = f"{row.evaluation} {row.metric}"
     column = references.matching_column(
       row.evaluation, row.metric, result.protocol
     )
-    if column:
+    if column and published:
       quoted.append(column)
-      label = references.COLUMNS[column].label.replace(" ", "\n", 1)
-      values |= {r.name: r.figures[column] for r in published}
-    values["chance"] = row.chance
-    by_axis.append(values)
-    axes.append(
-      radar.make_axis(label, [*values.values()], unit=row.unit, lower=row.lower)
+      title = references.COLUMNS[column].label
+      rows += [
+        Row(
+          r.name,
+          r.figures[column],
+          chance=row.chance,
+          colour=_PUBLISHED_COLOUR,
+          hollow=True,
+        )
+        for r in published
+      ]
+    drawn.append(
+      charts.interval_plot(
+        title,
+        rows,
+        name=file_name("metric", row.evaluation, row.metric),
+        unit=row.unit,
+        lower=row.lower,
+      )
     )
-  styles = dict.fromkeys([o.name for o in columns], "solid")
-  styles |= {r.name: "dashed" for r in published} | {"chance": "chance"}
-  series = [
-    radar.Series(name, tuple(values.get(name) for values in by_axis), style)
-    for name, style in styles.items()
-  ]
-  series = [s for s in series if any(v is not None for v in s.values)]
-  return Chart(axes, series, quoted)
+  return drawn, quoted
+
+
+def interval_row(row: tables.Row, i: int, name: str, colour: int) -> Row:
+  """The i-th value of a row with chance and 1.96 standard errors."""
+  value, error = row.values[i], row.errors[i]
+  known = value is not None and error is not None
+  return Row(
+    name,
+    value,
+    value - _Z * error if known else None,
+    value + _Z * error if known else None,
+    chance=row.chance,
+    colour=colour,
+  )
+
+
+def file_name(*parts: str) -> str:
+  """A file's name of letters, digits, dots and hyphens."""
+  parts = [re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in parts]
+  return "_".join(part or "unnamed" for part in parts)
 
 
 def _list_sheets(outcomes: Sequence[Outcome]) -> list[Sheet]:
@@ -136,8 +164,7 @@ def _list_sheets(outcomes: Sequence[Outcome]) -> list[Sheet]:
       result = outcome.results.get(evaluation)
       for name, image in (result.sheets if result else {}).items():
         parts = [evaluation, name, outcome.name][: 2 + (len(outcomes) > 1)]
-        parts = [re.sub(r"[^\w.-]+", "-", p).strip("-.") for p in parts]
-        file = "_".join(part or "unnamed" for part in parts)
+        file = file_name(*parts)
         # "a/b" and "a:b" both become "a-b".
         while file in files:
           file += "-"

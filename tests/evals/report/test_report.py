@@ -1,9 +1,10 @@
-"""Tables, results JSON, the radar chart and the pages of a report."""
+"""Tables, results JSON, charts and the pages of a report."""
 
 import dataclasses
 import html.parser
 import json
 import math
+import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
@@ -14,12 +15,11 @@ from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.report import (
   pages,
-  radar,
   references,
   report,
   tables,
 )
-from mtv_jax.utils import markdown
+from mtv_jax.utils import charts, markdown
 
 DEPTH = Result(
   {"rmse": 0.5, "delta1": 0.75},
@@ -217,45 +217,6 @@ def test_json_without_results_is_rejected(tmp_path):
     results.read(path)
 
 
-def test_axis_ends_are_round():
-  axis = radar.make_axis("x", [12.0, None, 61.3], unit="%", lower=False)
-  assert (axis.centre, axis.rim) == (0, 65)
-  axis = radar.make_axis("x", [99.7], unit="%", lower=False)
-  assert (axis.centre, axis.rim) == (0, 100)
-  axis = radar.make_axis("x", [0.414, 0.615], unit="m", lower=True)
-  assert (axis.centre, axis.rim) == (0.65, 0.4)
-  assert axis.radius(0.525) == pytest.approx(0.5)
-  assert axis.radius(0.1) == 1
-  axis = radar.make_axis("x", [0.0], unit="%", lower=False)
-  assert axis.radius(0.0) == 0
-  axis = radar.make_axis("x", [0.5], unit="m", lower=True)
-  assert axis.radius(0.5) == 1
-  axis = radar.make_axis("x", [0.6], unit="", lower=False)
-  assert axis.rim == 0.6
-  with pytest.raises(ValueError, match="no encoder has"):
-    radar.make_axis("x", [None, math.nan], unit="%", lower=False)
-
-
-def test_radar_plots_values_at_their_radius():
-  axes = [radar.Axis(f"axis {i}", 0.0, 100.0, "%") for i in range(4)]
-  series = [
-    radar.Series("measured", (100.0, 100.0, 100.0, 100.0)),
-    radar.Series("quoted", (50.0, None, 50.0, None), "dashed"),
-  ]
-  (polar,) = radar.plot(axes, series).axes
-  # The first series is on top.
-  assert polar.lines[0].get_zorder() > polar.lines[1].get_zorder()
-  measured, quoted = (line.get_ydata() for line in polar.lines)
-  np.testing.assert_array_equal(measured, [1, 1, 1, 1, 1])
-  np.testing.assert_array_equal(quoted, [0.5, np.nan, 0.5, np.nan, 0.5])
-  chart = radar.draw(axes, series)
-  assert chart.dtype == np.uint8 and chart.shape[2] == 3
-  red, green, blue = (int(radar.COLOURS[0][i : i + 2], 16) for i in (1, 3, 5))
-  assert (np.abs(chart.astype(int) - (red, green, blue)).sum(-1) < 20).any()
-  with pytest.raises(ValueError, match="at least 3 axes"):
-    radar.draw(axes[:2], [])
-
-
 def whole(images=50_000):
   shot = Result(
     {"top1": 0.7}, {"images": images, "classes": 1000}, {"top1": 0.001}
@@ -267,29 +228,45 @@ def whole(images=50_000):
   return Outcome("ours", "ours", "ema", {"zero_shot": shot, "retrieval": coco})
 
 
+def rows_of(chart):
+  """(name, value, chance) of a chart's rows, and which are hollow."""
+  svg = ET.fromstring(charts.to_file(chart))
+  titles = [
+    (mark.get("class"), mark[0].text)
+    for mark in svg.iter("{http://www.w3.org/2000/svg}circle")
+    if len(mark)
+  ]
+  values = {}
+  for _, text in titles:
+    name, _, value = text.partition(": ")
+    values[name] = float(value.split()[0])
+  return values, [t.partition(":")[0] for css, t in titles if css == "hollow"]
+
+
 def test_published_figures_need_the_same_data():
-  chart = report.build_chart([whole()], size="base")
-  assert chart.quoted == ["imagenet", "coco_t2i", "coco_i2t"]
-  assert chart.axes[0].label == "ImageNet\nzero-shot"
-  assert chart.axes[0].rim == 80
-  by_name = {s.name: s for s in chart.series}
-  assert by_name["ours"].values == (70.0, 40.0, 60.0)
-  assert by_name["SigLIP 2 B/16"].values == (78.2, 52.1, 68.9)
-  assert by_name["SigLIP 2 B/16"].style == "dashed"
-  assert by_name["chance"].values == (0.1, None, None)
-  assert "MTV L/16" not in by_name
+  drawn, quoted = report.draw_charts([whole()], size="base")
+  assert quoted == ["imagenet", "coco_t2i", "coco_i2t"]
+  assert [chart.title for chart in drawn] == [
+    "ImageNet zero-shot",
+    "COCO text to image R@1",
+    "COCO image to text R@1",
+  ]
+  values, hollow = rows_of(drawn[0])
+  assert values["ours"] == 70.0 and values["SigLIP 2 B/16"] == 78.2
+  assert "ours" not in hollow and len(hollow) == len(values) - 1 == 4
+  assert "MTV L/16" not in values
+  assert drawn[0].svg.count("chance: 0.1 %") == len(values)
   # A subset of ImageNet counts as different data.
-  chart = report.build_chart([whole(images=500)], size="large")
-  assert chart.quoted == ["coco_t2i", "coco_i2t"]
-  assert chart.axes[0].label == "zero_shot\ntop1"
-  by_name = {s.name: s for s in chart.series}
-  assert by_name["MTV L/16"].values == (None, 43.0, 58.1)
+  drawn, quoted = report.draw_charts([whole(images=500)], size="large")
+  assert quoted == ["coco_t2i", "coco_i2t"]
+  assert rows_of(drawn[0]) == ({"ours": 70.0}, [])
+  assert rows_of(drawn[1])[0]["MTV L/16"] == 43.0
   text = pages.render_markdown(
     report.build_report([whole(images=500)], size="large")
   )
   assert "| MTV L/16 | 43 | 58.1 |" in text and "arXiv" in text
-  chart = report.build_chart([whole()], size=None)
-  assert [s.name for s in chart.series] == ["ours", "chance"]
+  drawn, quoted = report.draw_charts([whole()], size=None)
+  assert quoted == [] and rows_of(drawn[0])[0] == {"ours": 70.0}
 
 
 _NYU = {"images": 654, "crop": "nyu_eigen", "depth": "raw, mm"}
@@ -364,7 +341,11 @@ def test_report_folder(tmp_path):
   folder = tmp_path / "out"
   files = suite.write(folder, [first, second], compared=[whole()])
   assert sorted(str(f.relative_to(folder)) for f in files) == [
-    "radar.png",
+    "charts/metric_depth_rmse.svg",
+    "charts/metric_retrieval_image_to_text_r1.svg",
+    "charts/metric_retrieval_text_to_image_r1.svg",
+    "charts/metric_shot_top1.svg",
+    "charts/metric_zero_shot_top1.svg",
     "report.html",
     "results.json",
     "results.md",
@@ -378,21 +359,13 @@ def test_report_folder(tmp_path):
   page = Reader()
   page.feed((folder / "report.html").read_text(encoding="utf-8"))
   assert page.external == []
-  assert page.tags.count("img") == 3
+  assert page.tags.count("img") == 2 and page.tags.count("svg") == 5
   assert "text (a:b): no <tower>" in page.text
   for word in ("0.500 ± 0.03 m", "ours", "Protocol", "data_hash"):
     assert word in page.text
   text = (folder / "results.md").read_text(encoding="utf-8")
-  for link in ("radar.png", "sheets/depth_sheet_a-b.png"):
+  for link in ("charts/metric_depth_rmse.svg", "sheets/depth_sheet_a-b.png"):
     assert f"]({link})" in text
-
-
-def test_radar_needs_three_metrics(tmp_path):
-  (tmp_path / "radar.png").write_bytes(b"of an earlier run")
-  files = suite.write(tmp_path, [outcome("a")])
-  assert "radar.png" not in {f.name for f in files}
-  assert not (tmp_path / "radar.png").exists()
-  assert "it needs 3 metrics" in (tmp_path / "results.md").read_text()
 
 
 def test_earlier_results_on_other_data_are_named():
