@@ -76,16 +76,16 @@ def write_run(
 
 
 def write_study(folder, kind, arms, *, baseline=None, seeds=3, **options):
-  """Writes a study; `arms` are each a name, objectives and a gain."""
+  """Writes a study; `arms` are (name, objectives, gain), with more options."""
   runs = []
-  for name, objectives, gain in arms:
+  for name, objectives, gain, *more in arms:
     for seed in range(seeds):
       run = write_run(
         folder / "runs" / f"{name}-s{seed}",
         seed=seed,
         objectives=objectives,
         gain=gain,
-        **options,
+        **{**options, **dict(*more)},
       )
       runs.append(
         {

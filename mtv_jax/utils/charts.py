@@ -114,9 +114,14 @@ def list_ticks(scale: Scale, *, count: int = 4) -> list[Number]:
       return ticks
   raw = (scale.high - scale.low) / count
   power = 10.0 ** math.floor(math.log10(raw))
-  step = next(d * power for d in (1, 2, 5, 10) if d * power >= 0.999 * raw)
-  first = math.ceil(scale.low / step - 1e-9)
-  last = math.floor(scale.high / step + 1e-9)
+  steps = [d * power for d in (0.2, 0.5, 1, 2, 5, 10)]
+  chosen = next(i for i, step in enumerate(steps) if step >= 0.999 * raw)
+  # A smaller step where there would be no two ticks.
+  for step in reversed(steps[: chosen + 1]):
+    first = math.ceil(scale.low / step - 1e-9)
+    last = math.floor(scale.high / step + 1e-9)
+    if last > first:
+      break
   return [k * step for k in range(first, last + 1)]
 
 
@@ -327,9 +332,9 @@ def interval_plot(
   legend = " ".join(
     [unit, "· lower is better" * lower, "· dashed: chance" * bool(chances)]
   )
-  parts.append(
-    _text(left, bottom + 31, " ".join(legend.split()).lstrip("· "), "tick")
-  )
+  legend = " ".join(legend.split()).lstrip("· ")
+  space = max(WIDTH - 2 - text_width(legend, _TEXT), 2)
+  parts.append(_text(min(left, space), bottom + 31, legend, "tick"))
   return _chart(title, name, WIDTH, bottom + 38, parts)
 
 

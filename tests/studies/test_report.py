@@ -2,13 +2,12 @@
 
 import dataclasses
 import html
-import html.parser
 import json
 import re
 
-import chromium
 import pytest
 import study_samples
+from page_checks import Outline, check_layout
 from PIL import Image
 
 from mtv_jax.cli.main import run_command
@@ -25,30 +24,6 @@ def runs(tmp_path_factory):
     folder / "first", objectives=("contrastive",), interference=False
   )
   return [first, study_samples.write_run(folder / HOSTILE, gain=0.2)]
-
-
-class Outline(html.parser.HTMLParser):
-  """Headings, texts and addresses of a page; checks that tags are closed."""
-
-  def __init__(self, text):
-    super().__init__()
-    self.open, self.headings, self.addresses = [], [], []
-    self.tags = []
-    self.feed(text)
-
-  def handle_starttag(self, tag, attributes):
-    self.tags.append(tag)
-    self.open.append(tag)
-    self.addresses += [v for k, v in attributes if k in ("src", "href")]
-
-  def handle_endtag(self, tag):
-    if tag in self.open:
-      while self.open.pop() != tag:
-        pass
-
-  def handle_data(self, data):
-    if self.open and self.open[-1] in ("h1", "h2", "h3"):
-      self.headings.append(data)
 
 
 def test_page_of_two_runs(runs, tmp_path):
@@ -151,36 +126,6 @@ def test_differences_of_configs(runs):
     for name in study_samples.OBJECTIVES[1:]
   ]
   assert figures.config_table([read[0], read[0]])[1:] == []
-
-
-@pytest.fixture(scope="module")
-def browser():
-  path = chromium.find_browser()
-  if path is None:
-    pytest.skip(f"needs one of {', '.join(chromium.NAMES)}")
-  with chromium.launch(path) as browser:
-    yield browser
-
-
-def check_layout(browser, path, width, *, dark=False):
-  """The page logs nothing, fits the window, and draws every chart."""
-  browser.open(path, width=width, dark=dark)
-  browser.evaluate(
-    "document.querySelectorAll('details').forEach(d => d.open = true)"
-  )
-  overflow, boxes, colour = browser.evaluate(
-    """[document.documentElement.scrollWidth - window.innerWidth,
-      [...document.querySelectorAll('svg')].map(svg => {
-        const box = svg.getBoundingClientRect();
-        return Math.min(box.width, box.height);
-      }),
-      getComputedStyle(document.body).backgroundColor]"""
-  )
-  assert browser.messages == []
-  assert overflow <= 0
-  assert boxes and min(boxes) > 50
-  red = int(re.search(r"\d+", colour)[0])
-  assert red < 60 if dark else red > 240
 
 
 @pytest.mark.parametrize("width", [1200, 390])

@@ -53,6 +53,8 @@ def test_scales_map_ends_and_logarithms():
   [
     (0, 1, False, [0, 0.5, 1]),
     (0, 50, False, [0, 20, 40]),
+    # No two multiples of the step of about four ticks.
+    (57, 69, False, [60, 65]),
     (-0.3, 0.45, False, [-0.2, 0, 0.2, 0.4]),
     (1e3, 1e6, True, [1e3, 1e4, 1e5, 1e6]),
     (2, 40, True, [3, 10, 30]),
