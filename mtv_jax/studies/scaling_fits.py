@@ -88,8 +88,8 @@ class ScalingFit:
 
 def fit_scaling(
   metric: Metric,
-  x: Mapping[str, Sequence[float | int]],
-  values: Sequence[float | int],
+  x: Mapping[str, Sequence[float | int] | np.ndarray],
+  values: Sequence[float | int] | np.ndarray,
   *,
   saturating: bool = True,
   resamples: int = 100,
@@ -205,16 +205,13 @@ class _Law:
         return f"not identifiable: all points have the same {name}"
     return ""
 
-  def predict(
-    self, theta: Float[np.ndarray, " p"], x: Float[np.ndarray, "v n"]
-  ) -> Float[np.ndarray, " n"]:
-    """Log e at the logarithms of relative variables."""
+  # The search calls these often: shapes in comments are not checked.
+  def predict(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Log e [N] for theta [P], at the logarithms [V, N] of the variables."""
     return np.logaddexp.reduce(self._log_terms(theta, x), axis=0)
 
-  def jacobian(
-    self, theta: Float[np.ndarray, " p"], x: Float[np.ndarray, "v n"]
-  ) -> Float[np.ndarray, "n p"]:
-    """Derivatives of `predict`: each term's share of e, and that times -x."""
+  def jacobian(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Derivatives [N, P] of `predict`: shares of e, and those times -x."""
     terms = self._log_terms(theta, x)
     shares = np.exp(terms - np.logaddexp.reduce(terms, axis=0))
     return np.concatenate([shares, -x * shares[self.saturating :]]).T
@@ -223,7 +220,7 @@ class _Law:
     floor, rest = theta[: self.saturating], theta[self.saturating :]
     scales, exponents = rest.reshape(2, len(x), 1)
     floors = np.broadcast_to(floor[:, None], (len(floor), x.shape[1]))
-    return np.concatenate([floors, scales - exponents * x])
+    return np.concatenate([floors, scales - exponents * x])  # [terms, N]
 
   def fit(
     self,
