@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from mtv_jax.evals.report import tables
-from mtv_jax.evals.report.report import file_name, interval_row
+from mtv_jax.evals.report.report import file_name, interval_row, is_main
 from mtv_jax.studies.folders import Run
 from mtv_jax.utils import charts
 from mtv_jax.utils.charts import Chart, Series
 from mtv_jax.utils.html import Swatch
 
-# Metrics that are drawn below the losses and the evaluations.
+# Metrics that are drawn below those of the evaluations.
 _FURTHER = (
   r"grad_norm$|/weight$|^speed/(images_per_second|wait)$|^interference/"
 )
@@ -36,7 +36,7 @@ def group_by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def draw_training_curves(
   runs: Sequence[Run],
 ) -> tuple[list[Chart], list[Chart]]:
-  """Metrics over steps, of each arm: losses and evaluations, then further ones.
+  """Metrics over steps, of each arm: losses and main metrics, then others.
 
   The curve of an arm of several seeds is their mean, within an area from the
   least to the largest. The total loss is not drawn where the arms' objectives
@@ -47,15 +47,16 @@ def draw_training_curves(
   losses = [n for n in names if n.endswith("/loss")]
   if len(objectives) == 1 and len(losses) != 1:
     losses = [n for n in names if n == "loss"] + losses
-  evaluations = {
-    f"{evaluation}/{metric}"
+  evaluated = {
+    f"{evaluation}/{metric}": is_main(evaluation, metric, [*result.metrics])
     for run in runs
     for evaluation, result in run.outcome.results.items()
     for metric in result.metrics
   }
-  evaluated = [n for n in names if n in evaluations]
-  further = [n for n in names if re.search(_FURTHER, n)]
-  drawn = [_draw_curve(runs, name) for name in losses + evaluated]
+  main = [n for n in names if evaluated.get(n)]
+  further = [n for n in names if evaluated.get(n) is False]
+  further += [n for n in names if re.search(_FURTHER, n)]
+  drawn = [_draw_curve(runs, name) for name in losses + main]
   rest = [_draw_curve(runs, name) for name in further]
   return [c for c in drawn if c], [c for c in rest if c]
 
@@ -122,23 +123,28 @@ def draw_run_metrics(run: Run) -> list[Chart]:
   ]
 
 
-def draw_metrics(runs: Sequence[Run]) -> list[Chart]:
-  """A chart for each metric with a row for each run; errors are over items."""
-  drawn = []
+def draw_metrics(runs: Sequence[Run]) -> tuple[list[Chart], list[Chart]]:
+  """A chart for each metric with a row for each run: main ones, then others.
+
+  Intervals are 1.96 standard errors over items to both sides.
+  """
+  main, further = [], []
+  names: dict[str, list[str]] = collections.defaultdict(list)
   for row in tables.compare([run.outcome for run in runs]):
     if row.evaluation in tables.DESCRIPTIVE:
       continue
+    names[row.evaluation].append(row.metric)
     rows = [interval_row(row, i, run.name, i) for i, run in enumerate(runs)]
-    drawn.append(
-      charts.interval_plot(
-        f"{row.evaluation} {row.metric}",
-        rows,
-        name=file_name("metric", row.evaluation, row.metric),
-        unit=row.unit,
-        lower=row.lower,
-      )
+    chart = charts.interval_plot(
+      f"{row.evaluation} {row.metric}",
+      rows,
+      name=file_name("metric", row.evaluation, row.metric),
+      unit=row.unit,
+      lower=row.lower,
     )
-  return drawn
+    chosen = is_main(row.evaluation, row.metric, names[row.evaluation])
+    (main if chosen else further).append(chart)
+  return main, further
 
 
 def draw_interference(runs: Sequence[Run]) -> list[Chart]:

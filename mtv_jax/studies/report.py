@@ -81,7 +81,11 @@ def _describe_runs(
     yield Block("note", _VALUES_NOTE)
     if len(runs) > 1:
       yield Block("note", f"Bold: {tables.BEST_NOTE}.")
-      yield Block("charts", figures.draw_metrics(runs))
+      main, further = figures.draw_metrics(runs)
+      yield Block("charts", main)
+      if further:
+        inner = (Block("charts", further),)
+        yield Block("details", "Further metrics", inner=inner)
     else:
       yield Block("charts", figures.draw_run_metrics(runs[0]))
   yield from describe_training(runs)
@@ -100,7 +104,9 @@ def describe_training(runs: Sequence[Run]) -> Iterator[Block]:
   yield Block("charts", curves)
   if further:
     inner = (Block("charts", further),)
-    yield Block("details", "Gradient norms, weights, speed", inner=inner)
+    yield Block(
+      "details", "Further metrics, gradient norms, weights, speed", inner=inner
+    )
 
 
 def describe_gradients(runs: Sequence[Run]) -> Iterator[Block]:

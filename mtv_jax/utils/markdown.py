@@ -36,9 +36,8 @@ def bullets(lines: Sequence[str]) -> str:
 
 
 def details(summary: str, parts: Sequence[str]) -> str:
-  """The parts; Markdown can't hide them behind their summary."""
-  del summary
-  return "\n\n".join(parts)
+  """The parts below their summary, as Markdown can't hide them."""
+  return "\n\n".join([f"**{summary}**", *parts])
 
 
 def images(figures: Sequence[Any]) -> str:

@@ -313,6 +313,18 @@ def vstack(
   return sheet[: top - gap]
 
 
+def stack_rows(
+  rows: Sequence[UInt8[np.ndarray, "_ _ 3"]], titles: Sequence[str]
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Rows of images of one width each, one below the other.
+
+  `titles` are above the images of the first row, one for each.
+  """
+  width = (rows[0].shape[1] + GAP) // len(titles) - GAP
+  head = hstack([draw_lines([(shorten(t, width), INK)], width) for t in titles])
+  return vstack([head, vstack(rows)], gap=5)
+
+
 def image_with_maps(
   image: UInt8[np.ndarray, "h w 3"],
   maps: Sequence[UInt8[np.ndarray, "h w 3"]],

@@ -72,3 +72,10 @@ def test_image_grid_and_rows():
   assert plots.vstack(rows).shape == (40 + plots.GAP, 60 + plots.GAP, 3)
   pair = plots.image_with_maps(grey, [grey], height=40)
   assert pair.shape == (40, 120 + plots.GAP, 3)
+  sheet = plots.stack_rows([pair, pair], ("image", "a long title of a map"))
+  head = plots.draw_lines([("image", plots.INK)], 60)
+  assert sheet.shape == (len(head) + 5 + 80 + plots.GAP, 120 + plots.GAP, 3)
+  np.testing.assert_array_equal(sheet[: len(head), :60], head)
+  # The second title is cut to its image's width, and begins there.
+  ink = np.flatnonzero((sheet[: len(head)] < 128).any((0, 2)))
+  assert ink[ink > 60].min() >= 60 + plots.GAP

@@ -16,7 +16,7 @@ from mtv_jax.utils import charts
 from mtv_jax.utils.charts import Chart, Row
 
 # Metrics with a chart; of other evaluations the first one.
-HEADLINES = {
+_HEADLINES = {
   "geometric_correspondence": ("avg_recall",),
   "retrieval": ("text_to_image_r1", "image_to_text_r1"),
   **dict.fromkeys(tables.DESCRIPTIVE, ()),
@@ -104,8 +104,9 @@ def draw_charts(
   for row in tables.compare(columns):
     first = next(o for o in columns if row.evaluation in o.results)
     result = first.results[row.evaluation]
-    headlines = HEADLINES.get(row.evaluation, tuple(result.metrics)[:1])
-    if row.metric not in headlines or row.values.count(None) == len(columns):
+    if not is_main(row.evaluation, row.metric, [*result.metrics]):
+      continue
+    if row.values.count(None) == len(columns):
       continue
     rows = [interval_row(row, i, o.name, i) for i, o in enumerate(columns)]
     title = f"{row.evaluation} {row.metric}"
@@ -135,6 +136,11 @@ def draw_charts(
       )
     )
   return drawn, quoted
+
+
+def is_main(evaluation: str, metric: str, metrics: Sequence[str]) -> bool:
+  """Whether a metric, among those of its evaluation, is a main one."""
+  return metric in _HEADLINES.get(evaluation, tuple(metrics)[:1])
 
 
 def interval_row(row: tables.Row, i: int, name: str, colour: int) -> Row:
