@@ -69,20 +69,51 @@ def load(
 
 
 def read_params(
-  path: str | os.PathLike, *, spec: ModelSpec | None = None, **options: Any
+  path: str | os.PathLike,
+  *,
+  spec: ModelSpec | None = None,
+  preprocess: Preprocess | None = None,
+  **options: Any,
 ) -> dict[str, Any]:
   """Parameters of a folder as NumPy arrays, to initialise a run.
 
   The position embedding is resampled to the grid of `spec`, the new model, and
-  stored if it was fixed and is now learnt; the caller checks all other
-  differences. Other arguments as of `load`.
+  stored if it was fixed and is now learnt; the caller checks the parameters'
+  shapes. Differences that no shape shows, from `spec` and from `preprocess`,
+  are logged. Other arguments as of `load`.
   """
   model = read_model(path, **options)
+  if differences := _hidden_differences(model, spec, preprocess):
+    log.warning("%s was trained with %s.", path, "; ".join(differences))
   if spec is not None and spec.image.patch_size == model.spec.image.patch_size:
     if spec.image.positions == "learned":
       model = model.store_positions()
     model = model.resize(spec.image.image_size)
   return model.params
+
+
+def _hidden_differences(
+  model: ConvertedModel, spec: ModelSpec | None, preprocess: Preprocess | None
+) -> list[str]:
+  """How a model differs from a new one in what its parameters don't show."""
+  pairs = []
+  for tower in ("image", "text"):
+    theirs = getattr(model.spec, tower)
+    ours = getattr(spec, tower, None)
+    if theirs and ours:
+      for field in ("gelu", "norm_eps"):
+        values = getattr(theirs, field), getattr(ours, field)
+        pairs.append((f"{tower}.{field}", *values))
+  if preprocess:
+    source = Preprocess.from_dict(model.preprocess)
+    for field in ("mean", "std"):
+      values = getattr(source, field), getattr(preprocess, field)
+      pairs.append((f"image_{field}", *values))
+  return [
+    f"{name}={theirs}, this run has {ours}"
+    for name, theirs, ours in pairs
+    if theirs != ours
+  ]
 
 
 def read_teacher(

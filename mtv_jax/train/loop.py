@@ -69,6 +69,7 @@ def init_or_restore(
       weights=init.weights,
       step=init.step,
       spec=experiment.step_spec.model,
+      preprocess=preprocess_from_config(experiment.config),
     )
     params, report = merge_params(
       params,

@@ -94,6 +94,17 @@ def test_positions_follow_the_new_model(run):
   assert params["image"]["position_embedding"].shape == (36, 32)
 
 
+def test_differences_that_no_shape_shows_are_logged(run, caplog):
+  same = models.ModelSpec.from_config(MODEL)
+  loading.read_params(run, spec=same, preprocess=Preprocess(size=48))
+  assert not caplog.messages
+  other = models.ModelSpec.from_config({**MODEL, "gelu": "exact"})
+  preprocess = Preprocess(size=32, std=(1.0, 1.0, 1.0))
+  loading.read_params(run, spec=other, preprocess=preprocess)
+  (message,) = caplog.messages
+  assert "image.gelu=tanh, this run has exact; image_std=(0.5, 0" in message
+
+
 def test_a_native_folder(tmp_path, images, run):
   encoder = mtv_jax.load(run)
   model = ConvertedModel(
