@@ -21,6 +21,7 @@ from mtv_jax.config import schema
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import MESH_AXES, make_mesh, shard_batch
+from mtv_jax.perf import flops
 from mtv_jax.train import gradients
 from mtv_jax.train.balance import (
   Balance,
@@ -29,9 +30,15 @@ from mtv_jax.train.balance import (
   PCGrad,
   Uncertainty,
 )
+from mtv_jax.train.experiment import build_step_spec
 from mtv_jax.train.loop import train
 from mtv_jax.train.step import make_program
-from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
+from mtv_jax.train.step_spec import (
+  ObjectiveWeight,
+  StepSpec,
+  abstract_state,
+  init_params,
+)
 from mtv_jax.utils.tree import flatten_with_names
 
 NAMES = ("contrastive", "distillation", "late")
@@ -260,9 +267,14 @@ def test_pcgrad_in_the_step():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_are_the_same_on_a_mesh(method):
-  trees, rows = two_updates(method, shape=(2, 2, 2))
+@pytest.mark.parametrize(
+  ("method", "shape", "accumulate"),
+  [*((name, (2, 2, 2), 1) for name in METHODS), ("pcgrad", (1, 1, 1), 2)],
+)
+def test_methods_are_the_same_on_meshes_and_accumulated(
+  method, shape, accumulate
+):
+  trees, rows = two_updates(method, shape, accumulate)
   expected_trees, expected_rows = two_updates(method)
   for (name, actual), (_, expected) in zip(
     flatten_with_names((trees, rows)),
@@ -272,6 +284,24 @@ def test_methods_are_the_same_on_a_mesh(method):
     np.testing.assert_allclose(
       actual, expected, rtol=1e-3, atol=2e-5, err_msg=name
     )
+
+
+@pytest.mark.slow
+def test_pcgrad_costs_little_more_than_a_step_of_mtv_tiny():
+  """In FLOPs of the gradients; the figure of docs/results.md."""
+  config = schema.check_config(schema.read_config("mtv_tiny"))
+  fields = flops.batch_fields(config, build_step_spec(config, 100))
+  batch = flops.abstract_batch(64, fields, None)
+
+  def count(balance):
+    spec = dataclasses.replace(build_step_spec(config, 100), balance=balance)
+    state = abstract_state(spec, optax.sgd(0.1))
+    compute = jax.jit(functools.partial(gradients.compute_gradients, spec))
+    return compute.lower(state, batch).cost_analysis()["flops"]
+
+  ratio = count(PCGrad()) / count(Balance())
+  print(f"PCGrad: {ratio:.2f} times the FLOPs")
+  assert 1.0 < ratio < 1.5
 
 
 def test_norms_are_measured_as_a_function_of_the_step():

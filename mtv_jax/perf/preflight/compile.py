@@ -46,8 +46,9 @@ class Plan(TrainStep):
   @property
   def measures_norms(self) -> bool:
     """Whether the run measures each objective's gradient on the encoder."""
-    config = self.config
-    return bool(config.interference or self.every("gradients", config.log))
+    config, balance = self.config, self.step_spec.balance
+    measures = config.interference or balance.every_steps
+    return bool(measures or self.every("gradients", config.log))
 
   def lower_norms(self) -> jax.stages.Lowered:
     """Lowers the program of those norms, or of the interference meter."""

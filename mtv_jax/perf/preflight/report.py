@@ -217,7 +217,7 @@ class Report:
       if not self.plan.measures_norms:
         return []
       return [
-        f"{title} (config.log.gradients_..., config.interference), a separate "
+        f"{title} (config.log.gradients_..., interference, balance), a separate "
         "program: not compiled (--norms)"
       ]
     verdict, memory = "fits" if norms.fits else "DOES NOT FIT", norms.memory
@@ -227,8 +227,9 @@ class Report:
       lines = [f"{title}: {peak}; compiled in {norms.seconds:.0f} s"]
     if not norms.fits:
       lines.append(
-        "  Set --config.log.gradients_steps=None and --config.interference="
-        "None to train without these norms and this memory."
+        "  Set --config.log.gradients_steps=None, --config.interference=None "
+        "and a config.balance that measures none, to train without these norms "
+        "and this memory."
       )
     return lines
 
