@@ -341,9 +341,9 @@ class PCGrad(Balance):
   vectors are combinations of the first ones, so they are computed from their
   inner products. Parameters outside `parameters` have the sum of gradients.
 
-  It takes a backward pass by objective, with `config.accumulate` too; each has
-  its own views alone, so one after the other they cost less than pulling T
-  cotangents through a forward pass that they share.
+  Each objective has a forward and a backward pass of its own, also with
+  `config.accumulate`, through the views that it reads alone: more than a step
+  only where objectives share a view.
   """
 
   combines: ClassVar[bool] = True

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import shutil
 import subprocess
 import sys
 
+import gradient_norms
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -375,48 +375,26 @@ def test_methods_resume_bit_equal_with_a_late_objective(tmp_path, method):
   jax.tree.map(np.testing.assert_array_equal, resumed, state)
 
 
-def mean_norms(workdir, after):
-  """Geometric means of the logged norms, and those without the factors."""
-  rows = trainings.rows(workdir)
-  config = json.loads((workdir / "config.json").read_text())["objectives"]
-  weights = {name: entry["weight"] for name, entry in config.items()}
-  balanced, plain = {n: [] for n in weights}, {n: [] for n in weights}
-  used = dict(weights)  # In the update before: config weights at the start.
-  for row in rows:
-    if "contrastive/weight" not in row:
-      continue
-    for name in weights:
-      norm = row.get(f"{name}/encoder_grad_norm")
-      if norm and row["step"] > after:
-        balanced[name].append(norm)
-        plain[name].append(norm * weights[name] / used[name])
-      used[name] = row[f"{name}/weight"]
-  return [
-    {name: float(np.exp(np.mean(np.log(v)))) for name, v in norms.items()}
-    for norms in (balanced, plain)
-  ]
-
-
 @pytest.mark.slow
 def test_no_gradient_is_ten_times_another_in_mtv_tiny(tmp_path):
-  """The table of docs/results.md; means, as a batch of 16 scatters."""
+  """Means of a short run: single norms of a batch of 16 scatter more.
+
+  docs/results.md has single measurements at the recipe's batch of 64.
+  """
   command = [
     sys.executable,
     "-m",
     "mtv_jax.main",
-    "--config=configs/mtv_tiny.py:steps=100,batch=16",
+    "--config=configs/mtv_tiny.py:steps=60,batch=16",
     f"--workdir={tmp_path}",
     "--config.evals=None",
-    "--config.objectives.masked_pixels=None",
-    "--config.log.gradients_steps=10",
-    "--config.balance=dict(every_steps=10)",
+    "--config.log.gradients_steps=5",
+    "--config.balance=dict(every_steps=5)",
   ]
   env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
   subprocess.run(command, cwd=trainings.ROOT, env=env, check=True)
-  balanced, plain = mean_norms(tmp_path, after=30)
-  print(f"balanced: {balanced}\nwithout factors: {plain}")
-  for row in trainings.rows(tmp_path):
-    norms = [v for k, v in row.items() if k.endswith("encoder_grad_norm")]
-    if norms:
-      print(f"step {row['step']}: ratio {max(norms) / min(norms):.1f}")
-  assert max(balanced.values()) <= 10 * min(balanced.values())
+  names, balanced, _ = gradient_norms.read_norms(tmp_path, after=30)
+  assert balanced.shape == (12, 6)
+  means = gradient_norms.mean_norms(balanced)
+  print(dict(zip(names, means, strict=True)))
+  assert means.max() <= 10 * means.min()

@@ -217,8 +217,8 @@ class Report:
       if not self.plan.measures_norms:
         return []
       return [
-        f"{title} (config.log.gradients_..., interference, balance), a separate "
-        "program: not compiled (--norms)"
+        f"{title} (config.log.gradients_..., interference, balance), a "
+        "separate program: not compiled (--norms)"
       ]
     verdict, memory = "fits" if norms.fits else "DOES NOT FIT", norms.memory
     lines = [f"{title}: {verdict}", *_indent(norms.refusal)]
