@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
     if process == 0:
       stack.enter_context(workdir.lock_workdir(args.workdir))
     xla_flags.enable_compilation_cache(args.compile_cache, args.workdir)
+    if jax.default_backend() == "cpu":
+      xla_flags.retain_freed_memory()
     train(config, args.workdir, command=_format_command(args))
     if process == 0:
       write_report(args.workdir)

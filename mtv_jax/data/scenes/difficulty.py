@@ -4,7 +4,13 @@ import dataclasses
 import math
 from typing import Literal
 
-from mtv_jax.data.scenes.world import BACKDROPS, GROUNDS, SIZES, TEXTURES
+from mtv_jax.data.scenes.world import (
+  BACKDROPS,
+  COLOURS,
+  GROUNDS,
+  SIZES,
+  TEXTURES,
+)
 
 Level = Literal["easy", "medium", "hard"]
 Span = tuple[float, float]
@@ -21,6 +27,7 @@ class Difficulty:
   """
 
   others: tuple[int, ...] = (0, 1, 1, 2, 2, 2, 3, 3, 4)  # beside the main one
+  colours: tuple[str, ...] = tuple(COLOURS)
   textures: tuple[str, ...] = TEXTURES
   sizes: tuple[str, ...] = tuple(SIZES)
   yaw: Span = (0.0, 2 * math.pi)  # of solids
@@ -45,12 +52,13 @@ class Difficulty:
 DIFFICULTIES: dict[str, Difficulty] = {
   "easy": Difficulty(
     others=(0, 1, 1),
+    colours=("red", "orange", "yellow", "turquoise", "blue", "purple"),
     textures=("plain",),
     sizes=("medium",),
     yaw=(-0.5, 0.5),
     board_yaw=0.3,
-    main_height=(0.5, 0.66),
-    main_column=(0.35, 0.65),
+    main_height=(0.56, 0.7),
+    main_column=(0.38, 0.62),
     other_height=0.25,
     floats=(0.0, 0.0),
     copies=0.0,
@@ -62,7 +70,7 @@ DIFFICULTIES: dict[str, Difficulty] = {
     grounds=("grass", "sand", "a tiled floor", "snow"),
     backdrops=("a brick wall", "a white wall", "a hedge", "a cloudy sky"),
     # Those that name classes alone teach them soonest.
-    captions=("full", "main", "count", "surroundings"),
+    captions=("full", "main", "count"),
   ),
   "medium": Difficulty(
     others=(0, 1, 1, 2),

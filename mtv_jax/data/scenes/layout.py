@@ -57,7 +57,7 @@ _CONTRASTS = {name: _contrasts(c) for name, c in world_lib.COLOURS.items()}
 def _draw_object(draw: Draw, limits: Difficulty) -> SceneObject:
   """An object at the origin."""
   name = draw.choice(SHAPES)
-  colour = draw.choice(world_lib.COLOURS)
+  colour = draw.choice(limits.colours)
   texture = draw.choice(limits.textures)
   second = ""
   if texture in world_lib.PATTERNS:

@@ -1,0 +1,148 @@
+"""Image-text contrast, self-supervision, grounding and depth, for studies.
+
+The built-in scenes of one difficulty, and a model and schedule of twelve
+minutes on two CPU cores. `mtv-jax study` compares runs of this recipe.
+
+Command (scenes are rendered once to `cache`, which all runs share):
+
+  python -m mtv_jax.main --workdir=runs/study/full \
+    --config=configs/study.py:objectives=depth,cache=runs/study/scenes
+
+`objectives` is a rung of the ladder (vl, ssl, grounding, depth: each with those
+before it), a sum such as vl+depth, or without_ssl. Hyper-parameters are tuned
+with split=validation and reported with split=test, on other scenes.
+
+Hardware, time and result: two CPU cores, see docs/study/world.md.
+"""
+
+from ml_collections import ConfigDict
+
+from mtv_jax.config.schema import parse_arg
+from mtv_jax.utils.errors import ConfigError
+
+RUNGS = dict(
+  vl=("contrastive",),
+  ssl=("distillation", "masked_latent", "masked_pixels"),
+  grounding=("grounding",),
+  depth=("depth",),
+)
+# First scene of the evaluations. Probes train on those 2,000,000 later.
+FIRST = dict(validation=4_000_000, test=1_000_000)
+
+
+def get_config(arg=None):
+  arg = parse_arg(
+    arg,
+    tiny=False,
+    objectives="depth",
+    steps=10_000,
+    batch=32,
+    difficulty="easy",
+    cache="",
+    images=30_000,
+    size=48,
+    split="test",
+  )
+  if arg.tiny:
+    arg.update(steps=20, batch=16, images=100)
+
+  config = ConfigDict()
+  config.seed = 0
+  config.batch_size = arg.batch
+  config.total_steps = arg.steps
+
+  scenes = dict(type="scenes", size=arg.size, difficulty=arg.difficulty)
+  train = dict(scenes, length=arg.images)
+  if arg.cache:
+    name = f"{arg.difficulty}-{arg.size}-{arg.images}"
+    train["cache"] = f"{arg.cache}/{name}"
+  ops = f"decode|canvas({arg.size})|caption(20)|depth({arg.size // 2})"
+  config.data = dict(train=[train], ops=f"{ops}|regions(2, phrase_length=6)")
+  # The whole image for text, regions and depth (captions tell left from right);
+  # small crops, which cost little, for self-supervision.
+  colours = "flip|jitter(0.4)"
+  config.views = dict(
+    image=dict(ops=f"resize({arg.size})"),
+    local=dict(count=2, ops=f"crop(16, 0.15, 0.4)|{colours}"),
+    mae=dict(ops=f"crop({arg.size}, 0.5, 1.0)|flip|keep(0.25, patch=8)"),
+  )
+  config.views["global"] = dict(
+    count=1, ops=f"crop(32, 0.4, 1.0)|{colours}|blocks(0.2, 0.5, patch=8)"
+  )
+  tower = dict(width=64, heads=4, mlp_dim=256)
+  config.model = dict(
+    variant="mu/8",
+    image_size=arg.size,
+    pool="map",
+    dtype="float32",
+    depth=3,
+    **tower,
+    text=dict(
+      variant="mu", length=20, tokenizer="words", vocab_size=160, depth=1,
+      **tower,
+    ),
+  )  # fmt: skip
+
+  prototypes = dict(
+    prototypes=128, hidden=128, bottleneck=64, teacher_temp=0.04,
+    teacher_temp_start=0.04, chunk=None,
+  )  # fmt: skip
+  objectives = dict(
+    contrastive=dict(weight=1.0, loss_type="softmax"),
+    distillation=dict(weight=0.2, koleo_weight=0.0, **prototypes),
+    masked_latent=dict(weight=0.2, **prototypes),
+    masked_pixels=dict(
+      weight=0.2, decoder_width=32, decoder_depth=1, decoder_heads=4
+    ),
+    grounding=dict(weight=0.5, regions=2, init_bias=-4.0),
+    depth=dict(weight=0.5, features=16, channels=(16, 16, 16, 16)),
+  )
+  names = select_objectives(arg.objectives)
+  config.objectives = {name: objectives[name] for name in names}
+  config.teacher = dict(momentum=0.99)
+  config.optim = dict(name="adamw", lr=2e-3, weight_decay=1e-4, b2=0.95)
+  config.schedule = dict(name="cosine", warmup_percent=5)
+  config.evals = evaluations(arg, scenes, names)
+  config.checkpoint = dict(every_steps=2000, keep=1)
+  config.log = dict(every_steps=200)
+  return config
+
+
+def select_objectives(text):
+  """Names of the objectives that the argument `objectives` selects."""
+  rungs, chosen = list(RUNGS), text.split("+")
+  if text.startswith("without_") and text[8:] in rungs:
+    chosen = [rung for rung in rungs if rung != text[8:]]
+  elif text in rungs:
+    chosen = rungs[: rungs.index(text) + 1]
+  if unknown := [rung for rung in chosen if rung not in rungs]:
+    raise ConfigError(
+      f"objectives={text}: {unknown[0]!r} is none of {', '.join(rungs)}. Give"
+      " a rung, a sum such as vl+depth, or without_ssl."
+    )
+  return [name for rung in rungs if rung in chosen for name in RUNGS[rung]]
+
+
+def evaluations(arg, scenes, names):
+  """Evaluations on held-out scenes, with schedules of seconds."""
+  if arg.split not in FIRST:
+    raise ConfigError(f"split={arg.split}: expected one of {', '.join(FIRST)}")
+  scenes = dict(scenes, first=FIRST[arg.split], length=40 if arg.tiny else 1000)
+  views = {k: v for k, v in scenes.items() if k not in ("size", "length")}
+  evals = dict(
+    knn=dict(train=dict(scenes, length=3 * scenes["length"])),
+    linear_probe=dict(steps=200, rates=(0.01, 0.1, 1.0), blocks=(1,)),
+    segmentation=dict(train_count=256, count=200),
+    depth_probe=dict(train_count=192, count=200),
+    geometric_correspondence=dict(data=dict(views, length=48)),
+    semantic_correspondence=dict(data=dict(views, length=120)),
+  )
+  if "contrastive" in names:
+    evals |= dict(zero_shot={}, retrieval=dict(max_captions=1))
+  if "grounding" in names:
+    evals["grounding"] = dict(count=300)
+  if "depth" in names:
+    evals["relative_depth"] = dict(count=200)
+  return {
+    name: dict(type=name, data=scenes) | entry for name, entry in evals.items()
+  }
