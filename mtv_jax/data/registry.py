@@ -2,14 +2,14 @@
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mtv_jax.config.options import build_entry
 from mtv_jax.data.labels.join import join_labels
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources.array_record import ArrayRecordSource
-from mtv_jax.data.sources.base import Paths, Source
+from mtv_jax.data.sources.base import LimitedSource, Paths, Source
 from mtv_jax.data.sources.parquet import ParquetSource
 from mtv_jax.data.sources.tfds import TFDSSource
 from mtv_jax.data.sources.webdataset import WebDatasetSource
@@ -30,13 +30,33 @@ def build_source(config: Mapping[str, Any]) -> Source:
 
   Args:
     config: `type`, one of `SOURCES`, and the arguments of its class; `labels`
-      (see `labels.join`) adds label sets; `weight`, of the mixture, is ignored.
+      (see `labels.join`) adds label sets; `limit` takes so many records, evenly
+      spaced; `weight`, of the mixture, is ignored.
   """
-  labels = config.get("labels")
   source = build_entry(
-    SOURCES, config, where="data.train", reserved=("labels", "weight")
+    SOURCES, config, where="data.train", reserved=("labels", "weight", "limit")
   )
-  return source if labels is None else join_labels(source, labels)
+  return complete_source(source, config)
+
+
+def complete_source(
+  source: Source,
+  config: Mapping[str, Any],
+  *,
+  fields: Collection[str] | None = None,
+) -> Source:
+  """A source with what its entry says beside its class: `labels`, `limit`.
+
+  Args:
+    source: without them.
+    config: the entry.
+    fields: of the labels, those to open; all by default.
+  """
+  if (labels := config.get("labels")) is not None:
+    source = join_labels(source, labels, fields=fields)
+  if (limit := config.get("limit")) is not None:
+    source = LimitedSource(source, limit)
+  return source
 
 
 def open_files(paths: Paths, **options: Any) -> Source:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from mtv_jax.data.records import BadRecord, Record
+from mtv_jax.utils.errors import InputError
 
 # A path or several: brace ranges, globs, commas; see `utils.path.expand_path`.
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
@@ -118,6 +119,49 @@ class FileSource(Source):
     self.shards = np.cumsum(counts, dtype=np.int64)
     fields = ["key", "image"] + ["captions"] * (captions != "ignored")
     self.fields = frozenset(fields)
+
+
+class LimitedSource(Source):
+  """Some of a source's records, evenly spaced.
+
+  Args:
+    source: with its labels.
+    limit: number of records.
+
+  Raises:
+    InputError: the source has fewer.
+  """
+
+  def __init__(self, source: Source, limit: int):
+    if not 1 <= limit <= len(source):
+      raise InputError(
+        f"{source!r}: limit={limit}, expected 1 to {len(source)} records."
+      )
+    self._source, self._limit = source, limit
+    self.name = f"{limit} of {source.name}"
+    self.fields = source.fields
+    self.shards = self._count_before(source.shards)
+
+  def _count_before(self, ends: Int64[np.ndarray, " n"]) -> np.ndarray:
+    """How many of the records are among the source's first `ends`."""
+    return -(-ends * self._limit // len(self._source))
+
+  @property
+  def blocks(self) -> Int64[np.ndarray, " blocks"]:
+    """As in the base class."""
+    return self._count_before(self._source.blocks)
+
+  def _index(self, i: SupportsIndex) -> int:
+    self._locate(i)
+    return i.__index__() * len(self._source) // self._limit
+
+  def __getitem__(self, i: SupportsIndex) -> Record:
+    """Record `i`."""
+    return self._source[self._index(i)]
+
+  def read_metadata(self, i: SupportsIndex) -> Mapping[str, Any]:
+    """As in the base class."""
+    return self._source.read_metadata(self._index(i))
 
 
 def map_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list:
