@@ -20,7 +20,6 @@ from mtv_jax.checkpoint.checkpointer import saved_steps
 from mtv_jax.config import options, schema
 from mtv_jax.data import ops, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
-from mtv_jax.data.labels.join import join_labels
 from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.evals import run as evals_lib
@@ -37,7 +36,6 @@ from mtv_jax.parallel.mesh import (
 from mtv_jax.parallel.rules import check_sharding_rules, sharding_table
 from mtv_jax.train import balance as balance_lib
 from mtv_jax.train import optim, param_rules
-from mtv_jax.train.state import TrainState
 from mtv_jax.train.step import Program, make_program
 from mtv_jax.train.step_spec import (
   FrozenTeacher,
@@ -233,7 +231,9 @@ def _frozen_teachers(
   return teachers
 
 
-def read_teacher_models(config: ConfigDict, workdir: pathlib.Path) -> None:
+def read_teacher_models(
+  config: ConfigDict, workdir: pathlib.Path | None = None
+) -> None:
   """Records the architectures of teachers with a path in a resolved config.
 
   A run that resumes has recorded them, and their parameters are in its
@@ -244,7 +244,7 @@ def read_teacher_models(config: ConfigDict, workdir: pathlib.Path) -> None:
   """
   ours = preprocess_from_config(config)
   recorded = {}
-  if saved_steps(workdir):
+  if workdir is not None and saved_steps(workdir):
     run = json.loads((workdir / "config.json").read_text("utf-8"))
     recorded = run.get("teachers") or {}
   for name, entry in config.teachers.items():
@@ -373,10 +373,16 @@ def build_experiment(
       tokenizer, text.vocab_size, where="config.model.text.vocab_size"
     )
   entries = config.data.to_dict()["train"]
-  sources = [
-    sources_lib.build_source({**entry, "labels": None}) for entry in entries
+  # As labels are aligned to whole sources, limits come last.
+  whole = [
+    sources_lib.build_source({**entry, "labels": None, "limit": None})
+    for entry in entries
   ]
-  step = build_train_step(config, mesh, sum(map(len, sources)))
+  lengths = [
+    entry.get("limit") or len(source)
+    for entry, source in zip(entries, whole, strict=True)
+  ]
+  step = build_train_step(config, mesh, sum(lengths))
   heads = heads_lib.heads_of_config(config.objectives, step.step_spec.model)
   for head in heads.values():
     head.check_tokenizer(tokenizer)
@@ -384,36 +390,61 @@ def build_experiment(
   read = ops.build_ops(
     config.data.ops, tokenizer=tokenizer, wanted=step.step_spec.fields()
   ).labels
-  for i, entry in enumerate(entries):
-    if labels := entry.get("labels"):
-      sources[i] = join_labels(sources[i], labels, fields=read)
+  sources = [
+    sources_lib.complete_source(
+      source, {**entry, "labels": entry.get("labels") or None}, fields=read
+    )
+    for entry, source in zip(entries, whole, strict=True)
+  ]
   return Experiment(
     **vars(step),
     workdir=pathlib.Path(workdir),
     tokenizer=tokenizer,
     sources=sources,
-    evaluators=_evaluators(config, step.program.abstract),
+    evaluators=_evaluators(config, step),
   )
 
 
-def _evaluators(
-  config: ConfigDict, state: TrainState
-) -> dict[str, evals_base.Evaluator]:
-  """Builds the evaluators and opens their data, so that errors show early."""
-  try:
-    state.weights(config.weights)
-  except ConfigError as error:
-    raise ConfigError(f"config.weights: {error}") from None
+def build_evaluators(config: ConfigDict) -> dict[str, evals_base.Evaluator]:
+  """The evaluators of a resolved config by name; opens no data."""
   entries = {}
   for name, entry in config.evals.items():
     entries[name] = entry.to_dict()
-    entries[name].pop("at_start", None)
+    for key in ("at_start", "weights"):  # The trainer's.
+      entries[name].pop(key, None)
+  return evals_lib.build(entries)
+
+
+def evaluable(config: ConfigDict, spec: model_lib.ModelSpec) -> frozenset[str]:
+  """What evaluators of a run may require, see `Evaluator.requires`."""
+  heads = heads_lib.heads_of_config(config.objectives, spec).values()
+  text = {"text"} if spec.text is not None else set()
+  return frozenset(text | {head.objective for head in heads})
+
+
+def _evaluators(
+  config: ConfigDict, step: TrainStep
+) -> dict[str, evals_base.Evaluator]:
+  """Builds the evaluators and opens their data, so that errors show early."""
+  given = evaluable(config, step.step_spec.model)
+  weights = {"config.weights": config.weights}
+  for name, entry in config.evals.items():
+    weights[f"config.evals.{name}"] = entry.get("weights", config.weights)
+  for where, kind in weights.items():
     try:
-      state.weights(entries[name].pop("weights", config.weights))
+      step.program.abstract.weights(kind)
     except ConfigError as error:
-      raise ConfigError(f"config.evals.{name}: {error}") from None
-  evaluators = evals_lib.build(entries)
-  for evaluator in evaluators.values():
+      raise ConfigError(f"{where}: {error}") from None
+  evaluators = build_evaluators(config)
+  for name, evaluator in evaluators.items():
+    if lacking := sorted(evaluator.requires - given):
+      what = (
+        "a text tower" if "text" in lacking else f"objective {lacking[0]!r}"
+      )
+      raise ConfigError(
+        f"config.evals.{name} evaluates {what}, which this run does not train."
+        f" Add it, or leave the evaluation out (--config.evals.{name}=None)."
+      )
     evaluator.prepare()
   return evaluators
 

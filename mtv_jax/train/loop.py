@@ -367,7 +367,9 @@ class _Trainer:
   def evaluate(self, step: int, names: Iterable[str]) -> None:
     """Evaluates the current parameters.
 
-    Writes the metrics, and with their protocol `evals/NAME_STEP.json`.
+    Writes the metrics, and with their protocol `evals/NAME_STEP.json`. After
+    the last step also the sheets of images, `evals/NAME_STEP/SHEET.png`, and
+    the metrics of resamples of the items, `evals/NAME_STEP.npz`.
     """
     experiment, spec = self.experiment, self.experiment.step_spec
     config, workdir = experiment.config, experiment.workdir
@@ -390,6 +392,8 @@ class _Trainer:
         results = evals_lib.evaluate(encoder, evaluators)
         if jax.process_index() == 0:
           path = workdir / "evals" / f"{name}_{step}.json"
+          if step >= experiment.total_steps:
+            results_lib.write_arrays(path.with_suffix(""), results[name])
           results_lib.write_json(path, encoder, results)
         metrics = results[name].metrics.items()
         self.writer.scalars(step, {f"{name}/{k}": v for k, v in metrics})

@@ -56,6 +56,8 @@ class Captioning(Evaluator):
     count: images to use, evenly spaced; all by default (of the scenes 128).
   """
 
+  requires = frozenset({"captioning"})
+
   data: Data = "scenes"
   images: str | None = None
   tasks: tuple[Literal[_TASKS], ...] | None = None
@@ -98,7 +100,13 @@ class Captioning(Evaluator):
       "referred": "IoU >= 0.5 with any box of the phrase in the image",
       "chance": "the same answers in the other images",
     }
-    return Result(estimate.metrics, protocol, chance, errors=estimate.errors)
+    return Result(
+      estimate.metrics,
+      protocol,
+      chance,
+      errors=estimate.errors,
+      resamples=estimate.resamples,
+    )
 
 
 class Parser:

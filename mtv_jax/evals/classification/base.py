@@ -87,6 +87,7 @@ class ClassificationProbe(Evaluator):
       described | protocol,
       chance_accuracies(estimate.metrics, data.classes),
       errors=estimate.errors,
+      resamples=estimate.resamples,
     )
 
   def _view_name(self) -> str:

@@ -61,6 +61,8 @@ class ZeroShot(Evaluator):
     count: images to use, evenly spaced; all by default.
   """
 
+  requires = frozenset({"text"})
+
   data: Data = "scenes"
   prompts: str | None = None
   templates: str | None = None
@@ -122,7 +124,11 @@ class ZeroShot(Evaluator):
       protocol["real"] = "right if among the image's labels"
       protocol["real_images"] = sum(map(bool, candidates.accepted))
     return Result(
-      accuracies.metrics, protocol, chance, errors=accuracies.errors
+      accuracies.metrics,
+      protocol,
+      chance,
+      errors=accuracies.errors,
+      resamples=accuracies.resamples,
     )
 
 

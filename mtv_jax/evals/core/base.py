@@ -74,19 +74,27 @@ class Result:
   lower: tuple[str, ...] = ()  # metrics where lower is better
   # Standard errors of metrics over the items of the set, see `bootstrap.py`.
   errors: dict[str, float] = dataclasses.field(default_factory=dict)
+  # Metrics of resamples of the items, see `bootstrap.py`; not in the JSON.
+  resamples: dict[str, np.ndarray] = dataclasses.field(
+    default_factory=dict, compare=False
+  )
   # uint8 `[H, W, 3]` sheets of examples by name; not in the JSON.
   sheets: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def to_dict(self) -> dict[str, Any]:
     """For JSON."""
-    fields = dataclasses.asdict(dataclasses.replace(self, sheets={}))
-    del fields["sheets"]
+    small = dataclasses.replace(self, sheets={}, resamples={})
+    fields = dataclasses.asdict(small)
+    del fields["sheets"], fields["resamples"]
     return {**fields, "lower": list(self.lower)}
 
 
 class Evaluator:
   """Base of the evaluations; subclasses are frozen dataclasses."""
 
+  # What an encoder must have for it: "text", or types of objectives that train
+  # heads which predict.
+  requires = frozenset()
   # The open data: a `functools.cached_property` of most subclasses.
   _set = None
 

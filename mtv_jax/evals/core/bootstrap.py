@@ -11,7 +11,7 @@ candidates of a ranking, are those of the whole set.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
@@ -26,18 +26,27 @@ class Estimate:
 
   metrics: dict[str, float]
   errors: dict[str, float]  # in the units of the metrics
+  # Metrics of `RESAMPLES` resamples of the items, NaN where one has none. Those
+  # of n items are the same resamples everywhere, so that two encoders can be
+  # compared resample by resample.
+  resamples: dict[str, Float64[np.ndarray, " b"]] = dataclasses.field(
+    default_factory=dict, compare=False
+  )
 
   def __or__(self, other: Estimate) -> Estimate:
     """The metrics of both, those of `other` last."""
-    metrics, errors = other.metrics, other.errors
-    return Estimate(self.metrics | metrics, self.errors | errors)
+    return Estimate(
+      self.metrics | other.metrics,
+      self.errors | other.errors,
+      self.resamples | other.resamples,
+    )
 
   def rename(self, pattern: str) -> Estimate:
     """Puts each name for the `{}` of a pattern."""
     return Estimate(
       *(
         {pattern.format(k): v for k, v in values.items()}
-        for values in (self.metrics, self.errors)
+        for values in (self.metrics, self.errors, self.resamples)
       )
     )
 
@@ -68,7 +77,7 @@ def means(
       errors[name] = 1 / len(x)
     elif len(x) > 1:
       errors[name] = float(np.std(x, ddof=1) / np.sqrt(len(x)))
-  return Estimate(metrics, errors)
+  return Estimate(metrics, errors, _resample_means(values))
 
 
 def estimate(
@@ -90,20 +99,46 @@ def estimate(
     resamples: number of resamples of n items with replacement.
     seed: of the resamples.
   """
-  rng = np.random.default_rng(seed)
   whole = {k: float(v) for k, v in metrics(np.ones(count)).items()}
-  drawn: dict[str, list[float]] = {name: [] for name in whole}
-  for _ in range(resamples):
-    weights = np.bincount(rng.integers(count, size=count), minlength=count)
-    for name, value in metrics(weights.astype(np.float64)).items():
+  drawn = {name: np.full(resamples, np.nan) for name in whole}
+  for i, weights in enumerate(_draw_weights(count, resamples, seed)):
+    for name, value in metrics(weights).items():
       if name in drawn and np.isfinite(value):
-        drawn[name].append(float(value))
+        drawn[name][i] = value
+  finite = {name: x[np.isfinite(x)] for name, x in drawn.items()}
   errors = {
     name: float(np.std(x, ddof=1)) if np.ptp(x) > 1e-9 else 1 / count
-    for name, x in drawn.items()
+    for name, x in finite.items()
     if len(x) > 1
   }
-  return Estimate(whole, errors)
+  return Estimate(whole, errors, drawn)
+
+
+def _draw_weights(
+  count: int, resamples: int, seed: int
+) -> Iterator[Float64[np.ndarray, " n"]]:
+  """How often each of n items occurs, for one resample after another."""
+  rng = np.random.default_rng(seed)
+  for _ in range(resamples):
+    drawn = rng.integers(count, size=count)
+    yield np.bincount(drawn, minlength=count).astype(np.float64)
+
+
+def _resample_means(
+  values: Mapping[str, np.ndarray],
+) -> dict[str, Float64[np.ndarray, " b"]]:
+  """Means of one value per item, over the resamples of `estimate`."""
+  by_count: dict[int, list[str]] = {}
+  for name, x in values.items():
+    by_count.setdefault(len(x), []).append(name)
+  means = {}
+  for count, names in by_count.items():
+    if not count:
+      continue
+    table = np.stack([np.asarray(values[n], np.float64) for n in names], 1)
+    drawn = [w @ table for w in _draw_weights(count, RESAMPLES, 0)]
+    means |= dict(zip(names, np.stack(drawn, 1) / count, strict=True))
+  return means
 
 
 def jackknife_error(values: Float64[np.ndarray, " n"]) -> float:

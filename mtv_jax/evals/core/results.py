@@ -8,14 +8,17 @@ encoders' is `{mtv_jax, encoders: [...]}`, one such entry each.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 import mtv_jax
 from mtv_jax.encoder.encoder import Encoder
@@ -52,6 +55,33 @@ def write_json(
       "evals": {name: result.to_dict() for name, result in results.items()},
     },
   )
+
+
+def write_arrays(stem: pathlib.Path, result: Result) -> None:
+  """Writes what the JSON lacks: `STEM/SHEET.png` and `STEM.npz`.
+
+  The latter has the metrics of resamples of the items, by name; nothing is
+  written for a result without any.
+  """
+  for name, sheet in result.sheets.items():
+    stem.mkdir(parents=True, exist_ok=True)
+    file = re.sub(r"[^\w.-]+", "-", name)
+    with atomic.replace_file(stem / f"{file}.png") as temporary:
+      Image.fromarray(sheet).save(temporary, format="png")
+  if result.resamples:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()  # NumPy would add a suffix to a path.
+    np.savez_compressed(buffer, **result.resamples)
+    atomic.write(stem.with_name(f"{stem.name}.npz"), buffer.getvalue())
+
+
+def read_resamples(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Metrics of resamples, from the .npz beside an evaluation's JSON, if any."""
+  file = path.with_suffix(".npz")
+  if not file.exists():
+    return {}
+  with np.load(file) as arrays:
+    return dict(arrays)
 
 
 def write(path: str | os.PathLike, outcomes: Sequence[Outcome]) -> None:

@@ -168,6 +168,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       self._protocol(encoder, options, scored),
       chance,
       errors=estimate.errors,
+      resamples=estimate.resamples,
       sheets={"matches": np.concatenate(rows)} if rows else {},
     )
 

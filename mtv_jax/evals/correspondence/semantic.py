@@ -104,6 +104,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
       self._protocol(encoder, data, sample, grid),
       average(chance).metrics,
       errors=estimate.errors,
+      resamples=estimate.resamples,
       sheets={"matches": np.concatenate(rows)} if rows else {},
     )
 

@@ -94,6 +94,7 @@ class DepthEvaluator(Evaluator):
       units=units,
       lower=tuple(units),
       errors=means.errors,
+      resamples=means.resamples,
       sheets={"depth": plots.vstack(rows)} if rows else {},
     )
 

@@ -117,6 +117,8 @@ class RelativeDepth(DepthEvaluator):
     subset: subset of KITTI's list, `all`, `train` or `val` (MiDaS: val).
   """
 
+  requires = frozenset({"depth"})
+
   protocol: Literal["midas", "depth_anything", "marigold"] = "midas"
   aspect: Literal["squash", "keep"] | None = None
   input_size: PositiveInt | None = None

@@ -63,6 +63,12 @@ class Grounding(Evaluator):
   batch_size: PositiveInt = 32
   pictures: NonNegativeInt = 0  # Images on the sheet.
 
+  @property
+  def requires(self) -> frozenset[str]:
+    """As in the base class."""
+    prompter = {"grounding"} if self.regions == "prompter" else set()
+    return frozenset({"text"} | prompter)
+
   @functools.cached_property
   def _set(self) -> tuple[BoxSet, prompts.Prompts | None]:
     data = registry.open_boxes(self.data, images=self.images, count=self.count)
@@ -143,6 +149,7 @@ class Grounding(Evaluator):
       protocol,
       chance,
       errors=estimate.errors,
+      resamples=estimate.resamples,
       sheets=sheets,
     )
 

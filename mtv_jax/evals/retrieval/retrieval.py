@@ -48,6 +48,8 @@ class Retrieval(Evaluator):
     count: images to use, evenly spaced; all by default.
   """
 
+  requires = frozenset({"text"})
+
   data: Data = "scenes"
   images: str | None = None
   split: str = "test"
@@ -104,6 +106,7 @@ class Retrieval(Evaluator):
       protocol,
       chance(data.owner),
       errors=estimate.errors,
+      resamples=estimate.resamples,
       sheets=sheets,
     )
 

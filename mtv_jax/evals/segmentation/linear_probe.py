@@ -167,6 +167,7 @@ class Segmentation(SegmentationEvaluator):
       protocol,
       chance,
       errors=estimate.errors,
+      resamples=estimate.resamples,
       sheets=sheets,
     )
 

@@ -50,6 +50,8 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       cosines or the `scores` themselves.
   """
 
+  requires = frozenset({"text"})
+
   prompts: str | None = None
   clean: Literal["tokenizer", "canonicalize"] = "tokenizer"
   last_block: Literal["attention", "values"] | None = None
@@ -105,6 +107,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
       protocol,
       metrics_lib.chance(sums.sum(axis=0)),
       errors=estimate.errors,
+      resamples=estimate.resamples,
       sheets=predictions.sheets("zero_shot_segmentation"),
     )
 

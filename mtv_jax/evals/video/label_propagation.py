@@ -126,6 +126,7 @@ class VideoSegmentation(Evaluator):
       self._protocol(encoder, sizes, len(groups)),
       {name: float(np.mean(x)) for name, x in copied.items()},
       errors=estimate.errors,
+      resamples=estimate.resamples,
       sheets={"video_segmentation": plots.vstack(rows)} if rows else {},
     )
 
