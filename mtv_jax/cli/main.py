@@ -17,6 +17,7 @@ from mtv_jax.cli import errors
 COMMANDS = {
   "train": "train a config",
   "evaluate": "evaluate encoders and write a report",
+  "study": "train runs that compare objectives, sizes or balancing",
   "knn": "k-NN classification",
   "linear_probe": "linear classification",
   "label": "label shards with an expert model",

@@ -1,0 +1,93 @@
+"""Studies: which objectives help, alone and together, and how models scale.
+
+  mtv-jax study ladder --config=mtv_tiny --output=studies/ladder --dry_run
+  mtv-jax study ladder --config=mtv_tiny --output=studies/ladder --seeds=3
+  mtv-jax study pairs --config=mine.py --output=studies/pairs --budget=0.25
+  mtv-jax study scaling --config=mtv_tiny --output=studies/scaling \\
+    --models mu/8 Ti/8 --images 5000 20000
+  mtv-jax study balance --config=mtv_tiny --output=studies/balance \\
+    --weights equal:depth=1,contrastive=1
+
+Expands a config into runs, trains them one after another and reads their
+evaluations. The same command resumes a study. Several runners may share the
+folder; --index gives each of them its part. Exit status: 0, 1 if runs have
+failed, 143 after SIGTERM.
+"""
+
+import argparse
+import functools
+import pathlib
+import sys
+
+import jax
+
+from mtv_jax.cli import arguments
+from mtv_jax.studies import arms, expand, runner, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """The options of `mtv-jax study`."""
+  add = parser.add_argument
+  add("kind", choices=arms.KINDS, metavar="KIND", help=", ".join(arms.KINDS))
+  arguments.add_config(parser)
+  add("--output", required=True, help="the study's folder")
+  text = "seeds of each arm, or by arm: 3, or vl:5,depth:5,3"
+  add("--seeds", default="1", help=text)
+  text = "what all runs have in common: images seen (default) or FLOPs"
+  add("--match", default=expand.MATCHES[0], choices=expand.MATCHES, help=text)
+  text = "share of the config's steps, with its schedules"
+  add("--budget", type=float, default=1.0, help=text)
+  text = "groups of objectives in their order, such as vl,depth; default all"
+  add("--groups", type=_names, default=(), help=text)
+  text = "of scaling: variants, or NAME:KEY=VALUE,... of config.model"
+  add("--models", nargs="+", default=(), help=text)
+  text = "of scaling: numbers of distinct images"
+  add("--images", nargs="+", type=int, default=(), help=text)
+  text = "of balance: methods of config.balance, separated by commas"
+  add("--methods", type=_names, default=(), help=text)
+  text = "of balance: further arms, NAME:OBJECTIVE=WEIGHT,..."
+  add("--weights", nargs="+", default=(), help=text)
+  text = "train the run of number I, from 0, or with I/N every N-th from I on"
+  add("--index", metavar="I[/N]", help=text)
+  text = "print the runs with images, FLOPs and estimated time; train nothing"
+  add("--dry_run", action="store_true", help=text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+  return tuple(filter(None, text.split(",")))
+
+
+def run(args: argparse.Namespace) -> int:
+  """Expands, trains and reports; the exit status."""
+  log = functools.partial(print, flush=True)
+  if not args.dry_run:
+    # The runs need the accelerator, and this process does not.
+    jax.config.update("jax_platforms", "cpu")
+  folder = pathlib.Path(args.output)
+  study = expand.expand(
+    args.kind,
+    args.config,
+    assignments=args.set,
+    options=arms.Options(
+      groups=tuple(args.groups),
+      models=tuple(args.models),
+      images=tuple(args.images),
+      methods=tuple(args.methods),
+      weights=tuple(args.weights),
+    ),
+    seeds=args.seeds,
+    match=args.match,
+    budget=args.budget,
+    cost_fn=table.count_flops,
+    costs=table.known_costs(folder),
+  )
+  for note in study.notes:
+    log(note)
+  log(table.format_runs(folder, study))
+  if args.dry_run:
+    return 0
+  runner.write(folder, study)
+  outcome = runner.run_study(folder, study, index=args.index, log_fn=log)
+  for name, reason in outcome.failed.items():
+    print(f"study: {name} failed: {reason}", file=sys.stderr)
+  return 1 if outcome.failed else 0

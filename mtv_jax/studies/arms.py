@@ -1,0 +1,274 @@
+"""The arms of each kind of study.
+
+Objectives are studied in the groups of the paper's Figure 1 (arXiv 2601.13886):
+image-text (VL), self-supervision (SSL), grounding, depth. An objective of
+another type is a group of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+from ml_collections import ConfigDict
+
+from mtv_jax.models import two_tower
+from mtv_jax.train.balance import METHODS
+from mtv_jax.utils.errors import ConfigError, did_you_mean
+
+# Types of objectives by group, in the order of the paper's ladder.
+GROUPS = {
+  "vl": ("contrastive", "captioning"),
+  "ssl": ("distillation", "masked_latent", "masked_pixels", "gram"),
+  "grounding": ("grounding",),
+  "depth": ("depth",),
+}
+FIXED = "fixed"  # The arm of the config's weights, without balancing.
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """A setting of a study: overrides of its config."""
+
+  name: str
+  overrides: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Arms:
+  """The arms of a study."""
+
+  arms: list[Arm]
+  baseline: str
+  notes: tuple[str, ...] = ()  # What was left out, and why.
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Options of the kinds of studies.
+
+  Attributes:
+    groups: groups of objectives, in the order of the ladder; all by default.
+    models: of `scaling`, each a variant of both towers, or `NAME:KEY=VALUE,...`
+      with keys of `config.model`; the config's by default.
+    images: of `scaling`, numbers of distinct images; the config's by default.
+    methods: of `balance`; all by default.
+    weights: of `balance`, each `NAME:OBJECTIVE=WEIGHT,...`.
+  """
+
+  groups: tuple[str, ...] = ()
+  models: tuple[str, ...] = ()
+  images: tuple[int, ...] = ()
+  methods: tuple[str, ...] = ()
+  weights: tuple[str, ...] = ()
+
+
+def make_arms(kind: str, config: ConfigDict, options: Options) -> Arms:
+  """The arms of a study of a checked config.
+
+  Raises:
+    ConfigError: for an unknown kind, options of another kind, or a config that
+      gives fewer than two arms.
+  """
+  if kind not in KINDS:
+    raise ConfigError(f"study {kind!r}: {did_you_mean(kind, KINDS)}")
+  make, taken = KINDS[kind]
+  for field in dataclasses.fields(options):
+    if getattr(options, field.name) and field.name not in taken:
+      kinds = [k for k, (_, names) in KINDS.items() if field.name in names]
+      raise ConfigError(
+        f"--{field.name} is an option of {', '.join(kinds)}, not of {kind}."
+      )
+  arms = make(config, options)
+  names = [arm.name for arm in arms.arms]
+  if len(names) < 2:
+    reasons = " ".join(arms.notes)
+    raise ConfigError(
+      f"this config gives the one arm {names} of a {kind}: nothing to compare. "
+      f"{reasons}".strip()
+    )
+  if repeated := {n for n in names if names.count(n) > 1}:
+    raise ConfigError(f"two arms have the name {sorted(repeated)[0]!r}.")
+  return arms
+
+
+def group_objectives(
+  config: ConfigDict, order: Sequence[str] = ()
+) -> dict[str, tuple[str, ...]]:
+  """The config's objectives by group.
+
+  Raises:
+    ConfigError: `order` names a group without objectives in this config.
+  """
+  groups: dict[str, tuple[str, ...]] = dict.fromkeys(GROUPS, ())
+  group_of = {kind: name for name, kinds in GROUPS.items() for kind in kinds}
+  for name, entry in config.objectives.items():
+    group = group_of.get(entry.type, entry.type)
+    groups[group] = (*groups.get(group, ()), name)
+  groups = {group: names for group, names in groups.items() if names}
+  for group in order:
+    if group not in groups:
+      raise ConfigError(
+        f"--groups={group}: this config has no such objectives. "
+        f"{did_you_mean(group, groups)}"
+      )
+  return {group: groups[group] for group in order or groups}
+
+
+def _lacking(groups: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+  return tuple(
+    f"The config has no objective of the group {group!r}"
+    f" ({', '.join(kinds)}): its arms are left out."
+    for group, kinds in GROUPS.items()
+    if group not in groups
+  )
+
+
+def _keep_groups(
+  name: str, config: ConfigDict, groups: Mapping[str, Sequence[str]]
+) -> Arm:
+  """The arm that trains the objectives of some groups alone."""
+  kept = {objective for names in groups.values() for objective in names}
+  dropped = [n for n in config.objectives if n not in kept]
+  return Arm(name, tuple(f"objectives.{n}=None" for n in dropped))
+
+
+def _ladder(config: ConfigDict, options: Options) -> Arms:
+  """One group more from arm to arm; an arm is named by the last."""
+  groups = group_objectives(config, options.groups)
+  arms, trained = [], {}
+  for name, objectives in groups.items():
+    trained[name] = objectives
+    arms.append(_keep_groups(name, config, trained))
+  notes = () if options.groups else _lacking(groups)
+  return Arms(arms, next(iter(groups)), notes)
+
+
+def _leave_one_out(config: ConfigDict, options: Options) -> Arms:
+  """All groups, and all but one."""
+  groups = group_objectives(config, options.groups)
+  arms = [_keep_groups("all", config, groups)]
+  for left_out in groups:
+    rest = {name: names for name, names in groups.items() if name != left_out}
+    if rest:
+      arms.append(_keep_groups(f"without_{left_out}", config, rest))
+  notes = () if options.groups else _lacking(groups)
+  return Arms(arms, "all", notes)
+
+
+def _pairs(config: ConfigDict, options: Options) -> Arms:
+  """Each group alone, and every two."""
+  groups = group_objectives(config, options.groups)
+  sets = [(name,) for name in groups]
+  sets += itertools.combinations(groups, 2)
+  arms = [
+    _keep_groups(
+      "+".join(names), config, {name: groups[name] for name in names}
+    )
+    for names in sets
+  ]
+  notes = () if options.groups else _lacking(groups)
+  return Arms(arms, next(iter(groups)), notes)
+
+
+def _scaling(config: ConfigDict, options: Options) -> Arms:
+  """Models times numbers of images."""
+  variants = [text for text in options.models if ":" not in text]
+  # Of one patch size, the shape alone names the model.
+  one_patch = len({text.partition("/")[2] for text in variants}) < 2
+  models = [_scale_model(config, text, one_patch) for text in options.models]
+  models = models or [Arm(config.model.variant.partition("/")[0])]
+  sizes = [_limit_images(config, count) for count in options.images]
+  sizes = sizes or [Arm("all")]
+  arms = [
+    Arm(f"{model.name}-{size.name}", (*model.overrides, *size.overrides))
+    for model, size in itertools.product(models, sizes)
+  ]
+  return Arms(arms, arms[0].name)
+
+
+def _scale_model(config: ConfigDict, text: str, one_patch: bool) -> Arm:
+  """An arm from `VARIANT` or `NAME:KEY=VALUE,...`."""
+  name, colon, rest = text.partition(":")
+  if colon:
+    return Arm(name, tuple(f"model.{part}" for part in rest.split(",")))
+  shape = {"width", "depth", "heads", "mlp_dim"}
+  for path, section in (
+    ("model", config.model),
+    ("model.text", config.model.text),
+  ):
+    if section is not None and (own := shape & {*section}):
+      raise ConfigError(
+        f"--models={text}: config.{path} sets {', '.join(sorted(own))} itself,"
+        " which a variant would not change. Write --models=NAME:width=...,..."
+      )
+  two_tower.variant(text)
+  changes = [f"model.variant={text}"]
+  if config.model.text is not None:
+    changes.append(f"model.text.variant={text.partition('/')[0]}")
+  shape, _, patch = text.partition("/")
+  return Arm(shape if one_patch else f"{shape}_{patch}", tuple(changes))
+
+
+def _limit_images(config: ConfigDict, count: int) -> Arm:
+  """An arm with so many distinct images, of each source its share."""
+  weights = [entry.get("weight", 1.0) for entry in config.data.train]
+  limits = [round(count * weight / sum(weights)) for weight in weights]
+  return Arm(
+    str(count),
+    tuple(f"data.train[{i}].limit={max(n, 1)}" for i, n in enumerate(limits)),
+  )
+
+
+def balance_methods() -> tuple[str, ...]:
+  """The methods that `config.balance` offers, without fixed weights."""
+  return tuple(method for method in METHODS if method != FIXED)
+
+
+def _balance(config: ConfigDict, options: Options) -> Arms:
+  """The config's weights, other weights, and balancing methods."""
+  known, section = balance_methods(), config.balance
+  for method in options.methods:
+    if method not in known:
+      raise ConfigError(f"--methods={method}: {did_you_mean(method, known)}")
+  fixed = ("balance=None",) if section is not None else ()
+  arms = [Arm(FIXED, fixed)]
+  arms += [_set_weights(config, text, fixed) for text in options.weights]
+  for method in options.methods or known:
+    # Options of the config's own method stay; another one has its defaults.
+    is_own = section is not None and section.get("method", method) == method
+    new = f'balance=dict(method="{method}")'
+    arms.append(Arm(method, () if is_own else (new,)))
+  return Arms(arms, FIXED)
+
+
+def _set_weights(config: ConfigDict, text: str, fixed: tuple[str, ...]) -> Arm:
+  name, colon, rest = text.partition(":")
+  if not colon:
+    raise ConfigError(
+      f"--weights={text}: write NAME:OBJECTIVE=WEIGHT,OBJECTIVE=WEIGHT."
+    )
+  changes = []
+  for part in rest.split(","):
+    objective, equals, weight = part.partition("=")
+    if objective not in config.objectives or not equals:
+      raise ConfigError(
+        f"--weights={text}: {part!r} is not OBJECTIVE=WEIGHT. "
+        f"{did_you_mean(objective, config.objectives)}"
+      )
+    scheduled = isinstance(config.objectives[objective].weight, ConfigDict)
+    key = "weight.value" if scheduled else "weight"
+    changes.append(f"objectives.{objective}.{key}={weight}")
+  return Arm(name, (*fixed, *changes))
+
+
+# By name: the function, and the fields of `Options` that it takes.
+KINDS: dict[str, tuple[Callable[[ConfigDict, Options], Arms], tuple[str, ...]]]
+KINDS = {
+  "ladder": (_ladder, ("groups",)),
+  "leave_one_out": (_leave_one_out, ("groups",)),
+  "pairs": (_pairs, ("groups",)),
+  "scaling": (_scaling, ("models", "images")),
+  "balance": (_balance, ("methods", "weights")),
+}

@@ -1,0 +1,350 @@
+"""Studies: the runs that a config is expanded into.
+
+An arm is one setting of a study: a set of objectives, a model and a number of
+images, a balancing method. Each arm is trained with several seeds. A run is
+the study's config with overrides, as `mtv-jax train` takes them, so that any
+run can be repeated by its command.
+
+Runs of a seed share initial parameters (a head's depend on its name alone), the
+order of the data and the crops: all of them fold in the seed and names, never
+the other objectives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mtv_jax.config import overrides as overrides_lib
+from mtv_jax.config import schema
+from mtv_jax.data import registry
+from mtv_jax.studies import arms as arms_lib
+from mtv_jax.studies.arms import Arm
+from mtv_jax.train import experiment
+from mtv_jax.train.step_spec import abstract_params
+from mtv_jax.utils.errors import (
+  ConfigError,
+  UserError,
+  check_choice,
+  did_you_mean,
+)
+from mtv_jax.utils.tree import flatten_with_names
+
+FORMAT = 1
+MATCHES = ("images", "flops")
+# Images on the sheets of evaluations that draw some, unless the config says.
+PICTURES = 4
+# Longer than any start of an objective.
+_ENDLESS = 10**9
+_TOTAL = tuple(f"total_{unit}" for unit in schema.UNITS[:3])
+# Settings that change no FLOPs of a step.
+_NOT_COUNTED = ("seed", "schedule", "evals", "checkpoint", "log", "weights")
+_DURATIONS = {"schedule": ("warmup", "cooldown", "timescale")}
+
+# FLOPs of training on one image, from a run's resolved config.
+CostFn = Callable[[Mapping[str, Any]], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One run of a study."""
+
+  name: str  # of its folder
+  arm: str
+  seed: int
+  overrides: tuple[str, ...]  # of the study's config
+  steps: int
+  settings: Mapping[str, Any]  # the resolved config, as `config.json`
+  flops: float | None = None  # of its training; None if not counted
+
+  @property
+  def images(self) -> int:
+    """Images seen."""
+    return self.steps * self.settings["batch_size"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """The runs of a study; `study.json` in its folder."""
+
+  kind: str
+  config: str  # as `--config`
+  baseline: str  # the arm that others are compared with
+  match: str  # `images` or `flops`: what the runs have in common
+  budget: float  # share of the config's steps
+  runs: tuple[Run, ...]
+  # FLOPs per image, by digest of the settings that they depend on.
+  costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()  # What the expansion left out; not stored.
+
+  @property
+  def fingerprint(self) -> str:
+    """Digest of the resolved settings of every run."""
+    return digest({run.name: run.settings for run in self.runs})
+
+  def to_dict(self) -> dict[str, Any]:
+    """For JSON."""
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    runs = [{**vars(run), "overrides": [*run.overrides]} for run in self.runs]
+    del fields["notes"]
+    head = {"format": FORMAT, "fingerprint": self.fingerprint}
+    return {**head, **fields, "runs": runs}
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> Study:
+    """The inverse of `to_dict`."""
+    names = [f.name for f in dataclasses.fields(cls) if f.name != "notes"]
+    runs = tuple(
+      Run(**{**run, "overrides": tuple(run["overrides"])})
+      for run in fields["runs"]
+    )
+    return cls(**{name: fields[name] for name in names} | {"runs": runs})
+
+
+def digest(value: Any) -> str:
+  """A short hash of JSON-able settings."""
+  text = json.dumps(value, sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def expand(
+  kind: str,
+  config: str,
+  *,
+  assignments: Sequence[str] = (),
+  options: arms_lib.Options | None = None,
+  seeds: str = "1",
+  match: str = "images",
+  budget: float = 1.0,
+  cost_fn: CostFn | None = None,
+  costs: Mapping[str, float] | None = None,
+) -> Study:
+  """Expands a config into the runs of a study.
+
+  Args:
+    kind: one of `arms.KINDS`.
+    config: file or name of a recipe, with its arguments.
+    assignments: overrides of all runs, `KEY=VALUE`.
+    options: of the kind.
+    seeds: number of seeds, of all arms or by arm: `3`, `vl:5,depth:5,3`.
+    match: what all runs have in common: the images seen, or the FLOPs of
+      training, those of the config's own run.
+    budget: share of the config's steps.
+    cost_fn: counts FLOPs per image; None to count none.
+    costs: FLOPs per image that are known, see `Study.costs`.
+
+  Raises:
+    ConfigError: for a config or options that don't fit each other; it names the
+      arm.
+  """
+  check_choice("--match", match, MATCHES)
+  if not 0 < budget <= 1:
+    raise ConfigError(f"--budget={budget}: expected a share in (0, 1].")
+  base = overrides_lib.override(schema.read_config(config), assignments)
+  resolved = schema.check_config(base)
+  found = arms_lib.make_arms(kind, resolved, options or arms_lib.Options())
+  counts = _count_seeds(seeds, [arm.name for arm in found.arms])
+  costs = dict(costs or {})
+  full_steps = _total_steps(resolved)
+  budget_steps = max(round(budget * full_steps), 1)
+
+  def cost(settings):
+    key = _cost_key(settings)
+    if key not in costs and cost_fn is not None:
+      costs[key] = cost_fn(settings)
+    return costs.get(key)
+
+  reference = None
+  if match == "flops":
+    if cost_fn is None:
+      raise ConfigError("--match=flops needs the count of FLOPs.")
+    reference = cost(_resolve(base, (), "the config"))
+
+  runs_by_arm = {}
+  for arm in found.arms:
+    drops = _adapt(base, arm)
+    steps = budget_steps
+    if reference is not None:
+      per_image = cost(_resolve(base, (*arm.overrides, *drops), arm.name))
+      steps = max(round(budget_steps * reference / per_image), 1)
+    changes = (
+      *arm.overrides,
+      *drops,
+      *_set_length(resolved, full_steps, steps),
+    )
+    runs = []
+    for i in range(counts[arm.name]):
+      seed = resolved.seed + i
+      changed = (*changes, *([f"seed={seed}"] if i else []))
+      settings = _resolve(base, changed, arm.name)
+      per_image = cost(settings)
+      runs.append(
+        Run(
+          name=f"{arm.name}-s{seed}",
+          arm=arm.name,
+          seed=seed,
+          overrides=(*assignments, *changed),
+          steps=steps,
+          settings=settings,
+          flops=per_image and per_image * steps * resolved.batch_size,
+        )
+      )
+    runs_by_arm[arm.name] = runs
+  # Seed by seed, so that a study that is stopped early compares all arms.
+  rounds = itertools.zip_longest(*runs_by_arm.values())
+  return Study(
+    kind=kind,
+    config=config,
+    baseline=found.baseline,
+    match=match,
+    budget=budget,
+    runs=tuple(run for row in rounds for run in row if run is not None),
+    costs=costs,
+    notes=found.notes,
+  )
+
+
+def _cost_key(settings: Mapping[str, Any]) -> str:
+  """Digest of the settings that the FLOPs of a step depend on."""
+  counted = {
+    k: v for k, v in settings.items() if k not in (*_NOT_COUNTED, *_TOTAL)
+  }
+  objectives = settings["objectives"].items()
+  counted["objectives"] = {name: {**o, "weight": 1} for name, o in objectives}
+  return digest(counted)
+
+
+def _count_seeds(text: str, arms: Sequence[str]) -> dict[str, int]:
+  """Seeds by arm, from `N` or `ARM:N,...,N`."""
+  counts, default = {}, 1
+  for part in filter(None, text.split(",")):
+    name, colon, number = part.strip().rpartition(":")
+    if not number.isdecimal() or not int(number):
+      raise ConfigError(
+        f"--seeds={text}: {number!r} is not a number of seeds; write 3, or"
+        " ARM:5,3 for five seeds of an arm and three of the others."
+      )
+    if not colon:
+      default = int(number)
+    elif name not in arms:
+      raise ConfigError(f"--seeds={text}: {did_you_mean(name, arms)}")
+    else:
+      counts[name] = int(number)
+  return {arm: counts.get(arm, default) for arm in arms}
+
+
+def _total_steps(resolved: ConfigDict) -> int:
+  """The length of the config's run; opens the data for one in epochs."""
+  examples = None
+  if resolved.get("total_epochs") is not None:
+    entries = resolved.data.to_dict()["train"]
+    examples = sum(
+      len(registry.build_source({**entry, "labels": None})) for entry in entries
+    )
+  return schema.RunLength.from_config(resolved, examples).total_steps
+
+
+def _set_length(
+  resolved: ConfigDict, full_steps: int, steps: int
+) -> Iterable[str]:
+  """Overrides that set the length of a run.
+
+  Durations of schedules and of weights scale with it, other than those in
+  percent, which do by themselves.
+  """
+  if steps == full_steps and resolved.get("total_epochs") is None:
+    return
+  for key in _TOTAL:
+    if key != "total_steps" and resolved.get(key) is not None:
+      yield f"{key}=None"
+  yield f"total_steps={steps}"
+  share = steps / full_steps
+  for name in _DURATIONS["schedule"]:
+    yield from _scale("schedule", resolved.schedule, name, share)
+  for name, entry in resolved.objectives.items():
+    if isinstance(entry.weight, ConfigDict):
+      for part in ("start", "ramp"):
+        path = f"objectives.{name}.weight"
+        yield from _scale(path, entry.weight, part, share)
+
+
+def _scale(
+  path: str, section: ConfigDict, name: str, share: float
+) -> Iterable[str]:
+  for unit in ("steps", "epochs", "examples"):
+    value = section.get(f"{name}_{unit}")
+    if value:
+      scaled = value * share
+      if unit == "steps":
+        scaled = max(round(scaled), 1)
+      yield f"{path}.{name}_{unit}={scaled}"
+
+
+def _adapt(base: ConfigDict, arm: Arm) -> list[str]:
+  """Overrides that leave out what an arm has no use for.
+
+  These are evaluations of what it does not train, teacher weights without a
+  teacher, and rules over parameters that it lacks. Evaluations that can draw
+  sheets of images draw them.
+  """
+  without_rules = ("optim.rules=None", "sharding=None")
+  config = _build(base, (*arm.overrides, *without_rules), arm.name)
+  with _name_arm(arm.name):
+    spec = experiment.build_step_spec(config, _ENDLESS, config.batch_size)
+  given = experiment.evaluable(config, spec.model)
+  changes = []
+  for name, evaluator in experiment.build_evaluators(config).items():
+    entry = config.evals[name]
+    if not evaluator.requires <= given:
+      changes.append(f"evals.{name}=None")
+      continue
+    if hasattr(evaluator, "pictures") and "pictures" not in entry:
+      changes.append(f"evals.{name}.pictures={PICTURES}")
+    if entry.get("weights") == "teacher" and not spec.has_teacher:
+      changes.append(f"evals.{name}.weights=student")
+  if config.weights == "teacher" and not spec.has_teacher:
+    changes.append("weights=student")
+  names = None
+  for key, rules in (
+    ("optim.rules", base.optim.get("rules")),
+    ("sharding", base.get("sharding")),
+  ):
+    if rules:
+      names = names or [n for n, _ in flatten_with_names(abstract_params(spec))]
+      kept = [r for r in rules if any(re.search(r[0], n) for n in names)]
+      if len(kept) < len(rules):
+        changes.append(f"{key}={overrides_lib.to_plain(kept)}")
+  return changes
+
+
+@contextlib.contextmanager
+def _name_arm(arm: str) -> Iterator[None]:
+  try:
+    yield
+  except UserError as error:
+    error.add_note(f"(in the arm {arm!r})")
+    raise
+
+
+def _build(base: ConfigDict, changes: Sequence[str], arm: str) -> ConfigDict:
+  with _name_arm(arm):
+    return schema.check_config(overrides_lib.override(base, changes))
+
+
+def _resolve(
+  base: ConfigDict, changes: Sequence[str], arm: str
+) -> dict[str, Any]:
+  """The config that a run writes to its `config.json`."""
+  config = _build(base, changes, arm)
+  with _name_arm(arm):
+    experiment.read_teacher_models(config)
+    experiment.build_step_spec(config, _ENDLESS, config.batch_size)
+  return json.loads(json.dumps(config.to_dict()))

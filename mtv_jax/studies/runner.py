@@ -1,0 +1,311 @@
+"""Runs a study: each run in a process of its own, resumed where it stopped.
+
+Any number of runners may share a study's folder. A lease on each run, and the
+lock on its folder, keep two from training the same one. Results depend on none
+of this: a run is the same command wherever and however often it is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mtv_jax.experts.labelling.shard_lease import ShardLeases
+from mtv_jax.studies.expand import FORMAT, Run, Study
+from mtv_jax.train import preemption, workdir
+from mtv_jax.utils import atomic
+from mtv_jax.utils.errors import ConfigError, InputError
+
+STUDY, RUNS, LOGS = "study.json", "runs", "logs"
+_POLL_SECONDS = 1.0
+_MAX_DIFFERENCES = 8
+
+LogFn = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class Outcome:
+  """What became of a study's runs, by name."""
+
+  finished: list[str] = dataclasses.field(default_factory=list)
+  failed: dict[str, str] = dataclasses.field(default_factory=dict)
+  leased: dict[str, str] = dataclasses.field(default_factory=dict)  # elsewhere
+
+
+def select_runs(runs: Sequence[Run], index: str | None) -> list[Run]:
+  """The runs of `--index=I` or `--index=I/N`, all by default.
+
+  `I` is the run of that number, from 0; `I/N` every N-th from I on.
+
+  Raises:
+    ConfigError: for another text, or a number that is out of range.
+  """
+  if index is None:
+    return list(runs)
+  match = re.fullmatch(r"(\d+)(?:/(\d+))?", index)
+  if not match:
+    raise ConfigError(f"--index={index}: write I or I/N, numbers from 0.")
+  first, count = int(match[1]), int(match[2] or 0)
+  limit = count or len(runs)
+  if first >= limit:
+    raise ConfigError(
+      f"--index={index}: expected 0 to {limit - 1}; the study has {len(runs)} "
+      "runs."
+    )
+  return list(runs[first::count] if count else runs[first : first + 1])
+
+
+def read(folder: pathlib.Path) -> Study:
+  """The study of a folder.
+
+  Raises:
+    InputError: the folder has none, or one of another format.
+  """
+  path = folder / STUDY
+  try:
+    fields = json.loads(path.read_bytes())
+  except FileNotFoundError:
+    raise InputError(f"{folder} has no {STUDY}: it is not a study.") from None
+  except ValueError as error:
+    raise InputError(f"{path} is not JSON: {error}") from None
+  if fields.get("format") != FORMAT:
+    raise InputError(
+      f"{path} has format {fields.get('format')}; this version reads {FORMAT}."
+    )
+  return Study.from_dict(fields)
+
+
+def write(folder: pathlib.Path, study: Study) -> None:
+  """Records a study in its folder; a study there may only be extended.
+
+  Raises:
+    ConfigError: the folder has another study, or one with other settings.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  data = (json.dumps(study.to_dict(), indent=1) + "\n").encode()
+  if atomic.write_if_absent(folder / STUDY, data) == data:
+    return
+  check_same(folder, read(folder), study)
+  atomic.write(folder / STUDY, data)
+
+
+def check_same(folder: pathlib.Path, old: Study, new: Study) -> None:
+  """Raises ConfigError unless `new` has all runs of `old`, unchanged."""
+  differences = [
+    f"{name}: {getattr(old, name)!r} -> {getattr(new, name)!r}"
+    for name in ("kind", "match")
+    if getattr(old, name) != getattr(new, name)
+  ]
+  settings = {run.name: run.settings for run in new.runs}
+  for run in old.runs:
+    if run.name not in settings:
+      differences.append(f"{run.name}: not among the runs of this command")
+      continue
+    differences += [
+      f"{run.name}: {line}"
+      for line in describe_difference(run.settings, settings[run.name])
+    ]
+  if differences:
+    more = len(differences) - _MAX_DIFFERENCES
+    lines = differences[:_MAX_DIFFERENCES]
+    lines += [f"and {more} more"] if more > 0 else []
+    raise ConfigError(
+      f"{folder} has a study with other settings; results of both would be "
+      "mixed. Give another --output, or the command of the first. What "
+      "differs:\n  " + "\n  ".join(lines)
+    )
+
+
+def describe_difference(
+  old: Mapping[str, Any], new: Mapping[str, Any]
+) -> list[str]:
+  """A line `KEY: OLD -> NEW` for each setting that differs."""
+  before, after = _flatten(old), _flatten(new)
+  return [
+    f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
+    for key in dict.fromkeys([*before, *after])
+    if before.get(key, _flatten) != after.get(key, _flatten)
+  ]
+
+
+def _flatten(value: Any, path: str = "") -> dict[str, Any]:
+  if isinstance(value, Mapping) and value:
+    flat: dict[str, Any] = {}
+    for key, child in value.items():
+      flat |= _flatten(child, f"{path}.{key}" if path else key)
+    return flat
+  if isinstance(value, list) and any(isinstance(x, Mapping) for x in value):
+    flat = {}
+    for i, child in enumerate(value):
+      flat |= _flatten(child, f"{path}[{i}]")
+    return flat
+  return {path: value}
+
+
+def is_finished(folder: pathlib.Path, run: Run) -> bool:
+  """Whether a run has trained to its end with its settings and evaluations.
+
+  Raises:
+    InputError: its folder has a run with other settings.
+  """
+  path = folder / RUNS / run.name
+  try:
+    config = json.loads((path / "config.json").read_bytes())
+  except (FileNotFoundError, ValueError):
+    # Not started, or killed while its config was written.
+    return False
+  if config != run.settings:
+    lines = describe_difference(run.settings, config)[:_MAX_DIFFERENCES]
+    raise InputError(
+      f"{path} is a run with other settings than the study's: move it away. "
+      "What differs:\n  " + "\n  ".join(lines)
+    )
+  results = [
+    path / "evals" / f"{name}_{run.steps}.json" for name in config["evals"]
+  ]
+  # The last checkpoint is saved after the last evaluation.
+  return all(
+    p.exists() for p in (*results, path / "checkpoints" / str(run.steps))
+  )
+
+
+def run_study(
+  folder: pathlib.Path,
+  study: Study,
+  *,
+  index: str | None = None,
+  log_fn: LogFn = print,
+) -> Outcome:
+  """Trains the runs of a study that are not finished, one after another.
+
+  Args:
+    folder: of the study; `write` has recorded it there.
+    study: as recorded.
+    index: which runs, see `select_runs`.
+    log_fn: called with a line at the start and the end of each run.
+
+  Raises:
+    preemption.Preempted: after SIGTERM, once the current run has saved a
+      checkpoint.
+    InputError: the folder of a run has other settings.
+  """
+  outcome = Outcome()
+  selected = select_runs(study.runs, index)
+  leases = ShardLeases(folder / RUNS)
+  (folder / RUNS).mkdir(exist_ok=True)
+  (folder / LOGS).mkdir(exist_ok=True)
+  for number, run in enumerate(selected, 1):
+    if is_finished(folder, run):
+      outcome.finished.append(run.name)
+      continue
+    where = f"{run.name} ({number} of {len(selected)})"
+    with leases.acquire(run.name) as acquired:
+      if not acquired:
+        outcome.leased[run.name] = f"{leases.holder(run.name)}"
+        log_fn(f"{where}: trained by {outcome.leased[run.name]}")
+        continue
+      # Another runner may have finished it in the meantime.
+      if not is_finished(folder, run):
+        log = folder / LOGS / f"{run.name}.log"
+        log_fn(f"{where}: {run.steps} steps, log in {log}")
+        start = time.monotonic()
+        _wait_for_lock(folder / RUNS / run.name, log_fn)
+        reason = _train(folder, study, run, log)
+        if reason is None and not is_finished(folder, run):
+          reason = "it exited without its last evaluations"
+        if reason is not None:
+          outcome.failed[run.name] = reason
+          log_fn(f"{where} FAILED: {reason}")
+          continue
+        log_fn(f"{where}: finished in {time.monotonic() - start:.0f} s")
+    outcome.finished.append(run.name)
+  return outcome
+
+
+def _wait_for_lock(path: pathlib.Path, log_fn: LogFn) -> None:
+  """Waits for a process that a killed runner has left behind."""
+  waiting = False
+  while True:
+    try:
+      with workdir.lock_workdir(path):
+        return
+    except ConfigError as error:
+      if not waiting:
+        log_fn(f"Waiting: {error}")
+      waiting = True
+      time.sleep(_POLL_SECONDS)
+
+
+def command(study: Study, run: Run, path: pathlib.Path) -> list[str]:
+  """The arguments of `mtv-jax train` for a run."""
+  sets = [f"--set={assignment}" for assignment in run.overrides]
+  return [f"--config={study.config}", f"--workdir={path}", *sets]
+
+
+def _train(
+  folder: pathlib.Path, study: Study, run: Run, log: pathlib.Path
+) -> str | None:
+  """Trains in a new process; returns why it failed, or None.
+
+  Raises:
+    preemption.Preempted: the process has exited after SIGTERM.
+  """
+  arguments = command(study, run, folder / RUNS / run.name)
+  with log.open("ab") as stream:
+    size = stream.tell()
+    process = subprocess.Popen(
+      [sys.executable, "-m", "mtv_jax.main", *arguments],
+      stdout=stream,
+      stderr=subprocess.STDOUT,
+    )
+    with _forward_sigterm(process) as notice:
+      try:
+        code = process.wait()
+      except BaseException:
+        # Ctrl-C, which a terminal sends to the process as well.
+        process.wait()
+        raise
+  if code == preemption.EXIT_CODE or notice.received:
+    raise preemption.Preempted(
+      f"received SIGTERM in run {run.name}, see {log}. The same command "
+      "resumes the study."
+    )
+  if code == 0:
+    return None
+  with log.open("rb") as stream:
+    stream.seek(size)
+    lines = stream.read().decode(errors="replace").strip().splitlines()
+  last = lines[-1] if lines else "no output"
+  status = f"signal {-code}" if code < 0 else f"exit code {code}"
+  return f"{status}, last line of {log}: {last}"
+
+
+@contextlib.contextmanager
+def _forward_sigterm(
+  process: subprocess.Popen,
+) -> Iterator[preemption.Notice]:
+  """Passes SIGTERM on to a process instead of exiting."""
+  notice = preemption.Notice()
+  if threading.current_thread() is not threading.main_thread():
+    yield notice
+    return
+
+  def receive(*_):
+    notice.received = True
+    process.send_signal(signal.SIGTERM)
+
+  old = signal.signal(signal.SIGTERM, receive)
+  try:
+    yield notice
+  finally:
+    signal.signal(signal.SIGTERM, old)

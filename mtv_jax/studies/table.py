@@ -1,0 +1,132 @@
+"""The table of a study's runs: images, FLOPs, estimated time, state."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from mtv_jax.perf import flops
+from mtv_jax.studies import runner
+from mtv_jax.studies.expand import Run, Study
+from mtv_jax.train.experiment import build_step_spec
+from mtv_jax.train.metrics import format_duration
+from mtv_jax.utils.errors import UserError
+
+# Rows of the batch that is counted; the cost per image hardly depends on it.
+_ROWS = 64
+
+
+def count_flops(settings: Mapping[str, Any]) -> float:
+  """FLOPs of training on one image, once all objectives have started.
+
+  Of `settings`, a resolved config; see `flops.model_flops`.
+  """
+  config = ConfigDict(dict(settings))
+  spec = build_step_spec(config, 10**9, config.batch_size)
+  rows = min(config.batch_size, _ROWS)
+  batch = flops.abstract_batch(rows, flops.batch_fields(config, spec))
+  return flops.model_flops(spec, optax.adam(1e-3), batch) / rows
+
+
+def known_costs(folder: pathlib.Path) -> Mapping[str, float]:
+  """FLOPs that a study in the folder has counted, see `Study.costs`."""
+  try:
+    return runner.read(folder).costs
+  except UserError:
+    return {}
+
+
+def format_runs(folder: pathlib.Path, study: Study) -> str:
+  """A line for each run, their sum, and what the times are from."""
+  done = {run.name: runner.is_finished(folder, run) for run in study.runs}
+  rate, source = _measure_rate(folder, study.runs)
+  rows = [["", "run", "steps", "images", "GFLOP/image", "PFLOP", "time", ""]]
+  seconds = 0.0
+  for number, run in enumerate(study.runs):
+    estimate = run.flops / rate if run.flops else float("nan")
+    seconds += 0.0 if done[run.name] else estimate
+    rows.append(
+      [
+        str(number),
+        run.name,
+        f"{run.steps:,}",
+        f"{run.images:,}",
+        f"{(run.flops or np.nan) / run.images / 1e9:.3f}",
+        f"{(run.flops or np.nan) / 1e15:.3g}",
+        format_duration(estimate),
+        "finished" if done[run.name] else "",
+      ]
+    )
+  left = len(study.runs) - sum(done.values())
+  return (
+    f"{_align(rows)}\n{left} of {len(study.runs)} runs to train, "
+    f"{format_duration(seconds)} {source}, without compilation and evaluations"
+  )
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+  """Columns of text; all but the second and the last align right."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  left = (1, len(widths) - 1)
+  return "\n".join(
+    "  ".join(
+      cell.ljust(width) if i in left else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  )
+
+
+def _measure_rate(
+  folder: pathlib.Path, runs: Sequence[Run]
+) -> tuple[float, str]:
+  """FLOPs per second, and what they are from.
+
+  Of the study's runs where some have trained; else the rate of a matrix product
+  on this process's device, which no run reaches.
+  """
+  rates = [
+    run.flops / run.images * speed
+    for run in runs
+    if run.flops and (speed := _images_per_second(folder, run))
+  ]
+  if rates:
+    return float(np.median(rates)), "at the rate of the runs so far"
+  rate = _matmul_rate()
+  return rate, f"at least, at {rate / 1e9:,.0f} GFLOP/s of a matrix product"
+
+
+def _images_per_second(folder: pathlib.Path, run: Run) -> float | None:
+  """The median speed of a run; None if it has not trained yet."""
+  path = folder / runner.RUNS / run.name / "metrics.jsonl"
+  speeds = []
+  for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+      speed = json.loads(line).get("speed/images_per_second")
+    except ValueError:
+      continue  # The last line of a run that was killed.
+    if speed:
+      speeds.append(speed)
+  return float(np.median(speeds)) if speeds else None
+
+
+def _matmul_rate(size: int = 1024, repeats: int = 5) -> float:
+  """FLOPs per second of a float32 product of square matrices."""
+  x = jnp.ones((size, size))
+  multiply = jax.jit(jnp.matmul)
+  multiply(x, x).block_until_ready()
+  seconds = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    multiply(x, x).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+  return 2 * size**3 / min(seconds)

@@ -1,0 +1,230 @@
+"""The runs of a study: arms, what they leave out, lengths, seeds."""
+
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+from mtv_jax.config import overrides, schema
+from mtv_jax.studies import arms as arms_lib
+from mtv_jax.studies.expand import expand
+from mtv_jax.utils.errors import ConfigError
+
+TINY = "mtv_tiny:tiny"
+SSL = {"distillation", "masked_latent", "masked_pixels"}
+
+
+def trained(study):
+  """Objectives by arm."""
+  return {run.arm: {*run.settings["objectives"]} for run in study.runs}
+
+
+def evaluated(study):
+  return {run.arm: {*run.settings["evals"]} for run in study.runs}
+
+
+def write_recipe(folder: pathlib.Path, body: str) -> str:
+  """A recipe that changes mtv_tiny."""
+  file = folder / "recipe.py"
+  file.write_text(
+    "from mtv_jax.config.schema import read_config\n\n\n"
+    "def get_config(arg=None):\n"
+    f"  config = read_config('{TINY}')\n"
+    + "".join(f"  {line}\n" for line in body.splitlines())
+    + "  return config\n"
+  )
+  return str(file)
+
+
+def test_ladder_of_every_objective():
+  study = expand("ladder", TINY)
+  assert trained(study) == {
+    "vl": {"contrastive"},
+    "ssl": {"contrastive"} | SSL,
+    "grounding": {"contrastive", "grounding"} | SSL,
+    "depth": {"contrastive", "grounding", "depth"} | SSL,
+  }
+  # The depth head is there in the last arm alone; boxes can be cropped in all.
+  common = {"zero_shot", "retrieval", "grounding"}
+  assert evaluated(study) == {
+    "vl": common, "ssl": common, "grounding": common,
+    "depth": common | {"relative_depth"},
+  }  # fmt: skip
+  assert study.baseline == "vl" and study.notes == ()
+  assert {run.steps for run in study.runs} == {30}
+  assert {run.images for run in study.runs} == {30 * 32}
+  # The full arm is the config itself, but for sheets.
+  whole = schema.check_config(schema.read_config(TINY)).to_dict()
+  assert (
+    study.runs[-1].settings["objectives"].keys() == whole["objectives"].keys()
+  )
+
+
+def test_overrides_repeat_the_run_in_the_training_command():
+  study = expand("leave_one_out", TINY, assignments=["optim.lr=0.5"], seeds="2")
+  for run in study.runs:
+    config = overrides.override(schema.read_config(TINY), run.overrides)
+    config = schema.check_config(config)
+    assert config.optim.lr == 0.5 and config.seed == run.seed
+    assert {*config.objectives} == {*run.settings["objectives"]}
+    assert {*config.evals} == {*run.settings["evals"]}
+
+
+def test_leave_one_out_and_pairs():
+  study = expand("leave_one_out", TINY)
+  assert study.baseline == "all"
+  assert trained(study)["without_ssl"] == {"contrastive", "grounding", "depth"}
+  assert trained(study)["without_vl"] == {"grounding", "depth"} | SSL
+  # Phrases of boxes still train the text tower.
+  assert "zero_shot" in evaluated(study)["without_vl"]
+  study = expand("pairs", TINY)
+  assert list(trained(study)) == [
+    "vl", "ssl", "grounding", "depth", "vl+ssl", "vl+grounding", "vl+depth",
+    "ssl+grounding", "ssl+depth", "grounding+depth",
+  ]  # fmt: skip
+  assert trained(study)["grounding+depth"] == {"grounding", "depth"}
+  # Without a text tower nothing is compared with texts.
+  assert evaluated(study)["ssl+depth"] == {"relative_depth"}
+  (run,) = [run for run in study.runs if run.arm == "ssl+depth"]
+  assert run.settings["model"]["text"] is None
+
+
+def test_groups_that_a_config_lacks_are_told_and_others_are_arms(tmp_path):
+  recipe = write_recipe(
+    tmp_path,
+    "del config.objectives.depth\n"
+    "config.objectives.second = dict(type='contrastive')\n"
+    "config.evals = dict(retrieval=dict())",
+  )
+  study = expand("ladder", recipe)
+  assert list(trained(study)) == ["vl", "ssl", "grounding"]
+  assert trained(study)["vl"] == {"contrastive", "second"}
+  assert len(study.notes) == 1 and "'depth'" in study.notes[0]
+  options = arms_lib.Options(groups=("grounding", "vl"))
+  assert trained(expand("ladder", recipe, options=options)) == {
+    "grounding": {"grounding"},
+    "vl": {"grounding", "contrastive", "second"},
+  }
+  with pytest.raises(ConfigError, match="--groups=depth.*There are: ground"):
+    expand("ladder", recipe, options=arms_lib.Options(groups=("depth",)))
+  with pytest.raises(ConfigError, match="one arm .'vl'. of a ladder"):
+    options = arms_lib.Options(groups=("vl",))
+    expand("ladder", recipe, options=options)
+
+
+def test_rules_and_teacher_weights_of_what_an_arm_lacks_are_left_out(tmp_path):
+  recipe = write_recipe(
+    tmp_path,
+    "config.optim.rules = [('^heads/depth/', dict(lr=0.5)),"
+    " ('bias$', dict(lr=2.0))]\n"
+    "config.weights = 'teacher'\n"
+    "config.evals.retrieval.weights = 'teacher'",
+  )
+  runs = {run.arm: run.settings for run in expand("ladder", recipe).runs}
+  assert [r[0] for r in runs["vl"]["optim"]["rules"]] == ["bias$"]
+  assert len(runs["depth"]["optim"]["rules"]) == 2
+  assert runs["vl"]["weights"] == "student"
+  assert runs["vl"]["evals"]["retrieval"]["weights"] == "student"
+  assert runs["ssl"]["weights"] == "teacher"
+  assert runs["ssl"]["evals"]["retrieval"]["weights"] == "teacher"
+
+
+def test_seeds_by_arm_come_round_by_round():
+  study = expand("ladder", TINY, seeds="vl:3,depth:2,1")
+  assert [run.name for run in study.runs] == [
+    "vl-s0", "ssl-s0", "grounding-s0", "depth-s0", "vl-s1", "depth-s1",
+    "vl-s2",
+  ]  # fmt: skip
+  assert [run.settings["seed"] for run in study.runs][-1] == 2
+  for text, message in {
+    "0": "not a number of seeds", "vl:x": "not a number", "ssd:2": "'ssl'",
+  }.items():  # fmt: skip
+    with pytest.raises(ConfigError, match=message):
+      expand("ladder", TINY, seeds=text)
+
+
+def test_budget_scales_the_schedules(tmp_path):
+  recipe = write_recipe(
+    tmp_path,
+    "config.total_steps = None\n"
+    "config.total_examples = 3200\n"
+    "config.schedule = dict(name='cosine', warmup_steps=20)\n"
+    "weight = dict(start_steps=40, ramp_percent=10)\n"
+    "config.objectives.depth = dict(weight=weight)",
+  )
+  study = expand("ladder", recipe, budget=0.25)
+  settings = study.runs[-1].settings
+  assert study.runs[-1].steps == settings["total_steps"] == 25
+  assert "total_examples" not in settings
+  assert settings["schedule"]["warmup_steps"] == 5
+  weight = settings["objectives"]["depth"]["weight"]
+  assert weight["start_steps"] == 10 and weight["ramp_percent"] == 10
+  with pytest.raises(ConfigError, match="--budget=2"):
+    expand("ladder", recipe, budget=2.0)
+
+
+def test_equal_flops_are_those_of_the_whole_config():
+  def cost(settings):
+    return float(len(settings["objectives"]))
+
+  study = expand("ladder", TINY, match="flops", cost_fn=cost, seeds="2")
+  steps = {run.arm: run.steps for run in study.runs}
+  assert steps == {"vl": 180, "ssl": 45, "grounding": 36, "depth": 30}
+  assert {run.flops for run in study.runs} == {30 * 32 * 6.0}
+  # Known costs are not counted again: seeds and lengths share them.
+  again = expand(
+    "ladder", TINY, match="flops", seeds="2", costs=study.costs,
+    cost_fn=lambda settings: pytest.fail("counted again"),
+  )  # fmt: skip
+  assert again.fingerprint == study.fingerprint
+  assert len(study.costs) == 4
+
+
+def test_scaling_of_models_and_images(tmp_path):
+  options = arms_lib.Options(
+    models=("mu/8", "wide:width=96,text.width=96"), images=(100, 1000)
+  )
+  study = expand("scaling", TINY, options=options)
+  runs = {run.arm: run.settings for run in study.runs}
+  assert list(runs) == ["mu-100", "mu-1000", "wide-100", "wide-1000"]
+  assert runs["mu-100"]["data"]["train"][0]["limit"] == 100
+  assert runs["wide-1000"]["model"]["width"] == 96
+  assert runs["wide-1000"]["model"]["text"]["width"] == 96
+  assert {run.images for run in study.runs} == {30 * 32}
+  recipe = write_recipe(tmp_path, "config.model.width = 32")
+  with pytest.raises(ConfigError, match="sets width itself"):
+    expand("scaling", recipe, options=options)
+  with pytest.raises(ConfigError, match="option of scaling, not of ladder"):
+    expand("ladder", TINY, options=options)
+
+
+def test_balance_of_methods_and_weights(tmp_path):
+  options = arms_lib.Options(weights=("small:depth=0.1,contrastive=2",))
+  study = expand("balance", TINY, options=options)
+  runs = {run.arm: run.settings for run in study.runs}
+  assert list(runs)[:2] == ["fixed", "small"] and study.baseline == "fixed"
+  assert {*runs} == {"fixed", "small", *arms_lib.balance_methods()}
+  assert runs["fixed"]["balance"] is None
+  assert runs["grad_norm_mean"]["balance"] is not None
+  assert runs["small"]["objectives"]["depth"]["weight"] == 0.1
+  with pytest.raises(ConfigError, match="Did you mean 'depth'"):
+    options = arms_lib.Options(weights=("a:depht=1",))
+    expand("balance", TINY, options=options)
+
+
+def test_an_error_names_the_arm(tmp_path):
+  recipe = write_recipe(
+    tmp_path,
+    "config.objectives.contrastive = dict(weight=dict(start_steps=5))",
+  )
+  with pytest.raises(ConfigError, match="must start at step 0") as error:
+    expand("ladder", recipe)
+  assert "'vl'" in error.value.__notes__[0]
+
+
+def test_a_study_survives_its_json():
+  study = expand("ladder", TINY)
+  fields = study.to_dict()
+  assert fields["format"] == 1 and fields["fingerprint"] == study.fingerprint
+  assert type(study).from_dict(fields) == study
+  assert ConfigDict(dict(study.runs[0].settings)).objectives

@@ -1,0 +1,254 @@
+"""Studies in a folder: refusals, shares, leases, failures, kills."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from xla_options import xla_flags
+
+from mtv_jax.experts.labelling.shard_lease import ShardLeases
+from mtv_jax.studies import results, runner
+from mtv_jax.studies.expand import Run, Study
+from mtv_jax.train import workdir
+from mtv_jax.utils.errors import ConfigError, InputError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def make_study(count=3, **settings):
+  settings = dict(batch_size=4, evals={"retrieval": {}}, seed=0) | settings
+  return Study(
+    kind="ladder",
+    config="nowhere.py",
+    baseline="a0",
+    match="images",
+    budget=1.0,
+    runs=tuple(
+      Run(f"a{i}-s0", f"a{i}", 0, ("seed=0",), 5, settings)
+      for i in range(count)
+    ),
+  )
+
+
+def write_run(folder, run, top1=0.5):
+  """The files of a finished run."""
+  path = folder / "runs" / run.name
+  (path / "checkpoints" / str(run.steps)).mkdir(parents=True)
+  (path / "evals").mkdir()
+  (path / "config.json").write_text(json.dumps(run.settings))
+  result = dict(
+    metrics={"top1": top1, "rmse": 2.0}, protocol={}, chance={"top1": 0.25},
+    units={"rmse": "m"}, lower=["rmse"], errors={"top1": 0.01},
+  )  # fmt: skip
+  file = path / "evals" / f"retrieval_{run.steps}.json"
+  content = dict(encoder="x", weights="student", evals={"retrieval": result})
+  file.write_text(json.dumps(content))
+  np.savez(file.with_suffix(".npz"), top1=np.full(400, top1))
+
+
+def test_other_settings_are_refused_and_more_runs_are_not(tmp_path):
+  study = make_study(2)
+  runner.write(tmp_path, study)
+  runner.write(tmp_path, study)
+  assert runner.read(tmp_path) == study
+  other = make_study(2, optim={"lr": 0.1})
+  with pytest.raises(ConfigError, match="optim.lr: 'absent' -> 0.1"):
+    runner.write(tmp_path, other)
+  with pytest.raises(ConfigError, match="a1-s0: not among the runs"):
+    runner.write(tmp_path, make_study(1))
+  with pytest.raises(ConfigError, match="match: 'images' -> 'flops'"):
+    runner.write(tmp_path, dataclasses.replace(study, match="flops"))
+  assert runner.read(tmp_path) == study
+  runner.write(tmp_path, make_study(3))
+  assert len(runner.read(tmp_path).runs) == 3
+  with pytest.raises(InputError, match="is not a study"):
+    runner.read(tmp_path / "runs")
+
+
+def test_only_finished_runs_of_the_same_settings_are_read(tmp_path):
+  study = make_study(3)
+  runner.write(tmp_path, study)
+  for i, run in enumerate(study.runs[:2]):
+    write_run(tmp_path, run, 0.5 + 0.1 * i)
+  read = results.read_study(tmp_path)
+  assert read.unfinished == ("a2-s0",)
+  values = read.measurements.values
+  assert values["a0"][0]["retrieval/top1"] == 0.5
+  assert values["a1"][0]["retrieval/top1"] == 0.6 and values["a2"] == {}
+  assert read.measurements.errors["a0"][0] == {"retrieval/top1": 0.01}
+  assert read.measurements.resamples["a1"][0]["retrieval/top1"].shape == (400,)
+  top1, rmse = read.metrics
+  assert (top1.name, top1.unit, top1.lower) == ("retrieval/top1", "%", False)
+  assert (rmse.unit, rmse.lower, rmse.chance) == ("m", True, None)
+  # Its last checkpoint is missing, or it had other settings.
+  path = tmp_path / "runs" / "a0-s0"
+  (path / "checkpoints" / "5").rmdir()
+  assert "a0-s0" in results.read_study(tmp_path).unfinished
+  changed = {**study.runs[0].settings, "batch_size": 8}
+  (path / "config.json").write_text(json.dumps(changed))
+  with pytest.raises(InputError, match="batch_size: 4 -> 8"):
+    results.read_study(tmp_path)
+
+
+def test_index_takes_one_run_or_a_share():
+  runs = make_study(7).runs
+
+  def names(index):
+    return [run.arm for run in runner.select_runs(runs, index)]
+
+  assert len(names(None)) == 7
+  assert names("2") == ["a2"] and names("1/3") == ["a1", "a4"]
+  shares = [name for i in range(3) for name in names(f"{i}/3")]
+  assert sorted(shares) == names(None)
+  for wrong in ("7", "3/3", "a", "1/", "-1"):
+    with pytest.raises(ConfigError, match="--index"):
+      runner.select_runs(runs, wrong)
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+  """Names of the runs that were trained, by a command that trains nothing."""
+  names = []
+
+  def train(folder, study, run, log):
+    names.append(run.name)
+    if run.name == "a1-s0":
+      return "exit code 1"
+    write_run(folder, run)
+    return None
+
+  monkeypatch.setattr(runner, "_train", train)
+  return names
+
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path, trainings):
+  study = make_study(3)
+  write_run(tmp_path, study.runs[0])
+  outcome = runner.run_study(tmp_path, study)
+  assert trainings == ["a1-s0", "a2-s0"]
+  assert outcome.finished == ["a0-s0", "a2-s0"]
+  assert outcome.failed == {"a1-s0": "exit code 1"}
+  # The failed one is tried again.
+  runner.run_study(tmp_path, study, index="1")
+  assert trainings[2:] == ["a1-s0"]
+
+
+def test_a_leased_run_is_left_to_its_process(tmp_path, trainings):
+  study, lines = make_study(3), []
+  runs = tmp_path / "runs"
+  runs.mkdir()
+  with ShardLeases(runs).acquire("a0-s0"):
+    outcome = runner.run_study(tmp_path, study, log_fn=lines.append)
+  assert trainings == ["a1-s0", "a2-s0"]
+  assert list(outcome.leased) == ["a0-s0"]
+  assert f"process {os.getpid()}" in lines[0]
+
+
+def test_a_locked_run_is_waited_for(tmp_path, trainings, monkeypatch):
+  """A runner was killed, and its training process goes on."""
+  study, lines = make_study(1), []
+  lock = workdir.lock_workdir(tmp_path / "runs" / "a0-s0")
+  lock.__enter__()
+  waits = []
+
+  def sleep(seconds):
+    assert trainings == []
+    waits.append(seconds)
+    if len(waits) == 2:
+      lock.__exit__(None, None, None)
+
+  monkeypatch.setattr(runner.time, "sleep", sleep)
+  runner.run_study(tmp_path, study, log_fn=lines.append)
+  assert trainings == ["a0-s0"] and len(waits) == 2
+  assert sum("Waiting" in line for line in lines) == 1
+
+
+RECIPE = """
+from mtv_jax.config.schema import read_config
+
+
+def get_config(arg=None):
+  config = read_config("{smallest}:steps=6,save=2")
+  config.objectives = dict(
+    contrastive=dict(init_bias=-2.0), depth=dict(features=8, channels=(8,) * 4)
+  )
+  config.data.ops = "decode|canvas(32)|caption(16)|depth(16)"
+  return config
+"""
+
+
+def start(recipe, output):
+  env = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": xla_flags(1),
+    "PYTHONPATH": str(ROOT),
+  }
+  return subprocess.Popen(
+    [sys.executable, ROOT / "tools" / "study.py", "ladder",
+     f"--config={recipe}", f"--output={output}"],
+    cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    text=True, start_new_session=True,
+  )  # fmt: skip
+
+
+def steps_logged(output):
+  return sum(
+    len(file.read_text().splitlines())
+    for file in output.glob("runs/*/metrics.jsonl")
+  )
+
+
+@pytest.mark.slow
+def test_a_study_killed_at_random_moments_gives_the_same_results(tmp_path):
+  recipe = tmp_path / "recipe.py"
+  smallest = ROOT / "tests" / "configs" / "smallest.py"
+  recipe.write_text(RECIPE.format(smallest=smallest))
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  process = start(recipe, whole)
+  text, _ = process.communicate(timeout=500)
+  assert process.returncode == 0, text
+  base = int(os.environ.get("MTV_JAX_SEED", time.time_ns()))
+  rng = random.Random(base)
+  # In each run: once with its runner, once the runner alone, once by SIGTERM.
+  for at, kill in (
+    (rng.randint(1, 6), "group"),
+    (rng.randint(7, 9), "runner"),
+    (rng.randint(10, 13), "term"),
+  ):
+    print(f"MTV_JAX_SEED={base}: {kill} after {at} lines")
+    process = start(recipe, killed)
+    while steps_logged(killed) < at and process.poll() is None:
+      time.sleep(0.005)
+    if kill == "term":
+      process.terminate()
+    elif kill == "group":
+      os.killpg(process.pid, signal.SIGKILL)
+    else:
+      process.kill()
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode in {
+      # While it waits for a process of a killed runner, SIGTERM ends it.
+      "term": (143, -15, 0), "group": (-9, 0), "runner": (-9, 0)
+    }[kill], text  # fmt: skip
+  process = start(recipe, killed)
+  text, _ = process.communicate(timeout=500)
+  assert process.returncode == 0, text
+  read = [results.read_study(folder) for folder in (whole, killed)]
+  assert read[0].unfinished == read[1].unfinished == ()
+  assert read[0].study == read[1].study
+  assert read[0].metrics == read[1].metrics
+  assert read[0].measurements.values == read[1].measurements.values
+  assert read[0].measurements.errors == read[1].measurements.errors
+  for arm in ("vl", "depth"):  # The config's seed is 3.
+    pairs = [r.measurements.resamples[arm][3] for r in read]
+    for name, array in pairs[0].items():
+      np.testing.assert_array_equal(array, pairs[1][name], err_msg=name)
