@@ -15,20 +15,22 @@ from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.perf.bench import data, harness
 from mtv_jax.train.experiment import build_experiment, make_loader
+from mtv_jax.train.interference import measure_interference
 from mtv_jax.train.loop import init_or_restore, prefetch_to_device
+from mtv_jax.utils.errors import check_choice
 
 
 class StepTimer:
   """A config's train step, timed on one batch that stays on the devices."""
 
-  def __init__(self, config: schema.Config):
+  def __init__(self, config: schema.Config, *, compile: bool = True):
     with tempfile.TemporaryDirectory() as workdir:
       self.experiment = build_experiment(config, workdir)
     # After the steps so far.
     self.state = init_or_restore(self.experiment, None)
     with make_loader(self.experiment, 0) as loader:
       self.batch = shard_batch(next(loader), self.experiment.mesh)
-    self.compile_seconds = self.time_step()
+    self.compile_seconds = self.time_step() if compile else 0.0
 
   def time_step(self, batch: Any = None) -> float:
     """Seconds of one step, waited for; by default on the timer's batch."""
@@ -143,7 +145,7 @@ def time_views(config: schema.Config, *, steps: int = 5) -> harness.Result:
 
 
 def time_interference(
-  config: schema.Config, *, rounds: int = 10
+  config: schema.Config, *, rounds: int = 10, measure: str = "time"
 ) -> harness.Result:
   """Times the interference meter of a config against its train step.
 
@@ -151,39 +153,45 @@ def time_interference(
     config: as `train` takes it; without `interference`, that of the defaults.
     rounds: in which the step and the meter, with and without the transfer,
       take turns.
+    measure: "time", or "flops", which runs no step.
   """
+  check_choice("measure", measure, ("time", "flops"))
   config = schema.check_config(config)
   if config.interference is None:
     config = schema.check_config({**config.to_dict(), "interference": {}})
-  timer = StepTimer(config)
+  timer = StepTimer(config, compile=measure == "time")
   experiment = timer.experiment
-  program, active = experiment.program, tuple(experiment.step_spec.objectives)
+  spec, program = experiment.step_spec, experiment.program
+  lr = np.float32(experiment.optimizer.schedule(experiment.total_steps // 2))
+  every = experiment.every("every", experiment.config.interference)
+  meters = (("norms and cosines", None), ("with the transfer", lr))
 
-  def measure(lr):
+  def run_meter(lr):
+    active = tuple(spec.objectives)
     arrays = program.interference(timer.state, timer.batch, active, lr)
     jax.block_until_ready(arrays)
 
-  lr = np.float32(experiment.optimizer.schedule(experiment.total_steps // 2))
-  times = harness.time_rounds(
-    [timer.time_step, lambda: measure(None), lambda: measure(lr)], rounds=rounds
-  )
-  step, gradients, transfer = np.median(times, axis=0).tolist()
-  section = experiment.config.interference
-  every = experiment.every("every", section)
   result = harness.Result(
     batch_size=experiment.config.batch_size,
-    objectives=len(active),
+    objectives=len(spec.objectives),
     every=every,
     devices=harness.describe_devices(),
   )
-  add, text = result.add, "{:.0f} ms, {:.2f} steps"
-  add("step_ms", 1e3 * step, "a step, median", "{:.0f} ms")
-  for name, label, seconds in (
-    ("norms_and_cosines", "norms and cosines", gradients),
-    ("with_transfer", "with the transfer", transfer),
-  ):
-    ms, steps = 1e3 * seconds, seconds / step
-    add(name, ms, label, text.format(ms, steps))
-    share = seconds / (every * step + seconds)
-    add(f"{name}_share", share, f"  every {every} steps", "{:.1%} of the time")
+  step = flops.model_flops(spec, experiment.optimizer.tx, timer.batch)
+  plain = flops.without_recomputation(spec)
+  meter = functools.partial(measure_interference, plain)
+  text = f"{{:.2f}} steps, {{:.1%}} of the run at one in {every} steps"
+  for label, rate in meters:
+    cost = flops.count(meter, timer.state, dict(timer.batch), rate).flops / step
+    words = text.format(cost, cost / (every + cost))
+    result.add(f"{label} flops", cost, f"{label}, FLOPs", words)
+  if measure == "time":
+    calls = [functools.partial(run_meter, rate) for _, rate in meters]
+    times = harness.time_rounds([timer.time_step, *calls], rounds=rounds)
+    step, *times = np.median(times, axis=0).tolist()
+    result.add("step", step, "a step, median", "{:.3f} s")
+    for (label, _), seconds in zip(meters, times, strict=True):
+      cost = seconds / step
+      words = text.format(cost, cost / (every + cost))
+      result.add(label, seconds, f"{label}, median", words)
   return result
