@@ -22,7 +22,7 @@ import sys
 import jax
 
 from mtv_jax.cli import arguments
-from mtv_jax.studies import arms, expand, runner, table
+from mtv_jax.studies import arms, expand, report, runner, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +88,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
   runner.write(folder, study)
   outcome = runner.run_study(folder, study, index=args.index, log_fn=log)
+  # Of several runners, the last one to finish has all results.
+  write_study = getattr(report, "write_study", None)
+  if write_study is not None and outcome.finished and not outcome.leased:
+    write_study(folder)
   for name, reason in outcome.failed.items():
     print(f"study: {name} failed: {reason}", file=sys.stderr)
   return 1 if outcome.failed else 0
