@@ -94,4 +94,9 @@ def run(args: argparse.Namespace) -> int:
     write_study(folder)
   for name, reason in outcome.failed.items():
     print(f"study: {name} failed: {reason}", file=sys.stderr)
+  try:
+    log("wrote " + ", ".join(map(str, report.write_study(folder))))
+  except Exception as error:
+    # The runs are complete without it.
+    print(f"study: no report: {error!r}", file=sys.stderr)
   return 1 if outcome.failed else 0

@@ -18,9 +18,8 @@ from mtv_jax.utils.charts import Chart, Series
 from mtv_jax.utils.html import Swatch
 
 # Metrics that are drawn below those of the evaluations.
-_FURTHER = (
-  r"grad_norm$|/weight$|^speed/(images_per_second|wait)$|^interference/"
-)
+_FURTHER = r"grad_norm$|/weight$|^interference/"
+_TIMES = ("speed/images_per_second", "speed/wait")
 _ABSENT = "–"
 _MAX_VALUE = 160  # Characters of a config's value.
 
@@ -34,7 +33,7 @@ def group_by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def draw_training_curves(
-  runs: Sequence[Run],
+  runs: Sequence[Run], *, timed: bool = True
 ) -> tuple[list[Chart], list[Chart]]:
   """Metrics over steps, of each arm: losses and main metrics, then others.
 
@@ -56,6 +55,7 @@ def draw_training_curves(
   main = [n for n in names if evaluated.get(n)]
   further = [n for n in names if evaluated.get(n) is False]
   further += [n for n in names if re.search(_FURTHER, n)]
+  further += [n for n in names if timed and n in _TIMES]
   drawn = [_draw_curve(runs, name) for name in losses + main]
   rest = [_draw_curve(runs, name) for name in further]
   return [c for c in drawn if c], [c for c in rest if c]
@@ -218,10 +218,11 @@ def metrics_table(runs: Sequence[Run]) -> list[list[str]]:
   return [[str(evaluation), *rest] for evaluation, *rest in rows]
 
 
-def runs_table(runs: Sequence[Run]) -> list[list[str]]:
+def runs_table(runs: Sequence[Run], *, timed: bool = True) -> list[list[str]]:
   """What the runs are: a header, then a row for each."""
   colours = {arm: i for i, arm in enumerate(group_by_arm(runs))}
-  rows = [["run", "seed", "steps", "images", "images/s", "core hours"]]
+  rows = [["run", "seed", "steps", "images"]]
+  rows[0] += ["images/s", "core hours"] if timed else []
   for run in runs:
     batch, steps = run.config.get("batch_size", 0), run.step
     total = run.config.get("total_steps")
@@ -234,10 +235,11 @@ def runs_table(runs: Sequence[Run]) -> list[list[str]]:
         str(run.seed),
         progress,
         f"{steps * batch:,}",
-        _last(run, "speed/images_per_second", ".0f"),
-        _last(run, "speed/core_hours", ".2f"),
       ]
     )
+    if timed:
+      rows[-1].append(_last(run, "speed/images_per_second", ".0f"))
+      rows[-1].append(_last(run, "speed/core_hours", ".2f"))
   return rows
 
 

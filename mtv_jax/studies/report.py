@@ -1,6 +1,7 @@
 """Report of runs: one HTML page that needs no other file, and Markdown.
 
-`write_runs` compares any runs, and with one run is that run's report.
+`write_study` is the report of a study. `write_runs` compares any runs, and with
+one run is that run's report.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from PIL import Image
 from mtv_jax.evals import suite
 from mtv_jax.evals.report import tables
 from mtv_jax.evals.report.report import file_name
-from mtv_jax.studies import figures
+from mtv_jax.studies import figures, results, runner
 from mtv_jax.studies.folders import Run, read_run
 from mtv_jax.studies.pages import Block, Sheet, write_pages
+from mtv_jax.studies.study_sections import describe_study
 from mtv_jax.utils.errors import ConfigError
 
 _VALUES_NOTE = (
@@ -63,6 +65,43 @@ def write_runs(
   return write_pages(title, [*_describe_runs(read, output)], output)
 
 
+def write_study(
+  folder: str | os.PathLike, output: str | os.PathLike | None = None
+) -> list[pathlib.Path]:
+  """Writes the report of a study, from the runs that are finished.
+
+  Args:
+    folder: of the study.
+    output: folder of the pages; default: that of the study.
+
+  Returns:
+    The two pages.
+
+  Raises:
+    InputError: it is not a study, or a run has other settings than the study's.
+  """
+  folder = pathlib.Path(folder)
+  output = folder if output is None else output
+  study = results.read_study(folder)
+  runs = [
+    read_run(folder / runner.RUNS / run.name, name=run.name, arm=run.arm)
+    for run in study.study.runs
+    if run.name not in study.unfinished
+  ]
+  first = [members[0] for members in figures.group_by_arm(runs).values()]
+  blocks = [*describe_study(study)]
+  if runs:
+    # Without times: a study that is resumed gives the same report.
+    blocks += describe_training(runs, timed=False)
+    blocks += describe_gradients(runs)
+    blocks += describe_sheets(first, output)
+    blocks.append(Block("heading", "Runs"))
+    table = figures.runs_table(runs, timed=False)
+    blocks.append(Block("table", table, {"numbers": 1}))
+    blocks += describe_configs(first)
+  return write_pages(f"Study: {study.study.kind}", blocks, output)
+
+
 def format_run(folder: str | os.PathLike) -> str:
   """The last metrics of a run with chance, as a text table; "" if none."""
   outcome = read_run(folder).outcome
@@ -94,9 +133,11 @@ def _describe_runs(
   yield from describe_configs(runs)
 
 
-def describe_training(runs: Sequence[Run]) -> Iterator[Block]:
-  """Training curves of arms over each other."""
-  curves, further = figures.draw_training_curves(runs)
+def describe_training(
+  runs: Sequence[Run], *, timed: bool = True
+) -> Iterator[Block]:
+  """Training curves of arms over each other, also of the speed if `timed`."""
+  curves, further = figures.draw_training_curves(runs, timed=timed)
   if not curves and not further:
     return
   yield Block("heading", "Training")

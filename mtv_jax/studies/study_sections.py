@@ -1,0 +1,156 @@
+"""Sections of a study's report: arms, differences, synergy, scaling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mtv_jax.studies import comparisons, statistics
+from mtv_jax.studies.contrasts import Contrast, Metric
+from mtv_jax.studies.expand import Run
+from mtv_jax.studies.pages import Block
+from mtv_jax.studies.results import StudyResults
+from mtv_jax.train.experiment import build_step_spec
+from mtv_jax.train.step_spec import abstract_params
+from mtv_jax.utils.tree import flatten_with_names
+
+_ARMS_NOTE = (
+  "Means over seeds with 95 % t intervals over seeds, or with one seed 1.96 "
+  "standard errors over the items of the test set. Pale dots are seeds. ↓: "
+  "lower is better. Chance is what random embeddings or guesses would give."
+)
+_DIFFERENCES_NOTE = (
+  "Differences in the metric's unit, paired by seed where there are 2 or more, "
+  "with 95 % intervals over seeds; with one seed, over items. A difference is "
+  "better or worse if its p value, corrected for all comparisons of the table "
+  "(Holm 1979), is below 0.05 and the second interval, over items (and seeds, "
+  "if several), excludes 0. Else it is not distinguishable."
+)
+_SYNERGY_NOTE = (
+  "Right of the diagonal: what a pair gains over the better of its two parts. "
+  "Left of it: over the sum of both parts' distances from chance. Positive is "
+  "an improvement, also where lower is better. Bold: distinguishable."
+)
+_SCALING_NOTE = (
+  "Dots are means with the intervals of the arms, dashed curves the fits. "
+  "Intervals of the fits' parameters are of a bootstrap of residuals, 95 %."
+)
+
+
+def describe_study(results: StudyResults) -> Iterator[Block]:
+  """What the study says, from its finished runs."""
+  study, data = results.study, results.measurements
+  yield Block("bullets", _summarise(results))
+  main = comparisons.select_main(results.metrics)
+  if not main:
+    yield Block("note", "No run is finished.")
+    return
+  compared = statistics.compare(data, main, baseline=study.baseline)
+  yield Block("heading", "Arms")
+  table = comparisons.values_table(data, main)
+  yield Block("table", table, {"numbers": 1})
+  yield Block("note", _ARMS_NOTE)
+  yield Block("charts", comparisons.draw_arms(data, main, compared))
+  further = [metric for metric in results.metrics if metric not in main]
+  if further:
+    table = comparisons.values_table(data, further)
+    inner = (Block("table", table, {"numbers": 1}),)
+    yield Block("details", "Further metrics", inner=inner)
+  if study.kind == "scaling":
+    yield from _describe_scaling(results, main)
+    return
+  yield Block("heading", f"Differences from {study.baseline}")
+  yield from _describe_differences(compared, main)
+  yield Block("note", _DIFFERENCES_NOTE)
+  if study.kind == "ladder" and len(data.values) > 2:
+    yield Block("heading", "Differences from the arm before")
+    steps = comparisons.compare_in_order(data, main)
+    yield from _describe_differences(steps, main)
+  if study.kind == "pairs":
+    yield from _describe_synergy(results, main)
+
+
+def _summarise(results: StudyResults) -> list[str]:
+  study = results.study
+  seeds: dict[str, int] = {}
+  for run in study.runs:
+    seeds[run.arm] = seeds.get(run.arm, 0) + 1
+  counts = ", ".join(f"{arm} {count}" for arm, count in seeds.items())
+  finished = len(study.runs) - len(results.unfinished)
+  lines = [
+    f"Config: {study.config}",
+    f"Runs have in common: {study.match}"
+    + (f", at {study.budget:g} of the config's steps" * (study.budget != 1)),
+    f"Seeds: {counts}",
+    f"Finished: {finished} of {len(study.runs)} runs",
+    f"Settings: {study.fingerprint}",
+  ]
+  if results.unfinished:
+    lines.insert(4, f"Not finished: {', '.join(results.unfinished)}")
+  return lines
+
+
+def _describe_differences(
+  compared: Sequence[statistics.Comparison], metrics: Sequence[Metric]
+) -> Iterator[Block]:
+  yield Block("table", comparisons.differences_table(compared, metrics))
+  by_name = {metric.name: metric for metric in metrics}
+  rows = [(f"{c.arm} − {c.baseline}", by_name[c.metric], c) for c in compared]
+  yield _details(rows)
+
+
+def _details(rows: Sequence[tuple[str, Metric, Contrast]]) -> Block:
+  inner = (Block("table", comparisons.contrast_table(rows)),)
+  return Block("details", "Intervals and p values", inner=inner)
+
+
+def _describe_synergy(
+  results: StudyResults, metrics: Sequence[Metric]
+) -> Iterator[Block]:
+  synergies = statistics.find_synergies(results.measurements, metrics)
+  yield Block("heading", "Synergy")
+  yield Block("note", _SYNERGY_NOTE)
+  yield Block("charts", comparisons.draw_synergies(synergies, metrics))
+  yield _details(comparisons.synergy_rows(synergies, metrics))
+
+
+def _describe_scaling(
+  results: StudyResults, metrics: Sequence[Metric]
+) -> Iterator[Block]:
+  sizes = {run.arm: measure_size(run) for run in results.study.runs}
+  data = results.measurements
+  variables = {
+    arm: {k: v for k, v in size.items() if k != "model"}
+    for arm, size in sizes.items()
+  }
+  fits = comparisons.fit_metrics(data, metrics, variables)
+  yield Block("heading", "Scaling")
+  yield Block("charts", comparisons.draw_scaling(data, metrics, sizes, fits))
+  yield Block("note", _SCALING_NOTE)
+  yield Block("bullets", comparisons.describe_laws(fits))
+  yield Block("table", comparisons.fits_table(fits), {"numbers": 1})
+
+
+def measure_size(run: Run) -> dict[str, Any]:
+  """Model, distinct images and parameters of an arm of a scaling study.
+
+  The parameters are those of the image tower.
+  """
+  model, _, images = run.arm.rpartition("-")
+  seen = run.images
+  return {
+    "model": model,
+    "images": int(images) if images.isdecimal() else seen,
+    "parameters": count_parameters(run.settings),
+  }
+
+
+def count_parameters(settings: Mapping[str, Any]) -> int:
+  """Parameters of the image tower of a resolved config."""
+  config = ConfigDict(dict(settings))
+  spec = build_step_spec(config, 10**9, config.batch_size)
+  image = abstract_params(spec)["image"]
+  return sum(math.prod(x.shape) for _, x in flatten_with_names(image))
