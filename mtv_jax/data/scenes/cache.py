@@ -66,9 +66,9 @@ def open_cache(
         atomic.remove_abandoned(folder)
         _write(folder, settings, render, length)
   names = json.loads((folder / MANIFEST).read_bytes())["arrays"]
-  return {
-    name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names
-  }
+  mapped = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in names}
+  # Plain views of the files: slices of the class `memmap` are slow.
+  return {name: np.asarray(array) for name, array in mapped.items()}
 
 
 def read_record(arrays: Arrays, i: int) -> Record:
