@@ -88,15 +88,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
   runner.write(folder, study)
   outcome = runner.run_study(folder, study, index=args.index, log_fn=log)
-  # Of several runners, the last one to finish has all results.
-  write_study = getattr(report, "write_study", None)
-  if write_study is not None and outcome.finished and not outcome.leased:
-    write_study(folder)
   for name, reason in outcome.failed.items():
     print(f"study: {name} failed: {reason}", file=sys.stderr)
-  try:
-    log("wrote " + ", ".join(map(str, report.write_study(folder))))
-  except Exception as error:
-    # The runs are complete without it.
-    print(f"study: no report: {error!r}", file=sys.stderr)
+  # Of several runners, the last one to finish has all results.
+  if outcome.finished and not outcome.leased:
+    try:
+      log("wrote " + ", ".join(map(str, report.write_study(folder))))
+    except Exception as error:
+      # The runs are complete without it.
+      print(f"study: no report: {error!r}", file=sys.stderr)
   return 1 if outcome.failed else 0
