@@ -35,7 +35,7 @@ def get_config(arg=None):
     arg,
     tiny=False,
     objectives="depth",
-    steps=10_000,
+    steps=5000,
     batch=32,
     difficulty="easy",
     cache="",
