@@ -251,7 +251,8 @@ def _run(name: str, evaluator: Evaluator, encoder: Encoder) -> Result:
   with _add_name(name):
     result = evaluator.run(encoder)
   seconds = round(time.perf_counter() - start, 1)
-  protocol = {**result.protocol, "seconds": seconds}
+  options = {"options": evaluator.changed_options()}
+  protocol = {**result.protocol, **options, "seconds": seconds}
   return dataclasses.replace(result, protocol=protocol)
 
 

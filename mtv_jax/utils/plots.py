@@ -290,8 +290,7 @@ def image_grid(
     return np.asarray(ImageOps.pad(fitted, (size, size), color=PAPER))
 
   grid = vstack([hstack([*map(square, row)]) for row in rows])
-  head = [draw_lines([(title, INK)], size) for title in titles]
-  return vstack([hstack(head), grid], gap=5) if head else grid
+  return stack_rows([grid], titles) if titles else grid
 
 
 def hstack(

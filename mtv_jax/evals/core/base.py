@@ -97,6 +97,11 @@ class Evaluator:
   requires = frozenset()
   # The open data: a `functools.cached_property` of most subclasses.
   _set = None
+  # Options that no metric depends on, or whose effect a hash of the data shows.
+  _neutral = frozenset(
+    {"data", "train", "images", "count", "train_count", "pictures"}
+    | {"batch_size", "encode_batch"}
+  )
 
   def __post_init__(self):
     options_lib.check_fields(self)
@@ -107,6 +112,16 @@ class Evaluator:
     It stays open, as an evaluator may run many times.
     """
     _ = self._set
+
+  def changed_options(self) -> dict[str, Any]:
+    """Options that metrics depend on and that differ from their defaults."""
+    is_configured = dataclasses.is_dataclass(self)
+    defaults = _field_defaults(type(self)) if is_configured else {}
+    return {
+      name: value
+      for name, default in defaults.items()
+      if name not in self._neutral and (value := getattr(self, name)) != default
+    }
 
   def run(self, encoder: Encoder) -> Result:
     """Evaluates; the same call on every host of a pod."""
@@ -142,11 +157,15 @@ def evaluator_class(kind: str, *, where: str = "--evals") -> type[Evaluator]:
 
 def default_options(kind: str) -> dict[str, Any]:
   """An evaluation type's options, with their defaults."""
+  return _field_defaults(evaluator_class(kind))
+
+
+def _field_defaults(cls: type[Evaluator]) -> dict[str, Any]:
   return {
     f.name: f.default
     if f.default_factory is dataclasses.MISSING
     else f.default_factory()
-    for f in dataclasses.fields(evaluator_class(kind))
+    for f in dataclasses.fields(cls)
   }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.convert import processors
@@ -16,7 +16,11 @@ from mtv_jax.evals.core import dense, examples
 from mtv_jax.evals.core.base import Evaluator, preprocess_protocol
 from mtv_jax.evals.core.examples import Data
 from mtv_jax.evals.core.padded_views import PaddedView
+from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError
+
+# Of the columns of a sheet.
+_TITLES = ("first image", "second image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,12 @@ class CorrespondenceEvaluator(Evaluator):
     return dense.features(
       encoder, images, (block,), norm=self.norm, batch_size=self.batch_size
     )
+
+  def _draw_sheets(
+    self, rows: Sequence[UInt8[np.ndarray, "_ _ 3"]]
+  ) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
+    """The sheet `matches` of rows of two images; none without a row."""
+    return {"matches": plots.stack_rows(rows, _TITLES)} if rows else {}
 
   def _common_protocol(
     self, encoder: Encoder, size: int, **steps: Any

@@ -169,7 +169,7 @@ class GeometricCorrespondence(CorrespondenceEvaluator):
       chance,
       errors=estimate.errors,
       resamples=estimate.resamples,
-      sheets={"matches": np.concatenate(rows)} if rows else {},
+      sheets=self._draw_sheets(rows),
     )
 
   def _resolve(self, encoder: Encoder, layout: str) -> recall.Options:

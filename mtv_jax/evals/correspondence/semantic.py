@@ -105,7 +105,7 @@ class SemanticCorrespondence(CorrespondenceEvaluator):
       average(chance).metrics,
       errors=estimate.errors,
       resamples=estimate.resamples,
-      sheets={"matches": np.concatenate(rows)} if rows else {},
+      sheets=self._draw_sheets(rows),
     )
 
   def _grid(self, encoder: Encoder, layout: str) -> _Grid:

@@ -18,6 +18,9 @@ from mtv_jax.evals.datasets.scenes import is_scenes
 from mtv_jax.evals.depth import metrics
 from mtv_jax.utils import plots
 
+# Of the columns of a sheet.
+_TITLES = ("image", "true depth", "predicted depth")
+
 # Image in 0..255, true depth in metres (0 where unknown), predicted map.
 Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -95,7 +98,7 @@ class DepthEvaluator(Evaluator):
       lower=tuple(units),
       errors=means.errors,
       resamples=means.resamples,
-      sheets={"depth": plots.vstack(rows)} if rows else {},
+      sheets={"depth": plots.stack_rows(rows, _TITLES)} if rows else {},
     )
 
 

@@ -72,6 +72,9 @@ class DepthProbe(DepthEvaluator):
     dpt_features: channels of the DPT head.
   """
 
+  # The batch is that of the training.
+  _neutral = DepthEvaluator._neutral - {"batch_size"}
+
   protocol: Literal["linear", "lin1", "lin4", "dpt"] = "linear"
   layers: tuple[int, ...] | None = None
   cls: Literal["concat", "off"] | None = None

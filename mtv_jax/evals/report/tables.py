@@ -15,7 +15,7 @@ from mtv_jax.utils.html import Bold, Link
 DESCRIPTIVE = ("patch_pca",)
 _EMPTY = "-"
 # `Row.best` needs equal values of these protocol keys, and equal data.
-_COMPARED = ("protocol", "train_hash", "train_data_hash")
+_COMPARED = ("protocol", "options", "train_hash", "train_data_hash")
 _ABSENT = "(absent)"
 # A difference of fewer standard errors marks nothing.
 _DISTINCT = 2.0
@@ -76,7 +76,9 @@ def _row(name: str, metric: str, results: Sequence[Result | None]) -> Row:
   values = tuple(scaled(r and r.metrics.get(metric)) for r in results)
   errors = tuple(scaled(r and r.errors.get(metric)) for r in results)
   chance = scaled(example.chance.get(metric))
-  protocols = [[r.protocol.get(key) for key in _COMPARED] for r in present]
+  protocols = [
+    [jsonable(r.protocol.get(key)) for key in _COMPARED] for r in present
+  ]
   best = None
   if name not in DESCRIPTIVE and all(p == protocols[0] for p in protocols):
     best = _find_best(values, errors, chance, sign=-1 if lower else 1)

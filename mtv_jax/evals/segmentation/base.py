@@ -131,7 +131,8 @@ class Predictions:
     Rows of image, truth and prediction above the names of their classes.
     """
     rows = [row[head] for row in self.rows]
-    return {name: plots.vstack(rows)} if rows else {}
+    titles = ("image", "truth", "prediction")
+    return {name: plots.stack_rows(rows, titles)} if rows else {}
 
 
 def _draw_row(

@@ -92,6 +92,9 @@ class Segmentation(SegmentationEvaluator):
     train_count: images to train on, evenly spaced.
   """
 
+  # `batch_size` is that of the training.
+  _neutral = SegmentationEvaluator._neutral - {"batch_size"}
+
   head: Literal["linear", "multilayer", "conv"] = "linear"
   layers: Literal["LAST", "FOUR_LAST", "FOUR_EVEN"] | None = None
   norm: Literal["final", "none"] = "final"

@@ -72,9 +72,11 @@ class PatchPca(Evaluator):
         self._row(encoder, data.images[i], pixels)
         for i, pixels in enumerate(colours[: self.pictures])
       ]
+      titles = ("image", "first 3 components")
       if len(rows) % 2 == 0:
         rows = [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
-      sheets["pca"] = plots.image_grid(rows)
+        titles *= 2
+      sheets["pca"] = plots.image_grid(rows, titles=titles)
     protocol = {
       **encoder.protocol(),
       "data": data.name,

@@ -50,6 +50,7 @@ _PATCH = 16  # of the published encoders
 _NEIGHBOURHOOD = 12
 _CHUNK = 32  # frames whose features are in memory
 _SHEET_HEIGHT = 160
+_TITLES = ("last frame", "true objects", "predicted objects")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,9 @@ class VideoSegmentation(Evaluator):
       {name: float(np.mean(x)) for name, x in copied.items()},
       errors=estimate.errors,
       resamples=estimate.resamples,
-      sheets={"video_segmentation": plots.vstack(rows)} if rows else {},
+      sheets={"video_segmentation": plots.stack_rows(rows, _TITLES)}
+      if rows
+      else {},
     )
 
   def _input_size(

@@ -227,7 +227,7 @@ def test_scenes(result):
     "interpolation": "nearest",
   }
   assert sum(protocol["pairs_by_angle"].values()) == 4
-  assert result.sheets["matches"].shape == (256, 256, 3)
+  assert result.sheets["matches"].shape == (21 + 128 + 8 + 128, 256, 3)
 
 
 def test_one_device_and_eight_agree(result):

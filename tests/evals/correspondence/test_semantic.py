@@ -420,7 +420,7 @@ def test_scenes(result):
   assert result.protocol["threshold"] == 0.25
   assert result.protocol["grid"] == [16, 16]
   assert result.protocol["points"] == 3 * result.protocol["pairs"]["all"]
-  assert result.sheets["matches"].shape == (256, 256, 3)
+  assert result.sheets["matches"].shape == (21 + 128 + 8 + 128, 256, 3)
 
 
 def test_one_device_and_eight_agree(result):

@@ -139,7 +139,7 @@ def test_result_and_protocol():
   assert protocol["encoder"] == "oracle"
   assert (protocol["images"], protocol["images_skipped"]) == (3, 0)
   assert (protocol["protocol"], protocol["cap"]) == ("midas", 20)
-  assert result.sheets["depth"].shape == (2 * 160 + 8, 3 * 160 + 16, 3)
+  assert result.sheets["depth"].shape == (21 + 2 * 160 + 8, 3 * 160 + 16, 3)
   space = RelativeDepth(count=2, alignment="disparity_space").run(
     OracleEncoder()
   )
@@ -288,7 +288,7 @@ def test_real_kitti(shared_data, protocol):
   assert result.protocol["images"] == 2
   assert result.metrics["abs_rel"] < 0.4 * result.chance["abs_rel"]
   assert result.protocol["image_cut"] == result_cut[protocol]
-  assert result.sheets["depth"].shape[0] == 2 * 160 + 8
+  assert result.sheets["depth"].shape[0] == 21 + 2 * 160 + 8
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.evals import suite
-from mtv_jax.evals.core import results
+from mtv_jax.evals.core import base, results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.report import (
@@ -148,7 +148,9 @@ def test_results_on_other_data_are_not_compared():
   assert row.values == (0.5, None) and row.best is None
 
 
-@pytest.mark.parametrize("key", ["protocol", "train_hash", "train_data_hash"])
+@pytest.mark.parametrize(
+  "key", ["protocol", "options", "train_hash", "train_data_hash"]
+)
 def test_best_needs_equal_protocols(key):
   def marked(value):
     other = outcome("b", depth=0.25)
@@ -384,3 +386,15 @@ def test_equal_names_are_numbered():
     [outcome("a")], compared=[outcome("a"), outcome("a")]
   )
   assert [o.name for o in built.columns] == ["a", "a (2)", "a (3)"]
+
+
+def test_changed_options_are_those_that_metrics_depend_on():
+  def changed(kind, **options):
+    return base.build_evaluator(kind, options).changed_options()
+
+  assert changed("zero_shot", count=7, batch_size=3) == {}
+  assert changed("zero_shot", view="center") == {"view": "center"}
+  semantic = changed("semantic_correspondence", image_mean="imagenet", count=9)
+  assert semantic == {"image_mean": "imagenet"}
+  # The batch of a training matters.
+  assert changed("depth_probe", batch_size=3) == {"batch_size": 3}

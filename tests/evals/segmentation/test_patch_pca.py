@@ -12,7 +12,10 @@ from mtv_jax.evals.segmentation import patch_pca
 from mtv_jax.evals.segmentation.patch_pca import PatchPca
 from mtv_jax.models import two_tower as models
 from mtv_jax.parallel.mesh import make_mesh
+from mtv_jax.utils import plots
 from mtv_jax.utils.errors import ConfigError
+
+HEAD = plots.TEXT_SIZE + plots.TEXT_SIZE // 4 + 5  # of a sheet's columns
 
 
 def patches_of(seed=0, shape=(3, 4, 5, 7)):
@@ -105,7 +108,7 @@ def test_a_sheet_is_drawn_on_request():
   assert result.protocol["layer"] == -2 and not result.protocol["final_norm"]
   sheet = result.sheets["pca"]
   assert sheet.dtype == np.uint8 and sheet.shape == (
-    3 * 200 - 8,
+    HEAD + 3 * 200 - 8,
     2 * 200 - 8,
     3,
   )
@@ -137,6 +140,7 @@ def test_any_folder_of_photos(tmp_path, write_image):
   assert result.protocol["images"] == 2
   # Both photos are 12 x 8, and so are their colours.
   sheet = result.sheets["pca"]
+  sheet = sheet[HEAD:]
   assert (sheet[:20, :192] == 255).all() and (sheet[:20, 200:392] == 255).all()
   assert not (sheet[96, 200:392] == 255).all()
   (tmp_path / "none").mkdir()
