@@ -461,7 +461,12 @@ def test_scenes_as_a_source(result, pixels):
   got = SemanticCorrespondence(data=same).run(pixels)
   assert got.metrics == result.metrics
   assert got.protocol["data_hash"] == result.protocol["data_hash"]
-  assert got.protocol["scenes"] == {"first": first, "seed": 0, "size": None}
+  assert got.protocol["scenes"] == {
+    "first": first,
+    "seed": 0,
+    "size": None,
+    "difficulty": "hard",
+  }
   few = {"type": "scenes", "length": 12}
   hashes = {SemanticCorrespondence(data=few)._set[0].digest}
   for option in ({"seed": 3}, {"size": 64}, {"first": first + 1}):
