@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,15 +34,21 @@ class Plan(TrainStep):
   topology: topologies.Topology
   fields: Mapping[str, ops.Field]  # Fields of the batch.
 
-  def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the global batch, sharded over the mesh."""
-    rows, split = self.config.batch_size, NamedSharding(self.mesh, BATCH_SPEC)
+  def abstract_batch(
+    self, rows: int | None = None
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the global batch, sharded over the mesh.
+
+    `rows`: the config's batch size by default.
+    """
+    split = NamedSharding(self.mesh, BATCH_SPEC)
+    rows = self.config.batch_size if rows is None else rows
     return flops_lib.abstract_batch(rows, self.fields, split)
 
-  def lower(self) -> jax.stages.Lowered:
-    """Lowers the update with all objectives."""
+  def lower(self, rows: int | None = None) -> jax.stages.Lowered:
+    """Lowers the update with all objectives, for a batch of so many rows."""
     update = self.program.compiled()
-    return update.lower(self.program.abstract, self.abstract_batch())
+    return update.lower(self.program.abstract, self.abstract_batch(rows))
 
   @property
   def measures_norms(self) -> bool:
@@ -173,9 +180,10 @@ def _largest_of_smaller_batch(
   """The largest arrays of the same step on fewer rows, and the rows."""
   least = num_batch_shards(plan.mesh) * plan.config.accumulate
   for divisor in (16, 256) if count else ():
+    # Not the config at this batch size, whose durations in examples would be
+    # other numbers of steps, beyond int32 for long runs.
     batch = max(plan.config.batch_size // divisor // least, 1) * least
-    smaller = make_plan(plan.config, plan.topology, [f"batch_size={batch}"])
-    _, program = _compile(smaller.lower, smaller)
+    _, program = _compile(functools.partial(plan.lower, batch), plan)
     if program is not None:
       return hlo.largest_temporaries(program, limit=count), batch
   return (), 0

@@ -67,6 +67,30 @@ def test_propose_stops_at_the_first_fit_and_skips_small_changes(
   assert tried[0].peak == 128 * 2**30
 
 
+def test_refused_step_of_a_long_run_is_lowered_for_fewer_rows(
+  repo_root, monkeypatch
+):
+  """40B examples are 2.5e9 steps of 16 rows, beyond int32."""
+  lowered = []
+
+  def compile(lower, plan):
+    text = lower().as_text()
+    rows = [n for n in (256, 16, 1) if f"tensor<{n}x2xi32>" in text]
+    lowered.append(rows)
+    return compile_lib.Compiled(None, "refused"), None
+
+  monkeypatch.setattr(compile_lib, "_compile", compile)
+  config = schema.read_config(
+    str(repo_root / "configs/mae_b16_224.py") + ":tiny"
+  )
+  del config["total_steps"]
+  config.update(batch_size=256, total_examples=40_000_000_000)
+  plan = compile_lib.make_plan(config, topologies.parse("gpu:1xL4"))
+  result = compile_lib.compile_step(plan)
+  assert not result.fits and result.largest_at == 0
+  assert lowered == [[256], [16], [1]]
+
+
 def test_required_bytes_of_a_refusal():
   text = (
     "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, "
