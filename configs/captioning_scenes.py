@@ -64,7 +64,8 @@ def get_config(arg=None):
     name="adamw", lr=1e-3, weight_decay=1e-4, b2=0.95, clip_norm=1.0
   )
   config.schedule = dict(name="cosine", warmup_percent=5)
-  config.evals = dict(captioning=dict(type="captioning", data=scenes))
+  evaluation = dict(type="captioning", data=scenes, count=512)
+  config.evals = dict(captioning=evaluation)
   config.checkpoint = dict(every_steps=2000, keep=1)
   config.log = dict(every_steps=100)
 

@@ -25,6 +25,7 @@ from mtv_jax.augment import random as random_lib
 from mtv_jax.config import options
 from mtv_jax.models import layers
 from mtv_jax.models.heads import caption_decoder as decoders
+from mtv_jax.models.heads import caption_sequences as sequences
 from mtv_jax.objectives import base, prototypes
 from mtv_jax.utils.tree import pytree_dataclass
 
@@ -146,12 +147,12 @@ class Captioning(base.Objective):
     """Sums of captions one token after the other, and in parallel."""
     vocabulary, caption = self.head.vocabulary, batch["caption"][:, None]
     valid = batch["caption_valid"].astype(bool)[:, None]
-    rows = decoders.make_sequences(
+    rows = sequences.make_sequences(
       vocabulary.begin("caption"),
       caption[..., :0],
       jnp.zeros_like(caption[..., 0]),
       caption,
-      jnp.where(valid, decoders.text_length(caption, self.head.eos_id), 0),
+      jnp.where(valid, sequences.text_length(caption, self.head.eos_id), 0),
     )
     keys = batch["keys"][self.view]
     parallel = _draw_parallel(keys, self.parallel)[:, None]  # [b, 1]
@@ -182,14 +183,14 @@ class Captioning(base.Objective):
 
     valid, phrase = take(visible), take(batch["box_phrase"])
     corners = self.head.vocabulary.quantize(take(boxes))
-    length = decoders.text_length(phrase, self.head.eos_id)
-    four = jnp.full_like(length, decoders.CORNERS)
+    length = sequences.text_length(phrase, self.head.eos_id)
+    four = jnp.full_like(length, sequences.CORNERS)
     pairs = {
       "referring": (phrase, length, corners, four),
       "region_caption": (corners, four, phrase, length),
     }
     every = [
-      decoders.make_sequences(
+      sequences.make_sequences(
         self.head.vocabulary.begin(task),
         *prompt,
         answer,
@@ -208,7 +209,7 @@ class Captioning(base.Objective):
   def _sums(
     self,
     logits: decoders.TokenLogits,
-    rows: decoders.Sequences,
+    rows: sequences.Sequences,
     of: Mapping[str, Bool[Array, "..."]],
   ) -> dict[str, TokenSums]:
     """Sums over each example's answers; `of` says which rows count, by name."""

@@ -1,16 +1,8 @@
 """Captioning decoder of CapPa and LocCa, and the heads that decode with it.
 
 A transformer decoder attends to the image's patch tokens and predicts, token
-by token (Wan et al. 2024, LocCa; Tschannen et al. 2025, SigLIP 2):
-
-    caption          [caption]                     -> caption
-    referring        [referring] phrase            -> y0 x0 y1 x1   (AREF)
-    region_caption   [region_caption] y0 x0 y1 x1  -> phrase        (GCAP)
-
-Its vocabulary is that of the tokenizer, then one token for each bin of a
-coordinate, then, as inputs only, a token that begins each task, and a mask
-token. LocCa begins tasks with words ("ARef:"); tokens are our choice, as they
-need no tokenizer. Captions and phrases end with the tokenizer's end of text.
+by token, the answers of `caption_sequences` (Wan et al. 2024, LocCa; Tschannen
+et al. 2025, SigLIP 2).
 
 CapPa's parallel prediction (Tschannen et al. 2023) has mask tokens as inputs,
 which attend to each other without a causal mask.
@@ -32,96 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 from mtv_jax.config import options
 from mtv_jax.models import kernels, layers
 from mtv_jax.models.heads import base
+from mtv_jax.models.heads import caption_sequences as sequences
 from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.tree import pytree_dataclass
-
-TASKS = ("caption", "referring", "region_caption")
-CORNERS = 4  # Coordinates of a box: y0, x0, y1, x1.
-
-
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-  """Ids of the decoder: texts, bins of coordinates, tasks, the mask."""
-
-  text: int  # Ids of the tokenizer.
-  bins: int
-
-  @property
-  def outputs(self) -> int:
-    """Ids that are predicted: texts and bins."""
-    return self.text + self.bins
-
-  @property
-  def inputs(self) -> int:
-    """All ids."""
-    return self.outputs + len(TASKS) + 1
-
-  @property
-  def mask(self) -> int:
-    """The mask token of parallel prediction."""
-    return self.inputs - 1
-
-  def begin(self, task: str) -> int:
-    """The token that begins a task."""
-    return self.outputs + TASKS.index(task)
-
-  def quantize(self, boxes: Float[Array, "*b 4"]) -> Int[Array, "*b 4"]:
-    """Ids of the bins nearest to coordinates in 0..1.
-
-    The first bin is 0 and the last one 1. LocCa has 500 bins, and does not say
-    where they are; this is our choice.
-    """
-    last = self.bins - 1
-    index = jnp.round(jnp.clip(boxes, 0.0, 1.0) * last)
-    return self.text + index.astype(jnp.int32)
-
-  def dequantize(self, ids: Int[Array, "*b 4"]) -> Float[Array, "*b 4"]:
-    """Coordinates of ids of bins."""
-    return (ids - self.text).astype(jnp.float32) / (self.bins - 1)
-
-
-@pytree_dataclass
-class Sequences:
-  """Rows of a prompt, given, and an answer, predicted.
-
-  An answer starts right after its prompt, so that nothing depends on padding.
-  """
-
-  inputs: Int[Array, "b s l"]
-  targets: Int[Array, "b s l"]  # The token that follows each input.
-  is_answer: Bool[Array, "b s l"]  # Which targets belong to the answer.
-
-
-def make_sequences(
-  begin: int,
-  prompt: Int[Array, "b s p"],
-  prompt_length: Int[Array, "b s"],
-  answer: Int[Array, "b s a"],
-  answer_length: Int[Array, "b s"],
-) -> Sequences:
-  """Sequences `[begin, prompt, answer]` of prompts and answers of any length.
-
-  Both are padded on the right; l = p + a.
-  """
-  both = jnp.concatenate([prompt, answer], axis=-1)
-  p, index = prompt.shape[-1], np.arange(both.shape[-1])
-  start, end = prompt_length[..., None], answer_length[..., None]
-  order = jnp.where(index < start, index, index + p - start)
-  order = jnp.minimum(order, len(index) - 1)
-  targets = jnp.take_along_axis(both, order, axis=-1)
-  first = jnp.full_like(targets[..., :1], begin)
-  return Sequences(
-    inputs=jnp.concatenate([first, targets[..., :-1]], axis=-1),
-    targets=targets,
-    is_answer=(index >= start) & (index < start + end),
-  )
-
-
-def text_length(tokens: Int[Array, "*b t"], eos_id: int) -> Int[Array, "*b"]:
-  """Number of tokens up to the first end of text, it included."""
-  ends = tokens == eos_id
-  before = jnp.cumsum(ends, axis=-1) - ends
-  return jnp.sum(before == 0, axis=-1)
 
 
 @pytree_dataclass
@@ -197,7 +102,7 @@ class CaptionDecoder(nn.Module):
   text tower's.
   """
 
-  vocabulary: Vocabulary
+  vocabulary: sequences.Vocabulary
   length: int  # Most tokens of a sequence.
   width: int
   depth: int
@@ -222,8 +127,8 @@ class CaptionDecoder(nn.Module):
       raise InputError(
         f"Sequences of {length} tokens for a captioning decoder of "
         f"{self.length}: shorten captions and phrases to "
-        f"{self.length - CORNERS} tokens, or set the length to "
-        f"{length - CORNERS}."
+        f"{self.length - sequences.CORNERS} tokens, or set the length to "
+        f"{length - sequences.CORNERS}."
       )
     dtype = patches.dtype
     table = self.param(
@@ -311,7 +216,7 @@ def greedy_decode(
 
   def step(state):
     i, answer, done = state
-    rows = make_sequences(begin, prompt, prompt_length, answer, full)
+    rows = sequences.make_sequences(begin, prompt, prompt_length, answer, full)
     logits = decoder(rows.inputs, parallel, patches)
     at = (prompt_length + i)[..., None, None]
     vectors = jnp.take_along_axis(logits.vectors, at, axis=2)  # [B, s, 1, D]
@@ -340,7 +245,8 @@ class CaptionHead(base.PredictionHead):
   objective = "captioning"
   params_key = "caption_decoder"
 
-  tasks: tuple[Literal[TASKS], ...] = TASKS  # What it is trained for.
+  # What it is trained for.
+  tasks: tuple[Literal[sequences.TASKS], ...] = sequences.TASKS
   width: options.PositiveInt | None = None
   depth: options.PositiveInt | None = None
   attention_heads: options.PositiveInt | None = None
@@ -355,7 +261,7 @@ class CaptionHead(base.PredictionHead):
 
   def __post_init__(self):
     if not self.tasks:
-      raise ConfigError(f"tasks is empty; expected some of {TASKS}.")
+      raise ConfigError(f"tasks is empty; expected some of {sequences.TASKS}.")
 
   def is_trained(self, name: str) -> bool:
     return name in self.tasks
@@ -388,15 +294,15 @@ class CaptionHead(base.PredictionHead):
     return head
 
   @property
-  def vocabulary(self) -> Vocabulary:
+  def vocabulary(self) -> sequences.Vocabulary:
     """Ids of the decoder; the head is resolved."""
-    return Vocabulary(self.vocab_size, self.bins)
+    return sequences.Vocabulary(self.vocab_size, self.bins)
 
   def module(self, **runtime: Any) -> CaptionDecoder:
     """The decoder; `runtime` are `remat` and `scan`."""
     return CaptionDecoder(
       vocabulary=self.vocabulary,
-      length=self.length + CORNERS,
+      length=self.length + sequences.CORNERS,
       width=self.width,
       depth=self.depth,
       heads=self.attention_heads,
@@ -476,8 +382,8 @@ class ReferringHead(CaptionHead):
       image.patches,
       self.vocabulary.begin("referring"),
       prompt,
-      text_length(prompt, self.eos_id),
-      count=CORNERS,
+      sequences.text_length(prompt, self.eos_id),
+      count=sequences.CORNERS,
       ids=(self.vocab_size, self.vocabulary.outputs),
     )
     return {"boxes": self.vocabulary.dequantize(ids)}
@@ -487,7 +393,7 @@ class ReferringHead(CaptionHead):
 class RegionCaptionHead(CaptionHead):
   """Region caption head: a phrase for each box."""
 
-  inputs = {"boxes": CORNERS}
+  inputs = {"boxes": sequences.CORNERS}
 
   def predict(
     self,

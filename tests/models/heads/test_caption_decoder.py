@@ -11,7 +11,7 @@ import pytest
 from mtv_jax.data import tokenizers
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import vit
-from mtv_jax.models.heads import caption_decoder as decoders
+from mtv_jax.models.heads import caption_sequences as sequences
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.errors import InputError
 
@@ -83,7 +83,7 @@ def follow(rows, patches, count, allowed, stop=None):
 
 
 TEXT, BINS = np.arange(11), np.arange(11, 18)
-BEGIN = dict(zip(decoders.TASKS, (18, 19, 20), strict=True))
+BEGIN = dict(zip(sequences.TASKS, (18, 19, 20), strict=True))
 
 
 def test_captions_are_the_argmax_of_the_forward_pass():
@@ -116,7 +116,7 @@ def test_region_captions_and_referred_boxes():
 
 
 def test_padding_of_prompts_changes_nothing():
-  rows = decoders.make_sequences(
+  rows = sequences.make_sequences(
     30,
     jnp.asarray(PROMPTS[:, None]),
     jnp.array([[3], [2], [4]]),
@@ -133,18 +133,18 @@ def test_padding_of_prompts_changes_nothing():
 
 def test_text_length_counts_the_first_end():
   tokens = jnp.array([[EOS, EOS, EOS], [4, EOS, 5], [4, 5, 6]])
-  np.testing.assert_array_equal(decoders.text_length(tokens, EOS), [1, 2, 3])
+  np.testing.assert_array_equal(sequences.text_length(tokens, EOS), [1, 2, 3])
 
 
 def test_coordinates_are_quantised_to_the_nearest_bin():
-  vocabulary = decoders.Vocabulary(text=10, bins=500)
+  vocabulary = sequences.Vocabulary(text=10, bins=500)
   boxes = np.random.default_rng(0).uniform(-0.1, 1.1, (50, 4)).astype("f4")
   ids = vocabulary.quantize(jnp.asarray(boxes))
   assert ids.min() == 10 and ids.max() == 509
   error = vocabulary.dequantize(ids) - np.clip(boxes, 0, 1)
   assert np.abs(error).max() <= 0.5 / 499 + 1e-6
   assert vocabulary.inputs == 514 and vocabulary.mask == 513
-  assert [vocabulary.begin(t) for t in decoders.TASKS] == [510, 511, 512]
+  assert [vocabulary.begin(t) for t in sequences.TASKS] == [510, 511, 512]
 
 
 def test_text_is_decoded_up_to_the_end():
