@@ -5,7 +5,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mtv_jax.config.options import build_entry
+from mtv_jax.config.options import PositiveInt, build, build_entry
 from mtv_jax.data.labels.join import join_labels
 from mtv_jax.data.scenes.source import SceneSource
 from mtv_jax.data.sources.array_record import ArrayRecordSource
@@ -54,9 +54,13 @@ def complete_source(
   """
   if (labels := config.get("labels")) is not None:
     source = join_labels(source, labels, fields=fields)
-  if (limit := config.get("limit")) is not None:
-    source = LimitedSource(source, limit)
-  return source
+  if (limit := config.get("limit")) is None:
+    return source
+
+  def limit_source(limit: PositiveInt) -> Source:
+    return LimitedSource(source, limit)
+
+  return build(limit_source, {"limit": limit}, where="data.train")
 
 
 def open_files(paths: Paths, **options: Any) -> Source:

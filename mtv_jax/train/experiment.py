@@ -43,6 +43,7 @@ from mtv_jax.train.step_spec import (
   StepSpec,
   abstract_params,
 )
+from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -244,7 +245,7 @@ def read_teacher_models(
   """
   ours = preprocess_from_config(config)
   recorded = {}
-  if workdir is not None and saved_steps(workdir):
+  if config.teachers and workdir is not None and saved_steps(workdir):
     run = json.loads((workdir / "config.json").read_text("utf-8"))
     recorded = run.get("teachers") or {}
   for name, entry in config.teachers.items():
@@ -379,7 +380,7 @@ def build_experiment(
     for entry in entries
   ]
   lengths = [
-    entry.get("limit") or len(source)
+    len(sources_lib.complete_source(source, {"limit": entry.get("limit")}))
     for entry, source in zip(entries, whole, strict=True)
   ]
   step = build_train_step(config, mesh, sum(lengths))
@@ -491,13 +492,16 @@ def save_config(experiment: Experiment, command: str = "") -> None:
   experiment.workdir.mkdir(parents=True, exist_ok=True)
   path = experiment.workdir / "config.json"
   text = json.dumps(experiment.config.to_dict(), indent=2) + "\n"
-  if path.exists() and path.read_text() != text:
+  old = path.read_text() if path.exists() else None
+  if old not in (None, text):
     log.warning(
       f"{path} has changed; the old one is config.json.old. With another seed, "
       "batch size or data the run continues with other rows."
     )
-    path.replace(path.with_name("config.json.old"))
-  path.write_text(text)
+    shutil.copyfile(path, path.with_name("config.json.old"))
+  if old != text:
+    # A resumed run and a study read it, also after a kill at this moment.
+    atomic.write(path, text.encode())
   if command:
     path.with_name("command.txt").write_text(command + "\n", encoding="utf-8")
   if experiment.tokenizer is not None and experiment.tokenizer.path is not None:

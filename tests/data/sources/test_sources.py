@@ -524,3 +524,32 @@ def test_files_of_any_type_are_opened_by_their_suffix(tars, array_files):
   assert isinstance(source, ArrayRecordSource) and len(source) == 13
   with pytest.raises(ValueError, match="one type, got array_record and webd"):
     open_files([path, array_path])
+
+
+@pytest.mark.parametrize("limit", [1, 4, 12, 13])
+def test_a_limit_takes_records_evenly_from_all_files(tars, limit):
+  config = dict(type="webdataset", path=f"{tars}/*.tar", index_dir=None)
+  whole = build_source(config)
+  part = build_source({**config, "limit": limit})
+  chosen = np.arange(limit) * 13 // limit
+  assert [r["key"] for r in part] == [whole[i]["key"] for i in chosen]
+  assert part.read_metadata(limit - 1) == whole.read_metadata(chosen[-1])
+  before = [(chosen < end).sum() for end in whole.shards]
+  np.testing.assert_array_equal(part.shards, before)
+  with pytest.raises(IndexError):
+    part[limit]
+
+
+@pytest.mark.parametrize(
+  ("limit", "message"),
+  [
+    (14, "limit=14, expected 1 to 13 records"),
+    (0, "data.train.limit is 0, expected"),
+    (2.5, "data.train.limit is 2.5, expected"),
+    ("4", "data.train.limit is '4', expected"),
+  ],
+)
+def test_limits_out_of_range_and_of_other_types(tars, limit, message):
+  config = dict(type="webdataset", path=f"{tars}/*.tar", index_dir=None)
+  with pytest.raises(ValueError, match=message):
+    build_source({**config, "limit": limit})
