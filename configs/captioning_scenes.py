@@ -13,6 +13,7 @@ after thousands of updates.
 from ml_collections import ConfigDict
 
 from mtv_jax.config.schema import parse_arg
+from mtv_jax.utils.errors import ConfigError
 
 # Ids of the built-in tokenizers; there is room for further words.
 VOCABULARIES = {"bytes": 258, "words": 144}
@@ -28,6 +29,12 @@ def get_config(arg=None):
     steps=12_000,
     difficulty="hard",
   )
+
+  vocabulary = arg.vocab or VOCABULARIES.get(arg.tokenizer)
+  if vocabulary is None:
+    raise ConfigError(
+      f"tokenizer={arg.tokenizer}: vocab=N, its number of ids, is missing."
+    )
 
   config = ConfigDict()
   config.seed = 0
@@ -53,7 +60,7 @@ def get_config(arg=None):
       length=length,
       tokenizer=arg.tokenizer,
       clean="lower",
-      vocab_size=arg.vocab or VOCABULARIES[arg.tokenizer],
+      vocab_size=vocabulary,
     ),
   )
   # Coordinates of 64 pixels need no 500 bins.

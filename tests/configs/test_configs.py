@@ -191,3 +191,10 @@ def test_tips_is_trained_as_published(arguments, batch, steps, crops):
   ]
   assert weights == [1.0, 1.0, 2.0]
   assert config.objectives.masked_latent.prototypes == 32_768
+
+
+def test_a_file_of_words_needs_its_number_of_ids():
+  config = schema.read_config("captioning_scenes:tokenizer=a.json,vocab=120")
+  assert config.model.text.vocab_size == 120
+  with pytest.raises(ConfigError, match=r"tokenizer=a\.json: vocab=N"):
+    schema.read_config("captioning_scenes:tokenizer=a.json")
