@@ -12,7 +12,7 @@ import numpy as np
 
 from mtv_jax.evals.report import tables
 from mtv_jax.evals.report.report import file_name, interval_row, is_main
-from mtv_jax.studies.folders import Run
+from mtv_jax.studies.folders import RunFolder
 from mtv_jax.utils import charts
 from mtv_jax.utils.charts import Chart, Series
 from mtv_jax.utils.html import Swatch
@@ -24,7 +24,7 @@ _ABSENT = "–"
 _MAX_VALUE = 160  # Characters of a config's value.
 
 
-def group_by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def group_by_arm(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
   """Runs by arm, in order."""
   arms = collections.defaultdict(list)
   for run in runs:
@@ -33,7 +33,7 @@ def group_by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def draw_training_curves(
-  runs: Sequence[Run], *, timed: bool = True
+  runs: Sequence[RunFolder], *, timed: bool = True
 ) -> tuple[list[Chart], list[Chart]]:
   """Metrics over steps, of each arm: losses and main metrics, then others.
 
@@ -61,7 +61,7 @@ def draw_training_curves(
   return [c for c in drawn if c], [c for c in rest if c]
 
 
-def _draw_curve(runs: Sequence[Run], name: str) -> Chart | None:
+def _draw_curve(runs: Sequence[RunFolder], name: str) -> Chart | None:
   """One metric over steps; None if no run has two values of it."""
   curves, values = [], []
   unit, chance = _find_unit(runs, name)
@@ -98,7 +98,9 @@ def _draw_curve(runs: Sequence[Run], name: str) -> Chart | None:
   )
 
 
-def _find_unit(runs: Sequence[Run], name: str) -> tuple[str, float | None]:
+def _find_unit(
+  runs: Sequence[RunFolder], name: str
+) -> tuple[str, float | None]:
   """Unit and chance of an evaluation's metric; "" and None for another one."""
   evaluation, _, metric = name.partition("/")
   for run in runs:
@@ -108,7 +110,7 @@ def _find_unit(runs: Sequence[Run], name: str) -> tuple[str, float | None]:
   return "", None
 
 
-def draw_run_metrics(run: Run) -> list[Chart]:
+def draw_run_metrics(run: RunFolder) -> list[Chart]:
   """Metrics of one run with chance: a chart for each evaluation and unit."""
   groups = collections.defaultdict(list)
   for row in tables.compare([run.outcome]):
@@ -123,7 +125,7 @@ def draw_run_metrics(run: Run) -> list[Chart]:
   ]
 
 
-def draw_metrics(runs: Sequence[Run]) -> tuple[list[Chart], list[Chart]]:
+def draw_metrics(runs: Sequence[RunFolder]) -> tuple[list[Chart], list[Chart]]:
   """A chart for each metric with a row for each run: main ones, then others.
 
   Intervals are 1.96 standard errors over items to both sides.
@@ -147,7 +149,7 @@ def draw_metrics(runs: Sequence[Run]) -> tuple[list[Chart], list[Chart]]:
   return main, further
 
 
-def draw_interference(runs: Sequence[Run]) -> list[Chart]:
+def draw_interference(runs: Sequence[RunFolder]) -> list[Chart]:
   """Gradient conflicts of an arm's runs, means over measurements and seeds.
 
   Cosines of each pair of objectives by block, shares of conflicting pairs over
@@ -191,7 +193,7 @@ def draw_interference(runs: Sequence[Run]) -> list[Chart]:
   return drawn + _draw_conflicts(runs)
 
 
-def _draw_conflicts(runs: Sequence[Run]) -> list[Chart]:
+def _draw_conflicts(runs: Sequence[RunFolder]) -> list[Chart]:
   lines = [
     Series(
       f"seed {run.seed}" if len(runs) > 1 else run.name,
@@ -211,14 +213,16 @@ def _draw_conflicts(runs: Sequence[Run]) -> list[Chart]:
   return [charts.line_chart(title, lines, name=name, x_label="step")]
 
 
-def metrics_table(runs: Sequence[Run]) -> list[list[str]]:
+def metrics_table(runs: Sequence[RunFolder]) -> list[list[str]]:
   """The last metrics with errors and chance: a header, then rows."""
   # Without links, as the report has no heading for each evaluation.
   rows = tables.metrics_table([run.outcome for run in runs])
   return [[str(evaluation), *rest] for evaluation, *rest in rows]
 
 
-def runs_table(runs: Sequence[Run], *, timed: bool = True) -> list[list[str]]:
+def runs_table(
+  runs: Sequence[RunFolder], *, timed: bool = True
+) -> list[list[str]]:
   """What the runs are: a header, then a row for each."""
   colours = {arm: i for i, arm in enumerate(group_by_arm(runs))}
   rows = [["run", "seed", "steps", "images"]]
@@ -243,12 +247,12 @@ def runs_table(runs: Sequence[Run], *, timed: bool = True) -> list[list[str]]:
   return rows
 
 
-def _last(run: Run, name: str, form: str) -> str:
+def _last(run: RunFolder, name: str, form: str) -> str:
   points = run.series.get(name)
   return format(points[-1][1], form) if points else _ABSENT
 
 
-def config_table(runs: Sequence[Run]) -> list[list[str]]:
+def config_table(runs: Sequence[RunFolder]) -> list[list[str]]:
   """Keys whose values differ: a header, then a row for each; seeds left out."""
   rows = [["key", *(run.name for run in runs)]]
   for key, values in _differences([run.config for run in runs]):

@@ -19,7 +19,7 @@ _EVALUATION = re.compile(r"(.+)_(\d+)\.json")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunFolder:
   """A run's folder, read."""
 
   name: str  # distinct in a report
@@ -47,7 +47,7 @@ def read_run(
   name: str = "",
   arm: str = "",
   command: str = "",
-) -> Run:
+) -> RunFolder:
   """Reads the folder of a run, finished or not.
 
   Raises:
@@ -67,7 +67,7 @@ def read_run(
   stored = folder / "command.txt"
   if not command and stored.is_file():
     command = stored.read_text(encoding="utf-8").strip()
-  return Run(
+  return RunFolder(
     name=name,
     arm=arm or name,
     seed=int(config.get("seed", 0)),

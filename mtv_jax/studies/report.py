@@ -17,7 +17,7 @@ from mtv_jax.evals import suite
 from mtv_jax.evals.report import tables
 from mtv_jax.evals.report.report import file_name
 from mtv_jax.studies import figures, results, runner
-from mtv_jax.studies.folders import Run, read_run
+from mtv_jax.studies.folders import RunFolder, read_run
 from mtv_jax.studies.pages import Block, Sheet, write_pages
 from mtv_jax.studies.study_sections import describe_study
 from mtv_jax.utils.errors import ConfigError
@@ -109,7 +109,7 @@ def format_run(folder: str | os.PathLike) -> str:
 
 
 def _describe_runs(
-  runs: Sequence[Run], output: str | os.PathLike
+  runs: Sequence[RunFolder], output: str | os.PathLike
 ) -> Iterator[Block]:
   """The report's sections on runs, each of which is an arm of its own."""
   yield Block("table", figures.runs_table(runs), {"numbers": 1})
@@ -134,7 +134,7 @@ def _describe_runs(
 
 
 def describe_training(
-  runs: Sequence[Run], *, timed: bool = True
+  runs: Sequence[RunFolder], *, timed: bool = True
 ) -> Iterator[Block]:
   """Training curves of arms over each other, also of the speed if `timed`."""
   curves, further = figures.draw_training_curves(runs, timed=timed)
@@ -150,7 +150,7 @@ def describe_training(
     )
 
 
-def describe_gradients(runs: Sequence[Run]) -> Iterator[Block]:
+def describe_gradients(runs: Sequence[RunFolder]) -> Iterator[Block]:
   """Conflicts between the gradients of objectives, where they are measured."""
   arms = figures.group_by_arm(runs).items()
   drawn = {arm: figures.draw_interference(runs) for arm, runs in arms}
@@ -165,7 +165,7 @@ def describe_gradients(runs: Sequence[Run]) -> Iterator[Block]:
 
 
 def describe_sheets(
-  runs: Sequence[Run], output: str | os.PathLike
+  runs: Sequence[RunFolder], output: str | os.PathLike
 ) -> Iterator[Block]:
   """Images of evaluations, those of the runs side by side."""
   keys = dict.fromkeys(key for run in runs for key in run.sheets)
@@ -182,7 +182,7 @@ def describe_sheets(
 
 
 def _read_sheet(
-  run: Run, evaluation: str, name: str, output: pathlib.Path
+  run: RunFolder, evaluation: str, name: str, output: pathlib.Path
 ) -> Sheet:
   source = run.sheets[evaluation, name].resolve()
   with Image.open(source) as file:
@@ -197,7 +197,7 @@ def _read_sheet(
   return Sheet(run.name, np.asarray(image), path, source)
 
 
-def describe_configs(runs: Sequence[Run]) -> Iterator[Block]:
+def describe_configs(runs: Sequence[RunFolder]) -> Iterator[Block]:
   """Commands, configs, and what differs between them."""
   commands = [run.command for run in runs if run.command]
   if commands:
