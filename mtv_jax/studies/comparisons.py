@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.evals.report.report import file_name, is_main
+from mtv_jax.evals.report.report import Z_95, file_name, is_main
 from mtv_jax.studies import contrasts, scaling_fits, statistics
 from mtv_jax.studies.contrasts import Contrast, Measurements, Metric
 from mtv_jax.studies.scaling_fits import Parameter, ScalingFit
@@ -17,7 +17,6 @@ from mtv_jax.utils import charts
 from mtv_jax.utils.charts import Chart, Row, Series
 from mtv_jax.utils.html import Bold
 
-_Z = 1.96  # Standard errors to both sides of a value with its 95 % interval.
 _EMPTY = "–"
 
 
@@ -87,7 +86,7 @@ def _interval(summary: Summary) -> tuple[float, float] | None:
     return summary.low, summary.high
   if summary.item_error is None:
     return None
-  half = _Z * summary.item_error
+  half = Z_95 * summary.item_error
   return summary.mean - half, summary.mean + half
 
 

@@ -1,4 +1,4 @@
-"""Scaling laws: fits of an error against images seen and parameters.
+"""Scaling laws: fits of an error against images and parameters.
 
 With x_v the images or the parameters, relative to their geometric mean over the
 points:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from mtv_jax.studies import runner
 from mtv_jax.studies.expand import Run, Study
 from mtv_jax.train.experiment import build_step_spec
 from mtv_jax.train.metrics import format_duration
+from mtv_jax.utils.curves import read_rows
 from mtv_jax.utils.errors import UserError
 
 # Rows of the batch that is counted; the cost per image hardly depends on it.
@@ -108,14 +108,9 @@ def _measure_rate(
 def _images_per_second(folder: pathlib.Path, run: Run) -> float | None:
   """The median speed of a run; None if it has not trained yet."""
   path = folder / runner.RUNS / run.name / "metrics.jsonl"
-  speeds = []
-  for line in path.read_text().splitlines() if path.exists() else ():
-    try:
-      speed = json.loads(line).get("speed/images_per_second")
-    except ValueError:
-      continue  # The last line of a run that was killed.
-    if speed:
-      speeds.append(speed)
+  rows = read_rows(path) if path.exists() else []
+  speeds = [row.get("speed/images_per_second") for row in rows]
+  speeds = [speed for speed in speeds if speed]
   return float(np.median(speeds)) if speeds else None
 
 

@@ -303,12 +303,11 @@ def interval_plot(
   name: str,
   unit: str,
   lower: bool = False,
-  references: Sequence[Number] = (),
 ) -> Chart:
   """Values with intervals, a row each: a forest plot.
 
-  The axis spans chance, every interval and the `references`. A dashed line is
-  at chance, from row to row where rows have their own.
+  The axis spans chance and every interval. A dashed line is at chance, from row
+  to row where rows have their own.
   """
   labels = [shorten(row.name, 120, _TEXT) for row in rows]
   left = 10 + max([text_width(label, _TEXT) for label in labels], default=0)
@@ -316,7 +315,7 @@ def interval_plot(
   right = 10 + max([text_width(text, _TEXT) for text in texts], default=0)
   known = [row.value for row in rows] + [row.chance for row in rows]
   known += [v for r in rows for v in (r.low, r.high, *r.points)]
-  known = [v for v in [*known, *references] if v is not None]
+  known = [v for v in known if v is not None]
   top, bottom = _TITLE, _TITLE + _ROW * len(rows) + 4
   scale = make_scale(known, left + 4, WIDTH - right)
   parts = [*_x_axis(scale, top, bottom)]

@@ -183,7 +183,9 @@ svg.chart .positive { fill: var(--positive); }
 svg.chart .negative { fill: var(--negative); }
 svg.chart .empty { fill: none; stroke: var(--line); }
 svg.chart rect { stroke: var(--line); }
-""" + "".join(f"svg.chart .c{k} {{ color: var(--c{k}); }}\n" for k in range(8))
+""" + "".join(
+  f"svg.chart .c{k} {{ color: var(--c{k}); }}\n" for k in range(COLOURS)
+)
 
 _STYLE = """body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink);
   background: var(--paper); max-width: 1180px; margin: 2em auto;

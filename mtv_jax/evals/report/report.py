@@ -21,7 +21,7 @@ _HEADLINES = {
   "retrieval": ("text_to_image_r1", "image_to_text_r1"),
   **dict.fromkeys(tables.DESCRIPTIVE, ()),
 }
-_Z = 1.96  # Standard errors to both sides of a value: its 95 % interval.
+Z_95 = 1.96  # Standard errors to both sides of a value: its 95 % interval.
 _PUBLISHED_COLOUR = 7  # Grey.
 
 
@@ -150,8 +150,8 @@ def interval_row(row: tables.Row, i: int, name: str, colour: int) -> Row:
   return Row(
     name,
     value,
-    value - _Z * error if known else None,
-    value + _Z * error if known else None,
+    value - Z_95 * error if known else None,
+    value + Z_95 * error if known else None,
     chance=row.chance,
     colour=colour,
   )
