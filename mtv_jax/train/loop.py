@@ -263,8 +263,9 @@ class _Trainer:
     for step in range(self.first + 1, last + 1):
       batch = self.next_batch(step, batches)
       measured = self.update(step, batch)
-      if step % log_every == 0 or measured or step in (self.first + 1, last):
-        self.log(step, measured)
+      is_due = step % log_every == 0 or bool(measured) or step in (1, last)
+      if is_due or step == self.first + 1:
+        self.log(step, measured, to_files=is_due)
       preempted = self.checkpoints.preempted(step) or self.sigterm.received
       if preempted and step < last:
         # Before the evaluations, for which there may be no time.
@@ -346,8 +347,14 @@ class _Trainer:
       norms = jax.device_get(norms)
     return {**{f"{n}/encoder_grad_norm": v for n, v in norms.items()}, **values}
 
-  def log(self, step: int, measured: Mapping[str, Any]) -> None:
-    """Writes the metrics of a step."""
+  def log(
+    self, step: int, measured: Mapping[str, Any], *, to_files: bool
+  ) -> None:
+    """Writes the metrics of a step.
+
+    The first step of a resumed run is a line on the console, and not in the
+    files: they are those of a run that was not interrupted.
+    """
     self.values = jax.device_get(self.values)
     check_finite(step, self.values)
     stats = self.loader.stats
@@ -360,9 +367,8 @@ class _Trainer:
     }
     losses = [name for name in values if name.endswith("/loss")]
     names = ("loss", *losses, "lr", "grad_norm", *values)
-    self.writer.scalars(
-      step, {name: values[name] for name in names}, self.chrono.rates(step)
-    )
+    write = self.writer.scalars if to_files else self.writer.log_line
+    write(step, {name: values[name] for name in names}, self.chrono.rates(step))
 
   def evaluate(self, step: int, names: Iterable[str]) -> None:
     """Evaluates the current parameters.

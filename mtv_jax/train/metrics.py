@@ -217,14 +217,7 @@ class MetricWriter(contextlib.AbstractContextManager):
     """
     if not self._active:
       return
-    numbers = {}
-    for name, value in values.items():
-      if np.size(value) != 1:
-        raise InputError(
-          f"metric {name!r} has shape {np.shape(value)}, expected one number."
-        )
-      numbers[name] = float(np.asarray(value).item())
-    log.info(console_line(step, self.total_steps, numbers, rates=rates))
+    numbers = self.log_line(step, values, rates)
     if rates is not None:
       speed = dataclasses.asdict(rates)
       numbers |= {f"speed/{name}": value for name, value in speed.items()}
@@ -235,6 +228,25 @@ class MetricWriter(contextlib.AbstractContextManager):
     for name, value in numbers.items():
       if math.isfinite(value):
         self._board.add_scalar(name, value, step)
+
+  def log_line(
+    self, step: int, values: Mapping[str, Any], rates: Rates | None = None
+  ) -> dict[str, float]:
+    """Logs named numbers as a line on the console alone, and returns them.
+
+    Arguments and errors are those of `scalars`.
+    """
+    if not self._active:
+      return {}
+    numbers = {}
+    for name, value in values.items():
+      if np.size(value) != 1:
+        raise InputError(
+          f"metric {name!r} has shape {np.shape(value)}, expected one number."
+        )
+      numbers[name] = float(np.asarray(value).item())
+    log.info(console_line(step, self.total_steps, numbers, rates=rates))
+    return numbers
 
   def row(self, table: str, step: int, values: Mapping[str, Any]) -> None:
     """Appends a line of numbers, arrays and strings to TABLE.jsonl.

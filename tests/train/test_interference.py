@@ -258,7 +258,8 @@ def config_of(**changes):
     total_steps=6,
     evals={},
     interference=dict(every_steps=2),
-    checkpoint=dict(every_steps=3, keep=5),
+    checkpoint=dict(every_steps=4, keep=5),
+    log=dict(every_steps=4),
     **changes,
   )
   config.objectives.distillation = dict(
@@ -296,8 +297,11 @@ def test_a_resumed_run_has_one_line_for_each_measurement(tmp_path):
       for name in row["objectives"]
     ]
     np.testing.assert_allclose(norms, logged, rtol=1e-5)
-  # It measured step 4 and was killed before its next checkpoint.
+  # It measured step 6 and was killed before its next checkpoint.
   shutil.rmtree(tmp_path / "checkpoints" / "6")
   train(config_of(), tmp_path)
   again = [json.loads(line) for line in path.read_text().splitlines()]
   assert again == rows
+  # Step 5, the first one after the resume, is in no file.
+  steps = [row["step"] for row in trainings.rows(tmp_path) if "loss" in row]
+  assert steps == list(metrics) == [1, 2, 4, 6]
