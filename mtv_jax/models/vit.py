@@ -219,8 +219,11 @@ class ViT(layers.Tower):
     )(x)
     if spec.mask_token:
       # Zero, as DINOv2's. Declared without a mask too, so that the parameters
-      # don't depend on the arguments of the first call.
-      token = self.param("mask_token", nn.initializers.zeros, (spec.width,))
+      # don't depend on the arguments of the first call. A variable, as `param`
+      # would draw a key and so change the initial values of all others.
+      token = self.variable(
+        "params", "mask_token", jnp.zeros, (spec.width,)
+      ).value
     if mask is not None:
       if not spec.mask_token:
         raise InputError(

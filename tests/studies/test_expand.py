@@ -2,13 +2,21 @@
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from mtv_jax.config import overrides, schema
+from mtv_jax.data import pipeline, tokenizers
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.expand import expand
+from mtv_jax.train.experiment import build_step_spec
+from mtv_jax.train.gradients import view_keys
+from mtv_jax.train.step_spec import init_params
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.tree import flatten_with_names
 
 TINY = "mtv_tiny:tiny"
 SSL = {"distillation", "masked_latent", "masked_pixels"}
@@ -228,3 +236,30 @@ def test_a_study_survives_its_json():
   assert fields["format"] == 1 and fields["fingerprint"] == study.fingerprint
   assert type(study).from_dict(fields) == study
   assert ConfigDict(dict(study.runs[0].settings)).objectives
+
+
+def test_runs_of_a_seed_share_parameters_rows_and_crops():
+  runs = {run.arm: run for run in expand("ladder", TINY).runs}
+  specs, params, batches, keys = {}, {}, {}, {}
+  for arm in ("vl", "depth"):
+    config = ConfigDict(dict(runs[arm].settings))
+    spec = specs[arm] = build_step_spec(config, 100)
+    tree = init_params(spec, jax.random.key(config.seed))
+    params[arm] = dict(flatten_with_names(tree))
+    loader = pipeline.make_loader(
+      config.data.to_dict(), batch_size=4, seed=config.seed,
+      tokenizer=tokenizers.build_tokenizer("bytes"), wanted=spec.fields(),
+    )  # fmt: skip
+    with loader:
+      batches[arm] = [next(loader) for _ in range(2)]
+    keys[arm] = view_keys(spec, jnp.int32(1), 4, None)
+  assert {*batches["vl"][0]} < {*batches["depth"][0]}
+  assert {*params["vl"]} < {*params["depth"]}
+  assert "heads/contrastive/logit_bias" in params["vl"]
+  for first, second in zip(*batches.values(), strict=True):
+    for field, rows in first.items():
+      np.testing.assert_array_equal(rows, second[field], err_msg=field)
+  for name, leaf in params["vl"].items():
+    np.testing.assert_array_equal(leaf, params["depth"][name], err_msg=name)
+  assert {*keys["vl"]} == {"image"}
+  assert (keys["vl"]["image"] == keys["depth"]["image"]).all()
