@@ -92,7 +92,7 @@ def get_config(arg=None):
 
   # Tables of the vocabulary are 2.4 GB, and Adam's moments of them twice that.
   config.mesh.fsdp = 16
-  config.accumulate = 2
+  config.accumulate = 4
   config.data.ops = config.data.ops.replace("canvas(256)", "canvas(384)")
   config.data.train[0]["labels"] = dict(boxes="/data/web_boxes")
   return config
