@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
+from mtv_jax.data import registry
 from mtv_jax.models import two_tower
 from mtv_jax.train.balance import METHODS
 from mtv_jax.utils.errors import ConfigError, did_you_mean
@@ -179,7 +180,8 @@ def _scaling(config: ConfigDict, options: Options) -> Arms:
   one_patch = len({text.partition("/")[2] for text in variants}) < 2
   models = [_scale_model(config, text, one_patch) for text in options.models]
   models = models or [Arm(config.model.variant.partition("/")[0])]
-  sizes = [_limit_images(config, count) for count in options.images]
+  available = count_records(config, limited=False) if options.images else []
+  sizes = [_limit_images(config, count, available) for count in options.images]
   sizes = sizes or [Arm("all")]
   arms = [
     Arm(f"{model.name}-{size.name}", (*model.overrides, *size.overrides))
@@ -211,14 +213,28 @@ def _scale_model(config: ConfigDict, text: str, one_patch: bool) -> Arm:
   return Arm(shape if one_patch else f"{shape}_{patch}", tuple(changes))
 
 
-def _limit_images(config: ConfigDict, count: int) -> Arm:
+def count_records(config: ConfigDict, *, limited: bool = True) -> list[int]:
+  """Records of each source, with its `limit` if `limited`; opens the data."""
+  without = {"labels": None} if limited else {"labels": None, "limit": None}
+  entries = config.data.to_dict()["train"]
+  return [len(registry.build_source({**e, **without})) for e in entries]
+
+
+def _limit_images(
+  config: ConfigDict, count: int, available: Sequence[int]
+) -> Arm:
   """An arm with so many distinct images, of each source its share."""
   weights = [entry.get("weight", 1.0) for entry in config.data.train]
-  limits = [round(count * weight / sum(weights)) for weight in weights]
-  return Arm(
-    str(count),
-    tuple(f"data.train[{i}].limit={max(n, 1)}" for i, n in enumerate(limits)),
-  )
+  changes = []
+  for i, weight in enumerate(weights):
+    limit = max(round(count * weight / sum(weights)), 1)
+    if limit > available[i]:
+      raise ConfigError(
+        f"--images={count}: data.train[{i}] has {available[i]:,} records, fewer"
+        f" than its share of {limit:,}. Take fewer images."
+      )
+    changes.append(f"data.train[{i}].limit={limit}")
+  return Arm(str(count), tuple(changes))
 
 
 def balance_methods() -> tuple[str, ...]:

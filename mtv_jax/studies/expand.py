@@ -25,7 +25,6 @@ from ml_collections import ConfigDict
 
 from mtv_jax.config import overrides as overrides_lib
 from mtv_jax.config import schema
-from mtv_jax.data import registry
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.arms import Arm
 from mtv_jax.train import experiment
@@ -47,7 +46,6 @@ _ENDLESS = 10**9
 _TOTAL = tuple(f"total_{unit}" for unit in schema.UNITS[:3])
 # Settings that change no FLOPs of a step.
 _NOT_COUNTED = ("seed", "schedule", "evals", "checkpoint", "log", "weights")
-_DURATIONS = {"schedule": ("warmup", "cooldown", "timescale")}
 
 # FLOPs of training on one image, from a run's resolved config.
 CostFn = Callable[[Mapping[str, Any]], float]
@@ -153,8 +151,8 @@ def expand(
   found = arms_lib.make_arms(kind, resolved, options or arms_lib.Options())
   counts = _count_seeds(seeds, [arm.name for arm in found.arms])
   costs = dict(costs or {})
-  full_steps = _total_steps(resolved)
-  budget_steps = max(round(budget * full_steps), 1)
+  length = _read_length(resolved)
+  budget_steps = max(round(budget * length.total_steps), 1)
 
   def cost(settings):
     key = _cost_key(settings)
@@ -178,7 +176,7 @@ def expand(
     changes = (
       *arm.overrides,
       *drops,
-      *_set_length(resolved, full_steps, steps),
+      *_set_length(resolved, length, steps),
     )
     runs = []
     for i in range(counts[arm.name]):
@@ -241,51 +239,49 @@ def _count_seeds(text: str, arms: Sequence[str]) -> dict[str, int]:
   return {arm: counts.get(arm, default) for arm in arms}
 
 
-def _total_steps(resolved: ConfigDict) -> int:
+def _read_length(resolved: ConfigDict) -> schema.RunLength:
   """The length of the config's run; opens the data for one in epochs."""
-  examples = None
-  if resolved.get("total_epochs") is not None:
-    entries = resolved.data.to_dict()["train"]
-    examples = sum(
-      len(registry.build_source({**entry, "labels": None})) for entry in entries
-    )
-  return schema.RunLength.from_config(resolved, examples).total_steps
+  in_epochs = resolved.get("total_epochs") is not None or any(
+    section.get(f"{name}_epochs") for _, section, name in _durations(resolved)
+  )
+  examples = sum(arms_lib.count_records(resolved)) if in_epochs else None
+  return schema.RunLength.from_config(resolved, examples)
+
+
+def _durations(resolved: ConfigDict) -> Iterator[tuple[str, ConfigDict, str]]:
+  """Path, section and name of the durations that depend on a run's length."""
+  for name in ("warmup", "cooldown", "timescale"):
+    yield "schedule", resolved.schedule, name
+  for objective, entry in resolved.objectives.items():
+    if isinstance(entry.weight, ConfigDict):
+      for name in ("start", "ramp"):
+        yield f"objectives.{objective}.weight", entry.weight, name
+  for teacher, entry in resolved.teachers.items():
+    yield f"teachers.{teacher}", entry, "update_every"
 
 
 def _set_length(
-  resolved: ConfigDict, full_steps: int, steps: int
+  resolved: ConfigDict, length: schema.RunLength, steps: int
 ) -> Iterable[str]:
   """Overrides that set the length of a run.
 
-  Durations of schedules and of weights scale with it, other than those in
-  percent, which do by themselves.
+  Durations of schedules, weights and teachers scale with it, other than those
+  in percent, which do by themselves. Epochs become steps, as those of an arm
+  with fewer distinct images are shorter.
   """
-  if steps == full_steps and resolved.get("total_epochs") is None:
-    return
-  for key in _TOTAL:
-    if key != "total_steps" and resolved.get(key) is not None:
-      yield f"{key}=None"
-  yield f"total_steps={steps}"
-  share = steps / full_steps
-  for name in _DURATIONS["schedule"]:
-    yield from _scale("schedule", resolved.schedule, name, share)
-  for name, entry in resolved.objectives.items():
-    if isinstance(entry.weight, ConfigDict):
-      for part in ("start", "ramp"):
-        path = f"objectives.{name}.weight"
-        yield from _scale(path, entry.weight, part, share)
-
-
-def _scale(
-  path: str, section: ConfigDict, name: str, share: float
-) -> Iterable[str]:
-  for unit in ("steps", "epochs", "examples"):
-    value = section.get(f"{name}_{unit}")
-    if value:
-      scaled = value * share
-      if unit == "steps":
-        scaled = max(round(scaled), 1)
-      yield f"{path}.{name}_{unit}={scaled}"
+  share = steps / length.total_steps
+  if share != 1 or resolved.get("total_epochs") is not None:
+    for key in _TOTAL:
+      if key != "total_steps" and resolved.get(key) is not None:
+        yield f"{key}=None"
+    yield f"total_steps={steps}"
+  for path, section, name in _durations(resolved):
+    given = [unit for unit in schema.UNITS if section.get(f"{name}_{unit}")]
+    if given == ["epochs"] or (share != 1 and given and given != ["percent"]):
+      scaled = max(round(length.steps(name, section) * share), 1)
+      if given != ["steps"]:
+        yield f"{path}.{name}_{given[0]}=None"
+      yield f"{path}.{name}_steps={scaled}"
 
 
 def _adapt(base: ConfigDict, arm: Arm) -> list[str]:

@@ -171,6 +171,33 @@ def test_budget_scales_the_schedules(tmp_path):
     expand("ladder", recipe, budget=2.0)
 
 
+def test_durations_in_epochs_are_those_of_all_images(tmp_path):
+  recipe = write_recipe(
+    tmp_path,
+    "config.data.train[0]['length'] = 320\n"  # An epoch is 10 steps of 32.
+    "config.total_steps = 40\n"
+    "config.schedule = dict(name='cosine', warmup_epochs=1)\n"
+    "weight = dict(start_epochs=2, ramp_examples=320)\n"
+    "config.objectives.depth = dict(weight=weight)",
+  )
+  options = arms_lib.Options(images=(80, 160))
+  for budget, start in ((1.0, 20), (0.5, 10)):
+    study = expand("scaling", recipe, options=options, budget=budget)
+    for run in study.runs:
+      length = schema.RunLength.from_config(
+        run.settings, run.settings["data"]["train"][0]["limit"]
+      )
+      assert run.steps == length.total_steps == 2 * start
+      schedule = run.settings["schedule"]
+      assert length.steps("warmup", schedule) == start / 2
+      weight = run.settings["objectives"]["depth"]["weight"]
+      assert length.steps("start", weight) == start
+      assert length.steps("ramp", weight) == start / 2
+  options = arms_lib.Options(images=(80, 321))
+  with pytest.raises(ConfigError, match="images=321.*has 320 records"):
+    expand("scaling", recipe, options=options)
+
+
 def test_equal_flops_are_those_of_the_whole_config():
   def cost(settings):
     return float(len(settings["objectives"]))
