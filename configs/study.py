@@ -6,11 +6,10 @@ minutes on two CPU cores. `mtv-jax study` compares runs of this recipe.
 Command (scenes are rendered once to `cache`, which all runs share):
 
   python -m mtv_jax.main --workdir=runs/study/full \
-    --config=configs/study.py:objectives=depth,cache=runs/study/scenes
+    --config=configs/study.py:cache=runs/study/scenes
 
-`objectives` is a rung of the ladder (vl, ssl, grounding, depth: each with those
-before it), a sum such as vl+depth, or without_ssl. Hyper-parameters are tuned
-with split=validation and reported with split=test, on other scenes.
+Hyper-parameters are tuned with split=validation and reported with split=test,
+on other scenes.
 
 Hardware, time and result: two CPU cores, see docs/study/world.md.
 """
@@ -20,21 +19,14 @@ from ml_collections import ConfigDict
 from mtv_jax.config.schema import parse_arg
 from mtv_jax.utils.errors import ConfigError
 
-RUNGS = dict(
-  vl=("contrastive",),
-  ssl=("distillation", "masked_latent", "masked_pixels"),
-  grounding=("grounding",),
-  depth=("depth",),
-)
 # First scene of the evaluations. Probes train on those 2,000,000 later.
-FIRST = dict(validation=4_000_000, test=1_000_000)
+FIRST = dict(validation=4_000_000, test=7_000_000)
 
 
 def get_config(arg=None):
   arg = parse_arg(
     arg,
     tiny=False,
-    objectives="depth",
     steps=5000,
     batch=32,
     difficulty="easy",
@@ -87,7 +79,7 @@ def get_config(arg=None):
     prototypes=128, hidden=128, bottleneck=64, teacher_temp=0.04,
     teacher_temp_start=0.04, chunk=None,
   )  # fmt: skip
-  objectives = dict(
+  config.objectives = dict(
     contrastive=dict(weight=1.0, loss_type="softmax"),
     distillation=dict(weight=0.2, koleo_weight=0.0, **prototypes),
     masked_latent=dict(weight=0.2, **prototypes),
@@ -97,33 +89,16 @@ def get_config(arg=None):
     grounding=dict(weight=0.5, regions=2, init_bias=-4.0),
     depth=dict(weight=0.5, features=16, channels=(16, 16, 16, 16)),
   )
-  names = select_objectives(arg.objectives)
-  config.objectives = {name: objectives[name] for name in names}
   config.teacher = dict(momentum=0.99)
   config.optim = dict(name="adamw", lr=2e-3, weight_decay=1e-4, b2=0.95)
   config.schedule = dict(name="cosine", warmup_percent=5)
-  config.evals = evaluations(arg, scenes, names)
+  config.evals = evaluations(arg, scenes)
   config.checkpoint = dict(every_steps=2000, keep=1)
   config.log = dict(every_steps=200)
   return config
 
 
-def select_objectives(text):
-  """Names of the objectives that the argument `objectives` selects."""
-  rungs, chosen = list(RUNGS), text.split("+")
-  if text.startswith("without_") and text[8:] in rungs:
-    chosen = [rung for rung in rungs if rung != text[8:]]
-  elif text in rungs:
-    chosen = rungs[: rungs.index(text) + 1]
-  if unknown := [rung for rung in chosen if rung not in rungs]:
-    raise ConfigError(
-      f"objectives={text}: {unknown[0]!r} is none of {', '.join(rungs)}. Give"
-      " a rung, a sum such as vl+depth, or without_ssl."
-    )
-  return [name for rung in rungs if rung in chosen for name in RUNGS[rung]]
-
-
-def evaluations(arg, scenes, names):
+def evaluations(arg, scenes):
   """Evaluations on held-out scenes, with schedules of seconds."""
   if arg.split not in FIRST:
     raise ConfigError(f"split={arg.split}: expected one of {', '.join(FIRST)}")
@@ -136,13 +111,11 @@ def evaluations(arg, scenes, names):
     depth_probe=dict(train_count=192, count=200),
     geometric_correspondence=dict(data=dict(views, length=48)),
     semantic_correspondence=dict(data=dict(views, length=120)),
+    zero_shot={},
+    retrieval=dict(max_captions=1),
+    grounding=dict(count=300),
+    relative_depth=dict(count=200),
   )
-  if "contrastive" in names:
-    evals |= dict(zero_shot={}, retrieval=dict(max_captions=1))
-  if "grounding" in names:
-    evals["grounding"] = dict(count=300)
-  if "depth" in names:
-    evals["relative_depth"] = dict(count=200)
   return {
     name: dict(type=name, data=scenes) | entry for name, entry in evals.items()
   }

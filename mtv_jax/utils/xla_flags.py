@@ -75,7 +75,7 @@ def retain_freed_memory() -> None:
 
   XLA allocates the buffers of a step anew. By default glibc returns large ones
   to the system, and a third of a small model's training is page faults: 98 ms
-  of processor time for a step of `configs/study.py:objectives=vl` before, 62
+  of processor time for a step of the contrast of `configs/study.py` before, 62
   after. Has no effect with other C libraries.
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

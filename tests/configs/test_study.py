@@ -1,56 +1,39 @@
-"""The study's recipe: objectives of an argument, held-out scenes, cache."""
+"""The study's recipe: objectives, held-out scenes, cache."""
 
 import pytest
 
 from mtv_jax.config import schema
 from mtv_jax.data import tokenizers
 from mtv_jax.evals import run as evals_lib
-from mtv_jax.evals.datasets.scenes import PROBE_SCENES
+from mtv_jax.evals.datasets.scenes import HELD_OUT_SCENES, PROBE_SCENES
+from mtv_jax.studies.arms import GROUPS
 from mtv_jax.utils.errors import ConfigError
-
-SSL = ["distillation", "masked_latent", "masked_pixels"]
 
 
 def read(arg):
   return schema.check_config(schema.read_config(f"study:{arg}"))
 
 
-@pytest.mark.parametrize(
-  ("text", "names"),
-  [
-    ("vl", ["contrastive"]),
-    ("ssl", ["contrastive", *SSL]),
-    ("grounding", ["contrastive", *SSL, "grounding"]),
-    ("depth", ["contrastive", *SSL, "grounding", "depth"]),
-    ("vl+depth", ["contrastive", "depth"]),
-    ("depth+ssl", [*SSL, "depth"]),
-    ("without_ssl", ["contrastive", "grounding", "depth"]),
-    ("without_vl", [*SSL, "grounding", "depth"]),
-  ],
-)
-def test_objectives_of_an_argument(text, names):
-  config = read(f"objectives={text}")
-  assert sorted(config.objectives) == sorted(names)
-  assert ("zero_shot" in config.evals) == ("contrastive" in names)
-  assert ("relative_depth" in config.evals) == ("depth" in names)
-  evals_lib.build(config.evals.to_dict())
-
-
-@pytest.mark.parametrize("text", ["vl+dpeth", "without_vlm", ""])
-def test_unknown_objectives(text):
-  with pytest.raises(ConfigError, match=r"is none of vl, ssl, grounding"):
-    read(f"objectives={text}")
+def test_every_objective_and_evaluation():
+  config = read("tiny")
+  assert {entry.type for entry in config.objectives.values()} == {
+    kind for kinds in GROUPS.values() for kind in kinds
+  } - {"captioning", "gram"}
+  evaluators = evals_lib.build(config.evals.to_dict())
+  assert {"zero_shot", "retrieval", "relative_depth"} < {*evaluators}
 
 
 def test_scenes_of_splits_and_training_are_disjoint():
   ranges = [(0, read("tiny=False").data.train[0]["length"])]
+  # Those of other recipes, and of the attempts at a world.
+  ranges += [(HELD_OUT_SCENES, 1), (3_000_000, 1), (5_000_000, 1)]
   for split in ("validation", "test"):
     for entry in read(f"split={split}").evals.values():
       for data in filter(None, (entry.get("data"), entry.get("train"))):
         first, length = data["first"], data["length"]
         ranges += [(first, length), (first + PROBE_SCENES, length)]
   starts = sorted({first for first, _ in ranges})
-  assert len(starts) == 5
+  assert len(starts) == 8
   assert max(length for _, length in ranges) < min(
     b - a for a, b in zip(starts, starts[1:], strict=False)
   )
