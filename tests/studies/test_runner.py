@@ -200,6 +200,15 @@ def start(recipe, output):
   )  # fmt: skip
 
 
+def read_pages(output):
+  """The report's pages and charts by name, without the study's folder."""
+  files = [*output.glob("report.*"), *output.glob("charts/*.svg")]
+  return {
+    str(file.relative_to(output)): file.read_text().replace(str(output), "")
+    for file in files
+  }
+
+
 def steps_logged(output):
   return sum(
     len(file.read_text().splitlines())
@@ -208,7 +217,7 @@ def steps_logged(output):
 
 
 @pytest.mark.slow
-def test_a_study_killed_at_random_moments_gives_the_same_results(tmp_path):
+def test_a_study_killed_at_random_moments_gives_the_same_report(tmp_path):
   recipe = tmp_path / "recipe.py"
   smallest = ROOT / "tests" / "configs" / "smallest.py"
   recipe.write_text(RECIPE.format(smallest=smallest))
@@ -252,3 +261,8 @@ def test_a_study_killed_at_random_moments_gives_the_same_results(tmp_path):
     pairs = [r.measurements.resamples[arm][3] for r in read]
     for name, array in pairs[0].items():
       np.testing.assert_array_equal(array, pairs[1][name], err_msg=name)
+  pages = [read_pages(folder) for folder in (whole, killed)]
+  assert {"report.html", "report.md"} < pages[0].keys()
+  assert pages[0].keys() == pages[1].keys()
+  for name, text in pages[0].items():
+    assert text == pages[1][name], name
