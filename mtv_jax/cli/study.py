@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
   )
   for note in study.notes:
     log(note)
-  log(table.format_runs(folder, study))
+  log(table.format_runs(folder, study, measure=args.dry_run))
   if args.dry_run:
     return 0
   runner.write(folder, study)

@@ -296,6 +296,7 @@ def draw_scaling(
   metrics: Sequence[Metric],
   sizes: Mapping[str, Mapping[str, Any]],
   fits: Mapping[str, ScalingFit],
+  x_label: str = "distinct images",
 ) -> list[Chart]:
   """A chart for each metric over the images, with a curve for each model.
 
@@ -334,7 +335,7 @@ def draw_scaling(
           label(metric),
           lines,
           name=file_name("scaling", metric.name),
-          x_label="distinct images",
+          x_label=x_label,
           log_x=True,
           chance=None if metric.chance is None else factor * metric.chance,
         )

@@ -128,24 +128,33 @@ def _describe_scaling(
   }
   fits = comparisons.fit_metrics(data, metrics, variables)
   yield Block("heading", "Scaling")
-  yield Block("charts", comparisons.draw_scaling(data, metrics, sizes, fits))
+  # Without limits all arms have the data's images, and may see more or fewer.
+  limited = all(count_distinct(run.arm) for run in results.study.runs)
+  x_label = "distinct images" if limited else "images seen"
+  drawn = comparisons.draw_scaling(data, metrics, sizes, fits, x_label)
+  yield Block("charts", drawn)
   yield Block("note", _SCALING_NOTE)
   yield Block("bullets", comparisons.describe_laws(fits))
   yield Block("table", comparisons.fits_table(fits), {"numbers": 1})
 
 
 def measure_size(run: Run) -> dict[str, Any]:
-  """Model, distinct images and parameters of an arm of a scaling study.
+  """Model, images and parameters of an arm of a scaling study.
 
-  The parameters are those of the image tower.
+  The images are distinct ones where the study limits them, else those seen. The
+  parameters are those of the image tower.
   """
-  model, _, images = run.arm.rpartition("-")
-  seen = run.images
   return {
-    "model": model,
-    "images": int(images) if images.isdecimal() else seen,
+    "model": run.arm.rpartition("-")[0],
+    "images": count_distinct(run.arm) or run.images,
     "parameters": count_parameters(run.settings),
   }
+
+
+def count_distinct(arm: str) -> int | None:
+  """Distinct images of an arm of a scaling study; None without a limit."""
+  images = arm.rpartition("-")[2]
+  return int(images) if images.isdecimal() else None
 
 
 def count_parameters(settings: Mapping[str, Any]) -> int:

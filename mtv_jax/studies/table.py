@@ -45,14 +45,20 @@ def known_costs(folder: pathlib.Path) -> Mapping[str, float]:
     return {}
 
 
-def format_runs(folder: pathlib.Path, study: Study) -> str:
-  """A line for each run, their sum, and what the times are from."""
+def format_runs(
+  folder: pathlib.Path, study: Study, *, measure: bool = True
+) -> str:
+  """A line for each run, their sum, and what the times are from.
+
+  Times are at the speed of runs of the study that have trained. Before, they
+  are of this process's device if `measure`, and otherwise not given.
+  """
   done = {run.name: runner.is_finished(folder, run) for run in study.runs}
-  rate, source = _measure_rate(folder, study.runs)
+  rate, source = _measure_rate(folder, study.runs, measure)
   rows = [["", "run", "steps", "images", "GFLOP/image", "PFLOP", "time", ""]]
   seconds = 0.0
   for number, run in enumerate(study.runs):
-    estimate = run.flops / rate if run.flops else float("nan")
+    estimate = run.flops / rate if run.flops and rate else float("nan")
     seconds += 0.0 if done[run.name] else estimate
     rows.append(
       [
@@ -62,14 +68,17 @@ def format_runs(folder: pathlib.Path, study: Study) -> str:
         f"{run.images:,}",
         f"{(run.flops or np.nan) / run.images / 1e9:.3f}",
         f"{(run.flops or np.nan) / 1e15:.3g}",
-        format_duration(estimate),
+        format_duration(estimate) if rate else "",
         "finished" if done[run.name] else "",
       ]
     )
   left = len(study.runs) - sum(done.values())
+  total = f"{_align(rows)}\n{left} of {len(study.runs)} runs to train"
+  if not rate:
+    return total
   return (
-    f"{_align(rows)}\n{left} of {len(study.runs)} runs to train, "
-    f"{format_duration(seconds)} {source}, without compilation and evaluations"
+    f"{total}, {format_duration(seconds)} {source}, without compilation and"
+    " evaluations"
   )
 
 
@@ -87,12 +96,12 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _measure_rate(
-  folder: pathlib.Path, runs: Sequence[Run]
-) -> tuple[float, str]:
+  folder: pathlib.Path, runs: Sequence[Run], measure: bool
+) -> tuple[float | None, str]:
   """FLOPs per second, and what they are from.
 
-  Of the study's runs where some have trained; else the rate of a matrix product
-  on this process's device, which no run reaches.
+  Of the study's runs where some have trained; else, if `measure`, the rate of a
+  matrix product on this process's device, which no run reaches.
   """
   rates = [
     run.flops / run.images * speed
@@ -101,8 +110,11 @@ def _measure_rate(
   ]
   if rates:
     return float(np.median(rates)), "at the rate of the runs so far"
-  rate = _matmul_rate()
-  return rate, f"at least, at {rate / 1e9:,.0f} GFLOP/s of a matrix product"
+  if not measure:
+    return None, ""
+  rate, device = _matmul_rate(), jax.devices()[0].device_kind
+  text = f"at {rate / 1e9:,.0f} GFLOP/s of a matrix product"
+  return rate, f"at least, {text} on one {device}"
 
 
 def _images_per_second(folder: pathlib.Path, run: Run) -> float | None:

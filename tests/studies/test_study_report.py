@@ -1,5 +1,6 @@
 """Tables and charts of studies, and their page."""
 
+import dataclasses
 import json
 import re
 
@@ -10,8 +11,15 @@ from page_checks import Outline, check_layout
 from scipy import stats
 
 from mtv_jax.cli.main import run_command
-from mtv_jax.studies import comparisons, report, statistics, study_sections
+from mtv_jax.studies import (
+  comparisons,
+  report,
+  runner,
+  statistics,
+  study_sections,
+)
 from mtv_jax.studies.contrasts import Measurements, Metric
+from mtv_jax.studies.table import format_runs
 from mtv_jax.utils.html import Bold
 
 TOP1 = Metric("zero_shot/top1", chance=0.05)
@@ -217,6 +225,32 @@ def test_page_of_scaling(tmp_path, monkeypatch):
   assert "## Scaling" in text and "## Differences" not in text
   assert "![zero_shot/top1 (%)](charts/scaling_zero_shot-top1.svg)" in text
   assert "## Images" not in text
+  chart = tmp_path / "charts" / "scaling_zero_shot-top1.svg"
+  assert "distinct images" in chart.read_text()
+
+
+def test_scaling_without_limits_is_over_the_images_seen(tmp_path, monkeypatch):
+  monkeypatch.setattr(study_sections, "count_parameters", lambda c: 1000)
+  arms = [(f"{model}-all", OBJECTIVES[:1], 0.1) for model in ("s", "l")]
+  study_samples.write_study(tmp_path, "scaling", arms, seeds=1, sheets=())
+  (run, _) = runner.read(tmp_path).runs
+  assert study_sections.measure_size(run)["images"] == run.images
+  report.write_study(tmp_path)
+  chart = (tmp_path / "charts" / "scaling_zero_shot-top1.svg").read_text()
+  assert "images seen" in chart and "distinct" not in chart
+
+
+def test_times_are_of_this_device_only_if_it_is_measured(tmp_path):
+  study_samples.write_study(tmp_path, "ladder", LADDER, seeds=1)
+  study = runner.read(tmp_path)
+  runs = tuple(dataclasses.replace(r, flops=1e12) for r in study.runs)
+  study = dataclasses.replace(study, runs=runs)
+  for run in runs:
+    (tmp_path / "runs" / run.name / "metrics.jsonl").unlink()
+  table = format_runs(tmp_path, study)
+  assert "of a matrix product on one" in table
+  table = format_runs(tmp_path, study, measure=False)
+  assert table.endswith("0 of 3 runs to train")
 
 
 def test_page_of_an_unfinished_study(tmp_path):
