@@ -263,7 +263,9 @@ class GradNorm(Balance):
   every_steps: PositiveInt = 10
   alpha: NonNegativeFloat = 1.5
   lr: PositiveFloat = 0.025
-  max_factor: MaxFactor = 100.0  # f_i is in [1 / max_factor, max_factor].
+  # Adam's f_i are clipped to [1 / max_factor, max_factor]; their sum is scaled
+  # after that, so that they may leave it by as much as the sum has changed.
+  max_factor: MaxFactor = 100.0
 
   def init(self, names: Iterable[str]) -> PyTree:
     """As in the base class.
