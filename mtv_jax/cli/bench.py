@@ -4,6 +4,7 @@
   mtv-jax bench step --config=siglip_b16_224:tiny
   mtv-jax bench views --config=mtv_b16_224:tiny
   mtv-jax bench interference --config=mtv_tiny
+  mtv-jax bench gradient_norms --workdir=runs/a --after=30
   mtv-jax bench eval --encoder=random:S/16
   mtv-jax bench checkpoint --config=siglip_b16_224:tiny
   mtv-jax bench flops --config=mtv_b16_224 --compile=whole
@@ -31,6 +32,10 @@ COMMANDS = {
   "interference": (
     "bench.step:time_interference",
     "interference meter against the train step",
+  ),
+  "gradient_norms": (
+    "bench.gradient_norms:run",
+    "balance of a run's gradients by objective, from its log",
   ),
   "eval": ("bench.evals:run", "images to features against the forward pass"),
   "checkpoint": ("bench.checkpoints:run", "saving, restoring against the disk"),

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 
-import gradient_norms
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +21,7 @@ from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective
 from mtv_jax.parallel.mesh import MESH_AXES, make_mesh, shard_batch
 from mtv_jax.perf import flops
+from mtv_jax.perf.bench import gradient_norms
 from mtv_jax.train import gradients
 from mtv_jax.train.balance import (
   Balance,

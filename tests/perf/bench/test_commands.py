@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from mtv_jax.cli.main import run_command
 from mtv_jax.data import order
 from mtv_jax.data.registry import build_source
-from mtv_jax.perf.bench import data
+from mtv_jax.perf.bench import data, gradient_norms
+from mtv_jax.utils.errors import InputError
 
 
 def run(capsys, tmp_path, *arguments):
@@ -30,6 +32,29 @@ def test_data_times_the_pipeline_beside_decoding(tmp_path, capsys):
     assert result[name]["cpu_ms"] > 0
   for words in ("images/s", "full pipeline", "decode and resize alone"):
     assert words in printed
+
+
+def test_gradient_norms_are_those_of_the_log(tmp_path, capsys):
+  objectives = {"a": {"weight": 1.0}, "b": {"weight": 0.5}}
+  (tmp_path / "config.json").write_text(json.dumps({"objectives": objectives}))
+  rows = [
+    {"step": step, "a/weight": 2.0, "b/weight": 0.25}
+    | {"a/encoder_grad_norm": norm, "b/encoder_grad_norm": 1.0}
+    for step, norm in ((10, 50.0), (20, 2.0), (30, 8.0))
+  ]
+  lines = "\n".join(map(json.dumps, rows))
+  (tmp_path / "metrics.jsonl").write_text(lines)
+  command = ["gradient_norms", f"--workdir={tmp_path}", "--after=10"]
+  result, printed = run(capsys, tmp_path, *command)
+  assert result["measurements"] == 2
+  np.testing.assert_allclose(result["balanced"]["a"], 4.0)
+  np.testing.assert_allclose(result["balanced_ratio"], 4.0)
+  np.testing.assert_allclose(result["balanced_largest"], 8.0)
+  # a's weight was twice that of the config, and b's half.
+  assert result["without_factors"] == pytest.approx({"a": 2.0, "b": 2.0})
+  assert "0 of 2 above 10" in printed
+  with pytest.raises(InputError, match="no gradient norms"):
+    gradient_norms.run(str(tmp_path), after=30)
 
 
 def test_pipeline_and_decoding_read_the_same_images(tmp_path):
