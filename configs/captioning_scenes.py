@@ -13,10 +13,11 @@ after thousands of updates.
 from ml_collections import ConfigDict
 
 from mtv_jax.config.schema import parse_arg
+from mtv_jax.data.tokenizers.words import EMBEDDING_ROWS
 from mtv_jax.utils.errors import ConfigError
 
-# Ids of the built-in tokenizers; there is room for further words.
-VOCABULARIES = {"bytes": 258, "words": 144}
+# Rows of the embedding table, by tokenizer.
+VOCABULARIES = {"bytes": 258, "words": EMBEDDING_ROWS}
 
 
 def get_config(arg=None):

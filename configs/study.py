@@ -17,6 +17,7 @@ Hardware, time and result: two CPU cores, see docs/study/world.md.
 from ml_collections import ConfigDict
 
 from mtv_jax.config.schema import parse_arg
+from mtv_jax.data.tokenizers.words import EMBEDDING_ROWS
 from mtv_jax.utils.errors import ConfigError
 
 # First scene of the evaluations. Probes train on those 2,000,000 later.
@@ -70,8 +71,8 @@ def get_config(arg=None):
     depth=3,
     **tower,
     text=dict(
-      variant="mu", length=20, tokenizer="words", vocab_size=160, depth=1,
-      **tower,
+      variant="mu", length=20, tokenizer="words", vocab_size=EMBEDDING_ROWS,
+      depth=1, **tower,
     ),
   )  # fmt: skip
 

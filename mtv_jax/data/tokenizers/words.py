@@ -8,6 +8,8 @@ from tokenizers import models, pre_tokenizers
 from mtv_jax.data.tokenizers.base import Tokenizer, add_special_tokens
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")
+# Rows of the recipes' embedding tables: there is room for further words.
+EMBEDDING_ROWS = 144
 # The captions, phrases and prompts of scenes. New words are added at the end,
 # as checkpoints have a row for each.
 _WORDS = """
