@@ -169,6 +169,8 @@ def expand(
   runs_by_arm = {}
   for arm in found.arms:
     drops = _adapt(base, arm)
+    # A setting of an objective that is dropped would bring it back.
+    adapted = _build(base, (*arm.overrides, *drops), arm.name)
     steps = budget_steps
     if reference is not None:
       per_image = cost(_resolve(base, (*arm.overrides, *drops), arm.name))
@@ -176,7 +178,7 @@ def expand(
     changes = (
       *arm.overrides,
       *drops,
-      *_set_length(resolved, length, steps),
+      *_set_length(adapted, length, steps),
     )
     runs = []
     for i in range(counts[arm.name]):
@@ -261,21 +263,21 @@ def _durations(resolved: ConfigDict) -> Iterator[tuple[str, ConfigDict, str]]:
 
 
 def _set_length(
-  resolved: ConfigDict, length: schema.RunLength, steps: int
+  config: ConfigDict, length: schema.RunLength, steps: int
 ) -> Iterable[str]:
-  """Overrides that set the length of a run.
+  """Overrides that set the length of a run of an arm's config.
 
   Durations of schedules, weights and teachers scale with it, other than those
   in percent, which do by themselves. Epochs become steps, as those of an arm
   with fewer distinct images are shorter.
   """
   share = steps / length.total_steps
-  if share != 1 or resolved.get("total_epochs") is not None:
+  if share != 1 or config.get("total_epochs") is not None:
     for key in _TOTAL:
-      if key != "total_steps" and resolved.get(key) is not None:
+      if key != "total_steps" and config.get(key) is not None:
         yield f"{key}=None"
     yield f"total_steps={steps}"
-  for path, section, name in _durations(resolved):
+  for path, section, name in _durations(config):
     given = [unit for unit in schema.UNITS if section.get(f"{name}_{unit}")]
     if given == ["epochs"] or (share != 1 and given and given != ["percent"]):
       scaled = max(round(length.steps(name, section) * share), 1)

@@ -161,6 +161,8 @@ def test_budget_scales_the_schedules(tmp_path):
     "config.objectives.depth = dict(weight=weight)",
   )
   study = expand("ladder", recipe, budget=0.25)
+  # The dropped objective stays dropped.
+  assert trained(study)["vl"] == {"contrastive"}
   settings = study.runs[-1].settings
   assert study.runs[-1].steps == settings["total_steps"] == 25
   assert "total_examples" not in settings
