@@ -243,8 +243,10 @@ def _count_seeds(text: str, arms: Sequence[str]) -> dict[str, int]:
 
 def _read_length(resolved: ConfigDict) -> schema.RunLength:
   """The length of the config's run; opens the data for one in epochs."""
-  in_epochs = resolved.get("total_epochs") is not None or any(
-    section.get(f"{name}_epochs") for _, section, name in _durations(resolved)
+  in_epochs = (
+    resolved.get("total_epochs") is not None
+    or any(s.get(f"{name}_epochs") for _, s, name in _durations(resolved))
+    or any(entry.get("start_epochs") for _, entry in _read_rules(resolved))
   )
   examples = sum(arms_lib.count_records(resolved)) if in_epochs else None
   return schema.RunLength.from_config(resolved, examples)
@@ -267,9 +269,9 @@ def _set_length(
 ) -> Iterable[str]:
   """Overrides that set the length of a run of an arm's config.
 
-  Durations of schedules, weights and teachers scale with it, other than those
-  in percent, which do by themselves. Epochs become steps, as those of an arm
-  with fewer distinct images are shorter.
+  Durations of schedules, weights, teachers and starts of rules scale with it,
+  other than those in percent, which do by themselves. Epochs become steps, as
+  those of an arm with fewer distinct images are shorter.
   """
   share = steps / length.total_steps
   if share != 1 or config.get("total_epochs") is not None:
@@ -278,12 +280,30 @@ def _set_length(
         yield f"{key}=None"
     yield f"total_steps={steps}"
   for path, section, name in _durations(config):
-    given = [unit for unit in schema.UNITS if section.get(f"{name}_{unit}")]
-    if given == ["epochs"] or (share != 1 and given and given != ["percent"]):
-      scaled = max(round(length.steps(name, section) * share), 1)
-      if given != ["steps"]:
-        yield f"{path}.{name}_{given[0]}=None"
-      yield f"{path}.{name}_steps={scaled}"
+    for key, value in _scale(section, name, length, share).items():
+      yield f"{path}.{key}={value}"
+  rules = _read_rules(config)
+  scaled = [(w, {**e, **_scale(e, "start", length, share)}) for w, e in rules]
+  if scaled != rules:
+    yield f"optim.rules={scaled}"
+
+
+def _read_rules(config: ConfigDict) -> list[tuple[str, dict[str, Any]]]:
+  """The optimizer's rules; none if one is wrong, which a run reports."""
+  rules = [tuple(rule) for rule in overrides_lib.to_plain(config.optim.rules)]
+  pairs = all(len(r) == 2 and isinstance(r[1], Mapping) for r in rules)
+  return rules if pairs else []
+
+
+def _scale(
+  section: schema.Config, name: str, length: schema.RunLength, share: float
+) -> dict[str, int | None]:
+  """What changes in a section for a share of a duration."""
+  given = [unit for unit in schema.UNITS if section.get(f"{name}_{unit}")]
+  if given != ["epochs"] and (share == 1 or given in ([], ["percent"])):
+    return {}
+  steps = max(round(length.steps(name, section) * share), 1)
+  return {f"{name}_{given[0]}": None, f"{name}_steps": steps}
 
 
 def _adapt(base: ConfigDict, arm: Arm) -> list[str]:

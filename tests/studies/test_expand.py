@@ -179,6 +179,7 @@ def test_durations_in_epochs_are_those_of_all_images(tmp_path):
     "config.data.train[0]['length'] = 320\n"  # An epoch is 10 steps of 32.
     "config.total_steps = 40\n"
     "config.schedule = dict(name='cosine', warmup_epochs=1)\n"
+    "config.optim.rules = [('^text/', dict(lr=0.5, start_epochs=2))]\n"
     "weight = dict(start_epochs=2, ramp_examples=320)\n"
     "config.objectives.depth = dict(weight=weight)",
   )
@@ -195,6 +196,8 @@ def test_durations_in_epochs_are_those_of_all_images(tmp_path):
       weight = run.settings["objectives"]["depth"]["weight"]
       assert length.steps("start", weight) == start
       assert length.steps("ramp", weight) == start / 2
+      ((_, rule),) = run.settings["optim"]["rules"]
+      assert length.steps("start", rule) == start and rule["lr"] == 0.5
   options = arms_lib.Options(images=(80, 321))
   with pytest.raises(ConfigError, match="images=321.*has 320 records"):
     expand("scaling", recipe, options=options)
