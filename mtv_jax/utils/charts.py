@@ -129,9 +129,9 @@ def format_tick(value: Number) -> str:
   """A short number: 0.25, 400, 12k, 1.5M, 2e-05."""
   if value == 0:
     return "0"
-  for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+  for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
     if abs(value) >= size:
-      return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
+      return f"{value / size:.3g}{unit}"
   return f"{value:.4g}" if abs(value) < 0.001 else f"{round(value, 6):g}"
 
 
