@@ -1,6 +1,7 @@
 """load: runs, native folders, Hugging Face folders, and unknown folders."""
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -95,6 +96,7 @@ def test_positions_follow_the_new_model(run):
 
 
 def test_differences_that_no_shape_shows_are_logged(run, caplog):
+  caplog.set_level(logging.WARNING)
   same = models.ModelSpec.from_config(MODEL)
   loading.read_params(run, spec=same, preprocess=Preprocess(size=48))
   assert not caplog.messages

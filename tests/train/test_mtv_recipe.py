@@ -129,6 +129,7 @@ def test_a_dropped_objective_has_no_parameters_and_fields(tmp_path):
   config.data.train[0]["type"] = "scenes"
   for name in ("depth", "masked_pixels", "distillation", "masked_latent"):
     del config.objectives[name]
+  del config.evals["relative_depth"]
   experiment = build_experiment(config, tmp_path)
   names = experiment.program.abstract.params["heads"].keys()
   assert set(names) == {"contrastive", "grounding", "prompter"}
