@@ -3,7 +3,7 @@
 Command; `difficulty` is that of the scenes (docs/data.md):
 
   python -m mtv_jax.main --workdir=runs/captions \
-    --config=configs/captioning_scenes.py:difficulty=easy,steps=3000
+    --config=configs/captioning_scenes.py:difficulty=easy
 
 Hardware, time and result: docs/results.md. Small batches and many steps: the
 decoder first learns what captions are like, and attends to the image only
