@@ -18,6 +18,15 @@ from mtv_jax.utils.tree import flatten_with_names
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "tests" / "configs" / "smallest.py"
+# Self-distillation on the smallest config's one view.
+DISTILLATION = dict(
+  view_global="image",
+  view_local=None,
+  same_crop="include",
+  prototypes=8,
+  hidden=8,
+  bottleneck=4,
+)
 
 
 def launch(

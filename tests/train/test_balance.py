@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import step_samples
 import trainings
 
 from mtv_jax.augment import views
 from mtv_jax.config import schema
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective
-from mtv_jax.parallel.mesh import MESH_AXES, make_mesh, shard_batch
+from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.perf.bench import gradient_norms
 from mtv_jax.train import gradients
@@ -115,24 +116,15 @@ def make_spec(**changes):
   return dataclasses.replace(spec, **changes)
 
 
-def make_batch(rows=16):
-  rng = np.random.default_rng(0)
-  return {
-    "image": rng.integers(0, 256, (rows, 24, 24, 3), dtype=np.uint8),
-    "image_size": np.full((rows, 2), 24, np.int32),
-    "caption": rng.integers(2, 32, (rows, 8), dtype=np.int32),
-    "caption_valid": np.arange(rows) < rows - 3,
-  }
-
-
 def balanced_step(spec, shape):
   """Norms before and after the balance, running norms, and metrics."""
-  mesh = make_mesh(
-    dict(zip(MESH_AXES, shape, strict=True)), jax.devices()[: math.prod(shape)]
-  )
+  mesh = step_samples.mesh_of(shape)
   program = make_program(spec, optax.sgd(0.1), mesh)
   params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
-  state, batch = program.init(params), shard_batch(make_batch(), mesh)
+  state, batch = (
+    program.init(params),
+    shard_batch(step_samples.make_batch(), mesh),
+  )
   active = tuple(spec.objectives)
   before = program.encoder_norms(state, batch, active)
   state = program.rebalance(state, before)
@@ -189,14 +181,12 @@ METHODS = {
 def two_updates(method, shape=(1, 1, 1), accumulate=1):
   """Parameters and state of the method after two updates, and metrics."""
   spec = make_spec(balance=METHODS[method], accumulate=accumulate)
-  mesh = make_mesh(
-    dict(zip(MESH_AXES, shape, strict=True)), jax.devices()[: math.prod(shape)]
-  )
+  mesh = step_samples.mesh_of(shape)
   program = make_program(spec, optax.sgd(0.1), mesh)
   params = jax.jit(functools.partial(init_params, spec))(jax.random.key(0))
   state, rows = program.init(params), []
   for step in range(2):
-    batch, row = shard_batch(make_batch(), mesh), {}
+    batch, row = shard_batch(step_samples.make_batch(), mesh), {}
     if spec.measures_balance(step):
       row["norms"] = program.encoder_norms(state, batch, tuple(spec.objectives))
       state = program.rebalance(state, row["norms"])
@@ -238,7 +228,7 @@ def flat_gradients(spec, state, names):
   def compute(state, batch):
     return gradients.compute_gradients(spec.only(names), state, batch)[1]
 
-  tree = jax.device_get(jax.jit(compute)(state, make_batch()))
+  tree = jax.device_get(jax.jit(compute)(state, step_samples.make_batch()))
   return dict(flatten_with_names(tree))
 
 
@@ -324,14 +314,7 @@ def config_of(**changes):
     checkpoint=dict(every_steps=3, keep=5),
     **changes,
   )
-  config.objectives.distillation = dict(
-    view_global="image",
-    view_local=None,
-    same_crop="include",
-    prototypes=8,
-    hidden=8,
-    bottleneck=4,
-  )
+  config.objectives.distillation = trainings.DISTILLATION
   return config
 
 

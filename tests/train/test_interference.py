@@ -264,12 +264,7 @@ def config_of(**changes):
   )
   config.objectives.distillation = dict(
     weight=dict(value=0.5, start_steps=3),
-    view_global="image",
-    view_local=None,
-    same_crop="include",
-    prototypes=8,
-    hidden=8,
-    bottleneck=4,
+    **trainings.DISTILLATION,
   )
   return config
 

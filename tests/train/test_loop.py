@@ -101,14 +101,7 @@ def test_init_loads_the_parameters_of_another_run(trained, tmp_path):
 
 def with_teacher(**changes):
   config = smallest(**changes)
-  config.objectives.distillation = dict(
-    view_global="image",
-    view_local=None,
-    same_crop="include",
-    prototypes=8,
-    hidden=8,
-    bottleneck=4,
-  )
+  config.objectives.distillation = trainings.DISTILLATION
   return config
 
 
