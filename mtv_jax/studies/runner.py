@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mtv_jax.experts.labelling.shard_lease import ShardLeases
 from mtv_jax.studies.expand import FORMAT, Run, Study
 from mtv_jax.train import preemption, workdir
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.leases import Leases
 
 STUDY, RUNS, LOGS = "study.json", "runs", "logs"
 _POLL_SECONDS = 1.0
@@ -201,7 +201,7 @@ def run_study(
   """
   outcome = Outcome()
   selected = select_runs(study.runs, index)
-  leases = ShardLeases(folder / RUNS)
+  leases = Leases(folder / RUNS)
   (folder / RUNS).mkdir(exist_ok=True)
   (folder / LOGS).mkdir(exist_ok=True)
   for number, run in enumerate(selected, 1):

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from xla_options import xla_flags
 
-from mtv_jax.experts.labelling.shard_lease import ShardLeases
 from mtv_jax.studies import results, runner
 from mtv_jax.studies.expand import Run, Study
 from mtv_jax.train import workdir
 from mtv_jax.utils.errors import ConfigError, InputError
+from mtv_jax.utils.leases import Leases
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -145,7 +145,7 @@ def test_a_leased_run_is_left_to_its_process(tmp_path, trainings):
   study, lines = make_study(3), []
   runs = tmp_path / "runs"
   runs.mkdir()
-  with ShardLeases(runs).acquire("a0-s0"):
+  with Leases(runs).acquire("a0-s0"):
     outcome = runner.run_study(tmp_path, study, log_fn=lines.append)
   assert trainings == ["a1-s0", "a2-s0"]
   assert list(outcome.leased) == ["a0-s0"]

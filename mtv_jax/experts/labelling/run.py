@@ -5,7 +5,7 @@ turns its image into arrays; `Expert.run` runs the model on a batch
 (`batching.py`); `Expert.finish` turns the outputs into a `DepthLabel` or
 `BoxLabel` (`data/labels/label_values.py`), which `LabelWriter` writes.
 
-Each host labels whole shards and leases them one by one (`shard_lease.py`);
+Each host labels whole shards and leases them one by one (`utils/leases.py`);
 hosts communicate only through files in the label set's folder. Any number of
 hosts may join, leave or be killed: the label set is byte-identical.
 """
@@ -21,11 +21,11 @@ from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
 from mtv_jax.data.sources.base import Source
 from mtv_jax.experts.base import Expert
 from mtv_jax.experts.labelling import batching
-from mtv_jax.experts.labelling.shard_lease import ShardLeases
 from mtv_jax.parallel.mesh import HostRows
 from mtv_jax.utils import atomic
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
+from mtv_jax.utils.leases import Leases
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def run(
   threads = count_threads(threads)
   options = {"kind": expert.kind, "settings": expert.settings}
   writer = LabelWriter(out, base=base, **options)
-  leases = ShardLeases(writer.out)
+  leases = Leases(writer.out)
   job = _HostJob(expert, writer, leases, threads, progress)
   job.run(host or HostRows(0, 1))
   leases.sweep()
@@ -84,7 +84,7 @@ class _HostJob:
 
   expert: Expert
   writer: LabelWriter
-  leases: ShardLeases
+  leases: Leases
   threads: int
   progress: Callable[[int, int], None]
   done: int = 0

@@ -1,10 +1,9 @@
-"""Leases on shards: files through which hosts divide the work of labelling.
+"""Leases: files through which processes divide named pieces of work.
 
 `.NAME.claim` names its process, which keeps updating the modification time. A
 lease expires when its process is known to be dead, or has not updated it for
-`atomic.STALE_SECONDS` by the clock of the file system. Leases only save work: a
-shard that two processes label at once is identical, and its files are replaced
-whole.
+`atomic.STALE_SECONDS` by the clock of the file system. Leases only save work:
+no result may depend on them, as rarely two processes have the same piece.
 
 A takeover creates the next lease, `.NAME.claim.1`, before it removes the
 previous one, so that there is always a lease. A lease is valid if no other live
@@ -42,14 +41,14 @@ class Lease:
     return f"process {self.owner.pid} on {self.host}"
 
 
-class ShardLeases:
-  """This process's leases on the shards of a label set in a folder."""
+class Leases:
+  """This process's leases in a folder, such as that of a label set."""
 
   def __init__(self, folder: pathlib.Path):
     self._folder = folder
 
   def _files(self, name: str) -> Iterator[pathlib.Path]:
-    """Lease files of a shard; the first may not exist.
+    """Lease files of a name; the first may not exist.
 
     It is tried before the rest, since listing a large folder is slow.
     """
@@ -61,7 +60,7 @@ class ShardLeases:
 
   @contextlib.contextmanager
   def acquire(self, name: str) -> Iterator[bool]:
-    """Leases a shard; yields False if another process has a lease on it."""
+    """Leases a name; yields False if another process has a lease on it."""
     lease = self._try_acquire(name)
     if lease is None:
       yield False
@@ -119,14 +118,14 @@ class ShardLeases:
     return expired
 
   def holder(self, name: str) -> Lease | None:
-    """The latest lease on a shard."""
+    """The latest lease on a name."""
     for file in sorted(self._files(name), key=_number, reverse=True):
       with contextlib.suppress(FileNotFoundError):
         return _read(file)
     return None
 
   def sweep(self) -> None:
-    """Removes leases and temporary files of dead processes, of any shard."""
+    """Removes leases and temporary files of dead processes, of any name."""
     atomic.remove_abandoned(self._folder)
     find = self._folder.glob
     for file in (*find(".*.claim"), *find(".*.claim.[1-9]*")):

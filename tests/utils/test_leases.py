@@ -1,4 +1,4 @@
-"""Leases on shards: exclusive, expiring, taken over by one process."""
+"""Leases: exclusive, expiring, taken over by one process."""
 
 import contextlib
 import errno
@@ -12,9 +12,8 @@ import time
 import pytest
 from labelling_samples import ELSEWHERE, claim
 
-from mtv_jax.experts.labelling import shard_lease
-from mtv_jax.experts.labelling.shard_lease import ShardLeases
-from mtv_jax.utils import atomic
+from mtv_jax.utils import atomic, leases
+from mtv_jax.utils.leases import Leases
 
 
 def dead_owner():
@@ -26,7 +25,7 @@ def dead_owner():
 
 
 def test_a_lease_is_exclusive_and_released(tmp_path):
-  mine = ShardLeases(tmp_path)
+  mine = Leases(tmp_path)
   with (
     mine.acquire("a") as taken,
     mine.acquire("a") as again,
@@ -64,12 +63,12 @@ def test_leases_of_dead_processes_expire(tmp_path, owner, age, gone):
   for half in halves:
     half.touch()
     os.utime(half, (time.time() - age,) * 2)
-  with ShardLeases(tmp_path).acquire("00001") as taken:
+  with Leases(tmp_path).acquire("00001") as taken:
     assert taken == gone
   assert file.exists() != gone
   if owner != "damaged":
     assert [half.exists() for half in halves] == [not gone, not gone, True]
-    ShardLeases(tmp_path).sweep()
+    Leases(tmp_path).sweep()
     assert (list(tmp_path.iterdir()) == []) == gone
 
 
@@ -83,8 +82,8 @@ def test_release_leaves_the_lease_of_another_process(tmp_path, monkeypatch):
     claim(tmp_path, "a", ELSEWHERE)
     return result
 
-  monkeypatch.setattr(shard_lease.atomic, "is_abandoned", slow)
-  with ShardLeases(tmp_path).acquire("a") as taken:
+  monkeypatch.setattr(leases.atomic, "is_abandoned", slow)
+  with Leases(tmp_path).acquire("a") as taken:
     assert not taken
   assert json.loads(file.read_text())["owner"] == str(ELSEWHERE)
   assert [f.name for f in tmp_path.iterdir()] == [".a.claim"]
@@ -104,33 +103,33 @@ def test_a_check_before_a_takeover_grants_nothing_after_it(
 
   def slow(path, owner):
     result = is_left(path, owner)
-    monkeypatch.setattr(shard_lease.atomic, "is_abandoned", is_left)
-    granted.append(faster.enter_context(ShardLeases(tmp_path).acquire("a")))
+    monkeypatch.setattr(leases.atomic, "is_abandoned", is_left)
+    granted.append(faster.enter_context(Leases(tmp_path).acquire("a")))
     return result
 
   def at_line(frame, event, _):
-    if frame.f_code.co_filename != shard_lease.__file__:
+    if frame.f_code.co_filename != leases.__file__:
       return None
     if event == "line" and granted:
       sys.settrace(None)
-      with ShardLeases(tmp_path).acquire("a") as third:
+      with Leases(tmp_path).acquire("a") as third:
         tried.append(third)
       sys.settrace(at_line)
     return at_line
 
-  monkeypatch.setattr(shard_lease.atomic, "is_abandoned", slow)
+  monkeypatch.setattr(leases.atomic, "is_abandoned", slow)
   before = sys.gettrace()
   with contextlib.ExitStack() as faster:
     sys.settrace(at_line)
     try:
-      with ShardLeases(tmp_path).acquire("a") as taken:
+      with Leases(tmp_path).acquire("a") as taken:
         sys.settrace(before)
         assert not taken
     finally:
       sys.settrace(before)
     assert granted == [True] and len(tried) > 3 and not any(tried)
     assert len(names(tmp_path)) == 1
-    assert ShardLeases(tmp_path).holder("a").owner == atomic.current_process()
+    assert Leases(tmp_path).holder("a").owner == atomic.current_process()
   assert names(tmp_path) == []
 
 
@@ -143,11 +142,11 @@ def test_takeover_of_an_interrupted_takeover(tmp_path, owner):
     os.replace(claim(tmp_path, "b", owner, age=old), tmp_path / f".a.{end}")
   # A lease of another shard with a similar name.
   claim(tmp_path, "a.claim", ELSEWHERE)
-  with ShardLeases(tmp_path).acquire("a") as taken:
+  with Leases(tmp_path).acquire("a") as taken:
     assert taken
     assert names(tmp_path) == [".a.claim.13", ".a.claim.claim"]
-    assert ShardLeases(tmp_path).holder("a").owner == atomic.current_process()
-    with ShardLeases(tmp_path).acquire("a") as again:
+    assert Leases(tmp_path).holder("a").owner == atomic.current_process()
+    with Leases(tmp_path).acquire("a") as again:
       assert not again
   assert names(tmp_path) == [".a.claim.claim"]
 
@@ -155,11 +154,11 @@ def test_takeover_of_an_interrupted_takeover(tmp_path, owner):
 def test_a_takeover_is_valid_without_the_first_lease(tmp_path):
   file = claim(tmp_path, "a", ELSEWHERE)
   os.replace(file, tmp_path / ".a.claim.1")
-  with ShardLeases(tmp_path).acquire("a") as taken:
+  with Leases(tmp_path).acquire("a") as taken:
     assert not taken
-  assert str(ShardLeases(tmp_path).holder("a")) == "process 1 on there"
+  assert str(Leases(tmp_path).holder("a")) == "process 1 on there"
   os.utime(tmp_path / ".a.claim.1", (0, 0))
-  ShardLeases(tmp_path).sweep()
+  Leases(tmp_path).sweep()
   assert names(tmp_path) == []
 
 
@@ -167,10 +166,10 @@ def test_an_unwritable_lease_is_released(tmp_path, monkeypatch):
   def full(handle, data):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-  monkeypatch.setattr(shard_lease.os, "write", full)
+  monkeypatch.setattr(leases.os, "write", full)
   with (
     pytest.raises(OSError, match="No space"),
-    ShardLeases(tmp_path).acquire("a"),
+    Leases(tmp_path).acquire("a"),
   ):
     pass
   assert names(tmp_path) == []
@@ -187,7 +186,7 @@ def test_one_of_many_takeovers_wins(tmp_path):
   def contend():
     for number in range(rounds):
       barrier.wait()
-      with ShardLeases(tmp_path).acquire(f"{number}") as taken:
+      with Leases(tmp_path).acquire(f"{number}") as taken:
         wins[number].append(taken)
         barrier.wait()
 
@@ -203,8 +202,8 @@ def test_one_of_many_takeovers_wins(tmp_path):
 
 _PROCESS = """
 import contextlib, pathlib, sys
-from mtv_jax.experts.labelling.shard_lease import ShardLeases
-leases = ShardLeases(pathlib.Path(sys.argv[1]))
+from mtv_jax.utils.leases import Leases
+leases = Leases(pathlib.Path(sys.argv[1]))
 with contextlib.ExitStack() as stack:
   print("ready", flush=True)
   for line in sys.stdin:
@@ -243,7 +242,7 @@ def test_one_of_many_processes_takes_over(tmp_path, repo_root):
 
 def test_a_lease_is_renewed(tmp_path, monkeypatch):
   monkeypatch.setattr(atomic, "STALE_SECONDS", 0.2)
-  with ShardLeases(tmp_path).acquire("a"):
+  with Leases(tmp_path).acquire("a"):
     os.utime(tmp_path / ".a.claim", (0, 0))
     time.sleep(0.3)
     assert atomic.seconds_since_modified(tmp_path / ".a.claim") < 10
