@@ -11,7 +11,8 @@ The folder receives `report.html`, which needs no other file, and the same as
 import argparse
 import pathlib
 
-from mtv_jax.studies import report, runner
+from mtv_jax.studies import runner
+from mtv_jax.studies.report import report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,8 @@ import sys
 import jax
 
 from mtv_jax.cli import arguments
-from mtv_jax.studies import arms, expand, report, runner, table
+from mtv_jax.studies import arms, expand, runner, table
+from mtv_jax.studies.report import report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,14 +88,14 @@ def run(args: argparse.Namespace) -> int:
   if args.dry_run:
     return 0
   runner.write(folder, study)
-  outcome = runner.run_study(folder, study, index=args.index, log_fn=log)
-  for name, reason in outcome.failed.items():
+  status = runner.run_study(folder, study, index=args.index, log_fn=log)
+  for name, reason in status.failed.items():
     print(f"study: {name} failed: {reason}", file=sys.stderr)
   # Of several runners, the last one to finish has all results.
-  if outcome.finished and not outcome.leased:
+  if status.finished and not status.leased:
     try:
       log("wrote " + ", ".join(map(str, report.write_study(folder))))
     except Exception as error:
       # The runs are complete without it.
       print(f"study: no report: {error!r}", file=sys.stderr)
-  return 1 if outcome.failed else 0
+  return 1 if status.failed else 0

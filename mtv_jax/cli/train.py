@@ -20,7 +20,7 @@ import jax
 
 from mtv_jax.cli import arguments
 from mtv_jax.config import schema
-from mtv_jax.studies import report
+from mtv_jax.studies.report import report
 from mtv_jax.train import workdir
 from mtv_jax.train.loop import train
 from mtv_jax.train.metrics import setup_logging

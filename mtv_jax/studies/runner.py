@@ -34,8 +34,8 @@ LogFn = Callable[[str], None]
 
 
 @dataclasses.dataclass
-class Outcome:
-  """What became of a study's runs, by name."""
+class StudyStatus:
+  """State of a study's runs after a command, by name."""
 
   finished: list[str] = dataclasses.field(default_factory=list)
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -185,7 +185,7 @@ def run_study(
   *,
   index: str | None = None,
   log_fn: LogFn = print,
-) -> Outcome:
+) -> StudyStatus:
   """Trains the runs of a study that are not finished, one after another.
 
   Args:
@@ -199,20 +199,20 @@ def run_study(
       checkpoint.
     InputError: the folder of a run has other settings.
   """
-  outcome = Outcome()
+  status = StudyStatus()
   selected = select_runs(study.runs, index)
   leases = Leases(folder / RUNS)
   (folder / RUNS).mkdir(exist_ok=True)
   (folder / LOGS).mkdir(exist_ok=True)
   for number, run in enumerate(selected, 1):
     if is_finished(folder, run):
-      outcome.finished.append(run.name)
+      status.finished.append(run.name)
       continue
     where = f"{run.name} ({number} of {len(selected)})"
     with leases.acquire(run.name) as acquired:
       if not acquired:
-        outcome.leased[run.name] = f"{leases.holder(run.name)}"
-        log_fn(f"{where}: trained by {outcome.leased[run.name]}")
+        status.leased[run.name] = f"{leases.holder(run.name)}"
+        log_fn(f"{where}: trained by {status.leased[run.name]}")
         continue
       # Another runner may have finished it in the meantime.
       if not is_finished(folder, run):
@@ -224,12 +224,12 @@ def run_study(
         if reason is None and not is_finished(folder, run):
           reason = "it exited without its last evaluations"
         if reason is not None:
-          outcome.failed[run.name] = reason
+          status.failed[run.name] = reason
           log_fn(f"{where} FAILED: {reason}")
           continue
         log_fn(f"{where}: finished in {time.monotonic() - start:.0f} s")
-    outcome.finished.append(run.name)
-  return outcome
+    status.finished.append(run.name)
+  return status
 
 
 def _wait_for_lock(path: pathlib.Path, log_fn: LogFn) -> None:

@@ -132,10 +132,10 @@ def trainings(monkeypatch):
 def test_a_failed_run_does_not_stop_the_others(tmp_path, trainings):
   study = make_study(3)
   write_run(tmp_path, study.runs[0])
-  outcome = runner.run_study(tmp_path, study)
+  status = runner.run_study(tmp_path, study)
   assert trainings == ["a1-s0", "a2-s0"]
-  assert outcome.finished == ["a0-s0", "a2-s0"]
-  assert outcome.failed == {"a1-s0": "exit code 1"}
+  assert status.finished == ["a0-s0", "a2-s0"]
+  assert status.failed == {"a1-s0": "exit code 1"}
   # The failed one is tried again.
   runner.run_study(tmp_path, study, index="1")
   assert trainings[2:] == ["a1-s0"]
@@ -146,9 +146,9 @@ def test_a_leased_run_is_left_to_its_process(tmp_path, trainings):
   runs = tmp_path / "runs"
   runs.mkdir()
   with Leases(runs).acquire("a0-s0"):
-    outcome = runner.run_study(tmp_path, study, log_fn=lines.append)
+    status = runner.run_study(tmp_path, study, log_fn=lines.append)
   assert trainings == ["a1-s0", "a2-s0"]
-  assert list(outcome.leased) == ["a0-s0"]
+  assert list(status.leased) == ["a0-s0"]
   assert f"process {os.getpid()}" in lines[0]
 
 

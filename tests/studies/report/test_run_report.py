@@ -11,7 +11,8 @@ from page_checks import Outline, check_layout
 from PIL import Image
 
 from mtv_jax.cli.main import run_command
-from mtv_jax.studies import figures, folders, report
+from mtv_jax.studies import folders
+from mtv_jax.studies.report import report, run_figures
 from mtv_jax.utils.errors import ConfigError, MissingFileError
 
 HOSTILE = "a<b>&'\"|c"
@@ -108,7 +109,7 @@ def test_curves_of_several_seeds_are_their_mean(runs):
     series={"depth/loss": [(1, 1.0), (2, 3.0), (3, 9.0)]},
   )
   other = dataclasses.replace(run, series={"depth/loss": [(1, 3.0), (2, 5.0)]})
-  (chart,), _ = figures.draw_training_curves([run, other])
+  (chart,), _ = run_figures.draw_training_curves([run, other])
   assert chart.title == "depth/loss"
   # Of common steps, one curve and one area.
   assert chart.svg.count("class='line'") == chart.svg.count("class='band'") == 1
@@ -118,14 +119,14 @@ def test_curves_of_several_seeds_are_their_mean(runs):
 
 def test_differences_of_configs(runs):
   read = [folders.read_run(run) for run in runs]
-  rows = figures.config_table(read)
+  rows = run_figures.config_table(read)
   assert rows[0] == ["key", "first", HOSTILE]
   # An objective that one of them lacks is one row.
   assert rows[1:] == [
     [f"objectives.{name}", "–", '{"weight": 1.0}']
     for name in study_samples.OBJECTIVES[1:]
   ]
-  assert figures.config_table([read[0], read[0]])[1:] == []
+  assert run_figures.config_table([read[0], read[0]])[1:] == []
 
 
 @pytest.mark.parametrize("width", [1200, 390])

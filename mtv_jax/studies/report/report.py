@@ -16,11 +16,12 @@ from PIL import Image
 from mtv_jax.evals import suite
 from mtv_jax.evals.report import tables
 from mtv_jax.evals.report.report import file_name
-from mtv_jax.studies import figures, results, runner
+from mtv_jax.studies import results, runner
 from mtv_jax.studies.folders import RunFolder, read_run
-from mtv_jax.studies.pages import Block, Sheet, write_pages
-from mtv_jax.studies.study_sections import describe_study
+from mtv_jax.studies.report import run_figures
+from mtv_jax.studies.report.study_sections import describe_study
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.pages import Block, Sheet, write_pages
 
 _VALUES_NOTE = (
   "Chance is what random embeddings or guesses would give. ±: standard error "
@@ -88,7 +89,7 @@ def write_study(
     for run in study.study.runs
     if run.name not in study.unfinished
   ]
-  first = [members[0] for members in figures.group_by_arm(runs).values()]
+  first = [members[0] for members in run_figures.group_by_arm(runs).values()]
   blocks = [*describe_study(study)]
   if runs:
     # Without times: a study that is resumed gives the same report.
@@ -96,7 +97,7 @@ def write_study(
     blocks += describe_gradients(runs)
     blocks += describe_sheets(first, output)
     blocks.append(Block("heading", "Runs"))
-    table = figures.runs_table(runs, timed=False)
+    table = run_figures.runs_table(runs, timed=False)
     blocks.append(Block("table", table, {"numbers": 1}))
     blocks += describe_configs(first)
   return write_pages(f"Study: {study.study.kind}", blocks, output)
@@ -112,21 +113,21 @@ def _describe_runs(
   runs: Sequence[RunFolder], output: str | os.PathLike
 ) -> Iterator[Block]:
   """The report's sections on runs, each of which is an arm of its own."""
-  yield Block("table", figures.runs_table(runs), {"numbers": 1})
+  yield Block("table", run_figures.runs_table(runs), {"numbers": 1})
   evaluated = [run for run in runs if run.outcome.results]
   if evaluated:
     yield Block("heading", "Metrics")
-    yield Block("table", figures.metrics_table(evaluated), {"numbers": 2})
+    yield Block("table", run_figures.metrics_table(evaluated), {"numbers": 2})
     yield Block("note", _VALUES_NOTE)
     if len(runs) > 1:
       yield Block("note", f"Bold: {tables.BEST_NOTE}.")
-      main, further = figures.draw_metrics(runs)
+      main, further = run_figures.draw_metrics(runs)
       yield Block("charts", main)
       if further:
         inner = (Block("charts", further),)
         yield Block("details", "Further metrics", inner=inner)
     else:
-      yield Block("charts", figures.draw_run_metrics(runs[0]))
+      yield Block("charts", run_figures.draw_run_metrics(runs[0]))
   yield from describe_training(runs)
   yield from describe_gradients(runs)
   yield from describe_sheets(runs, output)
@@ -137,7 +138,7 @@ def describe_training(
   runs: Sequence[RunFolder], *, timed: bool = True
 ) -> Iterator[Block]:
   """Training curves of arms over each other, also of the speed if `timed`."""
-  curves, further = figures.draw_training_curves(runs, timed=timed)
+  curves, further = run_figures.draw_training_curves(runs, timed=timed)
   if not curves and not further:
     return
   yield Block("heading", "Training")
@@ -152,8 +153,8 @@ def describe_training(
 
 def describe_gradients(runs: Sequence[RunFolder]) -> Iterator[Block]:
   """Conflicts between the gradients of objectives, where they are measured."""
-  arms = figures.group_by_arm(runs).items()
-  drawn = {arm: figures.draw_interference(runs) for arm, runs in arms}
+  arms = run_figures.group_by_arm(runs).items()
+  drawn = {arm: run_figures.draw_interference(runs) for arm, runs in arms}
   drawn = {arm: maps for arm, maps in drawn.items() if maps}
   if not drawn:
     return
@@ -205,11 +206,11 @@ def describe_configs(runs: Sequence[RunFolder]) -> Iterator[Block]:
     yield Block("code", "\n".join(commands))
   yield Block("heading", "Configs")
   if len(runs) > 1:
-    table = figures.config_table(runs)
+    table = run_figures.config_table(runs)
     if len(table) > 1:
       yield Block("table", table)
     else:
       yield Block("note", "The configs are equal.")
   for run in runs:
-    inner = (Block("code", figures.format_config(run.config)),)
+    inner = (Block("code", run_figures.format_config(run.config)),)
     yield Block("details", f"Config of {run.name}", inner=inner)

@@ -8,13 +8,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mtv_jax.studies import comparisons, statistics
+from mtv_jax.studies import statistics
 from mtv_jax.studies.contrasts import Contrast, Metric
 from mtv_jax.studies.expand import Run
-from mtv_jax.studies.pages import Block
+from mtv_jax.studies.report import study_figures
 from mtv_jax.studies.results import StudyResults
 from mtv_jax.train.experiment import build_step_spec
 from mtv_jax.train.step_spec import abstract_params
+from mtv_jax.utils.pages import Block
 from mtv_jax.utils.tree import flatten_with_names
 
 _ARMS_NOTE = (
@@ -44,19 +45,19 @@ def describe_study(results: StudyResults) -> Iterator[Block]:
   """What the study says, from its finished runs."""
   study, data = results.study, results.measurements
   yield Block("bullets", _summarise(results))
-  main = comparisons.select_main(results.metrics)
+  main = study_figures.select_main(results.metrics)
   if not main:
     yield Block("note", "No run is finished.")
     return
   compared = statistics.compare(data, main, baseline=study.baseline)
   yield Block("heading", "Arms")
-  table = comparisons.values_table(data, main)
+  table = study_figures.values_table(data, main)
   yield Block("table", table, {"numbers": 1})
   yield Block("note", _ARMS_NOTE)
-  yield Block("charts", comparisons.draw_arms(data, main, compared))
+  yield Block("charts", study_figures.draw_arms(data, main, compared))
   further = [metric for metric in results.metrics if metric not in main]
   if further:
-    table = comparisons.values_table(data, further)
+    table = study_figures.values_table(data, further)
     inner = (Block("table", table, {"numbers": 1}),)
     yield Block("details", "Further metrics", inner=inner)
   if study.kind == "scaling":
@@ -67,7 +68,7 @@ def describe_study(results: StudyResults) -> Iterator[Block]:
   yield Block("note", _DIFFERENCES_NOTE)
   if study.kind == "ladder" and len(data.values) > 2:
     yield Block("heading", "Differences from the arm before")
-    steps = comparisons.compare_in_order(data, main)
+    steps = study_figures.compare_in_order(data, main)
     yield from _describe_differences(steps, main)
   if study.kind == "pairs":
     yield from _describe_synergy(results, main)
@@ -96,14 +97,14 @@ def _summarise(results: StudyResults) -> list[str]:
 def _describe_differences(
   compared: Sequence[statistics.Comparison], metrics: Sequence[Metric]
 ) -> Iterator[Block]:
-  yield Block("table", comparisons.differences_table(compared, metrics))
+  yield Block("table", study_figures.differences_table(compared, metrics))
   by_name = {metric.name: metric for metric in metrics}
   rows = [(f"{c.arm} − {c.baseline}", by_name[c.metric], c) for c in compared]
   yield _details(rows)
 
 
 def _details(rows: Sequence[tuple[str, Metric, Contrast]]) -> Block:
-  inner = (Block("table", comparisons.contrast_table(rows)),)
+  inner = (Block("table", study_figures.contrast_table(rows)),)
   return Block("details", "Intervals and p values", inner=inner)
 
 
@@ -113,8 +114,8 @@ def _describe_synergy(
   synergies = statistics.find_synergies(results.measurements, metrics)
   yield Block("heading", "Synergy")
   yield Block("note", _SYNERGY_NOTE)
-  yield Block("charts", comparisons.draw_synergies(synergies, metrics))
-  yield _details(comparisons.synergy_rows(synergies, metrics))
+  yield Block("charts", study_figures.draw_synergies(synergies, metrics))
+  yield _details(study_figures.synergy_rows(synergies, metrics))
 
 
 def _describe_scaling(
@@ -126,16 +127,16 @@ def _describe_scaling(
     arm: {k: v for k, v in size.items() if k != "model"}
     for arm, size in sizes.items()
   }
-  fits = comparisons.fit_metrics(data, metrics, variables)
+  fits = study_figures.fit_metrics(data, metrics, variables)
   yield Block("heading", "Scaling")
   # Without limits all arms have the data's images, and may see more or fewer.
   limited = all(count_distinct(run.arm) for run in results.study.runs)
   x_label = "distinct images" if limited else "images seen"
-  drawn = comparisons.draw_scaling(data, metrics, sizes, fits, x_label)
+  drawn = study_figures.draw_scaling(data, metrics, sizes, fits, x_label)
   yield Block("charts", drawn)
   yield Block("note", _SCALING_NOTE)
-  yield Block("bullets", comparisons.describe_laws(fits))
-  yield Block("table", comparisons.fits_table(fits), {"numbers": 1})
+  yield Block("bullets", study_figures.describe_laws(fits))
+  yield Block("table", study_figures.fits_table(fits), {"numbers": 1})
 
 
 def measure_size(run: Run) -> dict[str, Any]:

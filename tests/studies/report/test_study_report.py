@@ -11,14 +11,9 @@ from page_checks import Outline, check_layout
 from scipy import stats
 
 from mtv_jax.cli.main import run_command
-from mtv_jax.studies import (
-  comparisons,
-  report,
-  runner,
-  statistics,
-  study_sections,
-)
+from mtv_jax.studies import runner, statistics
 from mtv_jax.studies.contrasts import Measurements, Metric
+from mtv_jax.studies.report import report, study_figures, study_sections
 from mtv_jax.studies.table import format_runs
 from mtv_jax.utils.html import Bold
 
@@ -54,7 +49,7 @@ DATA = measure(
 
 
 def test_values_are_means_with_t_intervals():
-  head, top1, rmse = comparisons.values_table(DATA, [TOP1, RMSE])
+  head, top1, rmse = study_figures.values_table(DATA, [TOP1, RMSE])
   assert head == ["metric", "vl", "all", "chance"]
   half = stats.t.ppf(0.975, 2) * 1.0 / np.sqrt(3)
   assert top1[:2] == [
@@ -67,14 +62,14 @@ def test_values_are_means_with_t_intervals():
 
 def test_differences_have_verdicts():
   rows = statistics.compare(DATA, [TOP1, RMSE], baseline="vl")
-  head, top1, rmse = comparisons.differences_table(rows, [TOP1, RMSE])
+  head, top1, rmse = study_figures.differences_table(rows, [TOP1, RMSE])
   assert head == ["metric", "all"]
   assert isinstance(top1[1], Bold) and top1[1].endswith("\nbetter")
   assert top1[1].startswith("+20.0 [+19.")
   assert not isinstance(rmse[1], Bold)
   assert rmse[1].startswith("−0.183 [−")
   assert rmse[1].endswith("\nnot distinguishable")
-  table = comparisons.contrast_table([("all − vl", TOP1, rows[0])])
+  table = study_figures.contrast_table([("all − vl", TOP1, rows[0])])
   row = dict(zip(*table, strict=True))
   assert row["verdict"] == "better" and row["test"] == "paired t"
   assert row["n"] == "3" and float(row["p Holm"]) < 0.05
@@ -83,7 +78,7 @@ def test_differences_have_verdicts():
 
 def test_charts_of_arms_name_verdicts():
   rows = statistics.compare(DATA, [RMSE], baseline="vl")
-  (chart,) = comparisons.draw_arms(DATA, [RMSE], rows)
+  (chart,) = study_figures.draw_arms(DATA, [RMSE], rows)
   titles = re.findall(r"<title>((?:vl|all): [^<]*)</title>", chart.svg)
   assert titles[0].startswith("vl: 2.05 m, 1.926 to 2.174")
   assert titles[1].endswith(". not distinguishable from vl")
@@ -91,7 +86,7 @@ def test_charts_of_arms_name_verdicts():
   # One seed, and no standard errors: no interval.
   one = measure({"vl": [(0.2, 2.0)], "all": [(0.4, 1.0)]})
   rows = statistics.compare(one, [RMSE], baseline="vl")
-  (chart,) = comparisons.draw_arms(one, [RMSE], rows)
+  (chart,) = study_figures.draw_arms(one, [RMSE], rows)
   assert "class='bar'" not in chart.svg and "class='seed'" not in chart.svg
 
 
@@ -102,10 +97,10 @@ def test_steps_are_compared_with_the_arm_before():
       for k, v in zip("abc", (0.1, 0.3, 0.6), strict=True)
     }
   )
-  rows = comparisons.compare_in_order(data, [TOP1])
+  rows = study_figures.compare_in_order(data, [TOP1])
   assert [(r.arm, r.baseline) for r in rows] == [("b", "a"), ("c", "b")]
   np.testing.assert_allclose([r.difference for r in rows], [0.2, 0.3])
-  head = comparisons.differences_table(rows, [TOP1])[0]
+  head = study_figures.differences_table(rows, [TOP1])[0]
   assert head == ["metric", "b − a", "c − b"]
 
 
@@ -118,7 +113,7 @@ def test_synergy_matrix():
     }
   )
   synergies = statistics.find_synergies(data, [TOP1, RMSE])
-  top1, rmse = comparisons.draw_synergies(synergies, [TOP1, RMSE])
+  top1, rmse = study_figures.draw_synergies(synergies, [TOP1, RMSE])
   cells = re.findall(r"<title>([ab], [ab]): ([^<]*)</title>", top1.svg)
   values = dict(cells)
   assert values["a, a"] == values["b, b"] == "no value"
@@ -128,7 +123,7 @@ def test_synergy_matrix():
   # Lower is better: the gain is positive.
   values = dict(re.findall(r"<title>([ab], [ab]): ([^<]*)</title>", rmse.svg))
   assert float(values["a, b"]) == pytest.approx(0.3)
-  rows = comparisons.synergy_rows(synergies, [TOP1, RMSE])
+  rows = study_figures.synergy_rows(synergies, [TOP1, RMSE])
   assert [name for name, _, _ in rows[:2]] == ["a+b − b", "a+b − sum of both"]
 
 
@@ -141,8 +136,8 @@ def test_scaling_curves_follow_their_fit():
       arms[arm] = [(1 - error, error)]
       sizes[arm] = dict(model=model, images=images, parameters=parameters)
   data, metrics = measure(arms), [TOP1, RMSE]
-  fits = comparisons.fit_metrics(data, metrics, sizes)
-  charts = comparisons.draw_scaling(data, metrics, sizes, fits)
+  fits = study_figures.fit_metrics(data, metrics, sizes)
+  charts = study_figures.draw_scaling(data, metrics, sizes, fits)
   assert [c.title for c in charts] == ["zero_shot/top1 (%)", "depth/rmse (m) ↓"]
   for chart in charts:
     dots = re.findall(r"cx='([\d.]+)' cy='([\d.]+)' r='2.5'><title>", chart.svg)
@@ -154,22 +149,24 @@ def test_scaling_curves_follow_their_fit():
       own = np.array(dots[3 * k : 3 * k + 3], float)
       np.testing.assert_allclose(ends[[0, -1]], own[[0, -1]], atol=0.7)
     assert len(curves) == 3
-  table = comparisons.fits_table(fits)
+  table = study_figures.fits_table(fits)
   row = dict(zip(table[0], table[1], strict=True))
   assert float(row["exponent images"].split()[0]) == pytest.approx(0.3, rel=0.1)
   assert row["points"] == "9"
-  (line,) = {x.partition(": ")[2] for x in comparisons.describe_laws(fits)[:1]}
+  (line,) = {
+    x.partition(": ")[2] for x in study_figures.describe_laws(fits)[:1]
+  }
   assert "e₀" in line and "images₀ = 4,000" in line
 
 
 def test_too_few_points_have_a_note_and_no_curve():
   sizes = {f"s-{n}": dict(model="s", images=n, parameters=1) for n in (10, 20)}
   data = measure({arm: [(0.3, 1.0)] for arm in sizes})
-  fits = comparisons.fit_metrics(data, [TOP1], sizes)
-  (chart,) = comparisons.draw_scaling(data, [TOP1], sizes, fits)
+  fits = study_figures.fit_metrics(data, [TOP1], sizes)
+  (chart,) = study_figures.draw_scaling(data, [TOP1], sizes, fits)
   assert "dashed" not in chart.svg
-  assert comparisons.fits_table(fits)[1:] == [[TOP1.name, "–", "2"]]
-  assert "not identifiable" in comparisons.describe_laws(fits)[0]
+  assert study_figures.fits_table(fits)[1:] == [[TOP1.name, "–", "2"]]
+  assert "not identifiable" in study_figures.describe_laws(fits)[0]
 
 
 @pytest.mark.parametrize("width", [1200, 390])
