@@ -9,17 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-from PIL import Image
 
 from mtv_jax.encoder import baselines, loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.evals import run
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
-from mtv_jax.evals.report import pages
 from mtv_jax.evals.report import report as report_lib
-from mtv_jax.utils import charts
+from mtv_jax.evals.report import sections
 from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.pages import write_pages
 
 _WEIGHTS = re.compile(r"(.+)@(student|teacher|ema)")
 
@@ -148,19 +147,13 @@ def write(
   """Writes a folder of results; returns its files.
 
   `results.json`, `results.md`, `report.html`, `sheets/*.png`, `charts/*.svg`.
-  Files of the same names are replaced. The other
-  arguments are those of `build_report`.
+  Files of the same names are replaced. The other arguments are those of
+  `build_report`.
   """
   folder = pathlib.Path(folder)
   report = report_lib.build_report(outcomes, compared=compared, size=size)
-  (folder / "sheets").mkdir(parents=True, exist_ok=True)
   results.write(folder / "results.json", outcomes)
-  markdown, html = pages.render_markdown(report), pages.render_html(report)
-  (folder / "results.md").write_text(markdown, encoding="utf-8")
-  (folder / "report.html").write_text(html, encoding="utf-8")
-  for sheet in report.sheets:
-    Image.fromarray(sheet.image).save(folder / sheet.path)
-  names = ["report.html", "results.md", "results.json"]
-  names += [sheet.path for sheet in report.sheets]
-  names += charts.write_files(report.charts, folder)
-  return [folder / name for name in names]
+  names = ("report.html", "results.md")
+  blocks = sections.describe_report(report)
+  files = write_pages("Evaluation", blocks, folder, names=names)
+  return [*files, folder / "results.json"]

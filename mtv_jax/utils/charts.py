@@ -488,12 +488,14 @@ def to_file(chart: Chart) -> str:
   ).replace(">", f"><style>{THEME}{SVG_STYLE}</style>", 1)
 
 
-def write_files(drawn: Sequence[Chart], folder: pathlib.Path) -> list[str]:
+def write_files(
+  drawn: Sequence[Chart], folder: pathlib.Path
+) -> list[pathlib.Path]:
   """Writes `charts/NAME.svg`, which Markdown links to; returns the paths."""
-  paths = [f"charts/{chart.name}.svg" for chart in drawn]
+  paths = [folder / f"charts/{chart.name}.svg" for chart in drawn]
   (folder / "charts").mkdir(parents=True, exist_ok=True)
   for path, chart in zip(paths, drawn, strict=True):
-    (folder / path).write_text(to_file(chart), encoding="utf-8")
+    path.write_text(to_file(chart), encoding="utf-8")
   return paths
 
 

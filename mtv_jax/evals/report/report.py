@@ -8,12 +8,11 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.report import references, tables
 from mtv_jax.utils import charts
 from mtv_jax.utils.charts import Chart, Row
+from mtv_jax.utils.pages import ImageFile
 
 # Metrics with a chart; of other evaluations the first one.
 _HEADLINES = {
@@ -26,13 +25,11 @@ _PUBLISHED_COLOUR = 7  # Grey.
 
 
 class Sheet(NamedTuple):
-  """A uint8 image `[H, W, 3]` of an evaluation, with its file's `path`."""
+  """An image of an encoder's evaluation."""
 
   evaluation: str
   name: str
-  title: str
-  path: str
-  image: np.ndarray
+  file: ImageFile
 
 
 class Report(NamedTuple):
@@ -164,18 +161,13 @@ def file_name(*parts: str) -> str:
 
 
 def _list_sheets(outcomes: Sequence[Outcome]) -> list[Sheet]:
-  sheets, files = [], set()
+  sheets = []
   for evaluation in tables.evaluation_names(outcomes):
     for outcome in outcomes:
       result = outcome.results.get(evaluation)
       for name, image in (result.sheets if result else {}).items():
         parts = [evaluation, name, outcome.name][: 2 + (len(outcomes) > 1)]
-        file = file_name(*parts)
-        # "a/b" and "a:b" both become "a-b".
-        while file in files:
-          file += "-"
-        files.add(file)
-        path = f"sheets/{file}.png"
-        title = f"{name}, {outcome.name}"
-        sheets.append(Sheet(evaluation, name, title, path, image))
+        path = f"sheets/{file_name(*parts)}.png"
+        file = ImageFile(f"{name}, {outcome.name}", image, path)
+        sheets.append(Sheet(evaluation, name, file))
   return sheets

@@ -21,7 +21,7 @@ from mtv_jax.studies.folders import RunFolder, read_run
 from mtv_jax.studies.report import run_figures
 from mtv_jax.studies.report.study_sections import describe_study
 from mtv_jax.utils.errors import ConfigError
-from mtv_jax.utils.pages import Block, Sheet, write_pages
+from mtv_jax.utils.pages import Block, ImageFile, write_pages
 
 _VALUES_NOTE = (
   "Chance is what random embeddings or guesses would give. ±: standard error "
@@ -63,7 +63,7 @@ def write_runs(
   names = suite.distinct_names(paths)
   read = [read_run(p, name=n) for p, n in zip(paths, names, strict=True)]
   title = ("Run " if len(read) == 1 else "Runs ") + ", ".join(names)
-  return write_pages(title, [*_describe_runs(read, output)], output)
+  return write_pages(title, _describe_runs(read, output), output)[:2]
 
 
 def write_study(
@@ -100,7 +100,7 @@ def write_study(
     table = run_figures.runs_table(runs, timed=False)
     blocks.append(Block("table", table, {"numbers": 1}))
     blocks += describe_configs(first)
-  return write_pages(f"Study: {study.study.kind}", blocks, output)
+  return write_pages(f"Study: {study.study.kind}", blocks, output)[:2]
 
 
 def format_run(folder: str | os.PathLike) -> str:
@@ -184,7 +184,7 @@ def describe_sheets(
 
 def _read_sheet(
   run: RunFolder, evaluation: str, name: str, output: pathlib.Path
-) -> Sheet:
+) -> ImageFile:
   source = run.sheets[evaluation, name].resolve()
   with Image.open(source) as file:
     image = file.convert("RGB")
@@ -195,7 +195,7 @@ def _read_sheet(
     path = source.relative_to(output.resolve()).as_posix()
   else:
     path = f"sheets/{file_name(run.name, evaluation, name)}.png"
-  return Sheet(run.name, np.asarray(image), path, source)
+  return ImageFile(run.name, np.asarray(image), path, source)
 
 
 def describe_configs(runs: Sequence[RunFolder]) -> Iterator[Block]:

@@ -1,4 +1,4 @@
-"""Tables, results JSON, charts and the pages of a report."""
+"""Tables, results JSON, charts and the sections of a report."""
 
 import dataclasses
 import html.parser
@@ -14,9 +14,9 @@ from mtv_jax.evals.core import base, results
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.evals.report import (
-  pages,
   references,
   report,
+  sections,
   tables,
 )
 from mtv_jax.utils import charts, markdown
@@ -263,10 +263,11 @@ def test_published_figures_need_the_same_data():
   assert quoted == ["coco_t2i", "coco_i2t"]
   assert rows_of(drawn[0]) == ({"ours": 70.0}, [])
   assert rows_of(drawn[1])[0]["MTV L/16"] == 43.0
-  text = pages.render_markdown(
-    report.build_report([whole(images=500)], size="large")
-  )
-  assert "| MTV L/16 | 43 | 58.1 |" in text and "arXiv" in text
+  built = report.build_report([whole(images=500)], size="large")
+  blocks = [*sections.describe_report(built)]
+  assert any("arXiv" in b.content for b in blocks if b.function == "note")
+  rows = [row for b in blocks if b.function == "table" for row in b.content]
+  assert ["MTV L/16", "43", "58.1"] in rows
   drawn, quoted = report.draw_charts([whole()], size=None)
   assert quoted == [] and rows_of(drawn[0])[0] == {"ours": 70.0}
 
@@ -377,8 +378,8 @@ def test_earlier_results_on_other_data_are_named():
   built = report.build_report([outcome("a")], compared=[other, outcome("b")])
   assert [o.name for o in built.columns] == ["a", "b"]
   assert built.left_out == ["old"]
-  assert "lack of the same data: old." in pages.render_markdown(built)
-  assert "lack of the same data: old." in pages.render_html(built)
+  notes = [b.content for b in sections.describe_report(built)]
+  assert "Not shown, for lack of the same data: old." in notes
 
 
 def test_equal_names_are_numbered():

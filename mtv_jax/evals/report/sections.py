@@ -1,13 +1,12 @@
-"""Renders a report as Markdown and as a self-contained HTML page."""
+"""Sections of an evaluation report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 
 from mtv_jax.evals.report import references, tables
 from mtv_jax.evals.report.report import Report
-from mtv_jax.utils import html, markdown
+from mtv_jax.utils.pages import Block
 
 _NOTE = (
   "Chance is what random embeddings or guesses would give. A dash is a missing "
@@ -24,42 +23,33 @@ _PUBLISHED_NOTE = (
 )
 
 
-def render_markdown(report: Report) -> str:
-  """The report as Markdown, with links to the files of its images."""
-  return "\n\n".join(_render(report, markdown)) + "\n"
-
-
-def render_html(report: Report) -> str:
-  """The report as one page with inline images."""
-  return html.page("Evaluation", [*_render(report, html)])
-
-
-def _render(report: Report, writer: ModuleType) -> Iterator[str]:
-  """Parts of the report, written by `utils.html` or `utils.markdown`."""
-  yield writer.heading("Evaluation", level=1)
-  yield writer.heading("Metrics")
-  yield writer.table(tables.metrics_table(report.columns), numbers=2)
-  yield writer.note(_NOTE)
+def describe_report(report: Report) -> Iterator[Block]:
+  """Metrics, charts, encoders, what is missing, sheets and protocols."""
+  yield Block("heading", "Metrics")
+  yield Block("table", tables.metrics_table(report.columns), {"numbers": 2})
+  yield Block("note", _NOTE)
   if report.left_out:
     names = ", ".join(report.left_out)
-    yield writer.note(f"Not shown, for lack of the same data: {names}.")
-  yield writer.note(_CHARTS_NOTE)
-  yield writer.charts(report.charts)
+    yield Block("note", f"Not shown, for lack of the same data: {names}.")
+  yield Block("note", _CHARTS_NOTE)
+  yield Block("charts", report.charts)
   if report.quoted:
-    yield writer.note(_PUBLISHED_NOTE)
-    yield writer.table(_published_table(report))
-  yield writer.heading("Encoders")
-  yield writer.table(tables.encoder_table(report.columns))
+    yield Block("note", _PUBLISHED_NOTE)
+    yield Block("table", _published_table(report))
+  yield Block("heading", "Encoders")
+  yield Block("table", tables.encoder_table(report.columns))
   for title, lines in _missing(report):
-    yield writer.heading(title)
-    yield writer.bullets(lines)
+    yield Block("heading", title)
+    yield Block("bullets", lines)
   for name in tables.evaluation_names(report.columns):
-    yield writer.heading(name)
+    yield Block("heading", name)
     sheets = [s for s in report.sheets if s.evaluation == name]
     for sheet in dict.fromkeys(s.name for s in sheets):
-      yield writer.images([s for s in sheets if s.name == sheet])
+      images = [s.file for s in sheets if s.name == sheet]
+      yield Block("images", images)
     protocol = tables.compare_protocols(report.columns, name)
-    yield writer.details("Protocol", [*map(writer.table, protocol.tables())])
+    inner = tuple(Block("table", table) for table in protocol.tables())
+    yield Block("details", "Protocol", inner=inner)
 
 
 def _published_table(report: Report) -> list[list[str]]:
