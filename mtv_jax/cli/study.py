@@ -11,19 +11,23 @@
 Expands a config into runs, trains them one after another and reads their
 evaluations. The same command resumes a study. Several runners may share the
 folder; --index gives each of them its part. Exit status: 0, 1 if runs have
-failed, 143 after SIGTERM.
+failed or there is no report, 143 after SIGTERM.
 """
 
 import argparse
 import functools
 import pathlib
 import sys
+import traceback
+from collections.abc import Callable
 
 import jax
 
 from mtv_jax.cli import arguments
+from mtv_jax.cli.errors import message
 from mtv_jax.studies import arms, expand, runner, table
 from mtv_jax.studies.report import report
+from mtv_jax.utils.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,10 +96,22 @@ def run(args: argparse.Namespace) -> int:
   for name, reason in status.failed.items():
     print(f"study: {name} failed: {reason}", file=sys.stderr)
   # Of several runners, the last one to finish has all results.
+  reported = True
   if status.finished and not status.leased:
-    try:
-      log("wrote " + ", ".join(map(str, report.write_study(folder))))
-    except Exception as error:
-      # The runs are complete without it.
-      print(f"study: no report: {error!r}", file=sys.stderr)
-  return 1 if status.failed else 0
+    reported = write_report(folder, log)
+  return 1 if status.failed or not reported else 0
+
+
+def write_report(folder: pathlib.Path, log: Callable[[str], None]) -> bool:
+  """Writes the report; an error is printed, as the runs are complete."""
+  try:
+    paths = report.write_study(folder)
+  except (UserError, OSError) as error:
+    print(f"study: no report: {message(error)}", file=sys.stderr)
+  except Exception:
+    print("study: no report:", file=sys.stderr)
+    traceback.print_exc()
+  else:
+    log("wrote " + ", ".join(map(str, paths)))
+    return True
+  return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from ml_collections import ConfigDict
@@ -89,8 +90,15 @@ def make_arms(kind: str, config: ConfigDict, options: Options) -> Arms:
       f"this config gives the one arm {names} of a {kind}: nothing to compare. "
       f"{reasons}".strip()
     )
-  if repeated := {n for n in names if names.count(n) > 1}:
-    raise ConfigError(f"two arms have the name {sorted(repeated)[0]!r}.")
+  for name in names:
+    if names.count(name) > 1:
+      raise ConfigError(f"two arms have the name {name!r}.")
+    # Runs have folders of these names, and --seeds separates them by commas.
+    if not re.fullmatch(r"\w[\w.+ -]*", name):
+      raise ConfigError(
+        f"an arm has the name {name!r}; expected letters, digits and any of"
+        " '_.+- ', a letter or digit first."
+      )
   return arms
 
 
@@ -100,7 +108,8 @@ def group_objectives(
   """The config's objectives by group.
 
   Raises:
-    ConfigError: `order` names a group without objectives in this config.
+    ConfigError: `order` names a group twice, or one without objectives in this
+      config.
   """
   groups: dict[str, tuple[str, ...]] = dict.fromkeys(GROUPS, ())
   group_of = {kind: name for name, kinds in GROUPS.items() for kind in kinds}
@@ -109,6 +118,8 @@ def group_objectives(
     groups[group] = (*groups.get(group, ()), name)
   groups = {group: names for group, names in groups.items() if names}
   for group in order:
+    if order.count(group) > 1:
+      raise ConfigError(f"--groups has {group!r} twice.")
     if group not in groups:
       raise ConfigError(
         f"--groups={group}: this config has no such objectives. "
@@ -194,7 +205,10 @@ def _scale_model(config: ConfigDict, text: str, one_patch: bool) -> Arm:
   """An arm from `VARIANT` or `NAME:KEY=VALUE,...`."""
   name, colon, rest = text.partition(":")
   if colon:
-    return Arm(name, tuple(f"model.{part}" for part in rest.split(",")))
+    parts = rest.split(",")
+    if not all("=" in part for part in parts):
+      raise ConfigError(f"--models={text}: write NAME:KEY=VALUE,KEY=VALUE.")
+    return Arm(name, tuple(f"model.{part}" for part in parts))
   shape = {"width", "depth", "heads", "mlp_dim"}
   for path, section in (
     ("model", config.model),
@@ -224,6 +238,8 @@ def _limit_images(
   config: ConfigDict, count: int, available: Sequence[int]
 ) -> Arm:
   """An arm with so many distinct images, of each source its share."""
+  if count < 1:
+    raise ConfigError(f"--images={count}: expected a positive number.")
   weights = [entry.get("weight", 1.0) for entry in config.data.train]
   changes = []
   for i, weight in enumerate(weights):

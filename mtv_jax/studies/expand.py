@@ -224,21 +224,21 @@ def _cost_key(settings: Mapping[str, Any]) -> str:
 
 def _count_seeds(text: str, arms: Sequence[str]) -> dict[str, int]:
   """Seeds by arm, from `N` or `ARM:N,...,N`."""
-  counts, default = {}, 1
-  for part in filter(None, text.split(",")):
+  counts: dict[str, int] = {}
+  for part in text.split(","):
     name, colon, number = part.strip().rpartition(":")
     if not number.isdecimal() or not int(number):
       raise ConfigError(
         f"--seeds={text}: {number!r} is not a number of seeds; write 3, or"
         " ARM:5,3 for five seeds of an arm and three of the others."
       )
-    if not colon:
-      default = int(number)
-    elif name not in arms:
+    if colon and name not in arms:
       raise ConfigError(f"--seeds={text}: {did_you_mean(name, arms)}")
-    else:
-      counts[name] = int(number)
-  return {arm: counts.get(arm, default) for arm in arms}
+    if name in counts:
+      of = repr(name) if colon else "the other arms"
+      raise ConfigError(f"--seeds={text} has two numbers for {of}.")
+    counts[name] = int(number)
+  return {arm: counts.get(arm, counts.get("", 1)) for arm in arms}
 
 
 def _read_length(resolved: ConfigDict) -> schema.RunLength:

@@ -13,7 +13,7 @@ from typing import Any
 from mtv_jax.evals.core import results
 from mtv_jax.evals.core.results import Outcome
 from mtv_jax.utils.curves import read_metrics, read_rows
-from mtv_jax.utils.errors import MissingFileError
+from mtv_jax.utils.errors import InputError, MissingFileError
 
 _EVALUATION = re.compile(r"(.+)_(\d+)\.json")
 
@@ -30,7 +30,8 @@ class RunFolder:
   # (step, value) by metric, see `curves.read_metrics`.
   series: dict[str, list[tuple[int, float]]]
   outcome: Outcome  # the last result of each evaluation
-  # Files of each evaluation's last sheets, by (evaluation, sheet).
+  files: dict[str, pathlib.Path]  # their JSON, by evaluation
+  # Files of their sheets, by (evaluation, sheet).
   sheets: dict[tuple[str, str], pathlib.Path]
   interference: list[dict[str, Any]]  # measurements, see docs/training.md
   command: str  # "" where it is not known
@@ -46,51 +47,78 @@ def read_run(
   *,
   name: str = "",
   arm: str = "",
-  command: str = "",
+  step: int | None = None,
 ) -> RunFolder:
   """Reads the folder of a run, finished or not.
+
+  Args:
+    folder: of the run.
+    name: by default the folder's.
+    arm: by default the name.
+    step: of the evaluations; by default the last one of each.
 
   Raises:
     MissingFileError: if it has no config.
     InputError: for a file that can't be read.
   """
   folder = pathlib.Path(folder)
-  path = folder / "config.json"
-  if not path.is_file():
-    raise MissingFileError(
-      f"{path} does not exist; expected the folder of a run"
-    )
-  config = json.loads(path.read_text(encoding="utf-8"))
+  config = read_config(folder)
   name = name or folder.resolve().name
-  files = last_evaluations(folder)
+  files = find_evaluations(folder, step)
   has_metrics = (folder / "metrics.jsonl").is_file()
-  stored = folder / "command.txt"
-  if not command and stored.is_file():
-    command = stored.read_text(encoding="utf-8").strip()
+  command = folder / "command.txt"
   return RunFolder(
     name=name,
     arm=arm or name,
-    seed=int(config.get("seed", 0)),
+    seed=int(config.get("seed") or 0),
     folder=folder,
     config=config,
     series=read_metrics(folder) if has_metrics else {},
     outcome=_read_outcome(name, list(files.values())),
+    files=files,
     sheets={
       (evaluation, sheet.stem): sheet
       for evaluation, file in files.items()
       for sheet in sorted(file.with_suffix("").glob("*.png"))
     },
     interference=_read_interference(folder / "interference.jsonl"),
-    command=command,
+    command=command.read_text("utf-8").strip() if command.is_file() else "",
   )
 
 
-def last_evaluations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """The last file `evals/NAME_STEP.json` of each evaluation."""
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+  """The resolved config of a run.
+
+  Raises:
+    MissingFileError: if there is none.
+    InputError: if a crash has truncated it, or it is not a config.
+  """
+  path = folder / "config.json"
+  if not path.is_file():
+    raise MissingFileError(
+      f"{path} does not exist; expected the folder of a run"
+    )
+  try:
+    config = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise InputError(
+      f"{path} is not JSON ({error}). Resume the run, which writes it again."
+    ) from None
+  if not isinstance(config, dict):
+    raise InputError(f"{path} is not the config of a run.")
+  return config
+
+
+def find_evaluations(
+  folder: pathlib.Path, step: int | None = None
+) -> dict[str, pathlib.Path]:
+  """The file `evals/NAME_STEP.json` of each evaluation, by default the last."""
   found: dict[str, tuple[int, pathlib.Path]] = {}
   for path in sorted((folder / "evals").glob("*.json")):
     match = _EVALUATION.fullmatch(path.name)
-    if match and int(match[2]) >= found.get(match[1], (-1,))[0]:
+    if not match or step not in (None, int(match[2])):
+      continue
+    if int(match[2]) >= found.get(match[1], (-1,))[0]:
       found[match[1]] = int(match[2]), path
   return {name: path for name, (_, path) in found.items()}
 

@@ -77,12 +77,17 @@ def read(folder: pathlib.Path) -> Study:
   except FileNotFoundError:
     raise InputError(f"{folder} has no {STUDY}: it is not a study.") from None
   except ValueError as error:
-    raise InputError(f"{path} is not JSON: {error}") from None
-  if fields.get("format") != FORMAT:
     raise InputError(
-      f"{path} has format {fields.get('format')}; this version reads {FORMAT}."
-    )
-  return Study.from_dict(fields)
+      f"{path} is not JSON ({error}). Remove it: the command of the study "
+      "writes it again."
+    ) from None
+  known = fields.get("format") if isinstance(fields, dict) else None
+  if known != FORMAT:
+    raise InputError(f"{path} has format {known}; this version reads {FORMAT}.")
+  try:
+    return Study.from_dict(fields)
+  except (KeyError, TypeError, AttributeError) as error:
+    raise InputError(f"{path} is not a study: {error!r}.") from None
 
 
 def write(folder: pathlib.Path, study: Study) -> None:
@@ -222,7 +227,11 @@ def run_study(
         _wait_for_lock(folder / RUNS / run.name, log_fn)
         reason = _train(folder, study, run, log)
         if reason is None and not is_finished(folder, run):
-          reason = "it exited without its last evaluations"
+          last = folder / RUNS / run.name / "checkpoints" / str(run.steps)
+          reason = (
+            "it exited without its last evaluations; to repeat them from the "
+            f"checkpoint before, remove {last}"
+          )
         if reason is not None:
           status.failed[run.name] = reason
           log_fn(f"{where} FAILED: {reason}")

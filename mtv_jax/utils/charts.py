@@ -20,6 +20,7 @@ Number = int | float
 WIDTH = 340
 _TEXT, _ROW = 12, 24
 _TITLE = 24  # Height of the title's line.
+_GAP = 14  # Between the names of series.
 _CELL_WIDTH, _CELL_HEIGHT = 44, 24
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
@@ -150,6 +151,8 @@ def line_chart(
   labelled = [s for s in series if s.style != "dashed" and s.points]
   names = [shorten(s.name, 84, _TEXT) for s in labelled]
   right = 14 + max([text_width(n, _TEXT) for n in names], default=0)
+  # Room for the names below each other.
+  height = max(height, _TITLE + _GAP * len(names) + 34)
   xs = [x for s in series for x, _ in s.points]
   ys = [y for s in series for _, y in s.points if y is not None]
   ys += [v for s in series for _, *ends in s.intervals for v in ends]
@@ -270,7 +273,7 @@ def trace(
 
 
 def spread(
-  heights: Sequence[Number], *, low: Number, high: Number, gap: Number = 14
+  heights: Sequence[Number], *, low: Number, high: Number, gap: Number = _GAP
 ) -> list[Number]:
   """Positions of labels, `gap` apart, in order and near their heights.
 

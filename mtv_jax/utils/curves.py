@@ -20,8 +20,11 @@ _COLUMNS = 3
 def read_metrics(run: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
   """(step, value) pairs of each metric in a run's `metrics.jsonl`.
 
+  Values that are not finite are left out.
+
   Raises:
     MissingFileError: if the run has no such file yet.
+    InputError: for a file of another kind.
   """
   path = pathlib.Path(run) / "metrics.jsonl"
   if not path.is_file():
@@ -33,22 +36,33 @@ def read_metrics(run: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
   for row in read_rows(path):
     step = row.pop("step")
     for name, value in row.items():
-      if isinstance(value, int | float):
+      if isinstance(value, int | float) and math.isfinite(value):
         # A resumed run logs some steps twice: the last value counts.
         series[name][step] = float(value)
   return {name: sorted(points.items()) for name, points in series.items()}
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Rows of a JSON Lines file, without a last one that a crash truncated."""
-  lines = path.read_text(encoding="utf-8").splitlines()
+  """Rows of a run's JSON Lines, without a last one that a crash truncated.
+
+  Raises:
+    InputError: another line is not a row with a `step`.
+  """
+  lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
   rows = []
-  for i, line in enumerate(lines):
+  for i, line in enumerate(lines, 1):
     try:
-      rows.append(json.loads(line))
+      row = json.loads(line)
+      is_row = isinstance(row, dict) and isinstance(row.get("step"), int)
     except ValueError:
-      if i < len(lines) - 1:
-        raise InputError(f"{path}: line {i + 1} is not JSON") from None
+      is_row = False
+    if is_row:
+      rows.append(row)
+    elif i < len(lines):
+      raise InputError(
+        f"{path}: line {i} is not a row of a run's log: {line[:60]!r}. Remove "
+        "the line."
+      )
   return rows
 
 

@@ -146,6 +146,8 @@ def test_seeds_by_arm_come_round_by_round():
   assert [run.settings["seed"] for run in study.runs][-1] == 2
   for text, message in {
     "0": "not a number of seeds", "vl:x": "not a number", "ssd:2": "'ssl'",
+    "": "not a number", "2,": "not a number", "-1": "not a number",
+    "2,3": "two numbers for the other arms", "vl:2,vl:3": "numbers for 'vl'",
   }.items():  # fmt: skip
     with pytest.raises(ConfigError, match=message):
       expand("ladder", TINY, seeds=text)
@@ -250,6 +252,26 @@ def test_balance_of_methods_and_weights(tmp_path):
   with pytest.raises(ConfigError, match="Did you mean 'depth'"):
     options = arms_lib.Options(weights=("a:depht=1",))
     expand("balance", TINY, options=options)
+
+
+@pytest.mark.parametrize(
+  ("kind", "options", "message"),
+  [
+    ("ladder", dict(groups=("vl", "ssl", "vl")), "has 'vl' twice"),
+    ("ladder", dict(groups=("vl", "sll")), "Did you mean 'ssl'"),
+    ("scaling", dict(images=(100, 0)), "a positive number"),
+    ("scaling", dict(models=("mu/8", "a:")), "write NAME:KEY=VALUE"),
+    # A run's folder would be outside the study's.
+    ("scaling", dict(models=("mu/8", "../a:width=96")), "name '../a-all'"),
+    ("balance", dict(weights=(":depth=1",)), "has the name ''"),
+    ("balance", dict(weights=("a,b:depth=1",)), "has the name 'a,b'"),
+    ("balance", dict(weights=("<b>:depth=1",)), "has the name '<b>'"),
+    ("balance", dict(weights=("fixed:depth=1",)), "two arms"),
+  ],
+)
+def test_arms_that_can_not_be_run(kind, options, message):
+  with pytest.raises(ConfigError, match=message):
+    expand(kind, TINY, options=arms_lib.Options(**options))
 
 
 def test_an_error_names_the_arm(tmp_path):

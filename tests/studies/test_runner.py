@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from xla_options import xla_flags
 
+from mtv_jax.cli.study import write_report
 from mtv_jax.studies import results, runner
 from mtv_jax.studies.expand import Run, Study
 from mtv_jax.train import workdir
@@ -71,6 +72,12 @@ def test_other_settings_are_refused_and_more_runs_are_not(tmp_path):
   assert len(runner.read(tmp_path).runs) == 3
   with pytest.raises(InputError, match="is not a study"):
     runner.read(tmp_path / "runs")
+  for text, message in {
+    "{": "Remove it", "[]": "has format None", '{"format": 1}': "not a study"
+  }.items():  # fmt: skip
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+      runner.read(tmp_path)
 
 
 def test_only_finished_runs_of_the_same_settings_are_read(tmp_path):
@@ -95,6 +102,25 @@ def test_only_finished_runs_of_the_same_settings_are_read(tmp_path):
   changed = {**study.runs[0].settings, "batch_size": 8}
   (path / "config.json").write_text(json.dumps(changed))
   with pytest.raises(InputError, match="batch_size: 4 -> 8"):
+    results.read_study(tmp_path)
+
+
+def test_damaged_results_are_named_and_give_no_report(tmp_path, capsys):
+  study = make_study(2)
+  runner.write(tmp_path, study)
+  for run in study.runs:
+    write_run(tmp_path, run)
+  lines = []
+  assert write_report(tmp_path, lines.append) and "wrote" in lines[0]
+  stem = tmp_path / "runs" / "a1-s0" / "evals" / "retrieval_5"
+  stem.with_suffix(".npz").write_bytes(b"PK")
+  assert not write_report(tmp_path, lines.append)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert f"no report: {stem}.npz can't be read" in line
+  stem.with_suffix(".npz").unlink()
+  text = stem.with_suffix(".json").read_text()
+  stem.with_suffix(".json").write_text(text.replace('"retrieval"', '"other"'))
+  with pytest.raises(InputError, match="has no results of 'retrieval'"):
     results.read_study(tmp_path)
 
 

@@ -14,6 +14,8 @@ import math
 import os
 import pathlib
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,12 +78,22 @@ def write_arrays(stem: pathlib.Path, result: Result) -> None:
 
 
 def read_resamples(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Metrics of resamples, from the .npz beside an evaluation's JSON, if any."""
+  """Metrics of resamples, from the .npz beside an evaluation's JSON, if any.
+
+  Raises:
+    InputError: if that file is damaged.
+  """
   file = path.with_suffix(".npz")
   if not file.exists():
     return {}
-  with np.load(file) as arrays:
-    return dict(arrays)
+  try:
+    with np.load(file) as arrays:
+      return dict(arrays)
+  except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    raise InputError(
+      f"{file} can't be read ({error}). Remove it; then intervals are of the "
+      "standard errors."
+    ) from None
 
 
 def write(path: str | os.PathLike, outcomes: Sequence[Outcome]) -> None:
@@ -108,7 +120,9 @@ def read(path: str | os.PathLike) -> list[Outcome]:
   try:
     content = json.loads(path.read_bytes())
   except ValueError as error:
-    raise InputError(f"{path} is not JSON: {error}") from None
+    raise InputError(
+      f"{path} is not JSON ({error}). Evaluate again, or remove it."
+    ) from None
   keys = sorted(content) if isinstance(content, dict) else type(content)
   if not isinstance(content, dict) or not {"encoders", "evals"} & {*content}:
     raise InputError(
@@ -132,7 +146,7 @@ def _outcome(
       protocol=dict(entry.get("protocol", {})),
       version=entry.get("mtv_jax", content.get("mtv_jax", "")),
     )
-  except (KeyError, TypeError, AttributeError) as error:
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise InputError(
       f"{path}: an entry of these results can't be read ({error!r})"
     ) from None
@@ -141,12 +155,14 @@ def _outcome(
 def _result(fields: Mapping[str, Any]) -> Result:
   def read_values(name):
     values = fields.get(name, {}).items()
-    return {k: math.nan if v is None else v for k, v in values}
+    return {k: math.nan if v is None else float(v) for k, v in values}
 
+  chance = read_values("chance").items()
   return Result(
     metrics=read_values("metrics"),
-    protocol=fields["protocol"],
-    chance=read_values("chance"),
+    protocol=dict(fields["protocol"]),
+    # One that is not known is like none.
+    chance={k: v for k, v in chance if math.isfinite(v)},
     units=fields.get("units", {}),
     lower=tuple(fields.get("lower", ())),
     errors=read_values("errors"),

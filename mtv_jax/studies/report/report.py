@@ -20,7 +20,7 @@ from mtv_jax.studies import results, runner
 from mtv_jax.studies.folders import RunFolder, read_run
 from mtv_jax.studies.report import run_figures
 from mtv_jax.studies.report.study_sections import describe_study
-from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.errors import ConfigError, InputError
 from mtv_jax.utils.pages import Block, ImageFile, write_pages
 
 _VALUES_NOTE = (
@@ -38,6 +38,7 @@ _GRADIENTS_NOTE = (
   "losses, rows are the objectives whose gradient is followed."
 )
 _MAX_WIDTH = 1200  # Pixels of a sheet on the page.
+_MAX_NAMES = 4  # Of runs in the title.
 
 
 def write_runs(
@@ -53,16 +54,23 @@ def write_runs(
     The two pages.
 
   Raises:
-    ConfigError: for the same folder twice.
+    ConfigError: for the same folder twice, or a study among them.
     MissingFileError: for a folder that is not a run's.
   """
   paths = [str(pathlib.Path(run)) for run in runs]
   if len({*map(os.path.realpath, paths)}) < len(paths):
     raise ConfigError(f"a run is given twice: {', '.join(paths)}")
   paths = [os.path.realpath(path) for path in paths]
+  for path in paths:
+    if os.path.exists(os.path.join(path, runner.STUDY)):
+      raise ConfigError(
+        f"{path} is a study. Give it alone, or its runs: {path}/{runner.RUNS}/*"
+      )
   names = suite.distinct_names(paths)
   read = [read_run(p, name=n) for p, n in zip(paths, names, strict=True)]
   title = ("Run " if len(read) == 1 else "Runs ") + ", ".join(names)
+  if len(read) > _MAX_NAMES:
+    title = f"{len(read)} runs"
   return write_pages(title, _describe_runs(read, output), output)[:2]
 
 
@@ -79,25 +87,21 @@ def write_study(
     The two pages.
 
   Raises:
-    InputError: it is not a study, or a run has other settings than the study's.
+    InputError: it is not a study, a run has other settings than the study's,
+      or a file can't be read.
   """
-  folder = pathlib.Path(folder)
+  study = results.read_study(pathlib.Path(folder))
   output = folder if output is None else output
-  study = results.read_study(folder)
-  runs = [
-    read_run(folder / runner.RUNS / run.name, name=run.name, arm=run.arm)
-    for run in study.study.runs
-    if run.name not in study.unfinished
-  ]
-  first = [members[0] for members in run_figures.group_by_arm(runs).values()]
+  arms = run_figures.group_by_arm(study.runs)
+  first = [members[0] for members in arms.values()]
   blocks = [*describe_study(study)]
-  if runs:
+  if study.runs:
     # Without times: a study that is resumed gives the same report.
-    blocks += describe_training(runs, timed=False)
-    blocks += describe_gradients(runs)
+    blocks += describe_training(study.runs, timed=False)
+    blocks += describe_gradients(study.runs)
     blocks += describe_sheets(first, output)
     blocks.append(Block("heading", "Runs"))
-    table = run_figures.runs_table(runs, timed=False)
+    table = run_figures.runs_table(study.runs, timed=False)
     blocks.append(Block("table", table, {"numbers": 1}))
     blocks += describe_configs(first)
   return write_pages(f"Study: {study.study.kind}", blocks, output)[:2]
@@ -186,8 +190,13 @@ def _read_sheet(
   run: RunFolder, evaluation: str, name: str, output: pathlib.Path
 ) -> ImageFile:
   source = run.sheets[evaluation, name].resolve()
-  with Image.open(source) as file:
-    image = file.convert("RGB")
+  try:
+    with Image.open(source) as file:
+      image = file.convert("RGB")
+  except OSError as error:
+    raise InputError(
+      f"{source} is not a whole image ({error}). Remove it."
+    ) from None
   if image.width > _MAX_WIDTH:
     height = round(image.height * _MAX_WIDTH / image.width)
     image = image.resize((_MAX_WIDTH, height), Image.Resampling.LANCZOS)

@@ -42,7 +42,9 @@ def draw_training_curves(
   differ, as it is then not one quantity.
   """
   names = dict.fromkeys(name for run in runs for name in run.series)
-  objectives = {tuple(sorted(run.config.get("objectives", {}))) for run in runs}
+  objectives = {
+    tuple(sorted(run.config.get("objectives") or ())) for run in runs
+  }
   losses = [n for n in names if n.endswith("/loss")]
   if len(objectives) == 1 and len(losses) != 1:
     losses = [n for n in names if n == "loss"] + losses
@@ -134,6 +136,8 @@ def draw_metrics(runs: Sequence[RunFolder]) -> tuple[list[Chart], list[Chart]]:
   names: dict[str, list[str]] = collections.defaultdict(list)
   for row in tables.compare([run.outcome for run in runs]):
     if row.evaluation in tables.DESCRIPTIVE:
+      continue
+    if row.values.count(None) == len(runs):
       continue
     names[row.evaluation].append(row.metric)
     rows = [interval_row(row, i, run.name, i) for i, run in enumerate(runs)]

@@ -2,7 +2,9 @@
 
 import dataclasses
 import html
+import itertools
 import json
+import math
 import re
 
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image
 from mtv_jax.cli.main import run_command
 from mtv_jax.studies import folders
 from mtv_jax.studies.report import report, run_figures
-from mtv_jax.utils.errors import ConfigError, MissingFileError
+from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
 
 HOSTILE = "a<b>&'\"|c"
 
@@ -85,6 +87,9 @@ def test_bad_runs(runs, tmp_path):
     report.write_runs([runs[0], runs[0] / "."], tmp_path)
   with pytest.raises(MissingFileError, match="expected the folder of a run"):
     report.write_runs([tmp_path], tmp_path)
+  (tmp_path / "study.json").write_text("{}")
+  with pytest.raises(ConfigError, match="is a study. Give it alone"):
+    report.write_runs([runs[0], tmp_path], tmp_path)
 
 
 def test_last_evaluations_and_truncated_lines(runs, tmp_path):
@@ -94,13 +99,102 @@ def test_last_evaluations_and_truncated_lines(runs, tmp_path):
       file.write('{"step": 400, "loss"')
   read = folders.read_run(run)
   assert read.step == 400 and len(read.interference) == 4
-  files = folders.last_evaluations(run)
+  files = folders.find_evaluations(run)
   assert {path.name for path in files.values()} == {
     f"{name}_400.json" for name in study_samples.METRICS
   }
   content = json.loads(files["zero_shot"].read_text())
   want = content["evals"]["zero_shot"]["metrics"]
   assert read.outcome.results["zero_shot"].metrics == want
+  assert read.files == files
+  earlier = folders.read_run(run, step=200).outcome.results["zero_shot"].metrics
+  assert earlier.keys() == want.keys() and earlier != want
+
+
+ZERO_SHOT = "evals/zero_shot_400.json"
+SHEET = "evals/depth_probe_400/examples.png"
+
+
+@pytest.mark.parametrize(
+  ("name", "change", "message"),
+  [
+    ("config.json", lambda x: x[:9], "Resume the run"),
+    ("config.json", lambda x: b"[1]", "not the config of a run"),
+    (ZERO_SHOT, lambda x: x[:-9], "Evaluate again, or remove it"),
+    (ZERO_SHOT, lambda x: b"{}", "expected the results"),
+    (ZERO_SHOT, lambda x: re.sub(rb"0\.\d+", b'"a"', x), "can't be read"),
+    # A crash, after which another program appended.
+    ("metrics.jsonl", lambda x: b'{"step": 1, "lo' + x, "line 1 is not a row"),
+    ("metrics.jsonl", lambda x: b"{}\n" + x, "line 1 is not a row"),
+    ("interference.jsonl", lambda x: b"\xff\n" + x, "line 1 is not a row"),
+    (SHEET, lambda x: x[:200], "not a whole image"),
+  ],
+)
+def test_damaged_files_are_named(tmp_path, name, change, message):
+  run = study_samples.write_run(tmp_path / "run", objectives=("a", "b"))
+  file = run / name
+  file.write_bytes(change(file.read_bytes()))
+  with pytest.raises(InputError, match=message) as caught:
+    report.write_runs([run], tmp_path / "report")
+  assert str(file) in str(caught.value)
+
+
+def test_values_that_are_not_finite_are_missing(tmp_path):
+  run = study_samples.write_run(tmp_path / "run", sheets=())
+  for name, values in {
+    "zero_shot": dict(metrics={"top1": math.nan, "top5": None}),
+    "retrieval": dict(
+      chance={"text_to_image_r1": None}, errors={"text_to_image_r1": math.nan}
+    ),
+  }.items():
+    file = run / "evals" / f"{name}_400.json"
+    content = json.loads(file.read_text())
+    content["evals"][name] |= values
+    file.write_text(json.dumps(content))
+  rows = [
+    {"step": step, "depth/loss": value, "zero_shot/top1": math.nan}
+    for step, value in enumerate((1.0, math.nan, -math.inf, None, 4.0))
+  ]
+  (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  report.write_runs([run], tmp_path)
+  page = (tmp_path / "report.html").read_text()
+  assert "zero_shot" in page and not re.search(r"\b(nan|inf)\b", page)
+  series = folders.read_run(run).series
+  assert series == {"depth/loss": [(0, 1.0), (4, 4.0)]}
+
+
+def test_runs_without_a_common_metric(tmp_path):
+  runs = [
+    study_samples.write_run(tmp_path / name, sheets=()) for name in ("a", "b")
+  ]
+  for run, kept in zip(runs, ("zero_shot", "depth_probe"), strict=True):
+    for file in run.glob("evals/*.json"):
+      if not file.name.startswith(kept):
+        file.unlink()
+  report.write_runs(runs, tmp_path / "report")
+  text = (tmp_path / "report" / "report.md").read_text()
+  rows = [line.split(" | ") for line in text.splitlines() if " top1 " in line]
+  assert [row[3] for row in rows] == ["-"]
+  assert "charts/metric_depth_probe_rmse.svg" in text
+
+
+def test_many_runs_have_a_short_title_and_room_for_names(tmp_path):
+  runs = [
+    study_samples.write_run(
+      tmp_path / f"run {i}", objectives=("depth",), sheets=(), seed=i,
+      interference=False,
+    )
+    for i in range(20)
+  ]  # fmt: skip
+  report.write_runs(runs, tmp_path)
+  text = (tmp_path / "report.md").read_text()
+  assert text.startswith("# 20 runs\n")
+  svg = (tmp_path / "charts" / "curve_depth-loss.svg").read_text()
+  height = int(re.search(r"height='(\d+)'", svg)[1])
+  names = re.findall(r"y='([\d.]+)'>run \d+<", svg)
+  places = sorted(map(float, names))
+  assert len(places) == 20 and places[-1] <= height - 30
+  assert min(b - a for a, b in itertools.pairwise(places)) > 13.5
 
 
 def test_curves_of_several_seeds_are_their_mean(runs):
