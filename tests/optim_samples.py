@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from mtv_jax.config import schema
-from mtv_jax.train import optim
+from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
 RNG = np.random.default_rng(0)
@@ -36,7 +36,7 @@ GRADS = [random_tree() for _ in range(STEPS)]
 def build(
   optim_config, schedule_config=None, params=PARAMS, total_steps=STEPS, **starts
 ):
-  return optim.make_optimizer(
+  return make_optimizer(
     {"lr": 1e-2, "clip_norm": 0.0, **optim_config},
     schedule_config or {"name": "constant"},
     length=schema.RunLength(8, None, total_steps),

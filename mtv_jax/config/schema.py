@@ -129,7 +129,7 @@ SCHEMA = dict(
     dict(every=Duration(100, PositiveFloat), transfer=(bool, True)),
     None,
   ),
-  # Includes the optimizer's options, see `train/optim.py`.
+  # Includes the optimizer's options, see `train/optim/transforms.py`.
   optim=Open(
     name=(str, "adamw"),
     lr=NonNegativeFloat,
@@ -146,7 +146,7 @@ SCHEMA = dict(
     clip_by=(Literal["global", "module"], "global"),
     rules=(List, ()),  # (regex, dict(lr=multiplier, weight_decay=multiplier)).
   ),
-  # Includes the schedule's options, see `train/schedules.py`.
+  # Includes the schedule's options, see `train/optim/schedules.py`.
   schedule=Open(
     name=(str, "cosine"),
     warmup=Duration(0),

@@ -35,7 +35,8 @@ from mtv_jax.parallel.mesh import (
 )
 from mtv_jax.parallel.rules import check_sharding_rules, sharding_table
 from mtv_jax.train import balance as balance_lib
-from mtv_jax.train import optim, param_rules
+from mtv_jax.train.optim import param_rules
+from mtv_jax.train.optim.optimizer import Optimizer, make_optimizer
 from mtv_jax.train.step import Program, make_program
 from mtv_jax.train.step_spec import (
   FrozenTeacher,
@@ -58,7 +59,7 @@ class TrainStep:
   config: ConfigDict
   length: schema.RunLength
   step_spec: StepSpec
-  optimizer: optim.Optimizer
+  optimizer: Optimizer
   program: Program
 
   @property
@@ -336,7 +337,7 @@ def build_train_step(
   length = schema.RunLength.from_config(config, examples_per_epoch)
   spec = build_step_spec(config, length.total_steps, examples_per_epoch)
   params = abstract_params(spec)
-  optimizer = optim.make_optimizer(
+  optimizer = make_optimizer(
     config.optim,
     config.schedule,
     length=length,

@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from mtv_jax.parallel.constraints import check_param_rules
 from mtv_jax.parallel.mesh import BATCH_SPEC, replicated_sharding
 from mtv_jax.parallel.rules import ShardingRules, tree_shardings
-from mtv_jax.train import gradients, interference, losses, optim
+from mtv_jax.train import gradients, interference, losses
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.step_spec import (
   StepSpec,
@@ -57,6 +57,22 @@ def clip_to_bounds(spec: StepSpec, params: PyTree) -> PyTree:
   return {**params, "heads": heads}
 
 
+def ema_update(
+  ema: Any, params: Any, decay: Any, *, step: Any | None = None
+) -> Any:
+  """One step of the exponential moving average, decay e + (1 - decay) p.
+
+  With `step` the decay is at most (1 + step) / (10 + step), which forgets the
+  initialisation. The average keeps its dtypes.
+  """
+  rate = jnp.asarray(decay, jnp.float32)
+  if step is not None:
+    rate = jnp.minimum(rate, (1.0 + step) / (10.0 + step))
+  return jax.tree.map(
+    lambda e, p: (e + (1.0 - rate) * (p - e)).astype(e.dtype), ema, params
+  )
+
+
 def update_teacher(
   active_spec: StepSpec, teacher: PyTree, params: PyTree, step: Array
 ) -> PyTree:
@@ -65,7 +81,7 @@ def update_teacher(
     return teacher
   student, heads = teacher_params(active_spec, params), teacher["heads"]
   old = {**teacher, "heads": {name: heads[name] for name in student["heads"]}}
-  new = optim.ema_update(old, student, active_spec.momentum(step))
+  new = ema_update(old, student, active_spec.momentum(step))
   return {**new, "heads": {**heads, **new["heads"]}}
 
 
@@ -94,7 +110,7 @@ def make_update_fn(
     params = clip_to_bounds(active_spec, params)
     ema = state.ema
     if spec.ema_decay is not None:
-      ema = optim.ema_update(ema, params, spec.ema_decay, step=state.step)
+      ema = ema_update(ema, params, spec.ema_decay, step=state.step)
     metrics = {
       "loss": loss,
       "grad_norm": optax.tree.norm(grads),

@@ -10,8 +10,8 @@ from mtv_jax.augment import views
 from mtv_jax.config import overrides, schema
 from mtv_jax.models import two_tower as models
 from mtv_jax.objectives import build_objective
-from mtv_jax.train import schedules
 from mtv_jax.train.experiment import build_experiment, make_loader
+from mtv_jax.train.optim import schedules
 from mtv_jax.utils.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

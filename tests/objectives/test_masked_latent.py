@@ -15,7 +15,8 @@ from mtv_jax.config import schema
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.objectives import build_objective, masked_latent
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
-from mtv_jax.train import gradients, optim
+from mtv_jax.train import gradients
+from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.train.step import make_program
 from mtv_jax.train.step_spec import ObjectiveWeight, StepSpec, init_params
 from mtv_jax.utils.tree import flatten_with_names
@@ -310,7 +311,7 @@ def by_name(tree):
 
 
 def make_tx(spec, **options):
-  return optim.make_optimizer(
+  return make_optimizer(
     {"lr": 1e-3, **options},
     {"name": "constant"},
     length=schema.RunLength(8, None, spec.total_steps),

@@ -23,7 +23,7 @@ from mtv_jax.parallel.mesh import (
 )
 from mtv_jax.perf import hlo
 from mtv_jax.train import gradients, losses
-from mtv_jax.train.step import make_program
+from mtv_jax.train.step import ema_update, make_program
 from mtv_jax.train.step_spec import ObjectiveWeight, init_params
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -538,3 +538,16 @@ def test_temperature_is_clipped_after_each_update(shape):
     np.testing.assert_allclose(values[-1], expected, rtol=1e-4, atol=1e-7)
   assert {np.float32(0), np.float32(np.log(1.5))} <= set(np.float32(values))
   assert len({round(v, 6) for v in values}) == 4
+
+
+def test_ema_update():
+  ema = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(1.0, jnp.bfloat16)}
+  new = {"a": jnp.array([2.0, 0.0]), "b": jnp.array(3.0, jnp.float32)}
+  out = ema_update(ema, new, 0.75)
+  np.testing.assert_allclose(out["a"], [1.25, 1.5])
+  assert out["b"].dtype == jnp.bfloat16 and float(out["b"]) == 1.5
+  # (1 + 0) / (10 + 0) at the start; 0.75 once that is larger.
+  early = ema_update(ema, new, 0.75, step=0)
+  np.testing.assert_allclose(early["a"], [1.9, 0.2], rtol=1e-6)
+  late = ema_update(ema, new, 0.75, step=jnp.array(1000))
+  np.testing.assert_allclose(late["a"], out["a"])

@@ -25,15 +25,14 @@ import jax.numpy as jnp
 import optax
 
 from mtv_jax.config import options, schema
-from mtv_jax.config.options import Fraction, NonNegativeFloat
-from mtv_jax.train.muon import Muon
-from mtv_jax.train.param_rules import ParamRule, match_param_rules
-from mtv_jax.train.schedules import (
+from mtv_jax.train.optim.param_rules import ParamRule, match_param_rules
+from mtv_jax.train.optim.schedules import (
   Schedule,
   make_decay,
   make_schedule,
   scale_lr,
 )
+from mtv_jax.train.optim.transforms import OPTIMIZERS
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
@@ -127,100 +126,6 @@ def make_optimizer(
   return Optimizer(trained, schedule, weight_decay, table, note)
 
 
-Scale = optax.GradientTransformation
-MomentDtype = Literal["float32", "bfloat16"]
-
-
-@dataclasses.dataclass(frozen=True)
-class AdamW:
-  """Adam (Kingma and Ba 2015) with decoupled decay (Loshchilov et al. 2019)."""
-
-  b1: Fraction = 0.9
-  b2: Fraction = 0.999
-  eps: NonNegativeFloat = 1e-8
-  mu_dtype: MomentDtype = "float32"
-
-  def scale(self, attention_heads: Mapping[str, int]) -> Scale:
-    """Maps the gradient to an update of the size of the learning rate."""
-    return optax.scale_by_adam(
-      self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Lion:
-  """Lion (Chen et al. 2023)."""
-
-  b1: Fraction = 0.9
-  b2: Fraction = 0.99
-  mu_dtype: MomentDtype = "float32"
-
-  def scale(self, attention_heads: Mapping[str, int]) -> Scale:
-    """As `AdamW.scale`."""
-    return optax.scale_by_lion(self.b1, self.b2, mu_dtype=self.mu_dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class Adafactor:
-  """Adafactor as it trains ViTs (Zhai et al. 2022, arXiv 2106.04560, 3.4).
-
-  No scaling by the parameter's size, optional momentum in half precision, and
-  a capped decay of the second moment.
-  """
-
-  b1: Fraction = 0.9  # Momentum; 0 for none.
-  b2: Fraction = 0.999  # The cap.
-  mu_dtype: MomentDtype = "float32"
-  # Of what the RMS of the update is clipped: a parameter, or each layer of
-  # stacked blocks, as if each had its own parameters.
-  clip_rms_by: Literal["parameter", "layer"] = "parameter"
-
-  def scale(self, attention_heads: Mapping[str, int]) -> Scale:
-    """As `AdamW.scale`."""
-
-    def decay_rate(step: Any, exponent: Any) -> Any:
-      return jnp.minimum(self.b2, 1.0 - (step + 1.0) ** -exponent)
-
-    ema = optax.ema(self.b1, debias=False, accumulator_dtype=self.mu_dtype)
-    by_layer = optax.stateless(
-      lambda updates, _: map_with_names(_clip_layer_rms, updates)
-    )
-    return optax.chain(
-      optax.scale_by_factored_rms(decay_rate_fn=decay_rate),
-      by_layer if self.clip_rms_by == "layer" else optax.clip_by_block_rms(1.0),
-      *([ema] if self.b1 else []),
-    )
-
-
-def _clip_layer_rms(name: str, update: Any) -> Any:
-  """Clips the RMS to 1, of each layer of stacked blocks by itself."""
-  axes = range(1 if "/blocks/" in name else 0, update.ndim)
-  squares = jnp.mean(jnp.square(update), axis=tuple(axes), keepdims=True)
-  return update / jnp.maximum(jnp.sqrt(squares), 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class SGD:
-  """Gradient descent, with optional momentum."""
-
-  momentum: Fraction = 0.0
-  mu_dtype: MomentDtype = "float32"
-
-  def scale(self, attention_heads: Mapping[str, int]) -> Scale:
-    """As `AdamW.scale`."""
-    if not self.momentum:
-      return optax.identity()
-    return optax.trace(self.momentum, accumulator_dtype=self.mu_dtype)
-
-
-# A new optimizer is one class here; its fields are its options.
-OPTIMIZERS: dict[str, Any] = {
-  "adamw": AdamW,
-  "adafactor": Adafactor,
-  "lion": Lion,
-  "sgd": SGD,
-  "muon": Muon,
-}
 # Keys of `config.optim` that belong to every optimizer.
 _COMMON = (
   "name",
@@ -325,19 +230,3 @@ def _apply_rules(
     return updates, optax.ScaleByScheduleState(count=count)
 
   return optax.GradientTransformation(init, update)
-
-
-def ema_update(
-  ema: Any, params: Any, decay: Any, *, step: Any | None = None
-) -> Any:
-  """One step of the exponential moving average, decay e + (1 - decay) p.
-
-  With `step` the decay is at most (1 + step) / (10 + step), which forgets the
-  initialisation. The average keeps its dtypes.
-  """
-  rate = jnp.asarray(decay, jnp.float32)
-  if step is not None:
-    rate = jnp.minimum(rate, (1.0 + step) / (10.0 + step))
-  return jax.tree.map(
-    lambda e, p: (e + (1.0 - rate) * (p - e)).astype(e.dtype), ema, params
-  )

@@ -39,7 +39,7 @@ class Muon:
   def scale(
     self, attention_heads: Mapping[str, int]
   ) -> optax.GradientTransformation:
-    """As `AdamW.scale` in `optim`."""
+    """As `AdamW.scale` in `transforms`."""
     muon = optax.chain(
       optax.contrib.scale_by_muon(
         beta=self.momentum,

@@ -11,7 +11,7 @@ import pytest
 from mtv_jax.config import schema
 from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.parallel.rules import tree_shardings
-from mtv_jax.train import optim
+from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 
@@ -42,7 +42,7 @@ GRADS = [random_tree(1 + i) for i in range(STEPS)]
 
 
 def build(**config):
-  return optim.make_optimizer(
+  return make_optimizer(
     {
       "name": "muon",
       "lr": 0.1,

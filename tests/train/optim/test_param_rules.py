@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from optim_samples import PARAMS, RNG, SHAPES, STEPS, build, numpy_adamw, run
 
-from mtv_jax.train import param_rules
+from mtv_jax.train.optim import param_rules
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names, unflatten_names
 

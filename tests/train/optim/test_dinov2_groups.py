@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from mtv_jax.config import schema
-from mtv_jax.train import experiment, optim, step_spec
+from mtv_jax.train import experiment, step_spec
+from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
 GROUPS = json.loads(
@@ -52,7 +53,7 @@ def build(name):
     return jnp.ones((depth, *[1] * max(len(x.shape) - 1, 0)))
 
   params = map_with_names(shrink, shapes)
-  optimizer = optim.make_optimizer(
+  optimizer = make_optimizer(
     config.optim,
     config.schedule,
     length=schema.RunLength.from_config(config),

@@ -19,7 +19,6 @@ from optim_samples import (
   run,
 )
 
-from mtv_jax.train import optim
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -251,19 +250,3 @@ def test_clipping_by_module():
     ConfigError, match="clip_by is 'head'. There are: global, module"
   ):
     build({"clip_norm": 1.0, "clip_by": "head"})
-
-
-# --- the moving average ------------------------------------------------------
-
-
-def test_ema_update():
-  ema = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(1.0, jnp.bfloat16)}
-  new = {"a": jnp.array([2.0, 0.0]), "b": jnp.array(3.0, jnp.float32)}
-  out = optim.ema_update(ema, new, 0.75)
-  np.testing.assert_allclose(out["a"], [1.25, 1.5])
-  assert out["b"].dtype == jnp.bfloat16 and float(out["b"]) == 1.5
-  # (1 + 0) / (10 + 0) at the start; 0.75 once that is larger.
-  early = optim.ema_update(ema, new, 0.75, step=0)
-  np.testing.assert_allclose(early["a"], [1.9, 0.2], rtol=1e-6)
-  late = optim.ema_update(ema, new, 0.75, step=jnp.array(1000))
-  np.testing.assert_allclose(late["a"], out["a"])

@@ -6,7 +6,8 @@ import pytest
 from optim_samples import PARAMS, build
 
 from mtv_jax.config import schema
-from mtv_jax.train import optim, schedules
+from mtv_jax.train.optim import schedules
+from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.utils.errors import ConfigError
 
 
@@ -72,7 +73,7 @@ def test_schedule_errors():
 def test_the_rate_follows_the_batch_and_its_end_does_not(scaling, factor):
   config = {"lr": 2e-3, "lr_per_examples": 256, "lr_scaling": scaling}
   for batch_size, ratio in [(1024, factor), (256, 1.0), (64, 1 / factor)]:
-    schedule = optim.make_optimizer(
+    schedule = make_optimizer(
       config,
       {"name": "cosine", "end_lr": 1e-6},
       length=schema.RunLength(batch_size, None, 100),
