@@ -4,11 +4,8 @@ import functools
 import pathlib
 
 from mtv_jax.config import schema
-from mtv_jax.train.experiment import (
-  build_experiment,
-  build_step_spec,
-  make_loader,
-)
+from mtv_jax.train.experiment import build_experiment, make_loader
+from mtv_jax.train.train_step import build_step_spec
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ROWS = 16

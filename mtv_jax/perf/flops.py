@@ -27,9 +27,9 @@ from mtv_jax.parallel.mesh import make_mesh
 from mtv_jax.perf import hlo
 from mtv_jax.train import encodings as encodings_lib
 from mtv_jax.train import losses
-from mtv_jax.train.experiment import build_step_spec
 from mtv_jax.train.step import make_program, make_update_fn, update_teacher
 from mtv_jax.train.step_spec import StepSpec, abstract_state
+from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.errors import check_choice
 
 

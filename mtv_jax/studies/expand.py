@@ -28,7 +28,9 @@ from mtv_jax.config import schema
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.arms import Arm
 from mtv_jax.train import experiment
+from mtv_jax.train.initialization import read_teacher_models
 from mtv_jax.train.step_spec import abstract_params
+from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.errors import (
   ConfigError,
   UserError,
@@ -316,7 +318,7 @@ def _adapt(base: ConfigDict, arm: Arm) -> list[str]:
   without_rules = ("optim.rules=None", "sharding=None")
   config = _build(base, (*arm.overrides, *without_rules), arm.name)
   with _name_arm(arm.name):
-    spec = experiment.build_step_spec(config, _ENDLESS, config.batch_size)
+    spec = build_step_spec(config, _ENDLESS, config.batch_size)
   given = experiment.evaluable(config, spec.model)
   changes = []
   for name, evaluator in experiment.build_evaluators(config).items():
@@ -363,6 +365,6 @@ def _resolve(
   """The config that a run writes to its `config.json`."""
   config = _build(base, changes, arm)
   with _name_arm(arm):
-    experiment.read_teacher_models(config)
-    experiment.build_step_spec(config, _ENDLESS, config.batch_size)
+    read_teacher_models(config)
+    build_step_spec(config, _ENDLESS, config.batch_size)
   return json.loads(json.dumps(config.to_dict()))

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from mtv_jax.perf import flops
 from mtv_jax.studies import runner
 from mtv_jax.studies.expand import Run, Study
-from mtv_jax.train.experiment import build_step_spec
 from mtv_jax.train.metrics import format_duration
+from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.curves import read_rows
 from mtv_jax.utils.errors import UserError
 

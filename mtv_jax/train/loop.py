@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import os
@@ -14,16 +13,13 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree
 
-from mtv_jax.checkpoint.checkpointer import Checkpointer, Restored
+from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.checkpoint.partial_restore import (
   CheckpointMismatchError,
-  merge_params,
 )
 from mtv_jax.config import schema
 from mtv_jax.data import pipeline
-from mtv_jax.encoder import loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.evals import run as evals_lib
@@ -38,109 +34,16 @@ from mtv_jax.train.experiment import (
   make_loader,
   save_config,
 )
+from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.metrics import Chrono, MetricWriter
 from mtv_jax.train.state import TrainState
-from mtv_jax.train.step_spec import init_params, teacher_params
 from mtv_jax.utils.errors import ConfigError, UserError
-from mtv_jax.utils.tree import flatten_with_names
 
 log = logging.getLogger(__name__)
 
 
 class NonFiniteError(UserError, FloatingPointError):
   """A loss or a gradient that is not finite."""
-
-
-def init_or_restore(
-  experiment: Experiment, saved: Restored | None
-) -> TrainState:
-  """The initial state: the last checkpoint, `config.init`, or random."""
-  if saved is not None:
-    log.info("Resumed %s at step %d.", experiment.workdir, saved.step)
-    return saved.state
-  params = jax.jit(
-    functools.partial(init_params, experiment.step_spec),
-    out_shardings=experiment.program.shardings.params,
-  )(jax.random.key(experiment.config.seed))
-  teacher = None
-  if init := experiment.config.init:
-    source = loading.read_params(
-      init.path,
-      weights=init.weights,
-      step=init.step,
-      spec=experiment.step_spec.model,
-      preprocess=preprocess_from_config(experiment.config),
-    )
-    params, report = merge_params(
-      params,
-      source,
-      include=init.include or ("",),
-      rename=init.rename,
-      min_coverage=init.min_coverage,
-    )
-    log.info("Initialised from %s:\n%s", init.path, report)
-    if init.teacher:
-      teacher = init_teacher(experiment, params)
-  return experiment.program.init(params, read_teachers(experiment), teacher)
-
-
-def init_teacher(experiment: Experiment, params: PyTree) -> PyTree:
-  """The EMA teacher of the run that `config.init` names.
-
-  Parameters that `init.include` leaves out, such as those of new heads, are
-  copies of the student's.
-  """
-  init, spec = experiment.config.init, experiment.step_spec
-  if spec.has_teacher and not spec.only(spec.active(0)).has_teacher:
-    raise ConfigError(
-      "config.init.teacher has no effect: no objective reads the teacher at "
-      "step 0, and at the start of the first that does it is a copy of the "
-      "student. Leave init.teacher out, or start the objective at step 0."
-    )
-  student = teacher_params(spec, params)
-  names = [name for name, _ in flatten_with_names(student)]
-  include = [
-    regex
-    for regex in init.include or ("",)
-    if any(re.search(regex, name) for name in names)
-  ]
-  if not include:
-    raise ConfigError(
-      "config.init.teacher: init.include selects no parameter of a teacher "
-      "that this run trains. Leave init.teacher out."
-    )
-  source = loading.read_teacher(
-    init.path, step=init.step, spec=spec.model, image="image" in student
-  )
-  teacher, report = merge_params(
-    student,
-    source,
-    include=include,
-    rename=init.rename,
-    min_coverage=init.min_coverage,
-  )
-  log.info("Teacher initialised from %s:\n%s", init.path, report)
-  return teacher
-
-
-def read_teachers(experiment: Experiment) -> dict[str, Any]:
-  """Parameters of the frozen teachers that have a path, as `{image: ...}`."""
-  abstract, loaded = experiment.program.abstract.teachers, {}
-  for name in abstract:
-    entry = experiment.config.teachers[name]
-    if entry.path is None:
-      continue
-    source = loading.read_params(
-      entry.path,
-      weights=entry.weights,
-      step=entry.step,
-      spec=experiment.step_spec.teachers[name].model,
-    )
-    loaded[name], report = merge_params(
-      abstract[name], {"image": source["image"]}, min_coverage=1.0
-    )
-    log.info("Teacher %s, from %s: %s", name, entry.path, report)
-  return loaded
 
 
 def prefetch_to_device(
@@ -208,9 +111,11 @@ def train(
         f"{workdir} so far. Resume with its own config.balance "
         "(--config.balance=None for none), or take another workdir."
       ) from error
+    first = 0
     if saved is not None:
+      first = saved.step
       chrono.from_dict(saved.timing)
-    first = saved.step if saved is not None else 0
+      log.info("Resumed %s at step %d.", workdir, first)
     loader = stack.enter_context(make_loader(experiment, first))
     writer = stack.enter_context(
       MetricWriter(
@@ -223,7 +128,7 @@ def train(
     sigterm = stack.enter_context(preemption.catch_sigterm())
     # Not before, so that a config that is rejected replaces nothing.
     save_config(experiment, command)
-    state = init_or_restore(experiment, saved)
+    state = initialize_state(experiment) if saved is None else saved.state
     return _Trainer(
       experiment, state, first, loader, checkpoints, writer, chrono, sigterm
     ).run()

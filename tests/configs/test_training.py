@@ -10,7 +10,7 @@ import pytest
 from mtv_jax.config import schema
 from mtv_jax.parallel.mesh import make_mesh, shard_batch
 from mtv_jax.train.experiment import build_experiment, make_loader
-from mtv_jax.train.loop import init_or_restore
+from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.step import make_program
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ def train(run, workdir):
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
   program = make_program(spec, tx, mesh)
   experiment = dataclasses.replace(experiment, program=program)
-  state, losses = init_or_restore(experiment, None), []
+  state, losses = initialize_state(experiment), []
   with make_loader(experiment, 0) as loader:
     steps = min(experiment.total_steps, MOST_STEPS)
     for step, batch in zip(range(steps), loader, strict=False):

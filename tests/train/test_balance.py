@@ -31,7 +31,6 @@ from mtv_jax.train.balance import (
   PCGrad,
   Uncertainty,
 )
-from mtv_jax.train.experiment import build_step_spec
 from mtv_jax.train.loop import train
 from mtv_jax.train.step import make_program
 from mtv_jax.train.step_spec import (
@@ -40,6 +39,7 @@ from mtv_jax.train.step_spec import (
   abstract_state,
   init_params,
 )
+from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.tree import flatten_with_names
 
 NAMES = ("contrastive", "distillation", "late")

@@ -17,7 +17,7 @@ from mtv_jax.train.balance import (
   Uncertainty,
   projection_coefficients,
 )
-from mtv_jax.train.experiment import build_step_spec
+from mtv_jax.train.train_step import build_step_spec
 
 NAMES = ("a", "b", "late")
 

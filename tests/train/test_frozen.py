@@ -12,13 +12,11 @@ from mtv_jax.config import schema
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.train import loop
-from mtv_jax.train.experiment import (
-  build_experiment,
-  build_train_step,
-  make_config_mesh,
-)
-from mtv_jax.train.loop import init_or_restore, prefetch_to_device, train
+from mtv_jax.train.experiment import build_experiment
+from mtv_jax.train.initialization import initialize_state
+from mtv_jax.train.loop import prefetch_to_device, train
 from mtv_jax.train.step_spec import init_params
+from mtv_jax.train.train_step import build_train_step, make_config_mesh
 from mtv_jax.utils.tree import flatten_with_names
 
 
@@ -59,7 +57,7 @@ def test_a_frozen_tower_costs_its_forward_pass_and_has_no_moments(tmp_path):
 @pytest.mark.slow
 def test_a_frozen_tower_is_unchanged(tmp_path):
   built = build_experiment(locked(), tmp_path / "a")
-  before = jax.device_get(init_or_restore(built, None).params)
+  before = jax.device_get(initialize_state(built).params)
   after = jax.device_get(train(locked(), tmp_path / "b").params)
   jax.tree.map(np.testing.assert_array_equal, before["image"], after["image"])
   kernel = ("text", "projection", "kernel")

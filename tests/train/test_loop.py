@@ -17,7 +17,8 @@ from mtv_jax.train.experiment import (
   make_loader,
   save_config,
 )
-from mtv_jax.train.loop import check_finite, init_or_restore, train
+from mtv_jax.train.initialization import initialize_state
+from mtv_jax.train.loop import check_finite, train
 from mtv_jax.train.step_spec import ObjectiveWeight
 
 
@@ -107,7 +108,7 @@ def with_teacher(**changes):
 
 def test_init_continues_the_teacher_of_another_run(tmp_path):
   source = build_experiment(with_teacher(weights="teacher"), tmp_path / "a")
-  state = init_or_restore(source, None)
+  state = initialize_state(source)
   rng = np.random.default_rng(0)
   teacher = jax.tree.map(
     lambda x: np.float32(x + rng.normal(size=x.shape)), state.teacher
@@ -119,7 +120,7 @@ def test_init_continues_the_teacher_of_another_run(tmp_path):
 
   def begin(**options):
     config = with_teacher(seed=1, init={**init, **options})
-    return init_or_restore(build_experiment(config, tmp_path / "b"), None)
+    return initialize_state(build_experiment(config, tmp_path / "b"))
 
   def assert_equal(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
@@ -138,7 +139,7 @@ def test_init_continues_the_teacher_of_another_run(tmp_path):
   late = with_teacher(init={**init, "teacher": True})
   late.objectives.distillation.weight = dict(value=1.0, start_steps=1)
   with pytest.raises(ValueError, match="init.teacher has no effect"):
-    init_or_restore(build_experiment(late, tmp_path / "b"), None)
+    initialize_state(build_experiment(late, tmp_path / "b"))
   # What the run's config names is what is read by default.
   read = loading.read_model(tmp_path / "a")
   assert read.weights == "teacher"

@@ -8,7 +8,8 @@ from mtv_jax.checkpoint.checkpointer import load_tree
 from mtv_jax.config import schema
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.train.experiment import build_experiment
-from mtv_jax.train.loop import init_or_restore, train
+from mtv_jax.train.initialization import initialize_state
+from mtv_jax.train.loop import train
 from mtv_jax.train.step_spec import FrozenTeacher
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
@@ -66,7 +67,7 @@ def test_teachers_of_a_run(tmp_path):
   assert build_experiment(experiment.config, "unused").config.teachers == (
     experiment.config.teachers
   )
-  state = init_or_restore(experiment, None)
+  state = initialize_state(experiment)
   got = dict(flatten_with_names(state.teachers["gram"]["image"]))
   assert_equal(jax.device_get(got), ema[4])
   assert state.params["image"]["patch_embed"]["kernel"].shape[1] == 32

@@ -15,8 +15,9 @@ from mtv_jax.parallel.mesh import BATCH_SPEC, make_mesh, shard_batch
 from mtv_jax.perf import flops
 from mtv_jax.perf.bench import data, harness
 from mtv_jax.train.experiment import build_experiment, make_loader
+from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.interference import measure_interference
-from mtv_jax.train.loop import init_or_restore, prefetch_to_device
+from mtv_jax.train.loop import prefetch_to_device
 from mtv_jax.utils.errors import check_choice
 
 
@@ -27,7 +28,7 @@ class StepTimer:
     with tempfile.TemporaryDirectory() as workdir:
       self.experiment = build_experiment(config, workdir)
     # After the steps so far.
-    self.state = init_or_restore(self.experiment, None)
+    self.state = initialize_state(self.experiment)
     with make_loader(self.experiment, 0) as loader:
       self.batch = shard_batch(next(loader), self.experiment.mesh)
     self.compile_seconds = self.time_step() if compile else 0.0

@@ -17,7 +17,7 @@ from mtv_jax.data import ops
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
 from mtv_jax.perf import flops as flops_lib
 from mtv_jax.perf import hlo, topologies
-from mtv_jax.train.experiment import (
+from mtv_jax.train.train_step import (
   TrainStep,
   build_train_step,
   make_config_mesh,

@@ -13,8 +13,8 @@ from mtv_jax.studies.contrasts import Contrast, Metric
 from mtv_jax.studies.expand import Run
 from mtv_jax.studies.report import study_figures
 from mtv_jax.studies.results import StudyResults
-from mtv_jax.train.experiment import build_step_spec
 from mtv_jax.train.step_spec import abstract_params
+from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.pages import Block
 from mtv_jax.utils.tree import flatten_with_names
 

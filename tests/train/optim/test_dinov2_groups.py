@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.config import schema
-from mtv_jax.train import experiment, step_spec
+from mtv_jax.train import step_spec, train_step
 from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.utils.tree import flatten_with_names, map_with_names
 
@@ -44,7 +44,7 @@ def build(name):
   # Updates of size 1, to read rates and decays off them.
   config.optim.update(name="sgd", clip_by="global", clip_norm=0.0)
   config = schema.check_config(config)
-  spec = experiment.build_step_spec(config, config.total_steps)
+  spec = train_step.build_step_spec(config, config.total_steps)
   shapes = step_spec.abstract_params(spec)
   numbers = {n: x.size for n, x in flatten_with_names(shapes)}
 

@@ -1,0 +1,293 @@
+"""The train step of a config: specification, optimizer, compiled functions."""
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mtv_jax.augment import views
+from mtv_jax.config import options, schema
+from mtv_jax.models import two_tower as model_lib
+from mtv_jax.objectives import base, build_objective
+from mtv_jax.parallel.mesh import check_batch_size, make_mesh
+from mtv_jax.parallel.rules import check_sharding_rules
+from mtv_jax.train import balance as balance_lib
+from mtv_jax.train.optim import param_rules
+from mtv_jax.train.optim.optimizer import Optimizer, make_optimizer
+from mtv_jax.train.step import Program, make_program
+from mtv_jax.train.step_spec import (
+  FrozenTeacher,
+  ObjectiveWeight,
+  StepSpec,
+  abstract_params,
+)
+from mtv_jax.utils.errors import ConfigError
+from mtv_jax.utils.tree import flatten_with_names
+
+log = logging.getLogger(__name__)
+_FROZEN_TEXT = ["^text/", {"lr": 0.0}]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+  """The train step of a resolved config on a mesh, not yet compiled."""
+
+  config: ConfigDict
+  length: schema.RunLength
+  step_spec: StepSpec
+  optimizer: Optimizer
+  program: Program
+
+  @property
+  def mesh(self) -> Mesh:
+    """Mesh of all devices of all processes."""
+    return self.program.mesh
+
+  @property
+  def total_steps(self) -> int:
+    """Number of steps of the run."""
+    return self.length.total_steps
+
+  def every(self, name: str, section: ConfigDict) -> int | None:
+    """A duration of a section in steps; None if it has none."""
+    return self.length.steps(name, section, default=None)
+
+  def require_fields(self, fields: Iterable[str]) -> None:
+    """Raises ConfigError if an objective reads another batch field."""
+    for field, readers in self.step_spec.fields().items():
+      if field not in fields:
+        raise ConfigError(
+          f"objective {readers[0]!r} reads the batch field {field!r}, but"
+          f" config.data gives only {sorted(fields)}. Add its source or op, or"
+          " drop the objective."
+        )
+
+
+def make_config_mesh(
+  config: ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """The mesh of a resolved config, over all devices by default.
+
+  Raises:
+    ConfigError: the sizes don't fit the devices, or don't divide the batch.
+  """
+  mesh = make_mesh(config.mesh, devices)
+  if config.batch_size % config.accumulate:
+    raise ConfigError(
+      f"config.batch_size is {config.batch_size}, which config.accumulate="
+      f"{config.accumulate} does not divide."
+    )
+  check_batch_size(config.batch_size // config.accumulate, mesh)
+  return mesh
+
+
+def build_train_step(
+  config: ConfigDict, mesh: Mesh, examples_per_epoch: int | None
+) -> TrainStep:
+  """Builds the train step of a resolved config; opens no data.
+
+  Raises:
+    ConfigError: as `build_step_spec`; for an invalid rule, or one that matches
+      no parameter.
+  """
+  length = schema.RunLength.from_config(config, examples_per_epoch)
+  spec = build_step_spec(config, length.total_steps, examples_per_epoch)
+  params = abstract_params(spec)
+  optimizer = make_optimizer(
+    config.optim,
+    config.schedule,
+    length=length,
+    params=params,
+    attention_heads=spec.attention_heads,
+    start_steps=spec.start_steps,
+  )
+  names = [name for name, _ in flatten_with_names(params)]
+  check_sharding_rules(config.sharding, names)
+  program = make_program(spec, optimizer.tx, mesh, config.sharding)
+  return TrainStep(config, length, spec, optimizer, program)
+
+
+def build_step_spec(
+  config: ConfigDict, total_steps: int, examples_per_epoch: int | None = None
+) -> StepSpec:
+  """The train step of a resolved config.
+
+  Durations in epochs need `examples_per_epoch`.
+
+  Raises:
+    ConfigError: for views, objectives, weights or rules that don't fit.
+  """
+  length = schema.RunLength(config.batch_size, examples_per_epoch, total_steps)
+  weights = {
+    name: _weight(name, entry.weight, length)
+    for name, entry in config.objectives.items()
+  }
+  first = min((weight.start for weight in weights.values()), default=0)
+  if first > 0:
+    raise ConfigError(
+      f"config.objectives: the first one starts at step {first}; at least one "
+      "must start at step 0."
+    )
+  mean, std = schema.pixel_statistics(config.model)
+  built_views = views.build_views(config.views.to_dict(), mean=mean, std=std)
+  model = model_lib.ModelSpec.from_config(config.model)
+  objectives = {
+    name: build_objective(name, entry).resolve(model, built_views)
+    for name, entry in config.objectives.items()
+  }
+  _resolve_model(config, objectives, built_views)
+  runtime = model_lib.runtime(config.model)
+  model = model_lib.ModelSpec.from_config(config.model)
+  spec = StepSpec(
+    model=model,
+    dtype=jnp.dtype(runtime.pop("dtype", "float32")),
+    runtime=runtime,
+    objectives=objectives,
+    weights=weights,
+    views=built_views,
+    seed=config.seed,
+    total_steps=total_steps,
+    init=config.model.init,
+    balance=_balance(config.balance, length),
+    teacher_momentum=config.teacher.momentum,
+    teacher_end=config.teacher.end,
+    teacher_ema=config.teacher.ema,
+    ema_decay=config.ema.decay if config.ema else None,
+    accumulate=config.accumulate,
+    teachers=_frozen_teachers(
+      config, model, _first_reads(objectives, weights), length
+    ),
+  )
+  if not config.optim.rules:
+    return spec
+  params = abstract_params(spec)
+  table = param_rules.match_param_rules(params, config.optim.rules)
+  frozen = frozenset(row.name for row in table if row.frozen)
+  return dataclasses.replace(spec, frozen=frozen)
+
+
+def _resolve_model(
+  config: ConfigDict,
+  objectives: Mapping[str, base.Objective],
+  built_views: Mapping[str, views.View],
+) -> None:
+  """Sets mask token and text tower of the config by what the objectives read.
+
+  In the config, as the run's model is opened from its resolved config.
+  """
+  read = {e for o in objectives.values() for e in o.needs().encodings}
+  if any(built_views[e.view].max_masked for e in read if e.view in built_views):
+    config.model.mask_token = True
+  if not config.model.text or any(e.tower == "text" for e in read):
+    return
+  # A captioning decoder has the tokens, and by default the shape, of the tower.
+  tokens = {"caption", "box_phrase"}
+  if not any(tokens & {*o.needs().fields} for o in objectives.values()):
+    log.warning("No objective reads text: config.model.text is left out.")
+    config.model.text = None
+    return
+  log.warning(
+    "No objective trains the text tower, which has the tokens of captions: "
+    "it is frozen, at random values unless config.init gives others."
+  )
+  if _FROZEN_TEXT not in map(list, config.optim.rules):
+    config.optim.rules = [_FROZEN_TEXT, *config.optim.rules]
+
+
+def _weight(
+  name: str, weight: float | ConfigDict, length: schema.RunLength
+) -> ObjectiveWeight:
+  if not isinstance(weight, ConfigDict):
+    return ObjectiveWeight(weight)
+  start, ramp = (length.steps(k, weight, default=0) for k in ("start", "ramp"))
+  if start >= length.total_steps:
+    raise ConfigError(
+      f"config.objectives.{name}.weight: it starts at step {start} of a run of "
+      f"{length.total_steps} steps and would never be trained."
+    )
+  return ObjectiveWeight(weight.value, start, ramp)
+
+
+def _balance(
+  section: ConfigDict | None, length: schema.RunLength
+) -> balance_lib.Balance:
+  """The balancing method; fixed weights if the config has none."""
+  if section is None:
+    return balance_lib.Balance()
+  where, key = "config.balance", "method"
+  method = options.look_up(
+    balance_lib.METHODS, section.method, where=where, key=key
+  )
+  durations = [f"every_{unit}" for unit in schema.UNITS]
+  given = {
+    k: v for k, v in section.items() if v is not None and k not in durations
+  }
+  del given[key]
+  every = length.steps("every", section, default=None)
+  if every is not None:
+    given["every_steps"] = every
+  return options.build(method, given, where=where, reserved=(key,))
+
+
+def _first_reads(
+  objectives: Mapping[str, base.Objective],
+  weights: Mapping[str, ObjectiveWeight],
+) -> dict[str, int]:
+  """The first step that reads the student and each teacher, by name."""
+  first: dict[str, int] = {}
+  for name, objective in objectives.items():
+    start = weights[name].start
+    for encoding in objective.needs().encodings:
+      first[encoding.weights] = min(start, first.get(encoding.weights, start))
+  return first
+
+
+def _frozen_teachers(
+  config: ConfigDict,
+  model: model_lib.ModelSpec,
+  first_reads: Mapping[str, int],
+  length: schema.RunLength,
+) -> dict[str, FrozenTeacher]:
+  """The frozen teachers of a config that objectives read."""
+  teachers = {}
+  for name, entry in config.teachers.items():
+    where = f"config.teachers.{name}"
+    if name in (base.STUDENT, base.TEACHER):
+      raise ConfigError(f"{where}: the name is taken; choose another.")
+    if name not in first_reads:
+      log.warning("No objective reads %s: it is not loaded.", where)
+      continue
+    own = model_lib.ModelSpec(image=model.image)
+    if entry.model is not None:
+      own = model_lib.ModelSpec.from_dict({"image": entry.model.to_dict()})
+    teacher = FrozenTeacher(
+      model=own,
+      snapshot=entry.path is None,
+      update_every=length.steps("update_every", entry, default=None),
+      max_updates=entry.max_updates,
+    )
+    if teacher.copies and base.TEACHER not in first_reads:
+      raise ConfigError(
+        f"{where} is copied from the EMA teacher, which no objective reads. "
+        "Give a path without update_every, or add a self-distillation."
+      )
+    copied = first_reads[name]
+    if not teacher.snapshot:
+      copied += teacher.update_every or 0
+    if teacher.copies and copied < first_reads[base.TEACHER]:
+      raise ConfigError(
+        f"{where} is copied from the EMA teacher at step {copied}, which "
+        f"starts at step {first_reads[base.TEACHER]}. Start the objective that "
+        f"reads {name} later, or self-distillation earlier."
+      )
+    if teacher.copies and own.image != model.image:
+      raise ConfigError(
+        f"{where} is copied from the EMA teacher and must have the student's "
+        "architecture: leave its `model` out."
+      )
+    teachers[name] = teacher
+  return teachers
