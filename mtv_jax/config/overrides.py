@@ -1,4 +1,4 @@
-"""Overrides of a config from a command line: --config.KEY=VALUE.
+"""Overrides of a config, --config.KEY=VALUE, and differences of two configs.
 
 Keys that the config's file leaves out can be given as well;
 `schema.check_config` rejects unknown ones.
@@ -76,6 +76,32 @@ def to_plain(value: Any, *, tuples_as_lists: bool = False) -> Any:
     kind = list if tuples_as_lists else type(value)
     return kind(to_plain(v, tuples_as_lists=tuples_as_lists) for v in value)
   return value
+
+
+def describe_difference(
+  old: Mapping[str, Any], new: Mapping[str, Any]
+) -> list[str]:
+  """A line `KEY: OLD -> NEW` for each setting that differs."""
+  before, after = _flatten(old), _flatten(new)
+  return [
+    f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
+    for key in dict.fromkeys([*before, *after])
+    if before.get(key, _flatten) != after.get(key, _flatten)
+  ]
+
+
+def _flatten(value: Any, path: str = "") -> dict[str, Any]:
+  if isinstance(value, Mapping) and value:
+    flat: dict[str, Any] = {}
+    for key, child in value.items():
+      flat |= _flatten(child, f"{path}.{key}" if path else key)
+    return flat
+  if isinstance(value, list) and any(isinstance(x, Mapping) for x in value):
+    flat = {}
+    for i, child in enumerate(value):
+      flat |= _flatten(child, f"{path}[{i}]")
+    return flat
+  return {path: value}
 
 
 def _set(node: Any, parts: list[str | int], text: str, key: str) -> None:

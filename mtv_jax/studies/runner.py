@@ -17,9 +17,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
+from mtv_jax.config.overrides import describe_difference
 from mtv_jax.studies.expand import FORMAT, Run, Study
 from mtv_jax.train import preemption, workdir
 from mtv_jax.utils import atomic
@@ -129,32 +129,6 @@ def check_same(folder: pathlib.Path, old: Study, new: Study) -> None:
       "mixed. Give another --output, or the command of the first. What "
       "differs:\n  " + "\n  ".join(lines)
     )
-
-
-def describe_difference(
-  old: Mapping[str, Any], new: Mapping[str, Any]
-) -> list[str]:
-  """A line `KEY: OLD -> NEW` for each setting that differs."""
-  before, after = _flatten(old), _flatten(new)
-  return [
-    f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
-    for key in dict.fromkeys([*before, *after])
-    if before.get(key, _flatten) != after.get(key, _flatten)
-  ]
-
-
-def _flatten(value: Any, path: str = "") -> dict[str, Any]:
-  if isinstance(value, Mapping) and value:
-    flat: dict[str, Any] = {}
-    for key, child in value.items():
-      flat |= _flatten(child, f"{path}.{key}" if path else key)
-    return flat
-  if isinstance(value, list) and any(isinstance(x, Mapping) for x in value):
-    flat = {}
-    for i, child in enumerate(value):
-      flat |= _flatten(child, f"{path}[{i}]")
-    return flat
-  return {path: value}
 
 
 def is_finished(folder: pathlib.Path, run: Run) -> bool:

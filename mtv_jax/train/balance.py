@@ -47,6 +47,11 @@ class Balance:
   every_steps = None  # Updates between measurements of gradient norms.
   combines: ClassVar[bool] = False  # Whether it has `combine_gradients`.
 
+  @property
+  def uses_encoder_gradients(self) -> bool:
+    """Whether it depends on gradients on the image encoder."""
+    return self.every_steps is not None
+
   def init(self, names: Iterable[str]) -> PyTree:
     """The state at step 0."""
     del names
@@ -352,6 +357,11 @@ class PCGrad(Balance):
   # The image encoder, or all that several objectives read: both towers and
   # shared heads, as one vector.
   parameters: Literal["image", "shared"] = "image"
+
+  @property
+  def uses_encoder_gradients(self) -> bool:
+    """As in the base class."""
+    return self.parameters == "image"
 
   def combine_gradients(
     self,

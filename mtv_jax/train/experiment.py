@@ -12,7 +12,8 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from mtv_jax.config import schema
+from mtv_jax.checkpoint.partial_restore import first_lines
+from mtv_jax.config import overrides, schema
 from mtv_jax.data import ops, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
 from mtv_jax.evals import run as evals_lib
@@ -31,6 +32,7 @@ from mtv_jax.train.train_step import (
   build_train_step,
   make_config_mesh,
 )
+from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils import atomic
 from mtv_jax.utils.errors import ConfigError
 
@@ -191,9 +193,13 @@ def save_config(experiment: Experiment, command: str = "") -> None:
   text = json.dumps(experiment.config.to_dict(), indent=2) + "\n"
   old = path.read_text() if path.exists() else None
   if old not in (None, text):
+    changes = overrides.describe_difference(
+      read_recorded_config(experiment.workdir), json.loads(text)
+    )
     log.warning(
       f"{path} has changed; the old one is config.json.old. With another seed, "
-      "batch size or data the run continues with other rows."
+      f"batch size or data the run continues with other rows.\n"
+      f"{first_lines(changes, 20)}"
     )
     shutil.copyfile(path, path.with_name("config.json.old"))
   if old != text:

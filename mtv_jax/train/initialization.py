@@ -5,7 +5,6 @@ part of the resolved config, and their parameters.
 """
 
 import functools
-import json
 import logging
 import pathlib
 import re
@@ -23,6 +22,7 @@ from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.step_spec import init_params, teacher_params
 from mtv_jax.train.train_step import TrainStep
+from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -135,8 +135,7 @@ def read_teacher_models(
   ours = preprocess_from_config(config)
   recorded = {}
   if config.teachers and workdir is not None and saved_steps(workdir):
-    run = json.loads((workdir / "config.json").read_text("utf-8"))
-    recorded = run.get("teachers") or {}
+    recorded = read_recorded_config(workdir).get("teachers") or {}
   for name, entry in config.teachers.items():
     # Refreshed from the EMA teacher, it has the student's.
     refreshed = any(entry.get(f"update_every_{u}") for u in schema.UNITS)

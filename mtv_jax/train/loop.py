@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -15,9 +14,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtv_jax.checkpoint.checkpointer import Checkpointer
-from mtv_jax.checkpoint.partial_restore import (
-  CheckpointMismatchError,
-)
 from mtv_jax.config import schema
 from mtv_jax.data import pipeline
 from mtv_jax.encoder.encoder import Encoder
@@ -37,6 +33,7 @@ from mtv_jax.train.experiment import (
 from mtv_jax.train.initialization import initialize_state
 from mtv_jax.train.metrics import Chrono, MetricWriter
 from mtv_jax.train.state import TrainState
+from mtv_jax.train.workdir import read_recorded_config
 from mtv_jax.utils.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
@@ -66,6 +63,30 @@ def check_finite(step: int, values: Mapping[str, Any]) -> None:
       f"at step {step} these are not finite: {bad}. Resume from the last "
       "checkpoint with a lower learning rate, a longer warm-up, clipping or "
       "b2=0.95."
+    )
+
+
+def check_balance_unchanged(
+  config: schema.Config, workdir: str | os.PathLike
+) -> None:
+  """Raises ConfigError if a run was trained with another balancing method.
+
+  Some methods have no state, so that their checkpoints fit others too.
+  """
+
+  def method(section):
+    # Earlier configs have no `method`, and no weights are fixed ones.
+    return section.get("method", "grad_norm_mean") if section else "fixed"
+
+  recorded = read_recorded_config(workdir)
+  if not recorded:
+    return
+  old, new = method(recorded.get("balance")), method(config.balance)
+  if old != new:
+    raise ConfigError(
+      f"config.balance.method is {new!r}, but {workdir} was trained by {old!r} "
+      "so far. Resume with the config.balance of its config.json "
+      "(--config.balance=None for fixed weights), or take another workdir."
     )
 
 
@@ -100,17 +121,9 @@ def train(
         keep_every=config.checkpoint.keep_every,
       )
     )
-    try:
-      saved = checkpoints.restore(experiment.program.abstract)
-    except CheckpointMismatchError as error:
-      if not re.search(r"[+-] balance/", str(error)):
-        raise
-      method = config.balance and f"by {config.balance.method!r}"
-      raise ConfigError(
-        f"config.balance is {method or 'not set'}, unlike in the training of "
-        f"{workdir} so far. Resume with its own config.balance "
-        "(--config.balance=None for none), or take another workdir."
-      ) from error
+    if checkpoints.steps():
+      check_balance_unchanged(config, workdir)
+    saved = checkpoints.restore(experiment.program.abstract)
     first = 0
     if saved is not None:
       first = saved.step

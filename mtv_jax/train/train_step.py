@@ -167,7 +167,26 @@ def build_step_spec(
   params = abstract_params(spec)
   table = param_rules.match_param_rules(params, config.optim.rules)
   frozen = frozenset(row.name for row in table if row.frozen)
+  if all(r.frozen for r in table if r.name.startswith("image/")):
+    _reject_encoder_gradients(config, spec.balance)
   return dataclasses.replace(spec, frozen=frozen)
+
+
+def _reject_encoder_gradients(
+  config: ConfigDict, balance: balance_lib.Balance
+) -> None:
+  """Raises ConfigError for what measures gradients of a frozen encoder."""
+  settings = {
+    "config.interference": config.interference is not None,
+    "config.balance": balance.uses_encoder_gradients,
+  }
+  for name, is_set in settings.items():
+    if is_set:
+      raise ConfigError(
+        f"{name} compares the objectives' gradients on the image encoder, "
+        "which config.optim.rules freeze whole, so that all of them are 0. "
+        f"Leave it out (--{name}=None), or train a part of the encoder."
+      )
 
 
 def _resolve_model(

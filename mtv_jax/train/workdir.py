@@ -1,4 +1,4 @@
-"""The lock on a run's folder, and the check that it is one."""
+"""A run's folder: its lock and its recorded config."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import os
 import pathlib
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import filelock
 
@@ -31,7 +32,7 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
   path = pathlib.Path(folder)
   if path.exists() and not path.is_dir():
     raise ConfigError(f"--workdir={folder} is a file; a folder is expected.")
-  _require_run(path)
+  read_recorded_config(path)
   path.mkdir(parents=True, exist_ok=True)
   owner = path / OWNER
   lock = filelock.FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
@@ -52,18 +53,24 @@ def lock_workdir(folder: str | os.PathLike) -> Iterator[None]:
     lock.release()
 
 
-def _require_run(folder: pathlib.Path) -> None:
-  """Rejects a folder whose config.json was not written by a run."""
-  config = folder / "config.json"
-  if not config.is_file():
-    return
+def read_recorded_config(folder: str | os.PathLike) -> dict[str, Any]:
+  """The resolved config of the run in a folder.
+
+  Empty if there is none, or a crash truncated it: training writes it again.
+
+  Raises:
+    ConfigError: config.json was not written by a run.
+  """
+  path = pathlib.Path(folder) / "config.json"
+  if not path.is_file():
+    return {}
   try:
-    content = json.loads(config.read_bytes())
+    content = json.loads(path.read_bytes())
   except ValueError:
-    # Truncated by a crash: training writes it again.
-    return
+    return {}
   if not isinstance(content, dict) or "objectives" not in content:
     raise ConfigError(
       f"--workdir={folder} contains a config.json that is not a run's (an"
       " exported model?) and would be replaced. Give another folder."
     )
+  return content

@@ -1,5 +1,7 @@
 """Balancing methods against NumPy, their options, and late objectives."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,9 @@ from mtv_jax.train.balance import (
   Uncertainty,
   projection_coefficients,
 )
+from mtv_jax.train.loop import check_balance_unchanged
 from mtv_jax.train.train_step import build_step_spec
+from mtv_jax.utils.errors import ConfigError
 
 NAMES = ("a", "b", "late")
 
@@ -267,6 +271,59 @@ def test_methods_are_named_in_the_config():
   # As a run's config.json gives it.
   resolved = dict(every_steps=20, decay=0.5, max_factor=10.0)
   assert balance_of(resolved) == GradNormMean(20, 0.5, 10.0)
+
+
+@pytest.mark.parametrize(
+  ("recorded", "section", "expected"),
+  [
+    (dict(method="pcgrad"), None, ("fixed", "pcgrad")),
+    (None, dict(method="pcgrad"), ("pcgrad", "fixed")),
+    (dict(every_steps=5), dict(method="fixed"), ("fixed", "grad_norm_mean")),
+    (dict(method="fixed"), None, None),
+    (dict(every_steps=5), dict(method="grad_norm_mean"), None),
+    (dict(method="pcgrad"), dict(method="pcgrad", parameters="shared"), None),
+  ],
+)
+def test_a_run_resumes_with_its_method_alone(
+  tmp_path, recorded, section, expected
+):
+  config = schema.read_config(str(trainings.CONFIG))
+  check_balance_unchanged(config, tmp_path)  # Nothing to resume.
+  config.balance = recorded
+  (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+  config.balance = section
+  if expected is None:
+    check_balance_unchanged(config, tmp_path)
+    return
+  new, old = expected
+  with pytest.raises(ConfigError, match=f"is '{new}', but .* by '{old}'"):
+    check_balance_unchanged(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("section", "rejected"),
+  [
+    (dict(interference=dict(every_steps=5)), "config.interference compares"),
+    (dict(balance=dict(method="gradnorm")), "config.balance compares"),
+    (dict(balance=dict(method="pcgrad")), "config.balance compares"),
+    (dict(balance=dict(method="pcgrad", parameters="shared")), None),
+    (dict(balance=dict(method="uncertainty")), None),
+  ],
+)
+def test_gradients_of_a_frozen_encoder_are_not_compared(section, rejected):
+  config = schema.read_config(str(trainings.CONFIG))
+  config.update(section)
+
+  def build(pattern):
+    config.optim.rules = [(pattern, dict(lr=0.0))]
+    return build_step_spec(schema.check_config(config), 100)
+
+  build("^image/blocks/")
+  if rejected is None:
+    build("^image/")
+    return
+  with pytest.raises(ConfigError, match=rejected):
+    build("^image/")
 
 
 @pytest.mark.parametrize(

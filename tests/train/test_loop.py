@@ -257,6 +257,17 @@ def test_a_weight_is_a_number_or_a_schedule(tmp_path):
     build_experiment(config, tmp_path)
 
 
+def test_a_changed_config_is_recorded_with_a_warning(tmp_path, caplog):
+  save_config(build_experiment(smallest(), tmp_path))
+  assert not caplog.records
+  save_config(build_experiment(smallest(seed=4), tmp_path))
+  (record,) = caplog.records
+  assert "seed: 3 -> 4" in record.getMessage()
+  assert "batch_size:" not in record.getMessage()
+  for name, seed in (("config.json.old", 3), ("config.json", 4)):
+    assert json.loads((tmp_path / name).read_text())["seed"] == seed
+
+
 def test_a_bucket_as_workdir_is_rejected():
   with pytest.raises(ValueError, match="gcsfuse"):
     build_experiment(smallest(), "gs://bucket/run")
