@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt16
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt16
 
 from mtv_jax.augment.op import ViewOp, check_ascending
 from mtv_jax.augment.random import bernoulli, uniform
@@ -278,6 +278,53 @@ def crop_boxes(
   valid &= (y1 - y0 >= min_size) & (x1 - x0 >= min_size)  # [b, count, m]
   cut = jnp.clip(jnp.stack([y0, x0, y1, x1], axis=-1), 0.0, 1.0)
   return jnp.where(valid[..., None], cut, 0.0), valid
+
+
+def choose_boxes(
+  boxes: Float[Array, "b m 4"],
+  valid: Bool[Array, "b m"],
+  view: Any,
+  count: int,
+  *,
+  score: Float[Array, "b m"] | None = None,
+  min_visible: float = 0.4,
+  min_size: float = 1 / 56,
+) -> tuple[Int[Array, "b k"], Float[Array, "b k 4"], Bool[Array, "b k"]]:
+  """Chooses at most `count` boxes in the first crop of each image.
+
+  Visible boxes precede others; of these the first, or those of highest score.
+
+  Args:
+    boxes, valid, min_visible, min_size: as of `crop_boxes`.
+    view: a `views.ViewBatch`.
+    count: k, or m if that is less.
+    score: of each box; None chooses the first ones.
+
+  Returns:
+    Indices for `take_boxes`, the boxes in the crop, and which are visible.
+  """
+  boxes, visible = crop_boxes(
+    boxes,
+    valid,
+    view.box[:, :1],
+    view.flipped[:, :1],
+    min_visible=min_visible,
+    min_size=min_size,
+  )
+  score = 0.0 if score is None else jnp.nan_to_num(score)
+  rank = jnp.where(visible[:, 0], score, -jnp.inf)  # [b, m]
+  # Stable: the first of equals. Not top_k, for which XLA gathers the rows of
+  # all devices.
+  index = jnp.argsort(-rank, axis=1, stable=True)[:, :count]  # [b, k]
+  return index, take_boxes(boxes[:, 0], index), take_boxes(visible[:, 0], index)
+
+
+def take_boxes(
+  values: Shaped[Array, "b m *rest"], index: Int[Array, "b k"]
+) -> Shaped[Array, "b k *rest"]:
+  """The values of chosen boxes, see `choose_boxes`."""
+  index = index.reshape(*index.shape, *[1] * (values.ndim - 2))
+  return jnp.take_along_axis(values, index, axis=1)
 
 
 def crop_depth(

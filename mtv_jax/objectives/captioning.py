@@ -164,25 +164,16 @@ class Captioning(base.Objective):
 
   def _region_sums(self, decoder, patches, batch) -> dict[str, TokenSums]:
     """Sums of boxes given phrases, and of phrases given boxes."""
-    view = batch["views"][self.view]
-    boxes, visible = geometry.crop_boxes(
+    chosen, boxes, valid = geometry.choose_boxes(
       batch["boxes"],
       batch["box_valid"].astype(bool),
-      view.box[:, :1],
-      view.flipped[:, :1],
+      batch["views"][self.view],
+      self.regions,
       min_visible=self.min_visible,
       min_size=self.min_size,
     )
-    boxes, visible = boxes[:, 0], visible[:, 0]
-    # Stable: the first ones. Not top_k, for which XLA gathers all rows.
-    chosen = jnp.argsort(~visible, axis=1, stable=True)[:, : self.regions]
-
-    def take(x):
-      index = chosen.reshape(*chosen.shape, *[1] * (x.ndim - 2))
-      return jnp.take_along_axis(x, index, axis=1)
-
-    valid, phrase = take(visible), take(batch["box_phrase"])
-    corners = self.head.vocabulary.quantize(take(boxes))
+    phrase = geometry.take_boxes(batch["box_phrase"], chosen)  # [b, k, P]
+    corners = self.head.vocabulary.quantize(boxes)
     length = sequences.text_length(phrase, self.head.eos_id)
     four = jnp.full_like(length, sequences.CORNERS)
     pairs = {

@@ -257,26 +257,19 @@ class Grounding(base.Objective):
   def loss_inputs(
     self, encodings: base.Encodings, heads: base.BoundHeads, batch: base.Batch
   ) -> LossInputs:
-    view = batch["views"][self.view]
-    boxes, visible = geometry.crop_boxes(
+    chosen, boxes, valid = geometry.choose_boxes(
       batch["boxes"],
       batch["box_valid"].astype(bool),
-      view.box[:, :1],
-      view.flipped[:, :1],
+      batch["views"][self.view],
+      self.regions,
+      score=batch["box_score"] if self.pick == "score" else None,
       min_visible=self.min_visible,
       min_size=self.min_size,
     )
-    chosen = self._choose(visible[:, 0], batch["box_score"])
-
-    def take(x):
-      index = chosen.reshape(*chosen.shape, *[1] * (x.ndim - 2))
-      return jnp.take_along_axis(x, index, axis=1)
-
-    text = take(encodings[PHRASE].pooled)
+    text = geometry.take_boxes(encodings[PHRASE].pooled, chosen)  # [b, m, d]
     if self.stop_text_gradient:
       text = jax.lax.stop_gradient(text)
     text = unit(text)
-    boxes = take(boxes[:, 0])
     image = jax.tree.map(lambda x: x[:, 0], encodings[self.image])
     grid = (math.isqrt(image.patches.shape[1]),) * 2  # Views are squares.
     head = heads[self.head.params_key]
@@ -287,21 +280,11 @@ class Grounding(base.Objective):
     return LossInputs(
       region=region["embeddings"],
       text=text,
-      phrase_id=take(batch["box_phrase_id"]),
-      valid=take(visible[:, 0]),
+      phrase_id=geometry.take_boxes(batch["box_phrase_id"], chosen),
+      valid=valid,
       boxes=boxes,
       located=located,
     )
-
-  def _choose(
-    self, visible: Bool[Array, "b m"], score: Float[Array, "b m"]
-  ) -> Int[Array, "b k"]:
-    """Indices of the boxes to train on: visible ones first, then by score."""
-    score = jnp.nan_to_num(score) if self.pick == "score" else 0.0
-    rank = jnp.where(visible, score, -jnp.inf)
-    # Stable: the first of equals. Not top_k, for which XLA gathers the rows of
-    # all devices.
-    return jnp.argsort(-rank, axis=1, stable=True)[:, : self.regions]
 
   def loss(
     self, loss_inputs: LossInputs, heads: base.BoundHeads, context: base.Context

@@ -9,6 +9,7 @@ from PIL import Image
 from mtv_jax.augment import geometry
 from mtv_jax.augment.op import OPS
 from mtv_jax.augment.random import ranks
+from mtv_jax.augment.views import ViewBatch
 from mtv_jax.config.op_strings import build_op, parse_ops
 from mtv_jax.utils.errors import ConfigError
 
@@ -267,6 +268,38 @@ def test_invalid_boxes_are_dropped_alone(bad):
   np.testing.assert_allclose(
     got[0, 0], [[0, 0, 0, 0], [0.25, 0.5, 0.75, 0.75]], atol=1e-6
   )
+
+
+@pytest.mark.parametrize("by_score", [False, True])
+def test_chosen_boxes_are_visible_ones_first(by_score):
+  rng = np.random.default_rng(0)
+  corners = np.sort(rng.uniform(0, 1, (5, 12, 2, 2)), axis=2)
+  boxes = corners.reshape(5, 12, 4).astype(np.float32)
+  valid, score = rng.random((5, 12)) > 0.2, rng.random((5, 12))
+  valid[1, 2:] = False
+  score[0, 3] = np.nan
+  crops = np.tile(np.float32([[0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1]]), (5, 1, 1))
+  view = ViewBatch(None, jnp.asarray(crops), jnp.array([[True, False]] * 5))
+  index, chosen, visible = geometry.choose_boxes(
+    jnp.asarray(boxes),
+    jnp.asarray(valid),
+    view,
+    4,
+    score=jnp.asarray(score, jnp.float32) if by_score else None,
+  )
+  want, retained = crop_boxes_reference(
+    boxes, valid, crops[:, :1], np.ones((5, 1), bool), 0.4, 1 / 56
+  )
+  assert retained[1].sum() < 4 < retained[0].sum()
+  for b, row in enumerate(np.asarray(index)):
+    key = np.nan_to_num(score[b]) if by_score else -np.arange(12)
+    order = np.argsort(-key, kind="stable")
+    order = order[retained[b, 0, order]][:4].tolist()
+    assert row[: len(order)].tolist() == order
+    np.testing.assert_array_equal(visible[b], retained[b, 0, row])
+    np.testing.assert_allclose(chosen[b], want[b, 0, row], atol=1e-5)
+    values = geometry.take_boxes(jnp.arange(60).reshape(5, 12), index)
+    np.testing.assert_array_equal(values[b], 12 * b + row)
 
 
 def test_ranks_are_a_permutation_with_ties():
