@@ -114,7 +114,7 @@ SCHEMA = dict(
       1.0,
     ),
   ),
-  # Includes the method's options, see `train/balance.py`. None: fixed weights.
+  # Includes the method's options, see `train/balance/`. None: fixed weights.
   balance=(
     Open(
       method=(str, "grad_norm_mean"),

@@ -22,7 +22,7 @@ class TrainState:
   statistics: PyTree  # By objective, such as DINO's centre.
   # Frozen encoders of `config.teachers` by name, each `{image: ...}`, or {}.
   teachers: PyTree = flax.struct.field(default_factory=dict)
-  # State of the balancing method, see `train/balance.py`, or {}.
+  # State of the balancing method, see `train/balance/`, or {}.
   balance: PyTree = flax.struct.field(default_factory=dict)
 
   @property

@@ -1,27 +1,16 @@
-"""Balancing methods: how the objectives' losses or gradients are combined.
-
-Each method has a state, `TrainState.balance`, and one of three effects: it
-multiplies the weights of the losses (`loss_weights`), learns from the losses of
-each update (`update`) or from gradient norms on the image encoder that are
-measured every few steps (`observe`), or it combines the objectives' gradients
-itself (`combine_gradients`). `Balance` has none of them: fixed weights.
-
-L_i is an objective's loss, w_i its weight in the config, with its ramp. In all
-methods w_i is the share that the objective should have: where the method's own
-factor is 1, the total is sum_i w_i L_i.
-"""
+"""Balancing methods that weight the losses."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from mtv_jax.config.options import (
   Fraction,
@@ -31,86 +20,9 @@ from mtv_jax.config.options import (
   Range,
 )
 from mtv_jax.objectives.base import WeightedMean
-from mtv_jax.utils.tree import flatten_with_names, map_with_names
+from mtv_jax.train.balance.base import Balance, Scalars
 
-Scalars = Mapping[str, Float[Array, ""]]  # By objective.
 MaxFactor = Annotated[float, Range(min=1)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Balance:
-  """Fixed weights, sum_i w_i L_i; base class of the methods.
-
-  Mappings by objective have those that are active, `state` all of the run.
-  """
-
-  every_steps = None  # Updates between measurements of gradient norms.
-  combines: ClassVar[bool] = False  # Whether it has `combine_gradients`.
-
-  @property
-  def uses_encoder_gradients(self) -> bool:
-    """Whether it depends on gradients on the image encoder."""
-    return self.every_steps is not None
-
-  def init(self, names: Iterable[str]) -> PyTree:
-    """The state at step 0."""
-    del names
-    return {}
-
-  def loss_weights(self, weights: Scalars, state: PyTree) -> Scalars:
-    """The factors of the losses in the total, from the config's weights."""
-    del state
-    return weights
-
-  def penalty(
-    self, weights: Scalars, state: PyTree
-  ) -> Float[Array, ""] | float:
-    """What the total loss has besides the weighted losses."""
-    del weights, state
-    return 0.0
-
-  def observe(
-    self,
-    state: PyTree,
-    norms: Scalars,
-    weights: Scalars,
-    step: Int[Array, ""] | int,
-  ) -> PyTree:
-    """The state after a measurement, before the update after `step` others.
-
-    Args:
-      state: that of the losses whose gradients were measured.
-      norms: the gradient norms on the image encoder of w_i L_i, times the
-        method's factor. One of 0, as of a batch without its labels, or one
-        that is not finite changes nothing.
-      weights: w_i.
-      step: number of updates done.
-    """
-    del norms, weights, step
-    return state
-
-  def update(
-    self, state: PyTree, losses: Mapping[str, WeightedMean], weights: Scalars
-  ) -> PyTree:
-    """The state after an update with these losses, L_i, of its batch."""
-    del losses, weights
-    return state
-
-  def combine_gradients(
-    self,
-    gradients: Mapping[str, PyTree],
-    shared: frozenset[str],
-    keys: Mapping[str, Key[Array, ""]],
-  ) -> PyTree:
-    """The gradient of an update.
-
-    Args:
-      gradients: those of w_i L_i on all parameters.
-      shared: the modules that several objectives read, `image`, `text` and
-        `heads/NAME`.
-      keys: a random key for each objective.
-    """
-    raise NotImplementedError
 
 
 def _unweighted_norms(
@@ -123,6 +35,15 @@ def _unweighted_norms(
     norm = jnp.where(scale > 0, norm / jnp.where(scale > 0, scale, 1.0), 0.0)
     raw[name] = jnp.where(jnp.isfinite(norm), norm, 0.0)
   return raw
+
+
+def _learn(
+  lr: float, entry: PyTree, key: str, gradient: Array, valid: Array
+) -> PyTree:
+  """One step of Adam on `entry[key]`, where the gradient is valid."""
+  step, opt_state = optax.adam(lr).update(gradient, entry["opt_state"])
+  new = {**entry, key: entry[key] + step, "opt_state": opt_state}
+  return jax.tree.map(lambda n, o: jnp.where(valid, n, o), new, dict(entry))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,15 +101,6 @@ class GradNormMean(Balance):
       mean = old**decay * jnp.where(valid, value, 1.0) ** (1.0 - decay)
       new[name] = jnp.where(valid, jnp.where(old > 0, mean, value), old)
     return {**state, **new}
-
-
-def _learn(
-  lr: float, entry: PyTree, key: str, gradient: Array, valid: Array
-) -> PyTree:
-  """One step of Adam on `entry[key]`, where the gradient is valid."""
-  step, opt_state = optax.adam(lr).update(gradient, entry["opt_state"])
-  new = {**entry, key: entry[key] + step, "opt_state": opt_state}
-  return jax.tree.map(lambda n, o: jnp.where(valid, n, o), new, dict(entry))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,96 +245,3 @@ class GradNorm(Balance):
     for i, name in enumerate(losses):
       new[name]["factor"] = jnp.where(valid[i], scaled[i], factor[i])
     return {**state, **new}
-
-
-@dataclasses.dataclass(frozen=True)
-class PCGrad(Balance):
-  """PCGrad (Yu et al. 2020, arXiv 2001.06782, algorithm 1).
-
-    for each i, for each j != i in random order:
-      if g_i . g_j < 0:  g_i <- g_i - (g_i . g_j / |g_j|^2) g_j
-    gradient = sum_i g_i
-
-  g_i starts as the gradient of w_i L_i, and g_j is as it was before all
-  projections. Each draws its order from seed, step and name. The projected
-  vectors are combinations of the first ones, so they are computed from their
-  inner products. Parameters outside `parameters` have the sum of gradients.
-
-  Each objective has a forward and a backward pass of its own, also with
-  `config.accumulate`, through the views that it reads alone: more than a step
-  only where objectives share a view.
-  """
-
-  combines: ClassVar[bool] = True
-  # The image encoder, or all that several objectives read: both towers and
-  # shared heads, as one vector.
-  parameters: Literal["image", "shared"] = "image"
-
-  @property
-  def uses_encoder_gradients(self) -> bool:
-    """As in the base class."""
-    return self.parameters == "image"
-
-  def combine_gradients(
-    self,
-    gradients: Mapping[str, PyTree],
-    shared: frozenset[str],
-    keys: Mapping[str, Key[Array, ""]],
-  ) -> PyTree:
-    """As in the base class."""
-    modules = {"image"} if self.parameters == "image" else shared
-    prefixes = tuple(f"{module}/" for module in modules)
-    trees = list(gradients.values())
-    vectors = [
-      [
-        leaf
-        for name, leaf in flatten_with_names(g)
-        if name.startswith(prefixes)
-      ]
-      for g in trees
-    ]
-    products = jnp.stack(
-      [jnp.stack([optax.tree.vdot(a, b) for b in vectors]) for a in vectors]
-    )  # [T, T]
-    keys = jnp.stack([keys[name] for name in gradients])
-    scales = jnp.sum(projection_coefficients(products, keys), axis=0)  # [T]
-
-    def total(name, *leaves):
-      if name.startswith(prefixes):
-        leaves = [scales[i] * leaf for i, leaf in enumerate(leaves)]
-      return sum(leaves)
-
-    return map_with_names(total, *trees)
-
-
-def projection_coefficients(
-  products: Float[Array, "t t"], keys: Key[Array, "t"]
-) -> Float[Array, "t t"]:
-  """PCGrad's projections, row i of which are g_i's coefficients of all g_j.
-
-  `products` are the inner products g_i . g_j, `keys` draw each row's order.
-  """
-  count = len(products)
-
-  def row(i, key):
-    def project(coefficients, j):
-      product = jnp.sum(coefficients * products[:, j])
-      norm = products[j, j]
-      share = product / jnp.where(norm > 0, norm, 1.0)
-      conflict = (product < 0) & (norm > 0) & (j != i)
-      step = jnp.where(conflict, share, 0.0)
-      return coefficients - step * jax.nn.one_hot(j, count), None
-
-    order = jax.random.permutation(key, count)
-    return jax.lax.scan(project, jax.nn.one_hot(i, count), order)[0]
-
-  return jax.vmap(row)(jnp.arange(count), keys)
-
-
-METHODS: dict[str, type[Balance]] = {
-  "fixed": Balance,
-  "grad_norm_mean": GradNormMean,
-  "uncertainty": Uncertainty,
-  "gradnorm": GradNorm,
-  "pcgrad": PCGrad,
-}

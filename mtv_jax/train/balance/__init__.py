@@ -1,0 +1,26 @@
+"""Balancing methods: how the objectives' losses or gradients are combined.
+
+Each method has a state, `TrainState.balance`, and one of three effects: it
+multiplies the weights of the losses (`loss_weights`), learns from the losses of
+each update (`update`) or from gradient norms on the image encoder that are
+measured every few steps (`observe`), or it combines the objectives' gradients
+itself (`combine_gradients`). `Balance` has none of them: fixed weights.
+
+L_i is an objective's loss, w_i its weight in the config, with its ramp. In all
+methods w_i is the share that the objective should have: where the method's own
+factor is 1, the total is sum_i w_i L_i.
+"""
+
+from __future__ import annotations
+
+from mtv_jax.train.balance.base import Balance
+from mtv_jax.train.balance.pcgrad import PCGrad
+from mtv_jax.train.balance.weighting import GradNorm, GradNormMean, Uncertainty
+
+METHODS: dict[str, type[Balance]] = {
+  "fixed": Balance,
+  "grad_norm_mean": GradNormMean,
+  "uncertainty": Uncertainty,
+  "gradnorm": GradNorm,
+  "pcgrad": PCGrad,
+}
