@@ -22,7 +22,8 @@ _DISTINCT = 2.0
 
 BEST_NOTE = (
   "is better than every other value by more than 2 standard errors of the "
-  "difference, sqrt(e1² + e2²), and than chance by more than 2 of its own"
+  "difference, sqrt(e1² + e2²), and than chance by more than 2 of its own; "
+  "marked only where all results have the same protocol, options and data"
 )
 
 
