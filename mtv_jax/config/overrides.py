@@ -6,13 +6,14 @@ Keys that the config's file leaves out can be given as well;
 
 import ast
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from mtv_jax.utils.errors import ConfigError, InputError, did_you_mean
 
+_MAX_VALUE = 120  # Characters of a value in the line of a difference.
 _KEY = re.compile(r"[A-Za-z_]\w*(\[\d+\])*(\.[A-Za-z_]\w*(\[\d+\])*)*")
 
 
@@ -82,26 +83,63 @@ def describe_difference(
   old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> list[str]:
   """A line `KEY: OLD -> NEW` for each setting that differs."""
-  before, after = _flatten(old), _flatten(new)
   return [
-    f"{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
-    for key in dict.fromkeys([*before, *after])
-    if before.get(key, _flatten) != after.get(key, _flatten)
+    f"{key}: {_shorten(before)} -> {_shorten(after)}"
+    for key, (before, after) in list_differences([old, new])
   ]
 
 
-def _flatten(value: Any, path: str = "") -> dict[str, Any]:
-  if isinstance(value, Mapping) and value:
-    flat: dict[str, Any] = {}
-    for key, child in value.items():
-      flat |= _flatten(child, f"{path}.{key}" if path else key)
-    return flat
-  if isinstance(value, list) and any(isinstance(x, Mapping) for x in value):
-    flat = {}
-    for i, child in enumerate(value):
-      flat |= _flatten(child, f"{path}[{i}]")
-    return flat
-  return {path: value}
+def _shorten(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
+
+
+class _Absent:
+  """The value of a key that a config lacks."""
+
+  def __repr__(self) -> str:
+    return "absent"
+
+
+ABSENT = _Absent()
+
+
+def list_differences(
+  configs: Sequence[Any], key: str = ""
+) -> list[tuple[str, tuple[Any, ...]]]:
+  """Keys whose values differ between configs, and the values.
+
+  A section that a config lacks is one key, with the value `ABSENT`; so is a
+  list, unless all have as many sections in it (such as `data.train[0].limit`).
+  """
+  if all(isinstance(config, Mapping) for config in configs):
+    names = dict.fromkeys(name for config in configs for name in config)
+    prefix = f"{key}." if key else ""
+    children = {
+      f"{prefix}{name}": [config.get(name, ABSENT) for config in configs]
+      for name in names
+    }
+  elif _are_sections(configs):
+    items = enumerate(zip(*configs, strict=True))
+    children = {f"{key}[{i}]": values for i, values in items}
+  elif all(config == configs[0] for config in configs):
+    return []
+  else:
+    return [(key, tuple(configs))]
+  return [
+    row
+    for name, values in children.items()
+    for row in list_differences(values, name)
+  ]
+
+
+def _are_sections(values: Sequence[Any]) -> bool:
+  """Whether values are lists of equally many sections."""
+  return (
+    all(isinstance(value, list) for value in values)
+    and len({len(value) for value in values}) == 1
+    and all(isinstance(item, Mapping) for value in values for item in value)
+  )
 
 
 def _set(node: Any, parts: list[str | int], text: str, key: str) -> None:

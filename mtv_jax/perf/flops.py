@@ -184,13 +184,24 @@ def run(
     compile: "no", or "whole" for XLA's count as well, see `step_flops`.
   """
   config = schema.check_config(config)
-  # So long that every objective has started at its end.
-  spec = build_step_spec(
-    config, total_steps=10**9, examples_per_epoch=config.batch_size
-  )
+  spec = build_long_step_spec(config)
   batch = abstract_batch(batch_size, batch_fields(config, spec))
   return step_flops(
     without_recomputation(spec), batch, optax.adam(1e-3), compile=compile
+  )
+
+
+def build_long_step_spec(config: schema.Config) -> StepSpec:
+  """The train step of a resolved config, of a run without end; opens no data.
+
+  Every objective starts before its last step, also one that starts at a share
+  of the steps or after some epochs.
+
+  Raises:
+    ConfigError: as `build_step_spec`.
+  """
+  return build_step_spec(
+    config, total_steps=10**9, examples_per_epoch=config.batch_size
   )
 
 

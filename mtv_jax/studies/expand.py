@@ -14,23 +14,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
+import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
+import mtv_jax
 from mtv_jax.config import overrides as overrides_lib
 from mtv_jax.config import schema
+from mtv_jax.perf.flops import build_long_step_spec
 from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.arms import Arm
 from mtv_jax.train import experiment
 from mtv_jax.train.initialization import read_teacher_models
 from mtv_jax.train.step_spec import abstract_params
-from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.errors import (
   ConfigError,
   UserError,
@@ -43,8 +46,6 @@ FORMAT = 1
 MATCHES = ("images", "flops")
 # Images on the sheets of evaluations that draw some, unless the config says.
 PICTURES = 4
-# Longer than any start of an objective.
-_ENDLESS = 10**9
 _TOTAL = tuple(f"total_{unit}" for unit in schema.UNITS[:3])
 # Settings that change no FLOPs of a step.
 _NOT_COUNTED = ("seed", "schedule", "evals", "checkpoint", "log", "weights")
@@ -83,6 +84,7 @@ class Study:
   runs: tuple[Run, ...]
   # FLOPs per image, by digest of the settings that they depend on.
   costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  counted_by: str = ""  # the code that counted `costs`, see `code_version`
   notes: tuple[str, ...] = ()  # What the expansion left out; not stored.
 
   @property
@@ -101,18 +103,33 @@ class Study:
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> Study:
     """The inverse of `to_dict`."""
-    names = [f.name for f in dataclasses.fields(cls) if f.name != "notes"]
+    names = {f.name for f in dataclasses.fields(cls)} - {"notes"}
     runs = tuple(
       Run(**{**run, "overrides": tuple(run["overrides"])})
       for run in fields["runs"]
     )
-    return cls(**{name: fields[name] for name in names} | {"runs": runs})
+    known = {name: fields[name] for name in names & fields.keys()}
+    return cls(**known | {"runs": runs})
 
 
 def digest(value: Any) -> str:
   """A short hash of JSON-able settings."""
   text = json.dumps(value, sort_keys=True)
   return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@functools.cache
+def code_version() -> str:
+  """The package's version, and a digest of the code of what trains.
+
+  Another version may count other FLOPs for the same settings.
+  """
+  root = pathlib.Path(mtv_jax.__file__).parent
+  code = hashlib.blake2b(digest_size=8)
+  for package in ("augment", "models", "objectives", "perf", "train"):
+    for file in sorted(root.glob(f"{package}/**/*.py")):
+      code.update(file.read_bytes())
+  return f"{mtv_jax.__version__}-{code.hexdigest()}"
 
 
 def expand(
@@ -152,56 +169,35 @@ def expand(
   resolved = schema.check_config(base)
   found = arms_lib.make_arms(kind, resolved, options or arms_lib.Options())
   counts = _count_seeds(seeds, [arm.name for arm in found.arms])
-  costs = dict(costs or {})
+  meter = _CostMeter(cost_fn, dict(costs or {}))
   length = _read_length(resolved)
-  budget_steps = max(round(budget * length.total_steps), 1)
-
-  def cost(settings):
-    key = _cost_key(settings)
-    if key not in costs and cost_fn is not None:
-      costs[key] = cost_fn(settings)
-    return costs.get(key)
-
-  reference = None
+  steps = max(round(budget * length.total_steps), 1)
+  target = None  # FLOPs of a run, divided by its batch size
   if match == "flops":
     if cost_fn is None:
       raise ConfigError("--match=flops needs the count of FLOPs.")
-    reference = cost(_resolve(base, (), "the config"))
+    target = steps * meter.measure(_resolve(base, (), "the config"))
 
-  runs_by_arm = {}
+  runs_by_arm = []
   for arm in found.arms:
-    drops = _adapt(base, arm)
+    changes = (*arm.overrides, *_adapt(base, arm))
+    if target is not None:
+      per_image = meter.measure(_resolve(base, changes, arm.name))
+      steps = max(round(target / per_image), 1)
     # A setting of an objective that is dropped would bring it back.
-    adapted = _build(base, (*arm.overrides, *drops), arm.name)
-    steps = budget_steps
-    if reference is not None:
-      per_image = cost(_resolve(base, (*arm.overrides, *drops), arm.name))
-      steps = max(round(budget_steps * reference / per_image), 1)
-    changes = (
-      *arm.overrides,
-      *drops,
-      *_set_length(adapted, length, steps),
-    )
+    adapted = _build(base, changes, arm.name)
+    changes += tuple(_set_length(adapted, length, steps))
     runs = []
     for i in range(counts[arm.name]):
       seed = resolved.seed + i
-      changed = (*changes, *([f"seed={seed}"] if i else []))
+      changed = (*changes, f"seed={seed}") if i else changes
       settings = _resolve(base, changed, arm.name)
-      per_image = cost(settings)
-      runs.append(
-        Run(
-          name=f"{arm.name}-s{seed}",
-          arm=arm.name,
-          seed=seed,
-          overrides=(*assignments, *changed),
-          steps=steps,
-          settings=settings,
-          flops=per_image and per_image * steps * resolved.batch_size,
-        )
-      )
-    runs_by_arm[arm.name] = runs
+      flops, sets = meter.measure_run(settings, steps), (*assignments, *changed)
+      name = f"{arm.name}-s{seed}"
+      runs.append(Run(name, arm.name, seed, sets, steps, settings, flops))
+    runs_by_arm.append(runs)
   # Seed by seed, so that a study that is stopped early compares all arms.
-  rounds = itertools.zip_longest(*runs_by_arm.values())
+  rounds = itertools.zip_longest(*runs_by_arm)
   return Study(
     kind=kind,
     config=config,
@@ -209,9 +205,32 @@ def expand(
     match=match,
     budget=budget,
     runs=tuple(run for row in rounds for run in row if run is not None),
-    costs=costs,
+    costs=meter.costs,
+    counted_by=code_version(),
     notes=found.notes,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class _CostMeter:
+  """FLOPs per image of resolved configs, each counted once."""
+
+  cost_fn: CostFn | None
+  costs: dict[str, float]  # by digest, see `Study.costs`
+
+  def measure(self, settings: Mapping[str, Any]) -> float | None:
+    """FLOPs of training on one image; None if they are not counted."""
+    key = _cost_key(settings)
+    if key not in self.costs and self.cost_fn is not None:
+      self.costs[key] = self.cost_fn(settings)
+    return self.costs.get(key)
+
+  def measure_run(
+    self, settings: Mapping[str, Any], steps: int
+  ) -> float | None:
+    """FLOPs of a run's training; None if they are not counted."""
+    per_image = self.measure(settings)
+    return per_image and per_image * steps * settings["batch_size"]
 
 
 def _cost_key(settings: Mapping[str, Any]) -> str:
@@ -318,7 +337,7 @@ def _adapt(base: ConfigDict, arm: Arm) -> list[str]:
   without_rules = ("optim.rules=None", "sharding=None")
   config = _build(base, (*arm.overrides, *without_rules), arm.name)
   with _name_arm(arm.name):
-    spec = build_step_spec(config, _ENDLESS, config.batch_size)
+    spec = build_long_step_spec(config)
   given = experiment.evaluable(config, spec.model)
   changes = []
   for name, evaluator in experiment.build_evaluators(config).items():
@@ -366,5 +385,5 @@ def _resolve(
   config = _build(base, changes, arm)
   with _name_arm(arm):
     read_teacher_models(config)
-    build_step_spec(config, _ENDLESS, config.batch_size)
+    build_long_step_spec(config)
   return json.loads(json.dumps(config.to_dict()))

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from mtv_jax.checkpoint.partial_restore import first_lines
 from mtv_jax.config.overrides import describe_difference
 from mtv_jax.studies.expand import FORMAT, Run, Study
 from mtv_jax.train import preemption, workdir
@@ -120,14 +121,13 @@ def check_same(folder: pathlib.Path, old: Study, new: Study) -> None:
       f"{run.name}: {line}"
       for line in describe_difference(run.settings, settings[run.name])
     ]
+  if differences and old.counted_by != new.counted_by and new.match == "flops":
+    differences.insert(0, "FLOPs: counted by another version of the package")
   if differences:
-    more = len(differences) - _MAX_DIFFERENCES
-    lines = differences[:_MAX_DIFFERENCES]
-    lines += [f"and {more} more"] if more > 0 else []
     raise ConfigError(
       f"{folder} has a study with other settings; results of both would be "
       "mixed. Give another --output, or the command of the first. What "
-      "differs:\n  " + "\n  ".join(lines)
+      f"differs:\n{first_lines(differences, _MAX_DIFFERENCES)}"
     )
 
 
@@ -144,10 +144,10 @@ def is_finished(folder: pathlib.Path, run: Run) -> bool:
     # Not started, or killed while its config was written.
     return False
   if config != run.settings:
-    lines = describe_difference(run.settings, config)[:_MAX_DIFFERENCES]
+    lines = describe_difference(run.settings, config)
     raise InputError(
       f"{path} is a run with other settings than the study's: move it away. "
-      "What differs:\n  " + "\n  ".join(lines)
+      f"What differs:\n{first_lines(lines, _MAX_DIFFERENCES)}"
     )
   results = [
     path / "evals" / f"{name}_{run.steps}.json" for name in config["evals"]

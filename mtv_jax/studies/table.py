@@ -15,9 +15,8 @@ from ml_collections import ConfigDict
 
 from mtv_jax.perf import flops
 from mtv_jax.studies import runner
-from mtv_jax.studies.expand import Run, Study
+from mtv_jax.studies.expand import Run, Study, code_version
 from mtv_jax.train.metrics import format_duration
-from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.curves import read_rows
 from mtv_jax.utils.errors import UserError
 
@@ -31,18 +30,22 @@ def count_flops(settings: Mapping[str, Any]) -> float:
   Of `settings`, a resolved config; see `flops.model_flops`.
   """
   config = ConfigDict(dict(settings))
-  spec = build_step_spec(config, 10**9, config.batch_size)
+  spec = flops.build_long_step_spec(config)
   rows = min(config.batch_size, _ROWS)
   batch = flops.abstract_batch(rows, flops.batch_fields(config, spec))
   return flops.model_flops(spec, optax.adam(1e-3), batch) / rows
 
 
 def known_costs(folder: pathlib.Path) -> Mapping[str, float]:
-  """FLOPs that a study in the folder has counted, see `Study.costs`."""
+  """FLOPs that a study in the folder has counted, see `Study.costs`.
+
+  None if other code has counted them.
+  """
   try:
-    return runner.read(folder).costs
+    study = runner.read(folder)
   except UserError:
     return {}
+  return study.costs if study.counted_by == code_version() else {}
 
 
 def format_runs(

@@ -15,7 +15,7 @@ import pytest
 from xla_options import xla_flags
 
 from mtv_jax.cli.study import write_report
-from mtv_jax.studies import results, runner
+from mtv_jax.studies import expand, results, runner, table
 from mtv_jax.studies.expand import Run, Study
 from mtv_jax.train import workdir
 from mtv_jax.utils.errors import ConfigError, InputError
@@ -61,7 +61,7 @@ def test_other_settings_are_refused_and_more_runs_are_not(tmp_path):
   runner.write(tmp_path, study)
   assert runner.read(tmp_path) == study
   other = make_study(2, optim={"lr": 0.1})
-  with pytest.raises(ConfigError, match="optim.lr: 'absent' -> 0.1"):
+  with pytest.raises(ConfigError, match="optim: absent -> {'lr': 0.1}"):
     runner.write(tmp_path, other)
   with pytest.raises(ConfigError, match="a1-s0: not among the runs"):
     runner.write(tmp_path, make_study(1))
@@ -78,6 +78,29 @@ def test_other_settings_are_refused_and_more_runs_are_not(tmp_path):
     (tmp_path / "study.json").write_text(text)
     with pytest.raises(InputError, match=message):
       runner.read(tmp_path)
+
+
+def test_flops_are_those_of_this_code(tmp_path):
+  study = make_study(1, total_steps=5)
+  study = dataclasses.replace(
+    study, match="flops", costs={"a": 2.0}, counted_by=expand.code_version()
+  )
+  assert table.known_costs(tmp_path) == {}
+  runner.write(tmp_path, study)
+  assert table.known_costs(tmp_path) == {"a": 2.0}
+  other = make_study(1, total_steps=6)
+  other = dataclasses.replace(other, match="flops", counted_by="0.0.9-a")
+  with pytest.raises(ConfigError, match="by another version"):
+    runner.write(tmp_path, other)
+  # The new code counts the same: the study goes on.
+  runner.write(tmp_path, dataclasses.replace(study, counted_by="0.0.9-a"))
+  assert table.known_costs(tmp_path) == {}
+  # Of a version that did not store it.
+  fields = json.loads((tmp_path / "study.json").read_text())
+  del fields["counted_by"]
+  (tmp_path / "study.json").write_text(json.dumps(fields))
+  assert runner.read(tmp_path).costs == {"a": 2.0}
+  assert table.known_costs(tmp_path) == {}
 
 
 def test_only_finished_runs_of_the_same_settings_are_read(tmp_path):

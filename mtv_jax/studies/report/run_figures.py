@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mtv_jax.config.overrides import ABSENT, list_differences
 from mtv_jax.evals.report import tables
 from mtv_jax.evals.report.report import file_name, interval_row, is_main
 from mtv_jax.studies.folders import RunFolder
@@ -20,7 +21,7 @@ from mtv_jax.utils.html import Swatch
 # Metrics that are drawn below those of the evaluations.
 _FURTHER = r"grad_norm$|/weight$|^interference/"
 _TIMES = ("speed/images_per_second", "speed/wait")
-_ABSENT = "–"
+_DASH = "–"
 _MAX_VALUE = 160  # Characters of a config's value.
 
 
@@ -253,14 +254,16 @@ def runs_table(
 
 def _last(run: RunFolder, name: str, form: str) -> str:
   points = run.series.get(name)
-  return format(points[-1][1], form) if points else _ABSENT
+  return format(points[-1][1], form) if points else _DASH
 
 
 def config_table(runs: Sequence[RunFolder]) -> list[list[str]]:
   """Keys whose values differ: a header, then a row for each; seeds left out."""
   rows = [["key", *(run.name for run in runs)]]
-  for key, values in _differences([run.config for run in runs]):
-    if key != "seed":
+  for key, values in list_differences([run.config for run in runs]):
+    # A key that is None has no effect, as one that is absent.
+    is_set = any(value not in (None, ABSENT) for value in values)
+    if key != "seed" and is_set:
       rows.append([key, *(_format(value) for value in values)])
   return rows
 
@@ -270,24 +273,8 @@ def format_config(config: Mapping[str, Any]) -> str:
   return json.dumps(config, indent=1, sort_keys=True)
 
 
-def _differences(
-  values: Sequence[Any], prefix: str = ""
-) -> list[tuple[str, Sequence[Any]]]:
-  """Keys that differ; a subtree that one config lacks is one key."""
-  if all(isinstance(value, Mapping) for value in values):
-    keys = dict.fromkeys(key for value in values for key in value)
-    return [
-      row
-      for key in keys
-      for row in _differences(
-        [value.get(key) for value in values],
-        f"{prefix}.{key}" if prefix else str(key),
-      )
-    ]
-  return [] if all(v == values[0] for v in values) else [(prefix, values)]
-
-
 def _format(value: Any) -> str:
-  text = _ABSENT if value is None else value
-  text = text if isinstance(text, str) else json.dumps(text)
+  if value in (None, ABSENT):
+    return _DASH
+  text = value if isinstance(value, str) else json.dumps(value)
   return text[:_MAX_VALUE] + "…" * (len(text) > _MAX_VALUE)

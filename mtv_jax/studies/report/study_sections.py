@@ -8,13 +8,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mtv_jax.perf.flops import build_long_step_spec
 from mtv_jax.studies import statistics
 from mtv_jax.studies.contrasts import Contrast, Metric
 from mtv_jax.studies.expand import Run
 from mtv_jax.studies.report import study_figures
 from mtv_jax.studies.results import StudyResults
 from mtv_jax.train.step_spec import abstract_params
-from mtv_jax.train.train_step import build_step_spec
 from mtv_jax.utils.pages import Block
 from mtv_jax.utils.tree import flatten_with_names
 
@@ -121,7 +121,8 @@ def _describe_synergy(
 def _describe_scaling(
   results: StudyResults, metrics: Sequence[Metric]
 ) -> Iterator[Block]:
-  sizes = {run.arm: measure_size(run) for run in results.study.runs}
+  first = {run.arm: run for run in reversed(results.study.runs)}
+  sizes = {arm: measure_size(run) for arm, run in first.items()}
   data = results.measurements
   variables = {
     arm: {k: v for k, v in size.items() if k != "model"}
@@ -160,7 +161,6 @@ def count_distinct(arm: str) -> int | None:
 
 def count_parameters(settings: Mapping[str, Any]) -> int:
   """Parameters of the image tower of a resolved config."""
-  config = ConfigDict(dict(settings))
-  spec = build_step_spec(config, 10**9, config.batch_size)
+  spec = build_long_step_spec(ConfigDict(dict(settings)))
   image = abstract_params(spec)["image"]
   return sum(math.prod(x.shape) for _, x in flatten_with_names(image))

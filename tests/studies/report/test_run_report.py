@@ -13,6 +13,7 @@ from page_checks import Outline, check_layout
 from PIL import Image
 
 from mtv_jax.cli.main import run_command
+from mtv_jax.config import overrides
 from mtv_jax.studies import folders
 from mtv_jax.studies.report import report, run_figures
 from mtv_jax.utils.errors import ConfigError, InputError, MissingFileError
@@ -221,6 +222,21 @@ def test_differences_of_configs(runs):
     for name in study_samples.OBJECTIVES[1:]
   ]
   assert run_figures.config_table([read[0], read[0]])[1:] == []
+
+  def with_data(*entries, **keys):
+    config = {"data": {"train": [*entries]}, "seed": 1} | keys
+    return dataclasses.replace(read[0], config=config)
+
+  long = "x" * 200
+  one, two = dict(type="scenes", limit=5), dict(type="tfds", path=long)
+  three = with_data(one, two | dict(path=long + "y"), balance=None, seed=2)
+  assert run_figures.config_table([with_data(one, two), three])[1:] == [
+    ["data.train[1].path", "x" * 160 + "…", "x" * 160 + "…"]
+  ]
+  ((key, values),) = overrides.list_differences(
+    [with_data(one).config, with_data(one, two).config]
+  )
+  assert key == "data.train" and values == ([one], [one, two])
 
 
 @pytest.mark.parametrize("width", [1200, 390])
