@@ -284,11 +284,14 @@ def step_flops(
   check_choice("compile", compile, ("no", "whole"))
   rows = batch["image"].shape[0]
   # As separate runs train them: objectives with a teacher share one.
-  distilled = tuple(n for n in spec.objectives if spec.only((n,)).has_teacher)
+  distilled = tuple(
+    n for n in spec.objectives if spec.select_objectives((n,)).has_teacher
+  )
   groups = [(n,) for n in spec.objectives if n not in distilled]
   groups += [distilled] if distilled else []
   alone = {
-    "+".join(names): _count_step(spec.only(names), tx, batch) / rows
+    "+".join(names): _count_step(spec.select_objectives(names), tx, batch)
+    / rows
     for names in groups
   }
   parts = {k: v / rows for k, v in _count_parts(spec, batch, tx).items()}
@@ -341,7 +344,9 @@ def _count_parts(spec: StepSpec, batch: Any, tx: Any) -> dict[str, float]:
       flops = _count_with_gradient(forward, args, encoded[encoding], keep)
     parts[str(encoding)] = flops
   for name in spec.objectives:
-    parts |= _count_objective(spec.only((name,)), state, encoded, batch, views)
+    parts |= _count_objective(
+      spec.select_objectives((name,)), state, encoded, batch, views
+    )
 
   def finish(state, grads):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

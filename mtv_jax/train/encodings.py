@@ -1,22 +1,23 @@
 """The forward passes that the objectives need, each computed once.
 
 Objectives declare encodings (tower, view, weights) with the taps they read;
-`collect` takes the union and `encode` runs each once.
+`collect_encodings` takes the union and `encode` runs each once.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from mtv_jax.augment.random import image_keys
 from mtv_jax.objectives import base
 from mtv_jax.parallel.constraints import constrain_batch
 
 
-def collect(
+def collect_encodings(
   objectives: Iterable[base.Objective],
 ) -> dict[base.Encoding, tuple[int, ...]]:
   """The distinct encodings that objectives need, with the union of taps."""
@@ -41,7 +42,7 @@ def encode(
   """Runs every encoding of the plan.
 
   Args:
-    plan: result of `collect`.
+    plan: result of `collect_encodings`.
     tower_of: the linen module of an encoding.
     params: the student's parameters by tower.
     fixed: those of teachers, by `Encoding.weights` and tower, which get no
@@ -62,7 +63,8 @@ def encode(
   """
   outputs = {}
   for encoding, taps in plan.items():
-    if encoding.weights == base.STUDENT:
+    is_student = encoding.weights == base.STUDENT
+    if is_student:
       weights = params[encoding.tower]
     else:
       weights = fixed[encoding.weights].get(encoding.tower)
@@ -70,39 +72,50 @@ def encode(
         weights = params[encoding.tower]  # A teacher of heads alone.
       weights = jax.lax.stop_gradient(weights)
     tower = tower_of(encoding).clone(mesh=mesh)
-    variables = {"params": weights}
+    apply = functools.partial(tower.apply, {"params": weights})
     with jax.named_scope(str(encoding)):
       if encoding.tower == "text":
-        tokens = batch[encoding.view]  # [B, T] or [B, M, T]
-        lead = tokens.shape[:-1]
-        tokens = tokens.reshape(-1, tokens.shape[-1])
-        output = tower.apply(variables, constrain_batch(tokens, mesh))
-      else:
-        view = views[encoding.view]
-        lead = view.images.shape[:2]
-        mask, drop_path_keys, rope_key = None, None, None
-        if encoding.weights == base.STUDENT:
-          mask = view.mask
-          rope_key = rope_keys and rope_keys[encoding.view]
-          if tower.drop_path and keys is not None:
-            rows = keys[encoding.view]
-            drop_path_keys = image_keys(rows, "drop_path", lead[1])
-        # [B, count, ...] -> [B count, ...]
-        crops = jax.tree.map(
-          lambda x: x.reshape(-1, *x.shape[2:]),
-          (view.images, mask, view.keep),
-        )
-        images, mask, keep = constrain_batch(crops, mesh)
-        output = tower.apply(
-          variables,
-          images,
-          taps=taps,
-          mask=mask,
-          keep=keep,
-          drop_path_keys=drop_path_keys,
-          rope_key=rope_key,
-        )
-      outputs[encoding] = jax.tree.map(
-        lambda x, lead=lead: x.reshape(*lead, *x.shape[1:]), output
+        outputs[encoding] = _encode_text(apply, batch[encoding.view], mesh)
+        continue
+      view, mask, draws = views[encoding.view], None, {}
+      if is_student:
+        mask = view.mask
+        draws["rope_key"] = rope_keys and rope_keys[encoding.view]
+        if tower.drop_path and keys is not None:
+          draws["drop_path_keys"] = image_keys(
+            keys[encoding.view], "drop_path", view.images.shape[1]
+          )
+      outputs[encoding] = _encode_images(
+        apply, view, mask, mesh, taps=taps, **draws
       )
   return outputs
+
+
+def _encode_text(
+  apply: Callable[..., Any], tokens: Int[Array, "*rows t"], mesh: Mesh | None
+) -> Any:
+  """The text tower on token ids `[B, T]` or `[B, M, T]`."""
+  rows = constrain_batch(tokens.reshape(-1, tokens.shape[-1]), mesh)
+  return _unflatten(apply(rows), tokens.shape[:-1])
+
+
+def _encode_images(
+  apply: Callable[..., Any],
+  view: Any,
+  mask: Bool[Array, "b count n"] | None,
+  mesh: Mesh | None,
+  **options: Any,
+) -> Any:
+  """An image tower on the crops of a `ViewBatch`."""
+  # [B, count, ...] -> [B count, ...]
+  crops = jax.tree.map(
+    lambda x: x.reshape(-1, *x.shape[2:]), (view.images, mask, view.keep)
+  )
+  images, mask, keep = constrain_batch(crops, mesh)
+  output = apply(images, mask=mask, keep=keep, **options)
+  return _unflatten(output, view.images.shape[:2])
+
+
+def _unflatten(output: PyTree, lead: tuple[int, ...]) -> PyTree:
+  """Splits the rows of each array into leading axes."""
+  return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), output)

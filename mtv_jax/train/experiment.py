@@ -20,10 +20,7 @@ from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import base as evals_base
 from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as model_lib
-from mtv_jax.parallel.mesh import (
-  MESH_AXES,
-  host_rows,
-)
+from mtv_jax.parallel.mesh import MESH_AXES, host_rows
 from mtv_jax.parallel.rules import sharding_table
 from mtv_jax.train.initialization import read_teacher_models
 from mtv_jax.train.optim import param_rules
@@ -65,13 +62,8 @@ def build_experiment(
     )
   mesh = make_config_mesh(config)
   read_teacher_models(config, pathlib.Path(workdir))
-  tokenizer = None
-  if text := config.model.text:
-    # Before the data, which may take long to open.
-    tokenizer = tokenizers.build_tokenizer(text.tokenizer, clean=text.clean)
-    tokenizers.check_vocabulary(
-      tokenizer, text.vocab_size, where="config.model.text.vocab_size"
-    )
+  # Before the data, which may take long to open.
+  tokenizer = _build_tokenizer(config)
   entries = config.data.to_dict()["train"]
   # As labels are aligned to whole sources, limits come last.
   whole = [
@@ -101,8 +93,19 @@ def build_experiment(
     workdir=pathlib.Path(workdir),
     tokenizer=tokenizer,
     sources=sources,
-    evaluators=_evaluators(config, step),
+    evaluators=_prepare_evaluators(config, step),
   )
+
+
+def _build_tokenizer(config: ConfigDict) -> Any:
+  """The tokenizer of a resolved config; None for a model without text."""
+  if not (text := config.model.text):
+    return None
+  tokenizer = tokenizers.build_tokenizer(text.tokenizer, clean=text.clean)
+  tokenizers.check_vocabulary(
+    tokenizer, text.vocab_size, where="config.model.text.vocab_size"
+  )
+  return tokenizer
 
 
 def build_evaluators(config: ConfigDict) -> dict[str, evals_base.Evaluator]:
@@ -122,7 +125,7 @@ def evaluable(config: ConfigDict, spec: model_lib.ModelSpec) -> frozenset[str]:
   return frozenset(text | {head.objective for head in heads})
 
 
-def _evaluators(
+def _prepare_evaluators(
   config: ConfigDict, step: TrainStep
 ) -> dict[str, evals_base.Evaluator]:
   """Builds the evaluators and opens their data, so that errors show early."""
@@ -197,9 +200,10 @@ def save_config(experiment: Experiment, command: str = "") -> None:
       read_recorded_config(experiment.workdir), json.loads(text)
     )
     log.warning(
-      f"{path} has changed; the old one is config.json.old. With another seed, "
-      f"batch size or data the run continues with other rows.\n"
-      f"{first_lines(changes, 20)}"
+      "%s has changed; the old one is config.json.old. With another seed, "
+      "batch size or data the run continues with other rows.\n%s",
+      path,
+      first_lines(changes, 20),
     )
     shutil.copyfile(path, path.with_name("config.json.old"))
   if old != text:
@@ -207,12 +211,12 @@ def save_config(experiment: Experiment, command: str = "") -> None:
     atomic.write(path, text.encode())
   if command:
     path.with_name("command.txt").write_text(command + "\n", encoding="utf-8")
-  if experiment.tokenizer is not None and experiment.tokenizer.path is not None:
+  if source := getattr(experiment.tokenizer, "path", None):
     folder = experiment.workdir / "tokenizer"
     folder.mkdir(exist_ok=True)
-    target = folder / pathlib.Path(experiment.tokenizer.path).name
+    target = folder / pathlib.Path(source).name
     if not target.exists():
-      shutil.copyfile(experiment.tokenizer.path, target)
+      shutil.copyfile(source, target)
 
 
 def log_experiment(experiment: Experiment) -> None:
@@ -240,6 +244,12 @@ def log_experiment(experiment: Experiment) -> None:
     f"{experiment.total_steps} steps of {size} examples; an epoch of {epoch:,} "
     f"examples is {epoch / size:.1f} steps."
   )
+  _warn_of_repeated_rows(experiment)
+
+
+def _warn_of_repeated_rows(experiment: Experiment) -> None:
+  """Warns of sources with fewer records than rows of a batch."""
+  size = experiment.config.batch_size
   weights = [e.get("weight", 1.0) for e in experiment.config.data.train]
   for source, weight in zip(experiment.sources, weights, strict=True):
     rows = size * weight / sum(weights)

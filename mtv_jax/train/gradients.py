@@ -52,7 +52,7 @@ def combine_gradients(
   seed = jax.random.key(spec.seed)
   for name in spec.objectives:
     (loss, term), grads[name] = compute_gradients(
-      spec.only((name,)), state, batch, mesh
+      spec.select_objectives((name,)), state, batch, mesh
     )
     total, terms = total + loss, {**terms, **term}
     keys[name] = step_key(seed, f"balance/{name}", state.step)
@@ -171,7 +171,7 @@ def encoder_gradients(
 
     def loss(floats, name=name):
       loss_inputs = {name: replace_float_leaves(inputs[name], floats)}
-      heads, alone = state.params["heads"], spec.only((name,))
+      heads, alone = state.params["heads"], spec.select_objectives((name,))
       _, terms = compute_losses(alone, heads, state, loss_inputs, mesh)
       return terms[name].loss.value()
 

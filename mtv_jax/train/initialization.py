@@ -59,7 +59,9 @@ def initialize_state(train_step: TrainStep) -> TrainState:
     log.info("Initialised from %s:\n%s", init.path, report)
     if init.teacher:
       teacher = init_teacher(train_step, params)
-  return train_step.program.init(params, read_teachers(train_step), teacher)
+  return train_step.program.init(
+    params, read_teacher_params(train_step), teacher
+  )
 
 
 def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
@@ -69,7 +71,10 @@ def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
   copies of the student's.
   """
   init, spec = train_step.config.init, train_step.step_spec
-  if spec.has_teacher and not spec.only(spec.active(0)).has_teacher:
+  if (
+    spec.has_teacher
+    and not spec.select_objectives(spec.active_objectives(0)).has_teacher
+  ):
     raise ConfigError(
       "config.init.teacher has no effect: no objective reads the teacher at "
       "step 0, and at the start of the first that does it is a copy of the "
@@ -101,7 +106,7 @@ def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
   return teacher
 
 
-def read_teachers(train_step: TrainStep) -> dict[str, Any]:
+def read_teacher_params(train_step: TrainStep) -> dict[str, Any]:
   """Parameters of the frozen teachers that have a path, as `{image: ...}`."""
   abstract, loaded = train_step.program.abstract.teachers, {}
   for name in abstract:

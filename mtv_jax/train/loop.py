@@ -210,10 +210,10 @@ class _Trainer:
   def update(self, step: int, batch: Any) -> dict[str, Any]:
     """One update; returns what `measure_gradients` does."""
     spec, program = self.experiment.step_spec, self.experiment.program
-    if spec.active(step - 1) != self.active:
-      self.active = spec.active(step - 1)
+    if spec.active_objectives(step - 1) != self.active:
+      self.active = spec.active_objectives(step - 1)
       log.info("From step %d: %s. Compiling.", step, ", ".join(self.active))
-      self.chrono.compiles()
+      self.chrono.expect_compilation()
     if spec.teacher_starts(step - 1):
       self.state = program.restart_teacher(self.state)
     if due := spec.teachers_due(step - 1):
@@ -254,7 +254,7 @@ class _Trainer:
           program.interference(self.state, batch, active, lr)
         )
         row = interference.interference_row(active, measured)
-        self.writer.row("interference", step, row)
+        self.writer.write_row("interference", step, row)
         values = interference.interference_scalars(measured)
         norms = np.linalg.norm(measured["norms"], axis=1)
         norms = dict(zip(active, norms, strict=True))
@@ -285,7 +285,7 @@ class _Trainer:
     }
     losses = [name for name in values if name.endswith("/loss")]
     names = ("loss", *losses, "lr", "grad_norm", *values)
-    write = self.writer.scalars if to_files else self.writer.log_line
+    write = self.writer.write_scalars if to_files else self.writer.log_scalars
     write(step, {name: values[name] for name in names}, self.chrono.rates(step))
 
   def evaluate(self, step: int, names: Iterable[str]) -> None:
@@ -295,32 +295,36 @@ class _Trainer:
     the last step also the sheets of images, `evals/NAME_STEP/SHEET.png`, and
     the metrics of resamples of the items, `evals/NAME_STEP.npz`.
     """
-    experiment, spec = self.experiment, self.experiment.step_spec
-    config, workdir = experiment.config, experiment.workdir
+    experiment, config = self.experiment, self.experiment.config
     for name in names:
       with self.chrono.pause():
-        heads = heads_lib.heads_of_config(config.objectives, spec.model)
         weights = config.evals[name].get("weights", config.weights)
-        encoder = Encoder(
-          spec.model,
-          self.state.weights(weights),
-          preprocess_from_config(config),
-          experiment.tokenizer,
-          experiment.mesh,
-          dtype=str(spec.dtype),
-          weights=weights,
-          source=f"{workdir.name} at step {step}",
-          prediction_heads=heads,
-        )
+        encoder = self.build_encoder(step, weights)
         evaluators = {name: experiment.evaluators[name]}
         results = evals_lib.evaluate(encoder, evaluators)
         if jax.process_index() == 0:
-          path = workdir / "evals" / f"{name}_{step}.json"
+          path = experiment.workdir / "evals" / f"{name}_{step}.json"
           if step >= experiment.total_steps:
             results_lib.write_arrays(path.with_suffix(""), results[name])
           results_lib.write_json(path, encoder, results)
         metrics = results[name].metrics.items()
-        self.writer.scalars(step, {f"{name}/{k}": v for k, v in metrics})
+        self.writer.write_scalars(step, {f"{name}/{k}": v for k, v in metrics})
+
+  def build_encoder(self, step: int, weights: str) -> Encoder:
+    """An encoder of the current parameters; see `TrainState.weights`."""
+    experiment, spec = self.experiment, self.experiment.step_spec
+    config = experiment.config
+    return Encoder(
+      spec.model,
+      self.state.weights(weights),
+      preprocess_from_config(config),
+      experiment.tokenizer,
+      experiment.mesh,
+      dtype=str(spec.dtype),
+      weights=weights,
+      source=f"{experiment.workdir.name} at step {step}",
+      prediction_heads=heads_lib.heads_of_config(config.objectives, spec.model),
+    )
 
   def save(self, step: int) -> None:
     """Starts saving a checkpoint, if all metrics are finite."""

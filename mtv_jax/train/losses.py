@@ -76,7 +76,7 @@ def _gather_params(spec: StepSpec, params: PyTree, mesh: Mesh | None) -> PyTree:
   return all_gather_params(params, mesh, keep=_NOT_GATHERED)
 
 
-def _gather(
+def _gather_state(
   spec: StepSpec, params: PyTree, state: TrainState, mesh: Mesh | None
 ) -> tuple[PyTree, TrainState]:
   """Parameters and teachers as the layers read them."""
@@ -100,7 +100,7 @@ def _make_views(
   keys: Mapping[str, jax.Array],
   mesh: Mesh | None,
 ) -> dict[str, Any]:
-  """The views that the objectives read, by name."""
+  """The views that the objectives read: `ViewBatch`es of B rows by name."""
   views = {}
   for name, rngs in keys.items():
     with jax.named_scope(f"view({name})"):
@@ -118,16 +118,25 @@ def compute_loss_inputs(
   keys: Mapping[str, jax.Array],
   mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-  """The loss inputs of each objective for some rows of a batch.
+  """The loss inputs of each objective for b rows of a batch.
 
-  `params` are the student's, `keys` the random keys of the rows' views.
+  Args:
+    spec: of the objectives to compute.
+    params: the student's, by which the result is differentiated.
+    state: its teachers; its other parameters are not read.
+    batch: batch fields `[b, ...]`.
+    keys: random keys `[b]` of the rows by view, see `view_keys`.
+    mesh: over which the rows are sharded; None on one device.
+
+  Returns:
+    By objective, trees of arrays `[b, ...]`.
   """
-  params, state = _gather(spec, params, state, mesh)
+  params, state = _gather_state(spec, params, state, mesh)
   batch = {**batch, "views": _make_views(spec, batch, keys, mesh), "keys": keys}
   encoded = _encode(spec, spec.plan, params, state, batch, mesh)
   heads = bind_heads(spec, params["heads"], state)
   return {
-    name: _loss_inputs_of(spec, name, encoded, heads, batch, mesh)
+    name: _compute_loss_inputs_of(spec, name, encoded, heads, batch, mesh)
     for name in spec.objectives
   }
 
@@ -155,7 +164,7 @@ def _encode(
   return constrain_batch(encoded, mesh)
 
 
-def _loss_inputs_of(
+def _compute_loss_inputs_of(
   spec: StepSpec,
   name: str,
   encoded: base.Encodings,
@@ -192,25 +201,17 @@ def linearize_encoder(
 ) -> tuple[dict[str, Any], dict[str, Callable[[list[Array]], PyTree]]]:
   """`compute_loss_inputs`, and its derivative for the image encoder.
 
-  The second result maps, for each objective, cotangents of the `float_leaves`
-  of its loss inputs to a gradient on the image encoder.
+  Each encoding is computed and linearized once for all objectives.
+
+  Returns:
+    The loss inputs by objective, and by objective a function from cotangents of
+    the `float_leaves` of its loss inputs to a gradient on the image encoder.
   """
-  params, fixed = _gather(spec, state.params, state, mesh)
+  params, fixed = _gather_state(spec, state.params, state, mesh)
   batch = {**batch, "views": _make_views(spec, batch, keys, mesh), "keys": keys}
-  encoded, encoder_vjps = {}, {}
-  for encoding, taps in spec.plan.items():
-
-    def encode(image, encoding=encoding, taps=taps):
-      tower = _gather_params(spec, {"image": image}, mesh)
-      own = {**params, **tower}
-      return _encode(spec, {encoding: taps}, own, fixed, batch, mesh)[encoding]
-
-    if encoding.tower == "image" and encoding.weights == base.STUDENT:
-      encoded[encoding], encoder_vjps[encoding] = jax.vjp(
-        encode, state.params["image"]
-      )
-    else:
-      encoded[encoding] = encode(state.params["image"])
+  encoded, encoder_vjps = _linearize_encodings(
+    spec, state.params["image"], params, fixed, batch, mesh
+  )
   heads = bind_heads(spec, params["heads"], state)
 
   def linearize(name):
@@ -218,7 +219,7 @@ def linearize_encoder(
     read = {e: encoded[e] for e in encoder_vjps if e in needs}
 
     def loss_inputs(read):
-      inputs = _loss_inputs_of(
+      inputs = _compute_loss_inputs_of(
         spec, name, {**encoded, **read}, heads, batch, mesh
       )
       return float_leaves(inputs), inputs
@@ -242,6 +243,37 @@ def linearize_encoder(
   return inputs, pullbacks
 
 
+def _linearize_encodings(
+  spec: StepSpec,
+  image: PyTree,
+  params: PyTree,
+  state: TrainState,
+  batch: Batch,
+  mesh: Mesh | None,
+) -> tuple[
+  dict[base.Encoding, Any], dict[base.Encoding, Callable[[Any], tuple[PyTree]]]
+]:
+  """All encodings, and the VJPs of the student's for the image encoder.
+
+  `image` are the encoder's parameters, `params` and `state` the others as the
+  layers read them.
+  """
+  encoded, vjps = {}, {}
+  for encoding, taps in spec.plan.items():
+
+    def encode(image, encoding=encoding, taps=taps):
+      tower = _gather_params(spec, {"image": image}, mesh)
+      student = {**params, **tower}
+      plan = {encoding: taps}
+      return _encode(spec, plan, student, state, batch, mesh)[encoding]
+
+    if encoding.tower == "image" and encoding.weights == base.STUDENT:
+      encoded[encoding], vjps[encoding] = jax.vjp(encode, image)
+    else:
+      encoded[encoding] = encode(image)
+  return encoded, vjps
+
+
 def compute_losses(
   spec: StepSpec,
   params: PyTree,
@@ -249,11 +281,16 @@ def compute_losses(
   loss_inputs: Mapping[str, Any],
   mesh: Mesh | None = None,
 ) -> Loss:
-  """The total loss over all inputs, and each objective's terms.
+  """The total loss of the global batch, and each objective's terms.
 
-  `params` are those of the heads.
+  Args:
+    spec: of the objectives to compute.
+    params: those of the heads.
+    state: its step, statistics, balance and the teacher's heads.
+    loss_inputs: results of `compute_loss_inputs` for all rows `[B, ...]`.
+    mesh: as in `compute_loss_inputs`.
   """
-  params, state = _gather(spec, {"heads": params}, state, mesh)
+  params, state = _gather_state(spec, {"heads": params}, state, mesh)
   heads = bind_heads(spec, params["heads"], state)
   total = spec.balance.penalty(spec.config_weights(state.step), state.balance)
   weights, terms = spec.loss_weights(state), {}

@@ -97,7 +97,7 @@ class Chrono:
     self._steps = 0
     self.from_dict({})
 
-  def compiles(self) -> None:
+  def expect_compilation(self) -> None:
     """Counts the next step as compilation, too."""
     self._lap()
     self.compiling = True
@@ -205,7 +205,7 @@ class MetricWriter(contextlib.AbstractContextManager):
       flush_secs=30,
     )
 
-  def scalars(
+  def write_scalars(
     self, step: int, values: Mapping[str, Any], rates: Rates | None = None
   ) -> None:
     """Writes named numbers, to the files and as a line on the console.
@@ -217,7 +217,7 @@ class MetricWriter(contextlib.AbstractContextManager):
     """
     if not self._active:
       return
-    numbers = self.log_line(step, values, rates)
+    numbers = self.log_scalars(step, values, rates)
     if rates is not None:
       speed = dataclasses.asdict(rates)
       numbers |= {f"speed/{name}": value for name, value in speed.items()}
@@ -229,12 +229,12 @@ class MetricWriter(contextlib.AbstractContextManager):
       if math.isfinite(value):
         self._board.add_scalar(name, value, step)
 
-  def log_line(
+  def log_scalars(
     self, step: int, values: Mapping[str, Any], rates: Rates | None = None
   ) -> dict[str, float]:
     """Logs named numbers as a line on the console alone, and returns them.
 
-    Arguments and errors are those of `scalars`.
+    Arguments and errors are those of `write_scalars`.
     """
     if not self._active:
       return {}
@@ -248,7 +248,7 @@ class MetricWriter(contextlib.AbstractContextManager):
     log.info(console_line(step, self.total_steps, numbers, rates=rates))
     return numbers
 
-  def row(self, table: str, step: int, values: Mapping[str, Any]) -> None:
+  def write_row(self, table: str, step: int, values: Mapping[str, Any]) -> None:
     """Appends a line of numbers, arrays and strings to TABLE.jsonl.
 
     Numbers have seven digits; one that is not finite is null.

@@ -204,7 +204,9 @@ class Program:
     active = tuple(self.spec.objectives) if active is None else active
     if active not in self._updates:
       self._updates[active] = self._jit(
-        make_update_fn(self.spec, self.spec.only(active), self.tx, self.mesh),
+        make_update_fn(
+          self.spec, self.spec.select_objectives(active), self.tx, self.mesh
+        ),
         (self.shardings, replicated_sharding(self.mesh)),
         donate_argnums=0,
       )
@@ -215,7 +217,7 @@ class Program:
     """`(state, batch, active) -> {name: norm}`, see `gradients`."""
 
     def norms(state, batch, active):
-      spec = self.spec.only(active)
+      spec = self.spec.select_objectives(active)
       return gradients.encoder_grad_norms(spec, state, batch, self.mesh)
 
     return self._jit(norms, replicated_sharding(self.mesh), static_argnums=2)
@@ -228,7 +230,7 @@ class Program:
     """
 
     def measure(state, batch, active, lr=None):
-      spec = self.spec.only(active)
+      spec = self.spec.select_objectives(active)
       return interference.measure_interference(
         spec, state, batch, lr, self.mesh
       )

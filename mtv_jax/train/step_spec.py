@@ -21,6 +21,7 @@ from mtv_jax.models import two_tower as model_lib
 from mtv_jax.objectives import base
 from mtv_jax.train import balance as balance_lib
 from mtv_jax.train import encodings
+from mtv_jax.train.optim.schedules import half_cosine
 from mtv_jax.train.state import TrainState
 from mtv_jax.utils.errors import ConfigError
 
@@ -37,7 +38,7 @@ class ObjectiveWeight:
   start: int = 0
   ramp: int = 0
 
-  def active(self, step: int) -> bool:
+  def is_active(self, step: int) -> bool:
     """Whether the objective is computed in the update after `step` others."""
     return step >= self.start
 
@@ -139,7 +140,7 @@ class StepSpec:
   @functools.cached_property
   def plan(self) -> dict[base.Encoding, tuple[int, ...]]:
     """The distinct encodings with their taps."""
-    return encodings.collect(self.objectives.values())
+    return encodings.collect_encodings(self.objectives.values())
 
   @functools.cached_property
   def heads(self) -> dict[str, base.Head]:
@@ -147,7 +148,7 @@ class StepSpec:
     heads = {}
     for name, objective in self.objectives.items():
       for key, head in objective.heads().items():
-        if key in heads and not _alike(heads[key], head, self.model):
+        if key in heads and not _are_equal_heads(heads[key], head, self.model):
           raise ConfigError(
             f"objective {name!r} and another one both own heads/{key}, with "
             "different settings. Rename one of the heads."
@@ -213,11 +214,11 @@ class StepSpec:
     stacks = {f"heads/{n}": h.module for n, h in self.heads.items()} | towers
     return {n: s.heads for n, s in stacks.items() if hasattr(s, "heads")}
 
-  def active(self, step: int) -> tuple[str, ...]:
+  def active_objectives(self, step: int) -> tuple[str, ...]:
     """The objectives that the update after `step` others computes."""
-    return tuple(n for n, w in self.weights.items() if w.active(step))
+    return tuple(n for n, w in self.weights.items() if w.is_active(step))
 
-  def only(self, names: tuple[str, ...]) -> StepSpec:
+  def select_objectives(self, names: tuple[str, ...]) -> StepSpec:
     """The same step with some of the objectives."""
     return dataclasses.replace(
       self,
@@ -230,7 +231,9 @@ class StepSpec:
     every = self.balance.every_steps
     if every is None:
       return False
-    starts = step > 0 and self.active(step) != self.active(step - 1)
+    starts = step > 0 and self.active_objectives(
+      step
+    ) != self.active_objectives(step - 1)
     return starts or step % every == 0
 
   def config_weights(self, step: Any) -> dict[str, Array]:
@@ -246,8 +249,8 @@ class StepSpec:
     """Whether a teacher is first read in the update after `step` others."""
 
     def reads(at):
-      names = self.active(at)
-      return bool(names) and self.only(names).has_teacher
+      names = self.active_objectives(at)
+      return bool(names) and self.select_objectives(names).has_teacher
 
     return step > 0 and reads(step) and not reads(step - 1)
 
@@ -273,10 +276,7 @@ class StepSpec:
     start = jnp.float32(self.teacher_momentum)
     if self.teacher_end is None:
       return start
-    share = jnp.clip(step / max(self.total_steps - 1, 1), 0.0, 1.0)
-    return self.teacher_end + (start - self.teacher_end) * 0.5 * (
-      1.0 + jnp.cos(jnp.pi * share)
-    )
+    return half_cosine(step, start, self.teacher_end, self.total_steps - 1)
 
   @property
   def has_teacher(self) -> bool:
@@ -292,7 +292,9 @@ class StepSpec:
     return readers
 
 
-def _alike(a: base.Head, b: base.Head, spec: model_lib.ModelSpec) -> bool:
+def _are_equal_heads(
+  a: base.Head, b: base.Head, spec: model_lib.ModelSpec
+) -> bool:
   """Whether modules, bounds and input widths of two heads are equal."""
 
   def shapes(head):

@@ -123,7 +123,7 @@ def build_step_spec(
   """
   length = schema.RunLength(config.batch_size, examples_per_epoch, total_steps)
   weights = {
-    name: _weight(name, entry.weight, length)
+    name: _build_weight(name, entry.weight, length)
     for name, entry in config.objectives.items()
   }
   first = min((weight.start for weight in weights.values()), default=0)
@@ -152,14 +152,14 @@ def build_step_spec(
     seed=config.seed,
     total_steps=total_steps,
     init=config.model.init,
-    balance=_balance(config.balance, length),
+    balance=_build_balance(config.balance, length),
     teacher_momentum=config.teacher.momentum,
     teacher_end=config.teacher.end,
     teacher_ema=config.teacher.ema,
     ema_decay=config.ema.decay if config.ema else None,
     accumulate=config.accumulate,
-    teachers=_frozen_teachers(
-      config, model, _first_reads(objectives, weights), length
+    teachers=_build_frozen_teachers(
+      config, model, _find_first_reads(objectives, weights), length
     ),
   )
   if not config.optim.rules:
@@ -217,7 +217,7 @@ def _resolve_model(
     config.optim.rules = [_FROZEN_TEXT, *config.optim.rules]
 
 
-def _weight(
+def _build_weight(
   name: str, weight: float | ConfigDict, length: schema.RunLength
 ) -> ObjectiveWeight:
   if not isinstance(weight, ConfigDict):
@@ -231,7 +231,7 @@ def _weight(
   return ObjectiveWeight(weight.value, start, ramp)
 
 
-def _balance(
+def _build_balance(
   section: ConfigDict | None, length: schema.RunLength
 ) -> balance_lib.Balance:
   """The balancing method; fixed weights if the config has none."""
@@ -252,7 +252,7 @@ def _balance(
   return options.build(method, given, where=where, reserved=(key,))
 
 
-def _first_reads(
+def _find_first_reads(
   objectives: Mapping[str, base.Objective],
   weights: Mapping[str, ObjectiveWeight],
 ) -> dict[str, int]:
@@ -265,7 +265,7 @@ def _first_reads(
   return first
 
 
-def _frozen_teachers(
+def _build_frozen_teachers(
   config: ConfigDict,
   model: model_lib.ModelSpec,
   first_reads: Mapping[str, int],

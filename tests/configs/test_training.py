@@ -48,7 +48,9 @@ def train(run, workdir):
       if due := spec.teachers_due(step):
         state = program.update_teachers(state, due)
       batch = shard_batch(dict(batch), mesh)
-      state, metrics = program.update(state, batch, spec.active(step))
+      state, metrics = program.update(
+        state, batch, spec.active_objectives(step)
+      )
       metrics = jax.device_get(metrics)
       losses.append({k: v for k, v in metrics.items() if k.endswith("loss")})
   return losses

@@ -226,7 +226,9 @@ def flat_gradients(spec, state, names):
   """The gradient of some objectives by parameter."""
 
   def compute(state, batch):
-    return gradients.compute_gradients(spec.only(names), state, batch)[1]
+    return gradients.compute_gradients(
+      spec.select_objectives(names), state, batch
+    )[1]
 
   tree = jax.device_get(jax.jit(compute)(state, step_samples.make_batch()))
   return dict(flatten_with_names(tree))

@@ -94,7 +94,7 @@ def brute_force(params):
   def loss(image, batch, name):
     own = {**params, "image": image}
     alone = dataclasses.replace(
-      spec.only((name,)), weights={name: ObjectiveWeight(1.0)}
+      spec.select_objectives((name,)), weights={name: ObjectiveWeight(1.0)}
     )
     return total_loss(alone, own, state, batch)[0]
 

@@ -140,8 +140,10 @@ RATES = Rates(812.3, 0.012, 0.5, 192.0, 1.5)
 
 def test_writers_write_files(tmp_path):
   with MetricWriter(tmp_path / "run", total_steps=10) as writers:
-    writers.scalars(1, {"loss": np.float32(2.5), "n": np.array([3])}, RATES)
-    writers.scalars(1, {"eval/top1": 0.25, "bad": float("nan")})
+    writers.write_scalars(
+      1, {"loss": np.float32(2.5), "n": np.array([3])}, RATES
+    )
+    writers.write_scalars(1, {"eval/top1": 0.25, "bad": float("nan")})
   rows = read_jsonl(tmp_path / "run")
   assert rows[0]["loss"] == 2.5 and rows[0]["n"] == 3
   assert rows[0]["speed/images_per_second"] == 812.3
@@ -154,25 +156,25 @@ def test_writers_write_files(tmp_path):
 def test_resume_repeats_no_step(tmp_path):
   with MetricWriter(tmp_path, total_steps=10) as writers:
     for step in range(1, 7):
-      writers.scalars(step, {"loss": float(step)})
+      writers.write_scalars(step, {"loss": float(step)})
   with (tmp_path / "metrics.jsonl").open("a") as f:
     f.write('{"step": 7, "lo')  # Killed while writing.
   with MetricWriter(tmp_path, total_steps=10, start_step=4) as writers:
     for step in range(5, 9):
-      writers.scalars(step, {"loss": 10.0 * step})
+      writers.write_scalars(step, {"loss": 10.0 * step})
   rows = read_jsonl(tmp_path)
   assert [row["step"] for row in rows] == list(range(1, 9))
   assert [row["loss"] for row in rows] == [1, 2, 3, 4, 50, 60, 70, 80]
   _, restarts = read_board(tmp_path)
   assert restarts[-1] == 5
   with MetricWriter(tmp_path, total_steps=10) as writers:
-    writers.scalars(0, {"loss": 0.5})
+    writers.write_scalars(0, {"loss": 0.5})
   assert read_jsonl(tmp_path) == [{"step": 0, "loss": 0.5}]
 
 
 def test_resume_leaves_a_complete_file_alone(tmp_path):
   with MetricWriter(tmp_path, total_steps=10) as writers:
-    writers.scalars(3, {"loss": 1.0})
+    writers.write_scalars(3, {"loss": 1.0})
   before = (tmp_path / "metrics.jsonl").stat()
   MetricWriter(tmp_path, total_steps=10, start_step=3).close()
   after = (tmp_path / "metrics.jsonl").stat()
@@ -183,9 +185,9 @@ def test_rows_of_a_table_are_repeated_by_no_resume(tmp_path):
   values = dict(names=["a", "b"], share=1 / 3, norms=np.float32([0.1, np.nan]))
   with MetricWriter(tmp_path, total_steps=10) as writers:
     for step in (2, 4, 6):
-      writers.row("interference", step, values)
+      writers.write_row("interference", step, values)
   with MetricWriter(tmp_path, total_steps=10, start_step=5) as writers:
-    writers.row("interference", 6, values)
+    writers.write_row("interference", 6, values)
   lines = (tmp_path / "interference.jsonl").read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   assert [row.pop("step") for row in rows] == [2, 4, 6]
@@ -200,8 +202,8 @@ def test_only_process_0_writes(tmp_path, caplog):
     caplog.at_level(logging.INFO),
     MetricWriter(tmp_path / "run", total_steps=10, process_index=1) as writers,
   ):
-    writers.scalars(1, {"loss": 1.0})
-    writers.scalars(1, {"loss": 1.0}, RATES)
+    writers.write_scalars(1, {"loss": 1.0})
+    writers.write_scalars(1, {"loss": 1.0}, RATES)
   assert not (tmp_path / "run").exists() and not caplog.records
 
 
@@ -210,7 +212,7 @@ def test_a_metric_is_a_scalar(tmp_path):
     MetricWriter(tmp_path, total_steps=10) as writers,
     pytest.raises(ValueError, match=r"'grads' has shape \(2,\)"),
   ):
-    writers.scalars(1, {"grads": np.ones(2)})
+    writers.write_scalars(1, {"grads": np.ones(2)})
 
 
 # --- the console -------------------------------------------------------------

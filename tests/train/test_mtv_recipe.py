@@ -38,8 +38,8 @@ def test_dropping_an_objective_changes_no_other_initial_value():
   assert set(spec.objectives) == set(objectives.REGISTRY) - {"gram"}
   for dropped in spec.objectives:
     names = tuple(name for name in spec.objectives if name != dropped)
-    rest = init_params(spec.only(names), key)
-    assert set(rest["heads"]) == set(spec.only(names).heads)
+    rest = init_params(spec.select_objectives(names), key)
+    assert set(rest["heads"]) == set(spec.select_objectives(names).heads)
     for name, leaf in flatten_with_names(rest):
       np.testing.assert_array_equal(leaf, whole[name], err_msg=name)
 
@@ -62,7 +62,11 @@ def params():
 @functools.cache
 def compiled(shape, names=None):
   """(batch) -> losses by objective, and gradients by parameter."""
-  spec = tiny_mtv.built() if names is None else tiny_mtv.built().only(names)
+  spec = (
+    tiny_mtv.built()
+    if names is None
+    else tiny_mtv.built().select_objectives(names)
+  )
   sizes = dict(zip(MESH_AXES, shape, strict=True))
   mesh = make_mesh(sizes, jax.devices()[: math.prod(shape)])
   # The state is the whole recipe's, even if only a part is computed.
@@ -237,7 +241,9 @@ def test_step_flops_are_the_sum_of_their_parts():
   assert {"image(image, student)", "heads of depth"} <= set(cost.parts)
   assert cost.share < 0.95
   rest = tuple(n for n in tiny_mtv.built().objectives if n != "depth")
-  less = flops.step_flops(tiny_mtv.built().only(rest), spec, optax.sgd(0.1))
+  less = flops.step_flops(
+    tiny_mtv.built().select_objectives(rest), spec, optax.sgd(0.1)
+  )
   # Only its head disappears: grounding reads the same encoding.
   assert cost.traced - less.traced == pytest.approx(
     cost.parts["heads of depth"] + cost.parts["loss of depth"], rel=1e-3
@@ -255,11 +261,12 @@ def test_prototypes_in_chunks_cost_more_flops_and_no_less():
     objectives = {
       name: dataclasses.replace(objective, chunk=chunk)
       for name, objective in tiny_mtv.built()
-      .only(("masked_latent",))
+      .select_objectives(("masked_latent",))
       .objectives.items()
     }
     spec = dataclasses.replace(
-      tiny_mtv.built().only(("masked_latent",)), objectives=objectives
+      tiny_mtv.built().select_objectives(("masked_latent",)),
+      objectives=objectives,
     )
     return flops.step_flops(spec, batch, optax.sgd(0.1)).traced
 

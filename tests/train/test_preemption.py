@@ -35,16 +35,16 @@ def sigterm_at(monkeypatch):
   """Sends SIGTERM to this process once a step was logged."""
 
   def patch(signal_step):
-    scalars = MetricWriter.scalars
+    write_scalars = MetricWriter.write_scalars
 
     def log_and_kill(self, step, *args):
-      scalars(self, step, *args)
+      write_scalars(self, step, *args)
       if step == signal_step:
         # With the default handler the signal would end the tests.
         assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(MetricWriter, "scalars", log_and_kill)
+    monkeypatch.setattr(MetricWriter, "write_scalars", log_and_kill)
 
   return patch
 

@@ -267,7 +267,7 @@ def test_invalid_step_specs_are_rejected():
 
 def test_objective_weight_start_and_ramp():
   weight = ObjectiveWeight(0.5, start=10, ramp=4)
-  assert [weight.active(s) for s in (0, 9, 10, 50)] == [
+  assert [weight.is_active(s) for s in (0, 9, 10, 50)] == [
     False,
     False,
     True,
@@ -291,15 +291,15 @@ def two_objectives(**weight):
 @pytest.mark.slow
 def test_a_later_objective_starts_with_the_student_as_teacher():
   spec = two_objectives(start=2)
-  assert spec.active(1) == ("contrastive",)
-  assert spec.active(2) == ("contrastive", "pull")
+  assert spec.active_objectives(1) == ("contrastive",)
+  assert spec.active_objectives(2) == ("contrastive", "pull")
   assert [spec.teacher_starts(s) for s in range(4)] == [0, 0, 1, 0]
   mesh = mesh_of((1, 1, 1))
   program = make_program(spec, optax.sgd(0.1), mesh)
   state = program.init(init_params(spec, jax.random.key(0)))
   batch = shard_batch(make_batch(), mesh)
   before = np.asarray(state.teacher["image"]["patch_embed"]["kernel"])
-  state, metrics = program.update(state, batch, spec.active(0))
+  state, metrics = program.update(state, batch, spec.active_objectives(0))
   assert "pull/loss" not in metrics
   teacher = state.teacher["image"]["patch_embed"]["kernel"]
   np.testing.assert_array_equal(teacher, before)
@@ -308,7 +308,7 @@ def test_a_later_objective_starts_with_the_student_as_teacher():
     state.teacher["image"]["patch_embed"]["kernel"],
     state.params["image"]["patch_embed"]["kernel"],
   )
-  _, metrics = program.update(state, batch, spec.active(2))
+  _, metrics = program.update(state, batch, spec.active_objectives(2))
   assert metrics["pull/loss"] > 0
 
 
@@ -402,7 +402,7 @@ def test_encoder_grad_norms_by_objective():
   batch = shard_batch(make_batch(), mesh)
   norms = program.encoder_norms(state, batch, ("contrastive", "pull"))
   for name in norms:
-    single = spec.only((name,))
+    single = spec.select_objectives((name,))
     compute = jax.jit(functools.partial(gradients.compute_gradients, single))
     grads = compute(state, batch)[1]
     expected = optax.tree.norm(grads["image"])

@@ -28,8 +28,8 @@ from mtv_jax.config import options, schema
 from mtv_jax.train.optim.param_rules import ParamRule, match_param_rules
 from mtv_jax.train.optim.schedules import (
   Schedule,
-  make_decay,
   make_schedule,
+  make_weight_decay,
   scale_lr,
 )
 from mtv_jax.train.optim.transforms import OPTIMIZERS
@@ -98,7 +98,7 @@ def make_optimizer(
   rows = {row.name: row for row in table}
   if all(row.frozen for row in table):
     raise ConfigError("config.optim.rules freeze every parameter.")
-  weight_decay = make_decay(optim_config, length.total_steps)
+  weight_decay = make_weight_decay(optim_config, length.total_steps)
   if callable(weight_decay) and not any(
     row.weight_decay for row in table if not row.frozen
   ):

@@ -126,14 +126,19 @@ def match_param_rules(
     )
     table.append(row)
   for pattern, (given, _) in values:
-    rows = [row for row in table if row.rule == pattern]
-    if rows and given.layer_decay != 1 and all(r.layers == (1,) for r in rows):
-      raise ConfigError(
-        f"config.optim.rules: {pattern!r} has a layer_decay, but matches no"
-        " block or embedding of the image or text tower, for example"
-        f" {rows[0].name}. Use lr for parameters after the blocks."
-      )
+    if given.layer_decay != 1:
+      _check_layer_decay(pattern, [row for row in table if row.rule == pattern])
   return tuple(table)
+
+
+def _check_layer_decay(pattern: str, rows: Sequence[ParamRule]) -> None:
+  """Raises ConfigError if a rule's layer decay applies to none of its rows."""
+  if rows and all(row.layers == (1,) for row in rows):
+    raise ConfigError(
+      f"config.optim.rules: {pattern!r} has a layer_decay, but matches no"
+      " block or embedding of the image or text tower, for example"
+      f" {rows[0].name}. Use lr for parameters after the blocks."
+    )
 
 
 def _read_rule(

@@ -1,8 +1,7 @@
 """Schedules of the learning rate and of the weight decay.
 
-A learning rate has a shape between a warm-up and a cool-down.
-
-A new schedule is one class in `SCHEDULES`; its fields are its options.
+A learning rate has a warm-up, a shape and a cool-down. A new shape is one class
+in `SCHEDULES`; its fields are its options.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ class Cosine:
   end: Fraction = 0.0
 
   def __call__(self, step: Array, decay_steps: int) -> Array:
-    return _cosine(step, 1.0, self.end, decay_steps)
+    return half_cosine(step, 1.0, self.end, decay_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,9 @@ SCHEDULES: dict[str, type[Callable[[Array, int], Array]]] = {
 _SHARED = ("end", "timescale_steps")
 
 
-def _cosine(step: Array, start: float, end: float, steps: int) -> Array:
+def half_cosine(
+  step: Any, start: float | Array, end: float, steps: int
+) -> Float[Array, ""]:
   """Half a cosine from `start` at step 0 to `end` at `steps` and after."""
   progress = jnp.clip(step / max(steps, 1), 0.0, 1.0)
   return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
@@ -87,7 +88,9 @@ def scale_lr(config: schema.Config, batch_size: int) -> float:
   return lr * (ratio if scaling == "linear" else ratio**0.5)
 
 
-def make_decay(config: schema.Config, total_steps: int) -> float | Schedule:
+def make_weight_decay(
+  config: schema.Config, total_steps: int
+) -> float | Schedule:
   """The weight decay of `config.optim`: a number, or a function of the step.
 
   With `weight_decay_end` half a cosine over the whole run, as in DINOv2.
@@ -98,7 +101,7 @@ def make_decay(config: schema.Config, total_steps: int) -> float | Schedule:
     return start
 
   def decay(step: Any) -> Float[Array, ""]:
-    return _cosine(
+    return half_cosine(
       jnp.asarray(step, jnp.float32), start, float(end), total_steps
     )
 
@@ -108,7 +111,7 @@ def make_decay(config: schema.Config, total_steps: int) -> float | Schedule:
 def make_schedule(
   config: schema.Config, *, lr: float, length: schema.RunLength
 ) -> Schedule:
-  """The learning rate at the update that follows step t.
+  """The learning rate of the update after t others.
 
   With T steps, of which w warm up and c cool down:
 
@@ -134,6 +137,24 @@ def make_schedule(
       f"config.schedule: {warmup} steps of warm-up and {cooldown} of cool-down"
       f" don't fit in a run of {total_steps}."
     )
+  shape = _build_shape(config, lr, length, cooldown)
+
+  def schedule(step: Any) -> Float[Array, ""]:
+    t = jnp.asarray(step, jnp.float32)
+    rate = lr * shape(jnp.maximum(t - warmup, 0.0), total_steps - warmup)
+    if warmup:
+      rate = rate * jnp.minimum(1.0, (t + 1) / warmup)
+    if cooldown:
+      rate = rate * jnp.clip((total_steps - t) / cooldown, 0.0, 1.0)
+    return rate
+
+  return schedule
+
+
+def _build_shape(
+  config: schema.Config, lr: float, length: schema.RunLength, cooldown: int
+) -> Callable[[Array, int], Array]:
+  """The instance of a class in `SCHEDULES`; durations are in steps."""
   name = config.get("name") or "cosine"
   cls = options.look_up(SCHEDULES, name, where="config.schedule", key="name")
   reserved = ["name", "end_lr"]
@@ -149,20 +170,9 @@ def make_schedule(
   given = {k: v for k, v in config.items() if v is not None and k not in taken}
   if (end_lr := config.get("end_lr")) is not None:
     given["end"] = _end_share(end_lr, lr, cls, given.get("end"), cooldown)
-  shape = options.build(
+  return options.build(
     cls, given | durations, where="config.schedule", reserved=reserved
   )
-
-  def schedule(step: Any) -> Float[Array, ""]:
-    t = jnp.asarray(step, jnp.float32)
-    rate = lr * shape(jnp.maximum(t - warmup, 0.0), total_steps - warmup)
-    if warmup:
-      rate = rate * jnp.minimum(1.0, (t + 1) / warmup)
-    if cooldown:
-      rate = rate * jnp.clip((total_steps - t) / cooldown, 0.0, 1.0)
-    return rate
-
-  return schedule
 
 
 def _end_share(
