@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from mtv_jax.encoder.encoder import Encoder, ImageFeatures
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import ImageFeatures
 
 COLOURS = {
   "red": (255, 0, 0),

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float32, PyTree
 
 from mtv_jax.parallel.mesh import BATCH_SPEC, num_batch_shards
+from mtv_jax.parallel.rules import tree_shardings
 from mtv_jax.utils.cores import available_cores
 from mtv_jax.utils.errors import InputError
 
@@ -77,6 +78,22 @@ def put_array(value: Any, sharding: NamedSharding) -> jax.Array:
   return jax.make_array_from_callback(
     value.shape, sharding, lambda index: value[index]
   )
+
+
+def mesh_of(leaf: Any) -> Mesh | None:
+  """The mesh that an array is on, if any."""
+  sharding = getattr(leaf, "sharding", None)
+  return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+def put_params(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
+  """Puts NumPy leaves on the mesh; arrays that are on it stay."""
+
+  def put(leaf, sharding):
+    is_put = mesh_of(leaf) == mesh
+    return leaf if is_put else put_array(leaf, sharding)
+
+  return jax.tree.map(put, dict(params), tree_shardings(params, mesh))
 
 
 def padded_batch(count: int, batch_size: int, shards: int) -> int:

@@ -13,79 +13,38 @@ evaluation.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import PIL.Image
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Bool, Float, Float32, PyTree
+from jax.sharding import Mesh
+from jaxtyping import Float, Float32, PyTree
 
 from mtv_jax.data import tokenizers
 from mtv_jax.encoder import apply_fns, batched
-from mtv_jax.encoder.preprocess import Preprocess, as_image, as_pixels
+from mtv_jax.encoder.features import (
+  OUTPUTS,
+  Boxes,
+  ImageFeatures,
+  Regions,
+  block_index,
+  check_outputs,
+  normalize,
+)
+from mtv_jax.encoder.preprocess import (
+  Preprocess,
+  as_image,
+  as_pixels,
+  check_images,
+)
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.heads import contrastive_head
 from mtv_jax.models.heads.base import TEXT, TOKENS, PredictionHead
 from mtv_jax.parallel.mesh import MESH_AXES, make_mesh
-from mtv_jax.parallel.rules import tree_shardings
 from mtv_jax.utils.errors import InputError, check_choice
-
-OUTPUTS = ("pooled", "patches", "prefix")
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFeatures:
-  """Features of n images; outputs that were not requested are None.
-
-  Attributes:
-    pooled: the embedding, not normalised.
-    patches: patch tokens after the final norm, on their grid.
-    prefix: the CLS token and registers after the final norm.
-    layers: each requested block's patch tokens before the final norm.
-    prefix_layers: each requested block's CLS token and registers before the
-      final norm.
-  """
-
-  pooled: Float32[np.ndarray, "n e"] | None
-  patches: Float32[np.ndarray, "n h w d"] | None
-  prefix: Float32[np.ndarray, "n p d"] | None
-  layers: dict[int, Float32[np.ndarray, "n h w d"]]
-  prefix_layers: dict[int, Float32[np.ndarray, "n p d"]] = dataclasses.field(
-    default_factory=dict
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class Regions:
-  """Unit-length embeddings of at most m boxes of n images; zero if invalid."""
-
-  embeddings: Float32[np.ndarray, "n m e"]
-  valid: Bool[np.ndarray, "n m"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Boxes:
-  """Boxes of at most m phrases of n images; zero if invalid.
-
-  (y0, x0, y1, x1) in the unit square of the image; they may exceed it.
-  """
-
-  boxes: Float32[np.ndarray, "n m 4"]
-  valid: Bool[np.ndarray, "n m"]
-
-
-def normalize(
-  embeddings: Float[np.ndarray, "*n e"],
-) -> Float32[np.ndarray, "*n e"]:
-  """Rows divided by their L2 norm; zero rows stay zero."""
-  x = np.asarray(embeddings, np.float32)
-  length = np.linalg.norm(x, axis=-1, keepdims=True)
-  return x / np.maximum(length, 1e-12)
 
 
 class Encoder:
@@ -133,13 +92,13 @@ class Encoder:
         "{'image', 'text', 'heads'}, not one tower's"
       )
     self.spec, self.preprocess, self.tokenizer = spec, preprocess, tokenizer
-    meshes = filter(None, map(_mesh_of, jax.tree.leaves(params)))
+    meshes = filter(None, map(batched.mesh_of, jax.tree.leaves(params)))
     meshes = (m for m in meshes if set(MESH_AXES) <= set(m.axis_names))
     self.mesh = mesh or next(meshes, None) or make_mesh({"data": -1})
     check_choice("Encoder: dtype", dtype, ("float32", "bfloat16", "float16"))
     self.dtype, self.weights, self.source = dtype, weights, source
     self.prediction_heads = dict(prediction_heads or {})
-    self.params = _put_on_mesh(params, self.mesh)
+    self.params = batched.put_params(params, self.mesh)
     if spec.text is not None and tokenizer is not None:
       tokenizers.check_vocabulary(tokenizer, spec.text.vocab_size)
 
@@ -477,23 +436,6 @@ class Encoder:
     )
 
 
-def block_index(index: int, depth: int) -> int:
-  """A block counted from 0; `index` may count from the end."""
-  if not -depth <= index < depth:
-    raise InputError(
-      f"layer {index} of an encoder with {depth} blocks; expected 0.."
-      f"{depth - 1}, or -{depth}..-1 from the end"
-    )
-  return index % depth
-
-
-def check_outputs(outputs: Iterable[str]) -> None:
-  """Raises InputError for unknown outputs of an image tower."""
-  unknown = [o for o in outputs if o not in OUTPUTS]
-  if unknown or isinstance(outputs, str):
-    raise InputError(f"outputs={outputs!r}; expected some of {OUTPUTS}")
-
-
 def check_embeddings(image: Any, text: Any) -> None:
   """Raises InputError for embeddings that can't be compared."""
   if np.ndim(image) != 2 or np.shape(image)[1:] != np.shape(text)[1:]:
@@ -502,34 +444,3 @@ def check_embeddings(image: Any, text: Any) -> None:
       ".image(images).pooled and .text(strings); got "
       f"{list(np.shape(image))} and {list(np.shape(text))}"
     )
-
-
-def check_images(images: Any, method: str) -> None:
-  """Raises TypeError or InputError unless `images` is a sequence of images."""
-  single = isinstance(images, PIL.Image.Image | bytes | str) or (
-    isinstance(images, np.ndarray) and images.ndim < 4
-  )
-  if single or not hasattr(images, "__len__"):
-    raise TypeError(
-      f"Encoder.{method} takes a sequence of images and got a "
-      f"{type(images).__name__}: pass "
-      + ("[image]" if single else "list(images)")
-    )
-  if not len(images):
-    raise InputError(f"Encoder.{method} got no images")
-
-
-def _mesh_of(leaf: Any) -> Mesh | None:
-  """The mesh that an array is on, if any."""
-  sharding = getattr(leaf, "sharding", None)
-  return sharding.mesh if isinstance(sharding, NamedSharding) else None
-
-
-def _put_on_mesh(params: Mapping[str, PyTree], mesh: Mesh) -> dict[str, PyTree]:
-  """Puts NumPy leaves on the mesh; arrays that are on it stay."""
-
-  def put(leaf, sharding):
-    is_put = _mesh_of(leaf) == mesh
-    return leaf if is_put else batched.put_array(leaf, sharding)
-
-  return jax.tree.map(put, dict(params), tree_shardings(params, mesh))

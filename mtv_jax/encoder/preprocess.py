@@ -170,6 +170,21 @@ def preprocess_from_config(config: Config) -> Preprocess:
   )
 
 
+def check_images(images: Any, method: str) -> None:
+  """Raises TypeError or InputError unless `images` is a sequence of images."""
+  single = isinstance(images, PIL.Image.Image | bytes | str) or (
+    isinstance(images, np.ndarray) and images.ndim < 4
+  )
+  if single or not hasattr(images, "__len__"):
+    raise TypeError(
+      f"Encoder.{method} takes a sequence of images and got a "
+      f"{type(images).__name__}: pass "
+      + ("[image]" if single else "list(images)")
+    )
+  if not len(images):
+    raise InputError(f"Encoder.{method} got no images")
+
+
 def as_image(item: Any, key: str) -> Any:
   """Pixels of an image as in training: uint8 `[H, W, 3]`.
 

@@ -20,9 +20,10 @@ import pytest
 from xla_options import xla_flags
 
 from mtv_jax.data import tokenizers
-from mtv_jax.encoder import apply_fns, batched
+from mtv_jax.encoder import apply_fns, batched, preprocess
 from mtv_jax.encoder import encoder as encoder_lib
-from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
 from mtv_jax.encoder.preprocess import Preprocess, as_pixels
 from mtv_jax.models import two_tower as models
 from mtv_jax.models.text import TextSpec
@@ -279,7 +280,7 @@ def test_invalid_arguments_raise(encoder, images, params):
     encoder.image([])
   with pytest.raises(TypeError, match=r"a generator: pass list\(images\)"):
     # The annotations, which tests check, are stricter than users' code.
-    encoder_lib.check_images((image for image in images), "image")
+    preprocess.check_images((image for image in images), "image")
   with pytest.raises(TypeError, match=r"image 0 must be.*\[0, 9, 3\]"):
     encoder.image([np.zeros((0, 9, 3), np.uint8)])
   with pytest.raises(ValueError, match="record 'image 1'.*are no image"):

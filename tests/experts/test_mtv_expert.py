@@ -12,7 +12,8 @@ from mtv_jax.data import tokenizers
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.records import BadRecord
 from mtv_jax.encoder import apply_fns
-from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.experts import mtv_expert
 from mtv_jax.experts.base import Expert

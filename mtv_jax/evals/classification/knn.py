@@ -22,7 +22,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float32, Int
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
-from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.classification.base import FeatureProbe, map_rows
 from mtv_jax.evals.core import bootstrap, probe, ranking
 from mtv_jax.evals.core.bootstrap import Estimate

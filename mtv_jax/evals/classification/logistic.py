@@ -23,7 +23,8 @@ from jaxtyping import Float, Float32, Int
 
 from mtv_jax.config.options import PositiveFloat, PositiveInt
 from mtv_jax.encoder.batched import put_array
-from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.classification.base import (
   FeatureProbe,
   Select,

@@ -22,7 +22,8 @@ from jaxtyping import Float32, Int
 
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.data import tokenizers
-from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.classification.base import (
   chance_accuracies,
   rank_accuracies,

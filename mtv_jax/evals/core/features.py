@@ -14,8 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from mtv_jax.encoder import encoder as encoder_lib
-from mtv_jax.encoder.encoder import Encoder, ImageFeatures
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import (
+  OUTPUTS,
+  ImageFeatures,
+  block_index,
+  check_outputs,
+)
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.utils.errors import InputError
 
@@ -80,11 +85,11 @@ def encode_images(
   therefore read-only. Arguments and errors are those of `Encoder.image`;
   `digest` is a hash of the images and their order.
   """
-  encoder_lib.check_outputs(outputs)
+  check_outputs(outputs)
   # A user may give an encoder another preprocessing.
   data_key = (digest, getattr(encoder, "preprocess", None))
   depth = encoder.spec.image.depth if layers else 0
-  taps = {i: encoder_lib.block_index(i, depth) for i in layers}
+  taps = {i: block_index(i, depth) for i in layers}
   store = _stores.setdefault(encoder, _Store())
   arrays = {(name, 0): store.get((*data_key, name, 0)) for name in outputs}
   for field in _LAYER_FIELDS:
@@ -115,7 +120,7 @@ def encode_images(
         "a data set are used"
       )
   return ImageFeatures(
-    **{name: arrays.get((name, 0)) for name in encoder_lib.OUTPUTS},
+    **{name: arrays.get((name, 0)) for name in OUTPUTS},
     **{
       field: {i: arrays[field, tap] for i, tap in taps.items()}
       for field in _LAYER_FIELDS

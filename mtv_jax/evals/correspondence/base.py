@@ -11,7 +11,8 @@ from jaxtyping import Float32, UInt8
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
 from mtv_jax.convert import processors
-from mtv_jax.encoder.encoder import Encoder, block_index
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import block_index
 from mtv_jax.evals.core import dense, examples
 from mtv_jax.evals.core.base import Evaluator, preprocess_protocol
 from mtv_jax.evals.core.examples import Data

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int
 
-from mtv_jax.encoder.encoder import normalize
+from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.core import ranking, resizing
 from mtv_jax.utils.errors import InputError
 

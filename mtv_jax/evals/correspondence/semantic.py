@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtv_jax.config.options import PositiveInt
-from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import Result
 from mtv_jax.evals.core.examples import KeyPointPair, KeyPointPairs

@@ -23,7 +23,8 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
-from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.classification import zero_shot
 from mtv_jax.evals.core import base, bootstrap, examples, prompts, ranking
 from mtv_jax.evals.core.base import Evaluator, Result

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
-from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.core import examples
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import Images

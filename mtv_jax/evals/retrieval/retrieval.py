@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from mtv_jax.config.options import NonNegativeInt, PositiveInt
-from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.core import bootstrap, global_features, ranking
 from mtv_jax.evals.core.base import Evaluator, Result, require_text
 from mtv_jax.evals.core.bootstrap import Estimate

@@ -19,7 +19,8 @@ from typing import Literal
 
 import numpy as np
 
-from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
 from mtv_jax.evals.classification.zero_shot import text_classifier
 from mtv_jax.evals.core import prompts
 from mtv_jax.evals.core.base import Result, require_text

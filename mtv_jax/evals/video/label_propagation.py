@@ -30,7 +30,8 @@ from mtv_jax.config.options import (
   PositiveFloat,
   PositiveInt,
 )
-from mtv_jax.encoder.encoder import Encoder, block_index, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import block_index, normalize
 from mtv_jax.evals.core import bootstrap, dense, resizing
 from mtv_jax.evals.core.base import Evaluator, Result, preprocess_protocol
 from mtv_jax.evals.core.examples import (

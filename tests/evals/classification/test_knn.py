@@ -12,7 +12,8 @@ import pytest
 
 import mtv_jax
 from mtv_jax.cli.main import command
-from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.classification import knn
 from mtv_jax.evals.core.base import build_evaluator

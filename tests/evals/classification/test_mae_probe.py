@@ -8,7 +8,7 @@ import pytest
 import mtv_jax
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder import baselines
-from mtv_jax.encoder.encoder import ImageFeatures
+from mtv_jax.encoder.features import ImageFeatures
 from mtv_jax.evals.classification import mae_probe
 from mtv_jax.evals.core import probe
 from mtv_jax.evals.core.base import build_evaluator

@@ -8,7 +8,8 @@ import pytest
 
 from mtv_jax.data import registry as sources
 from mtv_jax.data.scenes import render as scenes
-from mtv_jax.encoder.encoder import Encoder, ImageFeatures, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import ImageFeatures, normalize
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.classification.base import rank_accuracies

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mtv_jax.encoder import baselines
-from mtv_jax.encoder.encoder import Encoder, ImageFeatures
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import ImageFeatures
 from mtv_jax.evals.core import dense
 
 IMAGES = [np.zeros((16, 24, 3), np.float32)] * 5

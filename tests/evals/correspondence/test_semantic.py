@@ -12,7 +12,7 @@ import pytest
 
 from mtv_jax.data.scenes import render as scenes
 from mtv_jax.encoder import baselines
-from mtv_jax.encoder.encoder import normalize
+from mtv_jax.encoder.features import normalize
 from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.core.examples import KeyPointPair

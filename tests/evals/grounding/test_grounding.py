@@ -6,7 +6,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mtv_jax.encoder.encoder import Boxes, Encoder, Regions, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import Boxes, Regions, normalize
 from mtv_jax.evals.core.base import NotApplicable, build_evaluator
 from mtv_jax.evals.core.examples import BoxSet, Images
 from mtv_jax.evals.datasets import registry

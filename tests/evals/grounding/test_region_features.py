@@ -8,7 +8,8 @@ import pytest
 
 from mtv_jax.data import tokenizers
 from mtv_jax.data.scenes import render as scenes
-from mtv_jax.encoder.encoder import Encoder, normalize
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import normalize
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core.base import NotApplicable
 from mtv_jax.evals.datasets import registry

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 import mtv_jax
-from mtv_jax.encoder.encoder import Encoder, ImageFeatures
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import ImageFeatures
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals import build_evaluator
 from mtv_jax.evals.core import probe, resizing

@@ -5,7 +5,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mtv_jax.encoder.encoder import Encoder, ImageFeatures
+from mtv_jax.encoder.encoder import Encoder
+from mtv_jax.encoder.features import ImageFeatures
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.evals.core.base import NotApplicable, build_evaluator
 from mtv_jax.evals.segmentation import patch_pca

@@ -1,0 +1,80 @@
+"""Features, regions and boxes that an encoder returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32
+
+from mtv_jax.utils.errors import InputError
+
+OUTPUTS = ("pooled", "patches", "prefix")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFeatures:
+  """Features of n images; outputs that were not requested are None.
+
+  Attributes:
+    pooled: the embedding, not normalised.
+    patches: patch tokens after the final norm, on their grid.
+    prefix: the CLS token and registers after the final norm.
+    layers: each requested block's patch tokens before the final norm.
+    prefix_layers: each requested block's CLS token and registers before the
+      final norm.
+  """
+
+  pooled: Float32[np.ndarray, "n e"] | None
+  patches: Float32[np.ndarray, "n h w d"] | None
+  prefix: Float32[np.ndarray, "n p d"] | None
+  layers: dict[int, Float32[np.ndarray, "n h w d"]]
+  prefix_layers: dict[int, Float32[np.ndarray, "n p d"]] = dataclasses.field(
+    default_factory=dict
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Regions:
+  """Unit-length embeddings of at most m boxes of n images; zero if invalid."""
+
+  embeddings: Float32[np.ndarray, "n m e"]
+  valid: Bool[np.ndarray, "n m"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Boxes:
+  """Boxes of at most m phrases of n images; zero if invalid.
+
+  (y0, x0, y1, x1) in the unit square of the image; they may exceed it.
+  """
+
+  boxes: Float32[np.ndarray, "n m 4"]
+  valid: Bool[np.ndarray, "n m"]
+
+
+def normalize(
+  embeddings: Float[np.ndarray, "*n e"],
+) -> Float32[np.ndarray, "*n e"]:
+  """Rows divided by their L2 norm; zero rows stay zero."""
+  x = np.asarray(embeddings, np.float32)
+  length = np.linalg.norm(x, axis=-1, keepdims=True)
+  return x / np.maximum(length, 1e-12)
+
+
+def block_index(index: int, depth: int) -> int:
+  """A block counted from 0; `index` may count from the end."""
+  if not -depth <= index < depth:
+    raise InputError(
+      f"layer {index} of an encoder with {depth} blocks; expected 0.."
+      f"{depth - 1}, or -{depth}..-1 from the end"
+    )
+  return index % depth
+
+
+def check_outputs(outputs: Iterable[str]) -> None:
+  """Raises InputError for unknown outputs of an image tower."""
+  unknown = [o for o in outputs if o not in OUTPUTS]
+  if unknown or isinstance(outputs, str):
+    raise InputError(f"outputs={outputs!r}; expected some of {OUTPUTS}")
