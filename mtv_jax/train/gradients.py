@@ -137,7 +137,7 @@ def accumulate_gradients(
 # Each objective by itself, on the image encoder.
 
 
-def objective_losses(
+def compute_objective_losses(
   spec: StepSpec,
   params: PyTree,
   state: TrainState,
@@ -151,7 +151,7 @@ def objective_losses(
   return {name: term.loss.value() for name, term in terms.items()}
 
 
-def encoder_gradients(
+def compute_encoder_gradients(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> tuple[dict[str, Float[Array, ""]], dict[str, PyTree]]:
   """Each objective's loss and its gradient on the image encoder, unweighted.
@@ -197,10 +197,10 @@ def encoder_gradients(
   return losses, grads
 
 
-def encoder_grad_norms(
+def compute_encoder_grad_norms(
   spec: StepSpec, state: TrainState, batch: Batch, mesh: Mesh | None = None
 ) -> dict[str, Array]:
   """The gradient norm of each weighted objective on the image encoder."""
-  _, grads = encoder_gradients(spec, state, batch, mesh)
+  _, grads = compute_encoder_gradients(spec, state, batch, mesh)
   weights = spec.loss_weights(state)
   return {n: weights[n] * optax.tree.norm(g) for n, g in grads.items()}

@@ -84,7 +84,7 @@ def measure_interference(
     learning rate `transfer` `[O, O]` of the unweighted losses, for O + 1 more
     forward passes. It is 0 where the gradient or the loss is.
   """
-  losses, grads = gradients.encoder_gradients(spec, state, batch, mesh)
+  losses, grads = gradients.compute_encoder_gradients(spec, state, batch, mesh)
   weights = spec.loss_weights(state)
   weights = jnp.stack([weights[name] for name in spec.objectives])  # [O]
   products = block_products([grads[name] for name in spec.objectives])
@@ -123,7 +123,9 @@ def _transfer(
 
   def losses_of(image):
     params = {**state.params, "image": image}
-    losses = gradients.objective_losses(spec, params, state, batch, mesh)
+    losses = gradients.compute_objective_losses(
+      spec, params, state, batch, mesh
+    )
     return jnp.stack([losses[name] for name in spec.objectives])
 
   # With the encoder before the step, so that rounding is the same.

@@ -259,7 +259,7 @@ class _Trainer:
         norms = np.linalg.norm(measured["norms"], axis=1)
         norms = dict(zip(active, norms, strict=True))
       else:
-        norms = program.encoder_norms(self.state, batch, active)
+        norms = program.encoder_grad_norms(self.state, batch, active)
       if balances:
         self.state = program.rebalance(self.state, norms)
       norms = jax.device_get(norms)

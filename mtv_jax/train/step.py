@@ -213,12 +213,12 @@ class Program:
     return self._updates[active]
 
   @functools.cached_property
-  def encoder_norms(self) -> Any:
+  def encoder_grad_norms(self) -> Any:
     """`(state, batch, active) -> {name: norm}`, see `gradients`."""
 
     def norms(state, batch, active):
       spec = self.spec.select_objectives(active)
-      return gradients.encoder_grad_norms(spec, state, batch, self.mesh)
+      return gradients.compute_encoder_grad_norms(spec, state, batch, self.mesh)
 
     return self._jit(norms, replicated_sharding(self.mesh), static_argnums=2)
 
@@ -249,7 +249,7 @@ class Program:
   def rebalance(
     self, state: TrainState, norms: Mapping[str, Array]
   ) -> TrainState:
-    """The state after a measurement of `encoder_norms`."""
+    """The state after a measurement of `encoder_grad_norms`."""
     balance = self._balance_update(state.balance, norms, state.step)
     return state.replace(balance=balance)
 

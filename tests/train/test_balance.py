@@ -126,9 +126,9 @@ def balanced_step(spec, shape):
     shard_batch(step_samples.make_batch(), mesh),
   )
   active = tuple(spec.objectives)
-  before = program.encoder_norms(state, batch, active)
+  before = program.encoder_grad_norms(state, batch, active)
   state = program.rebalance(state, before)
-  after = program.encoder_norms(state, batch, active)
+  after = program.encoder_grad_norms(state, batch, active)
   running = jax.device_get(state.balance)  # The update donates it.
   state, metrics = program.update(state, batch, active)
   return jax.device_get((before, after, running, metrics))
@@ -188,7 +188,9 @@ def two_updates(method, shape=(1, 1, 1), accumulate=1):
   for step in range(2):
     batch, row = shard_batch(step_samples.make_batch(), mesh), {}
     if spec.measures_balance(step):
-      row["norms"] = program.encoder_norms(state, batch, tuple(spec.objectives))
+      row["norms"] = program.encoder_grad_norms(
+        state, batch, tuple(spec.objectives)
+      )
       state = program.rebalance(state, row["norms"])
     state, metrics = program.update(state, batch)
     rows.append(jax.device_get(row | metrics))

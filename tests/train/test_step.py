@@ -400,7 +400,7 @@ def test_encoder_grad_norms_by_objective():
   program = make_program(spec, optax.sgd(0.1), mesh)
   state = program.init(init_params(spec, jax.random.key(1)))
   batch = shard_batch(make_batch(), mesh)
-  norms = program.encoder_norms(state, batch, ("contrastive", "pull"))
+  norms = program.encoder_grad_norms(state, batch, ("contrastive", "pull"))
   for name in norms:
     single = spec.select_objectives((name,))
     compute = jax.jit(functools.partial(gradients.compute_gradients, single))

@@ -64,7 +64,7 @@ class Plan(TrainStep):
     if section := self.config.interference:
       lr = jax.ShapeDtypeStruct((), "float32") if section.transfer else None
       return self.program.interference.lower(*inputs, objectives, lr)
-    return self.program.encoder_norms.lower(*inputs, objectives)
+    return self.program.encoder_grad_norms.lower(*inputs, objectives)
 
 
 def make_plan(

@@ -67,8 +67,8 @@ def make_optimizer(
   """Builds the optimizer of a config.
 
   Args:
-    optim_config: the keys of `_COMMON`, and the options of the class in
-      `OPTIMIZERS`.
+    optim_config: the keys of `_COMMON`, and the options of a class in
+      `transforms.OPTIMIZERS`.
     schedule_config: see `make_schedule`.
     length: the run's length.
     params: the parameters, or their shapes.
@@ -96,34 +96,38 @@ def make_optimizer(
     start_steps=start_steps,
   )
   rows = {row.name: row for row in table}
-  if all(row.frozen for row in table):
+  trained = [row for row in table if not row.frozen]
+  if not trained:
     raise ConfigError("config.optim.rules freeze every parameter.")
   weight_decay = make_weight_decay(optim_config, length.total_steps)
-  if callable(weight_decay) and not any(
-    row.weight_decay for row in table if not row.frozen
-  ):
+  if callable(weight_decay) and not any(row.weight_decay for row in trained):
     raise ConfigError(
       "config.optim.weight_decay_end has no effect: the decay multiplier of"
       " every trained parameter is 0. Change config.optim.rules, or drop it."
     )
-  trained = optax.chain(
-    *_clipping(optim_config),
+  tx = optax.chain(
+    *_make_clipping(optim_config),
     optimizer.scale(attention_heads),
     optax.identity(),  # Earlier checkpoints have an empty state here.
     _apply_rules(rows, schedule, weight_decay),
   )
-  if any(row.frozen for row in table):
-    frozen = map_with_names(lambda name, _: rows[name].frozen, params)
-    trainable = jax.tree.map(operator.not_, frozen)
-    # Masked, so that they have no moments and no part in the norm.
-    trained = optax.chain(
-      optax.masked(trained, trainable),
-      optax.masked(optax.set_to_zero(), frozen),
-    )
+  if len(trained) < len(table):
+    tx = _mask_frozen(tx, rows, params)
   note = ""
   if hasattr(optimizer, "describe"):
-    note = optimizer.describe([row.name for row in table if not row.frozen])
-  return Optimizer(trained, schedule, weight_decay, table, note)
+    note = optimizer.describe([row.name for row in trained])
+  return Optimizer(tx, schedule, weight_decay, table, note)
+
+
+def _mask_frozen(
+  tx: optax.GradientTransformation, rows: Mapping[str, ParamRule], params: Any
+) -> optax.GradientTransformation:
+  """Leaves frozen parameters without moments, and out of the norm."""
+  frozen = map_with_names(lambda name, _: rows[name].frozen, params)
+  trainable = jax.tree.map(operator.not_, frozen)
+  return optax.chain(
+    optax.masked(tx, trainable), optax.masked(optax.set_to_zero(), frozen)
+  )
 
 
 # Keys of `config.optim` that belong to every optimizer.
@@ -144,6 +148,7 @@ _SHARED = ("b1", "b2", "eps", "momentum", "mu_dtype")
 
 
 def _build_optimizer(config: schema.Config) -> Any:
+  """The instance of a class in `OPTIMIZERS` with the config's options."""
   where, name = "config.optim", config.get("name") or "adamw"
   cls = options.look_up(OPTIMIZERS, name, where=where, key="name")
   fields = {field.name for field in dataclasses.fields(cls)}
@@ -154,7 +159,8 @@ def _build_optimizer(config: schema.Config) -> Any:
   return options.build(cls, given, where=where, reserved=_COMMON)
 
 
-def _clipping(config: schema.Config) -> list[optax.GradientTransformation]:
+def _make_clipping(config: schema.Config) -> list[optax.GradientTransformation]:
+  """The clipping of a config; empty if it has none."""
   clip_norm = config.get("clip_norm") or 0.0
   clip_by = config.get("clip_by") or "global"
   options.check_value(

@@ -14,7 +14,6 @@ from mtv_jax.config.options import Fraction, NonNegativeFloat
 from mtv_jax.train.optim.muon import Muon
 from mtv_jax.utils.tree import map_with_names
 
-Scale = optax.GradientTransformation
 MomentDtype = Literal["float32", "bfloat16"]
 
 
@@ -27,8 +26,13 @@ class AdamW:
   eps: NonNegativeFloat = 1e-8
   mu_dtype: MomentDtype = "float32"
 
-  def scale(self, attention_heads: Mapping[str, int]) -> Scale:
-    """Maps the gradient to an update of the size of the learning rate."""
+  def scale(
+    self, attention_heads: Mapping[str, int]
+  ) -> optax.GradientTransformation:
+    """From gradients to updates, before the learning rate and the decay.
+
+    `attention_heads`: see `StepSpec.attention_heads`.
+    """
     return optax.scale_by_adam(
       self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype
     )
@@ -42,7 +46,9 @@ class Lion:
   b2: Fraction = 0.99
   mu_dtype: MomentDtype = "float32"
 
-  def scale(self, attention_heads: Mapping[str, int]) -> Scale:
+  def scale(
+    self, attention_heads: Mapping[str, int]
+  ) -> optax.GradientTransformation:
     """As `AdamW.scale`."""
     return optax.scale_by_lion(self.b1, self.b2, mu_dtype=self.mu_dtype)
 
@@ -62,7 +68,9 @@ class Adafactor:
   # stacked blocks, as if each had its own parameters.
   clip_rms_by: Literal["parameter", "layer"] = "parameter"
 
-  def scale(self, attention_heads: Mapping[str, int]) -> Scale:
+  def scale(
+    self, attention_heads: Mapping[str, int]
+  ) -> optax.GradientTransformation:
     """As `AdamW.scale`."""
 
     def decay_rate(step: Any, exponent: Any) -> Any:
@@ -93,7 +101,9 @@ class SGD:
   momentum: Fraction = 0.0
   mu_dtype: MomentDtype = "float32"
 
-  def scale(self, attention_heads: Mapping[str, int]) -> Scale:
+  def scale(
+    self, attention_heads: Mapping[str, int]
+  ) -> optax.GradientTransformation:
     """As `AdamW.scale`."""
     if not self.momentum:
       return optax.identity()
