@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     cost_fn=table.count_flops,
     costs=table.known_costs(folder),
   )
+  runner.select_runs(study.runs, args.index)  # Before the study is recorded.
   for note in study.notes:
     log(note)
   log(table.format_runs(folder, study, measure=args.dry_run))

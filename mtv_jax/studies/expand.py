@@ -33,6 +33,7 @@ from mtv_jax.studies import arms as arms_lib
 from mtv_jax.studies.arms import Arm
 from mtv_jax.train import experiment
 from mtv_jax.train.initialization import read_teacher_models
+from mtv_jax.train.optim.optimizer import make_optimizer
 from mtv_jax.train.step_spec import abstract_params
 from mtv_jax.utils.errors import (
   ConfigError,
@@ -180,7 +181,7 @@ def expand(
 
   runs_by_arm = []
   for arm in found.arms:
-    changes = (*arm.overrides, *_adapt(base, arm))
+    changes = (*arm.overrides, *_adapt(base, arm, length))
     if target is not None:
       per_image = meter.measure(_resolve(base, changes, arm.name))
       steps = max(round(target / per_image), 1)
@@ -254,7 +255,9 @@ def _count_seeds(text: str, arms: Sequence[str]) -> dict[str, int]:
         " ARM:5,3 for five seeds of an arm and three of the others."
       )
     if colon and name not in arms:
-      raise ConfigError(f"--seeds={text}: {did_you_mean(name, arms)}")
+      raise ConfigError(
+        f"--seeds={text}: {name!r} is no arm. {did_you_mean(name, arms)}"
+      )
     if name in counts:
       of = repr(name) if colon else "the other arms"
       raise ConfigError(f"--seeds={text} has two numbers for {of}.")
@@ -327,7 +330,7 @@ def _scale(
   return {f"{name}_{given[0]}": None, f"{name}_steps": steps}
 
 
-def _adapt(base: ConfigDict, arm: Arm) -> list[str]:
+def _adapt(base: ConfigDict, arm: Arm, length: schema.RunLength) -> list[str]:
   """Overrides that leave out what an arm has no use for.
 
   These are evaluations of what it does not train, teacher weights without a
@@ -338,6 +341,9 @@ def _adapt(base: ConfigDict, arm: Arm) -> list[str]:
   config = _build(base, (*arm.overrides, *without_rules), arm.name)
   with _name_arm(arm.name):
     spec = build_long_step_spec(config)
+    params = abstract_params(spec)
+    # Before the study is recorded: of a wrong option no run could start.
+    make_optimizer(config.optim, config.schedule, length=length, params=params)
   given = experiment.evaluable(config, spec.model)
   changes = []
   for name, evaluator in experiment.build_evaluators(config).items():
@@ -351,13 +357,12 @@ def _adapt(base: ConfigDict, arm: Arm) -> list[str]:
       changes.append(f"evals.{name}.weights=student")
   if config.weights == "teacher" and not spec.has_teacher:
     changes.append("weights=student")
-  names = None
+  names = [name for name, _ in flatten_with_names(params)]
   for key, rules in (
     ("optim.rules", base.optim.get("rules")),
     ("sharding", base.get("sharding")),
   ):
     if rules:
-      names = names or [n for n, _ in flatten_with_names(abstract_params(spec))]
       kept = [r for r in rules if any(re.search(r[0], n) for n in names)]
       if len(kept) < len(rules):
         changes.append(f"{key}={overrides_lib.to_plain(kept)}")

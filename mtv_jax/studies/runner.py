@@ -126,8 +126,9 @@ def check_same(folder: pathlib.Path, old: Study, new: Study) -> None:
   if differences:
     raise ConfigError(
       f"{folder} has a study with other settings; results of both would be "
-      "mixed. Give another --output, or the command of the first. What "
-      f"differs:\n{first_lines(differences, _MAX_DIFFERENCES)}"
+      "mixed. Give another --output, or the command of the first; if it has "
+      f"trained nothing, remove {folder / STUDY}. What differs:\n"
+      f"{first_lines(differences, _MAX_DIFFERENCES)}"
     )
 
 
@@ -212,6 +213,12 @@ def run_study(
           continue
         log_fn(f"{where}: finished in {time.monotonic() - start:.0f} s")
     status.finished.append(run.name)
+  # Other processes may have finished theirs in the meantime. Then the last one
+  # of all sees every run finished.
+  for run in selected:
+    if run.name in status.leased and is_finished(folder, run):
+      del status.leased[run.name]
+      status.finished.append(run.name)
   return status
 
 

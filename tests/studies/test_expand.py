@@ -101,7 +101,8 @@ def test_groups_that_a_config_lacks_are_told_and_others_are_arms(tmp_path):
   recipe = write_recipe(
     tmp_path,
     "del config.objectives.depth\n"
-    "config.objectives.second = dict(type='contrastive')\n"
+    "second = config.objectives.contrastive.to_dict() | {'weight': 0.5}\n"
+    "config.objectives.second = second | {'type': 'contrastive'}\n"
     "config.evals = dict(retrieval=dict())",
   )
   study = expand("ladder", recipe)
@@ -272,6 +273,13 @@ def test_balance_of_methods_and_weights(tmp_path):
 def test_arms_that_can_not_be_run(kind, options, message):
   with pytest.raises(ConfigError, match=message):
     expand(kind, TINY, options=arms_lib.Options(**options))
+
+
+def test_options_of_the_optimizer_are_checked():
+  with pytest.raises(ConfigError, match="lrr"):
+    expand("ladder", TINY, assignments=["optim.lrr=1"])
+  with pytest.raises(ConfigError, match="warmpu"):
+    expand("ladder", TINY, assignments=["schedule.warmpu_steps=1"])
 
 
 def test_an_error_names_the_arm(tmp_path):

@@ -201,6 +201,24 @@ def test_a_leased_run_is_left_to_its_process(tmp_path, trainings):
   assert f"process {os.getpid()}" in lines[0]
 
 
+def test_runs_that_others_finish_meanwhile_are_finished(tmp_path, monkeypatch):
+  """Of two processes, the last one has all results for its report."""
+  study = make_study(3)
+  runs = tmp_path / "runs"
+  runs.mkdir()
+
+  def train(folder, study, run, log):
+    write_run(folder, run)
+    if run.name == "a1-s0":
+      write_run(folder, study.runs[0])
+
+  monkeypatch.setattr(runner, "_train", train)
+  with Leases(runs).acquire("a0-s0"):
+    status = runner.run_study(tmp_path, study)
+  assert status.leased == {}
+  assert sorted(status.finished) == ["a0-s0", "a1-s0", "a2-s0"]
+
+
 def test_a_locked_run_is_waited_for(tmp_path, trainings, monkeypatch):
   """A runner was killed, and its training process goes on."""
   study, lines = make_study(1), []
