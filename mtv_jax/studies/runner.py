@@ -95,8 +95,13 @@ def write(folder: pathlib.Path, study: Study) -> None:
   """Records a study in its folder; a study there may only be extended.
 
   Raises:
-    ConfigError: the folder has another study, or one with other settings.
+    ConfigError: the folder has another study, or one with other settings, or is
+      that of a run.
   """
+  if (folder / "config.json").exists():
+    raise ConfigError(
+      f"--output={folder} is the folder of a run or a model. Give another one."
+    )
   folder.mkdir(parents=True, exist_ok=True)
   data = (json.dumps(study.to_dict(), indent=1) + "\n").encode()
   if atomic.write_if_absent(folder / STUDY, data) == data:

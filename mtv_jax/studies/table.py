@@ -121,9 +121,13 @@ def _measure_rate(
 
 
 def _images_per_second(folder: pathlib.Path, run: Run) -> float | None:
-  """The median speed of a run; None if it has not trained yet."""
+  """The median speed of a run; None if it is not known."""
   path = folder / runner.RUNS / run.name / "metrics.jsonl"
-  rows = read_rows(path) if path.exists() else []
+  try:
+    rows = read_rows(path) if path.exists() else []
+  except UserError:
+    # A crash has damaged it, and the run that resumes repairs it.
+    return None
   speeds = [row.get("speed/images_per_second") for row in rows]
   speeds = [speed for speed in speeds if speed]
   return float(np.median(speeds)) if speeds else None

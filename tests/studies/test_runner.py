@@ -72,6 +72,9 @@ def test_other_settings_are_refused_and_more_runs_are_not(tmp_path):
   assert len(runner.read(tmp_path).runs) == 3
   with pytest.raises(InputError, match="is not a study"):
     runner.read(tmp_path / "runs")
+  with pytest.raises(ConfigError, match="is the folder of a run"):
+    write_run(tmp_path, study.runs[0])
+    runner.write(tmp_path / "runs" / "a0-s0", study)
   for text, message in {
     "{": "Remove it", "[]": "has format None", '{"format": 1}': "not a study"
   }.items():  # fmt: skip

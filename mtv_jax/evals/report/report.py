@@ -140,7 +140,7 @@ def is_main(evaluation: str, metric: str, metrics: Sequence[str]) -> bool:
   return metric in _HEADLINES.get(evaluation, tuple(metrics)[:1])
 
 
-def interval_row(row: tables.Row, i: int, name: str, colour: int) -> Row:
+def interval_row(row: tables.MetricRow, i: int, name: str, colour: int) -> Row:
   """The i-th value of a row with chance and 1.96 standard errors."""
   value, error = row.values[i], row.errors[i]
   known = value is not None and error is not None

@@ -14,7 +14,7 @@ from mtv_jax.utils.html import Bold, Link
 # Evaluations whose metrics are neither better nor worse.
 DESCRIPTIVE = ("patch_pca",)
 _EMPTY = "-"
-# `Row.best` needs equal values of these protocol keys, and equal data.
+# `MetricRow.best` needs equal values of these protocol keys, and equal data.
 _COMPARED = ("protocol", "options", "train_hash", "train_data_hash")
 _ABSENT = "(absent)"
 # A difference of fewer standard errors marks nothing.
@@ -27,7 +27,7 @@ BEST_NOTE = (
 )
 
 
-class Row(NamedTuple):
+class MetricRow(NamedTuple):
   """One metric of one evaluation for several encoders."""
 
   evaluation: str
@@ -40,7 +40,7 @@ class Row(NamedTuple):
   best: int | None  # index of the value that `_find_best` selects
 
 
-def compare(outcomes: Sequence[Outcome]) -> list[Row]:
+def compare(outcomes: Sequence[Outcome]) -> list[MetricRow]:
   """Every metric of several encoders, in order.
 
   Results on other data than the first encoder's are left out: the values of a
@@ -64,7 +64,7 @@ def evaluation_names(outcomes: Sequence[Outcome]) -> list[str]:
   return list(dict.fromkeys(name for o in outcomes for name in o.results))
 
 
-def _row(name: str, metric: str, results: Sequence[Result | None]) -> Row:
+def _row(name: str, metric: str, results: Sequence[Result | None]) -> MetricRow:
   present = [result for result in results if result]
   example = next(r for r in present if metric in r.metrics)
   unit = example.units.get(metric, "%")
@@ -83,7 +83,7 @@ def _row(name: str, metric: str, results: Sequence[Result | None]) -> Row:
   best = None
   if name not in DESCRIPTIVE and all(p == protocols[0] for p in protocols):
     best = _find_best(values, errors, chance, sign=-1 if lower else 1)
-  return Row(name, metric, unit, lower, chance, values, errors, best)
+  return MetricRow(name, metric, unit, lower, chance, values, errors, best)
 
 
 def _find_best(
@@ -191,7 +191,7 @@ def format_metrics(outcomes: Sequence[Outcome]) -> str:
 
 
 def metrics_table(outcomes: Sequence[Outcome]) -> list[list[str]]:
-  """The metrics with errors: a header, then rows; bold is `Row.best`."""
+  """The metrics with errors: a header, then rows; bold is `MetricRow.best`."""
   names = [outcome.name for outcome in outcomes]
   lines = [["evaluation", "metric", *names, "chance"]]
   for row in compare(outcomes):
