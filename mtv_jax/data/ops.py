@@ -11,6 +11,7 @@ record's `dropped`, and `cut` tells which of its texts lost their ends.
 import abc
 import dataclasses
 import functools
+import inspect
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -152,6 +153,16 @@ def build_ops(
       " 'decode|canvas(224)|caption(64)'."
     )
   return built
+
+
+def phrase_length(text: str) -> int | None:
+  """Tokens of each phrase that ops `text` give, by `regions`; None without."""
+  for op in parse_ops(text):
+    if op.name == "regions":
+      arguments = inspect.signature(Regions).bind(*op.args, **op.kwargs)
+      arguments.apply_defaults()
+      return arguments.arguments["phrase_length"]
+  return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -177,9 +177,16 @@ class Encoder:
     return self._features(images, prepare, size, layers, outputs, batch_size)
 
   def text(
-    self, strings: Sequence[str], *, batch_size: int = 256
+    self,
+    strings: Sequence[str],
+    *,
+    batch_size: int = 256,
+    length: int | None = None,
   ) -> Float32[np.ndarray, "n e"]:
-    """Embeddings `[n, E]` of strings, not normalised."""
+    """Embeddings `[n, E]` of strings, not normalised.
+
+    They are cut or padded to `length` tokens, by default the model's.
+    """
     if self.spec.text is None or "text" not in self.params:
       raise InputError(
         f"{self!r} has no text tower, so it can't embed text; SigLIP, CLIP and "
@@ -189,12 +196,35 @@ class Encoder:
       raise TypeError("Encoder.text takes a list of strings: pass [string]")
     if not len(strings):
       raise InputError("Encoder.text got no strings")
-    tokens = self._tokenize(strings)
+    tokens = self._tokenize(strings, length)
     function = apply_fns.text_function(self.spec, self.dtype, self.mesh)
     run = functools.partial(function, self.params["text"])
     blank = np.zeros_like(tokens[0])
     out = self._run(run, tokens.__getitem__, len(tokens), blank, batch_size)
     return out["pooled"]
+
+  @property
+  def phrase_length(self) -> int | None:
+    """Tokens of the phrases of grounding in pre-training, padding included.
+
+    None for an encoder without these heads, or if it is not known.
+    """
+    head = self.prediction_heads.get("grounding")
+    return head.phrase_length if head else None
+
+  def phrases(
+    self, strings: Sequence[str], *, batch_size: int = 256
+  ) -> Float32[np.ndarray, "n e"]:
+    """Embeddings `[n, E]` of phrases, to compare with `ground`.
+
+    Like `text`, but padded to `phrase_length` as in pre-training: towers that
+    attend to padding embed a text of another length otherwise. If one of them
+    is longer, all are padded to the length of texts.
+    """
+    length = self.phrase_length
+    if length and any(self.tokenizer.is_cut(s, length) for s in strings):
+      length = None
+    return self.text(strings, batch_size=batch_size, length=length)
 
   def similarity(
     self,
@@ -389,14 +419,17 @@ class Encoder:
       mesh=self.mesh,
     )
 
-  def _tokenize(self, strings: Sequence[str]) -> np.ndarray:
-    """Token ids `[n, T]`."""
+  def _tokenize(
+    self, strings: Sequence[str], length: int | None = None
+  ) -> np.ndarray:
+    """Token ids `[n, T]`, of the model's length by default."""
     if self.tokenizer is None:
       raise InputError(
         f"{self!r} has no tokenizer; put its tokenizer file into the folder, "
         "or pass tokenizer=build_tokenizer(...)"
       )
-    tokens = self.tokenizer.encode(list(strings), self.spec.text.length)
+    length = length or self.spec.text.length
+    tokens = self.tokenizer.encode(list(strings), length)
     return np.asarray(tokens, np.int32)
 
   def _pad(self, key, kind, values) -> batched.Padded:
@@ -414,7 +447,7 @@ class Encoder:
     if kind == TOKENS:
       vectors = self._tokenize(distinct)
     else:
-      vectors = self.text(distinct)
+      vectors = self.phrases(distinct)
     table = dict(zip(distinct, vectors, strict=True))
     rows = [[table[s] for s in strings] for strings in values]
     return batched.pad(rows, channels=vectors.shape[1], what=what)

@@ -14,10 +14,12 @@ from mtv_jax.checkpoint.checkpointer import load_tree
 from mtv_jax.convert import folders, huggingface, native, processors
 from mtv_jax.convert.model import ConvertedModel
 from mtv_jax.convert.tables import ConversionError
+from mtv_jax.data import ops
 from mtv_jax.encoder import baselines
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
 from mtv_jax.models import heads as heads_lib
+from mtv_jax.models.heads import PredictionHead
 from mtv_jax.models.two_tower import ModelSpec
 from mtv_jax.utils.errors import InputError, MissingFileError, check_choice
 
@@ -239,11 +241,18 @@ def read_run(
     params=params,
     preprocess=preprocess_from_config(config).to_dict(),
     tokenizer=_tokenizer(folder, config),
-    prediction_heads=heads_lib.heads_of_config(
-      config.get("objectives", {}), spec
-    ),
+    prediction_heads=prediction_heads(config, spec),
     weights=weights,
   )
+
+
+def prediction_heads(
+  config: ConfigDict, spec: ModelSpec
+) -> dict[str, PredictionHead]:
+  """The heads that a run of a config trains on its model."""
+  text = (config.get("data") or {}).get("ops")
+  length = ops.phrase_length(text) if text else None
+  return heads_lib.heads_of_config(config.get("objectives", {}), spec, length)
 
 
 def _tokenizer(

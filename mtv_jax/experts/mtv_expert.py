@@ -102,10 +102,13 @@ class MtvBoxExpert:
       "threshold": threshold,
       **options,
     }
-    self._tokenizer, self._length = encoder.tokenizer, encoder.spec.text.length
+    self._tokenizer = encoder.tokenizer
+    self._length = encoder.phrase_length or encoder.spec.text.length
+    if self._length != encoder.spec.text.length:
+      self.settings["phrase_length"] = self._length
     if phrases.vocabulary is not None:
       # A row per device: products of other shapes may round differently.
-      params["texts"] = encoder.text(
+      params["texts"] = encoder.phrases(
         list(phrases.vocabulary), batch_size=encoder.mesh.size
       )
     self._params = local_mesh.replicate(params, encoder.mesh)

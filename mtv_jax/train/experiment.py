@@ -16,9 +16,9 @@ from mtv_jax.checkpoint.partial_restore import first_lines
 from mtv_jax.config import overrides, schema
 from mtv_jax.data import ops, pipeline, tokenizers
 from mtv_jax.data import registry as sources_lib
+from mtv_jax.encoder import loading
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import base as evals_base
-from mtv_jax.models import heads as heads_lib
 from mtv_jax.models import two_tower as model_lib
 from mtv_jax.parallel.mesh import MESH_AXES, host_rows
 from mtv_jax.parallel.rules import sharding_table
@@ -75,7 +75,7 @@ def build_experiment(
     for entry, source in zip(entries, whole, strict=True)
   ]
   step = build_train_step(config, mesh, sum(lengths))
-  heads = heads_lib.heads_of_config(config.objectives, step.step_spec.model)
+  heads = loading.prediction_heads(config, step.step_spec.model)
   for head in heads.values():
     head.check_tokenizer(tokenizer)
   # Labels that no objective reads are not opened.
@@ -120,7 +120,7 @@ def build_evaluators(config: ConfigDict) -> dict[str, evals_base.Evaluator]:
 
 def evaluable(config: ConfigDict, spec: model_lib.ModelSpec) -> frozenset[str]:
   """What evaluators of a run may require, see `Evaluator.requires`."""
-  heads = heads_lib.heads_of_config(config.objectives, spec).values()
+  heads = loading.prediction_heads(config, spec).values()
   text = {"text"} if spec.text is not None else set()
   return frozenset(text | {head.objective for head in heads})
 

@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.config import schema
 from mtv_jax.data import pipeline
+from mtv_jax.encoder import loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import preprocess_from_config
 from mtv_jax.evals import run as evals_lib
 from mtv_jax.evals.core import results as results_lib
-from mtv_jax.models import heads as heads_lib
 from mtv_jax.parallel.mesh import shard_batch
 from mtv_jax.train import interference, preemption
 from mtv_jax.train.experiment import (
@@ -323,7 +323,7 @@ class _Trainer:
       dtype=str(spec.dtype),
       weights=weights,
       source=f"{experiment.workdir.name} at step {step}",
-      prediction_heads=heads_lib.heads_of_config(config.objectives, spec.model),
+      prediction_heads=loading.prediction_heads(config, spec.model),
     )
 
   def save(self, step: int) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mtv_jax.config.options import PositiveInt
 from mtv_jax.data import ops as ops_lib
-from mtv_jax.data.ops import HostOp, build_ops
+from mtv_jax.data.ops import HostOp, build_ops, phrase_length
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.tokenizers import build_tokenizer
 from mtv_jax.utils.errors import ConfigError
@@ -148,6 +148,19 @@ def test_invalid_config_is_rejected(ops, error, match, tokenizer):
 def test_caption_without_a_tokenizer():
   with pytest.raises(ValueError, match="model.text.tokenizer"):
     build_ops("decode|canvas(8)|caption(8)")
+
+
+@pytest.mark.parametrize(
+  ("text", "length"),
+  [
+    ("decode|canvas(8)|regions(2, phrase_length=6)", 6),
+    ("decode|canvas(8)|regions(2, 9)", 9),
+    ("regions(2)", 16),
+    ("decode|canvas(8)", None),
+  ],
+)
+def test_phrase_length_of_ops(text, length):
+  assert phrase_length(text) == length
 
 
 def test_canvas_before_decode(record):

@@ -13,6 +13,7 @@ import mtv_jax
 from mtv_jax.checkpoint.checkpointer import Checkpointer
 from mtv_jax.convert import huggingface, native
 from mtv_jax.data import tokenizers
+from mtv_jax.encoder import loading
 from mtv_jax.encoder.encoder import Encoder
 from mtv_jax.encoder.preprocess import Preprocess
 from mtv_jax.models import heads as heads_lib
@@ -198,8 +199,6 @@ def run(params, tmp_path_factory):
 def test_loaded_heads_predict(form, run, encoder, images, tmp_path):
   folder = run
   if form != "run":
-    from mtv_jax.encoder import loading
-
     model = loading.read_model(run)
     write = huggingface.write if form == "to_hf" else native.write
     folder = write(tmp_path / "out", model)
@@ -220,6 +219,48 @@ def test_loaded_heads_predict(form, run, encoder, images, tmp_path):
     assert got.keys() == want.keys()
     for key, value in want.items():
       np.testing.assert_array_equal(got[key], value)
+
+
+@pytest.fixture(scope="module")
+def short_phrases(params, tmp_path_factory):
+  """A run whose phrases have fewer tokens than its captions."""
+  folder = tmp_path_factory.mktemp("short_phrases")
+  ops = "decode|canvas(32)|caption(12)|regions(2, phrase_length=8)"
+  config = {"data": {"ops": ops}, "model": MODEL, "objectives": OBJECTIVES}
+  (folder / "config.json").write_text(json.dumps(config))
+  with Checkpointer(folder / "checkpoints", every_steps=1) as saver:
+    saver.save(1, {"params": params})
+  return folder
+
+
+@pytest.mark.parametrize("form", ["run", "to_hf", "native"])
+def test_phrases_have_the_length_of_pretraining(
+  form, short_phrases, encoder, images, tmp_path
+):
+  folder = short_phrases
+  if form != "run":
+    write = huggingface.write if form == "to_hf" else native.write
+    folder = write(tmp_path / "out", loading.read_model(short_phrases))
+  loaded = mtv_jax.load(folder)
+  assert loaded.phrase_length == 8
+  # The text tower attends to padding.
+  short, full = loaded.phrases(["ball"]), loaded.text(["ball"])
+  tower = models.text_tower(SPEC)
+  tokens = jnp.asarray(loaded.tokenizer.encode(["ball"], 8))
+  want = tower.apply({"params": encoder.params["text"]}, tokens).pooled
+  np.testing.assert_allclose(short, want, atol=1e-5)
+  assert np.abs(short - full).max() > 0.01
+  longer = ["a red ball", "ball"]
+  np.testing.assert_array_equal(loaded.phrases(longer), loaded.text(longer))
+  # The locator gets the phrases' embeddings.
+  boxes = [
+    loaded.locate(images[:1], [[p]]).boxes for p in ("ball", "a red ball")
+  ]
+  other = [
+    encoder.locate(images[:1], [[p]]).boxes for p in ("ball", "a red ball")
+  ]
+  assert np.abs(boxes[0] - other[0]).max() > 1e-4
+  np.testing.assert_array_equal(boxes[1], other[1])
 
 
 def test_captions_have_tokens_and_text(encoder, params, images):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -93,7 +93,7 @@ class ZeroShot(Evaluator):
     data, candidates = self._set
     named, labels = candidates.named, candidates.labels
     encoder = global_features.view(encoder, self.view)
-    classifier = text_classifier(encoder, named, clean=self.clean)
+    classifier = text_classifier(encoder.text, named, clean=self.clean)
     features = encoder.image(
       data.images, outputs=("pooled",), batch_size=self.batch_size
     )
@@ -196,9 +196,12 @@ def real_accuracy(
 
 
 def text_classifier(
-  encoder: Encoder, named: prompts.Prompts, *, clean: str = "tokenizer"
+  embed: Callable[[list[str]], Float32[np.ndarray, "n e"]],
+  named: prompts.Prompts,
+  *,
+  clean: str = "tokenizer",
 ) -> Float32[np.ndarray, "c e"]:
-  """One normalised vector per class.
+  """One normalised vector per class; `embed` is `Encoder.text` or `.phrases`.
 
   Equal names are embedded once, so that their vectors are bit-identical and
   the lowest index wins (ImageNet has "missile" and "sunglasses" twice).
@@ -210,7 +213,7 @@ def text_classifier(
     strings = [t.replace("{}", name) for name in chunk for t in named.templates]
     if clean == "canonicalize":
       strings = [tokenizers.canonicalize(string) for string in strings]
-    embedded = normalize(encoder.text(strings))
+    embedded = normalize(embed(strings))
     by_class = embedded.reshape(len(chunk), len(named.templates), -1)
     vectors.update(zip(chunk, normalize(by_class.mean(axis=1)), strict=True))
   return np.stack([vectors[name] for name in named.classes])

@@ -95,7 +95,9 @@ class Grounding(Evaluator):
     phrases, owner = retrieval.distinct_texts(
       [phrase for names in data.phrases for phrase in names]
     )
-    text = normalize(encoder.text(phrases))
+    # The prompter was trained beside phrases of a length of their own.
+    embed = encoder.phrases if method == "prompter" else encoder.text
+    text = normalize(embed(phrases))
     protocol = {
       **encoder.protocol(),
       **region_features.protocol(encoder, method),
@@ -107,6 +109,7 @@ class Grounding(Evaluator):
       "box_source": "annotations",
       "regions": method,
       "phrase_prompt": "none",
+      "phrase_length": encoder.phrase_length if method == "prompter" else None,
       "phrase_to_region": "hit if any region of the phrase is in the top k",
       "similarity": "cosine, float32, highest matmul precision",
       "ties": ranking.TIE_RULE,
@@ -122,7 +125,7 @@ class Grounding(Evaluator):
     if named is not None:
       accuracies, uniform = zero_shot.class_accuracies(
         region,
-        zero_shot.text_classifier(encoder, named),
+        zero_shot.text_classifier(embed, named),
         np.concatenate(data.labels),
         groups=image,
       )

@@ -79,7 +79,7 @@ class ZeroShotSegmentation(SegmentationEvaluator):
     last_block = self.last_block or patch_text.default_last_block(encoder)
     patch_text.check(encoder, last_block)
     slide = self._slide(encoder)
-    classifier = text_classifier(encoder, named, clean=self.clean)
+    classifier = text_classifier(encoder.text, named, clean=self.clean)
 
     def score(windows: list[np.ndarray]) -> np.ndarray:
       patches = patch_text.embed_patches(

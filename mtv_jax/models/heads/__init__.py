@@ -29,9 +29,12 @@ HEADS: dict[str, type[PredictionHead]] = {
 
 
 def heads_of_config(
-  objectives: schema.Config, spec: Any
+  objectives: schema.Config, spec: Any, phrase_length: int | None = None
 ) -> dict[str, PredictionHead]:
-  """The heads that a config's `objectives` train on a `ModelSpec`."""
+  """The heads that a config's `objectives` train on a `ModelSpec`.
+
+  `phrase_length` is that of heads whose entry gives none.
+  """
   entries = {
     entry.get("type", name): (f"config.objectives.{name}", entry)
     for name, entry in objectives.items()
@@ -43,6 +46,8 @@ def heads_of_config(
     where, entry = entries[kind.objective]
     fields = [field.name for field in dataclasses.fields(kind)]
     given = {k: v for k, v in entry.items() if k in fields}
+    if "phrase_length" in fields and given.get("phrase_length") is None:
+      given["phrase_length"] = phrase_length
     head = options.build(kind, given, where=where)
     if head.is_trained(name):
       heads[name] = head.resolve(spec)
@@ -51,7 +56,7 @@ def heads_of_config(
 
 # Later options, which exports leave out at their defaults: files stay as they
 # were, and readable by earlier versions.
-_LATER = ("scale", "head_features", "upsample", "activation")
+_LATER = ("scale", "head_features", "upsample", "activation", "phrase_length")
 
 
 def describe_heads(heads: Mapping[str, PredictionHead]) -> dict[str, Any]:

@@ -170,6 +170,9 @@ class GroundingHead(base.PredictionHead):
   inputs = {"boxes": 4}
 
   attention_heads: options.PositiveInt = 1  # CLOC has one.
+  # Tokens of a phrase, padding included, that it is trained with; None for the
+  # op `regions` of `config.data.ops`.
+  phrase_length: options.PositiveInt | None = None
 
   def module(self) -> nn.Module:
     return Prompter(self.attention_heads)

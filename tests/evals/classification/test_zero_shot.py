@@ -73,7 +73,7 @@ def test_the_hash_depends_on_the_data(folder, write_image):
 
 def test_classifier_normalises_before_the_mean(colours):
   named = Prompts(("red",), ("{}", "{} and white and white and white"))
-  got = text_classifier(colours, named)
+  got = text_classifier(colours.text, named)
   a = np.array([1.0, 0, 0])
   b = normalize(np.array([1.0, 3 / 4, 3 / 4]))
   np.testing.assert_allclose(got[0], normalize((a + b) / 2), atol=1e-6)
@@ -85,7 +85,7 @@ def test_classifier_normalises_before_the_mean(colours):
 def test_equal_names_tie_and_the_first_wins(colours, folder):
   data = registry.open_classification(str(folder))
   named = Prompts(("red", "green", "blue", "red"), ("{}",))
-  got = text_classifier(colours, named)
+  got = text_classifier(colours.text, named)
   np.testing.assert_array_equal(got[0], got[3])
   given, labels = match_classes(data, named, keep="all")
   assert given == named
@@ -103,7 +103,7 @@ def test_present_classes_only(colours, folder):
 
 def test_prompts_are_embedded_in_chunks(colours):
   names = tuple(f"colour {i}" for i in range(150))
-  got = text_classifier(colours, Prompts(names, ("{}", "a {}")))
+  got = text_classifier(colours.text, Prompts(names, ("{}", "a {}")))
   assert got.shape == (150, 3)
   assert colours.batches == [128, 128, 44]
 
@@ -113,8 +113,8 @@ def test_canonicalize_drops_punctuation(colours):
   text = colours.text
   colours.text = lambda s, **_: (colours.seen.extend(s), text(s))[1]
   named = Prompts(("T-Shirt",), ("A photo of a {}.",))
-  text_classifier(colours, named)
-  text_classifier(colours, named, clean="canonicalize")
+  text_classifier(colours.text, named)
+  text_classifier(colours.text, named, clean="canonicalize")
   assert colours.seen == ["A photo of a T-Shirt.", "a photo of a tshirt"]
 
 

@@ -29,7 +29,7 @@ class Painter(Encoder):
   def can_predict(self, name):
     return name in self.predicts
 
-  def text(self, strings, *, batch_size=256):
+  def text(self, strings, *, batch_size=256, length=None):
     words = [[w for w in COLOURS if w in string] for string in strings]
     rows = [COLOURS[names[0]] if names else (1, 1, 1) for names in words]
     return np.asarray(rows, np.float32)
@@ -167,7 +167,7 @@ class Guesser(Painter):
 
   predicts = ("grounding",)
 
-  def text(self, strings, *, batch_size=256):
+  def text(self, strings, *, batch_size=256, length=None):
     rng = np.random.default_rng(5)
     table = {p: rng.integers(-1, 2, 3) for p in sorted(PHRASES)}
     return np.asarray([table[s] for s in strings], np.float32) + 0.1
