@@ -24,9 +24,10 @@ $(VENV)/.reference: $(VENV)/.dev
 	  -e '.[dev,reference,parquet,onnx,preflight,tfds]'
 	touch $@
 
-# Trains every objective on the built-in scenes, evaluates and exports.
+# Trains the paper's objectives on built-in scenes, evaluates and exports.
 quickstart: $(VENV)/.base
-	$(BIN)/mtv-jax train --config=mtv_tiny --workdir=$(RUN)
+	$(BIN)/mtv-jax train --workdir=$(RUN) \
+	  --config=study:steps=1000,images=20000,cache=$(RUN)/scenes
 	$(BIN)/mtv-jax convert to_hf $(RUN) $(RUN)/huggingface
 	@echo
 	@echo "Trained, evaluated and exported:"

@@ -1,8 +1,8 @@
 """Every objective on the built-in scenes, sized for a laptop CPU.
 
-Command (what `make quickstart` runs):
+Command:
 
-  python -m mtv_jax.main --config=configs/mtv_tiny.py --workdir=runs/quickstart
+  python -m mtv_jax.main --config=configs/mtv_tiny.py --workdir=runs/tiny
 
 Hardware, time and result: two CPU cores, see docs/results.md.
 """

@@ -28,7 +28,7 @@ def get_config(arg=None):
   arg = parse_arg(
     arg,
     tiny=False,
-    steps=1500,
+    steps=2000,
     batch=32,
     difficulty="easy",
     cache="",
@@ -110,8 +110,8 @@ def evaluations(arg, scenes):
   evals = dict(
     knn=dict(train=dict(scenes, length=3 * scenes["length"])),
     linear_probe=dict(steps=200, rates=(0.01, 0.1, 1.0), blocks=(1,)),
-    segmentation=dict(train_count=256, count=200),
-    depth_probe=dict(train_count=192, count=200),
+    segmentation=dict(train_count=1024, count=400),
+    depth_probe=dict(train_count=384, count=400),
     geometric_correspondence=dict(data=dict(views, length=48)),
     semantic_correspondence=dict(data=dict(views, length=120)),
     zero_shot={},
