@@ -105,15 +105,14 @@ def draw_charts(
       continue
     if row.values.count(None) == len(columns):
       continue
-    rows = [interval_row(row, i, o.name, i) for i, o in enumerate(columns)]
-    title = f"{row.evaluation} {row.metric}"
+    title, more = "", []
     column = references.matching_column(
       row.evaluation, row.metric, result.protocol
     )
     if column and published:
       quoted.append(column)
       title = references.COLUMNS[column].label
-      rows += [
+      more = [
         Row(
           r.name,
           r.figures[column],
@@ -123,16 +122,27 @@ def draw_charts(
         )
         for r in published
       ]
-    drawn.append(
-      charts.interval_plot(
-        title,
-        rows,
-        name=file_name("metric", row.evaluation, row.metric),
-        unit=row.unit,
-        lower=row.lower,
-      )
-    )
+    names = [outcome.name for outcome in columns]
+    drawn.append(draw_metric(row, names, title=title, more=more))
   return drawn, quoted
+
+
+def draw_metric(
+  row: tables.MetricRow,
+  names: Sequence[str],
+  *,
+  title: str = "",
+  more: Sequence[Row] = (),
+) -> Chart:
+  """A chart of one metric with a row for each of `names`, then `more` rows."""
+  rows = [interval_row(row, i, name, i) for i, name in enumerate(names)]
+  return charts.interval_plot(
+    title or f"{row.evaluation} {row.metric}",
+    [*rows, *more],
+    name=file_name("metric", row.evaluation, row.metric),
+    unit=row.unit,
+    lower=row.lower,
+  )
 
 
 def is_main(evaluation: str, metric: str, metrics: Sequence[str]) -> bool:

@@ -12,7 +12,12 @@ import numpy as np
 
 from mtv_jax.config.overrides import ABSENT, list_differences
 from mtv_jax.evals.report import tables
-from mtv_jax.evals.report.report import file_name, interval_row, is_main
+from mtv_jax.evals.report.report import (
+  draw_metric,
+  file_name,
+  interval_row,
+  is_main,
+)
 from mtv_jax.studies.folders import RunFolder
 from mtv_jax.utils import charts
 from mtv_jax.utils.charts import Chart, Series
@@ -138,17 +143,10 @@ def draw_metrics(runs: Sequence[RunFolder]) -> tuple[list[Chart], list[Chart]]:
   for row in tables.compare([run.outcome for run in runs]):
     if row.evaluation in tables.DESCRIPTIVE:
       continue
+    names[row.evaluation].append(row.metric)
     if row.values.count(None) == len(runs):
       continue
-    names[row.evaluation].append(row.metric)
-    rows = [interval_row(row, i, run.name, i) for i, run in enumerate(runs)]
-    chart = charts.interval_plot(
-      f"{row.evaluation} {row.metric}",
-      rows,
-      name=file_name("metric", row.evaluation, row.metric),
-      unit=row.unit,
-      lower=row.lower,
-    )
+    chart = draw_metric(row, [run.name for run in runs])
     chosen = is_main(row.evaluation, row.metric, names[row.evaluation])
     (main if chosen else further).append(chart)
   return main, further
