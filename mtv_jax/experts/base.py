@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from mtv_jax.config.options import build
-from mtv_jax.data.labels.label_values import Outcome
+from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
 
 
@@ -63,7 +63,9 @@ class Expert(Protocol):
     """
     ...
 
-  def finish(self, outputs: Mapping[str, np.ndarray], meta: Any) -> Outcome:
+  def finish(
+    self, outputs: Mapping[str, np.ndarray], meta: Any
+  ) -> LabelOutcome:
     """Makes one record's label from its row in each of `run`'s arrays."""
     ...
 

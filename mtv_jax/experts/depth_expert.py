@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree, UInt8
 
 from mtv_jax.data.labels import label_values
-from mtv_jax.data.labels.label_values import Outcome
+from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
 from mtv_jax.experts import local_mesh
 from mtv_jax.experts.base import PreparedInput
@@ -61,7 +61,9 @@ class DepthExpert:
     """`depth` `[rows, h, w]`."""
     return self._function(self._params, local_mesh.shard(arrays, self._mesh))
 
-  def finish(self, outputs: Mapping[str, np.ndarray], meta: Any) -> Outcome:
+  def finish(
+    self, outputs: Mapping[str, np.ndarray], meta: Any
+  ) -> LabelOutcome:
     """The label of one image: its map, averaged to the labels' size."""
     del meta
     return label_values.make_depth(outputs["depth"], side=self._side)

@@ -22,7 +22,7 @@ from jaxtyping import PyTree, UInt8
 
 from mtv_jax.config.options import Fraction, PositiveInt, Range
 from mtv_jax.data.labels import label_values
-from mtv_jax.data.labels.label_values import Outcome
+from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns, loading
 from mtv_jax.encoder.encoder import Encoder
@@ -141,7 +141,7 @@ class MtvBoxExpert:
 
   def finish(
     self, outputs: Mapping[str, np.ndarray], meta: Sequence[str]
-  ) -> Outcome:
+  ) -> LabelOutcome:
     """The label of one image."""
     scores = outputs["scores"][: len(meta)]
     chosen = np.flatnonzero(scores > self._threshold)

@@ -22,7 +22,7 @@ from PIL import Image
 from mtv_jax.config.options import Range
 from mtv_jax.data.labels import label_sets, label_values
 from mtv_jax.data.labels.label_sets import LabelError
-from mtv_jax.data.labels.label_values import Outcome, no_label
+from mtv_jax.data.labels.label_values import LabelOutcome, no_label
 from mtv_jax.data.labels.label_writer import Entry, LabelWriter, Summary
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources import listings
@@ -62,7 +62,7 @@ class Item:
 
 def write(
   writer: LabelWriter,
-  annotate: Callable[[Item], Outcome],
+  annotate: Callable[[Item], LabelOutcome],
   *,
   progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
@@ -197,7 +197,7 @@ class Instances:
       image.boxes.append(annotation["bbox"])
       image.phrases.append(names[annotation["category_id"]])
 
-  def __call__(self, item: Item) -> Outcome:
+  def __call__(self, item: Item) -> LabelOutcome:
     """The boxes of a record."""
     by_match = dict(name=item.stem, image_id=item.image_id, key=item.key)
     image = self._images.get(by_match[self._match])
@@ -212,7 +212,7 @@ class Instances:
     boxes /= [image.height, image.width, image.height, image.width]
     outcome = label_values.make_boxes(boxes, image.phrases)
     crowds = {"boxes: a crowd, left out": image.crowds} if image.crowds else {}
-    return Outcome(outcome.label, {**outcome.counts, **crowds})
+    return LabelOutcome(outcome.label, {**outcome.counts, **crowds})
 
 
 @dataclasses.dataclass
@@ -278,7 +278,7 @@ class DepthImages:
       ) from error
     return Path(self.folder) / name
 
-  def __call__(self, item: Item) -> Outcome:
+  def __call__(self, item: Item) -> LabelOutcome:
     """The depth of a record."""
     file = self._path(item)
     if not file.exists():

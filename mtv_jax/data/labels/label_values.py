@@ -69,16 +69,16 @@ Label = DepthLabel | BoxLabel
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class LabelOutcome:
   """A label, or None, and what was dropped or changed, counted by reason."""
 
   label: Label | None
   counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
-def no_label(reason: str) -> Outcome:
+def no_label(reason: str) -> LabelOutcome:
   """The outcome of an image without a label."""
-  return Outcome(None, {reason: 1})
+  return LabelOutcome(None, {reason: 1})
 
 
 def make_depth(
@@ -87,7 +87,7 @@ def make_depth(
   side: int,
   valid: Bool[np.ndarray, "h w"] | None = None,
   min_valid: int = MIN_VALID,
-) -> Outcome:
+) -> LabelOutcome:
   """The depth label of an image.
 
   A stored pixel is the mean over the valid part of its area. It is labelled if
@@ -109,15 +109,15 @@ def make_depth(
   pixels = values[labelled]
   if pixels.size < max(min_valid, 2):
     counts[f"depth: a map with fewer than {min_valid} labelled pixels"] = 1
-    return Outcome(None, counts)
+    return LabelOutcome(None, counts)
   low, high = float(pixels.min()), float(pixels.max())
   if not high - low > _CONSTANT * max(abs(low), abs(high)):
     counts["depth: a map that is the same everywhere"] = 1
-    return Outcome(None, counts)
+    return LabelOutcome(None, counts)
   fraction = (values.astype(np.float64) - low) / (high - low)
   scaled = 1 + np.rint(fraction.clip(0, 1) * (TOP - 1))
   scaled = np.where(labelled, scaled, 0).astype(np.uint16)
-  return Outcome(DepthLabel(scaled, low, high), counts)
+  return LabelOutcome(DepthLabel(scaled, low, high), counts)
 
 
 def _squash(
@@ -142,7 +142,7 @@ def make_boxes(
   boxes: Float[np.ndarray, "n 4"],
   phrases: Sequence[str],
   scores: Float[np.ndarray, "n"] | None = None,
-) -> Outcome:
+) -> LabelOutcome:
   """The box label of an image: boxes clipped to it, without unusable ones.
 
   Args:
@@ -184,7 +184,7 @@ def make_boxes(
     tuple(phrases[i] for i in np.flatnonzero(usable)),
     scores[usable],
   )
-  return Outcome(label, {reason: n for reason, n in counts.items() if n})
+  return LabelOutcome(label, {reason: n for reason, n in counts.items() if n})
 
 
 def _quantize(boxes: np.ndarray) -> np.ndarray:

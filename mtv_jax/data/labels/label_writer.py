@@ -20,7 +20,7 @@ import numpy as np
 
 from mtv_jax.data.labels import label_sets, label_values
 from mtv_jax.data.labels.label_sets import LabelError, hash_bytes, to_json
-from mtv_jax.data.labels.label_values import BoxLabel, Outcome
+from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome
 from mtv_jax.data.sources import array_record
 from mtv_jax.data.sources.base import Source, map_threads
 from mtv_jax.utils import atomic
@@ -32,7 +32,7 @@ class Entry:
   """A base record's label, or the reason why it has none."""
 
   key: str
-  outcome: Outcome
+  outcome: LabelOutcome
   # `hash_bytes`; "" of an unreadable image, None if images are not read.
   image: str | None = None
 
@@ -49,7 +49,7 @@ class Summary:
     default_factory=collections.Counter
   )
 
-  def add(self, outcome: Outcome) -> None:
+  def add(self, outcome: LabelOutcome) -> None:
     """Counts one record."""
     self.records += 1
     self.labelled += outcome.label is not None

@@ -16,7 +16,7 @@ import numpy as np
 
 from mtv_jax.data import canvas
 from mtv_jax.data.labels import label_sets
-from mtv_jax.data.labels.label_values import Outcome, no_label
+from mtv_jax.data.labels.label_values import LabelOutcome, no_label
 from mtv_jax.data.labels.label_writer import Entry
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.sources.base import Source
@@ -116,7 +116,7 @@ class _Item:
 
   key: str
   image: str = ""
-  outcome: Outcome | futures.Future[Outcome] | None = None
+  outcome: LabelOutcome | futures.Future[LabelOutcome] | None = None
 
 
 def _prepare(
@@ -153,7 +153,7 @@ class _Pipeline:
     self._pool = pool
     self._grouper = Grouper(expert.rows)
     self._running: tuple[Batch, Mapping[str, jax.Array]] | None = None
-    self._finishing: list[futures.Future[Outcome]] = []
+    self._finishing: list[futures.Future[LabelOutcome]] = []
     # By position; removed in order.
     self._items: dict[int, _Item] = {}
     self._added = self._yielded = 0
@@ -200,7 +200,7 @@ class _Pipeline:
 
   def _finish(
     self, key: str, rows: Mapping[str, np.ndarray], meta: object
-  ) -> Outcome:
+  ) -> LabelOutcome:
     try:
       return self._expert.finish(rows, meta)
     except BadRecord as error:

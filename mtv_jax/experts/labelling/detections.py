@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from mtv_jax.data.labels import label_values
-from mtv_jax.data.labels.label_values import Outcome
+from mtv_jax.data.labels.label_values import LabelOutcome
 
 # Detectors that pad images to a square also report boxes in the padding: those
 # with less than this fraction of their area in the image are dropped.
@@ -60,7 +60,7 @@ def select(
   max_boxes: int,
   min_side: float,
   max_area: float,
-) -> Outcome:
+) -> LabelOutcome:
   """The box label of an image, best boxes first.
 
   Boxes mostly outside of the image, small ones and large ones are dropped
@@ -103,7 +103,7 @@ def select(
     boxes[rows], [detections.phrases[i] for i in rows], scores[rows]
   )
   counts = {reason: n for reason, n in counts.items() if n}
-  return Outcome(outcome.label, {**counts, **outcome.counts})
+  return LabelOutcome(outcome.label, {**counts, **outcome.counts})
 
 
 def area(boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n"]:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from mtv_jax.config.options import Fraction, PositiveInt
-from mtv_jax.data.labels.label_values import Outcome
+from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
 from mtv_jax.experts import local_mesh
 from mtv_jax.experts.base import PreparedInput, check_options
@@ -136,7 +136,7 @@ class OnnxDetector:
 
   def finish(
     self, outputs: Mapping[str, np.ndarray], meta: tuple[int, int]
-  ) -> Outcome:
+  ) -> LabelOutcome:
     """The label of one image."""
     boxes = self._decoder.decode(
       outputs, self._names, threshold=self._threshold, image_size=meta

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree, UInt8
 
 from mtv_jax.config.options import Fraction, PositiveInt
-from mtv_jax.data.labels.label_values import Outcome
+from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import Record
 from mtv_jax.encoder import apply_fns
 from mtv_jax.experts import local_mesh
@@ -178,7 +178,9 @@ class Owlv2Expert:
     consts = {"table": self._queries.table, "threshold": self._threshold}
     return self._score(consts, {"patches": patches, "slots": slots})
 
-  def finish(self, outputs: Mapping[str, np.ndarray], meta: Any) -> Outcome:
+  def finish(
+    self, outputs: Mapping[str, np.ndarray], meta: Any
+  ) -> LabelOutcome:
     """The label of one image."""
     (height, width), phrases = meta
     above = outputs["scores"] > self._threshold

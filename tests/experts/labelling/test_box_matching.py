@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtv_jax.data.labels.label_sets import LabelError, LabelSet
-from mtv_jax.data.labels.label_values import BoxLabel, Outcome
+from mtv_jax.data.labels.label_values import BoxLabel, LabelOutcome
 from mtv_jax.experts.labelling import box_matching
 from tools import match_boxes
 
@@ -68,7 +68,7 @@ SQUARE = [0.1, 0.1, 0.5, 0.5]
 
 def write(folder, base, entries):
   label_samples.make_set(
-    folder, base, "boxes", of=lambda kind, i: Outcome(entries[i])
+    folder, base, "boxes", of=lambda kind, i: LabelOutcome(entries[i])
   )
   return LabelSet(folder, kind="boxes")
 

@@ -28,7 +28,7 @@ from mtv_jax.cli import errors
 from mtv_jax.data import canvas
 from mtv_jax.data.labels import label_values
 from mtv_jax.data.labels.label_sets import LabelSet, hash_bytes
-from mtv_jax.data.labels.label_values import Outcome
+from mtv_jax.data.labels.label_values import LabelOutcome
 from mtv_jax.data.records import BadRecord
 from mtv_jax.data.registry import build_source
 from mtv_jax.data.sources import array_record
@@ -253,7 +253,7 @@ class Slow:
       self.pending -= 1
     assert outputs["x"] == meta
     time.sleep(0.001 * (meta * 3 % 4))
-    return Outcome(None, {f"{meta}": 1})
+    return LabelOutcome(None, {f"{meta}": 1})
 
 
 class BlackImages(Source):
