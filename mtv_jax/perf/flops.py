@@ -309,7 +309,7 @@ def _xla_flops(spec: StepSpec, batch: Any, tx: Any) -> float:
   unrolled = dataclasses.replace(spec, runtime={**spec.runtime, "scan": False})
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
   program = make_program(unrolled, tx, mesh)
-  lowered = program.compiled().lower(program.abstract, batch)
+  lowered = program.jitted_update().lower(program.abstract, batch)
   # The count is that of the HLO: machine code may be of any quality.
   cpu = jax.default_backend() == "cpu"
   options = {"xla_backend_optimization_level": 0} if cpu else {}

@@ -60,7 +60,7 @@ def combine_gradients(
   return (total, terms), combined
 
 
-def _split(x: Array, count: int) -> Array:
+def _split_rows(x: Array, count: int) -> Array:
   """[B, ...] -> [count, B / count, ...].
 
   Part i has rows i, i + count, ...: each device has its share of every part,
@@ -69,8 +69,8 @@ def _split(x: Array, count: int) -> Array:
   return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
 
 
-def _join(x: Array) -> Array:
-  """The inverse of `_split`."""
+def _join_rows(x: Array) -> Array:
+  """The inverse of `_split_rows`."""
   return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
@@ -79,7 +79,7 @@ def _split_batch(
 ) -> PyTree:
   """The batch and the keys of its views, in `spec.accumulate` parts."""
   keys = view_keys(spec, state.step, len(batch["image"]), mesh)
-  split = functools.partial(_split, count=spec.accumulate)
+  split = functools.partial(_split_rows, count=spec.accumulate)
   return jax.tree.map(split, (dict(batch), keys))  # [count, B / count, ...]
 
 
@@ -94,7 +94,7 @@ def _join_loss_inputs(
   inputs = jax.lax.map(
     lambda part: compute_loss_inputs(spec, params, state, *part, mesh), parts
   )
-  return jax.tree.map(_join, inputs)  # [B, ...]
+  return jax.tree.map(_join_rows, inputs)  # [B, ...]
 
 
 def accumulate_gradients(
@@ -127,7 +127,7 @@ def accumulate_gradients(
   grads, _ = jax.lax.scan(
     add_part,
     jax.tree.map(jnp.zeros_like, params),
-    (parts, [_split(c, spec.accumulate) for c in cotangents]),
+    (parts, [_split_rows(c, spec.accumulate) for c in cotangents]),
   )
   heads = jax.tree.map(jnp.add, grads["heads"], head_grads)
   return result, {**grads, "heads": heads}
@@ -162,7 +162,7 @@ def compute_encoder_gradients(
   """
   parts = _split_batch(spec, state, batch, mesh)
   if spec.accumulate == 1:
-    part = jax.tree.map(_join, parts)
+    part = jax.tree.map(_join_rows, parts)
     inputs, pullbacks = linearize_encoder(spec, state, *part, mesh)
   else:
     inputs = _join_loss_inputs(spec, state.params, state, parts, mesh)
@@ -188,7 +188,7 @@ def compute_encoder_gradients(
     return jax.tree.map(jnp.add, grads, new), None
 
   zeros = jax.tree.map(jnp.zeros_like, state.params["image"])
-  split = functools.partial(_split, count=spec.accumulate)
+  split = functools.partial(_split_rows, count=spec.accumulate)
   grads, _ = jax.lax.scan(
     add_part,
     dict.fromkeys(spec.objectives, zeros),

@@ -19,6 +19,7 @@ from mtv_jax.checkpoint.partial_restore import merge_params
 from mtv_jax.config import schema
 from mtv_jax.encoder import loading
 from mtv_jax.encoder.preprocess import Preprocess, preprocess_from_config
+from mtv_jax.objectives.base import TEACHER
 from mtv_jax.train.state import TrainState
 from mtv_jax.train.step_spec import init_params, teacher_params
 from mtv_jax.train.train_step import TrainStep
@@ -71,10 +72,7 @@ def init_teacher(train_step: TrainStep, params: PyTree) -> PyTree:
   copies of the student's.
   """
   init, spec = train_step.config.init, train_step.step_spec
-  if (
-    spec.has_teacher
-    and not spec.select_objectives(spec.active_objectives(0)).has_teacher
-  ):
+  if spec.first_reads.get(TEACHER, 0) > 0:
     raise ConfigError(
       "config.init.teacher has no effect: no objective reads the teacher at "
       "step 0, and at the start of the first that does it is a copy of the "

@@ -116,7 +116,7 @@ def train(
     checkpoints = stack.enter_context(
       Checkpointer(
         experiment.workdir / "checkpoints",
-        every_steps=experiment.every("every", config.checkpoint),
+        every_steps=experiment.duration("every", config.checkpoint),
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
       )
@@ -169,9 +169,9 @@ class _Trainer:
   def run(self) -> TrainState:
     """Trains to the last step."""
     config, last = self.experiment.config, self.experiment.total_steps
-    every = self.experiment.every
-    log_every = every("every", config.log)
-    evals_every = {n: every("every", e) for n, e in config.evals.items()}
+    duration = self.experiment.duration
+    log_every = duration("every", config.log)
+    evals_every = {n: duration("every", e) for n, e in config.evals.items()}
     batches = prefetch_to_device(self.loader, self.experiment.mesh)
     if self.first >= last:
       log.info("The run is complete at step %d.", self.first)
@@ -236,7 +236,7 @@ class _Trainer:
     experiment, program = self.experiment, self.experiment.program
 
     def is_due(section, name):
-      every = section and experiment.every(name, section)
+      every = section and experiment.duration(name, section)
       return bool(every) and step % every == 0
 
     config, active = experiment.config, self.active
@@ -261,7 +261,7 @@ class _Trainer:
       else:
         norms = program.encoder_grad_norms(self.state, batch, active)
       if balances:
-        self.state = program.rebalance(self.state, norms)
+        self.state = program.update_balance(self.state, norms)
       norms = jax.device_get(norms)
     return {**{f"{n}/encoder_grad_norm": v for n, v in norms.items()}, **values}
 

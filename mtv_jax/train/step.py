@@ -197,9 +197,9 @@ class Program:
 
     The state is donated; the batch is sharded over the mesh.
     """
-    return self.compiled(active)(state, batch)
+    return self.jitted_update(active)(state, batch)
 
-  def compiled(self, active: tuple[str, ...] | None = None) -> Any:
+  def jitted_update(self, active: tuple[str, ...] | None = None) -> Any:
     """The jitted update of a set of objectives."""
     active = tuple(self.spec.objectives) if active is None else active
     if active not in self._updates:
@@ -246,7 +246,7 @@ class Program:
 
     return jax.jit(update, out_shardings=self.shardings.balance)
 
-  def rebalance(
+  def update_balance(
     self, state: TrainState, norms: Mapping[str, Array]
   ) -> TrainState:
     """The state after a measurement of `encoder_grad_norms`."""

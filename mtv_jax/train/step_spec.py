@@ -143,6 +143,11 @@ class StepSpec:
     return encodings.collect_encodings(self.objectives.values())
 
   @functools.cached_property
+  def first_reads(self) -> dict[str, int]:
+    """See `find_first_reads`."""
+    return find_first_reads(self.objectives, self.weights)
+
+  @functools.cached_property
   def heads(self) -> dict[str, base.Head]:
     """All heads of all objectives, by their global names."""
     heads = {}
@@ -231,10 +236,8 @@ class StepSpec:
     every = self.balance.every_steps
     if every is None:
       return False
-    starts = step > 0 and self.active_objectives(
-      step
-    ) != self.active_objectives(step - 1)
-    return starts or step % every == 0
+    starts = {weight.start for weight in self.weights.values()}
+    return step in starts or step % every == 0
 
   def config_weights(self, step: Any) -> dict[str, Array]:
     """Each objective's weight of the config, with its ramp."""
@@ -247,29 +250,18 @@ class StepSpec:
 
   def teacher_starts(self, step: int) -> bool:
     """Whether a teacher is first read in the update after `step` others."""
-
-    def reads(at):
-      names = self.active_objectives(at)
-      return bool(names) and self.select_objectives(names).has_teacher
-
-    return step > 0 and reads(step) and not reads(step - 1)
+    return step > 0 and self.first_reads.get(base.TEACHER) == step
 
   def teachers_due(self, step: int) -> tuple[str, ...]:
     """The frozen teachers to copy from the EMA teacher before an update.
 
     `step` is the number of updates done.
     """
-
-    def start(name):
-      return min(
-        weight.start
-        for key, weight in self.weights.items()
-        if any(
-          e.weights == name for e in self.objectives[key].needs().encodings
-        )
-      )
-
-    return tuple(n for n, t in self.teachers.items() if t.due(step - start(n)))
+    return tuple(
+      name
+      for name, teacher in self.teachers.items()
+      if teacher.due(step - self.first_reads[name])
+    )
 
   def momentum(self, step: Any) -> Float[Array, ""]:
     """The teacher's momentum in the update after `step` others."""
@@ -290,6 +282,19 @@ class StepSpec:
       for field in objective.needs().fields:
         readers.setdefault(field, []).append(name)
     return readers
+
+
+def find_first_reads(
+  objectives: Mapping[str, base.Objective],
+  weights: Mapping[str, ObjectiveWeight],
+) -> dict[str, int]:
+  """The first step that reads the student and each teacher, by name."""
+  first: dict[str, int] = {}
+  for name, objective in objectives.items():
+    start = weights[name].start
+    for encoding in objective.needs().encodings:
+      first[encoding.weights] = min(start, first.get(encoding.weights, start))
+  return first
 
 
 def _are_equal_heads(

@@ -24,6 +24,7 @@ from mtv_jax.train.step_spec import (
   ObjectiveWeight,
   StepSpec,
   abstract_params,
+  find_first_reads,
 )
 from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
@@ -52,7 +53,7 @@ class TrainStep:
     """Number of steps of the run."""
     return self.length.total_steps
 
-  def every(self, name: str, section: ConfigDict) -> int | None:
+  def duration(self, name: str, section: ConfigDict) -> int | None:
     """A duration of a section in steps; None if it has none."""
     return self.length.steps(name, section, default=None)
 
@@ -114,9 +115,10 @@ def build_train_step(
 def build_step_spec(
   config: ConfigDict, total_steps: int, examples_per_epoch: int | None = None
 ) -> StepSpec:
-  """The train step of a resolved config.
+  """Builds the specification of the train step of a resolved config.
 
-  Durations in epochs need `examples_per_epoch`.
+  Durations in epochs need `examples_per_epoch`. Sets what the objectives decide
+  in the config: the mask token, and whether there is a text tower.
 
   Raises:
     ConfigError: for views, objectives, weights or rules that don't fit.
@@ -159,7 +161,7 @@ def build_step_spec(
     ema_decay=config.ema.decay if config.ema else None,
     accumulate=config.accumulate,
     teachers=_build_frozen_teachers(
-      config, model, _find_first_reads(objectives, weights), length
+      config, model, find_first_reads(objectives, weights), length
     ),
   )
   if not config.optim.rules:
@@ -250,19 +252,6 @@ def _build_balance(
   if every is not None:
     given["every_steps"] = every
   return options.build(method, given, where=where, reserved=(key,))
-
-
-def _find_first_reads(
-  objectives: Mapping[str, base.Objective],
-  weights: Mapping[str, ObjectiveWeight],
-) -> dict[str, int]:
-  """The first step that reads the student and each teacher, by name."""
-  first: dict[str, int] = {}
-  for name, objective in objectives.items():
-    start = weights[name].start
-    for encoding in objective.needs().encodings:
-      first[encoding.weights] = min(start, first.get(encoding.weights, start))
-  return first
 
 
 def _build_frozen_teachers(

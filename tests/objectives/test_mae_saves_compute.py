@@ -64,7 +64,7 @@ def make_step(kind, ops, batch):
   state = program.init(params(jax.random.key(0)))
   # The tests otherwise compile to LLVM's cheapest code, where the element-wise
   # rest weighs more than it does in a run.
-  update = program.compiled().lower(state, batch)
+  update = program.jitted_update().lower(state, batch)
   return update.compile({"xla_backend_optimization_level": 3}), state
 
 

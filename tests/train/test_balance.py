@@ -127,7 +127,7 @@ def balanced_step(spec, shape):
   )
   active = tuple(spec.objectives)
   before = program.encoder_grad_norms(state, batch, active)
-  state = program.rebalance(state, before)
+  state = program.update_balance(state, before)
   after = program.encoder_grad_norms(state, batch, active)
   running = jax.device_get(state.balance)  # The update donates it.
   state, metrics = program.update(state, batch, active)
@@ -191,7 +191,7 @@ def two_updates(method, shape=(1, 1, 1), accumulate=1):
       row["norms"] = program.encoder_grad_norms(
         state, batch, tuple(spec.objectives)
       )
-      state = program.rebalance(state, row["norms"])
+      state = program.update_balance(state, row["norms"])
     state, metrics = program.update(state, batch)
     rows.append(jax.device_get(row | metrics))
   return jax.device_get((state.params, state.balance)), rows

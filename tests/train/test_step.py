@@ -432,7 +432,7 @@ def test_no_activation_is_all_gathered(shape):
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
     for name, x in tiny_mtv.rows().items()
   }
-  compiled = program.compiled().lower(program.abstract, batch).compile()
+  compiled = program.jitted_update().lower(program.abstract, batch).compile()
   rows = hlo.collectives(compiled)
   gathers = [row for row in rows if row.kind == "all-gather"]
   sizes = [x.size * 4 for x in jax.tree.leaves(program.abstract.params)]

@@ -164,7 +164,7 @@ def time_interference(
   experiment = timer.experiment
   spec, program = experiment.step_spec, experiment.program
   lr = np.float32(experiment.optimizer.schedule(experiment.total_steps // 2))
-  every = experiment.every("every", experiment.config.interference)
+  every = experiment.duration("every", experiment.config.interference)
   meters = (("norms and cosines", None), ("with the transfer", lr))
 
   def run_meter(lr):

@@ -47,7 +47,7 @@ class Plan(TrainStep):
 
   def lower(self, rows: int | None = None) -> jax.stages.Lowered:
     """Lowers the update with all objectives, for a batch of so many rows."""
-    update = self.program.compiled()
+    update = self.program.jitted_update()
     return update.lower(self.program.abstract, self.abstract_batch(rows))
 
   @property
@@ -55,7 +55,7 @@ class Plan(TrainStep):
     """Whether the run measures each objective's gradient on the encoder."""
     config, balance = self.config, self.step_spec.balance
     measures = config.interference or balance.every_steps
-    return bool(measures or self.every("gradients", config.log))
+    return bool(measures or self.duration("gradients", config.log))
 
   def lower_norms(self) -> jax.stages.Lowered:
     """Lowers the program of those norms, or of the interference meter."""
