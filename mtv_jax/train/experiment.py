@@ -234,8 +234,8 @@ def log_experiment(experiment: Experiment) -> None:
   log.info(f"The state takes {megabytes:.1f} MB a device on a mesh of {axes}.")
   if state.teacher or state.ema:
     log.info(
-      f"Evaluations and exports take the {experiment.config.weights} weights "
-      "(config.weights) unless told otherwise."
+      f"Evaluations and exports read the {experiment.config.weights} weights "
+      "(config.weights), unless they name others."
     )
   log.info("Encodings: %s.", ", ".join(map(str, experiment.step_spec.plan)))
   size = experiment.config.batch_size

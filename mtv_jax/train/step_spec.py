@@ -108,23 +108,29 @@ class StepSpec:
       raise ConfigError("config.objectives is empty.")
     if self.teacher_ema == "heads":
       self._check_head_only_teacher()
-    for encoding in self.plan:
-      if encoding.weights not in (base.STUDENT, base.TEACHER, *self.teachers):
-        raise ConfigError(
-          f"an objective reads the teacher {encoding.weights!r}, which "
-          f"config.teachers lacks; there are: {sorted(self.teachers)}."
-        )
-      if encoding.tower == "image" and encoding.view not in self.views:
-        raise ConfigError(
-          f"an objective reads the view {encoding.view!r}, which config.views "
-          f"lacks; there are: {sorted(self.views)}."
-        )
-      if encoding.tower == "text" and self.model.text is None:
-        raise ConfigError(
-          "an objective reads text, but config.model.text is not set."
-        )
+    for name, objective in self.objectives.items():
+      for encoding in objective.needs().encodings:
+        self._check_encoding(f"config.objectives.{name}", encoding)
 
-  def _check_head_only_teacher(self):
+  def _check_encoding(self, where: str, encoding: base.Encoding) -> None:
+    """Raises ConfigError unless the config has the encoding's parts."""
+    if encoding.weights not in (base.STUDENT, base.TEACHER, *self.teachers):
+      raise ConfigError(
+        f"{where} reads the teacher {encoding.weights!r}, which "
+        f"config.teachers lacks; there are: {sorted(self.teachers)}."
+      )
+    if encoding.tower == "image" and encoding.view not in self.views:
+      raise ConfigError(
+        f"{where} reads the view {encoding.view!r}, which config.views lacks; "
+        f"there are: {sorted(self.views)}."
+      )
+    if encoding.tower == "text" and self.model.text is None:
+      raise ConfigError(
+        f"{where} reads text, but config.model.text is not set."
+      )
+
+  def _check_head_only_teacher(self) -> None:
+    """Raises ConfigError if an objective needs a teacher's encoder."""
     for name, objective in self.objectives.items():
       read = {e.weights for e in objective.needs().encodings}
       if base.TEACHER in read and not any(
@@ -155,8 +161,8 @@ class StepSpec:
       for key, head in objective.heads().items():
         if key in heads and not _are_equal_heads(heads[key], head, self.model):
           raise ConfigError(
-            f"objective {name!r} and another one both own heads/{key}, with "
-            "different settings. Rename one of the heads."
+            f"objective {name!r} and another one both declare heads/{key}, "
+            "with different settings. Rename one of the heads."
           )
         heads[key] = head
     return heads

@@ -269,11 +269,11 @@ def _build_frozen_teachers(
     if name not in first_reads:
       log.warning("No objective reads %s: it is not loaded.", where)
       continue
-    own = model_lib.ModelSpec(image=model.image)
+    spec = model_lib.ModelSpec(image=model.image)
     if entry.model is not None:
-      own = model_lib.ModelSpec.from_dict({"image": entry.model.to_dict()})
+      spec = model_lib.ModelSpec.from_dict({"image": entry.model.to_dict()})
     teacher = FrozenTeacher(
-      model=own,
+      model=spec,
       snapshot=entry.path is None,
       update_every=length.steps("update_every", entry, default=None),
       max_updates=entry.max_updates,
@@ -292,7 +292,7 @@ def _build_frozen_teachers(
         f"starts at step {first_reads[base.TEACHER]}. Start the objective that "
         f"reads {name} later, or self-distillation earlier."
       )
-    if teacher.copies and own.image != model.image:
+    if teacher.copies and spec.image != model.image:
       raise ConfigError(
         f"{where} is copied from the EMA teacher and must have the student's "
         "architecture: leave its `model` out."

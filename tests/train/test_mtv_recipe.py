@@ -225,7 +225,7 @@ def test_heads_of_one_name_must_read_the_same_width():
   config.model.projection = 16
   config.model.text.projection = 16
   config.objectives.masked_latent.head = "dino"
-  with pytest.raises(ConfigError, match="both own heads/dino"):
+  with pytest.raises(ConfigError, match="both declare heads/dino"):
     _ = build_step_spec(config, total_steps=100).heads
 
 

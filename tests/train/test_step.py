@@ -25,6 +25,7 @@ from mtv_jax.perf import hlo
 from mtv_jax.train import gradients, losses
 from mtv_jax.train.step import ema_update, make_program
 from mtv_jax.train.step_spec import ObjectiveWeight, init_params
+from mtv_jax.utils.errors import ConfigError
 from mtv_jax.utils.tree import flatten_with_names
 
 
@@ -251,9 +252,9 @@ def test_a_head_only_teacher_reads_the_encoder_of_the_same_step():
 
 
 def test_invalid_step_specs_are_rejected():
-  with pytest.raises(ValueError, match="view 'image'"):
+  with pytest.raises(ConfigError, match="contrastive reads the view 'image'"):
     make_spec(views={})
-  with pytest.raises(ValueError, match="model.text"):
+  with pytest.raises(ConfigError, match="contrastive reads text, but"):
     make_spec(model=dataclasses.replace(make_spec().model, text=None))
   with pytest.raises(ValueError, match="objectives is empty"):
     make_spec(objectives={}, weights={})
