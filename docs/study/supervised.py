@@ -1,8 +1,8 @@
 """The study's image tower trained on labels: the ceiling beside its encoders.
 
-Cross-entropy on the class of the main object, from the same initial tower,
-images, batches, steps, optimizer and schedule as a run of `configs/study.py`.
-Prints the top-1 accuracy on the scenes of its evaluations.
+Cross-entropy on the class of the main object, with the model, images, batch
+size, steps, rate and schedule of a run of `configs/study.py`, and AdamW. Prints
+the top-1 accuracy on the scenes of its evaluations.
 
   python docs/study/supervised.py study:cache=runs/study/scenes
 """
