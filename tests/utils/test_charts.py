@@ -173,6 +173,16 @@ def test_interval_plot_coordinates():
   )
 
 
+def test_intervals_of_percentages_end_at_0_and_100():
+  rows = [Row("a", 60.0, -120.0, 240.0), Row("b", 30.0, 20.0, 40.0)]
+  root = parse(charts.interval_plot("t", rows, name="t", unit="%"))
+  a, b = (c for c in find(root, "circle") if c.get("r") == "4.5")
+  per_unit = (float(a.get("cx")) - float(b.get("cx"))) / 30
+  low, _, high = numbers(find(root, "path", "bar")[0].get("d"))[:3]
+  assert high - low == pytest.approx(100 * per_unit, abs=0.3)
+  assert a.find(f"{SVG}title").text == "a: 60 %, -120 to 240"
+
+
 def test_heat_map_cells():
   values = [[1.0, -0.5, None], [0.0, 0.25, float("nan")]]
   chart = charts.heat_map(

@@ -49,15 +49,16 @@ def interval_plot(
 ) -> Chart:
   """Values with intervals, a row each: a forest plot.
 
-  The axis spans chance and every interval. A dashed line is at chance, from row
-  to row where rows have their own.
+  The axis spans chance and every interval, in percent from 0 to 100 at most: of
+  two seeds an interval may be wider than that. A dashed line is at chance, from
+  row to row where rows have their own.
   """
   labels = [shorten(row.name, 120, TEXT) for row in rows]
   left = 10 + max([text_width(label, TEXT) for label in labels], default=0)
   texts = [_value_text(row.value) for row in rows]
   right = 10 + max([text_width(text, TEXT) for text in texts], default=0)
   known = [row.value for row in rows] + [row.chance for row in rows]
-  known += [v for r in rows for v in (r.low, r.high, *r.points)]
+  known += [v for r in rows for v in (*_shown_interval(r, unit), *r.points)]
   known = [v for v in known if v is not None]
   top, bottom = TITLE, TITLE + _ROW * len(rows) + 4
   scale = make_scale(known, left + 4, WIDTH - right)
@@ -78,6 +79,15 @@ def interval_plot(
   space = max(WIDTH - 2 - text_width(legend, TEXT), 2)
   parts.append(draw_text(min(left, space), bottom + 31, legend, "tick"))
   return make_chart(title, name, WIDTH, bottom + 38, parts)
+
+
+def _shown_interval(row: Row, unit: str) -> tuple[Number, ...]:
+  """Low and high; () without an interval, or without a value."""
+  if row.value is None or row.low is None or row.high is None:
+    return ()
+  if unit != "%":
+    return row.low, row.high
+  return max(row.low, min(0, row.value)), min(row.high, max(100, row.value))
 
 
 def _value_text(value: Number | None) -> str:
@@ -104,8 +114,8 @@ def _draw_interval(
   yield f"<g class='c{row.colour % COLOURS}'>"
   for point in row.points:
     yield f"<circle class='seed' cx='{scale(point):.1f}' cy='{y}' r='2.5'/>"
-  if row.low is not None and row.high is not None:
-    low, high = scale(row.low), scale(row.high)
+  if shown := _shown_interval(row, unit):
+    low, high = map(scale, shown)
     text += f", {row.low:.4g} to {row.high:.4g}"
     yield (
       f"<path class='bar' d='M{low:.1f} {y}H{high:.1f}"
