@@ -215,16 +215,12 @@ class Encoder:
   def phrases(
     self, strings: Sequence[str], *, batch_size: int = 256
   ) -> Float32[np.ndarray, "n e"]:
-    """Embeddings `[n, E]` of phrases, to compare with `ground`.
+    """Embeddings `[n, E]` of phrases, to compare with those of `ground`.
 
-    Like `text`, but padded to `phrase_length` as in pre-training: towers that
-    attend to padding embed a text of another length otherwise. If one of them
-    is longer, all are padded to the length of texts.
+    Like `text`, but cut or padded to `phrase_length` tokens as in pre-training:
+    towers that attend to padding embed a text of another length otherwise.
     """
-    length = self.phrase_length
-    if length and any(self.tokenizer.is_cut(s, length) for s in strings):
-      length = None
-    return self.text(strings, batch_size=batch_size, length=length)
+    return self.text(strings, batch_size=batch_size, length=self.phrase_length)
 
   def similarity(
     self,
@@ -345,7 +341,7 @@ class Encoder:
     *,
     batch_size: int = 16,
   ) -> Regions:
-    """Embeddings of boxes, to compare with `text`; see `predict`.
+    """Embeddings of boxes, to compare with `phrases`; see `predict`.
 
     `boxes` are for each image `[m, 4]`, (y0, x0, y1, x1) in its unit square.
     """
