@@ -15,7 +15,7 @@ from mtv_jax.utils.html import Bold, Link
 DESCRIPTIVE = ("patch_pca",)
 _EMPTY = "-"
 # `MetricRow.best` needs equal values of these protocol keys, and equal data.
-_COMPARED = ("protocol", "options", "train_hash", "train_data_hash")
+_COMPARED = ("protocol", "options", "train_hash", "train_data_hash", "regions")
 _ABSENT = "(absent)"
 # A difference of fewer standard errors marks nothing.
 _DISTINCT = 2.0
@@ -253,6 +253,20 @@ def compare_protocols(outcomes: Sequence[Outcome], name: str) -> Protocols:
     else:
       differing[key] = [None if v == _ABSENT else v for v in values]
   return Protocols(common, differing, [outcome.name for outcome in outcomes])
+
+
+def describe_differences(outcomes: Sequence[Outcome], name: str) -> list[str]:
+  """A line for each entry for which results of an evaluation don't compare."""
+  _, differing, encoders = compare_protocols(outcomes, name)
+  lines = []
+  for key in ("data_hash", *_COMPARED):
+    names: dict[str, list[str]] = {}
+    for value, encoder in zip(differing.get(key, ()), encoders, strict=False):
+      names.setdefault(shorten(value), []).append(encoder)
+    parts = [f"{value} in {', '.join(of)}" for value, of in names.items()]
+    if parts:
+      lines.append(f"{name}: {key} {'; '.join(parts)}")
+  return lines
 
 
 def shorten(value: Any) -> str:

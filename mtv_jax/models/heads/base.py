@@ -34,7 +34,6 @@ class PredictionHead:
   # image any number of rows, of so many channels, or of strings (`TEXT`,
   # `TOKENS`).
   inputs: ClassVar[Mapping[str, int | str]] = {}
-  phrase_length: ClassVar[int | None] = None  # Tokens of each `TEXT` input.
   taps: ClassVar[tuple[int, ...]] = ()  # Image-tower blocks it reads, from 0.
 
   def resolve(self, spec: Any) -> PredictionHead:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from mtv_jax.evals.report import tables
 from mtv_jax.perf.flops import build_long_step_spec
 from mtv_jax.studies import statistics
 from mtv_jax.studies.contrasts import Contrast, Metric
@@ -22,6 +24,10 @@ _ARMS_NOTE = (
   "Means over seeds with 95 % t intervals over seeds, or with one seed 1.96 "
   "standard errors over the items of the test set. Pale dots are seeds. ↓: "
   "lower is better. Chance is what random embeddings or guesses would give."
+)
+_PROTOCOLS_NOTE = (
+  "These evaluations measure the arms in different ways, or on different data: "
+  "their differences are not those of the encoders alone."
 )
 _DIFFERENCES_NOTE = (
   "Differences in the metric's unit, paired by seed where there are 2 or more, "
@@ -54,6 +60,9 @@ def describe_study(results: StudyResults) -> Iterator[Block]:
   table = study_figures.values_table(data, main)
   yield Block("table", table, {"numbers": 1})
   yield Block("note", _ARMS_NOTE)
+  if differences := _describe_protocols(results):
+    yield Block("note", _PROTOCOLS_NOTE)
+    yield Block("bullets", differences)
   yield Block("charts", study_figures.draw_arms(data, main, compared))
   further = [metric for metric in results.metrics if metric not in main]
   if further:
@@ -80,6 +89,7 @@ def _summarise(results: StudyResults) -> list[str]:
   for run in study.runs:
     seeds[run.arm] = seeds.get(run.arm, 0) + 1
   counts = ", ".join(f"{arm} {count}" for arm, count in seeds.items())
+  flops = {run.arm: run.flops for run in study.runs if run.flops}
   finished = len(study.runs) - len(results.unfinished)
   lines = [
     f"Config: {study.config}",
@@ -89,9 +99,27 @@ def _summarise(results: StudyResults) -> list[str]:
     f"Finished: {finished} of {len(study.runs)} runs",
     f"Settings: {study.fingerprint}",
   ]
+  if flops:
+    costs = ", ".join(f"{arm} {f / 1e12:.3g}" for arm, f in flops.items())
+    lines.insert(2, f"TFLOP of a run: {costs}")
   if results.unfinished:
-    lines.insert(4, f"Not finished: {', '.join(results.unfinished)}")
+    lines.insert(-1, f"Not finished: {', '.join(results.unfinished)}")
   return lines
+
+
+def _describe_protocols(results: StudyResults) -> list[str]:
+  """What differs between arms in how they are evaluated, by their first run."""
+  first = {run.arm: run for run in reversed(results.runs)}
+  outcomes = [
+    dataclasses.replace(first[arm].outcome, name=arm)
+    for arm in results.measurements.values
+    if arm in first
+  ]
+  return [
+    line
+    for name in tables.evaluation_names(outcomes)
+    for line in tables.describe_differences(outcomes, name)
+  ]
 
 
 def _describe_differences(

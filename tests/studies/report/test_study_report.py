@@ -196,6 +196,26 @@ def test_page_of_a_ladder(tmp_path, browser, width):
     check_layout(browser, tmp_path / "report.html", width, dark=dark)
 
 
+def test_arms_that_are_evaluated_in_other_ways_are_named(tmp_path):
+  study_samples.write_study(
+    tmp_path, "ladder", LADDER, seeds=1, interference=False, sheets=()
+  )
+  report.write_study(tmp_path)
+  page = tmp_path / "report.md"
+  assert "in different ways" not in page.read_text()
+  for arm, regions in (("vl", "crop"), ("ssl", "crop"), ("all", "prompter")):
+    file = tmp_path / "runs" / f"{arm}-s0" / "evals" / "zero_shot_400.json"
+    content = json.loads(file.read_text())
+    content["evals"]["zero_shot"]["protocol"] |= dict(
+      regions=regions, seconds=len(arm)
+    )
+    file.write_text(json.dumps(content))
+  report.write_study(tmp_path)
+  text = page.read_text()
+  assert "in different ways" in text and "seconds" not in text
+  assert "- zero_shot: regions crop in vl, ssl; prompter in all\n" in text
+
+
 def test_page_of_pairs(tmp_path):
   arms = [("a", ("a",), 0.0), ("b", ("b",), 0.1), ("a+b", ("a", "b"), 0.3)]
   study_samples.write_study(tmp_path, "pairs", arms, seeds=2)
@@ -259,11 +279,16 @@ def test_page_of_an_unfinished_study(tmp_path):
   )
   for name in ("ssl-s0", "all-s0"):
     (tmp_path / "one" / "runs" / name / "checkpoints" / "400").rmdir()
+  file = tmp_path / "one" / "study.json"
+  study = json.loads(file.read_text())
+  study["runs"][0]["flops"] = 2.5e12
+  file.write_text(json.dumps(study))
   argv = [str(tmp_path / "one"), f"--output={tmp_path / 'out'}"]
   assert run_command("report", argv) == 0
   text = (tmp_path / "out" / "report.md").read_text()
   assert "- Finished: 1 of 3 runs" in text
   assert "- Not finished: ssl-s0, all-s0" in text
+  assert "- TFLOP of a run: vl 2.5\n" in text
   assert "missing" in text and "## Gradients" not in text
   study = json.loads((tmp_path / "one" / "study.json").read_text())
   (tmp_path / "none").mkdir()
