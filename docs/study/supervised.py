@@ -1,4 +1,4 @@
-"""The study's image tower trained on labels: the ceiling beside its encoders.
+"""The study's image tower trained on labels, to compare its encoders with.
 
 Cross-entropy on the class of the main object, with the model, images, batch
 size, steps, rate and schedule of a run of `configs/study.py`, and AdamW. Prints

@@ -269,7 +269,7 @@ def _balance(config: ConfigDict, options: Options) -> Arms:
   arms += [_set_weights(config, text, fixed) for text in options.weights]
   for method in options.methods or known:
     # Options of the config's own method stay; another one has its defaults.
-    is_own = section is not None and section.get("method", method) == method
+    is_own = section is not None and section.method == method
     new = f'balance=dict(method="{method}")'
     arms.append(Arm(method, () if is_own else (new,)))
   return Arms(arms, FIXED)

@@ -141,7 +141,8 @@ def estimate_contrast(
   notes = []
   spare = sum(len(own[arm]) - len(used[arm]) for arm in own)
   if spare:
-    notes.append(f"{spare} runs whose seed the other arms lack are not used")
+    count = f"{spare} run{'s' * (spare > 1)}"
+    notes.append(f"not used, as other arms lack the seed: {count}")
   error, degrees = None, 0.0
   if is_paired and n > 1:
     sums = sum(w * runs[arm] for arm, w in weights.items())

@@ -39,7 +39,7 @@ def count_flops(settings: Mapping[str, Any]) -> float:
 def known_costs(folder: pathlib.Path) -> Mapping[str, float]:
   """FLOPs that a study in the folder has counted, see `Study.costs`.
 
-  None if other code has counted them.
+  Empty without one, or if other code has counted them.
   """
   try:
     study = runner.read(folder)

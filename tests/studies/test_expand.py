@@ -250,6 +250,15 @@ def test_balance_of_methods_and_weights(tmp_path):
   assert runs["fixed"]["balance"] is None
   assert runs["grad_norm_mean"]["balance"] is not None
   assert runs["small"]["objectives"]["depth"]["weight"] == 0.1
+  # The options of the config's own method stay its alone.
+  study = expand(
+    "balance", TINY, assignments=["balance=dict(every_steps=7, decay=0.5)"],
+    options=arms_lib.Options(methods=("grad_norm_mean", "gradnorm")),
+  )  # fmt: skip
+  own, other = (run.settings["balance"] for run in study.runs[1:])
+  assert study.runs[0].settings["balance"] is None
+  assert own == dict(method="grad_norm_mean", every_steps=7, decay=0.5)
+  assert other == dict(method="gradnorm")
   with pytest.raises(ConfigError, match="Did you mean 'depth'"):
     options = arms_lib.Options(weights=("a:depht=1",))
     expand("balance", TINY, options=options)

@@ -65,7 +65,7 @@ def test_only_common_seeds_are_paired():
   row = compare_one(TOP1, {"vl": vl, "ssl": ssl})
   expected = stats.ttest_rel([0.33, 0.36, 0.33], [0.30, 0.32, 0.31])
   assert row.n == 3 and row.p == pytest.approx(expected.pvalue)
-  assert row.note == "3 runs whose seed the other arms lack are not used"
+  assert row.note == "not used, as other arms lack the seed: 3 runs"
 
 
 def test_other_seeds_are_compared_by_welch():
