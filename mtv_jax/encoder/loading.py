@@ -252,6 +252,8 @@ def prediction_heads(
   """The heads that a run of a config trains on its model."""
   text = (config.get("data") or {}).get("ops")
   length = ops.phrase_length(text) if text else None
+  if spec.text is not None and length == spec.text.length:
+    length = None  # As exports before this option.
   return heads_lib.heads_of_config(config.get("objectives", {}), spec, length)
 
 
