@@ -53,9 +53,9 @@ def select_runs(runs: Sequence[Run], index: str | None) -> list[Run]:
   """
   if index is None:
     return list(runs)
-  match = re.fullmatch(r"(\d+)(?:/(\d+))?", index)
+  match = re.fullmatch(r"(\d+)(?:/([1-9]\d*))?", index)
   if not match:
-    raise ConfigError(f"--index={index}: write I or I/N, numbers from 0.")
+    raise ConfigError(f"--index={index}: write I from 0, or I/N.")
   first, count = int(match[1]), int(match[2] or 0)
   limit = count or len(runs)
   if first >= limit:

@@ -160,7 +160,7 @@ def test_index_takes_one_run_or_a_share():
   assert names("2") == ["a2"] and names("1/3") == ["a1", "a4"]
   shares = [name for i in range(3) for name in names(f"{i}/3")]
   assert sorted(shares) == names(None)
-  for wrong in ("7", "3/3", "a", "1/", "-1"):
+  for wrong in ("7", "3/3", "0/0", "a", "1/", "-1"):
     with pytest.raises(ConfigError, match="--index"):
       runner.select_runs(runs, wrong)
 
