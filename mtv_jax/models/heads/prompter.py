@@ -170,8 +170,8 @@ class GroundingHead(base.PredictionHead):
   inputs = {"boxes": 4}
 
   attention_heads: options.PositiveInt = 1  # CLOC has one.
-  # Tokens of a phrase, padding included, that it is trained with; None for the
-  # op `regions` of `config.data.ops`.
+  # Tokens of a phrase, padding included, that it is trained with. A run takes
+  # those of the op `regions` of `config.data.ops`; None: as many as of texts.
   phrase_length: options.PositiveInt | None = None
 
   def module(self) -> nn.Module:
